@@ -1,0 +1,162 @@
+"""``raydpo <verb>``: exit status 0 done, 1 failed, 2 bad input."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import raydpo
+from raydpo.config import Config, load_config
+from raydpo.console import Console
+from raydpo.errors import RaydpoError, exit_status
+
+__all__ = ["job", "main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return its exit status."""
+    args = _parser().parse_args(argv)
+    return _guarded(lambda console: args.act(args, console))
+
+
+def job(verb: str) -> int:
+    """What ``jobs/<verb>.py`` does: the verb as the entry point of a Ray job, its log on standard output."""
+    return main([verb, *sys.argv[1:]])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="raydpo", description="DPO on Ray, with the frozen reference scored once.")
+    parser.add_argument("--version", action="version", version=f"raydpo {raydpo.__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def add(name: str, act: Callable[[argparse.Namespace, Console], None], about: str) -> argparse.ArgumentParser:
+        verb = verbs.add_parser(name, help=about, description=about)
+        verb.set_defaults(act=act)
+        return verb
+
+    def configured(name: str, act: Callable[[argparse.Namespace, Console], None], about: str) -> argparse.ArgumentParser:
+        verb = add(name, act, about)
+        verb.add_argument("config", metavar="CONFIG", help="YAML file of the run")
+        verb.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that win over the file")
+        return verb
+
+    configured("score", _score, "score the reference once and store its log-probs")
+    for name, about in (("train", "train the policy against stored log-probs; continues an interrupted run"),
+                        ("run", "score, then train")):
+        verb = configured(name, _train if name == "train" else _run, about)
+        verb.add_argument("--fresh", action="store_true", help="begin again; an earlier run of this name is set aside")
+    show = configured("show", _show, "print pairs exactly as the model sees them")
+    show.add_argument("-n", "--count", type=int, default=3, help="how many pairs (default: %(default)s)")
+    cache = verbs.add_parser("cache", help="look into a reference cache").add_subparsers(
+        dest="cache_verb", required=True, metavar="VERB")
+    ls = cache.add_parser("ls", help="the references it holds")
+    ls.set_defaults(act=_cache_ls)
+    cache_show = cache.add_parser("show", help="one reference: identity, provenance, rows and tokens")
+    cache_show.set_defaults(act=_cache_show)
+    for verb in (ls, cache_show):
+        verb.add_argument("uri", metavar="URI", help="directory or URI of the cache")
+    cache_show.add_argument("identity", nargs="?", help="its digest, or the beginning of it")
+    add("doctor", _doctor, "versions, devices, compilers, Ray: what would be used here")
+    quickstart = add("quickstart", _quickstart, "the whole job on a small model and the preference set that raydpo ships")
+    quickstart.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    return parser
+
+
+def _guarded(act: Callable[[Console], None]) -> int:
+    """Run ``act``; an error that raydpo explains costs one message, any other also its traceback, in a file."""
+    console = Console()
+    try:
+        act(console)
+    except RaydpoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return exit_status(error)
+    except KeyboardInterrupt:
+        print("interrupted; everything committed is kept, the same command continues", file=sys.stderr)
+        return 130
+    except Exception as error:
+        with tempfile.NamedTemporaryFile("w", prefix="raydpo-", suffix=".log", delete=False) as log:
+            import traceback
+
+            traceback.print_exc(file=log)
+        print(f"error: unexpected {type(error).__name__}: {str(error)[:500]} (traceback in {log.name})", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _quietly(config: Config, console: Console, act: Callable[[], object]) -> None:
+    """Run ``act`` with everyone else's output in the run's logs (in a temporary file if the run lies on a URI)."""
+    from raydpo.storage import Storage
+
+    storage = Storage(config.run_dir)
+    directory = Path(storage.path("logs")) if storage.is_local else Path(tempfile.mkdtemp(prefix="raydpo-logs-"))
+    try:
+        with console.noise_to(directory / "driver.log"):
+            act()
+    except OSError as error:
+        if error.filename and str(directory) in str(error.filename):
+            raise RaydpoError(f"cannot write to {directory}: {error}") from None
+        raise
+
+
+def _score(args: argparse.Namespace, console: Console) -> None:
+    config = load_config(args.config, args.overrides)
+    _quietly(config, console, lambda: raydpo.score(config, console))
+
+
+def _train(args: argparse.Namespace, console: Console) -> None:
+    config = load_config(args.config, args.overrides)
+    _quietly(config, console, lambda: raydpo.train(config, console, fresh=args.fresh))
+
+
+def _run(args: argparse.Namespace, console: Console) -> None:
+    config = load_config(args.config, args.overrides)
+    _quietly(config, console, lambda: raydpo.run(config, console, fresh=args.fresh))
+
+
+def _show(args: argparse.Namespace, console: Console) -> None:
+    config = load_config(args.config, args.overrides)
+    from raydpo.data.pairs import load_pairs
+    from raydpo.data.show import render_pairs
+    from raydpo.data.tokenise import Tokeniser, load_tokenizer
+    from raydpo.reference.identity import resolve_model
+
+    tokeniser = Tokeniser(load_tokenizer(resolve_model(config.model.tokenizer or config.model.path),
+                                         chat_template=config.data.chat_template,
+                                         trust_remote_code=config.model.trust_remote_code))
+    sets = load_pairs(config.data, tokeniser)
+    for line in sets.report.lines():
+        console.say(line)
+    for renderable in render_pairs(sets.train, tokeniser, args.count):
+        console.print(renderable)
+
+
+def _cache_ls(args: argparse.Namespace, console: Console) -> None:
+    from raydpo.reference.inspect import list_identities
+
+    list_identities(args.uri, console)
+
+
+def _cache_show(args: argparse.Namespace, console: Console) -> None:
+    from raydpo.reference.inspect import show_identity
+
+    show_identity(args.uri, args.identity, console)
+
+
+def _doctor(args: argparse.Namespace, console: Console) -> None:
+    from raydpo.doctor import report
+
+    report(console)
+
+
+def _quickstart(args: argparse.Namespace, console: Console) -> None:
+    from raydpo.quickstart import quickstart_config
+
+    config = quickstart_config(args.overrides, console)
+    _quietly(config, console, lambda: raydpo.run(config, console, fresh=True))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,167 @@
+"""The batch plan: which pairs make up a step, which rank computes them, which of them share a micro-batch.
+
+A pure function of lengths, seed and settings. The pairs of a step depend on seed and epoch alone, never on the number of
+workers, and the position in a run is one integer: that is all a resumed run needs.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+__all__ = ["BatchPlan", "MicroBatch", "PairLengths", "epoch_order", "fill_batches", "split_over_ranks"]
+
+
+@dataclass(frozen=True)
+class PairLengths:
+    """Tokens of each pair's prompt, chosen and rejected completion: int arrays [pairs]."""
+
+    prompt: np.ndarray
+    chosen: np.ndarray
+    rejected: np.ndarray
+
+    @property
+    def longest(self) -> np.ndarray:
+        """Tokens of the longer of prompt + chosen and prompt + rejected."""
+        return self.prompt + np.maximum(self.chosen, self.rejected)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Pairs of one forward pass, as row numbers. ``counts`` is False for a stand-in: a rank that has run out of pairs
+    repeats one with weight zero, because every rank must take part in every collective."""
+
+    pairs: tuple[int, ...]
+    counts: bool = True
+
+
+def epoch_order(sources: np.ndarray, weights: np.ndarray, *, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
+    """Row numbers of one epoch, in order.
+
+    A source of n rows and weight w gives round(w * n) of them. Successive epochs walk on through the source, so that a
+    weight of 0.5 has seen every row after two epochs.
+
+    Args:
+        sources: number of the source of each row, int [rows].
+        weights: weight of each source, float [sources].
+    """
+    chosen = []
+    for source, weight in enumerate(weights):
+        rows = np.flatnonzero(sources == source)
+        if shuffle:
+            rows = rows[np.argsort(_hashes(len(rows), seed, 2 * source + 1), kind="stable")]
+        count = max(1, round(weight * len(rows))) if len(rows) else 0
+        chosen.append(rows[(epoch * count + np.arange(count)) % max(1, len(rows))])
+    order = np.concatenate(chosen)
+    if not shuffle:
+        return np.sort(order, kind="stable")
+    return order[np.argsort(_hashes(len(order), seed, 2 * epoch), kind="stable")]
+
+
+def fill_batches(longest: Sequence[int], rows: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
+    """Items in batches, longest first, each within a budget of padded token positions.
+
+    Args:
+        longest: tokens of the longest row of each item.
+        rows: rows (completions) of each item.
+
+    Returns:
+        Item numbers of each batch. An item larger than the budget is a batch of its own.
+    """
+    batches: list[list[int]] = []
+    filled = width = 0
+    for item in sorted(range(len(longest)), key=lambda item: (-longest[item], item)):
+        if not batches or (filled + rows[item]) * width > tokens_per_batch:
+            batches.append([])
+            filled, width = 0, longest[item]
+        batches[-1].append(item)
+        filled += rows[item]
+    return batches
+
+
+def split_over_ranks(pairs: Sequence[int], longest: np.ndarray, *, world_size: int,
+                     tokens_per_batch: int) -> list[list[MicroBatch]]:
+    """Give pairs to ranks so that computed positions are even, and cut each rank's share into micro-batches.
+
+    Returns:
+        For every rank the same number of micro-batches, at least one.
+    """
+    # Longest first to the rank with the least to do; ties go to the lower rank, so the result is unique.
+    heap = [(0, rank) for rank in range(world_size)]
+    shares: list[list[int]] = [[] for _ in range(world_size)]
+    for pair in sorted(pairs, key=lambda pair: (-longest[pair], pair)):
+        load, rank = heapq.heappop(heap)
+        shares[rank].append(pair)
+        heapq.heappush(heap, (load + int(longest[pair]), rank))
+    ranks = []
+    for share in shares:
+        batches = fill_batches([int(longest[pair]) for pair in share], [2] * len(share), tokens_per_batch)
+        ranks.append([[share[item] for item in batch] for batch in batches])
+    wanted = max(1, max(len(batches) for batches in ranks))
+    return [_exactly(batches, wanted, stand_in=int(pairs[0])) for batches in ranks]
+
+
+def _exactly(batches: list[list[int]], wanted: int, stand_in: int) -> list[MicroBatch]:
+    """Split the largest batches until there are ``wanted``; where all are single pairs, add stand-ins."""
+    batches = list(batches)
+    while len(batches) < wanted and any(len(batch) > 1 for batch in batches):
+        largest = max(range(len(batches)), key=lambda index: (len(batches[index]), -index))
+        half = len(batches[largest]) // 2
+        batches[largest : largest + 1] = [batches[largest][:half], batches[largest][half:]]
+    counted = [MicroBatch(tuple(batch)) for batch in batches]
+    return counted + [MicroBatch((stand_in,), counts=False)] * (wanted - len(counted))
+
+
+class BatchPlan:
+    """The steps of a run.
+
+    Args:
+        lengths: of all training pairs.
+        sources: number of the source of each pair, int [pairs].
+        weights: weight of each source, float [sources].
+        pairs_per_step: pairs of one optimizer step over all ranks; an epoch's last step may have fewer.
+        tokens_per_batch: padded token positions of one micro-batch.
+        steps: total number of steps, or None for ``epochs`` whole epochs.
+    """
+
+    def __init__(self, lengths: PairLengths, sources: np.ndarray, weights: np.ndarray, *, seed: int, pairs_per_step: int,
+                 tokens_per_batch: int, world_size: int, shuffle: bool, epochs: int, steps: int | None) -> None:
+        self.longest = lengths.longest
+        self.sources, self.weights = sources, weights
+        self.seed, self.shuffle = seed, shuffle
+        self.pairs_per_step, self.tokens_per_batch, self.world_size = pairs_per_step, tokens_per_batch, world_size
+        self.pairs_per_epoch = len(epoch_order(sources, weights, seed=seed, epoch=0, shuffle=False))
+        self.steps_per_epoch = -(-self.pairs_per_epoch // pairs_per_step)
+        self.total_steps = steps if steps is not None else epochs * self.steps_per_epoch
+        self._order: tuple[int, np.ndarray] | None = None
+
+    def pairs(self, step: int) -> np.ndarray:
+        """Row numbers of the pairs of ``step``, counted from 0."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        if self._order is None or self._order[0] != epoch:
+            self._order = (epoch, epoch_order(self.sources, self.weights, seed=self.seed, epoch=epoch,
+                                              shuffle=self.shuffle))
+        return self._order[1][index * self.pairs_per_step : (index + 1) * self.pairs_per_step]
+
+    def micro_batches(self, step: int, rank: int) -> list[MicroBatch]:
+        """What ``rank`` computes in ``step``; every rank has as many."""
+        return split_over_ranks(self.pairs(step).tolist(), self.longest, world_size=self.world_size,
+                                tokens_per_batch=self.tokens_per_batch)[rank]
+
+
+def _hashes(count: int, seed: int, stream: int) -> np.ndarray:
+    """uint64 [count]: splitmix64 of (seed, stream, index). Spelled out because the order of a resumed run must not depend
+    on the version of a library's random generator."""
+    with np.errstate(over="ignore"):
+        base = _splitmix(_splitmix(np.uint64(seed)) ^ np.uint64(stream))
+        return _splitmix(base + np.arange(count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+
+
+def _splitmix(value: np.ndarray | np.uint64) -> np.ndarray | np.uint64:
+    value = value + np.uint64(0x9E3779B97F4A7C15)
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))

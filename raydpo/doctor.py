@@ -1,0 +1,58 @@
+"""``raydpo doctor``: what is installed here and what would be used."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+
+import raydpo
+from raydpo.console import Console
+
+__all__ = ["report"]
+
+_PACKAGES = ("torch", "transformers", "peft", "deepspeed", "ray", "pyarrow", "datasets", "pydantic")
+
+
+def report(console: Console) -> None:
+    """Print versions, devices, compilers and the Ray that a run would use."""
+    rows = [("raydpo", raydpo.__version__), ("python", f"{platform.python_version()} ({sys.executable})")]
+    rows += [(name, _version(name)) for name in _PACKAGES]
+    console.table("versions", ("", "value"), rows)
+    console.table("this machine", ("", "value"), [*_devices(), ("C++ compiler", shutil.which("g++") or
+                                                                "none (not needed on the CPU)")])
+    address = os.environ.get("RAY_ADDRESS")
+    console.table("what would be used", ("", "value"), [
+        ("Ray", f"the cluster at $RAY_ADDRESS {address}" if address else "a local Ray for the length of each command"),
+        ("precision (dtype: auto)", _auto_dtype()),
+        ("reference log-probs", "<output>/cache unless cache.uri says otherwise")])
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _devices() -> list[tuple[str, str]]:
+    rows = [("CPU cores", str(os.cpu_count()))]
+    try:
+        import torch
+    except ImportError:
+        return [*rows, ("GPUs", "unknown: torch is not installed")]
+    if not torch.cuda.is_available():
+        return [*rows, ("GPUs", "none")]
+    return rows + [(f"GPU {index}", f"{torch.cuda.get_device_name(index)}, "
+                    f"{torch.cuda.get_device_properties(index).total_memory / 2**30:.0f} GiB")
+                   for index in range(torch.cuda.device_count())]
+
+
+def _auto_dtype() -> str:
+    try:
+        from raydpo.ray_runtime import native_bfloat16
+    except ImportError:
+        return "unknown: ray is not installed"
+    return "bfloat16" if native_bfloat16() else "float32 (no GPU, and this processor does not multiply bfloat16 natively)"

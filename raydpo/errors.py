@@ -1,0 +1,53 @@
+"""The exceptions raydpo raises on purpose: one root, each also a standard type, all safe to pickle.
+
+Each is raised with one complete sentence for a person: what was found, what was expected, how to mend it.
+They cross process borders (Ray workers raise them, the driver prints them), so a class here takes exactly
+one positional argument, the message.
+"""
+
+__all__ = ["RaydpoError", "ConfigError", "DataError", "ModelError", "CacheError", "CacheMissError", "GateError",
+           "TrainError", "exit_status"]
+
+
+class RaydpoError(Exception):
+    """Root of all errors that raydpo explains to its user."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+    def __str__(self) -> str:  # LookupError's own __str__ would quote the message
+        return self.message
+
+
+class ConfigError(RaydpoError, ValueError):
+    """A setting that is unknown, of the wrong type, out of range, contradictory, or names a missing file."""
+
+
+class DataError(RaydpoError, ValueError):
+    """Preference records that cannot be read, or too many that are malformed or dropped."""
+
+
+class ModelError(RaydpoError, ValueError):
+    """A model, adapter or tokenizer that cannot be loaded or that raydpo cannot score exactly."""
+
+
+class CacheError(RaydpoError, RuntimeError):
+    """A reference cache that is unreadable, damaged, or of another identity than the run needs."""
+
+
+class CacheMissError(CacheError, LookupError):
+    """Reference log-probs that a run needs and the cache does not hold."""
+
+
+class GateError(CacheError):
+    """The step-0 gate found that cached reference log-probs are not those of the policy as initialised."""
+
+
+class TrainError(RaydpoError, RuntimeError):
+    """A training run that cannot start, continue or finish."""
+
+
+def exit_status(error: BaseException) -> int:
+    """The process exit status for ``error``: 2 for bad input, 1 for everything else that went wrong."""
+    return 2 if isinstance(error, (ConfigError, DataError)) else 1

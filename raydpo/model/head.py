@@ -1,0 +1,155 @@
+"""The vocabulary projection, called with targets: log-probs of given tokens without the [tokens, vocab] tensor.
+
+Shapes: N = predicted tokens, H = hidden size, V = vocabulary size, C = rows of one chunk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+__all__ = ["CHUNK_BYTES", "LogitTransform", "attach_logp_head"]
+
+CHUNK_BYTES = 64 * 2**20
+"""Memory of one chunk of float32 logits. What a forward or backward needs beyond the hidden states is a few of them,
+whatever the number of tokens."""
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """What an architecture does to its logits after the projection: ``softcap * tanh(scale * logits / softcap)``."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def of(cls, config: Any) -> LogitTransform:
+        """Read from a transformers configuration (Cohere's logit_scale, Granite's logits_scaling, Gemma's soft cap)."""
+        scale = float(getattr(config, "logit_scale", None) or 1.0)
+        scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+        return cls(scale, getattr(config, "final_logit_softcapping", None))
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Transform float32 logits [C, V]; may work in place."""
+        if self.scale != 1.0:
+            logits = logits.mul_(self.scale)
+        if self.softcap is not None:
+            logits = logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits
+
+    def backward_(self, grad: Tensor, transformed: Tensor) -> Tensor:
+        """Turn the gradient of transformed logits into that of raw ones, in place. Both [C, V]."""
+        if self.softcap is not None:
+            grad.mul_(1.0 - (transformed / self.softcap).square_())
+        if self.scale != 1.0:
+            grad.mul_(self.scale)
+        return grad
+
+
+class _ChunkedLogps(torch.autograd.Function):
+    """log softmax(transform(hidden @ weight.T + bias))[target] in chunks of rows, recomputed in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, transform):
+        logps = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        normalisers = torch.empty_like(logps)
+        for rows in _chunks(len(targets), weight.shape[0]):
+            logits = transform(_project(hidden[rows], weight, bias))
+            normalisers[rows] = torch.logsumexp(logits, dim=-1)
+            logps[rows] = logits.gather(1, targets[rows, None])[:, 0] - normalisers[rows]
+        ctx.save_for_backward(hidden, weight, bias, targets, normalisers)
+        ctx.transform = transform
+        return logps
+
+    @staticmethod
+    def backward(ctx, grad_logps):
+        hidden, weight, bias, targets, normalisers = ctx.saved_tensors
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        # Many chunks add up in the weight's gradient: float32, or small contributions are rounded away.
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias and bias is not None else None
+        for rows in _chunks(len(targets), weight.shape[0]):
+            logits = ctx.transform(_project(hidden[rows], weight, bias))
+            grad = (logits - normalisers[rows, None]).exp_().neg_()  # d logp / d logits = onehot - softmax
+            grad.scatter_add_(1, targets[rows, None], torch.ones_like(grad[:, :1]))
+            grad.mul_(grad_logps[rows, None])
+            grad = ctx.transform.backward_(grad, logits)
+            if grad_bias is not None:
+                grad_bias += grad.sum(0)
+            grad = grad.to(weight.dtype)
+            if grad_hidden is not None:
+                grad_hidden[rows] = grad @ weight
+            if grad_weight is not None:
+                grad_weight += (grad.T @ hidden[rows].to(weight.dtype)).float()
+        return (grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype),
+                None if grad_bias is None else grad_bias.to(bias.dtype), None, None)
+
+
+def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """[C, H] -> float32 logits [C, V] that nobody else holds, so that they may be changed in place."""
+    logits = nn.functional.linear(hidden.to(weight.dtype), weight, bias)
+    return logits.float()
+
+
+def _chunks(rows: int, vocabulary: int) -> list[slice]:
+    size = max(1, CHUNK_BYTES // (4 * vocabulary))
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+class _LogpLinear(nn.Linear):
+    """An output projection that answers with log-probs when it is called with targets.
+
+    The module that owns the weight does the whole computation, so that ZeRO-3's hooks gather the weight once around it.
+    """
+
+    logit_transform: LogitTransform
+
+    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+        if targets is None:
+            return super().forward(hidden)
+        return _ChunkedLogps.apply(hidden, self.weight, self.bias, targets, self.logit_transform)
+
+
+class _AnyHead(nn.Module):
+    """Log-probs through a head of any kind (an adapter on the head, say): chunks of rows, each recomputed."""
+
+    def __init__(self, head: nn.Module, transform: LogitTransform, vocabulary: int) -> None:
+        super().__init__()
+        self.head = head
+        self.transform = transform
+        self.vocabulary = vocabulary
+
+    def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        def rows_logps(rows_hidden: Tensor, rows_targets: Tensor) -> Tensor:
+            # A copy, since the transform works in place on what autograd may have kept.
+            logits = self.head(rows_hidden).float()
+            if self.transform.scale != 1.0:
+                logits = logits * self.transform.scale
+            if self.transform.softcap is not None:
+                logits = torch.tanh(logits / self.transform.softcap) * self.transform.softcap
+            return logits.gather(1, rows_targets[:, None])[:, 0] - torch.logsumexp(logits, dim=-1)
+
+        pieces = [checkpoint(rows_logps, hidden[rows], targets[rows], use_reentrant=False)
+                  for rows in _chunks(len(targets), self.vocabulary)]
+        return torch.cat(pieces) if pieces else hidden.new_zeros(0, dtype=torch.float32)
+
+
+def attach_logp_head(causal_lm: nn.Module) -> nn.Module:
+    """The callable ``(hidden [N, H], targets [N]) -> float32 log-probs [N]`` of ``causal_lm``'s output projection.
+
+    A plain linear head is converted in place: its weight, its name in the state dict and its tying to the embedding
+    stay, and without targets it still returns logits.
+    """
+    head = causal_lm.get_output_embeddings()
+    config = causal_lm.config.get_text_config()
+    transform = LogitTransform.of(config)
+    if type(head) in (nn.Linear, _LogpLinear):
+        head.__class__ = _LogpLinear
+        head.logit_transform = transform
+        return head
+    return _AnyHead(head, transform, config.vocab_size)

@@ -1,0 +1,96 @@
+"""Models from disk or hub: safetensors only, dropout off, adapters on top."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from raydpo.errors import ModelError
+
+if TYPE_CHECKING:
+    from raydpo.config import LoraSettings
+
+__all__ = ["add_lora", "dropout_settings", "load_causal_lm", "restore_dropout", "torch_dtype"]
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """``"float32"`` or ``"bfloat16"`` as torch's dtype."""
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def load_causal_lm(path: str | Path, dtype: str, *, adapter: str | None = None, trust_remote_code: bool = False,
+                   device: torch.device | str = "cpu") -> nn.Module:
+    """A causal LM in evaluation mode, without dropout, its adapter (if any) merged into nothing: left as a PEFT model.
+
+    Args:
+        path: local directory with config.json and safetensors weights (see ``reference.identity.resolve_model``).
+        dtype: ``float32`` or ``bfloat16``, the precision of weights and compute.
+
+    Raises:
+        ModelError: if it is not there, is stored as pickle, or is not a causal LM.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = str(path)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        if getattr(config, "is_encoder_decoder", False):
+            raise ModelError(f"{path} is an encoder-decoder model; raydpo trains decoder-only (causal) language models")
+        for key in dropout_settings(config.to_dict()):
+            setattr(config, key, 0.0)
+        model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch_dtype(dtype), use_safetensors=True,
+                                                     trust_remote_code=trust_remote_code)
+        if adapter is not None:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False)
+            model = model.to(torch_dtype(dtype))
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(f"cannot load the model {path!r}"
+                         f"{f' with adapter {adapter!r}' if adapter else ''}: {' '.join(str(error).split())}") from error
+    return _without_dropout(model).to(device).eval()
+
+
+def add_lora(model: nn.Module, lora: LoraSettings, seed: int) -> nn.Module:
+    """``model`` with fresh trainable adapters, all else frozen. Their output is zero, so the policy is the model.
+
+    Raises:
+        ModelError: if no module matches ``lora.target_modules``.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    torch.manual_seed(seed)
+    try:
+        return get_peft_model(model, LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout,
+                                                target_modules=targets, task_type="CAUSAL_LM"))
+    except ValueError as error:
+        raise ModelError(f"model.lora.target_modules {lora.target_modules!r} does not fit this model: "
+                         f"{' '.join(str(error).split())}") from error
+
+
+def dropout_settings(config: dict[str, Any]) -> dict[str, float]:
+    """The dropout probabilities of a model configuration: resid_pdrop, attention_dropout and their like."""
+    return {key: value for key, value in config.items()
+            if "drop" in key and isinstance(value, float) and value > 0 and not key.startswith("_")}
+
+
+def restore_dropout(config_file: Path, original: dict[str, float]) -> None:
+    """Give a saved config.json back the dropout of the model it came from, since training only switched it off."""
+    if original:
+        tree = json.loads(config_file.read_text())
+        config_file.write_text(json.dumps(tree | original, indent=2, sort_keys=True) + "\n")
+
+
+def _without_dropout(model: nn.Module) -> nn.Module:
+    """Belt and braces: gradient checkpointing needs train mode, and a module may hold a probability of its own."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model

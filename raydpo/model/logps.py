@@ -1,0 +1,129 @@
+"""One code path for scoring, training and evaluation: groups of completions in, per-token log-probs out.
+
+Shapes: R = rows (completions), T = longest row, N = predicted tokens of all rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from raydpo.errors import ModelError
+from raydpo.model.head import attach_logp_head
+
+__all__ = ["Layout", "LogpModel", "PromptGroup", "lay_out"]
+
+
+@dataclass(frozen=True)
+class PromptGroup:
+    """One prompt and completions that answer it; a pair is the group (chosen, rejected).
+
+    Attributes:
+        prompt: token ids, at least one.
+        completions: token ids of each completion, at least one each.
+    """
+
+    prompt: np.ndarray
+    completions: tuple[np.ndarray, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A micro-batch as tensors.
+
+    Attributes:
+        input_ids: [R, T], right-padded.
+        positions: [N], flat indices into R * T of the positions that predict completion tokens.
+        targets: [N], the token each of them predicts.
+        lengths: completion tokens of each row, in the order of groups and completions; they sum to N.
+    """
+
+    input_ids: Tensor
+    positions: Tensor
+    targets: Tensor
+    lengths: tuple[int, ...]
+
+    def to(self, device: torch.device) -> Layout:
+        return Layout(self.input_ids.to(device, non_blocking=True), self.positions.to(device, non_blocking=True),
+                      self.targets.to(device, non_blocking=True), self.lengths)
+
+
+def lay_out(groups: Sequence[PromptGroup]) -> Layout:
+    """Right-padded rows, one for each completion.
+
+    Padding needs no attention mask: in a causal model nothing looks to its right, and padded positions are never read.
+    """
+    rows = [np.concatenate([group.prompt, completion]) for group in groups for completion in group.completions]
+    longest = max(len(row) for row in rows)
+    input_ids = np.zeros((len(rows), longest), dtype=np.int64)
+    positions, targets, lengths = [], [], []
+    row = 0
+    for group in groups:
+        for completion in group.completions:
+            input_ids[row, : len(rows[row])] = rows[row]
+            first = row * longest + len(group.prompt) - 1  # the last prompt token predicts the first completion token
+            positions.append(np.arange(first, first + len(completion)))
+            targets.append(completion)
+            lengths.append(len(completion))
+            row += 1
+    return Layout(torch.from_numpy(input_ids), torch.from_numpy(np.concatenate(positions)),
+                  torch.from_numpy(np.concatenate(targets).astype(np.int64)), tuple(lengths))
+
+
+class LogpModel(nn.Module):
+    """A causal language model that answers with the log-probs of completion tokens.
+
+    Args:
+        policy: a transformers causal LM, or a PEFT model around one.
+    """
+
+    def __init__(self, policy: nn.Module) -> None:
+        super().__init__()
+        self.policy = policy
+        # Kept out of the module tree (in a tuple): these are parts of ``policy`` and must not be registered twice.
+        causal_lm = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+        self._parts = (causal_lm, getattr(causal_lm, causal_lm.base_model_prefix), attach_logp_head(causal_lm))
+
+    @property
+    def causal_lm(self) -> nn.Module:
+        return self._parts[0]
+
+    def forward(self, input_ids: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
+        """[R, T], [N], [N] -> natural-log probabilities of the targets, float32 [N]. See ``Layout``."""
+        _, backbone, head = self._parts
+        hidden = backbone(input_ids=input_ids, use_cache=False).last_hidden_state
+        return head(hidden.flatten(0, 1)[positions], targets)
+
+    @torch.no_grad()
+    def score(self, groups: Sequence[PromptGroup], device: torch.device) -> list[tuple[np.ndarray, ...]]:
+        """Per-token float32 log-probs of every completion, by group: one forward pass, no gradient."""
+        layout = lay_out(groups)
+        on_device = layout.to(device)
+        flat = self(on_device.input_ids, on_device.positions, on_device.targets).cpu().numpy()
+        pieces = iter(np.split(flat, np.cumsum(layout.lengths)[:-1]))
+        return [tuple(next(pieces) for _ in group.completions) for group in groups]
+
+    @torch.no_grad()
+    def check(self, device: torch.device) -> None:
+        """Compare with the model's own logits on a few tokens.
+
+        Raises:
+            ModelError: if they differ: the architecture does something to its logits that raydpo does not know.
+        """
+        causal_lm = self.causal_lm
+        vocabulary = causal_lm.config.get_text_config().vocab_size
+        ids = np.random.default_rng(0).integers(0, vocabulary, 12).astype(np.int32)
+        group = PromptGroup(ids[:4], (ids[4:],))
+        ours = torch.from_numpy(self.score([group], device)[0][0])
+        logits = causal_lm(input_ids=torch.from_numpy(ids[None].astype(np.int64)).to(device), use_cache=False).logits
+        theirs = logits[0, 3:-1].float().log_softmax(-1).cpu().gather(1, torch.from_numpy(ids[4:, None].astype(np.int64)))
+        gap = (ours - theirs[:, 0]).abs().max().item()
+        tolerance = 1e-3 if next(self.parameters()).dtype == torch.float32 else 0.1
+        if not gap <= tolerance:
+            raise ModelError(f"{type(causal_lm).__name__} cannot be scored exactly: log-probs from its hidden states and "
+                             f"head differ from its own logits by {gap:.3g} nats (tolerance {tolerance:g}). Please "
+                             "report the architecture.")

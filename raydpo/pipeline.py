@@ -1,0 +1,273 @@
+"""The verbs: score the reference, train the policy, or both. What ``raydpo <verb>``, ``jobs/`` and Python callers run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+import raydpo
+from raydpo.config import Config, is_hub_name
+from raydpo.console import Console
+from raydpo.data.pairs import PairSets, load_pairs
+from raydpo.data.tokenise import Tokeniser, load_tokenizer
+from raydpo.errors import ConfigError
+from raydpo.ray_runtime import native_bfloat16, resources_for, session
+from raydpo.reference.build import BuildReport, build
+from raydpo.reference.identity import ReferenceIdentity, identify, resolve_model
+from raydpo.reference.score import ReferenceSpec
+from raydpo.reference.store import ReferenceCache
+from raydpo.storage import Storage
+from raydpo.training.checkpoint import changed_settings
+from raydpo.training.engine import PolicySpec
+from raydpo.training.launch import launch
+from raydpo.training.loop import TrainJob
+from raydpo.training.pairs import join_reference
+from raydpo.training.records import read_rows
+from raydpo.training.report import TrainingDisplay, print_summary
+
+__all__ = ["run", "score", "train"]
+
+
+def score(config: Config, console: Console | None = None) -> BuildReport:
+    """Fill the reference cache with whatever this configuration's pairs need and it lacks.
+
+    Raises:
+        RaydpoError: of the kind that fits; everything committed stays.
+    """
+    console = console or Console()
+    with session(config):
+        return _score(_Prepared.of(config, console), console)
+
+
+def train(config: Config, console: Console | None = None, *, fresh: bool = False) -> dict[str, Any]:
+    """Train against the stored log-probs; continues where an interrupted run of the same name stopped.
+
+    Args:
+        fresh: begin again, setting an earlier run of the same name aside as ``NAME~1``.
+
+    Returns:
+        What summary.json holds.
+
+    Raises:
+        CacheMissError: if log-probs are missing; ``score`` fills them.
+        RaydpoError: of the kind that fits.
+    """
+    console = console or Console()
+    with session(config):
+        return _train(_Prepared.of(config, console), console, None, fresh=fresh)
+
+
+def run(config: Config, console: Console | None = None, *, fresh: bool = False) -> dict[str, Any]:
+    """``score``, then ``train``."""
+    console = console or Console()
+    with session(config):
+        prepared = _Prepared.of(config, console)
+        return _train(prepared, console, _score(prepared, console), fresh=fresh)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """Everything both stages need, found out once."""
+
+    config: Config
+    dtype: str
+    policy_dir: str
+    tokeniser: Tokeniser
+    sets: PairSets
+    reference: ReferenceSpec
+    cache: ReferenceCache
+
+    @classmethod
+    def of(cls, config: Config, console: Console) -> _Prepared:
+        model = config.model
+        if model.trust_remote_code:
+            console.warn(f"model.trust_remote_code is on: Python code in {model.path} runs with your rights")
+        native = "bfloat16" if native_bfloat16() else "float32"
+        dtype = native if model.dtype == "auto" else model.dtype
+        score_dtype = dtype if config.score.dtype is None else config.score.dtype
+        score_dtype = native if score_dtype == "auto" else score_dtype
+        policy_dir = resolve_model(model.path)
+        tokeniser = Tokeniser(load_tokenizer(resolve_model(model.tokenizer) if model.tokenizer else policy_dir,
+                                             chat_template=config.data.chat_template,
+                                             trust_remote_code=model.trust_remote_code))
+        started = time.perf_counter()
+        sets = load_pairs(config.data, tokeniser)
+        for line in sets.report.lines():
+            console.say(line)
+        held_out = 0 if sets.eval is None else sets.eval.num_rows
+        console.say(f"pairs: {sets.train.num_rows:,} to train on, {held_out:,} held out, tokenised in "
+                    f"{time.perf_counter() - started:.1f} s")
+        reference_dir = resolve_model(config.reference_path)
+        adapter = config.reference.adapter and resolve_model(config.reference.adapter)
+        identity = identify(reference_dir, score_dtype, adapter)
+        console.say(f"reference: {config.reference_path}{f' + {config.reference.adapter}' if adapter else ''} in "
+                    f"{score_dtype}, identity {identity.digest}")
+        spec = ReferenceSpec(path=reference_dir, adapter=adapter, identity=identity,
+                             trust_remote_code=model.trust_remote_code)
+        return cls(config, dtype, policy_dir, tokeniser, sets, spec, ReferenceCache.open(config.cache_uri, identity))
+
+    @property
+    def tables(self) -> list[pa.Table]:
+        return [self.sets.train] + ([self.sets.eval] if self.sets.eval is not None else [])
+
+    def policy_identity(self) -> ReferenceIdentity:
+        """Of the policy as it starts: fresh adapters add nothing."""
+        return identify(self.policy_dir, self.dtype)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Everything that the trained policy depends on, by the name of its setting."""
+        config, policy = self.config, self.policy_identity()
+        train = config.train.model_dump(mode="json", include={
+            "pairs_per_step", "epochs", "steps", "lr", "schedule", "warmup", "weight_decay", "clip", "zero", "loss", "beta",
+            "label_smoothing", "seed"})
+        lora = config.model.lora.model_dump(mode="json") if config.model.lora else None
+        return {"model.path (weights)": policy.weights, "model.path (architecture)": policy.architecture,
+                "model.dtype": self.dtype, "model.lora": lora, "reference identity": self.reference.identity.digest,
+                "data.train (pairs)": _digest(self.sets.train), "data.shuffle": config.data.shuffle,
+                } | {f"train.{key}": value for key, value in train.items()}
+
+
+def _score(prepared: _Prepared, console: Console) -> BuildReport:
+    config, cache = prepared.config, prepared.cache
+    resources = resources_for("score", config)
+    bar: Any = None
+    line: Any = None
+
+    def progress(done: int, to_do: int) -> None:
+        nonlocal bar, line
+        if bar is None:
+            console.say(f"scoring {to_do:,} completions on {resources.workers} {resources.device} worker(s)")
+            bar = console.progress("scoring", to_do, "completions")
+            line = bar.__enter__()
+        line.update(done)
+
+    try:
+        report = build(prepared.tables, prepared.reference, cache, resources, progress=progress,
+                       tokens_per_batch=config.score.tokens_per_batch, tokens_per_part=config.score.tokens_per_part)
+    finally:
+        if bar is not None:
+            bar.__exit__(None, None, None)
+    for problem in report.problems:
+        console.warn(problem)
+    rate = f", {report.tokens / report.seconds:,.0f} tokens/s" if report.scored else ""
+    console.say(f"cache: {report.hits:,} of {report.wanted:,} completions were there ({report.hit_rate:.0%} hits), "
+                f"{report.scored:,} scored in {report.parts} part(s){rate}; {config.cache_uri}")
+    return report
+
+
+def _train(prepared: _Prepared, console: Console, built: BuildReport | None, *, fresh: bool) -> dict[str, Any]:
+    config = prepared.config
+    fingerprint = prepared.fingerprint()
+    storage = Storage(config.run_dir)
+    if fresh:
+        _set_aside(storage, console)
+    finished = _earlier_result(storage, fingerprint)
+    if finished is not None:
+        console.say(f"run {config.run_name} is already complete: {config.run_dir} (--fresh trains it again)")
+        print_summary(console, finished)
+        return finished
+    pairs = join_reference(prepared.sets.train, prepared.cache, "training")
+    held_out = None
+    if prepared.sets.eval is not None:
+        held_out = join_reference(prepared.sets.eval, prepared.cache, "held-out")
+    resources = resources_for("train", config)
+    storage.probe()
+    storage.write("config.yaml", config.to_yaml().encode())
+    storage.write("run.json", json.dumps({"fingerprint": fingerprint}, indent=2).encode())
+
+    policy, reference = prepared.policy_identity(), prepared.reference.identity
+    samples = _sample_prompts(prepared)
+    job = TrainJob(
+        train=config.train, shuffle=config.data.shuffle, fingerprint=fingerprint,
+        policy=PolicySpec(path=prepared.policy_dir, dtype=prepared.dtype, lora=config.model.lora,
+                          trust_remote_code=config.model.trust_remote_code),
+        policy_identity=policy.digest, reference_identity=reference.digest,
+        starts_as_reference=policy.same_model(reference),
+        coarser_dtype="bfloat16" if "bfloat16" in (policy.dtype, reference.dtype) else "float32",
+        sample_prompts=samples, sample_stop=prepared.tokeniser.stop_ids)
+    base_name = config.model.path if is_hub_name(config.model.path) and not Path(config.model.path).is_dir() \
+        else prepared.policy_dir
+    with TrainingDisplay(console) as display:
+        trained = launch(job, pairs, held_out, resources, run_dir=config.run_dir, base_name=base_name,
+                         tokenizer=prepared.tokeniser.tokenizer, listener=display.listen)
+    summary = _summarise(prepared, storage, trained, built, samples)
+    storage.write("summary.json", json.dumps(summary, indent=2).encode())
+    print_summary(console, summary)
+    return summary
+
+
+def _sample_prompts(prepared: _Prepared) -> tuple[tuple[str, Any], ...]:
+    """(text, token ids) of the first held-out prompts, or training prompts where nothing is held out."""
+    count = prepared.config.train.sample_prompts
+    table = prepared.sets.eval if prepared.sets.eval is not None else prepared.sets.train
+    distinct = dict.fromkeys(tuple(ids) for ids in table["prompt_ids"].slice(0, 8 * count).to_pylist())
+    return tuple((prepared.tokeniser.tokenizer.decode(ids, skip_special_tokens=True), ids) for ids in list(distinct)[:count])
+
+
+def _summarise(prepared: _Prepared, storage: Storage, trained: dict[str, Any], built: BuildReport | None,
+               samples: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
+    config, decode = prepared.config, prepared.tokeniser.tokenizer.decode
+    steps, evals = read_rows(storage, "metrics.parquet"), read_rows(storage, "eval.parquet")
+    answers = zip(samples, trained["samples_before"], trained["samples_after"], strict=False)
+    return {
+        "name": config.run_name, "run_dir": config.run_dir, "raydpo": raydpo.__version__,
+        "steps": trained["steps"], "pairs_seen": trained["pairs"], "train_seconds": trained["seconds"],
+        "tokens_per_second": trained["tokens_per_second"], "gate": trained["gate"],
+        "first_loss": steps[0]["loss"], "last_loss": steps[-1]["loss"],
+        "training_pairs": prepared.sets.train.num_rows,
+        "held_out_pairs": 0 if prepared.sets.eval is None else prepared.sets.eval.num_rows,
+        "eval_before": evals[0] if evals else None, "eval_after": evals[-1] if evals else None,
+        "reference": {"path": config.reference_path, "adapter": config.reference.adapter,
+                      "identity": prepared.reference.identity.digest, "cache": config.cache_uri},
+        "cache_hit_rate": None if built is None else built.hit_rate,
+        "data": prepared.sets.report.to_dict(),
+        "samples": [{"prompt": text, "before": decode(before, skip_special_tokens=True),
+                     "after": decode(after, skip_special_tokens=True)} for (text, _), before, after in answers],
+        "fingerprint": prepared.fingerprint(),
+    }
+
+
+def _earlier_result(storage: Storage, fingerprint: dict[str, Any]) -> dict[str, Any] | None:
+    """The summary of a finished run of this name, None if it is new or interrupted.
+
+    Raises:
+        ConfigError: if a run of this name exists whose result would differ, with the list of differences.
+    """
+    if not storage.exists("run.json"):
+        return None
+    earlier = json.loads(storage.read("run.json"))["fingerprint"]
+    changes = changed_settings(earlier, fingerprint)
+    if changes:
+        raise ConfigError(f"{storage.uri} is a run with other settings ({'; '.join(changes)}). Give this one another name "
+                          "(name=...), or begin again with --fresh, which sets the old one aside")
+    return json.loads(storage.read("summary.json")) if storage.exists("summary.json") else None
+
+
+def _set_aside(storage: Storage, console: Console) -> None:
+    if not storage.exists("run.json"):
+        return
+    if not storage.is_local:
+        raise ConfigError(f"--fresh cannot rename {storage.uri} on an object store; give the run another name (name=...)")
+    path = Path(storage.root)
+    aside = next(candidate for number in range(1, 1 << 20)
+                 if not (candidate := path.with_name(f"{path.name}~{number}")).exists())
+    path.rename(aside)
+    console.say(f"the earlier run of this name is now {aside}")
+
+
+def _digest(table: pa.Table) -> str:
+    """Of the pairs in their order, as used: keys, truncated lengths, sources and weights."""
+    digest = hashlib.sha256()
+    for key_side, ids in (("chosen_key", "chosen_ids"), ("rejected_key", "rejected_ids")):
+        for key, length in zip(table[key_side].to_pylist(), pc.list_value_length(table[ids]).to_pylist(), strict=True):
+            digest.update(key + length.to_bytes(4, "little"))
+    for source, weight in zip(table["source"].to_pylist(), table["weight"].to_pylist(), strict=True):
+        digest.update(f"{source}\0{weight}\0".encode())
+    return digest.hexdigest()[:32]

@@ -1,0 +1,151 @@
+"""Ray from the outside: connect or start, what each stage may use, and what its errors really were."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from raydpo.config import Config
+from raydpo.errors import ConfigError, RaydpoError
+
+__all__ = ["Resources", "native_bfloat16", "original_error", "resources_for", "session"]
+
+WORKER_ENV = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else Ray Train repeats every print
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths stay what the user meant
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
+OBJECT_STORE_BYTES = 1 << 30
+"""Object store of a local Ray: token ids and log-probs are small; Ray's default of 30 % of memory is the models'."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one stage asks of Ray: so many workers, each with one device and so many threads (None: Ray decides)."""
+
+    workers: int
+    gpus_per_worker: float
+    threads: int | None
+
+    @property
+    def device(self) -> Literal["cuda", "cpu"]:
+        return "cuda" if self.gpus_per_worker else "cpu"
+
+
+@contextlib.contextmanager
+def session(config: Config) -> Iterator[None]:
+    """Ray for the length of the block: the cluster at ``ray.address`` or $RAY_ADDRESS, else a local one of our own.
+
+    A Ray that the calling program has already initialised is used and left running.
+    """
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    address = config.ray.address or os.environ.get("RAY_ADDRESS")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing leaves the machine unasked
+    runtime_env = {"env_vars": WORKER_ENV}
+    try:
+        if address:
+            ray.init(address=address, runtime_env=runtime_env, log_to_driver=False, logging_level="warning")
+        else:
+            # Logical CPUs only gate scheduling. Actors hold one each, and Ray Data's own tasks need some beside them, or
+            # the job would wait for itself in silence.
+            cpus = max(os.cpu_count() or 1, max(config.score.workers, config.train.workers) + 4)
+            ray.init(num_cpus=cpus, include_dashboard=False, runtime_env=runtime_env, log_to_driver=False,
+                     logging_level="warning", object_store_memory=_object_store_bytes())
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"cannot reach Ray at ray.address {address!r}: {' '.join(str(error).split())[:300]}"
+                          if address else f"cannot start a local Ray: {error}") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def resources_for(stage: Literal["score", "train"], config: Config) -> Resources:
+    """The resources of a stage on the Ray that is connected.
+
+    Raises:
+        ConfigError: if the cluster as it is can never hold them, and why. (Autoscaling clusters are given the benefit of
+            the doubt for GPUs they do not have yet.)
+    """
+    import ray
+
+    section = config.score if stage == "score" else config.train
+    total = ray.cluster_resources()
+    gpus = section.gpus_per_worker
+    if gpus is None:
+        gpus = 1.0 if total.get("GPU", 0) >= 1 else 0.0
+    if gpus * section.workers > total.get("GPU", 0) and not _autoscales():
+        raise ConfigError(f"{stage}.workers {section.workers} x {stage}.gpus_per_worker {gpus:g} needs "
+                          f"{gpus * section.workers:g} GPUs, the Ray cluster has {total.get('GPU', 0):g}; ask for fewer "
+                          f"({stage}.gpus_per_worker=0 runs on the CPU)")
+    needed = section.workers + (2 if stage == "score" else 1)
+    if needed > total.get("CPU", 0) and not _autoscales():
+        raise ConfigError(f"{stage}.workers {section.workers} needs {needed} CPUs of Ray (one each, and some beside them "
+                          f"for Ray Data), the cluster has {total.get('CPU', 0):g}; the job would wait for ever")
+    threads = None
+    if not gpus:
+        # Workers of one node share its cores; more threads than cores is the usual slowness of CPU jobs.
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        on_one_node = -(-section.workers // max(1, len(nodes)))
+        threads = max(1, (os.cpu_count() or 1) // on_one_node)
+    return Resources(section.workers, gpus, threads)
+
+
+def native_bfloat16() -> bool:
+    """Whether bfloat16 pays here: the cluster has GPUs, or this processor multiplies it natively."""
+    import ray
+
+    if ray.is_initialized() and ray.cluster_resources().get("GPU", 0) >= 1:
+        return True
+    try:
+        with open("/proc/cpuinfo", encoding="ascii", errors="ignore") as stream:
+            flags = next((line.split() for line in stream if line.startswith("flags")), [])
+    except OSError:
+        return False
+    return "amx_bf16" in flags or "avx512_bf16" in flags
+
+
+def original_error(error: BaseException, doing: str) -> RaydpoError:
+    """What a Ray exception is really about: our own error from a worker, or one sentence about theirs."""
+    seen: set[int] = set()
+    todo: list[BaseException | None] = [error]
+    deepest = error
+    while todo:
+        current = todo.pop(0)
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        if isinstance(current, RaydpoError):
+            return current
+        deepest = current
+        todo += [getattr(current, "cause", None), getattr(current, "__cause__", None)]
+        todo += list(getattr(current, "worker_failures", {}).values())
+    lines = [line for line in str(deepest).strip().splitlines() if line.strip()]
+    summary = lines[-1].strip() if lines else type(deepest).__name__
+    return RaydpoError(f"{doing} failed: {type(deepest).__name__}: {summary}")
+
+
+def _autoscales() -> bool:
+    from ray._private.worker import global_worker
+
+    try:
+        return bool(global_worker.gcs_client.internal_kv_get(b"__autoscaling_config", None))
+    except Exception:  # a private question whose answer only softens an error
+        return False
+
+
+def _object_store_bytes() -> int:
+    try:
+        return min(OBJECT_STORE_BYTES, shutil.disk_usage("/dev/shm").free // 2)
+    except OSError:
+        return OBJECT_STORE_BYTES

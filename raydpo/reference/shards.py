@@ -1,0 +1,107 @@
+"""Which completions a run wants, and how the scoring of them is cut into shards, each committed as one part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from raydpo.model.logps import PromptGroup
+from raydpo.reference.store import ReferenceCache
+
+__all__ = ["Completion", "Shard", "plan_shards", "still_missing", "wanted_completions"]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One completion that a run needs log-probs for: those of its first ``len(tokens)`` tokens."""
+
+    key: bytes
+    prompt: np.ndarray
+    tokens: np.ndarray
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and completion together."""
+        return len(self.prompt) + len(self.tokens)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Completions that are scored and committed together, grouped by prompt."""
+
+    groups: tuple[tuple[Completion, ...], ...]
+
+    @property
+    def completions(self) -> list[Completion]:
+        return [completion for group in self.groups for completion in group]
+
+    @property
+    def tokens(self) -> int:
+        return sum(completion.length for completion in self.completions)
+
+    def prompt_groups(self) -> list[PromptGroup]:
+        return [PromptGroup(group[0].prompt, tuple(completion.tokens for completion in group)) for group in self.groups]
+
+
+def wanted_completions(tables: Iterable[pa.Table]) -> list[Completion]:
+    """The distinct completions of tokenised pairs (``data.pairs.PAIR_SCHEMA``), each as long as its longest use."""
+    wanted: dict[bytes, Completion] = {}
+    for table in tables:
+        prompts = _rows(table, "prompt_ids")
+        for side in ("chosen", "rejected"):
+            keys = table[f"{side}_key"].to_pylist()
+            for key, prompt, tokens in zip(keys, prompts, _rows(table, f"{side}_ids"), strict=True):
+                known = wanted.get(key)
+                if known is None or len(known.tokens) < len(tokens):
+                    wanted[key] = Completion(key, prompt, tokens)
+    return list(wanted.values())
+
+
+def plan_shards(wanted: Sequence[Completion], tokens_per_shard: int) -> list[Shard]:
+    """All wanted completions, by prompt, longest first, in shards of about so many tokens.
+
+    A pure function of what is wanted, not of what is missing: a build that was killed and started again forms the same
+    shards, hence the same batches, hence the same bits.
+    """
+    groups: dict[bytes, list[Completion]] = {}
+    for completion in wanted:
+        groups.setdefault(completion.prompt.tobytes(), []).append(completion)
+    ordered = sorted(groups.values(), key=lambda group: (-max(one.length for one in group), min(one.key for one in group)))
+    shards: list[list[tuple[Completion, ...]]] = []
+    size = 0
+    for group in ordered:
+        if not shards or size >= tokens_per_shard:
+            shards.append([])
+            size = 0
+        shards[-1].append(tuple(sorted(group, key=lambda one: one.key)))
+        size += sum(one.length for one in group)
+    return [Shard(tuple(groups)) for groups in shards]
+
+
+def still_missing(shards: Sequence[Shard], cache: ReferenceCache) -> list[Shard]:
+    """The shards without the completions that ``cache`` already holds; shards that it holds whole are left out."""
+    completions = [completion for shard in shards for completion in shard.completions]
+    if not completions:
+        return []
+    keys = pa.array([completion.key for completion in completions], pa.binary(16))
+    covered = cache.covers(keys, np.array([len(completion.tokens) for completion in completions]))
+    present = {completion.key for completion, there in zip(completions, covered, strict=True) if there}
+    remaining = []
+    for shard in shards:
+        groups = [tuple(one for one in group if one.key not in present) for group in shard.groups]
+        if any(groups):
+            remaining.append(Shard(tuple(group for group in groups if group)))
+    return remaining
+
+
+def _rows(table: pa.Table, column: str) -> list[np.ndarray]:
+    """A list column as one array per row, without a Python object per token."""
+    rows: list[np.ndarray] = []
+    for chunk in table[column].chunks:
+        flat = chunk.values.to_numpy()
+        offsets = chunk.offsets.to_numpy()
+        rows += [flat[start:end] for start, end in zip(offsets[:-1], offsets[1:], strict=True)]
+    return rows

@@ -1,0 +1,200 @@
+"""The policy inside DeepSpeed: one place for everything DeepSpeed needs to be told.
+
+Works on a bare GPU or CPU machine with torch and deepspeed; ranks find each other through torch.distributed's usual
+environment variables or a process group that exists already.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from raydpo.config import LoraSettings, TrainConfig
+from raydpo.errors import TrainError
+from raydpo.model.load import add_lora, load_causal_lm
+from raydpo.model.logps import Layout, LogpModel
+
+__all__ = ["PolicyEngine", "PolicySpec", "join_process_group"]
+
+_TAG = "state"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicySpec:
+    """The policy as it starts.
+
+    Attributes:
+        path: local directory of the model.
+        dtype: ``float32`` or ``bfloat16``.
+        lora: adapters to train, or None for full fine-tuning.
+    """
+
+    path: str
+    dtype: str
+    lora: LoraSettings | None
+    trust_remote_code: bool = False
+
+
+def join_process_group(device: torch.device) -> None:
+    """Set up DeepSpeed's communication: nccl on GPUs, gloo on CPUs."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")
+    import deepspeed
+
+    if device.type == "cpu":
+        # Else DeepSpeed compiles a C++ op at start (a minute, and a failure where there is no compiler) that only its
+        # inference engine uses.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Before any model is loaded: transformers partitions weights for ZeRO-3 while loading, over DeepSpeed's group.
+    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
+
+
+class PolicyEngine:
+    """The trainable policy on this rank: log-probs, backward, step, checkpoints, gathered weights."""
+
+    def __init__(self, spec: PolicySpec, train: TrainConfig, device: torch.device) -> None:
+        import deepspeed
+        from transformers.integrations import HfDeepSpeedConfig
+
+        self.device, self.zero, self.lora = device, train.zero, spec.lora
+        self.clip = train.clip
+        settings = _deepspeed_config(train, spec.dtype)
+        # Must outlive loading: transformers looks it up to partition weights as they are read.
+        self._partitioned_loading = HfDeepSpeedConfig(settings) if train.zero == 3 else None
+        model = load_causal_lm(spec.path, spec.dtype, trust_remote_code=spec.trust_remote_code,
+                               device="cpu" if train.zero == 3 else device)
+        if spec.lora is not None:
+            model = add_lora(model, spec.lora, train.seed)
+        module = LogpModel(model)
+        if train.zero != 3:
+            module.check(device)
+        if train.gradient_checkpointing:
+            module.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trainable, lr=train.lr, weight_decay=train.weight_decay, betas=(0.9, 0.999), eps=1e-8,
+                                      fused=device.type == "cuda" or None)
+        exact = _float32_buffers(module)
+        self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+        # DeepSpeed's bf16 mode rounds buffers too, among them the rotary frequencies, which would make the policy another
+        # function than the reference was scored with.
+        _restore_buffers(module, exact)
+        self.module = module
+        self.trainable = trainable
+
+    @property
+    def world_size(self) -> int:
+        return dist.get_world_size()
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank()
+
+    def logps(self, layout: Layout) -> Tensor:
+        """float32 log-probs [N] of a micro-batch's completion tokens, with gradient in training mode."""
+        layout = layout.to(self.device)
+        return self.engine(layout.input_ids, layout.positions, layout.targets)
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """No gradient, and modules in evaluation mode."""
+        self.engine.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.engine.train()
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradient of this rank's share of the step's mean loss; ``last`` marks the step's last micro-batch.
+
+        DeepSpeed averages gradients over ranks; the loss is multiplied by their number, so that shares add up instead.
+        """
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
+
+    def step(self, learning_rate: float) -> float:
+        """Clip and apply the gradients; returns their global norm before clipping.
+
+        A norm that is not finite leaves the weights as they are under ZeRO 1 to 3; the caller must stop.
+        """
+        norm = self._plain_norm() if self.zero == 0 else None
+        if norm is not None and not torch.isfinite(torch.tensor(norm)):
+            return norm
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm()) if norm is None else norm
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """All-reduce in place."""
+        dist.all_reduce(values, op=dist.ReduceOp.SUM)
+        return values
+
+    def save(self, directory: Path) -> None:
+        """Write this rank's share of a checkpoint. With LoRA the frozen base is left out."""
+        self.engine.save_checkpoint(str(directory), tag=_TAG, exclude_frozen_parameters=self.lora is not None)
+
+    def load(self, directory: Path) -> None:
+        """Continue from ``save``.
+
+        Raises:
+            TrainError: if the checkpoint is incomplete or of another shape.
+        """
+        path, _ = self.engine.load_checkpoint(str(directory), tag=_TAG, load_module_strict=self.lora is None)
+        if path is None:
+            raise TrainError(f"the checkpoint in {directory} is incomplete")
+
+    def gather(self) -> dict[str, Tensor]:
+        """The policy's weights on the CPU of rank 0 (elsewhere an empty dict); with LoRA the adapters' alone.
+
+        Every rank must call it: under ZeRO-3 each weight is gathered in turn, so that no GPU ever holds them all.
+        """
+        import deepspeed
+
+        gathered: dict[str, Tensor] = {}
+        for name, parameter in self.module.policy.named_parameters():
+            if self.lora is not None and not parameter.requires_grad:
+                continue
+            with deepspeed.zero.GatheredParameters([parameter], enabled=self.zero == 3):
+                if self.rank == 0:
+                    gathered[name] = parameter.detach().to("cpu", copy=True)
+        return gathered
+
+    def _plain_norm(self) -> float:
+        """Without ZeRO DeepSpeed does not tell the gradient norm; after the all-reduce every rank has all gradients."""
+        gradients = [parameter.grad for parameter in self.trainable if parameter.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+
+
+def _deepspeed_config(train: TrainConfig, dtype: str) -> dict[str, Any]:
+    return {
+        # Micro-batches are ours: their number differs from step to step. A global batch size given here would trip
+        # DeepSpeed's own arithmetic while transformers loads under ZeRO-3.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        # No clipping is a bound that is never reached: DeepSpeed then still computes the norm.
+        "gradient_clipping": train.clip if train.clip is not None else 1e30,
+        "zero_optimization": {"stage": train.zero},
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "steps_per_print": 1_000_000_000,
+        "wall_clock_breakdown": False,
+    }
+
+
+def _float32_buffers(module: nn.Module) -> dict[str, Tensor]:
+    return {name: buffer.clone() for name, buffer in module.named_buffers() if buffer.dtype == torch.float32}
+
+
+def _restore_buffers(module: nn.Module, exact: dict[str, Tensor]) -> None:
+    for name, buffer in exact.items():
+        owner, _, leaf = name.rpartition(".")
+        parent = module.get_submodule(owner)
+        parent._buffers[leaf] = buffer.to(parent._buffers[leaf].device)

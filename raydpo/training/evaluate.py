@@ -1,0 +1,85 @@
+"""Log-probs of any pairs by the policy as it is, over all ranks: for held-out evaluation and for the gate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from raydpo.config import TrainConfig
+from raydpo.data.plan import split_over_ranks
+from raydpo.losses import PairLogps, preference_loss
+from raydpo.model.logps import lay_out
+from raydpo.training.engine import PolicyEngine
+from raydpo.training.metrics import PairSums
+from raydpo.training.pairs import TrainingPairs
+
+__all__ = ["Comparison", "compare", "evaluate", "pair_logps"]
+
+
+def pair_logps(pairs: TrainingPairs, rows: Sequence[int], policy_logps: torch.Tensor) -> PairLogps:
+    """Sums over completions of ``policy_logps``, the flat [N] log-probs of the layout of ``pairs.groups(rows)``."""
+    device = policy_logps.device
+    lengths = torch.tensor([length for row in rows for length in
+                            (pairs.lengths.chosen[row], pairs.lengths.rejected[row])], device=device)
+    owner = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths, output_size=len(policy_logps))
+    # In float64: the margin is a small difference of sums of hundreds of nats.
+    sums = torch.zeros(len(lengths), dtype=torch.float64, device=device).index_add(0, owner, policy_logps.double())
+    chosen, rejected = sums.view(-1, 2).unbind(1)
+    index = np.asarray(rows)
+    tokens = lengths.view(-1, 2).double().unbind(1)
+    return PairLogps(chosen, rejected, torch.from_numpy(pairs.ref_chosen[index]).to(device),
+                     torch.from_numpy(pairs.ref_rejected[index]).to(device), *tokens)
+
+
+def evaluate(engine: PolicyEngine, pairs: TrainingPairs, train: TrainConfig) -> dict[str, float]:
+    """Metrics over all ``pairs``, each prefixed ``eval_``; the same on every rank."""
+    sums = PairSums(pairs.source_names, engine.device)
+    plan = split_over_ranks(range(len(pairs)), pairs.lengths.longest, world_size=engine.world_size,
+                            tokens_per_batch=train.tokens_per_batch)
+    with engine.evaluating():
+        for batch in plan[engine.rank]:
+            logps = pair_logps(pairs, batch.pairs, engine.logps(lay_out(pairs.groups(batch.pairs))))
+            if batch.counts:
+                loss = preference_loss(train.loss, logps, beta=train.beta, label_smoothing=train.label_smoothing)
+                sums.add(loss, logps, torch.from_numpy(pairs.sources[list(batch.pairs)]).long().to(engine.device))
+    engine.sum_over_ranks(sums.values)
+    return {f"eval_{name}": value for name, value in sums.metrics().items()}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Policy against stored reference, by pair: arrays [pairs], in nats.
+
+    Attributes:
+        token_gap: largest absolute difference of a single token.
+        mean_gap: mean absolute difference of a token.
+        chosen_gap, rejected_gap: difference of the sums over the completion; 0 if the policy is the reference.
+    """
+
+    rows: np.ndarray
+    token_gap: np.ndarray
+    mean_gap: np.ndarray
+    chosen_gap: np.ndarray
+    rejected_gap: np.ndarray
+
+
+def compare(engine: PolicyEngine, pairs: TrainingPairs, rows: Sequence[int], tokens_per_batch: int) -> Comparison:
+    """Score ``rows`` with the policy as it is and compare token by token; the same result on every rank."""
+    rows = list(rows)
+    place = {row: index for index, row in enumerate(rows)}
+    gaps = torch.zeros(4, len(rows), dtype=torch.float64, device=engine.device)
+    plan = split_over_ranks(rows, pairs.lengths.longest, world_size=engine.world_size, tokens_per_batch=tokens_per_batch)
+    with engine.evaluating():
+        for batch in plan[engine.rank]:
+            layout = lay_out(pairs.groups(batch.pairs))
+            flat = engine.logps(layout).double().cpu().numpy()
+            completions = iter(np.split(flat, np.cumsum(layout.lengths)[:-1]))
+            for row in batch.pairs if batch.counts else ():
+                gap_chosen, gap_rejected = (next(completions) - stored for stored in pairs.reference(row))
+                every = np.abs(np.concatenate([gap_chosen, gap_rejected]))
+                # Written by the one rank that owns the pair; the sum over ranks fills in the others'.
+                gaps[:, place[row]] = torch.tensor([every.max(), every.mean(), gap_chosen.sum(), gap_rejected.sum()])
+    return Comparison(np.array(rows), *engine.sum_over_ranks(gaps).cpu().numpy())

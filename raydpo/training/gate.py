@@ -1,0 +1,103 @@
+"""The gate before the first step: are the stored log-probs those of the policy as it starts?
+
+If the policy starts as the reference, the two must agree up to rounding and the first loss must be what the loss gives at
+a margin of zero (ln 2 for sigmoid). A gap beyond rounding means a cache of other weights, other tokens or altered values:
+the run stops before it can train on it. Reference values are never derived from the policy, here or anywhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from raydpo.config import TrainConfig
+from raydpo.errors import GateError
+from raydpo.losses import PairLogps, preference_loss
+from raydpo.training.evaluate import Comparison
+from raydpo.training.pairs import TrainingPairs
+
+__all__ = ["GateReport", "expected_first_loss", "gate_rows", "judge"]
+
+TOLERANCES = {"float32": (1e-3, 2e-2), "bfloat16": (0.1, 3.0)}
+"""By the coarser of the two precisions: mean gap of a pair's tokens, and gap of any one token, in nats. Rounding stays an
+order of magnitude below; other weights or other tokens lie far above."""
+
+
+@dataclass(frozen=True)
+class GateReport:
+    """Outcome of the gate: gaps in nats, over ``pairs`` pairs."""
+
+    pairs: int
+    mean_gap: float
+    worst_gap: float
+    worst_pair: str
+    margin_std: float
+    first_loss: float
+
+    def line(self) -> str:
+        return (f"step-0 gate: {self.pairs} pairs scored again, cached and live log-probs differ by {self.mean_gap:.2g} nats "
+                f"a token on average, {self.worst_gap:.2g} at most (pair {self.worst_pair}); loss {self.first_loss:.6f}")
+
+
+def gate_rows(pairs: TrainingPairs, first_step: np.ndarray, *, count: int, seed: int) -> list[int]:
+    """Which pairs to score again: a third from the first step, a third the most extreme stored values (the lowest and the
+    highest log-prob per token, where an altered value shows), the rest at random."""
+    total = len(pairs)
+    if count >= total:
+        return list(range(total))
+    per_token = np.stack([pairs.ref_chosen / pairs.lengths.chosen, pairs.ref_rejected / pairs.lengths.rejected])
+    lowest, highest = np.argsort(per_token.min(0), kind="stable"), np.argsort(-per_token.max(0), kind="stable")
+    extremes = np.stack([lowest, highest], axis=1).ravel()
+    shuffled = np.random.default_rng(seed).permutation(total)
+    rows: dict[int, None] = {}
+    for candidates, size in ((first_step, count // 3), (extremes, 2 * (count // 3)), (shuffled, count)):
+        for row in candidates:
+            if len(rows) >= size:
+                break
+            rows.setdefault(int(row))
+    return list(rows)
+
+
+def expected_first_loss(train: TrainConfig) -> float:
+    """The loss at a margin of zero: ln 2 for sigmoid."""
+    zero, one = torch.zeros(1), torch.ones(1)
+    logps = PairLogps(zero, zero, zero, zero, one, one)
+    return preference_loss(train.loss, logps, beta=train.beta, label_smoothing=train.label_smoothing).losses.item()
+
+
+def judge(comparison: Comparison, pairs: TrainingPairs, train: TrainConfig, *, dtype: str, policy: str,
+          reference: str) -> GateReport:
+    """Accept the comparison or stop the run.
+
+    Args:
+        pairs: what was compared.
+        dtype: the coarser precision of policy and reference.
+        policy, reference: digests of the identities of the policy as it starts and of the cache.
+
+    Raises:
+        GateError: beyond tolerance, naming both identities and the worst pair.
+    """
+    zero = torch.zeros(len(comparison.rows), dtype=torch.float64)
+    logps = PairLogps(torch.from_numpy(comparison.chosen_gap), torch.from_numpy(comparison.rejected_gap), zero, zero,
+                      *(torch.from_numpy(tokens[comparison.rows].astype(np.float64)) for tokens in
+                        (pairs.lengths.chosen, pairs.lengths.rejected)))
+    losses = preference_loss(train.loss, logps, beta=train.beta, label_smoothing=train.label_smoothing).losses
+    pair_ids = [pairs.ids[int(row)].as_py() for row in comparison.rows]
+    worst = int(np.argmax(comparison.token_gap))
+    report = GateReport(len(comparison.rows), float(comparison.mean_gap.mean()), float(comparison.token_gap.max()),
+                        pair_ids[worst], float((comparison.chosen_gap - comparison.rejected_gap).std()), float(losses.mean()))
+    mean_tolerance, token_tolerance = TOLERANCES[dtype]
+    over_mean = comparison.mean_gap.max() > mean_tolerance
+    if over_mean or report.worst_gap > token_tolerance or not np.isfinite(report.worst_gap):
+        if over_mean and not report.worst_gap > token_tolerance:
+            worst = int(np.argmax(comparison.mean_gap))
+        raise GateError(
+            f"the cached reference log-probs are not those of the policy as it starts: pair {pair_ids[worst]} differs by "
+            f"{comparison.mean_gap[worst]:.3g} nats a token on average and {comparison.token_gap[worst]:.3g} at most "
+            f"(tolerance {mean_tolerance:g} and {token_tolerance:g} in {dtype}); {report.pairs} pairs were compared, the "
+            f"first loss would be {report.first_loss:.6f} instead of {expected_first_loss(train):.6f}. Policy identity "
+            f"{policy}, cache identity {reference}. The cache was made by other weights or altered: delete the directory "
+            f"{reference} of the cache and run 'raydpo score' again")
+    return report

@@ -1,0 +1,246 @@
+"""Training on Ray: a TorchTrainer around ``loop.train_policy``, with checkpoints that survive the workers."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from raydpo.errors import RaydpoError
+from raydpo.ray_runtime import Resources, original_error
+from raydpo.storage import Storage
+from raydpo.training.loop import TrainJob
+
+__all__ = ["Listener", "launch"]
+
+POLL_SECONDS = 0.3
+CHECKPOINTS = "checkpoints"
+
+Listener = Callable[[str, Any], None]
+"""Called in the driver with (kind, content): kind is ``begin``, ``step``, ``evaluated`` or ``note``, as in ``loop.Hooks``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Payload:
+    """What every worker receives. Tables travel through Ray's object store, once a node."""
+
+    job: TrainJob
+    pairs: Any
+    held_out: Any
+    run_dir: str
+    threads: int | None
+    base_name: str
+    tokenizer: Any
+    board: Any
+
+
+def launch(job: TrainJob, pairs: pa.Table, held_out: pa.Table | None, resources: Resources, *, run_dir: str,
+           base_name: str, tokenizer: Any, listener: Listener) -> dict[str, Any]:
+    """Train to the end on Ray, continuing from the newest checkpoint in ``run_dir`` if there is one.
+
+    Args:
+        pairs, held_out: results of ``pairs.join_reference``.
+        base_name: how an exported adapter names its base model.
+
+    Returns:
+        The summary that rank 0 made, see ``loop.TrainSummary``.
+
+    Raises:
+        RaydpoError: what the workers raised; everything up to the newest checkpoint is kept.
+    """
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # reports wait for the controller's next look
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1800")  # an autoscaler may take its time
+    import ray
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    storage = Storage(run_dir)
+    board = ray.remote(num_cpus=0)(_Board).remote()
+    payload = _Payload(job=job, pairs=ray.put(pairs), held_out=None if held_out is None else ray.put(held_out),
+                       run_dir=storage.root if storage.is_local else run_dir, threads=resources.threads,
+                       base_name=base_name, tokenizer=tokenizer, board=board)
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"payload": payload},
+        torch_config=TorchConfig(backend="nccl" if resources.device == "cuda" else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=resources.workers, use_gpu=resources.device == "cuda",
+            resources_per_worker={"CPU": 1} | ({"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {})),
+        run_config=RunConfig(
+            name=CHECKPOINTS, storage_path=payload.run_dir,
+            failure_config=FailureConfig(max_failures=job.train.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=job.train.keep_checkpoints)),
+    )
+    with _listening(board, listener):
+        try:
+            trainer.fit()
+        except Exception as error:
+            raise ray.get(board.error.remote()) or original_error(error, "training") from error
+    error, summary = ray.get([board.error.remote(), board.summary.remote()])
+    if error is not None:
+        raise error
+    if summary is None:
+        raise RaydpoError(f"training ended without a result; see the logs in {run_dir}/logs")
+    return summary
+
+
+class _Board:
+    """An actor through which workers tell the driver what happens. (ray.train.report is for checkpoints: it is throttled.)"""
+
+    def __init__(self) -> None:
+        self._events: list[tuple[str, Any]] = []
+        self._error: RaydpoError | None = None
+        self._summary: dict[str, Any] | None = None
+
+    def put(self, kind: str, content: Any) -> None:
+        self._events.append((kind, content))
+
+    def drain(self) -> list[tuple[str, Any]]:
+        events, self._events = self._events, []
+        return events
+
+    def fail(self, error: RaydpoError) -> None:
+        self._error = self._error or error
+
+    def error(self) -> RaydpoError | None:
+        return self._error
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        self._summary = summary
+
+    def summary(self) -> dict[str, Any] | None:
+        return self._summary
+
+
+@contextlib.contextmanager
+def _listening(board: Any, listener: Listener) -> Any:
+    import ray
+
+    stop = threading.Event()
+
+    def listen() -> None:
+        while True:
+            last = stop.wait(POLL_SECONDS)
+            for kind, content in ray.get(board.drain.remote()):
+                listener(kind, content)
+            if last:
+                return
+
+    thread = threading.Thread(target=listen, name="raydpo-listener", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+class _RayHooks:
+    """``loop.Hooks`` of one worker: rank 0 keeps the run's records and tells the driver, all ranks report checkpoints."""
+
+    def __init__(self, payload: _Payload, rank: int) -> None:
+        self.payload, self.rank = payload, rank
+        self.storage = Storage(payload.run_dir)
+        self.records: Any = None
+
+    def begin(self, first_step: int, total_steps: int, facts: Mapping[str, Any]) -> None:
+        if self.rank == 0:
+            from raydpo.training.records import RunRecords
+
+            self.records = RunRecords(self.storage, first_step)
+            self._tell("begin", {"first_step": first_step, "total_steps": total_steps} | dict(facts))
+
+    def step(self, row: Mapping[str, float]) -> None:
+        if self.rank == 0:
+            self.records.add_step(row)
+            self._tell("step", dict(row))
+
+    def evaluated(self, row: Mapping[str, float]) -> None:
+        if self.rank == 0:
+            self.records.add_eval(row)
+            self._tell("evaluated", dict(row))
+
+    def note(self, line: str) -> None:
+        if self.rank == 0:
+            self._tell("note", line)
+
+    def checkpoint(self, directory: Path, step: int) -> None:
+        import ray.train
+        from ray.train import Checkpoint
+
+        if self.rank == 0:
+            self.records.flush()  # before the checkpoint counts: a resumed run keeps the rows up to its step
+        ray.train.report({"step": step}, checkpoint=Checkpoint.from_directory(str(directory)),
+                         checkpoint_dir_name=f"step-{step:08d}")
+        # report returns before the controller has registered the checkpoint; a worker that dies in between would lose it.
+        ray.train.get_all_reported_checkpoints()
+
+    def _tell(self, kind: str, content: Any) -> None:
+        self.payload.board.put.remote(kind, content)
+
+
+def _worker(config: dict[str, Any]) -> None:
+    """What runs in each Ray Train worker."""
+    import ray
+
+    payload: _Payload = config["payload"]
+    if ray.get(payload.board.error.remote()) is not None:
+        return  # Ray Train restarts workers whatever the reason; an error that will only repeat is not worth it
+    try:
+        _train(payload)
+    except RaydpoError as error:
+        ray.get(payload.board.fail.remote(error))
+
+
+def _train(payload: _Payload) -> None:
+    import ray
+    import ray.train
+    import torch
+    from ray.train.torch import get_device
+
+    from raydpo.training.engine import PolicyEngine, join_process_group
+    from raydpo.training.export import export_policy
+    from raydpo.training.loop import train_policy
+    from raydpo.training.pairs import TrainingPairs
+
+    rank, job = ray.train.get_context().get_world_rank(), payload.job
+    storage = Storage(payload.run_dir)
+    _log_to(storage, rank)
+    if payload.threads is not None:
+        torch.set_num_threads(payload.threads)
+    device = get_device()
+    join_process_group(device)
+    engine = PolicyEngine(job.policy, job.train, device)
+    pairs = TrainingPairs(ray.get(payload.pairs))
+    held_out = None if payload.held_out is None else TrainingPairs(ray.get(payload.held_out))
+    hooks = _RayHooks(payload, rank)
+    checkpoint = ray.train.get_checkpoint()
+    with (tempfile.TemporaryDirectory(prefix="raydpo-") as scratch,
+          checkpoint.as_directory() if checkpoint else contextlib.nullcontext() as directory):
+        summary = train_policy(job, pairs, held_out, engine, hooks, None if directory is None else Path(directory),
+                               Path(scratch))
+        final = Path(scratch) / "final"
+        export_policy(engine, job.policy, payload.base_name, payload.tokenizer, final)
+        if rank == 0:
+            storage.upload(final, "final")
+            hooks.records.close()
+            ray.get(payload.board.finish.remote(dataclasses.asdict(summary)))
+
+
+def _log_to(storage: Storage, rank: int) -> None:
+    """What libraries print goes to the run's logs where they can be appended to, else stays in Ray's own."""
+    if not storage.is_local:
+        return
+    log = Path(storage.path(f"logs/worker-{rank}.log"))
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "ab") as sink:
+        os.dup2(sink.fileno(), 1)
+        os.dup2(sink.fileno(), 2)

@@ -1,0 +1,219 @@
+"""The training of one policy on one rank, from the first step to the last. No Ray in here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from raydpo.config import TrainConfig
+from raydpo.data.plan import BatchPlan
+from raydpo.errors import TrainError
+from raydpo.losses import preference_loss
+from raydpo.model.logps import lay_out
+from raydpo.training.checkpoint import load_checkpoint, save_checkpoint
+from raydpo.training.engine import PolicyEngine, PolicySpec
+from raydpo.training.evaluate import compare, evaluate, pair_logps
+from raydpo.training.gate import expected_first_loss, gate_rows, judge
+from raydpo.training.metrics import PairSums
+from raydpo.training.pairs import TrainingPairs
+from raydpo.training.sample import greedy_answers
+from raydpo.training.schedule import learning_rate, warmup_steps
+
+__all__ = ["Hooks", "TrainJob", "TrainSummary", "train_policy"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainJob:
+    """What to train.
+
+    Attributes:
+        train: the settings.
+        shuffle: ``data.shuffle``.
+        policy: the policy as it starts.
+        policy_identity: digest of its identity, at the precision of training.
+        reference_identity: digest of the identity of the cached log-probs.
+        starts_as_reference: whether the two are the same function but for rounding.
+        coarser_dtype: the coarser of the two precisions.
+        fingerprint: everything that the result depends on, by name; a checkpoint of another one is refused.
+        sample_prompts: (text to show, token ids) of prompts to answer before and after.
+    """
+
+    train: TrainConfig
+    shuffle: bool
+    policy: PolicySpec
+    policy_identity: str
+    reference_identity: str
+    starts_as_reference: bool
+    coarser_dtype: str
+    fingerprint: Mapping[str, Any]
+    sample_prompts: tuple[tuple[str, np.ndarray], ...] = ()
+    sample_stop: tuple[int, ...] = ()
+
+
+class Hooks(Protocol):
+    """What the loop tells the outside. Rows are the same on every rank; all ranks call all hooks."""
+
+    def begin(self, first_step: int, total_steps: int, facts: Mapping[str, Any]) -> None:
+        """Training (re)starts after ``first_step`` finished steps."""
+
+    def step(self, row: Mapping[str, float]) -> None:
+        """A step is done."""
+
+    def evaluated(self, row: Mapping[str, float]) -> None:
+        """A held-out evaluation is done."""
+
+    def checkpoint(self, directory: Path, step: int) -> None:
+        """This rank's share of a checkpoint lies in ``directory``; return when it is safe."""
+
+    def note(self, line: str) -> None:
+        """Something to tell the user."""
+
+
+@dataclass
+class TrainSummary:
+    """What a finished training knows of itself."""
+
+    steps: int
+    pairs: int
+    seconds: float
+    tokens_per_second: float
+    gate: str | None = None
+    samples_before: list[list[int]] = field(default_factory=list)
+    samples_after: list[list[int]] = field(default_factory=list)
+
+
+def train_policy(job: TrainJob, pairs: TrainingPairs, held_out: TrainingPairs | None, engine: PolicyEngine, hooks: Hooks,
+                 checkpoint: Path | None, scratch: Path) -> TrainSummary:
+    """Train ``engine``'s policy to the last step.
+
+    Args:
+        checkpoint: directory of a checkpoint to continue from, or None to begin.
+        scratch: local directory for checkpoints in the making.
+
+    Raises:
+        GateError: if the stored log-probs are not the starting policy's.
+        TrainError: if a loss or gradient is not finite, or the checkpoint is of another run.
+    """
+    train = job.train
+    plan = BatchPlan(pairs.lengths, pairs.sources, pairs.weights, seed=train.seed, pairs_per_step=train.pairs_per_step,
+                     tokens_per_batch=train.tokens_per_batch, world_size=engine.world_size, shuffle=job.shuffle,
+                     epochs=train.epochs, steps=train.steps)
+    summary = TrainSummary(0, 0, 0.0, 0.0)
+    done = 0
+    if checkpoint is not None:
+        state = load_checkpoint(engine, checkpoint, job.fingerprint)
+        done, summary = state.step, TrainSummary(**state.summary)
+    hooks.begin(done, plan.total_steps, {"pairs": len(pairs), "steps_per_epoch": plan.steps_per_epoch,
+                                         "world_size": engine.world_size,
+                                         "held_out": 0 if held_out is None else len(held_out)})
+    if checkpoint is None:
+        summary.gate = _gate(job, plan, pairs, engine, hooks)
+        if held_out is not None:
+            hooks.evaluated({"step": 0} | evaluate(engine, held_out, train))
+        summary.samples_before = _samples(job, engine)
+
+    start, tokens_before = time.perf_counter(), summary.tokens_per_second * summary.seconds
+    seconds_before, tokens = summary.seconds, 0.0
+    while done < plan.total_steps:
+        row = train_step(done, plan, pairs, engine, train)
+        done += 1
+        tokens += row["tokens"]
+        summary.steps, summary.pairs = done, summary.pairs + int(row["pairs"])
+        summary.seconds = seconds_before + time.perf_counter() - start
+        summary.tokens_per_second = (tokens_before + tokens) / summary.seconds
+        if done == 1 and job.starts_as_reference:
+            _check_first_loss(row["loss"], job, hooks)
+        hooks.step({"step": done} | row)
+        last = done == plan.total_steps
+        if held_out is not None and (last or done % train.eval_every == 0):
+            hooks.evaluated({"step": done} | evaluate(engine, held_out, train))
+        if last:
+            summary.samples_after = _samples(job, engine)
+        if last or done % train.checkpoint_every == 0:
+            hooks.checkpoint(save_checkpoint(engine, scratch, done, job.fingerprint, summary), done)
+    return summary
+
+
+def train_step(step: int, plan: BatchPlan, pairs: TrainingPairs, engine: PolicyEngine,
+               train: TrainConfig) -> dict[str, float]:
+    """One optimizer step; returns its metrics, averaged over the step's pairs on all ranks.
+
+    Shapes: B = pairs of a micro-batch, N = its completion tokens.
+    """
+    start = time.perf_counter()
+    rows = plan.pairs(step)
+    micro_batches = plan.micro_batches(step, engine.rank)
+    sums = PairSums(pairs.source_names, engine.device)
+    for index, batch in enumerate(micro_batches):
+        logps_N = engine.logps(lay_out(pairs.groups(batch.pairs)))
+        logps = pair_logps(pairs, batch.pairs, logps_N)
+        loss = preference_loss(train.loss, logps, beta=train.beta, label_smoothing=train.label_smoothing)  # [B]
+        # The mean over the step's pairs, whichever rank and micro-batch they are in; a stand-in weighs nothing.
+        share = loss.losses.sum() / len(rows) * batch.counts
+        engine.backward(share.float(), last=index == len(micro_batches) - 1)
+        if batch.counts:
+            sums.add(loss, logps, torch.from_numpy(pairs.sources[list(batch.pairs)]).long().to(engine.device))
+    engine.sum_over_ranks(sums.values)
+    metrics = sums.metrics()
+    if not np.isfinite(metrics["loss"]):
+        raise TrainError(f"the loss of step {step + 1} is {metrics['loss']}; its pairs are {_names(pairs, rows)}. The "
+                         "weights were not updated. Lower train.lr, or look at these pairs with 'raydpo show'")
+    rate = learning_rate(step, peak=train.lr, schedule=train.schedule, total_steps=plan.total_steps,
+                         warmup=warmup_steps(train.warmup, plan.total_steps))
+    grad_norm = engine.step(rate)
+    if not np.isfinite(grad_norm):
+        raise TrainError(f"the gradient norm of step {step + 1} is {grad_norm}; its pairs are {_names(pairs, rows)}. "
+                         "Lower train.lr, or look at these pairs with 'raydpo show'")
+    seconds = time.perf_counter() - start
+    lengths = pairs.lengths
+    # Each prompt token of a pair counts once, however often it is computed.
+    tokens = float((lengths.prompt[rows] + lengths.chosen[rows] + lengths.rejected[rows]).sum())
+    return metrics | {"grad_norm": grad_norm, "learning_rate": rate, "epoch": (step + 1) / plan.steps_per_epoch,
+                      "pairs": float(len(rows)), "tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds,
+                      "pairs_per_second": len(rows) / seconds, "peak_memory_bytes": _peak_memory(engine.device)}
+
+
+def _gate(job: TrainJob, plan: BatchPlan, pairs: TrainingPairs, engine: PolicyEngine, hooks: Hooks) -> str:
+    if not job.starts_as_reference:
+        line = ("step-0 gate: the policy starts from another model than the reference "
+                f"{job.reference_identity}, so cached and live log-probs are not compared")
+    else:
+        rows = gate_rows(pairs, plan.pairs(0), count=job.train.gate_pairs, seed=job.train.seed)
+        comparison = compare(engine, pairs, rows, job.train.tokens_per_batch)
+        line = judge(comparison, pairs, job.train, dtype=job.coarser_dtype, policy=job.policy_identity,
+                     reference=job.reference_identity).line()
+    hooks.note(line)
+    return line
+
+
+def _check_first_loss(loss: float, job: TrainJob, hooks: Hooks) -> None:
+    expected = expected_first_loss(job.train)
+    tolerance = max(1.0, abs(expected)) * (1e-5 if job.coarser_dtype == "float32" else 1e-3)
+    gap = abs(loss - expected)
+    line = f"first loss {loss:.6f}, {gap:.1e} from {expected:.6f}, the loss of a policy that is the reference"
+    hooks.note(line if gap <= tolerance else f"warning: {line} (expected within {tolerance:.0e}): policy and reference "
+               "round differently; score.dtype=float32 and model.dtype=float32 remove it")
+
+
+def _samples(job: TrainJob, engine: PolicyEngine) -> list[list[int]]:
+    return greedy_answers(engine, [prompt for _, prompt in job.sample_prompts], job.train.sample_tokens, job.sample_stop)
+
+
+def _names(pairs: TrainingPairs, rows: Sequence[int]) -> str:
+    names = [pairs.ids[int(row)].as_py() for row in rows[:5]]
+    return ", ".join(names) + (f" and {len(rows) - 5} more" if len(rows) > 5 else "")
+
+
+def _peak_memory(device: torch.device) -> float:
+    """Bytes: of the GPU as torch allocated them, or of this process."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0

@@ -1,0 +1,101 @@
+"""What is measured over pairs, as sums that add up over micro-batches and ranks, under TRL's names.
+
+Everything is one float64 vector, so a step costs one all-reduce and a metric cannot depend on who computed which pair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from raydpo.losses import PairLogps, PreferenceLoss
+
+__all__ = ["PairSums"]
+
+_FIELDS = ("pairs", "loss", "chosen_rewards", "rejected_rewards", "margins", "wins", "logp_wins", "chosen_logps",
+           "rejected_logps", "chosen_tokens", "rejected_tokens", "fell", "chosen_logratio", "rejected_logratio",
+           "differences", "differences_sq", "margins_sq", "margins_x_differences")
+_SOURCE_FIELDS = ("pairs", "loss", "margins", "wins")
+
+
+class PairSums:
+    """Sums over pairs of everything a metric needs.
+
+    Args:
+        source_names: names of the sources; more than one adds metrics for each.
+    """
+
+    def __init__(self, source_names: Sequence[str], device: torch.device) -> None:
+        self.source_names = list(source_names)
+        self.values = torch.zeros(len(_FIELDS) + len(_SOURCE_FIELDS) * len(self.source_names), dtype=torch.float64,
+                                  device=device)
+
+    def add(self, loss: PreferenceLoss, logps: PairLogps, sources: Tensor) -> None:
+        """Add a micro-batch of B pairs; ``sources`` is int [B]. No value leaves the device."""
+        margins = (loss.chosen_rewards - loss.rejected_rewards).double()
+        difference = (logps.chosen_tokens - logps.rejected_tokens).double()
+        wins = _wins(margins)
+        chosen, rejected = logps.chosen.detach().double(), logps.rejected.detach().double()
+        chosen_logratio = chosen - logps.ref_chosen.double()
+        columns = (torch.ones_like(margins), loss.losses.detach().double(), loss.chosen_rewards.double(),
+                   loss.rejected_rewards.double(), margins, wins, _wins(chosen - rejected), chosen, rejected,
+                   logps.chosen_tokens.double(), logps.rejected_tokens.double(), (chosen_logratio < 0).double(),
+                   chosen_logratio, rejected - logps.ref_rejected.double(), difference, difference**2, margins**2,
+                   margins * difference)
+        self.values[: len(_FIELDS)] += torch.stack([column.sum() for column in columns])
+        by_source = self.values[len(_FIELDS) :].view(len(_SOURCE_FIELDS), -1)
+        for row, column in enumerate((columns[0], columns[1], margins, wins)):
+            by_source[row].index_add_(0, sources, column)
+
+    def metrics(self) -> dict[str, float]:
+        """Means over all pairs added (after an all-reduce: over all ranks).
+
+        ``rewards/accuracies`` is the share of pairs whose implicit reward prefers the chosen completion, a tie counting
+        one half, so that a policy that still is the reference has 0.5. ``logps/accuracies`` is the share to whose chosen
+        completion the policy gives the higher log-prob. ``logps/chosen_fell`` is the share whose chosen log-prob is below
+        the reference's. ``length/margin_correlation`` is Pearson's, between margin and chosen minus rejected tokens.
+        """
+        total = dict(zip(_FIELDS, self.values[: len(_FIELDS)].tolist(), strict=True))
+        pairs = total["pairs"]
+        row = {
+            "loss": total["loss"] / pairs,
+            "rewards/chosen": total["chosen_rewards"] / pairs,
+            "rewards/rejected": total["rejected_rewards"] / pairs,
+            "rewards/margins": total["margins"] / pairs,
+            "rewards/accuracies": total["wins"] / pairs,
+            "logps/chosen": total["chosen_logps"] / pairs,
+            "logps/rejected": total["rejected_logps"] / pairs,
+            "logps/accuracies": total["logp_wins"] / pairs,
+            "logps/chosen_fell": total["fell"] / pairs,
+            "logratio/chosen_per_token": total["chosen_logratio"] / total["chosen_tokens"],
+            "logratio/rejected_per_token": total["rejected_logratio"] / total["rejected_tokens"],
+            "length/chosen": total["chosen_tokens"] / pairs,
+            "length/rejected": total["rejected_tokens"] / pairs,
+            "length/margin_correlation": _correlation(total),
+        }
+        if len(self.source_names) > 1:
+            by_source = self.values[len(_FIELDS) :].view(len(_SOURCE_FIELDS), -1).tolist()
+            for index, name in enumerate(self.source_names):
+                count, loss, margins, wins = (column[index] for column in by_source)
+                if count:
+                    row |= {f"{name}/loss": loss / count, f"{name}/rewards/margins": margins / count,
+                            f"{name}/rewards/accuracies": wins / count}
+        return row
+
+
+def _wins(margins: Tensor) -> Tensor:
+    """1 where positive, 1/2 where zero."""
+    return (torch.sign(margins) + 1) / 2
+
+
+def _correlation(total: dict[str, float]) -> float:
+    """Pearson's correlation of margin and length difference; 0 where either does not vary."""
+    n = total["pairs"]
+    covariance = total["margins_x_differences"] - total["margins"] * total["differences"] / n
+    margin_variance = total["margins_sq"] - total["margins"] ** 2 / n
+    difference_variance = total["differences_sq"] - total["differences"] ** 2 / n
+    if margin_variance <= 1e-12 or difference_variance <= 1e-12:
+        return 0.0
+    return covariance / (margin_variance * difference_variance) ** 0.5

@@ -1,0 +1,121 @@
+"""Tokenised pairs joined with their reference log-probs, as a worker reads them: by row number, without copies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from raydpo.data.plan import PairLengths
+from raydpo.errors import CacheMissError
+from raydpo.model.logps import PromptGroup
+from raydpo.reference.store import ReferenceCache
+
+__all__ = ["TrainingPairs", "join_reference"]
+
+
+def join_reference(table: pa.Table, cache: ReferenceCache, what: str) -> pa.Table:
+    """``table`` with columns ``ref_chosen_logps`` and ``ref_rejected_logps`` (list<float32>, of the tokens in use).
+
+    Raises:
+        CacheMissError: if the cache lacks rows, or holds fewer of their tokens than needed: how many, of which sources,
+            the first few, and the command that fills them.
+    """
+    columns, lacking = {}, np.zeros(table.num_rows, dtype=bool)
+    for side in ("chosen", "rejected"):
+        found = cache.lookup(table[f"{side}_key"].combine_chunks())
+        needed = pc.list_value_length(table[f"{side}_ids"]).to_numpy()
+        lacking |= found["tokens"].to_numpy() < needed
+        columns[side] = (found["logps"], needed)
+    if lacking.any():
+        raise _miss(table, lacking, cache, what)
+    for side, (logps, needed) in columns.items():
+        table = table.append_column(f"ref_{side}_logps", _first_tokens(logps, needed))
+    return table
+
+
+def _first_tokens(logps: pa.ChunkedArray, needed: np.ndarray) -> pa.ListArray:
+    """The first ``needed[i]`` values of row i: what keep-start truncation leaves."""
+    rows = logps.combine_chunks()
+    rows = rows if isinstance(rows, pa.ListArray) else rows.chunk(0)
+    starts = rows.offsets.to_numpy()[:-1]
+    offsets = np.concatenate([[0], np.cumsum(needed)])
+    index = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], needed)
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), rows.values.take(pa.array(index)))
+
+
+def _miss(table: pa.Table, lacking: np.ndarray, cache: ReferenceCache, what: str) -> CacheMissError:
+    rows = table.filter(pa.array(lacking))
+    sources = ", ".join(f"{entry['values']}: {entry['counts']}" for entry in pc.value_counts(rows["source"]).to_pylist())
+    first = ", ".join(rows["pair_id"].slice(0, 3).to_pylist())
+    parts = [f"reference log-probs are missing for {rows.num_rows} of {table.num_rows} {what} pairs ({sources}; first: "
+             f"{first}) in {cache.storage.uri}, identity {cache.identity.digest}"]
+    others = [other for other in cache.identities(cache.storage) if other != cache.identity]
+    if rows.num_rows == table.num_rows and others:
+        parts += [f"the cache does hold identity {other.digest}, which is another reference "
+                  f"({'; '.join(cache.identity.differences(other))})" for other in others[:3]]
+    parts += cache.problems
+    return CacheMissError("; ".join(parts) + ". Run 'raydpo score' (or 'raydpo run') with this configuration to fill it")
+
+
+class TrainingPairs:
+    """Rows of ``join_reference``.
+
+    Attributes:
+        ids: name of each pair, ``source:row``.
+        source_names: names of the sources, in order of first appearance.
+        sources: number of the source of each pair, int [pairs].
+        weights: weight of each source, float [sources].
+    """
+
+    def __init__(self, table: pa.Table) -> None:
+        table = table.combine_chunks()
+        self._lists = {name: _Ragged(table[name]) for name in (
+            "prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps")}
+        self.ids = table["pair_id"]
+        encoded = table["source"].combine_chunks().dictionary_encode()
+        if isinstance(encoded, pa.ChunkedArray):
+            encoded = encoded.combine_chunks()
+        self.source_names: list[str] = encoded.dictionary.to_pylist()
+        self.sources = encoded.indices.to_numpy()
+        weights = table["weight"].to_numpy()
+        self.weights = np.array([weights[self.sources == source][0] for source in range(len(self.source_names))])
+        self.lengths = PairLengths(*(self._lists[name].lengths for name in ("prompt_ids", "chosen_ids", "rejected_ids")))
+        # Sums in float64: a long completion has hundreds of nats, of which the margin is the small difference.
+        self.ref_chosen = self._lists["ref_chosen_logps"].sums()
+        self.ref_rejected = self._lists["ref_rejected_logps"].sums()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def groups(self, rows: Sequence[int]) -> list[PromptGroup]:
+        """The pairs in ``rows``, each as the group (chosen, rejected)."""
+        lists = self._lists
+        return [PromptGroup(lists["prompt_ids"][row], (lists["chosen_ids"][row], lists["rejected_ids"][row])) for row in rows]
+
+    def reference(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """Per-token reference log-probs of the chosen and the rejected completion of one pair."""
+        return self._lists["ref_chosen_logps"][row], self._lists["ref_rejected_logps"][row]
+
+
+class _Ragged:
+    """A list column as one flat array and offsets."""
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        array = column.combine_chunks()
+        array = array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
+        self.offsets = array.offsets.to_numpy()
+        self.flat = array.values.to_numpy()
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        return self.flat[self.offsets[row] : self.offsets[row + 1]]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+    def sums(self) -> np.ndarray:
+        """float64 [rows]; every row has at least one value."""
+        return np.add.reduceat(self.flat[: self.offsets[-1]].astype(np.float64), self.offsets[:-1])

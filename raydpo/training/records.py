@@ -1,0 +1,76 @@
+"""The files a run leaves: metrics and evaluations as Parquet, the same for TensorBoard."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raydpo.storage import Storage
+
+__all__ = ["RunRecords", "read_rows"]
+
+
+def read_rows(storage: Storage, name: str) -> list[dict[str, float]]:
+    """The rows of one of a run's Parquet files; none if it is not there yet."""
+    if not storage.exists(name):
+        return []
+    return pq.read_table(pa.BufferReader(storage.read(name))).to_pylist()
+
+
+class RunRecords:
+    """Collects rows and writes them whole, so that a reader never sees half a file.
+
+    Args:
+        storage: the run directory.
+        from_step: rows of later steps that an interrupted run left are dropped; they will be made again.
+    """
+
+    def __init__(self, storage: Storage, from_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.storage = storage
+        self.steps = [row for row in read_rows(storage, "metrics.parquet") if row["step"] <= from_step]
+        self.evals = [row for row in read_rows(storage, "eval.parquet") if row["step"] <= from_step]
+        # TensorBoard appends to its files, which an object store cannot: there it is uploaded at the end.
+        self._board_dir = Path(storage.path("tensorboard")) if storage.is_local else Path(tempfile.mkdtemp())
+        self._board = SummaryWriter(str(self._board_dir), purge_step=from_step + 1 if from_step else None)
+
+    def add_step(self, row: Mapping[str, float]) -> None:
+        self.steps.append(dict(row))
+        self._to_board("train", row)
+
+    def add_eval(self, row: Mapping[str, float]) -> None:
+        self.evals.append(dict(row))
+        self._to_board("eval", row)
+
+    def flush(self) -> None:
+        """Write what there is to metrics.parquet and eval.parquet."""
+        for name, rows in (("metrics.parquet", self.steps), ("eval.parquet", self.evals)):
+            if rows:
+                self.storage.write(name, _to_parquet(rows))
+        self._board.flush()
+
+    def close(self) -> None:
+        self.flush()
+        self._board.close()
+        if not self.storage.is_local:
+            self.storage.upload(self._board_dir, "tensorboard")
+
+    def _to_board(self, group: str, row: Mapping[str, float]) -> None:
+        for name, value in row.items():
+            if name != "step":
+                self._board.add_scalar(f"{group}/{name.removeprefix('eval_')}", value, int(row["step"]))
+
+
+def _to_parquet(rows: list[dict[str, float]]) -> bytes:
+    names = list(dict.fromkeys(name for row in rows for name in row))  # a source may first appear in a later step
+    columns = {name: pa.array([row.get(name) for row in rows], pa.int64() if name == "step" else pa.float64())
+               for name in names}
+    sink = io.BytesIO()
+    pq.write_table(pa.table(columns), sink, compression="zstd")
+    return sink.getvalue()

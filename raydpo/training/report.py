@@ -1,0 +1,90 @@
+"""What a run tells: progress while it trains, a table of before and after, answers before and after."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.markup import escape
+
+from raydpo.console import Console
+
+__all__ = ["TrainingDisplay", "plain_text", "print_summary"]
+
+_TABLE = (
+    ("eval_loss", "loss"),
+    ("eval_rewards/accuracies", "preference accuracy (reward)"),
+    ("eval_rewards/margins", "reward margin"),
+    ("eval_logps/accuracies", "chosen more likely than rejected"),
+    ("eval_logps/chosen", "log-prob of chosen, nats"),
+    ("eval_logps/rejected", "log-prob of rejected, nats"),
+    ("eval_logps/chosen_fell", "pairs whose chosen fell"),
+    ("eval_length/margin_correlation", "margin ~ length difference (r)"),
+)
+
+
+class TrainingDisplay:
+    """Turns the events of ``training.launch`` into a progress bar and lines."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._bar: Any = None
+        self._line: Any = None
+
+    def __enter__(self) -> TrainingDisplay:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.__exit__(None, None, None)
+
+    def listen(self, kind: str, content: Any) -> None:
+        """One event: see ``training.launch.Listener``."""
+        getattr(self, f"_{kind}")(content)
+
+    def _begin(self, facts: dict[str, Any]) -> None:
+        first, total = facts["first_step"], facts["total_steps"]
+        if self._bar is not None:
+            self.console.warn(f"workers were restarted; continuing after step {first}")
+            self._bar.__exit__(None, None, None)
+        elif first:
+            self.console.say(f"continuing after step {first}")
+        self.console.say(f"training: {facts['pairs']:,} pairs, {total:,} steps ({facts['steps_per_epoch']:,} an epoch), "
+                         f"{facts['world_size']} worker(s)")
+        self._bar = self.console.progress("training", total, "steps", done=first)
+        self._line = self._bar.__enter__()
+
+    def _step(self, row: dict[str, float]) -> None:
+        self._line.update(int(row["step"]), f"loss {row['loss']:.4f}  accuracy {row['rewards/accuracies']:.2f}  "
+                                            f"{row['tokens_per_second']:,.0f} tokens/s")
+
+    def _evaluated(self, row: dict[str, float]) -> None:
+        self.console.say(f"  held out, step {int(row['step'])}: loss {row['eval_loss']:.4f}, accuracy "
+                         f"{row['eval_rewards/accuracies']:.3f}, margin {row['eval_rewards/margins']:.3f}")
+
+    def _note(self, line: str) -> None:
+        self.console.say(line)
+
+
+def print_summary(console: Console, summary: dict[str, Any]) -> None:
+    """The end of a run: ``summary`` is what summary.json holds."""
+    before, after = summary["eval_before"], summary["eval_after"]
+    if before and after:
+        console.table(f"held-out pairs: {summary['held_out_pairs']:,}", ("", "before", "after"),
+                      [(label, _figure(before[key]), _figure(after[key])) for key, label in _TABLE])
+    for sample in summary["samples"]:
+        console.print(f"[bold]prompt[/bold]  {escape(plain_text(sample['prompt']))}")
+        console.print(f"[bold]before[/bold]  {escape(plain_text(sample['before']))}")
+        console.print(f"[bold]after[/bold]   {escape(plain_text(sample['after']))}\n")
+    console.say(f"trained {summary['steps']:,} steps on {summary['pairs_seen']:,} pairs in {summary['train_seconds']:.0f} s "
+                f"({summary['tokens_per_second']:,.0f} tokens/s); first loss {summary['first_loss']:.6f}, last "
+                f"{summary['last_loss']:.6f}")
+    console.say(f"run directory: {summary['run_dir']}  (model in final/, metrics.parquet, eval.parquet, tensorboard/)")
+
+
+def plain_text(text: str) -> str:
+    """``text`` without terminal control characters: data and models may say anything."""
+    return "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text)
+
+
+def _figure(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 100 else f"{value:.1f}"

@@ -1,0 +1,30 @@
+"""Greedy answers of the policy as it is: a look at text before and after training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from raydpo.training.engine import PolicyEngine
+
+__all__ = ["greedy_answers"]
+
+
+def greedy_answers(engine: PolicyEngine, prompts: Sequence[np.ndarray], max_tokens: int,
+                   stop: Sequence[int]) -> list[list[int]]:
+    """Token ids of the answer to each prompt, one at a time.
+
+    Every rank answers: under ZeRO-3 each needs all the others' weights at every token.
+    """
+    answers = []
+    with engine.evaluating():
+        for prompt in prompts:
+            ids = torch.from_numpy(np.asarray(prompt, dtype=np.int64))[None].to(engine.device)
+            whole = engine.module.policy.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False,
+                temperature=None, top_p=None, top_k=None, pad_token_id=stop[0] if stop else None,
+                eos_token_id=list(stop) or None)
+            answers.append(whole[0, len(prompt):].tolist())
+    return answers
