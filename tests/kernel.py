@@ -1,0 +1,111 @@
+"""The kernels without Ray: tokenised tables of tiny pairs, scored and trained in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from tiny import make_tokenizer, preferences
+
+
+def tokenised(records: list[dict[str, str]], max_length: int = 512) -> pa.Table:
+    """Text records as rows of ``data.pairs.PAIR_SCHEMA``, in their order."""
+    from raydpo.data.keys import completion_key
+    from raydpo.data.pairs import PAIR_SCHEMA
+
+    tokenizer = make_tokenizer()
+    rows = []
+    for number, record in enumerate(records, 1):
+        prompt = np.array(tokenizer(record["prompt"])["input_ids"], np.int32)
+        row = {"pair_id": f"tiny:{number}", "source": "tiny", "weight": 1.0, "prompt_ids": prompt}
+        for side in ("chosen", "rejected"):
+            ids = np.array(tokenizer(record[side])["input_ids"] + [tokenizer.eos_token_id], np.int32)
+            row |= {f"{side}_ids": ids[: max_length - len(prompt)], f"{side}_key": completion_key(prompt, ids),
+                    f"{side}_full": len(ids)}
+        rows.append(row)
+    return pa.table([pa.array([row[name] for row in rows], PAIR_SCHEMA.field(name).type) for name in PAIR_SCHEMA.names],
+                    schema=PAIR_SCHEMA)
+
+
+def with_reference(table: pa.Table, model: Path, dtype: str = "float32", tokens_per_batch: int = 4096) -> pa.Table:
+    """``table`` with the reference log-probs of ``model``, scored in this process."""
+    from raydpo.model.logps import PromptGroup
+    from raydpo.reference.identity import identify
+    from raydpo.reference.score import ReferenceSpec, Scorer
+
+    spec = ReferenceSpec(path=str(model), adapter=None, identity=identify(model, dtype))
+    scorer = Scorer(spec, device="cpu", tokens_per_batch=tokens_per_batch)
+    ids = {name: [np.array(row, np.int32) for row in table[name].to_pylist()] for name in
+           ("prompt_ids", "chosen_ids", "rejected_ids")}
+    scored = scorer.score([PromptGroup(*row[:1], row[1:]) for row in
+                           zip(ids["prompt_ids"], ids["chosen_ids"], ids["rejected_ids"], strict=True)])
+    for side, column in enumerate(("ref_chosen_logps", "ref_rejected_logps")):
+        table = table.append_column(column, pa.array([row[side] for row in scored], pa.list_(pa.float32())))
+    return table
+
+
+@dataclass
+class Record:
+    """Hooks that remember. ``stop_after`` raises KeyboardInterrupt once so many steps of a run are done."""
+
+    steps: list[dict[str, float]] = field(default_factory=list)
+    evals: list[dict[str, float]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    checkpoints: dict[int, Path] = field(default_factory=dict)
+    keep: Path | None = None
+
+    def begin(self, first_step: int, total_steps: int, facts: Mapping[str, Any]) -> None:
+        pass
+
+    def step(self, row: Mapping[str, float]) -> None:
+        self.steps.append(dict(row))
+
+    def evaluated(self, row: Mapping[str, float]) -> None:
+        self.evals.append(dict(row))
+
+    def note(self, line: str) -> None:
+        self.notes.append(line)
+
+    def checkpoint(self, directory: Path, step: int) -> None:
+        if self.keep is not None:
+            import shutil
+
+            import torch.distributed as dist
+
+            target = self.keep / f"step-{step}"
+            shutil.copytree(directory, target, dirs_exist_ok=True)
+            dist.barrier()
+            self.checkpoints[step] = target
+
+
+def train_here(table: pa.Table, model: Path, scratch: Path, *, lora: dict[str, Any] | None = None, dtype: str = "float32",
+               shuffle: bool = True, checkpoint: Path | None = None, keep: Path | None = None,
+               starts_as_reference: bool = True, held_out: pa.Table | None = None, **train: Any) -> Record:
+    """Train in this process (and its ranks, if a process group says so) and return what happened."""
+    import torch
+
+    from raydpo.config import LoraSettings, TrainConfig
+    from raydpo.training.engine import PolicyEngine, PolicySpec, join_process_group
+    from raydpo.training.loop import TrainJob, train_policy
+    from raydpo.training.pairs import TrainingPairs
+
+    settings = TrainConfig(**{"lr": 1e-3, "pairs_per_step": 8, "tokens_per_batch": 1024, "checkpoint_every": 1000} | train)
+    spec = PolicySpec(path=str(model), dtype=dtype, lora=None if lora is None else LoraSettings(**lora))
+    device = torch.device("cpu")
+    join_process_group(device)
+    engine = PolicyEngine(spec, settings, device)
+    job = TrainJob(train=settings, shuffle=shuffle, policy=spec, policy_identity="policy", reference_identity="reference",
+                   starts_as_reference=starts_as_reference, coarser_dtype=dtype, fingerprint={"lr": settings.lr})
+    record = Record(keep=keep)
+    train_policy(job, TrainingPairs(table), None if held_out is None else TrainingPairs(held_out), engine, record,
+                 checkpoint, scratch)
+    record.engine = engine
+    return record
+
+
+def tiny_pairs(count: int = 33, seed: int = 0) -> pa.Table:
+    return tokenised(preferences(count, seed))
