@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from raydpo import errors
 from raydpo.config import Config
 from raydpo.errors import ConfigError, RaydpoError
 
@@ -117,22 +119,27 @@ def native_bfloat16() -> bool:
 
 def original_error(error: BaseException, doing: str) -> RaydpoError:
     """What a Ray exception is really about: our own error from a worker, or one sentence about theirs."""
-    seen: set[int] = set()
+    seen: list[BaseException] = []
     todo: list[BaseException | None] = [error]
-    deepest = error
     while todo:
         current = todo.pop(0)
-        if current is None or id(current) in seen:
+        if current is None or any(current is known for known in seen):
             continue
-        seen.add(id(current))
         if isinstance(current, RaydpoError):
             return current
-        deepest = current
-        todo += [getattr(current, "cause", None), getattr(current, "__cause__", None)]
-        todo += list(getattr(current, "worker_failures", {}).values())
-    lines = [line for line in str(deepest).strip().splitlines() if line.strip()]
-    summary = lines[-1].strip() if lines else type(deepest).__name__
-    return RaydpoError(f"{doing} failed: {type(deepest).__name__}: {summary}")
+        seen.append(current)
+        todo += [getattr(current, "cause", None), current.__cause__, *getattr(current, "worker_failures", {}).values()]
+    for known in seen:
+        # Of an actor that failed while it was made, only the text of its error arrives.
+        match = re.search(r"raydpo\.errors\.(\w+): (.+)", str(known))
+        kind = getattr(errors, match[1], None) if match else None
+        if isinstance(kind, type) and issubclass(kind, RaydpoError):
+            return kind(match[2])
+    # Ray adds empty exceptions of its own to the chain; the last one that says something is the origin.
+    told = [(type(known).__name__, lines[-1].strip()) for known in seen
+            if (lines := str(known).strip().splitlines()) and lines[-1].strip() != type(known).__name__]
+    kind, line = told[-1] if told else (type(error).__name__, "no message")
+    return RaydpoError(f"{doing} failed: {kind}: {line}")
 
 
 def _autoscales() -> bool:

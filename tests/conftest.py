@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # tests import tiny.py and distributed.py as plain modules
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "training")]  # tests import their helpers as plain modules
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Sequence
 
 import numpy as np
 
 __all__ = ["completion_key"]
 
+_PERSON = b"raydpo-key-1"
+"""Sets these digests apart from any other use of the hash; a change of the recipe changes the number."""
 
-def completion_key(prompt_ids: np.ndarray, completion_ids: np.ndarray) -> bytes:
+
+def completion_key(prompt_ids: Sequence[int] | np.ndarray, completion_ids: Sequence[int] | np.ndarray) -> bytes:
     """16 bytes over prompt and completion as tokenised, before truncation.
 
     BLAKE2b of both lengths and both arrays as little-endian uint32, so that moving the boundary between prompt and
     completion gives another key.
     """
-    digest = hashlib.blake2b(struct.pack("<QQ", len(prompt_ids), len(completion_ids)), digest_size=16, person=b"raydpo-key-1")
+    digest = hashlib.blake2b(struct.pack("<QQ", len(prompt_ids), len(completion_ids)), digest_size=16, person=_PERSON)
     for ids in (prompt_ids, completion_ids):
-        digest.update(np.asarray(ids, dtype="<u4").tobytes())
+        digest.update(np.ascontiguousarray(ids, dtype="<u4").tobytes())
     return digest.digest()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
@@ -13,8 +14,12 @@ __all__ = ["Malformed", "Preference", "normalise"]
 
 Message = dict[str, Any]
 Text = str | list[Message]
-_ROLES = ("system", "developer", "user", "assistant", "tool")
-_TURN = re.compile(r"\n\n(Human|Assistant):")
+_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "environment")
+_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+# What decides how a conversation is rendered and tokenised is not for a row to say: 'chat_template' would even be code.
+_RESERVED = frozenset({"conversation", "messages", "tools", "chat_template", "add_generation_prompt",
+                       "continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors",
+                       "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs", "sanitize_control_tokens"})
 
 
 class Malformed(Exception):
@@ -35,20 +40,30 @@ class Preference:
     def conversational(self) -> bool:
         return not isinstance(self.prompt, str)
 
+    @property
+    def several_turns(self) -> bool:
+        """Whether a completion goes on beyond the assistant: its user or tool messages are then trained on too."""
+        return self.conversational and any(
+            message["role"] != "assistant" for answer in (self.chosen, self.rejected) for message in answer)
+
 
 def normalise(record: Mapping[str, Any]) -> list[Preference]:
     """The preferences in one record; more than one where it ranks or scores several completions.
 
-    Formats: prompt, chosen, rejected as text; as messages (chosen and rejected may be the text of one assistant message);
-    messages with the prompt implicit, as what chosen and rejected have in common; HH-RLHF's transcripts; a prompt with
-    ``completions`` and their ranks (lower is better) or scores (higher is better).
+    Formats: prompt, chosen, rejected as text; as messages (chosen and rejected may be the text of one assistant message,
+    and may repeat the prompt); messages with the prompt implicit, as what chosen and rejected have in common; HH-RLHF's
+    transcripts; a prompt (or ``context``) with ``completions`` and their ranks (lower is better) or scores (higher is
+    better), best pairs first. ``tools`` and ``chat_template_kwargs`` may be JSON text.
 
     Raises:
         Malformed: with the reason.
     """
-    extras = {"tools": _json(record.get("tools"), "tools", list),
-              "template_kwargs": _json(record.get("chat_template_kwargs"), "chat_template_kwargs", dict) or {}}
-    prompt = record.get("prompt", record.get("context"))
+    tools = _json(record.get("tools"), "tools", list)
+    kwargs = _json(record.get("chat_template_kwargs"), "chat_template_kwargs", dict) or {}
+    for key in sorted(_RESERVED & kwargs.keys()):
+        raise Malformed(f"chat_template_kwargs must not set {key!r}")
+    prompt = record.get("prompt")
+    prompt = record.get("context") if prompt is None else prompt
     if record.get("completions") is not None:
         pairs = _ranked(prompt, record)
     else:
@@ -56,49 +71,70 @@ def normalise(record: Mapping[str, Any]) -> list[Preference]:
             if record.get(name) is None:
                 raise Malformed(f"missing column {name!r}")
         pairs = [(prompt, record["chosen"], record["rejected"])]
-    return [_preference(*pair, extras) for pair in pairs]
+    return [Preference(*_parts(*pair), tools=tools, template_kwargs=kwargs) for pair in pairs]
 
 
-def _preference(prompt: Any, chosen: Any, rejected: Any, extras: dict[str, Any]) -> Preference:
+def _parts(prompt: Any, chosen: Any, rejected: Any) -> tuple[Text, Text, Text]:
+    """Prompt, chosen and rejected, checked, all as text or all as messages."""
     if prompt is None:
         prompt, chosen, rejected = _implicit(chosen, rejected)
+    elif isinstance(prompt, str) and (isinstance(chosen, list) or isinstance(rejected, list)):
+        prompt, chosen, rejected = _text_beside_messages(prompt, chosen, rejected)
     if isinstance(prompt, str):
-        if not (isinstance(chosen, str) and isinstance(rejected, str)):
-            raise Malformed("prompt is text, but chosen or rejected is not")
-        if not prompt:
+        if not prompt.strip():
             raise Malformed("prompt is empty")
+        for answer, name in ((chosen, "chosen"), (rejected, "rejected")):
+            if not isinstance(answer, str):
+                raise Malformed(f"{name} is neither text nor messages")
     else:
         prompt = _messages(prompt, "prompt")
         if prompt[-1]["role"] == "assistant":
             raise Malformed("the last message of prompt is the assistant's")
-        chosen, rejected = (_messages([{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer, name)
-                            for answer, name in ((chosen, "chosen"), (rejected, "rejected")))
+        chosen, rejected = _answer(chosen, "chosen"), _answer(rejected, "rejected")
+        if all(answer[: len(prompt)] == prompt for answer in (chosen, rejected)):
+            chosen, rejected = chosen[len(prompt):], rejected[len(prompt):]
     for answer, name in ((chosen, "chosen"), (rejected, "rejected")):
         if not _says_something(answer):
             raise Malformed(f"{name} is empty")
+        if not isinstance(answer, str) and answer[0]["role"] != "assistant":
+            raise Malformed("chosen and rejected do not begin with the assistant after the prompt")
     if chosen == rejected:
         raise Malformed("chosen equals rejected")
-    return Preference(prompt, chosen, rejected, **extras)
+    return prompt, chosen, rejected
 
 
-def _implicit(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
+def _implicit(chosen: Any, rejected: Any) -> tuple[Text, Text, Text]:
+    """The common messages are the prompt, as TRL's extract_prompt has it."""
     if isinstance(chosen, str) and isinstance(rejected, str):
         if not (_TURN.match(chosen) and _TURN.match(rejected)):
             raise Malformed("missing column 'prompt'")
         chosen, rejected = _transcript(chosen), _transcript(rejected)
     if not (isinstance(chosen, list) and isinstance(rejected, list)):
         raise Malformed("missing column 'prompt'")
-    common = 0
-    while common < min(len(chosen), len(rejected)) and chosen[common] == rejected[common]:
+    chosen, rejected = _messages(chosen, "chosen"), _messages(rejected, "rejected")
+    if chosen == rejected:
+        raise Malformed("chosen equals rejected")
+    common, shorter = 0, min(len(chosen), len(rejected))
+    while common < shorter and chosen[common] == rejected[common]:
         common += 1
-    # The answers themselves may begin alike (or be a prefix of each other); the prompt ends where the assistant is asked.
-    while common and _role(chosen[common - 1]) == "assistant":
-        common -= 1
+    while common == shorter and common and chosen[common - 1]["role"] == "assistant":
+        common = shorter = common - 1  # one is the beginning of the other: its last answer is still an answer
     if not common:
         raise Malformed("chosen and rejected have no prompt in common")
-    if common == len(chosen) or common == len(rejected):
-        raise Malformed("chosen or rejected has nothing after the prompt")
     return chosen[:common], chosen[common:], rejected[common:]
+
+
+def _text_beside_messages(prompt: str, chosen: Any, rejected: Any) -> tuple[Text, Text, Text]:
+    """A text prompt beside message lists: it is the user's message, or repeats one that the lists already hold."""
+    chosen, rejected = _answer(chosen, "chosen"), _answer(rejected, "rejected")
+    if not prompt.strip():
+        raise Malformed("prompt is empty")
+    if chosen[0]["role"] == "assistant" and rejected[0]["role"] == "assistant":
+        return [{"role": "user", "content": prompt}], chosen, rejected
+    shared, chosen, rejected = _implicit(chosen, rejected)
+    if not any(str(message.get("content")).strip() == prompt.strip() for message in shared):
+        raise Malformed("prompt is text that the messages of chosen and rejected do not share")
+    return shared, chosen, rejected
 
 
 def _transcript(text: str) -> list[Message]:
@@ -109,64 +145,75 @@ def _transcript(text: str) -> list[Message]:
 
 
 def _ranked(prompt: Any, record: Mapping[str, Any]) -> list[tuple[Any, Any, Any]]:
+    """All pairs of completions of strictly different rank."""
     if prompt is None:
         raise Malformed("missing column 'prompt'")
-    answers = list(record["completions"])
-    if record.get("scores") is not None:
-        order = [-float(score) for score in record["scores"]]
-    elif record.get("ranks") is not None:
-        order = [float(rank) for rank in record["ranks"]]
-    else:
-        try:
-            if all("rank" in answer for answer in answers):
-                order = [float(answer["rank"]) for answer in answers]
-            else:
-                order = [-float(answer["score"]) for answer in answers]
-        except (TypeError, KeyError, ValueError):
-            raise Malformed("completions have neither ranks nor scores") from None
-    answers = [answer.get("completion", answer.get("content")) if isinstance(answer, Mapping) else answer
-               for answer in answers]
-    if len(order) != len(answers):
-        raise Malformed("completions and their ranks or scores differ in number")
-    ranked = sorted(range(len(answers)), key=lambda index: order[index])
-    pairs = [(prompt, answers[better], answers[worse]) for better, worse in combinations(ranked, 2)
-             if order[better] < order[worse]]
+    entries = record["completions"]
+    if not isinstance(entries, list) or len(entries) < 2:
+        raise Malformed("completions is not a list of two or more")
+    places = _places(entries, record)
+    answers = [next((entry[key] for key in ("completion", "response", "content") if entry.get(key) is not None), None)
+               if isinstance(entry, Mapping) and "role" not in entry else entry for entry in entries]
+    best_first = sorted(range(len(answers)), key=places.__getitem__)
+    pairs = [(prompt, answers[better], answers[worse]) for better, worse in combinations(best_first, 2)
+             if places[better] < places[worse] and answers[better] != answers[worse]]
     if not pairs:
         raise Malformed("no completion is better than another")
     return pairs
 
 
+def _places(entries: list[Any], record: Mapping[str, Any]) -> list[float]:
+    """One number a completion, lower is better."""
+    for column, key, sign in (("ranks", "rank", 1), ("scores", "score", -1)):
+        values = record.get(column)
+        if values is None and all(isinstance(entry, Mapping) and entry.get(key) is not None for entry in entries):
+            values = [entry[key] for entry in entries]
+        if values is None:
+            continue
+        if not isinstance(values, Sequence) or len(values) != len(entries):
+            raise Malformed(f"completions and {column} differ in number")
+        try:
+            numbers = [sign * float(value) for value in values]
+        except (TypeError, ValueError):
+            numbers = [math.nan]
+        if any(math.isnan(number) for number in numbers):
+            raise Malformed(f"{column} are not all numbers")
+        return numbers
+    raise Malformed("completions have neither ranks nor scores")
+
+
+def _answer(value: Any, name: str) -> list[Message]:
+    return [{"role": "assistant", "content": value}] if isinstance(value, str) else _messages(value, name)
+
+
 def _messages(value: Any, name: str) -> list[Message]:
-    if not isinstance(value, list) or not value:
+    if not isinstance(value, list) or not all(isinstance(message, Mapping) for message in value):
         raise Malformed(f"{name} is neither text nor messages")
+    if not value:
+        raise Malformed(f"{name} is empty")
     messages = []
     for message in value:
-        if not isinstance(message, Mapping) or _role(message) not in _ROLES:
-            raise Malformed(f"{name} has a message without a known role")
-        if message.get("content") is None and not message.get("tool_calls"):
+        if message.get("role") not in _ROLES:
+            raise Malformed(f"{name} has a message whose role is none of {', '.join(_ROLES[:5])}")
+        if not isinstance(message.get("content"), (str, list)) and not message.get("tool_calls"):
             raise Malformed(f"{name} has a message without content")
-        # Parquet gives every message every field that any message has.
         messages.append({key: entry for key, entry in message.items() if entry is not None})
     return messages
-
-
-def _role(message: Any) -> Any:
-    return message.get("role") if isinstance(message, Mapping) else None
 
 
 def _says_something(answer: Text) -> bool:
     if isinstance(answer, str):
         return bool(answer.strip())
-    return any(message.get("tool_calls") or str(message.get("content", "")).strip() for message in answer)
+    return any(message.get("tool_calls") or str(message.get("content") or "").strip() for message in answer)
 
 
 def _json(value: Any, name: str, kind: type) -> Any:
-    """A value that data sets store either as it is or as JSON text."""
+    """A value that data sets store either as it is or as JSON text; None where it is empty."""
     if isinstance(value, str):
         try:
             value = json.loads(value) if value.strip() else None
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             raise Malformed(f"{name} is not valid JSON") from None
     if value is not None and not isinstance(value, kind):
-        raise Malformed(f"{name} is not a {kind.__name__}")
+        raise Malformed(f"{name} is not a JSON {'list' if kind is list else 'object'}")
     return value or None

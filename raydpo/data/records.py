@@ -8,8 +8,8 @@ import gzip
 import io
 import json
 import lzma
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,11 +23,18 @@ from raydpo.storage import Storage
 
 __all__ = ["Record", "read_records"]
 
+BATCH_ROWS = 1000
+
 
 @dataclass(frozen=True)
 class Record:
-    """One line or row: ``where`` is ``file:line`` for people; ``value`` is None where it could not be read, because of
-    ``problem``."""
+    """One line or row.
+
+    Attributes:
+        where: ``file:line``, for people.
+        row: its 1-based number; through all files of a source, so that it names one record of it.
+        value: None where it could not be read, because of ``problem``.
+    """
 
     where: str
     row: int
@@ -38,68 +45,89 @@ class Record:
 def read_records(source: SourceConfig) -> Iterator[Record]:
     """All records of a source, in order, with its column map applied.
 
+    A line that is not a JSON object is a record with a problem, not an error.
+
     Raises:
-        DataError: if the source cannot be read at all, is empty, or lacks a mapped column.
+        DataError: if the source cannot be read, is empty, or a mapped column is in none of its records.
     """
     count = 0
+    never_seen, present = set(source.columns.values()), dict[str, None]()
     for record in _raw_records(source):
         if source.limit is not None and count >= source.limit:
-            return
+            break
         count += 1
-        yield _rename(record, source) if source.columns and record.value is not None else record
+        if source.columns and record.value is not None:
+            never_seen -= record.value.keys()
+            present |= dict.fromkeys(record.value)
+            record = replace(record, value=_rename(record.value, source.columns))
+        yield record
     if not count:
-        raise DataError(f"{source.path} holds no records")
+        raise DataError(f"{source.path} holds no records; give it one JSON object a line, or rows")
+    if never_seen and present:
+        raise _missing_column(source, sorted(never_seen)[0], list(present))
+
+
+def _rename(value: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
+    """``columns`` maps ours to theirs. A column of ours that is mapped is never taken under its own name."""
+    gone = {*columns, *columns.values()}
+    return ({key: entry for key, entry in value.items() if key not in gone}
+            | {ours: value[theirs] for ours, theirs in columns.items() if theirs in value})
+
+
+def _missing_column(source: SourceConfig, theirs: str, present: list[str]) -> DataError:
+    ours = next(ours for ours, name in source.columns.items() if name == theirs)
+    near = difflib.get_close_matches(theirs, present, n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return DataError(f"no record of {source.path} has the column {theirs!r} that its setting 'columns' maps to {ours!r}; "
+                     f"columns present: {', '.join(map(repr, present[:20]))}{hint}")
 
 
 def _raw_records(source: SourceConfig) -> Iterator[Record]:
     if not is_uri(source.path) and not Path(source.path).exists():
         if not is_hub_name(source.path):
-            raise DataError(f"there is no file {source.path!r}")
+            raise DataError(f"there is no file {source.path!r}; check the path in data.train or data.eval")
         yield from _hub_records(source)
         return
-    row = 0
-    for storage, name, label in _files(source.path):
-        try:
-            for record in _file_records(storage, name, label):
-                row += 1
-                # Rows are counted through all files of a source, so that every pair has an id of its own.
-                yield Record(record.where, row, record.value, record.problem)
-        except (OSError, EOFError, lzma.LZMAError, pa.ArrowException, UnicodeDecodeError) as error:
-            raise DataError(f"cannot read {label}: {' '.join(str(error).split())[:300]}") from None
+    before = 0
+    for filesystem, path, label in _files(source.path):
+        last = 0
+        for record in _explained(_file_records(filesystem, path, label), label):
+            last = record.row
+            yield replace(record, row=before + record.row)
+        before += last
 
 
-def _rename(record: Record, source: SourceConfig) -> Record:
-    renamed = {theirs: ours for ours, theirs in source.columns.items()}
-    for ours, theirs in source.columns.items():
-        if theirs not in record.value:
-            near = difflib.get_close_matches(theirs, list(record.value), n=1, cutoff=0.4)
-            raise DataError(f"{record.where}: there is no column {theirs!r} to use as {ours!r} (data.train.columns); it has "
-                            f"{', '.join(record.value)}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    value = {renamed.get(key, key): entry for key, entry in record.value.items() if renamed.get(key, key) not in
-             record.value or key in renamed}
-    return Record(record.where, record.row, value)
-
-
-def _files(path: str) -> Iterator[tuple[Storage, str, str]]:
-    """(storage, name below it, label) of each data file that ``path`` stands for."""
-    parent, _, leaf = path.rstrip("/").rpartition("/")
+def _explained(records: Iterable[Record], label: str) -> Iterator[Record]:
+    """``records``, with whatever a file system, codec or parser raises turned into one sentence."""
     try:
-        storage = Storage(parent if parent or not path.startswith("/") else "/")
-        if not parent and not is_uri(path):
-            storage = Storage("." if not path.startswith("/") else "/")
-        kind = storage.fs.get_file_info(storage.path(leaf)).type
-    except (OSError, RaydpoError) as error:
-        raise DataError(f"cannot open {path}: {error}") from None
-    if kind == pafs.FileType.NotFound:
-        raise DataError(f"there is no file {path!r}")
-    if kind != pafs.FileType.Directory:
-        yield storage, leaf, leaf
+        yield from records
+    except RaydpoError:
+        raise
+    except Exception as error:
+        raise DataError(f"cannot read {label}: {_said(error)}") from None
+
+
+def _said(error: Exception) -> str:
+    return f"{' '.join(str(error).split())[:300] or 'no details'} ({type(error).__name__})"
+
+
+def _files(path: str) -> Iterator[tuple[pafs.FileSystem, str, str]]:
+    """(file system, path on it, label) of each data file that ``path`` stands for."""
+    try:
+        storage = Storage(path)
+        info = storage.fs.get_file_info(storage.root)
+    except Exception as error:  # every file system has its own ways to refuse
+        raise DataError(f"cannot open {path}: {_said(error)}") from None
+    if info.type == pafs.FileType.NotFound:
+        raise DataError(f"there is no file {path!r}; check the path in data.train or data.eval")
+    if info.type != pafs.FileType.Directory:
+        yield storage.fs, storage.root, info.base_name
         return
-    names = [name for name in storage.list(leaf) if _bare(name).endswith(DATA_SUFFIXES)]
+    names = [name for name in storage.list() if _bare(name).endswith(DATA_SUFFIXES) and not name.startswith((".", "_"))]
     if not names:
-        raise DataError(f"the directory {path} holds no {', '.join(DATA_SUFFIXES)} files")
+        raise DataError(f"the directory {path} holds no {', '.join(DATA_SUFFIXES)} files, compressed or not")
     for name in names:
-        yield storage, f"{leaf}/{name}", name
+        yield storage.fs, storage.path(name), name
 
 
 def _bare(name: str) -> str:
@@ -108,82 +136,96 @@ def _bare(name: str) -> str:
     return name
 
 
-def _file_records(storage: Storage, name: str, label: str) -> Iterator[Record]:
-    kind = _bare(name)
+def _file_records(filesystem: pafs.FileSystem, path: str, label: str) -> Iterator[Record]:
+    kind = _bare(label)
     if not kind.endswith(DATA_SUFFIXES):
-        raise DataError(f"{label}: unknown kind of file; use one of {', '.join(DATA_SUFFIXES)}, compressed or not")
-    with storage.fs.open_input_file(storage.path(name)) as raw:
+        raise DataError(f"{label} is of an unknown kind; use {', '.join(DATA_SUFFIXES)}, also with "
+                        f"{', '.join(COMPRESSION_SUFFIXES)}")
+    with filesystem.open_input_file(path) as raw:
         if kind.endswith(".parquet"):
-            stream = raw if kind == name else pa.BufferReader(_decompressed(raw, name).read())
-            yield from _parquet_records(stream, label)
-            return
-        text = io.TextIOWrapper(_decompressed(raw, name), encoding="utf-8-sig")
-        if kind.endswith(".json"):
-            yield from _json_records(text, label)
+            yield from _parquet_records(raw if kind == label else pa.BufferReader(_bytes(raw, label).read()), label)
+        elif kind.endswith(".json"):
+            yield from _json_records(_bytes(raw, label).read(), label)
         else:
-            yield from _line_records(text, label)
+            yield from _line_records(_bytes(raw, label), label)
 
 
-def _decompressed(raw: Any, name: str) -> IO[bytes]:
+def _bytes(raw: pa.NativeFile, name: str) -> IO[bytes]:
+    """The content of a possibly compressed file."""
     if name.endswith(".gz"):
         return gzip.open(raw)
     if name.endswith(".bz2"):
         return bz2.open(raw)
     if name.endswith(".xz"):
         return lzma.open(raw)
-    if name.endswith(".zst"):
-        return pa.CompressedInputStream(raw, "zstd")
-    return raw
+    return io.BufferedReader(pa.CompressedInputStream(raw, "zstd") if name.endswith(".zst") else raw)
 
 
 def _parquet_records(stream: Any, label: str) -> Iterator[Record]:
     row = 0
-    for batch in pq.ParquetFile(stream).iter_batches(batch_size=1000):
+    for batch in pq.ParquetFile(stream).iter_batches(batch_size=BATCH_ROWS):
         for value in batch.to_pylist():
             row += 1
-            yield Record(f"{label}:{row}", row, value)
+            yield Record(f"{label}:{row}", row, _without_nulls(value))
 
 
-def _line_records(text: IO[str], label: str) -> Iterator[Record]:
-    for number, line in enumerate(text, 1):
+def _without_nulls(value: Any) -> Any:
+    """Arrow gives every message and tool each field that any other has; a template would print those as null."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(entry) for key, entry in value.items() if entry is not None}
+    return [_without_nulls(entry) for entry in value] if isinstance(value, list) else value
+
+
+def _line_records(lines: Iterable[bytes], label: str) -> Iterator[Record]:
+    for number, line in enumerate(lines, 1):
         if line.strip():
             yield _parse(line, f"{label}:{number}", number)
 
 
-def _json_records(text: IO[str], label: str) -> Iterator[Record]:
+def _json_records(content: bytes, label: str) -> Iterator[Record]:
     """A list of objects; or JSON lines under another name, which many data sets are."""
-    whole = text.read()
-    if not whole.lstrip().startswith("["):
-        yield from _line_records(io.StringIO(whole), label)
+    if not content.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+        yield from _line_records(io.BytesIO(content), label)
         return
     try:
-        values = json.loads(whole)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{label} is not valid JSON: {error}") from None
+        values = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{label} is not valid JSON: {' '.join(str(error).split())[:200]}; mend it there") from None
     for number, value in enumerate(values, 1):
-        yield _as_record(value, f"{label}:{number}", number)
+        yield _as_record(value, f"{label}:{number}", number, b"\\ud" in content.lower())
 
 
-def _parse(line: str, where: str, row: int) -> Record:
+def _parse(line: bytes, where: str, row: int) -> Record:
     try:
-        return _as_record(json.loads(line), where, row)
-    except json.JSONDecodeError:
+        text = line.decode("utf-8-sig" if row == 1 else "utf-8")
+    except UnicodeDecodeError:
+        return Record(where, row, None, "not valid UTF-8")
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
         return Record(where, row, None, "not valid JSON")
+    return _as_record(value, where, row, b"\\ud" in line.lower())
 
 
-def _as_record(value: Any, where: str, row: int) -> Record:
-    if isinstance(value, dict):
-        return Record(where, row, value)
-    return Record(where, row, None, "not a JSON object")
+def _as_record(value: Any, where: str, row: int, has_surrogates: bool) -> Record:
+    if not isinstance(value, dict):
+        return Record(where, row, None, "not a JSON object")
+    if has_surrogates:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:  # half of a pair: JSON can spell it, no tokenizer takes it
+            return Record(where, row, None, "text with half a surrogate pair")
+    return Record(where, row, value)
 
 
 def _hub_records(source: SourceConfig) -> Iterator[Record]:
-    from datasets import load_dataset
-
     try:
+        from datasets import load_dataset
+
         dataset = load_dataset(source.path, split=source.split)
     except Exception as error:  # every network, hub and format failure is the same to the user: no data
         raise DataError(f"there is no file {source.path!r}, and the hub does not give split {source.split!r} of a data set "
-                        f"of that name: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from None
-    for row, value in enumerate(dataset, 1):
-        yield Record(f"{source.path}[{source.split}]:{row}", row, dict(value))
+                        f"of that name: {_said(error)}") from None
+    label = f"{source.path}[{source.split}]"
+    for row, value in enumerate(_explained(dataset, label), 1):
+        yield Record(f"{label}:{row}", row, _without_nulls(value))
