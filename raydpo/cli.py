@@ -73,6 +73,9 @@ def _guarded(act: Callable[[Console], None]) -> int:
     except RaydpoError as error:
         print(f"error: {error}", file=sys.stderr)
         return exit_status(error)
+    except ModuleNotFoundError as error:
+        print(f"error: this needs the package {error.name!r}; run: pip install 'raydpo[run]'", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted; everything committed is kept, the same command continues", file=sys.stderr)
         return 130

@@ -17,8 +17,22 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from raydpo.errors import ConfigError
 
-__all__ = ["Config", "ModelConfig", "LoraSettings", "ReferenceConfig", "DataConfig", "SourceConfig", "EvalConfig",
-           "CacheConfig", "ScoreConfig", "TrainConfig", "RayConfig", "load_config", "is_hub_name", "is_uri"]
+__all__ = [
+    "CacheConfig",
+    "Config",
+    "DataConfig",
+    "EvalConfig",
+    "LoraSettings",
+    "ModelConfig",
+    "RayConfig",
+    "ReferenceConfig",
+    "ScoreConfig",
+    "SourceConfig",
+    "TrainConfig",
+    "is_hub_name",
+    "is_uri",
+    "load_config",
+]
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 LossName = Literal["sigmoid", "hinge", "ipo", "sigmoid_norm"]
@@ -118,6 +132,10 @@ class EvalConfig(_Section):
     """A file of held-out pairs (anything a source can be)."""
     fraction: Float | None = Field(None, gt=0, lt=1)
     """Or a share of the training pairs, split off by prompt: the same prompt is never on both sides."""
+    split: str = "test"
+    """Split of a hub data set; ignored by files."""
+    columns: dict[str, str] | None = None
+    """Column map of the held-out file; null = that of the training sources, where they agree on one."""
 
     @model_validator(mode="after")
     def _check(self) -> EvalConfig:
@@ -368,7 +386,7 @@ def _override(tree: dict[str, Any], override: str) -> dict[str, Any]:
     head, *rest = key.split(".")
     tree = dict(tree)
     node: Any = tree
-    for step, nxt in zip([head, *rest], rest):
+    for step, nxt in zip([head, *rest], rest, strict=False):
         child = node.get(step)
         if isinstance(child, (list, tuple)) and nxt.isdigit():
             child = list(child)
@@ -411,8 +429,8 @@ def _explain(tree: dict[str, Any], problem: dict[str, Any]) -> str:
         known = list(_section_at(where[:-1]).model_fields)
         near = difflib.get_close_matches(where[-1], known, n=1, cutoff=0.5)
         elsewhere = [full for full in _all_keys() if full.rsplit(".", 1)[-1] == where[-1]]
-        hint = f"did you mean {'.'.join([*where[:-1], near[0]])!r}?" if near else (
-            f"did you mean {elsewhere[0]!r}?" if elsewhere else f"known here: {', '.join(known)}")
+        meant = elsewhere[0] if elsewhere else ".".join([*where[:-1], near[0]]) if near else None
+        hint = f"did you mean {meant!r}?" if meant else f"known here: {', '.join(known)}"
         return f"unknown key {key!r} (value {value!r}); {hint}"
     if kind == "missing":
         return f"{key!r} is missing; every run needs a model (model.path), data (data.train) and an output (output)"
@@ -424,6 +442,8 @@ def _explain(tree: dict[str, Any], problem: dict[str, Any]) -> str:
         return f"{key!r}: {context['error']}"
     if kind == "model_type":
         return f"{key!r} is {value!r}, expected a section of keys: {', '.join(_section_at(where).model_fields)}"
+    if kind == "too_short":
+        return f"{key!r} is empty; at least one entry is needed"
     if kind == "string_pattern_mismatch":
         return f"{key!r} is {value!r}; use letters, digits and any of . _ - = , + ~ and start with a letter or digit"
     message = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")

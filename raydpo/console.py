@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -16,6 +16,7 @@ from rich.table import Table
 
 __all__ = ["Console"]
 
+FILE_WIDTH = 200
 LINE_INTERVAL = 10.0
 """Seconds between progress lines where the output is not a terminal."""
 
@@ -28,7 +29,9 @@ class Console:
 
     def _use(self, stream: TextIO) -> None:
         self.stream = stream
-        self.rich = RichConsole(file=stream, highlight=False, soft_wrap=True)
+        # In a file nobody's window cuts a table; rich would assume 80 columns.
+        width = None if stream.isatty() else FILE_WIDTH
+        self.rich = RichConsole(file=stream, highlight=False, soft_wrap=True, width=width)
 
     def say(self, line: str) -> None:
         self.rich.print(line, markup=False)
@@ -44,7 +47,7 @@ class Console:
         """Left-aligned names and right-aligned figures."""
         table = Table(title=title, title_justify="left")
         for index, column in enumerate(columns):
-            table.add_column(column, justify="right" if index else "left", no_wrap=True)
+            table.add_column(column, justify="right" if index and len(columns) > 2 else "left", overflow="fold")
         for row in rows:
             table.add_row(*row)
         self.rich.print(table)
@@ -62,6 +65,19 @@ class Console:
             line = ProgressLine(self, label, total, unit, done, None)
             yield line
             line.finish()
+
+    def counter(self, label: str, unit: str) -> Callable[[int], None]:
+        """For long parts whose end is unknown: call what it returns with the number done so far."""
+        start = printed = time.monotonic()
+
+        def count(done: int) -> None:
+            nonlocal printed
+            now = time.monotonic()
+            if now - printed >= LINE_INTERVAL:
+                printed = now
+                self.say(f"  {label}  {done:,} {unit}  {done / (now - start):.3g} {unit}/s")
+
+        return count
 
     @contextlib.contextmanager
     def noise_to(self, log: Path) -> Iterator[None]:

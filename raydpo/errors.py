@@ -5,8 +5,17 @@ They cross process borders (Ray workers raise them, the driver prints them), so 
 one positional argument, the message.
 """
 
-__all__ = ["RaydpoError", "ConfigError", "DataError", "ModelError", "CacheError", "CacheMissError", "GateError",
-           "TrainError", "exit_status"]
+__all__ = [
+    "CacheError",
+    "CacheMissError",
+    "ConfigError",
+    "DataError",
+    "GateError",
+    "ModelError",
+    "RaydpoError",
+    "TrainError",
+    "exit_status",
+]
 
 
 class RaydpoError(Exception):

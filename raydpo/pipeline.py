@@ -32,7 +32,7 @@ from raydpo.training.pairs import join_reference
 from raydpo.training.records import read_rows
 from raydpo.training.report import TrainingDisplay, print_summary
 
-__all__ = ["run", "score", "train"]
+__all__ = ["Prepared", "run", "score", "train"]
 
 
 def score(config: Config, console: Console | None = None) -> BuildReport:
@@ -43,7 +43,7 @@ def score(config: Config, console: Console | None = None) -> BuildReport:
     """
     console = console or Console()
     with session(config):
-        return _score(_Prepared.of(config, console), console)
+        return _score(Prepared.of(config, console), console)
 
 
 def train(config: Config, console: Console | None = None, *, fresh: bool = False) -> dict[str, Any]:
@@ -61,19 +61,19 @@ def train(config: Config, console: Console | None = None, *, fresh: bool = False
     """
     console = console or Console()
     with session(config):
-        return _train(_Prepared.of(config, console), console, None, fresh=fresh)
+        return _train(Prepared.of(config, console), console, None, fresh=fresh)
 
 
 def run(config: Config, console: Console | None = None, *, fresh: bool = False) -> dict[str, Any]:
     """``score``, then ``train``."""
     console = console or Console()
     with session(config):
-        prepared = _Prepared.of(config, console)
+        prepared = Prepared.of(config, console)
         return _train(prepared, console, _score(prepared, console), fresh=fresh)
 
 
 @dataclass(frozen=True)
-class _Prepared:
+class Prepared:
     """Everything both stages need, found out once."""
 
     config: Config
@@ -85,7 +85,7 @@ class _Prepared:
     cache: ReferenceCache
 
     @classmethod
-    def of(cls, config: Config, console: Console) -> _Prepared:
+    def of(cls, config: Config, console: Console) -> Prepared:
         model = config.model
         if model.trust_remote_code:
             console.warn(f"model.trust_remote_code is on: Python code in {model.path} runs with your rights")
@@ -98,7 +98,7 @@ class _Prepared:
                                              chat_template=config.data.chat_template,
                                              trust_remote_code=model.trust_remote_code))
         started = time.perf_counter()
-        sets = load_pairs(config.data, tokeniser)
+        sets = load_pairs(config.data, tokeniser, console.counter("reading", "records"))
         for line in sets.report.lines():
             console.say(line)
         held_out = 0 if sets.eval is None else sets.eval.num_rows
@@ -134,7 +134,7 @@ class _Prepared:
                 } | {f"train.{key}": value for key, value in train.items()}
 
 
-def _score(prepared: _Prepared, console: Console) -> BuildReport:
+def _score(prepared: Prepared, console: Console) -> BuildReport:
     config, cache = prepared.config, prepared.cache
     resources = resources_for("score", config)
     bar: Any = None
@@ -162,7 +162,7 @@ def _score(prepared: _Prepared, console: Console) -> BuildReport:
     return report
 
 
-def _train(prepared: _Prepared, console: Console, built: BuildReport | None, *, fresh: bool) -> dict[str, Any]:
+def _train(prepared: Prepared, console: Console, built: BuildReport | None, *, fresh: bool) -> dict[str, Any]:
     config = prepared.config
     fingerprint = prepared.fingerprint()
     storage = Storage(config.run_dir)
@@ -203,7 +203,7 @@ def _train(prepared: _Prepared, console: Console, built: BuildReport | None, *, 
     return summary
 
 
-def _sample_prompts(prepared: _Prepared) -> tuple[tuple[str, Any], ...]:
+def _sample_prompts(prepared: Prepared) -> tuple[tuple[str, Any], ...]:
     """(text, token ids) of the first held-out prompts, or training prompts where nothing is held out."""
     count = prepared.config.train.sample_prompts
     table = prepared.sets.eval if prepared.sets.eval is not None else prepared.sets.train
@@ -211,7 +211,7 @@ def _sample_prompts(prepared: _Prepared) -> tuple[tuple[str, Any], ...]:
     return tuple((prepared.tokeniser.tokenizer.decode(ids, skip_special_tokens=True), ids) for ids in list(distinct)[:count])
 
 
-def _summarise(prepared: _Prepared, storage: Storage, trained: dict[str, Any], built: BuildReport | None,
+def _summarise(prepared: Prepared, storage: Storage, trained: dict[str, Any], built: BuildReport | None,
                samples: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
     config, decode = prepared.config, prepared.tokeniser.tokenizer.decode
     steps, evals = read_rows(storage, "metrics.parquet"), read_rows(storage, "eval.parquet")

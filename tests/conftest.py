@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "training")]  # tests import their helpers as plain modules
+# Tests import their helpers as plain modules.
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "training")]
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -20,6 +20,7 @@ def run_distributed(function: Callable[..., Any], world_size: int, directory: Pa
         port = probe.getsockname()[1]
     directory.mkdir(parents=True, exist_ok=True)
     context = mp.get_context("spawn")
+    os.environ["PYTHONWARNINGS"] = "ignore"  # of the ranks: DeepSpeed calls what torch has deprecated
     ranks = [context.Process(target=_rank, args=(function, rank, world_size, port, directory, args))
              for rank in range(world_size)]
     for process in ranks:
@@ -40,7 +41,7 @@ def run_distributed(function: Callable[..., Any], world_size: int, directory: Pa
 
 def _rank(function: Callable[..., Any], rank: int, world_size: int, port: int, directory: Path, args: tuple) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port), DS_ACCELERATOR="cpu")
+                      MASTER_PORT=str(port))
     import torch
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
@@ -49,3 +50,4 @@ def _rank(function: Callable[..., Any], rank: int, world_size: int, port: int, d
     except BaseException:
         result = (False, traceback.format_exc())
     (directory / f"rank-{rank}.pickle").write_bytes(pickle.dumps(result))
+    os._exit(0)  # without the interpreter's long good-bye to torch and DeepSpeed

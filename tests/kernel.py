@@ -31,14 +31,15 @@ def tokenised(records: list[dict[str, str]], max_length: int = 512) -> pa.Table:
                     schema=PAIR_SCHEMA)
 
 
-def with_reference(table: pa.Table, model: Path, dtype: str = "float32", tokens_per_batch: int = 4096) -> pa.Table:
+def with_reference(table: pa.Table, model: Path, dtype: str = "float32", tokens_per_batch: int = 4096,
+                   device: str = "cpu") -> pa.Table:
     """``table`` with the reference log-probs of ``model``, scored in this process."""
     from raydpo.model.logps import PromptGroup
     from raydpo.reference.identity import identify
     from raydpo.reference.score import ReferenceSpec, Scorer
 
     spec = ReferenceSpec(path=str(model), adapter=None, identity=identify(model, dtype))
-    scorer = Scorer(spec, device="cpu", tokens_per_batch=tokens_per_batch)
+    scorer = Scorer(spec, device=device, tokens_per_batch=tokens_per_batch)
     ids = {name: [np.array(row, np.int32) for row in table[name].to_pylist()] for name in
            ("prompt_ids", "chosen_ids", "rejected_ids")}
     scored = scorer.score([PromptGroup(*row[:1], row[1:]) for row in
@@ -84,7 +85,8 @@ class Record:
 
 def train_here(table: pa.Table, model: Path, scratch: Path, *, lora: dict[str, Any] | None = None, dtype: str = "float32",
                shuffle: bool = True, checkpoint: Path | None = None, keep: Path | None = None,
-               starts_as_reference: bool = True, held_out: pa.Table | None = None, **train: Any) -> Record:
+               starts_as_reference: bool = True, held_out: pa.Table | None = None, device: str = "cpu",
+               **train: Any) -> Record:
     """Train in this process (and its ranks, if a process group says so) and return what happened."""
     import torch
 
@@ -95,9 +97,8 @@ def train_here(table: pa.Table, model: Path, scratch: Path, *, lora: dict[str, A
 
     settings = TrainConfig(**{"lr": 1e-3, "pairs_per_step": 8, "tokens_per_batch": 1024, "checkpoint_every": 1000} | train)
     spec = PolicySpec(path=str(model), dtype=dtype, lora=None if lora is None else LoraSettings(**lora))
-    device = torch.device("cpu")
-    join_process_group(device)
-    engine = PolicyEngine(spec, settings, device)
+    join_process_group(torch.device(device))
+    engine = PolicyEngine(spec, settings, torch.device(device))
     job = TrainJob(train=settings, shuffle=shuffle, policy=spec, policy_identity="policy", reference_identity="reference",
                    starts_as_reference=starts_as_reference, coarser_dtype=dtype, fingerprint={"lr": settings.lr})
     record = Record(keep=keep)

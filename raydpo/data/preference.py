@@ -183,7 +183,10 @@ def _places(entries: list[Any], record: Mapping[str, Any]) -> list[float]:
 
 
 def _answer(value: Any, name: str) -> list[Message]:
-    return [{"role": "assistant", "content": value}] if isinstance(value, str) else _messages(value, name)
+    """Text and a lone message are taken as a list of one."""
+    if isinstance(value, str):
+        return [{"role": "assistant", "content": value}]
+    return _messages([value] if isinstance(value, Mapping) else value, name)
 
 
 def _messages(value: Any, name: str) -> list[Message]:

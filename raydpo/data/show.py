@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pyarrow as pa
 from rich.console import RenderableType
@@ -12,44 +13,64 @@ from raydpo.data.tokenise import Tokeniser
 
 __all__ = ["render_pairs"]
 
-_STYLES = {"chosen": ("green", "green underline"), "rejected": ("red", "red underline")}
+_STYLES = {"prompt": ("dim", "dim"), "chosen": ("green", "green underline"), "rejected": ("red", "red underline")}
+_SPECIAL = " reverse"
+_LONGEST_CHARACTER = 4
+"""Bytes, and so at most tokens, of one character."""
 
 
 def render_pairs(table: pa.Table, tokeniser: Tokeniser, count: int) -> Iterator[RenderableType]:
-    """The first ``count`` pairs of a table of ``pairs.PAIR_SCHEMA``.
+    """The first ``count`` pairs of a table of ``pairs.PAIR_SCHEMA``, as rich renderables.
 
     The prompt is dim (no loss), completion tokens are coloured (loss), alternately underlined to show where one ends.
-    Special tokens are spelled out. Control characters of hostile data are shown, not obeyed.
+    Special tokens are spelled out, in reverse. Control characters of hostile data are shown, not obeyed.
     """
     for row in table.slice(0, count).to_pylist():
-        yield Text(f"\n{row['pair_id']}  (source {row['source']})", style="bold")
-        prompt = Text(f"prompt    {len(row['prompt_ids'])} tokens\n", style="cyan")
-        prompt.append_text(_tokens(row["prompt_ids"], tokeniser, ("dim", "dim")))
-        yield prompt
-        for side, styles in _STYLES.items():
-            ids, full = row[f"{side}_ids"], row[f"{side}_full"]
-            cut = f", cut from {full}" if full > len(ids) else ""
-            text = Text(f"{side:<9} {len(ids)} tokens{cut}, key {row[f'{side}_key'].hex()}\n", style="cyan")
-            text.append_text(_tokens(ids, tokeniser, styles))
-            yield text
+        yield Text(_visible(f"\n{row['pair_id']}  (source {row['source']}, weight {row['weight']:g})"), style="bold")
+        yield _part("prompt", row, tokeniser, f"{len(row['prompt_ids'])} tokens, no loss")
+        for side in ("chosen", "rejected"):
+            used, full = len(row[f"{side}_ids"]), row[f"{side}_full"]
+            cut = f" of {full}, TRUNCATED: the last {full - used} are not used" if full > used else ""
+            yield _part(side, row, tokeniser, f"{used} tokens{cut}, key {row[f'{side}_key'].hex()}")
 
 
-def _tokens(ids: list[int], tokeniser: Tokeniser, styles: tuple[str, str]) -> Text:
+def _part(name: str, row: dict[str, Any], tokeniser: Tokeniser, facts: str) -> Text:
+    text = Text().append(f"{name:<9} {facts}\n", style="cyan")
+    # Decoding in context: some tokenizers drop the space before the first token of what they decode.
+    before = row["prompt_ids"][-1:] if name != "prompt" else []
+    return text.append_text(_tokens(row[f"{name}_ids"], before, tokeniser.tokenizer, _STYLES[name]))
+
+
+def _tokens(ids: list[int], before: list[int], tokenizer: Any, styles: tuple[str, str]) -> Text:
     """Runs of tokens whose bytes form whole characters, in alternating styles."""
+    special = set(tokenizer.all_special_ids)
     text = Text()
     pending: list[int] = []
     shown = 0
     for position, token in enumerate(ids):
         pending.append(token)
-        piece = tokeniser.tokenizer.decode(pending, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        if piece.endswith("\N{REPLACEMENT CHARACTER}") and position + 1 < len(ids) and len(pending) < 4:
+        piece = _decoded(tokenizer, before, pending)
+        if piece.endswith("\N{REPLACEMENT CHARACTER}") and position + 1 < len(ids) and len(pending) < _LONGEST_CHARACTER:
             continue  # part of a character that the next token completes
-        text.append(_visible(piece), style=styles[shown % 2])
-        pending, shown = [], shown + 1
+        style = styles[shown % 2] + (_SPECIAL if token in special else "")
+        text.append(_visible(piece), style=style)
+        before, pending, shown = pending[-1:], [], shown + 1
     return text
 
 
+def _decoded(tokenizer: Any, before: list[int], ids: list[int]) -> str:
+    def decode(part: list[int]) -> str:
+        return tokenizer.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    context, whole = decode(before), decode(before + ids)
+    return whole[len(context):] if before and whole.startswith(context) else decode(ids)
+
+
 def _visible(text: str) -> str:
-    """Control characters, escape sequences among them, as their Unicode pictures; line ends stay."""
-    return "".join(char if char == "\n" or char.isprintable() else
-                   chr(0x2400 + ord(char)) if ord(char) < 0x20 else f"\\u{ord(char):04x}" for char in text)
+    """Control and format characters, escape sequences and bidirectional overrides among them, spelled out; line ends and
+    tabs stay."""
+    return "".join(char if char in "\n\t" or char.isprintable() else _escape(ord(char)) for char in text)
+
+
+def _escape(code: int) -> str:
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,31 +14,60 @@ from raydpo.errors import ModelError
 
 __all__ = ["TokenisedPair", "Tokeniser", "load_tokenizer"]
 
-TokenisedPair = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""Token ids of prompt, chosen and rejected completion: int32 arrays."""
+_PROBE = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+
+
+class TokenisedPair(NamedTuple):
+    """Token ids, int32 arrays [tokens], none of them empty. The completions are whole: nothing is cut yet."""
+
+    prompt: np.ndarray
+    chosen: np.ndarray
+    rejected: np.ndarray
 
 
 def load_tokenizer(path: str, *, chat_template: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The tokenizer in directory ``path``.
+    """The transformers tokenizer in directory ``path``, or of that name on the hub.
 
     Args:
         chat_template: Jinja text, or the path of a file that holds it, in place of the tokenizer's own.
 
     Raises:
-        ModelError: if there is none.
+        ModelError: if there is none, or the template is not Jinja.
     """
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raise whatever their backend raises
-        raise ModelError(f"cannot load a tokenizer from {path}: {' '.join(str(error).split())[:300]}") from None
+        raise ModelError(f"cannot load a tokenizer from {path!r}: {_said(error, 300)}; set model.tokenizer to a directory "
+                         "with tokenizer.json, or a hub name") from None
     if chat_template is not None:
-        is_text = "{" in chat_template or "\n" in chat_template
-        if not is_text and not Path(chat_template).is_file():
-            raise ModelError(f"data.chat_template {chat_template!r} is neither Jinja text nor a file")
-        tokenizer.chat_template = chat_template if is_text else Path(chat_template).read_text(encoding="utf-8")
+        tokenizer.chat_template = _template_text(chat_template)
+        _check_syntax(tokenizer, chat_template)
     return tokenizer
+
+
+def _template_text(template: str) -> str:
+    if "{{" in template or "{%" in template:
+        return template
+    try:
+        return Path(template).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ModelError(f"data.chat_template {template!r} is neither Jinja text nor a file that can be read: "
+                         f"{_said(error, 200)}") from None
+
+
+def _check_syntax(tokenizer: Any, name: str) -> None:
+    from jinja2 import TemplateSyntaxError
+
+    try:
+        tokenizer.apply_chat_template(_PROBE[:1], tokenize=False)
+    except TemplateSyntaxError as error:
+        shown = name if len(name) <= 80 else name[:77] + "..."
+        raise ModelError(f"data.chat_template {shown!r} is not valid Jinja: line {error.lineno}: "
+                         f"{_said(error, 200)}") from None
+    except Exception:  # a template may refuse this conversation and take those of the data
+        return
 
 
 class Tokeniser:
@@ -52,10 +82,20 @@ class Tokeniser:
         self.tokenizer = tokenizer
         self.merged = 0
 
-    @property
+    @cached_property
     def stop_ids(self) -> tuple[int, ...]:
-        """Ids that end an answer."""
-        return () if self.tokenizer.eos_token_id is None else (self.tokenizer.eos_token_id,)
+        """Ids that end an answer: EOS, and what the chat template puts after the assistant's words."""
+        ids = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+        if self.tokenizer.chat_template:
+            try:
+                prompt, whole = self._ids([
+                    self.tokenizer.apply_chat_template(_PROBE[:1], tokenize=False, add_generation_prompt=True),
+                    self.tokenizer.apply_chat_template(_PROBE, tokenize=False)], add_special_tokens=False)
+            except Exception:  # a template that refuses the probe
+                return tuple(ids)
+            special = set(self.tokenizer.all_special_ids)
+            ids += [token for token in whole[_common(prompt, whole):] if token in special][-1:]
+        return tuple(dict.fromkeys(ids))
 
     def encode(self, preferences: Sequence[Preference]) -> list[TokenisedPair | Malformed]:
         """Ids of each preference, or what is wrong with it.
@@ -65,57 +105,75 @@ class Tokeniser:
         is absent; conversations are as the chat template renders them.
 
         Raises:
-            ModelError: if there are conversations and the tokenizer has no chat template.
+            ModelError: if there are conversations and no chat template, or text and no EOS token.
         """
-        texts = [preference for preference in preferences if not preference.conversational]
-        whole = iter(self._encode_texts(texts))
-        encoded: list[TokenisedPair | Malformed] = []
-        for preference in preferences:
+        encoded: list[TokenisedPair | Malformed | None] = [None] * len(preferences)
+        plain: list[tuple[int, tuple[str, str, str]]] = []
+        rendered: list[tuple[int, tuple[str, str, str]]] = []
+        for index, preference in enumerate(preferences):
+            if not preference.conversational:
+                plain.append((index, self._texts(preference)))
+                continue
             try:
-                encoded.append(self._split(*(self._encode_messages(preference) if preference.conversational else
-                                             next(whole))))
+                rendered.append((index, self._render(preference)))
             except Malformed as error:
-                encoded.append(error)
-        return encoded
+                encoded[index] = error
+        for entries, conversational in ((plain, False), (rendered, True)):
+            # A template spells out its special tokens itself; for plain text the tokenizer adds its own, such as BOS.
+            ids = iter(self._ids([text for _, texts in entries for text in texts], not conversational))
+            for index, _ in entries:
+                encoded[index] = self._split(next(ids), next(ids), next(ids), conversational)
+        return encoded  # type: ignore[return-value]
 
-    def _encode_texts(self, preferences: Sequence[Preference]) -> list[tuple[list[int], ...]]:
-        if not preferences:
+    def _ids(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
+        if not texts:
             return []
+        return self.tokenizer(texts, add_special_tokens=add_special_tokens, return_attention_mask=False,
+                              verbose=False)["input_ids"]
+
+    @cached_property
+    def _adds_eos(self) -> bool:
+        """Whether the tokenizer ends every text with EOS by itself."""
+        return self._ids(["x"], True)[0][-1:] == [self.tokenizer.eos_token_id]
+
+    def _texts(self, preference: Preference) -> tuple[str, str, str]:
         eos = self.tokenizer.eos_token
         if eos is None:
             raise ModelError("the tokenizer has no EOS token, so the end of a text completion cannot be learned; set "
                              "eos_token in its tokenizer_config.json")
-        texts = [text for preference in preferences for text in (
-            preference.prompt, *(preference.prompt + (answer if answer.endswith(eos) else answer + eos)
-                                 for answer in (preference.chosen, preference.rejected)))]
-        ids = self.tokenizer(texts)["input_ids"]
-        return list(zip(ids[::3], ids[1::3], ids[2::3], strict=True))
+        end = "" if self._adds_eos else eos
+        prompt = preference.prompt
+        return prompt, *(prompt + answer.removesuffix(eos) + end for answer in (preference.chosen, preference.rejected))
 
-    def _encode_messages(self, preference: Preference) -> tuple[list[int], ...]:
+    def _render(self, preference: Preference) -> tuple[str, str, str]:
         if not self.tokenizer.chat_template:
             raise ModelError("the data are conversations, but the tokenizer has no chat template; set data.chat_template "
                              "to one, or use prompt, chosen and rejected as text")
 
-        def render(messages: list[dict[str, Any]], **kwargs: Any) -> list[int]:
-            return self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, tools=preference.tools,
-                                                      **kwargs, **preference.template_kwargs)["input_ids"]
+        def render(messages: list[dict[str, Any]], **kwargs: Any) -> str:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, tools=preference.tools, **kwargs,
+                                                      **preference.template_kwargs)
 
         try:
             return (render(preference.prompt, add_generation_prompt=True), render(preference.prompt + preference.chosen),
                     render(preference.prompt + preference.rejected))
         except Exception as error:  # templates raise whatever their author wrote
-            raise Malformed(f"the chat template refuses it ({type(error).__name__}: {str(error)[:80]})") from None
+            raise Malformed(f"the chat template refuses it: {_said(error, 100)}") from None
 
-    def _split(self, prompt: list[int], chosen: list[int], rejected: list[int]) -> TokenisedPair:
+    def _split(self, prompt: list[int], chosen: list[int], rejected: list[int],
+               conversational: bool) -> TokenisedPair | Malformed:
+        if not conversational and self._adds_eos:
+            prompt = prompt[:-1]
         boundary = min(_common(prompt, chosen), _common(prompt, rejected))
         self.merged += boundary < len(prompt)
-        ids = tuple(np.array(part, dtype=np.int32) for part in
-                    (prompt[:boundary], chosen[boundary:], rejected[boundary:]))
-        for part, name in zip(ids, ("prompt", "chosen", "rejected"), strict=True):
-            if not len(part):
-                # The first token of a sequence has no predecessor to predict it.
-                raise Malformed(f"{name} has no tokens")
-        return ids
+        pair = TokenisedPair(*(np.array(ids, dtype=np.int32) for ids in
+                               (prompt[:boundary], chosen[boundary:], rejected[boundary:])))
+        for name, ids in zip(pair._fields, pair, strict=True):
+            if not len(ids):  # the first token of a sequence has no predecessor to predict it
+                return Malformed(f"{name} has no tokens")
+        if np.array_equal(pair.chosen, pair.rejected):
+            return Malformed("chosen and rejected have the same tokens")
+        return pair
 
 
 def _common(one: list[int], other: list[int]) -> int:
@@ -124,3 +182,7 @@ def _common(one: list[int], other: list[int]) -> int:
     if one[:length] == other[:length]:
         return length
     return next(index for index in range(length) if one[index] != other[index])
+
+
+def _said(error: Exception, limit: int) -> str:
+    return f"{' '.join(str(error).split())[:limit] or 'no details'} ({type(error).__name__})"

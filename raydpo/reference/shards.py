@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -103,5 +104,5 @@ def _rows(table: pa.Table, column: str) -> list[np.ndarray]:
     for chunk in table[column].chunks:
         flat = chunk.values.to_numpy()
         offsets = chunk.offsets.to_numpy()
-        rows += [flat[start:end] for start, end in zip(offsets[:-1], offsets[1:], strict=True)]
+        rows += [flat[start:end] for start, end in pairwise(offsets)]
     return rows

@@ -33,12 +33,11 @@ class GateReport:
     mean_gap: float
     worst_gap: float
     worst_pair: str
-    margin_std: float
     first_loss: float
 
     def line(self) -> str:
-        return (f"step-0 gate: {self.pairs} pairs scored again, cached and live log-probs differ by {self.mean_gap:.2g} nats "
-                f"a token on average, {self.worst_gap:.2g} at most (pair {self.worst_pair}); loss {self.first_loss:.6f}")
+        return (f"step-0 gate: {self.pairs} pairs scored again, cached and live log-probs differ by {self.mean_gap:.2g} "
+                f"nats a token on average, {self.worst_gap:.2g} at most (pair {self.worst_pair}); loss {self.first_loss:.6f}")
 
 
 def gate_rows(pairs: TrainingPairs, first_step: np.ndarray, *, count: int, seed: int) -> list[int]:
@@ -87,7 +86,7 @@ def judge(comparison: Comparison, pairs: TrainingPairs, train: TrainConfig, *, d
     pair_ids = [pairs.ids[int(row)].as_py() for row in comparison.rows]
     worst = int(np.argmax(comparison.token_gap))
     report = GateReport(len(comparison.rows), float(comparison.mean_gap.mean()), float(comparison.token_gap.max()),
-                        pair_ids[worst], float((comparison.chosen_gap - comparison.rejected_gap).std()), float(losses.mean()))
+                        pair_ids[worst], float(losses.mean()))
     mean_tolerance, token_tolerance = TOLERANCES[dtype]
     over_mean = comparison.mean_gap.max() > mean_tolerance
     if over_mean or report.worst_gap > token_tolerance or not np.isfinite(report.worst_gap):

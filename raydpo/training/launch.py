@@ -25,7 +25,7 @@ POLL_SECONDS = 0.3
 CHECKPOINTS = "checkpoints"
 
 Listener = Callable[[str, Any], None]
-"""Called in the driver with (kind, content): kind is ``begin``, ``step``, ``evaluated`` or ``note``, as in ``loop.Hooks``."""
+"""Called in the driver with (kind, content). Kinds are ``begin``, ``step``, ``evaluated`` and ``note`` of ``loop.Hooks``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,7 @@ def launch(job: TrainJob, pairs: pa.Table, held_out: pa.Table | None, resources:
 
 
 class _Board:
-    """An actor through which workers tell the driver what happens. (ray.train.report is for checkpoints: it is throttled.)"""
+    """An actor through which workers tell the driver what happens; ray.train.report is throttled, so it is for checkpoints."""
 
     def __init__(self) -> None:
         self._events: list[tuple[str, Any]] = []

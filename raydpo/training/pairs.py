@@ -93,7 +93,8 @@ class TrainingPairs:
     def groups(self, rows: Sequence[int]) -> list[PromptGroup]:
         """The pairs in ``rows``, each as the group (chosen, rejected)."""
         lists = self._lists
-        return [PromptGroup(lists["prompt_ids"][row], (lists["chosen_ids"][row], lists["rejected_ids"][row])) for row in rows]
+        return [PromptGroup(lists["prompt_ids"][row], (lists["chosen_ids"][row], lists["rejected_ids"][row]))
+                for row in rows]
 
     def reference(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """Per-token reference log-probs of the chosen and the rejected completion of one pair."""

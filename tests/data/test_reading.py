@@ -1,0 +1,155 @@
+import bz2
+import gzip
+import json
+import lzma
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from raydpo.config import SourceConfig
+from raydpo.data.records import read_records
+from raydpo.errors import DataError
+
+RECORDS = [{"prompt": f"p{number}", "chosen": "a", "rejected": "b"} for number in range(5)]
+LINES = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()
+
+
+def read(path, **settings):
+    return list(read_records(SourceConfig(path=str(path), **settings)))
+
+
+def values(path, **settings):
+    return [record.value for record in read(path, **settings)]
+
+
+@pytest.mark.parametrize("suffix, compress", [
+    ("", bytes), (".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress),
+    (".zst", zstandard.ZstdCompressor().compress)])
+@pytest.mark.parametrize("kind", [".jsonl", ".ndjson", ".json", ".parquet"])
+def test_kinds_and_compressions(tmp_path, suffix, compress, kind):
+    content = json.dumps(RECORDS, indent=1).encode() if kind == ".json" else LINES
+    if kind == ".parquet":
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.Table.from_pylist(RECORDS), sink)
+        content = sink.getvalue().to_pybytes()
+    path = tmp_path / f"prefs{kind}{suffix}"
+    path.write_bytes(compress(content))
+    records = read(path)
+    assert [record.value for record in records] == RECORDS
+    assert [record.row for record in records] == [1, 2, 3, 4, 5]
+    assert records[4].where == f"{path.name}:5"
+
+
+@pytest.mark.parametrize("compress, suffix", [(gzip.compress, ".gz"), (zstandard.ZstdCompressor().compress, ".zst")])
+def test_several_compressed_members(tmp_path, compress, suffix):
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(compress(LINES) + compress(LINES))
+    assert values(path) == RECORDS * 2
+
+
+def test_json_lines_under_the_name_json(tmp_path):
+    path = tmp_path / "prefs.json"
+    path.write_bytes(b"\xef\xbb\xbf" + LINES)
+    assert values(path) == RECORDS
+
+
+def test_directory_is_read_in_order_of_names(tmp_path):
+    files = {"b.jsonl": LINES, "a.jsonl.gz": gzip.compress(b"\n" + LINES), "README.md": b"x", ".c.jsonl": b"x"}
+    for name, lines in files.items():
+        (tmp_path / name).write_bytes(lines)
+    records = read(tmp_path)
+    assert [record.where for record in records][::5] == ["a.jsonl.gz:2", "b.jsonl:1"]
+    assert [record.row for record in records] == list(range(2, 12))
+    with pytest.raises(DataError, match=r"holds no \.jsonl"):
+        (tmp_path / "empty").mkdir()
+        read(tmp_path / "empty")
+
+
+def test_uris(tmp_path):
+    import fsspec
+
+    (tmp_path / "a.jsonl").write_bytes(LINES)
+    assert values(f"file://{tmp_path}/a.jsonl") == RECORDS
+    with fsspec.open("memory://prefs.jsonl.gz", "wb") as stream:
+        stream.write(gzip.compress(LINES))
+    assert values("memory://prefs.jsonl.gz") == RECORDS
+    with pytest.raises(DataError, match=r"memory://none.jsonl"):
+        read("memory://none.jsonl")
+    with pytest.raises(DataError, match=r"cannot open nothing://here.jsonl"):
+        read("nothing://here.jsonl")
+
+
+def test_bad_lines_are_records_with_a_problem(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"a": 1}\n\n{"a": \n[1]\n{"a": "\xff"}\n{"a": "\\ud800"}\n{"a": "\\ud83d\\ude00"}\n' + b"[" * 100_000)
+    assert [(record.row, record.problem) for record in read(path)] == [
+        (1, None), (3, "not valid JSON"), (4, "not a JSON object"), (5, "not valid UTF-8"),
+        (6, "text with half a surrogate pair"), (7, None), (8, "not valid JSON")]
+    assert read(path)[1].where == "a.jsonl:3"
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("none.jsonl", None, "there is no file"),
+    ("empty.jsonl", b"\n\n", "holds no records"),
+    ("empty.json", b"[]", "holds no records"),
+    ("cut.json", b'[{"a": 1}', "cut.json is not valid JSON"),
+    ("bad.jsonl.gz", b"plain", "cannot read bad.jsonl.gz: .*gzip"),
+    ("cut.jsonl.gz", gzip.compress(LINES)[:-12], "cannot read cut.jsonl.gz"),
+    ("bad.jsonl.zst", b"plain", "cannot read bad.jsonl.zst"),
+    ("bad.jsonl.xz", b"plain", "cannot read bad.jsonl.xz"),
+    ("bad.parquet", b"plain text, no Parquet", "cannot read bad.parquet"),
+    ("prefs.csv", b"a,b", "prefs.csv is of an unknown kind"),
+])
+def test_unreadable_files_are_one_sentence(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        read(tmp_path / name)
+    assert "\n" not in str(caught.value)
+    assert caught.value.__suppress_context__ or caught.value.__context__ is None
+
+
+def test_hub_that_cannot_be_reached(monkeypatch):
+    import datasets
+
+    def refuse(*args, **kwargs):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(DataError, match=r"the hub does not give split 'train' .* no route"):
+        read("org/prefs")
+
+
+def test_hub_data_set(monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: [{"name": name, "split": split, "tools": None}])
+    (record,) = read("org/prefs", split="test")
+    assert (record.where, record.value) == ("org/prefs[test]:1", {"name": "org/prefs", "split": "test"})
+
+
+def test_limit(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(LINES)
+    assert values(tmp_path / "a.jsonl", limit=2) == RECORDS[:2]
+
+
+def test_columns_are_mapped_and_the_others_kept(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"q": "p", "chosen": "x", "rejected": "y", "good": "g", "extra": 1}\n{"q": "p", "chosen": "x"}\n')
+    columns = {"prompt": "q", "chosen": "good", "rejected": "chosen"}
+    assert values(path, columns=columns) == [{"prompt": "p", "chosen": "g", "rejected": "x", "extra": 1},
+                                             {"prompt": "p", "rejected": "x"}]
+    with pytest.raises(DataError, match=r"no record of .* has the column 'god'.* 'chosen'; .*did you mean 'good'"):
+        read(path, columns={"chosen": "god"})
+    with pytest.raises(DataError, match=r"no record of .* has the column 'god'"):
+        read(path, columns={"chosen": "god"}, limit=1)
+
+
+def test_parquet_fields_that_other_rows_have_are_absent(tmp_path):
+    path = tmp_path / "a.parquet"
+    rows = [{"prompt": [{"role": "user", "content": "q"}]}, {"prompt": [{"role": "user", "content": "q", "name": "n"}]}]
+    pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema([("prompt", pa.list_(pa.struct(
+        [("role", pa.string()), ("content", pa.string()), ("name", pa.string())])))])), path)
+    assert values(path) == rows

@@ -1,0 +1,114 @@
+"""Filling the cache with real Ray Data actors, and killing the job that does it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from tiny import preferences, write_preferences
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory, tiny_llama):
+    place = tmp_path_factory.mktemp("build")
+    write_preferences(place / "a.jsonl", preferences(400, low=20, high=60))
+    tree = {"output": str(place / "runs"), "name": "build", "model": {"path": str(tiny_llama), "dtype": "float32"},
+            "data": {"train": str(place / "a.jsonl")},
+            "score": {"workers": 2, "tokens_per_batch": 256, "tokens_per_part": 2500}}
+    (place / "config.yaml").write_text(yaml.safe_dump(tree))
+    return place
+
+
+def start(job, cache):
+    return subprocess.Popen([sys.executable, "-m", "raydpo.cli", "score", str(job / "config.yaml"), f"cache.uri={cache}"],
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def parts(cache: Path) -> set[str]:
+    return {file.name for file in cache.glob("*/parts/part-*.parquet")}
+
+
+def contents(cache: Path) -> dict[bytes, bytes]:
+    """Bytes of every stored row, by key."""
+    from raydpo.reference.store import ReferenceCache
+
+    opened = ReferenceCache.open(str(cache))
+    keys = opened._read(values=False).keys
+    rows = opened.lookup(keys)["logps"].to_pylist()
+    return {key: np.array(row, np.float32).tobytes() for key, row in zip(keys.to_pylist(), rows, strict=True)}
+
+
+def test_killed_at_three_moments_and_finished(job, tmp_path):
+    whole, cache = tmp_path / "whole", tmp_path / "killed"
+    undisturbed = start(job, whole)
+    output = undisturbed.communicate(timeout=300)[0]
+    assert undisturbed.returncode == 0, output
+    total = len(parts(whole))
+    assert total > 12
+
+    for moment in (1, total // 3, 2 * total // 3):
+        process = start(job, cache)
+        deadline = time.time() + 120
+        while len(parts(cache)) < moment and process.poll() is None and time.time() < deadline:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        time.sleep(2)  # its actors notice that their driver is gone
+        assert len(parts(cache)) >= moment
+    before = parts(cache)
+    assert 0 < len(before) < total, "the kills must leave something to do, or this test proves nothing"
+
+    last = start(job, cache)
+    output = last.communicate(timeout=300)[0]
+    assert last.returncode == 0, output
+    after = parts(cache)
+    assert before <= after and len(after) == total, "no committed part is scored again"
+    assert contents(cache) == contents(whole)
+    assert not list(cache.rglob(".tmp-*"))
+    assert f"({len(before) / total:.0%}"[:2] in output or "hits" in output
+
+    again = start(job, cache)
+    output = again.communicate(timeout=300)[0]
+    assert again.returncode == 0 and "(100% hits), 0 scored" in output
+    assert parts(cache) == after
+
+
+def test_new_data_scores_only_the_new_rows(job, tmp_path, tiny_llama):
+    """In this process, without Ray: the plan of a build is what decides."""
+    from kernel import tiny_pairs
+
+    from raydpo.reference.identity import identify
+    from raydpo.reference.shards import plan_shards, still_missing, wanted_completions
+    from raydpo.reference.store import ReferenceCache
+
+    cache = ReferenceCache.open(str(tmp_path / "cache"), identify(tiny_llama, "float32"))
+    old = wanted_completions([tiny_pairs(10)])
+    cache.commit([one.key for one in old], [np.full(len(one.tokens), -1.0, np.float32) for one in old], {})
+    missing = still_missing(plan_shards(wanted_completions([tiny_pairs(25)]), 500), cache)
+    keys = {one.key for shard in missing for one in shard.completions}
+    assert len(keys) == 2 * 15 and not keys & {one.key for one in old}
+
+
+def test_a_failing_actor_says_why(job, tmp_path, tiny_llama):
+    """Weights that give no log-probs: one readable message, nothing stored."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    command = [sys.executable, "-m", "raydpo.cli", "score", str(job / "config.yaml"), f"model.path={model}",
+               f"cache.uri={tmp_path / 'cache'}"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+    assert not parts(tmp_path / "cache")
+    assert os.path.exists(job / "config.yaml") and json.dumps(result.stdout)

@@ -1,0 +1,163 @@
+"""The commands as a user runs them: processes, exit status, what is printed and what lies on disk."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from tiny import preferences, write_preferences
+
+
+def raydpo(*arguments, cwd=None):
+    return subprocess.run([sys.executable, "-m", "raydpo.cli", *map(str, arguments)], capture_output=True, text=True,
+                          timeout=400, cwd=cwd)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tiny_llama):
+    place = tmp_path_factory.mktemp("cli")
+    write_preferences(place / "a.jsonl", preferences(40))
+    write_preferences(place / "b.jsonl", preferences(20, seed=1))
+    tree = {"name": "first", "output": str(place / "runs"), "model": {"path": str(tiny_llama), "dtype": "float32"},
+            "data": {"train": [{"path": str(place / "a.jsonl")}, {"path": str(place / "b.jsonl"), "weight": 0.5}],
+                     "eval": {"fraction": 0.2}},
+            "score": {"workers": 2},
+            "train": {"workers": 2, "pairs_per_step": 8, "lr": 1e-3, "steps": 10, "eval_every": 5, "sample_prompts": 1,
+                      "sample_tokens": 8}}
+    (place / "config.yaml").write_text(yaml.safe_dump(tree))
+    return place
+
+
+@pytest.fixture(scope="module")
+def first(place):
+    result = raydpo("run", place / "config.yaml")
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+def test_run_says_what_happened(first):
+    for piece in ("(0% hits)", "step-0 gate:", "loss 0.693147", "first loss 0.693147", "held-out pairs:", "before", "after",
+                  "run directory:", "final/"):
+        assert piece in first.stdout, first.stdout
+    assert first.stderr == ""
+    assert not any(noise in first.stdout for noise in ("INFO", "WARNING", "(pid=", "DeepSpeed", "ray::"))
+
+
+def test_run_directory(first, place):
+    run = place / "runs" / "first"
+    assert {"config.yaml", "metrics.parquet", "eval.parquet", "final", "checkpoints", "tensorboard", "logs",
+            "summary.json"} <= set(os.listdir(run))
+    steps = pq.read_table(run / "metrics.parquet").to_pylist()
+    assert [row["step"] for row in steps] == list(range(1, 11))
+    assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert {"loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
+            "logps/rejected", "grad_norm", "learning_rate", "epoch", "a/loss", "b/loss"} <= set(steps[0])
+    evals = pq.read_table(run / "eval.parquet").to_pylist()
+    assert [row["step"] for row in evals] == [0, 5, 10]
+    assert evals[0]["eval_rewards/accuracies"] == 0.5
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["steps"] == 10 and summary["samples"][0]["after"] is not None
+    assert yaml.safe_load((run / "config.yaml").read_text())["train"]["beta"] == 0.1
+    assert any(file.name.startswith("events.out") for file in (run / "tensorboard").iterdir())
+
+
+def test_final_loads_without_us_and_is_the_policy(first, place):
+    """transformers alone gives the log-probs that the last evaluation saw."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from raydpo.config import load_config
+    from raydpo.data.pairs import load_pairs
+    from raydpo.data.tokenise import Tokeniser
+
+    final = place / "runs" / "first" / "final"
+    model = AutoModelForCausalLM.from_pretrained(final)
+    sets = load_pairs(load_config(place / "config.yaml").data, Tokeniser(AutoTokenizer.from_pretrained(final)))
+    sums = []
+    for prompt, chosen in zip(*(sets.eval[name].to_pylist() for name in ("prompt_ids", "chosen_ids")), strict=True):
+        ids = torch.tensor([prompt + chosen])
+        with torch.no_grad():
+            logps = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
+        sums.append(logps[len(prompt) - 1 :].sum().item())
+    last = pq.read_table(place / "runs" / "first" / "eval.parquet").to_pylist()[-1]
+    assert np.mean(sums) == pytest.approx(last["eval_logps/chosen"], abs=1e-3)
+
+
+def test_second_run_hits_everything_and_lora_saves_an_adapter(first, place, tiny_llama):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    result = raydpo("run", place / "config.yaml", "name=second", "model.lora={r: 4}", "train.beta=0.3", "train.zero=3",
+                    "train.workers=1")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "(100% hits), 0 scored" in result.stdout
+    policy = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama),
+                                       place / "runs" / "second" / "final")
+    assert any(value.abs().max() > 0 for name, value in policy.named_parameters() if "lora_B" in name)
+
+
+def test_train_without_a_cache_says_what_to_run(place):
+    result = raydpo("train", place / "config.yaml", "name=third", f"cache.uri={place / 'empty'}")
+    assert result.returncode == 1
+    assert "missing for" in result.stderr and "raydpo score" in result.stderr and "a:" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["train.bata=1"], ["data.train=nope.jsonl"], ["train.gpus_per_worker=1"]])
+def test_bad_input_is_exit_status_2_and_one_message(arguments, place):
+    result = raydpo("train", place / "config.yaml", "name=fourth", *arguments)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ") and "Traceback" not in result.stderr
+
+
+def test_malformed_data_is_exit_status_2_with_line_numbers(place):
+    (place / "bad.jsonl").write_text('{"prompt": "p", "chosen": "c"}\nnot json\n' * 3)
+    result = raydpo("score", place / "config.yaml", f"data.train={place / 'bad.jsonl'}")
+    assert result.returncode == 2
+    assert "bad.jsonl:1" in result.stderr and "rejected" in result.stderr and "data.max_malformed" in result.stderr
+
+
+def test_show_prints_pairs_as_the_model_sees_them(place):
+    result = raydpo("show", place / "config.yaml", "-n", "2")
+    assert result.returncode == 0, result.stderr
+    assert "Question:" in result.stdout and "</s>" in result.stdout and "key " in result.stdout
+
+
+def test_cache_ls_and_show(first, place):
+    listed = raydpo("cache", "ls", place / "runs" / "cache")
+    assert listed.returncode == 0 and "float32" in listed.stdout
+    shown = raydpo("cache", "show", place / "runs" / "cache")
+    assert shown.returncode == 0, shown.stderr
+    assert "weights" in shown.stdout and "bytes per token" in shown.stdout and "padded" in shown.stdout
+    assert raydpo("cache", "ls", place / "nowhere").returncode == 1
+
+
+def test_doctor():
+    result = raydpo("doctor")
+    assert result.returncode == 0 and "deepspeed" in result.stdout and "precision" in result.stdout
+
+
+def test_jobs_are_the_same_commands(place):
+    script = Path(__file__).parents[1] / "jobs" / "score.py"
+    result = subprocess.run([sys.executable, str(script), str(place / "config.yaml")], capture_output=True, text=True,
+                            timeout=300)
+    assert result.returncode == 0 and "hits" in result.stdout
+    assert subprocess.run([sys.executable, str(script), str(place / "none.yaml")], capture_output=True).returncode == 2
+
+
+def test_python_api(first, place):
+    program = ("import raydpo\n"
+               f"config = raydpo.load_config({str(place / 'config.yaml')!r}, ['name=api', 'train.steps=2'])\n"
+               "report = raydpo.score(config)\n"
+               "assert report.hit_rate == 1.0\n"
+               "assert raydpo.train(config)['steps'] == 2\n"
+               "cache = raydpo.ReferenceCache.open(config.cache_uri)\n"
+               "assert cache.lookup([b'x' * 16])['tokens'].to_pylist() == [0]\n")
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,139 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from raydpo.config import Config, load_config
+from raydpo.errors import ConfigError
+
+
+@pytest.fixture
+def tree(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    return {"output": str(tmp_path / "runs"), "model": {"path": str(tmp_path / "model")},
+            "data": {"train": str(tmp_path / "a.jsonl")}}
+
+
+def test_model_data_and_output_are_enough(tree):
+    config = load_config(tree)
+    assert config.train.beta == 0.1 and config.train.loss == "sigmoid" and config.train.pairs_per_step == 64
+    assert config.run_name == "model-sigmoid-beta0.1"
+    assert config.cache_uri == tree["output"] + "/cache"
+    assert config.reference_path == config.model.path
+
+
+def test_the_documented_example_loads(tree, tmp_path):
+    text = f"""
+name: politeness-beta0.1
+output: runs/
+model:     {{path: {tmp_path}/model, dtype: bfloat16, lora: {{r: 16, alpha: 32, target_modules: all-linear}}}}
+reference: {{path: {tmp_path}/model}}
+data:
+  train: [{{path: {tmp_path}/a.jsonl, name: a, weight: 1.0}}]
+  eval:  {{fraction: 0.1}}
+  max_length: 1024
+  truncation: keep_start
+  shuffle: true
+cache: {{uri: cache/}}
+score: {{workers: 2, gpus_per_worker: 1, tokens_per_batch: 16384, dtype: bfloat16}}
+train: {{workers: 2, pairs_per_step: 64, epochs: 1, steps: null, lr: 5.0e-7, schedule: linear, warmup: 0.1, weight_decay: 0.0,
+        clip: 1.0, zero: 2, loss: sigmoid, beta: 0.1, label_smoothing: 0.0, seed: 0, checkpoint_every: 100, eval_every: 50}}
+ray: {{address: null}}
+"""
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    config = load_config(file, ["train.beta=0.05", "train.lr=1e-6", "data.train.0.weight=2"])
+    assert (config.train.beta, config.train.lr, config.data.train[0].weight) == (0.05, 1e-6, 2.0)
+    assert load_config(yaml.safe_load(config.to_yaml())) == config.model_copy(update={
+        "cache": config.cache, "name": config.run_name})
+
+
+def test_it_is_frozen(tree):
+    with pytest.raises(Exception, match="frozen"):
+        load_config(tree).train.beta = 1.0
+
+
+@pytest.mark.parametrize(("override", "said"), [
+    ("train.bata=1", ["train.bata", "1", "did you mean 'train.beta'"]),
+    ("beta=0.2", ["'beta'", "0.2", "did you mean 'train.beta'"]),
+    ("train.loss=sigmod", ["train.loss", "sigmod", "did you mean 'sigmoid'"]),
+    ("train.zero=5", ["train.zero", "5", "0, 1, 2 or 3"]),
+    ("train.beta=-1", ["train.beta", "-1", "greater than 0"]),
+    ("train.beta=.nan", ["train.beta", "nan"]),
+    ("train.workers=true", ["train.workers", "number"]),
+    ("train.workers=two", ["train.workers", "two", "integer"]),
+    ("train=3", ["'train'", "3", "pairs_per_step"]),
+    ("train.label_smoothing=0.1 train.loss=ipo", ["label_smoothing 0.1", "ipo"]),
+    ("train.steps=5 train.epochs=3", ["steps (5)", "epochs (3)"]),
+    ("train.gpus_per_worker=0.5", ["0.5", "whole GPU"]),
+    ("model.lora={dropout: 0.1}", ["dropout is 0.1", "set it to 0"]),
+    ("name=../elsewhere", ["'name'", "../elsewhere", "letters"]),
+    ("data.train=nowhere.jsonl", ["data.train.0.path", "nowhere.jsonl", "no such file"]),
+    ("data.train=[]", ["data.train", "at least one"]),
+    ("data.eval={path: x, fraction: 0.1}", ["x", "0.1", "keep one"]),
+    ("model.path=/nowhere/at/all", ["model.path", "/nowhere/at/all", "no such directory"]),
+    ("data.train.3.weight=2", ["data.train.3.weight", "entry 3"]),
+    ("train.beta", ["train.beta", "key.sub=value"]),
+])
+def test_bad_input_names_key_value_and_fix(override, said, tree):
+    tree["data"]["train"] = [tree["data"]["train"]]
+    with pytest.raises(ConfigError) as caught:
+        load_config(tree, override.split(" ") if "{" not in override else [override])
+    for piece in said:
+        assert piece in str(caught.value), str(caught.value)
+
+
+def test_a_misspelt_file_is_pointed_out(tree, tmp_path):
+    tree["data"]["train"] = str(tmp_path / "b.jsonl")
+    (tmp_path / "bb.jsonl").write_text("")
+    with pytest.raises(ConfigError, match=r"did you mean '.*bb\.jsonl'"):
+        load_config(tree)
+
+
+def test_all_problems_are_told_at_once(tree):
+    with pytest.raises(ConfigError) as caught:
+        load_config(tree, ["train.beta=-1", "train.bata=2", "score.workers=0"])
+    assert str(caught.value).count("\n") == 2
+
+
+def test_every_field_is_documented():
+    def undocumented(section, prefix=""):
+        for name, field in section.model_fields.items():
+            kind = field.annotation
+            if hasattr(kind, "model_fields"):
+                yield from undocumented(kind, f"{prefix}{name}.")
+            elif field.description is None and prefix:
+                yield prefix + name
+
+    assert list(undocumented(Config)) == []
+
+
+def test_checks_in_a_bare_environment(tree, tmp_path):
+    """A Python that has the light dependencies alone: no torch, ray, deepspeed, numpy or pyarrow to import."""
+    import importlib.util
+
+    bare = tmp_path / "site"
+    bare.mkdir()
+    light = ("pydantic", "pydantic_core", "annotated_types", "typing_extensions", "typing_inspection", "yaml", "rich",
+             "pygments", "markdown_it", "mdurl", "raydpo")
+    for name in light:
+        origin = Path(importlib.util.find_spec(name).origin)
+        source = origin.parent if origin.name == "__init__.py" else origin
+        os.symlink(source, bare / source.name)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree | {"train": {"bata": 1}}))
+    program = ("import sys, raydpo, raydpo.cli\n"
+               "assert not {'torch', 'ray', 'deepspeed', 'numpy', 'pyarrow'} & set(sys.modules)\n"
+               "for heavy in ('torch', 'ray', 'deepspeed'):\n"
+               "    try: __import__(heavy)\n"
+               "    except ImportError: continue\n"
+               "    raise SystemExit('not bare: ' + heavy)\n"
+               f"print(raydpo.load_config({tree!r}).run_name)\n"
+               f"raise SystemExit(raydpo.cli.main(['train', {str(tmp_path / 'config.yaml')!r}]))\n")
+    result = subprocess.run([sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {str(bare)!r})\n{program}"],
+                            capture_output=True, text=True)
+    assert result.stdout.strip() == "model-sigmoid-beta0.1", result.stderr
+    assert result.returncode == 2 and "did you mean 'train.beta'" in result.stderr

@@ -1,0 +1,120 @@
+"""Training on real Ray Train workers: killed workers and killed drivers change nothing."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from tiny import preferences, write_preferences
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory, tiny_llama):
+    """37 pairs in steps of 8: an epoch ends with a step of 5."""
+    place = tmp_path_factory.mktemp("train")
+    write_preferences(place / "a.jsonl", preferences(45))
+    tree = {"output": str(place / "runs"), "model": {"path": str(tiny_llama), "dtype": "float32"},
+            "data": {"train": str(place / "a.jsonl"), "eval": {"fraction": 0.2}},
+            "train": {"workers": 2, "pairs_per_step": 8, "lr": 1e-3, "steps": 60, "checkpoint_every": 7, "eval_every": 20,
+                      "tokens_per_batch": 512}}
+    (place / "config.yaml").write_text(yaml.safe_dump(tree))
+    return place
+
+
+def command(job, verb, name, *more):
+    return [sys.executable, "-m", "raydpo.cli", verb, str(job / "config.yaml"), f"name={name}", *more]
+
+
+def rows(job, name, file="metrics.parquet"):
+    table = pq.read_table(job / "runs" / name / file)
+    return table.select([column for column in table.column_names
+                         if "second" not in column and "memory" not in column]).to_pylist()
+
+
+def final_weights(job, name):
+    from safetensors.torch import load_file
+
+    return load_file(job / "runs" / name / "final" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(job):
+    result = subprocess.run(command(job, "run", "undisturbed"), capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def workers_of(driver: int) -> list[int]:
+    """Process ids of this driver's Ray Train workers (Ray names its processes after their actors)."""
+    session = None
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                title = (entry / "cmdline").read_bytes().decode(errors="replace")
+                environment = (entry / "environ").read_bytes()
+            except OSError:
+                continue
+            if "RayTrainWorker" in title and f"RAYDPO_TEST_DRIVER={driver}".encode() in environment:
+                found.append(int(entry.name))
+    del session
+    return found
+
+
+def same(job, name):
+    import torch
+
+    assert rows(job, name) == rows(job, "undisturbed")
+    assert rows(job, name, "eval.parquet") == rows(job, "undisturbed", "eval.parquet")
+    ours, theirs = final_weights(job, name), final_weights(job, "undisturbed")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def wait_for_checkpoint(job, name, step, process):
+    deadline = time.time() + 200
+    snapshot = job / "runs" / name / "checkpoints" / "checkpoint_manager_snapshot.json"
+    while time.time() < deadline and process.poll() is None:
+        if snapshot.is_file():
+            steps = [int(found) for found in re.findall(r"step-(\d+)", snapshot.read_text())]
+            if steps and max(steps) >= step:
+                return
+        time.sleep(0.01)
+    raise AssertionError(process.communicate()[0])
+
+
+def test_a_killed_worker_changes_nothing(job, undisturbed):
+    environment = os.environ | {"RAYDPO_TEST_DRIVER": "w"}
+    process = subprocess.Popen(command(job, "train", "worker-killed"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               text=True, env=environment)
+    wait_for_checkpoint(job, "worker-killed", 7, process)
+    victims = workers_of("w")
+    assert len(victims) == 2
+    os.kill(victims[1], signal.SIGKILL)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    assert "workers were restarted; continuing after step" in output
+    same(job, "worker-killed")
+
+
+def test_a_killed_driver_is_continued_by_the_same_command(job, undisturbed):
+    process = subprocess.Popen(command(job, "train", "driver-killed"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               text=True)
+    wait_for_checkpoint(job, "driver-killed", 7, process)
+    process.kill()
+    process.communicate()
+    changed = subprocess.run(command(job, "train", "driver-killed", "train.beta=0.3"), capture_output=True, text=True,
+                             timeout=300)
+    assert changed.returncode == 2
+    assert "train.beta: 0.1 -> 0.3" in changed.stderr
+    result = subprocess.run(command(job, "train", "driver-killed"), capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "continuing after step" in result.stdout
+    same(job, "driver-killed")
+    again = subprocess.run(command(job, "train", "driver-killed"), capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0 and "already complete" in again.stdout
