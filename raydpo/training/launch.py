@@ -93,7 +93,7 @@ def launch(job: TrainJob, pairs: pa.Table, held_out: pa.Table | None, resources:
 
 
 class _Board:
-    """An actor through which workers tell the driver what happens; ray.train.report is throttled, so it is for checkpoints."""
+    """An actor through which workers tell the driver what happens: ray.train.report is throttled, and for checkpoints."""
 
     def __init__(self) -> None:
         self._events: list[tuple[str, Any]] = []

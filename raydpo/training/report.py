@@ -10,6 +10,7 @@ from raydpo.console import Console
 
 __all__ = ["TrainingDisplay", "plain_text", "print_summary"]
 
+PROMPT_CHARACTERS = 120
 _TABLE = (
     ("eval_loss", "loss"),
     ("eval_rewards/accuracies", "preference accuracy (reward)"),
@@ -72,7 +73,7 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
         console.table(f"held-out pairs: {summary['held_out_pairs']:,}", ("", "before", "after"),
                       [(label, _figure(before[key]), _figure(after[key])) for key, label in _TABLE])
     for sample in summary["samples"]:
-        console.print(f"[bold]prompt[/bold]  {escape(plain_text(sample['prompt']))}")
+        console.print(f"[bold]prompt[/bold]  {escape(_end(plain_text(sample['prompt'])))}")
         console.print(f"[bold]before[/bold]  {escape(plain_text(sample['before']))}")
         console.print(f"[bold]after[/bold]   {escape(plain_text(sample['after']))}\n")
     console.say(f"trained {summary['steps']:,} steps on {summary['pairs_seen']:,} pairs in {summary['train_seconds']:.0f} s "
@@ -84,6 +85,12 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
 def plain_text(text: str) -> str:
     """``text`` without terminal control characters: data and models may say anything."""
     return "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text)
+
+
+def _end(prompt: str) -> str:
+    """The last words of a prompt, on one line: a system prompt is the same for all."""
+    line = " ".join(prompt.split())
+    return line if len(line) <= PROMPT_CHARACTERS else f"... {line[-PROMPT_CHARACTERS:]}"
 
 
 def _figure(value: float) -> str:
