@@ -14,7 +14,7 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-__all__ = ["Console"]
+__all__ = ["Console", "ProgressLine"]
 
 FILE_WIDTH = 200
 LINE_INTERVAL = 10.0

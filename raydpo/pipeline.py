@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
@@ -14,7 +15,7 @@ import pyarrow.compute as pc
 
 import raydpo
 from raydpo.config import Config, is_hub_name
-from raydpo.console import Console
+from raydpo.console import Console, ProgressLine
 from raydpo.data.pairs import PairSets, load_pairs
 from raydpo.data.tokenise import Tokeniser, load_tokenizer
 from raydpo.errors import ConfigError
@@ -137,23 +138,17 @@ class Prepared:
 def _score(prepared: Prepared, console: Console) -> BuildReport:
     config, cache = prepared.config, prepared.cache
     resources = resources_for("score", config)
-    bar: Any = None
-    line: Any = None
+    line: ProgressLine | None = None
+    with contextlib.ExitStack() as stack:  # there is nothing to show before build knows what is missing
+        def progress(done: int, to_do: int) -> None:
+            nonlocal line
+            if line is None:
+                console.say(f"scoring {to_do:,} completions on {resources.workers} {resources.device} worker(s)")
+                line = stack.enter_context(console.progress("scoring", to_do, "completions"))
+            line.update(done)
 
-    def progress(done: int, to_do: int) -> None:
-        nonlocal bar, line
-        if bar is None:
-            console.say(f"scoring {to_do:,} completions on {resources.workers} {resources.device} worker(s)")
-            bar = console.progress("scoring", to_do, "completions")
-            line = bar.__enter__()
-        line.update(done)
-
-    try:
         report = build(prepared.tables, prepared.reference, cache, resources, progress=progress,
                        tokens_per_batch=config.score.tokens_per_batch, tokens_per_part=config.score.tokens_per_part)
-    finally:
-        if bar is not None:
-            bar.__exit__(None, None, None)
     for problem in report.problems:
         console.warn(problem)
     rate = f", {report.tokens / report.seconds:,.0f} tokens/s" if report.scored else ""

@@ -143,10 +143,12 @@ def original_error(error: BaseException, doing: str) -> RaydpoError:
 
 
 def _autoscales() -> bool:
+    """Whether an autoscaler reports to this cluster, and may bring what is not there yet."""
+    from ray._private import ray_constants
     from ray._private.worker import global_worker
 
     try:
-        return bool(global_worker.gcs_client.internal_kv_get(b"__autoscaling_config", None))
+        return bool(global_worker.gcs_client.internal_kv_get(ray_constants.DEBUG_AUTOSCALING_STATUS.encode(), None))
     except Exception:  # a private question whose answer only softens an error
         return False
 

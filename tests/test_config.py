@@ -40,8 +40,9 @@ data:
   shuffle: true
 cache: {{uri: cache/}}
 score: {{workers: 2, gpus_per_worker: 1, tokens_per_batch: 16384, dtype: bfloat16}}
-train: {{workers: 2, pairs_per_step: 64, epochs: 1, steps: null, lr: 5.0e-7, schedule: linear, warmup: 0.1, weight_decay: 0.0,
-        clip: 1.0, zero: 2, loss: sigmoid, beta: 0.1, label_smoothing: 0.0, seed: 0, checkpoint_every: 100, eval_every: 50}}
+train: {{workers: 2, pairs_per_step: 64, epochs: 1, steps: null, lr: 5.0e-7, schedule: linear, warmup: 0.1,
+        weight_decay: 0.0, clip: 1.0, zero: 2,
+        loss: sigmoid, beta: 0.1, label_smoothing: 0.0, seed: 0, checkpoint_every: 100, eval_every: 50}}
 ray: {{address: null}}
 """
     file = tmp_path / "config.yaml"

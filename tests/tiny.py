@@ -6,7 +6,11 @@ import json
 import random
 from pathlib import Path
 
-WORDS = ["sky", "blue", "green", "red", "the", "a", "cat", "dog", "runs", "fast", "slow", "because", "answer", "is", "not", "yes", "no", "maybe", "compute", "sum", "of", "two", "numbers", "water", "hot", "cold", "please", "explain", "why", "how", "when", "where", "river", "mountain", "tree", "leaf", "stone", "light", "dark"]
+WORDS = [
+    "sky", "blue", "green", "red", "the", "a", "cat", "dog", "runs", "fast", "slow", "because", "answer", "is",
+    "not", "yes", "no", "maybe", "compute", "sum", "of", "two", "numbers", "water", "hot", "cold", "please",
+    "explain", "why", "how", "when", "where", "river", "mountain", "tree", "leaf", "stone", "light", "dark",
+]
 CHAT_TEMPLATE = ("{% for message in messages %}<s>{{ message['role'] }}\n{{ message['content'] }}</s>\n{% endfor %}"
                  "{% if add_generation_prompt %}<s>assistant\n{% endif %}")
 

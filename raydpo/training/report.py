@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from rich.markup import escape
 
-from raydpo.console import Console
+from raydpo.console import Console, ProgressLine
 
 __all__ = ["TrainingDisplay", "plain_text", "print_summary"]
 
@@ -28,15 +29,14 @@ class TrainingDisplay:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self._bar: Any = None
-        self._line: Any = None
+        self._bar = contextlib.ExitStack()
+        self._line: ProgressLine | None = None
 
     def __enter__(self) -> TrainingDisplay:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.__exit__(None, None, None)
+        self._bar.close()
 
     def listen(self, kind: str, content: Any) -> None:
         """One event: see ``training.launch.Listener``."""
@@ -44,15 +44,14 @@ class TrainingDisplay:
 
     def _begin(self, facts: dict[str, Any]) -> None:
         first, total = facts["first_step"], facts["total_steps"]
-        if self._bar is not None:
+        if self._line is not None:
             self.console.warn(f"workers were restarted; continuing after step {first}")
-            self._bar.__exit__(None, None, None)
+            self._bar.close()
         elif first:
             self.console.say(f"continuing after step {first}")
         self.console.say(f"training: {facts['pairs']:,} pairs, {total:,} steps ({facts['steps_per_epoch']:,} an epoch), "
                          f"{facts['world_size']} worker(s)")
-        self._bar = self.console.progress("training", total, "steps", done=first)
-        self._line = self._bar.__enter__()
+        self._line = self._bar.enter_context(self.console.progress("training", total, "steps", done=first))
 
     def _step(self, row: dict[str, float]) -> None:
         self._line.update(int(row["step"]), f"loss {row['loss']:.4f}  accuracy {row['rewards/accuracies']:.2f}  "
