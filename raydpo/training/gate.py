@@ -36,8 +36,9 @@ class GateReport:
     first_loss: float
 
     def line(self) -> str:
-        return (f"step-0 gate: {self.pairs} pairs scored again, cached and live log-probs differ by "
-                f"{self.mean_gap:.2g} nats a token on average, {self.worst_gap:.2g} at most (pair {self.worst_pair}); loss {self.first_loss:.6f}")
+        return (f"step-0 gate: {self.pairs} pairs scored again, cached and live log-probs differ by {self.mean_gap:.2g} "
+                f"nats a token on average, {self.worst_gap:.2g} at most (pair {self.worst_pair}); "
+                f"loss {self.first_loss:.6f}")
 
 
 def gate_rows(pairs: TrainingPairs, first_step: np.ndarray, *, count: int, seed: int) -> list[int]:
