@@ -31,6 +31,7 @@ class TrainingDisplay:
         self.console = console
         self._bar = contextlib.ExitStack()
         self._line: ProgressLine | None = None
+        self._total = 0
 
     def __enter__(self) -> TrainingDisplay:
         return self
@@ -44,16 +45,19 @@ class TrainingDisplay:
 
     def _begin(self, facts: dict[str, Any]) -> None:
         first, total = facts["first_step"], facts["total_steps"]
-        if self._line is not None:
+        if self._total:
             self.console.warn(f"workers were restarted; continuing after step {first}")
             self._bar.close()
         elif first:
             self.console.say(f"continuing after step {first}")
         self.console.say(f"training: {facts['pairs']:,} pairs, {total:,} steps ({facts['steps_per_epoch']:,} an epoch), "
                          f"{facts['world_size']} worker(s)")
-        self._line = self._bar.enter_context(self.console.progress("training", total, "steps", done=first))
+        self._line, self._total = None, total
 
     def _step(self, row: dict[str, float]) -> None:
+        if self._line is None:  # from the first step on: gate and first evaluation would spoil the rate
+            self._line = self._bar.enter_context(
+                self.console.progress("training", self._total, "steps", done=int(row["step"])))
         self._line.update(int(row["step"]), f"loss {row['loss']:.4f}  accuracy {row['rewards/accuracies']:.2f}  "
                                             f"{row['tokens_per_second']:,.0f} tokens/s")
 

@@ -1,7 +1,5 @@
 """Filling the cache with real Ray Data actors, and killing the job that does it."""
 
-import json
-import os
 import signal
 import subprocess
 import sys
@@ -71,7 +69,6 @@ def test_killed_at_three_moments_and_finished(job, tmp_path):
     assert before <= after and len(after) == total, "no committed part is scored again"
     assert contents(cache) == contents(whole)
     assert not list(cache.rglob(".tmp-*"))
-    assert f"({len(before) / total:.0%}"[:2] in output or "hits" in output
 
     again = start(job, cache)
     output = again.communicate(timeout=300)[0]
@@ -110,5 +107,5 @@ def test_a_failing_actor_says_why(job, tmp_path, tiny_llama):
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 1
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+    assert "log-prob" in result.stderr
     assert not parts(tmp_path / "cache")
-    assert os.path.exists(job / "config.yaml") and json.dumps(result.stdout)

@@ -50,9 +50,8 @@ def undisturbed(job):
     return result.stdout
 
 
-def workers_of(driver: int) -> list[int]:
-    """Process ids of this driver's Ray Train workers (Ray names its processes after their actors)."""
-    session = None
+def workers_of(driver: str) -> list[int]:
+    """Process ids of the Ray Train workers whose environment carries this mark (Ray names processes after actors)."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -63,7 +62,6 @@ def workers_of(driver: int) -> list[int]:
                 continue
             if "RayTrainWorker" in title and f"RAYDPO_TEST_DRIVER={driver}".encode() in environment:
                 found.append(int(entry.name))
-    del session
     return found
 
 
