@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import socket
 import uuid
 from pathlib import Path, PurePosixPath
@@ -65,7 +66,7 @@ class Storage:
             return
         path = Path(target)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.parent / f".tmp-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}"
+        temporary = path.with_name(_temporary_name())
         try:
             with open(temporary, "wb") as stream:
                 stream.write(data)
@@ -76,10 +77,16 @@ class Storage:
             temporary.unlink(missing_ok=True)
 
     def upload(self, directory: Path, name: str) -> None:
-        """Copy a local directory here, as ``name``."""
-        for source in sorted(directory.rglob("*")):
-            if source.is_file():
-                self.write(f"{name}/{source.relative_to(directory).as_posix()}", source.read_bytes())
+        """Copy a local directory here, as ``name``, in place of what was there. Locally it appears whole or not at all."""
+        if not self.is_local:
+            pafs.copy_files(str(directory), self.path(name), source_filesystem=pafs.LocalFileSystem(),
+                            destination_filesystem=self.fs)
+            return
+        target = Path(self.path(name))
+        temporary = target.with_name(_temporary_name())
+        shutil.copytree(directory, temporary)
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.rename(target)
 
     def probe(self) -> None:
         """Prove that this place can be written, before a long computation relies on it.
@@ -108,6 +115,10 @@ def remove_stale_temporaries(storage: Storage, name: str) -> int:
             Path(storage.path(f"{name}/{entry}")).unlink(missing_ok=True)
             removed += 1
     return removed
+
+
+def _temporary_name() -> str:
+    return f".tmp-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}"
 
 
 def _is_alive(pid: int) -> bool:

@@ -134,7 +134,7 @@ def test_cache_ls_and_show(first, place):
     assert listed.returncode == 0 and "float32" in listed.stdout
     shown = raydpo("cache", "show", place / "runs" / "cache")
     assert shown.returncode == 0, shown.stderr
-    assert "weights" in shown.stdout and "bytes per token" in shown.stdout and "padded" in shown.stdout
+    assert "weights" in shown.stdout and "bytes per token" in shown.stdout and "rows" in shown.stdout
     assert raydpo("cache", "ls", place / "nowhere").returncode == 1
 
 

@@ -18,9 +18,8 @@ from raydpo.model.head import attach_logp_head
 __all__ = ["ROW_MULTIPLE", "Layout", "LogpModel", "PromptGroup", "lay_out"]
 
 ROW_MULTIPLE = 16
-"""Rows are padded to a multiple of this. CPU attention treats a last partial vector of keys with another exponential: in
-bfloat16 the same row then differs by up to 0.3 nats a token with the width of its batch, and not at all on whole vectors
-(measured, below 192 tokens; beyond, one value in 100,000 is rounded otherwise). GPUs like the alignment too."""
+"""Rows are padded to a multiple of this. CPU attention treats a last partial vector of keys with another exponential, so
+that in bfloat16 a row differs by up to 0.3 nats a token with the width it is given. GPUs like the alignment too."""
 
 
 @dataclass(frozen=True)
@@ -45,16 +44,18 @@ class Layout:
         positions: [N], flat indices into R * T of the positions that predict completion tokens.
         targets: [N], the token each of them predicts.
         lengths: completion tokens of each row, in the order of groups and completions; they sum to N.
+        widths: tokens of each row, rounded up to ROW_MULTIPLE: what the row needs when it is computed by itself.
     """
 
     input_ids: Tensor
     positions: Tensor
     targets: Tensor
     lengths: tuple[int, ...]
+    widths: tuple[int, ...]
 
     def to(self, device: torch.device) -> Layout:
         return Layout(self.input_ids.to(device, non_blocking=True), self.positions.to(device, non_blocking=True),
-                      self.targets.to(device, non_blocking=True), self.lengths)
+                      self.targets.to(device, non_blocking=True), self.lengths, self.widths)
 
 
 def lay_out(groups: Sequence[PromptGroup]) -> Layout:
@@ -63,7 +64,8 @@ def lay_out(groups: Sequence[PromptGroup]) -> Layout:
     Padding needs no attention mask: in a causal model nothing looks to its right, and padded positions are never read.
     """
     rows = [np.concatenate([group.prompt, completion]) for group in groups for completion in group.completions]
-    longest = -(-max(len(row) for row in rows) // ROW_MULTIPLE) * ROW_MULTIPLE
+    widths = tuple(-(-len(row) // ROW_MULTIPLE) * ROW_MULTIPLE for row in rows)
+    longest = max(widths)
     input_ids = np.zeros((len(rows), longest), dtype=np.int64)
     positions, targets, lengths = [], [], []
     row = 0
@@ -76,7 +78,7 @@ def lay_out(groups: Sequence[PromptGroup]) -> Layout:
             lengths.append(len(completion))
             row += 1
     return Layout(torch.from_numpy(input_ids), torch.from_numpy(np.concatenate(positions)),
-                  torch.from_numpy(np.concatenate(targets).astype(np.int64)), tuple(lengths))
+                  torch.from_numpy(np.concatenate(targets).astype(np.int64)), tuple(lengths), widths)
 
 
 class LogpModel(nn.Module):
@@ -97,18 +99,33 @@ class LogpModel(nn.Module):
     def causal_lm(self) -> nn.Module:
         return self._parts[0]
 
-    def forward(self, input_ids: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
-        """[R, T], [N], [N] -> natural-log probabilities of the targets, float32 [N]. See ``Layout``."""
+    def forward(self, input_ids: Tensor, positions: Tensor, targets: Tensor, lengths: tuple[int, ...],
+                widths: tuple[int, ...] | None = None) -> Tensor:
+        """Natural-log probabilities of the targets, float32 [N], for the fields of a ``Layout``.
+
+        Without ``widths`` all rows go through the model together, [R, T]. With them, one after the other, each at its own
+        width: no position is wasted on padding, and a row's numbers cannot depend on its company. That is right for CPUs,
+        whose attention chooses another code path, hence other bfloat16 rounding, with the size of the batch; there it was
+        0.018 nats a token between batches of long rows.
+        """
         _, backbone, head = self._parts
-        hidden = backbone(input_ids=input_ids, use_cache=False).last_hidden_state
-        return head(hidden.flatten(0, 1)[positions], targets)
+        if widths is None:
+            hidden = backbone(input_ids=input_ids, use_cache=False).last_hidden_state.flatten(0, 1)[positions]
+        else:
+            longest = input_ids.shape[1]
+            hidden = torch.cat([
+                backbone(input_ids=input_ids[row : row + 1, :width],
+                         use_cache=False).last_hidden_state[0, at - row * longest]
+                for row, (width, at) in enumerate(zip(widths, positions.split(lengths), strict=True))])
+        return head(hidden, targets)
 
     @torch.no_grad()
     def score(self, groups: Sequence[PromptGroup], device: torch.device) -> list[tuple[np.ndarray, ...]]:
         """Per-token float32 log-probs of every completion, by group: one forward pass, no gradient."""
         layout = lay_out(groups)
         on_device = layout.to(device)
-        flat = self(on_device.input_ids, on_device.positions, on_device.targets).cpu().numpy()
+        flat = self(on_device.input_ids, on_device.positions, on_device.targets, on_device.lengths,
+                    on_device.widths if device.type == "cpu" else None).cpu().numpy()
         pieces = iter(np.split(flat, np.cumsum(layout.lengths)[:-1]))
         return [tuple(next(pieces) for _ in group.completions) for group in groups]
 

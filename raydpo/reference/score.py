@@ -72,6 +72,6 @@ class Scorer:
         return {
             "raydpo": raydpo.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
             "device": torch.cuda.get_device_name(self.device) if cuda else platform.processor() or platform.machine(),
-            "attention": self.model.causal_lm.config._attn_implementation, "layout": "padded",
+            "attention": self.model.causal_lm.config._attn_implementation, "layout": "padded" if cuda else "rows",
             "tokens_per_batch": self.tokens_per_batch, "threads": torch.get_num_threads(),
         }

@@ -99,7 +99,10 @@ class PolicyEngine:
     def logps(self, layout: Layout) -> Tensor:
         """float32 log-probs [N] of a micro-batch's completion tokens, with gradient in training mode."""
         layout = layout.to(self.device)
-        return self.engine(layout.input_ids, layout.positions, layout.targets)
+        # Under ZeRO-3 every rank must call every layer equally often, whatever its number of rows.
+        alone = self.device.type == "cpu" and self.zero != 3
+        return self.engine(layout.input_ids, layout.positions, layout.targets, layout.lengths,
+                           layout.widths if alone else None)
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
