@@ -276,6 +276,8 @@ class RayConfig(_Section):
 
     address: str | None = None
     """Address of a running cluster; null = $RAY_ADDRESS where set, else a local Ray for the length of the command."""
+    autoscaling: bool = False
+    """The cluster brings nodes on demand: wait for resources that it does not have yet instead of refusing to start."""
 
 
 class Config(_Section):

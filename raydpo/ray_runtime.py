@@ -76,8 +76,7 @@ def resources_for(stage: Literal["score", "train"], config: Config) -> Resources
     """The resources of a stage on the Ray that is connected.
 
     Raises:
-        ConfigError: if the cluster as it is can never hold them, and why. (Autoscaling clusters are given the benefit of
-            the doubt for GPUs they do not have yet.)
+        ConfigError: if the cluster as it is cannot hold them, and why; unless ``ray.autoscaling`` says that it will grow.
     """
     import ray
 
@@ -86,12 +85,13 @@ def resources_for(stage: Literal["score", "train"], config: Config) -> Resources
     gpus = section.gpus_per_worker
     if gpus is None:
         gpus = 1.0 if total.get("GPU", 0) >= 1 else 0.0
-    if gpus * section.workers > total.get("GPU", 0) and not _autoscales():
+    if gpus * section.workers > total.get("GPU", 0) and not config.ray.autoscaling:
         raise ConfigError(f"{stage}.workers {section.workers} x {stage}.gpus_per_worker {gpus:g} needs "
                           f"{gpus * section.workers:g} GPUs, the Ray cluster has {total.get('GPU', 0):g}; ask for fewer "
-                          f"({stage}.gpus_per_worker=0 runs on the CPU)")
+                          f"({stage}.gpus_per_worker=0 runs on the CPU), or set ray.autoscaling=true where nodes come on "
+                          "demand")
     needed = section.workers + (2 if stage == "score" else 1)
-    if needed > total.get("CPU", 0) and not _autoscales():
+    if needed > total.get("CPU", 0) and not config.ray.autoscaling:
         raise ConfigError(f"{stage}.workers {section.workers} needs {needed} CPUs of Ray (one each, and some beside them "
                           f"for Ray Data), the cluster has {total.get('CPU', 0):g}; the job would wait for ever")
     threads = None
@@ -140,17 +140,6 @@ def original_error(error: BaseException, doing: str) -> RaydpoError:
             if (lines := str(known).strip().splitlines()) and lines[-1].strip() != type(known).__name__]
     kind, line = told[-1] if told else (type(error).__name__, "no message")
     return RaydpoError(f"{doing} failed: {kind}: {line}")
-
-
-def _autoscales() -> bool:
-    """Whether an autoscaler reports to this cluster, and may bring what is not there yet."""
-    from ray._private import ray_constants
-    from ray._private.worker import global_worker
-
-    try:
-        return bool(global_worker.gcs_client.internal_kv_get(ray_constants.DEBUG_AUTOSCALING_STATUS.encode(), None))
-    except Exception:  # a private question whose answer only softens an error
-        return False
 
 
 def _object_store_bytes() -> int:
