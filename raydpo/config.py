@@ -94,6 +94,9 @@ class ModelConfig(_Section):
     With bfloat16 the optimizer keeps float32 master weights."""
     lora: LoraSettings | None = None
     """Adapters to train; null = full fine-tuning."""
+    layout: Literal["auto", "tree", "packed", "padded"] = "auto"
+    """How a micro-batch is computed: as a prefix tree, as a pack without shared prefixes, or as padded rows. auto = the
+    first of them that a check at load finds exact for this model."""
     trust_remote_code: bool = False
     """Run Python code that the model's directory carries. Named loudly when on."""
 
@@ -196,8 +199,8 @@ class ScoreConfig(_Section):
     """Ray Data actors, one device each."""
     gpus_per_worker: Float | None = Field(None, ge=0)
     """GPUs of each actor, fractions too; null = 1 where the cluster has GPUs, else 0."""
-    tokens_per_batch: Int = Field(16384, ge=1)
-    """Token positions, padding included, of one forward pass."""
+    tokens_per_batch: Literal["auto"] | Annotated[Int, Field(ge=1)] = "auto"
+    """Token positions of one forward pass, each shared prefix counted once; auto = as many as fit, measured at start."""
     tokens_per_part: Int = Field(262144, ge=1)
     """Tokens scored between two commits: what a kill can cost at most, per actor."""
     dtype: Dtype | None = None
@@ -213,8 +216,9 @@ class TrainConfig(_Section):
     """GPUs of each worker; null = 1 where the cluster has GPUs, else 0."""
     pairs_per_step: Int = Field(64, ge=1)
     """Pairs of one optimizer step, over all workers."""
-    tokens_per_batch: Int = Field(16384, ge=1)
-    """Token positions, padding included, of one forward and backward pass of a worker. Accumulation follows from it."""
+    tokens_per_batch: Literal["auto"] | Annotated[Int, Field(ge=1)] = "auto"
+    """Token positions of one forward and backward pass of a worker, each shared prefix counted once; auto = as many as fit,
+    measured at start. Accumulation follows from it."""
     epochs: Int = Field(1, ge=1)
     """Passes over the data."""
     steps: Int | None = Field(None, ge=1)

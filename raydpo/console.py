@@ -36,6 +36,13 @@ class Console:
     def say(self, line: str) -> None:
         self.rich.print(line, markup=False)
 
+    def note(self, line: str) -> None:
+        """A line that comes from a worker, shown as a warning if it calls itself one."""
+        if line.startswith("warning: "):
+            self.warn(line.removeprefix("warning: "))
+        else:
+            self.say(line)
+
     def warn(self, line: str) -> None:
         self.rich.print(f"warning: {line}", markup=False, style="yellow")
 

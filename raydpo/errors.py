@@ -10,6 +10,7 @@ __all__ = [
     "CacheMissError",
     "ConfigError",
     "DataError",
+    "DeviceMemoryError",
     "GateError",
     "ModelError",
     "RaydpoError",
@@ -55,6 +56,15 @@ class GateError(CacheError):
 
 class TrainError(RaydpoError, RuntimeError):
     """A training run that cannot start, continue or finish."""
+
+
+class DeviceMemoryError(TrainError, MemoryError):
+    """A micro-batch that does not fit in the device's memory. The message begins with its token positions."""
+
+    @property
+    def tokens(self) -> int:
+        """Token positions of the micro-batch."""
+        return int(self.message.split()[0])
 
 
 def exit_status(error: BaseException) -> int:

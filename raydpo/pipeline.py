@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import raydpo
 from raydpo.config import Config, is_hub_name
 from raydpo.console import Console, ProgressLine
+from raydpo.cost import ModelCost
 from raydpo.data.pairs import PairSets, load_pairs
 from raydpo.data.tokenise import Tokeniser, load_tokenizer
 from raydpo.errors import ConfigError
@@ -111,7 +112,7 @@ class Prepared:
         console.say(f"reference: {config.reference_path}{f' + {config.reference.adapter}' if adapter else ''} in "
                     f"{score_dtype}, identity {identity.digest}")
         spec = ReferenceSpec(path=reference_dir, adapter=adapter, identity=identity,
-                             trust_remote_code=model.trust_remote_code)
+                             trust_remote_code=model.trust_remote_code, layout=config.model.layout)
         return cls(config, dtype, policy_dir, tokeniser, sets, spec, ReferenceCache.open(config.cache_uri, identity))
 
     @property
@@ -147,7 +148,7 @@ def _score(prepared: Prepared, console: Console) -> BuildReport:
                 line = stack.enter_context(console.progress("scoring", to_do, "completions"))
             line.update(done)
 
-        report = build(prepared.tables, prepared.reference, cache, resources, progress=progress,
+        report = build(prepared.tables, prepared.reference, cache, resources, progress=progress, note=console.note,
                        tokens_per_batch=config.score.tokens_per_batch, tokens_per_part=config.score.tokens_per_part)
     for problem in report.problems:
         console.warn(problem)
@@ -182,7 +183,8 @@ def _train(prepared: Prepared, console: Console, built: BuildReport | None, *, f
     job = TrainJob(
         train=config.train, shuffle=config.data.shuffle, fingerprint=fingerprint,
         policy=PolicySpec(path=prepared.policy_dir, dtype=prepared.dtype, lora=config.model.lora,
-                          trust_remote_code=config.model.trust_remote_code),
+                          trust_remote_code=config.model.trust_remote_code, layout=config.model.layout),
+        work=ModelCost.of(prepared.policy_dir).work, memory_share=resources.memory_share,
         policy_identity=policy.digest, reference_identity=reference.digest,
         starts_as_reference=policy.same_model(reference),
         coarser_dtype="bfloat16" if "bfloat16" in (policy.dtype, reference.dtype) else "float32",

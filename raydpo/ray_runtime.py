@@ -34,6 +34,8 @@ class Resources:
     workers: int
     gpus_per_worker: float
     threads: int | None
+    memory_share: float = 1.0
+    """Part of its device's memory that belongs to one worker: workers share a CPU node, or a GPU by fractions."""
 
     @property
     def device(self) -> Literal["cuda", "cpu"]:
@@ -94,13 +96,13 @@ def resources_for(stage: Literal["score", "train"], config: Config) -> Resources
     if needed > total.get("CPU", 0) and not config.ray.autoscaling:
         raise ConfigError(f"{stage}.workers {section.workers} needs {needed} CPUs of Ray (one each, and some beside them "
                           f"for Ray Data), the cluster has {total.get('CPU', 0):g}; the job would wait for ever")
-    threads = None
+    threads, memory_share = None, min(1.0, gpus) if gpus else 1.0
     if not gpus:
         # Workers of one node share its cores; more threads than cores is the usual slowness of CPU jobs.
         nodes = [node for node in ray.nodes() if node["Alive"]]
         on_one_node = -(-section.workers // max(1, len(nodes)))
-        threads = max(1, (os.cpu_count() or 1) // on_one_node)
-    return Resources(section.workers, gpus, threads)
+        threads, memory_share = max(1, (os.cpu_count() or 1) // on_one_node), 1 / on_one_node
+    return Resources(section.workers, gpus, threads, memory_share)
 
 
 def native_bfloat16() -> bool:

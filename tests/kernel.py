@@ -34,7 +34,7 @@ def tokenised(records: list[dict[str, str]], max_length: int = 512) -> pa.Table:
 def with_reference(table: pa.Table, model: Path, dtype: str = "float32", tokens_per_batch: int = 4096,
                    device: str = "cpu") -> pa.Table:
     """``table`` with the reference log-probs of ``model``, scored in this process."""
-    from raydpo.model.logps import PromptGroup
+    from raydpo.model.layout import PromptGroup
     from raydpo.reference.identity import identify
     from raydpo.reference.score import ReferenceSpec, Scorer
 

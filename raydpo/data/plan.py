@@ -12,21 +12,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["BatchPlan", "MicroBatch", "PairLengths", "epoch_order", "fill_batches", "split_over_ranks"]
+from raydpo.data.shapes import PADDED_MULTIPLE, POSITIONS_ONLY, LayoutName, Shapes, Work
 
+__all__ = ["BatchPlan", "MicroBatch", "epoch_order", "fill_batches", "rank_costs", "split_over_ranks"]
 
-@dataclass(frozen=True)
-class PairLengths:
-    """Tokens of each pair's prompt, chosen and rejected completion: int arrays [pairs]."""
-
-    prompt: np.ndarray
-    chosen: np.ndarray
-    rejected: np.ndarray
-
-    @property
-    def longest(self) -> np.ndarray:
-        """Tokens of the longer of prompt + chosen and prompt + rejected."""
-        return self.prompt + np.maximum(self.chosen, self.rejected)
+WORTH_KEEPING = 0.1
+"""Share of a pair's work that its neighbour's prompt must save for the two to be kept on one rank."""
+UNITS_PER_RANK = 4
+"""Runs of pairs kept together are at most this part of a rank's work, or they could not be evened out."""
+SWAP_PARTNERS = 8
+"""Of the least busy ranks, how many are looked at for a swap with the busiest."""
 
 
 @dataclass(frozen=True)
@@ -61,47 +56,140 @@ def epoch_order(sources: np.ndarray, weights: np.ndarray, *, seed: int, epoch: i
     return order[np.argsort(_hashes(len(order), seed, 2 * epoch), kind="stable")]
 
 
-def fill_batches(longest: Sequence[int], rows: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
-    """Items in batches, longest first, each within a budget of padded token positions.
+def fill_batches(items: Sequence[int], shapes: Shapes, tokens_per_batch: int, layout: LayoutName) -> list[list[int]]:
+    """Groups in batches, each within a budget of token positions.
+
+    A tree takes neighbours in the order of their prompts, so that what they share is computed once. Padded rows are filled
+    longest first, because a batch is as wide as its longest row.
 
     Args:
-        longest: tokens of the longest row of each item.
-        rows: rows (completions) of each item.
+        items: numbers of the groups in ``shapes``.
 
     Returns:
-        Item numbers of each batch. An item larger than the budget is a batch of its own.
+        Group numbers of each batch. A group larger than the budget is a batch of its own.
     """
     batches: list[list[int]] = []
-    filled = width = 0
-    for item in sorted(range(len(longest)), key=lambda item: (-longest[item], item)):
-        if not batches or (filled + rows[item]) * width > tokens_per_batch:
+    if layout == "padded":
+        width = filled = 0
+        for item in sorted(items, key=lambda item: (-shapes.longest[item], item)):
+            if not batches or (filled + shapes.rows[item]) * width > tokens_per_batch:
+                batches.append([])
+                filled, width = 0, -(-int(shapes.longest[item]) // PADDED_MULTIPLE) * PADDED_MULTIPLE
+            batches[-1].append(item)
+            filled += int(shapes.rows[item])
+        return batches
+    alone = shapes.positions(layout)
+    ordered = sorted(items, key=lambda item: (shapes.place[item], item))
+    saved = _savings(ordered, shapes, layout)
+    # As even as they come: the last batch of a greedy filling would be a small one, which costs as many calls.
+    total = int(alone[ordered].sum() - saved.sum())
+    target = -(-total // max(1, -(-total // tokens_per_batch)))
+    filled = 0
+    for index, item in enumerate(ordered):
+        more = int(alone[item] - saved[index])
+        if not batches or filled + more // 2 > target or filled + more > tokens_per_batch:
             batches.append([])
-            filled, width = 0, longest[item]
+            filled, more = 0, int(alone[item])
         batches[-1].append(item)
-        filled += rows[item]
+        filled += more
     return batches
 
 
-def split_over_ranks(pairs: Sequence[int], longest: np.ndarray, *, world_size: int,
-                     tokens_per_batch: int) -> list[list[MicroBatch]]:
-    """Give pairs to ranks so that computed positions are even, and cut each rank's share into micro-batches.
+def split_over_ranks(pairs: Sequence[int], shapes: Shapes, *, world_size: int, tokens_per_batch: int, layout: LayoutName,
+                     work: Work = POSITIONS_ONLY) -> list[list[MicroBatch]]:
+    """Give pairs to ranks so that their work is even, and cut each rank's share into micro-batches.
+
+    Pairs that share much of their prompts stay together as far as balance allows.
 
     Returns:
         For every rank the same number of micro-batches, at least one.
     """
-    # Longest first to the rank with the least to do; ties go to the lower rank, so the result is unique.
-    heap = [(0, rank) for rank in range(world_size)]
-    shares: list[list[int]] = [[] for _ in range(world_size)]
-    for pair in sorted(pairs, key=lambda pair: (-longest[pair], pair)):
-        load, rank = heapq.heappop(heap)
-        shares[rank].append(pair)
-        heapq.heappush(heap, (load + int(longest[pair]), rank))
-    ranks = []
-    for share in shares:
-        batches = fill_batches([int(longest[pair]) for pair in share], [2] * len(share), tokens_per_batch)
-        ranks.append([[share[item] for item in batch] for batch in batches])
+    shares = _shares(list(pairs), shapes, world_size, layout, work)
+    ranks = [fill_batches(share, shapes, tokens_per_batch, layout) for share in shares]
     wanted = max(1, max(len(batches) for batches in ranks))
     return [_exactly(batches, wanted, stand_in=int(pairs[0])) for batches in ranks]
+
+
+def rank_costs(pairs: Sequence[int], shapes: Shapes, *, world_size: int, layout: LayoutName,
+               work: Work = POSITIONS_ONLY) -> np.ndarray:
+    """Work of each rank in a step of ``pairs``, in token positions, float [world_size]: what the plan evens out."""
+    alone = shapes.cost(layout, work)
+    costs = np.zeros(world_size)
+    for rank, share in enumerate(_shares(list(pairs), shapes, world_size, layout, work)):
+        ordered = sorted(share, key=lambda item: (shapes.place[item], item))
+        costs[rank] = alone[ordered].sum() - _savings(ordered, shapes, layout).sum()
+    return costs
+
+
+def _shares(pairs: list[int], shapes: Shapes, world_size: int, layout: LayoutName, work: Work) -> list[list[int]]:
+    if world_size == 1:
+        return [pairs]
+    units, costs = _units(pairs, shapes, world_size, layout, work)
+    # Largest first to the rank with the least to do; ties go to the lower rank, so the result is unique.
+    heap = [(0.0, rank) for rank in range(world_size)]
+    owned: list[list[int]] = [[] for _ in range(world_size)]
+    for unit in sorted(range(len(units)), key=lambda unit: (-costs[unit], units[unit][0])):
+        load, rank = heapq.heappop(heap)
+        owned[rank].append(unit)
+        heapq.heappush(heap, (load + costs[unit], rank))
+    _even_out(owned, costs)
+    return [[pair for unit in mine for pair in units[unit]] for mine in owned]
+
+
+def _units(pairs: list[int], shapes: Shapes, world_size: int, layout: LayoutName,
+           work: Work) -> tuple[list[list[int]], np.ndarray]:
+    """Runs of pairs that stay together because they share much, none so large that ranks could not be evened out."""
+    alone = shapes.cost(layout, work)
+    ordered = sorted(pairs, key=lambda item: (shapes.place[item], item))
+    saved = _savings(ordered, shapes, layout)
+    largest = float(alone[ordered].sum() - saved.sum()) / world_size / UNITS_PER_RANK
+    units: list[list[int]] = []
+    costs: list[float] = []
+    for index, item in enumerate(ordered):
+        more = float(alone[item] - saved[index])
+        if units and saved[index] >= WORTH_KEEPING * alone[item] and costs[-1] + more <= largest:
+            units[-1].append(item)
+            costs[-1] += more
+        else:
+            units.append([item])
+            costs.append(float(alone[item]))
+    return units, np.array(costs)
+
+
+def _savings(ordered: Sequence[int], shapes: Shapes, layout: LayoutName) -> np.ndarray:
+    """Positions that each group saves by standing behind the one before it, int [groups]."""
+    saved = np.zeros(len(ordered), dtype=np.int64)
+    if layout == "tree":
+        for index in range(1, len(ordered)):
+            saved[index] = shapes.shared(ordered[index - 1], ordered[index])
+    return saved
+
+
+def _even_out(owned: list[list[int]], costs: np.ndarray) -> None:
+    """Swap units between the busiest rank and others while that makes the busiest one less busy."""
+    loads = np.array([costs[mine].sum() for mine in owned])
+    for _ in range(4 * len(owned)):
+        busiest = int(loads.argmax())
+        best: tuple[float, int, int, int | None] | None = None
+        for other in np.argsort(loads, kind="stable")[:SWAP_PARTNERS]:
+            gap = loads[busiest] - loads[other]
+            if gap <= 0:
+                break
+            # Giving d away leaves the pair of ranks at best even, where d is half the gap.
+            for give in owned[busiest]:
+                for take in (None, *owned[other]):
+                    moved = costs[give] - (0.0 if take is None else costs[take])
+                    if 0 < moved < gap and (best is None or abs(moved - gap / 2) < best[0]):
+                        best = (abs(moved - gap / 2), int(other), give, take)
+        if best is None:
+            return
+        _, other, give, take = best
+        owned[busiest].remove(give)
+        owned[other].append(give)
+        if take is not None:
+            owned[other].remove(take)
+            owned[busiest].append(take)
+        loads[busiest], loads[other] = costs[owned[busiest]].sum(), costs[owned[other]].sum()
 
 
 def _exactly(batches: list[list[int]], wanted: int, stand_in: int) -> list[MicroBatch]:
@@ -119,17 +207,19 @@ class BatchPlan:
     """The steps of a run.
 
     Args:
-        lengths: of all training pairs.
+        shapes: of all training pairs.
         sources: number of the source of each pair, int [pairs].
         weights: weight of each source, float [sources].
         pairs_per_step: pairs of one optimizer step over all ranks; an epoch's last step may have fewer.
-        tokens_per_batch: padded token positions of one micro-batch.
+        tokens_per_batch: token positions of one micro-batch.
+        layout, work: how a micro-batch is computed, and what that costs.
         steps: total number of steps, or None for ``epochs`` whole epochs.
     """
 
-    def __init__(self, lengths: PairLengths, sources: np.ndarray, weights: np.ndarray, *, seed: int, pairs_per_step: int,
-                 tokens_per_batch: int, world_size: int, shuffle: bool, epochs: int, steps: int | None) -> None:
-        self.longest = lengths.longest
+    def __init__(self, shapes: Shapes, sources: np.ndarray, weights: np.ndarray, *, seed: int, pairs_per_step: int,
+                 tokens_per_batch: int, world_size: int, shuffle: bool, epochs: int, steps: int | None,
+                 layout: LayoutName = "tree", work: Work = POSITIONS_ONLY) -> None:
+        self.shapes, self.layout, self.work = shapes, layout, work
         self.sources, self.weights = sources, weights
         self.seed, self.shuffle = seed, shuffle
         self.pairs_per_step, self.tokens_per_batch, self.world_size = pairs_per_step, tokens_per_batch, world_size
@@ -148,8 +238,8 @@ class BatchPlan:
 
     def micro_batches(self, step: int, rank: int) -> list[MicroBatch]:
         """What ``rank`` computes in ``step``; every rank has as many."""
-        return split_over_ranks(self.pairs(step).tolist(), self.longest, world_size=self.world_size,
-                                tokens_per_batch=self.tokens_per_batch)[rank]
+        return split_over_ranks(self.pairs(step).tolist(), self.shapes, world_size=self.world_size,
+                                tokens_per_batch=self.tokens_per_batch, layout=self.layout, work=self.work)[rank]
 
 
 def _hashes(count: int, seed: int, stream: int) -> np.ndarray:

@@ -28,10 +28,10 @@ class LogitTransform:
 
     @classmethod
     def of(cls, config: Any) -> LogitTransform:
-        """Read from a transformers configuration (Cohere's logit_scale, Granite's logits_scaling, Gemma's soft cap)."""
+        """Read from a transformers configuration (Cohere's logit_scale, Granite's logits_scaling, Gemma's soft caps)."""
         scale = float(getattr(config, "logit_scale", None) or 1.0)
         scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-        return cls(scale, getattr(config, "final_logit_softcapping", None))
+        return cls(scale, getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None))
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Transform float32 logits [C, V]; may work in place."""
@@ -91,9 +91,18 @@ class _ChunkedLogps(torch.autograd.Function):
 
 
 def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """[C, H] -> float32 logits [C, V] that nobody else holds, so that they may be changed in place."""
-    logits = nn.functional.linear(hidden.to(weight.dtype), weight, bias)
-    return logits.float()
+    """[C, H] -> float32 logits [C, V] that nobody else holds, so that they may be changed in place.
+
+    bfloat16 weights meet a hidden state of their own precision, but products are accumulated and returned in float32: logits
+    near 20 are an eighth apart in bfloat16, which was a third of the error of a log-prob.
+    """
+    if weight.dtype == torch.float32:
+        return nn.functional.linear(hidden.float(), weight, bias)
+    if weight.is_cuda:
+        logits = torch.mm(hidden.to(weight.dtype), weight.T, out_dtype=torch.float32)
+    else:  # CPUs have no such product
+        logits = hidden.to(weight.dtype).float() @ weight.float().T
+    return logits if bias is None else logits + bias.float()
 
 
 def _chunks(rows: int, vocabulary: int) -> list[slice]:
@@ -109,6 +118,10 @@ class _LogpLinear(nn.Linear):
 
     logit_transform: LogitTransform
 
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
     def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
         if targets is None:
             return super().forward(hidden)
@@ -123,6 +136,10 @@ class _AnyHead(nn.Module):
         self.head = head
         self.transform = transform
         self.vocabulary = vocabulary
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        return next(parameter.dtype for parameter in self.head.parameters() if parameter.is_floating_point())
 
     def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
         def rows_logps(rows_hidden: Tensor, rows_targets: Tensor) -> Tensor:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 
@@ -41,13 +42,15 @@ class BuildReport:
 
 
 def build(pairs: list[pa.Table], spec: ReferenceSpec, cache: ReferenceCache, resources: Resources, *,
-          tokens_per_batch: int, tokens_per_part: int, progress: Callable[[int, int], None]) -> BuildReport:
+          tokens_per_batch: int | Literal["auto"], tokens_per_part: int, progress: Callable[[int, int], None],
+          note: Callable[[str], None] = lambda line: None) -> BuildReport:
     """Score what ``cache`` lacks of ``pairs``; kill it at any moment and only uncommitted parts are scored again.
 
     Args:
         pairs: tokenised pairs, of training and of evaluation.
         resources: of each actor, and how many.
         progress: called with (completions done, completions to do), at the start and after each part.
+        note: called with each line that an actor has for the user, once.
 
     Raises:
         RaydpoError: whatever an actor found wrong, or CacheError if rows are missing after all.
@@ -60,12 +63,17 @@ def build(pairs: list[pa.Table], spec: ReferenceSpec, cache: ReferenceCache, res
     problems = tuple(cache.problems)
     to_do = sum(len(shard.completions) for shard in missing)
     tokens = parts = done = 0
+    told: set[str] = set()
     if missing:
         progress(0, to_do)
         for row in _score_on_ray(missing, spec, cache, resources, tokens_per_batch):
             done += row["completions"]
             tokens += row["tokens"]
             parts += 1
+            for line in row["notes"]:
+                if line not in told:
+                    told.add(line)
+                    note(line)
             progress(done, to_do)
         lacking = still_missing(shards, cache)
         if lacking:
@@ -82,7 +90,7 @@ def _shard_tokens(wanted: list[Completion], tokens_per_part: int, workers: int) 
 
 
 def _score_on_ray(shards: list[Shard], spec: ReferenceSpec, cache: ReferenceCache, resources: Resources,
-                  tokens_per_batch: int) -> Any:
+                  tokens_per_batch: int | Literal["auto"]) -> Any:
     import ray
 
     context = ray.data.DataContext.get_current()
@@ -92,12 +100,14 @@ def _score_on_ray(shards: list[Shard], spec: ReferenceSpec, cache: ReferenceCach
     blocks = [_to_block(shard) for shard in shards]
     dataset = ray.data.from_arrow(blocks).map_batches(
         _ScoreShard,
-        fn_constructor_args=(spec, cache.storage.uri, resources.device, resources.threads, tokens_per_batch),
+        fn_constructor_args=(spec, cache.storage.uri, resources, tokens_per_batch),
         batch_size=1, batch_format="pyarrow", zero_copy_batch=True,
         compute=ray.data.ActorPoolStrategy(size=min(resources.workers, len(shards))),
         num_cpus=1, num_gpus=resources.gpus_per_worker,
         # Ray would otherwise restart an actor that a poisonous shard kills for ever.
         max_restarts=3, max_task_retries=3,
+        # While one shard is computed, the one before it is written and the next one is unpacked.
+        max_concurrency=2,
     )
     try:
         yield from dataset.iter_rows()
@@ -132,17 +142,27 @@ def _from_block(block: pa.Table) -> Shard:
 class _ScoreShard:
     """A Ray Data actor: holds the reference, scores one shard a call and commits it as one part."""
 
-    def __init__(self, spec: ReferenceSpec, cache_uri: str, device: str, threads: int | None, tokens_per_batch: int) -> None:
+    def __init__(self, spec: ReferenceSpec, cache_uri: str, resources: Resources,
+                 tokens_per_batch: int | Literal["auto"]) -> None:
         import torch
 
-        if threads is not None:
-            torch.set_num_threads(threads)
+        if resources.threads is not None:
+            torch.set_num_threads(resources.threads)
+        self.threads = resources.threads
         self.cache = ReferenceCache.open(cache_uri, spec.identity)
-        self.scorer = Scorer(spec, device=device, tokens_per_batch=tokens_per_batch)
+        self.scorer = Scorer(spec, device=resources.device, tokens_per_batch=tokens_per_batch,
+                             memory_share=resources.memory_share)
+        self.computing = threading.Lock()
 
     def __call__(self, block: pa.Table) -> pa.Table:
+        import torch
+
         shard = _from_block(block)
-        scored = self.scorer.score(shard.prompt_groups())
+        with self.computing:
+            if self.threads is not None:
+                torch.set_num_threads(self.threads)  # OpenMP counts threads for each calling thread
+            scored = self.scorer.score(shard.prompt_groups())
         logps = [values for group in scored for values in group]
         name = self.cache.commit([one.key for one in shard.completions], logps, self.scorer.provenance)
-        return pa.table({"part": [name], "completions": [len(logps)], "tokens": [shard.tokens]})
+        return pa.table({"part": [name], "completions": [len(logps)], "tokens": [shard.tokens],
+                         "notes": pa.array([self.scorer.notes], pa.list_(pa.string()))})

@@ -23,7 +23,7 @@ from raydpo.errors import ModelError
 
 __all__ = ["SCORING_VERSION", "ReferenceIdentity", "identify", "resolve_model"]
 
-SCORING_VERSION = 1
+SCORING_VERSION = 2
 """Raised whenever raydpo itself changes the numbers it would store."""
 
 _NOT_ARCHITECTURE = frozenset({

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -12,9 +14,14 @@ import transformers
 
 import raydpo
 from raydpo.data.plan import fill_batches
+from raydpo.data.shapes import Shapes
 from raydpo.errors import ModelError
+from raydpo.model.budget import find_budget, is_out_of_memory, probe_group
+from raydpo.model.layout import Layout, PromptGroup
 from raydpo.model.load import load_causal_lm
-from raydpo.model.logps import LogpModel, PromptGroup
+from raydpo.model.logps import LogpModel
+from raydpo.model.selfcheck import Wish, choose_layout
+from raydpo.prefetch import prefetch
 from raydpo.reference.identity import ReferenceIdentity, identify
 
 __all__ = ["ReferenceSpec", "Scorer"]
@@ -28,6 +35,7 @@ class ReferenceSpec:
     adapter: str | None
     identity: ReferenceIdentity
     trust_remote_code: bool = False
+    layout: Wish = "auto"
 
 
 class Scorer:
@@ -37,33 +45,81 @@ class Scorer:
         spec: which model; its weights are hashed here too, so that a node with other files under the same path is found
             out.
         device: ``cuda`` or ``cpu``.
-        tokens_per_batch: token positions of a forward pass, padding included.
+        tokens_per_batch: token positions of a forward pass, or ``auto``: as many as fit, measured here.
+        memory_share: part of the device's memory that belongs to this process.
+
+    Attributes:
+        notes: lines for the user: the layout chosen and why, the budget measured, a batch that did not fit.
 
     Raises:
         ModelError: if the files here are another model than ``spec.identity``, or cannot be scored exactly.
     """
 
-    def __init__(self, spec: ReferenceSpec, *, device: str, tokens_per_batch: int) -> None:
-        here = identify(spec.path, spec.identity.dtype, spec.adapter)
+    def __init__(self, spec: ReferenceSpec, *, device: str, tokens_per_batch: int | Literal["auto"],
+                 memory_share: float = 1.0) -> None:
+        self.device = torch.device(device)
+        # Hashing reads the same pages as loading does and needs other resources: the two overlap.
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            hashing = pool.submit(identify, spec.path, spec.identity.dtype, spec.adapter)
+            self.model = LogpModel(load_causal_lm(spec.path, spec.identity.dtype, adapter=spec.adapter, device=self.device,
+                                                  trust_remote_code=spec.trust_remote_code))
+            here = hashing.result()
         if here != spec.identity:
             raise ModelError(f"{spec.path} on {platform.node()} is another model than where the run was started: "
                              f"{'; '.join(here.differences(spec.identity))}")
-        self.device = torch.device(device)
-        self.tokens_per_batch = tokens_per_batch
-        self.model = LogpModel(load_causal_lm(spec.path, spec.identity.dtype, adapter=spec.adapter, device=self.device,
-                                              trust_remote_code=spec.trust_remote_code))
         self.model.eval().requires_grad_(False)
-        self.model.check(self.device)
+        self.notes = [choose_layout(self.model, self.device, spec.layout).line]
+        if tokens_per_batch == "auto":
+            budget = find_budget(self._probe, self.device, share=memory_share)
+            self.notes.append(budget.line())
+            tokens_per_batch = budget.tokens
+        self.tokens_per_batch = tokens_per_batch
+        self._backed_off = False
 
     def score(self, groups: Sequence[PromptGroup]) -> list[tuple[np.ndarray, ...]]:
-        """float32 log-probs [tokens] of each completion, in the order of ``groups`` and their completions."""
+        """float32 log-probs [tokens] of each completion, in the order of ``groups`` and their completions.
+
+        A batch that does not fit in memory is cut in half, with a note, and so are those after it; once.
+        """
         scored: list[tuple[np.ndarray, ...]] = [()] * len(groups)
-        longest = [len(group.prompt) + max(map(len, group.completions)) for group in groups]
-        rows = [len(group.completions) for group in groups]
-        for batch in fill_batches(longest, rows, self.tokens_per_batch):
-            for index, logps in zip(batch, self.model.score([groups[index] for index in batch], self.device), strict=True):
-                scored[index] = logps
+        shapes = Shapes.of([group.prompt for group in groups],
+                           [[len(one) for one in group.completions] for group in groups])
+        todo = list(range(len(groups)))
+        while todo:
+            try:
+                for batch, layout in self._laid_out(groups, todo, shapes):
+                    rows = [groups[index] for index in batch]
+                    for index, logps in zip(batch, self.model.score_layout(layout.to(self.device), rows), strict=True):
+                        scored[index] = logps
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or self._backed_off:
+                    raise
+                self._back_off()
+            todo = [index for index in todo if not scored[index]]
         return scored
+
+    def _laid_out(self, groups: Sequence[PromptGroup], todo: Sequence[int],
+                  shapes: Shapes) -> Iterator[tuple[list[int], Layout]]:
+        batches = fill_batches(todo, shapes, self.tokens_per_batch, self.model.method.layout)
+
+        def prepare(batch: list[int]) -> tuple[list[int], Layout]:
+            layout = self.model.lay_out([groups[index] for index in batch])
+            return batch, layout.pin() if self.device.type == "cuda" else layout
+
+        return prefetch(batches, prepare)
+
+    def _back_off(self) -> None:
+        self._backed_off = True
+        halved = max(1, self.tokens_per_batch // 2)
+        self.notes.append(f"warning: out of memory with {self.tokens_per_batch} positions a batch; going on with {halved}. "
+                          f"Set score.tokens_per_batch={halved} to begin so")
+        self.tokens_per_batch = halved
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @torch.no_grad()
+    def _probe(self, tokens: int) -> object:
+        return self.model.score([probe_group(tokens, self.model.vocabulary)], self.device)
 
     @property
     def provenance(self) -> dict[str, object]:
@@ -72,6 +128,5 @@ class Scorer:
         return {
             "raydpo": raydpo.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
             "device": torch.cuda.get_device_name(self.device) if cuda else platform.processor() or platform.machine(),
-            "attention": self.model.causal_lm.config._attn_implementation, "layout": "padded" if cuda else "rows",
-            "tokens_per_batch": self.tokens_per_batch, "threads": torch.get_num_threads(),
+            "layout": str(self.model.method), "tokens_per_batch": self.tokens_per_batch, "threads": torch.get_num_threads(),
         }

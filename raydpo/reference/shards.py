@@ -9,7 +9,8 @@ from itertools import pairwise
 import numpy as np
 import pyarrow as pa
 
-from raydpo.model.logps import PromptGroup
+from raydpo.model.layout import PromptGroup
+from raydpo.model.tree import common_prefix
 from raydpo.reference.store import ReferenceCache
 
 __all__ = ["Completion", "Shard", "plan_shards", "still_missing", "wanted_completions"]
@@ -61,8 +62,13 @@ def wanted_completions(tables: Iterable[pa.Table]) -> list[Completion]:
     return list(wanted.values())
 
 
+FAMILY_SHARE = 0.5
+"""Prompts whose neighbour in order begins with at least this share of them are scored together: a dialogue that goes on."""
+
+
 def plan_shards(wanted: Sequence[Completion], tokens_per_shard: int) -> list[Shard]:
-    """All wanted completions, by prompt, longest first, in shards of about so many tokens.
+    """All wanted completions, by prompt, prompts that share much next to each other, longest first, in shards of about so
+    many tokens.
 
     A pure function of what is wanted, not of what is missing: a build that was killed and started again forms the same
     shards, hence the same batches, hence the same bits.
@@ -70,16 +76,38 @@ def plan_shards(wanted: Sequence[Completion], tokens_per_shard: int) -> list[Sha
     groups: dict[bytes, list[Completion]] = {}
     for completion in wanted:
         groups.setdefault(completion.prompt.tobytes(), []).append(completion)
-    ordered = sorted(groups.values(), key=lambda group: (-max(one.length for one in group), min(one.key for one in group)))
+    families = sorted(_families(list(groups.values()), tokens_per_shard),
+                      key=lambda family: (-max(_length(group) for group in family), min(one.key for one in family[0])))
     shards: list[list[tuple[Completion, ...]]] = []
     size = 0
-    for group in ordered:
-        if not shards or size >= tokens_per_shard:
-            shards.append([])
-            size = 0
-        shards[-1].append(tuple(sorted(group, key=lambda one: one.key)))
-        size += sum(one.length for one in group)
+    for family in families:
+        for group in family:
+            if not shards or size >= tokens_per_shard:
+                shards.append([])
+                size = 0
+            shards[-1].append(tuple(sorted(group, key=lambda one: one.key)))
+            size += sum(one.length for one in group)
     return [Shard(tuple(groups)) for groups in shards]
+
+
+def _length(group: list[Completion]) -> int:
+    return max(one.length for one in group)
+
+
+def _families(groups: list[list[Completion]], most_tokens: int) -> list[list[list[Completion]]]:
+    """Groups by prompt in runs whose prompts share much, each of about ``most_tokens`` at most."""
+    groups.sort(key=lambda group: np.asarray(group[0].prompt, ">u4").tobytes())
+    families: list[list[list[Completion]]] = []
+    size = 0
+    for group in groups:
+        prompt = group[0].prompt
+        near = families and common_prefix(families[-1][-1][0].prompt, prompt) >= FAMILY_SHARE * len(prompt)
+        if not near or size >= most_tokens:
+            families.append([])
+            size = 0
+        families[-1].append(group)
+        size += sum(one.length for one in group)
+    return families
 
 
 def still_missing(shards: Sequence[Shard], cache: ReferenceCache) -> list[Shard]:

@@ -7,8 +7,9 @@ environment variables or a process group that exists already.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,11 @@ from torch import Tensor, nn
 
 from raydpo.config import LoraSettings, TrainConfig
 from raydpo.errors import TrainError
+from raydpo.model.budget import Budget, find_budget, probe_group
+from raydpo.model.layout import Layout, PromptGroup
 from raydpo.model.load import add_lora, load_causal_lm
-from raydpo.model.logps import Layout, LogpModel
+from raydpo.model.logps import LogpModel
+from raydpo.model.selfcheck import Wish, choose_layout
 
 __all__ = ["PolicyEngine", "PolicySpec", "join_process_group"]
 
@@ -35,12 +39,14 @@ class PolicySpec:
         path: local directory of the model.
         dtype: ``float32`` or ``bfloat16``.
         lora: adapters to train, or None for full fine-tuning.
+        layout: ``model.layout``.
     """
 
     path: str
     dtype: str
     lora: LoraSettings | None
     trust_remote_code: bool = False
+    layout: Wish = "auto"
 
 
 def join_process_group(device: torch.device) -> None:
@@ -57,7 +63,14 @@ def join_process_group(device: torch.device) -> None:
 
 
 class PolicyEngine:
-    """The trainable policy on this rank: log-probs, backward, step, checkpoints, gathered weights."""
+    """The trainable policy on this rank: log-probs, backward, step, checkpoints, gathered weights.
+
+    Attributes:
+        layout_line: which layout the self-check chose, and why.
+
+    Raises:
+        ModelError: if the model cannot be loaded, or cannot be computed exactly in the layout wished for.
+    """
 
     def __init__(self, spec: PolicySpec, train: TrainConfig, device: torch.device) -> None:
         import deepspeed
@@ -73,8 +86,6 @@ class PolicyEngine:
         if spec.lora is not None:
             model = add_lora(model, spec.lora, train.seed)
         module = LogpModel(model)
-        if train.zero != 3:
-            module.check(device)
         if train.gradient_checkpointing:
             module.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -87,6 +98,9 @@ class PolicyEngine:
         _restore_buffers(module, exact)
         self.module = module
         self.trainable = trainable
+        # Inside DeepSpeed, so that what is checked is what will run; under ZeRO-3 every rank checks the same.
+        with self.evaluating():
+            self.layout_line = choose_layout(module, device, spec.layout).line
 
     @property
     def world_size(self) -> int:
@@ -96,13 +110,31 @@ class PolicyEngine:
     def rank(self) -> int:
         return dist.get_rank()
 
+    def lay_out(self, groups: Sequence[PromptGroup]) -> Layout:
+        """On the CPU, ready to be copied; may be called from another thread than the one that computes."""
+        layout = self.module.lay_out(groups)
+        return layout.pin() if self.device.type == "cuda" else layout
+
     def logps(self, layout: Layout) -> Tensor:
         """float32 log-probs [N] of a micro-batch's completion tokens, with gradient in training mode."""
-        layout = layout.to(self.device)
-        # Under ZeRO-3 every rank must call every layer equally often, whatever its number of rows.
-        alone = self.device.type == "cpu" and self.zero != 3
-        return self.engine(layout.input_ids, layout.positions, layout.targets, layout.lengths,
-                           layout.widths if alone else None)
+        return self.engine(layout.to(self.device))
+
+    def find_budget(self, share: float = 1.0) -> Budget:
+        """Measure how many token positions fit in a micro-batch of training; the same on every rank.
+
+        Args:
+            share: part of the device's memory that belongs to this rank.
+        """
+        # The graph of a forward pass is what training keeps; a backward pass here would leave gradients in DeepSpeed.
+        def run(tokens: int) -> Tensor:
+            return self.module(self.lay_out([probe_group(tokens, self.module.vocabulary)]).to(self.device))
+
+        # Without ZeRO, AdamW makes its two moments at the first step.
+        moments = 8.0 * sum(parameter.numel() for parameter in self.trainable) if self.zero == 0 else 0.0
+        budget = find_budget(run, self.device, share=share, reserve=moments)
+        smallest = torch.tensor(budget.tokens, device=self.device)
+        dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
+        return dataclasses.replace(budget, tokens=int(smallest))
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:

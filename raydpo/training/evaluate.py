@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from raydpo.config import TrainConfig
-from raydpo.data.plan import split_over_ranks
+from raydpo.data.plan import MicroBatch, split_over_ranks
 from raydpo.losses import PairLogps, preference_loss
-from raydpo.model.logps import lay_out
+from raydpo.model.layout import Layout
+from raydpo.prefetch import prefetch
 from raydpo.training.engine import PolicyEngine
 from raydpo.training.metrics import PairSums
 from raydpo.training.pairs import TrainingPairs
@@ -22,31 +23,36 @@ __all__ = ["Comparison", "compare", "evaluate", "pair_logps"]
 def pair_logps(pairs: TrainingPairs, rows: Sequence[int], policy_logps: torch.Tensor) -> PairLogps:
     """Sums over completions of ``policy_logps``, the flat [N] log-probs of the layout of ``pairs.groups(rows)``."""
     device = policy_logps.device
-    lengths = torch.tensor([length for row in rows for length in
-                            (pairs.lengths.chosen[row], pairs.lengths.rejected[row])], device=device)
+    index = np.asarray(rows)
+    lengths = torch.from_numpy(np.stack([pairs.chosen_tokens[index], pairs.rejected_tokens[index]], 1).ravel()
+                               .astype(np.int64)).to(device, non_blocking=True)
     owner = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths, output_size=len(policy_logps))
     # In float64: the margin is a small difference of sums of hundreds of nats.
     sums = torch.zeros(len(lengths), dtype=torch.float64, device=device).index_add(0, owner, policy_logps.double())
     chosen, rejected = sums.view(-1, 2).unbind(1)
-    index = np.asarray(rows)
     tokens = lengths.view(-1, 2).double().unbind(1)
     return PairLogps(chosen, rejected, torch.from_numpy(pairs.ref_chosen[index]).to(device),
                      torch.from_numpy(pairs.ref_rejected[index]).to(device), *tokens)
 
 
-def evaluate(engine: PolicyEngine, pairs: TrainingPairs, train: TrainConfig) -> dict[str, float]:
+def evaluate(engine: PolicyEngine, pairs: TrainingPairs, train: TrainConfig, tokens_per_batch: int) -> dict[str, float]:
     """Metrics over all ``pairs``, each prefixed ``eval_``; the same on every rank."""
     sums = PairSums(pairs.source_names, engine.device)
-    plan = split_over_ranks(range(len(pairs)), pairs.lengths.longest, world_size=engine.world_size,
-                            tokens_per_batch=train.tokens_per_batch)
     with engine.evaluating():
-        for batch in plan[engine.rank]:
-            logps = pair_logps(pairs, batch.pairs, engine.logps(lay_out(pairs.groups(batch.pairs))))
+        for batch, layout in _my_batches(engine, pairs, range(len(pairs)), tokens_per_batch):
+            logps = pair_logps(pairs, batch.pairs, engine.logps(layout))
             if batch.counts:
                 loss = preference_loss(train.loss, logps, beta=train.beta, label_smoothing=train.label_smoothing)
                 sums.add(loss, logps, torch.from_numpy(pairs.sources[list(batch.pairs)]).long().to(engine.device))
     engine.sum_over_ranks(sums.values)
     return {f"eval_{name}": value for name, value in sums.metrics().items()}
+
+
+def _my_batches(engine: PolicyEngine, pairs: TrainingPairs, rows: Sequence[int],
+                tokens_per_batch: int) -> Iterator[tuple[MicroBatch, Layout]]:
+    plan = split_over_ranks(rows, pairs.shapes, world_size=engine.world_size, tokens_per_batch=tokens_per_batch,
+                            layout=engine.module.method.layout)
+    return prefetch(plan[engine.rank], lambda batch: (batch, engine.lay_out(pairs.groups(batch.pairs))))
 
 
 @dataclass(frozen=True)
@@ -71,10 +77,8 @@ def compare(engine: PolicyEngine, pairs: TrainingPairs, rows: Sequence[int], tok
     rows = list(rows)
     place = {row: index for index, row in enumerate(rows)}
     gaps = torch.zeros(4, len(rows), dtype=torch.float64, device=engine.device)
-    plan = split_over_ranks(rows, pairs.lengths.longest, world_size=engine.world_size, tokens_per_batch=tokens_per_batch)
     with engine.evaluating():
-        for batch in plan[engine.rank]:
-            layout = lay_out(pairs.groups(batch.pairs))
+        for batch, layout in _my_batches(engine, pairs, rows, tokens_per_batch):
             flat = engine.logps(layout).double().cpu().numpy()
             completions = iter(np.split(flat, np.cumsum(layout.lengths)[:-1]))
             for row in batch.pairs if batch.counts else ():

@@ -47,7 +47,7 @@ def gate_rows(pairs: TrainingPairs, first_step: np.ndarray, *, count: int, seed:
     total = len(pairs)
     if count >= total:
         return list(range(total))
-    per_token = np.stack([pairs.ref_chosen / pairs.lengths.chosen, pairs.ref_rejected / pairs.lengths.rejected])
+    per_token = np.stack([pairs.ref_chosen / pairs.chosen_tokens, pairs.ref_rejected / pairs.rejected_tokens])
     lowest, highest = np.argsort(per_token.min(0), kind="stable"), np.argsort(-per_token.max(0), kind="stable")
     extremes = np.stack([lowest, highest], axis=1).ravel()
     shuffled = np.random.default_rng(seed).permutation(total)
@@ -82,7 +82,7 @@ def judge(comparison: Comparison, pairs: TrainingPairs, train: TrainConfig, *, d
     zero = torch.zeros(len(comparison.rows), dtype=torch.float64)
     logps = PairLogps(torch.from_numpy(comparison.chosen_gap), torch.from_numpy(comparison.rejected_gap), zero, zero,
                       *(torch.from_numpy(tokens[comparison.rows].astype(np.float64)) for tokens in
-                        (pairs.lengths.chosen, pairs.lengths.rejected)))
+                        (pairs.chosen_tokens, pairs.rejected_tokens)))
     losses = preference_loss(train.loss, logps, beta=train.beta, label_smoothing=train.label_smoothing).losses
     pair_ids = [pairs.ids[int(row)].as_py() for row in comparison.rows]
     worst = int(np.argmax(comparison.token_gap))

@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from raydpo.errors import RaydpoError
+from raydpo.errors import DeviceMemoryError, RaydpoError
 from raydpo.ray_runtime import Resources, original_error
 from raydpo.storage import Storage
 from raydpo.training.loop import TrainJob
@@ -99,6 +99,7 @@ class _Board:
         self._events: list[tuple[str, Any]] = []
         self._error: RaydpoError | None = None
         self._summary: dict[str, Any] | None = None
+        self._tokens_per_batch: int | None = None
 
     def put(self, kind: str, content: Any) -> None:
         self._events.append((kind, content))
@@ -112,6 +113,19 @@ class _Board:
 
     def error(self) -> RaydpoError | None:
         return self._error
+
+    def back_off(self, tokens_per_batch: int) -> bool:
+        """Half of what did not fit, for the workers that come next; False if that was done before."""
+        if self._tokens_per_batch is not None:
+            return False
+        self._tokens_per_batch = max(1, tokens_per_batch // 2)
+        self.put("note", f"warning: a micro-batch of {tokens_per_batch} positions does not fit in memory; starting the "
+                         f"workers again with {self._tokens_per_batch}. Set train.tokens_per_batch={self._tokens_per_batch} "
+                         "to begin so")
+        return True
+
+    def tokens_per_batch(self) -> int | None:
+        return self._tokens_per_batch
 
     def finish(self, summary: dict[str, Any]) -> None:
         self._summary = summary
@@ -196,6 +210,12 @@ def _worker(config: dict[str, Any]) -> None:
         return  # Ray Train restarts workers whatever the reason; an error that will only repeat is not worth it
     try:
         _train(payload)
+    except DeviceMemoryError as error:
+        # Gradients are half added up on some ranks: only new workers, from the last checkpoint, are sure to be right.
+        if not payload.job.train.max_failures or not ray.get(payload.board.back_off.remote(error.tokens)):
+            ray.get(payload.board.fail.remote(error))
+            return
+        raise
     except RaydpoError as error:
         ray.get(payload.board.fail.remote(error))
 
@@ -211,7 +231,8 @@ def _train(payload: _Payload) -> None:
     from raydpo.training.loop import train_policy
     from raydpo.training.pairs import TrainingPairs
 
-    rank, job = ray.train.get_context().get_world_rank(), payload.job
+    rank = ray.train.get_context().get_world_rank()
+    job = dataclasses.replace(payload.job, tokens_per_batch=ray.get(payload.board.tokens_per_batch.remote()))
     storage = Storage(payload.run_dir)
     _log_to(storage, rank)
     if payload.threads is not None:

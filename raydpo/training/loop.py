@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,10 +13,13 @@ import numpy as np
 import torch
 
 from raydpo.config import TrainConfig
-from raydpo.data.plan import BatchPlan
-from raydpo.errors import TrainError
+from raydpo.data.plan import BatchPlan, MicroBatch
+from raydpo.data.shapes import POSITIONS_ONLY, Work
+from raydpo.errors import DeviceMemoryError, TrainError
 from raydpo.losses import preference_loss
-from raydpo.model.logps import lay_out
+from raydpo.model.budget import is_out_of_memory, used_memory
+from raydpo.model.layout import Layout
+from raydpo.prefetch import prefetch
 from raydpo.training.checkpoint import load_checkpoint, save_checkpoint
 from raydpo.training.engine import PolicyEngine, PolicySpec
 from raydpo.training.evaluate import compare, evaluate, pair_logps
@@ -41,6 +45,9 @@ class TrainJob:
         starts_as_reference: whether the two are the same function but for rounding.
         coarser_dtype: the coarser of the two precisions.
         fingerprint: everything that the result depends on, by name; a checkpoint of another one is refused.
+        work: what a position, an attended key and a predicted token cost, for even shares.
+        tokens_per_batch: in place of ``train.tokens_per_batch``, after that has run out of memory.
+        memory_share: part of its device's memory that belongs to one worker.
         sample_prompts: (text to show, token ids) of prompts to answer before and after.
     """
 
@@ -52,6 +59,9 @@ class TrainJob:
     starts_as_reference: bool
     coarser_dtype: str
     fingerprint: Mapping[str, Any]
+    work: Work = POSITIONS_ONLY
+    tokens_per_batch: int | None = None
+    memory_share: float = 1.0
     sample_prompts: tuple[tuple[str, np.ndarray], ...] = ()
     sample_stop: tuple[int, ...] = ()
 
@@ -83,6 +93,7 @@ class TrainSummary:
     pairs: int
     seconds: float
     tokens_per_second: float
+    tokens_per_batch: int = 0
     gate: str | None = None
     samples_before: list[list[int]] = field(default_factory=list)
     samples_after: list[list[int]] = field(default_factory=list)
@@ -99,29 +110,33 @@ def train_policy(job: TrainJob, pairs: TrainingPairs, held_out: TrainingPairs | 
     Raises:
         GateError: if the stored log-probs are not the starting policy's.
         TrainError: if a loss or gradient is not finite, or the checkpoint is of another run.
+        DeviceMemoryError: if a micro-batch does not fit.
     """
     train = job.train
-    plan = BatchPlan(pairs.lengths, pairs.sources, pairs.weights, seed=train.seed, pairs_per_step=train.pairs_per_step,
-                     tokens_per_batch=train.tokens_per_batch, world_size=engine.world_size, shuffle=job.shuffle,
-                     epochs=train.epochs, steps=train.steps)
     summary = TrainSummary(0, 0, 0.0, 0.0)
     done = 0
+    hooks.note(engine.layout_line)
     if checkpoint is not None:
         state = load_checkpoint(engine, checkpoint, job.fingerprint)
         done, summary = state.step, TrainSummary(**state.summary)
+    # A resumed run keeps the budget it began with: the same micro-batches, hence the same bits.
+    budget = summary.tokens_per_batch = _tokens_per_batch(job, engine, summary, hooks)
+    plan = BatchPlan(pairs.shapes, pairs.sources, pairs.weights, seed=train.seed, pairs_per_step=train.pairs_per_step,
+                     tokens_per_batch=budget, world_size=engine.world_size, shuffle=job.shuffle, epochs=train.epochs,
+                     steps=train.steps, layout=engine.module.method.layout, work=job.work)
     hooks.begin(done, plan.total_steps, {"pairs": len(pairs), "steps_per_epoch": plan.steps_per_epoch,
                                          "world_size": engine.world_size,
                                          "held_out": 0 if held_out is None else len(held_out)})
     if checkpoint is None:
         summary.gate = _gate(job, plan, pairs, engine, hooks)
         if held_out is not None:
-            hooks.evaluated({"step": 0} | evaluate(engine, held_out, train))
+            hooks.evaluated({"step": 0} | evaluate(engine, held_out, train, budget))
         summary.samples_before = _samples(job, engine)
 
     start, tokens_before = time.perf_counter(), summary.tokens_per_second * summary.seconds
     seconds_before, tokens = summary.seconds, 0.0
-    while done < plan.total_steps:
-        row = train_step(done, plan, pairs, engine, train)
+    for step in prefetch(range(done, plan.total_steps), lambda number: _prepare(number, plan, pairs, engine), ahead=1):
+        row = train_step(step, plan, pairs, engine, train)
         done += 1
         tokens += row["tokens"]
         summary.steps, summary.pairs = done, summary.pairs + int(row["pairs"])
@@ -132,7 +147,7 @@ def train_policy(job: TrainJob, pairs: TrainingPairs, held_out: TrainingPairs | 
         hooks.step({"step": done} | row)
         last = done == plan.total_steps
         if held_out is not None and (last or done % train.eval_every == 0):
-            hooks.evaluated({"step": done} | evaluate(engine, held_out, train))
+            hooks.evaluated({"step": done} | evaluate(engine, held_out, train, budget))
         if last:
             summary.samples_after = _samples(job, engine)
         if last or done % train.checkpoint_every == 0:
@@ -140,43 +155,83 @@ def train_policy(job: TrainJob, pairs: TrainingPairs, held_out: TrainingPairs | 
     return summary
 
 
-def train_step(step: int, plan: BatchPlan, pairs: TrainingPairs, engine: PolicyEngine,
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step: its number from 0, the row numbers of its pairs on all ranks, this rank's micro-batches."""
+
+    number: int
+    rows: np.ndarray
+    batches: list[tuple[MicroBatch, Layout]]
+
+
+def _prepare(number: int, plan: BatchPlan, pairs: TrainingPairs, engine: PolicyEngine) -> Step:
+    return Step(number, plan.pairs(number), [(batch, engine.lay_out(pairs.groups(batch.pairs)))
+                                             for batch in plan.micro_batches(number, engine.rank)])
+
+
+def train_step(step: Step, plan: BatchPlan, pairs: TrainingPairs, engine: PolicyEngine,
                train: TrainConfig) -> dict[str, float]:
     """One optimizer step; returns its metrics, averaged over the step's pairs on all ranks.
 
     Shapes: B = pairs of a micro-batch, N = its completion tokens.
+
+    Raises:
+        TrainError: if the loss or the gradient is not finite.
     """
     start = time.perf_counter()
-    rows = plan.pairs(step)
-    micro_batches = plan.micro_batches(step, engine.rank)
+    number, rows = step.number, step.rows
     sums = PairSums(pairs.source_names, engine.device)
-    for index, batch in enumerate(micro_batches):
-        logps_N = engine.logps(lay_out(pairs.groups(batch.pairs)))
-        logps = pair_logps(pairs, batch.pairs, logps_N)
-        loss = preference_loss(train.loss, logps, beta=train.beta, label_smoothing=train.label_smoothing)  # [B]
-        # The mean over the step's pairs, whichever rank and micro-batch they are in; a stand-in weighs nothing.
-        share = loss.losses.sum() / len(rows) * batch.counts
-        engine.backward(share.float(), last=index == len(micro_batches) - 1)
+    for index, (batch, layout) in enumerate(step.batches):
+        with _explained_memory(plan.tokens_per_batch):
+            logps_N = engine.logps(layout)
+            logps = pair_logps(pairs, batch.pairs, logps_N)
+            loss = preference_loss(train.loss, logps, beta=train.beta, label_smoothing=train.label_smoothing)  # [B]
+            # The mean over the step's pairs, whichever rank and micro-batch they are in; a stand-in weighs nothing.
+            share = loss.losses.sum() / len(rows) * batch.counts
+            engine.backward(share.float(), last=index == len(step.batches) - 1)
         if batch.counts:
             sums.add(loss, logps, torch.from_numpy(pairs.sources[list(batch.pairs)]).long().to(engine.device))
     engine.sum_over_ranks(sums.values)
     metrics = sums.metrics()
     if not np.isfinite(metrics["loss"]):
-        raise TrainError(f"the loss of step {step + 1} is {metrics['loss']}; its pairs are {_names(pairs, rows)}. The "
+        raise TrainError(f"the loss of step {number + 1} is {metrics['loss']}; its pairs are {_names(pairs, rows)}. The "
                          "weights were not updated. Lower train.lr, or look at these pairs with 'raydpo show'")
-    rate = learning_rate(step, peak=train.lr, schedule=train.schedule, total_steps=plan.total_steps,
+    rate = learning_rate(number, peak=train.lr, schedule=train.schedule, total_steps=plan.total_steps,
                          warmup=warmup_steps(train.warmup, plan.total_steps))
     grad_norm = engine.step(rate)
     if not np.isfinite(grad_norm):
-        raise TrainError(f"the gradient norm of step {step + 1} is {grad_norm}; its pairs are {_names(pairs, rows)}. "
+        raise TrainError(f"the gradient norm of step {number + 1} is {grad_norm}; its pairs are {_names(pairs, rows)}. "
                          "Lower train.lr, or look at these pairs with 'raydpo show'")
     seconds = time.perf_counter() - start
-    lengths = pairs.lengths
     # Each prompt token of a pair counts once, however often it is computed.
-    tokens = float((lengths.prompt[rows] + lengths.chosen[rows] + lengths.rejected[rows]).sum())
-    return metrics | {"grad_norm": grad_norm, "learning_rate": rate, "epoch": (step + 1) / plan.steps_per_epoch,
+    tokens = float((pairs.prompt_tokens[rows] + pairs.chosen_tokens[rows] + pairs.rejected_tokens[rows]).sum())
+    return metrics | {"grad_norm": grad_norm, "learning_rate": rate, "epoch": (number + 1) / plan.steps_per_epoch,
                       "pairs": float(len(rows)), "tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds,
-                      "pairs_per_second": len(rows) / seconds, "peak_memory_bytes": _peak_memory(engine.device)}
+                      "pairs_per_second": len(rows) / seconds, "peak_memory_bytes": used_memory(engine.device)}
+
+
+@contextlib.contextmanager
+def _explained_memory(tokens_per_batch: int) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise DeviceMemoryError(f"{tokens_per_batch} token positions a micro-batch do not fit in memory: "
+                                f"{str(error).splitlines()[0][:200]}. Set train.tokens_per_batch lower, or "
+                                "train.gradient_checkpointing=true") from error
+
+
+def _tokens_per_batch(job: TrainJob, engine: PolicyEngine, summary: TrainSummary, hooks: Hooks) -> int:
+    if job.tokens_per_batch is not None:
+        return job.tokens_per_batch
+    if job.train.tokens_per_batch != "auto":
+        return job.train.tokens_per_batch
+    if summary.tokens_per_batch:
+        return summary.tokens_per_batch
+    budget = engine.find_budget(job.memory_share)
+    hooks.note(budget.line())
+    return budget.tokens
 
 
 def _gate(job: TrainJob, plan: BatchPlan, pairs: TrainingPairs, engine: PolicyEngine, hooks: Hooks) -> str:
@@ -185,7 +240,7 @@ def _gate(job: TrainJob, plan: BatchPlan, pairs: TrainingPairs, engine: PolicyEn
                 f"{job.reference_identity}, so cached and live log-probs are not compared")
     else:
         rows = gate_rows(pairs, plan.pairs(0), count=job.train.gate_pairs, seed=job.train.seed)
-        comparison = compare(engine, pairs, rows, job.train.tokens_per_batch)
+        comparison = compare(engine, pairs, rows, plan.tokens_per_batch)
         line = judge(comparison, pairs, job.train, dtype=job.coarser_dtype, policy=job.policy_identity,
                      reference=job.reference_identity).line()
     hooks.note(line)
@@ -208,12 +263,3 @@ def _samples(job: TrainJob, engine: PolicyEngine) -> list[list[int]]:
 def _names(pairs: TrainingPairs, rows: Sequence[int]) -> str:
     names = [pairs.ids[int(row)].as_py() for row in rows[:5]]
     return ", ".join(names) + (f" and {len(rows) - 5} more" if len(rows) > 5 else "")
-
-
-def _peak_memory(device: torch.device) -> float:
-    """Bytes: of the GPU as torch allocated them, or of this process."""
-    if device.type == "cuda":
-        return float(torch.cuda.max_memory_allocated(device))
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0

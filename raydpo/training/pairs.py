@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raydpo.data.plan import PairLengths
+from raydpo.data.shapes import Shapes
 from raydpo.errors import CacheMissError
-from raydpo.model.logps import PromptGroup
+from raydpo.model.layout import PromptGroup
 from raydpo.reference.store import ReferenceCache
 
 __all__ = ["TrainingPairs", "join_reference"]
@@ -68,6 +69,7 @@ class TrainingPairs:
         source_names: names of the sources, in order of first appearance.
         sources: number of the source of each pair, int [pairs].
         weights: weight of each source, float [sources].
+        prompt_tokens, chosen_tokens, rejected_tokens: lengths, int [pairs].
     """
 
     def __init__(self, table: pa.Table) -> None:
@@ -82,13 +84,21 @@ class TrainingPairs:
         self.sources = encoded.indices.to_numpy()
         weights = table["weight"].to_numpy()
         self.weights = np.array([weights[self.sources == source][0] for source in range(len(self.source_names))])
-        self.lengths = PairLengths(*(self._lists[name].lengths for name in ("prompt_ids", "chosen_ids", "rejected_ids")))
+        self.prompt_tokens, self.chosen_tokens, self.rejected_tokens = (
+            self._lists[name].lengths for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
         # Sums in float64: a long completion has hundreds of nats, of which the margin is the small difference.
         self.ref_chosen = self._lists["ref_chosen_logps"].sums()
         self.ref_rejected = self._lists["ref_rejected_logps"].sums()
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @cached_property
+    def shapes(self) -> Shapes:
+        """What the batch plan needs to know."""
+        prompts = self._lists["prompt_ids"]
+        return Shapes.of([prompts[row] for row in range(len(self))],
+                         np.stack([self.chosen_tokens, self.rejected_tokens], axis=1).tolist())
 
     def groups(self, rows: Sequence[int]) -> list[PromptGroup]:
         """The pairs in ``rows``, each as the group (chosen, rejected)."""

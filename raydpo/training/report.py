@@ -66,7 +66,7 @@ class TrainingDisplay:
                          f"{row['eval_rewards/accuracies']:.3f}, margin {row['eval_rewards/margins']:.3f}")
 
     def _note(self, line: str) -> None:
-        self.console.say(line)
+        self.console.note(line)
 
 
 def print_summary(console: Console, summary: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ def greedy_answers(engine: PolicyEngine, prompts: Sequence[np.ndarray], max_toke
     Every rank answers: under ZeRO-3 each needs all the others' weights at every token.
     """
     answers = []
-    with engine.evaluating():
+    with engine.evaluating(), engine.module.own_attention():
         for prompt in prompts:
             ids = torch.from_numpy(np.asarray(prompt, dtype=np.int64))[None].to(engine.device)
             whole = engine.module.policy.generate(

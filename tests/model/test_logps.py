@@ -3,38 +3,27 @@
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from architectures import ARCHITECTURES, COMMON, NO_TREE, make_random
 
 from raydpo.config import LoraSettings
+from raydpo.errors import ModelError
 from raydpo.model import head
+from raydpo.model.layout import ROW_MULTIPLE, Method, PromptGroup, lay_out
 from raydpo.model.load import add_lora
-from raydpo.model.logps import ROW_MULTIPLE, LogpModel, PromptGroup, lay_out
+from raydpo.model.logps import LogpModel
+from raydpo.model.selfcheck import choose_layout
 
 VOCAB = 97
-COMMON = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-              num_key_value_heads=2, max_position_embeddings=256)
-ARCHITECTURES = {
-    "llama": {},
-    "llama-tied": {"model_type": "llama", "tie_word_embeddings": True},
-    "qwen3": {"head_dim": 8},
-    "gemma2": {"head_dim": 8, "final_logit_softcapping": 5.0, "query_pre_attn_scalar": 8},
-    "granite": {"logits_scaling": 3.0},
-    "cohere": {"logit_scale": 0.25},
-    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},
-    "opt": {"word_embed_proj_dim": 16, "ffn_dim": 64},
-    "mixtral": {"num_local_experts": 4},
-}
+CPU = torch.device("cpu")
+TREE, PACKED, PADDED = Method("tree", "sdpa"), Method("packed", "sdpa"), Method("padded")
 
 
-def make(name, seed=0):
-    settings = dict(ARCHITECTURES[name])
-    kind = settings.pop("model_type", name)
-    torch.manual_seed(seed)
-    config = AutoConfig.for_model(kind, **{**COMMON, **settings}, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout", "attention_dropout"):
-        if hasattr(config, key):
-            setattr(config, key, 0.0)
-    return AutoModelForCausalLM.from_config(config).eval()
+def make(name, **settings):
+    return make_random(name, VOCAB, **settings)
+
+
+def gradients_of(model):
+    return {key: value.grad.clone() for key, value in model.named_parameters() if value.grad is not None}
 
 
 def groups(seed=0, shapes=((7, 5, 9), (30, 1, 2), (1, 12, 3), (16, 16, 16))):
@@ -50,33 +39,108 @@ def by_definition(model, group, completion):
     return logps.gather(1, ids[0, 1:, None])[len(group.prompt) - 1 :, 0]
 
 
-@pytest.mark.parametrize("alone", [False, True], ids=["batch", "rows"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_values_and_gradients_are_those_of_the_definition(name, alone):
+def test_every_layout_is_exact_or_refused(name):
+    """Tree = packed = padded = one completion at a time, in values and gradients; what is not exact is refused."""
     model = make(name)
+    ours = LogpModel(model)
+    report = choose_layout(ours, CPU)
+    assert report.method.layout == ("padded" if name in NO_TREE else "tree"), report.line
+    own = model.config._attn_implementation
+    ours.use(PADDED)
     wanted = torch.cat([by_definition(model, group, one) for group in groups() for one in group.completions])
     weights = torch.linspace(-1, 1, len(wanted))
     (wanted * weights).sum().backward()
-    gradients = {key: value.grad.clone() for key, value in model.named_parameters() if value.grad is not None}
-    model.zero_grad(set_to_none=True)
+    expected = gradients_of(model)
+    assert own is not None
+    for method in [PADDED] if name in NO_TREE else [TREE, PACKED, PADDED]:
+        model.zero_grad(set_to_none=True)
+        ours.use(method)
+        layout = ours.lay_out(groups())
+        logps = ours(layout)
+        assert logps.dtype == torch.float32
+        assert torch.allclose(logps, wanted, atol=2e-5), method
+        (logps * weights).sum().backward()
+        found = gradients_of(model)
+        assert found.keys() == expected.keys()
+        for key, gradient in expected.items():
+            size = gradient.norm().clamp_min(1e-2)  # some are zero but for rounding
+            assert (found[key] - gradient).norm() / size < 1e-4, (method, key)
 
+
+@pytest.mark.parametrize("name", ["bloom", "mamba", "qwen3_next", "gptj"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layout_that_is_wrong_cannot_be_forced(name, dtype):
+    with pytest.raises(ModelError, match=r"model.layout=tree is wrong .*tree \(sdpa attention\): .*Use model.layout=auto"):
+        choose_layout(LogpModel(make(name).to(dtype)), CPU, "tree")
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "qwen3_moe"])
+def test_bfloat16_is_checked_too(name):
+    report = choose_layout(LogpModel(make(name).bfloat16()), CPU)
+    assert report.method == TREE, report.line
+
+
+@pytest.mark.parametrize("layout", ["tree", "packed", "padded"])
+def test_a_layout_can_be_forced(layout):
+    report = choose_layout(LogpModel(make("llama")), CPU, layout)
+    assert report.method.layout == layout and layout in report.line
+
+
+def test_a_window_outside_the_attention_function_is_found_out():
+    """A model that passes no window on, but masks by one: exact on short rows, wrong beyond."""
+    model = make("mistral")
+    for layer in model.model.layers:
+        forward = layer.self_attn.forward
+        layer.self_attn.forward = lambda *args, forward=forward, attention=layer.self_attn, **kwargs: (
+            without_window(attention, forward, *args, **kwargs))
+    report = choose_layout(LogpModel(model), CPU)
+    assert report.method.layout == "padded" and "tree (sdpa attention) refused" in report.line
+
+
+def without_window(attention, forward, *args, **kwargs):
+    config = attention.config
+    attention.config = type(config)(**{**config.to_dict(), "sliding_window": None})
+    attention.config._attn_implementation = config._attn_implementation
+    try:
+        return forward(*args, **kwargs)
+    finally:
+        attention.config = config
+
+
+@pytest.mark.parametrize("method", [TREE, PACKED, PADDED], ids=str)
+def test_gradient_checkpointing_and_adapters_on_every_layer(method):
+    gradients = []
+    for checkpointing in (False, True):
+        model = add_lora(make("qwen3"), LoraSettings(r=4, alpha=8), seed=0)
+        with torch.no_grad():
+            for key, value in model.named_parameters():
+                if "lora_B" in key:
+                    value.normal_(std=0.1)
+        ours = LogpModel(model)
+        ours.use(method)
+        if checkpointing:
+            ours.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        ours.train()
+        ours(ours.lay_out(groups())).sum().backward()
+        gradients.append({key: value.grad.clone() for key, value in model.named_parameters() if value.requires_grad})
+    assert len(gradients[0]) == 2 * 2 * 7
+    for key, gradient in gradients[0].items():
+        assert gradient.abs().sum() > 0 and torch.allclose(gradient, gradients[1][key], atol=1e-6), key
+
+
+def test_generation_goes_on_as_before():
+    model = make("llama")
+    prompt = torch.tensor([[5, 6, 7, 8]])
+    plain = model.generate(prompt, max_new_tokens=8, do_sample=False)
     ours = LogpModel(model)
-    layout = lay_out(groups())
-    logps = ours(layout.input_ids, layout.positions, layout.targets, layout.lengths, layout.widths if alone else None)
-    assert logps.dtype == torch.float32
-    assert torch.allclose(logps, wanted, atol=2e-5)
-    (logps * weights).sum().backward()
-    for key, value in model.named_parameters():
-        if key in gradients:
-            size = gradients[key].norm().clamp_min(1e-2)  # some are zero but for rounding
-            gap = (value.grad - gradients[key]).norm() / size
-            assert gap < 1e-4, (key, gap)
-    ours.check(torch.device("cpu"))
+    choose_layout(ours, CPU, "tree")
+    with ours.own_attention():
+        assert torch.equal(model.generate(prompt, max_new_tokens=8, do_sample=False), plain)
+    assert ours.method == TREE and model.config._attn_implementation == "raydpo_tree"
 
 
 def test_an_unknown_transform_of_logits_is_found_out():
-    from raydpo.errors import ModelError
-
     model = make("granite")
     model.config.logits_scaling = 1.0  # what we would read
     model.logits_scaling = 3.0
@@ -89,7 +153,7 @@ def test_an_unknown_transform_of_logits_is_found_out():
 
     model.forward = scaled
     with pytest.raises(ModelError, match="cannot be scored exactly"):
-        LogpModel(model).check(torch.device("cpu"))
+        choose_layout(LogpModel(model), CPU)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
@@ -99,7 +163,7 @@ def test_chunks_change_nothing(name, monkeypatch):
         monkeypatch.setattr(head, "CHUNK_BYTES", 4 * VOCAB * rows)
         model = make(name)
         layout = lay_out(groups())
-        logps = LogpModel(model)(layout.input_ids, layout.positions, layout.targets, layout.lengths)
+        logps = LogpModel(model)(layout)
         logps.sum().backward()
         results.append((logps.detach(), model.get_output_embeddings().weight.grad))
     assert torch.allclose(results[0][0], results[1][0], atol=1e-6)
@@ -125,7 +189,7 @@ def test_the_chunk_bounds_the_memory(monkeypatch):
     model = LogpModel(make("llama"))
     layout = lay_out(groups())
     with Watch():
-        model(layout.input_ids, layout.positions, layout.targets, layout.lengths).sum().backward()
+        model(layout).sum().backward()
     assert len(layout.targets) > 50 and 0 < largest <= 5 * VOCAB
 
 
@@ -142,7 +206,7 @@ def test_lora_on_the_head_gets_its_gradient():
     gradients = {key: value.grad.clone() for key, value in model.named_parameters() if value.requires_grad}
     model.zero_grad(set_to_none=True)
     layout = lay_out([group])
-    logps = LogpModel(model)(layout.input_ids, layout.positions, layout.targets, layout.lengths)
+    logps = LogpModel(model)(layout)
     assert torch.allclose(logps, wanted, atol=2e-5)
     logps.sum().backward()
     for key, value in model.named_parameters():
@@ -151,20 +215,49 @@ def test_lora_on_the_head_gets_its_gradient():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_does_not_depend_on_its_batch(dtype):
-    model = LogpModel(make("llama").to(dtype))
-    device = torch.device("cpu")
-    many = groups(shapes=((7, 5, 9), (30, 1, 2), (1, 12, 3), (150, 60, 16), (200, 40, 3), (100, 131, 90)))
-    together = model.score(many, device)
-    alone = [model.score([group], device)[0] for group in many]
-    gap = max(np.abs(one - other).max() for left, right in zip(together, alone, strict=True)
-              for one, other in zip(left, right, strict=True))
-    assert gap <= 1e-6  # in bfloat16 too
+def test_a_log_prob_does_not_depend_on_its_batch(dtype):
+    """In bfloat16 to the last bit, on CPUs: what lets the first loss be ln 2 whatever the batches were."""
+    many = groups(shapes=((7, 5, 9), (30, 1, 2), (1, 12, 3), (150, 60, 16), (200, 40, 3), (100, 131, 90), (600, 30, 20)))
+    model = make("llama", hidden_size=64, num_hidden_layers=4, max_position_embeddings=1024).to(dtype)
+    scores = []
+    for method, batch in ((TREE, 7), (TREE, 1), (PACKED, 7), (PACKED, 2)):
+        ours = LogpModel(model)
+        ours.use(method)
+        scores.append(np.concatenate([logps for start in range(0, 7, batch)
+                                      for group in ours.score(many[start : start + batch], CPU) for logps in group]))
+    for other in scores[1:]:
+        assert np.abs(scores[0] - other).max() <= (1e-5 if dtype == torch.float32 else 0.0)
 
 
-def test_layout_points_at_predictors():
+def test_bfloat16_keeps_its_stream_and_logits_in_float32():
+    """Closer to the float32 model than a plain bfloat16 model is."""
+    model = make("llama", num_hidden_layers=12, hidden_size=64)
+    with torch.no_grad():
+        for value in model.parameters():
+            value.mul_(3.0)
+            value.copy_(value.bfloat16())  # what rounding weights costs is not the question
+    exact = np.concatenate([by_definition(model, group, one).detach().numpy()
+                            for group in groups() for one in group.completions])
+    ours = LogpModel(model.bfloat16())
+    ours.use(TREE)
+    gaps = []
+    for ours.float32_stream in (True, False):
+        gaps.append(np.abs(np.concatenate([one for group in ours.score(groups(), CPU) for one in group]) - exact).mean())
+    assert gaps[0] < 0.9 * gaps[1], gaps
+
+
+def test_padded_rows_point_at_predictors():
     layout = lay_out([PromptGroup(np.array([10, 11]), (np.array([20, 21]), np.array([30])))])
     assert layout.input_ids.shape == (2, ROW_MULTIPLE)
     assert layout.positions.tolist() == [1, 2, ROW_MULTIPLE + 1]
     assert layout.targets.tolist() == [20, 21, 30]
-    assert (layout.lengths, layout.widths) == ((2, 1), (ROW_MULTIPLE, ROW_MULTIPLE))
+    assert layout.lengths == (2, 1)
+
+
+def test_a_tree_points_at_predictors():
+    shared = np.arange(10, 22)
+    layout = lay_out([PromptGroup(shared, (np.array([40, 41]), np.array([50])))], TREE)
+    assert layout.input_ids.tolist() == [[*shared, 40, 41, 50]]
+    assert layout.position_ids.tolist() == [[*range(12), 12, 13, 12]]
+    assert layout.positions.tolist() == [11, 12, 11]  # the last prompt token predicts both first tokens
+    assert layout.targets.tolist() == [40, 41, 50]

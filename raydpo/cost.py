@@ -1,0 +1,103 @@
+"""What a model costs to compute, read from its files: no torch, no weights loaded."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raydpo.data.shapes import Work
+from raydpo.errors import ModelError
+
+__all__ = ["ModelCost"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCost:
+    """Sizes that decide the floating point operations of a forward pass.
+
+    Attributes:
+        parameters: all of them.
+        active: parameters that multiply each token: no embedding table, no head, of a mixture only the experts in use.
+        hidden, vocabulary, layers: sizes.
+        attention_width: query heads times head size.
+    """
+
+    parameters: int
+    active: int
+    hidden: int
+    vocabulary: int
+    layers: int
+    attention_width: int
+
+    @classmethod
+    def of(cls, directory: str | Path) -> ModelCost:
+        """Of a Hugging Face model directory, from config.json and the headers of its safetensors files.
+
+        Raises:
+            ModelError: if the directory lacks either.
+        """
+        directory = Path(directory)
+        try:
+            config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+            tensors: dict[str, Any] = {}
+            for file in sorted(directory.glob("*.safetensors")):
+                with open(file, "rb") as stream:
+                    (length,) = struct.unpack("<Q", stream.read(8))
+                    tensors |= json.loads(stream.read(length))
+        except (OSError, ValueError, struct.error) as error:
+            raise ModelError(f"cannot read the sizes of the model in {directory}: {error}") from None
+        tensors.pop("__metadata__", None)
+        if not tensors:
+            raise ModelError(f"{directory} has no safetensors weights")
+        return cls.of_sizes({name: math.prod(tensor["shape"]) for name, tensor in tensors.items()},
+                            config.get("text_config", config))
+
+    @classmethod
+    def of_sizes(cls, sizes: dict[str, int], config: dict[str, Any]) -> ModelCost:
+        """From the number of values of each tensor and the entries of config.json."""
+        hidden = _first(config, "hidden_size", "n_embd", "d_model")
+        vocabulary = config["vocab_size"]
+        heads = _first(config, "num_attention_heads", "n_head", "n_heads")
+        tables = sum(size for name, size in sizes.items() if any(part in name for part in _TABLES))
+        experts = sum(size for name, size in sizes.items() if ".experts." in name)
+        count = config.get("num_local_experts") or config.get("num_experts") or config.get("n_routed_experts") or 1
+        idle = experts * (1 - min(config.get("num_experts_per_tok") or count, count) / count)
+        total = sum(sizes.values())
+        return cls(parameters=total, active=int(total - tables - idle), hidden=hidden, vocabulary=vocabulary,
+                   layers=_first(config, "num_hidden_layers", "n_layer", "n_layers"),
+                   attention_width=heads * (config.get("head_dim") or hidden // heads))
+
+    @property
+    def work(self) -> Work:
+        """Relative to one token position."""
+        return Work(attention=self.look_flops / self.position_flops, head=self.prediction_flops / self.position_flops)
+
+    @property
+    def position_flops(self) -> float:
+        """Of a token position in a forward pass, attention apart."""
+        return 2.0 * self.active
+
+    @property
+    def look_flops(self) -> float:
+        """Of one query looking at one key, in all layers: a product for the score and one for the value."""
+        return 4.0 * self.layers * self.attention_width
+
+    @property
+    def prediction_flops(self) -> float:
+        """Of one predicted token: the vocabulary projection."""
+        return 2.0 * self.vocabulary * self.hidden
+
+
+_TABLES = ("embed_tokens.", "wte.", "wpe.", "word_embeddings.", "embed_in.", "embed_positions.", "lm_head.", "embed_out.",
+           "output_embeddings.")
+
+
+def _first(config: dict[str, Any], *names: str) -> int:
+    for name in names:
+        if isinstance(config.get(name), int):
+            return config[name]
+    raise ModelError(f"config.json has none of {', '.join(names)}; raydpo cannot tell the model's size from it")

@@ -1,0 +1,126 @@
+"""How many token positions fit in one forward pass: measured on the device, not guessed from the model's name."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from raydpo.model.layout import PromptGroup
+
+__all__ = ["Budget", "find_budget", "is_out_of_memory", "probe_group", "reset_peak_memory", "used_memory"]
+
+MOST_TOKENS = {"cuda": 65536, "cpu": 4096}
+"""More positions at once are not faster: matrix products are large enough by then."""
+PROBES = (256, 768)
+MARGIN = 0.8
+"""Share of the free memory that may be planned with: allocators fragment, and the backward pass adds a little."""
+STEP = 256
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A measured budget: token positions of one pass, and the bytes behind it."""
+
+    tokens: int
+    bytes_per_token: float
+    free_bytes: float
+
+    def line(self) -> str:
+        return (f"tokens_per_batch: auto = {self.tokens} positions ({self.bytes_per_token / 2**20:.2f} MiB each measured, "
+                f"{self.free_bytes / 2**30:.1f} GiB free)")
+
+
+def find_budget(run: Callable[[int], object], device: torch.device, *, share: float = 1.0, reserve: float = 0.0) -> Budget:
+    """The largest budget that fits: memory grows linearly with positions, so two short passes tell.
+
+    Args:
+        run: computes a pass of so many positions and returns what must stay alive (the graph, in training).
+        share: part of the device's memory that belongs to this process.
+        reserve: bytes that will be needed for something else.
+    """
+    run(PROBES[0])  # buffers that are made once
+    small, large = (_peak(run, tokens, device) for tokens in PROBES)
+    per_token = max((large - small) / (PROBES[1] - PROBES[0]), 1.0)
+    free = max(0.0, _free(device, share) - reserve)
+    fits = int(MARGIN * free / per_token)
+    tokens = min(MOST_TOKENS[device.type], max(STEP, fits // STEP * STEP))
+    return Budget(tokens, per_token, free)
+
+
+def probe_group(tokens: int, vocabulary: int) -> PromptGroup:
+    """A pair of ``tokens`` positions in all, half of them the prompt's."""
+    rng = np.random.default_rng(0)
+    sizes = tokens // 2, tokens // 4, tokens - tokens // 2 - tokens // 4
+    prompt, chosen, rejected = (rng.integers(0, vocabulary, size).astype(np.int32) for size in sizes)
+    return PromptGroup(prompt, (chosen, rejected))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch could not allocate, on a GPU or on the CPU."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and bool(re.search(r"can't allocate memory|out of memory|bad alloc", str(error)))
+
+
+def used_memory(device: torch.device) -> float:
+    """Peak bytes since ``reset_peak_memory``: of the GPU as torch allocated them, or of this process."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    return _status("VmHWM")
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    # Sets the process's high-water mark back to what it uses now. Where that is not allowed the mark only grows.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak(run: Callable[[int], object], tokens: int, device: torch.device) -> float:
+    reset_peak_memory(device)
+    before = used_memory(device)
+    kept = run(tokens)
+    peak = used_memory(device) - before
+    del kept
+    return peak
+
+
+def _free(device: torch.device, share: float) -> float:
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        mine = total * share - torch.cuda.memory_reserved(device)
+        return min(free, mine) + unused
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.is_file():
+        return float(2**33) * share
+    found = re.search(r"MemAvailable:\s+(\d+)", meminfo.read_text())
+    return min(float(found[1]) * 1024, _cgroup_free()) * share if found else float(2**33) * share
+
+
+def _cgroup_free() -> float:
+    """What a container may still take; infinity where nothing limits it."""
+    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        try:
+            root = Path("/sys/fs/cgroup")
+            return float((root / limit).read_text()) - float((root / used).read_text())
+        except (OSError, ValueError):
+            continue  # not this version of control groups, or no limit
+    return float("inf")
+
+
+def _status(field: str) -> float:
+    """A memory figure of this process, in bytes; 0 where the system does not tell."""
+    try:
+        found = re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())
+    except OSError:
+        return 0.0
+    return float(found[1]) * 1024 if found else 0.0

@@ -1,0 +1,130 @@
+"""How a micro-batch becomes tensors: as one packed prefix tree, as a plain pack, or as padded rows.
+
+Shapes: R = rows (1 for a tree or a pack), T = positions of a row, N = predicted tokens of all completions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raydpo.model.attention import Body, Segments
+from raydpo.model.tree import MIN_SAVED, PrefixTree
+
+__all__ = ["ROW_MULTIPLE", "Layout", "LayoutMethod", "Method", "PromptGroup", "lay_out"]
+
+LayoutMethod = Literal["tree", "packed", "padded"]
+
+ROW_MULTIPLE = 16
+"""Padded rows are as long as a multiple of this, which the matrix units of GPUs and CPUs like."""
+
+
+@dataclass(frozen=True)
+class PromptGroup:
+    """One prompt and completions that answer it; a pair is the group (chosen, rejected).
+
+    Attributes:
+        prompt: token ids, at least one.
+        completions: token ids of each completion, at least one each.
+    """
+
+    prompt: np.ndarray
+    completions: tuple[np.ndarray, ...]
+
+    @property
+    def sequences(self) -> list[np.ndarray]:
+        """Prompt and completion of each, as the model reads them."""
+        return [np.concatenate([self.prompt, completion]) for completion in self.completions]
+
+
+@dataclass(frozen=True)
+class Method:
+    """Which layout, and what computes its attention (None for padded rows: the model's own)."""
+
+    layout: LayoutMethod
+    body: Body | None = None
+
+    def __str__(self) -> str:
+        return self.layout if self.body is None else f"{self.layout} ({self.body} attention)"
+
+
+PADDED = Method("padded")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A micro-batch as tensors.
+
+    Attributes:
+        input_ids: [R, T].
+        position_ids: [R, T], depth in the tree; None for padded rows, where the model counts by itself.
+        positions: [N], flat indices into R * T of the positions that predict completion tokens.
+        targets: [N], the token each of them predicts.
+        lengths: completion tokens of each completion, in the order of groups and completions; they sum to N.
+        segments: the tree for attention; None for padded rows.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor | None
+    positions: Tensor
+    targets: Tensor
+    lengths: tuple[int, ...]
+    segments: Segments | None
+
+    def to(self, device: torch.device) -> Layout:
+        def moved(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=True)
+
+        return replace(self, input_ids=moved(self.input_ids), position_ids=moved(self.position_ids),
+                       positions=moved(self.positions), targets=moved(self.targets),
+                       segments=None if self.segments is None else self.segments.to(device))
+
+    def pin(self) -> Layout:
+        """In page-locked memory, from which a copy to a GPU overlaps with what the GPU is doing."""
+        def pinned(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.pin_memory()
+
+        return replace(self, input_ids=pinned(self.input_ids), position_ids=pinned(self.position_ids),
+                       positions=pinned(self.positions), targets=pinned(self.targets),
+                       segments=None if self.segments is None else self.segments.pin())
+
+
+def lay_out(groups: Sequence[PromptGroup], method: Method = PADDED, min_saved: int = MIN_SAVED) -> Layout:
+    """Tensors on the CPU for the completions of ``groups``, in their order.
+
+    Args:
+        min_saved: see ``tree.MIN_SAVED``.
+    """
+    sequences = [sequence for group in groups for sequence in group.sequences]
+    completions = [completion for group in groups for completion in group.completions]
+    lengths = tuple(len(completion) for completion in completions)
+    targets = torch.from_numpy(np.concatenate(completions).astype(np.int64))
+    if method.layout == "padded":
+        input_ids = _padded(sequences)
+        width = input_ids.shape[1]
+        # The last prompt token predicts the first completion token, and the last completion token nothing.
+        positions = [row * width + np.arange(len(sequence) - length - 1, len(sequence) - 1)
+                     for row, (sequence, length) in enumerate(zip(sequences, lengths, strict=True))]
+        position_ids = segments = None
+    else:
+        tree = PrefixTree.build(sequences, min_saved if method.layout == "tree" else None)
+        input_ids, position_ids = torch.from_numpy(tree.token_ids)[None], torch.from_numpy(tree.depths)[None]
+        positions = [tree.positions(number, len(sequence) - length - 1, len(sequence) - 1)
+                     for number, (sequence, length) in enumerate(zip(sequences, lengths, strict=True))]
+        segments = Segments.of(tree, method.body)
+    return Layout(input_ids, position_ids, torch.from_numpy(np.concatenate(positions)), targets, lengths, segments)
+
+
+def _padded(sequences: list[np.ndarray]) -> Tensor:
+    """Right-padded rows [R, T]. No attention mask is needed: in a causal model nothing looks to its right, and padded
+    positions are never read."""
+    width = -(-max(map(len, sequences)) // ROW_MULTIPLE) * ROW_MULTIPLE
+    rows = np.zeros((len(sequences), width), dtype=np.int64)
+    for row, sequence in enumerate(sequences):
+        rows[row, : len(sequence)] = sequence
+    return torch.from_numpy(rows)

@@ -1,0 +1,208 @@
+"""Which layout is exact for a model? Asked of the model, not of a list of names.
+
+The prefix tree is exact where tokens meet in attention alone, and where attention takes its positions and its window from
+what it is given. Recurrent layers, ALiBi, or a window that lives in a mask break that without raising an error. So at load
+each layout is compared with the plain model, one completion at a time, on rows made to tell them apart.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from raydpo.errors import ModelError
+from raydpo.model.attention import available_bodies
+from raydpo.model.layout import PADDED, Method, PromptGroup
+from raydpo.model.logps import LogpModel
+
+__all__ = ["CheckReport", "Wish", "choose_layout"]
+
+Wish = Literal["auto", "tree", "packed", "padded"]
+"""``model.layout``."""
+
+TOLERANCES = {torch.float32: 5e-5, torch.bfloat16: 0.25}
+"""Nats a token, mean over the tokens of a case, by precision. Rounding was 1e-5 and 0.08 with a trained model of 30 layers.
+What bfloat16 would hide is found in float32, on a small twin of the model."""
+TWIN_LAYERS = 4
+TWIN_WIDTH = 64
+TWIN_VOCABULARY = 128
+TWIN_GAIN = 3.0
+"""Initial weights are so small that layers hardly act; times this, a layout that is wrong is wrong by a tenth of a nat."""
+CHECK_WINDOW = 12
+"""Sliding windows are narrowed to this while checking, so that short rows reach beyond them."""
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What was chosen, and the mean gap in nats a token of each layout tried (or why it could not run)."""
+
+    method: Method
+    line: str
+    gaps: dict[str, float | str]
+
+
+@torch.no_grad()
+def choose_layout(model: LogpModel, device: torch.device, wish: Wish = "auto",
+                  rows: Sequence[PromptGroup] = ()) -> CheckReport:
+    """Check the layouts and make ``model`` use the best that is exact.
+
+    Args:
+        wish: ``auto``, or the layout that must be used.
+        rows: a few groups of the data, shortened here; crafted ones are always added.
+
+    Raises:
+        ModelError: if the layout wished for is wrong for this model, with the difference; or if even padded rows are not
+            what the model's own logits say.
+    """
+    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    tolerance = TOLERANCES[dtype]
+    twin = None if dtype == torch.float32 else _twin(model.causal_lm)
+    config = model.causal_lm.config.get_text_config()
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    bodies = available_bodies(device, dtype, head_size) if hasattr(config, "num_attention_heads") else ()
+    methods = {"tree": [Method("tree", body) for body in bodies], "packed": [Method("packed", body) for body in bodies],
+               "padded": [PADDED]}
+    order = [method for kind in methods.values() for method in kind] if wish == "auto" else methods[wish]
+    gaps: dict[str, float | str] = {}
+    oracle = _Oracle(model, _cases(model.vocabulary, rows), device)
+    if dtype == torch.bfloat16:
+        # Some norms refuse a stream that is wider than their weights.
+        model.float32_stream = True
+        model.float32_stream = not isinstance(oracle.worst_gap(PADDED), str)
+    for method in order:
+        gap = oracle.worst_gap(method)
+        if dtype != torch.float32 and method.body is not None and not isinstance(gap, str):
+            in_twin = twin if isinstance(twin, str) else twin.worst_gap(Method(method.layout, "sdpa"))
+            if isinstance(in_twin, str) or in_twin > TOLERANCES[torch.float32]:
+                gap = f"a small float32 copy with random weights: {_say(in_twin)}"
+        gaps[str(method)] = gap
+        if isinstance(gap, float) and gap <= tolerance:
+            model.use(method)
+            return CheckReport(method, _line(method, gaps, tolerance), gaps)
+    model.use(PADDED)
+    told = "; ".join(f"{name}: {_say(gap)}" for name, gap in gaps.items())
+    if wish in ("auto", "padded"):
+        raise ModelError(f"{type(model.causal_lm).__name__} cannot be scored exactly: log-probs from its hidden states and "
+                         f"head differ from its own logits ({told}; tolerance {tolerance:g}). Please report it")
+    raise ModelError(f"model.layout={wish} is wrong for {type(model.causal_lm).__name__}: {told} (tolerance {tolerance:g} "
+                     "nats a token against one completion at a time). Use model.layout=auto")
+
+
+def _line(method: Method, gaps: dict[str, float | str], tolerance: float) -> str:
+    refused = [f"{name} refused, {_say(gap)}" for name, gap in gaps.items() if name != str(method)]
+    return (f"layout: {method}, {_say(gaps[str(method)])} from one completion at a time"
+            f"{'; ' + '; '.join(refused) + f' (tolerance {tolerance:g})' if refused else ''}")
+
+
+def _say(gap: float | str) -> str:
+    return gap if isinstance(gap, str) else f"{gap:.2g} nats a token"
+
+
+class _Oracle:
+    """The plain model on the cases, one completion at a time, with its sliding windows narrowed."""
+
+    def __init__(self, model: LogpModel, cases: dict[str, list[PromptGroup]], device: torch.device) -> None:
+        self.model, self.cases, self.device = model, cases, device
+        model.use(PADDED)
+        with _narrow_windows(model.causal_lm):
+            self.expected = {case: [_by_definition(model.causal_lm, group.prompt, completion, device)
+                                    for group in groups for completion in group.completions]
+                             for case, groups in cases.items()}
+
+    def worst_gap(self, method: Method) -> float | str:
+        """Largest, over cases, of the mean absolute difference of a token; or the error, where it cannot run."""
+        worst = 0.0
+        try:
+            self.model.use(method)
+            with _narrow_windows(self.model.causal_lm):
+                for case, groups in self.cases.items():
+                    found = [logps for group in self.model.score(groups, self.device) for logps in group]
+                    gap = float(np.abs(np.concatenate(found) - np.concatenate(self.expected[case])).mean())
+                    worst = max(worst, gap if np.isfinite(gap) else float("inf"))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            # Whatever an architecture does with what it does not know: this layout is not for it.
+            return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        return worst
+
+
+def _twin(causal_lm: nn.Module) -> _Oracle | str:
+    """A few layers of the same architecture with random float32 weights, or why there is none."""
+    config = copy.deepcopy(causal_lm.config)
+    text = config.get_text_config()
+    try:
+        for name, value in vars(text).copy().items():
+            if isinstance(value, int) and not isinstance(value, bool) and ("intermediate" in name or "ffn" in name):
+                setattr(text, name, min(value, TWIN_WIDTH))
+            elif name.endswith("_token_id") and value is not None:
+                setattr(text, name, 0)
+        layers = min(TWIN_LAYERS, text.num_hidden_layers)
+        if getattr(text, "layer_types", None):
+            # Where kinds of layers alternate, as many as it takes to have each.
+            kinds = text.layer_types
+            layers = max(layers, max(kinds.index(kind) + 1 for kind in set(kinds)))
+            text.layer_types = kinds[:layers]
+        text.num_hidden_layers, text.vocab_size = layers, TWIN_VOCABULARY
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = LogpModel(type(causal_lm)(config).float().eval())
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(TWIN_GAIN)
+        return _Oracle(model, _cases(TWIN_VOCABULARY, ()), torch.device("cpu"))
+    except Exception as error:
+        return f"cannot be made ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
+
+
+def _by_definition(causal_lm: nn.Module, prompt: np.ndarray, completion: np.ndarray, device: torch.device) -> np.ndarray:
+    ids = torch.from_numpy(np.concatenate([prompt, completion]).astype(np.int64))[None].to(device)
+    logits = causal_lm(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
+    return logits.float().log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0].cpu().numpy()
+
+
+def _cases(vocabulary: int, rows: Sequence[PromptGroup]) -> dict[str, list[PromptGroup]]:
+    rng = np.random.default_rng(0)
+
+    def tokens(count: int) -> np.ndarray:
+        return rng.integers(0, vocabulary, count).astype(np.int32)
+
+    system = tokens(17)
+    cases = {
+        "a long prompt": [PromptGroup(tokens(64), (tokens(9), tokens(5)))],
+        "completions of one token": [PromptGroup(tokens(20), (tokens(1), tokens(1)))],
+        "two prompts in a row": [PromptGroup(tokens(11), (tokens(7), tokens(12))),
+                                 PromptGroup(tokens(23), (tokens(14), tokens(3)))],
+        "a shared system prompt": [PromptGroup(np.concatenate([system, tokens(8)]), (tokens(10), tokens(6)))
+                                   for _ in range(2)],
+    }
+    if rows:
+        cases["rows of the data"] = [PromptGroup(group.prompt[-96:], tuple(one[:48] for one in group.completions))
+                                     for group in rows[:2]]
+    return cases
+
+
+@contextlib.contextmanager
+def _narrow_windows(causal_lm: nn.Module) -> Iterator[None]:
+    """Shrink every sliding window and attention chunk of the model."""
+    owners: list[Any] = [causal_lm.config, causal_lm.config.get_text_config(), *causal_lm.modules()]
+    narrowed: dict[tuple[int, str], tuple[Any, str, int]] = {}
+    for owner in owners:
+        for name in ("sliding_window", "attention_chunk_size", "window_size"):
+            value = getattr(owner, name, None)
+            if isinstance(value, int) and not isinstance(value, bool) and value > CHECK_WINDOW:
+                narrowed.setdefault((id(owner), name), (owner, name, value))
+    for owner, name, _ in narrowed.values():
+        setattr(owner, name, CHECK_WINDOW)
+    try:
+        yield
+    finally:
+        for owner, name, value in narrowed.values():
+            setattr(owner, name, value)

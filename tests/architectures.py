@@ -1,0 +1,56 @@
+"""Tiny random models of many architectures, made from their configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+COMMON = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+              max_position_embeddings=256)
+_EXPERTS = dict(num_local_experts=4, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+_GPT2_LIKE = dict(n_embd=32, n_layer=2, n_head=4, n_positions=256)
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama-tied": {"model_type": "llama", "tie_word_embeddings": True},
+    "qwen2": {},
+    "qwen3": {"head_dim": 8},
+    "mistral": {"sliding_window": 16},
+    "gemma2": dict(head_dim=8, query_pre_attn_scalar=8, attn_logit_softcapping=20.0, final_logit_softcapping=5.0,
+                   sliding_window=16),
+    "gemma3_text": dict(head_dim=8, query_pre_attn_scalar=8, sliding_window=16, num_hidden_layers=6),
+    "phi3": {},
+    "olmo2": {},
+    "olmo3": dict(sliding_window=16, num_hidden_layers=4),
+    "gpt_neox": {"num_key_value_heads": None},
+    "gpt2": _GPT2_LIKE,
+    "gptj": {**_GPT2_LIKE, "rotary_dim": 4},
+    "opt": dict(word_embed_proj_dim=16, ffn_dim=64),
+    "falcon": {},
+    "falcon-alibi": dict(model_type="falcon", alibi=True),
+    "bloom": dict(n_layer=2, n_head=4),
+    "granite": {"logits_scaling": 3.0},
+    "cohere": {"logit_scale": 0.25},
+    "cohere2": dict(sliding_window=16, head_dim=8, num_hidden_layers=4),
+    "mixtral": _EXPERTS,
+    "qwen3_moe": {"head_dim": 8, **_EXPERTS},
+    "gpt_oss": {"head_dim": 8, "sliding_window": 16, **_EXPERTS},
+    "mamba": {"state_size": 8},
+    "qwen3_next": dict(head_dim=8, shared_expert_intermediate_size=32, linear_num_key_heads=2, linear_num_value_heads=4,
+                       linear_key_head_dim=8, linear_value_head_dim=8, num_hidden_layers=4, **_EXPERTS),
+}
+NO_TREE = {"gptj", "falcon", "falcon-alibi", "bloom", "mamba", "qwen3_next"}
+"""Recurrent layers, ALiBi, or attention that does not go through transformers' interface."""
+
+
+def make_random(name: str, vocabulary: int, seed: int = 0, **settings: Any) -> PreTrainedModel:
+    """In evaluation mode, float32, without dropout."""
+    settings = {**COMMON, **ARCHITECTURES[name], **settings}
+    kind = settings.pop("model_type", name)
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(kind, vocab_size=vocabulary, pad_token_id=0, bos_token_id=1, eos_token_id=2, **settings)
+    for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout", "attention_dropout", "hidden_dropout"):
+        if hasattr(config, key):
+            setattr(config, key, 0.0)
+    return AutoModelForCausalLM.from_config(config).eval()
