@@ -1,12 +1,33 @@
 import numpy as np
 import pytest
 
-from raydpo.data.plan import BatchPlan, PairLengths, epoch_order, fill_batches, split_over_ranks
+from raydpo.data.plan import BatchPlan, epoch_order, fill_batches, rank_costs, split_over_ranks
+from raydpo.data.shapes import POSITIONS_ONLY, Shapes, Work
+from raydpo.model.layout import Method, PromptGroup, lay_out
+
+LAYOUTS = ["tree", "packed", "padded"]
 
 
 def lengths(count, seed=0):
+    """Pairs that share no prompt."""
     rng = np.random.default_rng(seed)
-    return PairLengths(*(rng.integers(1, high, count) for high in (200, 100, 100)))
+    return Shapes.of_lengths(*(rng.integers(1, high, count) for high in (200, 100, 100)))
+
+
+def dialogues(count, seed=0):
+    """Token ids of pairs, many of whose prompts continue another's, in random order."""
+    rng = np.random.default_rng(seed)
+    groups, prompt = [], np.zeros(0, np.int32)
+    for index in range(count):
+        if index % 4 == 0:
+            prompt = rng.integers(0, 9, 5)
+        prompt = np.concatenate([prompt, rng.integers(0, 9, rng.integers(10, 60))]).astype(np.int32)
+        groups.append(PromptGroup(prompt, tuple(rng.integers(0, 9, rng.integers(1, 40)).astype(np.int32) for _ in range(2))))
+    return [groups[index] for index in rng.permutation(count)]
+
+
+def shapes_of(groups):
+    return Shapes.of([group.prompt for group in groups], [[len(one) for one in group.completions] for group in groups])
 
 
 def plan(count=37, world_size=1, weights=(1.0,), sources=None, **settings):
@@ -53,25 +74,75 @@ def test_weights_take_shares_and_walk_through_the_source():
     assert sorted(first[first >= 10]) == [10, 10, 11, 11, 12, 12, 13, 13]
 
 
-def test_micro_batches_keep_the_budget():
-    longest = lengths(37).longest
-    for rank in split_over_ranks(range(37), longest, world_size=2, tokens_per_batch=1000):
-        for batch in rank:
-            assert len(batch.pairs) == 1 or 2 * len(batch.pairs) * max(longest[list(batch.pairs)]) <= 1000
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_positions_and_cost_of_a_pair_by_hand(layout):
+    """A prompt of 3 tokens, completions of 2 and 5."""
+    shapes = Shapes.of_lengths(np.array([3]), np.array([2]), np.array([5]))
+    positions = {"tree": 3 + 2 + 5, "packed": 2 * 3 + 2 + 5, "padded": 2 * 16}[layout]
+    # A prompt looks at itself (9 / 2, once in a tree and else twice), completions at the prompt (3 * 7) and themselves.
+    looks = {"tree": 4.5, "packed": 9, "padded": 9}[layout] + 3 * 7 + (4 + 25) / 2
+    assert shapes.positions(layout).tolist() == [positions]
+    assert shapes.cost(layout, POSITIONS_ONLY).tolist() == [positions]
+    assert shapes.cost(layout, Work(attention=0.5, head=10)).tolist() == [positions + 0.5 * looks + 10 * 7]
 
 
-def test_an_item_larger_than_the_budget_is_a_batch_of_its_own():
-    assert fill_batches([500, 10, 10], [2, 2, 2], 100) == [[0], [1, 2]]
+def test_shared_prompt_tokens():
+    prompts = [np.array(prompt) for prompt in ([1, 2, 300], [7], [1, 2], [1, 2, 300, 4])]
+    shapes = Shapes.of(prompts, [[1]] * 4)
+    order = sorted(range(4), key=lambda index: shapes.place[index])
+    assert order == [2, 0, 3, 1]
+    assert shapes.shared(2, 0) == 2 and shapes.shared(0, 3) == 3 and shapes.shared(2, 3) == 2 and shapes.shared(3, 1) == 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_micro_batches_keep_the_budget_as_laid_out(layout):
+    """Budget and plan agree with what the layout really computes."""
+    groups = dialogues(60)
+    shapes = shapes_of(groups)
+    batches = fill_batches(range(60), shapes, 1000, layout)
+    assert sorted(item for batch in batches for item in batch) == list(range(60))
+    for batch in batches:
+        laid_out = lay_out([groups[item] for item in batch], Method(layout, None if layout == "padded" else "sdpa"),
+                           min_saved=1)
+        assert laid_out.input_ids.numel() <= 1000
+
+
+def test_a_tree_is_filled_with_neighbours():
+    groups = dialogues(200)
+    shapes = shapes_of(groups)
+
+    def positions(batches):
+        return sum(lay_out([groups[item] for item in batch], Method("tree", "sdpa")).input_ids.numel() for batch in batches)
+
+    batches = fill_batches(range(200), shapes, 1000, "tree")
+    size = -(-200 // len(batches))
+    unsorted = [list(range(start, min(start + size, 200))) for start in range(0, 200, size)]
+    assert positions(batches) < 0.8 * positions(unsorted)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_item_larger_than_the_budget_is_a_batch_of_its_own(layout):
+    shapes = Shapes.of_lengths(np.array([500, 10, 10]), np.array([1, 1, 1]))
+    assert sorted(fill_batches([0, 1, 2], shapes, 100, layout)) == [[0], [1, 2]]
 
 
 def test_ranks_without_pairs_get_a_stand_in_that_does_not_count():
-    ranks = split_over_ranks([4, 7], np.full(8, 50), world_size=4, tokens_per_batch=1000)
+    shapes = Shapes.of_lengths(np.full(8, 50), np.full(8, 5), np.full(8, 5))
+    ranks = split_over_ranks([4, 7], shapes, world_size=4, tokens_per_batch=1000, layout="tree")
     assert [len(rank) for rank in ranks] == [1, 1, 1, 1]
-    assert [rank[0].counts for rank in ranks] == [True, True, False, False]
+    assert sorted(rank[0].counts for rank in ranks) == [False, False, True, True]
 
 
-def test_load_is_even():
-    longest = lengths(256, seed=1).longest
-    loads = [sum(longest[pair] for batch in rank for pair in batch.pairs)
-             for rank in split_over_ranks(range(256), longest, world_size=8, tokens_per_batch=4000)]
-    assert max(loads) / min(loads) < 1.02
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("work", [POSITIONS_ONLY, Work(attention=0.01, head=1.0)])
+def test_work_is_even(layout, work):
+    for shapes in (lengths(256, seed=1), shapes_of(dialogues(256))):
+        costs = rank_costs(range(256), shapes, world_size=8, layout=layout, work=work)
+        assert costs.max() / costs.mean() < 1.01
+
+
+def test_neighbours_stay_on_one_rank_as_far_as_balance_allows():
+    shapes = shapes_of(dialogues(256))
+    together = rank_costs(range(256), shapes, world_size=4, layout="tree").sum()
+    alone = rank_costs(range(256), shapes, world_size=1, layout="tree").sum()
+    assert together < 1.1 * alone < 0.8 * shapes.positions("tree").sum()
