@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import raydpo
 from raydpo.config import Config, load_config
 from raydpo.console import Console
 from raydpo.errors import RaydpoError, exit_status
+
+if TYPE_CHECKING:
+    from raydpo.data.pairs import PairSets
+    from raydpo.data.tokenise import Tokeniser
 
 __all__ = ["job", "main"]
 
@@ -50,6 +56,15 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("--fresh", action="store_true", help="begin again; an earlier run of this name is set aside")
     show = configured("show", _show, "print pairs exactly as the model sees them")
     show.add_argument("-n", "--count", type=int, default=3, help="how many pairs (default: %(default)s)")
+    plan = configured("plan", _plan, "what a run would take: tokens, GPU hours, dollars, and time lost to imbalance")
+    plan.add_argument("--workers", type=int, metavar="N", help="devices of both stages (default: as configured)")
+    plan.add_argument("--device", metavar="NAME", help="a GPU whose peak is known, such as H100, A100-80GB or L4")
+    for stage in ("score", "train"):
+        plan.add_argument(f"--mfu-{stage}", type=float, metavar="X", help=f"share of its peak that it achieves: {stage}")
+    plan.add_argument("--price", type=float, metavar="D", help="dollars of a GPU hour")
+    plan.add_argument("--runs", type=int, metavar="K", help="trainings against the same reference, such as a sweep of beta")
+    plan.add_argument("--measure", action="store_true", help="measure the rate of this machine instead")
+    plan.add_argument("--json", action="store_true", help="print one JSON object")
     cache = verbs.add_parser("cache", help="look into a reference cache").add_subparsers(
         dest="cache_verb", required=True, metavar="VERB")
     ls = cache.add_parser("ls", help="the references it holds")
@@ -120,20 +135,41 @@ def _run(args: argparse.Namespace, console: Console) -> None:
 
 
 def _show(args: argparse.Namespace, console: Console) -> None:
-    config = load_config(args.config, args.overrides)
-    from raydpo.data.pairs import load_pairs
     from raydpo.data.show import render_pairs
+
+    sets, tokeniser = _load_pairs(load_config(args.config, args.overrides))
+    for line in sets.report.lines():
+        console.say(line)
+    for renderable in render_pairs(sets.train, tokeniser, args.count):
+        console.print(renderable)
+
+
+def _plan(args: argparse.Namespace, console: Console) -> None:
+    config = load_config(args.config, args.overrides)
+    from raydpo.estimate.report import plan_run, print_plan
+
+    sets, _ = _load_pairs(config)
+    with tempfile.TemporaryDirectory() as logs, console.noise_to(Path(logs) / "plan.log"):  # of loading weights
+        plan = plan_run(config, sets, measure=args.measure, device=args.device, mfu_score=args.mfu_score,
+                        mfu_train=args.mfu_train, workers=args.workers, price=args.price, runs=args.runs)
+    if args.json:
+        print(json.dumps(plan.to_dict(), indent=2))
+        return
+    for line in sets.report.lines():
+        console.say(line)
+    print_plan(plan, console)
+
+
+def _load_pairs(config: Config) -> tuple[PairSets, Tokeniser]:
+    """The pairs of a configuration as the stages see them, without Ray."""
+    from raydpo.data.pairs import load_pairs
     from raydpo.data.tokenise import Tokeniser, load_tokenizer
     from raydpo.reference.identity import resolve_model
 
     tokeniser = Tokeniser(load_tokenizer(resolve_model(config.model.tokenizer or config.model.path),
                                          chat_template=config.data.chat_template,
                                          trust_remote_code=config.model.trust_remote_code))
-    sets = load_pairs(config.data, tokeniser)
-    for line in sets.report.lines():
-        console.say(line)
-    for renderable in render_pairs(sets.train, tokeniser, args.count):
-        console.print(renderable)
+    return load_pairs(config.data, tokeniser), tokeniser
 
 
 def _cache_ls(args: argparse.Namespace, console: Console) -> None:

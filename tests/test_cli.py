@@ -129,6 +129,27 @@ def test_show_prints_pairs_as_the_model_sees_them(place):
     assert "Question:" in result.stdout and "</s>" in result.stdout and "key " in result.stdout
 
 
+def test_plan_estimates_without_ray(place):
+    program = ("import sys; from raydpo.cli import main; status = main(sys.argv[1:]); "
+               "assert 'ray' not in sys.modules and 'deepspeed' not in sys.modules; sys.exit(status)")
+    result = subprocess.run([sys.executable, "-c", program, "plan", place / "config.yaml", "train.steps=4", "--workers", "2",
+                             "--price", "3", "--runs", "5"], capture_output=True, text=True, timeout=100)
+    assert result.returncode == 0, result.stderr
+    for piece in ("data a: 40 records", "reference pass", "5 training(s)", "H100", "prefix tree", "4,096", "bound"):
+        assert piece in result.stdout, result.stdout
+
+
+def test_plan_measures_here_and_prints_json(place):
+    result = raydpo("plan", place / "config.yaml", "train.tokens_per_batch=1000", "score.tokens_per_batch=1000",
+                    "model.lora={}", "--measure", "--json")
+    assert result.returncode == 0, result.stderr
+    plan = json.loads(result.stdout)
+    assert plan["rates"]["origin"].startswith("measured on ") and plan["rates"]["train"] > 0
+    assert plan["score"]["seconds"] > 0 and plan["score"]["dollars"] is None
+    assert [row["world_size"] for row in plan["fixed"]][:3] == [1, 2, 4]
+    assert raydpo("plan", place / "config.yaml", "--device", "abacus").returncode == 2
+
+
 def test_cache_ls_and_show(first, place):
     listed = raydpo("cache", "ls", place / "runs" / "cache")
     assert listed.returncode == 0 and "float32" in listed.stdout

@@ -6,23 +6,15 @@ workers, and the position in a run is one integer: that is all a resumed run nee
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from raydpo.data.balance import savings, shares
 from raydpo.data.shapes import PADDED_MULTIPLE, POSITIONS_ONLY, LayoutName, Shapes, Work
 
-__all__ = ["BatchPlan", "MicroBatch", "epoch_order", "fill_batches", "rank_costs", "split_over_ranks"]
-
-WORTH_KEEPING = 0.1
-"""Share of a pair's work that its neighbour's prompt must save for the two to be kept on one rank."""
-UNITS_PER_RANK = 4
-"""Runs of pairs kept together are at most this part of a rank's work, or they could not be evened out."""
-SWAP_PARTNERS = 8
-"""Of the least busy ranks, how many are looked at for a swap with the busiest."""
-
+__all__ = ["BatchPlan", "MicroBatch", "epoch_order", "fill_batches", "split_over_ranks"]
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -68,6 +60,12 @@ def fill_batches(items: Sequence[int], shapes: Shapes, tokens_per_batch: int, la
     Returns:
         Group numbers of each batch. A group larger than the budget is a batch of its own.
     """
+    return _fill(items, shapes, tokens_per_batch, layout, shapes.positions(layout))
+
+
+def _fill(items: Sequence[int], shapes: Shapes, tokens_per_batch: int, layout: LayoutName, alone: np.ndarray,
+          least: int = 1) -> list[list[int]]:
+    """``fill_batches``, where ``alone`` is ``shapes.positions(layout)`` and ``least`` batches are wished for."""
     batches: list[list[int]] = []
     if layout == "padded":
         width = filled = 0
@@ -78,20 +76,19 @@ def fill_batches(items: Sequence[int], shapes: Shapes, tokens_per_batch: int, la
             batches[-1].append(item)
             filled += int(shapes.rows[item])
         return batches
-    alone = shapes.positions(layout)
     ordered = sorted(items, key=lambda item: (shapes.place[item], item))
-    saved = _savings(ordered, shapes, layout)
-    # As even as they come: the last batch of a greedy filling would be a small one, which costs as many calls.
-    total = int(alone[ordered].sum() - saved.sum())
-    target = -(-total // max(1, -(-total // tokens_per_batch)))
-    filled = 0
+    saved = savings(ordered, shapes, layout)
+    more = alone[ordered] - saved
+    left, filled, target = int(more.sum()), 0, 0
     for index, item in enumerate(ordered):
-        more = int(alone[item] - saved[index])
-        if not batches or filled + more // 2 > target or filled + more > tokens_per_batch:
+        # As even as they come: the last batch of a greedy filling would be a small one, which costs as many calls.
+        if not batches or filled + int(more[index]) // 2 > target or filled + int(more[index]) > tokens_per_batch:
             batches.append([])
-            filled, more = 0, int(alone[item])
+            filled = int(saved[index])  # which the first of a batch does not save
+            target = filled + left // max(1, least - len(batches) + 1, -(-left // tokens_per_batch))
         batches[-1].append(item)
-        filled += more
+        filled += int(more[index])
+        left -= int(more[index])
     return batches
 
 
@@ -104,92 +101,15 @@ def split_over_ranks(pairs: Sequence[int], shapes: Shapes, *, world_size: int, t
     Returns:
         For every rank the same number of micro-batches, at least one.
     """
-    shares = _shares(list(pairs), shapes, world_size, layout, work)
-    ranks = [fill_batches(share, shapes, tokens_per_batch, layout) for share in shares]
+    dealt = shares(list(pairs), shapes, world_size, layout, work)
+    alone = shapes.positions(layout)
+    ranks = [_fill(share, shapes, tokens_per_batch, layout, alone) for share in dealt]
     wanted = max(1, max(len(batches) for batches in ranks))
-    return [_exactly(batches, wanted, stand_in=int(pairs[0])) for batches in ranks]
-
-
-def rank_costs(pairs: Sequence[int], shapes: Shapes, *, world_size: int, layout: LayoutName,
-               work: Work = POSITIONS_ONLY) -> np.ndarray:
-    """Work of each rank in a step of ``pairs``, in token positions, float [world_size]: what the plan evens out."""
-    alone = shapes.cost(layout, work)
-    costs = np.zeros(world_size)
-    for rank, share in enumerate(_shares(list(pairs), shapes, world_size, layout, work)):
-        ordered = sorted(share, key=lambda item: (shapes.place[item], item))
-        costs[rank] = alone[ordered].sum() - _savings(ordered, shapes, layout).sum()
-    return costs
-
-
-def _shares(pairs: list[int], shapes: Shapes, world_size: int, layout: LayoutName, work: Work) -> list[list[int]]:
-    if world_size == 1:
-        return [pairs]
-    units, costs = _units(pairs, shapes, world_size, layout, work)
-    # Largest first to the rank with the least to do; ties go to the lower rank, so the result is unique.
-    heap = [(0.0, rank) for rank in range(world_size)]
-    owned: list[list[int]] = [[] for _ in range(world_size)]
-    for unit in sorted(range(len(units)), key=lambda unit: (-costs[unit], units[unit][0])):
-        load, rank = heapq.heappop(heap)
-        owned[rank].append(unit)
-        heapq.heappush(heap, (load + costs[unit], rank))
-    _even_out(owned, costs)
-    return [[pair for unit in mine for pair in units[unit]] for mine in owned]
-
-
-def _units(pairs: list[int], shapes: Shapes, world_size: int, layout: LayoutName,
-           work: Work) -> tuple[list[list[int]], np.ndarray]:
-    """Runs of pairs that stay together because they share much, none so large that ranks could not be evened out."""
-    alone = shapes.cost(layout, work)
-    ordered = sorted(pairs, key=lambda item: (shapes.place[item], item))
-    saved = _savings(ordered, shapes, layout)
-    largest = float(alone[ordered].sum() - saved.sum()) / world_size / UNITS_PER_RANK
-    units: list[list[int]] = []
-    costs: list[float] = []
-    for index, item in enumerate(ordered):
-        more = float(alone[item] - saved[index])
-        if units and saved[index] >= WORTH_KEEPING * alone[item] and costs[-1] + more <= largest:
-            units[-1].append(item)
-            costs[-1] += more
-        else:
-            units.append([item])
-            costs.append(float(alone[item]))
-    return units, np.array(costs)
-
-
-def _savings(ordered: Sequence[int], shapes: Shapes, layout: LayoutName) -> np.ndarray:
-    """Positions that each group saves by standing behind the one before it, int [groups]."""
-    saved = np.zeros(len(ordered), dtype=np.int64)
-    if layout == "tree":
-        for index in range(1, len(ordered)):
-            saved[index] = shapes.shared(ordered[index - 1], ordered[index])
-    return saved
-
-
-def _even_out(owned: list[list[int]], costs: np.ndarray) -> None:
-    """Swap units between the busiest rank and others while that makes the busiest one less busy."""
-    loads = np.array([costs[mine].sum() for mine in owned])
-    for _ in range(4 * len(owned)):
-        busiest = int(loads.argmax())
-        best: tuple[float, int, int, int | None] | None = None
-        for other in np.argsort(loads, kind="stable")[:SWAP_PARTNERS]:
-            gap = loads[busiest] - loads[other]
-            if gap <= 0:
-                break
-            # Giving d away leaves the pair of ranks at best even, where d is half the gap.
-            for give in owned[busiest]:
-                for take in (None, *owned[other]):
-                    moved = costs[give] - (0.0 if take is None else costs[take])
-                    if 0 < moved < gap and (best is None or abs(moved - gap / 2) < best[0]):
-                        best = (abs(moved - gap / 2), int(other), give, take)
-        if best is None:
-            return
-        _, other, give, take = best
-        owned[busiest].remove(give)
-        owned[other].append(give)
-        if take is not None:
-            owned[other].remove(take)
-            owned[busiest].append(take)
-        loads[busiest], loads[other] = costs[owned[busiest]].sum(), costs[owned[other]].sum()
+    # Ranks that meet after every micro-batch should meet at the same time: as many, as even, and the largest ones first.
+    ranks = [again if len(again := _fill(share, shapes, tokens_per_batch, layout, alone, wanted)) <= wanted else batches
+             for share, batches in zip(dealt, ranks, strict=True)]
+    return [sorted(_exactly(batches, wanted, stand_in=int(pairs[0])),
+                   key=lambda batch: -batch.counts * alone[list(batch.pairs)].sum()) for batches in ranks]
 
 
 def _exactly(batches: list[list[int]], wanted: int, stand_in: int) -> list[MicroBatch]:

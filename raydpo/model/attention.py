@@ -162,33 +162,37 @@ def tree_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
 def _by_node(attend: Any, query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float,
              window: int | None, softcap: float | None, sinks: Tensor | None) -> Tensor:
     whole = query.device.type == "cpu" and query.dtype == torch.bfloat16 and attend is _sdpa
+    blocks = [(number, first, min(first + QUERY_BLOCK, node.length)) for number, node in enumerate(segments.nodes)
+              for first in range(0, node.length, QUERY_BLOCK)]
+    # Split once: the gradient of a slice would be a tensor of all T positions, for each node.
+    queries = query.split([last - first for _, first, last in blocks], dim=2)
+    keys, values = (dict(zip((node.start for node in segments.nodes),
+                             tensor.split([node.length for node in segments.nodes], dim=2), strict=True))
+                    for tensor in (key, value))
     outputs = []
-    for number, node in enumerate(segments.nodes):
-        for first in range(0, node.length, QUERY_BLOCK):
-            last = min(first + QUERY_BLOCK, node.length)
-            pad_queries, pad_keys = ((-size % multiple if whole else 0) for size, multiple in
-                                     zip((last - first, node.depth + last), WHOLE_BLOCKS, strict=True))
-            mask = _mask(segments, number, first, last, window, pad_queries, pad_keys, query)
-            seen = (*node.path, (node.start, last))
-            own = query[:, :, node.start + first : node.start + last]
-            out = attend(F.pad(own, (0, 0, 0, pad_queries)) if pad_queries else own, _along(key, seen, pad_keys),
-                         _along(value, seen, pad_keys), mask, scaling, softcap, sinks)
-            outputs.append(out[:, :, : last - first])
+    for own, (number, first, last) in zip(queries, blocks, strict=True):
+        node = segments.nodes[number]
+        pad_queries, pad_keys = ((-size % multiple if whole else 0) for size, multiple in
+                                 zip((last - first, node.depth + last), WHOLE_BLOCKS, strict=True))
+        mask = _mask(segments, number, first, last, window, pad_queries, pad_keys, query)
+        out = attend(F.pad(own, (0, 0, 0, pad_queries)) if pad_queries else own, _along(keys, node, last, pad_keys),
+                     _along(values, node, last, pad_keys), mask, scaling, softcap, sinks)
+        outputs.append(out[:, :, : last - first])
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
-def _along(tensor: Tensor, runs: tuple[tuple[int, int], ...], pad: int) -> Tensor:
-    """[1, G, T, D] -> [1, G, sum of lengths + pad, D]; a view where the runs are one after the other."""
-    merged: list[list[int]] = []
-    for start, length in runs:
-        if merged and sum(merged[-1]) == start:
-            merged[-1][1] += length
-        else:
-            merged.append([start, length])
-    pieces = [tensor.narrow(2, start, length) for start, length in merged]
+def _along(pieces: dict[int, Tensor], node: Node, last: int, pad: int) -> Tensor:
+    """What lies on the path to a node and in it up to ``last``: [1, G, depth + last + pad, D].
+
+    Args:
+        pieces: [1, G, length, D] of each node, by its start.
+    """
+    seen = [pieces[start] for start, _ in node.path]
+    own = pieces[node.start]
+    seen.append(own if last == node.length else own.narrow(2, 0, last))
     if pad:
-        pieces.append(tensor.new_zeros(*tensor.shape[:2], pad, tensor.shape[3]))
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+        seen.append(own.new_zeros(*own.shape[:2], pad, own.shape[3]))
+    return seen[0] if len(seen) == 1 else torch.cat(seen, dim=2)
 
 
 def _mask(segments: Segments, number: int, first: int, last: int, window: int | None, pad_queries: int, pad_keys: int,

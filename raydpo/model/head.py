@@ -14,9 +14,11 @@ from torch.utils.checkpoint import checkpoint
 
 __all__ = ["CHUNK_BYTES", "LogitTransform", "attach_logp_head"]
 
-CHUNK_BYTES = 64 * 2**20
-"""Memory of one chunk of float32 logits. What a forward or backward needs beyond the hidden states is a few of them,
-whatever the number of tokens."""
+CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
+"""Memory of one chunk of float32 logits. Scoring needs one beyond the hidden states, training a few, whatever the number of
+tokens. On a GPU a chunk must have some hundred rows, or reading the weight takes longer than multiplying with it."""
+FLOAT32_BLOCK = 4096
+"""Rows of a bfloat16 head that a CPU widens at a time."""
 
 
 @dataclass(frozen=True)
@@ -51,34 +53,52 @@ class LogitTransform:
 
 
 class _ChunkedLogps(torch.autograd.Function):
-    """log softmax(transform(hidden @ weight.T + bias))[target] in chunks of rows, recomputed in the backward pass."""
+    """log softmax(transform(hidden @ weight.T + bias))[target] in chunks of rows.
+
+    The gradient of a row's hidden state is the row's slope times a number that only the loss knows. Where the head is frozen
+    (adapters), slopes are formed while the logits are there; else the backward pass computes the logits again.
+    """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, transform):
+    def forward(ctx, hidden, weight, bias, targets, transform, grad_enabled):
+        wants_hidden, *wants_head = ctx.needs_input_grad[:3]
+        ctx.frozen = grad_enabled and wants_hidden and not any(wants_head)
+        ctx.transform = transform
         logps = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         normalisers = torch.empty_like(logps)
-        for rows in _chunks(len(targets), weight.shape[0]):
+        slopes = torch.empty_like(hidden) if ctx.frozen else None
+        for rows in _chunks(len(hidden), len(weight), hidden.device):
             logits = transform(_project(hidden[rows], weight, bias))
-            normalisers[rows] = torch.logsumexp(logits, dim=-1)
-            logps[rows] = logits.gather(1, targets[rows, None])[:, 0] - normalisers[rows]
-        ctx.save_for_backward(hidden, weight, bias, targets, normalisers)
-        ctx.transform = transform
+            logps[rows] = logits.gather(1, targets[rows, None])[:, 0]
+            transformed = logits.clone() if ctx.frozen and transform.softcap is not None else logits
+            normalisers[rows] = _logsumexp_(logits)
+            if ctx.frozen:
+                # _logsumexp_ has left softmax times its normaliser in place of the logits.
+                slope = logits.div_(-logits.sum(-1, keepdim=True))
+                slopes[rows] = transform.backward_(_add_onehot(slope, targets[rows]), transformed).to(weight.dtype) @ weight
+        logps -= normalisers
+        if ctx.frozen:
+            ctx.save_for_backward(slopes)
+        else:
+            ctx.save_for_backward(hidden, weight, bias, targets, normalisers)
         return logps
 
     @staticmethod
     def backward(ctx, grad_logps):
+        if ctx.frozen:
+            (slopes,) = ctx.saved_tensors
+            return (slopes * grad_logps[:, None].to(slopes.dtype), *[None] * 5)
         hidden, weight, bias, targets, normalisers = ctx.saved_tensors
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         # Many chunks add up in the weight's gradient: float32, or small contributions are rounded away.
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias and bias is not None else None
-        for rows in _chunks(len(targets), weight.shape[0]):
+        for rows in _chunks(len(hidden), len(weight), hidden.device):
             logits = ctx.transform(_project(hidden[rows], weight, bias))
-            grad = (logits - normalisers[rows, None]).exp_().neg_()  # d logp / d logits = onehot - softmax
-            grad.scatter_add_(1, targets[rows, None], torch.ones_like(grad[:, :1]))
-            grad.mul_(grad_logps[rows, None])
-            grad = ctx.transform.backward_(grad, logits)
+            transformed = logits.clone() if ctx.transform.softcap is not None else logits
+            slope = logits.sub_(normalisers[rows, None]).exp_().neg_()  # d logp / d logits = onehot - softmax
+            grad = ctx.transform.backward_(_add_onehot(slope, targets[rows]).mul_(grad_logps[rows, None]), transformed)
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
             grad = grad.to(weight.dtype)
@@ -87,7 +107,7 @@ class _ChunkedLogps(torch.autograd.Function):
             if grad_weight is not None:
                 grad_weight += (grad.T @ hidden[rows].to(weight.dtype)).float()
         return (grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype),
-                None if grad_bias is None else grad_bias.to(bias.dtype), None, None)
+                None if grad_bias is None else grad_bias.to(bias.dtype), None, None, None)
 
 
 def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -100,13 +120,30 @@ def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return nn.functional.linear(hidden.float(), weight, bias)
     if weight.is_cuda:
         logits = torch.mm(hidden.to(weight.dtype), weight.T, out_dtype=torch.float32)
-    else:  # CPUs have no such product
-        logits = hidden.to(weight.dtype).float() @ weight.float().T
-    return logits if bias is None else logits + bias.float()
+    else:
+        # CPUs have no such product. A block of the weight at a time: its float32 copy stays in the processor's cache.
+        hidden = hidden.to(weight.dtype).float()
+        logits = hidden.new_empty(len(hidden), len(weight))
+        for start in range(0, len(weight), FLOAT32_BLOCK):
+            block = weight[start : start + FLOAT32_BLOCK].float()
+            torch.mm(hidden, block.T, out=logits[:, start : start + FLOAT32_BLOCK])
+    return logits if bias is None else logits.add_(bias)
 
 
-def _chunks(rows: int, vocabulary: int) -> list[slice]:
-    size = max(1, CHUNK_BYTES // (4 * vocabulary))
+def _logsumexp_(logits: Tensor) -> Tensor:
+    """log of the sum of exp of each row; leaves exp(logits - their maximum) behind, for want of a second [C, V]."""
+    largest = logits.amax(-1, keepdim=True)
+    return logits.sub_(largest).exp_().sum(-1).log_().add_(largest[:, 0])
+
+
+def _add_onehot(slope: Tensor, targets: Tensor) -> Tensor:
+    """Add 1 where each row's target is, in place."""
+    return slope.scatter_add_(1, targets[:, None], torch.ones_like(slope[:, :1]))
+
+
+def _chunks(rows: int, vocabulary: int, device: torch.device) -> list[slice]:
+    """Rows whose logits exist at the same time."""
+    size = max(1, CHUNK_BYTES[device.type] // (4 * vocabulary))
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
@@ -125,7 +162,7 @@ class _LogpLinear(nn.Linear):
     def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
         if targets is None:
             return super().forward(hidden)
-        return _ChunkedLogps.apply(hidden, self.weight, self.bias, targets, self.logit_transform)
+        return _ChunkedLogps.apply(hidden, self.weight, self.bias, targets, self.logit_transform, torch.is_grad_enabled())
 
 
 class _AnyHead(nn.Module):
@@ -152,7 +189,7 @@ class _AnyHead(nn.Module):
             return logits.gather(1, rows_targets[:, None])[:, 0] - torch.logsumexp(logits, dim=-1)
 
         pieces = [checkpoint(rows_logps, hidden[rows], targets[rows], use_reentrant=False)
-                  for rows in _chunks(len(targets), self.vocabulary)]
+                  for rows in _chunks(len(targets), self.vocabulary, hidden.device)]
         return torch.cat(pieces) if pieces else hidden.new_zeros(0, dtype=torch.float32)
 
 

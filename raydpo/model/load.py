@@ -65,11 +65,13 @@ def add_lora(model: nn.Module, lora: LoraSettings, seed: int) -> nn.Module:
     """
     from peft import LoraConfig, get_peft_model
 
+    from raydpo.model.adapter import fuse_adapters
+
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
     torch.manual_seed(seed)
     try:
-        return get_peft_model(model, LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout,
-                                                target_modules=targets, task_type="CAUSAL_LM"))
+        return fuse_adapters(get_peft_model(model, LoraConfig(
+            r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM")))
     except ValueError as error:
         raise ModelError(f"model.lora.target_modules {lora.target_modules!r} does not fit this model: "
                          f"{' '.join(str(error).split())}") from error

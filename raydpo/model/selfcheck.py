@@ -22,7 +22,7 @@ from raydpo.model.attention import available_bodies
 from raydpo.model.layout import PADDED, Method, PromptGroup
 from raydpo.model.logps import LogpModel
 
-__all__ = ["CheckReport", "Wish", "choose_layout"]
+__all__ = ["CHECK_ROWS", "CheckReport", "Wish", "choose_layout"]
 
 Wish = Literal["auto", "tree", "packed", "padded"]
 """``model.layout``."""
@@ -35,6 +35,8 @@ TWIN_WIDTH = 64
 TWIN_VOCABULARY = 128
 TWIN_GAIN = 3.0
 """Initial weights are so small that layers hardly act; times this, a layout that is wrong is wrong by a tenth of a nat."""
+CHECK_ROWS = 2
+"""Groups of the data that are looked at, beside the crafted ones."""
 CHECK_WINDOW = 12
 """Sliding windows are narrowed to this while checking, so that short rows reach beyond them."""
 
@@ -55,7 +57,7 @@ def choose_layout(model: LogpModel, device: torch.device, wish: Wish = "auto",
 
     Args:
         wish: ``auto``, or the layout that must be used.
-        rows: a few groups of the data, shortened here; crafted ones are always added.
+        rows: groups of the data, of which ``CHECK_ROWS`` are taken, shortened; crafted ones are always added.
 
     Raises:
         ModelError: if the layout wished for is wrong for this model, with the difference; or if even padded rows are not
@@ -185,7 +187,7 @@ def _cases(vocabulary: int, rows: Sequence[PromptGroup]) -> dict[str, list[Promp
     }
     if rows:
         cases["rows of the data"] = [PromptGroup(group.prompt[-96:], tuple(one[:48] for one in group.completions))
-                                     for group in rows[:2]]
+                                     for group in rows[:CHECK_ROWS]]
     return cases
 
 

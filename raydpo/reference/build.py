@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import pyarrow as pa
 
 from raydpo.errors import CacheError, RaydpoError
+from raydpo.model.layout import PromptGroup
+from raydpo.model.selfcheck import CHECK_ROWS
 from raydpo.ray_runtime import Resources, original_error
 from raydpo.reference.score import ReferenceSpec, Scorer
 from raydpo.reference.shards import Completion, Shard, plan_shards, still_missing, wanted_completions
@@ -100,7 +102,7 @@ def _score_on_ray(shards: list[Shard], spec: ReferenceSpec, cache: ReferenceCach
     blocks = [_to_block(shard) for shard in shards]
     dataset = ray.data.from_arrow(blocks).map_batches(
         _ScoreShard,
-        fn_constructor_args=(spec, cache.storage.uri, resources, tokens_per_batch),
+        fn_constructor_args=(spec, cache.storage.uri, resources, tokens_per_batch, shards[0].prompt_groups()[:CHECK_ROWS]),
         batch_size=1, batch_format="pyarrow", zero_copy_batch=True,
         compute=ray.data.ActorPoolStrategy(size=min(resources.workers, len(shards))),
         num_cpus=1, num_gpus=resources.gpus_per_worker,
@@ -143,7 +145,7 @@ class _ScoreShard:
     """A Ray Data actor: holds the reference, scores one shard a call and commits it as one part."""
 
     def __init__(self, spec: ReferenceSpec, cache_uri: str, resources: Resources,
-                 tokens_per_batch: int | Literal["auto"]) -> None:
+                 tokens_per_batch: int | Literal["auto"], check_rows: Sequence[PromptGroup]) -> None:
         import torch
 
         if resources.threads is not None:
@@ -151,7 +153,7 @@ class _ScoreShard:
         self.threads = resources.threads
         self.cache = ReferenceCache.open(cache_uri, spec.identity)
         self.scorer = Scorer(spec, device=resources.device, tokens_per_batch=tokens_per_batch,
-                             memory_share=resources.memory_share)
+                             memory_share=resources.memory_share, check_rows=check_rows)
         self.computing = threading.Lock()
 
     def __call__(self, block: pa.Table) -> pa.Table:

@@ -16,7 +16,7 @@ import raydpo
 from raydpo.data.plan import fill_batches
 from raydpo.data.shapes import Shapes
 from raydpo.errors import ModelError
-from raydpo.model.budget import find_budget, is_out_of_memory, probe_group
+from raydpo.model.budget import MOST_SCORED, find_budget, is_out_of_memory, probe_group
 from raydpo.model.layout import Layout, PromptGroup
 from raydpo.model.load import load_causal_lm
 from raydpo.model.logps import LogpModel
@@ -47,6 +47,7 @@ class Scorer:
         device: ``cuda`` or ``cpu``.
         tokens_per_batch: token positions of a forward pass, or ``auto``: as many as fit, measured here.
         memory_share: part of the device's memory that belongs to this process.
+        check_rows: a few groups of the data, for the self-check of the layout.
 
     Attributes:
         notes: lines for the user: the layout chosen and why, the budget measured, a batch that did not fit.
@@ -56,7 +57,7 @@ class Scorer:
     """
 
     def __init__(self, spec: ReferenceSpec, *, device: str, tokens_per_batch: int | Literal["auto"],
-                 memory_share: float = 1.0) -> None:
+                 memory_share: float = 1.0, check_rows: Sequence[PromptGroup] = ()) -> None:
         self.device = torch.device(device)
         # Hashing reads the same pages as loading does and needs other resources: the two overlap.
         with ThreadPoolExecutor(max_workers=1) as pool:
@@ -68,9 +69,9 @@ class Scorer:
             raise ModelError(f"{spec.path} on {platform.node()} is another model than where the run was started: "
                              f"{'; '.join(here.differences(spec.identity))}")
         self.model.eval().requires_grad_(False)
-        self.notes = [choose_layout(self.model, self.device, spec.layout).line]
+        self.notes = [choose_layout(self.model, self.device, spec.layout, check_rows).line]
         if tokens_per_batch == "auto":
-            budget = find_budget(self._probe, self.device, share=memory_share)
+            budget = find_budget(self._probe, self.device, most=MOST_SCORED, share=memory_share)
             self.notes.append(budget.line())
             tokens_per_batch = budget.tokens
         self.tokens_per_batch = tokens_per_batch

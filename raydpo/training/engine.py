@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from raydpo.config import LoraSettings, TrainConfig
 from raydpo.errors import TrainError
-from raydpo.model.budget import Budget, find_budget, probe_group
+from raydpo.model.budget import MOST_TRAINED, Budget, find_budget, probe_group
 from raydpo.model.layout import Layout, PromptGroup
 from raydpo.model.load import add_lora, load_causal_lm
 from raydpo.model.logps import LogpModel
@@ -65,6 +65,9 @@ def join_process_group(device: torch.device) -> None:
 class PolicyEngine:
     """The trainable policy on this rank: log-probs, backward, step, checkpoints, gathered weights.
 
+    Args:
+        check_rows: a few pairs of the data, for the self-check of the layout.
+
     Attributes:
         layout_line: which layout the self-check chose, and why.
 
@@ -72,7 +75,8 @@ class PolicyEngine:
         ModelError: if the model cannot be loaded, or cannot be computed exactly in the layout wished for.
     """
 
-    def __init__(self, spec: PolicySpec, train: TrainConfig, device: torch.device) -> None:
+    def __init__(self, spec: PolicySpec, train: TrainConfig, device: torch.device,
+                 check_rows: Sequence[PromptGroup] = ()) -> None:
         import deepspeed
         from transformers.integrations import HfDeepSpeedConfig
 
@@ -100,7 +104,7 @@ class PolicyEngine:
         self.trainable = trainable
         # Inside DeepSpeed, so that what is checked is what will run; under ZeRO-3 every rank checks the same.
         with self.evaluating():
-            self.layout_line = choose_layout(module, device, spec.layout).line
+            self.layout_line = choose_layout(module, device, spec.layout, check_rows).line
 
     @property
     def world_size(self) -> int:
@@ -131,7 +135,7 @@ class PolicyEngine:
 
         # Without ZeRO, AdamW makes its two moments at the first step.
         moments = 8.0 * sum(parameter.numel() for parameter in self.trainable) if self.zero == 0 else 0.0
-        budget = find_budget(run, self.device, share=share, reserve=moments)
+        budget = find_budget(run, self.device, most=MOST_TRAINED, share=share, reserve=moments)
         smallest = torch.tensor(budget.tokens, device=self.device)
         dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
         return dataclasses.replace(budget, tokens=int(smallest))

@@ -115,9 +115,9 @@ class _Board:
         return self._error
 
     def back_off(self, tokens_per_batch: int) -> bool:
-        """Half of what did not fit, for the workers that come next; False if that was done before."""
+        """Half of what did not fit, for the workers that come next; False if that was tried and does not fit either."""
         if self._tokens_per_batch is not None:
-            return False
+            return tokens_per_batch > self._tokens_per_batch  # else another rank was first
         self._tokens_per_batch = max(1, tokens_per_batch // 2)
         self.put("note", f"warning: a micro-batch of {tokens_per_batch} positions does not fit in memory; starting the "
                          f"workers again with {self._tokens_per_batch}. Set train.tokens_per_batch={self._tokens_per_batch} "
@@ -226,6 +226,7 @@ def _train(payload: _Payload) -> None:
     import torch
     from ray.train.torch import get_device
 
+    from raydpo.model.selfcheck import CHECK_ROWS
     from raydpo.training.engine import PolicyEngine, join_process_group
     from raydpo.training.export import export_policy
     from raydpo.training.loop import train_policy
@@ -239,8 +240,8 @@ def _train(payload: _Payload) -> None:
         torch.set_num_threads(payload.threads)
     device = get_device()
     join_process_group(device)
-    engine = PolicyEngine(job.policy, job.train, device)
     pairs = TrainingPairs(ray.get(payload.pairs))
+    engine = PolicyEngine(job.policy, job.train, device, check_rows=pairs.groups(range(min(CHECK_ROWS, len(pairs)))))
     held_out = None if payload.held_out is None else TrainingPairs(ray.get(payload.held_out))
     hooks = _RayHooks(payload, rank)
     checkpoint = ray.train.get_checkpoint()

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from raydpo.data.plan import BatchPlan, epoch_order, fill_batches, rank_costs, split_over_ranks
+from raydpo.data.balance import rank_costs
+from raydpo.data.plan import BatchPlan, epoch_order, fill_batches, split_over_ranks
 from raydpo.data.shapes import POSITIONS_ONLY, Shapes, Work
 from raydpo.model.layout import Method, PromptGroup, lay_out
 

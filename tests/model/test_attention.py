@@ -1,43 +1,12 @@
-"""Each body against a dense mask written from the definition: a token sees its path, itself, and what came before in its
-node, as far as its window reaches."""
+"""Each body of the attention against a dense mask written from the definition."""
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from dense_mask import by_definition, tensors, tree
 
 from raydpo.model import attention
 from raydpo.model.attention import Segments, tree_attention
-from raydpo.model.tree import PrefixTree
-
-HEADS, KEY_HEADS, SIZE = 4, 2, 8
-
-
-def tree(seed=0, longest=40):
-    rng = np.random.default_rng(seed)
-    system = rng.integers(0, 50, 9)
-    prompts = [np.concatenate([system, rng.integers(0, 50, length)]) for length in (5, longest)]
-    return PrefixTree.build([np.concatenate([prompt, rng.integers(0, 50, length)]) for prompt in prompts
-                             for length in (1, 7, 30)], min_saved=1)
-
-
-def tensors(tree, dtype=torch.float32):
-    torch.manual_seed(0)
-    return [torch.randn(1, heads, len(tree.token_ids), SIZE, requires_grad=True) for heads in (HEADS, KEY_HEADS, KEY_HEADS)]
-
-
-def by_definition(tree, query, key, value, window=None, softcap=None):
-    sees = torch.zeros(len(tree.token_ids), len(tree.token_ids), dtype=torch.bool)
-    for node in tree.nodes:
-        positions = np.concatenate([np.arange(start, start + length) for start, length in node.with_path])
-        for place in range(node.depth, node.depth + node.length):
-            first = 0 if window is None else max(0, place + 1 - window)
-            sees[positions[place], positions[first : place + 1]] = True
-    key, value = (tensor.repeat_interleave(HEADS // KEY_HEADS, 1) for tensor in (key, value))
-    scores = query @ key.transpose(-1, -2) * SIZE**-0.5
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    return (torch.softmax(scores.masked_fill(~sees, -torch.inf), -1) @ value).transpose(1, 2)
 
 
 def varlen(query, key, value, query_ends, key_ends, longest_query, longest_key, *, scale, window_size, enable_gqa):

@@ -3,17 +3,16 @@
 import numpy as np
 import pytest
 import torch
-from architectures import ARCHITECTURES, COMMON, NO_TREE, make_random
+from architectures import ARCHITECTURES, NO_TREE, make_random
+from definition import VOCAB, by_definition, groups
 
 from raydpo.config import LoraSettings
 from raydpo.errors import ModelError
-from raydpo.model import head
 from raydpo.model.layout import ROW_MULTIPLE, Method, PromptGroup, lay_out
 from raydpo.model.load import add_lora
 from raydpo.model.logps import LogpModel
 from raydpo.model.selfcheck import choose_layout
 
-VOCAB = 97
 CPU = torch.device("cpu")
 TREE, PACKED, PADDED = Method("tree", "sdpa"), Method("packed", "sdpa"), Method("padded")
 
@@ -24,19 +23,6 @@ def make(name, **settings):
 
 def gradients_of(model):
     return {key: value.grad.clone() for key, value in model.named_parameters() if value.grad is not None}
-
-
-def groups(seed=0, shapes=((7, 5, 9), (30, 1, 2), (1, 12, 3), (16, 16, 16))):
-    rng = np.random.default_rng(seed)
-    return [PromptGroup(rng.integers(3, VOCAB, prompt).astype(np.int32),
-                        tuple(rng.integers(3, VOCAB, length).astype(np.int32) for length in lengths))
-            for prompt, *lengths in shapes]
-
-
-def by_definition(model, group, completion):
-    ids = torch.from_numpy(np.concatenate([group.prompt, completion]).astype(np.int64))[None]
-    logps = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
-    return logps.gather(1, ids[0, 1:, None])[len(group.prompt) - 1 :, 0]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -154,64 +140,6 @@ def test_an_unknown_transform_of_logits_is_found_out():
     model.forward = scaled
     with pytest.raises(ModelError, match="cannot be scored exactly"):
         choose_layout(LogpModel(model), CPU)
-
-
-@pytest.mark.parametrize("name", ["llama", "gemma2"])
-def test_chunks_change_nothing(name, monkeypatch):
-    results = []
-    for rows in (10_000, 3):
-        monkeypatch.setattr(head, "CHUNK_BYTES", 4 * VOCAB * rows)
-        model = make(name)
-        layout = lay_out(groups())
-        logps = LogpModel(model)(layout)
-        logps.sum().backward()
-        results.append((logps.detach(), model.get_output_embeddings().weight.grad))
-    assert torch.allclose(results[0][0], results[1][0], atol=1e-6)
-    assert torch.allclose(results[0][1], results[1][1], atol=1e-5)
-
-
-def test_the_chunk_bounds_the_memory(monkeypatch):
-    """No tensor of [tokens, vocab] is ever made: the largest that the head allocates is one chunk."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    largest = 0
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            result = func(*args, **(kwargs or {}))
-            is_weight = isinstance(result, torch.Tensor) and tuple(result.shape) == (COMMON["hidden_size"], VOCAB)
-            if isinstance(result, torch.Tensor) and result.shape[-1:] == (VOCAB,) and not is_weight:
-                largest = max(largest, result.numel())
-            return result
-
-    monkeypatch.setattr(head, "CHUNK_BYTES", 4 * VOCAB * 5)
-    model = LogpModel(make("llama"))
-    layout = lay_out(groups())
-    with Watch():
-        model(layout).sum().backward()
-    assert len(layout.targets) > 50 and 0 < largest <= 5 * VOCAB
-
-
-def test_lora_on_the_head_gets_its_gradient():
-    model = add_lora(make("llama"), LoraSettings(r=4, alpha=8, target_modules=["lm_head", "q_proj"]), seed=0)
-    with torch.no_grad():
-        for key, value in model.named_parameters():
-            if "lora_B" in key:
-                value.normal_(std=0.1)
-    group = groups()[0]
-    inner = model.get_base_model()
-    wanted = torch.cat([by_definition(inner, group, one) for one in group.completions])
-    wanted.sum().backward()
-    gradients = {key: value.grad.clone() for key, value in model.named_parameters() if value.requires_grad}
-    model.zero_grad(set_to_none=True)
-    layout = lay_out([group])
-    logps = LogpModel(model)(layout)
-    assert torch.allclose(logps, wanted, atol=2e-5)
-    logps.sum().backward()
-    for key, value in model.named_parameters():
-        if value.requires_grad:
-            assert torch.allclose(value.grad, gradients[key], atol=1e-4), key
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -116,3 +117,18 @@ def test_a_killed_driver_is_continued_by_the_same_command(job, undisturbed):
     same(job, "driver-killed")
     again = subprocess.run(command(job, "train", "driver-killed"), capture_output=True, text=True, timeout=300)
     assert again.returncode == 0 and "already complete" in again.stdout
+
+
+def test_a_worker_out_of_memory_is_started_again_with_half(job, undisturbed):
+    """The workers of this run may take no more memory than they have after its first steps."""
+    process = subprocess.Popen(command(job, "train", "starved", "train.tokens_per_batch=100000", "train.pairs_per_step=37"),
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               env=os.environ | {"RAYDPO_TEST_DRIVER": "m"})
+    wait_for_checkpoint(job, "starved", 7, process)
+    for worker in workers_of("m"):
+        taken = int(re.search(r"VmSize:\s+(\d+)", Path(f"/proc/{worker}/status").read_text())[1]) * 1024
+        resource.prlimit(worker, resource.RLIMIT_AS, (taken + 2**20, resource.RLIM_INFINITY))
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    assert "a micro-batch of 100000 positions does not fit in memory; starting the workers again with 50000" in output
+    assert len(rows(job, "starved")) == 60

@@ -1,0 +1,135 @@
+"""How many floating point operations a second a device achieves: stated as a share of its peak, or measured here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from raydpo.config import Config
+from raydpo.cost import ModelCost
+from raydpo.data.plan import fill_batches
+from raydpo.data.simulate import amounts
+from raydpo.errors import ConfigError
+from raydpo.estimate.plan import FORWARD, Rates, operations, pair_groups, training_factors
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+__all__ = ["DEVICES", "measured_rates", "stated_rates"]
+
+DEVICES = {"H100": 989.4, "H200": 989.4, "A100-80GB": 311.8, "A100-40GB": 311.8, "L40S": 362.1, "A10G": 70.0, "L4": 121.0,
+           "T4": 65.1, "MI300X": 1307.4}
+"""Peak TFLOP/s of dense bfloat16 products (float16 on a T4, which has no bfloat16), from the vendors' data sheets: NVIDIA
+H100 SXM, H200 SXM, A100 SXM, L40S, A10G, L4 and T4, whose figures with sparsity are halved, and AMD Instinct MI300X."""
+
+
+def stated_rates(device: str = "H100", mfu_score: float = 0.45, mfu_train: float = 0.35) -> Rates:
+    """Of a device that is not here.
+
+    Args:
+        device: one of ``DEVICES``.
+        mfu_score, mfu_train: share of the device's peak that a forward pass and a training step achieve.
+
+    Raises:
+        ConfigError: if the device is unknown, or a share is not above 0 and at most 1.
+    """
+    if device not in DEVICES:
+        raise ConfigError(f"--device {device!r} is not known; name one of {', '.join(DEVICES)}, or measure on this machine "
+                          "with --measure")
+    for name, share in (("--mfu-score", mfu_score), ("--mfu-train", mfu_train)):
+        if not 0 < share <= 1:
+            raise ConfigError(f"{name} is {share:g}; a share of the device's peak above 0 and at most 1 is wanted")
+    peak = DEVICES[device] * 1e12
+    return Rates(score=peak * mfu_score, train=peak * mfu_train, origin=f"{device}, {DEVICES[device]:g} TFLOP/s at an "
+                 f"assumed MFU of {mfu_score:g} scoring and {mfu_train:g} training")
+
+
+def measured_rates(config: Config, sample: pa.Table, model: ModelCost, reference: ModelCost) -> Rates:
+    """Of this machine's GPU or CPU: the reference's forward pass, and the policy's forward and backward pass.
+
+    Each computes the pairs of ``sample`` (``data.pairs.PAIR_SCHEMA``) once to warm up and once for the clock. The
+    optimizer's step is not in it, nor are other devices.
+
+    Args:
+        model, reference: sizes of the two.
+    """
+    import torch
+
+    from raydpo.ray_runtime import native_bfloat16
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    native = "bfloat16" if device.type == "cuda" or native_bfloat16() else "float32"
+    dtype = native if config.model.dtype == "auto" else config.model.dtype
+    score_dtype = {None: dtype, "auto": native}.get(config.score.dtype, config.score.dtype)
+    groups, shapes = pair_groups(sample)
+
+    def operations_a_second(run: Callable[[], object], batches: Sequence[Sequence[int]], layout: Any, sizes: ModelCost,
+                            factors: tuple[float, float, float]) -> float:
+        run()
+        _wait(device)
+        start = time.perf_counter()
+        run()
+        _wait(device)
+        return operations(amounts(batches, shapes, layout), sizes, factors) / (time.perf_counter() - start)
+
+    scorer = _scorer(config, score_dtype, device.type)
+    layout = scorer.model.method.layout
+    batches = fill_batches(range(len(groups)), shapes, scorer.tokens_per_batch, layout)
+    score = operations_a_second(partial(scorer.score, groups), batches, layout, reference, FORWARD)
+    del scorer  # its memory is the policy's
+    policy, budget = _policy(config, dtype, device)
+    layout = policy.method.layout
+    batches = fill_batches(range(len(groups)), shapes, budget, layout)
+
+    def train() -> None:
+        for batch in batches:
+            policy(policy.lay_out([groups[item] for item in batch]).to(device)).sum().backward()
+
+    rate = operations_a_second(train, batches, layout, model, training_factors(config.train, config.model.lora is not None))
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"this CPU, {torch.get_num_threads()} threads"
+    return Rates(score=score, train=rate, origin=f"measured on {name}: {len(groups)} pairs, {layout} layout, {score_dtype} "
+                 f"scoring and {dtype} training")
+
+
+def _scorer(config: Config, dtype: str, device: str) -> Any:
+    from raydpo.reference.identity import identify, resolve_model
+    from raydpo.reference.score import ReferenceSpec, Scorer
+
+    path = resolve_model(config.reference_path)
+    adapter = config.reference.adapter and resolve_model(config.reference.adapter)
+    spec = ReferenceSpec(path=path, adapter=adapter, identity=identify(path, dtype, adapter),
+                         trust_remote_code=config.model.trust_remote_code, layout=config.model.layout)
+    return Scorer(spec, device=device, tokens_per_batch=config.score.tokens_per_batch)
+
+
+def _policy(config: Config, dtype: str, device: Any) -> tuple[Any, int]:
+    """The policy as it is trained, without DeepSpeed around it, and the token positions of its micro-batches."""
+    from raydpo.model.budget import MOST_TRAINED, find_budget, probe_group
+    from raydpo.model.load import add_lora, load_causal_lm
+    from raydpo.model.logps import LogpModel
+    from raydpo.model.selfcheck import choose_layout
+    from raydpo.reference.identity import resolve_model
+
+    causal_lm = load_causal_lm(resolve_model(config.model.path), dtype, device=device,
+                               trust_remote_code=config.model.trust_remote_code)
+    policy = LogpModel(causal_lm if config.model.lora is None else add_lora(causal_lm, config.model.lora, config.train.seed))
+    choose_layout(policy, device, config.model.layout)
+    if config.train.gradient_checkpointing:
+        policy.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    policy.train()
+
+    def probe(tokens: int) -> object:
+        return policy(policy.lay_out([probe_group(tokens, policy.vocabulary)]).to(device))
+
+    budget = config.train.tokens_per_batch
+    return policy, find_budget(probe, device, most=MOST_TRAINED).tokens if budget == "auto" else budget
+
+
+def _wait(device: Any) -> None:
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device)

@@ -1,0 +1,91 @@
+"""``raydpo plan``: the estimate of a run, for people. Starts no Ray and loads no weights, unless it is told to measure."""
+
+from __future__ import annotations
+
+from raydpo.config import Config
+from raydpo.console import Console
+from raydpo.cost import ModelCost
+from raydpo.data.pairs import PairSets
+from raydpo.data.simulate import NAIVE_PAIRS, Simulation
+from raydpo.estimate.plan import PAIRS_PER_RANK, Plan, Stage, make_plan, sample_pairs
+from raydpo.estimate.rate import measured_rates, stated_rates
+from raydpo.reference.identity import resolve_model
+
+__all__ = ["plan_run", "print_plan"]
+
+
+def plan_run(config: Config, sets: PairSets, *, measure: bool = False, device: str | None = None,
+             mfu_score: float | None = None, mfu_train: float | None = None, workers: int | None = None,
+             price: float | None = None, runs: int | None = None) -> Plan:
+    """Estimate ``config`` on its pairs. What is None has the default of ``stated_rates`` or ``make_plan``.
+
+    Args:
+        measure: take the rates from a measurement on this machine; ``device`` and the two MFUs are then not looked at.
+
+    Raises:
+        RaydpoError: of the kind that fits.
+    """
+    model = ModelCost.of(resolve_model(config.model.path))
+    reference = ModelCost.of(resolve_model(config.reference_path))
+    rates = (measured_rates(config, sample_pairs(config, sets.train), model, reference) if measure else
+             stated_rates(**_given(device=device, mfu_score=mfu_score, mfu_train=mfu_train)))
+    return make_plan(config, sets, model, reference, rates, **_given(workers=workers, price=price, runs=runs))
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """Lines and tables."""
+    data, model = plan.data, plan.model
+    console.say(f"pairs: {data['training_pairs']:,} to train on, {data['held_out_pairs']:,} held out, "
+                f"{data['completions']:,} distinct completions to score")
+    console.say(f"tokens of the training pairs: {data['prompt_tokens']:,} of prompts, {data['completion_tokens']:,} of "
+                f"completions, longest row {data['longest']:,}")
+    console.say(f"policy: {model['parameters']:,} parameters, {model['active']:,} of them multiply every token; the "
+                f"vocabulary projection is {model['head_share']:.0%} of a forward pass")
+    console.say(f"training: {plan.steps:,} steps, {plan.epochs:.3g} epochs, {data['pairs_per_step']:,} pairs a step, "
+                f"{data['layout']} layout, {data['tokens_per_batch']:,} positions a micro-batch, "
+                f"{plan.imbalance.imbalance:.2%} of the time waiting ({plan.imbalance.lockstep:.2%} where ranks meet after "
+                "every micro-batch)")
+    console.say(f"rate of a device: {plan.rates.score / 1e12:.4g} TFLOP/s scoring, {plan.rates.train / 1e12:.4g} training "
+                f"({plan.rates.origin})")
+    dealt = data["positions"]["dealt"]
+    console.table("token positions that a training computes", ("layout", "positions", "saved"), [
+        (name, f"{data['positions'][kind]:,}", f"{1 - data['positions'][kind] / dealt:.1%}")
+        for name, kind in ((f"padded, {NAIVE_PAIRS} pairs at a time as they come", "dealt"),
+                           ("padded, sorted by length", "padded"), ("packed", "packed"), ("prefix tree", "tree"))])
+    console.table("estimate", ("part", "GPUs", "PFLOP", "time", "GPU hours", "dollars"), [
+        _stage("reference pass, once", plan.score_workers, plan.score),
+        _stage("one training", plan.train_workers, plan.training),
+        _stage("its held-out evaluations", plan.train_workers, plan.evaluation),
+        _stage(f"pass and {plan.runs:,} training(s)", "", plan.total),
+        _stage(f"{plan.runs:,} with an online reference, padded", plan.train_workers, plan.online)])
+    console.say("online reference: forward passes of reference and policy in every step, in rows padded "
+                f"{NAIVE_PAIRS} pairs at a time as they come")
+    console.table(f"share of time lost to imbalance, {data['pairs_per_step']:,} pairs a step", _COLUMNS,
+                  [_simulation(one) for one in plan.fixed])
+    console.table(f"the same with {PAIRS_PER_RANK} pairs a rank", _COLUMNS, [_simulation(one) for one in plan.scaled])
+    console.say("bound: no plan loses less, since a pair is not cut and the longest takes its time. Ranks without pairs are "
+                "lost. lockstep: ranks meet after every micro-batch (ZeRO 2, 3). repeated: part of the work that is a "
+                "prefix computed on several ranks. Where a step has more pairs than the data, pairs repeat.")
+
+
+_COLUMNS = ("ranks", "pairs", "mean", "worst step", "bound", "lockstep", "repeated", "dealt in turn", "its time")
+
+
+def _simulation(one: Simulation) -> tuple[str, ...]:
+    shares = (one.imbalance, one.worst, one.bound, one.lockstep, one.repeated, one.naive)
+    return f"{one.world_size:,}", f"{one.pairs_per_step:,}", *(f"{share:.2%}" for share in shares), f"x{one.naive_time:.2f}"
+
+
+def _stage(name: str, workers: int | str, stage: Stage) -> tuple[str, ...]:
+    return (name, str(workers), f"{stage.flops / 1e15:,.4g}", _duration(stage.seconds), f"{stage.gpu_hours:,.4g}",
+            "no --price" if stage.dollars is None else f"{stage.dollars:,.2f}")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
+
+
+def _given(**settings: object) -> dict[str, object]:
+    return {name: value for name, value in settings.items() if value is not None}

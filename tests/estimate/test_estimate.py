@@ -1,0 +1,122 @@
+import numpy as np
+import pytest
+from tiny import make_tokenizer, preferences, write_preferences
+
+from raydpo.config import TrainConfig, load_config
+from raydpo.cost import ModelCost
+from raydpo.data.pairs import load_pairs
+from raydpo.data.tokenise import Tokeniser
+from raydpo.errors import ConfigError
+from raydpo.estimate.plan import Rates, Stage, make_plan, operations, training_factors
+from raydpo.estimate.rate import DEVICES, stated_rates
+
+RATES = Rates(score=1e9, train=1e9, origin="test")
+SIZES = ModelCost(parameters=1500, active=1000, hidden=10, vocabulary=50, layers=2, attention_width=8)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, tiny_llama):
+    """A configuration of 40 pairs and 8 held out, with its pairs."""
+    file = write_preferences(tmp_path_factory.mktemp("plan") / "a.jsonl", preferences(48))
+    config = load_config({"output": "runs", "model": {"path": str(tiny_llama), "layout": "packed"},
+                          "data": {"train": str(file), "eval": {"fraction": 0.2}},
+                          "train": {"pairs_per_step": 16, "epochs": 2, "eval_every": 2, "zero": 1}})
+    return config, load_pairs(config.data, Tokeniser(make_tokenizer()))
+
+
+def plan(data, **settings):
+    config, sets = data
+    return make_plan(config, sets, SIZES, SIZES, RATES, world_sizes=(1, 4), **settings)
+
+
+def test_operations_by_hand():
+    """10 positions of 2 x 1000, 30 looks of 4 x 2 layers x width 8, and 5 predictions of 2 x 50 x 10."""
+    amount = np.array([10.0, 30.0, 5.0])
+    assert operations(amount, SIZES) == 10 * 2000 + 30 * 64 + 5 * 1000
+    assert operations(amount, SIZES, (3, 3, 4)) == 3 * 10 * 2000 + 3 * 30 * 64 + 4 * 5 * 1000
+
+
+def test_training_factors():
+    """Full: forward, gradients of inputs and of weights; with adapters the weights' are left out."""
+    assert training_factors(TrainConfig(), lora=False) == (3, 3, 4)
+    assert training_factors(TrainConfig(), lora=True) == (2, 3, 2)
+    assert training_factors(TrainConfig(gradient_checkpointing=True), lora=True) == (3, 4, 2)
+
+
+def test_a_stage_by_hand():
+    """7.2e15 operations on 4 devices of 1e12 a second, a tenth of the time waiting: 2000 s, 2.22 hours of a GPU."""
+    stage = Stage.of(7.2e15, 4, 1e12, 3.0, lost=0.1)
+    assert stage.seconds == pytest.approx(2000)
+    assert stage.gpu_hours == pytest.approx(4 * 2000 / 3600)
+    assert stage.dollars == pytest.approx(3 * 4 * 2000 / 3600)
+    assert Stage.of(1.0, 1, 1.0, None).dollars is None
+    assert (stage + stage * 2).gpu_hours == pytest.approx(3 * stage.gpu_hours)
+
+
+def test_stated_rates_are_a_share_of_the_peak():
+    rates = stated_rates("A100-80GB", mfu_score=0.5, mfu_train=0.25)
+    assert (rates.score, rates.train) == (DEVICES["A100-80GB"] * 1e12 / 2, DEVICES["A100-80GB"] * 1e12 / 4)
+    assert "A100-80GB" in rates.origin and "assumed" in rates.origin
+
+
+def test_plan_counts_what_the_data_are(data):
+    """Without sharing, every figure follows from the lengths."""
+    _, sets = data
+    pairs, held_out = sets.train.to_pylist(), sets.eval.to_pylist()
+    found = plan(data, runs=3)
+
+    def amount(rows):
+        positions = looks = tokens = 0.0
+        for row in rows:
+            prompt, *completions = (len(row[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+            for completion in completions:
+                positions += prompt + completion
+                looks += (prompt + completion) ** 2 / 2
+                tokens += completion
+        return np.array([positions, looks, tokens])
+
+    per_epoch = -(-len(pairs) // 16)
+    assert found.steps == 2 * per_epoch and found.epochs == 2
+    assert found.data["completions"] == 2 * (len(pairs) + len(held_out))
+    assert found.data["positions"]["packed"] == pytest.approx(2 * amount(pairs)[0], rel=0.1)  # of whole sampled steps
+    assert found.score.flops == pytest.approx(operations(amount(pairs + held_out), SIZES))
+    evaluations = 1 + -(-found.steps // 2)
+    assert found.evaluation.flops == pytest.approx(evaluations * operations(amount(held_out), SIZES))
+    assert found.training.flops == pytest.approx(operations(2 * amount(pairs), SIZES, (3, 3, 4)), rel=0.1)
+    assert found.training.seconds == pytest.approx(found.training.flops / 1e9 / (1 - found.imbalance.imbalance))
+    assert found.total.flops == pytest.approx(found.score.flops + 3 * (found.training.flops + found.evaluation.flops))
+    assert found.online.flops > 3 * found.training.flops * 4 / 3
+
+
+def test_what_is_saved_comes_in_order(data):
+    positions = plan(data).data["positions"]
+    assert positions["tree"] < positions["packed"] < min(positions["padded"], positions["dealt"])
+
+
+def test_workers_share_the_time_and_cost_dollars(data):
+    one, four = plan(data, workers=1, price=2.0), plan(data, workers=4, price=2.0)
+    assert four.score.seconds == pytest.approx(one.score.seconds / 4)
+    assert four.score.dollars == pytest.approx(one.score.dollars) == pytest.approx(2 * one.score.flops / 1e9 / 3600)
+    assert four.imbalance.world_size == 4
+    assert [(one.world_size, one.pairs_per_step) for one in four.fixed + four.scaled] == [(1, 16), (4, 16), (1, 4), (4, 16)]
+
+
+def test_steps_instead_of_epochs(data):
+    config, sets = data
+    found = make_plan(load_config(config.model_dump(exclude_unset=True) | {"train": {"steps": 3, "pairs_per_step": 16}}),
+                      sets, SIZES, SIZES, RATES, world_sizes=())
+    assert found.steps == 3 and found.data["pairs_trained_on"] == min(48, sets.train.num_rows)
+
+
+@pytest.mark.parametrize(("settings", "named"), [({"workers": 0}, "--workers"), ({"runs": 0}, "--runs"),
+                                                 ({"price": -1.0}, "--price"), ({"price": float("nan")}, "--price")])
+def test_numbers_out_of_range(data, settings, named):
+    with pytest.raises(ConfigError, match=named):
+        plan(data, **settings)
+
+
+@pytest.mark.parametrize(("settings", "named"), [({"device": "H1000"}, "H100, H200"), ({"mfu_score": 45.0}, "--mfu-score"),
+                                                 ({"mfu_train": 0.0}, "--mfu-train")])
+def test_rates_out_of_range(settings, named):
+    with pytest.raises(ConfigError, match=named):
+        stated_rates(**settings)

@@ -1,0 +1,102 @@
+"""Token budgets: measured on memory that is really taken, and given up where it really runs out."""
+
+import re
+import resource
+from pathlib import Path
+
+import kernel
+import numpy as np
+import pytest
+import torch
+from distributed import run_distributed
+
+from raydpo.model.budget import MARGIN, find_budget, is_out_of_memory
+
+CPU = torch.device("cpu")
+BYTES = 2**18
+MOST = {"cpu": 10**9}
+
+
+def hold(tokens):
+    return torch.ones(tokens * BYTES // 4)
+
+
+def test_memory_of_a_position_is_measured():
+    budget = find_budget(hold, CPU, most=MOST)
+    assert budget.bytes_per_token == pytest.approx(BYTES, rel=0.1)
+    assert budget.tokens == pytest.approx(MARGIN * budget.free_bytes / BYTES, rel=0.15)
+    assert f"= {budget.tokens} positions" in budget.line()
+
+
+def test_shares_reserves_and_caps_are_respected():
+    whole, half = (find_budget(hold, CPU, most=MOST, share=share) for share in (1.0, 0.5))
+    assert half.free_bytes == pytest.approx(whole.free_bytes / 2, rel=0.1)
+    reserved = find_budget(hold, CPU, most=MOST, reserve=2.0**30)
+    assert whole.free_bytes - reserved.free_bytes == pytest.approx(2**30, rel=0.3)
+    assert find_budget(hold, CPU, most={"cpu": 512}).tokens == 512
+    assert find_budget(hold, CPU, most=MOST, reserve=float("inf")).tokens == 256  # the least that makes sense
+
+
+def test_a_real_out_of_memory_is_told_from_other_errors():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**50)
+    assert is_out_of_memory(caught.value)
+    with pytest.raises(RuntimeError) as caught:
+        torch.ones(2) @ torch.ones(3)
+    assert not is_out_of_memory(caught.value)
+
+
+def allow(more: int | None) -> None:
+    """Let this process take so many bytes more than it has; None lifts the limit."""
+    limit = resource.RLIM_INFINITY
+    if more is not None:
+        limit = more + 1024 * int(re.search(r"VmSize:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+
+
+def starved_scoring(model):
+    from raydpo.model.layout import PromptGroup
+    from raydpo.reference.identity import identify
+    from raydpo.reference.score import ReferenceSpec, Scorer
+
+    rng = np.random.default_rng(0)
+    groups = [PromptGroup(rng.integers(0, 99, 400), (rng.integers(0, 99, 40), rng.integers(0, 99, 60))) for _ in range(128)]
+    scorer = Scorer(ReferenceSpec(path=model, adapter=None, identity=identify(model, "float32")), device="cpu",
+                    tokens_per_batch=64_000)
+    wanted = np.concatenate([logps for group in scorer.score(groups) for logps in group])
+    assert len(scorer.notes) == 1
+    allow(56 * 2**20)
+    found = np.concatenate([logps for group in scorer.score(groups) for logps in group])
+    allow(None)
+    return np.abs(found - wanted).max(), scorer.notes[1:], scorer.tokens_per_batch
+
+
+def test_scoring_goes_on_with_half_of_what_does_not_fit(tiny_llama, tmp_path):
+    ((gap, notes, budget),) = run_distributed(starved_scoring, 1, tmp_path, str(tiny_llama))
+    assert gap < 1e-4 and budget == 32_000
+    assert notes == ["warning: out of memory with 64000 positions a batch; going on with 32000. Set "
+                     "score.tokens_per_batch=32000 to begin so"]
+
+
+def starved_training(model, scratch):
+    from raydpo.errors import DeviceMemoryError
+
+    done = kernel.Record.step
+
+    def then_starve(record, row):
+        done(record, row)
+        allow(16 * 2**20)
+
+    kernel.Record.step = then_starve
+    table = kernel.with_reference(kernel.tiny_pairs(128), model)
+    try:
+        kernel.train_here(table, model, scratch, tokens_per_batch=100_000, pairs_per_step=128, steps=3)
+    except DeviceMemoryError as error:
+        allow(None)
+        return error.tokens, str(error)
+
+
+def test_training_says_what_does_not_fit(tiny_llama, tmp_path):
+    ((tokens, message),) = run_distributed(starved_training, 1, tmp_path / "ranks", tiny_llama, tmp_path / "scratch")
+    assert tokens == 100_000
+    assert "Set train.tokens_per_batch lower, or train.gradient_checkpointing=true" in message

@@ -1,0 +1,144 @@
+"""The vocabulary projection in chunks: exact, with gradients, in bounded memory."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from architectures import COMMON, make_random
+from definition import VOCAB, by_definition, groups
+
+from raydpo.config import LoraSettings
+from raydpo.model import head
+from raydpo.model.layout import lay_out
+from raydpo.model.load import add_lora
+from raydpo.model.logps import LogpModel
+
+
+def make(name):
+    return make_random(name, VOCAB)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("transform", [head.LogitTransform(), head.LogitTransform(0.3), head.LogitTransform(1.0, 2.0),
+                                       head.LogitTransform(0.7, 3.0)])
+def test_gradients_are_autograds_whether_the_head_learns_or_not(transform, bias, monkeypatch):
+    monkeypatch.setattr(head, "CHUNK_BYTES", {"cpu": 4 * 50 * 3})
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(16, 50, bias=bias)
+    states, targets, weights = torch.randn(11, 16) * 3, torch.randint(50, (11,)), torch.randn(11)
+
+    def logps_and_gradients(logps_of):
+        hidden = states.clone().requires_grad_()
+        logps = logps_of(hidden)
+        inputs = [hidden, *(parameter for parameter in linear.parameters() if parameter.requires_grad)]
+        return [logps, *torch.autograd.grad((logps * weights).sum(), inputs)]
+
+    def by_definition(hidden):
+        logits = linear(hidden) * transform.scale
+        if transform.softcap is not None:
+            logits = transform.softcap * torch.tanh(logits / transform.softcap)
+        return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+
+    for learns in (True, False):
+        linear.requires_grad_(learns)
+        found = logps_and_gradients(lambda hidden: head._ChunkedLogps.apply(
+            hidden, linear.weight, linear.bias, targets, transform, True))
+        expected = logps_and_gradients(by_definition)
+        assert len(found) == (2 + learns + learns * bias)
+        for one, other in zip(found, expected, strict=True):
+            assert torch.allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_chunks_change_nothing(name, monkeypatch):
+    results = []
+    for rows in (10_000, 3):
+        monkeypatch.setattr(head, "CHUNK_BYTES", {"cpu": 4 * VOCAB * rows})
+        model = make(name)
+        layout = lay_out(groups())
+        logps = LogpModel(model)(layout)
+        logps.sum().backward()
+        results.append((logps.detach(), model.get_output_embeddings().weight.grad))
+    assert torch.allclose(results[0][0], results[1][0], atol=1e-6)
+    assert torch.allclose(results[0][1], results[1][1], atol=1e-5)
+
+
+def test_the_chunk_bounds_the_memory(monkeypatch):
+    """No tensor of [tokens, vocab] is ever made: the largest that the head allocates is one chunk."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            is_weight = isinstance(result, torch.Tensor) and tuple(result.shape) == (COMMON["hidden_size"], VOCAB)
+            if isinstance(result, torch.Tensor) and result.shape[-1:] == (VOCAB,) and not is_weight:
+                largest = max(largest, result.numel())
+            return result
+
+    monkeypatch.setattr(head, "CHUNK_BYTES", {"cpu": 4 * VOCAB * 5})
+    model = LogpModel(make("llama"))
+    layout = lay_out(groups())
+    with Watch():
+        model(layout).sum().backward()
+    assert len(layout.targets) > 50 and 0 < largest <= 5 * VOCAB
+
+
+def test_lora_on_the_head_gets_its_gradient():
+    model = add_lora(make("llama"), LoraSettings(r=4, alpha=8, target_modules=["lm_head", "q_proj"]), seed=0)
+    with torch.no_grad():
+        for key, value in model.named_parameters():
+            if "lora_B" in key:
+                value.normal_(std=0.1)
+    group = groups()[0]
+    inner = model.get_base_model()
+    wanted = torch.cat([by_definition(inner, group, one) for one in group.completions])
+    wanted.sum().backward()
+    gradients = {key: value.grad.clone() for key, value in model.named_parameters() if value.requires_grad}
+    model.zero_grad(set_to_none=True)
+    layout = lay_out([group])
+    logps = LogpModel(model)(layout)
+    assert torch.allclose(logps, wanted, atol=2e-5)
+    logps.sum().backward()
+    for key, value in model.named_parameters():
+        if value.requires_grad:
+            assert torch.allclose(value.grad, gradients[key], atol=1e-4), key
+
+
+PEAK = """
+import sys
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from raydpo.model.budget import reset_peak_memory, used_memory
+from raydpo.model.layout import Method, PromptGroup
+from raydpo.model.logps import LogpModel
+
+dtype = getattr(torch, sys.argv[1])
+with torch.no_grad():
+    model = LogpModel(LlamaForCausalLM(LlamaConfig(
+        vocab_size=150_000, hidden_size=256, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=4096, tie_word_embeddings=True)).to(dtype).eval())
+    model.use(Method("tree", "sdpa"))
+    ids = np.arange(4096)
+    layout = model.lay_out([PromptGroup(ids[:1], (ids[1:],))])
+    scoring = sys.argv[2] == "scoring"
+    if not scoring:
+        model._parts = (*model._parts[:2], lambda hidden, targets: hidden.sum())
+        model._parts[-1].weight_dtype = dtype
+    reset_peak_memory(torch.device("cpu"))
+    model(layout)
+    print(used_memory(torch.device("cpu")))
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_scoring_needs_little_more_memory_than_the_forward_without_logits(dtype):
+    """At 4,096 tokens and a vocabulary of 150,000, where all logits at once would be 2.5 GB."""
+    peaks = [float(subprocess.run([sys.executable, "-c", PEAK, dtype, what], capture_output=True, text=True,
+                                  check=True).stdout) for what in ("scoring", "no logits")]
+    assert peaks[0] < 1.3 * peaks[1], [f"{peak / 2**20:.0f} MiB" for peak in peaks]
