@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from raydpo.data.pairs import PairSets
     from raydpo.data.tokenise import Tokeniser
 
-__all__ = ["job", "main"]
+__all__ = ["guarded", "job", "main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit status."""
     args = _parser().parse_args(argv)
-    return _guarded(lambda console: args.act(args, console))
+    return guarded(lambda console: args.act(args, console))
 
 
 def job(verb: str) -> int:
@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _guarded(act: Callable[[Console], None]) -> int:
+def guarded(act: Callable[[Console], None]) -> int:
     """Run ``act``; an error that raydpo explains costs one message, any other also its traceback, in a file."""
     console = Console()
     try:

@@ -29,7 +29,7 @@ from raydpo.training.pairs import TrainingPairs
 from raydpo.training.sample import greedy_answers
 from raydpo.training.schedule import learning_rate, warmup_steps
 
-__all__ = ["Hooks", "TrainJob", "TrainSummary", "train_policy"]
+__all__ = ["Hooks", "Step", "TrainJob", "TrainSummary", "prepare_step", "train_policy", "train_step"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +135,7 @@ def train_policy(job: TrainJob, pairs: TrainingPairs, held_out: TrainingPairs | 
 
     start, tokens_before = time.perf_counter(), summary.tokens_per_second * summary.seconds
     seconds_before, tokens = summary.seconds, 0.0
-    for step in prefetch(range(done, plan.total_steps), lambda number: _prepare(number, plan, pairs, engine), ahead=1):
+    for step in prefetch(range(done, plan.total_steps), lambda number: prepare_step(number, plan, pairs, engine), ahead=1):
         row = train_step(step, plan, pairs, engine, train)
         done += 1
         tokens += row["tokens"]
@@ -164,7 +164,8 @@ class Step:
     batches: list[tuple[MicroBatch, Layout]]
 
 
-def _prepare(number: int, plan: BatchPlan, pairs: TrainingPairs, engine: PolicyEngine) -> Step:
+def prepare_step(number: int, plan: BatchPlan, pairs: TrainingPairs, engine: PolicyEngine) -> Step:
+    """Lay out step ``number``, counted from 0; may run in another thread than the one that computes."""
     return Step(number, plan.pairs(number), [(batch, engine.lay_out(pairs.groups(batch.pairs)))
                                              for batch in plan.micro_batches(number, engine.rank)])
 

@@ -1,0 +1,14 @@
+"""raydpo against TRL on the same pairs, in one run. On any machine, Ray and DeepSpeed installed or not:
+
+    python jobs/benchmark.py --model PATH --data FILE --pairs 64 --dtype bf16 --lora 16 --json OUT.json
+    python jobs/benchmark.py --model random-1b --synthetic --full --json OUT.json
+
+or as a Ray job: ray job submit --working-dir . --entrypoint-num-gpus 1 -- python jobs/benchmark.py ...
+"""
+
+import sys
+
+from raydpo.benchmark.command import main
+
+if __name__ == "__main__":
+    sys.exit(main())

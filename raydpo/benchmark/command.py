@@ -1,0 +1,244 @@
+"""The command line of ``jobs/benchmark.py``: makes the workload, runs one process after another, compares and reports."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import raydpo
+from raydpo.benchmark import workload
+from raydpo.benchmark.compare import Measurement, disagreements, figures, ratios
+from raydpo.benchmark.job import Job, Stage, start
+from raydpo.benchmark.machine import device_name, known_peak, versions
+from raydpo.benchmark.random_model import SHAPES, write_random_llama
+from raydpo.benchmark.report import plot, print_point
+from raydpo.cli import guarded
+from raydpo.config import DataConfig, TrainConfig
+from raydpo.console import Console
+from raydpo.cost import ModelCost
+from raydpo.errors import ConfigError, TrainError
+from raydpo.estimate.plan import pair_groups
+from raydpo.reference.identity import resolve_model
+
+__all__ = ["main"]
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+ADAPTER_LR = 1e-4
+"""Adapters start from nothing and want more than weights that are trained already."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and report; returns the exit status: 0 equal, 1 failed or not equal, 2 bad input."""
+    args = _parser().parse_args(argv)
+    args.command = shlex.join(["jobs/benchmark.py", *(sys.argv[1:] if argv is None else argv)])
+    return guarded(lambda console: _run(args, console))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="benchmark.py", description=__doc__)
+    add = parser.add_argument
+    add("--model", required=True, metavar="PATH", help=f"model directory, hub name, or {' or '.join(SHAPES)}")
+    add("--data", metavar="FILE", help="preferences, as data.train of a run")
+    add("--synthetic", action="store_true", help="random pairs, of each length at each ratio")
+    add("--lengths", type=_numbers, default=(512, 2048), metavar="N,N", help="tokens of a synthetic row: prompt and one "
+        "completion, on average (default: 512,2048)")
+    add("--ratios", type=_ratios, default=((1, 4), (1, 1), (4, 1)), metavar="P:C,P:C", help="prompt to completion, of "
+        "synthetic rows (default: 1:4,1:1,4:1)")
+    add("--pairs", type=_positive, default=64, metavar="N", help="pairs (default: %(default)s)")
+    add("--pairs-per-step", type=_positive, default=8, metavar="N", help="batch of a step (default: %(default)s)")
+    add("--steps", type=_positive, metavar="N", help="steps to take (default: all pairs once)")
+    add("--warmup", type=int, default=1, metavar="N", help="first steps that are not counted (default: %(default)s)")
+    add("--dtype", choices=DTYPES, default="bf16", help="of weights and compute (default: %(default)s)")
+    trained = parser.add_mutually_exclusive_group(required=True)
+    trained.add_argument("--lora", type=_positive, metavar="R", help="train adapters of this rank")
+    trained.add_argument("--full", action="store_true", help="train all weights")
+    add("--lr", type=_rate, metavar="X", help=f"learning rate (default: {ADAPTER_LR:g} with --lora, else that of a run)")
+    add("--max-length", type=_positive, default=DataConfig.model_fields["max_length"].default, metavar="N",
+        help="cut prompt and completion (default: %(default)s)")
+    add("--tokens-per-batch", type=_budget, default="auto", metavar="N|auto", help="positions of raydpo's micro-batches")
+    add("--engine", choices=("auto", "deepspeed", "kernels"), default="auto", help="what trains raydpo's policy: DeepSpeed "
+        "as in a run, or torch alone (default: DeepSpeed where it is installed)")
+    add("--baseline", choices=("auto", "trl", "padded"), default="auto", help="the other side: TRL, or a plain padded "
+        "stand-in (default: TRL where it is installed)")
+    add("--skip-online", action="store_true", help="leave out the side that scores its reference at every step")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--threads", type=_positive, metavar="N", help="CPU threads of both sides (default: all physical cores)")
+    add("--peak-tflops", type=float, metavar="X", help="of the GPU, for MFU (default: known for some, in bf16)")
+    add("--seed", type=int, default=0, help="of synthetic pairs and random weights (default: %(default)s)")
+    add("--work", metavar="DIR", help="keep intermediate files and random models here")
+    add("--json", metavar="OUT", help="write everything measured, and beside it a plot")
+    return parser
+
+
+def _run(args: argparse.Namespace, console: Console) -> None:
+    import torch
+
+    if (args.data is None) == (not args.synthetic):
+        raise ConfigError("give the pairs with one of --data FILE and --synthetic")
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch sees no CUDA device here; use --device cpu")
+    steps, per_epoch = args.steps, -(-args.pairs // args.pairs_per_step)
+    steps = per_epoch if steps is None else steps
+    if not 0 <= args.warmup < steps <= per_epoch:
+        raise ConfigError(f"--warmup {args.warmup} and --steps {steps} do not fit: {args.pairs} pairs are {per_epoch} steps "
+                          f"of {args.pairs_per_step}, and at least one step must be counted")
+    engine, baseline = _choose(args)
+    label = f"TRL {importlib.metadata.version('trl')}" if baseline == "trl" else "padded stand-in, not TRL"
+    if baseline == "padded":
+        console.warn("TRL is not what this is measured against: the other side is a plain padded loop in its place")
+    record: dict[str, Any] = {"command": args.command, "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "baseline": label,
+                              "engine": engine, "device": device_name(device), "versions": versions()}
+    with _work(args.work) as work:
+        model = _model(args, work, torch.device(device), console)
+        job = Job(stage="score", model=model, workload="", work=str(work), dtype=DTYPES[args.dtype], lora=args.lora,
+                  pairs_per_step=args.pairs_per_step, steps=steps, tokens_per_batch=args.tokens_per_batch, engine=engine,
+                  device=device, threads=args.threads, lr=_learning_rate(args))
+        # As they were given: nothing of this machine's folders.
+        given = {"model": args.model, "data": args.data, "warmup": args.warmup, "train": job.train.model_dump(mode="json")}
+        record["settings"] = {key: value for key, value in dataclasses.asdict(job).items()
+                              if key not in ("stage", "work", "workload")} | given
+        console.say(f"raydpo {raydpo.__version__} ({engine}) against {label} on {record['device']}, {args.dtype}, "
+                    + ("all weights" if args.lora is None else f"adapters of rank {args.lora}"))
+        points: list[dict[str, Any]] = []
+        for facts, table in _workloads(args, model):
+            job = dataclasses.replace(job, workload=str(work / "pairs.parquet"))
+            workload.save(table, Path(job.workload))
+            points.append({"baseline": label, "workload": facts | workload.statistics(table, args.pairs_per_step)}
+                          | _measure(args, job, table, f"{baseline}_side", console))
+            print_point(points[-1], console)
+            if args.json is not None:  # after each, since the next may not fit in memory
+                _write(record | ({"results": points} if args.synthetic else points[0]), Path(args.json))
+    if args.json is not None:
+        picture = Path(f"{args.json}.png")
+        console.say(f"written: {args.json}" + (f" and {picture}" if plot(points, picture) else "; no plot, since matplotlib "
+                                               "is not installed (pip install 'raydpo[benchmark]')"))
+    wrong = [f"{point['workload']['name']}: {problem}" for point in points for problem in point["problems"][:1]]
+    if wrong:
+        raise TrainError(f"the two sides do not compute the same, so their speeds are not compared; {'; '.join(wrong)}")
+
+
+def _measure(args: argparse.Namespace, job: Job, table: Any, other_side: str, console: Console) -> dict[str, Any]:
+    """Run every process and put together what they measured; ratios only where the sides agree."""
+    def stage(name: Stage, module: str, about: str) -> Any:
+        console.say(f"  running {about}")
+        return start(module, dataclasses.replace(job, stage=name))
+
+    _, shapes = pair_groups(table)
+    measured = Measurement(
+        names=table["pair_id"].to_pylist(), shapes=shapes,
+        score=stage("score", "raydpo_side", "raydpo's reference pass"),
+        train=stage("train", "raydpo_side", "raydpo's training"),
+        cached=stage("cached", other_side, "the other side, reference computed beforehand"),
+        online=None if args.skip_online else stage("online", other_side, "the other side, reference at every step"),
+        dtype=job.dtype, model=ModelCost.of(job.model), lora=job.lora is not None, peak=_peak(args, job.device),
+        pairs_per_step=job.pairs_per_step, warmup=args.warmup)
+    problems, gaps = disagreements(measured)
+    point = {"equal": not problems, "problems": problems, "gaps": gaps} | figures(measured)
+    if not problems:
+        for part, values in ratios(measured).items():
+            point[part] |= values
+    raw = {"raydpo_score": measured.score} | {"raydpo_train" if name == "raydpo" else name: result
+                                              for name, result in measured.sides.items()}
+    return point | {"raw": {name: dataclasses.asdict(result) for name, result in raw.items()}}
+
+
+def _workloads(args: argparse.Namespace, model: str) -> Iterator[tuple[dict[str, Any], Any]]:
+    if not args.synthetic:
+        yield {"name": Path(args.data).stem}, workload.of_file(args.data, args.pairs, model, args.max_length)
+        return
+    vocabulary = ModelCost.of(model).vocabulary
+    for length in args.lengths:
+        for prompt, completion in args.ratios:
+            yield ({"name": f"{length} at {prompt}:{completion}", "length": length, "ratio": f"{prompt}:{completion}"},
+                   workload.synthetic(args.pairs, length, (prompt, completion), vocabulary, args.seed))
+
+
+def _choose(args: argparse.Namespace) -> tuple[Any, str]:
+    there = {name: importlib.util.find_spec(name) is not None for name in ("deepspeed", "trl")}
+    for option, wish, name in (("engine", "deepspeed", "deepspeed"), ("baseline", "trl", "trl")):
+        if getattr(args, option) == wish and not there[name]:
+            raise ConfigError(f"--{option} {wish}: the package {name!r} is not installed here")
+    engine = ("deepspeed" if there["deepspeed"] else "kernels") if args.engine == "auto" else args.engine
+    return engine, ("trl" if there["trl"] else "padded") if args.baseline == "auto" else args.baseline
+
+
+def _model(args: argparse.Namespace, work: Path, device: Any, console: Console) -> str:
+    if args.model not in SHAPES:
+        return resolve_model(args.model)
+    console.say(f"writing {args.model}: a Llama of random bfloat16 weights")
+    return str(write_random_llama(work / f"{args.model}-{args.seed}", SHAPES[args.model], device, args.seed))
+
+
+def _learning_rate(args: argparse.Namespace) -> float:
+    if args.lr is not None:
+        return args.lr
+    return TrainConfig.model_fields["lr"].default if args.lora is None else ADAPTER_LR
+
+
+def _peak(args: argparse.Namespace, device: str) -> float | None:
+    """Operations a second of the GPU, or None where they are not known."""
+    if args.peak_tflops is not None:
+        return args.peak_tflops * 1e12
+    if device == "cpu" or args.dtype != "bf16":
+        return None
+    return known_peak(device_name(device))
+
+
+@contextlib.contextmanager
+def _work(directory: str | None) -> Iterator[Path]:
+    """The given directory, or one that is gone afterwards, unless a process failed and left its words there."""
+    work = Path(directory or tempfile.mkdtemp(prefix="raydpo-benchmark-")).absolute()
+    work.mkdir(parents=True, exist_ok=True)
+    keep = directory is not None
+    try:
+        yield work
+    except TrainError:
+        keep = True
+        raise
+    finally:
+        if not keep:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _write(record: dict[str, Any], out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _rate(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1")
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(_positive(part) for part in text.split(","))
+
+
+def _ratios(text: str) -> tuple[tuple[int, int], ...]:
+    parts = [part.partition(":") for part in text.split(",")]
+    return tuple((_positive(prompt), _positive(completion)) for prompt, _, completion in parts)
+
+
+def _budget(text: str) -> int | str:
+    return text if text == "auto" else _positive(text)

@@ -1,0 +1,221 @@
+"""Whether the two sides computed the same, and how much faster one did: pure functions of what they measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from raydpo.benchmark.job import Result
+from raydpo.cost import ModelCost
+from raydpo.data.shapes import Shapes
+from raydpo.data.simulate import amounts
+from raydpo.estimate.plan import FORWARD, operations
+
+__all__ = ["BETAS", "Measurement", "disagreements", "figures", "median_ratio", "ratios"]
+
+BETAS = 5
+"""Trainings of the sweep."""
+PAIR_NATS, TOKEN_NATS = 1e-3, 1e-5
+"""float32: the log-probs of a completion may differ by the first, or by the second times the completion tokens of its pair
+if that is more. Rounding was a tenth of the first with a trained model of 30 layers."""
+LOSS, LATER_LOSS = 1e-5, 1e-4
+"""float32: the first loss may differ by the first, later ones by the second. Rounding was 1e-8 and 1e-6 in ten steps."""
+BFLOAT16_TOKEN_NATS = 0.05
+"""bfloat16: nats a token by which completions may differ, on average over the pairs."""
+BFLOAT16_LOSS = 0.02
+"""bfloat16: the first loss. Later ones follow weights that round differently and are not compared."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """All that one workload gave.
+
+    Attributes:
+        names: of the pairs. shapes: theirs.
+        score, train: raydpo's two processes. cached, online: the other side's, with its reference computed beforehand or
+            at every step; online is None where it was left out.
+        model: sizes. lora: whether adapters were trained. peak: operations a second of the device, or None.
+        warmup: steps at the beginning that are not counted.
+    """
+
+    names: Sequence[str]
+    shapes: Shapes
+    score: Result
+    train: Result
+    cached: Result
+    online: Result | None
+    dtype: str
+    model: ModelCost
+    lora: bool
+    peak: float | None
+    pairs_per_step: int
+    warmup: int
+
+    @property
+    def sides(self) -> dict[str, Result]:
+        """The processes that trained."""
+        sides = {"raydpo": self.train, "cached": self.cached, "online": self.online}
+        return {name: result for name, result in sides.items() if result is not None}
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self.names) // self.pairs_per_step)
+
+    def rows(self, step: int) -> range:
+        """Row numbers of a step's pairs."""
+        return range(step * self.pairs_per_step, min((step + 1) * self.pairs_per_step, len(self.names)))
+
+    def amount(self, rows: Sequence[int]) -> np.ndarray:
+        """Positions, attended keys and predicted tokens that these pairs need, each prompt once; float [3]."""
+        return amounts([[row] for row in rows], self.shapes, "tree")
+
+
+def disagreements(measured: Measurement) -> tuple[list[str], dict[str, float]]:
+    """What differs by more than rounding, a sentence each; and the largest differences found, whether they do or not.
+
+    Compared are the reference's log-probs of every pair, and of every side the policy's in the first step and the losses:
+    of all steps in float32, of the first in bfloat16.
+    """
+    exact = measured.dtype == "float32"
+    tokens = measured.shapes.tokens
+    problems, gaps = _reference_problems(measured, exact)
+    for name, theirs in measured.sides.items():
+        if name == "raydpo":
+            continue
+        rows = measured.rows(0)
+        allowed = max(PAIR_NATS, TOKEN_NATS * tokens[rows].max()) if exact else BFLOAT16_TOKEN_NATS * tokens[rows].mean() / 2
+        for half in ("chosen", "rejected"):
+            one, other = (getattr(side, f"{half}_logps")[0] for side in (measured.train, theirs))
+            gaps[f"first_{half}_logps_{name}"] = abs(one - other)
+            if not abs(one - other) <= allowed:
+                problems.append(f"the policy's log-probs of the {half} completions of the first step are {one:.6g} on "
+                                f"average with raydpo and {other:.6g} with the other side ({name}; tolerance {allowed:.2g})")
+        pairs = list(zip(measured.train.losses, theirs.losses, strict=True))
+        gaps[f"loss_{name}"] = max(abs(one - other) for one, other in pairs)
+        gaps[f"first_loss_{name}"] = abs(pairs[0][0] - pairs[0][1])
+        for number, (one, other) in enumerate(pairs if exact else pairs[:1]):
+            allowed = BFLOAT16_LOSS if not exact else LATER_LOSS if number else LOSS
+            if not abs(one - other) <= allowed:
+                problems.append(f"the loss of step {number + 1} is {one:.6g} with raydpo and {other:.6g} with the other "
+                                f"side ({name}; tolerance {allowed:g})")
+                break
+    return problems, gaps
+
+
+def _reference_problems(measured: Measurement, exact: bool) -> tuple[list[str], dict[str, float]]:
+    gaps, excess, values = {}, [], []
+    lengths = measured.shapes.tokens
+    for half in ("chosen", "rejected"):
+        ours, theirs = (np.array(getattr(side, f"ref_{half}")) for side in (measured.score, measured.cached))
+        gap = np.abs(ours - theirs)
+        allowed = np.maximum(PAIR_NATS, TOKEN_NATS * lengths)
+        gaps |= {f"reference_{half}_worst": float(gap.max()), f"reference_{half}_per_token": float((gap / lengths).mean())}
+        # A value that is not a number is as wrong as can be.
+        excess.append(np.nan_to_num(gap / allowed, nan=np.inf))
+        values.append((ours, theirs))
+    per_token = sum(gaps[f"reference_{half}_per_token"] for half in ("chosen", "rejected"))
+    worst = np.stack(excess)
+    equal = worst.max() <= 1 if exact else per_token <= BFLOAT16_TOKEN_NATS
+    gaps["reference_per_token"] = per_token
+    if equal:
+        return [], gaps
+    side, row = np.unravel_index(worst.argmax(), worst.shape)
+    wrong = int((worst > 1).any(0).sum())
+    told = f"{wrong} pairs differ" if exact else f"pairs differ by {per_token:.2g} nats a token on average"
+    return [f"the reference's log-probs are not the same: {told}; of pair {measured.names[row]} the "
+            f"{('chosen', 'rejected')[side]} completion has {values[side][0][row]:.6g} with raydpo and "
+            f"{values[side][1][row]:.6g} with the other side"], gaps
+
+
+def median_ratio(theirs: Sequence[float], ours: Sequence[float], warmup: int) -> float:
+    """Median over steps of their seconds by ours: paired, since step for step the pairs are the same."""
+    return median(other / mine for other, mine in zip(theirs[warmup:], ours[warmup:], strict=True))
+
+
+def figures(measured: Measurement) -> dict[str, Any]:
+    """Seconds, rates and memory of every side, without a comparison.
+
+    Tokens are real ones: each prompt token of a pair counts once, padding not at all. MFU counts the operations that the
+    pairs need at the least (``Measurement.amount``), the same for every side: a forward pass to score; to train, three
+    times that, or with frozen weights twice (attention, which has none, three times).
+    """
+    rows = range(len(measured.names))
+    factors = (2.0, 3.0, 2.0) if measured.lora else (3.0, 3.0, 3.0)
+    found: dict[str, Any] = {
+        "reference_pass": {name: _rate(measured, rows, result.reference_seconds, FORWARD)
+                           for name, result in (("raydpo", measured.score), ("cached", measured.cached))},
+        "train_step": {}, "job": _jobs(measured), "sweep": {"betas": BETAS} | _sweeps(measured)}
+    for name, result in measured.sides.items():
+        counted = list(enumerate(result.step_seconds))[measured.warmup :]
+        rates = [_rate(measured, measured.rows(step), seconds, factors) for step, seconds in counted]
+        found["train_step"][name] = {key: None if rates[0][key] is None else median(rate[key] for rate in rates)
+                                     for key in rates[0]}
+    found["memory"] = {name: {"bytes": result.peak_bytes} for name, result in measured.sides.items()}
+    found["memory"]["raydpo"] = {"bytes": max(measured.score.peak_bytes, measured.train.peak_bytes),
+                                 "scoring_bytes": measured.score.peak_bytes, "training_bytes": measured.train.peak_bytes}
+    return found
+
+
+def ratios(measured: Measurement) -> dict[str, dict[str, float | None]]:
+    """How many times as fast raydpo is; of memory, how many times as much it takes. None against what was left out.
+
+    Only worth anything where ``disagreements`` found none.
+    """
+    found = figures(measured)
+
+    def against(part: str, other: str, key: str = "seconds") -> float | None:
+        return found[part][other][key] / found[part]["raydpo"][key] if other in found[part] else None
+
+    def steps(other: Result | None) -> float | None:
+        return None if other is None else median_ratio(other.step_seconds, measured.train.step_seconds, measured.warmup)
+
+    def memory(other: str) -> float | None:
+        inverse = against("memory", other, "bytes")
+        return None if inverse is None else 1 / inverse
+
+    return {
+        "reference_pass": {"ratio": against("reference_pass", "cached")},
+        "train_step": {"ratio_vs_cached": steps(measured.cached), "ratio_vs_online": steps(measured.online)},
+        "job": {"ratio_vs_cached": against("job", "cached"), "ratio_vs_online": against("job", "online")},
+        "sweep": {"ratio": against("sweep", "online"), "ratio_vs_cached": against("sweep", "cached")},
+        "memory": {"ratio": memory("online"), "ratio_vs_cached": memory("cached")},
+    }
+
+
+def _rate(measured: Measurement, rows: Sequence[int], seconds: float, factors: Sequence[float]) -> dict[str, float | None]:
+    amount = measured.amount(rows)
+    # Of a tree the positions are the real tokens.
+    return {"seconds": seconds, "pairs_per_second": len(rows) / seconds, "tokens_per_second": float(amount[0]) / seconds,
+            "mfu": None if measured.peak is None else operations(amount, measured.model, factors) / seconds / measured.peak}
+
+
+def _epochs(measured: Measurement) -> Iterator[tuple[str, float]]:
+    """Wall seconds of each process that trained, had it taken every step of an epoch."""
+    for name, result in measured.sides.items():
+        left = measured.steps_per_epoch - len(result.step_seconds)
+        yield name, result.wall_seconds + left * median(result.step_seconds[measured.warmup :])
+
+
+def _jobs(measured: Measurement) -> dict[str, Any]:
+    seconds = dict(_epochs(measured))
+    seconds["raydpo"] += measured.score.wall_seconds
+    composed = len(measured.train.step_seconds) < measured.steps_per_epoch
+    how = "wall clock of whole processes; no tokenising, evaluation, checkpoint or export on either side"
+    missing = "; the epoch's steps that were not taken count as the median one" if composed else ""
+    return {"composed": composed, "how": how + missing,
+            **{name: {"seconds": value} for name, value in seconds.items()}}
+
+
+def _sweeps(measured: Measurement) -> dict[str, Any]:
+    epochs = dict(_epochs(measured))
+    seconds = {name: BETAS * value for name, value in epochs.items()}
+    seconds["raydpo"] += measured.score.wall_seconds
+    # Its cache is found again for the same data and model, so the pass is counted once.
+    seconds["cached"] -= (BETAS - 1) * (measured.cached.reference_seconds or 0.0)
+    return {"composed": True, "how": f"raydpo: its scoring process once, {BETAS} training processes; cached: {BETAS} "
+            f"processes, the reference pass in the first alone; online: {BETAS} processes",
+            **{name: {"seconds": value} for name, value in seconds.items()}}

@@ -1,0 +1,76 @@
+"""raydpo's policy in plain torch, for machines without DeepSpeed: the kernels are the same, the optimizer is torch's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from raydpo.config import TrainConfig
+from raydpo.model.budget import MOST_TRAINED, Budget, find_budget, probe_group
+from raydpo.model.layout import Layout, PromptGroup
+from raydpo.model.load import add_lora, load_causal_lm
+from raydpo.model.logps import LogpModel
+from raydpo.model.selfcheck import choose_layout
+from raydpo.training.engine import PolicySpec
+
+__all__ = ["KernelEngine", "adamw"]
+
+
+class KernelEngine:
+    """What ``training.loop`` asks of a ``PolicyEngine`` to take a step, on one device and without sharding.
+
+    Args:
+        check_rows: a few pairs of the data, for the self-check of the layout.
+    """
+
+    rank = 0
+
+    def __init__(self, spec: PolicySpec, train: TrainConfig, device: torch.device,
+                 check_rows: Sequence[PromptGroup] = ()) -> None:
+        self.device, self.clip = device, train.clip
+        model = load_causal_lm(spec.path, spec.dtype, device=device)
+        self.module = LogpModel(model if spec.lora is None else add_lora(model, spec.lora, train.seed))
+        self.trainable = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        self.optimizer = adamw(self.trainable, train, device)
+        self.layout_line = choose_layout(self.module, device, spec.layout, check_rows).line
+        self.module.train()
+
+    def lay_out(self, groups: Sequence[PromptGroup]) -> Layout:
+        layout = self.module.lay_out(groups)
+        return layout.pin() if self.device.type == "cuda" else layout
+
+    def logps(self, layout: Layout) -> Tensor:
+        return self.module(layout.to(self.device))
+
+    def find_budget(self) -> Budget:
+        """Token positions of a micro-batch that fit beside the optimizer's two moments."""
+        moments = 2.0 * sum(parameter.numel() * parameter.element_size() for parameter in self.trainable)
+        return find_budget(lambda tokens: self.logps(self.lay_out([probe_group(tokens, self.module.vocabulary)])),
+                           self.device, most=MOST_TRAINED, reserve=moments)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        loss.backward()
+
+    def step(self, learning_rate: float) -> float:
+        """Clip and apply the gradients; returns their global norm before clipping."""
+        norm = torch.nn.utils.clip_grad_norm_(self.trainable, self.clip if self.clip is not None else float("inf"))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(norm)
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        return values
+
+    def gather(self) -> dict[str, Tensor]:
+        """The adapters on the CPU, by name."""
+        return {name: parameter.detach().to("cpu", copy=True) for name, parameter in self.module.policy.named_parameters()
+                if parameter.requires_grad}
+
+
+def adamw(trainable: Sequence[Tensor], train: TrainConfig, device: torch.device) -> torch.optim.AdamW:
+    return torch.optim.AdamW(trainable, lr=train.lr, weight_decay=train.weight_decay, betas=(0.9, 0.999), eps=1e-8,
+                             fused=device.type == "cuda" or None)

@@ -1,0 +1,102 @@
+"""raydpo's side: one process scores the reference, another one trains. The code of a run, without Ray around it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+import raydpo
+from raydpo.benchmark import workload
+from raydpo.benchmark.job import Job, Result, StepRecord, now, side
+from raydpo.benchmark.kernels import KernelEngine
+from raydpo.data.plan import BatchPlan
+from raydpo.estimate.plan import pair_groups
+from raydpo.model.budget import MOST_SCORED, find_budget, probe_group, used_memory
+from raydpo.model.selfcheck import CHECK_ROWS
+from raydpo.prefetch import prefetch
+from raydpo.reference.identity import identify
+from raydpo.reference.score import ReferenceSpec, Scorer
+from raydpo.training.engine import PolicyEngine, PolicySpec, join_process_group
+from raydpo.training.loop import prepare_step, train_step
+from raydpo.training.pairs import TrainingPairs
+
+
+def score(job: Job, device: torch.device) -> Result:
+    """The reference pass. Leaves the pairs with their log-probs at ``job.scored``."""
+    start = time.perf_counter()
+    table = workload.load(job.workload)
+    groups, _ = pair_groups(table)
+    spec = ReferenceSpec(path=job.model, adapter=None, identity=identify(job.model, job.dtype))
+    # The budget is measured here and not in the scorer, since measuring resets the peak that is to be reported.
+    scorer = Scorer(spec, device=job.device, tokens_per_batch=1, check_rows=groups[:CHECK_ROWS])
+    peak = used_memory(device)
+    scorer.tokens_per_batch = _budget(job, lambda: find_budget(
+        lambda tokens: scorer.model.score([probe_group(tokens, scorer.model.vocabulary)], device), device,
+        most=MOST_SCORED).tokens)
+    ready = now(device)
+    scored = scorer.score(groups)
+    seconds = now(device) - ready
+    peak = max(peak, used_memory(device))
+    for index, name in enumerate(("chosen", "rejected")):
+        table = table.append_column(f"ref_{name}_logps", pa.array([row[index] for row in scored], pa.list_(pa.float32())))
+    workload.save(table, job.scored)
+    chosen, rejected = ([float(np.sum(row[index], dtype=np.float64)) for row in scored] for index in range(2))
+    return Result(load_seconds=ready - start, reference_seconds=seconds, ref_chosen=chosen, ref_rejected=rejected,
+                  peak_bytes=peak, facts={"notes": scorer.notes} | scorer.provenance)
+
+
+def train(job: Job, device: torch.device) -> Result:
+    """The steps, against the log-probs at ``job.scored``. Leaves the adapters it began with at ``job.initial_adapters``."""
+    start = time.perf_counter()
+    pairs, settings = TrainingPairs(workload.load(job.scored)), job.train
+    spec = PolicySpec(path=job.model, dtype=job.dtype, lora=job.adapters)
+    engine = _engine(job, spec, device, pairs)
+    if job.lora is not None:
+        from safetensors.torch import save_file
+
+        save_file(engine.gather(), job.initial_adapters)
+        engine.module.policy.peft_config["default"].save_pretrained(job.work)
+    peak = used_memory(device)
+    budget = _budget(job, lambda: engine.find_budget().tokens)
+    plan = BatchPlan(pairs.shapes, pairs.sources, pairs.weights, seed=settings.seed, pairs_per_step=job.pairs_per_step,
+                     tokens_per_batch=budget, world_size=1, shuffle=False, epochs=1, steps=job.steps,
+                     layout=engine.module.method.layout)
+
+    record = StepRecord(device)
+    load_seconds = now(device) - start
+    rows = []
+    record.begin()
+    for step in prefetch(range(job.steps), lambda number: prepare_step(number, plan, pairs, engine), ahead=1):
+        rows.append(train_step(step, plan, pairs, engine, settings))
+        record.end_step()
+    return Result(load_seconds=load_seconds, step_seconds=record.seconds, losses=[row["loss"] for row in rows],
+                  chosen_logps=[row["logps/chosen"] for row in rows], rejected_logps=[row["logps/rejected"] for row in rows],
+                  peak_bytes=max(peak, used_memory(device)),
+                  facts={"raydpo": raydpo.__version__, "engine": job.engine, "layout": engine.layout_line,
+                         "tokens_per_batch": budget, "optimizer_master_weights": job.engine == "deepspeed"
+                         and job.dtype == "bfloat16"})
+
+
+def _budget(job: Job, measure: Callable[[], int]) -> int:
+    return measure() if job.tokens_per_batch == "auto" else job.tokens_per_batch
+
+
+def _engine(job: Job, spec: PolicySpec, device: torch.device, pairs: TrainingPairs) -> PolicyEngine | KernelEngine:
+    rows = pairs.groups(range(min(CHECK_ROWS, len(pairs))))
+    if job.engine == "kernels":
+        return KernelEngine(spec, job.train, device, rows)
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    # One process needs no port to meet itself at.
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=0, world_size=1,
+                                         store=torch.distributed.HashStore())
+    join_process_group(device)
+    return PolicyEngine(spec, job.train, device, rows)
+
+
+if __name__ == "__main__":
+    raise SystemExit(side(lambda job, device: (score if job.stage == "score" else train)(job, device)))

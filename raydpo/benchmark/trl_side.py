@@ -1,0 +1,110 @@
+"""TRL's side: its DPOTrainer on our token ids, in file order, with everything else as TRL does it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import trl
+from datasets import Dataset
+from torch.utils.data import SequentialSampler
+from transformers import PreTrainedTokenizerFast, TrainerCallback
+from trl import DPOConfig, DPOTrainer
+
+from raydpo.benchmark import workload
+from raydpo.benchmark.job import Job, Result, StepRecord, now, set_adapters, side
+from raydpo.model.budget import used_memory
+
+
+class PinnedTrainer(DPOTrainer):
+    """Takes the token ids as they are, keeps the order, and remembers what it computed and when."""
+
+    reference_seconds: float | None = None
+
+    def __init__(self, **settings: Any) -> None:
+        self.losses: list[torch.Tensor] = []
+        self.logps: dict[str, list[float]] = {"chosen": [], "rejected": []}
+        super().__init__(**settings)
+
+    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        return dataset
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)
+
+    def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Dataset:
+        start = now(self.accelerator.device)
+        dataset = super()._precompute_ref_logps(*args, **kwargs)
+        self.reference_seconds = now(self.accelerator.device) - start
+        return dataset
+
+    def _compute_loss(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super()._compute_loss(*args, **kwargs)
+        self.losses.append(loss.detach())
+        for name, values in self.logps.items():
+            values.append(self._metrics["train"][f"logps/{name}"][-1])
+        return loss
+
+
+class Clock(TrainerCallback):
+    """Tells the record when training begins and when a step has ended."""
+
+    def __init__(self, record: StepRecord) -> None:
+        self.record = record
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.record.begin()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.record.end_step()
+
+
+def run(job: Job, device: torch.device) -> Result:
+    """The reference pass, where it is cached, and the steps."""
+    start = time.perf_counter()
+    scratch = Path(job.work) / job.stage
+    dataset = Dataset.from_parquet(job.workload, columns=list(workload.IDS), cache_dir=str(scratch / "datasets"))
+    record = StepRecord(device)
+    trainer = PinnedTrainer(model=job.model, args=_settings(job, scratch), train_dataset=dataset,
+                            processing_class=_tokenizer(), peft_config=job.peft_config, callbacks=[Clock(record)])
+    if job.lora is not None:
+        set_adapters(trainer.model, job.initial_adapters)
+    found = Result(load_seconds=now(device) - start - (trainer.reference_seconds or 0.0),
+                   reference_seconds=trainer.reference_seconds, facts={"trl": trl.__version__})
+    if job.stage == "cached":
+        found.ref_chosen, found.ref_rejected = (
+            [float(value) for value in trainer.train_dataset[f"ref_{name}_logps"]] for name in ("chosen", "rejected"))
+    trainer.train()
+    found.step_seconds, found.losses = record.seconds, [float(loss) for loss in trainer.losses]
+    found.chosen_logps, found.rejected_logps = trainer.logps["chosen"], trainer.logps["rejected"]
+    found.peak_bytes = used_memory(device)
+    return found
+
+
+def _settings(job: Job, scratch: Path) -> DPOConfig:
+    train = job.train
+    return DPOConfig(
+        output_dir=str(scratch), max_steps=job.steps, per_device_train_batch_size=job.pairs_per_step,
+        beta=train.beta, learning_rate=train.lr, weight_decay=train.weight_decay, lr_scheduler_type="constant",
+        warmup_steps=0, max_grad_norm=train.clip or 0.0,
+        optim="adamw_torch_fused" if job.device == "cuda" else "adamw_torch",  # as on our side
+        precompute_ref_log_probs=job.stage == "cached", precompute_ref_batch_size=job.pairs_per_step,
+        max_length=None,  # cut already
+        model_init_kwargs={"dtype": job.dtype}, bf16=False,  # bfloat16 weights as on our side, not autocast
+        gradient_checkpointing=False, use_cpu=job.device == "cpu", dataloader_pin_memory=job.device == "cuda",
+        save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True, seed=train.seed)
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    """Only its padding token is used, whose positions are masked: any id will do."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"<pad>": 0}, unk_token="<pad>")),
+                                   pad_token="<pad>", eos_token="<pad>")
+
+
+if __name__ == "__main__":
+    raise SystemExit(side(run))

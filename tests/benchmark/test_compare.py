@@ -1,0 +1,109 @@
+"""Hand-worked figures of two pretended sides, and what counts as a disagreement between them."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+from raydpo.benchmark.compare import BETAS, Measurement, disagreements, figures, median_ratio, ratios
+from raydpo.benchmark.job import Result
+from raydpo.cost import ModelCost
+from raydpo.data.shapes import Shapes
+
+GIB = 2.0**30
+
+
+def result(**values):
+    same = {"losses": [0.6931, 0.68, 0.67], "chosen_logps": [-50.0] * 3, "rejected_logps": [-60.0] * 3}
+    return Result(**{"load_seconds": 1.0} | (same if "step_seconds" in values else {}) | values)
+
+
+@pytest.fixture
+def measured():
+    """Eight pairs of 10 + (20 + 30) tokens, two in a step; three of four steps were taken."""
+    reference = {"ref_chosen": [-100.0] * 8, "ref_rejected": [-200.0] * 8}
+    return Measurement(
+        names=[f"pair:{number}" for number in range(8)],
+        shapes=Shapes.of_lengths(np.full(8, 10), np.full(8, 20), np.full(8, 30)),
+        score=result(reference_seconds=4.0, peak_bytes=1 * GIB, wall_seconds=10.0, **reference),
+        train=result(step_seconds=[9.0, 2.0, 4.0], peak_bytes=2 * GIB, wall_seconds=20.0),
+        cached=result(reference_seconds=6.0, step_seconds=[1.0, 3.0, 8.0], peak_bytes=4 * GIB, wall_seconds=30.0,
+                      **reference),
+        online=result(step_seconds=[1.0, 6.0, 10.0], peak_bytes=5 * GIB, wall_seconds=40.0),
+        dtype="float32", model=ModelCost(parameters=10, active=3, hidden=1, vocabulary=5, layers=1, attention_width=1),
+        lora=True, peak=1000.0, pairs_per_step=2, warmup=1)
+
+
+def test_ratios(measured):
+    assert median_ratio([1.0, 3.0, 8.0], [9.0, 2.0, 4.0], 1) == 1.75
+    found = ratios(measured)
+    assert found["reference_pass"] == {"ratio": 1.5}
+    assert found["train_step"] == {"ratio_vs_cached": 1.75, "ratio_vs_online": 2.75}
+    # The missing step costs the median: 3, 5.5 and 8 seconds.
+    assert found["job"] == {"ratio_vs_cached": 35.5 / 33, "ratio_vs_online": 48 / 33}
+    assert found["sweep"] == {"ratio": 5 * 48 / (10 + 5 * 23), "ratio_vs_cached": (5 * 35.5 - 4 * 6) / (10 + 5 * 23)}
+    assert found["memory"] == {"ratio": 2 / 5, "ratio_vs_cached": 2 / 4}
+
+
+def test_figures(measured):
+    found = figures(measured)
+    # 60 real tokens a pair; 10*10/2 + 10*50 + (20*20 + 30*30)/2 = 1200 looks; 50 predictions.
+    flops = 60 * 6 + 1200 * 4 + 50 * 10
+    assert found["reference_pass"]["raydpo"] == {"seconds": 4.0, "pairs_per_second": 2.0, "tokens_per_second": 120.0,
+                                                 "mfu": pytest.approx(8 * flops / 4 / 1000)}
+    # Of two counted steps of 2 and 4 seconds; adapters: twice the products of the layers, three times attention's.
+    trained = 60 * 6 * 2 + 1200 * 4 * 3 + 50 * 10 * 2
+    assert found["train_step"]["raydpo"] == {"seconds": 3.0, "pairs_per_second": 0.75, "tokens_per_second": 45.0,
+                                             "mfu": pytest.approx((2 * trained / 2 + 2 * trained / 4) / 2 / 1000)}
+    assert found["job"]["composed"] and found["job"]["raydpo"] == {"seconds": 33.0}
+    assert found["sweep"]["betas"] == BETAS
+    assert found["memory"]["raydpo"] == {"bytes": 2 * GIB, "scoring_bytes": 1 * GIB, "training_bytes": 2 * GIB}
+
+
+def test_an_epoch_that_was_measured_whole_is_not_composed(measured):
+    steps = {name: dataclasses.replace(side, step_seconds=[1.0] * 4) for name, side in measured.sides.items()}
+    whole = dataclasses.replace(measured, train=steps["raydpo"], cached=steps["cached"], online=steps["online"])
+    job = figures(whole)["job"]
+    assert not job["composed"] and [job[name]["seconds"] for name in ("raydpo", "cached", "online")] == [30.0, 30.0, 40.0]
+
+
+def test_nothing_is_compared_with_what_was_left_out(measured):
+    found = ratios(dataclasses.replace(measured, online=None))
+    assert found["train_step"]["ratio_vs_online"] is None and found["sweep"]["ratio"] is None
+    assert found["memory"] == {"ratio": None, "ratio_vs_cached": 0.5}
+
+
+def test_equal_sides_agree(measured):
+    problems, gaps = disagreements(measured)
+    assert problems == [] and set(gaps.values()) == {0.0}
+
+
+@pytest.mark.parametrize("value", [-200.01, math.nan])
+def test_a_wrong_log_prob_is_named(measured, value):
+    wrong = dataclasses.replace(measured.cached, ref_rejected=[-200.0] * 6 + [value, -200.0])
+    problems, _ = disagreements(dataclasses.replace(measured, cached=wrong))
+    assert len(problems) == 1
+    for words in ("1 pairs differ", "pair:6", "rejected", "-200 with raydpo", f"{value:.6g} with the other side"):
+        assert words in problems[0]
+
+
+def test_bfloat16_rounds_more_but_not_any_more(measured):
+    def problems(gap):
+        cached = dataclasses.replace(measured.cached, ref_chosen=[-100.0 + gap] * 8, losses=[0.6931, 0.5, 0.4])
+        online = dataclasses.replace(measured.online, losses=[0.6931, 0.5, 0.4])
+        return disagreements(dataclasses.replace(measured, dtype="bfloat16", cached=cached, online=online))[0]
+
+    # Of 20 + 30 tokens a pair.
+    assert problems(2.0) == []
+    assert len(problems(3.0)) == 1
+
+
+@pytest.mark.parametrize(("field", "values", "words"), [
+    ("losses", [0.6935, 0.68, 0.67], "loss of step 1"), ("losses", [0.6931, 0.68, 0.672], "loss of step 3"),
+    ("losses", [0.6931, math.nan, 0.67], "loss of step 2"), ("chosen_logps", [-50.1] * 3, "chosen completions of the first"),
+])
+def test_training_that_differs_is_refused(measured, field, values, words):
+    online = dataclasses.replace(measured.online, **{field: values})
+    problems, _ = disagreements(dataclasses.replace(measured, online=online))
+    assert len(problems) == 1 and words in problems[0] and "online" in problems[0]
