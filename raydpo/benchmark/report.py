@@ -75,9 +75,10 @@ def plot(points: Sequence[dict[str, Any]], file: Path) -> bool:
                             label=name if name == "raydpo" else f"{points[0]['baseline'].split()[0]}, {name}")
             axis.bar_label(bars, labels=[_bar_label(point, part, name) for point in points], fontsize=8)
         axis.set_xticks(range(len(points)), [point["workload"]["name"] for point in points], fontsize=8)
-        axis.set_title(f"{_PARTS[part]} (above a bar: how many times as fast raydpo is)", fontsize=9)
+        axis.set_title(_PARTS[part], fontsize=9)
         axis.set_ylabel("pairs a second")
         axis.legend(fontsize=8)
+    figure.suptitle("above a bar: how many times as fast raydpo is", fontsize=9)
     figure.savefig(file, dpi=150)
     pyplot.close(figure)
     return True

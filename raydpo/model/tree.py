@@ -18,7 +18,8 @@ __all__ = ["MIN_SAVED", "Node", "PrefixTree", "common_prefix"]
 
 MIN_SAVED = 8
 """Positions that a shared prefix must save to be worth a node of its own: each node is one more attention call a layer.
-Measured on two CPU cores with a model of 135M parameters, where a node costs as much as 3 to 6 positions."""
+Measured training a model of 135M parameters on two CPU cores, 8 pairs of completions of 60 tokens: a node for a prompt of 2
+tokens cost as much as it saved, one of 4 gained 0.5 %, one of 8 gained 4 %."""
 
 
 @dataclass(frozen=True)
