@@ -31,9 +31,10 @@ QUERY_BLOCK = 512
 """Queries of a node that SDPA sees at once: its mask has that many rows at most, and long nodes skip what lies ahead."""
 WHOLE_BLOCKS = 32, 512
 """Queries and keys are padded to multiples of these where a CPU computes a bfloat16 model; attention itself is float32
-there, whose kernels are faster. They work in blocks of 512 keys and take another summation order for a block of another size:
-a few results are rounded to bfloat16 the other way, and after 30 layers most log-probs differ, by 0.02 nats on average. In
-whole blocks a token's log-prob is the same to the last bit however the batch was laid out, at 1.3 times the time of scoring."""
+there, whose kernels are faster. They work in blocks of 512 keys and take another summation order for a block of another
+size: a few results are rounded to bfloat16 the other way, and after 30 layers most log-probs differ, by 0.02 nats on
+average. In whole blocks a token's log-prob is the same to the last bit however the batch was laid out, at 1.3 times the time
+of scoring."""
 
 Body = Literal["sdpa", "varlen", "flash", "flex"]
 
