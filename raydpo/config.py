@@ -90,7 +90,7 @@ class ModelConfig(_Section):
     tokenizer: PathOrUri | None = None
     """Directory or hub name of the tokenizer; null = the model's own."""
     dtype: Dtype = "auto"
-    """Precision of training. auto = bfloat16 on GPUs and on processors that multiply it natively, else float32.
+    """Precision of training. auto = bfloat16 on GPUs and on CPUs with matrix units for it (AMX), else float32.
     With bfloat16 the optimizer keeps float32 master weights."""
     lora: LoraSettings | None = None
     """Adapters to train; null = full fine-tuning."""

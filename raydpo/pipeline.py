@@ -20,7 +20,7 @@ from raydpo.cost import ModelCost
 from raydpo.data.pairs import PairSets, load_pairs
 from raydpo.data.tokenise import Tokeniser, load_tokenizer
 from raydpo.errors import ConfigError
-from raydpo.ray_runtime import native_bfloat16, resources_for, session
+from raydpo.ray_runtime import bfloat16_pays, resources_for, session
 from raydpo.reference.build import BuildReport, build
 from raydpo.reference.identity import ReferenceIdentity, identify, resolve_model
 from raydpo.reference.score import ReferenceSpec
@@ -91,7 +91,7 @@ class Prepared:
         model = config.model
         if model.trust_remote_code:
             console.warn(f"model.trust_remote_code is on: Python code in {model.path} runs with your rights")
-        native = "bfloat16" if native_bfloat16() else "float32"
+        native = "bfloat16" if bfloat16_pays() else "float32"
         dtype = native if model.dtype == "auto" else model.dtype
         score_dtype = dtype if config.score.dtype is None else config.score.dtype
         score_dtype = native if score_dtype == "auto" else score_dtype

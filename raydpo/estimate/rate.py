@@ -58,10 +58,10 @@ def measured_rates(config: Config, sample: pa.Table, model: ModelCost, reference
     """
     import torch
 
-    from raydpo.ray_runtime import native_bfloat16
+    from raydpo.ray_runtime import bfloat16_pays
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    native = "bfloat16" if device.type == "cuda" or native_bfloat16() else "float32"
+    native = "bfloat16" if device.type == "cuda" or bfloat16_pays() else "float32"
     dtype = native if config.model.dtype == "auto" else config.model.dtype
     score_dtype = {None: dtype, "auto": native}.get(config.score.dtype, config.score.dtype)
     groups, shapes = pair_groups(sample)
