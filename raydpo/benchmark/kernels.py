@@ -13,9 +13,9 @@ from raydpo.model.layout import Layout, PromptGroup
 from raydpo.model.load import add_lora, load_causal_lm
 from raydpo.model.logps import LogpModel
 from raydpo.model.selfcheck import choose_layout
-from raydpo.training.engine import PolicySpec
+from raydpo.training.engine import PolicySpec, adamw
 
-__all__ = ["KernelEngine", "adamw"]
+__all__ = ["KernelEngine"]
 
 
 class KernelEngine:
@@ -69,8 +69,3 @@ class KernelEngine:
         """The adapters on the CPU, by name."""
         return {name: parameter.detach().to("cpu", copy=True) for name, parameter in self.module.policy.named_parameters()
                 if parameter.requires_grad}
-
-
-def adamw(trainable: Sequence[Tensor], train: TrainConfig, device: torch.device) -> torch.optim.AdamW:
-    return torch.optim.AdamW(trainable, lr=train.lr, weight_decay=train.weight_decay, betas=(0.9, 0.999), eps=1e-8,
-                             fused=device.type == "cuda" or None)

@@ -20,9 +20,9 @@ from torch.utils.checkpoint import checkpoint
 
 from raydpo.benchmark import workload
 from raydpo.benchmark.job import Job, Result, StepRecord, now, set_adapters, side
-from raydpo.benchmark.kernels import adamw
 from raydpo.model.budget import used_memory
 from raydpo.model.load import load_causal_lm
+from raydpo.training.engine import adamw
 
 CHUNK = 1024
 """Completion tokens whose logits exist at a time."""

@@ -16,7 +16,7 @@ __all__ = ["PADDED_MULTIPLE", "POSITIONS_ONLY", "LayoutName", "Shapes", "Work"]
 
 LayoutName = Literal["tree", "packed", "padded"]
 PADDED_MULTIPLE = 16
-"""``model.layout.ROW_MULTIPLE``; here because plans import no torch."""
+"""Padded rows are as long as a multiple of this, which the matrix units of GPUs and CPUs like."""
 
 
 @dataclass(frozen=True, kw_only=True)

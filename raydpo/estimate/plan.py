@@ -218,7 +218,7 @@ def sample_pairs(config: Config, table: pa.Table, count: int = 32) -> pa.Table:
 
 def pair_groups(table: pa.Table) -> tuple[list[PromptGroup], Shapes]:
     """The pairs of a table of ``data.pairs.PAIR_SCHEMA`` as groups (chosen, rejected), and their shapes."""
-    from raydpo.model.layout import PromptGroup
+    from raydpo.model.layout import PromptGroup, shapes_of
     from raydpo.reference.shards import wanted_completions
 
     known = {completion.key: completion for completion in wanted_completions([table])}
@@ -227,21 +227,18 @@ def pair_groups(table: pa.Table) -> tuple[list[PromptGroup], Shapes]:
         for side in ("chosen", "rejected")]
     groups = [PromptGroup(pair[0][0].prompt, tuple(completion.tokens[:length] for completion, length in pair))
               for pair in zip(*sides, strict=True)]
-    return groups, _shapes(groups)
-
-
-def _shapes(groups: Sequence[PromptGroup]) -> Shapes:
-    return Shapes.of([group.prompt for group in groups], [[len(one) for one in group.completions] for group in groups])
+    return groups, shapes_of(groups)
 
 
 def _reference_pass(config: Config, sets: PairSets, layout: LayoutName) -> tuple[int, np.ndarray]:
     """Distinct completions, and the amounts of scoring them all, in the shards that a build forms."""
+    from raydpo.model.layout import shapes_of
     from raydpo.reference.shards import plan_shards, wanted_completions
 
     wanted = wanted_completions([table for table in (sets.train, sets.eval) if table is not None])
     budget, total = _budget(config.score.tokens_per_batch), np.zeros(3)
     for shard in plan_shards(wanted, config.score.tokens_per_part):
-        shapes = _shapes(shard.prompt_groups())
+        shapes = shapes_of(shard.prompt_groups())
         total += amounts(fill_batches(range(len(shapes)), shapes, budget, layout), shapes, layout)
     return len(wanted), total
 

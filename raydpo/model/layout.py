@@ -7,21 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from raydpo.data.shapes import PADDED_MULTIPLE, LayoutName, Shapes
 from raydpo.model.attention import Body, Segments
 from raydpo.model.tree import MIN_SAVED, PrefixTree
 
-__all__ = ["ROW_MULTIPLE", "Layout", "LayoutMethod", "Method", "PromptGroup", "lay_out"]
-
-LayoutMethod = Literal["tree", "packed", "padded"]
-
-ROW_MULTIPLE = 16
-"""Padded rows are as long as a multiple of this, which the matrix units of GPUs and CPUs like."""
+__all__ = ["Layout", "Method", "PromptGroup", "lay_out", "shapes_of"]
 
 
 @dataclass(frozen=True)
@@ -42,11 +37,16 @@ class PromptGroup:
         return [np.concatenate([self.prompt, completion]) for completion in self.completions]
 
 
+def shapes_of(groups: Sequence[PromptGroup]) -> Shapes:
+    """What a plan needs to know of groups."""
+    return Shapes.of([group.prompt for group in groups], [[len(one) for one in group.completions] for group in groups])
+
+
 @dataclass(frozen=True)
 class Method:
     """Which layout, and what computes its attention (None for padded rows: the model's own)."""
 
-    layout: LayoutMethod
+    layout: LayoutName
     body: Body | None = None
 
     def __str__(self) -> str:
@@ -123,7 +123,7 @@ def lay_out(groups: Sequence[PromptGroup], method: Method = PADDED, min_saved: i
 def _padded(sequences: list[np.ndarray]) -> Tensor:
     """Right-padded rows [R, T]. No attention mask is needed: in a causal model nothing looks to its right, and padded
     positions are never read."""
-    width = -(-max(map(len, sequences)) // ROW_MULTIPLE) * ROW_MULTIPLE
+    width = -(-max(map(len, sequences)) // PADDED_MULTIPLE) * PADDED_MULTIPLE
     rows = np.zeros((len(sequences), width), dtype=np.int64)
     for row, sequence in enumerate(sequences):
         rows[row, : len(sequence)] = sequence

@@ -17,7 +17,7 @@ from raydpo.data.plan import fill_batches
 from raydpo.data.shapes import Shapes
 from raydpo.errors import ModelError
 from raydpo.model.budget import MOST_SCORED, find_budget, is_out_of_memory, probe_group
-from raydpo.model.layout import Layout, PromptGroup
+from raydpo.model.layout import Layout, PromptGroup, shapes_of
 from raydpo.model.load import load_causal_lm
 from raydpo.model.logps import LogpModel
 from raydpo.model.selfcheck import Wish, choose_layout
@@ -83,8 +83,7 @@ class Scorer:
         A batch that does not fit in memory is cut in half, with a note, and so are those after it; once.
         """
         scored: list[tuple[np.ndarray, ...]] = [()] * len(groups)
-        shapes = Shapes.of([group.prompt for group in groups],
-                           [[len(one) for one in group.completions] for group in groups])
+        shapes = shapes_of(groups)
         todo = list(range(len(groups)))
         while todo:
             try:

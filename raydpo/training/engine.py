@@ -26,7 +26,7 @@ from raydpo.model.load import add_lora, load_causal_lm
 from raydpo.model.logps import LogpModel
 from raydpo.model.selfcheck import Wish, choose_layout
 
-__all__ = ["PolicyEngine", "PolicySpec", "join_process_group"]
+__all__ = ["PolicyEngine", "PolicySpec", "adamw", "join_process_group"]
 
 _TAG = "state"
 
@@ -93,8 +93,7 @@ class PolicyEngine:
         if train.gradient_checkpointing:
             module.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trainable, lr=train.lr, weight_decay=train.weight_decay, betas=(0.9, 0.999), eps=1e-8,
-                                      fused=device.type == "cuda" or None)
+        optimizer = adamw(trainable, train, device)
         exact = _float32_buffers(module)
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         # DeepSpeed's bf16 mode rounds buffers too, among them the rotary frequencies, which would make the policy another
@@ -210,6 +209,12 @@ class PolicyEngine:
         """Without ZeRO DeepSpeed does not tell the gradient norm; after the all-reduce every rank has all gradients."""
         gradients = [parameter.grad for parameter in self.trainable if parameter.grad is not None]
         return float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+
+
+def adamw(trainable: Sequence[Tensor], train: TrainConfig, device: torch.device) -> torch.optim.AdamW:
+    """The optimizer of every policy, with or without DeepSpeed around it."""
+    return torch.optim.AdamW(trainable, lr=train.lr, weight_decay=train.weight_decay, betas=(0.9, 0.999), eps=1e-8,
+                             fused=device.type == "cuda" or None)
 
 
 def _deepspeed_config(train: TrainConfig, dtype: str) -> dict[str, Any]:

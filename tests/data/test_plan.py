@@ -4,7 +4,7 @@ import pytest
 from raydpo.data.balance import rank_costs
 from raydpo.data.plan import BatchPlan, epoch_order, fill_batches, split_over_ranks
 from raydpo.data.shapes import POSITIONS_ONLY, Shapes, Work
-from raydpo.model.layout import Method, PromptGroup, lay_out
+from raydpo.model.layout import Method, PromptGroup, lay_out, shapes_of
 
 LAYOUTS = ["tree", "packed", "padded"]
 
@@ -25,10 +25,6 @@ def dialogues(count, seed=0):
         prompt = np.concatenate([prompt, rng.integers(0, 9, rng.integers(10, 60))]).astype(np.int32)
         groups.append(PromptGroup(prompt, tuple(rng.integers(0, 9, rng.integers(1, 40)).astype(np.int32) for _ in range(2))))
     return [groups[index] for index in rng.permutation(count)]
-
-
-def shapes_of(groups):
-    return Shapes.of([group.prompt for group in groups], [[len(one) for one in group.completions] for group in groups])
 
 
 def plan(count=37, world_size=1, weights=(1.0,), sources=None, **settings):

@@ -7,8 +7,9 @@ from architectures import ARCHITECTURES, NO_TREE, make_random
 from definition import VOCAB, by_definition, groups
 
 from raydpo.config import LoraSettings
+from raydpo.data.shapes import PADDED_MULTIPLE
 from raydpo.errors import ModelError
-from raydpo.model.layout import ROW_MULTIPLE, Method, PromptGroup, lay_out
+from raydpo.model.layout import Method, PromptGroup, lay_out
 from raydpo.model.load import add_lora
 from raydpo.model.logps import LogpModel
 from raydpo.model.selfcheck import choose_layout
@@ -176,8 +177,8 @@ def test_bfloat16_keeps_its_stream_and_logits_in_float32():
 
 def test_padded_rows_point_at_predictors():
     layout = lay_out([PromptGroup(np.array([10, 11]), (np.array([20, 21]), np.array([30])))])
-    assert layout.input_ids.shape == (2, ROW_MULTIPLE)
-    assert layout.positions.tolist() == [1, 2, ROW_MULTIPLE + 1]
+    assert layout.input_ids.shape == (2, PADDED_MULTIPLE)
+    assert layout.positions.tolist() == [1, 2, PADDED_MULTIPLE + 1]
     assert layout.targets.tolist() == [20, 21, 30]
     assert layout.lengths == (2, 1)
 
