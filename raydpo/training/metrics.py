@@ -18,7 +18,7 @@ _FIELDS = ("pairs", "loss", "chosen_rewards", "rejected_rewards", "margins", "wi
            "rejected_logps", "chosen_tokens", "rejected_tokens", "fell", "chosen_logratio", "rejected_logratio",
            "differences", "differences_sq", "margins_sq", "margins_x_differences")
 TIE = 1e-5
-"""Margins up to this count as ties."""
+"""Margins up to this count as ties, and so do nats a token between a log-prob and the reference's: it is rounding."""
 _SOURCE_FIELDS = ("pairs", "loss", "margins", "wins")
 
 
@@ -41,9 +41,10 @@ class PairSums:
         wins = _wins(margins)
         chosen, rejected = logps.chosen.detach().double(), logps.rejected.detach().double()
         chosen_logratio = chosen - logps.ref_chosen.double()
+        fell = (chosen_logratio < -TIE * logps.chosen_tokens).double()
         columns = (torch.ones_like(margins), loss.losses.detach().double(), loss.chosen_rewards.double(),
                    loss.rejected_rewards.double(), margins, wins, _wins(chosen - rejected), chosen, rejected,
-                   logps.chosen_tokens.double(), logps.rejected_tokens.double(), (chosen_logratio < 0).double(),
+                   logps.chosen_tokens.double(), logps.rejected_tokens.double(), fell,
                    chosen_logratio, rejected - logps.ref_rejected.double(), difference, difference**2, margins**2,
                    margins * difference)
         self.values[: len(_FIELDS)] += torch.stack([column.sum() for column in columns])
@@ -93,11 +94,11 @@ def _wins(margins: Tensor) -> Tensor:
 
 
 def _correlation(total: dict[str, float]) -> float:
-    """Pearson's correlation of margin and length difference; 0 where either does not vary."""
+    """Pearson's correlation of margin and length difference; 0 where either does not vary by more than rounding."""
     n = total["pairs"]
     covariance = total["margins_x_differences"] - total["margins"] * total["differences"] / n
     margin_variance = total["margins_sq"] - total["margins"] ** 2 / n
     difference_variance = total["differences_sq"] - total["differences"] ** 2 / n
-    if margin_variance <= 1e-12 or difference_variance <= 1e-12:
+    if margin_variance <= n * TIE**2 or difference_variance <= 1e-12:
         return 0.0
     return covariance / (margin_variance * difference_variance) ** 0.5

@@ -1,0 +1,34 @@
+"""Sums over pairs, against figures worked out by hand."""
+
+import pytest
+import torch
+
+from raydpo.losses import PairLogps, preference_loss
+from raydpo.training.metrics import PairSums
+
+
+def metrics(chosen, rejected, ref_chosen, ref_rejected, chosen_tokens, rejected_tokens):
+    logps = PairLogps(*(torch.tensor(values, dtype=torch.float32) for values in (
+        chosen, rejected, ref_chosen, ref_rejected, chosen_tokens, rejected_tokens)))
+    sums = PairSums(["a"], torch.device("cpu"))
+    loss = preference_loss("sigmoid", logps, beta=0.5, label_smoothing=0.0)
+    sums.add(loss, logps, torch.zeros(len(chosen), dtype=torch.long))
+    return sums.metrics()
+
+
+def test_figures_by_hand():
+    """Rewards are half the log-ratios: chosen 1 and -1, rejected 0.5 and 1; so margins are 0.5 and -2."""
+    row = metrics([-8.0, -22.0], [-9.0, -18.0], [-10.0, -20.0], [-10.0, -20.0], [4, 6], [2, 10])
+    assert row["rewards/chosen"] == 0.0 and row["rewards/rejected"] == 0.75
+    assert row["rewards/margins"] == -0.75 and row["rewards/accuracies"] == 0.5
+    assert row["logps/chosen_fell"] == 0.5 and row["logps/accuracies"] == 0.5
+    assert row["logratio/chosen_per_token"] == 0.0 and row["logratio/rejected_per_token"] == pytest.approx(3 / 12)
+    assert row["length/margin_correlation"] == pytest.approx(1.0)  # longer by 2 with 0.5, shorter by 4 with -2
+
+
+def test_rounding_is_no_change():
+    """A policy that is the reference, but for what float32 rounds: no chosen completion fell, lengths explain nothing."""
+    row = metrics([-80.00001, -150.00002], [-90.00001, -70.00002], [-80.0, -150.0], [-90.0, -70.0], [20, 50], [30, 10])
+    assert row["rewards/accuracies"] == 0.5
+    assert row["logps/chosen_fell"] == 0.0 and row["length/margin_correlation"] == 0.0
+    assert metrics([-80.1], [-90.0], [-80.0], [-90.0], [20], [30])["logps/chosen_fell"] == 1.0
