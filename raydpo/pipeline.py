@@ -242,7 +242,7 @@ def _earlier_result(storage: Storage, fingerprint: dict[str, Any]) -> dict[str, 
     earlier = json.loads(storage.read("run.json"))["fingerprint"]
     changes = changed_settings(earlier, fingerprint)
     if changes:
-        raise ConfigError(f"{storage.uri} is a run with other settings ({'; '.join(changes)}). Give this one another name "
+        raise ConfigError(f"{storage} is a run with other settings ({'; '.join(changes)}). Give this one another name "
                           "(name=...), or begin again with --fresh, which sets the old one aside")
     return json.loads(storage.read("summary.json")) if storage.exists("summary.json") else None
 
@@ -251,7 +251,7 @@ def _set_aside(storage: Storage, console: Console) -> None:
     if not storage.exists("run.json"):
         return
     if not storage.is_local:
-        raise ConfigError(f"--fresh cannot rename {storage.uri} on an object store; give the run another name (name=...)")
+        raise ConfigError(f"--fresh cannot rename {storage} on an object store; give the run another name (name=...)")
     path = Path(storage.root)
     aside = next(candidate for number in range(1, 1 << 20)
                  if not (candidate := path.with_name(f"{path.name}~{number}")).exists())

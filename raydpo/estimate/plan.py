@@ -219,9 +219,9 @@ def sample_pairs(config: Config, table: pa.Table, count: int = 32) -> pa.Table:
 def pair_groups(table: pa.Table) -> tuple[list[PromptGroup], Shapes]:
     """The pairs of a table of ``data.pairs.PAIR_SCHEMA`` as groups (chosen, rejected), and their shapes."""
     from raydpo.model.layout import PromptGroup, shapes_of
-    from raydpo.reference.shards import wanted_completions
+    from raydpo.reference.shards import Wanted
 
-    known = {completion.key: completion for completion in wanted_completions([table])}
+    known = {completion.key: completion for completion in Wanted([table])}
     sides = [[(known[key], length) for key, length in zip(
         table[f"{side}_key"].to_pylist(), pc.list_value_length(table[f"{side}_ids"]).to_pylist(), strict=True)]
         for side in ("chosen", "rejected")]
@@ -233,9 +233,9 @@ def pair_groups(table: pa.Table) -> tuple[list[PromptGroup], Shapes]:
 def _reference_pass(config: Config, sets: PairSets, layout: LayoutName) -> tuple[int, np.ndarray]:
     """Distinct completions, and the amounts of scoring them all, in the shards that a build forms."""
     from raydpo.model.layout import shapes_of
-    from raydpo.reference.shards import plan_shards, wanted_completions
+    from raydpo.reference.shards import Wanted, plan_shards
 
-    wanted = wanted_completions([table for table in (sets.train, sets.eval) if table is not None])
+    wanted = Wanted([table for table in (sets.train, sets.eval) if table is not None])
     budget, total = _budget(config.score.tokens_per_batch), np.zeros(3)
     for shard in plan_shards(wanted, config.score.tokens_per_part):
         shapes = shapes_of(shard.prompt_groups())

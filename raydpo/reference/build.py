@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 
 from raydpo.errors import CacheError, RaydpoError
 from raydpo.model.layout import PromptGroup
 from raydpo.model.selfcheck import CHECK_ROWS
 from raydpo.ray_runtime import Resources, original_error
+from raydpo.reference.part import builder_of
 from raydpo.reference.score import ReferenceSpec, Scorer
-from raydpo.reference.shards import Completion, Shard, plan_shards, still_missing, wanted_completions
+from raydpo.reference.shards import Completion, Shard, Wanted, missing_shards, still_missing
 from raydpo.reference.store import ReferenceCache
 
 __all__ = ["BuildReport", "build"]
@@ -27,12 +30,21 @@ MIN_SHARD_TOKENS = 2048
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What a build did. Hits and scored count completions."""
+    """What a build did. All but ``seconds``, ``tokens`` and ``parts`` count completions.
+
+    Attributes:
+        hits: were there at the start.
+        scored: by this build, in so many ``parts``.
+        by_others: came from another build of the same cache meanwhile, and were left to it.
+        twice: scored by this build and by another one at the same time.
+    """
 
     identity: str
     wanted: int
     hits: int
     scored: int
+    by_others: int
+    twice: int
     tokens: int
     seconds: float
     parts: int
@@ -48,6 +60,9 @@ def build(pairs: list[pa.Table], spec: ReferenceSpec, cache: ReferenceCache, res
           note: Callable[[str], None] = lambda line: None) -> BuildReport:
     """Score what ``cache`` lacks of ``pairs``; kill it at any moment and only uncommitted parts are scored again.
 
+    Any number of builds may fill the same cache at once. Each takes its shards in an order of its own and looks before each
+    one whether another build has committed it, so that what is scored twice is about what is in hand at the same moment.
+
     Args:
         pairs: tokenised pairs, of training and of evaluation.
         resources: of each actor, and how many.
@@ -59,52 +74,61 @@ def build(pairs: list[pa.Table], spec: ReferenceSpec, cache: ReferenceCache, res
     """
     start = time.perf_counter()
     cache.prepare({"model": spec.path, "adapter": spec.adapter})
-    wanted = wanted_completions(pairs)
-    shards = plan_shards(wanted, _shard_tokens(wanted, tokens_per_part, resources.workers))
-    missing = still_missing(shards, cache)
+    wanted = Wanted(pairs)
+    covered = cache.covers(wanted.keys, wanted.tokens)
     problems = tuple(cache.problems)
-    to_do = sum(len(shard.completions) for shard in missing)
-    tokens = parts = done = 0
+    cache.set_aside()
+    before = {path.rsplit("/", 1)[-1] for path in cache.paths()} | cache.superseded()
+    to_do = len(wanted) - int(covered.sum())
+    tokens = parts = scored = by_others = 0
     told: set[str] = set()
-    if missing:
+    if to_do:
         progress(0, to_do)
-        for row in _score_on_ray(missing, spec, cache, resources, tokens_per_batch):
-            done += row["completions"]
+        shards = missing_shards(wanted, covered, _shard_tokens(wanted, tokens_per_part, resources.workers))
+        for row in _score_on_ray(shards, spec, cache, before, resources, tokens_per_batch):
+            scored += row["completions"]
+            by_others += row["by_others"]
             tokens += row["tokens"]
-            parts += 1
+            parts += row["part"] is not None
             for line in row["notes"]:
                 if line not in told:
                     told.add(line)
                     note(line)
-            progress(done, to_do)
-        lacking = still_missing(shards, cache)
-        if lacking:
-            first = lacking[0].completions[0].key.hex()
-            raise CacheError(f"after scoring, {sum(len(shard.completions) for shard in lacking)} completions are still "
-                             f"missing from {cache.storage.uri} (first key {first}); {'; '.join(cache.problems)}")
-    return BuildReport(cache.identity.digest, len(wanted), len(wanted) - to_do, done, tokens,
-                       time.perf_counter() - start, parts, problems)
+            progress(scored + by_others, to_do)
+        lacking = np.flatnonzero(~cache.covers(wanted.keys, wanted.tokens))
+        if len(lacking):
+            raise CacheError(f"after scoring, {len(lacking):,} completions are still missing from {cache.storage} (first "
+                             f"key {wanted.keys[int(lacking[0])].as_py().hex()}); {'; '.join(cache.problems)}. Run it again")
+    return BuildReport(cache.identity.digest, len(wanted), len(wanted) - to_do, scored, by_others,
+                       cache.stored_twice(cache.builder, since=before), tokens, time.perf_counter() - start, parts, problems)
 
 
-def _shard_tokens(wanted: list[Completion], tokens_per_part: int, workers: int) -> int:
-    total = sum(completion.length for completion in wanted)
+def _shard_tokens(wanted: Wanted, tokens_per_part: int, workers: int) -> int:
+    total = int(wanted.tokens.sum(dtype=np.int64) + wanted.prompt_tokens.sum(dtype=np.int64))
     return min(tokens_per_part, max(MIN_SHARD_TOKENS, total // (SHARDS_PER_WORKER * workers)))
 
 
-def _score_on_ray(shards: list[Shard], spec: ReferenceSpec, cache: ReferenceCache, resources: Resources,
-                  tokens_per_batch: int | Literal["auto"]) -> Any:
+def _score_on_ray(shards: Iterable[Shard], spec: ReferenceSpec, cache: ReferenceCache, before: set[str],
+                  resources: Resources, tokens_per_batch: int | Literal["auto"]) -> Any:
     import ray
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    # One row a shard and one block a row: a task is exactly one shard, whatever Ray Data thinks of block sizes.
-    blocks = [_to_block(shard) for shard in shards]
-    dataset = ray.data.from_arrow(blocks).map_batches(
+    # One row a shard and one block a row: a task is exactly one shard, whatever Ray Data thinks of block sizes. Each goes to
+    # the object store as it is made, which spills to disk.
+    check_rows: list[PromptGroup] = []
+    blocks = []
+    for shard in shards:
+        check_rows = check_rows or shard.prompt_groups()[:CHECK_ROWS]
+        blocks.append(ray.put(_to_block(shard)))
+    random.Random(cache.builder).shuffle(blocks)
+    dataset = ray.data.from_arrow_refs(blocks).map_batches(
         _ScoreShard,
-        fn_constructor_args=(spec, cache.storage.uri, resources, tokens_per_batch, shards[0].prompt_groups()[:CHECK_ROWS]),
+        fn_constructor_args=(spec, cache.storage.uri, cache.builder, frozenset(before), resources, tokens_per_batch,
+                             check_rows),
         batch_size=1, batch_format="pyarrow", zero_copy_batch=True,
-        compute=ray.data.ActorPoolStrategy(size=min(resources.workers, len(shards))),
+        compute=ray.data.ActorPoolStrategy(size=min(resources.workers, len(blocks))),
         num_cpus=1, num_gpus=resources.gpus_per_worker,
         # Ray would otherwise restart an actor that a poisonous shard kills for ever.
         max_restarts=3, max_task_retries=3,
@@ -131,8 +155,6 @@ def _to_block(shard: Shard) -> pa.Table:
 
 
 def _from_block(block: pa.Table) -> Shard:
-    import numpy as np
-
     def array(scalar: pa.ListScalar) -> np.ndarray:
         return scalar.values.to_numpy()
 
@@ -144,14 +166,16 @@ def _from_block(block: pa.Table) -> Shard:
 class _ScoreShard:
     """A Ray Data actor: holds the reference, scores one shard a call and commits it as one part."""
 
-    def __init__(self, spec: ReferenceSpec, cache_uri: str, resources: Resources,
-                 tokens_per_batch: int | Literal["auto"], check_rows: Sequence[PromptGroup]) -> None:
+    def __init__(self, spec: ReferenceSpec, cache_uri: str, builder: str, before: frozenset[str],
+                 resources: Resources, tokens_per_batch: int | Literal["auto"], check_rows: Sequence[PromptGroup]) -> None:
         import torch
 
         if resources.threads is not None:
             torch.set_num_threads(resources.threads)
         self.threads = resources.threads
         self.cache = ReferenceCache.open(cache_uri, spec.identity)
+        self.cache.builder = builder
+        self.planned = before  # the plan knows what they hold
         self.scorer = Scorer(spec, device=resources.device, tokens_per_batch=tokens_per_batch,
                              memory_share=resources.memory_share, check_rows=check_rows)
         self.computing = threading.Lock()
@@ -159,12 +183,17 @@ class _ScoreShard:
     def __call__(self, block: pa.Table) -> pa.Table:
         import torch
 
-        shard = _from_block(block)
+        planned = _from_block(block)
         with self.computing:
+            # Another build of the same cache may have done it meanwhile. Parts of this build cannot hold it.
+            remaining = still_missing([planned], self.cache, skip=lambda name: (
+                name in self.planned or builder_of(name) == self.cache.builder))
+            shard = remaining[0] if remaining else Shard(())
             if self.threads is not None:
                 torch.set_num_threads(self.threads)  # OpenMP counts threads for each calling thread
             scored = self.scorer.score(shard.prompt_groups())
         logps = [values for group in scored for values in group]
-        name = self.cache.commit([one.key for one in shard.completions], logps, self.scorer.provenance)
-        return pa.table({"part": [name], "completions": [len(logps)], "tokens": [shard.tokens],
+        name = self.cache.commit([one.key for one in shard.completions], logps, self.scorer.provenance) if logps else None
+        return pa.table({"part": pa.array([name], pa.string()), "completions": [len(logps)],
+                         "by_others": [len(planned.completions) - len(logps)], "tokens": [shard.tokens],
                          "notes": pa.array([self.scorer.notes], pa.list_(pa.string()))})

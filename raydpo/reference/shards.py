@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from raydpo.model.layout import PromptGroup
 from raydpo.model.tree import common_prefix
+from raydpo.reference.index import KeyIndex, as_bytes
+from raydpo.reference.part import KEY_TYPE
 from raydpo.reference.store import ReferenceCache
 
-__all__ = ["Completion", "Shard", "plan_shards", "still_missing", "wanted_completions"]
+__all__ = ["Completion", "Shard", "Wanted", "missing_shards", "plan_shards", "still_missing", "without"]
+
+SIDES = ("chosen", "rejected")
+WINDOW = 100_000
+"""Completions that are planned together."""
 
 
 @dataclass(frozen=True)
@@ -48,18 +56,54 @@ class Shard:
         return [PromptGroup(group[0].prompt, tuple(completion.tokens for completion in group)) for group in self.groups]
 
 
-def wanted_completions(tables: Iterable[pa.Table]) -> list[Completion]:
-    """The distinct completions of tokenised pairs (``data.pairs.PAIR_SCHEMA``), each as long as its longest use."""
-    wanted: dict[bytes, Completion] = {}
-    for table in tables:
+class Wanted(Sequence[Completion]):
+    """The distinct completions of tokenised pairs (``data.pairs.PAIR_SCHEMA``), each as long as its longest use.
+
+    In columns, so that tens of millions cost tens of bytes each; a ``Completion`` is made when it is looked at.
+
+    Attributes:
+        keys: binary(16) [completions], in order of first use.
+        tokens: how many of its tokens are needed, int32 [completions].
+        prompt_tokens: int32 [completions].
+    """
+
+    def __init__(self, tables: Iterable[pa.Table]) -> None:
+        self._table = pa.concat_tables(tables)
+        # Pair by pair: chosen, rejected, chosen, ...
+        keys = [np.stack([as_bytes(batch[f"{side}_key"]) for side in SIDES], axis=1).reshape(-1, 16)
+                for batch in self._table.select([f"{side}_key" for side in SIDES]).to_batches()]
+        lengths = np.stack([_lengths(self._table[f"{side}_ids"]) for side in SIDES], axis=1).ravel()
+        index = KeyIndex()
+        index.add(np.concatenate(keys or [np.empty((0, 16), np.uint8)]), lengths, 0)
+        self._places = np.sort(index.row[index.winners()])
+        self.tokens = lengths[self._places]
+        self.keys = pa.FixedSizeBinaryArray.from_buffers(KEY_TYPE, len(self._places), [
+            None, pa.py_buffer(np.concatenate(keys)[self._places])]) if keys else pa.array([], KEY_TYPE)
+        self.prompt_tokens = _lengths(self._table["prompt_ids"])[self._places // 2]
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            start, stop, _ = index.indices(len(self))
+            return self._window(start, stop)
+        return self._window(index, index + 1)[0]
+
+    def __iter__(self) -> Iterator[Completion]:
+        for start in range(0, len(self), WINDOW):
+            yield from self._window(start, start + WINDOW)
+
+    def _window(self, start: int, stop: int) -> list[Completion]:
+        places = self._places[start:stop]
+        if not len(places):
+            return []
+        first = int(places[0]) // 2
+        table = self._table.slice(first, int(places[-1]) // 2 - first + 1)
+        rows = [_rows(table, f"{side}_ids") for side in SIDES]
         prompts = _rows(table, "prompt_ids")
-        for side in ("chosen", "rejected"):
-            keys = table[f"{side}_key"].to_pylist()
-            for key, prompt, tokens in zip(keys, prompts, _rows(table, f"{side}_ids"), strict=True):
-                known = wanted.get(key)
-                if known is None or len(known.tokens) < len(tokens):
-                    wanted[key] = Completion(key, prompt, tokens)
-    return list(wanted.values())
+        return [Completion(key, prompts[place // 2 - first], rows[place % 2][place // 2 - first])
+                for key, place in zip(self.keys[start:stop].to_pylist(), places.tolist(), strict=True)]
 
 
 FAMILY_SHARE = 0.5
@@ -110,14 +154,32 @@ def _families(groups: list[list[Completion]], most_tokens: int) -> list[list[lis
     return families
 
 
-def still_missing(shards: Sequence[Shard], cache: ReferenceCache) -> list[Shard]:
-    """The shards without the completions that ``cache`` already holds; shards that it holds whole are left out."""
+def missing_shards(wanted: Wanted, covered: np.ndarray, tokens_per_shard: int) -> Iterator[Shard]:
+    """The shards of all ``wanted`` without what is ``covered``, bool [completions]; shards that are covered whole are left
+    out.
+
+    Planned in windows of so many completions in the order of the data, of which only one is in memory.
+    """
+    for start in range(0, len(wanted), WINDOW):
+        if covered[start : start + WINDOW].all():
+            continue
+        window = wanted[start : start + WINDOW]
+        present = {one.key for one, there in zip(window, covered[start : start + WINDOW], strict=True) if there}
+        yield from without(plan_shards(window, tokens_per_shard), present)
+
+
+def still_missing(shards: Sequence[Shard], cache: ReferenceCache,
+                  skip: Callable[[str], bool] | None = None) -> list[Shard]:
+    """The shards without the completions that ``cache`` holds by now; see ``ReferenceCache.covers``."""
     completions = [completion for shard in shards for completion in shard.completions]
-    if not completions:
-        return []
-    keys = pa.array([completion.key for completion in completions], pa.binary(16))
-    covered = cache.covers(keys, np.array([len(completion.tokens) for completion in completions]))
-    present = {completion.key for completion, there in zip(completions, covered, strict=True) if there}
+    keys = pa.array([completion.key for completion in completions], KEY_TYPE)
+    covered = cache.covers(keys, np.array([len(completion.tokens) for completion in completions], np.int32),
+                           skip=skip)
+    return without(shards, {completion.key for completion, there in zip(completions, covered, strict=True) if there})
+
+
+def without(shards: Sequence[Shard], present: set[bytes]) -> list[Shard]:
+    """The shards without the completions of these keys; shards that lose all of theirs are left out."""
     remaining = []
     for shard in shards:
         groups = [tuple(one for one in group if one.key not in present) for group in shard.groups]
@@ -132,5 +194,9 @@ def _rows(table: pa.Table, column: str) -> list[np.ndarray]:
     for chunk in table[column].chunks:
         flat = chunk.values.to_numpy()
         offsets = chunk.offsets.to_numpy()
-        rows += [flat[start:end] for start, end in pairwise(offsets)]
+        rows += [flat[start:end] for start, end in pairwise(offsets.tolist())]
     return rows
+
+
+def _lengths(column: pa.ChunkedArray) -> np.ndarray:
+    return pc.list_value_length(column).to_numpy().astype(np.int32, copy=False)

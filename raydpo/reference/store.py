@@ -2,58 +2,48 @@
 
     <cache>/<identity digest>/identity.json       what the directory is, for people; not authoritative
     <cache>/<identity digest>/parts/part-*.parquet
+    <cache>/<identity digest>/unverified/         imported rows that nobody has scored again yet
+    <cache>/<identity digest>/set-aside/          damaged and foreign files that a build has moved out of the way
 
-A part counts if and only if its footer reads and the identity inside it is the one asked for. There is no manifest to
-corrupt and no lock: two builders at worst score a row twice, and a reader takes the longest, then the first by name.
+A part counts if and only if its bytes have the checksum in its name and the identity inside it is the one asked for. There
+is no manifest to corrupt and no lock: two builders at worst score a row twice. A reader takes the longest row, then the
+first by order: compacted parts before others, each by name.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import time
 import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from raydpo.errors import CacheError, RaydpoError
+from raydpo.errors import CacheError
+from raydpo.local_copy import LocalCopy
 from raydpo.reference.identity import ReferenceIdentity
+from raydpo.reference.index import KeyIndex, as_bytes
+from raydpo.reference.part import (
+    COMPACTED,
+    KEY_TYPE,
+    Part,
+    PartInfo,
+    builder_of,
+    decode_part,
+    digest_is_sound,
+    encode_part,
+    is_part,
+    ragged,
+    read_footer,
+)
 from raydpo.storage import Storage, remove_stale_temporaries
 
-__all__ = ["PART_SCHEMA", "PartInfo", "ReferenceCache"]
+__all__ = ["PARTS", "SET_ASIDE", "UNVERIFIED", "ReferenceCache"]
 
-KEY_TYPE = pa.binary(16)
-PART_SCHEMA = pa.schema([
-    pa.field("key", KEY_TYPE, nullable=False),  # data.keys.completion_key: of the completion before truncation
-    pa.field("tokens", pa.int32(), nullable=False),  # how many of its first tokens were scored
-    pa.field("logps", pa.list_(pa.float32()), nullable=False),  # natural-log probability of each of them
-])
-_IDENTITY, _PROVENANCE, _FORMAT = b"raydpo.identity", b"raydpo.provenance", b"raydpo.format"
-FORMAT_VERSION = b"1"
-
-
-@dataclass(frozen=True)
-class PartInfo:
-    """What the footer of one part says."""
-
-    name: str
-    rows: int
-    bytes: int
-    identity: ReferenceIdentity
-    provenance: dict[str, object]
-
-
-@dataclass
-class _Contents:
-    keys: pa.Array
-    tokens: np.ndarray
-    logps: pa.Array | None
-    part_of_row: list[str] = field(default_factory=list)
+PARTS, UNVERIFIED, SET_ASIDE = "parts", "unverified", "set-aside"
+MOST_LISTINGS = 10
+"""A reader whose parts are compacted away lists them anew, so often at most."""
 
 
 class ReferenceCache:
@@ -62,18 +52,22 @@ class ReferenceCache:
     Args:
         storage: the cache's root, which may hold other identities too.
         identity: whose log-probs are wanted.
+        unverified: whether imported rows that have not been verified count.
 
     Attributes:
-        problems: one sentence for each part that was set aside while reading.
+        builder: stands in the names of the parts that are committed through this object.
     """
 
-    def __init__(self, storage: Storage, identity: ReferenceIdentity) -> None:
+    def __init__(self, storage: Storage, identity: ReferenceIdentity, *, unverified: bool = False) -> None:
         self.storage = storage
         self.identity = identity
-        self.problems: list[str] = []
+        self.unverified = unverified
+        self.builder = uuid.uuid4().hex[:8]
+        self._copies = None if storage.is_local else LocalCopy(storage)
+        self._forget()
 
     @classmethod
-    def open(cls, uri: str, identity: ReferenceIdentity | str | None = None) -> ReferenceCache:
+    def open(cls, uri: str, identity: ReferenceIdentity | str | None = None, *, unverified: bool = False) -> ReferenceCache:
         """Open the cache at ``uri`` for an identity, a prefix of its digest, or the only one there is.
 
         Raises:
@@ -81,24 +75,26 @@ class ReferenceCache:
         """
         storage = Storage(uri)
         if isinstance(identity, ReferenceIdentity):
-            return cls(storage, identity)
+            return cls(storage, identity, unverified=unverified)
         found = [one for one in cls.identities(storage) if one.digest.startswith(identity or "")]
         if len(found) != 1:
             wanted = f"that begin with {identity!r}" if identity else ""
             raise CacheError(f"the cache at {uri} holds {len(found)} identities {wanted}".rstrip() + (
                 f" ({', '.join(one.digest for one in found)}); say which one" if found else
                 "; build it with 'raydpo score'"))
-        return cls(storage, found[0])
+        return cls(storage, found[0], unverified=unverified)
 
     @staticmethod
     def identities(storage: Storage) -> list[ReferenceIdentity]:
         """All identities of which the cache holds at least one readable part."""
         found = []
         for name in storage.list():
-            for part in storage.list(f"{name}/parts") if len(name) == 32 else ():
+            paths = [f"{name}/{folder}/{part}" for folder in (PARTS, UNVERIFIED)
+                     for part in storage.list(f"{name}/{folder}") if is_part(part)] if len(name) == 32 else ()
+            for path in paths:
                 try:
-                    identity = _read_info(storage, f"{name}/parts/{part}").identity
-                except CacheError:
+                    identity = _footer(storage, path).identity
+                except (CacheError, OSError):
                     continue
                 if identity.digest == name:
                     found.append(identity)
@@ -108,6 +104,11 @@ class ReferenceCache:
     @property
     def directory(self) -> str:
         return self.identity.digest
+
+    @property
+    def problems(self) -> list[str]:
+        """One sentence for each file that is not used, and why."""
+        return list(self._problems.values()) + ([] if self._copies is None else list(self._copies.problems))
 
     # ---- writing
 
@@ -119,11 +120,21 @@ class ReferenceCache:
         """
         self.storage.probe()
         removed = remove_stale_temporaries(self.storage, self.directory)
-        removed += remove_stale_temporaries(self.storage, f"{self.directory}/parts")
+        removed += remove_stale_temporaries(self.storage, f"{self.directory}/{PARTS}")
         if not self.storage.exists(f"{self.directory}/identity.json"):
             text = json.dumps({"identity": json.loads(self.identity.to_json())} | description, indent=2)
             self.storage.write(f"{self.directory}/identity.json", text.encode())
+        if self._copies is not None:
+            for folder in (PARTS, UNVERIFIED):
+                self._copies.prune(f"{self.directory}/{folder}", set(self.storage.list(f"{self.directory}/{folder}")))
         return removed
+
+    def description(self) -> dict[str, object]:
+        """What identity.json says, for people; empty if it is gone or unreadable."""
+        try:
+            return json.loads(self.storage.read(f"{self.directory}/identity.json"))
+        except (OSError, ValueError):
+            return {}
 
     def commit(self, keys: Sequence[bytes], logps: Sequence[np.ndarray], provenance: dict[str, object]) -> str:
         """Write one part, whole or not at all, and return its name.
@@ -135,139 +146,276 @@ class ReferenceCache:
         Raises:
             CacheError: if a value is not a log-prob; nothing is written then.
         """
-        for key, values in zip(keys, logps, strict=True):
-            if not len(values) or not np.isfinite(values).all() or values.max() > 1e-3:
-                raise CacheError(f"the reference gave {_describe_bad(values)} for completion {key.hex()}; nothing of "
-                                 "this part was stored. Score in float32 (score.dtype=float32) or check the weights")
-        offsets = np.concatenate([[0], np.cumsum([len(values) for values in logps])]).astype(np.int32)
-        table = pa.table([
-            pa.array(list(keys), KEY_TYPE),
-            pa.array(np.diff(offsets), pa.int32()),
-            pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(logps), pa.float32())),
-        ], schema=PART_SCHEMA.with_metadata({
-            _FORMAT: FORMAT_VERSION, _IDENTITY: self.identity.to_json().encode(),
-            _PROVENANCE: json.dumps(provenance, sort_keys=True).encode(),
-        }))
-        sink = io.BytesIO()
-        # Byte-stream split gathers the exponents of neighbouring floats, which zstd then shortens; page checksums
-        # catch a flipped bit on reading.
-        pq.write_table(table, sink, compression="zstd", use_dictionary=False, write_page_checksum=True,
-                       column_encoding={"logps.list.element": "BYTE_STREAM_SPLIT", "tokens": "PLAIN", "key": "PLAIN"})
-        name = f"part-{time.time_ns():020d}-{uuid.uuid4().hex[:12]}.parquet"
-        self.storage.write(f"{self.directory}/parts/{name}", sink.getvalue())
+        tokens = np.array([len(values) for values in logps], np.int32)
+        return self.commit_rows(pa.array([bytes(key) for key in keys], KEY_TYPE), tokens, ragged(logps), provenance)
+
+    def commit_rows(self, keys: pa.Array, tokens: np.ndarray, values: pa.ListArray | np.ndarray,
+                    provenance: dict[str, object], *, verified: bool = True) -> str:
+        """The same from columns: list<float32> log-probs of each token, or float64 sums over so many tokens."""
+        name, data = encode_part(self.identity, keys, tokens, values, provenance, builder=self.builder,
+                                 time_ns=time.time_ns())
+        self.storage.write(f"{self.directory}/{PARTS if verified else UNVERIFIED}/{name}", data)
         return name
+
+    def set_aside(self) -> list[str]:
+        """Move damaged and foreign files out of the way of later readers; the names of those that could be moved.
+
+        Their rows count as missing already. Nothing is deleted: ``raydpo cache gc`` does that.
+        """
+        moved = []
+        for path in self._damaged:
+            try:
+                self.storage.move(path, f"{self.directory}/{SET_ASIDE}/{path.rsplit('/', 1)[-1]}")
+                moved.append(path)
+            except OSError:
+                continue  # not ours to move, or another builder did it
+        return moved
 
     # ---- reading
 
-    def parts(self) -> list[PartInfo]:
-        """Every sound part in order of name; the others are named in ``problems``."""
-        sound = []
-        self.problems = []
-        for name in self.storage.list(f"{self.directory}/parts"):
-            if not name.endswith(".parquet") or name.startswith("."):
-                continue
-            try:
-                info = _read_info(self.storage, f"{self.directory}/parts/{name}")
-            except CacheError as error:
-                self.problems.append(str(error))
-                continue
-            if info.identity != self.identity:
-                self.problems.append(
-                    f"part {name} in {self.directory} was made by another reference, {info.identity.digest} "
-                    f"({'; '.join(self.identity.differences(info.identity))}); it is not used")
-                continue
-            sound.append(info)
-        return sound
+    def parts(self, folder: str = PARTS) -> list[PartInfo]:
+        """What the footers of all readable parts of this identity say, in order of name; ``problems`` names the others.
 
-    def covers(self, keys: pa.Array, tokens: np.ndarray) -> np.ndarray:
-        """Which of the wanted completions are stored with at least so many tokens: bool [len(keys)]."""
-        contents = self._read(values=False)
-        rows = _find(contents.keys, keys)
-        if not len(contents.tokens):
-            return np.zeros(len(keys), dtype=bool)
-        return (rows >= 0) & (contents.tokens[np.maximum(rows, 0)] >= tokens)
+        Superseded parts are among them. Contents are not read: see ``covers``, ``lookup`` and ``scan``.
+        """
+        infos = []
+        for name in self.storage.list(f"{self.directory}/{folder}"):
+            if is_part(name):
+                path = f"{self.directory}/{folder}/{name}"
+                try:
+                    info = _footer(self.storage, path)
+                except FileNotFoundError:
+                    continue
+                except (CacheError, OSError) as error:
+                    self._problems[path] = _not_used(name, error)
+                    continue
+                if self._is_ours(path, info):
+                    infos.append(info)
+        return infos
+
+    def covers(self, keys: pa.Array, tokens: np.ndarray, *, skip: Callable[[str], bool] | None = None) -> np.ndarray:
+        """Which of the wanted completions are stored with at least so many tokens: bool [len(keys)].
+
+        Args:
+            skip: of the name of a part that is not known yet, whether it need not be looked at.
+        """
+        self.refresh(skip=skip)
+        covered = self._sums.find(exactly(keys, tokens)) >= 0
+        rows = self._tokens.find(keys)
+        found = rows >= 0
+        covered[found] |= self._tokens.tokens[rows[found]] >= tokens[found]
+        return covered
 
     def lookup(self, keys: Sequence[bytes] | pa.Array) -> pa.Table:
         """Stored rows of the given completions, in their order: ``key``, ``tokens`` (0 if missing), ``logps`` (null if
         missing, else float32 of each token)."""
         wanted = keys if isinstance(keys, pa.Array) else pa.array([bytes(key) for key in keys], KEY_TYPE)
-        contents = self._read(values=True)
-        rows = _find(contents.keys, wanted)
-        index = pa.array(rows, mask=rows < 0)
-        tokens = pc.fill_null(pa.array(contents.tokens, pa.int32()).take(index), 0)
-        return pa.table({"key": wanted, "tokens": tokens, "logps": contents.logps.take(index)})
+        index, values = self._gather(wanted)
+        tokens = np.zeros(len(wanted), np.int32)
+        found = np.flatnonzero(index >= 0)
+        logps = values.take(pa.array(index, mask=index < 0)) if len(values) else pa.nulls(len(wanted), values.type)
+        if len(found):
+            tokens[found] = pa.compute.list_value_length(logps).to_numpy(zero_copy_only=False)[found]
+        return pa.table({"key": wanted, "tokens": pa.array(tokens), "logps": logps})
+
+    def sums(self, keys: pa.Array, tokens: np.ndarray) -> np.ndarray:
+        """Sum of the log-probs of the first ``tokens`` of each completion, nats, float64; NaN where it is not stored."""
+        index, values = self._gather(keys)
+        stored = values.value_lengths().to_numpy(zero_copy_only=False)
+        result = np.full(len(keys), np.nan)
+        mine = np.flatnonzero((index >= 0) & (np.append(stored, 0)[index] >= tokens))
+        total = np.concatenate([[0.0], np.cumsum(values.values.to_numpy(), dtype=np.float64)])
+        starts = values.offsets.to_numpy()[index[mine]]
+        result[mine] = total[starts + tokens[mine]] - total[starts]
+        rows = self._sums.find(exactly(keys, tokens))
+        open_ = np.flatnonzero((rows >= 0) & np.isnan(result))
+        parts, places = self._sums.part[rows[open_]], self._sums.row[rows[open_]]
+        for number in np.unique(parts):
+            result[open_[parts == number]] = self.read(self._paths[number]).sums[places[parts == number]]
+        return result
+
+    def keys(self) -> pa.Array:
+        """The distinct completions of which log-probs of tokens are stored."""
+        self.refresh()
+        keys = self._tokens.key_bytes()[self._tokens.winners()]
+        return pa.FixedSizeBinaryArray.from_buffers(KEY_TYPE, len(keys), [None, pa.py_buffer(keys)])
 
     def scored_tokens(self) -> np.ndarray:
-        """Number of scored tokens of every stored row: int32 [rows]."""
-        return self._read(values=False).tokens
+        """Tokens of each of ``keys``: int32 [keys]."""
+        self.refresh()
+        return self._tokens.tokens[self._tokens.winners()]
 
-    def _read(self, *, values: bool) -> _Contents:
-        columns = ["key", "tokens"] + (["logps"] if values else [])
-        tables, names = [], []
-        for part in self.parts():
-            path = self.storage.path(f"{self.directory}/parts/{part.name}")
-            try:
-                table = pq.read_table(path, filesystem=self.storage.fs, columns=columns, page_checksum_verification=True,
-                                      partitioning=None).cast(pa.schema([PART_SCHEMA.field(name) for name in columns]))
-                if values:
-                    _check_values(part.name, table)
-            except (OSError, pa.ArrowException, CacheError) as error:
-                self.problems.append(f"part {part.name} in {self.directory} is damaged and not used: {error}")
+    def scan(self) -> Iterator[Part]:
+        """Every part that counts, in the order in which its rows win, each read once.
+
+        What a compaction removes on the way comes again in the part that replaced it: a row may be seen twice, none is
+        missed.
+        """
+        seen: set[str] = set()
+        for _ in range(MOST_LISTINGS):
+            self.refresh()
+            todo = [path for path in self._paths if path not in seen]
+            if not todo:
+                return
+            for path in todo:
+                seen.add(path)
+                part = self._read(path, values=True)
+                if part is None:
+                    self._forget()  # gone or damaged meanwhile: list again
+                    break
+                yield part
+        raise CacheError(f"the parts in {self.storage}/{self.directory} change faster than they can be read; wait until "
+                         "compactions and gc are done")
+
+    def read(self, path: str) -> Part:
+        """The part at ``path`` with its values.
+
+        Raises:
+            CacheError: if it does not count.
+        """
+        part = self._read(path, values=True)
+        if part is None:
+            raise CacheError(self._problems.get(path, f"part {path} is gone"))
+        return part
+
+    def paths(self) -> list[str]:
+        """Of the parts that count, by number, as of the last look."""
+        return list(self._paths)
+
+    def superseded(self) -> set[str]:
+        """Names of the parts whose rows a compacted part took over, as of the last look."""
+        return set(self._superseded)
+
+    def winners(self) -> tuple[np.ndarray, np.ndarray]:
+        """Number of the part and row in it that answers each distinct key, int [keys] both, as of the last look."""
+        rows = self._tokens.winners()
+        return self._tokens.part[rows], self._tokens.row[rows]
+
+    def rows_passed_over(self) -> int:
+        """Rows of tokens that do not answer because another row does, as of the last look."""
+        return len(self._tokens.part) - len(self._tokens.winners())
+
+    def stored_twice(self, builder: str, since: set[str]) -> int:
+        """Completions that ``builder`` committed and others, too, in parts whose names are not in ``since``; as of the last
+        look."""
+        new = [number for number, path in enumerate(self._paths) if _short(path) not in since]
+        mine = [number for number in new if builder_of(_short(self._paths[number])) == builder]
+        if len(mine) == len(new):
+            return 0
+        theirs = KeyIndex()
+        keys, parts = self._tokens.key_bytes(), self._tokens.part
+        chosen = np.isin(parts, new) & ~np.isin(parts, mine)
+        theirs.add(keys[chosen], self._tokens.tokens[chosen], 0)
+        return int((theirs.find(keys[np.isin(parts, mine)]) >= 0).sum())
+
+    def is_mergeable(self, number: int) -> bool:
+        """Whether a compaction may merge this part: verified, with log-probs of tokens."""
+        return number not in self._of_sums and f"/{PARTS}/" in self._paths[number]
+
+    def refresh(self, *, skip: Callable[[str], bool] | None = None) -> None:
+        """Take note of the parts that came and went since the last look."""
+        listed = []
+        for folder in (PARTS, UNVERIFIED) if self.unverified else (PARTS,):
+            for name in self.storage.list(f"{self.directory}/{folder}"):
+                if is_part(name):
+                    listed.append(f"{self.directory}/{folder}/{name}")
+                elif name.endswith(".parquet") and not name.startswith("."):
+                    self._problems[f"{self.directory}/{folder}/{name}"] = (
+                        f"{name} in {self.directory} is not named as raydpo names its parts; it is not used")
+        if not self._known <= set(listed):
+            self._forget()
+        fresh = [path for path in listed if path not in self._known and not (skip and skip(_short(path)))]
+        compacted = [path for path in fresh if builder_of(_short(path)) == COMPACTED]
+        parts = {path: part for path in compacted if (part := self._read(path, values=False)) is not None}
+        self._superseded |= {name for part in parts.values() for name in part.info.supersedes}
+        for path in [*compacted, *(path for path in fresh if path not in compacted)]:
+            self._known.add(path)
+            if _short(path) in self._superseded:
                 continue
-            tables.append(table)
-            names += [part.name] * table.num_rows
-        if not tables:
-            empty = pa.array([], pa.list_(pa.float32())) if values else None
-            return _Contents(pa.array([], KEY_TYPE), np.zeros(0, np.int32), empty)
-        table = pa.concat_tables(tables)
-        tokens = table["tokens"].to_numpy()
-        # The longest first, then by name of the part: a stable sort keeps that order among equals.
-        order = np.argsort(-tokens, kind="stable")
-        table = table.take(pa.array(order)).combine_chunks()
-        return _Contents(_one_array(table["key"]), tokens[order], _one_array(table["logps"]) if values else None,
-                         [names[row] for row in order])
+            part = parts.get(path) or (None if path in compacted else self._read(path, values=False))
+            if part is not None:
+                if part.info.per_token:
+                    self._tokens.add(part.keys, part.tokens, len(self._paths))
+                else:
+                    self._sums.add(exactly(part.keys, part.tokens), part.tokens, len(self._paths))
+                    self._of_sums.add(len(self._paths))
+                self._paths.append(path)
+
+    def _forget(self) -> None:
+        self._known: set[str] = set()
+        self._superseded: set[str] = set()
+        self._paths: list[str] = []  # of the parts that count, by number
+        self._tokens, self._sums = KeyIndex(), KeyIndex()
+        self._of_sums: set[int] = set()  # numbers of the parts in ``_sums``
+        self._problems: dict[str, str] = {}
+        self._damaged: list[str] = []
+
+    def _gather(self, keys: pa.Array) -> tuple[np.ndarray, pa.ListArray]:
+        """For each key its row in the returned log-probs, or -1."""
+        for _ in range(MOST_LISTINGS):
+            self.refresh()
+            rows = self._tokens.find(keys)
+            found = np.flatnonzero(rows >= 0)
+            parts, places = self._tokens.part[rows[found]], self._tokens.row[rows[found]]
+            index, chunks, count = np.full(len(keys), -1), [], 0
+            for number in np.unique(parts):
+                part = self._read(self._paths[number], values=True)
+                if part is None:
+                    self._forget()  # gone or damaged meanwhile: list again
+                    break
+                mine = parts == number
+                chunks.append(part.logps.take(pa.array(places[mine])))
+                index[found[mine]] = count + np.arange(mine.sum())
+                count += int(mine.sum())
+            else:
+                return index, pa.concat_arrays(chunks) if chunks else pa.array([], pa.list_(pa.float32()))
+        raise CacheError(f"the parts in {self.storage}/{self.directory} change faster than they can be read")
+
+    def _read(self, path: str, *, values: bool) -> Part | None:
+        """A part, or None if it is gone, damaged, unreadable or another's; ``problems`` says which."""
+        name = _short(path)
+        try:
+            data = (self.storage.read(path) if self._copies is None else
+                    self._copies.fetch(path, lambda data: digest_is_sound(name, data)))
+            part = decode_part(name, data, values=values)
+        except FileNotFoundError:
+            return None
+        except CacheError as error:
+            self._problems[path] = _not_used(name, error)
+            self._damaged.append(path)
+            return None
+        except OSError as error:
+            self._problems[path] = _not_used(name, error)
+            return None
+        return part if self._is_ours(path, part.info) else None
+
+    def _is_ours(self, path: str, info: PartInfo) -> bool:
+        if info.identity == self.identity:
+            return True
+        self._problems[path] = (
+            f"part {info.name} in {self.directory} was made by another reference, {info.identity.digest} "
+            f"({'; '.join(self.identity.differences(info.identity))}); it is not used")
+        self._damaged.append(path)
+        return False
 
 
-def _one_array(column: pa.ChunkedArray) -> pa.Array:
-    return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
+def exactly(keys: pa.Array, tokens: np.ndarray) -> np.ndarray:
+    """Keys of sums, uint8 [rows, 16]: a sum answers for its very number of tokens alone, which is therefore mixed in."""
+    mixed = as_bytes(keys).copy()
+    mixed.view("<u4")[:, 3] ^= tokens.astype(np.uint32)
+    return mixed
 
 
-def _find(present: pa.Array, wanted: pa.Array) -> np.ndarray:
-    """For each wanted key the first row of ``present`` that has it, or -1: int64 [len(wanted)]."""
-    found = pc.index_in(wanted.cast(pa.binary()), value_set=present.cast(pa.binary()))
-    return pc.fill_null(found, -1).to_numpy().astype(np.int64)
+def _footer(storage: Storage, path: str) -> PartInfo:
+    with storage.fs.open_input_file(storage.path(path)) as stream:
+        return read_footer(_short(path), stream, stream.size())
 
 
-def _read_info(storage: Storage, name: str) -> PartInfo:
-    short = name.rsplit("/", 1)[-1]
-    path = storage.path(name)
-    try:
-        with storage.fs.open_input_file(path) as stream:
-            size = stream.size()
-            parquet = pq.ParquetFile(stream)
-            metadata, rows = parquet.schema_arrow.metadata or {}, parquet.metadata.num_rows
-        version = metadata.get(_FORMAT)
-        if version != FORMAT_VERSION:
-            raise CacheError(f"part {short} has format {version!r}, this raydpo reads {FORMAT_VERSION!r}; it is not used")
-        return PartInfo(short, rows, size, ReferenceIdentity.from_json(metadata[_IDENTITY]),
-                        json.loads(metadata.get(_PROVENANCE, b"{}")))
-    except RaydpoError:
-        raise
-    except (OSError, pa.ArrowException, KeyError, ValueError, TypeError) as error:
-        raise CacheError(f"part {short} is damaged and not used: {' '.join(str(error).split())[:200]}") from None
+def _short(path: str) -> str:
+    return path.rsplit("/", 1)[-1]
 
 
-def _check_values(name: str, table: pa.Table) -> None:
-    lengths = pc.list_value_length(table["logps"])
-    if not pc.all(pc.equal(lengths, table["tokens"])).as_py() and table.num_rows:
-        raise CacheError(f"part {name} holds log-probs whose number differs from its token counts")
-    flat = pc.list_flatten(table["logps"]).to_numpy()
-    if not np.isfinite(flat).all() or (len(flat) and flat.max() > 1e-3):
-        raise CacheError(f"part {name} holds {_describe_bad(flat)}, which is no log-prob")
-
-
-def _describe_bad(values: np.ndarray) -> str:
-    if not len(values):
-        return "no value"
-    bad = values[~np.isfinite(values) | (values > 1e-3)]
-    return f"the value {bad[0]}" if len(bad) else "a value"
+def _not_used(name: str, error: Exception) -> str:
+    if isinstance(error, CacheError):
+        return f"{error}; it is not used"
+    return f"part {name} cannot be read ({error.strerror or error}) and is not used; its rows count as missing"

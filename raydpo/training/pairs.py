@@ -52,7 +52,7 @@ def _miss(table: pa.Table, lacking: np.ndarray, cache: ReferenceCache, what: str
     sources = ", ".join(f"{entry['values']}: {entry['counts']}" for entry in pc.value_counts(rows["source"]).to_pylist())
     first = ", ".join(rows["pair_id"].slice(0, 3).to_pylist())
     parts = [f"reference log-probs are missing for {rows.num_rows} of {table.num_rows} {what} pairs ({sources}; first: "
-             f"{first}) in {cache.storage.uri}, identity {cache.identity.digest}"]
+             f"{first}) in {cache.storage}, identity {cache.identity.digest}"]
     others = [other for other in cache.identities(cache.storage) if other != cache.identity]
     if rows.num_rows == table.num_rows and others:
         parts += [f"the cache does hold identity {other.digest}, which is another reference "

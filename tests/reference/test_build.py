@@ -37,7 +37,7 @@ def contents(cache: Path) -> dict[bytes, bytes]:
     from raydpo.reference.store import ReferenceCache
 
     opened = ReferenceCache.open(str(cache))
-    keys = opened._read(values=False).keys
+    keys = opened.keys()
     rows = opened.lookup(keys)["logps"].to_pylist()
     return {key: np.array(row, np.float32).tobytes() for key, row in zip(keys.to_pylist(), rows, strict=True)}
 
@@ -81,13 +81,14 @@ def test_new_data_scores_only_the_new_rows(job, tmp_path, tiny_llama):
     from kernel import tiny_pairs
 
     from raydpo.reference.identity import identify
-    from raydpo.reference.shards import plan_shards, still_missing, wanted_completions
+    from raydpo.reference.shards import Wanted, missing_shards
     from raydpo.reference.store import ReferenceCache
 
     cache = ReferenceCache.open(str(tmp_path / "cache"), identify(tiny_llama, "float32"))
-    old = wanted_completions([tiny_pairs(10)])
+    old = Wanted([tiny_pairs(10)])
     cache.commit([one.key for one in old], [np.full(len(one.tokens), -1.0, np.float32) for one in old], {})
-    missing = still_missing(plan_shards(wanted_completions([tiny_pairs(25)]), 500), cache)
+    wanted = Wanted([tiny_pairs(25)])
+    missing = missing_shards(wanted, cache.covers(wanted.keys, wanted.tokens), 500)
     keys = {one.key for shard in missing for one in shard.completions}
     assert len(keys) == 2 * 15 and not keys & {one.key for one in old}
 

@@ -13,7 +13,7 @@ from raydpo.config import load_config
 from raydpo.console import Console
 from raydpo.pipeline import Prepared
 from raydpo.reference.score import Scorer
-from raydpo.reference.shards import plan_shards, still_missing, wanted_completions
+from raydpo.reference.shards import Wanted, missing_shards, plan_shards
 
 COUNT = 12
 
@@ -44,7 +44,7 @@ def prepare(place, overrides=(), change=None):
 
 def fresh(prepared):
     """(completion, log-probs scored now) of everything wanted."""
-    shards = plan_shards(wanted_completions(prepared.tables), 2000)
+    shards = plan_shards(Wanted(prepared.tables), 2000)
     scorer = Scorer(prepared.reference, device="cpu", tokens_per_batch=prepared.config.score.tokens_per_batch)
     for shard in shards:
         for group, scored in zip(shard.groups, scorer.score(shard.prompt_groups()), strict=True):
@@ -56,11 +56,15 @@ def fill(prepared):
     prepared.cache.commit([completion.key for completion, _ in rows], [logps for _, logps in rows], {})
 
 
+def missing_keys(prepared):
+    wanted = Wanted(prepared.tables)
+    shards = missing_shards(wanted, prepared.cache.covers(wanted.keys, wanted.tokens), 2000)
+    return {one.key for shard in shards for one in shard.completions}
+
+
 def share_of_hits(prepared):
     """The share of wanted completions that the cache answers; every answer is checked against a live score."""
-    shards = plan_shards(wanted_completions(prepared.tables), 2000)
-    wanted = sum(len(shard.completions) for shard in shards)
-    missing = {one.key for shard in still_missing(shards, prepared.cache) for one in shard.completions}
+    missing, wanted = missing_keys(prepared), len(Wanted(prepared.tables))
     for completion, live in fresh(prepared):
         if completion.key not in missing:
             (stored,) = prepared.cache.lookup([completion.key])["logps"].to_pylist()
@@ -191,8 +195,7 @@ def test_longer_max_length_scores_only_what_was_cut_again(tmp_path, tiny_llama):
     longer = prepare(tmp_path)
     cut = {key for side in ("chosen", "rejected") for table in short.tables for key, used, full in
            zip(*(table[f"{side}_{name}"].to_pylist() for name in ("key", "ids", "full")), strict=True) if len(used) < full}
-    missing = {one.key for shard in still_missing(plan_shards(wanted_completions(longer.tables), 2000), longer.cache)
-               for one in shard.completions}
+    missing = missing_keys(longer)
     kept = {key for table in short.tables for side in ("chosen", "rejected") for key in table[f"{side}_key"].to_pylist()}
     assert cut and missing & kept == cut
     fill(longer)

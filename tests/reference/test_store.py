@@ -115,8 +115,11 @@ def test_damaged_part_is_named_and_costs_only_its_rows(cache, damage):
 def test_foreign_file_format_is_refused(cache):
     keys, logps = rows(2)
     cache.commit(keys, logps, {})
-    table = pq.read_table(part_file(cache))
-    pq.write_table(table.replace_schema_metadata({**table.schema.metadata, b"raydpo.format": b"99"}), part_file(cache))
+    table, file = pq.read_table(part_file(cache)), Path(part_file(cache))
+    file.unlink()
+    # A name as the first caches had them, without a checksum.
+    pq.write_table(table.replace_schema_metadata({**table.schema.metadata, b"raydpo.format": b"99"}),
+                   file.with_name(f"part-{'0' * 20}-{'0' * 12}.parquet"))
     assert values(cache, keys) == [None, None] and "format" in cache.problems[0]
 
 

@@ -1,0 +1,102 @@
+"""Tables larger than memory: columns appended to files as they come, read back as one memory-mapped Arrow table."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+from collections.abc import Iterable
+from typing import BinaryIO
+
+import numpy as np
+import pyarrow as pa
+
+__all__ = ["Spool", "spooled"]
+
+MOST_SMALL = 2**31 - 1
+"""Values of a list or string column beyond which its offsets take 64 bits."""
+
+
+def spooled(tables: Iterable[pa.Table], schema: pa.Schema, directory: str | None = None) -> pa.Table:
+    """All rows of ``tables`` in one table of one chunk a column, whose memory is a file that vanishes with it."""
+    spool = Spool(schema, directory)
+    for table in tables:
+        spool.append(table)
+    return spool.finish()
+
+
+class Spool:
+    """Takes tables of one schema without nulls and gives back one. Only the table in hand is in memory.
+
+    Args:
+        schema: fixed-width columns, strings, and lists of fixed-width values.
+        directory: where the files lie; null = the system's place for temporary files ($TMPDIR).
+    """
+
+    def __init__(self, schema: pa.Schema, directory: str | None = None) -> None:
+        self.schema = schema
+        self.rows = 0
+        self._directory = directory
+        self._values = [self._file() for _ in schema]
+        self._offsets = {index: self._file() for index, field in enumerate(schema) if _is_ragged(field.type)}
+        self._ends = dict.fromkeys(self._offsets, 0)
+        for file in self._offsets.values():
+            file.write(np.int64(0).tobytes())
+
+    def append(self, table: pa.Table) -> None:
+        for batch in table.to_batches():
+            for index, field in enumerate(self.schema):
+                self._append(index, batch.column(field.name).cast(field.type))
+            self.rows += batch.num_rows
+
+    def _append(self, index: int, column: pa.Array) -> None:
+        if column.null_count:
+            raise ValueError(f"column {self.schema.names[index]} has nulls")
+        if index not in self._offsets:
+            width = column.type.bit_width // 8
+            self._values[index].write(memoryview(column.buffers()[1])[column.offset * width :][: len(column) * width])
+            return
+        offsets = np.frombuffer(column.buffers()[1], np.int32)[column.offset :][: len(column) + 1].astype(np.int64)
+        if not len(column):
+            return
+        width = 1 if pa.types.is_string(column.type) else column.type.value_type.bit_width // 8
+        data = column.buffers()[2] if pa.types.is_string(column.type) else column.buffers()[-1]
+        shift = 0 if pa.types.is_string(column.type) else column.values.offset
+        self._values[index].write(memoryview(data)[(shift + offsets[0]) * width : (shift + offsets[-1]) * width])
+        self._offsets[index].write((offsets[1:] - offsets[0] + self._ends[index]).tobytes())
+        self._ends[index] += int(offsets[-1] - offsets[0])
+
+    def finish(self) -> pa.Table:
+        """The table. The spool is used up; its files have no name any more and go when nobody reads them."""
+        columns = []
+        for index, field in enumerate(self.schema):
+            values = _mapped(self._values[index])
+            if index not in self._offsets:
+                columns.append(pa.Array.from_buffers(field.type, self.rows, [None, values]))
+                continue
+            offsets, small = _mapped(self._offsets[index]), self._ends[index] <= MOST_SMALL
+            if small:
+                offsets = pa.py_buffer(np.frombuffer(offsets, np.int64).astype(np.int32))
+            if pa.types.is_string(field.type):
+                kind = pa.string() if small else pa.large_string()
+                columns.append(pa.Array.from_buffers(kind, self.rows, [None, offsets, values]))
+            else:
+                inner = field.type.value_type
+                flat = pa.Array.from_buffers(inner, self._ends[index], [None, values])
+                kind = pa.list_(inner) if small else pa.large_list(inner)
+                columns.append(pa.Array.from_buffers(kind, self.rows, [None, offsets], children=[flat]))
+        return pa.table(columns, names=self.schema.names)
+
+    def _file(self) -> BinaryIO:
+        return tempfile.TemporaryFile(prefix="raydpo-", dir=self._directory)  # noqa: SIM115 - closed by _mapped
+
+
+def _mapped(file: BinaryIO) -> pa.Buffer:
+    file.flush()
+    size = os.fstat(file.fileno()).st_size
+    with file:
+        return pa.py_buffer(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) if size else b"")
+
+
+def _is_ragged(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_string(kind)

@@ -1,0 +1,150 @@
+"""Many small parts into few, and the removal of what is no longer needed. Safe to kill at any moment, beside any reader.
+
+Compaction only ever adds: a merged part names those it supersedes, and a reader that finds it whole does not look at them.
+They go when ``delete_garbage`` is called, and only if every row of theirs is answered by a part that stays.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from raydpo.errors import CacheError
+from raydpo.reference.part import COMPACTED, Part, encode_part, part_time
+from raydpo.reference.store import PARTS, SET_ASIDE, UNVERIFIED, ReferenceCache
+from raydpo.storage import stale_temporaries
+
+__all__ = ["TARGET_BYTES", "CompactReport", "Garbage", "compact", "delete_garbage", "find_garbage"]
+
+TARGET_BYTES = 128 << 20
+"""Of a merged part: few requests to read a cache, and one part is read whole into memory."""
+ABANDONED_SECONDS = 24 * 3600.0
+"""A temporary file of another machine that is older was left by a writer that is dead: writing takes seconds."""
+
+
+@dataclass(frozen=True)
+class CompactReport:
+    """What a compaction did.
+
+    Attributes:
+        before, after: parts that readers look at.
+        merged: how many of them were merged.
+        rows: rows of the merged parts; ``dropped`` more were answered better elsewhere and are left out.
+    """
+
+    before: int
+    after: int
+    merged: int
+    rows: int
+    dropped: int
+
+
+def compact(cache: ReferenceCache, target_bytes: int = TARGET_BYTES) -> CompactReport:
+    """Merge the parts smaller than half of ``target_bytes`` into parts of about that size.
+
+    What a key is answered with does not change, to the last bit: of a row that is stored twice the one stays that wins.
+    Needs memory for one merged part and 40 bytes a row of the cache.
+
+    Raises:
+        CacheError: if a part vanishes meanwhile, because another compaction and its gc are under way. Nothing is lost.
+    """
+    cache.refresh()
+    paths = cache.paths()
+    winning_part, winning_row = cache.winners()
+    sizes = {entry.name: entry.size for entry in cache.storage.entries(f"{cache.directory}/{PARTS}")}
+    small = [number for number, path in enumerate(paths) if cache.is_mergeable(number)
+             and sizes.get(path.rsplit("/", 1)[-1], target_bytes) < target_bytes / 2]
+    merged = rows = dropped = written = 0
+    for group in _groups(small, [sizes.get(path.rsplit("/", 1)[-1], 0) for path in paths], target_bytes):
+        parts = [cache.read(paths[number]) for number in group]
+        kept = [np.sort(winning_row[winning_part == number]) for number in group]
+        name, data = _merged(cache, parts, kept, set(sizes))
+        cache.storage.write(f"{cache.directory}/{PARTS}/{name}", data)
+        merged, written = merged + len(group), written + 1
+        rows += sum(map(len, kept))
+        dropped += sum(part.info.rows for part in parts) - sum(map(len, kept))
+    return CompactReport(len(paths), len(paths) - merged + written, merged, rows, dropped)
+
+
+def _groups(numbers: Sequence[int], sizes: Sequence[int], target_bytes: int) -> list[list[int]]:
+    """Runs of at least two of ``numbers`` of about ``target_bytes`` each."""
+    groups: list[list[int]] = [[]]
+    size = 0
+    for number in numbers:
+        if groups[-1] and size + sizes[number] > target_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(number)
+        size += sizes[number]
+    return [group for group in groups if len(group) > 1]
+
+
+def _merged(cache: ReferenceCache, parts: list[Part], kept: list[np.ndarray], present: set[str]) -> tuple[str, bytes]:
+    takes = [pa.array(rows) for rows in kept]
+    provenance: Counter[str] = Counter()
+    for part in parts:
+        if "parts" in part.info.provenance:
+            provenance.update({json.dumps(one["of"], sort_keys=True): one["count"] for one in part.info.provenance["parts"]})
+        else:
+            provenance[json.dumps(part.info.provenance, sort_keys=True)] += 1
+    # What an earlier compaction superseded stays superseded when the part that said so goes.
+    supersedes = {part.info.name for part in parts}
+    supersedes |= {name for part in parts for name in part.info.supersedes if name in present}
+    # The time of the first part, not of now: two compactions of the same parts write the same file.
+    return encode_part(
+        cache.identity, pa.concat_arrays([part.keys.take(take) for part, take in zip(parts, takes, strict=True)]),
+        np.concatenate([part.tokens[rows] for part, rows in zip(parts, kept, strict=True)]),
+        pa.concat_arrays([part.logps.take(take) for part, take in zip(parts, takes, strict=True)]),
+        {"parts": [{"count": count, "of": json.loads(text)} for text, count in sorted(provenance.items())]},
+        builder=COMPACTED, time_ns=min(part_time(part.info.name) for part in parts), supersedes=sorted(supersedes))
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """A file that nobody needs: its path below the cache's root, its bytes, and why."""
+
+    path: str
+    bytes: int
+    reason: str
+
+
+def find_garbage(cache: ReferenceCache) -> list[Garbage]:
+    """What ``delete_garbage`` would delete of one identity, in order of path."""
+    storage, directory = cache.storage, cache.directory
+    cache.refresh()
+    found = []
+    superseded = cache.superseded()
+    for folder in ("", PARTS, UNVERIFIED, SET_ASIDE):
+        place = f"{directory}/{folder}".rstrip("/")
+        found += [Garbage(f"{place}/{entry.name}", entry.size, "left half-written")
+                  for entry in stale_temporaries(storage, place, older_than=ABANDONED_SECONDS)]
+    for entry in storage.entries(f"{directory}/{PARTS}"):
+        if entry.name in superseded and _is_answered(cache, f"{directory}/{PARTS}/{entry.name}"):
+            found.append(Garbage(f"{directory}/{PARTS}/{entry.name}", entry.size, "superseded by a compacted part"))
+    found += [Garbage(f"{directory}/{SET_ASIDE}/{entry.name}", entry.size, "damaged or foreign, set aside")
+              for entry in storage.entries(f"{directory}/{SET_ASIDE}") if not entry.name.startswith(".")]
+    return sorted(found, key=lambda one: one.path)
+
+
+def _is_answered(cache: ReferenceCache, path: str) -> bool:
+    """Whether parts that stay hold every row of the superseded part at ``path``, or it cannot answer anything itself."""
+    try:
+        part = cache.read(path)
+    except CacheError:
+        return True
+    return bool(cache.covers(part.keys, part.tokens).all())
+
+
+def delete_garbage(cache: ReferenceCache, garbage: Sequence[Garbage]) -> None:
+    """Delete what ``find_garbage`` found; killed half-way, the rest is found again.
+
+    A reader that was about to read one of the files lists the parts anew and finds its rows in the part that replaced it.
+    """
+    for one in garbage:
+        cache.storage.delete(one.path)
+    cache.refresh()
