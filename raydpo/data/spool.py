@@ -88,7 +88,7 @@ class Spool:
         return pa.table(columns, names=self.schema.names)
 
     def _file(self) -> BinaryIO:
-        return tempfile.TemporaryFile(prefix="raydpo-", dir=self._directory)  # noqa: SIM115 - closed by _mapped
+        return tempfile.TemporaryFile(prefix="raydpo-", dir=self._directory)
 
 
 def _mapped(file: BinaryIO) -> pa.Buffer:

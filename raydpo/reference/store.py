@@ -16,6 +16,7 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -176,7 +177,7 @@ class ReferenceCache:
     def parts(self, folder: str = PARTS) -> list[PartInfo]:
         """What the footers of all readable parts of this identity say, in order of name; ``problems`` names the others.
 
-        Superseded parts are among them. Contents are not read: see ``covers``, ``lookup`` and ``scan``.
+        Superseded parts are among them. Their rows are not looked at.
         """
         infos = []
         for name in self.storage.list(f"{self.directory}/{folder}"):
@@ -200,39 +201,63 @@ class ReferenceCache:
             skip: of the name of a part that is not known yet, whether it need not be looked at.
         """
         self.refresh(skip=skip)
-        covered = self._sums.find(exactly(keys, tokens)) >= 0
-        rows = self._tokens.find(keys)
-        found = rows >= 0
-        covered[found] |= self._tokens.tokens[rows[found]] >= tokens[found]
-        return covered
+        return self._locate(as_bytes(keys), tokens)[0] >= 0
 
     def lookup(self, keys: Sequence[bytes] | pa.Array) -> pa.Table:
         """Stored rows of the given completions, in their order: ``key``, ``tokens`` (0 if missing), ``logps`` (null if
         missing, else float32 of each token)."""
         wanted = keys if isinstance(keys, pa.Array) else pa.array([bytes(key) for key in keys], KEY_TYPE)
-        index, values = self._gather(wanted)
-        tokens = np.zeros(len(wanted), np.int32)
-        found = np.flatnonzero(index >= 0)
-        logps = values.take(pa.array(index, mask=index < 0)) if len(values) else pa.nulls(len(wanted), values.type)
-        if len(found):
-            tokens[found] = pa.compute.list_value_length(logps).to_numpy(zero_copy_only=False)[found]
+        tokens, rows, count = np.zeros(len(wanted), np.int32), np.full(len(wanted), -1), 0
+        chunks = [pa.array([], pa.list_(pa.float32()))]
+        for places, part, found in self.answers(as_bytes(wanted), np.ones(len(wanted), np.int32)):
+            if part.logps is not None:
+                chunks.append(part.logps.take(pa.array(found)))
+                tokens[places] = part.tokens[found]
+                rows[places] = count + np.arange(len(places))
+                count += len(places)
+        logps = pa.concat_arrays(chunks).take(pa.array(rows, mask=rows < 0))
         return pa.table({"key": wanted, "tokens": pa.array(tokens), "logps": logps})
 
-    def sums(self, keys: pa.Array, tokens: np.ndarray) -> np.ndarray:
-        """Sum of the log-probs of the first ``tokens`` of each completion, nats, float64; NaN where it is not stored."""
-        index, values = self._gather(keys)
-        stored = values.value_lengths().to_numpy(zero_copy_only=False)
-        result = np.full(len(keys), np.nan)
-        mine = np.flatnonzero((index >= 0) & (np.append(stored, 0)[index] >= tokens))
-        total = np.concatenate([[0.0], np.cumsum(values.values.to_numpy(), dtype=np.float64)])
-        starts = values.offsets.to_numpy()[index[mine]]
-        result[mine] = total[starts + tokens[mine]] - total[starts]
-        rows = self._sums.find(exactly(keys, tokens))
-        open_ = np.flatnonzero((rows >= 0) & np.isnan(result))
-        parts, places = self._sums.part[rows[open_]], self._sums.row[rows[open_]]
-        for number in np.unique(parts):
-            result[open_[parts == number]] = self.read(self._paths[number]).sums[places[parts == number]]
-        return result
+    def answers(self, keys: np.ndarray, tokens: np.ndarray) -> Iterator[tuple[np.ndarray, Part, np.ndarray]]:
+        """Each part that answers some of the completions, read once: which of them, the part, and their rows in it.
+
+        Those that are not stored with so many tokens do not come up. What a compaction takes away on the way is found again
+        in the part that replaced it.
+
+        Args:
+            keys: uint8 [completions, 16]. tokens: int32 [completions].
+
+        Raises:
+            CacheError: if parts vanish faster than they can be read.
+        """
+        open_ = np.arange(len(keys))
+        for _ in range(MOST_LISTINGS):
+            self.refresh()
+            parts, rows = self._locate(keys[open_], tokens[open_])
+            order = np.argsort(parts, kind="stable")[np.count_nonzero(parts < 0) :]
+            numbers, starts = np.unique(parts[order], return_index=True)
+            for number, (start, stop) in zip(numbers, pairwise([*starts, len(order)]), strict=True):
+                mine = order[start:stop]
+                part = self._read(self._paths[number], values=True)
+                if part is None:
+                    self._forget()  # gone or damaged meanwhile: look again for what is left
+                    open_ = open_[np.isin(parts, numbers[numbers >= number])]
+                    break
+                yield open_[mine], part, rows[mine]
+            else:
+                return
+        raise CacheError(f"the parts in {self.storage}/{self.directory} change faster than they can be read; wait until "
+                         "compactions and gc are done")
+
+    def _locate(self, keys: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Number of the part and row in it that answers each completion with so many tokens: int32 [keys] both, or -1."""
+        parts, rows = np.full(len(keys), -1, np.int32), np.full(len(keys), -1, np.int32)
+        for index, wanted in ((self._sums, exactly(keys, tokens)), (self._tokens, keys)):
+            locators = index.find(wanted)
+            found = np.flatnonzero(locators >= 0)
+            found = found[index.tokens[locators[found]] >= tokens[found]]
+            parts[found], rows[found] = index.part[locators[found]], index.row[locators[found]]
+        return parts, rows
 
     def keys(self) -> pa.Array:
         """The distinct completions of which log-probs of tokens are stored."""
@@ -244,28 +269,6 @@ class ReferenceCache:
         """Tokens of each of ``keys``: int32 [keys]."""
         self.refresh()
         return self._tokens.tokens[self._tokens.winners()]
-
-    def scan(self) -> Iterator[Part]:
-        """Every part that counts, in the order in which its rows win, each read once.
-
-        What a compaction removes on the way comes again in the part that replaced it: a row may be seen twice, none is
-        missed.
-        """
-        seen: set[str] = set()
-        for _ in range(MOST_LISTINGS):
-            self.refresh()
-            todo = [path for path in self._paths if path not in seen]
-            if not todo:
-                return
-            for path in todo:
-                seen.add(path)
-                part = self._read(path, values=True)
-                if part is None:
-                    self._forget()  # gone or damaged meanwhile: list again
-                    break
-                yield part
-        raise CacheError(f"the parts in {self.storage}/{self.directory} change faster than they can be read; wait until "
-                         "compactions and gc are done")
 
     def read(self, path: str) -> Part:
         """The part at ``path`` with its values.
@@ -337,7 +340,7 @@ class ReferenceCache:
                 if part.info.per_token:
                     self._tokens.add(part.keys, part.tokens, len(self._paths))
                 else:
-                    self._sums.add(exactly(part.keys, part.tokens), part.tokens, len(self._paths))
+                    self._sums.add(exactly(as_bytes(part.keys), part.tokens), part.tokens, len(self._paths))
                     self._of_sums.add(len(self._paths))
                 self._paths.append(path)
 
@@ -349,27 +352,6 @@ class ReferenceCache:
         self._of_sums: set[int] = set()  # numbers of the parts in ``_sums``
         self._problems: dict[str, str] = {}
         self._damaged: list[str] = []
-
-    def _gather(self, keys: pa.Array) -> tuple[np.ndarray, pa.ListArray]:
-        """For each key its row in the returned log-probs, or -1."""
-        for _ in range(MOST_LISTINGS):
-            self.refresh()
-            rows = self._tokens.find(keys)
-            found = np.flatnonzero(rows >= 0)
-            parts, places = self._tokens.part[rows[found]], self._tokens.row[rows[found]]
-            index, chunks, count = np.full(len(keys), -1), [], 0
-            for number in np.unique(parts):
-                part = self._read(self._paths[number], values=True)
-                if part is None:
-                    self._forget()  # gone or damaged meanwhile: list again
-                    break
-                mine = parts == number
-                chunks.append(part.logps.take(pa.array(places[mine])))
-                index[found[mine]] = count + np.arange(mine.sum())
-                count += int(mine.sum())
-            else:
-                return index, pa.concat_arrays(chunks) if chunks else pa.array([], pa.list_(pa.float32()))
-        raise CacheError(f"the parts in {self.storage}/{self.directory} change faster than they can be read")
 
     def _read(self, path: str, *, values: bool) -> Part | None:
         """A part, or None if it is gone, damaged, unreadable or another's; ``problems`` says which."""
@@ -399,9 +381,9 @@ class ReferenceCache:
         return False
 
 
-def exactly(keys: pa.Array, tokens: np.ndarray) -> np.ndarray:
+def exactly(keys: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     """Keys of sums, uint8 [rows, 16]: a sum answers for its very number of tokens alone, which is therefore mixed in."""
-    mixed = as_bytes(keys).copy()
+    mixed = np.array(keys)
     mixed.view("<u4")[:, 3] ^= tokens.astype(np.uint32)
     return mixed
 

@@ -11,6 +11,8 @@ import numpy as np
 import pyarrow as pa
 
 from raydpo.errors import CacheError
+from raydpo.reference.index import as_bytes
+from raydpo.reference.join import join
 from raydpo.reference.part import KEY_TYPE
 from raydpo.reference.score import Scorer
 from raydpo.reference.shards import Completion, plan_shards
@@ -128,7 +130,7 @@ def _gaps(cache: ReferenceCache, completions: Sequence[Completion], scorer: Scor
         tokens = np.array([len(one.tokens) for one in shard.completions], np.int32)
         keys = pa.array([one.key for one in shard.completions], KEY_TYPE)
         found = cache.lookup(keys)
-        sums = cache.sums(keys, tokens)
+        sums = join(cache, as_bytes(keys), tokens).sums
         for index, (one, live) in enumerate(zip(shard.completions, scored, strict=True)):
             row = found["logps"][index]
             if row.is_valid and len(row) >= len(live):

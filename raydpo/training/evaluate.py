@@ -82,7 +82,12 @@ def compare(engine: PolicyEngine, pairs: TrainingPairs, rows: Sequence[int], tok
             flat = engine.logps(layout).double().cpu().numpy()
             completions = iter(np.split(flat, np.cumsum(layout.lengths)[:-1]))
             for row in batch.pairs if batch.counts else ():
-                gap_chosen, gap_rejected = (next(completions) - stored for stored in pairs.reference(row))
+                live = next(completions), next(completions)
+                gap_chosen, gap_rejected = (ours - stored for ours, stored in zip(live, pairs.reference(row), strict=True))
+                if not pairs.has_tokens(row):  # only sums were imported: their difference, spread evenly over the tokens
+                    gap_chosen, gap_rejected = (
+                        np.full(len(ours), (ours.sum() - total) / len(ours)) for ours, total in
+                        zip(live, (pairs.ref_chosen[row], pairs.ref_rejected[row]), strict=True))
                 every = np.abs(np.concatenate([gap_chosen, gap_rejected]))
                 # Written by the one rank that owns the pair; the sum over ranks fills in the others'.
                 gaps[:, place[row]] = torch.tensor([every.max(), every.mean(), gap_chosen.sum(), gap_rejected.sum()])

@@ -12,39 +12,34 @@ import pyarrow.compute as pc
 from raydpo.data.shapes import Shapes
 from raydpo.errors import CacheMissError
 from raydpo.model.layout import PromptGroup
+from raydpo.reference.index import as_bytes
+from raydpo.reference.join import join
 from raydpo.reference.store import ReferenceCache
 
 __all__ = ["TrainingPairs", "join_reference"]
 
 
 def join_reference(table: pa.Table, cache: ReferenceCache, what: str) -> pa.Table:
-    """``table`` with columns ``ref_chosen_logps`` and ``ref_rejected_logps`` (list<float32>, of the tokens in use).
+    """``table`` with the reference's values, in memory-mapped files.
+
+    Adds ``ref_chosen_logps`` and ``ref_rejected_logps`` (list<float32>, of the tokens in use; NaN where the cache holds only
+    sums), and ``ref_chosen_sum`` and ``ref_rejected_sum`` (float64).
 
     Raises:
         CacheMissError: if the cache lacks rows, or holds fewer of their tokens than needed: how many, of which sources,
             the first few, and the command that fills them.
     """
-    columns, lacking = {}, np.zeros(table.num_rows, dtype=bool)
+    joined = {}
     for side in ("chosen", "rejected"):
-        found = cache.lookup(table[f"{side}_key"].combine_chunks())
-        needed = pc.list_value_length(table[f"{side}_ids"]).to_numpy()
-        lacking |= found["tokens"].to_numpy() < needed
-        columns[side] = (found["logps"], needed)
+        keys = np.concatenate([np.empty((0, 16), np.uint8), *map(as_bytes, table[f"{side}_key"].chunks)])
+        joined[side] = join(cache, keys, pc.list_value_length(table[f"{side}_ids"]).to_numpy().astype(np.int32))
+    lacking = np.isnan(joined["chosen"].sums) | np.isnan(joined["rejected"].sums)
     if lacking.any():
         raise _miss(table, lacking, cache, what)
-    for side, (logps, needed) in columns.items():
-        table = table.append_column(f"ref_{side}_logps", _first_tokens(logps, needed))
+    for side, found in joined.items():
+        table = table.append_column(f"ref_{side}_logps", found.lists(0, table.num_rows))
+        table = table.append_column(f"ref_{side}_sum", pa.array(found.sums))
     return table
-
-
-def _first_tokens(logps: pa.ChunkedArray, needed: np.ndarray) -> pa.ListArray:
-    """The first ``needed[i]`` values of row i: what keep-start truncation leaves."""
-    rows = logps.combine_chunks()
-    rows = rows if isinstance(rows, pa.ListArray) else rows.chunk(0)
-    starts = rows.offsets.to_numpy()[:-1]
-    offsets = np.concatenate([[0], np.cumsum(needed)])
-    index = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], needed)
-    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), rows.values.take(pa.array(index)))
 
 
 def _miss(table: pa.Table, lacking: np.ndarray, cache: ReferenceCache, what: str) -> CacheMissError:
@@ -62,7 +57,7 @@ def _miss(table: pa.Table, lacking: np.ndarray, cache: ReferenceCache, what: str
 
 
 class TrainingPairs:
-    """Rows of ``join_reference``.
+    """Rows of ``join_reference``. The columns of sums may be absent; they follow from the log-probs of the tokens.
 
     Attributes:
         ids: name of each pair, ``source:row``.
@@ -86,9 +81,9 @@ class TrainingPairs:
         self.weights = np.array([weights[self.sources == source][0] for source in range(len(self.source_names))])
         self.prompt_tokens, self.chosen_tokens, self.rejected_tokens = (
             self._lists[name].lengths for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
-        # Sums in float64: a long completion has hundreds of nats, of which the margin is the small difference.
-        self.ref_chosen = self._lists["ref_chosen_logps"].sums()
-        self.ref_rejected = self._lists["ref_rejected_logps"].sums()
+        self.ref_chosen, self.ref_rejected = (
+            table[f"ref_{side}_sum"].to_numpy() if f"ref_{side}_sum" in table.column_names else
+            self._lists[f"ref_{side}_logps"].sums() for side in ("chosen", "rejected"))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -107,8 +102,13 @@ class TrainingPairs:
                 for row in rows]
 
     def reference(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-        """Per-token reference log-probs of the chosen and the rejected completion of one pair."""
+        """Per-token reference log-probs of the chosen and the rejected completion of one pair; NaN where only their sum is
+        known."""
         return self._lists["ref_chosen_logps"][row], self._lists["ref_rejected_logps"][row]
+
+    def has_tokens(self, row: int) -> bool:
+        """Whether the reference's log-probs of this pair's tokens are known, and not only their sums."""
+        return not any(np.isnan(values[0]) for values in self.reference(row))
 
 
 class _Ragged:

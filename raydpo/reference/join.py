@@ -1,0 +1,94 @@
+"""Reference values brought to the pairs that need them: one pass over the parts, one part in memory."""
+
+from __future__ import annotations
+
+import mmap
+import tempfile
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import pyarrow as pa
+
+from raydpo.reference.part import Part
+from raydpo.reference.store import ReferenceCache
+
+__all__ = ["Joined", "join"]
+
+BLOCK_VALUES = 1 << 22
+"""Log-probs that are moved at once: their places need 24 bytes each meanwhile."""
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Reference log-probs of completions in the order in which they were asked for.
+
+    Attributes:
+        values: float32 [all their tokens], nats, in a memory-mapped file without a name; NaN where the cache holds only the
+            sum, or nothing.
+        offsets: where each completion's values begin, int64 [completions + 1].
+        sums: float64 [completions]; NaN where the cache holds nothing.
+    """
+
+    values: np.ndarray
+    offsets: np.ndarray
+    sums: np.ndarray
+
+    def lists(self, start: int, stop: int) -> pa.Array:
+        """Values of the completions ``start`` to ``stop`` as list<float32>, without a copy."""
+        offsets = self.offsets[start : stop + 1] - self.offsets[start]
+        flat = pa.array(self.values[self.offsets[start] : self.offsets[stop]])
+        if offsets[-1] > np.iinfo(np.int32).max:
+            return pa.LargeListArray.from_arrays(pa.array(offsets), flat)
+        return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), flat)
+
+
+def join(cache: ReferenceCache, keys: np.ndarray, needed: np.ndarray, directory: str | None = None) -> Joined:
+    """The log-probs of the first ``needed`` tokens of each completion.
+
+    Args:
+        keys: uint8 [completions, 16]; the same one any number of times.
+        needed: int32 [completions].
+        directory: where the values lie; null = the system's place for temporary files ($TMPDIR).
+
+    Raises:
+        CacheError: if parts vanish faster than they can be read.
+    """
+    offsets = np.concatenate([[0], np.cumsum(needed, dtype=np.int64)])
+    values = _file_of(int(offsets[-1]), directory)
+    sums = np.full(len(keys), np.nan)
+    for places, part, rows in cache.answers(keys, needed):
+        if part.logps is None:
+            sums[places] = part.sums[rows]
+            continue
+        for start, stop in _blocks(needed[places]):
+            _move(part, rows[start:stop], places[start:stop], needed, offsets, values, sums)
+    for place in np.flatnonzero(np.isnan(sums)):
+        values[offsets[place] : offsets[place + 1]] = np.nan
+    return Joined(values, offsets, sums)
+
+
+def _move(part: Part, rows: np.ndarray, places: np.ndarray, needed: np.ndarray, offsets: np.ndarray, values: np.ndarray,
+          sums: np.ndarray) -> None:
+    lengths = needed[places].astype(np.int64)
+    ends = np.cumsum(lengths)
+    within = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
+    moved = part.logps.values.to_numpy()[np.repeat(part.logps.offsets.to_numpy()[rows], lengths) + within]
+    values[np.repeat(offsets[places], lengths) + within] = moved
+    # In float64: a long completion has hundreds of nats, of which the margin is the small difference.
+    sums[places] = np.add.reduceat(moved.astype(np.float64), ends - lengths)
+
+
+def _blocks(lengths: np.ndarray) -> list[tuple[int, int]]:
+    """Runs of rows of about ``BLOCK_VALUES`` values each."""
+    block = np.cumsum(lengths, dtype=np.int64) // BLOCK_VALUES
+    cuts = [0, *(np.flatnonzero(np.diff(block)) + 1).tolist(), len(lengths)]
+    return list(pairwise(cuts)) if len(lengths) else []
+
+
+def _file_of(count: int, directory: str | None) -> np.ndarray:
+    with tempfile.TemporaryFile(prefix="raydpo-", dir=directory) as file:
+        if not count:
+            return np.empty(0, np.float32)
+        file.truncate(4 * count)
+        return np.frombuffer(mmap.mmap(file.fileno(), 4 * count), np.float32)
