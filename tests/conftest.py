@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 # Tests import their helpers as plain modules.
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "training")]
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE / "training"), str(HERE / "reference")]
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -78,7 +78,7 @@ def build(pairs: list[pa.Table], spec: ReferenceSpec, cache: ReferenceCache, res
     covered = cache.covers(wanted.keys, wanted.tokens)
     problems = tuple(cache.problems)
     cache.set_aside()
-    before = {path.rsplit("/", 1)[-1] for path in cache.paths()} | cache.superseded()
+    before = {path.rsplit("/", 1)[-1] for path in cache.paths()}
     to_do = len(wanted) - int(covered.sum())
     tokens = parts = scored = by_others = 0
     told: set[str] = set()

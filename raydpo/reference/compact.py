@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from raydpo.errors import CacheError
+from raydpo.reference.index import as_bytes
 from raydpo.reference.part import COMPACTED, Part, encode_part, part_time
 from raydpo.reference.store import PARTS, SET_ASIDE, UNVERIFIED, ReferenceCache
 from raydpo.storage import stale_temporaries
@@ -32,7 +32,7 @@ class CompactReport:
     """What a compaction did.
 
     Attributes:
-        before, after: parts that readers look at.
+        before, after: parts that readers need.
         merged: how many of them were merged.
         rows: rows of the merged parts; ``dropped`` more were answered better elsewhere and are left out.
     """
@@ -53,22 +53,25 @@ def compact(cache: ReferenceCache, target_bytes: int = TARGET_BYTES) -> CompactR
     Raises:
         CacheError: if a part vanishes meanwhile, because another compaction and its gc are under way. Nothing is lost.
     """
-    cache.refresh()
+    cache.reload()
     paths = cache.paths()
     winning_part, winning_row = cache.winners()
-    sizes = {entry.name: entry.size for entry in cache.storage.entries(f"{cache.directory}/{PARTS}")}
-    small = [number for number, path in enumerate(paths) if cache.is_mergeable(number)
-             and sizes.get(path.rsplit("/", 1)[-1], target_bytes) < target_bytes / 2]
+    needed = ~cache.superseded() | np.isin(np.arange(len(paths)), winning_part)
+    by_name = {entry.name: entry.size for entry in cache.storage.entries(f"{cache.directory}/{PARTS}")}
+    sizes = [by_name.get(path.rsplit("/", 1)[-1], target_bytes) for path in paths]
+    small = [number for number in np.flatnonzero(needed).tolist() if cache.holds_tokens(number)
+             and sizes[number] < target_bytes / 2]
     merged = rows = dropped = written = 0
-    for group in _groups(small, [sizes.get(path.rsplit("/", 1)[-1], 0) for path in paths], target_bytes):
+    for group in _groups(small, sizes, target_bytes):
         parts = [cache.read(paths[number]) for number in group]
         kept = [np.sort(winning_row[winning_part == number]) for number in group]
-        name, data = _merged(cache, parts, kept, set(sizes))
+        name, data = _merged(cache, parts, kept, set(by_name))
         cache.storage.write(f"{cache.directory}/{PARTS}/{name}", data)
         merged, written = merged + len(group), written + 1
         rows += sum(map(len, kept))
         dropped += sum(part.info.rows for part in parts) - sum(map(len, kept))
-    return CompactReport(len(paths), len(paths) - merged + written, merged, rows, dropped)
+    before = int(needed.sum())
+    return CompactReport(before, before - merged + written, merged, rows, dropped)
 
 
 def _groups(numbers: Sequence[int], sizes: Sequence[int], target_bytes: int) -> list[list[int]]:
@@ -116,28 +119,28 @@ class Garbage:
 def find_garbage(cache: ReferenceCache) -> list[Garbage]:
     """What ``delete_garbage`` would delete of one identity, in order of path."""
     storage, directory = cache.storage, cache.directory
-    cache.refresh()
+    cache.reload()
     found = []
-    superseded = cache.superseded()
     for folder in ("", PARTS, UNVERIFIED, SET_ASIDE):
         place = f"{directory}/{folder}".rstrip("/")
         found += [Garbage(f"{place}/{entry.name}", entry.size, "left half-written")
                   for entry in stale_temporaries(storage, place, older_than=ABANDONED_SECONDS)]
-    for entry in storage.entries(f"{directory}/{PARTS}"):
-        if entry.name in superseded and _is_answered(cache, f"{directory}/{PARTS}/{entry.name}"):
-            found.append(Garbage(f"{directory}/{PARTS}/{entry.name}", entry.size, "superseded by a compacted part"))
+    by_name = {entry.name: entry.size for entry in storage.entries(f"{directory}/{PARTS}")}
+    superseded = cache.superseded()
+    for number in np.flatnonzero(superseded).tolist():
+        path = cache.paths()[number]
+        if _is_answered_elsewhere(cache, number, superseded):
+            found.append(Garbage(path, by_name.get(path.rsplit("/", 1)[-1], 0), "superseded by a compacted part"))
     found += [Garbage(f"{directory}/{SET_ASIDE}/{entry.name}", entry.size, "damaged or foreign, set aside")
               for entry in storage.entries(f"{directory}/{SET_ASIDE}") if not entry.name.startswith(".")]
     return sorted(found, key=lambda one: one.path)
 
 
-def _is_answered(cache: ReferenceCache, path: str) -> bool:
-    """Whether parts that stay hold every row of the superseded part at ``path``, or it cannot answer anything itself."""
-    try:
-        part = cache.read(path)
-    except CacheError:
-        return True
-    return bool(cache.covers(part.keys, part.tokens).all())
+def _is_answered_elsewhere(cache: ReferenceCache, number: int, superseded: np.ndarray) -> bool:
+    """Whether parts that stay hold every row of this one."""
+    part = cache.read(cache.paths()[number])
+    answering, _ = cache.locate(as_bytes(part.keys), part.tokens)
+    return not superseded[answering].any()
 
 
 def delete_garbage(cache: ReferenceCache, garbage: Sequence[Garbage]) -> None:

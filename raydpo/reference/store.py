@@ -201,7 +201,7 @@ class ReferenceCache:
             skip: of the name of a part that is not known yet, whether it need not be looked at.
         """
         self.refresh(skip=skip)
-        return self._locate(as_bytes(keys), tokens)[0] >= 0
+        return self.locate(as_bytes(keys), tokens)[0] >= 0
 
     def lookup(self, keys: Sequence[bytes] | pa.Array) -> pa.Table:
         """Stored rows of the given completions, in their order: ``key``, ``tokens`` (0 if missing), ``logps`` (null if
@@ -233,7 +233,7 @@ class ReferenceCache:
         open_ = np.arange(len(keys))
         for _ in range(MOST_LISTINGS):
             self.refresh()
-            parts, rows = self._locate(keys[open_], tokens[open_])
+            parts, rows = self.locate(keys[open_], tokens[open_])
             order = np.argsort(parts, kind="stable")[np.count_nonzero(parts < 0) :]
             numbers, starts = np.unique(parts[order], return_index=True)
             for number, (start, stop) in zip(numbers, pairwise([*starts, len(order)]), strict=True):
@@ -249,8 +249,9 @@ class ReferenceCache:
         raise CacheError(f"the parts in {self.storage}/{self.directory} change faster than they can be read; wait until "
                          "compactions and gc are done")
 
-    def _locate(self, keys: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Number of the part and row in it that answers each completion with so many tokens: int32 [keys] both, or -1."""
+    def locate(self, keys: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Number of the part and row in it that answers each completion with so many tokens, or -1, as of the last look:
+        int32 [keys] both."""
         parts, rows = np.full(len(keys), -1, np.int32), np.full(len(keys), -1, np.int32)
         for index, wanted in ((self._sums, exactly(keys, tokens)), (self._tokens, keys)):
             locators = index.find(wanted)
@@ -285,9 +286,9 @@ class ReferenceCache:
         """Of the parts that count, by number, as of the last look."""
         return list(self._paths)
 
-    def superseded(self) -> set[str]:
-        """Names of the parts whose rows a compacted part took over, as of the last look."""
-        return set(self._superseded)
+    def superseded(self) -> np.ndarray:
+        """Of each part by number, whether a compacted part took over its rows, as of the last look: bool [parts]."""
+        return np.array([_short(path) in self._superseded for path in self._paths], bool)
 
     def winners(self) -> tuple[np.ndarray, np.ndarray]:
         """Number of the part and row in it that answers each distinct key, int [keys] both, as of the last look."""
@@ -311,9 +312,14 @@ class ReferenceCache:
         theirs.add(keys[chosen], self._tokens.tokens[chosen], 0)
         return int((theirs.find(keys[np.isin(parts, mine)]) >= 0).sum())
 
-    def is_mergeable(self, number: int) -> bool:
-        """Whether a compaction may merge this part: verified, with log-probs of tokens."""
+    def holds_tokens(self, number: int) -> bool:
+        """Whether this part is verified and has log-probs of tokens."""
         return number not in self._of_sums and f"/{PARTS}/" in self._paths[number]
+
+    def reload(self) -> None:
+        """Look at all parts anew."""
+        self._forget()
+        self.refresh()
 
     def refresh(self, *, skip: Callable[[str], bool] | None = None) -> None:
         """Take note of the parts that came and went since the last look."""
@@ -331,10 +337,9 @@ class ReferenceCache:
         compacted = [path for path in fresh if builder_of(_short(path)) == COMPACTED]
         parts = {path: part for path in compacted if (part := self._read(path, values=False)) is not None}
         self._superseded |= {name for part in parts.values() for name in part.info.supersedes}
-        for path in [*compacted, *(path for path in fresh if path not in compacted)]:
+        # Compacted parts first. What they superseded comes last: it answers only what nobody else does any more.
+        for path in sorted(fresh, key=lambda path: (_short(path) in self._superseded, path not in parts, path)):
             self._known.add(path)
-            if _short(path) in self._superseded:
-                continue
             part = parts.get(path) or (None if path in compacted else self._read(path, values=False))
             if part is not None:
                 if part.info.per_token:

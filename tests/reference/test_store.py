@@ -7,24 +7,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from rows import ONE, OTHER, rows, values
 
 from raydpo.errors import CacheError
-from raydpo.reference.identity import ReferenceIdentity
 from raydpo.reference.store import ReferenceCache
 from raydpo.storage import Storage
-
-ONE = ReferenceIdentity(weights="1" * 64, architecture="a" * 64, adapter=None, dtype="float32")
-OTHER = ReferenceIdentity(weights="2" * 64, architecture="a" * 64, adapter=None, dtype="float32")
-
-
-def rows(count, seed=0, tokens=None):
-    rng = np.random.default_rng(seed)
-    keys = [rng.bytes(16) for _ in range(count)]
-    return keys, [-rng.random(tokens or rng.integers(1, 30)).astype(np.float32) for _ in keys]
-
-
-def values(cache, keys):
-    return [None if row is None else np.array(row, np.float32) for row in cache.lookup(keys)["logps"].to_pylist()]
 
 
 def part_file(cache, index=0):
