@@ -154,7 +154,10 @@ def _score(prepared: Prepared, console: Console) -> BuildReport:
         console.warn(problem)
     rate = f", {report.tokens / report.seconds:,.0f} tokens/s" if report.scored else ""
     console.say(f"cache: {report.hits:,} of {report.wanted:,} completions were there ({report.hit_rate:.0%} hits), "
-                f"{report.scored:,} scored in {report.parts} part(s){rate}; {config.cache_uri}")
+                f"{report.scored:,} scored in {report.parts} part(s){rate}; {cache.storage}")
+    if report.by_others or report.twice:
+        console.say(f"another build filled the same cache: {report.by_others:,} completions were left to it, "
+                    f"{report.twice:,} were scored twice")
     return report
 
 
