@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import raydpo
+from raydpo.cache_cli import add_cache_verbs
 from raydpo.config import Config, load_config
 from raydpo.console import Console
 from raydpo.errors import RaydpoError, exit_status
@@ -65,15 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--runs", type=int, metavar="K", help="trainings against the same reference, such as a sweep of beta")
     plan.add_argument("--measure", action="store_true", help="measure the rate of this machine instead")
     plan.add_argument("--json", action="store_true", help="print one JSON object")
-    cache = verbs.add_parser("cache", help="look into a reference cache").add_subparsers(
-        dest="cache_verb", required=True, metavar="VERB")
-    ls = cache.add_parser("ls", help="the references it holds")
-    ls.set_defaults(act=_cache_ls)
-    cache_show = cache.add_parser("show", help="one reference: identity, provenance, rows and tokens")
-    cache_show.set_defaults(act=_cache_show)
-    for verb in (ls, cache_show):
-        verb.add_argument("uri", metavar="URI", help="directory or URI of the cache")
-    cache_show.add_argument("identity", nargs="?", help="its digest, or the beginning of it")
+    add_cache_verbs(verbs.add_parser("cache", help="list, show, verify, compare, compact, clean, export, import a cache"))
     add("doctor", _doctor, "versions, devices, compilers, Ray: what would be used here")
     quickstart = add("quickstart", _quickstart, "the whole job on a small model and the preference set that raydpo ships")
     quickstart.add_argument("overrides", nargs="*", metavar="key.sub=value")
@@ -170,18 +163,6 @@ def _load_pairs(config: Config) -> tuple[PairSets, Tokeniser]:
                                          chat_template=config.data.chat_template,
                                          trust_remote_code=config.model.trust_remote_code))
     return load_pairs(config.data, tokeniser), tokeniser
-
-
-def _cache_ls(args: argparse.Namespace, console: Console) -> None:
-    from raydpo.reference.inspect import list_identities
-
-    list_identities(args.uri, console)
-
-
-def _cache_show(args: argparse.Namespace, console: Console) -> None:
-    from raydpo.reference.inspect import show_identity
-
-    show_identity(args.uri, args.identity, console)
 
 
 def _doctor(args: argparse.Namespace, console: Console) -> None:

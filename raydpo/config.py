@@ -190,6 +190,8 @@ class CacheConfig(_Section):
 
     uri: PathOrUri | None = None
     """Local directory or URI, shared by any number of runs; null = <output>/cache."""
+    allow_unverified: bool = False
+    """Train on imported log-probs that 'raydpo cache verify' has not checked yet."""
 
 
 class ScoreConfig(_Section):

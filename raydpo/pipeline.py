@@ -113,7 +113,8 @@ class Prepared:
                     f"{score_dtype}, identity {identity.digest}")
         spec = ReferenceSpec(path=reference_dir, adapter=adapter, identity=identity,
                              trust_remote_code=model.trust_remote_code, layout=config.model.layout)
-        return cls(config, dtype, policy_dir, tokeniser, sets, spec, ReferenceCache.open(config.cache_uri, identity))
+        cache = ReferenceCache.open(config.cache_uri, identity, unverified=config.cache.allow_unverified)
+        return cls(config, dtype, policy_dir, tokeniser, sets, spec, cache)
 
     @property
     def tables(self) -> list[pa.Table]:

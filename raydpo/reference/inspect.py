@@ -1,65 +1,138 @@
-"""Looking into a cache: which references it holds, and one of them field by field."""
+"""Looking into a cache: which references it holds, one of them field by field, two of them side by side."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from collections import Counter
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
-from raydpo.console import Console
 from raydpo.errors import CacheError
-from raydpo.reference.store import ReferenceCache
+from raydpo.reference.part import COMPACTED, PartInfo, builder_of
+from raydpo.reference.store import PARTS, SET_ASIDE, UNVERIFIED, ReferenceCache
 from raydpo.storage import Storage
 
-__all__ = ["list_identities", "show_identity"]
+__all__ = ["describe", "difference", "identities"]
 
 
-def list_identities(uri: str, console: Console) -> None:
-    """Print one line for each reference in the cache at ``uri``.
+def identities(uri: str) -> list[dict[str, Any]]:
+    """One entry for each reference in the cache at ``uri``: identity, model, dtype, rows, bytes, parts, unverified rows,
+    and the
+    seconds since its newest part was written.
+
+    Rows are counted as stored; a completion that two parts hold counts twice.
 
     Raises:
         CacheError: if there is none.
     """
     storage = Storage(uri)
-    rows = []
+    found = []
+    now = None
     for identity in ReferenceCache.identities(storage):
         cache = ReferenceCache(storage, identity)
-        parts = cache.parts()
-        rows.append((identity.digest, str(_description(cache).get("model", "?")), identity.dtype,
-                     f"{sum(part.rows for part in parts):,}", f"{len(parts):,}", f"{sum(part.bytes for part in parts):,}"))
-    if not rows:
-        raise CacheError(f"there is no reference cache at {uri}; 'raydpo score' makes one")
-    console.table(uri, ("identity", "model", "dtype", "rows", "parts", "bytes"), rows)
+        parts = _current(cache.parts())
+        newest = max((entry.modified for folder in (PARTS, UNVERIFIED)
+                      for entry in storage.entries(f"{identity.digest}/{folder}")), default=0.0)
+        now = _now(storage) if now is None else now
+        found.append({"identity": identity.digest, "model": str(cache.description().get("model", "?")),
+                      "dtype": identity.dtype, "rows": sum(part.rows for part in parts), "parts": len(parts),
+                      "bytes": sum(part.bytes for part in parts),
+                      "unverified_rows": sum(part.rows for part in cache.parts(UNVERIFIED)),
+                      "age_seconds": max(0.0, now - newest)})
+    if not found:
+        raise CacheError(f"there is no reference cache at {storage}; 'raydpo score' makes one")
+    return found
 
 
-def show_identity(uri: str, identity: str | None, console: Console) -> None:
-    """Print identity, provenance and statistics of one reference.
+def describe(uri: str, identity: str | None) -> dict[str, Any]:
+    """Identity field by field, what made the parts, contents, lengths and log-probs of one reference.
 
     Raises:
         CacheError: if ``identity`` does not name exactly one.
     """
     cache = ReferenceCache.open(uri, identity)
-    parts = cache.parts()
+    cache.refresh()
+    infos = cache.parts()
+    parts = _current(infos)
     tokens = cache.scored_tokens()
-    fields = dataclasses.asdict(cache.identity)
-    console.table("identity", ("", "value"), [("digest", cache.identity.digest),
-                                              *((name, str(value)) for name, value in fields.items())])
-    description = _description(cache)
-    console.table("what made it", ("", "value"), [
-        *((name, str(value)) for name, value in description.items() if name != "identity" and value is not None),
-        *(("provenance", f"{count} part(s): {text}") for text, count in
-          Counter(json.dumps(part.provenance) for part in parts).items())])
     size = sum(part.bytes for part in parts)
-    console.table("contents", ("", "value"), [
-        ("parts", f"{len(parts):,}"), ("rows", f"{len(tokens):,}"), ("tokens", f"{int(tokens.sum()):,}"),
-        ("bytes", f"{size:,}"), ("bytes per token", f"{size / max(1, int(tokens.sum())):.2f}"),
-        ("tokens of a completion", f"median {np.median(tokens):.0f}, longest {tokens.max()}")])
-    for problem in cache.problems:
-        console.warn(problem)
+    description = {name: value for name, value in cache.description().items() if name != "identity"}
+    return {
+        "identity": {"digest": cache.identity.digest} | dataclasses.asdict(cache.identity),
+        "made_by": description | {"provenance": _provenance(parts)},
+        "contents": {
+            "parts": len(parts), "superseded_parts": len(infos) - len(parts), "completions": len(tokens),
+            "rows": sum(part.rows for part in parts), "tokens": int(tokens.sum()), "bytes": size,
+            "bytes_per_token": size / max(1, int(tokens.sum())),
+            "unverified_rows": sum(part.rows for part in cache.parts(UNVERIFIED)),
+            "set_aside_files": len(cache.storage.entries(f"{cache.directory}/{SET_ASIDE}"))},
+        "tokens_of_a_completion": _quantiles(tokens), "logps_per_token": _quantiles(_per_token(cache)),
+        "problems": cache.problems,
+    }
 
 
-def _description(cache: ReferenceCache) -> dict[str, object]:
-    name = f"{cache.directory}/identity.json"
-    return json.loads(cache.storage.read(name)) if cache.storage.exists(name) else {}
+def difference(one: ReferenceCache, two: ReferenceCache) -> dict[str, Any]:
+    """Which identity fields of two caches differ, and how far their values do on the completions that both hold.
+
+    Differences are absolute, in nats a token, over the tokens that both have.
+    """
+    mine, theirs = dataclasses.asdict(one.identity), dataclasses.asdict(two.identity)
+    fields = {name: [mine[name], theirs[name]] for name in mine if mine[name] != theirs[name]}
+    keys, others = one.keys(), two.keys()
+    common = keys.filter(pa.compute.is_in(keys.cast(pa.binary()), value_set=others.cast(pa.binary())))
+    gaps, worst = [], {"key": None, "mean": 0.0}
+    for start in range(0, len(common), 10_000):
+        batch = common.slice(start, 10_000)
+        rows = [cache.lookup(batch)["logps"] for cache in (one, two)]
+        for key, left, right in zip(batch, *rows, strict=True):
+            left, right = left.values.to_numpy(), right.values.to_numpy()
+            shorter = min(len(left), len(right))
+            gap = float(np.abs(left[:shorter] - right[:shorter]).mean())
+            gaps.append(gap)
+            if gap > worst["mean"] or worst["key"] is None:
+                worst = {"key": key.as_py().hex(), "mean": gap}
+    return {"fields": fields, "completions": [len(keys), len(others)], "common": len(common),
+            "difference": _quantiles(np.array(gaps)), "worst": worst}
+
+
+def _now(storage: Storage) -> float:
+    try:
+        return storage.clock()
+    except Exception:  # a cache that we may only read has a clock that we cannot ask
+        return time.time()
+
+
+def _current(parts: list[PartInfo]) -> list[PartInfo]:
+    superseded = {name for part in parts if builder_of(part.name) == COMPACTED for name in part.supersedes}
+    return [part for part in parts if part.name not in superseded]
+
+
+def _provenance(parts: list[PartInfo]) -> list[dict[str, Any]]:
+    """What made the parts: how many of each."""
+    counts: Counter[str] = Counter()
+    for part in parts:
+        for one in part.provenance.get("parts") or [{"count": 1, "of": part.provenance}]:
+            counts[json.dumps(one["of"], sort_keys=True)] += one["count"]
+    return [{"parts": count} | json.loads(text) for text, count in counts.most_common()]
+
+
+def _per_token(cache: ReferenceCache) -> np.ndarray:
+    """Mean log-prob of the tokens of each stored row, nats."""
+    means = []
+    for path in cache.paths():
+        part = cache.read(path)
+        if part.logps is not None and len(part.keys):
+            sums = np.add.reduceat(part.logps.values.to_numpy().astype(np.float64), part.logps.offsets.to_numpy()[:-1])
+            means.append(sums / part.tokens)
+    return np.concatenate(means) if means else np.empty(0)
+
+
+def _quantiles(values: np.ndarray) -> dict[str, float]:
+    if not len(values):
+        return {}
+    return {"mean": float(values.mean())} | {name: float(np.quantile(values, share)) for name, share in (
+        ("least", 0.0), ("p10", 0.1), ("median", 0.5), ("p90", 0.9), ("p99", 0.99), ("most", 1.0))}

@@ -56,14 +56,15 @@ def join(cache: ReferenceCache, keys: np.ndarray, needed: np.ndarray, directory:
     """
     offsets = np.concatenate([[0], np.cumsum(needed, dtype=np.int64)])
     values = _file_of(int(offsets[-1]), directory)
-    sums = np.full(len(keys), np.nan)
+    sums, unknown = np.full(len(keys), np.nan), np.ones(len(keys), bool)
     for places, part, rows in cache.answers(keys, needed):
         if part.logps is None:
             sums[places] = part.sums[rows]
             continue
+        unknown[places] = False
         for start, stop in _blocks(needed[places]):
             _move(part, rows[start:stop], places[start:stop], needed, offsets, values, sums)
-    for place in np.flatnonzero(np.isnan(sums)):
+    for place in np.flatnonzero(unknown):  # a new file is full of zeros, which are log-probs
         values[offsets[place] : offsets[place + 1]] = np.nan
     return Joined(values, offsets, sums)
 

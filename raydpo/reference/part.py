@@ -22,6 +22,7 @@ from raydpo.reference.identity import ReferenceIdentity
 
 __all__ = [
     "COMPACTED",
+    "HIGHEST",
     "KEY_TYPE",
     "PART_SCHEMA",
     "SUM_SCHEMA",

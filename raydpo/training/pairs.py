@@ -14,7 +14,7 @@ from raydpo.errors import CacheMissError
 from raydpo.model.layout import PromptGroup
 from raydpo.reference.index import as_bytes
 from raydpo.reference.join import join
-from raydpo.reference.store import ReferenceCache
+from raydpo.reference.store import UNVERIFIED, ReferenceCache
 
 __all__ = ["TrainingPairs", "join_reference"]
 
@@ -52,6 +52,11 @@ def _miss(table: pa.Table, lacking: np.ndarray, cache: ReferenceCache, what: str
     if rows.num_rows == table.num_rows and others:
         parts += [f"the cache does hold identity {other.digest}, which is another reference "
                   f"({'; '.join(cache.identity.differences(other))})" for other in others[:3]]
+    imported = sum(part.rows for part in cache.parts(UNVERIFIED))
+    if imported and not cache.unverified:
+        parts.append(f"it holds {imported:,} imported rows that are not verified: run 'raydpo cache verify {cache.storage} "
+                     "--config "
+                     "CONFIG', or set cache.allow_unverified=true to train on them as they are")
     parts += cache.problems
     return CacheMissError("; ".join(parts) + ". Run 'raydpo score' (or 'raydpo run') with this configuration to fill it")
 

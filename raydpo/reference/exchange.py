@@ -1,0 +1,136 @@
+"""Reference log-probs to and from other trainers: plain Parquet of pairs with TRL's column names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raydpo.config import DataConfig, source_name
+from raydpo.data.records import read_records
+from raydpo.errors import DataError
+from raydpo.reference.index import as_bytes
+from raydpo.reference.part import HIGHEST, KEY_TYPE
+from raydpo.reference.store import ReferenceCache
+
+__all__ = ["COLUMN_NAMES", "ImportReport", "export_pairs", "import_sums"]
+
+COLUMN_NAMES = (("ref_chosen_logps", "ref_rejected_logps"), ("reference_chosen_logps", "reference_rejected_logps"),
+                ("chosen_logps", "rejected_logps"))
+"""Of sums in other trainers' data: TRL's, those of older trainers, those of open-instruct's cache."""
+EXPORT_ROWS = 4096
+
+
+def export_pairs(joined: pa.Table, decode: Any, path: Path) -> int:
+    """Write pairs with their reference log-probs as one Parquet file, and return how many.
+
+    Columns: ``pair_id``, ``source``, the text of ``prompt``, ``chosen`` and ``rejected`` as the model sees them, with
+    special
+    tokens; ``prompt_ids``, ``chosen_ids``, ``rejected_ids``; ``ref_chosen_logps`` and ``ref_rejected_logps``, sums over the
+    completion in nats, which TRL's DPOTrainer takes in place of a reference model; ``ref_*_token_logps``, of each token.
+
+    Args:
+        joined: of ``training.pairs.join_reference``. decode: token ids of many rows -> texts.
+    """
+    writer = None
+    temporary = path.with_name(f".{path.name}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        for start in range(0, joined.num_rows, EXPORT_ROWS):
+            rows = joined.slice(start, EXPORT_ROWS)
+            columns = {"pair_id": rows["pair_id"], "source": rows["source"]}
+            for name in ("prompt", "chosen", "rejected"):
+                columns[name] = pa.array(decode(rows[f"{name}_ids"].to_pylist()), pa.string())
+            columns |= {f"{name}_ids": rows[f"{name}_ids"] for name in ("prompt", "chosen", "rejected")}
+            for side in ("chosen", "rejected"):
+                columns[f"ref_{side}_logps"] = rows[f"ref_{side}_sum"]
+                columns[f"ref_{side}_token_logps"] = rows[f"ref_{side}_logps"]
+            table = pa.table(columns)
+            writer = writer or pq.ParquetWriter(temporary, table.schema, compression="zstd")
+            writer.write_table(table)
+        if writer is not None:
+            writer.close()
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return joined.num_rows
+
+
+@dataclass(frozen=True)
+class ImportReport:
+    """Pairs whose sums were taken over and rows stored; pairs without both values are left out."""
+
+    pairs: int
+    rows: int
+    without: int
+    columns: tuple[str, str]
+    part: str
+
+
+def import_sums(config: DataConfig, pairs: pa.Table, cache: ReferenceCache, *, columns: tuple[str, str] | None = None,
+                means: bool = False) -> ImportReport:
+    """Store the sums that the records of ``config.train`` carry, as unverified rows.
+
+    Args:
+        pairs: the pairs of these records, tokenised; a sum is over the tokens they have there.
+        columns: names of the columns of the chosen and the rejected sums; None = the first of ``COLUMN_NAMES`` that is
+        there.
+        means: the columns hold means over tokens, as length-normalised losses want them.
+
+    Raises:
+        DataError: if the columns are not there, or a value is no log-prob.
+    """
+    found, names = _sums_by_pair(config, columns)
+    ids = pairs["pair_id"].to_pylist()
+    values = np.array([found.get(pair_id, (np.nan, np.nan)) for pair_id in ids], np.float64).reshape(-1, 2)
+    there = np.isfinite(values).all(axis=1)
+    if not there.any():
+        raise DataError(f"no pair of the data has both {names[0]!r} and {names[1]!r}")
+    rows = pairs.filter(pa.array(there))
+    keys = np.concatenate([as_bytes(chunk) for side in ("chosen", "rejected") for chunk in rows[f"{side}_key"].chunks])
+    tokens = np.concatenate([pa.compute.list_value_length(rows[f"{side}_ids"]).to_numpy() for side in ("chosen", "rejected")])
+    sums = np.concatenate([values[there, side] for side in range(2)]) * (tokens if means else 1)
+    if sums.max() > HIGHEST:
+        side, row = divmod(int(sums.argmax()), rows.num_rows)
+        raise DataError(f"pair {rows['pair_id'][row].as_py()} has {sums.max():.6g} in {names[side]!r}; log-probs are negative. "
+                        "Is it a column of losses or of rewards?")
+    part = cache.commit_rows(pa.FixedSizeBinaryArray.from_buffers(KEY_TYPE, len(keys), [None, pa.py_buffer(keys)]),
+                             tokens.astype(np.int32), sums, {"imported": [one.path for one in config.train],
+                                                             "columns": list(names), "means": means}, verified=False)
+    return ImportReport(int(there.sum()), len(keys), int((~there).sum()), names, part)
+
+
+def _sums_by_pair(config: DataConfig,
+                  columns: tuple[str, str] | None) -> tuple[dict[str, tuple[float, float]], tuple[str, str]]:
+    """Both sums of each record that has them, by the id of its pair; and the names of their columns."""
+    found: dict[str, tuple[float, float]] = {}
+    present: dict[str, None] = {}
+    for source in config.train:
+        for record in read_records(source):
+            if record.value is None:
+                continue
+            present |= dict.fromkeys(record.value)
+            for names in [columns] if columns else COLUMN_NAMES:
+                if all(isinstance(record.value.get(name), (int, float)) for name in names):
+                    columns = names
+                    found[f"{source_name(source)}:{record.row}"] = tuple(float(record.value[name]) for name in names)
+                    break
+    if columns is None or not found:
+        wanted = " or ".join(" and ".join(map(repr, names)) for names in ([columns] if columns else COLUMN_NAMES))
+        raise DataError(f"the records have no numbers in {wanted}; columns present: {', '.join(list(present)[:20])}. Name "
+                        "them "
+                        "with --chosen and --rejected")
+    return found, columns
+
+
+def wanted_names(tables: list[pa.Table]) -> Iterator[tuple[bytes, str]]:
+    """(key, name for people) of each completion."""
+    for table in tables:
+        ids = table["pair_id"].to_pylist()
+        for side in ("chosen", "rejected"):
+            yield from zip(table[f"{side}_key"].to_pylist(), (f"{one} {side}" for one in ids), strict=True)
