@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 import tempfile
@@ -57,6 +58,8 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("--fresh", action="store_true", help="begin again; an earlier run of this name is set aside")
     show = configured("show", _show, "print pairs exactly as the model sees them")
     show.add_argument("-n", "--count", type=int, default=3, help="how many pairs (default: %(default)s)")
+    audit = configured("audit", _audit, "what will these pairs teach? From lengths and cached log-probs, as a page")
+    audit.add_argument("--json", action="store_true", help="print one JSON object")
     plan = configured("plan", _plan, "what a run would take: tokens, GPU hours, dollars, and time lost to imbalance")
     plan.add_argument("--workers", type=int, metavar="N", help="devices of both stages (default: as configured)")
     plan.add_argument("--device", metavar="NAME", help="a GPU whose peak is known, such as H100, A100-80GB or L4")
@@ -135,6 +138,14 @@ def _show(args: argparse.Namespace, console: Console) -> None:
         console.say(line)
     for renderable in render_pairs(sets.train, tokeniser, args.count):
         console.print(renderable)
+
+
+def _audit(args: argparse.Namespace, console: Console) -> None:
+    config = load_config(args.config, args.overrides)
+    with tempfile.TemporaryDirectory() as logs, console.noise_to(Path(logs) / "audit.log"):
+        done = raydpo.audit(config, Console(io.StringIO()) if args.json else console)
+    if args.json:
+        print(json.dumps(done.to_dict(), indent=2))
 
 
 def _plan(args: argparse.Namespace, console: Console) -> None:

@@ -169,6 +169,9 @@ class DataConfig(_Section):
     """What becomes of a longer one: its completion is cut at the end, or the pair is dropped."""
     shuffle: bool = True
     """false = every epoch in file order, for comparisons."""
+    filter: str | None = None
+    """A condition that training pairs must meet, an SQL expression over the fields of the audit, for example
+    'chosen_tokens < 1024 and ref_margin > -20'. See raydpo/data/facts.py for the fields. Held-out pairs are left alone."""
     chat_template: str | None = None
     """A Jinja chat template, or the path of one, in place of the tokenizer's."""
     max_malformed: Float = Field(0.01, ge=0, le=1)
@@ -368,7 +371,18 @@ def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = 
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(tree, problem) for problem in error.errors())) from None
     _check_paths(config)
+    if config.data.filter is not None:
+        _check_filter(config.data.filter)
     return config
+
+
+def _check_filter(expression: str) -> None:
+    """Where what evaluates it is installed; a laptop that only submits may lack it."""
+    try:
+        from raydpo.data.filter import PairFilter
+    except ImportError:
+        return
+    PairFilter(expression)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

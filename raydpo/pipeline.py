@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -17,7 +18,9 @@ import raydpo
 from raydpo.config import Config, is_hub_name
 from raydpo.console import Console, ProgressLine
 from raydpo.cost import ModelCost
-from raydpo.data.pairs import PairSets, load_pairs
+from raydpo.data.facts import pair_facts
+from raydpo.data.filter import PairFilter
+from raydpo.data.pairs import SAME, PairSets, load_pairs
 from raydpo.data.tokenise import Tokeniser, load_tokenizer
 from raydpo.errors import ConfigError
 from raydpo.ray_runtime import bfloat16_pays, resources_for, session
@@ -30,11 +33,14 @@ from raydpo.training.checkpoint import changed_settings
 from raydpo.training.engine import PolicySpec
 from raydpo.training.launch import launch
 from raydpo.training.loop import TrainJob
-from raydpo.training.pairs import join_reference
+from raydpo.training.pairs import join_reference, reference_values
 from raydpo.training.records import read_rows
 from raydpo.training.report import TrainingDisplay, print_summary
 
-__all__ = ["Prepared", "run", "score", "train"]
+if TYPE_CHECKING:
+    from raydpo.audit import Audit
+
+__all__ = ["Prepared", "audit", "run", "score", "train"]
 
 
 def score(config: Config, console: Console | None = None) -> BuildReport:
@@ -74,6 +80,17 @@ def run(config: Config, console: Console | None = None, *, fresh: bool = False) 
         return _train(prepared, console, _score(prepared, console), fresh=fresh)
 
 
+def audit(config: Config, console: Console | None = None) -> Audit:
+    """What the training pairs will teach, from their lengths and the log-probs that are cached; written to the run
+    directory.
+
+    Raises:
+        RaydpoError: of the kind that fits. Pairs that are not scored yet are no error.
+    """
+    console = console or Console()
+    return _audit(Prepared.of(config, console), console)
+
+
 @dataclass(frozen=True)
 class Prepared:
     """Everything both stages need, found out once."""
@@ -103,6 +120,9 @@ class Prepared:
         sets = load_pairs(config.data, tokeniser, console.counter("reading", "records"))
         for line in sets.report.lines():
             console.say(line)
+        pair_filter = PairFilter(config.data.filter) if config.data.filter else None
+        if pair_filter is not None and not pair_filter.needs_reference:
+            sets = dataclasses.replace(sets, train=_filtered(pair_filter, sets.train, console))
         held_out = 0 if sets.eval is None else sets.eval.num_rows
         console.say(f"pairs: {sets.train.num_rows:,} to train on, {held_out:,} held out, tokenised in "
                     f"{time.perf_counter() - started:.1f} s")
@@ -115,6 +135,12 @@ class Prepared:
                              trust_remote_code=model.trust_remote_code, layout=config.model.layout)
         cache = ReferenceCache.open(config.cache_uri, identity, unverified=config.cache.allow_unverified)
         return cls(config, dtype, policy_dir, tokeniser, sets, spec, cache)
+
+    @property
+    def filter_by_reference(self) -> PairFilter | None:
+        """The condition on training pairs that can be evaluated only now that they are scored."""
+        pair_filter = PairFilter(self.config.data.filter) if self.config.data.filter else None
+        return pair_filter if pair_filter is not None and pair_filter.needs_reference else None
 
     @property
     def tables(self) -> list[pa.Table]:
@@ -134,7 +160,17 @@ class Prepared:
         return {"model.path (weights)": policy.weights, "model.path (architecture)": policy.architecture,
                 "model.dtype": self.dtype, "model.lora": lora, "reference identity": self.reference.identity.digest,
                 "data.train (pairs)": _digest(self.sets.train), "data.shuffle": config.data.shuffle,
-                } | {f"train.{key}": value for key, value in train.items()}
+                } | ({"data.filter": config.data.filter} if self.filter_by_reference else {}
+                     ) | {f"train.{key}": value for key, value in train.items()}
+
+
+def _filtered(pair_filter: PairFilter, pairs: pa.Table, console: Console) -> pa.Table:
+    """The pairs that meet the condition; says how many do not."""
+    sums = [pairs[f"ref_{side}_sum"].to_numpy() for side in ("chosen", "rejected")] if pair_filter.needs_reference else []
+    facts = pair_facts(pairs, *sums)
+    keep = pair_filter.keep(facts)
+    console.say(pair_filter.line(facts, keep))
+    return pairs.filter(pa.array(keep))
 
 
 def _score(prepared: Prepared, console: Console) -> BuildReport:
@@ -159,7 +195,31 @@ def _score(prepared: Prepared, console: Console) -> BuildReport:
     if report.by_others or report.twice:
         console.say(f"another build filled the same cache: {report.by_others:,} completions were left to it, "
                     f"{report.twice:,} were scored twice")
+    try:
+        _audit(prepared, console)
+    except Exception as error:  # the log-probs are stored; a picture that cannot be drawn must not say otherwise
+        console.warn(f"the audit failed ({type(error).__name__}: {error}); 'raydpo audit' tries again")
     return report
+
+
+def _audit(prepared: Prepared, console: Console) -> Audit:
+    from raydpo.audit import audit_pairs, summary_lines, write_audit
+
+    pairs = prepared.sets.train
+    facts = pair_facts(pairs, *(found.sums for found in reference_values(pairs, prepared.cache)))
+    decode = prepared.tokeniser.tokenizer.batch_decode
+    done = audit_pairs(
+        facts, pairs, lambda ids: decode(ids, skip_special_tokens=False),
+        meta={"name": prepared.config.run_name, "model": prepared.config.reference_path, "raydpo": raydpo.__version__,
+              "identity": prepared.reference.identity.digest, "cache": str(prepared.cache.storage)},
+        identical={source.name: source.dropped.counts[SAME] for source in prepared.sets.report.sources
+                   if source.dropped.counts[SAME]})
+    storage = Storage(prepared.config.run_dir)
+    write_audit(done, storage)
+    for line in summary_lines(done):
+        console.say(line)
+    console.say(f"audit: {storage}/audit.html")
+    return done
 
 
 def _train(prepared: Prepared, console: Console, built: BuildReport | None, *, fresh: bool) -> dict[str, Any]:
@@ -174,6 +234,8 @@ def _train(prepared: Prepared, console: Console, built: BuildReport | None, *, f
         print_summary(console, finished)
         return finished
     pairs = join_reference(prepared.sets.train, prepared.cache, "training")
+    if prepared.filter_by_reference is not None:
+        pairs = _filtered(prepared.filter_by_reference, pairs, console)
     held_out = None
     if prepared.sets.eval is not None:
         held_out = join_reference(prepared.sets.eval, prepared.cache, "held-out")

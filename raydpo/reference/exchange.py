@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from raydpo.config import DataConfig, source_name
@@ -93,12 +94,12 @@ def import_sums(config: DataConfig, pairs: pa.Table, cache: ReferenceCache, *, c
         raise DataError(f"no pair of the data has both {names[0]!r} and {names[1]!r}")
     rows = pairs.filter(pa.array(there))
     keys = np.concatenate([as_bytes(chunk) for side in ("chosen", "rejected") for chunk in rows[f"{side}_key"].chunks])
-    tokens = np.concatenate([pa.compute.list_value_length(rows[f"{side}_ids"]).to_numpy() for side in ("chosen", "rejected")])
+    tokens = np.concatenate([pc.list_value_length(rows[f"{side}_ids"]).to_numpy() for side in ("chosen", "rejected")])
     sums = np.concatenate([values[there, side] for side in range(2)]) * (tokens if means else 1)
     if sums.max() > HIGHEST:
         side, row = divmod(int(sums.argmax()), rows.num_rows)
-        raise DataError(f"pair {rows['pair_id'][row].as_py()} has {sums.max():.6g} in {names[side]!r}; log-probs are negative. "
-                        "Is it a column of losses or of rewards?")
+        raise DataError(f"pair {rows['pair_id'][row].as_py()} has {sums.max():.6g} in {names[side]!r}; log-probs are "
+                        "negative. Is it a column of losses or of rewards?")
     part = cache.commit_rows(pa.FixedSizeBinaryArray.from_buffers(KEY_TYPE, len(keys), [None, pa.py_buffer(keys)]),
                              tokens.astype(np.int32), sums, {"imported": [one.path for one in config.train],
                                                              "columns": list(names), "means": means}, verified=False)

@@ -13,10 +13,12 @@ from raydpo.data.shapes import Shapes
 from raydpo.errors import CacheMissError
 from raydpo.model.layout import PromptGroup
 from raydpo.reference.index import as_bytes
-from raydpo.reference.join import join
+from raydpo.reference.join import Joined, join
 from raydpo.reference.store import UNVERIFIED, ReferenceCache
 
-__all__ = ["TrainingPairs", "join_reference"]
+__all__ = ["TrainingPairs", "join_reference", "reference_values"]
+
+SIDES = ("chosen", "rejected")
 
 
 def join_reference(table: pa.Table, cache: ReferenceCache, what: str) -> pa.Table:
@@ -29,17 +31,22 @@ def join_reference(table: pa.Table, cache: ReferenceCache, what: str) -> pa.Tabl
         CacheMissError: if the cache lacks rows, or holds fewer of their tokens than needed: how many, of which sources,
             the first few, and the command that fills them.
     """
-    joined = {}
-    for side in ("chosen", "rejected"):
-        keys = np.concatenate([np.empty((0, 16), np.uint8), *map(as_bytes, table[f"{side}_key"].chunks)])
-        joined[side] = join(cache, keys, pc.list_value_length(table[f"{side}_ids"]).to_numpy().astype(np.int32))
-    lacking = np.isnan(joined["chosen"].sums) | np.isnan(joined["rejected"].sums)
+    joined = reference_values(table, cache)
+    lacking = np.isnan(joined[0].sums) | np.isnan(joined[1].sums)
     if lacking.any():
         raise _miss(table, lacking, cache, what)
-    for side, found in joined.items():
+    for side, found in zip(SIDES, joined, strict=True):
         table = table.append_column(f"ref_{side}_logps", found.lists(0, table.num_rows))
         table = table.append_column(f"ref_{side}_sum", pa.array(found.sums))
     return table
+
+
+def reference_values(table: pa.Table, cache: ReferenceCache) -> tuple[Joined, Joined]:
+    """What the cache holds for the chosen and for the rejected completions of pairs."""
+    chosen, rejected = (
+        join(cache, np.concatenate([np.empty((0, 16), np.uint8), *map(as_bytes, table[f"{side}_key"].chunks)]),
+             pc.list_value_length(table[f"{side}_ids"]).to_numpy().astype(np.int32)) for side in SIDES)
+    return chosen, rejected
 
 
 def _miss(table: pa.Table, lacking: np.ndarray, cache: ReferenceCache, what: str) -> CacheMissError:
@@ -88,7 +95,7 @@ class TrainingPairs:
             self._lists[name].lengths for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
         self.ref_chosen, self.ref_rejected = (
             table[f"ref_{side}_sum"].to_numpy() if f"ref_{side}_sum" in table.column_names else
-            self._lists[f"ref_{side}_logps"].sums() for side in ("chosen", "rejected"))
+            self._lists[f"ref_{side}_logps"].sums() for side in SIDES)
 
     def __len__(self) -> int:
         return len(self.ids)

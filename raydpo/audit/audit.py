@@ -1,0 +1,89 @@
+"""An audit: figures over all and by source, advice, and the pairs worth reading; as data, as lines, as a page."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+
+from raydpo.audit.advice import Advice, advise
+from raydpo.audit.extremes import extremes
+from raydpo.audit.measure import figures
+from raydpo.storage import Storage
+
+__all__ = ["Audit", "audit_pairs", "summary_lines", "write_audit"]
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Attributes:
+    meta: name of the run, model, identity of the reference, version.
+    total, sources: figures of ``measure.figures``, over all pairs and by source.
+    identical: pairs left out at loading because chosen and rejected are the same, by source.
+    advice: most important first. extremes: lists of pairs worth reading.
+    frame: the facts that the figures came from, for plots; not part of ``to_dict``.
+    """
+
+    meta: dict[str, Any]
+    total: dict[str, Any]
+    sources: dict[str, dict[str, Any]]
+    identical: dict[str, int]
+    advice: list[Advice]
+    extremes: list[dict[str, Any]]
+    frame: pl.DataFrame
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {"meta": self.meta, "total": self.total, "sources": self.sources, "identical": self.identical,
+                "advice": [dataclasses.asdict(one) for one in self.advice], "extremes": self.extremes}
+
+
+def audit_pairs(facts: pa.Table, pairs: pa.Table, decode: Callable[[list[list[int]]], list[str]], *, meta: dict[str, Any],
+                identical: dict[str, int] | None = None) -> Audit:
+    """Look at tokenised pairs and what the reference said of them.
+
+    Args:
+        facts: ``data.facts.pair_facts`` of ``pairs``. decode: token ids of many completions -> texts.
+        identical: see ``Audit``.
+    """
+    frame = pl.from_arrow(facts.drop_columns(["pair_id"]))
+    total = figures(frame)
+    sources = {str(name): figures(part) for (name,), part in frame.group_by("source", maintain_order=True)}
+    return Audit(meta, total, sources, identical or {}, advise(total), extremes(facts, pairs, decode), frame)
+
+
+def summary_lines(audit: Audit) -> list[str]:
+    """A few lines for the terminal."""
+    total = audit.total
+    length, surprise, reference = total["length"], total["surprise"], total["reference"]
+    lines = [f"audit: the chosen answer is longer in {length['chosen_longer']['share']:.1%} of {total['pairs']:,} pairs, by "
+             f"{length['difference']['median']:+.0f} tokens in the median; '{length['rule']} is better' is right for "
+             f"{length['rule_accuracy']['share']:.1%}"]
+    if surprise["chosen"]:
+        lines.append(f"audit: the reference ranks {reference['right_by_sum']['share']:.1%} right "
+                     f"({reference['right_per_token']['share']:.1%} per token); chosen {surprise['chosen']['median']:.2f}, "
+                     "rejected "
+                     f"{surprise['rejected']['median']:.2f} nats a token in the median, overlap "
+                     f"{surprise['overlap']['coefficient']:.0%}")
+    counts = [f"{count:,} {what}" for count, what in (
+        (total["duplicates"], "copies"), (total["contradictory"], "in contradiction"), (sum(audit.identical.values()),
+         "with chosen = rejected (left out)"), (sum(total["empty"].values()), "empty answers"),
+        (sum(total["truncated"].values()), "cut answers")) if count]
+    if counts:
+        lines.append(f"audit: {', '.join(counts)}")
+    lines += [f"advice: {one.title.lower()}: {one.found}" + (f" "
+                                                             f"({one.setting})" if one.setting else "") for one in audit.advice]
+    return lines
+
+
+def write_audit(audit: Audit, storage: Storage) -> None:
+    """``audit.json`` and ``audit.html`` in ``storage``."""
+    from raydpo.audit.page import render_page
+
+    storage.write("audit.json", json.dumps(audit.to_dict(), indent=1, allow_nan=False).encode())
+    storage.write("audit.html", render_page(audit).encode())

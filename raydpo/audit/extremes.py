@@ -1,0 +1,75 @@
+"""The pairs most worth reading, of each kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+__all__ = ["COUNT", "extremes", "shown"]
+
+COUNT = 20
+MOST_CHARACTERS = 1200
+# C0 and C1 controls but line feed and tab, marks that turn the direction of text, zero-width and tag characters.
+_HIDDEN = {*range(0x00, 0x09), *range(0x0B, 0x20), *range(0x7F, 0xA0), 0x00AD, 0x061C, *range(0x200B, 0x2010),
+           *range(0x2028, 0x202F), *range(0x2060, 0x2070), 0xFEFF, *range(0xFFF9, 0xFFFC), *range(0xE0000, 0xE0080)}
+_VISIBLE = {code: f"\u27e8U+{code:04X}\u27e9" for code in _HIDDEN}
+
+Rank = Callable[[dict[str, np.ndarray]], np.ndarray]
+KINDS: tuple[tuple[str, str, Rank], ...] = (
+    ("The reference is most wrong, by sum", "lowest margin: swapped, broken, or hard", lambda f: f["ref_margin"]),
+    ("The reference is most wrong, per token", "lowest margin a token, which length does not blow up",
+     lambda f: f["ref_chosen_per_token"] - f["ref_rejected_per_token"]),
+    ("The reference is most sure", "highest margin: nothing to learn, or a rejected answer that is no text",
+     lambda f: -f["ref_margin"]),
+    ("Most surprising chosen", "least likely tokens: another language, code, noise", lambda f: f["ref_chosen_per_token"]),
+    ("Most surprising rejected", "an answer that no model would give teaches little", lambda f: f["ref_rejected_per_token"]),
+    ("Chosen much longer", "largest length difference", lambda f: -f["length_difference"].astype(float)),
+    ("Chosen much shorter", "largest length difference the other way", lambda f: f["length_difference"].astype(float)),
+    ("Contradictory", "another pair says the opposite", lambda f: np.where(f["contradictory"], 0.0, np.nan)),
+    ("Copies", "the pairs that come most often",
+     lambda f: np.where((f["copies"] > 1) & (f["copy"] == 0), -f["copies"], np.nan)),
+    ("Cut most", "answers that lost most tokens to max_length",
+     lambda f: np.where((cut := np.maximum(f["chosen_cut"], f["rejected_cut"])) > 0, -cut, np.nan)),
+    ("Near empty", "answers of three tokens or fewer",
+     lambda f: np.where((short := np.minimum(f["chosen_tokens"], f["rejected_tokens"])) <= 3, short, np.nan)),
+)
+"""(title, what it shows, rank of each pair: lowest first, NaN = not of this kind)."""
+
+
+def extremes(facts: pa.Table, pairs: pa.Table, decode: Callable[[list[list[int]]], list[str]]) -> list[dict[str, Any]]:
+    """Up to ``COUNT`` pairs of each kind that there is, with their figures and texts made fit to be shown.
+
+    Args:
+        facts: of ``pairs``. decode: token ids of many completions -> texts.
+    """
+    columns = {name: facts[name].to_numpy() for name in facts.column_names if name not in ("pair_id", "source")}
+    found = []
+    for title, about, rank in KINDS:
+        ranks = np.asarray(rank(columns), float)
+        rows = np.argsort(ranks, kind="stable")[:COUNT]  # NaN sorts last
+        rows = rows[~np.isnan(ranks[rows])]
+        if len(rows):
+            found.append({"title": title, "about": about, "of": int((~np.isnan(ranks)).sum()),
+                          "pairs": _texts(facts, pairs, rows, decode)})
+    return found
+
+
+def _texts(facts: pa.Table, pairs: pa.Table, rows: np.ndarray,
+           decode: Callable[[list[list[int]]], list[str]]) -> list[dict[str, Any]]:
+    index = pa.array(rows)
+    chosen = pairs.select(["prompt_ids", "chosen_ids", "rejected_ids"]).take(index)
+    texts = {name: decode(chosen[f"{name}_ids"].to_pylist()) for name in ("prompt", "chosen", "rejected")}
+    return [row | {name: shown(texts[name][number], keep_end=name == "prompt") for name in texts}
+            for number, row in enumerate(facts.take(index).to_pylist())]
+
+
+def shown(text: str, keep_end: bool = False) -> str:
+    """``text`` with invisible and direction-changing characters made visible, and its middle left out where it is long."""
+    if len(text) > MOST_CHARACTERS:
+        head = MOST_CHARACTERS // (4 if keep_end else 2)
+        tail = MOST_CHARACTERS - head
+        text = f"{text[:head]} [... {len(text) - head - tail:,} characters left out ...] {text[-tail:]}"
+    return text.translate(_VISIBLE)

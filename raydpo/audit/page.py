@@ -1,0 +1,71 @@
+"""An audit as one HTML page that needs nothing else."""
+
+from __future__ import annotations
+
+from importlib import resources
+from typing import Any
+
+import jinja2
+import polars as pl
+
+from raydpo.audit.audit import Audit
+from raydpo.audit.plots import plots
+
+__all__ = ["render_page"]
+
+MOST_SOURCES = 6
+"""Sources with pictures of their own; the table has all."""
+
+
+def render_page(audit: Audit) -> str:
+    """The page. All text from the data is escaped; there are no scripts in it, and a policy that would refuse them."""
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
+    template = environment.from_string(resources.files("raydpo.audit").joinpath("page.html").read_text(encoding="utf-8"))
+    style = resources.files("raydpo.pages").joinpath("style.css").read_text(encoding="utf-8")
+    pictures = [("All pairs", plots(audit.frame, audit.total))]
+    if len(audit.sources) > 1:
+        pictures += [(name, plots(audit.frame.filter(pl.col("source") == name), figures))
+                     for name, figures in list(audit.sources.items())[:MOST_SOURCES]]
+    rows = [("all", audit.total), *audit.sources.items()] if len(audit.sources) > 1 else list(audit.sources.items())
+    table = [(name, [read(figures, audit.identical.get(name, sum(audit.identical.values()) if name == "all" else 0))
+                     for _, _, read in COLUMNS]) for name, figures in rows]
+    return template.render(audit=audit, plots=pictures, table=table, style=jinja2.filters.Markup(style),
+                           columns=[{"title": title, "about": about} for title, about, _ in COLUMNS])
+
+
+def _share(value: dict[str, Any]) -> str:
+    return "-" if value["share"] is None else f"{value['share']:.1%} ± {(value['high'] - value['low']) / 2:.1%}"
+
+
+def _number(value: float | None, form: str = ".2f") -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _median(value: dict[str, float] | None, form: str) -> str:
+    return "-" if value is None else format(value["median"], form)
+
+
+COLUMNS = (
+    ("pairs", "usable pairs of this source", lambda f, _: f"{f['pairs']:,}"),
+    ("reference right,\nsum", "pairs whose chosen answer has the higher log-prob under the reference",
+     lambda f, _: _share(f["reference"]["right_by_sum"])),
+    ("reference right,\nper token", "the same by the mean log-prob of a token, which does not favour short answers",
+     lambda f, _: _share(f["reference"]["right_per_token"])),
+    ("chosen longer", "pairs whose chosen answer has more tokens", lambda f, _: _share(f["length"]["chosen_longer"])),
+    ("length rule", "accuracy of always calling the longer (or always the shorter) answer better, ties by a coin",
+     lambda f, _: f"{f['length']['rule']}: {_share(f['length']['rule_accuracy'])}"),
+    ("length\ndifference", "median of chosen less rejected, tokens", lambda f, _: _median(f["length"]["difference"], "+.0f")),
+    ("margin\nby length", "correlation of the reference's margin with the length difference",
+     lambda f, _: _number(f["length_and_reference"]["pearson"])),
+    ("surprise\nchosen", "median surprise of the chosen answers, nats a token",
+     lambda f, _: _median(f["surprise"]["chosen"], ".2f")),
+    ("surprise\nrejected", "median surprise of the rejected answers, nats a token",
+     lambda f, _: _median(f["surprise"]["rejected"], ".2f")),
+    ("overlap", "shared area of the two distributions of surprise: 100 % if the reference cannot tell them apart",
+     lambda f, _: _number(f["surprise"]["overlap"]["coefficient"], ".0%")),
+    ("copies", "pairs that an earlier one equals token by token", lambda f, _: f"{f['duplicates']:,}"),
+    ("contradictory", "pairs whose opposite is there, too", lambda f, _: f"{f['contradictory']:,}"),
+    ("identical", "pairs left out because chosen and rejected are the same", lambda f, identical: f"{identical:,}"),
+    ("empty", "answers of nothing but an end, chosen and rejected", lambda f, _: f"{sum(f['empty'].values()):,}"),
+    ("cut", "answers that max_length cut, chosen and rejected", lambda f, _: f"{sum(f['truncated'].values()):,}"),
+)

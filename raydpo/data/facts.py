@@ -1,0 +1,77 @@
+"""What is known of each pair without a model at hand: lengths, copies, and what the reference said. Filters and the audit
+speak of these."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from raydpo.reference.index import KeyIndex, as_bytes
+
+__all__ = ["FACTS", "REFERENCE_FACTS", "pair_facts"]
+
+FACTS: dict[str, tuple[pa.DataType, str]] = {
+    "pair_id": (pa.string(), "source:row"),
+    "source": (pa.string(), "name of its source"),
+    "prompt_tokens": (pa.int64(), "tokens of the prompt"),
+    "chosen_tokens": (pa.int64(), "tokens of the chosen completion, as used"),
+    "rejected_tokens": (pa.int64(), "tokens of the rejected completion, as used"),
+    "length_difference": (pa.int64(), "chosen_tokens - rejected_tokens"),
+    "chosen_cut": (pa.int64(), "tokens that truncation took from the chosen completion"),
+    "rejected_cut": (pa.int64(), "tokens that truncation took from the rejected completion"),
+    "copies": (pa.int64(), "pairs with these very tokens, this one included"),
+    "copy": (pa.int64(), "which of its copies it is, from 0; 'copy = 0' keeps one of each"),
+    "contradictory": (pa.bool_(), "whether another pair prefers its rejected completion to its chosen one"),
+    "ref_chosen_logps": (pa.float64(), "the reference's log-prob of the chosen completion, nats"),
+    "ref_rejected_logps": (pa.float64(), "the reference's log-prob of the rejected completion, nats"),
+    "ref_margin": (pa.float64(), "ref_chosen_logps - ref_rejected_logps"),
+    "ref_chosen_per_token": (pa.float64(), "ref_chosen_logps / chosen_tokens"),
+    "ref_rejected_per_token": (pa.float64(), "ref_rejected_logps / rejected_tokens"),
+}
+"""Name -> (type, meaning)."""
+REFERENCE_FACTS = frozenset(name for name in FACTS if name.startswith("ref_"))
+"""Those that are known only after scoring."""
+
+
+def pair_facts(pairs: pa.Table, ref_chosen: np.ndarray | None = None, ref_rejected: np.ndarray | None = None) -> pa.Table:
+    """One row a pair, the columns of ``FACTS``.
+
+    Args:
+        pairs: rows of ``data.pairs.PAIR_SCHEMA``.
+        ref_chosen, ref_rejected: sums of the reference's log-probs, nats, float64 [pairs], NaN where unknown. Without them
+        the
+            columns of ``REFERENCE_FACTS`` are null.
+    """
+    prompt, chosen, rejected = (pc.list_value_length(pairs[f"{name}_ids"]).to_numpy().astype(np.int64)
+                                for name in ("prompt", "chosen", "rejected"))
+    full = {side: pairs[f"{side}_full"].to_numpy().astype(np.int64) for side in ("chosen", "rejected")}
+    copies, copy, contradictory = _copies(pairs)
+    columns = {
+        "pair_id": pairs["pair_id"], "source": pairs["source"], "prompt_tokens": prompt, "chosen_tokens": chosen,
+        "rejected_tokens": rejected, "length_difference": chosen - rejected, "chosen_cut": full["chosen"] - chosen,
+        "rejected_cut": full["rejected"] - rejected, "copies": copies, "copy": copy, "contradictory": contradictory}
+    if ref_chosen is not None and ref_rejected is not None:
+        known = np.isnan(ref_chosen) | np.isnan(ref_rejected)
+        columns |= {name: pa.array(values, mask=known) for name, values in (
+            ("ref_chosen_logps", ref_chosen), ("ref_rejected_logps", ref_rejected),
+            ("ref_margin", ref_chosen - ref_rejected),
+            ("ref_chosen_per_token", ref_chosen / chosen), ("ref_rejected_per_token", ref_rejected / rejected))}
+    return pa.table({name: columns.get(name, pa.nulls(pairs.num_rows, kind)) for name, (kind, _) in FACTS.items()}).cast(
+        pa.schema([(name, kind) for name, (kind, _) in FACTS.items()]))
+
+
+def _copies(pairs: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each pair: how many have its tokens, the number of this one among them, and whether its opposite is there."""
+    keys = [np.concatenate([np.empty((0, 16), np.uint8), *map(as_bytes, pairs[f"{side}_key"].chunks)])
+            for side in ("chosen", "rejected")]
+    lengths = [pc.list_value_length(pairs[f"{side}_ids"]).to_numpy().astype(np.int32) for side in ("chosen", "rejected")]
+    index = KeyIndex()
+    index.add(np.concatenate(keys), np.concatenate(lengths), 0)
+    chosen, rejected = (index.find(each) for each in keys)
+    code, opposite = (one * np.int64(2 * len(chosen)) + two for one, two in ((chosen, rejected), (rejected, chosen)))
+    _, first, inverse, counts = np.unique(code, return_index=True, return_inverse=True, return_counts=True)
+    order = np.argsort(inverse, kind="stable")
+    number = np.empty(len(code), np.int64)
+    number[order] = np.arange(len(code)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return counts[inverse], number, np.isin(opposite, code[first])

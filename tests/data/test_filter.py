@@ -1,0 +1,79 @@
+"""Facts of pairs by hand, and conditions on them."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from kernel import tokenised
+
+from raydpo.data.facts import FACTS, pair_facts
+from raydpo.data.filter import PairFilter
+from raydpo.errors import ConfigError, DataError
+
+RECORDS = [
+    {"prompt": "a", "chosen": " sky blue green", "rejected": " cat"},
+    {"prompt": "a", "chosen": " cat", "rejected": " sky blue green"},  # contradicts the first
+    {"prompt": "a", "chosen": " sky blue green", "rejected": " cat"},  # copies the first
+    {"prompt": "b", "chosen": " sky blue green", "rejected": " cat"},  # another prompt: neither
+    {"prompt": "b", "chosen": " dog", "rejected": " cat runs"},
+]
+
+
+@pytest.fixture
+def facts():
+    chosen, rejected = np.array([-4.0, -2.0, -4.0, -6.0, -1.0]), np.array([-2.0, -4.0, -2.0, -8.0, -5.0])
+    return pair_facts(tokenised(RECORDS), chosen, rejected)
+
+
+def test_facts_by_hand(facts):
+    assert facts.column_names == list(FACTS)
+    assert facts["copies"].to_pylist() == [2, 1, 2, 1, 1] and facts["copy"].to_pylist() == [0, 0, 1, 0, 0]
+    assert facts["contradictory"].to_pylist() == [True, True, True, False, False]
+    chosen, rejected = (np.array(facts[f"{side}_tokens"]) for side in ("chosen", "rejected"))
+    assert np.array_equal(np.array(facts["length_difference"]), chosen - rejected) and chosen[0] == rejected[1]
+    assert facts["ref_margin"].to_pylist() == [-2.0, 2.0, -2.0, 2.0, 4.0]
+    assert facts["ref_chosen_per_token"][4].as_py() == -1.0 / chosen[4]
+
+
+def test_truncation_counts_as_cut():
+    table = tokenised(RECORDS, max_length=4)
+    facts = pair_facts(table)
+    used = zip(table["chosen_full"].to_pylist(), table["chosen_ids"].to_pylist(), strict=True)
+    assert facts["chosen_cut"].to_pylist() == [full - len(ids) for full, ids in used]
+    assert max(facts["chosen_cut"].to_pylist()) > 0 and facts["ref_margin"].null_count == 5
+
+
+@pytest.mark.parametrize("expression, kept", [
+    ("ref_margin > 0", [1, 3, 4]), ("ref_margin > 0 and copies = 1", [1, 3, 4]), ("copy == 0 and not contradictory", [3, 4]),
+    ("length_difference between -10 and -1", [1, 4]), ("abs(ref_margin) >= 3 or contradictory", [0, 1, 2, 4]),
+    ("source in ('tiny') and pair_id <> 'tiny:2'", [0, 2, 3, 4]), ("pair_id like '%:5'", [4])])
+def test_conditions(facts, expression, kept):
+    condition = PairFilter(expression)
+    keep = condition.keep(facts)
+    assert np.flatnonzero(keep).tolist() == kept
+    assert f"{5 - len(kept)} of 5 pairs left out (tiny: {5 - len(kept)} of 5)" in condition.line(facts, keep)
+    assert condition.needs_reference == ("ref_" in expression)
+
+
+@pytest.mark.parametrize("expression, said", [
+    ("chosen_token < 5", "did you mean 'chosen_tokens'"), ("chosen_tokens <", "parse"), ("chosen_tokens + "
+                                                                                         "1", "true or false"),
+    ("1 < 2", "names no field"), ("sum(chosen_tokens) > 2", "all pairs together"), ("source > 3", "data.filter"),
+    ("__import__('os').system('true')", "data.filter"), ("copies > (select max(copies) from facts)", "data.filter"),
+    ("read_csv('/etc/passwd')", "data.filter"), ("copies = 1; drop table x", "data.filter")])
+def test_what_is_no_condition_is_one_readable_error(expression, said):
+    with pytest.raises(ConfigError, match=r"data\.filter") as caught:
+        PairFilter(expression)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_neither_true_nor_false_and_nothing_left_are_errors(facts):
+    unknown = pair_facts(tokenised(RECORDS), np.array([-4.0, np.nan, -4.0, -6.0, -1.0]), np.full(5, -3.0))
+    with pytest.raises(DataError, match=r"neither true nor false of 1 pairs \(first: tiny:2\)"):
+        PairFilter("ref_margin > 0").keep(unknown)
+    with pytest.raises(DataError, match="leaves none of 5 pairs"):
+        PairFilter("chosen_tokens > 1000").keep(facts)
+
+
+def test_facts_of_no_pairs():
+    assert pair_facts(tokenised(RECORDS).slice(0, 0), np.empty(0), np.empty(0)).num_rows == 0
+    assert isinstance(pair_facts(tokenised(RECORDS)), pa.Table)
