@@ -2,7 +2,8 @@
 
     python tests/s3_server.py --fail 0.05 --slow 0.02
 
-prints its address. ``GET /_faults?fail=0.1&slow=0`` changes the shares, ``GET /_counts`` tells requests and faults so far.
+prints its address. ``GET /_faults?fail=0.1&slow=0`` changes the shares of requests that go wrong and tells how many requests
+there were and how many of them did.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import contextlib
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 import threading
@@ -23,35 +25,63 @@ from pathlib import Path
 from urllib.parse import parse_qsl
 
 SLOW_SECONDS = 0.4
+FAULTS = {
+    "fail": "answered with 500 or 503",
+    "slow": f"answered {SLOW_SECONDS} s late",
+    "hang": "answered never, within 60 s",
+    "drop": "cut off before any answer",
+    "lose": "done, and then answered with 500",
+    "cut": "a body cut off in the middle",
+    "deny": "answered with 403",
+}
+"""What can go wrong with a share of all requests."""
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": "us-east-1",
                "AWS_EC2_METADATA_DISABLED": "true"}
 
 
 class Faults:
-    """WSGI middleware: answers a share of all requests with 500 or 503, keeps others waiting."""
+    """WSGI middleware that lets requests go wrong, and counts."""
 
-    def __init__(self, app, fail: float, slow: float) -> None:
-        self.app, self.shares = app, {"fail": fail, "slow": slow}
-        self.random, self.lock, self.counts = random.Random(0), threading.Lock(), Counter()
+    def __init__(self, app, shares: dict[str, float]) -> None:
+        self.app, self.shares = app, shares
+        self.random, self.lock, self.counts = random.Random(0), threading.Lock(), Counter(requests=0)
 
     def __call__(self, environ, start_response):
         path = environ["PATH_INFO"]
         if path == "/_faults":
             self.shares |= {name: float(value) for name, value in parse_qsl(environ["QUERY_STRING"])}
-        if path in ("/_faults", "/_counts"):
             start_response("200 OK", [("Content-Type", "application/json")])
             return [json.dumps(self.counts).encode()]
         with self.lock:
-            failing, slow = self.random.random() < self.shares["fail"], self.random.random() < self.shares["slow"]
-            self.counts += Counter(requests=1, failed=failing, slow=slow)
-        if slow:
+            draws = {name: self.random.random() < self.shares.get(name, 0) for name in FAULTS}
+            self.counts["requests"] += 1
+            self.counts += Counter(name for name, drawn in draws.items() if drawn)
+        if draws["slow"]:
             time.sleep(SLOW_SECONDS)
-        if failing:
+        if draws["hang"]:
+            time.sleep(60)
+        if draws["lose"]:
+            list(self.app(environ, lambda *_: None))
+        elif draws["fail"] or draws["drop"] or draws["deny"]:
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-            status = "500 Internal Server Error" if self.counts["failed"] % 2 else "503 Slow Down"
-            start_response(status, [("Content-Type", "application/xml")])
-            return [b"<Error><Code>InternalError</Code><Message>on purpose</Message></Error>"]
-        return self.app(environ, start_response)
+        if draws["drop"]:
+            environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
+        if draws["deny"]:
+            return refuse(start_response, "403 Forbidden", "AccessDenied")
+        if draws["fail"] or draws["lose"] or draws["drop"]:
+            slow_down = self.counts["requests"] % 2
+            return refuse(start_response, *(("503 Slow Down", "SlowDown") if slow_down else
+                                            ("500 Internal Server Error", "InternalError")))
+        answer = self.app(environ, start_response)
+        if draws["cut"] and environ["REQUEST_METHOD"] == "GET":
+            body = b"".join(answer)
+            return [body[: len(body) // 2]]
+        return answer
+
+
+def refuse(start_response, status: str, code: str) -> list[bytes]:
+    start_response(status, [("Content-Type", "application/xml")])
+    return [f"<Error><Code>{code}</Code><Message>on purpose</Message></Error>".encode()]
 
 
 class S3:
@@ -65,7 +95,7 @@ class S3:
         return f"s3://bucket/{path}"
 
     def faults(self, **shares: float) -> dict[str, int]:
-        """Set the shares ``fail`` and ``slow``; the counts so far."""
+        """Set the shares of requests that go wrong, by the names in FAULTS; the counts so far."""
         query = "&".join(f"{name}={value}" for name, value in shares.items())
         with urllib.request.urlopen(f"{self.address}/_faults?{query}") as answer:
             return json.loads(answer.read())
@@ -94,10 +124,9 @@ def main() -> None:
     from werkzeug.serving import make_server
 
     parser = argparse.ArgumentParser()
-    parser.add_argument("--fail", type=float, default=0.0)
-    parser.add_argument("--slow", type=float, default=0.0)
-    args = parser.parse_args()
-    app = Faults(DomainDispatcherApplication(create_backend_app), args.fail, args.slow)
+    for name, meaning in FAULTS.items():
+        parser.add_argument(f"--{name}", type=float, default=0.0, metavar="SHARE", help=f"share of requests {meaning}")
+    app = Faults(DomainDispatcherApplication(create_backend_app), vars(parser.parse_args()))
     server = make_server("127.0.0.1", 0, app, threaded=True)
     print(f"http://127.0.0.1:{server.server_port}", flush=True)
     server.serve_forever()

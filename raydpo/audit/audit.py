@@ -76,8 +76,8 @@ def summary_lines(audit: Audit) -> list[str]:
         (sum(total["truncated"].values()), "cut answers")) if count]
     if counts:
         lines.append(f"audit: {', '.join(counts)}")
-    lines += [f"advice: {one.title.lower()}: {one.found}" + (f" "
-                                                             f"({one.setting})" if one.setting else "") for one in audit.advice]
+    lines += [f"advice: {one.title.lower()}: "
+              f"{one.found}{f' ({one.setting})' if one.setting else ''}" for one in audit.advice]
     return lines
 
 

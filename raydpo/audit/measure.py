@@ -43,8 +43,8 @@ def wilson(count: float, total: int) -> dict[str, Any]:
     centre = share + z * z / (2 * total)
     spread = z * np.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
     scale = 1 + z * z / total
-    return {"share": share, "low": float((centre - spread) / scale), "high": float((centre + spread) / scale), "count": count,
-            "of": total}
+    return {"share": share, "low": float((centre - spread) / scale), "high": float((centre + spread) / scale),
+            "count": count, "of": total}
 
 
 def overlap(one: np.ndarray, two: np.ndarray) -> dict[str, float | None]:

@@ -14,7 +14,7 @@ from raydpo.audit.plots import plots
 __all__ = ["render_page"]
 
 MOST_SOURCES = 6
-"""Sources with pictures of their own; the table has all."""
+"""Sources with pictures of their own; the table has all of them."""
 
 
 def render_page(audit: Audit) -> str:
@@ -26,11 +26,15 @@ def render_page(audit: Audit) -> str:
     if len(audit.sources) > 1:
         pictures += [(name, plots(audit.frame.filter(pl.col("source") == name), figures))
                      for name, figures in list(audit.sources.items())[:MOST_SOURCES]]
-    rows = [("all", audit.total), *audit.sources.items()] if len(audit.sources) > 1 else list(audit.sources.items())
-    table = [(name, [read(figures, audit.identical.get(name, sum(audit.identical.values()) if name == "all" else 0))
-                     for _, _, read in COLUMNS]) for name, figures in rows]
-    return template.render(audit=audit, plots=pictures, table=table, style=jinja2.filters.Markup(style),
-                           columns=[{"title": title, "about": about} for title, about, _ in COLUMNS])
+    columns = list(audit.sources.items())
+    identical = [audit.identical.get(name, 0) for name, _ in columns]
+    if len(columns) > 1:
+        columns, identical = [("all", audit.total), *columns], [sum(audit.identical.values()), *identical]
+    rows = [{"title": title, "about": about,
+             "values": [read(figures, same) for (_, figures), same in zip(columns, identical, strict=True)]}
+            for title, about, read in ROWS]
+    return template.render(audit=audit, plots=pictures, rows=rows, names=[name for name, _ in columns],
+                           style=jinja2.filters.Markup(style))
 
 
 def _share(value: dict[str, Any]) -> str:
@@ -45,21 +49,21 @@ def _median(value: dict[str, float] | None, form: str) -> str:
     return "-" if value is None else format(value["median"], form)
 
 
-COLUMNS = (
+ROWS = (
     ("pairs", "usable pairs of this source", lambda f, _: f"{f['pairs']:,}"),
-    ("reference right,\nsum", "pairs whose chosen answer has the higher log-prob under the reference",
+    ("reference right, sum", "pairs whose chosen answer has the higher log-prob under the reference",
      lambda f, _: _share(f["reference"]["right_by_sum"])),
-    ("reference right,\nper token", "the same by the mean log-prob of a token, which does not favour short answers",
+    ("reference right, per token", "the same by the mean log-prob of a token, which does not favour short answers",
      lambda f, _: _share(f["reference"]["right_per_token"])),
     ("chosen longer", "pairs whose chosen answer has more tokens", lambda f, _: _share(f["length"]["chosen_longer"])),
     ("length rule", "accuracy of always calling the longer (or always the shorter) answer better, ties by a coin",
      lambda f, _: f"{f['length']['rule']}: {_share(f['length']['rule_accuracy'])}"),
-    ("length\ndifference", "median of chosen less rejected, tokens", lambda f, _: _median(f["length"]["difference"], "+.0f")),
-    ("margin\nby length", "correlation of the reference's margin with the length difference",
+    ("length difference", "median of chosen less rejected, tokens", lambda f, _: _median(f["length"]["difference"], "+.0f")),
+    ("margin by length", "correlation of the reference's margin with the length difference",
      lambda f, _: _number(f["length_and_reference"]["pearson"])),
-    ("surprise\nchosen", "median surprise of the chosen answers, nats a token",
+    ("surprise chosen", "median surprise of the chosen answers, nats a token",
      lambda f, _: _median(f["surprise"]["chosen"], ".2f")),
-    ("surprise\nrejected", "median surprise of the rejected answers, nats a token",
+    ("surprise rejected", "median surprise of the rejected answers, nats a token",
      lambda f, _: _median(f["surprise"]["rejected"], ".2f")),
     ("overlap", "shared area of the two distributions of surprise: 100 % if the reference cannot tell them apart",
      lambda f, _: _number(f["surprise"]["overlap"]["coefficient"], ".0%")),

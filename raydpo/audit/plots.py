@@ -32,9 +32,11 @@ def _within(values: np.ndarray, share: float = 0.005) -> np.ndarray:
 
 
 def _differences(difference: np.ndarray, figures: dict[str, Any]) -> dict[str, str]:
-    edges = _within(difference)
+    low, high = (int(np.quantile(difference, share)) for share in (0.005, 0.995))
+    width = max(1, -(-(high - low) // BINS))  # whole tokens, or the bars would form a comb
+    edges = np.arange(low, high + width + 1, width) - 0.5
     counts, _ = np.histogram(np.clip(difference, edges[0], edges[-1]), edges)
-    centres, width = (edges[:-1] + edges[1:]) / 2, edges[1] - edges[0]
+    centres = (edges[:-1] + edges[1:]) / 2
     with figure() as (made, axes):
         axes.bar(centres, counts, width, color=[BAD if centre < 0 else GOOD for centre in centres])
         axes.axvline(0, color=INK, linewidth=0.8)

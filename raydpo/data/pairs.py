@@ -16,6 +16,7 @@ from raydpo.data.preference import Malformed, Preference, normalise
 from raydpo.data.records import Record, read_records
 from raydpo.data.report import DataReport, SourceReport
 from raydpo.data.split import held_out, prompt_digest
+from raydpo.data.spool import Spool, spooled
 from raydpo.data.tokenise import TokenisedPair, Tokeniser
 
 __all__ = ["PAIR_SCHEMA", "PairSets", "load_pairs"]
@@ -35,7 +36,7 @@ NO_ROOM, TOO_LONG, SAME = "prompt leaves no room", "longer than max_length", "id
 
 @dataclass(frozen=True)
 class PairSets:
-    """Tables of ``PAIR_SCHEMA``; ``eval`` is None where nothing is held out."""
+    """Tables of ``PAIR_SCHEMA`` in memory-mapped files; ``eval`` is None where nothing is held out."""
 
     train: pa.Table
     eval: pa.Table | None
@@ -81,7 +82,7 @@ def load_pairs(config: DataConfig, tokeniser: Tokeniser, progress: Callable[[int
         report.leaked = sum(prompt in trained_on for prompt in held.prompts)
         return PairSets(train.table, held.table, report)
     mask = held_out(train.prompts, config.eval.fraction)
-    return PairSets(train.table.filter(pa.array(~mask)), train.table.filter(pa.array(mask)), report)
+    return PairSets(_where(train.table, ~mask), _where(train.table, mask), report)
 
 
 def _common_columns(config: DataConfig) -> dict[str, str]:
@@ -96,14 +97,16 @@ def _load_source(source: SourceConfig, name: str, config: DataConfig, tokeniser:
     account = SourceReport(name, source.path)
     report.sources.append(account)
     merged_before = tokeniser.merged
-    records, chunks = read_records(source), []
+    records, prompts, spool = read_records(source), [], Spool(PAIR_SCHEMA)
     while chunk := list(islice(records, CHUNK)):
-        chunks.append(_load_chunk(chunk, source, config, tokeniser, account, seen))
+        loaded = _load_chunk(chunk, source, config, tokeniser, account, seen)
+        spool.append(loaded.table)
+        prompts += loaded.prompts
         if progress is not None:
             progress(sum(each.records for each in report.sources))
     account.merged = tokeniser.merged - merged_before
     account.check(config)
-    return _joined(chunks)
+    return _Loaded(spool.finish(), prompts)
 
 
 def _load_chunk(records: list[Record], source: SourceConfig, config: DataConfig, tokeniser: Tokeniser,
@@ -185,5 +188,13 @@ def _lists(arrays: Sequence[np.ndarray]) -> pa.ListArray:
 
 
 def _joined(parts: list[_Loaded]) -> _Loaded:
-    return _Loaded(pa.concat_tables([part.table for part in parts]).combine_chunks(),
+    if len(parts) == 1:
+        return parts[0]
+    return _Loaded(spooled((part.table for part in parts), PAIR_SCHEMA),
                    [prompt for part in parts for prompt in part.prompts])
+
+
+def _where(table: pa.Table, mask: np.ndarray) -> pa.Table:
+    """The rows where ``mask`` is true."""
+    return spooled((table.slice(start, CHUNK).filter(pa.array(mask[start : start + CHUNK]))
+                    for start in range(0, table.num_rows, CHUNK)), PAIR_SCHEMA)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -17,6 +18,8 @@ __all__ = ["Joined", "join"]
 
 BLOCK_VALUES = 1 << 22
 """Log-probs that are moved at once: their places need 24 bytes each meanwhile."""
+FORGET_ROWS = 1 << 20
+"""Rows after which the pages of the values are let go."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ def join(cache: ReferenceCache, keys: np.ndarray, needed: np.ndarray, directory:
         CacheError: if parts vanish faster than they can be read.
     """
     offsets = np.concatenate([[0], np.cumsum(needed, dtype=np.int64)])
-    values = _file_of(int(offsets[-1]), directory)
+    values, forget = _file_of(int(offsets[-1]), directory)
     sums, unknown = np.full(len(keys), np.nan), np.ones(len(keys), bool)
     for places, part, rows in cache.answers(keys, needed):
         if part.logps is None:
@@ -64,6 +67,7 @@ def join(cache: ReferenceCache, keys: np.ndarray, needed: np.ndarray, directory:
         unknown[places] = False
         for start, stop in _blocks(needed[places]):
             _move(part, rows[start:stop], places[start:stop], needed, offsets, values, sums)
+            forget(stop - start)
     for place in np.flatnonzero(unknown):  # a new file is full of zeros, which are log-probs
         values[offsets[place] : offsets[place + 1]] = np.nan
     return Joined(values, offsets, sums)
@@ -87,9 +91,21 @@ def _blocks(lengths: np.ndarray) -> list[tuple[int, int]]:
     return list(pairwise(cuts)) if len(lengths) else []
 
 
-def _file_of(count: int, directory: str | None) -> np.ndarray:
+def _file_of(count: int, directory: str | None) -> tuple[np.ndarray, Callable[[int], None]]:
+    """``count`` zeros in a file without a name, and what to call after so many rows of them were written."""
+    if not count:
+        return np.empty(0, np.float32), lambda rows: None
     with tempfile.TemporaryFile(prefix="raydpo-", dir=directory) as file:
-        if not count:
-            return np.empty(0, np.float32)
         file.truncate(4 * count)
-        return np.frombuffer(mmap.mmap(file.fileno(), 4 * count), np.float32)
+        mapped = mmap.mmap(file.fileno(), 4 * count)
+    written = 0
+
+    def forget(rows: int) -> None:
+        # Pages that were written stay in the system's cache of the file; this process need not hold them, too.
+        nonlocal written
+        written += rows
+        if written >= FORGET_ROWS and hasattr(mapped, "madvise"):
+            mapped.madvise(mmap.MADV_DONTNEED)
+            written = 0
+
+    return np.frombuffer(mapped, np.float32), forget

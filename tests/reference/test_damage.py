@@ -1,0 +1,156 @@
+"""What goes wrong with files and disks: each is found, named, set aside and scored again; never used, never fatal."""
+
+import os
+import shutil
+import subprocess
+import time
+
+import numpy as np
+import pytest
+from rows import ONE, OTHER, files, rows, same, values
+
+from raydpo.errors import CacheError
+from raydpo.reference.store import PARTS, SET_ASIDE, ReferenceCache
+
+
+def fresh(uri):
+    return ReferenceCache.open(str(uri), ONE)
+
+
+@pytest.fixture
+def filled(tmp_path):
+    """(place, keys and rows of the part that is to be damaged, of the sound one, file of the first)."""
+    cache = fresh(tmp_path)
+    cache.prepare({})
+    bad, good = rows(30, 1), rows(30, 2)
+    name = cache.commit(*bad, {})
+    cache.commit(*good, {})
+    return tmp_path, bad, good, tmp_path / ONE.digest / PARTS / name
+
+
+def flip(file, place):
+    data = bytearray(file.read_bytes())
+    data[place] ^= 0x10
+    file.write_bytes(data)
+
+
+def swap_in_another_identity(file):
+    other = ReferenceCache.open(str(file.parent.parent.parent), OTHER)
+    name = other.commit(*rows(2), {})
+    shutil.copy(file.parent.parent.parent / OTHER.digest / PARTS / name, file.parent)
+    file.unlink()
+
+
+DAMAGE = {
+    "truncated": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+    "one byte short": lambda file: file.write_bytes(file.read_bytes()[:-1]),
+    "empty": lambda file: file.write_bytes(b""),
+    "bit in the data": lambda file: flip(file, 200),
+    "bit in the footer": lambda file: flip(file, -60),
+    "bit in the footer's length": lambda file: flip(file, -7),
+    "bit in the magic": lambda file: flip(file, 1),
+    "another file of text": lambda file: file.write_text("hello"),
+    "a part of another identity": swap_in_another_identity,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_damage_is_named_set_aside_and_scored_again(damage, filled):
+    place, bad, good, file = filled
+    damage(file)
+    cache = fresh(place)
+    found = values(cache, [*bad[0], *good[0]])
+    assert same(found[:30], [None] * 30) and same(found[30:], good[1])
+    (problem,) = cache.problems
+    assert "not used" in problem and "part-" in problem and "\n" not in problem
+    assert len(cache.set_aside()) == 1 and len(files(cache, SET_ASIDE)) == 1
+    cache.commit(*bad, {})  # what a build does next
+    again = fresh(place)
+    assert same(values(again, bad[0] + good[0]), bad[1] + good[1]) and again.problems == []
+
+
+def test_every_flipped_byte_of_a_part_is_found(filled):
+    """Each byte of data and footer alike, a bit at a time."""
+    place, bad, _, file = filled
+    sound = file.read_bytes()
+    for position in range(0, len(sound), 7):
+        flip(file, position)
+        cache = fresh(place)
+        assert values(cache, bad[0][:1]) == [None] and cache.problems, position
+        file.write_bytes(sound)
+    assert same(values(fresh(place), bad[0]), bad[1])
+
+
+def test_what_may_not_be_read_is_named_and_left_where_it_is(filled):
+    place, bad, good, file = filled
+    if os.getuid() != 0:
+        pytest.skip("needs root to become somebody else")
+    file.chmod(0o000)
+    for directory in (place, *list(place.parents)[:3]):
+        directory.chmod(directory.stat().st_mode | 0o555)
+    child = os.fork()
+    if not child:
+        try:
+            os.setuid(65534)
+            cache = fresh(place)
+            found = values(cache, [bad[0][0], good[0][0]])
+            assert found[0] is None and np.array_equal(found[1], good[1][0])
+            assert "Permission denied" in cache.problems[0] and file.name in cache.problems[0]
+            assert cache.set_aside() == []
+            os._exit(0)
+        except BaseException as error:
+            print(repr(error), flush=True)
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0 and file.exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of one megabyte."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", place], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("no file system can be mounted here")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def test_a_full_disk_loses_nothing(small_disk):
+    cache = fresh(small_disk)
+    cache.prepare({})
+    stored = rows(100, 1)
+    cache.commit(*stored, {})
+    rng = np.random.default_rng(0)
+    large = [rng.bytes(16) for _ in range(50)], [-rng.random(20_000).astype(np.float32) for _ in range(50)]
+    with pytest.raises(OSError, match=r"No space left.*free some space.*kept"):
+        cache.commit(*large, {})
+    assert not [name for name in os.listdir(small_disk / ONE.digest / PARTS) if name.startswith(".tmp")]
+    again = fresh(small_disk)
+    assert same(values(again, stored[0]), stored[1]) and again.problems == []
+    cache.commit(*rows(5, 3), {})
+
+
+def test_clocks_that_disagree_change_nothing(tmp_path, monkeypatch):
+    """Parts from the past and the future: the longest row still wins, and nothing is mistaken for old."""
+    (key,), (long,) = rows(1, tokens=12)
+    for offset, logps in ((86400 * 365 * 10**9, long[:5]), (-86400 * 365 * 10**9, long), (0, long[:7])):
+        real = time.time_ns
+        monkeypatch.setattr(time, "time_ns", lambda offset=offset, real=real: real() + offset)
+        fresh(tmp_path).commit([key], [logps], {})
+        monkeypatch.undo()
+    assert same(values(fresh(tmp_path), [key]), [long])
+
+
+def test_a_wrong_name_is_no_part(filled):
+    place, bad, good, file = filled
+    shutil.copy(file, file.with_name("copy of part.parquet"))
+    file.rename(file.with_name(file.name.replace(file.name[-20:-8], "0" * 12)))  # another checksum
+    cache = fresh(place)
+    assert values(cache, bad[0][:1]) == [None] and len(cache.problems) == 2
+    assert same(values(cache, good[0]), good[1])
+
+
+def test_what_is_no_log_prob_is_never_stored(tmp_path):
+    with pytest.raises(CacheError, match="no log-prob"):
+        fresh(tmp_path).commit([b"k" * 16], [np.array([0.5], np.float32)], {})
