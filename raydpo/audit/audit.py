@@ -71,9 +71,10 @@ def summary_lines(audit: Audit) -> list[str]:
                      f"{surprise['rejected']['median']:.2f} nats a token in the median, overlap "
                      f"{surprise['overlap']['coefficient']:.0%}")
     counts = [f"{count:,} {what}" for count, what in (
-        (total["duplicates"], "copies"), (total["contradictory"], "in contradiction"), (sum(audit.identical.values()),
-         "with chosen = rejected (left out)"), (sum(total["empty"].values()), "empty answers"),
-        (sum(total["truncated"].values()), "cut answers")) if count]
+        (total["duplicates"], "copies"), (total["shared_prompt"], "share a prompt"),
+        (total["shared_answer"], "share an answer"), (total["contradictory"], "in contradiction"),
+        (sum(audit.identical.values()), "with chosen = rejected (left out)"),
+        (sum(total["empty"].values()), "empty answers"), (sum(total["truncated"].values()), "cut answers")) if count]
     if counts:
         lines.append(f"audit: {', '.join(counts)}")
     lines += [f"advice: {one.title.lower()}: "

@@ -30,6 +30,8 @@ def figures(frame: pl.DataFrame) -> dict[str, Any]:
         "length_and_reference": _length_and_reference(scored),
         "surprise": _surprise(scored),
         "duplicates": int((frame["copy"] > 0).sum()), "contradictory": int(frame["contradictory"].sum()),
+        "shared_prompt": int((frame["prompt_pairs"] > frame["copies"]).sum()),
+        "shared_answer": int((frame["answer_pairs"] > frame["copies"]).sum()),
         "empty": {side: int((frame[f"{side}_tokens"] <= 1).sum()) for side in ("chosen", "rejected")},
         "truncated": {side: int((frame[f"{side}_cut"] > 0).sum()) for side in ("chosen", "rejected")},
     }

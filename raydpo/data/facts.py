@@ -22,6 +22,8 @@ FACTS: dict[str, tuple[pa.DataType, str]] = {
     "rejected_cut": (pa.int64(), "tokens that truncation took from the rejected completion"),
     "copies": (pa.int64(), "pairs with these very tokens, this one included"),
     "copy": (pa.int64(), "which of its copies it is, from 0; 'copy = 0' keeps one of each"),
+    "prompt_pairs": (pa.int64(), "pairs with this very prompt, this one included"),
+    "answer_pairs": (pa.int64(), "pairs in which the more used of its two answers occurs, under whatever prompt"),
     "contradictory": (pa.bool_(), "whether another pair prefers its rejected completion to its chosen one"),
     "ref_chosen_logps": (pa.float64(), "the reference's log-prob of the chosen completion, nats"),
     "ref_rejected_logps": (pa.float64(), "the reference's log-prob of the rejected completion, nats"),
@@ -32,6 +34,8 @@ FACTS: dict[str, tuple[pa.DataType, str]] = {
 """Name -> (type, meaning)."""
 REFERENCE_FACTS = frozenset(name for name in FACTS if name.startswith("ref_"))
 """Those that are known only after scoring."""
+BLOCK_ROWS = 50_000
+_FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
 def pair_facts(pairs: pa.Table, ref_chosen: np.ndarray | None = None, ref_rejected: np.ndarray | None = None) -> pa.Table:
@@ -50,7 +54,8 @@ def pair_facts(pairs: pa.Table, ref_chosen: np.ndarray | None = None, ref_reject
     columns = {
         "pair_id": pairs["pair_id"], "source": pairs["source"], "prompt_tokens": prompt, "chosen_tokens": chosen,
         "rejected_tokens": rejected, "length_difference": chosen - rejected, "chosen_cut": full["chosen"] - chosen,
-        "rejected_cut": full["rejected"] - rejected, "copies": copies, "copy": copy, "contradictory": contradictory}
+        "rejected_cut": full["rejected"] - rejected, "copies": copies, "copy": copy, "contradictory": contradictory,
+        "prompt_pairs": _uses(_digests(pairs["prompt_ids"])), "answer_pairs": _answer_pairs(pairs)}
     if ref_chosen is not None and ref_rejected is not None:
         known = np.isnan(ref_chosen) | np.isnan(ref_rejected)
         columns |= {name: pa.array(values, mask=known) for name, values in (
@@ -59,6 +64,34 @@ def pair_facts(pairs: pa.Table, ref_chosen: np.ndarray | None = None, ref_reject
             ("ref_chosen_per_token", ref_chosen / chosen), ("ref_rejected_per_token", ref_rejected / rejected))}
     return pa.table({name: columns.get(name, pa.nulls(pairs.num_rows, kind)) for name, (kind, _) in FACTS.items()}).cast(
         pa.schema([(name, kind) for name, (kind, _) in FACTS.items()]))
+
+
+def _answer_pairs(pairs: pa.Table) -> np.ndarray:
+    chosen, rejected = (_digests(pairs[f"{side}_ids"]) for side in ("chosen", "rejected"))
+    uses = _uses(np.concatenate([chosen, rejected]))
+    return np.maximum(uses[: len(chosen)], uses[len(chosen) :])
+
+
+def _uses(digests: np.ndarray) -> np.ndarray:
+    """How often each one occurs, int64 [rows]."""
+    _, inverse, counts = np.unique(digests, return_inverse=True, return_counts=True)
+    return counts[inverse]
+
+
+def _digests(lists: pa.ChunkedArray) -> np.ndarray:
+    """64 bits of each list of token ids, for counting alike ones: a polynomial in an odd number, modulo 2^64."""
+    digests = [np.empty(0, np.uint64)]
+    for chunk in lists.chunks:
+        for start in range(0, len(chunk), BLOCK_ROWS):
+            rows = chunk.slice(start, BLOCK_ROWS)
+            lengths = rows.value_lengths().to_numpy().astype(np.int64)
+            ends = np.cumsum(lengths)
+            flat = rows.flatten().to_numpy().astype(np.uint64) + np.uint64(1)
+            within = np.arange(len(flat)) - np.repeat(ends - lengths, lengths)
+            powers = np.cumprod(np.full(int(lengths.max(initial=0)) + 1, _FACTOR, np.uint64))
+            total = np.concatenate([[np.uint64(0)], np.cumsum((flat * flat + flat) * powers[within], dtype=np.uint64)])
+            digests.append((total[ends] - total[ends - lengths]) * powers[0] + lengths.astype(np.uint64))
+    return np.concatenate(digests)
 
 
 def _copies(pairs: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

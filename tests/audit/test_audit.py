@@ -40,8 +40,9 @@ def frame(difference, margin, chosen_tokens=50):
                "ref_rejected_logps": np.full(len(margin), -100.0), "ref_chosen_per_token": (margin - 100) / chosen_tokens,
                "ref_rejected_per_token": -100.0 / rejected}
     zero = np.zeros(len(margin), np.int64)
-    return pl.DataFrame(columns | {"copy": zero, "contradictory": zero.astype(bool), "chosen_cut": zero,
-                                   "rejected_cut": zero})
+    one = zero + 1
+    return pl.DataFrame(columns | {"copy": zero, "copies": one, "prompt_pairs": one, "answer_pairs": one, "chosen_cut": zero,
+                                   "rejected_cut": zero, "contradictory": zero.astype(bool)})
 
 
 def test_figures_by_hand():

@@ -28,6 +28,8 @@ def test_facts_by_hand(facts):
     assert facts.column_names == list(FACTS)
     assert facts["copies"].to_pylist() == [2, 1, 2, 1, 1] and facts["copy"].to_pylist() == [0, 0, 1, 0, 0]
     assert facts["contradictory"].to_pylist() == [True, True, True, False, False]
+    assert facts["prompt_pairs"].to_pylist() == [3, 3, 3, 2, 2]
+    assert facts["answer_pairs"].to_pylist() == [4, 4, 4, 4, 1], "' sky blue green' and ' cat' are in four pairs each"
     chosen, rejected = (np.array(facts[f"{side}_tokens"]) for side in ("chosen", "rejected"))
     assert np.array_equal(np.array(facts["length_difference"]), chosen - rejected) and chosen[0] == rejected[1]
     assert facts["ref_margin"].to_pylist() == [-2.0, 2.0, -2.0, 2.0, 4.0]

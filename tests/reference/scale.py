@@ -81,8 +81,9 @@ def measure(place: Path, missing: float) -> None:
             time.sleep(0.02)
 
     threading.Thread(target=watch, daemon=True).start()
-    source = pa.ipc.open_file(pa.memory_map(str(place / "pairs.arrow")))
-    table = spooled((pa.Table.from_batches([source.get_batch(index)]) for index in range(source.num_record_batches)), PAIR_SCHEMA)
+    source = pa.ipc.open_file(pa.OSFile(str(place / "pairs.arrow")))
+    batches = (source.get_batch(index) for index in range(source.num_record_batches))
+    table = spooled((pa.Table.from_batches([batch]) for batch in batches), PAIR_SCHEMA)
     print(f"{table.num_rows:,} pairs")
     start = time.perf_counter()
     cache = ReferenceCache.open(str(place / "cache"), IDENTITY)
