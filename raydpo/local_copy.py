@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +18,8 @@ class LocalCopy:
     """Read-through copies of the files below ``storage``, shared by all processes of a node.
 
     Args:
-        directory: where they are kept; default ``$XDG_CACHE_HOME/raydpo/copies/<hash of the URI>``.
+        directory: where they are kept; default ``$XDG_CACHE_HOME/raydpo/copies/<hash of the URI>``, below ``~/.cache`` if
+            that is not set, or the directory of temporary files for a user without a home.
 
     Attributes:
         problems: a sentence if copies cannot be kept, which costs time and nothing else.
@@ -24,8 +27,7 @@ class LocalCopy:
 
     def __init__(self, storage: Storage, directory: Path | None = None) -> None:
         self.storage = storage
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raydpo" / "copies"
-        self.local = Storage(str(directory or home / hashlib.sha256(storage.uri.encode()).hexdigest()[:16]))
+        self.local = Storage(str(directory or _home() / hashlib.sha256(storage.uri.encode()).hexdigest()[:16]))
         self.problems: list[str] = []
 
     def fetch(self, name: str, sound: Callable[[bytes], bool]) -> bytes:
@@ -48,12 +50,27 @@ class LocalCopy:
                 self.local.write(name, data)
             except OSError as error:
                 self.problems.append(f"parts are read over the network each time, because their copies cannot be kept in "
-                                     f"{self.local}: {error.strerror}; set XDG_CACHE_HOME to a disk with room")
+                                     f"{self.local}: {error.strerror or error}; set XDG_CACHE_HOME to a disk with room")
         return data
 
     def prune(self, name: str, keep: set[str]) -> int:
-        """Delete the copies in directory ``name`` that are not in ``keep``; how many there were."""
-        gone = [entry for entry in self.local.list(name) if not entry.startswith(".") and entry not in keep]
-        for entry in gone:
-            self.local.delete(f"{name}/{entry}")
-        return len(gone) + remove_stale_temporaries(self.local, name)
+        """Delete the copies in directory ``name`` that are not in ``keep``; how many there were.
+
+        Where nothing can be deleted they stay, which costs space and nothing else.
+        """
+        removed = 0
+        with contextlib.suppress(OSError):
+            for entry in self.local.entries(name):
+                if entry.name not in keep and not entry.name.startswith("."):
+                    self.local.delete(f"{name}/{entry.name}")
+                    removed += 1
+            removed += remove_stale_temporaries(self.local, name)
+        return removed
+
+
+def _home() -> Path:
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        cache = Path(tempfile.gettempdir()) / f"raydpo-{os.getuid()}"
+    return cache / "raydpo" / "copies"

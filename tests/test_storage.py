@@ -1,33 +1,76 @@
+import errno
 import os
+import pickle
+import subprocess
+import sys
 import time
+from pathlib import Path
 
+import fsspec
+import pyarrow as pa
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
+from raydpo import storage as storage_module
 from raydpo.errors import RaydpoError
-from raydpo.storage import Storage
+from raydpo.storage import Storage, redact, remove_stale_temporaries, stale_temporaries
 
 
-@pytest.fixture(params=["local", "memory"])
+@pytest.fixture(params=["local", "file", "memory"])
 def storage(request, tmp_path):
-    return Storage(str(tmp_path / "place") if request.param == "local" else f"memory://place-{time.time_ns()}")
+    return Storage({"local": str(tmp_path / "place"), "file": f"file://{tmp_path}/place",
+                    "memory": f"memory://place-{time.time_ns()}"}[request.param])
 
 
 def test_written_is_read_and_listed(storage):
     storage.write("a/one", b"1")
-    storage.write("a/two", b"2")
+    storage.write("a/two", pa.py_buffer(b"2"))
     storage.write("a/one", b"3")
-    assert storage.read("a/one") == b"3"
+    assert storage.read("a/one") == b"3" and storage.read("a/two") == b"2"
     assert storage.list("a") == ["one", "two"]
     assert storage.exists("a/two") and not storage.exists("a/three") and storage.list("nowhere") == []
+    with pytest.raises(FileNotFoundError):
+        storage.read("a/three")
+
+
+def test_entries_tell_sizes_and_times_by_the_clock_of_the_store(storage):
+    storage.write("a/two", b"22")
+    storage.write("a/one", b"1")
+    storage.write("a/below/three", b"")
+    assert [(entry.name, entry.size) for entry in storage.entries("a")] == [("one", 1), ("two", 2)]
+    assert all(0 <= storage.clock() - entry.modified < 5 for entry in storage.entries("a"))
+    assert storage.entries("nowhere") == [] and storage.list() == ["a"], "the clock leaves nothing behind"
+
+
+def test_moved_and_deleted(storage):
+    storage.write("a/one", b"1")
+    storage.write("b/one", b"old")
+    storage.move("a/one", "b/one")
+    storage.move("b/one", "c/d/one")
+    assert storage.read("c/d/one") == b"1" and not storage.exists("a/one") and not storage.exists("b/one")
+    for _ in range(2):
+        storage.delete("c/d/one")
+    assert not storage.exists("c/d/one")
+    with pytest.raises(FileNotFoundError):
+        storage.move("a/one", "b/one")
 
 
 def test_a_directory_replaces_what_was_there(storage, tmp_path):
     source = tmp_path / "source"
     (source / "inner").mkdir(parents=True)
     (source / "inner" / "file").write_bytes(b"new")
+    storage.write("final/inner/earlier", b"")
     for _ in range(2):
         storage.upload(source, "final")
-    assert storage.read("final/inner/file") == b"new"
+    assert storage.read("final/inner/file") == b"new" and storage.list("final/inner") == ["file"]
+
+
+def test_a_failed_copy_of_a_directory_leaves_no_temporary(tmp_path):
+    storage = Storage(str(tmp_path))
+    storage.write("final/file", b"old")
+    with pytest.raises(FileNotFoundError):
+        storage.upload(tmp_path / "nowhere", "final")
+    assert os.listdir(tmp_path) == ["final"] and storage.read("final/file") == b"old"
 
 
 def test_names_cannot_leave_the_place(storage):
@@ -36,21 +79,246 @@ def test_names_cannot_leave_the_place(storage):
             storage.path(name)
 
 
+def test_another_process_gets_the_same_place(storage):
+    storage.write("file", b"1")
+    assert pickle.loads(pickle.dumps(storage)).read("file") == b"1"
+
+
+# ---- local disks
+
+
 def test_a_failed_write_leaves_the_old_content_and_no_temporary(tmp_path, monkeypatch):
     storage = Storage(str(tmp_path))
     storage.write("file", b"old")
 
     def full(descriptor):
-        raise OSError(28, "No space left on device")
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=r"quota exceeded; free some of your quota; .*kept: .*file"):
         storage.write("file", b"new")
     assert storage.read("file") == b"old" and os.listdir(tmp_path) == ["file"]
 
 
+def test_a_disk_that_is_full_or_read_only_keeps_what_was_stored(tmp_path):
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "raydpo-test", tmp_path], capture_output=True).returncode:
+        pytest.skip("this user cannot mount a small disk")
+    try:
+        storage = Storage(str(tmp_path))
+        storage.write("file", b"old")
+        with pytest.raises(OSError, match=r"No space left on device; free some space; .*kept: .*file") as caught:
+            storage.write("file", bytes(1 << 20))
+        assert caught.value.errno == errno.ENOSPC
+        assert storage.read("file") == b"old" and os.listdir(tmp_path) == ["file"]
+        storage.write("file", b"new")
+        assert not subprocess.run(["mount", "-o", "remount,ro", tmp_path], capture_output=True).returncode
+        with pytest.raises(OSError, match="choose a place that can be written"):
+            storage.write("file", b"newer")
+        with pytest.raises(RaydpoError, match="cannot write to .*Read-only"):
+            storage.probe()
+        assert storage.read("file") == b"new"
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+def test_a_rename_and_every_new_directory_reach_the_disk(tmp_path, monkeypatch):
+    """fsync of the file before the rename; of its directory, and of those that hold a new directory, in the end."""
+    synced, fsync = [], os.fsync
+
+    def watched(descriptor):
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    Storage(str(tmp_path)).write("a/b/file", b"1")
+    assert set(synced[:2]) == {tmp_path, tmp_path / "a"}
+    assert synced[2].name.startswith(".tmp-") and synced[3] == tmp_path / "a" / "b"
+
+
+def test_a_temporary_that_another_machine_of_this_name_removed_is_written_again(tmp_path, monkeypatch):
+    fsync, removed = os.fsync, []
+
+    def meddle(descriptor):
+        fsync(descriptor)
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        if not removed and ".tmp-" in path:
+            os.unlink(path)
+            removed.append(path)
+
+    monkeypatch.setattr(os, "fsync", meddle)
+    Storage(str(tmp_path)).write("file", b"1")
+    assert removed and (tmp_path / "file").read_bytes() == b"1" and os.listdir(tmp_path) == ["file"]
+
+
+def test_a_kill_between_any_two_steps_leaves_the_old_content_or_the_new(tmp_path):
+    script = f"""
+import os, signal, sys
+from raydpo.storage import Storage
+storage, left = Storage({str(tmp_path)!r}), int(sys.argv[1])
+def step(frame, event, argument):
+    global left
+    left -= 1
+    if left < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step
+sys.settrace(step)
+storage.write("file", b"new")
+sys.settrace(None)
+print("done")
+"""
+    seen = set()
+    for steps in (0, 8, 20, 25, 30, 35, 40, 10_000):
+        Storage(str(tmp_path)).write("file", b"old")
+        ended = subprocess.run([sys.executable, "-c", script, str(steps)], capture_output=True, text=True)
+        seen.add(((tmp_path / "file").read_bytes(), ended.stdout))
+        assert remove_stale_temporaries(Storage(str(tmp_path)), "") <= 1 and os.listdir(tmp_path) == ["file"]
+    assert seen >= {(b"old", ""), (b"new", "done\n")} and seen <= {(b"old", ""), (b"new", ""), (b"new", "done\n")}
+
+
+def test_temporaries_of_other_hosts_are_stale_only_when_old_by_the_clock_of_the_store(tmp_path):
+    storage = Storage(str(tmp_path))
+    old, young = (tmp_path / f".tmp-otherhost-1-{digit * 32}" for digit in "01")
+    for path in (old, young, tmp_path / "file"):
+        path.write_bytes(b"half")
+        os.utime(path, (time.time() - 7200,) * 2)
+    os.utime(young)
+    assert stale_temporaries(storage, "") == []
+    assert [entry.name for entry in stale_temporaries(storage, "", older_than=3600)] == [old.name]
+    assert remove_stale_temporaries(storage, "") == 0
+    assert remove_stale_temporaries(storage, "", older_than=3600) == 1 and not old.exists() and young.exists()
+
+
 def test_probe_needs_a_writable_place(tmp_path):
     Storage(str(tmp_path / "new" / "place")).probe()
+    assert os.listdir(tmp_path / "new" / "place") == []
     (tmp_path / "file").write_text("")
     with pytest.raises(RaydpoError, match="cannot write"):
         Storage(str(tmp_path / "file" / "below")).probe()
+
+
+# ---- addresses
+
+
+@pytest.mark.parametrize(("uri", "shown"), [
+    ("/plain/path", "/plain/path"),
+    ("s3://bucket/cache", "s3://bucket/cache"),
+    ("s3://key:secret@bucket/cache", "s3://***@bucket/cache"),
+    ("s3://key:sec/r+t@bucket/cache", "s3://***@bucket/cache"),
+    ("s3://bucket/c?access_key=AK&region=eu&endpoint_override=h:9000&scheme=http",
+     "s3://bucket/c?access_key=***&region=eu&endpoint_override=h:9000&scheme=http"),
+    ("abfss://container@account.dfs.core.windows.net/c", "abfss://container@account.dfs.core.windows.net/c"),
+    ("https://host/c?sig=secret", "https://host/c?sig=***"),
+])
+def test_redact(uri, shown):
+    assert redact(uri) == shown
+
+
+@pytest.mark.parametrize("uri", [
+    "s3://key:SECRET@bucket/x?nonsense=1", "s3://key:SEC/RET@bucket/x", "s3://bucket/x?secret_key=SECRET",
+    "abfss://user:SECRET@/x?y=1", "nosuch://user:SECRET@host/x", "ftp://user:SECRET@localhost:1/x"])
+def test_no_secret_in_an_error(uri):
+    with pytest.raises(RaydpoError, match=r"^cannot open .*\*\*\*") as caught:
+        Storage(uri)
+    assert not any(secret in str(caught.value) for secret in ("SECRET", "SEC/RET", "user", "key:"))
+
+
+@pytest.mark.parametrize(("uri", "told"), [
+    ("s3://", "names no bucket; it should look like s3://bucket/path"),
+    ("s3://bucket/x?colour=blue", "Unexpected query parameter"),
+    ("file://relative/path", "cannot open file://relative/path"),
+    ("nosuch://x", "cannot open nosuch://x"),
+])
+def test_an_address_that_cannot_be_meant(uri, told):
+    with pytest.raises(RaydpoError, match=told) as caught:
+        Storage(uri)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("uri", "package"), [("az://container/x", "adlfs"), ("sftp://host/x", "paramiko")])
+def test_a_missing_driver_is_a_line_to_type(uri, package):
+    if any(name in sys.modules or __import__("importlib.util").util.find_spec(name) for name in ("adlfs", "paramiko")):
+        pytest.skip("they are installed")
+    with pytest.raises(RaydpoError, match=f"cannot open {uri}: its driver is not installed; run: pip install {package}"):
+        Storage(uri)
+
+
+# ---- drivers that fail
+
+
+class Flaky(MemoryFileSystem):
+    """Fails so many times, the way drivers do: with exceptions of their HTTP libraries."""
+
+    protocol = "flaky"
+    store: dict = {}
+    pseudo_dirs: list = [""]  # noqa: RUF012
+    errors: list = []  # noqa: RUF012
+    torn = 0
+
+    def pipe_file(self, path, value, **kwargs):
+        if Flaky.errors:
+            raise Flaky.errors.pop()
+        if Flaky.torn:
+            Flaky.torn -= 1
+            value = value[: len(value) // 2]
+        super().pipe_file(path, value, **kwargs)
+
+
+class ConnectError(Exception):
+    """As httpx raises it: no OSError."""
+
+
+@pytest.fixture
+def flaky(monkeypatch):
+    fsspec.register_implementation("flaky", Flaky, clobber=True)
+    monkeypatch.setattr(storage_module, "WAITS", (0.001,) * 3)
+    yield Storage(f"flaky://place-{time.time_ns()}")
+    Flaky.errors, Flaky.torn = [], 0
+
+
+@pytest.mark.parametrize("error", [ConnectError("reset"), TimeoutError("timed out"), OSError("HTTP 503"),
+                                   ConnectionResetError(104, "reset"), OSError("AUTH of SIGNATURE ACCESS_DENIED in a name")])
+def test_what_may_pass_is_tried_again(flaky, error):
+    Flaky.errors = [error] * 3
+    flaky.write("file", b"data")
+    assert flaky.read("file") == b"data"
+    Flaky.errors = [error] * 4
+    with pytest.raises(RaydpoError, match=r"cannot write flaky://place-\d+/file: the store failed 4 times in .* run it again"):
+        flaky.write("file", b"new")
+    assert flaky.read("file") == b"data"
+
+
+@pytest.mark.parametrize(("error", "told"), [
+    (PermissionError("Forbidden"), "the store refuses, Forbidden. Check the bucket's name"),
+    (OSError("AWS Error ACCESS_DENIED during PutObject operation: no"), "the store refuses"),
+    (OSError("google::cloud::Status(PERMISSION_DENIED: no)"), "the store refuses"),
+    (NotImplementedError("read only"), "cannot write .*: read only"),
+    (ValueError("bad name"), "cannot write .*: bad name"),
+])
+def test_what_will_not_pass_is_told_at_once(flaky, error, told):
+    Flaky.errors = [error]
+    with pytest.raises(RaydpoError, match=told):
+        flaky.write("file", b"data")
+    assert not flaky.exists("file") and Flaky.errors == []
+
+
+def test_patience_ends_also_where_each_attempt_takes_long(flaky, monkeypatch):
+    monkeypatch.setattr(storage_module, "PATIENCE", 0.0)
+    Flaky.errors = [OSError("timed out")] * 2
+    with pytest.raises(RaydpoError, match="failed 1 times"):
+        flaky.write("file", b"data")
+
+
+def test_what_arrived_in_part_does_not_stay(flaky):
+    Flaky.torn = 3
+    flaky.write("file", b"data")
+    assert flaky.read("file") == b"data"
+    Flaky.torn = 4
+    with pytest.raises(RaydpoError, match="2 of 4 bytes arrived"):
+        flaky.write("torn", b"data")
+    assert not flaky.exists("torn")
+
+
+def test_what_is_no_bytes_is_not_stored(storage):
+    with pytest.raises(TypeError):
+        storage.write("file", "text")
+    assert storage.list() == []

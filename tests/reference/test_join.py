@@ -1,0 +1,62 @@
+import numpy as np
+import pyarrow as pa
+import pytest
+from rows import ONE, rows
+
+from raydpo.reference import join as join_module
+from raydpo.reference.join import join
+from raydpo.reference.part import KEY_TYPE
+from raydpo.reference.store import ReferenceCache
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return ReferenceCache.open(str(tmp_path), ONE, unverified=True)
+
+
+def as_keys(keys):
+    return np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 16)
+
+
+@pytest.mark.parametrize("block", [1, 50, 1 << 22])
+def test_values_come_in_the_order_asked_for_cut_and_repeated(cache, block, monkeypatch):
+    monkeypatch.setattr(join_module, "BLOCK_VALUES", block)
+    monkeypatch.setattr(join_module, "FORGET_ROWS", 3)
+    keys, logps = rows(40, tokens=12)
+    for start in range(0, 40, 7):
+        cache.commit(keys[start : start + 7], logps[start : start + 7], {})
+    rng = np.random.default_rng(0)
+    asked = rng.integers(0, 40, 100)
+    needed = rng.integers(1, 13, 100).astype(np.int32)
+    joined = join(cache, as_keys([keys[index] for index in asked]), needed)
+    for place, (index, count) in enumerate(zip(asked, needed, strict=True)):
+        values = joined.values[joined.offsets[place] : joined.offsets[place + 1]]
+        assert np.array_equal(values, logps[index][:count])
+        assert joined.sums[place] == pytest.approx(float(logps[index][:count].astype(np.float64).sum()), abs=1e-12)
+    assert joined.lists(10, 20).to_pylist() == [logps[index][:count].tolist() for index, count in
+                                                zip(asked[10:20], needed[10:20], strict=True)]
+
+
+def test_what_is_missing_is_not_a_number_and_never_zero(cache):
+    keys, logps = rows(3, tokens=5)
+    cache.commit(keys[:2], logps[:2], {})
+    joined = join(cache, as_keys(keys), np.array([5, 6, 4], np.int32))
+    assert np.isnan(joined.sums).tolist() == [False, True, True], "one is too short, one is not there"
+    assert np.isnan(joined.values[5:]).all() and not np.isnan(joined.values[:5]).any()
+
+
+def test_sums_answer_for_exactly_their_tokens_and_give_way_to_tokens(cache):
+    keys, logps = rows(3, tokens=5)
+    cache.commit_rows(pa.array(keys, KEY_TYPE), np.full(3, 5, np.int32), np.array([-50.0, -60.0, -70.0]), {}, verified=False)
+    cache.commit(keys[:1], logps[:1], {})
+    joined = join(cache, as_keys([*keys, keys[1]]), np.array([5, 5, 5, 4], np.int32))
+    assert joined.sums[0] == pytest.approx(float(logps[0].sum()), abs=1e-5), "log-probs of tokens win"
+    assert joined.sums[1:3].tolist() == [-60.0, -70.0] and np.isnan(joined.sums[3]), "a sum of 5 tokens is none of 4"
+    assert np.isnan(joined.values[5:15]).all(), "of their tokens nothing is known"
+    refused = join(ReferenceCache(cache.storage, ONE), as_keys(keys), np.full(3, 5, np.int32))
+    assert np.isnan(refused.sums).tolist() == [False, True, True], "unverified rows count only where they are allowed"
+
+
+def test_nothing_asked_nothing_given(cache):
+    joined = join(cache, np.empty((0, 16), np.uint8), np.empty(0, np.int32))
+    assert len(joined.values) == len(joined.sums) == 0
