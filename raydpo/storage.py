@@ -409,9 +409,9 @@ def _open(uri: str) -> tuple[pafs.FileSystem, str]:
         import fsspec
 
         driver, root = fsspec.core.url_to_fs(uri)
-    except ImportError:
-        raise RaydpoError(f"cannot open {redact(uri)}: its driver is not installed; run: pip install "
-                          f"{_DRIVERS.get(scheme, 'fsspec')}") from None
+    except ImportError as error:
+        package = _DRIVERS.get(scheme) or getattr(error.__cause__, "name", None) or "fsspec"
+        raise RaydpoError(f"cannot open {redact(uri)}: its driver is not installed; run: pip install {package}") from None
     except Exception as error:  # each driver raises what it likes
         raise RaydpoError(f"cannot open {redact(uri)}: {_said(error, uri)}") from None
     return pafs.PyFileSystem(pafs.FSSpecHandler(driver)), root.rstrip("/")
