@@ -166,6 +166,7 @@ def _plan(args: argparse.Namespace, console: Console) -> None:
 
 def _load_pairs(config: Config) -> tuple[PairSets, Tokeniser]:
     """The pairs of a configuration as the stages see them, without Ray."""
+    from raydpo.data.filter import filtered_by_tokens
     from raydpo.data.pairs import load_pairs
     from raydpo.data.tokenise import Tokeniser, load_tokenizer
     from raydpo.reference.identity import resolve_model
@@ -173,7 +174,7 @@ def _load_pairs(config: Config) -> tuple[PairSets, Tokeniser]:
     tokeniser = Tokeniser(load_tokenizer(resolve_model(config.model.tokenizer or config.model.path),
                                          chat_template=config.data.chat_template,
                                          trust_remote_code=config.model.trust_remote_code))
-    return load_pairs(config.data, tokeniser), tokeniser
+    return filtered_by_tokens(load_pairs(config.data, tokeniser), config.data)[0], tokeniser
 
 
 def _doctor(args: argparse.Namespace, console: Console) -> None:

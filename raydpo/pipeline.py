@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import time
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -19,13 +19,14 @@ from raydpo.config import Config, is_hub_name
 from raydpo.console import Console, ProgressLine
 from raydpo.cost import ModelCost
 from raydpo.data.facts import pair_facts
-from raydpo.data.filter import PairFilter
+from raydpo.data.filter import PairFilter, filtered_by_tokens
 from raydpo.data.pairs import SAME, PairSets, load_pairs
 from raydpo.data.tokenise import Tokeniser, load_tokenizer
 from raydpo.errors import ConfigError
 from raydpo.ray_runtime import bfloat16_pays, resources_for, session
 from raydpo.reference.build import BuildReport, build
 from raydpo.reference.identity import ReferenceIdentity, identify, resolve_model
+from raydpo.reference.index import as_bytes
 from raydpo.reference.score import ReferenceSpec
 from raydpo.reference.store import ReferenceCache
 from raydpo.storage import Storage
@@ -120,9 +121,9 @@ class Prepared:
         sets = load_pairs(config.data, tokeniser, console.counter("reading", "records"))
         for line in sets.report.lines():
             console.say(line)
-        pair_filter = PairFilter(config.data.filter) if config.data.filter else None
-        if pair_filter is not None and not pair_filter.needs_reference:
-            sets = dataclasses.replace(sets, train=_filtered(pair_filter, sets.train, console))
+        sets, line = filtered_by_tokens(sets, config.data)
+        if line:
+            console.say(line)
         held_out = 0 if sets.eval is None else sets.eval.num_rows
         console.say(f"pairs: {sets.train.num_rows:,} to train on, {held_out:,} held out, tokenised in "
                     f"{time.perf_counter() - started:.1f} s")
@@ -162,15 +163,6 @@ class Prepared:
                 "data.train (pairs)": _digest(self.sets.train), "data.shuffle": config.data.shuffle,
                 } | ({"data.filter": config.data.filter} if self.filter_by_reference else {}
                      ) | {f"train.{key}": value for key, value in train.items()}
-
-
-def _filtered(pair_filter: PairFilter, pairs: pa.Table, console: Console) -> pa.Table:
-    """The pairs that meet the condition; says how many do not."""
-    sums = [pairs[f"ref_{side}_sum"].to_numpy() for side in ("chosen", "rejected")] if pair_filter.needs_reference else []
-    facts = pair_facts(pairs, *sums)
-    keep = pair_filter.keep(facts)
-    console.say(pair_filter.line(facts, keep))
-    return pairs.filter(pa.array(keep))
 
 
 def _score(prepared: Prepared, console: Console) -> BuildReport:
@@ -235,7 +227,9 @@ def _train(prepared: Prepared, console: Console, built: BuildReport | None, *, f
         return finished
     pairs = join_reference(prepared.sets.train, prepared.cache, "training")
     if prepared.filter_by_reference is not None:
-        pairs = _filtered(prepared.filter_by_reference, pairs, console)
+        sums = (pairs[f"ref_{side}_sum"].to_numpy() for side in ("chosen", "rejected"))
+        pairs, line = prepared.filter_by_reference.apply(pairs, *sums)
+        console.say(line)
     held_out = None
     if prepared.sets.eval is not None:
         held_out = join_reference(prepared.sets.eval, prepared.cache, "held-out")
@@ -328,9 +322,13 @@ def _set_aside(storage: Storage, console: Console) -> None:
 def _digest(table: pa.Table) -> str:
     """Of the pairs in their order, as used: keys, truncated lengths, sources and weights."""
     digest = hashlib.sha256()
-    for key_side, ids in (("chosen_key", "chosen_ids"), ("rejected_key", "rejected_ids")):
-        for key, length in zip(table[key_side].to_pylist(), pc.list_value_length(table[ids]).to_pylist(), strict=True):
-            digest.update(key + length.to_bytes(4, "little"))
-    for source, weight in zip(table["source"].to_pylist(), table["weight"].to_pylist(), strict=True):
-        digest.update(f"{source}\0{weight}\0".encode())
+    for side in ("chosen", "rejected"):
+        for batch in table.select([f"{side}_key", f"{side}_ids"]).to_batches():
+            rows = np.empty(batch.num_rows, [("key", "V16"), ("tokens", "<u4")])
+            rows["key"] = as_bytes(batch[0]).view("V16").ravel()
+            rows["tokens"] = pc.list_value_length(batch[1]).to_numpy()
+            digest.update(rows.tobytes())
+    for batch in table.select(["source", "weight"]).to_batches():
+        for source, weight in zip(batch[0].to_pylist(), batch[1].to_pylist(), strict=True):
+            digest.update(f"{source}\0{weight}\0".encode())
     return digest.hexdigest()[:32]

@@ -182,3 +182,17 @@ def test_python_api(first, place):
                "assert cache.lookup([b'x' * 16])['tokens'].to_pylist() == [0]\n")
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
+
+
+def test_filter_and_audit(first, place):
+    short = raydpo("train", place / "config.yaml", "name=short", "data.filter=chosen_tokens < 20", "train.steps=1")
+    assert short.returncode == 0 and "pairs left out (a: " in short.stdout, short.stdout + short.stderr
+    sure = raydpo("train", place / "config.yaml", "name=sure", "data.filter=ref_margin > 0 and copy = 0", "train.steps=1")
+    assert sure.returncode == 0 and "pairs left out (a: " in sure.stdout and "b: " in sure.stdout, sure.stdout + sure.stderr
+    wrong = raydpo("train", place / "config.yaml", "data.filter=chosen_token < 20")
+    assert wrong.returncode == 2 and "did you mean 'chosen_tokens'" in wrong.stderr and wrong.stderr.count("\n") == 1
+    assert "audit: the chosen answer is longer in " in first.stdout
+    assert (place / "runs" / "first" / "audit.html").stat().st_size > 10_000
+    audit = json.loads(raydpo("audit", place / "config.yaml", "--json").stdout)
+    assert set(audit["sources"]) == {"a", "b"} and audit["total"]["not_scored"] == 0
+    assert audit["total"]["pairs"] == sum(source["pairs"] for source in audit["sources"].values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import re
 
@@ -9,10 +10,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raydpo.data.facts import FACTS, REFERENCE_FACTS
+from raydpo.config import DataConfig
+from raydpo.data.facts import FACTS, REFERENCE_FACTS, pair_facts
+from raydpo.data.pairs import PairSets
 from raydpo.errors import ConfigError, DataError
 
-__all__ = ["PairFilter"]
+__all__ = ["PairFilter", "filtered_by_tokens"]
 
 
 class PairFilter:
@@ -77,6 +80,17 @@ class PairFilter:
             raise DataError(f"data.filter {self.expression!r} leaves none of {len(keep):,} pairs")
         return keep
 
+    def apply(self, pairs: pa.Table, ref_chosen: np.ndarray | None = None,
+              ref_rejected: np.ndarray | None = None) -> tuple[pa.Table, str]:
+        """The pairs that meet the condition, and what to tell the user.
+
+        Args:
+            ref_chosen, ref_rejected: see ``data.facts.pair_facts``.
+        """
+        facts = pair_facts(pairs, ref_chosen, ref_rejected)
+        keep = self.keep(facts)
+        return pairs.filter(pa.array(keep)), self.line(facts, keep)
+
     def line(self, facts: pa.Table, keep: np.ndarray) -> str:
         """What was left out, for people, by source."""
         counts = {entry["values"]: entry["counts"] for entry in pc.value_counts(facts["source"]).to_pylist()}
@@ -95,6 +109,15 @@ class PairFilter:
 
     def _wrong(self, why: str) -> ConfigError:
         return ConfigError(f"'data.filter' is {self.expression!r}: {why}")
+
+
+def filtered_by_tokens(sets: PairSets, config: DataConfig) -> tuple[PairSets, str | None]:
+    """``sets`` without the training pairs that ``config.filter`` leaves out, if it can tell before anything is scored."""
+    condition = PairFilter(config.filter) if config.filter else None
+    if condition is None or condition.needs_reference:
+        return sets, None
+    train, line = condition.apply(sets.train)
+    return dataclasses.replace(sets, train=train), line
 
 
 _SAMPLES = {pa.string(): "x", pa.int64(): 1, pa.float64(): -1.0, pa.bool_(): True}
