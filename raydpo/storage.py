@@ -140,6 +140,18 @@ class Storage:
 
         return self._persist("read", name, read)
 
+    def look_into(self, name: str, act: Callable[[pa.NativeFile], T]) -> T:
+        """What ``act`` finds in the open file; it may be called again where reading fails for the moment.
+
+        Raises:
+            FileNotFoundError: if there is none.
+        """
+        def look() -> T:
+            with self.fs.open_input_file(self.path(name)) as stream:
+                return act(stream)
+
+        return self._persist("read", name, look)
+
     def write(self, name: str, data: bytes | pa.Buffer) -> None:
         """Write ``data`` atomically: flushed and renamed locally, one put or multipart upload on an object store.
 

@@ -80,7 +80,7 @@ class ReferenceCache:
         found = [one for one in cls.identities(storage) if one.digest.startswith(identity or "")]
         if len(found) != 1:
             wanted = f"that begin with {identity!r}" if identity else ""
-            raise CacheError(f"the cache at {uri} holds {len(found)} identities {wanted}".rstrip() + (
+            raise CacheError(f"the cache at {storage} holds {len(found)} identities {wanted}".rstrip() + (
                 f" ({', '.join(one.digest for one in found)}); say which one" if found else
                 "; build it with 'raydpo score'"))
         return cls(storage, found[0], unverified=unverified)
@@ -394,8 +394,7 @@ def exactly(keys: np.ndarray, tokens: np.ndarray) -> np.ndarray:
 
 
 def _footer(storage: Storage, path: str) -> PartInfo:
-    with storage.fs.open_input_file(storage.path(path)) as stream:
-        return read_footer(_short(path), stream, stream.size())
+    return storage.look_into(path, lambda stream: read_footer(_short(path), stream, stream.size()))
 
 
 def _short(path: str) -> str:
