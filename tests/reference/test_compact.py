@@ -160,8 +160,9 @@ def test_compact_and_gc_killed_at_every_line(filled, tmp_path):
         assert len(files(cache)) == 1 and same(values(fresh(place), keys), logps)
         assert not list(place.rglob(".tmp-*"))
 
-    kills = killed_at_every_line(act, MODULES, prepare, check)
-    assert kills > 200
+    # Lines of the store only read here.
+    kills = killed_at_every_line(act, [compact_module, storage_module], prepare, check)
+    assert kills > 100
 
 
 def test_commit_killed_at_every_line(tmp_path):
