@@ -5,7 +5,6 @@ Local paths, ``s3://``, ``gs://`` and ``abfs://`` through pyarrow, ``hf://``, ``
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import random
@@ -174,6 +173,7 @@ class Storage:
         if self._driver is not None:  # its own way to send a whole object, not a stream that it may close half-way
             self._driver.pipe_file(target, data.to_pybytes())
         else:
+            # Never with allow_delayed_open on S3: where a first part fails, closing then stores an empty object.
             with self.fs.open_output_stream(target) as stream:
                 stream.write(data)
         size = self.fs.get_file_info(target).size
@@ -406,7 +406,7 @@ def _open(uri: str) -> tuple[pafs.FileSystem, str]:
         return pafs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
     scheme = uri.partition("://")[0]
     try:
-        fs, root = _open_with_pyarrow(uri)
+        fs, root = pafs.FileSystem.from_uri(uri)
         if not root.strip("/") and not isinstance(fs, pafs.LocalFileSystem):
             raise RaydpoError(f"{redact(uri)} names no bucket; it should look like {scheme}://bucket/path")
         return fs, root.rstrip("/")
@@ -427,11 +427,3 @@ def _open(uri: str) -> tuple[pafs.FileSystem, str]:
     except Exception as error:  # each driver raises what it likes
         raise RaydpoError(f"cannot open {redact(uri)}: {_said(error, uri)}") from None
     return pafs.PyFileSystem(pafs.FSSpecHandler(driver)), root.rstrip("/")
-
-
-def _open_with_pyarrow(uri: str) -> tuple[pafs.FileSystem, str]:
-    if uri.startswith("s3://"):
-        with contextlib.suppress(pa.ArrowInvalid):  # not before pyarrow 21
-            # A small object in one request instead of three, and no upload left open, unseen and paid for, by a kill.
-            return pafs.FileSystem.from_uri(f"{uri}{'&' if '?' in uri else '?'}allow_delayed_open=true")
-    return pafs.FileSystem.from_uri(uri)
