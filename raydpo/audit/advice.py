@@ -78,7 +78,7 @@ def advise(figures: dict[str, Any]) -> list[Advice]:
         found.append(Advice(
             "Little is left to learn", f"The reference already ranks {right:.1%} of the pairs right.",
             "Most pairs only push further what the model does already; the ones it ranks wrong are where it can learn.",
-            'data: {filter: "ref_margin < 20"}'))
+            f'data: {{filter: "ref_margin < {reference["margin"]["median"]:.0f}"}}'))
     margin = reference["margin"]
     if margin and surprise["rejected"] and margin["least"] < -FAR_MARGIN_TOKENS * 100:
         bound = round(margin["p10"] * 3, -1) if margin["p10"] < 0 else -100
