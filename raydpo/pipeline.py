@@ -155,7 +155,7 @@ class Prepared:
         """Everything that the trained policy depends on, by the name of its setting."""
         config, policy = self.config, self.policy_identity()
         train = config.train.model_dump(mode="json", include={
-            "pairs_per_step", "epochs", "steps", "lr", "schedule", "warmup", "weight_decay", "clip", "zero", "loss", "beta",
+            "pairs_per_step", "epochs", "steps", "lr", "schedule", "warmup", "weight_decay", "clip", "loss", "beta",
             "label_smoothing", "seed"})
         lora = config.model.lora.model_dump(mode="json") if config.model.lora else None
         return {"model.path (weights)": policy.weights, "model.path (architecture)": policy.architecture,

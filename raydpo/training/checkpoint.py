@@ -1,4 +1,4 @@
-"""A checkpoint: DeepSpeed's shards, and beside them what raydpo must know to continue or to refuse."""
+"""A checkpoint: the ranks' shares of the trained state, and beside them what a run must know to continue or to refuse."""
 
 from __future__ import annotations
 
@@ -19,13 +19,16 @@ if TYPE_CHECKING:
 __all__ = ["CheckpointState", "changed_settings", "load_checkpoint", "save_checkpoint"]
 
 _FILE = "raydpo.json"
+FORMAT = 2
 
 
 @dataclass(frozen=True)
 class CheckpointState:
-    """Where a run stood: finished steps, and its summary so far."""
+    """Where a run stood: finished steps, by how many workers under which ZeRO stage, and its summary so far."""
 
     step: int
+    world_size: int
+    zero: int
     summary: dict[str, Any]
 
 
@@ -35,10 +38,10 @@ def save_checkpoint(engine: PolicyEngine, scratch: Path, step: int, fingerprint:
     directory = scratch / f"rank-{engine.rank}"
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
-    engine.save(directory)
+    facts = engine.state.write(directory)
     if engine.rank == 0:
-        state = {"step": step, "world_size": engine.world_size, "zero": engine.zero, "fingerprint": dict(fingerprint),
-                 "summary": dataclasses.asdict(summary)}
+        state = {"format": FORMAT, "step": step, "world_size": engine.world_size, "zero": engine.zero, "state": facts,
+                 "fingerprint": dict(fingerprint), "summary": dataclasses.asdict(summary)}
         (directory / _FILE).write_text(json.dumps(state))
     return directory
 
@@ -48,22 +51,20 @@ def load_checkpoint(engine: PolicyEngine, directory: Path, fingerprint: Mapping[
 
     Raises:
         ConfigError: if it belongs to a run whose result would differ.
-        TrainError: if it was made by another number of workers or another ZeRO stage.
+        TrainError: if it is incomplete or damaged, or written by another version of raydpo.
     """
     try:
         state = json.loads((directory / _FILE).read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise TrainError(f"the checkpoint in {directory} is incomplete: {error}") from None
+    if state.get("format") != FORMAT:
+        raise TrainError(f"the checkpoint in {directory} has format {state.get('format', 1)}, this version of raydpo reads "
+                         f"format {FORMAT}; finish the run with the version that began it, or begin it anew")
     changes = changed_settings(state["fingerprint"], fingerprint)
     if changes:
         raise ConfigError(f"the checkpoint belongs to a run with other settings ({'; '.join(changes)})")
-    for key, now in (("world_size", engine.world_size), ("zero", engine.zero)):
-        if state[key] != now:
-            name = {"world_size": "train.workers", "zero": "train.zero"}[key]
-            raise TrainError(f"the checkpoint of step {state['step']} was made with {name} {state[key]}, this run has "
-                             f"{now}; set {name}={state[key]} to continue it")
-    engine.load(directory)
-    return CheckpointState(state["step"], state["summary"])
+    engine.state.read(directory, state["state"])
+    return CheckpointState(state["step"], state["world_size"], state["zero"], state["summary"])
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -11,7 +11,6 @@ import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,16 +18,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from raydpo.config import LoraSettings, TrainConfig
-from raydpo.errors import TrainError
 from raydpo.model.budget import MOST_TRAINED, Budget, find_budget, probe_group
 from raydpo.model.layout import Layout, PromptGroup
 from raydpo.model.load import add_lora, load_causal_lm
 from raydpo.model.logps import LogpModel
 from raydpo.model.selfcheck import Wish, choose_layout
+from raydpo.training.state import TrainedState
 
 __all__ = ["PolicyEngine", "PolicySpec", "adamw", "join_process_group"]
-
-_TAG = "state"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +60,7 @@ def join_process_group(device: torch.device) -> None:
 
 
 class PolicyEngine:
-    """The trainable policy on this rank: log-probs, backward, step, checkpoints, gathered weights.
+    """The trainable policy on this rank: log-probs, backward, step, state, gathered weights.
 
     Args:
         check_rows: a few pairs of the data, for the self-check of the layout.
@@ -175,19 +172,12 @@ class PolicyEngine:
         dist.all_reduce(values, op=dist.ReduceOp.SUM)
         return values
 
-    def save(self, directory: Path) -> None:
-        """Write this rank's share of a checkpoint. With LoRA the frozen base is left out."""
-        self.engine.save_checkpoint(str(directory), tag=_TAG, exclude_frozen_parameters=self.lora is not None)
-
-    def load(self, directory: Path) -> None:
-        """Continue from ``save``.
-
-        Raises:
-            TrainError: if the checkpoint is incomplete or of another shape.
-        """
-        path, _ = self.engine.load_checkpoint(str(directory), tag=_TAG, load_module_strict=self.lora is None)
-        if path is None:
-            raise TrainError(f"the checkpoint in {directory} is incomplete")
+    @property
+    def state(self) -> TrainedState:
+        """Weights and optimizer state, to be written and read."""
+        named = {name.removeprefix("causal_lm."): parameter for name, parameter in self.module.named_parameters()
+                 if parameter.requires_grad}
+        return TrainedState(self.engine, named, self.zero)
 
     def gather(self) -> dict[str, Tensor]:
         """The policy's weights on the CPU of rank 0 (elsewhere an empty dict); with LoRA the adapters' alone.

@@ -119,6 +119,10 @@ def train_policy(job: TrainJob, pairs: TrainingPairs, held_out: TrainingPairs | 
     if checkpoint is not None:
         state = load_checkpoint(engine, checkpoint, job.fingerprint)
         done, summary = state.step, TrainSummary(**state.summary)
+        if (state.world_size, state.zero) != (engine.world_size, engine.zero):
+            hooks.note(f"the checkpoint of step {done} was made by {state.world_size} worker(s) under ZeRO {state.zero}, now "
+                       f"{engine.world_size} under ZeRO {engine.zero} go on: the same pairs in every step, losses equal but "
+                       "for the order of sums")
     # A resumed run keeps the budget it began with: the same micro-batches, hence the same bits.
     budget = summary.tokens_per_batch = _tokens_per_batch(job, engine, summary, hooks)
     plan = BatchPlan(pairs.shapes, pairs.sources, pairs.weights, seed=train.seed, pairs_per_step=train.pairs_per_step,

@@ -96,7 +96,7 @@ def exact(rows):
 
 
 @pytest.mark.parametrize("settings", [dict(zero=2), dict(zero=3), dict(zero=1, dtype="bfloat16", lora={"r": 4, "alpha": 8}),
-                                      dict(zero=0)], ids=str)
+                                      dict(zero=0), dict(zero=0, dtype="bfloat16"), dict(zero=3, dtype="bfloat16", lora={"r": 4, "alpha": 8})], ids=str)
 def test_interrupted_equals_uninterrupted_exactly(settings, table, tiny_llama, tmp_path):
     """Through an epoch's end: step 5 is the short one, step 8 is in the second epoch."""
     (steps, evals), _ = run_distributed(interrupted, 2, tmp_path / "a", table, tiny_llama, tmp_path / "s", tmp_path / "keep",

@@ -1,0 +1,213 @@
+"""Weights and optimizer state of the trained parameters, as named fragments in safetensors files.
+
+DeepSpeed keeps master weights and moments in flat tensors that are cut up by ZeRO stage and number of ranks, and saves
+them that way, in pickles. Here every rank writes what it owns under the parameter's own name, with where it begins in the
+flattened parameter, and reads back whatever it owns now: a checkpoint fits any number of ranks and any ZeRO stage, holds
+nothing that did not train, and holds nothing that could run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from raydpo.errors import TrainError
+
+__all__ = ["Fragment", "TrainedState"]
+
+_FILE_BYTES = 2 << 30
+_WEIGHT = "weight"
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements ``start`` to ``start + numel`` of a flattened parameter, which lie in ``flat`` from ``offset``.
+
+    Attributes:
+        flat: the tensor that the optimizer updates, the key of its state.
+        total: elements of the whole parameter.
+    """
+
+    name: str
+    start: int
+    numel: int
+    total: int
+    flat: Tensor
+    offset: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The fragment's part of ``flat`` or of a tensor of its shape."""
+        return tensor.view(-1).narrow(0, self.offset, self.numel)
+
+
+class TrainedState:
+    """The trained parameters' fp32 weights and their optimizer state on this rank.
+
+    Args:
+        engine: a DeepSpeed engine. parameters: its trained parameters by name. zero: its stage.
+    """
+
+    def __init__(self, engine: Any, parameters: Mapping[str, Tensor], zero: int) -> None:
+        self._engine, self._parameters, self._zero = engine, dict(parameters), zero
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer below DeepSpeed's wrappers."""
+        return getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
+
+    def fragments(self) -> list[Fragment]:
+        """What this rank has; over all ranks every element is had at least once."""
+        return [fragment for name, parameter in self._parameters.items() for fragment in self._locate(name, parameter)]
+
+    def _locate(self, name: str, parameter: Tensor) -> Iterator[Fragment]:
+        wrapper = self._engine.optimizer
+        if self._zero == 3:
+            group, offset, share = wrapper.grad_position[wrapper.get_param_id(parameter)]
+            start, total = share * dist.get_rank(), parameter.ds_numel
+            flat = wrapper.fp32_partitioned_groups_flat[group]
+            if start < total:  # the shares of the last ranks are padded
+                yield Fragment(name, start, min(share, total - start), total, flat, offset)
+        elif self._zero:
+            place = parameter._hp_mapping
+            if place is not None:
+                lower, higher = place.lp_fragment_address, place.hp_fragment_address
+                flat = wrapper.single_partition_of_fp32_groups[place.param_group_index]
+                yield Fragment(name, lower.start, lower.numel, parameter.numel(), flat, higher.start)
+        else:
+            yield Fragment(name, 0, parameter.numel(), parameter.numel(), self._master(parameter), 0)
+
+    def _master(self, parameter: Tensor) -> Tensor:
+        """Without ZeRO: the fp32 copy of a bfloat16 parameter, or the parameter itself."""
+        wrapper = self._engine.optimizer
+        for lower, higher in zip(getattr(wrapper, "fp16_groups", []), getattr(wrapper, "fp32_groups", []), strict=True):
+            for parameter_of_group, master in zip(lower, higher, strict=True):
+                if parameter_of_group is parameter:
+                    return master
+        return parameter
+
+    def write(self, directory: Path) -> dict[str, Any]:
+        """Write this rank's share into ``directory``; returns what ``read`` must be told: the optimizer's step count."""
+        fragments = self.fragments()
+        if not self._zero:  # every rank has everything
+            fragments = fragments[dist.get_rank()::dist.get_world_size()]
+        tensors: dict[str, Tensor] = {}
+        size = number = 0
+        for fragment in fragments:
+            moments = self._elementwise(fragment.flat)
+            for kind, tensor in ({_WEIGHT: fragment.flat} | moments).items():
+                tensors[_key(kind, fragment)] = fragment.of(tensor.detach()).to("cpu", copy=True)
+                size += fragment.numel * tensor.element_size()
+            if size >= _FILE_BYTES or fragment is fragments[-1]:
+                # Several files: only one of them is ever held in the host's memory.
+                save_file(tensors, directory / f"state-{dist.get_rank():05d}-{number:03d}.safetensors")
+                tensors, size, number = {}, 0, number + 1
+        return {"optimizer_steps": self._steps(), "parameters": self._totals()}
+
+    def read(self, directory: Path, facts: Mapping[str, Any]) -> None:
+        """Take over the state written by any number of ranks under any ZeRO stage.
+
+        Args:
+            facts: what ``write`` returned.
+
+        Raises:
+            TrainError: if an element of a parameter is missing, or a file is damaged.
+        """
+        if self._totals() != facts["parameters"]:
+            both = sorted(set(self._totals().items()) ^ set(facts["parameters"].items()))
+            raise TrainError(f"the checkpoint in {directory} trains other parameters than this run, beginning with "
+                             f"{both[0][0]} ({both[0][1]} elements)")
+        pieces = _Pieces(directory)
+        for fragment in self.fragments():
+            state = self._begin(fragment.flat, facts["optimizer_steps"])
+            with torch.no_grad():
+                for kind, tensor in ({_WEIGHT: fragment.flat} | state).items():
+                    pieces.copy(kind, fragment, fragment.of(tensor))
+        self._publish()
+
+    def _totals(self) -> dict[str, int]:
+        return {name: getattr(parameter, "ds_numel", None) or parameter.numel()
+                for name, parameter in self._parameters.items()}
+
+    def _elementwise(self, flat: Tensor) -> dict[str, Tensor]:
+        return {kind: value for kind, value in self.optimizer.state.get(flat, {}).items()
+                if torch.is_tensor(value) and value.shape == flat.shape and value.dim()}
+
+    def _steps(self) -> int:
+        steps = [int(state["step"]) for state in self.optimizer.state.values() if "step" in state]
+        return max(steps, default=0)
+
+    def _begin(self, flat: Tensor, steps: int) -> dict[str, Tensor]:
+        """The state of an optimizer that has done ``steps`` steps, its moments still to be filled."""
+        if not steps:
+            return {}
+        state = self.optimizer.state[flat]
+        if not state:
+            fused = self.optimizer.defaults.get("fused")
+            state["step"] = torch.tensor(float(steps), device=flat.device if fused else "cpu")
+            state |= {kind: torch.zeros_like(flat, requires_grad=False) for kind in ("exp_avg", "exp_avg_sq")}
+        state["step"].fill_(float(steps))
+        return self._elementwise(flat)
+
+    def _publish(self) -> None:
+        """Give the model what the optimizer holds."""
+        wrapper = self._engine.optimizer
+        if self._zero == 3:
+            for flat, higher in zip(wrapper.fp16_partitioned_groups_flat, wrapper.fp32_partitioned_groups_flat, strict=True):
+                flat.data.copy_(higher.data)
+            for flat, parts in zip(wrapper.fp16_partitioned_groups_flat, wrapper.fp16_partitioned_groups, strict=True):
+                for part, values in zip(parts, wrapper.unflatten(flat, parts), strict=True):
+                    part.data = values.data
+            if wrapper.persistent_parameters:  # small ones, which DeepSpeed keeps whole on every rank
+                wrapper.persistent_parameters[0].partition(wrapper.persistent_parameters)
+                wrapper.persistent_parameters[0].all_gather(wrapper.persistent_parameters)
+        elif self._zero:
+            wrapper.update_lp_params()
+            wrapper._lazy_init_hp_params_optimizer_state()
+        else:
+            for parameter in self._parameters.values():
+                master = self._master(parameter)
+                if master is not parameter:
+                    parameter.data.copy_(master.data)
+
+
+class _Pieces:
+    """The fragments in a checkpoint's files, by what they are of."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._found: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}
+        for path in sorted(directory.glob("state-*.safetensors")):
+            try:
+                file = safe_open(path, "pt")
+            except (OSError, SafetensorError) as error:
+                raise TrainError(f"the checkpoint in {directory} is damaged: {path.name}: {error}") from None
+            for key in file.keys():  # noqa: SIM118 - not a dictionary
+                kind, name, start = key.split("|")
+                numel = file.get_slice(key).get_shape()[0]
+                self._found.setdefault((kind, name), []).append((int(start), numel, file, key))
+
+    def copy(self, kind: str, fragment: Fragment, target: Tensor) -> None:
+        """Fill ``target``, the elements of ``fragment``."""
+        first, end = fragment.start, fragment.start + fragment.numel
+        for start, numel, file, key in sorted(self._found.get((kind, fragment.name), []), key=lambda piece: piece[:2]):
+            until = min(end, start + numel)
+            if start <= first < until:
+                part = file.get_slice(key)[first - start:until - start]
+                target.narrow(0, first - fragment.start, until - first).copy_(part)
+                first = until
+        if first < end:
+            raise TrainError(f"the checkpoint in {self._directory} is incomplete: {kind} of {fragment.name} lacks elements "
+                             f"{first} to {end}")
+
+
+def _key(kind: str, fragment: Fragment) -> str:
+    return f"{kind}|{fragment.name}|{fragment.start}"
