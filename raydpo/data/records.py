@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
-from raydpo.config import COMPRESSION_SUFFIXES, DATA_SUFFIXES, SourceConfig, is_hub_name, is_uri
+from raydpo.config import SourceConfig, is_hub_name, is_uri
+from raydpo.config.data import COMPRESSION_SUFFIXES, DATA_SUFFIXES
 from raydpo.errors import DataError, RaydpoError
 from raydpo.storage import Storage
 

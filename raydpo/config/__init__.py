@@ -1,0 +1,29 @@
+"""The run as validated data: YAML plus ``key.sub=value`` overrides, frozen once loaded.
+
+Imports neither torch nor ray nor deepspeed, so that a laptop can check a configuration before it submits it.
+A default lives in one of these modules and nowhere else; the docstring below a field is its documentation.
+"""
+
+from raydpo.config.data import DataConfig, EvalConfig, SourceConfig, source_name
+from raydpo.config.load import is_hub_name, load_config
+from raydpo.config.model import LoraSettings, ModelConfig, ReferenceConfig
+from raydpo.config.run import CacheConfig, Config, RayConfig, is_uri
+from raydpo.config.train import ScoreConfig, TrainConfig
+
+__all__ = [
+    "CacheConfig",
+    "Config",
+    "DataConfig",
+    "EvalConfig",
+    "LoraSettings",
+    "ModelConfig",
+    "RayConfig",
+    "ReferenceConfig",
+    "ScoreConfig",
+    "SourceConfig",
+    "TrainConfig",
+    "is_hub_name",
+    "is_uri",
+    "load_config",
+    "source_name",
+]

@@ -1,0 +1,199 @@
+"""From YAML and ``key.sub=value`` overrides to a checked configuration, with messages for people."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from raydpo.config.data import COMPRESSION_SUFFIXES, DATA_SUFFIXES
+from raydpo.config.run import Config, is_uri
+from raydpo.errors import ConfigError
+
+__all__ = ["is_hub_name", "load_config"]
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether ``path``, which does not exist locally, has the form of a hub name such as ``org/name``."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", path) is not None and not _is_data_file(path)
+
+
+def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """Read, override and check a configuration.
+
+    Args:
+        source: path of a YAML file, or its content as a dictionary.
+        overrides: ``key.sub=value`` strings, values in YAML; they win over the file.
+
+    Raises:
+        ConfigError: with one message that names every bad key, its value and the fix.
+    """
+    tree = source if isinstance(source, dict) else _read_yaml(Path(source))
+    for override in overrides:
+        tree = _override(tree, override)
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(tree, problem) for problem in error.errors())) from None
+    _check_paths(config)
+    if config.data.filter is not None:
+        _check_filter(config.data.filter)
+    return config
+
+
+def _check_filter(expression: str) -> None:
+    """Where what evaluates it is installed; a laptop that only submits may lack it."""
+    try:
+        from raydpo.data.filter import PairFilter
+    except ImportError:
+        return
+    PairFilter(expression)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(f"there is no configuration file {str(path)!r}; give the path of a YAML file")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds {type(tree).__name__}, not a mapping of settings such as 'model: {{path: ...}}'")
+    return tree
+
+
+def _override(tree: dict[str, Any], override: str) -> dict[str, Any]:
+    key, sign, text = override.partition("=")
+    if not sign or not re.fullmatch(r"\w+(\.\w+)*", key):
+        raise ConfigError(f"override {override!r} does not have the form key.sub=value, for example train.beta=0.05")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the value of override {override!r} is not valid YAML: {' '.join(str(error).split())}") from None
+    head, *rest = key.split(".")
+    tree = dict(tree)
+    node: Any = tree
+    for step, nxt in zip([head, *rest], rest, strict=False):
+        child = node.get(step)
+        if isinstance(child, (list, tuple)) and nxt.isdigit():
+            child = list(child)
+        elif child is None or isinstance(child, dict):
+            child = dict(child or {})
+        else:
+            raise ConfigError(f"override {override!r} sets a key below {step!r}, whose value is {child!r}, "
+                              "not a section")
+        node[step] = child
+        if isinstance(child, list):
+            index = int(nxt)
+            if index >= len(child):
+                raise ConfigError(f"override {override!r}: {step} has {len(child)} entries, there is no entry {index}")
+            node = _ListView(child)
+        else:
+            node = child
+    node[rest[-1] if rest else head] = value
+    return tree
+
+
+class _ListView:
+    """Lets ``_override`` walk through a list by the text of an index, as through a mapping."""
+
+    def __init__(self, entries: list[Any]) -> None:
+        self.entries = entries
+
+    def get(self, index: str) -> Any:
+        entry = self.entries[int(index)]
+        return {"path": entry} if isinstance(entry, str) else entry
+
+    def __setitem__(self, index: str, value: Any) -> None:
+        self.entries[int(index)] = value
+
+
+def _explain(tree: dict[str, Any], problem: dict[str, Any]) -> str:
+    where = [str(part) for part in problem["loc"] if not str(part).startswith(("function-", "tuple[", "constrained-"))]
+    key, value = ".".join(where) or "configuration", problem["input"]
+    kind, context = problem["type"], problem.get("ctx", {})
+    if kind == "extra_forbidden":
+        known = list(_section_at(where[:-1]).model_fields)
+        near = difflib.get_close_matches(where[-1], known, n=1, cutoff=0.5)
+        elsewhere = [full for full in _all_keys() if full.rsplit(".", 1)[-1] == where[-1]]
+        meant = elsewhere[0] if elsewhere else ".".join([*where[:-1], near[0]]) if near else None
+        hint = f"did you mean {meant!r}?" if meant else f"known here: {', '.join(known)}"
+        return f"unknown key {key!r} (value {value!r}); {hint}"
+    if kind == "missing":
+        return f"{key!r} is missing; every run needs a model (model.path), data (data.train) and an output (output)"
+    if kind == "literal_error":
+        choices = context.get("expected", "")
+        near = difflib.get_close_matches(str(value), re.findall(r"'([^']+)'", choices), n=1, cutoff=0.5)
+        return f"{key!r} is {value!r}, expected {choices}" + (f"; did you mean {near[0]!r}?" if near else "")
+    if kind == "value_error":
+        return f"{key!r}: {context['error']}"
+    if kind == "model_type":
+        return f"{key!r} is {value!r}, expected a section of keys: {', '.join(_section_at(where).model_fields)}"
+    if kind == "too_short":
+        return f"{key!r} is empty; at least one entry is needed"
+    if kind == "string_pattern_mismatch":
+        return f"{key!r} is {value!r}; use letters, digits and any of . _ - = , + ~ and start with a letter or digit"
+    message = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    return f"{key!r} is {value!r}, expected {message}"
+
+
+def _section_at(where: Sequence[str]) -> type[BaseModel]:
+    section: type[BaseModel] = Config
+    for part in where:
+        if part in section.model_fields:
+            section = _inner_section(section.model_fields[part].annotation) or section
+    return section
+
+
+def _inner_section(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for inner in get_args(annotation) if (found := _inner_section(inner))), None)
+
+
+def _all_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        inner = _inner_section(field.annotation)
+        if inner is not None:
+            keys += _all_keys(inner, f"{prefix}{name}.")
+    return keys
+
+
+def _is_data_file(path: str) -> bool:
+    for suffix in COMPRESSION_SUFFIXES:
+        path = path.removesuffix(suffix)
+    return path.endswith(DATA_SUFFIXES)
+
+
+def _check_paths(config: Config) -> None:
+    """Every local input that is named must be there. Hub names and URIs are left to those who open them."""
+    inputs = [("model.path", config.model.path, True), ("model.tokenizer", config.model.tokenizer, True),
+              ("reference.path", config.reference.path, True), ("reference.adapter", config.reference.adapter, True)]
+    inputs += [(f"data.train.{i}.path", source.path, False) for i, source in enumerate(config.data.train)]
+    if config.data.eval is not None:
+        inputs.append(("data.eval.path", config.data.eval.path, False))
+    problems = []
+    for key, value, is_model in inputs:
+        if value is None or is_uri(value) or Path(value).exists():
+            if value is not None and is_model and Path(value).is_file():
+                problems.append(f"{key!r} is {value!r}, a file; a directory with config.json and safetensors is wanted")
+            continue
+        if is_hub_name(value) and "/" in value and not Path(value).parent.is_dir():
+            continue
+        near = difflib.get_close_matches(Path(value).name, _siblings(value), n=1, cutoff=0.6)
+        hint = f"; did you mean {str(Path(value).parent / near[0])!r}?" if near else ""
+        problems.append(f"{key!r} is {value!r}, but there is no such {'directory' if is_model else 'file'}{hint}")
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _siblings(path: str) -> list[str]:
+    parent = Path(path).parent
+    return [entry.name for entry in parent.iterdir()] if parent.is_dir() else []

@@ -1,0 +1,85 @@
+"""The whole run: every section, and what follows from them."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+import yaml
+from pydantic import Field
+
+from raydpo.config.data import DataConfig
+from raydpo.config.model import ModelConfig, ReferenceConfig
+from raydpo.config.section import PathOrUri, Section
+from raydpo.config.train import ScoreConfig, TrainConfig
+
+__all__ = ["CacheConfig", "Config", "RayConfig", "is_uri"]
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._=,+~-]{0,127}$"
+
+
+class CacheConfig(Section):
+    """Where reference log-probs are kept."""
+
+    uri: PathOrUri | None = None
+    """Local directory or URI, shared by any number of runs; null = <output>/cache."""
+    allow_unverified: bool = False
+    """Train on imported log-probs that 'raydpo cache verify' has not checked yet."""
+
+
+class RayConfig(Section):
+    """Where Ray runs."""
+
+    address: str | None = None
+    """Address of a running cluster; null = $RAY_ADDRESS where set, else a local Ray for the length of the command."""
+    autoscaling: bool = False
+    """The cluster brings nodes on demand: wait for resources that it does not have yet instead of refusing to start."""
+
+
+class Config(Section):
+    """A whole run."""
+
+    name: Annotated[str | None, Field(pattern=NAME_PATTERN)] = None
+    """Name of the run directory below output; null = model, loss and beta."""
+    output: PathOrUri
+    """Local path or URI below which run directories lie."""
+    model: ModelConfig
+    reference: ReferenceConfig = ReferenceConfig()
+    data: DataConfig
+    cache: CacheConfig = CacheConfig()
+    score: ScoreConfig = ScoreConfig()
+    train: TrainConfig = TrainConfig()
+    ray: RayConfig = RayConfig()
+
+    @property
+    def run_name(self) -> str:
+        if self.name is not None:
+            return self.name
+        stem = re.sub(r"[^A-Za-z0-9.-]+", "-", self.model.path.rstrip("/").rsplit("/", 1)[-1]).strip("-.") or "model"
+        return f"{stem}-{self.train.loss}-beta{self.train.beta:g}"
+
+    @property
+    def run_dir(self) -> str:
+        """Local path or URI of the run directory, ``<output>/<name>``."""
+        return f"{self.output.rstrip('/') or '/'}/{self.run_name}"
+
+    @property
+    def cache_uri(self) -> str:
+        return self.cache.uri if self.cache.uri is not None else f"{self.output.rstrip('/')}/cache"
+
+    @property
+    def reference_path(self) -> str:
+        return self.reference.path if self.reference.path is not None else self.model.path
+
+    def to_yaml(self) -> str:
+        """The resolved configuration: what ``load_config`` would read to give this very run."""
+        resolved = self.model_dump(mode="json")
+        resolved["name"] = self.run_name
+        resolved["cache"]["uri"] = self.cache_uri
+        resolved["reference"]["path"] = self.reference_path
+        return yaml.safe_dump(resolved, sort_keys=False, width=120, allow_unicode=True)
+
+
+def is_uri(path: str) -> bool:
+    """Whether ``path`` carries a scheme such as ``s3://``."""
+    return re.match(r"^[A-Za-z][A-Za-z0-9+.-]*://", path) is not None

@@ -1,0 +1,96 @@
+"""Sections ``score`` and ``train``: the reference pass, and the training of the policy."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from raydpo.config.section import Dtype, Float, Int, Section
+
+__all__ = ["ScoreConfig", "TrainConfig"]
+
+LossName = Literal["sigmoid", "hinge", "ipo", "sigmoid_norm"]
+
+
+class ScoreConfig(Section):
+    """The reference pass."""
+
+    workers: Int = Field(1, ge=1)
+    """Ray Data actors, one device each."""
+    gpus_per_worker: Float | None = Field(None, ge=0)
+    """GPUs of each actor, fractions too; null = 1 where the cluster has GPUs, else 0."""
+    tokens_per_batch: Literal["auto"] | Annotated[Int, Field(ge=1)] = "auto"
+    """Token positions of one forward pass, each shared prefix counted once; auto = as many as fit, measured at start."""
+    tokens_per_part: Int = Field(262144, ge=1)
+    """Tokens scored between two commits: what a kill can cost at most, per actor."""
+    dtype: Dtype | None = None
+    """Precision of the reference; null = model.dtype."""
+
+
+class TrainConfig(Section):
+    """The training of the policy."""
+
+    workers: Int = Field(1, ge=1)
+    """Ray Train workers, one device each."""
+    gpus_per_worker: Float | None = Field(None, ge=0)
+    """GPUs of each worker; null = 1 where the cluster has GPUs, else 0."""
+    pairs_per_step: Int = Field(64, ge=1)
+    """Pairs of one optimizer step, over all workers."""
+    tokens_per_batch: Literal["auto"] | Annotated[Int, Field(ge=1)] = "auto"
+    """Token positions of one forward and backward pass of a worker, each shared prefix counted once; auto = as many as fit,
+    measured at start. Accumulation follows from it."""
+    epochs: Int = Field(1, ge=1)
+    """Passes over the data."""
+    steps: Int | None = Field(None, ge=1)
+    """Optimizer steps; null = as epochs say."""
+    lr: Float = Field(5.0e-7, gt=0)
+    """Peak learning rate. LoRA usually wants about 1e-5 to 5e-4."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Decay after warm-up."""
+    warmup: Float = Field(0.1, ge=0)
+    """Below 1 a share of all steps, else a number of steps."""
+    weight_decay: Float = Field(0.0, ge=0)
+    """AdamW's decoupled weight decay."""
+    clip: Float | None = Field(1.0, gt=0)
+    """Largest global gradient norm; null = no clipping."""
+    zero: Literal[0, 1, 2, 3] = 2
+    """DeepSpeed ZeRO stage."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more compute."""
+    loss: LossName = "sigmoid"
+    """The objective, see raydpo.losses."""
+    beta: Float = Field(0.1, gt=0)
+    """Strength of the pull to the reference. Small drifts far, large stays close."""
+    label_smoothing: Float = Field(0.0, ge=0, lt=0.5)
+    """Assumed share of flipped preferences (conservative DPO); for loss sigmoid and sigmoid_norm."""
+    seed: Int = Field(0, ge=0)
+    """Order of the pairs and initial values of adapters."""
+    checkpoint_every: Int = Field(100, ge=1)
+    """Steps between checkpoints. The last step is always one."""
+    keep_checkpoints: Int = Field(2, ge=1)
+    """How many of the newest checkpoints stay."""
+    eval_every: Int = Field(50, ge=1)
+    """Steps between held-out evaluations. There is always one before the first and one after the last step."""
+    max_failures: Int = Field(3, ge=0)
+    """Restarts from the newest checkpoint after a worker died."""
+    gate_pairs: Int = Field(32, ge=1)
+    """Pairs that the step-0 gate scores again: those of the first step, the most extreme ones, and some at random."""
+    sample_prompts: Int = Field(0, ge=0)
+    """Held-out prompts answered greedily before and after training."""
+    sample_tokens: Int = Field(64, ge=1)
+    """Longest sample, in tokens."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        if self.label_smoothing and self.loss not in ("sigmoid", "sigmoid_norm"):
+            raise ValueError(f"label_smoothing {self.label_smoothing} has no effect on loss {self.loss!r}; "
+                             "set it to 0, or loss to sigmoid or sigmoid_norm")
+        if self.steps is not None and "epochs" in self.model_fields_set and self.epochs != 1:
+            raise ValueError(f"steps ({self.steps}) and epochs ({self.epochs}) contradict each other; keep one")
+        if self.warmup >= 1 and self.warmup != int(self.warmup):
+            raise ValueError(f"warmup {self.warmup} is neither a share below 1 nor a whole number of steps")
+        if self.gpus_per_worker is not None and 0 < self.gpus_per_worker < 1:
+            raise ValueError(f"gpus_per_worker {self.gpus_per_worker} is a fraction; NCCL needs a whole GPU for each "
+                             "training worker")
+        return self
