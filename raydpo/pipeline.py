@@ -22,7 +22,6 @@ from raydpo.data.facts import pair_facts
 from raydpo.data.filter import PairFilter, filtered_by_tokens
 from raydpo.data.pairs import SAME, PairSets, load_pairs
 from raydpo.data.tokenise import Tokeniser, load_tokenizer
-from raydpo.errors import ConfigError
 from raydpo.ray_runtime import bfloat16_pays, resources_for, session
 from raydpo.reference.build import BuildReport, build
 from raydpo.reference.identity import ReferenceIdentity, identify, resolve_model
@@ -30,7 +29,7 @@ from raydpo.reference.index import as_bytes
 from raydpo.reference.score import ReferenceSpec
 from raydpo.reference.store import ReferenceCache
 from raydpo.storage import Storage
-from raydpo.training.checkpoint import changed_settings
+from raydpo.training.earlier import earlier_result, harmless_changes, set_aside
 from raydpo.training.engine import PolicySpec
 from raydpo.training.launch import launch
 from raydpo.training.loop import TrainJob
@@ -219,8 +218,8 @@ def _train(prepared: Prepared, console: Console, built: BuildReport | None, *, f
     fingerprint = prepared.fingerprint()
     storage = Storage(config.run_dir)
     if fresh:
-        _set_aside(storage, console)
-    finished = _earlier_result(storage, fingerprint)
+        set_aside(storage, console)
+    finished = earlier_result(storage, fingerprint)
     if finished is not None:
         console.say(f"run {config.run_name} is already complete: {config.run_dir} (--fresh trains it again)")
         print_summary(console, finished)
@@ -235,6 +234,8 @@ def _train(prepared: Prepared, console: Console, built: BuildReport | None, *, f
         held_out = join_reference(prepared.sets.eval, prepared.cache, "held-out")
     resources = resources_for("train", config)
     storage.probe()
+    for line in harmless_changes(storage, config):
+        console.note(line)
     storage.write("config.yaml", config.to_yaml().encode())
     storage.write("run.json", json.dumps({"fingerprint": fingerprint}, indent=2).encode())
 
@@ -254,6 +255,9 @@ def _train(prepared: Prepared, console: Console, built: BuildReport | None, *, f
     with TrainingDisplay(console) as display:
         trained = launch(job, pairs, held_out, resources, run_dir=config.run_dir, base_name=base_name,
                          tokenizer=prepared.tokeniser.tokenizer, listener=display.listen)
+    if trained["interrupted"]:
+        console.say(f"stopped after step {trained['steps']:,}; its checkpoint is in {config.run_dir}")
+        raise KeyboardInterrupt
     summary = _summarise(prepared, storage, trained, built, samples)
     storage.write("summary.json", json.dumps(summary, indent=2).encode())
     print_summary(console, summary)
@@ -276,6 +280,8 @@ def _summarise(prepared: Prepared, storage: Storage, trained: dict[str, Any], bu
     return {
         "name": config.run_name, "run_dir": config.run_dir, "raydpo": raydpo.__version__,
         "steps": trained["steps"], "pairs_seen": trained["pairs"], "train_seconds": trained["seconds"],
+        "checkpoint_seconds": trained["checkpoint_seconds"],
+        "checkpoint_bytes": trained["checkpoint_bytes"], "skipped_steps": trained["skipped"],
         "tokens_per_second": trained["tokens_per_second"], "gate": trained["gate"],
         "first_loss": steps[0]["loss"], "last_loss": steps[-1]["loss"],
         "training_pairs": prepared.sets.train.num_rows,
@@ -289,34 +295,6 @@ def _summarise(prepared: Prepared, storage: Storage, trained: dict[str, Any], bu
                      "after": decode(after, skip_special_tokens=True)} for (text, _), before, after in answers],
         "fingerprint": prepared.fingerprint(),
     }
-
-
-def _earlier_result(storage: Storage, fingerprint: dict[str, Any]) -> dict[str, Any] | None:
-    """The summary of a finished run of this name, None if it is new or interrupted.
-
-    Raises:
-        ConfigError: if a run of this name exists whose result would differ, with the list of differences.
-    """
-    if not storage.exists("run.json"):
-        return None
-    earlier = json.loads(storage.read("run.json"))["fingerprint"]
-    changes = changed_settings(earlier, fingerprint)
-    if changes:
-        raise ConfigError(f"{storage} is a run with other settings ({'; '.join(changes)}). Give this one another name "
-                          "(name=...), or begin again with --fresh, which sets the old one aside")
-    return json.loads(storage.read("summary.json")) if storage.exists("summary.json") else None
-
-
-def _set_aside(storage: Storage, console: Console) -> None:
-    if not storage.exists("run.json"):
-        return
-    if not storage.is_local:
-        raise ConfigError(f"--fresh cannot rename {storage} on an object store; give the run another name (name=...)")
-    path = Path(storage.root)
-    aside = next(candidate for number in range(1, 1 << 20)
-                 if not (candidate := path.with_name(f"{path.name}~{number}")).exists())
-    path.rename(aside)
-    console.say(f"the earlier run of this name is now {aside}")
 
 
 def _digest(table: pa.Table) -> str:

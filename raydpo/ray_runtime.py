@@ -34,6 +34,8 @@ class Resources:
     workers: int
     gpus_per_worker: float
     threads: int | None
+    fewest: int | None = None
+    """Where the number of workers may vary, the smallest; ``workers`` is the largest then."""
     memory_share: float = 1.0
     """Part of its device's memory that belongs to one worker: workers share a CPU node, or a GPU by fractions."""
 
@@ -62,7 +64,7 @@ def session(config: Config) -> Iterator[None]:
         else:
             # Logical CPUs only gate scheduling. Actors hold one each, and Ray Data's own tasks need some beside them, or
             # the job would wait for itself in silence.
-            cpus = max(os.cpu_count() or 1, max(config.score.workers, config.train.workers) + 4)
+            cpus = max(os.cpu_count() or 1, max(config.score.workers, config.train.most_workers) + 4)
             ray.init(num_cpus=cpus, include_dashboard=False, runtime_env=runtime_env, log_to_driver=False,
                      logging_level="warning", object_store_memory=_object_store_bytes())
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -83,26 +85,28 @@ def resources_for(stage: Literal["score", "train"], config: Config) -> Resources
     import ray
 
     section = config.score if stage == "score" else config.train
+    workers = config.score.workers if stage == "score" else config.train.most_workers
+    fewest = workers if stage == "score" else config.train.fewest_workers
     total = ray.cluster_resources()
     gpus = section.gpus_per_worker
     if gpus is None:
         gpus = 1.0 if total.get("GPU", 0) >= 1 else 0.0
-    if gpus * section.workers > total.get("GPU", 0) and not config.ray.autoscaling:
-        raise ConfigError(f"{stage}.workers {section.workers} x {stage}.gpus_per_worker {gpus:g} needs "
-                          f"{gpus * section.workers:g} GPUs, the Ray cluster has {total.get('GPU', 0):g}; ask for fewer "
+    if gpus * fewest > total.get("GPU", 0) and not config.ray.autoscaling:
+        raise ConfigError(f"{stage}.workers {fewest} x {stage}.gpus_per_worker {gpus:g} needs "
+                          f"{gpus * fewest:g} GPUs, the Ray cluster has {total.get('GPU', 0):g}; ask for fewer "
                           f"({stage}.gpus_per_worker=0 runs on the CPU), or set ray.autoscaling=true where nodes come on "
                           "demand")
-    needed = section.workers + (2 if stage == "score" else 1)
+    needed = fewest + (2 if stage == "score" else 1)
     if needed > total.get("CPU", 0) and not config.ray.autoscaling:
-        raise ConfigError(f"{stage}.workers {section.workers} needs {needed} CPUs of Ray (one each, and some beside them "
+        raise ConfigError(f"{stage}.workers {fewest} needs {needed} CPUs of Ray (one each, and some beside them "
                           f"for Ray Data), the cluster has {total.get('CPU', 0):g}; the job would wait for ever")
     threads, memory_share = None, min(1.0, gpus) if gpus else 1.0
     if not gpus:
         # Workers of one node share its cores; more threads than cores is the usual slowness of CPU jobs.
         nodes = [node for node in ray.nodes() if node["Alive"]]
-        on_one_node = -(-section.workers // max(1, len(nodes)))
+        on_one_node = -(-workers // max(1, len(nodes)))
         threads, memory_share = max(1, (os.cpu_count() or 1) // on_one_node), 1 / on_one_node
-    return Resources(section.workers, gpus, threads, memory_share)
+    return Resources(workers, gpus, threads, fewest, memory_share)
 
 
 def bfloat16_pays() -> bool:

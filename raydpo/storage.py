@@ -259,6 +259,23 @@ class Storage:
             if info.type == pafs.FileType.File and not (directory / below).exists():
                 self.delete(f"{name}/{below}")
 
+    def upload_into(self, directory: Path, name: str) -> None:
+        """Copy the files of a local directory into ``name``, beside what other workers put there; each appears whole."""
+        for path in sorted(directory.iterdir()):
+            if self.is_local:
+                target = Path(self.path(f"{name}/{path.name}"))
+                _make_directory(target.parent)
+                temporary = target.with_name(_temporary_name())
+                try:
+                    shutil.copyfile(path, temporary)
+                    temporary.replace(target)
+                finally:
+                    temporary.unlink(missing_ok=True)
+            else:
+                self._persist("write", f"{name}/{path.name}", lambda path=path: pafs.copy_files(
+                    str(path), self.path(f"{name}/{path.name}"), source_filesystem=pafs.LocalFileSystem(),
+                    destination_filesystem=self.fs))
+
     def probe(self) -> None:
         """Prove that this place can be written, before a long computation relies on it.
 

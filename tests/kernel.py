@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from tiny import make_tokenizer, preferences
+
+from raydpo.training.hooks import Hooks
 
 
 def tokenised(records: list[dict[str, str]], max_length: int = 512) -> pa.Table:
@@ -50,17 +53,20 @@ def with_reference(table: pa.Table, model: Path, dtype: str = "float32", tokens_
 
 
 @dataclass
-class Record:
-    """Hooks that remember. ``stop_after`` raises KeyboardInterrupt once so many steps of a run are done."""
+class Record(Hooks):
+    """Hooks that remember.
+
+    Attributes:
+        keep: where checkpoints are stored, as ``step-<n>``.
+        stop_after: someone wants the run to stop once so many steps are done.
+    """
 
     steps: list[dict[str, float]] = field(default_factory=list)
     evals: list[dict[str, float]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    checkpoints: dict[int, Path] = field(default_factory=dict)
+    checkpoints: dict[int, dict[str, float]] = field(default_factory=dict)
     keep: Path | None = None
-
-    def begin(self, first_step: int, total_steps: int, facts: Mapping[str, Any]) -> None:
-        pass
+    stop_after: int | None = None
 
     def step(self, row: Mapping[str, float]) -> None:
         self.steps.append(dict(row))
@@ -71,22 +77,21 @@ class Record:
     def note(self, line: str) -> None:
         self.notes.append(line)
 
-    def checkpoint(self, directory: Path, step: int) -> None:
+    def upload(self, directory: Path, step: int) -> None:
         if self.keep is not None:
-            import shutil
+            shutil.copytree(directory, self.keep / f"step-{step}", dirs_exist_ok=True)
 
-            import torch.distributed as dist
+    def register(self, step: int, metrics: Mapping[str, float], *, wait: bool) -> None:
+        self.checkpoints[step] = dict(metrics)
 
-            target = self.keep / f"step-{step}"
-            shutil.copytree(directory, target, dirs_exist_ok=True)
-            dist.barrier()
-            self.checkpoints[step] = target
+    def stop_requested(self) -> bool:
+        return self.stop_after is not None and len(self.steps) + 1 >= self.stop_after
 
 
 def train_here(table: pa.Table, model: Path, scratch: Path, *, lora: dict[str, Any] | None = None, dtype: str = "float32",
                shuffle: bool = True, checkpoint: Path | None = None, keep: Path | None = None,
                starts_as_reference: bool = True, held_out: pa.Table | None = None, device: str = "cpu",
-               **train: Any) -> Record:
+               record: Record | None = None, **train: Any) -> Record:
     """Train in this process (and its ranks, if a process group says so) and return what happened."""
     import torch
 
@@ -101,11 +106,17 @@ def train_here(table: pa.Table, model: Path, scratch: Path, *, lora: dict[str, A
     engine = PolicyEngine(spec, settings, torch.device(device))
     job = TrainJob(train=settings, shuffle=shuffle, policy=spec, policy_identity="policy", reference_identity="reference",
                    starts_as_reference=starts_as_reference, coarser_dtype=dtype, fingerprint={"lr": settings.lr})
-    record = Record(keep=keep)
-    train_policy(job, TrainingPairs(table), None if held_out is None else TrainingPairs(held_out), engine, record,
-                 checkpoint, scratch)
+    record = record or Record(keep=keep)
+    record.summary = train_policy(job, TrainingPairs(table), None if held_out is None else TrainingPairs(held_out), engine,
+                                  record, checkpoint, scratch)
     record.engine = engine
     return record
+
+
+def exact(rows: list[dict[str, float]]) -> list[dict[str, float]]:
+    """All that must be the same when a step is repeated; not seconds, memory, or who was slow."""
+    return [{key: value for key, value in row.items()
+             if not any(word in key for word in ("second", "time/", "memory", "slowest"))} for row in rows]
 
 
 def tiny_pairs(count: int = 33, seed: int = 0) -> pa.Table:

@@ -21,9 +21,10 @@ from raydpo.model.selfcheck import CHECK_ROWS
 from raydpo.prefetch import prefetch
 from raydpo.reference.identity import identify
 from raydpo.reference.score import ReferenceSpec, Scorer
+from raydpo.training.clock import StepClock
 from raydpo.training.engine import PolicyEngine, PolicySpec, join_process_group
-from raydpo.training.loop import prepare_step, train_step
 from raydpo.training.pairs import TrainingPairs
+from raydpo.training.step import prepare_step, train_step
 
 
 def score(job: Job, device: torch.device) -> Result:
@@ -69,10 +70,10 @@ def train(job: Job, device: torch.device) -> Result:
 
     record = StepRecord(device)
     load_seconds = now(device) - start
-    rows = []
+    rows, clock = [], StepClock(device)
     record.begin()
     for step in prefetch(range(job.steps), lambda number: prepare_step(number, plan, pairs, engine), ahead=1):
-        rows.append(train_step(step, plan, pairs, engine, settings))
+        rows.append(train_step(step, plan, pairs, engine, settings, clock).row)
         record.end_step()
     return Result(load_seconds=load_seconds, step_seconds=record.seconds, losses=[row["loss"] for row in rows],
                   chosen_logps=[row["logps/chosen"] for row in rows], rejected_logps=[row["logps/rejected"] for row in rows],

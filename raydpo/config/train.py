@@ -28,11 +28,27 @@ class ScoreConfig(Section):
     """Precision of the reference; null = model.dtype."""
 
 
+class ElasticWorkers(Section):
+    """A number of workers that follows the cluster."""
+
+    min: Int = Field(ge=1)
+    """Fewest; with less the run waits."""
+    max: Int = Field(ge=1)
+    """Most."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ElasticWorkers:
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is more than max {self.max}")
+        return self
+
+
 class TrainConfig(Section):
     """The training of the policy."""
 
-    workers: Int = Field(1, ge=1)
-    """Ray Train workers, one device each."""
+    workers: Annotated[Int, Field(ge=1)] | ElasticWorkers = 1
+    """Ray Train workers, one device each. {min: 2, max: 8} starts with what the cluster has and follows it; the pairs of a
+    step stay the same."""
     gpus_per_worker: Float | None = Field(None, ge=0)
     """GPUs of each worker; null = 1 where the cluster has GPUs, else 0."""
     pairs_per_step: Int = Field(64, ge=1)
@@ -68,18 +84,40 @@ class TrainConfig(Section):
     """Order of the pairs and initial values of adapters."""
     checkpoint_every: Int = Field(100, ge=1)
     """Steps between checkpoints. The last step is always one."""
+    checkpoint_minutes: Float | None = Field(None, gt=0)
+    """Minutes between checkpoints, in place of checkpoint_every."""
     keep_checkpoints: Int = Field(2, ge=1)
-    """How many of the newest checkpoints stay."""
+    """How many checkpoints stay: the newest, or with keep_best the best and the newest."""
+    keep_best: str | None = None
+    """A metric of the held-out evaluations, such as eval_loss or eval_rewards/accuracies, by which checkpoints are kept."""
     eval_every: Int = Field(50, ge=1)
     """Steps between held-out evaluations. There is always one before the first and one after the last step."""
-    max_failures: Int = Field(3, ge=0)
-    """Restarts from the newest checkpoint after a worker died."""
+    max_failures: Int = Field(3, ge=-1)
+    """Restarts from the newest checkpoint after a worker died or hung; -1 = any number."""
+    max_preemptions: Int = Field(-1, ge=-1)
+    """Restarts after a machine was taken away with notice, counted apart from failures; -1 = any number."""
+    preemption_every: Int = Field(5, ge=1)
+    """Steps between questions to Ray whether a machine of this run is about to be taken away."""
+    collective_timeout: Float = Field(900.0, gt=0)
+    """Seconds after which a worker that the others wait for counts as hung, and the workers are started again."""
+    max_skipped: Int = Field(3, ge=0)
+    """Steps in a row that may be passed over because a loss or gradient is not finite; one more ends the run."""
     gate_pairs: Int = Field(32, ge=1)
     """Pairs that the step-0 gate scores again: those of the first step, the most extreme ones, and some at random."""
     sample_prompts: Int = Field(0, ge=0)
     """Held-out prompts answered greedily before and after training."""
     sample_tokens: Int = Field(64, ge=1)
     """Longest sample, in tokens."""
+
+    @property
+    def fewest_workers(self) -> int:
+        """With which the run begins at the least."""
+        return self.workers.min if isinstance(self.workers, ElasticWorkers) else self.workers
+
+    @property
+    def most_workers(self) -> int:
+        """With which the run goes on at the most."""
+        return self.workers.max if isinstance(self.workers, ElasticWorkers) else self.workers
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
@@ -90,6 +128,9 @@ class TrainConfig(Section):
             raise ValueError(f"steps ({self.steps}) and epochs ({self.epochs}) contradict each other; keep one")
         if self.warmup >= 1 and self.warmup != int(self.warmup):
             raise ValueError(f"warmup {self.warmup} is neither a share below 1 nor a whole number of steps")
+        if self.checkpoint_minutes is not None and "checkpoint_every" in self.model_fields_set:
+            raise ValueError(f"checkpoint_minutes ({self.checkpoint_minutes:g}) and checkpoint_every "
+                             f"({self.checkpoint_every}) contradict each other; keep one")
         if self.gpus_per_worker is not None and 0 < self.gpus_per_worker < 1:
             raise ValueError(f"gpus_per_worker {self.gpus_per_worker} is a fraction; NCCL needs a whole GPU for each "
                              "training worker")

@@ -150,7 +150,7 @@ def make_plan(config: Config, sets: PairSets, model: ModelCost, reference: Model
     train = config.train
     layout: LayoutName = "tree" if config.model.layout == "auto" else config.model.layout
     budget = _budget(train.tokens_per_batch)
-    score_workers, train_workers = workers or config.score.workers, workers or train.workers
+    score_workers, train_workers = workers or config.score.workers, workers or train.most_workers
     shapes, sources = pair_groups(sets.train)[1], _sources(sets.train)
     per_epoch = len(epoch_order(*sources, seed=train.seed, epoch=0, shuffle=False))
     steps_per_epoch = -(-per_epoch // train.pairs_per_step)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
 
 from raydpo.errors import ConfigError, TrainError
 from raydpo.training.engine import PolicyEngine
@@ -16,7 +21,7 @@ from raydpo.training.engine import PolicyEngine
 if TYPE_CHECKING:
     from raydpo.training.loop import TrainSummary
 
-__all__ = ["CheckpointState", "changed_settings", "load_checkpoint", "save_checkpoint"]
+__all__ = ["CheckpointState", "changed_settings", "directory_size", "load_checkpoint", "save_checkpoint"]
 
 _FILE = "raydpo.json"
 FORMAT = 2
@@ -32,18 +37,28 @@ class CheckpointState:
     summary: dict[str, Any]
 
 
-def save_checkpoint(engine: PolicyEngine, scratch: Path, step: int, fingerprint: Mapping[str, Any],
-                    summary: TrainSummary) -> Path:
-    """Write this rank's share of a checkpoint below ``scratch``, in place of the previous one, and return where."""
-    directory = scratch / f"rank-{engine.rank}"
+def save_checkpoint(engine: PolicyEngine, directory: Path, step: int, fingerprint: Mapping[str, Any],
+                    summary: TrainSummary) -> None:
+    """Write this rank's share of a checkpoint into ``directory``, which is made.
+
+    Raises:
+        OSError: if it does not fit on the disk.
+    """
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
-    facts = engine.state.write(directory)
+    try:
+        facts = engine.state.write(directory)
+    except SafetensorError as error:
+        raise _as_os_error(error) from None
     if engine.rank == 0:
         state = {"format": FORMAT, "step": step, "world_size": engine.world_size, "zero": engine.zero, "state": facts,
                  "fingerprint": dict(fingerprint), "summary": dataclasses.asdict(summary)}
         (directory / _FILE).write_text(json.dumps(state))
-    return directory
+
+
+def directory_size(directory: Path) -> int:
+    """Bytes of the files in ``directory``."""
+    return sum(path.stat().st_size for path in directory.iterdir())
 
 
 def load_checkpoint(engine: PolicyEngine, directory: Path, fingerprint: Mapping[str, Any]) -> CheckpointState:
@@ -63,7 +78,7 @@ def load_checkpoint(engine: PolicyEngine, directory: Path, fingerprint: Mapping[
     changes = changed_settings(state["fingerprint"], fingerprint)
     if changes:
         raise ConfigError(f"the checkpoint belongs to a run with other settings ({'; '.join(changes)})")
-    engine.state.read(directory, state["state"])
+    engine.state.read(directory, state["state"], state["world_size"])
     return CheckpointState(state["step"], state["world_size"], state["zero"], state["summary"])
 
 
@@ -73,3 +88,10 @@ def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
     now = json.loads(json.dumps(dict(now)))
     return [f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in sorted({*before, *now})
             if before.get(key) != now.get(key)]
+
+
+def _as_os_error(error: SafetensorError) -> OSError:
+    """safetensors tells an operating system's error as text: ``... Os { code: 28, kind: StorageFull, ...``."""
+    code = re.search(r"code: (\d+)|os error (\d+)", str(error))
+    number = int(code[1] or code[2]) if code else errno.EIO
+    return OSError(number, os.strerror(number))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -157,15 +158,23 @@ class PolicyEngine:
     def step(self, learning_rate: float) -> float:
         """Clip and apply the gradients; returns their global norm before clipping.
 
-        A norm that is not finite leaves the weights as they are under ZeRO 1 to 3; the caller must stop.
+        A norm that is not finite leaves weights and moments as they are, and drops the gradients; DeepSpeed sees to that
+        under ZeRO 1 to 3.
         """
         norm = self._plain_norm() if self.zero == 0 else None
-        if norm is not None and not torch.isfinite(torch.tensor(norm)):
+        if norm is not None and not math.isfinite(norm):
+            for parameter in self.trainable:
+                parameter.grad = None
             return norm
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
         self.engine.step()
         return float(self.engine.get_global_grad_norm()) if norm is None else norm
+
+    def meet(self) -> None:
+        """Wait, on the device, until all ranks are here."""
+        if self.world_size > 1:
+            dist.all_reduce(torch.zeros(1, device=self.device))
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """All-reduce in place."""

@@ -6,8 +6,8 @@ import contextlib
 import dataclasses
 import os
 import tempfile
-import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,19 @@ from typing import Any
 import pyarrow as pa
 
 from raydpo.errors import DeviceMemoryError, RaydpoError
+from raydpo.interrupt import interruptible
 from raydpo.ray_runtime import Resources, original_error
 from raydpo.storage import Storage
+from raydpo.training.board import Board, Listener, listening
+from raydpo.training.hooks import Hooks
 from raydpo.training.loop import TrainJob
 
 __all__ = ["Listener", "launch"]
 
-POLL_SECONDS = 0.3
 CHECKPOINTS = "checkpoints"
-
-Listener = Callable[[str, Any], None]
-"""Called in the driver with (kind, content). Kinds are ``begin``, ``step``, ``evaluated`` and ``note`` of ``loop.Hooks``."""
+RESIZE_SECONDS = 30.0
+"""Between looks for machines that have come, where the number of workers may vary."""
+LOWER_IS_BETTER = ("eval_loss",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,25 +65,31 @@ def launch(job: TrainJob, pairs: pa.Table, held_out: pa.Table | None, resources:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     storage = Storage(run_dir)
-    board = ray.remote(num_cpus=0)(_Board).remote()
+    board = ray.remote(num_cpus=0)(Board).remote()
     payload = _Payload(job=job, pairs=ray.put(pairs), held_out=None if held_out is None else ray.put(held_out),
                        run_dir=storage.root if storage.is_local else run_dir, threads=resources.threads,
                        base_name=base_name, tokenizer=tokenizer, board=board)
+    train = job.train
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"payload": payload},
-        torch_config=TorchConfig(backend="nccl" if resources.device == "cuda" else "gloo"),
+        torch_config=TorchConfig(backend="nccl" if resources.device == "cuda" else "gloo",
+                                 timeout_s=max(1, round(train.collective_timeout))),
         scaling_config=ScalingConfig(
-            num_workers=resources.workers, use_gpu=resources.device == "cuda",
+            num_workers=resources.workers if resources.fewest in (None, resources.workers)
+            else (resources.fewest, resources.workers),
+            use_gpu=resources.device == "cuda", elastic_resize_monitor_interval_s=RESIZE_SECONDS,
             resources_per_worker={"CPU": 1} | ({"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {})),
         run_config=RunConfig(
             name=CHECKPOINTS, storage_path=payload.run_dir,
-            failure_config=FailureConfig(max_failures=job.train.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=job.train.keep_checkpoints)),
+            failure_config=FailureConfig(max_failures=train.max_failures, max_preemption_failures=train.max_preemptions),
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=train.keep_checkpoints, checkpoint_score_attribute=train.keep_best,
+                checkpoint_score_order="min" if train.keep_best in LOWER_IS_BETTER else "max")),
     )
-    with _listening(board, listener):
+    with listening(board, listener):
         try:
-            trainer.fit()
+            interruptible(trainer.fit, on_first=lambda: board.stop.remote())
         except Exception as error:
             raise ray.get(board.error.remote()) or original_error(error, "training") from error
     error, summary = ray.get([board.error.remote(), board.summary.remote()])
@@ -92,78 +100,14 @@ def launch(job: TrainJob, pairs: pa.Table, held_out: pa.Table | None, resources:
     return summary
 
 
-class _Board:
-    """An actor through which workers tell the driver what happens: ray.train.report is throttled, and for checkpoints."""
-
-    def __init__(self) -> None:
-        self._events: list[tuple[str, Any]] = []
-        self._error: RaydpoError | None = None
-        self._summary: dict[str, Any] | None = None
-        self._tokens_per_batch: int | None = None
-
-    def put(self, kind: str, content: Any) -> None:
-        self._events.append((kind, content))
-
-    def drain(self) -> list[tuple[str, Any]]:
-        events, self._events = self._events, []
-        return events
-
-    def fail(self, error: RaydpoError) -> None:
-        self._error = self._error or error
-
-    def error(self) -> RaydpoError | None:
-        return self._error
-
-    def back_off(self, tokens_per_batch: int) -> bool:
-        """Half of what did not fit, for the workers that come next; False if that was tried and does not fit either."""
-        if self._tokens_per_batch is not None:
-            return tokens_per_batch > self._tokens_per_batch  # else another rank was first
-        self._tokens_per_batch = max(1, tokens_per_batch // 2)
-        self.put("note", f"warning: a micro-batch of {tokens_per_batch} positions does not fit in memory; starting the "
-                         f"workers again with {self._tokens_per_batch}. Set train.tokens_per_batch={self._tokens_per_batch} "
-                         "to begin so")
-        return True
-
-    def tokens_per_batch(self) -> int | None:
-        return self._tokens_per_batch
-
-    def finish(self, summary: dict[str, Any]) -> None:
-        self._summary = summary
-
-    def summary(self) -> dict[str, Any] | None:
-        return self._summary
-
-
-@contextlib.contextmanager
-def _listening(board: Any, listener: Listener) -> Any:
-    import ray
-
-    stop = threading.Event()
-
-    def listen() -> None:
-        while True:
-            last = stop.wait(POLL_SECONDS)
-            for kind, content in ray.get(board.drain.remote()):
-                listener(kind, content)
-            if last:
-                return
-
-    thread = threading.Thread(target=listen, name="raydpo-listener", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-
-
-class _RayHooks:
-    """``loop.Hooks`` of one worker: rank 0 keeps the run's records and tells the driver, all ranks report checkpoints."""
+class _RayHooks(Hooks):
+    """The hooks of one worker: rank 0 keeps the run's records and tells the driver, all ranks report checkpoints."""
 
     def __init__(self, payload: _Payload, rank: int) -> None:
         self.payload, self.rank = payload, rank
         self.storage = Storage(payload.run_dir)
         self.records: Any = None
+        self._stop: Any = None  # the answer that the board will give
 
     def begin(self, first_step: int, total_steps: int, facts: Mapping[str, Any]) -> None:
         if self.rank == 0:
@@ -186,16 +130,44 @@ class _RayHooks:
         if self.rank == 0:
             self._tell("note", line)
 
-    def checkpoint(self, directory: Path, step: int) -> None:
-        import ray.train
-        from ray.train import Checkpoint
-
+    def flush(self) -> None:
         if self.rank == 0:
-            self.records.flush()  # before the checkpoint counts: a resumed run keeps the rows up to its step
-        ray.train.report({"step": step}, checkpoint=Checkpoint.from_directory(str(directory)),
-                         checkpoint_dir_name=f"step-{step:08d}")
-        # report returns before the controller has registered the checkpoint; a worker that dies in between would lose it.
-        ray.train.get_all_reported_checkpoints()
+            self.records.flush()
+
+    def upload(self, directory: Path, step: int) -> None:
+        self.storage.upload_into(directory, _place(step))
+
+    def register(self, step: int, metrics: Mapping[str, float], *, wait: bool) -> None:
+        import ray.train
+        from ray.train import Checkpoint, CheckpointUploadMode
+
+        ray.train.report({"step": step} | dict(metrics), checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
+                         checkpoint=Checkpoint(self.storage.path(_place(step)), self.storage.fs))
+        if wait:
+            # report returns before the controller has registered the checkpoint; a worker that dies in between loses it.
+            ray.train.get_all_reported_checkpoints()
+
+    def stop_requested(self) -> bool:
+        """What the board said when asked at an earlier step: an answer is never waited for."""
+        import ray
+
+        if self.rank:
+            return False
+        if self._stop is not None:
+            if not ray.wait([self._stop], timeout=0)[0]:
+                return False
+            if ray.get(self._stop):
+                return True
+        self._stop = self.payload.board.stop_requested.remote()
+        return False
+
+    def preempted(self) -> float | None:
+        import ray.train
+
+        notice = ray.train.get_preemption_info()
+        if notice is None:
+            return None
+        return 0.0 if notice.deadline_ms is None else notice.deadline_ms / 1000 - time.time()
 
     def _tell(self, kind: str, content: Any) -> None:
         self.payload.board.put.remote(kind, content)
@@ -250,11 +222,17 @@ def _train(payload: _Payload) -> None:
         summary = train_policy(job, pairs, held_out, engine, hooks, None if directory is None else Path(directory),
                                Path(scratch))
         final = Path(scratch) / "final"
-        export_policy(engine, job.policy, payload.base_name, payload.tokenizer, final)
+        if not summary.interrupted:
+            export_policy(engine, job.policy, payload.base_name, payload.tokenizer, final)
         if rank == 0:
-            storage.upload(final, "final")
+            if not summary.interrupted:
+                storage.upload(final, "final")
             hooks.records.close()
             ray.get(payload.board.finish.remote(dataclasses.asdict(summary)))
+
+
+def _place(step: int) -> str:
+    return f"{CHECKPOINTS}/step-{step:08d}"
 
 
 def _log_to(storage: Storage, rank: int) -> None:

@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import torch
 
 from raydpo.config import TrainConfig
-from raydpo.data.plan import BatchPlan, MicroBatch
+from raydpo.data.plan import BatchPlan
 from raydpo.data.shapes import POSITIONS_ONLY, Work
-from raydpo.errors import DeviceMemoryError, TrainError
-from raydpo.losses import preference_loss
-from raydpo.model.budget import is_out_of_memory, used_memory
-from raydpo.model.layout import Layout
+from raydpo.errors import TrainError
 from raydpo.prefetch import prefetch
-from raydpo.training.checkpoint import load_checkpoint, save_checkpoint
+from raydpo.training.checkpoint import load_checkpoint
+from raydpo.training.clock import StepClock
 from raydpo.training.engine import PolicyEngine, PolicySpec
-from raydpo.training.evaluate import compare, evaluate, pair_logps
+from raydpo.training.evaluate import compare, evaluate
 from raydpo.training.gate import expected_first_loss, gate_rows, judge
-from raydpo.training.metrics import PairSums
+from raydpo.training.hooks import Hooks
 from raydpo.training.pairs import TrainingPairs
 from raydpo.training.sample import greedy_answers
-from raydpo.training.schedule import learning_rate, warmup_steps
+from raydpo.training.saver import CheckpointSaver
+from raydpo.training.step import Wishes, prepare_step, train_step
+from raydpo.training.watch import TrainingWatch
 
-__all__ = ["Hooks", "Step", "TrainJob", "TrainSummary", "prepare_step", "train_policy", "train_step"]
+__all__ = ["TrainJob", "TrainSummary", "train_policy"]
+
+AFTER_PREEMPTION = 60.0
+"""Seconds for which a machine may outlive the end it was given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,28 +68,19 @@ class TrainJob:
     sample_stop: tuple[int, ...] = ()
 
 
-class Hooks(Protocol):
-    """What the loop tells the outside. Rows are the same on every rank; all ranks call all hooks."""
-
-    def begin(self, first_step: int, total_steps: int, facts: Mapping[str, Any]) -> None:
-        """Training (re)starts after ``first_step`` finished steps."""
-
-    def step(self, row: Mapping[str, float]) -> None:
-        """A step is done."""
-
-    def evaluated(self, row: Mapping[str, float]) -> None:
-        """A held-out evaluation is done."""
-
-    def checkpoint(self, directory: Path, step: int) -> None:
-        """This rank's share of a checkpoint lies in ``directory``; return when it is safe."""
-
-    def note(self, line: str) -> None:
-        """Something to tell the user."""
-
-
 @dataclass
 class TrainSummary:
-    """What a finished training knows of itself."""
+    """What a training knows of itself; kept in its checkpoints.
+
+    Attributes:
+        seconds: of training, over all its sessions.
+        interrupted: whether someone stopped it before its last step.
+        skipped: steps not taken because a loss or gradient was not finite.
+        checkpoint_seconds: for which training stood still for checkpoints.
+        checkpoint_bytes: size of the newest, over all workers.
+        scores: the newest evaluation.
+        warned: kinds of warnings given.
+    """
 
     steps: int
     pairs: int
@@ -95,13 +88,20 @@ class TrainSummary:
     tokens_per_second: float
     tokens_per_batch: int = 0
     gate: str | None = None
+    interrupted: bool = False
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    checkpoint_seconds: float = 0.0
+    checkpoint_bytes: int = 0
+    scores: dict[str, float] = field(default_factory=dict)
+    warned: list[str] = field(default_factory=list)
     samples_before: list[list[int]] = field(default_factory=list)
     samples_after: list[list[int]] = field(default_factory=list)
 
 
 def train_policy(job: TrainJob, pairs: TrainingPairs, held_out: TrainingPairs | None, engine: PolicyEngine, hooks: Hooks,
                  checkpoint: Path | None, scratch: Path) -> TrainSummary:
-    """Train ``engine``'s policy to the last step.
+    """Train ``engine``'s policy to the last step, or until ``hooks`` wants it to stop; there is a checkpoint then.
 
     Args:
         checkpoint: directory of a checkpoint to continue from, or None to begin.
@@ -109,122 +109,122 @@ def train_policy(job: TrainJob, pairs: TrainingPairs, held_out: TrainingPairs | 
 
     Raises:
         GateError: if the stored log-probs are not the starting policy's.
-        TrainError: if a loss or gradient is not finite, or the checkpoint is of another run.
+        TrainError: if too many losses or gradients in a row are not finite, if the last checkpoint cannot be stored, or
+            the one to begin from is of another run.
         DeviceMemoryError: if a micro-batch does not fit.
     """
     train = job.train
     summary = TrainSummary(0, 0, 0.0, 0.0)
-    done = 0
     hooks.note(engine.layout_line)
     if checkpoint is not None:
         state = load_checkpoint(engine, checkpoint, job.fingerprint)
-        done, summary = state.step, TrainSummary(**state.summary)
+        summary = TrainSummary(**state.summary)
         if (state.world_size, state.zero) != (engine.world_size, engine.zero):
-            hooks.note(f"the checkpoint of step {done} was made by {state.world_size} worker(s) under ZeRO {state.zero}, now "
-                       f"{engine.world_size} under ZeRO {engine.zero} go on: the same pairs in every step, losses equal but "
-                       "for the order of sums")
+            hooks.note(f"the checkpoint of step {state.step} was made by {state.world_size} worker(s) under ZeRO "
+                       f"{state.zero}, now {engine.world_size} under ZeRO {engine.zero} go on: the same "
+                       "pairs in every step, losses equal but for the order of sums")
     # A resumed run keeps the budget it began with: the same micro-batches, hence the same bits.
     budget = summary.tokens_per_batch = _tokens_per_batch(job, engine, summary, hooks)
     plan = BatchPlan(pairs.shapes, pairs.sources, pairs.weights, seed=train.seed, pairs_per_step=train.pairs_per_step,
                      tokens_per_batch=budget, world_size=engine.world_size, shuffle=job.shuffle, epochs=train.epochs,
                      steps=train.steps, layout=engine.module.method.layout, work=job.work)
-    hooks.begin(done, plan.total_steps, {"pairs": len(pairs), "steps_per_epoch": plan.steps_per_epoch,
-                                         "world_size": engine.world_size,
-                                         "held_out": 0 if held_out is None else len(held_out)})
+    hooks.begin(summary.steps, plan.total_steps, {"pairs": len(pairs), "steps_per_epoch": plan.steps_per_epoch,
+                                                  "world_size": engine.world_size,
+                                                  "held_out": 0 if held_out is None else len(held_out)})
     if checkpoint is None:
         summary.gate = _gate(job, plan, pairs, engine, hooks)
         if held_out is not None:
-            hooks.evaluated({"step": 0} | evaluate(engine, held_out, train, budget))
+            _evaluate(0, engine, held_out, job, budget, summary, hooks)
         summary.samples_before = _samples(job, engine)
-
-    start, tokens_before = time.perf_counter(), summary.tokens_per_second * summary.seconds
-    seconds_before, tokens = summary.seconds, 0.0
-    for step in prefetch(range(done, plan.total_steps), lambda number: prepare_step(number, plan, pairs, engine), ahead=1):
-        row = train_step(step, plan, pairs, engine, train)
-        done += 1
-        tokens += row["tokens"]
-        summary.steps, summary.pairs = done, summary.pairs + int(row["pairs"])
-        summary.seconds = seconds_before + time.perf_counter() - start
-        summary.tokens_per_second = (tokens_before + tokens) / summary.seconds
-        if done == 1 and job.starts_as_reference:
-            _check_first_loss(row["loss"], job, hooks)
-        hooks.step({"step": done} | row)
-        last = done == plan.total_steps
-        if held_out is not None and (last or done % train.eval_every == 0):
-            hooks.evaluated({"step": done} | evaluate(engine, held_out, train, budget))
-        if last:
-            summary.samples_after = _samples(job, engine)
-        if last or done % train.checkpoint_every == 0:
-            hooks.checkpoint(save_checkpoint(engine, scratch, done, job.fingerprint, summary), done)
+    saver = CheckpointSaver(engine, hooks, scratch, job.fingerprint)
+    try:
+        _train_steps(job, plan, pairs, held_out, engine, hooks, saver, summary)
+    finally:
+        saver.close()
     return summary
 
 
-@dataclass(frozen=True)
-class Step:
-    """One optimizer step: its number from 0, the row numbers of its pairs on all ranks, this rank's micro-batches."""
+def _train_steps(job: TrainJob, plan: BatchPlan, pairs: TrainingPairs, held_out: TrainingPairs | None, engine: PolicyEngine,
+                 hooks: Hooks, saver: CheckpointSaver, summary: TrainSummary) -> None:
+    train, clock, watch = job.train, StepClock(engine.device), TrainingWatch(summary.warned)
+    start, before = time.perf_counter(), dataclasses.replace(summary)
+    tokens = 0.0
+    steps = iter(prefetch(range(summary.steps, plan.total_steps), lambda number: prepare_step(number, plan, pairs, engine),
+                          ahead=1))
+    while summary.steps < plan.total_steps:
+        with clock.phase("data"):
+            step = next(steps)
+        minutes = train.checkpoint_minutes
+        wishes = Wishes(stop=hooks.stop_requested(), storing=saver.busy,
+                        checkpoint=engine.rank == 0 and minutes is not None and saver.minutes_since >= minutes)
+        result = train_step(step, plan, pairs, engine, train, clock, wishes)
+        row = result.row
+        done = summary.steps = step.number + 1
+        tokens += row["tokens"]
+        summary.pairs += int(row["pairs"])
+        summary.seconds = before.seconds + time.perf_counter() - start
+        summary.tokens_per_second = (before.tokens_per_second * before.seconds + tokens) / summary.seconds
+        if done == 1 and job.starts_as_reference and not result.skipped:
+            _check_first_loss(row["loss"], job, hooks)
+        hooks.step({"step": done} | row)
+        for line in watch.look(done, row):
+            hooks.note(line)
+        _count_skipped(result.skipped, summary, train, saver, hooks)
 
-    number: int
-    rows: np.ndarray
-    batches: list[tuple[MicroBatch, Layout]]
-
-
-def prepare_step(number: int, plan: BatchPlan, pairs: TrainingPairs, engine: PolicyEngine) -> Step:
-    """Lay out step ``number``, counted from 0; may run in another thread than the one that computes."""
-    return Step(number, plan.pairs(number), [(batch, engine.lay_out(pairs.groups(batch.pairs)))
-                                             for batch in plan.micro_batches(number, engine.rank)])
-
-
-def train_step(step: Step, plan: BatchPlan, pairs: TrainingPairs, engine: PolicyEngine,
-               train: TrainConfig) -> dict[str, float]:
-    """One optimizer step; returns its metrics, averaged over the step's pairs on all ranks.
-
-    Shapes: B = pairs of a micro-batch, N = its completion tokens.
-
-    Raises:
-        TrainError: if the loss or the gradient is not finite.
-    """
-    start = time.perf_counter()
-    number, rows = step.number, step.rows
-    sums = PairSums(pairs.source_names, engine.device)
-    for index, (batch, layout) in enumerate(step.batches):
-        with _explained_memory(plan.tokens_per_batch):
-            logps_N = engine.logps(layout)
-            logps = pair_logps(pairs, batch.pairs, logps_N)
-            loss = preference_loss(train.loss, logps, beta=train.beta, label_smoothing=train.label_smoothing)  # [B]
-            # The mean over the step's pairs, whichever rank and micro-batch they are in; a stand-in weighs nothing.
-            share = loss.losses.sum() / len(rows) * batch.counts
-            engine.backward(share.float(), last=index == len(step.batches) - 1)
-        if batch.counts:
-            sums.add(loss, logps, torch.from_numpy(pairs.sources[list(batch.pairs)]).long().to(engine.device))
-    engine.sum_over_ranks(sums.values)
-    metrics = sums.metrics()
-    if not np.isfinite(metrics["loss"]):
-        raise TrainError(f"the loss of step {number + 1} is {metrics['loss']}; its pairs are {_names(pairs, rows)}. The "
-                         "weights were not updated. Lower train.lr, or look at these pairs with 'raydpo show'")
-    rate = learning_rate(number, peak=train.lr, schedule=train.schedule, total_steps=plan.total_steps,
-                         warmup=warmup_steps(train.warmup, plan.total_steps))
-    grad_norm = engine.step(rate)
-    if not np.isfinite(grad_norm):
-        raise TrainError(f"the gradient norm of step {number + 1} is {grad_norm}; its pairs are {_names(pairs, rows)}. "
-                         "Lower train.lr, or look at these pairs with 'raydpo show'")
-    seconds = time.perf_counter() - start
-    # Each prompt token of a pair counts once, however often it is computed.
-    tokens = float((pairs.prompt_tokens[rows] + pairs.chosen_tokens[rows] + pairs.rejected_tokens[rows]).sum())
-    return metrics | {"grad_norm": grad_norm, "learning_rate": rate, "epoch": (number + 1) / plan.steps_per_epoch,
-                      "pairs": float(len(rows)), "tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds,
-                      "pairs_per_second": len(rows) / seconds, "peak_memory_bytes": used_memory(engine.device)}
+        with clock.phase("checkpoint"):
+            saver.settle(all_stored=not result.storing)
+        last = done == plan.total_steps
+        if held_out is not None and (last or done % train.eval_every == 0):
+            with clock.phase("evaluation"):
+                _evaluate(done, engine, held_out, job, plan.tokens_per_batch, summary, hooks)
+        if last:
+            summary.samples_after = _samples(job, engine)
+        notice = hooks.preempted() if done % train.preemption_every == 0 else None
+        stop = result.stop and not last
+        due = result.checkpoint or (minutes is None and done % train.checkpoint_every == 0)
+        with clock.phase("checkpoint"):
+            if last or stop or due or notice is not None:
+                metrics = summary.scores | {"loss": row["loss"]}
+                saver.begin(done, summary, metrics, must=last or stop)
+            summary.checkpoint_seconds = before.checkpoint_seconds + saver.seconds
+            summary.checkpoint_bytes = saver.bytes or summary.checkpoint_bytes
+            if last or stop or notice is not None:
+                saver.finish(must=last or stop)
+        if notice is not None:
+            _wait_for_the_end(notice, done, hooks)
+        if stop:
+            summary.interrupted = True
+            return
 
 
-@contextlib.contextmanager
-def _explained_memory(tokens_per_batch: int) -> Iterator[None]:
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise DeviceMemoryError(f"{tokens_per_batch} token positions a micro-batch do not fit in memory: "
-                                f"{str(error).splitlines()[0][:200]}. Set train.tokens_per_batch lower, or "
-                                "train.gradient_checkpointing=true") from error
+def _count_skipped(skipped: str | None, summary: TrainSummary, train: TrainConfig, saver: CheckpointSaver,
+                   hooks: Hooks) -> None:
+    if skipped is None:
+        summary.skipped_in_a_row = 0
+        return
+    summary.skipped += 1
+    summary.skipped_in_a_row += 1
+    if summary.skipped_in_a_row > train.max_skipped:
+        saver.finish(must=False)  # it is of a step that was taken
+        raise TrainError(f"{skipped}. That was {summary.skipped_in_a_row} such step(s) in a row, more than "
+                         f"train.max_skipped {train.max_skipped}; none of them was taken, and the last checkpoint "
+                         "is good. Lower train.lr, or look at these pairs with 'raydpo show'")
+    hooks.note(f"warning: {skipped}. The step was not taken")
+
+
+def _wait_for_the_end(seconds: float, step: int, hooks: Hooks) -> None:
+    """Nothing that is computed after the checkpoint would survive the machine: let Ray have it."""
+    hooks.note(f"a machine of this run is taken away in {max(0.0, seconds):.0f} s; the checkpoint of step {step} is stored, "
+               "and training waits to go on elsewhere")
+    time.sleep(max(0.0, seconds) + AFTER_PREEMPTION)
+    hooks.note(f"warning: the machine is still there {AFTER_PREEMPTION:.0f} s after its time; training goes on")
+
+
+def _evaluate(step: int, engine: PolicyEngine, held_out: TrainingPairs, job: TrainJob, budget: int, summary: TrainSummary,
+              hooks: Hooks) -> None:
+    row = evaluate(engine, held_out, job.train, budget)
+    summary.scores = {name: value for name, value in row.items() if name.startswith("eval_")}
+    hooks.evaluated({"step": step} | row)
 
 
 def _tokens_per_batch(job: TrainJob, engine: PolicyEngine, summary: TrainSummary, hooks: Hooks) -> int:
@@ -263,8 +263,3 @@ def _check_first_loss(loss: float, job: TrainJob, hooks: Hooks) -> None:
 
 def _samples(job: TrainJob, engine: PolicyEngine) -> list[list[int]]:
     return greedy_answers(engine, [prompt for _, prompt in job.sample_prompts], job.train.sample_tokens, job.sample_stop)
-
-
-def _names(pairs: TrainingPairs, rows: Sequence[int]) -> str:
-    names = [pairs.ids[int(row)].as_py() for row in rows[:5]]
-    return ", ".join(names) + (f" and {len(rows) - 5} more" if len(rows) > 5 else "")

@@ -82,6 +82,9 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
     console.say(f"trained {summary['steps']:,} steps on {summary['pairs_seen']:,} pairs in {summary['train_seconds']:.0f} s "
                 f"({summary['tokens_per_second']:,.0f} tokens/s); first loss {summary['first_loss']:.6f}, last "
                 f"{summary['last_loss']:.6f}")
+    seconds = summary["checkpoint_seconds"]
+    console.say(f"checkpoints: {summary['checkpoint_bytes'] / 1e6:,.1f} MB each; training stood still for them for "
+                f"{seconds:.1f} s, {seconds / max(summary['train_seconds'], 1e-9):.1%} of its time")
     console.say(f"run directory: {summary['run_dir']}  (model in final/, metrics.parquet, eval.parquet, tensorboard/)")
 
 

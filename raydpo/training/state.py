@@ -8,7 +8,6 @@ nothing that did not train, and holds nothing that could run.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,15 +107,16 @@ class TrainedState:
                 size += fragment.numel * tensor.element_size()
             if size >= _FILE_BYTES or fragment is fragments[-1]:
                 # Several files: only one of them is ever held in the host's memory.
-                save_file(tensors, directory / f"state-{dist.get_rank():05d}-{number:03d}.safetensors")
+                save_file(tensors, directory / _file(dist.get_rank(), dist.get_world_size(), f"{number:03d}"))
                 tensors, size, number = {}, 0, number + 1
         return {"optimizer_steps": self._steps(), "parameters": self._totals()}
 
-    def read(self, directory: Path, facts: Mapping[str, Any]) -> None:
+    def read(self, directory: Path, facts: Mapping[str, Any], ranks: int) -> None:
         """Take over the state written by any number of ranks under any ZeRO stage.
 
         Args:
-            facts: what ``write`` returned.
+            facts: what ``write`` returned. ranks: how many wrote it; files of others, left by an upload that another
+                number of workers did not finish, are passed over.
 
         Raises:
             TrainError: if an element of a parameter is missing, or a file is damaged.
@@ -125,7 +125,7 @@ class TrainedState:
             both = sorted(set(self._totals().items()) ^ set(facts["parameters"].items()))
             raise TrainError(f"the checkpoint in {directory} trains other parameters than this run, beginning with "
                              f"{both[0][0]} ({both[0][1]} elements)")
-        pieces = _Pieces(directory)
+        pieces = _Pieces(directory, ranks)
         for fragment in self.fragments():
             state = self._begin(fragment.flat, facts["optimizer_steps"])
             with torch.no_grad():
@@ -182,10 +182,10 @@ class TrainedState:
 class _Pieces:
     """The fragments in a checkpoint's files, by what they are of."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, ranks: int) -> None:
         self._directory = directory
         self._found: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}
-        for path in sorted(directory.glob("state-*.safetensors")):
+        for path in sorted(directory.glob(_file("*", ranks, "*"))):
             try:
                 file = safe_open(path, "pt")
             except (OSError, SafetensorError) as error:
@@ -207,6 +207,11 @@ class _Pieces:
         if first < end:
             raise TrainError(f"the checkpoint in {self._directory} is incomplete: {kind} of {fragment.name} lacks elements "
                              f"{first} to {end}")
+
+
+def _file(rank: int | str, ranks: int, number: str) -> str:
+    return f"state-{rank:05d}-of-{ranks:05d}-{number}.safetensors" if isinstance(rank, int) \
+        else f"state-{rank}-of-{ranks:05d}-{number}.safetensors"
 
 
 def _key(kind: str, fragment: Fragment) -> str:

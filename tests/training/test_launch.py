@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from kernel import exact
 from tiny import preferences, write_preferences
 
 
@@ -33,9 +34,7 @@ def command(job, verb, name, *more):
 
 
 def rows(job, name, file="metrics.parquet"):
-    table = pq.read_table(job / "runs" / name / file)
-    return table.select([column for column in table.column_names
-                         if "second" not in column and "memory" not in column]).to_pylist()
+    return exact(pq.read_table(job / "runs" / name / file).to_pylist())
 
 
 def final_weights(job, name):

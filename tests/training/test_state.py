@@ -41,7 +41,8 @@ def losses(rows):
 @pytest.fixture(scope="module", params=[1, 2])
 def written(request, table, tiny_llama, tmp_path_factory):
     place = tmp_path_factory.mktemp("written")
-    ranks = run_distributed(trained, request.param, place / "run", table, tiny_llama, place / "scratch", place / "keep", KINDS)
+    ranks = run_distributed(trained, request.param, place / "run", table, tiny_llama, place / "scratch", place / "keep",
+                            KINDS)
     return request.param, place / "keep", dict(zip(KINDS, ranks[0], strict=True))
 
 
@@ -85,7 +86,7 @@ def broken(table, model, scratch, checkpoint):
 
 
 def test_what_is_missing_or_damaged_is_named(written, table, tiny_llama, tmp_path):
-    world, keep, _ = written
+    _, keep, _ = written
     source = keep / "zero2-full" / f"step-{AT}"
     first = sorted(source.glob("state-*"))[0].name
 

@@ -1,0 +1,61 @@
+"""Ctrl-C and SIGTERM: the first asks for an orderly end, the second ends at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["EXIT_INTERRUPTED", "interruptible"]
+
+EXIT_INTERRUPTED = 130
+
+
+def interruptible(act: Callable[[], Any], on_first: Callable[[], object]) -> None:
+    """Run ``act`` to its end in a thread, while this one minds signals.
+
+    The first SIGINT or SIGTERM calls ``on_first``, which makes ``act`` come to its end; the second one exits the process
+    at once, with status 130. Outside of the main thread, which alone gets signals, ``act`` is just called.
+
+    Raises:
+        Exception: what ``act`` raised.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        act()
+        return
+    failures: list[BaseException] = []
+    done = threading.Event()
+
+    def run() -> None:
+        try:
+            act()
+        except BaseException as error:
+            failures.append(error)
+        finally:
+            done.set()
+
+    asked = False
+
+    def handle(number: int, frame: object) -> None:
+        nonlocal asked
+        if asked:
+            os._exit(EXIT_INTERRUPTED)
+        asked = True
+        print(f"\n{signal.Signals(number).name}: stopping after this step, with a checkpoint; again to stop at once",
+              file=sys.stderr, flush=True)
+        on_first()
+
+    thread = threading.Thread(target=run, name="raydpo-act", daemon=True)
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        thread.start()
+        while not done.wait(0.5):
+            pass
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if failures:
+        raise failures[0]

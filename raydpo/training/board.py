@@ -1,0 +1,89 @@
+"""Between the workers and the driver: events one way, the wish to stop the other way."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from raydpo.errors import RaydpoError
+
+__all__ = ["Board", "Listener", "listening"]
+
+POLL_SECONDS = 0.3
+
+Listener = Callable[[str, Any], None]
+"""Called in the driver with (kind, content). Kinds are those of ``hooks.Hooks``: begin, step, evaluated, note."""
+
+
+class Board:
+    """An actor through which workers tell the driver what happens: ray.train.report is throttled, and for checkpoints."""
+
+    def __init__(self) -> None:
+        self._events: list[tuple[str, Any]] = []
+        self._error: RaydpoError | None = None
+        self._summary: dict[str, Any] | None = None
+        self._tokens_per_batch: int | None = None
+        self._stop = False
+
+    def put(self, kind: str, content: Any) -> None:
+        self._events.append((kind, content))
+
+    def drain(self) -> list[tuple[str, Any]]:
+        events, self._events = self._events, []
+        return events
+
+    def fail(self, error: RaydpoError) -> None:
+        self._error = self._error or error
+
+    def error(self) -> RaydpoError | None:
+        return self._error
+
+    def back_off(self, tokens_per_batch: int) -> bool:
+        """Half of what did not fit, for the workers that come next; False if that was tried and does not fit either."""
+        if self._tokens_per_batch is not None:
+            return tokens_per_batch > self._tokens_per_batch  # else another rank was first
+        self._tokens_per_batch = max(1, tokens_per_batch // 2)
+        self.put("note", f"warning: a micro-batch of {tokens_per_batch} positions does not fit in memory; starting the "
+                         f"workers again with {self._tokens_per_batch}. Set train.tokens_per_batch={self._tokens_per_batch} "
+                         "to begin so")
+        return True
+
+    def tokens_per_batch(self) -> int | None:
+        return self._tokens_per_batch
+
+    def stop(self) -> None:
+        self._stop = True
+
+    def stop_requested(self) -> bool:
+        return self._stop
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        self._summary = summary
+
+    def summary(self) -> dict[str, Any] | None:
+        return self._summary
+
+
+@contextlib.contextmanager
+def listening(board: Any, listener: Listener) -> Any:
+    import ray
+
+    stop = threading.Event()
+
+    def listen() -> None:
+        while True:
+            last = stop.wait(POLL_SECONDS)
+            for kind, content in ray.get(board.drain.remote()):
+                listener(kind, content)
+            if last:
+                return
+
+    thread = threading.Thread(target=listen, name="raydpo-listener", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()

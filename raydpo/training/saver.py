@@ -1,0 +1,156 @@
+"""Checkpoints beside the training: written to the local disk at once, stored by a thread, counted when all ranks have."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from raydpo.errors import RaydpoError, TrainError
+from raydpo.training.checkpoint import directory_size, save_checkpoint
+from raydpo.training.engine import PolicyEngine
+from raydpo.training.hooks import Hooks
+
+__all__ = ["CheckpointSaver"]
+
+PATIENCE = 300.0
+"""Seconds for which a store that fails is tried again, in the background; the next checkpoint waits for it."""
+LONGEST_WAIT = 15.0
+
+
+@dataclass
+class _Upload:
+    step: int
+    directory: Path
+    future: Future[None]
+    metrics: Mapping[str, float]
+
+
+class CheckpointSaver:
+    """Makes checkpoints, one at a time; all ranks call the same methods at the same steps.
+
+    A checkpoint that cannot be written or stored (disk full, store away for longer than PATIENCE) costs a warning: the
+    earlier one stays, and training goes on. The last one of a run must succeed.
+
+    Attributes:
+        seconds: for which training stood still for checkpoints.
+        bytes: size of the last one, over all ranks.
+    """
+
+    def __init__(self, engine: PolicyEngine, hooks: Hooks, scratch: Path, fingerprint: Mapping[str, Any]) -> None:
+        self._engine, self._hooks, self._scratch, self._fingerprint = engine, hooks, scratch, fingerprint
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="raydpo-checkpoint")
+        self._upload: _Upload | None = None
+        self.seconds = 0.0
+        self.bytes = 0
+        self.newest: int | None = None
+        self._started = time.monotonic()
+
+    @property
+    def minutes_since(self) -> float:
+        """Since the last checkpoint began, or training did."""
+        return (time.monotonic() - self._started) / 60
+
+    @property
+    def busy(self) -> bool:
+        """Whether this rank is still storing its share."""
+        return self._upload is not None and not self._upload.future.done()
+
+    def begin(self, step: int, summary: Any, metrics: Mapping[str, float], *, must: bool = False) -> None:
+        """Write the state after ``step`` and begin to store it. Waits for the one before.
+
+        Raises:
+            TrainError: if it ``must`` succeed and does not.
+        """
+        self.finish(must=False)
+        start, self._started = time.perf_counter(), time.monotonic()
+        directory = self._scratch / f"step-{step:08d}-rank-{self._engine.rank:05d}"
+        problem = None
+        self._hooks.flush()
+        try:
+            save_checkpoint(self._engine, directory, step, self._fingerprint, summary)
+            size = directory_size(directory)
+        except OSError as error:
+            problem, size = _explained(error, directory), 0
+        totals = torch.tensor([float(problem is not None), float(size)], dtype=torch.float64, device=self._engine.device)
+        failed, self.bytes = (int(value) for value in self._engine.sum_over_ranks(totals).tolist())
+        if failed:
+            shutil.rmtree(directory, ignore_errors=True)
+            self._give_up(step, problem, failed, must)
+        else:
+            self._upload = _Upload(step, directory, self._pool.submit(self._store, directory, step), dict(metrics))
+        self.seconds += time.perf_counter() - start
+
+    def settle(self, *, all_stored: bool) -> None:
+        """Between steps: count the checkpoint under way if every rank has stored its share."""
+        if self._upload is not None and all_stored:
+            self.finish(must=False, wait=False)
+
+    def finish(self, *, must: bool, wait: bool = True) -> None:
+        """Wait until the checkpoint under way is stored by all ranks, and count it.
+
+        Args:
+            wait: also until it is certain to count.
+
+        Raises:
+            TrainError: if it ``must`` succeed and does not.
+        """
+        if self._upload is None:
+            return
+        start = time.perf_counter()
+        upload, self._upload = self._upload, None
+        problem = None
+        try:
+            upload.future.result()
+        except (OSError, RaydpoError) as error:
+            problem = _explained(error, upload.directory)
+        failed = torch.tensor(float(problem is not None), dtype=torch.float64, device=self._engine.device)
+        failed = int(self._engine.sum_over_ranks(failed))
+        shutil.rmtree(upload.directory, ignore_errors=True)
+        if failed:
+            self._give_up(upload.step, problem, failed, must)
+        else:
+            self._hooks.register(upload.step, upload.metrics, wait=wait)
+            self.newest = upload.step
+        self.seconds += time.perf_counter() - start
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _store(self, directory: Path, step: int) -> None:
+        started, pause = time.monotonic(), 0.5
+        while True:
+            try:
+                return self._hooks.upload(directory, step)
+            except (OSError, RaydpoError) as error:
+                full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+                if full or time.monotonic() - started > PATIENCE:
+                    raise
+                time.sleep(pause)
+                pause = min(2 * pause, LONGEST_WAIT)
+
+    def _give_up(self, step: int, problem: str | None, failed: int, must: bool) -> None:
+        # The reason is this rank's, where it is this rank's.
+        reason = problem or f"{failed} of {self._engine.world_size} workers could not write it; see their logs"
+        kept = "the one before stays" if self.newest is None else f"the one of step {self.newest} stays"
+        line = f"the checkpoint of step {step} could not be stored: {reason}; {kept}"
+        if problem is not None:
+            print(line, flush=True)  # into this worker's log, whichever rank it is
+        if must:
+            raise TrainError(f"{line}. Make room or mend the store, and start the run again")
+        self._hooks.note(f"warning: {line}. Training goes on, and more would be lost by a restart")
+
+
+def _explained(error: Exception, directory: Path) -> str:
+    text = str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = shutil.disk_usage(directory.parent).free
+        text += f" ({free / 1e9:.2f} GB are free on the disk of {directory.parent})"
+    return text

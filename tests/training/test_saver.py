@@ -1,0 +1,133 @@
+"""Checkpoints beside the training: stored in the background, again where the store fails, and never half counted."""
+
+import errno
+import shutil
+import time
+
+import pytest
+from distributed import run_distributed
+from kernel import Record, tiny_pairs, train_here, with_reference
+
+from raydpo.errors import TrainError
+
+
+@pytest.fixture(scope="module")
+def table(tiny_llama):
+    return with_reference(tiny_pairs(33), tiny_llama)
+
+
+class Store(Record):
+    """Fails as told: ``away`` is (first, last) attempt at which the store is away, ``full`` the step that does not fit."""
+
+    away = (0, 0)
+    full = None
+    slow = 0.0
+    attempts = 0
+
+    def upload(self, directory, step):
+        import torch.distributed as dist
+
+        self.attempts += 1
+        if self.away[0] <= self.attempts <= self.away[1]:
+            raise OSError(errno.EIO, "the store is away")
+        if step == self.full and dist.get_rank() == dist.get_world_size() - 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        time.sleep(self.slow)
+        super().upload(directory, step)
+
+
+def train(table, model, place, **settings):
+    store = Store(keep=place / "keep")
+    for name in ("away", "full", "slow", "stop_after"):
+        if name in settings:
+            setattr(store, name, settings.pop(name))
+    return train_here(table, model, place / "scratch", record=store, **{"steps": 9, "checkpoint_every": 2} | settings)
+
+
+def away_and_full(table, model, place):
+    found = train(table, model, place, away=(1, 2), full=4)
+    return found.checkpoints, found.notes, found.attempts, sorted(path.name for path in (place / "scratch").iterdir())
+
+
+def test_a_store_that_is_away_is_tried_again_and_a_full_one_costs_one_checkpoint(table, tiny_llama, tmp_path):
+    ranks = run_distributed(away_and_full, 2, tmp_path / "run", table, tiny_llama, tmp_path)
+    for checkpoints, notes, attempts, left in ranks:
+        assert list(checkpoints) == [2, 6, 8, 9]  # all ranks alike, though only one had no room for step 4
+        assert attempts == 5 + 2
+        assert not left
+        assert sum("warning: the checkpoint of step 4 could not be stored" in note for note in notes) == 1
+    assert any("No space left on device" in note and "are free" in note for note in ranks[1][1])
+    assert (tmp_path / "keep" / "step-9" / "raydpo.json").is_file()
+
+
+def full_at_the_end(table, model, place):
+    with pytest.raises(TrainError) as caught:
+        train(table, model, place, full=9)
+    return str(caught.value)
+
+
+def test_the_last_checkpoint_must_be_stored(table, tiny_llama, tmp_path):
+    for message in run_distributed(full_at_the_end, 2, tmp_path / "run", table, tiny_llama, tmp_path):
+        assert "the checkpoint of step 9 could not be stored" in message and "the one of step 8 stays" in message
+
+
+def disk_full(table, model, place):
+    """The local disk of one rank is full while step 4 is written."""
+    import torch.distributed as dist
+
+    from raydpo.training import state
+
+    real = state.save_file
+
+    def save_file(tensors, path):
+        real(tensors, path)
+        if "step-00000004" in str(path) and dist.get_rank() == 1:
+            from safetensors import SafetensorError
+
+            raise SafetensorError('Error while serializing: I/O error: No space left on device (os error 28)')
+
+    state.save_file = save_file
+    found = train(table, model, place)
+    return list(found.checkpoints), found.notes
+
+
+def test_a_full_local_disk_costs_one_checkpoint(table, tiny_llama, tmp_path):
+    ranks = run_distributed(disk_full, 2, tmp_path / "run", table, tiny_llama, tmp_path)
+    assert [checkpoints for checkpoints, _ in ranks] == [[2, 6, 8, 9]] * 2
+    assert any("No space left on device" in note for note in ranks[1][1])
+    assert not shutil.rmtree(tmp_path / "scratch")
+
+
+def slow(table, model, place):
+    found = train(table, model, place, slow=0.6, checkpoint_every=4, steps=12)
+    return list(found.checkpoints), sum(row["time/checkpoint"] for row in found.steps), found.summary, found.steps
+
+
+def test_storing_goes_on_beside_training_and_its_cost_is_told(table, tiny_llama, tmp_path):
+    """Three uploads of 0.6 s each; training stands still for the last only, which it must wait for."""
+    ((checkpoints, _, summary, steps),) = run_distributed(slow, 1, tmp_path / "run", table, tiny_llama, tmp_path)
+    assert checkpoints == [4, 8, 12]
+    assert summary.checkpoint_seconds < 3 * 0.6 + 0.6
+    size = sum(path.stat().st_size for path in (tmp_path / "keep" / "step-12").iterdir())
+    assert summary.checkpoint_bytes == pytest.approx(size, rel=0.01)
+    for row in steps:
+        parts = sum(value for name, value in row.items() if name.startswith("time/") and name != "time/step")
+        assert parts == pytest.approx(row["time/step"], rel=1e-6)
+
+
+def stopped(table, model, place):
+    found = train(table, model, place, stop_after=3, checkpoint_every=100)
+    return found.summary.interrupted, found.summary.steps, list(found.checkpoints)
+
+
+def test_a_wish_to_stop_is_heard_after_the_step_with_a_checkpoint(table, tiny_llama, tmp_path):
+    assert run_distributed(stopped, 2, tmp_path / "run", table, tiny_llama, tmp_path) == [(True, 3, [3])] * 2
+
+
+def by_minutes(table, model, place):
+    found = train(table, model, place, checkpoint_minutes=1e-9, steps=4, checkpoint_every=100)
+    return list(found.checkpoints)
+
+
+def test_an_interval_in_minutes(table, tiny_llama, tmp_path):
+    assert run_distributed(by_minutes, 2, tmp_path / "run", table, tiny_llama, tmp_path) == [[1, 2, 3, 4]] * 2

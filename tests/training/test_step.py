@@ -1,0 +1,72 @@
+"""Steps whose loss or gradient is not finite are not taken, under any ZeRO stage, and the pairs are named."""
+
+import math
+
+import pyarrow as pa
+import pytest
+from distributed import run_distributed
+from kernel import tiny_pairs, train_here, with_reference
+
+from raydpo.errors import TrainError
+
+# ZeRO-3 last: while its engine lives, transformers partitions every model it loads.
+KINDS = [dict(zero=0), dict(zero=1), dict(zero=2), dict(zero=2, dtype="bfloat16"), dict(zero=3)]
+BAD = 19
+
+
+@pytest.fixture(scope="module")
+def table(tiny_llama):
+    return with_reference(tiny_pairs(33), tiny_llama)
+
+
+def spoiled(table, rows):
+    """``table`` with reference log-probs that are infinite in some rows."""
+    column = "ref_chosen_logps"
+    values = table[column].to_pylist()
+    for row in rows:
+        values[row] = [-math.inf] * len(values[row])
+    return table.set_column(table.column_names.index(column), column, pa.array(values, table.schema.field(column).type))
+
+
+def runs(table, model, scratch):
+    """Weights before and after the spoiled step, what was said, and the losses: for every kind."""
+    found = []
+    for kind in KINDS:
+        # File order: the third step of eight pairs holds the bad one.
+        run = train_here(spoiled(table, [BAD]), model, scratch, shuffle=False, steps=4, starts_as_reference=False, **kind)
+        found.append(([note for note in run.notes if "not finite" in note], run.steps, run.summary,
+                      {name: tensor.float().sum().item() for name, tensor in run.engine.gather().items()}))
+    return found
+
+
+def clean(table, model, scratch):
+    """Without the third step's pairs: what must come out of the first two and the fourth is not the same (the schedule goes
+    on), so only two steps are compared."""
+    return [[row["loss"] for row in train_here(table, model, scratch, shuffle=False, steps=4, starts_as_reference=False,
+                                                **kind).steps] for kind in KINDS]
+
+
+def test_the_step_is_not_taken_and_pair_and_rank_are_named(table, tiny_llama, tmp_path):
+    found = run_distributed(runs, 2, tmp_path / "a", table, tiny_llama, tmp_path / "s")
+    whole = run_distributed(clean, 2, tmp_path / "b", table, tiny_llama, tmp_path / "s")
+    for kind, (notes, steps, summary, weights), losses in zip(KINDS, found[0], whole[0], strict=True):
+        assert len(notes) == 1 and f"tiny:{BAD + 1}" in notes[0] and "rank " in notes[0], kind
+        assert "step 3" in notes[0] and "tiny:18" not in notes[0]
+        assert [row["skipped"] for row in steps] == [0, 0, 1, 0] and summary.skipped == 1
+        # The same two steps before it, and a finite one after it, from weights and moments that it left alone.
+        assert [row["loss"] for row in steps[:2]] == losses[:2]
+        assert math.isfinite(steps[3]["loss"]) and math.isfinite(steps[3]["grad_norm"]) and steps[3]["loss"] < 0.7
+        assert all(math.isfinite(value) for value in weights.values())
+
+
+def too_many(table, model, scratch):
+    with pytest.raises(TrainError) as caught:
+        train_here(spoiled(table, range(16, 33)), model, scratch, shuffle=False, starts_as_reference=False, steps=9,
+                   max_skipped=1)
+    return str(caught.value)
+
+
+def test_too_many_in_a_row_end_the_run(table, tiny_llama, tmp_path):
+    for message in run_distributed(too_many, 2, tmp_path, table, tiny_llama, tmp_path / "s"):
+        assert "step 4" in message and "2 such step(s) in a row, more than train.max_skipped 1" in message
+        assert "rank 0: tiny:" in message and "rank 1: tiny:" in message
