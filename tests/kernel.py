@@ -100,7 +100,7 @@ def train_here(table: pa.Table, model: Path, scratch: Path, *, lora: dict[str, A
     from raydpo.training.loop import TrainJob, train_policy
     from raydpo.training.pairs import TrainingPairs
 
-    settings = TrainConfig(**{"lr": 1e-3, "pairs_per_step": 8, "tokens_per_batch": 1024, "checkpoint_every": 1000} | train)
+    settings = TrainConfig(**{"lr": 1e-3, "pairs_per_step": 8, "tokens_per_batch": 1024} | train)
     spec = PolicySpec(path=str(model), dtype=dtype, lora=None if lora is None else LoraSettings(**lora))
     join_process_group(torch.device(device))
     engine = PolicyEngine(spec, settings, torch.device(device))

@@ -25,10 +25,12 @@ class Board:
         self._error: RaydpoError | None = None
         self._summary: dict[str, Any] | None = None
         self._tokens_per_batch: int | None = None
-        self._stop = False
+        self._stop = self._stepped = self._tried_again = False
 
     def put(self, kind: str, content: Any) -> None:
         self._events.append((kind, content))
+        if kind in ("begin", "step"):
+            self._stepped = kind == "step"
 
     def drain(self) -> list[tuple[str, Any]]:
         events, self._events = self._events, []
@@ -41,9 +43,18 @@ class Board:
         return self._error
 
     def back_off(self, tokens_per_batch: int) -> bool:
-        """Half of what did not fit, for the workers that come next; False if that was tried and does not fit either."""
+        """What the workers that come next should try; False if there is nothing left to try.
+
+        A budget that has done steps gets a second chance, because only with it the run repeats to the bit; then comes half
+        of it, once.
+        """
         if self._tokens_per_batch is not None:
             return tokens_per_batch > self._tokens_per_batch  # else another rank was first
+        if self._stepped and not self._tried_again:
+            self._tried_again, self._stepped = True, False
+            self.put("note", f"warning: a micro-batch of {tokens_per_batch} positions did not fit in memory, though others "
+                             "of this run did; starting the workers again with the same")
+            return True
         self._tokens_per_batch = max(1, tokens_per_batch // 2)
         self.put("note", f"warning: a micro-batch of {tokens_per_batch} positions does not fit in memory; starting the "
                          f"workers again with {self._tokens_per_batch}. Set train.tokens_per_batch={self._tokens_per_batch} "

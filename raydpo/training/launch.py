@@ -114,11 +114,14 @@ class _RayHooks(Hooks):
             from raydpo.training.records import RunRecords
 
             self.records = RunRecords(self.storage, first_step)
+            print(f"beginning after step {first_step} of {total_steps} with {facts['world_size']} worker(s)", flush=True)
             self._tell("begin", {"first_step": first_step, "total_steps": total_steps} | dict(facts))
 
     def step(self, row: Mapping[str, float]) -> None:
         if self.rank == 0:
             self.records.add_step(row)
+            print(f"step {row['step']:.0f}  loss {row['loss']:.6f}  grad norm {row['grad_norm']:.4f}  "
+                  f"{row['seconds']:.3f} s", flush=True)  # into logs/worker-0.log, for tail -f
             self._tell("step", dict(row))
 
     def evaluated(self, row: Mapping[str, float]) -> None:

@@ -20,6 +20,7 @@ from raydpo.training.hooks import Hooks
 
 __all__ = ["CheckpointSaver"]
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PATIENCE = 300.0
 """Seconds for which a store that fails is tried again, in the background; the next checkpoint waits for it."""
 LONGEST_WAIT = 15.0
@@ -73,11 +74,11 @@ class CheckpointSaver:
         start, self._started = time.perf_counter(), time.monotonic()
         directory = self._scratch / f"step-{step:08d}-rank-{self._engine.rank:05d}"
         problem = None
-        self._hooks.flush()
         try:
+            self._hooks.flush()
             save_checkpoint(self._engine, directory, step, self._fingerprint, summary)
             size = directory_size(directory)
-        except OSError as error:
+        except (OSError, RaydpoError) as error:
             problem, size = _explained(error, directory), 0
         totals = torch.tensor([float(problem is not None), float(size)], dtype=torch.float64, device=self._engine.device)
         failed, self.bytes = (int(value) for value in self._engine.sum_over_ranks(totals).tolist())
@@ -130,7 +131,7 @@ class CheckpointSaver:
             try:
                 return self._hooks.upload(directory, step)
             except (OSError, RaydpoError) as error:
-                full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+                full = isinstance(error, OSError) and error.errno in FULL
                 if full or time.monotonic() - started > PATIENCE:
                     raise
                 time.sleep(pause)
@@ -150,7 +151,7 @@ class CheckpointSaver:
 
 def _explained(error: Exception, directory: Path) -> str:
     text = str(error)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in FULL:
         free = shutil.disk_usage(directory.parent).free
         text += f" ({free / 1e9:.2f} GB are free on the disk of {directory.parent})"
     return text

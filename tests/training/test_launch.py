@@ -15,6 +15,8 @@ import yaml
 from kernel import exact
 from tiny import preferences, write_preferences
 
+from raydpo.training.board import Board
+
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory, tiny_llama):
@@ -118,7 +120,7 @@ def test_a_killed_driver_is_continued_by_the_same_command(job, undisturbed):
     assert again.returncode == 0 and "already complete" in again.stdout
 
 
-def test_a_worker_out_of_memory_is_started_again_with_half(job, undisturbed):
+def test_a_worker_out_of_memory_is_started_again(job, undisturbed):
     """The workers of this run may take no more memory than they have after its first steps."""
     process = subprocess.Popen(command(job, "train", "starved", "train.tokens_per_batch=100000", "train.pairs_per_step=37"),
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -129,5 +131,21 @@ def test_a_worker_out_of_memory_is_started_again_with_half(job, undisturbed):
         resource.prlimit(worker, resource.RLIMIT_AS, (taken + 2**20, resource.RLIM_INFINITY))
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output
-    assert "a micro-batch of 100000 positions does not fit in memory; starting the workers again with 50000" in output
+    assert "a micro-batch of 100000 positions did not fit in memory, though others of this run did" in output
+    assert "starting the workers again with the same" in output
     assert len(rows(job, "starved")) == 60
+
+
+def test_what_does_not_fit_twice_is_halved_once():
+    board = Board()
+    board.put("begin", {})
+    assert board.back_off(100) and board.tokens_per_batch() == 50, "no step was done with it: no second chance"
+    assert board.back_off(100), "another rank tells the same"
+    assert not board.back_off(50)
+    board = Board()
+    board.put("step", {})
+    assert board.back_off(100) and board.tokens_per_batch() is None
+    board.put("begin", {})
+    board.put("step", {})
+    assert board.back_off(100) and board.tokens_per_batch() == 50
+    assert "starting the workers again with 50" in board.drain()[-1][1]
