@@ -1,5 +1,6 @@
 # make quickstart   the whole job on a small real model, a few minutes on two cores
 # make test         the tests
+# make soak         a quarter of an hour of killed workers, lost machines and full disks; the weights must not notice
 # make checks       what a commit must pass: lint and tests
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml constraints.txt
 
-.PHONY: quickstart test test-all checks lint clean
+.PHONY: quickstart test test-all checks soak lint clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/raydpo quickstart
@@ -20,6 +21,9 @@ test-all: $(VENV)/.test $(VENV)/.quickstart
 	$(BIN)/python -m pytest
 
 checks: lint test
+
+soak: $(VENV)/.test
+	cd tests && ../$(BIN)/python soak.py --steps 300 --minutes 10
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check raydpo jobs tests

@@ -67,7 +67,7 @@ class Machines:
         assert accepted, why
 
     def of(self, process: int):
-        """The machine that a worker runs on."""
+        """The machine that a worker runs on; IndexError if it is gone already."""
         environment = Path(f"/proc/{process}/environ").read_bytes()
         arguments = Path(f"/proc/{process}/cmdline").read_bytes()
         for node in self.nodes:
@@ -78,7 +78,7 @@ class Machines:
         for node in self.nodes:
             if any(info.process.pid == parent for infos in node.all_processes.values() for info in infos):
                 return node
-        return None
+        raise IndexError(f"process {process} is on no machine that is left")
 
 
 class Soak:
@@ -89,8 +89,7 @@ class Soak:
         self.run_dir = place / "runs" / "disturbed"
         self.machines = Machines()
         self.driver: subprocess.Popen | None = None
-        self.faults: list[str] = []
-        self.notes: list[str] = []
+        self.faults: list[tuple[str, int]] = []  # and how often training had begun by then
 
     # -- the run ---------------------------------------------------------------------------------------------------
 
@@ -108,6 +107,10 @@ class Soak:
 
     def steps_done(self) -> list[int]:
         return [int(found[1]) for line in self.log() if (found := re.match(r"step (\d+)  loss", line))]
+
+    def begins(self) -> list[int]:
+        """The step after which training began, each time it did."""
+        return [int(found[1]) for line in self.log() if (found := re.match(r"beginning after step (\d+)", line))]
 
     def registered(self) -> int:
         """The newest step whose checkpoint counts."""
@@ -211,24 +214,27 @@ class Soak:
                 if not minutes:
                     continue
                 turn = random.sample(faults, len(faults))
-            fault = turn.pop(0)
+            fault, begun = turn.pop(0), len(self.begins())
             try:
                 getattr(self, fault)()
             except (ProcessLookupError, FileNotFoundError, IndexError, ValueError) as error:
                 print(f"  {fault}: nothing left to disturb ({error})", flush=True)
                 turn.append(fault)
                 continue
-            self.faults.append(fault)
+            self.faults.append((fault, begun))
             print(f"  {time.time() - start:5.0f} s  {fault}, checkpoint {newest}", flush=True)
             seen = max(newest, self.registered())
         self.seconds = time.time() - start
 
     def report(self) -> dict[str, object]:
-        done = self.steps_done()
-        begins = [int(found[1]) for line in self.log() if (found := re.match(r"beginning after step (\d+)", line))]
-        return {"steps": self.steps, "seconds": round(self.seconds), "faults": dict(Counter(self.faults)),
-                "restarts": len(begins) - 1, "steps_redone": len(done) - len(set(done)),
-                "most_redone_at_once": max(map(self._redone, range(1, len(begins))), default=0),
+        done, restarts = self.steps_done(), len(self.begins()) - 1
+        redone: dict[str, list[int]] = {}
+        for fault, begun in self.faults:
+            if begun <= restarts:
+                redone.setdefault(fault, []).append(self._redone(begun))
+        return {"steps": self.steps, "seconds": round(self.seconds),
+                "faults": dict(Counter(name for name, _ in self.faults)),
+                "restarts": restarts, "steps_redone": len(done) - len(set(done)), "redone_after": redone,
                 "same_bits": weights(self.run_dir) == weights(self.place / "runs" / "undisturbed")}
 
     def _redone(self, number: int) -> int:
