@@ -127,11 +127,12 @@ class Prepared:
         console.say(f"pairs: {sets.train.num_rows:,} to train on, {held_out:,} held out, tokenised in "
                     f"{time.perf_counter() - started:.1f} s")
         reference_dir = resolve_model(config.reference_path)
-        adapter = config.reference.adapter and resolve_model(config.reference.adapter)
-        identity = identify(reference_dir, score_dtype, adapter)
-        console.say(f"reference: {config.reference_path}{f' + {config.reference.adapter}' if adapter else ''} in "
-                    f"{score_dtype}, identity {identity.digest}")
+        adapter = config.reference_adapter and resolve_model(config.reference_adapter)
+        identity = identify(reference_dir, score_dtype, adapter, config.reference_quantization)
+        console.say(f"reference: {' + '.join(filter(None, (config.reference_path, config.reference_adapter)))} in "
+                    f"{', '.join(filter(None, (score_dtype, identity.quantisation)))}, identity {identity.digest}")
         spec = ReferenceSpec(path=reference_dir, adapter=adapter, identity=identity,
+                             quantization=config.reference_quantization,
                              trust_remote_code=model.trust_remote_code, layout=config.model.layout)
         cache = ReferenceCache.open(config.cache_uri, identity, unverified=config.cache.allow_unverified)
         return cls(config, dtype, policy_dir, tokeniser, sets, spec, cache)
@@ -148,7 +149,12 @@ class Prepared:
 
     def policy_identity(self) -> ReferenceIdentity:
         """Of the policy as it starts: fresh adapters add nothing."""
-        return identify(self.policy_dir, self.dtype)
+        return identify(self.policy_dir, self.dtype, self.policy_adapter, self.config.model.quantization)
+
+    @property
+    def policy_adapter(self) -> str | None:
+        """Local directory of the adapter that is trained further."""
+        return self.config.model.adapter and resolve_model(self.config.model.adapter)
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything that the trained policy depends on, by the name of its setting."""
@@ -158,7 +164,9 @@ class Prepared:
             "label_smoothing", "seed"})
         lora = config.model.lora.model_dump(mode="json") if config.model.lora else None
         return {"model.path (weights)": policy.weights, "model.path (architecture)": policy.architecture,
-                "model.dtype": self.dtype, "model.lora": lora, "reference identity": self.reference.identity.digest,
+                "model.adapter": policy.adapter, "model.quantization": policy.quantisation,
+                "model.freeze": list(config.model.freeze), "model.dtype": self.dtype, "model.lora": lora,
+                "reference identity": self.reference.identity.digest,
                 "data.train (pairs)": _digest(self.sets.train), "data.shuffle": config.data.shuffle,
                 } | ({"data.filter": config.data.filter} if self.filter_by_reference else {}
                      ) | {f"train.{key}": value for key, value in train.items()}
@@ -244,6 +252,8 @@ def _train(prepared: Prepared, console: Console, built: BuildReport | None, *, f
     job = TrainJob(
         train=config.train, shuffle=config.data.shuffle, fingerprint=fingerprint,
         policy=PolicySpec(path=prepared.policy_dir, dtype=prepared.dtype, lora=config.model.lora,
+                          adapter=prepared.policy_adapter, quantization=config.model.quantization,
+                          freeze=config.model.freeze,
                           trust_remote_code=config.model.trust_remote_code, layout=config.model.layout),
         work=ModelCost.of(prepared.policy_dir).work, memory_share=resources.memory_share,
         policy_identity=policy.digest, reference_identity=reference.digest,
@@ -287,7 +297,7 @@ def _summarise(prepared: Prepared, storage: Storage, trained: dict[str, Any], bu
         "training_pairs": prepared.sets.train.num_rows,
         "held_out_pairs": 0 if prepared.sets.eval is None else prepared.sets.eval.num_rows,
         "eval_before": evals[0] if evals else None, "eval_after": evals[-1] if evals else None,
-        "reference": {"path": config.reference_path, "adapter": config.reference.adapter,
+        "reference": {"path": config.reference_path, "adapter": config.reference_adapter,
                       "identity": prepared.reference.identity.digest, "cache": config.cache_uri},
         "cache_hit_rate": None if built is None else built.hit_rate,
         "data": prepared.sets.report.to_dict(),

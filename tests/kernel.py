@@ -35,13 +35,14 @@ def tokenised(records: list[dict[str, str]], max_length: int = 512) -> pa.Table:
 
 
 def with_reference(table: pa.Table, model: Path, dtype: str = "float32", tokens_per_batch: int = 4096,
-                   device: str = "cpu") -> pa.Table:
+                   device: str = "cpu", adapter: Path | None = None, quantization: str | None = None) -> pa.Table:
     """``table`` with the reference log-probs of ``model``, scored in this process."""
     from raydpo.model.layout import PromptGroup
     from raydpo.reference.identity import identify
     from raydpo.reference.score import ReferenceSpec, Scorer
 
-    spec = ReferenceSpec(path=str(model), adapter=None, identity=identify(model, dtype))
+    spec = ReferenceSpec(path=str(model), adapter=None if adapter is None else str(adapter), quantization=quantization,
+                         identity=identify(model, dtype, adapter, quantization))
     scorer = Scorer(spec, device=device, tokens_per_batch=tokens_per_batch)
     ids = {name: [np.array(row, np.int32) for row in table[name].to_pylist()] for name in
            ("prompt_ids", "chosen_ids", "rejected_ids")}
@@ -91,7 +92,7 @@ class Record(Hooks):
 def train_here(table: pa.Table, model: Path, scratch: Path, *, lora: dict[str, Any] | None = None, dtype: str = "float32",
                shuffle: bool = True, checkpoint: Path | None = None, keep: Path | None = None,
                starts_as_reference: bool = True, held_out: pa.Table | None = None, device: str = "cpu",
-               record: Record | None = None, **train: Any) -> Record:
+               record: Record | None = None, policy: dict[str, Any] | None = None, **train: Any) -> Record:
     """Train in this process (and its ranks, if a process group says so) and return what happened."""
     import torch
 
@@ -101,7 +102,8 @@ def train_here(table: pa.Table, model: Path, scratch: Path, *, lora: dict[str, A
     from raydpo.training.pairs import TrainingPairs
 
     settings = TrainConfig(**{"lr": 1e-3, "pairs_per_step": 8, "tokens_per_batch": 1024} | train)
-    spec = PolicySpec(path=str(model), dtype=dtype, lora=None if lora is None else LoraSettings(**lora))
+    spec = PolicySpec(path=str(model), dtype=dtype, lora=None if lora is None else LoraSettings(**lora),
+                      **(policy or {}))
     join_process_group(torch.device(device))
     engine = PolicyEngine(spec, settings, torch.device(device))
     job = TrainJob(train=settings, shuffle=shuffle, policy=spec, policy_identity="policy", reference_identity="reference",

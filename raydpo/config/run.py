@@ -6,7 +6,7 @@ import re
 from typing import Annotated
 
 import yaml
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from raydpo.config.data import DataConfig
 from raydpo.config.model import ModelConfig, ReferenceConfig
@@ -51,6 +51,35 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     ray: RayConfig = RayConfig()
 
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        if self.model.quantization is not None and self.train.zero == 3:
+            raise ValueError("train.zero 3 cannot partition quantized weights (model.quantization "
+                             f"{self.model.quantization}); set train.zero=2, which partitions what trains")
+        if self.model.lora is not None and self.model.lora.dora and self.train.zero == 3:
+            raise ValueError("model.lora.dora needs whole weights, which train.zero 3 partitions; set train.zero=2")
+        if self.reference_quantization != self.model.quantization and self.reference.path is None \
+                and not self.reference.allow_other_quantization:
+            raise ValueError(f"reference.quantization is {self.reference_quantization or 'none'}, model.quantization "
+                             f"{self.model.quantization or 'none'}: policy and reference would differ from the first step "
+                             "on by what quantization loses. Set reference.quantization=model, or "
+                             "reference.allow_other_quantization=true if that is meant")
+        if self.train.keep_best is not None and self.data.eval is None:
+            raise ValueError(f"train.keep_best is {self.train.keep_best}, but there are no held-out pairs to measure it on; "
+                             "set data.eval, for example data.eval.fraction=0.05")
+        return self
+
+    @property
+    def reference_adapter(self) -> str | None:
+        """The adapter on the reference, if any."""
+        same = self.reference.path is None and self.reference.adapter is None
+        return self.model.adapter if same else self.reference.adapter
+
+    @property
+    def reference_quantization(self) -> str | None:
+        wish = self.reference.quantization
+        return self.model.quantization if wish == "model" else None if wish == "none" else wish
+
     @property
     def run_name(self) -> str:
         if self.name is not None:
@@ -76,7 +105,8 @@ class Config(Section):
         resolved = self.model_dump(mode="json")
         resolved["name"] = self.run_name
         resolved["cache"]["uri"] = self.cache_uri
-        resolved["reference"]["path"] = self.reference_path
+        resolved["reference"] |= {"path": self.reference_path, "adapter": self.reference_adapter,
+                                  "quantization": self.reference_quantization or "none"}
         return yaml.safe_dump(resolved, sort_keys=False, width=120, allow_unicode=True)
 
 

@@ -177,7 +177,7 @@ def make_plan(config: Config, sets: PairSets, model: ModelCost, reference: Model
     dealt = of_a_run([batch for step in sampled for rank in deal(step, train_workers) for batch in rank], "padded")
     imbalance = simulated(train_workers, train.pairs_per_step)
     completions, scored = _reference_pass(config, sets, layout)
-    factors = training_factors(train, config.model.lora is not None)
+    factors = training_factors(train, config.model.adapts)
     held_out = np.zeros(3)
     if sets.eval is not None:
         eval_shapes = pair_groups(sets.eval)[1]

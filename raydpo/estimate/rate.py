@@ -88,7 +88,7 @@ def measured_rates(config: Config, sample: pa.Table, model: ModelCost, reference
         for batch in batches:
             policy(policy.lay_out([groups[item] for item in batch]).to(device)).sum().backward()
 
-    rate = operations_a_second(train, batches, layout, model, training_factors(config.train, config.model.lora is not None))
+    rate = operations_a_second(train, batches, layout, model, training_factors(config.train, config.model.adapts))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"this CPU, {torch.get_num_threads()} threads"
     return Rates(score=score, train=rate, origin=f"measured on {name}: {len(groups)} pairs, {layout} layout, {score_dtype} "
                  f"scoring and {dtype} training")
@@ -99,8 +99,10 @@ def _scorer(config: Config, dtype: str, device: str) -> Any:
     from raydpo.reference.score import ReferenceSpec, Scorer
 
     path = resolve_model(config.reference_path)
-    adapter = config.reference.adapter and resolve_model(config.reference.adapter)
-    spec = ReferenceSpec(path=path, adapter=adapter, identity=identify(path, dtype, adapter),
+    adapter = config.reference_adapter and resolve_model(config.reference_adapter)
+    quantization = config.reference_quantization
+    spec = ReferenceSpec(path=path, adapter=adapter, identity=identify(path, dtype, adapter, quantization),
+                         quantization=quantization,
                          trust_remote_code=config.model.trust_remote_code, layout=config.model.layout)
     return Scorer(spec, device=device, tokens_per_batch=config.score.tokens_per_batch)
 
@@ -113,7 +115,9 @@ def _policy(config: Config, dtype: str, device: Any) -> tuple[Any, int]:
     from raydpo.model.selfcheck import choose_layout
     from raydpo.reference.identity import resolve_model
 
-    causal_lm = load_causal_lm(resolve_model(config.model.path), dtype, device=device,
+    adapter = config.model.adapter and resolve_model(config.model.adapter)
+    causal_lm = load_causal_lm(resolve_model(config.model.path), dtype, device=device, adapter=adapter, train_adapter=True,
+                               quantization=config.model.quantization,
                                trust_remote_code=config.model.trust_remote_code)
     policy = LogpModel(causal_lm if config.model.lora is None else add_lora(causal_lm, config.model.lora, config.train.seed))
     choose_layout(policy, device, config.model.layout)

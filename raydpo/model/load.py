@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +16,7 @@ from raydpo.errors import ModelError
 if TYPE_CHECKING:
     from raydpo.config import LoraSettings
 
-__all__ = ["add_lora", "dropout_settings", "load_causal_lm", "restore_dropout", "torch_dtype"]
+__all__ = ["add_lora", "dropout_settings", "freeze_matching", "load_causal_lm", "restore_dropout", "torch_dtype"]
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -22,13 +24,16 @@ def torch_dtype(name: str) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
-def load_causal_lm(path: str | Path, dtype: str, *, adapter: str | None = None, trust_remote_code: bool = False,
+def load_causal_lm(path: str | Path, dtype: str, *, adapter: str | None = None, quantization: str | None = None,
+                   train_adapter: bool = False, trust_remote_code: bool = False,
                    device: torch.device | str = "cpu") -> nn.Module:
     """A causal LM in evaluation mode, without dropout, its adapter (if any) merged into nothing: left as a PEFT model.
 
     Args:
         path: local directory with config.json and safetensors weights (see ``reference.identity.resolve_model``).
         dtype: ``float32`` or ``bfloat16``, the precision of weights and compute.
+        quantization: ``4bit``, ``8bit`` or None, see ``config.ModelConfig.quantization``.
+        train_adapter: leave the adapter's weights trainable.
 
     Raises:
         ModelError: if it is not there, is stored as pickle, or is not a causal LM.
@@ -42,19 +47,54 @@ def load_causal_lm(path: str | Path, dtype: str, *, adapter: str | None = None, 
             raise ModelError(f"{path} is an encoder-decoder model; raydpo trains decoder-only (causal) language models")
         for key in dropout_settings(config.to_dict()):
             setattr(config, key, 0.0)
+        quantized = {} if quantization is None else {
+            "quantization_config": _quantized(quantization, dtype), "device_map": {"": torch.device(device)}}
         model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch_dtype(dtype), use_safetensors=True,
-                                                     trust_remote_code=trust_remote_code)
+                                                     trust_remote_code=trust_remote_code, **quantized)
         if adapter is not None:
             from peft import PeftModel
 
-            model = PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False)
-            model = model.to(torch_dtype(dtype))
+            model = PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False, is_trainable=train_adapter)
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    parameter.data = parameter.data.to(torch_dtype(dtype))
+            if quantization is None:
+                model = model.to(torch_dtype(dtype))
     except (OSError, ValueError, KeyError, ImportError) as error:
         if isinstance(error, ModelError):
             raise
         raise ModelError(f"cannot load the model {path!r}"
                          f"{f' with adapter {adapter!r}' if adapter else ''}: {' '.join(str(error).split())}") from error
-    return _without_dropout(model).to(device).eval()
+    model = _without_dropout(model).eval()
+    return model if quantization is not None else model.to(device)  # bitsandbytes has put it there while loading
+
+
+def _quantized(quantization: str, dtype: str) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "4bit":
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                                  bnb_4bit_compute_dtype=torch_dtype(dtype))
+    # Above a threshold int8 computes whole columns in 16 bits, chosen by all tokens of a batch: not a function of a row.
+    return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+
+
+def freeze_matching(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Switch off the gradient of parameters whose name contains one of the regular expressions.
+
+    Raises:
+        ModelError: if one matches nothing, or nothing is left to train.
+    """
+    names = dict(model.named_parameters())
+    for pattern in patterns:
+        found = [name for name in names if re.search(pattern, name)]
+        if not found:
+            raise ModelError(f"model.freeze: {pattern!r} is in the name of no parameter; names look like "
+                             f"{', '.join(list(names)[:3])}")
+        for name in found:
+            names[name].requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in names.values()):
+        raise ModelError(f"model.freeze {', '.join(patterns)} leaves nothing to train")
 
 
 def add_lora(model: nn.Module, lora: LoraSettings, seed: int) -> nn.Module:
@@ -71,7 +111,8 @@ def add_lora(model: nn.Module, lora: LoraSettings, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     try:
         return fuse_adapters(get_peft_model(model, LoraConfig(
-            r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM")))
+            r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM",
+            use_dora=lora.dora, use_rslora=lora.rslora)))
     except ValueError as error:
         raise ModelError(f"model.lora.target_modules {lora.target_modules!r} does not fit this model: "
                          f"{' '.join(str(error).split())}") from error

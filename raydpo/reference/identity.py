@@ -72,8 +72,16 @@ class ReferenceIdentity:
         return dataclasses.replace(self, dtype=other.dtype) == other
 
 
-def identify(path: str | Path, dtype: str, adapter: str | Path | None = None) -> ReferenceIdentity:
+QUANTIZED = {"4bit": "bitsandbytes nf4, double", "8bit": "bitsandbytes int8, threshold 0"}
+"""What ``model.load`` makes of each; part of the identity, so a change there must change the text here."""
+
+
+def identify(path: str | Path, dtype: str, adapter: str | Path | None = None,
+             quantization: str | None = None) -> ReferenceIdentity:
     """The identity of the model in directory ``path``, with the adapter in directory ``adapter`` on top.
+
+    Args:
+        quantization: ``4bit``, ``8bit`` or None.
 
     Reads every weight once; digests are remembered for each file by path, inode, size and times.
 
@@ -86,6 +94,7 @@ def identify(path: str | Path, dtype: str, adapter: str | Path | None = None) ->
         architecture=_settings_digest(directory / "config.json", _NOT_ARCHITECTURE, code=directory),
         adapter=None if adapter is None else _adapter_digest(Path(adapter)),
         dtype=dtype,
+        quantisation=None if quantization is None else QUANTIZED[quantization],
     )
 
 

@@ -34,6 +34,7 @@ class ReferenceSpec:
     path: str
     adapter: str | None
     identity: ReferenceIdentity
+    quantization: str | None = None
     trust_remote_code: bool = False
     layout: Wish = "auto"
 
@@ -61,8 +62,9 @@ class Scorer:
         self.device = torch.device(device)
         # Hashing reads the same pages as loading does and needs other resources: the two overlap.
         with ThreadPoolExecutor(max_workers=1) as pool:
-            hashing = pool.submit(identify, spec.path, spec.identity.dtype, spec.adapter)
+            hashing = pool.submit(identify, spec.path, spec.identity.dtype, spec.adapter, spec.quantization)
             self.model = LogpModel(load_causal_lm(spec.path, spec.identity.dtype, adapter=spec.adapter, device=self.device,
+                                                  quantization=spec.quantization,
                                                   trust_remote_code=spec.trust_remote_code))
             here = hashing.result()
         if here != spec.identity:

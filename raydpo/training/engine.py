@@ -19,9 +19,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from raydpo.config import LoraSettings, TrainConfig
+from raydpo.model.adapter import fuse_adapters
 from raydpo.model.budget import MOST_TRAINED, Budget, find_budget, probe_group
 from raydpo.model.layout import Layout, PromptGroup
-from raydpo.model.load import add_lora, load_causal_lm
+from raydpo.model.load import add_lora, freeze_matching, load_causal_lm
 from raydpo.model.logps import LogpModel
 from raydpo.model.selfcheck import Wish, choose_layout
 from raydpo.training.state import TrainedState
@@ -36,15 +37,25 @@ class PolicySpec:
     Attributes:
         path: local directory of the model.
         dtype: ``float32`` or ``bfloat16``.
-        lora: adapters to train, or None for full fine-tuning.
+        lora: fresh adapters to train, or None.
+        adapter: directory of an adapter to train further, or None; neither = full fine-tuning.
+        quantization, freeze: see ``config.ModelConfig``.
         layout: ``model.layout``.
     """
 
     path: str
     dtype: str
     lora: LoraSettings | None
+    adapter: str | None = None
+    quantization: str | None = None
+    freeze: tuple[str, ...] = ()
     trust_remote_code: bool = False
     layout: Wish = "auto"
+
+    @property
+    def adapts(self) -> bool:
+        """Whether adapters train, not the model."""
+        return self.lora is not None or self.adapter is not None
 
 
 def join_process_group(device: torch.device) -> None:
@@ -78,15 +89,19 @@ class PolicyEngine:
         import deepspeed
         from transformers.integrations import HfDeepSpeedConfig
 
-        self.device, self.zero, self.lora = device, train.zero, spec.lora
+        self.device, self.zero, self.adapts = device, train.zero, spec.adapts
         self.clip = train.clip
         settings = _deepspeed_config(train, spec.dtype)
         # Must outlive loading: transformers looks it up to partition weights as they are read.
         self._partitioned_loading = HfDeepSpeedConfig(settings) if train.zero == 3 else None
-        model = load_causal_lm(spec.path, spec.dtype, trust_remote_code=spec.trust_remote_code,
+        model = load_causal_lm(spec.path, spec.dtype, adapter=spec.adapter, train_adapter=True,
+                               quantization=spec.quantization, trust_remote_code=spec.trust_remote_code,
                                device="cpu" if train.zero == 3 else device)
         if spec.lora is not None:
             model = add_lora(model, spec.lora, train.seed)
+        elif spec.adapter is not None:
+            model = fuse_adapters(model)
+        freeze_matching(model, spec.freeze)
         module = LogpModel(model)
         if train.gradient_checkpointing:
             module.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -197,7 +212,7 @@ class PolicyEngine:
 
         gathered: dict[str, Tensor] = {}
         for name, parameter in self.module.policy.named_parameters():
-            if self.lora is not None and not parameter.requires_grad:
+            if self.adapts and not parameter.requires_grad:
                 continue
             with deepspeed.zero.GatheredParameters([parameter], enabled=self.zero == 3):
                 if self.rank == 0:

@@ -23,7 +23,7 @@ def export_policy(engine: PolicyEngine, spec: PolicySpec, base_name: str, tokeni
     if engine.rank != 0:
         return
     policy = engine.module.policy
-    if spec.lora is not None:
+    if spec.adapts:
         policy.peft_config["default"].base_model_name_or_path = base_name
         policy.save_pretrained(str(directory), state_dict=weights, safe_serialization=True)
     else:
