@@ -105,8 +105,7 @@ class Config(Section):
         resolved = self.model_dump(mode="json")
         resolved["name"] = self.run_name
         resolved["cache"]["uri"] = self.cache_uri
-        resolved["reference"] |= {"path": self.reference_path, "adapter": self.reference_adapter,
-                                  "quantization": self.reference_quantization or "none"}
+        resolved["reference"] |= {"path": self.reference_path, "adapter": self.reference_adapter}
         return yaml.safe_dump(resolved, sort_keys=False, width=120, allow_unicode=True)
 
 
