@@ -263,7 +263,8 @@ def _train(prepared: Prepared, console: Console, built: BuildReport | None, *, f
     base_name = config.model.path if is_hub_name(config.model.path) and not Path(config.model.path).is_dir() \
         else prepared.policy_dir
     with TrainingDisplay(console) as display:
-        trained = launch(job, pairs, held_out, resources, run_dir=config.run_dir, base_name=base_name,
+        trained = launch(job, pairs, held_out, resources, run_dir=config.run_dir, run_name=config.run_name,
+                         track=config.track, base_name=base_name,
                          tokenizer=prepared.tokeniser.tokenizer, listener=display.listen)
     if trained["interrupted"]:
         console.say(f"stopped after step {trained['steps']:,}; its checkpoint is in {config.run_dir}")

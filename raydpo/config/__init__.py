@@ -8,6 +8,7 @@ from raydpo.config.data import DataConfig, EvalConfig, SourceConfig, source_name
 from raydpo.config.load import is_hub_name, load_config
 from raydpo.config.model import LoraSettings, ModelConfig, ReferenceConfig
 from raydpo.config.run import CacheConfig, Config, RayConfig, is_uri
+from raydpo.config.track import TrackConfig
 from raydpo.config.train import ScoreConfig, TrainConfig
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "ReferenceConfig",
     "ScoreConfig",
     "SourceConfig",
+    "TrackConfig",
     "TrainConfig",
     "is_hub_name",
     "is_uri",

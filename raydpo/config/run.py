@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from raydpo.config.data import DataConfig
 from raydpo.config.model import ModelConfig, ReferenceConfig
 from raydpo.config.section import PathOrUri, Section
+from raydpo.config.track import TrackConfig
 from raydpo.config.train import ScoreConfig, TrainConfig
 
 __all__ = ["CacheConfig", "Config", "RayConfig", "is_uri"]
@@ -49,6 +50,7 @@ class Config(Section):
     cache: CacheConfig = CacheConfig()
     score: ScoreConfig = ScoreConfig()
     train: TrainConfig = TrainConfig()
+    track: TrackConfig = TrackConfig()
     ray: RayConfig = RayConfig()
 
     @model_validator(mode="after")

@@ -14,6 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from raydpo.config import TrackConfig
 from raydpo.errors import DeviceMemoryError, RaydpoError
 from raydpo.interrupt import interruptible
 from raydpo.ray_runtime import Resources, original_error
@@ -38,6 +39,8 @@ class _Payload:
     pairs: Any
     held_out: Any
     run_dir: str
+    run_name: str
+    track: TrackConfig
     threads: int | None
     base_name: str
     tokenizer: Any
@@ -45,7 +48,7 @@ class _Payload:
 
 
 def launch(job: TrainJob, pairs: pa.Table, held_out: pa.Table | None, resources: Resources, *, run_dir: str,
-           base_name: str, tokenizer: Any, listener: Listener) -> dict[str, Any]:
+           run_name: str, track: TrackConfig, base_name: str, tokenizer: Any, listener: Listener) -> dict[str, Any]:
     """Train to the end on Ray, continuing from the newest checkpoint in ``run_dir`` if there is one.
 
     Args:
@@ -70,6 +73,7 @@ def launch(job: TrainJob, pairs: pa.Table, held_out: pa.Table | None, resources:
     board = ray.remote(num_cpus=0)(Board).remote()
     payload = _Payload(job=job, pairs=ray.put(pairs), held_out=None if held_out is None else ray.put(held_out),
                        run_dir=storage.root if storage.is_local else run_dir, threads=resources.threads,
+                       run_name=run_name, track=track,
                        base_name=base_name, tokenizer=tokenizer, board=board)
     train = job.train
     trainer = TorchTrainer(
@@ -109,19 +113,24 @@ class _RayHooks(Hooks):
         self.payload, self.rank = payload, rank
         self.storage = Storage(payload.run_dir)
         self.records: Any = None
+        self.trackers: Any = None
         self._stop: Any = None  # the answer that the board will give
 
     def begin(self, first_step: int, total_steps: int, facts: Mapping[str, Any]) -> None:
         if self.rank == 0:
             from raydpo.training.records import RunRecords
+            from raydpo.training.trackers import Trackers
 
             self.records = RunRecords(self.storage, first_step)
+            self.trackers = Trackers(self.payload.track, self.payload.run_name, self.payload.run_dir,
+                                     self.payload.job.fingerprint, self.note)
             print(f"beginning after step {first_step} of {total_steps} with {facts['world_size']} worker(s)", flush=True)
             self._tell("begin", {"first_step": first_step, "total_steps": total_steps} | dict(facts))
 
     def step(self, row: Mapping[str, float]) -> None:
         if self.rank == 0:
             self.records.add_step(row)
+            self.trackers.log(int(row["step"]), row)
             print(f"step {row['step']:.0f}  loss {row['loss']:.6f}  grad norm {row['grad_norm']:.4f}  "
                   f"{row['seconds']:.3f} s", flush=True)  # into logs/worker-0.log, for tail -f
             self._tell("step", dict(row))
@@ -129,6 +138,7 @@ class _RayHooks(Hooks):
     def evaluated(self, row: Mapping[str, float]) -> None:
         if self.rank == 0:
             self.records.add_eval(row)
+            self.trackers.log(int(row["step"]), row)
             self._tell("evaluated", dict(row))
 
     def note(self, line: str) -> None:
@@ -233,6 +243,7 @@ def _train(payload: _Payload) -> None:
             if not summary.interrupted:
                 storage.upload(final, "final")
             hooks.records.close()
+            hooks.trackers.close()
             ray.get(payload.board.finish.remote(dataclasses.asdict(summary)))
 
 

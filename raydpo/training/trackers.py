@@ -1,0 +1,159 @@
+"""Metrics to trackers: Weights & Biases, MLflow, and Ray's Prometheus port. A tracker that fails is left out, loudly."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from raydpo.config.track import MlflowConfig, TrackConfig, WandbConfig
+from raydpo.storage import Storage
+
+__all__ = ["Gauges", "MlflowTracker", "Tracker", "Trackers", "WandbTracker"]
+
+GAUGES = ("loss", "rewards/margins", "rewards/accuracies", "rewards/chosen", "rewards/rejected", "logps/chosen",
+          "logps/rejected", "grad_norm", "learning_rate", "tokens_per_second", "pairs_per_second", "peak_memory_bytes",
+          "skipped", "slowest_rank", "slowest_lag", "time/data", "time/forward", "time/backward", "time/optimizer",
+          "time/checkpoint", "time/evaluation", "time/wait", "time/other", "time/step")
+"""Metrics of a step that become gauges, as ``raydpo_<name>`` with ``/`` turned to ``_``; of evaluations, all do."""
+
+
+class Tracker(Protocol):
+    """One place that metrics go to."""
+
+    def log(self, step: int, row: Mapping[str, float]) -> None:
+        """Take the metrics of a step or an evaluation."""
+
+    def close(self) -> None:
+        """Everything is said."""
+
+
+class WandbTracker:
+    """A run of Weights & Biases that a restart continues: its id follows from the run directory."""
+
+    def __init__(self, config: WandbConfig, run: str, run_dir: str, settings: Mapping[str, Any]) -> None:
+        import wandb
+
+        local = Storage(run_dir)
+        self._run = wandb.init(project=config.project, entity=config.entity, mode=config.mode, name=run, id=_run_id(run_dir),
+                               resume="allow", config=dict(settings), dir=local.path() if local.is_local else None,
+                               settings=wandb.Settings(console="off", silent=True))
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def log(self, step: int, row: Mapping[str, float]) -> None:
+        self._run.log(dict(row) | {"step": step})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class MlflowTracker:
+    """A run of MLflow that a restart continues: it is found by the run directory, in a tag."""
+
+    def __init__(self, config: MlflowConfig, run: str, run_dir: str, settings: Mapping[str, Any]) -> None:
+        from mlflow.tracking import MlflowClient
+
+        uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI")
+        if uri is None:
+            storage = Storage(run_dir)
+            uri = storage.path() if storage.is_local else "."
+        if "://" not in uri:
+            Path(uri).mkdir(parents=True, exist_ok=True)
+            uri = f"sqlite:///{Path(uri).absolute()}/mlflow.db"
+        self._client = MlflowClient(uri)
+        experiment = self._client.get_experiment_by_name(config.experiment)
+        number = self._client.create_experiment(config.experiment) if experiment is None else experiment.experiment_id
+        tag = _run_id(run_dir)
+        found = self._client.search_runs([number], f"tags.raydpo_run = '{tag}'", max_results=1)
+        if found:
+            self._run = found[0].info.run_id
+            self._client.update_run(self._run, status="RUNNING")
+        else:
+            self._run = self._client.create_run(number, run_name=run, tags={"raydpo_run": tag}).info.run_id
+            for name, value in settings.items():
+                self._client.log_param(self._run, name, str(value)[:500])
+
+    def log(self, step: int, row: Mapping[str, float]) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        self._client.log_batch(self._run, [Metric(name, float(value), now, step) for name, value in row.items()
+                                           if math.isfinite(value)])
+
+    def close(self) -> None:
+        self._client.set_terminated(self._run)
+
+
+class Gauges:
+    """Ray's gauges, which every Ray node serves on its metrics port for Prometheus to fetch."""
+
+    def __init__(self, run: str) -> None:
+        self._run = run
+        self._gauges: dict[str, Any] = {}
+
+    def log(self, step: int, row: Mapping[str, float]) -> None:
+        from ray.util.metrics import Gauge
+
+        shown = {name: value for name, value in row.items() if name in GAUGES or name.startswith("eval_")}
+        for name, value in ({"step": float(step)} | shown).items():
+            if name not in self._gauges:
+                self._gauges[name] = Gauge("raydpo_" + "".join(c if c.isalnum() else "_" for c in name),
+                                           description=f"raydpo: {name} of the newest step", tag_keys=("run",))
+            self._gauges[name].set(value, tags={"run": self._run})
+
+    def close(self) -> None:
+        pass
+
+
+class Trackers:
+    """All trackers that are asked for.
+
+    Args:
+        settings: what a tracker shows as the run's configuration.
+        warn: told once about each tracker that fails, and is left out from then on.
+    """
+
+    def __init__(self, config: TrackConfig, run: str, run_dir: str, settings: Mapping[str, Any],
+                 warn: Callable[[str], None]) -> None:
+        self._warn = warn
+        makers: list[tuple[str, Callable[[], Tracker]]] = []
+        if config.wandb is not None:
+            makers.append(("wandb", lambda: WandbTracker(config.wandb, run, run_dir, settings)))
+        if config.mlflow is not None:
+            makers.append(("mlflow", lambda: MlflowTracker(config.mlflow, run, run_dir, settings)))
+        if config.prometheus:
+            makers.append(("prometheus", lambda: Gauges(run)))
+        self._trackers: dict[str, Tracker] = {}
+        for name, make in makers:
+            for made in self._try(name, make):
+                self._trackers[name] = made
+
+    def log(self, step: int, row: Mapping[str, float]) -> None:
+        """Pass a step's or an evaluation's metrics on."""
+        row = {name: value for name, value in row.items() if name != "step"}
+        for name, tracker in list(self._trackers.items()):
+            list(self._try(name, lambda tracker=tracker: tracker.log(step, row)))
+
+    def close(self) -> None:
+        """Let each tracker finish."""
+        for name, tracker in list(self._trackers.items()):
+            list(self._try(name, tracker.close))
+
+    def _try(self, name: str, act: Callable[[], Any]) -> Iterator[Any]:
+        try:
+            yield act()
+        except Exception as error:  # theirs may raise anything, and none of it is worth a run
+            self._trackers.pop(name, None)
+            missing = isinstance(error, ModuleNotFoundError)
+            why = f"the package {error.name!r} is missing; pip install 'raydpo[track]'" if missing else \
+                f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            self._warn(f"warning: track.{name} is left out from here on: {why}. metrics.parquet has everything")
+
+
+def _run_id(run_dir: str) -> str:
+    return hashlib.sha256(run_dir.encode()).hexdigest()[:16]

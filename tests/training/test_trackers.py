@@ -1,0 +1,87 @@
+"""Trackers in their offline modes, and Ray's own metrics port."""
+
+import json
+import re
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from raydpo.config.track import MlflowConfig, TrackConfig, WandbConfig
+from raydpo.training.trackers import Trackers
+
+ROWS = [{"loss": 0.69, "rewards/margins": 0.0, "grad_norm": 1.0}, {"loss": 0.5, "rewards/margins": 0.3, "grad_norm": 2.0}]
+SETTINGS = {"train.beta": 0.1, "train.lr": 1e-6}
+
+
+def log(config, place, warnings=None):
+    trackers = Trackers(config, "run", str(place), SETTINGS, (warnings if warnings is not None else []).append)
+    for step, row in enumerate(ROWS, 1):
+        trackers.log(step, row | {"step": step})
+    trackers.close()
+
+
+def test_mlflow_keeps_a_run_and_a_restart_continues_it(tmp_path):
+    from mlflow.tracking import MlflowClient
+
+    warnings = []
+    config = TrackConfig(mlflow=MlflowConfig(uri=str(tmp_path / "store")), prometheus=False)
+    log(config, tmp_path, warnings)
+    log(config, tmp_path, warnings)
+    assert not warnings
+    client = MlflowClient(f"sqlite:///{tmp_path}/store/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("raydpo").experiment_id])
+    assert run.data.metrics["loss"] == 0.5 and run.data.params["train.beta"] == "0.1"
+    assert run.info.run_name == "run" and run.info.status == "FINISHED"
+    assert [(entry.step, entry.value) for entry in client.get_metric_history(run.info.run_id, "rewards/margins")] == [
+        (1, 0.0), (2, 0.3)] * 2
+
+
+def test_wandb_offline_writes_what_sync_will_send(tmp_path):
+    warnings = []
+    log(TrackConfig(wandb=WandbConfig(mode="offline"), prometheus=False), tmp_path, warnings)
+    assert not warnings
+    (record,) = tmp_path.rglob("*.wandb")
+    content = record.read_bytes()
+    assert b"rewards/margins" in content and b"train.beta" in content
+
+
+def test_a_tracker_that_fails_is_left_out_with_a_warning(tmp_path):
+    (tmp_path / "file").write_text("")
+    warnings = []
+    log(TrackConfig(mlflow=MlflowConfig(uri=str(tmp_path / "file" / "below")), prometheus=False), tmp_path, warnings)
+    assert len(warnings) == 1 and "track.mlflow is left out" in warnings[0]
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_a_missing_package_is_named_with_the_command(name, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, name, None)
+    if name == "mlflow":
+        monkeypatch.setitem(__import__("sys").modules, "mlflow.tracking", None)
+    warnings = []
+    log(TrackConfig(**{name: {}}, prometheus=False), tmp_path, warnings)
+    assert len(warnings) == 1 and "pip install 'raydpo[track]'" in warnings[0]
+
+
+def test_gauges_come_out_of_rays_metrics_port_under_the_names_of_the_dashboard(tmp_path):
+    import ray
+
+    warnings = []
+    ray.init(num_cpus=1, include_dashboard=False, _metrics_export_port=0, log_to_driver=False, object_store_memory=100 << 20)
+    try:
+        log(TrackConfig(), tmp_path, warnings)
+        port = ray.nodes()[0]["MetricsExportPort"]
+        deadline, text = time.time() + 40, ""
+        while "ray_raydpo_loss" not in text and time.time() < deadline:
+            time.sleep(1)
+            text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5).read().decode()
+    finally:
+        ray.shutdown()
+    assert not warnings
+    value = re.search(r'ray_raydpo_loss\{[^}]*run="run"[^}]*\} ([\d.]+)', text)
+    assert value and float(value[1]) == 0.5
+    dashboard = json.loads((Path(__file__).parents[2] / "cluster" / "grafana.json").read_text())
+    shown = set(re.findall(r"ray_raydpo_\w+", json.dumps(dashboard)))
+    exported = set(re.findall(r"ray_raydpo_\w+", text))
+    assert {"ray_raydpo_loss", "ray_raydpo_rewards_margins", "ray_raydpo_step"} <= shown & exported
