@@ -161,7 +161,7 @@ class Prepared:
         config, policy = self.config, self.policy_identity()
         train = config.train.model_dump(mode="json", include={
             "pairs_per_step", "epochs", "steps", "lr", "schedule", "warmup", "weight_decay", "clip", "loss", "beta",
-            "label_smoothing", "seed"})
+            "label_smoothing", "seed", "optimizer", "optimizer_states"})
         lora = config.model.lora.model_dump(mode="json") if config.model.lora else None
         return {"model.path (weights)": policy.weights, "model.path (architecture)": policy.architecture,
                 "model.adapter": policy.adapter, "model.quantization": policy.quantisation,

@@ -13,7 +13,8 @@ from raydpo.model.layout import Layout, PromptGroup
 from raydpo.model.load import add_lora, load_causal_lm
 from raydpo.model.logps import LogpModel
 from raydpo.model.selfcheck import choose_layout
-from raydpo.training.engine import PolicySpec, adamw
+from raydpo.training.engine import PolicySpec
+from raydpo.training.optimizer import make_optimizer
 
 __all__ = ["KernelEngine"]
 
@@ -33,7 +34,7 @@ class KernelEngine:
         model = load_causal_lm(spec.path, spec.dtype, device=device)
         self.module = LogpModel(model if spec.lora is None else add_lora(model, spec.lora, train.seed))
         self.trainable = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-        self.optimizer = adamw(self.trainable, train, device)
+        self.optimizer = make_optimizer(self.trainable, train, device)
         self.layout_line = choose_layout(self.module, device, spec.layout, check_rows).line
         self.module.train()
 

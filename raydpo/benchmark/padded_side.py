@@ -22,7 +22,7 @@ from raydpo.benchmark import workload
 from raydpo.benchmark.job import Job, Result, StepRecord, now, set_adapters, side
 from raydpo.model.budget import used_memory
 from raydpo.model.load import load_causal_lm
-from raydpo.training.engine import adamw
+from raydpo.training.optimizer import make_optimizer
 
 CHUNK = 1024
 """Completion tokens whose logits exist at a time."""
@@ -39,7 +39,7 @@ def run(job: Job, device: torch.device) -> Result:
         set_adapters(model, job.initial_adapters)
     reference = load_causal_lm(job.model, job.dtype, device=device) if job.lora is None and job.stage == "online" else None
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = adamw(trainable, settings, device)
+    optimizer = make_optimizer(trainable, settings, device)
     found = Result(load_seconds=now(device) - start, facts={"transformers": transformers.__version__})
     scored: list[Tensor] = []
     if job.stage == "cached":

@@ -24,7 +24,8 @@ class MlflowConfig(Section):
     """MLflow."""
 
     uri: PathOrUri | None = None
-    """Tracking server, or a directory for a database of its own; null = $MLFLOW_TRACKING_URI, else <run directory>/mlflow.db."""
+    """Tracking server, or a directory for a database of its own; null = $MLFLOW_TRACKING_URI, else
+    <run directory>/mlflow.db."""
     experiment: str = "raydpo"
     """Experiment."""
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from raydpo.config.section import Dtype, Float, Int, Section
+from raydpo.config.section import Dtype, Float, Int, PathOrUri, Section
 
 __all__ = ["ScoreConfig", "TrainConfig"]
 
@@ -74,6 +74,19 @@ class TrainConfig(Section):
     """DeepSpeed ZeRO stage."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
+    offload_activations: bool = False
+    """Keep what gradient_checkpointing still saves in the host's memory: less again, at the price of two copies."""
+    offload_optimizer: Literal["cpu"] | PathOrUri | None = None
+    """Keep master weights and moments in the host's memory (cpu), or on a disk (an NVMe's path, ZeRO-3 only)."""
+    offload_params: Literal["cpu"] | PathOrUri | None = None
+    """Keep the weights themselves there too, between uses; ZeRO-3 only."""
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
+    """AdamW; its moments in 8 bits (arXiv 2110.02861), in memory that is paged to the host under pressure, or both. The
+    latter three are bitsandbytes' and need GPUs."""
+    optimizer_states: Literal["float32", "bfloat16"] = "float32"
+    """Precision of adamw's moments; bfloat16 halves them, and rounds."""
+    merge_adapter: bool = False
+    """Export adapters also merged into the model, as final/merged."""
     loss: LossName = "sigmoid"
     """The objective, see raydpo.losses."""
     beta: Float = Field(0.1, gt=0)
@@ -131,6 +144,22 @@ class TrainConfig(Section):
         if self.checkpoint_minutes is not None and "checkpoint_every" in self.model_fields_set:
             raise ValueError(f"checkpoint_minutes ({self.checkpoint_minutes:g}) and checkpoint_every "
                              f"({self.checkpoint_every}) contradict each other; keep one")
+        if self.offload_params is not None and self.zero != 3:
+            raise ValueError(f"offload_params ({self.offload_params}) needs partitioned weights; set zero to 3, "
+                             f"not {self.zero}")
+        if self.offload_optimizer is not None and self.zero == 0:
+            raise ValueError(f"offload_optimizer ({self.offload_optimizer}) needs ZeRO; set zero to 1, 2 or 3, "
+                             "not 0")
+        if self.offload_optimizer not in (None, "cpu") and self.zero != 3:
+            raise ValueError(f"offload_optimizer to a disk ({self.offload_optimizer}) needs zero 3, not {self.zero}; cpu works "
+                             "with 1 and 2 too")
+        if self.offload_activations and not self.gradient_checkpointing:
+            raise ValueError("offload_activations has no effect without gradient_checkpointing; set that to true")
+        if self.optimizer_states != "float32" and self.optimizer != "adamw":
+            raise ValueError(f"optimizer_states {self.optimizer_states} has no effect on optimizer {self.optimizer}")
+        if self.optimizer != "adamw" and self.offload_optimizer is not None:
+            raise ValueError(f"optimizer {self.optimizer} keeps its moments on the GPU; drop offload_optimizer "
+                             f"({self.offload_optimizer})")
         if self.gpus_per_worker is not None and 0 < self.gpus_per_worker < 1:
             raise ValueError(f"gpus_per_worker {self.gpus_per_worker} is a fraction; NCCL needs a whole GPU for each "
                              "training worker")

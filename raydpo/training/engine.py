@@ -25,9 +25,10 @@ from raydpo.model.layout import Layout, PromptGroup
 from raydpo.model.load import add_lora, freeze_matching, load_causal_lm
 from raydpo.model.logps import LogpModel
 from raydpo.model.selfcheck import Wish, choose_layout
+from raydpo.training.optimizer import make_optimizer
 from raydpo.training.state import TrainedState
 
-__all__ = ["PolicyEngine", "PolicySpec", "adamw", "join_process_group"]
+__all__ = ["PolicyEngine", "PolicySpec", "join_process_group"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +92,7 @@ class PolicyEngine:
 
         self.device, self.zero, self.adapts = device, train.zero, spec.adapts
         self.clip = train.clip
+        self._offload_activations = train.offload_activations
         settings = _deepspeed_config(train, spec.dtype)
         # Must outlive loading: transformers looks it up to partition weights as they are read.
         self._partitioned_loading = HfDeepSpeedConfig(settings) if train.zero == 3 else None
@@ -106,7 +108,7 @@ class PolicyEngine:
         if train.gradient_checkpointing:
             module.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        optimizer = adamw(trainable, train, device)
+        optimizer = make_optimizer(trainable, train, device)
         exact = _float32_buffers(module)
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         # DeepSpeed's bf16 mode rounds buffers too, among them the rotary frequencies, which would make the policy another
@@ -133,6 +135,9 @@ class PolicyEngine:
 
     def logps(self, layout: Layout) -> Tensor:
         """float32 log-probs [N] of a micro-batch's completion tokens, with gradient in training mode."""
+        if self._offload_activations and torch.is_grad_enabled():
+            with torch.autograd.graph.save_on_cpu(pin_memory=self.device.type == "cuda"):
+                return self.engine(layout.to(self.device))
         return self.engine(layout.to(self.device))
 
     def find_budget(self, share: float = 1.0) -> Budget:
@@ -225,12 +230,6 @@ class PolicyEngine:
         return float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
 
 
-def adamw(trainable: Sequence[Tensor], train: TrainConfig, device: torch.device) -> torch.optim.AdamW:
-    """The optimizer of every policy, with or without DeepSpeed around it."""
-    return torch.optim.AdamW(trainable, lr=train.lr, weight_decay=train.weight_decay, betas=(0.9, 0.999), eps=1e-8,
-                             fused=device.type == "cuda" or None)
-
-
 def _deepspeed_config(train: TrainConfig, dtype: str) -> dict[str, Any]:
     return {
         # Micro-batches are ours: their number differs from step to step. A global batch size given here would trip
@@ -239,12 +238,20 @@ def _deepspeed_config(train: TrainConfig, dtype: str) -> dict[str, Any]:
         "gradient_accumulation_steps": 1,
         # No clipping is a bound that is never reached: DeepSpeed then still computes the norm.
         "gradient_clipping": train.clip if train.clip is not None else 1e30,
-        "zero_optimization": {"stage": train.zero},
+        "zero_optimization": {"stage": train.zero} | _offload(train),
+        # Else it would want its own Adam, which a compiler must build first, in place of ours.
+        "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": dtype == "bfloat16"},
         "steps_per_print": 1_000_000_000,
         "wall_clock_breakdown": False,
     }
+
+
+def _offload(train: TrainConfig) -> dict[str, Any]:
+    wishes = {"offload_optimizer": train.offload_optimizer, "offload_param": train.offload_params}
+    return {key: {"device": "cpu", "pin_memory": torch.cuda.is_available()} if where == "cpu"
+            else {"device": "nvme", "nvme_path": where} for key, where in wishes.items() if where is not None}
 
 
 def _float32_buffers(module: nn.Module) -> dict[str, Tensor]:

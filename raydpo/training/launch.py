@@ -68,9 +68,12 @@ def launch(job: TrainJob, pairs: pa.Table, held_out: pa.Table | None, resources:
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     storage = Storage(run_dir)
-    board = ray.remote(num_cpus=0)(Board).remote()
+    # Where the driver is, with which it lives and dies; elsewhere it would go with a machine that only trains.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
     payload = _Payload(job=job, pairs=ray.put(pairs), held_out=None if held_out is None else ray.put(held_out),
                        run_dir=storage.root if storage.is_local else run_dir, threads=resources.threads,
                        run_name=run_name, track=track,

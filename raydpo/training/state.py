@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from raydpo.errors import TrainError
+from raydpo.training.optimizer import RoundedAdamW
 
 __all__ = ["Fragment", "TrainedState"]
 
@@ -153,9 +154,13 @@ class TrainedState:
         if not state:
             fused = self.optimizer.defaults.get("fused")
             state["step"] = torch.tensor(float(steps), device=flat.device if fused else "cpu")
-            state |= {kind: torch.zeros_like(flat, requires_grad=False) for kind in ("exp_avg", "exp_avg_sq")}
+            state |= {kind: torch.zeros_like(flat, dtype=self._moment_dtype(), requires_grad=False)
+                      for kind in ("exp_avg", "exp_avg_sq")}
         state["step"].fill_(float(steps))
         return self._elementwise(flat)
+
+    def _moment_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if isinstance(self.optimizer, RoundedAdamW) else torch.float32
 
     def _publish(self) -> None:
         """Give the model what the optimizer holds."""
