@@ -29,6 +29,7 @@ from raydpo.reference.index import as_bytes
 from raydpo.reference.score import ReferenceSpec
 from raydpo.reference.store import ReferenceCache
 from raydpo.storage import Storage
+from raydpo.training.card import model_card
 from raydpo.training.earlier import earlier_result, harmless_changes, set_aside
 from raydpo.training.engine import PolicySpec
 from raydpo.training.launch import launch
@@ -270,6 +271,7 @@ def _train(prepared: Prepared, console: Console, built: BuildReport | None, *, f
         console.say(f"stopped after step {trained['steps']:,}; its checkpoint is in {config.run_dir}")
         raise KeyboardInterrupt
     summary = _summarise(prepared, storage, trained, built, samples)
+    storage.write("final/README.md", model_card(config, summary).encode())
     storage.write("summary.json", json.dumps(summary, indent=2).encode())
     print_summary(console, summary)
     return summary

@@ -31,9 +31,10 @@ CHECKPOINT_EVERY = 5
 
 
 class Machines:
-    """A simulated cluster: a head without CPUs for workers, and two machines with room for two workers each."""
+    """A simulated cluster: a head for the driver, and two machines; each with room for so many workers."""
 
-    def __init__(self) -> None:
+    def __init__(self, cpus: int = 2) -> None:
+        self._cpus = cpus
         os.environ.update({MARK: "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_health_check_period_ms": "500",
                            "RAY_health_check_failure_threshold": "4", "RAY_health_check_initial_delay_ms": "1000"})
         self.start()
@@ -41,13 +42,13 @@ class Machines:
     def start(self) -> None:
         from ray.cluster_utils import Cluster
 
-        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False,
+        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": self._cpus, "include_dashboard": False,
                                                                      "object_store_memory": 150 << 20})
         self.nodes = [self._add() for _ in range(2)]
         self.address = self.cluster.address
 
     def _add(self):
-        return self.cluster.add_node(num_cpus=2, object_store_memory=150 << 20)
+        return self.cluster.add_node(num_cpus=self._cpus, object_store_memory=150 << 20)
 
     def stop(self) -> None:
         self.cluster.shutdown()
@@ -56,6 +57,14 @@ class Machines:
         """A machine goes without notice, and another one comes."""
         self.cluster.remove_node(node, allow_graceful=False)
         self.nodes[self.nodes.index(node)] = self._add()
+
+    def shrink(self) -> None:
+        """One machine less."""
+        self.cluster.remove_node(self.nodes.pop(), allow_graceful=False)
+
+    def grow(self) -> None:
+        """One machine more."""
+        self.nodes.append(self._add())
 
     def give_notice(self, node, seconds: float) -> None:
         """What a cloud does before it takes a spot machine."""
@@ -84,10 +93,10 @@ class Machines:
 class Soak:
     """One disturbed run and what was done to it."""
 
-    def __init__(self, place: Path, steps: int) -> None:
+    def __init__(self, place: Path, steps: int, cpus: int = 2) -> None:
         self.place, self.steps = place, steps
         self.run_dir = place / "runs" / "disturbed"
-        self.machines = Machines()
+        self.machines = Machines(cpus)
         self.driver: subprocess.Popen | None = None
         self.faults: list[tuple[str, int]] = []  # and how often training had begun by then
 
@@ -255,14 +264,14 @@ def weights(run_dir: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else f"no {path}"
 
 
-def prepare(place: Path, steps: int) -> None:
+def prepare(place: Path, steps: int, **train: object) -> None:
     model = make_model(place / "model")
     write_preferences(place / "a.jsonl", preferences(200))
     tree = {"output": str(place / "runs"), "model": {"path": str(model), "dtype": "float32"},
             "data": {"train": str(place / "a.jsonl")}, "cache": {"uri": str(place / "cache")},
             "train": {"workers": 2, "pairs_per_step": 16, "lr": 1e-3, "steps": steps, "checkpoint_every": CHECKPOINT_EVERY,
                       "tokens_per_batch": 512, "max_failures": -1, "max_preemptions": -1, "collective_timeout": 8,
-                      "preemption_every": 1}}
+                      "preemption_every": 1} | train}
     (place / "config.yaml").write_text(yaml.safe_dump(tree))
 
 

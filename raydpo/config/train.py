@@ -151,8 +151,8 @@ class TrainConfig(Section):
             raise ValueError(f"offload_optimizer ({self.offload_optimizer}) needs ZeRO; set zero to 1, 2 or 3, "
                              "not 0")
         if self.offload_optimizer not in (None, "cpu") and self.zero != 3:
-            raise ValueError(f"offload_optimizer to a disk ({self.offload_optimizer}) needs zero 3, not {self.zero}; cpu works "
-                             "with 1 and 2 too")
+            raise ValueError(f"offload_optimizer to a disk ({self.offload_optimizer}) needs zero 3, not {self.zero}; cpu "
+                             "works with 1 and 2 too")
         if self.offload_activations and not self.gradient_checkpointing:
             raise ValueError("offload_activations has no effect without gradient_checkpointing; set that to true")
         if self.optimizer_states != "float32" and self.optimizer != "adamw":

@@ -208,6 +208,10 @@ class PolicyEngine:
                  if parameter.requires_grad}
         return TrainedState(self.engine, named, self.zero)
 
+    def load_whole_models(self) -> None:
+        """From here on transformers loads models whole in this process, under ZeRO-3 too."""
+        self._partitioned_loading = None
+
     def gather(self) -> dict[str, Tensor]:
         """The policy's weights on the CPU of rank 0 (elsewhere an empty dict); with LoRA the adapters' alone.
 

@@ -5,20 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from raydpo.model.load import dropout_settings, restore_dropout
+from raydpo.model.load import dropout_settings, load_causal_lm, restore_dropout
 from raydpo.training.engine import PolicyEngine, PolicySpec
 
 __all__ = ["export_policy"]
 
 
-def export_policy(engine: PolicyEngine, spec: PolicySpec, base_name: str, tokenizer: Any, directory: Path) -> None:
+def export_policy(engine: PolicyEngine, spec: PolicySpec, base_name: str, tokenizer: Any, directory: Path,
+                  merge: bool = False) -> None:
     """Gather the weights and, on rank 0, write model or adapter and tokenizer to ``directory``. All ranks must call it.
 
     Args:
         base_name: how an adapter names the model it belongs to.
+        merge: write an adapter also merged into its model, below ``merged``.
     """
-    from transformers import AutoConfig
-
     weights = engine.gather()
     if engine.rank != 0:
         return
@@ -31,6 +31,19 @@ def export_policy(engine: PolicyEngine, spec: PolicySpec, base_name: str, tokeni
         tied = set(getattr(policy, "_tied_weights_keys", None) or ())
         weights |= {name: value for name, value in buffers.items() if name not in tied}
         policy.save_pretrained(str(directory), state_dict=weights, safe_serialization=True)
-        original = AutoConfig.from_pretrained(spec.path, trust_remote_code=spec.trust_remote_code)
-        restore_dropout(directory / "config.json", dropout_settings(original.to_dict()))
+        _restore_dropout(spec, directory)
     tokenizer.save_pretrained(str(directory))
+    if merge and spec.adapts:
+        engine.load_whole_models()
+        # Into the weights as they are stored: those that were quantized for training come back unrounded.
+        merged = load_causal_lm(spec.path, spec.dtype, adapter=str(directory), trust_remote_code=spec.trust_remote_code)
+        merged.merge_and_unload().save_pretrained(str(directory / "merged"), safe_serialization=True)
+        _restore_dropout(spec, directory / "merged")
+        tokenizer.save_pretrained(str(directory / "merged"))
+
+
+def _restore_dropout(spec: PolicySpec, directory: Path) -> None:
+    from transformers import AutoConfig
+
+    original = AutoConfig.from_pretrained(spec.path, trust_remote_code=spec.trust_remote_code)
+    restore_dropout(directory / "config.json", dropout_settings(original.to_dict()))

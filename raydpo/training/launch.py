@@ -241,7 +241,8 @@ def _train(payload: _Payload) -> None:
                                Path(scratch))
         final = Path(scratch) / "final"
         if not summary.interrupted:
-            export_policy(engine, job.policy, payload.base_name, payload.tokenizer, final)
+            export_policy(engine, job.policy, payload.base_name, payload.tokenizer, final,
+                          merge=job.train.merge_adapter)
         if rank == 0:
             if not summary.interrupted:
                 storage.upload(final, "final")

@@ -9,10 +9,10 @@ from rich.markup import escape
 
 from raydpo.console import Console, ProgressLine
 
-__all__ = ["TrainingDisplay", "plain_text", "print_summary"]
+__all__ = ["EVALUATION_TABLE", "TrainingDisplay", "plain_text", "print_summary"]
 
 PROMPT_CHARACTERS = 120
-_TABLE = (
+EVALUATION_TABLE = (
     ("eval_loss", "loss"),
     ("eval_rewards/accuracies", "preference accuracy (reward)"),
     ("eval_rewards/margins", "reward margin"),
@@ -74,7 +74,7 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
     before, after = summary["eval_before"], summary["eval_after"]
     if before and after:
         console.table(f"held-out pairs: {summary['held_out_pairs']:,}", ("", "before", "after"),
-                      [(label, _figure(before[key]), _figure(after[key])) for key, label in _TABLE])
+                      [(label, _figure(before[key]), _figure(after[key])) for key, label in EVALUATION_TABLE])
     for sample in summary["samples"]:
         console.print(f"[bold]prompt[/bold]  {escape(_end(plain_text(sample['prompt'])))}")
         console.print(f"[bold]before[/bold]  {escape(plain_text(sample['before']))}")

@@ -1,0 +1,47 @@
+"""A number of workers that follows the cluster, with the same pairs in every step."""
+
+import time
+
+import pyarrow.parquet as pq
+import pytest
+from soak import Soak, prepare
+
+STEPS = 1500
+
+
+def sizes(run):
+    """How many workers trained, each time training began."""
+    return [int(line.split("with ")[1].split()[0]) for line in run.log() if line.startswith("beginning after")]
+
+
+def wait_for(run, condition, seconds=150):
+    deadline = time.time() + seconds
+    while not condition():
+        assert time.time() < deadline and run.driver.poll() is None, run.log()[-5:]
+        time.sleep(0.5)
+
+
+@pytest.mark.slow
+def test_workers_follow_the_machines(tmp_path):
+    """Three machines with room for one worker each (the head, with the driver, is one); one goes, and later comes back."""
+    prepare(tmp_path, STEPS, workers={"min": 1, "max": 3}, lr=1e-5, checkpoint_every=50)
+    run = Soak(tmp_path, STEPS, cpus=1)
+    try:
+        run.drive()
+        wait_for(run, lambda: run.registered() >= 50)
+        first = sizes(run)[-1]
+        run.machines.shrink()
+        wait_for(run, lambda: len(sizes(run)) > 1)
+        fewer = sizes(run)[-1]
+        run.machines.grow()
+        wait_for(run, lambda: sizes(run)[-1] > fewer)
+        assert run.driver.wait(timeout=400) == 0
+    finally:
+        if run.driver.poll() is None:
+            run.driver.kill()
+        run.machines.stop()
+    assert fewer < first <= 3
+    print("workers:", sizes(run))
+    rows = pq.read_table(run.run_dir / "metrics.parquet").to_pylist()
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert all(row["pairs"] == 16 for row in rows if row["step"] % 13)
