@@ -1,6 +1,6 @@
 # make quickstart   the whole job on a small real model, a few minutes on two cores
 # make test         the tests
-# make soak         a quarter of an hour of killed workers, lost machines and full disks; the weights must not notice
+# make soak         killed workers, lost machines and full disks; the weights must not notice
 # make checks       what a commit must pass: lint and tests
 
 PYTHON ?= python3
@@ -23,7 +23,7 @@ test-all: $(VENV)/.test $(VENV)/.quickstart
 checks: lint test
 
 soak: $(VENV)/.test
-	cd tests && ../$(BIN)/python soak.py --steps 300 --minutes 10
+	cd tests && ../$(BIN)/python soak.py --steps 600 --minutes 15
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check raydpo jobs tests

@@ -121,6 +121,12 @@ class Soak:
         """The step after which training began, each time it did."""
         return [int(found[1]) for line in self.log() if (found := re.match(r"beginning after step (\d+)", line))]
 
+    def progresses(self) -> bool:
+        """Whether steps are being done right now."""
+        before = len(self.log())
+        time.sleep(0.5)
+        return len(self.log()) > before
+
     def registered(self) -> int:
         """The newest step whose checkpoint counts."""
         snapshot = self.run_dir / "checkpoints" / "checkpoint_manager_snapshot.json"
@@ -223,6 +229,8 @@ class Soak:
                 if not minutes:
                     continue
                 turn = random.sample(faults, len(faults))
+            if not self.progresses():
+                continue  # still busy with the fault before
             fault, begun = turn.pop(0), len(self.begins())
             try:
                 getattr(self, fault)()
@@ -297,7 +305,7 @@ def soak(place: Path, steps: int, faults: list[str], minutes: float = 0, seed: i
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--minutes", type=float, default=0, help="disturb for so long; 0 = each fault once")
     parser.add_argument("--faults", default=",".join(FAULTS))
     parser.add_argument("--seed", type=int, default=0)

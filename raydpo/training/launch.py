@@ -124,18 +124,18 @@ class _RayHooks(Hooks):
             from raydpo.training.records import RunRecords
             from raydpo.training.trackers import Trackers
 
-            self.records = RunRecords(self.storage, first_step)
+            self.records = RunRecords(self.storage, first_step, self.note)
             self.trackers = Trackers(self.payload.track, self.payload.run_name, self.payload.run_dir,
                                      self.payload.job.fingerprint, self.note)
-            print(f"beginning after step {first_step} of {total_steps} with {facts['world_size']} worker(s)", flush=True)
+            self._log(f"beginning after step {first_step} of {total_steps} with {facts['world_size']} worker(s)")
             self._tell("begin", {"first_step": first_step, "total_steps": total_steps} | dict(facts))
 
     def step(self, row: Mapping[str, float]) -> None:
         if self.rank == 0:
             self.records.add_step(row)
             self.trackers.log(int(row["step"]), row)
-            print(f"step {row['step']:.0f}  loss {row['loss']:.6f}  grad norm {row['grad_norm']:.4f}  "
-                  f"{row['seconds']:.3f} s", flush=True)  # into logs/worker-0.log, for tail -f
+            self._log(f"step {row['step']:.0f}  loss {row['loss']:.6f}  grad norm {row['grad_norm']:.4f}  "
+                      f"{row['seconds']:.3f} s")
             self._tell("step", dict(row))
 
     def evaluated(self, row: Mapping[str, float]) -> None:
@@ -186,6 +186,11 @@ class _RayHooks(Hooks):
         if notice is None:
             return None
         return 0.0 if notice.deadline_ms is None else notice.deadline_ms / 1000 - time.time()
+
+    def _log(self, line: str) -> None:
+        """Into logs/worker-0.log, for tail -f; a full disk is no reason to stop."""
+        with contextlib.suppress(OSError):
+            print(line, flush=True)
 
     def _tell(self, kind: str, content: Any) -> None:
         self.payload.board.put.remote(kind, content)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pyarrow as pa
@@ -28,9 +29,10 @@ class RunRecords:
     Args:
         storage: the run directory.
         from_step: rows of later steps that an interrupted run left are dropped; they will be made again.
+        warn: told if TensorBoard's files cannot be written, which are then left out; the Parquet files have everything.
     """
 
-    def __init__(self, storage: Storage, from_step: int) -> None:
+    def __init__(self, storage: Storage, from_step: int, warn: Callable[[str], None]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.storage = storage
@@ -38,7 +40,10 @@ class RunRecords:
         self.evals = [row for row in read_rows(storage, "eval.parquet") if row["step"] <= from_step]
         # TensorBoard appends to its files, which an object store cannot: there it is uploaded at the end.
         self._board_dir = Path(storage.path("tensorboard")) if storage.is_local else Path(tempfile.mkdtemp())
-        self._board = SummaryWriter(str(self._board_dir), purge_step=from_step + 1 if from_step else None)
+        self._board: SummaryWriter | None = None
+        self._warn = warn
+        with self._board_may_fail():
+            self._board = SummaryWriter(str(self._board_dir), purge_step=from_step + 1 if from_step else None)
 
     def add_step(self, row: Mapping[str, float]) -> None:
         self.steps.append(dict(row))
@@ -53,18 +58,35 @@ class RunRecords:
         for name, rows in (("metrics.parquet", self.steps), ("eval.parquet", self.evals)):
             if rows:
                 self.storage.write(name, _to_parquet(rows))
-        self._board.flush()
+        if self._board is not None:
+            with self._board_may_fail():
+                self._board.flush()
 
     def close(self) -> None:
         self.flush()
-        self._board.close()
+        if self._board is not None:
+            with self._board_may_fail():
+                self._board.close()
         if not self.storage.is_local:
             self.storage.upload(self._board_dir, "tensorboard")
 
     def _to_board(self, group: str, row: Mapping[str, float]) -> None:
-        for name, value in row.items():
-            if name != "step":
-                self._board.add_scalar(f"{group}/{name.removeprefix('eval_')}", value, int(row["step"]))
+        if self._board is None:
+            return
+        with self._board_may_fail():
+            for name, value in row.items():
+                if name != "step":
+                    self._board.add_scalar(f"{group}/{name.removeprefix('eval_')}", value, int(row["step"]))
+
+    @contextlib.contextmanager
+    def _board_may_fail(self) -> Iterator[None]:
+        """Its thread raises what the disk said at a later call."""
+        try:
+            yield
+        except OSError as error:
+            self._board = None
+            self._warn(f"warning: TensorBoard's files cannot be written ({error}) and are left out until the run is started "
+                       "again; metrics.parquet has everything")
 
 
 def _to_parquet(rows: list[dict[str, float]]) -> bytes:

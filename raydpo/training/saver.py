@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import shutil
 import time
@@ -143,7 +144,8 @@ class CheckpointSaver:
         kept = "the one before stays" if self.newest is None else f"the one of step {self.newest} stays"
         line = f"the checkpoint of step {step} could not be stored: {reason}; {kept}"
         if problem is not None:
-            print(line, flush=True)  # into this worker's log, whichever rank it is
+            with contextlib.suppress(OSError):
+                print(line, flush=True)  # into this worker's log, whichever rank it is
         if must:
             raise TrainError(f"{line}. Make room or mend the store, and start the run again")
         self._hooks.note(f"warning: {line}. Training goes on, and more would be lost by a restart")

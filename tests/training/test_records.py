@@ -1,0 +1,37 @@
+import errno
+
+import pytest
+
+from raydpo.storage import Storage
+from raydpo.training.records import RunRecords, read_rows
+
+
+def test_a_resumed_run_keeps_rows_up_to_its_step(tmp_path):
+    storage = Storage(str(tmp_path))
+    first = RunRecords(storage, 0, pytest.fail)
+    for step in range(1, 6):
+        first.add_step({"step": step, "loss": 1.0 / step})
+    first.add_eval({"step": 4, "eval_loss": 0.5})
+    first.flush()
+    again = RunRecords(storage, 3, pytest.fail)
+    again.add_step({"step": 4, "loss": 0.0})
+    again.close()
+    assert [row["step"] for row in read_rows(storage, "metrics.parquet")] == [1, 2, 3, 4]
+    assert read_rows(storage, "metrics.parquet")[-1]["loss"] == 0.0
+
+
+def test_a_full_disk_costs_tensorboard_and_a_warning(tmp_path, monkeypatch):
+    from tensorboard.summary.writer import event_file_writer
+
+    warnings = []
+    records = RunRecords(Storage(str(tmp_path)), 0, warnings.append)
+
+    def full(self, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(event_file_writer.RecordWriter, "write", full)
+    for step in range(1, 200):
+        records.add_step({"step": step, "loss": 0.5})
+    records.close()
+    assert len(warnings) == 1 and "No space left on device" in warnings[0] and "metrics.parquet" in warnings[0]
+    assert len(read_rows(Storage(str(tmp_path)), "metrics.parquet")) == 199
