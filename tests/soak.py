@@ -31,10 +31,10 @@ CHECKPOINT_EVERY = 5
 
 
 class Machines:
-    """A simulated cluster: a head for the driver, and two machines; each with room for so many workers."""
+    """A simulated cluster: a head for the driver, and two machines, with room for so many workers each."""
 
-    def __init__(self, cpus: int = 2) -> None:
-        self._cpus = cpus
+    def __init__(self, cpus: int = 2, on_head: int = 0) -> None:
+        self._cpus, self._on_head = cpus, on_head
         os.environ.update({MARK: "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_health_check_period_ms": "500",
                            "RAY_health_check_failure_threshold": "4", "RAY_health_check_initial_delay_ms": "1000"})
         self.start()
@@ -42,7 +42,7 @@ class Machines:
     def start(self) -> None:
         from ray.cluster_utils import Cluster
 
-        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": self._cpus, "include_dashboard": False,
+        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": self._on_head, "include_dashboard": False,
                                                                      "object_store_memory": 150 << 20})
         self.nodes = [self._add() for _ in range(2)]
         self.address = self.cluster.address
@@ -93,10 +93,10 @@ class Machines:
 class Soak:
     """One disturbed run and what was done to it."""
 
-    def __init__(self, place: Path, steps: int, cpus: int = 2) -> None:
+    def __init__(self, place: Path, steps: int, **machines: int) -> None:
         self.place, self.steps = place, steps
         self.run_dir = place / "runs" / "disturbed"
-        self.machines = Machines(cpus)
+        self.machines = Machines(**machines)
         self.driver: subprocess.Popen | None = None
         self.faults: list[tuple[str, int]] = []  # and how often training had begun by then
 
@@ -277,7 +277,7 @@ def prepare(place: Path, steps: int, **train: object) -> None:
     write_preferences(place / "a.jsonl", preferences(200))
     tree = {"output": str(place / "runs"), "model": {"path": str(model), "dtype": "float32"},
             "data": {"train": str(place / "a.jsonl")}, "cache": {"uri": str(place / "cache")},
-            "train": {"workers": 2, "pairs_per_step": 16, "lr": 1e-3, "steps": steps, "checkpoint_every": CHECKPOINT_EVERY,
+            "train": {"workers": 2, "pairs_per_step": 48, "lr": 1e-3, "steps": steps, "checkpoint_every": CHECKPOINT_EVERY,
                       "tokens_per_batch": 512, "max_failures": -1, "max_preemptions": -1, "collective_timeout": 8,
                       "preemption_every": 1} | train}
     (place / "config.yaml").write_text(yaml.safe_dump(tree))

@@ -185,11 +185,14 @@ def _train_steps(job: TrainJob, plan: BatchPlan, pairs: TrainingPairs, held_out:
         with clock.phase("checkpoint"):
             if last or stop or due or notice is not None:
                 metrics = summary.scores | {"loss": row["loss"]}
-                saver.begin(done, summary, metrics, must=last or stop)
+                if last or stop:
+                    saver.save_last(done, summary, metrics)
+                elif notice is not None:
+                    saver.save(done, summary, metrics)
+                else:
+                    saver.begin(done, summary, metrics)
             summary.checkpoint_seconds = before.checkpoint_seconds + saver.seconds
             summary.checkpoint_bytes = saver.bytes or summary.checkpoint_bytes
-            if last or stop or notice is not None:
-                saver.finish(must=last or stop)
         if notice is not None:
             _wait_for_the_end(notice, done, hooks)
         if stop:
@@ -205,7 +208,7 @@ def _count_skipped(skipped: str | None, summary: TrainSummary, train: TrainConfi
     summary.skipped += 1
     summary.skipped_in_a_row += 1
     if summary.skipped_in_a_row > train.max_skipped:
-        saver.finish(must=False)  # it is of a step that was taken
+        saver.finish()  # it is of a step that was taken
         raise TrainError(f"{skipped}. That was {summary.skipped_in_a_row} such step(s) in a row, more than "
                          f"train.max_skipped {train.max_skipped}; none of them was taken, and the last checkpoint "
                          "is good. Lower train.lr, or look at these pairs with 'raydpo show'")

@@ -25,6 +25,8 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PATIENCE = 300.0
 """Seconds for which a store that fails is tried again, in the background; the next checkpoint waits for it."""
 LONGEST_WAIT = 15.0
+LAST_PAUSES = (1.0, 2.0, 5.0, 10.0, *[15.0] * 18)
+"""Seconds between attempts at the last checkpoint of a run, five minutes in all."""
 
 
 @dataclass
@@ -39,7 +41,7 @@ class CheckpointSaver:
     """Makes checkpoints, one at a time; all ranks call the same methods at the same steps.
 
     A checkpoint that cannot be written or stored (disk full, store away for longer than PATIENCE) costs a warning: the
-    earlier one stays, and training goes on. The last one of a run must succeed.
+    earlier one stays, and training goes on. The last one of a run is tried longer, and must succeed.
 
     Attributes:
         seconds: for which training stood still for checkpoints.
@@ -53,6 +55,7 @@ class CheckpointSaver:
         self.seconds = 0.0
         self.bytes = 0
         self.newest: int | None = None
+        self._problem = ""
         self._started = time.monotonic()
 
     @property
@@ -65,13 +68,29 @@ class CheckpointSaver:
         """Whether this rank is still storing its share."""
         return self._upload is not None and not self._upload.future.done()
 
-    def begin(self, step: int, summary: Any, metrics: Mapping[str, float], *, must: bool = False) -> None:
-        """Write the state after ``step`` and begin to store it. Waits for the one before.
+    def save(self, step: int, summary: Any, metrics: Mapping[str, float]) -> bool:
+        """Write and store the state after ``step`` while training stands still; whether that worked."""
+        self.begin(step, summary, metrics)
+        self.finish()
+        return self.newest == step
+
+    def save_last(self, step: int, summary: Any, metrics: Mapping[str, float]) -> None:
+        """As ``save``, again and again: without it the work since the one before is lost.
 
         Raises:
-            TrainError: if it ``must`` succeed and does not.
+            TrainError: if it cannot be stored.
         """
-        self.finish(must=False)
+        for pause in (*LAST_PAUSES, None):
+            if self.save(step, summary, metrics):
+                return
+            if pause is not None:
+                time.sleep(pause)
+        raise TrainError(f"{self._problem}. It was the last one, tried {len(LAST_PAUSES) + 1} times. Make room or mend the "
+                         "store, and start the run again")
+
+    def begin(self, step: int, summary: Any, metrics: Mapping[str, float]) -> None:
+        """Write the state after ``step`` and begin to store it. Waits for the one before."""
+        self.finish()
         start, self._started = time.perf_counter(), time.monotonic()
         directory = self._scratch / f"step-{step:08d}-rank-{self._engine.rank:05d}"
         problem = None
@@ -85,7 +104,7 @@ class CheckpointSaver:
         failed, self.bytes = (int(value) for value in self._engine.sum_over_ranks(totals).tolist())
         if failed:
             shutil.rmtree(directory, ignore_errors=True)
-            self._give_up(step, problem, failed, must)
+            self._give_up(step, problem, failed)
         else:
             self._upload = _Upload(step, directory, self._pool.submit(self._store, directory, step), dict(metrics))
         self.seconds += time.perf_counter() - start
@@ -93,16 +112,13 @@ class CheckpointSaver:
     def settle(self, *, all_stored: bool) -> None:
         """Between steps: count the checkpoint under way if every rank has stored its share."""
         if self._upload is not None and all_stored:
-            self.finish(must=False, wait=False)
+            self.finish(wait=False)
 
-    def finish(self, *, must: bool, wait: bool = True) -> None:
+    def finish(self, *, wait: bool = True) -> None:
         """Wait until the checkpoint under way is stored by all ranks, and count it.
 
         Args:
             wait: also until it is certain to count.
-
-        Raises:
-            TrainError: if it ``must`` succeed and does not.
         """
         if self._upload is None:
             return
@@ -117,7 +133,7 @@ class CheckpointSaver:
         failed = int(self._engine.sum_over_ranks(failed))
         shutil.rmtree(upload.directory, ignore_errors=True)
         if failed:
-            self._give_up(upload.step, problem, failed, must)
+            self._give_up(upload.step, problem, failed)
         else:
             self._hooks.register(upload.step, upload.metrics, wait=wait)
             self.newest = upload.step
@@ -138,17 +154,15 @@ class CheckpointSaver:
                 time.sleep(pause)
                 pause = min(2 * pause, LONGEST_WAIT)
 
-    def _give_up(self, step: int, problem: str | None, failed: int, must: bool) -> None:
+    def _give_up(self, step: int, problem: str | None, failed: int) -> None:
         # The reason is this rank's, where it is this rank's.
         reason = problem or f"{failed} of {self._engine.world_size} workers could not write it; see their logs"
         kept = "the one before stays" if self.newest is None else f"the one of step {self.newest} stays"
-        line = f"the checkpoint of step {step} could not be stored: {reason}; {kept}"
+        line = self._problem = f"the checkpoint of step {step} could not be stored: {reason}; {kept}"
         if problem is not None:
             with contextlib.suppress(OSError):
                 print(line, flush=True)  # into this worker's log, whichever rank it is
-        if must:
-            raise TrainError(f"{line}. Make room or mend the store, and start the run again")
-        self._hooks.note(f"warning: {line}. Training goes on, and more would be lost by a restart")
+        self._hooks.note(f"warning: {line}")
 
 
 def _explained(error: Exception, directory: Path) -> str:

@@ -61,6 +61,9 @@ def test_a_store_that_is_away_is_tried_again_and_a_full_one_costs_one_checkpoint
 
 
 def full_at_the_end(table, model, place):
+    from raydpo.training import saver
+
+    saver.LAST_PAUSES = (0.1, 0.1)
     with pytest.raises(TrainError) as caught:
         train(table, model, place, full=9, checkpoint_every=2)
     return str(caught.value)
@@ -69,6 +72,27 @@ def full_at_the_end(table, model, place):
 def test_the_last_checkpoint_must_be_stored(table, tiny_llama, tmp_path):
     for message in run_distributed(full_at_the_end, 2, tmp_path / "run", table, tiny_llama, tmp_path):
         assert "the checkpoint of step 9 could not be stored" in message and "the one of step 8 stays" in message
+        assert "tried 3 times" in message
+
+
+class Freed(Store):
+    """Someone makes room after the second attempt at the last checkpoint."""
+
+    def upload(self, directory, step):
+        self.full = 9 if self.attempts < 6 else None
+        super().upload(directory, step)
+
+
+def freed(table, model, place):
+    from raydpo.training import saver
+
+    saver.LAST_PAUSES = (0.1, 0.1)
+    record = Freed(keep=place / "keep")
+    return list(train_here(table, model, place / "scratch", record=record, steps=9, checkpoint_every=2).checkpoints)
+
+
+def test_the_last_checkpoint_waits_for_room(table, tiny_llama, tmp_path):
+    assert run_distributed(freed, 2, tmp_path / "run", table, tiny_llama, tmp_path) == [[2, 4, 6, 8, 9]] * 2
 
 
 def disk_full(table, model, place):

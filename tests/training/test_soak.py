@@ -7,7 +7,7 @@ def test_a_disturbed_run_ends_with_the_same_bits(tmp_path):
     """Two simulated machines: a hung worker, a machine taken away with notice, one without, SIGTERM and the same command
     again, a full disk."""
     faults = ["hang", "preemption", "disk", "machine", "terminate"]
-    report = soak(tmp_path, steps=110, faults=faults)
+    report = soak(tmp_path, steps=160, faults=faults)
     assert report["same_bits"], report
     assert set(report["faults"]) == set(faults), report
     assert report["restarts"] >= 4, report
