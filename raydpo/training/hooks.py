@@ -41,5 +41,5 @@ class Hooks:
         return False
 
     def preempted(self) -> float | None:
-        """Seconds until a machine of this run is taken away, None if none will be. Collective."""
+        """Seconds until a machine of this run is taken away (0 if that is not told), None if none will be. Collective."""
         return None

@@ -23,15 +23,13 @@ from raydpo.training.evaluate import compare, evaluate
 from raydpo.training.gate import expected_first_loss, gate_rows, judge
 from raydpo.training.hooks import Hooks
 from raydpo.training.pairs import TrainingPairs
+from raydpo.training.preemption import PreemptionGuard
 from raydpo.training.sample import greedy_answers
 from raydpo.training.saver import CheckpointSaver
 from raydpo.training.step import Wishes, prepare_step, train_step
 from raydpo.training.watch import TrainingWatch
 
 __all__ = ["TrainJob", "TrainSummary", "train_policy"]
-
-AFTER_PREEMPTION = 60.0
-"""Seconds for which a machine may outlive the end it was given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +145,7 @@ def train_policy(job: TrainJob, pairs: TrainingPairs, held_out: TrainingPairs | 
 def _train_steps(job: TrainJob, plan: BatchPlan, pairs: TrainingPairs, held_out: TrainingPairs | None, engine: PolicyEngine,
                  hooks: Hooks, saver: CheckpointSaver, summary: TrainSummary) -> None:
     train, clock, watch = job.train, StepClock(engine.device), TrainingWatch(summary.warned)
+    guard = PreemptionGuard(engine, hooks, train.preemption_every)
     start, before = time.perf_counter(), dataclasses.replace(summary)
     tokens = 0.0
     steps = iter(prefetch(range(summary.steps, plan.total_steps), lambda number: prepare_step(number, plan, pairs, engine),
@@ -179,22 +178,21 @@ def _train_steps(job: TrainJob, plan: BatchPlan, pairs: TrainingPairs, held_out:
                 _evaluate(done, engine, held_out, job, plan.tokens_per_batch, summary, hooks)
         if last:
             summary.samples_after = _samples(job, engine)
-        notice = hooks.preempted() if done % train.preemption_every == 0 else None
+        notice = guard.ask(done, row["time/step"], saver.last_seconds)
         stop = result.stop and not last
         due = result.checkpoint or (minutes is None and done % train.checkpoint_every == 0)
         with clock.phase("checkpoint"):
-            if last or stop or due or notice is not None:
+            if last or stop or due or notice:
                 metrics = summary.scores | {"loss": row["loss"]}
                 if last or stop:
                     saver.save_last(done, summary, metrics)
-                elif notice is not None:
+                elif notice:
                     saver.save(done, summary, metrics)
                 else:
                     saver.begin(done, summary, metrics)
             summary.checkpoint_seconds = before.checkpoint_seconds + saver.seconds
             summary.checkpoint_bytes = saver.bytes or summary.checkpoint_bytes
-        if notice is not None:
-            _wait_for_the_end(notice, done, hooks)
+        guard.wait(done)
         if stop:
             summary.interrupted = True
             return
@@ -213,14 +211,6 @@ def _count_skipped(skipped: str | None, summary: TrainSummary, train: TrainConfi
                          f"train.max_skipped {train.max_skipped}; none of them was taken, and the last checkpoint "
                          "is good. Lower train.lr, or look at these pairs with 'raydpo show'")
     hooks.note(f"warning: {skipped}. The step was not taken")
-
-
-def _wait_for_the_end(seconds: float, step: int, hooks: Hooks) -> None:
-    """Nothing that is computed after the checkpoint would survive the machine: let Ray have it."""
-    hooks.note(f"a machine of this run is taken away in {max(0.0, seconds):.0f} s; the checkpoint of step {step} is stored, "
-               "and training waits to go on elsewhere")
-    time.sleep(max(0.0, seconds) + AFTER_PREEMPTION)
-    hooks.note(f"warning: the machine is still there {AFTER_PREEMPTION:.0f} s after its time; training goes on")
 
 
 def _evaluate(step: int, engine: PolicyEngine, held_out: TrainingPairs, job: TrainJob, budget: int, summary: TrainSummary,

@@ -44,7 +44,7 @@ class CheckpointSaver:
     earlier one stays, and training goes on. The last one of a run is tried longer, and must succeed.
 
     Attributes:
-        seconds: for which training stood still for checkpoints.
+        seconds, last_seconds: for which training stood still for checkpoints, and for the last one.
         bytes: size of the last one, over all ranks.
     """
 
@@ -52,7 +52,7 @@ class CheckpointSaver:
         self._engine, self._hooks, self._scratch, self._fingerprint = engine, hooks, scratch, fingerprint
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="raydpo-checkpoint")
         self._upload: _Upload | None = None
-        self.seconds = 0.0
+        self.seconds = self.last_seconds = 0.0
         self.bytes = 0
         self.newest: int | None = None
         self._problem = ""
@@ -91,6 +91,7 @@ class CheckpointSaver:
     def begin(self, step: int, summary: Any, metrics: Mapping[str, float]) -> None:
         """Write the state after ``step`` and begin to store it. Waits for the one before."""
         self.finish()
+        self.last_seconds = 0.0
         start, self._started = time.perf_counter(), time.monotonic()
         directory = self._scratch / f"step-{step:08d}-rank-{self._engine.rank:05d}"
         problem = None
@@ -107,7 +108,7 @@ class CheckpointSaver:
             self._give_up(step, problem, failed)
         else:
             self._upload = _Upload(step, directory, self._pool.submit(self._store, directory, step), dict(metrics))
-        self.seconds += time.perf_counter() - start
+        self._add(time.perf_counter() - start)
 
     def settle(self, *, all_stored: bool) -> None:
         """Between steps: count the checkpoint under way if every rank has stored its share."""
@@ -137,7 +138,11 @@ class CheckpointSaver:
         else:
             self._hooks.register(upload.step, upload.metrics, wait=wait)
             self.newest = upload.step
-        self.seconds += time.perf_counter() - start
+        self._add(time.perf_counter() - start)
+
+    def _add(self, seconds: float) -> None:
+        self.seconds += seconds
+        self.last_seconds += seconds
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)

@@ -149,3 +149,32 @@ def test_what_does_not_fit_twice_is_halved_once():
     board.put("step", {})
     assert board.back_off(100) and board.tokens_per_batch() == 50
     assert "starting the workers again with 50" in board.drain()[-1][1]
+
+
+def test_sigterm_then_one_worker_with_the_best_checkpoint_kept(job):
+    """LoRA with a tracker and a merged export, stopped by SIGTERM, continued by one worker instead of two."""
+    more = ["model.lora={r: 4}", "train.keep_best=eval_loss", "train.keep_checkpoints=1", "train.eval_every=5",
+            "train.checkpoint_every=5", "train.merge_adapter=true", "track.mlflow={}", "train.steps=40"]
+    process = subprocess.Popen(command(job, "run", "terminated", *more), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               text=True)
+    wait_for_checkpoint(job, "terminated", 10, process)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 130, output
+    stopped = int(re.search(r"stopped after step (\d+)", output)[1])
+    result = subprocess.run(command(job, "run", "terminated", *more, "train.workers=1"), capture_output=True, text=True,
+                            timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert f"continuing after step {stopped}" in result.stdout, "no step is done again"
+    assert "changed since this run began, without effect on its result: train.workers: 2 -> 1" in result.stdout
+    assert "was made by 2 worker(s) under ZeRO 2, now 1" in result.stdout
+    run = job / "runs" / "terminated"
+    assert len(rows(job, "terminated")) == 40
+    evals = {row["step"]: row["eval_loss"] for row in rows(job, "terminated", "eval.parquet")}
+    kept = {int(path.name.split("-")[1]) for path in (run / "checkpoints").glob("step-*")}
+    best = min((step for step in evals if step), key=evals.get)
+    assert kept == {best, 40}, (kept, evals)
+    assert {"README.md", "adapter_model.safetensors", "merged"} <= {path.name for path in (run / "final").iterdir()}
+    assert (run / "mlflow.db").is_file() and (run / "final" / "merged" / "model.safetensors").is_file()
+    assert re.search(r"checkpoints: [\d.,]+ MB each; training stood still for them for [\d.]+ s", result.stdout)
+    assert not list((run / "checkpoints").rglob("*.pt"))

@@ -1,0 +1,64 @@
+"""What to do when a machine of the run is about to be taken away."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from raydpo.training.engine import PolicyEngine
+from raydpo.training.hooks import Hooks
+
+__all__ = ["PreemptionGuard"]
+
+AFTER = 60.0
+"""Seconds for which a machine may outlive the end it was given."""
+SLACK = 5.0
+
+
+class PreemptionGuard:
+    """Asks every few steps, and decides the same on every rank.
+
+    A notice calls for a checkpoint at once. Training then goes on until the end is near, calls for another one, and waits:
+    what would be computed after it is lost anyway.
+
+    Args:
+        every: steps between questions.
+    """
+
+    def __init__(self, engine: PolicyEngine, hooks: Hooks, every: int) -> None:
+        self._engine, self._hooks, self._every = engine, hooks, every
+        self._noticed = self._outlived = False
+        self._end = 0.0
+
+    def ask(self, step: int, step_seconds: float, save_seconds: float) -> bool:
+        """Whether a checkpoint is called for after ``step``. All ranks call it.
+
+        Args:
+            step_seconds, save_seconds: how long a step, and a checkpoint, took last.
+        """
+        if self._outlived or step % self._every:
+            return False
+        left = self._hooks.preempted()
+        if left is None:
+            return False
+        # Clocks differ between machines: rank 0's counts.
+        margin = SLACK + 2 * (self._every * step_seconds + save_seconds)
+        agreed = torch.tensor([left, left <= margin] if self._engine.rank == 0 else [0, 0], dtype=torch.float64,
+                              device=self._engine.device)
+        left, near = self._engine.sum_over_ranks(agreed).tolist()
+        self._end = time.monotonic() + left if near else 0.0
+        if not self._noticed:
+            self._hooks.note(f"a machine of this run is taken away in {max(0.0, left):.0f} s; making a checkpoint")
+        first, self._noticed = not self._noticed, True
+        return first or bool(near)
+
+    def wait(self, step: int) -> None:
+        """After the checkpoint: let the end come, if it is near."""
+        if not self._end:
+            return
+        self._hooks.note(f"the checkpoint of step {step} is stored; training waits to go on elsewhere")
+        time.sleep(max(0.0, self._end - time.monotonic()) + AFTER)
+        self._end, self._outlived = 0.0, True
+        self._hooks.note(f"warning: the machine is still there {AFTER:.0f} s after its time; training goes on, and does not "
+                         "ask again")
