@@ -16,6 +16,7 @@ from raydpo.cache_cli import add_cache_verbs
 from raydpo.config import Config, load_config
 from raydpo.console import Console
 from raydpo.errors import RaydpoError, exit_status
+from raydpo.interrupt import sigterm_as_interrupt
 
 if TYPE_CHECKING:
     from raydpo.data.pairs import PairSets
@@ -80,7 +81,8 @@ def guarded(act: Callable[[Console], None]) -> int:
     """Run ``act``; an error that raydpo explains costs one message, any other also its traceback, in a file."""
     console = Console()
     try:
-        act(console)
+        with sigterm_as_interrupt():
+            act(console)
     except RaydpoError as error:
         print(f"error: {error}", file=sys.stderr)
         return exit_status(error)

@@ -102,7 +102,8 @@ class TrainConfig(Section):
     keep_checkpoints: Int = Field(2, ge=1)
     """How many checkpoints stay: the newest, or with keep_best the best and the newest."""
     keep_best: str | None = None
-    """A metric of the held-out evaluations, such as eval_loss or eval_rewards/accuracies, by which checkpoints are kept."""
+    """A metric of the held-out evaluations, such as eval_loss or eval_rewards/accuracies, by which checkpoints are kept:
+    the newest one when each was made."""
     eval_every: Int = Field(50, ge=1)
     """Steps between held-out evaluations. There is always one before the first and one after the last step."""
     max_failures: Int = Field(3, ge=-1)

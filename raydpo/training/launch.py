@@ -28,7 +28,7 @@ __all__ = ["Listener", "launch"]
 CHECKPOINTS = "checkpoints"
 RESIZE_SECONDS = 30.0
 """Between looks for machines that have come, where the number of workers may vary."""
-LOWER_IS_BETTER = ("eval_loss",)
+LOWER_IS_BETTER = ("eval_loss", "eval_logps/chosen_fell")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ import numpy as np
 from raydpo.config import TrainConfig
 from raydpo.data.plan import BatchPlan
 from raydpo.data.shapes import POSITIONS_ONLY, Work
-from raydpo.errors import TrainError
+from raydpo.errors import ConfigError, TrainError
 from raydpo.prefetch import prefetch
 from raydpo.training.checkpoint import load_checkpoint
 from raydpo.training.clock import StepClock
@@ -106,6 +106,7 @@ def train_policy(job: TrainJob, pairs: TrainingPairs, held_out: TrainingPairs | 
         scratch: local directory for checkpoints in the making.
 
     Raises:
+        ConfigError: if the checkpoint is of a run with other settings, or ``train.keep_best`` names no metric.
         GateError: if the stored log-probs are not the starting policy's.
         TrainError: if too many losses or gradients in a row are not finite, if the last checkpoint cannot be stored, or
             the one to begin from is of another run.
@@ -217,6 +218,10 @@ def _evaluate(step: int, engine: PolicyEngine, held_out: TrainingPairs, job: Tra
               hooks: Hooks) -> None:
     row = evaluate(engine, held_out, job.train, budget)
     summary.scores = {name: value for name, value in row.items() if name.startswith("eval_")}
+    wanted = job.train.keep_best
+    if wanted is not None and wanted not in summary.scores:
+        raise ConfigError(f"train.keep_best is {wanted!r}, which no evaluation measures; there are "
+                          f"{', '.join(sorted(summary.scores))}")
     hooks.evaluated({"step": step} | row)
 
 

@@ -8,7 +8,7 @@ import pytest
 from distributed import run_distributed
 from kernel import Record, tiny_pairs, train_here, with_reference
 
-from raydpo.errors import TrainError
+from raydpo.errors import ConfigError, TrainError
 
 
 @pytest.fixture(scope="module")
@@ -155,3 +155,14 @@ def by_minutes(table, model, place):
 
 def test_an_interval_in_minutes(table, tiny_llama, tmp_path):
     assert run_distributed(by_minutes, 2, tmp_path / "run", table, tiny_llama, tmp_path) == [[1, 2, 3, 4]] * 2
+
+
+def unknown_metric(table, model, place):
+    with pytest.raises(ConfigError) as caught:
+        train(table, model, place, held_out=table, keep_best="eval_los")
+    return str(caught.value)
+
+
+def test_a_metric_that_nothing_measures_is_refused_before_the_first_step(table, tiny_llama, tmp_path):
+    for message in run_distributed(unknown_metric, 1, tmp_path / "run", table, tiny_llama, tmp_path):
+        assert "train.keep_best is 'eval_los'" in message and "eval_loss, " in message

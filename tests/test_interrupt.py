@@ -1,0 +1,59 @@
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from raydpo.interrupt import interruptible, sigterm_as_interrupt
+
+SCRIPT = """
+import sys, threading, time
+from raydpo.interrupt import interruptible
+stop = threading.Event()
+def act():
+    print("begun", flush=True)
+    stop.wait(30)
+    time.sleep(float(sys.argv[1]))
+    print("ended", flush=True)
+interruptible(act, stop.set)
+"""
+
+
+def run(after, signals, pause=0.3):
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(after)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True)
+    assert process.stdout.readline() == "begun\n"
+    for number in signals:
+        process.send_signal(number)
+        time.sleep(pause)
+    output, errors = process.communicate(timeout=20)
+    return process.returncode, output, errors
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_lets_it_come_to_its_end(number):
+    status, output, errors = run(0.2, [number])
+    assert status == 0 and "ended" in output
+    assert f"{number.name}: stopping after this step" in errors
+
+
+def test_the_second_ends_at_once():
+    start = time.time()
+    status, output, _ = run(25, [signal.SIGTERM, signal.SIGINT])
+    assert status == 130 and "ended" not in output and time.time() - start < 15
+
+
+def test_what_it_raises_is_raised_and_the_handlers_come_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(ZeroDivisionError):
+        interruptible(lambda: 1 / 0, lambda: None)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_sigterm_is_an_interrupt():
+    with pytest.raises(KeyboardInterrupt), sigterm_as_interrupt():
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        time.sleep(5)
