@@ -1,7 +1,9 @@
 """Trackers in their offline modes, and Ray's own metrics port."""
 
+import contextlib
 import json
 import re
+import socket
 import time
 import urllib.request
 from pathlib import Path
@@ -68,14 +70,18 @@ def test_gauges_come_out_of_rays_metrics_port_under_the_names_of_the_dashboard(t
     import ray
 
     warnings = []
-    ray.init(num_cpus=1, include_dashboard=False, _metrics_export_port=0, log_to_driver=False, object_store_memory=100 << 20)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ray.init(num_cpus=1, include_dashboard=False, _metrics_export_port=port, log_to_driver=False,
+             object_store_memory=100 << 20)
     try:
         log(TrackConfig(), tmp_path, warnings)
-        port = ray.nodes()[0]["MetricsExportPort"]
-        deadline, text = time.time() + 40, ""
+        deadline, text = time.time() + 90, ""
         while "ray_raydpo_loss" not in text and time.time() < deadline:
             time.sleep(1)
-            text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5).read().decode()
+            with contextlib.suppress(OSError):  # the agent that serves it may start late
+                text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5).read().decode()
     finally:
         ray.shutdown()
     assert not warnings
