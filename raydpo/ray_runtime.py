@@ -38,6 +38,13 @@ class Resources:
     """Where the number of workers may vary, the smallest; ``workers`` is the largest then."""
     memory_share: float = 1.0
     """Part of its device's memory that belongs to one worker: workers share a CPU node, or a GPU by fractions."""
+    together: int = 1
+    """Workers that compute each forward pass together, ``sequence_parallel``."""
+
+    @property
+    def teams(self) -> int:
+        """Groups of such workers."""
+        return self.workers // self.together
 
     @property
     def device(self) -> Literal["cuda", "cpu"]:
@@ -96,6 +103,12 @@ def resources_for(stage: Literal["score", "train"], config: Config) -> Resources
                           f"{gpus * fewest:g} GPUs, the Ray cluster has {total.get('GPU', 0):g}; ask for fewer "
                           f"({stage}.gpus_per_worker=0 runs on the CPU), or set ray.autoscaling=true where nodes come on "
                           "demand")
+    together = section.sequence_parallel
+    largest = max((node["Resources"].get("GPU", 0) for node in ray.nodes() if node["Alive"]), default=0)
+    if stage == "score" and together > 1 and gpus * together > largest and not config.ray.autoscaling:
+        raise ConfigError(f"score.sequence_parallel {together} needs one machine with {gpus * together:g} GPUs, the largest "
+                          f"of the Ray cluster has {largest:g}; lower it, or set ray.autoscaling=true where nodes come on "
+                          "demand")
     needed = fewest + (2 if stage == "score" else 1)
     if needed > total.get("CPU", 0) and not config.ray.autoscaling:
         raise ConfigError(f"{stage}.workers {fewest} needs {needed} CPUs of Ray (one each, and some beside them "
@@ -106,7 +119,7 @@ def resources_for(stage: Literal["score", "train"], config: Config) -> Resources
         nodes = [node for node in ray.nodes() if node["Alive"]]
         on_one_node = -(-workers // max(1, len(nodes)))
         threads, memory_share = max(1, (os.cpu_count() or 1) // on_one_node), 1 / on_one_node
-    return Resources(workers, gpus, threads, fewest, memory_share)
+    return Resources(workers, gpus, threads, fewest, memory_share, together)
 
 
 def bfloat16_pays() -> bool:

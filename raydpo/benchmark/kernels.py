@@ -26,7 +26,9 @@ class KernelEngine:
         check_rows: a few pairs of the data, for the self-check of the layout.
     """
 
-    rank = 0
+    rank = replica = 0
+    replicas = sequence_parallel = 1
+    leads = True
 
     def __init__(self, spec: PolicySpec, train: TrainConfig, device: torch.device,
                  check_rows: Sequence[PromptGroup] = ()) -> None:

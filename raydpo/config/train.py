@@ -26,6 +26,24 @@ class ScoreConfig(Section):
     """Tokens scored between two commits: what a kill can cost at most, per actor."""
     dtype: Dtype | None = None
     """Precision of the reference; null = model.dtype."""
+    sequence_parallel: Int = Field(1, ge=1)
+    """Workers of one machine that compute each forward pass together, every one a part of the positions (DeepSpeed Ulysses,
+    arXiv 2309.14509): for sequences that do not fit on one device. tokens_per_batch is still of one worker."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ScoreConfig:
+        _whole_groups(self.workers, self.sequence_parallel)
+        if self.sequence_parallel > 1 and self.gpus_per_worker is not None and 0 < self.gpus_per_worker < 1:
+            raise ValueError(f"gpus_per_worker {self.gpus_per_worker} is a fraction; sequence_parallel "
+                             f"({self.sequence_parallel}) needs a whole GPU for each worker")
+        return self
+
+
+def _whole_groups(workers: int, sequence_parallel: int) -> None:
+    if workers % sequence_parallel:
+        raise ValueError(f"workers ({workers}) is not a multiple of sequence_parallel ({sequence_parallel}), the workers "
+                         "that compute together; set workers to "
+                         f"{sequence_parallel * (workers // sequence_parallel + 1)}, or sequence_parallel to a divisor")
 
 
 class ElasticWorkers(Section):
@@ -56,6 +74,9 @@ class TrainConfig(Section):
     tokens_per_batch: Literal["auto"] | Annotated[Int, Field(ge=1)] = "auto"
     """Token positions of one forward and backward pass of a worker, each shared prefix counted once; auto = as many as fit,
     measured at start. Accumulation follows from it."""
+    sequence_parallel: Int = Field(1, ge=1)
+    """Workers that compute each micro-batch together, every one a part of its positions (DeepSpeed Ulysses): for sequences
+    that do not fit on one device. tokens_per_batch is still of one worker. Best within a machine."""
     epochs: Int = Field(1, ge=1)
     """Passes over the data."""
     steps: Int | None = Field(None, ge=1)
@@ -135,6 +156,12 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
+        if isinstance(self.workers, ElasticWorkers):
+            if self.sequence_parallel > 1:
+                raise ValueError(f"sequence_parallel ({self.sequence_parallel}) needs a fixed number of workers, not "
+                                 f"{{min: {self.workers.min}, max: {self.workers.max}}}; set workers to a multiple of it")
+        else:
+            _whole_groups(self.workers, self.sequence_parallel)
         if self.label_smoothing and self.loss not in ("sigmoid", "sigmoid_norm"):
             raise ValueError(f"label_smoothing {self.label_smoothing} has no effect on loss {self.loss!r}; "
                              "set it to 0, or loss to sigmoid or sigmoid_norm")

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raydpo.model.tree import Node, PrefixTree
+from raydpo.model.ulysses import SequenceGroup, head_shares
 
 __all__ = ["ATTENTION", "Body", "Segments", "available_bodies", "register"]
 
@@ -50,6 +51,7 @@ class Segments:
         query_ends, key_ends: int32 [nodes + 1], cumulative lengths, for the same bodies.
         node_of: [T], the node of each position; subtree_end: [nodes], the first node behind each one's subtree; depths:
             [T]. For FlexAttention.
+        group: the ranks among which the positions are divided, or None.
     """
 
     nodes: tuple[Node, ...]
@@ -60,6 +62,7 @@ class Segments:
     node_of: Tensor | None = None
     subtree_end: Tensor | None = None
     depths: Tensor | None = None
+    group: SequenceGroup | None = None
     memo: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
@@ -93,6 +96,11 @@ class Segments:
     def _each(self, change: Callable[[Tensor], Tensor]) -> Segments:
         changed = {name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **changed, memo={})
+
+    @property
+    def positions(self) -> int:
+        """T."""
+        return self.nodes[-1].start + self.nodes[-1].length
 
     @property
     def longest_query(self) -> int:
@@ -130,7 +138,7 @@ def tree_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
     """What transformers calls in each layer.
 
     Args:
-        query: [1, A, T, D]; key, value: [1, G, T, D].
+        query: [1, A, T, D]; key, value: [1, G, T, D]. Where a group of ranks shares the positions, T are this rank's.
         segments: the layout; it must have been passed to the model's forward.
         sliding_window: how many tokens back a token sees, itself included, along its path.
         softcap: bound of the scores (Gemma 2). s_aux: attention sinks [A] (gpt-oss).
@@ -148,6 +156,13 @@ def tree_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     # Rotary embeddings in float32 leave queries and keys wider than values.
     query, key = query.to(value.dtype), key.to(value.dtype)
+    group = segments.group
+    if group is not None:
+        query_heads, key_heads = query.shape[1], key.shape[1]
+        query, key, value = group.to_heads(query, key, value, segments.positions)
+        if s_aux is not None:
+            mine = head_shares(query_heads, key_heads, group.size)[group.rank].queries
+            s_aux = s_aux[mine.start : mine.stop]
     body = segments.body
     if s_aux is not None or (softcap is not None and body in ("varlen", "sdpa")) or query.shape[-1] != value.shape[-1]:
         out = _by_node(_scores_attention, query, key, value, segments, scaling, sliding_window, softcap, s_aux)
@@ -157,7 +172,7 @@ def tree_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
         out = _flex(query, key, value, segments, scaling, sliding_window, softcap)
     else:
         out = _varlen(query, key, value, segments, scaling, sliding_window, softcap)
-    return out, None
+    return (out if group is None else group.to_positions(out, query_heads, key_heads)), None
 
 
 def _by_node(attend: Any, query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float,

@@ -10,11 +10,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from raydpo.data.shapes import PADDED_MULTIPLE, LayoutName, Shapes
 from raydpo.model.attention import Body, Segments
 from raydpo.model.tree import MIN_SAVED, PrefixTree
+from raydpo.model.ulysses import SequenceGroup
 
 __all__ = ["Layout", "Method", "PromptGroup", "lay_out", "shapes_of"]
 
@@ -67,6 +69,7 @@ class Layout:
         targets: [N], the token each of them predicts.
         lengths: completion tokens of each completion, in the order of groups and completions; they sum to N.
         segments: the tree for attention; None for padded rows.
+        places: None, or of a part (see ``part``) where each of its predictions belongs among all N, [n].
     """
 
     input_ids: Tensor
@@ -75,13 +78,34 @@ class Layout:
     targets: Tensor
     lengths: tuple[int, ...]
     segments: Segments | None
+    places: Tensor | None = None
+
+    def part(self, group: SequenceGroup) -> Layout:
+        """What this rank of ``group`` computes: t = ceil(T / S) positions, and the predictions made at them, n of N.
+
+        A rank at whose positions nothing is predicted makes one prediction that nobody looks at, since every rank must take
+        part in the head's collectives and have a gradient for its weight.
+        """
+        width = -(-self.input_ids.shape[1] // group.size)
+        start = group.rank * width
+
+        def cut(tensor: Tensor) -> Tensor:
+            mine = tensor[:, start : start + width]
+            return F.pad(mine, (0, width - mine.shape[1]))
+
+        places = torch.nonzero((self.positions >= start) & (self.positions < start + width))[:, 0]
+        positions, targets = self.positions[places] - start, self.targets[places]
+        if not len(places):
+            places, positions, targets = torch.tensor([sum(self.lengths)]), torch.tensor([0]), torch.tensor([0])
+        return replace(self, input_ids=cut(self.input_ids), position_ids=cut(self.position_ids), positions=positions,
+                       targets=targets, segments=replace(self.segments, group=group), places=places)
 
     def to(self, device: torch.device) -> Layout:
         def moved(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.to(device, non_blocking=True)
 
         return replace(self, input_ids=moved(self.input_ids), position_ids=moved(self.position_ids),
-                       positions=moved(self.positions), targets=moved(self.targets),
+                       positions=moved(self.positions), targets=moved(self.targets), places=moved(self.places),
                        segments=None if self.segments is None else self.segments.to(device))
 
     def pin(self) -> Layout:
@@ -90,7 +114,7 @@ class Layout:
             return None if tensor is None else tensor.pin_memory()
 
         return replace(self, input_ids=pinned(self.input_ids), position_ids=pinned(self.position_ids),
-                       positions=pinned(self.positions), targets=pinned(self.targets),
+                       positions=pinned(self.positions), targets=pinned(self.targets), places=pinned(self.places),
                        segments=None if self.segments is None else self.segments.pin())
 
 

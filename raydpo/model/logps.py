@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from raydpo.model import attention
 from raydpo.model.head import attach_logp_head
 from raydpo.model.layout import PADDED, Layout, Method, PromptGroup, lay_out
+from raydpo.model.ulysses import SequenceGroup
 
 __all__ = ["LogpModel"]
 
@@ -29,6 +30,7 @@ class LogpModel(nn.Module):
     Attributes:
         method: the layout in use; padded rows until ``use`` says otherwise (see ``model.selfcheck``).
         float32_stream: whether bfloat16 layers work on a float32 residual stream.
+        group: ranks that share the positions of every micro-batch, or None. All of them call ``forward`` at the same time.
     """
 
     def __init__(self, policy: nn.Module) -> None:
@@ -41,6 +43,7 @@ class LogpModel(nn.Module):
         self._own_attention = causal_lm.config._attn_implementation
         self.method = PADDED
         self.float32_stream = True
+        self.group: SequenceGroup | None = None
 
     @property
     def causal_lm(self) -> nn.Module:
@@ -67,7 +70,8 @@ class LogpModel(nn.Module):
             self.use(self.method)
 
     def lay_out(self, groups: Sequence[PromptGroup]) -> Layout:
-        return lay_out(groups, self.method)
+        layout = lay_out(groups, self.method)
+        return layout if self.group is None else layout.part(self.group)
 
     def forward(self, layout: Layout) -> Tensor:
         """Natural-log probabilities of the layout's targets, float32 [N].
@@ -86,7 +90,10 @@ class LogpModel(nn.Module):
                 hidden = backbone(inputs_embeds=stream, **arguments).last_hidden_state
         else:
             hidden = backbone(input_ids=layout.input_ids, **arguments).last_hidden_state
-        return head(hidden.flatten(0, 1)[layout.positions], layout.targets)  # [N, H] -> [N]
+        logps = head(hidden.flatten(0, 1)[layout.positions], layout.targets)  # [N, H] -> [N]
+        if layout.places is None:
+            return logps
+        return layout.segments.group.join(logps, layout.places, sum(layout.lengths))
 
     @torch.no_grad()
     def score(self, groups: Sequence[PromptGroup], device: torch.device) -> list[tuple[np.ndarray, ...]]:

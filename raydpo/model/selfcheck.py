@@ -21,8 +21,9 @@ from raydpo.errors import ModelError
 from raydpo.model.attention import available_bodies
 from raydpo.model.layout import PADDED, Method, PromptGroup
 from raydpo.model.logps import LogpModel
+from raydpo.model.ulysses import SequenceGroup
 
-__all__ = ["CHECK_ROWS", "CheckReport", "Wish", "choose_layout"]
+__all__ = ["CHECK_ROWS", "CheckReport", "Wish", "choose_layout", "share_positions"]
 
 Wish = Literal["auto", "tree", "packed", "padded"]
 """``model.layout``."""
@@ -97,6 +98,41 @@ def choose_layout(model: LogpModel, device: torch.device, wish: Wish = "auto",
                      "nats a token against one completion at a time). Use model.layout=auto")
 
 
+@torch.no_grad()
+def share_positions(model: LogpModel, device: torch.device, group: SequenceGroup, rows: Sequence[PromptGroup] = ()) -> str:
+    """Let the ranks of ``group`` compute every micro-batch of ``model`` together from now on, if the numbers are the same.
+
+    All of them call it, after ``choose_layout``, with the same ``rows``.
+
+    Returns:
+        A line for the user.
+
+    Raises:
+        ModelError: if the layout chosen cannot be divided, or the log-probs differ.
+    """
+    if model.method.layout == "padded":
+        raise ModelError(f"sequence_parallel {group.size} divides the positions of a prefix tree or a pack, but this model "
+                         "is computed in padded rows, because it mixes positions outside attention or model.layout says "
+                         "so; set sequence_parallel to 1")
+    gap = 0.0
+    with _narrow_windows(model.causal_lm):
+        for groups in _cases(model.vocabulary, rows).values():
+            model.group = None
+            alone = model.score(groups, device)
+            model.group = group
+            together = model.score(groups, device)
+            gap = max(gap, float(np.abs(_flat(together) - _flat(alone)).mean()))
+    tolerance = TOLERANCES[next(one.dtype for one in model.parameters() if one.is_floating_point())]
+    if not gap <= tolerance:
+        raise ModelError(f"sequence_parallel {group.size} is wrong for {type(model.causal_lm).__name__}: its log-probs "
+                         f"differ by {gap:.2g} nats a token from those of one device (tolerance {tolerance:g}); set it to 1")
+    return f"sequence parallel: {group.size} devices compute each micro-batch together, {_say(gap)} from one alone"
+
+
+def _flat(scored: Sequence[tuple[np.ndarray, ...]]) -> np.ndarray:
+    return np.concatenate([logps for group in scored for logps in group])
+
+
 def _line(method: Method, gaps: dict[str, float | str], tolerance: float) -> str:
     refused = [f"{name} refused, {_say(gap)}" for name, gap in gaps.items() if name != str(method)]
     return (f"layout: {method}, {_say(gaps[str(method)])} from one completion at a time"
@@ -125,8 +161,8 @@ class _Oracle:
             self.model.use(method)
             with _narrow_windows(self.model.causal_lm):
                 for case, groups in self.cases.items():
-                    found = [logps for group in self.model.score(groups, self.device) for logps in group]
-                    gap = float(np.abs(np.concatenate(found) - np.concatenate(self.expected[case])).mean())
+                    found = _flat(self.model.score(groups, self.device))
+                    gap = float(np.abs(found - np.concatenate(self.expected[case])).mean())
                     worst = max(worst, gap if np.isfinite(gap) else float("inf"))
         except torch.OutOfMemoryError:
             raise

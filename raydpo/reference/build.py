@@ -20,6 +20,7 @@ from raydpo.reference.part import builder_of
 from raydpo.reference.score import ReferenceSpec, Scorer
 from raydpo.reference.shards import Completion, Shard, Wanted, missing_shards, still_missing
 from raydpo.reference.store import ReferenceCache
+from raydpo.reference.team import TeamScorer
 
 __all__ = ["BuildReport", "build"]
 
@@ -84,7 +85,7 @@ def build(pairs: list[pa.Table], spec: ReferenceSpec, cache: ReferenceCache, res
     told: set[str] = set()
     if to_do:
         progress(0, to_do)
-        shards = missing_shards(wanted, covered, _shard_tokens(wanted, tokens_per_part, resources.workers))
+        shards = missing_shards(wanted, covered, _shard_tokens(wanted, tokens_per_part, resources.teams))
         for row in _score_on_ray(shards, spec, cache, before, resources, tokens_per_batch):
             scored += row["completions"]
             by_others += row["by_others"]
@@ -103,9 +104,9 @@ def build(pairs: list[pa.Table], spec: ReferenceSpec, cache: ReferenceCache, res
                        cache.stored_twice(cache.builder, since=before), tokens, time.perf_counter() - start, parts, problems)
 
 
-def _shard_tokens(wanted: Wanted, tokens_per_part: int, workers: int) -> int:
+def _shard_tokens(wanted: Wanted, tokens_per_part: int, actors: int) -> int:
     total = int(wanted.tokens.sum(dtype=np.int64) + wanted.prompt_tokens.sum(dtype=np.int64))
-    return min(tokens_per_part, max(MIN_SHARD_TOKENS, total // (SHARDS_PER_WORKER * workers)))
+    return min(tokens_per_part, max(MIN_SHARD_TOKENS, total // (SHARDS_PER_WORKER * actors)))
 
 
 def _score_on_ray(shards: Iterable[Shard], spec: ReferenceSpec, cache: ReferenceCache, before: set[str],
@@ -128,8 +129,8 @@ def _score_on_ray(shards: Iterable[Shard], spec: ReferenceSpec, cache: Reference
         fn_constructor_args=(spec, cache.storage.uri, cache.builder, frozenset(before), resources, tokens_per_batch,
                              check_rows),
         batch_size=1, batch_format="pyarrow", zero_copy_batch=True,
-        compute=ray.data.ActorPoolStrategy(size=min(resources.workers, len(blocks))),
-        num_cpus=1, num_gpus=resources.gpus_per_worker,
+        compute=ray.data.ActorPoolStrategy(size=min(resources.teams, len(blocks))),
+        num_cpus=resources.together, num_gpus=resources.gpus_per_worker * resources.together,
         # Ray would otherwise restart an actor that a poisonous shard kills for ever.
         max_restarts=3, max_task_retries=3,
         # While one shard is computed, the one before it is written and the next one is unpacked.
@@ -164,7 +165,8 @@ def _from_block(block: pa.Table) -> Shard:
 
 
 class _ScoreShard:
-    """A Ray Data actor: holds the reference, scores one shard a call and commits it as one part."""
+    """A Ray Data actor: holds the reference, alone or as one of a team, scores one shard a call and commits it as one
+    part."""
 
     def __init__(self, spec: ReferenceSpec, cache_uri: str, builder: str, before: frozenset[str],
                  resources: Resources, tokens_per_batch: int | Literal["auto"], check_rows: Sequence[PromptGroup]) -> None:
@@ -176,8 +178,10 @@ class _ScoreShard:
         self.cache = ReferenceCache.open(cache_uri, spec.identity)
         self.cache.builder = builder
         self.planned = before  # the plan knows what they hold
-        self.scorer = Scorer(spec, device=resources.device, tokens_per_batch=tokens_per_batch,
-                             memory_share=resources.memory_share, check_rows=check_rows)
+        settings = {"device": resources.device, "tokens_per_batch": tokens_per_batch,
+                    "memory_share": resources.memory_share, "check_rows": check_rows}
+        self.scorer = (Scorer(spec, **settings) if resources.together == 1 else
+                       TeamScorer(spec, size=resources.together, threads=resources.threads, **settings))
         self.computing = threading.Lock()
 
     def __call__(self, block: pa.Table) -> pa.Table:

@@ -20,7 +20,8 @@ from raydpo.model.budget import MOST_SCORED, find_budget, is_out_of_memory, prob
 from raydpo.model.layout import Layout, PromptGroup, shapes_of
 from raydpo.model.load import load_causal_lm
 from raydpo.model.logps import LogpModel
-from raydpo.model.selfcheck import Wish, choose_layout
+from raydpo.model.selfcheck import Wish, choose_layout, share_positions
+from raydpo.model.ulysses import SequenceGroup
 from raydpo.prefetch import prefetch
 from raydpo.reference.identity import ReferenceIdentity, identify
 
@@ -40,15 +41,17 @@ class ReferenceSpec:
 
 
 class Scorer:
-    """The reference on one device.
+    """The reference on one device, or this process's part of it.
 
     Args:
         spec: which model; its weights are hashed here too, so that a node with other files under the same path is found
             out.
         device: ``cuda`` or ``cpu``.
-        tokens_per_batch: token positions of a forward pass, or ``auto``: as many as fit, measured here.
+        tokens_per_batch: token positions of a forward pass on this device, or ``auto``: as many as fit, measured here.
         memory_share: part of the device's memory that belongs to this process.
         check_rows: a few groups of the data, for the self-check of the layout.
+        group: processes that compute every forward pass together; each of them scores the same groups (see
+            ``reference.team``).
 
     Attributes:
         notes: lines for the user: the layout chosen and why, the budget measured, a batch that did not fit.
@@ -58,7 +61,8 @@ class Scorer:
     """
 
     def __init__(self, spec: ReferenceSpec, *, device: str, tokens_per_batch: int | Literal["auto"],
-                 memory_share: float = 1.0, check_rows: Sequence[PromptGroup] = ()) -> None:
+                 memory_share: float = 1.0, check_rows: Sequence[PromptGroup] = (),
+                 group: SequenceGroup | None = None) -> None:
         self.device = torch.device(device)
         # Hashing reads the same pages as loading does and needs other resources: the two overlap.
         with ThreadPoolExecutor(max_workers=1) as pool:
@@ -72,10 +76,13 @@ class Scorer:
                              f"{'; '.join(here.differences(spec.identity))}")
         self.model.eval().requires_grad_(False)
         self.notes = [choose_layout(self.model, self.device, spec.layout, check_rows).line]
+        if group is not None:
+            self.notes.append(share_positions(self.model, self.device, group, check_rows))
+        self._size = 1 if group is None else group.size
         if tokens_per_batch == "auto":
             budget = find_budget(self._probe, self.device, most=MOST_SCORED, share=memory_share)
             self.notes.append(budget.line())
-            tokens_per_batch = budget.tokens
+            tokens_per_batch = budget.tokens if group is None else group.smallest(budget.tokens, self.device)
         self.tokens_per_batch = tokens_per_batch
         self._backed_off = False
 
@@ -94,7 +101,8 @@ class Scorer:
                     for index, logps in zip(batch, self.model.score_layout(layout.to(self.device), rows), strict=True):
                         scored[index] = logps
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or self._backed_off:
+                # Processes that compute together would no longer be at the same batch.
+                if not is_out_of_memory(error) or self._backed_off or self._size > 1:
                     raise
                 self._back_off()
             todo = [index for index in todo if not scored[index]]
@@ -102,7 +110,7 @@ class Scorer:
 
     def _laid_out(self, groups: Sequence[PromptGroup], todo: Sequence[int],
                   shapes: Shapes) -> Iterator[tuple[list[int], Layout]]:
-        batches = fill_batches(todo, shapes, self.tokens_per_batch, self.model.method.layout)
+        batches = fill_batches(todo, shapes, self.tokens_per_batch * self._size, self.model.method.layout)
 
         def prepare(batch: list[int]) -> tuple[list[int], Layout]:
             layout = self.model.lay_out([groups[index] for index in batch])
@@ -121,7 +129,7 @@ class Scorer:
 
     @torch.no_grad()
     def _probe(self, tokens: int) -> object:
-        return self.model.score([probe_group(tokens, self.model.vocabulary)], self.device)
+        return self.model.score([probe_group(tokens * self._size, self.model.vocabulary)], self.device)
 
     @property
     def provenance(self) -> dict[str, object]:

@@ -24,7 +24,8 @@ from raydpo.model.budget import MOST_TRAINED, Budget, find_budget, probe_group
 from raydpo.model.layout import Layout, PromptGroup
 from raydpo.model.load import add_lora, freeze_matching, load_causal_lm
 from raydpo.model.logps import LogpModel
-from raydpo.model.selfcheck import Wish, choose_layout
+from raydpo.model.selfcheck import Wish, choose_layout, share_positions
+from raydpo.model.ulysses import SequenceGroup
 from raydpo.training.optimizer import make_optimizer
 from raydpo.training.state import TrainedState
 
@@ -80,6 +81,9 @@ class PolicyEngine:
 
     Attributes:
         layout_line: which layout the self-check chose, and why.
+        sequence_parallel: ranks that compute each micro-batch together, ``train.sequence_parallel``.
+        replicas, replica: groups of such ranks, each with micro-batches of its own, and the one this rank is in.
+        leads: whether this rank is the one that counts its group's pairs.
 
     Raises:
         ModelError: if the model cannot be loaded, or cannot be computed exactly in the layout wished for.
@@ -92,6 +96,9 @@ class PolicyEngine:
 
         self.device, self.zero, self.adapts = device, train.zero, spec.adapts
         self.clip = train.clip
+        self.sequence_parallel = train.sequence_parallel
+        self.replicas, self.replica = (number // train.sequence_parallel for number in (self.world_size, self.rank))
+        self.leads = self.rank % train.sequence_parallel == 0
         self._offload_activations = train.offload_activations
         settings = _deepspeed_config(train, spec.dtype)
         # Must outlive loading: transformers looks it up to partition weights as they are read.
@@ -119,6 +126,9 @@ class PolicyEngine:
         # Inside DeepSpeed, so that what is checked is what will run; under ZeRO-3 every rank checks the same.
         with self.evaluating():
             self.layout_line = choose_layout(module, device, spec.layout, check_rows).line
+            group = SequenceGroup.of_world(train.sequence_parallel)
+            if group is not None:
+                self.layout_line += f"; {share_positions(module, device, group, check_rows)}"
 
     @property
     def world_size(self) -> int:
@@ -141,14 +151,15 @@ class PolicyEngine:
         return self.engine(layout.to(self.device))
 
     def find_budget(self, share: float = 1.0) -> Budget:
-        """Measure how many token positions fit in a micro-batch of training; the same on every rank.
+        """Measure how many token positions of a micro-batch of training fit on a device; the same on every rank.
 
         Args:
             share: part of the device's memory that belongs to this rank.
         """
         # The graph of a forward pass is what training keeps; a backward pass here would leave gradients in DeepSpeed.
         def run(tokens: int) -> Tensor:
-            return self.module(self.lay_out([probe_group(tokens, self.module.vocabulary)]).to(self.device))
+            whole = probe_group(tokens * self.sequence_parallel, self.module.vocabulary)
+            return self.module(self.lay_out([whole]).to(self.device))
 
         # Without ZeRO, AdamW makes its two moments at the first step.
         moments = 8.0 * sum(parameter.numel() for parameter in self.trainable) if self.zero == 0 else 0.0

@@ -41,7 +41,7 @@ def evaluate(engine: PolicyEngine, pairs: TrainingPairs, train: TrainConfig, tok
     with engine.evaluating():
         for batch, layout in _my_batches(engine, pairs, range(len(pairs)), tokens_per_batch):
             logps = pair_logps(pairs, batch.pairs, engine.logps(layout))
-            if batch.counts:
+            if batch.counts and engine.leads:
                 loss = preference_loss(train.loss, logps, beta=train.beta, label_smoothing=train.label_smoothing)
                 sums.add(loss, logps, torch.from_numpy(pairs.sources[list(batch.pairs)]).long().to(engine.device))
     engine.sum_over_ranks(sums.values)
@@ -50,9 +50,9 @@ def evaluate(engine: PolicyEngine, pairs: TrainingPairs, train: TrainConfig, tok
 
 def _my_batches(engine: PolicyEngine, pairs: TrainingPairs, rows: Sequence[int],
                 tokens_per_batch: int) -> Iterator[tuple[MicroBatch, Layout]]:
-    plan = split_over_ranks(rows, pairs.shapes, world_size=engine.world_size, tokens_per_batch=tokens_per_batch,
+    plan = split_over_ranks(rows, pairs.shapes, world_size=engine.replicas, tokens_per_batch=tokens_per_batch,
                             layout=engine.module.method.layout)
-    return prefetch(plan[engine.rank], lambda batch: (batch, engine.lay_out(pairs.groups(batch.pairs))))
+    return prefetch(plan[engine.replica], lambda batch: (batch, engine.lay_out(pairs.groups(batch.pairs))))
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def compare(engine: PolicyEngine, pairs: TrainingPairs, rows: Sequence[int], tok
         for batch, layout in _my_batches(engine, pairs, rows, tokens_per_batch):
             flat = engine.logps(layout).double().cpu().numpy()
             completions = iter(np.split(flat, np.cumsum(layout.lengths)[:-1]))
-            for row in batch.pairs if batch.counts else ():
+            for row in batch.pairs if batch.counts and engine.leads else ():
                 live = next(completions), next(completions)
                 gap_chosen, gap_rejected = (ours - stored for ours, stored in zip(live, pairs.reference(row), strict=True))
                 if not pairs.has_tokens(row):  # only sums were imported: their difference, spread evenly over the tokens

@@ -123,9 +123,10 @@ def train_policy(job: TrainJob, pairs: TrainingPairs, held_out: TrainingPairs | 
                        f"{state.zero}, now {engine.world_size} under ZeRO {engine.zero} go on: the same "
                        "pairs in every step, losses equal but for the order of sums")
     # A resumed run keeps the budget it began with: the same micro-batches, hence the same bits.
-    budget = summary.tokens_per_batch = _tokens_per_batch(job, engine, summary, hooks)
+    summary.tokens_per_batch = _tokens_per_batch(job, engine, summary, hooks)
+    budget = summary.tokens_per_batch * engine.sequence_parallel
     plan = BatchPlan(pairs.shapes, pairs.sources, pairs.weights, seed=train.seed, pairs_per_step=train.pairs_per_step,
-                     tokens_per_batch=budget, world_size=engine.world_size, shuffle=job.shuffle, epochs=train.epochs,
+                     tokens_per_batch=budget, world_size=engine.replicas, shuffle=job.shuffle, epochs=train.epochs,
                      steps=train.steps, layout=engine.module.method.layout, work=job.work)
     hooks.begin(summary.steps, plan.total_steps, {"pairs": len(pairs), "steps_per_epoch": plan.steps_per_epoch,
                                                   "world_size": engine.world_size,

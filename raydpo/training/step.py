@@ -65,7 +65,7 @@ class StepResult:
 def prepare_step(number: int, plan: BatchPlan, pairs: TrainingPairs, engine: PolicyEngine) -> Step:
     """Lay out step ``number``, counted from 0; may run in another thread than the one that computes."""
     return Step(number, plan.pairs(number), [(batch, engine.lay_out(pairs.groups(batch.pairs)))
-                                             for batch in plan.micro_batches(number, engine.rank)])
+                                             for batch in plan.micro_batches(number, engine.replica)])
 
 
 def train_step(step: Step, plan: BatchPlan, pairs: TrainingPairs, engine: PolicyEngine, train: TrainConfig, clock: StepClock,
@@ -82,7 +82,7 @@ def train_step(step: Step, plan: BatchPlan, pairs: TrainingPairs, engine: Policy
     losses: list[tuple[MicroBatch, Tensor]] = []
     for index, (batch, layout) in enumerate(step.batches):
         last = index == len(step.batches) - 1
-        with _explained_memory(plan.tokens_per_batch):
+        with _explained_memory(plan.tokens_per_batch // engine.sequence_parallel):
             with clock.phase("forward"):
                 logps_N = engine.logps(layout)
                 logps = pair_logps(pairs, batch.pairs, logps_N)
@@ -96,7 +96,7 @@ def train_step(step: Step, plan: BatchPlan, pairs: TrainingPairs, engine: Policy
                     engine.meet()
             with clock.phase("backward"):
                 engine.backward(share, last=last)
-        if batch.counts:
+        if batch.counts and engine.leads:
             sums.add(loss, logps, torch.from_numpy(pairs.sources[list(batch.pairs)]).long().to(engine.device))
             losses.append((batch, loss.losses.detach()))
     metrics, (stop, checkpoint, storing), busy = _add_up(sums, wishes or Wishes(), clock.busy, engine)

@@ -1,0 +1,186 @@
+"""One micro-batch on several devices: each computes a run of its positions, and in attention some heads of all of them.
+
+DeepSpeed Ulysses (arXiv 2309.14509) for packed trees: everything but attention works position by position, so a device needs
+only its own; around attention an all-to-all trades positions for heads and back. Nothing is approximated. A sequence may be
+as many times longer than what one device holds as there are devices in the group.
+
+Shapes: S = ranks of the group, T = positions of the micro-batch, t = ceil(T / S) of one rank, A = query heads, G = key
+heads, a, g = those of one rank, D = head size, N = predicted tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from raydpo.errors import ModelError
+
+__all__ = ["HeadShare", "SequenceGroup", "head_shares"]
+
+
+@dataclass(frozen=True)
+class HeadShare:
+    """The heads that one rank computes attention of.
+
+    Attributes:
+        queries: numbers of its query heads.
+        keys: numbers of the key heads they use; as many as query heads, or few that are shared evenly.
+    """
+
+    queries: range
+    keys: tuple[int, ...]
+
+
+@cache
+def head_shares(query_heads: int, key_heads: int, ranks: int) -> tuple[HeadShare, ...]:
+    """Heads of each rank, as even as they come. Key heads stay whole where there are enough of them, else ranks share one.
+
+    Raises:
+        ModelError: if there are more ranks than query heads.
+    """
+    if ranks > query_heads:
+        raise ModelError(f"sequence_parallel {ranks} is more than the {query_heads} attention heads of this model; set it "
+                         f"to {query_heads} at most")
+    repeats = query_heads // key_heads
+    unit, units = (repeats, key_heads) if key_heads >= ranks else (1, query_heads)
+    ends = [unit * (units * rank // ranks) for rank in range(ranks + 1)]
+    shares = []
+    for first, last in pairwise(ends):
+        used = [head // repeats for head in range(first, last)]
+        distinct = sorted(set(used))
+        even = all(used.count(key) == len(used) // len(distinct) for key in distinct)
+        shares.append(HeadShare(range(first, last), tuple(distinct if even else used)))
+    return tuple(shares)
+
+
+@dataclass(frozen=True)
+class SequenceGroup:
+    """Ranks that compute the same micro-batches together, each a part of the positions.
+
+    Attributes:
+        handle: torch.distributed's group.
+        rank: this process in it, from 0.
+        size: S.
+    """
+
+    handle: Any
+    rank: int
+    size: int
+
+    @classmethod
+    def of_world(cls, size: int) -> SequenceGroup | None:
+        """Cut the ranks of the process group into groups of ``size`` neighbours; this rank's. None for groups of one."""
+        if size == 1:
+            return None
+        world, rank = dist.get_world_size(), dist.get_rank()
+        # Every rank takes part in making every group.
+        handles = [dist.new_group(range(first, first + size)) for first in range(0, world, size)]
+        return cls(handles[rank // size], rank % size, size)
+
+    def smallest(self, value: int, device: torch.device) -> int:
+        """The least of what the ranks say."""
+        agreed = torch.tensor(value, device=device)
+        dist.all_reduce(agreed, op=dist.ReduceOp.MIN, group=self.handle)
+        return int(agreed)
+
+    def to_heads(self, query: Tensor, key: Tensor, value: Tensor, positions: int) -> tuple[Tensor, Tensor, Tensor]:
+        """All positions of this rank's heads, for its positions of all heads.
+
+        Args:
+            query: [1, A, t, D]; key, value: [1, G, t, D]. The head sizes may differ.
+            positions: T; what the last rank has beyond it is left out.
+
+        Returns:
+            [1, a, T, D], [1, g, T, D], [1, g, T, D].
+        """
+        tensors = query, key, value
+        shares = head_shares(query.shape[1], key.shape[1], self.size)
+        rows = query.shape[2]
+        parts = [torch.cat([tensor[0, _index(heads, tensor)].transpose(0, 1).flatten(1) for tensor, heads in
+                            zip(tensors, (share.queries, share.keys, share.keys), strict=True)], dim=1) for share in shares]
+        mine = shares[self.rank]
+        heads = len(mine.queries), len(mine.keys), len(mine.keys)
+        widths = [count * tensor.shape[3] for count, tensor in zip(heads, tensors, strict=True)]
+        whole = _exchange(parts, [(rows, sum(widths))] * self.size, self.handle)
+        together = torch.cat(whole)[:positions].split(widths, dim=1)
+        return tuple(one.view(1, positions, count, -1).transpose(1, 2) for one, count in zip(together, heads, strict=True))
+
+    def to_positions(self, out: Tensor, query_heads: int, key_heads: int) -> Tensor:
+        """The way back: this rank's positions of all heads, [1, t, A, D], for all positions of its heads, [1, T, a, D]."""
+        size, positions = out.shape[3], out.shape[1]
+        rows = -(-positions // self.size)
+        padded = F.pad(out[0].flatten(1), (0, 0, 0, rows * self.size - positions))
+        counts = [len(share.queries) for share in head_shares(query_heads, key_heads, self.size)]
+        parts = _exchange(padded.split(rows), [(rows, count * size) for count in counts], self.handle)
+        return torch.cat(parts, dim=1).view(1, rows, query_heads, size)
+
+    def join(self, logps: Tensor, places: Tensor, count: int) -> Tensor:
+        """All N log-probs of the micro-batch on every rank.
+
+        The loss that follows is the same on every rank, and each one's gradient goes into its own predictions: summed over
+        ranks, parameters get the gradient of one loss.
+
+        Args:
+            logps: of this rank's predictions, [n].
+            places: where among the N each belongs, [n]; N for one that only keeps the rank company.
+            count: N.
+        """
+        return _Join.apply(logps, places, count, self.handle)
+
+
+class _Exchange(torch.autograd.Function):
+    """all-to-all of a flat tensor, cut by number of elements."""
+
+    @staticmethod
+    def forward(ctx: Any, flat: Tensor, sent: Sequence[int], received: Sequence[int], handle: Any) -> Tensor:
+        ctx.sizes, ctx.handle = (sent, received), handle
+        return _all_to_all(flat, sent, received, handle)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        sent, received = ctx.sizes
+        return _all_to_all(grad, received, sent, ctx.handle), None, None, None
+
+
+def _all_to_all(flat: Tensor, sent: Sequence[int], received: Sequence[int], handle: Any) -> Tensor:
+    out = flat.new_empty(sum(received))
+    dist.all_to_all_single(out, flat.contiguous(), list(received), list(sent), group=handle)
+    return out
+
+
+def _exchange(parts: Sequence[Tensor], shapes: Sequence[tuple[int, int]], handle: Any) -> list[Tensor]:
+    """Send the i-th part to rank i; ``shapes`` are those of what comes from each rank."""
+    received = [rows * width for rows, width in shapes]
+    flat = _Exchange.apply(torch.cat([part.flatten() for part in parts]), [part.numel() for part in parts], received, handle)
+    return [piece.view(shape) for piece, shape in zip(flat.split(received), shapes, strict=True)]
+
+
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logps: Tensor, places: Tensor, count: int, handle: Any) -> Tensor:
+        ctx.save_for_backward(places)
+        whole = logps.new_zeros(count + 1).index_copy_(0, places, logps)
+        whole[count] = 0
+        dist.all_reduce(whole, group=handle)  # one rank has each: nothing is rounded
+        return whole[:count]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (places,) = ctx.saved_tensors
+        return F.pad(grad, (0, 1))[places], None, None, None
+
+
+def _index(heads: Sequence[int], tensor: Tensor) -> slice | Tensor:
+    """A view where they are neighbours."""
+    first, count = heads[0], len(heads)
+    if list(heads) == list(range(first, first + count)):
+        return slice(first, first + count)
+    return torch.tensor(heads, device=tensor.device)

@@ -1,0 +1,176 @@
+"""The reference on several devices of one machine: processes that compute every forward pass together. Needs torch alone.
+
+For sequences that are too long for one device (``score.sequence_parallel``, see ``model.ulysses``). This process is one of
+the team; it starts the others, tells them what to score, and computes its part as they do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from raydpo.errors import RaydpoError
+from raydpo.model.budget import is_out_of_memory
+from raydpo.model.layout import PromptGroup
+from raydpo.model.ulysses import SequenceGroup
+from raydpo.reference.score import ReferenceSpec, Scorer
+
+__all__ = ["TeamScorer"]
+
+PATIENCE = timedelta(minutes=10)
+"""For a member that does not answer."""
+LAST_WORDS_S = 10.0
+
+
+@dataclass(frozen=True)
+class _Setup:
+    """What a member is told first. It arrives, as all that follows, from the process that started it, through a pipe."""
+
+    rank: int
+    size: int
+    port: int
+    device: str
+    threads: int | None
+    scorer: dict[str, Any]
+
+    def join(self, store: dist.TCPStore | None = None) -> Scorer:
+        """Become one of the team, and load the model."""
+        device = self.device if self.device == "cpu" else f"{self.device}:{self.rank}"
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        if device != "cpu":
+            torch.cuda.set_device(device)
+        dist.init_process_group("gloo" if device == "cpu" else "nccl", rank=self.rank, world_size=self.size,
+                                store=store or dist.TCPStore("127.0.0.1", self.port, self.size, is_master=False),
+                                timeout=PATIENCE)
+        return Scorer(device=device, group=SequenceGroup.of_world(self.size), **self.scorer)
+
+
+class TeamScorer:
+    """A ``Scorer`` of ``size`` devices. A process has at most one.
+
+    Args:
+        size: devices, each with a process; the machine must have so many.
+        threads: of each process; None = torch's default.
+        The rest as ``Scorer``; ``tokens_per_batch`` is the part of one device.
+
+    Raises:
+        RaydpoError: what ``Scorer`` raises, here or in another process of the team.
+    """
+
+    def __init__(self, spec: ReferenceSpec, *, size: int, device: Literal["cuda", "cpu"], threads: int | None = None,
+                 tokens_per_batch: int | Literal["auto"], memory_share: float = 1.0,
+                 check_rows: Sequence[PromptGroup] = ()) -> None:
+        store = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)
+        settings = {"spec": spec, "tokens_per_batch": tokens_per_batch, "memory_share": memory_share,
+                    "check_rows": list(check_rows)}
+        setups = [_Setup(rank, size, store.port, device, threads, settings) for rank in range(size)]
+        self._members = [_start() for _ in setups[1:]]
+        with self._explained():
+            self._tell(setups[1:])
+            self._scorer = setups[0].join(store)
+
+    def score(self, groups: Sequence[PromptGroup]) -> list[tuple[np.ndarray, ...]]:
+        """As ``Scorer.score``.
+
+        Raises:
+            RaydpoError: if a process of the team has failed, and why. What does not fit in memory is not tried again.
+        """
+        with self._explained():
+            self._tell([list(groups)] * len(self._members))
+            return self._scorer.score(groups)
+
+    @property
+    def notes(self) -> list[str]:
+        return self._scorer.notes
+
+    @property
+    def provenance(self) -> dict[str, object]:
+        return self._scorer.provenance | {"sequence_parallel": len(self._members) + 1}
+
+    def close(self) -> None:
+        """End the other processes, and leave the team."""
+        for member in self._members:
+            with contextlib.suppress(OSError):
+                member.stdin.close()
+        for member in self._members:
+            try:
+                member.wait(LAST_WORDS_S)
+            except subprocess.TimeoutExpired:
+                member.kill()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _tell(self, messages: Sequence[Any]) -> None:
+        for member, message in zip(self._members, messages, strict=True):
+            pickle.dump(message, member.stdin)
+            member.stdin.flush()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Where one process fails, the others only see that it is gone; what it said is the reason."""
+        try:
+            yield
+        except Exception as error:
+            causes = [error] if isinstance(error, RaydpoError) else [error, *filter(None, map(_last_words, self._members))]
+            self.close()
+            for cause in causes:
+                if isinstance(cause, RaydpoError):
+                    raise cause from None
+                if is_out_of_memory(cause):
+                    raise RaydpoError("a forward pass does not fit on one of the devices that compute it together: "
+                                      f"{str(cause).splitlines()[0][:200]}. Set score.tokens_per_batch lower, or "
+                                      "score.sequence_parallel higher") from error
+            told = [f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}" for cause in causes[1:] or causes]
+            raise RaydpoError(f"a process of the team that scores together failed: {'; '.join(told)}") from error
+
+
+def _start() -> subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    return subprocess.Popen([sys.executable, "-m", "raydpo.reference.team"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                            env=environment)
+
+
+def _last_words(member: subprocess.Popen) -> BaseException | None:
+    try:
+        member.wait(LAST_WORDS_S)
+    except subprocess.TimeoutExpired:
+        return None
+    said = member.stdout.read()
+    return pickle.loads(said) if said else RuntimeError(f"it ended with status {member.returncode}")
+
+
+def _member() -> None:
+    """The life of another process of the team: until the pipe from the first one ends."""
+    pipe = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what libraries print is not for the pipe
+    try:
+        scorer = pickle.load(sys.stdin.buffer).join()
+        while True:
+            scorer.score(pickle.load(sys.stdin.buffer))
+    except EOFError:
+        pass
+    except BaseException as error:
+        try:
+            words = pickle.dumps(error)
+            pickle.loads(words)
+        except Exception:  # not every exception can travel
+            words = pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))
+        pipe.write(words)
+        pipe.flush()
+    os._exit(0)  # a collective under way has nobody to end it
+
+
+if __name__ == "__main__":
+    _member()
