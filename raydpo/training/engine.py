@@ -66,8 +66,8 @@ def join_process_group(device: torch.device) -> None:
 
     if device.type == "cpu":
         # Else DeepSpeed compiles a C++ op at start (a minute, and a failure where there is no compiler) that only its
-        # inference engine uses.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # inference engine uses. The table of what can be compiled is begun here: to fill it DeepSpeed tries compilers.
+        vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
     # Before any model is loaded: transformers partitions weights for ZeRO-3 while loading, over DeepSpeed's group.
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
 
