@@ -21,9 +21,6 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
-PRELOADED = ["numpy", "torch", "torch.distributed", "deepspeed", "transformers.models.llama.modeling_llama",
-             "transformers.models.qwen3.modeling_qwen3", "transformers.integrations.deepspeed", "peft", "pyarrow.parquet",
-             "raydpo.training.loop", "raydpo.training.export", "raydpo.reference.score"]
 SECONDS = 300
 
 
@@ -68,8 +65,9 @@ def _context(fresh: bool) -> BaseContext:
 @functools.cache
 def _forking() -> BaseContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    with _environment(DS_ACCELERATOR="cpu", PYTHONWARNINGS="ignore"):
+    context.set_forkserver_preload(["preloaded"])
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+    with _environment(DS_ACCELERATOR="cpu", PYTHONWARNINGS="ignore", PYTHONPATH=path):
         forkserver.ensure_running()
     return context
 
@@ -98,7 +96,7 @@ def _rank(function: Callable[..., Any], rank: int, world_size: int, port: int, d
     import torch
 
     np.random.seed()  # of its own, as after an import; torch begins with the same seed everywhere
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
+    torch.set_num_threads(1)  # more only wait for each other, on models of this size
     try:
         result = (True, function(*args))
     except BaseException:
