@@ -14,6 +14,10 @@ sys.path[:0] = [str(HERE), str(HERE / "training"), str(HERE / "reference")]
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# The models are so small that a second thread only waits for the first one, and by default it waits by spinning: on two
+# cores with a few processes that took five times as long. Workers of raydpo ask for their number of threads themselves.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @pytest.fixture(scope="session", autouse=True)

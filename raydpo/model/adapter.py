@@ -9,11 +9,12 @@ Shapes: T = positions, I, O = input and output size of the layer, r = rank.
 
 from __future__ import annotations
 
+import functools
+import sys
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
 __all__ = ["fuse_adapters"]
@@ -21,14 +22,28 @@ __all__ = ["fuse_adapters"]
 
 def fuse_adapters(model: nn.Module) -> nn.Module:
     """Let plain LoRA layers of a PEFT model compute as one function; what is not plain stays PEFT's."""
+    if "peft" not in sys.modules:
+        return model  # nobody has put an adapter on it
+    plain, fused = _lora_layers()
     for module in model.modules():
-        if type(module) is LoraLinear and type(module.base_layer) is nn.Linear:
-            module.__class__ = _FusedLoraLinear
+        if type(module) is plain and type(module.base_layer) is nn.Linear:
+            module.__class__ = fused
     return model
 
 
-class _FusedLoraLinear(LoraLinear):
-    """PEFT's layer, its names and its state; only ``forward`` is another."""
+@functools.cache
+def _lora_layers() -> tuple[type[nn.Module], type[nn.Module]]:
+    """PEFT's layer and ours. Made when an adapter is: PEFT takes seconds to import, in every process of a run."""
+    from peft.tuners.lora.layer import Linear
+
+    class FusedLoraLinear(_Fused, Linear):
+        """PEFT's layer, its names and its state; only ``forward`` is another."""
+
+    return Linear, FusedLoraLinear
+
+
+class _Fused(nn.Module):
+    """``forward`` of a plain LoRA layer, for a subclass of PEFT's."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         name = self._plain_adapter()

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,14 +64,28 @@ class PolicySpec:
 def join_process_group(device: torch.device) -> None:
     """Set up DeepSpeed's communication: nccl on GPUs, gloo on CPUs."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")
-    import deepspeed
+    with _without("mlflow"):  # only DeepSpeed's autotuner wants it, and importing it takes as long as DeepSpeed
+        import deepspeed
 
     if device.type == "cpu":
         # Else DeepSpeed compiles a C++ op at start (a minute, and a failure where there is no compiler) that only its
-        # inference engine uses.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # inference engine uses. The table of what can be compiled is begun here: to fill it DeepSpeed tries compilers.
+        vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
     # Before any model is loaded: transformers partitions weights for ZeRO-3 while loading, over DeepSpeed's group.
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
+
+
+@contextlib.contextmanager
+def _without(package: str) -> Iterator[None]:
+    """Let imports of a package fail that is not imported yet."""
+    if package in sys.modules:
+        yield
+        return
+    sys.modules[package] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[package]
 
 
 class PolicyEngine:
