@@ -40,10 +40,10 @@ def make_model(directory: Path, architecture: str = "llama", seed: int = 0, laye
     tokenizer = make_tokenizer()
     torch.manual_seed(seed)
     config = AutoConfig.for_model(
-        architecture, vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=2 * hidden,
+        architecture, hidden_size=hidden, intermediate_size=2 * hidden,
         num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, head_dim=hidden // 4,
         max_position_embeddings=2048, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id, **settings)
+        pad_token_id=tokenizer.pad_token_id, **{"vocab_size": len(tokenizer)} | settings)
     AutoModelForCausalLM.from_config(config).save_pretrained(str(directory))
     tokenizer.save_pretrained(str(directory))
     return directory

@@ -107,6 +107,7 @@ class Result:
         step_seconds: from the end of the step before, so that waiting for data counts.
         losses: by step; chosen_logps, rejected_logps: the policy's sums, mean over the step's pairs.
         peak_bytes: of the whole process, or of the GPU.
+        start_bytes: of it, before there was anything but imported modules.
         wall_seconds: from start to end of the process; filled in by who started it.
         facts: what made the numbers.
     """
@@ -120,6 +121,7 @@ class Result:
     chosen_logps: list[float] = field(default_factory=list)
     rejected_logps: list[float] = field(default_factory=list)
     peak_bytes: float = 0.0
+    start_bytes: float = 0.0
     wall_seconds: float = 0.0
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -175,14 +177,19 @@ def side(work: Callable[[Job, torch.device], Result]) -> int:
     """The main function of a side's module: ``python -m MODULE JOB.json OUT.json``. Returns the exit status."""
     import torch
 
+    from raydpo.model.budget import used_memory
+
     job, out = Job(**json.loads(Path(sys.argv[1]).read_text())), Path(sys.argv[2])
     if job.threads is not None:
         torch.set_num_threads(job.threads)
+    device = torch.device(job.device)
+    start_bytes = used_memory(device)
     try:
-        result = work(job, torch.device(job.device))
+        result = work(job, device)
     except errors.RaydpoError as error:
         out.write_text(json.dumps({"error": type(error).__name__, "message": error.message}))
         return errors.exit_status(error)
+    result.start_bytes = start_bytes
     result.facts |= {"threads": torch.get_num_threads()}
     out.write_text(json.dumps(dataclasses.asdict(result)))
     return 0

@@ -12,6 +12,9 @@ from raydpo.errors import ModelError
 
 __all__ = ["RoundedAdamW", "make_optimizer"]
 
+PIECE = 1 << 22
+"""Elements that ``RoundedAdamW`` computes at once."""
+
 
 def make_optimizer(trainable: Sequence[Tensor], train: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
     """The optimizer of every policy, with or without DeepSpeed around it.
@@ -23,8 +26,8 @@ def make_optimizer(trainable: Sequence[Tensor], train: TrainConfig, device: torc
     if train.optimizer == "adamw":
         if train.optimizer_states == "bfloat16":
             return RoundedAdamW(trainable, **common)
-        offloaded = train.offload_optimizer is not None
-        return torch.optim.AdamW(trainable, fused=(device.type == "cuda" and not offloaded) or None, **common)
+        # DeepSpeed updates one flat tensor of all weights: unfused, AdamW would make two more of that size at every step.
+        return torch.optim.AdamW(trainable, fused=True, **common)
     if device.type != "cuda":
         raise ModelError(f"train.optimizer {train.optimizer} runs on GPUs only, this worker has none; set "
                          "train.optimizer=adamw, and train.optimizer_states=bfloat16 for smaller moments")
@@ -59,12 +62,17 @@ class RoundedAdamW(torch.optim.AdamW):
                     for kind in ("exp_avg", "exp_avg_sq"):
                         state[kind] = torch.zeros_like(parameter, dtype=torch.bfloat16)
                 state["step"] += 1
-                gradient = parameter.grad.float()
-                first = state["exp_avg"].float().lerp_(gradient, 1 - beta1)
-                second = state["exp_avg_sq"].float().mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-                state["exp_avg"].copy_(first)
-                state["exp_avg_sq"].copy_(second)
                 count = float(state["step"])
-                scale = (second / (1 - beta2**count)).sqrt_().add_(group["eps"])
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.addcdiv_(first, scale, value=-group["lr"] / (1 - beta1**count))
+                # A piece at a time: DeepSpeed hands all weights over as one flat tensor, and what is computed here in
+                # float32 would take more than the moments save.
+                parts = zip(*(tensor.view(-1).split(PIECE) for tensor in
+                              (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])), strict=True)
+                for weight, gradient, exp_avg, exp_avg_sq in parts:
+                    gradient = gradient.float()
+                    first = exp_avg.float().lerp_(gradient, 1 - beta1)
+                    second = exp_avg_sq.float().mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+                    exp_avg.copy_(first)
+                    exp_avg_sq.copy_(second)
+                    scale = second.div_(1 - beta2**count).sqrt_().add_(group["eps"])
+                    weight.mul_(1 - group["lr"] * group["weight_decay"])
+                    weight.addcdiv_(first, scale, value=-group["lr"] / (1 - beta1**count))

@@ -7,6 +7,7 @@ from kernel import exact, tiny_pairs, train_here, with_reference
 
 from raydpo.config import TrainConfig
 from raydpo.errors import ModelError
+from raydpo.model.budget import reset_peak_memory, used_memory
 from raydpo.training.optimizer import RoundedAdamW, make_optimizer
 
 # ZeRO-3 last: while its engine lives, transformers partitions every model it loads.
@@ -55,6 +56,18 @@ def test_rounded_moments_are_half_as_large_and_follow_torch():
     assert rounded.state[ours]["exp_avg"].dtype == rounded.state[ours]["exp_avg_sq"].dtype == torch.bfloat16
     moved = (theirs - start).abs().mean()
     assert (ours - theirs).abs().mean() < 0.01 * moved
+
+
+@pytest.mark.parametrize("states", ["float32", "bfloat16"])
+def test_a_step_makes_no_copies_of_the_flat_tensor_that_deepspeed_gives_it(states):
+    weights = torch.nn.Parameter(torch.zeros(1 << 25))
+    weights.grad = torch.ones_like(weights)
+    optimizer = make_optimizer([weights], TrainConfig(optimizer_states=states), torch.device("cpu"))
+    optimizer.step()  # makes the moments
+    reset_peak_memory(torch.device("cpu"))
+    before = used_memory(torch.device("cpu"))
+    optimizer.step()
+    assert used_memory(torch.device("cpu")) - before < 0.5 * weights.nbytes
 
 
 def test_what_needs_a_gpu_is_refused_on_a_cpu():

@@ -1,0 +1,42 @@
+"""Memory of training with a cached reference, against TRL with a reference model beside the policy: a process each."""
+
+import dataclasses
+
+import pytest
+from kernel import with_reference
+from tiny import make_model
+
+BAR = 0.55
+VOCABULARY, PAIRS, LENGTH, STEPS = 32_000, 4, 128, 2
+
+
+@pytest.fixture(scope="module")
+def peaks(tmp_path_factory):
+    """Bytes at the peak, and before anything but modules was loaded, of both sides on the same model, pairs and steps."""
+    pytest.importorskip("trl")
+    pytest.importorskip("deepspeed")
+    from raydpo.benchmark import workload
+    from raydpo.benchmark.job import Job, start
+
+    place = tmp_path_factory.mktemp("memory")
+    model = make_model(place / "model", vocab_size=VOCABULARY)
+    table = workload.synthetic(STEPS * PAIRS, LENGTH, (1, 1), VOCABULARY, seed=0)
+    # Positions of all pairs at once: neither side cuts a step into parts.
+    job = Job(stage="train", model=str(model), workload=str(place / "pairs.parquet"), work=str(place), dtype="float32",
+              lora=None, pairs_per_step=PAIRS, steps=STEPS, tokens_per_batch=4 * PAIRS * LENGTH, engine="deepspeed",
+              device="cpu", threads=None, lr=1e-3)
+    workload.save(table, job.workload)
+    workload.save(with_reference(table, model), job.scored)
+    ours, theirs = start("raydpo_side", job), start("trl_side", dataclasses.replace(job, stage="online"))
+    assert len(ours.losses) == STEPS and ours.losses == pytest.approx(theirs.losses, abs=1e-5), "not the same training"
+    assert ours.losses[0] != ours.losses[1]
+    return ours, theirs
+
+
+def test_a_cached_reference_takes_about_half_of_what_a_second_model_takes(peaks):
+    ours, theirs = peaks
+    for side, found in zip(("raydpo", "TRL"), peaks, strict=True):
+        print(f"{side}: {found.peak_bytes / 2**20:.0f} MiB, {found.start_bytes / 2**20:.0f} of them imports")
+    assert ours.start_bytes > 2**27 and theirs.start_bytes > 2**27
+    assert ours.peak_bytes <= BAR * theirs.peak_bytes
+    assert ours.peak_bytes - ours.start_bytes <= BAR * (theirs.peak_bytes - theirs.start_bytes)
