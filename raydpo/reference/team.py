@@ -65,6 +65,9 @@ class TeamScorer:
         threads: of each process; None = torch's default.
         The rest as ``Scorer``; ``tokens_per_batch`` is the part of one device.
 
+    Attributes:
+        members: the other processes.
+
     Raises:
         RaydpoError: what ``Scorer`` raises, here or in another process of the team.
     """
@@ -76,7 +79,7 @@ class TeamScorer:
         settings = {"spec": spec, "tokens_per_batch": tokens_per_batch, "memory_share": memory_share,
                     "check_rows": list(check_rows)}
         setups = [_Setup(rank, size, store.port, device, threads, settings) for rank in range(size)]
-        self._members = [_start() for _ in setups[1:]]
+        self.members = [_start() for _ in setups[1:]]
         with self._explained():
             self._tell(setups[1:])
             self._scorer = setups[0].join(store)
@@ -88,7 +91,7 @@ class TeamScorer:
             RaydpoError: if a process of the team has failed, and why. What does not fit in memory is not tried again.
         """
         with self._explained():
-            self._tell([list(groups)] * len(self._members))
+            self._tell([list(groups)] * len(self.members))
             return self._scorer.score(groups)
 
     @property
@@ -97,14 +100,14 @@ class TeamScorer:
 
     @property
     def provenance(self) -> dict[str, object]:
-        return self._scorer.provenance | {"sequence_parallel": len(self._members) + 1}
+        return self._scorer.provenance | {"sequence_parallel": len(self.members) + 1}
 
     def close(self) -> None:
         """End the other processes, and leave the team."""
-        for member in self._members:
+        for member in self.members:
             with contextlib.suppress(OSError):
                 member.stdin.close()
-        for member in self._members:
+        for member in self.members:
             try:
                 member.wait(LAST_WORDS_S)
             except subprocess.TimeoutExpired:
@@ -113,7 +116,7 @@ class TeamScorer:
             dist.destroy_process_group()
 
     def _tell(self, messages: Sequence[Any]) -> None:
-        for member, message in zip(self._members, messages, strict=True):
+        for member, message in zip(self.members, messages, strict=True):
             pickle.dump(message, member.stdin)
             member.stdin.flush()
 
@@ -123,7 +126,7 @@ class TeamScorer:
         try:
             yield
         except Exception as error:
-            causes = [error] if isinstance(error, RaydpoError) else [error, *filter(None, map(_last_words, self._members))]
+            causes = [error] if isinstance(error, RaydpoError) else [error, *filter(None, map(_last_words, self.members))]
             self.close()
             for cause in causes:
                 if isinstance(cause, RaydpoError):

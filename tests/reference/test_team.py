@@ -24,7 +24,7 @@ def groups(vocabulary=250):
             for prompt, *lengths in ((100, 30, 20), (5, 200, 7), (1, 1, 1), (50, 60, 61))]
 
 
-def test_a_team_scores_what_one_process_does_and_names_what_ended_it(tiny_llama):
+def test_a_team_scores_what_one_process_does_and_names_what_ended_it(tiny_llama, tiny_qwen3):
     spec = ReferenceSpec(path=str(tiny_llama), adapter=None, identity=identify(tiny_llama, "float32"))
     alone = Scorer(spec, device="cpu", tokens_per_batch=64).score(groups())
     team = TeamScorer(spec, size=2, device="cpu", threads=1, tokens_per_batch=64)  # every group is longer than 2 x 64
@@ -34,14 +34,13 @@ def test_a_team_scores_what_one_process_does_and_names_what_ended_it(tiny_llama)
             for mine, theirs in zip(team.score(groups()), alone, strict=True):
                 for ours, logps in zip(mine, theirs, strict=True):
                     assert ours.dtype == np.float32 and np.abs(ours - logps).max() < 1e-5
-        os.kill(team._members[0].pid, signal.SIGKILL)
-        with pytest.raises(RaydpoError, match="a process of the team that scores together failed: .*status -9"):
+        os.kill(team.members[0].pid, signal.SIGKILL)
+        with pytest.raises(RaydpoError, match=r"a process of the team that scores together failed: .*status -9"):
             team.score(groups())
-        assert team._members[0].poll() == -9
+        assert team.members[0].poll() == -9
     finally:
         team.close()
-    other = ReferenceSpec(path=str(tiny_llama), adapter=None, identity=identify(tiny_llama, "bfloat16"))
-    wrong = ReferenceSpec(path=other.path, adapter=None, identity=spec.identity, quantization="4bit")
+    wrong = ReferenceSpec(path=str(tiny_qwen3), adapter=None, identity=spec.identity)
     with pytest.raises(ModelError, match="another model than where the run was started"):
         TeamScorer(wrong, size=2, device="cpu", threads=1, tokens_per_batch=64)
 

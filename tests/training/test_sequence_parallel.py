@@ -25,7 +25,8 @@ def trained(table, model, scratch, keep, together, workers):
 
 
 def continued(table, model, scratch, keep):
-    return [row["loss"] for row in train_here(table, model, scratch, steps=STEPS, zero=1, checkpoint=keep / f"step-{AT}").steps]
+    run = train_here(table, model, scratch, steps=STEPS, zero=1, checkpoint=keep / f"step-{AT}")
+    return [row["loss"] for row in run.steps]
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +49,9 @@ def test_two_ranks_and_two_groups_of_two_equal_one(table, tiny_llama, tmp_path):
             assert "sequence parallel: 2 devices compute each micro-batch together" in ours[2][0]
             assert any("17 pairs scored again" in note for note in ours[2])
     # Its checkpoints are continued by one rank that computes alone.
-    rest = run_distributed(continued, 1, tmp_path / "rest", table, tiny_llama, tmp_path / "s", tmp_path / "k2" / "recomputed")
-    assert rest[0] == pytest.approx([row["loss"] for row in alone["recomputed"][0]][AT:], abs=1e-5)
+    rest, = run_distributed(continued, 1, tmp_path / "rest", table, tiny_llama, tmp_path / "s",
+                            tmp_path / "k2" / "recomputed")
+    assert rest == pytest.approx([row["loss"] for row in alone["recomputed"][0]][AT:], abs=1e-5)
 
 
 def test_workers_that_make_no_whole_groups_are_refused(tiny_llama, tmp_path):
