@@ -38,3 +38,21 @@ def tiny_qwen3(tmp_path_factory) -> Path:
     from tiny import make_model
 
     return make_model(tmp_path_factory.mktemp("models") / "qwen3", "qwen3")
+
+
+@pytest.fixture(scope="module")
+def ray_cluster():
+    """Address of a Ray that outlives commands, as on a cluster."""
+    from ray.cluster_utils import Cluster
+
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 8, "include_dashboard": False,
+                                                            "object_store_memory": 150 << 20})
+    yield cluster.address
+    cluster.shutdown()
+
+
+@pytest.fixture
+def on_cluster(ray_cluster, monkeypatch):
+    """Commands connect to a cluster that is there; for tests in which a Ray of one's own is not the question."""
+    monkeypatch.setenv("RAY_ADDRESS", ray_cluster)
