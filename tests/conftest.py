@@ -18,6 +18,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # cores with a few processes that took five times as long. Workers of raydpo ask for their number of threads themselves.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Ray lets everything else go before its workers; beside another test they would wait for ever.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -38,3 +40,21 @@ def tiny_qwen3(tmp_path_factory) -> Path:
     from tiny import make_model
 
     return make_model(tmp_path_factory.mktemp("models") / "qwen3", "qwen3")
+
+
+@pytest.fixture(scope="module")
+def ray_cluster():
+    """Address of a Ray that outlives commands, as on a cluster."""
+    from ray.cluster_utils import Cluster
+
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 8, "include_dashboard": False,
+                                                            "object_store_memory": 150 << 20})
+    yield cluster.address
+    cluster.shutdown()
+
+
+@pytest.fixture
+def on_cluster(ray_cluster, monkeypatch):
+    """Commands connect to a cluster that is there; for tests in which a Ray of one's own is not the question."""
+    monkeypatch.setenv("RAY_ADDRESS", ray_cluster)

@@ -153,7 +153,7 @@ def test_export_has_trls_columns(place, tmp_path):
 
 
 @pytest.mark.parametrize("means", [False, True])
-def test_import_counts_only_when_verified(place, tmp_path, means):
+def test_import_counts_only_when_verified(place, tmp_path, means, on_cluster):
     """Sums as another trainer kept them, of these pairs and this model."""
     records = [json.loads(line) for line in (place / "a.jsonl").read_text().splitlines()]
     table = exported(place, tmp_path / "out.parquet", "data.eval=null")

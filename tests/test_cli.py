@@ -89,7 +89,7 @@ def test_final_loads_without_us_and_is_the_policy(first, place):
     assert np.mean(sums) == pytest.approx(last["eval_logps/chosen"], abs=1e-3)
 
 
-def test_second_run_hits_everything_and_lora_saves_an_adapter(first, place, tiny_llama):
+def test_second_run_hits_everything_and_lora_saves_an_adapter(first, place, tiny_llama, on_cluster):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -102,7 +102,7 @@ def test_second_run_hits_everything_and_lora_saves_an_adapter(first, place, tiny
     assert any(value.abs().max() > 0 for name, value in policy.named_parameters() if "lora_B" in name)
 
 
-def test_train_without_a_cache_says_what_to_run(place):
+def test_train_without_a_cache_says_what_to_run(place, on_cluster):
     result = raydpo("train", place / "config.yaml", "name=third", f"cache.uri={place / 'empty'}")
     assert result.returncode == 1
     assert "missing for" in result.stderr and "raydpo score" in result.stderr and "a:" in result.stderr
@@ -110,13 +110,13 @@ def test_train_without_a_cache_says_what_to_run(place):
 
 
 @pytest.mark.parametrize("arguments", [["train.bata=1"], ["data.train=nope.jsonl"], ["train.gpus_per_worker=1"]])
-def test_bad_input_is_exit_status_2_and_one_message(arguments, place):
+def test_bad_input_is_exit_status_2_and_one_message(arguments, place, on_cluster):
     result = raydpo("train", place / "config.yaml", "name=fourth", *arguments)
     assert result.returncode == 2
     assert result.stderr.startswith("error: ") and "Traceback" not in result.stderr
 
 
-def test_malformed_data_is_exit_status_2_with_line_numbers(place):
+def test_malformed_data_is_exit_status_2_with_line_numbers(place, on_cluster):
     (place / "bad.jsonl").write_text('{"prompt": "p", "chosen": "c"}\nnot json\n' * 3)
     result = raydpo("score", place / "config.yaml", f"data.train={place / 'bad.jsonl'}")
     assert result.returncode == 2
@@ -164,7 +164,7 @@ def test_doctor():
     assert result.returncode == 0 and "deepspeed" in result.stdout and "precision" in result.stdout
 
 
-def test_jobs_are_the_same_commands(place):
+def test_jobs_are_the_same_commands(place, on_cluster):
     script = Path(__file__).parents[1] / "jobs" / "score.py"
     result = subprocess.run([sys.executable, str(script), str(place / "config.yaml")], capture_output=True, text=True,
                             timeout=300)
@@ -172,7 +172,7 @@ def test_jobs_are_the_same_commands(place):
     assert subprocess.run([sys.executable, str(script), str(place / "none.yaml")], capture_output=True).returncode == 2
 
 
-def test_python_api(first, place):
+def test_python_api(first, place, on_cluster):
     program = ("import raydpo\n"
                f"config = raydpo.load_config({str(place / 'config.yaml')!r}, ['name=api', 'train.steps=2'])\n"
                "report = raydpo.score(config)\n"
@@ -184,7 +184,7 @@ def test_python_api(first, place):
     assert result.returncode == 0, result.stderr
 
 
-def test_filter_and_audit(first, place):
+def test_filter_and_audit(first, place, on_cluster):
     short = raydpo("train", place / "config.yaml", "name=short", "data.filter=chosen_tokens < 20", "train.steps=1")
     assert short.returncode == 0 and "pairs left out (a: " in short.stdout, short.stdout + short.stderr
     sure = raydpo("train", place / "config.yaml", "name=sure", "data.filter=ref_margin > 0 and copy = 0", "train.steps=1")

@@ -12,6 +12,8 @@ from distributed import run_distributed
 
 from raydpo.model.budget import MARGIN, find_budget, is_out_of_memory
 
+pytestmark = pytest.mark.alone
+
 CPU = torch.device("cpu")
 BYTES = 2**18
 MOST = {"cpu": 10**9}

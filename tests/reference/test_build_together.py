@@ -101,10 +101,22 @@ def read_meanwhile(cache, build):
     return grew
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, tiny_llama):
+    """A configuration, and what one build makes of it when nobody disturbs it."""
+    place = tmp_path_factory.mktemp("alone")
+    config = configure(place, tiny_llama, 500, 1500)
+    build = start(config, place / "alone", place / "home")
+    output = build.communicate(timeout=300)[0]
+    assert build.returncode == 0, output
+    return config, contents(place / "alone")
+
+
+@pytest.mark.alone
 @pytest.mark.parametrize("machines", [1, 2])
-def test_two_builds_at_once(machines, tmp_path, tiny_llama):
+def test_two_builds_at_once(machines, tmp_path, alone):
     """On one machine in one directory, or on two that share nothing but a bucket; with a reader meanwhile."""
-    config = configure(tmp_path, tiny_llama, 500, 1500)
+    config, whole = alone
     with s3_server() as s3:
         cache = tmp_path / "cache" if machines == 1 else s3.uri("together")
         builds = [start(config, cache, tmp_path / f"home-{number}") for number in range(2)]
@@ -120,6 +132,4 @@ def test_two_builds_at_once(machines, tmp_path, tiny_llama):
         assert scored < 1.5 * wanted, outputs
         if scored > wanted:
             assert any("twice" in output for output in outputs), outputs
-        alone = start(config, tmp_path / "alone", tmp_path / "home-alone")
-        assert alone.wait(timeout=300) == 0
-        assert equal(contents(cache), contents(tmp_path / "alone"))
+        assert equal(contents(cache), whole)

@@ -1,8 +1,10 @@
 """The short form of tests/soak.py; ``make soak`` is the long one."""
 
+import pytest
 from soak import soak
 
 
+@pytest.mark.alone
 def test_a_disturbed_run_ends_with_the_same_bits(tmp_path):
     """Two simulated machines: a hung worker, a machine taken away with notice, one without, SIGTERM and the same command
     again, a full disk."""
