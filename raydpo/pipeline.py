@@ -293,6 +293,7 @@ def _summarise(prepared: Prepared, storage: Storage, trained: dict[str, Any], bu
     return {
         "name": config.run_name, "run_dir": config.run_dir, "raydpo": raydpo.__version__,
         "steps": trained["steps"], "pairs_seen": trained["pairs"], "train_seconds": trained["seconds"],
+        "load_seconds": trained["load_seconds"], "load_host_bytes": trained["load_bytes"],
         "checkpoint_seconds": trained["checkpoint_seconds"],
         "checkpoint_bytes": trained["checkpoint_bytes"], "skipped_steps": trained["skipped"],
         "tokens_per_second": trained["tokens_per_second"], "gate": trained["gate"],

@@ -27,6 +27,7 @@ from raydpo.model.load import add_lora, freeze_matching, load_causal_lm
 from raydpo.model.logps import LogpModel
 from raydpo.model.selfcheck import Wish, choose_layout, share_positions
 from raydpo.model.ulysses import SequenceGroup
+from raydpo.training.host_memory import HostPeak
 from raydpo.training.optimizer import make_optimizer
 from raydpo.training.state import TrainedState
 
@@ -96,6 +97,7 @@ class PolicyEngine:
 
     Attributes:
         layout_line: which layout the self-check chose, and why.
+        load_seconds, load_bytes: of the slowest rank until the model was loaded; the host memory of the one with most.
         sequence_parallel: ranks that compute each micro-batch together, ``train.sequence_parallel``.
         replicas, replica: groups of such ranks, each with micro-batches of its own, and the one this rank is in.
         leads: whether this rank is the one that counts its group's pairs.
@@ -118,9 +120,13 @@ class PolicyEngine:
         settings = _deepspeed_config(train, spec.dtype)
         # Must outlive loading: transformers looks it up to partition weights as they are read.
         self._partitioned_loading = HfDeepSpeedConfig(settings) if train.zero == 3 else None
-        model = load_causal_lm(spec.path, spec.dtype, adapter=spec.adapter, train_adapter=True,
-                               quantization=spec.quantization, trust_remote_code=spec.trust_remote_code,
-                               device="cpu" if train.zero == 3 else device)
+        with HostPeak() as loading:
+            model = load_causal_lm(spec.path, spec.dtype, adapter=spec.adapter, train_adapter=True,
+                                   quantization=spec.quantization, trust_remote_code=spec.trust_remote_code,
+                                   device="cpu" if train.zero == 3 else device)
+        most = torch.tensor([loading.seconds, loading.bytes], dtype=torch.float64, device=device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        self.load_seconds, self.load_bytes = most.tolist()
         if spec.lora is not None:
             model = add_lora(model, spec.lora, train.seed)
         elif spec.adapter is not None:

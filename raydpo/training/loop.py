@@ -72,6 +72,7 @@ class TrainSummary:
 
     Attributes:
         seconds: of training, over all its sessions.
+        load_seconds, load_bytes: see ``engine.PolicyEngine``, of the newest session.
         interrupted: whether someone stopped it before its last step.
         skipped: steps not taken because a loss or gradient was not finite.
         checkpoint_seconds: for which training stood still for checkpoints.
@@ -86,6 +87,8 @@ class TrainSummary:
     tokens_per_second: float
     tokens_per_batch: int = 0
     gate: str | None = None
+    load_seconds: float = 0.0
+    load_bytes: float = 0.0
     interrupted: bool = False
     skipped: int = 0
     skipped_in_a_row: int = 0
@@ -122,6 +125,9 @@ def train_policy(job: TrainJob, pairs: TrainingPairs, held_out: TrainingPairs | 
             hooks.note(f"the checkpoint of step {state.step} was made by {state.world_size} worker(s) under ZeRO "
                        f"{state.zero}, now {engine.world_size} under ZeRO {engine.zero} go on: the same "
                        "pairs in every step, losses equal but for the order of sums")
+    summary.load_seconds, summary.load_bytes = engine.load_seconds, engine.load_bytes
+    hooks.note(f"policy loaded in {engine.load_seconds:.1f} s{', in shares' if engine.zero == 3 else ''}; at most "
+               f"{engine.load_bytes / 1e9:.2f} GB of host memory a worker")
     # A resumed run keeps the budget it began with: the same micro-batches, hence the same bits.
     summary.tokens_per_batch = _tokens_per_batch(job, engine, summary, hooks)
     budget = summary.tokens_per_batch * engine.sequence_parallel

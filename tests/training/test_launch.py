@@ -1,5 +1,6 @@
 """Training on real Ray Train workers: killed workers and killed drivers change nothing."""
 
+import json
 import os
 import re
 import resource
@@ -86,6 +87,13 @@ def wait_for_checkpoint(job, name, step, process):
                 return
         time.sleep(0.01)
     raise AssertionError(process.communicate()[0])
+
+
+def test_a_run_says_what_loading_its_policy_took(job, undisturbed):
+    told = re.search(r"policy loaded in ([\d.]+) s; at most ([\d.]+) GB of host memory a worker", undisturbed)
+    summary = json.loads((job / "runs" / "undisturbed" / "summary.json").read_text())
+    assert float(told[1]) == pytest.approx(summary["load_seconds"], abs=0.05)
+    assert 0.1 < float(told[2]) == pytest.approx(summary["load_host_bytes"] / 1e9, abs=0.005)
 
 
 def test_a_killed_worker_changes_nothing(job, undisturbed):

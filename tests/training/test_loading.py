@@ -1,0 +1,54 @@
+"""Under ZeRO-3 no rank ever holds the model whole while it is loaded."""
+
+import ctypes
+import time
+
+import numpy as np
+import pytest
+import torch
+from distributed import run_distributed
+from tiny import make_model
+
+from raydpo.training.host_memory import HostPeak
+
+M_MMAP_THRESHOLD = -3
+
+
+def loaded(model, zero):
+    """(bytes of all weights in bfloat16, most host memory that loading took, seconds) on this rank."""
+    import transformers.models.llama.modeling_llama  # noqa: F401 - its code is no weight
+    from transformers.integrations import HfDeepSpeedConfig
+
+    from raydpo.model.load import load_causal_lm
+    from raydpo.training.engine import join_process_group
+
+    # What is freed goes back at once: what is measured is what loading holds, not what the allocator keeps for later.
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
+    join_process_group(torch.device("cpu"))
+    partitioned = HfDeepSpeedConfig({"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": zero},
+                                     "bf16": {"enabled": True}}) if zero == 3 else None
+    with HostPeak() as peak:
+        policy = load_causal_lm(model, "bfloat16")
+    del partitioned
+    whole = 2 * sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in policy.parameters())
+    return whole, peak.bytes - peak.start_bytes, peak.seconds
+
+
+def test_loading_takes_a_rank_its_share_and_little_more(tmp_path):
+    """A float32 file of 240 MB, loaded in bfloat16 by two ranks: 120 MB whole, 60 MB in shares."""
+    model = make_model(tmp_path / "model", hidden=512, layers=26)
+    for whole, taken, seconds in run_distributed(loaded, 2, tmp_path / "plain", model, 2):
+        print(f"whole: {taken / 1e6:.0f} of {whole / 1e6:.0f} MB in {seconds:.1f} s")
+        assert taken > 0.95 * whole
+    for whole, taken, seconds in run_distributed(loaded, 2, tmp_path / "shares", model, 3):
+        print(f"in shares: {taken / 1e6:.0f} of {whole / 1e6:.0f} MB in {seconds:.1f} s")
+        assert 0.45 * whole < taken < 0.7 * whole
+
+
+def test_a_peak_that_passes_is_seen():
+    with HostPeak() as peak:
+        passing = np.ones(20_000_000)
+        time.sleep(0.1)
+        del passing
+    assert peak.bytes - peak.start_bytes == pytest.approx(160e6, rel=0.2)
+    assert 0.1 <= peak.seconds < 60
