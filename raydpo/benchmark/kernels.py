@@ -27,7 +27,7 @@ class KernelEngine:
     """
 
     rank = replica = 0
-    replicas = sequence_parallel = 1
+    replicas = sequence_parallel = world_size = 1
     leads = True
 
     def __init__(self, spec: PolicySpec, train: TrainConfig, device: torch.device,
