@@ -16,7 +16,8 @@ quickstart: $(VENV)/.quickstart
 
 test: $(VENV)/.test
 	@# Two files at a time: much of a test is waiting, for processes to start and for Ray. Then those that must be alone.
-	$(BIN)/python -m pytest -m "not slow and not gpu and not alone" --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow and not gpu and not alone" --numprocesses 2 --dist loadfile \
+		--no-loadscope-reorder
 	$(BIN)/python -m pytest -m "not slow and not gpu and alone"
 
 test-all: $(VENV)/.test $(VENV)/.quickstart
