@@ -52,7 +52,7 @@ def test_killed_at_three_moments_and_finished(job, tmp_path):
 
     for moment in (1, total // 3, 2 * total // 3):
         process = start(job, cache)
-        deadline = time.time() + 120
+        deadline = time.time() + 400
         while len(parts(cache)) < moment and process.poll() is None and time.time() < deadline:
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)

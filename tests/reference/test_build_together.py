@@ -70,7 +70,7 @@ def test_killed_twice_on_a_failing_object_store_it_ends_complete_and_equal(tmp_p
         uri = s3.uri("cache")
         for share in (0.2, 0.6):
             build = start(config, uri, tmp_path / "two")
-            deadline = time.time() + 200
+            deadline = time.time() + 400
             while len(parts(uri)) < share * total and build.poll() is None and time.time() < deadline:
                 time.sleep(0.05)
             build.send_signal(signal.SIGKILL)

@@ -78,7 +78,7 @@ def same(job, name):
 
 
 def wait_for_checkpoint(job, name, step, process):
-    deadline = time.time() + 200
+    deadline = time.time() + 400
     snapshot = job / "runs" / name / "checkpoints" / "checkpoint_manager_snapshot.json"
     while time.time() < deadline and process.poll() is None:
         if snapshot.is_file():
