@@ -181,6 +181,10 @@ class TrainConfig(Section):
         if self.offload_optimizer not in (None, "cpu") and self.zero != 3:
             raise ValueError(f"offload_optimizer to a disk ({self.offload_optimizer}) needs zero 3, not {self.zero}; cpu "
                              "works with 1 and 2 too")
+        if self.offload_optimizer not in (None, "cpu") and self.optimizer_states != "float32":
+            raise ValueError(f"optimizer_states {self.optimizer_states} cannot go to a disk, where DeepSpeed keeps moments "
+                             f"as it keeps weights; set it to float32, or offload_optimizer "
+                             f"({self.offload_optimizer}) to cpu")
         if self.offload_activations and not self.gradient_checkpointing:
             raise ValueError("offload_activations has no effect without gradient_checkpointing; set that to true")
         if self.optimizer_states != "float32" and self.optimizer != "adamw":

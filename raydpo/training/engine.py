@@ -27,6 +27,7 @@ from raydpo.model.load import add_lora, freeze_matching, load_causal_lm
 from raydpo.model.logps import LogpModel
 from raydpo.model.selfcheck import Wish, choose_layout, share_positions
 from raydpo.model.ulysses import SequenceGroup
+from raydpo.training.disk import disk_folder
 from raydpo.training.host_memory import HostPeak
 from raydpo.training.optimizer import make_optimizer
 from raydpo.training.state import TrainedState
@@ -286,9 +287,11 @@ def _deepspeed_config(train: TrainConfig, dtype: str) -> dict[str, Any]:
 
 
 def _offload(train: TrainConfig) -> dict[str, Any]:
-    wishes = {"offload_optimizer": train.offload_optimizer, "offload_param": train.offload_params}
+    wishes = {"offload_optimizer": ("train.offload_optimizer", train.offload_optimizer),
+              "offload_param": ("train.offload_params", train.offload_params)}
     return {key: {"device": "cpu", "pin_memory": torch.cuda.is_available()} if where == "cpu"
-            else {"device": "nvme", "nvme_path": where} for key, where in wishes.items() if where is not None}
+            else {"device": "nvme", "nvme_path": disk_folder(field, where)}
+            for key, (field, where) in wishes.items() if where is not None}
 
 
 def _float32_buffers(module: nn.Module) -> dict[str, Tensor]:
