@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
 from raydpo.config import ModelConfig, TrainConfig
 from raydpo.errors import ConfigError
-from raydpo.estimate.activations import Batch, head_backward, head_forward, layer_memory
+from raydpo.estimate.activations import Batch, Layer, head_backward, head_forward, layer_memory
 from raydpo.estimate.anatomy import EMBEDDING, HEAD, Anatomy, Weight
 
 __all__ = ["BASE_BYTES", "Memory", "Moment", "estimate_memory"]
@@ -123,6 +124,7 @@ def estimate_memory(anatomy: Anatomy, model: ModelConfig, train: TrainConfig, ba
                   moments=moments)
 
 
+@lru_cache(maxsize=8)
 def _policy(anatomy: Anatomy, model: ModelConfig, width: int) -> _Policy:
     def stored(weight: Weight) -> float:
         """Bytes of a weight that does not train."""
@@ -158,6 +160,19 @@ def _adapters(model: ModelConfig) -> tuple[int, bool, str | tuple[str, ...]]:
                           f"which its memory follows: {error}") from None
 
 
+@lru_cache(maxsize=64)
+def _whole_parameters(policy: _Policy, share: int, workers: int) -> int:
+    """Numbers of the parameters of which a rank owns some part under ZeRO 1 and 2: it keeps gradients of all of each. Of the
+    rank that has most."""
+    own = [0] * workers
+    start = 0
+    for _, numel in policy.trained:
+        for rank in range(start // share, min((start + numel - 1) // share + 1, workers)):
+            own[rank] += numel
+        start += numel
+    return max(own)
+
+
 class _Ledger:
     """The books of one rank. P = numbers that train, p = a rank's share of them, W = bytes of a number."""
 
@@ -174,6 +189,7 @@ class _Ledger:
         self.bucket_used = min(self.P, BUCKET) * width
         self.bucket = BUCKET * width if device == "cuda" else self.bucket_used
         self.largest = max((numel for _, numel in policy.trained), default=0)
+        self.whole = _whole_parameters(policy, self.p, workers)
         self.host = self.host_peak = 0.0
         self.weights, self.optimizer = self._weights(), self._optimizer()
 
@@ -203,7 +219,7 @@ class _Ledger:
                 beside = self.width * numbers
             else:  # a copy of the share in W; and of gradients that accumulate, whole parameters
                 beside = self.width * (numbers + self.largest)
-                beside += self.width * self._whole_parameters() if self.accumulates else 0
+                beside += self.width * self.whole if self.accumulates else 0
             if train.offload_optimizer == "cpu":
                 self.host += masters + moments + gradients + beside
             else:
@@ -222,20 +238,6 @@ class _Ledger:
         if self.train.optimizer != "adamw" or device == "cuda":  # bitsandbytes' and torch's fused kernels: in place
             return 0.0
         return 8.0 * numbers  # the root of the second moment, and its quotient
-
-    def _whole_parameters(self) -> int:
-        """Numbers of the parameters of which a rank owns some part under ZeRO 1 and 2: it keeps gradients of all of each.
-        Of the rank that has most."""
-        most = 0
-        for rank in range(self.workers):
-            first, last, start, own = rank * self.p, (rank + 1) * self.p, 0, 0
-            for _, numel in self.policy.trained:
-                own += numel if start < last and start + numel > first else 0
-                start += numel
-            most = max(most, own)
-            if self.workers > 64 and rank > 8:  # many ranks have about a share each, and those at the ends are the odd ones
-                break
-        return most
 
     # Along a step.
 
@@ -264,10 +266,15 @@ class _Ledger:
         if EMBEDDING in trained:
             first = 0
         dense = self.width * max((weight.numel for weight in self.anatomy.weights if weight.linear), default=0)
+        alike: dict[tuple[str, ...], Layer] = {}
         for number in range(self.anatomy.layers):
-            layer = layer_memory(self.anatomy, self.batch, width=self.width, device=self.device,
-                                 trained=not self.policy.adapted, adapted=by_layer.get(number, ()), rank=self.policy.rank,
-                                 dora=self.policy.dora, dense=dense if self.quantized else 0.0)
+            adapted = by_layer.get(number, [])
+            kind = tuple(weight.module.rpartition(".")[2] for weight in adapted)
+            if kind not in alike:
+                alike[kind] = layer_memory(self.anatomy, self.batch, width=self.width, device=self.device,
+                                           trained=not self.policy.adapted, adapted=adapted, rank=self.policy.rank,
+                                           dora=self.policy.dora, dense=dense if self.quantized else 0.0)
+            layer = alike[kind]
             # Nothing below the lowest layer that trains has a gradient.
             yield layer if number >= first else replace(layer, kept=0.0, entry=0.0, working=0.0)
 
@@ -329,7 +336,7 @@ class _Ledger:
             return 0.0 if self.offloads else float(self.p * self.width)
         if not self.accumulates or (self.offloads and self.zero == 2):
             return 0.0
-        return float(self.width * (self.P if self.zero < 2 else self._whole_parameters()))
+        return float(self.width * (self.P if self.zero < 2 else self.whole))
 
     def _bucket(self, done: float) -> float:
         """ZeRO's bucket once gradients of ``done`` bytes have been put there."""
@@ -367,13 +374,16 @@ class _Ledger:
                 numels[place] += numel
         if self.anatomy.tied:
             numels[HEAD] = numels[EMBEDDING]
-        for number, place in enumerate(order):
-            below = order[:number]
-            stays = [one for one in below if 2 * sum(numels[above] for above in order[order.index(one) + 1:]) < REUSE]
-            live = numels[place] + sum(numels[one] for one in stays)
-            if below and below[-1] not in stays:
-                live += min(PREFETCH + numels[below[-1]] // 2, numels[below[-1]])
+        above = sum(numels.values())
+        kept, before = 0, None  # numbers below that stay, and those of the place below if they do not
+        for place in order:
+            live = kept + numels[place]
+            if before is not None:  # fetched ahead
+                live += min(PREFETCH, before)
             gathered[place] = lasting + live * self.width
+            above -= numels[place]
+            stays = 2 * above < REUSE
+            kept, before = (kept + numels[place], None) if stays else (kept, numels[place])
         return gathered
 
     def _reduction(self):
@@ -383,7 +393,7 @@ class _Ledger:
         if self.zero == 0:
             yield self._moment("reduction", gradients=P * width, communication=min(P, BUCKET + self.largest) * width)
             return
-        own = 0.0 if self.offloads else width * self._whole_parameters()
+        own = 0.0 if self.offloads else float(width * self.whole)
         if self.zero == 1:
             moved = self.bucket_used
             yield self._moment("reduction", gradients=P * width - moved,
@@ -407,7 +417,7 @@ class _Ledger:
         if self.offloads:
             yield self._moment("update", communication=self._bucket(0.0))
             return
-        own = width * (p if self.zero == 3 else self._whole_parameters())
+        own = width * (p if self.zero == 3 else self.whole)
         at_once = min(p, SUB_GROUP) if self.zero == 3 else p
         widened = 4.0 * at_once if width == 2 else 0.0
         # Norms are taken in float64, a gradient at a time.
