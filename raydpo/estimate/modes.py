@@ -268,9 +268,10 @@ def _slowness(mode: dict[str, Any]) -> tuple[int, ...]:
 def _name(mode: dict[str, Any]) -> str:
     words = [f"ZeRO {mode['zero']}"]
     words += ["recompute"] if mode["gradient_checkpointing"] else []
-    for key in ("activations", "optimizer", "params"):
-        where = mode[f"offload_{key}"]
-        words += [f"{key} on the host" if where in (True, "cpu") else f"{key} on a disk"] if where else []
+    moved = {key: mode[f"offload_{key}"] for key in ("activations", "optimizer", "params")}
+    for place, keys in (("host", [key for key, where in moved.items() if where in (True, "cpu")]),
+                        ("disk", [key for key, where in moved.items() if where not in (True, False, None, "cpu")])):
+        words += [f"{' + '.join(keys)} on {place}"] if keys else []
     return ", ".join(words)
 
 

@@ -82,7 +82,7 @@ def test_the_configured_mode_is_marked_and_proposed_where_it_is_the_fastest(llam
     assert modes.proposed is modes.rows[0] and modes.proposed.overrides == ()
     assert "cheapest mode that fits: the configuration as it is" in modes.lines()
     unusual = ask(llama, 400, zero=1, offload_optimizer="cpu")
-    assert [row.name for row in unusual.rows if row.configured] == ["ZeRO 1, optimizer on the host"]
+    assert [row.name for row in unusual.rows if row.configured] == ["ZeRO 1, optimizer on host"]
 
 
 def test_overrides_can_be_pasted_and_lead_there(llama, tmp_path):
