@@ -22,6 +22,7 @@ from raydpo.data.plan import epoch_order, fill_batches, split_over_ranks
 from raydpo.data.shapes import LayoutName, Shapes
 from raydpo.data.simulate import STEPS, WORLD_SIZES, Simulation, amounts, deal, simulate, steps_of, training_order
 from raydpo.errors import ConfigError
+from raydpo.estimate.modes import Modes
 
 if TYPE_CHECKING:
     from raydpo.model.layout import PromptGroup
@@ -90,6 +91,7 @@ class Plan:
         online: so many runs that compute the reference beside the policy in every step, in padded rows dealt to ranks in
             turn; their evaluations are taken to cost what ours do.
         imbalance: of this configuration. fixed: by world size, at its pairs per step. scaled: at ``PAIRS_PER_RANK``.
+        memory: whether it fits, and in which modes it would; None where that was not asked.
     """
 
     data: dict[str, Any]
@@ -108,6 +110,7 @@ class Plan:
     imbalance: Simulation
     fixed: tuple[Simulation, ...]
     scaled: tuple[Simulation, ...]
+    memory: Modes | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
