@@ -1,8 +1,8 @@
 """What a training takes of each device's memory, and of the host's, from the configuration and the sizes of the model.
 
 DeepSpeed's part follows what it allocates (0.19: ``runtime/zero/stage_1_and_2.py``, ``stage3.py``,
-``fp16/unfused_optimizer.py``), with its default bucket sizes, which raydpo leaves alone. The peak is searched for along a
-step: the end of the forward pass, the backward pass from the head down, the reduction of gradients, and the update.
+``fp16/unfused_optimizer.py``), with its default sizes but for the reduce bucket. The peak is searched for along a step: the
+end of the forward pass, the backward pass from the head down, the reduction of gradients, and the update.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from raydpo.config import ModelConfig, TrainConfig
+from raydpo.config.train import REDUCE_BUCKET, ROUNDED_PIECE
 from raydpo.errors import ConfigError
 from raydpo.estimate.activations import Batch, Layer, head_backward, head_forward, layer_memory
 from raydpo.estimate.anatomy import EMBEDDING, HEAD, Anatomy, Weight
@@ -26,8 +27,6 @@ Device = Literal["cuda", "cpu"]
 BASE_BYTES = 1.5 * 2**30
 """Of a GPU before anything is put there: CUDA context and kernels (about 0.5 GiB), NCCL's channels (0.3 to 0.8 GiB, more
 with more ranks), cuBLAS workspaces. Outside torch's allocator, and no part of ``Memory.device``."""
-BUCKET = 500_000_000
-"""Numbers in DeepSpeed's reduce bucket. On a GPU it is there whole; on a CPU only the pages that are written to are."""
 PREFETCH = 50_000_000
 """Numbers that ZeRO-3 gathers ahead of their use."""
 REUSE = 1_000_000_000
@@ -186,8 +185,9 @@ class _Ledger:
         self.accumulates = batch.micro_batches > 1
         self.trains_head = any(place == HEAD or (anatomy.tied and place == EMBEDDING) for place, _ in policy.trained)
         self.quantized = quantized
-        self.bucket_used = min(self.P, BUCKET) * width
-        self.bucket = BUCKET * width if device == "cuda" else self.bucket_used
+        self.bucket_used = min(self.P, REDUCE_BUCKET) * width
+        # On a GPU the bucket is there whole; on a CPU only the pages that are written to are.
+        self.bucket = REDUCE_BUCKET * width if device == "cuda" else self.bucket_used
         self.largest = max((numel for _, numel in policy.trained), default=0)
         self.whole = _whole_parameters(policy, self.p, workers)
         self.host = self.host_peak = 0.0
@@ -224,20 +224,18 @@ class _Ledger:
                 self.host += masters + moments + gradients + beside
             else:
                 self.host += beside + DISK_BUFFERS * 4.0 * min(numbers, SUB_GROUP)
-            self.host_peak = self.host + self._update_bytes(min(numbers, SUB_GROUP) if self.zero == 3 else numbers, "cpu")
+            self.host_peak = self.host + self._update_bytes(min(numbers, SUB_GROUP) if self.zero == 3 else numbers)
             return 0.0
         if "paged" in train.optimizer:
             self.host += moments
             moments = 0.0
         return masters + moments
 
-    def _update_bytes(self, numbers: int, device: str) -> float:
+    def _update_bytes(self, numbers: int) -> float:
         """What an update of so many numbers at once works with."""
         if self.train.optimizer_states == "bfloat16":  # both moments widened, and the step's size
-            return 12.0 * numbers
-        if self.train.optimizer != "adamw" or device == "cuda":  # bitsandbytes' and torch's fused kernels: in place
-            return 0.0
-        return 8.0 * numbers  # the root of the second moment, and its quotient
+            return 12.0 * min(numbers, ROUNDED_PIECE)
+        return 0.0  # torch's fused kernels and bitsandbytes' work in place
 
     # Along a step.
 
@@ -391,7 +389,7 @@ class _Ledger:
         width, P = self.width, self.P
         copied = self.workers > 1
         if self.zero == 0:
-            yield self._moment("reduction", gradients=P * width, communication=min(P, BUCKET + self.largest) * width)
+            yield self._moment("reduction", gradients=P * width, communication=min(P, REDUCE_BUCKET + self.largest) * width)
             return
         own = 0.0 if self.offloads else float(width * self.whole)
         if self.zero == 1:
@@ -409,7 +407,7 @@ class _Ledger:
         if self.zero == 0:
             widened = 4.0 * p if width == 2 else 0.0
             yield self._moment("update", gradients=p * width + widened,
-                               optimizer=self._update_bytes(self.largest, self.device))
+                               optimizer=self._update_bytes(self.largest))
             if width == 2:
                 yield self._moment("gradient norm", gradients=p * width + widened, optimizer=8.0 * self.largest)
             return
@@ -426,4 +424,4 @@ class _Ledger:
         yield self._moment("flat gradients", gradients=own + width * at_once + widened, communication=lasting)
         stays = own if self.zero == 3 else 0.0
         yield self._moment("update", gradients=stays + 4.0 * at_once, communication=lasting,
-                           optimizer=self._update_bytes(at_once, self.device))
+                           optimizer=self._update_bytes(at_once))

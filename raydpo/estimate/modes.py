@@ -49,7 +49,8 @@ class Question:
     Attributes:
         memory: bytes of a device.
         batch: the proportions of the data, and micro-batches a step.
-        longest: positions of the longest pair, which is never cut.
+        longest: positions of the longest pair, which is never cut, or a worker's part of them under
+            ``train.sequence_parallel``.
         budget: ``train.tokens_per_batch``, or None = auto.
     """
 
@@ -117,7 +118,7 @@ class Modes:
     """The answer.
 
     Attributes:
-        longest, budget: of ``Question``.
+        longest, budget: of ``Question``. together: ``train.sequence_parallel``.
         rows: modes that train what the configuration trains, the fastest first.
         proposed: the first that fits, or None.
         adapters: the first that fits with LoRA and with QLoRA, where the configuration trains more.
@@ -128,6 +129,7 @@ class Modes:
     memory: float
     workers: int
     dtype: str
+    together: int
     longest: int
     budget: int | None
     rows: tuple[Fit, ...]
@@ -142,7 +144,8 @@ class Modes:
         room = (f"more than train.tokens_per_batch {self.budget:,}: it makes a micro-batch of its own, and that must fit"
                 if self.budget is not None and self.longest > self.budget else
                 f"of a budget of {self.budget:,}" if self.budget is not None else "which is never cut; the budget is auto")
-        said = [f"longest pair: {self.longest:,} positions, {room}"]
+        part = f", {self.longest:,} of them for each of {self.together} workers" if self.together > 1 else ""
+        said = [f"longest pair: {self.longest * self.together:,} positions{part}, {room}"]
         configured = next(row for row in self.rows if row.configured)
         if configured.fits:
             said.append(f"fits: the configuration, on {where}: {_gib(configured.total)} GiB at {configured.positions:,} "
@@ -151,8 +154,9 @@ class Modes:
             said.append(f"does not fit: the configuration, on {where}: {_gib(configured.total)} GiB at "
                         f"{configured.positions:,} positions, of which {USABLE:.0%} of the memory may be planned with")
         if self.proposed is None:
-            more = "no number of them would: what one worker needs for the longest pair is too much by itself" \
-                if self.workers_needed is None else f"{self.workers_needed:,} of them would"
+            more = ("no number of them would: what one worker needs for the longest pair is too much by itself. Set "
+                    f"train.sequence_parallel higher than {self.together}, or data.max_length lower"
+                    if self.workers_needed is None else f"{self.workers_needed:,} of them would")
             said.append(f"no mode that trains the same fits on {where}; {more}")
         elif self.proposed.configured:
             said.append("cheapest mode that fits: the configuration as it is")
@@ -178,7 +182,7 @@ def compare_modes(question: Question, device: str) -> Modes:
     rows = tuple(_rows(question))
     proposed = next((row for row in rows if row.fits), None)
     return Modes(device=device, memory=question.memory, workers=question.workers, dtype=question.dtype,
-                 longest=question.longest, budget=question.budget, rows=rows, proposed=proposed,
+                 together=question.train.sequence_parallel, longest=question.longest, budget=question.budget, rows=rows, proposed=proposed,
                  adapters=tuple(_adapters(question)), workers_needed=question.workers if proposed else _needed(question))
 
 

@@ -56,8 +56,9 @@ def _modes(config: Config, sets: PairSets, plan: Plan, device: str, memory: floa
         "prompt", "chosen", "rejected")], axis=1)
     longest = max(Batch.of_pairs([tuple(row)], layout).positions for row in (
         lengths[lengths.sum(1).argmax()].tolist(), lengths[lengths[:, 0].argmax()].tolist()))
+    longest = -(-longest // config.train.sequence_parallel)
     budget = config.train.tokens_per_batch
-    step = plan.data["positions"][layout] / plan.steps / plan.train_workers
+    step = plan.data["positions"][layout] / plan.steps / plan.train_workers  # of a worker: groups, and parts, divide
     batch = Batch.of_pairs(map(tuple, lengths[:SAMPLE].tolist()), layout,
                            micro_batches=1 if step <= plan.data["tokens_per_batch"] else 2)
     return compare_modes(Question(

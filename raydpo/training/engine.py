@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from raydpo.config import LoraSettings, TrainConfig
+from raydpo.config.train import REDUCE_BUCKET
 from raydpo.model.adapter import fuse_adapters
 from raydpo.model.budget import MOST_TRAINED, Budget, find_budget, probe_group
 from raydpo.model.layout import Layout, PromptGroup
@@ -275,8 +276,7 @@ def _deepspeed_config(train: TrainConfig, dtype: str) -> dict[str, Any]:
         "gradient_accumulation_steps": 1,
         # No clipping is a bound that is never reached: DeepSpeed then still computes the norm.
         "gradient_clipping": train.clip if train.clip is not None else 1e30,
-        # By default a buffer of 5e8 gradients, 2 GB of each device in float32, whatever the model's size.
-        "zero_optimization": {"stage": train.zero, "reduce_bucket_size": 50_000_000} | _offload(train),
+        "zero_optimization": {"stage": train.zero, "reduce_bucket_size": REDUCE_BUCKET} | _offload(train),
         # Else it would want its own Adam, which a compiler must build first, in place of ours.
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
