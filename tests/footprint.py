@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from kernel import Record, train_here
-from tiny import make_model
 
 STEPS = 2
 """The first makes the optimizer's moments; the second is measured."""
@@ -104,8 +104,15 @@ class Peak(Record):
         reset_peak_memory(torch.device(self.device))
 
 
-def peaks(cases: list[Case], scratch: Path) -> list[float]:
-    """On each rank: peak bytes of each case's steps above what the process had before, the libraries' own included."""
+def peaks(cases: list[Case], small: Path, scratch: Path) -> list[float]:
+    """On each rank: peak bytes of each case's last step above what the process had before, the libraries' own included.
+
+    Pages of the weights' file are taken off: transformers may leave it mapped (it does for quantized models), and the system
+    drops such pages when it needs the memory.
+
+    Args:
+        small: a tiny model, to which each case happens first: libraries, their threads and buffers are not estimated.
+    """
     import os
 
     import torch
@@ -113,12 +120,10 @@ def peaks(cases: list[Case], scratch: Path) -> list[float]:
     torch.set_num_threads(1)  # fewer buffers of threads
     world = int(os.environ["WORLD_SIZE"])
     found = []
-    small = make_model(scratch / f"small-{os.environ['RANK']}")
     for number, case in enumerate(cases):
-        # The same on a tiny model first: libraries, their threads and buffers, are not what is estimated.
         _train(replace(case, model=small, tokens=64, micro_batches=1), world, scratch / f"{number}-small")
-        before = _now(torch.device(case.device))
-        found.append(_train(case, world, scratch / str(number)) - before)
+        before, mapped = _now(torch.device(case.device)), _mapped(case.device)
+        found.append(_train(case, world, scratch / str(number)) - before - (_mapped(case.device) - mapped))
     return found
 
 
@@ -131,6 +136,12 @@ def _train(case: Case, world: int, scratch: Path) -> float:
                    lora=case.lora, policy=case.policy, starts_as_reference=False, record=record, shuffle=False,
                    **{"pairs_per_step": pairs, "tokens_per_batch": case.tokens, "steps": STEPS} | case.train)
     return record.steps[-1]["peak_memory_bytes"]
+
+
+def _mapped(device: str) -> float:
+    """Bytes of files that are mapped into this process and in memory; nothing of them is on a GPU."""
+    found = re.search(r"RssFile:\s+(\d+)", Path("/proc/self/status").read_text())
+    return float(found[1]) * 1024 if device == "cpu" and found else 0.0
 
 
 def _now(device: Any) -> float:

@@ -69,7 +69,7 @@ class Memory:
         peak: the moment that takes most on the device.
         host: bytes of the host's memory that weights, optimizer and activations take there.
         host_peak: the same while the update works with them.
-        moments: all that were looked at.
+        moments: all that were looked at, in their order; the last is the update.
     """
 
     peak: Moment
@@ -81,6 +81,11 @@ class Memory:
     def device(self) -> float:
         """Peak bytes in torch's allocator."""
         return self.peak.total
+
+    @property
+    def together(self) -> float:
+        """Peak bytes where device and host are one memory, as on a CPU."""
+        return max(self.device + self.host, self.moments[-1].total + self.host_peak)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from raydpo.config import Config
 from raydpo.console import Console
 from raydpo.cost import ModelCost
 from raydpo.data.pairs import PairSets
+from raydpo.data.shapes import Shapes
 from raydpo.data.simulate import NAIVE_PAIRS, Simulation
 from raydpo.errors import ConfigError
 from raydpo.estimate.activations import Batch
@@ -29,7 +30,8 @@ def plan_run(config: Config, sets: PairSets, *, measure: bool = False, device: s
     """Estimate ``config`` on its pairs. What is None has the default of ``stated_rates`` or ``make_plan``.
 
     Args:
-        measure: take the rates from a measurement on this machine; ``device`` and the two MFUs are then not looked at.
+        measure: take the rates from a measurement on this machine; the two MFUs are then not looked at, and ``device`` for
+            its memory alone.
         memory: GiB of a device; None = of ``device``.
 
     Raises:
@@ -40,7 +42,8 @@ def plan_run(config: Config, sets: PairSets, *, measure: bool = False, device: s
     rates = (measured_rates(config, sample_pairs(config, sets.train), model, reference) if measure else
              stated_rates(**_given(device=device, mfu_score=mfu_score, mfu_train=mfu_train)))
     plan = make_plan(config, sets, model, reference, rates, **_given(workers=workers, price=price, runs=runs))
-    return dataclasses.replace(plan, memory=_modes(config, sets, plan, device or DEVICE, memory))
+    named = device or (DEVICE if memory is None else "device")
+    return dataclasses.replace(plan, memory=_modes(config, sets, plan, named, memory))
 
 
 DEVICE = "H100"
@@ -52,20 +55,21 @@ def _modes(config: Config, sets: PairSets, plan: Plan, device: str, memory: floa
     if memory is None and device not in MEMORY:
         raise ConfigError(f"--device {device!r} is not known; name one of {', '.join(MEMORY)}, or say --memory GIB")
     layout = plan.data["layout"]
-    lengths = np.stack([pc.list_value_length(sets.train[f"{side}_ids"]).to_numpy() for side in (
-        "prompt", "chosen", "rejected")], axis=1)
-    longest = max(Batch.of_pairs([tuple(row)], layout).positions for row in (
-        lengths[lengths.sum(1).argmax()].tolist(), lengths[lengths[:, 0].argmax()].tolist()))
-    longest = -(-longest // config.train.sequence_parallel)
+    lengths = [pc.list_value_length(sets.train[f"{side}_ids"]).to_numpy() for side in ("prompt", "chosen", "rejected")]
+    pairs = np.stack(lengths, axis=1)[:SAMPLE].tolist()
+    model = config.model
+    if model.adapter is not None:
+        model = model.model_copy(update={"adapter": resolve_model(model.adapter)})
     budget = config.train.tokens_per_batch
-    step = plan.data["positions"][layout] / plan.steps / plan.train_workers  # of a worker: groups, and parts, divide
-    batch = Batch.of_pairs(map(tuple, lengths[:SAMPLE].tolist()), layout,
-                           micro_batches=1 if step <= plan.data["tokens_per_batch"] else 2)
-    return compare_modes(Question(
-        anatomy=Anatomy.of(resolve_model(config.model.path), config.model.trust_remote_code), model=config.model,
+    step = plan.data["positions"][layout] / plan.steps / plan.train_workers  # groups divide, and in them parts
+    batch = Batch.of_pairs(map(tuple, pairs), layout, micro_batches=1 if step <= plan.data["tokens_per_batch"] else 2)
+    question = Question(
+        anatomy=Anatomy.of(resolve_model(config.model.path), config.model.trust_remote_code), model=model,
         train=config.train, workers=plan.train_workers, memory=(MEMORY[device] if memory is None else memory) * 2**30,
-        dtype="bfloat16" if config.model.dtype == "auto" else config.model.dtype, batch=batch, longest=longest,
-        budget=None if budget == "auto" else budget), device if memory is None else "a device")
+        dtype="bfloat16" if config.model.dtype == "auto" else config.model.dtype, batch=batch,
+        longest=-(-int(Shapes.of_lengths(*lengths).positions(layout).max()) // config.train.sequence_parallel),
+        budget=None if budget == "auto" else budget)
+    return compare_modes(question, device)
 
 
 SAMPLE = 4096
