@@ -11,8 +11,8 @@ from raydpo.config.section import Dtype, Float, Int, PathOrUri, Section
 __all__ = ["REDUCE_BUCKET", "ROUNDED_PIECE", "ScoreConfig", "TrainConfig"]
 
 REDUCE_BUCKET = 50_000_000
-"""Gradients that DeepSpeed collects before it reduces them. Its own 5e8 are 2 GB of each device in float32, whatever the size
-of the model."""
+"""Gradients that DeepSpeed collects before it reduces them. Its own 5e8 are 2 GB of each device in float32, whatever the
+size of the model."""
 ROUNDED_PIECE = 1 << 22
 """Elements that AdamW with bfloat16 moments computes at once. DeepSpeed hands all weights over as one flat tensor, and what
 is computed in float32 would take more than the moments save."""

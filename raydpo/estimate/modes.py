@@ -182,8 +182,9 @@ def compare_modes(question: Question, device: str) -> Modes:
     rows = tuple(_rows(question))
     proposed = next((row for row in rows if row.fits), None)
     return Modes(device=device, memory=question.memory, workers=question.workers, dtype=question.dtype,
-                 together=question.train.sequence_parallel, longest=question.longest, budget=question.budget, rows=rows, proposed=proposed,
-                 adapters=tuple(_adapters(question)), workers_needed=question.workers if proposed else _needed(question))
+                 together=question.train.sequence_parallel, longest=question.longest, budget=question.budget, rows=rows,
+                 proposed=proposed, adapters=tuple(_adapters(question)),
+                 workers_needed=question.workers if proposed else _needed(question))
 
 
 def _rows(question: Question) -> Iterator[Fit]:

@@ -7,7 +7,7 @@ import pytest
 from tiny import make_model
 
 from raydpo.config import LoraSettings, ModelConfig, TrainConfig
-from raydpo.config.train import REDUCE_BUCKET
+from raydpo.config.train import REDUCE_BUCKET, ROUNDED_PIECE
 from raydpo.errors import ConfigError, ModelError
 from raydpo.estimate.activations import CHUNK_BYTES, WHOLE_BLOCKS, Batch, head_backward, head_forward, layer_memory
 from raydpo.estimate.anatomy import EMBEDDING, HEAD, Anatomy
@@ -147,8 +147,8 @@ def test_llama_on_8_gpus_under_zero_3(llama):
     memory = estimate(llama, zero=3, gradient_checkpointing=True)
     head = at(memory, "head's backward")
     assert head.weights == 2 * P // 8 and head.optimizer == 12 * P // 8 and head.gradients == 2 * P // 8
-    assert head.communication >= 1e9 + 2 * (128256 * 4096 + 65 * 4096)
-    assert head.communication <= 1e9 + 2 * (128256 * 4096 + LAYER + 65 * 4096)
+    assert head.communication >= 1e8 + 2 * (128256 * 4096 + 65 * 4096)
+    assert head.communication <= 1e8 + 2 * (128256 * 4096 + LAYER + 65 * 4096)
     assert memory.device < estimate(llama, zero=2, gradient_checkpointing=True).device - 10e9
 
 
@@ -171,8 +171,8 @@ def test_optimizers(llama):
     assert moments() == (12 * share, 0)
     assert moments(optimizer="adamw_8bit") == ((4 + 2 + 1 / 32) * share, 0)
     assert moments(optimizer="paged_adamw") == (4 * share, 8 * share)
-    # bfloat16 moments are widened to be computed with: 4 bytes for each of both and for the step.
-    assert moments(optimizer_states="bfloat16") == (8 * share + 12 * share, 0)
+    # bfloat16 moments are widened a piece at a time: 4 bytes for each of both and for the step.
+    assert moments(optimizer_states="bfloat16") == (8 * share + 12 * ROUNDED_PIECE, 0)
 
 
 def test_an_offloaded_optimizer_is_on_the_host(llama):
@@ -182,7 +182,7 @@ def test_an_offloaded_optimizer_is_on_the_host(llama):
     share, largest = P // 8, 128256 * 4096
     assert at(memory, "update").optimizer == 0
     assert memory.host == pytest.approx(18 * share + 2 * largest + 2 * share, rel=0.08)
-    assert memory.host_peak == memory.host + 8 * share
+    assert memory.host_peak == memory.host, 'its update works in place'
     three = estimate(llama, zero=3, offload_optimizer="cpu", offload_params="cpu")
     assert three.peak.weights == 0 and three.host == pytest.approx((18 + 2) * share)
 

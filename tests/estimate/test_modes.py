@@ -25,9 +25,17 @@ def llama(tmp_path_factory):
 
 def ask(anatomy, memory, workers=8, budget=8192, longest=2000, model=None, **train):
     return compare_modes(Question(
-        anatomy=anatomy, model=ModelConfig(path="m", **(model or {})), train=TrainConfig(**train), workers=workers,
-        memory=memory * GIB, dtype="bfloat16", batch=Batch.of_pairs([(1000, 300, 500)]), longest=longest,
+        anatomy=anatomy, model=ModelConfig(path="m", **(model or {})), train=TrainConfig(workers=workers, **train),
+        workers=workers, memory=memory * GIB, dtype="bfloat16", batch=Batch.of_pairs([(1000, 300, 500)]), longest=longest,
         budget=budget), "GPU")
+
+
+def test_workers_that_compute_together_share_the_longest_pair(llama):
+    alone = ask(llama, 24, workers=64, budget=None, longest=400_000)
+    assert alone.proposed is None and "Set train.sequence_parallel higher than 1" in " ".join(alone.lines())
+    shared = ask(llama, 24, workers=64, budget=None, longest=400_000 // 64, sequence_parallel=64)
+    assert shared.proposed is not None
+    assert "longest pair: 400,000 positions, 6,250 of them for each of 64 workers" in shared.lines()[0]
 
 
 def test_every_device_has_memory():

@@ -81,6 +81,7 @@ def trained(table, model, scratch, keep, kinds, checkpoint=None):
     return found
 
 
+@pytest.mark.slow  # DeepSpeed compiles for minutes, once a machine
 def test_a_disk_changes_nothing_and_its_checkpoints_fit_everywhere(tmp_path):
     if not has_libaio():
         pytest.skip("libaio is not installed here")
