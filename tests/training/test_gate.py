@@ -16,7 +16,7 @@ def outcome(jobs):
     said = []
     for args, kwargs in jobs:
         try:
-            said.append(train_here(*args, steps=1, **kwargs).notes[1])
+            said += [note for note in train_here(*args, steps=1, **kwargs).notes if note.startswith("step-0 gate")]
         except GateError as error:
             said.append(error)
     return said
