@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--device", metavar="NAME", help="a GPU whose peak is known, such as H100, A100-80GB or L4")
     for stage in ("score", "train"):
         plan.add_argument(f"--mfu-{stage}", type=float, metavar="X", help=f"share of its peak that it achieves: {stage}")
+    plan.add_argument("--memory", type=float, metavar="GIB", help="memory of a device (default: the named device's)")
     plan.add_argument("--price", type=float, metavar="D", help="dollars of a GPU hour")
     plan.add_argument("--runs", type=int, metavar="K", help="trainings against the same reference, such as a sweep of beta")
     plan.add_argument("--measure", action="store_true", help="measure the rate of this machine instead")
@@ -157,7 +158,8 @@ def _plan(args: argparse.Namespace, console: Console) -> None:
     sets, _ = _load_pairs(config)
     with tempfile.TemporaryDirectory() as logs, console.noise_to(Path(logs) / "plan.log"):  # of loading weights
         plan = plan_run(config, sets, measure=args.measure, device=args.device, mfu_score=args.mfu_score,
-                        mfu_train=args.mfu_train, workers=args.workers, price=args.price, runs=args.runs)
+                        mfu_train=args.mfu_train, workers=args.workers, price=args.price, runs=args.runs,
+                        memory=args.memory)
     if args.json:
         print(json.dumps(plan.to_dict(), indent=2))
         return

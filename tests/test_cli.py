@@ -135,7 +135,8 @@ def test_plan_estimates_without_ray(place):
     result = subprocess.run([sys.executable, "-c", program, "plan", place / "config.yaml", "train.steps=4", "--workers", "2",
                              "--price", "3", "--runs", "5"], capture_output=True, text=True, timeout=100)
     assert result.returncode == 0, result.stderr
-    for piece in ("data a: 40 records", "reference pass", "5 training(s)", "H100", "prefix tree", "4,096", "bound"):
+    for piece in ("data a: 40 records", "reference pass", "5 training(s)", "H100", "prefix tree", "4,096", "bound",
+                  "longest pair", "cheapest mode that fits: train.zero=0", "QLoRA, which trains adapters only"):
         assert piece in result.stdout, result.stdout
 
 
@@ -146,8 +147,19 @@ def test_plan_measures_here_and_prints_json(place):
     plan = json.loads(result.stdout)
     assert plan["rates"]["origin"].startswith("measured on ") and plan["rates"]["train"] > 0
     assert plan["score"]["seconds"] > 0 and plan["score"]["dollars"] is None
+    assert plan["memory"]["proposed"]["fits"] and plan["memory"]["budget"] == 1000
     assert [row["world_size"] for row in plan["fixed"]][:3] == [1, 2, 4]
     assert raydpo("plan", place / "config.yaml", "--device", "abacus").returncode == 2
+
+
+def test_plan_says_what_does_not_fit(place):
+    """1.5 GiB are gone before anything is on the device."""
+    result = raydpo("plan", place / "config.yaml", "--memory", "1", "--json")
+    assert result.returncode == 0, result.stderr
+    memory = json.loads(result.stdout)["memory"]
+    assert memory["proposed"] is None and memory["workers_needed"] is None
+    assert not any(row["fits"] for row in memory["rows"])
+    assert raydpo("plan", place / "config.yaml", "--memory", "-1").returncode == 2
 
 
 def test_cache_ls_and_show(first, place):

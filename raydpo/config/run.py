@@ -60,7 +60,7 @@ class Config(Section):
                              f"{self.model.quantization}); set train.zero=2, which partitions what trains")
         if self.model.lora is not None and self.model.lora.dora and self.train.zero == 3:
             raise ValueError("model.lora.dora needs whole weights, which train.zero 3 partitions; set train.zero=2")
-        if self.reference_quantization != self.model.quantization and self.reference.path is None \
+        if self.reference_quantization != self.model.quantization and self.reference.path in (None, self.model.path) \
                 and not self.reference.allow_other_quantization:
             raise ValueError(f"reference.quantization is {self.reference_quantization or 'none'}, model.quantization "
                              f"{self.model.quantization or 'none'}: policy and reference would differ from the first step "

@@ -8,8 +8,14 @@ from pydantic import Field, model_validator
 
 from raydpo.config.section import Dtype, Float, Int, PathOrUri, Section
 
-__all__ = ["ScoreConfig", "TrainConfig"]
+__all__ = ["REDUCE_BUCKET", "ROUNDED_PIECE", "ScoreConfig", "TrainConfig"]
 
+REDUCE_BUCKET = 50_000_000
+"""Gradients that DeepSpeed collects before it reduces them. Its own 5e8 are 2 GB of each device in float32, whatever the
+size of the model."""
+ROUNDED_PIECE = 1 << 22
+"""Elements that AdamW with bfloat16 moments computes at once. DeepSpeed hands all weights over as one flat tensor, and what
+is computed in float32 would take more than the moments save."""
 LossName = Literal["sigmoid", "hinge", "ipo", "sigmoid_norm"]
 
 
@@ -181,6 +187,10 @@ class TrainConfig(Section):
         if self.offload_optimizer not in (None, "cpu") and self.zero != 3:
             raise ValueError(f"offload_optimizer to a disk ({self.offload_optimizer}) needs zero 3, not {self.zero}; cpu "
                              "works with 1 and 2 too")
+        if self.offload_optimizer not in (None, "cpu") and self.optimizer_states != "float32":
+            raise ValueError(f"optimizer_states {self.optimizer_states} cannot go to a disk, where DeepSpeed keeps moments "
+                             f"as it keeps weights; set it to float32, or offload_optimizer "
+                             f"({self.offload_optimizer}) to cpu")
         if self.offload_activations and not self.gradient_checkpointing:
             raise ValueError("offload_activations has no effect without gradient_checkpointing; set that to true")
         if self.optimizer_states != "float32" and self.optimizer != "adamw":

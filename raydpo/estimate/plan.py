@@ -8,7 +8,7 @@ checkpoints, the optimizer.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from raydpo.data.plan import epoch_order, fill_batches, split_over_ranks
 from raydpo.data.shapes import LayoutName, Shapes
 from raydpo.data.simulate import STEPS, WORLD_SIZES, Simulation, amounts, deal, simulate, steps_of, training_order
 from raydpo.errors import ConfigError
+from raydpo.estimate.modes import Modes
 
 if TYPE_CHECKING:
     from raydpo.model.layout import PromptGroup
@@ -90,6 +91,7 @@ class Plan:
         online: so many runs that compute the reference beside the policy in every step, in padded rows dealt to ranks in
             turn; their evaluations are taken to cost what ours do.
         imbalance: of this configuration. fixed: by world size, at its pairs per step. scaled: at ``PAIRS_PER_RANK``.
+        memory: whether it fits, and in which modes it would; None where that was not asked.
     """
 
     data: dict[str, Any]
@@ -108,6 +110,7 @@ class Plan:
     imbalance: Simulation
     fixed: tuple[Simulation, ...]
     scaled: tuple[Simulation, ...]
+    memory: Modes | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -149,8 +152,11 @@ def make_plan(config: Config, sets: PairSets, model: ModelCost, reference: Model
             raise ConfigError(f"{name} is {value:g}; at least {least} is wanted")
     train = config.train
     layout: LayoutName = "tree" if config.model.layout == "auto" else config.model.layout
-    budget = _budget(train.tokens_per_batch)
+    together = train.sequence_parallel
+    budget = _budget(train.tokens_per_batch) * together  # of the workers that compute a micro-batch together
     score_workers, train_workers = workers or config.score.workers, workers or train.most_workers
+    if train_workers % together:
+        raise ConfigError(f"--workers {train_workers} is not a multiple of train.sequence_parallel {together}")
     shapes, sources = pair_groups(sets.train)[1], _sources(sets.train)
     per_epoch = len(epoch_order(*sources, seed=train.seed, epoch=0, shuffle=False))
     steps_per_epoch = -(-per_epoch // train.pairs_per_step)
@@ -162,8 +168,9 @@ def make_plan(config: Config, sets: PairSets, model: ModelCost, reference: Model
 
     def simulated(world_size: int, pairs_per_step: int) -> Simulation:
         count = max(1, min(STEPS, PAIRS_SIMULATED // pairs_per_step))
-        return simulate(rows(max(per_epoch, count * pairs_per_step)), shapes, world_size=world_size, steps=count,
-                        pairs_per_step=pairs_per_step, tokens_per_batch=budget, layout=layout, work=model.work)
+        found = simulate(rows(max(per_epoch, count * pairs_per_step)), shapes, world_size=max(1, world_size // together),
+                         steps=count, pairs_per_step=pairs_per_step, tokens_per_batch=budget, layout=layout, work=model.work)
+        return replace(found, world_size=world_size)
 
     sampled = steps_of(rows(per_epoch), train.pairs_per_step, STEPS)
 
@@ -172,7 +179,7 @@ def make_plan(config: Config, sets: PairSets, model: ModelCost, reference: Model
         return trained / sum(map(len, sampled)) * amounts(batches, shapes, kind)
 
     computed = {kind: of_a_run([batch.pairs for step in sampled for rank in split_over_ranks(
-        step, shapes, world_size=train_workers, tokens_per_batch=budget, layout=kind, work=model.work)
+        step, shapes, world_size=train_workers // together, tokens_per_batch=budget, layout=kind, work=model.work)
         for batch in rank if batch.counts], kind) for kind in LAYOUTS}
     dealt = of_a_run([batch for step in sampled for rank in deal(step, train_workers) for batch in rank], "padded")
     imbalance = simulated(train_workers, train.pairs_per_step)
@@ -198,7 +205,7 @@ def make_plan(config: Config, sets: PairSets, model: ModelCost, reference: Model
         data={"training_pairs": len(shapes), "held_out_pairs": 0 if sets.eval is None else sets.eval.num_rows,
               "pairs_per_step": train.pairs_per_step, "pairs_trained_on": trained, "completions": completions,
               "prompt_tokens": int(shapes.prompt.sum()), "completion_tokens": int(shapes.tokens.sum()),
-              "longest": int(shapes.longest.max()), "layout": layout, "tokens_per_batch": budget,
+              "longest": int(shapes.longest.max()), "layout": layout, "tokens_per_batch": budget // together,
               "positions": {kind: round(amount[0]) for kind, amount in (computed | {"dealt": dealt}).items()},
               "report": sets.report.to_dict()},
         model=asdict(model) | {"head_share": float(computed[layout][2] * model.prediction_flops
@@ -236,7 +243,7 @@ def _reference_pass(config: Config, sets: PairSets, layout: LayoutName) -> tuple
     from raydpo.reference.shards import Wanted, plan_shards
 
     wanted = Wanted([table for table in (sets.train, sets.eval) if table is not None])
-    budget, total = _budget(config.score.tokens_per_batch), np.zeros(3)
+    budget, total = _budget(config.score.tokens_per_batch) * config.score.sequence_parallel, np.zeros(3)
     for shard in plan_shards(wanted, config.score.tokens_per_part):
         shapes = shapes_of(shard.prompt_groups())
         total += amounts(fill_batches(range(len(shapes)), shapes, budget, layout), shapes, layout)

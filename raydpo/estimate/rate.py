@@ -18,12 +18,15 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
-__all__ = ["DEVICES", "measured_rates", "stated_rates"]
+__all__ = ["DEVICES", "MEMORY", "measured_rates", "stated_rates"]
 
 DEVICES = {"H100": 989.4, "H200": 989.4, "A100-80GB": 311.8, "A100-40GB": 311.8, "L40S": 362.1, "A10G": 70.0, "L4": 121.0,
            "T4": 65.1, "MI300X": 1307.4}
 """Peak TFLOP/s of dense bfloat16 products (float16 on a T4, which has no bfloat16), from the vendors' data sheets: NVIDIA
 H100 SXM, H200 SXM, A100 SXM, L40S, A10G, L4 and T4, whose figures with sparsity are halved, and AMD Instinct MI300X."""
+MEMORY = {"H100": 80, "H200": 141, "A100-80GB": 80, "A100-40GB": 40, "L40S": 48, "A10G": 24, "L4": 24, "T4": 16,
+          "MI300X": 192}
+"""GiB of memory, from the same data sheets; what of it a program gets is less (``modes.USABLE``)."""
 
 
 def stated_rates(device: str = "H100", mfu_score: float = 0.45, mfu_train: float = 0.35) -> Rates:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import numpy as np
+import pyarrow.compute as pc
+
 from raydpo.config import Config
 from raydpo.console import Console
 from raydpo.cost import ModelCost
 from raydpo.data.pairs import PairSets
+from raydpo.data.shapes import Shapes
 from raydpo.data.simulate import NAIVE_PAIRS, Simulation
+from raydpo.errors import ConfigError
+from raydpo.estimate.activations import Batch
+from raydpo.estimate.anatomy import Anatomy
+from raydpo.estimate.modes import Fit, Modes, Question, compare_modes
 from raydpo.estimate.plan import PAIRS_PER_RANK, Plan, Stage, make_plan, sample_pairs
-from raydpo.estimate.rate import measured_rates, stated_rates
+from raydpo.estimate.rate import MEMORY, measured_rates, stated_rates
 from raydpo.reference.identity import resolve_model
 
 __all__ = ["plan_run", "print_plan"]
@@ -16,11 +26,13 @@ __all__ = ["plan_run", "print_plan"]
 
 def plan_run(config: Config, sets: PairSets, *, measure: bool = False, device: str | None = None,
              mfu_score: float | None = None, mfu_train: float | None = None, workers: int | None = None,
-             price: float | None = None, runs: int | None = None) -> Plan:
+             price: float | None = None, runs: int | None = None, memory: float | None = None) -> Plan:
     """Estimate ``config`` on its pairs. What is None has the default of ``stated_rates`` or ``make_plan``.
 
     Args:
-        measure: take the rates from a measurement on this machine; ``device`` and the two MFUs are then not looked at.
+        measure: take the rates from a measurement on this machine; the two MFUs are then not looked at, and ``device`` for
+            its memory alone.
+        memory: GiB of a device; None = of ``device``.
 
     Raises:
         RaydpoError: of the kind that fits.
@@ -29,7 +41,39 @@ def plan_run(config: Config, sets: PairSets, *, measure: bool = False, device: s
     reference = ModelCost.of(resolve_model(config.reference_path))
     rates = (measured_rates(config, sample_pairs(config, sets.train), model, reference) if measure else
              stated_rates(**_given(device=device, mfu_score=mfu_score, mfu_train=mfu_train)))
-    return make_plan(config, sets, model, reference, rates, **_given(workers=workers, price=price, runs=runs))
+    plan = make_plan(config, sets, model, reference, rates, **_given(workers=workers, price=price, runs=runs))
+    named = device or (DEVICE if memory is None else "device")
+    return dataclasses.replace(plan, memory=_modes(config, sets, plan, named, memory))
+
+
+DEVICE = "H100"
+"""Whose memory the plan is for where none is named."""
+
+
+def _modes(config: Config, sets: PairSets, plan: Plan, device: str, memory: float | None) -> Modes:
+    """Whether the training of ``config`` fits, and how it would."""
+    if memory is None and device not in MEMORY:
+        raise ConfigError(f"--device {device!r} is not known; name one of {', '.join(MEMORY)}, or say --memory GIB")
+    layout = plan.data["layout"]
+    lengths = [pc.list_value_length(sets.train[f"{side}_ids"]).to_numpy() for side in ("prompt", "chosen", "rejected")]
+    pairs = np.stack(lengths, axis=1)[:SAMPLE].tolist()
+    model = config.model
+    if model.adapter is not None:
+        model = model.model_copy(update={"adapter": resolve_model(model.adapter)})
+    budget = config.train.tokens_per_batch
+    step = plan.data["positions"][layout] / plan.steps / plan.train_workers  # groups divide, and in them parts
+    batch = Batch.of_pairs(map(tuple, pairs), layout, micro_batches=1 if step <= plan.data["tokens_per_batch"] else 2)
+    question = Question(
+        anatomy=Anatomy.of(resolve_model(config.model.path), config.model.trust_remote_code), model=model,
+        train=config.train, workers=plan.train_workers, memory=(MEMORY[device] if memory is None else memory) * 2**30,
+        dtype="bfloat16" if config.model.dtype == "auto" else config.model.dtype, batch=batch,
+        longest=-(-int(Shapes.of_lengths(*lengths).positions(layout).max()) // config.train.sequence_parallel),
+        budget=None if budget == "auto" else budget)
+    return compare_modes(question, device)
+
+
+SAMPLE = 4096
+"""Pairs whose proportions stand for all."""
 
 
 def print_plan(plan: Plan, console: Console) -> None:
@@ -58,6 +102,8 @@ def print_plan(plan: Plan, console: Console) -> None:
         _stage("its held-out evaluations", plan.train_workers, plan.evaluation),
         _stage(f"pass and {plan.runs:,} training(s)", "", plan.total),
         _stage(f"{plan.runs:,} with an online reference, padded", plan.train_workers, plan.online)])
+    if plan.memory is not None:
+        _print_memory(plan.memory, console)
     console.say("online reference: forward passes of reference and policy in every step, in rows padded "
                 f"{NAIVE_PAIRS} pairs at a time as they come")
     console.table(f"share of time lost to imbalance, {data['pairs_per_step']:,} pairs a step", _COLUMNS,
@@ -66,6 +112,22 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.say("bound: no plan loses less, since a pair is not cut and the longest takes its time. Ranks without pairs are "
                 "lost. lockstep: ranks meet after every micro-batch (ZeRO 2, 3). repeated: part of the work that is a "
                 "prefix computed on several ranks. Where a step has more pairs than the data, pairs repeat.")
+
+
+def _print_memory(modes: Modes, console: Console) -> None:
+    columns = ("mode", "weights", "grads", "optimizer", "activ.", "head", "comm.", "total", "host", "fits", "positions")
+    console.table(f"GiB on one of {modes.workers:,} x {modes.device} ({modes.memory / 2**30:g}), {modes.dtype}; the fastest "
+                  "mode first, * as configured", columns, [_fit(row) for row in modes.rows])
+    console.say("total: at the moment that takes most, with 1.5 GiB of CUDA context and NCCL. comm.: buckets, and weights "
+                "gathered under ZeRO 3. host: of a worker. positions: the largest train.tokens_per_batch that fits")
+    for line in modes.lines():
+        console.say(line)
+
+
+def _fit(row: Fit) -> tuple[str, ...]:
+    sizes = (*row.parts.values(), row.total, row.host)
+    return (("* " if row.configured else "") + row.name, *(f"{size / 2**30:,.1f}" for size in sizes),
+            "fits" if row.fits else "no", f"{row.largest:,}" if row.largest else "-")
 
 
 _COLUMNS = ("ranks", "pairs", "mean", "worst step", "bound", "lockstep", "repeated", "dealt in turn", "its time")

@@ -21,7 +21,7 @@ from typing import Any
 from raydpo.config import is_hub_name
 from raydpo.errors import ModelError
 
-__all__ = ["SCORING_VERSION", "ReferenceIdentity", "identify", "resolve_model"]
+__all__ = ["QUANTIZED", "SCORING_VERSION", "ReferenceIdentity", "identify", "resolve_model"]
 
 SCORING_VERSION = 2
 """Raised whenever raydpo itself changes the numbers it would store."""

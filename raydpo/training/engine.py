@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from raydpo.config import LoraSettings, TrainConfig
+from raydpo.config.train import REDUCE_BUCKET
 from raydpo.model.adapter import fuse_adapters
 from raydpo.model.budget import MOST_TRAINED, Budget, find_budget, probe_group
 from raydpo.model.layout import Layout, PromptGroup
@@ -27,6 +28,7 @@ from raydpo.model.load import add_lora, freeze_matching, load_causal_lm
 from raydpo.model.logps import LogpModel
 from raydpo.model.selfcheck import Wish, choose_layout, share_positions
 from raydpo.model.ulysses import SequenceGroup
+from raydpo.training.disk import disk_folder
 from raydpo.training.host_memory import HostPeak
 from raydpo.training.optimizer import make_optimizer
 from raydpo.training.state import TrainedState
@@ -274,8 +276,7 @@ def _deepspeed_config(train: TrainConfig, dtype: str) -> dict[str, Any]:
         "gradient_accumulation_steps": 1,
         # No clipping is a bound that is never reached: DeepSpeed then still computes the norm.
         "gradient_clipping": train.clip if train.clip is not None else 1e30,
-        # By default a buffer of 5e8 gradients, 2 GB of each device in float32, whatever the model's size.
-        "zero_optimization": {"stage": train.zero, "reduce_bucket_size": 50_000_000} | _offload(train),
+        "zero_optimization": {"stage": train.zero, "reduce_bucket_size": REDUCE_BUCKET} | _offload(train),
         # Else it would want its own Adam, which a compiler must build first, in place of ours.
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
@@ -286,9 +287,11 @@ def _deepspeed_config(train: TrainConfig, dtype: str) -> dict[str, Any]:
 
 
 def _offload(train: TrainConfig) -> dict[str, Any]:
-    wishes = {"offload_optimizer": train.offload_optimizer, "offload_param": train.offload_params}
+    wishes = {"offload_optimizer": ("train.offload_optimizer", train.offload_optimizer),
+              "offload_param": ("train.offload_params", train.offload_params)}
     return {key: {"device": "cpu", "pin_memory": torch.cuda.is_available()} if where == "cpu"
-            else {"device": "nvme", "nvme_path": where} for key, where in wishes.items() if where is not None}
+            else {"device": "nvme", "nvme_path": disk_folder(field, where)}
+            for key, (field, where) in wishes.items() if where is not None}
 
 
 def _float32_buffers(module: nn.Module) -> dict[str, Tensor]:

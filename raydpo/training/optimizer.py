@@ -8,12 +8,10 @@ import torch
 from torch import Tensor
 
 from raydpo.config import TrainConfig
+from raydpo.config.train import ROUNDED_PIECE
 from raydpo.errors import ModelError
 
 __all__ = ["RoundedAdamW", "make_optimizer"]
-
-PIECE = 1 << 22
-"""Elements that ``RoundedAdamW`` computes at once."""
 
 
 def make_optimizer(trainable: Sequence[Tensor], train: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
@@ -63,9 +61,7 @@ class RoundedAdamW(torch.optim.AdamW):
                         state[kind] = torch.zeros_like(parameter, dtype=torch.bfloat16)
                 state["step"] += 1
                 count = float(state["step"])
-                # A piece at a time: DeepSpeed hands all weights over as one flat tensor, and what is computed here in
-                # float32 would take more than the moments save.
-                parts = zip(*(tensor.view(-1).split(PIECE) for tensor in
+                parts = zip(*(tensor.view(-1).split(ROUNDED_PIECE) for tensor in
                               (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])), strict=True)
                 for weight, gradient, exp_avg, exp_avg_sq in parts:
                     gradient = gradient.float()

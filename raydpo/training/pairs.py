@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -12,6 +13,7 @@ import pyarrow.compute as pc
 from raydpo.data.shapes import Shapes
 from raydpo.errors import CacheMissError
 from raydpo.model.layout import PromptGroup
+from raydpo.reference.identity import QUANTIZED, ReferenceIdentity
 from raydpo.reference.index import as_bytes
 from raydpo.reference.join import Joined, join
 from raydpo.reference.store import UNVERIFIED, ReferenceCache
@@ -58,7 +60,8 @@ def _miss(table: pa.Table, lacking: np.ndarray, cache: ReferenceCache, what: str
     others = [other for other in cache.identities(cache.storage) if other != cache.identity]
     if rows.num_rows == table.num_rows and others:
         parts += [f"the cache does hold identity {other.digest}, which is another reference "
-                  f"({'; '.join(cache.identity.differences(other))})" for other in others[:3]]
+                  f"({'; '.join(cache.identity.differences(other))}){_as_it_is(cache.identity, other)}"
+                  for other in others[:3]]
     imported = sum(part.rows for part in cache.parts(UNVERIFIED))
     if imported and not cache.unverified:
         parts.append(f"it holds {imported:,} imported rows that are not verified: run 'raydpo cache verify {cache.storage} "
@@ -66,6 +69,18 @@ def _miss(table: pa.Table, lacking: np.ndarray, cache: ReferenceCache, what: str
                      "CONFIG', or set cache.allow_unverified=true to train on them as they are")
     parts += cache.problems
     return CacheMissError("; ".join(parts) + ". Run 'raydpo score' (or 'raydpo run') with this configuration to fill it")
+
+
+def _as_it_is(mine: ReferenceIdentity, other: ReferenceIdentity) -> str:
+    """The settings that train against ``other``, where only the precision of weights sets it apart."""
+    if mine.quantisation == other.quantisation or \
+            dataclasses.replace(mine, quantisation=other.quantisation, dtype=other.dtype) != other:
+        return ""
+    name = next((name for name, made in QUANTIZED.items() if made == other.quantisation), "none")
+    settings = [f"reference.quantization={name}", "reference.allow_other_quantization=true"]
+    if mine.dtype != other.dtype:
+        settings.append(f"score.dtype={other.dtype}")
+    return f"; to train against it all the same: {' '.join(settings)}"
 
 
 class TrainingPairs:

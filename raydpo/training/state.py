@@ -8,7 +8,9 @@ nothing that did not train, and holds nothing that could run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import contextlib
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,15 +103,16 @@ class TrainedState:
             fragments = fragments[dist.get_rank()::dist.get_world_size()]
         tensors: dict[str, Tensor] = {}
         size = number = 0
-        for fragment in fragments:
-            moments = self._elementwise(fragment.flat)
-            for kind, tensor in ({_WEIGHT: fragment.flat} | moments).items():
-                tensors[_key(kind, fragment)] = fragment.of(tensor.detach()).to("cpu", copy=True)
-                size += fragment.numel * tensor.element_size()
-            if size >= _FILE_BYTES or fragment is fragments[-1]:
-                # Several files: only one of them is ever held in the host's memory.
-                save_file(tensors, directory / _file(dist.get_rank(), dist.get_world_size(), f"{number:03d}"))
-                tensors, size, number = {}, 0, number + 1
+        for flat, parts in _by_flat(fragments):
+            with self._in_memory(flat):
+                for fragment in parts:
+                    for kind, tensor in ({_WEIGHT: flat} | self._elementwise(flat)).items():
+                        tensors[_key(kind, fragment)] = fragment.of(tensor.detach()).to("cpu", copy=True)
+                        size += fragment.numel * tensor.element_size()
+                    if size >= _FILE_BYTES or fragment is fragments[-1]:
+                        # Several files: only one of them is ever held in the host's memory.
+                        save_file(tensors, directory / _file(dist.get_rank(), dist.get_world_size(), f"{number:03d}"))
+                        tensors, size, number = {}, 0, number + 1
         return {"optimizer_steps": self._steps(), "parameters": self._totals()}
 
     def read(self, directory: Path, facts: Mapping[str, Any], ranks: int) -> None:
@@ -127,12 +130,33 @@ class TrainedState:
             raise TrainError(f"the checkpoint in {directory} trains other parameters than this run, beginning with "
                              f"{both[0][0]} ({both[0][1]} elements)")
         pieces = _Pieces(directory, ranks)
-        for fragment in self.fragments():
-            state = self._begin(fragment.flat, facts["optimizer_steps"])
-            with torch.no_grad():
-                for kind, tensor in ({_WEIGHT: fragment.flat} | state).items():
-                    pieces.copy(kind, fragment, fragment.of(tensor))
+        for flat, parts in _by_flat(self.fragments()):
+            with self._in_memory(flat, changed=True), torch.no_grad():
+                for kind, tensor in ({_WEIGHT: flat} | self._begin(flat, facts["optimizer_steps"])).items():
+                    for fragment in parts:
+                        pieces.copy(kind, fragment, fragment.of(tensor))
+                if self._zero == 3:
+                    self._engine.optimizer._reassign_or_swap_out_partitioned_parameters(self._group(flat))
         self._publish()
+
+    def _group(self, flat: Tensor) -> int:
+        """Under ZeRO-3: the number of DeepSpeed's group whose weights ``flat`` has."""
+        groups = self._engine.optimizer.fp32_partitioned_groups_flat
+        return next(number for number, each in enumerate(groups) if each is flat)
+
+    @contextlib.contextmanager
+    def _in_memory(self, flat: Tensor, *, changed: bool = False) -> Iterator[None]:
+        """``flat`` and its moments, which may lie on a disk; what is ``changed`` goes back there."""
+        wrapper = self._engine.optimizer
+        if self._zero != 3 or not wrapper._swappable_optimizer_subgroup(self._group(flat)):
+            yield
+            return
+        group = self._group(flat)
+        wrapper._optimizer_states_and_gradient_swap_in(group)
+        try:
+            yield
+        finally:
+            (wrapper._optimizer_states_and_gradient_swap_out if changed else wrapper._release_swap_buffers)(group)
 
     def _totals(self) -> dict[str, int]:
         return {name: getattr(parameter, "ds_numel", None) or parameter.numel()
@@ -163,14 +187,9 @@ class TrainedState:
         return torch.bfloat16 if isinstance(self.optimizer, RoundedAdamW) else torch.float32
 
     def _publish(self) -> None:
-        """Give the model what the optimizer holds."""
+        """Give the model what the optimizer holds; under ZeRO-3 that has been done, but for what every rank has whole."""
         wrapper = self._engine.optimizer
         if self._zero == 3:
-            for flat, higher in zip(wrapper.fp16_partitioned_groups_flat, wrapper.fp32_partitioned_groups_flat, strict=True):
-                flat.data.copy_(higher.data)
-            for flat, parts in zip(wrapper.fp16_partitioned_groups_flat, wrapper.fp16_partitioned_groups, strict=True):
-                for part, values in zip(parts, wrapper.unflatten(flat, parts), strict=True):
-                    part.data = values.data
             if wrapper.persistent_parameters:  # small ones, which DeepSpeed keeps whole on every rank
                 wrapper.persistent_parameters[0].partition(wrapper.persistent_parameters)
                 wrapper.persistent_parameters[0].all_gather(wrapper.persistent_parameters)
@@ -217,6 +236,13 @@ class _Pieces:
 def _file(rank: int | str, ranks: int, number: str) -> str:
     return f"state-{rank:05d}-of-{ranks:05d}-{number}.safetensors" if isinstance(rank, int) \
         else f"state-{rank}-of-{ranks:05d}-{number}.safetensors"
+
+
+def _by_flat(fragments: Sequence[Fragment]) -> Iterator[tuple[Tensor, list[Fragment]]]:
+    """Fragments that follow one another in the same tensor, together."""
+    for _, parts in itertools.groupby(fragments, key=lambda fragment: id(fragment.flat)):
+        found = list(parts)
+        yield found[0].flat, found
 
 
 def _key(kind: str, fragment: Fragment) -> str:

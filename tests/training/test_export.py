@@ -52,5 +52,8 @@ def test_the_export_is_the_policy(lora, zero, tiny_llama, tmp_path):
         with torch.no_grad():
             found = model(input_ids=ids[None]).logits[0, len(PROMPT) - 1:-1].log_softmax(-1)
         assert torch.allclose(found.gather(1, ids[len(PROMPT):, None])[:, 0], logps, atol=5e-6)
-    assert AutoTokenizer.from_pretrained(str(tmp_path / "final")).eos_token
+    for directory in (tmp_path / "final", *(tmp_path / "final").glob("merged")):
+        tokenizer = AutoTokenizer.from_pretrained(str(directory))
+        assert tokenizer.eos_token and tokenizer.chat_template == make_tokenizer().chat_template
+        assert directory.name != "merged" or (directory / "generation_config.json").is_file()
     assert not list((tmp_path / "final").rglob("*.bin")) + list((tmp_path / "final").rglob("*.pt"))

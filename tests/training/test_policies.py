@@ -1,15 +1,25 @@
 """Every kind of policy starts as its reference, learns, and leaves something that loads elsewhere."""
 
+import io
 import math
+import re
 
+import numpy as np
 import pytest
 import torch
+import yaml
 from distributed import run_distributed
 from kernel import tiny_pairs, train_here, with_reference
 from safetensors.torch import load_file
+from tiny import preferences, write_preferences
 
+from raydpo.cli import main
 from raydpo.config import load_config
+from raydpo.console import Console
 from raydpo.errors import ConfigError, ModelError
+from raydpo.pipeline import Prepared
+from raydpo.reference.shards import Wanted
+from raydpo.training.pairs import join_reference
 
 LORA = {"r": 4, "alpha": 8}
 
@@ -86,6 +96,8 @@ def test_what_cannot_be_is_refused_with_the_fix(tiny_llama, tmp_path):
              ("model.quantization=4bit", "model.lora={r: 4}", "train.zero=3"): "train.zero=2",
              ("model.quantization=4bit", "model.lora={r: 4}", "reference.quantization=none"):
                  "reference.allow_other_quantization=true",
+             ("model.quantization=4bit", "model.lora={r: 4}", f"reference.path={tiny_llama}", "reference.quantization=none"):
+                 "reference.allow_other_quantization=true",
              ("model.lora={r: 4, dora: true}", "train.zero=3"): "train.zero=2",
              ("model.lora={r: 4}", "model.freeze=[embed]"): "drop one",
              ("model.freeze=['(']",): "no regular expression",
@@ -112,6 +124,35 @@ def other_reference(model, scratch):
 def test_a_reference_of_other_precision_does_not_pass_the_gate(tiny_llama, tmp_path):
     name, message = run_distributed(other_reference, 1, tmp_path, tiny_llama, tmp_path / "s")[0]
     assert name == "GateError", message
+
+
+def allowed(model, scratch):
+    """The log-probs of the model as it is stored, and a policy in 4 bits."""
+    run = train_here(with_reference(tiny_pairs(17), model), model, scratch, steps=6, lr=2e-3, lora=LORA,
+                     policy={"quantization": "4bit"}, starts_as_reference=False)
+    return [row["loss"] for row in run.steps], run.summary.gate
+
+
+def test_a_cache_of_other_quantization_is_refused_unless_allowed(tiny_llama, tmp_path, capsys):
+    """Through the command line, but for the training itself."""
+    data = write_preferences(tmp_path / "a.jsonl", preferences(6))
+    tree = {"output": str(tmp_path / "runs"), "data": {"train": str(data)},
+            "model": {"path": str(tiny_llama), "dtype": "float32"}, "score": {"dtype": "bfloat16"}}
+    config = load_config(tree)
+    whole = Prepared.of(config, Console(io.StringIO()))
+    wanted = list(Wanted(whole.tables))
+    whole.cache.commit([one.key for one in wanted], [np.full(len(one.tokens), -1.0, np.float32) for one in wanted], {})
+    quantized = ["model.quantization=4bit", "model.lora={r: 4}", "score.dtype=float32"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    assert main(["train", str(tmp_path / "config.yaml"), *quantized]) == 1
+    said = capsys.readouterr().err
+    assert "quantisation: 'bitsandbytes nf4, double' here, None there" in said and "raydpo score" in said
+    settings = re.search(r"to train against it all the same: (reference.*? score.dtype=bfloat16)", said)[1].split()
+    prepared = Prepared.of(load_config(tree, [*quantized, *settings]), Console(io.StringIO()))
+    assert join_reference(prepared.sets.train, prepared.cache, "training").num_rows == 6
+    losses, gate = run_distributed(allowed, 1, tmp_path / "run", tiny_llama, tmp_path / "s")[0]
+    assert "the policy starts from another model than the reference" in gate
+    assert abs(losses[0] - math.log(2)) > 1e-5 and min(losses[2:]) < losses[0]
 
 
 def bad_patterns(model, scratch):

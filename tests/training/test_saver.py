@@ -5,6 +5,7 @@ import shutil
 import time
 
 import pytest
+import torch
 from distributed import run_distributed
 from kernel import Record, tiny_pairs, train_here, with_reference
 
@@ -166,3 +167,18 @@ def unknown_metric(table, model, place):
 def test_a_metric_that_nothing_measures_is_refused_before_the_first_step(table, tiny_llama, tmp_path):
     for message in run_distributed(unknown_metric, 1, tmp_path / "run", table, tiny_llama, tmp_path):
         assert "train.keep_best is 'eval_los'" in message and "eval_loss, " in message
+
+
+def ended(table, model, place):
+    whole = train(table, model, place, checkpoint_every=4)
+    again = train_here(table, model, place / "again", steps=9, checkpoint=place / "keep" / "step-9")
+    same = [torch.equal(one, other) for one, other in zip(whole.engine.gather().values(), again.engine.gather().values(),
+                                                          strict=True)]
+    return whole.summary, again.summary, again.steps, all(same)
+
+
+def test_killed_between_the_last_checkpoint_and_the_export_nothing_is_trained_again(table, tiny_llama, tmp_path):
+    whole, again, steps, same = run_distributed(ended, 1, tmp_path / "run", table, tiny_llama, tmp_path)[0]
+    assert steps == [] and same
+    assert (again.steps, again.pairs, again.gate) == (9, whole.pairs, whole.gate)
+    assert not again.interrupted and again.seconds > 0

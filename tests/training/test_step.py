@@ -5,7 +5,7 @@ import math
 import pyarrow as pa
 import pytest
 from distributed import run_distributed
-from kernel import tiny_pairs, train_here, with_reference
+from kernel import exact, tiny_pairs, train_here, with_reference
 
 from raydpo.errors import TrainError
 
@@ -57,6 +57,25 @@ def test_the_step_is_not_taken_and_pair_and_rank_are_named(table, tiny_llama, tm
         assert [row["loss"] for row in steps[:2]] == losses[:2]
         assert math.isfinite(steps[3]["loss"]) and math.isfinite(steps[3]["grad_norm"])
         assert all(math.isfinite(value) for value in weights.values())
+
+
+def skipped_and_resumed(table, model, scratch, keep):
+    """The steps of a run whose third is passed over, and those after its checkpoint of that step."""
+    found = []
+    for number, kind in enumerate(KINDS[::2]):
+        settings = dict(shuffle=False, steps=6, checkpoint_every=3, starts_as_reference=False) | kind
+        place = keep / str(number)
+        whole = train_here(spoiled(table, [BAD]), model, scratch, keep=place, **settings)
+        rest = train_here(spoiled(table, [BAD]), model, scratch, checkpoint=place / "step-3", **settings)
+        found.append((exact(whole.steps), exact(rest.steps), rest.summary.skipped))
+    return found
+
+
+def test_a_run_goes_on_exactly_from_a_checkpoint_of_a_step_that_was_not_taken(table, tiny_llama, tmp_path):
+    (found,) = run_distributed(skipped_and_resumed, 1, tmp_path / "a", table, tiny_llama, tmp_path / "s", tmp_path / "keep")
+    for kind, (whole, rest, skipped) in zip(KINDS[::2], found, strict=True):
+        assert [row["skipped"] for row in whole] == [0, 0, 1, 0, 0, 0], kind
+        assert rest == whole[3:] and skipped == 1, kind
 
 
 def too_many(table, model, scratch):

@@ -1,0 +1,81 @@
+"""Offload to a disk: whether DeepSpeed can do it here, and a folder for each process that does."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import fcntl
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from raydpo.errors import ModelError
+
+__all__ = ["disk_folder"]
+
+PREFIX = "raydpo-offload-"
+_HELD: list[IO[str]] = []
+"""Locks of this process's folders, for as long as it lives."""
+
+
+def disk_folder(field: str, where: str) -> str:
+    """A new folder below ``where`` for what this process puts on the disk. Those of processes that died are removed.
+
+    Of its own, since DeepSpeed names files by rank: two runs in one folder would read each other's weights.
+
+    Args:
+        field: the setting that asks for it, for messages.
+
+    Raises:
+        ModelError: if the folder cannot be made, or DeepSpeed lacks what it needs.
+    """
+    try:
+        root = Path(where)
+        root.mkdir(parents=True, exist_ok=True)
+        with _alone(root):
+            for old in root.glob(f"{PREFIX}*"):
+                _remove_if_abandoned(old)
+            folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=root))
+            lock = open(folder / "lock", "w")  # noqa: SIM115 - held until the process ends
+            fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError as error:
+        raise ModelError(f"{field} is {where!r}, where this worker cannot write: {error.strerror or error}. Name a "
+                         "directory of a local disk that every machine has, or set it to cpu") from None
+    _HELD.append(lock)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    try:
+        _require_asynchronous_files(field, where)
+    except ModelError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return str(folder)
+
+
+def _require_asynchronous_files(field: str, where: str) -> None:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    fix = (f"DeepSpeed compiles its access to disks where it runs: install libaio-dev (libaio-devel on Red Hat), a C++ "
+           f"compiler and ninja on every machine, or set {field}=cpu")
+    if not AsyncIOBuilder().is_compatible():
+        raise ModelError(f"{field} is {where!r}, but libaio is not installed here. {fix}")
+    try:
+        AsyncIOBuilder().load(verbose=False)
+    except Exception as error:  # whatever a compiler may say
+        raise ModelError(f"{field} is {where!r}, but DeepSpeed's async_io does not compile here: "
+                         f"{' '.join(str(error).split())[:300]}. {fix}") from error
+
+
+@contextlib.contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    with open(root / f".{PREFIX}lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _remove_if_abandoned(folder: Path) -> None:
+    """The system lets go of a process's locks when it ends, however it does."""
+    with contextlib.suppress(OSError), open(folder / "lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,139 @@
+import json
+
+import pytest
+
+from raydpo.config import LoraSettings, ModelConfig, TrainConfig, load_config
+from raydpo.errors import ConfigError
+from raydpo.estimate.activations import Batch
+from raydpo.estimate.anatomy import Anatomy
+from raydpo.estimate.memory import BASE_BYTES
+from raydpo.estimate.modes import ENOUGH, USABLE, Question, compare_modes
+from raydpo.estimate.rate import DEVICES, MEMORY
+
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("llama")
+    (directory / "config.json").write_text(json.dumps({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
+        "max_position_embeddings": 131072}))
+    return Anatomy.of(directory)
+
+
+def ask(anatomy, memory, workers=8, budget=8192, longest=2000, model=None, **train):
+    return compare_modes(Question(
+        anatomy=anatomy, model=ModelConfig(path="m", **(model or {})), train=TrainConfig(workers=workers, **train),
+        workers=workers, memory=memory * GIB, dtype="bfloat16", batch=Batch.of_pairs([(1000, 300, 500)]), longest=longest,
+        budget=budget), "GPU")
+
+
+def test_workers_that_compute_together_share_the_longest_pair(llama):
+    alone = ask(llama, 24, workers=64, budget=None, longest=400_000)
+    assert alone.proposed is None and "Set train.sequence_parallel higher than 1" in " ".join(alone.lines())
+    shared = ask(llama, 24, workers=64, budget=None, longest=400_000 // 64, sequence_parallel=64)
+    assert shared.proposed is not None
+    assert "longest pair: 400,000 positions, 6,250 of them for each of 64 workers" in shared.lines()[0]
+
+
+def test_every_device_has_memory():
+    assert MEMORY.keys() == DEVICES.keys()
+
+
+def test_the_proposal_changes_as_memory_shrinks(llama):
+    """Each step down costs time; none is taken while a faster mode fits."""
+    names = []
+    for memory in (400, 141, 80, 48, 40, 30):
+        modes = ask(llama, memory)
+        names.append(modes.proposed.name)
+        place = modes.rows.index(modes.proposed)
+        assert not any(row.fits for row in modes.rows[:place])
+        assert modes.proposed.total <= USABLE * memory * GIB
+    assert names[0] == "ZeRO 0"
+    assert len(set(names)) >= 4
+    order = [row.name for row in ask(llama, 80).rows]
+    assert [order.index(name) for name in names] == sorted(order.index(name) for name in names)
+
+
+def test_what_does_not_fit_is_said_not_to_fit(llama):
+    """8B whole on one GPU of 80 GiB: 16 GB of weights, 12 bytes a parameter of optimizer are 96 GB more."""
+    modes = ask(llama, 80, workers=1, zero=0)
+    configured = next(row for row in modes.rows if row.configured)
+    assert configured.total > 16 * 8.03e9 and not configured.fits and configured.largest == 0
+    assert any(line.startswith("does not fit: the configuration") for line in modes.lines())
+    assert modes.proposed.host > 12 * 8.03e9  # the only way is the host's memory
+    assert "offload_optimizer=cpu" in modes.lines()[2]
+
+
+def test_nothing_fits_and_how_many_would(llama):
+    """An optimizer in the GPU's memory of its own, since bitsandbytes' has no other place."""
+    modes = ask(llama, 16, workers=2, optimizer="adamw_8bit")
+    assert modes.proposed is None and modes.workers_needed > 2
+    assert f"no mode that trains the same fits on 2 x GPU of 16 GiB, bfloat16; {modes.workers_needed:,} of them would" in \
+        " ".join(modes.lines())
+    assert ask(llama, 16, workers=modes.workers_needed, optimizer="adamw_8bit").proposed is not None
+    assert ask(llama, 16, workers=modes.workers_needed - 1, optimizer="adamw_8bit").proposed is None
+
+
+def test_no_number_of_gpus_helps_the_longest_pair(llama):
+    modes = ask(llama, 24, longest=200_000)
+    assert modes.proposed is None and modes.workers_needed is None
+    assert any("no number of them would" in line for line in modes.lines())
+    assert any("200,000 positions, more than train.tokens_per_batch 8,192" in line for line in modes.lines())
+
+
+def test_the_configured_mode_is_marked_and_proposed_where_it_is_the_fastest(llama):
+    modes = ask(llama, 400, zero=0)
+    assert [row.configured for row in modes.rows].count(True) == 1 and modes.rows[0].configured
+    assert modes.proposed is modes.rows[0] and modes.proposed.overrides == ()
+    assert "cheapest mode that fits: the configuration as it is" in modes.lines()
+    unusual = ask(llama, 400, zero=1, offload_optimizer="cpu")
+    assert [row.name for row in unusual.rows if row.configured] == ["ZeRO 1, optimizer on host"]
+
+
+def test_overrides_can_be_pasted_and_lead_there(llama, tmp_path):
+    modes = ask(llama, 48, zero=2)
+    (tmp_path / "d.jsonl").touch()
+    base = {"model": {"path": str(tmp_path)}, "data": {"train": str(tmp_path / "d.jsonl")}, "output": "o"}
+    for row in modes.rows:
+        train = load_config(base | {"train": {"zero": 2}}, row.overrides).train
+        again = ask(llama, 48, **train.model_dump(exclude_unset=True))
+        assert next(one for one in again.rows if one.configured).total == row.total
+
+
+def test_full_training_stays_full_and_adapters_are_told_apart(llama):
+    modes = ask(llama, 24)
+    assert not any("lora" in setting for row in modes.rows for setting in row.overrides)
+    lora, qlora = modes.adapters
+    assert (lora.name, qlora.name) == ("LoRA", "QLoRA") and qlora.fits
+    assert qlora.overrides[:2] == ("model.lora={r: 16}", "model.quantization=4bit")
+    assert qlora.parts["weights"] < 16.06e9 / 2
+    assert any(line.startswith("QLoRA, which trains adapters only: model.lora=") for line in modes.lines())
+
+
+def test_adapters_stay_adapters(llama):
+    modes = ask(llama, 80, model={"lora": LoraSettings(r=8)})
+    assert [row.name for row in modes.adapters] == ["QLoRA"]
+    quantized = ask(llama, 24, model={"lora": LoraSettings(r=8), "quantization": "4bit"})
+    assert quantized.adapters == () and not any("ZeRO 3" in row.name for row in quantized.rows)
+
+
+def test_a_single_worker_has_nobody_to_share_with(llama):
+    assert [row.name for row in ask(llama, 141, workers=1, zero=0).rows][:2] == ["ZeRO 0", "ZeRO 0, recompute"]
+
+
+def test_the_largest_micro_batch_is_the_largest(llama):
+    question = Question(anatomy=llama, model=ModelConfig(path="m"), train=TrainConfig(zero=3, gradient_checkpointing=True),
+                        workers=8, memory=80 * GIB, dtype="bfloat16", batch=Batch.of_pairs([(1000, 300, 500)]), longest=2000,
+                        budget=None)
+    row = next(row for row in compare_modes(question, "GPU").rows if row.configured)
+    assert question.fits(row.largest) and (row.largest == 65536 or not question.fits(row.largest + 256))
+    assert row.total == question.memory_at(row.positions).device + BASE_BYTES
+    assert question.least == max(2000, ENOUGH)
+
+
+def test_memory_out_of_range(llama):
+    with pytest.raises(ConfigError, match="--memory is 0"):
+        ask(llama, 0)
