@@ -107,8 +107,8 @@ class Peak(Record):
 def peaks(cases: list[Case], small: Path, scratch: Path) -> list[float]:
     """On each rank: peak bytes of each case's last step above what the process had before, the libraries' own included.
 
-    Pages of the weights' file are taken off: transformers may leave it mapped (it does for quantized models), and the system
-    drops such pages when it needs the memory.
+    Of a quantized model the pages of the file that it was made from are taken off: it stays mapped, and the system drops such
+    pages when it needs the memory. Frozen weights that are not quantized are those pages themselves.
 
     Args:
         small: a tiny model, to which each case happens first: libraries, their threads and buffers are not estimated.
@@ -122,8 +122,10 @@ def peaks(cases: list[Case], small: Path, scratch: Path) -> list[float]:
     found = []
     for number, case in enumerate(cases):
         _train(replace(case, model=small, tokens=64, micro_batches=1), world, scratch / f"{number}-small")
-        before, mapped = _now(torch.device(case.device)), _mapped(case.device)
-        found.append(_train(case, world, scratch / str(number)) - before - (_mapped(case.device) - mapped))
+        before, mapped = _now(torch.device(case.device)), _mapped()
+        peak = _train(case, world, scratch / str(number)) - before
+        unused = _mapped() - mapped if case.device == "cpu" and "quantization" in case.policy else 0.0
+        found.append(peak - unused)
     return found
 
 
@@ -138,10 +140,10 @@ def _train(case: Case, world: int, scratch: Path) -> float:
     return record.steps[-1]["peak_memory_bytes"]
 
 
-def _mapped(device: str) -> float:
-    """Bytes of files that are mapped into this process and in memory; nothing of them is on a GPU."""
+def _mapped() -> float:
+    """Bytes of files that are mapped into this process and in memory."""
     found = re.search(r"RssFile:\s+(\d+)", Path("/proc/self/status").read_text())
-    return float(found[1]) * 1024 if device == "cpu" and found else 0.0
+    return float(found[1]) * 1024 if found else 0.0
 
 
 def _now(device: Any) -> float:

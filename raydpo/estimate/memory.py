@@ -247,8 +247,7 @@ class _Ledger:
     def moments(self):
         """All moments that may be the peak."""
         yield from self._backward()
-        if self.zero != 3 and self.P:
-            yield from self._reduction()
+        yield from self._reduction()
         yield from self._update()
         self.host_peak = max(self.host_peak, self.host)
 
@@ -393,6 +392,13 @@ class _Ledger:
         """The gradients of all ranks are added up, in a copy of the bucket."""
         width, P = self.width, self.P
         copied = self.workers > 1
+        if self.zero == 3:
+            # Each rank's pieces are put side by side first; gloo reduces a copy of that. The embedding is still gathered,
+            # since no gradient leaves it backward, which is the sign for its release.
+            copies = 1 + (copied and self.device == "cpu")
+            yield self._moment("reduction", gradients=self._old_gradients(), communication=self._bucket(P * width)
+                               + copies * self.bucket_used + self._gathered()[EMBEDDING])
+            return
         if self.zero == 0:
             yield self._moment("reduction", gradients=P * width, communication=min(P, REDUCE_BUCKET + self.largest) * width)
             return
