@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -76,7 +77,7 @@ class MlflowTracker:
         else:
             self._run = self._client.create_run(number, run_name=run, tags={"raydpo_run": tag}).info.run_id
             for name, value in settings.items():
-                self._client.log_param(self._run, name, str(value)[:500])
+                self._client.log_param(self._run, re.sub(r"[^\w./: -]", "", name), str(value)[:500])  # it takes no others
 
     def log(self, step: int, row: Mapping[str, float]) -> None:
         from mlflow.entities import Metric
