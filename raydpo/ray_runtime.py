@@ -72,7 +72,8 @@ def session(config: Config) -> Iterator[None]:
             # Logical CPUs only gate scheduling. Actors hold one each, and Ray Data's own tasks need some beside them, or
             # the job would wait for itself in silence.
             cpus = max(os.cpu_count() or 1, max(config.score.workers, config.train.most_workers) + 4)
-            ray.init(num_cpus=cpus, include_dashboard=False, runtime_env=runtime_env, log_to_driver=False,
+            # "local", since a Ray that someone else has started on this machine would be joined otherwise.
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, runtime_env=runtime_env, log_to_driver=False,
                      logging_level="warning", object_store_memory=_object_store_bytes())
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ConfigError(f"cannot reach Ray at ray.address {address!r}: {' '.join(str(error).split())[:300]}"

@@ -1,6 +1,7 @@
 """Under ZeRO-3 no rank ever holds the model whole while it is loaded."""
 
 import ctypes
+import gc
 import time
 
 import numpy as np
@@ -12,6 +13,16 @@ from tiny import make_model
 from raydpo.training.host_memory import HostPeak
 
 M_MMAP_THRESHOLD = -3
+
+
+def test_a_peak_that_passes_is_seen():
+    gc.collect()
+    with HostPeak() as peak:
+        passing = np.ones(20_000_000)
+        time.sleep(0.5)
+        del passing
+    assert peak.bytes - peak.start_bytes == pytest.approx(160e6, rel=0.2)
+    assert 0.5 <= peak.seconds < 60
 
 
 def loaded(model, zero):
@@ -43,12 +54,3 @@ def test_loading_takes_a_rank_its_share_and_little_more(tmp_path):
     for whole, taken, seconds in run_distributed(loaded, 2, tmp_path / "shares", model, 3):
         print(f"in shares: {taken / 1e6:.0f} of {whole / 1e6:.0f} MB in {seconds:.1f} s")
         assert 0.45 * whole < taken < 0.7 * whole
-
-
-def test_a_peak_that_passes_is_seen():
-    with HostPeak() as peak:
-        passing = np.ones(20_000_000)
-        time.sleep(0.1)
-        del passing
-    assert peak.bytes - peak.start_bytes == pytest.approx(160e6, rel=0.2)
-    assert 0.1 <= peak.seconds < 60
