@@ -38,4 +38,5 @@ class TrackConfig(Section):
     mlflow: MlflowConfig | None = None
     """MLflow; null = off."""
     prometheus: bool = True
-    """Gauges on Ray's metrics port; cluster/grafana.json shows them."""
+    """Gauges on Ray's metrics port, which a Ray with its dashboard's packages has (raydpo[cluster]); cluster/grafana.json
+    shows them."""

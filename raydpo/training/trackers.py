@@ -91,9 +91,16 @@ class MlflowTracker:
 
 
 class Gauges:
-    """Ray's gauges, which every Ray node serves on its metrics port for Prometheus to fetch."""
+    """Ray's gauges, which every Ray node serves on its metrics port for Prometheus to fetch.
 
-    def __init__(self, run: str) -> None:
+    Args:
+        asked: whether the configuration names them; else a Ray that cannot serve them is no matter.
+    """
+
+    def __init__(self, run: str, *, asked: bool) -> None:
+        if asked:
+            import prometheus_client  # noqa: F401 - without it Ray serves no metrics, and does not say so
+
         self._run = run
         self._gauges: dict[str, Any] = {}
 
@@ -128,7 +135,7 @@ class Trackers:
         if config.mlflow is not None:
             makers.append(("mlflow", lambda: MlflowTracker(config.mlflow, run, run_dir, settings)))
         if config.prometheus:
-            makers.append(("prometheus", lambda: Gauges(run)))
+            makers.append(("prometheus", lambda: Gauges(run, asked="prometheus" in config.model_fields_set)))
         self._trackers: dict[str, Tracker] = {}
         for name, make in makers:
             for made in self._try(name, make):
@@ -151,7 +158,8 @@ class Trackers:
         except Exception as error:  # theirs may raise anything, and none of it is worth a run
             self._trackers.pop(name, None)
             missing = isinstance(error, ModuleNotFoundError)
-            why = f"the package {error.name!r} is missing; pip install 'raydpo[track]'" if missing else \
+            extra = "cluster" if name == "prometheus" else "track"
+            why = f"the package {error.name!r} is missing; pip install 'raydpo[{extra}]'" if missing else \
                 f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             self._warn(f"warning: track.{name} is left out from here on: {why}. metrics.parquet has everything")
 

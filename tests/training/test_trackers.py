@@ -45,6 +45,9 @@ def test_wandb_offline_writes_what_sync_will_send(tmp_path):
     log(TrackConfig(wandb=WandbConfig(mode="offline"), prometheus=False), tmp_path, warnings)
     assert not warnings
     (record,) = tmp_path.rglob("*.wandb")
+    deadline = time.time() + 30
+    while b"train.beta" not in record.read_bytes() and time.time() < deadline:
+        time.sleep(0.1)  # a process of its own writes it
     content = record.read_bytes()
     assert b"rewards/margins" in content and b"train.beta" in content
 
@@ -64,6 +67,15 @@ def test_a_missing_package_is_named_with_the_command(name, tmp_path, monkeypatch
     warnings = []
     log(TrackConfig(**{name: {}}, prometheus=False), tmp_path, warnings)
     assert len(warnings) == 1 and "pip install 'raydpo[track]'" in warnings[0]
+
+
+def test_gauges_that_ray_cannot_serve_are_told_where_they_were_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "prometheus_client", None)
+    warnings = []
+    log(TrackConfig(prometheus=True), tmp_path, warnings)
+    assert len(warnings) == 1 and "track.prometheus is left out" in warnings[0] and "raydpo[cluster]" in warnings[0]
+    Trackers(TrackConfig(), "run", str(tmp_path), SETTINGS, warnings.append)
+    assert len(warnings) == 1
 
 
 def test_gauges_come_out_of_rays_metrics_port_under_the_names_of_the_dashboard(tmp_path):
