@@ -107,8 +107,8 @@ class Peak(Record):
 def peaks(cases: list[Case], small: Path, scratch: Path) -> list[float]:
     """On each rank: peak bytes of each case's last step above what the process had before, the libraries' own included.
 
-    Of a quantized model the pages of the file that it was made from are taken off: it stays mapped, and the system drops such
-    pages when it needs the memory. Frozen weights that are not quantized are those pages themselves.
+    Of a quantized model the pages of the file that it was made from are taken off: it stays mapped, and the system drops
+    such pages when it needs the memory. Frozen weights that are not quantized are those pages themselves.
 
     Args:
         small: a tiny model, to which each case happens first: libraries, their threads and buffers are not estimated.
