@@ -42,6 +42,7 @@ def contents(cache: Path) -> dict[bytes, bytes]:
     return {key: np.array(row, np.float32).tobytes() for key, row in zip(keys.to_pylist(), rows, strict=True)}
 
 
+@pytest.mark.slow  # builds are killed on an object store in test_build_together, too
 def test_killed_at_three_moments_and_finished(job, tmp_path):
     whole, cache = tmp_path / "whole", tmp_path / "killed"
     undisturbed = start(job, whole)

@@ -89,13 +89,7 @@ def wait_for_checkpoint(job, name, step, process):
     raise AssertionError(process.communicate()[0])
 
 
-def test_a_run_says_what_loading_its_policy_took(job, undisturbed):
-    told = re.search(r"policy loaded in ([\d.]+) s; at most ([\d.]+) GB of host memory a worker", undisturbed)
-    summary = json.loads((job / "runs" / "undisturbed" / "summary.json").read_text())
-    assert float(told[1]) == pytest.approx(summary["load_seconds"], abs=0.05)
-    assert 0.1 < float(told[2]) == pytest.approx(summary["load_host_bytes"] / 1e9, abs=0.005)
-
-
+@pytest.mark.slow  # the short soak kills one, too
 def test_a_killed_worker_changes_nothing(job, undisturbed):
     environment = os.environ | {"RAYDPO_TEST_DRIVER": "w"}
     process = subprocess.Popen(command(job, "train", "worker-killed"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -110,6 +104,7 @@ def test_a_killed_worker_changes_nothing(job, undisturbed):
     same(job, "worker-killed")
 
 
+@pytest.mark.slow  # the short soak kills it, too
 def test_a_killed_driver_is_continued_by_the_same_command(job, undisturbed):
     process = subprocess.Popen(command(job, "train", "driver-killed"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                text=True)
@@ -128,6 +123,7 @@ def test_a_killed_driver_is_continued_by_the_same_command(job, undisturbed):
     assert again.returncode == 0 and "already complete" in again.stdout
 
 
+@pytest.mark.slow  # the short soak has one, too
 def test_a_worker_out_of_memory_is_started_again(job, undisturbed):
     """The workers of this run may take no more memory than they have after its first steps."""
     process = subprocess.Popen(command(job, "train", "starved", "train.tokens_per_batch=100000", "train.pairs_per_step=37"),
@@ -170,9 +166,13 @@ def test_sigterm_then_one_worker_with_the_best_checkpoint_kept(job):
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 130, output
     stopped = int(re.search(r"stopped after step (\d+)", output)[1])
+    changed = subprocess.run(command(job, "run", "terminated", *more, "train.beta=0.3"), capture_output=True, text=True,
+                             timeout=300)
+    assert changed.returncode == 2 and "train.beta: 0.1 -> 0.3" in changed.stderr
     result = subprocess.run(command(job, "run", "terminated", *more, "train.workers=1"), capture_output=True, text=True,
                             timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr
+    assert "is left out" not in output + result.stdout, "MLflow took everything"
     assert f"continuing after step {stopped}" in result.stdout, "no step is done again"
     assert "changed since this run began, without effect on its result: train.workers: 2 -> 1" in result.stdout
     assert "was made by 2 worker(s) under ZeRO 2, now 1" in result.stdout
@@ -186,3 +186,7 @@ def test_sigterm_then_one_worker_with_the_best_checkpoint_kept(job):
     assert (run / "mlflow.db").is_file() and (run / "final" / "merged" / "model.safetensors").is_file()
     assert re.search(r"checkpoints: [\d.,]+ MB each; training stood still for them for [\d.]+ s", result.stdout)
     assert not list((run / "checkpoints").rglob("*.pt"))
+    told = re.search(r"policy loaded in ([\d.]+) s; at most ([\d.]+) GB of host memory a worker", result.stdout)
+    summary = json.loads((run / "summary.json").read_text())
+    assert float(told[1]) == pytest.approx(summary["load_seconds"], abs=0.05)
+    assert 0.1 < float(told[2]) == pytest.approx(summary["load_host_bytes"] / 1e9, abs=0.005)
