@@ -72,6 +72,9 @@ def session(config: Config) -> Iterator[None]:
             # Logical CPUs only gate scheduling. Actors hold one each, and Ray Data's own tasks need some beside them, or
             # the job would wait for itself in silence.
             cpus = max(os.cpu_count() or 1, max(config.score.workers, config.train.most_workers) + 4)
+            # Ray would start a process for each CPU ahead of any task, with another environment than ours: each takes
+            # seconds of a core, and none is ever used.
+            os.environ |= {"RAY_prestart_worker_first_driver": "0", "RAY_enable_worker_prestart": "0"}
             # "local", since a Ray that someone else has started on this machine would be joined otherwise.
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, runtime_env=runtime_env, log_to_driver=False,
                      logging_level="warning", object_store_memory=_object_store_bytes())
