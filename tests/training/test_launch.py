@@ -89,7 +89,6 @@ def wait_for_checkpoint(job, name, step, process):
     raise AssertionError(process.communicate()[0])
 
 
-@pytest.mark.slow  # the short soak kills one, too
 def test_a_killed_worker_changes_nothing(job, undisturbed):
     environment = os.environ | {"RAYDPO_TEST_DRIVER": "w"}
     process = subprocess.Popen(command(job, "train", "worker-killed"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -104,7 +103,7 @@ def test_a_killed_worker_changes_nothing(job, undisturbed):
     same(job, "worker-killed")
 
 
-@pytest.mark.slow  # the short soak kills it, too
+@pytest.mark.slow  # the run below is stopped by SIGTERM and continued
 def test_a_killed_driver_is_continued_by_the_same_command(job, undisturbed):
     process = subprocess.Popen(command(job, "train", "driver-killed"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                text=True)
@@ -123,7 +122,7 @@ def test_a_killed_driver_is_continued_by_the_same_command(job, undisturbed):
     assert again.returncode == 0 and "already complete" in again.stdout
 
 
-@pytest.mark.slow  # the short soak has one, too
+@pytest.mark.slow  # make soak has this fault, too
 def test_a_worker_out_of_memory_is_started_again(job, undisturbed):
     """The workers of this run may take no more memory than they have after its first steps."""
     process = subprocess.Popen(command(job, "train", "starved", "train.tokens_per_batch=100000", "train.pairs_per_step=37"),
