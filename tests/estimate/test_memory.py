@@ -21,17 +21,6 @@ LAYER = 2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336 + 2 * 4096
 """Numbers of one layer: queries and output, keys and values, three products, two norms."""
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    """Llama 3.1 8B, of which there is nothing here but its config.json."""
-    directory = tmp_path_factory.mktemp("llama")
-    (directory / "config.json").write_text(json.dumps({
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
-        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
-        "max_position_embeddings": 131072, "tie_word_embeddings": False}))
-    return Anatomy.of(directory)
-
-
 def estimate(anatomy, batch=BATCH, model=MODEL, workers=8, dtype="bfloat16", device="cuda", **train):
     return estimate_memory(anatomy, model, TrainConfig(**train), batch, workers=workers, dtype=dtype, device=device)
 

@@ -1,26 +1,14 @@
-import json
 
 import pytest
 
 from raydpo.config import LoraSettings, ModelConfig, TrainConfig, load_config
 from raydpo.errors import ConfigError
 from raydpo.estimate.activations import Batch
-from raydpo.estimate.anatomy import Anatomy
 from raydpo.estimate.memory import BASE_BYTES
 from raydpo.estimate.modes import ENOUGH, USABLE, Question, compare_modes
 from raydpo.estimate.rate import DEVICES, MEMORY
 
 GIB = 2**30
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("llama")
-    (directory / "config.json").write_text(json.dumps({
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
-        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
-        "max_position_embeddings": 131072}))
-    return Anatomy.of(directory)
 
 
 def ask(anatomy, memory, workers=8, budget=8192, longest=2000, model=None, **train):
