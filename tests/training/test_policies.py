@@ -92,7 +92,7 @@ def test_an_existing_adapter_is_trained_further_against_itself(tiny_llama, tmp_p
 def test_what_cannot_be_is_refused_with_the_fix(tiny_llama, tmp_path):
     (tmp_path / "a.jsonl").write_text("{}")
     base = {"output": str(tmp_path / "o"), "model": {"path": str(tiny_llama)}, "data": {"train": str(tmp_path / "a.jsonl")}}
-    cases = {("model.quantization=4bit",): "add lora",
+    cases = {("model.quantization=4bit",): "add lora", ("train.merge_adapter=true",): "train.merge_adapter has no effect",
              ("model.quantization=4bit", "model.lora={r: 4}", "train.zero=3"): "train.zero=2",
              ("model.quantization=4bit", "model.lora={r: 4}", "reference.quantization=none"):
                  "reference.allow_other_quantization=true",
