@@ -265,8 +265,8 @@ def _train(prepared: Prepared, console: Console, built: BuildReport | None, *, f
         else prepared.policy_dir
     if config.train.merge_adapter and config.model.quantization:
         console.warn(f"train.merge_adapter merges into the weights as {config.model.path} has them, not as "
-                     f"model.quantization {config.model.quantization} rounds them: final/merged is not exactly the policy that "
-                     "is trained and measured; the adapter in final/ on a model quantized alike is")
+                     f"model.quantization {config.model.quantization} rounds them: final/merged is not exactly the policy "
+                     "that is trained and measured; the adapter in final/ on a model quantized alike is")
     with TrainingDisplay(console) as display:
         trained = launch(job, pairs, held_out, resources, run_dir=config.run_dir, run_name=config.run_name,
                          track=config.track, base_name=base_name,

@@ -32,9 +32,9 @@ def run_distributed(function: Callable[..., Any], world_size: int, directory: Pa
         port = probe.getsockname()[1]
     directory.mkdir(parents=True, exist_ok=True)
     context = _context(fresh)
-    with _environment(PYTHONWARNINGS="ignore"):  # DeepSpeed calls what torch has deprecated
-        environment = dict(os.environ)
-        ranks = [context.Process(target=_rank, args=(function, rank, world_size, port, directory, environment, args))
+    with environment(PYTHONWARNINGS="ignore"):  # DeepSpeed calls what torch has deprecated
+        variables = dict(os.environ)
+        ranks = [context.Process(target=_rank, args=(function, rank, world_size, port, directory, variables, args))
                  for rank in range(world_size)]
         for process in ranks:
             process.start()
@@ -59,21 +59,21 @@ def _context(fresh: bool) -> BaseContext:
 
     if fresh or torch.cuda.is_available():
         return multiprocessing.get_context("spawn")
-    return _forking()
+    return forking()
 
 
 @functools.cache
-def _forking() -> BaseContext:
+def forking() -> BaseContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["preloaded"])
     path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
-    with _environment(DS_ACCELERATOR="cpu", PYTHONWARNINGS="ignore", PYTHONPATH=path):
+    with environment(DS_ACCELERATOR="cpu", PYTHONWARNINGS="ignore", PYTHONPATH=path):
         forkserver.ensure_running()
     return context
 
 
 @contextlib.contextmanager
-def _environment(**changes: str) -> Iterator[None]:
+def environment(**changes: str) -> Iterator[None]:
     """For processes that are started within."""
     before = {name: os.environ.get(name) for name in changes}
     os.environ.update(changes)

@@ -23,7 +23,9 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import yaml
+from kernel import exact
 from tiny import make_model, preferences, write_preferences
 
 MARK = "RAYDPO_SOAK"
@@ -252,7 +254,8 @@ class Soak:
         return {"steps": self.steps, "seconds": round(self.seconds),
                 "faults": dict(Counter(name for name, _ in self.faults)),
                 "restarts": restarts, "steps_redone": len(done) - len(set(done)), "redone_after": redone,
-                "same_bits": weights(self.run_dir) == weights(self.place / "runs" / "undisturbed")}
+                "same_bits": weights(self.run_dir) == weights(self.place / "runs" / "undisturbed"),
+                "same_metrics": metrics(self.run_dir) == metrics(self.place / "runs" / "undisturbed")}
 
     def _redone(self, number: int) -> int:
         """Steps that the restart of this number did again."""
@@ -270,6 +273,10 @@ class Soak:
 def weights(run_dir: Path) -> str:
     path = run_dir / "final" / "model.safetensors"
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else f"no {path}"
+
+
+def metrics(run_dir: Path) -> list[dict[str, float]]:
+    return exact(pq.read_table(run_dir / "metrics.parquet").to_pylist())
 
 
 def prepare(place: Path, steps: int, **train: object) -> None:
@@ -313,7 +320,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="raydpo-soak-") as place:
         report = soak(Path(place), arguments.steps, arguments.faults.split(","), arguments.minutes, arguments.seed)
     print(json.dumps(report, indent=2))
-    return 0 if report["same_bits"] else 1
+    return 0 if report["same_bits"] and report["same_metrics"] else 1
 
 
 if __name__ == "__main__":

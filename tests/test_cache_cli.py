@@ -4,19 +4,13 @@ import dataclasses
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from command import raydpo
 from tiny import preferences, write_preferences
-
-
-def raydpo(*arguments):
-    return subprocess.run([sys.executable, "-m", "raydpo.cli", *map(str, arguments)], capture_output=True, text=True,
-                          timeout=300)
 
 
 def answer(*arguments):
@@ -152,7 +146,7 @@ def test_export_has_trls_columns(place, tmp_path):
     assert row["pair_id"] == "a:4" and table.num_rows == 30
 
 
-@pytest.mark.parametrize("means", [False, True])
+@pytest.mark.parametrize("means", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_import_counts_only_when_verified(place, tmp_path, means, on_cluster):
     """Sums as another trainer kept them, of these pairs and this model."""
     records = [json.loads(line) for line in (place / "a.jsonl").read_text().splitlines()]

@@ -11,12 +11,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from command import raydpo
 from tiny import preferences, write_preferences
-
-
-def raydpo(*arguments, cwd=None):
-    return subprocess.run([sys.executable, "-m", "raydpo.cli", *map(str, arguments)], capture_output=True, text=True,
-                          timeout=400, cwd=cwd)
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +182,8 @@ def test_jobs_are_the_same_commands(place, on_cluster):
 
 def test_python_api(first, place, on_cluster):
     program = ("import raydpo\n"
-               f"config = raydpo.load_config({str(place / 'config.yaml')!r}, ['name=api', 'train.steps=2'])\n"
+               f"config = raydpo.load_config({str(place / 'config.yaml')!r},\n"
+               "                            ['name=api', 'train.steps=2', 'train.workers=1'])\n"
                "report = raydpo.score(config)\n"
                "assert report.hit_rate == 1.0\n"
                "assert raydpo.train(config)['steps'] == 2\n"
@@ -197,9 +194,10 @@ def test_python_api(first, place, on_cluster):
 
 
 def test_filter_and_audit(first, place, on_cluster):
-    short = raydpo("train", place / "config.yaml", "name=short", "data.filter=chosen_tokens < 20", "train.steps=1")
+    short = raydpo("audit", place / "config.yaml", "data.filter=chosen_tokens < 20", "name=short")
     assert short.returncode == 0 and "pairs left out (a: " in short.stdout, short.stdout + short.stderr
-    sure = raydpo("train", place / "config.yaml", "name=sure", "data.filter=ref_margin > 0 and copy = 0", "train.steps=1")
+    sure = raydpo("train", place / "config.yaml", "name=sure", "data.filter=ref_margin > 0 and copy = 0", "train.steps=1",
+                  "train.workers=1")
     assert sure.returncode == 0 and "pairs left out (a: " in sure.stdout and "b: " in sure.stdout, sure.stdout + sure.stderr
     wrong = raydpo("train", place / "config.yaml", "data.filter=chosen_token < 20")
     assert wrong.returncode == 2 and "did you mean 'chosen_tokens'" in wrong.stderr and wrong.stderr.count("\n") == 1

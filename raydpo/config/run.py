@@ -67,7 +67,7 @@ class Config(Section):
                              "on by what quantization loses. Set reference.quantization=model, or "
                              "reference.allow_other_quantization=true if that is meant")
         if self.train.merge_adapter and self.model.lora is None and self.model.adapter is None:
-            raise ValueError("train.merge_adapter has no effect: model.lora and model.adapter are null, so whole weights are "
+            raise ValueError("train.merge_adapter has no effect: model.lora and model.adapter are null, so whole weights "
                              "trained and exported. Drop it, or set model.lora")
         if self.train.keep_best is not None and self.data.eval is None:
             raise ValueError(f"train.keep_best is {self.train.keep_best}, but there are no held-out pairs to measure it on; "

@@ -136,7 +136,7 @@ with torch.no_grad():
 """
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_scoring_needs_little_more_memory_than_the_forward_without_logits(dtype):
     """At 4,096 tokens and a vocabulary of 150,000, where all logits at once would be 2.5 GB."""
     peaks = [float(subprocess.run([sys.executable, "-c", PEAK, dtype, what], capture_output=True, text=True,

@@ -58,6 +58,7 @@ def figures(output):
     return tuple(int(group.replace(",", "")) for group in match.groups())
 
 
+@pytest.mark.slow
 def test_killed_twice_on_a_failing_object_store_it_ends_complete_and_equal(tmp_path, tiny_llama):
     config = configure(tmp_path, tiny_llama, 2000, 8000)
     local = start(config, tmp_path / "local", tmp_path / "one")

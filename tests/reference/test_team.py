@@ -45,6 +45,7 @@ def test_a_team_scores_what_one_process_does_and_names_what_ended_it(tiny_llama,
         TeamScorer(wrong, size=2, device="cpu", threads=1, tokens_per_batch=64)
 
 
+@pytest.mark.slow
 def test_a_run_scores_and_trains_in_teams(tiny_llama, tmp_path):
     """The rows hit, whatever number of devices made them, and the first loss is ln 2."""
     data = write_preferences(tmp_path / "a.jsonl", preferences(12, low=60, high=90))

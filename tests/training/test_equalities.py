@@ -90,9 +90,13 @@ def continued(table, model, scratch, checkpoint, settings):
     return rest.steps, rest.evals
 
 
-@pytest.mark.parametrize("settings", [dict(zero=2), dict(zero=3), dict(zero=1, dtype="bfloat16", lora={"r": 4, "alpha": 8}),
-                                      dict(zero=0), dict(zero=0, dtype="bfloat16"),
-                                      dict(zero=3, dtype="bfloat16", lora={"r": 4, "alpha": 8})], ids=str)
+LORA_IN_BFLOAT16 = dict(dtype="bfloat16", lora={"r": 4, "alpha": 8})
+
+
+@pytest.mark.parametrize("settings", [
+    dict(zero=2), dict(zero=3) | LORA_IN_BFLOAT16,
+    *(pytest.param(each, marks=pytest.mark.slow) for each in (
+        dict(zero=3), dict(zero=1) | LORA_IN_BFLOAT16, dict(zero=0), dict(zero=0, dtype="bfloat16")))], ids=str)
 def test_interrupted_equals_uninterrupted_exactly(settings, table, tiny_llama, tmp_path):
     """Through an epoch's end: step 5 is the short one, step 8 is in the second epoch."""
     (steps, evals), _ = run_distributed(interrupted, 2, tmp_path / "a", table, tiny_llama, tmp_path / "s", tmp_path / "keep",

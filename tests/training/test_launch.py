@@ -89,6 +89,7 @@ def wait_for_checkpoint(job, name, step, process):
     raise AssertionError(process.communicate()[0])
 
 
+@pytest.mark.slow  # the short soak has this fault, too
 def test_a_killed_worker_changes_nothing(job, undisturbed):
     environment = os.environ | {"RAYDPO_TEST_DRIVER": "w"}
     process = subprocess.Popen(command(job, "train", "worker-killed"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

@@ -10,7 +10,7 @@ def test_a_disturbed_run_ends_with_the_same_bits(tmp_path):
     again, a full disk."""
     faults = ["hang", "preemption", "disk", "machine", "terminate"]
     report = soak(tmp_path, steps=160, faults=faults)
-    assert report["same_bits"], report
+    assert report["same_bits"] and report["same_metrics"], report
     assert set(report["faults"]) == set(faults), report
     assert report["restarts"] >= 4, report
     # After a notice, and after SIGTERM, the checkpoint is of the last step that was done.
