@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 import raydpo
 from raydpo.config import Config, is_hub_name
+from raydpo.config.uri import redact
 from raydpo.console import Console, ProgressLine
 from raydpo.cost import ModelCost
 from raydpo.data.facts import pair_facts
@@ -230,7 +231,7 @@ def _train(prepared: Prepared, console: Console, built: BuildReport | None, *, f
         set_aside(storage, console)
     finished = earlier_result(storage, fingerprint)
     if finished is not None:
-        console.say(f"run {config.run_name} is already complete: {config.run_dir} (--fresh trains it again)")
+        console.say(f"run {config.run_name} is already complete: {storage} (--fresh trains it again)")
         print_summary(console, finished)
         return finished
     pairs = join_reference(prepared.sets.train, prepared.cache, "training")
@@ -272,7 +273,7 @@ def _train(prepared: Prepared, console: Console, built: BuildReport | None, *, f
                          track=config.track, base_name=base_name,
                          tokenizer=prepared.tokeniser.tokenizer, listener=display.listen)
     if trained["interrupted"]:
-        console.say(f"stopped after step {trained['steps']:,}; its checkpoint is in {config.run_dir}")
+        console.say(f"stopped after step {trained['steps']:,}; its checkpoint is in {storage}")
         raise KeyboardInterrupt
     summary = _summarise(prepared, storage, trained, built, samples)
     storage.write("final/README.md", model_card(config, summary).encode())
@@ -295,7 +296,7 @@ def _summarise(prepared: Prepared, storage: Storage, trained: dict[str, Any], bu
     steps, evals = read_rows(storage, "metrics.parquet"), read_rows(storage, "eval.parquet")
     answers = zip(samples, trained["samples_before"], trained["samples_after"], strict=False)
     return {
-        "name": config.run_name, "run_dir": config.run_dir, "raydpo": raydpo.__version__,
+        "name": config.run_name, "run_dir": redact(config.run_dir), "raydpo": raydpo.__version__,
         "steps": trained["steps"], "pairs_seen": trained["pairs"], "train_seconds": trained["seconds"],
         "load_seconds": trained["load_seconds"], "load_host_bytes": trained["load_bytes"],
         "checkpoint_seconds": trained["checkpoint_seconds"],
@@ -306,7 +307,7 @@ def _summarise(prepared: Prepared, storage: Storage, trained: dict[str, Any], bu
         "held_out_pairs": 0 if prepared.sets.eval is None else prepared.sets.eval.num_rows,
         "eval_before": evals[0] if evals else None, "eval_after": evals[-1] if evals else None,
         "reference": {"path": config.reference_path, "adapter": config.reference_adapter,
-                      "identity": prepared.reference.identity.digest, "cache": config.cache_uri},
+                      "identity": prepared.reference.identity.digest, "cache": redact(config.cache_uri)},
         "cache_hit_rate": None if built is None else built.hit_rate,
         "data": prepared.sets.report.to_dict(),
         "samples": [{"prompt": text, "before": decode(before, skip_special_tokens=True),

@@ -17,12 +17,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
-from urllib.parse import parse_qsl, quote, unquote, urlencode
+from urllib.parse import parse_qsl, quote, unquote
 
 import pyarrow as pa
 from pyarrow import fs as pafs
 
 from raydpo.config import is_uri
+from raydpo.config.uri import CREDENTIALS, HARMLESS, redact
 from raydpo.errors import RaydpoError
 
 __all__ = ["Entry", "Storage", "redact", "remove_stale_temporaries", "stale_temporaries"]
@@ -43,8 +44,6 @@ _REFUSALS = re.compile(
     r"\(HTTP status (301|307|400|401|403|404)\)|Bucket '.*' not found|"
     r"\b(PERMISSION_DENIED|UNAUTHENTICATED|AuthorizationFailure|AuthenticationFailed|AuthorizationPermissionMismatch|"
     r"InvalidAuthenticationInfo|ContainerNotFound|AccountIsDisabled|ClientAuthenticationError)\b")
-_HARMLESS = ("endpoint_override", "scheme", "region", "allow_bucket_creation", "allow_bucket_deletion")
-_CREDENTIALS = re.compile(r"^(?P<scheme>[^:/]+://)(?P<secret>[^/?#]*:[^?#]*)@")  # an unquoted key may hold slashes
 _DRIVERS = {"az": "adlfs", "abfs": "adlfs", "abfss": "adlfs", "gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs",
             "hf": "huggingface_hub"}
 
@@ -292,20 +291,11 @@ class Storage:
             raise RaydpoError(f"cannot write to {self}: {error}") from None
 
 
-def redact(uri: str) -> str:
-    """``uri`` without the secrets that it may carry: user and password, and the values of all but harmless options."""
-    if not is_uri(uri):
-        return uri
-    place, _, query = _CREDENTIALS.sub(r"\g<scheme>***@", uri).partition("?")
-    options = urlencode([(key, value if key in _HARMLESS else "***") for key, value in parse_qsl(query)], safe="*:/")
-    return f"{place}?{options}" if options else place
-
-
 def _said(error: Exception, uri: str) -> str:
     """The first of what a driver says, on one line, without the secrets of ``uri``."""
-    credentials = _CREDENTIALS.match(uri)
+    credentials = CREDENTIALS.match(uri)
     secrets = [] if credentials is None else [credentials["secret"], *credentials["secret"].split(":", 1)]
-    secrets += [value for key, value in parse_qsl(uri.partition("?")[2]) if key not in _HARMLESS]
+    secrets += [value for key, value in parse_qsl(uri.partition("?")[2]) if key not in HARMLESS]
     said = " ".join(str(error).split()) or type(error).__name__
     spellings = {spelling for secret in secrets for spelling in (secret, quote(secret, safe=""), unquote(secret))}
     for secret in sorted(spellings, key=len, reverse=True):

@@ -7,9 +7,10 @@ A default lives in one of these modules and nowhere else; the docstring below a 
 from raydpo.config.data import DataConfig, EvalConfig, SourceConfig, source_name
 from raydpo.config.load import is_hub_name, load_config
 from raydpo.config.model import LoraSettings, ModelConfig, ReferenceConfig
-from raydpo.config.run import CacheConfig, Config, RayConfig, is_uri
+from raydpo.config.run import CacheConfig, Config, RayConfig
 from raydpo.config.track import TrackConfig
 from raydpo.config.train import ScoreConfig, TrainConfig
+from raydpo.config.uri import is_uri
 
 __all__ = [
     "CacheConfig",

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from raydpo.config.section import Float, Int, PathOrUri, Section
+from raydpo.config.uri import is_uri
 
 __all__ = ["COMPRESSION_SUFFIXES", "DATA_SUFFIXES", "DataConfig", "EvalConfig", "SourceConfig", "source_name"]
 
@@ -96,7 +97,7 @@ def source_name(source: SourceConfig) -> str:
     """The name a source goes by in counts and metrics."""
     if source.name is not None:
         return source.name
-    stem = source.path.rstrip("/").rsplit("/", 1)[-1]
+    stem = (source.path.partition("?")[0] if is_uri(source.path) else source.path).rstrip("/").rsplit("/", 1)[-1]
     for suffix in (*COMPRESSION_SUFFIXES, *DATA_SUFFIXES):
         stem = stem.removesuffix(suffix)
     return stem

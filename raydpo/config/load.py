@@ -12,7 +12,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from raydpo.config.data import COMPRESSION_SUFFIXES, DATA_SUFFIXES
-from raydpo.config.run import Config, is_uri
+from raydpo.config.run import Config
+from raydpo.config.uri import is_uri
 from raydpo.errors import ConfigError
 
 __all__ = ["is_hub_name", "load_config"]

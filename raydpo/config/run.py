@@ -13,8 +13,9 @@ from raydpo.config.model import ModelConfig, ReferenceConfig
 from raydpo.config.section import PathOrUri, Section
 from raydpo.config.track import TrackConfig
 from raydpo.config.train import ScoreConfig, TrainConfig
+from raydpo.config.uri import redacted
 
-__all__ = ["CacheConfig", "Config", "RayConfig", "is_uri"]
+__all__ = ["CacheConfig", "Config", "RayConfig"]
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._=,+~-]{0,127}$"
 
@@ -106,14 +107,9 @@ class Config(Section):
         return self.reference.path if self.reference.path is not None else self.model.path
 
     def to_yaml(self) -> str:
-        """The resolved configuration: what ``load_config`` would read to give this very run."""
+        """The resolved configuration: what ``load_config`` would read to give this very run. Secrets of URIs are left out."""
         resolved = self.model_dump(mode="json")
         resolved["name"] = self.run_name
         resolved["cache"]["uri"] = self.cache_uri
         resolved["reference"] |= {"path": self.reference_path, "adapter": self.reference_adapter}
-        return yaml.safe_dump(resolved, sort_keys=False, width=120, allow_unicode=True)
-
-
-def is_uri(path: str) -> bool:
-    """Whether ``path`` carries a scheme such as ``s3://``."""
-    return re.match(r"^[A-Za-z][A-Za-z0-9+.-]*://", path) is not None
+        return yaml.safe_dump(redacted(resolved), sort_keys=False, width=120, allow_unicode=True)

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from raydpo.config import DataConfig, SourceConfig, source_name
+from raydpo.config.uri import redact
 from raydpo.data.keys import completion_key
 from raydpo.data.preference import Malformed, Preference, normalise
 from raydpo.data.records import Record, read_records
@@ -94,7 +95,7 @@ def _common_columns(config: DataConfig) -> dict[str, str]:
 def _load_source(source: SourceConfig, name: str, config: DataConfig, tokeniser: Tokeniser, report: DataReport,
                  seen: set[bytes], progress: Callable[[int], None] | None) -> _Loaded:
     """All usable pairs of one source. Adds to ``report``, and to ``seen`` the keys of each pair."""
-    account = SourceReport(name, source.path)
+    account = SourceReport(name, redact(source.path))
     report.sources.append(account)
     merged_before = tokeniser.merged
     records, prompts, spool = read_records(source), [], Spool(PAIR_SCHEMA)

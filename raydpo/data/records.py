@@ -19,6 +19,7 @@ from pyarrow import fs as pafs
 
 from raydpo.config import SourceConfig, is_hub_name, is_uri
 from raydpo.config.data import COMPRESSION_SUFFIXES, DATA_SUFFIXES
+from raydpo.config.uri import redact
 from raydpo.errors import DataError, RaydpoError
 from raydpo.storage import Storage
 
@@ -63,7 +64,7 @@ def read_records(source: SourceConfig) -> Iterator[Record]:
             record = replace(record, value=_rename(record.value, source.columns))
         yield record
     if not count:
-        raise DataError(f"{source.path} holds no records; give it one JSON object a line, or rows")
+        raise DataError(f"{redact(source.path)} holds no records; give it one JSON object a line, or rows")
     if never_seen and present:
         raise _missing_column(source, sorted(never_seen)[0], list(present))
 
@@ -79,7 +80,7 @@ def _missing_column(source: SourceConfig, theirs: str, present: list[str]) -> Da
     ours = next(ours for ours, name in source.columns.items() if name == theirs)
     near = difflib.get_close_matches(theirs, present, n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    return DataError(f"no record of {source.path} has the column {theirs!r} that its setting 'columns' maps to {ours!r}; "
+    return DataError(f"no record of {redact(source.path)} has the column {theirs!r} that its setting 'columns' maps to {ours!r}; "
                      f"columns present: {', '.join(map(repr, present[:20]))}{hint}")
 
 
@@ -118,15 +119,15 @@ def _files(path: str) -> Iterator[tuple[pafs.FileSystem, str, str]]:
         storage = Storage(path)
         info = storage.fs.get_file_info(storage.root)
     except Exception as error:  # every file system has its own ways to refuse
-        raise DataError(f"cannot open {path}: {_said(error)}") from None
+        raise DataError(f"cannot open {redact(path)}: {_said(error)}") from None
     if info.type == pafs.FileType.NotFound:
-        raise DataError(f"there is no file {path!r}; check the path in data.train or data.eval")
+        raise DataError(f"there is no file {redact(path)!r}; check the path in data.train or data.eval")
     if info.type != pafs.FileType.Directory:
         yield storage.fs, storage.root, info.base_name
         return
     names = [name for name in storage.list() if _bare(name).endswith(DATA_SUFFIXES) and not name.startswith((".", "_"))]
     if not names:
-        raise DataError(f"the directory {path} holds no {', '.join(DATA_SUFFIXES)} files, compressed or not")
+        raise DataError(f"the directory {redact(path)} holds no {', '.join(DATA_SUFFIXES)} files, compressed or not")
     for name in names:
         yield storage.fs, storage.path(name), name
 

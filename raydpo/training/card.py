@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from raydpo.config import Config, is_hub_name
+from raydpo.config.uri import redact
 from raydpo.training.report import EVALUATION_TABLE
 
 __all__ = ["model_card"]
@@ -53,7 +54,7 @@ def model_card(config: Config, summary: dict[str, Any]) -> str:
 
 def _last(path: str) -> str:
     """A hub name as it is; of a local path or URI only the end, since the rest is about a machine."""
-    return path if is_hub_name(path) else path.rstrip("/").rsplit("/", 1)[-1]
+    return path if is_hub_name(path) else redact(path).rstrip("/").rsplit("/", 1)[-1]
 
 
 def _cell(value: str) -> str:

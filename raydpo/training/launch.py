@@ -105,7 +105,7 @@ def launch(job: TrainJob, pairs: pa.Table, held_out: pa.Table | None, resources:
     if error is not None:
         raise error
     if summary is None:
-        raise RaydpoError(f"training ended without a result; see the logs in {run_dir}/logs")
+        raise RaydpoError(f"training ended without a result; see the logs in {storage}/logs")
     return summary
 
 
