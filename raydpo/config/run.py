@@ -107,7 +107,7 @@ class Config(Section):
         return self.reference.path if self.reference.path is not None else self.model.path
 
     def to_yaml(self) -> str:
-        """The resolved configuration: what ``load_config`` would read to give this very run. Secrets of URIs are left out."""
+        """The resolved configuration: what ``load_config`` would read to give this very run, but for secrets of URIs."""
         resolved = self.model_dump(mode="json")
         resolved["name"] = self.run_name
         resolved["cache"]["uri"] = self.cache_uri

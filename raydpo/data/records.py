@@ -80,8 +80,8 @@ def _missing_column(source: SourceConfig, theirs: str, present: list[str]) -> Da
     ours = next(ours for ours, name in source.columns.items() if name == theirs)
     near = difflib.get_close_matches(theirs, present, n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    return DataError(f"no record of {redact(source.path)} has the column {theirs!r} that its setting 'columns' maps to {ours!r}; "
-                     f"columns present: {', '.join(map(repr, present[:20]))}{hint}")
+    return DataError(f"no record of {redact(source.path)} has the column {theirs!r} that its setting 'columns' maps to "
+                     f"{ours!r}; columns present: {', '.join(map(repr, present[:20]))}{hint}")
 
 
 def _raw_records(source: SourceConfig) -> Iterator[Record]:
