@@ -4,8 +4,8 @@ The product with a layer's frozen weight is one over all rows; only the low-rank
 product. All sets lie in one flat tensor [K, P] and their gradients in another, so that each set is a single vector to its
 optimizer, its gradient norm and an all-reduce.
 
-Shapes: K = sets in all, A = active ones, T = positions of each, I, O = input and output size of a layer, r = rank, P = weights
-of one set.
+Shapes: K = sets in all, A = active ones, T = positions of each, I, O = input and output size of a layer, r = rank,
+P = weights of one set.
 """
 
 from __future__ import annotations
@@ -64,9 +64,8 @@ class AdapterStack:
                  for side in "AB"}
         others = sorted(trainable.keys() - names)
         if others or not layers:
-            raise ModelError(f"only plain LoRA adapters on linear layers can be trained together, and {others[0]} is not one "
-                             "of them" if others else "the model has no plain LoRA adapters on linear layers to train "
-                             "together")
+            raise ModelError(f"{others[0] if others else 'this model'} is no plain LoRA adapter of a linear layer, and "
+                             "nothing else can be trained together; train the settings one by one")
         self.places: dict[str, Place] = {}
         size = 0
         for name, parameter in trainable.items():
