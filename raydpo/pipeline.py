@@ -22,7 +22,7 @@ from raydpo.data.facts import pair_facts
 from raydpo.data.filter import PairFilter, filtered_by_tokens
 from raydpo.data.pairs import SAME, PairSets, load_pairs
 from raydpo.data.tokenise import Tokeniser, load_tokenizer
-from raydpo.ray_runtime import bfloat16_pays, resources_for, session
+from raydpo.ray_runtime import Resources, bfloat16_pays, resources_for, session
 from raydpo.reference.build import BuildReport, build
 from raydpo.reference.identity import ReferenceIdentity, identify, resolve_model
 from raydpo.reference.index import as_bytes
@@ -41,7 +41,8 @@ from raydpo.training.report import TrainingDisplay, print_summary
 if TYPE_CHECKING:
     from raydpo.audit import Audit
 
-__all__ = ["Prepared", "audit", "run", "score", "train"]
+__all__ = ["Prepared", "audit", "begin_run", "end_run", "finished_before", "join_sets", "run", "score", "train",
+           "training_job"]
 
 
 def score(config: Config, console: Console | None = None) -> BuildReport:
@@ -157,6 +158,12 @@ class Prepared:
         """Local directory of the adapter that is trained further."""
         return self.config.model.adapter and resolve_model(self.config.model.adapter)
 
+    @property
+    def base_name(self) -> str:
+        """How an exported adapter names its base model."""
+        path = self.config.model.path
+        return path if is_hub_name(path) and not Path(path).is_dir() else self.policy_dir
+
     def fingerprint(self) -> dict[str, Any]:
         """Everything that the trained policy depends on, by the name of its setting."""
         config, policy = self.config, self.policy_identity()
@@ -222,36 +229,50 @@ def _audit(prepared: Prepared, console: Console) -> Audit:
     return done
 
 
-def _train(prepared: Prepared, console: Console, built: BuildReport | None, *, fresh: bool) -> dict[str, Any]:
-    config = prepared.config
-    fingerprint = prepared.fingerprint()
-    storage = Storage(config.run_dir)
-    if fresh:
-        set_aside(storage, console)
-    finished = earlier_result(storage, fingerprint)
-    if finished is not None:
-        console.say(f"run {config.run_name} is already complete: {config.run_dir} (--fresh trains it again)")
-        print_summary(console, finished)
-        return finished
+def join_sets(prepared: Prepared, console: Console) -> tuple[pa.Table, pa.Table | None]:
+    """Training and held-out pairs with the reference's values, as they are trained on.
+
+    Raises:
+        CacheMissError: if log-probs are missing.
+    """
     pairs = join_reference(prepared.sets.train, prepared.cache, "training")
     if prepared.filter_by_reference is not None:
         sums = (pairs[f"ref_{side}_sum"].to_numpy() for side in ("chosen", "rejected"))
         pairs, line = prepared.filter_by_reference.apply(pairs, *sums)
         console.say(line)
-    held_out = None
-    if prepared.sets.eval is not None:
-        held_out = join_reference(prepared.sets.eval, prepared.cache, "held-out")
-    resources = resources_for("train", config)
+    held_out = prepared.sets.eval
+    return pairs, None if held_out is None else join_reference(held_out, prepared.cache, "held-out")
+
+
+def finished_before(prepared: Prepared, console: Console) -> dict[str, Any] | None:
+    """The summary of this very run, if it came to its end at an earlier time.
+
+    Raises:
+        ConfigError: if a run of this name has other settings.
+    """
+    config = prepared.config
+    finished = earlier_result(Storage(config.run_dir), prepared.fingerprint())
+    if finished is not None:
+        console.say(f"run {config.run_name} is already complete: {config.run_dir} (--fresh trains it again)")
+    return finished
+
+
+def begin_run(prepared: Prepared, console: Console) -> None:
+    """Write what a run directory says of the run before it trains."""
+    config, storage = prepared.config, Storage(prepared.config.run_dir)
     storage.probe()
     for line in harmless_changes(storage, config):
         console.note(line)
     storage.write("config.yaml", config.to_yaml().encode())
-    storage.write("run.json", json.dumps({"fingerprint": fingerprint}, indent=2).encode())
+    storage.write("run.json", json.dumps({"fingerprint": prepared.fingerprint()}, indent=2).encode())
 
+
+def training_job(prepared: Prepared, resources: Resources) -> TrainJob:
+    """What the workers need to know."""
+    config = prepared.config
     policy, reference = prepared.policy_identity(), prepared.reference.identity
-    samples = _sample_prompts(prepared)
-    job = TrainJob(
-        train=config.train, shuffle=config.data.shuffle, fingerprint=fingerprint,
+    return TrainJob(
+        train=config.train, shuffle=config.data.shuffle, fingerprint=prepared.fingerprint(),
         policy=PolicySpec(path=prepared.policy_dir, dtype=prepared.dtype, lora=config.model.lora,
                           adapter=prepared.policy_adapter, quantization=config.model.quantization,
                           freeze=config.model.freeze,
@@ -260,19 +281,36 @@ def _train(prepared: Prepared, console: Console, built: BuildReport | None, *, f
         policy_identity=policy.digest, reference_identity=reference.digest,
         starts_as_reference=policy.same_model(reference),
         coarser_dtype="bfloat16" if "bfloat16" in (policy.dtype, reference.dtype) else "float32",
-        sample_prompts=samples, sample_stop=prepared.tokeniser.stop_ids)
-    base_name = config.model.path if is_hub_name(config.model.path) and not Path(config.model.path).is_dir() \
-        else prepared.policy_dir
-    with TrainingDisplay(console) as display:
-        trained = launch(job, pairs, held_out, resources, run_dir=config.run_dir, run_name=config.run_name,
-                         track=config.track, base_name=base_name,
-                         tokenizer=prepared.tokeniser.tokenizer, listener=display.listen)
-    if trained["interrupted"]:
-        console.say(f"stopped after step {trained['steps']:,}; its checkpoint is in {config.run_dir}")
-        raise KeyboardInterrupt
-    summary = _summarise(prepared, storage, trained, built, samples)
-    storage.write("final/README.md", model_card(config, summary).encode())
+        sample_prompts=_sample_prompts(prepared), sample_stop=prepared.tokeniser.stop_ids)
+
+
+def end_run(prepared: Prepared, job: TrainJob, trained: dict[str, Any], hit_rate: float | None) -> dict[str, Any]:
+    """Write what a run directory says of the run once it has trained; returns what summary.json holds."""
+    storage = Storage(prepared.config.run_dir)
+    summary = _summarise(prepared, storage, trained, hit_rate, job.sample_prompts)
+    storage.write("final/README.md", model_card(prepared.config, summary).encode())
     storage.write("summary.json", json.dumps(summary, indent=2).encode())
+    return summary
+
+
+def _train(prepared: Prepared, console: Console, built: BuildReport | None, *, fresh: bool) -> dict[str, Any]:
+    config = prepared.config
+    if fresh:
+        set_aside(Storage(config.run_dir), console)
+    summary = finished_before(prepared, console)
+    if summary is None:
+        pairs, held_out = join_sets(prepared, console)
+        resources = resources_for("train", config)
+        begin_run(prepared, console)
+        job = training_job(prepared, resources)
+        with TrainingDisplay(console) as display:
+            trained = launch(job, pairs, held_out, resources, run_dir=config.run_dir, run_name=config.run_name,
+                             track=config.track, base_name=prepared.base_name,
+                             tokenizer=prepared.tokeniser.tokenizer, listener=display.listen)
+        if trained["interrupted"]:
+            console.say(f"stopped after step {trained['steps']:,}; its checkpoint is in {config.run_dir}")
+            raise KeyboardInterrupt
+        summary = end_run(prepared, job, trained, None if built is None else built.hit_rate)
     print_summary(console, summary)
     return summary
 
@@ -285,7 +323,7 @@ def _sample_prompts(prepared: Prepared) -> tuple[tuple[str, Any], ...]:
     return tuple((prepared.tokeniser.tokenizer.decode(ids, skip_special_tokens=True), ids) for ids in list(distinct)[:count])
 
 
-def _summarise(prepared: Prepared, storage: Storage, trained: dict[str, Any], built: BuildReport | None,
+def _summarise(prepared: Prepared, storage: Storage, trained: dict[str, Any], hit_rate: float | None,
                samples: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
     config, decode = prepared.config, prepared.tokeniser.tokenizer.decode
     steps, evals = read_rows(storage, "metrics.parquet"), read_rows(storage, "eval.parquet")
@@ -303,7 +341,7 @@ def _summarise(prepared: Prepared, storage: Storage, trained: dict[str, Any], bu
         "eval_before": evals[0] if evals else None, "eval_after": evals[-1] if evals else None,
         "reference": {"path": config.reference_path, "adapter": config.reference_adapter,
                       "identity": prepared.reference.identity.digest, "cache": config.cache_uri},
-        "cache_hit_rate": None if built is None else built.hit_rate,
+        "cache_hit_rate": hit_rate,
         "data": prepared.sets.report.to_dict(),
         "samples": [{"prompt": text, "before": decode(before, skip_special_tokens=True),
                      "after": decode(after, skip_special_tokens=True)} for (text, _), before, after in answers],
