@@ -1,0 +1,125 @@
+"""Several runs in one process: which ones may be, and what they leave."""
+
+import io
+import json
+import os
+import re
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from kernel import exact
+from tiny import preferences, write_preferences
+
+import raydpo
+from raydpo.config import load_config
+from raydpo.console import Console
+from raydpo.errors import ConfigError
+from raydpo.together import check_together, train_together
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, tiny_llama):
+    place = tmp_path_factory.mktemp("together")
+    write_preferences(place / "a.jsonl", preferences(45))
+    return {"output": str(place / "runs"), "model": {"path": str(tiny_llama), "dtype": "float32", "lora": {"r": 4}},
+            "data": {"train": str(place / "a.jsonl"), "eval": {"fraction": 0.2}},
+            "train": {"pairs_per_step": 8, "lr": 1e-3, "steps": 8, "checkpoint_every": 3, "eval_every": 4,
+                      "tokens_per_batch": 1024, "sample_prompts": 1, "sample_tokens": 4}}
+
+
+def test_what_must_be_equal_is_named_with_both_values(base):
+    first = load_config(base, ["name=a", "train.beta=0.1"])
+    free = ["name=b", "train.beta=0.3", "train.loss=ipo", "train.lr=1e-4", "train.schedule=cosine", "train.clip=null",
+            "train.eval_every=3", "train.keep_checkpoints=1", "train.weight_decay=0.1", "train.warmup=2"]
+    check_together([first, load_config(base, free)])
+    cases = {"model.lora.r=8": "model.lora.r: 4 and 8", "train.pairs_per_step=16": "train.pairs_per_step: 8 and 16",
+             "train.seed=1": "train.seed: 0 and 1", "train.steps=9": "train.steps: 8 and 9",
+             "data.eval.fraction=0.1": "data.eval.fraction: 0.2 and 0.1", "model.dtype=bfloat16": "'float32' and 'bfloat16'"}
+    for override, told in cases.items():
+        with pytest.raises(ConfigError, match=re.escape(told)):
+            check_together([first, load_config(base, ["name=b", override])])
+    unordered = [load_config(base, [f"name={seed}", "data.shuffle=false", f"train.seed={seed}"]) for seed in (0, 1)]
+    check_together(unordered)
+
+
+@pytest.mark.parametrize(("override", "told"), [
+    ("model.lora=null", "set model.lora"), ("model.lora={r: 4, dora: true}", "set it to false"),
+    ("train.zero=3", "set it to 2"), ("train.offload_optimizer=cpu", "set it to null"),
+    ("track.wandb={project: p}", "track.mlflow")])
+def test_what_cannot_be_done_together_is_refused_with_the_fix(base, override, told):
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        check_together([load_config(base, ["name=a"]), load_config(base, ["name=b", override])])
+
+
+def test_two_settings_need_two_run_directories(base):
+    with pytest.raises(ConfigError, match="the same run directory"):
+        check_together([load_config(base, ["train.beta=0.1"])] * 2)
+
+
+def test_each_leaves_the_directory_of_a_single_run(base, on_cluster):
+    """And where two have finished and one is new, the new one alone is trained."""
+    names = ["a", "b", "alone"]
+    configs = [load_config(base, [f"name={name}", *more]) for name, more in zip(
+        names, (["train.beta=0.05"], ["train.beta=0.3", "train.loss=ipo", "train.keep_best=eval_loss"],
+                ["train.beta=0.05"]), strict=True)]
+    said = io.StringIO()
+    raydpo.score(configs[0], Console(said))
+    results = train_together(configs[:2], Console(said))
+    raydpo.train(configs[2], Console(said))
+    assert [result["name"] for result in results] == names[:2]
+    text = said.getvalue()
+    assert "2 settings together" in text and text.count("policy loaded in") == 2, text
+    runs = {name: os.path.join(base["output"], name) for name in names}
+    files = {name: {os.path.join(os.path.relpath(root, run), file) for root, _, found in os.walk(run) for file in found
+                    if not file.startswith("events.out") and "logs" not in root} for name, run in runs.items()}
+    assert files["a"] == files["alone"]
+    rows = {name: exact(pq.read_table(os.path.join(run, "metrics.parquet")).to_pylist()) for name, run in runs.items()}
+    for mine, other in zip(rows["a"], rows["alone"], strict=True):
+        assert mine == pytest.approx(other, abs=1e-5, rel=1e-5)
+    for name in ("a", "b"):
+        summary = json.loads(open(os.path.join(runs[name], "summary.json")).read())
+        assert summary["steps"] == 8 and summary["samples"][0]["after"] is not None
+        assert summary == next(result for result in results if result["name"] == name)
+        kept = json.loads(open(os.path.join(runs[name], "checkpoints", "checkpoint_manager_snapshot.json")).read())
+        assert kept["latest_checkpoint_result"]["checkpoint_dir_name"] == "step-00000008"
+        assert len(kept["checkpoint_results"]) == 2
+    again = io.StringIO()
+    assert train_together(configs[:2], Console(again)) == results
+    assert again.getvalue().count("is already complete") == 2 and "training:" not in again.getvalue()
+
+
+def interrupt_after(run_dir, step):
+    """As Ctrl-C would, once a checkpoint of ``step`` or later counts."""
+    snapshot = Path(run_dir) / "checkpoints" / "checkpoint_manager_snapshot.json"
+
+    def watch():
+        while max([0, *map(int, re.findall(r"step-(\d+)", snapshot.read_text() if snapshot.is_file() else ""))]) < step:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@pytest.mark.slow
+def test_stopped_together_one_goes_on_alone_and_the_rest_together(base, on_cluster):
+    betas = (0.05, 0.1, 0.3)
+    configs, undisturbed = ([load_config(base, [f"name={mark}{beta}", f"train.beta={beta}", "train.steps=80"])
+                             for beta in betas] for mark in "sw")
+    raydpo.score(configs[0], Console(io.StringIO()))
+    interrupt_after(configs[0].run_dir, 6)
+    with pytest.raises(KeyboardInterrupt):
+        train_together(configs, Console(io.StringIO()))
+    stopped = [pq.read_table(os.path.join(config.run_dir, "metrics.parquet")).num_rows for config in configs]
+    assert all(6 <= steps < 80 for steps in stopped), stopped
+    said = io.StringIO()
+    raydpo.train(configs[1], Console(said))
+    assert f"continuing after step {stopped[1]}" in said.getvalue()
+    rest = train_together(configs, Console(said))
+    assert "2 settings together" in said.getvalue()
+    for mine, other in zip(rest, train_together(undisturbed, Console(io.StringIO())), strict=True):
+        assert mine["steps"] == other["steps"] == 80
+        assert mine["eval_after"] == pytest.approx(other["eval_after"], abs=1e-5, rel=1e-5)
