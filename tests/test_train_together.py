@@ -81,10 +81,10 @@ def test_each_leaves_the_directory_of_a_single_run(base, on_cluster):
     for mine, other in zip(rows["a"], rows["alone"], strict=True):
         assert mine == pytest.approx(other, abs=1e-5, rel=1e-5)
     for name in ("a", "b"):
-        summary = json.loads(open(os.path.join(runs[name], "summary.json")).read())
+        summary = json.loads((Path(runs[name]) / "summary.json").read_text())
         assert summary["steps"] == 8 and summary["samples"][0]["after"] is not None
         assert summary == next(result for result in results if result["name"] == name)
-        kept = json.loads(open(os.path.join(runs[name], "checkpoints", "checkpoint_manager_snapshot.json")).read())
+        kept = json.loads((Path(runs[name]) / "checkpoints" / "checkpoint_manager_snapshot.json").read_text())
         assert kept["latest_checkpoint_result"]["checkpoint_dir_name"] == "step-00000008"
         assert len(kept["checkpoint_results"]) == 2
     again = io.StringIO()

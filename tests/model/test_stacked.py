@@ -18,7 +18,8 @@ COUNT = 3
 
 def adapted(**settings):
     """qwen2 has biases in its projections."""
-    return get_peft_model(make_random("qwen2", VOCAB), LoraConfig(r=4, lora_alpha=12, target_modules="all-linear", **settings))
+    return get_peft_model(make_random("qwen2", VOCAB),
+                          LoraConfig(r=4, lora_alpha=12, target_modules="all-linear", **settings))
 
 
 def starts(model):
