@@ -42,7 +42,7 @@ def test_what_must_be_equal_is_named_with_both_values(base):
     for override, told in cases.items():
         with pytest.raises(ConfigError, match=re.escape(told)):
             check_together([first, load_config(base, ["name=b", override])])
-    unordered = [load_config(base, [f"name={seed}", "data.shuffle=false", f"train.seed={seed}"]) for seed in (0, 1)]
+    unordered = [load_config(base, [f"name=s{seed}", "data.shuffle=false", f"train.seed={seed}"]) for seed in (0, 1)]
     check_together(unordered)
 
 
