@@ -21,7 +21,8 @@ from raydpo.training.engine import PolicyEngine
 if TYPE_CHECKING:
     from raydpo.training.loop import TrainSummary
 
-__all__ = ["CheckpointState", "budget_of", "changed_settings", "directory_size", "load_checkpoint", "save_checkpoint"]
+__all__ = ["CheckpointState", "budget_of", "changed_settings", "directory_size", "load_checkpoint", "save_checkpoint",
+           "step_of"]
 
 _FILE = "raydpo.json"
 FORMAT = 2
@@ -86,6 +87,15 @@ def budget_of(directory: Path) -> int:
         TrainError: if it is incomplete.
     """
     return _read(directory).get("summary", {}).get("tokens_per_batch", 0)
+
+
+def step_of(directory: Path) -> int:
+    """The steps that were finished when this checkpoint was made.
+
+    Raises:
+        TrainError: if it is incomplete.
+    """
+    return _read(directory).get("step", 0)
 
 
 def _read(directory: Path) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from raydpo.model.load import add_lora, load_causal_lm, torch_dtype
 from raydpo.model.logps import LogpModel
 from raydpo.model.selfcheck import TOLERANCES, choose_layout
 from raydpo.model.stacked import AdapterStack, Place, adapter_weights
+from raydpo.training.checkpoint import step_of
 from raydpo.training.engine import PolicySpec
 from raydpo.training.hooks import Hooks
 from raydpo.training.host_memory import HostPeak
@@ -175,19 +176,18 @@ class SettingEngine:
     """One setting's part of a ``SharedPolicy``, for ``loop.train_policy``: what ``engine.PolicyEngine`` is to one alone.
 
     Attributes:
-        done: steps that this setting has finished.
+        done: steps that this setting has finished, taken or skipped.
     """
 
     zero, sequence_parallel, adapts, leads = 0, 1, True, True
 
-    def __init__(self, shared: SharedPolicy, number: int, train: TrainConfig, lockstep: Lockstep) -> None:
-        self.shared, self.number, self.clip = shared, number, train.clip
+    def __init__(self, shared: SharedPolicy, number: int, train: TrainConfig, lockstep: Lockstep, done: int) -> None:
+        self.shared, self.number, self.clip, self.done = shared, number, train.clip, done
         self._lockstep = lockstep
         self.device, self.module = shared.device, shared.module
         self.layout_line, self.load_seconds, self.load_bytes = shared.layout_line, shared.load_seconds, shared.load_bytes
         self.weights = shared.stack.weights[number].requires_grad_()
         self.optimizer = make_optimizer([self.weights], train, self.device)
-        self.done = 0
         self._pass: tuple[_Pass, Tensor] | None = None
 
     @property
@@ -236,7 +236,9 @@ class SettingEngine:
     def step(self, learning_rate: float) -> float:
         """Clip and apply the gradients; returns their global norm before clipping. A norm that is not finite changes
         nothing."""
-        return self._lockstep.ask(self.number, Request(ALONE, self.number, lambda: self._step(learning_rate)))
+        norm = self._lockstep.ask(self.number, Request(ALONE, self.number, lambda: self._step(learning_rate)))
+        self.done += 1
+        return norm
 
     def _step(self, learning_rate: float) -> float:
         gradient = self.shared.stack.gradients[self.number]
@@ -288,23 +290,6 @@ class _VectorState(TrainedState):
         yield Fragment(name, 0, parameter.numel(), parameter.numel(), self._vector, place.offset)
 
 
-class _Progress(Hooks):
-    """A setting's hooks, which tell its engine how far it is."""
-
-    def __init__(self, hooks: Hooks, engine: SettingEngine) -> None:
-        self._hooks, self._engine = hooks, engine
-        for name in ("evaluated", "note", "flush", "upload", "register", "stop_requested", "preempted"):
-            setattr(self, name, getattr(hooks, name))
-
-    def begin(self, first_step: int, total_steps: int, facts: Mapping[str, Any]) -> None:
-        self._engine.done = first_step
-        self._hooks.begin(first_step, total_steps, facts)
-
-    def step(self, row: Mapping[str, float]) -> None:
-        self._engine.done = int(row["step"])
-        self._hooks.step(row)
-
-
 def train_settings(jobs: Sequence[TrainJob], pairs: TrainingPairs, held_out: TrainingPairs | None, shared: SharedPolicy,
                    hooks: Sequence[Hooks], checkpoints: Sequence[Path | None], scratch: Path,
                    after: Callable[[int, SettingEngine, TrainSummary], None] = lambda *_: None
@@ -340,15 +325,15 @@ def train_settings(jobs: Sequence[TrainJob], pairs: TrainingPairs, held_out: Tra
         shared.stack.active = (number,)
 
     lockstep = Lockstep(len(jobs), serve, lambda number: engines[number].done, one_alone)
-    engines += [SettingEngine(shared, number, job.train, lockstep) for number, job in enumerate(jobs)]
+    engines += [SettingEngine(shared, number, job.train, lockstep, 0 if checkpoint is None else step_of(checkpoint))
+                for number, (job, checkpoint) in enumerate(zip(jobs, checkpoints, strict=True))]
 
     def loop(number: int) -> TrainSummary:
         if shared.device.type == "cuda":
             torch.cuda.set_device(shared.device)
         engine, place = engines[number], scratch / str(number)
         place.mkdir(parents=True, exist_ok=True)
-        summary = train_policy(jobs[number], pairs, held_out, engine, _Progress(hooks[number], engine), checkpoints[number],
-                               place)
+        summary = train_policy(jobs[number], pairs, held_out, engine, hooks[number], checkpoints[number], place)
         after(number, engine, summary)
         return summary
 

@@ -121,6 +121,7 @@ def several_kinds(table, model, scratch):
         (other, {"gradient_checkpointing": True, "steps": 3}),
         (other, {"policy": {"layout": "padded"}, "steps": 3}),
         (other, {"lora": LORA | {"rslora": True, "target_modules": r".*layers\.1\..*(q|v)_proj"}, "steps": 3}),
+        (other, {"policy": {"quantization": "4bit"}, "starts_as_reference": False, "steps": 3}),
         (unordered, {"shuffle": False, "steps": 3}),
     )]
 
