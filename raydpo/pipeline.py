@@ -257,14 +257,14 @@ def finished_before(prepared: Prepared, console: Console) -> dict[str, Any] | No
     return finished
 
 
-def begin_run(prepared: Prepared, console: Console) -> None:
+def begin_run(prepared: Prepared, job: TrainJob, console: Console) -> None:
     """Write what a run directory says of the run before it trains."""
     config, storage = prepared.config, Storage(prepared.config.run_dir)
     storage.probe()
     for line in harmless_changes(storage, config):
         console.note(line)
     storage.write("config.yaml", config.to_yaml().encode())
-    storage.write("run.json", json.dumps({"fingerprint": prepared.fingerprint()}, indent=2).encode())
+    storage.write("run.json", json.dumps({"fingerprint": dict(job.fingerprint)}, indent=2).encode())
 
 
 def training_job(prepared: Prepared, resources: Resources) -> TrainJob:
@@ -301,8 +301,8 @@ def _train(prepared: Prepared, console: Console, built: BuildReport | None, *, f
     if summary is None:
         pairs, held_out = join_sets(prepared, console)
         resources = resources_for("train", config)
-        begin_run(prepared, console)
         job = training_job(prepared, resources)
+        begin_run(prepared, job, console)
         with TrainingDisplay(console) as display:
             trained = launch(job, pairs, held_out, resources, run_dir=config.run_dir, run_name=config.run_name,
                              track=config.track, base_name=prepared.base_name,

@@ -60,8 +60,8 @@ def train_prepared_together(prepared: Sequence[Prepared], console: Console, hit_
     resources = resources_for("train", prepared[0].config)
     jobs = [training_job(prepared[number], resources) for number in todo]
     configs = [prepared[number].config for number in todo]
-    for number in todo:
-        begin_run(prepared[number], console)
+    for number, job in zip(todo, jobs, strict=True):
+        begin_run(prepared[number], job, console)
     with _Display(console, [config.run_name for config in configs]) as display:
         trained = launch_together(jobs, [(config.run_dir, config.run_name, config.track) for config in configs], pairs,
                                   held_out, resources, base_name=prepared[0].base_name,
