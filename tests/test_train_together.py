@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import re
 import signal
@@ -11,7 +12,6 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from kernel import exact
 from tiny import preferences, write_preferences
 
 import raydpo
@@ -60,35 +60,36 @@ def test_two_settings_need_two_run_directories(base):
         check_together([load_config(base, ["train.beta=0.1"])] * 2)
 
 
-def test_each_leaves_the_directory_of_a_single_run(base, on_cluster):
-    """And where two have finished and one is new, the new one alone is trained."""
-    names = ["a", "b", "alone"]
-    configs = [load_config(base, [f"name={name}", *more]) for name, more in zip(
-        names, (["train.beta=0.05"], ["train.beta=0.3", "train.loss=ipo", "train.keep_best=eval_loss"],
-                ["train.beta=0.05"]), strict=True)]
+def files_of(config):
+    run = config.run_dir
+    return {os.path.join(os.path.relpath(root, run), file) for root, _, found in os.walk(run) for file in found
+            if not file.startswith("events.out") and "logs" not in root}
+
+
+def test_each_leaves_the_directory_of_a_run(base, on_cluster):
+    configs = [load_config(base, [f"name={name}", *more]) for name, more in (
+        ("a", ["train.beta=0.05"]), ("b", ["train.beta=0.3", "train.loss=ipo", "train.keep_best=eval_loss"]))]
     said = io.StringIO()
-    raydpo.score(configs[0], Console(said))
-    results = train_together(configs[:2], Console(said))
-    raydpo.train(configs[2], Console(said))
-    assert [result["name"] for result in results] == names[:2]
+    raydpo.score(load_config(base), Console(said))
+    results = train_together(configs, Console(said))
     text = said.getvalue()
-    assert "2 settings together" in text and text.count("policy loaded in") == 2, text
-    runs = {name: os.path.join(base["output"], name) for name in names}
-    files = {name: {os.path.join(os.path.relpath(root, run), file) for root, _, found in os.walk(run) for file in found
-                    if not file.startswith("events.out") and "logs" not in root} for name, run in runs.items()}
-    assert files["a"] == files["alone"]
-    rows = {name: exact(pq.read_table(os.path.join(run, "metrics.parquet")).to_pylist()) for name, run in runs.items()}
-    for mine, other in zip(rows["a"], rows["alone"], strict=True):
-        assert mine == pytest.approx(other, abs=1e-5, rel=1e-5)
-    for name in ("a", "b"):
-        summary = json.loads((Path(runs[name]) / "summary.json").read_text())
-        assert summary["steps"] == 8 and summary["samples"][0]["after"] is not None
-        assert summary == next(result for result in results if result["name"] == name)
-        kept = json.loads((Path(runs[name]) / "checkpoints" / "checkpoint_manager_snapshot.json").read_text())
+    assert "2 settings together" in text and text.count("policy loaded in") == 1, text
+    for config, result in zip(configs, results, strict=True):
+        run = Path(config.run_dir)
+        assert {"./config.yaml", "./run.json", "./metrics.parquet", "./eval.parquet", "./summary.json",
+                "final/adapter_model.safetensors", "final/README.md"} <= files_of(config)
+        assert json.loads((run / "summary.json").read_text()) == result
+        assert result["name"] == config.run_name and result["steps"] == 8 and result["samples"][0]["after"] is not None
+        assert pq.read_table(run / "metrics.parquet")["step"].to_pylist() == list(range(1, 9))
+        assert pq.read_table(run / "eval.parquet")["step"].to_pylist() == [0, 4, 8]
+        kept = json.loads((run / "checkpoints" / "checkpoint_manager_snapshot.json").read_text())
         assert kept["latest_checkpoint_result"]["checkpoint_dir_name"] == "step-00000008"
         assert len(kept["checkpoint_results"]) == 2
+        assert sum(path.name.startswith("step-") for path in (run / "checkpoints").iterdir()) == 2
+    assert results[0]["first_loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert results[1]["first_loss"] == pytest.approx((1 / 0.6) ** 2, abs=1e-5)
     again = io.StringIO()
-    assert train_together(configs[:2], Console(again)) == results
+    assert train_together(configs, Console(again)) == results
     assert again.getvalue().count("is already complete") == 2 and "training:" not in again.getvalue()
 
 
@@ -109,7 +110,7 @@ def test_stopped_together_one_goes_on_alone_and_the_rest_together(base, on_clust
     betas = (0.05, 0.1, 0.3)
     configs, undisturbed = ([load_config(base, [f"name={mark}{beta}", f"train.beta={beta}", "train.steps=80"])
                              for beta in betas] for mark in "sw")
-    raydpo.score(configs[0], Console(io.StringIO()))
+    raydpo.score(load_config(base), Console(io.StringIO()))
     interrupt_after(configs[0].run_dir, 6)
     with pytest.raises(KeyboardInterrupt):
         train_together(configs, Console(io.StringIO()))
@@ -123,3 +124,6 @@ def test_stopped_together_one_goes_on_alone_and_the_rest_together(base, on_clust
     for mine, other in zip(rest, train_together(undisturbed, Console(io.StringIO())), strict=True):
         assert mine["steps"] == other["steps"] == 80
         assert mine["eval_after"] == pytest.approx(other["eval_after"], abs=1e-5, rel=1e-5)
+    single = load_config(base, ["name=single", f"train.beta={betas[0]}", "train.steps=80"])
+    assert raydpo.train(single, Console(said))["eval_after"] == pytest.approx(rest[0]["eval_after"], abs=1e-5, rel=1e-5)
+    assert files_of(single) == files_of(configs[0]) == files_of(undisturbed[0])

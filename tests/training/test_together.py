@@ -73,11 +73,19 @@ def figures(record):
     return exact(record.steps), exact(record.evals), {name: value.tolist() for name, value in record.weights.items()}
 
 
+def same(row, wanted, what=""):
+    for name in (name for name in wanted if name.endswith("margin_correlation")):
+        # Of margins that hardly differ yet, it is a quotient of roundings.
+        assert row[name] == pytest.approx(wanted[name], abs=1e-3), (what, name)
+        row, wanted = ({key: value for key, value in one.items() if key != name} for one in (row, wanted))
+    assert row == pytest.approx(wanted, abs=1e-5, rel=1e-5), what
+
+
 def close(ours, theirs, what=""):
     for mine, other in zip(ours[:2], theirs[:2], strict=True):
         assert len(mine) == len(other)
         for row, wanted in zip(mine, other, strict=True):
-            assert row == pytest.approx(wanted, abs=1e-5, rel=1e-5), what
+            same(row, wanted, what)
     assert ours[2].keys() == theirs[2].keys()
     for name, weight in theirs[2].items():
         assert torch.allclose(torch.tensor(ours[2][name]), torch.tensor(weight), atol=1e-5), (what, name)
@@ -178,7 +186,7 @@ def test_a_setting_that_is_not_finite_skips_and_ends_alone(table, tiny_llama, tm
         assert result.steps == STEPS and result.skipped == 0
         assert all(math.isfinite(row["loss"]) for row in mine)
         for row, other in zip(mine, wanted, strict=True):
-            assert row == pytest.approx(other, abs=1e-5, rel=1e-5)
+            same(row, other)
     assert passes == [3] * 3 + [2] * (STEPS - 3)
 
 
