@@ -22,6 +22,7 @@ from raydpo.data.facts import pair_facts
 from raydpo.data.filter import PairFilter, filtered_by_tokens
 from raydpo.data.pairs import SAME, PairSets, load_pairs
 from raydpo.data.tokenise import Tokeniser, load_tokenizer
+from raydpo.errors import ConfigError
 from raydpo.ray_runtime import bfloat16_pays, resources_for, session
 from raydpo.reference.build import BuildReport, build
 from raydpo.reference.identity import ReferenceIdentity, identify, resolve_model
@@ -41,7 +42,7 @@ from raydpo.training.report import TrainingDisplay, print_summary
 if TYPE_CHECKING:
     from raydpo.audit import Audit
 
-__all__ = ["Prepared", "audit", "run", "score", "train"]
+__all__ = ["Prepared", "Shared", "audit", "join_sets", "run", "score", "score_prepared", "train", "train_prepared"]
 
 
 def score(config: Config, console: Console | None = None) -> BuildReport:
@@ -52,7 +53,7 @@ def score(config: Config, console: Console | None = None) -> BuildReport:
     """
     console = console or Console()
     with session(config):
-        return _score(Prepared.of(config, console), console)
+        return score_prepared(Prepared.of(config, console), console)
 
 
 def train(config: Config, console: Console | None = None, *, fresh: bool = False) -> dict[str, Any]:
@@ -69,16 +70,24 @@ def train(config: Config, console: Console | None = None, *, fresh: bool = False
         RaydpoError: of the kind that fits.
     """
     console = console or Console()
+    _refuse_sweep(config)
     with session(config):
-        return _train(Prepared.of(config, console), console, None, fresh=fresh)
+        return train_prepared(Prepared.of(config, console), console, fresh=fresh)
 
 
 def run(config: Config, console: Console | None = None, *, fresh: bool = False) -> dict[str, Any]:
     """``score``, then ``train``."""
     console = console or Console()
+    _refuse_sweep(config)
     with session(config):
         prepared = Prepared.of(config, console)
-        return _train(prepared, console, _score(prepared, console), fresh=fresh)
+        built = score_prepared(prepared, console)
+        return train_prepared(prepared, console, built.hit_rate, fresh=fresh)
+
+
+def _refuse_sweep(config: Config) -> None:
+    if config.sweep is not None:
+        raise ConfigError("section 'sweep' has no effect on a single training; run 'raydpo sweep', or set sweep=null")
 
 
 def audit(config: Config, console: Console | None = None) -> Audit:
@@ -173,7 +182,8 @@ class Prepared:
                      ) | {f"train.{key}": value for key, value in train.items()}
 
 
-def _score(prepared: Prepared, console: Console) -> BuildReport:
+def score_prepared(prepared: Prepared, console: Console, tables: list[pa.Table] | None = None) -> BuildReport:
+    """``score``, of other ``tables`` of pairs where they are given."""
     config, cache = prepared.config, prepared.cache
     resources = resources_for("score", config)
     line: ProgressLine | None = None
@@ -185,8 +195,9 @@ def _score(prepared: Prepared, console: Console) -> BuildReport:
                 line = stack.enter_context(console.progress("scoring", to_do, "completions"))
             line.update(done)
 
-        report = build(prepared.tables, prepared.reference, cache, resources, progress=progress, note=console.note,
-                       tokens_per_batch=config.score.tokens_per_batch, tokens_per_part=config.score.tokens_per_part)
+        report = build(tables or prepared.tables, prepared.reference, cache, resources, progress=progress,
+                       note=console.note, tokens_per_batch=config.score.tokens_per_batch,
+                       tokens_per_part=config.score.tokens_per_part)
     for problem in report.problems:
         console.warn(problem)
     rate = f", {report.tokens / report.seconds:,.0f} tokens/s" if report.scored else ""
@@ -222,7 +233,48 @@ def _audit(prepared: Prepared, console: Console) -> Audit:
     return done
 
 
-def _train(prepared: Prepared, console: Console, built: BuildReport | None, *, fresh: bool) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    """What a training that is one of many is given.
+
+    Attributes:
+        pairs, held_out: of ``join_sets``, in Ray's object store.
+        at_once: how many trainings share the cluster.
+        board: of ``launch.new_board``.
+        display: hears what happens.
+        until: a step after which it pauses; None = it goes on to the end.
+    """
+
+    pairs: Any
+    held_out: Any
+    at_once: int
+    board: Any
+    display: TrainingDisplay
+    until: int | None = None
+
+
+def join_sets(prepared: Prepared, console: Console) -> tuple[pa.Table, pa.Table | None]:
+    """Training and held-out pairs with the reference's values, as they are trained on.
+
+    Raises:
+        CacheMissError: if log-probs are missing.
+    """
+    pairs = join_reference(prepared.sets.train, prepared.cache, "training")
+    if prepared.filter_by_reference is not None:
+        sums = (pairs[f"ref_{side}_sum"].to_numpy() for side in ("chosen", "rejected"))
+        pairs, line = prepared.filter_by_reference.apply(pairs, *sums)
+        console.say(line)
+    held_out = prepared.sets.eval
+    return pairs, None if held_out is None else join_reference(held_out, prepared.cache, "held-out")
+
+
+def train_prepared(prepared: Prepared, console: Console, hit_rate: float | None = None, *, fresh: bool = False,
+                   shared: Shared | None = None) -> dict[str, Any] | None:
+    """``train``; None if it pauses where ``shared`` wants it to.
+
+    Args:
+        hit_rate: share of the completions that the cache held when the run began, where that is known.
+    """
     config = prepared.config
     fingerprint = prepared.fingerprint()
     storage = Storage(config.run_dir)
@@ -233,15 +285,8 @@ def _train(prepared: Prepared, console: Console, built: BuildReport | None, *, f
         console.say(f"run {config.run_name} is already complete: {config.run_dir} (--fresh trains it again)")
         print_summary(console, finished)
         return finished
-    pairs = join_reference(prepared.sets.train, prepared.cache, "training")
-    if prepared.filter_by_reference is not None:
-        sums = (pairs[f"ref_{side}_sum"].to_numpy() for side in ("chosen", "rejected"))
-        pairs, line = prepared.filter_by_reference.apply(pairs, *sums)
-        console.say(line)
-    held_out = None
-    if prepared.sets.eval is not None:
-        held_out = join_reference(prepared.sets.eval, prepared.cache, "held-out")
-    resources = resources_for("train", config)
+    pairs, held_out = join_sets(prepared, console) if shared is None else (shared.pairs, shared.held_out)
+    resources = resources_for("train", config, 1 if shared is None else shared.at_once)
     storage.probe()
     for line in harmless_changes(storage, config):
         console.note(line)
@@ -260,17 +305,21 @@ def _train(prepared: Prepared, console: Console, built: BuildReport | None, *, f
         policy_identity=policy.digest, reference_identity=reference.digest,
         starts_as_reference=policy.same_model(reference),
         coarser_dtype="bfloat16" if "bfloat16" in (policy.dtype, reference.dtype) else "float32",
+        stop_after=None if shared is None else shared.until,
         sample_prompts=samples, sample_stop=prepared.tokeniser.stop_ids)
     base_name = config.model.path if is_hub_name(config.model.path) and not Path(config.model.path).is_dir() \
         else prepared.policy_dir
-    with TrainingDisplay(console) as display:
+    with TrainingDisplay(console) if shared is None else shared.display as display:
         trained = launch(job, pairs, held_out, resources, run_dir=config.run_dir, run_name=config.run_name,
                          track=config.track, base_name=base_name,
-                         tokenizer=prepared.tokeniser.tokenizer, listener=display.listen)
+                         tokenizer=prepared.tokeniser.tokenizer, listener=display.listen,
+                         board=None if shared is None else shared.board)
     if trained["interrupted"]:
+        if trained["steps"] == job.stop_after:
+            return None
         console.say(f"stopped after step {trained['steps']:,}; its checkpoint is in {config.run_dir}")
         raise KeyboardInterrupt
-    summary = _summarise(prepared, storage, trained, built, samples)
+    summary = _summarise(prepared, storage, trained, hit_rate, samples)
     storage.write("final/README.md", model_card(config, summary).encode())
     storage.write("summary.json", json.dumps(summary, indent=2).encode())
     print_summary(console, summary)
@@ -285,7 +334,7 @@ def _sample_prompts(prepared: Prepared) -> tuple[tuple[str, Any], ...]:
     return tuple((prepared.tokeniser.tokenizer.decode(ids, skip_special_tokens=True), ids) for ids in list(distinct)[:count])
 
 
-def _summarise(prepared: Prepared, storage: Storage, trained: dict[str, Any], built: BuildReport | None,
+def _summarise(prepared: Prepared, storage: Storage, trained: dict[str, Any], hit_rate: float | None,
                samples: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
     config, decode = prepared.config, prepared.tokeniser.tokenizer.decode
     steps, evals = read_rows(storage, "metrics.parquet"), read_rows(storage, "eval.parquet")
@@ -303,7 +352,7 @@ def _summarise(prepared: Prepared, storage: Storage, trained: dict[str, Any], bu
         "eval_before": evals[0] if evals else None, "eval_after": evals[-1] if evals else None,
         "reference": {"path": config.reference_path, "adapter": config.reference_adapter,
                       "identity": prepared.reference.identity.digest, "cache": config.cache_uri},
-        "cache_hit_rate": None if built is None else built.hit_rate,
+        "cache_hit_rate": hit_rate,
         "data": prepared.sets.report.to_dict(),
         "samples": [{"prompt": text, "before": decode(before, skip_special_tokens=True),
                      "after": decode(after, skip_special_tokens=True)} for (text, _), before, after in answers],

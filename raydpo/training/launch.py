@@ -23,12 +23,13 @@ from raydpo.training.board import Board, Listener, listening
 from raydpo.training.hooks import Hooks
 from raydpo.training.loop import TrainJob
 
-__all__ = ["Listener", "launch"]
+__all__ = ["LOWER_IS_BETTER", "Listener", "launch", "new_board"]
 
 CHECKPOINTS = "checkpoints"
 RESIZE_SECONDS = 30.0
 """Between looks for machines that have come, where the number of workers may vary."""
 LOWER_IS_BETTER = ("eval_loss", "eval_logps/chosen_fell")
+"""Metrics of the held-out evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,13 +48,25 @@ class _Payload:
     board: Any
 
 
-def launch(job: TrainJob, pairs: pa.Table, held_out: pa.Table | None, resources: Resources, *, run_dir: str,
-           run_name: str, track: TrackConfig, base_name: str, tokenizer: Any, listener: Listener) -> dict[str, Any]:
+def new_board() -> Any:
+    """The actor of a training's ``Board``."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    # Where the driver is, with which it lives and dies; elsewhere it would go with a machine that only trains.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
+
+
+def launch(job: TrainJob, pairs: Any, held_out: Any, resources: Resources, *, run_dir: str, run_name: str,
+           track: TrackConfig, base_name: str, tokenizer: Any, listener: Listener, board: Any = None) -> dict[str, Any]:
     """Train to the end on Ray, continuing from the newest checkpoint in ``run_dir`` if there is one.
 
     Args:
-        pairs, held_out: results of ``pairs.join_reference``.
+        pairs, held_out: results of ``pairs.join_reference``, or references to them in Ray's object store. Nothing may be
+            held out.
         base_name: how an exported adapter names its base model.
+        board: of ``new_board``, for a caller that may want the training to stop.
 
     Returns:
         The summary that rank 0 made, see ``loop.TrainSummary``.
@@ -68,13 +81,11 @@ def launch(job: TrainJob, pairs: pa.Table, held_out: pa.Table | None, resources:
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     storage = Storage(run_dir)
-    # Where the driver is, with which it lives and dies; elsewhere it would go with a machine that only trains.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
-    payload = _Payload(job=job, pairs=ray.put(pairs), held_out=None if held_out is None else ray.put(held_out),
+    board = board or new_board()
+    pairs, held_out = (ray.put(table) if isinstance(table, pa.Table) else table for table in (pairs, held_out))
+    payload = _Payload(job=job, pairs=pairs, held_out=held_out,
                        run_dir=storage.root if storage.is_local else run_dir, threads=resources.threads,
                        run_name=run_name, track=track,
                        base_name=base_name, tokenizer=tokenizer, board=board)
