@@ -61,7 +61,7 @@ def sweep(config: Config, console: Console | None = None, *, fresh: bool = False
         set_aside(storage, console, FILE)
     if storage.exists("run.json"):
         raise ConfigError(f"{storage} is the directory of a single run; give the sweep another name (name=...)")
-    with session(config):
+    with session(max((trial.config for trial in trials), key=lambda one: one.train.most_workers)):
         prepared = _prepare(trials, console)
         for trial in trials:
             _refuse_other_settings(prepared[trial.name])

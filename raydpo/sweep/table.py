@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 from rich.live import Live
@@ -54,16 +55,19 @@ class SweepTable:
             self.say(f"warning: {name}: {content.removeprefix('warning: ')}")
         elif kind in ("step", "evaluated"):
             self.live[name] = self.live.get(name, {}) | content
+            if kind == "evaluated" and self._screen is None:
+                self.say(f"  {name}: step {int(content['step']):,}: {self._figures(content)}")
 
     def ended(self, name: str) -> None:
         """A trial has another status now, and its entry is up to date."""
         self.live.pop(name, None)
         entry = self.ledger.entries[name]
-        figures = [f"{LABELS.get(key, key)} {entry.eval[key]:.3f}" for key in self._columns
-                   if entry.eval and key in entry.eval]
-        told = entry.error if entry.status == "failed" else ", ".join(figures)
+        told = entry.error if entry.status == "failed" else self._figures(entry.eval or {})
         self.say(f"{'warning: ' if entry.status == 'failed' else '  '}{name}: {entry.status} after {entry.steps:,} steps"
                  + (f": {told}" if told else ""))
+
+    def _figures(self, row: Mapping[str, float]) -> str:
+        return ", ".join(f"{LABELS.get(key, key)} {row[key]:.3f}" for key in self._columns if key in row)
 
     def render(self) -> Table:
         best = self.ledger.best()

@@ -1,7 +1,7 @@
 """Sweeps as a user runs them: one cache pass, every trial a run of its own, and drivers that are killed."""
 
+import io
 import json
-import os
 import re
 import signal
 import subprocess
@@ -13,6 +13,10 @@ import pytest
 import yaml
 from kernel import exact
 from tiny import preferences, write_preferences
+
+import raydpo
+from raydpo.cli import main
+from raydpo.console import Console
 
 CHECKPOINT_EVERY = 5
 
@@ -61,45 +65,54 @@ def same(ours, theirs):
     assert mine.keys() == other.keys() and all(torch.equal(mine[key], other[key]) for key in mine)
 
 
-def test_one_pass_then_every_trial_and_only_new_ones_the_second_time(place, on_cluster):
-    first = run(place, "betas", "sweep.list=[{train.beta: 0.1}, {data.fraction: 0.5}, {train.keep_best: eval_nothing}]")
-    assert first.returncode == 1, first.stdout + first.stderr
-    assert "1 of 3 trials failed: keep_best=eval_nothing: train.keep_best is 'eval_nothing'" in first.stderr
+def test_one_pass_then_every_trial_and_those_that_failed_are_told(place, on_cluster):
+    result = run(place, "betas", "sweep.list=[{train.beta: 0.3}, {train.keep_best: eval_nothing}]")
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "1 of 2 trials failed: keep_best=eval_nothing: train.keep_best is 'eval_nothing'" in result.stderr
     found, trials = record(place, "betas")
-    assert {name: trial["status"] for name, trial in trials.items()} == {
-        "beta=0.1": "done", "fraction=0.5": "done", "keep_best=eval_nothing": "failed"}
-    assert found["parameters"] == ["train.beta", "data.fraction", "train.keep_best"]
-    assert trials["fraction=0.5"]["settings"] == {"train.beta": 0.1, "data.fraction": 0.5, "train.keep_best": None}
-    assert first.stdout.count("scored in") == 1 and found["cache"]["hit_rates"] == [1.0] * 3
-    directory = place / "runs" / "betas"
-    for name in ("beta=0.1", "fraction=0.5"):
-        assert trials[name]["run_dir"] == str(directory / name) and trials[name]["steps"] == 12
-        assert exact([trials[name]["eval"]]) == rows(directory / name, "eval.parquet")[-1:]
-        assert json.loads((directory / name / "summary.json").read_text())["cache_hit_rate"] == 1.0
-        weights(directory / name)
-    assert "policy" not in first.stdout and "step-0 gate" in (directory / "beta=0.1" / "logs" / "driver.log").read_text()
-    best = max(("beta=0.1", "fraction=0.5"), key=lambda name: trials[name]["eval"]["eval_rewards/accuracies"])
-    assert f"best eval_rewards/accuracies: {best}" in first.stdout
+    assert [(name, trial["status"]) for name, trial in trials.items()] == [
+        ("beta=0.3", "done"), ("keep_best=eval_nothing", "failed")]
+    assert found["parameters"] == ["train.beta", "train.keep_best"] and found["metric"] == "eval_rewards/accuracies"
+    assert trials["beta=0.3"]["settings"] == {"train.beta": 0.3, "train.keep_best": None}
+    assert result.stdout.count("scored in") == 1 and found["cache"]["hit_rates"] == [1.0, 1.0]
+    directory = place / "runs" / "betas" / "beta=0.3"
+    assert trials["beta=0.3"]["run_dir"] == str(directory) and trials["beta=0.3"]["steps"] == 12
+    assert exact([trials["beta=0.3"]["eval"]]) == rows(directory, "eval.parquet")[-1:]
+    assert json.loads((directory / "summary.json").read_text())["cache_hit_rate"] == 1.0
+    assert "step-0 gate" in (directory / "logs" / "driver.log").read_text() and "step-0 gate" not in result.stdout
+    assert "best eval_rewards/accuracies: beta=0.3" in result.stdout
 
-    before = (directory / "beta=0.1" / "metrics.parquet").stat()
-    second = run(place, "betas", "sweep.grid={train.beta: [0.1, 0.3]}")
-    assert second.returncode == 0, second.stdout + second.stderr
-    assert "(100% hits)" in second.stdout and "beta=0.3: begins" in second.stdout and "beta=0.1: beg" not in second.stdout
-    assert (directory / "beta=0.1" / "metrics.parquet").stat() == before
-    assert [trial["status"] for trial in record(place, "betas")[1].values()] == ["done", "done"]
-
-    other = run(place, "betas", "sweep.grid={train.beta: [0.1, 0.3]}", "train.lr=1e-4")
-    assert other.returncode == 2 and "train.lr: 0.001 -> 0.0001" in other.stderr and "beta=0.1" in other.stderr
+    before = (directory / "metrics.parquet").stat()
+    config = raydpo.load_config(place / "config.yaml", ["name=betas", "sweep.grid={train.beta: [0.3]}"])
+    again = raydpo.sweep(config, Console(log := io.StringIO()))
+    assert "(100% hits)" in log.getvalue() and "begins" not in log.getvalue()
+    assert [(trial["name"], trial["status"]) for trial in again["trials"]] == [("beta=0.3", "done")]
+    assert (directory / "metrics.parquet").stat() == before
 
 
-def test_what_cannot_be_swept_is_said_before_anything_starts(place):
-    for more, said in ((["sweep.grid={train.beta: [0.1, -1]}"], "trial train.beta=-1"), ([], "nothing to sweep over"),
-                       (["sweep.grid={train.beta: [0.1]}", "sweep.together=true"], "sweep.together")):
-        result = run(place, "wrong", *more)
-        assert result.returncode == 2 and said in result.stderr and "Traceback" not in result.stderr
-    single = subprocess.run([*command(place, "wrong", "sweep.grid={train.beta: [0.1]}")[:3], "train",
-                             *command(place, "wrong", "sweep.grid={train.beta: [0.1]}")[4:]], capture_output=True, text=True)
-    assert single.returncode == 2 and "run 'raydpo sweep'" in single.stderr
+def test_what_cannot_be_swept_is_said_before_anything_starts(place, capsys):
+    def fails(verb, *more):
+        assert main([verb, str(place / "config.yaml"), "name=wrong", *more]) == 2
+        return capsys.readouterr().err
+
+    assert "trial train.beta=-1: 'train.beta' is -1" in fails("sweep", "sweep.grid={train.beta: [0.1, -1]}")
+    assert "nothing to sweep over" in fails("sweep")
+    assert "sweep.together" in fails("sweep", "sweep.grid={train.beta: [0.1]}", "sweep.together=true")
+    assert "run 'raydpo sweep'" in fails("train", "sweep.grid={train.beta: [0.1]}")
+
+
+@pytest.mark.slow
+def test_only_what_is_new_is_trained(place, on_cluster):
+    """Fractions of the data share a cache that one pass filled for the largest."""
+    first = run(place, "fractions", "sweep.grid={data.fraction: [0.5, 1.0]}")
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert first.stdout.count("scored in") == 1 and record(place, "fractions")[0]["cache"]["hit_rates"] == [1.0, 1.0]
+    more = run(place, "fractions", "sweep.grid={data.fraction: [0.25, 0.5, 1.0]}")
+    assert more.returncode == 0, more.stdout + more.stderr
+    assert "(100% hits)" in more.stdout and re.findall(r"(\S+): begins", more.stdout) == ["fraction=0.25"]
+    assert [trial["status"] for trial in record(place, "fractions")[1].values()] == ["done"] * 3
+    other = run(place, "fractions", "sweep.grid={data.fraction: [0.25, 0.5, 1.0]}", "train.lr=1e-4")
+    assert other.returncode == 2 and "train.lr: 0.001 -> 0.0001" in other.stderr and "fraction=0.25" in other.stderr
 
 
 @pytest.mark.slow
@@ -122,7 +135,8 @@ def test_a_trial_is_the_run_that_it_would_be_alone(place, on_cluster):
     same(place / "runs" / "swept" / "beta=0.4", place / "runs" / "alone")
 
 
-BETAS = ("sweep.grid={train.beta: [0.05, 0.1, 0.5]}", "train.steps=80")
+STEPS = 40
+BETAS = ("sweep.grid={train.beta: [0.05, 0.1, 0.5]}", f"train.steps={STEPS}")
 
 
 def registered(directory):
@@ -155,16 +169,17 @@ def test_a_sweep_killed_three_times_ends_as_an_undisturbed_one(place):
     assert undisturbed.returncode == 0, undisturbed.stdout + undisturbed.stderr
     theirs = sorted(path for path in (place / "runs" / "undisturbed").glob("beta=*"))
     ours = [place / "runs" / "killed" / path.name for path in theirs]
-    begun = [10, 40, 80]  # the first two trials are under way together; in the end one is done
+    ready = (lambda: any(registered(path) >= 10 for path in ours), lambda: any(registered(path) >= 25 for path in ours),
+             lambda: any((path / "summary.json").is_file() for path in ours))
     stored: list[dict[str, int]] = []
-    for step in begun:
+    for moment in ready:
         process = subprocess.Popen(command(place, "killed", *BETAS), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                    text=True)
-        killed_when(process, lambda step=step: any(registered(path) >= step for path in ours))
+        killed_when(process, moment)
         stored.append({path.name: registered(path) for path in ours})
     done_before = {path.name for path in ours if (path / "summary.json").is_file()}
     last = run(place, "killed", *BETAS)
-    assert last.returncode == 0, last.stdout + last.stderr
+    assert done_before and last.returncode == 0, last.stdout + last.stderr
     found, trials = record(place, "killed")
     assert [trial["status"] for trial in trials.values()] == ["done"] * 3 and found["cache"]["hit_rates"] == [1.0] * 3
     for our, their in zip(ours, theirs, strict=True):
@@ -174,7 +189,7 @@ def test_a_sweep_killed_three_times_ends_as_an_undisturbed_one(place):
         for begin, known in zip(begins[1:], (point[our.name] for point in stored if point[our.name]), strict=False):
             assert begin >= known, "what was stored before the kill is not done again"
         # One interval since the last checkpoint, and another while that one was being stored.
-        assert len(steps) - 80 <= 2 * CHECKPOINT_EVERY * (len(begins) - 1)
+        assert len(steps) - STEPS <= 2 * CHECKPOINT_EVERY * (len(begins) - 1)
         if our.name in done_before:
             assert f"{our.name}: begins" not in last.stdout and f"{our.name}: continues" not in last.stdout
     assert "(100% hits)" in last.stdout
@@ -215,7 +230,7 @@ def test_what_is_behind_stops_early_and_a_kill_changes_nothing(place):
 
 @pytest.mark.slow
 def test_ctrl_c_stops_all_trials_with_checkpoints(place):
-    more = (*BETAS, "train.steps=400", "train.checkpoint_every=1000")
+    more = (*BETAS, "train.steps=1000", "train.checkpoint_every=2000")
     process = subprocess.Popen(command(place, "stopped", *more), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     directory = place / "runs" / "stopped"
     deadline = time.time() + 200
@@ -229,4 +244,4 @@ def test_ctrl_c_stops_all_trials_with_checkpoints(place):
     assert {trial["status"] for trial in trials.values()} == {"waiting"}
     for name, trial in trials.items():
         assert registered(directory / name) == trial["steps"], "no step is done again"
-    assert any(trial["steps"] for trial in trials.values()) and os.listdir(directory)
+    assert any(trial["steps"] for trial in trials.values())
