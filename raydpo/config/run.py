@@ -71,18 +71,10 @@ class Config(Section):
         if self.train.keep_best is not None and self.data.eval is None:
             raise ValueError(f"train.keep_best is {self.train.keep_best}, but there are no held-out pairs to measure it on; "
                              "set data.eval, for example data.eval.fraction=0.05")
-        self._check_sweep()
+        if self.sweep is not None and self.sweep.stop_early is not None and self.data.eval is None:
+            raise ValueError("sweep.stop_early is set, but there are no held-out pairs to compare trials on; set data.eval, "
+                             "for example data.eval.fraction=0.05")
         return self
-
-    def _check_sweep(self) -> None:
-        sweep = self.sweep
-        if sweep is None or self.data.eval is not None:
-            return
-        for key, value in (("sweep.stop_early", sweep.stop_early),
-                           ("sweep.metric", "metric" in sweep.model_fields_set and sweep.metric)):
-            if value:
-                raise ValueError(f"{key} is set, but there are no held-out pairs to measure trials on; set data.eval, for "
-                                 "example data.eval.fraction=0.05")
 
     @property
     def reference_adapter(self) -> str | None:

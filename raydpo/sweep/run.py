@@ -74,7 +74,9 @@ def sweep(config: Config, console: Console | None = None, *, fresh: bool = False
         with SweepTable(console, ledger) as table:
             _Sweep(prepared, shared, ledger, table, at_once).run()
     best = ledger.best()
-    if best is not None:
+    if config.data.eval is None:
+        console.warn("no pairs are held out (data.eval), so nothing tells which trial is the best")
+    elif best is not None:
         console.say(f"best {config.sweep.metric}: {best.trial.name} ({best.eval[config.sweep.metric]:.4f})")
     console.say(f"sweep: {storage}/{FILE}")
     return ledger.to_dict()
@@ -146,6 +148,7 @@ class _Sweep:
                  table: SweepTable, at_once: int) -> None:
         self.prepared, self.shared, self.ledger, self.table, self.at_once = prepared, shared, ledger, table, at_once
         self.config = ledger.config
+        self.hit_rates = dict(zip(prepared, ledger.cache["hit_rates"], strict=True))
         self._boards: dict[str, Any] = {}
         self._lock = threading.Lock()
         self._stopping = False
@@ -156,9 +159,6 @@ class _Sweep:
         Raises:
             KeyboardInterrupt: if someone stopped the sweep.
         """
-        for name in self.prepared:
-            if self._result(name) is not None:
-                self._finish(name)
         self.ledger.write()
         interruptible(self._train_all, on_first=self._stop)
         if self._stopping:
@@ -197,57 +197,54 @@ class _Sweep:
 
     def _train(self, names: list[str], until: int | None) -> None:
         """Train these to the end, or until a step."""
-        waiting = [name for name in names if self.ledger.entries[name].status not in ("done", "failed")
-                   and (until is None or self._measured(name, until) is None)]
+        to_do = [name for name in names if self.ledger.entries[name].status not in ("done", "failed")
+                 and (until is None or self._result(name) is not None or self._measured(name, until) is None)]
         with ThreadPoolExecutor(self.at_once, thread_name_prefix="raydpo-trial") as pool:
-            for done in [pool.submit(self._trial, name, until) for name in waiting]:
+            for done in [pool.submit(self._trial, name, until) for name in to_do]:
                 done.result()
 
     def _trial(self, name: str, until: int | None) -> None:
+        if self._stopping:
+            return
+        config = self.prepared[name].config
+        with _log(config) as log:
+            try:
+                if self._result(name) is None and not self._trained(name, until, log):
+                    self.ledger.set(name, "waiting")
+                else:
+                    storage = Storage(config.run_dir)
+                    if not storage.exists("evaluation.json") and (evaluation := after_trial(config)) is not None:
+                        storage.write("evaluation.json", json.dumps(evaluation, indent=2).encode())
+                    self.ledger.set(name, "done")
+            except Exception as error:
+                log.say(traceback.format_exc())
+                self.ledger.set(name, "failed", str(error) if isinstance(error, RaydpoError) else
+                                f"unexpected {type(error).__name__}: {error}")
+        self.table.ended(name)
+
+    def _trained(self, name: str, until: int | None, log: Console) -> bool:
+        """Whether training came to its end; else it paused, or someone stopped the sweep."""
         with self._lock:
             if self._stopping:
-                return
+                return False
             board = self._boards[name] = new_board()
         self.ledger.set(name, "running")
         pairs, held_out = self.shared[name]
         try:
-            with _log(self.prepared[name].config) as log:
-                try:
-                    result = train_prepared(
-                        self.prepared[name], log, self._hit_rate(name),
-                        shared=Shared(pairs=pairs, held_out=held_out, at_once=self.at_once, board=board, until=until,
-                                      display=TrialDisplay(log, self.table, name)))
-                    if result is None:
-                        self.ledger.set(name, "waiting")
-                    else:
-                        self._finish(name)
-                except KeyboardInterrupt:
-                    self.ledger.set(name, "waiting")
-                except Exception as error:
-                    log.say(traceback.format_exc())
-                    self.ledger.set(name, "failed", str(error) if isinstance(error, RaydpoError) else
-                                    f"unexpected {type(error).__name__}: {error}")
+            return train_prepared(self.prepared[name], log, self.hit_rates[name], shared=Shared(
+                pairs=pairs, held_out=held_out, at_once=self.at_once, board=board, until=until,
+                display=TrialDisplay(log, self.table, name))) is not None
+        except KeyboardInterrupt:
+            return False
         finally:
-            del self._boards[name]
-        self.table.ended(name)
-
-    def _finish(self, name: str) -> None:
-        config = self.prepared[name].config
-        storage = Storage(config.run_dir)
-        if not storage.exists("evaluation.json"):
-            evaluation = after_trial(config)
-            if evaluation is not None:
-                storage.write("evaluation.json", json.dumps(evaluation, indent=2).encode())
-        self.ledger.set(name, "done")
+            with self._lock:
+                del self._boards[name]
 
     def _stop(self) -> None:
         with self._lock:
             self._stopping = True
             for board in self._boards.values():
                 board.stop.remote()
-
-    def _hit_rate(self, name: str) -> float:
-        return dict(zip(self.prepared, self.ledger.cache["hit_rates"], strict=True))[name]
 
     def _result(self, name: str) -> dict[str, Any] | None:
         """The summary of a trial that came to its end."""

@@ -120,6 +120,8 @@ def test_trials_need_one_reference(place, on_cluster):
     result = run(place, "dtypes", "sweep.grid={model.dtype: [float32, bfloat16]}")
     assert result.returncode == 2
     assert "trial dtype=bfloat16 needs another reference than trial dtype=float32" in result.stderr
+    crowded = run(place, "dtypes", "sweep.grid={train.beta: [0.1, 0.2]}", "sweep.at_once=99")
+    assert crowded.returncode == 2 and "sweep.at_once is 99, but the cluster holds" in crowded.stderr
     shared = run(place, "dtypes", "sweep.grid={model.dtype: [float32, bfloat16]}", "score.dtype=float32", "train.steps=1")
     assert shared.returncode == 0, shared.stdout + shared.stderr
     assert record(place, "dtypes")[0]["cache"]["hit_rates"] == [1.0, 1.0]

@@ -45,6 +45,15 @@ def test_a_trial_is_what_its_configuration_file_says(sweep):
         assert re.fullmatch(NAME_PATTERN, trial.name)
 
 
+def test_a_sweep_is_what_its_configuration_file_says(tmp_path, sweep):
+    tree = {"output": str(tmp_path / "runs"), "model": {"path": str(tmp_path / "model")},
+            "data": {"train": str(tmp_path / "a.jsonl")},
+            "sweep": {"random": {"samples": 3, "train.lr": {"uniform": [0.1, 0.2]}}}}
+    config = load_config(tree)
+    again = load_config(yaml.safe_load(config.to_yaml()))
+    assert names(trials_of(again)) == names(trials_of(config)) and again.run_dir == config.run_dir
+
+
 def test_checks_ask_what_was_given_not_what_is_default(sweep):
     """steps and epochs contradict each other only where both are set."""
     assert sweep(grid={"train.steps": [5]})[0].config.train.steps == 5
