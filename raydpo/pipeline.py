@@ -22,6 +22,7 @@ from raydpo.data.facts import pair_facts
 from raydpo.data.filter import PairFilter, filtered_by_tokens
 from raydpo.data.pairs import SAME, PairSets, load_pairs
 from raydpo.data.tokenise import Tokeniser, load_tokenizer
+from raydpo.errors import ConfigError
 from raydpo.ray_runtime import Resources, bfloat16_pays, resources_for, session
 from raydpo.reference.build import BuildReport, build
 from raydpo.reference.identity import ReferenceIdentity, identify, resolve_model
@@ -41,8 +42,8 @@ from raydpo.training.report import TrainingDisplay, print_summary
 if TYPE_CHECKING:
     from raydpo.audit import Audit
 
-__all__ = ["Prepared", "audit", "begin_run", "end_run", "finished_before", "join_sets", "run", "score", "train",
-           "training_job"]
+__all__ = ["Prepared", "Shared", "audit", "begin_run", "end_run", "finished_before", "join_sets", "run", "score",
+           "score_prepared", "train", "train_prepared", "training_job"]
 
 
 def score(config: Config, console: Console | None = None) -> BuildReport:
@@ -53,7 +54,7 @@ def score(config: Config, console: Console | None = None) -> BuildReport:
     """
     console = console or Console()
     with session(config):
-        return _score(Prepared.of(config, console), console)
+        return score_prepared(Prepared.of(config, console), console)
 
 
 def train(config: Config, console: Console | None = None, *, fresh: bool = False) -> dict[str, Any]:
@@ -70,16 +71,24 @@ def train(config: Config, console: Console | None = None, *, fresh: bool = False
         RaydpoError: of the kind that fits.
     """
     console = console or Console()
+    _refuse_sweep(config)
     with session(config):
-        return _train(Prepared.of(config, console), console, None, fresh=fresh)
+        return train_prepared(Prepared.of(config, console), console, fresh=fresh)
 
 
 def run(config: Config, console: Console | None = None, *, fresh: bool = False) -> dict[str, Any]:
     """``score``, then ``train``."""
     console = console or Console()
+    _refuse_sweep(config)
     with session(config):
         prepared = Prepared.of(config, console)
-        return _train(prepared, console, _score(prepared, console), fresh=fresh)
+        built = score_prepared(prepared, console)
+        return train_prepared(prepared, console, built.hit_rate, fresh=fresh)
+
+
+def _refuse_sweep(config: Config) -> None:
+    if config.sweep is not None:
+        raise ConfigError("section 'sweep' has no effect on a single training; run 'raydpo sweep', or set sweep=null")
 
 
 def audit(config: Config, console: Console | None = None) -> Audit:
@@ -180,7 +189,8 @@ class Prepared:
                      ) | {f"train.{key}": value for key, value in train.items()}
 
 
-def _score(prepared: Prepared, console: Console) -> BuildReport:
+def score_prepared(prepared: Prepared, console: Console, tables: list[pa.Table] | None = None) -> BuildReport:
+    """``score``, of other ``tables`` of pairs where they are given."""
     config, cache = prepared.config, prepared.cache
     resources = resources_for("score", config)
     line: ProgressLine | None = None
@@ -192,8 +202,9 @@ def _score(prepared: Prepared, console: Console) -> BuildReport:
                 line = stack.enter_context(console.progress("scoring", to_do, "completions"))
             line.update(done)
 
-        report = build(prepared.tables, prepared.reference, cache, resources, progress=progress, note=console.note,
-                       tokens_per_batch=config.score.tokens_per_batch, tokens_per_part=config.score.tokens_per_part)
+        report = build(tables or prepared.tables, prepared.reference, cache, resources, progress=progress,
+                       note=console.note, tokens_per_batch=config.score.tokens_per_batch,
+                       tokens_per_part=config.score.tokens_per_part)
     for problem in report.problems:
         console.warn(problem)
     rate = f", {report.tokens / report.seconds:,.0f} tokens/s" if report.scored else ""
@@ -227,6 +238,26 @@ def _audit(prepared: Prepared, console: Console) -> Audit:
         console.say(line)
     console.say(f"audit: {storage}/audit.html")
     return done
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    """What a training that is one of many is given.
+
+    Attributes:
+        pairs, held_out: of ``join_sets``, in Ray's object store.
+        at_once: how many trainings share the cluster.
+        board: of ``launch.new_board``.
+        display: hears what happens.
+        until: a step after which it pauses; None = it goes on to the end.
+    """
+
+    pairs: Any
+    held_out: Any
+    at_once: int
+    board: Any
+    display: TrainingDisplay
+    until: int | None = None
 
 
 def join_sets(prepared: Prepared, console: Console) -> tuple[pa.Table, pa.Table | None]:
@@ -267,8 +298,12 @@ def begin_run(prepared: Prepared, job: TrainJob, console: Console) -> None:
     storage.write("run.json", json.dumps({"fingerprint": dict(job.fingerprint)}, indent=2).encode())
 
 
-def training_job(prepared: Prepared, resources: Resources) -> TrainJob:
-    """What the workers need to know."""
+def training_job(prepared: Prepared, resources: Resources, until: int | None = None) -> TrainJob:
+    """What the workers need to know.
+
+    Args:
+        until: a step after which the training pauses; None = it goes on to the end.
+    """
     config = prepared.config
     policy, reference = prepared.policy_identity(), prepared.reference.identity
     return TrainJob(
@@ -281,7 +316,7 @@ def training_job(prepared: Prepared, resources: Resources) -> TrainJob:
         policy_identity=policy.digest, reference_identity=reference.digest,
         starts_as_reference=policy.same_model(reference),
         coarser_dtype="bfloat16" if "bfloat16" in (policy.dtype, reference.dtype) else "float32",
-        sample_prompts=_sample_prompts(prepared), sample_stop=prepared.tokeniser.stop_ids)
+        stop_after=until, sample_prompts=_sample_prompts(prepared), sample_stop=prepared.tokeniser.stop_ids)
 
 
 def end_run(prepared: Prepared, job: TrainJob, trained: dict[str, Any], hit_rate: float | None) -> dict[str, Any]:
@@ -293,24 +328,33 @@ def end_run(prepared: Prepared, job: TrainJob, trained: dict[str, Any], hit_rate
     return summary
 
 
-def _train(prepared: Prepared, console: Console, built: BuildReport | None, *, fresh: bool) -> dict[str, Any]:
+def train_prepared(prepared: Prepared, console: Console, hit_rate: float | None = None, *, fresh: bool = False,
+                   shared: Shared | None = None) -> dict[str, Any] | None:
+    """``train``; None if it pauses where ``shared`` wants it to.
+
+    Args:
+        hit_rate: share of the completions that the cache held when the run began, where that is known.
+    """
     config = prepared.config
     if fresh:
         set_aside(Storage(config.run_dir), console)
     summary = finished_before(prepared, console)
     if summary is None:
-        pairs, held_out = join_sets(prepared, console)
-        resources = resources_for("train", config)
-        job = training_job(prepared, resources)
+        pairs, held_out = join_sets(prepared, console) if shared is None else (shared.pairs, shared.held_out)
+        resources = resources_for("train", config, 1 if shared is None else shared.at_once)
+        job = training_job(prepared, resources, None if shared is None else shared.until)
         begin_run(prepared, job, console)
-        with TrainingDisplay(console) as display:
+        with TrainingDisplay(console) if shared is None else shared.display as display:
             trained = launch(job, pairs, held_out, resources, run_dir=config.run_dir, run_name=config.run_name,
                              track=config.track, base_name=prepared.base_name,
-                             tokenizer=prepared.tokeniser.tokenizer, listener=display.listen)
+                             tokenizer=prepared.tokeniser.tokenizer, listener=display.listen,
+                             board=None if shared is None else shared.board)
         if trained["interrupted"]:
+            if trained["steps"] == job.stop_after:
+                return None
             console.say(f"stopped after step {trained['steps']:,}; its checkpoint is in {config.run_dir}")
             raise KeyboardInterrupt
-        summary = end_run(prepared, job, trained, None if built is None else built.hit_rate)
+        summary = end_run(prepared, job, trained, hit_rate)
     print_summary(console, summary)
     return summary
 

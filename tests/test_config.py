@@ -70,7 +70,7 @@ def test_it_is_frozen(tree):
     ("train=3", ["'train'", "3", "pairs_per_step"]),
     ("train.label_smoothing=0.1 train.loss=ipo", ["label_smoothing 0.1", "ipo"]),
     ("train.steps=5 train.epochs=3", ["steps (5)", "epochs (3)"]),
-    ("train.gpus_per_worker=0.5", ["0.5", "whole GPU"]),
+    ("train.gpus_per_worker=0.5 train.workers=2", ["0.5", "whole GPU"]),
     ("model.lora={dropout: 0.1}", ["dropout is 0.1", "set it to 0"]),
     ("name=../elsewhere", ["'name'", "../elsewhere", "letters"]),
     ("data.train=nowhere.jsonl", ["data.train.0.path", "nowhere.jsonl", "no such file"]),

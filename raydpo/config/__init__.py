@@ -5,9 +5,10 @@ A default lives in one of these modules and nowhere else; the docstring below a 
 """
 
 from raydpo.config.data import DataConfig, EvalConfig, SourceConfig, source_name
-from raydpo.config.load import is_hub_name, load_config
+from raydpo.config.load import is_hub_name, load_config, with_setting
 from raydpo.config.model import LoraSettings, ModelConfig, ReferenceConfig
 from raydpo.config.run import CacheConfig, Config, RayConfig, is_uri
+from raydpo.config.sweep import RandomConfig, StopEarlyConfig, SweepConfig
 from raydpo.config.track import TrackConfig
 from raydpo.config.train import ScoreConfig, TrainConfig
 
@@ -18,14 +19,18 @@ __all__ = [
     "EvalConfig",
     "LoraSettings",
     "ModelConfig",
+    "RandomConfig",
     "RayConfig",
     "ReferenceConfig",
     "ScoreConfig",
     "SourceConfig",
+    "StopEarlyConfig",
+    "SweepConfig",
     "TrackConfig",
     "TrainConfig",
     "is_hub_name",
     "is_uri",
     "load_config",
     "source_name",
+    "with_setting",
 ]

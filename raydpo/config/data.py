@@ -71,6 +71,11 @@ class DataConfig(Section):
     """Longest prompt + completion, in tokens."""
     truncation: Literal["keep_start", "drop"] = "keep_start"
     """What becomes of a longer one: its completion is cut at the end, or the pair is dropped."""
+    fraction: Float = Field(1.0, gt=0, le=1)
+    """Share of the training prompts that are used, with all their pairs: how much does more data help? Decided by the
+    content of each prompt, so a smaller share is part of every larger one. Held-out pairs are left alone."""
+    fraction_seed: Int = Field(0, ge=0)
+    """Another seed, other prompts. Without effect while fraction is 1."""
     shuffle: bool = True
     """false = every epoch in file order, for comparisons."""
     filter: str | None = None

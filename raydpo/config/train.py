@@ -74,7 +74,8 @@ class TrainConfig(Section):
     """Ray Train workers, one device each. {min: 2, max: 8} starts with what the cluster has and follows it; the pairs of a
     step stay the same."""
     gpus_per_worker: Float | None = Field(None, ge=0)
-    """GPUs of each worker; null = 1 where the cluster has GPUs, else 0."""
+    """GPUs of each worker; null = 1 where the cluster has GPUs, else 0. A part of one, such as 0.25, lets trials of a sweep
+    with one worker each share a GPU."""
     pairs_per_step: Int = Field(64, ge=1)
     """Pairs of one optimizer step, over all workers."""
     tokens_per_batch: Literal["auto"] | Annotated[Int, Field(ge=1)] = "auto"
@@ -198,7 +199,7 @@ class TrainConfig(Section):
         if self.optimizer != "adamw" and self.offload_optimizer is not None:
             raise ValueError(f"optimizer {self.optimizer} keeps its moments on the GPU; drop offload_optimizer "
                              f"({self.offload_optimizer})")
-        if self.gpus_per_worker is not None and 0 < self.gpus_per_worker < 1:
-            raise ValueError(f"gpus_per_worker {self.gpus_per_worker} is a fraction; NCCL needs a whole GPU for each "
-                             "training worker")
+        if self.gpus_per_worker is not None and 0 < self.gpus_per_worker < 1 and self.most_workers > 1:
+            raise ValueError(f"gpus_per_worker {self.gpus_per_worker} is a fraction; NCCL needs a whole GPU for each of the "
+                             f"{self.most_workers} training workers. One worker may have a part of a GPU")
         return self

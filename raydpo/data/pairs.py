@@ -15,7 +15,7 @@ from raydpo.data.keys import completion_key
 from raydpo.data.preference import Malformed, Preference, normalise
 from raydpo.data.records import Record, read_records
 from raydpo.data.report import DataReport, SourceReport
-from raydpo.data.split import held_out, prompt_digest
+from raydpo.data.split import held_out, kept, prompt_digest
 from raydpo.data.spool import Spool, spooled
 from raydpo.data.tokenise import TokenisedPair, Tokeniser
 
@@ -73,16 +73,26 @@ def load_pairs(config: DataConfig, tokeniser: Tokeniser, progress: Callable[[int
     train = _joined([_load_source(source, source_name(source), config, tokeniser, report, seen, progress)
                      for source in config.train])
     if config.eval is None or (config.eval.path is None and config.eval.fraction is None):
-        return PairSets(train.table, None, report)
+        return PairSets(_thinned(train, config, report), None, report)
     if config.eval.path is not None:
         columns = _common_columns(config) if config.eval.columns is None else config.eval.columns
         source = SourceConfig(path=config.eval.path, split=config.eval.split, columns=columns)
         held = _load_source(source, "held-out", config, tokeniser, report, set(), progress)
         trained_on = set(train.prompts)
         report.leaked = sum(prompt in trained_on for prompt in held.prompts)
-        return PairSets(train.table, held.table, report)
+        return PairSets(_thinned(train, config, report), held.table, report)
     mask = held_out(train.prompts, config.eval.fraction)
-    return PairSets(_where(train.table, ~mask), _where(train.table, mask), report)
+    rest = _Loaded(_where(train.table, ~mask), [prompt for prompt, out in zip(train.prompts, mask, strict=True) if not out])
+    return PairSets(_thinned(rest, config, report), _where(train.table, mask), report)
+
+
+def _thinned(train: _Loaded, config: DataConfig, report: DataReport) -> pa.Table:
+    """The training pairs of ``data.fraction``."""
+    if config.fraction == 1:
+        return train.table
+    table = _where(train.table, kept(train.prompts, config.fraction, config.fraction_seed))
+    report.thinned = (table.num_rows, train.table.num_rows)
+    return table
 
 
 def _common_columns(config: DataConfig) -> dict[str, str]:

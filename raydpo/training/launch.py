@@ -23,13 +23,14 @@ from raydpo.training.board import Board, Listener, listening
 from raydpo.training.hooks import Hooks
 from raydpo.training.loop import TrainJob
 
-__all__ = ["CHECKPOINTS", "Listener", "Payload", "RayHooks", "checkpoint_config", "checkpoint_place", "launch", "log_to",
-           "new_board", "ray_trainer"]
+__all__ = ["CHECKPOINTS", "LOWER_IS_BETTER", "Listener", "Payload", "RayHooks", "checkpoint_config", "checkpoint_place",
+           "launch", "log_to", "new_board", "ray_trainer"]
 
 CHECKPOINTS = "checkpoints"
 RESIZE_SECONDS = 30.0
 """Between looks for machines that have come, where the number of workers may vary."""
 LOWER_IS_BETTER = ("eval_loss", "eval_logps/chosen_fell")
+"""Metrics of the held-out evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,13 +49,25 @@ class Payload:
     board: Any
 
 
-def launch(job: TrainJob, pairs: pa.Table, held_out: pa.Table | None, resources: Resources, *, run_dir: str,
-           run_name: str, track: TrackConfig, base_name: str, tokenizer: Any, listener: Listener) -> dict[str, Any]:
+def new_board() -> Any:
+    """The actor of a training's ``Board``."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    # Where the driver is, with which it lives and dies; elsewhere it would go with a machine that only trains.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
+
+
+def launch(job: TrainJob, pairs: Any, held_out: Any, resources: Resources, *, run_dir: str, run_name: str,
+           track: TrackConfig, base_name: str, tokenizer: Any, listener: Listener, board: Any = None) -> dict[str, Any]:
     """Train to the end on Ray, continuing from the newest checkpoint in ``run_dir`` if there is one.
 
     Args:
-        pairs, held_out: results of ``pairs.join_reference``.
+        pairs, held_out: results of ``pairs.join_reference``, or references to them in Ray's object store. Nothing may be
+            held out.
         base_name: how an exported adapter names its base model.
+        board: of ``new_board``, for a caller that may want the training to stop.
 
     Returns:
         The summary that rank 0 made, see ``loop.TrainSummary``.
@@ -65,8 +78,9 @@ def launch(job: TrainJob, pairs: pa.Table, held_out: pa.Table | None, resources:
     import ray
 
     storage = Storage(run_dir)
-    board = new_board()
-    payload = Payload(job=job, pairs=ray.put(pairs), held_out=None if held_out is None else ray.put(held_out),
+    board = board or new_board()
+    pairs, held_out = (ray.put(table) if isinstance(table, pa.Table) else table for table in (pairs, held_out))
+    payload = Payload(job=job, pairs=pairs, held_out=held_out,
                       run_dir=storage.root if storage.is_local else run_dir, threads=resources.threads,
                       run_name=run_name, track=track,
                       base_name=base_name, tokenizer=tokenizer, board=board)
@@ -82,16 +96,6 @@ def launch(job: TrainJob, pairs: pa.Table, held_out: pa.Table | None, resources:
     if summary is None:
         raise RaydpoError(f"training ended without a result; see the logs in {run_dir}/logs")
     return summary
-
-
-def new_board() -> Any:
-    """The actor of a training's ``Board``."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    # Where the driver is, with which it lives and dies; elsewhere it would go with a machine that only trains.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
 
 
 def ray_trainer(worker: Callable[[dict[str, Any]], None], given: dict[str, Any], train: TrainConfig, resources: Resources,

@@ -48,6 +48,7 @@ class TrainJob:
         work: what a position, an attended key and a predicted token cost, for even shares.
         tokens_per_batch: in place of ``train.tokens_per_batch``, after that has run out of memory.
         memory_share: part of its device's memory that belongs to one worker.
+        stop_after: stop after this step, with a checkpoint; None = train to the end.
         sample_prompts: (text to show, token ids) of prompts to answer before and after.
     """
 
@@ -62,6 +63,7 @@ class TrainJob:
     work: Work = POSITIONS_ONLY
     tokens_per_batch: int | None = None
     memory_share: float = 1.0
+    stop_after: int | None = None
     sample_prompts: tuple[tuple[str, np.ndarray], ...] = ()
     sample_stop: tuple[int, ...] = ()
 
@@ -187,7 +189,7 @@ def _train_steps(job: TrainJob, plan: BatchPlan, pairs: TrainingPairs, held_out:
         if last:
             summary.samples_after = _samples(job, engine)
         notice = guard.ask(done, row["time/step"], saver.last_seconds)
-        stop = result.stop and not last
+        stop = (result.stop or done == job.stop_after) and not last
         due = result.checkpoint or (minutes is None and done % train.checkpoint_every == 0)
         with clock.phase("checkpoint"):
             if last or stop or due or notice:
