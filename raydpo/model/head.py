@@ -63,7 +63,7 @@ class _ChunkedLogps(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, transform, grad_enabled, log_sum_sq):
+    def forward(ctx, hidden, weight, bias, targets, transform, grad_enabled, log_sum_sq=False):
         wants_hidden, *wants_head = ctx.needs_input_grad[:3]
         ctx.frozen = grad_enabled and wants_hidden and not any(wants_head)
         ctx.transform = transform

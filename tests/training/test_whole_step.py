@@ -106,7 +106,7 @@ def test_a_real_model_takes_the_same_steps_on_one_rank_and_on_two(table, tiny_ll
     two, other = run_distributed(rows_of, 2, tmp_path / "two", jobs(tokens_per_batch=200))
     assert [exact(steps) for steps, *_ in two] == [exact(steps) for steps, *_ in other]
     for (steps, evals, notes), (split, late, _), settings in zip(alone, two, REAL, strict=True):
-        for name in ("loss", "rewards/margins", "rewards/chosen", "grad_norm", "beta" if "dynamic_beta" in settings else "loss"):
+        for name in ("loss", "rewards/margins", "rewards/chosen", "grad_norm", *["beta"] * ("dynamic_beta" in settings)):
             assert [row[name] for row in split] == pytest.approx([row[name] for row in steps], abs=2e-5, rel=1e-4), name
         assert late[-1]["eval_loss"] == pytest.approx(evals[-1]["eval_loss"], abs=2e-5)
         # The first loss is foretold, but for WPO's weights.
