@@ -207,13 +207,13 @@ class _AnyHead(nn.Module):
             logps = logits.gather(1, rows_targets[:, None])[:, 0] - normalisers
             if not log_sum_sq:
                 return logps
-            return torch.stack((logps, (torch.logsumexp(2 * logits, dim=-1) - 2 * normalisers).detach()))
+            return torch.stack((logps, torch.logsumexp(2 * logits, dim=-1) - 2 * normalisers))
 
         pieces = [checkpoint(rows_logps, hidden[rows], targets[rows], use_reentrant=False)
                   for rows in _chunks(len(targets), self.vocabulary, hidden.device)]
         found = torch.cat(pieces, dim=-1) if pieces else \
             hidden.new_zeros((2, 0) if log_sum_sq else 0, dtype=torch.float32)
-        return tuple(found) if log_sum_sq else found
+        return (found[0], found[1].detach()) if log_sum_sq else found
 
 
 def attach_logp_head(causal_lm: nn.Module) -> nn.Module:
