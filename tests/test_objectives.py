@@ -11,8 +11,8 @@ from tiny import preferences, write_preferences
 
 
 def raydpo(place, *arguments):
-    return subprocess.run([sys.executable, "-m", "raydpo.cli", "run", "config.yaml", *arguments], capture_output=True, text=True,
-                          timeout=400, cwd=place)
+    return subprocess.run([sys.executable, "-m", "raydpo.cli", "run", "config.yaml", *arguments], capture_output=True,
+                          text=True, timeout=400, cwd=place)
 
 
 @pytest.fixture
