@@ -41,7 +41,7 @@ def dpo_loss(policy: Tensor, reference: Tensor, mask: Tensor, loss_type: list[st
                    f_alpha_divergence_coef=0.5, label_smoothing=0.0, use_weighting=False) | settings
     alpha = options["ld_alpha"]
     trainer = SimpleNamespace(
-        **options, loss_types=loss_type, model=SimpleNamespace(training=True), accelerator=_accelerator(),
+        **options, loss_types=loss_type, model=torch.nn.Module(), accelerator=_accelerator(),
         args=SimpleNamespace(discopop_tau=settings.get("discopop_tau", 0.05)), precompute_ref_logps=alpha is None,
         ref_model=lambda **_: _outputs(reference, None), aux_loss_enabled=False, _total_train_tokens=0, _tp_size=1,
         _metrics=defaultdict(lambda: defaultdict(list)))
