@@ -19,7 +19,7 @@ from raydpo.training.engine import PolicyEngine
 from raydpo.training.metrics import PairSums
 from raydpo.training.pairs import TrainingPairs
 
-__all__ = ["Comparison", "all_pair_logps", "compare", "evaluate", "pair_logps", "reference_logps"]
+__all__ = ["AllPairLogps", "Comparison", "compare", "evaluate", "pair_logps", "reference_logps"]
 
 _OF_THE_POLICY = ("chosen", "rejected", "chosen_tail", "rejected_tail", "weights")
 """Fields of ``PairLogps`` that only whoever computes a pair knows; the weights are WPO's as well as the data's."""
@@ -81,27 +81,39 @@ def pair_logps(engine: PolicyEngine, layout: Layout, pairs: TrainingPairs, rows:
     return logps
 
 
-def all_pair_logps(engine: PolicyEngine, pairs: TrainingPairs, rows: Sequence[int] | np.ndarray,
-                   batches: Iterable[tuple[MicroBatch, Layout]], config: ObjectiveConfig) -> PairLogps:
-    """The log-probs of all ``rows``, in their order, whichever ranks compute them in their ``batches``; the same on every
-    rank, without gradient. A row that is there twice is computed twice, and has the mean of both."""
-    distinct, places = np.unique(rows, return_inverse=True)
-    known = reference_logps(pairs, rows, config, engine.device)
-    found = torch.zeros(len(_OF_THE_POLICY) + 1, len(distinct), dtype=torch.float64, device=engine.device)
-    with engine.evaluating():
-        for batch, layout in batches:
-            logps = pair_logps(engine, layout, pairs, batch.pairs, config)
-            if batch.counts and engine.leads:
-                one = torch.ones_like(logps.chosen)
-                columns = [getattr(logps, name) for name in _OF_THE_POLICY]
-                place = torch.from_numpy(np.searchsorted(distinct, batch.pairs)).to(engine.device)
-                found.index_add_(1, place, torch.stack([one if each is None else each for each in columns] + [one]))
-    values = engine.sum_over_ranks(found)
-    values = (values[:-1] / values[-1])[:, torch.from_numpy(places).to(engine.device)]
-    asked = {"chosen_tail": config.ld_alpha is not None, "rejected_tail": config.ld_alpha is not None,
-             "weights": config.use_weighting or known.weights is not None}
-    return dataclasses.replace(known, **{name: value for name, value in zip(_OF_THE_POLICY, values, strict=True)
-                                         if asked.get(name, True)})
+class AllPairLogps:
+    """The log-probs of all ``rows``, in their order, whichever ranks compute them; without gradient.
+
+    A row that is there twice is computed twice, and has the mean of both.
+    """
+
+    def __init__(self, engine: PolicyEngine, pairs: TrainingPairs, rows: Sequence[int] | np.ndarray,
+                 config: ObjectiveConfig) -> None:
+        self._engine, self._pairs, self._config, self._rows = engine, pairs, config, rows
+        self._distinct, self._places = np.unique(rows, return_inverse=True)
+        self._found = torch.zeros(len(_OF_THE_POLICY) + 1, len(self._distinct), dtype=torch.float64, device=engine.device)
+
+    def compute(self, batches: Iterable[tuple[MicroBatch, Layout]]) -> None:
+        """This rank's micro-batches."""
+        with self._engine.evaluating():
+            for batch, layout in batches:
+                logps = pair_logps(self._engine, layout, self._pairs, batch.pairs, self._config)
+                if batch.counts and self._engine.leads:
+                    one = torch.ones_like(logps.chosen)
+                    columns = [one if (value := getattr(logps, name)) is None else value for name in _OF_THE_POLICY]
+                    place = torch.from_numpy(np.searchsorted(self._distinct, batch.pairs)).to(self._engine.device)
+                    self._found.index_add_(1, place, torch.stack([*columns, one]))
+
+    def join(self) -> PairLogps:
+        """What all ranks have computed; the same on every one."""
+        known = reference_logps(self._pairs, self._rows, self._config, self._engine.device)
+        found = self._engine.sum_over_ranks(self._found)
+        values = (found[:-1] / found[-1])[:, torch.from_numpy(self._places).to(self._engine.device)]
+        tails = self._config.ld_alpha is not None
+        asked = {"chosen_tail": tails, "rejected_tail": tails,
+                 "weights": self._config.use_weighting or known.weights is not None}
+        return dataclasses.replace(known, **{name: value for name, value in zip(_OF_THE_POLICY, values, strict=True)
+                                             if asked.get(name, True)})
 
 
 def evaluate(engine: PolicyEngine, pairs: TrainingPairs, objective: Objective, beta: float, memory: Memory,
@@ -112,7 +124,9 @@ def evaluate(engine: PolicyEngine, pairs: TrainingPairs, objective: Objective, b
     rows = np.arange(len(pairs))
     batches = _my_batches(engine, pairs, rows.tolist(), tokens_per_batch)
     if objective.whole_step:
-        logps = all_pair_logps(engine, pairs, rows, batches, config)
+        everything = AllPairLogps(engine, pairs, rows, config)
+        everything.compute(batches)
+        logps = everything.join()
         sums.add(objective(logps, beta, memory), logps, pairs.source_of(rows, engine.device))
     else:
         mean_chosen_tokens = float(pairs.chosen_tokens.mean())

@@ -81,8 +81,8 @@ def train_step(step: Step, plan: BatchPlan, pairs: TrainingPairs, engine: Policy
     number, rows = step.number, step.rows
     beta, mean_chosen_tokens = train.beta_at(number, plan.total_steps), float(pairs.chosen_tokens[rows].mean())
     sums = PairSums(pairs.source_names, engine.device, reference=pairs.has_reference)
-    with _explained_memory(plan.tokens_per_batch // engine.sequence_parallel), clock.phase("forward"):
-        whole = look_at_step(objective, rows, step.batches, pairs, engine, beta, memory)
+    with _explained_memory(plan.tokens_per_batch // engine.sequence_parallel):
+        whole = look_at_step(objective, rows, step.batches, pairs, engine, beta, memory, clock)
     losses: list[tuple[MicroBatch, Tensor]] = []
     for index, (batch, layout) in enumerate(step.batches):
         last = index == len(step.batches) - 1
@@ -105,7 +105,9 @@ def train_step(step: Step, plan: BatchPlan, pairs: TrainingPairs, engine: Policy
                 engine.backward(share, last=last)
         if batch.counts and engine.leads:
             sums.add(loss, logps, pairs.source_of(batch.pairs, engine.device))
-            losses.append((batch, loss.losses.detach()))
+            # In a whole step the pair to blame is the one with such log-probs, not the one whose quantile they spoil.
+            blamed = loss.losses if whole is None else logps.chosen_logratio + logps.rejected_logratio
+            losses.append((batch, blamed.detach()))
     metrics, (stop, checkpoint, storing), busy = _add_up(sums, wishes or Wishes(), clock.busy, engine)
     rate = learning_rate(number, peak=train.lr, schedule=train.schedule, total_steps=plan.total_steps,
                          warmup=warmup_steps(train.warmup, plan.total_steps))

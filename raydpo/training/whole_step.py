@@ -17,8 +17,9 @@ from torch import Tensor
 from raydpo.data.plan import MicroBatch
 from raydpo.losses import Memory, Objective, PairLogps, PreferenceLoss
 from raydpo.model.layout import Layout
+from raydpo.training.clock import StepClock
 from raydpo.training.engine import PolicyEngine
-from raydpo.training.evaluate import all_pair_logps
+from raydpo.training.evaluate import AllPairLogps
 from raydpo.training.pairs import TrainingPairs
 
 __all__ = ["WholeStep", "look_at_step"]
@@ -64,8 +65,14 @@ class WholeStep:
 
 
 def look_at_step(objective: Objective, rows: np.ndarray, batches: Sequence[tuple[MicroBatch, Layout]], pairs: TrainingPairs,
-                 engine: PolicyEngine, beta: float, memory: Memory) -> WholeStep | None:
+                 engine: PolicyEngine, beta: float, memory: Memory, clock: StepClock) -> WholeStep | None:
     """The first pass over a step, where the objective asks for one. Every rank must call it."""
     if not objective.whole_step:
         return None
-    return WholeStep(objective, rows, all_pair_logps(engine, pairs, rows, batches, objective.config), beta, memory)
+    everything = AllPairLogps(engine, pairs, rows, objective.config)
+    with clock.phase("forward"):
+        everything.compute(batches)
+    with clock.phase("wait"):
+        engine.meet()
+    with clock.phase("forward"):
+        return WholeStep(objective, rows, everything.join(), beta, memory)
