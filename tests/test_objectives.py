@@ -19,8 +19,8 @@ def raydpo(place, *arguments):
 def place(tmp_path, tiny_llama):
     write_preferences(tmp_path / "a.jsonl", preferences(12))
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({
-        "name": "one", "output": "runs", "model": {"path": str(tiny_llama), "dtype": "float32"},
-        "data": {"train": "a.jsonl", "eval": {"fraction": 0.2}},
+        "name": "one", "output": str(tmp_path / "runs"), "model": {"path": str(tiny_llama), "dtype": "float32"},
+        "data": {"train": str(tmp_path / "a.jsonl"), "eval": {"fraction": 0.2}},
         "train": {"pairs_per_step": 4, "lr": 1e-3, "steps": 2, "tokens_per_batch": 1024}}))
     return tmp_path
 

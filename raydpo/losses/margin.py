@@ -111,6 +111,9 @@ def discopop(logps: PairLogps, s: ObjectiveConfig, beta: float) -> Tensor:
 
 def dpop(logps: PairLogps, s: ObjectiveConfig, beta: float) -> Tensor:
     """DPO-Positive (Smaug, Pal et al., arXiv 2402.13228):
-    ``-log sigmoid(beta * (margin - dpop_lambda * max(0, log ref(y_w|x) - log pi(y_w|x))))``."""
+    ``-log sigmoid(beta * (margin - dpop_lambda * max(0, log ref(y_w|x) - log pi(y_w|x))))``.
+
+    It has a kink where the policy is the reference, so rounding decides which pairs the first step charges.
+    """
     fallen = F.relu(-logps.chosen_logratio)
     return -F.logsigmoid(beta * (margin(logps, s, beta) - s.dpop_lambda * fallen))
