@@ -20,9 +20,10 @@ from raydpo.console import Console, ProgressLine
 from raydpo.cost import ModelCost
 from raydpo.data.facts import pair_facts
 from raydpo.data.filter import PairFilter, filtered_by_tokens
-from raydpo.data.pairs import SAME, PairSets, load_pairs
+from raydpo.data.pairs import PAIR_MARGIN, PAIR_WEIGHT, SAME, PairSets, load_pairs
 from raydpo.data.tokenise import Tokeniser, load_tokenizer
 from raydpo.errors import ConfigError
+from raydpo.losses import Objective, own_sources
 from raydpo.ray_runtime import Resources, bfloat16_pays, resources_for, session
 from raydpo.reference.build import BuildReport, build
 from raydpo.reference.identity import ReferenceIdentity, identify, resolve_model
@@ -83,7 +84,7 @@ def run(config: Config, console: Console | None = None, *, fresh: bool = False) 
     with session(config):
         prepared = Prepared.of(config, console)
         built = score_prepared(prepared, console)
-        return train_prepared(prepared, console, built.hit_rate, fresh=fresh)
+        return train_prepared(prepared, console, built.hit_rate if built.wanted else None, fresh=fresh)
 
 
 def _refuse_sweep(config: Config) -> None:
@@ -117,6 +118,8 @@ class Prepared:
     @classmethod
     def of(cls, config: Config, console: Console) -> Prepared:
         model = config.model
+        Objective(config.train)  # a loss by import path fails here, before anything is read or started
+        _check_reference(config)
         if model.trust_remote_code:
             console.warn(f"model.trust_remote_code is on: Python code in {model.path} runs with your rights")
         native = "bfloat16" if bfloat16_pays() else "float32"
@@ -140,8 +143,9 @@ class Prepared:
         reference_dir = resolve_model(config.reference_path)
         adapter = config.reference_adapter and resolve_model(config.reference_adapter)
         identity = identify(reference_dir, score_dtype, adapter, config.reference_quantization)
-        console.say(f"reference: {' + '.join(filter(None, (config.reference_path, config.reference_adapter)))} in "
-                    f"{', '.join(filter(None, (score_dtype, identity.quantisation)))}, identity {identity.digest}")
+        if _needs_reference(config):
+            console.say(f"reference: {' + '.join(filter(None, (config.reference_path, config.reference_adapter)))} in "
+                        f"{', '.join(filter(None, (score_dtype, identity.quantisation)))}, identity {identity.digest}")
         spec = ReferenceSpec(path=reference_dir, adapter=adapter, identity=identity,
                              quantization=config.reference_quantization,
                              trust_remote_code=model.trust_remote_code, layout=config.model.layout)
@@ -178,20 +182,40 @@ class Prepared:
         config, policy = self.config, self.policy_identity()
         train = config.train.model_dump(mode="json", include={
             "pairs_per_step", "epochs", "steps", "lr", "schedule", "warmup", "weight_decay", "clip", "loss", "beta",
-            "label_smoothing", "seed", "optimizer", "optimizer_states"})
+            "label_smoothing", "seed", "optimizer", "optimizer_states"}) | config.train.shaped()
         lora = config.model.lora.model_dump(mode="json") if config.model.lora else None
         return {"model.path (weights)": policy.weights, "model.path (architecture)": policy.architecture,
                 "model.adapter": policy.adapter, "model.quantization": policy.quantisation,
                 "model.freeze": list(config.model.freeze), "model.dtype": self.dtype, "model.lora": lora,
-                "reference identity": self.reference.identity.digest,
+                "reference identity": self.reference.identity.digest if _needs_reference(config) else None,
                 "data.train (pairs)": _digest(self.sets.train), "data.shuffle": config.data.shuffle,
                 } | ({"data.filter": config.data.filter} if self.filter_by_reference else {}
-                     ) | {f"train.{key}": value for key, value in train.items()}
+                     ) | {f"train.{key}": value for key, value in train.items()} | {
+                         f"train.loss (source of {name})": digest for name, digest in own_sources(config.train).items()}
+
+
+def _needs_reference(config: Config) -> bool:
+    """Whether anything reads the cache: the objective, or the condition on pairs."""
+    return config.train.needs_reference or bool(config.data.filter and PairFilter(config.data.filter).needs_reference)
+
+
+def _check_reference(config: Config) -> None:
+    named = [("reference.path", config.reference.path, config.model.path),
+             ("reference.adapter", config.reference.adapter, config.model.adapter)]
+    for key, value, policy in named:
+        if value not in (None, policy) and not _needs_reference(config):
+            raise ConfigError(f"{key!r} is {value!r}, but nothing compares with a reference: train.loss is "
+                              f"{config.train.loss_text}. Drop it, or set a loss with a reference, such as sigmoid")
 
 
 def score_prepared(prepared: Prepared, console: Console, tables: list[pa.Table] | None = None) -> BuildReport:
     """``score``, of other ``tables`` of pairs where they are given."""
     config, cache = prepared.config, prepared.cache
+    if not _needs_reference(config):
+        console.say(f"reference: none; loss {config.train.loss_text} compares with none, so nothing is scored")
+        _try_audit(prepared, console)
+        return BuildReport(cache.identity.digest, wanted=0, hits=0, scored=0, by_others=0, twice=0, tokens=0, seconds=0.0,
+                           parts=0, problems=())
     resources = resources_for("score", config)
     line: ProgressLine | None = None
     with contextlib.ExitStack() as stack:  # there is nothing to show before build knows what is missing
@@ -213,11 +237,15 @@ def score_prepared(prepared: Prepared, console: Console, tables: list[pa.Table] 
     if report.by_others or report.twice:
         console.say(f"another build filled the same cache: {report.by_others:,} completions were left to it, "
                     f"{report.twice:,} were scored twice")
+    _try_audit(prepared, console)
+    return report
+
+
+def _try_audit(prepared: Prepared, console: Console) -> None:
     try:
         _audit(prepared, console)
     except Exception as error:  # the log-probs are stored; a picture that cannot be drawn must not say otherwise
         console.warn(f"the audit failed ({type(error).__name__}: {error}); 'raydpo audit' tries again")
-    return report
 
 
 def _audit(prepared: Prepared, console: Console) -> Audit:
@@ -266,13 +294,16 @@ def join_sets(prepared: Prepared, console: Console) -> tuple[pa.Table, pa.Table 
     Raises:
         CacheMissError: if log-probs are missing.
     """
-    pairs = join_reference(prepared.sets.train, prepared.cache, "training")
+    compares = _needs_reference(prepared.config)
+    pairs = join_reference(prepared.sets.train, prepared.cache, "training") if compares else prepared.sets.train
     if prepared.filter_by_reference is not None:
         sums = (pairs[f"ref_{side}_sum"].to_numpy() for side in ("chosen", "rejected"))
         pairs, line = prepared.filter_by_reference.apply(pairs, *sums)
         console.say(line)
     held_out = prepared.sets.eval
-    return pairs, None if held_out is None else join_reference(held_out, prepared.cache, "held-out")
+    if held_out is not None and compares:
+        held_out = join_reference(held_out, prepared.cache, "held-out")
+    return pairs, held_out
 
 
 def finished_before(prepared: Prepared, console: Console) -> dict[str, Any] | None:
@@ -384,7 +415,8 @@ def _summarise(prepared: Prepared, storage: Storage, trained: dict[str, Any], hi
         "held_out_pairs": 0 if prepared.sets.eval is None else prepared.sets.eval.num_rows,
         "eval_before": evals[0] if evals else None, "eval_after": evals[-1] if evals else None,
         "reference": {"path": config.reference_path, "adapter": config.reference_adapter,
-                      "identity": prepared.reference.identity.digest, "cache": config.cache_uri},
+                      "identity": prepared.reference.identity.digest, "cache": config.cache_uri}
+        if _needs_reference(config) else dict.fromkeys(("path", "adapter", "identity", "cache")),
         "cache_hit_rate": hit_rate,
         "data": prepared.sets.report.to_dict(),
         "samples": [{"prompt": text, "before": decode(before, skip_special_tokens=True),
@@ -402,6 +434,9 @@ def _digest(table: pa.Table) -> str:
             rows["key"] = as_bytes(batch[0]).view("V16").ravel()
             rows["tokens"] = pc.list_value_length(batch[1]).to_numpy()
             digest.update(rows.tobytes())
+    for column in (PAIR_WEIGHT, PAIR_MARGIN):
+        if column in table.column_names:
+            digest.update(f"{column}\0".encode() + np.ascontiguousarray(table[column].to_numpy()).tobytes())
     for batch in table.select(["source", "weight"]).to_batches():
         for source, weight in zip(batch[0].to_pylist(), batch[1].to_pylist(), strict=True):
             digest.update(f"{source}\0{weight}\0".encode())

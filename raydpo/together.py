@@ -10,7 +10,7 @@ from typing import Any
 from raydpo.config import Config
 from raydpo.console import Console, ProgressLine
 from raydpo.errors import ConfigError, RaydpoError
-from raydpo.pipeline import Prepared, begin_run, end_run, finished_before, join_sets, training_job
+from raydpo.pipeline import Prepared, Shared, begin_run, end_run, finished_before, join_sets, training_job
 from raydpo.ray_runtime import resources_for, session
 from raydpo.training.launch_together import launch_together
 
@@ -44,40 +44,46 @@ def train_together(configs: Sequence[Config], console: Console | None = None) ->
         return train_prepared_together([dataclasses.replace(first, config=config) for config in configs], console)
 
 
-def train_prepared_together(prepared: Sequence[Prepared], console: Console, hit_rate: float | None = None
-                            ) -> list[dict[str, Any] | RaydpoError]:
-    """``train_together`` for runs whose data are prepared, on a Ray that is there.
+def train_prepared_together(prepared: Sequence[Prepared], console: Console, hit_rate: float | None = None, *,
+                            shared: Shared | None = None) -> list[dict[str, Any] | RaydpoError | None]:
+    """``train_together`` for runs whose data are prepared, on a Ray that is there; None for those that pause where
+    ``shared`` wants them to.
 
     Args:
         hit_rate: share of the completions that the cache held when they began, where that is known.
+        shared: its display hears (kind, (name, content)).
     """
     check_together([one.config for one in prepared])
     results: list[Any] = [finished_before(one, console) for one in prepared]
     todo = [number for number, result in enumerate(results) if result is None]
     if not todo:
         return results
-    pairs, held_out = join_sets(prepared[0], console)
+    pairs, held_out = join_sets(prepared[0], console) if shared is None else (shared.pairs, shared.held_out)
     resources = resources_for("train", prepared[0].config)
-    jobs = [training_job(prepared[number], resources) for number in todo]
+    until = None if shared is None else shared.until
+    jobs = [training_job(prepared[number], resources, until) for number in todo]
     configs = [prepared[number].config for number in todo]
     for number, job in zip(todo, jobs, strict=True):
         begin_run(prepared[number], job, console)
-    with _Display(console, [config.run_name for config in configs]) as display:
+    with _Display(console, [config.run_name for config in configs]) if shared is None else shared.display as display:
         trained = launch_together(jobs, [(config.run_dir, config.run_name, config.track) for config in configs], pairs,
                                   held_out, resources, base_name=prepared[0].base_name,
-                                  tokenizer=prepared[0].tokeniser.tokenizer, listener=display.listen)
+                                  tokenizer=prepared[0].tokeniser.tokenizer, listener=display.listen,
+                                  board=None if shared is None else shared.board)
+    stopped = False
     for number, job, result in zip(todo, jobs, trained, strict=True):
         name = prepared[number].config.run_name
         if isinstance(result, RaydpoError):
             console.warn(f"{name} could not come to its end: {result}")
             results[number] = result
-        elif result["interrupted"]:
+        elif result["interrupted"] and result["steps"] != until:
+            stopped = True
             place = prepared[number].config.run_dir
             console.say(f"{name} stopped after step {result['steps']:,}; its checkpoint is in {place}")
-        else:
+        elif not result["interrupted"]:
             results[number] = end_run(prepared[number], job, result, hit_rate)
             console.say(f"{name}: {result['steps']:,} steps, last loss {results[number]['last_loss']:.6f}")
-    if any(result is None for result in results):
+    if stopped:
         raise KeyboardInterrupt
     return results
 
@@ -125,6 +131,7 @@ def _shared(config: Config) -> dict[str, Any]:
     keys = {*SHARED_KEYS} | ({"seed"} if config.data.shuffle else set())
     tree = config.model_dump(mode="json", include=dict.fromkeys(SHARED_SECTIONS, True) | {"train": keys})
     tree["cache"]["uri"] = config.cache_uri
+    tree["train"]["loss (needs a reference)"] = config.train.needs_reference
     return _leaves(tree)
 
 

@@ -81,6 +81,10 @@ class DataConfig(Section):
     filter: str | None = None
     """A condition that training pairs must meet, an SQL expression over the fields of the audit, for example
     'chosen_tokens < 1024 and ref_margin > -20'. See raydpo/data/facts.py for the fields. Held-out pairs are left alone."""
+    weight_column: str | None = None
+    """A column of the records with the weight of each pair in the loss, a number from 0 up; null = all the same."""
+    margin_column: str | None = None
+    """A column with how much better the chosen completion is, a number in units of reward: the loss wants that much more."""
     chat_template: str | None = None
     """A Jinja chat template, or the path of one, in place of the tokenizer's."""
     max_malformed: Float = Field(0.01, ge=0, le=1)

@@ -124,8 +124,12 @@ class _ListView:
         self.entries[int(index)] = value
 
 
+_INNER = ("function-", "tuple[", "constrained-", "tagged-")
+"""How pydantic's places begin that are no keys."""
+
+
 def _explain(tree: dict[str, Any], problem: dict[str, Any]) -> str:
-    where = [str(part) for part in problem["loc"] if not str(part).startswith(("function-", "tuple[", "constrained-"))]
+    where = [str(part) for part in problem["loc"] if not str(part).startswith(_INNER)]
     key, value = ".".join(where) or "configuration", problem["input"]
     kind, context = problem["type"], problem.get("ctx", {})
     if kind == "extra_forbidden":

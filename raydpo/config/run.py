@@ -68,6 +68,9 @@ class Config(Section):
                              f"{self.model.quantization or 'none'}: policy and reference would differ from the first step "
                              "on by what quantization loses. Set reference.quantization=model, or "
                              "reference.allow_other_quantization=true if that is meant")
+        for column in ("weight_column", "margin_column"):
+            if getattr(self.data, column) is not None:
+                self.train.check_heeded(column, f"({getattr(self.data, column)!r} of data)", f"set data.{column} to null")
         if self.train.keep_best is not None and self.data.eval is None:
             raise ValueError(f"train.keep_best is {self.train.keep_best}, but there are no held-out pairs to measure it on; "
                              "set data.eval, for example data.eval.fraction=0.05")
@@ -92,7 +95,7 @@ class Config(Section):
         if self.name is not None:
             return self.name
         stem = re.sub(r"[^A-Za-z0-9.-]+", "-", self.model.path.rstrip("/").rsplit("/", 1)[-1]).strip("-.") or "model"
-        return f"{stem}-{self.train.loss}-beta{self.train.beta:g}" if self.sweep is None else f"{stem}-sweep"
+        return f"{stem}-{self.train.loss_name}-beta{self.train.beta_text}" if self.sweep is None else f"{stem}-sweep"
 
     @property
     def run_dir(self) -> str:

@@ -26,8 +26,9 @@ from raydpo.storage import Storage
 from raydpo.sweep.halving import going_on, rungs
 from raydpo.sweep.ledger import FILE, Ledger
 from raydpo.sweep.packing import trials_at_once
-from raydpo.sweep.table import SweepTable, TrialDisplay
+from raydpo.sweep.table import SweepTable, TogetherDisplay, TrialDisplay
 from raydpo.sweep.trials import Trial, parameters_of, trials_of
+from raydpo.together import check_together, train_prepared_together
 from raydpo.training.earlier import earlier_result, set_aside
 from raydpo.training.launch import LOWER_IS_BETTER, new_board
 from raydpo.training.records import read_rows
@@ -54,8 +55,7 @@ def sweep(config: Config, console: Console | None = None, *, fresh: bool = False
     console = console or Console()
     trials = trials_of(config)
     if config.sweep.together:
-        # Here a launcher that trains several trials in one process takes over those it can.
-        raise ConfigError("sweep.together is true, but this version of raydpo trains each trial by itself; set it to false")
+        check_together([trial.config for trial in trials])
     storage = Storage(config.run_dir)
     if fresh:
         set_aside(storage, console, FILE)
@@ -199,9 +199,46 @@ class _Sweep:
         """Train these to the end, or until a step."""
         to_do = [name for name in names if self.ledger.entries[name].status not in ("done", "failed")
                  and (until is None or self._result(name) is not None or self._measured(name, until) is None)]
+        if self.config.sweep.together:
+            if to_do:
+                self._trials_together(to_do, until)
+            return
         with ThreadPoolExecutor(self.at_once, thread_name_prefix="raydpo-trial") as pool:
             for done in [pool.submit(self._trial, name, until) for name in to_do]:
                 done.result()
+
+    def _trials_together(self, names: list[str], until: int | None) -> None:
+        """All of them in the same workers."""
+        with self._lock:
+            if self._stopping:
+                return
+            board = self._boards["together"] = new_board()
+        for name in names:
+            self.ledger.set(name, "running")
+        pairs, held_out = self.shared[names[0]]
+        try:
+            with _log(self.config) as log:
+                shared = Shared(pairs=pairs, held_out=held_out, at_once=1, board=board, until=until,
+                                display=TogetherDisplay(log, self.table))
+                try:
+                    results = train_prepared_together([self.prepared[name] for name in names], log,
+                                                      self._hit_rate(names[0]), shared=shared)
+                except KeyboardInterrupt:
+                    results = [self._result(name) for name in names]
+                except Exception as error:
+                    log.say(traceback.format_exc())
+                    results = [error] * len(names)
+            for name, result in zip(names, results, strict=True):
+                if isinstance(result, Exception):
+                    self.ledger.set(name, "failed", str(result) if isinstance(result, RaydpoError) else
+                                    f"unexpected {type(result).__name__}: {result}")
+                elif result is None:
+                    self.ledger.set(name, "waiting")
+                else:
+                    self._finish(name)
+                self.table.ended(name)
+        finally:
+            del self._boards["together"]
 
     def _trial(self, name: str, until: int | None) -> None:
         if self._stopping:

@@ -37,16 +37,17 @@ from raydpo.training.loop import TrainJob
 __all__ = ["CheckpointShelf", "launch_together"]
 
 
-def launch_together(jobs: Sequence[TrainJob], runs: Sequence[tuple[str, str, TrackConfig]], pairs: pa.Table,
-                    held_out: pa.Table | None, resources: Resources, *, base_name: str, tokenizer: Any,
-                    listener: Listener) -> list[dict[str, Any] | RaydpoError]:
+def launch_together(jobs: Sequence[TrainJob], runs: Sequence[tuple[str, str, TrackConfig]], pairs: Any, held_out: Any,
+                    resources: Resources, *, base_name: str, tokenizer: Any, listener: Listener,
+                    board: Any = None) -> list[dict[str, Any] | RaydpoError]:
     """Train all settings to the end on Ray, each continuing from the newest checkpoint in its run directory.
 
     Args:
         runs: run directory, name and trackers of each job.
-        pairs, held_out: results of ``pairs.join_reference``.
+        pairs, held_out: results of ``pairs.join_reference``, or references to them in Ray's object store.
         base_name: how exported adapters name their base model.
         listener: told (kind, (name, content)).
+        board: of ``launch.new_board``, for a caller that may want the training to stop.
 
     Returns:
         Of each setting the summary that rank 0 made, see ``loop.TrainSummary``, or why it could not come to its end.
@@ -56,8 +57,8 @@ def launch_together(jobs: Sequence[TrainJob], runs: Sequence[tuple[str, str, Tra
     """
     import ray
 
-    board = new_board()
-    pairs, held_out = ray.put(pairs), None if held_out is None else ray.put(held_out)
+    board = board or new_board()
+    pairs, held_out = (ray.put(table) if isinstance(table, pa.Table) else table for table in (pairs, held_out))
     payloads = [Payload(job=job, pairs=pairs, held_out=held_out, run_dir=storage.root if storage.is_local else run_dir,
                         run_name=name, track=track, threads=resources.threads, base_name=base_name, tokenizer=tokenizer,
                         board=board)

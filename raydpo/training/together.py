@@ -63,9 +63,11 @@ class SharedLayout(Layout):
 
 @dataclass
 class _Pass:
-    """A forward pass with gradient: the log-probs [A * N] of its members, whose slopes come one by one."""
+    """A forward pass with gradient: the log-probs [A, N] of its members, whose slopes come one by one, and what else was
+    asked for, [A, N] each."""
 
     logps: Tensor
+    more: tuple[Tensor, ...]
     members: tuple[int, ...]
 
 
@@ -112,7 +114,8 @@ class SharedPolicy:
             short = [PromptGroup(group.prompt[-96:], tuple(one[:48] for one in group.completions)) for group in rows]
             layout = self.module.lay_out(short or [probe_group(64, self.module.vocabulary)]).to(self.device)
             everyone = tuple(range(len(self.stack)))
-            together, alone = self.compute(layout, everyone), [self.compute(layout, (number,))[0] for number in everyone]
+            together = self.compute(layout, everyone)[0]
+            alone = [self.compute(layout, (number,))[0][0] for number in everyone]
         finally:
             self.stack.weights.copy_(weights)
         gap = float((together - torch.stack(alone)).abs().mean())
@@ -140,12 +143,15 @@ class SharedPolicy:
                 self._layouts[key] = layout
         return layout
 
-    def compute(self, layout: Layout, members: Sequence[int]) -> Tensor:
-        """float32 log-probs [A, N] of one micro-batch by each of these settings."""
+    def compute(self, layout: Layout, members: Sequence[int], *, log_sum_sq: bool = False) -> tuple[Tensor, ...]:
+        """float32 log-probs [A, N] of one micro-batch by each of these settings; see ``model.logps.LogpModel`` for a second
+        [A, N]."""
         saved = torch.autograd.graph.save_on_cpu(pin_memory=self.device.type == "cuda") \
             if self._offload_activations and torch.is_grad_enabled() else contextlib.nullcontext()
         with self.stack.using(members), saved:
-            return self.module(layout.to(self.device).repeated(len(members))).view(len(members), -1)
+            layout = layout.to(self.device).repeated(len(members))
+            found = self.module(layout, log_sum_sq=True) if log_sum_sq else (self.module(layout),)
+            return tuple(each.view(len(members), -1) for each in found)
 
     def backward(self, done: _Pass, slopes: Mapping[int, Tensor], *, last: bool) -> None:
         """Add the gradients of a pass, given the slope [N] of each member's loss; those of all ranks after the ``last``."""
@@ -161,7 +167,7 @@ class SharedPolicy:
         everyone = tuple(range(len(self.stack)))
 
         def run(tokens: int) -> Tensor:
-            return self.compute(self.lay_out([probe_group(tokens, self.module.vocabulary)]), everyone)
+            return self.compute(self.lay_out([probe_group(tokens, self.module.vocabulary)]), everyone)[0]
 
         moments = 8.0 * self.stack.weights.numel()
         self.module.train()
@@ -209,15 +215,16 @@ class SettingEngine:
     def lay_out(self, groups: Sequence[PromptGroup]) -> SharedLayout:
         return self.shared.lay_out(groups)
 
-    def logps(self, layout: SharedLayout) -> Tensor:
-        """float32 log-probs [N] by this setting; with others that ask for the same, where there are any."""
+    def logps(self, layout: SharedLayout, *, log_sum_sq: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """As ``engine.PolicyEngine.logps``, by this setting; with others that ask for the same, where there are any."""
         graded = torch.is_grad_enabled()
-        answer = self._lockstep.ask(self.number, Request(FORWARD if graded else ALONE, layout.key, (layout, graded)))
-        if not graded:
-            return answer
-        logps = answer.logps[answer.members.index(self.number)].detach().requires_grad_()
-        self._pass = answer, logps
-        return logps
+        done: _Pass = self._lockstep.ask(self.number, Request(FORWARD if graded else ALONE, (layout.key, log_sum_sq),
+                                                              (layout, graded, log_sum_sq)))
+        row = done.members.index(self.number)
+        logps = done.logps[row].detach()
+        if graded:
+            self._pass = done, logps.requires_grad_()
+        return (logps, *(each[row] for each in done.more)) if log_sum_sq else logps
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -315,11 +322,11 @@ def train_settings(jobs: Sequence[TrainJob], pairs: TrainingPairs, held_out: Tra
             return [None] * len(members)
         if callable(request.content):
             return [one.content() for one in requests]
-        layout, graded = request.content
+        layout, graded, log_sum_sq = request.content
         with torch.set_grad_enabled(graded):
             shared.module.train(graded)  # others may have evaluated in between
-            logps = shared.compute(layout, members)
-        return [_Pass(logps, tuple(members))] * len(members) if graded else list(logps)
+            logps, *more = shared.compute(layout, members, log_sum_sq=log_sum_sq)
+        return [_Pass(logps, tuple(more), tuple(members))] * len(members)
 
     def one_alone(number: int) -> None:
         shared.stack.active = (number,)

@@ -247,3 +247,19 @@ def test_ctrl_c_stops_all_trials_with_checkpoints(place):
     for name, trial in trials.items():
         assert registered(directory / name) == trial["steps"], "no step is done again"
     assert any(trial["steps"] for trial in trials.values())
+
+
+@pytest.mark.slow
+def test_trials_that_train_together_stop_early_together(place, on_cluster):
+    result = run(place, "together", "model.lora={r: 4}", "sweep.grid={train.beta: [0.05, 0.1, 0.3]}", "sweep.together=true",
+                 "sweep.stop_early={grace: 4, keep: 0.5}")
+    assert result.returncode == 0, result.stdout + result.stderr
+    found, trials = record(place, "together")
+    assert sorted(trial["status"] for trial in trials.values()) == ["done", "stopped", "stopped"]
+    assert sorted(trial["steps"] for trial in trials.values())[0] == 4 and max(
+        trial["steps"] for trial in trials.values()) == 12
+    again = run(place, "together", "model.lora={r: 4}", "sweep.grid={train.beta: [0.05, 0.1, 0.3]}", "sweep.together=true",
+                "sweep.stop_early={grace: 4, keep: 0.5}")
+    assert again.returncode == 0 and record(place, "together")[0]["trials"] == found["trials"]
+    refused = run(place, "apart", "model.lora={r: 4}", "sweep.grid={model.lora.r: [4, 8]}", "sweep.together=true")
+    assert refused.returncode == 2 and "model.lora.r: 4 and 8" in refused.stderr

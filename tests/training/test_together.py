@@ -60,10 +60,10 @@ def count_passes(shared):
     """How many settings each forward pass with gradient was for."""
     passes, compute = [], shared.compute
 
-    def counted(layout, members):
+    def counted(layout, members, **asked):
         if torch.is_grad_enabled():
             passes.append(len(members))
-        return compute(layout, members)
+        return compute(layout, members, **asked)
 
     shared.compute = counted
     return passes
@@ -197,8 +197,8 @@ def mixing(model, scratch):
     compute = together.SharedPolicy.compute
 
     def rows_that_meet(self, layout, members):
-        found = compute(self, layout, members)
-        return found + 0.1 * (found.mean(0) - found)
+        (found,) = compute(self, layout, members)
+        return (found + 0.1 * (found.mean(0) - found),)
 
     together.SharedPolicy.compute = rows_that_meet
     with pytest.raises(ModelError) as caught:
