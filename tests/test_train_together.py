@@ -6,12 +6,16 @@ import math
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from kernel import exact
+from test_launch import wait_for_checkpoint, workers_of
 from tiny import preferences, write_preferences
 
 import raydpo
@@ -127,3 +131,37 @@ def test_stopped_together_one_goes_on_alone_and_the_rest_together(base, on_clust
     single = load_config(base, ["name=single", f"train.beta={betas[0]}", "train.steps=80"])
     assert raydpo.train(single, Console(said))["eval_after"] == pytest.approx(rest[0]["eval_after"], abs=1e-5, rel=1e-5)
     assert files_of(single) == files_of(configs[0]) == files_of(undisturbed[0])
+
+
+SCRIPT = """
+import json, sys
+from raydpo.config import load_config
+from raydpo.together import train_together
+if __name__ == "__main__":
+    tree, names = json.loads(sys.argv[1])
+    print(len(train_together([load_config(tree, [f"name={name}", f"train.beta={beta}", "train.steps=60"])
+                              for name, beta in names])))
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_worker_costs_what_is_after_the_checkpoints(base, tmp_path):
+    """A Ray of its own for each, which the marked environment reaches."""
+    raydpo.score(load_config(base), Console(io.StringIO()))
+    names = {mark: [(f"{mark}{beta}", beta) for beta in (0.05, 0.3)] for mark in ("killed", "whole")}
+    for mark, runs in names.items():
+        process = subprocess.Popen([sys.executable, "-c", SCRIPT, json.dumps([base, runs])], stdout=subprocess.PIPE,
+                                   stderr=subprocess.STDOUT, text=True, env=os.environ | {"RAYDPO_TEST_DRIVER": f"t-{mark}"})
+        if mark == "killed":
+            wait_for_checkpoint(Path(base["output"]).parent, runs[0][0], 6, process)
+            (worker,) = workers_of(f"t-{mark}")
+            os.kill(worker, signal.SIGKILL)
+        output = process.communicate(timeout=200)[0]
+        assert process.returncode == 0, output
+        assert ("training after step" in output) == (mark == "killed"), output
+    for (killed, _), (whole, _) in zip(*names.values(), strict=True):
+        ours, theirs = (exact(pq.read_table(Path(base["output"]) / name / "metrics.parquet").to_pylist())
+                        for name in (killed, whole))
+        assert [row["step"] for row in ours] == list(range(1, 61))
+        for row, other in zip(ours, theirs, strict=True):
+            assert row["loss"] == pytest.approx(other["loss"], abs=1e-5)
