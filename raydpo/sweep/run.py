@@ -208,37 +208,46 @@ class _Sweep:
                 done.result()
 
     def _trials_together(self, names: list[str], until: int | None) -> None:
-        """All of them in the same workers."""
+        """All of them in the same workers; then each is finished as one alone is."""
+        to_train = [name for name in names if self._result(name) is None]
+        results: dict[str, Any] = {}
+        if to_train and not self._stopping:
+            with _log(self.config) as log:
+                try:
+                    results = dict(zip(to_train, self._trained_together(to_train, until, log), strict=True))
+                except Exception as error:
+                    log.say(traceback.format_exc())
+                    results = dict.fromkeys(to_train, error)
+        for name in names:
+            result = results.get(name)
+            if isinstance(result, Exception):
+                self.ledger.set(name, "failed", str(result) if isinstance(result, RaydpoError) else
+                                f"unexpected {type(result).__name__}: {result}")
+            elif self._result(name) is None:
+                self.ledger.set(name, "waiting")
+            else:
+                self._trial(name, until)
+                continue
+            self.table.ended(name)
+
+    def _trained_together(self, names: list[str], until: int | None, log: Console) -> list[Any]:
         with self._lock:
             if self._stopping:
-                return
+                return [None] * len(names)
             board = self._boards["together"] = new_board()
         for name in names:
             self.ledger.set(name, "running")
         pairs, held_out = self.shared[names[0]]
         try:
-            with _log(self.config) as log:
-                shared = Shared(pairs=pairs, held_out=held_out, at_once=1, board=board, until=until,
-                                display=TogetherDisplay(log, self.table))
-                try:
-                    results = train_prepared_together([self.prepared[name] for name in names], log,
-                                                      self._hit_rate(names[0]), shared=shared)
-                except KeyboardInterrupt:
-                    results = [self._result(name) for name in names]
-                except Exception as error:
-                    log.say(traceback.format_exc())
-                    results = [error] * len(names)
-            for name, result in zip(names, results, strict=True):
-                if isinstance(result, Exception):
-                    self.ledger.set(name, "failed", str(result) if isinstance(result, RaydpoError) else
-                                    f"unexpected {type(result).__name__}: {result}")
-                elif result is None:
-                    self.ledger.set(name, "waiting")
-                else:
-                    self._finish(name)
-                self.table.ended(name)
+            return train_prepared_together(
+                [self.prepared[name] for name in names], log, self.hit_rates[names[0]],
+                shared=Shared(pairs=pairs, held_out=held_out, at_once=1, board=board, until=until,
+                              display=TogetherDisplay(log, self.table)))
+        except KeyboardInterrupt:
+            return [None] * len(names)
         finally:
-            del self._boards["together"]
+            with self._lock:
+                del self._boards["together"]
 
     def _trial(self, name: str, until: int | None) -> None:
         if self._stopping:
