@@ -51,8 +51,8 @@ __all__ = ["SettingEngine", "SharedPolicy", "train_settings"]
 ALONE, BACKWARD, FORWARD = range(3)
 """Kinds of requests. Those that only some loops make come first, so that all are at the same micro-batch when they meet."""
 LEAST_POSITIONS = 256
-"""Of each setting in a pass, where ``auto`` is to choose: prefixes are shared within a pass. Five settings of a model of 135M
-parameters on two CPU cores took a sixth longer with 256 than with 1,024, in two fifths of the memory."""
+"""Of each setting in a pass, where ``auto`` is to choose: prefixes are shared within a pass. Five settings of a model of
+135M parameters took a sixth longer with 256 than with 1,024 on two CPU cores, in two fifths of the memory."""
 CHECK_SCALE = 0.05
 """Standard deviation of the adapters' weights while it is checked that rows do not meet."""
 
