@@ -162,7 +162,6 @@ def _train(payloads: Sequence[Payload]) -> None:
     from ray.train.torch import get_device
 
     from raydpo.model.selfcheck import CHECK_ROWS
-    from raydpo.training.engine import join_process_group
     from raydpo.training.export import export_policy
     from raydpo.training.loop import TrainSummary
     from raydpo.training.pairs import TrainingPairs
@@ -172,8 +171,7 @@ def _train(payloads: Sequence[Payload]) -> None:
     log_to(Storage(first.run_dir), rank)
     if first.threads is not None:
         torch.set_num_threads(first.threads)
-    device = get_device()
-    join_process_group(device)
+    device = get_device()  # Ray has joined the workers; DeepSpeed, which takes seconds to import, is not needed
     pairs = TrainingPairs(ray.get(first.pairs))
     held_out = None if first.held_out is None else TrainingPairs(ray.get(first.held_out))
     hooks = [_SettingHooks(payload, rank) for payload in payloads]

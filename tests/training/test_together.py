@@ -209,3 +209,25 @@ def mixing(model, scratch):
 def test_a_model_whose_rows_meet_is_refused_at_load(tiny_llama, tmp_path):
     (message,) = run_distributed(mixing, 1, tmp_path / "run", tiny_llama, tmp_path / "s")
     assert "cannot train settings together" in message and "one by one" in message
+
+
+def measured(model):
+    from raydpo.config import LoraSettings, TrainConfig
+    from raydpo.training.engine import PolicySpec, join_process_group
+    from raydpo.training.together import SharedPolicy
+
+    device = torch.device("cpu")
+    join_process_group(device)
+    spec = PolicySpec(path=str(model), dtype="float32", lora=LoraSettings(**LORA))
+    per_token = {}
+    for count in (1, 8):
+        shared = SharedPolicy(spec, [TrainConfig()] * count, device)
+        per_token[count] = shared.find_budget()
+        assert not shared.stack.gradients.any()
+    return per_token
+
+
+def test_a_measured_budget_is_of_one_setting_among_all(tiny_llama, tmp_path):
+    (found,) = run_distributed(measured, 1, tmp_path / "run", tiny_llama)
+    assert (found[1].tokens, found[8].tokens) == (1024, 256)
+    assert found[8].bytes_per_token > 4 * found[1].bytes_per_token
