@@ -9,13 +9,13 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import raydpo
 from raydpo.cache_cli import add_cache_verbs
 from raydpo.config import Config, load_config
 from raydpo.console import Console
-from raydpo.errors import RaydpoError, exit_status
+from raydpo.errors import RaydpoError, TrainError, exit_status
 from raydpo.interrupt import sigterm_as_interrupt
 
 if TYPE_CHECKING:
@@ -57,6 +57,8 @@ def _parser() -> argparse.ArgumentParser:
                         ("run", "score, then train")):
         verb = configured(name, _train if name == "train" else _run, about)
         verb.add_argument("--fresh", action="store_true", help="begin again; an earlier run of this name is set aside")
+    sweep = configured("sweep", _sweep, "train many settings against one cache; continues an interrupted sweep")
+    sweep.add_argument("--fresh", action="store_true", help="begin again; an earlier sweep of this name is set aside")
     show = configured("show", _show, "print pairs exactly as the model sees them")
     show.add_argument("-n", "--count", type=int, default=3, help="how many pairs (default: %(default)s)")
     audit = configured("audit", _audit, "what will these pairs teach? From lengths and cached log-probs, as a page")
@@ -131,6 +133,17 @@ def _train(args: argparse.Namespace, console: Console) -> None:
 def _run(args: argparse.Namespace, console: Console) -> None:
     config = load_config(args.config, args.overrides)
     _quietly(config, console, lambda: raydpo.run(config, console, fresh=args.fresh))
+
+
+def _sweep(args: argparse.Namespace, console: Console) -> None:
+    config = load_config(args.config, args.overrides)
+    found: dict[str, Any] = {}
+    _quietly(config, console, lambda: found.update(raydpo.sweep(config, console, fresh=args.fresh)))
+    failed = [trial for trial in found["trials"] if trial["status"] == "failed"]
+    if failed:
+        raise TrainError(f"{len(failed)} of {len(found['trials'])} trials failed: "
+                         + "; ".join(f"{trial['name']}: {trial['error']}" for trial in failed)
+                         + ". The same command tries them again")
 
 
 def _show(args: argparse.Namespace, console: Console) -> None:

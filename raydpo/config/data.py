@@ -71,11 +71,20 @@ class DataConfig(Section):
     """Longest prompt + completion, in tokens."""
     truncation: Literal["keep_start", "drop"] = "keep_start"
     """What becomes of a longer one: its completion is cut at the end, or the pair is dropped."""
+    fraction: Float = Field(1.0, gt=0, le=1)
+    """Share of the training prompts that are used, with all their pairs: how much does more data help? Decided by the
+    content of each prompt, so a smaller share is part of every larger one. Held-out pairs are left alone."""
+    fraction_seed: Int = Field(0, ge=0)
+    """Another seed, other prompts. Without effect while fraction is 1."""
     shuffle: bool = True
     """false = every epoch in file order, for comparisons."""
     filter: str | None = None
     """A condition that training pairs must meet, an SQL expression over the fields of the audit, for example
     'chosen_tokens < 1024 and ref_margin > -20'. See raydpo/data/facts.py for the fields. Held-out pairs are left alone."""
+    weight_column: str | None = None
+    """A column of the records with the weight of each pair in the loss, a number from 0 up; null = all the same."""
+    margin_column: str | None = None
+    """A column with how much better the chosen completion is, a number in units of reward: the loss wants that much more."""
     chat_template: str | None = None
     """A Jinja chat template, or the path of one, in place of the tokenizer's."""
     max_malformed: Float = Field(0.01, ge=0, le=1)

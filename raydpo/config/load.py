@@ -15,7 +15,7 @@ from raydpo.config.data import COMPRESSION_SUFFIXES, DATA_SUFFIXES
 from raydpo.config.run import Config, is_uri
 from raydpo.errors import ConfigError
 
-__all__ = ["is_hub_name", "load_config"]
+__all__ = ["is_hub_name", "load_config", "with_setting"]
 
 
 def is_hub_name(path: str) -> bool:
@@ -75,6 +75,18 @@ def _override(tree: dict[str, Any], override: str) -> dict[str, Any]:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"the value of override {override!r} is not valid YAML: {' '.join(str(error).split())}") from None
+    return with_setting(tree, key, value, f"override {override!r}")
+
+
+def with_setting(tree: dict[str, Any], key: str, value: Any, what: str) -> dict[str, Any]:
+    """``tree`` with ``value`` at the dotted ``key``; the tree that was given stays as it is.
+
+    Args:
+        what: names the setting in errors.
+
+    Raises:
+        ConfigError: if the key leads through something that is no section, or to an entry that a list does not have.
+    """
     head, *rest = key.split(".")
     tree = dict(tree)
     node: Any = tree
@@ -85,13 +97,12 @@ def _override(tree: dict[str, Any], override: str) -> dict[str, Any]:
         elif child is None or isinstance(child, dict):
             child = dict(child or {})
         else:
-            raise ConfigError(f"override {override!r} sets a key below {step!r}, whose value is {child!r}, "
-                              "not a section")
+            raise ConfigError(f"{what} sets a key below {step!r}, whose value is {child!r}, not a section")
         node[step] = child
         if isinstance(child, list):
             index = int(nxt)
             if index >= len(child):
-                raise ConfigError(f"override {override!r}: {step} has {len(child)} entries, there is no entry {index}")
+                raise ConfigError(f"{what}: {step} has {len(child)} entries, there is no entry {index}")
             node = _ListView(child)
         else:
             node = child
@@ -113,8 +124,12 @@ class _ListView:
         self.entries[int(index)] = value
 
 
+_INNER = ("function-", "tuple[", "constrained-", "tagged-")
+"""How pydantic's places begin that are no keys."""
+
+
 def _explain(tree: dict[str, Any], problem: dict[str, Any]) -> str:
-    where = [str(part) for part in problem["loc"] if not str(part).startswith(("function-", "tuple[", "constrained-"))]
+    where = [str(part) for part in problem["loc"] if not str(part).startswith(_INNER)]
     key, value = ".".join(where) or "configuration", problem["input"]
     kind, context = problem["type"], problem.get("ctx", {})
     if kind == "extra_forbidden":
@@ -134,6 +149,8 @@ def _explain(tree: dict[str, Any], problem: dict[str, Any]) -> str:
         return f"{key!r}: {context['error']}"
     if kind == "model_type":
         return f"{key!r} is {value!r}, expected a section of keys: {', '.join(_section_at(where).model_fields)}"
+    if kind == "tuple_type":
+        return f"{key!r} is {value!r}, expected a list, for example [{value!r}]"
     if kind == "too_short":
         return f"{key!r} is empty; at least one entry is needed"
     if kind == "string_pattern_mismatch":

@@ -73,8 +73,9 @@ class LogpModel(nn.Module):
         layout = lay_out(groups, self.method)
         return layout if self.group is None else layout.part(self.group)
 
-    def forward(self, layout: Layout) -> Tensor:
-        """Natural-log probabilities of the layout's targets, float32 [N].
+    def forward(self, layout: Layout, log_sum_sq: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Natural-log probabilities of the layout's targets, float32 [N]; with ``log_sum_sq`` also the log of the sum of the
+        squared probabilities of each whole distribution, [N], without gradient.
 
         With bfloat16 weights the products of the layers are bfloat16, but the residual stream, the norms and the rotary
         embedding are float32 (autocast does that to a stream that starts as float32), and so are the logits. It halves
@@ -90,10 +91,11 @@ class LogpModel(nn.Module):
                 hidden = backbone(inputs_embeds=stream, **arguments).last_hidden_state
         else:
             hidden = backbone(input_ids=layout.input_ids, **arguments).last_hidden_state
-        logps = head(hidden.flatten(0, 1)[layout.positions], layout.targets)  # [N, H] -> [N]
-        if layout.places is None:
-            return logps
-        return layout.segments.group.join(logps, layout.places, sum(layout.lengths))
+        hidden = hidden.flatten(0, 1)[layout.positions]  # [N, H]
+        found = head(hidden, layout.targets, log_sum_sq=True) if log_sum_sq else (head(hidden, layout.targets),)
+        if layout.places is not None:
+            found = tuple(layout.segments.group.join(each, layout.places, sum(layout.lengths)) for each in found)
+        return found if log_sum_sq else found[0]
 
     @torch.no_grad()
     def score(self, groups: Sequence[PromptGroup], device: torch.device) -> list[tuple[np.ndarray, ...]]:

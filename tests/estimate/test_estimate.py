@@ -41,6 +41,7 @@ def test_training_factors():
     assert training_factors(TrainConfig(), lora=False) == (3, 3, 4)
     assert training_factors(TrainConfig(), lora=True) == (2, 3, 2)
     assert training_factors(TrainConfig(gradient_checkpointing=True), lora=True) == (3, 4, 2)
+    assert training_factors(TrainConfig(loss="aot"), lora=False) == (4, 4, 5)
 
 
 def test_a_stage_by_hand():
@@ -106,6 +107,13 @@ def test_steps_instead_of_epochs(data):
     found = make_plan(load_config(config.model_dump(exclude_unset=True) | {"train": {"steps": 3, "pairs_per_step": 16}}),
                       sets, SIZES, SIZES, RATES, world_sizes=())
     assert found.steps == 3 and found.data["pairs_trained_on"] == min(48, sets.train.num_rows)
+
+
+def test_an_objective_without_a_reference_has_no_reference_pass(data):
+    config, sets = data
+    found = make_plan(load_config(config.model_dump(exclude_unset=True) | {"train": {"loss": "simpo"}}),
+                      sets, SIZES, SIZES, RATES, world_sizes=())
+    assert found.score.flops == 0 and found.data["completions"] == 0 and found.training.flops > 0
 
 
 @pytest.mark.parametrize(("settings", "named"), [({"workers": 0}, "--workers"), ({"runs": 0}, "--runs"),
