@@ -42,6 +42,7 @@ def test_an_objective_without_a_reference_scores_nothing(place, on_cluster):
     assert ignored.returncode == 2 and "'reference.path'" in ignored.stderr and "simpo" in ignored.stderr
 
 
+@pytest.mark.slow
 def test_a_loss_by_import_path_trains_and_its_source_is_part_of_the_run(place, on_cluster):
     module = place / "my_losses.py"
     module.write_text("def squared(logps, settings, beta):\n"
