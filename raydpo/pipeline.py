@@ -274,7 +274,17 @@ def _train(prepared: Prepared, console: Console, built: BuildReport | None, *, f
     storage.write("final/README.md", model_card(config, summary).encode())
     storage.write("summary.json", json.dumps(summary, indent=2).encode())
     print_summary(console, summary)
+    _report(config, console)
     return summary
+
+
+def _report(config: Config, console: Console) -> None:
+    from raydpo.report import write_report
+
+    try:
+        console.say(f"report: {write_report(config.run_dir)}")
+    except Exception as error:  # the model is stored; a picture that cannot be drawn must not say otherwise
+        console.warn(f"the report failed ({type(error).__name__}: {error}); 'raydpo report' tries again")
 
 
 def _sample_prompts(prepared: Prepared) -> tuple[tuple[str, Any], ...]:

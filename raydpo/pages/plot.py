@@ -30,7 +30,6 @@ _STYLE = {
     "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": GRID, "xtick.color": INK, "ytick.color": INK,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.color": GRID,
     "grid.linewidth": 0.5, "figure.facecolor": "none", "axes.facecolor": "none", "legend.frameon": False,
-    "figure.constrained_layout.use": True,
     # Names come from people: a dollar sign in one is no formula.
     "text.parse_math": False,
 }
@@ -60,9 +59,8 @@ def figure(width: float = 4.4, height: float = 2.8, *, aligned: bool = False) ->
         aligned: margins are the same whatever the labels, so that pictures below one another line up; half the time, too.
     """
     with matplotlib.rc_context(_STYLE):
-        made = Figure(figsize=(width, height))
+        made = Figure(figsize=(width, height), layout="none" if aligned else "constrained")
         if aligned:
-            made.set_layout_engine("none")
             made.subplots_adjust(left=0.165, bottom=0.165, right=0.985, top=0.93)
         yield made, made.add_subplot()
 
@@ -81,6 +79,10 @@ def svg(made: Figure, title: str, about: str, marks: Mapping[str, str] | None = 
     text = text[text.index("<svg") :]
     for colour, name in _VARIABLES.items():
         text = text.replace(colour, f"var({name})")
+    # A hundredth of a point is finer than any screen, and most of the page is digits.
+    text = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]).replace("\n", ""), text)
+    text = re.sub(r'font-family: [^;"]*', "font-family: inherit", text)
+    text = re.sub(r"\n\s+", "\n", text)
     # Identifiers are made unique to the figure: several of them share a page.
     prefix = re.sub(r"\W+", "-", title.lower())
     text = re.sub(r'id="([^"]+)"', rf'id="{prefix}-\1"', text)

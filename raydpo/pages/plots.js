@@ -24,6 +24,10 @@ for (const figure of document.querySelectorAll("figure[data-readout]")) {
       return `${curve.name} ${value === null ? "-" : Number(value.toPrecision(4))}${where}`;
     }).join(" · ");
   };
+  const hide = () => {
+    out.textContent = "";
+    line.remove();
+  };
   const point = event => {
     const place = new DOMPoint(event.clientX, event.clientY).matrixTransform(svg.getScreenCTM().inverse());
     show(nearest(steps, xlim[0] + (place.x - left) / (right - left) * (xlim[1] - xlim[0])));
@@ -31,6 +35,9 @@ for (const figure of document.querySelectorAll("figure[data-readout]")) {
   svg.setAttribute("tabindex", "0");
   svg.addEventListener("pointermove", point);
   svg.addEventListener("pointerdown", point);
+  // A finger that is lifted leaves, too, and what it has found stays.
+  svg.addEventListener("pointerleave", event => { if (event.pointerType === "mouse") hide(); });
+  svg.addEventListener("blur", () => hide());
   svg.addEventListener("keydown", event => {
     const to = { ArrowLeft: at - 1, ArrowRight: at + 1, Home: 0, End: steps.length - 1 }[event.key];
     if (to === undefined) return;
@@ -45,5 +52,8 @@ for (const mark of document.querySelectorAll(".mark")) {
     for (const one of document.querySelectorAll(`[data-mark="${CSS.escape(mark.dataset.mark)}"]`)) one.classList.add("on");
     mark.closest("figure").querySelector(".readout").textContent = mark.getAttribute("aria-label");
   };
+  const hide = () => { mark.closest("figure").querySelector(".readout").textContent = ""; };
+  mark.addEventListener("pointerleave", event => { if (event.pointerType === "mouse") hide(); });
+  mark.addEventListener("blur", hide);
   for (const kind of ["pointerenter", "focus", "click"]) mark.addEventListener(kind, show);
 }

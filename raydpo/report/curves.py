@@ -162,9 +162,4 @@ def _rounded(value: float) -> float | None:
 
 def _drawn_how(curves: Sequence[Curve]) -> str:
     each = max(one.each for one in curves)
-    said = []
-    if each > 1:
-        said.append(f"Each point is the mean of {each:,} steps, the band their least and greatest.")
-    if any(one.smooth for one in curves):
-        said.append("The bold line is a running mean over a twentieth of the run.")
-    return " ".join(said)
+    return f"Each point is the mean of {each:,} steps, the band their least and greatest." if each > 1 else ""

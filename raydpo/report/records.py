@@ -134,9 +134,11 @@ def is_sweep(storage: Storage) -> bool:
 
 
 def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of a nested configuration by their keys, such as ``train.beta``."""
+    """The values of a nested configuration by their keys, such as ``train.beta``; ``data.train.0.path`` in a list."""
     found: dict[str, Any] = {}
     for name, below in tree.items():
+        if isinstance(below, list) and below and isinstance(below[0], dict):
+            below = {str(index): each for index, each in enumerate(below)}
         found |= leaves(below, f"{prefix}{name}.") if isinstance(below, dict) and below else {f"{prefix}{name}": below}
     return found
 

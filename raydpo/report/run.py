@@ -162,8 +162,7 @@ def _cache(run: RunRecord) -> list[tuple[str, str]]:
 
 
 def _last(path: str | None) -> str | None:
-    return None if path is None else "/".join(path.rstrip("/").split("/")[-2:]) if path.count("/") == 1 \
-        else path.rstrip("/").rsplit("/", 1)[-1]
+    return None if path is None else path.rstrip("/").rsplit("/", 1)[-1]
 
 
 def _form(value: float | None, form: str) -> str | None:
