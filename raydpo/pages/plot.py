@@ -65,11 +65,12 @@ def figure(width: float = 4.4, height: float = 2.8, *, aligned: bool = False) ->
         yield made, made.add_subplot()
 
 
-def svg(made: Figure, title: str, about: str, marks: Mapping[str, str] | None = None) -> str:
+def svg(made: Figure, title: str, about: str, marks: Mapping[str, str] | None = None, frame: int | None = None) -> str:
     """The figure as an ``<svg>`` element with a title and a description for those who do not see it.
 
     Args:
         marks: what to say of an artist when it is pointed at, tapped or focused, by its gid, which is one word.
+        frame: which to show of the artists whose gid is ``frame-0``, ``frame-1-dots`` and so on; a script shows others.
     """
     sink = io.StringIO()
     with matplotlib.rc_context(_STYLE):
@@ -90,6 +91,8 @@ def svg(made: Figure, title: str, about: str, marks: Mapping[str, str] | None = 
     for gid, said in (marks or {}).items():
         text = text.replace(f'<g id="{prefix}-{gid}">', f'<g class="mark" data-mark="{gid}" tabindex="0" role="img" '
                             f'aria-label="{escape(said)}"><title>{escape(said)}</title>')
+    text = re.sub(rf'<g id="{prefix}-frame-(\d+)[^"]*"', lambda found: f'<g data-frame="{found[1]}"' + (
+        "" if int(found[1]) == frame else ' display="none"'), text)
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     # What is an image has no parts for a screen reader; marks are such parts.
     role = "group" if marks else "img"

@@ -21,14 +21,16 @@ MOST = 16
 """Runs whose curves are drawn; eight colours, then the same dashed."""
 OURS = ("name", "output")
 """Keys that differ for every two runs and say nothing."""
+SAME_ONLY = "Compares only between runs of the same loss and beta."
 CURVES = (
-    ("rewards/accuracies", "accuracy", "accuracy", 0.5),
-    ("loss", "loss", "loss", None),
-    ("rewards/margins", "margin", "reward margin", 0.0),
-    ("logps/chosen_fell", "chosen fell", "share of pairs", None),
-    ("logratio/chosen_per_token", "drift of chosen", "nats a token", 0.0),
-    ("logratio/rejected_per_token", "drift of rejected", "nats a token", 0.0),
-    ("length/margin_correlation", "margin and length", "correlation", 0.0),
+    ("rewards/accuracies", "accuracy", "accuracy", 0.5, ""),
+    ("loss", "loss", "loss", None, SAME_ONLY),
+    ("rewards/margins", "margin", "reward margin", 0.0, SAME_ONLY),
+    ("logps/chosen_fell", "chosen fell", "share of pairs", None, "Pairs whose chosen answer is less likely than under the "
+                                                                 "reference."),
+    ("logratio/chosen_per_token", "drift of chosen", "nats a token", 0.0, ""),
+    ("logratio/rejected_per_token", "drift of rejected", "nats a token", 0.0, ""),
+    ("length/margin_correlation", "margin and length", "correlation", 0.0, "Near 1 the policy just prefers what is longer."),
 )
 
 
@@ -57,11 +59,11 @@ def overlaid(runs: Sequence[RunRecord]) -> list[Picture]:
     shown = list(runs)[:MOST]
     pictures = []
     for kind in ("held out", "training"):
-        for metric, title, ylabel, level in (*CURVES, *((("grad_norm", "gradient norm", "norm", None),)
-                                                        if kind == "training" else ())):
+        extra = (("grad_norm", "gradient norm", "norm", None, ""),) if kind == "training" else ()
+        for metric, title, ylabel, level, caption in CURVES + extra:
             curves = [curve(run.evals if kind == "held out" else run.steps, metric, run.name, SERIES[number % len(SERIES)],
                             dashed=number >= len(SERIES)) for number, run in enumerate(shown)]
-            pictures.append(curves_picture(f"{title[0].upper()}{title[1:]}, {kind}", "", curves, ylabel, level=level,
+            pictures.append(curves_picture(f"{title[0].upper()}{title[1:]}, {kind}", caption, curves, ylabel, level=level,
                                            log=metric == "grad_norm"))
     return [picture for picture in pictures if picture is not None]
 
