@@ -21,7 +21,7 @@ for (const figure of document.querySelectorAll("figure[data-readout]")) {
     out.textContent = `step ${step.toLocaleString("en")}: ` + curves.map(curve => {
       const near = nearest(curve.x, step), value = curve.y[near];
       const where = curve.x[near] === step ? "" : ` (step ${curve.x[near].toLocaleString("en")})`;
-      return `${curve.name} ${value === null ? "-" : Number(value.toPrecision(4))}${where}`;
+      return `${curve.name} ${value === null ? "-" : value}${where}`;
     }).join(" · ");
   };
   const hide = () => {

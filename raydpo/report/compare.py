@@ -86,7 +86,8 @@ def _finals(runs: Sequence[RunRecord]) -> Table:
 
 def _without_empty(table: Table) -> Table:
     """Without the columns that no row has a value in."""
-    kept = [index for index in range(len(table.columns) - 1) if any(row.cells[index].value is not None for row in table.rows)]
+    kept = [index for index in range(len(table.columns) - 1)
+            if any(row.cells[index].value is not None for row in table.rows)]
     return Table(table.label, (table.columns[0], *(table.columns[index + 1] for index in kept)),
                  [Row(row.head, [row.cells[index] for index in kept], row.mark) for row in table.rows])
 

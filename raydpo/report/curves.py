@@ -42,16 +42,15 @@ class Curve:
 
     @property
     def running_mean(self) -> np.ndarray:
-        """Over a twentieth of the points, centred; nearer the ends over as many as there are on both sides."""
+        """Over a twentieth of the points, centred; at the ends over those of them that there are."""
         half = max(1, len(self.mean) // 40)
         known = np.isfinite(self.mean)
         total = np.concatenate([[0.0], np.cumsum(np.where(known, self.mean, 0.0))])
         count = np.concatenate([[0], np.cumsum(known)])
         place = np.arange(len(self.mean))
-        reach = np.minimum(half, np.minimum(place, len(place) - 1 - place))
-        found = count[place + reach + 1] - count[place - reach]
-        with np.errstate(invalid="ignore"):
-            return np.where(found > 0, (total[place + reach + 1] - total[place - reach]) / found, np.nan)
+        first, end = np.maximum(place - half, 0), np.minimum(place + half + 1, len(place))
+        with np.errstate(invalid="ignore"):  # 0 / 0 where none of them is known
+            return (total[end] - total[first]) / (count[end] - count[first])
 
 
 def curve(table: pl.DataFrame, metric: str, name: str, colour: str, *, dashed: bool = False) -> Curve | None:
@@ -145,8 +144,8 @@ def _legend(curves: Sequence[Curve]) -> tuple[tuple[str, str, bool], ...]:
 def _readout(made: Figure, axes: Axes, curves: Sequence[Curve]) -> dict[str, Any]:
     """What plots.js needs to tell the values under the pointer.
 
-    ``box`` is the left, top, right and bottom of the axes in the units of the SVG, points from its upper left corner; ``xlim``
-    the steps at left and right; a curve has steps x and values y, null where it has none.
+    ``box`` is the left, top, right and bottom of the axes in the units of the SVG, points from its upper left corner;
+    ``xlim`` the steps at left and right; a curve has steps x and values y, null where it has none.
     """
     width, height = made.get_size_inches() * 72
     place = axes.get_position()

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from raydpo.audit.extremes import shown
 from raydpo.pages.plot import GOOD, INK, PALE, Picture, figure, svg
 from raydpo.report.tables import Row, Table, interval, number, share, text
 
-__all__ = ["EvaluationPart", "evaluation_part"]
+__all__ = ["EvaluationPart", "evaluation_part", "shown_samples"]
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,18 @@ def evaluation_part(evaluation: dict[str, Any]) -> EvaluationPart:
         pictures.append(_calibration(bins, total))
     if known := [each for each in lengths if each["pairs"]]:
         pictures.append(_by_length(known))
-    about = f"{total['pairs']:,} pairs of {', '.join(evaluation['data'])}, at beta {evaluation['beta']:g}, against the reference " \
-            f"{evaluation['reference']['path']}."
+    about = (f"{total['pairs']:,} pairs of {', '.join(evaluation['data'])}, at beta {evaluation['beta']:g}, against the "
+             f"reference {evaluation['reference']['path']}.")
     if drift := evaluation.get("drift"):
-        about += f" The policy has drifted {_words(drift['kl'])} nats an answer from the reference, " \
-                 f"{_words(drift['kl_per_token'], '.3f')} nats a token (KL divergence, from {drift['samples']:,} answers of its own)."
-    return EvaluationPart(about, tables, pictures, evaluation.get("samples") or [])
+        about += (f" The policy has drifted {_words(drift['kl'])} nats an answer from the reference, "
+                  f"{_words(drift['kl_per_token'], '.3f')} nats a token (KL divergence, from {drift['samples']:,} answers "
+                  "of its own).")
+    return EvaluationPart(about, tables, pictures, shown_samples(evaluation.get("samples")))
+
+
+def shown_samples(samples: list[dict[str, str]] | None) -> list[dict[str, str]]:
+    """Data and models may say anything: what is invisible, or turns the direction of the text, is made visible."""
+    return [{side: shown(said) for side, said in sample.items()} for sample in samples or []]
 
 
 def _preferences(preferences: dict[str, Any], lengths: list[dict[str, Any]]) -> Table:
@@ -54,7 +61,7 @@ def _preferences(preferences: dict[str, Any], lengths: list[dict[str, Any]]) -> 
     sources = preferences.get("by_source") or {}
     if len(sources) > 1:
         groups += list(sources.items())
-    groups += [(f"chosen longer by {bin_name(each)} tokens", each) for each in lengths]
+    groups += [(f"length difference {bin_name(each)}", each) for each in lengths]
     groups += [(name, total[key]) for key, name in (("longer_is_right", "the longer is the chosen"),
                                                     ("longer_is_wrong", "the shorter is the chosen")) if total.get(key)]
     rows = [Row(name, [number(each["pairs"], ",.0f"), interval(each.get("accuracy")), interval(each.get("margin"), ".2f"),
@@ -106,8 +113,8 @@ def _by_length(bins: list[dict[str, Any]]) -> Picture:
         axes.set(ylim=(0, 1), xlabel="chosen longer by, tokens", ylabel="accuracy")
         axes.set_xticks(range(len(bins)), [bin_name(each, "\n… ") for each in bins], fontsize=7.5)
         axes.grid(False, axis="x")
-        caption = ("Held-out accuracy among pairs of about the same difference in length, with 95 % intervals. A slope means that "
-                   "the policy ranks by length.")
+        caption = ("Held-out accuracy among pairs of about the same difference in length, with 95 % intervals. A slope "
+                   "means that the policy ranks by length.")
         return Picture("Accuracy by length", svg(made, "Accuracy by length", caption), caption)
 
 

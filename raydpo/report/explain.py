@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,8 @@ __all__ = ["World", "closed_form", "explanation_page", "trained_policy", "write_
 BETAS = np.geomspace(0.1, 10.0, 21)
 SHOWN = 10
 """The beta that the page opens with: 1."""
+MARGINS = np.sinh(np.linspace(-3.2, 3.2, 81))
+"""About -12 to 12 nats, closest around 0, where a large beta turns within a nat."""
 LETTERS = "ABCDEF"
 _FLOAT = torch.float64
 
@@ -39,7 +42,7 @@ WORLD = World(
 
 
 def closed_form(world: World, beta: float) -> np.ndarray:
-    """The policy that maximises reward less beta times KL: ``ref * exp(r / beta) / Z`` (arXiv 2305.18290, eq. 4), [answers]."""
+    """The policy of most reward less beta times KL: ``ref * exp(r / beta) / Z`` (arXiv 2305.18290, eq. 4), [answers]."""
     logits = np.log(world.reference) + world.rewards / beta
     weights = np.exp(logits - logits.max())
     return weights / weights.sum()
@@ -48,8 +51,8 @@ def closed_form(world: World, beta: float) -> np.ndarray:
 def trained_policy(world: World, beta: float) -> np.ndarray:
     """The policy that the project's ``sigmoid`` loss ends at, [answers].
 
-    It sees every two answers, each the chosen one as often as Bradley and Terry say of their rewards. Neither the rewards nor Z
-    enter the loss.
+    It sees every two answers, each the chosen one as often as Bradley and Terry say of their rewards. Neither the rewards
+    nor Z enter the loss.
     """
     count = len(world.answers)
     chosen, rejected = (torch.from_numpy(side) for side in np.nonzero(~np.eye(count, dtype=bool)))
@@ -83,9 +86,9 @@ def explanation_page() -> str:
     frames = [{"beta": float(f"{beta:.3g}"), "policy": [round(float(value), 4) for value in policy],
                "reward": round(float(reward), 3), "drift": round(float(drift), 3)}
               for beta, policy, reward, drift in zip(BETAS, policies, rewards, drifts, strict=True)]
-    return render("report/explain.html", scripts=("report/explain.js",), version=raydpo.__version__, frames=frames, shown=SHOWN,
-                  world=[(letter, answer, f"{reward:+.1f}", f"{probability:.2f}") for letter, answer, reward, probability in
-                         zip(LETTERS, WORLD.answers, WORLD.rewards, WORLD.reference, strict=True)],
+    return render("report/explain.html", scripts=("report/explain.js",), version=raydpo.__version__, frames=frames,
+                  shown=SHOWN, world=list(zip(LETTERS, WORLD.answers, (f"{reward:+.1f}" for reward in WORLD.rewards),
+                                              (f"{probability:.2f}" for probability in WORLD.reference), strict=True)),
                   gap=f"{np.abs(policies - trained).max():.0e}",
                   pictures=[_policies(policies, trained), _trade(rewards, drifts), _loss(), _pull()])
 
@@ -97,8 +100,8 @@ def write_explanation(out: Path) -> None:
 
 def _policies(policies: np.ndarray, trained: np.ndarray) -> Picture:
     title = "What the policy answers"
-    caption = ("Bars: the closed form at this beta. Crosses: where training with raydpo's loss on preferences alone has ended. "
-               "Outlined: the reference.")
+    caption = ("Bars: the closed form at this beta. Crosses: where training with raydpo's loss on preferences alone has "
+               "ended. Outlined: the reference.")
     count = policies.shape[1]
     edges = np.concatenate([[index - 0.36, index + 0.36] for index in range(count)])
     with figure(aligned=True) as (made, axes):
@@ -120,7 +123,8 @@ def _with_gaps(values: np.ndarray) -> np.ndarray:
 
 def _trade(rewards: np.ndarray, drifts: np.ndarray) -> Picture:
     title = "What beta trades"
-    caption = "Each beta is a point on this line: more reward for more drift. The same picture, measured, is on the page of a sweep."
+    caption = ("Each beta is a point on this line: more reward for more drift. The same picture, measured, is on the page "
+               "of a sweep.")
     with figure(aligned=True) as (made, axes):
         axes.plot(drifts, rewards, color=PALE, linewidth=1.6)
         for number, place in enumerate(zip(drifts, rewards, strict=True)):
@@ -139,22 +143,20 @@ def _losses(margin: np.ndarray, beta: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _loss() -> Picture:
-    caption = "At margin 0, where training begins, it is ln 2 for every beta (dotted). Pale: the smallest and the largest beta here."
+    caption = ("At margin 0, where training begins, it is ln 2 for every beta (dotted). Pale: the smallest and the largest "
+               "beta here.")
     return _of_margin("The loss", caption, "loss", lambda beta: _losses(MARGINS, beta)[0], (0.0, 4.0), np.log(2.0))
 
 
 def _pull() -> Picture:
-    caption = ("The slope of the loss: how hard a pair is pulled apart. A large beta lets go soon, once beta times the margin is a "
-               "few units; a small one pulls gently and for long, so the policy goes far.")
-    return _of_margin("The pull on a pair", caption, "pull / beta", lambda beta: -_losses(MARGINS, beta)[1] / beta, (0.0, 1.05),
-                      0.5)
+    caption = ("The slope of the loss: how hard a pair is pulled apart. A large beta lets go soon, once beta times the "
+               "margin is a few units; a small one pulls gently and for long, so the policy goes far.")
+    return _of_margin("The pull on a pair", caption, "pull / beta", lambda beta: -_losses(MARGINS, beta)[1] / beta,
+                      (0.0, 1.05), 0.5)
 
 
-MARGINS = np.sinh(np.linspace(-3.2, 3.2, 81))
-"""About -12 to 12 nats, closest around 0, where a large beta turns within a nat."""
-
-
-def _of_margin(title: str, caption: str, ylabel: str, values, ylim: tuple[float, float], level: float) -> Picture:
+def _of_margin(title: str, caption: str, ylabel: str, values: Callable[[float], np.ndarray], ylim: tuple[float, float],
+               level: float) -> Picture:
     with figure(aligned=True) as (made, axes):
         for beta in (BETAS[0], BETAS[-1]):
             axes.plot(MARGINS, values(beta), color=PALE, linewidth=1.0)

@@ -33,6 +33,17 @@ CALIBRATION = 0.1
 """Expected calibration error: predicted and observed preference differ by so much on average."""
 
 
+TIMES = (
+    ("checkpoint", CHECKPOINT_SHARE, "Checkpoints take long",
+     "Make fewer: train.checkpoint_every or train.checkpoint_minutes."),
+    ("evaluation", EVALUATION_SHARE, "Evaluations take long", "Make fewer (train.eval_every), or hold out fewer pairs."),
+    ("data", WAIT_SHARE, "Workers wait for data",
+     "Micro-batches are laid out beside the training by one thread; give each worker more CPUs."),
+    ("wait", WAIT_SHARE, "Workers wait for one another",
+     "The work of a step is not even. 'raydpo plan' tells how even it can be; more pairs a step help."),
+)
+
+
 @dataclass(frozen=True)
 class Finding:
     """One thing to look at: what was found, and why it matters or what to do."""
@@ -59,14 +70,15 @@ def _policy(run: RunRecord) -> Iterator[Finding]:
             "The chosen answers have collapsed",
             f"Over the last {min(WINDOW, run.done)} steps the policy gives the tokens of the chosen answers "
             f"{math.exp(drift):.2g} of the probability that the reference gives them ({drift:.2f} nats a token).",
-            "DPO only pushes the two sides apart, and both may fall. Raise train.beta, lower train.lr, or train fewer steps.")
+            "DPO only pushes the two sides apart, and both may fall. Raise train.beta, lower train.lr, or train fewer "
+            "steps.")
     fell = run.held_out("logps/chosen_fell")[1]
     if fell is not None and fell > FELL:
         yield Finding(
             "Chosen answers became less likely",
             f"In {fell:.0%} of the held-out pairs the chosen answer is less likely than under the reference.",
-            "The margin grows because the rejected answers fall faster. That is usual for DPO, and a fault where answers get "
-            "worse: read the samples, and compare with a larger train.beta or a lower train.lr.")
+            "The margin grows because the rejected answers fall faster. That is usual for DPO, and a fault where answers "
+            "get worse: read the samples, and compare with a larger train.beta or a lower train.lr.")
     correlation = run.held_out("length/margin_correlation")[1]
     where = "held-out"
     if correlation is None:
@@ -75,10 +87,10 @@ def _policy(run: RunRecord) -> Iterator[Finding]:
         kind = "longer" if correlation > 0 else "shorter"
         yield Finding(
             "The margin follows length",
-            f"Over {where} pairs the margin correlates with the difference in length at {correlation:+.2f}: the policy prefers "
-            f"what is {kind}, which tells {correlation**2:.0%} of the variance of the margins.",
-            "Length is the cheapest thing to learn. 'raydpo audit' says how much of it is in the data; train.loss=sigmoid_norm "
-            "takes it out of the loss.")
+            f"Over {where} pairs the margin correlates with the difference in length at {correlation:+.2f}: the policy "
+            f"prefers what is {kind}, which tells {correlation**2:.0%} of the variance of the margins.",
+            "Length is the cheapest thing to learn. 'raydpo audit' says how much of it is in the data; "
+            "train.loss=sigmoid_norm takes it out of the loss.")
 
 
 def _held_out(run: RunRecord) -> Iterator[Finding]:
@@ -119,8 +131,8 @@ def _evaluation(run: RunRecord) -> Iterator[Finding]:
         if growth["low"] > LENGTH_GROWTH:
             yield Finding(
                 "Answers have grown longer",
-                f"{mode.capitalize()} answers have {growth['value']:+.0%} tokens against the reference's (95 % interval from "
-                f"{growth['low']:+.0%}).",
+                f"{mode.capitalize()} answers have {growth['value']:+.0%} tokens against the reference's (95 % interval "
+                f"from {growth['low']:+.0%}).",
                 "Judges and people prefer longer answers to better ones; compare the win rates at equal length.")
             break
     total = (evaluation.get("preferences") or {}).get("total") or {}
@@ -138,8 +150,8 @@ def _steps(run: RunRecord) -> Iterator[Finding]:
         first = steps.filter(pl.col("skipped") > 0)["step"][0]
         yield Finding(
             "Steps were skipped",
-            f"{skipped:,} of {run.done:,} steps, the first of them step {first:,}, had a loss or gradient that is not finite, "
-            "and were not taken.",
+            f"{skipped:,} of {run.done:,} steps, the first of them step {first:,}, had a loss or gradient that is not "
+            "finite, and were not taken.",
             "What the run printed names their pairs. Lower train.lr, or look at the pairs with 'raydpo show'.")
     spike = _spike(steps)
     if spike is not None:
@@ -182,14 +194,7 @@ def _time(run: RunRecord) -> Iterator[Finding]:
               if f"time/{name}" in run.steps.columns}
     if summary.get("checkpoint_seconds") and summary.get("train_seconds"):  # it knows of the last checkpoint, too
         shares["checkpoint"] = summary["checkpoint_seconds"] / summary["train_seconds"]
-    for name, limit, title, why in (
-            ("checkpoint", CHECKPOINT_SHARE, "Checkpoints take long", "Make fewer: train.checkpoint_every or "
-                                                                      "train.checkpoint_minutes."),
-            ("evaluation", EVALUATION_SHARE, "Evaluations take long", "Make fewer (train.eval_every), or hold out fewer pairs."),
-            ("data", WAIT_SHARE, "Workers wait for data", "Micro-batches are laid out beside the training by one thread; give "
-                                                          "each worker more CPUs."),
-            ("wait", WAIT_SHARE, "Workers wait for one another", "The work of a step is not even. 'raydpo plan' tells how even "
-                                                                 "it can be; more pairs a step help.")):
+    for name, limit, title, why in TIMES:
         share = shares.get(name, 0.0)
         if share > limit:
             yield Finding(title, f"{share:.0%} of the training's time.", why)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from raydpo.pages.plot import BAD, GOOD, INK, PALE, Picture, figure, svg
 from raydpo.report.findings import accuracy_error
 from raydpo.report.records import SweepRecord, Trial
+from raydpo.report.tables import text
 
 __all__ = ["Point", "Recommendation", "frontier_pictures", "points_of", "recommend"]
 
@@ -53,6 +54,11 @@ class Axis:
     read: Callable[[Point], float | None]
 
 
+ACCURACY = Axis("held-out accuracy", lambda point: point.accuracy)
+MARGIN = Axis("margin / beta, nats", lambda point: point.margin)
+UNBEATEN = "Up and to the left is better. The line joins the trials that no other beats in both."
+
+
 @dataclass(frozen=True)
 class Recommendation:
     """The trial to take, None where none can be told from the others; and why, in sentences."""
@@ -87,8 +93,7 @@ def _point(mark: str, trial: Trial) -> Point:
 
 def _label(settings: dict[str, object]) -> str:
     """``beta 0.1, lr 1e-05``."""
-    return ", ".join(f"{key.rsplit('.', 1)[-1]} {value:g}" if isinstance(value, float) else f"{key.rsplit('.', 1)[-1]} {value}"
-                     for key, value in settings.items())
+    return ", ".join(f"{key.rsplit('.', 1)[-1]} {text(value).text}" for key, value in settings.items())
 
 
 def drift_axis(points: Sequence[Point]) -> Axis:
@@ -108,26 +113,28 @@ def length_axis(points: Sequence[Point]) -> Axis:
 def recommend(points: Sequence[Point], drift: Axis) -> Recommendation:
     """The trial that drifts least of those whose accuracy is within one standard error of the best.
 
-    That is the one-standard-error rule (Breiman et al., Classification and Regression Trees, 1984, section 3.4.3), with drift
-    in the place of size. Equal drift: the larger beta.
+    That is the one-standard-error rule (Breiman et al., Classification and Regression Trees, 1984, section 3.4.3), with
+    drift in the place of size. Equal drift: the larger beta.
     """
     known = [point for point in points if None not in (point.accuracy, point.error, drift.read(point))]
     if not known:
-        return Recommendation(None, "No trial has both a held-out accuracy with its number of pairs and a drift yet, so none can "
-                                    "be recommended. Held-out pairs (data.eval) are what a sweep is judged by.")
+        return Recommendation(None, "No trial has both a held-out accuracy with its number of pairs and a drift yet, so "
+                                    "none can be recommended. Held-out pairs (data.eval) are what a sweep is judged by.")
     best = max(known, key=lambda point: (point.accuracy, -drift.read(point)))
     bound = best.accuracy - best.error
     close = [point for point in known if point.accuracy >= bound]
     chosen = min(close, key=lambda point: (drift.read(point), -(point.beta or 0.0)))
     if chosen is best:
-        reason = f"{best.label or best.name} has the best held-out accuracy, {best.accuracy:.3f} (standard error {best.error:.3f})"
+        reason = (f"{best.label or best.name} has the best held-out accuracy, {best.accuracy:.3f} (standard error "
+                  f"{best.error:.3f})")
         reason += (f", and of the {len(close)} trials within one standard error of it drifts least ({drift.read(best):.3g})."
                    if len(close) > 1 else f", and no other trial is within one standard error of it. It drifts "
                                           f"{drift.read(best):.3g}.")
     else:
-        reason = (f"{chosen.label or chosen.name} has a held-out accuracy of {chosen.accuracy:.3f}, within one standard error "
-                  f"({best.error:.3f}) of the best, {best.accuracy:.3f} of {best.label or best.name}. Of the {len(close)} trials "
-                  f"that are that close it drifts least: {drift.read(chosen):.3g} against {drift.read(best):.3g}.")
+        reason = (f"{chosen.label or chosen.name} has a held-out accuracy of {chosen.accuracy:.3f}, within one standard "
+                  f"error ({best.error:.3f}) of the best, {best.accuracy:.3f} of {best.label or best.name}. Of the "
+                  f"{len(close)} trials that are that close it drifts least: {drift.read(chosen):.3g} against "
+                  f"{drift.read(best):.3g}.")
     left_out = len(points) - len(known)
     if left_out:
         reason += f" {left_out} trial(s) lack one of the two figures and were not considered."
@@ -137,46 +144,42 @@ def recommend(points: Sequence[Point], drift: Axis) -> Recommendation:
 def frontier_pictures(points: Sequence[Point], recommended: Point | None) -> list[Picture]:
     """Accuracy and margin against drift and against length, a mark for each trial."""
     drift, length = drift_axis(points), length_axis(points)
-    accuracy, margin = Axis("held-out accuracy", lambda point: point.accuracy), Axis("margin / beta, nats",
-                                                                                    lambda point: point.margin)
-    pictures = [
-        _picture("Accuracy and drift", "Up and to the left is better. The line joins the trials that no other beats in both.",
-                 points, drift, accuracy, recommended, frontier=True),
-        _picture("Margin and drift", "A margin that grows with drift alone has been paid for, not learnt. It is divided by beta, so "
-                 "that trials compare.", points, drift, margin, recommended),
-        _picture("Accuracy and length", "Accuracy that comes with length may be length.", points, length, accuracy, recommended),
-        _picture("Margin and length", "The margin, divided by beta, against length.", points, length, margin, recommended)]
+    pictures = [_picture(title, caption, points, x, y, recommended) for title, caption, x, y in (
+        ("Accuracy and drift", UNBEATEN, drift, ACCURACY),
+        ("Margin and drift", "A margin that grows with drift alone has been paid for, not learnt. It is divided by beta, so "
+                             "that trials compare.", drift, MARGIN),
+        ("Accuracy and length", "Accuracy that comes with length may be length.", length, ACCURACY),
+        ("Margin and length", "The margin, divided by beta, against length.", length, MARGIN))]
     return [picture for picture in pictures if picture is not None]
 
 
-def _picture(title: str, caption: str, points: Sequence[Point], x: Axis, y: Axis, recommended: Point | None, *,
-             frontier: bool = False) -> Picture | None:
-    known = [point for point in points if x.read(point) is not None and y.read(point) is not None]
+def _picture(title: str, caption: str, points: Sequence[Point], x: Axis, y: Axis,
+             recommended: Point | None) -> Picture | None:
+    known = sorted((point for point in points if None not in (x.read(point), y.read(point))), key=x.read)
     if not known:
         return None
+    joined = unbeaten(known, x, y) if caption == UNBEATEN else []
     if len(known) < len(points):
         caption += f" {len(points) - len(known)} of {len(points)} trials lack one of the two figures and are not shown."
+    middle = (x.read(known[0]) + x.read(known[-1])) / 2
+    marks = {}
     with figure(4.4, 3.0, aligned=True) as (made, axes):
-        if frontier:
-            line = unbeaten(known, x, y)
-            axes.plot([x.read(point) for point in line], [y.read(point) for point in line], color=PALE, linewidth=1.2)
-        middle = (min(map(x.read, known)) + max(map(x.read, known))) / 2
-        for number, point in enumerate(sorted(known, key=x.read)):
-            left = x.read(point) > middle
+        axes.plot([x.read(point) for point in joined], [y.read(point) for point in joined], color=PALE, linewidth=1.2)
+        for number, point in enumerate(known):
+            across, up = x.read(point), y.read(point)
             chosen = recommended is not None and point.mark == recommended.mark
-            axes.plot([x.read(point)], [y.read(point)], "o", color=BAD if chosen else GOOD, markersize=9 if chosen else 6.5,
-                      gid=point.mark)
-            if y.label.startswith("held-out") and point.error is not None:
-                axes.errorbar([x.read(point)], [y.read(point)], [point.error], color=PALE, elinewidth=0.9, zorder=1)
-            if len(known) <= NAMED:
-                axes.annotate(_short(point, known), (x.read(point), y.read(point)), (-6 if left else 6, -9 if number % 2 else 5),
-                              textcoords="offset points", fontsize=7.5, color=INK, ha="right" if left else "left")
+            axes.plot([across], [up], "o", color=BAD if chosen else GOOD, markersize=9 if chosen else 6.5, gid=point.mark)
+            if y is ACCURACY and point.error is not None:
+                axes.errorbar([across], [up], [point.error], color=PALE, elinewidth=0.9, zorder=1)
+            if len(known) <= NAMED:  # towards the middle, and in turn above and below
+                side, away = ("right", -6) if across > middle else ("left", 6)
+                axes.annotate(_short(point, known), (across, up), (away, -9 if number % 2 else 5), ha=side,
+                              textcoords="offset points", fontsize=7.5, color=INK)
+            marks[point.mark] = (f"{point.label or point.name}: {y.label} {up:.3f}, {x.label} {across:.3g}"
+                                 + (" (recommended)" if chosen else ""))
         axes.margins(0.1, 0.14)
         axes.locator_params(axis="x", nbins=5)
         axes.set(xlabel=x.label, ylabel=y.label)
-        marks = {point.mark: f"{point.label or point.name}: {y.label} {y.read(point):.3f}, {x.label} {x.read(point):.3g}"
-                             + (" (recommended)" if recommended is not None and point.mark == recommended.mark else "")
-                 for point in known}
         return Picture(title, svg(made, title, caption, marks), caption)
 
 

@@ -52,8 +52,8 @@ class RunRecord:
         if not any(storage.exists(name) for name in RUN_FILES):
             below = [name for name in storage.list() if storage.exists(f"{name}/config.yaml")]
             hint = f"; below it there are {', '.join(below[:5])}" if below else ""
-            raise ConfigError(f"there is no run at {storage}: it holds none of {', '.join(RUN_FILES)}{hint}. Give the path of "
-                              f"a run directory, <output>/<name>, or of a sweep's, which holds {SWEEP_FILE}")
+            raise ConfigError(f"there is no run at {storage}: it holds none of {', '.join(RUN_FILES)}{hint}. Give the path "
+                              f"of a run directory, <output>/<name>, or of a sweep's, which holds {SWEEP_FILE}")
         config = _read(storage, "config.yaml", yaml.safe_load) or {}
         evals = _table(storage, "eval.parquet")
         name = config.get("name") or str(storage).rstrip("/").rsplit("/", 1)[-1]

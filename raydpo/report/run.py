@@ -10,7 +10,7 @@ import raydpo
 from raydpo.pages.page import render
 from raydpo.pages.plot import BAD, GOOD, INK, PALE, SERIES, Picture
 from raydpo.report.curves import curve, curves_picture, phases_picture
-from raydpo.report.evaluation import evaluation_part
+from raydpo.report.evaluation import evaluation_part, shown_samples
 from raydpo.report.findings import findings
 from raydpo.report.records import RunRecord
 from raydpo.report.tables import Cell, Row, Table, duration, number, share
@@ -30,8 +30,12 @@ def run_page(run: RunRecord) -> str:
     return render("report/run.html", scripts=SCRIPTS, run=run, version=raydpo.__version__, status=status_of(run),
                   facts=_facts(run), findings=findings(run), curves=_curves(run), before_after=_before_after(run),
                   sources=_sources(run), times=_times(run), phases=phases_picture(run.steps, PHASES), evaluation=part,
-                  samples=summary.get("samples") or [], cache=_cache(run),
-                  settings=yaml.safe_dump(run.config, sort_keys=False, width=100, allow_unicode=True) if run.config else None)
+                  samples=shown_samples(summary.get("samples")), cache=_cache(run),
+                  settings=_settings(run))
+
+
+def _settings(run: RunRecord) -> str | None:
+    return yaml.safe_dump(run.config, sort_keys=False, width=100, allow_unicode=True) if run.config else None
 
 
 def status_of(run: RunRecord) -> str:
@@ -44,8 +48,8 @@ def status_of(run: RunRecord) -> str:
     where = f" of {wanted:,} are recorded" if wanted else " are recorded"
     if not wanted and "epoch" in run.steps.columns:
         where += f", epoch {run.steps['epoch'][-1]:.2f} of {run.setting('train.epochs') or 1}"
-    return (f"Not finished: {run.done:,} steps{where}. It is still going, or was stopped; the same command continues it. Records "
-            "are written with each checkpoint.")
+    return (f"Not finished: {run.done:,} steps{where}. It is still going, or was stopped; the same command continues it. "
+            "Records are written with each checkpoint.")
 
 
 def _facts(run: RunRecord) -> list[tuple[str, str]]:
@@ -87,17 +91,17 @@ def _curves(run: RunRecord) -> list[Picture]:
                        both("rewards/accuracies"), "accuracy", level=0.5),
         curves_picture("Margin", "Reward of the chosen answer less that of the rejected one.", both("rewards/margins"),
                        "reward margin", level=0.0),
-        curves_picture("Rewards", "beta times how far each side's log-prob has moved from the reference's. If both fall, the "
-                       "margin grows at the price of the chosen answers.", sides("rewards/{}"), "reward", level=0.0),
+        curves_picture("Rewards", "beta times how far each side's log-prob has moved from the reference's. If both fall, "
+                       "the margin grows at the price of the chosen answers.", sides("rewards/{}"), "reward", level=0.0),
         curves_picture("Drift", "Change of the log-prob of a token against the reference, chosen and rejected answers.",
                        sides("logratio/{}_per_token"), "nats a token", level=0.0),
         curves_picture("Log-probs", "Summed over an answer; training steps vary with the lengths of their answers.",
                        sides("logps/{}"), "nats"),
         curves_picture("Chosen fell", "Share of pairs whose chosen answer is less likely than under the reference.",
                        both("logps/chosen_fell"), "share of pairs", ylim=(-0.02, 1.02)),
-        curves_picture("Margin and length", "Correlation of the margin with the difference in length. Near 1 the policy just "
-                       "prefers what is longer, near -1 what is shorter.", both("length/margin_correlation"), "correlation",
-                       level=0.0),
+        curves_picture("Margin and length", "Correlation of the margin with the difference in length. Near 1 the policy "
+                       "just prefers what is longer, near -1 what is shorter.", both("length/margin_correlation"),
+                       "correlation", level=0.0),
         curves_picture("Lengths", "Of the answers in the data, tokens.", sides("length/{}"), "tokens"),
         curves_picture("Gradient norm", _clipping(run), [curve(run.steps, "grad_norm", "gradient norm", GOOD)], "norm",
                        level=run.setting("train.clip"), log=True),
@@ -113,8 +117,8 @@ def _clipping(run: RunRecord) -> str:
     clip = run.setting("train.clip")
     if clip is None or "grad_norm" not in run.steps.columns:
         return "Over all weights that train, before clipping."
-    return (f"Over all weights that train. Dotted: train.clip, {clip:g}; {(run.steps['grad_norm'] > clip).mean() or 0:.0%} of the "
-            "steps were clipped to it.")
+    share_clipped = (run.steps["grad_norm"] > clip).mean() or 0.0
+    return f"Over all weights that train. Dotted: train.clip, {clip:g}; {share_clipped:.0%} of the steps were clipped to it."
 
 
 def _before_after(run: RunRecord) -> Table | None:

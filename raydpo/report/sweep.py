@@ -6,7 +6,7 @@ import raydpo
 from raydpo.pages.page import render
 from raydpo.report.compare import overlaid
 from raydpo.report.frontier import Point, drift_axis, frontier_pictures, points_of, recommend
-from raydpo.report.records import SweepRecord, Trial
+from raydpo.report.records import SweepRecord
 from raydpo.report.run import SCRIPTS
 from raydpo.report.tables import Cell, Row, Table, duration, number, share, text
 
@@ -44,8 +44,8 @@ def _table(sweep: SweepRecord, points: list[Point]) -> Table:
                              number(trial.eval.get("loss")), number(trial.seconds, ",.0f")],
                 f"trial-{number_}") for number_, trial in enumerate(sweep.trials)]
     return Table("Trials", ("trial", *sweep.parameters, "state", "steps", "accuracy", "standard error", "margin / beta",
-                            "KL, nats a token", "change of log-probs", "length growth", "margin ~ length", "loss", "seconds"),
-                 rows)
+                            "KL, nats a token", "change of log-probs", "length growth", "margin ~ length", "loss",
+                            "seconds"), rows)
 
 
 def _figures(point: Point | None) -> list[Cell]:

@@ -10,7 +10,7 @@ from raydpo.report.compare import comparison_page
 from raydpo.report.records import RunRecord, SweepRecord, is_sweep
 from raydpo.report.run import run_page
 from raydpo.report.sweep import sweep_page
-from raydpo.storage import Storage
+from raydpo.storage import Storage, redact
 
 __all__ = ["REPORT", "write_comparison", "write_report"]
 
@@ -49,5 +49,6 @@ def write_comparison(places: Sequence[str], out: Path) -> None:
         runs += [trial.run for trial in SweepRecord.read(storage).trials if trial.run is not None] if is_sweep(storage) \
             else [RunRecord.read(storage)]
     if len(runs) < 2:
-        raise ConfigError(f"there is nothing to compare: {', '.join(places)} hold {len(runs)} run(s) that have begun; give two")
+        raise ConfigError(f"there is nothing to compare: {', '.join(map(redact, places))} hold {len(runs)} run(s) that have "
+                          "begun; give two")
     Storage(str(out.absolute().parent)).write(out.name, comparison_page(runs).encode())

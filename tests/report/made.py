@@ -1,5 +1,5 @@
-"""Run and sweep directories as the real writers leave them, without a training: log-probs of pairs that drift as they do under
-DPO go through the project's own losses, sums and records."""
+"""Run and sweep directories as the real writers leave them, without a training: log-probs of pairs that drift as they do
+under DPO go through the project's own losses, sums and records."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from raydpo.training.metrics import PairSums
 from raydpo.training.records import to_parquet
 
 HOSTILE = '<script>alert(1)</script>"\'><img src=x onerror=alert(2)> $x$ --> </script>'
-PHASES = {"data": 0.004, "forward": 0.31, "backward": 0.55, "optimizer": 0.05, "checkpoint": 0.0, "evaluation": 0.0, "wait": 0.02,
-          "other": 0.01}
+PHASES = {"data": 0.004, "forward": 0.31, "backward": 0.55, "optimizer": 0.05, "checkpoint": 0.0, "evaluation": 0.0,
+          "wait": 0.02, "other": 0.01}
 
 
 def made_run(output: Path, name: str, *, beta: float = 0.1, loss: str = "sigmoid", lr: float = 5e-6, steps: int = 120,
@@ -29,7 +29,8 @@ def made_run(output: Path, name: str, *, beta: float = 0.1, loss: str = "sigmoid
     storage = Storage(str(directory))
     config = load_config({
         "name": name, "output": str(output), "model": {"path": "HuggingFaceTB/SmolLM2-135M-Instruct"},
-        "data": {"train": [{"path": f"org/{source}"} for source in sources], "eval": {"fraction": 0.1} if held_out else None},
+        "data": {"train": [{"path": f"org/{source}"} for source in sources],
+                 "eval": {"fraction": 0.1} if held_out else None},
         "train": {"beta": beta, "loss": loss, "lr": lr, "steps": steps, "sample_prompts": 1}})
     storage.write("config.yaml", config.to_yaml().encode())
     random = np.random.default_rng(seed)
@@ -55,8 +56,8 @@ def made_sweep(output: Path, betas: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1
     for beta in betas:
         run = made_run(directory, f"beta{beta:g}", beta=beta, steps=steps, held_out=400)
         summary = json.loads((run / "summary.json").read_text())
-        trials.append({"name": run.name, "run_dir": str(run), "settings": {"train.beta": beta}, "status": "done", "error": None,
-                       "steps": steps, "seconds": 61.5, "eval": summary["eval_after"],
+        trials.append({"name": run.name, "run_dir": str(run), "settings": {"train.beta": beta}, "status": "done",
+                       "error": None, "steps": steps, "seconds": 61.5, "eval": summary["eval_after"],
                        "evaluation": made_evaluation(beta) if measured else None})
     for name, status, error in (("beta3", "waiting", None), ("beta10", "failed", HOSTILE)):
         trials.append({"name": name, "run_dir": str(directory / name), "settings": {"train.beta": float(name[4:])},
@@ -127,9 +128,11 @@ def _row(step: int, steps: int, beta: float, loss: str, lr: float, sources: tupl
     times["evaluation"] = 2.1 if step % max(1, steps // 6) == 1 else 0.0
     seconds = sum(times.values()) - times["checkpoint"] - times["evaluation"]
     return {"step": step} | _metrics(step / steps, beta, loss, lr, sources, pairs, random) | {
-        "grad_norm": float(random.lognormal(0.5, 0.4)), "learning_rate": lr * min(1.0, 10 * step / steps) * (1 - step / (steps + 1)),
-        "epoch": step / steps, "pairs": float(pairs), "tokens": 5000.0, "seconds": seconds, "tokens_per_second": 5000 / seconds,
-        "pairs_per_second": pairs / seconds, "peak_memory_bytes": 3.1e9, "skipped": 0.0} | {
+        "grad_norm": float(random.lognormal(0.5, 0.4)),
+        "learning_rate": lr * min(1.0, 10 * step / steps) * (1 - step / (steps + 1)),
+        "epoch": step / steps, "pairs": float(pairs), "tokens": 5000.0, "seconds": seconds,
+        "tokens_per_second": 5000 / seconds, "pairs_per_second": pairs / seconds, "peak_memory_bytes": 3.1e9,
+        "skipped": 0.0} | {
         f"time/{name}": value for name, value in times.items()} | {"time/step": sum(times.values()), "slowest_rank": 1.0,
                                                                      "slowest_lag": 0.02}
 
@@ -137,10 +140,11 @@ def _row(step: int, steps: int, beta: float, loss: str, lr: float, sources: tupl
 def _summary(name: str, steps: int, rows: list[dict[str, float]], evals: list[dict[str, float]], held_out: int,
              prompt: str) -> dict[str, Any]:
     seconds = sum(row["time/step"] for row in rows)
-    return {"name": name, "run_dir": name, "raydpo": "0.1.0", "steps": steps, "pairs_seen": 16 * steps, "train_seconds": seconds,
-            "checkpoint_seconds": sum(row["time/checkpoint"] for row in rows), "checkpoint_bytes": 5_400_000, "skipped_steps": 0,
-            "tokens_per_second": 5000 * steps / seconds, "gate": "step-0 gate: 32 pairs scored again, cached and live log-probs "
-            "differ by 9e-07 nats a token on average, 1.5e-05 at most (pair helpful:190); loss 0.693147",
+    return {"name": name, "run_dir": name, "raydpo": "0.1.0", "steps": steps, "pairs_seen": 16 * steps,
+            "train_seconds": seconds, "checkpoint_seconds": sum(row["time/checkpoint"] for row in rows),
+            "checkpoint_bytes": 5_400_000, "skipped_steps": 0, "tokens_per_second": 5000 * steps / seconds,
+            "gate": "step-0 gate: 32 pairs scored again, cached and live log-probs differ by 9e-07 nats a token on "
+                    "average, 1.5e-05 at most (pair helpful:190); loss 0.693147",
             "first_loss": rows[0]["loss"], "last_loss": rows[-1]["loss"], "training_pairs": 1600, "held_out_pairs": held_out,
             "eval_before": evals[0] if evals else None, "eval_after": evals[-1] if evals else None,
             "reference": {"path": "HuggingFaceTB/SmolLM2-135M-Instruct", "adapter": None,
