@@ -54,11 +54,11 @@ def differences(runs: Sequence[RunRecord]) -> Table:
     return Table("Settings that differ", ("setting", *(run.name for run in runs)), rows)
 
 
-def overlaid(runs: Sequence[RunRecord]) -> list[Picture]:
-    """Held-out curves of the runs, then training's; a run without them is left out of the picture."""
+def overlaid(runs: Sequence[RunRecord], kinds: Sequence[str] = ("held out", "training")) -> list[Picture]:
+    """Curves of the runs over one another, of each kind; a run without them is left out of the picture."""
     shown = list(runs)[:MOST]
     pictures = []
-    for kind in ("held out", "training"):
+    for kind in kinds:
         extra = (("grad_norm", "gradient norm", "norm", None, ""),) if kind == "training" else ()
         for metric, title, ylabel, level, caption in CURVES + extra:
             curves = [curve(run.evals if kind == "held out" else run.steps, metric, run.name, SERIES[number % len(SERIES)],

@@ -89,8 +89,9 @@ def _policy(run: RunRecord) -> Iterator[Finding]:
             "The margin follows length",
             f"Over {where} pairs the margin correlates with the difference in length at {correlation:+.2f}: the policy "
             f"prefers what is {kind}, which tells {correlation**2:.0%} of the variance of the margins.",
-            "Length is the cheapest thing to learn. 'raydpo audit' says how much of it is in the data; "
-            "train.loss=sigmoid_norm takes it out of the loss.")
+            "Length is the cheapest thing to learn. 'raydpo audit' says how much of it is in the data"
+            + ("." if run.setting("train.loss") == "sigmoid_norm" else
+               "; train.loss=sigmoid_norm takes it out of the loss."))
 
 
 def _held_out(run: RunRecord) -> Iterator[Finding]:

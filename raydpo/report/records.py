@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -152,7 +153,8 @@ def _trial(sweep: Storage, entry: dict[str, Any]) -> Trial:
                 run = dataclasses.replace(RunRecord.read(Storage(place)), name=str(entry["name"]))
             except ConfigError:  # a trial that waits has no directory
                 continue
-    scores = {name.removeprefix("eval_"): value for name, value in (entry.get("eval") or {}).items()}
+    scores = {name.removeprefix("eval_"): value for name, value in (entry.get("eval") or {}).items()
+              if value is not None and math.isfinite(value)}
     return Trial(str(entry["name"]), dict(entry.get("settings") or {}), str(entry.get("status", "?")), entry.get("error"),
                  entry.get("seconds"), scores, entry.get("evaluation") or (run and run.evaluation), run)
 

@@ -23,7 +23,7 @@ def sweep_page(sweep: SweepRecord) -> str:
                   recommendation=recommendation, points=points, frontier=frontier_pictures(points, recommendation.point),
                   measured=any(point.kl is not None for point in points),
                   grown=any(point.length_growth is not None for point in points), table=_table(sweep, evaluated),
-                  failed=[trial for trial in sweep.trials if trial.error], curves=overlaid(runs) if runs else [])
+                  failed=[trial for trial in sweep.trials if trial.error], curves=overlaid(runs, ["held out"]) or overlaid(runs, ["training"]))
 
 
 def _facts(sweep: SweepRecord) -> list[tuple[str, str]]:

@@ -58,8 +58,8 @@ def test_the_curves_of_a_run_are_its_metrics(run, page):
 
 def test_a_run_page_tells_configuration_cache_samples_and_evaluation(page):
     for piece in ("Finished after 60 steps", "14dd257b16e65da53154083de8df6305", "32 pairs scored again",
-                  "sample_prompts: 1", "Bees collect nectar from flowers", "Calibration", "0.740 (0.697 to 0.783)", "Accuracy by length",
-                  "reward model", "nats an answer from the reference", "≥ 51"):
+                  "sample_prompts: 1", "Bees collect nectar from flowers", "Calibration", "0.740 (0.697 to 0.783)",
+                  "Accuracy by length", "reward model", "nats an answer from the reference", "≥ 51"):
         assert piece in page, piece
 
 
@@ -199,8 +199,8 @@ def test_a_sweep_page(tmp_path, measured):
 def test_a_sweep_that_has_just_begun_has_a_page(tmp_path):
     (tmp_path / "sweep.json").write_text(json.dumps({
         "raydpo": "0", "name": "new", "metric": "eval_loss", "parameters": ["train.beta"], "cache": {}, "trials": [
-            {"name": "a", "run_dir": str(tmp_path / "a"), "settings": {"train.beta": 0.1}, "status": "waiting", "error": None,
-             "steps": 0, "seconds": 0, "eval": None, "evaluation": None}]}))
+            {"name": "a", "run_dir": str(tmp_path / "a"), "settings": {"train.beta": 0.1}, "status": "waiting",
+             "error": None, "steps": 0, "seconds": 0, "eval": None, "evaluation": None}]}))
     page = sweep_page(SweepRecord.read(Storage(str(tmp_path))))
     assert "No recommendation" in page and "No trial is done and evaluated yet" in page
     assert "No trial has written metrics yet" in page
