@@ -15,7 +15,7 @@ import raydpo
 from raydpo.cache_cli import add_cache_verbs
 from raydpo.config import Config, load_config
 from raydpo.console import Console
-from raydpo.errors import RaydpoError, TrainError, exit_status
+from raydpo.errors import ConfigError, RaydpoError, TrainError, exit_status
 from raydpo.interrupt import sigterm_as_interrupt
 
 if TYPE_CHECKING:
@@ -73,6 +73,12 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--runs", type=int, metavar="K", help="trainings against the same reference, such as a sweep of beta")
     plan.add_argument("--measure", action="store_true", help="measure the rate of this machine instead")
     plan.add_argument("--json", action="store_true", help="print one JSON object")
+    report = add("report", _report, "a run, a sweep, or several of them side by side, as a page; made at the end of every "
+                                    "training, too")
+    report.add_argument("paths", nargs="+", metavar="PATH", help="run or sweep directory, local or URI")
+    report.add_argument("--out", metavar="FILE", help="page of several runs (default: comparison.html)")
+    explain = add("explain", _explain, "where the loss comes from, and what beta does, as a page")
+    explain.add_argument("--out", metavar="FILE", default="explain.html", help="the page (default: %(default)s)")
     add_cache_verbs(verbs.add_parser("cache", help="list, show, verify, compare, compact, clean, export, import a cache"))
     add("doctor", _doctor, "versions, devices, compilers, Ray: what would be used here")
     quickstart = add("quickstart", _quickstart, "the whole job on a small model and the preference set that raydpo ships")
@@ -192,6 +198,26 @@ def _load_pairs(config: Config) -> tuple[PairSets, Tokeniser]:
                                          chat_template=config.data.chat_template,
                                          trust_remote_code=config.model.trust_remote_code))
     return filtered_by_tokens(load_pairs(config.data, tokeniser), config.data)[0], tokeniser
+
+
+def _report(args: argparse.Namespace, console: Console) -> None:
+    from raydpo.report import write_comparison, write_report
+
+    if len(args.paths) == 1:
+        if args.out is not None:
+            raise ConfigError(f"--out {args.out} is for the page of several runs; that of one is written beside its files")
+        console.say(f"report: {write_report(args.paths[0])}")
+        return
+    out = Path(args.out or "comparison.html")
+    write_comparison(args.paths, out)
+    console.say(f"comparison: {out}")
+
+
+def _explain(args: argparse.Namespace, console: Console) -> None:
+    from raydpo.report.explain import write_explanation
+
+    write_explanation(Path(args.out))
+    console.say(f"explanation: {args.out}")
 
 
 def _doctor(args: argparse.Namespace, console: Console) -> None:

@@ -43,8 +43,8 @@ from raydpo.training.report import TrainingDisplay, print_summary
 if TYPE_CHECKING:
     from raydpo.audit import Audit
 
-__all__ = ["Prepared", "Shared", "audit", "begin_run", "end_run", "finished_before", "join_sets", "run", "score",
-           "score_prepared", "train", "train_prepared", "training_job"]
+__all__ = ["Prepared", "Shared", "audit", "begin_run", "end_run", "finished_before", "join_sets", "needs_reference", "run",
+           "score", "score_prepared", "train", "train_prepared", "training_job"]
 
 
 def score(config: Config, console: Console | None = None) -> BuildReport:
@@ -143,7 +143,7 @@ class Prepared:
         reference_dir = resolve_model(config.reference_path)
         adapter = config.reference_adapter and resolve_model(config.reference_adapter)
         identity = identify(reference_dir, score_dtype, adapter, config.reference_quantization)
-        if _needs_reference(config):
+        if needs_reference(config):
             console.say(f"reference: {' + '.join(filter(None, (config.reference_path, config.reference_adapter)))} in "
                         f"{', '.join(filter(None, (score_dtype, identity.quantisation)))}, identity {identity.digest}")
         spec = ReferenceSpec(path=reference_dir, adapter=adapter, identity=identity,
@@ -187,14 +187,14 @@ class Prepared:
         return {"model.path (weights)": policy.weights, "model.path (architecture)": policy.architecture,
                 "model.adapter": policy.adapter, "model.quantization": policy.quantisation,
                 "model.freeze": list(config.model.freeze), "model.dtype": self.dtype, "model.lora": lora,
-                "reference identity": self.reference.identity.digest if _needs_reference(config) else None,
+                "reference identity": self.reference.identity.digest if needs_reference(config) else None,
                 "data.train (pairs)": _digest(self.sets.train), "data.shuffle": config.data.shuffle,
                 } | ({"data.filter": config.data.filter} if self.filter_by_reference else {}
                      ) | {f"train.{key}": value for key, value in train.items()} | {
                          f"train.loss (source of {name})": digest for name, digest in own_sources(config.train).items()}
 
 
-def _needs_reference(config: Config) -> bool:
+def needs_reference(config: Config) -> bool:
     """Whether anything reads the cache: the objective, or the condition on pairs."""
     return config.train.needs_reference or bool(config.data.filter and PairFilter(config.data.filter).needs_reference)
 
@@ -203,7 +203,7 @@ def _check_reference(config: Config) -> None:
     named = [("reference.path", config.reference.path, config.model.path),
              ("reference.adapter", config.reference.adapter, config.model.adapter)]
     for key, value, policy in named:
-        if value not in (None, policy) and not _needs_reference(config):
+        if value not in (None, policy) and not needs_reference(config):
             raise ConfigError(f"{key!r} is {value!r}, but nothing compares with a reference: train.loss is "
                               f"{config.train.loss_text}. Drop it, or set a loss with a reference, such as sigmoid")
 
@@ -211,7 +211,7 @@ def _check_reference(config: Config) -> None:
 def score_prepared(prepared: Prepared, console: Console, tables: list[pa.Table] | None = None) -> BuildReport:
     """``score``, of other ``tables`` of pairs where they are given."""
     config, cache = prepared.config, prepared.cache
-    if not _needs_reference(config):
+    if not needs_reference(config):
         console.say(f"reference: none; loss {config.train.loss_text} compares with none, so nothing is scored")
         _try_audit(prepared, console)
         return BuildReport(cache.identity.digest, wanted=0, hits=0, scored=0, by_others=0, twice=0, tokens=0, seconds=0.0,
@@ -294,7 +294,7 @@ def join_sets(prepared: Prepared, console: Console) -> tuple[pa.Table, pa.Table 
     Raises:
         CacheMissError: if log-probs are missing.
     """
-    compares = _needs_reference(prepared.config)
+    compares = needs_reference(prepared.config)
     pairs = join_reference(prepared.sets.train, prepared.cache, "training") if compares else prepared.sets.train
     if prepared.filter_by_reference is not None:
         sums = (pairs[f"ref_{side}_sum"].to_numpy() for side in ("chosen", "rejected"))
@@ -391,7 +391,17 @@ def train_prepared(prepared: Prepared, console: Console, hit_rate: float | None 
             raise KeyboardInterrupt
         summary = end_run(prepared, job, trained, hit_rate)
     print_summary(console, summary)
+    _report(config, console)
     return summary
+
+
+def _report(config: Config, console: Console) -> None:
+    from raydpo.report import write_report
+
+    try:
+        console.say(f"report: {write_report(config.run_dir)}")
+    except Exception as error:  # the model is stored; a picture that cannot be drawn must not say otherwise
+        console.warn(f"the report failed ({type(error).__name__}: {error}); 'raydpo report' tries again")
 
 
 def _sample_prompts(prepared: Prepared) -> tuple[tuple[str, Any], ...]:
@@ -420,7 +430,7 @@ def _summarise(prepared: Prepared, storage: Storage, trained: dict[str, Any], hi
         "eval_before": evals[0] if evals else None, "eval_after": evals[-1] if evals else None,
         "reference": {"path": config.reference_path, "adapter": config.reference_adapter,
                       "identity": prepared.reference.identity.digest, "cache": config.cache_uri}
-        if _needs_reference(config) else dict.fromkeys(("path", "adapter", "identity", "cache")),
+        if needs_reference(config) else dict.fromkeys(("path", "adapter", "identity", "cache")),
         "cache_hit_rate": hit_rate,
         "data": prepared.sets.report.to_dict(),
         "samples": [{"prompt": text, "before": decode(before, skip_special_tokens=True),

@@ -61,8 +61,8 @@ class Ledger:
         self._storage = Storage(config.run_dir)
         self._lock = threading.Lock()
 
-    def found_in_cache(self, identity: str, hit_rates: list[float]) -> None:
-        """What each trial needs is in the cache to this share, after the one pass over all."""
+    def found_in_cache(self, identity: str, hit_rates: list[float | None]) -> None:
+        """What each trial needs is in the cache to this share, after the one pass over all; None if it needs nothing."""
         self.cache |= {"identity": identity, "hit_rates": hit_rates}
 
     def set(self, name: str, status: Status, error: str | None = None) -> None:

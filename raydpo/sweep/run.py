@@ -19,7 +19,7 @@ from raydpo.config import Config
 from raydpo.console import Console
 from raydpo.errors import ConfigError, RaydpoError
 from raydpo.interrupt import interruptible
-from raydpo.pipeline import Prepared, Shared, join_sets, score_prepared, train_prepared
+from raydpo.pipeline import Prepared, Shared, join_sets, needs_reference, score_prepared, train_prepared
 from raydpo.ray_runtime import session
 from raydpo.reference.shards import Wanted
 from raydpo.storage import Storage
@@ -124,17 +124,25 @@ def _score(config: Config, prepared: dict[str, Prepared], ledger: Ledger, consol
     once."""
     import ray
 
-    first = next(iter(prepared.values()))
-    sets = {id(one.sets): one for one in prepared.values()}
-    everything: list[pa.Table] = [table for one in sets.values() for table in one.tables]
-    score_prepared(dataclasses.replace(first, config=config), console, everything)
+    sets = {_pairs_of(one): one for one in prepared.values()}
+    compare = [one for one in sets.values() if needs_reference(one.config)]
+    first = next(iter([*compare, *prepared.values()]))
+    everything: list[pa.Table] = [table for one in compare for table in one.tables]
+    # Of the sweep as a whole: it is where the audit lies.
+    whole = config.model_copy(update={"train": first.config.train})
+    score_prepared(dataclasses.replace(first, config=whole), console, everything)
     rates, joined = {}, {}
     for key, one in sets.items():
         wanted = Wanted(one.tables)
-        rates[key] = float(one.cache.covers(wanted.keys, wanted.tokens).mean())
+        rates[key] = float(one.cache.covers(wanted.keys, wanted.tokens).mean()) if needs_reference(one.config) else None
         joined[key] = tuple(None if table is None else ray.put(table) for table in join_sets(one, console))
-    ledger.found_in_cache(first.reference.identity.digest, [rates[id(one.sets)] for one in prepared.values()])
-    return {name: joined[id(one.sets)] for name, one in prepared.items()}
+    ledger.found_in_cache(first.reference.identity.digest, [rates[_pairs_of(one)] for one in prepared.values()])
+    return {name: joined[_pairs_of(one)] for name, one in prepared.items()}
+
+
+def _pairs_of(prepared: Prepared) -> tuple[int, bool]:
+    """Equal for trials that train on the same pairs, joined alike."""
+    return id(prepared.sets), needs_reference(prepared.config)
 
 
 class _Sweep:
