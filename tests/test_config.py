@@ -140,7 +140,7 @@ def test_a_section_may_replace_a_value_and_the_reverse(tree, tmp_path):
     write(tmp_path, a=tree, b={"base": "a.yaml", "data": {"train": [{"path": tree["data"]["train"], "weight": 2.0}]}},
           c={"base": "b.yaml", "model": tree["model"]["path"]})
     assert load_config(tmp_path / "b.yaml").data.train[0].weight == 2.0
-    with pytest.raises(ConfigError, match="'model' is .* expected a section"):
+    with pytest.raises(ConfigError, match=r"'model' is .* expected a section"):
         load_config(tmp_path / "c.yaml")
 
 

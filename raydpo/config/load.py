@@ -69,7 +69,7 @@ def _read_tree(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     if any(place.resolve() == file.resolve() for file in files):
         raise ConfigError(f"'base' goes in a circle: {' -> '.join(map(str, (*files, place)))}; drop one of them")
     if not place.is_file():
-        raise ConfigError(f"'base' in {path} is {base!r}, but there is no file {str(place)!r}; it is looked for beside {path}")
+        raise ConfigError(f"'base' in {path} is {base!r}, but there is no file {str(place)!r}; it is relative to {path}")
     return _merged(_read_tree(place, files), tree)
 
 
