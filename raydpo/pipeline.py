@@ -39,6 +39,7 @@ from raydpo.training.loop import TrainJob
 from raydpo.training.pairs import join_reference, reference_values
 from raydpo.training.records import read_rows
 from raydpo.training.report import TrainingDisplay, print_summary
+from raydpo.training.trackers import export_pass
 
 if TYPE_CHECKING:
     from raydpo.audit import Audit
@@ -234,6 +235,8 @@ def score_prepared(prepared: Prepared, console: Console, tables: list[pa.Table] 
     rate = f", {report.tokens / report.seconds:,.0f} tokens/s" if report.scored else ""
     console.say(f"cache: {report.hits:,} of {report.wanted:,} completions were there ({report.hit_rate:.0%} hits), "
                 f"{report.scored:,} scored in {report.parts} part(s){rate}; {cache.storage}")
+    export_pass(config.track, config.run_name, report.hit_rate, report.tokens / report.seconds if report.scored else 0.0,
+                console.warn)
     if report.by_others or report.twice:
         console.say(f"another build filled the same cache: {report.by_others:,} completions were left to it, "
                     f"{report.twice:,} were scored twice")

@@ -144,6 +144,49 @@ def test_all_problems_are_told_at_once(tree):
     assert str(caught.value).count("\n") == 2
 
 
+def write(place, **trees):
+    for name, tree in trees.items():
+        (place / f"{name}.yaml").parent.mkdir(exist_ok=True)
+        (place / f"{name}.yaml").write_text(yaml.safe_dump(tree))
+
+
+def test_a_file_is_what_differs_from_its_base(tree, tmp_path):
+    (tmp_path / "below").mkdir()
+    write(tmp_path, root=tree | {"train": {"beta": 0.3, "lr": 1e-6, "zero": 3, "clip": 2.0}},
+          middle={"base": "root.yaml", "train": {"beta": 0.2, "clip": None}, "model": {"freeze": ["embed", "norm"]}})
+    write(tmp_path / "below", leaf={"base": "../middle.yaml", "train": {"zero": 1}, "model": {"freeze": ["head"]}})
+    config = load_config(tmp_path / "below" / "leaf.yaml", ["train.lr=2e-6"])
+    assert (config.train.beta, config.train.zero, config.train.lr, config.train.clip) == (0.2, 1, 2e-6, None)
+    assert config.model.freeze == ("head",) and config.model.path == tree["model"]["path"]
+    assert load_config(tmp_path / "middle.yaml").train.zero == 3
+    assert "base" not in config.to_yaml().split()
+
+
+def test_a_base_in_a_circle_is_refused(tree, tmp_path):
+    write(tmp_path, a=tree | {"base": "b.yaml"}, b={"base": "c.yaml"}, c={"base": str(tmp_path / "b.yaml")},
+          me={"base": "./me.yaml"})
+    with pytest.raises(ConfigError, match=r"circle: \S*a\.yaml -> \S*b\.yaml -> \S*c\.yaml -> \S*b\.yaml"):
+        load_config(tmp_path / "a.yaml")
+    with pytest.raises(ConfigError, match=r"circle: \S*me\.yaml -> \S*me\.yaml"):
+        load_config(tmp_path / "me.yaml")
+
+
+def test_a_base_that_is_not_there_is_named(tree, tmp_path):
+    write(tmp_path, a=tree | {"base": "nowhere.yaml"}, two=tree | {"base": ["a.yaml", "b.yaml"]})
+    with pytest.raises(ConfigError, match=r"'nowhere\.yaml', but there is no file '\S*/nowhere\.yaml'"):
+        load_config(tmp_path / "a.yaml")
+    with pytest.raises(ConfigError, match=r"'base' in \S*two\.yaml is \['a\.yaml', 'b\.yaml'\], expected the path of one"):
+        load_config(tmp_path / "two.yaml")
+
+
+def test_a_section_may_replace_a_value_and_the_reverse(tree, tmp_path):
+    write(tmp_path, a=tree, b={"base": "a.yaml", "data": {"train": [{"path": tree["data"]["train"], "weight": 2.0}]}},
+          c={"base": "b.yaml", "model": tree["model"]["path"]})
+    assert load_config(tmp_path / "b.yaml").data.train[0].weight == 2.0
+    with pytest.raises(ConfigError, match=r"'model' is .* expected a section"):
+        load_config(tmp_path / "c.yaml")
+
+
 def test_every_field_is_documented():
     def undocumented(section, prefix=""):
         for name, field in section.model_fields.items():

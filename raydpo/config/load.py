@@ -27,13 +27,14 @@ def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = 
     """Read, override and check a configuration.
 
     Args:
-        source: path of a YAML file, or its content as a dictionary.
+        source: path of a YAML file, or its content as a dictionary. A file may name a ``base``, another file relative to
+            itself, and then holds what differs from it (see ``_read_tree``).
         overrides: ``key.sub=value`` strings, values in YAML; they win over the file.
 
     Raises:
         ConfigError: with one message that names every bad key, its value and the fix.
     """
-    tree = source if isinstance(source, dict) else _read_yaml(Path(source))
+    tree = source if isinstance(source, dict) else _read_tree(Path(source))
     for override in overrides:
         tree = _override(tree, override)
     try:
@@ -53,6 +54,29 @@ def _check_filter(expression: str) -> None:
     except ImportError:
         return
     PairFilter(expression)
+
+
+def _read_tree(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The settings of a file on top of those of its base: sections are merged key by key, all else is replaced, lists and
+    nulls too. ``above``: the files that led here."""
+    tree = _read_yaml(path)
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise ConfigError(f"'base' in {path} is {base!r}, expected the path of one YAML file, relative to this one")
+    place, files = path.parent / base, (*above, path)
+    if any(place.resolve() == file.resolve() for file in files):
+        raise ConfigError(f"'base' goes in a circle: {' -> '.join(map(str, (*files, place)))}; drop one of them")
+    if not place.is_file():
+        raise ConfigError(f"'base' in {path} is {base!r}, but there is no file {str(place)!r}; it is relative to {path}")
+    return _merged(_read_tree(place, files), tree)
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    both = {key: _merged(base[key], value) for key, value in changes.items()
+            if isinstance(value, dict) and isinstance(base.get(key), dict)}
+    return base | changes | both
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from raydpo.config import TrackConfig, TrainConfig
 from raydpo.errors import DeviceMemoryError, RaydpoError
 from raydpo.interrupt import interruptible
 from raydpo.ray_runtime import Resources, original_error
+from raydpo.reference.identity import on_this_machine
 from raydpo.storage import Storage
 from raydpo.training.board import Board, Listener, listening
 from raydpo.training.hooks import Hooks
@@ -252,7 +253,8 @@ def _train(payload: Payload) -> None:
     from raydpo.training.pairs import TrainingPairs
 
     rank = ray.train.get_context().get_world_rank()
-    job = dataclasses.replace(payload.job, tokens_per_batch=ray.get(payload.board.tokens_per_batch.remote()))
+    job = dataclasses.replace(payload.job, policy=on_this_machine(payload.job.policy),
+                              tokens_per_batch=ray.get(payload.board.tokens_per_batch.remote()))
     storage = Storage(payload.run_dir)
     log_to(storage, rank)
     if payload.threads is not None:

@@ -1,3 +1,5 @@
+import shutil
+
 import numpy as np
 import pytest
 from tiny import make_tokenizer, preferences, write_preferences
@@ -7,6 +9,7 @@ from raydpo.cost import ModelCost
 from raydpo.data.pairs import load_pairs
 from raydpo.data.tokenise import Tokeniser
 from raydpo.errors import ConfigError
+from raydpo.estimate.anatomy import model_cost
 from raydpo.estimate.plan import Rates, Stage, make_plan, operations, training_factors
 from raydpo.estimate.rate import DEVICES, stated_rates
 
@@ -34,6 +37,14 @@ def test_operations_by_hand():
     amount = np.array([10.0, 30.0, 5.0])
     assert operations(amount, SIZES) == 10 * 2000 + 30 * 64 + 5 * 1000
     assert operations(amount, SIZES, (3, 3, 4)) == 3 * 10 * 2000 + 3 * 30 * 64 + 4 * 5 * 1000
+
+
+def test_config_json_alone_tells_the_same_sizes(tiny_llama, tiny_qwen3, tmp_path):
+    for number, model in enumerate((tiny_llama, tiny_qwen3)):
+        bare = tmp_path / str(number)
+        bare.mkdir()
+        shutil.copy(model / "config.json", bare)
+        assert model_cost(bare) == model_cost(model) == ModelCost.of(model)
 
 
 def test_training_factors():
