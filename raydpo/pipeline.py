@@ -111,8 +111,6 @@ class Prepared:
             console.warn(f"model.trust_remote_code is on: Python code in {model.path} runs with your rights")
         native = "bfloat16" if bfloat16_pays() else "float32"
         dtype = native if model.dtype == "auto" else model.dtype
-        score_dtype = dtype if config.score.dtype is None else config.score.dtype
-        score_dtype = native if score_dtype == "auto" else score_dtype
         policy_dir = resolve_model(model.path)
         tokeniser = Tokeniser(load_tokenizer(resolve_model(model.tokenizer) if model.tokenizer else policy_dir,
                                              chat_template=config.data.chat_template,
@@ -127,15 +125,7 @@ class Prepared:
         held_out = 0 if sets.eval is None else sets.eval.num_rows
         console.say(f"pairs: {sets.train.num_rows:,} to train on, {held_out:,} held out, tokenised in "
                     f"{time.perf_counter() - started:.1f} s")
-        reference_dir = resolve_model(config.reference_path)
-        adapter = config.reference_adapter and resolve_model(config.reference_adapter)
-        identity = identify(reference_dir, score_dtype, adapter, config.reference_quantization)
-        console.say(f"reference: {' + '.join(filter(None, (config.reference_path, config.reference_adapter)))} in "
-                    f"{', '.join(filter(None, (score_dtype, identity.quantisation)))}, identity {identity.digest}")
-        spec = ReferenceSpec(path=reference_dir, adapter=adapter, identity=identity,
-                             quantization=config.reference_quantization,
-                             trust_remote_code=model.trust_remote_code, layout=config.model.layout)
-        cache = ReferenceCache.open(config.cache_uri, identity, unverified=config.cache.allow_unverified)
+        spec, cache = find_reference(config, native, console)
         return cls(config, dtype, policy_dir, tokeniser, sets, spec, cache)
 
     @property
@@ -173,8 +163,36 @@ class Prepared:
                      ) | {f"train.{key}": value for key, value in train.items()}
 
 
+def find_reference(config: Config, native: str, console: Console) -> tuple[ReferenceSpec, ReferenceCache]:
+    """The reference of a configuration, and its cache.
+
+    Args:
+        native: the precision that pays here, for those that are ``auto``.
+    """
+    wish = config.model.dtype if config.score.dtype is None else config.score.dtype
+    dtype = native if wish == "auto" else wish
+    directory = resolve_model(config.reference_path)
+    adapter = config.reference_adapter and resolve_model(config.reference_adapter)
+    identity = identify(directory, dtype, adapter, config.reference_quantization)
+    console.say(f"reference: {' + '.join(filter(None, (config.reference_path, config.reference_adapter)))} in "
+                f"{', '.join(filter(None, (dtype, identity.quantisation)))}, identity {identity.digest}")
+    spec = ReferenceSpec(path=directory, adapter=adapter, identity=identity, quantization=config.reference_quantization,
+                         trust_remote_code=config.model.trust_remote_code, layout=config.model.layout)
+    return spec, ReferenceCache.open(config.cache_uri, identity, unverified=config.cache.allow_unverified)
+
+
 def _score(prepared: Prepared, console: Console) -> BuildReport:
-    config, cache = prepared.config, prepared.cache
+    report = fill_cache(prepared.tables, prepared.reference, prepared.cache, prepared.config, console)
+    try:
+        _audit(prepared, console)
+    except Exception as error:  # the log-probs are stored; a picture that cannot be drawn must not say otherwise
+        console.warn(f"the audit failed ({type(error).__name__}: {error}); 'raydpo audit' tries again")
+    return report
+
+
+def fill_cache(tables: list[pa.Table], spec: ReferenceSpec, cache: ReferenceCache, config: Config,
+               console: Console) -> BuildReport:
+    """Score what ``cache`` lacks of tokenised pairs with the workers of section ``score``, and say so."""
     resources = resources_for("score", config)
     line: ProgressLine | None = None
     with contextlib.ExitStack() as stack:  # there is nothing to show before build knows what is missing
@@ -185,7 +203,7 @@ def _score(prepared: Prepared, console: Console) -> BuildReport:
                 line = stack.enter_context(console.progress("scoring", to_do, "completions"))
             line.update(done)
 
-        report = build(prepared.tables, prepared.reference, cache, resources, progress=progress, note=console.note,
+        report = build(tables, spec, cache, resources, progress=progress, note=console.note,
                        tokens_per_batch=config.score.tokens_per_batch, tokens_per_part=config.score.tokens_per_part)
     for problem in report.problems:
         console.warn(problem)
@@ -195,10 +213,6 @@ def _score(prepared: Prepared, console: Console) -> BuildReport:
     if report.by_others or report.twice:
         console.say(f"another build filled the same cache: {report.by_others:,} completions were left to it, "
                     f"{report.twice:,} were scored twice")
-    try:
-        _audit(prepared, console)
-    except Exception as error:  # the log-probs are stored; a picture that cannot be drawn must not say otherwise
-        console.warn(f"the audit failed ({type(error).__name__}: {error}); 'raydpo audit' tries again")
     return report
 
 

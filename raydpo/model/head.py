@@ -164,6 +164,10 @@ class _LogpLinear(nn.Linear):
             return super().forward(hidden)
         return _ChunkedLogps.apply(hidden, self.weight, self.bias, targets, self.logit_transform, torch.is_grad_enabled())
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Float32 logits [C, V] as the architecture transforms them; without gradient."""
+        return self.logit_transform(_project(hidden, self.weight, self.bias))
+
 
 class _AnyHead(nn.Module):
     """Log-probs through a head of any kind (an adapter on the head, say): chunks of rows, each recomputed."""
@@ -180,17 +184,22 @@ class _AnyHead(nn.Module):
 
     def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
         def rows_logps(rows_hidden: Tensor, rows_targets: Tensor) -> Tensor:
-            # A copy, since the transform works in place on what autograd may have kept.
-            logits = self.head(rows_hidden).float()
-            if self.transform.scale != 1.0:
-                logits = logits * self.transform.scale
-            if self.transform.softcap is not None:
-                logits = torch.tanh(logits / self.transform.softcap) * self.transform.softcap
+            logits = self.logits(rows_hidden)
             return logits.gather(1, rows_targets[:, None])[:, 0] - torch.logsumexp(logits, dim=-1)
 
         pieces = [checkpoint(rows_logps, hidden[rows], targets[rows], use_reentrant=False)
                   for rows in _chunks(len(targets), self.vocabulary, hidden.device)]
         return torch.cat(pieces) if pieces else hidden.new_zeros(0, dtype=torch.float32)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Float32 logits [C, V] as the architecture transforms them."""
+        # Copies, since autograd may have kept what a transform in place would change.
+        logits = self.head(hidden).float()
+        if self.transform.scale != 1.0:
+            logits = logits * self.transform.scale
+        if self.transform.softcap is not None:
+            logits = torch.tanh(logits / self.transform.softcap) * self.transform.softcap
+        return logits
 
 
 def attach_logp_head(causal_lm: nn.Module) -> nn.Module:
