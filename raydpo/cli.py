@@ -63,6 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("-n", "--count", type=int, default=3, help="how many pairs (default: %(default)s)")
     audit = configured("audit", _audit, "what will these pairs teach? From lengths and cached log-probs, as a page")
     audit.add_argument("--json", action="store_true", help="print one JSON object")
+    evaluate = configured("eval", _eval, "measure a policy against the reference: preferences, answers, drift, wins")
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     plan = configured("plan", _plan, "what a run would take: tokens, GPU hours, dollars, and time lost to imbalance")
     plan.add_argument("--workers", type=int, metavar="N", help="devices of both stages (default: as configured)")
     plan.add_argument("--device", metavar="NAME", help="a GPU whose peak is known, such as H100, A100-80GB or L4")
@@ -168,6 +170,14 @@ def _audit(args: argparse.Namespace, console: Console) -> None:
         done = raydpo.audit(config, Console(io.StringIO()) if args.json else console)
     if args.json:
         print(json.dumps(done.to_dict(), indent=2))
+
+
+def _eval(args: argparse.Namespace, console: Console) -> None:
+    config = load_config(args.config, args.overrides)
+    with tempfile.TemporaryDirectory() as logs, console.noise_to(Path(logs) / "eval.log"):
+        found = raydpo.evaluate(config, Console(io.StringIO()) if args.json else console)
+    if args.json:
+        print(json.dumps(found, indent=2))
 
 
 def _plan(args: argparse.Namespace, console: Console) -> None:

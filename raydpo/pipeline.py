@@ -44,8 +44,9 @@ from raydpo.training.trackers import export_pass
 if TYPE_CHECKING:
     from raydpo.audit import Audit
 
-__all__ = ["Prepared", "Shared", "audit", "begin_run", "end_run", "finished_before", "join_sets", "needs_reference", "run",
-           "score", "score_prepared", "train", "train_prepared", "training_job"]
+__all__ = ["Prepared", "Shared", "audit", "begin_run", "end_run", "fill_cache", "find_reference", "finished_before",
+           "join_sets", "needs_reference", "reference_line", "report_on", "run", "score", "score_prepared", "train",
+           "train_prepared", "training_job"]
 
 
 def score(config: Config, console: Console | None = None) -> BuildReport:
@@ -125,8 +126,6 @@ class Prepared:
             console.warn(f"model.trust_remote_code is on: Python code in {model.path} runs with your rights")
         native = "bfloat16" if bfloat16_pays() else "float32"
         dtype = native if model.dtype == "auto" else model.dtype
-        score_dtype = dtype if config.score.dtype is None else config.score.dtype
-        score_dtype = native if score_dtype == "auto" else score_dtype
         policy_dir = resolve_model(model.path)
         tokeniser = Tokeniser(load_tokenizer(resolve_model(model.tokenizer) if model.tokenizer else policy_dir,
                                              chat_template=config.data.chat_template,
@@ -141,16 +140,9 @@ class Prepared:
         held_out = 0 if sets.eval is None else sets.eval.num_rows
         console.say(f"pairs: {sets.train.num_rows:,} to train on, {held_out:,} held out, tokenised in "
                     f"{time.perf_counter() - started:.1f} s")
-        reference_dir = resolve_model(config.reference_path)
-        adapter = config.reference_adapter and resolve_model(config.reference_adapter)
-        identity = identify(reference_dir, score_dtype, adapter, config.reference_quantization)
+        spec, cache = find_reference(config, native)
         if needs_reference(config):
-            console.say(f"reference: {' + '.join(filter(None, (config.reference_path, config.reference_adapter)))} in "
-                        f"{', '.join(filter(None, (score_dtype, identity.quantisation)))}, identity {identity.digest}")
-        spec = ReferenceSpec(path=reference_dir, adapter=adapter, identity=identity,
-                             quantization=config.reference_quantization,
-                             trust_remote_code=model.trust_remote_code, layout=config.model.layout)
-        cache = ReferenceCache.open(config.cache_uri, identity, unverified=config.cache.allow_unverified)
+            console.say(reference_line(config, spec))
         return cls(config, dtype, policy_dir, tokeniser, sets, spec, cache)
 
     @property
@@ -209,14 +201,48 @@ def _check_reference(config: Config) -> None:
                               f"{config.train.loss_text}. Drop it, or set a loss with a reference, such as sigmoid")
 
 
+def find_reference(config: Config, native: str) -> tuple[ReferenceSpec, ReferenceCache]:
+    """The reference of a configuration, and its cache.
+
+    Args:
+        native: the precision that pays here, for those that are ``auto``.
+    """
+    wish = config.model.dtype if config.score.dtype is None else config.score.dtype
+    dtype = native if wish == "auto" else wish
+    directory = resolve_model(config.reference_path)
+    adapter = config.reference_adapter and resolve_model(config.reference_adapter)
+    identity = identify(directory, dtype, adapter, config.reference_quantization)
+    spec = ReferenceSpec(path=directory, adapter=adapter, identity=identity, quantization=config.reference_quantization,
+                         trust_remote_code=config.model.trust_remote_code, layout=config.model.layout)
+    return spec, ReferenceCache.open(config.cache_uri, identity, unverified=config.cache.allow_unverified)
+
+
+def reference_line(config: Config, spec: ReferenceSpec) -> str:
+    """The reference for people."""
+    identity = spec.identity
+    return (f"reference: {' + '.join(filter(None, (config.reference_path, config.reference_adapter)))} in "
+            f"{', '.join(filter(None, (identity.dtype, identity.quantisation)))}, identity {identity.digest}")
+
+
 def score_prepared(prepared: Prepared, console: Console, tables: list[pa.Table] | None = None) -> BuildReport:
     """``score``, of other ``tables`` of pairs where they are given."""
     config, cache = prepared.config, prepared.cache
-    if not needs_reference(config):
+    if needs_reference(config):
+        report = fill_cache(tables or prepared.tables, prepared.reference, cache, config, console)
+    else:
         console.say(f"reference: none; loss {config.train.loss_text} compares with none, so nothing is scored")
-        _try_audit(prepared, console)
-        return BuildReport(cache.identity.digest, wanted=0, hits=0, scored=0, by_others=0, twice=0, tokens=0, seconds=0.0,
-                           parts=0, problems=())
+        report = BuildReport(cache.identity.digest, wanted=0, hits=0, scored=0, by_others=0, twice=0, tokens=0, seconds=0.0,
+                             parts=0, problems=())
+    try:
+        _audit(prepared, console)
+    except Exception as error:  # the log-probs are stored; a picture that cannot be drawn must not say otherwise
+        console.warn(f"the audit failed ({type(error).__name__}: {error}); 'raydpo audit' tries again")
+    return report
+
+
+def fill_cache(tables: list[pa.Table], spec: ReferenceSpec, cache: ReferenceCache, config: Config,
+               console: Console) -> BuildReport:
+    """Score what ``cache`` lacks of tokenised pairs with the workers of section ``score``, and say so."""
     resources = resources_for("score", config)
     line: ProgressLine | None = None
     with contextlib.ExitStack() as stack:  # there is nothing to show before build knows what is missing
@@ -227,9 +253,8 @@ def score_prepared(prepared: Prepared, console: Console, tables: list[pa.Table] 
                 line = stack.enter_context(console.progress("scoring", to_do, "completions"))
             line.update(done)
 
-        report = build(tables or prepared.tables, prepared.reference, cache, resources, progress=progress,
-                       note=console.note, tokens_per_batch=config.score.tokens_per_batch,
-                       tokens_per_part=config.score.tokens_per_part)
+        report = build(tables, spec, cache, resources, progress=progress, note=console.note,
+                       tokens_per_batch=config.score.tokens_per_batch, tokens_per_part=config.score.tokens_per_part)
     for problem in report.problems:
         console.warn(problem)
     rate = f", {report.tokens / report.seconds:,.0f} tokens/s" if report.scored else ""
@@ -240,15 +265,7 @@ def score_prepared(prepared: Prepared, console: Console, tables: list[pa.Table] 
     if report.by_others or report.twice:
         console.say(f"another build filled the same cache: {report.by_others:,} completions were left to it, "
                     f"{report.twice:,} were scored twice")
-    _try_audit(prepared, console)
     return report
-
-
-def _try_audit(prepared: Prepared, console: Console) -> None:
-    try:
-        _audit(prepared, console)
-    except Exception as error:  # the log-probs are stored; a picture that cannot be drawn must not say otherwise
-        console.warn(f"the audit failed ({type(error).__name__}: {error}); 'raydpo audit' tries again")
 
 
 def _audit(prepared: Prepared, console: Console) -> Audit:
@@ -394,11 +411,12 @@ def train_prepared(prepared: Prepared, console: Console, hit_rate: float | None 
             raise KeyboardInterrupt
         summary = end_run(prepared, job, trained, hit_rate)
     print_summary(console, summary)
-    _report(config, console)
+    report_on(config, console)
     return summary
 
 
-def _report(config: Config, console: Console) -> None:
+def report_on(config: Config, console: Console) -> None:
+    """Make the page of a run or a sweep that has ended."""
     from raydpo.report import write_report
 
     try:

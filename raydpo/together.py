@@ -10,7 +10,7 @@ from typing import Any
 from raydpo.config import Config
 from raydpo.console import Console, ProgressLine
 from raydpo.errors import ConfigError, RaydpoError
-from raydpo.pipeline import Prepared, Shared, begin_run, end_run, finished_before, join_sets, training_job
+from raydpo.pipeline import Prepared, Shared, begin_run, end_run, finished_before, join_sets, report_on, training_job
 from raydpo.ray_runtime import resources_for, session
 from raydpo.training.launch_together import launch_together
 
@@ -82,6 +82,7 @@ def train_prepared_together(prepared: Sequence[Prepared], console: Console, hit_
             console.say(f"{name} stopped after step {result['steps']:,}; its checkpoint is in {place}")
         elif not result["interrupted"]:
             results[number] = end_run(prepared[number], job, result, hit_rate)
+            report_on(prepared[number].config, console)
             console.say(f"{name}: {result['steps']:,} steps, last loss {results[number]['last_loss']:.6f}")
     if stopped:
         raise KeyboardInterrupt

@@ -5,6 +5,7 @@ A default lives in one of these modules and nowhere else; the docstring below a 
 """
 
 from raydpo.config.data import DataConfig, EvalConfig, SourceConfig, source_name
+from raydpo.config.evaluate import EvaluateConfig, JudgeConfig
 from raydpo.config.load import is_hub_name, load_config, with_setting
 from raydpo.config.model import LoraSettings, ModelConfig, ReferenceConfig
 from raydpo.config.objective import LOSSES, BetaSchedule, ObjectiveConfig
@@ -20,6 +21,8 @@ __all__ = [
     "Config",
     "DataConfig",
     "EvalConfig",
+    "EvaluateConfig",
+    "JudgeConfig",
     "LoraSettings",
     "ModelConfig",
     "ObjectiveConfig",

@@ -8,7 +8,8 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from raydpo.config.section import Float, Int, PathOrUri, Section
 
-__all__ = ["COMPRESSION_SUFFIXES", "DATA_SUFFIXES", "DataConfig", "EvalConfig", "SourceConfig", "source_name"]
+__all__ = ["COMPRESSION_SUFFIXES", "DATA_SUFFIXES", "DataConfig", "EvalConfig", "SourceConfig", "as_sources",
+           "source_name"]
 
 DATA_SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet")
 COMPRESSION_SUFFIXES = (".gz", ".zst", ".bz2", ".xz")
@@ -51,7 +52,8 @@ class EvalConfig(Section):
         return self
 
 
-def _as_sources(value: Any) -> Any:
+def as_sources(value: Any) -> Any:
+    """A bare path, or a list of paths and sections, as a list of sections."""
     entries = value if isinstance(value, (list, tuple)) else [value]
     return [{"path": entry} if isinstance(entry, str) else entry for entry in entries]
 
@@ -63,7 +65,7 @@ def _as_eval(value: Any) -> Any:
 class DataConfig(Section):
     """Preferences and how they become token ids."""
 
-    train: Annotated[tuple[SourceConfig, ...], BeforeValidator(_as_sources)] = Field(min_length=1)
+    train: Annotated[tuple[SourceConfig, ...], BeforeValidator(as_sources)] = Field(min_length=1)
     """One or more sources; a bare path works too."""
     eval: Annotated[EvalConfig | None, BeforeValidator(_as_eval)] = None
     """Held-out pairs; null = none."""

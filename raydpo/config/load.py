@@ -217,8 +217,10 @@ def _check_paths(config: Config) -> None:
     """Every local input that is named must be there. Hub names and URIs are left to those who open them."""
     inputs = [("model.path", config.model.path, True), ("model.tokenizer", config.model.tokenizer, True),
               ("reference.path", config.reference.path, True), ("reference.adapter", config.reference.adapter, True),
-              ("model.adapter", config.model.adapter, True)]
+              ("model.adapter", config.model.adapter, True), ("evaluate.policy", config.evaluate.policy, True),
+              ("evaluate.base", config.evaluate.base, True), ("evaluate.reward_model", config.evaluate.reward_model, True)]
     inputs += [(f"data.train.{i}.path", source.path, False) for i, source in enumerate(config.data.train)]
+    inputs += [(f"evaluate.data.{i}.path", source.path, False) for i, source in enumerate(config.evaluate.data or ())]
     if config.data.eval is not None:
         inputs.append(("data.eval.path", config.data.eval.path, False))
     problems = []

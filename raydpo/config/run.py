@@ -9,6 +9,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from raydpo.config.data import DataConfig
+from raydpo.config.evaluate import EvaluateConfig
 from raydpo.config.model import ModelConfig, ReferenceConfig
 from raydpo.config.section import PathOrUri, Section
 from raydpo.config.sweep import SweepConfig
@@ -51,6 +52,7 @@ class Config(Section):
     cache: CacheConfig = CacheConfig()
     score: ScoreConfig = ScoreConfig()
     train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
     track: TrackConfig = TrackConfig()
     ray: RayConfig = RayConfig()
     sweep: SweepConfig | None = None

@@ -93,6 +93,9 @@ class SweepConfig(Section):
     """Stop the trials that are behind; null = train all to the end."""
     at_once: Int | None = Field(None, ge=1)
     """Trials that train at the same time; null = as many as the cluster holds."""
+    evaluate: bool = False
+    """Measure each trial when it has come to its end, as section evaluate says: drift and length of its answers are axes of
+    the sweep's page."""
     together: bool = False
     """Train LoRA trials that differ only in their objective in one process, over one copy of the model."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from raydpo.data.split import held_out, kept, prompt_digest
 from raydpo.data.spool import Spool, spooled
 from raydpo.data.tokenise import TokenisedPair, Tokeniser
 
-__all__ = ["PAIR_MARGIN", "PAIR_SCHEMA", "PAIR_WEIGHT", "PairSets", "load_pairs"]
+__all__ = ["HELD_OUT", "PAIR_MARGIN", "PAIR_SCHEMA", "PAIR_WEIGHT", "PairSets", "held_out_source", "load_pairs"]
 
 _IDS, _KEY = pa.list_(pa.int32()), pa.binary(16)
 PAIR_SCHEMA = pa.schema([
@@ -33,6 +33,8 @@ PAIR_SCHEMA = pa.schema([
 PAIR_WEIGHT, PAIR_MARGIN = "pair_weight", "pair_margin"
 """Further columns, float64, where ``data.weight_column`` and ``data.margin_column`` ask for them."""
 CHUNK = 1000
+HELD_OUT = "held-out"
+Reader = Callable[[SourceConfig], Iterator[Record]]
 NO_ROOM, TOO_LONG, SAME = "prompt leaves no room", "longer than max_length", "identical after truncation"
 
 
@@ -58,13 +60,16 @@ class _Place(NamedTuple):
     pair_id: str
     where: str
     row: int
+    source: str
 
 
-def load_pairs(config: DataConfig, tokeniser: Tokeniser, progress: Callable[[int], None] | None = None) -> PairSets:
+def load_pairs(config: DataConfig, tokeniser: Tokeniser, progress: Callable[[int], None] | None = None,
+               reader: Reader = read_records) -> PairSets:
     """Read, check, tokenise, truncate and split all preferences of a configuration.
 
     Args:
         progress: called now and then with the number of records read so far.
+        reader: gives the records of a source; one that names a source of its own (``records.Record``) is of that one.
 
     Raises:
         DataError: if a source cannot be read, more of it is malformed or dropped than allowed, or no pair is left.
@@ -72,14 +77,12 @@ def load_pairs(config: DataConfig, tokeniser: Tokeniser, progress: Callable[[int
     """
     report = DataReport([])
     seen: set[bytes] = set()
-    train = _joined([_load_source(source, source_name(source), config, tokeniser, report, seen, progress)
+    train = _joined([_load_source(source, source_name(source), config, tokeniser, report, seen, progress, reader)
                      for source in config.train])
     if config.eval is None or (config.eval.path is None and config.eval.fraction is None):
         return PairSets(_thinned(train, config, report), None, report)
     if config.eval.path is not None:
-        columns = _common_columns(config) if config.eval.columns is None else config.eval.columns
-        source = SourceConfig(path=config.eval.path, split=config.eval.split, columns=columns)
-        held = _load_source(source, "held-out", config, tokeniser, report, set(), progress)
+        held = _load_source(held_out_source(config), HELD_OUT, config, tokeniser, report, set(), progress, reader)
         trained_on = set(train.prompts)
         report.leaked = sum(prompt in trained_on for prompt in held.prompts)
         return PairSets(_thinned(train, config, report), held.table, report)
@@ -97,6 +100,12 @@ def _thinned(train: _Loaded, config: DataConfig, report: DataReport) -> pa.Table
     return table
 
 
+def held_out_source(config: DataConfig) -> SourceConfig:
+    """``data.eval.path`` as a source, which goes by the name ``HELD_OUT``."""
+    columns = _common_columns(config) if config.eval.columns is None else config.eval.columns
+    return SourceConfig(path=config.eval.path, split=config.eval.split, columns=columns)
+
+
 def _common_columns(config: DataConfig) -> dict[str, str]:
     """A held-out file is read with the column map of the training sources, where they agree on one."""
     first, *others = (source.columns for source in config.train)
@@ -104,12 +113,12 @@ def _common_columns(config: DataConfig) -> dict[str, str]:
 
 
 def _load_source(source: SourceConfig, name: str, config: DataConfig, tokeniser: Tokeniser, report: DataReport,
-                 seen: set[bytes], progress: Callable[[int], None] | None) -> _Loaded:
+                 seen: set[bytes], progress: Callable[[int], None] | None, reader: Reader) -> _Loaded:
     """All usable pairs of one source. Adds to ``report``, and to ``seen`` the keys of each pair."""
     account = SourceReport(name, source.path)
     report.sources.append(account)
     merged_before = tokeniser.merged
-    records, prompts, spool = read_records(source), [], Spool(_schema(_numbers(config)))
+    records, prompts, spool = reader(source), [], Spool(_schema(_numbers(config)))
     while chunk := list(islice(records, CHUNK)):
         loaded = _load_chunk(chunk, source, config, tokeniser, account, seen)
         spool.append(loaded.table)
@@ -138,7 +147,7 @@ def _load_chunk(records: list[Record], source: SourceConfig, config: DataConfig,
         if isinstance(used, str):
             account.dropped.add(used, place.where)
             continue
-        row = _row(place.pair_id, source.weight, account.name, ids, used)
+        row = _row(place.pair_id, source.weight, place.source, ids, used)
         row |= zip(numbers, preference.numbers, strict=True)
         rows.append(row)
         prompts.append(prompt_digest(preference.prompt))
@@ -178,7 +187,8 @@ def _normalised(records: list[Record], account: SourceReport, bad_rows: set[int]
             bad_rows.add(record.row)
             continue
         preferences += found
-        places += [_Place(f"{account.name}:{record.row}" + (f"#{number}" if number else ""), record.where, record.row)
+        places += [_Place(f"{account.name}:{record.row}" + (f"#{number}" if number else ""), record.where, record.row,
+                          record.source or account.name)
                    for number in range(len(found))]
     return places, preferences
 

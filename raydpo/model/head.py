@@ -180,6 +180,10 @@ class _LogpLinear(nn.Linear):
         return _ChunkedLogps.apply(hidden, self.weight, self.bias, targets, self.logit_transform, torch.is_grad_enabled(),
                                    log_sum_sq)
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Float32 logits [C, V] as the architecture transforms them; without gradient."""
+        return self.logit_transform(_project(hidden, self.weight, self.bias))
+
 
 class _AnyHead(nn.Module):
     """Log-probs through a head of any kind (an adapter on the head, say): chunks of rows, each recomputed."""
@@ -197,12 +201,7 @@ class _AnyHead(nn.Module):
     def forward(self, hidden: Tensor, targets: Tensor, log_sum_sq: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         def rows_logps(rows_hidden: Tensor, rows_targets: Tensor) -> Tensor:
             """[C], or [2, C] with the log of the sum of squares."""
-            # A copy, since the transform works in place on what autograd may have kept.
-            logits = self.head(rows_hidden).float()
-            if self.transform.scale != 1.0:
-                logits = logits * self.transform.scale
-            if self.transform.softcap is not None:
-                logits = torch.tanh(logits / self.transform.softcap) * self.transform.softcap
+            logits = self.logits(rows_hidden)
             normalisers = torch.logsumexp(logits, dim=-1)
             logps = logits.gather(1, rows_targets[:, None])[:, 0] - normalisers
             if not log_sum_sq:
@@ -214,6 +213,16 @@ class _AnyHead(nn.Module):
         found = torch.cat(pieces, dim=-1) if pieces else \
             hidden.new_zeros((2, 0) if log_sum_sq else 0, dtype=torch.float32)
         return (found[0], found[1].detach()) if log_sum_sq else found
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Float32 logits [C, V] as the architecture transforms them."""
+        # Copies, since autograd may have kept what a transform in place would change.
+        logits = self.head(hidden).float()
+        if self.transform.scale != 1.0:
+            logits = logits * self.transform.scale
+        if self.transform.softcap is not None:
+            logits = torch.tanh(logits / self.transform.softcap) * self.transform.softcap
+        return logits
 
 
 def attach_logp_head(causal_lm: nn.Module) -> nn.Module:

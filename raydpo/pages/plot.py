@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +36,16 @@ _STYLE = {
 }
 
 
+_ONE_AT_A_TIME = threading.RLock()
+
+
+@contextmanager
+def _styled() -> Iterator[None]:
+    """matplotlib's settings are the process's, and the trials of a sweep end in threads."""
+    with _ONE_AT_A_TIME, matplotlib.rc_context(_STYLE):
+        yield
+
+
 @dataclass(frozen=True)
 class Picture:
     """A figure of a page.
@@ -58,7 +69,7 @@ def figure(width: float = 4.4, height: float = 2.8, *, aligned: bool = False) ->
     Args:
         aligned: margins are the same whatever the labels, so that pictures below one another line up; half the time, too.
     """
-    with matplotlib.rc_context(_STYLE):
+    with _styled():
         made = Figure(figsize=(width, height), layout="none" if aligned else "constrained")
         if aligned:
             made.subplots_adjust(left=0.165, bottom=0.165, right=0.985, top=0.93)
@@ -73,7 +84,7 @@ def svg(made: Figure, title: str, about: str, marks: Mapping[str, str] | None = 
         frame: which to show of the artists whose gid is ``frame-0``, ``frame-1-dots`` and so on; a script shows others.
     """
     sink = io.StringIO()
-    with matplotlib.rc_context(_STYLE):
+    with _styled():
         # Not savefig, which draws everything once more to no end.
         FigureCanvasSVG(made).print_svg(sink, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = sink.getvalue()

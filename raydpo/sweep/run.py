@@ -18,8 +18,9 @@ import pyarrow as pa
 from raydpo.config import Config
 from raydpo.console import Console
 from raydpo.errors import ConfigError, RaydpoError
+from raydpo.evaluation.run import evaluate
 from raydpo.interrupt import interruptible
-from raydpo.pipeline import Prepared, Shared, join_sets, needs_reference, score_prepared, train_prepared
+from raydpo.pipeline import Prepared, Shared, join_sets, needs_reference, report_on, score_prepared, train_prepared
 from raydpo.ray_runtime import session
 from raydpo.reference.shards import Wanted
 from raydpo.storage import Storage
@@ -33,7 +34,7 @@ from raydpo.training.earlier import earlier_result, set_aside
 from raydpo.training.launch import LOWER_IS_BETTER, new_board
 from raydpo.training.records import read_rows
 
-__all__ = ["after_trial", "sweep"]
+__all__ = ["sweep"]
 
 
 def sweep(config: Config, console: Console | None = None, *, fresh: bool = False) -> dict[str, Any]:
@@ -79,13 +80,8 @@ def sweep(config: Config, console: Console | None = None, *, fresh: bool = False
     elif best is not None:
         console.say(f"best {config.sweep.metric}: {best.trial.name} ({best.eval[config.sweep.metric]:.4f})")
     console.say(f"sweep: {storage}/{FILE}")
+    report_on(config, console)
     return ledger.to_dict()
-
-
-def after_trial(config: Config) -> dict[str, Any] | None:
-    """What is done with a trained policy before the next trial takes its place, and what sweep.json tells of it as the
-    trial's ``evaluation``; None where there is nothing to do."""
-    return None
 
 
 def _prepare(trials: list[Trial], console: Console) -> dict[str, Prepared]:
@@ -266,9 +262,8 @@ class _Sweep:
                 if self._result(name) is None and not self._trained(name, until, log):
                     self.ledger.set(name, "waiting")
                 else:
-                    storage = Storage(config.run_dir)
-                    if not storage.exists("evaluation.json") and (evaluation := after_trial(config)) is not None:
-                        storage.write("evaluation.json", json.dumps(evaluation, indent=2).encode())
+                    if self.config.sweep.evaluate and not Storage(config.run_dir).exists("evaluation.json"):
+                        evaluate(config, log)
                     self.ledger.set(name, "done")
             except Exception as error:
                 log.say(traceback.format_exc())
