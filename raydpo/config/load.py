@@ -162,7 +162,9 @@ def _explain(tree: dict[str, Any], problem: dict[str, Any]) -> str:
         elsewhere = [full for full in _all_keys() if full.rsplit(".", 1)[-1] == where[-1]]
         meant = elsewhere[0] if elsewhere else ".".join([*where[:-1], near[0]]) if near else None
         hint = f"did you mean {meant!r}?" if meant else f"known here: {', '.join(known)}"
-        return f"unknown key {key!r} (value {value!r}); {hint}"
+        # A judge's API key under another name must not be shown.
+        shown = "" if where[:2] == ["evaluate", "judge"] else f" (value {value!r})"
+        return f"unknown key {key!r}{shown}; {hint}"
     if kind == "missing":
         return f"{key!r} is missing; every run needs a model (model.path), data (data.train) and an output (output)"
     if kind == "literal_error":

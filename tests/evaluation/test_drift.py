@@ -31,7 +31,8 @@ def world():
         scorers[side] = LogpModel(copy.deepcopy(getattr(models, side)))
         choose_layout(scorers[side], CPU)
         group = PromptGroup(PROMPT, tuple(np.array(ids, np.int32) for ids in every))
-        found[f"scored {side}"] = np.array([float(each.astype(float).sum()) for each in scorers[side].score([group], CPU)[0]])
+        scored = scorers[side].score([group], CPU)[0]
+        found[f"scored {side}"] = np.array([float(each.astype(float).sum()) for each in scored])
     found["steps"] = np.array([exact_steps(scorers["policy"], scorers["reference"],
                                            PromptGroup(PROMPT, (np.array(ids, np.int32),)), CPU) for ids in every])
     found["exact"] = float((np.exp(found["policy"]) * (found["policy"] - found["reference"])).sum())
@@ -71,7 +72,8 @@ def test_the_estimate_agrees_within_its_error(world):
         for key, exact in (("kl", world["exact"]), ("kl_per_token", world["exact"] / tokens)):
             covered = sum(one[key]["low"] <= exact <= one[key]["high"] for one in estimate)
             assert covered >= 0.86 * SEEDS, (key, covered)  # of 57 expected; 52 or more have a chance of 99 %
-        values, errors = (np.array([one["kl"]["value"] for one in estimate]), np.array([one["std_error"] for one in estimate]))
+        values = np.array([one["kl"]["value"] for one in estimate])
+        errors = np.array([one["std_error"] for one in estimate])
         assert abs(values.mean() - world["exact"]) < 4 * errors.mean() / np.sqrt(SEEDS)
         assert values.std() == pytest.approx(errors.mean(), rel=0.35)
     assert np.mean([one["rao_blackwell"]["std_error"] for one in found]) < 0.7 * np.mean([one["std_error"] for one in found])
