@@ -234,5 +234,5 @@ def test_a_page_that_fails_does_not_fail_the_run(run, monkeypatch):
 
     config = type("Config", (), {"run_dir": str(run / "nowhere")})
     said = io.StringIO()
-    pipeline._report(config, Console(said))
+    pipeline.report_on(config, Console(said))
     assert "warning: the report failed (ConfigError: there is no run at" in said.getvalue()
