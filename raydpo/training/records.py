@@ -36,8 +36,9 @@ class RunRecords:
         from torch.utils.tensorboard import SummaryWriter
 
         self.storage = storage
-        self.steps = [row for row in read_rows(storage, "metrics.parquet") if row["step"] <= from_step]
-        self.evals = [row for row in read_rows(storage, "eval.parquet") if row["step"] <= from_step]
+        # A run that begins again evaluates again before its first step.
+        self.steps, self.evals = ([row for row in read_rows(storage, name) if from_step and row["step"] <= from_step]
+                                  for name in ("metrics.parquet", "eval.parquet"))
         # TensorBoard appends to its files, which an object store cannot: there it is uploaded at the end.
         self._board_dir = Path(storage.path("tensorboard")) if storage.is_local else Path(tempfile.mkdtemp())
         self._board: SummaryWriter | None = None

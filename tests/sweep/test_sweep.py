@@ -155,6 +155,9 @@ def logged(directory, pattern):
     return [int(found) for found in re.findall(pattern, text, re.MULTILINE)]
 
 
+BEGINS = r"^beginning after step (\d+)"
+
+
 def killed_when(process, ready, timeout=300):
     deadline = time.time() + timeout
     while not ready():
@@ -173,12 +176,12 @@ def test_a_sweep_killed_three_times_ends_as_an_undisturbed_one(place):
     ours = [place / "runs" / "killed" / path.name for path in theirs]
     ready = (lambda: any(registered(path) >= 10 for path in ours), lambda: any(registered(path) >= 25 for path in ours),
              lambda: any((path / "summary.json").is_file() for path in ours))
-    stored: list[dict[str, int]] = []
+    stored: list[dict[str, tuple[int, int]]] = []  # at each kill: the newest checkpoint, and how often training had begun
     for moment in ready:
         process = subprocess.Popen(command(place, "killed", *BETAS), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                    text=True)
         killed_when(process, moment)
-        stored.append({path.name: registered(path) for path in ours})
+        stored.append({path.name: (registered(path), len(logged(path, BEGINS))) for path in ours})
     done_before = {path.name for path in ours if (path / "summary.json").is_file()}
     last = run(place, "killed", *BETAS)
     assert done_before and last.returncode == 0, last.stdout + last.stderr
@@ -186,10 +189,10 @@ def test_a_sweep_killed_three_times_ends_as_an_undisturbed_one(place):
     assert [trial["status"] for trial in trials.values()] == ["done"] * 3 and found["cache"]["hit_rates"] == [1.0] * 3
     for our, their in zip(ours, theirs, strict=True):
         same(our, their)
-        begins, steps = logged(our, r"^beginning after step (\d+)"), logged(our, r"^step (\d+)  loss")
+        begins, steps = logged(our, BEGINS), logged(our, r"^step (\d+)  loss")
         assert begins[0] == 0 and len(begins) <= 4
-        for begin, known in zip(begins[1:], (point[our.name] for point in stored if point[our.name]), strict=False):
-            assert begin >= known, "what was stored before the kill is not done again"
+        for known, begun in (point[our.name] for point in stored):
+            assert all(begin >= known for begin in begins[begun:]), "what was stored before the kill is not done again"
         # One interval since the last checkpoint, and another while that one was being stored.
         assert len(steps) - STEPS <= 2 * CHECKPOINT_EVERY * (len(begins) - 1)
         if our.name in done_before:
