@@ -5,27 +5,42 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from raydpo.config import Config, load_config
 
 if TYPE_CHECKING:
+    from raydpo.evaluation.run import evaluate
     from raydpo.pipeline import audit, run, score, train
     from raydpo.reference.store import ReferenceCache
+    from raydpo.sweep.run import sweep
 
 __version__ = "0.1.0"
-__all__ = ["Config", "ReferenceCache", "audit", "load_config", "run", "score", "train"]
+__all__ = ["Config", "ReferenceCache", "audit", "evaluate", "load_config", "run", "score", "sweep", "train"]
 
-_LAZY = {"audit": "raydpo.pipeline", "score": "raydpo.pipeline", "train": "raydpo.pipeline", "run": "raydpo.pipeline",
-         "ReferenceCache": "raydpo.reference.store"}
+_LAZY = {"audit": "raydpo.pipeline", "evaluate": "raydpo.evaluation.run", "score": "raydpo.pipeline",
+         "train": "raydpo.pipeline", "run": "raydpo.pipeline", "ReferenceCache": "raydpo.reference.store",
+         "sweep": "raydpo.sweep.run"}
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         import importlib
 
-        # ``raydpo.train`` is also a package; the function wins, which is what ``raydpo.train(config)`` means.
         value = getattr(importlib.import_module(_LAZY[name]), name)
         globals()[name] = value
         return value
     raise AttributeError(f"module 'raydpo' has no attribute {name!r}")
+
+
+class _Functions(ModuleType):
+    def __setattr__(self, name: str, value: Any) -> None:
+        # ``raydpo.audit`` and ``raydpo.sweep`` are also packages, which Python sets here when it imports them; the function
+        # wins, which is what ``raydpo.audit(config)`` means.
+        if not (name in _LAZY and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Functions

@@ -9,13 +9,13 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import raydpo
 from raydpo.cache_cli import add_cache_verbs
 from raydpo.config import Config, load_config
 from raydpo.console import Console
-from raydpo.errors import RaydpoError, exit_status
+from raydpo.errors import ConfigError, RaydpoError, TrainError, exit_status
 from raydpo.interrupt import sigterm_as_interrupt
 
 if TYPE_CHECKING:
@@ -57,10 +57,14 @@ def _parser() -> argparse.ArgumentParser:
                         ("run", "score, then train")):
         verb = configured(name, _train if name == "train" else _run, about)
         verb.add_argument("--fresh", action="store_true", help="begin again; an earlier run of this name is set aside")
+    sweep = configured("sweep", _sweep, "train many settings against one cache; continues an interrupted sweep")
+    sweep.add_argument("--fresh", action="store_true", help="begin again; an earlier sweep of this name is set aside")
     show = configured("show", _show, "print pairs exactly as the model sees them")
     show.add_argument("-n", "--count", type=int, default=3, help="how many pairs (default: %(default)s)")
     audit = configured("audit", _audit, "what will these pairs teach? From lengths and cached log-probs, as a page")
     audit.add_argument("--json", action="store_true", help="print one JSON object")
+    evaluate = configured("eval", _eval, "measure a policy against the reference: preferences, answers, drift, wins")
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     plan = configured("plan", _plan, "what a run would take: tokens, GPU hours, dollars, and time lost to imbalance")
     plan.add_argument("--workers", type=int, metavar="N", help="devices of both stages (default: as configured)")
     plan.add_argument("--device", metavar="NAME", help="a GPU whose peak is known, such as H100, A100-80GB or L4")
@@ -71,6 +75,12 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--runs", type=int, metavar="K", help="trainings against the same reference, such as a sweep of beta")
     plan.add_argument("--measure", action="store_true", help="measure the rate of this machine instead")
     plan.add_argument("--json", action="store_true", help="print one JSON object")
+    report = add("report", _report, "a run, a sweep, or several of them side by side, as a page; made at the end of every "
+                                    "training, too")
+    report.add_argument("paths", nargs="+", metavar="PATH", help="run or sweep directory, local or URI")
+    report.add_argument("--out", metavar="FILE", help="page of several runs (default: comparison.html)")
+    explain = add("explain", _explain, "where the loss comes from, and what beta does, as a page")
+    explain.add_argument("--out", metavar="FILE", default="explain.html", help="the page (default: %(default)s)")
     add_cache_verbs(verbs.add_parser("cache", help="list, show, verify, compare, compact, clean, export, import a cache"))
     add("doctor", _doctor, "versions, devices, compilers, Ray: what would be used here")
     quickstart = add("quickstart", _quickstart, "the whole job on a small model and the preference set that raydpo ships")
@@ -133,6 +143,17 @@ def _run(args: argparse.Namespace, console: Console) -> None:
     _quietly(config, console, lambda: raydpo.run(config, console, fresh=args.fresh))
 
 
+def _sweep(args: argparse.Namespace, console: Console) -> None:
+    config = load_config(args.config, args.overrides)
+    found: dict[str, Any] = {}
+    _quietly(config, console, lambda: found.update(raydpo.sweep(config, console, fresh=args.fresh)))
+    failed = [trial for trial in found["trials"] if trial["status"] == "failed"]
+    if failed:
+        raise TrainError(f"{len(failed)} of {len(found['trials'])} trials failed: "
+                         + "; ".join(f"{trial['name']}: {trial['error']}" for trial in failed)
+                         + ". The same command tries them again")
+
+
 def _show(args: argparse.Namespace, console: Console) -> None:
     from raydpo.data.show import render_pairs
 
@@ -149,6 +170,14 @@ def _audit(args: argparse.Namespace, console: Console) -> None:
         done = raydpo.audit(config, Console(io.StringIO()) if args.json else console)
     if args.json:
         print(json.dumps(done.to_dict(), indent=2))
+
+
+def _eval(args: argparse.Namespace, console: Console) -> None:
+    config = load_config(args.config, args.overrides)
+    with tempfile.TemporaryDirectory() as logs, console.noise_to(Path(logs) / "eval.log"):
+        found = raydpo.evaluate(config, Console(io.StringIO()) if args.json else console)
+    if args.json:
+        print(json.dumps(found, indent=2))
 
 
 def _plan(args: argparse.Namespace, console: Console) -> None:
@@ -179,6 +208,26 @@ def _load_pairs(config: Config) -> tuple[PairSets, Tokeniser]:
                                          chat_template=config.data.chat_template,
                                          trust_remote_code=config.model.trust_remote_code))
     return filtered_by_tokens(load_pairs(config.data, tokeniser), config.data)[0], tokeniser
+
+
+def _report(args: argparse.Namespace, console: Console) -> None:
+    from raydpo.report import write_comparison, write_report
+
+    if len(args.paths) == 1:
+        if args.out is not None:
+            raise ConfigError(f"--out {args.out} is for the page of several runs; that of one is written beside its files")
+        console.say(f"report: {write_report(args.paths[0])}")
+        return
+    out = Path(args.out or "comparison.html")
+    write_comparison(args.paths, out)
+    console.say(f"comparison: {out}")
+
+
+def _explain(args: argparse.Namespace, console: Console) -> None:
+    from raydpo.report.explain import write_explanation
+
+    write_explanation(Path(args.out))
+    console.say(f"explanation: {args.out}")
 
 
 def _doctor(args: argparse.Namespace, console: Console) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from raydpo.storage import Storage, remove_stale_temporaries
 
-__all__ = ["LocalCopy"]
+__all__ = ["LocalCopy", "local_home"]
 
 
 class LocalCopy:
@@ -27,7 +27,8 @@ class LocalCopy:
 
     def __init__(self, storage: Storage, directory: Path | None = None) -> None:
         self.storage = storage
-        self.local = Storage(str(directory or _home() / hashlib.sha256(storage.uri.encode()).hexdigest()[:16]))
+        name = hashlib.sha256(storage.uri.encode()).hexdigest()[:16]
+        self.local = Storage(str(directory or local_home() / "copies" / name))
         self.problems: list[str] = []
 
     def fetch(self, name: str, sound: Callable[[bytes], bool]) -> bytes:
@@ -68,9 +69,10 @@ class LocalCopy:
         return removed
 
 
-def _home() -> Path:
+def local_home() -> Path:
+    """Where this node keeps what it can fetch or compute again."""
     try:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError:
         cache = Path(tempfile.gettempdir()) / f"raydpo-{os.getuid()}"
-    return cache / "raydpo" / "copies"
+    return cache / "raydpo"

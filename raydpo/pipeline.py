@@ -21,9 +21,11 @@ from raydpo.console import Console, ProgressLine
 from raydpo.cost import ModelCost
 from raydpo.data.facts import pair_facts
 from raydpo.data.filter import PairFilter, filtered_by_tokens
-from raydpo.data.pairs import SAME, PairSets, load_pairs
+from raydpo.data.pairs import PAIR_MARGIN, PAIR_WEIGHT, SAME, PairSets, load_pairs
 from raydpo.data.tokenise import Tokeniser, load_tokenizer
-from raydpo.ray_runtime import bfloat16_pays, resources_for, session
+from raydpo.errors import ConfigError
+from raydpo.losses import Objective, own_sources
+from raydpo.ray_runtime import Resources, bfloat16_pays, resources_for, session
 from raydpo.reference.build import BuildReport, build
 from raydpo.reference.identity import ReferenceIdentity, identify, resolve_model
 from raydpo.reference.index import as_bytes
@@ -38,11 +40,14 @@ from raydpo.training.loop import TrainJob
 from raydpo.training.pairs import join_reference, reference_values
 from raydpo.training.records import read_rows
 from raydpo.training.report import TrainingDisplay, print_summary
+from raydpo.training.trackers import export_pass
 
 if TYPE_CHECKING:
     from raydpo.audit import Audit
 
-__all__ = ["Prepared", "audit", "run", "score", "train"]
+__all__ = ["Prepared", "Shared", "audit", "begin_run", "end_run", "fill_cache", "find_reference", "finished_before",
+           "join_sets", "needs_reference", "reference_line", "report_on", "run", "score", "score_prepared", "train",
+           "train_prepared", "training_job"]
 
 
 def score(config: Config, console: Console | None = None) -> BuildReport:
@@ -53,7 +58,7 @@ def score(config: Config, console: Console | None = None) -> BuildReport:
     """
     console = console or Console()
     with session(config):
-        return _score(Prepared.of(config, console), console)
+        return score_prepared(Prepared.of(config, console), console)
 
 
 def train(config: Config, console: Console | None = None, *, fresh: bool = False) -> dict[str, Any]:
@@ -70,16 +75,24 @@ def train(config: Config, console: Console | None = None, *, fresh: bool = False
         RaydpoError: of the kind that fits.
     """
     console = console or Console()
+    _refuse_sweep(config)
     with session(config):
-        return _train(Prepared.of(config, console), console, None, fresh=fresh)
+        return train_prepared(Prepared.of(config, console), console, fresh=fresh)
 
 
 def run(config: Config, console: Console | None = None, *, fresh: bool = False) -> dict[str, Any]:
     """``score``, then ``train``."""
     console = console or Console()
+    _refuse_sweep(config)
     with session(config):
         prepared = Prepared.of(config, console)
-        return _train(prepared, console, _score(prepared, console), fresh=fresh)
+        built = score_prepared(prepared, console)
+        return train_prepared(prepared, console, built.hit_rate if built.wanted else None, fresh=fresh)
+
+
+def _refuse_sweep(config: Config) -> None:
+    if config.sweep is not None:
+        raise ConfigError("section 'sweep' has no effect on a single training; run 'raydpo sweep', or set sweep=null")
 
 
 def audit(config: Config, console: Console | None = None) -> Audit:
@@ -108,12 +121,12 @@ class Prepared:
     @classmethod
     def of(cls, config: Config, console: Console) -> Prepared:
         model = config.model
+        Objective(config.train)  # a loss by import path fails here, before anything is read or started
+        _check_reference(config)
         if model.trust_remote_code:
             console.warn(f"model.trust_remote_code is on: Python code in {model.path} runs with your rights")
         native = "bfloat16" if bfloat16_pays() else "float32"
         dtype = native if model.dtype == "auto" else model.dtype
-        score_dtype = dtype if config.score.dtype is None else config.score.dtype
-        score_dtype = native if score_dtype == "auto" else score_dtype
         policy_dir = resolve_model(model.path)
         tokeniser = Tokeniser(load_tokenizer(resolve_model(model.tokenizer) if model.tokenizer else policy_dir,
                                              chat_template=config.data.chat_template,
@@ -128,15 +141,9 @@ class Prepared:
         held_out = 0 if sets.eval is None else sets.eval.num_rows
         console.say(f"pairs: {sets.train.num_rows:,} to train on, {held_out:,} held out, tokenised in "
                     f"{time.perf_counter() - started:.1f} s")
-        reference_dir = resolve_model(config.reference_path)
-        adapter = config.reference_adapter and resolve_model(config.reference_adapter)
-        identity = identify(reference_dir, score_dtype, adapter, config.reference_quantization)
-        console.say(f"reference: {' + '.join(filter(None, (config.reference_path, config.reference_adapter)))} in "
-                    f"{', '.join(filter(None, (score_dtype, identity.quantisation)))}, identity {identity.digest}")
-        spec = ReferenceSpec(path=reference_dir, adapter=adapter, identity=identity,
-                             quantization=config.reference_quantization,
-                             trust_remote_code=model.trust_remote_code, layout=config.model.layout)
-        cache = ReferenceCache.open(config.cache_uri, identity, unverified=config.cache.allow_unverified)
+        spec, cache = find_reference(config, native)
+        if needs_reference(config):
+            console.say(reference_line(config, spec))
         return cls(config, dtype, policy_dir, tokeniser, sets, spec, cache)
 
     @property
@@ -158,24 +165,85 @@ class Prepared:
         """Local directory of the adapter that is trained further."""
         return self.config.model.adapter and resolve_model(self.config.model.adapter)
 
+    @property
+    def base_name(self) -> str:
+        """How an exported adapter names its base model."""
+        path = self.config.model.path
+        return path if is_hub_name(path) and not Path(path).is_dir() else self.policy_dir
+
     def fingerprint(self) -> dict[str, Any]:
         """Everything that the trained policy depends on, by the name of its setting."""
         config, policy = self.config, self.policy_identity()
         train = config.train.model_dump(mode="json", include={
             "pairs_per_step", "epochs", "steps", "lr", "schedule", "warmup", "weight_decay", "clip", "loss", "beta",
-            "label_smoothing", "seed", "optimizer", "optimizer_states"})
+            "label_smoothing", "seed", "optimizer", "optimizer_states"}) | config.train.shaped()
         lora = config.model.lora.model_dump(mode="json") if config.model.lora else None
         return {"model.path (weights)": policy.weights, "model.path (architecture)": policy.architecture,
                 "model.adapter": policy.adapter, "model.quantization": policy.quantisation,
                 "model.freeze": list(config.model.freeze), "model.dtype": self.dtype, "model.lora": lora,
-                "reference identity": self.reference.identity.digest,
+                "reference identity": self.reference.identity.digest if needs_reference(config) else None,
                 "data.train (pairs)": _digest(self.sets.train), "data.shuffle": config.data.shuffle,
                 } | ({"data.filter": config.data.filter} if self.filter_by_reference else {}
-                     ) | {f"train.{key}": value for key, value in train.items()}
+                     ) | {f"train.{key}": value for key, value in train.items()} | {
+                         f"train.loss (source of {name})": digest for name, digest in own_sources(config.train).items()}
 
 
-def _score(prepared: Prepared, console: Console) -> BuildReport:
+def needs_reference(config: Config) -> bool:
+    """Whether anything reads the cache: the objective, or the condition on pairs."""
+    return config.train.needs_reference or bool(config.data.filter and PairFilter(config.data.filter).needs_reference)
+
+
+def _check_reference(config: Config) -> None:
+    named = [("reference.path", config.reference.path, config.model.path),
+             ("reference.adapter", config.reference.adapter, config.model.adapter)]
+    for key, value, policy in named:
+        if value not in (None, policy) and not needs_reference(config):
+            raise ConfigError(f"{key!r} is {value!r}, but nothing compares with a reference: train.loss is "
+                              f"{config.train.loss_text}. Drop it, or set a loss with a reference, such as sigmoid")
+
+
+def find_reference(config: Config, native: str) -> tuple[ReferenceSpec, ReferenceCache]:
+    """The reference of a configuration, and its cache.
+
+    Args:
+        native: the precision that pays here, for those that are ``auto``.
+    """
+    wish = config.model.dtype if config.score.dtype is None else config.score.dtype
+    dtype = native if wish == "auto" else wish
+    directory = resolve_model(config.reference_path)
+    adapter = config.reference_adapter and resolve_model(config.reference_adapter)
+    identity = identify(directory, dtype, adapter, config.reference_quantization)
+    spec = ReferenceSpec(path=directory, adapter=adapter, identity=identity, quantization=config.reference_quantization,
+                         trust_remote_code=config.model.trust_remote_code, layout=config.model.layout)
+    return spec, ReferenceCache.open(config.cache_uri, identity, unverified=config.cache.allow_unverified)
+
+
+def reference_line(config: Config, spec: ReferenceSpec) -> str:
+    """The reference for people."""
+    identity = spec.identity
+    return (f"reference: {' + '.join(filter(None, (config.reference_path, config.reference_adapter)))} in "
+            f"{', '.join(filter(None, (identity.dtype, identity.quantisation)))}, identity {identity.digest}")
+
+
+def score_prepared(prepared: Prepared, console: Console, tables: list[pa.Table] | None = None) -> BuildReport:
+    """``score``, of other ``tables`` of pairs where they are given."""
     config, cache = prepared.config, prepared.cache
+    if needs_reference(config):
+        report = fill_cache(tables or prepared.tables, prepared.reference, cache, config, console)
+    else:
+        console.say(f"reference: none; loss {config.train.loss_text} compares with none, so nothing is scored")
+        report = BuildReport(cache.identity.digest, wanted=0, hits=0, scored=0, by_others=0, twice=0, tokens=0, seconds=0.0,
+                             parts=0, problems=())
+    try:
+        _audit(prepared, console)
+    except Exception as error:  # the log-probs are stored; a picture that cannot be drawn must not say otherwise
+        console.warn(f"the audit failed ({type(error).__name__}: {error}); 'raydpo audit' tries again")
+    return report
+
+
+def fill_cache(tables: list[pa.Table], spec: ReferenceSpec, cache: ReferenceCache, config: Config,
+               console: Console) -> BuildReport:
+    """Score what ``cache`` lacks of tokenised pairs with the workers of section ``score``, and say so."""
     resources = resources_for("score", config)
     line: ProgressLine | None = None
     with contextlib.ExitStack() as stack:  # there is nothing to show before build knows what is missing
@@ -186,20 +254,18 @@ def _score(prepared: Prepared, console: Console) -> BuildReport:
                 line = stack.enter_context(console.progress("scoring", to_do, "completions"))
             line.update(done)
 
-        report = build(prepared.tables, prepared.reference, cache, resources, progress=progress, note=console.note,
+        report = build(tables, spec, cache, resources, progress=progress, note=console.note,
                        tokens_per_batch=config.score.tokens_per_batch, tokens_per_part=config.score.tokens_per_part)
     for problem in report.problems:
         console.warn(problem)
     rate = f", {report.tokens / report.seconds:,.0f} tokens/s" if report.scored else ""
     console.say(f"cache: {report.hits:,} of {report.wanted:,} completions were there ({report.hit_rate:.0%} hits), "
                 f"{report.scored:,} scored in {report.parts} part(s){rate}; {cache.storage}")
+    export_pass(config.track, config.run_name, report.hit_rate, report.tokens / report.seconds if report.scored else 0.0,
+                console.warn)
     if report.by_others or report.twice:
         console.say(f"another build filled the same cache: {report.by_others:,} completions were left to it, "
                     f"{report.twice:,} were scored twice")
-    try:
-        _audit(prepared, console)
-    except Exception as error:  # the log-probs are stored; a picture that cannot be drawn must not say otherwise
-        console.warn(f"the audit failed ({type(error).__name__}: {error}); 'raydpo audit' tries again")
     return report
 
 
@@ -223,36 +289,81 @@ def _audit(prepared: Prepared, console: Console) -> Audit:
     return done
 
 
-def _train(prepared: Prepared, console: Console, built: BuildReport | None, *, fresh: bool) -> dict[str, Any]:
-    config = prepared.config
-    fingerprint = prepared.fingerprint()
-    storage = Storage(config.run_dir)
-    if fresh:
-        set_aside(storage, console)
-    finished = earlier_result(storage, fingerprint)
-    if finished is not None:
-        console.say(f"run {config.run_name} is already complete: {storage} (--fresh trains it again)")
-        print_summary(console, finished)
-        return finished
-    pairs = join_reference(prepared.sets.train, prepared.cache, "training")
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    """What a training that is one of many is given.
+
+    Attributes:
+        pairs, held_out: of ``join_sets``, in Ray's object store.
+        at_once: how many trainings share the cluster.
+        board: of ``launch.new_board``.
+        display: hears what happens.
+        until: a step after which it pauses; None = it goes on to the end.
+    """
+
+    pairs: Any
+    held_out: Any
+    at_once: int
+    board: Any
+    display: TrainingDisplay
+    until: int | None = None
+
+
+def join_sets(prepared: Prepared, console: Console) -> tuple[pa.Table, pa.Table | None]:
+    """Training and held-out pairs with the reference's values, as they are trained on.
+
+    Raises:
+        CacheMissError: if log-probs are missing.
+    """
+    compares = needs_reference(prepared.config)
+    pairs = join_reference(prepared.sets.train, prepared.cache, "training") if compares else prepared.sets.train
     if prepared.filter_by_reference is not None:
         sums = (pairs[f"ref_{side}_sum"].to_numpy() for side in ("chosen", "rejected"))
         pairs, line = prepared.filter_by_reference.apply(pairs, *sums)
         console.say(line)
-    held_out = None
-    if prepared.sets.eval is not None:
-        held_out = join_reference(prepared.sets.eval, prepared.cache, "held-out")
-    resources = resources_for("train", config)
+    held_out = prepared.sets.eval
+    if held_out is not None and compares:
+        held_out = join_reference(held_out, prepared.cache, "held-out")
+    return pairs, held_out
+
+
+def finished_before(prepared: Prepared, console: Console) -> dict[str, Any] | None:
+    """The summary of this very run, if it came to its end at an earlier time.
+
+    Raises:
+        ConfigError: if a run of this name has other settings.
+    """
+    config = prepared.config
+    finished = earlier_result(Storage(config.run_dir), prepared.fingerprint())
+    if finished is not None:
+        console.say(f"run {config.run_name} is already complete: {redact(config.run_dir)} (--fresh trains it again)")
+    return finished
+
+
+def begin_run(prepared: Prepared, job: TrainJob, console: Console) -> None:
+    """Write what a run directory says of the run before it trains."""
+    config, storage = prepared.config, Storage(prepared.config.run_dir)
     storage.probe()
     for line in harmless_changes(storage, config):
         console.note(line)
+    if config.train.merge_adapter and config.model.quantization:
+        console.warn(f"train.merge_adapter merges into the weights as {config.model.path} has them, not as "
+                     f"model.quantization {config.model.quantization} rounds them: final/merged is not exactly the policy "
+                     "that is trained and measured; the adapter in final/ on a model quantized alike is")
     storage.write("config.yaml", config.to_yaml().encode())
-    storage.write("run.json", json.dumps({"fingerprint": fingerprint}, indent=2).encode())
+    storage.write("run.json", json.dumps({"fingerprint": dict(job.fingerprint)}, indent=2).encode())
 
+
+def training_job(prepared: Prepared, resources: Resources, until: int | None = None) -> TrainJob:
+    """What the workers need to know.
+
+    Args:
+        until: a step after which the training pauses; None = it goes on to the end.
+    """
+    config = prepared.config
     policy, reference = prepared.policy_identity(), prepared.reference.identity
-    samples = _sample_prompts(prepared)
-    job = TrainJob(
-        train=config.train, shuffle=config.data.shuffle, fingerprint=fingerprint,
+    return TrainJob(
+        train=config.train, shuffle=config.data.shuffle, fingerprint=prepared.fingerprint(),
         policy=PolicySpec(path=prepared.policy_dir, dtype=prepared.dtype, lora=config.model.lora,
                           adapter=prepared.policy_adapter, quantization=config.model.quantization,
                           freeze=config.model.freeze,
@@ -261,25 +372,58 @@ def _train(prepared: Prepared, console: Console, built: BuildReport | None, *, f
         policy_identity=policy.digest, reference_identity=reference.digest,
         starts_as_reference=policy.same_model(reference),
         coarser_dtype="bfloat16" if "bfloat16" in (policy.dtype, reference.dtype) else "float32",
-        sample_prompts=samples, sample_stop=prepared.tokeniser.stop_ids)
-    base_name = config.model.path if is_hub_name(config.model.path) and not Path(config.model.path).is_dir() \
-        else prepared.policy_dir
-    if config.train.merge_adapter and config.model.quantization:
-        console.warn(f"train.merge_adapter merges into the weights as {config.model.path} has them, not as "
-                     f"model.quantization {config.model.quantization} rounds them: final/merged is not exactly the policy "
-                     "that is trained and measured; the adapter in final/ on a model quantized alike is")
-    with TrainingDisplay(console) as display:
-        trained = launch(job, pairs, held_out, resources, run_dir=config.run_dir, run_name=config.run_name,
-                         track=config.track, base_name=base_name,
-                         tokenizer=prepared.tokeniser.tokenizer, listener=display.listen)
-    if trained["interrupted"]:
-        console.say(f"stopped after step {trained['steps']:,}; its checkpoint is in {storage}")
-        raise KeyboardInterrupt
-    summary = _summarise(prepared, storage, trained, built, samples)
-    storage.write("final/README.md", model_card(config, summary).encode())
+        stop_after=until, sample_prompts=_sample_prompts(prepared), sample_stop=prepared.tokeniser.stop_ids)
+
+
+def end_run(prepared: Prepared, job: TrainJob, trained: dict[str, Any], hit_rate: float | None) -> dict[str, Any]:
+    """Write what a run directory says of the run once it has trained; returns what summary.json holds."""
+    storage = Storage(prepared.config.run_dir)
+    summary = _summarise(prepared, storage, trained, hit_rate, job.sample_prompts)
+    storage.write("final/README.md", model_card(prepared.config, summary).encode())
     storage.write("summary.json", json.dumps(summary, indent=2).encode())
-    print_summary(console, summary)
     return summary
+
+
+def train_prepared(prepared: Prepared, console: Console, hit_rate: float | None = None, *, fresh: bool = False,
+                   shared: Shared | None = None) -> dict[str, Any] | None:
+    """``train``; None if it pauses where ``shared`` wants it to.
+
+    Args:
+        hit_rate: share of the completions that the cache held when the run began, where that is known.
+    """
+    config = prepared.config
+    if fresh:
+        set_aside(Storage(config.run_dir), console)
+    summary = finished_before(prepared, console)
+    if summary is None:
+        pairs, held_out = join_sets(prepared, console) if shared is None else (shared.pairs, shared.held_out)
+        resources = resources_for("train", config, 1 if shared is None else shared.at_once)
+        job = training_job(prepared, resources, None if shared is None else shared.until)
+        begin_run(prepared, job, console)
+        with TrainingDisplay(console) if shared is None else shared.display as display:
+            trained = launch(job, pairs, held_out, resources, run_dir=config.run_dir, run_name=config.run_name,
+                             track=config.track, base_name=prepared.base_name,
+                             tokenizer=prepared.tokeniser.tokenizer, listener=display.listen,
+                             board=None if shared is None else shared.board)
+        if trained["interrupted"]:
+            if trained["steps"] == job.stop_after:
+                return None
+            console.say(f"stopped after step {trained['steps']:,}; its checkpoint is in {redact(config.run_dir)}")
+            raise KeyboardInterrupt
+        summary = end_run(prepared, job, trained, hit_rate)
+    print_summary(console, summary)
+    report_on(config, console)
+    return summary
+
+
+def report_on(config: Config, console: Console) -> None:
+    """Make the page of a run or a sweep that has ended."""
+    from raydpo.report import write_report
+
+    try:
+        console.say(f"report: {write_report(config.run_dir)}")
+    except Exception as error:  # the model is stored; a picture that cannot be drawn must not say otherwise
+        console.warn(f"the report failed ({type(error).__name__}: {error}); 'raydpo report' tries again")
 
 
 def _sample_prompts(prepared: Prepared) -> tuple[tuple[str, Any], ...]:
@@ -290,7 +434,7 @@ def _sample_prompts(prepared: Prepared) -> tuple[tuple[str, Any], ...]:
     return tuple((prepared.tokeniser.tokenizer.decode(ids, skip_special_tokens=True), ids) for ids in list(distinct)[:count])
 
 
-def _summarise(prepared: Prepared, storage: Storage, trained: dict[str, Any], built: BuildReport | None,
+def _summarise(prepared: Prepared, storage: Storage, trained: dict[str, Any], hit_rate: float | None,
                samples: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
     config, decode = prepared.config, prepared.tokeniser.tokenizer.decode
     steps, evals = read_rows(storage, "metrics.parquet"), read_rows(storage, "eval.parquet")
@@ -307,8 +451,9 @@ def _summarise(prepared: Prepared, storage: Storage, trained: dict[str, Any], bu
         "held_out_pairs": 0 if prepared.sets.eval is None else prepared.sets.eval.num_rows,
         "eval_before": evals[0] if evals else None, "eval_after": evals[-1] if evals else None,
         "reference": {"path": config.reference_path, "adapter": config.reference_adapter,
-                      "identity": prepared.reference.identity.digest, "cache": redact(config.cache_uri)},
-        "cache_hit_rate": None if built is None else built.hit_rate,
+                      "identity": prepared.reference.identity.digest, "cache": redact(config.cache_uri)}
+        if needs_reference(config) else dict.fromkeys(("path", "adapter", "identity", "cache")),
+        "cache_hit_rate": hit_rate,
         "data": prepared.sets.report.to_dict(),
         "samples": [{"prompt": text, "before": decode(before, skip_special_tokens=True),
                      "after": decode(after, skip_special_tokens=True)} for (text, _), before, after in answers],
@@ -325,6 +470,9 @@ def _digest(table: pa.Table) -> str:
             rows["key"] = as_bytes(batch[0]).view("V16").ravel()
             rows["tokens"] = pc.list_value_length(batch[1]).to_numpy()
             digest.update(rows.tobytes())
+    for column in (PAIR_WEIGHT, PAIR_MARGIN):
+        if column in table.column_names:
+            digest.update(f"{column}\0".encode() + np.ascontiguousarray(table[column].to_numpy()).tobytes())
     for batch in table.select(["source", "weight"]).to_batches():
         for source, weight in zip(batch[0].to_pylist(), batch[1].to_pylist(), strict=True):
             digest.update(f"{source}\0{weight}\0".encode())

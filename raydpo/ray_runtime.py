@@ -87,8 +87,11 @@ def session(config: Config) -> Iterator[None]:
         ray.shutdown()
 
 
-def resources_for(stage: Literal["score", "train"], config: Config) -> Resources:
+def resources_for(stage: Literal["score", "train"], config: Config, at_once: int = 1) -> Resources:
     """The resources of a stage on the Ray that is connected.
+
+    Args:
+        at_once: how many such stages share the cluster.
 
     Raises:
         ConfigError: if the cluster as it is cannot hold them, and why; unless ``ray.autoscaling`` says that it will grow.
@@ -121,7 +124,7 @@ def resources_for(stage: Literal["score", "train"], config: Config) -> Resources
     if not gpus:
         # Workers of one node share its cores; more threads than cores is the usual slowness of CPU jobs.
         nodes = [node for node in ray.nodes() if node["Alive"]]
-        on_one_node = -(-workers // max(1, len(nodes)))
+        on_one_node = -(-workers * at_once // max(1, len(nodes)))
         threads, memory_share = max(1, (os.cpu_count() or 1) // on_one_node), 1 / on_one_node
     return Resources(workers, gpus, threads, fewest, memory_share, together)
 

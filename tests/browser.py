@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import html
+import json
 import re
 import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 BROWSER = next((path for name in NAMES if (path := shutil.which(name))), None)
@@ -36,3 +39,25 @@ def widths(page: Path, width: int, dark: bool = False) -> tuple[int, int]:
     match = re.search(r"<title>(\d+) (\d+)</title>", document)
     assert match, document[:500]
     return int(match[1]), int(match[2])
+
+
+def drive(page: Path, script: str, width: int = 1000, dark: bool = False) -> tuple[Any, list[str]]:
+    """(what ``script`` returns, messages of the console) for a local page in a frame of ``width`` pixels.
+
+    Args:
+        script: the body of a JavaScript function of the page's document ``d`` and window ``w``.
+    """
+    frame = page.with_name(f"drive-{page.stem}.html")
+    frame.write_text(f"""<iframe id=f src="{page.name}" style="width:{width}px;height:800px;border:0"></iframe><script>
+        const act = (d, w) => {{ {script} }};
+        onload = () => {{
+          let found;
+          try {{ found = act(f.contentDocument, f.contentWindow); }} catch (error) {{ found = {{ error: String(error) }}; }}
+          document.body.append(Object.assign(document.createElement("pre"), {{ id: "found",
+                                             textContent: JSON.stringify(found) }}));
+        }}
+        </script>""")
+    document, complaints = look(frame, "--allow-file-access-from-files", dark=dark)
+    match = re.search(r'<pre id="found">(.*?)</pre>', document, re.DOTALL)
+    assert match, document[:500]
+    return json.loads(html.unescape(match[1])), complaints

@@ -39,7 +39,7 @@ def first(place):
 
 def test_run_says_what_happened(first):
     for piece in ("(0% hits)", "step-0 gate:", "loss 0.693147", "first loss 0.693147", "held-out pairs:", "before", "after",
-                  "run directory:", "final/"):
+                  "run directory:", "final/", "report.html"):
         assert piece in first.stdout, first.stdout
     assert first.stderr == ""
     assert not any(noise in first.stdout for noise in ("INFO", "WARNING", "(pid=", "DeepSpeed", "ray::"))
@@ -48,7 +48,7 @@ def test_run_says_what_happened(first):
 def test_run_directory(first, place):
     run = place / "runs" / "first"
     assert {"config.yaml", "metrics.parquet", "eval.parquet", "final", "checkpoints", "tensorboard", "logs",
-            "summary.json"} <= set(os.listdir(run))
+            "summary.json", "report.html"} <= set(os.listdir(run))
     steps = pq.read_table(run / "metrics.parquet").to_pylist()
     assert [row["step"] for row in steps] == list(range(1, 11))
     assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)

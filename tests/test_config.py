@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,33 @@ ray: {{address: null}}
         "cache": config.cache, "name": config.run_name})
 
 
+@pytest.mark.parametrize(("override", "name", "text"), [
+    ("train.loss=[{sigmoid: 0.8}, {bco_pair: 0.2}, {sft: 1}]", "model-sigmoid+bco_pair+sft-beta0.1",
+     "0.8 sigmoid + 0.2 bco_pair + 1 sft"),
+    ("train.loss=my_losses.mine:squared", "model-squared-beta0.1", "my_losses.mine:squared"),
+    ("train.beta={start: 0.2, end: 0.05, schedule: cosine}", "model-sigmoid-beta0.2-0.05", "sigmoid"),
+])
+def test_losses_and_betas_of_all_kinds_have_a_name_and_survive_yaml(override, name, text, tree):
+    config = load_config(tree, [override])
+    assert (config.run_name, config.train.loss_text) == (name, text)
+    assert load_config(yaml.safe_load(config.to_yaml())).train == config.train
+
+
+def test_beta_moves_from_start_to_end(tree):
+    for schedule, middle in (("linear", 0.125), ("cosine", 0.125)):
+        train = load_config(tree, [f"train.beta={{start: 0.2, end: 0.05, schedule: {schedule}}}"]).train
+        assert [train.beta_at(step, 11) for step in (0, 5, 10)] == pytest.approx([0.2, middle, 0.05])
+    assert train.beta_at(1, 11) > 0.2 - 0.015  # the cosine begins slowly
+    assert load_config(tree).train.beta_at(7, 11) == 0.1
+
+
+def test_only_settings_of_the_objective_that_are_set_are_part_of_its_shape(tree):
+    """So that checkpoints from before a setting existed still mean the same run."""
+    assert load_config(tree).train.shaped() == {}
+    train = load_config(tree, ["train.loss=simpo", "train.simpo_gamma=1.0", "train.lr=1"]).train
+    assert train.shaped() == {"simpo_gamma": 1.0}
+
+
 def test_it_is_frozen(tree):
     with pytest.raises(Exception, match="frozen"):
         load_config(tree).train.beta = 1.0
@@ -68,9 +96,24 @@ def test_it_is_frozen(tree):
     ("train.workers=true", ["train.workers", "number"]),
     ("train.workers=two", ["train.workers", "two", "integer"]),
     ("train=3", ["'train'", "3", "pairs_per_step"]),
-    ("train.label_smoothing=0.1 train.loss=ipo", ["label_smoothing 0.1", "ipo"]),
+    ("train.label_smoothing=0.1 train.loss=ipo", ["label_smoothing 0.1", "ipo", "set it to 0", "robust"]),
+    ("train.loss=hinge train.label_smoothing=0.1", ["label_smoothing 0.1", "'hinge'"]),
+    ("train.discopop_tau=0.1", ["discopop_tau 0.1", "'sigmoid'", "heeds it (discopop)"]),
+    ("train.loss=sft train.beta=0.3", ["beta 0.3", "'sft'"]),
+    ("train.loss=[{sigmoid: 1}, {bco_pair: 1}] train.f_divergence_type=forward_kl", ["forward_kl", "'bco_pair'"]),
+    ("train.f_alpha_divergence_coef=0.3", ["f_alpha_divergence_coef 0.3", "alpha_divergence"]),
+    ("train.loss=aot train.use_weighting=true", ["use_weighting True", "'aot'"]),
+    ("train.loss=exo_pair", ["label_smoothing", "0.001"]),
+    ("train.dynamic_beta_momentum=0.5", ["dynamic_beta_momentum 0.5", "dynamic_beta"]),
+    ("train.loss=[{sigmod: 1}]", ["train.loss", "did you mean 'sigmoid'"]),
+    ("train.loss=[{sigmoid: -1}]", ["train.loss", "-1", "above 0"]),
+    ("train.loss=[{sigmoid: 1}, {sigmoid: 2}]", ["train.loss", "'sigmoid'", "twice"]),
+    ("train.beta={start: 0.2, end: -1}", ["train.beta.end", "-1", "greater than 0"]),
+    ("train.beta={start: 0.2, end: 0.2}", ["beta: 0.2"]),
+    ("train.loss=aot data.weight_column=importance", ["weight_column", "importance", "'aot'"]),
+    ("train.loss=bco_pair data.margin_column=gap", ["margin_column", "gap", "'bco_pair'"]),
     ("train.steps=5 train.epochs=3", ["steps (5)", "epochs (3)"]),
-    ("train.gpus_per_worker=0.5", ["0.5", "whole GPU"]),
+    ("train.gpus_per_worker=0.5 train.workers=2", ["0.5", "whole GPU"]),
     ("model.lora={dropout: 0.1}", ["dropout is 0.1", "set it to 0"]),
     ("name=../elsewhere", ["'name'", "../elsewhere", "letters"]),
     ("data.train=nowhere.jsonl", ["data.train.0.path", "nowhere.jsonl", "no such file"]),
@@ -83,7 +126,7 @@ def test_it_is_frozen(tree):
 def test_bad_input_names_key_value_and_fix(override, said, tree):
     tree["data"]["train"] = [tree["data"]["train"]]
     with pytest.raises(ConfigError) as caught:
-        load_config(tree, override.split(" ") if "{" not in override else [override])
+        load_config(tree, re.split(" (?=(?:train|data)[.])", override))
     for piece in said:
         assert piece in str(caught.value), str(caught.value)
 
@@ -99,6 +142,49 @@ def test_all_problems_are_told_at_once(tree):
     with pytest.raises(ConfigError) as caught:
         load_config(tree, ["train.beta=-1", "train.bata=2", "score.workers=0"])
     assert str(caught.value).count("\n") == 2
+
+
+def write(place, **trees):
+    for name, tree in trees.items():
+        (place / f"{name}.yaml").parent.mkdir(exist_ok=True)
+        (place / f"{name}.yaml").write_text(yaml.safe_dump(tree))
+
+
+def test_a_file_is_what_differs_from_its_base(tree, tmp_path):
+    (tmp_path / "below").mkdir()
+    write(tmp_path, root=tree | {"train": {"beta": 0.3, "lr": 1e-6, "zero": 3, "clip": 2.0}},
+          middle={"base": "root.yaml", "train": {"beta": 0.2, "clip": None}, "model": {"freeze": ["embed", "norm"]}})
+    write(tmp_path / "below", leaf={"base": "../middle.yaml", "train": {"zero": 1}, "model": {"freeze": ["head"]}})
+    config = load_config(tmp_path / "below" / "leaf.yaml", ["train.lr=2e-6"])
+    assert (config.train.beta, config.train.zero, config.train.lr, config.train.clip) == (0.2, 1, 2e-6, None)
+    assert config.model.freeze == ("head",) and config.model.path == tree["model"]["path"]
+    assert load_config(tmp_path / "middle.yaml").train.zero == 3
+    assert "base" not in config.to_yaml().split()
+
+
+def test_a_base_in_a_circle_is_refused(tree, tmp_path):
+    write(tmp_path, a=tree | {"base": "b.yaml"}, b={"base": "c.yaml"}, c={"base": str(tmp_path / "b.yaml")},
+          me={"base": "./me.yaml"})
+    with pytest.raises(ConfigError, match=r"circle: \S*a\.yaml -> \S*b\.yaml -> \S*c\.yaml -> \S*b\.yaml"):
+        load_config(tmp_path / "a.yaml")
+    with pytest.raises(ConfigError, match=r"circle: \S*me\.yaml -> \S*me\.yaml"):
+        load_config(tmp_path / "me.yaml")
+
+
+def test_a_base_that_is_not_there_is_named(tree, tmp_path):
+    write(tmp_path, a=tree | {"base": "nowhere.yaml"}, two=tree | {"base": ["a.yaml", "b.yaml"]})
+    with pytest.raises(ConfigError, match=r"'nowhere\.yaml', but there is no file '\S*/nowhere\.yaml'"):
+        load_config(tmp_path / "a.yaml")
+    with pytest.raises(ConfigError, match=r"'base' in \S*two\.yaml is \['a\.yaml', 'b\.yaml'\], expected the path of one"):
+        load_config(tmp_path / "two.yaml")
+
+
+def test_a_section_may_replace_a_value_and_the_reverse(tree, tmp_path):
+    write(tmp_path, a=tree, b={"base": "a.yaml", "data": {"train": [{"path": tree["data"]["train"], "weight": 2.0}]}},
+          c={"base": "b.yaml", "model": tree["model"]["path"]})
+    assert load_config(tmp_path / "b.yaml").data.train[0].weight == 2.0
+    with pytest.raises(ConfigError, match=r"'model' is .* expected a section"):
+        load_config(tmp_path / "c.yaml")
 
 
 def test_every_field_is_documented():

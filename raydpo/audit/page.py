@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from importlib import resources
 from typing import Any
 
-import jinja2
 import polars as pl
 
 from raydpo.audit.audit import Audit
 from raydpo.audit.plots import plots
+from raydpo.pages.page import render
 
 __all__ = ["render_page"]
 
@@ -19,9 +18,6 @@ MOST_SOURCES = 6
 
 def render_page(audit: Audit) -> str:
     """The page. All text from the data is escaped; there are no scripts in it, and a policy that would refuse them."""
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
-    template = environment.from_string(resources.files("raydpo.audit").joinpath("page.html").read_text(encoding="utf-8"))
-    style = resources.files("raydpo.pages").joinpath("style.css").read_text(encoding="utf-8")
     pictures = [("All pairs", plots(audit.frame, audit.total))]
     if len(audit.sources) > 1:
         pictures += [(name, plots(audit.frame.filter(pl.col("source") == name), figures))
@@ -33,8 +29,7 @@ def render_page(audit: Audit) -> str:
     rows = [{"title": title, "about": about,
              "values": [read(figures, same) for (_, figures), same in zip(columns, identical, strict=True)]}
             for title, about, read in ROWS]
-    return template.render(audit=audit, plots=pictures, rows=rows, names=[name for name, _ in columns],
-                           style=jinja2.filters.Markup(style))
+    return render("audit/page.html", audit=audit, plots=pictures, rows=rows, names=[name for name, _ in columns])
 
 
 def _share(value: dict[str, Any]) -> str:

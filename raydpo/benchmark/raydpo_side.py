@@ -16,6 +16,7 @@ from raydpo.benchmark.job import Job, Result, StepRecord, now, side
 from raydpo.benchmark.kernels import KernelEngine
 from raydpo.data.plan import BatchPlan
 from raydpo.estimate.plan import pair_groups
+from raydpo.losses import Memory, Objective
 from raydpo.model.budget import MOST_SCORED, find_budget, probe_group, used_memory
 from raydpo.model.selfcheck import CHECK_ROWS
 from raydpo.prefetch import prefetch
@@ -70,10 +71,10 @@ def train(job: Job, device: torch.device) -> Result:
 
     record = StepRecord(device)
     load_seconds = now(device) - start
-    rows, clock = [], StepClock(device)
+    rows, clock, objective = [], StepClock(device), Objective(settings)
     record.begin()
     for step in prefetch(range(job.steps), lambda number: prepare_step(number, plan, pairs, engine), ahead=1):
-        rows.append(train_step(step, plan, pairs, engine, settings, clock).row)
+        rows.append(train_step(step, plan, pairs, engine, settings, objective, Memory(), clock).row)
         record.end_step()
     return Result(load_seconds=load_seconds, step_seconds=record.seconds, losses=[row["loss"] for row in rows],
                   chosen_logps=[row["logps/chosen"] for row in rows], rejected_logps=[row["logps/rejected"] for row in rows],

@@ -5,28 +5,40 @@ A default lives in one of these modules and nowhere else; the docstring below a 
 """
 
 from raydpo.config.data import DataConfig, EvalConfig, SourceConfig, source_name
-from raydpo.config.load import is_hub_name, load_config
+from raydpo.config.evaluate import EvaluateConfig, JudgeConfig
+from raydpo.config.load import is_hub_name, load_config, with_setting
 from raydpo.config.model import LoraSettings, ModelConfig, ReferenceConfig
+from raydpo.config.objective import LOSSES, BetaSchedule, ObjectiveConfig
 from raydpo.config.run import CacheConfig, Config, RayConfig
+from raydpo.config.sweep import RandomConfig, StopEarlyConfig, SweepConfig
 from raydpo.config.track import TrackConfig
 from raydpo.config.train import ScoreConfig, TrainConfig
 from raydpo.config.uri import is_uri
 
 __all__ = [
+    "LOSSES",
+    "BetaSchedule",
     "CacheConfig",
     "Config",
     "DataConfig",
     "EvalConfig",
+    "EvaluateConfig",
+    "JudgeConfig",
     "LoraSettings",
     "ModelConfig",
+    "ObjectiveConfig",
+    "RandomConfig",
     "RayConfig",
     "ReferenceConfig",
     "ScoreConfig",
     "SourceConfig",
+    "StopEarlyConfig",
+    "SweepConfig",
     "TrackConfig",
     "TrainConfig",
     "is_hub_name",
     "is_uri",
     "load_config",
     "source_name",
+    "with_setting",
 ]

@@ -9,7 +9,8 @@ from pydantic import BeforeValidator, Field, model_validator
 from raydpo.config.section import Float, Int, PathOrUri, Section
 from raydpo.config.uri import is_uri
 
-__all__ = ["COMPRESSION_SUFFIXES", "DATA_SUFFIXES", "DataConfig", "EvalConfig", "SourceConfig", "source_name"]
+__all__ = ["COMPRESSION_SUFFIXES", "DATA_SUFFIXES", "DataConfig", "EvalConfig", "SourceConfig", "as_sources",
+           "source_name"]
 
 DATA_SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet")
 COMPRESSION_SUFFIXES = (".gz", ".zst", ".bz2", ".xz")
@@ -52,7 +53,8 @@ class EvalConfig(Section):
         return self
 
 
-def _as_sources(value: Any) -> Any:
+def as_sources(value: Any) -> Any:
+    """A bare path, or a list of paths and sections, as a list of sections."""
     entries = value if isinstance(value, (list, tuple)) else [value]
     return [{"path": entry} if isinstance(entry, str) else entry for entry in entries]
 
@@ -64,7 +66,7 @@ def _as_eval(value: Any) -> Any:
 class DataConfig(Section):
     """Preferences and how they become token ids."""
 
-    train: Annotated[tuple[SourceConfig, ...], BeforeValidator(_as_sources)] = Field(min_length=1)
+    train: Annotated[tuple[SourceConfig, ...], BeforeValidator(as_sources)] = Field(min_length=1)
     """One or more sources; a bare path works too."""
     eval: Annotated[EvalConfig | None, BeforeValidator(_as_eval)] = None
     """Held-out pairs; null = none."""
@@ -72,11 +74,20 @@ class DataConfig(Section):
     """Longest prompt + completion, in tokens."""
     truncation: Literal["keep_start", "drop"] = "keep_start"
     """What becomes of a longer one: its completion is cut at the end, or the pair is dropped."""
+    fraction: Float = Field(1.0, gt=0, le=1)
+    """Share of the training prompts that are used, with all their pairs: how much does more data help? Decided by the
+    content of each prompt, so a smaller share is part of every larger one. Held-out pairs are left alone."""
+    fraction_seed: Int = Field(0, ge=0)
+    """Another seed, other prompts. Without effect while fraction is 1."""
     shuffle: bool = True
     """false = every epoch in file order, for comparisons."""
     filter: str | None = None
     """A condition that training pairs must meet, an SQL expression over the fields of the audit, for example
     'chosen_tokens < 1024 and ref_margin > -20'. See raydpo/data/facts.py for the fields. Held-out pairs are left alone."""
+    weight_column: str | None = None
+    """A column of the records with the weight of each pair in the loss, a number from 0 up; null = all the same."""
+    margin_column: str | None = None
+    """A column with how much better the chosen completion is, a number in units of reward: the loss wants that much more."""
     chat_template: str | None = None
     """A Jinja chat template, or the path of one, in place of the tokenizer's."""
     max_malformed: Float = Field(0.01, ge=0, le=1)

@@ -16,7 +16,7 @@ from raydpo.config.run import Config
 from raydpo.config.uri import is_uri
 from raydpo.errors import ConfigError
 
-__all__ = ["is_hub_name", "load_config"]
+__all__ = ["is_hub_name", "load_config", "with_setting"]
 
 
 def is_hub_name(path: str) -> bool:
@@ -28,13 +28,14 @@ def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = 
     """Read, override and check a configuration.
 
     Args:
-        source: path of a YAML file, or its content as a dictionary.
+        source: path of a YAML file, or its content as a dictionary. A file may name a ``base``, another file relative to
+            itself, and then holds what differs from it (see ``_read_tree``).
         overrides: ``key.sub=value`` strings, values in YAML; they win over the file.
 
     Raises:
         ConfigError: with one message that names every bad key, its value and the fix.
     """
-    tree = source if isinstance(source, dict) else _read_yaml(Path(source))
+    tree = source if isinstance(source, dict) else _read_tree(Path(source))
     for override in overrides:
         tree = _override(tree, override)
     try:
@@ -54,6 +55,29 @@ def _check_filter(expression: str) -> None:
     except ImportError:
         return
     PairFilter(expression)
+
+
+def _read_tree(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The settings of a file on top of those of its base: sections are merged key by key, all else is replaced, lists and
+    nulls too. ``above``: the files that led here."""
+    tree = _read_yaml(path)
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise ConfigError(f"'base' in {path} is {base!r}, expected the path of one YAML file, relative to this one")
+    place, files = path.parent / base, (*above, path)
+    if any(place.resolve() == file.resolve() for file in files):
+        raise ConfigError(f"'base' goes in a circle: {' -> '.join(map(str, (*files, place)))}; drop one of them")
+    if not place.is_file():
+        raise ConfigError(f"'base' in {path} is {base!r}, but there is no file {str(place)!r}; it is relative to {path}")
+    return _merged(_read_tree(place, files), tree)
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    both = {key: _merged(base[key], value) for key, value in changes.items()
+            if isinstance(value, dict) and isinstance(base.get(key), dict)}
+    return base | changes | both
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -76,6 +100,18 @@ def _override(tree: dict[str, Any], override: str) -> dict[str, Any]:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"the value of override {override!r} is not valid YAML: {' '.join(str(error).split())}") from None
+    return with_setting(tree, key, value, f"override {override!r}")
+
+
+def with_setting(tree: dict[str, Any], key: str, value: Any, what: str) -> dict[str, Any]:
+    """``tree`` with ``value`` at the dotted ``key``; the tree that was given stays as it is.
+
+    Args:
+        what: names the setting in errors.
+
+    Raises:
+        ConfigError: if the key leads through something that is no section, or to an entry that a list does not have.
+    """
     head, *rest = key.split(".")
     tree = dict(tree)
     node: Any = tree
@@ -86,13 +122,12 @@ def _override(tree: dict[str, Any], override: str) -> dict[str, Any]:
         elif child is None or isinstance(child, dict):
             child = dict(child or {})
         else:
-            raise ConfigError(f"override {override!r} sets a key below {step!r}, whose value is {child!r}, "
-                              "not a section")
+            raise ConfigError(f"{what} sets a key below {step!r}, whose value is {child!r}, not a section")
         node[step] = child
         if isinstance(child, list):
             index = int(nxt)
             if index >= len(child):
-                raise ConfigError(f"override {override!r}: {step} has {len(child)} entries, there is no entry {index}")
+                raise ConfigError(f"{what}: {step} has {len(child)} entries, there is no entry {index}")
             node = _ListView(child)
         else:
             node = child
@@ -114,8 +149,12 @@ class _ListView:
         self.entries[int(index)] = value
 
 
+_INNER = ("function-", "tuple[", "constrained-", "tagged-")
+"""How pydantic's places begin that are no keys."""
+
+
 def _explain(tree: dict[str, Any], problem: dict[str, Any]) -> str:
-    where = [str(part) for part in problem["loc"] if not str(part).startswith(("function-", "tuple[", "constrained-"))]
+    where = [str(part) for part in problem["loc"] if not str(part).startswith(_INNER)]
     key, value = ".".join(where) or "configuration", problem["input"]
     kind, context = problem["type"], problem.get("ctx", {})
     if kind == "extra_forbidden":
@@ -124,7 +163,9 @@ def _explain(tree: dict[str, Any], problem: dict[str, Any]) -> str:
         elsewhere = [full for full in _all_keys() if full.rsplit(".", 1)[-1] == where[-1]]
         meant = elsewhere[0] if elsewhere else ".".join([*where[:-1], near[0]]) if near else None
         hint = f"did you mean {meant!r}?" if meant else f"known here: {', '.join(known)}"
-        return f"unknown key {key!r} (value {value!r}); {hint}"
+        # A judge's API key under another name must not be shown.
+        shown = "" if where[:2] == ["evaluate", "judge"] else f" (value {value!r})"
+        return f"unknown key {key!r}{shown}; {hint}"
     if kind == "missing":
         return f"{key!r} is missing; every run needs a model (model.path), data (data.train) and an output (output)"
     if kind == "literal_error":
@@ -135,6 +176,8 @@ def _explain(tree: dict[str, Any], problem: dict[str, Any]) -> str:
         return f"{key!r}: {context['error']}"
     if kind == "model_type":
         return f"{key!r} is {value!r}, expected a section of keys: {', '.join(_section_at(where).model_fields)}"
+    if kind == "tuple_type":
+        return f"{key!r} is {value!r}, expected a list, for example [{value!r}]"
     if kind == "too_short":
         return f"{key!r} is empty; at least one entry is needed"
     if kind == "string_pattern_mismatch":
@@ -177,8 +220,10 @@ def _check_paths(config: Config) -> None:
     """Every local input that is named must be there. Hub names and URIs are left to those who open them."""
     inputs = [("model.path", config.model.path, True), ("model.tokenizer", config.model.tokenizer, True),
               ("reference.path", config.reference.path, True), ("reference.adapter", config.reference.adapter, True),
-              ("model.adapter", config.model.adapter, True)]
+              ("model.adapter", config.model.adapter, True), ("evaluate.policy", config.evaluate.policy, True),
+              ("evaluate.base", config.evaluate.base, True), ("evaluate.reward_model", config.evaluate.reward_model, True)]
     inputs += [(f"data.train.{i}.path", source.path, False) for i, source in enumerate(config.data.train)]
+    inputs += [(f"evaluate.data.{i}.path", source.path, False) for i, source in enumerate(config.evaluate.data or ())]
     if config.data.eval is not None:
         inputs.append(("data.eval.path", config.data.eval.path, False))
     problems = []

@@ -9,8 +9,10 @@ import yaml
 from pydantic import Field, model_validator
 
 from raydpo.config.data import DataConfig
+from raydpo.config.evaluate import EvaluateConfig
 from raydpo.config.model import ModelConfig, ReferenceConfig
 from raydpo.config.section import PathOrUri, Section
+from raydpo.config.sweep import SweepConfig
 from raydpo.config.track import TrackConfig
 from raydpo.config.train import ScoreConfig, TrainConfig
 from raydpo.config.uri import redacted
@@ -42,7 +44,7 @@ class Config(Section):
     """A whole run."""
 
     name: Annotated[str | None, Field(pattern=NAME_PATTERN)] = None
-    """Name of the run directory below output; null = model, loss and beta."""
+    """Name of the run directory below output, or of the sweep's; null = model, loss and beta, or model and 'sweep'."""
     output: PathOrUri
     """Local path or URI below which run directories lie."""
     model: ModelConfig
@@ -51,8 +53,10 @@ class Config(Section):
     cache: CacheConfig = CacheConfig()
     score: ScoreConfig = ScoreConfig()
     train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
     track: TrackConfig = TrackConfig()
     ray: RayConfig = RayConfig()
+    sweep: SweepConfig | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Config:
@@ -68,11 +72,17 @@ class Config(Section):
                              "on by what quantization loses. Set reference.quantization=model, or "
                              "reference.allow_other_quantization=true if that is meant")
         if self.train.merge_adapter and self.model.lora is None and self.model.adapter is None:
-            raise ValueError("train.merge_adapter has no effect: model.lora and model.adapter are null, so whole weights "
+            raise ValueError("train.merge_adapter has no effect: model.lora and model.adapter are null, so all weights are "
                              "trained and exported. Drop it, or set model.lora")
+        for column in ("weight_column", "margin_column"):
+            if getattr(self.data, column) is not None:
+                self.train.check_heeded(column, f"({getattr(self.data, column)!r} of data)", f"set data.{column} to null")
         if self.train.keep_best is not None and self.data.eval is None:
             raise ValueError(f"train.keep_best is {self.train.keep_best}, but there are no held-out pairs to measure it on; "
                              "set data.eval, for example data.eval.fraction=0.05")
+        if self.sweep is not None and self.sweep.stop_early is not None and self.data.eval is None:
+            raise ValueError("sweep.stop_early is set, but there are no held-out pairs to compare trials on; set data.eval, "
+                             "for example data.eval.fraction=0.05")
         return self
 
     @property
@@ -91,7 +101,7 @@ class Config(Section):
         if self.name is not None:
             return self.name
         stem = re.sub(r"[^A-Za-z0-9.-]+", "-", self.model.path.rstrip("/").rsplit("/", 1)[-1]).strip("-.") or "model"
-        return f"{stem}-{self.train.loss}-beta{self.train.beta:g}"
+        return f"{stem}-{self.train.loss_name}-beta{self.train.beta_text}" if self.sweep is None else f"{stem}-sweep"
 
     @property
     def run_dir(self) -> str:

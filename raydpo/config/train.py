@@ -1,4 +1,4 @@
-"""Sections ``score`` and ``train``: the reference pass, and the training of the policy."""
+"""Sections ``score`` and ``train``: the reference pass, and the training of the policy (its objective: ``objective``)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from raydpo.config.objective import ObjectiveConfig
 from raydpo.config.section import Dtype, Float, Int, PathOrUri, Section
 
 __all__ = ["REDUCE_BUCKET", "ROUNDED_PIECE", "ScoreConfig", "TrainConfig"]
@@ -16,7 +17,6 @@ size of the model."""
 ROUNDED_PIECE = 1 << 22
 """Elements that AdamW with bfloat16 moments computes at once. DeepSpeed hands all weights over as one flat tensor, and what
 is computed in float32 would take more than the moments save."""
-LossName = Literal["sigmoid", "hinge", "ipo", "sigmoid_norm"]
 
 
 class ScoreConfig(Section):
@@ -67,14 +67,15 @@ class ElasticWorkers(Section):
         return self
 
 
-class TrainConfig(Section):
+class TrainConfig(ObjectiveConfig):
     """The training of the policy."""
 
     workers: Annotated[Int, Field(ge=1)] | ElasticWorkers = 1
     """Ray Train workers, one device each. {min: 2, max: 8} starts with what the cluster has and follows it; the pairs of a
     step stay the same."""
     gpus_per_worker: Float | None = Field(None, ge=0)
-    """GPUs of each worker; null = 1 where the cluster has GPUs, else 0."""
+    """GPUs of each worker; null = 1 where the cluster has GPUs, else 0. A part of one, such as 0.25, lets trials of a sweep
+    with one worker each share a GPU."""
     pairs_per_step: Int = Field(64, ge=1)
     """Pairs of one optimizer step, over all workers."""
     tokens_per_batch: Literal["auto"] | Annotated[Int, Field(ge=1)] = "auto"
@@ -114,12 +115,6 @@ class TrainConfig(Section):
     """Precision of adamw's moments; bfloat16 halves them, and rounds."""
     merge_adapter: bool = False
     """Export adapters also merged into the model, as final/merged."""
-    loss: LossName = "sigmoid"
-    """The objective, see raydpo.losses."""
-    beta: Float = Field(0.1, gt=0)
-    """Strength of the pull to the reference. Small drifts far, large stays close."""
-    label_smoothing: Float = Field(0.0, ge=0, lt=0.5)
-    """Assumed share of flipped preferences (conservative DPO); for loss sigmoid and sigmoid_norm."""
     seed: Int = Field(0, ge=0)
     """Order of the pairs and initial values of adapters."""
     checkpoint_every: Int = Field(100, ge=1)
@@ -168,9 +163,6 @@ class TrainConfig(Section):
                                  f"{{min: {self.workers.min}, max: {self.workers.max}}}; set workers to a multiple of it")
         else:
             _whole_groups(self.workers, self.sequence_parallel)
-        if self.label_smoothing and self.loss not in ("sigmoid", "sigmoid_norm"):
-            raise ValueError(f"label_smoothing {self.label_smoothing} has no effect on loss {self.loss!r}; "
-                             "set it to 0, or loss to sigmoid or sigmoid_norm")
         if self.steps is not None and "epochs" in self.model_fields_set and self.epochs != 1:
             raise ValueError(f"steps ({self.steps}) and epochs ({self.epochs}) contradict each other; keep one")
         if self.warmup >= 1 and self.warmup != int(self.warmup):
@@ -198,7 +190,7 @@ class TrainConfig(Section):
         if self.optimizer != "adamw" and self.offload_optimizer is not None:
             raise ValueError(f"optimizer {self.optimizer} keeps its moments on the GPU; drop offload_optimizer "
                              f"({self.offload_optimizer})")
-        if self.gpus_per_worker is not None and 0 < self.gpus_per_worker < 1:
-            raise ValueError(f"gpus_per_worker {self.gpus_per_worker} is a fraction; NCCL needs a whole GPU for each "
-                             "training worker")
+        if self.gpus_per_worker is not None and 0 < self.gpus_per_worker < 1 and self.most_workers > 1:
+            raise ValueError(f"gpus_per_worker {self.gpus_per_worker} is a fraction; NCCL needs a whole GPU for each of the "
+                             f"{self.most_workers} training workers. One worker may have a part of a GPU")
         return self

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
@@ -16,11 +16,11 @@ from raydpo.data.keys import completion_key
 from raydpo.data.preference import Malformed, Preference, normalise
 from raydpo.data.records import Record, read_records
 from raydpo.data.report import DataReport, SourceReport
-from raydpo.data.split import held_out, prompt_digest
+from raydpo.data.split import held_out, kept, prompt_digest
 from raydpo.data.spool import Spool, spooled
 from raydpo.data.tokenise import TokenisedPair, Tokeniser
 
-__all__ = ["PAIR_SCHEMA", "PairSets", "load_pairs"]
+__all__ = ["HELD_OUT", "PAIR_MARGIN", "PAIR_SCHEMA", "PAIR_WEIGHT", "PairSets", "held_out_source", "load_pairs"]
 
 _IDS, _KEY = pa.list_(pa.int32()), pa.binary(16)
 PAIR_SCHEMA = pa.schema([
@@ -31,7 +31,11 @@ PAIR_SCHEMA = pa.schema([
     ("chosen_key", _KEY), ("rejected_key", _KEY),  # keys.completion_key, of the completions before truncation
     ("chosen_full", pa.int32()), ("rejected_full", pa.int32()),  # their tokens before truncation
 ])
+PAIR_WEIGHT, PAIR_MARGIN = "pair_weight", "pair_margin"
+"""Further columns, float64, where ``data.weight_column`` and ``data.margin_column`` ask for them."""
 CHUNK = 1000
+HELD_OUT = "held-out"
+Reader = Callable[[SourceConfig], Iterator[Record]]
 NO_ROOM, TOO_LONG, SAME = "prompt leaves no room", "longer than max_length", "identical after truncation"
 
 
@@ -57,13 +61,16 @@ class _Place(NamedTuple):
     pair_id: str
     where: str
     row: int
+    source: str
 
 
-def load_pairs(config: DataConfig, tokeniser: Tokeniser, progress: Callable[[int], None] | None = None) -> PairSets:
+def load_pairs(config: DataConfig, tokeniser: Tokeniser, progress: Callable[[int], None] | None = None,
+               reader: Reader = read_records) -> PairSets:
     """Read, check, tokenise, truncate and split all preferences of a configuration.
 
     Args:
         progress: called now and then with the number of records read so far.
+        reader: gives the records of a source; one that names a source of its own (``records.Record``) is of that one.
 
     Raises:
         DataError: if a source cannot be read, more of it is malformed or dropped than allowed, or no pair is left.
@@ -71,19 +78,33 @@ def load_pairs(config: DataConfig, tokeniser: Tokeniser, progress: Callable[[int
     """
     report = DataReport([])
     seen: set[bytes] = set()
-    train = _joined([_load_source(source, source_name(source), config, tokeniser, report, seen, progress)
+    train = _joined([_load_source(source, source_name(source), config, tokeniser, report, seen, progress, reader)
                      for source in config.train])
     if config.eval is None or (config.eval.path is None and config.eval.fraction is None):
-        return PairSets(train.table, None, report)
+        return PairSets(_thinned(train, config, report), None, report)
     if config.eval.path is not None:
-        columns = _common_columns(config) if config.eval.columns is None else config.eval.columns
-        source = SourceConfig(path=config.eval.path, split=config.eval.split, columns=columns)
-        held = _load_source(source, "held-out", config, tokeniser, report, set(), progress)
+        held = _load_source(held_out_source(config), HELD_OUT, config, tokeniser, report, set(), progress, reader)
         trained_on = set(train.prompts)
         report.leaked = sum(prompt in trained_on for prompt in held.prompts)
-        return PairSets(train.table, held.table, report)
+        return PairSets(_thinned(train, config, report), held.table, report)
     mask = held_out(train.prompts, config.eval.fraction)
-    return PairSets(_where(train.table, ~mask), _where(train.table, mask), report)
+    rest = _Loaded(_where(train.table, ~mask), [prompt for prompt, out in zip(train.prompts, mask, strict=True) if not out])
+    return PairSets(_thinned(rest, config, report), _where(train.table, mask), report)
+
+
+def _thinned(train: _Loaded, config: DataConfig, report: DataReport) -> pa.Table:
+    """The training pairs of ``data.fraction``."""
+    if config.fraction == 1:
+        return train.table
+    table = _where(train.table, kept(train.prompts, config.fraction, config.fraction_seed))
+    report.thinned = (table.num_rows, train.table.num_rows)
+    return table
+
+
+def held_out_source(config: DataConfig) -> SourceConfig:
+    """``data.eval.path`` as a source, which goes by the name ``HELD_OUT``."""
+    columns = _common_columns(config) if config.eval.columns is None else config.eval.columns
+    return SourceConfig(path=config.eval.path, split=config.eval.split, columns=columns)
 
 
 def _common_columns(config: DataConfig) -> dict[str, str]:
@@ -93,12 +114,12 @@ def _common_columns(config: DataConfig) -> dict[str, str]:
 
 
 def _load_source(source: SourceConfig, name: str, config: DataConfig, tokeniser: Tokeniser, report: DataReport,
-                 seen: set[bytes], progress: Callable[[int], None] | None) -> _Loaded:
+                 seen: set[bytes], progress: Callable[[int], None] | None, reader: Reader) -> _Loaded:
     """All usable pairs of one source. Adds to ``report``, and to ``seen`` the keys of each pair."""
     account = SourceReport(name, redact(source.path))
     report.sources.append(account)
     merged_before = tokeniser.merged
-    records, prompts, spool = read_records(source), [], Spool(PAIR_SCHEMA)
+    records, prompts, spool = reader(source), [], Spool(_schema(_numbers(config)))
     while chunk := list(islice(records, CHUNK)):
         loaded = _load_chunk(chunk, source, config, tokeniser, account, seen)
         spool.append(loaded.table)
@@ -113,7 +134,8 @@ def _load_source(source: SourceConfig, name: str, config: DataConfig, tokeniser:
 def _load_chunk(records: list[Record], source: SourceConfig, config: DataConfig, tokeniser: Tokeniser,
                 account: SourceReport, seen: set[bytes]) -> _Loaded:
     bad_rows: set[int] = set()
-    places, preferences = _normalised(records, account, bad_rows)
+    numbers = _numbers(config)
+    places, preferences = _normalised(records, account, bad_rows, numbers)
     rows: list[dict[str, Any]] = []
     prompts: list[bytes] = []
     for place, preference, ids in zip(places, preferences, tokeniser.encode(preferences), strict=True):
@@ -126,7 +148,8 @@ def _load_chunk(records: list[Record], source: SourceConfig, config: DataConfig,
         if isinstance(used, str):
             account.dropped.add(used, place.where)
             continue
-        row = _row(place.pair_id, source.weight, account.name, ids, used)
+        row = _row(place.pair_id, source.weight, place.source, ids, used)
+        row |= zip(numbers, preference.numbers, strict=True)
         rows.append(row)
         prompts.append(prompt_digest(preference.prompt))
         account.truncated += sum(len(short) < len(full) for short, full in zip(used, ids, strict=True))
@@ -136,24 +159,37 @@ def _load_chunk(records: list[Record], source: SourceConfig, config: DataConfig,
     account.records += len(records)
     account.malformed_records += len(bad_rows)
     account.kept += len(rows)
-    return _Loaded(_table(rows), prompts)
+    return _Loaded(_table(rows, _schema(numbers)), prompts)
 
 
-def _normalised(records: list[Record], account: SourceReport,
-                bad_rows: set[int]) -> tuple[list[_Place], list[Preference]]:
+def _numbers(config: DataConfig) -> dict[str, str]:
+    """Our further columns and the records' columns that they come from."""
+    wanted = {PAIR_WEIGHT: config.weight_column, PAIR_MARGIN: config.margin_column}
+    return {ours: theirs for ours, theirs in wanted.items() if theirs is not None}
+
+
+def _schema(numbers: Iterable[str]) -> pa.Schema:
+    return pa.schema([*PAIR_SCHEMA, *((name, pa.float64()) for name in numbers)])
+
+
+def _normalised(records: list[Record], account: SourceReport, bad_rows: set[int],
+                numbers: Mapping[str, str]) -> tuple[list[_Place], list[Preference]]:
     places: list[_Place] = []
     preferences: list[Preference] = []
     for record in records:
         try:
             if record.value is None:
                 raise Malformed(record.problem or "unreadable")
-            found = normalise(record.value)
+            found = normalise(record.value, tuple(numbers.values()))
+            if PAIR_WEIGHT in numbers and found[0].numbers[0] < 0:
+                raise Malformed(f"{numbers[PAIR_WEIGHT]!r} is below 0")
         except Malformed as error:
             account.malformed.add(str(error), record.where)
             bad_rows.add(record.row)
             continue
         preferences += found
-        places += [_Place(f"{account.name}:{record.row}" + (f"#{number}" if number else ""), record.where, record.row)
+        places += [_Place(f"{account.name}:{record.row}" + (f"#{number}" if number else ""), record.where, record.row,
+                          record.source or account.name)
                    for number in range(len(found))]
     return places, preferences
 
@@ -177,10 +213,9 @@ def _row(pair_id: str, weight: float, source: str, ids: TokenisedPair, used: Tok
         "chosen_full": len(ids.chosen), "rejected_full": len(ids.rejected)}
 
 
-def _table(rows: list[dict[str, Any]]) -> pa.Table:
+def _table(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
     return pa.table([_lists([row[column.name] for row in rows]) if column.type == _IDS else
-                     pa.array([row[column.name] for row in rows], column.type) for column in PAIR_SCHEMA],
-                    schema=PAIR_SCHEMA)
+                     pa.array([row[column.name] for row in rows], column.type) for column in schema], schema=schema)
 
 
 def _lists(arrays: Sequence[np.ndarray]) -> pa.ListArray:
@@ -191,11 +226,16 @@ def _lists(arrays: Sequence[np.ndarray]) -> pa.ListArray:
 def _joined(parts: list[_Loaded]) -> _Loaded:
     if len(parts) == 1:
         return parts[0]
-    return _Loaded(spooled((part.table for part in parts), PAIR_SCHEMA),
+    return _Loaded(spooled((part.table for part in parts), _schema_of(parts[0].table)),
                    [prompt for part in parts for prompt in part.prompts])
 
 
 def _where(table: pa.Table, mask: np.ndarray) -> pa.Table:
     """The rows where ``mask`` is true."""
     return spooled((table.slice(start, CHUNK).filter(pa.array(mask[start : start + CHUNK]))
-                    for start in range(0, table.num_rows, CHUNK)), PAIR_SCHEMA)
+                    for start in range(0, table.num_rows, CHUNK)), _schema_of(table))
+
+
+def _schema_of(table: pa.Table) -> pa.Schema:
+    """Spooled tables may have wider offsets than what is appended to a spool."""
+    return _schema(table.column_names[len(PAIR_SCHEMA):])

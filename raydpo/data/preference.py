@@ -28,13 +28,17 @@ class Malformed(Exception):
 
 @dataclass(frozen=True)
 class Preference:
-    """chosen is preferred to rejected as an answer to prompt. All three are text, or all three are lists of messages."""
+    """chosen is preferred to rejected as an answer to prompt. All three are text, or all three are lists of messages.
+
+    ``numbers`` are what the columns say that ``normalise`` was asked for, such as a weight.
+    """
 
     prompt: Text
     chosen: Text
     rejected: Text
     tools: list[Any] | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
+    numbers: tuple[float, ...] = ()
 
     @property
     def conversational(self) -> bool:
@@ -47,13 +51,16 @@ class Preference:
             message["role"] != "assistant" for answer in (self.chosen, self.rejected) for message in answer)
 
 
-def normalise(record: Mapping[str, Any]) -> list[Preference]:
+def normalise(record: Mapping[str, Any], numbers: Sequence[str] = ()) -> list[Preference]:
     """The preferences in one record; more than one where it ranks or scores several completions.
 
     Formats: prompt, chosen, rejected as text; as messages (chosen and rejected may be the text of one assistant message,
     and may repeat the prompt); messages with the prompt implicit, as what chosen and rejected have in common; HH-RLHF's
     transcripts; a prompt (or ``context``) with ``completions`` and their ranks (lower is better) or scores (higher is
     better), best pairs first. ``tools`` and ``chat_template_kwargs`` may be JSON text.
+
+    Args:
+        numbers: columns that hold a number for each record, wanted beside its preferences.
 
     Raises:
         Malformed: with the reason.
@@ -71,7 +78,15 @@ def normalise(record: Mapping[str, Any]) -> list[Preference]:
             if record.get(name) is None:
                 raise Malformed(f"missing column {name!r}")
         pairs = [(prompt, record["chosen"], record["rejected"])]
-    return [Preference(*_parts(*pair), tools=tools, template_kwargs=kwargs) for pair in pairs]
+    found = tuple(_number(record, column) for column in numbers)
+    return [Preference(*_parts(*pair), tools=tools, template_kwargs=kwargs, numbers=found) for pair in pairs]
+
+
+def _number(record: Mapping[str, Any], column: str) -> float:
+    value = record.get(column)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise Malformed(f"{column!r} is missing or no number")
+    return float(value)
 
 
 def _parts(prompt: Any, chosen: Any, rejected: Any) -> tuple[Text, Text, Text]:

@@ -36,12 +36,14 @@ class Record:
         where: ``file:line``, for people.
         row: its 1-based number; through all files of a source, so that it names one record of it.
         value: None where it could not be read, because of ``problem``.
+        source: what it counts as, where that is not the source that it was read from.
     """
 
     where: str
     row: int
     value: dict[str, Any] | None
     problem: str | None = None
+    source: str | None = None
 
 
 def read_records(source: SourceConfig) -> Iterator[Record]:

@@ -113,10 +113,16 @@ class SourceReport:
 
 @dataclass
 class DataReport:
-    """All sources; and how many pairs of a given held-out file have a prompt that is also trained on."""
+    """All sources.
+
+    Attributes:
+        leaked: pairs of a given held-out file whose prompt is also trained on.
+        thinned: training pairs that ``data.fraction`` leaves, and all of them; None where it is 1.
+    """
 
     sources: list[SourceReport]
     leaked: int = 0
+    thinned: tuple[int, int] | None = None
 
     def lines(self) -> list[str]:
         """A summary for people; lines that begin with ``warning:`` deserve a look."""
@@ -124,8 +130,10 @@ class DataReport:
         if self.leaked:
             lines.append(f"warning: the prompts of {self.leaked:,} held-out pairs are also in the training data; held-out "
                          "figures flatter the policy")
+        if self.thinned is not None:
+            lines.append(f"data.fraction: {self.thinned[0]:,} of {self.thinned[1]:,} training pairs are used")
         return lines
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain data, for JSON."""
-        return {"leaked": self.leaked, "sources": [source.to_dict() for source in self.sources]}
+        return {"leaked": self.leaked, "thinned": self.thinned, "sources": [source.to_dict() for source in self.sources]}

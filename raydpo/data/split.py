@@ -11,7 +11,7 @@ import numpy as np
 from raydpo.data.preference import Text
 from raydpo.errors import DataError
 
-__all__ = ["held_out", "prompt_digest"]
+__all__ = ["held_out", "kept", "prompt_digest"]
 
 
 def prompt_digest(prompt: Text) -> bytes:
@@ -40,4 +40,18 @@ def held_out(digests: Sequence[bytes], fraction: float) -> np.ndarray:
     ordered = sorted(places.values())
     # At least just above the lowest place, at most the highest, which itself is not below the bound.
     bound = min(max(fraction, np.nextafter(ordered[0], 1)), ordered[-1])
+    return np.array([places[digest] < bound for digest in digests], dtype=bool)
+
+
+def kept(digests: Sequence[bytes], fraction: float, seed: int) -> np.ndarray:
+    """Which pairs ``data.fraction`` keeps, bool [pairs], given the ``prompt_digest`` of each.
+
+    As in ``held_out`` each prompt has a place in [0, 1), here of its digest and the seed, and stays if that lies below
+    ``fraction``. So smaller shares are parts of larger ones, and what is held out says nothing about what is kept. At least
+    the prompt with the lowest place stays.
+    """
+    places = {digest: int.from_bytes(hashlib.blake2b(digest, digest_size=8, salt=seed.to_bytes(16, "big"),
+                                                     person=b"raydpo-thin-1").digest(), "big") / 2**64
+              for digest in set(digests)}
+    bound = max(fraction, np.nextafter(min(places.values()), 1)) if places else fraction
     return np.array([places[digest] < bound for digest in digests], dtype=bool)

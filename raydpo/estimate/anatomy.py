@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from raydpo.cost import ModelCost
 from raydpo.errors import ModelError
 
-__all__ = ["Anatomy", "Weight"]
+__all__ = ["Anatomy", "Weight", "model_cost"]
 
 EMBEDDING, HEAD, REST = -1, -2, -3
 """Places of a weight that is in no layer. REST: the last norm, and what fits nowhere else."""
@@ -135,6 +136,20 @@ class Anatomy:
             return [weight for weight in self.weights if len(weight.shape) == 2 and re.fullmatch(modules, weight.module)]
         return [weight for weight in self.weights if len(weight.shape) == 2 and any(
             weight.module == name or weight.module.endswith(f".{name}") for name in modules)]
+
+
+def model_cost(directory: str | Path, trust_remote_code: bool = False) -> ModelCost:
+    """What the model in ``directory`` costs to compute: from the headers of its weights, or where there are none from its
+    config.json alone.
+
+    Raises:
+        ModelError: if there is neither.
+    """
+    if any(Path(directory).glob("*.safetensors")):
+        return ModelCost.of(directory)
+    sizes = {weight.name: weight.numel for weight in Anatomy.of(directory, trust_remote_code).weights}
+    config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
+    return ModelCost.of_sizes(sizes, config.get("text_config", config))
 
 
 def _layer(name: str) -> int:

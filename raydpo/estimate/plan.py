@@ -127,10 +127,11 @@ def training_factors(train: TrainConfig, lora: bool) -> tuple[float, float, floa
 
     A product in the forward pass is two in the backward pass, for the gradients of its input and of its weight; frozen
     weights have none. Attention multiplies inputs alone. A head that is trained computes its logits again (``model.head``);
-    gradient checkpointing computes the layers again. The adapters' own products are left out.
+    gradient checkpointing computes the layers again, and an objective of the whole step does a forward pass beforehand
+    (``training.whole_step``). The adapters' own products are left out.
     """
-    again = 1.0 if train.gradient_checkpointing else 0.0
-    return (2.0 if lora else 3.0) + again, 3.0 + again, 2.0 if lora else 4.0
+    again, before = float(train.gradient_checkpointing), float(train.needs_whole_step)
+    return (2.0 if lora else 3.0) + again + before, 3.0 + again + before, (2.0 if lora else 4.0) + before
 
 
 def make_plan(config: Config, sets: PairSets, model: ModelCost, reference: ModelCost, rates: Rates, *,
@@ -183,7 +184,7 @@ def make_plan(config: Config, sets: PairSets, model: ModelCost, reference: Model
         for batch in rank if batch.counts], kind) for kind in LAYOUTS}
     dealt = of_a_run([batch for step in sampled for rank in deal(step, train_workers) for batch in rank], "padded")
     imbalance = simulated(train_workers, train.pairs_per_step)
-    completions, scored = _reference_pass(config, sets, layout)
+    completions, scored = _reference_pass(config, sets, layout) if train.needs_reference else (0, np.zeros(3))
     factors = training_factors(train, config.model.adapts)
     held_out = np.zeros(3)
     if sets.eval is not None:
@@ -199,7 +200,7 @@ def make_plan(config: Config, sets: PairSets, model: ModelCost, reference: Model
     # ZeRO 2 and 3 reduce gradients after every micro-batch.
     training = of_training(operations(computed[layout], model, factors), rates.train,
                            imbalance.lockstep if train.zero >= 2 else imbalance.imbalance)
-    online = (of_training(operations(dealt, reference), rates.score, imbalance.naive)
+    online = (of_training(operations(dealt * train.needs_reference, reference), rates.score, imbalance.naive)
               + of_training(operations(dealt, model, factors), rates.train, imbalance.naive) + evaluation)
     return Plan(
         data={"training_pairs": len(shapes), "held_out_pairs": 0 if sets.eval is None else sets.eval.num_rows,

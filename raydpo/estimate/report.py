@@ -9,13 +9,12 @@ import pyarrow.compute as pc
 
 from raydpo.config import Config
 from raydpo.console import Console
-from raydpo.cost import ModelCost
 from raydpo.data.pairs import PairSets
 from raydpo.data.shapes import Shapes
 from raydpo.data.simulate import NAIVE_PAIRS, Simulation
 from raydpo.errors import ConfigError
 from raydpo.estimate.activations import Batch
-from raydpo.estimate.anatomy import Anatomy
+from raydpo.estimate.anatomy import Anatomy, model_cost
 from raydpo.estimate.modes import Fit, Modes, Question, compare_modes
 from raydpo.estimate.plan import PAIRS_PER_RANK, Plan, Stage, make_plan, sample_pairs
 from raydpo.estimate.rate import MEMORY, measured_rates, stated_rates
@@ -37,8 +36,8 @@ def plan_run(config: Config, sets: PairSets, *, measure: bool = False, device: s
     Raises:
         RaydpoError: of the kind that fits.
     """
-    model = ModelCost.of(resolve_model(config.model.path))
-    reference = ModelCost.of(resolve_model(config.reference_path))
+    model, reference = (model_cost(resolve_model(path), config.model.trust_remote_code)
+                        for path in (config.model.path, config.reference_path))
     rates = (measured_rates(config, sample_pairs(config, sets.train), model, reference) if measure else
              stated_rates(**_given(device=device, mfu_score=mfu_score, mfu_train=mfu_train)))
     plan = make_plan(config, sets, model, reference, rates, **_given(workers=workers, price=price, runs=runs))

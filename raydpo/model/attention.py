@@ -87,6 +87,24 @@ class Segments:
                    query_ends=_ends([node.length for node in nodes]),
                    key_ends=_ends([node.depth + node.length for node in nodes]))
 
+    def repeated(self, count: int) -> Segments:
+        """The same tree ``count`` times in one pack, which do not see each other."""
+        size, number = self.positions, len(self.nodes)
+
+        def again(tensor: Tensor | None, shift: int, first: int = 0) -> Tensor | None:
+            """``tensor`` behind itself, each time with ``shift`` more; of cumulative lengths the leading 0 only once."""
+            if tensor is None:
+                return None
+            return torch.cat([tensor[first if copy else 0 :] + copy * shift for copy in range(count)])
+
+        nodes = tuple(Node(node.start + copy * size, node.length, node.depth,
+                           tuple((start + copy * size, length) for start, length in node.path))
+                      for copy in range(count) for node in self.nodes)
+        return replace(self, nodes=nodes, index=again(self.index, size), query_ends=again(self.query_ends, size, 1),
+                       key_ends=again(self.key_ends, 0 if self.index is None else len(self.index), 1),
+                       node_of=again(self.node_of, number), subtree_end=again(self.subtree_end, number),
+                       depths=again(self.depths, 0), memo={})
+
     def to(self, device: torch.device) -> Segments:
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
@@ -138,7 +156,8 @@ def tree_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
     """What transformers calls in each layer.
 
     Args:
-        query: [1, A, T, D]; key, value: [1, G, T, D]. Where a group of ranks shares the positions, T are this rank's.
+        query: [1, A, T, D]; key, value: [1, G, T, D]. Where a group of ranks shares the positions, T are this rank's. The
+            body ``sdpa`` takes any number of rows of the same tree in place of 1.
         segments: the layout; it must have been passed to the model's forward.
         sliding_window: how many tokens back a token sees, itself included, along its path.
         softcap: bound of the scores (Gemma 2). s_aux: attention sinks [A] (gpt-oss).

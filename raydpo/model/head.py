@@ -1,5 +1,8 @@
 """The vocabulary projection, called with targets: log-probs of given tokens without the [tokens, vocab] tensor.
 
+Asked for it, a head also tells how sure it is: the log of the sum over the vocabulary of p^2, the probability that two draws
+agree. It carries no gradient.
+
 Shapes: N = predicted tokens, H = hidden size, V = vocabulary size, C = rows of one chunk.
 """
 
@@ -60,20 +63,23 @@ class _ChunkedLogps(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, transform, grad_enabled):
+    def forward(ctx, hidden, weight, bias, targets, transform, grad_enabled, log_sum_sq=False):
         wants_hidden, *wants_head = ctx.needs_input_grad[:3]
         ctx.frozen = grad_enabled and wants_hidden and not any(wants_head)
         ctx.transform = transform
         logps = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         normalisers = torch.empty_like(logps)
         slopes = torch.empty_like(hidden) if ctx.frozen else None
+        agreement = torch.empty_like(logps) if log_sum_sq else None
         for rows in _chunks(len(hidden), len(weight), hidden.device):
             logits = transform(_project(hidden[rows], weight, bias))
             logps[rows] = logits.gather(1, targets[rows, None])[:, 0]
             transformed = logits.clone() if ctx.frozen and transform.softcap is not None else logits
             normalisers[rows] = _logsumexp_(logits)
+            # _logsumexp_ has left softmax times its normaliser in place of the logits.
+            if log_sum_sq:
+                agreement[rows] = _log_sum_sq(logits)
             if ctx.frozen:
-                # _logsumexp_ has left softmax times its normaliser in place of the logits.
                 slope = logits.div_(-logits.sum(-1, keepdim=True))
                 slopes[rows] = transform.backward_(_add_onehot(slope, targets[rows]), transformed).to(weight.dtype) @ weight
         logps -= normalisers
@@ -81,13 +87,16 @@ class _ChunkedLogps(torch.autograd.Function):
             ctx.save_for_backward(slopes)
         else:
             ctx.save_for_backward(hidden, weight, bias, targets, normalisers)
-        return logps
+        if not log_sum_sq:
+            return logps
+        ctx.mark_non_differentiable(agreement)
+        return logps, agreement
 
     @staticmethod
-    def backward(ctx, grad_logps):
+    def backward(ctx, grad_logps, _=None):
         if ctx.frozen:
             (slopes,) = ctx.saved_tensors
-            return (slopes * grad_logps[:, None].to(slopes.dtype), *[None] * 5)
+            return (slopes * grad_logps[:, None].to(slopes.dtype), *[None] * 6)
         hidden, weight, bias, targets, normalisers = ctx.saved_tensors
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
@@ -107,7 +116,7 @@ class _ChunkedLogps(torch.autograd.Function):
             if grad_weight is not None:
                 grad_weight += (grad.T @ hidden[rows].to(weight.dtype)).float()
         return (grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype),
-                None if grad_bias is None else grad_bias.to(bias.dtype), None, None, None)
+                None if grad_bias is None else grad_bias.to(bias.dtype), *[None] * 4)
 
 
 def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -136,6 +145,11 @@ def _logsumexp_(logits: Tensor) -> Tensor:
     return logits.sub_(largest).exp_().sum(-1).log_().add_(largest[:, 0])
 
 
+def _log_sum_sq(scaled: Tensor) -> Tensor:
+    """log sum_v p_v^2 of each row, from p times any factor [C, V]; without another [C, V]."""
+    return 2 * (torch.linalg.vector_norm(scaled, dim=-1).log() - scaled.sum(-1).log())
+
+
 def _add_onehot(slope: Tensor, targets: Tensor) -> Tensor:
     """Add 1 where each row's target is, in place."""
     return slope.scatter_add_(1, targets[:, None], torch.ones_like(slope[:, :1]))
@@ -159,10 +173,16 @@ class _LogpLinear(nn.Linear):
     def weight_dtype(self) -> torch.dtype:
         return self.weight.dtype
 
-    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, targets: Tensor | None = None, log_sum_sq: bool = False
+                ) -> Tensor | tuple[Tensor, Tensor]:
         if targets is None:
             return super().forward(hidden)
-        return _ChunkedLogps.apply(hidden, self.weight, self.bias, targets, self.logit_transform, torch.is_grad_enabled())
+        return _ChunkedLogps.apply(hidden, self.weight, self.bias, targets, self.logit_transform, torch.is_grad_enabled(),
+                                   log_sum_sq)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Float32 logits [C, V] as the architecture transforms them; without gradient."""
+        return self.logit_transform(_project(hidden, self.weight, self.bias))
 
 
 class _AnyHead(nn.Module):
@@ -178,23 +198,36 @@ class _AnyHead(nn.Module):
     def weight_dtype(self) -> torch.dtype:
         return next(parameter.dtype for parameter in self.head.parameters() if parameter.is_floating_point())
 
-    def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, targets: Tensor, log_sum_sq: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         def rows_logps(rows_hidden: Tensor, rows_targets: Tensor) -> Tensor:
-            # A copy, since the transform works in place on what autograd may have kept.
-            logits = self.head(rows_hidden).float()
-            if self.transform.scale != 1.0:
-                logits = logits * self.transform.scale
-            if self.transform.softcap is not None:
-                logits = torch.tanh(logits / self.transform.softcap) * self.transform.softcap
-            return logits.gather(1, rows_targets[:, None])[:, 0] - torch.logsumexp(logits, dim=-1)
+            """[C], or [2, C] with the log of the sum of squares."""
+            logits = self.logits(rows_hidden)
+            normalisers = torch.logsumexp(logits, dim=-1)
+            logps = logits.gather(1, rows_targets[:, None])[:, 0] - normalisers
+            if not log_sum_sq:
+                return logps
+            return torch.stack((logps, torch.logsumexp(2 * logits, dim=-1) - 2 * normalisers))
 
         pieces = [checkpoint(rows_logps, hidden[rows], targets[rows], use_reentrant=False)
                   for rows in _chunks(len(targets), self.vocabulary, hidden.device)]
-        return torch.cat(pieces) if pieces else hidden.new_zeros(0, dtype=torch.float32)
+        found = torch.cat(pieces, dim=-1) if pieces else \
+            hidden.new_zeros((2, 0) if log_sum_sq else 0, dtype=torch.float32)
+        return (found[0], found[1].detach()) if log_sum_sq else found
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Float32 logits [C, V] as the architecture transforms them."""
+        # Copies, since autograd may have kept what a transform in place would change.
+        logits = self.head(hidden).float()
+        if self.transform.scale != 1.0:
+            logits = logits * self.transform.scale
+        if self.transform.softcap is not None:
+            logits = torch.tanh(logits / self.transform.softcap) * self.transform.softcap
+        return logits
 
 
 def attach_logp_head(causal_lm: nn.Module) -> nn.Module:
-    """The callable ``(hidden [N, H], targets [N]) -> float32 log-probs [N]`` of ``causal_lm``'s output projection.
+    """The callable ``(hidden [N, H], targets [N]) -> float32 log-probs [N]`` of ``causal_lm``'s output projection, which
+    with ``log_sum_sq=True`` gives a second [N], log sum_v p_v^2.
 
     A plain linear head is converted in place: its weight, its name in the state dict and its tying to the embedding
     stay, and without targets it still returns logits.

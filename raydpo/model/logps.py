@@ -73,13 +73,22 @@ class LogpModel(nn.Module):
         layout = lay_out(groups, self.method)
         return layout if self.group is None else layout.part(self.group)
 
-    def forward(self, layout: Layout) -> Tensor:
-        """Natural-log probabilities of the layout's targets, float32 [N].
+    def forward(self, layout: Layout, log_sum_sq: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Natural-log probabilities of the layout's targets, float32 [N]; with ``log_sum_sq`` also the log of the sum of the
+        squared probabilities of each whole distribution, [N], without gradient.
 
         With bfloat16 weights the products of the layers are bfloat16, but the residual stream, the norms and the rotary
         embedding are float32 (autocast does that to a stream that starts as float32), and so are the logits. It halves
         the distance to the log-probs of a float32 model at a few percent of the time.
         """
+        head, hidden = self._parts[2], self.hidden(layout)  # [N, H]
+        found = head(hidden, layout.targets, log_sum_sq=True) if log_sum_sq else (head(hidden, layout.targets),)
+        if layout.places is not None:
+            found = tuple(layout.segments.group.join(each, layout.places, sum(layout.lengths)) for each in found)
+        return found if log_sum_sq else found[0]
+
+    def hidden(self, layout: Layout) -> Tensor:
+        """Hidden states of the positions that predict the layout's targets, [N, H]."""
         causal_lm, backbone, head = self._parts
         arguments: dict[str, Any] = {"use_cache": False}
         if layout.segments is not None:
@@ -90,10 +99,12 @@ class LogpModel(nn.Module):
                 hidden = backbone(inputs_embeds=stream, **arguments).last_hidden_state
         else:
             hidden = backbone(input_ids=layout.input_ids, **arguments).last_hidden_state
-        logps = head(hidden.flatten(0, 1)[layout.positions], layout.targets)  # [N, H] -> [N]
-        if layout.places is None:
-            return logps
-        return layout.segments.group.join(logps, layout.places, sum(layout.lengths))
+        return hidden.flatten(0, 1)[layout.positions]
+
+    @torch.no_grad()
+    def log_distribution(self, hidden: Tensor) -> Tensor:
+        """Log-probs of the whole vocabulary, float32 [C, V], at hidden states [C, H]: few enough that they fit."""
+        return self._parts[2].logits(hidden).log_softmax(-1)
 
     @torch.no_grad()
     def score(self, groups: Sequence[PromptGroup], device: torch.device) -> list[tuple[np.ndarray, ...]]:

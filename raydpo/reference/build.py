@@ -16,6 +16,7 @@ from raydpo.errors import CacheError, RaydpoError
 from raydpo.model.layout import PromptGroup
 from raydpo.model.selfcheck import CHECK_ROWS
 from raydpo.ray_runtime import Resources, original_error
+from raydpo.reference.identity import on_this_machine
 from raydpo.reference.part import builder_of
 from raydpo.reference.score import ReferenceSpec, Scorer
 from raydpo.reference.shards import Completion, Shard, Wanted, missing_shards, still_missing
@@ -178,6 +179,7 @@ class _ScoreShard:
         self.cache = ReferenceCache.open(cache_uri, spec.identity)
         self.cache.builder = builder
         self.planned = before  # the plan knows what they hold
+        spec = on_this_machine(spec)
         settings = {"device": resources.device, "tokens_per_batch": tokens_per_batch,
                     "memory_share": resources.memory_share, "check_rows": check_rows}
         self.scorer = (Scorer(spec, **settings) if resources.together == 1 else

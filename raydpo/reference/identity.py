@@ -11,17 +11,18 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import struct
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from raydpo.config import is_hub_name
 from raydpo.errors import ModelError
 
-__all__ = ["QUANTIZED", "SCORING_VERSION", "ReferenceIdentity", "identify", "resolve_model"]
+__all__ = ["QUANTIZED", "SCORING_VERSION", "ReferenceIdentity", "identify", "on_this_machine", "resolve_model"]
 
 SCORING_VERSION = 2
 """Raised whenever raydpo itself changes the numbers it would store."""
@@ -109,10 +110,43 @@ def resolve_model(path: str) -> str:
     if not is_hub_name(path):
         raise ModelError(f"there is no model directory {path!r} on this machine; put it on storage that every node "
                          "mounts under the same path, or use a hub name")
+    return _from_hub(path)
+
+
+Spec = TypeVar("Spec")
+
+
+def on_this_machine(spec: Spec) -> Spec:
+    """A specification of a model (with ``path`` and ``adapter``) whose directories a worker has.
+
+    A driver that got a model from the hub names a directory that other machines lack. Its name holds the repository and the
+    revision, so they fetch the same files, and what is there already costs one question to the hub. Any other directory is
+    left as it is.
+
+    Raises:
+        ModelError: if the hub does not give it.
+    """
+    return dataclasses.replace(spec, path=_local(spec.path), adapter=spec.adapter and _local(spec.adapter))
+
+
+def _local(directory: str) -> str:
+    snapshot = re.search(r"/models--([^/]+)/snapshots/([0-9a-f]{40})/?$", directory)
+    if snapshot is None:
+        return directory
+    try:  # even where the directory exists: another worker of this machine may be filling it at this moment
+        return _from_hub(snapshot[1].replace("--", "/"), snapshot[2])
+    except ModelError:
+        if Path(directory).is_dir():
+            return directory
+        raise
+
+
+def _from_hub(path: str, revision: str | None = None) -> str:
     from huggingface_hub import snapshot_download
 
     try:
-        return snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"])
+        return snapshot_download(path, revision=revision,
+                                 allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"])
     except Exception as error:  # every network and hub failure is the same to the user: no model
         raise ModelError(f"there is no directory {path!r}, and the hub does not give a model of that name: "
                          f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from None

@@ -21,7 +21,8 @@ from raydpo.training.engine import PolicyEngine
 if TYPE_CHECKING:
     from raydpo.training.loop import TrainSummary
 
-__all__ = ["CheckpointState", "changed_settings", "directory_size", "load_checkpoint", "save_checkpoint"]
+__all__ = ["CheckpointState", "budget_of", "changed_settings", "directory_size", "load_checkpoint", "save_checkpoint",
+           "step_of"]
 
 _FILE = "raydpo.json"
 FORMAT = 2
@@ -68,10 +69,7 @@ def load_checkpoint(engine: PolicyEngine, directory: Path, fingerprint: Mapping[
         ConfigError: if it belongs to a run whose result would differ.
         TrainError: if it is incomplete or damaged, or written by another version of raydpo.
     """
-    try:
-        state = json.loads((directory / _FILE).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise TrainError(f"the checkpoint in {directory} is incomplete: {error}") from None
+    state = _read(directory)
     if state.get("format") != FORMAT:
         raise TrainError(f"the checkpoint in {directory} has format {state.get('format', 1)}, this version of raydpo reads "
                          f"format {FORMAT}; finish the run with the version that began it, or begin it anew")
@@ -80,6 +78,31 @@ def load_checkpoint(engine: PolicyEngine, directory: Path, fingerprint: Mapping[
         raise ConfigError(f"the checkpoint belongs to a run with other settings ({'; '.join(changes)})")
     engine.state.read(directory, state["state"], state["world_size"])
     return CheckpointState(state["step"], state["world_size"], state["zero"], state["summary"])
+
+
+def budget_of(directory: Path) -> int:
+    """The token positions of a micro-batch in the run that made this checkpoint.
+
+    Raises:
+        TrainError: if it is incomplete.
+    """
+    return _read(directory).get("summary", {}).get("tokens_per_batch", 0)
+
+
+def step_of(directory: Path) -> int:
+    """The steps that were finished when this checkpoint was made.
+
+    Raises:
+        TrainError: if it is incomplete.
+    """
+    return _read(directory).get("step", 0)
+
+
+def _read(directory: Path) -> dict[str, Any]:
+    try:
+        return json.loads((directory / _FILE).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise TrainError(f"the checkpoint in {directory} is incomplete: {error}") from None
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -50,8 +50,9 @@ def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {key: value for name, below in tree.items() for key, value in _leaves(below, f"{prefix}{name}.").items()}
 
 
-def set_aside(storage: Storage, console: Console) -> None:
-    if not storage.exists("run.json"):
+def set_aside(storage: Storage, console: Console, mark: str = "run.json") -> None:
+    """Rename the directory of an earlier run, or of whatever else has a file ``mark``."""
+    if not storage.exists(mark):
         return
     if not storage.is_local:
         raise ConfigError(f"--fresh cannot rename {storage} on an object store; give the run another name (name=...)")

@@ -166,12 +166,14 @@ class PolicyEngine:
         layout = self.module.lay_out(groups)
         return layout.pin() if self.device.type == "cuda" else layout
 
-    def logps(self, layout: Layout) -> Tensor:
-        """float32 log-probs [N] of a micro-batch's completion tokens, with gradient in training mode."""
+    def logps(self, layout: Layout, *, log_sum_sq: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """float32 log-probs [N] of a micro-batch's completion tokens, with gradient in training mode; see
+        ``model.logps.LogpModel``."""
+        asked = {"log_sum_sq": True} if log_sum_sq else {}
         if self._offload_activations and torch.is_grad_enabled():
             with torch.autograd.graph.save_on_cpu(pin_memory=self.device.type == "cuda"):
-                return self.engine(layout.to(self.device))
-        return self.engine(layout.to(self.device))
+                return self.engine(layout.to(self.device), **asked)
+        return self.engine(layout.to(self.device), **asked)
 
     def find_budget(self, share: float = 1.0) -> Budget:
         """Measure how many token positions of a micro-batch of training fit on a device; the same on every rank.

@@ -1,50 +1,141 @@
-"""Log-probs of any pairs by the policy as it is, over all ranks: for held-out evaluation and for the gate."""
+"""Log-probs of any pairs by the policy as it is, over all ranks: for whole steps, held-out evaluation and the gate."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from raydpo.config import TrainConfig
+from raydpo.config import ObjectiveConfig
 from raydpo.data.plan import MicroBatch, split_over_ranks
-from raydpo.losses import PairLogps, preference_loss
+from raydpo.losses import Memory, Objective, PairLogps
 from raydpo.model.layout import Layout
 from raydpo.prefetch import prefetch
 from raydpo.training.engine import PolicyEngine
 from raydpo.training.metrics import PairSums
 from raydpo.training.pairs import TrainingPairs
 
-__all__ = ["Comparison", "compare", "evaluate", "pair_logps"]
+__all__ = ["AllPairLogps", "Comparison", "compare", "evaluate", "pair_logps", "reference_logps"]
+
+_OF_THE_POLICY = ("chosen", "rejected", "chosen_tail", "rejected_tail", "weights")
+"""Fields of ``PairLogps`` that only whoever computes a pair knows; the weights are WPO's as well as the data's."""
 
 
-def pair_logps(pairs: TrainingPairs, rows: Sequence[int], policy_logps: torch.Tensor) -> PairLogps:
-    """Sums over completions of ``policy_logps``, the flat [N] log-probs of the layout of ``pairs.groups(rows)``."""
-    device = policy_logps.device
+def reference_logps(pairs: TrainingPairs, rows: Sequence[int] | np.ndarray, config: ObjectiveConfig,
+                    device: torch.device | str = "cpu", mean_chosen_tokens: float | None = None) -> PairLogps:
+    """What is known of ``rows`` beforehand: the log-probs of a policy that is the reference, with the fields that the
+    objective asks for.
+
+    Args:
+        mean_chosen_tokens: over the step; None = over ``rows``.
+    """
     index = np.asarray(rows)
+
+    def at(values: np.ndarray | None) -> Tensor | None:
+        return None if values is None else torch.from_numpy(np.asarray(values, np.float64)[index]).to(device)
+
+    chosen, rejected = at(pairs.ref_chosen), at(pairs.ref_rejected)
+    tails = (None, None) if config.ld_alpha is None else \
+        tuple(torch.from_numpy(side).to(device) for side in pairs.reference_tails(index))
+    return PairLogps(chosen, rejected, chosen, rejected, at(pairs.chosen_tokens), at(pairs.rejected_tokens), *tails, *tails,
+                     weights=at(pairs.pair_weights), margins=at(pairs.pair_margins),
+                     mean_chosen_tokens=float(pairs.chosen_tokens[index].mean()) if mean_chosen_tokens is None
+                     else mean_chosen_tokens)
+
+
+def pair_logps(engine: PolicyEngine, layout: Layout, pairs: TrainingPairs, rows: Sequence[int], config: ObjectiveConfig,
+               mean_chosen_tokens: float | None = None) -> PairLogps:
+    """The policy's log-probs of ``rows``, whose micro-batch is laid out in ``layout``; with gradient in training mode.
+
+    Shapes: N = completion tokens, chosen and rejected of each pair in turn.
+    """
+    logps_N, *more = engine.logps(layout, log_sum_sq=True) if config.use_weighting else (engine.logps(layout),)
+    device, index = logps_N.device, np.asarray(rows)
     lengths = torch.from_numpy(np.stack([pairs.chosen_tokens[index], pairs.rejected_tokens[index]], 1).ravel()
                                .astype(np.int64)).to(device, non_blocking=True)
-    owner = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths, output_size=len(policy_logps))
-    # In float64: the margin is a small difference of sums of hundreds of nats.
-    sums = torch.zeros(len(lengths), dtype=torch.float64, device=device).index_add(0, owner, policy_logps.double())
-    chosen, rejected = sums.view(-1, 2).unbind(1)
-    tokens = lengths.view(-1, 2).double().unbind(1)
-    return PairLogps(chosen, rejected, torch.from_numpy(pairs.ref_chosen[index]).to(device),
-                     torch.from_numpy(pairs.ref_rejected[index]).to(device), *tokens)
+    owner_N = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths, output_size=len(logps_N))
+
+    def sums(values_N: Tensor) -> tuple[Tensor, Tensor]:
+        # In float64: the margin is a small difference of sums of hundreds of nats.
+        totals = torch.zeros(len(lengths), dtype=torch.float64, device=device).index_add(0, owner_N, values_N.double())
+        return totals.view(-1, 2).unbind(1)
+
+    logps = reference_logps(pairs, rows, config, device, mean_chosen_tokens)
+    chosen, rejected = sums(logps_N)
+    logps = dataclasses.replace(logps, chosen=chosen, rejected=rejected)
+    if config.ld_alpha is not None:
+        place_N = torch.arange(len(logps_N), device=device) - (lengths.cumsum(0) - lengths)[owner_N]
+        shared = lengths.view(-1, 2).amin(1).repeat_interleave(2)
+        chosen, rejected = sums(logps_N * (place_N >= shared[owner_N]))
+        logps = dataclasses.replace(logps, chosen_tail=chosen, rejected_tail=rejected)
+    if more:
+        # WPO (Zhou et al., arXiv 2406.11827, eq. 2): how likely the policy is to write the pair, a token in the mean,
+        # against how likely two draws of it are to agree there.
+        chosen, rejected = sums((logps_N - more[0]).detach())
+        weights = torch.exp(chosen / logps.chosen_tokens + rejected / logps.rejected_tokens)
+        logps = dataclasses.replace(logps, weights=weights if logps.weights is None else weights * logps.weights)
+    return logps
 
 
-def evaluate(engine: PolicyEngine, pairs: TrainingPairs, train: TrainConfig, tokens_per_batch: int) -> dict[str, float]:
-    """Metrics over all ``pairs``, each prefixed ``eval_``; the same on every rank."""
-    sums = PairSums(pairs.source_names, engine.device)
-    with engine.evaluating():
-        for batch, layout in _my_batches(engine, pairs, range(len(pairs)), tokens_per_batch):
-            logps = pair_logps(pairs, batch.pairs, engine.logps(layout))
-            if batch.counts and engine.leads:
-                loss = preference_loss(train.loss, logps, beta=train.beta, label_smoothing=train.label_smoothing)
-                sums.add(loss, logps, torch.from_numpy(pairs.sources[list(batch.pairs)]).long().to(engine.device))
-    engine.sum_over_ranks(sums.values)
+class AllPairLogps:
+    """The log-probs of all ``rows``, in their order, whichever ranks compute them; without gradient.
+
+    A row that is there twice is computed twice, and has the mean of both.
+    """
+
+    def __init__(self, engine: PolicyEngine, pairs: TrainingPairs, rows: Sequence[int] | np.ndarray,
+                 config: ObjectiveConfig) -> None:
+        self._engine, self._pairs, self._config, self._rows = engine, pairs, config, rows
+        self._distinct, self._places = np.unique(rows, return_inverse=True)
+        self._found = torch.zeros(len(_OF_THE_POLICY) + 1, len(self._distinct), dtype=torch.float64, device=engine.device)
+
+    def compute(self, batches: Iterable[tuple[MicroBatch, Layout]]) -> None:
+        """This rank's micro-batches."""
+        with self._engine.evaluating():
+            for batch, layout in batches:
+                logps = pair_logps(self._engine, layout, self._pairs, batch.pairs, self._config)
+                if batch.counts and self._engine.leads:
+                    one = torch.ones_like(logps.chosen)
+                    columns = [one if (value := getattr(logps, name)) is None else value for name in _OF_THE_POLICY]
+                    place = torch.from_numpy(np.searchsorted(self._distinct, batch.pairs)).to(self._engine.device)
+                    self._found.index_add_(1, place, torch.stack([*columns, one]))
+
+    def join(self) -> PairLogps:
+        """What all ranks have computed; the same on every one."""
+        known = reference_logps(self._pairs, self._rows, self._config, self._engine.device)
+        found = self._engine.sum_over_ranks(self._found)
+        values = (found[:-1] / found[-1])[:, torch.from_numpy(self._places).to(self._engine.device)]
+        tails = self._config.ld_alpha is not None
+        asked = {"chosen_tail": tails, "rejected_tail": tails,
+                 "weights": self._config.use_weighting or known.weights is not None}
+        return dataclasses.replace(known, **{name: value for name, value in zip(_OF_THE_POLICY, values, strict=True)
+                                             if asked.get(name, True)})
+
+
+def evaluate(engine: PolicyEngine, pairs: TrainingPairs, objective: Objective, beta: float, memory: Memory,
+             tokens_per_batch: int) -> dict[str, float]:
+    """Metrics over all ``pairs``, each prefixed ``eval_``; the same on every rank. An objective of the whole step sees them
+    as one."""
+    sums, config = PairSums(pairs.source_names, engine.device, reference=pairs.has_reference), objective.config
+    rows = np.arange(len(pairs))
+    batches = _my_batches(engine, pairs, rows.tolist(), tokens_per_batch)
+    if objective.whole_step:
+        everything = AllPairLogps(engine, pairs, rows, config)
+        everything.compute(batches)
+        logps = everything.join()
+        sums.add(objective(logps, beta, memory), logps, pairs.source_of(rows, engine.device))
+    else:
+        mean_chosen_tokens = float(pairs.chosen_tokens.mean())
+        with engine.evaluating():
+            for batch, layout in batches:
+                logps = pair_logps(engine, layout, pairs, batch.pairs, config, mean_chosen_tokens)
+                if batch.counts and engine.leads:
+                    sums.add(objective(logps, beta, memory), logps, pairs.source_of(batch.pairs, engine.device))
+        engine.sum_over_ranks(sums.values)
     return {f"eval_{name}": value for name, value in sums.metrics().items()}
 
 

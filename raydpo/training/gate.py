@@ -1,21 +1,21 @@
 """The gate before the first step: are the stored log-probs those of the policy as it starts?
 
-If the policy starts as the reference, the two must agree up to rounding and the first loss must be what the loss gives at
-a margin of zero (ln 2 for sigmoid). A gap beyond rounding means a cache of other weights, other tokens or altered values:
-the run stops before it can train on it. Reference values are never derived from the policy, here or anywhere.
+If the policy starts as the reference, the two must agree up to rounding and the first loss must be what the loss gives for
+the reference itself (ln 2 for sigmoid). A gap beyond rounding means a cache of other weights, other tokens or altered
+values: the run stops before it can train on it. Reference values are never derived from the policy, here or anywhere.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from raydpo.config import TrainConfig
 from raydpo.errors import GateError
-from raydpo.losses import PairLogps, preference_loss
-from raydpo.training.evaluate import Comparison
+from raydpo.losses import Objective
+from raydpo.training.evaluate import Comparison, reference_logps
 from raydpo.training.pairs import TrainingPairs
 
 __all__ = ["GateReport", "expected_first_loss", "gate_rows", "judge"]
@@ -60,30 +60,28 @@ def gate_rows(pairs: TrainingPairs, first_step: np.ndarray, *, count: int, seed:
     return list(rows)
 
 
-def expected_first_loss(train: TrainConfig) -> float:
-    """The loss at a margin of zero: ln 2 for sigmoid."""
-    zero, one = torch.zeros(1), torch.ones(1)
-    logps = PairLogps(zero, zero, zero, zero, one, one)
-    return preference_loss(train.loss, logps, beta=train.beta, label_smoothing=train.label_smoothing).losses.item()
+def expected_first_loss(objective: Objective, pairs: TrainingPairs, rows: np.ndarray, beta: float) -> float:
+    """The mean loss of ``rows`` while the policy is the reference: ln 2 for sigmoid, whatever the pairs. WPO's weights,
+    which only the policy knows, count as 1."""
+    return float(objective(reference_logps(pairs, rows, objective.config), beta).losses.mean())
 
 
-def judge(comparison: Comparison, pairs: TrainingPairs, train: TrainConfig, *, dtype: str, policy: str,
+def judge(comparison: Comparison, pairs: TrainingPairs, objective: Objective, beta: float, *, dtype: str, policy: str,
           reference: str) -> GateReport:
     """Accept the comparison or stop the run.
 
     Args:
         pairs: what was compared.
+        beta: of the first step.
         dtype: the coarser precision of policy and reference.
         policy, reference: digests of the identities of the policy as it starts and of the cache.
 
     Raises:
         GateError: beyond tolerance, naming both identities and the worst pair.
     """
-    zero = torch.zeros(len(comparison.rows), dtype=torch.float64)
-    logps = PairLogps(torch.from_numpy(comparison.chosen_gap), torch.from_numpy(comparison.rejected_gap), zero, zero,
-                      *(torch.from_numpy(tokens[comparison.rows].astype(np.float64)) for tokens in
-                        (pairs.chosen_tokens, pairs.rejected_tokens)))
-    losses = preference_loss(train.loss, logps, beta=train.beta, label_smoothing=train.label_smoothing).losses
+    known = reference_logps(pairs, comparison.rows, objective.config)
+    losses = objective(dataclasses.replace(known, chosen=known.chosen + torch.from_numpy(comparison.chosen_gap),
+                                           rejected=known.rejected + torch.from_numpy(comparison.rejected_gap)), beta).losses
     pair_ids = [pairs.ids[int(row)].as_py() for row in comparison.rows]
     worst = int(np.argmax(comparison.token_gap))
     report = GateReport(len(comparison.rows), float(comparison.mean_gap.mean()), float(comparison.token_gap.max()),
@@ -97,7 +95,8 @@ def judge(comparison: Comparison, pairs: TrainingPairs, train: TrainConfig, *, d
             f"the cached reference log-probs are not those of the policy as it starts: pair {pair_ids[worst]} differs by "
             f"{comparison.mean_gap[worst]:.3g} nats a token on average and {comparison.token_gap[worst]:.3g} at most "
             f"(tolerance {mean_tolerance:g} and {token_tolerance:g} in {dtype}); {report.pairs} pairs were compared, the "
-            f"first loss would be {report.first_loss:.6f} instead of {expected_first_loss(train):.6f}. Policy identity "
-            f"{policy}, cache identity {reference}. The cache was made by other weights or altered: delete the directory "
+            f"first loss would be {report.first_loss:.6f} instead of "
+            f"{expected_first_loss(objective, pairs, comparison.rows, beta):.6f}. Policy identity {policy}, cache identity "
+            f"{reference}. The cache was made by other weights or altered: delete the directory "
             f"{reference} of the cache and run 'raydpo score' again")
     return report

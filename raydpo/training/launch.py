@@ -7,32 +7,35 @@ import dataclasses
 import os
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from raydpo.config import TrackConfig
+from raydpo.config import TrackConfig, TrainConfig
 from raydpo.errors import DeviceMemoryError, RaydpoError
 from raydpo.interrupt import interruptible
 from raydpo.ray_runtime import Resources, original_error
+from raydpo.reference.identity import on_this_machine
 from raydpo.storage import Storage
 from raydpo.training.board import Board, Listener, listening
 from raydpo.training.hooks import Hooks
 from raydpo.training.loop import TrainJob
 
-__all__ = ["Listener", "launch"]
+__all__ = ["CHECKPOINTS", "LOWER_IS_BETTER", "Listener", "Payload", "RayHooks", "checkpoint_config", "checkpoint_place",
+           "launch", "log_to", "new_board", "ray_trainer"]
 
 CHECKPOINTS = "checkpoints"
 RESIZE_SECONDS = 30.0
 """Between looks for machines that have come, where the number of workers may vary."""
 LOWER_IS_BETTER = ("eval_loss", "eval_logps/chosen_fell")
+"""Metrics of the held-out evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Payload:
+class Payload:
     """What every worker receives. Tables travel through Ray's object store, once a node."""
 
     job: TrainJob
@@ -47,13 +50,25 @@ class _Payload:
     board: Any
 
 
-def launch(job: TrainJob, pairs: pa.Table, held_out: pa.Table | None, resources: Resources, *, run_dir: str,
-           run_name: str, track: TrackConfig, base_name: str, tokenizer: Any, listener: Listener) -> dict[str, Any]:
+def new_board() -> Any:
+    """The actor of a training's ``Board``."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    # Where the driver is, with which it lives and dies; elsewhere it would go with a machine that only trains.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
+
+
+def launch(job: TrainJob, pairs: Any, held_out: Any, resources: Resources, *, run_dir: str, run_name: str,
+           track: TrackConfig, base_name: str, tokenizer: Any, listener: Listener, board: Any = None) -> dict[str, Any]:
     """Train to the end on Ray, continuing from the newest checkpoint in ``run_dir`` if there is one.
 
     Args:
-        pairs, held_out: results of ``pairs.join_reference``.
+        pairs, held_out: results of ``pairs.join_reference``, or references to them in Ray's object store. Nothing may be
+            held out.
         base_name: how an exported adapter names its base model.
+        board: of ``new_board``, for a caller that may want the training to stop.
 
     Returns:
         The summary that rank 0 made, see ``loop.TrainSummary``.
@@ -61,41 +76,16 @@ def launch(job: TrainJob, pairs: pa.Table, held_out: pa.Table | None, resources:
     Raises:
         RaydpoError: what the workers raised; everything up to the newest checkpoint is kept.
     """
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # reports wait for the controller's next look
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1800")  # an autoscaler may take its time
-    # A process that has stopped answers nobody, and Ray's own barriers would wait for it for ever.
-    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = f"{job.train.collective_timeout:g}"
     import ray
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     storage = Storage(run_dir)
-    # Where the driver is, with which it lives and dies; elsewhere it would go with a machine that only trains.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
-    payload = _Payload(job=job, pairs=ray.put(pairs), held_out=None if held_out is None else ray.put(held_out),
-                       run_dir=storage.root if storage.is_local else run_dir, threads=resources.threads,
-                       run_name=run_name, track=track,
-                       base_name=base_name, tokenizer=tokenizer, board=board)
-    train = job.train
-    trainer = TorchTrainer(
-        _worker,
-        train_loop_config={"payload": payload},
-        torch_config=TorchConfig(backend="nccl" if resources.device == "cuda" else "gloo",
-                                 timeout_s=max(1, round(train.collective_timeout))),
-        scaling_config=ScalingConfig(
-            num_workers=resources.workers if resources.fewest in (None, resources.workers)
-            else (resources.fewest, resources.workers),
-            use_gpu=resources.device == "cuda", elastic_resize_monitor_interval_s=RESIZE_SECONDS,
-            resources_per_worker={"CPU": 1} | ({"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {})),
-        run_config=RunConfig(
-            name=CHECKPOINTS, storage_path=payload.run_dir,
-            failure_config=FailureConfig(max_failures=train.max_failures, max_preemption_failures=train.max_preemptions),
-            checkpoint_config=CheckpointConfig(
-                num_to_keep=train.keep_checkpoints, checkpoint_score_attribute=train.keep_best,
-                checkpoint_score_order="min" if train.keep_best in LOWER_IS_BETTER else "max")),
-    )
+    board = board or new_board()
+    pairs, held_out = (ray.put(table) if isinstance(table, pa.Table) else table for table in (pairs, held_out))
+    payload = Payload(job=job, pairs=pairs, held_out=held_out,
+                      run_dir=storage.root if storage.is_local else run_dir, threads=resources.threads,
+                      run_name=run_name, track=track,
+                      base_name=base_name, tokenizer=tokenizer, board=board)
+    trainer = ray_trainer(_worker, {"payload": payload}, job.train, resources, payload.run_dir)
     with listening(board, listener):
         try:
             interruptible(trainer.fit, on_first=lambda: board.stop.remote())
@@ -109,10 +99,45 @@ def launch(job: TrainJob, pairs: pa.Table, held_out: pa.Table | None, resources:
     return summary
 
 
-class _RayHooks(Hooks):
+def ray_trainer(worker: Callable[[dict[str, Any]], None], given: dict[str, Any], train: TrainConfig, resources: Resources,
+                run_dir: str) -> Any:
+    """A TorchTrainer that calls ``worker(given)`` on every worker, as often as ``train`` allows it to fail."""
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # reports wait for the controller's next look
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1800")  # an autoscaler may take its time
+    # A process that has stopped answers nobody, and Ray's own barriers would wait for it for ever.
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = f"{train.collective_timeout:g}"
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    return TorchTrainer(
+        worker,
+        train_loop_config=given,
+        torch_config=TorchConfig(backend="nccl" if resources.device == "cuda" else "gloo",
+                                 timeout_s=max(1, round(train.collective_timeout))),
+        scaling_config=ScalingConfig(
+            num_workers=resources.workers if resources.fewest in (None, resources.workers)
+            else (resources.fewest, resources.workers),
+            use_gpu=resources.device == "cuda", elastic_resize_monitor_interval_s=RESIZE_SECONDS,
+            resources_per_worker={"CPU": 1} | ({"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {})),
+        run_config=RunConfig(
+            name=CHECKPOINTS, storage_path=run_dir,
+            failure_config=FailureConfig(max_failures=train.max_failures, max_preemption_failures=train.max_preemptions),
+            checkpoint_config=checkpoint_config(train)),
+    )
+
+
+def checkpoint_config(train: TrainConfig) -> Any:
+    """Which checkpoints stay, in Ray's words."""
+    from ray.train import CheckpointConfig
+
+    return CheckpointConfig(num_to_keep=train.keep_checkpoints, checkpoint_score_attribute=train.keep_best,
+                            checkpoint_score_order="min" if train.keep_best in LOWER_IS_BETTER else "max")
+
+
+class RayHooks(Hooks):
     """The hooks of one worker: rank 0 keeps the run's records and tells the driver, all ranks report checkpoints."""
 
-    def __init__(self, payload: _Payload, rank: int) -> None:
+    def __init__(self, payload: Payload, rank: int) -> None:
         self.payload, self.rank = payload, rank
         self.storage = Storage(payload.run_dir)
         self.records: Any = None
@@ -153,14 +178,14 @@ class _RayHooks(Hooks):
             self.records.flush()
 
     def upload(self, directory: Path, step: int) -> None:
-        self.storage.upload_into(directory, _place(step))
+        self.storage.upload_into(directory, checkpoint_place(step))
 
     def register(self, step: int, metrics: Mapping[str, float], *, wait: bool) -> None:
         import ray.train
         from ray.train import Checkpoint, CheckpointUploadMode
 
         ray.train.report({"step": step} | dict(metrics), checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
-                         checkpoint=Checkpoint(self.storage.path(_place(step)), self.storage.fs))
+                         checkpoint=Checkpoint(self.storage.path(checkpoint_place(step)), self.storage.fs))
         if wait:
             # report returns before the controller has registered the checkpoint; a worker that dies in between loses it.
             ray.train.get_all_reported_checkpoints()
@@ -200,7 +225,7 @@ def _worker(config: dict[str, Any]) -> None:
     """What runs in each Ray Train worker."""
     import ray
 
-    payload: _Payload = config["payload"]
+    payload: Payload = config["payload"]
     if ray.get(payload.board.error.remote()) is not None:
         return  # Ray Train restarts workers whatever the reason; an error that will only repeat is not worth it
     try:
@@ -215,7 +240,7 @@ def _worker(config: dict[str, Any]) -> None:
         ray.get(payload.board.fail.remote(error))
 
 
-def _train(payload: _Payload) -> None:
+def _train(payload: Payload) -> None:
     import ray
     import ray.train
     import torch
@@ -228,9 +253,10 @@ def _train(payload: _Payload) -> None:
     from raydpo.training.pairs import TrainingPairs
 
     rank = ray.train.get_context().get_world_rank()
-    job = dataclasses.replace(payload.job, tokens_per_batch=ray.get(payload.board.tokens_per_batch.remote()))
+    job = dataclasses.replace(payload.job, policy=on_this_machine(payload.job.policy),
+                              tokens_per_batch=ray.get(payload.board.tokens_per_batch.remote()))
     storage = Storage(payload.run_dir)
-    _log_to(storage, rank)
+    log_to(storage, rank)
     if payload.threads is not None:
         torch.set_num_threads(payload.threads)
     device = get_device()
@@ -238,7 +264,7 @@ def _train(payload: _Payload) -> None:
     pairs = TrainingPairs(ray.get(payload.pairs))
     engine = PolicyEngine(job.policy, job.train, device, check_rows=pairs.groups(range(min(CHECK_ROWS, len(pairs)))))
     held_out = None if payload.held_out is None else TrainingPairs(ray.get(payload.held_out))
-    hooks = _RayHooks(payload, rank)
+    hooks = RayHooks(payload, rank)
     checkpoint = ray.train.get_checkpoint()
     with (tempfile.TemporaryDirectory(prefix="raydpo-") as scratch,
           checkpoint.as_directory() if checkpoint else contextlib.nullcontext() as directory):
@@ -256,11 +282,11 @@ def _train(payload: _Payload) -> None:
             ray.get(payload.board.finish.remote(dataclasses.asdict(summary)))
 
 
-def _place(step: int) -> str:
+def checkpoint_place(step: int) -> str:
     return f"{CHECKPOINTS}/step-{step:08d}"
 
 
-def _log_to(storage: Storage, rank: int) -> None:
+def log_to(storage: Storage, rank: int) -> None:
     """What libraries print goes to the run's logs where they can be appended to, else stays in Ray's own."""
     if not storage.is_local:
         return

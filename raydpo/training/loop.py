@@ -15,6 +15,7 @@ from raydpo.config import TrainConfig
 from raydpo.data.plan import BatchPlan
 from raydpo.data.shapes import POSITIONS_ONLY, Work
 from raydpo.errors import ConfigError, TrainError
+from raydpo.losses import Memory, Objective
 from raydpo.prefetch import prefetch
 from raydpo.training.checkpoint import load_checkpoint
 from raydpo.training.clock import StepClock
@@ -48,6 +49,7 @@ class TrainJob:
         work: what a position, an attended key and a predicted token cost, for even shares.
         tokens_per_batch: in place of ``train.tokens_per_batch``, after that has run out of memory.
         memory_share: part of its device's memory that belongs to one worker.
+        stop_after: stop after this step, with a checkpoint; None = train to the end.
         sample_prompts: (text to show, token ids) of prompts to answer before and after.
     """
 
@@ -62,6 +64,7 @@ class TrainJob:
     work: Work = POSITIONS_ONLY
     tokens_per_batch: int | None = None
     memory_share: float = 1.0
+    stop_after: int | None = None
     sample_prompts: tuple[tuple[str, np.ndarray], ...] = ()
     sample_stop: tuple[int, ...] = ()
 
@@ -79,6 +82,7 @@ class TrainSummary:
         checkpoint_bytes: size of the newest, over all workers.
         scores: the newest evaluation.
         warned: kinds of warnings given.
+        memory: what the objective knows of the steps so far, see ``losses.Memory``.
     """
 
     steps: int
@@ -96,6 +100,7 @@ class TrainSummary:
     checkpoint_bytes: int = 0
     scores: dict[str, float] = field(default_factory=dict)
     warned: list[str] = field(default_factory=list)
+    memory: dict[str, float] = field(default_factory=dict)
     samples_before: list[list[int]] = field(default_factory=list)
     samples_after: list[list[int]] = field(default_factory=list)
 
@@ -109,13 +114,16 @@ def train_policy(job: TrainJob, pairs: TrainingPairs, held_out: TrainingPairs | 
         scratch: local directory for checkpoints in the making.
 
     Raises:
-        ConfigError: if the checkpoint is of a run with other settings, or ``train.keep_best`` names no metric.
+        ConfigError: if the checkpoint is of a run with other settings, ``train.keep_best`` names no metric, or the objective
+            asks for log-probs of tokens where only sums are known.
         GateError: if the stored log-probs are not the starting policy's.
         TrainError: if too many losses or gradients in a row are not finite, if the last checkpoint cannot be stored, or
             the one to begin from is of another run.
         DeviceMemoryError: if a micro-batch does not fit.
     """
-    train = job.train
+    train, objective = job.train, Objective(job.train)
+    for each in (pairs, held_out):
+        _check_tokens(each, train)
     summary = TrainSummary(0, 0, 0.0, 0.0)
     hooks.note(engine.layout_line)
     if checkpoint is not None:
@@ -138,20 +146,20 @@ def train_policy(job: TrainJob, pairs: TrainingPairs, held_out: TrainingPairs | 
                                                   "world_size": engine.world_size,
                                                   "held_out": 0 if held_out is None else len(held_out)})
     if checkpoint is None:
-        summary.gate = _gate(job, plan, pairs, engine, hooks)
+        summary.gate = _gate(job, plan, pairs, engine, objective, hooks)
         if held_out is not None:
-            _evaluate(0, engine, held_out, job, budget, summary, hooks)
+            _evaluate(0, engine, held_out, job, plan, objective, summary, hooks)
         summary.samples_before = _samples(job, engine)
     saver = CheckpointSaver(engine, hooks, scratch, job.fingerprint)
     try:
-        _train_steps(job, plan, pairs, held_out, engine, hooks, saver, summary)
+        _train_steps(job, plan, pairs, held_out, engine, objective, hooks, saver, summary)
     finally:
         saver.close()
     return summary
 
 
 def _train_steps(job: TrainJob, plan: BatchPlan, pairs: TrainingPairs, held_out: TrainingPairs | None, engine: PolicyEngine,
-                 hooks: Hooks, saver: CheckpointSaver, summary: TrainSummary) -> None:
+                 objective: Objective, hooks: Hooks, saver: CheckpointSaver, summary: TrainSummary) -> None:
     train, clock, watch = job.train, StepClock(engine.device), TrainingWatch(summary.warned)
     guard = PreemptionGuard(engine, hooks, train.preemption_every)
     start, before = time.perf_counter(), dataclasses.replace(summary)
@@ -164,15 +172,17 @@ def _train_steps(job: TrainJob, plan: BatchPlan, pairs: TrainingPairs, held_out:
         minutes = train.checkpoint_minutes
         wishes = Wishes(stop=hooks.stop_requested(), storing=saver.busy,
                         checkpoint=engine.rank == 0 and minutes is not None and saver.minutes_since >= minutes)
-        result = train_step(step, plan, pairs, engine, train, clock, wishes)
-        row = result.row
+        result = train_step(step, plan, pairs, engine, train, objective, Memory(**summary.memory), clock, wishes)
+        row, summary.memory = result.row, dataclasses.asdict(result.memory)
         done = summary.steps = step.number + 1
         tokens += row["tokens"]
         summary.pairs += int(row["pairs"])
         summary.seconds = before.seconds + time.perf_counter() - start
         summary.tokens_per_second = (before.tokens_per_second * before.seconds + tokens) / summary.seconds
-        if done == 1 and job.starts_as_reference and not result.skipped:
-            _check_first_loss(row["loss"], job, hooks)
+        # WPO's weights are of the policy: nothing beforehand tells them.
+        if done == 1 and job.starts_as_reference and pairs.has_reference and not (result.skipped or train.use_weighting):
+            expected = expected_first_loss(objective, pairs, step.rows, train.beta_at(0, plan.total_steps))
+            _check_first_loss(row["loss"], expected, job, hooks)
         hooks.step({"step": done} | row)
         for line in watch.look(done, row):
             hooks.note(line)
@@ -183,11 +193,11 @@ def _train_steps(job: TrainJob, plan: BatchPlan, pairs: TrainingPairs, held_out:
         last = done == plan.total_steps
         if held_out is not None and (last or done % train.eval_every == 0):
             with clock.phase("evaluation"):
-                _evaluate(done, engine, held_out, job, plan.tokens_per_batch, summary, hooks)
+                _evaluate(done, engine, held_out, job, plan, objective, summary, hooks)
         if last:
             summary.samples_after = _samples(job, engine)
         notice = guard.ask(done, row["time/step"], saver.last_seconds)
-        stop = result.stop and not last
+        stop = (result.stop or done == job.stop_after) and not last
         due = result.checkpoint or (minutes is None and done % train.checkpoint_every == 0)
         with clock.phase("checkpoint"):
             if last or stop or due or notice:
@@ -221,9 +231,11 @@ def _count_skipped(skipped: str | None, summary: TrainSummary, train: TrainConfi
     hooks.note(f"warning: {skipped}. The step was not taken")
 
 
-def _evaluate(step: int, engine: PolicyEngine, held_out: TrainingPairs, job: TrainJob, budget: int, summary: TrainSummary,
-              hooks: Hooks) -> None:
-    row = evaluate(engine, held_out, job.train, budget)
+def _evaluate(step: int, engine: PolicyEngine, held_out: TrainingPairs, job: TrainJob, plan: BatchPlan, objective: Objective,
+              summary: TrainSummary, hooks: Hooks) -> None:
+    # With the beta of the last step that was taken.
+    beta = job.train.beta_at(max(0, step - 1), plan.total_steps)
+    row = evaluate(engine, held_out, objective, beta, Memory(**summary.memory), plan.tokens_per_batch)
     summary.scores = {name: value for name, value in row.items() if name.startswith("eval_")}
     wanted = job.train.keep_best
     if wanted is not None and wanted not in summary.scores:
@@ -244,21 +256,35 @@ def _tokens_per_batch(job: TrainJob, engine: PolicyEngine, summary: TrainSummary
     return budget.tokens
 
 
-def _gate(job: TrainJob, plan: BatchPlan, pairs: TrainingPairs, engine: PolicyEngine, hooks: Hooks) -> str:
-    if not job.starts_as_reference:
+def _check_tokens(pairs: TrainingPairs | None, train: TrainConfig) -> None:
+    """LD-DPO weighs tokens, so it must know the reference's log-prob of each."""
+    if train.ld_alpha is None or pairs is None:
+        return
+    lacking = pairs.sums_only()
+    if len(lacking):
+        first = ", ".join(pairs.ids[int(row)].as_py() for row in lacking[:3])
+        raise ConfigError(f"train.ld_alpha is {train.ld_alpha:g}, but of {len(lacking):,} of {len(pairs):,} pairs only the "
+                          f"sum of the reference's log-probs was imported (first: {first}); set it to null, or score them "
+                          "with 'raydpo score' into another cache (cache.uri)")
+
+
+def _gate(job: TrainJob, plan: BatchPlan, pairs: TrainingPairs, engine: PolicyEngine, objective: Objective,
+          hooks: Hooks) -> str:
+    if not pairs.has_reference:
+        line = f"step-0 gate: loss {job.train.loss_text} has no reference, so there is nothing to compare"
+    elif not job.starts_as_reference:
         line = ("step-0 gate: the policy starts from another model than the reference "
                 f"{job.reference_identity}, so cached and live log-probs are not compared")
     else:
         rows = gate_rows(pairs, plan.pairs(0), count=job.train.gate_pairs, seed=job.train.seed)
         comparison = compare(engine, pairs, rows, plan.tokens_per_batch)
-        line = judge(comparison, pairs, job.train, dtype=job.coarser_dtype, policy=job.policy_identity,
-                     reference=job.reference_identity).line()
+        line = judge(comparison, pairs, objective, job.train.beta_at(0, plan.total_steps), dtype=job.coarser_dtype,
+                     policy=job.policy_identity, reference=job.reference_identity).line()
     hooks.note(line)
     return line
 
 
-def _check_first_loss(loss: float, job: TrainJob, hooks: Hooks) -> None:
-    expected = expected_first_loss(job.train)
+def _check_first_loss(loss: float, expected: float, job: TrainJob, hooks: Hooks) -> None:
     tolerance = max(1.0, abs(expected)) * (1e-5 if job.coarser_dtype == "float32" else 1e-3)
     gap = abs(loss - expected)
     line = f"first loss {loss:.6f}, {gap:.1e} from {expected:.6f}, the loss of a policy that is the reference"

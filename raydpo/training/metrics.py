@@ -19,6 +19,7 @@ _FIELDS = ("pairs", "loss", "chosen_rewards", "rejected_rewards", "margins", "wi
            "differences", "differences_sq", "margins_sq", "margins_x_differences")
 TIE = 1e-5
 """Margins up to this count as ties, and so do nats a token between a log-prob and the reference's: it is rounding."""
+_AGAINST_REFERENCE = ("logps/chosen_fell", "logratio/chosen_per_token", "logratio/rejected_per_token")
 _SOURCE_FIELDS = ("pairs", "loss", "margins", "wins")
 
 
@@ -27,9 +28,11 @@ class PairSums:
 
     Args:
         source_names: names of the sources; more than one adds metrics for each.
+        reference: whether the reference's log-probs are known; metrics against it are left out where they are not.
     """
 
-    def __init__(self, source_names: Sequence[str], device: torch.device) -> None:
+    def __init__(self, source_names: Sequence[str], device: torch.device, *, reference: bool = True) -> None:
+        self.reference = reference
         self.source_names = list(source_names)
         self.values = torch.zeros(len(_FIELDS) + len(_SOURCE_FIELDS) * len(self.source_names), dtype=torch.float64,
                                   device=device)
@@ -78,6 +81,8 @@ class PairSums:
             "length/rejected": total["rejected_tokens"] / pairs,
             "length/margin_correlation": _correlation(total),
         }
+        if not self.reference:
+            row = {name: value for name, value in row.items() if name not in _AGAINST_REFERENCE}
         if len(self.source_names) > 1:
             by_source = self.values[len(_FIELDS) :].view(len(_SOURCE_FIELDS), -1).tolist()
             for index, name in enumerate(self.source_names):

@@ -9,7 +9,9 @@ from functools import cached_property
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 
+from raydpo.data.pairs import PAIR_MARGIN, PAIR_WEIGHT
 from raydpo.data.shapes import Shapes
 from raydpo.errors import CacheMissError
 from raydpo.model.layout import PromptGroup
@@ -84,20 +86,25 @@ def _as_it_is(mine: ReferenceIdentity, other: ReferenceIdentity) -> str:
 
 
 class TrainingPairs:
-    """Rows of ``join_reference``. The columns of sums may be absent; they follow from the log-probs of the tokens.
+    """Rows of ``join_reference``. The columns of sums may be absent; they follow from the log-probs of the tokens. All of
+    the reference's may be: an objective without one takes pairs as they are.
 
     Attributes:
+        has_reference: whether the reference's values are known; else they are told to be 0.
         ids: name of each pair, ``source:row``.
         source_names: names of the sources, in order of first appearance.
         sources: number of the source of each pair, int [pairs].
         weights: weight of each source, float [sources].
         prompt_tokens, chosen_tokens, rejected_tokens: lengths, int [pairs].
+        pair_weights, pair_margins: float [pairs], or None where ``data.weight_column`` and ``data.margin_column`` name none.
     """
 
     def __init__(self, table: pa.Table) -> None:
         table = table.combine_chunks()
+        self.has_reference = "ref_chosen_logps" in table.column_names
         self._lists = {name: _Ragged(table[name]) for name in (
-            "prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps")}
+            "prompt_ids", "chosen_ids", "rejected_ids", *(("ref_chosen_logps", "ref_rejected_logps") if self.has_reference
+                                                          else ()))}
         self.ids = table["pair_id"]
         encoded = table["source"].combine_chunks().dictionary_encode()
         if isinstance(encoded, pa.ChunkedArray):
@@ -108,6 +115,11 @@ class TrainingPairs:
         self.weights = np.array([weights[self.sources == source][0] for source in range(len(self.source_names))])
         self.prompt_tokens, self.chosen_tokens, self.rejected_tokens = (
             self._lists[name].lengths for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+        self.pair_weights, self.pair_margins = (table[name].to_numpy() if name in table.column_names else None
+                                                for name in (PAIR_WEIGHT, PAIR_MARGIN))
+        if not self.has_reference:
+            self.ref_chosen, self.ref_rejected = np.zeros(len(self.ids)), np.zeros(len(self.ids))
+            return
         self.ref_chosen, self.ref_rejected = (
             table[f"ref_{side}_sum"].to_numpy() if f"ref_{side}_sum" in table.column_names else
             self._lists[f"ref_{side}_logps"].sums() for side in SIDES)
@@ -128,10 +140,24 @@ class TrainingPairs:
         return [PromptGroup(lists["prompt_ids"][row], (lists["chosen_ids"][row], lists["rejected_ids"][row]))
                 for row in rows]
 
+    def source_of(self, rows: Sequence[int] | np.ndarray, device: torch.device) -> torch.Tensor:
+        """The numbers of the sources of ``rows``, int64 [rows]."""
+        return torch.from_numpy(self.sources[np.asarray(rows)].astype(np.int64)).to(device)
+
     def reference(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """Per-token reference log-probs of the chosen and the rejected completion of one pair; NaN where only their sum is
         known."""
         return self._lists["ref_chosen_logps"][row], self._lists["ref_rejected_logps"][row]
+
+    def reference_tails(self, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Sums over the reference's log-probs of the tokens beyond the length of the shorter completion, float64 [rows]."""
+        tails = np.array([[side[min(map(len, sides)):].sum(dtype=np.float64) for side in sides]
+                          for sides in map(self.reference, rows)])
+        return tails[:, 0], tails[:, 1]
+
+    def sums_only(self) -> np.ndarray:
+        """Rows whose reference is known by its sums alone."""
+        return np.array([row for row in range(len(self)) if not self.has_tokens(row)], dtype=np.int64)
 
     def has_tokens(self, row: int) -> bool:
         """Whether the reference's log-probs of this pair's tokens are known, and not only their sums."""

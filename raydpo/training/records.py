@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from raydpo.storage import Storage
 
-__all__ = ["RunRecords", "read_rows"]
+__all__ = ["RunRecords", "read_rows", "to_parquet"]
 
 
 def read_rows(storage: Storage, name: str) -> list[dict[str, float]]:
@@ -36,8 +36,9 @@ class RunRecords:
         from torch.utils.tensorboard import SummaryWriter
 
         self.storage = storage
-        self.steps = [row for row in read_rows(storage, "metrics.parquet") if row["step"] <= from_step]
-        self.evals = [row for row in read_rows(storage, "eval.parquet") if row["step"] <= from_step]
+        # A run that begins again evaluates again before its first step.
+        self.steps, self.evals = ([row for row in read_rows(storage, name) if from_step and row["step"] <= from_step]
+                                  for name in ("metrics.parquet", "eval.parquet"))
         # TensorBoard appends to its files, which an object store cannot: there it is uploaded at the end.
         self._board_dir = Path(storage.path("tensorboard")) if storage.is_local else Path(tempfile.mkdtemp())
         self._board: SummaryWriter | None = None
@@ -57,7 +58,7 @@ class RunRecords:
         """Write what there is to metrics.parquet and eval.parquet."""
         for name, rows in (("metrics.parquet", self.steps), ("eval.parquet", self.evals)):
             if rows:
-                self.storage.write(name, _to_parquet(rows))
+                self.storage.write(name, to_parquet(rows))
         if self._board is not None:
             with self._board_may_fail():
                 self._board.flush()
@@ -89,7 +90,8 @@ class RunRecords:
                        "again; metrics.parquet has everything")
 
 
-def _to_parquet(rows: list[dict[str, float]]) -> bytes:
+def to_parquet(rows: list[dict[str, float]]) -> bytes:
+    """Rows as the run's Parquet files hold them: a column for each name that any row has."""
     names = list(dict.fromkeys(name for row in rows for name in row))  # a source may first appear in a later step
     columns = {name: pa.array([row.get(name) for row in rows], pa.int64() if name == "step" else pa.float64())
                for name in names}

@@ -74,7 +74,8 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
     before, after = summary["eval_before"], summary["eval_after"]
     if before and after:
         console.table(f"held-out pairs: {summary['held_out_pairs']:,}", ("", "before", "after"),
-                      [(label, _figure(before[key]), _figure(after[key])) for key, label in EVALUATION_TABLE])
+                      [(label, _figure(before[key]), _figure(after[key])) for key, label in EVALUATION_TABLE
+                       if key in after])
     for sample in summary["samples"]:
         console.print(f"[bold]prompt[/bold]  {escape(_end(plain_text(sample['prompt'])))}")
         console.print(f"[bold]before[/bold]  {escape(plain_text(sample['before']))}")

@@ -14,7 +14,7 @@ from torch import Tensor
 from raydpo.config import TrainConfig
 from raydpo.data.plan import BatchPlan, MicroBatch
 from raydpo.errors import DeviceMemoryError
-from raydpo.losses import preference_loss
+from raydpo.losses import Memory, Objective
 from raydpo.model.budget import is_out_of_memory, used_memory
 from raydpo.model.layout import Layout
 from raydpo.training.clock import StepClock
@@ -23,6 +23,7 @@ from raydpo.training.evaluate import pair_logps
 from raydpo.training.metrics import PairSums
 from raydpo.training.pairs import TrainingPairs
 from raydpo.training.schedule import learning_rate, warmup_steps
+from raydpo.training.whole_step import look_at_step
 
 __all__ = ["Step", "StepResult", "Wishes", "prepare_step", "train_step"]
 
@@ -53,6 +54,7 @@ class StepResult:
         row: its metrics, averaged over its pairs on all ranks.
         stop, checkpoint, storing: whether any rank wished so.
         skipped: why the weights were left alone (a loss or gradient that is not finite), or None.
+        memory: what the objective knows now.
     """
 
     row: dict[str, float]
@@ -60,6 +62,7 @@ class StepResult:
     checkpoint: bool
     storing: bool
     skipped: str | None
+    memory: Memory
 
 
 def prepare_step(number: int, plan: BatchPlan, pairs: TrainingPairs, engine: PolicyEngine) -> Step:
@@ -68,37 +71,43 @@ def prepare_step(number: int, plan: BatchPlan, pairs: TrainingPairs, engine: Pol
                                              for batch in plan.micro_batches(number, engine.replica)])
 
 
-def train_step(step: Step, plan: BatchPlan, pairs: TrainingPairs, engine: PolicyEngine, train: TrainConfig, clock: StepClock,
-               wishes: Wishes | None = None) -> StepResult:
+def train_step(step: Step, plan: BatchPlan, pairs: TrainingPairs, engine: PolicyEngine, train: TrainConfig,
+               objective: Objective, memory: Memory, clock: StepClock, wishes: Wishes | None = None) -> StepResult:
     """One optimizer step. Where its loss or gradient is not finite on any rank, no rank takes it.
-
-    Shapes: B = pairs of a micro-batch, N = its completion tokens.
 
     Raises:
         DeviceMemoryError: if a micro-batch does not fit.
     """
     number, rows = step.number, step.rows
-    sums = PairSums(pairs.source_names, engine.device)
+    beta, mean_chosen_tokens = train.beta_at(number, plan.total_steps), float(pairs.chosen_tokens[rows].mean())
+    sums = PairSums(pairs.source_names, engine.device, reference=pairs.has_reference)
+    with _explained_memory(plan.tokens_per_batch // engine.sequence_parallel):
+        whole = look_at_step(objective, rows, step.batches, pairs, engine, beta, memory, clock)
     losses: list[tuple[MicroBatch, Tensor]] = []
     for index, (batch, layout) in enumerate(step.batches):
         last = index == len(step.batches) - 1
         with _explained_memory(plan.tokens_per_batch // engine.sequence_parallel):
             with clock.phase("forward"):
-                logps_N = engine.logps(layout)
-                logps = pair_logps(pairs, batch.pairs, logps_N)
-                loss = preference_loss(train.loss, logps, beta=train.beta, label_smoothing=train.label_smoothing)  # [B]
+                logps = pair_logps(engine, layout, pairs, batch.pairs, train, mean_chosen_tokens)
+                if whole is None:
+                    loss = objective(logps, beta)
+                    total = loss.losses.sum()
+                else:
+                    loss, total = whole.part(batch.pairs, logps)
                 # The mean over the step's pairs, whichever rank and micro-batch they are in; a stand-in weighs nothing.
-                share = (loss.losses.sum() / len(rows) * batch.counts).float()
-                # A factor 1 that is NaN where the share is not finite: so is then every gradient, and no rank steps.
-                share = share * (1 + 0 * share.detach())
+                share = (total / len(rows) * batch.counts).float()
+                # A factor 1 that is NaN where a loss is not finite: so is then every gradient, and no rank steps.
+                share = share * (1 + 0 * (share + loss.losses.sum().float()).detach())
             if last:
                 with clock.phase("wait"):
                     engine.meet()
             with clock.phase("backward"):
                 engine.backward(share, last=last)
         if batch.counts and engine.leads:
-            sums.add(loss, logps, torch.from_numpy(pairs.sources[list(batch.pairs)]).long().to(engine.device))
-            losses.append((batch, loss.losses.detach()))
+            sums.add(loss, logps, pairs.source_of(batch.pairs, engine.device))
+            # In a whole step the pair to blame is the one with such log-probs, not the one whose quantile they spoil.
+            blamed = loss.losses if whole is None else logps.chosen_logratio + logps.rejected_logratio
+            losses.append((batch, blamed.detach()))
     metrics, (stop, checkpoint, storing), busy = _add_up(sums, wishes or Wishes(), clock.busy, engine)
     rate = learning_rate(number, peak=train.lr, schedule=train.schedule, total_steps=plan.total_steps,
                          warmup=warmup_steps(train.warmup, plan.total_steps))
@@ -115,7 +124,12 @@ def train_step(step: Step, plan: BatchPlan, pairs: TrainingPairs, engine: Policy
                      "pairs": float(len(rows)), "tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds,
                      "pairs_per_second": len(rows) / seconds, "peak_memory_bytes": used_memory(engine.device),
                      "skipped": float(skipped is not None)} | times | _slowest(busy)
-    return StepResult(row, stop > 0, checkpoint > 0, storing > 0, skipped)
+    if whole is not None:
+        beta = whole.beta
+        memory = memory if skipped else whole.memory
+    if train.beta_moves:
+        row["beta"] = beta
+    return StepResult(row, stop > 0, checkpoint > 0, storing > 0, skipped, memory)
 
 
 def _add_up(sums: PairSums, wishes: Wishes, busy: float, engine: PolicyEngine

@@ -14,13 +14,14 @@ from typing import Any, Protocol
 from raydpo.config.track import MlflowConfig, TrackConfig, WandbConfig
 from raydpo.storage import Storage
 
-__all__ = ["Gauges", "MlflowTracker", "Tracker", "Trackers", "WandbTracker"]
+__all__ = ["Gauges", "MlflowTracker", "Tracker", "Trackers", "WandbTracker", "export_pass"]
 
 GAUGES = ("loss", "rewards/margins", "rewards/accuracies", "rewards/chosen", "rewards/rejected", "logps/chosen",
           "logps/rejected", "grad_norm", "learning_rate", "tokens_per_second", "pairs_per_second", "peak_memory_bytes",
-          "skipped", "slowest_rank", "slowest_lag", "time/data", "time/forward", "time/backward", "time/optimizer",
-          "time/checkpoint", "time/evaluation", "time/wait", "time/other", "time/step")
-"""Metrics of a step that become gauges, as ``raydpo_<name>`` with ``/`` turned to ``_``; of evaluations, all do."""
+          "skipped", "cache_hits", "score_tokens_per_second", "slowest_rank", "slowest_lag", "time/data", "time/forward",
+          "time/backward", "time/optimizer", "time/checkpoint", "time/evaluation", "time/wait", "time/other", "time/step")
+"""Metrics of a step or of the reference pass that become gauges, as ``raydpo_<name>`` with ``/`` turned to ``_``; of
+evaluations, all do."""
 
 
 class Tracker(Protocol):
@@ -101,14 +102,16 @@ class Gauges:
         if asked:
             import prometheus_client  # noqa: F401 - without it Ray serves no metrics, and does not say so
 
-        self._run = run
+        self._run, self._began = run, time.time()
         self._gauges: dict[str, Any] = {}
 
     def log(self, step: int, row: Mapping[str, float]) -> None:
         from ray.util.metrics import Gauge
 
         shown = {name: value for name, value in row.items() if name in GAUGES or name.startswith("eval_")}
-        for name, value in ({"step": float(step)} | shown).items():
+        if step:  # each restart of the workers changes the time at which they began
+            shown |= {"step": float(step), "began_seconds": self._began}
+        for name, value in shown.items():
             if name not in self._gauges:
                 self._gauges[name] = Gauge("raydpo_" + "".join(c if c.isalnum() else "_" for c in name),
                                            description=f"raydpo: {name} of the newest step", tag_keys=("run",))
@@ -162,6 +165,18 @@ class Trackers:
             why = f"the package {error.name!r} is missing; pip install 'raydpo[{extra}]'" if missing else \
                 f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             self._warn(f"warning: track.{name} is left out from here on: {why}. metrics.parquet has everything")
+
+
+def export_pass(config: TrackConfig, run: str, hit_rate: float, tokens_per_second: float,
+                warn: Callable[[str], None]) -> None:
+    """The reference pass as gauges of the driver, from its end on for as long as the driver lives.
+
+    Args:
+        hit_rate: share of the completions that were there already.
+        tokens_per_second: of scoring the others; 0 where there were none.
+    """
+    only = config.model_copy(update={"wandb": None, "mlflow": None})
+    Trackers(only, run, "", {}, warn).log(0, {"cache_hits": hit_rate, "score_tokens_per_second": tokens_per_second})
 
 
 def _run_id(run_dir: str) -> str:

@@ -52,7 +52,7 @@ class TrainingWatch:
                 "with 'raydpo audit'")
 
     def _collapse(self, step: int, row: Mapping[str, float]) -> str | None:
-        value = row["logratio/chosen_per_token"]
+        value = row.get("logratio/chosen_per_token", math.nan)  # without a reference there is none
         if not math.isfinite(value):
             return None
         self._chosen.append(value)

@@ -177,3 +177,16 @@ def test_held_out_file_and_its_leaks(tokeniser, write):
     assert (sets.train.num_rows, sets.eval.num_rows, sets.report.leaked) == (5, 3, 1)
     assert set(sets.eval["source"].to_pylist()) == {"held-out"}
     assert sets.report.lines()[-1].startswith("warning: the prompts of 1 held-out pairs are also in the training data")
+
+
+def test_weights_and_margins_of_pairs(tokeniser, write):
+    records = [text(number) | {"importance": number / 2, "gap": -1} for number in range(6)]
+    records += [text(7) | {"importance": -1, "gap": 0}, text(8) | {"importance": 1, "gap": None}, text(9)]
+    settings = {"weight_column": "importance", "margin_column": "gap", "max_malformed": 1.0}
+    sets = load(tokeniser, write(records), eval={"fraction": 0.3}, **settings)
+    rows = sets.train.to_pylist() + sets.eval.to_pylist()
+    assert sorted((row["pair_id"], row["pair_weight"], row["pair_margin"]) for row in rows) == [
+        (f"prefs:{number + 1}", number / 2, -1.0) for number in range(6)]
+    told = " ".join(sets.report.lines())
+    assert "'importance' is below 0" in told and "'gap' is missing or no number" in told
+    assert sets.train.column_names == [*PAIR_SCHEMA.names, "pair_weight", "pair_margin"]

@@ -1,3 +1,5 @@
+import shutil
+
 import numpy as np
 import pytest
 from tiny import make_tokenizer, preferences, write_preferences
@@ -7,6 +9,7 @@ from raydpo.cost import ModelCost
 from raydpo.data.pairs import load_pairs
 from raydpo.data.tokenise import Tokeniser
 from raydpo.errors import ConfigError
+from raydpo.estimate.anatomy import model_cost
 from raydpo.estimate.plan import Rates, Stage, make_plan, operations, training_factors
 from raydpo.estimate.rate import DEVICES, stated_rates
 
@@ -36,11 +39,20 @@ def test_operations_by_hand():
     assert operations(amount, SIZES, (3, 3, 4)) == 3 * 10 * 2000 + 3 * 30 * 64 + 4 * 5 * 1000
 
 
+def test_config_json_alone_tells_the_same_sizes(tiny_llama, tiny_qwen3, tmp_path):
+    for number, model in enumerate((tiny_llama, tiny_qwen3)):
+        bare = tmp_path / str(number)
+        bare.mkdir()
+        shutil.copy(model / "config.json", bare)
+        assert model_cost(bare) == model_cost(model) == ModelCost.of(model)
+
+
 def test_training_factors():
     """Full: forward, gradients of inputs and of weights; with adapters the weights' are left out."""
     assert training_factors(TrainConfig(), lora=False) == (3, 3, 4)
     assert training_factors(TrainConfig(), lora=True) == (2, 3, 2)
     assert training_factors(TrainConfig(gradient_checkpointing=True), lora=True) == (3, 4, 2)
+    assert training_factors(TrainConfig(loss="aot"), lora=False) == (4, 4, 5)
 
 
 def test_a_stage_by_hand():
@@ -106,6 +118,13 @@ def test_steps_instead_of_epochs(data):
     found = make_plan(load_config(config.model_dump(exclude_unset=True) | {"train": {"steps": 3, "pairs_per_step": 16}}),
                       sets, SIZES, SIZES, RATES, world_sizes=())
     assert found.steps == 3 and found.data["pairs_trained_on"] == min(48, sets.train.num_rows)
+
+
+def test_an_objective_without_a_reference_has_no_reference_pass(data):
+    config, sets = data
+    found = make_plan(load_config(config.model_dump(exclude_unset=True) | {"train": {"loss": "simpo"}}),
+                      sets, SIZES, SIZES, RATES, world_sizes=())
+    assert found.score.flops == 0 and found.data["completions"] == 0 and found.training.flops > 0
 
 
 @pytest.mark.parametrize(("settings", "named"), [({"workers": 0}, "--workers"), ({"runs": 0}, "--runs"),

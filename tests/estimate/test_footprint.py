@@ -59,6 +59,7 @@ def test_the_default_modes(models, tmp_path, monkeypatch):
     compare([("deep", {}), ("wide", {}), ("deep", {"tokens": 512, "lora": LORA})], 1, models, tmp_path, monkeypatch)
 
 
+@pytest.mark.slow
 def test_two_ranks(models, tmp_path, monkeypatch):
     compare([("deep", {"train": {"zero": 3}})], 2, models, tmp_path, monkeypatch)
 

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from architectures import COMMON, make_random
@@ -48,6 +49,31 @@ def test_gradients_are_autograds_whether_the_head_learns_or_not(transform, bias,
         assert len(found) == (2 + learns + learns * bias)
         for one, other in zip(found, expected, strict=True):
             assert torch.allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["plain", "adapter on the head"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "cohere"])
+def test_the_sum_of_squares_is_told_beside_and_has_no_gradient(name, adapted, monkeypatch):
+    monkeypatch.setattr(head, "CHUNK_BYTES", {"cpu": 4 * VOCAB * 3})
+    model = make(name)
+    if adapted:
+        model = add_lora(model, LoraSettings(r=4, target_modules=["q_proj", "lm_head"]), seed=0)
+    module = LogpModel(model)
+    gradients = []
+    for asked in (False, True):
+        found = module(lay_out(groups()), **({"log_sum_sq": True} if asked else {}))
+        logps = found[0] if asked else found
+        gradients.append(torch.autograd.grad(logps.sum(), [one for one in module.parameters() if one.requires_grad],
+                                             allow_unused=True))
+    assert not found[1].requires_grad and torch.equal(logps, module(lay_out(groups())))
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other) if one is not None else other is None
+    wanted = []
+    for group in groups():
+        for completion in group.completions:
+            ids = torch.from_numpy(np.concatenate([group.prompt, completion]).astype(np.int64))[None]
+            wanted.append(model(input_ids=ids, use_cache=False).logits[0, len(group.prompt) - 1 : -1].float().softmax(-1))
+    assert torch.allclose(found[1], torch.cat(wanted).square().sum(-1).log(), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from raydpo.errors import ModelError
-from raydpo.reference.identity import identify
+from raydpo.reference.identity import identify, on_this_machine
+from raydpo.reference.score import ReferenceSpec
 
 
 @pytest.fixture
@@ -118,3 +119,39 @@ def test_truncated_weights_are_refused(model):
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ModelError, match="truncated"):
         identify(model, "float32")
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub whose downloads end in another cache than the driver's, as on another machine."""
+    asked = []
+
+    def snapshot_download(name, *, revision, allow_patterns):
+        if name.startswith("gone"):
+            raise OSError("404")
+        asked.append((name, revision))
+        return str(tmp_path / "cache" / name)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    return asked
+
+
+def spec_at(path, adapter=None):
+    return ReferenceSpec(path=str(path), adapter=adapter, identity=None)
+
+
+def test_a_worker_fetches_what_the_driver_had_from_the_hub(hub, tmp_path):
+    """The same repository and the same revision; a directory that is no snapshot of the hub is nobody's to fetch."""
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    spec = on_this_machine(spec_at(f"/drivers/hub/models--meta-llama--Llama-3.1-8B/snapshots/{revision}", "/mnt/sft"))
+    assert hub == [("meta-llama/Llama-3.1-8B", revision)]
+    assert (spec.path, spec.adapter) == (str(tmp_path / "cache/meta-llama/Llama-3.1-8B"), "/mnt/sft")
+    assert on_this_machine(spec_at("/mnt/model")) == spec_at("/mnt/model") and len(hub) == 1
+
+
+def test_without_the_hub_a_shared_disk_will_do(hub, tmp_path):
+    shared = tmp_path / "models--gone--m" / "snapshots" / ("0" * 40)
+    with pytest.raises(ModelError, match="the hub does not give"):
+        on_this_machine(spec_at(shared))
+    shared.mkdir(parents=True)
+    assert on_this_machine(spec_at(shared)).path == str(shared)

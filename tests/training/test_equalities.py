@@ -8,7 +8,7 @@ import pytest
 from distributed import run_distributed
 from kernel import exact, tiny_pairs, train_here, with_reference
 
-from raydpo.losses import LOSSES
+from raydpo.config import LOSSES
 
 PAIRS, STEPS = 33, 9  # 33 pairs in steps of 8: the fifth step of an epoch has one pair, fewer than there are ranks
 
@@ -72,10 +72,13 @@ def with_live_reference(table, model):
 
 def test_cached_equals_live_reference_for_every_loss(table, tiny_llama, tmp_path):
     live = with_live_reference(table, tiny_llama)
-    names = list(LOSSES)
-    jobs = [((data, tiny_llama, tmp_path / "scratch"), dict(loss=name, steps=4)) for name in names for data in (table, live)]
+    names = [name for name, traits in LOSSES.items() if traits.reference]
+    jobs = [((data, tiny_llama, tmp_path / "scratch"), dict(loss=name, steps=2, **({"label_smoothing": 1e-3} if name ==
+            "exo_pair" else {}))) for name in names for data in (table, live)]
     (losses,) = run_distributed(curves, 1, tmp_path / "ranks", jobs)
     for name, cached, lived in zip(names, losses[::2], losses[1::2], strict=True):
+        if name == "dpop":  # it has a kink where the policy is the reference: rounding decides the first gradient
+            cached, lived = cached[:1], lived[:1]
         # IPO's loss is of the order of (1 / 2 beta)^2 = 25: its rounding is relative.
         assert cached == pytest.approx(lived, abs=1e-5, rel=1e-6), name
 

@@ -1,13 +1,18 @@
 """The gate before the first step: wrong references are stopped and named, right ones pass."""
 
+import math
+
 import numpy as np
 import pyarrow as pa
+import pytest
 from distributed import run_distributed
 from kernel import tiny_pairs, train_here, with_reference
 from tiny import make_model
 
+from raydpo.config import LOSSES, ObjectiveConfig
 from raydpo.errors import GateError
-from raydpo.training.gate import gate_rows
+from raydpo.losses import Objective
+from raydpo.training.gate import expected_first_loss, gate_rows
 from raydpo.training.pairs import TrainingPairs
 
 
@@ -60,3 +65,27 @@ def test_rows_hold_first_step_extremes_and_others(tiny_llama):
     assert len(rows) == len(set(rows)) == 12
     assert set(rows) >= {7, 8, 9, 10, 50}
     assert gate_rows(pairs, np.array([7]), count=100, seed=0) == list(range(60))
+
+
+LN2 = math.log(2)
+AT_THE_REFERENCE = {
+    "sigmoid": LN2, "robust": LN2, "hinge": 1.0, "ipo": 25.0, "ipo_sum": 25.0, "sigmoid_norm": LN2,
+    "exo_pair": -LN2 - (math.log(0.9) + math.log(0.1)) / 2, "discopop": (LN2 + 1) / 2, "dpop": LN2, "nca_pair": 2 * LN2,
+    "bco_pair": 2 * LN2, "bco": 2 * LN2, "sppo_hard": 50.0, "apo_zero": 1.0, "apo_down": 1.0, "kto": 0.5, "aot": LN2,
+    "aot_unpaired": LN2}
+
+
+def test_the_first_loss_is_foretold_for_every_objective(tiny_llama):
+    pairs = TrainingPairs(with_reference(tiny_pairs(12), tiny_llama))
+    rows = np.array([3, 1, 7, 9])
+
+    def foretold(loss, **settings):
+        return expected_first_loss(Objective(ObjectiveConfig(loss=loss, **settings)), pairs, rows, 0.1)
+
+    assert set(AT_THE_REFERENCE) == {name for name, traits in LOSSES.items() if traits.reference}
+    for name, loss in AT_THE_REFERENCE.items():
+        smooth = {"label_smoothing": 0.1} if name in ("exo_pair", "robust") else {}
+        assert foretold(name, **smooth) == pytest.approx(loss, abs=1e-9), name
+    likelihood = -sum(pairs.ref_chosen[rows]) / sum(pairs.chosen_tokens[rows])
+    mixture = [{"sigmoid": 0.8}, {"sft": 0.5}]
+    assert foretold(mixture) == foretold(mixture, ld_alpha=0.3) == pytest.approx(0.8 * LN2 + 0.5 * likelihood)

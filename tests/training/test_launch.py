@@ -155,6 +155,7 @@ def test_what_does_not_fit_twice_is_halved_once():
     assert "starting the workers again with 50" in board.drain()[-1][1]
 
 
+@pytest.mark.slow  # the short soak has SIGTERM, too
 def test_sigterm_then_one_worker_with_the_best_checkpoint_kept(job):
     """LoRA with a tracker and a merged export, stopped by SIGTERM, continued by one worker instead of two."""
     more = ["model.lora={r: 4}", "train.keep_best=eval_loss", "train.keep_checkpoints=1", "train.eval_every=5",

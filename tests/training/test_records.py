@@ -20,6 +20,16 @@ def test_a_resumed_run_keeps_rows_up_to_its_step(tmp_path):
     assert read_rows(storage, "metrics.parquet")[-1]["loss"] == 0.0
 
 
+def test_a_run_that_begins_again_has_its_first_evaluation_once(tmp_path):
+    """Killed after its rows were written, before its first checkpoint counted."""
+    storage = Storage(str(tmp_path))
+    for _ in range(2):
+        records = RunRecords(storage, 0, pytest.fail)
+        records.add_eval({"step": 0, "eval_loss": 0.7})
+        records.flush()
+    assert [row["step"] for row in read_rows(storage, "eval.parquet")] == [0]
+
+
 def test_a_full_disk_costs_tensorboard_and_a_warning(tmp_path, monkeypatch):
     from tensorboard.summary.writer import event_file_writer
 

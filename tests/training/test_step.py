@@ -10,7 +10,7 @@ from kernel import exact, tiny_pairs, train_here, with_reference
 from raydpo.errors import TrainError
 
 # ZeRO-3 last: while its engine lives, transformers partitions every model it loads.
-KINDS = [dict(zero=0), dict(zero=1), dict(zero=2), dict(zero=2, dtype="bfloat16"), dict(zero=3)]
+KINDS = [dict(zero=0), dict(zero=1), dict(zero=2), dict(zero=2, loss="aot"), dict(zero=2, dtype="bfloat16"), dict(zero=3)]
 BAD = 19
 
 

@@ -1,0 +1,11 @@
+"""``raydpo eval`` as the entry point of a Ray job:
+
+    ray job submit --working-dir . -- python jobs/eval.py CONFIG [key.sub=value ...]
+"""
+
+import sys
+
+from raydpo.cli import job
+
+if __name__ == "__main__":
+    sys.exit(job("eval"))

@@ -1,0 +1,11 @@
+"""``raydpo sweep`` as the entry point of a Ray job:
+
+    ray job submit --working-dir . -- python jobs/sweep.py CONFIG [key.sub=value ...]
+"""
+
+import sys
+
+from raydpo.cli import job
+
+if __name__ == "__main__":
+    sys.exit(job("sweep"))

@@ -1,0 +1,165 @@
+"""Answers of a model to prompts: greedy, or sampled from its whole distribution. Needs torch and transformers alone.
+
+A sampled token is read off the cumulative distribution at a uniform number that depends on (seed, prompt, sample, position)
+alone. So an answer does not depend on what it is computed with, nor on how many workers there are, and two models that agree
+give the same answer: what differs between policy and reference is not luck.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor
+
+from raydpo.errors import ConfigError
+from raydpo.model.load import load_causal_lm
+from raydpo.reference.score import ReferenceSpec
+
+__all__ = ["ROWS", "Answering", "Draw", "answer_all", "uniforms"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draw:
+    """Which random numbers an answer is drawn with: those of its ``sample`` number under ``seed``."""
+
+    seed: int
+    sample: int
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answering:
+    """Work for ``evaluation.work``: from rows of ``ROWS`` to ``answer_ids``, list<int32>, the end token included.
+
+    Attributes:
+        stop: ids that end an answer.
+        batch: answers made at once.
+    """
+
+    spec: ReferenceSpec
+    max_tokens: int
+    stop: tuple[int, ...]
+    batch: int
+    engine: Literal["transformers", "vllm"] = "transformers"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"answers": 1, "model": self.spec.identity.digest, "engine": self.engine, "max_tokens": self.max_tokens,
+                "stop": self.stop}
+
+    def open(self, device: str) -> Callable[[pa.Table], pa.Table]:
+        """Load the model; what comes back answers one table after another."""
+        if self.engine == "vllm":
+            from raydpo.evaluation.vllm_engine import open_vllm
+
+            answer = open_vllm(self)
+        else:
+            model = load_causal_lm(self.spec.path, self.spec.identity.dtype, adapter=self.spec.adapter, device=device,
+                                   quantization=self.spec.quantization, trust_remote_code=self.spec.trust_remote_code)
+            answer = functools.partial(answer_all, model, max_tokens=self.max_tokens, stop=self.stop, batch=self.batch)
+
+        def act(rows: pa.Table) -> pa.Table:
+            prompts = [np.array(ids, np.int32) for ids in rows["prompt_ids"].to_pylist()]
+            draws = [None if row["sample"] is None else Draw(**row)
+                     for row in rows.select(["seed", "sample", "temperature"]).to_pylist()]
+            return pa.table({"answer_ids": pa.array(answer(prompts, draws), ROWS.field("prompt_ids").type)})
+
+        return act
+
+
+ROWS = pa.schema([("prompt_ids", pa.list_(pa.int32())), ("seed", pa.int64()), ("sample", pa.int32()),
+                  ("temperature", pa.float64())])
+"""What is to be answered; of greedy answers all but the prompt is null."""
+
+
+@torch.no_grad()
+def answer_all(model: Any, prompts: Sequence[np.ndarray], draws: Sequence[Draw | None], *, max_tokens: int,
+               stop: Sequence[int], batch: int) -> list[np.ndarray]:
+    """Token ids of an answer to each prompt, int32, the end token included; never empty.
+
+    Args:
+        model: a transformers causal LM, or a PEFT model around one.
+        draws: how each is sampled; None = greedily.
+
+    Raises:
+        ConfigError: if prompt and answer would reach beyond the model's positions.
+    """
+    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    limit = getattr(causal_lm.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(map(len, prompts))
+    if limit is not None and longest + max_tokens > limit:
+        raise ConfigError(f"evaluate.max_tokens {max_tokens} after a prompt of {longest} tokens is more than the {limit} "
+                          "positions of the model; lower it, or data.max_length")
+    # A directory may carry settings, such as a repetition penalty or top-k: what they make is no sample of the model.
+    causal_lm.generation_config = GenerationConfig()
+    # Left padding is masked in attention; a recurrent state would take it in.
+    size = 1 if getattr(causal_lm, "_is_stateful", False) else batch
+    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    answers: list[np.ndarray] = [np.empty(0, np.int32)] * len(prompts)
+    for start in range(0, len(order), size):
+        rows = order[start : start + size]
+        found = _answer_batch(causal_lm, [prompts[row] for row in rows], [draws[row] for row in rows], max_tokens, stop)
+        for row, answer in zip(rows, found, strict=True):
+            answers[row] = answer
+    return answers
+
+
+def _answer_batch(causal_lm: Any, prompts: list[np.ndarray], draws: list[Draw | None], max_tokens: int,
+                  stop: Sequence[int]) -> list[np.ndarray]:
+    width, pad = max(map(len, prompts)), stop[0] if stop else 0
+    ids = torch.full((len(prompts), width), pad, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt):] = torch.from_numpy(prompt.astype(np.int64))
+        mask[row, width - len(prompt):] = 1
+    device = causal_lm.device
+    whole = causal_lm.generate(
+        input_ids=ids.to(device), attention_mask=mask.to(device),
+        logits_processor=[_ReadOff(prompts, draws, max_tokens, width, device)] if any(draws) else None,
+        generation_config=GenerationConfig(do_sample=False, max_new_tokens=max_tokens, pad_token_id=pad,
+                                           eos_token_id=list(stop) or None))
+    return [_until_stop(row, stop) for row in whole[:, width:].cpu().numpy()]
+
+
+def _until_stop(ids: np.ndarray, stop: Sequence[int]) -> np.ndarray:
+    ends = np.flatnonzero(np.isin(ids, stop))
+    return (ids[: ends[0] + 1] if len(ends) else ids).astype(np.int32)
+
+
+def uniforms(draw: Draw, prompt: np.ndarray, count: int) -> np.ndarray:
+    """Numbers in [0, 1) for the first ``count`` positions of a sampled answer, float64."""
+    digest = hashlib.blake2b(struct.pack("<QQ", draw.seed, draw.sample), digest_size=16, person=b"raydpo-sample-1")
+    digest.update(np.ascontiguousarray(prompt, "<u4").tobytes())
+    return np.random.Generator(np.random.Philox(key=np.frombuffer(digest.digest(), "<u8"))).random(count)
+
+
+class _ReadOff(LogitsProcessor):
+    """Leaves of each sampled row's logits [B, V] only the token at which the cumulative distribution passes its number.
+
+    In float64: of a vocabulary of 150,000 most tokens are less likely than float32 can add up.
+    """
+
+    def __init__(self, prompts: Sequence[np.ndarray], draws: Sequence[Draw | None], steps: int, width: int,
+                 device: torch.device) -> None:
+        self.width = width
+        numbers = [np.full(steps, np.nan) if draw is None else uniforms(draw, prompt, steps)
+                   for prompt, draw in zip(prompts, draws, strict=True)]
+        self.numbers = torch.from_numpy(np.stack(numbers)).to(device)  # [B, steps]
+        self.greedy = torch.tensor([draw is None for draw in draws], device=device)[:, None]
+        self.temperatures = torch.tensor([1.0 if draw is None else draw.temperature for draw in draws],
+                                         dtype=torch.float64, device=device)[:, None]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        cumulative = (scores.double() / self.temperatures).softmax(-1).cumsum(-1)
+        wanted = self.numbers[:, input_ids.shape[1] - self.width, None].nan_to_num() * cumulative[:, -1:]
+        token = torch.searchsorted(cumulative, wanted, right=True).clamp_max(scores.shape[1] - 1)
+        return torch.where(self.greedy, scores, torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0))

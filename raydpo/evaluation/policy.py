@@ -1,0 +1,142 @@
+"""Which model is evaluated: what ``evaluate.policy`` names, found and identified."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pyarrow import fs as pafs
+
+from raydpo.config import LOSSES, Config, is_hub_name, is_uri
+from raydpo.errors import ConfigError, ModelError
+from raydpo.local_copy import local_home
+from raydpo.reference.identity import identify, resolve_model
+from raydpo.reference.score import ReferenceSpec
+from raydpo.storage import Storage, redact
+
+__all__ = ["Policy", "find_policy", "harness_arguments"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """The policy that is evaluated.
+
+    Attributes:
+        name: as the user gave it, fit to be printed.
+        spec: how to load it, and its identity.
+        run: the run directory that it came out of, or None.
+        trained: of that run, what its result depended on, by the name of the setting; empty if unknown.
+    """
+
+    name: str
+    spec: ReferenceSpec
+    run: Storage | None
+    trained: dict[str, Any]
+
+    @property
+    def slug(self) -> str:
+        """For names of files."""
+        return "".join(char if char.isalnum() or char in "._-" else "-" for char in self.name.rstrip("/").rsplit("/", 1)[-1])
+
+    def beta(self, config: Config) -> float:
+        """Of the rewards: asked for, trained with (in the end, where it moved), or configured."""
+        if config.evaluate.beta is not None:
+            return config.evaluate.beta
+        trained = self.trained.get("train.beta", config.train.model_dump(mode="json")["beta"])
+        return trained["end"] if isinstance(trained, dict) else trained
+
+    def per_token(self, config: Config) -> bool:
+        """Whether rewards are per token."""
+        if config.evaluate.rewards is not None:
+            return config.evaluate.rewards == "per_token"
+        loss = self.trained.get("train.loss", config.train.loss)
+        return isinstance(loss, str) and loss in LOSSES and LOSSES[loss].per_token
+
+
+def find_policy(config: Config, dtype: str) -> Policy:
+    """The policy of ``evaluate.policy``, in precision ``dtype``.
+
+    Raises:
+        ConfigError: if it is not there.
+        ModelError: if it is no model, or an adapter whose model is not there.
+    """
+    wish = config.evaluate.policy
+    given = config.run_dir if wish is None else wish
+    run = _run_at(given)
+    if run is None:
+        if wish is None:
+            raise ConfigError(f"there is no trained policy in {redact(given)}/final; run 'raydpo run' first, or set "
+                              "evaluate.policy to a run directory, a model, an adapter or a hub name")
+        directory = resolve_model(wish)
+    elif run.is_local:
+        directory = run.path("final")
+    else:
+        directory = _fetched(run, "final")
+    adapter = directory if (Path(directory) / "adapter_config.json").is_file() else None
+    base = directory if adapter is None else _base(config, Path(directory), own=wish is None)
+    quantization = None if adapter is None else config.model.quantization
+    spec = ReferenceSpec(path=base, adapter=adapter, identity=identify(base, dtype, adapter, quantization),
+                         quantization=quantization, trust_remote_code=config.model.trust_remote_code,
+                         layout=config.model.layout)
+    return Policy(name=redact(given), spec=spec, run=run, trained={} if run is None else _fingerprint(run))
+
+
+def _run_at(path: str) -> Storage | None:
+    """The run directory at ``path``, if it is one that has a result."""
+    if not is_uri(path) and not Path(path).is_dir():
+        return None
+    storage = Storage(path)
+    if any(storage.exists(f"final/{name}") for name in ("config.json", "adapter_config.json")):
+        return storage
+    if storage.exists("run.json"):
+        raise ConfigError(f"the run in {storage} has no final/ yet: it was not trained to its end; continue it with 'raydpo "
+                          "train'")
+    if is_uri(path):
+        raise ConfigError(f"evaluate.policy {storage} is no run directory with a result; of remote directories only those "
+                          "are read, a model must lie on a disk or on the hub")
+    return None
+
+
+def _fetched(run: Storage, name: str) -> str:
+    """A copy of a remote directory on this machine, newly made: a run may have been trained again since. Actors on other
+    machines must find it under the same path."""
+    directory = local_home() / "models" / hashlib.sha256(run.uri.encode()).hexdigest()[:16] / name
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    pafs.copy_files(run.path(name), str(directory), source_filesystem=run.fs, destination_filesystem=pafs.LocalFileSystem())
+    return str(directory)
+
+
+def _base(config: Config, adapter: Path, *, own: bool) -> str:
+    """The model below an adapter."""
+    if own:
+        return resolve_model(config.model.path)
+    named = config.evaluate.base
+    if named is None:
+        try:
+            named = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(f"cannot read the model's name in {adapter}/adapter_config.json: {error!r}; set evaluate.base "
+                             "to where it is") from None
+    if not named or not (Path(named).is_dir() or is_hub_name(named)):
+        raise ModelError(f"the adapter {adapter} belongs to the model {named!r}, which is not here; set evaluate.base to "
+                         "where it is")
+    return resolve_model(named)
+
+
+def _fingerprint(run: Storage) -> dict[str, Any]:
+    try:
+        return json.loads(run.read("run.json"))["fingerprint"]
+    except (OSError, ValueError, KeyError):
+        return {}
+
+
+def harness_arguments(policy: Policy) -> str:
+    """``--model_args`` of lm-evaluation-harness's ``--model hf`` for this policy."""
+    spec = policy.spec
+    adapter = "" if spec.adapter is None else f",peft={spec.adapter},tokenizer={spec.adapter}"
+    return f"pretrained={spec.path}{adapter},dtype={spec.identity.dtype}"

@@ -1,0 +1,134 @@
+"""The pairs that are measured, the prompts that are answered, and what those prompts say in words."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from raydpo.config import Config, DataConfig, EvaluateConfig, SourceConfig, source_name
+from raydpo.data.pairs import HELD_OUT, held_out_source
+from raydpo.data.preference import Malformed, Text, normalise
+from raydpo.data.records import Record, read_records
+from raydpo.errors import ConfigError
+
+__all__ = ["Prompt", "as_text", "choose_prompts", "evaluation_data", "reading", "sources_of", "spoken"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One distinct prompt: its token ids, int32, and a pair that asks it."""
+
+    ids: np.ndarray
+    pair_id: str
+
+
+def evaluation_data(config: Config) -> tuple[DataConfig, bool]:
+    """What to load, and whether the pairs to measure are its training side (else its held-out one).
+
+    Raises:
+        ConfigError: if there is neither evaluate.data nor data.eval.
+    """
+    if config.evaluate.data is not None:
+        return config.data.model_copy(update={"train": config.evaluate.data, "eval": None, "filter": None}), True
+    if config.data.eval is None or (config.data.eval.path is None and config.data.eval.fraction is None):
+        raise ConfigError("there are no pairs to evaluate on; set evaluate.data to a file of preferences, or data.eval")
+    return config.data, False
+
+
+def sources_of(config: Config) -> dict[str, SourceConfig]:
+    """The sources whose records the evaluated pairs come from, by the name that their ids begin with."""
+    if config.evaluate.data is not None:
+        return {source_name(source): source for source in config.evaluate.data}
+    if config.data.eval.path is not None:
+        return {HELD_OUT: held_out_source(config.data)}
+    return {source_name(source): source for source in config.data.train}
+
+
+def reading(evaluate: EvaluateConfig) -> Any:
+    """How the records of ``evaluate.data`` are read: each by its subset, and text as a conversation if that is asked for."""
+    if evaluate.data is None:
+        return read_records
+
+    def read(source: SourceConfig) -> Iterator[Record]:
+        for record in read_records(source):
+            value = record.value
+            if value is None:
+                yield record
+                continue
+            if evaluate.chat:
+                value = _as_conversation(value)
+            subset = None if evaluate.subsets is None else value.get(evaluate.subsets)
+            yield dataclasses.replace(record, value=value, source=None if subset is None else str(subset))
+
+    return read
+
+
+def _as_conversation(value: dict[str, Any]) -> dict[str, Any]:
+    if not all(isinstance(value.get(name), str) for name in ("prompt", "chosen", "rejected")):
+        return value
+    return value | {"prompt": [{"role": "user", "content": value["prompt"]}]} | {
+        name: [{"role": "assistant", "content": value[name]}] for name in ("chosen", "rejected")}
+
+
+def choose_prompts(pairs: pa.Table, count: int, seed: int) -> list[Prompt]:
+    """``count`` distinct prompts, or all if there are fewer: those with the lowest digests of content and seed, so that the
+    order of a file does not matter, and a file that is sorted by topic gives all of them."""
+    distinct: dict[tuple[int, ...], str] = {}
+    for ids, pair_id in zip(pairs["prompt_ids"].to_pylist(), pairs["pair_id"].to_pylist(), strict=True):
+        distinct.setdefault(tuple(ids), pair_id)
+
+    def digest(ids: tuple[int, ...]) -> bytes:
+        return hashlib.blake2b(struct.pack("<Q", seed) + np.array(ids, "<u4").tobytes(), digest_size=16,
+                               person=b"raydpo-prompts-1").digest()
+
+    chosen = sorted(distinct, key=digest)[:count]
+    return [Prompt(np.array(ids, np.int32), distinct[ids]) for ids in chosen]
+
+
+def spoken(prompts: Sequence[Prompt], config: Config) -> list[Text]:
+    """The prompts as the data has them, text or messages, in order: for judges, which have templates of their own."""
+    wanted: dict[tuple[str, int], list[tuple[int, int]]] = {}
+    for place, prompt in enumerate(prompts):
+        name, _, rest = prompt.pair_id.rpartition(":")
+        row, _, number = rest.partition("#")
+        wanted.setdefault((name, int(row)), []).append((place, int(number or 0)))
+    found: list[Text] = [""] * len(prompts)
+    read = reading(config.evaluate)
+    for name, source in sources_of(config).items():
+        left = {row for other, row in wanted if other == name}
+        for record in read(source) if left else ():
+            if record.row in left:
+                left.discard(record.row)
+                for place, number in wanted[name, record.row]:
+                    found[place] = _preference_prompt(record, number)
+            if not left:
+                break
+    return found
+
+
+def _preference_prompt(record: Record, number: int) -> Text:
+    try:
+        return normalise(record.value or {})[number].prompt
+    except (Malformed, IndexError):  # the file was changed since it was loaded
+        raise ConfigError(f"{record.where} is no longer the record that it was a moment ago; run it again") from None
+
+
+def as_text(prompt: Text) -> str:
+    """A prompt in words; a conversation as ``role: content`` lines."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n\n".join(f"{message['role']}: {_content(message)}" for message in prompt)
+
+
+def _content(message: dict[str, Any]) -> str:
+    content = message.get("content")
+    if isinstance(content, list):
+        return "\n".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+    return "" if content is None else str(content)

@@ -1,0 +1,281 @@
+"""``raydpo eval``: score the pairs with policy and reference, let both answer, measure, write it down."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+import raydpo
+from raydpo.config import Config
+from raydpo.console import Console
+from raydpo.data.pairs import load_pairs
+from raydpo.data.tokenise import Tokeniser, load_tokenizer
+from raydpo.errors import CacheMissError, ConfigError
+from raydpo.evaluation.answers import ROWS, Answering
+from raydpo.evaluation.drift import ExactSteps, measure_drift
+from raydpo.evaluation.judge import Judge, judge_contests
+from raydpo.evaluation.policy import Policy, find_policy, harness_arguments
+from raydpo.evaluation.preferences import ScoredPairs, measure_preferences
+from raydpo.evaluation.prompts import Prompt, choose_prompts, evaluation_data, reading, spoken
+from raydpo.evaluation.report import print_evaluation
+from raydpo.evaluation.reward import RewardModel
+from raydpo.evaluation.samples import Answers
+from raydpo.evaluation.wins import compare_scores, own_scores
+from raydpo.evaluation.work import Work, do_work
+from raydpo.pipeline import fill_cache, find_reference, reference_line
+from raydpo.ray_runtime import bfloat16_pays, resources_for, session
+from raydpo.reference.identity import resolve_model
+from raydpo.reference.score import ReferenceSpec
+from raydpo.reference.store import ReferenceCache
+from raydpo.storage import Storage
+from raydpo.training.pairs import reference_values
+
+__all__ = ["evaluate"]
+
+WORK_BLOCK = 64
+"""Rows that an actor does and stores together: a kill costs at most so many of each actor."""
+
+
+def evaluate(config: Config, console: Console | None = None) -> dict[str, Any]:
+    """Measure a policy against the reference of ``config``, as section ``evaluate`` says.
+
+    Everything that costs time is stored by content beside the caches: what is done is not done again, after a kill or by
+    another evaluation.
+
+    Returns:
+        What evaluation.json holds.
+
+    Raises:
+        RaydpoError: of the kind that fits.
+    """
+    console = console or Console()
+    with session(config):
+        evaluation = _Evaluation.of(config, console)
+        found, samples = evaluation.measure()
+    evaluation.write(found, samples)
+    print_evaluation(console, found)
+    console.say(f"evaluation: {evaluation.storage}/{evaluation.file('evaluation', 'json')}")
+    console.say(f"harness: lm_eval --model hf --model_args {harness_arguments(evaluation.policy)} --apply_chat_template "
+                "--tasks ...")
+    return found
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """Everything that measuring needs, found out once."""
+
+    config: Config
+    console: Console
+    policy: Policy
+    reference: ReferenceSpec
+    tokeniser: Tokeniser
+    pairs: pa.Table
+
+    @classmethod
+    def of(cls, config: Config, console: Console) -> _Evaluation:
+        data, on_training_side = evaluation_data(config)
+        if config.model.trust_remote_code:
+            console.warn(f"model.trust_remote_code is on: Python code in {config.model.path} runs with your rights")
+        reference, _ = find_reference(config, "bfloat16" if bfloat16_pays() else "float32")
+        console.say(reference_line(config, reference))
+        policy = find_policy(config, reference.identity.dtype)
+        identity = policy.spec.identity
+        console.say(f"policy: {policy.name} in {', '.join(filter(None, (identity.dtype, identity.quantisation)))}, identity "
+                    f"{identity.digest}")
+        trained_on = policy.trained.get("reference identity", reference.identity.digest)
+        if trained_on != reference.identity.digest:
+            console.warn(f"the policy was trained against reference {trained_on}, and is compared with "
+                         f"{reference.identity.digest}")
+        tokenizer = load_tokenizer(resolve_model(config.model.tokenizer or config.model.path),
+                                   chat_template=data.chat_template, trust_remote_code=config.model.trust_remote_code)
+        _check_same_tokens(tokenizer, policy, config)
+        tokeniser = Tokeniser(tokenizer)
+        sets = load_pairs(data, tokeniser, console.counter("reading", "records"), reading(config.evaluate))
+        for line in sets.report.lines():
+            console.say(line)
+        pairs = sets.train if on_training_side else sets.eval
+        console.say(f"pairs to evaluate on: {pairs.num_rows:,}")
+        return cls(config, console, policy, reference, tokeniser, pairs)
+
+    @property
+    def storage(self) -> Storage:
+        """The run directory of the policy; of another model, that of this run."""
+        return self.policy.run or Storage(self.config.run_dir)
+
+    def file(self, name: str, ending: str) -> str:
+        """The evaluation of a model that no run made does not pass for that of this run."""
+        return f"{name}.{ending}" if self.policy.run is not None else f"{name}-{self.policy.slug}.{ending}"
+
+    def measure(self) -> tuple[dict[str, Any], pa.Table | None]:
+        """What evaluation.json and samples.parquet hold."""
+        config, settings = self.config, self.config.evaluate
+        prompts = choose_prompts(self.pairs, settings.prompts, settings.seed)
+        modes = self._answers(prompts) if prompts else {}
+        drifting = modes.get("sampled") if settings.temperature == 1 else None
+        if "sampled" in modes and drifting is None:
+            self.console.say(f"drift: not measured, since samples have temperature {settings.temperature:g}; it takes 1")
+        sampled = None if drifting is None else drifting.pairs()
+        self._score_missing(sampled)
+        beta, per_token = self.policy.beta(config), self.policy.per_token(config)
+        found: dict[str, Any] = {
+            "raydpo": raydpo.__version__, "policy": self.policy.name, "policy_identity": self.policy.spec.identity.digest,
+            "reference": {"path": config.reference_path, "adapter": config.reference_adapter,
+                          "identity": self.reference.identity.digest},
+            "data": list(dict.fromkeys(self.pairs["source"].to_pylist())), "beta": beta,
+            "rewards": "per_token" if per_token else "sum",
+            "preferences": measure_preferences(self._scored_pairs(), beta, per_token=per_token),
+            "generation": None, "drift": None, "wins": [], "samples": []}
+        if not modes:
+            return found, None
+        found["generation"] = {"prompts": len(prompts), "max_tokens": settings.max_tokens,
+                               "modes": {mode: answers.style() for mode, answers in modes.items()}}
+        ratios = steps = None
+        if drifting is not None:
+            policy, reference = self._log_probs(sampled)
+            ratios, steps = policy[0] - reference[0], self._exact_steps(sampled) if settings.exact_steps else None
+            lengths = np.array([len(answer) for answer in drifting.policy])
+            found["drift"] = measure_drift(ratios, lengths, drifting.places, steps)
+        found["wins"] = self._wins(prompts, modes)
+        found["samples"] = next(iter(modes.values())).shown()
+        return found, pa.concat_tables([answers.table(*(ratios, steps) if answers is drifting else (None, None))
+                                        for answers in modes.values()])
+
+    def write(self, found: dict[str, Any], samples: pa.Table | None) -> None:
+        if samples is not None:
+            sink = io.BytesIO()
+            pq.write_table(samples, sink, compression="zstd")
+            self.storage.write(self.file("samples", "parquet"), sink.getvalue())
+        self.storage.write(self.file("evaluation", "json"), json.dumps(found, indent=1, allow_nan=False).encode())
+
+    # ---- log-probs
+
+    @property
+    def _specs(self) -> tuple[tuple[str, ReferenceSpec], ...]:
+        return ("policy", self.policy.spec), ("reference", self.reference)
+
+    def _cache(self, spec: ReferenceSpec) -> ReferenceCache:
+        return ReferenceCache.open(self.config.cache_uri, spec.identity, unverified=self.config.cache.allow_unverified)
+
+    def _score_missing(self, sampled: pa.Table | None) -> None:
+        """The pairs, unless that is not wanted, and the samples that the drift is measured on."""
+        tables = [self.pairs] * self.config.evaluate.score_missing + ([] if sampled is None else [sampled])
+        for name, spec in self._specs if tables else ():
+            self.console.say(f"log-probs of the {name}:")
+            fill_cache(tables, spec, self._cache(spec), self.config, self.console)
+
+    def _scored_pairs(self) -> ScoredPairs:
+        policy, reference = self._log_probs(self.pairs)
+        tokens = (pc.list_value_length(self.pairs[f"{side}_ids"]).to_numpy() for side in ("chosen", "rejected"))
+        return ScoredPairs(*policy, *reference, *tokens, np.array(self.pairs["source"].to_pylist(), object))
+
+    def _log_probs(self, pairs: pa.Table) -> list[list[np.ndarray]]:
+        """Sums over the chosen and the rejected completions, by policy and by reference: float64 [pairs] each."""
+        found = []
+        for name, spec in self._specs:
+            cache = self._cache(spec)
+            sums = [side.sums for side in reference_values(pairs, cache)]
+            lacking = np.isnan(sums[0]) | np.isnan(sums[1])
+            if lacking.any():
+                raise CacheMissError(
+                    f"log-probs of the {name} are missing for {int(lacking.sum()):,} of {len(lacking):,} pairs (first: "
+                    f"{pairs['pair_id'][int(lacking.argmax())].as_py()}) in {cache.storage}, identity "
+                    f"{spec.identity.digest}; set evaluate.score_missing=true to score them")
+            found.append(sums)
+        return found
+
+    def _exact_steps(self, sampled: pa.Table) -> np.ndarray:
+        rows = pa.table({"prompt_ids": sampled["prompt_ids"], "answer_ids": sampled["chosen_ids"]})
+        work = ExactSteps(policy=self.policy.spec, reference=self.reference)
+        return self._do(work, [rows], "exact steps")[0]["divergence"].to_numpy()
+
+    # ---- answers
+
+    def _answers(self, prompts: Sequence[Prompt]) -> dict[str, Answers]:
+        """By mode."""
+        settings = self.config.evaluate
+        tables, places = [], []
+        for mode in settings.modes:
+            each = settings.samples if mode == "sampled" else 1
+            places.append(np.divmod(np.arange(len(prompts) * each), each))
+            drawn = {"seed": settings.seed, "temperature": settings.temperature} if mode == "sampled" else {}
+            tables.append(pa.Table.from_pylist([
+                {"prompt_ids": prompts[place].ids, **drawn, "sample": sample if drawn else None}
+                for place, sample in zip(*(each.tolist() for each in places[-1]), strict=True)], schema=ROWS))
+        sides = []
+        for name, spec in self._specs:
+            work = Answering(spec=spec, max_tokens=settings.max_tokens, stop=self.tokeniser.stop_ids, batch=settings.batch,
+                             engine=settings.engine)
+            sides.append([[np.array(ids, np.int32) for ids in one["answer_ids"].to_pylist()]
+                          for one in self._do(work, tables, f"answers of the {name}")])
+        return {mode: Answers(mode, [prompts[place] for place in place_of], place_of, samples, policy, reference,
+                              self.tokeniser)
+                for mode, (place_of, samples), policy, reference in zip(settings.modes, places, *sides, strict=True)}
+
+    def _wins(self, prompts: Sequence[Prompt], modes: dict[str, Answers]) -> list[dict[str, Any]]:
+        settings, found = self.config.evaluate, []
+        if not (settings.judge or settings.reward_model or settings.score_with):
+            return found
+        texts = spoken(prompts, self.config)
+        contests = {mode: answers.contests(texts) for mode, answers in modes.items()}
+        if settings.reward_model is not None:
+            work = RewardModel.at(resolve_model(settings.reward_model), self.reference.identity.dtype,
+                                  self.config.model.trust_remote_code)
+            tables = [pa.table({"prompt": [json.dumps(one.prompt, sort_keys=True) for one in each],
+                                "answer": [getattr(one, side) for one in each]})
+                      for each in contests.values() for side in ("policy", "reference")]
+            scores = iter([one["score"].to_numpy() for one in self._do(work, tables, "rewards")])
+            found += [compare_scores(settings.reward_model, mode, next(scores), next(scores)) for mode in contests]
+        for mode, each in contests.items():
+            if settings.score_with is not None:
+                found.append(compare_scores(settings.score_with, mode, *own_scores(settings.score_with, each)))
+            if settings.judge is not None:
+                with Judge(settings.judge) as judge, _progress(self.console, "judging") as progress:
+                    found.append(judge_contests(judge, mode, each, Storage(self.config.cache_uri), progress))
+        return found
+
+    def _do(self, work: Work, tables: Sequence[pa.Table], doing: str) -> list[pa.Table]:
+        with _progress(self.console, doing) as progress:
+            return do_work(work, tables, Storage(self.config.cache_uri), resources_for("score", self.config),
+                           block=WORK_BLOCK, progress=progress, doing=doing)
+
+
+def _check_same_tokens(tokenizer: Any, policy: Policy, config: Config) -> None:
+    """Policy and reference are compared token by token, so both must mean the same by a token.
+
+    Raises:
+        ConfigError: if the policy comes with another vocabulary.
+    """
+    directory = policy.spec.adapter or policy.spec.path
+    try:
+        own = load_tokenizer(directory, trust_remote_code=config.model.trust_remote_code)
+    except Exception:  # not every model directory has a tokenizer
+        return
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise ConfigError(f"the policy {policy.name} has another vocabulary ({len(own.get_vocab()):,} tokens) than "
+                          f"model.tokenizer or model.path ({len(tokenizer.get_vocab()):,}); log-probs of the same tokens "
+                          "are compared, so set model.path to a model with its tokenizer")
+
+
+@contextlib.contextmanager
+def _progress(console: Console, doing: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress line that begins with the first call: there is nothing to show of what is stored already."""
+    line = None
+    with contextlib.ExitStack() as stack:
+        def update(done: int, total: int) -> None:
+            nonlocal line
+            if line is None:
+                line = stack.enter_context(console.progress(doing, total, "rows"))
+            line.update(done)
+
+        yield update
+    if line is None:
+        console.say(f"  {doing}: all were there")

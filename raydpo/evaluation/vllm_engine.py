@@ -1,0 +1,64 @@
+"""The same answers by vLLM, where it is installed: greedy ones, and samples of its own random numbers.
+
+Imported only where it is asked for. It has not been run by the tests, which have no GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from raydpo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from raydpo.evaluation.answers import Answering, Draw
+
+__all__ = ["open_vllm"]
+
+
+def open_vllm(work: Answering) -> Callable[[Sequence[np.ndarray], Sequence[Draw | None]], list[np.ndarray]]:
+    """Load the model; what comes back is ``answers.answer_all`` by vLLM.
+
+    Raises:
+        ConfigError: if vLLM is not installed, or the model is to be quantized as bitsandbytes does.
+    """
+    from raydpo.evaluation.answers import uniforms
+
+    spec = work.spec
+    if spec.quantization is not None:
+        raise ConfigError(f"evaluate.engine vllm does not quantize as the training did ({spec.quantization}); set "
+                          "evaluate.engine=transformers")
+    try:
+        from vllm import LLM, SamplingParams
+        from vllm.lora.request import LoRARequest
+    except ImportError as error:
+        raise ConfigError(f"evaluate.engine is vllm, which cannot be imported here ({error}); install it, or set "
+                          "evaluate.engine=transformers") from None
+    rank = {} if spec.adapter is None else {"enable_lora": True, "max_lora_rank": _rank(spec.adapter)}
+    # generation_config: settings that the model's directory carries, such as a repetition penalty, are not the model.
+    model = LLM(spec.path, dtype=spec.identity.dtype, trust_remote_code=spec.trust_remote_code, generation_config="vllm",
+                **rank)
+    lora = None if spec.adapter is None else LoRARequest("policy", 1, spec.adapter)
+
+    def answer(prompts: Sequence[np.ndarray], draws: Sequence[Draw | None]) -> list[np.ndarray]:
+        settings = [SamplingParams(
+            max_tokens=work.max_tokens, stop_token_ids=list(work.stop), detokenize=False,
+            temperature=0.0 if draw is None else draw.temperature,
+            seed=None if draw is None else int(uniforms(draw, prompt, 1)[0] * 2**31))
+            for prompt, draw in zip(prompts, draws, strict=True)]
+        found = model.generate([{"prompt_token_ids": prompt.tolist()} for prompt in prompts], settings, lora_request=lora,
+                               use_tqdm=False)
+        return [np.array(one.outputs[0].token_ids, np.int32) for one in found]
+
+    return answer
+
+
+def _rank(adapter: str) -> int:
+    """vLLM wants one of its own ranks that is not below the adapter's."""
+    import json
+    from pathlib import Path
+
+    rank = json.loads((Path(adapter) / "adapter_config.json").read_text())["r"]
+    return next(size for size in (8, 16, 32, 64, 128, 256, 320, 512, rank) if size >= rank)

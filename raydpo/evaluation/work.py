@@ -1,0 +1,137 @@
+"""Work on rows by Ray Data actors, a block at a time, each block stored under a name made of what it depends on.
+
+So the same work is never done twice: not after a kill, not by the next evaluation, and not for a reference that many
+policies are compared with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raydpo.errors import RaydpoError
+from raydpo.ray_runtime import Resources, original_error
+from raydpo.storage import Storage
+
+__all__ = ["FOLDER", "Work", "do_work", "load", "store", "stored_name"]
+
+FOLDER = "evaluation"
+"""Beside the references of a cache."""
+
+
+class Work(Protocol):
+    """What an actor does. It travels to the actor, so it is small; ``open`` loads models there."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Everything that the result depends on beside the rows, as JSON."""
+
+    def open(self, device: str) -> Callable[[pa.Table], pa.Table]:
+        """A function from a block of rows to as many rows of results."""
+
+
+def do_work(work: Work, tables: Sequence[pa.Table], storage: Storage, resources: Resources, *, block: int,
+            progress: Callable[[int, int], None], doing: str) -> list[pa.Table]:
+    """The results of the rows of each table, in their order, as if one actor had done all of them.
+
+    Args:
+        tables: alike in their columns, and cut into blocks each by itself.
+        storage: of the cache.
+        block: rows that are done and stored together.
+        progress: called with (rows done, rows to do) if there is something to do.
+        doing: for messages, such as "answering".
+
+    Raises:
+        RaydpoError: what an actor found wrong; blocks that are done stay.
+    """
+    blocks = [[rows.slice(start, block).combine_chunks() for start in range(0, rows.num_rows, block)] for rows in tables]
+    names = [[stored_name(work.identity, one) for one in each] for each in blocks]
+    by_name = dict(zip(chain(*names), chain(*blocks), strict=True))
+    done = {name: load(storage, name) for name in by_name}
+    missing = {name: one for name, one in by_name.items() if done[name] is None}
+    if missing:
+        finished, total = 0, sum(one.num_rows for one in missing.values())
+        progress(0, total)
+        for name in _on_ray(work, missing, storage, resources, doing):
+            done[name] = load(storage, name)
+            if done[name] is None:
+                raise RaydpoError(f"{doing}: {storage}/{name} was written and cannot be read; run it again")
+            finished += missing[name].num_rows
+            progress(finished, total)
+    return [pa.concat_tables([done[name] for name in each]) for each in names]
+
+
+def _on_ray(work: Work, blocks: dict[str, pa.Table], storage: Storage, resources: Resources, doing: str) -> Any:
+    """Names of blocks as they are done."""
+    import ray
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    refs = [ray.put(pa.table({"name": [name], "rows": pa.array([_encode(one)], pa.large_binary())}))
+            for name, one in blocks.items()]
+    dataset = ray.data.from_arrow_refs(refs).map_batches(
+        _Actor, fn_constructor_args=(work, storage.uri, resources), batch_size=1, batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=min(resources.workers, len(refs))), num_cpus=1,
+        num_gpus=resources.gpus_per_worker, max_restarts=3, max_task_retries=3)
+    try:
+        for row in dataset.iter_rows():
+            yield row["name"]
+    except RaydpoError:
+        raise
+    except Exception as error:
+        raise original_error(error, doing) from error
+
+
+class _Actor:
+    """A Ray Data actor: one block a call, stored before it is told of."""
+
+    def __init__(self, work: Work, uri: str, resources: Resources) -> None:
+        import torch
+
+        self.threads = resources.threads
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        self.storage = Storage(uri)
+        self.act = work.open(resources.device)
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        import torch
+
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)  # OpenMP counts threads for each calling thread
+        name = block["name"][0].as_py()
+        store(self.storage, name, self.act(pq.read_table(pa.BufferReader(block["rows"][0].as_buffer()))))
+        return pa.table({"name": [name]})
+
+
+def stored_name(identity: dict[str, Any], rows: pa.Table) -> str:
+    """Where the result of ``rows`` is stored, by content."""
+    digest = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16, person=b"raydpo-work-1")
+    digest.update(json.dumps(rows.to_pydict(), sort_keys=True).encode())
+    return f"{FOLDER}/{digest.hexdigest()}.parquet"
+
+
+def load(storage: Storage, name: str) -> pa.Table | None:
+    """A stored result; None if it is not there, or damaged."""
+    try:
+        return pq.read_table(pa.BufferReader(storage.read(name)), page_checksum_verification=True)
+    except (FileNotFoundError, pa.ArrowException, OSError):
+        return None
+
+
+def store(storage: Storage, name: str, result: pa.Table) -> None:
+    storage.write(name, _encode(result))
+
+
+def _encode(table: pa.Table) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    return sink.getvalue()

@@ -1,0 +1,168 @@
+"""The objective of a run: terms, their weights, the rewards it implies, and what it remembers from step to step."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raydpo.config import LOSSES, ObjectiveConfig
+from raydpo.errors import ConfigError
+from raydpo.losses import margin, pointwise, reference_free, transport
+from raydpo.losses.pairs import PairLogps, PreferenceLoss
+
+__all__ = ["FUNCTIONS", "LossFunction", "Memory", "Objective", "own_sources", "preference_loss"]
+
+LossFunction = Callable[[PairLogps, ObjectiveConfig, float], Tensor]
+FUNCTIONS: dict[str, LossFunction] = {
+    name: next(getattr(module, name) for module in (margin, pointwise, transport, reference_free) if hasattr(module, name))
+    for name in LOSSES}
+"""What computes each loss of ``config.LOSSES``, by its name."""
+LEAST_DYNAMIC = 0.01
+"""Share of beta below which ``dynamic_beta`` does not go: the formula knows no bound, and a beta below 0 would prefer what
+was rejected."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What an objective knows of the steps before; kept in checkpoints.
+
+    Attributes:
+        rewards, reward_mean: how many completions' rewards were seen, and their mean (``bco``).
+        margin_mean: moving average of the steps' mean reward margins (``dynamic_beta``).
+    """
+
+    rewards: int = 0
+    reward_mean: float = 0.0
+    margin_mean: float = 0.0
+
+
+class Objective:
+    """``config`` as a function from log-probs to losses and rewards.
+
+    Attributes:
+        whole_step: whether a pair's loss depends on the other pairs of its step, so that they must be handed over together.
+
+    Raises:
+        ConfigError: if a loss of the user's own cannot be imported, or does not give one finite number a pair.
+    """
+
+    def __init__(self, config: ObjectiveConfig) -> None:
+        self.config = config
+        self._functions = {name: FUNCTIONS.get(name) or _imported(name) for name in config.terms}
+        own = [function for name, function in self._functions.items() if name not in FUNCTIONS]
+        self.whole_step = config.needs_whole_step or any(_mixes_pairs(function, config) for function in own)
+
+    def __call__(self, logps: PairLogps, beta: float, memory: Memory | None = None) -> PreferenceLoss:
+        """The loss and rewards of each of B pairs; where ``whole_step``, of pairs that are all there are."""
+        config = self.config
+        if memory is not None:
+            logps = dataclasses.replace(logps, reward_mean=memory.reward_mean)
+        seen = logps if config.ld_alpha is None else logps.with_light_tails(config.ld_alpha)
+        losses = torch.zeros_like(logps.chosen)
+        for name, weight in config.terms.items():
+            # The likelihood of an sft term is of whole completions, whatever a comparison makes of their tails.
+            losses = losses + weight * self._functions[name](seen if config.traits[name].reference else logps, config, beta)
+        if logps.weights is not None:
+            losses = losses * logps.weights
+        return PreferenceLoss(losses, *self._rewards(seen, beta))
+
+    def remember(self, logps: PairLogps, beta: float, memory: Memory) -> tuple[float, Memory]:
+        """What a step's log-probs change: its beta, and the memory once it is taken.
+
+        beta-DPO (Wu et al., arXiv 2407.08639): ``beta * (1 + alpha * (M - m))``, M the mean reward margin of the step at
+        ``beta``, m the moving average of those before.
+        """
+        if self.config.ld_alpha is not None:
+            logps = logps.with_light_tails(self.config.ld_alpha)
+        chosen, rejected = logps.chosen_logratio.detach(), logps.rejected_logratio.detach()
+        margin_mean = memory.margin_mean
+        if self.config.dynamic_beta is not None:
+            found = beta * (chosen - rejected).mean().item()
+            beta *= max(LEAST_DYNAMIC, 1 + self.config.dynamic_beta * (found - margin_mean))
+            kept = self.config.dynamic_beta_momentum
+            margin_mean = kept * margin_mean + (1 - kept) * found
+        rewards, reward_mean = memory.rewards, memory.reward_mean
+        if "bco" in self.config.terms:
+            more = 2 * len(chosen)
+            mean = beta * torch.cat((chosen, rejected)).mean().item()
+            reward_mean = (rewards * reward_mean + more * mean) / (rewards + more)
+            rewards += more
+        return beta, Memory(rewards, reward_mean, margin_mean)
+
+    def _rewards(self, logps: PairLogps, beta: float) -> tuple[Tensor, Tensor]:
+        """Of a single loss what it compares; of a mixture beta times the log-ratios, as TRL has it."""
+        config = self.config
+        chosen, rejected = (logps.chosen_logratio, logps.rejected_logratio) if config.needs_reference else \
+            (logps.chosen, logps.rejected)
+        if len(config.terms) == 1:
+            (traits,) = config.traits.values()
+            if "f_divergence_type" in traits.heeds:
+                chosen, rejected = (margin.divergence_scores(side, config) for side in (chosen, rejected))
+            if traits.per_token:
+                chosen, rejected = chosen / logps.chosen_tokens, rejected / logps.rejected_tokens
+        return beta * chosen.detach(), beta * rejected.detach()
+
+
+def preference_loss(loss: str | list[Mapping[str, float]], logps: PairLogps, *, beta: float, **settings: Any
+                    ) -> PreferenceLoss:
+    """The loss and rewards of each of B pairs for one setting of ``config.ObjectiveConfig``."""
+    return Objective(ObjectiveConfig(loss=loss, beta=beta, **settings))(logps, beta)
+
+
+def own_sources(config: ObjectiveConfig) -> dict[str, str]:
+    """Of each loss by import path: a digest of the file it is in, since its name says nothing of what it computes."""
+    return {name: hashlib.sha256(Path(inspect.getfile(_imported(name))).read_bytes()).hexdigest()[:32]
+            for name in config.terms if name not in FUNCTIONS}
+
+
+def _imported(path: str) -> LossFunction:
+    """The function that ``module:function`` names, from what is installed or in the working directory."""
+    module_name, _, name = path.partition(":")
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise ConfigError(f"'train.loss' is {path!r}, but {module_name} cannot be imported ({type(error).__name__}: "
+                          f"{error}); install it, or start where {module_name.split('.')[0]}.py lies") from None
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ConfigError(f"'train.loss' is {path!r}, but {module.__file__} has no function {name!r}")
+    return function
+
+
+def _mixes_pairs(function: LossFunction, config: ObjectiveConfig) -> bool:
+    """Whether a loss of the user's own gives a pair another value when it is alone: asked of the function itself."""
+    random = torch.Generator().manual_seed(0)
+    fields = [-20 - 10 * torch.rand(4, generator=random, dtype=torch.float64) for _ in range(4)]
+    tokens = [torch.tensor([5.0, 8.0, 13.0, 21.0], dtype=torch.float64), torch.tensor([8.0, 5.0, 21.0, 13.0],
+                                                                                    dtype=torch.float64)]
+    pairs = PairLogps(*fields, *tokens, margins=torch.ones(4, dtype=torch.float64), mean_chosen_tokens=10.0)
+    beta = config.beta_at(0, 1)
+    try:
+        together = function(pairs, config, beta)
+        good = together.shape == (4,) and bool(torch.isfinite(together).all())
+        alone = [function(_one(pairs, row), config, beta) for row in range(4)]
+    except Exception as error:
+        raise ConfigError(f"'train.loss' {config.loss_text} failed on four made-up pairs ({type(error).__name__}: {error}); "
+                          "it is called with (raydpo.losses.PairLogps, the settings of train, beta)") from error
+    if not good:
+        raise ConfigError(f"'train.loss' {config.loss_text} does not give one finite number for each of four made-up pairs, "
+                          f"but {together}")
+    return not torch.allclose(together, torch.cat(alone), rtol=1e-9, atol=1e-12)
+
+
+def _one(pairs: PairLogps, row: int) -> PairLogps:
+    return PairLogps(**{field.name: value[row : row + 1] if isinstance(value, Tensor) else value
+                        for field in dataclasses.fields(pairs) for value in [getattr(pairs, field.name)]})

@@ -1,0 +1,70 @@
+"""What an objective sees of pairs, and what it answers. Shapes: B = pairs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+__all__ = ["PairLogps", "PreferenceLoss"]
+
+
+@dataclass(frozen=True)
+class PairLogps:
+    """Summed log-probs of B pairs in nats, and their completions' lengths in tokens. Each field is [B].
+
+    The last ones are there where an objective asks for them.
+
+    Attributes:
+        chosen, rejected: of the policy; the only ones with a gradient, with their tails.
+        ref_chosen, ref_rejected: of the reference; zeros where nothing was scored.
+        chosen_tail, rejected_tail, ref_chosen_tail, ref_rejected_tail: of the tokens beyond the length of the shorter
+            completion alone.
+        weights: factor of each pair's loss.
+        margins: by how much the chosen completion is better, in units of reward.
+        mean_chosen_tokens: tokens of a chosen completion, in the mean over the step.
+        reward_mean: running mean of the rewards of all completions so far.
+    """
+
+    chosen: Tensor
+    rejected: Tensor
+    ref_chosen: Tensor
+    ref_rejected: Tensor
+    chosen_tokens: Tensor
+    rejected_tokens: Tensor
+    chosen_tail: Tensor | None = None
+    rejected_tail: Tensor | None = None
+    ref_chosen_tail: Tensor | None = None
+    ref_rejected_tail: Tensor | None = None
+    weights: Tensor | None = None
+    margins: Tensor | None = None
+    mean_chosen_tokens: float | None = None
+    reward_mean: float = 0.0
+
+    @property
+    def chosen_logratio(self) -> Tensor:
+        """log pi(y_w|x) - log ref(y_w|x)."""
+        return self.chosen - self.ref_chosen
+
+    @property
+    def rejected_logratio(self) -> Tensor:
+        """log pi(y_l|x) - log ref(y_l|x)."""
+        return self.rejected - self.ref_rejected
+
+    def with_light_tails(self, alpha: float) -> PairLogps:
+        """LD-DPO (arXiv 2409.06411): tokens beyond the length of the shorter completion weigh ``alpha``."""
+        lost = 1 - alpha
+        return replace(self, chosen=self.chosen - lost * self.chosen_tail,
+                       rejected=self.rejected - lost * self.rejected_tail,
+                       ref_chosen=self.ref_chosen - lost * self.ref_chosen_tail,
+                       ref_rejected=self.ref_rejected - lost * self.ref_rejected_tail)
+
+
+@dataclass(frozen=True)
+class PreferenceLoss:
+    """The loss and the implicit rewards of B pairs, each [B]. Rewards are those the loss compares (length-normalised
+    where it normalises), and carry no gradient."""
+
+    losses: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor

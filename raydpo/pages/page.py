@@ -1,0 +1,39 @@
+"""From a template to one file that needs no other. Its own scripts are named by their hashes; all else is refused."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+from collections.abc import Sequence
+from importlib import resources
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+__all__ = ["render"]
+
+
+def render(template: str, *, scripts: Sequence[str] = (), **values: Any) -> str:
+    """The page that ``template`` makes of ``values``; every value is escaped.
+
+    Args:
+        template: path below the package, such as ``report/run.html``; it extends ``pages/layout.html``.
+        scripts: likewise; each goes into the page, and its content security policy lets no others run.
+    """
+    texts = [_text(name) for name in scripts]
+    digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts]
+    allowed = " ".join(f"'sha256-{digest}'" for digest in digests) or "'none'"
+    return _environment().get_template(template).render(
+        style=Markup(_text("pages/style.css")), scripts=[Markup(text) for text in texts], allowed=Markup(allowed), **values)
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(loader=jinja2.FunctionLoader(_text), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+                              undefined=jinja2.StrictUndefined)
+
+
+def _text(name: str) -> str:
+    return resources.files("raydpo").joinpath(name).read_text(encoding="utf-8")

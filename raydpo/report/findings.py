@@ -1,0 +1,206 @@
+"""What someone who knows DPO's faults would say of a run, from its records alone: what was found, and what to do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import polars as pl
+
+from raydpo.report.records import RunRecord
+from raydpo.training.watch import COLLAPSE, LAG, SPIKE_DEVIATIONS, WINDOW
+
+__all__ = ["Finding", "accuracy_error", "findings"]
+
+FELL = 0.5
+"""Share of held-out pairs whose chosen answer became less likely, from which on it is worth a line."""
+LENGTH_CORRELATION = 0.3
+"""Of the margin with the length difference: 9 % of the variance of the margins is then told by length alone."""
+CHECKPOINT_SHARE = 0.05
+EVALUATION_SHARE = 0.25
+WAIT_SHARE = 0.1
+"""Shares of the time from which on checkpoints, evaluations, waiting for data or for another rank are worth a line."""
+MEMORISED = 0.15
+"""Accuracy on training pairs above that on held-out ones."""
+LOSS_ROSE = 0.02
+"""Share by which the held-out loss ended above its least."""
+LENGTH_GROWTH = 0.15
+"""Growth of the answers' length whose interval lies above this. Park et al. (arXiv 2403.19159) show DPO growing answers
+without growing their quality."""
+CALIBRATION = 0.1
+"""Expected calibration error: predicted and observed preference differ by so much on average."""
+
+
+TIMES = (
+    ("checkpoint", CHECKPOINT_SHARE, "Checkpoints take long",
+     "Make fewer: train.checkpoint_every or train.checkpoint_minutes."),
+    ("evaluation", EVALUATION_SHARE, "Evaluations take long", "Make fewer (train.eval_every), or hold out fewer pairs."),
+    ("data", WAIT_SHARE, "Workers wait for data",
+     "Micro-batches are laid out beside the training by one thread; give each worker more CPUs."),
+    ("wait", WAIT_SHARE, "Workers wait for one another",
+     "The work of a step is not even. 'raydpo plan' tells how even it can be; more pairs a step help."),
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing to look at: what was found, and why it matters or what to do."""
+
+    title: str
+    found: str
+    why: str
+
+
+def accuracy_error(accuracy: float, pairs: int) -> float:
+    """Standard error of a share of ``pairs`` pairs."""
+    return math.sqrt(max(accuracy * (1 - accuracy), 0.0) / pairs)
+
+
+def findings(run: RunRecord) -> list[Finding]:
+    """The most important first; empty if nothing stands out."""
+    return [*_policy(run), *_held_out(run), *_evaluation(run), *_steps(run), *_time(run)]
+
+
+def _policy(run: RunRecord) -> Iterator[Finding]:
+    drift = _recent(run.steps, "logratio/chosen_per_token")
+    if drift is not None and drift <= COLLAPSE:
+        yield Finding(
+            "The chosen answers have collapsed",
+            f"Over the last {min(WINDOW, run.done)} steps the policy gives the tokens of the chosen answers "
+            f"{math.exp(drift):.2g} of the probability that the reference gives them ({drift:.2f} nats a token).",
+            "DPO only pushes the two sides apart, and both may fall. Raise train.beta, lower train.lr, or train fewer "
+            "steps.")
+    fell = run.held_out("logps/chosen_fell")[1]
+    if fell is not None and fell > FELL:
+        yield Finding(
+            "Chosen answers became less likely",
+            f"In {fell:.0%} of the held-out pairs the chosen answer is less likely than under the reference.",
+            "The margin grows because the rejected answers fall faster. That is usual for DPO, and a fault where answers "
+            "get worse: read the samples, and compare with a larger train.beta or a lower train.lr.")
+    correlation = run.held_out("length/margin_correlation")[1]
+    where = "held-out"
+    if correlation is None:
+        correlation, where = _recent(run.steps, "length/margin_correlation"), "training"
+    if correlation is not None and abs(correlation) >= LENGTH_CORRELATION:
+        kind = "longer" if correlation > 0 else "shorter"
+        yield Finding(
+            "The margin follows length",
+            f"Over {where} pairs the margin correlates with the difference in length at {correlation:+.2f}: the policy "
+            f"prefers what is {kind}, which tells {correlation**2:.0%} of the variance of the margins.",
+            "Length is the cheapest thing to learn. 'raydpo audit' says how much of it is in the data"
+            + ("." if run.setting("train.loss") == "sigmoid_norm" else
+               "; train.loss=sigmoid_norm takes it out of the loss."))
+
+
+def _held_out(run: RunRecord) -> Iterator[Finding]:
+    if not run.evals.height or "loss" not in run.evals.columns:
+        return
+    accuracy = run.held_out("rewards/accuracies")[1]
+    pairs = (run.summary or {}).get("held_out_pairs")
+    if accuracy is not None and pairs and run.evals["step"][-1] > 0:
+        error = accuracy_error(accuracy, pairs)
+        if abs(accuracy - 0.5) < 1.96 * error:
+            yield Finding(
+                "Not yet better than a coin",
+                f"The held-out accuracy is {accuracy:.3f} of {pairs:,} pairs, give or take {1.96 * error:.3f}.",
+                "Train longer, raise train.lr, or hold out more pairs if the interval is wide.")
+        training = _recent(run.steps, "rewards/accuracies")
+        if training is not None and training - accuracy > max(MEMORISED, 1.96 * error):
+            yield Finding(
+                "Better on training pairs than on others",
+                f"Over the last {min(WINDOW, run.done)} steps the accuracy was {training:.3f} on training pairs, and is "
+                f"{accuracy:.3f} on held-out ones.",
+                "The policy remembers pairs. Train fewer epochs, raise train.beta, or add data.")
+    losses = run.evals.select("step", "loss").drop_nulls()
+    if losses.height > 2:
+        best = losses.row(int(losses["loss"].arg_min()), named=True)
+        last = losses.row(-1, named=True)
+        if last["loss"] > best["loss"] + LOSS_ROSE * abs(best["loss"]):
+            yield Finding(
+                "The held-out loss has risen again",
+                f"It was least at step {best['step']:,} ({best['loss']:.4f}) and ended at {last['loss']:.4f}.",
+                "Train fewer steps, or keep the best checkpoint: train.keep_best=eval_loss.")
+
+
+def _evaluation(run: RunRecord) -> Iterator[Finding]:
+    evaluation = run.evaluation or {}
+    modes = (evaluation.get("generation") or {}).get("modes") or {}
+    for mode, measured in modes.items():
+        growth = measured["length_growth"]
+        if growth["low"] > LENGTH_GROWTH:
+            yield Finding(
+                "Answers have grown longer",
+                f"{mode.capitalize()} answers have {growth['value']:+.0%} tokens against the reference's (95 % interval "
+                f"from {growth['low']:+.0%}).",
+                "Judges and people prefer longer answers to better ones; compare the win rates at equal length.")
+            break
+    total = (evaluation.get("preferences") or {}).get("total") or {}
+    error = total.get("calibration_error")
+    if error is not None and error > CALIBRATION:
+        yield Finding(
+            "The rewards are not calibrated",
+            f"The preference that the rewards predict is off by {error:.2f} on average.",
+            "sigmoid(margin) is then no probability of being preferred; ranking may be right all the same.")
+
+
+def _steps(run: RunRecord) -> Iterator[Finding]:
+    steps = run.steps
+    if "skipped" in steps.columns and (skipped := int(steps["skipped"].sum())):
+        first = steps.filter(pl.col("skipped") > 0)["step"][0]
+        yield Finding(
+            "Steps were skipped",
+            f"{skipped:,} of {run.done:,} steps, the first of them step {first:,}, had a loss or gradient that is not "
+            "finite, and were not taken.",
+            "What the run printed names their pairs. Lower train.lr, or look at the pairs with 'raydpo show'.")
+    spike = _spike(steps)
+    if spike is not None:
+        yield Finding(
+            "The loss has spiked",
+            f"The loss of step {spike['step']:,} is {spike['loss']:.4f}, the {WINDOW} steps before it had "
+            f"{spike['usual']:.4f} on average.",
+            "If it stayed up, lower train.lr or train.clip, or look for outliers in the data with 'raydpo audit'.")
+    if "slowest_rank" in steps.columns and steps.height >= WINDOW:
+        last = steps.tail(WINDOW).drop_nulls(["slowest_rank"])
+        lag = last["slowest_lag"].median() if last.height else None
+        if last.height == WINDOW and last["slowest_rank"].n_unique() == 1 and lag >= LAG:
+            yield Finding(
+                "One worker is slow",
+                f"Rank {last['slowest_rank'][0]:.0f} has been the slowest of the last {WINDOW} steps, by {lag:.0%} over the "
+                "median rank; all others wait for it.",
+                "Look at its node: another job, a throttled device, a slower link.")
+
+
+def _spike(steps: pl.DataFrame) -> dict[str, Any] | None:
+    """The first step that ``training.watch`` would have called a spike."""
+    if "loss" not in steps.columns:
+        return None
+    known = steps.select("step", "loss").drop_nulls()
+    usual = pl.col("loss").shift(1).rolling_mean(WINDOW)
+    spread = pl.max_horizontal(pl.col("loss").shift(1).rolling_std(WINDOW, ddof=0), 0.02 * usual.abs())
+    found = (known.with_columns(usual=usual, spread=spread)
+             .filter(pl.col("loss") > pl.col("usual") + SPIKE_DEVIATIONS * pl.col("spread")))
+    return found.row(0, named=True) if found.height else None
+
+
+def _time(run: RunRecord) -> Iterator[Finding]:
+    if "time/step" not in run.steps.columns:
+        return
+    total = run.steps["time/step"].sum()
+    summary = run.summary or {}
+    if not total:
+        return
+    shares = {name: run.steps[f"time/{name}"].sum() / total for name in ("checkpoint", "evaluation", "data", "wait")
+              if f"time/{name}" in run.steps.columns}
+    if summary.get("checkpoint_seconds") and summary.get("train_seconds"):  # it knows of the last checkpoint, too
+        shares["checkpoint"] = summary["checkpoint_seconds"] / summary["train_seconds"]
+    for name, limit, title, why in TIMES:
+        share = shares.get(name, 0.0)
+        if share > limit:
+            yield Finding(title, f"{share:.0%} of the training's time.", why)
+
+
+def _recent(steps: pl.DataFrame, metric: str) -> float | None:
+    """Mean over the last ``WINDOW`` steps."""
+    return None if metric not in steps.columns else steps[metric].tail(WINDOW).mean()

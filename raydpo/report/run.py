@@ -1,0 +1,180 @@
+"""The page of one run: how it went, what it made of the policy, what to look at."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+import raydpo
+from raydpo.pages.page import render
+from raydpo.pages.plot import BAD, GOOD, INK, PALE, SERIES, Picture
+from raydpo.report.curves import curve, curves_picture, phases_picture
+from raydpo.report.evaluation import evaluation_part, shown_samples
+from raydpo.report.findings import findings
+from raydpo.report.records import RunRecord
+from raydpo.report.tables import Cell, Row, Table, duration, number, share
+from raydpo.training.report import EVALUATION_TABLE
+
+__all__ = ["run_page", "status_of"]
+
+PHASES = {"forward": SERIES[0], "backward": SERIES[5], "optimizer": SERIES[2], "data": SERIES[4], "wait": SERIES[1],
+          "checkpoint": SERIES[3], "evaluation": SERIES[6], "other": PALE}
+SCRIPTS = ("pages/plots.js", "pages/tables.js")
+
+
+def run_page(run: RunRecord) -> str:
+    """The page. What is not there, since the run still goes on or has nothing held out, is said in its place."""
+    summary = run.summary or {}
+    part = evaluation_part(run.evaluation) if run.evaluation else None
+    return render("report/run.html", scripts=SCRIPTS, run=run, version=raydpo.__version__, status=status_of(run),
+                  facts=_facts(run), findings=findings(run), curves=_curves(run), before_after=_before_after(run),
+                  sources=_sources(run), times=_times(run), phases=phases_picture(run.steps, PHASES), evaluation=part,
+                  samples=shown_samples(summary.get("samples")), cache=_cache(run),
+                  settings=_settings(run))
+
+
+def _settings(run: RunRecord) -> str | None:
+    return yaml.safe_dump(run.config, sort_keys=False, width=100, allow_unicode=True) if run.config else None
+
+
+def status_of(run: RunRecord) -> str:
+    """In words, how far the run is."""
+    if run.summary is not None:
+        return f"Finished after {run.summary['steps']:,} steps."
+    if not run.steps.height:
+        return "No step has been recorded yet: the run is still starting, or stopped before its first checkpoint."
+    wanted = run.setting("train.steps")
+    where = f" of {wanted:,} are recorded" if wanted else " are recorded"
+    if not wanted and "epoch" in run.steps.columns:
+        where += f", epoch {run.steps['epoch'][-1]:.2f} of {run.setting('train.epochs') or 1}"
+    return (f"Not finished: {run.done:,} steps{where}. It is still going, or was stopped; the same command continues it. "
+            "Records are written with each checkpoint.")
+
+
+def _facts(run: RunRecord) -> list[tuple[str, str]]:
+    summary = run.summary or {}
+    steps = run.steps
+    lora = run.setting("model.lora")
+    facts = [("model", _last(run.setting("model.path"))),
+             ("what trains", "an adapter" if run.setting("model.adapter") else
+              f"LoRA, r {lora['r']}" if lora else "all weights" if run.config else None),
+             ("loss", _loss(run.setting("train.loss"))), ("beta", _form(run.setting("train.beta"), "g")),
+             ("learning rate", _form(run.setting("train.lr"), "g")), ("pairs a step", run.setting("train.pairs_per_step")),
+             ("steps", f"{run.done:,}" if steps.height else None),
+             ("pairs seen", _form(steps["pairs"].sum(), ",.0f") if "pairs" in steps.columns else None),
+             ("training time", duration(summary["train_seconds"]) if summary else
+              duration(steps["time/step"].sum()) if "time/step" in steps.columns else None),
+             ("tokens a second", _form(summary.get("tokens_per_second"), ",.0f")),
+             ("peak memory of a worker", f"{steps['peak_memory_bytes'].max() / 2**30:.2f} GiB"
+              if "peak_memory_bytes" in steps.columns and steps.height else None),
+             ("first loss, last loss", f"{steps['loss'][0]:.4f}, {steps['loss'][-1]:.4f}"
+              if steps.height and None not in (steps["loss"][0], steps["loss"][-1]) else None)]
+    return [(name, str(value)) for name, value in facts if value is not None]
+
+
+def _curves(run: RunRecord) -> list[Picture]:
+    def both(metric: str) -> list[Any]:
+        """Of training and held-out pairs."""
+        return [curve(run.steps, metric, "training", GOOD), curve(run.evals, metric, "held out", BAD, dashed=True)]
+
+    def sides(metric: str) -> list[Any]:
+        """Of the chosen and the rejected answers."""
+        return [curve(table, metric.format(side), f"{side}{kind}", colour, dashed=bool(kind))
+                for table, kind in ((run.steps, ""), (run.evals, ", held out"))
+                for side, colour in (("chosen", GOOD), ("rejected", BAD))]
+
+    pictures = [
+        curves_picture("Loss", "Of training and held-out pairs. Only runs of the same loss and beta compare by it.",
+                       both("loss"), "loss"),
+        curves_picture("Accuracy", "Share of pairs whose implicit reward prefers the chosen answer; a tie counts one half.",
+                       both("rewards/accuracies"), "accuracy", level=0.5),
+        curves_picture("Margin", "Reward of the chosen answer less that of the rejected one.", both("rewards/margins"),
+                       "reward margin", level=0.0),
+        curves_picture("Rewards", "beta times how far each side's log-prob has moved from the reference's. If both fall, "
+                       "the margin grows at the price of the chosen answers.", sides("rewards/{}"), "reward", level=0.0),
+        curves_picture("Drift", "Change of the log-prob of a token against the reference, chosen and rejected answers.",
+                       sides("logratio/{}_per_token"), "nats a token", level=0.0),
+        curves_picture("Log-probs", "Summed over an answer; training steps vary with the lengths of their answers.",
+                       sides("logps/{}"), "nats"),
+        curves_picture("Chosen fell", "Share of pairs whose chosen answer is less likely than under the reference.",
+                       both("logps/chosen_fell"), "share of pairs", ylim=(-0.02, 1.02)),
+        curves_picture("Margin and length", "Correlation of the margin with the difference in length. Near 1 the policy "
+                       "just prefers what is longer, near -1 what is shorter.", both("length/margin_correlation"),
+                       "correlation", level=0.0),
+        curves_picture("Lengths", "Of the answers in the data, tokens.", sides("length/{}"), "tokens"),
+        curves_picture("Gradient norm", _clipping(run), [curve(run.steps, "grad_norm", "gradient norm", GOOD)], "norm",
+                       level=run.setting("train.clip"), log=True),
+        curves_picture("Learning rate", "As scheduled.", [curve(run.steps, "learning_rate", "learning rate", INK)],
+                       "learning rate"),
+        curves_picture("Speed", "Tokens a second, prompts counted once a pair; without checkpoints and evaluations.",
+                       [curve(run.steps, "tokens_per_second", "tokens a second", GOOD)], "tokens a second"),
+    ]
+    return [picture for picture in pictures if picture is not None]
+
+
+def _clipping(run: RunRecord) -> str:
+    clip = run.setting("train.clip")
+    if clip is None or "grad_norm" not in run.steps.columns:
+        return "Over all weights that train, before clipping."
+    share_clipped = (run.steps["grad_norm"] > clip).mean() or 0.0
+    return f"Over all weights that train. Dotted: train.clip, {clip:g}; {share_clipped:.0%} of the steps were clipped to it."
+
+
+def _before_after(run: RunRecord) -> Table | None:
+    rows = []
+    for key, label in EVALUATION_TABLE:
+        before, after = run.held_out(key.removeprefix("eval_"))
+        if before is not None or after is not None:
+            rows.append(Row(label, [number(before), number(after)]))
+    first, last = (run.evals["step"][0], run.evals["step"][-1]) if run.evals.height else (0, 0)
+    return Table("Held-out pairs before and after", ("held-out pairs", f"step {first:,}", f"step {last:,}"), rows) if rows \
+        else None
+
+
+def _sources(run: RunRecord) -> Table | None:
+    """Held-out metrics by source; of the last training steps where nothing is held out."""
+    if not run.sources:
+        return None
+    table, where = (run.evals.tail(1), "held-out pairs, last evaluation") if run.evals.height else \
+        (run.steps.tail(50), f"training pairs, last {min(50, run.done)} steps")
+    rows = [Row(name, [number(table[f"{name}/{metric}"].mean() if f"{name}/{metric}" in table.columns else None)
+                       for metric in ("loss", "rewards/accuracies", "rewards/margins")]) for name in run.sources]
+    return Table(f"By source: {where}", ("source", "loss", "accuracy", "margin"), rows)
+
+
+def _times(run: RunRecord) -> Table | None:
+    if "time/step" not in run.steps.columns or not (total := run.steps["time/step"].sum()):
+        return None
+    spent = [(name, run.steps[f"time/{name}"].sum()) for name in PHASES if f"time/{name}" in run.steps.columns]
+    return Table("Where the time went", ("phase", "time", "share"), [
+        Row(name, [Cell(duration(seconds), seconds), share(seconds / total)])
+        for name, seconds in sorted(spent, key=lambda one: -one[1])])
+
+
+def _cache(run: RunRecord) -> list[tuple[str, str]]:
+    """The reference cache that the run was trained against."""
+    summary = run.summary or {}
+    reference = summary.get("reference") or {}
+    hits = summary.get("cache_hit_rate")
+    facts = [("reference", " + ".join(filter(None, (reference.get("path") or run.setting("reference.path"),
+                                                    reference.get("adapter") or run.setting("reference.adapter"))))),
+             ("identity", reference.get("identity")), ("cache", run.setting("cache.uri")),
+             ("found in it when it was filled", None if hits is None else f"{hits:.0%} of the completions"),
+             ("step-0 gate", (summary.get("gate") or "").removeprefix("step-0 gate: "))]
+    return [(name, str(value)) for name, value in facts if value]
+
+
+def _loss(loss: Any) -> str | None:
+    """A name, or a mixture by its weights: ``0.8 sigmoid + 0.2 sft``."""
+    if isinstance(loss, list):
+        return " + ".join(f"{weight:g} {name}" for term in loss for name, weight in term.items())
+    return loss
+
+
+def _last(path: str | None) -> str | None:
+    return None if path is None else path.rstrip("/").rsplit("/", 1)[-1]
+
+
+def _form(value: float | None, form: str) -> str | None:
+    return None if value is None else format(value, form)

@@ -1,0 +1,54 @@
+"""From directories to pages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from raydpo.errors import ConfigError
+from raydpo.report.compare import comparison_page
+from raydpo.report.records import RunRecord, SweepRecord, is_sweep
+from raydpo.report.run import run_page
+from raydpo.report.sweep import sweep_page
+from raydpo.storage import Storage, redact
+
+__all__ = ["REPORT", "write_comparison", "write_report"]
+
+REPORT = "report.html"
+
+
+def write_report(place: str) -> str:
+    """Write ``report.html`` into a run or sweep directory, from what is there by now.
+
+    Args:
+        place: local path or URI.
+
+    Returns:
+        Where the page is, without secrets.
+
+    Raises:
+        ConfigError: if it is neither a run nor a sweep.
+        RaydpoError: if one of its files is damaged, naming it.
+    """
+    storage = Storage(place)
+    page = sweep_page(SweepRecord.read(storage)) if is_sweep(storage) else run_page(RunRecord.read(storage))
+    storage.write(REPORT, page.encode())
+    return f"{storage}/{REPORT}"
+
+
+def write_comparison(places: Sequence[str], out: Path) -> None:
+    """Write a page that compares runs; of a sweep, all its trials that have begun.
+
+    Raises:
+        ConfigError: if one of the places is neither a run nor a sweep, or there are fewer than two runs in all.
+        RaydpoError: if a file is damaged, naming it.
+    """
+    runs: list[RunRecord] = []
+    for place in places:
+        storage = Storage(place)
+        runs += [trial.run for trial in SweepRecord.read(storage).trials if trial.run is not None] if is_sweep(storage) \
+            else [RunRecord.read(storage)]
+    if len(runs) < 2:
+        raise ConfigError(f"there is nothing to compare: {', '.join(map(redact, places))} hold {len(runs)} run(s) that have "
+                          "begun; give two")
+    Storage(str(out.absolute().parent)).write(out.name, comparison_page(runs).encode())

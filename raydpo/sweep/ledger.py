@@ -1,0 +1,102 @@
+"""What is known of a sweep's trials, and sweep.json, which tells it."""
+
+from __future__ import annotations
+
+import json
+import threading
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import raydpo
+from raydpo.config import Config
+from raydpo.config.uri import redact
+from raydpo.storage import Storage
+from raydpo.sweep.halving import best_first
+from raydpo.sweep.trials import Trial, parameters_of
+from raydpo.training.launch import LOWER_IS_BETTER
+from raydpo.training.records import read_rows
+
+__all__ = ["FILE", "Entry", "Ledger"]
+
+FILE = "sweep.json"
+Status = Literal["waiting", "running", "done", "stopped", "failed"]
+
+
+@dataclass
+class Entry:
+    """What came of one trial so far.
+
+    Attributes:
+        error: why it failed.
+        steps: that are recorded in its metrics.
+        seconds: of those steps.
+        eval: its newest held-out evaluation, by metric.
+        evaluation: what ``raydpo eval`` found.
+    """
+
+    trial: Trial
+    status: Status = "waiting"
+    error: str | None = None
+    steps: int = 0
+    seconds: float = 0.0
+    eval: dict[str, float] | None = None
+    evaluation: dict[str, Any] | None = None
+
+    def read(self) -> None:
+        """Look into the run directory."""
+        storage = Storage(self.trial.config.run_dir)
+        rows, evals = read_rows(storage, "metrics.parquet"), read_rows(storage, "eval.parquet")
+        self.steps = int(rows[-1]["step"]) if rows else 0
+        self.seconds = sum(row["seconds"] for row in rows)
+        self.eval = evals[-1] if evals else None
+        self.evaluation = json.loads(storage.read("evaluation.json")) if storage.exists("evaluation.json") else None
+
+
+class Ledger:
+    """All trials of a sweep, in their order; written whole at each change of a status."""
+
+    def __init__(self, config: Config, trials: list[Trial]) -> None:
+        self.config = config
+        self.entries = {trial.name: Entry(trial) for trial in trials}
+        self.cache: dict[str, Any] = {"uri": redact(config.cache_uri), "identity": None, "hit_rates": []}
+        self._storage = Storage(config.run_dir)
+        self._lock = threading.Lock()
+
+    def found_in_cache(self, identity: str, hit_rates: list[float | None]) -> None:
+        """What each trial needs is in the cache to this share, after the one pass over all; None if it needs nothing."""
+        self.cache |= {"identity": identity, "hit_rates": hit_rates}
+
+    def set(self, name: str, status: Status, error: str | None = None) -> None:
+        """Change a trial's status, and write what is known now."""
+        with self._lock:
+            entry = self.entries[name]
+            entry.status, entry.error = status, error
+            entry.read()
+            self._write()
+
+    def best(self) -> Entry | None:
+        """The trial with the best ``sweep.metric`` among those that came to their end."""
+        metric = self.config.sweep.metric
+        scores = {name: entry.eval[metric] for name, entry in self.entries.items()
+                  if entry.status == "done" and entry.eval and metric in entry.eval}
+        ranked = best_first(scores, lower_is_better=metric in LOWER_IS_BETTER)
+        return self.entries[ranked[0]] if ranked else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of sweep.json."""
+        trials = [entry.trial for entry in self.entries.values()]
+        parameters = parameters_of(trials)
+        return {
+            "raydpo": raydpo.__version__, "name": self.config.run_name, "metric": self.config.sweep.metric,
+            "parameters": parameters, "cache": self.cache,
+            "trials": [{"name": entry.trial.name, "run_dir": redact(entry.trial.config.run_dir),
+                        "settings": {key: entry.trial.value(key) for key in parameters},
+                        "status": entry.status, "error": entry.error, "steps": entry.steps, "seconds": entry.seconds,
+                        "eval": entry.eval, "evaluation": entry.evaluation} for entry in self.entries.values()]}
+
+    def write(self) -> None:
+        with self._lock:
+            self._write()
+
+    def _write(self) -> None:
+        self._storage.write(FILE, json.dumps(self.to_dict(), indent=2).encode())

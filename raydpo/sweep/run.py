@@ -1,0 +1,319 @@
+"""``raydpo sweep``: one cache pass over what all trials need, then the trials, as many at once as the cluster holds."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import threading
+import traceback
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from raydpo.config import Config
+from raydpo.console import Console
+from raydpo.errors import ConfigError, RaydpoError
+from raydpo.evaluation.run import evaluate
+from raydpo.interrupt import interruptible
+from raydpo.pipeline import Prepared, Shared, join_sets, needs_reference, report_on, score_prepared, train_prepared
+from raydpo.ray_runtime import session
+from raydpo.reference.shards import Wanted
+from raydpo.storage import Storage
+from raydpo.sweep.halving import going_on, rungs
+from raydpo.sweep.ledger import FILE, Ledger
+from raydpo.sweep.packing import trials_at_once
+from raydpo.sweep.table import SweepTable, TogetherDisplay, TrialDisplay
+from raydpo.sweep.trials import Trial, parameters_of, trials_of
+from raydpo.together import check_together, train_prepared_together
+from raydpo.training.earlier import earlier_result, set_aside
+from raydpo.training.launch import LOWER_IS_BETTER, new_board
+from raydpo.training.records import read_rows
+
+__all__ = ["sweep"]
+
+
+def sweep(config: Config, console: Console | None = None, *, fresh: bool = False) -> dict[str, Any]:
+    """Train every trial of ``config.sweep`` against one cache. The same call continues a sweep, whatever ended it: finished
+    trials are kept, interrupted ones go on from their checkpoints, and trials that are new in it are trained.
+
+    Args:
+        fresh: begin again, setting an earlier sweep of the same name aside as ``NAME~1``.
+
+    Returns:
+        What sweep.json holds. A trial that failed is in it with its error; the others were trained all the same.
+
+    Raises:
+        ConfigError: before anything starts, if a trial's configuration is wrong, or an earlier trial of its name has other
+            settings.
+        RaydpoError: of the kind that fits.
+        KeyboardInterrupt: if someone stopped it, once the trials under way have their checkpoints.
+    """
+    console = console or Console()
+    trials = trials_of(config)
+    if config.sweep.together:
+        check_together([trial.config for trial in trials])
+    storage = Storage(config.run_dir)
+    if fresh:
+        set_aside(storage, console, FILE)
+    if storage.exists("run.json"):
+        raise ConfigError(f"{storage} is the directory of a single run; give the sweep another name (name=...)")
+    with session(max((trial.config for trial in trials), key=lambda one: one.train.most_workers)):
+        prepared = _prepare(trials, console)
+        for trial in trials:
+            _refuse_other_settings(prepared[trial.name])
+        at_once = trials_at_once(config, trials)
+        storage.probe()
+        storage.write("config.yaml", config.to_yaml().encode())
+        ledger = Ledger(config, trials)
+        shared = _score(config, prepared, ledger, console)
+        console.say(f"sweep: {len(trials)} trials over {', '.join(parameters_of(trials))}; {at_once} at once")
+        with SweepTable(console, ledger) as table:
+            _Sweep(prepared, shared, ledger, table, at_once).run()
+    best = ledger.best()
+    if config.data.eval is None:
+        console.warn("no pairs are held out (data.eval), so nothing tells which trial is the best")
+    elif best is not None:
+        console.say(f"best {config.sweep.metric}: {best.trial.name} ({best.eval[config.sweep.metric]:.4f})")
+    console.say(f"sweep: {storage}/{FILE}")
+    report_on(config, console)
+    return ledger.to_dict()
+
+
+def _prepare(trials: list[Trial], console: Console) -> dict[str, Prepared]:
+    """By name of the trial. Trials with equal data and models share all but their settings.
+
+    Raises:
+        ConfigError: if they do not share one reference.
+    """
+    groups: dict[str, Prepared] = {}
+    prepared: dict[str, Prepared] = {}
+    for trial in trials:
+        resolved = trial.config.model_dump(mode="json", include={"model", "reference", "data"})
+        for trains_only in ("lora", "freeze"):
+            del resolved["model"][trains_only]
+        key = json.dumps(resolved)
+        if key not in groups:
+            groups[key] = Prepared.of(trial.config, console)
+        prepared[trial.name] = dataclasses.replace(groups[key], config=trial.config)
+    first, *others = prepared.items()
+    ours = first[1].reference.identity
+    for name, other in others:
+        if other.reference.identity != ours:
+            raise ConfigError(f"trial {name} needs another reference than trial {first[0]} "
+                              f"({'; '.join(ours.differences(other.reference.identity))}), and a sweep scores one. Set "
+                              "reference.path, reference.quantization and score.dtype so that all trials share it, or make "
+                              "two sweeps")
+    return prepared
+
+
+def _refuse_other_settings(prepared: Prepared) -> None:
+    earlier_result(Storage(prepared.config.run_dir), prepared.fingerprint())
+
+
+def _score(config: Config, prepared: dict[str, Prepared], ledger: Ledger, console: Console) -> dict[str, tuple[Any, Any]]:
+    """One pass over all that trials need; then by trial its training and held-out pairs in Ray's object store, each set
+    once."""
+    import ray
+
+    sets = {_pairs_of(one): one for one in prepared.values()}
+    compare = [one for one in sets.values() if needs_reference(one.config)]
+    first = next(iter([*compare, *prepared.values()]))
+    everything: list[pa.Table] = [table for one in compare for table in one.tables]
+    # Of the sweep as a whole: it is where the audit lies.
+    whole = config.model_copy(update={"train": first.config.train})
+    score_prepared(dataclasses.replace(first, config=whole), console, everything)
+    rates, joined = {}, {}
+    for key, one in sets.items():
+        wanted = Wanted(one.tables)
+        rates[key] = float(one.cache.covers(wanted.keys, wanted.tokens).mean()) if needs_reference(one.config) else None
+        joined[key] = tuple(None if table is None else ray.put(table) for table in join_sets(one, console))
+    ledger.found_in_cache(first.reference.identity.digest, [rates[_pairs_of(one)] for one in prepared.values()])
+    return {name: joined[_pairs_of(one)] for name, one in prepared.items()}
+
+
+def _pairs_of(prepared: Prepared) -> tuple[int, bool]:
+    """Equal for trials that train on the same pairs, joined alike."""
+    return id(prepared.sets), needs_reference(prepared.config)
+
+
+class _Sweep:
+    """The trials under way: a thread of this process for each, which waits for its Ray Train run.
+
+    Ray Tune would start a process for each trial (4.2 s of a core and 408 MB to import what this one has), only to wait; it
+    cannot add trials when it resumes, and what its schedulers stop depends on who came first.
+    """
+
+    def __init__(self, prepared: dict[str, Prepared], shared: dict[str, tuple[Any, Any]], ledger: Ledger,
+                 table: SweepTable, at_once: int) -> None:
+        self.prepared, self.shared, self.ledger, self.table, self.at_once = prepared, shared, ledger, table, at_once
+        self.config = ledger.config
+        self.hit_rates = dict(zip(prepared, ledger.cache["hit_rates"], strict=True))
+        self._boards: dict[str, Any] = {}
+        self._lock = threading.Lock()
+        self._stopping = False
+
+    def run(self) -> None:
+        """All trials, to their end or to where they are stopped early.
+
+        Raises:
+            KeyboardInterrupt: if someone stopped the sweep.
+        """
+        self.ledger.write()
+        interruptible(self._train_all, on_first=self._stop)
+        if self._stopping:
+            raise KeyboardInterrupt
+
+    def _train_all(self) -> None:
+        early, going = self.config.sweep.stop_early, list(self.prepared)
+        for step in rungs(early) if early is not None else ():
+            if len(going) < 2:
+                break
+            self._train(going, step)
+            if self._stopping:
+                return
+            going = self._choose(going, step)
+        self._train(going, None)
+
+    def _choose(self, going: list[str], step: int) -> list[str]:
+        """Those of ``going`` that go on after ``step``. A trial that has failed, or is over by then, is not among them, and
+        one that is over later is compared like any other."""
+        early, metric = self.config.sweep.stop_early, self.config.sweep.stop_metric
+        scores: dict[str, float] = {}
+        for name in going:
+            measured, result = self._measured(name, step), self._result(name)
+            if self.ledger.entries[name].status == "failed" or measured is None or (result and result["steps"] <= step):
+                continue
+            if metric not in measured:
+                raise ConfigError(f"the metric of sweep.stop_early is {metric!r}, which no evaluation measures; there are "
+                                  f"{', '.join(sorted(measured))}")
+            scores[name] = measured[metric]
+        better = going_on(scores, early.keep, lower_is_better=metric in LOWER_IS_BETTER)
+        for name in scores:
+            if name not in better and self.ledger.entries[name].status != "done":
+                self.ledger.set(name, "stopped")
+                self.table.ended(name)
+        return [name for name in scores if name in better]
+
+    def _train(self, names: list[str], until: int | None) -> None:
+        """Train these to the end, or until a step."""
+        to_do = [name for name in names if self.ledger.entries[name].status not in ("done", "failed")
+                 and (until is None or self._result(name) is not None or self._measured(name, until) is None)]
+        if self.config.sweep.together:
+            if to_do:
+                self._trials_together(to_do, until)
+            return
+        with ThreadPoolExecutor(self.at_once, thread_name_prefix="raydpo-trial") as pool:
+            for done in [pool.submit(self._trial, name, until) for name in to_do]:
+                done.result()
+
+    def _trials_together(self, names: list[str], until: int | None) -> None:
+        """All of them in the same workers; then each is finished as one alone is."""
+        to_train = [name for name in names if self._result(name) is None]
+        results: dict[str, Any] = {}
+        if to_train and not self._stopping:
+            with _log(self.config) as log:
+                try:
+                    results = dict(zip(to_train, self._trained_together(to_train, until, log), strict=True))
+                except Exception as error:
+                    log.say(traceback.format_exc())
+                    results = dict.fromkeys(to_train, error)
+        for name in names:
+            result = results.get(name)
+            if isinstance(result, Exception):
+                self.ledger.set(name, "failed", str(result) if isinstance(result, RaydpoError) else
+                                f"unexpected {type(result).__name__}: {result}")
+            elif self._result(name) is None:
+                self.ledger.set(name, "waiting")
+            else:
+                self._trial(name, until)
+                continue
+            self.table.ended(name)
+
+    def _trained_together(self, names: list[str], until: int | None, log: Console) -> list[Any]:
+        with self._lock:
+            if self._stopping:
+                return [None] * len(names)
+            board = self._boards["together"] = new_board()
+        for name in names:
+            self.ledger.set(name, "running")
+        pairs, held_out = self.shared[names[0]]
+        try:
+            return train_prepared_together(
+                [self.prepared[name] for name in names], log, self.hit_rates[names[0]],
+                shared=Shared(pairs=pairs, held_out=held_out, at_once=1, board=board, until=until,
+                              display=TogetherDisplay(log, self.table)))
+        except KeyboardInterrupt:
+            return [None] * len(names)
+        finally:
+            with self._lock:
+                del self._boards["together"]
+
+    def _trial(self, name: str, until: int | None) -> None:
+        if self._stopping:
+            return
+        config = self.prepared[name].config
+        with _log(config) as log:
+            try:
+                if self._result(name) is None and not self._trained(name, until, log):
+                    self.ledger.set(name, "waiting")
+                else:
+                    if self.config.sweep.evaluate and not Storage(config.run_dir).exists("evaluation.json"):
+                        evaluate(config, log)
+                    self.ledger.set(name, "done")
+            except Exception as error:
+                log.say(traceback.format_exc())
+                self.ledger.set(name, "failed", str(error) if isinstance(error, RaydpoError) else
+                                f"unexpected {type(error).__name__}: {error}")
+        self.table.ended(name)
+
+    def _trained(self, name: str, until: int | None, log: Console) -> bool:
+        """Whether training came to its end; else it paused, or someone stopped the sweep."""
+        with self._lock:
+            if self._stopping:
+                return False
+            board = self._boards[name] = new_board()
+        self.ledger.set(name, "running")
+        pairs, held_out = self.shared[name]
+        try:
+            return train_prepared(self.prepared[name], log, self.hit_rates[name], shared=Shared(
+                pairs=pairs, held_out=held_out, at_once=self.at_once, board=board, until=until,
+                display=TrialDisplay(log, self.table, name))) is not None
+        except KeyboardInterrupt:
+            return False
+        finally:
+            with self._lock:
+                del self._boards[name]
+
+    def _stop(self) -> None:
+        with self._lock:
+            self._stopping = True
+            for board in self._boards.values():
+                board.stop.remote()
+
+    def _result(self, name: str) -> dict[str, Any] | None:
+        """The summary of a trial that came to its end."""
+        storage = Storage(self.prepared[name].config.run_dir)
+        return json.loads(storage.read("summary.json")) if storage.exists("summary.json") else None
+
+    def _measured(self, name: str, step: int) -> dict[str, float] | None:
+        """The held-out evaluation of a trial after ``step``, if it got there."""
+        rows = read_rows(Storage(self.prepared[name].config.run_dir), "eval.parquet")
+        return next((row for row in rows if row["step"] == step), None)
+
+
+@contextlib.contextmanager
+def _log(config: Config) -> Iterator[Console]:
+    """What a trial says, in its own driver.log; nowhere if the run lies on a URI, where nothing can be appended to."""
+    storage = Storage(config.run_dir)
+    if not storage.is_local:
+        yield Console(io.StringIO())
+        return
+    path = Path(storage.path("logs/driver.log"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8", errors="replace", buffering=1) as stream:
+        yield Console(stream)

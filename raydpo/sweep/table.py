@@ -1,0 +1,119 @@
+"""What a sweep shows: a table of its trials that follows them on a terminal, and lines elsewhere."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from rich.live import Live
+from rich.table import Table
+
+from raydpo.console import Console
+from raydpo.sweep.ledger import Ledger
+from raydpo.training.report import TrainingDisplay
+
+__all__ = ["SweepTable", "TogetherDisplay", "TrialDisplay"]
+
+STYLES = {"running": "cyan", "done": "green", "stopped": "yellow", "failed": "red"}
+COLUMNS = ("eval_rewards/accuracies", "eval_rewards/margins", "eval_logps/chosen_fell")
+LABELS = {"eval_rewards/accuracies": "accuracy", "eval_rewards/margins": "margin", "eval_logps/chosen_fell": "chosen fell"}
+
+
+class SweepTable:
+    """Hears from the threads of all trials."""
+
+    def __init__(self, console: Console, ledger: Ledger) -> None:
+        self.console, self.ledger = console, ledger
+        self.live: dict[str, dict[str, float]] = {}  # the newest step or evaluation of the trials under way
+        metric = ledger.config.sweep.metric
+        self._columns = (*dict.fromkeys((metric, *COLUMNS)),)
+        self._lock = threading.Lock()
+        self._screen: Live | None = None
+
+    def __enter__(self) -> SweepTable:
+        if self.console.rich.is_terminal:
+            self._screen = Live(console=self.console.rich, get_renderable=self.render, refresh_per_second=1, transient=True)
+            self._screen.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._screen is not None:
+            self._screen.stop()
+        self.console.print(self.render())
+
+    def say(self, line: str) -> None:
+        with self._lock:
+            self.console.note(line)
+
+    def hear(self, name: str, kind: str, content: Any) -> None:
+        """An event of one trial, see ``training.board.Listener``."""
+        if kind == "begin":
+            first = f" after step {content['first_step']:,}" if content["first_step"] else ""
+            self.say(f"  {name}: {'continues' if first else 'begins'}{first}, {content['total_steps']:,} steps")
+        elif kind == "note" and content.startswith("warning: "):
+            self.say(f"warning: {name}: {content.removeprefix('warning: ')}")
+        elif kind in ("step", "evaluated"):
+            self.live[name] = self.live.get(name, {}) | content
+            if kind == "evaluated" and self._screen is None:
+                self.say(f"  {name}: step {int(content['step']):,}: {self._figures(content)}")
+
+    def ended(self, name: str) -> None:
+        """A trial has another status now, and its entry is up to date."""
+        self.live.pop(name, None)
+        entry = self.ledger.entries[name]
+        told = entry.error if entry.status == "failed" else self._figures(entry.eval or {})
+        self.say(f"{'warning: ' if entry.status == 'failed' else '  '}{name}: {entry.status} after {entry.steps:,} steps"
+                 + (f": {told}" if told else ""))
+
+    def _figures(self, row: Mapping[str, float]) -> str:
+        return ", ".join(f"{LABELS.get(key, key)} {row[key]:.3f}" for key in self._columns if key in row)
+
+    def render(self) -> Table:
+        best = self.ledger.best()
+        table = Table(title=f"sweep {self.ledger.config.run_name}", title_justify="left")
+        table.add_column("trial", overflow="fold")
+        table.add_column("status")
+        for label in ("steps", *(LABELS.get(key, key.removeprefix("eval_")) for key in self._columns), "seconds"):
+            table.add_column(label, justify="right")
+        for name, entry in self.ledger.entries.items():
+            row = self.live.get(name, {}) if entry.status == "running" else {}
+            evals = (entry.eval or {}) | row
+            style = STYLES.get(entry.status, "")
+            table.add_row(f"[bold]{name} *[/bold]" if entry is best else name,
+                          f"[{style}]{entry.status}[/{style}]" if style else entry.status,
+                          f"{int(row.get('step', entry.steps)):,}",
+                          *(f"{evals[key]:.3f}" if key in evals else "" for key in self._columns),
+                          f"{entry.seconds:,.0f}")
+        return table
+
+
+class TrialDisplay(TrainingDisplay):
+    """Writes what a trial tells into a log of its own, and lets the sweep's table hear it."""
+
+    def __init__(self, log: Console, table: SweepTable, name: str) -> None:
+        super().__init__(log)
+        self._table, self._name = table, name
+
+    def listen(self, kind: str, content: Any) -> None:
+        super().listen(kind, content)
+        self._table.hear(self._name, kind, content)
+
+
+class TogetherDisplay:
+    """The same for trials that train in one process: (name, content) of any of them, or content of all."""
+
+    def __init__(self, log: Console, table: SweepTable) -> None:
+        self._log, self._table = log, table
+
+    def __enter__(self) -> TogetherDisplay:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def listen(self, kind: str, content: Any) -> None:
+        name, content = content if isinstance(content, tuple) else ("", content)
+        if kind == "note":
+            self._log.note(f"{name}: {content}" if name else content)
+        self._table.hear(name, kind, content)

@@ -1,0 +1,188 @@
+"""The trials of a sweep: settings, names, and a checked configuration for each. Neither torch nor Ray in here."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from raydpo.config import Config, RandomConfig, SweepConfig, load_config, with_setting
+from raydpo.errors import ConfigError
+
+__all__ = ["Trial", "parameters_of", "trial_name", "trials_of"]
+
+LONGEST_NAME = 100
+DIGEST = 8
+FIXED = ("name", "output", "cache", "ray", "score", "sweep")
+"""Keys and sections that the trials of a sweep share."""
+DRAWS_PER_SAMPLE = 100
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training of a sweep: an ordinary run.
+
+    Attributes:
+        name: of its settings, the last part of its run directory.
+        settings: its own keys, with the values that the configuration understood.
+        config: of the run.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    config: Config
+
+    def value(self, key: str) -> Any:
+        """What this trial has at a key, its own or not."""
+        return _value(self.config, key)
+
+
+def trials_of(config: Config) -> list[Trial]:
+    """All trials of a configuration with a sweep, each checked as a run of its own.
+
+    Raises:
+        ConfigError: what is wrong with which trials; if two are the same; or if there is no sweep.
+    """
+    sweep = config.sweep
+    if sweep is None:
+        raise ConfigError("there is nothing to sweep over; add a section, for example sweep: {grid: {train.beta: "
+                          "[0.03, 0.1, 0.3]}}, or override sweep.grid='{train.beta: [0.03, 0.1, 0.3]}'")
+    # What was set, without defaults: some checks ask which keys were given.
+    base = config.model_dump(mode="json", exclude_unset=True, exclude={"sweep", "name"})
+    base |= {"output": config.run_dir, "cache": base.get("cache", {}) | {"uri": config.cache_uri}}
+    problems: list[str] = []
+    trials: dict[str, Trial] = {}
+    for chosen in _choices(sweep):
+        try:
+            trial = _trial(base, chosen)
+            _check(trial, sweep)
+        except ConfigError as error:
+            problems += [f"trial {_told(chosen)}: {line}" for line in str(error).splitlines()]
+            continue
+        name = trial.name
+        if name in trials and trials[name].config == trial.config:
+            problems.append(f"trial {_told(chosen)} is in the sweep twice; drop one")
+        elif name in trials:  # what sets them apart has no letter that a name may have
+            trial = _named(trial, f"{name}-{_digest(trial.settings)}")
+        trials[trial.name] = trial
+    if problems:
+        raise ConfigError("\n".join(dict.fromkeys(problems)))
+    _check_metric(sweep, parameters_of(list(trials.values())))
+    return list(trials.values())
+
+
+def parameters_of(trials: list[Trial]) -> list[str]:
+    """The keys that are varied, in order of first appearance."""
+    return list(dict.fromkeys(key for trial in trials for key in trial.settings))
+
+
+def trial_name(settings: dict[str, Any]) -> str:
+    """The name of the trial with these settings, such as ``beta=0.1,lr=1e-06``; valid as a run's.
+
+    A key goes by its last part, or by as many as set it apart from the others of the trial. Where a value has letters that a
+    name may not have, or the name would be long, a digest of the settings stands for what is left out.
+    """
+    texts = {key: _text(value) for key, value in settings.items()}
+    name = ",".join(f"{_short(key, list(settings))}={text}" for key, (text, _) in texts.items())
+    if len(name) > LONGEST_NAME or not all(whole for _, whole in texts.values()):
+        name = f"{name[: LONGEST_NAME - DIGEST - 1]}-{_digest(settings)}"
+    return name
+
+
+def _choices(sweep: SweepConfig) -> Iterator[dict[str, Any]]:
+    if sweep.grid is not None:
+        yield from (dict(zip(sweep.grid, values, strict=True)) for values in itertools.product(*sweep.grid.values()))
+    elif sweep.list is not None:
+        yield from sweep.list
+    elif sweep.random is not None:
+        yield from _drawn(sweep.random)
+
+
+def _drawn(search: RandomConfig) -> Iterator[dict[str, Any]]:
+    """Different settings at random. A draw depends on seed, key and number alone: more samples, or another key, leave what
+    was drawn before as it was."""
+    seen = set()
+    for number in range(DRAWS_PER_SAMPLE * search.samples):
+        settings = {key: draw.at(random.Random(f"{search.seed}/{key}/{number}").random())
+                    for key, draw in search.draws.items()}
+        told = json.dumps(settings, default=str)
+        if told not in seen:
+            seen.add(told)
+            yield settings
+        if len(seen) == search.samples:
+            return
+    raise ConfigError(f"sweep.random.samples is {search.samples}, but only {len(seen)} different trial(s) can be drawn; "
+                      "lower it, or give more to choose from")
+
+
+def _trial(base: dict[str, Any], chosen: dict[str, Any]) -> Trial:
+    if not chosen:
+        raise ConfigError("it sets nothing; give at least one key, for example {train.beta: 0.1}")
+    tree = base
+    for key, value in chosen.items():
+        if not re.fullmatch(r"\w+(\.\w+)*", key):
+            raise ConfigError(f"{key!r} is no key of the configuration; write it in full, for example train.beta")
+        if key.split(".")[0] in FIXED:
+            raise ConfigError(f"{key!r} cannot be varied; a sweep has one {key.split('.')[0]}")
+        tree = with_setting(tree, key, value, f"sweep key {key!r}")
+    config = load_config(tree)
+    settings = {key: _value(config, key) for key in chosen}
+    return _named(Trial("", settings, config), trial_name(settings))
+
+
+def _named(trial: Trial, name: str) -> Trial:
+    return Trial(name, trial.settings, trial.config.model_copy(update={"name": name}))
+
+
+def _value(config: Config, key: str) -> Any:
+    """The value at a dotted key as plain data; null below a section that is null."""
+    tree: Any = config.model_dump(mode="json")
+    for part in key.split("."):
+        tree = tree[int(part)] if isinstance(tree, list) else None if tree is None else tree[part]
+    return tree
+
+
+def _check(trial: Trial, sweep: SweepConfig) -> None:
+    early, every = sweep.stop_early, trial.config.train.eval_every
+    if early is not None and early.grace % every:
+        raise ConfigError(f"sweep.stop_early.grace is {early.grace}, but trials are measured every {every} steps "
+                          "(train.eval_every); set one to a multiple of the other")
+
+
+def _check_metric(sweep: SweepConfig, parameters: list[str]) -> None:
+    scales = [key for key in parameters if key in ("train.beta", "train.loss", "train.label_smoothing")]
+    for key, metric in (("metric", sweep.metric), ("stop_early.metric", sweep.stop_metric)):
+        if metric == "eval_loss" and scales:
+            raise ConfigError(f"sweep.{key} is 'eval_loss', which cannot be compared across {' and '.join(scales)}: each "
+                              "has a loss of its own scale. Use eval_rewards/accuracies")
+
+
+def _short(key: str, keys: list[str]) -> str:
+    parts = key.split(".")
+    # The number of an entry says little without what it is an entry of.
+    first = next((place for place, part in enumerate(parts) if part.isdigit()), len(parts)) - 1
+    for start in range(first, 0, -1):
+        tail = parts[start:]
+        if sum(other.split(".")[-len(tail) :] == tail for other in keys) == 1:
+            return ".".join(tail)
+    return key
+
+
+def _text(value: Any) -> tuple[str, bool]:
+    """A value in letters that a run's name may have, and whether that is all of it."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    cleaned = re.sub(r"[^A-Za-z0-9._+~-]+", "-", text).strip("-") or "-"
+    return cleaned, cleaned == text
+
+
+def _told(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in settings.items()) or "{}"
+
+
+def _digest(settings: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:DIGEST]

@@ -1,0 +1,54 @@
+"""The command line as a process of its own: exit status, standard output and standard error.
+
+Forked from the server of tests/distributed.py, where everything that takes seconds to import is imported already.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from distributed import environment, forking
+
+__all__ = ["raydpo"]
+
+SECONDS = 400
+
+
+def raydpo(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """``raydpo ARGUMENTS``, run to its end."""
+    with tempfile.TemporaryDirectory() as place:
+        out, err = Path(place) / "out", Path(place) / "err"
+        with environment(PYTHONWARNINGS="ignore"):
+            process = forking().Process(target=_command, args=(list(map(str, arguments)), out, err, cwd, dict(os.environ)))
+            process.start()
+        process.join(SECONDS)
+        if process.exitcode is None:
+            process.kill()
+            raise TimeoutError(f"raydpo {arguments}: {SECONDS} s were not enough:\n{out.read_text()}\n{err.read_text()}")
+        return subprocess.CompletedProcess(arguments, process.exitcode, out.read_text(), err.read_text())
+
+
+def _command(arguments: list[str], out: Path, err: Path, cwd: Path | None, variables: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(variables)
+    if cwd is not None:
+        os.chdir(cwd)
+    for number, file in ((1, out), (2, err)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
+    sys.stdout, sys.stderr = (os.fdopen(os.dup(number), "w", buffering=1) for number in (1, 2))
+    from raydpo.cli import main
+
+    status: object = 1
+    with contextlib.suppress(SystemExit):
+        try:
+            status = main(arguments)
+        except SystemExit as error:
+            status = error.code
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status if isinstance(status, int) else 1)

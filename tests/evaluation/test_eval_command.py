@@ -1,0 +1,160 @@
+"""``raydpo eval`` from end to end, on a Ray that is there: what it measures, and that nothing is done twice."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from judge_server import longer, serving
+from test_policy_found import make_adapter
+from test_wins import make_classifier
+from tiny import make_model, preferences, write_preferences
+
+import raydpo
+from raydpo.config import load_config
+from raydpo.console import Console
+from raydpo.errors import CacheMissError, ConfigError
+
+SETTINGS = {"prompts": 6, "max_tokens": 10, "samples": 2}
+FIGURES = {"raydpo", "policy", "reference", "data", "beta", "preferences", "generation", "drift", "wins", "samples"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tiny_llama):
+    """A run whose final/ is an adapter, without the training."""
+    place = tmp_path_factory.mktemp("eval")
+    write_preferences(place / "a.jsonl", preferences(60, high=20))
+    tree = {"name": "run", "output": str(place / "runs"), "model": {"path": str(tiny_llama), "dtype": "float32"},
+            "data": {"train": str(place / "a.jsonl"), "eval": {"fraction": 0.3}}, "evaluate": SETTINGS}
+    (place / "config.yaml").write_text(yaml.safe_dump(tree))
+    make_adapter(place / "runs" / "run" / "final", tiny_llama)
+    (place / "runs" / "run" / "run.json").write_text(json.dumps({"fingerprint": {"train.beta": 0.4, "train.loss": "hinge"}}))
+    make_classifier(place / "reward", labels=1)
+    (place / "my_scores.py").write_text("def length(prompt, answer):\n    return len(answer)\n")
+    return place
+
+
+def evaluated(place, *overrides):
+    out = io.StringIO()
+    return raydpo.evaluate(load_config(place / "config.yaml", overrides), Console(out)), out.getvalue()
+
+
+def stored(place):
+    return {file.name: file.stat().st_mtime_ns for file in (place / "runs" / "cache").rglob("*.parquet")}
+
+
+def test_evaluation(place, tiny_llama, on_cluster, monkeypatch):
+    # A policy that is the reference has learned nothing, exactly.
+    same, said = evaluated(place, f"evaluate.policy={tiny_llama}")
+    total = same["preferences"]["total"]
+    assert total["accuracy"]["value"] == 0.5 and total["margin"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    for drift in (same["drift"], same["drift"]["rao_blackwell"]):
+        assert drift["kl"] == {"value": 0.0, "low": 0.0, "high": 0.0} and drift["kl_per_token"]["value"] == 0.0
+    for mode in same["generation"]["modes"].values():
+        assert mode["policy"] == mode["reference"] and mode["length_growth"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    assert (place / "runs" / "run" / f"evaluation-{tiny_llama.name}.json").is_file()
+    assert not (place / "runs" / "run" / "evaluation.json").exists(), "another model is not this run"
+
+    # This run's own adapter, with every judge there is.
+    monkeypatch.chdir(place)
+    with serving(longer) as server:
+        judges = (f"evaluate.reward_model={place / 'reward'}", "evaluate.score_with=my_scores:length",
+                  f"evaluate.judge={{url: '{server.url}', model: tiny}}")
+        found, said = evaluated(place, *judges)
+        asked = len(server.requests)
+        assert asked > 0
+        before = stored(place)
+
+        # The same command prints the same figures as JSON, and does nothing.
+        command = [sys.executable, "-m", "raydpo.cli", "eval", "config.yaml", *judges, "--json"]
+        again = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert again.returncode == 0, again.stderr
+        assert json.loads(again.stdout) == found and len(server.requests) == asked and stored(place) == before
+    check_figures(place, found, said)
+
+
+def check_figures(place, found, said):
+    assert set(found) >= FIGURES and found["beta"] == 0.4 and found["data"] == ["a"]
+    run = place / "runs" / "run"
+    assert json.loads((run / "evaluation.json").read_text()) == found
+    total = found["preferences"]["total"]
+    assert total["pairs"] > 10 and sum(one["pairs"] for one in found["preferences"]["by_length"]) == total["pairs"]
+    assert total["margin"]["value"] != 0
+    rows = pq.read_table(run / "samples.parquet").to_pylist()
+    assert [row["mode"] for row in rows] == ["greedy"] * 6 + ["sampled"] * 12
+    drawn = [row for row in rows if row["mode"] == "sampled"]
+    ratios = np.array([row["log_ratio"] for row in drawn]).reshape(6, 2).mean(1)
+    assert found["drift"]["kl"]["value"] == pytest.approx(ratios.mean()) and found["drift"]["samples"] == 12
+    exact = found["drift"]["rao_blackwell"]
+    assert exact["kl"]["value"] > 0 and exact["std_error"] < found["drift"]["std_error"]
+    lengths = [len(row["policy_ids"]) for row in drawn]
+    assert found["generation"]["modes"]["sampled"]["policy"]["tokens"]["value"] == pytest.approx(np.mean(lengths))
+    assert {(one["judge"].split()[0], one["mode"]) for one in found["wins"]} == {
+        (judge, mode) for judge in (str(place / "reward"), "my_scores:length", "tiny") for mode in ("greedy", "sampled")}
+    for one in found["wins"]:
+        assert one["wins"] + one["ties"] + one["losses"] + one["not_judged"] == 6
+    by_judge = {(one["judge"].split()[0], one["mode"]): one for one in found["wins"]}
+    firsts = [row for row in rows if row["sample"] == 0 and row["mode"] == "sampled"]
+    assert by_judge["my_scores:length", "sampled"]["wins"] == sum(len(row["policy"]) > len(row["reference"])
+                                                                  for row in firsts)
+    assert found["samples"][0]["policy"] == rows[0]["policy"] and len(found["samples"]) == 5
+    for piece in ("preferences: ", "drift KL(policy || reference) from 12 samples", "wins of the policy", "peft=", "lm_eval"):
+        assert piece in said, said
+
+
+def test_what_cannot_be_evaluated(place, on_cluster, tmp_path):
+    """Before any model is loaded."""
+    with pytest.raises(CacheMissError, match=r"log-probs of the policy are missing for .* set evaluate\.score_missing=true"):
+        evaluated(place, "evaluate.score_missing=false", "evaluate.prompts=0", f"cache.uri={tmp_path / 'empty'}")
+    with pytest.raises(ConfigError, match="another vocabulary"):
+        evaluated(place, f"evaluate.policy={_other_tokens(tmp_path / 'other')}")
+    result = subprocess.run([sys.executable, "-m", "raydpo.cli", "eval", str(place / "config.yaml"), "evaluate.promts=1"],
+                            capture_output=True, text=True, timeout=100)
+    assert result.returncode == 2 and result.stderr.startswith("error: unknown key 'evaluate.promts'")
+
+
+def _other_tokens(directory):
+    from transformers import AutoTokenizer
+
+    make_model(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.slow
+def test_any_number_of_workers_gives_the_same_answers(place, on_cluster, monkeypatch, tmp_path):
+    from raydpo.evaluation import run
+
+    monkeypatch.setattr(run, "WORK_BLOCK", 4)
+    found = [evaluated(place, f"score.workers={workers}", f"evaluate.batch={batch}", f"cache.uri={tmp_path / str(workers)}")[0]
+             for workers, batch in ((1, 16), (2, 3))]
+    assert found[0]["samples"] == found[1]["samples"] and found[0]["generation"] == found[1]["generation"]
+    assert found[0]["drift"]["kl"]["value"] == pytest.approx(found[1]["drift"]["kl"]["value"], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_a_kill_loses_nothing_that_was_stored(place, tmp_path):
+    cache = tmp_path / "cache"
+    command = [sys.executable, "-m", "raydpo.cli", "eval", str(place / "config.yaml"), f"cache.uri={cache}",
+               "data.eval.fraction=0.9", "evaluate.prompts=60", "evaluate.samples=4"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    deadline = time.time() + 300
+    while len(list(cache.glob("evaluation/*.parquet"))) < 2 and process.poll() is None and time.time() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    time.sleep(2)
+    kept = {file: file.stat().st_mtime_ns for file in cache.glob("evaluation/*.parquet")}
+    assert len(kept) >= 2 and not list(cache.glob("*/parts/*.parquet")), "the kill must come while answers are made"
+    again = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert {file: file.stat().st_mtime_ns for file in kept} == kept

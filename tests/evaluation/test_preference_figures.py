@@ -1,0 +1,103 @@
+"""What implicit rewards make of labelled pairs, by hand."""
+
+import math
+
+import numpy as np
+import pytest
+
+from raydpo.evaluation.interval import mean, share
+from raydpo.evaluation.preferences import ScoredPairs, measure_preferences
+from raydpo.evaluation.style import length_growth, measure_style
+
+
+def scored(margins, difference, sources=None, chosen_logratio=0.0):
+    """Pairs of these margins in nats; the reference gives every completion -50."""
+    margins, difference = np.array(margins, float), np.array(difference)
+    reference = np.full(len(margins), -50.0)
+    return ScoredPairs(chosen=reference + chosen_logratio, rejected=reference + chosen_logratio - margins,
+                       ref_chosen=reference, ref_rejected=reference, chosen_tokens=100 + difference,
+                       rejected_tokens=np.full(len(margins), 100),
+                       sources=np.array(sources or ["all"] * len(margins), object))
+
+
+def sigmoid(value):
+    return 1 / (1 + math.exp(-value))
+
+
+def test_four_pairs_by_hand():
+    pairs = scored([10, 5, -20, 0], [30, -30, 5, 0], sources=["a", "a", "b", "b"], chosen_logratio=-1.0)
+    found = measure_preferences(pairs, 0.1)
+    total = found["total"]
+    assert total["pairs"] == 4
+    assert total["accuracy"] == share(2.5, 4) and total["accuracy"]["value"] == 0.625
+    assert total["margin"] == mean(np.array([1, 0.5, -2, 0]))
+    assert total["margin"]["value"] == pytest.approx(-0.125)
+    # 1.96 standard errors, of the sample variance.
+    spread = 1.959964 * np.std([1, 0.5, -2, 0], ddof=1) / 2
+    assert total["margin"]["high"] - total["margin"]["value"] == pytest.approx(spread)
+    assert total["loss"] == pytest.approx(-np.mean([math.log(sigmoid(m)) for m in (1, 0.5, -2, 0)]))
+    assert total["chosen_fell"]["value"] == 1.0
+    assert total["longer_is_right"]["pairs"] == 2 and total["longer_is_right"]["accuracy"]["value"] == 0.5
+    assert total["longer_is_wrong"]["pairs"] == 1 and total["longer_is_wrong"]["accuracy"]["value"] == 1.0
+    assert found["by_source"]["a"]["accuracy"]["value"] == 1.0 and found["by_source"]["b"]["accuracy"]["value"] == 0.25
+    bins = {(one["from"], one["to"]): one["pairs"] for one in found["by_length"]}
+    assert bins[26, 100] == 1 and bins[-100, -26] == 1 and bins[1, 25] == 1 and bins[0, 0] == 1
+    assert sum(bins.values()) == 4
+
+
+def test_calibration_by_hand():
+    """Confidences 0.731, 0.622, 0.881 (wrong) and 0.5 (a tie) lie in the bins that begin at 0.7, 0.6, 0.85 and 0.5."""
+    total = measure_preferences(scored([10, 5, -20, 0], [0, 0, 0, 0]), 0.1)["total"]
+    filled = {round(one["from"], 2): one for one in total["calibration"] if one["pairs"]}
+    assert set(filled) == {0.7, 0.6, 0.85, 0.5}
+    assert filled[0.7]["predicted"] == pytest.approx(sigmoid(1)) and filled[0.7]["observed"] == 1.0
+    assert filled[0.85]["observed"] == 0.0 and filled[0.5]["observed"] == 0.5
+    expected = ((1 - sigmoid(1)) + (1 - sigmoid(0.5)) + sigmoid(2) + 0) / 4
+    assert total["calibration_error"] == pytest.approx(expected)
+
+
+def test_a_calibrated_policy_has_little_error_and_a_boastful_one_much():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 2, 20_000)
+    labels = np.where(rng.random(20_000) < 1 / (1 + np.exp(-np.abs(logits))), 1, -1)
+    margins = np.abs(logits) * labels
+    honest = measure_preferences(scored(margins, np.zeros(20_000, int)), 1.0)["total"]
+    boastful = measure_preferences(scored(3 * margins, np.zeros(20_000, int)), 1.0)["total"]
+    assert honest["calibration_error"] < 0.01 < 0.1 < boastful["calibration_error"]
+    assert all(one["low"] <= one["observed"] <= one["high"] for one in honest["calibration"])
+
+
+def test_the_reference_itself_knows_nothing():
+    total = measure_preferences(scored(np.zeros(30), np.arange(30) - 15), 0.1)["total"]
+    assert total["accuracy"]["value"] == 0.5 and total["margin"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    assert total["loss"] == pytest.approx(math.log(2)) and total["calibration_error"] == 0.0
+    assert total["chosen_fell"]["value"] == 0.0
+    assert total["longer_is_wrong"]["accuracy"]["value"] == total["longer_is_right"]["accuracy"]["value"] == 0.5
+
+
+def test_rewards_per_token():
+    pairs = ScoredPairs(*(np.array([value], float) for value in (-40, -90, -50, -100, 10, 40)), np.array(["a"], object))
+    assert pairs.margins(0.5, per_token=False) == pytest.approx(0.0)
+    assert pairs.margins(0.5, per_token=True) == pytest.approx(0.5 * (10 / 10 - 10 / 40))
+
+
+def test_too_few_pairs_say_so():
+    total = measure_preferences(scored([1.0], [0]), 0.1)["total"]
+    assert total["margin"] == {"value": pytest.approx(0.1), "low": None, "high": None}
+    assert total["longer_is_wrong"] == {"pairs": 0, "accuracy": {"value": None, "low": None, "high": None}}
+
+
+def test_style_by_hand():
+    answers = [np.array([5, 6, 5, 6, 5, 6, 5, 2]), np.array([7, 2]), np.array([8, 9, 8])]
+    style = measure_style(answers, stop=[2])
+    assert style["tokens"]["value"] == pytest.approx(13 / 3)
+    # 5656 6565 5656 6565 5652: three of five 4-grams are new; the others have fewer than 4 tokens.
+    assert style["repetition"] == pytest.approx(2 / 5)
+    assert style["distinct_1"] == pytest.approx(6 / 13) and style["distinct_2"] == pytest.approx(6 / 10)
+    assert style["cut"] == pytest.approx(1 / 3)
+
+
+def test_length_growth_is_a_mean_over_prompts():
+    policy, reference = [np.ones(4), np.ones(8), np.ones(3), np.ones(3)], [np.ones(2), np.ones(4), np.ones(6), np.ones(6)]
+    growth = length_growth(policy, reference, np.array([0, 0, 1, 1]))
+    assert growth["value"] == pytest.approx(((12 / 6 - 1) + (6 / 12 - 1)) / 2)

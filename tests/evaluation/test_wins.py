@@ -1,0 +1,113 @@
+"""Wins by scores: a user's function, and a reward model."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from tiny import make_tokenizer
+
+from raydpo.errors import ConfigError, ModelError, RaydpoError
+from raydpo.evaluation.reward import RewardModel
+from raydpo.evaluation.wins import Contest, compare_scores, own_scores
+
+CONTESTS = [Contest("p", "longer answer", "short"), Contest("p", "a", "longer"), Contest("p", "same", "same")]
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def write(body):
+        name = f"scores_{abs(hash(body))}"
+        (tmp_path / f"{name}.py").write_text(body)
+        return name
+
+    return write
+
+
+def test_own_function(module):
+    name = module("def length(prompt, answer):\n    return len(answer)\n")
+    found = compare_scores("length", "greedy", *own_scores(f"{name}:length", CONTESTS))
+    assert (found["wins"], found["ties"], found["losses"]) == (1, 1, 1) and found["win_rate"]["value"] == 0.5
+    assert found["score_difference"]["value"] == pytest.approx((8 - 5 + 0) / 3)
+
+
+@pytest.mark.parametrize(("body", "said"), [
+    ("raise ValueError('no')", "ValueError: no"), ("return float('nan')", "finite number"), ("return 'high'", "'high'"),
+    ("return None", "finite number"), ("return True", "finite number")])
+def test_a_function_that_gives_no_number_is_an_error(body, said, module):
+    name = module(f"def score(prompt, answer):\n    {body}\n")
+    with pytest.raises(RaydpoError, match=said):
+        own_scores(f"{name}:score", CONTESTS)
+
+
+def test_no_such_function(module):
+    name = module("value = 3\n")
+    for path in ("nowhere_at_all:score", f"{name}:score", f"{name}:value"):
+        with pytest.raises(ConfigError, match=r"evaluate\.score_with"):
+            own_scores(path, CONTESTS)
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    return make_classifier(tmp_path_factory.mktemp("reward"), labels=1)
+
+
+def make_classifier(directory, labels):
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    tokenizer = make_tokenizer()
+    torch.manual_seed(3)
+    config = AutoConfig.for_model("llama", vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64,
+                                  num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+                                  max_position_embeddings=128, num_labels=labels, pad_token_id=tokenizer.pad_token_id)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def test_reward_model(classifier):
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    model = AutoModelForSequenceClassification.from_pretrained(classifier)
+    tokenizer = AutoTokenizer.from_pretrained(classifier)
+    work = RewardModel.at(str(classifier), "float32", False)
+    talk = [{"role": "user", "content": "why is the sky blue"}]
+    rows = pa.table({"prompt": [json.dumps(talk), json.dumps("why is the sky")], "answer": ["because", " blue"]})
+    scores = work.open("cpu")(rows)["score"].to_numpy()
+    rendered = tokenizer.apply_chat_template([*talk, {"role": "assistant", "content": "because"}], tokenize=False)
+    for text, score in zip((rendered, "why is the sky blue"), scores, strict=True):
+        with torch.no_grad():
+            expected = model(tokenizer(text, return_tensors="pt")["input_ids"]).logits[0, 0].item()
+        assert score == pytest.approx(expected, abs=1e-6)
+    assert np.std(scores) > 0
+    with pytest.raises(ModelError, match="tokens for the reward model, which takes 128"):
+        work.open("cpu")(pa.table({"prompt": [json.dumps("sky " * 300)], "answer": ["x"]}))
+
+
+def test_what_is_no_reward_model_is_refused(tiny_llama, tmp_path):
+    """A language model would be given a head of random numbers, and judge by them."""
+    with pytest.raises(ModelError, match=r"lack score\.weight, which would be random numbers"):
+        RewardModel.at(str(tiny_llama), "float32", False).open("cpu")
+    two = make_classifier(tmp_path / "two", labels=2)
+    with pytest.raises(ModelError, match="2 outputs; one is wanted"):
+        RewardModel.at(str(two), "float32", False).open("cpu")
+    (tmp_path / "two" / "model.safetensors").rename(tmp_path / "two" / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="pickled"):
+        RewardModel.at(str(two), "float32", False)
+
+
+def test_the_tokenizer_belongs_to_the_identity(classifier, tmp_path):
+    import shutil
+
+    def identity(path):
+        return RewardModel.at(str(path), "float32", False).identity
+
+    other = shutil.copytree(classifier, tmp_path / "other")
+    assert identity(other) == identity(classifier)
+    template = other / "chat_template.jinja"
+    template.write_text(template.read_text() + "!")
+    assert identity(other) != identity(classifier)

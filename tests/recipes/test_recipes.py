@@ -1,0 +1,143 @@
+"""Each recipe of jobs/ loads, and by our own plan its training and its reference pass fit the hardware that it names."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny import make_tokenizer, preferences, write_preferences
+
+from raydpo.config import Config, load_config
+from raydpo.data.pairs import load_pairs
+from raydpo.data.tokenise import Tokeniser
+from raydpo.estimate.activations import Batch
+from raydpo.estimate.anatomy import Anatomy, model_cost
+from raydpo.estimate.memory import BASE_BYTES, estimate_memory
+from raydpo.estimate.modes import USABLE, Question, compare_modes
+from raydpo.estimate.plan import make_plan
+from raydpo.estimate.rate import DEVICES, MEMORY, stated_rates
+
+ROOT = Path(__file__).parents[2]
+MODELS = Path(__file__).parent
+GIB = 2**30
+RECIPES = sorted(file.stem for file in (ROOT / "jobs").glob("*.yaml") if file.stem != "base")
+ON_GPUS = [name for name in RECIPES if not name.endswith("-cpu")]
+
+
+@pytest.fixture(autouse=True)
+def from_the_repository(monkeypatch):
+    """Where the README has people stand; relative data paths are meant from there."""
+    monkeypatch.chdir(ROOT)
+
+
+def recipe(name, *overrides):
+    if name in SWEEPS and "sweep" not in Config.model_fields:
+        pytest.skip("there are no sweeps yet")
+    return load_config(f"jobs/{name}.yaml", overrides)
+
+
+SWEEPS = [name for name in RECIPES if "sweep:" in (ROOT / "jobs" / f"{name}.yaml").read_text()]
+
+
+def hardware(name):
+    """(number, device) of the first line."""
+    first = (ROOT / "jobs" / f"{name}.yaml").read_text().splitlines()[0]
+    number, device = re.fullmatch(r"# Hardware: (\d+) x (\S+)", first).groups()
+    return int(number), device
+
+
+def facts(config):
+    """The directory with config.json of a hub model."""
+    return MODELS / config.model.path.rsplit("/", 1)[-1]
+
+
+def test_there_is_a_recipe_for_each_way_to_train():
+    configs = [load_config(f"jobs/{name}.yaml") for name in RECIPES if name not in SWEEPS]
+    assert {config.train.zero for config in configs} >= {0, 2, 3}
+    assert {"4bit", None} == {config.model.quantization for config in configs}
+    assert {config.train.loss for config in configs} >= {"sigmoid", "sigmoid_norm"}
+    assert {True, False} == {config.model.adapts for config in configs} and SWEEPS
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_says_only_what_differs(name):
+    """A setting that equals its base's is noise, unless the recipe follows a source: then all that it says is there."""
+    assert len(recipe(name).run_name) <= 128
+    tree = yaml.safe_load((ROOT / "jobs" / f"{name}.yaml").read_text())
+    base = yaml.safe_load((ROOT / "jobs" / tree.pop("base")).read_text())
+
+    def repeated(mine, other, prefix=""):
+        for key, value in mine.items():
+            if isinstance(value, dict) and isinstance(other.get(key), dict):
+                yield from repeated(value, other[key], f"{prefix}{key}.")
+            elif key in other and other[key] == value:
+                yield prefix + key
+
+    assert list(repeated(tree, base)) == [] or name.startswith("tulu")
+
+
+@pytest.mark.parametrize("name", ON_GPUS)
+def test_names_say_the_hardware_and_the_settings_use_it(name):
+    number, device = hardware(name)
+    assert device in DEVICES
+    if not name.startswith("tulu"):
+        assert name.endswith(f"-{number}x{device.lower()}")
+    config = recipe(name)
+    for section in (config.score, config.train):
+        assert section.workers == number and section.gpus_per_worker == 1
+    # Nothing is left to what a cluster without GPU nodes yet would make of it.
+    assert config.model.dtype == "bfloat16"
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    return write_preferences(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", preferences(64))
+
+
+@pytest.mark.parametrize("name", ON_GPUS)
+def test_a_recipe_is_planned_and_fits(name, pairs):
+    """The longest pair that data.max_length lets through fits a micro-batch of its own: two answers that share nothing."""
+    number, device = hardware(name)
+    config = recipe(name)
+    model = facts(config)
+    config = recipe(name, f"model.path={model}", f"data.train=[{pairs}]", "data.eval=null")
+    cost = model_cost(model)
+    plan = make_plan(config, load_pairs(config.data, Tokeniser(make_tokenizer())), cost, cost, stated_rates(device),
+                     world_sizes=())
+    assert (plan.score_workers, plan.train_workers) == (number, number) and plan.training.gpu_hours > 0
+    modes = compare_modes(Question(
+        anatomy=Anatomy.of(model), model=config.model, train=config.train, workers=number, memory=MEMORY[device] * GIB,
+        dtype=config.model.dtype, batch=Batch.of_pairs([(200, 300, 300)]), longest=2 * config.data.max_length, budget=None),
+        device)
+    (row,) = [row for row in modes.rows if row.configured]
+    assert row.fits, "\n".join(modes.lines())
+
+
+@pytest.mark.parametrize("name", ON_GPUS)
+def test_the_whole_reference_fits_each_device(name):
+    """Scoring has the model whole on each of its devices, however the training partitions it; beside it a GiB for logits
+    and activations, which nothing keeps."""
+    config = recipe(name)
+    batch = Batch.of_pairs([(100, 200, 200)])
+    alone = config.train.model_copy(update={"zero": 0})
+    memory = estimate_memory(Anatomy.of(facts(config)), config.model, alone, batch, workers=1, dtype="bfloat16")
+    assert memory.moments[0].weights + GIB + BASE_BYTES <= USABLE * MEMORY[hardware(name)[1]] * GIB
+
+
+def test_the_laptops_recipe_fits_a_laptop():
+    first = (ROOT / "jobs" / "smollm2-135m-lora-cpu.yaml").read_text().splitlines()[0]
+    cores, gib = map(int, re.fullmatch(r"# Hardware: (\d+) CPU cores, (\d+) GiB", first).groups())
+    config = recipe("smollm2-135m-lora-cpu")
+    assert config.train.workers == cores and config.train.gpus_per_worker == config.score.gpus_per_worker == 0
+    batch = Batch.of_pairs([(1, config.data.max_length, config.data.max_length)])
+    memory = estimate_memory(Anatomy.of(facts(config)), config.model, config.train, batch, workers=cores, dtype="float32",
+                             device="cpu")
+    assert cores * memory.together < gib * GIB / 2, "the other half is Python's, torch's and Ray's"
+
+
+def test_tulu_is_as_published():
+    """docs/tulu3.md of github.com/allenai/open-instruct, the command of Llama-3.1-Tulu-3-8B-DPO."""
+    train = recipe("tulu3-8b-dpo-norm").train
+    assert (train.loss, train.beta, train.lr, train.pairs_per_step) == ("sigmoid_norm", 5.0, 5e-7, 8 * 1 * 16)
+    assert (train.schedule, train.warmup, train.weight_decay, train.epochs, train.zero) == ("linear", 0.1, 0.0, 1, 3)
+    assert recipe("tulu3-8b-dpo-norm").data.max_length == 2048

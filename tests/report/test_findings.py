@@ -1,0 +1,77 @@
+"""The findings of a run, each from the figures that lead to it."""
+
+import dataclasses
+
+import numpy as np
+import polars as pl
+import pytest
+
+from raydpo.report.findings import accuracy_error, findings
+from raydpo.report.records import RunRecord
+from raydpo.training.watch import TrainingWatch
+
+EMPTY = RunRecord("place", "run", {}, pl.DataFrame({"step": []}, schema={"step": pl.Int64}),
+                  pl.DataFrame({"step": []}, schema={"step": pl.Int64}), None, None)
+
+
+def titles(steps=None, evals=None, **fields):
+    run = dataclasses.replace(EMPTY, **fields)
+    if steps is not None:
+        count = len(next(iter(steps.values())))
+        run = dataclasses.replace(run, steps=pl.DataFrame({"step": np.arange(1, count + 1)} | steps))
+    if evals is not None:
+        run = dataclasses.replace(run, evals=pl.DataFrame(evals))
+    return [one.title for one in findings(run)]
+
+
+def test_nothing_stands_out_in_an_empty_or_a_good_run():
+    assert titles() == []
+    assert titles({"loss": np.linspace(0.69, 0.4, 50), "rewards/accuracies": np.full(50, 0.8),
+                   "logratio/chosen_per_token": np.full(50, -0.1), "skipped": np.zeros(50), "time/step": np.ones(50),
+                   "time/checkpoint": np.full(50, 0.01)},
+                  {"step": [0, 25, 50], "loss": [0.69, 0.5, 0.45], "rewards/accuracies": [0.5, 0.7, 0.78],
+                   "logps/chosen_fell": [0.0, 0.2, 0.3], "length/margin_correlation": [0.0, 0.1, 0.1]},
+                  summary={"held_out_pairs": 200}) == []
+
+
+@pytest.mark.parametrize(("steps", "evals", "title"), [
+    ({"logratio/chosen_per_token": np.linspace(0, -1.5, 100)}, None, "The chosen answers have collapsed"),
+    (None, {"step": [0, 9], "logps/chosen_fell": [0.0, 0.85]}, "Chosen answers became less likely"),
+    (None, {"step": [0, 9], "length/margin_correlation": [0.0, -0.4]}, "The margin follows length"),
+    ({"length/margin_correlation": np.full(30, 0.5)}, None, "The margin follows length"),
+    (None, {"step": [0, 9], "loss": [0.69, 0.68], "rewards/accuracies": [0.5, 0.53]}, "Not yet better than a coin"),
+    ({"rewards/accuracies": np.full(30, 1.0)}, {"step": [0, 9], "loss": [0.69, 0.5], "rewards/accuracies": [0.5, 0.7]},
+     "Better on training pairs than on others"),
+    (None, {"step": [0, 9, 18], "loss": [0.69, 0.5, 0.6]}, "The held-out loss has risen again"),
+    ({"skipped": np.array([0.0, 1.0, 0.0])}, None, "Steps were skipped"),
+    ({"time/step": np.ones(10), "time/checkpoint": np.full(10, 0.06)}, None, "Checkpoints take long"),
+    ({"time/step": np.ones(10), "time/evaluation": np.full(10, 0.3)}, None, "Evaluations take long"),
+    ({"time/step": np.ones(10), "time/wait": np.full(10, 0.2)}, None, "Workers wait for one another"),
+    ({"slowest_rank": np.ones(30), "slowest_lag": np.full(30, 0.5)}, None, "One worker is slow"),
+])
+def test_a_finding(steps, evals, title):
+    assert titles(steps, evals, summary={"held_out_pairs": 300, "train_seconds": 0}) == [title]
+
+
+def test_a_growth_of_length_counts_from_its_lower_end():
+    def evaluation(low):
+        return {"generation": {"modes": {"greedy": {"length_growth": {"value": 0.3, "low": low, "high": 0.5}}}}}
+
+    assert titles(evaluation=evaluation(0.2)) == ["Answers have grown longer"] and titles(evaluation=evaluation(-0.1)) == []
+
+
+def test_a_spike_is_one_that_the_training_would_have_called_so():
+    random = np.random.default_rng(1)
+    loss = np.exp(-np.arange(200) / 150) * random.uniform(0.9, 1.1, 200)
+    loss[[60, 150]] *= 3
+    warned, watch = [], TrainingWatch([])
+    for step, value in enumerate(loss, 1):
+        warned += watch.look(step, {"loss": value, "logratio/chosen_per_token": 0.0})
+    found = findings(dataclasses.replace(EMPTY, steps=pl.DataFrame({"step": np.arange(1, 201), "loss": loss})))
+    assert len(warned) == 1 and "the loss of step 61 is" in warned[0]
+    assert [one.title for one in found] == ["The loss has spiked"]
+    assert found[0].found.split(" on average")[0] in warned[0].replace("the loss", "The loss", 1)
+
+
+def test_standard_error_of_an_accuracy():
+    assert accuracy_error(0.5, 100) == pytest.approx(0.05) and accuracy_error(1.0, 50) == 0.0
