@@ -1,4 +1,4 @@
-"""``raydpo <verb>``: exit status 0 done, 1 failed, 2 bad input."""
+"""``raydpo <verb>``: exit status 0 done, 1 failed, 2 bad input, 130 stopped."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from raydpo.config import Config, load_config
 from raydpo.console import Console
 from raydpo.errors import ConfigError, RaydpoError, TrainError, exit_status
 from raydpo.interrupt import sigterm_as_interrupt
+from raydpo.submit.command import add_jobs, add_submit, as_submit
 
 if TYPE_CHECKING:
     from raydpo.data.pairs import PairSets
@@ -32,7 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def job(verb: str) -> int:
-    """What ``jobs/<verb>.py`` does: the verb as the entry point of a Ray job, its log on standard output."""
+    """What ``jobs/<verb>.py`` does: the verb as the entry point of a Ray job, its log on standard output. With --dry-run,
+    the command that submits it is printed instead."""
+    if "--dry-run" in sys.argv[1:]:
+        print(as_submit(verb, sys.argv[1:]))
+        return 0
     return main([verb, *sys.argv[1:]])
 
 
@@ -82,18 +87,21 @@ def _parser() -> argparse.ArgumentParser:
     explain = add("explain", _explain, "where the loss comes from, and what beta does, as a page")
     explain.add_argument("--out", metavar="FILE", default="explain.html", help="the page (default: %(default)s)")
     add_cache_verbs(verbs.add_parser("cache", help="list, show, verify, compare, compact, clean, export, import a cache"))
+    add_submit(verbs.add_parser("submit", help="score, train, run, sweep, eval or benchmark as a job of a Ray cluster"))
+    add_jobs(verbs.add_parser("jobs", help="list, follow and stop the jobs of a Ray cluster"))
     add("doctor", _doctor, "versions, devices, compilers, Ray: what would be used here")
     quickstart = add("quickstart", _quickstart, "the whole job on a small model and the preference set that raydpo ships")
     quickstart.add_argument("overrides", nargs="*", metavar="key.sub=value")
     return parser
 
 
-def guarded(act: Callable[[Console], None]) -> int:
-    """Run ``act``; an error that raydpo explains costs one message, any other also its traceback, in a file."""
+def guarded(act: Callable[[Console], int | None]) -> int:
+    """Run ``act``, which may return an exit status of its own; an error that raydpo explains costs one message, any other
+    also its traceback, in a file."""
     console = Console()
     try:
         with sigterm_as_interrupt():
-            act(console)
+            return act(console) or 0
     except RaydpoError as error:
         print(f"error: {error}", file=sys.stderr)
         return exit_status(error)
@@ -110,7 +118,6 @@ def guarded(act: Callable[[Console], None]) -> int:
             traceback.print_exc(file=log)
         print(f"error: unexpected {type(error).__name__}: {str(error)[:500]} (traceback in {log.name})", file=sys.stderr)
         return 1
-    return 0
 
 
 def _quietly(config: Config, console: Console, act: Callable[[], object]) -> None:

@@ -16,7 +16,7 @@ from raydpo.config.run import Config
 from raydpo.config.uri import is_uri
 from raydpo.errors import ConfigError
 
-__all__ = ["is_hub_name", "load_config", "with_setting"]
+__all__ = ["is_hub_name", "load_config", "named_inputs", "with_setting"]
 
 
 def is_hub_name(path: str) -> bool:
@@ -24,13 +24,14 @@ def is_hub_name(path: str) -> bool:
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", path) is not None and not _is_data_file(path)
 
 
-def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = ()) -> Config:
+def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = (), *, elsewhere: bool = False) -> Config:
     """Read, override and check a configuration.
 
     Args:
         source: path of a YAML file, or its content as a dictionary. A file may name a ``base``, another file relative to
             itself, and then holds what differs from it (see ``_read_tree``).
         overrides: ``key.sub=value`` strings, values in YAML; they win over the file.
+        elsewhere: the run is for other machines, so absolute paths need not exist on this one.
 
     Raises:
         ConfigError: with one message that names every bad key, its value and the fix.
@@ -42,7 +43,7 @@ def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = 
         config = Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(tree, problem) for problem in error.errors())) from None
-    _check_paths(config)
+    _check_paths(config, elsewhere)
     if config.data.filter is not None:
         _check_filter(config.data.filter)
     return config
@@ -216,8 +217,8 @@ def _is_data_file(path: str) -> bool:
     return path.endswith(DATA_SUFFIXES)
 
 
-def _check_paths(config: Config) -> None:
-    """Every local input that is named must be there. Hub names and URIs are left to those who open them."""
+def named_inputs(config: Config) -> list[tuple[str, str, bool]]:
+    """(key, path, hub name or URI, whether it is a model) of every input that a configuration names."""
     inputs = [("model.path", config.model.path, True), ("model.tokenizer", config.model.tokenizer, True),
               ("reference.path", config.reference.path, True), ("reference.adapter", config.reference.adapter, True),
               ("model.adapter", config.model.adapter, True), ("evaluate.policy", config.evaluate.policy, True),
@@ -226,10 +227,18 @@ def _check_paths(config: Config) -> None:
     inputs += [(f"evaluate.data.{i}.path", source.path, False) for i, source in enumerate(config.evaluate.data or ())]
     if config.data.eval is not None:
         inputs.append(("data.eval.path", config.data.eval.path, False))
+    return [(key, value, is_model) for key, value, is_model in inputs if value is not None]
+
+
+def _check_paths(config: Config, elsewhere: bool) -> None:
+    """Every local input that is named must be there. Hub names and URIs are left to those who open them, and so are
+    absolute paths if they are of machines ``elsewhere``."""
     problems = []
-    for key, value, is_model in inputs:
-        if value is None or is_uri(value) or Path(value).exists():
-            if value is not None and is_model and Path(value).is_file():
+    for key, value, is_model in named_inputs(config):
+        if elsewhere and Path(value).is_absolute():
+            continue
+        if is_uri(value) or Path(value).exists():
+            if is_model and Path(value).is_file():
                 problems.append(f"{key!r} is {value!r}, a file; a directory with config.json and safetensors is wanted")
             continue
         if is_hub_name(value) and "/" in value and not Path(value).parent.is_dir():

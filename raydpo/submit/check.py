@@ -1,0 +1,80 @@
+"""What the machine that submits can tell: would this configuration, as packed, run elsewhere?"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from raydpo.config import Config, is_uri
+from raydpo.config.load import named_inputs
+from raydpo.config.uri import carries_secret, redact
+from raydpo.errors import ConfigError
+
+__all__ = ["check_for_cluster", "packed_name"]
+
+
+def packed_name(file: str, packed: Collection[str]) -> str:
+    """The configuration file as the job finds it.
+
+    Raises:
+        ConfigError: if it is not packed.
+    """
+    path = Path(file).resolve()
+    if not path.is_relative_to(Path.cwd()):
+        raise ConfigError(f"{file} lies outside of the working directory {Path.cwd()}, which is all that the job gets; run "
+                          "the command in the project's directory, or move the file there")
+    name = path.relative_to(Path.cwd()).as_posix()
+    if name not in packed:
+        raise ConfigError(f"{name} is not packed, since .gitignore, .rayignore or raydpo leaves it out; move it to where "
+                          f"they do not, or add --include {name}")
+    return name
+
+
+def check_for_cluster(config: Config, packed: Collection[str]) -> None:
+    """Everything that a job on other machines would stumble over, or lose, and that can be seen from here.
+
+    Args:
+        packed: names of the files that the job gets, relative to its directory.
+
+    Raises:
+        ConfigError: with a line for each problem.
+    """
+    problems = [*_secrets(config), *_places(config), *_inputs(config, packed)]
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _secrets(config: Config) -> Iterator[str]:
+    for key, value in _leaves(config.model_dump(mode="json")):
+        if isinstance(value, str) and carries_secret(value):
+            yield (f"{key!r} carries a credential ({redact(value)}), which everyone who sees the job would read; take it "
+                   "out, and give it to the nodes by their environment: a service account, or a secret of the cluster")
+
+
+def _places(config: Config) -> Iterator[str]:
+    for key, value in (("output", config.output), ("cache.uri", config.cache.uri)):
+        if value is not None and not is_uri(value) and not Path(value).is_absolute():
+            yield (f"{key!r} is {value!r}, a relative path: on the cluster that is a temporary directory of one node, gone "
+                   f"with the job; give a URI ({key}=s3://bucket/{PurePosixPath(value).name}) or the absolute path of a "
+                   "file system that all nodes mount")
+
+
+def _inputs(config: Config, packed: Collection[str]) -> Iterator[str]:
+    for key, value, is_model in named_inputs(config):
+        if is_uri(value) or Path(value).is_absolute() or not Path(value).exists():
+            continue  # what does not exist here has the form of a hub name, or it would have been refused
+        if is_model:
+            yield (f"{key!r} is {value!r}, a directory of this machine, and weights are not packed; give a hub name, or the "
+                   "absolute path under which all nodes see it")
+        elif PurePosixPath(value).as_posix() not in packed:
+            yield (f"{key!r} is {value!r}, and data is not packed; give a URI or the absolute path under which the nodes "
+                   f"see it, or pack it with --include {value}")
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, (dict, list)):
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from _leaves(value, f"{prefix}{key}.")
+    else:
+        yield prefix[:-1], tree

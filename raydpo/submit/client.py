@@ -1,0 +1,226 @@
+"""Jobs of a Ray cluster, through its job server: submit, follow, stop, and what their ends mean as exit status.
+
+Ray is imported where it is used, so that a command can be checked, and shown by --dry-run, without it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import raydpo
+from raydpo.errors import ConfigError, RaydpoError
+from raydpo.interrupt import EXIT_INTERRUPTED
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobDetails, JobSubmissionClient
+
+__all__ = ["STOP_SECONDS", "Jobs", "RunningJobError", "exit_code", "job_env"]
+
+STOP_SECONDS = 120
+"""Between SIGTERM and SIGKILL of a job that is stopped: a checkpoint is made in between. Ray's own default is 3."""
+LOST_SECONDS = 120.0
+"""Without an answer of the job server, after which following ends."""
+ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+class RunningJobError(ConfigError):
+    """A job of the same run is not over yet."""
+
+
+def job_env() -> dict[str, str]:
+    """The environment variables that a job is given. Never a secret: everyone who may list jobs reads them."""
+    return {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}
+
+
+def exit_code(job: JobDetails) -> int:
+    """The exit status of a job that is over, as if it had run here: its own, 130 if it was stopped, 128 + n if signal n
+    ended it, and 1 if Ray could not run it."""
+    status = job.status.value
+    if status == "SUCCEEDED":
+        return 0
+    if status == "STOPPED":
+        return EXIT_INTERRUPTED
+    code = job.driver_exit_code
+    return 1 if code is None else 128 - code if code < 0 else code
+
+
+@dataclass(frozen=True)
+class Jobs:
+    """The job server of one cluster."""
+
+    client: JobSubmissionClient
+    address: str
+
+    @classmethod
+    def at(cls, address: str | None) -> Jobs:
+        """Connect, with the token of $RAY_AUTH_TOKEN, $RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token.
+
+        Args:
+            address: of the job server, http://host:8265; None = $RAY_API_SERVER_ADDRESS, $RAY_ADDRESS, else this machine's.
+
+        Raises:
+            ConfigError: if it cannot be reached, or does not let us in.
+        """
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # before Ray is imported, which reads it once
+        try:
+            import ray.exceptions
+            from ray.job_submission import JobSubmissionClient
+        except ImportError:
+            raise _without_client() from None
+        if address is not None:  # the variable would win over what Ray's client is told
+            os.environ["RAY_API_SERVER_ADDRESS"] = address if "://" in address else f"http://{address}"
+        wished = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or "this machine"
+        try:
+            client = JobSubmissionClient()
+            return cls(client, client.get_address())
+        except ray.exceptions.AuthenticationError:
+            raise ConfigError(f"the Ray cluster at {wished} wants a token and does not take this machine's; put the "
+                              "cluster's into $RAY_AUTH_TOKEN, a file named by $RAY_AUTH_TOKEN_PATH, or "
+                              "~/.ray/auth_token") from None
+        except Exception as error:  # of connections, proxies, TLS, versions
+            if "ray[default]" in str(error):
+                raise _without_client() from None
+            raise ConfigError(f"no Ray job server answers at {wished} ({_said(error)}); give --address http://host:8265 or "
+                              "set RAY_ADDRESS, for example to the near end of 'kubectl port-forward' or 'ssh -L'") from None
+
+    def warnings(self) -> Iterator[str]:
+        """What is unsafe about the way to this cluster."""
+        import requests
+
+        url = urlsplit(self.address)
+        try:
+            answer = requests.get(f"{self.address.rstrip('/')}/api/authentication_mode", timeout=10)
+            mode = answer.json().get("authentication_mode", "") if answer.ok else ""
+        except (requests.RequestException, ValueError):
+            mode = ""
+        if mode and "token" not in mode.lower() and "k8s" not in mode.lower():
+            yield (f"the cluster at {self.address} runs the code of anyone who reaches this port; start its nodes with "
+                   "RAY_AUTH_MODE=token and one RAY_AUTH_TOKEN")
+        elif url.scheme == "http" and url.hostname not in LOOPBACK:
+            yield (f"the token travels to {url.hostname} in the clear; use https, or an address of this machine that "
+                   "'kubectl port-forward' or 'ssh -L' leads there")
+
+    def of_run(self, name: str) -> list[JobDetails]:
+        """The jobs of a run, oldest first."""
+        found = [(int(match[1]), job) for job in self.list()
+                 if (match := re.fullmatch(rf"{re.escape(name)}-(\d+)", job.submission_id))]
+        return [job for _, job in sorted(found, key=lambda entry: entry[0])]
+
+    def list(self) -> list[JobDetails]:
+        """Those that were submitted, oldest first."""
+        return sorted((job for job in self.client.list_jobs() if job.submission_id), key=lambda job: job.start_time or 0)
+
+    def find(self, name: str) -> JobDetails:
+        """A job by its id, or the newest one of a run by its name.
+
+        Raises:
+            ConfigError: if there is none.
+        """
+        jobs = self.list()
+        exact = [job for job in jobs if job.submission_id == name] or self.of_run(name)
+        if not exact:
+            known = ", ".join(job.submission_id for job in jobs[-5:]) or "none at all"
+            raise ConfigError(f"there is no job {name!r} at {self.address}; the newest are: {known}")
+        return exact[-1]
+
+    def submit(self, name: str, verb: str, entrypoint: str, archive: Path) -> str:
+        """Start a job of run ``name``; its id is the name with a number.
+
+        Raises:
+            RunningJobError: if another one is not over yet.
+        """
+        earlier = self.of_run(name)
+        for job in earlier:
+            if job.status.value not in ENDED:
+                raise RunningJobError(
+                    f"job {job.submission_id} of this run is {job.status.value.lower()}, and two would write the same "
+                    f"directory; follow it with 'raydpo jobs logs -f {job.submission_id}', end it with 'raydpo jobs stop "
+                    f"{job.submission_id}' and submit again, which continues it, or give this run another name (name=...)")
+        number = 1 + max((int(job.submission_id.rsplit("-", 1)[1]) for job in earlier), default=0)
+        try:
+            return self.client.submit_job(
+                entrypoint=entrypoint, submission_id=f"{name}-{number}",
+                runtime_env={"working_dir": str(archive), "env_vars": job_env()},
+                metadata={"raydpo": raydpo.__version__, "raydpo_run": name, "raydpo_verb": verb})
+        except Exception as error:
+            if "already" in str(error):
+                raise RunningJobError(f"someone else has just submitted {name}-{number}; see 'raydpo jobs ls'") from None
+            raise RaydpoError(f"the cluster at {self.address} did not take the job: {_said(error)}") from None
+
+    def follow(self, job: str) -> JobDetails:
+        """Print a job's log as it grows, to its end.
+
+        Raises:
+            RaydpoError: if the job server is gone for ``LOST_SECONDS``.
+        """
+        printed, answered = 0, time.monotonic()
+        while True:
+            try:
+                printed = asyncio.run(self._print(job, printed))
+                details = self.client.get_job_info(job)
+                if details.status.value in ENDED:
+                    return details
+                answered = time.monotonic()
+            except _TailBrokenError as broken:
+                if broken.printed > printed:
+                    answered = time.monotonic()
+                printed = broken.printed
+            except Exception as error:  # the server restarts, or the network does
+                if time.monotonic() - answered > LOST_SECONDS:
+                    raise RaydpoError(f"the job server at {self.address} has not answered for {LOST_SECONDS:.0f} s "
+                                      f"({_said(error)}); job {job} may go on all the same") from None
+            time.sleep(1)
+
+    async def _print(self, job: str, printed: int) -> int:
+        """From character ``printed`` of the log on; returns how many were printed when the log ends."""
+        seen = 0
+        try:
+            async for text in self.client.tail_job_logs(job):
+                new = text[max(0, printed - seen):]
+                seen += len(text)
+                if new:
+                    sys.stdout.write(new)
+                    sys.stdout.flush()
+                    printed = seen
+        except Exception as error:
+            raise _TailBrokenError(printed) from error
+        return printed
+
+    def stop(self, job: str) -> JobDetails:
+        """Ask a job to stop, and wait until it has."""
+        self.client.stop_job(job)
+        deadline = time.monotonic() + STOP_SECONDS + 30
+        while (details := self.client.get_job_info(job)).status.value not in ENDED:
+            if time.monotonic() > deadline:
+                raise RaydpoError(f"job {job} was told to stop {STOP_SECONDS + 30} s ago and is still "
+                                  f"{details.status.value.lower()}; look at 'raydpo jobs logs {job}'")
+            time.sleep(0.5)
+        return details
+
+
+class _TailBrokenError(Exception):
+    """The connection broke after so many characters of the log."""
+
+    def __init__(self, printed: int) -> None:
+        super().__init__(printed)
+        self.printed = printed
+
+
+def _without_client() -> ConfigError:
+    return ConfigError("submitting a job needs Ray's job client, which is not installed here; run: pip install "
+                       "'ray[default]' in the cluster's version, or let --dry-run print the command")
+
+
+def _said(error: Any) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[-1].strip()[:300]}" if lines else type(error).__name__

@@ -1,0 +1,159 @@
+"""The verbs ``submit`` and ``jobs`` of the command line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from raydpo.config import load_config
+from raydpo.console import Console
+from raydpo.interrupt import EXIT_INTERRUPTED
+from raydpo.submit.check import check_for_cluster, packed_name
+from raydpo.submit.client import Jobs, exit_code, job_env
+from raydpo.submit.package import Package, pack
+
+__all__ = ["VERBS", "add_jobs", "add_submit", "as_submit"]
+
+VERBS = ("score", "train", "run", "sweep", "eval", "benchmark")
+"""What can be a job: each a file in jobs/."""
+FRESH = ("train", "run", "sweep")
+
+
+def add_submit(parser: argparse.ArgumentParser) -> None:
+    """Fill the parser of ``raydpo submit``."""
+    verbs = parser.add_subparsers(dest="what", required=True, metavar="VERB")
+    for name in VERBS:
+        verb = verbs.add_parser(name, help=f"'raydpo {name}' as a job")
+        verb.set_defaults(act=submit)
+        verb.add_argument("--address", metavar="URL", help="the job server (default: $RAY_ADDRESS, else this machine's)")
+        verb.add_argument("--no-wait", action="store_true", help="do not follow the log")
+        verb.add_argument("--dry-run", action="store_true", help="check, pack, and print the same as 'ray job submit'")
+        verb.add_argument("--include", action="append", default=[], metavar="PATTERN",
+                          help="pack files of this name, too, such as a small data file (repeatable)")
+        if name == "benchmark":
+            verb.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="of jobs/benchmark.py")
+            continue
+        verb.add_argument("config", metavar="CONFIG", help="YAML file of the run, below the current directory")
+        verb.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that win over the file")
+        if name in FRESH:
+            verb.add_argument("--fresh", action="store_true", help="begin again; an earlier one of this name is set aside")
+
+
+def add_jobs(parser: argparse.ArgumentParser) -> None:
+    """Fill the parser of ``raydpo jobs``."""
+    acts = parser.add_subparsers(dest="what", required=True, metavar="ls|logs|stop")
+    for name, act, about in (("ls", _ls, "the jobs of a cluster, and how they ended"),
+                             ("logs", _logs, "the log of a job"),
+                             ("stop", _stop, "stop a job; it makes a checkpoint first")):
+        sub = acts.add_parser(name, help=about, description=about)
+        sub.set_defaults(act=act)
+        sub.add_argument("--address", metavar="URL", help="the job server (default: $RAY_ADDRESS, else this machine's)")
+        if name != "ls":
+            sub.add_argument("job", metavar="JOB", help="id of a job, or name of a run: its newest job")
+        if name == "logs":
+            sub.add_argument("-f", "--follow", action="store_true",
+                             help="print on as it grows; the exit status is the job's. Ctrl-C leaves the job alone")
+
+
+def as_submit(verb: str, arguments: Sequence[str]) -> str:
+    """The command that submits what ``jobs/<verb>.py`` was called with."""
+    return shlex.join(["raydpo", "submit", verb, *(word for word in arguments if word != "--dry-run")])
+
+
+def submit(args: argparse.Namespace, console: Console) -> int:
+    """Check, pack and start a job, and follow it to its end; returns its exit status."""
+    with tempfile.TemporaryDirectory(prefix="raydpo-") as place:
+        package = pack(Path.cwd(), Path(place), args.include)
+        if args.what == "benchmark":
+            name, words = "benchmark", [word for word in args.arguments if word != "--"]
+        else:
+            config = load_config(args.config, args.overrides, elsewhere=True)
+            check_for_cluster(config, package.files)
+            name = config.run_name
+            words = [packed_name(args.config, package.files), *args.overrides]
+            words += ["--fresh"] if getattr(args, "fresh", False) else []
+        entrypoint = shlex.join([*_program(args.what, package), *words])
+        for line in (*package.notes, package.line()):
+            console.say(line)
+        if args.dry_run:
+            console.say(_by_ray(entrypoint))
+            return 0
+        jobs = Jobs.at(args.address)
+        for line in jobs.warnings():
+            console.warn(line)
+        job = jobs.submit(name, args.what, entrypoint, package.archive)
+    console.say(f"job {job}: {entrypoint}")
+    if args.no_wait:
+        console.say(f"follow it with 'raydpo jobs logs -f {job}', stop it with 'raydpo jobs stop {job}'")
+        return 0
+    return _follow(jobs, job, console)
+
+
+def _program(verb: str, package: Package) -> list[str]:
+    """How the job is started: by the project's own jobs/ where that is packed with raydpo, else by the installed raydpo."""
+    file = f"jobs/{verb}.py"
+    if file in package.files and "raydpo/cli.py" in package.files:
+        return ["python", file]
+    return ["python", "-m", "raydpo.benchmark.command"] if verb == "benchmark" else ["python", "-m", "raydpo.cli", verb]
+
+
+def _by_ray(entrypoint: str) -> str:
+    """The same by Ray's own command, whose exit status is 1 for every failure."""
+    environment = shlex.quote(json.dumps({"env_vars": job_env()}))
+    return f"ray job submit --working-dir . --runtime-env-json {environment} -- {entrypoint}"
+
+
+def _follow(jobs: Jobs, job: str, console: Console) -> int:
+    try:
+        details = jobs.follow(job)
+    except KeyboardInterrupt:
+        print(f"\ndetached, and job {job} goes on; 'raydpo jobs logs -f {job}' follows it, 'raydpo jobs stop {job}' stops "
+              "it", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    code, status = exit_code(details), details.status.value
+    if status == "STOPPED":
+        console.say(f"job {job} was stopped; submit it again to continue")
+    elif status == "FAILED":
+        reason = "" if details.driver_exit_code is not None else f": {' '.join((details.message or '').split())[:500]}"
+        console.say(f"job {job} failed with exit status {code}{reason}")
+    else:
+        console.say(f"job {job} is done")
+    return code
+
+
+def _ls(args: argparse.Namespace, console: Console) -> None:
+    rows = []
+    for job in Jobs.at(args.address).list():
+        status = job.status.value
+        ended = status in ("SUCCEEDED", "FAILED", "STOPPED")
+        began = (job.start_time or 0) / 1000
+        seconds = (job.end_time / 1000 if job.end_time else time.time()) - began
+        rows.append((job.submission_id, status.lower(), str(exit_code(job)) if ended else "",
+                     time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(began)), f"{seconds:,.0f}", job.entrypoint))
+    console.table("jobs", ("job", "status", "exit", "began", "seconds", "entry point"), rows)
+
+
+def _logs(args: argparse.Namespace, console: Console) -> int | None:
+    jobs = Jobs.at(args.address)
+    job = jobs.find(args.job).submission_id
+    if args.follow:
+        return _follow(jobs, job, console)
+    sys.stdout.write(jobs.client.get_job_logs(job))
+    return None
+
+
+def _stop(args: argparse.Namespace, console: Console) -> None:
+    jobs = Jobs.at(args.address)
+    job = jobs.find(args.job)
+    if job.status.value in ("SUCCEEDED", "FAILED", "STOPPED"):
+        console.say(f"job {job.submission_id} is over: {job.status.value.lower()}")
+        return
+    console.say(f"stopping {job.submission_id}, with a checkpoint")
+    ended = jobs.stop(job.submission_id)
+    console.say(f"job {job.submission_id} is {ended.status.value.lower()}; submit it again to continue")
