@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from command import raydpo
+from command import as_a_user, raydpo
 from tiny import preferences, write_preferences
 
 
@@ -32,7 +32,7 @@ def place(tmp_path_factory, tiny_llama):
 
 @pytest.fixture(scope="module")
 def first(place):
-    result = raydpo("run", place / "config.yaml")
+    result = as_a_user("run", place / "config.yaml")
     assert result.returncode == 0, result.stdout + result.stderr
     return result
 
