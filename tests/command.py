@@ -1,7 +1,7 @@
 """The command line as a process of its own: exit status, standard output and standard error.
 
-``raydpo`` forks it from the server of tests/distributed.py, where what takes seconds to import is imported already. Libraries
-that are silenced before they are imported speak there; ``as_a_user`` is for tests of every line that is printed.
+``raydpo`` forks it from the server of tests/distributed.py, where what takes seconds to import is imported already.
+Libraries that are silenced before they are imported speak there: ``as_a_user`` is for tests of every line that is printed.
 """
 
 from __future__ import annotations
