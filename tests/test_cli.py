@@ -136,6 +136,7 @@ def test_plan_estimates_without_ray(place):
         assert piece in result.stdout, result.stdout
 
 
+@pytest.mark.slow
 def test_plan_measures_here_and_prints_json(place):
     result = raydpo("plan", place / "config.yaml", "train.tokens_per_batch=1000", "score.tokens_per_batch=1000",
                     "model.lora={}", "--measure", "--json")
