@@ -1,6 +1,7 @@
 """The command line as a process of its own: exit status, standard output and standard error.
 
-Forked from the server of tests/distributed.py, where everything that takes seconds to import is imported already.
+``raydpo`` forks it from the server of tests/distributed.py, where what takes seconds to import is imported already.
+Libraries that are silenced before they are imported speak there: ``as_a_user`` is for tests of every line that is printed.
 """
 
 from __future__ import annotations
@@ -14,9 +15,15 @@ from pathlib import Path
 
 from distributed import environment, forking
 
-__all__ = ["raydpo"]
+__all__ = ["as_a_user", "raydpo"]
 
 SECONDS = 400
+
+
+def as_a_user(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """``raydpo ARGUMENTS``, run to its end by an interpreter of its own."""
+    return subprocess.run([sys.executable, "-m", "raydpo.cli", *map(str, arguments)], capture_output=True, text=True,
+                          timeout=SECONDS)
 
 
 def raydpo(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from command import raydpo
+from command import as_a_user, raydpo
 from tiny import preferences, write_preferences
 
 
@@ -76,7 +76,7 @@ def test_verify_files_and_scores(place, cache):
     assert sample.returncode == 0 and "10 of 60 stored" in sample.stdout and "worst: a:" in sample.stdout
     alone = raydpo("cache", "verify", cache)
     assert alone.returncode == 0 and "not checked" in alone.stdout
-    strict = raydpo("cache", "verify", cache, "--config", place / "config.yaml", "--tolerance", "-1")
+    strict = as_a_user("cache", "verify", cache, "--config", place / "config.yaml", "--tolerance", "-1")
     assert strict.returncode == 1 and "differs by" in strict.stderr and strict.stderr.count("\n") == 1
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from command import raydpo
+from command import as_a_user, raydpo
 from tiny import preferences, write_preferences
 
 
@@ -32,7 +32,7 @@ def place(tmp_path_factory, tiny_llama):
 
 @pytest.fixture(scope="module")
 def first(place):
-    result = raydpo("run", place / "config.yaml")
+    result = as_a_user("run", place / "config.yaml")
     assert result.returncode == 0, result.stdout + result.stderr
     return result
 
@@ -136,6 +136,7 @@ def test_plan_estimates_without_ray(place):
         assert piece in result.stdout, result.stdout
 
 
+@pytest.mark.slow
 def test_plan_measures_here_and_prints_json(place):
     result = raydpo("plan", place / "config.yaml", "train.tokens_per_batch=1000", "score.tokens_per_batch=1000",
                     "model.lora={}", "--measure", "--json")

@@ -25,6 +25,7 @@ def place(tmp_path, tiny_llama):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_an_objective_without_a_reference_scores_nothing(place, on_cluster):
     done = raydpo(place, "train.loss=simpo", "train.beta=2")
     assert done.returncode == 0, done.stdout + done.stderr

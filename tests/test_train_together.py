@@ -70,6 +70,7 @@ def files_of(config):
             if not file.startswith("events.out") and "logs" not in root}
 
 
+@pytest.mark.slow  # tests/training/test_together.py has the training itself
 def test_each_leaves_the_directory_of_a_run(base, on_cluster):
     configs = [load_config(base, [f"name={name}", *more]) for name, more in (
         ("a", ["train.beta=0.05"]), ("b", ["train.beta=0.3", "train.loss=ipo", "train.keep_best=eval_loss"]))]

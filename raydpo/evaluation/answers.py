@@ -22,6 +22,7 @@ from transformers import GenerationConfig, LogitsProcessor
 
 from raydpo.errors import ConfigError
 from raydpo.model.load import load_causal_lm
+from raydpo.reference.identity import on_this_machine
 from raydpo.reference.score import ReferenceSpec
 
 __all__ = ["ROWS", "Answering", "Draw", "answer_all", "uniforms"]
@@ -63,8 +64,9 @@ class Answering:
 
             answer = open_vllm(self)
         else:
-            model = load_causal_lm(self.spec.path, self.spec.identity.dtype, adapter=self.spec.adapter, device=device,
-                                   quantization=self.spec.quantization, trust_remote_code=self.spec.trust_remote_code)
+            spec = on_this_machine(self.spec)
+            model = load_causal_lm(spec.path, spec.identity.dtype, adapter=spec.adapter, device=device,
+                                   quantization=spec.quantization, trust_remote_code=spec.trust_remote_code)
             answer = functools.partial(answer_all, model, max_tokens=self.max_tokens, stop=self.stop, batch=self.batch)
 
         def act(rows: pa.Table) -> pa.Table:

@@ -22,6 +22,7 @@ from raydpo.evaluation.interval import around, mean, standard_error
 from raydpo.model.head import CHUNK_BYTES
 from raydpo.model.layout import PromptGroup
 from raydpo.model.logps import LogpModel
+from raydpo.reference.identity import on_this_machine
 from raydpo.reference.score import ReferenceSpec, Scorer
 
 __all__ = ["ExactSteps", "exact_steps", "measure_drift"]
@@ -77,7 +78,7 @@ class ExactSteps:
         return {"exact steps": 1, "policy": self.policy.identity.digest, "reference": self.reference.identity.digest}
 
     def open(self, device: str) -> Callable[[pa.Table], pa.Table]:
-        policy, reference = (Scorer(spec, device=device, tokens_per_batch=TOKENS_PER_BATCH).model
+        policy, reference = (Scorer(on_this_machine(spec), device=device, tokens_per_batch=TOKENS_PER_BATCH).model
                              for spec in (self.policy, self.reference))
 
         def act(rows: pa.Table) -> pa.Table:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from raydpo.errors import ConfigError
+from raydpo.reference.identity import on_this_machine
 
 if TYPE_CHECKING:
     from raydpo.evaluation.answers import Answering, Draw
@@ -26,7 +27,7 @@ def open_vllm(work: Answering) -> Callable[[Sequence[np.ndarray], Sequence[Draw 
     """
     from raydpo.evaluation.answers import uniforms
 
-    spec = work.spec
+    spec = on_this_machine(work.spec)
     if spec.quantization is not None:
         raise ConfigError(f"evaluate.engine vllm does not quantize as the training did ({spec.quantization}); set "
                           "evaluate.engine=transformers")

@@ -124,7 +124,9 @@ def recommend(points: Sequence[Point], drift: Axis) -> Recommendation:
     bound = best.accuracy - best.error
     close = [point for point in known if point.accuracy >= bound]
     chosen = min(close, key=lambda point: (drift.read(point), -(point.beta or 0.0)))
-    if chosen is best:
+    if len(known) == 1:
+        reason = f"{best.label or best.name} is the only trial so far that can be judged, so this is no recommendation yet."
+    elif chosen is best:
         reason = (f"{best.label or best.name} has the best held-out accuracy, {best.accuracy:.3f} (standard error "
                   f"{best.error:.3f})")
         reason += (f", and of the {len(close)} trials within one standard error of it drifts least ({drift.read(best):.3g})."

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from raydpo.console import Console
 from raydpo.sweep.ledger import Ledger
@@ -79,9 +80,9 @@ class SweepTable:
         for name, entry in self.ledger.entries.items():
             row = self.live.get(name, {}) if entry.status == "running" else {}
             evals = (entry.eval or {}) | row
-            style = STYLES.get(entry.status, "")
-            table.add_row(f"[bold]{name} *[/bold]" if entry is best else name,
-                          f"[{style}]{entry.status}[/{style}]" if style else entry.status,
+            # Not as markup, which a line that is printed above the table without markup would switch off for it, too.
+            table.add_row(Text(f"{name} *", "bold") if entry is best else name,
+                          Text(entry.status, STYLES.get(entry.status, "")),
                           f"{int(row.get('step', entry.steps)):,}",
                           *(f"{evals[key]:.3f}" if key in evals else "" for key in self._columns),
                           f"{entry.seconds:,.0f}")

@@ -20,6 +20,7 @@ from raydpo.config import TrackConfig, TrainConfig
 from raydpo.errors import DeviceMemoryError, RaydpoError
 from raydpo.interrupt import interruptible
 from raydpo.ray_runtime import Resources, original_error
+from raydpo.reference.identity import on_this_machine
 from raydpo.storage import Storage
 from raydpo.training.board import Listener, listening
 from raydpo.training.launch import (
@@ -167,6 +168,8 @@ def _train(payloads: Sequence[Payload]) -> None:
     from raydpo.training.pairs import TrainingPairs
     from raydpo.training.together import SettingEngine, SharedPolicy, train_settings
 
+    policy = on_this_machine(payloads[0].job.policy)
+    payloads = [dataclasses.replace(payload, job=dataclasses.replace(payload.job, policy=policy)) for payload in payloads]
     rank, first = ray.train.get_context().get_world_rank(), payloads[0]
     log_to(Storage(first.run_dir), rank)
     if first.threads is not None:

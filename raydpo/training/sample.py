@@ -14,7 +14,7 @@ __all__ = ["greedy_answers"]
 
 def greedy_answers(engine: PolicyEngine, prompts: Sequence[np.ndarray], max_tokens: int,
                    stop: Sequence[int]) -> list[list[int]]:
-    """Token ids of the answer to each prompt, one at a time.
+    """Token ids of the answer to each prompt, one at a time, whatever a model's own generation settings are.
 
     Every rank answers: under ZeRO-3 each needs all the others' weights at every token.
     """
@@ -24,7 +24,7 @@ def greedy_answers(engine: PolicyEngine, prompts: Sequence[np.ndarray], max_toke
             ids = torch.from_numpy(np.asarray(prompt, dtype=np.int64))[None].to(engine.device)
             whole = engine.module.policy.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False,
-                temperature=None, top_p=None, top_k=None, pad_token_id=stop[0] if stop else None,
-                eos_token_id=list(stop) or None)
+                temperature=None, top_p=None, top_k=None, repetition_penalty=1.0, no_repeat_ngram_size=0,
+                pad_token_id=stop[0] if stop else None, eos_token_id=list(stop) or None)
             answers.append(whole[0, len(prompt):].tolist())
     return answers

@@ -47,6 +47,7 @@ def test_against_trl(tiny_llama, data, tmp_path, capsys):
     assert "reference pass" in said.out and "whole job" in said.out
 
 
+@pytest.mark.slow
 def test_kernels_alone_need_neither_ray_nor_deepspeed_nor_trl(tiny_llama, tmp_path):
     blocked = tmp_path / "blocked"
     blocked.mkdir()

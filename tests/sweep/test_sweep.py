@@ -97,7 +97,8 @@ def test_what_cannot_be_swept_is_said_before_anything_starts(place, capsys):
 
     assert "trial train.beta=-1: 'train.beta' is -1" in fails("sweep", "sweep.grid={train.beta: [0.1, -1]}")
     assert "nothing to sweep over" in fails("sweep")
-    assert "trained together with others: model.lora is null" in fails("sweep", "sweep.grid={train.beta: [0.1]}", "sweep.together=true")
+    together = fails("sweep", "sweep.grid={train.beta: [0.1]}", "sweep.together=true")
+    assert "trained together with others: model.lora is null" in together
     assert "run 'raydpo sweep'" in fails("train", "sweep.grid={train.beta: [0.1]}")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from raydpo.config.track import MlflowConfig, TrackConfig, WandbConfig
-from raydpo.training.trackers import Trackers
+from raydpo.training.trackers import Trackers, export_pass
 
 ROWS = [{"loss": 0.69, "rewards/margins": 0.0, "grad_norm": 1.0}, {"loss": 0.5, "rewards/margins": 0.3, "grad_norm": 2.0}]
 SETTINGS = {"train.beta": 0.1, "train.lr": 1e-6, "model.path (weights)": "ab12"}
@@ -89,8 +89,9 @@ def test_gauges_come_out_of_rays_metrics_port_under_the_names_of_the_dashboard(t
              object_store_memory=100 << 20)
     try:
         log(TrackConfig(), tmp_path, warnings)
+        export_pass(TrackConfig(), "run", 0.25, 900.0, warnings.append)
         deadline, text = time.time() + 90, ""
-        while "ray_raydpo_loss" not in text and time.time() < deadline:
+        while not ("ray_raydpo_loss" in text and "ray_raydpo_cache_hits" in text) and time.time() < deadline:
             time.sleep(1)
             with contextlib.suppress(OSError):  # the agent that serves it may start late
                 text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5).read().decode()
@@ -99,6 +100,9 @@ def test_gauges_come_out_of_rays_metrics_port_under_the_names_of_the_dashboard(t
     assert not warnings
     value = re.search(r'ray_raydpo_loss\{[^}]*run="run"[^}]*\} ([\d.]+)', text)
     assert value and float(value[1]) == 0.5
+    figures = {name: float(figure) for name, figure in re.findall(r"^ray_raydpo_(\w+)\{[^}]*\} (\S+)$", text, re.MULTILINE)}
+    assert figures["cache_hits"] == 0.25 and figures["step"] == len(ROWS)
+    assert time.time() - figures["began_seconds"] < 300
     dashboard = json.loads((Path(__file__).parents[2] / "cluster" / "grafana.json").read_text())
     shown = set(re.findall(r"ray_raydpo_\w+", json.dumps(dashboard)))
     exported = set(re.findall(r"ray_raydpo_\w+", text))
