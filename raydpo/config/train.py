@@ -26,6 +26,10 @@ class ScoreConfig(Section):
     """Ray Data actors, one device each."""
     gpus_per_worker: Float | None = Field(None, ge=0)
     """GPUs of each actor, fractions too; null = 1 where the cluster has GPUs, else 0."""
+    accelerator: str | None = None
+    """Only on nodes with this kind of GPU, by Ray's name of it, such as A10G or H100; null = any."""
+    labels: dict[str, str] = {}
+    """Only on nodes with these Ray labels, for example {ray.io/market-type: spot}; a value may be in(a,b), !a or !in(a,b)."""
     tokens_per_batch: Literal["auto"] | Annotated[Int, Field(ge=1)] = "auto"
     """Token positions of one forward pass, each shared prefix counted once; auto = as many as fit, measured at start."""
     tokens_per_part: Int = Field(262144, ge=1)
@@ -76,6 +80,10 @@ class TrainConfig(ObjectiveConfig):
     gpus_per_worker: Float | None = Field(None, ge=0)
     """GPUs of each worker; null = 1 where the cluster has GPUs, else 0. A part of one, such as 0.25, lets trials of a sweep
     with one worker each share a GPU."""
+    accelerator: str | None = None
+    """As score.accelerator, of the training workers."""
+    labels: dict[str, str] = {}
+    """As score.labels, of the training workers."""
     pairs_per_step: Int = Field(64, ge=1)
     """Pairs of one optimizer step, over all workers."""
     tokens_per_batch: Literal["auto"] | Annotated[Int, Field(ge=1)] = "auto"
