@@ -8,7 +8,7 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +25,7 @@ from raydpo.data.pairs import PAIR_MARGIN, PAIR_WEIGHT, SAME, PairSets, load_pai
 from raydpo.data.tokenise import Tokeniser, load_tokenizer
 from raydpo.errors import ConfigError
 from raydpo.losses import Objective, own_sources
+from raydpo.preflight import check_cluster, check_nodes
 from raydpo.ray_runtime import Resources, bfloat16_pays, resources_for, session
 from raydpo.reference.build import BuildReport, build
 from raydpo.reference.identity import ReferenceIdentity, identify, resolve_model
@@ -41,6 +42,7 @@ from raydpo.training.pairs import join_reference, reference_values
 from raydpo.training.records import read_rows
 from raydpo.training.report import TrainingDisplay, print_summary
 from raydpo.training.trackers import export_pass
+from raydpo.waiting import coming_up, wait_for
 
 if TYPE_CHECKING:
     from raydpo.audit import Audit
@@ -58,6 +60,7 @@ def score(config: Config, console: Console | None = None) -> BuildReport:
     """
     console = console or Console()
     with session(config):
+        check_cluster(config, ["score"], console)
         return score_prepared(Prepared.of(config, console), console)
 
 
@@ -77,6 +80,7 @@ def train(config: Config, console: Console | None = None, *, fresh: bool = False
     console = console or Console()
     _refuse_sweep(config)
     with session(config):
+        check_cluster(config, ["train"], console)
         return train_prepared(Prepared.of(config, console), console, fresh=fresh)
 
 
@@ -85,9 +89,17 @@ def run(config: Config, console: Console | None = None, *, fresh: bool = False) 
     console = console or Console()
     _refuse_sweep(config)
     with session(config):
-        prepared = Prepared.of(config, console)
-        built = score_prepared(prepared, console)
-        return train_prepared(prepared, console, built.hit_rate if built.wanted else None, fresh=fresh)
+        check_cluster(config, ["score", "train"], console)
+        with coming_up(config, wanted=fresh or not Storage(config.run_dir).exists("summary.json")):
+            prepared = Prepared.of(config, console)
+            built = score_prepared(prepared, console)
+            return train_prepared(prepared, console, built.hit_rate if built.wanted else None, fresh=fresh)
+
+
+def _wait_for(stage: Literal["score", "train"], config: Config, resources: Resources, console: Console) -> None:
+    wait_for(stage, resources, console)
+    if config.ray.autoscaling:
+        check_nodes(config, [stage], console)  # some may have come since the beginning
 
 
 def _refuse_sweep(config: Config) -> None:
@@ -251,6 +263,7 @@ def fill_cache(tables: list[pa.Table], spec: ReferenceSpec, cache: ReferenceCach
             nonlocal line
             if line is None:
                 console.say(f"scoring {to_do:,} completions on {resources.workers} {resources.device} worker(s)")
+                _wait_for("score", config, resources, console)
                 line = stack.enter_context(console.progress("scoring", to_do, "completions"))
             line.update(done)
 
@@ -398,6 +411,8 @@ def train_prepared(prepared: Prepared, console: Console, hit_rate: float | None 
     if summary is None:
         pairs, held_out = join_sets(prepared, console) if shared is None else (shared.pairs, shared.held_out)
         resources = resources_for("train", config, 1 if shared is None else shared.at_once)
+        if shared is None:
+            _wait_for("train", config, resources, console)
         job = training_job(prepared, resources, None if shared is None else shared.until)
         begin_run(prepared, job, console)
         with TrainingDisplay(console) if shared is None else shared.display as display:

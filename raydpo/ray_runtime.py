@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from raydpo import errors
 from raydpo.config import Config
 from raydpo.errors import ConfigError, RaydpoError
+from raydpo.nodes import NODE_SHARE, grows_to, nodes_with
 
 __all__ = ["Resources", "bfloat16_pays", "original_error", "resources_for", "session"]
 
@@ -40,11 +42,28 @@ class Resources:
     """Part of its device's memory that belongs to one worker: workers share a CPU node, or a GPU by fractions."""
     together: int = 1
     """Workers that compute each forward pass together, ``sequence_parallel``."""
+    accelerator: str | None = None
+    labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """What nodes must have."""
+    on_one_machine: bool = False
+    """Whether a team of such workers is one actor, and so on one machine."""
 
     @property
     def teams(self) -> int:
         """Groups of such workers."""
         return self.workers // self.together
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """What one worker, or a team on one machine, takes of a node."""
+        size = self.together if self.on_one_machine else 1
+        return {"CPU": size} | ({"GPU": self.gpus_per_worker * size} if self.gpus_per_worker else {}) | (
+            {f"accelerator_type:{self.accelerator}": NODE_SHARE} if self.accelerator else {})
+
+    def asks(self) -> str:
+        """``bundle`` and labels, for people."""
+        parts = [f"{self.gpus_per_worker:g} {self.accelerator or 'GPU'}"] if self.gpus_per_worker else ["a CPU"]
+        return " ".join([*parts, *(f"{key}={value}" for key, value in self.labels.items())])
 
     @property
     def device(self) -> Literal["cuda", "cpu"]:
@@ -78,7 +97,7 @@ def session(config: Config) -> Iterator[None]:
             # "local", since a Ray that someone else has started on this machine would be joined otherwise.
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, runtime_env=runtime_env, log_to_driver=False,
                      logging_level="warning", object_store_memory=_object_store_bytes())
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise ConfigError(f"cannot reach Ray at ray.address {address!r}: {' '.join(str(error).split())[:300]}"
                           if address else f"cannot start a local Ray: {error}") from None
     try:
@@ -96,48 +115,77 @@ def resources_for(stage: Literal["score", "train"], config: Config, at_once: int
     Raises:
         ConfigError: if the cluster as it is cannot hold them, and why; unless ``ray.autoscaling`` says that it will grow.
     """
-    import ray
-
     section = config.score if stage == "score" else config.train
     workers = config.score.workers if stage == "score" else config.train.most_workers
     fewest = workers if stage == "score" else config.train.fewest_workers
-    total = ray.cluster_resources()
-    gpus = section.gpus_per_worker
-    if gpus is None:
-        gpus = 1.0 if total.get("GPU", 0) >= 1 else 0.0
-    if gpus * fewest > total.get("GPU", 0) and not config.ray.autoscaling:
-        raise ConfigError(f"{stage}.workers {fewest} x {stage}.gpus_per_worker {gpus:g} needs "
-                          f"{gpus * fewest:g} GPUs, the Ray cluster has {total.get('GPU', 0):g}; ask for fewer "
-                          f"({stage}.gpus_per_worker=0 runs on the CPU), or set ray.autoscaling=true where nodes come on "
-                          "demand")
+    nodes = nodes_with(section.accelerator, section.labels)
+    where = "".join([f" of kind {section.accelerator}" if section.accelerator else "",
+                     f" with labels {dict(section.labels)}" if section.labels else ""])
+    if not nodes and not config.ray.autoscaling:
+        raise ConfigError(f"the Ray cluster has no node{where}, which {stage}.accelerator and {stage}.labels ask for; drop "
+                          "them, or set ray.autoscaling=true where nodes come on demand")
+    gpus = _gpus_per_worker(stage, config, nodes)
+    _check_total("GPU", gpus * fewest, f"{stage}.workers {fewest} x {stage}.gpus_per_worker {gpus:g} needs "
+                 f"{gpus * fewest:g} GPUs{where}", f"({stage}.gpus_per_worker=0 runs on the CPU)", config, nodes)
     together = section.sequence_parallel
-    largest = max((node["Resources"].get("GPU", 0) for node in ray.nodes() if node["Alive"]), default=0)
+    largest = max((node["Resources"].get("GPU", 0) for node in nodes), default=0)
     if stage == "score" and together > 1 and gpus * together > largest and not config.ray.autoscaling:
         raise ConfigError(f"score.sequence_parallel {together} needs one machine with {gpus * together:g} GPUs, the largest "
                           f"of the Ray cluster has {largest:g}; lower it, or set ray.autoscaling=true where nodes come on "
                           "demand")
     needed = fewest + (2 if stage == "score" else 1)
-    if needed > total.get("CPU", 0) and not config.ray.autoscaling:
-        raise ConfigError(f"{stage}.workers {fewest} needs {needed} CPUs of Ray (one each, and some beside them "
-                          f"for Ray Data), the cluster has {total.get('CPU', 0):g}; the job would wait for ever")
+    _check_total("CPU", needed, f"{stage}.workers {fewest} needs {needed} CPUs of Ray (one each, and some beside them for "
+                 "Ray Data)", "or the job would wait for ever", config,
+                 nodes if not section.labels and section.accelerator is None else nodes_with(None, {}))
     threads, memory_share = None, min(1.0, gpus) if gpus else 1.0
     if not gpus:
         # Workers of one node share its cores; more threads than cores is the usual slowness of CPU jobs.
-        nodes = [node for node in ray.nodes() if node["Alive"]]
         on_one_node = -(-workers * at_once // max(1, len(nodes)))
         threads, memory_share = max(1, (os.cpu_count() or 1) // on_one_node), 1 / on_one_node
-    return Resources(workers, gpus, threads, fewest, memory_share, together)
+    return Resources(workers, gpus, threads, fewest, memory_share, together, section.accelerator, dict(section.labels),
+                     on_one_machine=stage == "score")
+
+
+def _gpus_per_worker(stage: str, config: Config, nodes: Sequence[dict[str, Any]]) -> float:
+    section = config.score if stage == "score" else config.train
+    if section.gpus_per_worker is not None:
+        return section.gpus_per_worker
+    if section.accelerator is not None or any(node["Resources"].get("GPU", 0) >= 1 for node in nodes):
+        return 1.0
+    coming = grows_to("GPU") if config.ray.autoscaling else 0
+    if coming is None:
+        raise ConfigError(f"{stage}.gpus_per_worker is null, and the cluster, which brings nodes on demand, has no GPU yet "
+                          f"to decide it by; set {stage}.gpus_per_worker to 1, or to 0 for CPUs")
+    return 1.0 if coming >= 1 else 0.0
+
+
+def _check_total(name: str, needed: float, needs: str, hint: str, config: Config, nodes: Sequence[dict[str, Any]]) -> None:
+    """
+    Raises:
+        ConfigError: if the nodes have less than is needed, and none will come.
+    """
+    has = sum(node["Resources"].get(name, 0) for node in nodes)
+    if needed <= has:
+        return
+    coming = grows_to(name)
+    if not config.ray.autoscaling:
+        more = "set ray.autoscaling=true, since its autoscaler may bring them" if coming is not None and coming >= needed \
+            else "set ray.autoscaling=true where nodes come on demand"
+        raise ConfigError(f"{needs}, the Ray cluster has {has:g}; ask for fewer {hint}, or {more}")
+    if coming is not None and coming < needed:
+        raise ConfigError(f"{needs}, the Ray cluster has {has:g}, and its autoscaler brings {coming:g} at the most; ask for "
+                          f"fewer {hint}, or raise the limit of its node groups")
 
 
 def bfloat16_pays() -> bool:
-    """Whether bfloat16 pays here: the cluster has GPUs, or this processor has matrix units for it.
+    """Whether bfloat16 pays here: the cluster has GPUs or will, or this processor has matrix units for it.
 
     AVX-512's bfloat16 products alone are not enough: with what must stay float32 beside them, scoring took 1.1 and training
     1.4 times as long as in float32 (135M parameters).
     """
     import ray
 
-    if ray.is_initialized() and ray.cluster_resources().get("GPU", 0) >= 1:
+    if ray.is_initialized() and max(ray.cluster_resources().get("GPU", 0), grows_to("GPU") or 0) >= 1:
         return True
     try:
         with open("/proc/cpuinfo", encoding="ascii", errors="ignore") as stream:

@@ -28,8 +28,8 @@ class ScoreConfig(Section):
     """GPUs of each actor, fractions too; null = 1 where the cluster has GPUs, else 0."""
     accelerator: str | None = None
     """Only on nodes with this kind of GPU, by Ray's name of it, such as A10G or H100; null = any."""
-    labels: dict[str, str] = {}
-    """Only on nodes with these Ray labels, for example {ray.io/market-type: spot}; a value may be in(a,b), !a or !in(a,b)."""
+    labels: dict[str, str] = Field({})
+    """Only on nodes with these Ray labels, such as {ray.io/market-type: spot}; a value may be in(a,b), !a or !in(a,b)."""
     tokens_per_batch: Literal["auto"] | Annotated[Int, Field(ge=1)] = "auto"
     """Token positions of one forward pass, each shared prefix counted once; auto = as many as fit, measured at start."""
     tokens_per_part: Int = Field(262144, ge=1)
@@ -43,10 +43,17 @@ class ScoreConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> ScoreConfig:
         _whole_groups(self.workers, self.sequence_parallel)
+        _gpus_of_a_kind(self.accelerator, self.gpus_per_worker)
         if self.sequence_parallel > 1 and self.gpus_per_worker is not None and 0 < self.gpus_per_worker < 1:
             raise ValueError(f"gpus_per_worker {self.gpus_per_worker} is a fraction; sequence_parallel "
                              f"({self.sequence_parallel}) needs a whole GPU for each worker")
         return self
+
+
+def _gpus_of_a_kind(accelerator: str | None, gpus_per_worker: float | None) -> None:
+    if accelerator is not None and gpus_per_worker == 0:
+        raise ValueError(f"accelerator {accelerator} has no effect on workers without GPUs; set gpus_per_worker to 1, or "
+                         "accelerator to null")
 
 
 def _whole_groups(workers: int, sequence_parallel: int) -> None:
@@ -82,7 +89,7 @@ class TrainConfig(ObjectiveConfig):
     with one worker each share a GPU."""
     accelerator: str | None = None
     """As score.accelerator, of the training workers."""
-    labels: dict[str, str] = {}
+    labels: dict[str, str] = Field({})
     """As score.labels, of the training workers."""
     pairs_per_step: Int = Field(64, ge=1)
     """Pairs of one optimizer step, over all workers."""
@@ -165,6 +172,7 @@ class TrainConfig(ObjectiveConfig):
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
+        _gpus_of_a_kind(self.accelerator, self.gpus_per_worker)
         if isinstance(self.workers, ElasticWorkers):
             if self.sequence_parallel > 1:
                 raise ValueError(f"sequence_parallel ({self.sequence_parallel}) needs a fixed number of workers, not "

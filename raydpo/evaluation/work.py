@@ -80,7 +80,8 @@ def _on_ray(work: Work, blocks: dict[str, pa.Table], storage: Storage, resources
     dataset = ray.data.from_arrow_refs(refs).map_batches(
         _Actor, fn_constructor_args=(work, storage.uri, resources), batch_size=1, batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=min(resources.workers, len(refs))), num_cpus=1,
-        num_gpus=resources.gpus_per_worker, max_restarts=3, max_task_retries=3)
+        num_gpus=resources.gpus_per_worker, accelerator_type=resources.accelerator,
+        label_selector=dict(resources.labels) or None, max_restarts=3, max_task_retries=3)
     try:
         for row in dataset.iter_rows():
             yield row["name"]

@@ -132,6 +132,7 @@ def _score_on_ray(shards: Iterable[Shard], spec: ReferenceSpec, cache: Reference
         batch_size=1, batch_format="pyarrow", zero_copy_batch=True,
         compute=ray.data.ActorPoolStrategy(size=min(resources.teams, len(blocks))),
         num_cpus=resources.together, num_gpus=resources.gpus_per_worker * resources.together,
+        accelerator_type=resources.accelerator, label_selector=dict(resources.labels) or None,
         # Ray would otherwise restart an actor that a poisonous shard kills for ever.
         max_restarts=3, max_task_retries=3,
         # While one shard is computed, the one before it is written and the next one is unpacked.

@@ -6,6 +6,7 @@ Ray is imported where it is used, so that a command can be checked, and shown by
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import re
 import sys
@@ -77,6 +78,7 @@ class Jobs:
             from ray.job_submission import JobSubmissionClient
         except ImportError:
             raise _without_client() from None
+        logging.getLogger("ray").setLevel(logging.WARNING)
         if address is not None:  # the variable would win over what Ray's client is told
             os.environ["RAY_API_SERVER_ADDRESS"] = address if "://" in address else f"http://{address}"
         wished = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or "this machine"

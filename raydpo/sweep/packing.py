@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from raydpo.config import Config
 from raydpo.errors import ConfigError
+from raydpo.nodes import nodes_with
 from raydpo.ray_runtime import resources_for
 from raydpo.sweep.trials import Trial
 
@@ -59,13 +60,12 @@ def trials_at_once(config: Config, trials: Sequence[Trial]) -> int:
     workers, gpus = max(need.workers for need in needs), max(need.gpus_per_worker for need in needs)
     here = ray.get_runtime_context().get_node_id()
     nodes = []
-    for node in ray.nodes():
-        if node["Alive"]:
-            cpus = node["Resources"].get("CPU", 0)
-            # A Ray of our own counts more CPUs than there are, which train no faster.
-            if not gpus and node["NodeID"] == here:
-                cpus = min(cpus, os.cpu_count() or 1)
-            nodes.append(Node(cpus, node["Resources"].get("GPU", 0)))
+    for node in nodes_with(config.train.accelerator, config.train.labels):
+        cpus = node["Resources"].get("CPU", 0)
+        # A Ray of our own counts more CPUs than there are, which train no faster.
+        if not gpus and node["NodeID"] == here:
+            cpus = min(cpus, os.cpu_count() or 1)
+        nodes.append(Node(cpus, node["Resources"].get("GPU", 0)))
     fit, wish = max(1, places(nodes, workers, gpus)), config.sweep.at_once
     if wish is not None and wish > fit and not config.ray.autoscaling:
         raise ConfigError(f"sweep.at_once is {wish}, but the cluster holds {fit} trial(s) of {workers} worker(s) with "

@@ -21,6 +21,7 @@ from raydpo.errors import ConfigError, RaydpoError
 from raydpo.evaluation.run import evaluate
 from raydpo.interrupt import interruptible
 from raydpo.pipeline import Prepared, Shared, join_sets, needs_reference, report_on, score_prepared, train_prepared
+from raydpo.preflight import check_cluster
 from raydpo.ray_runtime import session
 from raydpo.reference.shards import Wanted
 from raydpo.storage import Storage
@@ -63,6 +64,7 @@ def sweep(config: Config, console: Console | None = None, *, fresh: bool = False
     if storage.exists("run.json"):
         raise ConfigError(f"{storage} is the directory of a single run; give the sweep another name (name=...)")
     with session(max((trial.config for trial in trials), key=lambda one: one.train.most_workers)):
+        check_cluster(config, ["score", "train"], console)
         prepared = _prepare(trials, console)
         for trial in trials:
             _refuse_other_settings(prepared[trial.name])

@@ -118,6 +118,7 @@ def ray_trainer(worker: Callable[[dict[str, Any]], None], given: dict[str, Any],
             num_workers=resources.workers if resources.fewest in (None, resources.workers)
             else (resources.fewest, resources.workers),
             use_gpu=resources.device == "cuda", elastic_resize_monitor_interval_s=RESIZE_SECONDS,
+            accelerator_type=resources.accelerator, label_selector=dict(resources.labels) or None,
             resources_per_worker={"CPU": 1} | ({"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {})),
         run_config=RunConfig(
             name=CHECKPOINTS, storage_path=run_dir,

@@ -1,0 +1,55 @@
+"""The nodes of the Ray that is connected: which ones a stage may use, what fits on them, what an autoscaler may add."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["NODE_SHARE", "grows_to", "holds", "nodes_with", "room_for", "selected"]
+
+NODE_SHARE = 0.001
+"""Of the resource by which Ray marks a node's kind of accelerator; what Ray itself asks for."""
+
+
+def nodes_with(accelerator: str | None, labels: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The nodes that are there, of this kind and with these labels, as ``ray.nodes()`` tells of them."""
+    import ray
+
+    return [node for node in ray.nodes() if node["Alive"] and selected(node.get("Labels") or {}, labels)
+            and (accelerator is None or f"accelerator_type:{accelerator}" in node["Resources"])]
+
+
+def selected(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:
+    """Whether a node's labels are what ``selector`` asks for, by Ray's rules: ``a``, ``!a``, ``in(a,b)``, ``!in(a,b)``."""
+    for key, wish in selector.items():
+        bare = wish.removeprefix("!")
+        several = re.fullmatch(r"in\((.*)\)", bare)
+        values = [value.strip() for value in several[1].split(",")] if several else [bare]
+        if (labels.get(key) in values) == wish.startswith("!"):
+            return False
+    return True
+
+
+def holds(resources: Mapping[str, float], bundle: Mapping[str, float]) -> int:
+    """How many times ``bundle`` fits into ``resources``."""
+    return min((int(resources.get(name, 0) / amount + 1e-6) for name, amount in bundle.items() if amount), default=0)
+
+
+def room_for(bundle: Mapping[str, float], accelerator: str | None, labels: Mapping[str, str]) -> int:
+    """How many times ``bundle`` fits into what nobody uses at the moment."""
+    import ray
+
+    free = ray._private.state.available_resources_per_node()
+    return sum(holds(free.get(node["NodeID"], {}), bundle) for node in nodes_with(accelerator, labels))
+
+
+def grows_to(name: str) -> float | None:
+    """How much of a resource the cluster's autoscaler may bring in all; None where there is none, or it does not say."""
+    import ray
+
+    try:
+        most = ray._private.state.state.get_max_resources_from_cluster_config()
+    except Exception:  # what Ray knows of its autoscaler differs by version and platform
+        return None
+    return None if most is None else float(most.get(name, 0))
