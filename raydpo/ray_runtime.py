@@ -126,7 +126,7 @@ def resources_for(stage: Literal["score", "train"], config: Config, at_once: int
                           "them, or set ray.autoscaling=true where nodes come on demand")
     gpus = _gpus_per_worker(stage, config, nodes)
     _check_total("GPU", gpus * fewest, f"{stage}.workers {fewest} x {stage}.gpus_per_worker {gpus:g} needs "
-                 f"{gpus * fewest:g} GPUs{where}", f"({stage}.gpus_per_worker=0 runs on the CPU)", config, nodes)
+                 f"{gpus * fewest:g} GPUs{where}", f" ({stage}.gpus_per_worker=0 runs on the CPU)", config, nodes)
     together = section.sequence_parallel
     largest = max((node["Resources"].get("GPU", 0) for node in nodes), default=0)
     if stage == "score" and together > 1 and gpus * together > largest and not config.ray.autoscaling:
@@ -135,7 +135,7 @@ def resources_for(stage: Literal["score", "train"], config: Config, at_once: int
                           "demand")
     needed = fewest + (2 if stage == "score" else 1)
     _check_total("CPU", needed, f"{stage}.workers {fewest} needs {needed} CPUs of Ray (one each, and some beside them for "
-                 "Ray Data)", "or the job would wait for ever", config,
+                 "Ray Data)", ", or the job would wait for ever", config,
                  nodes if not section.labels and section.accelerator is None else nodes_with(None, {}))
     threads, memory_share = None, min(1.0, gpus) if gpus else 1.0
     if not gpus:
@@ -171,10 +171,10 @@ def _check_total(name: str, needed: float, needs: str, hint: str, config: Config
     if not config.ray.autoscaling:
         more = "set ray.autoscaling=true, since its autoscaler may bring them" if coming is not None and coming >= needed \
             else "set ray.autoscaling=true where nodes come on demand"
-        raise ConfigError(f"{needs}, the Ray cluster has {has:g}; ask for fewer {hint}, or {more}")
+        raise ConfigError(f"{needs}, the Ray cluster has {has:g}; ask for fewer{hint}; or {more}")
     if coming is not None and coming < needed:
         raise ConfigError(f"{needs}, the Ray cluster has {has:g}, and its autoscaler brings {coming:g} at the most; ask for "
-                          f"fewer {hint}, or raise the limit of its node groups")
+                          f"fewer{hint}; or raise the limit of its node groups")
 
 
 def bfloat16_pays() -> bool:

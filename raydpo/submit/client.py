@@ -78,7 +78,8 @@ class Jobs:
             from ray.job_submission import JobSubmissionClient
         except ImportError:
             raise _without_client() from None
-        logging.getLogger("ray").setLevel(logging.WARNING)
+        for module in ("dashboard_sdk", "job.sdk"):  # which tell of every upload and connection
+            logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.WARNING)
         if address is not None:  # the variable would win over what Ray's client is told
             os.environ["RAY_API_SERVER_ADDRESS"] = address if "://" in address else f"http://{address}"
         wished = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or "this machine"
