@@ -1,0 +1,135 @@
+"""What the machine that submits refuses, and the command that it prints."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from raydpo.cli import main
+from raydpo.config import load_config
+from raydpo.submit.client import exit_code
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prefs.jsonl").write_text("{}\n")
+    tree = {"name": "one", "output": "s3://bucket/runs", "model": {"path": "/models/llama"},
+            "data": {"train": "/data/prefs.jsonl"}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    return tmp_path
+
+
+def test_paths_of_the_cluster_need_not_exist_here_and_the_command_of_ray_is_printed(project, capsys):
+    assert main(["submit", "run", "config.yaml", "train.beta=0.2", "name=a", "--dry-run", "--fresh"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"packed 1 files, \d+ KiB, without data", said)
+    command = shlex.split(said.splitlines()[-1])
+    assert command[:3] == ["ray", "job", "submit"]
+    assert command[command.index("--") + 1:] == ["python", "-m", "raydpo.cli", "run", "config.yaml", "train.beta=0.2",
+                                                 "name=a", "--fresh"]
+
+
+def test_overrides_are_quoted_for_the_shell_of_the_cluster(project, capsys):
+    assert main(["submit", "run", "config.yaml", "track.wandb.project=$(id)", "--dry-run"]) == 0
+    assert "'track.wandb.project=$(id)'" in capsys.readouterr().out
+
+
+def test_in_this_project_the_files_of_jobs_are_the_entry_points_and_each_prints_the_other(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    recipe = "jobs/qwen3-4b-lora-1xa10g.yaml"
+    assert main(["submit", "run", recipe, "output=s3://b/runs", "--dry-run"]) == 0
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    words = words[words.index("--") + 1:]
+    assert words == ["python", "jobs/run.py", recipe, "output=s3://b/runs"]
+    done = subprocess.run([sys.executable, *words[1:], "--dry-run"], capture_output=True, text=True, check=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.stdout.strip() == f"raydpo submit run {recipe} output=s3://b/runs"
+
+
+def test_the_benchmark_has_arguments_of_its_own(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert main(["submit", "benchmark", "--dry-run", "--model", "random-1b", "--synthetic"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith(
+        "-- python jobs/benchmark.py --model random-1b --synthetic")
+
+
+@pytest.mark.parametrize(("override", "sentence"), [
+    ("output=runs/", "'output' is 'runs/', a relative path"),
+    ("cache.uri=cache", "'cache.uri' is 'cache', a relative path"),
+    ("data.train=prefs.jsonl", "'data.train.0.path' is 'prefs.jsonl', and data is not packed"),
+    ("model.path=here", "'model.path' is 'here', a directory of this machine"),
+    ("output=s3://me:secret@bucket/runs", r"'output' carries a credential \(s3://\*\*\*@bucket/runs\)"),
+    ("cache.uri=abfs://c@a/x?account_key=secret", r"'cache.uri' carries a credential"),
+    ("train.betta=1", "did you mean 'train.beta'"),
+    ("name=../../etc", "use letters, digits"),
+    ("score={accelerator: H100, gpus_per_worker: 0}", "accelerator H100 has no effect on workers without GPUs"),
+])
+def test_what_would_fail_or_be_lost_on_the_cluster_is_refused_here(project, capsys, override, sentence):
+    (project / "here").mkdir()
+    assert main(["submit", "run", "config.yaml", override, "--dry-run"]) == 2
+    said = capsys.readouterr().err
+    assert re.search(sentence, said), said
+    assert "secret" not in said.replace("a secret of the cluster", "")
+
+
+def test_small_data_may_be_packed(project, capsys):
+    assert main(["submit", "run", "config.yaml", "data.train=prefs.jsonl", "--include", "prefs.jsonl", "--dry-run"]) == 0
+    assert "packed 2 files" in capsys.readouterr().out
+
+
+def test_a_configuration_elsewhere_is_refused(project, tmp_path_factory, capsys):
+    other = tmp_path_factory.mktemp("other") / "config.yaml"
+    other.write_text((project / "config.yaml").read_text())
+    assert main(["submit", "run", str(other), "--dry-run"]) == 2
+    assert "lies outside of the working directory" in capsys.readouterr().err
+
+
+def test_it_needs_neither_ray_nor_torch(project):
+    blocked = "import sys\nfor name in ('ray', 'torch', 'transformers', 'pyarrow', 'numpy'): sys.modules[name] = None\n"
+    program = blocked + ("from raydpo.cli import main\n"
+                         "assert main(['submit', 'run', 'config.yaml', '--dry-run']) == 0\n"
+                         "sys.exit(main(['submit', 'run', 'config.yaml']))")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=project,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 2 and "pip install 'ray[default]'" in done.stderr, done.stderr
+
+
+def test_exit_statuses_of_jobs():
+    from ray.job_submission import JobDetails, JobStatus
+
+    def ended(status, code=None):
+        return exit_code(JobDetails(type="SUBMISSION", status=JobStatus(status), entrypoint="", driver_exit_code=code))
+
+    assert [ended("SUCCEEDED", 0), ended("FAILED", 1), ended("FAILED", 2), ended("FAILED", 130), ended("STOPPED")] == [
+        0, 1, 2, 130, 130]
+    assert ended("FAILED") == 1, "Ray could not run it"
+    assert ended("FAILED", -9) == 137
+
+
+def test_no_secret_in_the_resolved_configuration(project):
+    config = load_config("config.yaml", [
+        "output=s3://me:planted@bucket/runs", "cache.uri=abfs://c@a/x?account_key=planted",
+        "data.train=https://host/a.jsonl?token=planted"], elsewhere=True)
+    text = config.to_yaml()
+    assert "planted" not in text and "s3://***@bucket/runs" in text
+    assert "planted" in config.run_dir, "the run itself still has it"
+
+
+def test_every_package_of_the_lock_has_hashes_and_the_pinned_version():
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().lower().split())
+    blocks = re.findall(r"^(\S+)==(\S+) \\\n((?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)",
+                        (ROOT / "requirements.lock").read_text(), re.M)
+    text = (ROOT / "requirements.lock").read_text()
+    assert len(blocks) == len(re.findall(r"^[^\s#]", text, re.M)) > 100
+    plain = {name.replace("_", "-").replace(".", "-"): version for name, version in pins.items()}
+    locked = {name: version for name, version, _ in blocks}
+    assert {name: version for name, version in locked.items() if plain.get(name, version) != version} == {}
+    assert {"ray", "torch", "transformers", "deepspeed", "safetensors", "pydantic"} <= locked.keys()
