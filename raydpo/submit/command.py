@@ -37,7 +37,7 @@ def add_submit(parser: argparse.ArgumentParser) -> None:
         verb.add_argument("--include", action="append", default=[], metavar="PATTERN",
                           help="pack files of this name, too, such as a small data file (repeatable)")
         if name == "benchmark":
-            verb.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="of jobs/benchmark.py")
+            verb.add_argument("arguments", nargs="*", metavar="-- ...", help="arguments of jobs/benchmark.py")
             continue
         verb.add_argument("config", metavar="CONFIG", help="YAML file of the run, below the current directory")
         verb.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that win over the file")
@@ -71,7 +71,7 @@ def submit(args: argparse.Namespace, console: Console) -> int:
     with tempfile.TemporaryDirectory(prefix="raydpo-") as place:
         package = pack(Path.cwd(), Path(place), args.include)
         if args.what == "benchmark":
-            name, words = "benchmark", [word for word in args.arguments if word != "--"]
+            name, words = "benchmark", args.arguments
         else:
             config = load_config(args.config, args.overrides, elsewhere=True)
             check_for_cluster(config, package.files)

@@ -56,7 +56,7 @@ def test_in_this_project_the_files_of_jobs_are_the_entry_points_and_each_prints_
 
 def test_the_benchmark_has_arguments_of_its_own(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    assert main(["submit", "benchmark", "--dry-run", "--model", "random-1b", "--synthetic"]) == 0
+    assert main(["submit", "benchmark", "--dry-run", "--", "--model", "random-1b", "--synthetic"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].endswith(
         "-- python jobs/benchmark.py --model random-1b --synthetic")
 

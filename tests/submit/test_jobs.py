@@ -1,0 +1,160 @@
+"""Jobs on a cluster of 'ray start', with a token: exit statuses, stop, re-submission, detaching."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import requests
+import yaml
+from machines import RayProcesses
+from tiny import preferences, write_preferences
+
+STEPS = 240
+PLANTED = "planted-" + "0123456789abcdef"
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    processes = RayProcesses(cpus=5)
+    yield processes
+    processes.stop()
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory, tiny_llama):
+    place = tmp_path_factory.mktemp("project")
+    data = tmp_path_factory.mktemp("shared")  # that all nodes see
+    write_preferences(data / "a.jsonl", preferences(45))
+    tree = {"name": "one", "output": str(data / "runs"), "model": {"path": str(tiny_llama), "dtype": "float32"},
+            "data": {"train": str(data / "a.jsonl")},
+            "train": {"pairs_per_step": 8, "lr": 1e-3, "steps": STEPS, "checkpoint_every": 100, "tokens_per_batch": 512}}
+    (place / "config.yaml").write_text(yaml.safe_dump(tree))
+    (place / ".env").write_text(f"WANDB_API_KEY={PLANTED}\n")
+    place.joinpath("data").symlink_to(data)
+    return place
+
+
+def start(cluster, project, *words, **env):
+    return subprocess.Popen([sys.executable, "-m", "raydpo.cli", *words], cwd=project, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, env=cluster.env | {"WANDB_API_KEY": PLANTED} | env)
+
+
+def raydpo(cluster, project, *words, **env):
+    process = start(cluster, project, *words, **env)
+    said, _ = process.communicate(timeout=300)
+    return process.returncode, said
+
+
+def jobs(cluster):
+    answer = requests.get(f"{cluster.env['RAY_API_SERVER_ADDRESS']}/api/jobs/", timeout=20,
+                          headers={"Authorization": f"Bearer {cluster.token}"})
+    return {job["submission_id"]: job for job in answer.json()}
+
+
+def steps(project, name="one"):
+    """(first step of each time that training began, steps done)."""
+    log = project / "data" / "runs" / name / "logs" / "worker-0.log"
+    text = log.read_text(errors="replace") if log.is_file() else ""
+    return ([int(step) for step in re.findall(r"beginning after step (\d+)", text)],
+            [int(step) for step in re.findall(r"^step (\d+)  loss", text, re.M)])
+
+
+def wait_until(condition, process, seconds=240):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline or process.poll() is not None:
+            process.kill()
+            raise AssertionError(process.communicate()[0])
+        time.sleep(0.1)
+
+
+def test_it_waits_aloud_is_refused_twice_left_alone_and_stopped(cluster, project):
+    """A job that waits for a GPU says so; a second job of the run is refused; Ctrl-C leaves it alone; stopped, its exit
+    status is 130."""
+    status, said = raydpo(cluster, project, "submit", "score", "config.yaml", "name=waiting", "score.gpus_per_worker=1",
+                          "ray.autoscaling=true", "--no-wait")
+    assert status == 0 and "raydpo jobs logs -f waiting-1" in said, said
+    first = start(cluster, project, "jobs", "logs", "-f", "waiting")
+    said = ""
+    while "waiting 1" not in said:
+        line = first.stdout.readline()
+        assert line, said
+        said += line
+    assert re.search(r"waiting 1\d s for 1 of 1 score worker\(s\), each 1 GPU; others use them, or", said), said
+    first.send_signal(signal.SIGINT)
+    said, _ = first.communicate(timeout=60)
+    assert first.returncode == 130 and "detached, and job waiting-1 goes on" in said, said
+    status, said = raydpo(cluster, project, "submit", "score", "config.yaml", "name=waiting")
+    assert status == 2 and "job waiting-1 of this run is running" in said, said
+
+    second = start(cluster, project, "jobs", "logs", "-f", "waiting-1")
+    status, said = raydpo(cluster, project, "jobs", "stop", "waiting")
+    assert status == 0 and "job waiting-1 is stopped" in said, said
+    said, _ = second.communicate(timeout=60)
+    assert second.returncode == 130 and "job waiting-1 was stopped" in said, said
+
+
+@pytest.mark.slow
+def test_two_workers_on_two_nodes_stopped_submitted_again_and_finished(cluster, project):
+    """A job that is stopped makes a checkpoint; submitted again it goes on from there, and no step is done twice."""
+    cluster.add(4)
+    two = ("score.workers=2", "train.workers=2")
+    first = start(cluster, project, "submit", "run", "config.yaml", *two)
+    wait_until(lambda: len(steps(project)[1]) > 15, first)
+    status, said = raydpo(cluster, project, "jobs", "stop", "one")
+    assert status == 0 and "job one-1 is stopped" in said, said
+    said, _ = first.communicate(timeout=60)
+    assert first.returncode == 130 and "job one-1 was stopped" in said, said
+    assert "cluster: 2 nodes, with the same packages and storage" in said, said
+    done = max(steps(project)[1])
+
+    status, said = raydpo(cluster, project, "submit", "run", "config.yaml", *two)
+    assert status == 0 and "job one-2 is done" in said and "(100% hits)" in said, said
+    assert steps(project) == ([0, done], list(range(1, STEPS + 1)))
+
+
+@pytest.mark.slow
+def test_a_node_lost_while_training_costs_a_restart(cluster, project):
+    node = cluster.add(4)
+    first = start(cluster, project, "submit", "run", "config.yaml", "name=lost", "train.workers=4", "score.workers=2",
+                  "train.checkpoint_every=10")
+    wait_until(lambda: len(steps(project, "lost")[1]) > 25, first)
+    cluster.lose(node)
+    said, _ = first.communicate(timeout=280)
+    assert first.returncode == 0 and "job lost-1 is done" in said, said
+    assert len(steps(project, "lost")[0]) == 2
+
+
+def test_exit_statuses_are_the_jobs_own(cluster, project):
+    status, said = raydpo(cluster, project, "submit", "train", "config.yaml", "name=two", "data.train=/nowhere.jsonl")
+    assert status == 2 and "there is no such file" in said, said
+    status, said = raydpo(cluster, project, "submit", "train", "config.yaml", "name=two", "cache.uri=/proc/nowhere")
+    assert status == 1, said
+    status, said = raydpo(cluster, project, "jobs", "ls")
+    assert status == 0 and re.search(r"two-1 +│ +failed +│ +2 ", said) and re.search(r"two-2 +│ +failed +│ +1 ", said), said
+
+
+def test_without_the_token_nobody_gets_in(cluster, project):
+    for token in ("", "f" * 32):
+        status, said = raydpo(cluster, project, "submit", "run", "config.yaml", RAY_AUTH_TOKEN=token, HOME=str(project))
+        assert status == 2 and "wants a token" in said, said
+    address = cluster.env["RAY_API_SERVER_ADDRESS"]
+    assert requests.get(f"{address}/api/jobs/", timeout=10).status_code == 401
+    assert requests.post(f"{address}/api/jobs/", json={"entrypoint": "id"}, timeout=10).status_code == 401
+
+
+def test_no_cluster_is_one_sentence(cluster, project):
+    status, said = raydpo(cluster, project, "jobs", "ls", "--address", "127.0.0.1:9")
+    assert status == 2 and said.startswith("error: no Ray job server answers at http://127.0.0.1:9"), said
+
+
+def test_no_secret_is_in_jobs_or_runs(cluster, project):
+    """The submitter's environment and .env, and the cluster's token, planted above."""
+    files = [*(project / "data" / "runs").rglob("*"), *(cluster.place / "h").rglob("job-driver*")]
+    told = "".join([json.dumps(jobs(cluster)), *(file.read_text("latin-1") for file in files if file.is_file())])
+    assert "Running entrypoint for job waiting-1" in told
+    assert PLANTED not in told and cluster.token not in told
