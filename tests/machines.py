@@ -42,11 +42,18 @@ class RayProcesses:
                                 "--dashboard-host=127.0.0.1", f"--num-cpus={cpus}", f"--temp-dir={self.place}/h")
         self._wait_for_server()
 
-    def add(self, cpus: int) -> subprocess.Popen:
-        """One more node."""
-        return self._start(f"--address=127.0.0.1:{self.gcs}", f"--num-cpus={cpus}")
+    def add(self, cpus: int, before: Path | None = None, **labels: str) -> subprocess.Popen:
+        """One more node, with a disk of its own: two that share one unpack a job's files over each other. Its Python finds
+        what lies in ``before`` first."""
+        return self._start(f"--address=127.0.0.1:{self.gcs}", f"--num-cpus={cpus}",
+                           f"--temp-dir={self.place}/{len(self._started)}",
+                           *([f"--labels={','.join(f'{key}={value}' for key, value in labels.items())}"] if labels else []),
+                           before=before)
 
-    def _start(self, *arguments: str) -> subprocess.Popen:
+    def _start(self, *arguments: str, before: Path | None = None) -> subprocess.Popen:
+        environment = dict(self._env)
+        if before is not None:
+            environment["PYTHONPATH"] = f"{before}{os.pathsep}{environment['PYTHONPATH']}"
         ports = dict(zip(("--dashboard-agent-listen-port", "--dashboard-agent-grpc-port", "--runtime-env-agent-port",
                           "--metrics-export-port", "--node-manager-port", "--object-manager-port"), _free_ports(6),
                          strict=True))
@@ -54,7 +61,7 @@ class RayProcesses:
             process = subprocess.Popen(
                 [str(Path(sys.executable).parent / "ray"), "start", "--block", "--disable-usage-stats",
                  "--object-store-memory=150000000", *(f"{name}={port}" for name, port in ports.items()), *arguments],
-                env=self._env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+                env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         self._started.append(process)
         return process
 
@@ -72,6 +79,22 @@ class RayProcesses:
                     self.stop()
                     raise AssertionError(f"no job server ({error}): {log[-3000:]}") from None
                 time.sleep(0.3)
+
+    def give_notice(self, label: str, value: str, seconds: float) -> None:
+        """What a cloud does before it takes the nodes with this label away."""
+        program = f"""
+import ray, time
+from ray._raylet import GcsClient
+from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+ray.init(address="127.0.0.1:{self.gcs}", logging_level="error")
+for node in ray.nodes():
+    if node["Alive"] and node["Labels"].get("{label}") == "{value}":
+        accepted, why = GcsClient(address="127.0.0.1:{self.gcs}").drain_node(
+            node["NodeID"], DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"), "test",
+            int((time.time() + {seconds}) * 1000))
+        assert accepted, why
+"""
+        subprocess.run([sys.executable, "-c", program], env=self._env, check=True)
 
     def lose(self, node: subprocess.Popen) -> None:
         """A node goes, with everything on it and without notice."""

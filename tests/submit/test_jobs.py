@@ -118,15 +118,52 @@ def test_two_workers_on_two_nodes_stopped_submitted_again_and_finished(cluster, 
 
 
 @pytest.mark.slow
-def test_a_node_lost_while_training_costs_a_restart(cluster, project):
-    node = cluster.add(4)
-    first = start(cluster, project, "submit", "run", "config.yaml", "name=lost", "train.workers=4", "score.workers=2",
-                  "train.checkpoint_every=10")
-    wait_until(lambda: len(steps(project, "lost")[1]) > 25, first)
+def test_the_node_of_a_training_is_lost_and_another_one_comes(cluster, project):
+    """The workers ask for a label that one node has; when it is gone they wait for the next one, and go on there."""
+    node = cluster.add(3, zone="training")
+    job = start(cluster, project, "submit", "run", "config.yaml", "name=lost", "train.workers=2",
+                "train.labels={zone: training}", "train.checkpoint_every=10")
+    wait_until(lambda: len(steps(project, "lost")[1]) > 25, job)
     cluster.lose(node)
-    said, _ = first.communicate(timeout=280)
-    assert first.returncode == 0 and "job lost-1 is done" in said, said
-    assert len(steps(project, "lost")[0]) == 2
+    cluster.add(3, zone="training")
+    said, _ = job.communicate(timeout=280)
+    assert job.returncode == 0 and "job lost-1 is done" in said, said
+    began, done = steps(project, "lost")
+    assert len(began) == 2 and began[1] >= 10 and sorted({*done}) == list(range(1, STEPS + 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("notice", [False, True])
+def test_the_node_that_scores_is_lost_and_another_one_comes(cluster, project, notice):
+    write_preferences(project / "data" / "many.jsonl", preferences(6000))
+    zone = "noticed" if notice else "lost"
+    node = cluster.add(3, zone=zone)
+    job = start(cluster, project, "submit", "score", "config.yaml", f"name=score-{zone}", "score.workers=2",
+                f"score.labels={{zone: {zone}}}", f"data.train={project}/data/many.jsonl",
+                f"cache.uri={project}/data/cache-{zone}", "score.tokens_per_part=8192")
+    wait_until(lambda: any((project / "data" / f"cache-{zone}").rglob("*.parquet")), job)
+    if notice:
+        cluster.give_notice("zone", zone, 5)
+        time.sleep(5)
+    assert job.poll() is None
+    cluster.lose(node)
+    cluster.add(3, zone=zone)
+    said, _ = job.communicate(timeout=280)
+    assert job.returncode == 0 and "(0% hits)" in said, said
+    scored = re.search(r"cache: 0 of ([\d,]+) completions were there .* ([\d,]+) scored", said)
+    assert scored and scored[1] == scored[2], said
+
+
+@pytest.mark.slow
+def test_a_node_with_other_packages_is_named_before_anything_is_scored(cluster, project, tmp_path):
+    (tmp_path / "transformers-0.0.1.dist-info").mkdir()
+    (tmp_path / "transformers-0.0.1.dist-info" / "METADATA").write_text("Name: transformers\nVersion: 0.0.1\n")
+    node = cluster.add(3, before=tmp_path, zone="odd")
+    status, said = raydpo(cluster, project, "submit", "score", "config.yaml", "name=odd", "score.labels={zone: odd}",
+                          "ray.autoscaling=true")
+    cluster.lose(node)
+    assert status == 2 and re.search(r"error: node 127\S+ \(\w+\) has transformers 0.0.1, the driver's node \d", said), said
+    assert "scoring" not in said
 
 
 def test_exit_statuses_are_the_jobs_own(cluster, project):
