@@ -1,0 +1,104 @@
+"""Which nodes a stage may use, what is asked for ahead of need, and what is said while waiting."""
+
+import io
+import json
+import threading
+import time
+
+import pytest
+from tiny import preferences, write_preferences
+
+from raydpo.config import load_config
+from raydpo.console import Console
+from raydpo.errors import ConfigError
+from raydpo.nodes import holds, selected
+
+
+@pytest.mark.parametrize(("wish", "fits"), [
+    ("spot", True), ("!spot", False), ("in(spot, on-demand)", True), ("!in(spot,on-demand)", False), ("on-demand", False),
+    ("!on-demand", True), ("in(on-demand)", False)])
+def test_labels_by_the_rules_of_ray(wish, fits):
+    assert selected({"ray.io/market-type": "spot"}, {"ray.io/market-type": wish}) is fits
+    assert not selected({}, {"ray.io/market-type": "spot"}) and selected({"any": "thing"}, {})
+
+
+def test_how_often_a_bundle_fits():
+    node = {"CPU": 16, "GPU": 4, "accelerator_type:H100": 1}
+    assert holds(node, {"CPU": 1, "GPU": 1}) == 4
+    assert holds(node, {"CPU": 1, "GPU": 0.3}) == 13
+    assert holds(node, {"CPU": 5, "GPU": 1, "accelerator_type:H100": 0.001}) == 3
+    assert holds(node, {"CPU": 1, "accelerator_type:A10G": 0.001}) == 0
+    assert holds({"GPU": 0.3}, {"GPU": 0.1}) == 3, "a sum of tenths is no reason to wait"
+
+
+@pytest.fixture
+def configured(tiny_llama, tmp_path, ray_cluster):
+    import ray
+
+    write_preferences(tmp_path / "a.jsonl", preferences(8))
+    tree = {"output": str(tmp_path / "runs"), "model": {"path": str(tiny_llama), "dtype": "float32"},
+            "data": {"train": str(tmp_path / "a.jsonl")}}
+    ray.init(address=ray_cluster, log_to_driver=False)
+    yield lambda *overrides: load_config(tree, overrides)
+    ray.shutdown()
+
+
+def demands():
+    """What an autoscaler (of version 1, as without one) is asked for."""
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    return json.loads(_internal_kv_get(b"autoscaler_resource_request") or "[]")
+
+
+def test_the_nodes_of_the_training_are_asked_for_within_the_block_only(configured):
+    from raydpo.waiting import coming_up
+
+    config = configured("train.workers=3", "train.gpus_per_worker=1", "train.accelerator=H100", "ray.autoscaling=true")
+    assert demands() == []
+    with coming_up(config):
+        wanted = {"CPU": 1, "GPU": 1.0, "accelerator_type:H100": 0.001}
+        deadline = time.monotonic() + 20
+        while not demands() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert demands() == [wanted] * 3
+    assert demands() == []
+    with coming_up(config, wanted=False):
+        assert demands() == []
+
+
+def test_waiting_says_what_is_missing_and_ends_when_it_is_there(configured, monkeypatch):
+    import ray
+
+    from raydpo import waiting
+    from raydpo.ray_runtime import resources_for
+
+    monkeypatch.setattr(waiting, "SAY_SECONDS", 1.0)
+    stream = io.StringIO()
+    resources = resources_for("train", configured("train.workers=4", "train.gpus_per_worker=0"))
+    hog = ray.remote(num_cpus=6)(type("Hog", (), {})).remote()
+    ray.get(hog.__ray_ready__.remote())
+    while ray.available_resources().get("CPU", 0) > 2:
+        time.sleep(0.1)
+    waiter = threading.Thread(target=waiting.wait_for, args=("train", resources, Console(stream)))
+    waiter.start()
+    time.sleep(3.5)
+    assert waiter.is_alive() and "for 2 of 4 train worker(s), each a CPU; others use them" in stream.getvalue()
+    ray.kill(hog)
+    waiter.join(timeout=30)
+    assert not waiter.is_alive()
+
+
+@pytest.mark.parametrize(("overrides", "sentence"), [
+    (["train.accelerator=H100"], "has no node of kind H100, which train.accelerator"),
+    (["train.labels={zone: x}"], "has no node with labels {'zone': 'x'}"),
+    (["train.workers=2", "train.gpus_per_worker=1"], "needs 2 GPUs, the Ray cluster has 0; ask for fewer"),
+    (["train.workers=20"], "needs 21 CPUs of Ray"),
+    (["ray.autoscaling=true"], "score.gpus_per_worker is null, and the cluster, which brings nodes on demand"),
+    (["output=/proc/nowhere"], "'output' does not work: cannot write to /proc/nowhere"),
+])
+def test_preflight_is_one_sentence_for_each_problem(configured, overrides, sentence):
+    from raydpo.preflight import check_cluster
+
+    with pytest.raises(ConfigError) as error:
+        check_cluster(configured(*overrides), ["score", "train"], Console(io.StringIO()))
+    assert sentence in str(error.value)
