@@ -97,7 +97,7 @@ def session(config: Config) -> Iterator[None]:
             # "local", since a Ray that someone else has started on this machine would be joined otherwise.
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, runtime_env=runtime_env, log_to_driver=False,
                      logging_level="warning", object_store_memory=_object_store_bytes())
-    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise ConfigError(f"cannot reach Ray at ray.address {address!r}: {' '.join(str(error).split())[:300]}"
                           if address else f"cannot start a local Ray: {error}") from None
     try:
