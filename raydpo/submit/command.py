@@ -77,8 +77,8 @@ def submit(args: argparse.Namespace, console: Console) -> int:
             check_for_cluster(config, package.files)
             name = config.run_name
             if config.model.trust_remote_code:
-                console.warn(f"model.trust_remote_code is on: Python code in {config.model.path} runs on every node, with all "
-                             "that the cluster may do")
+                console.warn(f"model.trust_remote_code is on: Python code in {config.model.path} runs on every node, with "
+                             "all that the cluster may do")
             words = [packed_name(args.config, package.files), *args.overrides]
             words += ["--fresh"] if getattr(args, "fresh", False) else []
         entrypoint = shlex.join([*_program(args.what, package), *words])
