@@ -55,7 +55,7 @@ class Package:
 
     def line(self) -> str:
         size = f"{self.bytes / 2**20:.1f} MiB" if self.bytes >= 1 << 20 else f"{self.bytes / 2**10:.0f} KiB"
-        return f"packed {len(self.files):,} files, {size}, without data, models, results and secrets"
+        return f"packed {len(self.files):,} file(s), {size}, without data, models, results and secrets"
 
 
 def pack(directory: Path, place: Path, include: Sequence[str] = ()) -> Package:

@@ -30,7 +30,7 @@ def project(tmp_path, monkeypatch):
 def test_paths_of_the_cluster_need_not_exist_here_and_the_command_of_ray_is_printed(project, capsys):
     assert main(["submit", "run", "config.yaml", "train.beta=0.2", "name=a", "--dry-run", "--fresh"]) == 0
     said = capsys.readouterr().out
-    assert re.search(r"packed 1 files, \d+ KiB, without data", said)
+    assert re.search(r"packed 1 file\(s\), \d+ KiB, without data", said)
     command = shlex.split(said.splitlines()[-1])
     assert command[:3] == ["ray", "job", "submit"]
     assert command[command.index("--") + 1:] == ["python", "-m", "raydpo.cli", "run", "config.yaml", "train.beta=0.2",
@@ -82,7 +82,7 @@ def test_what_would_fail_or_be_lost_on_the_cluster_is_refused_here(project, caps
 
 def test_small_data_may_be_packed(project, capsys):
     assert main(["submit", "run", "config.yaml", "data.train=prefs.jsonl", "--include", "prefs.jsonl", "--dry-run"]) == 0
-    assert "packed 2 files" in capsys.readouterr().out
+    assert "packed 2 file(s)" in capsys.readouterr().out
 
 
 def test_a_configuration_elsewhere_is_refused(project, tmp_path_factory, capsys):
