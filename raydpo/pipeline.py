@@ -411,16 +411,16 @@ def train_prepared(prepared: Prepared, console: Console, hit_rate: float | None 
             raise KeyboardInterrupt
         summary = end_run(prepared, job, trained, hit_rate)
     print_summary(console, summary)
-    report_on(config, console)
+    report_on(config.run_dir, console)
     return summary
 
 
-def report_on(config: Config, console: Console) -> None:
+def report_on(place: str, console: Console) -> None:
     """Make the page of a run or a sweep that has ended."""
     from raydpo.report import write_report
 
     try:
-        console.say(f"report: {write_report(config.run_dir)}")
+        console.say(f"report: {write_report(place)}")
     except Exception as error:  # the model is stored; a picture that cannot be drawn must not say otherwise
         console.warn(f"the report failed ({type(error).__name__}: {error}); 'raydpo report' tries again")
 

@@ -82,7 +82,7 @@ def train_prepared_together(prepared: Sequence[Prepared], console: Console, hit_
             console.say(f"{name} stopped after step {result['steps']:,}; its checkpoint is in {place}")
         elif not result["interrupted"]:
             results[number] = end_run(prepared[number], job, result, hit_rate)
-            report_on(prepared[number].config, console)
+            report_on(prepared[number].config.run_dir, console)
             console.say(f"{name}: {result['steps']:,} steps, last loss {results[number]['last_loss']:.6f}")
     if stopped:
         raise KeyboardInterrupt

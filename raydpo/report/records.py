@@ -19,7 +19,7 @@ from raydpo.storage import Storage, redact
 __all__ = ["RunRecord", "SweepRecord", "Trial", "is_sweep", "leaves"]
 
 T = TypeVar("T")
-RUN_FILES = ("config.yaml", "metrics.parquet", "eval.parquet", "summary.json")
+RUN_FILES = ("config.yaml", "run.json", "metrics.parquet", "eval.parquet", "summary.json", "evaluation.json")
 SWEEP_FILE = "sweep.json"
 
 

@@ -80,7 +80,7 @@ def sweep(config: Config, console: Console | None = None, *, fresh: bool = False
     elif best is not None:
         console.say(f"best {config.sweep.metric}: {best.trial.name} ({best.eval[config.sweep.metric]:.4f})")
     console.say(f"sweep: {storage}/{FILE}")
-    report_on(config, console)
+    report_on(config.run_dir, console)
     return ledger.to_dict()
 
 
