@@ -6,15 +6,15 @@ import contextlib
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from raydpo import errors
 from raydpo.config import Config
 from raydpo.errors import ConfigError, RaydpoError
 
-__all__ = ["Resources", "bfloat16_pays", "original_error", "resources_for", "session"]
+__all__ = ["Resources", "bfloat16_pays", "original_error", "over_actors", "resources_for", "session"]
 
 WORKER_ENV = {
     "TOKENIZERS_PARALLELISM": "false",
@@ -145,6 +145,38 @@ def bfloat16_pays() -> bool:
     except OSError:
         return False
     return "amx_bf16" in flags
+
+
+def over_actors(actor: type, arguments: tuple[Any, ...], blocks: Sequence[Any], actors: int, devices: int,
+                gpus_per_device: float, doing: str, **more: Any) -> Iterator[dict[str, Any]]:
+    """Rows that Ray Data actors make of Arrow blocks in the object store, one block a call.
+
+    Args:
+        arguments: of the actors' constructor.
+        devices: of each actor, a CPU with its part of a GPU.
+        doing: for messages, such as "scoring the reference".
+        more: for ``map_batches``.
+
+    Raises:
+        RaydpoError: what an actor found wrong.
+    """
+    import ray
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    dataset = ray.data.from_arrow_refs(list(blocks)).map_batches(
+        actor, fn_constructor_args=arguments, batch_size=1, batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=min(actors, len(blocks))),
+        num_cpus=devices, num_gpus=gpus_per_device * devices,
+        # Ray would otherwise restart an actor that a poisonous block kills for ever.
+        max_restarts=3, max_task_retries=3, **more)
+    try:
+        yield from dataset.iter_rows()
+    except RaydpoError:
+        raise
+    except Exception as error:
+        raise original_error(error, doing) from error
 
 
 def original_error(error: BaseException, doing: str) -> RaydpoError:
