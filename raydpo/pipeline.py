@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -129,6 +131,8 @@ class Prepared:
     sets: PairSets
     reference: ReferenceSpec
     cache: ReferenceCache
+    pairs_digest: Callable[[], str]
+    """Of the training pairs; computed at most once, for all that are made of this by ``dataclasses.replace``, too."""
 
     @classmethod
     def of(cls, config: Config, console: Console) -> Prepared:
@@ -156,7 +160,7 @@ class Prepared:
         spec, cache = find_reference(config, native)
         if needs_reference(config):
             console.say(reference_line(config, spec))
-        return cls(config, dtype, policy_dir, tokeniser, sets, spec, cache)
+        return cls(config, dtype, policy_dir, tokeniser, sets, spec, cache, functools.cache(lambda: _digest(sets.train)))
 
     @property
     def filter_by_reference(self) -> PairFilter | None:
@@ -194,7 +198,7 @@ class Prepared:
                 "model.adapter": policy.adapter, "model.quantization": policy.quantisation,
                 "model.freeze": list(config.model.freeze), "model.dtype": self.dtype, "model.lora": lora,
                 "reference identity": self.reference.identity.digest if needs_reference(config) else None,
-                "data.train (pairs)": _digest(self.sets.train), "data.shuffle": config.data.shuffle,
+                "data.train (pairs)": self.pairs_digest(), "data.shuffle": config.data.shuffle,
                 } | ({"data.filter": config.data.filter} if self.filter_by_reference else {}
                      ) | {f"train.{key}": value for key, value in train.items()} | {
                          f"train.loss (source of {name})": digest for name, digest in own_sources(config.train).items()}
@@ -391,7 +395,7 @@ def training_job(prepared: Prepared, resources: Resources, until: int | None = N
 def end_run(prepared: Prepared, job: TrainJob, trained: dict[str, Any], hit_rate: float | None) -> dict[str, Any]:
     """Write what a run directory says of the run once it has trained; returns what summary.json holds."""
     storage = Storage(prepared.config.run_dir)
-    summary = _summarise(prepared, storage, trained, hit_rate, job.sample_prompts)
+    summary = _summarise(prepared, storage, trained, hit_rate, job)
     storage.write("final/README.md", model_card(prepared.config, summary).encode())
     storage.write("summary.json", json.dumps(summary, indent=2).encode())
     return summary
@@ -427,16 +431,16 @@ def train_prepared(prepared: Prepared, console: Console, hit_rate: float | None 
             raise KeyboardInterrupt
         summary = end_run(prepared, job, trained, hit_rate)
     print_summary(console, summary)
-    report_on(config, console)
+    report_on(config.run_dir, console)
     return summary
 
 
-def report_on(config: Config, console: Console) -> None:
+def report_on(place: str, console: Console) -> None:
     """Make the page of a run or a sweep that has ended."""
     from raydpo.report import write_report
 
     try:
-        console.say(f"report: {write_report(config.run_dir)}")
+        console.say(f"report: {write_report(place)}")
     except Exception as error:  # the model is stored; a picture that cannot be drawn must not say otherwise
         console.warn(f"the report failed ({type(error).__name__}: {error}); 'raydpo report' tries again")
 
@@ -450,10 +454,10 @@ def _sample_prompts(prepared: Prepared) -> tuple[tuple[str, Any], ...]:
 
 
 def _summarise(prepared: Prepared, storage: Storage, trained: dict[str, Any], hit_rate: float | None,
-               samples: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
+               job: TrainJob) -> dict[str, Any]:
     config, decode = prepared.config, prepared.tokeniser.tokenizer.decode
     steps, evals = read_rows(storage, "metrics.parquet"), read_rows(storage, "eval.parquet")
-    answers = zip(samples, trained["samples_before"], trained["samples_after"], strict=False)
+    answers = zip(job.sample_prompts, trained["samples_before"], trained["samples_after"], strict=False)
     return {
         "name": config.run_name, "run_dir": redact(config.run_dir), "raydpo": raydpo.__version__,
         "steps": trained["steps"], "pairs_seen": trained["pairs"], "train_seconds": trained["seconds"],
@@ -472,7 +476,7 @@ def _summarise(prepared: Prepared, storage: Storage, trained: dict[str, Any], hi
         "data": prepared.sets.report.to_dict(),
         "samples": [{"prompt": text, "before": decode(before, skip_special_tokens=True),
                      "after": decode(after, skip_special_tokens=True)} for (text, _), before, after in answers],
-        "fingerprint": prepared.fingerprint(),
+        "fingerprint": dict(job.fingerprint),
     }
 
 

@@ -16,7 +16,7 @@ from raydpo.config import Config
 from raydpo.errors import ConfigError, RaydpoError
 from raydpo.nodes import NODE_SHARE, grows_to, nodes_with
 
-__all__ = ["Resources", "bfloat16_pays", "original_error", "resources_for", "session"]
+__all__ = ["Resources", "bfloat16_pays", "original_error", "over_actors", "resources_for", "session"]
 
 WORKER_ENV = {
     "TOKENIZERS_PARALLELISM": "false",
@@ -193,6 +193,38 @@ def bfloat16_pays() -> bool:
     except OSError:
         return False
     return "amx_bf16" in flags
+
+
+def over_actors(actor: type, arguments: tuple[Any, ...], blocks: Sequence[Any], resources: Resources, doing: str,
+                **more: Any) -> Iterator[dict[str, Any]]:
+    """Rows that Ray Data actors make of Arrow blocks in the object store, one block a call and one actor a team.
+
+    Args:
+        arguments: of the actors' constructor.
+        doing: for messages, such as "scoring the reference".
+        more: for ``map_batches``.
+
+    Raises:
+        RaydpoError: what an actor found wrong.
+    """
+    import ray
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    dataset = ray.data.from_arrow_refs(list(blocks)).map_batches(
+        actor, fn_constructor_args=arguments, batch_size=1, batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=min(resources.teams, len(blocks))),
+        num_cpus=resources.together, num_gpus=resources.gpus_per_worker * resources.together,
+        accelerator_type=resources.accelerator, label_selector=dict(resources.labels) or None,
+        # Ray would otherwise restart an actor that a poisonous block kills for ever.
+        max_restarts=3, max_task_retries=3, **more)
+    try:
+        yield from dataset.iter_rows()
+    except RaydpoError:
+        raise
+    except Exception as error:
+        raise original_error(error, doing) from error
 
 
 def original_error(error: BaseException, doing: str) -> RaydpoError:

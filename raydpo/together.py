@@ -13,6 +13,7 @@ from raydpo.console import Console, ProgressLine
 from raydpo.errors import ConfigError, RaydpoError
 from raydpo.pipeline import Prepared, Shared, begin_run, end_run, finished_before, join_sets, report_on, training_job
 from raydpo.ray_runtime import resources_for, session
+from raydpo.training.earlier import leaves
 from raydpo.training.launch_together import launch_together
 
 __all__ = ["check_together", "train_prepared_together", "train_together"]
@@ -83,7 +84,7 @@ def train_prepared_together(prepared: Sequence[Prepared], console: Console, hit_
             console.say(f"{name} stopped after step {result['steps']:,}; its checkpoint is in {place}")
         elif not result["interrupted"]:
             results[number] = end_run(prepared[number], job, result, hit_rate)
-            report_on(prepared[number].config, console)
+            report_on(prepared[number].config.run_dir, console)
             console.say(f"{name}: {result['steps']:,} steps, last loss {results[number]['last_loss']:.6f}")
     if stopped:
         raise KeyboardInterrupt
@@ -134,13 +135,7 @@ def _shared(config: Config) -> dict[str, Any]:
     tree = config.model_dump(mode="json", include=dict.fromkeys(SHARED_SECTIONS, True) | {"train": keys})
     tree["cache"]["uri"] = config.cache_uri
     tree["train"]["loss (needs a reference)"] = config.train.needs_reference
-    return _leaves(tree)
-
-
-def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix[:-1]: tree}
-    return {key: value for name, below in tree.items() for key, value in _leaves(below, f"{prefix}{name}.").items()}
+    return leaves(tree)
 
 
 class _Display:

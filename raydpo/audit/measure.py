@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-__all__ = ["LENGTH_BINS", "figures", "overlap", "wilson"]
+__all__ = ["LENGTH_BINS", "Z95", "figures", "overlap", "wilson"]
 
 LENGTH_BINS = (-100, -25, 0, 1, 26, 101)
 """Left edges of the bins of length difference: much shorter, shorter, a little shorter, equal, a little longer, ..."""
 SURPRISE_BINS = 60
+Z95 = 1.959964
+"""Standard errors to each side of a 95 % interval."""
 
 
 def figures(frame: pl.DataFrame) -> dict[str, Any]:
@@ -41,7 +43,7 @@ def wilson(count: float, total: int) -> dict[str, Any]:
     """A share and its 95 % interval (Wilson 1927, doi 10.1080/01621459.1927.10502953)."""
     if not total:
         return {"share": None, "low": None, "high": None, "count": count, "of": total}
-    z, share = 1.959964, count / total
+    z, share = Z95, count / total
     centre = share + z * z / (2 * total)
     spread = z * np.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
     scale = 1 + z * z / total

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from raydpo.audit.measure import wilson
+from raydpo.audit.measure import Z95, wilson
 
 __all__ = ["Interval", "around", "mean", "share", "standard_error"]
 
 Interval = dict[str, float | None]
 """``{"value": ..., "low": ..., "high": ...}``; None where too little was measured."""
-Z95 = 1.959964
 
 
 def share(count: float, total: int) -> Interval:

@@ -31,7 +31,7 @@ from raydpo.evaluation.reward import RewardModel
 from raydpo.evaluation.samples import Answers
 from raydpo.evaluation.wins import compare_scores, own_scores
 from raydpo.evaluation.work import Work, do_work
-from raydpo.pipeline import fill_cache, find_reference, reference_line
+from raydpo.pipeline import fill_cache, find_reference, reference_line, report_on
 from raydpo.ray_runtime import bfloat16_pays, resources_for, session
 from raydpo.reference.identity import resolve_model
 from raydpo.reference.score import ReferenceSpec
@@ -64,6 +64,8 @@ def evaluate(config: Config, console: Console | None = None) -> dict[str, Any]:
     evaluation.write(found, samples)
     print_evaluation(console, found)
     console.say(f"evaluation: {evaluation.storage}/{evaluation.file('evaluation', 'json')}")
+    if evaluation.policy.run is not None:
+        report_on(evaluation.policy.run.uri, console)  # with what has been found now
     console.say(f"harness: lm_eval --model hf --model_args {harness_arguments(evaluation.policy)} --apply_chat_template "
                 "--tasks ...")
     return found

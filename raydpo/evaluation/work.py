@@ -6,6 +6,7 @@ policies are compared with.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -17,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raydpo.errors import RaydpoError
-from raydpo.ray_runtime import Resources, original_error
+from raydpo.ray_runtime import Resources, over_actors
 from raydpo.storage import Storage
 
 __all__ = ["FOLDER", "Work", "do_work", "load", "store", "stored_name"]
@@ -72,23 +73,11 @@ def _on_ray(work: Work, blocks: dict[str, pa.Table], storage: Storage, resources
     """Names of blocks as they are done."""
     import ray
 
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
     refs = [ray.put(pa.table({"name": [name], "rows": pa.array([_encode(one)], pa.large_binary())}))
             for name, one in blocks.items()]
-    dataset = ray.data.from_arrow_refs(refs).map_batches(
-        _Actor, fn_constructor_args=(work, storage.uri, resources), batch_size=1, batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=min(resources.workers, len(refs))), num_cpus=1,
-        num_gpus=resources.gpus_per_worker, accelerator_type=resources.accelerator,
-        label_selector=dict(resources.labels) or None, max_restarts=3, max_task_retries=3)
-    try:
-        for row in dataset.iter_rows():
-            yield row["name"]
-    except RaydpoError:
-        raise
-    except Exception as error:
-        raise original_error(error, doing) from error
+    alone = dataclasses.replace(resources, together=1)
+    for row in over_actors(_Actor, (work, storage.uri, resources), refs, alone, doing):
+        yield row["name"]
 
 
 class _Actor:

@@ -72,7 +72,7 @@ def figure(width: float = 4.4, height: float = 2.8, *, aligned: bool = False) ->
     with _styled():
         made = Figure(figsize=(width, height), layout="none" if aligned else "constrained")
         if aligned:
-            made.subplots_adjust(left=0.165, bottom=0.165, right=0.985, top=0.93)
+            made.subplots_adjust(left=0.165, bottom=0.165, right=0.965, top=0.93)
         yield made, made.add_subplot()
 
 

@@ -12,10 +12,10 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from raydpo.errors import CacheError, RaydpoError
+from raydpo.errors import CacheError
 from raydpo.model.layout import PromptGroup
 from raydpo.model.selfcheck import CHECK_ROWS
-from raydpo.ray_runtime import Resources, original_error
+from raydpo.ray_runtime import Resources, over_actors
 from raydpo.reference.identity import on_this_machine
 from raydpo.reference.part import builder_of
 from raydpo.reference.score import ReferenceSpec, Scorer
@@ -114,9 +114,6 @@ def _score_on_ray(shards: Iterable[Shard], spec: ReferenceSpec, cache: Reference
                   resources: Resources, tokens_per_batch: int | Literal["auto"]) -> Any:
     import ray
 
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
     # One row a shard and one block a row: a task is exactly one shard, whatever Ray Data thinks of block sizes. Each goes to
     # the object store as it is made, which spills to disk.
     check_rows: list[PromptGroup] = []
@@ -125,25 +122,10 @@ def _score_on_ray(shards: Iterable[Shard], spec: ReferenceSpec, cache: Reference
         check_rows = check_rows or shard.prompt_groups()[:CHECK_ROWS]
         blocks.append(ray.put(_to_block(shard)))
     random.Random(cache.builder).shuffle(blocks)
-    dataset = ray.data.from_arrow_refs(blocks).map_batches(
-        _ScoreShard,
-        fn_constructor_args=(spec, cache.storage.uri, cache.builder, frozenset(before), resources, tokens_per_batch,
-                             check_rows),
-        batch_size=1, batch_format="pyarrow", zero_copy_batch=True,
-        compute=ray.data.ActorPoolStrategy(size=min(resources.teams, len(blocks))),
-        num_cpus=resources.together, num_gpus=resources.gpus_per_worker * resources.together,
-        accelerator_type=resources.accelerator, label_selector=dict(resources.labels) or None,
-        # Ray would otherwise restart an actor that a poisonous shard kills for ever.
-        max_restarts=3, max_task_retries=3,
-        # While one shard is computed, the one before it is written and the next one is unpacked.
-        max_concurrency=2,
-    )
-    try:
-        yield from dataset.iter_rows()
-    except RaydpoError:
-        raise
-    except Exception as error:
-        raise original_error(error, "scoring the reference") from error
+    arguments = (spec, cache.storage.uri, cache.builder, frozenset(before), resources, tokens_per_batch, check_rows)
+    # While one shard is computed, the one before it is written and the next one is unpacked.
+    yield from over_actors(_ScoreShard, arguments, blocks, resources, "scoring the reference", zero_copy_batch=True,
+                           max_concurrency=2)
 
 
 _COMPLETION = pa.struct([("key", pa.binary(16)), ("tokens", pa.list_(pa.int32()))])

@@ -10,6 +10,7 @@ import numpy as np
 import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from raydpo.pages.plot import PALE, Picture, figure, svg, variable
 
@@ -89,6 +90,7 @@ def curves_picture(title: str, caption: str, curves: Sequence[Curve | None], yla
         if level is not None:
             axes.axhline(level, color=PALE, linewidth=0.9, linestyle=":")
         axes.set(xlabel="step", ylabel=ylabel)
+        _count_steps(axes)
         axes.set_ylim(*ylim or _range(curves, level))
         values = np.concatenate([one.mean for one in curves])
         if log and np.nanmin(values) > 0 and np.nanmax(values) > 30 * np.nanmedian(values):
@@ -118,6 +120,7 @@ def phases_picture(table: pl.DataFrame, phases: dict[str, str]) -> Picture | Non
                               step="mid" if len(base) > 1 else None)
             base = top
         axes.set(xlabel="step", ylabel="seconds")
+        _count_steps(axes)
         # A checkpoint or an evaluation now and then must not press everything else flat.
         axes.set_ylim(0, max(1.6 * float(np.quantile(base, 0.9)), 1e-9))
         drawn = svg(made, title, caption)
@@ -135,6 +138,12 @@ def _range(curves: Sequence[Curve], level: float | None) -> tuple[float, float]:
     low, high = float(np.nanmin(values)), float(np.nanmax(values))
     margin = 0.05 * (high - low) or 0.05 * abs(high) or 0.05
     return low - margin, high + margin
+
+
+def _count_steps(axes: Axes) -> None:
+    """Whole steps, few enough that ``100,000`` beside ``120,000`` can be read."""
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}")
 
 
 def _legend(curves: Sequence[Curve]) -> tuple[tuple[str, str, bool], ...]:

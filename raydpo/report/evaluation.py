@@ -61,7 +61,7 @@ def _preferences(preferences: dict[str, Any], lengths: list[dict[str, Any]]) -> 
     sources = preferences.get("by_source") or {}
     if len(sources) > 1:
         groups += list(sources.items())
-    groups += [(f"length difference {bin_name(each)}", each) for each in lengths]
+    groups += [(f"length difference {bin_name(each)}", each) for each in lengths if each["pairs"]]
     groups += [(name, total[key]) for key, name in (("longer_is_right", "the longer is the chosen"),
                                                     ("longer_is_wrong", "the shorter is the chosen")) if total.get(key)]
     rows = [Row(name, [number(each["pairs"], ",.0f"), interval(each.get("accuracy")), interval(each.get("margin"), ".2f"),
@@ -85,22 +85,24 @@ def _generation(generation: dict[str, Any]) -> Table:
 
 
 def _wins(wins: list[dict[str, Any]]) -> Table:
-    return Table("Wins against the reference", ("judge", "answers", "win rate", "won", "tied", "lost"), [
+    return Table("Wins against the reference", ("judge", "answers", "win rate", "won", "tied", "lost",
+                                                    "not judged"), [
         Row(each["judge"], [text(each["mode"]), interval(each["win_rate"]),
-                            *(number(each[name], ",.0f") for name in ("wins", "ties", "losses"))]) for each in wins])
+                            *(number(each.get(name), ",.0f") for name in ("wins", "ties", "losses", "not_judged"))])
+        for each in wins])
 
 
 def _calibration(bins: list[dict[str, Any]], total: dict[str, Any]) -> Picture:
     predicted, observed, low, high = (np.array([each[name] for each in bins], float)
                                       for name in ("predicted", "observed", "low", "high"))
     with figure() as (made, axes):
-        axes.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle="--")
+        axes.plot([0.5, 1], [0.5, 1], color=INK, linewidth=0.8, linestyle="--")
         axes.errorbar(predicted, observed, np.abs([low - observed, high - observed]), color=GOOD, fmt="o-", markersize=4,
                       linewidth=1.4, elinewidth=1.0)
-        axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="predicted: sigmoid(margin)", ylabel="observed")
-        caption = ("How often the chosen answer is preferred, against how often the rewards say so, with 95 % intervals. On "
-                   f"the dashed line the rewards are probabilities; they are off by {total['calibration_error']:.3f} on "
-                   "average.")
+        axes.set(xlim=(0.49, 1.01), ylim=(0, 1.02), xlabel="confidence: sigmoid of the margin", ylabel="right")
+        caption = ("How often the rewards prefer the chosen answer, against how sure they are of the answer they prefer, "
+                   "with 95 % intervals. On the dashed line they are probabilities; they are off by "
+                   f"{total['calibration_error']:.3f} on average.")
         return Picture("Calibration", svg(made, "Calibration", caption), caption)
 
 

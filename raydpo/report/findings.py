@@ -30,7 +30,7 @@ LENGTH_GROWTH = 0.15
 """Growth of the answers' length whose interval lies above this. Park et al. (arXiv 2403.19159) show DPO growing answers
 without growing their quality."""
 CALIBRATION = 0.1
-"""Expected calibration error: predicted and observed preference differ by so much on average."""
+"""Expected calibration error: confidence and accuracy differ by so much on average."""
 
 
 TIMES = (
@@ -129,7 +129,7 @@ def _evaluation(run: RunRecord) -> Iterator[Finding]:
     modes = (evaluation.get("generation") or {}).get("modes") or {}
     for mode, measured in modes.items():
         growth = measured["length_growth"]
-        if growth["low"] > LENGTH_GROWTH:
+        if growth["low"] is not None and growth["low"] > LENGTH_GROWTH:
             yield Finding(
                 "Answers have grown longer",
                 f"{mode.capitalize()} answers have {growth['value']:+.0%} tokens against the reference's (95 % interval "
@@ -141,7 +141,8 @@ def _evaluation(run: RunRecord) -> Iterator[Finding]:
     if error is not None and error > CALIBRATION:
         yield Finding(
             "The rewards are not calibrated",
-            f"The preference that the rewards predict is off by {error:.2f} on average.",
+            f"How sure the rewards are of the answer they prefer, and how often that is right, differ by {error:.2f} on "
+            "average.",
             "sigmoid(margin) is then no probability of being preferred; ranking may be right all the same.")
 
 
@@ -193,8 +194,9 @@ def _time(run: RunRecord) -> Iterator[Finding]:
         return
     shares = {name: run.steps[f"time/{name}"].sum() / total for name in ("checkpoint", "evaluation", "data", "wait")
               if f"time/{name}" in run.steps.columns}
-    if summary.get("checkpoint_seconds") and summary.get("train_seconds"):  # it knows of the last checkpoint, too
-        shares["checkpoint"] = summary["checkpoint_seconds"] / summary["train_seconds"]
+    if summary.get("checkpoint_seconds"):  # the last checkpoint comes after the last recorded step
+        later = max(0.0, summary["checkpoint_seconds"] - shares.get("checkpoint", 0.0) * total)
+        shares["checkpoint"] = summary["checkpoint_seconds"] / (total + later)
     for name, limit, title, why in TIMES:
         share = shares.get(name, 0.0)
         if share > limit:

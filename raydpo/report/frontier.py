@@ -125,8 +125,8 @@ def recommend(points: Sequence[Point], drift: Axis) -> Recommendation:
     close = [point for point in known if point.accuracy >= bound]
     chosen = min(close, key=lambda point: (drift.read(point), -(point.beta or 0.0)))
     if len(known) == 1:
-        reason = f"{best.label or best.name} is the only trial so far that can be judged, so this is no recommendation yet."
-    elif chosen is best:
+        return Recommendation(None, f"{best.label or best.name} is the only trial so far that can be judged.")
+    if chosen is best:
         reason = (f"{best.label or best.name} has the best held-out accuracy, {best.accuracy:.3f} (standard error "
                   f"{best.error:.3f})")
         reason += (f", and of the {len(close)} trials within one standard error of it drifts least ({drift.read(best):.3g})."

@@ -15,12 +15,12 @@ import yaml
 
 from raydpo.errors import ConfigError, RaydpoError
 from raydpo.storage import Storage, redact
+from raydpo.sweep.trials import FILE as SWEEP_FILE
 
 __all__ = ["RunRecord", "SweepRecord", "Trial", "is_sweep", "leaves"]
 
 T = TypeVar("T")
-RUN_FILES = ("config.yaml", "metrics.parquet", "eval.parquet", "summary.json")
-SWEEP_FILE = "sweep.json"
+RUN_FILES = ("config.yaml", "run.json", "metrics.parquet", "eval.parquet", "summary.json", "evaluation.json")
 
 
 @dataclass(frozen=True)

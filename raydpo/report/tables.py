@@ -44,10 +44,12 @@ def share(value: float | None) -> Cell:
     return Cell("-") if value is None else Cell(f"{value:.1%}", float(value))
 
 
-def interval(value: dict[str, float] | None, form: str = ".3f") -> Cell:
-    """A measured value with its 95 % interval."""
+def interval(value: dict[str, float | None] | None, form: str = ".3f") -> Cell:
+    """A measured value with its 95 % interval; of too few values there is none."""
     if value is None or value.get("value") is None:
         return Cell("-")
+    if value.get("low") is None:
+        return Cell(format(value["value"], form), float(value["value"]))
     return Cell(f"{value['value']:{form}} ({value['low']:{form}} to {value['high']:{form}})", float(value["value"]))
 
 

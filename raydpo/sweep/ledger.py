@@ -12,13 +12,12 @@ from raydpo.config import Config
 from raydpo.config.uri import redact
 from raydpo.storage import Storage
 from raydpo.sweep.halving import best_first
-from raydpo.sweep.trials import Trial, parameters_of
+from raydpo.sweep.trials import FILE, Trial, parameters_of
 from raydpo.training.launch import LOWER_IS_BETTER
 from raydpo.training.records import read_rows
 
-__all__ = ["FILE", "Entry", "Ledger"]
+__all__ = ["Entry", "Ledger"]
 
-FILE = "sweep.json"
 Status = Literal["waiting", "running", "done", "stopped", "failed"]
 
 

@@ -26,10 +26,10 @@ from raydpo.ray_runtime import session
 from raydpo.reference.shards import Wanted
 from raydpo.storage import Storage
 from raydpo.sweep.halving import going_on, rungs
-from raydpo.sweep.ledger import FILE, Ledger
+from raydpo.sweep.ledger import Ledger
 from raydpo.sweep.packing import trials_at_once
 from raydpo.sweep.table import SweepTable, TogetherDisplay, TrialDisplay
-from raydpo.sweep.trials import Trial, parameters_of, trials_of
+from raydpo.sweep.trials import FILE, Trial, parameters_of, trials_of
 from raydpo.together import check_together, train_prepared_together
 from raydpo.training.earlier import earlier_result, set_aside
 from raydpo.training.launch import LOWER_IS_BETTER, new_board
@@ -82,7 +82,7 @@ def sweep(config: Config, console: Console | None = None, *, fresh: bool = False
     elif best is not None:
         console.say(f"best {config.sweep.metric}: {best.trial.name} ({best.eval[config.sweep.metric]:.4f})")
     console.say(f"sweep: {storage}/{FILE}")
-    report_on(config, console)
+    report_on(config.run_dir, console)
     return ledger.to_dict()
 
 
@@ -227,8 +227,7 @@ class _Sweep:
         for name in names:
             result = results.get(name)
             if isinstance(result, Exception):
-                self.ledger.set(name, "failed", str(result) if isinstance(result, RaydpoError) else
-                                f"unexpected {type(result).__name__}: {result}")
+                self._fail(name, result)
             elif self._result(name) is None:
                 self.ledger.set(name, "waiting")
             else:
@@ -269,9 +268,12 @@ class _Sweep:
                     self.ledger.set(name, "done")
             except Exception as error:
                 log.say(traceback.format_exc())
-                self.ledger.set(name, "failed", str(error) if isinstance(error, RaydpoError) else
-                                f"unexpected {type(error).__name__}: {error}")
+                self._fail(name, error)
         self.table.ended(name)
+
+    def _fail(self, name: str, error: Exception) -> None:
+        self.ledger.set(name, "failed", str(error) if isinstance(error, RaydpoError) else
+                        f"unexpected {type(error).__name__}: {error}")
 
     def _trained(self, name: str, until: int | None, log: Console) -> bool:
         """Whether training came to its end; else it paused, or someone stopped the sweep."""

@@ -14,8 +14,10 @@ from typing import Any
 from raydpo.config import Config, RandomConfig, SweepConfig, load_config, with_setting
 from raydpo.errors import ConfigError
 
-__all__ = ["Trial", "parameters_of", "trial_name", "trials_of"]
+__all__ = ["FILE", "Trial", "parameters_of", "trial_name", "trials_of"]
 
+FILE = "sweep.json"
+"""Below the directory of a sweep; see ``ledger.Ledger.to_dict``."""
 LONGEST_NAME = 100
 DIGEST = 8
 FIXED = ("name", "output", "cache", "ray", "score", "sweep")

@@ -15,7 +15,7 @@ from raydpo.errors import ConfigError
 from raydpo.storage import Storage
 from raydpo.training.checkpoint import changed_settings
 
-__all__ = ["earlier_result", "harmless_changes", "set_aside"]
+__all__ = ["earlier_result", "harmless_changes", "leaves", "set_aside"]
 
 
 def earlier_result(storage: Storage, fingerprint: dict[str, Any]) -> dict[str, Any] | None:
@@ -38,16 +38,17 @@ def harmless_changes(storage: Storage, config: Config) -> Iterator[str]:
     """A line about settings that differ from those the run began with, and do not change its result."""
     if not storage.exists("config.yaml"):
         return
-    earlier, now = (_leaves(yaml.safe_load(text)) for text in (storage.read("config.yaml"), config.to_yaml()))
+    earlier, now = (leaves(yaml.safe_load(text)) for text in (storage.read("config.yaml"), config.to_yaml()))
     changes = changed_settings(earlier, now)
     if changes:
         yield f"changed since this run began, without effect on its result: {'; '.join(changes)}"
 
 
-def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
+def leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """The values of a nested configuration by their keys, such as ``train.beta``."""
     if not isinstance(tree, dict):
         return {prefix[:-1]: tree}
-    return {key: value for name, below in tree.items() for key, value in _leaves(below, f"{prefix}{name}.").items()}
+    return {key: value for name, below in tree.items() for key, value in leaves(below, f"{prefix}{name}.").items()}
 
 
 def set_aside(storage: Storage, console: Console, mark: str = "run.json") -> None:

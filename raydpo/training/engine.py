@@ -31,6 +31,7 @@ from raydpo.model.ulysses import SequenceGroup
 from raydpo.training.disk import disk_folder
 from raydpo.training.host_memory import HostPeak
 from raydpo.training.optimizer import make_optimizer
+from raydpo.training.ranks import OverRanks
 from raydpo.training.state import TrainedState
 
 __all__ = ["PolicyEngine", "PolicySpec", "join_process_group"]
@@ -91,7 +92,7 @@ def _without(package: str) -> Iterator[None]:
         del sys.modules[package]
 
 
-class PolicyEngine:
+class PolicyEngine(OverRanks):
     """The trainable policy on this rank: log-probs, backward, step, state, gathered weights.
 
     Args:
@@ -152,14 +153,6 @@ class PolicyEngine:
             group = SequenceGroup.of_world(train.sequence_parallel)
             if group is not None:
                 self.layout_line += f"; {share_positions(module, device, group, check_rows)}"
-
-    @property
-    def world_size(self) -> int:
-        return dist.get_world_size()
-
-    @property
-    def rank(self) -> int:
-        return dist.get_rank()
 
     def lay_out(self, groups: Sequence[PromptGroup]) -> Layout:
         """On the CPU, ready to be copied; may be called from another thread than the one that computes."""
@@ -226,16 +219,6 @@ class PolicyEngine:
             group["lr"] = learning_rate
         self.engine.step()
         return float(self.engine.get_global_grad_norm()) if norm is None else norm
-
-    def meet(self) -> None:
-        """Wait, on the device, until all ranks are here."""
-        if self.world_size > 1:
-            dist.all_reduce(torch.zeros(1, device=self.device))
-
-    def sum_over_ranks(self, values: Tensor) -> Tensor:
-        """All-reduce in place."""
-        dist.all_reduce(values, op=dist.ReduceOp.SUM)
-        return values
 
     @property
     def state(self) -> TrainedState:

@@ -25,7 +25,7 @@ from raydpo.training.hooks import Hooks
 from raydpo.training.loop import TrainJob
 
 __all__ = ["CHECKPOINTS", "LOWER_IS_BETTER", "Listener", "Payload", "RayHooks", "checkpoint_config", "checkpoint_place",
-           "launch", "log_to", "new_board", "ray_trainer"]
+           "fit", "launch", "log_to", "new_board", "ray_trainer"]
 
 CHECKPOINTS = "checkpoints"
 RESIZE_SECONDS = 30.0
@@ -86,6 +86,17 @@ def launch(job: TrainJob, pairs: Any, held_out: Any, resources: Resources, *, ru
                       run_name=run_name, track=track,
                       base_name=base_name, tokenizer=tokenizer, board=board)
     trainer = ray_trainer(_worker, {"payload": payload}, job.train, resources, payload.run_dir)
+    return fit(trainer, board, listener, run_dir)
+
+
+def fit(trainer: Any, board: Any, listener: Listener, run_dir: str) -> dict[str, Any]:
+    """Run a trainer of ``ray_trainer`` to its end; returns what its workers told ``board`` at last.
+
+    Raises:
+        RaydpoError: what the workers raised.
+    """
+    import ray
+
     with listening(board, listener):
         try:
             interruptible(trainer.fit, on_first=lambda: board.stop.remote())
@@ -95,7 +106,7 @@ def launch(job: TrainJob, pairs: Any, held_out: Any, resources: Resources, *, ru
     if error is not None:
         raise error
     if summary is None:
-        raise RaydpoError(f"training ended without a result; see the logs in {storage}/logs")
+        raise RaydpoError(f"training ended without a result; see the logs in {Storage(run_dir)}/logs")
     return summary
 
 

@@ -18,17 +18,17 @@ import pyarrow as pa
 
 from raydpo.config import TrackConfig, TrainConfig
 from raydpo.errors import DeviceMemoryError, RaydpoError
-from raydpo.interrupt import interruptible
-from raydpo.ray_runtime import Resources, original_error
+from raydpo.ray_runtime import Resources
 from raydpo.reference.identity import on_this_machine
 from raydpo.storage import Storage
-from raydpo.training.board import Listener, listening
+from raydpo.training.board import Listener
 from raydpo.training.launch import (
     CHECKPOINTS,
     Payload,
     RayHooks,
     checkpoint_config,
     checkpoint_place,
+    fit,
     log_to,
     new_board,
     ray_trainer,
@@ -66,17 +66,7 @@ def launch_together(jobs: Sequence[TrainJob], runs: Sequence[tuple[str, str, Tra
                 for job, (run_dir, name, track) in zip(jobs, runs, strict=True) for storage in [Storage(run_dir)]]
     # Nothing is reported to it, so it writes nothing beside the first run's checkpoints.
     trainer = ray_trainer(_worker, {"payloads": payloads}, jobs[0].train, resources, payloads[0].run_dir)
-    with listening(board, listener):
-        try:
-            interruptible(trainer.fit, on_first=lambda: board.stop.remote())
-        except Exception as error:
-            raise ray.get(board.error.remote()) or original_error(error, "training") from error
-    error, results = ray.get([board.error.remote(), board.summary.remote()])
-    if error is not None:
-        raise error
-    if results is None:
-        raise RaydpoError(f"training ended without a result; see the logs in {payloads[0].run_dir}/logs")
-    return results["settings"]
+    return fit(trainer, board, listener, payloads[0].run_dir)["settings"]
 
 
 class CheckpointShelf:

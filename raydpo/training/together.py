@@ -44,6 +44,7 @@ from raydpo.training.lockstep import Lockstep, Request
 from raydpo.training.loop import TrainJob, TrainSummary, train_policy
 from raydpo.training.optimizer import make_optimizer
 from raydpo.training.pairs import TrainingPairs
+from raydpo.training.ranks import OverRanks
 from raydpo.training.state import Fragment, TrainedState
 
 __all__ = ["SettingEngine", "SharedPolicy", "train_settings"]
@@ -181,7 +182,7 @@ class SharedPolicy:
         return dataclasses.replace(budget, tokens=int(smallest))
 
 
-class SettingEngine:
+class SettingEngine(OverRanks):
     """One setting's part of a ``SharedPolicy``, for ``loop.train_policy``: what ``engine.PolicyEngine`` is to one alone.
 
     Attributes:
@@ -198,14 +199,6 @@ class SettingEngine:
         self.weights = shared.stack.weights[number].requires_grad_()
         self.optimizer = make_optimizer([self.weights], train, self.device)
         self._pass: tuple[_Pass, Tensor] | None = None
-
-    @property
-    def world_size(self) -> int:
-        return dist.get_world_size()
-
-    @property
-    def rank(self) -> int:
-        return dist.get_rank()
 
     @property
     def replicas(self) -> int:
@@ -262,16 +255,6 @@ class SettingEngine:
             self.optimizer.step()
         gradient.zero_()
         return norm
-
-    def meet(self) -> None:
-        """Wait, on the device, until all ranks are here."""
-        if self.world_size > 1:
-            dist.all_reduce(torch.zeros(1, device=self.device))
-
-    def sum_over_ranks(self, values: Tensor) -> Tensor:
-        """All-reduce in place."""
-        dist.all_reduce(values, op=dist.ReduceOp.SUM)
-        return values
 
     @property
     def state(self) -> TrainedState:

@@ -76,9 +76,11 @@ def made_evaluation(beta: float = 0.1, prompt: str = "How do bees make honey?") 
 
     def preferences(pairs: int, accuracy: float) -> dict[str, Any]:
         spread = 1.96 * (accuracy * (1 - accuracy) / pairs) ** 0.5
-        bins = [{"from": edge / 10, "to": edge / 10 + 0.1, "pairs": 20 if edge else 0, "predicted": edge / 10 + 0.05,
-                 "observed": min(1.0, 0.15 + 0.8 * edge / 10), "low": max(0.0, 0.8 * edge / 10), "high":
-                 min(1.0, 0.3 + 0.8 * edge / 10)} for edge in range(10)]
+        bins = [{"from": edge / 20, "to": edge / 20 + 0.05, "pairs": 0, "predicted": None, "observed": None, "low": None,
+                 "high": None} if edge == 19 else
+                {"from": edge / 20, "to": edge / 20 + 0.05, "pairs": 20, "predicted": edge / 20 + 0.02,
+                 "observed": edge / 20, "low": edge / 20 - 0.2, "high": min(1.0, edge / 20 + 0.15)}
+                for edge in range(10, 20)]
         return {"pairs": pairs, "accuracy": within(accuracy, spread), "margin": within(0.9, 0.1), "loss": 0.52,
                 "log_likelihood_accuracy": within(0.61, spread), "calibration_error": 0.061, "calibration": bins,
                 "longer_is_wrong": {"pairs": pairs // 2, "accuracy": within(accuracy - 0.1, spread)},
@@ -99,7 +101,7 @@ def made_evaluation(beta: float = 0.1, prompt: str = "How do bees make honey?") 
             "drift": {"kl": within(0.9 / beta**0.5, 0.2), "kl_per_token": within(0.008 / beta**0.5, 0.002), "samples": 256,
                       "std_error": 0.1},
             "wins": [{"judge": "reward model", "mode": "sampled", "win_rate": within(0.63, 0.06), "wins": 150, "ties": 14,
-                      "losses": 92}],
+                      "losses": 92, "not_judged": 0}],
             "samples": [{"prompt": prompt, "policy": "Bees collect nectar.", "reference": "Bees make honey."}]}
 
 

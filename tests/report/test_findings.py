@@ -57,7 +57,17 @@ def test_a_growth_of_length_counts_from_its_lower_end():
     def evaluation(low):
         return {"generation": {"modes": {"greedy": {"length_growth": {"value": 0.3, "low": low, "high": 0.5}}}}}
 
-    assert titles(evaluation=evaluation(0.2)) == ["Answers have grown longer"] and titles(evaluation=evaluation(-0.1)) == []
+    assert titles(evaluation=evaluation(0.2)) == ["Answers have grown longer"]
+    assert titles(evaluation=evaluation(-0.1)) == titles(evaluation=evaluation(None)) == []
+
+
+def test_the_last_checkpoint_counts_and_so_does_its_time():
+    """It comes after the last recorded step, so neither its seconds nor those it adds to the whole are in the rows."""
+    steps = {"time/step": np.ones(10), "time/checkpoint": np.full(10, 0.01)}
+    assert titles(steps, summary={"checkpoint_seconds": 0.4, "train_seconds": 10.0}) == []
+    run = dataclasses.replace(EMPTY, steps=pl.DataFrame({"step": np.arange(1, 11)} | steps),
+                              summary={"checkpoint_seconds": 30.1, "train_seconds": 10.0})
+    assert [(one.title, one.found) for one in findings(run)] == [("Checkpoints take long", "75% of the training's time.")]
 
 
 def test_a_spike_is_one_that_the_training_would_have_called_so():

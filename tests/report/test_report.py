@@ -78,6 +78,7 @@ def test_an_unfinished_run_has_a_page(tmp_path):
     (directory / "eval.parquet").unlink()
     page = run_page(record(directory))
     assert "No step has been recorded yet" in page and "There are no metrics yet" in page
+    assert "Nothing is recorded yet" in page and "Nothing stands out" not in page
     assert "No evaluation has been recorded yet" in page and "No step has been timed yet" in page
 
 
@@ -96,6 +97,13 @@ def test_an_evaluation_with_gaps_has_a_page(run, tmp_path):
     (directory / "evaluation.json").write_text(json.dumps(evaluation))
     page = run_page(record(directory))
     assert "Preferences of held-out pairs" in page and "Calibration</h3>" not in page
+
+
+def test_an_evaluation_alone_has_a_page(run, tmp_path):
+    """Of a run whose records lie elsewhere."""
+    (tmp_path / "evaluation.json").write_bytes((run / "evaluation.json").read_bytes())
+    page = run_page(record(tmp_path))
+    assert "Preferences of held-out pairs" in page and "There are no metrics yet" in page
 
 
 def test_a_hundred_thousand_steps_give_a_small_page_that_says_so(tmp_path):
@@ -168,7 +176,8 @@ def test_recommended_is_the_least_drift_within_one_standard_error_of_the_best():
               point(3, 0.77, 0.01, beta=1.0)]
     taken = recommend(points, DRIFT)
     assert taken.point is points[2] and "within one standard error (0.020) of the best, 0.800" in taken.reason
-    assert recommend(points[:1], DRIFT).point is points[0]
+    assert recommend([points[0], points[3]], DRIFT).point is points[0]
+    assert recommend(points[:1], DRIFT).point is None
     # Equal drift: the larger beta. Equal accuracy of the best: the one that drifts less.
     assert recommend([point(0, 0.8, 0.1, beta=0.1), point(1, 0.8, 0.1, beta=0.2)], DRIFT).point.beta == 0.2
     assert recommend([], DRIFT).point is None
@@ -232,7 +241,6 @@ def test_the_command(run, tmp_path, monkeypatch, capsys):
 def test_a_page_that_fails_does_not_fail_the_run(run, monkeypatch):
     from raydpo import pipeline
 
-    config = type("Config", (), {"run_dir": str(run / "nowhere")})
     said = io.StringIO()
-    pipeline.report_on(config, Console(said))
+    pipeline.report_on(str(run / "nowhere"), Console(said))
     assert "warning: the report failed (ConfigError: there is no run at" in said.getvalue()

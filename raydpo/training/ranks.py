@@ -1,0 +1,33 @@
+"""What an engine knows of the other ranks, and asks of them. Needs torch alone."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["OverRanks"]
+
+
+class OverRanks:
+    """For an engine on ``device``, once there is a process group."""
+
+    device: torch.device
+
+    @property
+    def world_size(self) -> int:
+        return dist.get_world_size()
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank()
+
+    def meet(self) -> None:
+        """Wait, on the device, until all ranks are here."""
+        if self.world_size > 1:
+            dist.all_reduce(torch.zeros(1, device=self.device))
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """All-reduce in place."""
+        dist.all_reduce(values, op=dist.ReduceOp.SUM)
+        return values
