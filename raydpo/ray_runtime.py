@@ -196,13 +196,13 @@ def bfloat16_pays() -> bool:
 
 
 def over_actors(actor: type, arguments: tuple[Any, ...], blocks: Sequence[Any], resources: Resources, doing: str,
-                **more: Any) -> Iterator[dict[str, Any]]:
+                calls_at_once: int = 1) -> Iterator[dict[str, Any]]:
     """Rows that Ray Data actors make of Arrow blocks in the object store, one block a call and one actor a team.
 
     Args:
         arguments: of the actors' constructor.
         doing: for messages, such as "scoring the reference".
-        more: for ``map_batches``.
+        calls_at_once: of one actor, each in a thread of its own.
 
     Raises:
         RaydpoError: what an actor found wrong.
@@ -214,11 +214,13 @@ def over_actors(actor: type, arguments: tuple[Any, ...], blocks: Sequence[Any], 
     context.print_on_execution_start = False
     dataset = ray.data.from_arrow_refs(list(blocks)).map_batches(
         actor, fn_constructor_args=arguments, batch_size=1, batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=min(resources.teams, len(blocks))),
+        compute=ray.data.ActorPoolStrategy(size=min(resources.teams, len(blocks)),
+                                           max_concurrent_calls_per_actor=calls_at_once),
         num_cpus=resources.together, num_gpus=resources.gpus_per_worker * resources.together,
         accelerator_type=resources.accelerator, label_selector=dict(resources.labels) or None,
-        # Ray would otherwise restart an actor that a poisonous block kills for ever.
-        max_restarts=3, max_task_retries=3, **more)
+        # Ray would otherwise restart an actor that a poisonous block kills for ever. The arguments that it deprecates in
+        # favour of named ones have these two among them, and no name for them.
+        max_restarts=3, max_task_retries=3)
     try:
         yield from dataset.iter_rows()
     except RaydpoError:

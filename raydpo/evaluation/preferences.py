@@ -40,6 +40,12 @@ class ScoredPairs:
             chosen, rejected = chosen / self.chosen_tokens, rejected / self.rejected_tokens
         return beta * (chosen - rejected)
 
+    def wins(self, margins: np.ndarray) -> np.ndarray:
+        """1 where the margin is positive, 1/2 where it is zero but for rounding, as while training."""
+        nats = (self.chosen - self.ref_chosen) - (self.rejected - self.ref_rejected)
+        alike = np.abs(nats) <= TIE * (self.chosen_tokens + self.rejected_tokens)
+        return np.where(alike, 0.5, _wins(margins))
+
 
 def measure_preferences(pairs: ScoredPairs, beta: float, *, per_token: bool = False) -> dict[str, Any]:
     """Figures over all pairs, by source, and by how much longer the chosen completion is (in the bins of the audit).
@@ -57,10 +63,11 @@ def measure_preferences(pairs: ScoredPairs, beta: float, *, per_token: bool = Fa
     - ``chosen_fell``: share whose chosen completion is less likely than under the reference.
     """
     margins = pairs.margins(beta, per_token)
+    wins = pairs.wins(margins)
     difference = pairs.chosen_tokens - pairs.rejected_tokens
 
     def figures(mask: np.ndarray) -> dict[str, Any]:
-        return _figures(pairs, margins, difference, mask)
+        return _figures(pairs, margins, wins, difference, mask)
 
     by_length = []
     for low, high in pairwise((-np.inf, *LENGTH_BINS, np.inf)):
@@ -71,40 +78,39 @@ def measure_preferences(pairs: ScoredPairs, beta: float, *, per_token: bool = Fa
             "by_length": by_length}
 
 
-def _figures(pairs: ScoredPairs, margins: np.ndarray, difference: np.ndarray, mask: np.ndarray) -> dict[str, Any]:
+def _figures(pairs: ScoredPairs, margins: np.ndarray, wins: np.ndarray, difference: np.ndarray,
+             mask: np.ndarray) -> dict[str, Any]:
     count, margin = int(mask.sum()), margins[mask]
     alone = (pairs.chosen - pairs.rejected)[mask]
     fell = (pairs.chosen - pairs.ref_chosen)[mask] < -TIE * pairs.chosen_tokens[mask]
-    bins, error = _calibration(margin)
+    bins, error = _calibration(margin, wins[mask])
     return {
-        "pairs": count, "accuracy": share(_wins(margin).sum(), count), "margin": mean(margin),
+        "pairs": count, "accuracy": share(wins[mask].sum(), count), "margin": mean(margin),
         "loss": float(np.logaddexp(0, -margin).mean()) if count else None,
         "log_likelihood_accuracy": share(_wins(alone).sum(), count),
         "calibration_error": error, "calibration": bins,
-        "longer_is_wrong": _accuracy(margins[mask & (difference < 0)]),
-        "longer_is_right": _accuracy(margins[mask & (difference > 0)]),
+        "longer_is_wrong": _accuracy(wins[mask & (difference < 0)]),
+        "longer_is_right": _accuracy(wins[mask & (difference > 0)]),
         "chosen_fell": share(int(fell.sum()), count)}
 
 
-def _accuracy(margins: np.ndarray) -> dict[str, Any]:
-    return {"pairs": len(margins), "accuracy": share(_wins(margins).sum(), len(margins))}
+def _accuracy(wins: np.ndarray) -> dict[str, Any]:
+    return {"pairs": len(wins), "accuracy": share(wins.sum(), len(wins))}
 
 
 def _wins(margins: np.ndarray) -> np.ndarray:
-    """1 where positive, 1/2 where zero but for rounding, as while training."""
     return np.where(np.abs(margins) <= TIE, 0.5, margins > 0)
 
 
-def _calibration(margins: np.ndarray) -> tuple[list[dict[str, Any]], float | None]:
+def _calibration(margins: np.ndarray, wins: np.ndarray) -> tuple[list[dict[str, Any]], float | None]:
     confidence = 1 / (1 + np.exp(-np.abs(margins)))
-    right = _wins(margins)
     edges = np.linspace(0.5, 1.0, CALIBRATION_BINS + 1)
     place = np.minimum(np.searchsorted(edges, confidence, "right") - 1, CALIBRATION_BINS - 1)
     bins, error = [], 0.0
     for number, (low, high) in enumerate(pairwise(edges.tolist())):
         inside = place == number
         count = int(inside.sum())
-        observed = share(right[inside].sum(), count)
+        observed = share(wins[inside].sum(), count)
         predicted = float(confidence[inside].mean()) if count else None
         bins.append({"from": low, "to": high, "pairs": count, "predicted": predicted, "observed": observed["value"],
                      "low": observed["low"], "high": observed["high"]})

@@ -124,8 +124,7 @@ def _score_on_ray(shards: Iterable[Shard], spec: ReferenceSpec, cache: Reference
     random.Random(cache.builder).shuffle(blocks)
     arguments = (spec, cache.storage.uri, cache.builder, frozenset(before), resources, tokens_per_batch, check_rows)
     # While one shard is computed, the one before it is written and the next one is unpacked.
-    yield from over_actors(_ScoreShard, arguments, blocks, resources, "scoring the reference", zero_copy_batch=True,
-                           max_concurrency=2)
+    yield from over_actors(_ScoreShard, arguments, blocks, resources, "scoring the reference", calls_at_once=2)
 
 
 _COMPLETION = pa.struct([("key", pa.binary(16)), ("tokens", pa.list_(pa.int32()))])

@@ -18,7 +18,8 @@ _FIELDS = ("pairs", "loss", "chosen_rewards", "rejected_rewards", "margins", "wi
            "rejected_logps", "chosen_tokens", "rejected_tokens", "fell", "chosen_logratio", "rejected_logratio",
            "differences", "differences_sq", "margins_sq", "margins_x_differences")
 TIE = 1e-5
-"""Margins up to this count as ties, and so do nats a token between a log-prob and the reference's: it is rounding."""
+"""Rewards up to this are ties, and so are nats a token, between two log-ratios or a log-prob and the reference's: it is the
+rounding of float32 sums, which a beta of 1 leaves as large in the reward as it is in nats."""
 _AGAINST_REFERENCE = ("logps/chosen_fell", "logratio/chosen_per_token", "logratio/rejected_per_token")
 _SOURCE_FIELDS = ("pairs", "loss", "margins", "wins")
 
@@ -41,15 +42,15 @@ class PairSums:
         """Add a micro-batch of B pairs; ``sources`` is int [B]. No value leaves the device."""
         margins = (loss.chosen_rewards - loss.rejected_rewards).double()
         difference = (logps.chosen_tokens - logps.rejected_tokens).double()
-        wins = _wins(margins)
         chosen, rejected = logps.chosen.detach().double(), logps.rejected.detach().double()
-        chosen_logratio = chosen - logps.ref_chosen.double()
+        chosen_logratio, rejected_logratio = chosen - logps.ref_chosen.double(), rejected - logps.ref_rejected.double()
+        alike = (chosen_logratio - rejected_logratio).abs() <= TIE * (logps.chosen_tokens + logps.rejected_tokens)
+        wins = torch.where(alike, 0.5, _wins(margins))
         fell = (chosen_logratio < -TIE * logps.chosen_tokens).double()
         columns = (torch.ones_like(margins), loss.losses.detach().double(), loss.chosen_rewards.double(),
                    loss.rejected_rewards.double(), margins, wins, _wins(chosen - rejected), chosen, rejected,
                    logps.chosen_tokens.double(), logps.rejected_tokens.double(), fell,
-                   chosen_logratio, rejected - logps.ref_rejected.double(), difference, difference**2, margins**2,
-                   margins * difference)
+                   chosen_logratio, rejected_logratio, difference, difference**2, margins**2, margins * difference)
         self.values[: len(_FIELDS)] += torch.stack([column.sum() for column in columns])
         by_source = self.values[len(_FIELDS) :].view(len(_SOURCE_FIELDS), -1)
         for row, column in enumerate((columns[0], columns[1], margins, wins)):

@@ -67,6 +67,11 @@ def test_a_calibrated_policy_has_little_error_and_a_boastful_one_much():
     assert all(one["low"] <= one["observed"] <= one["high"] for one in honest["calibration"])
 
 
+@pytest.mark.parametrize("beta", [0.01, 0.1, 1.0])
+def test_rounding_is_a_tie_at_every_beta(beta):
+    assert measure_preferences(scored([2e-4, -2e-4, 5], [0, 0, 0]), beta)["total"]["accuracy"] == share(2, 3)
+
+
 def test_the_reference_itself_knows_nothing():
     total = measure_preferences(scored(np.zeros(30), np.arange(30) - 15), 0.1)["total"]
     assert total["accuracy"]["value"] == 0.5 and total["margin"] == {"value": 0.0, "low": 0.0, "high": 0.0}

@@ -7,11 +7,11 @@ from raydpo.losses import PairLogps, preference_loss
 from raydpo.training.metrics import PairSums
 
 
-def metrics(chosen, rejected, ref_chosen, ref_rejected, chosen_tokens, rejected_tokens):
+def metrics(chosen, rejected, ref_chosen, ref_rejected, chosen_tokens, rejected_tokens, beta=0.5):
     logps = PairLogps(*(torch.tensor(values, dtype=torch.float32) for values in (
         chosen, rejected, ref_chosen, ref_rejected, chosen_tokens, rejected_tokens)))
     sums = PairSums(["a"], torch.device("cpu"))
-    loss = preference_loss("sigmoid", logps, beta=0.5, label_smoothing=0.0)
+    loss = preference_loss("sigmoid", logps, beta=beta, label_smoothing=0.0)
     sums.add(loss, logps, torch.zeros(len(chosen), dtype=torch.long))
     return sums.metrics()
 
@@ -32,3 +32,10 @@ def test_rounding_is_no_change():
     assert row["rewards/accuracies"] == 0.5
     assert row["logps/chosen_fell"] == 0.0 and row["length/margin_correlation"] == 0.0
     assert metrics([-80.1], [-90.0], [-80.0], [-90.0], [20], [30])["logps/chosen_fell"] == 1.0
+
+
+@pytest.mark.parametrize("beta", [0.01, 0.1, 1.0])
+def test_a_tie_is_one_at_every_beta(beta):
+    """Float32 sums over 100 tokens differ by some 1e-4 nats; half a nat is a preference."""
+    row = metrics([-80.0002, -80.5], [-90.0, -90.0], [-80.0, -80.0], [-90.0, -90.0], [100, 100], [80, 80], beta)
+    assert row["rewards/accuracies"] == 0.25
