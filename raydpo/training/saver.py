@@ -7,6 +7,7 @@ import errno
 import shutil
 import time
 from collections.abc import Mapping
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,9 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PATIENCE = 300.0
 """Seconds for which a store that fails is tried again, in the background; the next checkpoint waits for it."""
 LONGEST_WAIT = 15.0
+BRIEFLY = 1.0
+"""Seconds for which training waits for a checkpoint to be stored, so that where this is quick a kill costs an interval and
+not a step more. Where it takes longer it goes on beside the next steps."""
 LAST_PAUSES = (1.0, 2.0, 5.0, 10.0, *[15.0] * 18)
 """Seconds between attempts at the last checkpoint of a run, five minutes in all."""
 
@@ -89,7 +93,7 @@ class CheckpointSaver:
                          "store, and start the run again")
 
     def begin(self, step: int, summary: Any, metrics: Mapping[str, float]) -> None:
-        """Write the state after ``step`` and begin to store it. Waits for the one before."""
+        """Write the state after ``step`` and begin to store it. Waits for the one before, and ``BRIEFLY`` for this one."""
         self.finish()
         self.last_seconds = 0.0
         start, self._started = time.perf_counter(), time.monotonic()
@@ -108,10 +112,14 @@ class CheckpointSaver:
             self._give_up(step, problem, failed)
         else:
             self._upload = _Upload(step, directory, self._pool.submit(self._store, directory, step), dict(metrics))
+            futures.wait([self._upload.future], timeout=BRIEFLY)
         self._add(time.perf_counter() - start)
+        if self._upload is not None:
+            storing = torch.tensor(float(self.busy), dtype=torch.float64, device=self._engine.device)
+            self.settle(all_stored=not self._engine.sum_over_ranks(storing).item())
 
     def settle(self, *, all_stored: bool) -> None:
-        """Between steps: count the checkpoint under way if every rank has stored its share."""
+        """Count the checkpoint under way if every rank has stored its share."""
         if self._upload is not None and all_stored:
             self.finish(wait=False)
 

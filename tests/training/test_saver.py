@@ -123,21 +123,36 @@ def test_a_full_local_disk_costs_one_checkpoint(table, tiny_llama, tmp_path):
     assert not shutil.rmtree(tmp_path / "scratch")
 
 
-def slow(table, model, place):
-    found = train(table, model, place, slow=0.6, checkpoint_every=4, steps=12)
-    return list(found.checkpoints), sum(row["time/checkpoint"] for row in found.steps), found.summary, found.steps
+class Ordered(Store):
+    """Remembers after how many steps each checkpoint counted."""
+
+    def register(self, step, metrics, *, wait):
+        super().register(step, metrics, wait=wait)
+        self.counted[step] = len(self.steps)
 
 
-def test_storing_goes_on_beside_training_and_its_cost_is_told(table, tiny_llama, tmp_path):
-    """Three uploads of 0.6 s each; training stands still for the last only, which it must wait for."""
-    ((checkpoints, _, summary, steps),) = run_distributed(slow, 1, tmp_path / "run", table, tiny_llama, tmp_path)
-    assert checkpoints == [4, 8, 12]
-    assert summary.checkpoint_seconds < 3 * 0.6 + 0.6
+def slow(table, model, place, seconds):
+    record = Ordered(keep=place / "keep")
+    record.slow, record.counted = seconds, {}
+    found = train_here(table, model, place / "scratch", record=record, checkpoint_every=4, steps=12)
+    return found.counted, found.summary, found.steps
+
+
+def test_a_slow_store_goes_on_beside_training_and_its_cost_is_told(table, tiny_llama, tmp_path):
+    """Training waits a second for each, then for the one before, and at its end for the last."""
+    ((counted, summary, steps),) = run_distributed(slow, 1, tmp_path / "run", table, tiny_llama, tmp_path, 1.5)
+    assert list(counted) == [4, 8, 12] and counted[4] > 4 and counted[8] > 8
+    assert 3 * 1.0 < summary.checkpoint_seconds < 3 * 1.5 + 0.5
     size = sum(path.stat().st_size for path in (tmp_path / "keep" / "step-12").iterdir())
     assert summary.checkpoint_bytes == pytest.approx(size, rel=0.01)
     for row in steps:
         parts = sum(value for name, value in row.items() if name.startswith("time/") and name != "time/step")
         assert parts == pytest.approx(row["time/step"], rel=1e-6)
+
+
+def test_a_quick_store_counts_before_the_next_step_so_a_kill_costs_an_interval(table, tiny_llama, tmp_path):
+    for counted, _, _ in run_distributed(slow, 2, tmp_path / "run", table, tiny_llama, tmp_path, 0.1):
+        assert counted == {4: 4, 8: 8, 12: 12}
 
 
 def stopped(table, model, place):
