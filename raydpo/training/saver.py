@@ -116,7 +116,8 @@ class CheckpointSaver:
         self._add(time.perf_counter() - start)
         if self._upload is not None:
             storing = torch.tensor(float(self.busy), dtype=torch.float64, device=self._engine.device)
-            self.settle(all_stored=not self._engine.sum_over_ranks(storing).item())
+            if not self._engine.sum_over_ranks(storing).item():
+                self.finish()
 
     def settle(self, *, all_stored: bool) -> None:
         """Count the checkpoint under way if every rank has stored its share."""

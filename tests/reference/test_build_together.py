@@ -114,7 +114,7 @@ def alone(tmp_path_factory, tiny_llama):
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize("machines", [1, 2])
+@pytest.mark.parametrize("machines", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_two_builds_at_once(machines, tmp_path, alone):
     """On one machine in one directory, or on two that share nothing but a bucket; with a reader meanwhile."""
     config, whole = alone
