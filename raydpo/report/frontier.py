@@ -129,14 +129,14 @@ def recommend(points: Sequence[Point], drift: Axis) -> Recommendation:
     if chosen is best:
         reason = (f"{best.label or best.name} has the best held-out accuracy, {best.accuracy:.3f} (standard error "
                   f"{best.error:.3f})")
-        reason += (f", and of the {len(close)} trials within one standard error of it drifts least ({drift.read(best):.3g})."
-                   if len(close) > 1 else f", and no other trial is within one standard error of it. It drifts "
-                                          f"{drift.read(best):.3g}.")
+        reason += (f", and of the {len(close)} trials within one standard error of it drifts least ({drift.read(best):.3g} "
+                   "nats a token)." if len(close) > 1 else
+                   f", and no other is within one standard error of it. It drifts {drift.read(best):.3g} nats a token.")
     else:
         reason = (f"{chosen.label or chosen.name} has a held-out accuracy of {chosen.accuracy:.3f}, within one standard "
                   f"error ({best.error:.3f}) of the best, {best.accuracy:.3f} of {best.label or best.name}. Of the "
                   f"{len(close)} trials that are that close it drifts least: {drift.read(chosen):.3g} against "
-                  f"{drift.read(best):.3g}.")
+                  f"{drift.read(best):.3g} nats a token.")
     left_out = len(points) - len(known)
     if left_out:
         reason += f" {left_out} trial(s) lack one of the two figures and were not considered."
