@@ -1,6 +1,8 @@
 """Steps whose loss or gradient is not finite are not taken, under any ZeRO stage, and the pairs are named."""
 
 import math
+import time
+from statistics import median
 
 import pyarrow as pa
 import pytest
@@ -89,3 +91,23 @@ def test_too_many_in_a_row_end_the_run(table, tiny_llama, tmp_path):
     for message in run_distributed(too_many, 2, tmp_path, table, tiny_llama, tmp_path / "s"):
         assert "step 4" in message and "2 such step(s) in a row, more than train.max_skipped 1" in message
         assert "rank 0: tiny:" in message and "rank 1: tiny:" in message
+
+
+def one_is_slow(table, model, scratch):
+    import torch
+    import torch.distributed as dist
+
+    def delay(module, _):
+        if dist.is_initialized() and dist.get_rank() == 1 and isinstance(module, torch.nn.Embedding):
+            time.sleep(0.1)
+
+    torch.nn.modules.module.register_module_forward_pre_hook(delay)
+    found = train_here(table, model, scratch, steps=22)
+    return found.steps, [note for note in found.notes if "slowest" in note]
+
+
+def test_a_slow_rank_is_found_waited_for_and_named_once(table, tiny_llama, tmp_path):
+    (fast, notes), (slow, _) = run_distributed(one_is_slow, 2, tmp_path / "run", table, tiny_llama, tmp_path / "s")
+    assert {row["slowest_rank"] for row in fast[1:]} == {1.0} and all(row["slowest_lag"] > 0.25 for row in fast[1:])
+    assert len(notes) == 1 and "rank 1 has been the slowest for 20 steps" in notes[0]
+    assert median(row["time/wait"] for row in fast) > 0.07 > median(row["time/wait"] for row in slow)
