@@ -136,8 +136,11 @@ class Jobs:
             raise ConfigError(f"there is no job {name!r} at {self.address}; the newest are: {known}")
         return exact[-1]
 
-    def submit(self, name: str, verb: str, entrypoint: str, archive: Path) -> str:
+    def submit(self, name: str, verb: str, entrypoint: str, archive: Path, gpus: int = 0) -> str:
         """Start a job of run ``name``; its id is the name with a number.
+
+        Args:
+            gpus: that the job's own process holds, beside what it asks of Ray.
 
         Raises:
             RunningJobError: if another one is not over yet.
@@ -152,7 +155,7 @@ class Jobs:
         number = 1 + max((int(job.submission_id.rsplit("-", 1)[1]) for job in earlier), default=0)
         try:
             return self.client.submit_job(
-                entrypoint=entrypoint, submission_id=f"{name}-{number}",
+                entrypoint=entrypoint, submission_id=f"{name}-{number}", entrypoint_num_gpus=gpus or None,
                 runtime_env={"working_dir": str(archive), "env_vars": job_env()},
                 metadata={"raydpo": raydpo.__version__, "raydpo_run": name, "raydpo_verb": verb})
         except Exception as error:
