@@ -73,6 +73,7 @@ def test_the_benchmark_has_arguments_of_its_own(monkeypatch, capsys):
     ("model.path=here", "'model.path' is 'here', a directory of this machine"),
     ("output=s3://me:secret@bucket/runs", r"'output' carries a credential \(s3://\*\*\*@bucket/runs\)"),
     ("cache.uri=abfs://c@a/x?account_key=secret", r"'cache.uri' carries a credential"),
+    ("output=s3://YOUR-BUCKET/runs", "'output' is 's3://YOUR-BUCKET/runs'; put your own in the place of YOUR-BUCKET"),
     ("train.betta=1", "did you mean 'train.beta'"),
     ("name=../../etc", "use letters, digits"),
     ("score={accelerator: H100, gpus_per_worker: 0}", "accelerator H100 has no effect on workers without GPUs"),
