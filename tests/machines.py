@@ -107,8 +107,8 @@ class RayProcesses:
         file.write_text(json.dumps({
             "cluster_name": "fake", "max_workers": 8, "upscaling_speed": 1.0, "idle_timeout_minutes": idle_seconds / 60,
             "provider": {"type": "external", "module": FAKE_PROVIDER, "disable_node_updaters": True,
-                         "disable_launch_config_check": True, "foreground_node_launch": True, "launch_multiple": True, "head_node_id": FAKE_HEAD_NODE_ID,
-                         "gcs_address": f"127.0.0.1:{self.gcs}"},
+                         "disable_launch_config_check": True, "foreground_node_launch": True, "launch_multiple": True,
+                         "head_node_id": FAKE_HEAD_NODE_ID, "gcs_address": f"127.0.0.1:{self.gcs}"},
             "auth": {}, "docker": {}, "file_mounts": {}, "cluster_synced_files": [], "initialization_commands": [],
             "setup_commands": [], "head_setup_commands": [], "worker_setup_commands": [], "head_start_ray_commands": [],
             "worker_start_ray_commands": [], "file_mounts_sync_continuously": False, "rsync_exclude": [],
