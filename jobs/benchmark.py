@@ -3,7 +3,10 @@
     python jobs/benchmark.py --model PATH --data FILE --pairs 64 --dtype bf16 --lora 16 --json OUT.json
     python jobs/benchmark.py --model random-1b --synthetic --full --json OUT.json
 
-or as a Ray job: ray job submit --working-dir . --entrypoint-num-gpus 1 -- python jobs/benchmark.py ...
+or as a Ray job, whose report is its log:
+
+    raydpo submit benchmark --gpus 1 -- --model random-1b --synthetic --full
+    ray job submit --working-dir . --entrypoint-num-gpus 1 -- python jobs/benchmark.py --model random-1b --synthetic --full
 """
 
 import sys

@@ -1,5 +1,6 @@
 """``raydpo eval`` as the entry point of a Ray job:
 
+    raydpo submit eval CONFIG [key.sub=value ...]
     ray job submit --working-dir . -- python jobs/eval.py CONFIG [key.sub=value ...]
 """
 

@@ -1,5 +1,6 @@
 """``raydpo run`` as the entry point of a Ray job:
 
+    raydpo submit run CONFIG [key.sub=value ...]
     ray job submit --working-dir . -- python jobs/run.py CONFIG [key.sub=value ...]
 """
 

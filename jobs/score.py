@@ -1,5 +1,6 @@
 """``raydpo score`` as the entry point of a Ray job:
 
+    raydpo submit score CONFIG [key.sub=value ...]
     ray job submit --working-dir . -- python jobs/score.py CONFIG [key.sub=value ...]
 """
 

@@ -1,5 +1,6 @@
 """``raydpo sweep`` as the entry point of a Ray job:
 
+    raydpo submit sweep CONFIG [key.sub=value ...]
     ray job submit --working-dir . -- python jobs/sweep.py CONFIG [key.sub=value ...]
 """
 

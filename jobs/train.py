@@ -1,5 +1,6 @@
 """``raydpo train`` as the entry point of a Ray job:
 
+    raydpo submit train CONFIG [key.sub=value ...]
     ray job submit --working-dir . -- python jobs/train.py CONFIG [key.sub=value ...]
 """
 

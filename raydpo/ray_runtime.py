@@ -100,6 +100,11 @@ def session(config: Config) -> Iterator[None]:
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise ConfigError(f"cannot reach Ray at ray.address {address!r}: {' '.join(str(error).split())[:300]}"
                           if address else f"cannot start a local Ray: {error}") from None
+    except Exception as error:  # Ray says this one without a type
+        if "timed out during startup" not in str(error):
+            raise
+        raise RaydpoError("a local Ray did not start in time: this machine has too much else to do; run it again, or on a "
+                          "cluster (ray.address)") from None
     try:
         yield
     finally:

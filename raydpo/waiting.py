@@ -20,8 +20,9 @@ SAY_SECONDS = 15.0
 
 
 @contextlib.contextmanager
-def coming_up(config: Config, *, wanted: bool = True) -> Iterator[None]:
-    """Within the block an autoscaler brings the nodes of the training, so that they start while the reference is scored.
+def coming_up(config: Config, *, wanted: bool = True, trainings: int = 1) -> Iterator[None]:
+    """Within the block an autoscaler brings the nodes of the training, or of so many at the same time, so that they start
+    while the reference is scored.
 
     A wish only: nothing is held, and scoring may use the same nodes. It ends with the block, after which nodes that nobody
     uses are let go; if this process is killed, Ray Data's next wish takes its place.
@@ -32,12 +33,13 @@ def coming_up(config: Config, *, wanted: bool = True) -> Iterator[None]:
     from ray.autoscaler.sdk import request_resources
 
     resources = resources_for("train", config)
+    workers = resources.workers * trainings
     over = threading.Event()
 
     def ask() -> None:
         while not over.is_set():
-            request_resources(bundles=[dict(resources.bundle)] * resources.workers,
-                              bundle_label_selectors=[dict(resources.labels)] * resources.workers)
+            request_resources(bundles=[dict(resources.bundle)] * workers,
+                              bundle_label_selectors=[dict(resources.labels)] * workers)
             over.wait(ASK_SECONDS)
 
     asking = threading.Thread(target=ask, name="raydpo-ask", daemon=True)

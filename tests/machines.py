@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
@@ -13,17 +14,70 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+
+FAKE_PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
+"""By its path, since the type 'fake_multinode' wants a file that Ray's package lacks."""
+
+
+@dataclass(frozen=True)
+class OtherHost:
+    """A network namespace as another machine: all that leads there is a cable from ``here`` to ``there``.
+
+    Attributes:
+        here, there: addresses of the two ends.
+        cable: name of the interface on either side, by address.
+    """
+
+    name: str
+    here: str
+    there: str
+    cable: dict[str, str]
+
+
+@contextlib.contextmanager
+def other_host() -> Iterator[OtherHost]:
+    """Make one, and take it away.
+
+    Raises:
+        PermissionError: if this machine does not let us.
+    """
+    name = f"rdc{secrets.token_hex(3)}"
+    net = f"10.213.{secrets.randbelow(250)}"
+    host = OtherHost(name, f"{net}.1", f"{net}.2", {f"{net}.1": f"{name}a", f"{net}.2": f"{name}b"})
+    if shutil.which("ip") is None:
+        raise PermissionError("there is no 'ip' command to make network namespaces with")
+    try:
+        for words in (f"netns add {name}", f"link add {name}a type veth peer name {name}b", f"link set {name}b netns {name}",
+                      f"addr add {host.here}/24 dev {name}a", f"link set {name}a up",
+                      f"-n {name} addr add {host.there}/24 dev {name}b", f"-n {name} link set {name}b up",
+                      f"-n {name} link set lo up"):
+            done = subprocess.run(["ip", *words.split()], capture_output=True, text=True)
+            if done.returncode:
+                raise PermissionError(f"ip {words}: {done.stderr.strip()}")
+        yield host
+    finally:
+        subprocess.run(["ip", "netns", "delete", name], capture_output=True)  # with the cable
+        subprocess.run(["ip", "link", "delete", f"{name}a"], capture_output=True)
 
 
 class RayProcesses:
     """A head on this machine, and as many more nodes as are added. Only what has the token is let in.
 
+    Args:
+        node_types: that Ray's autoscaler (version 2) may start on this machine, as in a launcher's file.
+        idle_seconds: after which it lets a node go.
+        host: another one that nodes may be on; the head is at this end of the cable.
+
     Attributes:
         env: what a command needs to reach it: address and token.
     """
 
-    def __init__(self, cpus: int = 5) -> None:
+    def __init__(self, cpus: int = 5, node_types: dict[str, dict] | None = None, idle_seconds: float = 10,
+                 host: OtherHost | None = None) -> None:
+        self.host, self.address = host, host.here if host else "127.0.0.1"
         self.place = Path(tempfile.mkdtemp(prefix="rdc"))  # short: sockets lie below it
         self._started: list[subprocess.Popen] = []
         self.gcs, self.dashboard = _free_ports(2)
@@ -38,20 +92,53 @@ class RayProcesses:
             "RAY_health_check_period_ms": "500", "RAY_health_check_failure_threshold": "4",
             "RAY_health_check_initial_delay_ms": "1000"}
         self.env = self._env | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{self.dashboard}"}
+        scaling, more = self._autoscaler(node_types, idle_seconds) if node_types else ((), {})
         self.head = self._start("--head", f"--port={self.gcs}", f"--dashboard-port={self.dashboard}",
-                                "--dashboard-host=127.0.0.1", f"--num-cpus={cpus}", f"--temp-dir={self.place}/h")
+                                "--dashboard-host=127.0.0.1", f"--num-cpus={cpus}", f"--temp-dir={self.place}/h",
+                                *scaling, *self._at(self.address), env=more | self._by_cable(self.address))
         self._wait_for_server()
 
-    def add(self, cpus: int, before: Path | None = None, **labels: str) -> subprocess.Popen:
-        """One more node, with a disk of its own: two that share one unpack a job's files over each other. Its Python finds
-        what lies in ``before`` first."""
-        return self._start(f"--address=127.0.0.1:{self.gcs}", f"--num-cpus={cpus}",
-                           f"--temp-dir={self.place}/{len(self._started)}",
-                           *([f"--labels={','.join(f'{key}={value}' for key, value in labels.items())}"] if labels else []),
-                           before=before)
+    def _autoscaler(self, node_types: dict[str, dict], idle_seconds: float) -> tuple[list[str], dict[str, str]]:
+        """What a head needs that starts nodes on its own machine: ``ray.cluster_utils.AutoscalingCluster`` without its
+        'ray stop --force', which would end every Ray there is."""
+        from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 
-    def _start(self, *arguments: str, before: Path | None = None) -> subprocess.Popen:
-        environment = dict(self._env)
+        file = self.place / "autoscaler.json"
+        file.write_text(json.dumps({
+            "cluster_name": "fake", "max_workers": 8, "upscaling_speed": 1.0, "idle_timeout_minutes": idle_seconds / 60,
+            "provider": {"type": "external", "module": FAKE_PROVIDER, "disable_node_updaters": True,
+                         "disable_launch_config_check": True, "foreground_node_launch": True, "launch_multiple": True,
+                         "head_node_id": FAKE_HEAD_NODE_ID, "gcs_address": f"127.0.0.1:{self.gcs}"},
+            "auth": {}, "docker": {}, "file_mounts": {}, "cluster_synced_files": [], "initialization_commands": [],
+            "setup_commands": [], "head_setup_commands": [], "worker_setup_commands": [], "head_start_ray_commands": [],
+            "worker_start_ray_commands": [], "file_mounts_sync_continuously": False, "rsync_exclude": [],
+            "rsync_filter": [], "head_node_type": "ray.head.default",
+            "available_node_types": node_types | {
+                "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}}}))
+        return [f"--autoscaling-config={file}"], {
+            "RAY_FAKE_CLUSTER": "1", "RAY_enable_autoscaler_v2": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+            "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID}
+
+    def _at(self, address: str) -> list[str]:
+        return [f"--node-ip-address={address}"] if self.host else []
+
+    def _by_cable(self, address: str) -> dict[str, str]:
+        """Gloo goes by the host's name, which both hosts have in common here."""
+        return {"GLOO_SOCKET_IFNAME": self.host.cable[address]} if self.host else {}
+
+    def add(self, cpus: int, before: Path | None = None, away: bool = False, **labels: str) -> subprocess.Popen:
+        """One more node, with a disk of its own: two that share one unpack a job's files over each other. Its Python finds
+        what lies in ``before`` first. ``away``: on the other host."""
+        address = self.host.there if away else self.address
+        return self._start(f"--address={self.address}:{self.gcs}", f"--num-cpus={cpus}",
+                           f"--temp-dir={self.place}/{len(self._started)}", *self._at(address),
+                           *([f"--labels={','.join(f'{key}={value}' for key, value in labels.items())}"] if labels else []),
+                           before=before, away=away, env=self._by_cable(address))
+
+    def _start(self, *arguments: str, before: Path | None = None, away: bool = False,
+               env: dict[str, str] | None = None) -> subprocess.Popen:
+        environment = self._env | (env or {})
+        enter = ["ip", "netns", "exec", self.host.name] if away else []
         if before is not None:
             environment["PYTHONPATH"] = f"{before}{os.pathsep}{environment['PYTHONPATH']}"
         ports = dict(zip(("--dashboard-agent-listen-port", "--dashboard-agent-grpc-port", "--runtime-env-agent-port",
@@ -59,7 +146,7 @@ class RayProcesses:
                          strict=True))
         with open(self.place / f"node{len(self._started)}.log", "wb") as log:
             process = subprocess.Popen(
-                [str(Path(sys.executable).parent / "ray"), "start", "--block", "--disable-usage-stats",
+                [*enter, str(Path(sys.executable).parent / "ray"), "start", "--block", "--disable-usage-stats",
                  "--object-store-memory=150000000", *(f"{name}={port}" for name, port in ports.items()), *arguments],
                 env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         self._started.append(process)

@@ -31,6 +31,7 @@ from raydpo.cost import ModelCost
 from raydpo.errors import ConfigError, TrainError
 from raydpo.estimate.plan import pair_groups
 from raydpo.reference.identity import resolve_model
+from raydpo.submit.command import as_submit
 
 __all__ = ["main"]
 
@@ -42,7 +43,11 @@ ADAPTER_LR = 1e-4
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and report; returns the exit status: 0 equal, 1 failed or not equal, 2 bad input."""
     args = _parser().parse_args(argv)
-    args.command = shlex.join(["jobs/benchmark.py", *(sys.argv[1:] if argv is None else argv)])
+    words = sys.argv[1:] if argv is None else argv
+    if args.dry_run:
+        print(as_submit("benchmark", words))
+        return 0
+    args.command = shlex.join(["jobs/benchmark.py", *words])
     return guarded(lambda console: _run(args, console))
 
 
@@ -79,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of synthetic pairs and random weights (default: %(default)s)")
     add("--work", metavar="DIR", help="keep intermediate files and random models here")
     add("--json", metavar="OUT", help="write everything measured, and beside it a plot")
+    add("--dry-run", action="store_true", help="print the command that submits this as a job of a Ray cluster")
     return parser
 
 

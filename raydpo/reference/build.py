@@ -16,6 +16,7 @@ from raydpo.errors import CacheError
 from raydpo.model.layout import PromptGroup
 from raydpo.model.selfcheck import CHECK_ROWS
 from raydpo.ray_runtime import Resources, over_actors
+from raydpo.reference.claims import Claims
 from raydpo.reference.identity import on_this_machine
 from raydpo.reference.part import builder_of
 from raydpo.reference.score import ReferenceSpec, Scorer
@@ -28,6 +29,9 @@ __all__ = ["BuildReport", "build"]
 SHARDS_PER_WORKER = 8
 """A small job is cut finer than tokens_per_part says, so that every actor has work to the end and progress is seen."""
 MIN_SHARD_TOKENS = 2048
+PATIENCE_SHARDS, PATIENCE_SECONDS = 2, 10.0
+"""How long a build waits for the next part of another one that has claimed what is left: so many times the longest of its
+own shards, and at least so many seconds."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +66,9 @@ def build(pairs: list[pa.Table], spec: ReferenceSpec, cache: ReferenceCache, res
           note: Callable[[str], None] = lambda line: None) -> BuildReport:
     """Score what ``cache`` lacks of ``pairs``; kill it at any moment and only uncommitted parts are scored again.
 
-    Any number of builds may fill the same cache at once. Each takes its shards in an order of its own and looks before each
-    one whether another build has committed it, so that what is scored twice is about what is in hand at the same moment.
+    Any number of builds may fill the same cache at once. Each takes its shards in an order of its own, and before each one
+    looks what others have committed and claimed (``claims``). At the end it waits for what others have in hand, and scores
+    it after all if it does not come. So what is scored twice is at most what one build had in hand when the other began.
 
     Args:
         pairs: tokenised pairs, of training and of evaluation.
@@ -80,29 +85,64 @@ def build(pairs: list[pa.Table], spec: ReferenceSpec, cache: ReferenceCache, res
     covered = cache.covers(wanted.keys, wanted.tokens)
     problems = tuple(cache.problems)
     cache.set_aside()
-    before = {path.rsplit("/", 1)[-1] for path in cache.paths()}
-    to_do = len(wanted) - int(covered.sum())
-    tokens = parts = scored = by_others = 0
+    before = _parts(cache)
+    hits = int(covered.sum())
+    to_do = len(wanted) - hits
+    tokens = parts = scored = found = 0  # found: of what was to do, at others' hands
     told: set[str] = set()
     if to_do:
         progress(0, to_do)
-        shards = missing_shards(wanted, covered, _shard_tokens(wanted, tokens_per_part, resources.teams))
-        for row in _score_on_ray(shards, spec, cache, before, resources, tokens_per_batch):
-            scored += row["completions"]
-            by_others += row["by_others"]
-            tokens += row["tokens"]
-            parts += row["part"] is not None
-            for line in row["notes"]:
-                if line not in told:
-                    told.add(line)
-                    note(line)
-            progress(scored + by_others, to_do)
-        lacking = np.flatnonzero(~cache.covers(wanted.keys, wanted.tokens))
-        if len(lacking):
-            raise CacheError(f"after scoring, {len(lacking):,} completions are still missing from {cache.storage} (first "
-                             f"key {wanted.keys[int(lacking[0])].as_py().hex()}); {'; '.join(cache.problems)}. Run it again")
-    return BuildReport(cache.identity.digest, len(wanted), len(wanted) - to_do, scored, by_others,
-                       cache.stored_twice(cache.builder, since=before), tokens, time.perf_counter() - start, parts, problems)
+    try:
+        while not covered.all():
+            left, longest = 0, 0.0
+            known = _parts(cache) | {*Claims.names(cache)}
+            shards = missing_shards(wanted, covered, _shard_tokens(wanted, tokens_per_part, resources.teams))
+            for row in _score_on_ray(shards, spec, cache, known, resources, tokens_per_batch):
+                scored += row["completions"]
+                found += row["by_others"]
+                left += row["left"]
+                tokens += row["tokens"]
+                parts += row["part"] is not None
+                longest = max(longest, row["seconds"])
+                for line in row["notes"]:
+                    if line not in told:
+                        told.add(line)
+                        note(line)
+                progress(scored + found, to_do)
+            covered = cache.covers(wanted.keys, wanted.tokens)
+            if not covered.all():
+                lacking = np.flatnonzero(~covered)
+                if not left:
+                    raise CacheError(f"after scoring, {len(lacking):,} completions are still missing from {cache.storage} "
+                                     f"(first key {wanted.keys[int(lacking[0])].as_py().hex()}); "
+                                     f"{'; '.join(cache.problems)}. Run it again")
+                note(f"waiting for another build, which is scoring {len(lacking):,} of the completions")
+                covered = _wait_for_others(cache, wanted, covered, max(PATIENCE_SECONDS, PATIENCE_SHARDS * longest))
+            found = int(covered.sum()) - hits - scored
+            progress(scored + found, to_do)
+    finally:
+        if to_do:
+            Claims(cache, frozenset()).clear()
+    twice = cache.stored_twice(cache.builder, since=before)
+    return BuildReport(cache.identity.digest, len(wanted), hits, scored, to_do - scored, twice, tokens,
+                       time.perf_counter() - start, parts, problems)
+
+
+def _parts(cache: ReferenceCache) -> set[str]:
+    """Names of the parts that counted at the last look."""
+    return {path.rsplit("/", 1)[-1] for path in cache.paths()}
+
+
+def _wait_for_others(cache: ReferenceCache, wanted: Wanted, covered: np.ndarray, patience: float) -> np.ndarray:
+    """Until others have committed all that lacks, or nothing of it for ``patience`` seconds; what is covered then."""
+    since = time.monotonic()
+    while not covered.all() and time.monotonic() - since < patience:
+        time.sleep(1)
+        now = cache.covers(wanted.keys, wanted.tokens)
+        if now.sum() > covered.sum():
+            since = time.monotonic()
+        covered = now
+    return covered
 
 
 def _shard_tokens(wanted: Wanted, tokens_per_part: int, actors: int) -> int:
@@ -110,7 +150,7 @@ def _shard_tokens(wanted: Wanted, tokens_per_part: int, actors: int) -> int:
     return min(tokens_per_part, max(MIN_SHARD_TOKENS, total // (SHARDS_PER_WORKER * actors)))
 
 
-def _score_on_ray(shards: Iterable[Shard], spec: ReferenceSpec, cache: ReferenceCache, before: set[str],
+def _score_on_ray(shards: Iterable[Shard], spec: ReferenceSpec, cache: ReferenceCache, known: set[str],
                   resources: Resources, tokens_per_batch: int | Literal["auto"]) -> Any:
     import ray
 
@@ -122,7 +162,7 @@ def _score_on_ray(shards: Iterable[Shard], spec: ReferenceSpec, cache: Reference
         check_rows = check_rows or shard.prompt_groups()[:CHECK_ROWS]
         blocks.append(ray.put(_to_block(shard)))
     random.Random(cache.builder).shuffle(blocks)
-    arguments = (spec, cache.storage.uri, cache.builder, frozenset(before), resources, tokens_per_batch, check_rows)
+    arguments = (spec, cache.storage.uri, cache.builder, frozenset(known), resources, tokens_per_batch, check_rows)
     # While one shard is computed, the one before it is written and the next one is unpacked.
     yield from over_actors(_ScoreShard, arguments, blocks, resources, "scoring the reference", calls_at_once=2)
 
@@ -151,7 +191,7 @@ class _ScoreShard:
     """A Ray Data actor: holds the reference, alone or as one of a team, scores one shard a call and commits it as one
     part."""
 
-    def __init__(self, spec: ReferenceSpec, cache_uri: str, builder: str, before: frozenset[str],
+    def __init__(self, spec: ReferenceSpec, cache_uri: str, builder: str, known: frozenset[str],
                  resources: Resources, tokens_per_batch: int | Literal["auto"], check_rows: Sequence[PromptGroup]) -> None:
         import torch
 
@@ -160,7 +200,8 @@ class _ScoreShard:
         self.threads = resources.threads
         self.cache = ReferenceCache.open(cache_uri, spec.identity)
         self.cache.builder = builder
-        self.planned = before  # the plan knows what they hold
+        self.known = known  # what the plan knows of
+        self.claims = Claims(self.cache, known)
         spec = on_this_machine(spec)
         settings = {"device": resources.device, "tokens_per_batch": tokens_per_batch,
                     "memory_share": resources.memory_share, "check_rows": check_rows}
@@ -175,13 +216,19 @@ class _ScoreShard:
         with self.computing:
             # Another build of the same cache may have done it meanwhile. Parts of this build cannot hold it.
             remaining = still_missing([planned], self.cache, skip=lambda name: (
-                name in self.planned or builder_of(name) == self.cache.builder))
-            shard = remaining[0] if remaining else Shard(())
+                name in self.known or builder_of(name) == self.cache.builder))
+            open_ = remaining[0] if remaining else Shard(())
+            shard, claim = self.claims.take(open_)
             if self.threads is not None:
                 torch.set_num_threads(self.threads)  # OpenMP counts threads for each calling thread
+            started = time.perf_counter()
             scored = self.scorer.score(shard.prompt_groups())
+            seconds = time.perf_counter() - started
         logps = [values for group in scored for values in group]
         name = self.cache.commit([one.key for one in shard.completions], logps, self.scorer.provenance) if logps else None
+        if claim is not None:
+            self.claims.release(claim)
         return pa.table({"part": pa.array([name], pa.string()), "completions": [len(logps)],
-                         "by_others": [len(planned.completions) - len(logps)], "tokens": [shard.tokens],
+                         "by_others": [len(planned.completions) - len(open_.completions)],
+                         "left": [len(open_.completions) - len(logps)], "tokens": [shard.tokens], "seconds": [seconds],
                          "notes": pa.array([self.scorer.notes], pa.list_(pa.string()))})

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from raydpo.reference.claims import CLAIMS
 from raydpo.reference.index import as_bytes
 from raydpo.reference.part import COMPACTED, Part, encode_part, part_time
 from raydpo.reference.store import PARTS, SET_ASIDE, UNVERIFIED, ReferenceCache
@@ -121,10 +122,15 @@ def find_garbage(cache: ReferenceCache) -> list[Garbage]:
     storage, directory = cache.storage, cache.directory
     cache.reload()
     found = []
-    for folder in ("", PARTS, UNVERIFIED, SET_ASIDE):
+    for folder in ("", PARTS, UNVERIFIED, SET_ASIDE, CLAIMS):
         place = f"{directory}/{folder}".rstrip("/")
         found += [Garbage(f"{place}/{entry.name}", entry.size, "left half-written")
                   for entry in stale_temporaries(storage, place, older_than=ABANDONED_SECONDS)]
+    claims = [entry for entry in storage.entries(f"{directory}/{CLAIMS}") if not entry.name.startswith(".")]
+    if claims:
+        now = storage.clock()
+        found += [Garbage(f"{directory}/{CLAIMS}/{entry.name}", entry.size, "a claim that its build did not take back")
+                  for entry in claims if now - entry.modified > ABANDONED_SECONDS]
     by_name = {entry.name: entry.size for entry in storage.entries(f"{directory}/{PARTS}")}
     superseded = cache.superseded()
     for number in np.flatnonzero(superseded).tolist():

@@ -4,6 +4,7 @@
     <cache>/<identity digest>/parts/part-*.parquet
     <cache>/<identity digest>/unverified/         imported rows that nobody has scored again yet
     <cache>/<identity digest>/set-aside/          damaged and foreign files that a build has moved out of the way
+    <cache>/<identity digest>/claims/             what builds are scoring at the moment, see ``claims``
 
 A part counts if and only if its bytes have the checksum in its name and the identity inside it is the one asked for. There
 is no manifest to corrupt and no lock: two builders at worst score a row twice. A reader takes the longest row, then the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -40,7 +41,7 @@ def check_for_cluster(config: Config, packed: Collection[str]) -> None:
     Raises:
         ConfigError: with a line for each problem.
     """
-    problems = [*_secrets(config), *_places(config), *_inputs(config, packed)]
+    problems = [*_secrets(config), *_capitals(config), *_places(config), *_inputs(config, packed)]
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -50,6 +51,13 @@ def _secrets(config: Config) -> Iterator[str]:
         if isinstance(value, str) and carries_secret(value):
             yield (f"{key!r} carries a credential ({redact(value)}), which everyone who sees the job would read; take it "
                    "out, and give it to the nodes by their environment: a service account, or a secret of the cluster")
+
+
+def _capitals(config: Config) -> Iterator[str]:
+    for key, value in _leaves(config.model_dump(mode="json")):
+        found = re.search(r"\bYOUR-[A-Z-]*[A-Z]", value) if isinstance(value, str) else None
+        if found:
+            yield f"{key!r} is {value!r}; put your own in the place of {found[0]}"
 
 
 def _places(config: Config) -> Iterator[str]:

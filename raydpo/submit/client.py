@@ -30,8 +30,13 @@ STOP_SECONDS = 120
 """Between SIGTERM and SIGKILL of a job that is stopped: a checkpoint is made in between. Ray's own default is 3."""
 LOST_SECONDS = 120.0
 """Without an answer of the job server, after which following ends."""
+BEGINNING_SECONDS = 120.0
+"""For a head that has only just begun: its job server answers before what starts jobs does."""
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+_PUT_TOKEN = "put the cluster's into $RAY_AUTH_TOKEN, a file named by $RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token"
 
 
 class RunningJobError(ConfigError):
@@ -72,7 +77,9 @@ class Jobs:
         Raises:
             ConfigError: if it cannot be reached, or does not let us in.
         """
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # before Ray is imported, which reads it once
+        token = _has_token()
+        if token:
+            os.environ.setdefault("RAY_AUTH_MODE", "token")  # before Ray is imported, which reads it once
         try:
             import ray.exceptions
             from ray.job_submission import JobSubmissionClient
@@ -83,13 +90,14 @@ class Jobs:
         if address is not None:  # the variable would win over what Ray's client is told
             os.environ["RAY_API_SERVER_ADDRESS"] = address if "://" in address else f"http://{address}"
         wished = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or "this machine"
+        if os.environ.get("RAY_AUTH_MODE") == "token" and not token:  # Ray would end this process
+            raise ConfigError(f"the Ray cluster at {wished} wants a token, and this machine has none; {_PUT_TOKEN}")
         try:
             client = JobSubmissionClient()
             return cls(client, client.get_address())
         except ray.exceptions.AuthenticationError:
-            raise ConfigError(f"the Ray cluster at {wished} wants a token and does not take this machine's; put the "
-                              "cluster's into $RAY_AUTH_TOKEN, a file named by $RAY_AUTH_TOKEN_PATH, or "
-                              "~/.ray/auth_token") from None
+            ours = "does not take this machine's" if token else "this machine has none"
+            raise ConfigError(f"the Ray cluster at {wished} wants a token, and {ours}; {_PUT_TOKEN}") from None
         except Exception as error:  # of connections, proxies, TLS, versions
             if "ray[default]" in str(error):
                 raise _without_client() from None
@@ -136,8 +144,11 @@ class Jobs:
             raise ConfigError(f"there is no job {name!r} at {self.address}; the newest are: {known}")
         return exact[-1]
 
-    def submit(self, name: str, verb: str, entrypoint: str, archive: Path) -> str:
+    def submit(self, name: str, verb: str, entrypoint: str, archive: Path, gpus: int = 0) -> str:
         """Start a job of run ``name``; its id is the name with a number.
+
+        Args:
+            gpus: that the job's own process holds, beside what it asks of Ray.
 
         Raises:
             RunningJobError: if another one is not over yet.
@@ -150,15 +161,20 @@ class Jobs:
                     f"directory; follow it with 'raydpo jobs logs -f {job.submission_id}', end it with 'raydpo jobs stop "
                     f"{job.submission_id}' and submit again, which continues it, or give this run another name (name=...)")
         number = 1 + max((int(job.submission_id.rsplit("-", 1)[1]) for job in earlier), default=0)
-        try:
-            return self.client.submit_job(
-                entrypoint=entrypoint, submission_id=f"{name}-{number}",
-                runtime_env={"working_dir": str(archive), "env_vars": job_env()},
-                metadata={"raydpo": raydpo.__version__, "raydpo_run": name, "raydpo_verb": verb})
-        except Exception as error:
-            if "already" in str(error):
-                raise RunningJobError(f"someone else has just submitted {name}-{number}; see 'raydpo jobs ls'") from None
-            raise RaydpoError(f"the cluster at {self.address} did not take the job: {_said(error)}") from None
+        deadline = time.monotonic() + BEGINNING_SECONDS
+        while True:
+            try:
+                return self.client.submit_job(
+                    entrypoint=entrypoint, submission_id=f"{name}-{number}", entrypoint_num_gpus=gpus or None,
+                    runtime_env={"working_dir": str(archive), "env_vars": job_env()},
+                    metadata={"raydpo": raydpo.__version__, "raydpo_run": name, "raydpo_verb": verb})
+            except Exception as error:
+                if "No available agent" in str(error) and time.monotonic() < deadline:
+                    time.sleep(2)
+                    continue
+                if "already" in str(error):
+                    raise RunningJobError(f"someone else has just submitted {name}-{number}; see 'raydpo jobs ls'") from None
+                raise RaydpoError(f"the cluster at {self.address} did not take the job: {_said(error)}") from None
 
     def follow(self, job: str) -> JobDetails:
         """Print a job's log as it grows, to its end.
@@ -217,6 +233,13 @@ class _TailBrokenError(Exception):
     def __init__(self, printed: int) -> None:
         super().__init__(printed)
         self.printed = printed
+
+
+def _has_token() -> bool:
+    """Whether there is a token where Ray looks for one."""
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    file = Path(path) if path else Path.home() / ".ray" / "auth_token"
+    return bool(os.environ.get("RAY_AUTH_TOKEN") or (file.is_file() and file.read_text().strip()))
 
 
 def _without_client() -> ConfigError:

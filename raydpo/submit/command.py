@@ -37,6 +37,8 @@ def add_submit(parser: argparse.ArgumentParser) -> None:
         verb.add_argument("--include", action="append", default=[], metavar="PATTERN",
                           help="pack files of this name, too, such as a small data file (repeatable)")
         if name == "benchmark":
+            verb.add_argument("--gpus", type=int, default=0, metavar="N",
+                              help="of the node that runs it (default: %(default)s, on the head's CPU)")
             verb.add_argument("arguments", nargs="*", metavar="-- ...", help="arguments of jobs/benchmark.py")
             continue
         verb.add_argument("config", metavar="CONFIG", help="YAML file of the run, below the current directory")
@@ -63,7 +65,8 @@ def add_jobs(parser: argparse.ArgumentParser) -> None:
 
 def as_submit(verb: str, arguments: Sequence[str]) -> str:
     """The command that submits what ``jobs/<verb>.py`` was called with."""
-    return shlex.join(["raydpo", "submit", verb, *(word for word in arguments if word != "--dry-run")])
+    return shlex.join(["raydpo", "submit", verb, *(["--"] if verb == "benchmark" else []),
+                       *(word for word in arguments if word != "--dry-run")])
 
 
 def submit(args: argparse.Namespace, console: Console) -> int:
@@ -81,17 +84,20 @@ def submit(args: argparse.Namespace, console: Console) -> int:
                              "all that the cluster may do")
             words = [packed_name(args.config, package.files), *args.overrides]
             words += ["--fresh"] if getattr(args, "fresh", False) else []
+        gpus = getattr(args, "gpus", 0)
         entrypoint = shlex.join([*_program(args.what, package), *words])
         for line in (*package.notes, package.line()):
             console.say(line)
         if args.dry_run:
-            console.say(_by_ray(entrypoint))
+            console.say(_by_ray(entrypoint, gpus))
             return 0
         jobs = Jobs.at(args.address)
         for line in jobs.warnings():
             console.warn(line)
-        job = jobs.submit(name, args.what, entrypoint, package.archive)
+        job = jobs.submit(name, args.what, entrypoint, package.archive, gpus)
     console.say(f"job {job}: {entrypoint}")
+    if gpus:
+        console.say(f"it begins when a node has {gpus} GPU(s) to spare")
     if args.no_wait:
         console.say(f"follow it with 'raydpo jobs logs -f {job}', stop it with 'raydpo jobs stop {job}'")
         return 0
@@ -106,10 +112,11 @@ def _program(verb: str, package: Package) -> list[str]:
     return ["python", "-m", "raydpo.benchmark.command"] if verb == "benchmark" else ["python", "-m", "raydpo.cli", verb]
 
 
-def _by_ray(entrypoint: str) -> str:
+def _by_ray(entrypoint: str, gpus: int) -> str:
     """The same by Ray's own command, whose exit status is 1 for every failure."""
     environment = shlex.quote(json.dumps({"env_vars": job_env()}))
-    return f"ray job submit --working-dir . --runtime-env-json {environment} -- {entrypoint}"
+    devices = f" --entrypoint-num-gpus {gpus}" if gpus else ""
+    return f"ray job submit --working-dir .{devices} --runtime-env-json {environment} -- {entrypoint}"
 
 
 def _follow(jobs: Jobs, job: str, console: Console) -> int:

@@ -34,6 +34,7 @@ from raydpo.together import check_together, train_prepared_together
 from raydpo.training.earlier import earlier_result, set_aside
 from raydpo.training.launch import LOWER_IS_BETTER, new_board
 from raydpo.training.records import read_rows
+from raydpo.waiting import coming_up
 
 __all__ = ["sweep"]
 
@@ -63,7 +64,8 @@ def sweep(config: Config, console: Console | None = None, *, fresh: bool = False
         set_aside(storage, console, FILE)
     if storage.exists("run.json"):
         raise ConfigError(f"{storage} is the directory of a single run; give the sweep another name (name=...)")
-    with session(max((trial.config for trial in trials), key=lambda one: one.train.most_workers)):
+    largest = max((trial.config for trial in trials), key=lambda one: one.train.most_workers)
+    with session(largest):
         check_cluster(config, ["score", "train"], console)
         prepared = _prepare(trials, console)
         for trial in trials:
@@ -72,7 +74,9 @@ def sweep(config: Config, console: Console | None = None, *, fresh: bool = False
         storage.probe()
         storage.write("config.yaml", config.to_yaml().encode())
         ledger = Ledger(config, trials)
-        shared = _score(config, prepared, ledger, console)
+        to_train = any(not Storage(trial.config.run_dir).exists("summary.json") for trial in trials)
+        with coming_up(largest, wanted=to_train, trainings=1 if config.sweep.together else at_once):
+            shared = _score(config, prepared, ledger, console)
         console.say(f"sweep: {len(trials)} trials over {', '.join(parameters_of(trials))}; {at_once} at once")
         with SweepTable(console, ledger) as table:
             _Sweep(prepared, shared, ledger, table, at_once).run()

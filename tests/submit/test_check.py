@@ -13,6 +13,7 @@ import yaml
 from raydpo.cli import main
 from raydpo.config import load_config
 from raydpo.submit.client import exit_code
+from raydpo.submit.command import VERBS
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,23 +43,27 @@ def test_overrides_are_quoted_for_the_shell_of_the_cluster(project, capsys):
     assert "'track.wandb.project=$(id)'" in capsys.readouterr().out
 
 
-def test_in_this_project_the_files_of_jobs_are_the_entry_points_and_each_prints_the_other(monkeypatch, capsys):
+@pytest.mark.parametrize("verb", VERBS)
+def test_in_this_project_the_files_of_jobs_are_the_entry_points_and_each_prints_the_other(verb, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    recipe = "jobs/qwen3-4b-lora-1xa10g.yaml"
-    assert main(["submit", "run", recipe, "output=s3://b/runs", "--dry-run"]) == 0
-    words = shlex.split(capsys.readouterr().out.splitlines()[-1])
-    words = words[words.index("--") + 1:]
-    assert words == ["python", "jobs/run.py", recipe, "output=s3://b/runs"]
-    done = subprocess.run([sys.executable, *words[1:], "--dry-run"], capture_output=True, text=True, check=True,
+    words = (["--", "--model", "random-1b", "--synthetic", "--full"] if verb == "benchmark" else
+             ["jobs/qwen3-4b-lora-1xa10g.yaml", "output=s3://b/runs"])
+    assert main(["submit", verb, "--dry-run", *words]) == 0
+    program = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    program = program[program.index("--") + 1:]
+    assert program == ["python", f"jobs/{verb}.py", *(word for word in words if word != "--")]
+    done = subprocess.run([sys.executable, *program[1:], "--dry-run"], capture_output=True, text=True, check=True,
                           env=os.environ | {"PYTHONPATH": str(ROOT)})
-    assert done.stdout.strip() == f"raydpo submit run {recipe} output=s3://b/runs"
+    assert done.stdout.strip() == shlex.join(["raydpo", "submit", verb, *words])
 
 
 def test_the_benchmark_has_arguments_of_its_own(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    assert main(["submit", "benchmark", "--dry-run", "--", "--model", "random-1b", "--synthetic"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1].endswith(
-        "-- python jobs/benchmark.py --model random-1b --synthetic")
+    words = ["--model", "random-1b", "--synthetic", "--full"]
+    assert main(["submit", "benchmark", "--gpus", "1", "--dry-run", "--", *words]) == 0
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert command[command.index("--") + 1:] == ["python", "jobs/benchmark.py", *words]
+    assert command[command.index("--entrypoint-num-gpus") + 1] == "1"
 
 
 @pytest.mark.parametrize(("override", "sentence"), [
@@ -68,6 +73,7 @@ def test_the_benchmark_has_arguments_of_its_own(monkeypatch, capsys):
     ("model.path=here", "'model.path' is 'here', a directory of this machine"),
     ("output=s3://me:secret@bucket/runs", r"'output' carries a credential \(s3://\*\*\*@bucket/runs\)"),
     ("cache.uri=abfs://c@a/x?account_key=secret", r"'cache.uri' carries a credential"),
+    ("output=s3://YOUR-BUCKET/runs", "'output' is 's3://YOUR-BUCKET/runs'; put your own in the place of YOUR-BUCKET"),
     ("train.betta=1", "did you mean 'train.beta'"),
     ("name=../../etc", "use letters, digits"),
     ("score={accelerator: H100, gpus_per_worker: 0}", "accelerator H100 has no effect on workers without GPUs"),

@@ -118,6 +118,34 @@ def test_two_workers_on_two_nodes_stopped_submitted_again_and_finished(cluster, 
 
 
 @pytest.mark.slow
+def test_every_verb_is_a_job_and_leaves_what_it_leaves_anywhere(cluster, project):
+    cluster.add(4)
+    runs = project / "data" / "runs"
+    settings = ("config.yaml", "name=verbs", "train.steps=4", "score.workers=2", "train.workers=2",
+                "data.eval={fraction: 0.2}", f"cache.uri={project}/data/cache-verbs", "evaluate.prompts=4",
+                "evaluate.max_tokens=4")
+
+    def done(verb, *words):
+        status, said = raydpo(cluster, project, "submit", verb, *words)
+        assert status == 0 and re.search(r"job [\w-]+ is done", said), said
+        return said
+
+    assert "(0% hits)" in done("score", *settings) and (runs / "verbs" / "audit.json").is_file()
+    done("train", *settings)
+    assert json.loads((runs / "verbs" / "summary.json").read_text())["steps"] == 4
+    done("eval", *settings)
+    assert json.loads((runs / "verbs" / "evaluation.json").read_text())["preferences"]["total"]["pairs"] > 0
+    said = done("sweep", *settings, "name=verbs-sweep", "sweep.grid={train.beta: [0.1, 0.3]}")
+    assert "(100% hits)" in said
+    trials = json.loads((runs / "verbs-sweep" / "sweep.json").read_text())["trials"]
+    assert [(trial["status"], trial["steps"]) for trial in trials] == [("done", 4), ("done", 4)]
+    model, out = yaml.safe_load((project / "config.yaml").read_text())["model"]["path"], project / "data" / "benchmark.json"
+    done("benchmark", "--", "--model", model, "--data", f"{project}/data/a.jsonl", "--pairs", "16", "--dtype", "fp32",
+         "--full", "--baseline", "padded", "--engine", "kernels", "--device", "cpu", "--json", str(out))
+    assert json.loads(out.read_text())["baseline"] == "padded stand-in, not TRL"
+
+
+@pytest.mark.slow
 def test_the_node_of_a_training_is_lost_and_another_one_comes(cluster, project):
     """The workers ask for a label that one node has; when it is gone they wait for the next one, and go on there."""
     node = cluster.add(3, zone="training")
@@ -176,9 +204,9 @@ def test_exit_statuses_are_the_jobs_own(cluster, project):
 
 
 def test_without_the_token_nobody_gets_in(cluster, project):
-    for token in ("", "f" * 32):
+    for token, why in (("", "and this machine has none"), ("f" * 32, "and does not take this machine's")):
         status, said = raydpo(cluster, project, "submit", "run", "config.yaml", RAY_AUTH_TOKEN=token, HOME=str(project))
-        assert status == 2 and "wants a token" in said, said
+        assert status == 2 and f"wants a token, {why}" in said, said
     address = cluster.env["RAY_API_SERVER_ADDRESS"]
     assert requests.get(f"{address}/api/jobs/", timeout=10).status_code == 401
     assert requests.post(f"{address}/api/jobs/", json={"entrypoint": "id"}, timeout=10).status_code == 401

@@ -1,0 +1,108 @@
+"""Who scores what at the moment: notes that builders of one cache leave each other.
+
+    <cache>/<identity digest>/claims/<time>-<builder>-<digest>.keys
+
+A claim is advice, not a lock. A build leaves completions that another one has claimed to it, and looks again later; nothing
+is wrong, only scored twice, if a claim is lost, late or ignored. A claim counts while its builder lives, which no clock
+tells: a builder has shown life if it committed or claimed something since this build began to look. So what a killed build
+leaves behind holds up nobody.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+import uuid
+
+import numpy as np
+
+from raydpo.reference.part import builder_of
+from raydpo.reference.shards import Shard, without
+from raydpo.reference.store import ReferenceCache
+
+__all__ = ["CLAIMS", "Claims"]
+
+CLAIMS = "claims"
+_NAME = re.compile(r"\d{20}-(?P<builder>[0-9a-z]{8})-[0-9a-f]{32}\.keys")
+_ROWS = np.dtype([("key", "V16"), ("tokens", "<u4")])
+
+
+class Claims:
+    """The claims on rows of one cache.
+
+    Args:
+        cache: knows whose parts are there; ``cache.builder`` is who claims through this object.
+        known: names of claims and parts that were there when the build began.
+    """
+
+    def __init__(self, cache: ReferenceCache, known: frozenset[str]) -> None:
+        self.cache, self.known = cache, known
+        self._read: dict[str, dict[bytes, int]] = {}
+
+    @staticmethod
+    def names(cache: ReferenceCache) -> list[str]:
+        """Of the claims that there are, whether their builders live or not, oldest first by the clocks of their builders."""
+        return [name for name in cache.storage.list(f"{cache.directory}/{CLAIMS}") if _NAME.fullmatch(name)]
+
+    def take(self, shard: Shard) -> tuple[Shard, str | None]:
+        """What of ``shard`` nobody else is scoring, and the name of the claim that is now on it; see ``release``.
+
+        Of builders that claim the same at the same moment the one whose claim has the least name keeps it.
+        """
+        shard = _unclaimed(shard, self._of_others())
+        if not shard.groups:
+            return shard, None
+        rows = np.array([(one.key, len(one.tokens)) for one in shard.completions], _ROWS)
+        mine = f"{time.time_ns():020d}-{self.cache.builder}-{uuid.uuid4().hex}.keys"
+        self.cache.storage.write(self._path(mine), rows.tobytes())
+        shard = _unclaimed(shard, self._of_others(before=mine))
+        if not shard.groups:
+            self.release(mine)
+            return shard, None
+        return shard, mine
+
+    def release(self, name: str) -> None:
+        """Take a claim back: it is committed, or nobody will score it."""
+        self.cache.storage.delete(self._path(name))
+
+    def clear(self) -> None:
+        """Take back all claims of this builder, those of actors that died, too."""
+        for name in self.names(self.cache):
+            if _builder(name) == self.cache.builder:
+                self.release(name)
+
+    def _path(self, name: str) -> str:
+        return f"{self.cache.directory}/{CLAIMS}/{name}"
+
+    def _of_others(self, before: str | None = None) -> dict[bytes, int]:
+        """By key the most tokens that another living builder is scoring now, in claims of a lesser name than ``before``."""
+        names = [name for name in self.names(self.cache) if _builder(name) != self.cache.builder]
+        parts = [path.rsplit("/", 1)[-1] for path in self.cache.paths()]
+        living = {_builder(name) for name in names if name not in self.known} | {
+            builder_of(name) for name in parts if name not in self.known}
+        claimed: dict[bytes, int] = {}
+        for name in names:
+            if _builder(name) in living and (before is None or name < before):
+                for key, tokens in self._rows(name).items():
+                    claimed[key] = max(tokens, claimed.get(key, 0))
+        return claimed
+
+    def _rows(self, name: str) -> dict[bytes, int]:
+        if name not in self._read:
+            try:
+                data = self.cache.storage.read(self._path(name))
+            except FileNotFoundError:
+                return {}  # done in this moment
+            rows = np.frombuffer(data[: len(data) // _ROWS.itemsize * _ROWS.itemsize], _ROWS)
+            self._read[name] = dict(zip((key.tobytes() for key in rows["key"]), rows["tokens"].tolist(), strict=True))
+        return self._read[name]
+
+
+def _builder(name: str) -> str:
+    return _NAME.fullmatch(name)["builder"]
+
+
+def _unclaimed(shard: Shard, claimed: dict[bytes, int]) -> Shard:
+    left = {one.key for one in shard.completions if claimed.get(one.key, -1) >= len(one.tokens)}
+    remaining = without([shard], left) if left else [shard]
+    return remaining[0] if remaining else Shard(())

@@ -1,0 +1,122 @@
+"""What builders of one cache leave to each other, and what holds up nobody."""
+
+import threading
+
+import numpy as np
+import pytest
+from rows import ONE, rows
+
+from raydpo.reference import compact
+from raydpo.reference.claims import CLAIMS, Claims
+from raydpo.reference.compact import find_garbage
+from raydpo.reference.shards import Completion, Shard
+from raydpo.reference.store import ReferenceCache
+
+KEYS = rows(6)[0]
+PROMPT = np.arange(3, dtype=np.int32)
+
+
+def shard(*numbers, tokens=4):
+    return Shard((tuple(Completion(KEYS[number], PROMPT, np.zeros(tokens, np.int32)) for number in numbers),))
+
+
+def taken(found):
+    return [KEYS.index(one.key) for one in found[0].completions]
+
+
+@pytest.fixture
+def builder(tmp_path):
+    """Makes builders of one cache, each knowing what is there when it begins."""
+    def begin():
+        cache = ReferenceCache.open(str(tmp_path / "cache"), ONE)
+        cache.refresh()
+        return Claims(cache, frozenset([*Claims.names(cache), *(path.rsplit("/", 1)[-1] for path in cache.paths())]))
+    return begin
+
+
+def test_what_another_one_scores_is_left_to_it_until_it_takes_its_claim_back(builder):
+    one, two = builder(), builder()
+    mine = one.take(shard(0, 1, 2))
+    assert taken(mine) == [0, 1, 2]
+    theirs = two.take(shard(1, 2, 3))
+    assert taken(theirs) == [3], "row by row: two users' data need not be cut alike"
+    assert two.take(shard(0, 1)) == (Shard(()), None)
+    one.release(mine[1])
+    assert taken(two.take(shard(0, 1))) == [0, 1]
+
+
+def test_a_claim_on_fewer_tokens_is_not_enough(builder):
+    one, two = builder(), builder()
+    one.take(shard(0, 1, tokens=4))
+    assert taken(two.take(shard(0, 1, tokens=4))) == []
+    assert taken(two.take(shard(0, 1, tokens=5))) == [0, 1]
+
+
+def test_what_a_killed_build_left_behind_holds_up_nobody_and_one_that_lives_counts_again(builder):
+    before = builder()
+    before.take(shard(0, 1))
+    after = builder()
+    mine = after.take(shard(0))
+    assert taken(mine) == [0], "nothing tells that it lives"
+    before.cache.commit([KEYS[5]], [np.full(3, -1, np.float32)], {})
+    after.cache.refresh()
+    assert taken(after.take(shard(1))) == [], "it has committed something since"
+    third = builder()
+    before.take(shard(3))
+    assert taken(third.take(shard(1, 3))) == [], "or claimed something"
+
+
+def test_ones_own_claims_do_not_count_and_all_are_taken_back_at_the_end(builder):
+    one, other = builder(), builder()
+    one.take(shard(0))
+    assert taken(one.take(shard(0))) == [0], "an actor that died is tried again"
+    mine = other.take(shard(1))
+    one.clear()
+    assert Claims.names(one.cache) == [mine[1]]
+
+
+def test_of_claims_of_the_same_moment_the_least_name_keeps_it(builder):
+    """Both have looked, and seen nothing, before either has written."""
+    one, two = builder(), builder()
+    meet, written = threading.Barrier(2), threading.Barrier(2)
+    found = {}
+
+    def claim(who):
+        look, looks = who._of_others, []
+
+        def of_others(before=None):
+            looks.append(before)
+            (meet if len(looks) == 1 else written).wait()
+            seen = look(before)
+            if len(looks) == 1:
+                meet.wait()
+            return seen
+
+        who._of_others = of_others
+        found[who] = who.take(shard(0, 1))
+
+    threads = [threading.Thread(target=claim, args=(who,)) for who in (one, two)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert sorted(len(taken(found[who])) for who in (one, two)) == [0, 2]
+    winner = max(found.values(), key=lambda entry: len(entry[0].completions))
+    assert Claims.names(one.cache) == [winner[1]], "the other one took its claim back"
+
+
+def test_a_claim_that_is_torn_or_foreign_counts_for_what_can_be_read_of_it(builder):
+    one, two = builder(), builder()
+    name = one.take(shard(0, 1))[1]
+    path = f"{one.cache.directory}/{CLAIMS}"
+    one.cache.storage.write(f"{path}/{name}", one.cache.storage.read(f"{path}/{name}")[:27])
+    one.cache.storage.write(f"{path}/notes.txt", b"mine")
+    assert taken(two.take(shard(0, 1))) == [1]
+
+
+def test_gc_finds_claims_of_builds_long_gone(builder, monkeypatch):
+    one = builder()
+    name = one.take(shard(0))[1]
+    assert find_garbage(one.cache) == []
+    monkeypatch.setattr(compact, "ABANDONED_SECONDS", -60.0)
+    assert [entry.path.rsplit("/", 1)[-1] for entry in find_garbage(one.cache)] == [name]

@@ -1,0 +1,66 @@
+"""Ray's own autoscaler, whose nodes start on this machine: they come for each stage, and go when nobody uses them."""
+
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+import requests
+import yaml
+from machines import RayProcesses
+from tiny import preferences, write_preferences
+
+NODE_TYPES = {
+    name: {"resources": {"CPU": cpus, "object_store_memory": 100_000_000}, "labels": {"pool": name}, "node_config": {},
+           "min_workers": 0, "max_workers": 2}
+    for name, cpus in (("scorers", 4), ("trainers", 2))}
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    processes = RayProcesses(cpus=0, node_types=NODE_TYPES)
+    yield processes
+    processes.stop()
+
+
+def nodes(cluster):
+    """All that there have been, oldest first: (pool, alive, when it started)."""
+    answer = requests.get(f"{cluster.env['RAY_API_SERVER_ADDRESS']}/api/v0/nodes", timeout=20, params={"detail": True},
+                          headers={"Authorization": f"Bearer {cluster.token}"})
+    found = [((node["labels"] or {}).get("pool"), node["state"] == "ALIVE", node["start_time_ms"] / 1000)
+             for node in answer.json()["data"]["result"]["result"]]
+    return sorted(found, key=lambda node: node[2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", ["run", "sweep"])
+def test_nodes_come_for_scoring_and_meanwhile_for_training_and_go_after_it(cluster, tmp_path, tiny_llama, verb):
+    """A head without CPUs, and two pools by label: nodes for training come while the reference is scored."""
+    write_preferences(tmp_path / "a.jsonl", preferences(1500))
+    trials = 2 if verb == "sweep" else 1
+    tree = {"name": verb, "output": str(tmp_path / "runs"), "model": {"path": str(tiny_llama), "dtype": "float32"},
+            "data": {"train": str(tmp_path / "a.jsonl")},
+            "score": {"workers": 2, "gpus_per_worker": 0, "labels": {"pool": "scorers"}},
+            "train": {"workers": 2, "gpus_per_worker": 0, "labels": {"pool": "trainers"}, "pairs_per_step": 8, "steps": 3,
+                      "tokens_per_batch": 512},
+            "sweep": {"grid": {"train.beta": [0.1, 0.3]}, "at_once": trials} if verb == "sweep" else None,
+            "ray": {"autoscaling": True, "address": f"127.0.0.1:{cluster.gcs}"}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    began = time.time()
+    job = subprocess.Popen([sys.executable, "-m", "raydpo.cli", verb, "config.yaml"], cwd=tmp_path, env=cluster.env,
+                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    said, scored = "", 0.0
+    for line in job.stdout:
+        said += line
+        scored = scored or (time.time() if line.startswith("cache: ") else 0.0)
+    assert job.wait(60) == 0, said
+    assert re.search(r"cache: 0 of [\d,]+ completions", said), said
+
+    came = [(pool, started) for pool, _, started in nodes(cluster) if pool and started > began]
+    assert sorted(pool for pool, _ in came) == ["scorers", *["trainers"] * trials], came
+    assert all(started < scored for _, started in came), "those of the training came while scoring was under way"
+    deadline = time.monotonic() + 90
+    while any(alive for pool, alive, _ in nodes(cluster) if pool):
+        assert time.monotonic() < deadline, nodes(cluster)
+        time.sleep(1)
