@@ -13,7 +13,7 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
@@ -92,11 +92,11 @@ class Storage:
     def exists(self, name: str = "") -> bool:
         return self._info(name).type != pafs.FileType.NotFound
 
-    def list(self, name: str = "") -> list[str]:
+    def list(self, name: str = "") -> Sequence[str]:
         """Names of the entries directly below ``name``, sorted; empty if it does not exist."""
         return sorted(info.base_name for info in self._infos(name))
 
-    def entries(self, name: str = "") -> list[Entry]:
+    def entries(self, name: str = "") -> Sequence[Entry]:
         """The files directly below ``name``, in order of name; none if it does not exist."""
         return sorted((Entry(info.base_name, info.size, self._modified(info))
                        for info in self._infos(name) if info.type == pafs.FileType.File), key=lambda entry: entry.name)
