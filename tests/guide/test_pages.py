@@ -76,4 +76,4 @@ def test_a_browser_shows_them_without_complaint(pages):
 def test_it_is_packaged():
     """The guides and the template are files of the package."""
     listed = (ROOT / "pyproject.toml").read_text()
-    assert '"guide/*.md"' in listed and '"guide/*.jinja2"' in listed
+    assert all(f'"guide/*.{kind}"' in listed for kind in ("css", "jinja2", "md"))
