@@ -67,17 +67,22 @@ class Storage:
     Args:
         uri: local path or URI. It need not exist yet.
 
+    Attributes:
+        uri: the same for processes of any working directory, such as those of a cluster that runs already.
+        root: where it is on its file system.
+
     Raises:
         RaydpoError: if no file system answers to the URI.
     """
 
     def __init__(self, uri: str) -> None:
-        self.uri = uri
+        self._given = uri
         self.fs, self.root = _open(uri)
+        self.uri = uri if is_uri(uri) else self.root
 
     def __str__(self) -> str:
-        """The URI, fit to be printed."""
-        return redact(self.uri)
+        """The path or URI as it was given, fit to be printed."""
+        return redact(self._given)
 
     @property
     def is_local(self) -> bool:
