@@ -13,6 +13,7 @@ GUIDES = sorted((ROOT / "raydpo" / "guide").glob("*.md"))
 DOCUMENTS = [ROOT / "README.md", *GUIDES]
 PROGRAMS = ("cd", "export", "git", "hf", "kubectl", "make", "pip", "python", "ray", "raydpo", "sbatch")
 NOT_RUN = {
+    "export": "names the reader's cluster",
     "make": "makes an environment of its own, and takes minutes",
     "pip install": "asks a registry",
     "ray job submit": "asks a cluster: tests/submit",

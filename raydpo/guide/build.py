@@ -49,10 +49,10 @@ def build_pages(directory: Path) -> int:
     modules = {name: pdoc.doc.Module(sys.modules[name]) for name in module_names()}
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always", UserWarning)
-        for field in _fields(modules.values()):
-            field.annotation = _plain(field.annotation)
-            if field.default_value is PydanticUndefined:
-                field.default_value = pdoc.doc_types.empty
+        for variable in _variables(modules.values()):
+            variable.annotation, variable.default_value = map(_plain, (variable.annotation, variable.default_value))
+            if variable.default_value is PydanticUndefined:
+                variable.default_value = pdoc.doc_types.empty
         for name, module in modules.items():
             _write(directory / f"{name.replace('.', '/')}.html", pdoc.render.html_module(module, modules))
         _write(directory / "index.html", pdoc.render.html_index(modules))
@@ -68,14 +68,16 @@ def _write(file: Path, text: str) -> None:
     file.write_text(text, encoding="utf-8")
 
 
-def _fields(modules: Iterable[pdoc.doc.Module]) -> Iterator[pdoc.doc.Variable]:
-    """Those of classes, as settings are."""
-    return (member for module in modules for each in module.classes for member in each.members.values()
-            if member.kind == "variable")
+def _variables(modules: Iterable[pdoc.doc.Module]) -> Iterator[pdoc.doc.Variable]:
+    """Constants, and the fields of classes, as settings are."""
+    for module in modules:
+        yield from module.variables
+        for each in module.classes:
+            yield from (member for member in each.members.values() if member.kind == "variable")
 
 
 def _plain(kind: Any) -> Any:
-    """A type without what pydantic is told about it."""
+    """A type without what pydantic is told about it; anything else as it is."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Annotated:
         return _plain(inner[0])
