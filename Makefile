@@ -1,6 +1,7 @@
 # make quickstart   the whole job on a small real model, a few minutes on two cores
 # make test         the tests
 # make soak         killed workers, lost machines and full disks; the weights must not notice
+# make docs         pages of the guides and of every docstring, in build/docs
 # make checks       what a commit must pass: lint and tests
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile -c constraints.txt
 SOURCES := pyproject.toml constraints.txt
 
-.PHONY: quickstart test test-all checks soak lint clean
+.PHONY: quickstart test test-all checks docs soak lint clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/raydpo quickstart
@@ -25,6 +26,9 @@ test-all: $(VENV)/.test $(VENV)/.quickstart
 	$(BIN)/python -m pytest
 
 checks: lint test
+
+docs: $(VENV)/.test
+	$(BIN)/python -m raydpo.guide.build build/docs
 
 soak: $(VENV)/.test
 	cd tests && ../$(BIN)/python soak.py --steps 600 --minutes 15

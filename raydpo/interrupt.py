@@ -13,6 +13,7 @@ from typing import Any
 __all__ = ["EXIT_INTERRUPTED", "interruptible", "sigterm_as_interrupt"]
 
 EXIT_INTERRUPTED = 130
+"""Exit status of a command that Ctrl-C or SIGTERM has stopped, as shells have it."""
 
 
 @contextlib.contextmanager

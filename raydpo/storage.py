@@ -13,7 +13,7 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
@@ -67,17 +67,22 @@ class Storage:
     Args:
         uri: local path or URI. It need not exist yet.
 
+    Attributes:
+        uri: the same for processes of any working directory, such as those of a cluster that runs already.
+        root: where it is on its file system.
+
     Raises:
         RaydpoError: if no file system answers to the URI.
     """
 
     def __init__(self, uri: str) -> None:
-        self.uri = uri
+        self._given = uri
         self.fs, self.root = _open(uri)
+        self.uri = uri if is_uri(uri) else self.root
 
     def __str__(self) -> str:
-        """The URI, fit to be printed."""
-        return redact(self.uri)
+        """The path or URI as it was given, fit to be printed."""
+        return redact(self._given)
 
     @property
     def is_local(self) -> bool:
@@ -92,11 +97,11 @@ class Storage:
     def exists(self, name: str = "") -> bool:
         return self._info(name).type != pafs.FileType.NotFound
 
-    def list(self, name: str = "") -> list[str]:
+    def list(self, name: str = "") -> Sequence[str]:
         """Names of the entries directly below ``name``, sorted; empty if it does not exist."""
         return sorted(info.base_name for info in self._infos(name))
 
-    def entries(self, name: str = "") -> list[Entry]:
+    def entries(self, name: str = "") -> Sequence[Entry]:
         """The files directly below ``name``, in order of name; none if it does not exist."""
         return sorted((Entry(info.base_name, info.size, self._modified(info))
                        for info in self._infos(name) if info.type == pafs.FileType.File), key=lambda entry: entry.name)

@@ -89,6 +89,15 @@ def test_another_process_gets_the_same_place(storage):
 # ---- local disks
 
 
+def test_another_working_directory_gets_the_same_place(tmp_path, monkeypatch):
+    """Workers of a cluster that runs already are not where the command was typed."""
+    monkeypatch.chdir(tmp_path)
+    here = Storage("runs")
+    here.write("a", b"1")
+    monkeypatch.chdir("/")
+    assert str(here) == "runs" and Storage(here.uri).read("a") == b"1"
+
+
 def test_a_failed_write_leaves_the_old_content_and_no_temporary(tmp_path, monkeypatch):
     storage = Storage(str(tmp_path))
     storage.write("file", b"old")

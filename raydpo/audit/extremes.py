@@ -11,6 +11,7 @@ import pyarrow as pa
 __all__ = ["COUNT", "extremes", "shown"]
 
 COUNT = 20
+"""Pairs shown of each kind."""
 MOST_CHARACTERS = 1200
 # C0 and C1 controls but line feed and tab, marks that turn the direction of text, zero-width and tag characters.
 _HIDDEN = {*range(0x00, 0x09), *range(0x0B, 0x20), *range(0x7F, 0xA0), 0x00AD, 0x061C, *range(0x200B, 0x2010),

@@ -19,6 +19,7 @@ from raydpo.estimate.plan import pair_groups
 __all__ = ["IDS", "load", "of_file", "parts", "save", "statistics", "synthetic"]
 
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
+"""Columns that both sides read."""
 SPREAD = 0.25
 """Random lengths lie within this share of what is asked for: rows of equal length would need no padding."""
 
@@ -61,6 +62,7 @@ def synthetic(pairs: int, length: int, ratio: tuple[int, int], vocabulary: int, 
 
 
 def save(table: pa.Table, file: Path) -> None:
+    """Write what ``load`` reads."""
     pq.write_table(table, file)
 
 

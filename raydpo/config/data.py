@@ -13,7 +13,9 @@ __all__ = ["COMPRESSION_SUFFIXES", "DATA_SUFFIXES", "DataConfig", "EvalConfig", 
            "source_name"]
 
 DATA_SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet")
+"""Of files of preferences."""
 COMPRESSION_SUFFIXES = (".gz", ".zst", ".bz2", ".xz")
+"""That may follow one of these."""
 
 
 class SourceConfig(Section):

@@ -66,6 +66,7 @@ LOSSES: dict[str, LossTraits] = {
     "orpo": LossTraits(frozenset({"beta", "use_weighting", "weight_column"}), reference=False),
     "sft": LossTraits(frozenset({"use_weighting", "weight_column"}), reference=False),
 }
+"""What is known of each loss, by the name that ``train.loss`` gives it."""
 SETTINGS = ("beta", "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef", "length_penalty", "ld_alpha",
             "use_weighting", "dynamic_beta", "discopop_tau", "dpop_lambda", "simpo_gamma", "cpo_alpha", "desirable_weight",
             "undesirable_weight")

@@ -7,7 +7,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+__all__ = ["Dtype", "Float", "Int", "PathOrUri", "Section"]
+
 Dtype = Literal["auto", "float32", "bfloat16"]
+"""A precision; ``auto`` is what pays on the devices at hand."""
 
 
 def _no_bool(value: Any) -> Any:
@@ -17,7 +20,9 @@ def _no_bool(value: Any) -> Any:
 
 
 Int = Annotated[int, BeforeValidator(_no_bool)]
+"""A whole number; true and false are none."""
 Float = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
+"""A finite number; true and false are none."""
 
 
 def _expand_home(value: Any) -> Any:
@@ -25,7 +30,10 @@ def _expand_home(value: Any) -> Any:
 
 
 PathOrUri = Annotated[str, BeforeValidator(_expand_home)]
+"""A local path, in which ``~`` is the home directory, or a URI."""
 
 
 class Section(BaseModel):
+    """A section of the configuration. A key that it does not have is an error."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())

@@ -11,6 +11,7 @@ __all__ = ["CREDENTIALS", "HARMLESS", "carries_secret", "is_uri", "redact", "red
 HARMLESS = ("endpoint_override", "scheme", "region", "allow_bucket_creation", "allow_bucket_deletion")
 """Options of a URI that may be shown."""
 CREDENTIALS = re.compile(r"^(?P<scheme>[^:/]+://)(?P<secret>[^/?#]*:[^?#]*)@")  # an unquoted key may hold slashes
+"""User and password at the beginning of a URI."""
 
 
 def is_uri(path: str) -> bool:

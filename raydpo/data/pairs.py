@@ -31,10 +31,14 @@ PAIR_SCHEMA = pa.schema([
     ("chosen_key", _KEY), ("rejected_key", _KEY),  # keys.completion_key, of the completions before truncation
     ("chosen_full", pa.int32()), ("rejected_full", pa.int32()),  # their tokens before truncation
 ])
-PAIR_WEIGHT, PAIR_MARGIN = "pair_weight", "pair_margin"
-"""Further columns, float64, where ``data.weight_column`` and ``data.margin_column`` ask for them."""
+"""Of a table of tokenised pairs."""
+PAIR_WEIGHT = "pair_weight"
+"""A further column, float64, where ``data.weight_column`` asks for it."""
+PAIR_MARGIN = "pair_margin"
+"""A further column, float64, where ``data.margin_column`` asks for it."""
 CHUNK = 1000
 HELD_OUT = "held-out"
+"""Name of the source that ``data.eval.path`` is."""
 Reader = Callable[[SourceConfig], Iterator[Record]]
 NO_ROOM, TOO_LONG, SAME = "prompt leaves no room", "longer than max_length", "identical after truncation"
 

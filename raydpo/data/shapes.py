@@ -15,6 +15,7 @@ import numpy as np
 __all__ = ["PADDED_MULTIPLE", "POSITIONS_ONLY", "LayoutName", "Shapes", "Work"]
 
 LayoutName = Literal["tree", "packed", "padded"]
+"""How a micro-batch is laid out, see ``model.layout``."""
 PADDED_MULTIPLE = 16
 """Padded rows are as long as a multiple of this, which the matrix units of GPUs and CPUs like."""
 
@@ -32,6 +33,7 @@ class Work:
 
 
 POSITIONS_ONLY = Work()
+"""A model whose work is the token positions alone."""
 
 
 @dataclass(frozen=True)

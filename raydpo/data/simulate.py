@@ -17,6 +17,7 @@ from raydpo.data.shapes import PADDED_MULTIPLE, LayoutName, Shapes, Work
 __all__ = ["WORLD_SIZES", "Simulation", "amounts", "deal", "simulate", "steps_of", "training_order"]
 
 WORLD_SIZES = tuple(2**power for power in range(13))
+"""Numbers of ranks that ``raydpo plan`` looks at."""
 STEPS = 8
 NAIVE_PAIRS = 8
 """Pairs of a micro-batch in the naive plan: the default batch size of a device in transformers' Trainer."""

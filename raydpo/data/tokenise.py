@@ -1,7 +1,5 @@
 """Preferences as token ids, and where the prompt ends and the completion begins."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path

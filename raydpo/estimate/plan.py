@@ -35,6 +35,7 @@ TOKENS_PER_BATCH = 16384
 PAIRS_PER_RANK = 4
 """Of the steps that grow with the number of ranks, in the second imbalance table."""
 FORWARD = (1.0, 1.0, 1.0)
+"""Factors of ``operations`` for a forward pass alone."""
 PAIRS_SIMULATED = 8192
 """Larger steps are sampled less often, for the sake of time."""
 LAYOUTS: tuple[LayoutName, ...] = ("padded", "packed", "tree")

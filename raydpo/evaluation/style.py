@@ -40,6 +40,7 @@ def length_growth(policy: Sequence[np.ndarray], reference: Sequence[np.ndarray],
 
 
 def is_cut(answer: np.ndarray, stop: Sequence[int]) -> bool:
+    """Whether an answer, int [tokens], ended at ``evaluate.max_tokens`` and not with a token of ``stop``."""
     return int(answer[-1]) not in stop
 
 

@@ -118,6 +118,7 @@ def load(storage: Storage, name: str) -> pa.Table | None:
 
 
 def store(storage: Storage, name: str, result: pa.Table) -> None:
+    """Keep a result, so that it is not computed again."""
     storage.write(name, _encode(result))
 
 

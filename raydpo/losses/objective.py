@@ -24,6 +24,7 @@ from raydpo.losses.pairs import PairLogps, PreferenceLoss
 __all__ = ["FUNCTIONS", "LossFunction", "Memory", "Objective", "own_sources", "preference_loss"]
 
 LossFunction = Callable[[PairLogps, ObjectiveConfig, float], Tensor]
+"""From log-probs of B pairs, settings and beta to losses, [B]. One's own loss by import path is such a function, too."""
 FUNCTIONS: dict[str, LossFunction] = {
     name: next(getattr(module, name) for module in (margin, pointwise, transport, reference_free) if hasattr(module, name))
     for name in LOSSES}

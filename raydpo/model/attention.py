@@ -38,6 +38,7 @@ average. In whole blocks a token's log-prob is the same to the last bit however 
 of scoring."""
 
 Body = Literal["sdpa", "varlen", "flash", "flex"]
+"""What computes attention over a tree."""
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,7 @@ def used_memory(device: torch.device) -> float:
 
 
 def reset_peak_memory(device: torch.device) -> None:
+    """Forget the peak so far: ``used_memory`` begins anew."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return

@@ -20,8 +20,15 @@ from matplotlib.figure import Figure
 
 __all__ = ["BAD", "GOOD", "INK", "PALE", "SERIES", "Picture", "figure", "svg", "variable"]
 
-INK, GRID, GOOD, BAD, PALE = "#010101", "#020202", "#030303", "#040404", "#050505"
-"""Stand-ins for the colours of the page's style sheet, which no figure would use by chance."""
+INK = "#010101"
+"""Stand-in for the colour of text in the page's style sheet, which no figure would use by chance; so are the others."""
+GRID = "#020202"
+GOOD = "#030303"
+"""Of what is better."""
+BAD = "#040404"
+"""Of what is worse."""
+PALE = "#050505"
+"""Of what is beside the point."""
 SERIES = tuple(f"#0601{number:02x}" for number in range(1, 9))
 """Stand-ins for colours of equal rank."""
 _VARIABLES = {INK: "--ink", GRID: "--line", GOOD: "--good", BAD: "--bad", PALE: "--pale"} | {

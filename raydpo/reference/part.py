@@ -39,13 +39,16 @@ __all__ = [
 ]
 
 KEY_TYPE = pa.binary(16)
+"""Of the name of a completion, see ``data.keys.completion_key``."""
 PART_SCHEMA = pa.schema([
     pa.field("key", KEY_TYPE, nullable=False),  # data.keys.completion_key: of the completion before truncation
     pa.field("tokens", pa.int32(), nullable=False),  # how many of its first tokens were scored
     pa.field("logps", pa.list_(pa.float32()), nullable=False),  # natural-log probability of each of them
 ])
+"""Of a part that was scored."""
 SUM_SCHEMA = pa.schema([PART_SCHEMA.field("key"), PART_SCHEMA.field("tokens"),
                         pa.field("sum", pa.float64(), nullable=False)])  # over exactly so many tokens
+"""Of a part of imported sums."""
 _IDENTITY, _PROVENANCE, _FORMAT, _SUPERSEDES = (b"raydpo.identity", b"raydpo.provenance", b"raydpo.format",
                                                 b"raydpo.supersedes")
 FORMAT_VERSION = b"1"
@@ -87,6 +90,7 @@ class Part:
 
 
 def is_part(name: str) -> bool:
+    """Whether a file is named as parts are."""
     return _NAME.fullmatch(name) is not None
 
 

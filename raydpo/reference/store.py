@@ -43,7 +43,12 @@ from raydpo.storage import Storage, remove_stale_temporaries
 
 __all__ = ["PARTS", "SET_ASIDE", "UNVERIFIED", "ReferenceCache"]
 
-PARTS, UNVERIFIED, SET_ASIDE = "parts", "unverified", "set-aside"
+PARTS = "parts"
+"""Folder of an identity with the parts that count."""
+UNVERIFIED = "unverified"
+"""Folder of imported parts that nothing has verified yet."""
+SET_ASIDE = "set-aside"
+"""Folder of files that are not used, such as damaged parts."""
 MOST_LISTINGS = 10
 """A reader whose parts are compacted away lists them anew, so often at most."""
 

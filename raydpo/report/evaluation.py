@@ -25,7 +25,9 @@ class EvaluationPart:
 
 
 def evaluation_part(evaluation: dict[str, Any]) -> EvaluationPart:
-    """Args:
+    """What a page shows of an evaluation.
+
+    Args:
         evaluation: what evaluation.json holds; parts that were not measured are null.
     """
     preferences = evaluation["preferences"]

@@ -37,10 +37,12 @@ class Table:
 
 
 def number(value: float | None, form: str = ".3f") -> Cell:
+    """A figure, or a dash where it is not known."""
     return Cell("-") if value is None else Cell(format(value, form), float(value))
 
 
 def share(value: float | None) -> Cell:
+    """A share in percent, or a dash where it is not known."""
     return Cell("-") if value is None else Cell(f"{value:.1%}", float(value))
 
 

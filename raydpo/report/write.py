@@ -15,6 +15,7 @@ from raydpo.storage import Storage, redact
 __all__ = ["REPORT", "write_comparison", "write_report"]
 
 REPORT = "report.html"
+"""Name of the page in a run or sweep directory."""
 
 
 def write_report(place: str) -> str:

@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,13 +121,13 @@ class Jobs:
             yield (f"the token travels to {url.hostname} in the clear; use https, or an address of this machine that "
                    "'kubectl port-forward' or 'ssh -L' leads there")
 
-    def of_run(self, name: str) -> list[JobDetails]:
+    def of_run(self, name: str) -> Sequence[JobDetails]:
         """The jobs of a run, oldest first."""
         found = [(int(match[1]), job) for job in self.list()
                  if (match := re.fullmatch(rf"{re.escape(name)}-(\d+)", job.submission_id))]
         return [job for _, job in sorted(found, key=lambda entry: entry[0])]
 
-    def list(self) -> list[JobDetails]:
+    def list(self) -> Sequence[JobDetails]:
         """Those that were submitted, oldest first."""
         return sorted((job for job in self.client.list_jobs() if job.submission_id), key=lambda job: job.start_time or 0)
 

@@ -79,6 +79,7 @@ class Board:
 
 @contextlib.contextmanager
 def listening(board: Any, listener: Listener) -> Any:
+    """Within the block ``listener`` hears what workers put on ``board``."""
     import ray
 
     stop = threading.Event()

@@ -13,6 +13,7 @@ __all__ = ["HOST_PHASES", "PHASES", "StepClock"]
 PHASES = ("data", "forward", "backward", "optimizer", "checkpoint", "evaluation", "wait")
 """``wait``: for the slowest rank, before gradients are summed. ``other`` is what remains of the wall time."""
 HOST_PHASES = frozenset({"data", "checkpoint", "evaluation"})
+"""Phases that the clock of the host measures, on GPUs too."""
 
 
 class StepClock:

@@ -28,6 +28,7 @@ __all__ = ["CHECKPOINTS", "LOWER_IS_BETTER", "Listener", "Payload", "RayHooks", 
            "fit", "launch", "log_to", "new_board", "ray_trainer"]
 
 CHECKPOINTS = "checkpoints"
+"""Folder of a run directory."""
 RESIZE_SECONDS = 30.0
 """Between looks for machines that have come, where the number of workers may vary."""
 LOWER_IS_BETTER = ("eval_loss", "eval_logps/chosen_fell")
@@ -295,6 +296,7 @@ def _train(payload: Payload) -> None:
 
 
 def checkpoint_place(step: int) -> str:
+    """Folder of a step's checkpoint in the run directory."""
     return f"{CHECKPOINTS}/step-{step:08d}"
 
 

@@ -22,6 +22,7 @@ EVALUATION_TABLE = (
     ("eval_logps/chosen_fell", "pairs whose chosen fell"),
     ("eval_length/margin_correlation", "margin ~ length difference (r)"),
 )
+"""Metrics of the table of before and after, and what they are called there."""
 
 
 class TrainingDisplay:

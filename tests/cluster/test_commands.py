@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from documented import DOCUMENTS
 
 from raydpo.cli import _parser
 from raydpo.config import load_config
@@ -14,8 +15,8 @@ ROOT = Path(__file__).parents[2]
 COMMAND = re.compile(r"(?:^|[\s'\"(])(?:raydpo (?=[a-z])|"
                      r"python (?:/opt/raydpo/)?jobs/(?P<job>score|train|run|sweep|eval)\.py |"
                      r"sbatch (?:--\S+ )*cluster/(?P<slurm>slurm)\.sbatch )(?P<rest>[^|;]*)")
-FILES = [ROOT / "README.md", *(file for file in sorted((ROOT / "cluster").rglob("*"))
-                               if file.is_file() and file.suffix in (".md", ".yaml", ".sbatch"))]
+FILES = [*DOCUMENTS, *(file for file in sorted((ROOT / "cluster").rglob("*"))
+                       if file.is_file() and file.suffix in (".md", ".yaml", ".sbatch"))]
 
 
 def strings(node):

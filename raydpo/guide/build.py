@@ -1,0 +1,104 @@
+"""``make docs``: a page of each module from its docstrings, and of each guide.
+
+What pdoc warns of, and a name in ``__all__`` without a docstring, is an error.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import operator
+import pkgutil
+import sys
+import types
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
+
+from pydantic_core import PydanticUndefined
+
+import raydpo
+from raydpo.errors import RaydpoError
+
+if TYPE_CHECKING:
+    import pdoc
+
+__all__ = ["build_pages", "module_names"]
+
+
+def module_names() -> list[str]:
+    """Every module of raydpo, in order of name."""
+    return ["raydpo", *sorted(found.name for found in pkgutil.walk_packages(raydpo.__path__, "raydpo."))]
+
+
+def build_pages(directory: Path) -> int:
+    """Write the pages to ``directory``, and return how many.
+
+    Raises:
+        RaydpoError: naming what pdoc warns of, and what lacks a docstring.
+    """
+    import pdoc
+
+    for name in module_names():
+        importlib.import_module(name)
+    for name in raydpo.__all__:  # while ``raydpo.audit`` is not looked up yet, pdoc would take the package for it
+        getattr(raydpo, name)
+    pdoc.render.configure(docformat="google", show_source=False, template_directory=Path(__file__).parent,
+                          footer_text=f"raydpo {raydpo.__version__}")
+    modules = {name: pdoc.doc.Module(sys.modules[name]) for name in module_names()}
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always", UserWarning)
+        for variable in _variables(modules.values()):
+            variable.annotation, variable.default_value = map(_plain, (variable.annotation, variable.default_value))
+            if variable.default_value is PydanticUndefined:
+                variable.default_value = pdoc.doc_types.empty
+        for name, module in modules.items():
+            _write(directory / f"{name.replace('.', '/')}.html", pdoc.render.html_module(module, modules))
+        _write(directory / "index.html", pdoc.render.html_index(modules))
+        _write(directory / "search.js", pdoc.render.search_index(modules))
+    problems = [*dict.fromkeys(str(each.message) for each in warned), *_undocumented(modules)]
+    if problems:
+        raise RaydpoError("\n".join(problems))
+    return len(modules)
+
+
+def _write(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text, encoding="utf-8")
+
+
+def _variables(modules: Iterable[pdoc.doc.Module]) -> Iterator[pdoc.doc.Variable]:
+    """Constants, and the fields of classes, as settings are."""
+    for module in modules:
+        yield from module.variables
+        for each in module.classes:
+            yield from (member for member in each.members.values() if member.kind == "variable")
+
+
+def _plain(kind: Any) -> Any:
+    """A type without what pydantic is told about it; anything else as it is."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _plain(inner[0])
+    if origin in (Union, types.UnionType):
+        return functools.reduce(operator.or_, map(_plain, inner))
+    if origin in (dict, list, tuple):
+        return origin[tuple(map(_plain, inner))]
+    return kind
+
+
+def _undocumented(modules: Mapping[str, pdoc.doc.Module]) -> Iterator[str]:
+    """A constant that a package passes on is documented where it is made."""
+    public = [(module, name) for module in modules.values() for name in getattr(module.obj, "__all__", ())]
+    explained = {(name, id(getattr(module.obj, name))) for module, name in public if module.members[name].docstring}
+    yield from (f"{name} has no docstring" for name, module in modules.items() if not module.docstring)
+    yield from (f"{module.modulename}.{name} has no docstring" for module, name in public
+                if (name, id(getattr(module.obj, name))) not in explained)
+
+
+if __name__ == "__main__":
+    try:
+        print(f"{build_pages(Path(sys.argv[1]))} pages: {sys.argv[1]}/index.html")
+    except RaydpoError as error:
+        sys.exit(f"error: {error}")

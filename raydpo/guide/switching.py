@@ -1,0 +1,5 @@
+"""
+.. include:: switching.md
+"""
+
+__all__: list[str] = []

@@ -1,0 +1,5 @@
+"""
+.. include:: troubleshooting.md
+"""
+
+__all__: list[str] = []
