@@ -68,6 +68,7 @@ def test_the_guides_are_there(pages):
     assert "raydpo/guide.html" in page(pages, "raydpo").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no browser")
 def test_a_browser_shows_them_without_complaint(pages):
     _, complaints = look(page(pages, "raydpo.guide.troubleshooting"))
