@@ -1,0 +1,105 @@
+"""How builds of one cache share the work: the loop of a build and its actors, many times over, without Ray and a model.
+
+The same with both is in test_build_together.py and sweep/test_two_users.py.
+"""
+
+import random
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from rows import ONE
+
+from raydpo.data.pairs import PAIR_SCHEMA
+from raydpo.ray_runtime import Resources
+from raydpo.reference import build as module
+from raydpo.reference.build import build
+from raydpo.reference.claims import Claims
+from raydpo.reference.score import ReferenceSpec
+from raydpo.reference.shards import plan_shards
+from raydpo.reference.store import ReferenceCache
+
+SHARD_TOKENS = 200
+SECONDS = 0.02
+"""For a shard."""
+
+
+def pairs(count):
+    rng = np.random.default_rng(0)
+    return pa.table({"pair_id": [f"a:{number}" for number in range(count)], "source": ["a"] * count, "weight": [1.0] * count,
+                     "prompt_ids": [rng.integers(1, 99, 10).tolist() for _ in range(count)],
+                     "chosen_ids": [rng.integers(1, 99, 10).tolist() for _ in range(count)],
+                     "rejected_ids": [rng.integers(1, 99, 10).tolist() for _ in range(count)],
+                     "chosen_key": [rng.bytes(16) for _ in range(count)],
+                     "rejected_key": [rng.bytes(16) for _ in range(count)],
+                     "chosen_full": [10] * count, "rejected_full": [10] * count}, schema=PAIR_SCHEMA)
+
+
+class SlowScorer:
+    notes, provenance = (), {}
+
+    def __init__(self, spec, **settings):
+        pass
+
+    def score(self, groups):
+        time.sleep(SECONDS * bool(groups))
+        return [tuple(np.full(len(tokens), -1, np.float32) for tokens in group.completions) for group in groups]
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch):
+    """One actor a build, called in a thread of its own."""
+    def score(shards, spec, cache, known, resources, tokens_per_batch):
+        blocks = [module._to_block(shard) for shard in shards]
+        random.Random(cache.builder).shuffle(blocks)
+        actor = module._ScoreShard(spec, cache.storage.uri, cache.builder, frozenset(known), resources, 100, [])
+        for block in blocks:
+            yield actor(block).to_pylist()[0]
+
+    monkeypatch.setattr(module, "Scorer", SlowScorer)
+    monkeypatch.setattr(module, "on_this_machine", lambda spec: spec)
+    monkeypatch.setattr(module, "_score_on_ray", score)
+    monkeypatch.setattr(module, "MIN_SHARD_TOKENS", SHARD_TOKENS)
+    monkeypatch.setattr(module, "PATIENCE_SECONDS", 3.0)
+
+
+def one_build(uri, table, told=None):
+    cache = ReferenceCache.open(str(uri), ONE)
+    return build([table], ReferenceSpec(path="model", adapter=None, identity=ONE), cache, Resources(1, 0, None),
+                 tokens_per_batch=100, tokens_per_part=SHARD_TOKENS, progress=lambda done, to_do: None,
+                 note=(told.append if told is not None else lambda line: None))
+
+
+@pytest.mark.parametrize(("pairs_wanted", "builders"), [(20, 2), (200, 2), (200, 4)])
+def test_of_builds_that_begin_together_each_scores_a_part_and_next_to_nothing_is_twice(tmp_path, pairs_wanted, builders):
+    """Without claims two builds of 40 shards did 7 % twice on average, and of 8 shards 23 %."""
+    table = pairs(pairs_wanted)
+    with ThreadPoolExecutor(builders) as pool:
+        found = [each.result(60) for each in [pool.submit(one_build, tmp_path, table) for _ in range(builders)]]
+    cache = ReferenceCache.open(str(tmp_path), ONE)
+    rows, largest = sum(part.rows for part in cache.parts()), max(part.rows for part in cache.parts())
+    assert len(cache.keys()) == 2 * pairs_wanted
+    for report in found:
+        assert report.hits + report.scored + report.by_others == report.wanted == 2 * pairs_wanted
+    # A shard for each build that began before another one, and one for claims of the same millisecond.
+    assert sum(report.scored for report in found) == rows <= 2 * pairs_wanted + builders * largest
+    assert Claims.names(cache) == []
+
+
+def test_what_a_build_claimed_that_died_is_scored_after_a_while(tmp_path):
+    """It showed life after the other one had begun, and then no more."""
+    table, told = pairs(60), []
+    dead = ReferenceCache.open(str(tmp_path), ONE)
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(one_build, tmp_path, table, told)
+        while not Claims.names(dead) and not other.done():
+            time.sleep(0.002)
+        shards = plan_shards(module.Wanted([table]), SHARD_TOKENS)
+        claims = Claims(dead, frozenset())
+        theirs = [one for shard in shards for one in claims.take(shard)[0].completions]
+        assert theirs, "or this test proves nothing"
+        report = other.result(60)
+    assert report.scored == report.wanted == 120 and report.by_others == 0
+    assert any("waiting for another build" in line for line in told)
