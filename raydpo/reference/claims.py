@@ -23,6 +23,7 @@ from raydpo.reference.store import ReferenceCache
 __all__ = ["CLAIMS", "Claims"]
 
 CLAIMS = "claims"
+"""Beside the parts of a reference."""
 _NAME = re.compile(r"\d{20}-(?P<builder>[0-9a-z]{8})-[0-9a-f]{32}\.keys")
 _ROWS = np.dtype([("key", "V16"), ("tokens", "<u4")])
 

@@ -104,8 +104,8 @@ def test_a_cache_for_a_team(place):
 @pytest.mark.slow
 def test_the_python_of_readme(place):
     code = block(README, "python", "import raydpo")
-    (place / "code.py").write_text(f"keys = []\n{code}\nprint(len(summary['samples']), cache.lookup(keys).num_rows)\n")
-    done = subprocess.run([sys.executable, "code.py"], cwd=place, capture_output=True, text=True, timeout=300,
+    (place / "readme.py").write_text(f"keys = []\n{code}\nprint(len(summary['samples']), cache.lookup(keys).num_rows)\n")
+    done = subprocess.run([sys.executable, "readme.py"], cwd=place, capture_output=True, text=True, timeout=300,
                           env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])})
     assert done.returncode == 0, done.stdout + done.stderr
     assert (place / "runs/model-sigmoid-beta0.05/final").is_dir() and (place / "runs/model-sweep/sweep.json").is_file()

@@ -99,7 +99,7 @@ def one_is_slow(table, model, scratch):
 
     def delay(module, _):
         if dist.is_initialized() and dist.get_rank() == 1 and isinstance(module, torch.nn.Embedding):
-            time.sleep(0.1)
+            time.sleep(0.3)
 
     torch.nn.modules.module.register_module_forward_pre_hook(delay)
     found = train_here(table, model, scratch, steps=22)
@@ -108,6 +108,6 @@ def one_is_slow(table, model, scratch):
 
 def test_a_slow_rank_is_found_waited_for_and_named_once(table, tiny_llama, tmp_path):
     (fast, notes), (slow, _) = run_distributed(one_is_slow, 2, tmp_path / "run", table, tiny_llama, tmp_path / "s")
-    assert {row["slowest_rank"] for row in fast[1:]} == {1.0} and all(row["slowest_lag"] > 0.25 for row in fast[1:])
+    assert {row["slowest_rank"] for row in fast[1:]} == {1.0}
     assert len(notes) == 1 and "rank 1 has been the slowest for 20 steps" in notes[0]
-    assert median(row["time/wait"] for row in fast) > 0.07 > median(row["time/wait"] for row in slow)
+    assert median(row["time/wait"] for row in fast) > 0.2 > median(row["time/wait"] for row in slow)
