@@ -114,8 +114,8 @@ def alone(tmp_path_factory, tiny_llama):
     return config, contents(place / "alone")
 
 
-@pytest.mark.alone
-@pytest.mark.parametrize("machines", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("machines", [1, 2])
 def test_two_builds_at_once(machines, tmp_path, alone):
     """On one machine in one directory, or on two that share nothing but a bucket; with a reader meanwhile."""
     config, whole = alone
