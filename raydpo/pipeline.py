@@ -99,7 +99,7 @@ def run(config: Config, console: Console | None = None, *, fresh: bool = False) 
 
 
 def _wait_for(stage: Literal["score", "train"], config: Config, resources: Resources, console: Console) -> None:
-    wait_for(stage, resources, console)
+    wait_for(stage, resources, console, autoscaling=config.ray.autoscaling)
     if config.ray.autoscaling:
         check_nodes(config, [stage], console)  # some may have come since the beginning
 

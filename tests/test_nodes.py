@@ -66,6 +66,32 @@ def test_the_nodes_of_the_training_are_asked_for_within_the_block_only(configure
         assert demands() == []
 
 
+def test_a_stage_that_waits_asks_for_its_own_nodes_beside_those_of_the_training(configured):
+    """Nobody else would: its actors are made once there is room for one."""
+    import ray
+
+    from raydpo import waiting
+    from raydpo.ray_runtime import resources_for
+
+    config = configured("train.workers=2", "train.gpus_per_worker=1", "score.workers=3", "score.gpus_per_worker=0",
+                        "ray.autoscaling=true")
+    hog = ray.remote(num_cpus=int(ray.cluster_resources()["CPU"]))(type("Hog", (), {})).remote()
+    ray.get(hog.__ray_ready__.remote())
+    waiter = threading.Thread(target=waiting.wait_for, kwargs={"autoscaling": True},
+                              args=("score", resources_for("score", config), Console(io.StringIO())))
+    training, scoring = {"CPU": 1, "GPU": 1.0}, {"CPU": 1}
+    with waiting.coming_up(config):
+        waiter.start()
+        deadline = time.monotonic() + 20
+        while len(demands()) < 5 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert demands() == [training] * 2 + [scoring] * 3
+        ray.kill(hog)
+        waiter.join(timeout=30)
+        assert not waiter.is_alive() and demands() == [training] * 2
+    assert demands() == []
+
+
 def test_waiting_says_what_is_missing_and_ends_when_it_is_there(configured, monkeypatch):
     import ray
 
