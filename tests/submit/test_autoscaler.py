@@ -58,8 +58,9 @@ def test_nodes_come_for_scoring_and_meanwhile_for_training_and_go_after_it(clust
     assert re.search(r"cache: 0 of [\d,]+ completions", said), said
 
     came = [(pool, started) for pool, _, started in nodes(cluster) if pool and started > began]
-    assert sorted(pool for pool, _ in came) == ["scorers", *["trainers"] * trials], came
-    assert all(started < scored for _, started in came), "those of the training came while scoring was under way"
+    # Sometimes more than one after another: Ray Data's own wish takes the place of ours for seconds, in which idle nodes go.
+    assert {pool for pool, _ in came} == {"scorers", "trainers"}, came
+    assert min(started for pool, started in came if pool == "trainers") < scored, "they came while scoring was under way"
     deadline = time.monotonic() + 90
     while any(alive for pool, alive, _ in nodes(cluster) if pool):
         assert time.monotonic() < deadline, nodes(cluster)
