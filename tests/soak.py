@@ -30,6 +30,20 @@ from tiny import make_model, preferences, write_preferences
 
 MARK = "RAYDPO_SOAK"
 CHECKPOINT_EVERY = 5
+PACED = """
+import time
+from pathlib import Path
+
+from raydpo.losses.objective import FUNCTIONS
+
+SECONDS = float(Path(__file__).with_name("pace").read_text())
+
+
+def sigmoid(logps, config, beta):
+    time.sleep(SECONDS)
+    return FUNCTIONS["sigmoid"](logps, config, beta)
+"""
+"""A loss that takes its time for every micro-batch, so that a machine of any speed is disturbed at about the same steps."""
 
 
 class Machines:
@@ -293,14 +307,18 @@ def prepare(place: Path, steps: int, **train: object) -> None:
 FAULTS = ["worker", "hang", "machine", "preemption", "terminate", "driver_killed", "memory", "disk", "storage", "head"]
 
 
-def soak(place: Path, steps: int, faults: list[str], minutes: float = 0, seed: int = 0) -> dict[str, object]:
-    """Train undisturbed, then disturbed; ``minutes`` 0 = each fault once."""
-    prepare(place, steps)
+def soak(place: Path, steps: int, faults: list[str], minutes: float = 0, seed: int = 0, pace: float = 0) -> dict[str, object]:
+    """Train undisturbed, then disturbed; ``minutes`` 0 = each fault once, ``pace`` = least seconds of a disturbed micro-batch."""
+    prepare(place, steps, loss="paced:sigmoid")
+    (place / "paced.py").write_text(PACED)
+    (place / "pace").write_text("0")
+    os.environ["PYTHONPATH"] = str(place)
     run = Soak(place, steps)
     try:
         quiet = subprocess.run(run.command("undisturbed"), env=os.environ | {"RAY_ADDRESS": run.machines.address},
                                capture_output=True, text=True, timeout=1200)
         assert quiet.returncode == 0, quiet.stdout + quiet.stderr
+        (place / "pace").write_text(str(pace))
         run.disturb(faults, minutes, seed)
         assert run.driver.returncode == 0, (place / "driver.log").read_text()[-4000:]
         return run.report()

@@ -9,7 +9,7 @@ def test_a_disturbed_run_ends_with_the_same_bits(tmp_path):
     """Two simulated machines: a full disk, a machine taken away with notice, one without, SIGTERM and the same command
     again."""
     faults = ["disk", "preemption", "machine", "terminate"]
-    report = soak(tmp_path, steps=70, faults=faults)
+    report = soak(tmp_path, steps=60, faults=faults, pace=0.1)
     assert report["same_bits"] and report["same_metrics"], report
     assert set(report["faults"]) == set(faults), report
     assert report["restarts"] >= 3, report
