@@ -43,9 +43,8 @@ def pair_facts(pairs: pa.Table, ref_chosen: np.ndarray | None = None, ref_reject
 
     Args:
         pairs: rows of ``data.pairs.PAIR_SCHEMA``.
-        ref_chosen, ref_rejected: sums of the reference's log-probs, nats, float64 [pairs], NaN where unknown. Without them
-        the
-            columns of ``REFERENCE_FACTS`` are null.
+        ref_chosen, ref_rejected: sums of the reference's log-probs, nats, float64 [pairs], NaN where unknown.
+            Without them the columns of ``REFERENCE_FACTS`` are null.
     """
     prompt, chosen, rejected = (pc.list_value_length(pairs[f"{name}_ids"]).to_numpy().astype(np.int64)
                                 for name in ("prompt", "chosen", "rejected"))
