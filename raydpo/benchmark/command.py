@@ -248,3 +248,7 @@ def _ratios(text: str) -> tuple[tuple[int, int], ...]:
 
 def _budget(text: str) -> int | str:
     return text if text == "auto" else _positive(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

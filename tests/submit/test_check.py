@@ -66,6 +66,16 @@ def test_the_benchmark_has_arguments_of_its_own(monkeypatch, capsys):
     assert command[command.index("--entrypoint-num-gpus") + 1] == "1"
 
 
+@pytest.mark.parametrize("verb", VERBS)
+def test_elsewhere_the_installed_program_is_the_entry_point_and_takes_what_it_is_given(verb, project, capsys):
+    words = ["--", "--model", "random-1b", "--synthetic", "--full"] if verb == "benchmark" else ["config.yaml"]
+    assert main(["submit", verb, "--dry-run", *words]) == 0
+    program = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    program = program[program.index("--") + 1:]
+    done = subprocess.run([sys.executable, *program[1:], "--nonsense"], capture_output=True, text=True)
+    assert done.returncode == 2 and "--nonsense" in done.stderr
+
+
 @pytest.mark.parametrize(("override", "sentence"), [
     ("output=runs/", "'output' is 'runs/', a relative path"),
     ("cache.uri=cache", "'cache.uri' is 'cache', a relative path"),
