@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import yaml
@@ -33,6 +34,7 @@ CHECKPOINT_EVERY = 5
 PACED = """
 import time
 from pathlib import Path
+from typing import Any
 
 from raydpo.losses.objective import FUNCTIONS
 
@@ -259,7 +261,7 @@ class Soak:
             seen = max(newest, self.registered())
         self.seconds = time.time() - start
 
-    def report(self) -> dict[str, object]:
+    def report(self) -> dict[str, Any]:
         done, restarts = self.steps_done(), len(self.begins()) - 1
         redone: dict[str, list[int]] = {}
         for fault, begun in self.faults:
@@ -307,8 +309,9 @@ def prepare(place: Path, steps: int, **train: object) -> None:
 FAULTS = ["worker", "hang", "machine", "preemption", "terminate", "driver_killed", "memory", "disk", "storage", "head"]
 
 
-def soak(place: Path, steps: int, faults: list[str], minutes: float = 0, seed: int = 0, pace: float = 0) -> dict[str, object]:
-    """Train undisturbed, then disturbed; ``minutes`` 0 = each fault once, ``pace`` = least seconds of a disturbed micro-batch."""
+def soak(place: Path, steps: int, faults: list[str], minutes: float = 0, seed: int = 0, pace: float = 0) -> dict[str, Any]:
+    """Train undisturbed, then disturbed; ``minutes`` 0 = each fault once, ``pace`` = least seconds of a disturbed
+    micro-batch."""
     prepare(place, steps, loss="paced:sigmoid")
     (place / "paced.py").write_text(PACED)
     (place / "pace").write_text("0")
