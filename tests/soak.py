@@ -286,6 +286,13 @@ class Soak:
         return 0
 
 
+def within_bounds(redone: dict[str, list[int]]) -> bool:
+    """At most an interval of steps is done again after any fault, and none after a notice or SIGTERM, which leave time for a
+    checkpoint."""
+    return all(steps <= (0 if fault in ("preemption", "terminate") else CHECKPOINT_EVERY)
+               for fault, counts in redone.items() for steps in counts)
+
+
 def weights(run_dir: Path) -> str:
     path = run_dir / "final" / "model.safetensors"
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else f"no {path}"
@@ -341,7 +348,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="raydpo-soak-") as place:
         report = soak(Path(place), arguments.steps, arguments.faults.split(","), arguments.minutes, arguments.seed)
     print(json.dumps(report, indent=2))
-    return 0 if report["same_bits"] and report["same_metrics"] else 1
+    return 0 if report["same_bits"] and report["same_metrics"] and within_bounds(report["redone_after"]) else 1
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The short form of tests/soak.py; ``make soak`` is the long one."""
 
 import pytest
-from soak import CHECKPOINT_EVERY, soak
+from soak import soak, within_bounds
 
 
 @pytest.mark.alone
@@ -13,7 +13,4 @@ def test_a_disturbed_run_ends_with_the_same_bits(tmp_path):
     assert report["same_bits"] and report["same_metrics"], report
     assert set(report["faults"]) == set(faults), report
     assert report["restarts"] >= 3, report
-    redone = report["redone_after"]
-    assert max(redone["machine"]) <= CHECKPOINT_EVERY, report
-    # After a notice, and after SIGTERM, the checkpoint is of the last step that was done.
-    assert redone["preemption"] == [0] and redone["terminate"] == [0], report
+    assert {"machine", "preemption", "terminate"} <= set(report["redone_after"]) and within_bounds(report["redone_after"]), report
