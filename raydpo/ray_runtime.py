@@ -234,6 +234,9 @@ def over_actors(actor: type, arguments: tuple[Any, ...], blocks: Sequence[Any], 
         raise original_error(error, doing) from error
 
 
+_NO_MEMORY = re.compile(r"running low on memory\..*?\(IP: ([^,)]+).*? was ([\d.]+GB) used / ([\d.]+GB) limit")
+
+
 def original_error(error: BaseException, doing: str) -> RaydpoError:
     """What a Ray exception is really about: our own error from a worker, or one sentence about theirs."""
     seen: list[BaseException] = []
@@ -252,6 +255,12 @@ def original_error(error: BaseException, doing: str) -> RaydpoError:
         kind = getattr(errors, match[1], None) if match else None
         if isinstance(kind, type) and issubclass(kind, RaydpoError):
             return kind(match[2])
+        # Many lines about Ray's settings follow, in which nothing of this is to be found.
+        if memory := _NO_MEMORY.search(str(known)):
+            node, used, limit = memory.groups()
+            return RaydpoError(f"{doing} failed: node {node} ran low on memory ({used} of {limit} used, with all that runs "
+                               "there), and Ray ended processes; have fewer workers on a node, fewer tokens_per_batch, or "
+                               "more memory")
     # Ray adds empty exceptions of its own to the chain; the last one that says something is the origin.
     told = [(type(known).__name__, lines[-1].strip()) for known in seen
             if (lines := str(known).strip().splitlines()) and lines[-1].strip() != type(known).__name__]

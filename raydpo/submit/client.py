@@ -169,9 +169,15 @@ class Jobs:
                     runtime_env={"working_dir": str(archive), "env_vars": job_env()},
                     metadata={"raydpo": raydpo.__version__, "raydpo_run": name, "raydpo_verb": verb})
             except Exception as error:
-                if "No available agent" in str(error) and time.monotonic() < deadline:
-                    time.sleep(2)
-                    continue
+                if "No available agent" in str(error):
+                    if time.monotonic() < deadline:
+                        time.sleep(2)
+                        continue
+                    raise RaydpoError(
+                        f"the cluster at {self.address} has had no agent to start jobs for {BEGINNING_SECONDS:.0f} s: it "
+                        "ends where 'ray[default]' is not installed, or another Ray of the same machine has its ports; see "
+                        "logs/dashboard_agent.log of the head's session, and 'ray start --dashboard-agent-listen-port'"
+                    ) from None
                 if "already" in str(error):
                     raise RunningJobError(f"someone else has just submitted {name}-{number}; see 'raydpo jobs ls'") from None
                 raise RaydpoError(f"the cluster at {self.address} did not take the job: {_said(error)}") from None
