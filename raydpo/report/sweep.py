@@ -30,9 +30,9 @@ def sweep_page(sweep: SweepRecord) -> str:
 def _facts(sweep: SweepRecord) -> list[tuple[str, str]]:
     states = [trial.status for trial in sweep.trials]
     rates = [f"{rate:.0%}" for rate in sweep.cache.get("hit_rates") or [] if rate is not None]
-    seconds = sum(trial.seconds or 0.0 for trial in sweep.trials)
+    seconds = max((trial.seconds or 0.0 for trial in sweep.trials), default=0.0)  # no sum: some run at once
     facts = [("trials", ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))),
-             ("varied", ", ".join(sweep.parameters)), ("time of all trials", duration(seconds) if seconds else None),
+             ("varied", ", ".join(sweep.parameters)), ("longest trial", duration(seconds) if seconds else None),
              ("reference identity", sweep.cache.get("identity")), ("cache", sweep.cache.get("uri")),
              ("found in the cache", f"{rates[0]} in each trial" if len(set(rates)) == 1 else ", ".join(rates))]
     return [(name, value) for name, value in facts if value]
