@@ -27,6 +27,8 @@ WORKER_ENV = {
 }
 OBJECT_STORE_BYTES = 1 << 30
 """Object store of a local Ray: token ids and log-probs are small; Ray's default of 30 % of memory is the models'."""
+_NO_MEMORY = re.compile(r"running low on memory\..*?\(IP: ([^,)]+).*? was ([\d.]+GB) used / ([\d.]+GB) limit")
+"""In what Ray 2.60 says of workers that it ended: the node, what was used there, and its limit."""
 
 
 @dataclass(frozen=True)
@@ -232,9 +234,6 @@ def over_actors(actor: type, arguments: tuple[Any, ...], blocks: Sequence[Any], 
         raise
     except Exception as error:
         raise original_error(error, doing) from error
-
-
-_NO_MEMORY = re.compile(r"running low on memory\..*?\(IP: ([^,)]+).*? was ([\d.]+GB) used / ([\d.]+GB) limit")
 
 
 def original_error(error: BaseException, doing: str) -> RaydpoError:

@@ -34,7 +34,6 @@ CHECKPOINT_EVERY = 5
 PACED = """
 import time
 from pathlib import Path
-from typing import Any
 
 from raydpo.losses.objective import FUNCTIONS
 
@@ -322,7 +321,7 @@ def soak(place: Path, steps: int, faults: list[str], minutes: float = 0, seed: i
     prepare(place, steps, loss="paced:sigmoid")
     (place / "paced.py").write_text(PACED)
     (place / "pace").write_text("0")
-    os.environ["PYTHONPATH"] = str(place)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(place), os.environ.get("PYTHONPATH")]))
     run = Soak(place, steps)
     try:
         quiet = subprocess.run(run.command("undisturbed"), env=os.environ | {"RAY_ADDRESS": run.machines.address},
