@@ -27,10 +27,11 @@ from raydpo.data.pairs import PAIR_MARGIN, PAIR_WEIGHT, SAME, PairSets, load_pai
 from raydpo.data.tokenise import Tokeniser, load_tokenizer
 from raydpo.errors import ConfigError
 from raydpo.losses import Objective, own_sources
+from raydpo.model.rotary import rope_line
 from raydpo.preflight import check_cluster, check_nodes
 from raydpo.ray_runtime import Resources, bfloat16_pays, resources_for, session
 from raydpo.reference.build import BuildReport, build
-from raydpo.reference.identity import ReferenceIdentity, identify, resolve_model
+from raydpo.reference.identity import ReferenceIdentity, earlier_identity, identify, resolve_model
 from raydpo.reference.index import as_bytes
 from raydpo.reference.score import ReferenceSpec
 from raydpo.reference.store import ReferenceCache
@@ -160,6 +161,13 @@ class Prepared:
         spec, cache = find_reference(config, native)
         if needs_reference(config):
             console.say(reference_line(config, spec))
+            earlier, change = earlier_identity(spec.identity)
+            if change and cache.storage.exists(f"{earlier.digest}/identity.json") \
+                    and not cache.storage.exists(f"{cache.directory}/identity.json"):
+                console.say(f"scored again, not read from {earlier.digest} of this cache: {change}; to free its "
+                            "space delete that directory")
+        if spec.identity.rope_length is not None:
+            console.say(rope_line(spec.identity.rope_length, config.data.max_length))
         return cls(config, dtype, policy_dir, tokeniser, sets, spec, cache, functools.cache(lambda: _digest(sets.train)))
 
     @property
@@ -174,7 +182,8 @@ class Prepared:
 
     def policy_identity(self) -> ReferenceIdentity:
         """Of the policy as it starts: fresh adapters add nothing."""
-        return identify(self.policy_dir, self.dtype, self.policy_adapter, self.config.model.quantization)
+        return identify(self.policy_dir, self.dtype, self.policy_adapter, self.config.model.quantization,
+                        max_length=self.config.data.max_length)
 
     @property
     def policy_adapter(self) -> str | None:
@@ -199,7 +208,8 @@ class Prepared:
                 "model.freeze": list(config.model.freeze), "model.dtype": self.dtype, "model.lora": lora,
                 "reference identity": self.reference.identity.digest if needs_reference(config) else None,
                 "data.train (pairs)": self.pairs_digest(), "data.shuffle": config.data.shuffle,
-                } | ({"data.filter": config.data.filter} if self.filter_by_reference else {}
+                } | ({"model.path (rotary frequencies)": policy.rope_length} if policy.rope_length else {}
+                     ) | ({"data.filter": config.data.filter} if self.filter_by_reference else {}
                      ) | {f"train.{key}": value for key, value in train.items()} | {
                          f"train.loss (source of {name})": digest for name, digest in own_sources(config.train).items()}
 
@@ -228,7 +238,7 @@ def find_reference(config: Config, native: str) -> tuple[ReferenceSpec, Referenc
     dtype = native if wish == "auto" else wish
     directory = resolve_model(config.reference_path)
     adapter = config.reference_adapter and resolve_model(config.reference_adapter)
-    identity = identify(directory, dtype, adapter, config.reference_quantization)
+    identity = identify(directory, dtype, adapter, config.reference_quantization, max_length=config.data.max_length)
     spec = ReferenceSpec(path=directory, adapter=adapter, identity=identity, quantization=config.reference_quantization,
                          trust_remote_code=config.model.trust_remote_code, layout=config.model.layout)
     return spec, ReferenceCache.open(config.cache_uri, identity, unverified=config.cache.allow_unverified)
@@ -383,7 +393,7 @@ def training_job(prepared: Prepared, resources: Resources, until: int | None = N
         train=config.train, shuffle=config.data.shuffle, fingerprint=prepared.fingerprint(),
         policy=PolicySpec(path=prepared.policy_dir, dtype=prepared.dtype, lora=config.model.lora,
                           adapter=prepared.policy_adapter, quantization=config.model.quantization,
-                          freeze=config.model.freeze,
+                          freeze=config.model.freeze, rope_length=policy.rope_length,
                           trust_remote_code=config.model.trust_remote_code, layout=config.model.layout),
         work=ModelCost.of(prepared.policy_dir).work, memory_share=resources.memory_share,
         policy_identity=policy.digest, reference_identity=reference.digest,

@@ -33,7 +33,7 @@ class KernelEngine:
     def __init__(self, spec: PolicySpec, train: TrainConfig, device: torch.device,
                  check_rows: Sequence[PromptGroup] = ()) -> None:
         self.device, self.clip = device, train.clip
-        model = load_causal_lm(spec.path, spec.dtype, device=device)
+        model = load_causal_lm(spec.path, spec.dtype, rope_length=spec.rope_length, device=device)
         self.module = LogpModel(model if spec.lora is None else add_lora(model, spec.lora, train.seed))
         self.trainable = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         self.optimizer = make_optimizer(self.trainable, train, device)

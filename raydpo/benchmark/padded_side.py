@@ -33,11 +33,12 @@ def run(job: Job, device: torch.device) -> Result:
     start = time.perf_counter()
     table, settings = workload.load(job.workload), job.train
     batches = [_batch(table, rows) for rows in workload.parts(table, job.pairs_per_step)]
-    model = load_causal_lm(job.model, job.dtype, device=device)
+    model = load_causal_lm(job.model, job.dtype, rope_length=None, device=device)
     if job.lora is not None:
         model = get_peft_model(model, job.peft_config)
         set_adapters(model, job.initial_adapters)
-    reference = load_causal_lm(job.model, job.dtype, device=device) if job.lora is None and job.stage == "online" else None
+    reference = load_causal_lm(job.model, job.dtype, rope_length=None, device=device) \
+        if job.lora is None and job.stage == "online" else None
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(trainable, settings, device)
     found = Result(load_seconds=now(device) - start, facts={"transformers": transformers.__version__})

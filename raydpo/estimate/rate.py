@@ -104,8 +104,8 @@ def _scorer(config: Config, dtype: str, device: str) -> Any:
     path = resolve_model(config.reference_path)
     adapter = config.reference_adapter and resolve_model(config.reference_adapter)
     quantization = config.reference_quantization
-    spec = ReferenceSpec(path=path, adapter=adapter, identity=identify(path, dtype, adapter, quantization),
-                         quantization=quantization,
+    identity = identify(path, dtype, adapter, quantization, max_length=config.data.max_length)
+    spec = ReferenceSpec(path=path, adapter=adapter, identity=identity, quantization=quantization,
                          trust_remote_code=config.model.trust_remote_code, layout=config.model.layout)
     return Scorer(spec, device=device, tokens_per_batch=config.score.tokens_per_batch)
 
@@ -116,11 +116,13 @@ def _policy(config: Config, dtype: str, device: Any) -> tuple[Any, int]:
     from raydpo.model.load import add_lora, load_causal_lm
     from raydpo.model.logps import LogpModel
     from raydpo.model.selfcheck import choose_layout
-    from raydpo.reference.identity import resolve_model
+    from raydpo.reference.identity import identify, resolve_model
 
     adapter = config.model.adapter and resolve_model(config.model.adapter)
-    causal_lm = load_causal_lm(resolve_model(config.model.path), dtype, device=device, adapter=adapter, train_adapter=True,
-                               quantization=config.model.quantization,
+    path = resolve_model(config.model.path)
+    length = identify(path, dtype, max_length=config.data.max_length).rope_length
+    causal_lm = load_causal_lm(path, dtype, device=device, adapter=adapter, train_adapter=True,
+                               quantization=config.model.quantization, rope_length=length,
                                trust_remote_code=config.model.trust_remote_code)
     policy = LogpModel(causal_lm if config.model.lora is None else add_lora(causal_lm, config.model.lora, config.train.seed))
     choose_layout(policy, device, config.model.layout)

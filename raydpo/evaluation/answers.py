@@ -66,7 +66,8 @@ class Answering:
         else:
             spec = on_this_machine(self.spec)
             model = load_causal_lm(spec.path, spec.identity.dtype, adapter=spec.adapter, device=device,
-                                   quantization=spec.quantization, trust_remote_code=spec.trust_remote_code)
+                                   quantization=spec.quantization, rope_length=spec.identity.rope_length,
+                                   trust_remote_code=spec.trust_remote_code)
             answer = functools.partial(answer_all, model, max_tokens=self.max_tokens, stop=self.stop, batch=self.batch)
 
         def act(rows: pa.Table) -> pa.Table:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Callable
@@ -53,7 +52,7 @@ class RewardModel:
 
     @property
     def identity(self) -> dict[str, Any]:
-        return {"reward": 1, "weights": dataclasses.asdict(self.weights), "tokenizer": self.tokenizer}
+        return {"reward": 1, "weights": self.weights.to_dict(), "tokenizer": self.tokenizer}
 
     def open(self, device: str) -> Callable[[pa.Table], pa.Table]:
         """Load it.

@@ -91,4 +91,5 @@ class _LoraProduct(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = (grad @ weight).addmm_(grad_low, down).view(ctx.shape)
-        return grad_x, None, None, grad_low.T @ rows, (grad.T @ low).mul_(ctx.scaling), None
+        grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None  # an adapter may train the biases of its layers
+        return grad_x, None, grad_bias, grad_low.T @ rows, (grad.T @ low).mul_(ctx.scaling), None

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from raydpo.errors import ModelError
+from raydpo.model.rotary import fix_rotary
 
 if TYPE_CHECKING:
     from raydpo.config import LoraSettings
@@ -24,14 +26,15 @@ def torch_dtype(name: str) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
-def load_causal_lm(path: str | Path, dtype: str, *, adapter: str | None = None, quantization: str | None = None,
-                   train_adapter: bool = False, trust_remote_code: bool = False,
+def load_causal_lm(path: str | Path, dtype: str, *, rope_length: int | None, adapter: str | None = None,
+                   quantization: str | None = None, train_adapter: bool = False, trust_remote_code: bool = False,
                    device: torch.device | str = "cpu") -> nn.Module:
     """A causal LM in evaluation mode, without dropout, its adapter (if any) merged into nothing: left as a PEFT model.
 
     Args:
         path: local directory with config.json and safetensors weights (see ``reference.identity.resolve_model``).
         dtype: ``float32`` or ``bfloat16``, the precision of weights and compute.
+        rope_length: of the identity, see ``model.rotary``; a model that needs it and is not given it is refused.
         quantization: ``4bit``, ``8bit`` or None, see ``config.ModelConfig.quantization``.
         train_adapter: leave the adapter's weights trainable.
 
@@ -51,15 +54,17 @@ def load_causal_lm(path: str | Path, dtype: str, *, adapter: str | None = None, 
             "quantization_config": _quantized(quantization, dtype), "device_map": {"": torch.device(device)}}
         model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch_dtype(dtype), use_safetensors=True,
                                                      trust_remote_code=trust_remote_code, **quantized)
+        fix_rotary(model, rope_length)
         if adapter is not None:
             from peft import PeftModel
 
-            model = PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False, is_trainable=train_adapter)
-            for name, parameter in model.named_parameters():
-                if "lora_" in name:
+            own = {id(parameter) for parameter in model.parameters()}
+            with _whole_biases(model):
+                model = PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False, is_trainable=train_adapter)
+            # The adapter's alone. The model keeps what transformers keeps in float32, above all the rotary frequencies.
+            for parameter in model.parameters():
+                if id(parameter) not in own:
                     parameter.data = parameter.data.to(torch_dtype(dtype))
-            if quantization is None:
-                model = model.to(torch_dtype(dtype))
     except (OSError, ValueError, KeyError, ImportError) as error:
         if isinstance(error, ModelError):
             raise
@@ -67,6 +72,20 @@ def load_causal_lm(path: str | Path, dtype: str, *, adapter: str | None = None, 
                          f"{f' with adapter {adapter!r}' if adapter else ''}: {' '.join(str(error).split())}") from error
     model = _without_dropout(model).eval()
     return model if quantization is not None else model.to(device)  # bitsandbytes has put it there while loading
+
+
+@contextlib.contextmanager
+def _whole_biases(model: nn.Module) -> Iterator[None]:
+    """Under ZeRO-3 biases are gathered while an adapter that holds some is loaded: PEFT copies them into the model's."""
+    shared = [parameter for name, parameter in model.named_parameters()
+              if name.endswith("bias") and hasattr(parameter, "ds_id")]
+    if not shared:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(shared, modifier_rank=0):
+        yield
 
 
 def _quantized(quantization: str, dtype: str) -> Any:

@@ -21,6 +21,7 @@ from raydpo.errors import ModelError
 from raydpo.model.attention import available_bodies
 from raydpo.model.layout import PADDED, Method, PromptGroup
 from raydpo.model.logps import LogpModel
+from raydpo.model.rotary import fix_rotary
 from raydpo.model.ulysses import SequenceGroup
 
 __all__ = ["CHECK_ROWS", "CheckReport", "Wish", "choose_layout", "share_positions"]
@@ -191,7 +192,9 @@ def _twin(causal_lm: nn.Module) -> _Oracle | str:
         text.num_hidden_layers, text.vocab_size = layers, TWIN_VOCABULARY
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = LogpModel(type(causal_lm)(config).float().eval())
+            small = type(causal_lm)(config).float().eval()
+            fix_rotary(small, getattr(causal_lm, "rope_length", None))
+            model = LogpModel(small)
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(TWIN_GAIN)

@@ -21,11 +21,14 @@ from typing import Any, TypeVar
 
 from raydpo.config import is_hub_name
 from raydpo.errors import ModelError
+from raydpo.model.rotary import rope_length
 
-__all__ = ["QUANTIZED", "SCORING_VERSION", "ReferenceIdentity", "identify", "on_this_machine", "resolve_model"]
+__all__ = ["QUANTIZED", "SCORING_VERSION", "ReferenceIdentity", "earlier_identity", "identify", "on_this_machine", "resolve_model"]
 
 SCORING_VERSION = 2
 """Raised whenever raydpo itself changes the numbers it would store."""
+_ADAPTER_VERSION = 3
+"""Of adapters in bfloat16, whose numbers alone have changed since."""
 
 _NOT_ARCHITECTURE = frozenset({
     "_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "_attn_implementation",
@@ -49,6 +52,8 @@ class ReferenceIdentity:
     """Precision of the forward pass."""
     quantisation: str | None = None
     scoring_version: int = SCORING_VERSION
+    rope_length: int | None = None
+    """Of a model whose rotary frequencies depend on a length, the one they are made for (see ``model.rotary``)."""
 
     @property
     def digest(self) -> str:
@@ -56,7 +61,11 @@ class ReferenceIdentity:
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:32]
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return json.dumps(self.to_dict(), sort_keys=True)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields by name; those added later only where they say something, so that digests stay what they were."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "rope_length" or value is not None}
 
     @classmethod
     def from_json(cls, text: str | bytes) -> ReferenceIdentity:
@@ -77,12 +86,14 @@ QUANTIZED = {"4bit": "bitsandbytes nf4, double", "8bit": "bitsandbytes int8, thr
 """What ``model.load`` makes of each; part of the identity, so a change there must change the text here."""
 
 
-def identify(path: str | Path, dtype: str, adapter: str | Path | None = None,
-             quantization: str | None = None) -> ReferenceIdentity:
+def identify(path: str | Path, dtype: str, adapter: str | Path | None = None, quantization: str | None = None, *,
+             max_length: int | None = None) -> ReferenceIdentity:
     """The identity of the model in directory ``path``, with the adapter in directory ``adapter`` on top.
 
     Args:
         quantization: ``4bit``, ``8bit`` or None.
+        max_length: longest sequence, ``data.max_length``. Without it a model whose rotary frequencies depend on it has an
+            identity that ``load_causal_lm`` refuses to load.
 
     Reads every weight once; digests are remembered for each file by path, inode, size and times.
 
@@ -96,7 +107,21 @@ def identify(path: str | Path, dtype: str, adapter: str | Path | None = None,
         adapter=None if adapter is None else _adapter_digest(Path(adapter)),
         dtype=dtype,
         quantisation=None if quantization is None else QUANTIZED[quantization],
+        scoring_version=_ADAPTER_VERSION if adapter is not None and dtype == "bfloat16" and quantization is None
+        else SCORING_VERSION,
+        rope_length=None if max_length is None else rope_length(_read_settings(directory / "config.json"), max_length),
     )
+
+
+def earlier_identity(identity: ReferenceIdentity) -> tuple[ReferenceIdentity, str]:
+    """What raydpo called the same model before it computed it as it does now, and what has changed since; the identity
+    itself, and nothing, where nothing has."""
+    changed = []
+    if identity.scoring_version == _ADAPTER_VERSION:
+        changed.append("a model with an adapter keeps its rotary frequencies in float32, which were rounded to bfloat16")
+    if identity.rope_length is not None:
+        changed.append("its rotary frequencies are the same in every batch, where the longest sequence of each decided")
+    return dataclasses.replace(identity, scoring_version=SCORING_VERSION, rope_length=None), "; ".join(changed)
 
 
 def resolve_model(path: str) -> str:
@@ -180,14 +205,17 @@ def _weight_files(directory: Path) -> list[Path]:
 
 
 def _settings_digest(file: Path, ignored: frozenset[str], code: Path | None = None) -> str:
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ModelError(f"cannot read {file}: {error}") from None
-    digest = hashlib.sha256(json.dumps(_without(settings, ignored), sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(_without(_read_settings(file), ignored), sort_keys=True).encode())
     for source in sorted(code.glob("*.py")) if code is not None else ():
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
     return digest.hexdigest()
+
+
+def _read_settings(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ModelError(f"cannot read {file}: {error}") from None
 
 
 def _without(settings: Any, ignored: frozenset[str]) -> Any:

@@ -62,7 +62,7 @@ def describe(uri: str, identity: str | None) -> dict[str, Any]:
     size = sum(part.bytes for part in parts)
     description = {name: value for name, value in cache.description().items() if name != "identity"}
     return {
-        "identity": {"digest": cache.identity.digest} | dataclasses.asdict(cache.identity),
+        "identity": {"digest": cache.identity.digest} | cache.identity.to_dict(),
         "made_by": description | {"provenance": _provenance(parts)},
         "contents": {
             "parts": len(parts), "superseded_parts": len(infos) - len(parts), "completions": len(tokens),

@@ -66,9 +66,10 @@ class Scorer:
         self.device = torch.device(device)
         # Hashing reads the same pages as loading does and needs other resources: the two overlap.
         with ThreadPoolExecutor(max_workers=1) as pool:
-            hashing = pool.submit(identify, spec.path, spec.identity.dtype, spec.adapter, spec.quantization)
+            hashing = pool.submit(identify, spec.path, spec.identity.dtype, spec.adapter, spec.quantization,
+                                  max_length=spec.identity.rope_length)
             self.model = LogpModel(load_causal_lm(spec.path, spec.identity.dtype, adapter=spec.adapter, device=self.device,
-                                                  quantization=spec.quantization,
+                                                  quantization=spec.quantization, rope_length=spec.identity.rope_length,
                                                   trust_remote_code=spec.trust_remote_code))
             here = hashing.result()
         if here != spec.identity:

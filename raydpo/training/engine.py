@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from raydpo.config import LoraSettings, TrainConfig
 from raydpo.config.train import REDUCE_BUCKET
+from raydpo.errors import ModelError
 from raydpo.model.adapter import fuse_adapters
 from raydpo.model.budget import MOST_TRAINED, Budget, find_budget, probe_group
 from raydpo.model.layout import Layout, PromptGroup
@@ -47,6 +49,7 @@ class PolicySpec:
         lora: fresh adapters to train, or None.
         adapter: directory of an adapter to train further, or None; neither = full fine-tuning.
         quantization, freeze: see ``config.ModelConfig``.
+        rope_length: of its identity, see ``model.rotary``.
         layout: ``model.layout``.
     """
 
@@ -56,6 +59,7 @@ class PolicySpec:
     adapter: str | None = None
     quantization: str | None = None
     freeze: tuple[str, ...] = ()
+    rope_length: int | None = None
     trust_remote_code: bool = False
     layout: Wish = "auto"
 
@@ -125,7 +129,8 @@ class PolicyEngine(OverRanks):
         self._partitioned_loading = HfDeepSpeedConfig(settings) if train.zero == 3 else None
         with HostPeak() as loading:
             model = load_causal_lm(spec.path, spec.dtype, adapter=spec.adapter, train_adapter=True,
-                                   quantization=spec.quantization, trust_remote_code=spec.trust_remote_code,
+                                   quantization=spec.quantization, rope_length=spec.rope_length,
+                                   trust_remote_code=spec.trust_remote_code,
                                    device="cpu" if train.zero == 3 else device)
         most = torch.tensor([loading.seconds, loading.bytes], dtype=torch.float64, device=device)
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
@@ -140,11 +145,10 @@ class PolicyEngine(OverRanks):
             module.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
         optimizer = make_optimizer(trainable, train, device)
-        exact = _float32_buffers(module)
+        exact = _float32_parameters(module, spec.dtype, train.zero)
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
-        # DeepSpeed's bf16 mode rounds buffers too, among them the rotary frequencies, which would make the policy another
-        # function than the reference was scored with.
-        _restore_buffers(module, exact)
+        for parameter, value in exact:
+            parameter.data = value
         self.module = module
         self.trainable = trainable
         # Inside DeepSpeed, so that what is checked is what will run; under ZeRO-3 every rank checks the same.
@@ -279,12 +283,26 @@ def _offload(train: TrainConfig) -> dict[str, Any]:
             for key, (field, where) in wishes.items() if where is not None}
 
 
-def _float32_buffers(module: nn.Module) -> dict[str, Tensor]:
-    return {name: buffer.clone() for name, buffer in module.named_buffers() if buffer.dtype == torch.float32}
+def _float32_parameters(module: LogpModel, dtype: str, zero: int) -> list[tuple[nn.Parameter, Tensor]]:
+    """Parameters of a bfloat16 model that transformers keeps in float32, routers of some mixtures of experts, with their
+    values. DeepSpeed rounds them, which would make the policy another function than the reference was scored with.
 
-
-def _restore_buffers(module: nn.Module, exact: dict[str, Tensor]) -> None:
-    for name, buffer in exact.items():
-        owner, _, leaf = name.rpartition(".")
-        parent = module.get_submodule(owner)
-        parent._buffers[leaf] = buffer.to(parent._buffers[leaf].device)
+    Raises:
+        ModelError: if they cannot be given back: those that train, and all under ZeRO-3, which rounds as it loads.
+    """
+    if dtype == "float32":
+        return []
+    kept = getattr(module.causal_lm, "_keep_in_fp32_modules_strict", None) or ()
+    pattern = re.compile("|".join(rf"((^|\.){re.escape(name)}($|\.))" for name in kept) or "(?!)")
+    found = {name: parameter for name, parameter in module.policy.named_parameters() if parameter.dtype == torch.float32
+             or zero == 3 and pattern.search(name)}
+    trained = [name for name, parameter in found.items() if parameter.requires_grad]
+    if not trained and (not found or zero < 3):
+        return [(parameter, parameter.data) for parameter in found.values()]
+    fixes = ["train.zero=2"] if zero == 3 else []
+    if trained:
+        leaves = sorted({re.sub(r".*\.\d+\.", "", name) for name in trained})
+        fixes.append(f"model.freeze=[{', '.join(leaves)}] or model.lora")
+    raise ModelError(f"{type(module.causal_lm).__name__} keeps parameters in float32 ({', '.join(list(found)[:2])}"
+                     f"{', ...' if len(found) > 2 else ''}), but DeepSpeed trains in bfloat16 and would round them: the policy "
+                     f"would not be what the reference was scored with. Set {' and '.join(fixes)}, or model.dtype=float32")

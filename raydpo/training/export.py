@@ -36,7 +36,8 @@ def export_policy(engine: PolicyEngine, spec: PolicySpec, base_name: str, tokeni
     if merge and spec.adapts:
         engine.load_whole_models()
         # Into the weights as they are stored: those that were quantized for training come back unrounded.
-        merged = load_causal_lm(spec.path, spec.dtype, adapter=str(directory), trust_remote_code=spec.trust_remote_code)
+        merged = load_causal_lm(spec.path, spec.dtype, adapter=str(directory), rope_length=spec.rope_length,
+                                trust_remote_code=spec.trust_remote_code)
         merged.merge_and_unload().save_pretrained(str(directory / "merged"), safe_serialization=True)
         _restore_dropout(spec, directory / "merged")
         tokenizer.save_pretrained(str(directory / "merged"))

@@ -93,7 +93,8 @@ class SharedPolicy:
         common = trains[0]
         with HostPeak() as loading:
             model = load_causal_lm(spec.path, spec.dtype, adapter=spec.adapter, train_adapter=True,
-                                   quantization=spec.quantization, trust_remote_code=spec.trust_remote_code, device=device)
+                                   quantization=spec.quantization, rope_length=spec.rope_length,
+                                   trust_remote_code=spec.trust_remote_code, device=device)
         most = torch.tensor([loading.seconds, loading.bytes], dtype=torch.float64, device=device)
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         self.load_seconds, self.load_bytes = most.tolist()
