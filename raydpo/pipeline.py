@@ -27,7 +27,7 @@ from raydpo.data.pairs import PAIR_MARGIN, PAIR_WEIGHT, SAME, PairSets, load_pai
 from raydpo.data.tokenise import Tokeniser, load_tokenizer
 from raydpo.errors import ConfigError
 from raydpo.losses import Objective, own_sources
-from raydpo.model.rotary import rope_line
+from raydpo.model.rotary import ROTARY, rope_line
 from raydpo.preflight import check_cluster, check_nodes
 from raydpo.ray_runtime import Resources, bfloat16_pays, resources_for, session
 from raydpo.reference.build import BuildReport, build
@@ -208,7 +208,7 @@ class Prepared:
                 "model.freeze": list(config.model.freeze), "model.dtype": self.dtype, "model.lora": lora,
                 "reference identity": self.reference.identity.digest if needs_reference(config) else None,
                 "data.train (pairs)": self.pairs_digest(), "data.shuffle": config.data.shuffle,
-                } | ({"model.path (rotary frequencies)": policy.rope_length} if policy.rope_length else {}
+                } | ({ROTARY: policy.rope_length} if policy.rope_length else {}
                      ) | ({"data.filter": config.data.filter} if self.filter_by_reference else {}
                      ) | {f"train.{key}": value for key, value in train.items()} | {
                          f"train.loss (source of {name})": digest for name, digest in own_sources(config.train).items()}

@@ -102,6 +102,11 @@ def answer_all(model: Any, prompts: Sequence[np.ndarray], draws: Sequence[Draw |
     if limit is not None and longest + max_tokens > limit:
         raise ConfigError(f"evaluate.max_tokens {max_tokens} after a prompt of {longest} tokens is more than the {limit} "
                           "positions of the model; lower it, or data.max_length")
+    limit = getattr(causal_lm, "rope_limit", None)
+    if limit is not None and longest + max_tokens > limit:
+        raise ConfigError(f"evaluate.max_tokens {max_tokens} after a prompt of {longest} tokens is more than the {limit} "
+                          "positions that data.max_length has the model's rotary frequencies made for; lower "
+                          "evaluate.max_tokens, or raise data.max_length for scoring, training and evaluation alike")
     # A directory may carry settings, such as a repetition penalty or top-k: what they make is no sample of the model.
     causal_lm.generation_config = GenerationConfig()
     # Left padding is masked in attention; a recurrent state would take it in.

@@ -14,6 +14,7 @@ from pyarrow import fs as pafs
 from raydpo.config import LOSSES, Config, is_hub_name, is_uri
 from raydpo.errors import ConfigError, ModelError
 from raydpo.local_copy import local_home
+from raydpo.model.rotary import ROTARY
 from raydpo.reference.identity import identify, resolve_model
 from raydpo.reference.score import ReferenceSpec
 from raydpo.storage import Storage, redact
@@ -80,9 +81,16 @@ def find_policy(config: Config, dtype: str) -> Policy:
     base = directory if adapter is None else _base(config, Path(directory), own=wish is None)
     quantization = None if adapter is None else config.model.quantization
     identity = identify(base, dtype, adapter, quantization, max_length=config.data.max_length)
-    spec = ReferenceSpec(path=base, adapter=adapter, identity=identity, quantization=quantization, trust_remote_code=config.model.trust_remote_code,
+    spec = ReferenceSpec(path=base, adapter=adapter, identity=identity, quantization=quantization,
+                         trust_remote_code=config.model.trust_remote_code,
                          layout=config.model.layout)
-    return Policy(name=redact(given), spec=spec, run=run, trained={} if run is None else _fingerprint(run))
+    trained = {} if run is None else _fingerprint(run)
+    length = trained.get(ROTARY, identity.rope_length)
+    if length != identity.rope_length:
+        raise ConfigError(f"{redact(given)} was trained with rotary frequencies for {length:,} positions, but "
+                          f"data.max_length {config.data.max_length} makes them for {identity.rope_length:,}; set "
+                          "data.max_length as it was in the training")
+    return Policy(name=redact(given), spec=spec, run=run, trained=trained)
 
 
 def _run_at(path: str) -> Storage | None:

@@ -31,6 +31,7 @@ from raydpo.evaluation.reward import RewardModel
 from raydpo.evaluation.samples import Answers
 from raydpo.evaluation.wins import compare_scores, own_scores
 from raydpo.evaluation.work import Work, do_work
+from raydpo.model.rotary import rope_line
 from raydpo.pipeline import fill_cache, find_reference, reference_line, report_on
 from raydpo.ray_runtime import bfloat16_pays, resources_for, session
 from raydpo.reference.identity import resolve_model
@@ -89,6 +90,8 @@ class _Evaluation:
             console.warn(f"model.trust_remote_code is on: Python code in {config.model.path} runs with your rights")
         reference, _ = find_reference(config, "bfloat16" if bfloat16_pays() else "float32")
         console.say(reference_line(config, reference))
+        if reference.identity.rope_length is not None:
+            console.say(rope_line(reference.identity.rope_length, config.data.max_length))
         policy = find_policy(config, reference.identity.dtype)
         identity = policy.spec.identity
         console.say(f"policy: {policy.name} in {', '.join(filter(None, (identity.dtype, identity.quantisation)))}, identity "

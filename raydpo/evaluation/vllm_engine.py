@@ -23,7 +23,8 @@ def open_vllm(work: Answering) -> Callable[[Sequence[np.ndarray], Sequence[Draw 
     """Load the model; what comes back is ``answers.answer_all`` by vLLM.
 
     Raises:
-        ConfigError: if vLLM is not installed, or the model is to be quantized as bitsandbytes does.
+        ConfigError: if vLLM is not installed, or the model is to be quantized as bitsandbytes does,
+            or has rotary frequencies that depend on a length.
     """
     from raydpo.evaluation.answers import uniforms
 
@@ -31,6 +32,9 @@ def open_vllm(work: Answering) -> Callable[[Sequence[np.ndarray], Sequence[Draw 
     if spec.quantization is not None:
         raise ConfigError(f"evaluate.engine vllm does not quantize as the training did ({spec.quantization}); set "
                           "evaluate.engine=transformers")
+    if spec.identity.rope_length is not None:
+        raise ConfigError("evaluate.engine vllm chooses the rotary frequencies of this model by a length limit of its own, "
+                          "not by data.max_length; set evaluate.engine=transformers")
     try:
         from vllm import LLM, SamplingParams
         from vllm.lora.request import LoRARequest

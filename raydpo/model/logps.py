@@ -22,10 +22,9 @@ __all__ = ["LogpModel"]
 
 
 def _needs_training(module: nn.Module) -> bool:
-    # A LoRA layer asks for its own mode, too, where it has a dropout; layers of bitsandbytes pack their weights for good when
-    # they compute in evaluation mode on a CPU, and have no gradient then.
+    # A LoRA layer asks for its own mode, too, where it has a dropout.
     return (hasattr(module, "gradient_checkpointing") or hasattr(module, "lora_dropout")
-            or isinstance(module, nn.Dropout) and module.p > 0)
+            or (isinstance(module, nn.Dropout) and module.p > 0))
 
 
 class LogpModel(nn.Module):
@@ -51,14 +50,15 @@ class LogpModel(nn.Module):
         self.method = PADDED
         self.float32_stream = True
         self.group: SequenceGroup | None = None
+        self.train(policy.training)
 
     def train(self, mode: bool = True) -> LogpModel:
         """Training mode for what needs it: gradient checkpointing, and dropout that was asked for. All else computes as in
         evaluation, so that what is trained is what was scored: routers draw noise in training mode, for one."""
         super().train(mode)
-        if mode:
-            for module in self.modules():
-                module.training = module is self or _needs_training(module)
+        for module in self.modules():
+            # On a CPU bitsandbytes packs weights that compute in evaluation mode, for good, and has no gradient then.
+            module.training = type(module).__name__ == "Linear4bit" or (mode and (module is self or _needs_training(module)))
         return self
 
     @property

@@ -17,7 +17,11 @@ from raydpo.errors import ModelError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["fix_rotary", "rope_length", "rope_line"]
+__all__ = ["ROTARY", "fix_rotary", "rope_length", "rope_line"]
+
+ORIGINAL = "original_max_position_embeddings"
+ROTARY = "model.path (rotary frequencies)"
+"""What a run's fingerprint calls ``rope_length``."""
 
 
 def rope_length(settings: Mapping[str, Any], longest: int) -> int | None:
@@ -56,14 +60,15 @@ def _dependent(settings: Mapping[str, Any]) -> Iterator[tuple[str, int | None]]:
         for rope in (value, *(one for one in value.values() if isinstance(one, dict))):
             kind = str(rope.get("rope_type", rope.get("type")))
             if kind in ("longrope", "su"):
-                yield "longrope", settings.get("original_max_position_embeddings",
-                                               rope.get("original_max_position_embeddings"))
+                yield "longrope", settings.get(ORIGINAL, rope.get(ORIGINAL))
             elif "dynamic" in kind and not rope.get("alpha"):  # with alpha the base is a fixed one
                 yield kind, settings.get("max_position_embeddings")
 
 
 def fix_rotary(causal_lm: nn.Module, length: int | None) -> None:
     """Set the frequencies of ``causal_lm`` for sequences of ``length`` tokens and let nothing change them.
+
+    Afterwards its attribute ``rope_limit`` is the longest sequence that they serve, None if it is that of the model.
 
     Args:
         length: of ``rope_length``.
@@ -79,6 +84,9 @@ def fix_rotary(causal_lm: nn.Module, length: int | None) -> None:
                              f"{places[0][2]}) and are set once for a whole run; here neither rope_scaling nor "
                              "rope_parameters of config.json, or not this command, says for which length")
         return
+    # Beyond it others would be right.
+    causal_lm.rope_limit = length if any(kind != "longrope" or length <= _settings(module, layer)[ORIGINAL]
+                                         for module, layer, kind in places) else None
     for module, layer, kind in places:
         _set(module, layer, kind, length)
     if not places or not all(_is_fixed(module, layer, length) for module, layer, _ in places):
@@ -97,6 +105,11 @@ def _places(causal_lm: nn.Module) -> Iterator[tuple[Any, str | None, str]]:
                 yield module, layer, kind
 
 
+def _settings(module: Any, layer: str | None) -> dict[str, Any]:
+    rope = module.config.rope_parameters
+    return rope if layer is None else rope[layer]
+
+
 def _set(module: Any, layer: str | None, kind: str, length: int) -> None:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -108,11 +121,11 @@ def _set(module: Any, layer: str | None, kind: str, length: int) -> None:
         module.rope_type = "default"
     else:
         module.rope_type[layer] = "default"
-    rope = module.config.rope_parameters
+    rope = _settings(module, layer)
     if "long_mscale" in rope:
         # PhiMoE asks again for the length, and for the frequencies, of which transformers gives it the short ones always;
         # its authors and vLLM give long sequences the long ones.
-        scaling = rope["long_mscale" if length > rope["original_max_position_embeddings"] else "short_mscale"]
+        scaling = rope["long_mscale" if length > rope[ORIGINAL] else "short_mscale"]
         module.config = copy.copy(module.config)
         module.config.rope_parameters = rope | {"rope_type": "default"}
         module.rope_init_fn = lambda *_: (module.inv_freq, scaling)

@@ -24,7 +24,7 @@ from raydpo.model.logps import LogpModel
 from raydpo.model.rotary import fix_rotary
 from raydpo.model.ulysses import SequenceGroup
 
-__all__ = ["CHECK_ROWS", "CheckReport", "Wish", "choose_layout", "share_positions"]
+__all__ = ["CHECK_ROWS", "CheckReport", "Wish", "check_training_mode", "choose_layout", "share_positions"]
 
 Wish = Literal["auto", "tree", "packed", "padded"]
 """``model.layout``."""
@@ -128,6 +128,40 @@ def share_positions(model: LogpModel, device: torch.device, group: SequenceGroup
         raise ModelError(f"sequence_parallel {group.size} is wrong for {type(model.causal_lm).__name__}: its log-probs "
                          f"differ by {gap:.2g} nats a token from those of one device (tolerance {tolerance:g}); set it to 1")
     return f"sequence parallel: {group.size} devices compute each micro-batch together, {_say(gap)} from one alone"
+
+
+@torch.no_grad()
+def check_training_mode(model: LogpModel, device: torch.device) -> None:
+    """Training must compute what was scored: a pass in training mode is that in evaluation mode, bit for bit.
+
+    Leaves the model in training mode. Dropout that was asked for is left out.
+
+    Raises:
+        ModelError: if they differ, with the module that makes the difference.
+    """
+    groups = [group for case in _cases(model.vocabulary, ()).values() for group in case]
+
+    def score(mode: bool, quiet: tuple[nn.Module, ...] = ()) -> np.ndarray:
+        model.train(mode)
+        for module in (*(one for one in model.modules() if isinstance(one, nn.Dropout)), *quiet):
+            module.training = False
+        return _flat(model.score(groups, device))
+
+    wanted = score(False)
+
+    def gap(mode: bool, quiet: tuple[nn.Module, ...] = ()) -> float:
+        return float(np.abs(score(mode, quiet) - wanted).mean())
+
+    differs = gap(True)
+    # Where a kernel adds up in any order, two passes of one mode differ as well.
+    if differs > 0 and not differs <= 4 * gap(False):
+        model.train()
+        asking = [(name, module) for name, module in model.named_modules() if module is not model and module.training]
+        found = [name for name, module in asking if gap(True, (module,)) < 0.1 * differs]
+        raise ModelError(f"{type(model.causal_lm).__name__} computes other log-probs in training mode than those the "
+                         f"reference was scored with: {found[0] if found else 'several of its modules'} asks for the mode "
+                         "it is in, for noise or dropout of its own; set that to 0 in config.json")
+    model.train()
 
 
 def _flat(scored: Sequence[tuple[np.ndarray, ...]]) -> np.ndarray:

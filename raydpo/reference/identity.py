@@ -23,7 +23,8 @@ from raydpo.config import is_hub_name
 from raydpo.errors import ModelError
 from raydpo.model.rotary import rope_length
 
-__all__ = ["QUANTIZED", "SCORING_VERSION", "ReferenceIdentity", "earlier_identity", "identify", "on_this_machine", "resolve_model"]
+__all__ = ["QUANTIZED", "SCORING_VERSION", "ReferenceIdentity", "earlier_identity", "identify", "on_this_machine",
+           "resolve_model"]
 
 SCORING_VERSION = 2
 """Raised whenever raydpo itself changes the numbers it would store."""
@@ -65,7 +66,8 @@ class ReferenceIdentity:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields by name; those added later only where they say something, so that digests stay what they were."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name != "rope_length" or value is not None}
+        return {name: value for name, value in dataclasses.asdict(self).items()
+                if name != "rope_length" or value is not None}
 
     @classmethod
     def from_json(cls, text: str | bytes) -> ReferenceIdentity:
@@ -78,8 +80,9 @@ class ReferenceIdentity:
                 if mine[field] != theirs[field]]
 
     def same_model(self, other: ReferenceIdentity) -> bool:
-        """Whether the two are the same function but for rounding: all fields but the precision agree."""
-        return dataclasses.replace(self, dtype=other.dtype) == other
+        """Whether the two are the same function but for rounding: all fields agree but the precision, and the version that
+        belongs to it."""
+        return dataclasses.replace(self, dtype=other.dtype, scoring_version=other.scoring_version) == other
 
 
 QUANTIZED = {"4bit": "bitsandbytes nf4, double", "8bit": "bitsandbytes int8, threshold 0"}

@@ -28,7 +28,7 @@ from raydpo.model.budget import MOST_TRAINED, Budget, find_budget, probe_group
 from raydpo.model.layout import Layout, PromptGroup
 from raydpo.model.load import add_lora, freeze_matching, load_causal_lm
 from raydpo.model.logps import LogpModel
-from raydpo.model.selfcheck import Wish, choose_layout, share_positions
+from raydpo.model.selfcheck import Wish, check_training_mode, choose_layout, share_positions
 from raydpo.model.ulysses import SequenceGroup
 from raydpo.training.disk import disk_folder
 from raydpo.training.host_memory import HostPeak
@@ -157,6 +157,7 @@ class PolicyEngine(OverRanks):
             group = SequenceGroup.of_world(train.sequence_parallel)
             if group is not None:
                 self.layout_line += f"; {share_positions(module, device, group, check_rows)}"
+            check_training_mode(module, device)
 
     def lay_out(self, groups: Sequence[PromptGroup]) -> Layout:
         """On the CPU, ready to be copied; may be called from another thread than the one that computes."""
@@ -295,7 +296,7 @@ def _float32_parameters(module: LogpModel, dtype: str, zero: int) -> list[tuple[
     kept = getattr(module.causal_lm, "_keep_in_fp32_modules_strict", None) or ()
     pattern = re.compile("|".join(rf"((^|\.){re.escape(name)}($|\.))" for name in kept) or "(?!)")
     found = {name: parameter for name, parameter in module.policy.named_parameters() if parameter.dtype == torch.float32
-             or zero == 3 and pattern.search(name)}
+             or (zero == 3 and pattern.search(name))}
     trained = [name for name, parameter in found.items() if parameter.requires_grad]
     if not trained and (not found or zero < 3):
         return [(parameter, parameter.data) for parameter in found.values()]
@@ -304,5 +305,6 @@ def _float32_parameters(module: LogpModel, dtype: str, zero: int) -> list[tuple[
         leaves = sorted({re.sub(r".*\.\d+\.", "", name) for name in trained})
         fixes.append(f"model.freeze=[{', '.join(leaves)}] or model.lora")
     raise ModelError(f"{type(module.causal_lm).__name__} keeps parameters in float32 ({', '.join(list(found)[:2])}"
-                     f"{', ...' if len(found) > 2 else ''}), but DeepSpeed trains in bfloat16 and would round them: the policy "
-                     f"would not be what the reference was scored with. Set {' and '.join(fixes)}, or model.dtype=float32")
+                     f"{', ...' if len(found) > 2 else ''}), but DeepSpeed trains in bfloat16 and would round them: the "
+                     "policy would not be what the reference was scored with. "
+                     f"Set {' and '.join(fixes)}, or model.dtype=float32")

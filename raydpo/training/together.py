@@ -34,7 +34,7 @@ from raydpo.model.budget import MOST_TRAINED, Budget, find_budget, probe_group
 from raydpo.model.layout import Layout, PromptGroup
 from raydpo.model.load import add_lora, load_causal_lm, torch_dtype
 from raydpo.model.logps import LogpModel
-from raydpo.model.selfcheck import TOLERANCES, choose_layout
+from raydpo.model.selfcheck import TOLERANCES, check_training_mode, choose_layout
 from raydpo.model.stacked import AdapterStack, Place, adapter_weights
 from raydpo.training.checkpoint import step_of
 from raydpo.training.engine import PolicySpec
@@ -110,6 +110,7 @@ class SharedPolicy:
             self.module.eval()
             self.layout_line = choose_layout(self.module, device, spec.layout, check_rows).line
             self.layout_line += f"; {self._check_rows(check_rows)}" if len(self.stack) > 1 else ""
+            check_training_mode(self.module, device)
 
     def _check_rows(self, rows: Sequence[PromptGroup]) -> str:
         """Do the rows of a setting depend on nobody else's? Asked with random adapters, a different one for each."""

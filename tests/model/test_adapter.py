@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from architectures import make_random
-from definition import VOCAB, groups
+from architectures import ARCHITECTURES, make_random
+from definition import VOCAB, by_definition, groups
 from peft import LoraConfig, get_peft_model
 
 from raydpo.model.adapter import fuse_adapters
@@ -63,6 +63,42 @@ def test_what_is_not_plain_stays_pefts(settings, monkeypatch):
         results.append(logps_and_gradients(model))
     assert not calls
     assert torch.equal(results[0][0], results[1][0])
+
+
+TARGETS = ["q_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn", "x_proj"]
+
+
+@pytest.mark.parametrize("settings", [
+    {"bias": "none"}, {"bias": "lora_only"}, {"bias": "all", "modules_to_save": ["embed_tokens"]},
+    {"modules_to_save": ["lm_head"]}], ids=str)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_gradient_is_that_of_peft_and_the_definition(name, settings):
+    """Of factors, biases and whole modules, by architecture: the fused layers and our head against PEFT on the model's own
+    logits."""
+    results = []
+    for ours in (False, True):
+        model = make_random(name, VOCAB)
+        try:
+            model = get_peft_model(model, LoraConfig(r=2, target_modules=TARGETS, **settings))
+        except ValueError as error:
+            pytest.skip(str(error))  # a module that this architecture does not have, or that PEFT does not take
+        torch.manual_seed(1)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.2)
+        if ours:
+            policy = LogpModel(fuse_adapters(model)).train()
+            logps = policy(policy.lay_out(groups()))
+        else:
+            logps = torch.cat([by_definition(model, group, one) for group in groups() for one in group.completions])
+        (logps * torch.linspace(-1, 1, len(logps))).sum().backward()
+        results.append({key: value.grad for key, value in model.named_parameters() if value.requires_grad})
+    expected, found = results
+    assert found.keys() == expected.keys()
+    for key, gradient in expected.items():
+        assert (found[key] is None) == (gradient is None), key
+        if gradient is not None:
+            assert (found[key] - gradient).norm() < 1e-4 * gradient.norm().clamp_min(1e-2), key
 
 
 def test_adapters_switched_off_or_merged_are_respected():

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from raydpo.errors import ModelError
-from raydpo.reference.identity import identify, on_this_machine
+from raydpo.reference.identity import ReferenceIdentity, earlier_identity, identify, on_this_machine
 from raydpo.reference.score import ReferenceSpec
 
 
@@ -106,6 +106,28 @@ def test_adapter_matters(model, tmp_path):
         policy.save_pretrained(tmp_path / f"adapter-{seed}")
         digests.add(identify(model, "float32", tmp_path / f"adapter-{seed}").digest)
     assert len(digests) == 3
+
+
+def test_identities_whose_numbers_have_not_changed_stay_what_they_were(model):
+    plain = ReferenceIdentity(weights="1" * 64, architecture="a" * 64, adapter=None, dtype="bfloat16")
+    assert plain.to_json() == ('{"adapter": null, "architecture": "' + "a" * 64 + '", "dtype": "bfloat16", "quantisation": '
+                               'null, "scoring_version": 2, "weights": "' + "1" * 64 + '"}')
+    assert plain.digest == "b7c1d087473ebfb21c676473f6b2ca23"
+    assert ReferenceIdentity.from_json(plain.to_json()) == plain
+    assert identify(model, "float32", max_length=7) == identify(model, "float32", max_length=9999)
+    assert earlier_identity(plain) == (plain, "")
+
+
+def test_an_adapter_in_bfloat16_is_scored_again(model, tmp_path):
+    shutil.copy(model / "model.safetensors", tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    versions = {(dtype, quantization): identify(model, dtype, tmp_path, quantization).scoring_version
+                for dtype in ("float32", "bfloat16") for quantization in (None, "4bit")}
+    assert versions == {("float32", None): 2, ("float32", "4bit"): 2, ("bfloat16", None): 3, ("bfloat16", "4bit"): 2}
+    now, exact = identify(model, "bfloat16", tmp_path), identify(model, "float32", tmp_path)
+    earlier, change = earlier_identity(now)
+    assert earlier.scoring_version == 2 and "rounded to bfloat16" in change
+    assert now.same_model(exact) and exact.same_model(now) and not now.same_model(identify(model, "bfloat16"))
 
 
 def test_pickled_weights_are_refused(model):
