@@ -14,8 +14,10 @@ from tiny import make_tokenizer, preferences
 
 from raydpo.training.hooks import Hooks
 
+MAX_LENGTH = 512
 
-def tokenised(records: list[dict[str, str]], max_length: int = 512) -> pa.Table:
+
+def tokenised(records: list[dict[str, str]], max_length: int = MAX_LENGTH) -> pa.Table:
     """Text records as rows of ``data.pairs.PAIR_SCHEMA``, in their order."""
     from raydpo.data.keys import completion_key
     from raydpo.data.pairs import PAIR_SCHEMA
@@ -42,7 +44,7 @@ def with_reference(table: pa.Table, model: Path, dtype: str = "float32", tokens_
     from raydpo.reference.score import ReferenceSpec, Scorer
 
     spec = ReferenceSpec(path=str(model), adapter=None if adapter is None else str(adapter), quantization=quantization,
-                         identity=identify(model, dtype, adapter, quantization))
+                         identity=identify(model, dtype, adapter, quantization, max_length=MAX_LENGTH))
     scorer = Scorer(spec, device=device, tokens_per_batch=tokens_per_batch)
     ids = {name: [np.array(row, np.int32) for row in table[name].to_pylist()] for name in
            ("prompt_ids", "chosen_ids", "rejected_ids")}
@@ -97,13 +99,14 @@ def train_here(table: pa.Table, model: Path, scratch: Path, *, lora: dict[str, A
     import torch
 
     from raydpo.config import LoraSettings, TrainConfig
+    from raydpo.reference.identity import identify
     from raydpo.training.engine import PolicyEngine, PolicySpec, join_process_group
     from raydpo.training.loop import TrainJob, train_policy
     from raydpo.training.pairs import TrainingPairs
 
     settings = TrainConfig(**{"lr": 1e-3, "pairs_per_step": 8, "tokens_per_batch": 1024} | train)
     spec = PolicySpec(path=str(model), dtype=dtype, lora=None if lora is None else LoraSettings(**lora),
-                      **(policy or {}))
+                      rope_length=identify(model, dtype, max_length=MAX_LENGTH).rope_length, **(policy or {}))
     join_process_group(torch.device(device))
     engine = PolicyEngine(spec, settings, torch.device(device))
     job = TrainJob(train=settings, shuffle=shuffle, policy=spec, policy_identity="policy", reference_identity="reference",

@@ -7,6 +7,8 @@ import torch
 from architectures import ARCHITECTURES, LONGEST, make_random
 from definition import VOCAB, by_definition, groups
 from distributed import run_distributed
+from kernel import tiny_pairs, train_here, with_reference
+from tiny import make_model
 from transformers import AutoModelForCausalLM
 
 from raydpo.errors import ModelError
@@ -108,6 +110,19 @@ def test_a_model_with_code_of_its_own_is_refused():
     model.model.rotary_emb.forward = asks_for_itself
     with pytest.raises(ModelError, match="log-probs would depend on their neighbours"):
         fix_rotary(model, 33)
+
+
+def trained(model, scratch):
+    table = with_reference(tiny_pairs(17), model, tokens_per_batch=1)
+    run = train_here(table, model, scratch, steps=1, tokens_per_batch=4096, pairs_per_step=17)
+    return run.steps[0]["loss"], run.summary.gate
+
+
+def test_a_policy_starts_as_its_reference_however_both_were_batched(tmp_path):
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    model = make_model(tmp_path / "model", "phi3", original_max_position_embeddings=48, rope_parameters=rope)
+    (loss, gate), = run_distributed(trained, 1, tmp_path / "run", model, tmp_path / "s")
+    assert loss == pytest.approx(np.log(2), abs=1e-6), gate
 
 
 def shared_scores(directory, length, ranks):

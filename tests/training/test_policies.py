@@ -1,5 +1,6 @@
 """Every kind of policy starts as its reference, learns, and leaves something that loads elsewhere."""
 
+import dataclasses
 import io
 import math
 import re
@@ -19,6 +20,7 @@ from raydpo.console import Console
 from raydpo.errors import ConfigError, ModelError
 from raydpo.pipeline import Prepared
 from raydpo.reference.shards import Wanted
+from raydpo.reference.store import ReferenceCache
 from raydpo.training.pairs import join_reference
 
 LORA = {"r": 4, "alpha": 8}
@@ -153,6 +155,21 @@ def test_a_cache_of_other_quantization_is_refused_unless_allowed(tiny_llama, tmp
     losses, gate = run_distributed(allowed, 1, tmp_path / "run", tiny_llama, tmp_path / "s")[0]
     assert "the policy starts from another model than the reference" in gate
     assert abs(losses[0] - math.log(2)) > 1e-5 and min(losses[2:]) < losses[0]
+
+
+def test_a_cache_that_is_scored_again_is_named_with_the_reason(tiny_llama, tmp_path):
+    adapter = sft_adapter(tiny_llama, tmp_path / "sft")
+    tree = {"output": str(tmp_path / "runs"), "data": {"train": str(write_preferences(tmp_path / "a.jsonl", preferences(6)))},
+            "model": {"path": str(tiny_llama), "adapter": str(adapter)}}
+    for dtype, told in (("bfloat16", True), ("float32", False)):
+        config, said = load_config(tree, [f"model.dtype={dtype}"]), io.StringIO()
+        prepared = Prepared.of(config, Console(said))
+        assert "scored again" not in said.getvalue()
+        before = dataclasses.replace(prepared.reference.identity, scoring_version=2)
+        ReferenceCache.open(config.cache_uri, before).prepare({})
+        Prepared.of(config, Console(said))
+        assert (f"scored again, not read from {before.digest} of this cache: a model with an adapter" in
+                said.getvalue()) == told
 
 
 def bad_patterns(model, scratch):
