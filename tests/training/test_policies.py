@@ -159,7 +159,8 @@ def test_a_cache_of_other_quantization_is_refused_unless_allowed(tiny_llama, tmp
 
 def test_a_cache_that_is_scored_again_is_named_with_the_reason(tiny_llama, tmp_path):
     adapter = sft_adapter(tiny_llama, tmp_path / "sft")
-    tree = {"output": str(tmp_path / "runs"), "data": {"train": str(write_preferences(tmp_path / "a.jsonl", preferences(6)))},
+    data = write_preferences(tmp_path / "a.jsonl", preferences(6))
+    tree = {"output": str(tmp_path / "runs"), "data": {"train": str(data)},
             "model": {"path": str(tiny_llama), "adapter": str(adapter)}}
     for dtype, told in (("bfloat16", True), ("float32", False)):
         config, said = load_config(tree, [f"model.dtype={dtype}"]), io.StringIO()
