@@ -293,10 +293,9 @@ def _float32_parameters(module: LogpModel, dtype: str, zero: int) -> list[tuple[
     """
     if dtype == "float32":
         return []
-    kept = getattr(module.causal_lm, "_keep_in_fp32_modules_strict", None) or ()
-    pattern = re.compile("|".join(rf"((^|\.){re.escape(name)}($|\.))" for name in kept) or "(?!)")
-    found = {name: parameter for name, parameter in module.policy.named_parameters() if parameter.dtype == torch.float32
-             or (zero == 3 and pattern.search(name))}
+    rounded = _float32_names(module.causal_lm) if zero == 3 else ()
+    found = {name: parameter for name, parameter in module.causal_lm.named_parameters()
+             if parameter.dtype == torch.float32 or name.replace("base_layer.", "") in rounded}
     trained = [name for name, parameter in found.items() if parameter.requires_grad]
     if not trained and (not found or zero < 3):
         return [(parameter, parameter.data) for parameter in found.values()]
@@ -308,3 +307,19 @@ def _float32_parameters(module: LogpModel, dtype: str, zero: int) -> list[tuple[
                      f"{', ...' if len(found) > 2 else ''}), but DeepSpeed trains in bfloat16 and would round them: the "
                      "policy would not be what the reference was scored with. "
                      f"Set {' and '.join(fixes)}, or model.dtype=float32")
+
+
+def _float32_names(causal_lm: nn.Module) -> set[str]:
+    """Names of the parameters that the model has in float32 when it is loaded in bfloat16 without ZeRO-3: those that its
+    class lists, and those that it makes so."""
+    listed = getattr(causal_lm, "_keep_in_fp32_modules_strict", None) or ()
+    pattern = re.compile("|".join(rf"(^|\.){re.escape(name)}($|\.)" for name in listed) or "(?!)")
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            empty = type(causal_lm)(causal_lm.config)
+    finally:
+        torch.set_default_dtype(before)
+    return {name for name, parameter in empty.named_parameters()
+            if parameter.dtype == torch.float32 or pattern.search(name)}

@@ -39,7 +39,7 @@ def loaded(model, zero):
     partitioned = HfDeepSpeedConfig({"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": zero},
                                      "bf16": {"enabled": True}}) if zero == 3 else None
     with HostPeak() as peak:
-        policy = load_causal_lm(model, "bfloat16")
+        policy = load_causal_lm(model, "bfloat16", rope_length=None)
     del partitioned
     whole = 2 * sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in policy.parameters())
     return whole, peak.bytes - peak.start_bytes, peak.seconds
