@@ -157,13 +157,15 @@ def trained_with_biases(model, adapter, scratch, zero):
     return before, run.engine.gather()
 
 
-@pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
-def test_all_that_an_adapter_trains_moves_under_every_zero(bias, tmp_path):
-    """Its biases, too, to the same values whatever is partitioned."""
+@pytest.mark.parametrize(("settings", "count", "ranks"), [
+    ({"bias": "none"}, 8, 1), ({"bias": "lora_only"}, 12, 2), ({"bias": "all"}, 14, 1),
+    ({"modules_to_save": ["lm_head"]}, 9, 1)], ids=str)
+def test_all_that_an_adapter_trains_moves_under_every_zero(settings, count, ranks, tmp_path):
+    """Biases and whole modules, too, to the same values whatever is partitioned."""
     model = make_model(tmp_path / "model", "qwen2")
     adapter = tmp_path / "adapter"
     policy = get_peft_model(load_causal_lm(model, "float32", rope_length=None), LoraConfig(
-        r=2, target_modules=["q_proj", "v_proj"], bias=bias, task_type="CAUSAL_LM"))
+        r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **settings))
     torch.manual_seed(1)
     for parameter in policy.parameters():
         if parameter.requires_grad:
@@ -171,10 +173,10 @@ def test_all_that_an_adapter_trains_moves_under_every_zero(bias, tmp_path):
     policy.save_pretrained(str(adapter))
     expected = None
     for zero in range(4):
-        (before, after), = run_distributed(trained_with_biases, 1, tmp_path / f"zero-{zero}", model, adapter,
-                                           tmp_path / "s", zero)
-        assert after.keys() == before.keys() and len(after) == {"none": 8, "lora_only": 12, "all": 14}[bias]
+        before, after = run_distributed(trained_with_biases, ranks if zero == 3 else 1, tmp_path / f"zero-{zero}", model,
+                                        adapter, tmp_path / "s", zero)[0]
+        assert after.keys() == before.keys() and len(after) == count
         assert not [name for name, value in after.items() if torch.equal(value, before[name])]
         expected = expected or after
         for name, value in after.items():
-            assert torch.allclose(value, expected[name], atol=1e-6), (zero, name)
+            assert torch.allclose(value, expected[name], atol=1e-5), (zero, name)
