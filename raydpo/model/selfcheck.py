@@ -156,11 +156,15 @@ def check_training_mode(model: LogpModel, device: torch.device) -> None:
     # Where a kernel adds up in any order, two passes of one mode differ as well.
     if differs > 0 and not differs <= 4 * gap(False):
         model.train()
-        asking = [(name, module) for name, module in model.named_modules() if module is not model and module.training]
-        found = [name for name, module in asking if gap(True, (module,)) < 0.1 * differs]
+        kinds: dict[type[nn.Module], dict[str, nn.Module]] = {}
+        for name, module in model.named_modules():
+            if module is not model and module.training:
+                kinds.setdefault(type(module), {})[name] = module
+        found = [f"{kind.__name__} ({next(iter(modules))})" for kind, modules in kinds.items()
+                 if gap(True, tuple(modules.values())) < 0.1 * differs]
         raise ModelError(f"{type(model.causal_lm).__name__} computes other log-probs in training mode than those the "
-                         f"reference was scored with: {found[0] if found else 'several of its modules'} asks for the mode "
-                         "it is in, for noise or dropout of its own; set that to 0 in config.json")
+                         f"reference was scored with: {found[0] if found else 'something in it'} asks for the mode it is in, "
+                         "for noise or dropout of its own; set that to 0 in config.json")
     model.train()
 
 
