@@ -163,8 +163,8 @@ def check_training_mode(model: LogpModel, device: torch.device) -> None:
         found = [f"{kind.__name__} ({next(iter(modules))})" for kind, modules in kinds.items()
                  if gap(True, tuple(modules.values())) < 0.1 * differs]
         raise ModelError(f"{type(model.causal_lm).__name__} computes other log-probs in training mode than those the "
-                         f"reference was scored with: {found[0] if found else 'something in it'} asks for the mode it is in, "
-                         "for noise or dropout of its own; set that to 0 in config.json")
+                         f"reference was scored with: {found[0] if found else 'something in it'} asks for the mode it is "
+                         "in, for noise or dropout of its own; set that to 0 in config.json")
     model.train()
 
 
