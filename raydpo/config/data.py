@@ -73,8 +73,8 @@ class DataConfig(Section):
     eval: Annotated[EvalConfig | None, BeforeValidator(_as_eval)] = None
     """Held-out pairs; null = none."""
     max_length: Int = Field(1024, ge=2)
-    """Longest prompt + completion, in tokens. It also decides the rotary frequencies of a model whose frequencies depend on a
-    length (longrope, dynamic)."""
+    """Longest prompt + completion, in tokens. It also decides the rotary frequencies of a model whose frequencies depend on
+    a length (longrope, dynamic)."""
     truncation: Literal["keep_start", "drop"] = "keep_start"
     """What becomes of a longer one: its completion is cut at the end, or the pair is dropped."""
     fraction: Float = Field(1.0, gt=0, le=1)
