@@ -79,9 +79,9 @@ def find_policy(config: Config, dtype: str) -> Policy:
     adapter = directory if (Path(directory) / "adapter_config.json").is_file() else None
     base = directory if adapter is None else _base(config, Path(directory), own=wish is None)
     quantization = None if adapter is None else config.model.quantization
-    spec = ReferenceSpec(path=base, adapter=adapter, identity=identify(base, dtype, adapter, quantization),
-                         quantization=quantization, trust_remote_code=config.model.trust_remote_code,
-                         layout=config.model.layout)
+    spec = ReferenceSpec(path=base, adapter=adapter, quantization=quantization, layout=config.model.layout,
+                         identity=identify(base, dtype, adapter, quantization, config.model.trust_remote_code),
+                         trust_remote_code=config.model.trust_remote_code)
     return Policy(name=redact(given), spec=spec, run=run, trained={} if run is None else _fingerprint(run))
 
 
