@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from raydpo.data.shapes import Work
 from raydpo.errors import ModelError
+from raydpo.model.files import model_files, read_header
 
 __all__ = ["ModelCost"]
 
@@ -40,21 +39,12 @@ class ModelCost:
         Raises:
             ModelError: if the directory lacks either.
         """
-        directory = Path(directory)
-        try:
-            config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-            tensors: dict[str, Any] = {}
-            for file in sorted(directory.glob("*.safetensors")):
-                with open(file, "rb") as stream:
-                    (length,) = struct.unpack("<Q", stream.read(8))
-                    tensors |= json.loads(stream.read(length))
-        except (OSError, ValueError, struct.error) as error:
-            raise ModelError(f"cannot read the sizes of the model in {directory}: {error}") from None
-        tensors.pop("__metadata__", None)
-        if not tensors:
-            raise ModelError(f"{directory} has no safetensors weights")
+        files = model_files(directory)
+        tensors: dict[str, Any] = {}
+        for file in files.weights:
+            tensors |= read_header(file)[1]
         return cls.of_sizes({name: math.prod(tensor["shape"]) for name, tensor in tensors.items()},
-                            config.get("text_config", config))
+                            files.config.get("text_config", files.config))
 
     @classmethod
     def of_sizes(cls, sizes: dict[str, int], config: dict[str, Any]) -> ModelCost:

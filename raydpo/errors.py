@@ -69,4 +69,4 @@ class DeviceMemoryError(TrainError, MemoryError):
 
 def exit_status(error: BaseException) -> int:
     """The process exit status for ``error``: 2 for bad input, 1 for everything else that went wrong."""
-    return 2 if isinstance(error, (ConfigError, DataError)) else 1
+    return 2 if isinstance(error, (ConfigError, DataError, ModelError)) else 1

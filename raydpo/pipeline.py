@@ -7,7 +7,7 @@ import functools
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,6 +28,7 @@ from raydpo.data.tokenise import Tokeniser, load_tokenizer
 from raydpo.errors import ConfigError
 from raydpo.losses import Objective, own_sources
 from raydpo.model.rotary import ROTARY, rope_line
+from raydpo.model.weights import check_weights
 from raydpo.preflight import check_cluster, check_nodes
 from raydpo.ray_runtime import Resources, bfloat16_pays, resources_for, session
 from raydpo.reference.build import BuildReport, build
@@ -50,9 +51,9 @@ from raydpo.waiting import coming_up, wait_for
 if TYPE_CHECKING:
     from raydpo.audit import Audit
 
-__all__ = ["Prepared", "Shared", "audit", "begin_run", "end_run", "fill_cache", "find_reference", "finished_before",
-           "join_sets", "needs_reference", "reference_line", "report_on", "run", "score", "score_prepared", "train",
-           "train_prepared", "training_job"]
+__all__ = ["Prepared", "Shared", "audit", "begin_run", "check_models", "end_run", "fill_cache", "find_reference",
+           "finished_before", "join_sets", "needs_reference", "reference_line", "report_on", "run", "score",
+           "score_prepared", "train", "train_prepared", "training_job"]
 
 
 def score(config: Config, console: Console | None = None) -> BuildReport:
@@ -62,6 +63,7 @@ def score(config: Config, console: Console | None = None) -> BuildReport:
         RaydpoError: of the kind that fits; everything committed stays.
     """
     console = console or Console()
+    check_models([config], console)
     with session(config):
         check_cluster(config, ["score"], console)
         return score_prepared(Prepared.of(config, console), console)
@@ -82,6 +84,7 @@ def train(config: Config, console: Console | None = None, *, fresh: bool = False
     """
     console = console or Console()
     _refuse_sweep(config)
+    check_models([config], console)
     with session(config):
         check_cluster(config, ["train"], console)
         return train_prepared(Prepared.of(config, console), console, fresh=fresh)
@@ -91,12 +94,30 @@ def run(config: Config, console: Console | None = None, *, fresh: bool = False) 
     """``score``, then ``train``."""
     console = console or Console()
     _refuse_sweep(config)
+    check_models([config], console)
     with session(config):
         check_cluster(config, ["score", "train"], console)
         with coming_up(config, wanted=fresh or not Storage(config.run_dir).exists("summary.json")):
             prepared = Prepared.of(config, console)
             built = score_prepared(prepared, console)
             return train_prepared(prepared, console, built.hit_rate if built.wanted else None, fresh=fresh)
+
+
+def check_models(configs: Sequence[Config], console: Console) -> None:
+    """Look whether the policies and references of ``configs`` are whole, from the headers of their files, before Ray or any
+    other process is started.
+
+    Raises:
+        ModelError: naming what a model's files lack, or why it cannot be told what would be loaded.
+    """
+    wanted = {(path, adapter, config.model.trust_remote_code): None for config in configs for path, adapter in (
+        (config.model.path, config.model.adapter), (config.reference_path, config.reference_adapter))}
+    for path, adapter, trust_remote_code in wanted:
+        if trust_remote_code:
+            console.warn(f"model.trust_remote_code is on: Python code in {path} runs with your rights")
+        for line in check_weights(resolve_model(path), adapter=adapter and resolve_model(adapter),
+                                  trust_remote_code=trust_remote_code):
+            console.warn(line)
 
 
 def _wait_for(stage: Literal["score", "train"], config: Config, resources: Resources, console: Console) -> None:
@@ -118,6 +139,7 @@ def audit(config: Config, console: Console | None = None) -> Audit:
         RaydpoError: of the kind that fits. Pairs that are not scored yet are no error.
     """
     console = console or Console()
+    check_models([config], console)
     return _audit(Prepared.of(config, console), console)
 
 
@@ -140,8 +162,6 @@ class Prepared:
         model = config.model
         Objective(config.train)  # a loss by import path fails here, before anything is read or started
         _check_reference(config)
-        if model.trust_remote_code:
-            console.warn(f"model.trust_remote_code is on: Python code in {model.path} runs with your rights")
         native = "bfloat16" if bfloat16_pays() else "float32"
         dtype = native if model.dtype == "auto" else model.dtype
         policy_dir = resolve_model(model.path)
@@ -182,7 +202,8 @@ class Prepared:
 
     def policy_identity(self) -> ReferenceIdentity:
         """Of the policy as it starts: fresh adapters add nothing."""
-        return identify(self.policy_dir, self.dtype, self.policy_adapter, self.config.model.quantization,
+        model = self.config.model
+        return identify(self.policy_dir, self.dtype, self.policy_adapter, model.quantization, model.trust_remote_code,
                         max_length=self.config.data.max_length)
 
     @property
@@ -238,7 +259,8 @@ def find_reference(config: Config, native: str) -> tuple[ReferenceSpec, Referenc
     dtype = native if wish == "auto" else wish
     directory = resolve_model(config.reference_path)
     adapter = config.reference_adapter and resolve_model(config.reference_adapter)
-    identity = identify(directory, dtype, adapter, config.reference_quantization, max_length=config.data.max_length)
+    identity = identify(directory, dtype, adapter, config.reference_quantization, config.model.trust_remote_code,
+                        max_length=config.data.max_length)
     spec = ReferenceSpec(path=directory, adapter=adapter, identity=identity, quantization=config.reference_quantization,
                          trust_remote_code=config.model.trust_remote_code, layout=config.model.layout)
     return spec, ReferenceCache.open(config.cache_uri, identity, unverified=config.cache.allow_unverified)

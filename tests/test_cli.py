@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from command import as_a_user, raydpo
+from safetensors.torch import load_file, save_file
 from tiny import preferences, write_preferences
 
 
@@ -110,6 +112,21 @@ def test_bad_input_is_exit_status_2_and_one_message(arguments, place, on_cluster
     result = raydpo("train", place / "config.yaml", "name=fourth", *arguments)
     assert result.returncode == 2
     assert result.stderr.startswith("error: ") and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("verb", ["score", "train", "run", "sweep", "eval"])
+def test_a_model_that_lacks_weights_is_refused_before_ray(verb, place, tiny_llama, tmp_path, monkeypatch):
+    """Nobody is at that address: a command that asked Ray first would say so."""
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    save_file({name: value for name, value in tensors.items() if ".layers.1." not in name}, model / "model.safetensors",
+              {"format": "pt"})
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    more = ["sweep={grid: {train.lr: [1.0e-3, 1.0e-4]}}"] if verb == "sweep" else []
+    result = raydpo(verb, place / "config.yaml", f"name=lacking-{verb}", f"model.path={model}", *more)
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.startswith("error: the files of ") and result.stderr.count("\n") == 1
+    assert "lack model.layers.1.input_layernorm.weight" in result.stderr
 
 
 def test_malformed_data_is_exit_status_2_with_line_numbers(place, on_cluster):

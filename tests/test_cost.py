@@ -1,4 +1,7 @@
+import shutil
+
 import pytest
+from safetensors.torch import load_file, save_file
 from tiny import make_model
 
 from raydpo.cost import ModelCost
@@ -41,8 +44,16 @@ def test_of_a_mixture(tmp_path):
 
 
 def test_a_directory_without_a_model(tmp_path):
-    with pytest.raises(ModelError, match="cannot read the sizes"):
+    with pytest.raises(ModelError, match="cannot read"):
         ModelCost.of(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ModelError, match="no safetensors"):
+    with pytest.raises(ModelError, match=r"has no model\.safetensors"):
         ModelCost.of(tmp_path)
+
+
+def test_a_second_copy_of_the_weights_is_not_counted(tiny_llama, tmp_path):
+    """Some repositories ship them again under other names, which nothing here reads."""
+    directory = shutil.copytree(tiny_llama, tmp_path / "model")
+    tensors = load_file(directory / "model.safetensors")
+    save_file({f"other.{name}": tensor for name, tensor in tensors.items()}, directory / "consolidated.safetensors")
+    assert ModelCost.of(directory) == ModelCost.of(tiny_llama)

@@ -104,9 +104,10 @@ def _scorer(config: Config, dtype: str, device: str) -> Any:
     path = resolve_model(config.reference_path)
     adapter = config.reference_adapter and resolve_model(config.reference_adapter)
     quantization = config.reference_quantization
-    identity = identify(path, dtype, adapter, quantization, max_length=config.data.max_length)
-    spec = ReferenceSpec(path=path, adapter=adapter, identity=identity, quantization=quantization,
-                         trust_remote_code=config.model.trust_remote_code, layout=config.model.layout)
+    trust = config.model.trust_remote_code
+    identity = identify(path, dtype, adapter, quantization, trust, max_length=config.data.max_length)
+    spec = ReferenceSpec(path=path, adapter=adapter, identity=identity, quantization=quantization, trust_remote_code=trust,
+                         layout=config.model.layout)
     return Scorer(spec, device=device, tokens_per_batch=config.score.tokens_per_batch)
 
 

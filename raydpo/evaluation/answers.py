@@ -22,7 +22,7 @@ from transformers import GenerationConfig, LogitsProcessor
 
 from raydpo.errors import ConfigError
 from raydpo.model.load import load_causal_lm
-from raydpo.reference.identity import on_this_machine
+from raydpo.reference.identity import on_this_machine, proved_here
 from raydpo.reference.score import ReferenceSpec
 
 __all__ = ["ROWS", "Answering", "Draw", "answer_all", "uniforms"]
@@ -58,16 +58,21 @@ class Answering:
                 "stop": self.stop}
 
     def open(self, device: str) -> Callable[[pa.Table], pa.Table]:
-        """Load the model; what comes back answers one table after another."""
+        """Load the model; what comes back answers one table after another.
+
+        Raises:
+            ModelError: if the files here are another model.
+        """
         if self.engine == "vllm":
             from raydpo.evaluation.vllm_engine import open_vllm
 
             answer = open_vllm(self)
         else:
             spec = on_this_machine(self.spec)
-            model = load_causal_lm(spec.path, spec.identity.dtype, adapter=spec.adapter, device=device,
-                                   quantization=spec.quantization, rope_length=spec.identity.rope_length,
-                                   trust_remote_code=spec.trust_remote_code)
+            with proved_here(spec):
+                model = load_causal_lm(spec.path, spec.identity.dtype, adapter=spec.adapter, device=device,
+                                       quantization=spec.quantization, rope_length=spec.identity.rope_length,
+                                       trust_remote_code=spec.trust_remote_code)
             answer = functools.partial(answer_all, model, max_tokens=self.max_tokens, stop=self.stop, batch=self.batch)
 
         def act(rows: pa.Table) -> pa.Table:

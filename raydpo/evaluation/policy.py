@@ -80,9 +80,9 @@ def find_policy(config: Config, dtype: str) -> Policy:
     adapter = directory if (Path(directory) / "adapter_config.json").is_file() else None
     base = directory if adapter is None else _base(config, Path(directory), own=wish is None)
     quantization = None if adapter is None else config.model.quantization
-    identity = identify(base, dtype, adapter, quantization, max_length=config.data.max_length)
-    spec = ReferenceSpec(path=base, adapter=adapter, identity=identity, quantization=quantization,
-                         trust_remote_code=config.model.trust_remote_code,
+    trust = config.model.trust_remote_code
+    identity = identify(base, dtype, adapter, quantization, trust, max_length=config.data.max_length)
+    spec = ReferenceSpec(path=base, adapter=adapter, identity=identity, quantization=quantization, trust_remote_code=trust,
                          layout=config.model.layout)
     trained = {} if run is None else _fingerprint(run)
     length = trained.get(ROTARY, identity.rope_length)

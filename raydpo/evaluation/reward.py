@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,9 @@ from raydpo.data.preference import Text
 from raydpo.data.tokenise import load_tokenizer
 from raydpo.errors import ModelError
 from raydpo.model.load import torch_dtype
-from raydpo.reference.identity import ReferenceIdentity, identify
+from raydpo.model.weights import refuse_gaps
+from raydpo.reference.identity import ReferenceIdentity, identify, on_this_machine, proved_here
+from raydpo.reference.score import ReferenceSpec
 
 __all__ = ["RewardModel"]
 
@@ -43,12 +46,8 @@ class RewardModel:
         Raises:
             ModelError: if it is not stored as safetensors.
         """
-        digest = hashlib.sha256()
-        for name in _TOKENIZER_FILES:
-            file = Path(path) / name
-            digest.update(f"{name}\0".encode() + (file.read_bytes() if file.is_file() else b""))
-        return cls(path=path, weights=identify(path, dtype), tokenizer=digest.hexdigest(),
-                   trust_remote_code=trust_remote_code)
+        return cls(path=path, weights=identify(path, dtype, trust_remote_code=trust_remote_code),
+                   tokenizer=_tokenizer_digest(path), trust_remote_code=trust_remote_code)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -58,10 +57,17 @@ class RewardModel:
         """Load it.
 
         Raises:
-            ModelError: if it is no reward model: no classifier, several outputs, or a head that is not in the files.
+            ModelError: if it is no reward model: no classifier, several outputs, or a head that is not in the files; or if
+                the files here are another one.
         """
-        tokenizer = load_tokenizer(self.path, trust_remote_code=self.trust_remote_code)
-        model = self._load().to(device)
+        spec = on_this_machine(ReferenceSpec(path=self.path, adapter=None, identity=self.weights,
+                                             trust_remote_code=self.trust_remote_code))
+        with proved_here(spec):
+            model = self._load(spec.path).to(device)
+        tokenizer = load_tokenizer(spec.path, trust_remote_code=self.trust_remote_code)
+        if _tokenizer_digest(spec.path) != self.tokenizer:
+            raise ModelError(f"the reward model {spec.path} has another tokenizer on {platform.node()} than where the run "
+                             "was started")
 
         def act(rows: pa.Table) -> pa.Table:
             return pa.table({"score": pa.array([
@@ -70,22 +76,28 @@ class RewardModel:
 
         return act
 
-    def _load(self) -> Any:
+    def _load(self, path: str) -> Any:
         from transformers import AutoModelForSequenceClassification
 
         try:
             model, loaded = AutoModelForSequenceClassification.from_pretrained(
-                self.path, dtype=torch_dtype(self.weights.dtype), use_safetensors=True, output_loading_info=True,
-                trust_remote_code=self.trust_remote_code)
+                path, dtype=torch_dtype(self.weights.dtype), use_safetensors=True, output_loading_info=True,
+                ignore_mismatched_sizes=True, trust_remote_code=self.trust_remote_code)
+            refuse_gaps(path, loaded)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise ModelError(f"cannot load the reward model {self.path!r}: {' '.join(str(error).split())[:300]}") from error
-        if loaded["missing_keys"]:
-            lacking = ", ".join(sorted(loaded["missing_keys"])[:3])
-            raise ModelError(f"{self.path} is no reward model: its files lack {lacking}, which would be random numbers; "
-                             "give a sequence classifier in evaluate.reward_model")
+            raise ModelError(f"cannot load the reward model {self.path!r} (evaluate.reward_model; a sequence classifier is "
+                             f"wanted): {' '.join(str(error).split())[:600]}") from error
         if model.config.num_labels != 1:
             raise ModelError(f"the reward model {self.path} has {model.config.num_labels} outputs; one is wanted")
         return model.eval()
+
+
+def _tokenizer_digest(path: str) -> str:
+    digest = hashlib.sha256()
+    for name in _TOKENIZER_FILES:
+        file = Path(path) / name
+        digest.update(f"{name}\0".encode() + (file.read_bytes() if file.is_file() else b""))
+    return digest.hexdigest()
 
 
 @torch.no_grad()

@@ -32,6 +32,7 @@ from raydpo.evaluation.samples import Answers
 from raydpo.evaluation.wins import compare_scores, own_scores
 from raydpo.evaluation.work import Work, do_work
 from raydpo.model.rotary import rope_line
+from raydpo.model.weights import check_weights
 from raydpo.pipeline import fill_cache, find_reference, reference_line, report_on
 from raydpo.ray_runtime import bfloat16_pays, resources_for, session
 from raydpo.reference.identity import resolve_model
@@ -59,6 +60,7 @@ def evaluate(config: Config, console: Console | None = None) -> dict[str, Any]:
         RaydpoError: of the kind that fits.
     """
     console = console or Console()
+    _check_models(config, console)
     with session(config):
         evaluation = _Evaluation.of(config, console)
         found, samples = evaluation.measure()
@@ -70,6 +72,19 @@ def evaluate(config: Config, console: Console | None = None) -> dict[str, Any]:
     console.say(f"harness: lm_eval --model hf --model_args {harness_arguments(evaluation.policy)} --apply_chat_template "
                 "--tasks ...")
     return found
+
+
+def _check_models(config: Config, console: Console) -> None:
+    """Reference and reward model, before Ray is started."""
+    trust = config.model.trust_remote_code
+    if trust:
+        console.warn("model.trust_remote_code is on: Python code in the directories of the models runs with your rights")
+    adapter = config.reference_adapter and resolve_model(config.reference_adapter)
+    lines = check_weights(resolve_model(config.reference_path), adapter=adapter, trust_remote_code=trust)
+    if config.evaluate.reward_model is not None:
+        lines += check_weights(resolve_model(config.evaluate.reward_model), trust_remote_code=trust, classifier=True)
+    for line in lines:
+        console.warn(line)
 
 
 @dataclass(frozen=True)
@@ -86,13 +101,14 @@ class _Evaluation:
     @classmethod
     def of(cls, config: Config, console: Console) -> _Evaluation:
         data, on_training_side = evaluation_data(config)
-        if config.model.trust_remote_code:
-            console.warn(f"model.trust_remote_code is on: Python code in {config.model.path} runs with your rights")
         reference, _ = find_reference(config, "bfloat16" if bfloat16_pays() else "float32")
         console.say(reference_line(config, reference))
         if reference.identity.rope_length is not None:
             console.say(rope_line(reference.identity.rope_length, config.data.max_length))
         policy = find_policy(config, reference.identity.dtype)
+        for line in check_weights(policy.spec.path, adapter=policy.spec.adapter,
+                                  trust_remote_code=policy.spec.trust_remote_code):
+            console.warn(line)
         identity = policy.spec.identity
         console.say(f"policy: {policy.name} in {', '.join(filter(None, (identity.dtype, identity.quantisation)))}, identity "
                     f"{identity.digest}")

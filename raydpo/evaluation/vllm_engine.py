@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from raydpo.errors import ConfigError
-from raydpo.reference.identity import on_this_machine
+from raydpo.reference.identity import on_this_machine, proved_here
 
 if TYPE_CHECKING:
     from raydpo.evaluation.answers import Answering, Draw
@@ -25,6 +25,7 @@ def open_vllm(work: Answering) -> Callable[[Sequence[np.ndarray], Sequence[Draw 
     Raises:
         ConfigError: if vLLM is not installed, or the model is to be quantized as bitsandbytes does,
             or has rotary frequencies that depend on a length.
+        ModelError: if the files here are another model.
     """
     from raydpo.evaluation.answers import uniforms
 
@@ -43,8 +44,9 @@ def open_vllm(work: Answering) -> Callable[[Sequence[np.ndarray], Sequence[Draw 
                           "evaluate.engine=transformers") from None
     rank = {} if spec.adapter is None else {"enable_lora": True, "max_lora_rank": _rank(spec.adapter)}
     # generation_config: settings that the model's directory carries, such as a repetition penalty, are not the model.
-    model = LLM(spec.path, dtype=spec.identity.dtype, trust_remote_code=spec.trust_remote_code, generation_config="vllm",
-                **rank)
+    with proved_here(spec):
+        model = LLM(spec.path, dtype=spec.identity.dtype, trust_remote_code=spec.trust_remote_code,
+                    generation_config="vllm", **rank)
     lora = None if spec.adapter is None else LoRARequest("policy", 1, spec.adapter)
 
     def answer(prompts: Sequence[np.ndarray], draws: Sequence[Draw | None]) -> list[np.ndarray]:

@@ -28,7 +28,8 @@ FOLDER = "evaluation"
 
 
 class Work(Protocol):
-    """What an actor does. It travels to the actor, so it is small; ``open`` loads models there."""
+    """What an actor does. It travels to the actor, so it is small; ``open`` loads models there, and proves that what it
+    loads is what ``identity`` says, since results are stored under it for good."""
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 from raydpo.errors import ModelError
+from raydpo.model.files import model_files
 from raydpo.model.rotary import fix_rotary
+from raydpo.model.weights import load_adapter, refuse_gaps
 
 if TYPE_CHECKING:
     from raydpo.config import LoraSettings
@@ -39,11 +41,13 @@ def load_causal_lm(path: str | Path, dtype: str, *, rope_length: int | None, ada
         train_adapter: leave the adapter's weights trainable.
 
     Raises:
-        ModelError: if it is not there, is stored as pickle, or is not a causal LM.
+        ModelError: if it is not there, is stored as pickle, is not a causal LM, or its files or the adapter's do not hold
+            all of its weights.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     path = str(path)
+    model_files(path, trust_remote_code)  # what is loaded must be what is hashed
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         if getattr(config, "is_encoder_decoder", False):
@@ -52,21 +56,21 @@ def load_causal_lm(path: str | Path, dtype: str, *, rope_length: int | None, ada
             setattr(config, key, 0.0)
         quantized = {} if quantization is None else {
             "quantization_config": _quantized(quantization, dtype), "device_map": {"": torch.device(device)}}
-        model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch_dtype(dtype), use_safetensors=True,
-                                                     trust_remote_code=trust_remote_code, **quantized)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=torch_dtype(dtype), use_safetensors=True, trust_remote_code=trust_remote_code,
+            output_loading_info=True, ignore_mismatched_sizes=True, **quantized)
+        refuse_gaps(path, found)
         fix_rotary(model, rope_length)
         if adapter is not None:
-            from peft import PeftModel
-
             own = {id(parameter) for parameter in model.parameters()}
             with _whole_biases(model):
-                model = PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False, is_trainable=train_adapter)
+                model = load_adapter(model, adapter, train=train_adapter)
             # The adapter's alone. The model keeps what transformers keeps in float32, above all the rotary frequencies.
             for parameter in model.parameters():
                 if id(parameter) not in own:
                     parameter.data = parameter.data.to(torch_dtype(dtype))
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        if isinstance(error, ModelError):
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        if isinstance(error, ModelError) or (isinstance(error, RuntimeError) and not _of_weights(error)):
             raise
         raise ModelError(f"cannot load the model {path!r}"
                          f"{f' with adapter {adapter!r}' if adapter else ''}: {' '.join(str(error).split())}") from error
@@ -86,6 +90,11 @@ def _whole_biases(model: nn.Module) -> Iterator[None]:
 
     with deepspeed.zero.GatheredParameters(shared, modifier_rank=0):
         yield
+
+
+def _of_weights(error: RuntimeError) -> bool:
+    """Whether transformers says that weights do not fit; other errors are of memory or of devices."""
+    return "loading state_dict" in str(error) or "conversion of the weights" in str(error)
 
 
 def _quantized(quantization: str, dtype: str) -> Any:

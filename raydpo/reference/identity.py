@@ -7,13 +7,15 @@ and world size are not in it: they do not matter.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
+import platform
 import re
-import struct
 import uuid
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +23,12 @@ from typing import Any, TypeVar
 
 from raydpo.config import is_hub_name
 from raydpo.errors import ModelError
+from raydpo.local_copy import local_home
+from raydpo.model.files import AdapterFiles, ModelFiles, adapter_files, model_files, read_header, weights_lacking
 from raydpo.model.rotary import rope_length
 
 __all__ = ["QUANTIZED", "SCORING_VERSION", "ReferenceIdentity", "earlier_identity", "identify", "on_this_machine",
-           "resolve_model"]
+           "proved_here", "resolve_model"]
 
 SCORING_VERSION = 2
 """Raised whenever raydpo itself changes the numbers it would store."""
@@ -33,10 +37,12 @@ _ADAPTER_VERSION = 3
 
 _NOT_ARCHITECTURE = frozenset({
     "_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "_attn_implementation",
-    "_attn_implementation_autoset", "id2label", "label2id",
+    "_attn_implementation_autoset", "id2label", "label2id", "transformers_weights",
 })
 _NOT_ADAPTER = frozenset({"base_model_name_or_path", "inference_mode", "revision", "auto_mapping", "task_type",
                           "peft_version", "lora_dropout"})
+_FIRST_MATCH = ("rank_pattern", "alpha_pattern")
+"""Entries of adapter_config.json of which the first pattern that fits a module counts, so their order matters."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +52,7 @@ class ReferenceIdentity:
     weights: str
     """Of all weight tensors: names, dtypes, shapes and bytes, however they are split into files."""
     architecture: str
-    """Of config.json without names and paths, and of any Python code beside it."""
+    """Of config.json without names and paths, of any Python code beside it, and of whether that code runs."""
     adapter: str | None
     """Of the adapter's weights and configuration."""
     dtype: str
@@ -89,30 +95,32 @@ QUANTIZED = {"4bit": "bitsandbytes nf4, double", "8bit": "bitsandbytes int8, thr
 """What ``model.load`` makes of each; part of the identity, so a change there must change the text here."""
 
 
-def identify(path: str | Path, dtype: str, adapter: str | Path | None = None, quantization: str | None = None, *,
-             max_length: int | None = None) -> ReferenceIdentity:
+def identify(path: str | Path, dtype: str, adapter: str | Path | None = None, quantization: str | None = None,
+             trust_remote_code: bool = False, *, max_length: int | None = None) -> ReferenceIdentity:
     """The identity of the model in directory ``path``, with the adapter in directory ``adapter`` on top.
 
     Args:
         quantization: ``4bit``, ``8bit`` or None.
+        trust_remote_code: whether loading runs code of the directory; the same function where config.json names none.
         max_length: longest sequence, ``data.max_length``. Without it a model whose rotary frequencies depend on it has an
             identity that ``load_causal_lm`` refuses to load.
 
     Reads every weight once; digests are remembered for each file by path, inode, size and times.
 
     Raises:
-        ModelError: if a directory is not a model or adapter stored as safetensors.
+        ModelError: if a directory is not a model or adapter stored as safetensors, or it is not known what of it would be
+            loaded.
     """
-    directory = Path(path)
+    model = model_files(path, trust_remote_code)
     return ReferenceIdentity(
-        weights=_tensors_digest(_weight_files(directory)),
-        architecture=_settings_digest(directory / "config.json", _NOT_ARCHITECTURE, code=directory),
-        adapter=None if adapter is None else _adapter_digest(Path(adapter)),
+        weights=_weights_digest(model),
+        architecture=_architecture_digest(model),
+        adapter=None if adapter is None else _adapter_digest(adapter_files(adapter)),
         dtype=dtype,
         quantisation=None if quantization is None else QUANTIZED[quantization],
         scoring_version=_ADAPTER_VERSION if adapter is not None and dtype == "bfloat16" and quantization is None
         else SCORING_VERSION,
-        rope_length=None if max_length is None else rope_length(_read_settings(directory / "config.json"), max_length),
+        rope_length=None if max_length is None else rope_length(model.config, max_length),
     )
 
 
@@ -169,12 +177,43 @@ def _local(directory: str) -> str:
         raise
 
 
+@contextlib.contextmanager
+def proved_here(spec: Any) -> Iterator[None]:
+    """Around the loading of a specification of a model: the files here are those of its ``identity``.
+
+    Everybody who stores something under an identity loads its model so: a node may have other files under the same path, and
+    files may be exchanged while a run goes on. Hashing reads the same pages as loading does and needs other resources, so
+    the two overlap.
+
+    Raises:
+        ModelError: if they are another model, naming the node and what differs.
+    """
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        hashing = pool.submit(_identity_here, spec)
+        yield
+        hashing.result()
+    # Again, from the digests that are remembered: files may have been exchanged while they were loaded.
+    here = _identity_here(spec)
+    if here != spec.identity:
+        raise ModelError(f"{spec.path} on {platform.node()} is another model than where the run was started: "
+                         f"{'; '.join(here.differences(spec.identity))}")
+
+
+def _identity_here(spec: Any) -> ReferenceIdentity:
+    return identify(spec.path, spec.identity.dtype, spec.adapter, spec.quantization, spec.trust_remote_code,
+                    max_length=spec.identity.rope_length)
+
+
 def _from_hub(path: str, revision: str | None = None) -> str:
     from huggingface_hub import snapshot_download
 
     try:
-        return snapshot_download(path, revision=revision,
-                                 allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"])
+        directory = snapshot_download(path, revision=revision,
+                                      allow_patterns=["*.json", "*.jinja", "*.model", "*.txt", "*.py"])
+        # A repository may hold the weights several times, in forms that nothing here reads.
+        if lacking := weights_lacking(directory):
+            snapshot_download(path, revision=Path(directory).name, allow_patterns=lacking)
+        return directory
     except Exception as error:  # every network and hub failure is the same to the user: no model
         raise ModelError(f"there is no directory {path!r}, and the hub does not give a model of that name: "
                          f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from None
@@ -184,53 +223,43 @@ def _short(value: Any) -> str:
     return f"{value[:16]}..." if isinstance(value, str) and len(value) > 32 else repr(value)
 
 
-def _adapter_digest(directory: Path) -> str:
-    weights = directory / "adapter_model.safetensors"
-    if not weights.is_file():
-        raise ModelError(f"{directory} has no adapter_model.safetensors; raydpo reads PEFT adapters saved as safetensors")
-    settings = _settings_digest(directory / "adapter_config.json", _NOT_ADAPTER)
-    return hashlib.sha256(f"{_tensors_digest([weights])}{settings}".encode()).hexdigest()
+def _weights_digest(model: ModelFiles) -> str:
+    digest = _tensors_digest(model.weights)
+    if model.passed_over and _tensors_digest(model.passed_over) != digest:
+        raise ModelError(f"{model.directory} has {model.weights[0].name} and an index whose files hold other weights, so "
+                         "which of the two is meant cannot be known; delete the one that is not")
+    return digest
 
 
-def _weight_files(directory: Path) -> list[Path]:
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        files = [directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    else:
-        files = [directory / "model.safetensors"]
-    for file in files:
-        if not file.is_file():
-            pickled = sorted(directory.glob("pytorch_model*.bin"))
-            raise ModelError(f"{directory} has no {file.name}" + (
-                "; its weights are pickled (pytorch_model.bin), which can run code when loaded: convert them with "
-                "save_pretrained of a recent transformers" if pickled else "; a Hugging Face model directory is wanted"))
-    return files
-
-
-def _settings_digest(file: Path, ignored: frozenset[str], code: Path | None = None) -> str:
-    digest = hashlib.sha256(json.dumps(_without(_read_settings(file), ignored), sort_keys=True).encode())
-    for source in sorted(code.glob("*.py")) if code is not None else ():
-        digest.update(source.name.encode() + b"\0" + source.read_bytes())
+def _architecture_digest(model: ModelFiles) -> str:
+    digest = hashlib.sha256(json.dumps(_without(model.config, _NOT_ARCHITECTURE), sort_keys=True).encode())
+    for source in model.code:
+        digest.update(source.relative_to(model.directory).as_posix().encode() + b"\0" + source.read_bytes())
+    if model.runs_code:
+        digest.update(b"\0runs")
     return digest.hexdigest()
 
 
-def _read_settings(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ModelError(f"cannot read {file}: {error}") from None
+def _adapter_digest(adapter: AdapterFiles) -> str:
+    settings = {key: list(value.items()) if key in _FIRST_MATCH and value and list(value) != sorted(value) else value
+                for key, value in adapter.config.items()}
+    digest = hashlib.sha256(json.dumps(_without(settings, _NOT_ADAPTER, sets=True), sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(f"{_tensors_digest([adapter.weights])}{digest}".encode()).hexdigest()
 
 
-def _without(settings: Any, ignored: frozenset[str]) -> Any:
+def _without(settings: Any, ignored: frozenset[str], sets: bool = False) -> Any:
+    """Args:
+        sets: lists of names come from sets, which PEFT saves in arbitrary order. In config.json order has a meaning: of
+            layers, for one.
+    """
     if isinstance(settings, dict):
-        return {key: _without(value, ignored) for key, value in settings.items() if key not in ignored}
-    if isinstance(settings, list):
-        # PEFT saves sets of module names in arbitrary order.
-        return sorted(settings) if all(isinstance(entry, str) for entry in settings) else settings
+        return {key: _without(value, ignored, sets) for key, value in settings.items() if key not in ignored}
+    if sets and isinstance(settings, list) and all(isinstance(entry, str) for entry in settings):
+        return sorted(settings)
     return settings
 
 
-def _tensors_digest(files: list[Path]) -> str:
+def _tensors_digest(files: Sequence[Path]) -> str:
     """Over (name, dtype, shape, bytes) of every tensor in order of name, so that sharding does not matter."""
     tensors: dict[str, str] = {}
     for file in files:
@@ -242,7 +271,7 @@ def _file_tensors(file: Path) -> dict[str, str]:
     stat = file.stat()
     # The change time cannot be set by a copy that preserves times, so overwritten weights are never mistaken.
     stamp = [str(file.resolve()), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
-    memo = _memo_directory() / f"{hashlib.sha256(json.dumps(stamp).encode()).hexdigest()}.json"
+    memo = local_home() / "digests" / f"{hashlib.sha256(json.dumps(stamp).encode()).hexdigest()}.json"
     try:
         return json.loads(memo.read_text())
     except (OSError, json.JSONDecodeError):
@@ -259,20 +288,14 @@ def _file_tensors(file: Path) -> dict[str, str]:
 
 
 def _hash_tensors(file: Path) -> dict[str, str]:
-    try:
-        with open(file, "rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length))
-    except (struct.error, json.JSONDecodeError, UnicodeDecodeError, MemoryError, OverflowError) as error:
-        raise ModelError(f"{file} is not a safetensors file: {error}") from None
-    header.pop("__metadata__", None)
+    data, header = read_header(file)
 
     def one(entry: tuple[str, dict[str, Any]]) -> tuple[str, str]:
         name, tensor = entry
         start, end = tensor["data_offsets"]
         digest = hashlib.sha256(f"{tensor['dtype']}{tensor['shape']}".encode())
         with open(file, "rb") as stream:
-            stream.seek(8 + length + start)
+            stream.seek(data + start)
             left = end - start
             while left:
                 block = stream.read(min(left, 1 << 24))
@@ -284,7 +307,3 @@ def _hash_tensors(file: Path) -> dict[str, str]:
 
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         return dict(pool.map(one, header.items()))
-
-
-def _memo_directory() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raydpo" / "digests"

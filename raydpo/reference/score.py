@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +14,6 @@ import transformers
 import raydpo
 from raydpo.data.plan import fill_batches
 from raydpo.data.shapes import Shapes
-from raydpo.errors import ModelError
 from raydpo.model.budget import MOST_SCORED, find_budget, is_out_of_memory, probe_group
 from raydpo.model.layout import Layout, PromptGroup, shapes_of
 from raydpo.model.load import load_causal_lm
@@ -23,7 +21,7 @@ from raydpo.model.logps import LogpModel
 from raydpo.model.selfcheck import Wish, choose_layout, share_positions
 from raydpo.model.ulysses import SequenceGroup
 from raydpo.prefetch import prefetch
-from raydpo.reference.identity import ReferenceIdentity, identify
+from raydpo.reference.identity import ReferenceIdentity, proved_here
 
 __all__ = ["ReferenceSpec", "Scorer"]
 
@@ -64,17 +62,10 @@ class Scorer:
                  memory_share: float = 1.0, check_rows: Sequence[PromptGroup] = (),
                  group: SequenceGroup | None = None) -> None:
         self.device = torch.device(device)
-        # Hashing reads the same pages as loading does and needs other resources: the two overlap.
-        with ThreadPoolExecutor(max_workers=1) as pool:
-            hashing = pool.submit(identify, spec.path, spec.identity.dtype, spec.adapter, spec.quantization,
-                                  max_length=spec.identity.rope_length)
+        with proved_here(spec):
             self.model = LogpModel(load_causal_lm(spec.path, spec.identity.dtype, adapter=spec.adapter, device=self.device,
                                                   quantization=spec.quantization, rope_length=spec.identity.rope_length,
                                                   trust_remote_code=spec.trust_remote_code))
-            here = hashing.result()
-        if here != spec.identity:
-            raise ModelError(f"{spec.path} on {platform.node()} is another model than where the run was started: "
-                             f"{'; '.join(here.differences(spec.identity))}")
         self.model.eval().requires_grad_(False)
         self.notes = [choose_layout(self.model, self.device, spec.layout, check_rows).line]
         if group is not None:

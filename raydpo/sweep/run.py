@@ -20,7 +20,16 @@ from raydpo.console import Console
 from raydpo.errors import ConfigError, RaydpoError
 from raydpo.evaluation.run import evaluate
 from raydpo.interrupt import interruptible
-from raydpo.pipeline import Prepared, Shared, join_sets, needs_reference, report_on, score_prepared, train_prepared
+from raydpo.pipeline import (
+    Prepared,
+    Shared,
+    check_models,
+    join_sets,
+    needs_reference,
+    report_on,
+    score_prepared,
+    train_prepared,
+)
 from raydpo.preflight import check_cluster
 from raydpo.ray_runtime import session
 from raydpo.reference.shards import Wanted
@@ -64,6 +73,7 @@ def sweep(config: Config, console: Console | None = None, *, fresh: bool = False
         set_aside(storage, console, FILE)
     if storage.exists("run.json"):
         raise ConfigError(f"{storage} is the directory of a single run; give the sweep another name (name=...)")
+    check_models([trial.config for trial in trials], console)
     largest = max((trial.config for trial in trials), key=lambda one: one.train.most_workers)
     with session(largest):
         check_cluster(config, ["score", "train"], console)

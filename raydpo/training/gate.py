@@ -97,6 +97,14 @@ def judge(comparison: Comparison, pairs: TrainingPairs, objective: Objective, be
             f"(tolerance {mean_tolerance:g} and {token_tolerance:g} in {dtype}); {report.pairs} pairs were compared, the "
             f"first loss would be {report.first_loss:.6f} instead of "
             f"{expected_first_loss(objective, pairs, comparison.rows, beta):.6f}. Policy identity {policy}, cache identity "
-            f"{reference}. The cache was made by other weights or altered: delete the directory "
-            f"{reference} of the cache and run 'raydpo score' again")
+            f"{reference}. " + _advice(policy, reference))
     return report
+
+
+def _advice(policy: str, reference: str) -> str:
+    again = f"delete the directory {reference} of the cache and run 'raydpo score' again"
+    if policy != reference:
+        return f"The cache was made by other weights or altered: {again}"
+    return (f"The two are the same model, so the cache was altered: {again}. If that ends here once more, the model's "
+            "log-probs are not decided by its files, as with code of its own that draws random numbers, and it cannot be "
+            "trained against stored ones")

@@ -1,12 +1,19 @@
 """Answers: greedy ones are the most likely tokens, samples come from the whole distribution, neither knows its batch."""
 
+import shutil
+import sys
+import types
+
 import numpy as np
 import pytest
 import torch
+from tiny import make_model
 from tiny_world import LONGEST, STOP, exact_log_probs, make_world, sequences
 
-from raydpo.errors import ConfigError
-from raydpo.evaluation.answers import Draw, answer_all, uniforms
+from raydpo.errors import ConfigError, ModelError
+from raydpo.evaluation.answers import Answering, Draw, answer_all, uniforms
+from raydpo.reference.identity import identify
+from raydpo.reference.score import ReferenceSpec
 
 PINNED = [0.9375994637456082, 0.5930678381474375, 0.7977723292791971, 0.7364599058631581]
 PROMPTS = [np.array(ids, np.int32) for ids in ([3], [1, 2, 3], [4, 4], [2, 1, 4, 3, 1], [1])]
@@ -87,3 +94,18 @@ def test_an_answer_beyond_the_positions_is_refused(world):
     with pytest.raises(ConfigError, match=r"evaluate\.max_tokens 64 after a prompt of 5 tokens"):
         answer(world, PROMPTS, [None] * len(PROMPTS), max_tokens=64)
 
+
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+def test_answers_are_never_stored_under_the_name_of_another_model(engine, tiny_llama, tmp_path, monkeypatch):
+    """Files exchanged since the driver hashed them, as by a run that is trained anew while it is evaluated."""
+    package, lora = types.ModuleType("vllm"), types.ModuleType("vllm.lora.request")  # not installed where tests run
+    package.LLM, package.SamplingParams, lora.LoRARequest = (lambda *args, **settings: None,) * 3
+    for name, module in (("vllm", package), ("vllm.lora", types.ModuleType("vllm.lora")), ("vllm.lora.request", lora)):
+        monkeypatch.setitem(sys.modules, name, module)
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
+    work = Answering(spec=ReferenceSpec(path=str(model), adapter=None, identity=identify(model, "float32")), max_tokens=2,
+                     stop=(0,), batch=2, engine=engine)
+    work.open("cpu")
+    shutil.copy(make_model(tmp_path / "other", seed=1) / "model.safetensors", model / "model.safetensors")
+    with pytest.raises(ModelError, match=r"is another model than where the run was started: weights"):
+        work.open("cpu")

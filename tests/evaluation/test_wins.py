@@ -1,11 +1,13 @@
 """Wins by scores: a user's function, and a reward model."""
 
 import json
+import shutil
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import make_tokenizer
 
 from raydpo.errors import ConfigError, ModelError, RaydpoError
@@ -100,9 +102,30 @@ def test_what_is_no_reward_model_is_refused(tiny_llama, tmp_path):
         RewardModel.at(str(two), "float32", False)
 
 
-def test_the_tokenizer_belongs_to_the_identity(classifier, tmp_path):
-    import shutil
+@pytest.mark.parametrize(("file", "told"), [("model.safetensors", "is another model than where the run was started"),
+                                            ("chat_template.jinja", "has another tokenizer on")])
+def test_rewards_are_never_stored_under_the_name_of_another_model(file, told, classifier, tmp_path):
+    ours = shutil.copytree(classifier, tmp_path / "ours")
+    work = RewardModel.at(str(ours), "float32", False)
+    work.open("cpu")
+    if file == "model.safetensors":
+        save_file({name: value + 1 for name, value in load_file(ours / file).items()}, ours / file, {"format": "pt"})
+    else:
+        (ours / file).write_text("another")
+    with pytest.raises(ModelError, match=told):
+        work.open("cpu")
 
+
+def test_code_of_a_reward_model_belongs_to_the_identity(classifier, tmp_path):
+    ours = shutil.copytree(classifier, tmp_path / "ours")
+    assert RewardModel.at(str(ours), "float32", True).identity == RewardModel.at(str(ours), "float32", False).identity
+    config = json.loads((ours / "config.json").read_text())
+    (ours / "config.json").write_text(json.dumps(config | {
+        "auto_map": {"AutoModelForSequenceClassification": "modeling_x.X"}}))
+    assert RewardModel.at(str(ours), "float32", True).identity != RewardModel.at(str(ours), "float32", False).identity
+
+
+def test_the_tokenizer_belongs_to_the_identity(classifier, tmp_path):
     def identity(path):
         return RewardModel.at(str(path), "float32", False).identity
 

@@ -1,14 +1,18 @@
 """Each changed input changes the identity; what does not matter does not."""
 
+import fnmatch
 import json
+import os
 import shutil
 
 import pytest
 import torch
+from plain_model import write_plain_adapter, write_plain_model
 from safetensors.torch import load_file, save_file
 
 from raydpo.errors import ModelError
-from raydpo.reference.identity import ReferenceIdentity, earlier_identity, identify, on_this_machine
+from raydpo.model.load import load_causal_lm
+from raydpo.reference.identity import ReferenceIdentity, earlier_identity, identify, on_this_machine, resolve_model
 from raydpo.reference.score import ReferenceSpec
 
 
@@ -27,6 +31,27 @@ def edit_weights(directory, change):
 def edit_config(directory, **changes):
     file = directory / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(torch.arange(3, 40)[None]).logits[0]
+
+
+PINNED = {"float32": ("float32", None, None, "4afbb8ad53535d6e659b1e9ba82b639f"),
+          "bfloat16": ("bfloat16", None, None, "230edf906a25e7db648fd3de28a47f7a"),
+          "4bit": ("bfloat16", None, "4bit", "f5d986512f0d8472bc0cf05c97cd71e9"),
+          "adapter": ("float32", "adapter", None, "e0dd30830e51a4ffce09accc1c42d69a")}
+
+
+@pytest.mark.parametrize("kind", PINNED)
+def test_caches_that_exist_are_found(kind, tmp_path):
+    """The identity names a directory of a cache: another digest for the same model means that all is scored again."""
+    dtype, adapter, quantization, digest = PINNED[kind]
+    plain = write_plain_model(tmp_path / "model")
+    adapter = adapter and write_plain_adapter(tmp_path / adapter)
+    assert identify(plain, dtype, adapter, quantization).digest == digest
+    assert identify(plain, dtype, adapter, quantization, trust_remote_code=True).digest == digest
 
 
 def test_one_changed_value_of_one_weight(model):
@@ -75,6 +100,85 @@ def test_shards_do_not_matter(model):
     assert identify(model, "float32") == before
 
 
+def test_what_is_hashed_is_what_is_loaded(model, tmp_path):
+    """A model saved in shards over another that was saved as one file: transformers leaves that file, and loads it."""
+    from transformers import AutoModelForCausalLM
+
+    before, first = identify(model, "float32"), AutoModelForCausalLM.from_pretrained(model)
+    for parameter in first.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    first.save_pretrained(tmp_path / "other")
+    other = identify(tmp_path / "other", "float32")
+    first.save_pretrained(model, max_shard_size="100KB")
+    assert (model / "model.safetensors").is_file() and (model / "model.safetensors.index.json").is_file()
+    with pytest.raises(ModelError, match="which of the two is meant cannot be known"):
+        identify(model, "float32")
+    (model / "model.safetensors").unlink()
+    assert identify(model, "float32") == other != before
+    first.save_pretrained(model)  # as one file over shards, which transformers deletes; the index stays
+    assert identify(model, "float32") == other
+    shutil.copy(tmp_path / "other" / "model.safetensors", model / "named.safetensors")
+    shutil.copy(tmp_path / "other" / "config.json", model / "config.json")
+    edit_config(model, transformers_weights="named.safetensors")
+
+    def change(tensors):
+        tensors["model.norm.weight"] += 1
+
+    edit_weights(model, change)  # of a file that is not read
+    assert torch.equal(logits(load_causal_lm(model, "float32")), logits(first.eval()))
+    assert identify(model, "float32") == other
+
+
+def test_an_adapter_in_the_models_directory_is_refused(model, tmp_path):
+    """transformers would load it on top of the model, under the identity of the model alone."""
+    shutil.copytree(write_plain_adapter(tmp_path / "adapter"), model, dirs_exist_ok=True)
+    for read in (lambda: identify(model, "float32"), lambda: load_causal_lm(model, "float32")):
+        with pytest.raises(ModelError, match=r"name the adapter in model\.adapter"):
+            read()
+
+
+def test_the_order_of_layers_matters(tmp_path):
+    from tiny import make_model
+
+    kinds = ["sliding_attention", "full_attention"] * 2
+    mixed = make_model(tmp_path / "mixed", "qwen3", layers=4, sliding_window=4, use_sliding_window=True, layer_types=kinds)
+    before, alternating = identify(mixed, "float32"), logits(load_causal_lm(mixed, "float32"))
+    edit_config(mixed, layer_types=sorted(kinds))
+    assert not torch.allclose(alternating, logits(load_causal_lm(mixed, "float32")), atol=1e-3)
+    assert [line.split(":")[0] for line in before.differences(identify(mixed, "float32"))] == ["architecture"]
+
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+class Ours(LlamaForCausalLM):
+    def forward(self, *args, **kwargs):
+        found = super().forward(*args, **kwargs)
+        found.logits = found.logits * {factor}
+        return found
+"""
+
+
+def test_whether_code_runs_matters(model):
+    plain = identify(model, "float32")
+    assert identify(model, "float32", trust_remote_code=True) == plain
+    edit_config(model, auto_map={"AutoModelForCausalLM": "modeling_ours.Ours"})
+    (model / "modeling_ours.py").write_text(CODE.format(factor=2))
+    ours, theirs = (logits(load_causal_lm(model, "float32", trust_remote_code=trust)) for trust in (True, False))
+    torch.testing.assert_close(ours, 2 * theirs)
+    assert identify(model, "float32", trust_remote_code=True) != identify(model, "float32")
+
+
+def test_code_that_lies_deeper_matters_where_it_runs(model):
+    edit_config(model, auto_map={"AutoModelForCausalLM": "modeling_ours.Ours"})
+    (model / "modeling_ours.py").write_text("from .parts.scale import FACTOR\n" + CODE.format(factor="FACTOR"))
+    (model / "parts").mkdir()
+    (model / "parts" / "scale.py").write_text("FACTOR = 2\n")
+    before, not_run = identify(model, "float32", trust_remote_code=True), identify(model, "float32")
+    (model / "parts" / "scale.py").write_text("FACTOR = 3\n")
+    assert identify(model, "float32", trust_remote_code=True) != before
+    assert identify(model, "float32") == not_run
+
+
 def test_place_and_names_do_not_matter(model, tmp_path):
     before = identify(model, "float32")
     edit_config(model, _name_or_path="elsewhere", transformers_version="9", use_cache=False, dtype="bfloat16")
@@ -119,15 +223,38 @@ def test_identities_whose_numbers_have_not_changed_stay_what_they_were(model):
 
 
 def test_an_adapter_in_bfloat16_is_scored_again(model, tmp_path):
-    shutil.copy(model / "model.safetensors", tmp_path / "adapter_model.safetensors")
-    (tmp_path / "adapter_config.json").write_text("{}")
-    versions = {(dtype, quantization): identify(model, dtype, tmp_path, quantization).scoring_version
+    adapter = write_plain_adapter(tmp_path / "adapter")
+    versions = {(dtype, quantization): identify(model, dtype, adapter, quantization).scoring_version
                 for dtype in ("float32", "bfloat16") for quantization in (None, "4bit")}
     assert versions == {("float32", None): 2, ("float32", "4bit"): 2, ("bfloat16", None): 3, ("bfloat16", "4bit"): 2}
-    now, exact = identify(model, "bfloat16", tmp_path), identify(model, "float32", tmp_path)
+    now, exact = (identify(model, dtype, adapter) for dtype in ("bfloat16", "float32"))
     earlier, change = earlier_identity(now)
     assert earlier.scoring_version == 2 and "rounded to bfloat16" in change
     assert now.same_model(exact) and exact.same_model(now) and not now.same_model(identify(model, "bfloat16"))
+
+
+def test_the_order_of_an_adapters_sets_does_not_matter_and_of_its_patterns_does(tmp_path):
+    model, adapter = write_plain_model(tmp_path / "model"), write_plain_adapter(tmp_path / "adapter")
+    file = adapter / "adapter_config.json"
+    settings = json.loads(file.read_text())
+    before = identify(model, "float32", adapter)
+    file.write_text(json.dumps(settings | {"target_modules": settings["target_modules"][::-1]}))
+    assert identify(model, "float32", adapter) == before
+    digests = []
+    for pattern in ({".*proj": 1, "q_.*": 2}, {"q_.*": 2, ".*proj": 1}):  # PEFT takes the first that fits
+        file.write_text(json.dumps(settings | {"alpha_pattern": pattern}))
+        digests.append(identify(model, "float32", adapter).digest)
+    assert len({before.digest, *digests}) == 3
+
+
+def test_a_user_without_a_home(model, monkeypatch, tmp_path):
+    """Digests are remembered where everything else of this node is."""
+    before = identify(model, "float32")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr("pathlib.Path.home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert identify(model, "float32") == before
+    assert list((tmp_path / f"raydpo-{os.getuid()}" / "raydpo" / "digests").iterdir())
 
 
 def test_pickled_weights_are_refused(model):
@@ -156,6 +283,27 @@ def hub(monkeypatch, tmp_path):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     return asked
+
+
+def test_of_a_repository_only_the_weights_that_are_read_are_fetched(monkeypatch, tmp_path):
+    """Some hold them a second time, in a form of their own: twice the download, and twice the parameters."""
+    repository = write_plain_model(tmp_path / "repository")
+    shutil.copy(repository / "model.safetensors", repository / "consolidated.safetensors")
+    snapshot, revisions = tmp_path / "snapshots" / ("0" * 40), []
+
+    def snapshot_download(name, *, revision, allow_patterns):
+        snapshot.mkdir(parents=True, exist_ok=True)
+        for file in repository.iterdir():
+            if any(fnmatch.fnmatch(file.name, pattern) for pattern in allow_patterns):
+                shutil.copy(file, snapshot / file.name)
+        revisions.append(revision)
+        return str(snapshot)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    for _ in range(2):
+        assert identify(resolve_model("org/repository"), "float32") == identify(repository, "float32")
+    assert {file.name for file in snapshot.iterdir()} == {"config.json", "model.safetensors"}
+    assert revisions == [None, "0" * 40, None]  # what is here already costs one question
 
 
 def spec_at(path, adapter=None):

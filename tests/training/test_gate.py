@@ -12,7 +12,8 @@ from tiny import make_model
 from raydpo.config import LOSSES, ObjectiveConfig
 from raydpo.errors import GateError
 from raydpo.losses import Objective
-from raydpo.training.gate import expected_first_loss, gate_rows
+from raydpo.training.evaluate import Comparison
+from raydpo.training.gate import expected_first_loss, gate_rows, judge
 from raydpo.training.pairs import TrainingPairs
 
 
@@ -65,6 +66,16 @@ def test_rows_hold_first_step_extremes_and_others(tiny_llama):
     assert len(rows) == len(set(rows)) == 12
     assert set(rows) >= {7, 8, 9, 10, 50}
     assert gate_rows(pairs, np.array([7]), count=100, seed=0) == list(range(60))
+
+
+@pytest.mark.parametrize(("reference", "told"), [("another", "made by other weights or altered"),
+                                                 ("same", "not decided by its files")])
+def test_what_helps_depends_on_whether_the_models_are_one(reference, told, tiny_llama):
+    """Scoring again cannot help a model that gives other numbers each time it is loaded."""
+    pairs, gaps = TrainingPairs(with_reference(tiny_pairs(4), tiny_llama)), np.full(4, 0.5)
+    comparison = Comparison(rows=np.arange(4), token_gap=gaps, mean_gap=gaps, chosen_gap=gaps, rejected_gap=-gaps)
+    with pytest.raises(GateError, match=told):
+        judge(comparison, pairs, Objective(ObjectiveConfig()), 0.1, dtype="float32", policy="same", reference=reference)
 
 
 LN2 = math.log(2)

@@ -1,0 +1,138 @@
+"""What a directory is refused for, before anybody hashes or loads it; and what is read of one that is in order."""
+
+import json
+import shutil
+
+import pytest
+from plain_model import CONFIG, plain_weights, write_plain_adapter, write_plain_model
+from safetensors.numpy import save_file
+
+from raydpo.errors import ModelError
+from raydpo.model.files import adapter_files, model_files, weights_lacking
+
+
+@pytest.fixture
+def model(tmp_path):
+    return write_plain_model(tmp_path / "model")
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    return write_plain_adapter(tmp_path / "adapter")
+
+
+def in_shards(directory, tensors=None):
+    """Write the tensors as two shards and an index, as ``save_pretrained`` does, which leaves a single file alone."""
+    tensors = tensors or plain_weights()
+    names, weight_map = sorted(tensors), {}
+    for number, part in enumerate((names[::2], names[1::2]), start=1):
+        file = f"model-{number:05d}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, directory / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def configured(directory, **entries):
+    (directory / "config.json").write_text(json.dumps(CONFIG | entries))
+    return directory
+
+
+def names(files):
+    return [file.name for file in files]
+
+
+def test_transformers_order(model):
+    """The file that config.json names before the single one, and that before an index."""
+    assert names(model_files(model).weights) == ["model.safetensors"]
+    in_shards(model)
+    files = model_files(model)
+    assert names(files.weights) == ["model.safetensors"]
+    assert names(files.passed_over) == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    for shard in files.passed_over:
+        shard.unlink()
+    assert model_files(model).passed_over == ()  # an index that was left behind
+    save_file(plain_weights(), model / "other.safetensors")
+    assert names(model_files(configured(model, transformers_weights="other.safetensors")).weights) == ["other.safetensors"]
+    configured(model)
+    (model / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"has no model-00001-of-00002\.safetensors"):
+        model_files(model)
+    in_shards(model)
+    assert names(model_files(model).weights) == names(files.passed_over)
+
+
+def test_a_file_and_an_index_of_different_tensors(model):
+    tensors = plain_weights()
+    in_shards(model, {f"model.{name}": value for name, value in tensors.items()})
+    with pytest.raises(ModelError, match=r"model\.safetensors and model\.safetensors\.index\.json, which name different"):
+        model_files(model)
+
+
+@pytest.mark.parametrize(("entries", "told"), [
+    ({"transformers_weights": "../adapter/adapter_model.safetensors"}, "in that directory is wanted"),
+    ({"transformers_weights": "pytorch_model.bin"}, "in that directory is wanted"),
+    ({"transformers_weights": "other.safetensors"}, r"has no other\.safetensors"),
+    ({"text_config": {"transformers_weights": "other.safetensors"}}, "which file is loaded cannot be told"),
+    ({"configuration_files": ["config.4.0.0.json"]}, "keep one"),
+])
+def test_settings_that_lead_elsewhere(model, adapter, entries, told):
+    with pytest.raises(ModelError, match=told):
+        model_files(configured(model, **entries))
+
+
+def test_a_distributed_checkpoint_beside_the_weights(model):
+    shutil.copy(model / "model.safetensors", model / "shard-00001-model-00001-of-00002.safetensors")
+    with pytest.raises(ModelError, match="distributed checkpoint"):
+        model_files(model)
+
+
+def test_a_model_and_an_adapter_are_told_apart(model, adapter):
+    with pytest.raises(ModelError, match=r"holds an adapter, and a model is wanted.*model\.adapter"):
+        model_files(adapter)
+    with pytest.raises(ModelError, match=r"holds a model, and an adapter is wanted.*model\.path"):
+        adapter_files(model)
+    shutil.copytree(adapter, model, dirs_exist_ok=True)
+    with pytest.raises(ModelError, match=r"holds a model and an adapter.*name the adapter in model\.adapter"):
+        model_files(model)
+    assert adapter_files(model).weights.name == "adapter_model.safetensors"  # some trainers leave config.json beside it
+    (model / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="holds an adapter, and a model is wanted"):
+        model_files(model)
+
+
+@pytest.mark.parametrize("settings", [{"peft_type": "PREFIX_TUNING"}, {"peft_type": "P_TUNING"}, {"peft_type": "XLORA"},
+                                      {"peft_type": "OF_TOMORROW"}, {"alora_invocation_tokens": [5, 6]}])
+def test_adapters_that_are_no_layers(adapter, settings):
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    with pytest.raises(ModelError, match="would be left out of the log-probs"):
+        adapter_files(adapter)
+
+
+def test_code_of_another_repository_runs_only_from_a_copy(model):
+    configured(model, auto_map={"AutoConfig": "configuration_x.X", "AutoModelForCausalLM": "org/repo--modeling_x.X"})
+    with pytest.raises(ModelError, match=r"another repository.*org/repo.*trust_remote_code=false"):
+        model_files(model, trust_remote_code=True)
+    assert not model_files(model).runs_code
+
+
+def test_a_pointer_in_the_place_of_weights(model):
+    (model / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    in_shards(model)
+    with pytest.raises(ModelError, match="Git LFS pointer"):
+        model_files(model)
+
+
+def test_what_is_still_to_be_fetched_of_the_hub(model, adapter, tmp_path):
+    """The weights that are read, and no other form of them."""
+    assert weights_lacking(model) == weights_lacking(adapter) == weights_lacking(tmp_path) == []
+    (model / "model.safetensors").unlink()
+    assert set(weights_lacking(model)) == {"model.safetensors"}
+    in_shards(model)
+    assert weights_lacking(model) == []
+    (model / "model-00001-of-00002.safetensors").unlink()
+    assert set(weights_lacking(model)) == {"model.safetensors", "model-00001-of-00002.safetensors",
+                                           "model-00002-of-00002.safetensors"}
+    assert "other.safetensors" in weights_lacking(configured(model, transformers_weights="other.safetensors"))
+    (adapter / "adapter_model.safetensors").unlink()
+    assert set(weights_lacking(adapter)) == {"adapter_model.safetensors"}

@@ -1,0 +1,215 @@
+"""Weights that the architecture has and the files lack are refused by name, before and while they are loaded."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, make_random
+from distributed import run_distributed
+from safetensors.torch import load_file, save_file
+
+from raydpo.errors import ModelError
+from raydpo.model.load import load_causal_lm
+from raydpo.model.weights import check_weights
+
+VOCABULARY = 96
+
+
+def save(model, directory):
+    model.save_pretrained(directory)
+    return directory
+
+
+def with_tensors(directory, change, file="model.safetensors"):
+    """The directory, its tensors replaced by ``change`` of them."""
+    save_file(change(load_file(directory / file)), directory / file, metadata={"format": "pt"})
+    return directory
+
+
+def without(part):
+    return lambda tensors: {name: value for name, value in tensors.items() if part not in name}
+
+
+def renamed(old, new):
+    return lambda tensors: {name.replace(old, new): value.clone() for name, value in tensors.items()}
+
+
+def refused_by_both(told, directory, **settings):
+    """From the headers alone, and while loading."""
+    with pytest.raises(ModelError, match=told):
+        check_weights(directory, **settings)
+    with pytest.raises(ModelError, match=told):
+        load_causal_lm(directory, "float32", **settings)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_is_whole_as_it_is_saved(name, tmp_path):
+    """Ties, expert matrices that are stored one by one, names that have changed: nothing lacks until something does."""
+    directory = save(make_random(name, VOCABULARY), tmp_path / "model")
+    assert check_weights(directory) == []
+    load_causal_lm(directory, "float32")
+    with_tensors(directory, lambda tensors: without("ln_f")(without("norm")(tensors)))
+    refused_by_both(r"lack .*, which would be random numbers", directory)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return save(make_random("llama", VOCABULARY), tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture
+def model(llama, tmp_path):
+    return shutil.copytree(llama, tmp_path / "model")
+
+
+def test_a_layer_that_is_missing(model):
+    with_tensors(model, without(".layers.1."))
+    refused_by_both(r"lack model\.layers\.1\.input_layernorm\.weight, .* and 6 more, .*fetch or save", model)
+
+
+def test_names_that_another_tool_prefixed(model):
+    """Whose output is that of a random model, whatever the weights."""
+    with_tensors(model, lambda tensors: {f"module.{name}": value for name, value in tensors.items()})
+    refused_by_both(r"lack lm_head\.weight.*they hold module\.lm_head\.weight.*under other names", model)
+
+
+def test_weights_of_another_shape(model):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"intermediate_size": 48}))
+    refused_by_both(r"another shape .*down_proj\.weight is \[32, 64\] in its files and \[32, 48\] in the model and 5 more",
+                    model)
+
+
+def test_an_expert_that_is_missing(tmp_path):
+    """Of experts that are stored one by one and computed as one tensor."""
+    directory = save(make_random("mixtral", VOCABULARY), tmp_path / "model")
+    assert any(".experts.3." in name for name in load_file(directory / "model.safetensors"))
+    with_tensors(directory, without(".layers.1.block_sparse_moe.experts.3."))
+    refused_by_both(r"mlp\.experts\.\w+ is \[3, .*\] in its files and \[4, ", directory)
+
+
+def test_a_head_of_another_task(model, tmp_path):
+    """A classifier has no head of words, and a language model none of scores."""
+    from transformers import AutoModelForSequenceClassification
+
+    classifier = save(AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, pad_token_id=0),
+                      tmp_path / "classifier")
+    assert check_weights(classifier, classifier=True) == []
+    with pytest.raises(ModelError, match=r"lack score\.weight"):
+        check_weights(model, classifier=True)
+    refused_by_both(r"lack lm_head\.weight.*they hold score\.weight", classifier)
+
+
+def test_tensors_that_nothing_takes_are_told_and_not_refused(model):
+    with_tensors(model, lambda tensors: tensors | {"v_head.summary.weight": torch.ones(1, 32)})
+    (line,) = check_weights(model)
+    assert "v_head.summary.weight in its files belong to no part of the model" in line
+    load_causal_lm(model, "float32")
+
+
+def test_a_vision_language_model(tmp_path):
+    """Its weights are saved under other names than it has them, and its text alone is computed."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    text = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=2, head_dim=8, max_position_embeddings=128, pad_token_id=0, bos_token_id=1,
+                eos_token_id=2)
+    vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=28,
+                  patch_size=14)
+    directory = save(Gemma3ForConditionalGeneration(Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=80, boi_token_index=81,
+        eoi_token_index=82)), tmp_path / "model")
+    assert check_weights(directory) == []
+    load_causal_lm(directory, "float32")
+    with_tensors(directory, without("mlp.up_proj"))
+    refused_by_both(r"lack .*mlp\.up_proj\.weight", directory)
+
+
+def adapted(model, directory, settings=None):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    settings = settings or LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(model), settings).save_pretrained(directory)
+    return directory
+
+
+def adapter_settings():
+    from peft import LoHaConfig, LoraConfig, VBLoRAConfig
+
+    lora = dict(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    return {"lora": LoraConfig(**lora), "dora": LoraConfig(**lora, use_dora=True),
+            "head": LoraConfig(**lora, modules_to_save=["lm_head"]),
+            "tokens": LoraConfig(**lora, trainable_token_indices={"embed_tokens": [5, 6]}),
+            "embedding": LoraConfig(**lora | {"target_modules": ["embed_tokens", "lm_head"]}),
+            "loha": LoHaConfig(**lora), "bank": VBLoRAConfig(**lora | {"r": 2}, num_vectors=16, vector_length=8)}
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "head", "tokens", "embedding", "loha", "bank"])
+def test_adapters_are_whole_as_they_are_saved(kind, llama, tmp_path):
+    adapter = str(adapted(llama, tmp_path / "adapter", adapter_settings()[kind]))
+    assert check_weights(llama, adapter=adapter) == []
+    load_causal_lm(llama, "float32", adapter=adapter)
+
+
+ADAPTER_FAULTS = {
+    "missing": (without("layers.1.self_attn.v_proj"), r"lack .*layers\.1\.self_attn\.v_proj.*random numbers"),
+    "of a larger model": (lambda tensors: tensors | renamed("layers.1.", "layers.7.")(tensors),
+                          r"hold .*layers\.7\..*which no part of the model takes"),
+    "renamed": (renamed("base_model.model.model.", "base_model.model.module.model."), "lack .* and they hold .*module"),
+    "another rank": (lambda tensors: {name: value[:2] if "lora_A" in name else value for name, value in tensors.items()},
+                     r"lora_A\.default\.weight is \[2, 32\] in its files and \[4, 32\] in the model"),
+}
+
+
+@pytest.mark.parametrize("fault", ADAPTER_FAULTS)
+def test_adapters_of_another_model(fault, llama, tmp_path):
+    change, told = ADAPTER_FAULTS[fault]
+    adapter = with_tensors(adapted(llama, tmp_path / "adapter"), change, "adapter_model.safetensors")
+    refused_by_both(told, llama, adapter=str(adapter))
+
+
+def test_a_prompt_that_is_learnt_is_no_layer(llama, tmp_path):
+    """PEFT puts it before the embeddings, which the log-probs would not see."""
+    from peft import PromptTuningConfig
+
+    adapter = adapted(llama, tmp_path / "adapter", PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"))
+    refused_by_both("kind PROMPT_TUNING.*would be left out of the log-probs", llama, adapter=str(adapter))
+
+
+@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
+def test_quantized_while_it_is_loaded(quantization, model):
+    load_causal_lm(model, "bfloat16", quantization=quantization)
+    with_tensors(model, without(".layers.1.mlp."))
+    with pytest.raises(ModelError, match=r"lack model\.layers\.1\.mlp\.down_proj\.weight"):
+        load_causal_lm(model, "bfloat16", quantization=quantization)
+
+
+def in_shares(directories):
+    """What loading each under ZeRO-3 ends with."""
+    from transformers.integrations import HfDeepSpeedConfig
+
+    from raydpo.training.engine import join_process_group
+
+    join_process_group(torch.device("cpu"))
+    partitioned = HfDeepSpeedConfig({"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3},
+                                     "bf16": {"enabled": True}})
+    said = []
+    for directory in directories:
+        try:
+            load_causal_lm(directory, "bfloat16")
+            said.append("whole")
+        except ModelError as error:
+            said.append(str(error))
+    del partitioned
+    return said
+
+
+def test_under_zero_3(tmp_path):
+    kinds = ("llama", "llama-tied", "mixtral")
+    whole = [save(make_random(name, VOCABULARY), tmp_path / name) for name in kinds]
+    lacking = with_tensors(shutil.copytree(whole[0], tmp_path / "lacking"), without(".layers.1.mlp."))
+    for said in run_distributed(in_shares, 2, tmp_path / "run", [*whole, lacking]):
+        assert said[:-1] == ["whole"] * len(kinds)
+        assert "lack model.layers.1.mlp.down_proj.weight" in said[-1]
