@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import raydpo
 from raydpo.cache_cli import add_cache_verbs
 from raydpo.config import Config, load_config
+from raydpo.config.uri import hidden
 from raydpo.console import Console
 from raydpo.errors import ConfigError, RaydpoError, TrainError, exit_status
 from raydpo.interrupt import sigterm_as_interrupt
@@ -103,7 +104,7 @@ def guarded(act: Callable[[Console], int | None]) -> int:
         with sigterm_as_interrupt():
             return act(console) or 0
     except RaydpoError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {hidden(str(error))}", file=sys.stderr)
         return exit_status(error)
     except ModuleNotFoundError as error:
         print(f"error: this needs the package {error.name!r}; run: pip install 'raydpo[run]'", file=sys.stderr)
@@ -115,8 +116,9 @@ def guarded(act: Callable[[Console], int | None]) -> int:
         with tempfile.NamedTemporaryFile("w", prefix="raydpo-", suffix=".log", delete=False) as log:
             import traceback
 
-            traceback.print_exc(file=log)
-        print(f"error: unexpected {type(error).__name__}: {str(error)[:500]} (traceback in {log.name})", file=sys.stderr)
+            log.write(hidden(traceback.format_exc()))
+        print(f"error: unexpected {type(error).__name__}: {hidden(str(error))[:500]} (traceback in {log.name})",
+              file=sys.stderr)
         return 1
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from raydpo.cli import guarded, main
 from raydpo.config import Config, load_config
 from raydpo.errors import ConfigError
 
@@ -129,6 +130,52 @@ def test_bad_input_names_key_value_and_fix(override, said, tree):
         load_config(tree, re.split(" (?=(?:train|data)[.])", override))
     for piece in said:
         assert piece in str(caught.value), str(caught.value)
+
+
+@pytest.mark.parametrize("overrides", [
+    ["cache=s3://AKIAEXAMPLE:SECRET@bucket/cache"],
+    ["data.eval.path=s3://AK:SECRET@b/x.jsonl", "data.eval.fraction=0.5"],
+    ["track.wandb.api_key=SECRET"], ["model.token=SECRET"], ["model.hf_token=SECRET"], ["secrets={wandb: SECRET}"],
+    ["name={password: SECRET}"], ["name=[{account_key: SECRET}]"], ["evaluate.judge.api_key=SECRET"],
+    ["evaluate.judge.key.file=SECRET", "evaluate.judge.key=SECRET", "evaluate.judge.key.file=other"],
+    ["track.wandb.token=SECRET", "track.wandb.token.of=me"], ["model.token=[SECRET"], ["wandb-api-key=SECRET"],
+    ["train.loss=s3://AK:SECRET@bucket/x"], ["train.zero=https://SECRET@host/x"], ["train.zero=https://host/x?SECRET"],
+    ["data.train.0.path=[https://host/x?sig=SECRET]"], ["model.adapter=hf_" + "SECRET" * 6],
+    ["model.path=hf_" + "SECRET" * 6], ["hf_" + "SECRET" * 6], ["train.loss=[{s3://AK:SECRET@b: 1}]"],
+], ids=lambda overrides: overrides[-1].partition("=")[0][:24])
+def test_a_mistake_beside_a_secret_does_not_tell_it(tree, overrides):
+    tree["data"]["train"] = [{"path": tree["data"]["train"]}]
+    with pytest.raises(ConfigError) as caught:
+        load_config(tree, overrides)
+    assert "SECRET" not in str(caught.value), str(caught.value)
+
+
+def test_a_file_that_is_no_yaml_is_told_without_its_text(tree, tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text("track:\n  wandb: {api_key: SECRET\nname: one\n")
+    assert main(["run", str(tmp_path / "c.yaml")]) == 2
+    said = capsys.readouterr().err
+    assert "in line 3, column 5" in said and "SECRET" not in said
+
+
+def test_what_is_no_secret_is_shown(tree):
+    with pytest.raises(ConfigError, match=r"'train.zero' is 's3://bucket/x\?region=eu', expected"):
+        load_config(tree, ["train.zero=s3://bucket/x?region=eu"])
+    with pytest.raises(ConfigError, match=r"'train.zero' is 'abfss://container@account/x', expected"):
+        load_config(tree, ["train.zero=abfss://container@account/x"])
+    with pytest.raises(ConfigError, match=r"unknown key 'train.tokenizers' \(value \['a', 'b'\]\)"):
+        load_config(tree, ["train.tokenizers=[a, b]"])
+
+
+def test_an_error_of_any_kind_is_told_without_the_secrets_in_it(capsys):
+    def fail(console):
+        raise RuntimeError("cannot open s3://AK:SECRET@bucket/x, nor https://SECRET@host")
+
+    assert guarded(fail) == 1
+    said = capsys.readouterr().err
+    log = Path(re.search(r"traceback in (\S+)\)", said)[1])
+    assert "cannot open s3://***@bucket/x, nor https://***@host" in log.read_text()
+    assert "SECRET" not in said + log.read_text()
+    log.unlink()
 
 
 def test_a_misspelt_file_is_pointed_out(tree, tmp_path):

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from raydpo.config.data import COMPRESSION_SUFFIXES, DATA_SUFFIXES
 from raydpo.config.run import Config
-from raydpo.config.uri import is_uri
+from raydpo.config.uri import hidden, is_uri, shown
 from raydpo.errors import ConfigError
 
 __all__ = ["is_hub_name", "load_config", "named_inputs", "with_setting"]
@@ -66,7 +66,7 @@ def _read_tree(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     if base is None:
         return tree
     if not isinstance(base, str):
-        raise ConfigError(f"'base' in {path} is {base!r}, expected the path of one YAML file, relative to this one")
+        raise ConfigError(f"'base' in {path} is {shown(base)}, expected the path of one YAML file, relative to this one")
     place, files = path.parent / base, (*above, path)
     if any(place.resolve() == file.resolve() for file in files):
         raise ConfigError(f"'base' goes in a circle: {' -> '.join(map(str, (*files, place)))}; drop one of them")
@@ -87,7 +87,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{path} is not valid YAML: {_yaml_problem(error)}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds {type(tree).__name__}, not a mapping of settings such as 'model: {{path: ...}}'")
     return tree
@@ -95,13 +95,24 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _override(tree: dict[str, Any], override: str) -> dict[str, Any]:
     key, sign, text = override.partition("=")
+    # Without the value, which may be a secret.
+    what = f"override {hidden(key + '=...' * bool(sign))!r}"
     if not sign or not re.fullmatch(r"\w+(\.\w+)*", key):
-        raise ConfigError(f"override {override!r} does not have the form key.sub=value, for example train.beta=0.05")
+        raise ConfigError(f"{what} does not have the form key.sub=value, for example train.beta=0.05")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"the value of override {override!r} is not valid YAML: {' '.join(str(error).split())}") from None
-    return with_setting(tree, key, value, f"override {override!r}")
+        raise ConfigError(f"the value of {what} is not valid YAML: {_yaml_problem(error)}") from None
+    return with_setting(tree, key, value, what)
+
+
+def _yaml_problem(error: yaml.YAMLError | UnicodeDecodeError) -> str:
+    """What is wrong and where, without the text that is there: it may be a secret."""
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return " ".join(str(error).split())
+    mark = error.problem_mark or error.context_mark
+    place = f" in line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
+    return f"{', '.join(part for part in (error.context, error.problem) if part)}{place}"
 
 
 def with_setting(tree: dict[str, Any], key: str, value: Any, what: str) -> dict[str, Any]:
@@ -123,7 +134,7 @@ def with_setting(tree: dict[str, Any], key: str, value: Any, what: str) -> dict[
         elif child is None or isinstance(child, dict):
             child = dict(child or {})
         else:
-            raise ConfigError(f"{what} sets a key below {step!r}, whose value is {child!r}, not a section")
+            raise ConfigError(f"{what} sets a key below {step!r}, whose value is {shown(child, step)}, not a section")
         node[step] = child
         if isinstance(child, list):
             index = int(nxt)
@@ -157,6 +168,7 @@ _INNER = ("function-", "tuple[", "constrained-", "tagged-")
 def _explain(tree: dict[str, Any], problem: dict[str, Any]) -> str:
     where = [str(part) for part in problem["loc"] if not str(part).startswith(_INNER)]
     key, value = ".".join(where) or "configuration", problem["input"]
+    told = shown(value, where[-1] if where else "")
     kind, context = problem["type"], problem.get("ctx", {})
     if kind == "extra_forbidden":
         known = list(_section_at(where[:-1]).model_fields)
@@ -165,26 +177,26 @@ def _explain(tree: dict[str, Any], problem: dict[str, Any]) -> str:
         meant = elsewhere[0] if elsewhere else ".".join([*where[:-1], near[0]]) if near else None
         hint = f"did you mean {meant!r}?" if meant else f"known here: {', '.join(known)}"
         # A judge's API key under another name must not be shown.
-        shown = "" if where[:2] == ["evaluate", "judge"] else f" (value {value!r})"
-        return f"unknown key {key!r}{shown}; {hint}"
+        value_told = "" if where[:2] == ["evaluate", "judge"] else f" (value {told})"
+        return f"unknown key {key!r}{value_told}; {hint}"
     if kind == "missing":
         return f"{key!r} is missing; every run needs a model (model.path), data (data.train) and an output (output)"
     if kind == "literal_error":
         choices = context.get("expected", "")
         near = difflib.get_close_matches(str(value), re.findall(r"'([^']+)'", choices), n=1, cutoff=0.5)
-        return f"{key!r} is {value!r}, expected {choices}" + (f"; did you mean {near[0]!r}?" if near else "")
+        return f"{key!r} is {told}, expected {choices}" + (f"; did you mean {near[0]!r}?" if near else "")
     if kind == "value_error":
-        return f"{key!r}: {context['error']}"
+        return hidden(f"{key!r}: {context['error']}")
     if kind == "model_type":
-        return f"{key!r} is {value!r}, expected a section of keys: {', '.join(_section_at(where).model_fields)}"
+        return f"{key!r} is {told}, expected a section of keys: {', '.join(_section_at(where).model_fields)}"
     if kind == "tuple_type":
-        return f"{key!r} is {value!r}, expected a list, for example [{value!r}]"
+        return f"{key!r} is {told}, expected a list, for example [{told}]"
     if kind == "too_short":
         return f"{key!r} is empty; at least one entry is needed"
     if kind == "string_pattern_mismatch":
-        return f"{key!r} is {value!r}; use letters, digits and any of . _ - = , + ~ and start with a letter or digit"
+        return f"{key!r} is {told}; use letters, digits and any of . _ - = , + ~ and start with a letter or digit"
     message = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    return f"{key!r} is {value!r}, expected {message}"
+    return f"{key!r} is {told}, expected {message}"
 
 
 def _section_at(where: Sequence[str]) -> type[BaseModel]:
@@ -239,13 +251,14 @@ def _check_paths(config: Config, elsewhere: bool) -> None:
             continue
         if is_uri(value) or Path(value).exists():
             if is_model and Path(value).is_file():
-                problems.append(f"{key!r} is {value!r}, a file; a directory with config.json and safetensors is wanted")
+                problems.append(f"{key!r} is {shown(value)}, a file; a directory with config.json and safetensors is "
+                                "wanted")
             continue
         if is_hub_name(value) and "/" in value and not Path(value).parent.is_dir():
             continue
         near = difflib.get_close_matches(Path(value).name, _siblings(value), n=1, cutoff=0.6)
         hint = f"; did you mean {str(Path(value).parent / near[0])!r}?" if near else ""
-        problems.append(f"{key!r} is {value!r}, but there is no such {'directory' if is_model else 'file'}{hint}")
+        problems.append(f"{key!r} is {shown(value)}, but there is no such {'directory' if is_model else 'file'}{hint}")
     if problems:
         raise ConfigError("\n".join(problems))
 

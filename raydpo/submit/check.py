@@ -9,7 +9,7 @@ from typing import Any
 
 from raydpo.config import Config, is_uri
 from raydpo.config.load import named_inputs
-from raydpo.config.uri import carries_secret, redact
+from raydpo.config.uri import carries_secret, redact, shown
 from raydpo.errors import ConfigError
 
 __all__ = ["check_for_cluster", "packed_name"]
@@ -57,15 +57,15 @@ def _capitals(config: Config) -> Iterator[str]:
     for key, value in _leaves(config.model_dump(mode="json")):
         found = re.search(r"\bYOUR-[A-Z-]*[A-Z]", value) if isinstance(value, str) else None
         if found:
-            yield f"{key!r} is {value!r}; put your own in the place of {found[0]}"
+            yield f"{key!r} is {shown(value)}; put your own in the place of {found[0]}"
 
 
 def _places(config: Config) -> Iterator[str]:
     for key, value in (("output", config.output), ("cache.uri", config.cache.uri)):
         if value is not None and not is_uri(value) and not Path(value).is_absolute():
-            yield (f"{key!r} is {value!r}, a relative path: on the cluster that is a temporary directory of one node, gone "
-                   f"with the job; give a URI ({key}=s3://bucket/{PurePosixPath(value).name}) or the absolute path of a "
-                   "file system that all nodes mount")
+            yield (f"{key!r} is {shown(value)}, a relative path: on the cluster that is a temporary directory of one node, "
+                   f"gone with the job; give a URI ({key}=s3://bucket/{PurePosixPath(value).name}) or the absolute path of "
+                   "a file system that all nodes mount")
 
 
 def _inputs(config: Config, packed: Collection[str]) -> Iterator[str]:
@@ -73,11 +73,11 @@ def _inputs(config: Config, packed: Collection[str]) -> Iterator[str]:
         if is_uri(value) or Path(value).is_absolute() or not Path(value).exists():
             continue  # what does not exist here has the form of a hub name, or it would have been refused
         if is_model:
-            yield (f"{key!r} is {value!r}, a directory of this machine, and weights are not packed; give a hub name, or the "
-                   "absolute path under which all nodes see it")
+            yield (f"{key!r} is {shown(value)}, a directory of this machine, and weights are not packed; give a hub name, "
+                   "or the absolute path under which all nodes see it")
         elif PurePosixPath(value).as_posix() not in packed:
-            yield (f"{key!r} is {value!r}, and data is not packed; give a URI or the absolute path under which the nodes "
-                   f"see it, or pack it with --include {value}")
+            yield (f"{key!r} is {shown(value)}, and data is not packed; give a URI or the absolute path under which the "
+                   f"nodes see it, or pack it with --include {value}")
 
 
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
