@@ -16,7 +16,7 @@ _CREDENTIALS = re.compile(r"^(?P<scheme>[^:/]+)://(?P<secret>[^/?#]*:[^?#]*|[^/?
 _NAMED_BEFORE_AT = ("abfs", "abfss", "adl", "az", "hdfs", "sftp", "ssh", "wasb", "wasbs")
 """Schemes in which a container or a user alone, and no secret, stands before ``@``."""
 _SECRET_NAME = re.compile(r"(?:^|[._-])(?:key|token|auth)$|secret|passw|credential|api_?key", re.IGNORECASE)
-_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"]+")
+_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"]*[^\s'\".,;:)\]}]")
 
 
 def is_uri(path: str) -> bool:

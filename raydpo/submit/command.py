@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import shutil
 import sys
 import tempfile
 import time
@@ -33,7 +34,7 @@ def add_submit(parser: argparse.ArgumentParser) -> None:
         verb.set_defaults(act=submit)
         verb.add_argument("--address", metavar="URL", help="the job server (default: $RAY_ADDRESS, else this machine's)")
         verb.add_argument("--no-wait", action="store_true", help="do not follow the log")
-        verb.add_argument("--dry-run", action="store_true", help="check, pack, and print the same as 'ray job submit'")
+        verb.add_argument("--dry-run", action="store_true", help="check, pack, and print the command of Ray's that submits the archive")
         verb.add_argument("--include", action="append", default=[], metavar="PATTERN",
                           help="pack files of this name, too, such as a small data file (repeatable)")
         if name == "benchmark":
@@ -89,7 +90,9 @@ def submit(args: argparse.Namespace, console: Console) -> int:
         for line in (*package.notes, package.line()):
             console.say(line)
         if args.dry_run:
-            console.say(_by_ray(entrypoint, gpus))
+            kept = Path(tempfile.mkdtemp(prefix="raydpo-")) / package.archive.name
+            shutil.move(package.archive, kept)
+            console.say(_by_ray(entrypoint, gpus, kept))
             return 0
         jobs = Jobs.at(args.address)
         for line in jobs.warnings():
@@ -112,11 +115,15 @@ def _program(verb: str, package: Package) -> list[str]:
     return ["python", "-m", "raydpo.benchmark.command"] if verb == "benchmark" else ["python", "-m", "raydpo.cli", verb]
 
 
-def _by_ray(entrypoint: str, gpus: int) -> str:
-    """The same by Ray's own command, whose exit status is 1 for every failure."""
+def _by_ray(entrypoint: str, gpus: int, archive: Path) -> str:
+    """The same by Ray's own command, whose exit status is 1 for every failure.
+
+    Of the archive that was checked: of the directory Ray would upload all that no ignore file names, secrets too.
+    """
     environment = shlex.quote(json.dumps({"env_vars": job_env()}))
     devices = f" --entrypoint-num-gpus {gpus}" if gpus else ""
-    return f"ray job submit --working-dir .{devices} --runtime-env-json {environment} -- {entrypoint}"
+    return (f"ray job submit --working-dir {shlex.quote(str(archive))}{devices} --runtime-env-json {environment} -- "
+            f"{entrypoint}")
 
 
 def _follow(jobs: Jobs, job: str, console: Console) -> int:

@@ -1,10 +1,13 @@
 """What the machine that submits refuses, and the command that it prints."""
 
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+import tempfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,12 @@ from raydpo.submit.client import exit_code
 from raydpo.submit.command import VERBS
 
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def archives(tmp_path_factory, monkeypatch):
+    """--dry-run keeps what it packed among temporary files."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("archives")))
 
 
 @pytest.fixture
@@ -36,6 +45,36 @@ def test_paths_of_the_cluster_need_not_exist_here_and_the_command_of_ray_is_prin
     assert command[:3] == ["ray", "job", "submit"]
     assert command[command.index("--") + 1:] == ["python", "-m", "raydpo.cli", "run", "config.yaml", "train.beta=0.2",
                                                  "name=a", "--fresh"]
+
+
+@pytest.mark.parametrize("include", [[], ["data.jsonl"]])
+def test_the_printed_command_uploads_what_was_packed_and_nothing_else(project, capsys, include, tmp_path_factory):
+    """By Ray's own packaging, in a project whose ignore files say nothing of secrets, and hold back what is included."""
+    from ray._private.runtime_env.packaging import create_package
+    from ray._private.runtime_env.working_dir import upload_working_dir_if_needed
+
+    for name in (".env", "id_rsa", ".aws/credentials", "data.jsonl", "deep/own_loss.py", "deep/cloud.pem"):
+        (project / name).parent.mkdir(exist_ok=True)
+        (project / name).write_text("nothing\n")
+    (project / ".rayignore").write_text("*.jsonl\n")
+    words = [word for name in include for word in ("--include", name)]
+    assert main(["submit", "run", "config.yaml", *words, "--dry-run"]) == 0
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    environment = json.loads(command[command.index("--runtime-env-json") + 1])
+    environment["working_dir"] = command[command.index("--working-dir") + 1]  # as 'ray job submit' merges them
+    uploaded = []
+
+    def upload(directory, excludes, is_file=False):
+        if is_file:
+            uploaded.append(directory)
+        else:
+            uploaded.append(str(tmp_path_factory.mktemp("ray") / "all.zip"))
+            create_package(directory, Path(uploaded[0]), excludes=excludes, include_gitignore=True)
+
+    upload_working_dir_if_needed(environment, include_gitignore=True, upload_fn=upload)
+    with zipfile.ZipFile(uploaded[0]) as archive:
+        names = {name for name in archive.namelist() if not name.endswith("/")}
+    assert names == {"config.yaml", ".rayignore", "deep/own_loss.py", *include}
 
 
 def test_overrides_are_quoted_for_the_shell_of_the_cluster(project, capsys):
