@@ -280,6 +280,18 @@ class Storage:
                     str(path), self.path(f"{name}/{path.name}"), source_filesystem=pafs.LocalFileSystem(),
                     destination_filesystem=self.fs))
 
+    def download(self, name: str, directory: Path) -> None:
+        """Copy the files directly in ``name`` into a local directory."""
+        def copy(file: Entry) -> None:
+            target = directory / file.name
+            pafs.copy_files(self.path(f"{name}/{file.name}"), str(target), source_filesystem=self.fs,
+                            destination_filesystem=pafs.LocalFileSystem())
+            if target.stat().st_size != file.size:
+                raise OSError(f"{target.stat().st_size} of {file.size} bytes arrived")
+
+        for file in self.entries(name):
+            self._persist("read", f"{name}/{file.name}", lambda file=file: copy(file))
+
     def probe(self) -> None:
         """Prove that this place can be written, before a long computation relies on it.
 

@@ -17,7 +17,7 @@ from raydpo.data.preference import Text
 from raydpo.data.tokenise import load_tokenizer
 from raydpo.errors import ModelError
 from raydpo.model.load import torch_dtype
-from raydpo.reference.identity import ReferenceIdentity, identify
+from raydpo.reference.identity import ReferenceIdentity, identify, on_this_machine
 
 __all__ = ["RewardModel"]
 
@@ -61,8 +61,9 @@ class RewardModel:
         Raises:
             ModelError: if it is no reward model: no classifier, several outputs, or a head that is not in the files.
         """
-        tokenizer = load_tokenizer(self.path, trust_remote_code=self.trust_remote_code)
-        model = self._load().to(device)
+        here = on_this_machine(self)
+        tokenizer = load_tokenizer(here.path, trust_remote_code=self.trust_remote_code)
+        model = here._load().to(device)
 
         def act(rows: pa.Table) -> pa.Table:
             return pa.table({"score": pa.array([
