@@ -32,6 +32,7 @@ from raydpo.evaluation.samples import Answers
 from raydpo.evaluation.wins import compare_scores, own_scores
 from raydpo.evaluation.work import Work, do_work
 from raydpo.pipeline import fill_cache, find_reference, reference_line, report_on
+from raydpo.preflight import check_cluster
 from raydpo.ray_runtime import bfloat16_pays, resources_for, session
 from raydpo.reference.identity import resolve_model
 from raydpo.reference.score import ReferenceSpec
@@ -58,7 +59,9 @@ def evaluate(config: Config, console: Console | None = None) -> dict[str, Any]:
         RaydpoError: of the kind that fits.
     """
     console = console or Console()
+    settings = config.evaluate
     with session(config):
+        check_cluster(config, ["score"], console, (settings.policy, settings.base, settings.reward_model))
         evaluation = _Evaluation.of(config, console)
         found, samples = evaluation.measure()
     evaluation.write(found, samples)
