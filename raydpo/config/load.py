@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -16,7 +16,10 @@ from raydpo.config.run import Config
 from raydpo.config.uri import hidden, is_uri, shown
 from raydpo.errors import ConfigError
 
-__all__ = ["is_hub_name", "load_config", "named_inputs", "with_setting"]
+__all__ = ["files_of", "is_hub_name", "load_config", "named_inputs", "template_file", "with_setting"]
+
+
+_INT, _FLOAT, _DATE = (f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "timestamp"))
 
 
 def is_hub_name(path: str) -> bool:
@@ -75,17 +78,47 @@ def _read_tree(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     return _merged(_read_tree(place, files), tree)
 
 
+def files_of(source: Path) -> list[Path]:
+    """A configuration file that can be read, and what it is based on, as they name one another."""
+    files = [source]
+    while (base := _read_yaml(files[-1]).get("base")) is not None:
+        files.append(files[-1].parent / base)
+    return files
+
+
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     both = {key: _merged(base[key], value) for key, value in changes.items()
             if isinstance(value, dict) and isinstance(base.get(key), dict)}
     return base | changes | both
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML's safe types, without what PyYAML keeps of YAML 1.1 and nobody means: 010 is 10, not 8; 1:30 and 2026-01-31 are
+    text, not a number of seconds and a date."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INT, _FLOAT, _DATE)]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+
+
+_Loader.add_implicit_resolver(_INT, re.compile(r"[-+]?(?:[0-9][0-9_]*|0x[0-9a-fA-F][0-9a-fA-F_]*|0b[01][01_]*)$"),
+                              list("-+0123456789"))
+_Loader.add_implicit_resolver(_FLOAT, re.compile(
+    r"[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+][0-9]+)?$|\.[0-9][0-9_]*(?:[eE][-+][0-9]+)?$|[-+]?\.(?:inf|Inf|INF)$|"
+    r"\.(?:nan|NaN|NAN)$"), list("-+0123456789."))
+_Loader.add_constructor(_INT, lambda loader, node: _whole(loader.construct_scalar(node)))
+
+
+def _whole(text: str) -> int:
+    digits = text.lstrip("-+").replace("_", "")
+    return (-1 if text.startswith("-") else 1) * int(digits, 0 if digits[:2] in ("0x", "0b") else 10)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"there is no configuration file {str(path)!r}; give the path of a YAML file")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {_yaml_problem(error)}") from None
     if not isinstance(tree, dict):
@@ -100,7 +133,7 @@ def _override(tree: dict[str, Any], override: str) -> dict[str, Any]:
     if not sign or not re.fullmatch(r"\w+(\.\w+)*", key):
         raise ConfigError(f"{what} does not have the form key.sub=value, for example train.beta=0.05")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"the value of {what} is not valid YAML: {_yaml_problem(error)}") from None
     return with_setting(tree, key, value, what)
@@ -242,6 +275,12 @@ def named_inputs(config: Config) -> list[tuple[str, str, bool]]:
     return [(key, value, is_model) for key, value, is_model in inputs if value is not None]
 
 
+def template_file(config: Config) -> str | None:
+    """The file that ``data.chat_template`` names, where it is not the template itself."""
+    template = config.data.chat_template
+    return None if template is None or "{{" in template or "{%" in template else template
+
+
 def _check_paths(config: Config, elsewhere: bool) -> None:
     """Every local input that is named must be there. Hub names and URIs are left to those who open them, and so are
     absolute paths if they are of machines ``elsewhere``."""
@@ -259,6 +298,9 @@ def _check_paths(config: Config, elsewhere: bool) -> None:
         near = difflib.get_close_matches(Path(value).name, _siblings(value), n=1, cutoff=0.6)
         hint = f"; did you mean {str(Path(value).parent / near[0])!r}?" if near else ""
         problems.append(f"{key!r} is {shown(value)}, but there is no such {'directory' if is_model else 'file'}{hint}")
+    template = template_file(config)
+    if template is not None and not Path(template).is_file() and not (elsewhere and Path(template).is_absolute()):
+        problems.append(f"'data.chat_template' is {shown(template)}, which is neither a Jinja template nor a file")
     if problems:
         raise ConfigError("\n".join(problems))
 

@@ -8,11 +8,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from raydpo.config import Config, is_uri
-from raydpo.config.load import named_inputs
+from raydpo.config.load import files_of, named_inputs, template_file
 from raydpo.config.uri import carries_secret, redact, shown
 from raydpo.errors import ConfigError
 
-__all__ = ["check_for_cluster", "packed_name"]
+__all__ = ["check_files", "check_for_cluster", "packed_name"]
 
 
 def packed_name(file: str, packed: Collection[str]) -> str:
@@ -30,6 +30,34 @@ def packed_name(file: str, packed: Collection[str]) -> str:
         raise ConfigError(f"{name} is not packed, since .gitignore, .rayignore or raydpo leaves it out; move it to where "
                           f"they do not, or add --include {name}")
     return name
+
+
+def check_files(file: str, config: Config, packed: Collection[str]) -> None:
+    """Everything that the job reads beside the configuration ``file`` and that lies here is packed with it: what the file is
+    based on, a chat template, and modules of one's own.
+
+    Raises:
+        ConfigError: with a line for each that is not.
+    """
+    needed = [("base", path.as_posix()) for path in files_of(Path(file))[1:]]
+    if (template := template_file(config)) is not None:
+        needed.append(("data.chat_template", template))
+    for key, name in [("train.loss", name) for name in config.train.terms] + [
+            ("evaluate.score_with", config.evaluate.score_with or "")]:
+        module, colon, _ = name.partition(":")
+        place = module.replace(".", "/")
+        if colon:  # one that is not in this directory is installed, here and there
+            needed += [(key, path) for path in (f"{place}.py", f"{place}/__init__.py") if Path(path).is_file()][:1]
+    problems = []
+    for key, path in needed:
+        if Path(path).is_absolute():  # as all nodes see it
+            continue
+        try:
+            packed_name(path, packed)
+        except ConfigError as error:
+            problems.append(f"{key!r} needs a file that the job would lack: {error}")
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 def check_for_cluster(config: Config, packed: Collection[str]) -> None:

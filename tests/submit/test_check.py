@@ -1,5 +1,7 @@
 """What the machine that submits refuses, and the command that it prints."""
 
+import contextlib
+import importlib.metadata
 import json
 import os
 import re
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.specifiers import SpecifierSet
 
 from raydpo.cli import main
 from raydpo.config import load_config
@@ -151,6 +154,44 @@ def test_a_configuration_elsewhere_is_refused(project, tmp_path_factory, capsys)
     assert "lies outside of the working directory" in capsys.readouterr().err
 
 
+def test_files_that_the_configuration_leads_to_are_packed_or_refused(project, capsys):
+    """Its base, a base of that, a chat template and a loss of one's own, outside of the project or left out of the package.
+    """
+    config = yaml.safe_load((project / "config.yaml").read_text())
+    inside = project / "inside"
+    (inside / "deep").mkdir(parents=True)
+    (inside / "deep" / "losses.py").write_text("def mine(*args): ...\n")
+    (inside / "deep" / "__init__.py").write_text("")
+    (inside / "x.jinja").write_text("{{ messages }}\n")
+    (inside / "base.yaml").write_text(yaml.safe_dump(config))
+    (inside / "leaf.yaml").write_text(yaml.safe_dump({"base": "middle.yaml"}))
+    (inside / "middle.yaml").write_text(yaml.safe_dump({"base": "base.yaml"}))
+    os.chdir(inside)
+
+    def refused(*overrides, said):
+        assert main(["submit", "run", "leaf.yaml", *overrides, "--dry-run"]) == 2
+        told = capsys.readouterr().err
+        assert said in told, told
+
+    settings = ["data.chat_template=x.jinja", "train.loss=deep.losses:mine", "evaluate.score_with=deep.losses:mine"]
+    assert main(["submit", "run", "leaf.yaml", *settings, "--dry-run"]) == 0
+    capsys.readouterr()
+    refused("data.chat_template=y.jinja", said="'data.chat_template' is 'y.jinja', which is neither a Jinja template nor a")
+    (project / "x.jinja").write_text("{{ messages }}\n")
+    refused("data.chat_template=../x.jinja", said="'data.chat_template' needs a file that the job would lack: ../x.jinja")
+    (inside / ".gitignore").write_text("x.jinja\nlosses.py\nbase.yaml\n")
+    refused(settings[0], said="'data.chat_template' needs a file that the job would lack: x.jinja is not packed")
+    refused(settings[1], said="'train.loss' needs a file that the job would lack: deep/losses.py is not packed")
+    refused(settings[2], said="'evaluate.score_with' needs a file that the job would lack: deep/losses.py is not packed")
+    refused(said="'base' needs a file that the job would lack: base.yaml is not packed")
+    (inside / ".gitignore").unlink()
+    (inside / "middle.yaml").write_text(yaml.safe_dump({"base": "../config.yaml"}))
+    refused(said="'base' needs a file that the job would lack: ../config.yaml lies outside of the working directory")
+    (inside / "middle.yaml").write_text(yaml.safe_dump({"base": str(project / "config.yaml")}))
+    inline = "data.chat_template='{{ messages }}'"
+    assert main(["submit", "run", "leaf.yaml", inline, "--dry-run"]) == 0, "all nodes may see it"
+
+
 def test_it_needs_neither_ray_nor_torch(project):
     blocked = "import sys\nfor name in ('ray', 'torch', 'transformers', 'pyarrow', 'numpy'): sys.modules[name] = None\n"
     program = blocked + ("from raydpo.cli import main\n"
@@ -180,6 +221,32 @@ def test_no_secret_in_the_resolved_configuration(project):
     text = config.to_yaml()
     assert "planted" not in text and "s3://***@bucket/runs" in text
     assert "planted" in config.run_dir, "the run itself still has it"
+
+
+def test_every_pinned_version_takes_the_oldest_python_that_is_promised():
+    """By the metadata of what is installed here, which are the pinned versions."""
+    (oldest,) = re.findall(r'^requires-python = ">=([\d.]+)"$', (ROOT / "pyproject.toml").read_text(), re.M)
+    for file in ("README.md", "cluster/README.md", "Makefile"):
+        assert {found.replace(", ", ".") for found in re.findall(r"(?:[Pp]ython |version_info < \()(3[., ]+\d+)",
+                                                                 (ROOT / file).read_text())} <= {oldest}, file
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split())
+    pins |= dict(re.findall(r"^(\S+)==(\S+) ", (ROOT / "requirements.lock").read_text(), re.M))
+    here = {}
+    for name, version in pins.items():
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found = importlib.metadata.metadata(name)
+            if found["Version"] == version:
+                here[name] = found["Requires-Python"] or ""
+    assert len(here) > 100
+    assert {name: wants for name, wants in here.items() if not SpecifierSet(wants).contains(f"{oldest}.0")} == {}
+
+
+def test_what_begins_a_job_gives_it_time_to_stop(project, capsys):
+    assert main(["submit", "run", "config.yaml", "--dry-run"]) == 0
+    commands = [capsys.readouterr().out] + [
+        line for file in (ROOT / "README.md", *(ROOT / "cluster").rglob("*.*"), *(ROOT / "jobs").glob("*.py"))
+        for line in file.read_text().splitlines() if re.search(r"\bray job submit .*-- ", line)]
+    assert len(commands) > 1 and all('"RAY_JOB_STOP_WAIT_TIME_S": "120"' in line for line in commands), commands
 
 
 def test_every_package_of_the_lock_has_hashes_and_the_pinned_version():
