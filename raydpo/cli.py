@@ -24,13 +24,25 @@ if TYPE_CHECKING:
     from raydpo.data.pairs import PairSets
     from raydpo.data.tokenise import Tokeniser
 
-__all__ = ["guarded", "job", "main"]
+__all__ = ["guarded", "job", "main", "parsed"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit status."""
-    args = _parser().parse_args(argv)
+    args = parsed(argv)
     return guarded(lambda console: args.act(args, console))
+
+
+def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, in which settings may stand before and after options."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    settings = [word for word in rest if "=" in word and not word.startswith("-")]
+    if rest != (settings if hasattr(args, "overrides") else []):
+        parser.error(f"unrecognized arguments: {hidden(' '.join(rest))}")
+    if settings:
+        args.overrides = [*args.overrides, *settings]
+    return args
 
 
 def job(verb: str) -> int:
