@@ -75,7 +75,7 @@ def _job() -> tuple[str | None, bool]:
     told = os.environ
     if job := told.get("ANYSCALE_JOB_ID") or told.get("SKYPILOT_TASK_ID"):
         return job, True
-    submitted = json.loads(told.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}").get("metadata", {}).get("job_submission_id")
+    submitted = (json.loads(told.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}").get("metadata") or {}).get("job_submission_id")
     if submitted:
         # KubeRay gives each attempt of a RayJob an id and a cluster of its own, both of the RayJob's name and five letters.
         name = submitted[:-6]
