@@ -154,7 +154,7 @@ def _gpu_problems(node: str, gpus: int, devices: tuple[int, str]) -> Iterator[st
 
 
 def _ask(nodes: dict[str, dict[str, Any]], paths: Sequence[str], gpus: Collection[str]) -> dict[str, Any]:
-    """By node: what ``_look`` finds there, or the error that asking ended with."""
+    """By node that is still there: what ``_look`` finds on it, or the error that asking ended with."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -166,6 +166,8 @@ def _ask(nodes: dict[str, dict[str, Any]], paths: Sequence[str], gpus: Collectio
     for node, reference in asked.items():
         try:
             answers[node] = ray.get(reference, timeout=0)
+        except ray.exceptions.TaskUnschedulableError:  # it has gone meanwhile, as idle ones do
+            continue
         except Exception as error:  # a node without raydpo, one that is full, one that has just gone
             answers[node] = error
     return answers

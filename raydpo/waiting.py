@@ -61,16 +61,21 @@ def check_reachable(stage: str, resources: Resources) -> None:
     if any(holds(node["Resources"], resources.bundle) for node in nodes_with(resources.accelerator, resources.labels)):
         return
     with _wishing(resources, 1):
-        first, deadline = never_comes(resources.bundle)[0], time.monotonic() + VERDICT_SECONDS
-        looks = {first}
-        while first and time.monotonic() < deadline:
-            time.sleep(0.5)
-            look, never = never_comes(resources.bundle)
-            looks.add(look)
-            if len(looks) > 2 and not never:  # the first of them may have begun before we asked
+        first, _ = never_comes(resources.bundle, resources.labels)
+        told: dict[int, bool] = {}  # by look
+        started = asked = time.monotonic()
+        while sum(told.values()) < 2:
+            look, never = never_comes(resources.bundle, resources.labels)
+            if look != first:
+                told[look] = told.get(look, False) or never
+            now = time.monotonic()
+            # Some looks see the coordinator's wish in the place of ours, so one that says nothing is no answer.
+            if not look or now - started > VERDICT_SECONDS or (len(told) > 3 and not any(told.values())):
                 return
-        if not first or not never:
-            return
+            if now - asked >= ASK_SECONDS:
+                asked = now
+                _ask()
+            time.sleep(0.5)
     lines = [f'resources: {{"accelerator_type:{resources.accelerator}": 1}}'] * (resources.accelerator is not None) + [
         f"labels: {{{', '.join(f'{key}: {value}' for key, value in resources.labels.items())}}}"] * bool(resources.labels)
     fix = f"add '{' and '.join(lines)}' to the group whose machines are such (a worker group of KubeRay, a node type of " \
