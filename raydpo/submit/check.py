@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from raydpo.config import Config, is_uri
 from raydpo.config.load import files_of, named_inputs, template_file
-from raydpo.config.uri import carries_secret, redact, shown
+from raydpo.config.uri import carries_secret, hidden, redact, shown
 from raydpo.errors import ConfigError
 
-__all__ = ["check_files", "check_for_cluster", "packed_name"]
+__all__ = ["check_files", "check_for_cluster", "check_words", "packed_name"]
+_INSTEAD = ("which everyone who sees the job would read; take it out, and give it to the nodes by their environment: a "
+            "service account, or a secret of the cluster")
 
 
 def packed_name(file: str, packed: Collection[str]) -> str:
@@ -60,6 +62,17 @@ def check_files(file: str, config: Config, packed: Collection[str]) -> None:
         raise ConfigError("\n".join(problems))
 
 
+def check_words(words: Iterable[str]) -> None:
+    """The job's command, which holds settings that later ones replace, too.
+
+    Raises:
+        ConfigError: if a word carries a credential.
+    """
+    for word in words:
+        if hidden(word) != word:
+            raise ConfigError(f"{hidden(word)!r} carries a credential, {_INSTEAD}")
+
+
 def check_for_cluster(config: Config, packed: Collection[str]) -> None:
     """Everything that a job on other machines would stumble over, or lose, and that can be seen from here.
 
@@ -77,8 +90,7 @@ def check_for_cluster(config: Config, packed: Collection[str]) -> None:
 def _secrets(config: Config) -> Iterator[str]:
     for key, value in _leaves(config.model_dump(mode="json")):
         if isinstance(value, str) and carries_secret(value):
-            yield (f"{key!r} carries a credential ({redact(value)}), which everyone who sees the job would read; take it "
-                   "out, and give it to the nodes by their environment: a service account, or a secret of the cluster")
+            yield f"{key!r} carries a credential ({redact(value)}), {_INSTEAD}"
 
 
 def _capitals(config: Config) -> Iterator[str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from raydpo.config import load_config
 from raydpo.console import Console
 from raydpo.interrupt import EXIT_INTERRUPTED
-from raydpo.submit.check import check_files, check_for_cluster, packed_name
+from raydpo.submit.check import check_files, check_for_cluster, check_words, packed_name
 from raydpo.submit.client import STOP_SECONDS, Jobs, exit_code, job_env, stop_seconds
 from raydpo.submit.package import Package, pack
 
@@ -87,6 +87,7 @@ def submit(args: argparse.Namespace, console: Console) -> int:
                              "all that the cluster may do")
             words = [packed_name(args.config, package.files), *args.overrides]
             words += ["--fresh"] if getattr(args, "fresh", False) else []
+        check_words(words)
         gpus = getattr(args, "gpus", 0)
         entrypoint = shlex.join([*_program(args.what, package), *words])
         for line in (*package.notes, package.line()):

@@ -142,6 +142,15 @@ def test_what_would_fail_or_be_lost_on_the_cluster_is_refused_here(project, caps
     assert "secret" not in said.replace("a secret of the cluster", "")
 
 
+@pytest.mark.parametrize("words", [
+    ["run", "config.yaml", "output=s3://me:secret@bucket/runs", "output=s3://bucket/runs"],
+    ["benchmark", "--", "--data", "https://host/a.jsonl?sig=secret"], ["benchmark", "--", "--data=s3://me:secret@bucket/a"]])
+def test_no_secret_is_in_the_jobs_command(project, capsys, words):
+    assert main(["submit", *words[:1], "--dry-run", *words[1:]]) == 2
+    said = "".join(capsys.readouterr())
+    assert "carries a credential, which everyone" in said and "secret" not in said.replace("a secret of the cluster", "")
+
+
 def test_small_data_may_be_packed(project, capsys):
     assert main(["submit", "run", "config.yaml", "data.train=prefs.jsonl", "--include", "prefs.jsonl", "--dry-run"]) == 0
     assert "packed 2 file(s)" in capsys.readouterr().out
