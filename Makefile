@@ -39,6 +39,8 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check raydpo jobs tests
 
 $(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "raydpo needs Python 3.11 or newer; name one, such as: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.quickstart: $(SOURCES) | $(BIN)/python

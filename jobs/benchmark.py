@@ -6,7 +6,7 @@
 or as a Ray job, whose report is its log:
 
     raydpo submit benchmark --gpus 1 -- --model random-1b --synthetic --full
-    ray job submit --working-dir . --entrypoint-num-gpus 1 -- python jobs/benchmark.py --model random-1b --synthetic --full
+    raydpo submit benchmark --gpus 1 --dry-run -- --model random-1b --synthetic --full     # as a command of Ray's own client
 """
 
 import sys

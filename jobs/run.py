@@ -1,7 +1,7 @@
 """``raydpo run`` as the entry point of a Ray job:
 
     raydpo submit run CONFIG [key.sub=value ...]
-    ray job submit --working-dir . -- python jobs/run.py CONFIG [key.sub=value ...]
+    raydpo submit run CONFIG [key.sub=value ...] --dry-run      # the same as a command of Ray's own client
 """
 
 import sys

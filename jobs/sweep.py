@@ -1,7 +1,7 @@
 """``raydpo sweep`` as the entry point of a Ray job:
 
     raydpo submit sweep CONFIG [key.sub=value ...]
-    ray job submit --working-dir . -- python jobs/sweep.py CONFIG [key.sub=value ...]
+    raydpo submit sweep CONFIG [key.sub=value ...] --dry-run      # the same as a command of Ray's own client
 """
 
 import sys

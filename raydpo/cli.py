@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import raydpo
 from raydpo.cache_cli import add_cache_verbs
 from raydpo.config import Config, load_config
+from raydpo.config.uri import hidden
 from raydpo.console import Console
 from raydpo.errors import ConfigError, RaydpoError, TrainError, exit_status
 from raydpo.interrupt import sigterm_as_interrupt
@@ -23,13 +24,25 @@ if TYPE_CHECKING:
     from raydpo.data.pairs import PairSets
     from raydpo.data.tokenise import Tokeniser
 
-__all__ = ["guarded", "job", "main"]
+__all__ = ["guarded", "job", "main", "parsed"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit status."""
-    args = _parser().parse_args(argv)
+    args = parsed(argv)
     return guarded(lambda console: args.act(args, console))
+
+
+def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, in which settings may stand before and after options."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    settings = [word for word in rest if "=" in word and not word.startswith("-")]
+    if rest != (settings if hasattr(args, "overrides") else []):
+        parser.error(f"unrecognized arguments: {hidden(' '.join(rest))}")
+    if settings:
+        args.overrides = [*args.overrides, *settings]
+    return args
 
 
 def job(verb: str) -> int:
@@ -103,7 +116,7 @@ def guarded(act: Callable[[Console], int | None]) -> int:
         with sigterm_as_interrupt():
             return act(console) or 0
     except RaydpoError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {hidden(str(error))}", file=sys.stderr)
         return exit_status(error)
     except ModuleNotFoundError as error:
         print(f"error: this needs the package {error.name!r}; run: pip install 'raydpo[run]'", file=sys.stderr)
@@ -115,8 +128,9 @@ def guarded(act: Callable[[Console], int | None]) -> int:
         with tempfile.NamedTemporaryFile("w", prefix="raydpo-", suffix=".log", delete=False) as log:
             import traceback
 
-            traceback.print_exc(file=log)
-        print(f"error: unexpected {type(error).__name__}: {str(error)[:500]} (traceback in {log.name})", file=sys.stderr)
+            log.write(hidden(traceback.format_exc()))
+        print(f"error: unexpected {type(error).__name__}: {hidden(str(error))[:500]} (traceback in {log.name})",
+              file=sys.stderr)
         return 1
 
 

@@ -23,9 +23,12 @@ def report(console: Console) -> None:
     console.table("versions", ("", "value"), rows)
     console.table("this machine", ("", "value"), [*_devices(), ("C++ compiler", shutil.which("g++") or
                                                                 "none (not needed on the CPU)")])
-    address = os.environ.get("RAY_ADDRESS")
+    address = os.environ.get("RAY_ADDRESS", "")
+    there = "a local Ray for the length of each command" if not address else f"the cluster at $RAY_ADDRESS {address}"
+    if address.startswith(("http://", "https://")):
+        there = f"none: $RAY_ADDRESS is {address}, a job server; put it into $RAY_API_SERVER_ADDRESS"
     console.table("what would be used", ("", "value"), [
-        ("Ray", f"the cluster at $RAY_ADDRESS {address}" if address else "a local Ray for the length of each command"),
+        ("Ray", there),
         ("precision (dtype: auto)", _auto_dtype()),
         ("reference log-probs", "<output>/cache unless cache.uri says otherwise")])
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["NODE_SHARE", "grows_to", "holds", "nodes_with", "room_for", "selected"]
+__all__ = ["NODE_SHARE", "grows_to", "holds", "never_comes", "nodes_with", "room_for", "selected"]
 
 NODE_SHARE = 0.001
 """Of the resource by which Ray marks a node's kind of accelerator; what Ray itself asks for."""
@@ -53,3 +53,23 @@ def grows_to(name: str) -> float | None:
     except Exception:  # what Ray knows of its autoscaler differs by version and platform
         return None
     return None if most is None else float(most.get(name, 0))
+
+
+def never_comes(bundle: Mapping[str, float], labels: Mapping[str, str]) -> tuple[int, bool]:
+    """What the cluster's autoscaler says of a wish for ``bundle`` on nodes with these labels: the number of its last look at
+    the cluster (0 where it does not tell; only that of version 2 does), and whether no node of its groups could hold it."""
+    import ray
+    from ray._raylet import GcsClient
+    from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
+
+    try:
+        told = GcsClient(ray.get_runtime_context().gcs_address).get_cluster_status()
+        state = GetClusterStatusReply.FromString(told).autoscaling_state
+        wishes = [wish.request for constraint in state.infeasible_cluster_resource_constraints
+                  for wish in constraint.resource_requests]
+        return state.last_seen_cluster_resource_state_version, any(
+            dict(wish.resources_bundle) == dict(bundle) and {
+                label.label_key for selector in wish.label_selectors for label in selector.label_constraints} == set(labels)
+            for wish in wishes)
+    except Exception:  # what Ray knows of its autoscaler differs by version and platform
+        return 0, False

@@ -38,7 +38,7 @@ from raydpo.reference.score import ReferenceSpec
 from raydpo.reference.store import ReferenceCache
 from raydpo.storage import Storage
 from raydpo.training.card import model_card
-from raydpo.training.earlier import earlier_result, harmless_changes, set_aside
+from raydpo.training.earlier import begin_again, earlier_result, harmless_changes
 from raydpo.training.engine import PolicySpec
 from raydpo.training.launch import launch
 from raydpo.training.loop import TrainJob
@@ -442,7 +442,7 @@ def train_prepared(prepared: Prepared, console: Console, hit_rate: float | None 
     """
     config = prepared.config
     if fresh:
-        set_aside(Storage(config.run_dir), console)
+        begin_again(Storage(config.run_dir), console)
     summary = finished_before(prepared, console)
     if summary is None:
         pairs, held_out = join_sets(prepared, console) if shared is None else (shared.pairs, shared.held_out)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
+import os
 import platform
+import subprocess
+import sys
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +20,7 @@ from raydpo.errors import ConfigError, RaydpoError
 from raydpo.nodes import grows_to, holds, nodes_with
 from raydpo.ray_runtime import resources_for
 from raydpo.storage import Storage
+from raydpo.waiting import check_reachable
 
 __all__ = ["check_cluster", "check_nodes"]
 
@@ -26,8 +31,11 @@ ANSWER_SECONDS = 120.0
 """For a node to start a process and answer."""
 
 
-def check_cluster(config: Config, stages: Sequence[Stage], console: Console) -> None:
+def check_cluster(config: Config, stages: Sequence[Stage], console: Console, models: Sequence[str | None] = ()) -> None:
     """Look at storage, resources and nodes, before data is read and any device is held.
+
+    Args:
+        models: further ones that the stages load, beside those of sections ``model`` and ``reference``.
 
     Raises:
         ConfigError: with a line for each problem.
@@ -40,7 +48,9 @@ def check_cluster(config: Config, stages: Sequence[Stage], console: Console) -> 
             problems.append(f"{key!r} does not work: {error}")
     for stage in stages:
         try:
-            resources_for(stage, config)
+            resources = resources_for(stage, config)
+            if config.ray.autoscaling:
+                check_reachable(stage, resources)
         except ConfigError as error:
             problems.append(str(error))
     if config.ray.autoscaling and config.model.dtype == "auto" and not _gpus() and grows_to("GPU") is None:
@@ -48,11 +58,11 @@ def check_cluster(config: Config, stages: Sequence[Stage], console: Console) -> 
                         "it by; set model.dtype to bfloat16 or float32")
     if problems:
         raise ConfigError("\n".join(problems))
-    check_nodes(config, stages, console)
+    check_nodes(config, stages, console, models)
 
 
-def check_nodes(config: Config, stages: Sequence[Stage], console: Console) -> None:
-    """Every node that the stages may use, beside this one: the same packages, the same storage, the model.
+def check_nodes(config: Config, stages: Sequence[Stage], console: Console, models: Sequence[str | None] = ()) -> None:
+    """Every node that the stages may use: its GPUs, and beside this one the same packages, the same storage, the model.
 
     Raises:
         ConfigError: with a line for each problem.
@@ -60,16 +70,22 @@ def check_nodes(config: Config, stages: Sequence[Stage], console: Console) -> No
     import ray
 
     here = ray.get_runtime_context().get_node_id()
-    others = {}
+    others, gpus = {}, {}
     for stage in stages:
         needs = resources_for(stage, config)
-        others |= {node["NodeID"]: node for node in nodes_with(needs.accelerator, needs.labels)
-                   if holds(node["Resources"], needs.bundle) and node["NodeID"] != here}
+        usable = {node["NodeID"]: node for node in nodes_with(needs.accelerator, needs.labels)
+                  if holds(node["Resources"], needs.bundle)}
+        others |= {node: told for node, told in usable.items() if node != here}
+        if needs.device == "cuda":
+            gpus |= {node: int(told["Resources"]["GPU"]) for node, told in usable.items()}
+    problems = [*_gpu_problems("this node", gpus[here], _torch_devices())] if here in gpus else []
     if not others:
+        if problems:
+            raise ConfigError("\n".join(problems))
         return
-    models = [str(Path(path).absolute()) for path in
-              (config.model.path, config.model.adapter, config.reference.path, config.reference.adapter)
-              if path is not None and Path(path).is_dir()]
+    local = [str(Path(path).absolute()) for path in
+             (config.model.path, config.model.adapter, config.reference.path, config.reference.adapter, *models)
+             if path is not None and Path(path).is_dir()]
     places = {key: storage for key, uri in (("output", config.run_dir), ("cache.uri", config.cache_uri))
               if (storage := Storage(uri)).is_local}
     marker = f".probe-{uuid.uuid4().hex}"
@@ -78,15 +94,16 @@ def check_nodes(config: Config, stages: Sequence[Stage], console: Console) -> No
         for key, storage in places.items():
             storage.write(marker, b"raydpo")
             marked[key] = storage.path(marker)
-        answers = _ask(others, [*models, *marked.values()])
+        answers = _ask(others, [*local, *marked.values()], gpus)
     except OSError as error:
         raise ConfigError(f"cannot write to {error.filename}: {error.strerror}; see output and cache.uri") from None
     finally:
         for key in marked:
             places[key].delete(marker)
-    names = {path: f"model directory {path}" for path in models} | {
+    names = {path: f"model directory {path}" for path in local} | {
         path: f"what the driver wrote to {key!r} ({places[key]})" for key, path in marked.items()}
-    problems = [problem for node, answer in answers.items() for problem in _problems(_named(others[node]), answer, names)]
+    problems += [problem for node, answer in answers.items()
+                 for problem in _problems(_named(others[node]), answer, names, gpus.get(node, 0))]
     if problems:
         raise ConfigError("\n".join(problems))
     console.note(f"cluster: {len(others) + 1} nodes, with the same packages and storage")
@@ -98,36 +115,65 @@ def _gpus() -> float:
     return ray.cluster_resources().get("GPU", 0)
 
 
-def _look(paths: Sequence[str]) -> dict[str, Any]:
-    """On a node: its versions, and which of the paths it lacks."""
+def _look(paths: Sequence[str], gpus: bool = False) -> dict[str, Any]:
+    """On a node: its versions, which of the paths it lacks, and what torch finds of its GPUs, if that is asked."""
     versions = {"raydpo": raydpo.__version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "none"
-    return {"versions": versions, "missing": [path for path in paths if not Path(path).exists()]}
+    return {"versions": versions, "missing": [path for path in paths if not Path(path).exists()],
+            "devices": _torch_devices() if gpus else None}
 
 
-def _ask(nodes: dict[str, dict[str, Any]], paths: Sequence[str]) -> dict[str, Any]:
-    """By node: what ``_look`` finds there, or the error that asking ended with."""
+def _torch_devices() -> tuple[int, str]:
+    """How many GPUs torch finds on this node, and why not more. In a process of its own: Ray hides them from a task that
+    asks for none."""
+    program = ("import json, torch\n"
+               "error = ''\n"
+               "try: torch.cuda.init()\n"
+               "except Exception as caught: error = f'{type(caught).__name__}: {caught}'\n"
+               "print(json.dumps([0 if error else torch.cuda.device_count(), error]))")
+    hiding = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+    try:
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=ANSWER_SECONDS * 0.8,
+                              env={key: value for key, value in os.environ.items() if key not in hiding})
+        count, error = json.loads(done.stdout.splitlines()[-1])
+    except (subprocess.TimeoutExpired, ValueError, IndexError):
+        return 0, "torch does not start"
+    return count, " ".join(error.split())[:300]
+
+
+def _gpu_problems(node: str, gpus: int, devices: tuple[int, str]) -> Iterator[str]:
+    found, error = devices
+    if found < gpus:
+        yield (f"{node} has {gpus} GPU(s) in Ray, and torch finds {found}{f' ({error})' if error else ''}; it needs a torch "
+               "for GPUs, a driver that is new enough for it, and the driver's libraries where the container looks "
+               "(LD_LIBRARY_PATH)")
+
+
+def _ask(nodes: dict[str, dict[str, Any]], paths: Sequence[str], gpus: Collection[str]) -> dict[str, Any]:
+    """By node that is still there: what ``_look`` finds on it, or the error that asking ended with."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     look = ray.remote(num_cpus=0, max_retries=0)(_look)
-    asked = {node: look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(list(paths))
-             for node in nodes}
+    asked = {node: look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
+        list(paths), node in gpus) for node in nodes}
     ray.wait(list(asked.values()), num_returns=len(asked), timeout=ANSWER_SECONDS)
     answers: dict[str, Any] = {}
     for node, reference in asked.items():
         try:
             answers[node] = ray.get(reference, timeout=0)
+        except ray.exceptions.TaskUnschedulableError:  # it has gone meanwhile, as idle ones do
+            continue
         except Exception as error:  # a node without raydpo, one that is full, one that has just gone
             answers[node] = error
     return answers
 
 
-def _problems(node: str, answer: Any, names: dict[str, str]) -> Iterator[str]:
+def _problems(node: str, answer: Any, names: dict[str, str], gpus: int) -> Iterator[str]:
     if isinstance(answer, Exception):
         said = str(answer).strip().splitlines()
         yield (f"{node} does not answer within {ANSWER_SECONDS:.0f} s, or cannot run raydpo ({type(answer).__name__}: "
@@ -138,6 +184,8 @@ def _problems(node: str, answer: Any, names: dict[str, str]) -> Iterator[str]:
         if theirs != ours[package]:
             yield (f"{node} has {package} {theirs}, the driver's node {ours[package]}; start all nodes from the same image, "
                    "or install the same constraints.txt on each")
+    if answer["devices"] is not None:
+        yield from _gpu_problems(node, gpus, answer["devices"])
     for path in answer["missing"]:
         yield (f"{node} does not see {names[path]}; mount one file system there on all nodes under the same path, or use a "
                "URI (of models: a hub name)")

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from raydpo import errors
 from raydpo.config import Config
+from raydpo.config.uri import shown
 from raydpo.errors import ConfigError, RaydpoError
 from raydpo.nodes import NODE_SHARE, grows_to, nodes_with
 
@@ -84,6 +85,10 @@ def session(config: Config) -> Iterator[None]:
         yield
         return
     address = config.ray.address or os.environ.get("RAY_ADDRESS")
+    named = "ray.address" if config.ray.address else "$RAY_ADDRESS"
+    if address and address.startswith(("http://", "https://")):
+        raise ConfigError(f"{named} is {shown(address)}, the address of a job server, to which only 'raydpo submit' and "
+                          "'raydpo jobs' speak; unset it to run here, and for those two put it into $RAY_API_SERVER_ADDRESS")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing leaves the machine unasked
     runtime_env = {"env_vars": WORKER_ENV}
     try:
@@ -100,7 +105,7 @@ def session(config: Config) -> Iterator[None]:
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, runtime_env=runtime_env, log_to_driver=False,
                      logging_level="warning", object_store_memory=_object_store_bytes())
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        raise ConfigError(f"cannot reach Ray at ray.address {address!r}: {' '.join(str(error).split())[:300]}"
+        raise ConfigError(f"cannot reach Ray at {named} {address!r}: {' '.join(str(error).split())[:300]}"
                           if address else f"cannot start a local Ray: {error}") from None
     except Exception as error:  # Ray says this one without a type
         if "timed out during startup" not in str(error):

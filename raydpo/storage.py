@@ -17,13 +17,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
-from urllib.parse import parse_qsl, quote, unquote
+from urllib.parse import quote, unquote
 
 import pyarrow as pa
 from pyarrow import fs as pafs
 
 from raydpo.config import is_uri
-from raydpo.config.uri import CREDENTIALS, HARMLESS, redact
+from raydpo.config.uri import redact, secrets_of
 from raydpo.errors import RaydpoError
 
 __all__ = ["Entry", "Storage", "redact", "remove_stale_temporaries", "stale_temporaries"]
@@ -280,6 +280,18 @@ class Storage:
                     str(path), self.path(f"{name}/{path.name}"), source_filesystem=pafs.LocalFileSystem(),
                     destination_filesystem=self.fs))
 
+    def download(self, name: str, directory: Path) -> None:
+        """Copy the files directly in ``name`` into a local directory."""
+        def copy(file: Entry) -> None:
+            target = directory / file.name
+            pafs.copy_files(self.path(f"{name}/{file.name}"), str(target), source_filesystem=self.fs,
+                            destination_filesystem=pafs.LocalFileSystem())
+            if target.stat().st_size != file.size:
+                raise OSError(f"{target.stat().st_size} of {file.size} bytes arrived")
+
+        for file in self.entries(name):
+            self._persist("read", f"{name}/{file.name}", lambda file=file: copy(file))
+
     def probe(self) -> None:
         """Prove that this place can be written, before a long computation relies on it.
 
@@ -298,9 +310,8 @@ class Storage:
 
 def _said(error: Exception, uri: str) -> str:
     """The first of what a driver says, on one line, without the secrets of ``uri``."""
-    credentials = CREDENTIALS.match(uri)
-    secrets = [] if credentials is None else [credentials["secret"], *credentials["secret"].split(":", 1)]
-    secrets += [value for key, value in parse_qsl(uri.partition("?")[2]) if key not in HARMLESS]
+    # Of a pair of user and password each alone, too.
+    secrets = [part for secret in secrets_of(uri) for part in (secret, *secret.split(":", 1))]
     said = " ".join(str(error).split()) or type(error).__name__
     spellings = {spelling for secret in secrets for spelling in (secret, quote(secret, safe=""), unquote(secret))}
     for secret in sorted(spellings, key=len, reverse=True):

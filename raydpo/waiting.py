@@ -9,15 +9,18 @@ from collections.abc import Iterator
 
 from raydpo.config import Config
 from raydpo.console import Console
-from raydpo.nodes import room_for
+from raydpo.errors import ConfigError
+from raydpo.nodes import holds, never_comes, nodes_with, room_for
 from raydpo.ray_runtime import Resources, resources_for
 
-__all__ = ["coming_up", "wait_for"]
+__all__ = ["check_reachable", "coming_up", "wait_for"]
 
 ASK_SECONDS = 5.0
-"""Ray keeps one wish for the whole cluster, the last one, and Ray Data utters its own every 20 s."""
+"""Ray keeps one wish for the whole cluster, the last one, and Ray Data's coordinator utters its own every 20 s."""
 SAY_SECONDS = 15.0
-_WISHES: dict[str, tuple[Resources, int]] = {}
+VERDICT_SECONDS = 20.0
+"""For an autoscaler, which looks every 5 s, to say what it can never bring."""
+_WISHES: dict[object, tuple[Resources, int]] = {}
 """What this process asks for, and for how many places, all of it at each time."""
 
 
@@ -27,7 +30,7 @@ def coming_up(config: Config, *, wanted: bool = True, trainings: int = 1) -> Ite
     while the reference is scored.
 
     A wish only: nothing is held, and scoring may use the same nodes. It ends with the block, after which nodes that nobody
-    uses are let go; if this process is killed, Ray Data's next wish takes its place.
+    uses are let go; if this process is killed, with the next wish of Ray Data's coordinator.
     """
     if not config.ray.autoscaling or not wanted:
         yield
@@ -40,13 +43,45 @@ def coming_up(config: Config, *, wanted: bool = True, trainings: int = 1) -> Ite
 
     asking = threading.Thread(target=ask, name="raydpo-ask", daemon=True)
     resources = resources_for("train", config)
-    with _wishing("nodes of the training", resources, resources.workers * trainings):
+    with _wishing(resources, resources.workers * trainings):
         asking.start()
         try:
             yield
         finally:
             over.set()
             asking.join()
+
+
+def check_reachable(stage: str, resources: Resources) -> None:
+    """Ask an autoscaler for one place of a stage that no node of the cluster has, and believe it where it has none.
+
+    Raises:
+        ConfigError: if none of its node groups has such nodes, with the line that such a group needs.
+    """
+    if any(holds(node["Resources"], resources.bundle) for node in nodes_with(resources.accelerator, resources.labels)):
+        return
+    with _wishing(resources, 1):
+        first, _ = never_comes(resources.bundle, resources.labels)
+        told: dict[int, bool] = {}  # by look
+        started = asked = time.monotonic()
+        while sum(told.values()) < 2:
+            look, never = never_comes(resources.bundle, resources.labels)
+            if look != first:
+                told[look] = told.get(look, False) or never
+            now = time.monotonic()
+            # Some looks see the coordinator's wish in the place of ours, so one that says nothing is no answer.
+            if not look or now - started > VERDICT_SECONDS or (len(told) > 3 and not any(told.values())):
+                return
+            if now - asked >= ASK_SECONDS:
+                asked = now
+                _ask()
+            time.sleep(0.5)
+    lines = [f'resources: {{"accelerator_type:{resources.accelerator}": 1}}'] * (resources.accelerator is not None) + [
+        f"labels: {{{', '.join(f'{key}: {value}' for key, value in resources.labels.items())}}}"] * bool(resources.labels)
+    fix = f"add '{' and '.join(lines)}' to the group whose machines are such (a worker group of KubeRay, a node type of " \
+        f"Ray's launcher), or drop {stage}.accelerator and {stage}.labels" if lines else "ask for less, or add such a group"
+    raise ConfigError(f"no node group that the cluster's autoscaler knows has a place for a {stage} worker, which asks for "
+                      f"{resources.asks()}; {fix}")
 
 
 def wait_for(stage: str, resources: Resources, console: Console, *, autoscaling: bool = False) -> None:
@@ -59,10 +94,10 @@ def wait_for(stage: str, resources: Resources, console: Console, *, autoscaling:
     """
     needed = 1 if stage == "score" else resources.fewest or resources.workers
     places = resources.teams if resources.on_one_machine else resources.workers
-    started = said = time.monotonic()
+    started = said = asked = time.monotonic()
     wish: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if autoscaling:
-        wish = _wishing(f"a place for each {stage} worker", resources, places)
+        wish = _wishing(resources, places)
     with wish:
         while (room := room_for(resources.bundle, resources.accelerator, resources.labels)) < needed:
             now = time.monotonic()
@@ -70,20 +105,27 @@ def wait_for(stage: str, resources: Resources, console: Console, *, autoscaling:
                 said = now
                 console.say(f"  waiting {now - started:.0f} s for {needed - room} of {needed} {stage} worker(s), each "
                             f"{resources.asks()}; others use them, or their nodes are not there yet")
-                if autoscaling:
-                    _ask()
+            if autoscaling and now - asked >= ASK_SECONDS:
+                asked = now
+                _ask()
             time.sleep(1)
 
 
 @contextlib.contextmanager
-def _wishing(name: str, resources: Resources, places: int) -> Iterator[None]:
+def _wishing(resources: Resources, places: int) -> Iterator[None]:
     """Within the block an autoscaler is asked for so many places, beside what else this process wishes."""
-    _WISHES[name] = (resources, places)
+    # Ray keeps a wish until the next one, also of a process that was killed. The first job of a cluster has to see to it
+    # that there is a next one: the coordinator else comes with the first work of Ray Data or Ray Train.
+    from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
+
+    get_or_create_autoscaling_coordinator()
+    wish = object()  # trials of a sweep may wish for the same
+    _WISHES[wish] = (resources, places)
     _ask()
     try:
         yield
     finally:
-        del _WISHES[name]
+        del _WISHES[wish]
         _ask()
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from raydpo.cli import guarded, main, parsed
 from raydpo.config import Config, load_config
 from raydpo.errors import ConfigError
 
@@ -93,6 +94,16 @@ def test_it_is_frozen(tree):
     ("train.zero=5", ["train.zero", "5", "0, 1, 2 or 3"]),
     ("train.beta=-1", ["train.beta", "-1", "greater than 0"]),
     ("train.beta=.nan", ["train.beta", "nan"]),
+    ("train.zero=true", ["train.zero", "number", "not true or false"]),
+    ("train.epochs=1:30", ["train.epochs", "'1:30'", "integer"]),
+    ("train.seed=1:30", ["train.seed", "'1:30'", "integer"]),
+    ("train.warmup=1:30.5", ["train.warmup", "'1:30.5'", "number"]),
+    ("train.gpus_per_worker=1.5", ["gpus_per_worker 1.5", "1, or 2"]),
+    ("score.gpus_per_worker=2.5", ["gpus_per_worker 2.5", "1, or 3"]),
+    ("output=''", ["'output'", "empty", "variable"]),
+    ("output=//", ["'output'", "'//'", "root of the disk", "variable"]),
+    ("cache.uri=''", ["'cache.uri'", "empty"]),
+    ("data.train=''", ["data.train.0.path", "empty"]),
     ("train.workers=true", ["train.workers", "number"]),
     ("train.workers=two", ["train.workers", "two", "integer"]),
     ("train=3", ["'train'", "3", "pairs_per_step"]),
@@ -129,6 +140,81 @@ def test_bad_input_names_key_value_and_fix(override, said, tree):
         load_config(tree, re.split(" (?=(?:train|data)[.])", override))
     for piece in said:
         assert piece in str(caught.value), str(caught.value)
+
+
+@pytest.mark.parametrize("words", [
+    ["train", "c.yaml", "name=a", "--fresh", "train.beta=0.2"], ["train", "--fresh", "c.yaml", "name=a", "train.beta=0.2"],
+    ["submit", "run", "c.yaml", "name=a", "--no-wait", "train.beta=0.2", "--include", "a=b.jsonl"],
+    ["plan", "c.yaml", "name=a", "--workers", "2", "train.beta=0.2", "--json"]])
+def test_settings_may_stand_on_either_side_of_an_option(words):
+    args = parsed(words)
+    assert args.config == "c.yaml" and args.overrides == ["name=a", "train.beta=0.2"]
+
+
+@pytest.mark.parametrize("words", [
+    ["train", "c.yaml", "name=a", "--frsh"], ["train", "c.yaml", "--fresh", "train.beta"], ["jobs", "ls", "train.beta=0.2"],
+    ["train", "c.yaml", "--fresh", "train.beta=0.2", "--learning-rate=1"]])
+def test_what_is_neither_setting_nor_option_is_refused(words, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parsed(words)
+    assert "unrecognized arguments: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("overrides", [
+    ["cache=s3://AKIAEXAMPLE:SECRET@bucket/cache"],
+    ["data.eval.path=s3://AK:SECRET@b/x.jsonl", "data.eval.fraction=0.5"],
+    ["track.wandb.api_key=SECRET"], ["model.token=SECRET"], ["model.hf_token=SECRET"], ["secrets={wandb: SECRET}"],
+    ["name={password: SECRET}"], ["name=[{account_key: SECRET}]"], ["evaluate.judge.api_key=SECRET"],
+    ["evaluate.judge.key.file=SECRET", "evaluate.judge.key=SECRET", "evaluate.judge.key.file=other"],
+    ["track.wandb.token=SECRET", "track.wandb.token.of=me"], ["model.token=[SECRET"], ["wandb-api-key=SECRET"],
+    ["train.loss=s3://AK:SECRET@bucket/x"], ["train.zero=https://SECRET@host/x"], ["train.zero=https://host/x?SECRET"],
+    ["data.train.0.path=[https://host/x?sig=SECRET]"], ["model.adapter=hf_" + "SECRET" * 6],
+    ["model.path=hf_" + "SECRET" * 6], ["hf_" + "SECRET" * 6], ["train.loss=[{s3://AK:SECRET@b: 1}]"],
+], ids=lambda overrides: overrides[-1].partition("=")[0][:24])
+def test_a_mistake_beside_a_secret_does_not_tell_it(tree, overrides):
+    tree["data"]["train"] = [{"path": tree["data"]["train"]}]
+    with pytest.raises(ConfigError) as caught:
+        load_config(tree, overrides)
+    assert "SECRET" not in str(caught.value), str(caught.value)
+
+
+def test_a_file_that_is_no_yaml_is_told_without_its_text(tree, tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text("track:\n  wandb: {api_key: SECRET\nname: one\n")
+    assert main(["run", str(tmp_path / "c.yaml")]) == 2
+    said = capsys.readouterr().err
+    assert "in line 3, column 5" in said and "SECRET" not in said
+
+
+def test_what_is_no_secret_is_shown(tree):
+    with pytest.raises(ConfigError, match=r"'train.zero' is 's3://bucket/x\?region=eu', expected"):
+        load_config(tree, ["train.zero=s3://bucket/x?region=eu"])
+    with pytest.raises(ConfigError, match=r"'train.zero' is 'abfss://container@account/x', expected"):
+        load_config(tree, ["train.zero=abfss://container@account/x"])
+    with pytest.raises(ConfigError, match=r"unknown key 'train.tokenizers' \(value \['a', 'b'\]\)"):
+        load_config(tree, ["train.tokenizers=[a, b]"])
+
+
+def test_an_error_of_any_kind_is_told_without_the_secrets_in_it(capsys):
+    def fail(console):
+        raise RuntimeError("cannot open s3://AK:SECRET@bucket/x, nor https://SECRET@host")
+
+    assert guarded(fail) == 1
+    said = capsys.readouterr().err
+    log = Path(re.search(r"traceback in (\S+)\)", said)[1])
+    assert "cannot open s3://***@bucket/x, nor https://***@host" in log.read_text()
+    assert "SECRET" not in said + log.read_text()
+    log.unlink()
+
+
+def test_numbers_are_what_they_look_like(tree):
+    """PyYAML's are of YAML 1.1, in which 010 is 8."""
+    config = load_config(tree, ["train.epochs=010", "train.seed=-0_0", "train.pairs_per_step=0x10", "train.lr=1.0e-5",
+                                "train.weight_decay=1e-2", "name=2026-01-31", "score.gpus_per_worker=2.0",
+                                "train.gpus_per_worker=.5"])
+    train = config.train
+    assert (train.epochs, train.seed, train.pairs_per_step, train.lr, train.weight_decay) == (10, 0, 16, 1e-5, 0.01)
+    assert config.name == "2026-01-31" and config.score.gpus_per_worker == 2 and train.gpus_per_worker == 0.5
+    assert load_config(tree, ["train.steps=1_000", "train.zero=0"]).train.steps == 1000
 
 
 def test_a_misspelt_file_is_pointed_out(tree, tmp_path):

@@ -114,6 +114,55 @@ def test_waiting_says_what_is_missing_and_ends_when_it_is_there(configured, monk
     assert not waiter.is_alive()
 
 
+@pytest.mark.parametrize("variable", [True, False])
+def test_the_address_of_a_job_server_is_none_to_run_on(tiny_llama, tmp_path, monkeypatch, variable):
+    from raydpo.doctor import report
+    from raydpo.ray_runtime import session
+
+    server, stream = "http://localhost:8265", io.StringIO()
+    tree = {"output": str(tmp_path), "model": {"path": str(tiny_llama)}, "data": {"train": str(tiny_llama)}}
+    if variable:
+        monkeypatch.setenv("RAY_ADDRESS", server)
+    else:
+        tree["ray"] = {"address": server}
+    named = r"\$RAY_ADDRESS" if variable else "ray.address"
+    told = rf"^{named} is '{server}', the address of a job server.* \$RAY_API_SERVER_ADDRESS$"
+    with pytest.raises(ConfigError, match=told), session(load_config(tree)):
+        pass
+    report(Console(stream))
+    assert ("$RAY_API_SERVER_ADDRESS" in " ".join(stream.getvalue().split())) is variable
+
+
+def test_gpus_that_torch_does_not_find_are_told_before_one_is_held(tiny_llama, tmp_path):
+    """Ray believes what it is told: this machine has no GPU, or no torch for one."""
+    import ray
+    import torch
+    from ray.cluster_utils import Cluster
+
+    from raydpo.preflight import check_cluster
+
+    if torch.cuda.is_available():
+        pytest.skip("torch finds GPUs here")
+    write_preferences(tmp_path / "a.jsonl", preferences(8))
+    config = load_config({"output": str(tmp_path / "runs"), "model": {"path": str(tiny_llama), "dtype": "float32"},
+                          "data": {"train": str(tmp_path / "a.jsonl")}, "train": {"workers": 2}})
+    small = {"include_dashboard": False, "object_store_memory": 100 << 20}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 1, **small})
+    try:
+        cluster.add_node(num_cpus=2, num_gpus=2)
+        ray.init(address=cluster.address, log_to_driver=False)
+        with pytest.raises(ConfigError) as error:
+            check_cluster(config, ["score", "train"], Console(io.StringIO()))
+        without = config.train.model_copy(update={"gpus_per_worker": 0.0})
+        check_cluster(config.model_copy(update={"train": without}), ["train"], Console(io.StringIO()))
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    here, there = sorted(str(error.value).splitlines(), reverse=True)
+    assert here.startswith("this node has 1 GPU(s) in Ray, and torch finds 0 (") and "LD_LIBRARY_PATH" in here
+    assert there.startswith("node ") and " has 2 GPU(s) in Ray, and torch finds 0 (" in there
+
+
 @pytest.mark.parametrize(("overrides", "sentence"), [
     (["train.accelerator=H100"], "has no node of kind H100, which train.accelerator"),
     (["train.labels={zone: x}"], "has no node with labels {'zone': 'x'}"),

@@ -14,6 +14,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from raydpo import storage as storage_module
+from raydpo.config.uri import carries_secret
 from raydpo.errors import RaydpoError
 from raydpo.storage import Storage, redact, remove_stale_temporaries, stale_temporaries
 
@@ -224,14 +225,18 @@ def test_probe_needs_a_writable_place(tmp_path):
      "s3://bucket/c?access_key=***&region=eu&endpoint_override=h:9000&scheme=http"),
     ("abfss://container@account.dfs.core.windows.net/c", "abfss://container@account.dfs.core.windows.net/c"),
     ("https://host/c?sig=secret", "https://host/c?sig=***"),
+    ("https://secret@host/c", "https://***@host/c"),
+    ("https://host/c?secret", "https://host/c?***"),
+    ("https://host/c?sig=", "https://host/c?sig="),
+    ("https://host/c?region=eu&secret&sig=secret", "https://host/c?region=eu&***&sig=***"),
 ])
 def test_redact(uri, shown):
-    assert redact(uri) == shown
+    assert redact(uri) == shown and carries_secret(uri) == (shown != uri)
 
 
 @pytest.mark.parametrize("uri", [
     "s3://key:SECRET@bucket/x?nonsense=1", "s3://key:SEC/RET@bucket/x", "s3://bucket/x?secret_key=SECRET",
-    "abfss://user:SECRET@/x?y=1", "nosuch://user:SECRET@host/x", "ftp://user:SECRET@localhost:1/x"])
+    "nosuch://host/x?SECRET&y=1", "abfss://user:SECRET@/x?y=1", "nosuch://user:SECRET@host/x", "ftp://user:SECRET@localhost:1/x"])
 def test_no_secret_in_an_error(uri):
     with pytest.raises(RaydpoError, match=r"^cannot open .*\*\*\*") as caught:
         Storage(uri)

@@ -6,17 +6,20 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from raydpo.config.data import COMPRESSION_SUFFIXES, DATA_SUFFIXES
 from raydpo.config.run import Config
-from raydpo.config.uri import is_uri
+from raydpo.config.uri import hidden, is_uri, shown
 from raydpo.errors import ConfigError
 
-__all__ = ["is_hub_name", "load_config", "named_inputs", "with_setting"]
+__all__ = ["files_of", "is_hub_name", "load_config", "named_inputs", "template_file", "with_setting"]
+
+
+_INT, _FLOAT, _DATE = (f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "timestamp"))
 
 
 def is_hub_name(path: str) -> bool:
@@ -66,7 +69,7 @@ def _read_tree(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     if base is None:
         return tree
     if not isinstance(base, str):
-        raise ConfigError(f"'base' in {path} is {base!r}, expected the path of one YAML file, relative to this one")
+        raise ConfigError(f"'base' in {path} is {shown(base)}, expected the path of one YAML file, relative to this one")
     place, files = path.parent / base, (*above, path)
     if any(place.resolve() == file.resolve() for file in files):
         raise ConfigError(f"'base' goes in a circle: {' -> '.join(map(str, (*files, place)))}; drop one of them")
@@ -75,19 +78,49 @@ def _read_tree(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     return _merged(_read_tree(place, files), tree)
 
 
+def files_of(source: Path) -> list[Path]:
+    """A configuration file that can be read, and what it is based on, as they name one another."""
+    files = [source]
+    while (base := _read_yaml(files[-1]).get("base")) is not None:
+        files.append(files[-1].parent / base)
+    return files
+
+
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     both = {key: _merged(base[key], value) for key, value in changes.items()
             if isinstance(value, dict) and isinstance(base.get(key), dict)}
     return base | changes | both
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML's safe types, without what PyYAML keeps of YAML 1.1 and nobody means: 010 is 10, not 8; 1:30 and 2026-01-31 are
+    text, not a number of seconds and a date."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INT, _FLOAT, _DATE)]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+
+
+_Loader.add_implicit_resolver(_INT, re.compile(r"[-+]?(?:[0-9][0-9_]*|0x[0-9a-fA-F][0-9a-fA-F_]*|0b[01][01_]*)$"),
+                              list("-+0123456789"))
+_Loader.add_implicit_resolver(_FLOAT, re.compile(
+    r"[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+][0-9]+)?$|\.[0-9][0-9_]*(?:[eE][-+][0-9]+)?$|[-+]?\.(?:inf|Inf|INF)$|"
+    r"\.(?:nan|NaN|NAN)$"), list("-+0123456789."))
+_Loader.add_constructor(_INT, lambda loader, node: _whole(loader.construct_scalar(node)))
+
+
+def _whole(text: str) -> int:
+    digits = text.lstrip("-+").replace("_", "")
+    return (-1 if text.startswith("-") else 1) * int(digits, 0 if digits[:2] in ("0x", "0b") else 10)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"there is no configuration file {str(path)!r}; give the path of a YAML file")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{path} is not valid YAML: {_yaml_problem(error)}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds {type(tree).__name__}, not a mapping of settings such as 'model: {{path: ...}}'")
     return tree
@@ -95,13 +128,24 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _override(tree: dict[str, Any], override: str) -> dict[str, Any]:
     key, sign, text = override.partition("=")
+    # Without the value, which may be a secret.
+    what = f"override {hidden(key + '=...' * bool(sign))!r}"
     if not sign or not re.fullmatch(r"\w+(\.\w+)*", key):
-        raise ConfigError(f"override {override!r} does not have the form key.sub=value, for example train.beta=0.05")
+        raise ConfigError(f"{what} does not have the form key.sub=value, for example train.beta=0.05")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        raise ConfigError(f"the value of override {override!r} is not valid YAML: {' '.join(str(error).split())}") from None
-    return with_setting(tree, key, value, f"override {override!r}")
+        raise ConfigError(f"the value of {what} is not valid YAML: {_yaml_problem(error)}") from None
+    return with_setting(tree, key, value, what)
+
+
+def _yaml_problem(error: yaml.YAMLError | UnicodeDecodeError) -> str:
+    """What is wrong and where, without the text that is there: it may be a secret."""
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return " ".join(str(error).split())
+    mark = error.problem_mark or error.context_mark
+    place = f" in line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
+    return f"{', '.join(part for part in (error.context, error.problem) if part)}{place}"
 
 
 def with_setting(tree: dict[str, Any], key: str, value: Any, what: str) -> dict[str, Any]:
@@ -123,7 +167,7 @@ def with_setting(tree: dict[str, Any], key: str, value: Any, what: str) -> dict[
         elif child is None or isinstance(child, dict):
             child = dict(child or {})
         else:
-            raise ConfigError(f"{what} sets a key below {step!r}, whose value is {child!r}, not a section")
+            raise ConfigError(f"{what} sets a key below {step!r}, whose value is {shown(child, step)}, not a section")
         node[step] = child
         if isinstance(child, list):
             index = int(nxt)
@@ -157,6 +201,7 @@ _INNER = ("function-", "tuple[", "constrained-", "tagged-")
 def _explain(tree: dict[str, Any], problem: dict[str, Any]) -> str:
     where = [str(part) for part in problem["loc"] if not str(part).startswith(_INNER)]
     key, value = ".".join(where) or "configuration", problem["input"]
+    told = shown(value, where[-1] if where else "")
     kind, context = problem["type"], problem.get("ctx", {})
     if kind == "extra_forbidden":
         known = list(_section_at(where[:-1]).model_fields)
@@ -165,26 +210,26 @@ def _explain(tree: dict[str, Any], problem: dict[str, Any]) -> str:
         meant = elsewhere[0] if elsewhere else ".".join([*where[:-1], near[0]]) if near else None
         hint = f"did you mean {meant!r}?" if meant else f"known here: {', '.join(known)}"
         # A judge's API key under another name must not be shown.
-        shown = "" if where[:2] == ["evaluate", "judge"] else f" (value {value!r})"
-        return f"unknown key {key!r}{shown}; {hint}"
+        value_told = "" if where[:2] == ["evaluate", "judge"] else f" (value {told})"
+        return f"unknown key {key!r}{value_told}; {hint}"
     if kind == "missing":
         return f"{key!r} is missing; every run needs a model (model.path), data (data.train) and an output (output)"
     if kind == "literal_error":
         choices = context.get("expected", "")
         near = difflib.get_close_matches(str(value), re.findall(r"'([^']+)'", choices), n=1, cutoff=0.5)
-        return f"{key!r} is {value!r}, expected {choices}" + (f"; did you mean {near[0]!r}?" if near else "")
+        return f"{key!r} is {told}, expected {choices}" + (f"; did you mean {near[0]!r}?" if near else "")
     if kind == "value_error":
-        return f"{key!r}: {context['error']}"
+        return hidden(f"{key!r}: {context['error']}")
     if kind == "model_type":
-        return f"{key!r} is {value!r}, expected a section of keys: {', '.join(_section_at(where).model_fields)}"
+        return f"{key!r} is {told}, expected a section of keys: {', '.join(_section_at(where).model_fields)}"
     if kind == "tuple_type":
-        return f"{key!r} is {value!r}, expected a list, for example [{value!r}]"
+        return f"{key!r} is {told}, expected a list, for example [{told}]"
     if kind == "too_short":
         return f"{key!r} is empty; at least one entry is needed"
     if kind == "string_pattern_mismatch":
-        return f"{key!r} is {value!r}; use letters, digits and any of . _ - = , + ~ and start with a letter or digit"
+        return f"{key!r} is {told}; use letters, digits and any of . _ - = , + ~ and start with a letter or digit"
     message = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    return f"{key!r} is {value!r}, expected {message}"
+    return f"{key!r} is {told}, expected {message}"
 
 
 def _section_at(where: Sequence[str]) -> type[BaseModel]:
@@ -230,6 +275,12 @@ def named_inputs(config: Config) -> list[tuple[str, str, bool]]:
     return [(key, value, is_model) for key, value, is_model in inputs if value is not None]
 
 
+def template_file(config: Config) -> str | None:
+    """The file that ``data.chat_template`` names, where it is not the template itself."""
+    template = config.data.chat_template
+    return None if template is None or "{{" in template or "{%" in template else template
+
+
 def _check_paths(config: Config, elsewhere: bool) -> None:
     """Every local input that is named must be there. Hub names and URIs are left to those who open them, and so are
     absolute paths if they are of machines ``elsewhere``."""
@@ -239,13 +290,17 @@ def _check_paths(config: Config, elsewhere: bool) -> None:
             continue
         if is_uri(value) or Path(value).exists():
             if is_model and Path(value).is_file():
-                problems.append(f"{key!r} is {value!r}, a file; a directory with config.json and safetensors is wanted")
+                problems.append(f"{key!r} is {shown(value)}, a file; a directory with config.json and safetensors is "
+                                "wanted")
             continue
         if is_hub_name(value) and "/" in value and not Path(value).parent.is_dir():
             continue
         near = difflib.get_close_matches(Path(value).name, _siblings(value), n=1, cutoff=0.6)
         hint = f"; did you mean {str(Path(value).parent / near[0])!r}?" if near else ""
-        problems.append(f"{key!r} is {value!r}, but there is no such {'directory' if is_model else 'file'}{hint}")
+        problems.append(f"{key!r} is {shown(value)}, but there is no such {'directory' if is_model else 'file'}{hint}")
+    template = template_file(config)
+    if template is not None and not Path(template).is_file() and not (elsewhere and Path(template).is_absolute()):
+        problems.append(f"'data.chat_template' is {shown(template)}, which is neither a Jinja template nor a file")
     if problems:
         raise ConfigError("\n".join(problems))
 

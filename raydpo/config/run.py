@@ -6,7 +6,7 @@ import re
 from typing import Annotated
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from raydpo.config.data import DataConfig
 from raydpo.config.evaluate import EvaluateConfig
@@ -20,6 +20,12 @@ from raydpo.config.uri import redacted
 __all__ = ["CacheConfig", "Config", "RayConfig"]
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._=,+~-]{0,127}$"
+
+
+def _no_root(output: str) -> str:
+    if not output.strip("/"):
+        raise ValueError(f"{output!r} is the root of the disk; was it made of a variable that is not set?")
+    return output
 
 
 class CacheConfig(Section):
@@ -45,7 +51,7 @@ class Config(Section):
 
     name: Annotated[str | None, Field(pattern=NAME_PATTERN)] = None
     """Name of the run directory below output, or of the sweep's; null = model, loss and beta, or model and 'sweep'."""
-    output: PathOrUri
+    output: Annotated[PathOrUri, AfterValidator(_no_root)]
     """Local path or URI below which run directories lie."""
     model: ModelConfig
     reference: ReferenceConfig = ReferenceConfig()
@@ -106,7 +112,7 @@ class Config(Section):
     @property
     def run_dir(self) -> str:
         """Local path or URI of the run directory, ``<output>/<name>``."""
-        return f"{self.output.rstrip('/') or '/'}/{self.run_name}"
+        return f"{self.output.rstrip('/')}/{self.run_name}"
 
     @property
     def cache_uri(self) -> str:

@@ -7,29 +7,36 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-__all__ = ["Dtype", "Float", "Int", "PathOrUri", "Section"]
+__all__ = ["Dtype", "Float", "Int", "PathOrUri", "Section", "no_bool"]
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 """A precision; ``auto`` is what pays on the devices at hand."""
 
 
-def _no_bool(value: Any) -> Any:
+def no_bool(value: Any) -> Any:
+    """Validates numbers: Python takes true for 1.
+
+    Raises:
+        ValueError: for true and false.
+    """
     if isinstance(value, bool):
         raise ValueError("a number is wanted, not true or false")
     return value
 
 
-Int = Annotated[int, BeforeValidator(_no_bool)]
+Int = Annotated[int, BeforeValidator(no_bool)]
 """A whole number; true and false are none."""
-Float = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
+Float = Annotated[float, BeforeValidator(no_bool), Field(allow_inf_nan=False)]
 """A finite number; true and false are none."""
 
 
-def _expand_home(value: Any) -> Any:
+def _path(value: Any) -> Any:
+    if value == "":
+        raise ValueError("the path is empty; was it made of a variable that is not set?")
     return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~") else value
 
 
-PathOrUri = Annotated[str, BeforeValidator(_expand_home)]
+PathOrUri = Annotated[str, BeforeValidator(_path)]
 """A local path, in which ``~`` is the home directory, or a URI."""
 
 

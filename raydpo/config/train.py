@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from raydpo.config.objective import ObjectiveConfig
-from raydpo.config.section import Dtype, Float, Int, PathOrUri, Section
+from raydpo.config.section import Dtype, Float, Int, PathOrUri, Section, no_bool
 
 __all__ = ["REDUCE_BUCKET", "ROUNDED_PIECE", "ScoreConfig", "TrainConfig"]
 
@@ -51,6 +52,9 @@ class ScoreConfig(Section):
 
 
 def _gpus_of_a_kind(accelerator: str | None, gpus_per_worker: float | None) -> None:
+    if gpus_per_worker is not None and gpus_per_worker > 1 and gpus_per_worker != int(gpus_per_worker):
+        raise ValueError(f"gpus_per_worker {gpus_per_worker:g} is neither a part of a GPU nor a whole number; Ray gives a "
+                         f"worker 1, or {math.ceil(gpus_per_worker)}")
     if accelerator is not None and gpus_per_worker == 0:
         raise ValueError(f"accelerator {accelerator} has no effect on workers without GPUs; set gpus_per_worker to 1, or "
                          "accelerator to null")
@@ -113,7 +117,7 @@ class TrainConfig(ObjectiveConfig):
     """AdamW's decoupled weight decay."""
     clip: Float | None = Field(1.0, gt=0)
     """Largest global gradient norm; null = no clipping."""
-    zero: Literal[0, 1, 2, 3] = 2
+    zero: Annotated[Literal[0, 1, 2, 3], BeforeValidator(no_bool)] = 2
     """DeepSpeed ZeRO stage."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""

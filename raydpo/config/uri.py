@@ -1,17 +1,22 @@
-"""URIs as text: whether one is one, and what of it may be shown. Opening them is ``raydpo.storage``'s."""
+"""URIs as text: whether one is one, and what of it or of any setting may be shown. ``raydpo.storage`` opens them."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
-from urllib.parse import parse_qsl, urlencode
 
-__all__ = ["CREDENTIALS", "HARMLESS", "carries_secret", "is_uri", "redact", "redacted"]
+__all__ = ["HARMLESS", "KEYS", "carries_secret", "hidden", "is_uri", "redact", "redacted", "secrets_of", "shown"]
 
 HARMLESS = ("endpoint_override", "scheme", "region", "allow_bucket_creation", "allow_bucket_deletion")
 """Options of a URI that may be shown."""
-CREDENTIALS = re.compile(r"^(?P<scheme>[^:/]+://)(?P<secret>[^/?#]*:[^?#]*)@")  # an unquoted key may hold slashes
-"""User and password at the beginning of a URI."""
+KEYS = (r"-----BEGIN [A-Z ]*PRIVATE KEY-----|\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\bhf_[A-Za-z0-9]{30,}\b|"
+        r"\bgh[pousr]_[A-Za-z0-9]{36,}\b|\bsk-[A-Za-z0-9_-]{40,}|\bAIza[0-9A-Za-z_-]{35}\b")
+"""Forms that nothing but a key has."""
+_CREDENTIALS = re.compile(r"^(?P<scheme>[^:/]+)://(?P<secret>[^/?#]*:[^?#]*|[^/?#:]+)@")  # an unquoted key may hold slashes
+_NAMED_BEFORE_AT = ("abfs", "abfss", "adl", "az", "hdfs", "sftp", "ssh", "wasb", "wasbs")
+"""Schemes in which a container or a user alone, and no secret, stands before ``@``."""
+_SECRET_NAME = re.compile(r"(?:^|[._-])(?:key|token|auth)$|secret|passw|credential|api_?key", re.IGNORECASE)
+_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"]*[^\s'\".,;:)\]}]")
 
 
 def is_uri(path: str) -> bool:
@@ -19,25 +24,62 @@ def is_uri(path: str) -> bool:
     return re.match(r"^[A-Za-z][A-Za-z0-9+.-]*://", path) is not None
 
 
-def redact(uri: str) -> str:
-    """``uri`` without the secrets that it may carry: user and password, and the values of all but harmless options."""
-    if not is_uri(uri):
-        return uri
-    place, _, query = CREDENTIALS.sub(r"\g<scheme>***@", uri).partition("?")
-    options = urlencode([(key, value if key in HARMLESS else "***") for key, value in parse_qsl(query)], safe="*:/")
-    return f"{place}?{options}" if options else place
+def secrets_of(text: str) -> list[str]:
+    """What must not be shown of a value: what has the form of a key; of a URI also user and password, the values of all but
+    harmless options, and an option without a value."""
+    found = re.findall(KEYS, text)
+    if not is_uri(text):
+        return found
+    credentials = _credentials(text)
+    options = [option.partition("=") for option in text.partition("?")[2].split("&")]
+    return found + ([] if credentials is None else [credentials["secret"]]) + [
+        secret for name, sign, value in options if name not in HARMLESS and (secret := value if sign else name)]
 
 
-def carries_secret(uri: str) -> bool:
+def _credentials(uri: str) -> re.Match[str] | None:
+    found = _CREDENTIALS.match(uri)
+    alone = found is not None and ":" not in found["secret"] and found["scheme"].lower() in _NAMED_BEFORE_AT
+    return None if alone else found
+
+
+def redact(text: str) -> str:
+    """``text`` with ``***`` in the place of each of its ``secrets_of``."""
+    if is_uri(text):
+        if (credentials := _credentials(text)) is not None:
+            text = f"{credentials['scheme']}://***@{text[credentials.end():]}"
+        place, mark, query = text.partition("?")
+        options = [option.partition("=") for option in query.split("&") if option]
+        text = place + mark * bool(options) + "&".join(
+            name + sign + value if name in HARMLESS else f"{name}={'***' if value else ''}" if sign else "***"
+            for name, sign, value in options)
+    return re.sub(KEYS, "***", text)
+
+
+def carries_secret(text: str) -> bool:
     """Whether there is something that ``redact`` takes away."""
-    return is_uri(uri) and (CREDENTIALS.match(uri) is not None
-                            or any(key not in HARMLESS for key, _ in parse_qsl(uri.partition("?")[2])))
+    return bool(secrets_of(text))
 
 
 def redacted(tree: Any) -> Any:
-    """``tree`` of dictionaries and lists, with every URI in it redacted."""
+    """``tree`` of dictionaries and lists, with every text in it redacted."""
     if isinstance(tree, dict):
         return {key: redacted(value) for key, value in tree.items()}
     if isinstance(tree, list):
         return [redacted(value) for value in tree]
     return redact(tree) if isinstance(tree, str) and carries_secret(tree) else tree
+
+
+def hidden(message: str) -> str:
+    """``message`` with every URI and key in it redacted."""
+    return re.sub(KEYS, "***", _IN_TEXT.sub(lambda uri: redact(uri[0]) if carries_secret(uri[0]) else uri[0], message))
+
+
+def shown(value: Any, key: str = "") -> str:
+    """The value of setting ``key`` as a message may show it. Under the name of a key, token or password it is not shown."""
+    if value is not None and _SECRET_NAME.search(key):
+        return "'***'"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name!r}: {shown(below, str(name))}" for name, below in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(shown, value)) + "]"
+    return repr(redact(value) if isinstance(value, str) else value)

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pyarrow import fs as pafs
-
 from raydpo.config import LOSSES, Config, is_hub_name, is_uri
 from raydpo.errors import ConfigError, ModelError
-from raydpo.local_copy import local_home
+from raydpo.local_copy import RemoteDirectory
 from raydpo.model.rotary import ROTARY
 from raydpo.reference.identity import identify, resolve_model
 from raydpo.reference.score import ReferenceSpec
@@ -68,22 +64,21 @@ def find_policy(config: Config, dtype: str) -> Policy:
     wish = config.evaluate.policy
     given = config.run_dir if wish is None else wish
     run = _run_at(given)
+    origin = None if run is None or run.is_local else RemoteDirectory.now(run, "final")
     if run is None:
         if wish is None:
             raise ConfigError(f"there is no trained policy in {redact(given)}/final; run 'raydpo run' first, or set "
                               "evaluate.policy to a run directory, a model, an adapter or a hub name")
         directory = resolve_model(wish)
-    elif run.is_local:
-        directory = run.path("final")
     else:
-        directory = _fetched(run, "final")
+        directory = run.path("final") if origin is None else origin.here()
     adapter = directory if (Path(directory) / "adapter_config.json").is_file() else None
     base = directory if adapter is None else _base(config, Path(directory), own=wish is None)
     quantization = None if adapter is None else config.model.quantization
     trust = config.model.trust_remote_code
     identity = identify(base, dtype, adapter, quantization, trust, max_length=config.data.max_length)
     spec = ReferenceSpec(path=base, adapter=adapter, identity=identity, quantization=quantization, trust_remote_code=trust,
-                         layout=config.model.layout)
+                         layout=config.model.layout, origin=origin)
     trained = {} if run is None else _fingerprint(run)
     length = trained.get(ROTARY, identity.rope_length)
     if length != identity.rope_length:
@@ -107,16 +102,6 @@ def _run_at(path: str) -> Storage | None:
         raise ConfigError(f"evaluate.policy {storage} is no run directory with a result; of remote directories only those "
                           "are read, a model must lie on a disk or on the hub")
     return None
-
-
-def _fetched(run: Storage, name: str) -> str:
-    """A copy of a remote directory on this machine, newly made: a run may have been trained again since. Actors on other
-    machines must find it under the same path."""
-    directory = local_home() / "models" / hashlib.sha256(run.uri.encode()).hexdigest()[:16] / name
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
-    pafs.copy_files(run.path(name), str(directory), source_filesystem=run.fs, destination_filesystem=pafs.LocalFileSystem())
-    return str(directory)
 
 
 def _base(config: Config, adapter: Path, *, own: bool) -> str:

@@ -34,6 +34,7 @@ from raydpo.evaluation.work import Work, do_work
 from raydpo.model.rotary import rope_line
 from raydpo.model.weights import check_weights
 from raydpo.pipeline import fill_cache, find_reference, reference_line, report_on
+from raydpo.preflight import check_cluster
 from raydpo.ray_runtime import bfloat16_pays, resources_for, session
 from raydpo.reference.identity import resolve_model
 from raydpo.reference.score import ReferenceSpec
@@ -61,7 +62,9 @@ def evaluate(config: Config, console: Console | None = None) -> dict[str, Any]:
     """
     console = console or Console()
     _check_models(config, console)
+    settings = config.evaluate
     with session(config):
+        check_cluster(config, ["score"], console, (settings.policy, settings.base, settings.reward_model))
         evaluation = _Evaluation.of(config, console)
         found, samples = evaluation.measure()
     evaluation.write(found, samples)

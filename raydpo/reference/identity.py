@@ -153,16 +153,20 @@ Spec = TypeVar("Spec")
 
 
 def on_this_machine(spec: Spec) -> Spec:
-    """A specification of a model (with ``path`` and ``adapter``) whose directories a worker has.
+    """A specification of a model (with ``path``, and perhaps ``adapter`` and ``origin``) whose directories a worker has.
 
     A driver that got a model from the hub names a directory that other machines lack. Its name holds the repository and the
-    revision, so they fetch the same files, and what is there already costs one question to the hub. Any other directory is
-    left as it is.
+    revision, so they fetch the same files, and what is there already costs one question to the hub. What the driver copied
+    from a bucket (``origin``) they copy, too. Any other directory is left as it is.
 
     Raises:
-        ModelError: if the hub does not give it.
+        ModelError: if the hub does not give it, or the bucket has other files by now.
     """
-    return dataclasses.replace(spec, path=_local(spec.path), adapter=spec.adapter and _local(spec.adapter))
+    places = {name: place for name in ("path", "adapter") if (place := getattr(spec, name, None))}
+    here = {name: _local(place) for name, place in places.items()}
+    if getattr(spec, "origin", None) is not None:
+        here["adapter" if "adapter" in here else "path"] = spec.origin.here()
+    return dataclasses.replace(spec, **here)
 
 
 def _local(directory: str) -> str:

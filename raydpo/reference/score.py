@@ -14,6 +14,7 @@ import transformers
 import raydpo
 from raydpo.data.plan import fill_batches
 from raydpo.data.shapes import Shapes
+from raydpo.local_copy import RemoteDirectory
 from raydpo.model.budget import MOST_SCORED, find_budget, is_out_of_memory, probe_group
 from raydpo.model.layout import Layout, PromptGroup, shapes_of
 from raydpo.model.load import load_causal_lm
@@ -36,6 +37,8 @@ class ReferenceSpec:
     quantization: str | None = None
     trust_remote_code: bool = False
     layout: Wish = "auto"
+    origin: RemoteDirectory | None = None
+    """What the adapter, or without one the model, is a copy of; None where every machine has it."""
 
 
 class Scorer:

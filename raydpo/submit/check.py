@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from raydpo.config import Config, is_uri
-from raydpo.config.load import named_inputs
-from raydpo.config.uri import carries_secret, redact
+from raydpo.config.load import files_of, named_inputs, template_file
+from raydpo.config.uri import carries_secret, hidden, redact, shown
 from raydpo.errors import ConfigError
 
-__all__ = ["check_for_cluster", "packed_name"]
+__all__ = ["check_files", "check_for_cluster", "check_words", "packed_name"]
+_INSTEAD = ("which everyone who sees the job would read; take it out, and give it to the nodes by their environment: a "
+            "service account, or a secret of the cluster")
 
 
 def packed_name(file: str, packed: Collection[str]) -> str:
@@ -32,6 +34,45 @@ def packed_name(file: str, packed: Collection[str]) -> str:
     return name
 
 
+def check_files(file: str, config: Config, packed: Collection[str]) -> None:
+    """Everything that the job reads beside the configuration ``file`` and that lies here is packed with it: what the file is
+    based on, a chat template, and modules of one's own.
+
+    Raises:
+        ConfigError: with a line for each that is not.
+    """
+    needed = [("base", path.as_posix()) for path in files_of(Path(file))[1:]]
+    if (template := template_file(config)) is not None:
+        needed.append(("data.chat_template", template))
+    for key, name in [("train.loss", name) for name in config.train.terms] + [
+            ("evaluate.score_with", config.evaluate.score_with or "")]:
+        module, colon, _ = name.partition(":")
+        place = module.replace(".", "/")
+        if colon:  # one that is not in this directory is installed, here and there
+            needed += [(key, path) for path in (f"{place}.py", f"{place}/__init__.py") if Path(path).is_file()][:1]
+    problems = []
+    for key, path in needed:
+        if Path(path).is_absolute():  # as all nodes see it
+            continue
+        try:
+            packed_name(path, packed)
+        except ConfigError as error:
+            problems.append(f"{key!r} needs a file that the job would lack: {error}")
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def check_words(words: Iterable[str]) -> None:
+    """The job's command, which holds settings that later ones replace, too.
+
+    Raises:
+        ConfigError: if a word carries a credential.
+    """
+    for word in words:
+        if hidden(word) != word:
+            raise ConfigError(f"{hidden(word)!r} carries a credential, {_INSTEAD}")
+
+
 def check_for_cluster(config: Config, packed: Collection[str]) -> None:
     """Everything that a job on other machines would stumble over, or lose, and that can be seen from here.
 
@@ -49,23 +90,22 @@ def check_for_cluster(config: Config, packed: Collection[str]) -> None:
 def _secrets(config: Config) -> Iterator[str]:
     for key, value in _leaves(config.model_dump(mode="json")):
         if isinstance(value, str) and carries_secret(value):
-            yield (f"{key!r} carries a credential ({redact(value)}), which everyone who sees the job would read; take it "
-                   "out, and give it to the nodes by their environment: a service account, or a secret of the cluster")
+            yield f"{key!r} carries a credential ({redact(value)}), {_INSTEAD}"
 
 
 def _capitals(config: Config) -> Iterator[str]:
     for key, value in _leaves(config.model_dump(mode="json")):
         found = re.search(r"\bYOUR-[A-Z-]*[A-Z]", value) if isinstance(value, str) else None
         if found:
-            yield f"{key!r} is {value!r}; put your own in the place of {found[0]}"
+            yield f"{key!r} is {shown(value)}; put your own in the place of {found[0]}"
 
 
 def _places(config: Config) -> Iterator[str]:
     for key, value in (("output", config.output), ("cache.uri", config.cache.uri)):
         if value is not None and not is_uri(value) and not Path(value).is_absolute():
-            yield (f"{key!r} is {value!r}, a relative path: on the cluster that is a temporary directory of one node, gone "
-                   f"with the job; give a URI ({key}=s3://bucket/{PurePosixPath(value).name}) or the absolute path of a "
-                   "file system that all nodes mount")
+            yield (f"{key!r} is {shown(value)}, a relative path: on the cluster that is a temporary directory of one node, "
+                   f"gone with the job; give a URI ({key}=s3://bucket/{PurePosixPath(value).name}) or the absolute path of "
+                   "a file system that all nodes mount")
 
 
 def _inputs(config: Config, packed: Collection[str]) -> Iterator[str]:
@@ -73,11 +113,11 @@ def _inputs(config: Config, packed: Collection[str]) -> Iterator[str]:
         if is_uri(value) or Path(value).is_absolute() or not Path(value).exists():
             continue  # what does not exist here has the form of a hub name, or it would have been refused
         if is_model:
-            yield (f"{key!r} is {value!r}, a directory of this machine, and weights are not packed; give a hub name, or the "
-                   "absolute path under which all nodes see it")
+            yield (f"{key!r} is {shown(value)}, a directory of this machine, and weights are not packed; give a hub name, "
+                   "or the absolute path under which all nodes see it")
         elif PurePosixPath(value).as_posix() not in packed:
-            yield (f"{key!r} is {value!r}, and data is not packed; give a URI or the absolute path under which the nodes "
-                   f"see it, or pack it with --include {value}")
+            yield (f"{key!r} is {shown(value)}, and data is not packed; give a URI or the absolute path under which the "
+                   f"nodes see it, or pack it with --include {value}")
 
 
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -24,10 +24,11 @@ from raydpo.interrupt import EXIT_INTERRUPTED
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
 
-__all__ = ["STOP_SECONDS", "Jobs", "RunningJobError", "exit_code", "job_env"]
+__all__ = ["STOP_SECONDS", "Jobs", "RunningJobError", "exit_code", "job_env", "stop_seconds"]
 
 STOP_SECONDS = 120
 """Between SIGTERM and SIGKILL of a job that is stopped: a checkpoint is made in between. Ray's own default is 3."""
+_STOP_VARIABLE = "RAY_JOB_STOP_WAIT_TIME_S"
 LOST_SECONDS = 120.0
 """Without an answer of the job server, after which following ends."""
 BEGINNING_SECONDS = 120.0
@@ -45,7 +46,14 @@ class RunningJobError(ConfigError):
 
 def job_env() -> dict[str, str]:
     """The environment variables that a job is given. Never a secret: everyone who may list jobs reads them."""
-    return {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}
+    return {_STOP_VARIABLE: str(STOP_SECONDS)}
+
+
+def stop_seconds(job: JobDetails) -> int | None:
+    """Seconds that a job has between SIGTERM and SIGKILL; None if it was started without them, so that the environment of
+    the head decides, or Ray's default."""
+    told = str(((job.runtime_env or {}).get("env_vars") or {}).get(_STOP_VARIABLE, ""))
+    return int(told) if told.isdigit() else None
 
 
 def exit_code(job: JobDetails) -> int:
@@ -102,7 +110,8 @@ class Jobs:
             if "ray[default]" in str(error):
                 raise _without_client() from None
             raise ConfigError(f"no Ray job server answers at {wished} ({_said(error)}); give --address http://host:8265 or "
-                              "set RAY_ADDRESS, for example to the near end of 'kubectl port-forward' or 'ssh -L'") from None
+                              "set RAY_API_SERVER_ADDRESS, for example to the near end of 'kubectl port-forward' or 'ssh -L'"
+                              ) from None
 
     def warnings(self) -> Iterator[str]:
         """What is unsafe about the way to this cluster."""
@@ -221,13 +230,13 @@ class Jobs:
             raise _TailBrokenError(printed) from error
         return printed
 
-    def stop(self, job: str) -> JobDetails:
-        """Ask a job to stop, and wait until it has."""
+    def stop(self, job: str, seconds: int = STOP_SECONDS) -> JobDetails:
+        """Ask a job that has so many seconds for it to stop, and wait until it has."""
         self.client.stop_job(job)
-        deadline = time.monotonic() + STOP_SECONDS + 30
+        deadline = time.monotonic() + seconds + 30
         while (details := self.client.get_job_info(job)).status.value not in ENDED:
             if time.monotonic() > deadline:
-                raise RaydpoError(f"job {job} was told to stop {STOP_SECONDS + 30} s ago and is still "
+                raise RaydpoError(f"job {job} was told to stop {seconds + 30} s ago and is still "
                                   f"{details.status.value.lower()}; look at 'raydpo jobs logs {job}'")
             time.sleep(0.5)
         return details

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import shutil
 import sys
 import tempfile
 import time
@@ -14,8 +15,8 @@ from pathlib import Path
 from raydpo.config import load_config
 from raydpo.console import Console
 from raydpo.interrupt import EXIT_INTERRUPTED
-from raydpo.submit.check import check_for_cluster, packed_name
-from raydpo.submit.client import Jobs, exit_code, job_env
+from raydpo.submit.check import check_files, check_for_cluster, check_words, packed_name
+from raydpo.submit.client import STOP_SECONDS, Jobs, exit_code, job_env, stop_seconds
 from raydpo.submit.package import Package, pack
 
 __all__ = ["VERBS", "add_jobs", "add_submit", "as_submit"]
@@ -23,6 +24,7 @@ __all__ = ["VERBS", "add_jobs", "add_submit", "as_submit"]
 VERBS = ("score", "train", "run", "sweep", "eval", "benchmark")
 """What can be a job: each a file in jobs/."""
 FRESH = ("train", "run", "sweep")
+_SERVER = "the job server (default: $RAY_API_SERVER_ADDRESS, $RAY_ADDRESS, else this machine's)"
 
 
 def add_submit(parser: argparse.ArgumentParser) -> None:
@@ -31,9 +33,9 @@ def add_submit(parser: argparse.ArgumentParser) -> None:
     for name in VERBS:
         verb = verbs.add_parser(name, help=f"'raydpo {name}' as a job")
         verb.set_defaults(act=submit)
-        verb.add_argument("--address", metavar="URL", help="the job server (default: $RAY_ADDRESS, else this machine's)")
+        verb.add_argument("--address", metavar="URL", help=_SERVER)
         verb.add_argument("--no-wait", action="store_true", help="do not follow the log")
-        verb.add_argument("--dry-run", action="store_true", help="check, pack, and print the same as 'ray job submit'")
+        verb.add_argument("--dry-run", action="store_true", help="check, pack, and print Ray's command for the archive")
         verb.add_argument("--include", action="append", default=[], metavar="PATTERN",
                           help="pack files of this name, too, such as a small data file (repeatable)")
         if name == "benchmark":
@@ -55,7 +57,7 @@ def add_jobs(parser: argparse.ArgumentParser) -> None:
                              ("stop", _stop, "stop a job; it makes a checkpoint first")):
         sub = acts.add_parser(name, help=about, description=about)
         sub.set_defaults(act=act)
-        sub.add_argument("--address", metavar="URL", help="the job server (default: $RAY_ADDRESS, else this machine's)")
+        sub.add_argument("--address", metavar="URL", help=_SERVER)
         if name != "ls":
             sub.add_argument("job", metavar="JOB", help="id of a job, or name of a run: its newest job")
         if name == "logs":
@@ -78,18 +80,22 @@ def submit(args: argparse.Namespace, console: Console) -> int:
         else:
             config = load_config(args.config, args.overrides, elsewhere=True)
             check_for_cluster(config, package.files)
+            check_files(args.config, config, package.files)
             name = config.run_name
             if config.model.trust_remote_code:
                 console.warn(f"model.trust_remote_code is on: Python code in {config.model.path} runs on every node, with "
                              "all that the cluster may do")
             words = [packed_name(args.config, package.files), *args.overrides]
             words += ["--fresh"] if getattr(args, "fresh", False) else []
+        check_words(words)
         gpus = getattr(args, "gpus", 0)
         entrypoint = shlex.join([*_program(args.what, package), *words])
         for line in (*package.notes, package.line()):
             console.say(line)
         if args.dry_run:
-            console.say(_by_ray(entrypoint, gpus))
+            kept = Path(tempfile.mkdtemp(prefix="raydpo-")) / package.archive.name
+            shutil.move(package.archive, kept)
+            console.say(_by_ray(entrypoint, gpus, kept))
             return 0
         jobs = Jobs.at(args.address)
         for line in jobs.warnings():
@@ -112,11 +118,15 @@ def _program(verb: str, package: Package) -> list[str]:
     return ["python", "-m", "raydpo.benchmark.command"] if verb == "benchmark" else ["python", "-m", "raydpo.cli", verb]
 
 
-def _by_ray(entrypoint: str, gpus: int) -> str:
-    """The same by Ray's own command, whose exit status is 1 for every failure."""
+def _by_ray(entrypoint: str, gpus: int, archive: Path) -> str:
+    """The same by Ray's own command, whose exit status is 1 for every failure.
+
+    Of the archive that was checked: of the directory Ray would upload all that no ignore file names, secrets too.
+    """
     environment = shlex.quote(json.dumps({"env_vars": job_env()}))
     devices = f" --entrypoint-num-gpus {gpus}" if gpus else ""
-    return f"ray job submit --working-dir .{devices} --runtime-env-json {environment} -- {entrypoint}"
+    return (f"ray job submit --working-dir {shlex.quote(str(archive))}{devices} --runtime-env-json {environment} -- "
+            f"{entrypoint}")
 
 
 def _follow(jobs: Jobs, job: str, console: Console) -> int:
@@ -164,6 +174,11 @@ def _stop(args: argparse.Namespace, console: Console) -> None:
     if job.status.value in ("SUCCEEDED", "FAILED", "STOPPED"):
         console.say(f"job {job.submission_id} is over: {job.status.value.lower()}")
         return
-    console.say(f"stopping {job.submission_id}, with a checkpoint")
-    ended = jobs.stop(job.submission_id)
+    seconds = stop_seconds(job)
+    if seconds is None:
+        console.warn(f"job {job.submission_id} was begun without RAY_JOB_STOP_WAIT_TIME_S in its runtime_env: it is killed "
+                     "after as many seconds as that variable says on the head, 3 by default, and if they are too few loses "
+                     f"all since its last checkpoint; 'raydpo submit' gives {STOP_SECONDS}")
+    console.say(f"stopping {job.submission_id}" + ("" if seconds is None else f", which has {seconds} s for a checkpoint"))
+    ended = jobs.stop(job.submission_id, STOP_SECONDS if seconds is None else seconds)
     console.say(f"job {job.submission_id} is {ended.status.value.lower()}; submit it again to continue")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
+from raydpo.config.uri import KEYS
 from raydpo.errors import ConfigError
 
 __all__ = ["LEFT_OUT", "MOST_BYTES", "SECRET_FILES", "Package", "pack"]
@@ -37,9 +38,7 @@ LEFT_OUT = (
     ".mypy_cache/", ".hypothesis/", ".ipynb_checkpoints/", "*.egg-info/", "build/", "dist/", "*.log",
 )
 """Names, as in .gitignore, of what stays here. The project's .rayignore says the same to ``ray job submit``."""
-# Forms that nothing but a key has.
-_KEYS = re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----|\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\bhf_[A-Za-z0-9]{30,}\b|"
-                   rb"\bgh[pousr]_[A-Za-z0-9]{36,}\b|\bsk-[A-Za-z0-9_-]{40,}|\bAIza[0-9A-Za-z_-]{35}\b")
+_KEYS = re.compile(KEYS.encode())
 _LOOKED_AT = 1 << 20
 """Bytes; larger files are not text that someone pasted a key into."""
 

@@ -40,7 +40,7 @@ from raydpo.sweep.packing import trials_at_once
 from raydpo.sweep.table import SweepTable, TogetherDisplay, TrialDisplay
 from raydpo.sweep.trials import FILE, Trial, parameters_of, trials_of
 from raydpo.together import check_together, train_prepared_together
-from raydpo.training.earlier import earlier_result, set_aside
+from raydpo.training.earlier import begin_again, earlier_result
 from raydpo.training.launch import LOWER_IS_BETTER, new_board
 from raydpo.training.records import read_rows
 from raydpo.waiting import coming_up
@@ -70,7 +70,7 @@ def sweep(config: Config, console: Console | None = None, *, fresh: bool = False
         check_together([trial.config for trial in trials])
     storage = Storage(config.run_dir)
     if fresh:
-        set_aside(storage, console, FILE)
+        begin_again(storage, console, FILE)
     if storage.exists("run.json"):
         raise ConfigError(f"{storage} is the directory of a single run; give the sweep another name (name=...)")
     check_models([trial.config for trial in trials], console)

@@ -13,6 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from judge_server import longer, serving
+from machines import RayProcesses
+from s3_server import s3_server
 from test_policy_found import make_adapter
 from test_wins import make_classifier
 from tiny import make_model, preferences, write_preferences
@@ -21,6 +23,7 @@ import raydpo
 from raydpo.config import load_config
 from raydpo.console import Console
 from raydpo.errors import CacheMissError, ConfigError
+from raydpo.storage import Storage
 
 SETTINGS = {"prompts": 6, "max_tokens": 10, "samples": 2}
 FIGURES = {"raydpo", "policy", "reference", "data", "beta", "preferences", "generation", "drift", "wins", "samples"}
@@ -155,3 +158,28 @@ def test_a_kill_loses_nothing_that_was_stored(place, tmp_path):
     again = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert again.returncode == 0, again.stdout + again.stderr
     assert {file: file.stat().st_mtime_ns for file in kept} == kept
+
+
+@pytest.mark.slow
+def test_nodes_fetch_a_run_from_a_bucket_themselves(place, tmp_path, tiny_llama):
+    """A head that computes nothing, and a node with another disk that has the devices."""
+    pytest.importorskip("moto")
+    with s3_server() as s3:
+        Storage(s3.uri("runs/run")).upload(place / "runs" / "run" / "final", "final")
+        cluster = RayProcesses(cpus=0)
+        try:
+            cluster.add(5, home=tmp_path / "home", pool="away")
+            done = subprocess.run(
+                [sys.executable, "-m", "raydpo.cli", "eval", str(place / "config.yaml"), f"output={s3.uri('runs')}",
+                 "--json", "score={labels: {pool: away}, gpus_per_worker: 0}", "ray.autoscaling=true",
+                 f"ray.address=127.0.0.1:{cluster.gcs}", "evaluate.exact_steps=false",
+                 "evaluate.prompts=2", "evaluate.samples=1", "evaluate.max_tokens=4"],
+                env=cluster.env | {"XDG_CACHE_HOME": str(tmp_path / "driver")}, capture_output=True, text=True, timeout=300)
+        finally:
+            cluster.stop()
+        assert done.returncode == 0, done.stdout + done.stderr
+        found = json.loads(done.stdout)
+        assert found["preferences"]["total"]["margin"]["value"] != 0 and found["generation"]["prompts"] == 2
+    for home in (tmp_path / "driver", tmp_path / "home" / ".cache"):
+        copies = {path.name for path in home.glob("raydpo/models/*/*/*")}
+        assert {"adapter_config.json", "adapter_model.safetensors"} <= copies, f"no copy in {home}"

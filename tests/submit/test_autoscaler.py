@@ -1,6 +1,7 @@
 """Ray's own autoscaler, whose nodes start on this machine: they come for each stage, and go when nobody uses them."""
 
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -33,6 +34,56 @@ def nodes(cluster):
     return sorted(found, key=lambda node: node[2])
 
 
+def wait_until_all_are_gone(cluster):
+    deadline = time.monotonic() + 90
+    while any(alive for pool, alive, _ in nodes(cluster) if pool):
+        assert time.monotonic() < deadline, nodes(cluster)
+        time.sleep(1)
+
+
+@pytest.mark.slow
+def test_nodes_go_when_the_driver_that_wished_for_them_is_killed(cluster, tmp_path, tiny_llama):
+    """The first job of a cluster, which reads its data: nothing of Ray Data or Ray Train has run yet."""
+    write_preferences(tmp_path / "a.jsonl", preferences(8))
+    tree = {"output": str(tmp_path / "runs"), "model": {"path": str(tiny_llama)},
+            "data": {"train": str(tmp_path / "a.jsonl")}, "ray": {"autoscaling": True},
+            "train": {"workers": 4, "gpus_per_worker": 0, "labels": {"pool": "trainers"}}}
+    program = f"""
+import ray, time
+from raydpo.config import load_config
+from raydpo.waiting import coming_up
+ray.init(address="127.0.0.1:{cluster.gcs}", log_to_driver=False)
+with coming_up(load_config({tree!r})):
+    time.sleep(600)
+"""
+    driver = subprocess.Popen([sys.executable, "-c", program], env=cluster.env)
+    deadline = time.monotonic() + 60
+    while not any(alive for pool, alive, _ in nodes(cluster) if pool):
+        assert driver.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    wait_until_all_are_gone(cluster)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("setting", "line"), [
+    ("score.labels={pool: nowhere}", "add 'labels: {pool: nowhere}' to the group"),
+    ("score={accelerator: H100, gpus_per_worker: 1}", "add 'resources: {\"accelerator_type:H100\": 1}' to the group"),
+])
+def test_nodes_that_no_group_has_are_refused_at_once(cluster, tmp_path, tiny_llama, setting, line):
+    write_preferences(tmp_path / "a.jsonl", preferences(8))
+    tree = {"output": str(tmp_path / "runs"), "model": {"path": str(tiny_llama), "dtype": "float32"},
+            "data": {"train": str(tmp_path / "a.jsonl")}, "score": {"gpus_per_worker": 0},
+            "ray": {"autoscaling": True, "address": f"127.0.0.1:{cluster.gcs}"}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-m", "raydpo.cli", "score", "config.yaml", setting], cwd=tmp_path, text=True,
+                          env=cluster.env, capture_output=True, timeout=120)
+    assert done.returncode == 2 and line in done.stderr, done.stdout + done.stderr
+    assert "waiting" not in done.stdout and time.monotonic() - began < 60
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", ["run", "sweep"])
 def test_nodes_come_for_scoring_and_meanwhile_for_training_and_go_after_it(cluster, tmp_path, tiny_llama, verb):
@@ -61,7 +112,4 @@ def test_nodes_come_for_scoring_and_meanwhile_for_training_and_go_after_it(clust
     # Sometimes more than one after another: Ray Data's own wish takes the place of ours for seconds, in which idle nodes go.
     assert {pool for pool, _ in came} == {"scorers", "trainers"}, came
     assert min(started for pool, started in came if pool == "trainers") < scored, "they came while scoring was under way"
-    deadline = time.monotonic() + 90
-    while any(alive for pool, alive, _ in nodes(cluster) if pool):
-        assert time.monotonic() < deadline, nodes(cluster)
-        time.sleep(1)
+    wait_until_all_are_gone(cluster)

@@ -1,14 +1,20 @@
 """What the machine that submits refuses, and the command that it prints."""
 
+import contextlib
+import importlib.metadata
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+import tempfile
+import zipfile
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.specifiers import SpecifierSet
 
 from raydpo.cli import main
 from raydpo.config import load_config
@@ -16,6 +22,12 @@ from raydpo.submit.client import exit_code
 from raydpo.submit.command import VERBS
 
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def archives(tmp_path_factory, monkeypatch):
+    """--dry-run keeps what it packed among temporary files."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("archives")))
 
 
 @pytest.fixture
@@ -36,6 +48,36 @@ def test_paths_of_the_cluster_need_not_exist_here_and_the_command_of_ray_is_prin
     assert command[:3] == ["ray", "job", "submit"]
     assert command[command.index("--") + 1:] == ["python", "-m", "raydpo.cli", "run", "config.yaml", "train.beta=0.2",
                                                  "name=a", "--fresh"]
+
+
+@pytest.mark.parametrize("include", [[], ["data.jsonl"]])
+def test_the_printed_command_uploads_what_was_packed_and_nothing_else(project, capsys, include, tmp_path_factory):
+    """By Ray's own packaging, in a project whose ignore files say nothing of secrets, and hold back what is included."""
+    from ray._private.runtime_env.packaging import create_package
+    from ray._private.runtime_env.working_dir import upload_working_dir_if_needed
+
+    for name in (".env", "id_rsa", ".aws/credentials", "data.jsonl", "deep/own_loss.py", "deep/cloud.pem"):
+        (project / name).parent.mkdir(exist_ok=True)
+        (project / name).write_text("nothing\n")
+    (project / ".rayignore").write_text("*.jsonl\n")
+    words = [word for name in include for word in ("--include", name)]
+    assert main(["submit", "run", "config.yaml", *words, "--dry-run"]) == 0
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    environment = json.loads(command[command.index("--runtime-env-json") + 1])
+    environment["working_dir"] = command[command.index("--working-dir") + 1]  # as 'ray job submit' merges them
+    uploaded = []
+
+    def upload(directory, excludes, is_file=False):
+        if is_file:
+            uploaded.append(directory)
+        else:
+            uploaded.append(str(tmp_path_factory.mktemp("ray") / "all.zip"))
+            create_package(directory, Path(uploaded[0]), excludes=excludes, include_gitignore=True)
+
+    upload_working_dir_if_needed(environment, include_gitignore=True, upload_fn=upload)
+    with zipfile.ZipFile(uploaded[0]) as archive:
+        names = {name for name in archive.namelist() if not name.endswith("/")}
+    assert names == {"config.yaml", ".rayignore", "deep/own_loss.py", *include}
 
 
 def test_overrides_are_quoted_for_the_shell_of_the_cluster(project, capsys):
@@ -83,6 +125,10 @@ def test_elsewhere_the_installed_program_is_the_entry_point_and_takes_what_it_is
     ("model.path=here", "'model.path' is 'here', a directory of this machine"),
     ("output=s3://me:secret@bucket/runs", r"'output' carries a credential \(s3://\*\*\*@bucket/runs\)"),
     ("cache.uri=abfs://c@a/x?account_key=secret", r"'cache.uri' carries a credential"),
+    ("cache.uri=https://secret@host/x", r"'cache.uri' carries a credential \(https://\*\*\*@host/x\)"),
+    ("cache.uri=https://host/x?secret", r"'cache.uri' carries a credential \(https://host/x\?\*\*\*\)"),
+    ("output=s3://me:secret@YOUR-BUCKET/runs", r"'output' is 's3://\*\*\*@YOUR-BUCKET/runs'; put your own"),
+    ("track.wandb={project: hf_" + "secret" * 5 + "}", "'track.wandb.project' carries a credential"),
     ("output=s3://YOUR-BUCKET/runs", "'output' is 's3://YOUR-BUCKET/runs'; put your own in the place of YOUR-BUCKET"),
     ("train.betta=1", "did you mean 'train.beta'"),
     ("name=../../etc", "use letters, digits"),
@@ -96,6 +142,15 @@ def test_what_would_fail_or_be_lost_on_the_cluster_is_refused_here(project, caps
     assert "secret" not in said.replace("a secret of the cluster", "")
 
 
+@pytest.mark.parametrize("words", [
+    ["run", "config.yaml", "output=s3://me:secret@bucket/runs", "output=s3://bucket/runs"],
+    ["benchmark", "--", "--data", "https://host/a.jsonl?sig=secret"], ["benchmark", "--", "--data=s3://me:secret@bucket/a"]])
+def test_no_secret_is_in_the_jobs_command(project, capsys, words):
+    assert main(["submit", *words[:1], "--dry-run", *words[1:]]) == 2
+    said = "".join(capsys.readouterr())
+    assert "carries a credential, which everyone" in said and "secret" not in said.replace("a secret of the cluster", "")
+
+
 def test_small_data_may_be_packed(project, capsys):
     assert main(["submit", "run", "config.yaml", "data.train=prefs.jsonl", "--include", "prefs.jsonl", "--dry-run"]) == 0
     assert "packed 2 file(s)" in capsys.readouterr().out
@@ -106,6 +161,44 @@ def test_a_configuration_elsewhere_is_refused(project, tmp_path_factory, capsys)
     other.write_text((project / "config.yaml").read_text())
     assert main(["submit", "run", str(other), "--dry-run"]) == 2
     assert "lies outside of the working directory" in capsys.readouterr().err
+
+
+def test_files_that_the_configuration_leads_to_are_packed_or_refused(project, capsys):
+    """Its base, a base of that, a chat template and a loss of one's own, outside of the project or left out of the package.
+    """
+    config = yaml.safe_load((project / "config.yaml").read_text())
+    inside = project / "inside"
+    (inside / "deep").mkdir(parents=True)
+    (inside / "deep" / "losses.py").write_text("def mine(*args): ...\n")
+    (inside / "deep" / "__init__.py").write_text("")
+    (inside / "x.jinja").write_text("{{ messages }}\n")
+    (inside / "base.yaml").write_text(yaml.safe_dump(config))
+    (inside / "leaf.yaml").write_text(yaml.safe_dump({"base": "middle.yaml"}))
+    (inside / "middle.yaml").write_text(yaml.safe_dump({"base": "base.yaml"}))
+    os.chdir(inside)
+
+    def refused(*overrides, said):
+        assert main(["submit", "run", "leaf.yaml", *overrides, "--dry-run"]) == 2
+        told = capsys.readouterr().err
+        assert said in told, told
+
+    settings = ["data.chat_template=x.jinja", "train.loss=deep.losses:mine", "evaluate.score_with=deep.losses:mine"]
+    assert main(["submit", "run", "leaf.yaml", *settings, "--dry-run"]) == 0
+    capsys.readouterr()
+    refused("data.chat_template=y.jinja", said="'data.chat_template' is 'y.jinja', which is neither a Jinja template nor a")
+    (project / "x.jinja").write_text("{{ messages }}\n")
+    refused("data.chat_template=../x.jinja", said="'data.chat_template' needs a file that the job would lack: ../x.jinja")
+    (inside / ".gitignore").write_text("x.jinja\nlosses.py\nbase.yaml\n")
+    refused(settings[0], said="'data.chat_template' needs a file that the job would lack: x.jinja is not packed")
+    refused(settings[1], said="'train.loss' needs a file that the job would lack: deep/losses.py is not packed")
+    refused(settings[2], said="'evaluate.score_with' needs a file that the job would lack: deep/losses.py is not packed")
+    refused(said="'base' needs a file that the job would lack: base.yaml is not packed")
+    (inside / ".gitignore").unlink()
+    (inside / "middle.yaml").write_text(yaml.safe_dump({"base": "../config.yaml"}))
+    refused(said="'base' needs a file that the job would lack: ../config.yaml lies outside of the working directory")
+    (inside / "middle.yaml").write_text(yaml.safe_dump({"base": str(project / "config.yaml")}))
+    inline = "data.chat_template='{{ messages }}'"
+    assert main(["submit", "run", "leaf.yaml", inline, "--dry-run"]) == 0, "all nodes may see it"
 
 
 def test_it_needs_neither_ray_nor_torch(project):
@@ -137,6 +230,32 @@ def test_no_secret_in_the_resolved_configuration(project):
     text = config.to_yaml()
     assert "planted" not in text and "s3://***@bucket/runs" in text
     assert "planted" in config.run_dir, "the run itself still has it"
+
+
+def test_every_pinned_version_takes_the_oldest_python_that_is_promised():
+    """By the metadata of what is installed here, which are the pinned versions."""
+    (oldest,) = re.findall(r'^requires-python = ">=([\d.]+)"$', (ROOT / "pyproject.toml").read_text(), re.M)
+    for file in ("README.md", "cluster/README.md", "Makefile"):
+        assert {found.replace(", ", ".") for found in re.findall(r"(?:[Pp]ython |version_info < \()(3[., ]+\d+)",
+                                                                 (ROOT / file).read_text())} <= {oldest}, file
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split())
+    pins |= dict(re.findall(r"^(\S+)==(\S+) ", (ROOT / "requirements.lock").read_text(), re.M))
+    here = {}
+    for name, version in pins.items():
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found = importlib.metadata.metadata(name)
+            if found["Version"] == version:
+                here[name] = found["Requires-Python"] or ""
+    assert len(here) > 100
+    assert {name: wants for name, wants in here.items() if not SpecifierSet(wants).contains(f"{oldest}.0")} == {}
+
+
+def test_what_begins_a_job_gives_it_time_to_stop(project, capsys):
+    assert main(["submit", "run", "config.yaml", "--dry-run"]) == 0
+    commands = [capsys.readouterr().out] + [
+        line for file in (ROOT / "README.md", *(ROOT / "cluster").rglob("*.*"), *(ROOT / "jobs").glob("*.py"))
+        for line in file.read_text().splitlines() if re.search(r"\bray job submit .*-- ", line)]
+    assert len(commands) > 1 and all('"RAY_JOB_STOP_WAIT_TIME_S": "120"' in line for line in commands), commands
 
 
 def test_every_package_of_the_lock_has_hashes_and_the_pinned_version():

@@ -94,8 +94,20 @@ def test_it_waits_aloud_is_refused_twice_left_alone_and_stopped(cluster, project
     second = start(cluster, project, "jobs", "logs", "-f", "waiting-1")
     status, said = raydpo(cluster, project, "jobs", "stop", "waiting")
     assert status == 0 and "job waiting-1 is stopped" in said, said
+    assert "stopping waiting-1, which has 120 s for a checkpoint" in said and "warning" not in said, said
     said, _ = second.communicate(timeout=60)
     assert second.returncode == 130 and "job waiting-1 was stopped" in said, said
+
+
+def test_a_job_that_others_began_may_have_no_time_to_stop(cluster, project):
+    begun = requests.post(f"{cluster.env['RAY_API_SERVER_ADDRESS']}/api/jobs/", timeout=60,
+                          json={"entrypoint": "sleep 600", "submission_id": "bare"},
+                          headers={"Authorization": f"Bearer {cluster.token}"})
+    assert begun.ok, begun.text
+    wait_until(lambda: jobs(cluster)["bare"]["status"] == "RUNNING", cluster.head)
+    status, said = raydpo(cluster, project, "jobs", "stop", "bare")
+    assert status == 0 and "job bare is stopped" in said, said
+    assert "job bare was begun without RAY_JOB_STOP_WAIT_TIME_S in its runtime_env" in said and "3 by default" in said, said
 
 
 @pytest.mark.slow
