@@ -33,13 +33,15 @@ def build(directory: Path) -> list[dict[str, Any]]:
         if "namespace" in settings:
             one["metadata"]["namespace"] = settings["namespace"]
     for patch in settings.get("patches", []):
-        target = [one for one in found if (one["kind"], one["metadata"]["name"]) == (
-            patch["target"]["kind"], patch["target"]["name"])]
-        if not target:
-            raise ValueError(f"{directory}: no resource for the patch of {patch['target']}")
+        target = patch["target"]
+        met = [one for one in found if one["kind"] == target["kind"]
+               and target.get("name", one["metadata"]["name"]) == one["metadata"]["name"]]
+        if not met:
+            raise ValueError(f"{directory}: no resource for the patch of {target}")
         text = patch["patch"] if "patch" in patch else (directory / patch["path"]).read_text()
-        for operation in yaml.safe_load(text):
-            _apply(target[0], **operation)
+        for one in met:
+            for operation in yaml.safe_load(text):
+                _apply(one, **operation)
     for image in settings.get("images", []):
         containers = [one for one in _containers(found) if one["image"] == image["name"]]
         if not containers:

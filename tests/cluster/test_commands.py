@@ -37,7 +37,7 @@ def lines(file):
     plain = [line.removeprefix("#").strip() if line.startswith("#     ") else line for line in plain]
     found = re.sub(r"\\\s*\n", " ", "\n".join(plain)).splitlines()
     if file.suffix == ".yaml":
-        found += [line for text in strings(yaml.safe_load(file.read_text())) for line in text.splitlines()]
+        found += [line for text in strings([*yaml.safe_load_all(file.read_text())]) for line in text.splitlines()]
     return [line for line in found if not line.startswith("#")]
 
 

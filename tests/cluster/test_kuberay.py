@@ -8,11 +8,19 @@ from pathlib import Path
 import jsonschema
 import pytest
 from kustomize import build
+from scaling import machines_for
+
+from raydpo.ray_runtime import Resources
 
 ROOT = Path(__file__).parents[2]
 KUBERAY = ROOT / "cluster" / "kuberay"
+README = (ROOT / "cluster" / "README.md").read_text()
 CLOUDS = ("aks", "eks", "gke")
 SCHEMA = json.loads((Path(__file__).parent / "kuberay.schema.json").read_text())
+MACHINES = {  # vCPUs, GiB of memory: the clouds' own tables
+    "Standard_D16s_v5": (16, 64), "Standard_ND96isr_H100_v5": (96, 1900), "a3-highgpu-8g": (208, 1872),
+    "m7i.4xlarge": (16, 64), "n2-standard-16": (16, 64), "p5.48xlarge": (192, 2048)}
+UNITS = {"Gi": 1, "Mi": 2 ** -10}
 
 
 @pytest.fixture(params=CLOUDS)
@@ -30,6 +38,16 @@ def spec(cloud):
 
 def pods(cluster):
     return [group["template"]["spec"] for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])]
+
+
+def variables(pod):
+    return {one["name"]: one["value"] for one in pod["containers"][0]["env"]}
+
+
+def quantity(text):
+    """CPUs, or GiB."""
+    number, unit = re.fullmatch(r"(\d+)(\D*)", text).groups()
+    return int(number) * UNITS.get(unit, 1)
 
 
 def test_overlays_are_those_that_are_tested():
@@ -81,15 +99,36 @@ def test_every_pod_knows_its_machines(cloud):
     assert "spot" in selectors[1].lower() and "spot" not in selectors[0].lower() + selectors[2].lower()
 
 
+def test_pods_fit_the_machines_and_disks_that_the_overlay_names(cloud):
+    """Of each a part is the system's, so no more than 85 % is asked for; of a disk GKE keeps a tenth and up to 100 GiB."""
+    said = (KUBERAY / "overlays" / cloud / "kustomization.yaml").read_text()
+    named = re.findall(r"^#     (head|spot|on-demand) +(\S+) +(\d+) GB disk$", said, re.MULTILINE)
+    assert [group for group, *_ in named] == ["head", "spot", "on-demand"]
+    cluster = spec(cloud)
+    for (group, machine, disk), pod in zip(named, pods(cluster), strict=True):
+        together = [container["resources"]["requests"] for container in pod["containers"]]
+        if group == "head":  # where the operator puts the autoscaler beside Ray
+            together.append(cluster["autoscalerOptions"]["resources"]["requests"])
+        cpus, memory, storage = (sum(quantity(one.get(name, "0")) for one in together)
+                                 for name in ("cpu", "memory", "ephemeral-storage"))
+        gib = int(disk) * 1e9 / 2 ** 30
+        assert cpus <= 0.85 * MACHINES[machine][0] and memory <= 0.85 * MACHINES[machine][1]
+        assert storage <= (0.9 * gib - 100 if cloud == "gke" else 0.85 * gib)
+        assert pod["nodeSelector"].get("node.kubernetes.io/instance-type", machine) == machine
+        limits = {volume["name"]: quantity(volume["emptyDir"]["sizeLimit"]) for volume in pod["volumes"]
+                  if "emptyDir" in volume}
+        assert limits.pop("shm") < memory and sum(limits.values()) < storage
+
+
 def test_requests_equal_limits_and_nothing_runs_as_root(cloud):
     cluster = spec(cloud)
     for pod in pods(cluster):
-        assert pod["securityContext"]["runAsNonRoot"] and pod["serviceAccountName"] == "raydpo"
+        assert pod["securityContext"]["runAsNonRoot"]
         for container in pod["containers"]:
             assert container["resources"]["requests"] == container["resources"]["limits"]
             assert not container["securityContext"]["allowPrivilegeEscalation"]
             mounted = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
-            volumes = {volume["name"]: volume["emptyDir"] for volume in pod["volumes"]}
+            volumes = {volume["name"]: volume["emptyDir"] for volume in pod["volumes"] if "emptyDir" in volume}
             assert mounted.keys() == volumes.keys() and mounted["shm"] == "/dev/shm"
             assert volumes["shm"]["medium"] == "Memory"
     for pod in pods(cluster)[1:]:
@@ -107,18 +146,82 @@ def test_the_network_policy_meets_our_pods_and_lets_in_whom_it_must(cloud):
     named = {port["name"]: port["containerPort"] for port in pods(cluster)[0]["containers"][0]["ports"]}
     assert open_ports == {named["dashboard"], named["metrics"]}
     assert all("from" in rule for rule in built["NetworkPolicy"]["spec"]["ingress"])
+    # Other pods may call themselves the operator; its namespace is the one that the guide installs it in.
+    (installed,) = re.findall(r"helm install .* --namespace (\S+)", README)
+    (operator,) = [source for rule in built["NetworkPolicy"]["spec"]["ingress"] for source in rule["from"]
+                   if "kuberay-operator" in json.dumps(source) and "namespaceSelector" in source]
+    assert operator["namespaceSelector"] == {"matchLabels": {"kubernetes.io/metadata.name": installed}}
 
 
 def test_pods_get_rights_from_their_account_alone(cloud):
+    every = build(KUBERAY / "overlays" / cloud)
+    accounts = {one["metadata"]["name"]: list(one["metadata"]["annotations"]) for one in every
+                if one["kind"] == "ServiceAccount"}
+    annotation = {"aks": "azure.workload.identity/client-id", "eks": "eks.amazonaws.com/role-arn",
+                  "gke": "iam.gke.io/gcp-service-account"}[cloud]
+    assert accounts == {"raydpo-head": [annotation], "raydpo": [annotation]}
+    assert {one["metadata"]["namespace"] for one in every} == {"raydpo"}
     built = resources(cloud)
-    (annotation,) = built["ServiceAccount"]["metadata"]["annotations"]
-    assert annotation == {"aks": "azure.workload.identity/client-id", "eks": "eks.amazonaws.com/role-arn",
-                          "gke": "iam.gke.io/gcp-service-account"}[cloud]
-    assert {one["metadata"]["namespace"] for one in built.values()} == {"raydpo"}
     for pod in pods(built["RayCluster"]["spec"]):
         (source,) = pod["containers"][0]["envFrom"]
         # The operator keeps its token in a secret of the cluster's name; ours must be another.
         assert source["secretRef"]["name"] != built["RayCluster"]["metadata"]["name"] and source["secretRef"]["optional"]
+
+
+def test_only_the_autoscaler_may_change_pods(cloud):
+    """The operator gives that right to the head's account, whose token no container but the autoscaler's has."""
+    cluster = spec(cloud)
+    head, *workers = pods(cluster)
+    assert head["serviceAccountName"] not in {pod["serviceAccountName"] for pod in workers}
+    assert not any(pod["automountServiceAccountToken"] for pod in (head, *workers))
+    (token,) = [volume["name"] for volume in head["volumes"] if "serviceAccountToken" in json.dumps(volume)]
+    (mount,) = cluster["autoscalerOptions"]["volumeMounts"]
+    assert mount == {"name": token, "mountPath": "/var/run/secrets/kubernetes.io/serviceaccount", "readOnly": True}
+    assert token not in json.dumps([pod["containers"] for pod in pods(cluster)])
+
+
+def test_ray_has_almost_all_of_the_time_that_kubernetes_gives_a_pod(cloud):
+    head, *workers = pods(spec(cloud))
+    for pod in (head, *workers):
+        drain = int(variables(pod)["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
+        assert 5 <= pod["terminationGracePeriodSeconds"] - drain <= 15
+        assert drain >= 100
+
+
+def test_what_is_mounted_can_be_written_around(cloud):
+    """kubelet makes a missing parent of a mount as root, where user 1000 can write nothing."""
+    dockerfile = (ROOT / "cluster" / "Dockerfile").read_text()
+    made = re.search(r"install --directory --owner=ray --group=ray (.+?) \\\n", dockerfile)
+    assert "useradd --create-home --uid 1000 ray" in dockerfile
+    there = {"/dev", "/home/ray", *made[1].split()}
+    for pod in pods(spec(cloud)):
+        mounts = [mount["mountPath"] for container in pod["containers"] for mount in container["volumeMounts"]]
+        assert {str(Path(mount).parent) for mount in mounts} <= there | {*mounts}
+    (home,) = re.findall(r"HF_HOME=(\S+)", dockerfile)
+    assert any(Path(mount) in Path(home).parents for mount in mounts), "models of the hub lie on the volume"
+
+
+@pytest.mark.parametrize(("accelerator", "labels", "group"), [
+    (None, {}, "spot"), ("H100", {}, "spot"), ("H100", {"ray.io/market-type": "on-demand"}, "on-demand"),
+    (None, {"ray.io/market-type": "spot"}, "spot"), ("L4", {}, None)])
+def test_rays_autoscaler_brings_what_a_stage_asks_for(cloud, accelerator, labels, group):
+    from ray.autoscaler._private.kuberay.autoscaling_config import AutoscalingConfigProducer
+
+    class Api:
+        def get(self, path):
+            assert path == "rayclusters/raydpo"
+            return resources(cloud)["RayCluster"]
+
+    producer = AutoscalingConfigProducer("raydpo", "raydpo")
+    producer.kubernetes_api_client = Api()
+    asked = Resources(8, 1.0, None, accelerator=accelerator, labels=labels)
+    assert machines_for(producer(), asked) == ({group: 1} if group else {})
+
+
+def test_the_operator_is_new_enough_for_the_fields():
+    (made_of,) = re.findall(r"KubeRay v([\d.]+)", SCHEMA["$comment"])
+    assert re.findall(r"--version (\S+)", README) == [made_of]
+    assert re.findall(r"KubeRay ([\d.]+) or newer", README) == [made_of.removesuffix(".0")]
 
 
 def test_a_job_resumes_and_ends(cloud):
