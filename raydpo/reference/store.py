@@ -8,7 +8,8 @@
 
 A part counts if and only if its bytes have the checksum in its name and the identity inside it is the one asked for. There
 is no manifest to corrupt and no lock: two builders at worst score a row twice. A reader takes the longest row, then the
-first by order: compacted parts before others, each by name.
+first by order: compacted parts before others, each by name. Of unverified rows the one that was imported last answers, so
+that a wrong import is put right by another one.
 """
 
 from __future__ import annotations
@@ -259,7 +260,8 @@ class ReferenceCache:
         """Number of the part and row in it that answers each completion with so many tokens, or -1, as of the last look:
         int32 [keys] both."""
         parts, rows = np.full(len(keys), -1, np.int32), np.full(len(keys), -1, np.int32)
-        for index, wanted in ((self._sums, exactly(keys, tokens)), (self._tokens, keys)):
+        sums = exactly(keys, tokens)
+        for index, wanted in ((self._imported, sums), (self._sums, sums), (self._tokens, keys)):  # the last one wins
             locators = index.find(wanted)
             found = np.flatnonzero(locators >= 0)
             found = found[index.tokens[locators[found]] >= tokens[found]]
@@ -318,6 +320,17 @@ class ReferenceCache:
         theirs.add(keys[chosen], self._tokens.tokens[chosen], 0)
         return int((theirs.find(keys[np.isin(parts, mine)]) >= 0).sum())
 
+    def is_unverified(self, number: int) -> bool:
+        """Whether this part was imported and nothing has verified it yet."""
+        return _is_unverified(self._paths[number])
+
+    def passed_over(self) -> list[str]:
+        """Paths of the imported parts of which no row answers any more, because later imports or verified rows do; as of the
+        last look. A cache that was opened without ``unverified`` knows of none."""
+        tokens = self._imported.tokens
+        parts, _ = self.locate(exactly(self._imported.key_bytes(), tokens), tokens)  # mixed in twice is not mixed in
+        return [self._paths[number] for number in sorted({*self._imported.part.tolist()} - {*parts.tolist()})]
+
     def holds_tokens(self, number: int) -> bool:
         """Whether this part is verified and has log-probs of tokens."""
         return number not in self._of_sums and f"/{PARTS}/" in self._paths[number]
@@ -337,21 +350,25 @@ class ReferenceCache:
                 elif name.endswith(".parquet") and not name.startswith("."):
                     self._problems[f"{self.directory}/{folder}/{name}"] = (
                         f"{name} in {self.directory} is not named as raydpo names its parts; it is not used")
-        if not self._known <= set(listed):
+        imports = {path for path in listed if _is_unverified(path)}
+        # An index prefers what it was given first, and a later import is to win.
+        if not self._known <= set(listed) or (imports & self._known and imports - self._known):
             self._forget()
         fresh = [path for path in listed if path not in self._known and not (skip and skip(_short(path)))]
         compacted = [path for path in fresh if builder_of(_short(path)) == COMPACTED]
         parts = {path: part for path in compacted if (part := self._read(path, values=False)) is not None}
         self._superseded |= {name for part in parts.values() for name in part.info.supersedes}
         # Compacted parts first. What they superseded comes last: it answers only what nobody else does any more.
-        for path in sorted(fresh, key=lambda path: (_short(path) in self._superseded, path not in parts, path)):
+        ordered = sorted(fresh, key=lambda path: (_short(path) in self._superseded, path not in parts, path))
+        for path in [*(path for path in ordered if path not in imports), *sorted(imports & set(fresh), reverse=True)]:
             self._known.add(path)
             part = parts.get(path) or (None if path in compacted else self._read(path, values=False))
             if part is not None:
                 if part.info.per_token:
                     self._tokens.add(part.keys, part.tokens, len(self._paths))
                 else:
-                    self._sums.add(exactly(as_bytes(part.keys), part.tokens), part.tokens, len(self._paths))
+                    index = self._imported if path in imports else self._sums
+                    index.add(exactly(as_bytes(part.keys), part.tokens), part.tokens, len(self._paths))
                     self._of_sums.add(len(self._paths))
                 self._paths.append(path)
 
@@ -359,8 +376,8 @@ class ReferenceCache:
         self._known: set[str] = set()
         self._superseded: set[str] = set()
         self._paths: list[str] = []  # of the parts that count, by number
-        self._tokens, self._sums = KeyIndex(), KeyIndex()
-        self._of_sums: set[int] = set()  # numbers of the parts in ``_sums``
+        self._tokens, self._sums, self._imported = KeyIndex(), KeyIndex(), KeyIndex()
+        self._of_sums: set[int] = set()  # numbers of the parts in ``_sums`` and ``_imported``
         self._problems: dict[str, str] = {}
         self._damaged: list[str] = []
 
@@ -397,6 +414,10 @@ def exactly(keys: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     mixed = np.array(keys)
     mixed.view("<u4")[:, 3] ^= tokens.astype(np.uint32)
     return mixed
+
+
+def _is_unverified(path: str) -> bool:
+    return f"/{UNVERIFIED}/" in path
 
 
 def _footer(storage: Storage, path: str) -> PartInfo:
