@@ -23,13 +23,14 @@ from itertools import pairwise
 import numpy as np
 import pyarrow as pa
 
-from raydpo.errors import CacheError
+from raydpo.errors import CacheError, RaydpoError
 from raydpo.local_copy import LocalCopy
 from raydpo.reference.identity import ReferenceIdentity
 from raydpo.reference.index import KeyIndex, as_bytes
 from raydpo.reference.part import (
     COMPACTED,
     KEY_TYPE,
+    DamagedPart,
     Part,
     PartInfo,
     builder_of,
@@ -166,7 +167,7 @@ class ReferenceCache:
         return name
 
     def set_aside(self) -> list[str]:
-        """Move damaged and foreign files out of the way of later readers; the names of those that could be moved.
+        """Move damaged files and parts of another identity out of the way of later readers; the names of those that could be moved.
 
         Their rows count as missing already. Nothing is deleted: ``raydpo cache gc`` does that.
         """
@@ -382,20 +383,27 @@ class ReferenceCache:
         self._damaged: list[str] = []
 
     def _read(self, path: str, *, values: bool) -> Part | None:
-        """A part, or None if it is gone, damaged, unreadable or another's; ``problems`` says which."""
+        """A part, or None if it is gone, damaged, unreadable or another's; ``problems`` says which.
+
+        Raises:
+            RaydpoError: if the memory does not suffice.
+        """
         name = _short(path)
         try:
             data = (self.storage.read(path) if self._copies is None else
                     self._copies.fetch(path, lambda data: digest_is_sound(name, data)))
+            if not digest_is_sound(name, data):
+                data = self.storage.read(path)  # one bad read over a network is no damage
             part = decode_part(name, data, values=values)
         except FileNotFoundError:
             return None
-        except CacheError as error:
+        except MemoryError as error:
+            raise RaydpoError(f"the memory does not suffice to read part {name} in {self.storage}/{self.directory} ({error}); "
+                              "nothing is wrong with it. Give the process more memory, and run it again") from None
+        except (CacheError, OSError) as error:
             self._problems[path] = _not_used(name, error)
-            self._damaged.append(path)
-            return None
-        except OSError as error:
-            self._problems[path] = _not_used(name, error)
+            if isinstance(error, DamagedPart):
+                self._damaged.append(path)
             return None
         return part if self._is_ours(path, part.info) else None
 
