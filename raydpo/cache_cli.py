@@ -150,7 +150,7 @@ def _verify(args: argparse.Namespace, console: Console) -> None:
                          "and scores "
                          "what they held again")
     if scores is not None and not scores.passed:
-        again = "; if it is imported rows that are wrong, import the right ones, which then answer" if scores.imported else ""
+        again = "; where it is imported rows that are wrong, import the right ones" if scores.imported else ""
         raise CacheError(f"{scores.problem}: these log-probs are not of this model and data. Delete {cache.storage}/"
                          f"{cache.directory} and score again{again}, or raise --tolerance if they were made on very "
                          "different devices")
@@ -283,8 +283,8 @@ def _import(args: argparse.Namespace, console: Console) -> None:
                 f"{prepared.reference.identity.digest}" + (f"; {report.without:,} pairs have "
                                                            "none" if report.without else ""))
     if report.contradicts:
-        console.warn(f"{report.contradicts:,} of these rows differ from what was imported before, by more than rounding; these, "
-                     "the last ones, answer from now on. 'raydpo cache gc' lists imports of which nothing answers any more")
+        console.warn(f"{report.contradicts:,} of these rows differ by more than rounding from what was imported before; the "
+                     "last import answers from now on. 'raydpo cache gc' lists imports of which nothing answers any more")
     console.say(f"training refuses them until they are verified: raydpo cache verify {prepared.cache.storage} --config "
                 f"{' '.join([args.config, *args.overrides])}")
 

@@ -46,7 +46,8 @@ class Spool:
     def append(self, table: pa.Table) -> None:
         for batch in table.to_batches():
             for index, field in enumerate(self.schema):
-                self._append(index, batch.column(field.name).cast(field.type))
+                column = batch.column(field.name)
+                self._append(index, column if _is_wide(column.type) else column.cast(field.type))
             self.rows += batch.num_rows
 
     def _append(self, index: int, column: pa.Array) -> None:
@@ -56,12 +57,14 @@ class Spool:
             width = column.type.bit_width // 8
             self._values[index].write(memoryview(column.buffers()[1])[column.offset * width :][: len(column) * width])
             return
-        offsets = np.frombuffer(column.buffers()[1], np.int32)[column.offset :][: len(column) + 1].astype(np.int64)
         if not len(column):
             return
-        width = 1 if pa.types.is_string(column.type) else column.type.value_type.bit_width // 8
-        data = column.buffers()[2] if pa.types.is_string(column.type) else column.buffers()[-1]
-        shift = 0 if pa.types.is_string(column.type) else column.values.offset
+        is_text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+        kind = np.int64 if _is_wide(column.type) else np.int32
+        offsets = np.frombuffer(column.buffers()[1], kind)[column.offset :][: len(column) + 1].astype(np.int64)
+        width = 1 if is_text else column.type.value_type.bit_width // 8
+        data = column.buffers()[2] if is_text else column.buffers()[-1]
+        shift = 0 if is_text else column.values.offset
         self._values[index].write(memoryview(data)[(shift + offsets[0]) * width : (shift + offsets[-1]) * width])
         self._offsets[index].write((offsets[1:] - offsets[0] + self._ends[index]).tobytes())
         self._ends[index] += int(offsets[-1] - offsets[0])
@@ -96,6 +99,11 @@ def _mapped(file: BinaryIO) -> pa.Buffer:
     size = os.fstat(file.fileno()).st_size
     with file:
         return pa.py_buffer(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) if size else b"")
+
+
+def _is_wide(kind: pa.DataType) -> bool:
+    """Whether it is what ``finish`` makes of a column of more than ``MOST_SMALL`` values."""
+    return pa.types.is_large_list(kind) or pa.types.is_large_string(kind)
 
 
 def _is_ragged(kind: pa.DataType) -> bool:

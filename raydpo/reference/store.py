@@ -65,6 +65,7 @@ class ReferenceCache:
 
     Attributes:
         builder: stands in the names of the parts that are committed through this object.
+        transformers: the versions that computed the parts that count, as of the last look.
     """
 
     def __init__(self, storage: Storage, identity: ReferenceIdentity, *, unverified: bool = False) -> None:
@@ -167,7 +168,8 @@ class ReferenceCache:
         return name
 
     def set_aside(self) -> list[str]:
-        """Move damaged files and parts of another identity out of the way of later readers; the names of those that could be moved.
+        """Move damaged files and parts of another identity out of the way of later readers; the names of those that could be
+        moved.
 
         Their rows count as missing already. Nothing is deleted: ``raydpo cache gc`` does that.
         """
@@ -362,7 +364,6 @@ class ReferenceCache:
         # Compacted parts first. What they superseded comes last: it answers only what nobody else does any more.
         ordered = sorted(fresh, key=lambda path: (_short(path) in self._superseded, path not in parts, path))
         for path in [*(path for path in ordered if path not in imports), *sorted(imports & set(fresh), reverse=True)]:
-            self._known.add(path)
             part = parts.get(path) or (None if path in compacted else self._read(path, values=False))
             if part is not None:
                 if part.info.per_token:
@@ -372,6 +373,9 @@ class ReferenceCache:
                     index.add(exactly(as_bytes(part.keys), part.tokens), part.tokens, len(self._paths))
                     self._of_sums.add(len(self._paths))
                 self._paths.append(path)
+                made = [one["of"] for one in part.info.provenance.get("parts", ())] or [part.info.provenance]
+                self.transformers |= {one["transformers"] for one in made if "transformers" in one}
+            self._known.add(path)  # not before: reading may raise, and the next look is to read it
 
     def _forget(self) -> None:
         self._known: set[str] = set()
@@ -379,6 +383,7 @@ class ReferenceCache:
         self._paths: list[str] = []  # of the parts that count, by number
         self._tokens, self._sums, self._imported = KeyIndex(), KeyIndex(), KeyIndex()
         self._of_sums: set[int] = set()  # numbers of the parts in ``_sums`` and ``_imported``
+        self.transformers: set[str] = set()
         self._problems: dict[str, str] = {}
         self._damaged: list[str] = []
 
@@ -398,8 +403,8 @@ class ReferenceCache:
         except FileNotFoundError:
             return None
         except MemoryError as error:
-            raise RaydpoError(f"the memory does not suffice to read part {name} in {self.storage}/{self.directory} ({error}); "
-                              "nothing is wrong with it. Give the process more memory, and run it again") from None
+            raise RaydpoError(f"the memory does not suffice to read part {name} in {self.storage}/{self.directory} "
+                              f"({error}); it stays where it is. Give the process more memory, and run it again") from None
         except (CacheError, OSError) as error:
             self._problems[path] = _not_used(name, error)
             if isinstance(error, DamagedPart):

@@ -27,12 +27,12 @@ TOLERANCES = {"float32": 1e-3, "bfloat16": 0.1}
 """Largest accepted mean difference of a completion's tokens, nats, by the precision of the reference. Other batches, layouts
 and devices stay an order of magnitude below; other weights or tokens lie far above."""
 SUM_SPREAD = 4.0
-"""Largest accepted difference of a sum over n tokens, in tolerances times sqrt(n): rounding has either sign, so a sum's error
-grows with the root of n. The largest of SmolLM2-135M and of tiny models were, from one layout to another, 0.02 in float32 and 0.9
-in bfloat16; and to transformers' own forward pass 0.2 and 1.6."""
+"""Largest accepted difference of a sum over n tokens, in tolerances times sqrt(n): rounding has either sign, so a sum's
+error grows with the root of n. The largest of SmolLM2-135M and of tiny models were, from one layout to another, 0.02 in
+float32 and 0.9 in bfloat16; and to transformers' own forward pass 0.2 and 1.6."""
 SHIFT = 0.02
-"""Largest accepted mean difference of sums, with its sign, in tolerances times their mean number of tokens. The largest that was
-not chance was 0.008 in float32 and 0.007 in bfloat16. Tokens that were left out or added shift all sums to the same side."""
+"""Largest accepted mean difference of sums, with its sign, in tolerances times their mean number of tokens. The largest that
+was not chance was 0.008 in float32 and 0.007 in bfloat16. Tokens that were left out or added shift all sums to one side."""
 SHIFT_ERRORS = 4.0
 """A mean of differences that is within so many of its standard errors is chance."""
 TOKENS_PER_BATCH = 16384
@@ -214,13 +214,14 @@ def _shift(sums: Sequence[dict[str, Any]], tolerance: float) -> tuple[float | No
     chance = SHIFT_ERRORS * float(different.std()) / np.sqrt(len(different))
     if abs(shift) <= max(allowed, chance):
         return shift, None
-    return shift, (f"scored again, the {len(sums):,} sums are {abs(shift):.3g} nats too {'high' if shift > 0 else 'low'} on "
-                   f"average, more than {max(allowed, chance):.3g}: the other trainer added up other tokens, such as all but "
-                   "the last")
+    side = "high" if shift > 0 else "low"
+    return shift, (f"scored again, the {len(sums):,} sums are {abs(shift):.3g} nats too {side} on average, more than "
+                   f"{max(allowed, chance):.3g}: the other trainer added up other tokens, such as all but the last")
 
 
 def promote(cache: ReferenceCache, wanted: Sequence[Completion], report: ScoresReport) -> int:
-    """Make the unverified rows that answer ``wanted``, and whose part ``report`` has vouched for, count; how many there were.
+    """Make the unverified rows that answer ``wanted``, and of whose part some were checked for ``report``, count; how many
+    there were.
 
     Parts of which no row answers any more are deleted. Killed half-way, nothing is lost and the rest is promoted the next
     time.

@@ -27,6 +27,15 @@ def test_more_values_than_32_bits_count(monkeypatch):
     assert pa.types.is_large_list(found["ids"].type) and found["ids"].to_pylist() == 2 * [[1, 2], [], [3]]
 
 
+def test_a_wide_table_goes_into_another_spool(monkeypatch):
+    monkeypatch.setattr(spool_module, "MOST_SMALL", 2)
+    wide = spooled([TABLE, TABLE], SCHEMA)
+    assert pa.types.is_large_list(wide["ids"].type) and pa.types.is_large_string(wide["name"].type)
+    again = spooled([TABLE, wide.slice(1, 4), wide.slice(5), TABLE.slice(0, 0)], SCHEMA)
+    assert again.to_pylist() == [*TABLE.to_pylist(), *wide.to_pylist()[1:]]
+    again.validate(full=True)
+
+
 def test_files_have_no_name_and_go_with_the_table(tmp_path):
     spool = Spool(SCHEMA, str(tmp_path))
     spool.append(TABLE)

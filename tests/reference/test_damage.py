@@ -210,7 +210,7 @@ def test_too_little_memory_is_said_and_moves_nothing(filled, monkeypatch):
 
 
 def test_one_bad_read_is_no_damage(filled, monkeypatch):
-    place, bad, good, file = filled
+    place, bad, _, file = filled
     cache = fresh(place)
     real, short = cache.storage.read, []
 
