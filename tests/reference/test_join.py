@@ -69,14 +69,14 @@ def test_a_full_disk_is_an_error_and_no_crash(tmp_path):
         pytest.skip("no file system can be mounted here")
     script = """
 import sys
-from raydpo.errors import CacheError
+from raydpo.errors import RaydpoError
 from raydpo.reference import join
 values, _ = join._file_of(200_000, None)
 values[:] = 1
 del values
 try:
     join._file_of(2_000_000, None)[0][:] = 1
-except CacheError as error:
+except RaydpoError as error:
     print(error)
 """
     try:
@@ -85,7 +85,7 @@ except CacheError as error:
     finally:
         subprocess.run(["umount", small], check=True)
     assert done.returncode == 0, (done.returncode, done.stderr)
-    assert f"8,000,000 bytes of {small}" in done.stdout and "set TMPDIR" in done.stdout
+    assert f"8,000,000 bytes, in {small}" in done.stdout and "set TMPDIR" in done.stdout
 
 
 def test_nothing_asked_nothing_given(cache):
