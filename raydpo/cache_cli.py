@@ -47,7 +47,8 @@ def add_cache_verbs(cache: argparse.ArgumentParser) -> None:
     verify.add_argument("--config", nargs="+", metavar=("CONFIG", "key.sub=value"), help="the run whose data were scored: a "
                                                                                          "cache "
                         "holds no tokens to score again. Verified rows that were imported count from then on")
-    verify.add_argument("--sample", type=int, metavar="N", help="completions to score again (default: 256)")
+    verify.add_argument("--sample", type=int, metavar="N", help="completions to score again, and as many of each import "
+                        "(default: 256)")
     verify.add_argument("--all", action="store_true", help="score all of them again")
     verify.add_argument("--tolerance", type=float, metavar="X", help="largest mean difference of a completion's tokens, "
                                                                      "nats "

@@ -327,12 +327,17 @@ class ReferenceCache:
         """Whether this part was imported and nothing has verified it yet."""
         return _is_unverified(self._paths[number])
 
-    def passed_over(self) -> list[str]:
+    def passed_over(self, *, by_verified: bool = False) -> list[str]:
         """Paths of the imported parts of which no row answers any more, because later imports or verified rows do; as of the
-        last look. A cache that was opened without ``unverified`` knows of none."""
-        tokens = self._imported.tokens
-        parts, _ = self.locate(exactly(self._imported.key_bytes(), tokens), tokens)  # mixed in twice is not mixed in
-        return [self._paths[number] for number in sorted({*self._imported.part.tolist()} - {*parts.tolist()})]
+        last look. A cache that was opened without ``unverified`` knows of none.
+
+        Args:
+            by_verified: only those all of whose rows are answered by verified ones.
+        """
+        tokens, mine = self._imported.tokens, self._imported.part
+        answering, _ = self.locate(exactly(self._imported.key_bytes(), tokens), tokens)  # mixed in twice is not mixed in
+        needed = mine[np.isin(answering, mine)] if by_verified else answering
+        return [self._paths[number] for number in sorted({*mine.tolist()} - {*needed.tolist()})]
 
     def holds_tokens(self, number: int) -> bool:
         """Whether this part is verified and has log-probs of tokens."""

@@ -223,8 +223,8 @@ def promote(cache: ReferenceCache, wanted: Sequence[Completion], report: ScoresR
     """Make the unverified rows that answer ``wanted``, and of whose part some were checked for ``report``, count; how many
     there were.
 
-    Parts of which no row answers any more are deleted. Killed half-way, nothing is lost and the rest is promoted the next
-    time.
+    Parts all of whose rows are answered by verified ones now are deleted. Killed half-way, nothing is lost and the rest is
+    promoted the next time.
     """
     cache.refresh()
     parts, rows = _answers(cache, wanted)
@@ -239,7 +239,7 @@ def promote(cache: ReferenceCache, wanted: Sequence[Completion], report: ScoresR
         cache.commit_rows(part.keys.take(places), part.tokens[mine], values, part.info.provenance | vouched)
         promoted += len(mine)
     cache.refresh()
-    for path in cache.passed_over():
+    for path in cache.passed_over(by_verified=True):
         cache.storage.delete(path)
     cache.refresh()
     return promoted

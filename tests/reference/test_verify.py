@@ -152,6 +152,16 @@ def test_verifying_again_promotes_nothing_again(cache, scorer, short):
     assert len(cache.parts()) == 2 and cache.parts(UNVERIFIED) == []
 
 
+def test_what_a_later_import_contradicts_stays_until_verified_rows_answer(cache, scorer, short):
+    """The later one may be the wrong one."""
+    live = scored(scorer, short)
+    bring(cache, short[:3], sums_of(live, short[:3]))
+    bring(cache, short[:3], [-1000.0] * 3)
+    bring(cache, short[3:], sums_of(live, short[3:]))
+    assert promote(cache, short[3:], verify(cache, short[3:], scorer)) == len(short) - 3
+    assert len(cache.parts(UNVERIFIED)) == 2
+
+
 def test_a_live_value_that_is_no_number_does_not_pass(cache, scorer, short):
     live = scored(scorer, short)
     bring(cache, short[:5], sums_of(live, short[:5]))
