@@ -206,7 +206,7 @@ def test_too_little_memory_is_said_and_moves_nothing(filled, monkeypatch):
         patch.setattr(pq, "read_table", read_table)
         cache.covers(pa.array(bad[0], pa.binary(16)), np.ones(30, np.int32))
     assert cache.set_aside() == [] and cache.problems == []
-    assert same(values(fresh(place), bad[0] + good[0]), bad[1] + good[1])
+    assert same(values(cache, bad[0] + good[0]), bad[1] + good[1])
 
 
 def test_one_bad_read_is_no_damage(filled, monkeypatch):

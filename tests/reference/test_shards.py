@@ -31,8 +31,8 @@ def test_a_prompt_with_two_thousand_completions_is_cut_into_shards():
 
 def test_what_shares_a_prompt_is_not_cut_finer_than_parts_are():
     """The shards of a small job are small; a long prompt is computed once all the same."""
-    (shard,) = plan_shards(completions(1000, 20, 50), 2048, 65_536)
-    assert len(shard.groups) == 1 and len(shard.completions) == 20
+    (shard,) = plan_shards(completions(1000, 40, 50), 2048, 65_536)
+    assert len(shard.groups) == 1 and len(shard.completions) == 40
 
 
 @pytest.mark.parametrize("layout", ["tree", "packed", "padded"])
