@@ -47,7 +47,8 @@ def add_cache_verbs(cache: argparse.ArgumentParser) -> None:
     verify.add_argument("--config", nargs="+", metavar=("CONFIG", "key.sub=value"), help="the run whose data were scored: a "
                                                                                          "cache "
                         "holds no tokens to score again. Verified rows that were imported count from then on")
-    verify.add_argument("--sample", type=int, metavar="N", help="completions to score again (default: 256)")
+    verify.add_argument("--sample", type=int, metavar="N", help="completions to score again, and as many of each import "
+                        "(default: 256)")
     verify.add_argument("--all", action="store_true", help="score all of them again")
     verify.add_argument("--tolerance", type=float, metavar="X", help="largest mean difference of a completion's tokens, "
                                                                      "nats "
@@ -150,11 +151,10 @@ def _verify(args: argparse.Namespace, console: Console) -> None:
                          "and scores "
                          "what they held again")
     if scores is not None and not scores.passed:
-        raise CacheError(f"scored again, {scores.worst['name']} differs by {scores.worst['mean']:.3g} nats a token, more "
-                         "than "
-                         f"{scores.tolerance:g}: these log-probs are not of this model and data. Delete {cache.storage}/"
-                         f"{cache.directory} and score again, or raise --tolerance if they were made on very different "
-                         "devices")
+        again = "; where it is imported rows that are wrong, import the right ones" if scores.imported else ""
+        raise CacheError(f"{scores.problem}: these log-probs are not of this model and data. Delete {cache.storage}/"
+                         f"{cache.directory} and score again{again}, or raise --tolerance if they were made on very "
+                         "different devices")
 
 
 def _verify_scores(args: argparse.Namespace, prepared: Prepared, cache: Any,
@@ -164,7 +164,6 @@ def _verify_scores(args: argparse.Namespace, prepared: Prepared, cache: Any,
     from raydpo.reference.exchange import wanted_names
     from raydpo.reference.score import Scorer
     from raydpo.reference.shards import Wanted
-    from raydpo.reference.store import UNVERIFIED
     from raydpo.reference.verify import SAMPLE, TOKENS_PER_BATCH, promote, verify_scores
 
     if cache.identity != prepared.reference.identity:
@@ -178,7 +177,7 @@ def _verify_scores(args: argparse.Namespace, prepared: Prepared, cache: Any,
                         tokens_per_batch=TOKENS_PER_BATCH, check_rows=())
     scores = verify_scores(cache, wanted, dict(wanted_names(prepared.tables)), scorer, tolerance=args.tolerance,
                            sample=None if args.all else SAMPLE if args.sample is None else args.sample)
-    promoted = promote(cache, wanted, scores) if scores.passed and cache.parts(UNVERIFIED) else None
+    promoted = promote(cache, wanted, scores) if scores.passed and scores.imported else None
     return scores, promoted
 
 
@@ -189,7 +188,9 @@ def _print_scores(scores: ScoresReport, promoted: int | None, console: Console) 
     worst = scores.worst
     token = "" if worst["token"] is None else f", most at token {worst['token'] + 1}"
     console.say(f"worst: {worst['name']} (key {worst['key']}): {worst['mean']:.3g} nats a token{token}, stored "
-                f"{worst['stored']:.6g}, live {worst['live']:.6g}; tolerance {scores.tolerance:g}")
+                f"{worst['stored']:.6g}, live {worst['live']:.6g}; tolerance {worst['tolerance']:.3g}")
+    if scores.shift is not None:
+        console.say(f"sums: {scores.shift:+.3g} nats on average, stored less live")
     if promoted is not None:
         console.say(f"imported: {promoted:,} rows are verified now and count")
 
@@ -282,6 +283,9 @@ def _import(args: argparse.Namespace, console: Console) -> None:
                 "of "
                 f"{prepared.reference.identity.digest}" + (f"; {report.without:,} pairs have "
                                                            "none" if report.without else ""))
+    if report.contradicts:
+        console.warn(f"{report.contradicts:,} of these rows differ by more than rounding from what was imported before; the "
+                     "last import answers from now on. 'raydpo cache gc' lists imports of which nothing answers any more")
     console.say(f"training refuses them until they are verified: raydpo cache verify {prepared.cache.storage} --config "
                 f"{' '.join([args.config, *args.overrides])}")
 

@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import quote, unquote
 
 import pyarrow as pa
@@ -107,11 +107,23 @@ class Storage:
                        for info in self._infos(name) if info.type == pafs.FileType.File), key=lambda entry: entry.name)
 
     def _info(self, name: str) -> pafs.FileInfo:
-        return self._persist("look at", name, lambda: self.fs.get_file_info(self.path(name)))
+        return self._persist("look at", name, lambda: self._ask(self.path(name)))
 
     def _infos(self, name: str, *, recursive: bool = False) -> list[pafs.FileInfo]:
-        selector = pafs.FileSelector(self.path(name), allow_not_found=True, recursive=recursive)
-        return self._persist("list", name, lambda: self.fs.get_file_info(selector))
+        path = self.path(name)
+        infos = self._persist("list", name, lambda: self._ask(path, pafs.FileSelector(
+            path, allow_not_found=True, recursive=recursive)))
+        if recursive or self._driver is None:
+            return infos
+        # Some drivers list all below, whatever depth they are asked for.
+        return [info for info in infos if info.path.strip("/").rpartition("/")[0] == path.strip("/")]
+
+    def _ask(self, path: str, selector: pafs.FileSelector | None = None) -> Any:
+        """What the file system says of ``path`` now, or of what ``selector`` chooses in it. A driver may remember its
+        listings, hf:// for ever, and would not see what other processes write."""
+        if self._driver is not None:
+            self._driver.invalidate_cache(path)
+        return self.fs.get_file_info(path if selector is None else selector)
 
     def _modified(self, info: pafs.FileInfo) -> float:
         """Seconds since the epoch; 0 where the store does not say."""
@@ -180,7 +192,7 @@ class Storage:
             # Never with allow_delayed_open on S3: where a first part fails, closing then stores an empty object.
             with self.fs.open_output_stream(target) as stream:
                 stream.write(data)
-        size = self.fs.get_file_info(target).size
+        size = self._ask(target).size
         if size != data.size:
             if size is not None:
                 self.fs.delete_file(target)
@@ -330,8 +342,9 @@ def _may_pass(error: Exception) -> bool:
 def stale_temporaries(storage: Storage, name: str, older_than: float | None = None) -> list[Entry]:
     """What killed processes left half-written in directory ``name``.
 
-    Those of this host whose process is gone; those of other hosts only if they are older than so many seconds by the clock
-    of the file system, since nobody here can know whether their writer lives.
+    Those of this host whose process is gone; and all that are older than so many seconds by the clock of the file system.
+    Nobody here can know whether a writer on another host lives, and the number of a dead process of this one may be in use
+    again: a container has few, the same ones after each start.
     """
     if not storage.is_local:
         return []  # an object store has no half-written objects
@@ -339,9 +352,8 @@ def stale_temporaries(storage: Storage, name: str, older_than: float | None = No
     stale = []
     for entry in storage.entries(name):
         match = _TEMPORARY.match(entry.name)
-        if match and match["host"] == socket.gethostname():
-            if not _is_alive(int(match["pid"])):
-                stale.append(entry)
+        if match and match["host"] == socket.gethostname() and not _is_alive(int(match["pid"])):
+            stale.append(entry)
         elif (match or _PROBE.match(entry.name)) and older_than is not None:
             now = storage.clock() if now is None else now
             if now - entry.modified > older_than:

@@ -156,13 +156,16 @@ def test_import_counts_only_when_verified(place, tmp_path, means, on_cluster):
         for side in ("chosen", "rejected"):
             tokens = len(rows[f"a:{number}"][f"{side}_ids"])
             record[f"ref_{side}_logps"] = rows[f"a:{number}"][f"ref_{side}_logps"] / (tokens if means else 1)
+        record |= {"mine": -500.0, "theirs": -600.0}
     write_preferences(tmp_path / "with.jsonl", records)
     cache = tmp_path / "cache"
     run = [place / "config.yaml", f"data.train={[{'path': str(tmp_path / 'with.jsonl'), 'name': 'a'}]}",
            f"cache.uri={cache}", f"output={tmp_path / 'runs'}", "data.eval=null"]
+    assert answer("cache", "import", *run, "--chosen", "mine", "--rejected", "theirs")["contradicts"] == 0
     report = answer("cache", "import", *run, *(["--means"] if means else []))
     assert report["pairs"] == 30 and report["columns"] == ["ref_chosen_logps", "ref_rejected_logps"]
-    assert answer("cache", "ls", cache)[0]["unverified_rows"] == 60
+    assert report["contradicts"] == 60, "the wrong columns came first; the last ones answer"
+    assert answer("cache", "ls", cache)[0]["unverified_rows"] == 120
 
     refused = raydpo("train", *run)
     assert refused.returncode == 1 and "not verified" in refused.stderr and "allow_unverified" in refused.stderr
@@ -171,6 +174,7 @@ def test_import_counts_only_when_verified(place, tmp_path, means, on_cluster):
         assert told.returncode == 0 and "first loss 0.693147" in told.stdout, told.stdout + told.stderr
     verified = answer("cache", "verify", cache, "--config", *run)
     assert verified["promoted"] == 60 and verified["scores"]["sums_only"] == 60
+    assert answer("cache", "ls", cache)[0]["unverified_rows"] == 0
     if means:
         return
     trained = raydpo("train", *run, "name=verified")

@@ -11,6 +11,7 @@ from typing import ClassVar
 import fsspec
 import pyarrow as pa
 import pytest
+from fsspec import AbstractFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from raydpo import storage as storage_module
@@ -190,6 +191,69 @@ for lines in range(1000):
     killed, ended = lines[:-1], lines[-1]
     assert ended == "0 new 0 file" and len(killed) > 15
     assert set(killed) == {"9 old 0 file", "9 old 1 file", "9 new 0 file"}
+
+
+def test_an_old_temporary_of_this_host_is_stale_though_its_number_is_in_use(tmp_path):
+    """As in a container, whose first process has the same number after each start."""
+    storage = Storage(str(tmp_path))
+    old = tmp_path / f".tmp-{os.uname().nodename}-{os.getpid()}-{'0' * 32}"
+    old.write_bytes(b"half")
+    os.utime(old, (time.time() - 7200,) * 2)
+    assert stale_temporaries(storage, "") == [] and stale_temporaries(storage, "", older_than=3 * 3600) == []
+    assert [entry.name for entry in stale_temporaries(storage, "", older_than=3600)] == [old.name]
+
+
+class Remembering(MemoryFileSystem):
+    """A driver that never forgets what it has listed, as hf:// has one, and lists all below whatever depth is asked for."""
+
+    protocol = "remembering"
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.listings = {}
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.replace("remembering://", "/"))
+
+    def ls(self, path, detail=True, **settings):
+        path = self._strip_protocol(path)
+        if path not in self.listings:
+            self.listings[path] = super().ls(path, detail=True, **settings)
+        return self.listings[path] if detail else [one["name"] for one in self.listings[path]]
+
+    def info(self, path, **settings):
+        path = self._strip_protocol(path)
+        parent = self._parent(path)
+        if parent in self.listings:
+            found = [one for one in self.listings[parent] if one["name"] == path]
+            if not found:
+                raise FileNotFoundError(path)
+            return found[0]
+        return super().info(path, **settings)
+
+    def find(self, path, maxdepth=None, **settings):
+        return AbstractFileSystem.find(self, path, **settings)  # which asks ls
+
+    def invalidate_cache(self, path=None):
+        while path:
+            self.listings.pop(path, None)
+            path = "" if path == "/" else self._parent(path)
+
+
+def test_a_driver_that_remembers_its_listings_sees_what_others_write():
+    fsspec.register_implementation("remembering", Remembering, clobber=True)
+    place = f"/place-{time.time_ns()}"
+    storage, others = Storage(f"remembering:/{place}"), MemoryFileSystem()
+    assert storage.root == place and storage.list("a") == [] and not storage.exists("a/one")
+    storage.write("a/one", b"1")
+    assert storage.list("a") == ["one"] and not storage.exists("a/two") and storage.list() == ["a"]
+    others.pipe_file(f"{place}/a/two", b"22")
+    others.pipe_file(f"{place}/a/below/three", b"333")
+    assert storage.list("a") == ["below", "one", "two"] and storage.exists("a/two")
+    assert [(entry.name, entry.size) for entry in storage.entries("a")] == [("one", 1), ("two", 2)]
+    others.rm_file(f"{place}/a/two")
+    assert not storage.exists("a/two") and storage.list("a") == ["below", "one"] and storage.list() == ["a"]
 
 
 def test_temporaries_of_other_hosts_are_stale_only_when_old_by_the_clock_of_the_store(tmp_path):

@@ -58,7 +58,7 @@ def fill_batches(items: Sequence[int], shapes: Shapes, tokens_per_batch: int, la
         items: numbers of the groups in ``shapes``.
 
     Returns:
-        Group numbers of each batch. A group larger than the budget is a batch of its own.
+        Group numbers of each batch. A group larger than the budget is a batch of its own; see ``cut_group``.
     """
     return _fill(items, shapes, tokens_per_batch, layout, shapes.positions(layout))
 

@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,9 @@ from raydpo.storage import Storage
 __all__ = ["Record", "read_records"]
 
 BATCH_ROWS = 1000
+NOT_UTF8, HALF_PAIR = "not valid UTF-8", "text with half a surrogate pair"
+_ESCAPE = re.compile(rb"\\u[dD]")
+"""Of a surrogate in JSON; most are whole pairs."""
 
 
 @dataclass(frozen=True)
@@ -191,34 +195,42 @@ def _json_records(content: bytes, label: str) -> Iterator[Record]:
     if not content.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
         yield from _line_records(io.BytesIO(content), label)
         return
+    problem = HALF_PAIR if _ESCAPE.search(content) else None
     try:
-        values = json.loads(content)
+        encoding = json.detect_encoding(content)
+        try:
+            text = content.decode(encoding)
+        except UnicodeDecodeError:
+            # What is wrong becomes halves of surrogate pairs, which show the records that it is in.
+            text, problem = content.decode(encoding, "surrogateescape"), NOT_UTF8
+        values = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{label} is not valid JSON: {' '.join(str(error).split())[:200]}; mend it there") from None
     for number, value in enumerate(values, 1):
-        yield _as_record(value, f"{label}:{number}", number, b"\\ud" in content.lower())
+        yield _as_record(value, f"{label}:{number}", number, problem)
 
 
 def _parse(line: bytes, where: str, row: int) -> Record:
     try:
         text = line.decode("utf-8-sig" if row == 1 else "utf-8")
     except UnicodeDecodeError:
-        return Record(where, row, None, "not valid UTF-8")
+        return Record(where, row, None, NOT_UTF8)
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
         return Record(where, row, None, "not valid JSON")
-    return _as_record(value, where, row, b"\\ud" in line.lower())
+    return _as_record(value, where, row, HALF_PAIR if _ESCAPE.search(line) else None)
 
 
-def _as_record(value: Any, where: str, row: int, has_surrogates: bool) -> Record:
+def _as_record(value: Any, where: str, row: int, problem: str | None) -> Record:
+    """A record, or what is wrong with it: ``problem`` if its text has half a surrogate pair."""
     if not isinstance(value, dict):
         return Record(where, row, None, "not a JSON object")
-    if has_surrogates:
+    if problem is not None:
         try:
             json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError:  # half of a pair: JSON can spell it, no tokenizer takes it
-            return Record(where, row, None, "text with half a surrogate pair")
+        except UnicodeEncodeError:  # JSON can spell it, no tokenizer takes it
+            return Record(where, row, None, problem)
     return Record(where, row, value)
 
 

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from itertools import pairwise
+from typing import Literal, TypeVar
 
 import numpy as np
 
-__all__ = ["PADDED_MULTIPLE", "POSITIONS_ONLY", "LayoutName", "Shapes", "Work"]
+__all__ = ["PADDED_MULTIPLE", "POSITIONS_ONLY", "LayoutName", "Shapes", "Work", "cut_group"]
 
 LayoutName = Literal["tree", "packed", "padded"]
 """How a micro-batch is laid out, see ``model.layout``."""
+Count = TypeVar("Count", int, np.ndarray)
 PADDED_MULTIPLE = 16
 """Padded rows are as long as a multiple of this, which the matrix units of GPUs and CPUs like."""
 
@@ -91,11 +93,7 @@ class Shapes:
 
     def positions(self, layout: LayoutName) -> np.ndarray:
         """Token positions of each group by itself, int [groups]."""
-        if layout == "tree":
-            return self.prompt + self.tokens
-        if layout == "packed":
-            return self.rows * self.prompt + self.tokens
-        return self.rows * (-(-self.longest // PADDED_MULTIPLE) * PADDED_MULTIPLE)
+        return positions(layout, self.prompt, self.tokens, self.longest, self.rows)
 
     def cost(self, layout: LayoutName, work: Work) -> np.ndarray:
         """Work on each group by itself, in positions, float [groups]."""
@@ -107,3 +105,30 @@ class Shapes:
         """Prompt tokens that two groups share, the first of which is placed before the second."""
         first, last = self.place[left] + 1, self.place[right] + 1
         return int(self.common[first:last].min()) if first < last else int(self.prompt[right])
+
+
+def positions(layout: LayoutName, prompt: Count, tokens: Count, longest: Count, rows: Count) -> Count:
+    """Token positions of one group or of many, from their numbers as ``Shapes`` has them."""
+    if layout == "tree":
+        return prompt + tokens
+    if layout == "packed":
+        return rows * prompt + tokens
+    return rows * (-(-longest // PADDED_MULTIPLE) * PADDED_MULTIPLE)
+
+
+def cut_group(prompt: int, completions: Sequence[int], most: int, layout: LayoutName) -> list[tuple[int, int]]:
+    """A group in runs of its completions, each of at most so many token positions or of a single completion.
+
+    Args:
+        prompt: its tokens. completions: tokens of each completion.
+
+    Returns:
+        First completion of each run and the one after its last. A group that is within ``most`` is one run.
+    """
+    starts, tokens, longest = [0], 0, 0
+    for index, length in enumerate(completions):
+        tokens, longest = tokens + length, max(longest, length)
+        if index > starts[-1] and positions(layout, prompt, tokens, prompt + longest, index + 1 - starts[-1]) > most:
+            starts.append(index)
+            tokens = longest = length
+    return list(pairwise([*starts, len(completions)]))

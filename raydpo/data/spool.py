@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import mmap
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
 
-__all__ = ["Spool", "spooled"]
+from raydpo.errors import RaydpoError
+
+__all__ = ["Spool", "room_for", "spooled"]
 
 MOST_SMALL = 2**31 - 1
 """Values of a list or string column beyond which its offsets take 64 bits."""
@@ -44,10 +48,17 @@ class Spool:
             file.write(np.int64(0).tobytes())
 
     def append(self, table: pa.Table) -> None:
-        for batch in table.to_batches():
-            for index, field in enumerate(self.schema):
-                self._append(index, batch.column(field.name).cast(field.type))
-            self.rows += batch.num_rows
+        """Take all rows of ``table``.
+
+        Raises:
+            RaydpoError: if there is no room for them.
+        """
+        with room_for("the tokenised pairs", self._directory):
+            for batch in table.to_batches():
+                for index, field in enumerate(self.schema):
+                    column = batch.column(field.name)
+                    self._append(index, column if _is_wide(column.type) else column.cast(field.type))
+                self.rows += batch.num_rows
 
     def _append(self, index: int, column: pa.Array) -> None:
         if column.null_count:
@@ -56,18 +67,27 @@ class Spool:
             width = column.type.bit_width // 8
             self._values[index].write(memoryview(column.buffers()[1])[column.offset * width :][: len(column) * width])
             return
-        offsets = np.frombuffer(column.buffers()[1], np.int32)[column.offset :][: len(column) + 1].astype(np.int64)
         if not len(column):
             return
-        width = 1 if pa.types.is_string(column.type) else column.type.value_type.bit_width // 8
-        data = column.buffers()[2] if pa.types.is_string(column.type) else column.buffers()[-1]
-        shift = 0 if pa.types.is_string(column.type) else column.values.offset
+        is_text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+        kind = np.int64 if _is_wide(column.type) else np.int32
+        offsets = np.frombuffer(column.buffers()[1], kind)[column.offset :][: len(column) + 1].astype(np.int64)
+        width = 1 if is_text else column.type.value_type.bit_width // 8
+        data = column.buffers()[2] if is_text else column.buffers()[-1]
+        shift = 0 if is_text else column.values.offset
         self._values[index].write(memoryview(data)[(shift + offsets[0]) * width : (shift + offsets[-1]) * width])
         self._offsets[index].write((offsets[1:] - offsets[0] + self._ends[index]).tobytes())
         self._ends[index] += int(offsets[-1] - offsets[0])
 
     def finish(self) -> pa.Table:
-        """The table. The spool is used up; its files have no name any more and go when nobody reads them."""
+        """The table. The spool is used up; its files have no name any more and go when nobody reads them.
+
+        Raises:
+            RaydpoError: if there is no room for its last rows.
+        """
+        with room_for("the tokenised pairs", self._directory):
+            for file in (*self._values, *self._offsets.values()):
+                file.flush()
         columns = []
         for index, field in enumerate(self.schema):
             values = _mapped(self._values[index])
@@ -91,11 +111,35 @@ class Spool:
         return tempfile.TemporaryFile(prefix="raydpo-", dir=self._directory)
 
 
+@contextlib.contextmanager
+def room_for(what: str, directory: str | None) -> Iterator[None]:
+    """A full disk becomes a sentence that says so.
+
+    Args:
+        directory: what is written to; null = the system's place for temporary files ($TMPDIR).
+
+    Raises:
+        RaydpoError: in place of the system's error.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise RaydpoError(f"there is no room for {what} in {tempfile.gettempdir() if directory is None else directory} "
+                          f"({error.strerror}); nothing that was stored is lost. Free some space there, or set TMPDIR to a "
+                          "directory on a larger disk") from None
+
+
 def _mapped(file: BinaryIO) -> pa.Buffer:
-    file.flush()
     size = os.fstat(file.fileno()).st_size
     with file:
         return pa.py_buffer(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) if size else b"")
+
+
+def _is_wide(kind: pa.DataType) -> bool:
+    """Whether it is what ``finish`` makes of a column of more than ``MOST_SMALL`` values."""
+    return pa.types.is_large_list(kind) or pa.types.is_large_string(kind)
 
 
 def _is_ragged(kind: pa.DataType) -> bool:

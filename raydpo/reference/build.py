@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any, Literal
 
 import numpy as np
@@ -87,6 +88,11 @@ def build(pairs: list[pa.Table], spec: ReferenceSpec, cache: ReferenceCache, res
     cache.set_aside()
     before = _parts(cache)
     hits = int(covered.sum())
+    here = version("transformers")
+    others = sorted(one for one in cache.transformers if one.split(".")[:2] != here.split(".")[:2])
+    if hits and others:
+        note(f"stored log-probs were computed with transformers {', '.join(others)}, here is {here}: a release may change "
+             f"what a model computes, and 'raydpo cache verify {cache.storage} --config CONFIG' scores a sample again")
     to_do = len(wanted) - hits
     tokens = parts = scored = found = 0  # found: of what was to do, at others' hands
     told: set[str] = set()
@@ -96,7 +102,9 @@ def build(pairs: list[pa.Table], spec: ReferenceSpec, cache: ReferenceCache, res
         while not covered.all():
             left, longest = 0, 0.0
             known = _parts(cache) | {*Claims.names(cache)}
-            shards = missing_shards(wanted, covered, _shard_tokens(wanted, tokens_per_part, resources.teams))
+            # However small the shards of a small job are, what shares a prompt is not cut finer than parts are.
+            shards = missing_shards(wanted, covered, _shard_tokens(wanted, tokens_per_part, resources.teams),
+                                    tokens_per_part)
             for row in _score_on_ray(shards, spec, cache, known, resources, tokens_per_batch):
                 scored += row["completions"]
                 found += row["by_others"]

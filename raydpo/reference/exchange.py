@@ -18,6 +18,7 @@ from raydpo.errors import DataError
 from raydpo.reference.index import as_bytes
 from raydpo.reference.part import HIGHEST, KEY_TYPE
 from raydpo.reference.store import ReferenceCache
+from raydpo.reference.verify import TOLERANCES, sum_tolerance
 
 __all__ = ["COLUMN_NAMES", "ImportReport", "export_pairs", "import_sums"]
 
@@ -64,13 +65,18 @@ def export_pairs(joined: pa.Table, decode: Any, path: Path) -> int:
 
 @dataclass(frozen=True)
 class ImportReport:
-    """Pairs whose sums were taken over and rows stored; pairs without both values are left out."""
+    """Pairs whose sums were taken over and rows stored; pairs without both values are left out.
+
+    Attributes:
+        contradicts: rows that differ from an earlier import's by more than rounding.
+    """
 
     pairs: int
     rows: int
     without: int
     columns: tuple[str, str]
     part: str
+    contradicts: int
 
 
 def import_sums(config: DataConfig, pairs: pa.Table, cache: ReferenceCache, *, columns: tuple[str, str] | None = None,
@@ -100,10 +106,26 @@ def import_sums(config: DataConfig, pairs: pa.Table, cache: ReferenceCache, *, c
         side, row = divmod(int(sums.argmax()), rows.num_rows)
         raise DataError(f"pair {rows['pair_id'][row].as_py()} has {sums.max():.6g} in {names[side]!r}; log-probs are "
                         "negative. Is it a column of losses or of rewards?")
+    tokens = tokens.astype(np.int32)
+    contradicts = _contradicted(cache, keys, tokens, sums)
     part = cache.commit_rows(pa.FixedSizeBinaryArray.from_buffers(KEY_TYPE, len(keys), [None, pa.py_buffer(keys)]),
-                             tokens.astype(np.int32), sums, {"imported": [one.path for one in config.train],
+                             tokens, sums, {"imported": [one.path for one in config.train],
                                                              "columns": list(names), "means": means}, verified=False)
-    return ImportReport(int(there.sum()), len(keys), int((~there).sum()), names, part)
+    return ImportReport(int(there.sum()), len(keys), int((~there).sum()), names, part, contradicts)
+
+
+def _contradicted(cache: ReferenceCache, keys: np.ndarray, tokens: np.ndarray, sums: np.ndarray) -> int:
+    """How many of ``sums`` differ, by more than rounding explains, from those that were imported before."""
+    earlier = ReferenceCache(cache.storage, cache.identity, unverified=True)
+    earlier.refresh()
+    parts, rows = earlier.locate(keys, tokens)
+    allowed = sum_tolerance(TOLERANCES[cache.identity.dtype], tokens)
+    count = 0
+    for number, path in enumerate(earlier.paths()):
+        mine = np.flatnonzero(parts == number)
+        if len(mine) and earlier.is_unverified(number):
+            count += int((np.abs(earlier.read(path).sums[rows[mine]] - sums[mine]) > allowed[mine]).sum())
+    return count
 
 
 def _sums_by_pair(config: DataConfig,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
+import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +13,7 @@ from itertools import pairwise
 import numpy as np
 import pyarrow as pa
 
+from raydpo.data.spool import room_for
 from raydpo.reference.part import Part
 from raydpo.reference.store import ReferenceCache
 
@@ -56,6 +59,7 @@ def join(cache: ReferenceCache, keys: np.ndarray, needed: np.ndarray, directory:
 
     Raises:
         CacheError: if parts vanish faster than they can be read.
+        RaydpoError: if there is no room for the values.
     """
     offsets = np.concatenate([[0], np.cumsum(needed, dtype=np.int64)])
     values, forget = _file_of(int(offsets[-1]), directory)
@@ -91,11 +95,23 @@ def _blocks(lengths: np.ndarray) -> list[tuple[int, int]]:
     return list(pairwise(cuts)) if len(lengths) else []
 
 
+def _allocate(descriptor: int, size: int) -> None:
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # some file systems cannot
+            raise
+
+
 def _file_of(count: int, directory: str | None) -> tuple[np.ndarray, Callable[[int], None]]:
     """``count`` zeros in a file without a name, and what to call after so many rows of them were written."""
     if not count:
         return np.empty(0, np.float32), lambda rows: None
-    with tempfile.TemporaryFile(prefix="raydpo-", dir=directory) as file:
+    with room_for(f"the reference's log-probs of this data, {4 * count:,} bytes,", directory), \
+            tempfile.TemporaryFile(prefix="raydpo-", dir=directory) as file:
+        if hasattr(os, "posix_fallocate"):
+            # A file of holes would end the process with SIGBUS where the disk is full when they are filled.
+            _allocate(file.fileno(), 4 * count)
         file.truncate(4 * count)
         mapped = mmap.mmap(file.fileno(), 4 * count)
     written = 0

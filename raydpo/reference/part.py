@@ -26,6 +26,7 @@ __all__ = [
     "KEY_TYPE",
     "PART_SCHEMA",
     "SUM_SCHEMA",
+    "DamagedPart",
     "Part",
     "PartInfo",
     "builder_of",
@@ -58,6 +59,10 @@ HIGHEST = 1e-3
 """A log-prob is at most 0, but for the rounding of a softmax that is all but sure."""
 # Names of raydpo 0.1's first caches lack the checksum; page checksums inside guard their values.
 _NAME = re.compile(r"part-(?P<time>\d{20})-(?:(?P<builder>[0-9a-z]{8})-(?P<digest>[0-9a-f]{32})|[0-9a-f]{12})\.parquet")
+
+
+class DamagedPart(CacheError):
+    """A part whose bytes are not those that were written."""
 
 
 @dataclass(frozen=True)
@@ -148,22 +153,34 @@ def decode_part(name: str, data: bytes, *, values: bool = True) -> Part:
     """The part ``name`` from its bytes; without its log-probs unless ``values``.
 
     Raises:
-        CacheError: if the bytes are not those that were written, in one sentence that names the part.
+        DamagedPart: if the bytes are not those that were written, in one sentence that names the part.
+        CacheError: if they are, and cannot be read here, for instance because a newer raydpo wrote them.
     """
     if not digest_is_sound(name, data):
-        raise CacheError(f"part {name} is damaged: its {len(data):,} bytes are not those that were written"
+        raise DamagedPart(f"part {name} is damaged: its {len(data):,} bytes are not those that were written"
                          f"{_whereabouts(data)}")
+    try:
+        return _decoded(name, data, values)
+    except CacheError as error:
+        if _NAME.fullmatch(name)["digest"]:
+            raise
+        raise DamagedPart(str(error)) from None  # a name without a checksum has proved nothing
+
+
+def _decoded(name: str, data: bytes, values: bool) -> Part:
     info = read_footer(name, pa.BufferReader(data), len(data))
     schema = PART_SCHEMA if info.per_token else SUM_SCHEMA
     columns = [column for column in schema.names if values or column in ("key", "tokens")]
     try:
         table = pq.read_table(pa.BufferReader(data), columns=columns, page_checksum_verification=True)
         table = table.cast(pa.schema([schema.field(column) for column in columns])).combine_chunks()
+    except MemoryError:
+        raise  # also an ArrowException, which says nothing about the part
     except (OSError, pa.ArrowException, ValueError) as error:
-        raise CacheError(f"part {name} is damaged: {_one_line(error)}") from None
+        raise CacheError(f"part {name} cannot be read: {_one_line(error)}") from None
     problem = _wrong_value(table) if values else None
     if problem:
-        raise CacheError(f"part {name} is damaged: {problem}")
+        raise CacheError(f"part {name} cannot be read: {problem}")
     keys, tokens = _one_array(table["key"]), table["tokens"].to_numpy()
     if not values:
         return Part(info, keys, tokens)
@@ -186,10 +203,10 @@ def read_footer(name: str, stream: object, size: int) -> PartInfo:
         return PartInfo(name, parquet.metadata.num_rows, size, ReferenceIdentity.from_json(metadata[_IDENTITY]),
                         json.loads(metadata.get(_PROVENANCE, b"{}")), tuple(json.loads(metadata.get(_SUPERSEDES, b"[]"))),
                         "logps" in parquet.schema_arrow.names)
-    except RaydpoError:
+    except (RaydpoError, MemoryError):
         raise
     except (OSError, pa.ArrowException, KeyError, ValueError, TypeError) as error:
-        raise CacheError(f"part {name} is damaged: {_one_line(error)}") from None
+        raise CacheError(f"part {name} cannot be read: {_one_line(error)}") from None
 
 
 def ragged(rows: Sequence[np.ndarray]) -> pa.ListArray:

@@ -13,7 +13,7 @@ import transformers
 
 import raydpo
 from raydpo.data.plan import fill_batches
-from raydpo.data.shapes import Shapes
+from raydpo.data.shapes import cut_group
 from raydpo.local_copy import RemoteDirectory
 from raydpo.model.budget import MOST_SCORED, find_budget, is_out_of_memory, probe_group
 from raydpo.model.layout import Layout, PromptGroup, shapes_of
@@ -84,28 +84,42 @@ class Scorer:
     def score(self, groups: Sequence[PromptGroup]) -> list[tuple[np.ndarray, ...]]:
         """float32 log-probs [tokens] of each completion, in the order of ``groups`` and their completions.
 
-        A batch that does not fit in memory is cut in half, with a note, and so are those after it; once.
+        A group that is larger than a batch is computed in pieces; a single completion that is, alone. A batch that does not
+        fit in memory is cut in half, with a note, and so are those after it; once.
         """
+        if not groups:
+            return []
+        pieces = [self._pieces(group) for group in groups]
+        scored = iter(self._score_pieces([piece for each in pieces for piece in each]))
+        return [tuple(logps for _ in each for logps in next(scored)) for each in pieces]
+
+    def _pieces(self, group: PromptGroup) -> list[PromptGroup]:
+        runs = cut_group(len(group.prompt), [len(one) for one in group.completions], self.tokens_per_batch * self._size,
+                         self.model.method.layout)
+        return [group] if len(runs) == 1 else [PromptGroup(group.prompt, group.completions[start:stop])
+                                               for start, stop in runs]
+
+    def _score_pieces(self, groups: Sequence[PromptGroup]) -> list[tuple[np.ndarray, ...]]:
         scored: list[tuple[np.ndarray, ...]] = [()] * len(groups)
-        shapes = shapes_of(groups)
-        todo = list(range(len(groups)))
-        while todo:
-            try:
-                for batch, layout in self._laid_out(groups, todo, shapes):
-                    rows = [groups[index] for index in batch]
-                    for index, logps in zip(batch, self.model.score_layout(layout.to(self.device), rows), strict=True):
-                        scored[index] = logps
-            except (RuntimeError, MemoryError) as error:
-                # Processes that compute together would no longer be at the same batch.
-                if not is_out_of_memory(error) or self._backed_off or self._size > 1:
-                    raise
-                self._back_off()
-            todo = [index for index in todo if not scored[index]]
+        try:
+            for batch, layout in self._laid_out(groups):
+                rows = [groups[index] for index in batch]
+                for index, logps in zip(batch, self.model.score_layout(layout.to(self.device), rows), strict=True):
+                    scored[index] = logps
+        except (RuntimeError, MemoryError) as error:
+            # Processes that compute together would no longer be at the same batch.
+            if not is_out_of_memory(error) or self._backed_off or self._size > 1:
+                raise
+            self._back_off()
+        left = [index for index, logps in enumerate(scored) if not logps]
+        if left:
+            for index, logps in zip(left, self.score([groups[index] for index in left]), strict=True):
+                scored[index] = logps
         return scored
 
-    def _laid_out(self, groups: Sequence[PromptGroup], todo: Sequence[int],
-                  shapes: Shapes) -> Iterator[tuple[list[int], Layout]]:
-        batches = fill_batches(todo, shapes, self.tokens_per_batch * self._size, self.model.method.layout)
+    def _laid_out(self, groups: Sequence[PromptGroup]) -> Iterator[tuple[list[int], Layout]]:
+        batches = fill_batches(range(len(groups)), shapes_of(groups), self.tokens_per_batch * self._size,
+                               self.model.method.layout)
 
         def prepare(batch: list[int]) -> tuple[list[int], Layout]:
             layout = self.model.lay_out([groups[index] for index in batch])

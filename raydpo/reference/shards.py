@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from raydpo.data.shapes import cut_group
 from raydpo.model.layout import PromptGroup
 from raydpo.model.tree import common_prefix
 from raydpo.reference.index import KeyIndex, as_bytes
@@ -68,7 +69,8 @@ class Wanted(Sequence[Completion]):
     """
 
     def __init__(self, tables: Iterable[pa.Table]) -> None:
-        self._table = pa.concat_tables(tables)
+        # A table of more than 2^31 tokens has wider offsets than one of fewer.
+        self._table = pa.concat_tables(tables, promote_options="permissive")
         # Pair by pair: chosen, rejected, chosen, ...
         keys = [np.stack([as_bytes(batch[f"{side}_key"]) for side in SIDES], axis=1).reshape(-1, 16)
                 for batch in self._table.select([f"{side}_key" for side in SIDES]).to_batches()]
@@ -110,9 +112,9 @@ FAMILY_SHARE = 0.5
 """Prompts whose neighbour in order begins with at least this share of them are scored together: a dialogue that goes on."""
 
 
-def plan_shards(wanted: Sequence[Completion], tokens_per_shard: int) -> list[Shard]:
+def plan_shards(wanted: Sequence[Completion], tokens_per_shard: int, most: int | None = None) -> list[Shard]:
     """All wanted completions, by prompt, prompts that share much next to each other, longest first, in shards of about so
-    many tokens.
+    many tokens. A prompt whose completions have more than ``most`` tokens, or else ``tokens_per_shard``, has several.
 
     A pure function of what is wanted, not of what is missing: a build that was killed and started again forms the same
     shards, hence the same batches, hence the same bits.
@@ -131,7 +133,17 @@ def plan_shards(wanted: Sequence[Completion], tokens_per_shard: int) -> list[Sha
                 size = 0
             shards[-1].append(tuple(sorted(group, key=lambda one: one.key)))
             size += sum(one.length for one in group)
-    return [Shard(tuple(groups)) for groups in shards]
+    return [piece for groups in shards for piece in _pieces(groups, tokens_per_shard if most is None else most)]
+
+
+def _pieces(groups: list[tuple[Completion, ...]], most: int) -> Iterator[Shard]:
+    """A shard; if its last group, the only one that may be large, has more than ``most`` tokens, with the prompt counted
+    once, in pieces of so many."""
+    *others, last = groups
+    runs = cut_group(len(last[0].prompt), [len(one.tokens) for one in last], most, "tree")
+    for start, stop in runs:
+        yield Shard((*others, last[start:stop]))
+        others = []
 
 
 def _length(group: list[Completion]) -> int:
@@ -154,9 +166,9 @@ def _families(groups: list[list[Completion]], most_tokens: int) -> list[list[lis
     return families
 
 
-def missing_shards(wanted: Wanted, covered: np.ndarray, tokens_per_shard: int) -> Iterator[Shard]:
+def missing_shards(wanted: Wanted, covered: np.ndarray, tokens_per_shard: int, most: int | None = None) -> Iterator[Shard]:
     """The shards of all ``wanted`` without what is ``covered``, bool [completions]; shards that are covered whole are left
-    out.
+    out. See ``plan_shards``.
 
     Planned in windows of so many completions in the order of the data, of which only one is in memory.
     """
@@ -165,7 +177,7 @@ def missing_shards(wanted: Wanted, covered: np.ndarray, tokens_per_shard: int) -
             continue
         window = wanted[start : start + WINDOW]
         present = {one.key for one, there in zip(window, covered[start : start + WINDOW], strict=True) if there}
-        yield from without(plan_shards(window, tokens_per_shard), present)
+        yield from without(plan_shards(window, tokens_per_shard, most), present)
 
 
 def still_missing(shards: Sequence[Shard], cache: ReferenceCache,

@@ -8,7 +8,8 @@
 
 A part counts if and only if its bytes have the checksum in its name and the identity inside it is the one asked for. There
 is no manifest to corrupt and no lock: two builders at worst score a row twice. A reader takes the longest row, then the
-first by order: compacted parts before others, each by name.
+first by order: compacted parts before others, each by name. Of unverified rows the one that was imported last answers, so
+that a wrong import is put right by another one.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from itertools import pairwise
 import numpy as np
 import pyarrow as pa
 
-from raydpo.errors import CacheError
+from raydpo.errors import CacheError, RaydpoError
 from raydpo.local_copy import LocalCopy
 from raydpo.reference.identity import ReferenceIdentity
 from raydpo.reference.index import KeyIndex, as_bytes
 from raydpo.reference.part import (
     COMPACTED,
     KEY_TYPE,
+    DamagedPart,
     Part,
     PartInfo,
     builder_of,
@@ -63,6 +65,7 @@ class ReferenceCache:
 
     Attributes:
         builder: stands in the names of the parts that are committed through this object.
+        transformers: the versions that computed the parts that count, as of the last look.
     """
 
     def __init__(self, storage: Storage, identity: ReferenceIdentity, *, unverified: bool = False) -> None:
@@ -165,7 +168,8 @@ class ReferenceCache:
         return name
 
     def set_aside(self) -> list[str]:
-        """Move damaged and foreign files out of the way of later readers; the names of those that could be moved.
+        """Move damaged files and parts of another identity out of the way of later readers; the names of those that could be
+        moved.
 
         Their rows count as missing already. Nothing is deleted: ``raydpo cache gc`` does that.
         """
@@ -259,7 +263,8 @@ class ReferenceCache:
         """Number of the part and row in it that answers each completion with so many tokens, or -1, as of the last look:
         int32 [keys] both."""
         parts, rows = np.full(len(keys), -1, np.int32), np.full(len(keys), -1, np.int32)
-        for index, wanted in ((self._sums, exactly(keys, tokens)), (self._tokens, keys)):
+        sums = exactly(keys, tokens)
+        for index, wanted in ((self._imported, sums), (self._sums, sums), (self._tokens, keys)):  # the last one wins
             locators = index.find(wanted)
             found = np.flatnonzero(locators >= 0)
             found = found[index.tokens[locators[found]] >= tokens[found]]
@@ -318,6 +323,22 @@ class ReferenceCache:
         theirs.add(keys[chosen], self._tokens.tokens[chosen], 0)
         return int((theirs.find(keys[np.isin(parts, mine)]) >= 0).sum())
 
+    def is_unverified(self, number: int) -> bool:
+        """Whether this part was imported and nothing has verified it yet."""
+        return _is_unverified(self._paths[number])
+
+    def passed_over(self, *, by_verified: bool = False) -> list[str]:
+        """Paths of the imported parts of which no row answers any more, because later imports or verified rows do; as of the
+        last look. A cache that was opened without ``unverified`` knows of none.
+
+        Args:
+            by_verified: only those all of whose rows are answered by verified ones.
+        """
+        tokens, mine = self._imported.tokens, self._imported.part
+        answering, _ = self.locate(exactly(self._imported.key_bytes(), tokens), tokens)  # mixed in twice is not mixed in
+        needed = mine[np.isin(answering, mine)] if by_verified else answering
+        return [self._paths[number] for number in sorted({*mine.tolist()} - {*needed.tolist()})]
+
     def holds_tokens(self, number: int) -> bool:
         """Whether this part is verified and has log-probs of tokens."""
         return number not in self._of_sums and f"/{PARTS}/" in self._paths[number]
@@ -337,48 +358,62 @@ class ReferenceCache:
                 elif name.endswith(".parquet") and not name.startswith("."):
                     self._problems[f"{self.directory}/{folder}/{name}"] = (
                         f"{name} in {self.directory} is not named as raydpo names its parts; it is not used")
-        if not self._known <= set(listed):
+        imports = {path for path in listed if _is_unverified(path)}
+        # An index prefers what it was given first, and a later import is to win.
+        if not self._known <= set(listed) or (imports & self._known and imports - self._known):
             self._forget()
         fresh = [path for path in listed if path not in self._known and not (skip and skip(_short(path)))]
         compacted = [path for path in fresh if builder_of(_short(path)) == COMPACTED]
         parts = {path: part for path in compacted if (part := self._read(path, values=False)) is not None}
         self._superseded |= {name for part in parts.values() for name in part.info.supersedes}
         # Compacted parts first. What they superseded comes last: it answers only what nobody else does any more.
-        for path in sorted(fresh, key=lambda path: (_short(path) in self._superseded, path not in parts, path)):
-            self._known.add(path)
+        ordered = sorted(fresh, key=lambda path: (_short(path) in self._superseded, path not in parts, path))
+        for path in [*(path for path in ordered if path not in imports), *sorted(imports & set(fresh), reverse=True)]:
             part = parts.get(path) or (None if path in compacted else self._read(path, values=False))
             if part is not None:
                 if part.info.per_token:
                     self._tokens.add(part.keys, part.tokens, len(self._paths))
                 else:
-                    self._sums.add(exactly(as_bytes(part.keys), part.tokens), part.tokens, len(self._paths))
+                    index = self._imported if path in imports else self._sums
+                    index.add(exactly(as_bytes(part.keys), part.tokens), part.tokens, len(self._paths))
                     self._of_sums.add(len(self._paths))
                 self._paths.append(path)
+                made = [one["of"] for one in part.info.provenance.get("parts", ())] or [part.info.provenance]
+                self.transformers |= {one["transformers"] for one in made if "transformers" in one}
+            self._known.add(path)  # not before: reading may raise, and the next look is to read it
 
     def _forget(self) -> None:
         self._known: set[str] = set()
         self._superseded: set[str] = set()
         self._paths: list[str] = []  # of the parts that count, by number
-        self._tokens, self._sums = KeyIndex(), KeyIndex()
-        self._of_sums: set[int] = set()  # numbers of the parts in ``_sums``
+        self._tokens, self._sums, self._imported = KeyIndex(), KeyIndex(), KeyIndex()
+        self._of_sums: set[int] = set()  # numbers of the parts in ``_sums`` and ``_imported``
+        self.transformers: set[str] = set()
         self._problems: dict[str, str] = {}
         self._damaged: list[str] = []
 
     def _read(self, path: str, *, values: bool) -> Part | None:
-        """A part, or None if it is gone, damaged, unreadable or another's; ``problems`` says which."""
+        """A part, or None if it is gone, damaged, unreadable or another's; ``problems`` says which.
+
+        Raises:
+            RaydpoError: if the memory does not suffice.
+        """
         name = _short(path)
         try:
             data = (self.storage.read(path) if self._copies is None else
                     self._copies.fetch(path, lambda data: digest_is_sound(name, data)))
+            if not digest_is_sound(name, data):
+                data = self.storage.read(path)  # one bad read over a network is no damage
             part = decode_part(name, data, values=values)
         except FileNotFoundError:
             return None
-        except CacheError as error:
+        except MemoryError as error:
+            raise RaydpoError(f"the memory does not suffice to read part {name} in {self.storage}/{self.directory} "
+                              f"({error}); it stays where it is. Give the process more memory, and run it again") from None
+        except (CacheError, OSError) as error:
             self._problems[path] = _not_used(name, error)
-            self._damaged.append(path)
-            return None
-        except OSError as error:
-            self._problems[path] = _not_used(name, error)
+            if isinstance(error, DamagedPart):
+                self._damaged.append(path)
             return None
         return part if self._is_ours(path, part.info) else None
 
@@ -397,6 +432,10 @@ def exactly(keys: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     mixed = np.array(keys)
     mixed.view("<u4")[:, 3] ^= tokens.astype(np.uint32)
     return mixed
+
+
+def _is_unverified(path: str) -> bool:
+    return f"/{UNVERIFIED}/" in path
 
 
 def _footer(storage: Storage, path: str) -> PartInfo:

@@ -1,5 +1,6 @@
 import json
 
+import pyarrow as pa
 import pytest
 from conftest import text
 
@@ -37,6 +38,25 @@ def test_chunks_are_joined(tokeniser, write, monkeypatch):
     seen = []
     assert load_pairs(DataConfig(train=path), tokeniser, seen.append).train.equals(whole)
     assert seen == [2, 4, 6, 7]
+
+
+def test_more_tokens_than_32_bits_count(tokeniser, write, monkeypatch):
+    """Two sources, a held-out file that stays small, and what is wanted of both."""
+    from raydpo.reference.shards import Wanted
+
+    train = [{"path": write([text(number) for number in range(4)], "a.jsonl")},
+             {"path": write([text(number) for number in range(4, 9)], "b.jsonl")}]
+    config = DataConfig(train=train, eval={"path": write([text(9)], "c.jsonl")})
+    usual = load_pairs(config, tokeniser)
+    monkeypatch.setattr("raydpo.data.spool.MOST_SMALL", 60)
+    sets = load_pairs(config, tokeniser)
+    assert pa.types.is_large_list(sets.train["prompt_ids"].type) and pa.types.is_list(sets.eval["prompt_ids"].type)
+    assert sets.train.to_pylist() == usual.train.to_pylist() and sets.eval.to_pylist() == usual.eval.to_pylist()
+
+    def contents(sets):
+        return [(one.key, one.prompt.tolist(), one.tokens.tolist()) for one in Wanted([sets.train, sets.eval])]
+
+    assert contents(sets) == contents(usual) and len(contents(sets)) == 20
 
 
 def test_keep_start_cuts_each_completion_by_itself(tokeniser, write):

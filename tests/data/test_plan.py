@@ -3,7 +3,7 @@ import pytest
 
 from raydpo.data.balance import rank_costs
 from raydpo.data.plan import BatchPlan, epoch_order, fill_batches, split_over_ranks
-from raydpo.data.shapes import POSITIONS_ONLY, Shapes, Work
+from raydpo.data.shapes import POSITIONS_ONLY, Shapes, Work, cut_group
 from raydpo.model.layout import Method, PromptGroup, lay_out, shapes_of
 
 LAYOUTS = ["tree", "packed", "padded"]
@@ -121,6 +121,22 @@ def test_a_tree_is_filled_with_neighbours():
 def test_an_item_larger_than_the_budget_is_a_batch_of_its_own(layout):
     shapes = Shapes.of_lengths(np.array([500, 10, 10]), np.array([1, 1, 1]))
     assert sorted(fill_batches([0, 1, 2], shapes, 100, layout)) == [[0], [1, 2]]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_group_is_cut_into_runs_within_the_budget(layout):
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        prompt, lengths = int(rng.integers(1, 60)), rng.integers(1, 80, rng.integers(1, 12)).tolist()
+        runs = cut_group(prompt, lengths, 300, layout)
+        assert [index for start, stop in runs for index in range(start, stop)] == list(range(len(lengths)))
+
+        def size(start, stop, prompt=prompt, lengths=lengths):
+            group = PromptGroup(np.arange(prompt), tuple(np.arange(length) for length in lengths[start:stop]))
+            return int(shapes_of([group]).positions(layout)[0])
+
+        assert all(size(start, stop) <= 300 or stop == start + 1 for start, stop in runs)
+        assert all(size(start, stop + 1) > 300 for start, stop in runs[:-1]), "no run is shorter than it must be"
 
 
 def test_ranks_without_pairs_get_a_stand_in_that_does_not_count():

@@ -2,6 +2,7 @@ import bz2
 import gzip
 import json
 import lzma
+import time
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -153,3 +154,26 @@ def test_parquet_fields_that_other_rows_have_are_absent(tmp_path):
     pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema([("prompt", pa.list_(pa.struct(
         [("role", pa.string()), ("content", pa.string()), ("name", pa.string())])))])), path)
     assert values(path) == rows
+
+
+def test_bytes_that_are_no_text_spoil_their_record_under_either_name(tmp_path):
+    """Half a surrogate pair as raw bytes, which Python's JSON takes and no tokenizer does; and other bytes."""
+    lines = [b'{"a": "x"}', b'{"a": "\xed\xa0\x80"}',
+             '{"a": "ä"}'.encode(), b'{"a": ["\xff"]}', b'{"a": "\\ud83d\\ude00"}']
+    found = {}
+    for name, content in (("a.jsonl", b"\n".join(lines)), ("a.json", b"[" + b",".join(lines) + b"]"),
+                          ("b.json", b"\xef\xbb\xbf[" + b",".join(lines) + b"]")):
+        (tmp_path / name).write_bytes(content)
+        found[name] = [(record.row, record.value, record.problem) for record in read(tmp_path / name)]
+    assert found["a.jsonl"] == found["a.json"] == found["b.json"] == [
+        (1, {"a": "x"}, None), (2, None, "not valid UTF-8"), (3, {"a": "ä"}, None), (4, None, "not valid UTF-8"),
+        (5, {"a": "😀"}, None)]
+
+
+def test_a_long_list_is_read_in_linear_time(tmp_path):
+    records = [{"a": "x" * 1000, "number": number} for number in range(4000)]
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(records))
+    start = time.process_time()
+    assert values(path) == records
+    assert time.process_time() - start < 1.5, "once it took 10 s, and four times that for twice the records"

@@ -1,5 +1,6 @@
 import gc
 import os
+import subprocess
 from pathlib import Path
 
 import pyarrow as pa
@@ -7,6 +8,7 @@ import pytest
 
 from raydpo.data import spool as spool_module
 from raydpo.data.spool import Spool, spooled
+from raydpo.errors import RaydpoError
 
 SCHEMA = pa.schema([("key", pa.binary(16)), ("ids", pa.list_(pa.int32())), ("name", pa.string()), ("weight", pa.float64())])
 TABLE = pa.table([[b"a" * 16, b"b" * 16, b"c" * 16], [[1, 2], [], [3]], ["x", "", "yz"], [1.0, 2.0, 3.0]], schema=SCHEMA)
@@ -27,6 +29,15 @@ def test_more_values_than_32_bits_count(monkeypatch):
     assert pa.types.is_large_list(found["ids"].type) and found["ids"].to_pylist() == 2 * [[1, 2], [], [3]]
 
 
+def test_a_wide_table_goes_into_another_spool(monkeypatch):
+    monkeypatch.setattr(spool_module, "MOST_SMALL", 2)
+    wide = spooled([TABLE, TABLE], SCHEMA)
+    assert pa.types.is_large_list(wide["ids"].type) and pa.types.is_large_string(wide["name"].type)
+    again = spooled([TABLE, wide.slice(1, 4), wide.slice(5), TABLE.slice(0, 0)], SCHEMA)
+    assert again.to_pylist() == [*TABLE.to_pylist(), *wide.to_pylist()[1:]]
+    again.validate(full=True)
+
+
 def test_files_have_no_name_and_go_with_the_table(tmp_path):
     spool = Spool(SCHEMA, str(tmp_path))
     spool.append(TABLE)
@@ -37,6 +48,17 @@ def test_files_have_no_name_and_go_with_the_table(tmp_path):
     del found, spool
     gc.collect()
     assert mapped > 0 and str(tmp_path) not in maps.read_text()
+
+
+def test_a_full_disk_is_named(tmp_path):
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", tmp_path], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        with pytest.raises(RaydpoError, match=rf"no room for the tokenised pairs in {tmp_path} .*set TMPDIR"):
+            spooled([TABLE] * 3000, SCHEMA, str(tmp_path))
+        gc.collect()
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
 
 
 def test_nulls_are_refused():

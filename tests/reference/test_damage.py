@@ -1,15 +1,20 @@
 """What goes wrong with files and disks: each is found, named, set aside and scored again; never used, never fatal."""
 
+import hashlib
+import io
 import os
 import shutil
 import subprocess
 import time
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from rows import ONE, OTHER, files, rows, same, values
 
-from raydpo.errors import CacheError
+from raydpo.errors import CacheError, RaydpoError
+from raydpo.reference.compact import find_garbage
 from raydpo.reference.store import PARTS, SET_ASIDE, ReferenceCache
 
 
@@ -154,3 +159,68 @@ def test_a_wrong_name_is_no_part(filled):
 def test_what_is_no_log_prob_is_never_stored(tmp_path):
     with pytest.raises(CacheError, match="no log-prob"):
         fresh(tmp_path).commit([b"k" * 16], [np.array([0.5], np.float32)], {})
+
+
+def rewritten(file, **metadata):
+    """The part with other metadata and a name whose checksum fits, as another version of raydpo would write it."""
+    table = pq.read_table(file)
+    changed = {**table.schema.metadata, **{f"raydpo.{name}".encode(): value for name, value in metadata.items()}}
+    sink = io.BytesIO()
+    pq.write_table(table.replace_schema_metadata(changed), sink)
+    data = sink.getvalue()
+    file.unlink()
+    new = file.with_name(f"{file.name[:-40]}{hashlib.sha256(data).hexdigest()[:32]}.parquet")
+    new.write_bytes(data)
+    return new
+
+
+def test_a_part_of_a_newer_format_is_told_and_stays(filled):
+    place, bad, good, file = filled
+    newer = rewritten(file, format=b"2")
+    cache = fresh(place)
+    assert values(cache, bad[0][:1]) == [None] and same(values(cache, good[0]), good[1])
+    assert "format b'2'" in cache.problems[0]
+    assert cache.set_aside() == [] and newer.exists() and find_garbage(cache) == []
+
+
+def test_a_codec_that_is_not_there_is_no_damage(filled, monkeypatch):
+    place, bad, _, file = filled
+
+    def read_table(*arguments, **settings):
+        raise pa.ArrowNotImplementedError("Support for codec 'zstd' not built")
+
+    cache = fresh(place)
+    monkeypatch.setattr(pq, "read_table", read_table)
+    assert not cache.covers(pa.array(bad[0], pa.binary(16)), np.ones(30, np.int32)).any()
+    assert "zstd" in cache.problems[0] and cache.set_aside() == [] and file.exists()
+
+
+def test_too_little_memory_is_said_and_moves_nothing(filled, monkeypatch):
+    place, bad, good, _ = filled
+
+    def read_table(*arguments, **settings):
+        raise pa.ArrowMemoryError("malloc of size 64 failed")
+
+    cache = fresh(place)
+    with monkeypatch.context() as patch, pytest.raises(RaydpoError, match=r"memory.*malloc.*more memory"):
+        patch.setattr(pq, "read_table", read_table)
+        cache.covers(pa.array(bad[0], pa.binary(16)), np.ones(30, np.int32))
+    assert cache.set_aside() == [] and cache.problems == []
+    assert same(values(cache, bad[0] + good[0]), bad[1] + good[1])
+
+
+def test_one_bad_read_is_no_damage(filled, monkeypatch):
+    place, bad, _, file = filled
+    cache = fresh(place)
+    real, short = cache.storage.read, []
+
+    def read(name):
+        data = real(name)
+        if name.endswith(file.name) and not short:
+            short.append(name)
+            return data[:-100]
+        return data
+
+    monkeypatch.setattr(cache.storage, "read", read)
+    assert cache.covers(pa.array(bad[0], pa.binary(16)), np.ones(30, np.int32)).all() and short
+    assert cache.problems == [] and cache.set_aside() == []

@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -55,6 +59,33 @@ def test_sums_answer_for_exactly_their_tokens_and_give_way_to_tokens(cache):
     assert np.isnan(joined.values[5:15]).all(), "of their tokens nothing is known"
     refused = join(ReferenceCache(cache.storage, ONE), as_keys(keys), np.full(3, 5, np.int32))
     assert np.isnan(refused.sums).tolist() == [False, True, True], "unverified rows count only where they are allowed"
+
+
+def test_a_full_disk_is_an_error_and_no_crash(tmp_path):
+    """In a process of its own: writing through a mapping to a full disk would kill it."""
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", small], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    script = """
+import sys
+from raydpo.errors import RaydpoError
+from raydpo.reference import join
+values, _ = join._file_of(200_000, None)
+values[:] = 1
+del values
+try:
+    join._file_of(2_000_000, None)[0][:] = 1
+except RaydpoError as error:
+    print(error)
+"""
+    try:
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
+                              env=os.environ | {"TMPDIR": str(small)})
+    finally:
+        subprocess.run(["umount", small], check=True)
+    assert done.returncode == 0, (done.returncode, done.stderr)
+    assert f"8,000,000 bytes, in {small}" in done.stdout and "set TMPDIR" in done.stdout
 
 
 def test_nothing_asked_nothing_given(cache):

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pyarrow as pa
 import pytest
+import transformers
 from rows import ONE
 
 from raydpo.data.pairs import PAIR_SCHEMA
@@ -17,6 +18,7 @@ from raydpo.ray_runtime import Resources
 from raydpo.reference import build as module
 from raydpo.reference.build import build
 from raydpo.reference.claims import Claims
+from raydpo.reference.compact import compact
 from raydpo.reference.score import ReferenceSpec
 from raydpo.reference.shards import plan_shards
 from raydpo.reference.store import ReferenceCache
@@ -103,3 +105,19 @@ def test_what_a_build_claimed_that_died_is_scored_after_a_while(tmp_path):
         report = other.result(60)
     assert report.scored == report.wanted == 120 and report.by_others == 0
     assert any("waiting for another build" in line for line in told)
+
+
+def test_another_transformers_is_told_and_the_same_one_is_not(tmp_path):
+    table, told = pairs(4), []
+    cache = ReferenceCache.open(str(tmp_path), ONE)
+    keys = [one for side in ("chosen", "rejected") for one in table[f"{side}_key"].to_pylist()]
+    values = [np.full(10, -1, np.float32)] * 8
+    here = transformers.__version__
+    cache.commit(keys[:4], values[:4], {"transformers": f"{here}.post1"})
+    cache.commit(keys[4:], values[4:], {"transformers": here})
+    assert one_build(tmp_path, table, told).hits == 8 and told == []
+    cache.commit(keys[:1], values[:1], {"transformers": "4.30.2"})
+    compact(cache)
+    one_build(tmp_path, table, told)
+    (line,) = told
+    assert "transformers 4.30.2, here is" in line and here in line and "raydpo cache verify" in line

@@ -1,0 +1,79 @@
+"""Prompts with more completions than a shard or a batch holds."""
+
+import numpy as np
+import pytest
+
+from raydpo.model.layout import PromptGroup
+from raydpo.reference.identity import identify
+from raydpo.reference.score import ReferenceSpec, Scorer
+from raydpo.reference.shards import Completion, plan_shards, without
+
+
+def completions(prompt, count, tokens, seed=0):
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(3, 250, prompt).astype(np.int32)
+    return [Completion(rng.bytes(16), ids, rng.integers(3, 250, tokens).astype(np.int32)) for _ in range(count)]
+
+
+def test_a_prompt_with_two_thousand_completions_is_cut_into_shards():
+    many, few = completions(50, 2000, 100), completions(60, 3, 200, seed=1)
+    shards = plan_shards([*few, *many], 65_536)
+    assert all(len(group[0].prompt) + sum(len(one.tokens) for one in group) <= 65_536
+               for shard in shards for group in shard.groups)
+    assert sorted(one.key for shard in shards for one in shard.completions) == sorted(one.key for one in [*many, *few])
+    assert [len(shard.completions) for shard in shards] == [3 + 654, 654, 654, 38], "of the small group nothing is cut"
+    # What is there already changes no shard: the rest of each is scored as it would have been.
+    present = {one.key for one in many[::3]}
+    left = without(shards, present)
+    assert [shard.completions for shard in left] == [[one for one in shard.completions if one.key not in present]
+                                                     for shard in shards]
+
+
+def test_what_shares_a_prompt_is_not_cut_finer_than_parts_are():
+    """The shards of a small job are small; a long prompt is computed once all the same."""
+    (shard,) = plan_shards(completions(1000, 40, 50), 2048, 65_536)
+    assert len(shard.groups) == 1 and len(shard.completions) == 40
+
+
+@pytest.mark.parametrize("layout", ["tree", "packed", "padded"])
+def test_no_batch_is_larger_than_the_budget(tiny_llama, layout, monkeypatch):
+    """Unless it is a single completion, which is here the longest one."""
+    spec = ReferenceSpec(path=str(tiny_llama), adapter=None, identity=identify(tiny_llama, "float32"), layout=layout)
+    groups = [PromptGroup(one[0].prompt, tuple(each.tokens for each in one)) for one in (
+        completions(50, 40, 20), completions(30, 2, 40, seed=1), completions(20, 1, 500, seed=2),
+        completions(50, 7, 90, seed=3))]
+    whole = Scorer(spec, device="cpu", tokens_per_batch=1 << 16).score(groups)
+    scorer = Scorer(spec, device="cpu", tokens_per_batch=300)
+    sizes, real = [], scorer.model.lay_out
+
+    def lay_out(groups):
+        laid_out = real(groups)
+        sizes.append((laid_out.input_ids.numel(), len(laid_out.lengths)))
+        return laid_out
+
+    monkeypatch.setattr(scorer.model, "lay_out", lay_out)
+    pieces = scorer.score(groups)
+    assert len(sizes) > 4 and all(size <= 300 or rows == 1 for size, rows in sizes)
+    assert [len(group) for group in pieces] == [40, 2, 1, 7]
+    for one, other in zip(whole, pieces, strict=True):
+        assert all(np.abs(left - right).max() < 1e-5 for left, right in zip(one, other, strict=True))
+
+
+def test_a_batch_that_does_not_fit_is_cut_where_its_prompt_has_many_completions(tiny_llama, monkeypatch):
+    spec = ReferenceSpec(path=str(tiny_llama), adapter=None, identity=identify(tiny_llama, "float32"))
+    groups = [PromptGroup(one[0].prompt, tuple(each.tokens for each in one)) for one in (
+        completions(30, 2, 40, seed=1), completions(50, 40, 20))]
+    scorer = Scorer(spec, device="cpu", tokens_per_batch=1000)
+    whole, real = scorer.score(groups), scorer.model.score_layout
+
+    def score_layout(layout, groups):
+        if layout.input_ids.numel() > 500:
+            raise MemoryError
+        return real(layout, groups)
+
+    monkeypatch.setattr(scorer.model, "score_layout", score_layout)
+    again = scorer.score(groups)
+    assert "out of memory with 1000 positions" in scorer.notes[-1] and [len(group) for group in again] == [2, 40]
+    for one, other in zip(whole, again, strict=True):
+        assert all(np.abs(left - right).max() < 1e-5 for left, right in zip(one, other, strict=True))
+    assert scorer.score([]) == []
