@@ -132,7 +132,9 @@ def test_plot(tmp_path):
 
 @pytest.mark.parametrize(("name", "tflops"), [
     ("NVIDIA H100 80GB HBM3", 989.4), ("NVIDIA A100-SXM4-80GB", 311.8), ("NVIDIA L40S", 362.1), ("NVIDIA L4", 121.0),
-    ("NVIDIA L40", None), ("AMD EPYC", None),
+    ("NVIDIA L40", None), ("AMD EPYC", None), ("NVIDIA H200", 989.4), ("NVIDIA H100 PCIe", 756.0),
+    ("NVIDIA H100 NVL", 835.0), ("NVIDIA H200 NVL", 835.0), ("NVIDIA A100 80GB PCIe", 311.8),
+    ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
 ])
 def test_peak_is_known_by_name(name, tflops):
     assert known_peak(name) == (None if tflops is None else tflops * 1e12)
