@@ -19,8 +19,8 @@ from typing import Any
 
 import raydpo
 from raydpo.benchmark import workload
-from raydpo.benchmark.compare import Measurement, disagreements, figures, ratios
-from raydpo.benchmark.job import Job, Stage, start
+from raydpo.benchmark.compare import Measurement, disagreements, fastest, figures, ratios
+from raydpo.benchmark.job import Job, Result, Stage, start
 from raydpo.benchmark.machine import device_name, known_peak, versions
 from raydpo.benchmark.random_model import SHAPES, write_random_llama
 from raydpo.benchmark.report import plot, print_point
@@ -73,6 +73,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-length", type=_positive, default=DataConfig.model_fields["max_length"].default, metavar="N",
         help="cut prompt and completion (default: %(default)s)")
     add("--tokens-per-batch", type=_budget, default="auto", metavar="N|auto", help="positions of raydpo's micro-batches")
+    add("--baseline-batches", type=_numbers, metavar="N,N", help="pairs of a forward pass of the other side, which adds up "
+        "gradients to a step; each is measured, the fastest compared (default: 1, 2, 4 ... up to the step)")
     add("--engine", choices=("auto", "deepspeed", "kernels"), default="auto", help="what trains raydpo's policy: DeepSpeed "
         "as in a run, or torch alone (default: DeepSpeed where it is installed)")
     add("--baseline", choices=("auto", "trl", "padded"), default="auto", help="the other side: TRL, or a plain padded "
@@ -101,6 +103,7 @@ def _run(args: argparse.Namespace, console: Console) -> None:
     if not 0 <= args.warmup < steps <= per_epoch:
         raise ConfigError(f"--warmup {args.warmup} and --steps {steps} do not fit: {args.pairs} pairs are {per_epoch} steps "
                           f"of {args.pairs_per_step}, and at least one step must be counted")
+    batches = _batches(args, steps)
     engine, baseline = _choose(args)
     label = f"TRL {importlib.metadata.version('trl')}" if baseline == "trl" else "padded stand-in, not TRL"
     if baseline == "padded":
@@ -111,11 +114,12 @@ def _run(args: argparse.Namespace, console: Console) -> None:
         model = _model(args, work, torch.device(device), console)
         job = Job(stage="score", model=model, workload="", work=str(work), dtype=DTYPES[args.dtype], lora=args.lora,
                   pairs_per_step=args.pairs_per_step, steps=steps, tokens_per_batch=args.tokens_per_batch, engine=engine,
-                  device=device, threads=args.threads, lr=_learning_rate(args))
+                  device=device, threads=args.threads, lr=_learning_rate(args), pairs_per_pass=args.pairs_per_step)
         # As they were given: nothing of this machine's folders.
-        given = {"model": args.model, "data": args.data, "warmup": args.warmup, "train": job.train.model_dump(mode="json")}
+        given = {"model": args.model, "data": args.data, "warmup": args.warmup, "train": job.train.model_dump(mode="json"),
+                 "baseline_batches": batches}
         record["settings"] = {key: value for key, value in dataclasses.asdict(job).items()
-                              if key not in ("stage", "work", "workload")} | given
+                              if key not in ("stage", "work", "workload", "pairs_per_pass")} | given
         console.say(f"raydpo {raydpo.__version__} ({engine}) against {label} on {record['device']}, {args.dtype}, "
                     + ("all weights" if args.lora is None else f"adapters of rank {args.lora}"))
         points: list[dict[str, Any]] = []
@@ -123,7 +127,7 @@ def _run(args: argparse.Namespace, console: Console) -> None:
             job = dataclasses.replace(job, workload=str(work / "pairs.parquet"))
             workload.save(table, Path(job.workload))
             points.append({"baseline": label, "workload": facts | workload.statistics(table, args.pairs_per_step)}
-                          | _measure(args, job, table, f"{baseline}_side", console))
+                          | _measure(args, job, table, f"{baseline}_side", batches, console))
             print_point(points[-1], console)
             if args.json is not None:  # after each, since the next may not fit in memory
                 _write(record | ({"results": points} if args.synthetic else points[0]), Path(args.json))
@@ -136,20 +140,23 @@ def _run(args: argparse.Namespace, console: Console) -> None:
         raise TrainError(f"the two sides do not compute the same, so their speeds are not compared; {'; '.join(wrong)}")
 
 
-def _measure(args: argparse.Namespace, job: Job, table: Any, other_side: str, console: Console) -> dict[str, Any]:
+def _measure(args: argparse.Namespace, job: Job, table: Any, other_side: str, batches: Sequence[int],
+             console: Console) -> dict[str, Any]:
     """Run every process and put together what they measured; ratios only where the sides agree."""
-    def stage(name: Stage, module: str, about: str) -> Any:
+    def stage(name: Stage, module: str, about: str, pairs_per_pass: int = job.pairs_per_pass) -> Result:
         console.say(f"  running {about}")
-        return start(module, dataclasses.replace(job, stage=name))
+        return start(module, dataclasses.replace(job, stage=name, pairs_per_pass=pairs_per_pass))
 
     _, shapes = pair_groups(table)
+    ours = {"score": stage("score", "raydpo_side", "raydpo's reference pass"),
+            "train": stage("train", "raydpo_side", "raydpo's training")}
+    about = {"cached": "reference computed beforehand"} | ({} if args.skip_online else {"online": "reference at every step"})
+    tried = {name: [stage(name, other_side, f"the other side, {what}, {size} pair(s) at a time", size) for size in batches]
+             for name, what in about.items()}
+    best = {name: fastest(results, args.warmup) for name, results in tried.items()}
     measured = Measurement(
-        names=table["pair_id"].to_pylist(), shapes=shapes,
-        score=stage("score", "raydpo_side", "raydpo's reference pass"),
-        train=stage("train", "raydpo_side", "raydpo's training"),
-        cached=stage("cached", other_side, "the other side, reference computed beforehand"),
-        online=None if args.skip_online else stage("online", other_side, "the other side, reference at every step"),
-        dtype=job.dtype, model=ModelCost.of(job.model), lora=job.lora is not None, peak=_peak(args, job.device),
+        names=table["pair_id"].to_pylist(), shapes=shapes, **ours, cached=best["cached"], online=best.get("online"),
+        tried=tried, dtype=job.dtype, model=ModelCost.of(job.model), lora=job.lora is not None, peak=_peak(args, job.device),
         pairs_per_step=job.pairs_per_step, warmup=args.warmup)
     problems, gaps = disagreements(measured)
     point = {"equal": not problems, "problems": problems, "gaps": gaps} | figures(measured)
@@ -170,6 +177,25 @@ def _workloads(args: argparse.Namespace, model: str) -> Iterator[tuple[dict[str,
         for prompt, completion in args.ratios:
             yield ({"name": f"{length} at {prompt}:{completion}", "length": length, "ratio": f"{prompt}:{completion}"},
                    workload.synthetic(args.pairs, length, (prompt, completion), vocabulary, args.seed))
+
+
+def _batches(args: argparse.Namespace, steps: int) -> list[int]:
+    """Pairs of a forward pass of the other side. They cut every step into equal parts, or the mean over parts would not be
+    the mean over pairs."""
+    last = args.pairs - (steps - 1) * args.pairs_per_step
+    whole = [args.pairs_per_step] + ([last] if last < args.pairs_per_step else [])
+
+    def fits(size: int) -> bool:
+        return all(pairs % size == 0 or size > pairs for pairs in whole) and size <= args.pairs_per_step
+
+    if args.baseline_batches is None:
+        powers = (2**power for power in range(args.pairs_per_step.bit_length()))
+        return sorted({size for size in (*powers, args.pairs_per_step) if fits(size)})
+    odd = [size for size in args.baseline_batches if not fits(size)]
+    if odd:
+        raise ConfigError(f"--baseline-batches {odd[0]} does not divide steps of {' and '.join(map(str, whole))} pairs; "
+                          "give numbers that do, or other --pairs")
+    return sorted(set(args.baseline_batches))
 
 
 def _choose(args: argparse.Namespace) -> tuple[Any, str]:

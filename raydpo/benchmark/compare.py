@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
@@ -15,7 +16,7 @@ from raydpo.data.shapes import Shapes
 from raydpo.data.simulate import amounts
 from raydpo.estimate.plan import FORWARD, operations
 
-__all__ = ["BETAS", "Measurement", "disagreements", "figures", "median_ratio", "ratios"]
+__all__ = ["BETAS", "WITHOUT_RAY", "Measurement", "disagreements", "fastest", "figures", "median_ratio", "ratios"]
 
 BETAS = 5
 """Trainings of the sweep."""
@@ -28,6 +29,9 @@ BFLOAT16_TOKEN_NATS = 0.05
 """bfloat16: nats a token by which completions may differ, on average over the pairs."""
 BFLOAT16_LOSS = 0.02
 """bfloat16: the first loss. Later ones follow weights that round differently and are not compared."""
+WITHOUT_RAY = ("raydpo runs without Ray here: Ray's start, its worker processes with their imports, the gate, evaluations "
+               "and reports are not in it")
+"""What a run of raydpo takes beyond the two processes that are measured. TRL's processes are what its user runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +41,8 @@ class Measurement:
     Attributes:
         names: of the pairs. shapes: theirs.
         score, train: raydpo's two processes. cached, online: the other side's, with its reference computed beforehand or
-            at every step; online is None where it was left out.
+            at every step, each the ``fastest`` of what was tried; online is None where it was left out.
+        tried: the other side's processes of every batch size, by the same names.
         model: sizes. lora: whether adapters were trained. peak: operations a second of the device, or None.
         warmup: steps at the beginning that are not counted.
     """
@@ -54,6 +59,7 @@ class Measurement:
     peak: float | None
     pairs_per_step: int
     warmup: int
+    tried: Mapping[str, Sequence[Result]] = field(default_factory=dict)
 
     @property
     def sides(self) -> dict[str, Result]:
@@ -131,6 +137,16 @@ def _reference_problems(measured: Measurement, exact: bool) -> tuple[list[str], 
             f"{values[side][1][row]:.6g} with the other side"], gaps
 
 
+def fastest(tried: Sequence[Result], warmup: int) -> Result:
+    """Of processes that did the same in batches of other sizes the one with the shortest median step. Its reference pass,
+    whose batch size is a setting of its own, is replaced by the shortest of all."""
+    best = min(tried, key=lambda result: median(result.step_seconds[warmup:]))
+    if best.reference_seconds is None:
+        return best
+    seconds = min(result.reference_seconds for result in tried)
+    return replace(best, reference_seconds=seconds, wall_seconds=best.wall_seconds - best.reference_seconds + seconds)
+
+
 def median_ratio(theirs: Sequence[float], ours: Sequence[float], warmup: int) -> float:
     """Median over steps of their seconds by ours: paired, since step for step the pairs are the same."""
     return median(other / mine for other, mine in zip(theirs[warmup:], ours[warmup:], strict=True))
@@ -157,6 +173,12 @@ def figures(measured: Measurement) -> dict[str, Any]:
     found["memory"] = {name: {"bytes": result.peak_bytes} for name, result in measured.sides.items()}
     found["memory"]["raydpo"] = {"bytes": max(measured.score.peak_bytes, measured.train.peak_bytes),
                                  "scoring_bytes": measured.score.peak_bytes, "training_bytes": measured.train.peak_bytes}
+    ours = measured.train.facts.get("largest_pass")
+    found["memory_alike"] = {"raydpo": {"bytes": measured.train.peak_bytes, "largest_pass": ours}} | {
+        name: {"bytes": near.peak_bytes, "largest_pass": near.facts["largest_pass"]}
+        for name, tried in measured.tried.items()
+        for near in [min(tried, key=lambda result: abs(math.log(result.facts["largest_pass"] / ours)))]}
+    found["tried"] = {name: [_of_try(result, measured.warmup) for result in tried] for name, tried in measured.tried.items()}
     return found
 
 
@@ -173,8 +195,8 @@ def ratios(measured: Measurement) -> dict[str, dict[str, float | None]]:
     def steps(other: Result | None) -> float | None:
         return None if other is None else median_ratio(other.step_seconds, measured.train.step_seconds, measured.warmup)
 
-    def memory(other: str) -> float | None:
-        inverse = against("memory", other, "bytes")
+    def memory(part: str, other: str) -> float | None:
+        inverse = against(part, other, "bytes")
         return None if inverse is None else 1 / inverse
 
     return {
@@ -182,8 +204,15 @@ def ratios(measured: Measurement) -> dict[str, dict[str, float | None]]:
         "train_step": {"ratio_vs_cached": steps(measured.cached), "ratio_vs_online": steps(measured.online)},
         "job": {"ratio_vs_cached": against("job", "cached"), "ratio_vs_online": against("job", "online")},
         "sweep": {"ratio": against("sweep", "online"), "ratio_vs_cached": against("sweep", "cached")},
-        "memory": {"ratio": memory("online"), "ratio_vs_cached": memory("cached")},
+        "memory": {"ratio": memory("memory", "online"), "ratio_vs_cached": memory("memory", "cached")},
+        "memory_alike": {"ratio": memory("memory_alike", "online"), "ratio_vs_cached": memory("memory_alike", "cached")},
     }
+
+
+def _of_try(result: Result, warmup: int) -> dict[str, Any]:
+    shown = {key: result.facts[key] for key in ("pairs_per_pass", "forward_passes", "positions", "largest_pass")}
+    return shown | {"step_seconds": median(result.step_seconds[warmup:]), "reference_seconds": result.reference_seconds,
+                    "bytes": result.peak_bytes}
 
 
 def _rate(measured: Measurement, rows: Sequence[int], seconds: float, factors: Sequence[float]) -> dict[str, float | None]:
@@ -204,7 +233,7 @@ def _jobs(measured: Measurement) -> dict[str, Any]:
     seconds = dict(_epochs(measured))
     seconds["raydpo"] += measured.score.wall_seconds
     composed = len(measured.train.step_seconds) < measured.steps_per_epoch
-    how = "wall clock of whole processes; no tokenising, evaluation, checkpoint or export on either side"
+    how = f"wall clock of whole processes; no tokenising, evaluation, checkpoint or export on either side; {WITHOUT_RAY}"
     missing = "; the epoch's steps that were not taken count as the median one" if composed else ""
     return {"composed": composed, "how": how + missing,
             **{name: {"seconds": value} for name, value in seconds.items()}}
@@ -217,5 +246,5 @@ def _sweeps(measured: Measurement) -> dict[str, Any]:
     # Its cache is found again for the same data and model, so the pass is counted once.
     seconds["cached"] -= (BETAS - 1) * (measured.cached.reference_seconds or 0.0)
     return {"composed": True, "how": f"raydpo: its scoring process once, {BETAS} training processes; cached: {BETAS} "
-            f"processes, the reference pass in the first alone; online: {BETAS} processes",
+            f"processes, the reference pass in the first alone; online: {BETAS} processes; {WITHOUT_RAY}",
             **{name: {"seconds": value} for name, value in seconds.items()}}

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -46,6 +46,7 @@ class Job:
         lora: rank of the adapters, or None for full fine-tuning.
         steps: optimizer steps, in file order, all within one epoch.
         tokens_per_batch: token positions of raydpo's micro-batches, or ``auto``.
+        pairs_per_pass: pairs of a forward pass of the other side, which adds up gradients over the passes of a step.
         engine: what trains raydpo's policy: DeepSpeed as in a run, or torch alone.
         threads: of the CPU; None = as many as torch takes by itself, one for each physical core.
         lr: learning rate, constant.
@@ -64,6 +65,12 @@ class Job:
     device: Literal["cpu", "cuda"]
     threads: int | None
     lr: float
+    pairs_per_pass: int
+
+    @property
+    def name(self) -> str:
+        """Of its files in ``work``."""
+        return f"{self.stage}-{self.pairs_per_pass}"
 
     @property
     def adapters(self) -> LoraSettings | None:
@@ -109,7 +116,7 @@ class Result:
         peak_bytes: of the whole process, or of the GPU.
         start_bytes: of it, before there was anything but imported modules.
         wall_seconds: from start to end of the process; filled in by who started it.
-        facts: what made the numbers.
+        facts: what made the numbers; of a process that trained, ``StepRecord.facts``, too.
     """
 
     load_seconds: float
@@ -127,7 +134,7 @@ class Result:
 
 
 class StepRecord:
-    """Takes the time of steps and keeps what they computed."""
+    """Takes the time of steps and keeps what their forward passes computed."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -136,12 +143,39 @@ class StepRecord:
     def begin(self) -> None:
         """Training starts now."""
         self.seconds: list[float] = []
+        self._steps: list[list[_Pass]] = [[]]
         self._last = now(self.device)
+
+    def add_pass(self, pairs: int, positions: int, *means: Any) -> None:
+        """A forward pass with gradient: its pairs, its token positions with all padding, and numbers (or tensors of one
+        number) that are means over its pairs."""
+        self._steps[-1].append((pairs, positions, means))
 
     def end_step(self) -> None:
         stamp = now(self.device)
         self.seconds.append(stamp - self._last)
         self._last = stamp
+        self._steps.append([])
+
+    def means(self) -> list[list[float]]:
+        """Of each number that ``add_pass`` was given, its means over the pairs of each step."""
+        return [list(column) for column in zip(*map(_over_passes, self._steps[:-1]), strict=True)]
+
+    def facts(self, optimizer: Any) -> dict[str, Any]:
+        """What a side computes at a time, and whether its optimizer is torch's fused one."""
+        passes = [each for step in self._steps for each in step]
+        return {"forward_passes": len(passes), "pairs_per_pass": max(pairs for pairs, _, _ in passes),
+                "positions": sum(positions for _, positions, _ in passes),
+                "largest_pass": max(positions for _, positions, _ in passes), "fused": bool(optimizer.defaults.get("fused"))}
+
+
+_Pass = tuple[int, int, tuple[Any, ...]]
+
+
+def _over_passes(passes: Sequence[_Pass]) -> list[float]:
+    total = sum(pairs for pairs, _, _ in passes)
+    return [sum(pairs * float(mean) for (pairs, _, _), mean in zip(passes, column, strict=True)) / total
+            for column in zip(*(means for _, _, means in passes), strict=True)]
 
 
 def now(device: torch.device) -> float:
@@ -205,13 +239,13 @@ def start(module: str, job: Job) -> Result:
         RaydpoError: what the process raised, or TrainError with its last words.
     """
     work = Path(job.work)
-    asked, out, log = (work / f"{job.stage}.{ending}" for ending in ("job.json", "json", "log"))
+    asked, out, log = (work / f"{job.name}.{ending}" for ending in ("job.json", "json", "log"))
     asked.write_text(json.dumps(dataclasses.asdict(job)))
     out.unlink(missing_ok=True)
     paths = [str(Path(raydpo.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     threads = {} if job.threads is None else {"OMP_NUM_THREADS": str(job.threads)}
     # A cache of its own, or a second run would find TRL's reference pass done.
-    environment = os.environ | ENVIRONMENT | threads | {"HF_DATASETS_CACHE": str(work / f"{job.stage}.datasets"),
+    environment = os.environ | ENVIRONMENT | threads | {"HF_DATASETS_CACHE": str(work / f"{job.name}.datasets"),
                                                         "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     begin = time.perf_counter()
     with open(log, "wb") as sink:

@@ -12,6 +12,9 @@ from raydpo.estimate.rate import DEVICES
 
 __all__ = ["device_name", "known_peak", "versions"]
 
+CARDS = {"H100 PCIe": 756.0, "H100 NVL": 835.0, "H200 NVL": 835.0}
+"""Peak TFLOP/s of dense bfloat16 products of cards whose name begins as that of one of ``DEVICES``, from NVIDIA's data
+sheets."""
 PACKAGES = ("torch", "transformers", "peft", "trl", "deepspeed", "accelerate", "datasets", "numpy")
 
 
@@ -27,8 +30,12 @@ def device_name(device: str) -> str:
 
 
 def known_peak(name: str) -> float | None:
-    """Operations a second in bfloat16 of a GPU that calls itself ``name``, or None where it is none of ``DEVICES``."""
-    fitting = [peak for known, peak in DEVICES.items() if all(re.search(rf"\b{part}\b", name) for part in known.split("-"))]
+    """Operations a second in bfloat16 of a GPU that calls itself ``name``, or None where it is none of ``DEVICES`` and
+    ``CARDS``, or a part of one."""
+    if "MIG" in name.split():
+        return None
+    fitting = [peak for card, peak in CARDS.items() if card in name] or [
+        peak for known, peak in DEVICES.items() if all(re.search(rf"\b{part}\b", name) for part in known.split("-"))]
     return fitting[0] * 1e12 if fitting else None
 
 

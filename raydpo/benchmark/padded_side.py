@@ -1,7 +1,7 @@
 """A stand-in for TRL where TRL is not installed: padded rows through transformers and torch, nothing of raydpo's kernels.
 
-Rows of a step are padded to its longest and go through the model at once, chosen before rejected; log-probs of completion
-tokens come from chunks of logits. Logits that an architecture caps or scales are not handled.
+Rows of a forward pass are padded to its longest and go through the model at once, chosen before rejected; log-probs of
+completion tokens come from chunks of logits. Logits that an architecture caps or scales are not handled.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def run(job: Job, device: torch.device) -> Result:
     """The reference pass, where it is cached, and the steps."""
     start = time.perf_counter()
     table, settings = workload.load(job.workload), job.train
-    batches = [_batch(table, rows) for rows in workload.parts(table, job.pairs_per_step)]
+    steps = [[_batch(table, rows) for rows in workload.cut(step, job.pairs_per_pass)]
+             for step in workload.parts(table, job.pairs_per_step)]
     model = load_causal_lm(job.model, job.dtype, rope_length=None, device=device)
     if job.lora is not None:
         model = get_peft_model(model, job.peft_config)
@@ -42,28 +43,30 @@ def run(job: Job, device: torch.device) -> Result:
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(trainable, settings, device)
     found = Result(load_seconds=now(device) - start, facts={"transformers": transformers.__version__})
-    scored: list[Tensor] = []
+    scored: list[list[Tensor]] = []
     if job.stage == "cached":
         begin = now(device)
-        scored = [_reference(model, None, batch, device) for batch in batches]
+        scored = [[_reference(model, None, batch, device) for batch in batches] for batches in steps]
         found.reference_seconds = now(device) - begin
-        found.ref_chosen, found.ref_rejected = (torch.cat([each.chunk(2)[half] for each in scored]).tolist()
+        found.ref_chosen, found.ref_rejected = (torch.cat([each.chunk(2)[half] for step in scored for each in step]).tolist()
                                                 for half in range(2))
     record = StepRecord(device)
-    for number, batch in enumerate(batches[: job.steps]):
-        known = scored[number] if scored else _reference(model, reference, batch, device)
-        logps = _sums(model, batch, device)
-        chosen, rejected = (logps - known).chunk(2)
-        loss = -F.logsigmoid(settings.beta * (chosen - rejected)).mean()
-        loss.backward()
+    for number, batches in enumerate(steps[: job.steps]):
+        pairs = sum(len(batch[0]) // 2 for batch in batches)
+        for place, batch in enumerate(batches):
+            known = scored[number][place] if scored else _reference(model, reference, batch, device)
+            logps = _sums(model, batch, device)
+            chosen, rejected = (logps - known).chunk(2)
+            loss = -F.logsigmoid(settings.beta * (chosen - rejected)).mean()
+            (loss * len(chosen) / pairs).backward()
+            record.add_pass(len(chosen), batch[0].numel(), loss.detach(), *(half.detach().mean() for half in logps.chunk(2)))
         torch.nn.utils.clip_grad_norm_(trainable, settings.clip or float("inf"))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        found.losses.append(float(loss))
-        for values, half in zip((found.chosen_logps, found.rejected_logps), logps.chunk(2), strict=True):
-            values.append(float(half.mean()))
         record.end_step()
     found.step_seconds, found.peak_bytes = record.seconds, used_memory(device)
+    found.losses, found.chosen_logps, found.rejected_logps = record.means()
+    found.facts |= record.facts(optimizer)
     return found
 
 

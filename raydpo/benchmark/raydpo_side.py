@@ -75,13 +75,16 @@ def train(job: Job, device: torch.device) -> Result:
     record.begin()
     for step in prefetch(range(job.steps), lambda number: prepare_step(number, plan, pairs, engine), ahead=1):
         rows.append(train_step(step, plan, pairs, engine, settings, objective, Memory(), clock).row)
+        for batch, layout in step.batches:
+            record.add_pass(len(batch.pairs), layout.input_ids.numel())
         record.end_step()
     return Result(load_seconds=load_seconds, step_seconds=record.seconds, losses=[row["loss"] for row in rows],
                   chosen_logps=[row["logps/chosen"] for row in rows], rejected_logps=[row["logps/rejected"] for row in rows],
                   peak_bytes=max(peak, used_memory(device)),
                   facts={"raydpo": raydpo.__version__, "engine": job.engine, "layout": engine.layout_line,
                          "tokens_per_batch": budget, "optimizer_master_weights": job.engine == "deepspeed"
-                         and job.dtype == "bfloat16"})
+                         and job.dtype == "bfloat16"} | record.facts(
+                             engine.optimizer if job.engine == "kernels" else engine.state.optimizer))
 
 
 def _budget(job: Job, measure: Callable[[], int]) -> int:

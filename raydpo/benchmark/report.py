@@ -12,9 +12,11 @@ __all__ = ["plot", "print_point"]
 
 _RATES = (("seconds", "s", "{:.3f}"), ("pairs_per_second", "pairs/s", "{:.2f}"), ("tokens_per_second", "tokens/s", "{:.0f}"),
           ("mfu", "MFU", "{:.1%}"))
-_PARTS = {"reference_pass": "reference pass", "train_step": "training step", "job": "whole job",
-          "sweep": "sweep of {} betas", "memory": "peak memory"}
-_NAMES = {("reference_pass", "cached"): "ratio", ("sweep", "online"): "ratio", ("memory", "online"): "ratio"}
+_PARTS = {"reference_pass": "reference pass", "train_step": "training step", "job": "whole job, raydpo without Ray",
+          "sweep": "{} betas, raydpo without Ray", "memory": "peak memory",
+          "memory_alike": "peak memory, positions of a pass alike"}
+_NAMES = {("reference_pass", "cached"): "ratio", ("sweep", "online"): "ratio", ("memory", "online"): "ratio",
+          ("memory_alike", "online"): "ratio"}
 """The main ratio of a part; any other is called ``ratio_vs_`` what it is against."""
 
 
@@ -28,7 +30,12 @@ def print_point(point: dict[str, Any], console: Console) -> None:
                 f"{gaps['reference_per_token']:.1e} nats a token on average, first losses by "
                 f"{gaps['first_loss_cached']:.1e}, losses of all steps by {gaps['loss_cached']:.1e} at most")
     sides = [name for name in ("raydpo", "cached", "online") if name in point["train_step"]]
-    titles = [name if name == "raydpo" else f"{point['baseline'].split()[0]}, {name} reference" for name in sides]
+    for name, tries in point["tried"].items():
+        console.say(f"{_title(point, name)} reference, tried: " + "; ".join(
+            f"{one['pairs_per_pass']} pair(s) at a time (at most {one['largest_pass']:,} positions): "
+            f"{one['step_seconds']:.3f} s a step, {one['bytes'] / 2**30:.2f} GiB" for one in tries))
+    titles = [name if name == "raydpo" else
+              f"{_title(point, name)} reference, {_pairs_per_pass(point, name)} pair(s) at a time" for name in sides]
     rows = [row for part, label in _PARTS.items()
             for row in _rows(point, part, label.format(point["sweep"]["betas"]), sides)]
     console.table("benchmark", ("", "", *titles, *(f"raydpo / {name}" for name in sides[1:])), rows)
@@ -36,7 +43,7 @@ def print_point(point: dict[str, Any], console: Console) -> None:
 
 def _rows(point: dict[str, Any], part: str, label: str, sides: Sequence[str]) -> list[tuple[str, ...]]:
     found, rows = point[part], []
-    kinds = (("bytes", "GiB", "{:.2f}"),) if part == "memory" else _RATES
+    kinds = (("bytes", "GiB", "{:.2f}"),) if part.startswith("memory") else _RATES
     for key, unit, shape in kinds:
         values = [found.get(side, {}).get(key) for side in sides]
         if all(value is None for value in values):
@@ -45,6 +52,15 @@ def _rows(point: dict[str, Any], part: str, label: str, sides: Sequence[str]) ->
         compared = ["" if rows else _ratio(point, part, other) for other in sides[1:]]
         rows.append(("" if rows else label, unit, *told, *compared))
     return rows
+
+
+def _title(point: dict[str, Any], name: str) -> str:
+    return f"{point['baseline'].split()[0]}, {name}"
+
+
+def _pairs_per_pass(point: dict[str, Any], name: str) -> int:
+    """Of the fastest that was tried, which the ratios are of."""
+    return min(point["tried"][name], key=lambda one: one["step_seconds"])["pairs_per_pass"]
 
 
 def _ratio(point: dict[str, Any], part: str, other: str) -> str:
@@ -72,13 +88,14 @@ def plot(points: Sequence[dict[str, Any]], file: Path) -> bool:
         for number, name in enumerate(sides):
             bars = axis.bar([index + 0.8 * (number + 0.5) / len(sides) - 0.4 for index in range(len(points))],
                             [point[part][name]["pairs_per_second"] for point in points], 0.8 / len(sides),
-                            label=name if name == "raydpo" else f"{points[0]['baseline'].split()[0]}, {name}")
+                            label=name if name == "raydpo" else _title(points[0], name))
             axis.bar_label(bars, labels=[_bar_label(point, part, name) for point in points], fontsize=8)
         axis.set_xticks(range(len(points)), [point["workload"]["name"] for point in points], fontsize=8)
         axis.set_title(_PARTS[part], fontsize=9)
         axis.set_ylabel("pairs a second")
         axis.legend(fontsize=8)
-    figure.suptitle("above a bar: how many times as fast raydpo is", fontsize=9)
+    figure.suptitle("above a bar: how many times as fast raydpo is, and pairs of a forward pass, the fastest that was tried",
+                    fontsize=9)
     figure.savefig(file, dpi=150)
     pyplot.close(figure)
     return True
@@ -86,4 +103,7 @@ def plot(points: Sequence[dict[str, Any]], file: Path) -> bool:
 
 def _bar_label(point: dict[str, Any], part: str, name: str) -> str:
     ratio = _ratio(point, part, name)
-    return f"{ratio} x" if ratio else ""
+    told = [f"{ratio} x"] if ratio else []
+    if part == "train_step" and name in point["tried"]:
+        told.append(f"{_pairs_per_pass(point, name)} pair(s)")
+    return "\n".join(told)

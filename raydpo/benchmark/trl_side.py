@@ -23,10 +23,9 @@ class PinnedTrainer(DPOTrainer):
 
     reference_seconds: float | None = None
 
-    def __init__(self, **settings: Any) -> None:
-        self.losses: list[torch.Tensor] = []
-        self.logps: dict[str, list[float]] = {"chosen": [], "rejected": []}
-        super().__init__(**settings)
+    def __init__(self, record: StepRecord, **settings: Any) -> None:
+        self.record = record
+        super().__init__(callbacks=[Clock(record)], **settings)
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset
@@ -40,11 +39,11 @@ class PinnedTrainer(DPOTrainer):
         self.reference_seconds = now(self.accelerator.device) - start
         return dataset
 
-    def _compute_loss(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super()._compute_loss(*args, **kwargs)
-        self.losses.append(loss.detach())
-        for name, values in self.logps.items():
-            values.append(self._metrics["train"][f"logps/{name}"][-1])
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super()._compute_loss(model, inputs, *args, **kwargs)
+        rows, width = inputs["input_ids"].shape
+        self.record.add_pass(rows // 2, rows * width, loss.detach(), *(
+            self._metrics["train"][f"logps/{name}"][-1] for name in ("chosen", "rejected")))
         return loss
 
 
@@ -64,11 +63,11 @@ class Clock(TrainerCallback):
 def run(job: Job, device: torch.device) -> Result:
     """The reference pass, where it is cached, and the steps."""
     start = time.perf_counter()
-    scratch = Path(job.work) / job.stage
+    scratch = Path(job.work) / job.name
     dataset = Dataset.from_parquet(job.workload, columns=list(workload.IDS), cache_dir=str(scratch / "datasets"))
     record = StepRecord(device)
-    trainer = PinnedTrainer(model=job.model, args=_settings(job, scratch), train_dataset=dataset,
-                            processing_class=_tokenizer(), peft_config=job.peft_config, callbacks=[Clock(record)])
+    trainer = PinnedTrainer(record, model=job.model, args=_settings(job, scratch), train_dataset=dataset,
+                            processing_class=_tokenizer(), peft_config=job.peft_config)
     if job.lora is not None:
         set_adapters(trainer.model, job.initial_adapters)
     found = Result(load_seconds=now(device) - start - (trainer.reference_seconds or 0.0),
@@ -77,8 +76,9 @@ def run(job: Job, device: torch.device) -> Result:
         found.ref_chosen, found.ref_rejected = (
             [float(value) for value in trainer.train_dataset[f"ref_{name}_logps"]] for name in ("chosen", "rejected"))
     trainer.train()
-    found.step_seconds, found.losses = record.seconds, [float(loss) for loss in trainer.losses]
-    found.chosen_logps, found.rejected_logps = trainer.logps["chosen"], trainer.logps["rejected"]
+    found.step_seconds = record.seconds
+    found.losses, found.chosen_logps, found.rejected_logps = record.means()
+    found.facts |= record.facts(trainer.optimizer)
     found.peak_bytes = used_memory(device)
     return found
 
@@ -86,11 +86,12 @@ def run(job: Job, device: torch.device) -> Result:
 def _settings(job: Job, scratch: Path) -> DPOConfig:
     train = job.train
     return DPOConfig(
-        output_dir=str(scratch), max_steps=job.steps, per_device_train_batch_size=job.pairs_per_step,
+        output_dir=str(scratch), max_steps=job.steps, per_device_train_batch_size=job.pairs_per_pass,
+        gradient_accumulation_steps=job.pairs_per_step // job.pairs_per_pass,
         beta=train.beta, learning_rate=train.lr, weight_decay=train.weight_decay, lr_scheduler_type="constant",
         warmup_steps=0, max_grad_norm=train.clip or 0.0,
-        optim="adamw_torch_fused" if job.device == "cuda" else "adamw_torch",  # as on our side
-        precompute_ref_log_probs=job.stage == "cached", precompute_ref_batch_size=job.pairs_per_step,
+        optim="adamw_torch_fused",  # as on our side, and TRL's default
+        precompute_ref_log_probs=job.stage == "cached", precompute_ref_batch_size=job.pairs_per_pass,
         max_length=None,  # cut already
         model_init_kwargs={"dtype": job.dtype}, bf16=False,  # bfloat16 weights as on our side, not autocast
         gradient_checkpointing=False, use_cpu=job.device == "cpu", dataloader_pin_memory=job.device == "cuda",

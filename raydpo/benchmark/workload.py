@@ -16,7 +16,7 @@ from raydpo.data.tokenise import Tokeniser, load_tokenizer
 from raydpo.errors import DataError
 from raydpo.estimate.plan import pair_groups
 
-__all__ = ["IDS", "load", "of_file", "parts", "save", "statistics", "synthetic"]
+__all__ = ["IDS", "cut", "load", "of_file", "parts", "save", "statistics", "synthetic"]
 
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 """Columns that both sides read."""
@@ -73,12 +73,17 @@ def load(file: str | Path) -> pa.Table:
 
 def parts(table: pa.Table, per_step: int) -> list[range]:
     """Row numbers of each step of an epoch, in file order."""
-    return [range(first, min(first + per_step, table.num_rows)) for first in range(0, table.num_rows, per_step)]
+    return cut(range(table.num_rows), per_step)
+
+
+def cut(rows: range, size: int) -> list[range]:
+    """``rows`` in parts of ``size``, of which the last may be smaller."""
+    return [rows[first : first + size] for first in range(0, len(rows), size)]
 
 
 def statistics(table: pa.Table, pairs_per_step: int) -> dict[str, Any]:
-    """Counts over all pairs. ``positions``: token positions of a forward pass in each layout; padded as TRL pads, the rows
-    of a step as wide as the longest of them."""
+    """Counts over all pairs. ``positions``: token positions of a forward pass in each layout; padded with the rows of
+    a step in one batch, each as wide as the longest of them."""
     _, shapes = pair_groups(table)
     in_steps = [list(rows) for rows in parts(table, pairs_per_step)]
     return {

@@ -63,7 +63,7 @@ LOSSES: dict[str, LossTraits] = {
     "simpo": LossTraits(SMOOTH | {"beta", "use_weighting", "weight_column", "margin_column", "simpo_gamma"},
                         reference=False, per_token=True),
     "cpo": LossTraits(SMOOTH | {"beta", "use_weighting", "weight_column", "margin_column", "cpo_alpha"}, reference=False),
-    "orpo": LossTraits(frozenset({"beta", "use_weighting", "weight_column"}), reference=False),
+    "orpo": LossTraits(frozenset({"beta", "use_weighting", "weight_column"}), reference=False, per_token=True),
     "sft": LossTraits(frozenset({"use_weighting", "weight_column"}), reference=False),
 }
 """What is known of each loss, by the name that ``train.loss`` gives it."""

@@ -32,9 +32,10 @@ _CHANGES: tuple[dict[str, Any], ...] = (
     # A third more to compute.
     *({"zero": zero, "gradient_checkpointing": True} for zero in range(4)),
     # Copies over the bus: each layer's input; gradients and weights once a step, with AdamW on the host; all weights.
-    {"zero": 3, "gradient_checkpointing": True, "offload_activations": True},
+    *({"zero": zero, "gradient_checkpointing": True, "offload_activations": True} for zero in (0, 2, 3)),
     {"zero": 2, "gradient_checkpointing": True, "offload_optimizer": "cpu"},
     {"zero": 3, "gradient_checkpointing": True, "offload_optimizer": "cpu"},
+    {"zero": 2, "gradient_checkpointing": True, "offload_activations": True, "offload_optimizer": "cpu"},
     {"zero": 3, "gradient_checkpointing": True, "offload_activations": True, "offload_optimizer": "cpu"},
     {"zero": 3, "gradient_checkpointing": True, "offload_activations": True, "offload_optimizer": "cpu",
      "offload_params": "cpu"})
@@ -104,7 +105,7 @@ class Fit:
     def of(cls, question: Question, name: str, overrides: tuple[str, ...], configured: bool) -> Fit:
         largest = _largest(question)
         # With auto the budget is what fits; a table of what does not is for the least that would do.
-        positions = question.least if question.budget is not None else min(max(largest, question.least), 4 * ENOUGH)
+        positions = question.least if question.budget is not None else max(question.least, min(largest, 4 * ENOUGH))
         memory = question.memory_at(positions)
         parts = {part: getattr(memory.peak, part) for part in (
             "weights", "gradients", "optimizer", "activations", "head", "communication")}

@@ -15,6 +15,9 @@ from raydpo.losses.pairs import PairLogps
 
 __all__ = ["cpo", "orpo", "sft", "simpo"]
 
+CERTAIN = -1e-7
+"""Mean log-prob above which ``orpo`` takes no completion to be: at 0, which rounding may give, its odds are infinite."""
+
 
 def simpo(logps: PairLogps, s: ObjectiveConfig, beta: float) -> Tensor:
     """SimPO (Meng et al., arXiv 2405.14734, eq. 6): ``-log sigmoid(r_w - r_l - simpo_gamma)``, where a reward is ``beta``
@@ -37,6 +40,7 @@ def orpo(logps: PairLogps, s: ObjectiveConfig, beta: float) -> Tensor:
     mean probabilities of a token. The paper's lambda is ``beta``. The likelihood is the completion's; TRL adds its prompt's.
     """
     chosen, rejected = logps.chosen / logps.chosen_tokens, logps.rejected / logps.rejected_tokens
+    chosen, rejected = chosen.clamp(max=CERTAIN), rejected.clamp(max=CERTAIN)
     log_odds = (chosen - rejected) - (_log1mexp(chosen) - _log1mexp(rejected))
     return sft(logps, s, beta) - beta * F.logsigmoid(log_odds)
 

@@ -25,6 +25,8 @@ class Board:
         self._error: RaydpoError | None = None
         self._summary: dict[str, Any] | None = None
         self._tokens_per_batch: int | None = None
+        self._attempt = 0
+        self._memory_ran_out: tuple[int, bool] | None = None  # attempt, and what back_off said of it
         self._stop = self._stepped = self._tried_again = False
 
     def put(self, kind: str, content: Any) -> None:
@@ -42,14 +44,27 @@ class Board:
     def error(self) -> RaydpoError | None:
         return self._error
 
-    def back_off(self, tokens_per_batch: int) -> bool:
-        """What the workers that come next should try; False if there is nothing left to try.
+    def enter(self) -> tuple[int, int | None] | None:
+        """A group of workers begins: the number of its attempt, from 1, and the positions of a micro-batch where those asked
+        for did not fit. None if it need not begin, since an error has been told that will only repeat."""
+        if self._error is not None:
+            return None
+        self._attempt += 1
+        return self._attempt, self._tokens_per_batch
+
+    def back_off(self, tokens_per_batch: int, attempt: int) -> bool:
+        """Memory ran out in ``attempt``: whether there is something left to try, which ``enter`` tells those that come next.
 
         A budget that has done steps gets a second chance, because only with it the run repeats to the bit; then comes half
-        of it, once.
+        of it, once. Several ranks may tell of the same attempt: the first one decides.
         """
+        if self._memory_ran_out is None or self._memory_ran_out[0] != attempt:
+            self._memory_ran_out = attempt, self._less(tokens_per_batch)
+        return self._memory_ran_out[1]
+
+    def _less(self, tokens_per_batch: int) -> bool:
         if self._tokens_per_batch is not None:
-            return tokens_per_batch > self._tokens_per_batch  # else another rank was first
+            return False
         if self._stepped and not self._tried_again:
             self._tried_again, self._stepped = True, False
             self.put("note", f"warning: a micro-batch of {tokens_per_batch} positions did not fit in memory, though others "
@@ -60,9 +75,6 @@ class Board:
                          f"workers again with {self._tokens_per_batch}. Set train.tokens_per_batch={self._tokens_per_batch} "
                          "to begin so")
         return True
-
-    def tokens_per_batch(self) -> int | None:
-        return self._tokens_per_batch
 
     def stop(self) -> None:
         self._stop = True

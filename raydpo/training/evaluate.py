@@ -154,6 +154,7 @@ class Comparison:
         token_gap: largest absolute difference of a single token.
         mean_gap: mean absolute difference of a token.
         chosen_gap, rejected_gap: difference of the sums over the completion; 0 if the policy is the reference.
+        chosen_tail_gap, rejected_tail_gap: the same, of the tokens beyond the length of the shorter completion alone.
     """
 
     rows: np.ndarray
@@ -161,13 +162,15 @@ class Comparison:
     mean_gap: np.ndarray
     chosen_gap: np.ndarray
     rejected_gap: np.ndarray
+    chosen_tail_gap: np.ndarray
+    rejected_tail_gap: np.ndarray
 
 
 def compare(engine: PolicyEngine, pairs: TrainingPairs, rows: Sequence[int], tokens_per_batch: int) -> Comparison:
     """Score ``rows`` with the policy as it is and compare token by token; the same result on every rank."""
     rows = list(rows)
     place = {row: index for index, row in enumerate(rows)}
-    gaps = torch.zeros(4, len(rows), dtype=torch.float64, device=engine.device)
+    gaps = torch.zeros(6, len(rows), dtype=torch.float64, device=engine.device)
     with engine.evaluating():
         for batch, layout in _my_batches(engine, pairs, rows, tokens_per_batch):
             flat = engine.logps(layout).double().cpu().numpy()
@@ -181,5 +184,8 @@ def compare(engine: PolicyEngine, pairs: TrainingPairs, rows: Sequence[int], tok
                         zip(live, (pairs.ref_chosen[row], pairs.ref_rejected[row]), strict=True))
                 every = np.abs(np.concatenate([gap_chosen, gap_rejected]))
                 # Written by the one rank that owns the pair; the sum over ranks fills in the others'.
-                gaps[:, place[row]] = torch.tensor([every.max(), every.mean(), gap_chosen.sum(), gap_rejected.sum()])
+                shared = min(len(gap_chosen), len(gap_rejected))
+                gaps[:, place[row]] = torch.tensor([
+                    every.max(), every.mean(), gap_chosen.sum(), gap_rejected.sum(), gap_chosen[shared:].sum(),
+                    gap_rejected[shared:].sum()])
     return Comparison(np.array(rows), *engine.sum_over_ranks(gaps).cpu().numpy())

@@ -80,8 +80,10 @@ def judge(comparison: Comparison, pairs: TrainingPairs, objective: Objective, be
         GateError: beyond tolerance, naming both identities and the worst pair.
     """
     known = reference_logps(pairs, comparison.rows, objective.config)
-    losses = objective(dataclasses.replace(known, chosen=known.chosen + torch.from_numpy(comparison.chosen_gap),
-                                           rejected=known.rejected + torch.from_numpy(comparison.rejected_gap)), beta).losses
+    live = {name: value + torch.from_numpy(getattr(comparison, f"{name}_gap"))
+            for name in ("chosen", "rejected", "chosen_tail", "rejected_tail")
+            if (value := getattr(known, name)) is not None}
+    losses = objective(dataclasses.replace(known, **live), beta).losses
     pair_ids = [pairs.ids[int(row)].as_py() for row in comparison.rows]
     worst = int(np.argmax(comparison.token_gap))
     report = GateReport(len(comparison.rows), float(comparison.mean_gap.mean()), float(comparison.token_gap.max()),

@@ -24,8 +24,8 @@ from raydpo.training.board import Board, Listener, listening
 from raydpo.training.hooks import Hooks
 from raydpo.training.loop import TrainJob
 
-__all__ = ["CHECKPOINTS", "LOWER_IS_BETTER", "Listener", "Payload", "RayHooks", "checkpoint_config", "checkpoint_place",
-           "fit", "launch", "log_to", "new_board", "ray_trainer"]
+__all__ = ["CHECKPOINTS", "LOWER_IS_BETTER", "Listener", "Payload", "RayHooks", "attempt", "checkpoint_config",
+           "checkpoint_place", "fit", "launch", "log_to", "new_board", "ray_trainer"]
 
 CHECKPOINTS = "checkpoints"
 """Folder of a run directory."""
@@ -234,26 +234,43 @@ class RayHooks(Hooks):
         self.payload.board.put.remote(kind, content)
 
 
-def _worker(config: dict[str, Any]) -> None:
-    """What runs in each Ray Train worker."""
-    import ray
+def attempt(board: Any, train: TrainConfig, work: Callable[[int | None], None]) -> None:
+    """One worker's part of an attempt to train: ``work``, given the positions of a micro-batch where those asked for did not
+    fit. Ray Train starts workers again whatever the reason; after an error that will only repeat these do nothing.
 
-    payload: Payload = config["payload"]
-    if ray.get(payload.board.error.remote()) is not None:
-        return  # Ray Train restarts workers whatever the reason; an error that will only repeat is not worth it
+    Raises:
+        RaydpoError: of ``work``, once ``board`` knows it. A worker that returned would leave the others waiting for it; from
+            one that raises Ray learns that all must end.
+    """
+    import ray
+    import ray.train
+    from ray.train.collective import broadcast_from_rank_zero
+
+    # Rank 0 asks for all, so that all do the same.
+    first = ray.train.get_context().get_world_rank() == 0
+    entered = broadcast_from_rank_zero(ray.get(board.enter.remote()) if first else None)
+    if entered is None:
+        return
+    number, tokens_per_batch = entered
     try:
-        _train(payload)
+        work(tokens_per_batch)
     except DeviceMemoryError as error:
         # Gradients are half added up on some ranks: only new workers, from the last checkpoint, are sure to be right.
-        if not payload.job.train.max_failures or not ray.get(payload.board.back_off.remote(error.tokens)):
-            ray.get(payload.board.fail.remote(error))
-            return
+        if not train.max_failures or not ray.get(board.back_off.remote(error.tokens, number)):
+            ray.get(board.fail.remote(error))
         raise
     except RaydpoError as error:
-        ray.get(payload.board.fail.remote(error))
+        ray.get(board.fail.remote(error))
+        raise
 
 
-def _train(payload: Payload) -> None:
+def _worker(config: dict[str, Any]) -> None:
+    """What runs in each Ray Train worker."""
+    payload: Payload = config["payload"]
+    attempt(payload.board, payload.job.train, lambda tokens_per_batch: _train(payload, tokens_per_batch))
+
+
+def _train(payload: Payload, tokens_per_batch: int | None) -> None:
     import ray
     import ray.train
     import torch
@@ -266,8 +283,7 @@ def _train(payload: Payload) -> None:
     from raydpo.training.pairs import TrainingPairs
 
     rank = ray.train.get_context().get_world_rank()
-    job = dataclasses.replace(payload.job, policy=on_this_machine(payload.job.policy),
-                              tokens_per_batch=ray.get(payload.board.tokens_per_batch.remote()))
+    job = dataclasses.replace(payload.job, policy=on_this_machine(payload.job.policy), tokens_per_batch=tokens_per_batch)
     storage = Storage(payload.run_dir)
     log_to(storage, rank)
     if payload.threads is not None:

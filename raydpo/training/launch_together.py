@@ -26,6 +26,7 @@ from raydpo.training.launch import (
     CHECKPOINTS,
     Payload,
     RayHooks,
+    attempt,
     checkpoint_config,
     checkpoint_place,
     fit,
@@ -129,24 +130,11 @@ class _SettingHooks(RayHooks):
 
 def _worker(config: dict[str, Any]) -> None:
     """What runs in each Ray Train worker; see ``launch._worker``."""
-    import ray
-
     payloads: list[Payload] = config["payloads"]
-    board = payloads[0].board
-    if ray.get(board.error.remote()) is not None:
-        return
-    try:
-        _train(payloads)
-    except DeviceMemoryError as error:
-        if not payloads[0].job.train.max_failures or not ray.get(board.back_off.remote(error.tokens)):
-            ray.get(board.fail.remote(error))
-            return
-        raise
-    except RaydpoError as error:
-        ray.get(board.fail.remote(error))
+    attempt(payloads[0].board, payloads[0].job.train, lambda tokens_per_batch: _train(payloads, tokens_per_batch))
 
 
-def _train(payloads: Sequence[Payload]) -> None:
+def _train(payloads: Sequence[Payload], tried: int | None) -> None:
     import ray
     import ray.train
     import torch
@@ -174,7 +162,6 @@ def _train(payloads: Sequence[Payload]) -> None:
                        for found in [each.shelf.newest() for each in hooks]]
         shared = SharedPolicy(first.job.policy, [payload.job.train for payload in payloads], device,
                               check_rows=pairs.groups(range(min(CHECK_ROWS, len(pairs)))))
-        tried = ray.get(first.board.tokens_per_batch.remote())
         tokens = _tokens_of_one(first.job, len(payloads), checkpoints, tried, shared, hooks[0])
 
         def after(number: int, engine: SettingEngine, summary: TrainSummary) -> None:

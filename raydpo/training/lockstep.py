@@ -47,11 +47,13 @@ class Lockstep:
         behind: how far a loop is. Only those that are furthest behind are served, so that loops which began at different
             points meet.
         before_turn: called with the number of a loop before it runs on.
+        ends_all: whether an exception of one loop ends the others, too.
     """
 
     def __init__(self, count: int, serve: Callable[[list[int], list[Request]], Sequence[Any]],
-                 behind: Callable[[int], int], before_turn: Callable[[int], None]) -> None:
-        self._serve, self._behind, self._before_turn = serve, behind, before_turn
+                 behind: Callable[[int], int], before_turn: Callable[[int], None],
+                 ends_all: Callable[[BaseException], bool] = lambda error: False) -> None:
+        self._serve, self._behind, self._before_turn, self._ends_all = serve, behind, before_turn, ends_all
         self._turns = [threading.Semaphore(0) for _ in range(count)]
         self._back = threading.Semaphore(0)
         self._requests: dict[int, Request] = {}
@@ -79,7 +81,11 @@ class Lockstep:
         return answer
 
     def run(self, loops: Sequence[Callable[[], Any]]) -> list[Any]:
-        """The result of each loop, or the exception that ended it."""
+        """The result of each loop, or the exception that ended it.
+
+        Raises:
+            BaseException: of a loop, where it ends all.
+        """
         threads = [threading.Thread(target=self._loop, args=(number, loop), name=f"raydpo-loop-{number}", daemon=True)
                    for number, loop in enumerate(loops)]
         try:
@@ -99,7 +105,7 @@ class Lockstep:
                     self._turn(number)
         finally:
             self._abandoned = True
-            for number in self.live:  # after an interrupt: let them clean up
+            for number in self.live:  # after an interrupt or an error: let them clean up
                 self._turns[number].release()
                 threads[number].join(PATIENCE)
         return [self._results[number] for number in range(len(loops))]
@@ -108,6 +114,9 @@ class Lockstep:
         self._before_turn(number)
         self._turns[number].release()
         self._back.acquire()
+        result = self._results.get(number)
+        if isinstance(result, BaseException) and self._ends_all(result):
+            raise result
 
     def _next(self) -> list[int]:
         furthest = min(self._behind(number) for number in self._requests)

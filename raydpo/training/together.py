@@ -29,7 +29,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from raydpo.config import TrainConfig
-from raydpo.errors import ModelError
+from raydpo.errors import DeviceMemoryError, ModelError, RaydpoError, TrainError
+from raydpo.losses import Objective
 from raydpo.model.budget import MOST_TRAINED, Budget, find_budget, probe_group
 from raydpo.model.layout import Layout, PromptGroup
 from raydpo.model.load import add_lora, load_causal_lm, torch_dtype
@@ -280,6 +281,19 @@ class _VectorState(TrainedState):
         super().__init__(SimpleNamespace(optimizer=engine.optimizer),
                          {name: place.of(engine.weights.detach()) for name, place in self._places.items()}, zero=0)
 
+    def read(self, directory: Path, facts: Mapping[str, Any], ranks: int) -> None:
+        """As of one alone; but what one rank lacks is an error of all, or its other settings would wait for theirs."""
+        problem = None
+        try:
+            super().read(directory, facts, ranks)
+        except TrainError as error:
+            problem = error
+        problems: list[TrainError | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, problem)
+        for found in problems:
+            if found is not None:
+                raise found
+
     def _locate(self, name: str, parameter: Tensor) -> Iterator[Fragment]:
         place: Place = self._places[name]
         yield Fragment(name, 0, parameter.numel(), parameter.numel(), self._vector, place.offset)
@@ -299,7 +313,12 @@ def train_settings(jobs: Sequence[TrainJob], pairs: TrainingPairs, held_out: Tra
 
     Returns:
         The summary of each, or what ended it; a setting that fails stops no other.
+
+    Raises:
+        Exception: of one setting, where several ranks train and the others may not know of it: they would wait for it.
     """
+    for job in jobs:
+        Objective(job.train)  # a loss of the user's own may be missing on this machine alone
     engines: list[SettingEngine] = []
 
     def serve(members: list[int], requests: list[Request]) -> list[Any]:
@@ -319,7 +338,11 @@ def train_settings(jobs: Sequence[TrainJob], pairs: TrainingPairs, held_out: Tra
     def one_alone(number: int) -> None:
         shared.stack.active = (number,)
 
-    lockstep = Lockstep(len(jobs), serve, lambda number: engines[number].done, one_alone)
+    def ends_all(error: BaseException) -> bool:
+        # Whatever else is explained, all ranks find in the same step.
+        return dist.get_world_size() > 1 and (isinstance(error, DeviceMemoryError) or not isinstance(error, RaydpoError))
+
+    lockstep = Lockstep(len(jobs), serve, lambda number: engines[number].done, one_alone, ends_all)
     engines += [SettingEngine(shared, number, job.train, lockstep, 0 if checkpoint is None else step_of(checkpoint))
                 for number, (job, checkpoint) in enumerate(zip(jobs, checkpoints, strict=True))]
 

@@ -15,7 +15,8 @@ from raydpo.benchmark.report import plot
 
 JOB = Path(__file__).parents[2] / "jobs" / "benchmark.py"
 RATIOS = [("reference_pass", "ratio"), ("train_step", "ratio_vs_cached"), ("train_step", "ratio_vs_online"),
-          ("job", "ratio_vs_cached"), ("sweep", "ratio"), ("sweep", "ratio_vs_cached"), ("memory", "ratio")]
+          ("job", "ratio_vs_cached"), ("sweep", "ratio"), ("sweep", "ratio_vs_cached"), ("memory", "ratio"),
+          ("memory_alike", "ratio"), ("memory_alike", "ratio_vs_cached")]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def test_against_trl(tiny_llama, data, tmp_path, capsys):
     # Here and not as a process: a process of its own is what each side is.
     status = main(["--model", str(tiny_llama), "--data", str(data), "--pairs", "14", "--pairs-per-step", "4",
                    "--threads", "1", "--dtype", "fp32", "--lora", "4", "--lr", "1e-3", "--work", str(tmp_path / "work"),
-                   "--json", str(out)])
+                   "--tokens-per-batch", "200", "--baseline-batches", "1,4", "--json", str(out)])
     said = capsys.readouterr()
     assert status == 0, said.err
     found = json.loads(out.read_text())
@@ -43,8 +44,18 @@ def test_against_trl(tiny_llama, data, tmp_path, capsys):
         raw = found["raw"][name]
         assert len(raw["step_seconds"]) == len(raw["losses"]) == 4  # the last step has two pairs
         assert raw["losses"][0] == pytest.approx(math.log(2), abs=1e-6) and raw["losses"][1] != raw["losses"][0]
+        assert raw["facts"]["fused"], "the optimizers are not the same"
     assert found["reference_pass"]["cached"]["seconds"] == found["raw"]["cached"]["reference_seconds"]
-    assert "reference pass" in said.out and "whole job" in said.out
+    for name, tried in found["tried"].items():
+        assert [(one["pairs_per_pass"], one["forward_passes"]) for one in tried] == [(1, 14), (4, 4)]
+        assert tried[0]["positions"] < tried[1]["positions"] and tried[0]["largest_pass"] < tried[1]["largest_pass"]
+        fastest = min(tried, key=lambda one: one["step_seconds"])
+        assert found["raw"][name]["facts"]["pairs_per_pass"] == fastest["pairs_per_pass"]
+        assert fastest["positions"] == found["raw"][name]["facts"]["positions"]
+    assert found["tried"]["cached"][1]["positions"] == found["workload"]["positions"]["padded"]
+    assert 0 < found["raw"]["raydpo_train"]["facts"]["largest_pass"] <= 200
+    assert "reference pass" in said.out and "whole job" in said.out and "tried: 1 pair(s) at a time" in said.out
+    assert all("without Ray" in found[part]["how"] for part in ("job", "sweep"))
 
 
 @pytest.mark.slow
@@ -77,7 +88,8 @@ def test_sides_that_differ_are_not_compared(tiny_llama, data, tmp_path, monkeypa
             "step_seconds": [1.0, 1.0], "losses": [0.69, 0.69], "chosen_logps": [-9.0] * 2, "rejected_logps": [-9.0] * 2}
         reference = {"reference_seconds": 1.0, "ref_chosen": [-9.0] * 4,
                      "ref_rejected": [-9.0, -9.0, -9.0, -8.0 if job.stage == "cached" else -9.0]}
-        return Result(load_seconds=1.0, peak_bytes=1.0, wall_seconds=9.0, **steps,
+        facts = dict.fromkeys(("pairs_per_pass", "forward_passes", "positions", "largest_pass"), 2)
+        return Result(load_seconds=1.0, peak_bytes=1.0, wall_seconds=9.0, facts=facts, **steps,
                       **(reference if job.stage in ("score", "cached") else {}))
 
     monkeypatch.setattr(command, "start", pretended)
@@ -96,6 +108,8 @@ def test_sides_that_differ_are_not_compared(tiny_llama, data, tmp_path, monkeypa
     (["--lora", "4"], "--data FILE and --synthetic"),
     (["--lora", "4", "--synthetic", "--pairs", "8", "--pairs-per-step", "8"], "8 pairs are 1 steps"),
     (["--full", "--synthetic", "--device", "cuda"], "no CUDA device"),
+    (["--full", "--synthetic", "--pairs", "14", "--pairs-per-step", "4", "--baseline-batches", "1,3"],
+     "--baseline-batches 3 does not divide steps of 4 and 2 pairs"),
 ])
 def test_bad_input_costs_one_message(tiny_llama, arguments, words, capsys, monkeypatch):
     from raydpo.benchmark.command import main
@@ -108,7 +122,9 @@ def test_bad_input_costs_one_message(tiny_llama, arguments, words, capsys, monke
 def test_plot(tmp_path):
     pytest.importorskip("matplotlib")
     rates = {"raydpo": {"pairs_per_second": 2.0}, "cached": {"pairs_per_second": 1.0}}
+    tried = [{"pairs_per_pass": size, "step_seconds": 1.0 / size} for size in (1, 8)]
     point = {"baseline": "TRL 1.16.0", "workload": {"name": "512 at 1:4"}, "reference_pass": rates | {"ratio": 2.0},
+             "tried": {"cached": tried, "online": tried},
              "train_step": rates | {"online": {"pairs_per_second": 0.5}}}
     assert plot([point, point], tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
@@ -116,7 +132,9 @@ def test_plot(tmp_path):
 
 @pytest.mark.parametrize(("name", "tflops"), [
     ("NVIDIA H100 80GB HBM3", 989.4), ("NVIDIA A100-SXM4-80GB", 311.8), ("NVIDIA L40S", 362.1), ("NVIDIA L4", 121.0),
-    ("NVIDIA L40", None), ("AMD EPYC", None),
+    ("NVIDIA L40", None), ("AMD EPYC", None), ("NVIDIA H200", 989.4), ("NVIDIA H100 PCIe", 756.0),
+    ("NVIDIA H100 NVL", 835.0), ("NVIDIA H200 NVL", 835.0), ("NVIDIA A100 80GB PCIe", 311.8),
+    ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
 ])
 def test_peak_is_known_by_name(name, tflops):
     assert known_peak(name) == (None if tflops is None else tflops * 1e12)

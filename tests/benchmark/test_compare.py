@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from raydpo.benchmark.compare import BETAS, Measurement, disagreements, figures, median_ratio, ratios
+from raydpo.benchmark.compare import BETAS, Measurement, disagreements, fastest, figures, median_ratio, ratios
 from raydpo.benchmark.job import Result
 from raydpo.cost import ModelCost
 from raydpo.data.shapes import Shapes
@@ -44,6 +44,40 @@ def test_ratios(measured):
     assert found["job"] == {"ratio_vs_cached": 35.5 / 33, "ratio_vs_online": 48 / 33}
     assert found["sweep"] == {"ratio": 5 * 48 / (10 + 5 * 23), "ratio_vs_cached": (5 * 35.5 - 4 * 6) / (10 + 5 * 23)}
     assert found["memory"] == {"ratio": 2 / 5, "ratio_vs_cached": 2 / 4}
+    assert found["memory_alike"] == {"ratio": None, "ratio_vs_cached": None}
+
+
+def of_batch(size, positions, seconds, gib, reference=None, wall=30.0):
+    passes = 8 // size
+    facts = {"pairs_per_pass": size, "forward_passes": passes, "positions": passes * positions, "largest_pass": positions}
+    return result(step_seconds=[9.0, seconds, seconds], reference_seconds=reference, peak_bytes=gib * GIB, wall_seconds=wall,
+                  facts=facts)
+
+
+def test_the_fastest_batch_is_compared_and_memory_at_positions_alike():
+    one, two, eight = of_batch(1, 1000, 4.0, 1.0, 8.0), of_batch(2, 2000, 3.0, 1.5, 6.0), of_batch(8, 8000, 5.0, 9.0, 2.0)
+    best = fastest([one, two, eight], warmup=1)
+    assert best.facts["pairs_per_pass"] == 2 and best.peak_bytes == 1.5 * GIB
+    assert (best.reference_seconds, best.wall_seconds) == (2.0, 26.0), "with the fastest reference pass, 4 s shorter"
+    online = [of_batch(1, 1000, 4.0, 2.0), of_batch(8, 8000, 3.0, 18.0)]
+    assert fastest(online, warmup=1) is online[1]
+
+
+def test_memory_is_compared_at_positions_alike(measured):
+    tried = {"cached": [of_batch(1, 1000, 4.0, 4.0), of_batch(8, 8000, 3.0, 9.0)],
+             "online": [of_batch(1, 1000, 4.0, 8.0), of_batch(8, 8000, 3.0, 18.0)]}
+    train = dataclasses.replace(measured.train, facts={"largest_pass": 1200})
+    measured = dataclasses.replace(measured, train=train, tried=tried)
+    found = figures(measured)
+    assert found["memory_alike"]["online"] == {"bytes": 8 * GIB, "largest_pass": 1000}
+    assert [one["bytes"] for one in found["tried"]["cached"]] == [4 * GIB, 9 * GIB]
+    assert ratios(measured)["memory_alike"] == {"ratio": 2 / 8, "ratio_vs_cached": 2 / 4}
+
+
+def test_what_the_wall_clock_leaves_out_is_named(measured):
+    found = figures(measured)
+    for part in ("job", "sweep"):
+        assert "raydpo runs without Ray here: Ray's start, its worker processes" in found[part]["how"]
 
 
 def test_figures(measured):

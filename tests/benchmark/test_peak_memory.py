@@ -24,7 +24,7 @@ def peaks(tmp_path_factory):
     # Positions of all pairs at once: neither side cuts a step into parts.
     job = Job(stage="train", model=str(model), workload=str(place / "pairs.parquet"), work=str(place), dtype="float32",
               lora=None, pairs_per_step=PAIRS, steps=STEPS, tokens_per_batch=4 * PAIRS * LENGTH, engine="deepspeed",
-              device="cpu", threads=None, lr=1e-3)
+              device="cpu", threads=None, lr=1e-3, pairs_per_pass=PAIRS)
     workload.save(table, job.workload)
     workload.save(with_reference(table, model), job.scored)
     ours, theirs = start("raydpo_side", job), start("trl_side", dataclasses.replace(job, stage="online"))

@@ -112,6 +112,25 @@ def test_a_single_worker_has_nobody_to_share_with(llama):
     assert [row.name for row in ask(llama, 141, workers=1, zero=0).rows][:2] == ["ZeRO 0", "ZeRO 0, recompute"]
 
 
+def test_activations_on_the_host_need_no_partitioned_weights(llama):
+    """What is too long for one GPU fits once each layer's input lies on the host, which any stage of ZeRO can do."""
+    quantized = {"lora": LoraSettings(r=16), "quantization": "4bit"}
+    modes = ask(llama, 24, workers=1, budget=None, longest=24_000, model=quantized, zero=0)
+    assert modes.proposed.overrides == ("train.gradient_checkpointing=true", "train.offload_activations=true")
+    assert modes.proposed.name == "ZeRO 0, recompute, activations on host" and modes.workers_needed == 1
+    assert modes.proposed.positions == 24_000, "the bytes are of the longest pair, which must fit"
+    assert next(row for row in modes.rows if row.name == "ZeRO 0, recompute").largest == 0
+    plain = ask(llama, 48, workers=1, budget=None, longest=40_000, model={"lora": LoraSettings(r=16)}, zero=0)
+    assert plain.proposed.overrides == ("train.gradient_checkpointing=true", "train.offload_activations=true")
+
+
+def test_quantized_weights_may_have_activations_and_optimizer_on_the_host(llama):
+    """They are never partitioned, so nothing that is offered under ZeRO 3 alone helps them."""
+    names = [row.name for row in ask(llama, 24, workers=1, model={"lora": LoraSettings(r=256), "quantization": "4bit"}).rows]
+    assert "ZeRO 2, recompute, activations + optimizer on host" in names
+    assert not any("ZeRO 3" in name for name in names)
+
+
 def test_the_largest_micro_batch_is_the_largest(llama):
     question = Question(anatomy=llama, model=ModelConfig(path="m"), train=TrainConfig(zero=3, gradient_checkpointing=True),
                         workers=8, memory=80 * GIB, dtype="bfloat16", batch=Batch.of_pairs([(1000, 300, 500)]), longest=2000,

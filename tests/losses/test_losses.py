@@ -140,11 +140,73 @@ def test_rewards_are_those_of_the_loss():
     assert rewards("sigmoid_norm", beta=0.1) == pytest.approx((0.04, -0.02))
     assert rewards("ipo_sum", beta=0.1) == pytest.approx((0.2, -0.2))
     assert rewards("simpo", beta=0.1) == pytest.approx((-0.2, -0.2))
-    assert rewards("orpo", beta=0.1) == pytest.approx((-1.0, -2.0))
+    assert rewards("orpo", beta=0.1) == pytest.approx((-0.2, -0.2))
     assert rewards("sigmoid", beta=0.1, f_divergence_type="forward_kl") == pytest.approx(
         (0.1 * (1 - math.exp(-2)), 0.1 * (1 - math.exp(2))))
     # A mixture has TRL's: beta times the log-ratios.
     assert rewards([{"sigmoid_norm": 1.0}, {"sft": 0.1}], beta=0.1) == pytest.approx((0.2, -0.2))
+
+
+COMPARED = {
+    # What else is needed so that a loss falls with what it compares, and with nothing else.
+    "discopop": {"beta": 1.0}, "dpop": {"dpop_lambda": 1e-9}, "cpo": {"cpo_alpha": 0.0}, "orpo": {"beta": 1e6},
+    "exo_pair": {"label_smoothing": 1e-3}, "simpo": {"beta": 2.0}, "sigmoid_norm": {"beta": 2.0}, "kto": {"beta": 0.01}}
+
+
+def of_each_loss():
+    """Every loss that compares two completions; and with what shapes the comparison, where the loss heeds it."""
+    for name, traits in LOSSES.items():
+        if name == "sft":  # it looks at the chosen one alone
+            continue
+        yield name, {}
+        if "f_divergence_type" in traits.heeds:
+            yield from ((name, {"f_divergence_type": kind}) for kind in ("forward_kl", "js_divergence", "alpha_divergence"))
+        if "ld_alpha" in traits.heeds:
+            yield name, {"ld_alpha": 0.3}
+
+
+@pytest.mark.parametrize(("name", "more"), of_each_loss())
+def test_rewards_prefer_what_the_loss_prefers(name, more):
+    """A pair whose loss grows when its two completions change places is one that the rewards rank right. Lengths differ by
+    up to ten times, so that sums and means often disagree."""
+    random = torch.Generator().manual_seed(2)
+    settings = {"beta": 0.1} | COMPARED.get(name, {}) | more
+    objective, outcomes, sums = Objective(ObjectiveConfig(loss=name, **settings)), set(), set()
+    for _ in range(60):
+        tokens = torch.randint(4, 40, (2,), generator=random).double()
+        policy, reference = -tokens * (0.5 + 0.1 * torch.rand(2, 2, generator=random, dtype=torch.float64))
+        tails = (tokens - tokens.min()).clamp(min=0) / tokens
+        one, other = ([side[[index]] for side in (policy, reference, tokens, policy * tails, reference * tails)]
+                      for index in (0, 1))
+
+        def of(chosen, rejected):
+            return objective(PairLogps(chosen[0], rejected[0], chosen[1], rejected[1], chosen[2], rejected[2], chosen[3],
+                                       rejected[3], chosen[4], rejected[4]), settings["beta"], Memory())
+
+        loss, swapped = of(one, other), of(other, one)
+        prefers = (loss.losses < swapped.losses).item()
+        if name == "discopop" and (loss.chosen_rewards - loss.rejected_rewards).abs() < 0.3:
+            continue  # where it is not monotone
+        assert (loss.chosen_rewards > loss.rejected_rewards).item() == prefers
+        outcomes.add(prefers)
+        by_sum = (policy[0] > policy[1] if not LOSSES[name].reference else
+                  policy[0] - reference[0] > policy[1] - reference[1]).item()
+        sums.add(by_sum == prefers)
+    assert outcomes == {True, False}
+    assert (False in sums) >= LOSSES[name].per_token, "sums would have told the same"
+
+
+@pytest.mark.parametrize("certain", ["chosen", "rejected"])
+def test_orpo_of_a_completion_of_probability_1_is_finite(certain):
+    """Rounding in float32 may leave a mean log-prob of exactly 0."""
+    sides = {"chosen": torch.tensor([-3.0]), "rejected": torch.tensor([-3.0])} | {certain: torch.tensor([0.0])}
+    for side in sides.values():
+        side.requires_grad_()
+    zero, tokens = torch.zeros(1), torch.full((1,), 3.0)
+    loss = preference_loss("orpo", PairLogps(*sides.values(), zero, zero, tokens, tokens), beta=0.1).losses
+    assert loss.item() == pytest.approx((0.0 if certain == "chosen" else 1.0) + 0.1 * (
+        0.0 if certain == "chosen" else math.log(1e7) - math.log(1 / (1 - math.exp(-1)) - 1)), abs=1e-3)
+    assert all(torch.isfinite(gradient).all() for gradient in torch.autograd.grad(loss.sum(), list(sides.values())))
 
 
 def test_sigmoid_of_the_reference_itself_is_ln_2():

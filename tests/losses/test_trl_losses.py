@@ -2,16 +2,30 @@
 
 import pytest
 import torch
-from trl_losses import CHOSEN_TOKENS, cpo_loss, dpo_loss, kto_loss, orpo_loss, token_logps
+from trl_losses import (
+    CHOSEN_TOKENS,
+    cpo_loss,
+    dpo_loss,
+    kto_loss,
+    orpo_loss,
+    orpo_loss_and_metrics,
+    token_logps,
+)
 
 from raydpo.config import ObjectiveConfig
 from raydpo.losses import Memory, Objective, PairLogps
+from raydpo.training.metrics import PairSums
 
 PAIRS = len(CHOSEN_TOKENS)
 
 
-def ours(policy, reference, mask, log_sum_sq=None, **settings):
+def ours(*args, **settings):
     """raydpo's mean loss of the same tokens."""
+    return objective_and_logps(*args, **settings)[0].losses.mean()
+
+
+def objective_and_logps(policy, reference, mask, log_sum_sq=None, **settings):
+    """raydpo's losses and rewards of the same tokens, and what they were computed from."""
     lengths = mask.sum(1)
     shared = torch.minimum(*lengths.chunk(2)).repeat(2)
     tail = torch.arange(mask.shape[1]) >= shared[:, None]
@@ -23,7 +37,7 @@ def ours(policy, reference, mask, log_sum_sq=None, **settings):
         weights = aligned[:PAIRS] * aligned[PAIRS:]
     logps = PairLogps(*sides, *lengths.to(policy.dtype).chunk(2), *tails, weights=weights)
     config = ObjectiveConfig(**settings)
-    return Objective(config)(logps, config.beta, Memory()).losses.mean()
+    return Objective(config)(logps, config.beta, Memory()), logps
 
 
 def value_and_gradient(function, policy, *args, **settings):
@@ -117,3 +131,15 @@ def test_orpo():
     policy, reference, mask = token_logps()
     assert_equal(value_and_gradient(ours, policy, reference, mask, loss="orpo", beta=0.3),
                  value_and_gradient(orpo_loss, policy, mask, beta=0.3))
+
+
+def test_rewards_of_orpo():
+    """As TRL logs them: of the mean log-prob of a token."""
+    policy, reference, mask = token_logps()
+    loss, logps = objective_and_logps(policy, 0 * reference, mask, loss="orpo", beta=0.3)
+    sums = PairSums(["data"], torch.device("cpu"), reference=False)
+    sums.add(loss, logps, torch.zeros(PAIRS, dtype=torch.long))
+    mine, (_, theirs) = sums.metrics(), orpo_loss_and_metrics(policy, mask, beta=0.3)
+    for name in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"):
+        assert mine[name] == pytest.approx(theirs[name], abs=1e-6), name
+    assert mine["rewards/accuracies"] != mine["logps/accuracies"], "sums would have told the same"

@@ -90,6 +90,11 @@ def cpo_loss(policy: Tensor, mask: Tensor, *, loss_type: str, beta: float, cpo_a
 
 def orpo_loss(policy: Tensor, mask: Tensor, *, beta: float) -> Tensor:
     """``ORPOTrainer``'s loss of the batch, with a likelihood of completions alone."""
+    return orpo_loss_and_metrics(policy, mask, beta=beta)[0]
+
+
+def orpo_loss_and_metrics(policy: Tensor, mask: Tensor, *, beta: float) -> tuple[Tensor, dict[str, float]]:
+    """``orpo_loss``, and what ``ORPOTrainer`` logs beside it."""
     from trl.experimental.orpo import ORPOTrainer
 
     half = len(policy) // 2
@@ -97,4 +102,4 @@ def orpo_loss(policy: Tensor, mask: Tensor, *, beta: float) -> Tensor:
     trainer = SimpleNamespace(beta=beta, accelerator=_accelerator(), aux_loss_enabled=False)
     trainer.odds_ratio_loss = lambda *logps: ORPOTrainer.odds_ratio_loss(trainer, *logps)
     trainer.concatenated_forward = lambda model, batch: (*means.chunk(2), torch.zeros(1), torch.zeros(1), likelihood)
-    return ORPOTrainer.get_batch_loss_metrics(trainer, None, {})[0]
+    return ORPOTrainer.get_batch_loss_metrics(trainer, None, {})

@@ -60,6 +60,26 @@ def test_the_gate(tiny_llama, tmp_path):
     assert "not compared" in other
 
 
+def tails_at_the_gate(table, model, scratch):
+    run = train_here(table, model, scratch, steps=1, loss="sigmoid", beta=5.0, ld_alpha=0.25, pairs_per_step=len(table),
+                     gate_pairs=len(table))
+    (line,) = [note for note in run.notes if note.startswith("step-0 gate")]
+    return float(line.rpartition("loss ")[2]), run.steps[0]["loss"]
+
+
+def test_the_gate_tells_the_first_loss_with_light_tails(tiny_llama, tmp_path):
+    """A policy that differs from the reference a little, in the last token of longer completions: it weighs a quarter."""
+    table = with_reference(tiny_pairs(8), tiny_llama)
+    for column in ("chosen", "rejected"):
+        name, other = (f"{side}_logps" for side in (f"ref_{column}", "ref_rejected" if column == "chosen" else "ref_chosen"))
+        rows = [[*row[:-1], row[-1] + 0.01 * (len(row) > len(than))] for row, than in
+                zip(table[name].to_pylist(), table[other].to_pylist(), strict=True)]
+        table = table.set_column(table.column_names.index(name), name, pa.array(rows, pa.list_(pa.float32())))
+    ((told, first),) = run_distributed(tails_at_the_gate, 1, tmp_path / "ranks", table, tiny_llama, tmp_path / "scratch")
+    assert abs(first - LN2) > 1e-4
+    assert told == pytest.approx(first, abs=2e-6)
+
+
 def test_rows_hold_first_step_extremes_and_others(tiny_llama):
     pairs = TrainingPairs(altered(with_reference(tiny_pairs(60), tiny_llama), 50, -40.0))
     rows = gate_rows(pairs, np.array([7, 8, 9, 10]), count=12, seed=0)

@@ -142,17 +142,96 @@ def test_a_worker_out_of_memory_is_started_again(job, undisturbed):
 
 def test_what_does_not_fit_twice_is_halved_once():
     board = Board()
+    first, _ = board.enter()
     board.put("begin", {})
-    assert board.back_off(100) and board.tokens_per_batch() == 50, "no step was done with it: no second chance"
-    assert board.back_off(100), "another rank tells the same"
-    assert not board.back_off(50)
-    board = Board()
-    board.put("step", {})
-    assert board.back_off(100) and board.tokens_per_batch() is None
-    board.put("begin", {})
-    board.put("step", {})
-    assert board.back_off(100) and board.tokens_per_batch() == 50
+    assert board.back_off(100, first) and board.enter() == (2, 50), "no step was done with it: no second chance"
+    assert not board.back_off(50, 2)
     assert "starting the workers again with 50" in board.drain()[-1][1]
+
+
+def test_ranks_out_of_memory_in_the_same_step_have_one_second_chance():
+    board, notes = Board(), []
+
+    def ran_out_on_two_ranks(attempt, tokens):
+        board.put("begin", {})
+        board.put("step", {})
+        said = [board.back_off(tokens, attempt) for _ in range(2)]
+        notes.extend(content for kind, content in board.drain() if kind == "note")
+        return said
+
+    assert board.enter() == (1, None)
+    assert ran_out_on_two_ranks(1, 1024) == [True, True]
+    assert board.enter() == (2, None) and "starting the workers again with the same" in notes[-1]
+    assert ran_out_on_two_ranks(2, 1024) == [True, True]
+    assert board.enter() == (3, 512) and "starting the workers again with 512" in notes[-1]
+    assert ran_out_on_two_ranks(3, 512) == [False, False]
+    assert len(notes) == 2
+
+
+LOSS = """
+import os, time
+from pathlib import Path
+from raydpo.errors import TrainError
+
+def mine(logps, settings, beta):
+    if os.environ.get("RANK") == "1" and logps.chosen.requires_grad:
+        Path(__file__).with_name("raised").write_text(str(time.time()))
+        raise TrainError("this worker alone cannot go on; it was asked not to")
+    return -beta * (logps.chosen_logratio - logps.rejected_logratio)
+"""
+
+
+def one_fails(given):
+    """A worker's work: rank 1 cannot go on, the other waits for it in a collective operation."""
+    import torch.distributed as dist
+
+    from raydpo.errors import TrainError
+    from raydpo.training.launch import attempt
+
+    def work(tokens_per_batch):
+        if dist.get_rank() == 1:
+            Path(given["raised"]).write_text(str(time.time()))
+            raise TrainError("this worker alone cannot go on")
+        dist.barrier()
+
+    attempt(given["board"], given["train"], work)
+
+
+@pytest.mark.parametrize("max_failures", [0, 3])
+def test_an_error_of_one_worker_ends_all_at_once(on_cluster, tmp_path, max_failures):
+    """Those that wait for it would do so for two minutes."""
+    import ray
+
+    from raydpo.config import TrainConfig
+    from raydpo.errors import TrainError
+    from raydpo.ray_runtime import Resources
+    from raydpo.training.launch import fit, new_board, ray_trainer
+
+    ray.init(address=os.environ["RAY_ADDRESS"], runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}})
+    try:
+        train, board = TrainConfig(workers=2, collective_timeout=120, max_failures=max_failures), new_board()
+        given = {"board": board, "train": train, "raised": str(tmp_path / "raised")}
+        trainer = ray_trainer(one_fails, given, train, Resources(2, 0.0, 1), str(tmp_path / "run"))
+        with pytest.raises(TrainError, match="this worker alone cannot go on"):
+            fit(trainer, board, lambda kind, content: None, str(tmp_path / "run"))
+    finally:
+        ray.shutdown()
+    assert time.time() - float((tmp_path / "raised").read_text()) < 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("max_failures", [0, 3])
+def test_a_run_whose_second_worker_fails_says_why(job, tmp_path, max_failures):
+    (tmp_path / "my_losses.py").write_text(LOSS)
+    process = subprocess.run(
+        command(job, "run", f"one-fails-{max_failures}", "train.loss=my_losses:mine", f"train.max_failures={max_failures}",
+                "train.collective_timeout=120"), capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    seconds = time.time() - float((tmp_path / "raised").read_text())
+    assert process.returncode == 1, process.stdout + process.stderr
+    assert process.stderr.strip().endswith("this worker alone cannot go on; it was asked not to"), process.stderr
+    assert "Traceback" not in process.stdout + process.stderr
+    print(f"{seconds:.1f} s after the error")
+    assert seconds < 20
 
 
 @pytest.mark.slow  # the short soak has SIGTERM, too

@@ -76,3 +76,23 @@ def test_an_interrupt_unwinds_all_loops():
     with pytest.raises(KeyboardInterrupt):
         lockstep.run([lambda: loop(0), lambda: loop(1)])
     assert sorted(unwound) == [0, 1]
+
+
+def test_an_error_may_end_all():
+    ended = []
+
+    def loop(number):
+        try:
+            for step in range(3):
+                if (number, step) == (1, 1):
+                    raise ValueError("mine alone")
+                lockstep.ask(number, Request(0, step, None))
+        finally:
+            ended.append(number)
+
+    served = []
+    lockstep = Lockstep(3, lambda members, requests: served.append(members) or [None] * len(members), lambda number: 0,
+                        lambda number: None, lambda error: isinstance(error, ValueError))
+    with pytest.raises(ValueError, match="mine alone"):
+        lockstep.run([lambda number=number: loop(number) for number in range(3)])
+    assert served == [[0, 1, 2]] and sorted(ended) == [0, 1, 2]

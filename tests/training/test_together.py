@@ -2,13 +2,14 @@
 
 import json
 import math
+import os
 
 import pytest
 import torch
 from distributed import run_distributed
 from kernel import Record, exact, tiny_pairs, train_here, with_reference
 
-from raydpo.errors import ModelError, TrainError
+from raydpo.errors import DeviceMemoryError, ModelError, TrainError
 
 LORA = {"r": 4, "alpha": 8}
 SETTINGS = [
@@ -188,6 +189,54 @@ def test_a_setting_that_is_not_finite_skips_and_ends_alone(table, tiny_llama, tm
         for row, other in zip(mine, wanted, strict=True):
             same(row, other)
     assert passes == [3] * 3 + [2] * (STEPS - 3)
+
+
+def one_rank_lacks_a_piece(table, model, scratch, keep):
+    import shutil
+
+    import torch.distributed as dist
+
+    common = dict(steps=6, checkpoint_every=3)
+    together_here(table, model, scratch / "a", SETTINGS, keep=keep, **common)
+    dist.barrier()
+    places = [keep / str(number) / "step-3" for number in range(3)]
+    if dist.get_rank() == 1:  # a copy of its own, as each machine has
+        places[1] = shutil.copytree(places[1], scratch / "copy")
+        next(places[1].glob("state-00000-*.safetensors")).unlink()
+    records = together_here(table, model, scratch / f"b{dist.get_rank()}", SETTINGS, checkpoints=places, **common)
+    return [record.result if isinstance(record.result, BaseException) else record.result.steps for record in records]
+
+
+def test_what_one_rank_lacks_ends_a_setting_on_all(table, tiny_llama, tmp_path):
+    for results in run_distributed(one_rank_lacks_a_piece, 2, tmp_path / "run", table, tiny_llama, tmp_path / "s",
+                                   tmp_path / "keep"):
+        assert results[0] == results[2] == 6
+        assert isinstance(results[1], TrainError) and "lacks elements" in str(results[1])
+
+
+def one_rank_fails(table, model, scratch, kind):
+    from raydpo.training import together
+
+    step, rank = together.SettingEngine.step, os.environ["RANK"]
+
+    def fails(self, learning_rate):
+        if rank == "1" and self.number == 1 and self.done == 1:
+            raise kind("1024 positions are too many on this rank alone")
+        return step(self, learning_rate)
+
+    together.SettingEngine.step = fails
+    try:
+        together_here(table, model, scratch / rank, SETTINGS, steps=3)
+    except (RuntimeError, MemoryError) as error:
+        return type(error).__name__, str(error)
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, DeviceMemoryError])
+def test_an_error_of_one_rank_ends_all_settings(kind, table, tiny_llama, tmp_path):
+    """At once on the rank that has it; Ray then ends the other one, which here finds a closed connection."""
+    (_, other), (name, mine) = run_distributed(one_rank_fails, 2, tmp_path / "run", table, tiny_llama, tmp_path / "s", kind)
+    assert name == kind.__name__ and "on this rank alone" in mine
+    assert "on this rank alone" not in other
 
 
 def mixing(model, scratch):
