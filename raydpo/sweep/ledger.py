@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import raydpo
-from raydpo.config import Config
+from raydpo.config import Config, lower_is_better
 from raydpo.config.uri import redact
 from raydpo.storage import Storage
 from raydpo.sweep.halving import best_first
 from raydpo.sweep.trials import FILE, Trial, parameters_of
-from raydpo.training.launch import LOWER_IS_BETTER
 from raydpo.training.records import read_rows
 
 __all__ = ["Entry", "Ledger"]
@@ -78,8 +77,9 @@ class Ledger:
         metric = self.config.sweep.metric
         scores = {name: entry.eval[metric] for name, entry in self.entries.items()
                   if entry.status == "done" and entry.eval and metric in entry.eval}
-        ranked = best_first(scores, lower_is_better=metric in LOWER_IS_BETTER)
-        return self.entries[ranked[0]] if ranked else None
+        if not scores:
+            return None
+        return self.entries[best_first(scores, lower_is_better=lower_is_better(metric))[0]]
 
     def to_dict(self) -> dict[str, Any]:
         """The content of sweep.json."""

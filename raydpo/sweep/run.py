@@ -15,7 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from raydpo.config import Config
+from raydpo.config import Config, lower_is_better
 from raydpo.console import Console
 from raydpo.errors import ConfigError, RaydpoError
 from raydpo.evaluation.run import evaluate
@@ -32,7 +32,7 @@ from raydpo.sweep.table import SweepTable, TogetherDisplay, TrialDisplay
 from raydpo.sweep.trials import FILE, Trial, parameters_of, trials_of
 from raydpo.together import check_together, train_prepared_together
 from raydpo.training.earlier import earlier_result, set_aside
-from raydpo.training.launch import LOWER_IS_BETTER, new_board
+from raydpo.training.launch import new_board
 from raydpo.training.records import read_rows
 from raydpo.waiting import coming_up
 
@@ -198,7 +198,7 @@ class _Sweep:
                 raise ConfigError(f"the metric of sweep.stop_early is {metric!r}, which no evaluation measures; there are "
                                   f"{', '.join(sorted(measured))}")
             scores[name] = measured[metric]
-        better = going_on(scores, early.keep, lower_is_better=metric in LOWER_IS_BETTER)
+        better = going_on(scores, early.keep, lower_is_better=lower_is_better(metric))
         for name in scores:
             if name not in better and self.ledger.entries[name].status != "done":
                 self.ledger.set(name, "stopped")

@@ -19,6 +19,7 @@ from raydpo.cli import main
 from raydpo.console import Console
 
 CHECKPOINT_EVERY = 5
+DIVERGED = "lr=1e+30,max_skipped=0"
 
 
 @pytest.fixture(scope="module")
@@ -66,14 +67,15 @@ def same(ours, theirs):
 
 
 def test_one_pass_then_every_trial_and_those_that_failed_are_told(place, on_cluster):
-    result = run(place, "betas", "sweep.list=[{train.beta: 0.3}, {train.keep_best: eval_nothing}]")
+    result = run(place, "betas", "sweep.list=[{train.beta: 0.3}, {train.lr: 1.0e+30, train.max_skipped: 0}]")
     assert result.returncode == 1, result.stdout + result.stderr
-    assert "1 of 2 trials failed: keep_best=eval_nothing: train.keep_best is 'eval_nothing'" in result.stderr
+    assert f"1 of 2 trials failed: {DIVERGED}: " in result.stderr and "more than train.max_skipped 0" in result.stderr
     found, trials = record(place, "betas")
     assert [(name, trial["status"]) for name, trial in trials.items()] == [
-        ("beta=0.3", "done"), ("keep_best=eval_nothing", "failed")]
-    assert found["parameters"] == ["train.beta", "train.keep_best"] and found["metric"] == "eval_rewards/accuracies"
-    assert trials["beta=0.3"]["settings"] == {"train.beta": 0.3, "train.keep_best": None}
+        ("beta=0.3", "done"), (DIVERGED, "failed")]
+    assert found["parameters"] == ["train.beta", "train.lr", "train.max_skipped"]
+    assert found["metric"] == "eval_rewards/accuracies"
+    assert trials["beta=0.3"]["settings"] == {"train.beta": 0.3, "train.lr": 1e-3, "train.max_skipped": 3}
     assert result.stdout.count("scored in") == 1 and found["cache"]["hit_rates"] == [1.0, 1.0]
     directory = place / "runs" / "betas" / "beta=0.3"
     assert trials["beta=0.3"]["run_dir"] == str(directory) and trials["beta=0.3"]["steps"] == 12
