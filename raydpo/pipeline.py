@@ -36,6 +36,7 @@ from raydpo.reference.score import ReferenceSpec
 from raydpo.reference.store import ReferenceCache
 from raydpo.storage import Storage
 from raydpo.training.card import model_card
+from raydpo.training.checkpoint import changed_settings
 from raydpo.training.earlier import earlier_result, harmless_changes, set_aside
 from raydpo.training.engine import PolicySpec
 from raydpo.training.launch import launch
@@ -49,9 +50,9 @@ from raydpo.waiting import coming_up, wait_for
 if TYPE_CHECKING:
     from raydpo.audit import Audit
 
-__all__ = ["Prepared", "Shared", "audit", "begin_run", "end_run", "fill_cache", "find_reference", "finished_before",
-           "join_sets", "needs_reference", "reference_line", "report_on", "run", "score", "score_prepared", "train",
-           "train_prepared", "training_job"]
+__all__ = ["Joined", "Prepared", "Shared", "audit", "begin_run", "end_run", "fill_cache", "find_reference",
+           "finished_before", "join_sets", "needs_reference", "reference_line", "report_on", "run",
+           "score", "score_prepared", "train", "train_prepared", "training_job"]
 
 
 def score(config: Config, console: Console | None = None) -> BuildReport:
@@ -83,7 +84,10 @@ def train(config: Config, console: Console | None = None, *, fresh: bool = False
     _refuse_sweep(config)
     with session(config):
         check_cluster(config, ["train"], console)
-        return train_prepared(Prepared.of(config, console), console, fresh=fresh)
+        prepared = Prepared.of(config, console)
+        if fresh:
+            set_aside(Storage(config.run_dir), console)
+        return train_prepared(prepared, console)
 
 
 def run(config: Config, console: Console | None = None, *, fresh: bool = False) -> dict[str, Any]:
@@ -94,8 +98,14 @@ def run(config: Config, console: Console | None = None, *, fresh: bool = False) 
         check_cluster(config, ["score", "train"], console)
         with coming_up(config, wanted=fresh or not Storage(config.run_dir).exists("summary.json")):
             prepared = Prepared.of(config, console)
+            # Before scoring, which writes the audit into the run directory.
+            storage = Storage(config.run_dir)
+            if fresh:
+                set_aside(storage, console)
+            if earlier_result(storage, prepared.fingerprint()) is not None:
+                return train_prepared(prepared, console)
             built = score_prepared(prepared, console)
-            return train_prepared(prepared, console, built.hit_rate if built.wanted else None, fresh=fresh)
+            return train_prepared(prepared, console, built.hit_rate if built.wanted else None)
 
 
 def _wait_for(stage: Literal["score", "train"], config: Config, resources: Resources, console: Console) -> None:
@@ -289,6 +299,8 @@ def fill_cache(tables: list[pa.Table], spec: ReferenceSpec, cache: ReferenceCach
 def _audit(prepared: Prepared, console: Console) -> Audit:
     from raydpo.audit import audit_pairs, summary_lines, write_audit
 
+    storage = Storage(prepared.config.run_dir)
+    _refuse_other_pairs(storage, prepared)
     pairs = prepared.sets.train
     facts = pair_facts(pairs, *(found.sums for found in reference_values(pairs, prepared.cache)))
     decode = prepared.tokeniser.tokenizer.batch_decode
@@ -298,7 +310,6 @@ def _audit(prepared: Prepared, console: Console) -> Audit:
               "identity": prepared.reference.identity.digest, "cache": str(prepared.cache.storage)},
         identical={source.name: source.dropped.counts[SAME] for source in prepared.sets.report.sources
                    if source.dropped.counts[SAME]})
-    storage = Storage(prepared.config.run_dir)
     write_audit(done, storage)
     for line in summary_lines(done):
         console.say(line)
@@ -306,27 +317,56 @@ def _audit(prepared: Prepared, console: Console) -> Audit:
     return done
 
 
+def _refuse_other_pairs(storage: Storage, prepared: Prepared) -> None:
+    """The audit of a run stays that of the pairs which the run trained on.
+
+    Raises:
+        ConfigError: if a run of this name has other pairs or another reference.
+    """
+    if not storage.exists("run.json"):
+        return
+    earlier, now = json.loads(storage.read("run.json"))["fingerprint"], prepared.fingerprint()
+    changes = changed_settings(*({key: each.get(key) for key in ("data.train (pairs)", "reference identity")}
+                                 for each in (earlier, now)))
+    if changes:
+        raise ConfigError(f"{storage} is a run of other pairs or another reference ({'; '.join(changes)}), and keeps its "
+                          "audit. Give this one another name (name=...)")
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Pairs with the reference's values, as they are trained on.
+
+    Attributes:
+        pairs, held_out: tables, or references to them in Ray's object store; None if nothing is held out.
+        training_pairs: how many ``pairs`` are.
+    """
+
+    pairs: Any
+    held_out: Any
+    training_pairs: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Shared:
     """What a training that is one of many is given.
 
     Attributes:
-        pairs, held_out: of ``join_sets``, in Ray's object store.
+        joined: of ``join_sets``, in Ray's object store.
         at_once: how many trainings share the cluster.
         board: of ``launch.new_board``.
         display: hears what happens.
         until: a step after which it pauses; None = it goes on to the end.
     """
 
-    pairs: Any
-    held_out: Any
+    joined: Joined
     at_once: int
     board: Any
     display: TrainingDisplay
     until: int | None = None
 
 
-def join_sets(prepared: Prepared, console: Console) -> tuple[pa.Table, pa.Table | None]:
+def join_sets(prepared: Prepared, console: Console) -> Joined:
     """Training and held-out pairs with the reference's values, as they are trained on.
 
     Raises:
@@ -341,7 +381,7 @@ def join_sets(prepared: Prepared, console: Console) -> tuple[pa.Table, pa.Table 
     held_out = prepared.sets.eval
     if held_out is not None and compares:
         held_out = join_reference(held_out, prepared.cache, "held-out")
-    return pairs, held_out
+    return Joined(pairs, held_out, pairs.num_rows)
 
 
 def finished_before(prepared: Prepared, console: Console) -> dict[str, Any] | None:
@@ -392,16 +432,17 @@ def training_job(prepared: Prepared, resources: Resources, until: int | None = N
         stop_after=until, sample_prompts=_sample_prompts(prepared), sample_stop=prepared.tokeniser.stop_ids)
 
 
-def end_run(prepared: Prepared, job: TrainJob, trained: dict[str, Any], hit_rate: float | None) -> dict[str, Any]:
+def end_run(prepared: Prepared, job: TrainJob, trained: dict[str, Any], hit_rate: float | None,
+            training_pairs: int) -> dict[str, Any]:
     """Write what a run directory says of the run once it has trained; returns what summary.json holds."""
     storage = Storage(prepared.config.run_dir)
-    summary = _summarise(prepared, storage, trained, hit_rate, job)
+    summary = _summarise(prepared, storage, trained, hit_rate, job, training_pairs)
     storage.write("final/README.md", model_card(prepared.config, summary).encode())
     storage.write("summary.json", json.dumps(summary, indent=2).encode())
     return summary
 
 
-def train_prepared(prepared: Prepared, console: Console, hit_rate: float | None = None, *, fresh: bool = False,
+def train_prepared(prepared: Prepared, console: Console, hit_rate: float | None = None, *,
                    shared: Shared | None = None) -> dict[str, Any] | None:
     """``train``; None if it pauses where ``shared`` wants it to.
 
@@ -409,18 +450,16 @@ def train_prepared(prepared: Prepared, console: Console, hit_rate: float | None 
         hit_rate: share of the completions that the cache held when the run began, where that is known.
     """
     config = prepared.config
-    if fresh:
-        set_aside(Storage(config.run_dir), console)
     summary = finished_before(prepared, console)
     if summary is None:
-        pairs, held_out = join_sets(prepared, console) if shared is None else (shared.pairs, shared.held_out)
+        joined = join_sets(prepared, console) if shared is None else shared.joined
         resources = resources_for("train", config, 1 if shared is None else shared.at_once)
         if shared is None:
             _wait_for("train", config, resources, console)
         job = training_job(prepared, resources, None if shared is None else shared.until)
         begin_run(prepared, job, console)
         with TrainingDisplay(console) if shared is None else shared.display as display:
-            trained = launch(job, pairs, held_out, resources, run_dir=config.run_dir, run_name=config.run_name,
+            trained = launch(job, joined.pairs, joined.held_out, resources, run_dir=config.run_dir, run_name=config.run_name,
                              track=config.track, base_name=prepared.base_name,
                              tokenizer=prepared.tokeniser.tokenizer, listener=display.listen,
                              board=None if shared is None else shared.board)
@@ -429,7 +468,7 @@ def train_prepared(prepared: Prepared, console: Console, hit_rate: float | None 
                 return None
             console.say(f"stopped after step {trained['steps']:,}; its checkpoint is in {redact(config.run_dir)}")
             raise KeyboardInterrupt
-        summary = end_run(prepared, job, trained, hit_rate)
+        summary = end_run(prepared, job, trained, hit_rate, joined.training_pairs)
     print_summary(console, summary)
     report_on(config.run_dir, console)
     return summary
@@ -454,7 +493,7 @@ def _sample_prompts(prepared: Prepared) -> tuple[tuple[str, Any], ...]:
 
 
 def _summarise(prepared: Prepared, storage: Storage, trained: dict[str, Any], hit_rate: float | None,
-               job: TrainJob) -> dict[str, Any]:
+               job: TrainJob, training_pairs: int) -> dict[str, Any]:
     config, decode = prepared.config, prepared.tokeniser.tokenizer.decode
     steps, evals = read_rows(storage, "metrics.parquet"), read_rows(storage, "eval.parquet")
     answers = zip(job.sample_prompts, trained["samples_before"], trained["samples_after"], strict=False)
@@ -466,7 +505,7 @@ def _summarise(prepared: Prepared, storage: Storage, trained: dict[str, Any], hi
         "checkpoint_bytes": trained["checkpoint_bytes"], "skipped_steps": trained["skipped"],
         "tokens_per_second": trained["tokens_per_second"], "gate": trained["gate"],
         "first_loss": steps[0]["loss"], "last_loss": steps[-1]["loss"],
-        "training_pairs": prepared.sets.train.num_rows,
+        "training_pairs": training_pairs,
         "held_out_pairs": 0 if prepared.sets.eval is None else prepared.sets.eval.num_rows,
         "eval_before": evals[0] if evals else None, "eval_after": evals[-1] if evals else None,
         "reference": {"path": config.reference_path, "adapter": config.reference_adapter,

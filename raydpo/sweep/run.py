@@ -20,7 +20,16 @@ from raydpo.console import Console
 from raydpo.errors import ConfigError, RaydpoError
 from raydpo.evaluation.run import evaluate
 from raydpo.interrupt import interruptible
-from raydpo.pipeline import Prepared, Shared, join_sets, needs_reference, report_on, score_prepared, train_prepared
+from raydpo.pipeline import (
+    Joined,
+    Prepared,
+    Shared,
+    join_sets,
+    needs_reference,
+    report_on,
+    score_prepared,
+    train_prepared,
+)
 from raydpo.preflight import check_cluster
 from raydpo.ray_runtime import session
 from raydpo.reference.shards import Wanted
@@ -121,7 +130,7 @@ def _refuse_other_settings(prepared: Prepared) -> None:
     earlier_result(Storage(prepared.config.run_dir), prepared.fingerprint())
 
 
-def _score(config: Config, prepared: dict[str, Prepared], ledger: Ledger, console: Console) -> dict[str, tuple[Any, Any]]:
+def _score(config: Config, prepared: dict[str, Prepared], ledger: Ledger, console: Console) -> dict[str, Joined]:
     """One pass over all that trials need; then by trial its training and held-out pairs in Ray's object store, each set
     once."""
     import ray
@@ -137,7 +146,9 @@ def _score(config: Config, prepared: dict[str, Prepared], ledger: Ledger, consol
     for key, one in sets.items():
         wanted = Wanted(one.tables)
         rates[key] = float(one.cache.covers(wanted.keys, wanted.tokens).mean()) if needs_reference(one.config) else None
-        joined[key] = tuple(None if table is None else ray.put(table) for table in join_sets(one, console))
+        tables = join_sets(one, console)
+        joined[key] = dataclasses.replace(tables, pairs=ray.put(tables.pairs),
+                                          held_out=None if tables.held_out is None else ray.put(tables.held_out))
     ledger.found_in_cache(first.reference.identity.digest, [rates[_pairs_of(one)] for one in prepared.values()])
     return {name: joined[_pairs_of(one)] for name, one in prepared.items()}
 
@@ -154,7 +165,7 @@ class _Sweep:
     cannot add trials when it resumes, and what its schedulers stop depends on who came first.
     """
 
-    def __init__(self, prepared: dict[str, Prepared], shared: dict[str, tuple[Any, Any]], ledger: Ledger,
+    def __init__(self, prepared: dict[str, Prepared], shared: dict[str, Joined], ledger: Ledger,
                  table: SweepTable, at_once: int) -> None:
         self.prepared, self.shared, self.ledger, self.table, self.at_once = prepared, shared, ledger, table, at_once
         self.config = ledger.config
@@ -246,11 +257,10 @@ class _Sweep:
             board = self._boards["together"] = new_board()
         for name in names:
             self.ledger.set(name, "running")
-        pairs, held_out = self.shared[names[0]]
         try:
             return train_prepared_together(
                 [self.prepared[name] for name in names], log, self.hit_rates[names[0]],
-                shared=Shared(pairs=pairs, held_out=held_out, at_once=1, board=board, until=until,
+                shared=Shared(joined=self.shared[names[0]], at_once=1, board=board, until=until,
                               display=TogetherDisplay(log, self.table)))
         except KeyboardInterrupt:
             return [None] * len(names)
@@ -286,10 +296,9 @@ class _Sweep:
                 return False
             board = self._boards[name] = new_board()
         self.ledger.set(name, "running")
-        pairs, held_out = self.shared[name]
         try:
             return train_prepared(self.prepared[name], log, self.hit_rates[name], shared=Shared(
-                pairs=pairs, held_out=held_out, at_once=self.at_once, board=board, until=until,
+                joined=self.shared[name], at_once=self.at_once, board=board, until=until,
                 display=TrialDisplay(log, self.table, name))) is not None
         except KeyboardInterrupt:
             return False
