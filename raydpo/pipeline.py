@@ -7,7 +7,7 @@ import functools
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -42,7 +42,7 @@ from raydpo.training.engine import PolicySpec
 from raydpo.training.launch import launch
 from raydpo.training.loop import TrainJob
 from raydpo.training.pairs import join_reference, reference_values
-from raydpo.training.records import read_rows
+from raydpo.training.records import finite, read_rows
 from raydpo.training.report import TrainingDisplay, print_summary
 from raydpo.training.trackers import export_pass
 from raydpo.waiting import coming_up, wait_for
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from raydpo.audit import Audit
 
 __all__ = ["Joined", "Prepared", "Shared", "audit", "begin_run", "end_run", "fill_cache", "find_reference",
-           "finished_before", "join_sets", "needs_reference", "reference_line", "report_on", "run",
+           "finished_before", "join_sets", "measured_pairs", "needs_reference", "reference_line", "report_on", "run",
            "score", "score_prepared", "train", "train_prepared", "training_job"]
 
 
@@ -408,7 +408,8 @@ def begin_run(prepared: Prepared, job: TrainJob, console: Console) -> None:
                      f"model.quantization {config.model.quantization} rounds them: final/merged is not exactly the policy "
                      "that is trained and measured; the adapter in final/ on a model quantized alike is")
     storage.write("config.yaml", config.to_yaml().encode())
-    storage.write("run.json", json.dumps({"fingerprint": dict(job.fingerprint)}, indent=2).encode())
+    described = {"fingerprint": dict(job.fingerprint), "held_out": measured_pairs(prepared.sets.eval)}
+    storage.write("run.json", json.dumps(described, indent=2).encode())
 
 
 def training_job(prepared: Prepared, resources: Resources, until: int | None = None) -> TrainJob:
@@ -438,7 +439,7 @@ def end_run(prepared: Prepared, job: TrainJob, trained: dict[str, Any], hit_rate
     storage = Storage(prepared.config.run_dir)
     summary = _summarise(prepared, storage, trained, hit_rate, job, training_pairs)
     storage.write("final/README.md", model_card(prepared.config, summary).encode())
-    storage.write("summary.json", json.dumps(summary, indent=2).encode())
+    storage.write("summary.json", json.dumps(finite(summary), indent=2, allow_nan=False).encode())
     return summary
 
 
@@ -519,14 +520,33 @@ def _summarise(prepared: Prepared, storage: Storage, trained: dict[str, Any], hi
     }
 
 
+def measured_pairs(table: pa.Table | None) -> str | None:
+    """Digest of the pairs that something is measured on, in whatever order: keys and truncated lengths. None of none."""
+    if table is None:
+        return None
+    pairs = np.empty((table.num_rows, 2), _KEY_AND_TOKENS)
+    for column, side in enumerate(("chosen", "rejected")):
+        pairs[:, column] = np.concatenate([pairs[:0, column], *_keys_and_tokens(table, side)])
+    return hashlib.sha256(np.sort(pairs.view(f"V{2 * _KEY_AND_TOKENS.itemsize}").ravel()).tobytes()).hexdigest()[:32]
+
+
+_KEY_AND_TOKENS = np.dtype([("key", "V16"), ("tokens", "<u4")])
+
+
+def _keys_and_tokens(table: pa.Table, side: str) -> Iterator[np.ndarray]:
+    """Of the completions of one side, as used: [batch] of ``_KEY_AND_TOKENS``."""
+    for batch in table.select([f"{side}_key", f"{side}_ids"]).to_batches():
+        rows = np.empty(batch.num_rows, _KEY_AND_TOKENS)
+        rows["key"] = as_bytes(batch[0]).view("V16").ravel()
+        rows["tokens"] = pc.list_value_length(batch[1]).to_numpy()
+        yield rows
+
+
 def _digest(table: pa.Table) -> str:
     """Of the pairs in their order, as used: keys, truncated lengths, sources and weights."""
     digest = hashlib.sha256()
     for side in ("chosen", "rejected"):
-        for batch in table.select([f"{side}_key", f"{side}_ids"]).to_batches():
-            rows = np.empty(batch.num_rows, [("key", "V16"), ("tokens", "<u4")])
-            rows["key"] = as_bytes(batch[0]).view("V16").ravel()
-            rows["tokens"] = pc.list_value_length(batch[1]).to_numpy()
+        for rows in _keys_and_tokens(table, side):
             digest.update(rows.tobytes())
     for column in (PAIR_WEIGHT, PAIR_MARGIN):
         if column in table.column_names:

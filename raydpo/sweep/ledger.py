@@ -13,7 +13,7 @@ from raydpo.config.uri import redact
 from raydpo.storage import Storage
 from raydpo.sweep.halving import best_first
 from raydpo.sweep.trials import FILE, Trial, parameters_of
-from raydpo.training.records import read_rows
+from raydpo.training.records import finite, read_rows
 
 __all__ = ["Entry", "Ledger"]
 
@@ -51,10 +51,14 @@ class Entry:
 
 
 class Ledger:
-    """All trials of a sweep, in their order; written whole at each change of a status."""
+    """All trials of a sweep, in their order; written whole at each change of a status.
 
-    def __init__(self, config: Config, trials: list[Trial]) -> None:
-        self.config = config
+    Args:
+        same_pairs: whether all are measured on the same held-out pairs; if not, none is the best.
+    """
+
+    def __init__(self, config: Config, trials: list[Trial], *, same_pairs: bool = True) -> None:
+        self.config, self.same_pairs = config, same_pairs
         self.entries = {trial.name: Entry(trial) for trial in trials}
         self.cache: dict[str, Any] = {"uri": redact(config.cache_uri), "identity": None, "hit_rates": []}
         self._storage = Storage(config.run_dir)
@@ -77,7 +81,7 @@ class Ledger:
         metric = self.config.sweep.metric
         scores = {name: entry.eval[metric] for name, entry in self.entries.items()
                   if entry.status == "done" and entry.eval and metric in entry.eval}
-        if not scores:
+        if not scores or not self.same_pairs:
             return None
         return self.entries[best_first(scores, lower_is_better=lower_is_better(metric))[0]]
 
@@ -98,4 +102,4 @@ class Ledger:
             self._write()
 
     def _write(self) -> None:
-        self._storage.write(FILE, json.dumps(self.to_dict(), indent=2).encode())
+        self._storage.write(FILE, json.dumps(finite(self.to_dict()), indent=2, allow_nan=False).encode())

@@ -18,13 +18,14 @@ import pyarrow as pa
 from raydpo.config import Config, lower_is_better
 from raydpo.console import Console
 from raydpo.errors import ConfigError, RaydpoError
-from raydpo.evaluation.run import evaluate
+from raydpo.evaluation.run import evaluate, pairs_to_evaluate, protocol
 from raydpo.interrupt import interruptible
 from raydpo.pipeline import (
     Joined,
     Prepared,
     Shared,
     join_sets,
+    measured_pairs,
     needs_reference,
     report_on,
     score_prepared,
@@ -79,21 +80,22 @@ def sweep(config: Config, console: Console | None = None, *, fresh: bool = False
         prepared = _prepare(trials, console)
         for trial in trials:
             _refuse_other_settings(prepared[trial.name])
+        same_pairs = _on_same_pairs(config, prepared, console)
         at_once = trials_at_once(config, trials)
         storage.probe()
         storage.write("config.yaml", config.to_yaml().encode())
-        ledger = Ledger(config, trials)
+        ledger = Ledger(config, trials, same_pairs=same_pairs)
         to_train = any(not Storage(trial.config.run_dir).exists("summary.json") for trial in trials)
         with coming_up(largest, wanted=to_train, trainings=1 if config.sweep.together else at_once):
             shared = _score(config, prepared, ledger, console)
         console.say(f"sweep: {len(trials)} trials over {', '.join(parameters_of(trials))}; {at_once} at once")
         with SweepTable(console, ledger) as table:
             _Sweep(prepared, shared, ledger, table, at_once).run()
-    best = ledger.best()
-    if config.data.eval is None:
-        console.warn("no pairs are held out (data.eval), so nothing tells which trial is the best")
-    elif best is not None:
-        console.say(f"best {config.sweep.metric}: {best.trial.name} ({best.eval[config.sweep.metric]:.4f})")
+    best, metric = ledger.best(), config.sweep.metric
+    if best is not None:
+        console.say(f"{'lowest' if lower_is_better(metric) else 'highest'} {metric}: {best.trial.name} "
+                    f"({best.eval[metric]:.4f})")
+    _say_which_to_take(storage, console)
     console.say(f"sweep: {storage}/{FILE}")
     report_on(config.run_dir, console)
     return ledger.to_dict()
@@ -128,6 +130,48 @@ def _prepare(trials: list[Trial], console: Console) -> dict[str, Prepared]:
 
 def _refuse_other_settings(prepared: Prepared) -> None:
     earlier_result(Storage(prepared.config.run_dir), prepared.fingerprint())
+
+
+def _on_same_pairs(config: Config, prepared: dict[str, Prepared], console: Console) -> bool:
+    """Whether all trials are measured on the same held-out pairs, those that an earlier call has trained too.
+
+    Raises:
+        ConfigError: if they are not, and some are to be stopped early.
+    """
+    now: dict[int, str | None] = {}
+    first: dict[str, str] = {}  # by digest of the pairs: a trial that is measured on them
+    for name, one in prepared.items():
+        storage = Storage(one.config.run_dir)
+        digests = [json.loads(storage.read("run.json")).get("held_out")] if storage.exists("run.json") else []
+        if not storage.exists("summary.json"):
+            if id(one.sets) not in now:
+                now[id(one.sets)] = measured_pairs(one.sets.eval)
+            digests.append(now[id(one.sets)])
+        for digest in filter(None, digests):
+            first.setdefault(digest, name)
+    if len(first) < 2:
+        return True
+    (_, one), (_, other), *_ = first.items()
+    found = f"trials are measured on different held-out pairs (as {one} and {other} are), so their figures do not compare"
+    fix = ("Hold out the same pairs in all of them: a file of their own (data.eval.path) that no setting of section data "
+           "cuts or drops, or make two sweeps")
+    if config.sweep.stop_early is not None:
+        raise ConfigError(f"{found}, and sweep.stop_early would stop the wrong ones. {fix}; or set sweep.stop_early=null")
+    console.warn(f"{found}: none will be recommended. {fix}")
+    return False
+
+
+def _say_which_to_take(storage: Storage, console: Console) -> None:
+    """What the sweep's page recommends."""
+    from raydpo.report.records import SweepRecord
+    from raydpo.report.sweep import recommendation_of
+
+    try:
+        found = recommendation_of(SweepRecord.read(storage))
+    except Exception as error:  # the trials are stored
+        console.warn(f"no trial is recommended ({type(error).__name__}: {error}); 'raydpo report' tries again")
+        return
+    console.say(f"recommended: {found.point.name if found.point else 'none'}. {found.reason}")
 
 
 def _score(config: Config, prepared: dict[str, Prepared], ledger: Ledger, console: Console) -> dict[str, Joined]:
@@ -173,6 +217,8 @@ class _Sweep:
         self._boards: dict[str, Any] = {}
         self._lock = threading.Lock()
         self._stopping = False
+        self._loaded: dict[Any, pa.Table] = {}  # pairs of evaluate.data
+        self._loading = threading.Lock()
 
     def run(self) -> None:
         """All trials, to their end or to where they are stopped early.
@@ -277,7 +323,7 @@ class _Sweep:
                 if self._result(name) is None and not self._trained(name, until, log):
                     self.ledger.set(name, "waiting")
                 else:
-                    if self.config.sweep.evaluate and not Storage(config.run_dir).exists("evaluation.json"):
+                    if self.config.sweep.evaluate and not self._evaluated(name, log):
                         evaluate(config, log)
                     self.ledger.set(name, "done")
             except Exception as error:
@@ -311,6 +357,22 @@ class _Sweep:
             self._stopping = True
             for board in self._boards.values():
                 board.stop.remote()
+
+    def _evaluated(self, name: str, log: Console) -> bool:
+        """Whether the evaluation of a trial is there, by the settings and on the pairs of now."""
+        prepared = self.prepared[name]
+        config, storage = prepared.config, Storage(prepared.config.run_dir)
+        if not storage.exists("evaluation.json"):
+            return False
+        pairs = prepared.sets.eval
+        if config.evaluate.data is not None:
+            with self._loading:  # once for all trials that measure on them
+                key = (id(prepared.sets), config.evaluate.model_dump_json(include={"data", "subsets", "chat"}))
+                if key not in self._loaded:
+                    self._loaded[key] = pairs_to_evaluate(config, prepared.tokeniser, log)
+                pairs = self._loaded[key]
+        wanted = protocol(config, pairs, prepared.reference)
+        return json.loads(storage.read("evaluation.json")).get("protocol") == wanted
 
     def _result(self, name: str) -> dict[str, Any] | None:
         """The summary of a trial that came to its end."""

@@ -166,6 +166,12 @@ def _check(trial: Trial, sweep: SweepConfig) -> None:
     if early is not None and early.grace % every:
         raise ConfigError(f"sweep.stop_early.grace is {early.grace}, but trials are measured every {every} steps "
                           "(train.eval_every); set one to a multiple of the other")
+    if sweep.evaluate and trial.config.evaluate.policy is not None:
+        raise ConfigError(f"evaluate.policy is {trial.config.evaluate.policy}, but sweep.evaluate measures the policies of "
+                          "the trials; set evaluate.policy=null")
+    if sweep.evaluate and trial.config.data.eval is None and trial.config.evaluate.data is None:
+        raise ConfigError("sweep.evaluate has no pairs to measure trials on; set data.eval, for example "
+                          "data.eval.fraction=0.05, or evaluate.data")
     if trial.config.data.eval is None:
         return
     for key, metric in _metrics(sweep):

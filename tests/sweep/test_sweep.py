@@ -82,7 +82,8 @@ def test_one_pass_then_every_trial_and_those_that_failed_are_told(place, on_clus
     assert exact([trials["beta=0.3"]["eval"]]) == rows(directory, "eval.parquet")[-1:]
     assert json.loads((directory / "summary.json").read_text())["cache_hit_rate"] == 1.0
     assert "step-0 gate" in (directory / "logs" / "driver.log").read_text() and "step-0 gate" not in result.stdout
-    assert "best eval_rewards/accuracies: beta=0.3" in result.stdout
+    assert "highest eval_rewards/accuracies: beta=0.3" in result.stdout
+    assert "recommended: none. beta 0.3" in result.stdout, "what the page says"
 
     before = (directory / "metrics.parquet").stat()
     config = raydpo.load_config(place / "config.yaml", ["name=betas", "sweep.grid={train.beta: [0.3]}"])
@@ -116,6 +117,36 @@ def test_only_what_is_new_is_trained(place, on_cluster):
     assert [trial["status"] for trial in record(place, "fractions")[1].values()] == ["done"] * 3
     other = run(place, "fractions", "sweep.grid={data.fraction: [0.25, 0.5, 1.0]}", "train.lr=1e-4")
     assert other.returncode == 2 and "train.lr: 0.001 -> 0.0001" in other.stderr and "fraction=0.25" in other.stderr
+
+
+@pytest.mark.slow
+def test_other_settings_of_the_evaluation_measure_all_trials_again(place, on_cluster):
+    """One trial is added, and answers may be longer: the trial of before is measured like the new one."""
+    settings = ("train.steps=2", "train.eval_every=2", "sweep.evaluate=true", "evaluate.prompts=3")
+    write_preferences(place / "measured.jsonl", preferences(12, seed=5))
+    data = f"evaluate.data={place / 'measured.jsonl'}"
+
+    def swept(betas, *more):
+        result = run(place, "measured", f"sweep.grid={{train.beta: {betas}}}", *settings, *more)
+        assert result.returncode == 0, result.stdout + result.stderr
+        return {trial["name"]: trial["evaluation"] for trial in record(place, "measured")[1].values()}, result.stdout
+
+    first, _ = swept([0.1], "evaluate.max_tokens=4")
+    assert first["beta=0.1"]["generation"]["max_tokens"] == 4
+    both, said = swept([0.1, 0.3], "evaluate.max_tokens=6")
+    assert [one["generation"]["max_tokens"] for one in both.values()] == [6, 6] and "beta=0.1: begins" not in said
+    assert both["beta=0.1"]["protocol"] == both["beta=0.3"]["protocol"]
+    stamps = [path.stat().st_mtime_ns for path in (place / "runs" / "measured").glob("*/evaluation.json")]
+    again, _ = swept([0.1, 0.3], "evaluate.max_tokens=6")
+    assert again == both and len(stamps) == 2
+    assert stamps == [path.stat().st_mtime_ns for path in (place / "runs" / "measured").glob("*/evaluation.json")]
+    # Of other pairs, the content of a file: one that is written again under its name is another.
+    on_file, _ = swept([0.1, 0.3], "evaluate.max_tokens=6", data)
+    write_preferences(place / "measured.jsonl", preferences(12, seed=6))
+    rewritten, _ = swept([0.1, 0.3], "evaluate.max_tokens=6", data)
+    digests = [found["beta=0.1"]["protocol"]["pairs"] for found in (both, on_file, rewritten)]
+    assert len(set(digests)) == 3 and all(found["beta=0.3"]["protocol"] == found["beta=0.1"]["protocol"]
+                                          for found in (both, on_file, rewritten))
 
 
 @pytest.mark.slow

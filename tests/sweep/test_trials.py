@@ -141,6 +141,9 @@ def test_random_trials_are_the_same_each_time_and_the_first_of_more(sweep):
     ({"list": [{"train.lr": 1e-6}, {"train.keep_best": "eval_lengths"}]},
      ["trial train.keep_best=eval_lengths:", "train.keep_best is 'eval_lengths', which no evaluation measures"]),
     ({"grid": {"train.beta": [0.1]}, "stop_early": {"grace": 60}}, ["grace is 60", "every 50 steps"]),
+    ({"list": [{"evaluate.policy": "org/model"}], "evaluate": True},
+     ["evaluate.policy is org/model, but sweep.evaluate measures the policies of the trials"]),
+    ({"list": [{"data.eval": None}], "evaluate": True}, ["sweep.evaluate has no pairs to measure trials on; set data.eval"]),
 ])
 def test_bad_sweeps_name_the_trial_and_the_fix(section, said, sweep):
     with pytest.raises(ConfigError) as caught:
