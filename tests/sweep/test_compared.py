@@ -10,10 +10,11 @@ from tiny import preferences, write_preferences
 from raydpo.config import load_config
 from raydpo.console import Console
 from raydpo.errors import ConfigError
+from raydpo.evaluation.run import pairs_to_evaluate, protocol
 from raydpo.pipeline import measured_pairs
 from raydpo.storage import Storage
 from raydpo.sweep.ledger import Ledger
-from raydpo.sweep.run import _on_same_pairs, _prepare
+from raydpo.sweep.run import _on_same_pairs, _prepare, _Sweep
 from raydpo.sweep.trials import trials_of
 from raydpo.training.records import to_parquet
 
@@ -40,6 +41,7 @@ def compared(place, *overrides):
     return _on_same_pairs(config, trials, Console(said := io.StringIO())), said.getvalue()
 
 
+SILENT = Console(io.StringIO())
 EARLY = "sweep.stop_early={grace: 50}"
 
 
@@ -84,6 +86,33 @@ def test_held_out_pairs_that_have_changed_since_do_not_compare(place):
     assert not compared(place, grid, f"data.eval.path={place / 'others.jsonl'}")[0]
     (place / "runs" / "s" / "beta=0.3" / "summary.json").write_text("{}")
     assert compared(place, grid, f"data.eval.path={place / 'others.jsonl'}") == (True, ""), "nothing is measured any more"
+
+
+def test_a_trial_is_measured_again_where_settings_or_pairs_have_changed(place):
+    """By the settings of section evaluate and the content of its pairs, not by what they are called."""
+    grid = "sweep.grid={train.beta: [0.1]}"
+
+    def is_there(*overrides, measure=False):
+        config, trials = prepared(place, grid, "sweep.evaluate=true", *overrides)
+        ledger = Ledger(config, trials_of(config))
+        ledger.found_in_cache("", [None])
+        (name, one), = trials.items()
+        sweep = _Sweep(trials, {}, ledger, None, 1)
+        if measure:
+            told = protocol(one.config, pairs_to_evaluate(one.config, one.tokeniser, SILENT), one.reference)
+            Storage(one.config.run_dir).write("evaluation.json", json.dumps({"protocol": told}).encode())
+        return sweep._evaluated(name, SILENT)
+
+    assert not is_there(), "nothing is measured yet"
+    assert is_there(measure=True) and is_there() and is_there("evaluate.batch=3", "evaluate.score_missing=false")
+    for changed in ("max_tokens=512", "prompts=8", "seed=1", "temperature=0.7", "modes=[sampled]", "samples=2",
+                    "engine=vllm", "score_with=a:b", "judge={url: 'http://host/v1', model: m}"):
+        assert not is_there(f"evaluate.{changed}"), changed
+    assert not is_there(f"data.eval.path={place / 'others.jsonl'}") and not is_there("score.dtype=bfloat16")
+    data = f"evaluate.data={place / 'others.jsonl'}"
+    assert not is_there(data) and is_there(data, measure=True) and is_there(data) and not is_there()
+    write_preferences(place / "others.jsonl", preferences(30, seed=9))
+    assert not is_there(data), "the file has been written again"
 
 
 def test_a_trial_that_diverged_leaves_a_record_that_every_reader_can_read(place):
