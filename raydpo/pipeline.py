@@ -7,7 +7,7 @@ import functools
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -38,12 +38,13 @@ from raydpo.reference.score import ReferenceSpec
 from raydpo.reference.store import ReferenceCache
 from raydpo.storage import Storage
 from raydpo.training.card import model_card
+from raydpo.training.checkpoint import changed_settings
 from raydpo.training.earlier import begin_again, earlier_result, harmless_changes
 from raydpo.training.engine import PolicySpec
 from raydpo.training.launch import launch
 from raydpo.training.loop import TrainJob
 from raydpo.training.pairs import join_reference, reference_values
-from raydpo.training.records import read_rows
+from raydpo.training.records import finite, read_rows
 from raydpo.training.report import TrainingDisplay, print_summary
 from raydpo.training.trackers import export_pass
 from raydpo.waiting import coming_up, wait_for
@@ -51,9 +52,9 @@ from raydpo.waiting import coming_up, wait_for
 if TYPE_CHECKING:
     from raydpo.audit import Audit
 
-__all__ = ["Prepared", "Shared", "audit", "begin_run", "check_models", "end_run", "fill_cache", "find_reference",
-           "finished_before", "join_sets", "needs_reference", "reference_line", "report_on", "run", "score",
-           "score_prepared", "train", "train_prepared", "training_job"]
+__all__ = ["Joined", "Prepared", "Shared", "audit", "begin_run", "check_models", "end_run", "fill_cache", "find_reference",
+           "finished_before", "join_sets", "measured_pairs", "needs_reference", "reference_line", "report_on", "run",
+           "score", "score_prepared", "train", "train_prepared", "training_job"]
 
 
 def score(config: Config, console: Console | None = None) -> BuildReport:
@@ -87,7 +88,10 @@ def train(config: Config, console: Console | None = None, *, fresh: bool = False
     check_models([config], console)
     with session(config):
         check_cluster(config, ["train"], console)
-        return train_prepared(Prepared.of(config, console), console, fresh=fresh)
+        prepared = Prepared.of(config, console)
+        if fresh:
+            begin_again(Storage(config.run_dir), console)
+        return train_prepared(prepared, console)
 
 
 def run(config: Config, console: Console | None = None, *, fresh: bool = False) -> dict[str, Any]:
@@ -99,8 +103,14 @@ def run(config: Config, console: Console | None = None, *, fresh: bool = False) 
         check_cluster(config, ["score", "train"], console)
         with coming_up(config, wanted=fresh or not Storage(config.run_dir).exists("summary.json")):
             prepared = Prepared.of(config, console)
+            # Before scoring, which writes the audit into the run directory.
+            storage = Storage(config.run_dir)
+            if fresh:
+                begin_again(storage, console)
+            if earlier_result(storage, prepared.fingerprint()) is not None:
+                return train_prepared(prepared, console)
             built = score_prepared(prepared, console)
-            return train_prepared(prepared, console, built.hit_rate if built.wanted else None, fresh=fresh)
+            return train_prepared(prepared, console, built.hit_rate if built.wanted else None)
 
 
 def check_models(configs: Sequence[Config], console: Console) -> None:
@@ -321,6 +331,8 @@ def fill_cache(tables: list[pa.Table], spec: ReferenceSpec, cache: ReferenceCach
 def _audit(prepared: Prepared, console: Console) -> Audit:
     from raydpo.audit import audit_pairs, summary_lines, write_audit
 
+    storage = Storage(prepared.config.run_dir)
+    _refuse_other_pairs(storage, prepared)
     pairs = prepared.sets.train
     facts = pair_facts(pairs, *(found.sums for found in reference_values(pairs, prepared.cache)))
     decode = prepared.tokeniser.tokenizer.batch_decode
@@ -330,7 +342,6 @@ def _audit(prepared: Prepared, console: Console) -> Audit:
               "identity": prepared.reference.identity.digest, "cache": str(prepared.cache.storage)},
         identical={source.name: source.dropped.counts[SAME] for source in prepared.sets.report.sources
                    if source.dropped.counts[SAME]})
-    storage = Storage(prepared.config.run_dir)
     write_audit(done, storage)
     for line in summary_lines(done):
         console.say(line)
@@ -338,27 +349,56 @@ def _audit(prepared: Prepared, console: Console) -> Audit:
     return done
 
 
+def _refuse_other_pairs(storage: Storage, prepared: Prepared) -> None:
+    """The audit of a run stays that of the pairs which the run trained on.
+
+    Raises:
+        ConfigError: if a run of this name has other pairs or another reference.
+    """
+    if not storage.exists("run.json"):
+        return
+    earlier, now = json.loads(storage.read("run.json"))["fingerprint"], prepared.fingerprint()
+    changes = changed_settings(*({key: each.get(key) for key in ("data.train (pairs)", "reference identity")}
+                                 for each in (earlier, now)))
+    if changes:
+        raise ConfigError(f"{storage} is a run of other pairs or another reference ({'; '.join(changes)}), and keeps its "
+                          "audit. Give this one another name (name=...)")
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Pairs with the reference's values, as they are trained on.
+
+    Attributes:
+        pairs, held_out: tables, or references to them in Ray's object store; None if nothing is held out.
+        training_pairs: how many ``pairs`` are.
+    """
+
+    pairs: Any
+    held_out: Any
+    training_pairs: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Shared:
     """What a training that is one of many is given.
 
     Attributes:
-        pairs, held_out: of ``join_sets``, in Ray's object store.
+        joined: of ``join_sets``, in Ray's object store.
         at_once: how many trainings share the cluster.
         board: of ``launch.new_board``.
         display: hears what happens.
         until: a step after which it pauses; None = it goes on to the end.
     """
 
-    pairs: Any
-    held_out: Any
+    joined: Joined
     at_once: int
     board: Any
     display: TrainingDisplay
     until: int | None = None
 
 
-def join_sets(prepared: Prepared, console: Console) -> tuple[pa.Table, pa.Table | None]:
+def join_sets(prepared: Prepared, console: Console) -> Joined:
     """Training and held-out pairs with the reference's values, as they are trained on.
 
     Raises:
@@ -373,7 +413,7 @@ def join_sets(prepared: Prepared, console: Console) -> tuple[pa.Table, pa.Table 
     held_out = prepared.sets.eval
     if held_out is not None and compares:
         held_out = join_reference(held_out, prepared.cache, "held-out")
-    return pairs, held_out
+    return Joined(pairs, held_out, pairs.num_rows)
 
 
 def finished_before(prepared: Prepared, console: Console) -> dict[str, Any] | None:
@@ -400,7 +440,8 @@ def begin_run(prepared: Prepared, job: TrainJob, console: Console) -> None:
                      f"model.quantization {config.model.quantization} rounds them: final/merged is not exactly the policy "
                      "that is trained and measured; the adapter in final/ on a model quantized alike is")
     storage.write("config.yaml", config.to_yaml().encode())
-    storage.write("run.json", json.dumps({"fingerprint": dict(job.fingerprint)}, indent=2).encode())
+    described = {"fingerprint": dict(job.fingerprint), "held_out": measured_pairs(prepared.sets.eval)}
+    storage.write("run.json", json.dumps(described, indent=2).encode())
 
 
 def training_job(prepared: Prepared, resources: Resources, until: int | None = None) -> TrainJob:
@@ -424,16 +465,17 @@ def training_job(prepared: Prepared, resources: Resources, until: int | None = N
         stop_after=until, sample_prompts=_sample_prompts(prepared), sample_stop=prepared.tokeniser.stop_ids)
 
 
-def end_run(prepared: Prepared, job: TrainJob, trained: dict[str, Any], hit_rate: float | None) -> dict[str, Any]:
+def end_run(prepared: Prepared, job: TrainJob, trained: dict[str, Any], hit_rate: float | None,
+            training_pairs: int) -> dict[str, Any]:
     """Write what a run directory says of the run once it has trained; returns what summary.json holds."""
     storage = Storage(prepared.config.run_dir)
-    summary = _summarise(prepared, storage, trained, hit_rate, job)
+    summary = _summarise(prepared, storage, trained, hit_rate, job, training_pairs)
     storage.write("final/README.md", model_card(prepared.config, summary).encode())
-    storage.write("summary.json", json.dumps(summary, indent=2).encode())
+    storage.write("summary.json", json.dumps(finite(summary), indent=2, allow_nan=False).encode())
     return summary
 
 
-def train_prepared(prepared: Prepared, console: Console, hit_rate: float | None = None, *, fresh: bool = False,
+def train_prepared(prepared: Prepared, console: Console, hit_rate: float | None = None, *,
                    shared: Shared | None = None) -> dict[str, Any] | None:
     """``train``; None if it pauses where ``shared`` wants it to.
 
@@ -441,18 +483,16 @@ def train_prepared(prepared: Prepared, console: Console, hit_rate: float | None 
         hit_rate: share of the completions that the cache held when the run began, where that is known.
     """
     config = prepared.config
-    if fresh:
-        begin_again(Storage(config.run_dir), console)
     summary = finished_before(prepared, console)
     if summary is None:
-        pairs, held_out = join_sets(prepared, console) if shared is None else (shared.pairs, shared.held_out)
+        joined = join_sets(prepared, console) if shared is None else shared.joined
         resources = resources_for("train", config, 1 if shared is None else shared.at_once)
         if shared is None:
             _wait_for("train", config, resources, console)
         job = training_job(prepared, resources, None if shared is None else shared.until)
         begin_run(prepared, job, console)
         with TrainingDisplay(console) if shared is None else shared.display as display:
-            trained = launch(job, pairs, held_out, resources, run_dir=config.run_dir, run_name=config.run_name,
+            trained = launch(job, joined.pairs, joined.held_out, resources, run_dir=config.run_dir, run_name=config.run_name,
                              track=config.track, base_name=prepared.base_name,
                              tokenizer=prepared.tokeniser.tokenizer, listener=display.listen,
                              board=None if shared is None else shared.board)
@@ -461,7 +501,7 @@ def train_prepared(prepared: Prepared, console: Console, hit_rate: float | None 
                 return None
             console.say(f"stopped after step {trained['steps']:,}; its checkpoint is in {redact(config.run_dir)}")
             raise KeyboardInterrupt
-        summary = end_run(prepared, job, trained, hit_rate)
+        summary = end_run(prepared, job, trained, hit_rate, joined.training_pairs)
     print_summary(console, summary)
     report_on(config.run_dir, console)
     return summary
@@ -486,7 +526,7 @@ def _sample_prompts(prepared: Prepared) -> tuple[tuple[str, Any], ...]:
 
 
 def _summarise(prepared: Prepared, storage: Storage, trained: dict[str, Any], hit_rate: float | None,
-               job: TrainJob) -> dict[str, Any]:
+               job: TrainJob, training_pairs: int) -> dict[str, Any]:
     config, decode = prepared.config, prepared.tokeniser.tokenizer.decode
     steps, evals = read_rows(storage, "metrics.parquet"), read_rows(storage, "eval.parquet")
     answers = zip(job.sample_prompts, trained["samples_before"], trained["samples_after"], strict=False)
@@ -498,7 +538,7 @@ def _summarise(prepared: Prepared, storage: Storage, trained: dict[str, Any], hi
         "checkpoint_bytes": trained["checkpoint_bytes"], "skipped_steps": trained["skipped"],
         "tokens_per_second": trained["tokens_per_second"], "gate": trained["gate"],
         "first_loss": steps[0]["loss"], "last_loss": steps[-1]["loss"],
-        "training_pairs": prepared.sets.train.num_rows,
+        "training_pairs": training_pairs,
         "held_out_pairs": 0 if prepared.sets.eval is None else prepared.sets.eval.num_rows,
         "eval_before": evals[0] if evals else None, "eval_after": evals[-1] if evals else None,
         "reference": {"path": config.reference_path, "adapter": config.reference_adapter,
@@ -512,14 +552,33 @@ def _summarise(prepared: Prepared, storage: Storage, trained: dict[str, Any], hi
     }
 
 
+def measured_pairs(table: pa.Table | None) -> str | None:
+    """Digest of the pairs that something is measured on, in whatever order: keys and truncated lengths. None of none."""
+    if table is None:
+        return None
+    pairs = np.empty((table.num_rows, 2), _KEY_AND_TOKENS)
+    for column, side in enumerate(("chosen", "rejected")):
+        pairs[:, column] = np.concatenate([pairs[:0, column], *_keys_and_tokens(table, side)])
+    return hashlib.sha256(np.sort(pairs.view(f"V{2 * _KEY_AND_TOKENS.itemsize}").ravel()).tobytes()).hexdigest()[:32]
+
+
+_KEY_AND_TOKENS = np.dtype([("key", "V16"), ("tokens", "<u4")])
+
+
+def _keys_and_tokens(table: pa.Table, side: str) -> Iterator[np.ndarray]:
+    """Of the completions of one side, as used: [batch] of ``_KEY_AND_TOKENS``."""
+    for batch in table.select([f"{side}_key", f"{side}_ids"]).to_batches():
+        rows = np.empty(batch.num_rows, _KEY_AND_TOKENS)
+        rows["key"] = as_bytes(batch[0]).view("V16").ravel()
+        rows["tokens"] = pc.list_value_length(batch[1]).to_numpy()
+        yield rows
+
+
 def _digest(table: pa.Table) -> str:
     """Of the pairs in their order, as used: keys, truncated lengths, sources and weights."""
     digest = hashlib.sha256()
     for side in ("chosen", "rejected"):
-        for batch in table.select([f"{side}_key", f"{side}_ids"]).to_batches():
-            rows = np.empty(batch.num_rows, [("key", "V16"), ("tokens", "<u4")])
-            rows["key"] = as_bytes(batch[0]).view("V16").ravel()
-            rows["tokens"] = pc.list_value_length(batch[1]).to_numpy()
+        for rows in _keys_and_tokens(table, side):
             digest.update(rows.tobytes())
     for column in (PAIR_WEIGHT, PAIR_MARGIN):
         if column in table.column_names:

@@ -60,7 +60,7 @@ def train_prepared_together(prepared: Sequence[Prepared], console: Console, hit_
     todo = [number for number, result in enumerate(results) if result is None]
     if not todo:
         return results
-    pairs, held_out = join_sets(prepared[0], console) if shared is None else (shared.pairs, shared.held_out)
+    joined = join_sets(prepared[0], console) if shared is None else shared.joined
     resources = resources_for("train", prepared[0].config)
     until = None if shared is None else shared.until
     jobs = [training_job(prepared[number], resources, until) for number in todo]
@@ -68,8 +68,8 @@ def train_prepared_together(prepared: Sequence[Prepared], console: Console, hit_
     for number, job in zip(todo, jobs, strict=True):
         begin_run(prepared[number], job, console)
     with _Display(console, [config.run_name for config in configs]) if shared is None else shared.display as display:
-        trained = launch_together(jobs, [(config.run_dir, config.run_name, config.track) for config in configs], pairs,
-                                  held_out, resources, base_name=prepared[0].base_name,
+        trained = launch_together(jobs, [(config.run_dir, config.run_name, config.track) for config in configs],
+                                  joined.pairs, joined.held_out, resources, base_name=prepared[0].base_name,
                                   tokenizer=prepared[0].tokeniser.tokenizer, listener=display.listen,
                                   board=None if shared is None else shared.board)
     stopped = False
@@ -83,7 +83,7 @@ def train_prepared_together(prepared: Sequence[Prepared], console: Console, hit_
             place = redact(prepared[number].config.run_dir)
             console.say(f"{name} stopped after step {result['steps']:,}; its checkpoint is in {place}")
         elif not result["interrupted"]:
-            results[number] = end_run(prepared[number], job, result, hit_rate)
+            results[number] = end_run(prepared[number], job, result, hit_rate, joined.training_pairs)
             report_on(prepared[number].config.run_dir, console)
             console.say(f"{name}: {result['steps']:,} steps, last loss {results[number]['last_loss']:.6f}")
     if stopped:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -217,6 +218,11 @@ def test_filter_and_audit(first, place, on_cluster):
     sure = raydpo("train", place / "config.yaml", "name=sure", "data.filter=ref_margin > 0 and copy = 0", "train.steps=1",
                   "train.workers=1")
     assert sure.returncode == 0 and "pairs left out (a: " in sure.stdout and "b: " in sure.stdout, sure.stdout + sure.stderr
+    trained = int(re.search(r"training: (\d+) pairs", sure.stdout)[1])
+    assert trained < int(re.search(r"pairs: (\d+) to train on", sure.stdout)[1])
+    run = place / "runs" / "sure"
+    assert json.loads((run / "summary.json").read_text())["training_pairs"] == trained
+    assert f"`b.jsonl`, {trained} pairs" in (run / "final" / "README.md").read_text()
     wrong = raydpo("train", place / "config.yaml", "data.filter=chosen_token < 20")
     assert wrong.returncode == 2 and "did you mean 'chosen_tokens'" in wrong.stderr and wrong.stderr.count("\n") == 1
     assert "audit: the chosen answer is longer in " in first.stdout
@@ -224,3 +230,28 @@ def test_filter_and_audit(first, place, on_cluster):
     audit = json.loads(raydpo("audit", place / "config.yaml", "--json").stdout)
     assert set(audit["sources"]) == {"a", "b"} and audit["total"]["not_scored"] == 0
     assert audit["total"]["pairs"] == sum(source["pairs"] for source in audit["sources"].values())
+
+
+def test_the_audit_of_an_earlier_run_stays_its_own(first, place, on_cluster):
+    audit = place / "runs" / "first" / "audit.html"
+    before = audit.read_bytes()
+    other = (place / "config.yaml", f"data.train={place / 'b.jsonl'}")
+    run = raydpo("run", *other)
+    assert run.returncode == 2 and "is a run with other settings" in run.stderr and "cache:" not in run.stdout
+    audited = raydpo("audit", *other)
+    assert audited.returncode == 2 and "is a run of other pairs or another reference" in audited.stderr
+    scored = raydpo("score", *other)
+    assert scored.returncode == 0 and "warning: the audit failed" in scored.stdout + scored.stderr
+    assert audit.read_bytes() == before
+    assert raydpo("audit", place / "config.yaml", "train.lr=1e-4").returncode == 0, "of the same pairs"
+
+
+def test_fresh_sets_the_earlier_run_aside_with_its_audit(first, place, on_cluster):
+    old = place / "runs" / "old"
+    old.mkdir()
+    (old / "run.json").write_text(json.dumps({"fingerprint": {"train.beta": 7}}))
+    (old / "audit.html").write_text("of the old run")
+    result = raydpo("run", place / "config.yaml", "name=old", "train.steps=1", "train.workers=1", "--fresh")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert (place / "runs" / "old~1" / "audit.html").read_text() == "of the old run"
+    assert (old / "audit.html").stat().st_size > 10_000 and f"audit: {old}/audit.html" in result.stdout

@@ -7,8 +7,9 @@ A default lives in one of these modules and nowhere else; the docstring below a 
 from raydpo.config.data import DataConfig, EvalConfig, SourceConfig, source_name
 from raydpo.config.evaluate import EvaluateConfig, JudgeConfig
 from raydpo.config.load import is_hub_name, load_config, with_setting
+from raydpo.config.metric import check_metric, depends_on_scale, lower_is_better
 from raydpo.config.model import LoraSettings, ModelConfig, ReferenceConfig
-from raydpo.config.objective import LOSSES, BetaSchedule, ObjectiveConfig
+from raydpo.config.objective import LOSSES, SCALE_KEYS, BetaSchedule, ObjectiveConfig
 from raydpo.config.run import CacheConfig, Config, RayConfig
 from raydpo.config.sweep import RandomConfig, StopEarlyConfig, SweepConfig
 from raydpo.config.track import TrackConfig
@@ -17,6 +18,7 @@ from raydpo.config.uri import is_uri
 
 __all__ = [
     "LOSSES",
+    "SCALE_KEYS",
     "BetaSchedule",
     "CacheConfig",
     "Config",
@@ -36,9 +38,12 @@ __all__ = [
     "SweepConfig",
     "TrackConfig",
     "TrainConfig",
+    "check_metric",
+    "depends_on_scale",
     "is_hub_name",
     "is_uri",
     "load_config",
+    "lower_is_better",
     "source_name",
     "with_setting",
 ]

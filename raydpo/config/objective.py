@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from raydpo.config.section import Float, Section
 
-__all__ = ["LOSSES", "BetaSchedule", "LossTraits", "ObjectiveConfig"]
+__all__ = ["LOSSES", "SCALE_KEYS", "BetaSchedule", "LossTraits", "ObjectiveConfig"]
 
 PER_PAIR = frozenset({"beta", "ld_alpha", "use_weighting", "dynamic_beta", "weight_column"})
 MARGIN = PER_PAIR | {"f_divergence_type", "f_alpha_divergence_coef", "margin_column"}
@@ -253,3 +253,7 @@ class ObjectiveConfig(Section):
         if isinstance(self.beta, BetaSchedule) and self.beta.start == self.beta.end:
             raise ValueError(f"beta goes from {self.beta.start:g} to {self.beta.end:g}; write beta: {self.beta.start:g}")
         return self
+
+
+SCALE_KEYS = (*(f"train.{name}" for name in ObjectiveConfig.model_fields), "data.weight_column", "data.margin_column")
+"""Keys of the configuration on which the scale of losses and reward margins depends: these do not compare across them."""

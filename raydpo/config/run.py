@@ -8,9 +8,11 @@ from typing import Annotated
 import yaml
 from pydantic import AfterValidator, Field, model_validator
 
-from raydpo.config.data import DataConfig
+from raydpo.config.data import DataConfig, source_name
 from raydpo.config.evaluate import EvaluateConfig
+from raydpo.config.metric import check_metric, depends_on_scale, held_out_metrics
 from raydpo.config.model import ModelConfig, ReferenceConfig
+from raydpo.config.objective import BetaSchedule
 from raydpo.config.section import PathOrUri, Section
 from raydpo.config.sweep import SweepConfig
 from raydpo.config.track import TrackConfig
@@ -86,10 +88,25 @@ class Config(Section):
         if self.train.keep_best is not None and self.data.eval is None:
             raise ValueError(f"train.keep_best is {self.train.keep_best}, but there are no held-out pairs to measure it on; "
                              "set data.eval, for example data.eval.fraction=0.05")
+        if self.train.keep_best is not None:
+            check_metric("train.keep_best", self.train.keep_best, self.held_out_metrics)
+            if isinstance(self.train.beta, BetaSchedule) and depends_on_scale(self.train.keep_best):
+                raise ValueError(f"train.keep_best is {self.train.keep_best!r}, which does not compare between steps: "
+                                 f"train.beta moves ({self.train.beta_text}), and its scale with it. Set it to "
+                                 "eval_rewards/accuracies, or train.beta to a number")
         if self.sweep is not None and self.sweep.stop_early is not None and self.data.eval is None:
             raise ValueError("sweep.stop_early is set, but there are no held-out pairs to compare trials on; set data.eval, "
                              "for example data.eval.fraction=0.05")
         return self
+
+    @property
+    def held_out_metrics(self) -> list[str]:
+        """Names of what each evaluation of the held-out pairs measures; none where nothing is held out."""
+        if self.data.eval is None:
+            return []
+        # Held-out pairs of a file are one source. A filter may read the reference where the loss does not.
+        return held_out_metrics([source_name(source) for source in self.data.train] if self.data.eval.path is None else [],
+                                reference=self.train.needs_reference or self.data.filter is not None)
 
     @property
     def reference_adapter(self) -> str | None:

@@ -88,14 +88,15 @@ class SweepConfig(Section):
     random: RandomConfig | None = None
     """So many trials at random."""
     metric: str = "eval_rewards/accuracies"
-    """Of the last held-out evaluation, by which the best trial is named. The loss cannot be compared across beta."""
+    """Of the last held-out evaluation, by which trials are ranked. Losses and reward margins are refused where trials differ
+    in beta, loss or its settings: each has a scale of its own."""
     stop_early: StopEarlyConfig | None = None
     """Stop the trials that are behind; null = train all to the end."""
     at_once: Int | None = Field(None, ge=1)
     """Trials that train at the same time; null = as many as the cluster holds."""
     evaluate: bool = False
-    """Measure each trial when it has come to its end, as section evaluate says: drift and length of its answers are axes of
-    the sweep's page."""
+    """Measure each trial when it has come to its end, as section evaluate says, and again where that has changed: drift and
+    length of its answers are axes of the sweep's page."""
     together: bool = False
     """Train LoRA trials that differ only in their objective in one process, over one copy of the model."""
 

@@ -144,7 +144,8 @@ class TrainConfig(ObjectiveConfig):
     """How many checkpoints stay: the newest, or with keep_best the best and the newest."""
     keep_best: str | None = None
     """A metric of the held-out evaluations, such as eval_loss or eval_rewards/accuracies, by which checkpoints are kept:
-    the newest one when each was made."""
+    the newest one when each was made. The least loss or chosen_fell is the best, of the whole or of one source; the
+    greatest of accuracies and margins."""
     eval_every: Int = Field(50, ge=1)
     """Steps between held-out evaluations. There is always one before the first and one after the last step."""
     max_failures: Int = Field(3, ge=-1)

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 import raydpo
 from raydpo.config import Config
+from raydpo.config.uri import redacted
 from raydpo.console import Console
 from raydpo.data.pairs import load_pairs
 from raydpo.data.tokenise import Tokeniser, load_tokenizer
@@ -33,7 +34,7 @@ from raydpo.evaluation.wins import compare_scores, own_scores
 from raydpo.evaluation.work import Work, do_work
 from raydpo.model.rotary import rope_line
 from raydpo.model.weights import check_weights
-from raydpo.pipeline import fill_cache, find_reference, reference_line, report_on
+from raydpo.pipeline import fill_cache, find_reference, measured_pairs, reference_line, report_on
 from raydpo.preflight import check_cluster
 from raydpo.ray_runtime import bfloat16_pays, resources_for, session
 from raydpo.reference.identity import resolve_model
@@ -42,10 +43,13 @@ from raydpo.reference.store import ReferenceCache
 from raydpo.storage import Storage
 from raydpo.training.pairs import reference_values
 
-__all__ = ["evaluate"]
+__all__ = ["evaluate", "pairs_to_evaluate", "protocol"]
 
 WORK_BLOCK = 64
 """Rows that an actor does and stores together: a kill costs at most so many of each actor."""
+_NOT_IN_PROTOCOL = dict.fromkeys(("policy", "base", "data", "subsets", "chat", "score_missing", "batch"), True) | {
+    "judge": {"key", "timeout", "retries", "parallel"}}
+"""Settings that say what is measured (of pairs their content is told), or only how fast."""
 
 
 def evaluate(config: Config, console: Console | None = None) -> dict[str, Any]:
@@ -90,6 +94,26 @@ def _check_models(config: Config, console: Console) -> None:
         console.warn(line)
 
 
+def pairs_to_evaluate(config: Config, tokeniser: Tokeniser, console: Console) -> pa.Table:
+    """The pairs that ``evaluate`` measures on.
+
+    Raises:
+        ConfigError: if there is neither evaluate.data nor data.eval.
+        DataError: if they cannot be read.
+    """
+    data, on_training_side = evaluation_data(config)
+    sets = load_pairs(data, tokeniser, console.counter("reading", "records"), reading(config.evaluate))
+    for line in sets.report.lines():
+        console.say(line)
+    return sets.train if on_training_side else sets.eval
+
+
+def protocol(config: Config, pairs: pa.Table, reference: ReferenceSpec) -> dict[str, Any]:
+    """How a policy is measured, as evaluation.json tells it: figures of two evaluations compare where it is the same."""
+    settings = config.evaluate.model_dump(mode="json", exclude=_NOT_IN_PROTOCOL)
+    return redacted(settings) | {"pairs": measured_pairs(pairs), "reference": reference.identity.digest}
+
+
 @dataclass(frozen=True)
 class _Evaluation:
     """Everything that measuring needs, found out once."""
@@ -103,7 +127,7 @@ class _Evaluation:
 
     @classmethod
     def of(cls, config: Config, console: Console) -> _Evaluation:
-        data, on_training_side = evaluation_data(config)
+        data, _ = evaluation_data(config)
         reference, _ = find_reference(config, "bfloat16" if bfloat16_pays() else "float32")
         console.say(reference_line(config, reference))
         if reference.identity.rope_length is not None:
@@ -123,10 +147,7 @@ class _Evaluation:
                                    chat_template=data.chat_template, trust_remote_code=config.model.trust_remote_code)
         _check_same_tokens(tokenizer, policy, config)
         tokeniser = Tokeniser(tokenizer)
-        sets = load_pairs(data, tokeniser, console.counter("reading", "records"), reading(config.evaluate))
-        for line in sets.report.lines():
-            console.say(line)
-        pairs = sets.train if on_training_side else sets.eval
+        pairs = pairs_to_evaluate(config, tokeniser, console)
         console.say(f"pairs to evaluate on: {pairs.num_rows:,}")
         return cls(config, console, policy, reference, tokeniser, pairs)
 
@@ -155,7 +176,7 @@ class _Evaluation:
             "reference": {"path": config.reference_path, "adapter": config.reference_adapter,
                           "identity": self.reference.identity.digest},
             "data": list(dict.fromkeys(self.pairs["source"].to_pylist())), "beta": beta,
-            "rewards": "per_token" if per_token else "sum",
+            "rewards": "per_token" if per_token else "sum", "protocol": protocol(config, self.pairs, self.reference),
             "preferences": measure_preferences(self._scored_pairs(), beta, per_token=per_token),
             "generation": None, "drift": None, "wins": [], "samples": []}
         if not modes:

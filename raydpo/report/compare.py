@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import raydpo
+from raydpo.config import SCALE_KEYS
 from raydpo.pages.page import render
 from raydpo.pages.plot import SERIES, Picture
 from raydpo.report.curves import curve, curves_picture
@@ -38,9 +39,10 @@ def comparison_page(runs: Sequence[RunRecord]) -> str:
     """The page of several runs."""
     runs = _told_apart(runs)
     different = differences(runs)
-    incomparable = any(row.head in ("train.beta", "train.loss", "train.label_smoothing") for row in different.rows)
+    incomparable = any(row.head == key or row.head.startswith(f"{key}.") for row in different.rows for key in SCALE_KEYS)
     return render("report/compare.html", scripts=SCRIPTS, version=raydpo.__version__, runs=runs, differences=different,
                   finals=_finals(runs), curves=overlaid(runs), incomparable=incomparable, most=MOST,
+                  same_pairs=len({run.held_out_digest for run in runs} - {None}) < 2,
                   states=[(run.name, status_of(run)) for run in runs if run.summary is None])
 
 

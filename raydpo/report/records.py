@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import polars as pl
 import yaml
 
+from raydpo.config import ObjectiveConfig
 from raydpo.errors import ConfigError, RaydpoError
 from raydpo.storage import Storage, redact
 from raydpo.sweep.trials import FILE as SWEEP_FILE
@@ -32,6 +33,7 @@ class RunRecord:
         config: the resolved configuration, without secrets; {} if there is none.
         steps: metrics.parquet, a row a step. evals: eval.parquet, a row an evaluation, names without ``eval_``.
         summary: summary.json, which only a finished run has. evaluation: evaluation.json, what ``raydpo eval`` found.
+        held_out_digest: of the held-out pairs that it is measured on; None where none are held out, or it is not known.
     """
 
     place: str
@@ -41,6 +43,7 @@ class RunRecord:
     evals: pl.DataFrame
     summary: dict[str, Any] | None
     evaluation: dict[str, Any] | None
+    held_out_digest: str | None = None
 
     @classmethod
     def read(cls, storage: Storage) -> RunRecord:
@@ -60,7 +63,8 @@ class RunRecord:
         name = config.get("name") or str(storage).rstrip("/").rsplit("/", 1)[-1]
         return cls(str(storage), str(name), _without_secrets(config), _table(storage, "metrics.parquet"),
                    evals.rename({column: column.removeprefix("eval_") for column in evals.columns}),
-                   _read(storage, "summary.json", json.loads), _read(storage, "evaluation.json", json.loads))
+                   _read(storage, "summary.json", json.loads), _read(storage, "evaluation.json", json.loads),
+                   (_read(storage, "run.json", json.loads) or {}).get("held_out"))
 
     @property
     def done(self) -> int:
@@ -86,6 +90,17 @@ class RunRecord:
         for part in key.split("."):
             tree = tree.get(part) if isinstance(tree, dict) else None
         return tree
+
+
+    @property
+    def objective(self) -> ObjectiveConfig | None:
+        """The objective that was trained; None where that is not known, or not to this version of raydpo."""
+        train = self.config.get("train") or {}
+        try:
+            return ObjectiveConfig(**{key: train[key] for key in ObjectiveConfig.model_fields if key in train}) if train \
+                else None
+        except ValueError:
+            return None
 
 
 @dataclass(frozen=True)
@@ -156,7 +171,7 @@ def _trial(sweep: Storage, entry: dict[str, Any]) -> Trial:
     scores = {name.removeprefix("eval_"): value for name, value in (entry.get("eval") or {}).items()
               if value is not None and math.isfinite(value)}
     return Trial(str(entry["name"]), dict(entry.get("settings") or {}), str(entry.get("status", "?")), entry.get("error"),
-                 entry.get("seconds"), scores, entry.get("evaluation") or (run and run.evaluation), run)
+                 entry.get("seconds"), scores, (run and run.evaluation) or entry.get("evaluation"), run)
 
 
 def _read(storage: Storage, name: str, parse: Callable[[bytes], T]) -> T | None:

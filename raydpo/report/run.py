@@ -13,7 +13,7 @@ from raydpo.report.curves import curve, curves_picture, phases_picture
 from raydpo.report.evaluation import evaluation_part, shown_samples
 from raydpo.report.findings import findings
 from raydpo.report.records import RunRecord
-from raydpo.report.tables import Cell, Row, Table, duration, number, share
+from raydpo.report.tables import Cell, Row, Table, duration, number, setting, share
 from raydpo.training.report import EVALUATION_TABLE
 
 __all__ = ["run_page", "status_of"]
@@ -59,7 +59,8 @@ def _facts(run: RunRecord) -> list[tuple[str, str]]:
     facts = [("model", _last(run.setting("model.path"))),
              ("what trains", "an adapter" if run.setting("model.adapter") else
               f"LoRA, r {lora['r']}" if lora else "all weights" if run.config else None),
-             ("loss", _loss(run.setting("train.loss"))), ("beta", _form(run.setting("train.beta"), "g")),
+             *((name, setting(f"train.{name}", value).text) for name in ("loss", "beta")
+               if (value := run.setting(f"train.{name}")) is not None),
              ("learning rate", _form(run.setting("train.lr"), "g")), ("pairs a step", run.setting("train.pairs_per_step")),
              ("steps", f"{run.done:,}" if steps.height else None),
              ("pairs seen", _form(steps["pairs"].sum(), ",.0f") if "pairs" in steps.columns else None),
@@ -163,13 +164,6 @@ def _cache(run: RunRecord) -> list[tuple[str, str]]:
              ("found in it when it was filled", None if hits is None else f"{hits:.0%} of the completions"),
              ("step-0 gate", (summary.get("gate") or "").removeprefix("step-0 gate: "))]
     return [(name, str(value)) for name, value in facts if value]
-
-
-def _loss(loss: Any) -> str | None:
-    """A name, or a mixture by its weights: ``0.8 sigmoid + 0.2 sft``."""
-    if isinstance(loss, list):
-        return " + ".join(f"{weight:g} {name}" for term in loss for name, weight in term.items())
-    return loss
 
 
 def _last(path: str | None) -> str | None:

@@ -4,27 +4,53 @@ from __future__ import annotations
 
 import raydpo
 from raydpo.pages.page import render
-from raydpo.report.compare import overlaid
-from raydpo.report.frontier import Point, drift_axis, frontier_pictures, points_of, recommend
-from raydpo.report.records import SweepRecord
+from raydpo.report.compare import MOST, overlaid
+from raydpo.report.frontier import (
+    Point,
+    Recommendation,
+    drift_axis,
+    frontier_pictures,
+    length_axis,
+    measured_otherwise,
+    on_same_pairs,
+    points_of,
+    recommend,
+    units_of_margin,
+)
+from raydpo.report.records import RunRecord, SweepRecord
 from raydpo.report.run import SCRIPTS
-from raydpo.report.tables import Cell, Row, Table, duration, number, share, text
+from raydpo.report.tables import Cell, Row, Table, duration, number, setting, share
 
-__all__ = ["sweep_page"]
+__all__ = ["recommendation_of", "sweep_page"]
+
+
+def recommendation_of(sweep: SweepRecord) -> Recommendation:
+    """Of the trials that are done."""
+    points = [point for point in points_of(sweep) if point.done]
+    return recommend(points, drift_axis(points))
 
 
 def sweep_page(sweep: SweepRecord) -> str:
     """The page. Trials that wait, run or have failed are in its table, and in its pictures once they are done."""
     evaluated = points_of(sweep)
     points = [point for point in evaluated if point.done]
-    recommendation = recommend(points, drift_axis(points))
-    runs = [trial.run for trial in sweep.trials if trial.run is not None]
+    recommendation, units = recommendation_of(sweep), units_of_margin(evaluated)
+    drawn, left_out = _drawn(sweep, recommendation.point)
     return render("report/sweep.html", scripts=SCRIPTS, version=raydpo.__version__, sweep=sweep, facts=_facts(sweep),
                   recommendation=recommendation, points=points, frontier=frontier_pictures(points, recommendation.point),
-                  measured=any(point.kl is not None for point in points),
-                  grown=any(point.length_growth is not None for point in points), table=_table(sweep, evaluated),
-                  failed=[trial for trial in sweep.trials if trial.error],
-                  curves=overlaid(runs, ["held out"]) or overlaid(runs, ["training"]))
+                  measured=drift_axis(points).measured, grown=length_axis(points).measured,
+                  otherwise=measured_otherwise(points), same_pairs=on_same_pairs(points),
+                  units=units, table=_table(sweep, evaluated, tell_unit=len(units) > 1),
+                  failed=[trial for trial in sweep.trials if trial.error], drawn=len(drawn), left_out=left_out,
+                  curves=overlaid(drawn, ["held out"]) or overlaid(drawn, ["training"]))
+
+
+def _drawn(sweep: SweepRecord, recommended: Point | None) -> tuple[list[RunRecord], int]:
+    """The runs whose curves are drawn, the recommended one among them; and how many are not."""
+    runs = [trial.run for trial in sweep.trials if trial.run is not None]
+    drawn = runs[:MOST]
+    taken = [run for run in runs[MOST:] if recommended is not None and run.name == recommended.name]
+    return [*drawn[: MOST - len(taken)], *taken], max(0, len(runs) - MOST)
 
 
 def _facts(sweep: SweepRecord) -> list[tuple[str, str]]:
@@ -38,10 +64,11 @@ def _facts(sweep: SweepRecord) -> list[tuple[str, str]]:
     return [(name, value) for name, value in facts if value]
 
 
-def _table(sweep: SweepRecord, points: list[Point]) -> Table:
+def _table(sweep: SweepRecord, points: list[Point], *, tell_unit: bool) -> Table:
     by_name = {point.name: point for point in points}
-    rows = [Row(trial.name, [*(text(trial.settings.get(key)) for key in sweep.parameters), Cell(trial.status),
-                             number(trial.run.done if trial.run else None, ",.0f"), *_figures(by_name.get(trial.name)),
+    rows = [Row(trial.name, [*(setting(key, trial.settings.get(key)) for key in sweep.parameters), Cell(trial.status),
+                             number(trial.run.done if trial.run else None, ",.0f"),
+                             *_figures(by_name.get(trial.name), tell_unit),
                              number(trial.eval.get("loss")), number(trial.seconds, ",.0f")],
                 f"trial-{number_}") for number_, trial in enumerate(sweep.trials)]
     return Table("Trials", ("trial", *sweep.parameters, "state", "steps", "accuracy", "standard error", "margin / beta",
@@ -49,8 +76,11 @@ def _table(sweep: SweepRecord, points: list[Point]) -> Table:
                             "seconds"), rows)
 
 
-def _figures(point: Point | None) -> list[Cell]:
+def _figures(point: Point | None, tell_unit: bool) -> list[Cell]:
     if point is None:
         return [number(None)] * 7
-    return [number(point.accuracy), number(point.error), number(point.margin, ".2f"), number(point.kl), number(point.moved),
+    margin = number(point.margin, ".2f")
+    if tell_unit and point.margin is not None:  # and nothing to sort by: these do not compare
+        margin = Cell(f"{margin.text} {point.unit}")
+    return [number(point.accuracy), number(point.error), margin, number(point.kl), number(point.moved),
             share(point.length_growth), number(point.length_pull, "+.2f")]

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Cell", "Row", "Table", "duration", "interval", "number", "share", "text"]
+from raydpo.config import BetaSchedule, ObjectiveConfig
+
+__all__ = ["Cell", "Row", "Table", "duration", "interval", "number", "setting", "share", "text"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,21 @@ def text(value: Any) -> Cell:
     shown = "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value).lower() \
         if isinstance(value, bool) else str(value)
     return Cell(shown, ordered, words=len(shown) > 24)
+
+
+def setting(key: str, value: Any) -> Cell:
+    """The value of a configuration key: of train.beta a schedule as ``0.2-0.05``, of train.loss a mixture as ``0.8 sigmoid +
+    0.2 sft``, anything else as it is."""
+    try:
+        if key == "train.beta" and isinstance(value, dict):
+            schedule = BetaSchedule(**value)
+            shape = "" if schedule.schedule == "linear" else f" {schedule.schedule}"
+            return text(ObjectiveConfig(beta=schedule).beta_text + shape)
+        if key == "train.loss" and isinstance(value, list):
+            return text(ObjectiveConfig(loss=value).loss_text)
+    except ValueError:  # of another version
+        pass
+    return text(value)
 
 
 def duration(seconds: float) -> str:

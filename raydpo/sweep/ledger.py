@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import raydpo
-from raydpo.config import Config
+from raydpo.config import Config, lower_is_better
 from raydpo.config.uri import redact
 from raydpo.storage import Storage
 from raydpo.sweep.halving import best_first
 from raydpo.sweep.trials import FILE, Trial, parameters_of
-from raydpo.training.launch import LOWER_IS_BETTER
-from raydpo.training.records import read_rows
+from raydpo.training.records import finite, read_rows
 
 __all__ = ["Entry", "Ledger"]
 
@@ -52,10 +51,14 @@ class Entry:
 
 
 class Ledger:
-    """All trials of a sweep, in their order; written whole at each change of a status."""
+    """All trials of a sweep, in their order; written whole at each change of a status.
 
-    def __init__(self, config: Config, trials: list[Trial]) -> None:
-        self.config = config
+    Args:
+        same_pairs: whether all are measured on the same held-out pairs; if not, none is the best.
+    """
+
+    def __init__(self, config: Config, trials: list[Trial], *, same_pairs: bool = True) -> None:
+        self.config, self.same_pairs = config, same_pairs
         self.entries = {trial.name: Entry(trial) for trial in trials}
         self.cache: dict[str, Any] = {"uri": redact(config.cache_uri), "identity": None, "hit_rates": []}
         self._storage = Storage(config.run_dir)
@@ -78,8 +81,9 @@ class Ledger:
         metric = self.config.sweep.metric
         scores = {name: entry.eval[metric] for name, entry in self.entries.items()
                   if entry.status == "done" and entry.eval and metric in entry.eval}
-        ranked = best_first(scores, lower_is_better=metric in LOWER_IS_BETTER)
-        return self.entries[ranked[0]] if ranked else None
+        if not scores or not self.same_pairs:
+            return None
+        return self.entries[best_first(scores, lower_is_better=lower_is_better(metric))[0]]
 
     def to_dict(self) -> dict[str, Any]:
         """The content of sweep.json."""
@@ -98,4 +102,4 @@ class Ledger:
             self._write()
 
     def _write(self) -> None:
-        self._storage.write(FILE, json.dumps(self.to_dict(), indent=2).encode())
+        self._storage.write(FILE, json.dumps(finite(self.to_dict()), indent=2, allow_nan=False).encode())

@@ -15,16 +15,18 @@ from typing import Any
 
 import pyarrow as pa
 
-from raydpo.config import Config
+from raydpo.config import Config, lower_is_better
 from raydpo.console import Console
 from raydpo.errors import ConfigError, RaydpoError
-from raydpo.evaluation.run import evaluate
+from raydpo.evaluation.run import evaluate, pairs_to_evaluate, protocol
 from raydpo.interrupt import interruptible
 from raydpo.pipeline import (
+    Joined,
     Prepared,
     Shared,
     check_models,
     join_sets,
+    measured_pairs,
     needs_reference,
     report_on,
     score_prepared,
@@ -41,7 +43,7 @@ from raydpo.sweep.table import SweepTable, TogetherDisplay, TrialDisplay
 from raydpo.sweep.trials import FILE, Trial, parameters_of, trials_of
 from raydpo.together import check_together, train_prepared_together
 from raydpo.training.earlier import begin_again, earlier_result
-from raydpo.training.launch import LOWER_IS_BETTER, new_board
+from raydpo.training.launch import new_board
 from raydpo.training.records import read_rows
 from raydpo.waiting import coming_up
 
@@ -80,21 +82,22 @@ def sweep(config: Config, console: Console | None = None, *, fresh: bool = False
         prepared = _prepare(trials, console)
         for trial in trials:
             _refuse_other_settings(prepared[trial.name])
+        same_pairs = _on_same_pairs(config, prepared, console)
         at_once = trials_at_once(config, trials)
         storage.probe()
         storage.write("config.yaml", config.to_yaml().encode())
-        ledger = Ledger(config, trials)
+        ledger = Ledger(config, trials, same_pairs=same_pairs)
         to_train = any(not Storage(trial.config.run_dir).exists("summary.json") for trial in trials)
         with coming_up(largest, wanted=to_train, trainings=1 if config.sweep.together else at_once):
             shared = _score(config, prepared, ledger, console)
         console.say(f"sweep: {len(trials)} trials over {', '.join(parameters_of(trials))}; {at_once} at once")
         with SweepTable(console, ledger) as table:
             _Sweep(prepared, shared, ledger, table, at_once).run()
-    best = ledger.best()
-    if config.data.eval is None:
-        console.warn("no pairs are held out (data.eval), so nothing tells which trial is the best")
-    elif best is not None:
-        console.say(f"best {config.sweep.metric}: {best.trial.name} ({best.eval[config.sweep.metric]:.4f})")
+    best, metric = ledger.best(), config.sweep.metric
+    if best is not None:
+        console.say(f"{'lowest' if lower_is_better(metric) else 'highest'} {metric}: {best.trial.name} "
+                    f"({best.eval[metric]:.4f})")
+    _say_which_to_take(storage, console)
     console.say(f"sweep: {storage}/{FILE}")
     report_on(config.run_dir, console)
     return ledger.to_dict()
@@ -131,7 +134,49 @@ def _refuse_other_settings(prepared: Prepared) -> None:
     earlier_result(Storage(prepared.config.run_dir), prepared.fingerprint())
 
 
-def _score(config: Config, prepared: dict[str, Prepared], ledger: Ledger, console: Console) -> dict[str, tuple[Any, Any]]:
+def _on_same_pairs(config: Config, prepared: dict[str, Prepared], console: Console) -> bool:
+    """Whether all trials are measured on the same held-out pairs, those that an earlier call has trained too.
+
+    Raises:
+        ConfigError: if they are not, and some are to be stopped early.
+    """
+    now: dict[int, str | None] = {}
+    first: dict[str, str] = {}  # by digest of the pairs: a trial that is measured on them
+    for name, one in prepared.items():
+        storage = Storage(one.config.run_dir)
+        digests = [json.loads(storage.read("run.json")).get("held_out")] if storage.exists("run.json") else []
+        if not storage.exists("summary.json"):
+            if id(one.sets) not in now:
+                now[id(one.sets)] = measured_pairs(one.sets.eval)
+            digests.append(now[id(one.sets)])
+        for digest in filter(None, digests):
+            first.setdefault(digest, name)
+    if len(first) < 2:
+        return True
+    (_, one), (_, other), *_ = first.items()
+    found = f"trials are measured on different held-out pairs (as {one} and {other} are), so their figures do not compare"
+    fix = ("Hold out the same pairs in all of them: a file of their own (data.eval.path) that no setting of section data "
+           "cuts or drops, or make two sweeps")
+    if config.sweep.stop_early is not None:
+        raise ConfigError(f"{found}, and sweep.stop_early would stop the wrong ones. {fix}; or set sweep.stop_early=null")
+    console.warn(f"{found}: none will be recommended. {fix}")
+    return False
+
+
+def _say_which_to_take(storage: Storage, console: Console) -> None:
+    """What the sweep's page recommends."""
+    from raydpo.report.records import SweepRecord
+    from raydpo.report.sweep import recommendation_of
+
+    try:
+        found = recommendation_of(SweepRecord.read(storage))
+    except Exception as error:  # the trials are stored
+        console.warn(f"no trial is recommended ({type(error).__name__}: {error}); 'raydpo report' tries again")
+        return
+    console.say(f"recommended: {found.point.name if found.point else 'none'}. {found.reason}")
+
+
+def _score(config: Config, prepared: dict[str, Prepared], ledger: Ledger, console: Console) -> dict[str, Joined]:
     """One pass over all that trials need; then by trial its training and held-out pairs in Ray's object store, each set
     once."""
     import ray
@@ -147,7 +192,9 @@ def _score(config: Config, prepared: dict[str, Prepared], ledger: Ledger, consol
     for key, one in sets.items():
         wanted = Wanted(one.tables)
         rates[key] = float(one.cache.covers(wanted.keys, wanted.tokens).mean()) if needs_reference(one.config) else None
-        joined[key] = tuple(None if table is None else ray.put(table) for table in join_sets(one, console))
+        tables = join_sets(one, console)
+        joined[key] = dataclasses.replace(tables, pairs=ray.put(tables.pairs),
+                                          held_out=None if tables.held_out is None else ray.put(tables.held_out))
     ledger.found_in_cache(first.reference.identity.digest, [rates[_pairs_of(one)] for one in prepared.values()])
     return {name: joined[_pairs_of(one)] for name, one in prepared.items()}
 
@@ -164,7 +211,7 @@ class _Sweep:
     cannot add trials when it resumes, and what its schedulers stop depends on who came first.
     """
 
-    def __init__(self, prepared: dict[str, Prepared], shared: dict[str, tuple[Any, Any]], ledger: Ledger,
+    def __init__(self, prepared: dict[str, Prepared], shared: dict[str, Joined], ledger: Ledger,
                  table: SweepTable, at_once: int) -> None:
         self.prepared, self.shared, self.ledger, self.table, self.at_once = prepared, shared, ledger, table, at_once
         self.config = ledger.config
@@ -172,6 +219,8 @@ class _Sweep:
         self._boards: dict[str, Any] = {}
         self._lock = threading.Lock()
         self._stopping = False
+        self._loaded: dict[Any, pa.Table] = {}  # pairs of evaluate.data
+        self._loading = threading.Lock()
 
     def run(self) -> None:
         """All trials, to their end or to where they are stopped early.
@@ -208,7 +257,7 @@ class _Sweep:
                 raise ConfigError(f"the metric of sweep.stop_early is {metric!r}, which no evaluation measures; there are "
                                   f"{', '.join(sorted(measured))}")
             scores[name] = measured[metric]
-        better = going_on(scores, early.keep, lower_is_better=metric in LOWER_IS_BETTER)
+        better = going_on(scores, early.keep, lower_is_better=lower_is_better(metric))
         for name in scores:
             if name not in better and self.ledger.entries[name].status != "done":
                 self.ledger.set(name, "stopped")
@@ -256,11 +305,10 @@ class _Sweep:
             board = self._boards["together"] = new_board()
         for name in names:
             self.ledger.set(name, "running")
-        pairs, held_out = self.shared[names[0]]
         try:
             return train_prepared_together(
                 [self.prepared[name] for name in names], log, self.hit_rates[names[0]],
-                shared=Shared(pairs=pairs, held_out=held_out, at_once=1, board=board, until=until,
+                shared=Shared(joined=self.shared[names[0]], at_once=1, board=board, until=until,
                               display=TogetherDisplay(log, self.table)))
         except KeyboardInterrupt:
             return [None] * len(names)
@@ -277,7 +325,7 @@ class _Sweep:
                 if self._result(name) is None and not self._trained(name, until, log):
                     self.ledger.set(name, "waiting")
                 else:
-                    if self.config.sweep.evaluate and not Storage(config.run_dir).exists("evaluation.json"):
+                    if self.config.sweep.evaluate and not self._evaluated(name, log):
                         evaluate(config, log)
                     self.ledger.set(name, "done")
             except Exception as error:
@@ -296,10 +344,9 @@ class _Sweep:
                 return False
             board = self._boards[name] = new_board()
         self.ledger.set(name, "running")
-        pairs, held_out = self.shared[name]
         try:
             return train_prepared(self.prepared[name], log, self.hit_rates[name], shared=Shared(
-                pairs=pairs, held_out=held_out, at_once=self.at_once, board=board, until=until,
+                joined=self.shared[name], at_once=self.at_once, board=board, until=until,
                 display=TrialDisplay(log, self.table, name))) is not None
         except KeyboardInterrupt:
             return False
@@ -312,6 +359,22 @@ class _Sweep:
             self._stopping = True
             for board in self._boards.values():
                 board.stop.remote()
+
+    def _evaluated(self, name: str, log: Console) -> bool:
+        """Whether the evaluation of a trial is there, by the settings and on the pairs of now."""
+        prepared = self.prepared[name]
+        config, storage = prepared.config, Storage(prepared.config.run_dir)
+        if not storage.exists("evaluation.json"):
+            return False
+        pairs = prepared.sets.eval
+        if config.evaluate.data is not None:
+            with self._loading:  # once for all trials that measure on them
+                key = (id(prepared.sets), config.evaluate.model_dump_json(include={"data", "subsets", "chat"}))
+                if key not in self._loaded:
+                    self._loaded[key] = pairs_to_evaluate(config, prepared.tokeniser, log)
+                pairs = self._loaded[key]
+        wanted = protocol(config, pairs, prepared.reference)
+        return json.loads(storage.read("evaluation.json")).get("protocol") == wanted
 
     def _result(self, name: str) -> dict[str, Any] | None:
         """The summary of a trial that came to its end."""

@@ -72,7 +72,8 @@ class SweepTable:
 
     def render(self) -> Table:
         best = self.ledger.best()
-        table = Table(title=f"sweep {self.ledger.config.run_name}", title_justify="left")
+        told = "" if best is None else f"; * has the best {self.ledger.config.sweep.metric} so far"
+        table = Table(title=f"sweep {self.ledger.config.run_name}{told}", title_justify="left")
         table.add_column("trial", overflow="fold")
         table.add_column("status")
         for label in ("steps", *(LABELS.get(key, key.removeprefix("eval_")) for key in self._columns), "seconds"):

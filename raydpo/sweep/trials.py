@@ -11,7 +11,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from raydpo.config import Config, RandomConfig, SweepConfig, load_config, with_setting
+from raydpo.config import (
+    SCALE_KEYS,
+    Config,
+    RandomConfig,
+    SweepConfig,
+    check_metric,
+    depends_on_scale,
+    load_config,
+    with_setting,
+)
 from raydpo.errors import ConfigError
 
 __all__ = ["FILE", "Trial", "parameters_of", "trial_name", "trials_of"]
@@ -74,7 +83,7 @@ def trials_of(config: Config) -> list[Trial]:
         trials[trial.name] = trial
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
-    _check_metric(sweep, parameters_of(list(trials.values())))
+    _check_that_metrics_compare(sweep, list(trials.values()))
     return list(trials.values())
 
 
@@ -143,7 +152,10 @@ def _named(trial: Trial, name: str) -> Trial:
 
 def _value(config: Config, key: str) -> Any:
     """The value at a dotted key as plain data; null below a section that is null."""
-    tree: Any = config.model_dump(mode="json")
+    return _at(config.model_dump(mode="json"), key)
+
+
+def _at(tree: Any, key: str) -> Any:
     for part in key.split("."):
         tree = tree[int(part)] if isinstance(tree, list) else None if tree is None else tree[part]
     return tree
@@ -154,14 +166,34 @@ def _check(trial: Trial, sweep: SweepConfig) -> None:
     if early is not None and early.grace % every:
         raise ConfigError(f"sweep.stop_early.grace is {early.grace}, but trials are measured every {every} steps "
                           "(train.eval_every); set one to a multiple of the other")
+    if sweep.evaluate and trial.config.evaluate.policy is not None:
+        raise ConfigError(f"evaluate.policy is {trial.config.evaluate.policy}, but sweep.evaluate measures the policies of "
+                          "the trials; set evaluate.policy=null")
+    if sweep.evaluate and trial.config.data.eval is None and trial.config.evaluate.data is None:
+        raise ConfigError("sweep.evaluate has no pairs to measure trials on; set data.eval, for example "
+                          "data.eval.fraction=0.05, or evaluate.data")
+    if trial.config.data.eval is None:
+        return
+    for key, metric in _metrics(sweep):
+        try:
+            check_metric(key, metric, trial.config.held_out_metrics)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
 
 
-def _check_metric(sweep: SweepConfig, parameters: list[str]) -> None:
-    scales = [key for key in parameters if key in ("train.beta", "train.loss", "train.label_smoothing")]
-    for key, metric in (("metric", sweep.metric), ("stop_early.metric", sweep.stop_metric)):
-        if metric == "eval_loss" and scales:
-            raise ConfigError(f"sweep.{key} is 'eval_loss', which cannot be compared across {' and '.join(scales)}: each "
-                              "has a loss of its own scale. Use eval_rewards/accuracies")
+def _metrics(sweep: SweepConfig) -> list[tuple[str, str]]:
+    """The settings that name a metric which trials are compared by, and the metrics."""
+    return [("sweep.metric", sweep.metric)] + ([] if sweep.stop_metric is None else [
+        ("sweep.stop_early.metric", sweep.stop_metric)])
+
+
+def _check_that_metrics_compare(sweep: SweepConfig, trials: list[Trial]) -> None:
+    trees = [trial.config.model_dump(mode="json", include={"train", "data"}) for trial in trials]
+    scales = [key for key in SCALE_KEYS if any(_at(tree, key) != _at(trees[0], key) for tree in trees)]
+    for key, metric in _metrics(sweep):
+        if depends_on_scale(metric) and scales:
+            raise ConfigError(f"{key} is {metric!r}, which cannot be compared across {' and '.join(scales)}: each trial has "
+                              "a scale of its own. Use eval_rewards/accuracies")
 
 
 def _short(key: str, keys: list[str]) -> str:

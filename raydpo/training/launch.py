@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from raydpo.config import TrackConfig, TrainConfig
+from raydpo.config import TrackConfig, TrainConfig, lower_is_better
 from raydpo.errors import DeviceMemoryError, RaydpoError
 from raydpo.interrupt import interruptible
 from raydpo.ray_runtime import Resources, original_error
@@ -24,15 +24,13 @@ from raydpo.training.board import Board, Listener, listening
 from raydpo.training.hooks import Hooks
 from raydpo.training.loop import TrainJob
 
-__all__ = ["CHECKPOINTS", "LOWER_IS_BETTER", "Listener", "Payload", "RayHooks", "attempt", "checkpoint_config",
-           "checkpoint_place", "fit", "launch", "log_to", "new_board", "ray_trainer"]
+__all__ = ["CHECKPOINTS", "Listener", "Payload", "RayHooks", "attempt", "checkpoint_config", "checkpoint_place", "fit",
+           "launch", "log_to", "new_board", "ray_trainer"]
 
 CHECKPOINTS = "checkpoints"
 """Folder of a run directory."""
 RESIZE_SECONDS = 30.0
 """Between looks for machines that have come, where the number of workers may vary."""
-LOWER_IS_BETTER = ("eval_loss", "eval_logps/chosen_fell")
-"""Metrics of the held-out evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +142,7 @@ def checkpoint_config(train: TrainConfig) -> Any:
     from ray.train import CheckpointConfig
 
     return CheckpointConfig(num_to_keep=train.keep_checkpoints, checkpoint_score_attribute=train.keep_best,
-                            checkpoint_score_order="min" if train.keep_best in LOWER_IS_BETTER else "max")
+                            checkpoint_score_order="min" if train.keep_best and lower_is_better(train.keep_best) else "max")
 
 
 class RayHooks(Hooks):

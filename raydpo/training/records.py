@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,7 +18,7 @@ from raydpo.storage import Storage
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-__all__ = ["RunRecords", "read_rows", "to_parquet"]
+__all__ = ["RunRecords", "finite", "read_rows", "to_parquet"]
 
 
 def read_rows(storage: Storage, name: str) -> list[dict[str, float]]:
@@ -25,6 +26,15 @@ def read_rows(storage: Storage, name: str) -> list[dict[str, float]]:
     if not storage.exists(name):
         return []
     return pq.read_table(pa.BufferReader(storage.read(name))).to_pylist()
+
+
+def finite(value: Any) -> Any:
+    """Plain data with None in place of each number that is not finite, for which JSON has no word."""
+    if isinstance(value, Mapping):
+        return {key: finite(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class RunRecords:

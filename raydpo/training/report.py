@@ -82,8 +82,8 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
         console.print(f"[bold]before[/bold]  {escape(plain_text(sample['before']))}")
         console.print(f"[bold]after[/bold]   {escape(plain_text(sample['after']))}\n")
     console.say(f"trained {summary['steps']:,} steps on {summary['pairs_seen']:,} pairs in {summary['train_seconds']:.0f} s "
-                f"({summary['tokens_per_second']:,.0f} tokens/s); first loss {summary['first_loss']:.6f}, last "
-                f"{summary['last_loss']:.6f}")
+                f"({summary['tokens_per_second']:,.0f} tokens/s); first loss {_loss(summary['first_loss'])}, last "
+                f"{_loss(summary['last_loss'])}")
     seconds = summary["checkpoint_seconds"]
     console.say(f"checkpoints: {summary['checkpoint_bytes'] / 1e6:,.1f} MB each; training stood still for them for "
                 f"{seconds:.1f} s, {seconds / max(summary['train_seconds'], 1e-9):.1%} of its time")
@@ -101,5 +101,9 @@ def _end(prompt: str) -> str:
     return line if len(line) <= PROMPT_CHARACTERS else f"... {line[-PROMPT_CHARACTERS:]}"
 
 
-def _figure(value: float) -> str:
-    return f"{value:.3f}" if abs(value) < 100 else f"{value:.1f}"
+def _loss(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.6f}"
+
+
+def _figure(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.3f}" if abs(value) < 100 else f"{value:.1f}"

@@ -83,6 +83,10 @@ def test_evaluation(place, tiny_llama, on_cluster, monkeypatch):
 
 def check_figures(place, found, said):
     assert set(found) >= FIGURES and found["beta"] == 0.4 and found["data"] == ["a"]
+    told = found["protocol"]
+    assert {name: told[name] for name in SETTINGS} == SETTINGS and told["reference"] == found["reference"]["identity"]
+    assert told["judge"] == {"url": told["judge"]["url"], "model": "tiny", "max_tokens": 16,
+                             "criterion": "more helpful, honest and harmless"}
     run = place / "runs" / "run"
     assert json.loads((run / "evaluation.json").read_text()) == found
     total = found["preferences"]["total"]

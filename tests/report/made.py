@@ -21,10 +21,10 @@ PHASES = {"data": 0.004, "forward": 0.31, "backward": 0.55, "optimizer": 0.05, "
           "wait": 0.02, "other": 0.01}
 
 
-def made_run(output: Path, name: str, *, beta: float = 0.1, loss: str = "sigmoid", lr: float = 5e-6, steps: int = 120,
-             held_out: int = 200, sources: tuple[str, ...] = ("helpful",), finished: bool = True, evaluation: bool = False,
-             seed: int = 0, prompt: str = "How do bees make honey?") -> Path:
-    """A run directory ``<output>/<name>``; ``held_out`` 0 = no held-out pairs."""
+def made_run(output: Path, name: str, *, beta: float | dict[str, Any] = 0.1, loss: Any = "sigmoid", lr: float = 5e-6,
+             steps: int = 120, held_out: int = 200, sources: tuple[str, ...] = ("helpful",), finished: bool = True,
+             evaluation: bool = False, seed: int = 0, prompt: str = "How do bees make honey?") -> Path:
+    """A run directory ``<output>/<name>``; ``held_out`` 0 = no held-out pairs. Of a beta that moves the end is taken."""
     directory = output / name
     storage = Storage(str(directory))
     config = load_config({
@@ -33,6 +33,7 @@ def made_run(output: Path, name: str, *, beta: float = 0.1, loss: str = "sigmoid
                  "eval": {"fraction": 0.1} if held_out else None},
         "train": {"beta": beta, "loss": loss, "lr": lr, "steps": steps, "sample_prompts": 1}})
     storage.write("config.yaml", config.to_yaml().encode())
+    beta = config.train.beta_at(steps, steps)
     random = np.random.default_rng(seed)
     rows = [_row(step, steps, beta, loss, lr, sources, 16, random) for step in range(1, steps + 1)]
     evals = [{"step": step} | {f"eval_{key}": value for key, value in
@@ -52,21 +53,35 @@ def made_sweep(output: Path, betas: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1
                steps: int = 60) -> Path:
     """A sweep directory ``<output>/betas``: done trials, then one that waits and one that failed."""
     directory = output / "betas"
-    trials: list[dict[str, Any]] = []
-    for beta in betas:
-        run = made_run(directory, f"beta{beta:g}", beta=beta, steps=steps, held_out=400)
-        summary = json.loads((run / "summary.json").read_text())
-        trials.append({"name": run.name, "run_dir": str(run), "settings": {"train.beta": beta}, "status": "done",
-                       "error": None, "steps": steps, "seconds": 61.5, "eval": summary["eval_after"],
-                       "evaluation": made_evaluation(beta) if measured else None})
+    runs = {f"beta{beta:g}": ({"train.beta": beta}, {"beta": beta}) for beta in betas}
+    trials = made_trials(directory, runs, steps=steps)
+    for trial in trials:
+        trial["evaluation"] = made_evaluation(trial["settings"]["train.beta"]) if measured else None
     for name, status, error in (("beta3", "waiting", None), ("beta10", "failed", HOSTILE)):
         trials.append({"name": name, "run_dir": str(directory / name), "settings": {"train.beta": float(name[4:])},
                        "status": status, "error": error, "steps": 0, "seconds": 0.0, "eval": None, "evaluation": None})
-    (directory / "sweep.json").write_text(json.dumps({
-        "raydpo": "0.1.0", "name": "betas", "metric": "eval_rewards/accuracies", "parameters": ["train.beta"],
-        "cache": {"uri": "runs/cache", "identity": "14dd257b16e65da53154083de8df6305", "hit_rates": [1.0] * len(betas)},
-        "trials": trials}))
+    write_sweep(directory, trials)
     return directory
+
+
+def made_trials(directory: Path, runs: dict[str, tuple[dict[str, Any], dict[str, Any]]], *, steps: int = 20,
+                held_out: int = 400) -> list[dict[str, Any]]:
+    """Done trials as sweep.json has them, from names to (settings, what ``made_run`` is told)."""
+    trials = []
+    for name, (settings, told) in runs.items():
+        run = made_run(directory, name, **{"steps": steps, "held_out": held_out} | told)
+        summary = json.loads((run / "summary.json").read_text())
+        trials.append({"name": name, "run_dir": str(run), "settings": settings, "status": "done", "error": None,
+                       "steps": steps, "seconds": 61.5, "eval": summary["eval_after"], "evaluation": None})
+    return trials
+
+
+def write_sweep(directory: Path, trials: list[dict[str, Any]]) -> None:
+    (directory / "sweep.json").write_text(json.dumps({
+        "raydpo": "0.1.0", "name": "betas", "metric": "eval_rewards/accuracies",
+        "parameters": list(dict.fromkeys(key for trial in trials for key in trial["settings"])),
+        "cache": {"uri": "runs/cache", "identity": "14dd257b16e65da53154083de8df6305", "hit_rates": [1.0] * len(trials)},
+        "trials": trials}))
 
 
 def made_evaluation(beta: float = 0.1, prompt: str = "How do bees make honey?") -> dict[str, Any]:

@@ -14,10 +14,11 @@ from made import HOSTILE, made_run, made_sweep
 from raydpo.cli import main
 from raydpo.console import Console
 from raydpo.errors import ConfigError, RaydpoError
+from raydpo.evaluation.interval import share_error
 from raydpo.report import write_comparison, write_report
 from raydpo.report.compare import differences
 from raydpo.report.curves import POINTS, curve
-from raydpo.report.frontier import Axis, Point, points_of, recommend, unbeaten
+from raydpo.report.frontier import points_of
 from raydpo.report.records import RunRecord, SweepRecord
 from raydpo.report.run import run_page
 from raydpo.report.sweep import sweep_page
@@ -164,32 +165,6 @@ def test_what_is_no_run_is_refused(tmp_path):
         write_report(str(tmp_path / "sweep"))
 
 
-def point(number, accuracy, drift, error=0.02, beta=None):
-    return Point(f"trial-{number}", f"t{number}", f"beta {beta}", True, beta, accuracy, error, None, None, drift, None, None)
-
-
-DRIFT = Axis("drift", lambda one: one.moved)
-
-
-def test_recommended_is_the_least_drift_within_one_standard_error_of_the_best():
-    points = [point(0, 0.80, 0.5, beta=0.01), point(1, 0.79, 0.2, beta=0.05), point(2, 0.785, 0.1, beta=0.1),
-              point(3, 0.77, 0.01, beta=1.0)]
-    taken = recommend(points, DRIFT)
-    assert taken.point is points[2] and "within one standard error (0.020) of the best, 0.800" in taken.reason
-    assert recommend([points[0], points[3]], DRIFT).point is points[0]
-    assert recommend(points[:1], DRIFT).point is None
-    # Equal drift: the larger beta. Equal accuracy of the best: the one that drifts less.
-    assert recommend([point(0, 0.8, 0.1, beta=0.1), point(1, 0.8, 0.1, beta=0.2)], DRIFT).point.beta == 0.2
-    assert recommend([], DRIFT).point is None
-    assert recommend([point(0, 0.8, None)], DRIFT).point is None
-    assert "1 trial(s) lack" in recommend([*points, point(4, 0.9, None)], DRIFT).reason
-
-
-def test_the_line_joins_the_trials_that_no_other_beats():
-    points = [point(0, 0.6, 0.1), point(1, 0.5, 0.2), point(2, 0.7, 0.3), point(3, 0.7, 0.4)]
-    assert [one.name for one in unbeaten(points, DRIFT, Axis("accuracy", lambda one: one.accuracy))] == ["t0", "t2"]
-
-
 @pytest.mark.parametrize("measured", [False, True])
 def test_a_sweep_page(tmp_path, measured):
     sweep = SweepRecord.read(Storage(str(made_sweep(tmp_path, (0.03, 0.1, 0.3), measured=measured, steps=20))))
@@ -198,7 +173,7 @@ def test_a_sweep_page(tmp_path, measured):
     scores = sweep.trials[1].eval
     assert points[1].margin == pytest.approx(scores["rewards/margins"] / 0.1)
     accuracy = scores["rewards/accuracies"]
-    assert points[1].error == pytest.approx((accuracy * (1 - accuracy) / 400) ** 0.5)
+    assert points[1].error == pytest.approx(share_error(accuracy, 400))
     page = sweep_page(sweep)
     assert page.count('class="mark"') == 12 and "Never by the loss" in page and "3 done, 1 waiting, 1 failed" in page
     assert "<script>alert" not in page and "&lt;script&gt;alert(1)" in page
@@ -224,10 +199,36 @@ def test_a_comparison_shows_where_settings_differ(tmp_path):
         "train.lr": ["5e-06", "1e-06", "5e-06"], "train.beta": ["0.1", "0.5", "0.5"]}
     write_comparison([str(place) for place in places], tmp_path / "out.html")
     page = (tmp_path / "out.html").read_text()
-    assert "Beta or the loss differ" in page
+    assert "Beta, the loss or its settings differ" in page and "different held-out pairs" not in page
     assert [one["name"] for one in readouts(page)["Accuracy, held out"]["curves"]] == ["a", str(places[1]), str(places[2])]
     with pytest.raises(ConfigError, match="hold 1 run"):
         write_comparison([str(places[0])], tmp_path / "out.html")
+
+
+@pytest.mark.parametrize(("one", "other"), [
+    ({"beta": {"start": 0.2, "end": 0.1}}, {"beta": {"start": 0.2, "end": 0.05}}),
+    ({"beta": {"start": 0.2, "end": 0.1}}, {"beta": 0.2}),
+    ({"loss": [{"sigmoid": 1.0}, {"sft": 0.1}]}, {"loss": [{"sigmoid": 1.0}, {"sft": 0.2}]}),
+    ({"lr": 1e-6}, {"lr": 1e-5}),
+])
+def test_a_comparison_says_where_losses_do_not_compare(one, other, tmp_path):
+    places = [made_run(tmp_path, name, steps=6, **told) for name, told in (("a", one), ("b", other))]
+    write_comparison([str(place) for place in places], tmp_path / "out.html")
+    assert ("neither loss nor reward margin compares" in (tmp_path / "out.html").read_text()) == ("lr" not in one)
+
+
+def test_a_comparison_says_that_held_out_pairs_differ(tmp_path):
+    places = [made_run(tmp_path, name, steps=6) for name in ("a", "b")]
+    for place in places:
+        (place / "run.json").write_text(json.dumps({"fingerprint": {}, "held_out": place.name}))
+    write_comparison([str(place) for place in places], tmp_path / "out.html")
+    assert "measured on different held-out pairs" in (tmp_path / "out.html").read_text()
+
+
+def test_a_beta_that_moves_is_told(tmp_path):
+    page = run_page(record(made_run(tmp_path, "moves", steps=12, beta={"start": 0.2, "end": 0.05, "schedule": "cosine"},
+                                    loss=[{"sigmoid": 0.8}, {"sft": 0.2}])))
+    assert "<dd>0.2-0.05 cosine</dd>" in page and "<dd>0.8 sigmoid + 0.2 sft</dd>" in page
 
 
 def test_the_command(run, tmp_path, monkeypatch, capsys):

@@ -19,6 +19,7 @@ from raydpo.cli import main
 from raydpo.console import Console
 
 CHECKPOINT_EVERY = 5
+DIVERGED = "lr=1e+30,max_skipped=0"
 
 
 @pytest.fixture(scope="module")
@@ -66,21 +67,23 @@ def same(ours, theirs):
 
 
 def test_one_pass_then_every_trial_and_those_that_failed_are_told(place, on_cluster):
-    result = run(place, "betas", "sweep.list=[{train.beta: 0.3}, {train.keep_best: eval_nothing}]")
+    result = run(place, "betas", "sweep.list=[{train.beta: 0.3}, {train.lr: 1.0e+30, train.max_skipped: 0}]")
     assert result.returncode == 1, result.stdout + result.stderr
-    assert "1 of 2 trials failed: keep_best=eval_nothing: train.keep_best is 'eval_nothing'" in result.stderr
+    assert f"1 of 2 trials failed: {DIVERGED}: " in result.stderr and "more than train.max_skipped 0" in result.stderr
     found, trials = record(place, "betas")
     assert [(name, trial["status"]) for name, trial in trials.items()] == [
-        ("beta=0.3", "done"), ("keep_best=eval_nothing", "failed")]
-    assert found["parameters"] == ["train.beta", "train.keep_best"] and found["metric"] == "eval_rewards/accuracies"
-    assert trials["beta=0.3"]["settings"] == {"train.beta": 0.3, "train.keep_best": None}
+        ("beta=0.3", "done"), (DIVERGED, "failed")]
+    assert found["parameters"] == ["train.beta", "train.lr", "train.max_skipped"]
+    assert found["metric"] == "eval_rewards/accuracies"
+    assert trials["beta=0.3"]["settings"] == {"train.beta": 0.3, "train.lr": 1e-3, "train.max_skipped": 3}
     assert result.stdout.count("scored in") == 1 and found["cache"]["hit_rates"] == [1.0, 1.0]
     directory = place / "runs" / "betas" / "beta=0.3"
     assert trials["beta=0.3"]["run_dir"] == str(directory) and trials["beta=0.3"]["steps"] == 12
     assert exact([trials["beta=0.3"]["eval"]]) == rows(directory, "eval.parquet")[-1:]
     assert json.loads((directory / "summary.json").read_text())["cache_hit_rate"] == 1.0
     assert "step-0 gate" in (directory / "logs" / "driver.log").read_text() and "step-0 gate" not in result.stdout
-    assert "best eval_rewards/accuracies: beta=0.3" in result.stdout
+    assert "highest eval_rewards/accuracies: beta=0.3" in result.stdout
+    assert "recommended: none. beta 0.3" in result.stdout, "what the page says"
 
     before = (directory / "metrics.parquet").stat()
     config = raydpo.load_config(place / "config.yaml", ["name=betas", "sweep.grid={train.beta: [0.3]}"])
@@ -114,6 +117,23 @@ def test_only_what_is_new_is_trained(place, on_cluster):
     assert [trial["status"] for trial in record(place, "fractions")[1].values()] == ["done"] * 3
     other = run(place, "fractions", "sweep.grid={data.fraction: [0.25, 0.5, 1.0]}", "train.lr=1e-4")
     assert other.returncode == 2 and "train.lr: 0.001 -> 0.0001" in other.stderr and "fraction=0.25" in other.stderr
+
+
+@pytest.mark.slow
+def test_other_settings_of_the_evaluation_measure_all_trials_again(place, on_cluster):
+    """One trial is added, and answers may be longer: the trial of before is measured like the new one."""
+    settings = ("train.steps=1", "sweep.evaluate=true", "evaluate.prompts=3")
+
+    def swept(betas, *more):
+        result = run(place, "measured", f"sweep.grid={{train.beta: {betas}}}", *settings, *more)
+        assert result.returncode == 0, result.stdout + result.stderr
+        return {trial["name"]: trial["evaluation"] for trial in record(place, "measured")[1].values()}, result.stdout
+
+    first, _ = swept([0.1], "evaluate.max_tokens=4")
+    assert first["beta=0.1"]["generation"]["max_tokens"] == 4
+    both, said = swept([0.1, 0.3], "evaluate.max_tokens=6")
+    assert [one["generation"]["max_tokens"] for one in both.values()] == [6, 6] and "beta=0.1: begins" not in said
+    assert both["beta=0.1"]["protocol"] == both["beta=0.3"]["protocol"]
 
 
 @pytest.mark.slow

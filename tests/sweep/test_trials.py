@@ -130,8 +130,20 @@ def test_random_trials_are_the_same_each_time_and_the_first_of_more(sweep):
     ({"random": {"samples": 3, "train.lr": {"log_uniform": [0, 1]}}}, ["sweep.random.train.lr", "log_uniform is [0, 1]"]),
     ({"random": {"samples": 3, "train.lr": {"uniform": [2, 1]}}}, ["uniform is [2, 1]", "below the second"]),
     ({"random": {"samples": 3, "train.lr": {}}}, ["nothing given", "log_uniform: [low, high]"]),
-    ({"grid": {"train.beta": [0.1]}, "metric": "eval_loss"}, ["'eval_loss'", "train.beta", "eval_rewards/accuracies"]),
+    ({"grid": {"train.beta": [0.1]}, "metric": "eval_rewards/acuracies"},
+     ["sweep.metric is 'eval_rewards/acuracies', which no evaluation measures", "eval_rewards/accuracies"]),
+    ({"grid": {"train.beta": [0.1]}, "metric": "eval_rewards/rejected"},
+     ["sweep.metric: neither more nor less of 'eval_rewards/rejected' is better", "one of eval_loss"]),
+    ({"grid": {"train.beta": [0.1]}, "stop_early": {"grace": 50, "metric": "eval_length/chosen"}},
+     ["sweep.stop_early.metric: neither more nor less of 'eval_length/chosen'"]),
+    ({"grid": {"train.loss": ["sigmoid", "simpo"]}, "metric": "eval_logps/chosen_fell"},
+     ["trial train.loss=simpo: sweep.metric is 'eval_logps/chosen_fell', which no evaluation measures"]),
+    ({"list": [{"train.lr": 1e-6}, {"train.keep_best": "eval_lengths"}]},
+     ["trial train.keep_best=eval_lengths:", "train.keep_best is 'eval_lengths', which no evaluation measures"]),
     ({"grid": {"train.beta": [0.1]}, "stop_early": {"grace": 60}}, ["grace is 60", "every 50 steps"]),
+    ({"list": [{"evaluate.policy": "org/model"}], "evaluate": True},
+     ["evaluate.policy is org/model, but sweep.evaluate measures the policies of the trials"]),
+    ({"list": [{"data.eval": None}], "evaluate": True}, ["sweep.evaluate has no pairs to measure trials on; set data.eval"]),
 ])
 def test_bad_sweeps_name_the_trial_and_the_fix(section, said, sweep):
     with pytest.raises(ConfigError) as caught:
@@ -142,6 +154,28 @@ def test_bad_sweeps_name_the_trial_and_the_fix(section, said, sweep):
 
 def test_the_loss_compares_trials_that_share_it(sweep):
     assert len(sweep(grid={"train.lr": [1e-6, 1e-5]}, metric="eval_loss")) == 2
+    assert len(sweep(list=[{"train.lr": 1e-6}, {"train.lr": 1e-5, "train.loss": "sigmoid"}], metric="eval_loss")) == 2
+
+
+@pytest.mark.parametrize(("grid", "key"), [
+    ({"train.beta": [0.01, 1.0]}, "train.beta"),
+    ({"train.loss": ["sigmoid", "sigmoid_norm"]}, "train.loss"),
+    ({"train.loss": [[{"sigmoid": 1.0}, {"sft": 0.1}], [{"sigmoid": 1.0}, {"sft": 0.2}]]}, "train.loss"),
+    ({"train.label_smoothing": [0.0, 0.1]}, "train.label_smoothing"),
+    ({"train.length_penalty": [0.0, 0.01]}, "train.length_penalty"),
+    ({"train.beta.end": [0.05, 0.1]}, "train.beta"),
+    ({"data.margin_column": [None, "score"]}, "data.margin_column"),
+])
+@pytest.mark.parametrize("metric", ["eval_loss", "eval_rewards/margins", "eval_a/loss", "eval_b/rewards/margins"])
+def test_metrics_of_another_scale_are_not_compared(grid, key, metric, sweep, tmp_path):
+    """Nor by stop_early; accuracies compare across all of them."""
+    (tmp_path / "b.jsonl").write_text("{}\n")
+    more = [f"data.train=['{tmp_path / 'a.jsonl'}', '{tmp_path / 'b.jsonl'}']"]
+    more += ["train.beta={start: 0.2, end: 0.1}"] if "train.beta.end" in grid else []
+    for section in ({"metric": metric}, {"stop_early": {"grace": 50, "metric": metric}}):
+        with pytest.raises(ConfigError, match=f"'{metric}', which cannot be compared across {key}: each"):
+            sweep(*more, grid=grid, **section)
+    assert len(sweep(*more, grid=grid, metric="eval_a/rewards/accuracies")) == 2
 
 
 def test_nothing_held_out_is_nothing_to_choose_by(sweep):

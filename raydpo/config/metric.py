@@ -1,0 +1,66 @@
+"""Metrics of the held-out evaluations: which there are, and which way each is better. ``training.metrics`` computes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = ["check_metric", "depends_on_scale", "held_out_metrics", "lower_is_better"]
+
+_LOWER_IS_BETTER = {"loss": True, "chosen_fell": True, "accuracies": False, "margins": False}
+"""By the last part of a metric's name. Rewards, log-probs and lengths of one side are not in it: neither way is better."""
+_OF_ALL_PAIRS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
+                 "logps/rejected", "logps/accuracies", "length/chosen", "length/rejected", "length/margin_correlation")
+_AGAINST_REFERENCE = ("logps/chosen_fell", "logratio/chosen_per_token", "logratio/rejected_per_token")
+_OF_A_SOURCE = ("loss", "rewards/margins", "rewards/accuracies")
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether less of a metric is better; the last part of its name tells, so it is the same for every source.
+
+    Raises:
+        ValueError: if neither more nor less of it is better.
+    """
+    last = _last_part(metric)
+    if last not in _LOWER_IS_BETTER:
+        raise ValueError(f"neither more nor less of {metric!r} is better")
+    return _LOWER_IS_BETTER[last]
+
+
+def depends_on_scale(metric: str) -> bool:
+    """Whether a metric is in units of the loss or of the reward, which each objective has of its own."""
+    return _last_part(metric) in ("loss", "margins")
+
+
+def held_out_metrics(sources: Sequence[str], *, reference: bool) -> list[str]:
+    """The names of all metrics that an evaluation of held-out pairs gives.
+
+    Args:
+        sources: that the pairs come from. Each has metrics of its own where there are several.
+        reference: whether the pairs have log-probs of the reference.
+    """
+    names = [*_OF_ALL_PAIRS, *(_AGAINST_REFERENCE if reference else ())]
+    names += [f"{source}/{name}" for source in sources for name in _OF_A_SOURCE if len(sources) > 1]
+    return [f"eval_{name}" for name in names]
+
+
+def check_metric(key: str, metric: str, measured: Sequence[str]) -> None:
+    """Refuse a metric by which nothing can be chosen.
+
+    Args:
+        key: the setting that names it.
+        measured: of ``held_out_metrics``.
+
+    Raises:
+        ValueError: if it is not among ``measured``, or neither more nor less of it is better.
+    """
+    choices = ", ".join(name for name in measured if _last_part(name) in _LOWER_IS_BETTER)
+    if metric not in measured:
+        raise ValueError(f"{key} is {metric!r}, which no evaluation measures; set it to one of {choices}")
+    try:
+        lower_is_better(metric)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}, so it cannot tell what is best; set it to one of {choices}") from None
+
+
+def _last_part(metric: str) -> str:
+    return metric.removeprefix("eval_").rsplit("/", 1)[-1]
