@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-__all__ = ["LENGTH_BINS", "Z95", "figures", "overlap", "wilson"]
+from raydpo.evaluation.interval import share
+
+__all__ = ["LENGTH_BINS", "figures", "overlap", "wilson"]
 
 LENGTH_BINS = (-100, -25, 0, 1, 26, 101)
 """Left edges of the bins of length difference: much shorter, shorter, a little shorter, equal, a little longer, ..."""
 SURPRISE_BINS = 60
-Z95 = 1.959964
-"""Standard errors to each side of a 95 % interval."""
 
 
 def figures(frame: pl.DataFrame) -> dict[str, Any]:
@@ -40,15 +40,9 @@ def figures(frame: pl.DataFrame) -> dict[str, Any]:
 
 
 def wilson(count: float, total: int) -> dict[str, Any]:
-    """A share and its 95 % interval (Wilson 1927, doi 10.1080/01621459.1927.10502953)."""
-    if not total:
-        return {"share": None, "low": None, "high": None, "count": count, "of": total}
-    z, share = Z95, count / total
-    centre = share + z * z / (2 * total)
-    spread = z * np.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    scale = 1 + z * z / total
-    return {"share": share, "low": float((centre - spread) / scale), "high": float((centre + spread) / scale),
-            "count": count, "of": total}
+    """A share and its 95 % interval, see ``evaluation.interval.share``."""
+    found = share(count, total)
+    return {"share": found["value"], "low": found["low"], "high": found["high"], "count": count, "of": total}
 
 
 def overlap(one: np.ndarray, two: np.ndarray) -> dict[str, float | None]:

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from raydpo.evaluation.interval import around, mean, standard_error
+from raydpo.evaluation.interval import mean, ratio, standard_error
 from raydpo.model.head import CHUNK_BYTES
 from raydpo.model.layout import PromptGroup
 from raydpo.model.logps import LogpModel
@@ -50,20 +50,13 @@ def measure_drift(log_ratios: np.ndarray, tokens: np.ndarray, prompts: np.ndarra
         return np.bincount(inverse, values) / np.bincount(inverse)
 
     ratios, lengths = by_prompt(log_ratios.astype(np.float64)), by_prompt(tokens.astype(np.float64))
-    found = {"kl": mean(ratios), "std_error": standard_error(ratios), "kl_per_token": _ratio(ratios, lengths),
+    found = {"kl": mean(ratios), "std_error": standard_error(ratios), "kl_per_token": ratio(ratios, lengths),
              "samples": len(log_ratios), "rao_blackwell": None}
     if steps is not None:
         exact = by_prompt(steps.astype(np.float64))
         found["rao_blackwell"] = {"kl": mean(exact), "std_error": standard_error(exact),
-                                  "kl_per_token": _ratio(exact, lengths)}
+                                  "kl_per_token": ratio(exact, lengths)}
     return found
-
-
-def _ratio(above: np.ndarray, below: np.ndarray) -> dict[str, float | None]:
-    """Mean of ``above`` over mean of ``below``, [n] both, its error by the delta method."""
-    value = float(above.mean() / below.mean())
-    error = standard_error(above - value * below)
-    return around(value, None if error is None else error / float(below.mean()))
 
 
 @dataclass(frozen=True, kw_only=True)

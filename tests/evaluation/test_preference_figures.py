@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from raydpo.evaluation.interval import mean, share
+from raydpo.evaluation.interval import mean, share, student95
 from raydpo.evaluation.preferences import ScoredPairs, measure_preferences
 from raydpo.evaluation.style import length_growth, measure_style
 
@@ -32,8 +32,8 @@ def test_four_pairs_by_hand():
     assert total["accuracy"] == share(2.5, 4) and total["accuracy"]["value"] == 0.625
     assert total["margin"] == mean(np.array([1, 0.5, -2, 0]))
     assert total["margin"]["value"] == pytest.approx(-0.125)
-    # 1.96 standard errors, of the sample variance.
-    spread = 1.959964 * np.std([1, 0.5, -2, 0], ddof=1) / 2
+    # Student's quantile of three degrees of freedom, of the sample variance.
+    spread = student95(3) * np.std([1, 0.5, -2, 0], ddof=1) / 2
     assert total["margin"]["high"] - total["margin"]["value"] == pytest.approx(spread)
     assert total["loss"] == pytest.approx(-np.mean([math.log(sigmoid(m)) for m in (1, 0.5, -2, 0)]))
     assert total["chosen_fell"]["value"] == 1.0
