@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from raydpo.evaluation.interval import Interval, mean
+from raydpo.evaluation.interval import Interval, by_group, mean, ratio
 
 __all__ = ["is_cut", "length_growth", "measure_style"]
 
@@ -31,12 +31,18 @@ def measure_style(answers: Sequence[np.ndarray], stop: Sequence[int]) -> dict[st
 
 
 def length_growth(policy: Sequence[np.ndarray], reference: Sequence[np.ndarray], prompts: np.ndarray) -> Interval:
-    """Mean over prompts of policy tokens / reference tokens, less 1; ``prompts`` is the number of each answer's prompt."""
-    def lengths(answers: Sequence[np.ndarray]) -> np.ndarray:
-        _, inverse = np.unique(prompts, return_inverse=True)
-        return np.bincount(inverse, [len(answer) for answer in answers]) / np.bincount(inverse)
+    """Mean length of the policy's answers over that of the reference's, less 1; ``prompts`` is the number of each answer's
+    prompt, and the interval is over prompts.
 
-    return mean(lengths(policy) / lengths(reference) - 1)
+    It is no mean of ratios: the lengths of two answers to a prompt are nearly independent, so the mean of their ratio is
+    above 1 though nothing has grown.
+    """
+    def lengths(answers: Sequence[np.ndarray]) -> np.ndarray:
+        sums, sizes = by_group(np.array([len(answer) for answer in answers], float), prompts)
+        return sums / sizes
+
+    grown = ratio(lengths(policy), lengths(reference))
+    return {name: None if value is None else value - 1 for name, value in grown.items()}
 
 
 def is_cut(answer: np.ndarray, stop: Sequence[int]) -> bool:

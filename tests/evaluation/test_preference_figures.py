@@ -102,7 +102,28 @@ def test_style_by_hand():
     assert style["cut"] == pytest.approx(1 / 3)
 
 
-def test_length_growth_is_a_mean_over_prompts():
+def test_length_growth_by_hand():
+    """Of two prompts: 6 and 3 tokens, against 3 and 6."""
     policy, reference = [np.ones(4), np.ones(8), np.ones(3), np.ones(3)], [np.ones(2), np.ones(4), np.ones(6), np.ones(6)]
     growth = length_growth(policy, reference, np.array([0, 0, 1, 1]))
-    assert growth["value"] == pytest.approx(((12 / 6 - 1) + (6 / 12 - 1)) / 2)
+    assert growth["value"] == 0.0 and growth["low"] == -growth["high"] == pytest.approx(-student95(1) * 3 / 4.5)
+    assert length_growth([np.ones(9)], [np.ones(6)], np.array([5])) == {"value": 0.5, "low": None, "high": None}
+
+
+LENGTHS = {
+    "uniform": lambda random, count: random.integers(10, 129, count),
+    "lognormal": lambda random, count: np.minimum(np.exp(random.normal(np.log(60), 0.6, count)).astype(int) + 1, 128),
+    "geometric": lambda random, count: np.minimum(random.geometric(1 / 60, count), 128)}
+
+
+@pytest.mark.parametrize("kind", LENGTHS)
+def test_answers_of_equal_lengths_have_not_grown(kind):
+    """Both sides from one distribution. The mean of the 64 ratios is 0.3 to 2.7 above 1 in these draws."""
+    random, draw = np.random.default_rng(11), LENGTHS[kind]
+    held, found = 0, []
+    for _ in range(300):
+        policy, reference = ([np.empty(length) for length in draw(random, 64)] for _ in range(2))
+        growth = length_growth(policy, reference, np.arange(64))
+        found.append(growth["value"])
+        held += growth["low"] <= 0 <= growth["high"]
+    assert np.mean(found) == pytest.approx(0, abs=0.03) and held == pytest.approx(0.95 * 300, abs=10)
