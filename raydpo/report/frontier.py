@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from raydpo.evaluation.interval import share_error
 from raydpo.pages.plot import BAD, GOOD, INK, PALE, Picture, figure, svg
-from raydpo.report.findings import accuracy_error
 from raydpo.report.records import SweepRecord, Trial
 from raydpo.report.tables import text
 
@@ -85,7 +85,7 @@ def _point(mark: str, trial: Trial) -> Point:
     growth = next((modes[mode]["length_growth"]["value"] for mode in ("sampled", "greedy") if modes.get(mode)), None)
     return Point(
         mark, trial.name, _label(trial.settings), trial.status == "done", beta, accuracy,
-        accuracy_error(accuracy, pairs) if accuracy is not None and pairs else None,
+        share_error(accuracy, scores.get("effective_pairs") or pairs) if accuracy is not None and pairs else None,
         margin / beta if margin is not None and beta else None,
         ((evaluation.get("drift") or {}).get("kl_per_token") or {}).get("value"),
         None if None in sides else sum(abs(side) for side in sides) / 2, growth, scores.get("length/margin_correlation"))
