@@ -14,6 +14,7 @@ from made import HOSTILE, made_run, made_sweep
 from raydpo.cli import main
 from raydpo.console import Console
 from raydpo.errors import ConfigError, RaydpoError
+from raydpo.evaluation.interval import share_error
 from raydpo.report import write_comparison, write_report
 from raydpo.report.compare import differences
 from raydpo.report.curves import POINTS, curve
@@ -198,7 +199,7 @@ def test_a_sweep_page(tmp_path, measured):
     scores = sweep.trials[1].eval
     assert points[1].margin == pytest.approx(scores["rewards/margins"] / 0.1)
     accuracy = scores["rewards/accuracies"]
-    assert points[1].error == pytest.approx((accuracy * (1 - accuracy) / 400) ** 0.5)
+    assert points[1].error == pytest.approx(share_error(accuracy, 400))
     page = sweep_page(sweep)
     assert page.count('class="mark"') == 12 and "Never by the loss" in page and "3 done, 1 waiting, 1 failed" in page
     assert "<script>alert" not in page and "&lt;script&gt;alert(1)" in page
