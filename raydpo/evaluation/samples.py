@@ -46,8 +46,9 @@ class Answers:
 
     def style(self) -> dict[str, Any]:
         """What evaluation.json says of the mode."""
-        stop = self.tokeniser.stop_ids
-        return {"policy": measure_style(self.policy, stop), "reference": measure_style(self.reference, stop),
+        policy, reference = (measure_style(side, self.tokeniser.stop_ids, self.places)
+                             for side in (self.policy, self.reference))
+        return {"policy": policy, "reference": reference,
                 "length_growth": length_growth(self.policy, self.reference, self.places)}
 
     def pairs(self) -> pa.Table:

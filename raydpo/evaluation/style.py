@@ -7,24 +7,25 @@ from typing import Any
 
 import numpy as np
 
-from raydpo.evaluation.interval import Interval, by_group, mean, ratio
+from raydpo.evaluation.interval import Interval, by_group, mean_by_group, ratio
 
 __all__ = ["is_cut", "length_growth", "measure_style"]
 
 REPEATED_GRAM = 4
 
 
-def measure_style(answers: Sequence[np.ndarray], stop: Sequence[int]) -> dict[str, Any]:
-    """Of answers as token ids.
+def measure_style(answers: Sequence[np.ndarray], stop: Sequence[int], prompts: np.ndarray) -> dict[str, Any]:
+    """Of answers as token ids; ``prompts`` is the number of each answer's prompt.
 
-    ``tokens``: mean length, the end token included. ``repetition``: share of the 4-grams of an answer that repeat an
-    earlier one of it, mean over answers of 4 tokens or more (seq-rep-4, Welleck et al. 2020, arXiv 1908.04319).
+    ``tokens``: mean length, the end token included, its interval over prompts. ``repetition``: share of the 4-grams of an
+    answer that repeat an earlier one of it, mean over answers of 4 tokens or more (seq-rep-4, Welleck et al. 2020, arXiv
+    1908.04319).
     ``distinct_1``, ``distinct_2``: distinct tokens and pairs of neighbours by all of them (Li et al. 2016, arXiv
     1510.03055); they fall with the number of answers. ``cut``: share that hit max_tokens.
     """
     grams = [_grams(answer, REPEATED_GRAM) for answer in answers if len(answer) >= REPEATED_GRAM]
     return {
-        "tokens": mean(np.array([len(answer) for answer in answers], float)),
+        "tokens": mean_by_group(np.array([len(answer) for answer in answers], float), prompts),
         "repetition": float(np.mean([1 - len(set(each)) / len(each) for each in grams])) if grams else None,
         "distinct_1": _distinct(answers, 1), "distinct_2": _distinct(answers, 2),
         "cut": float(np.mean([is_cut(answer, stop) for answer in answers])) if answers else None}

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from raydpo.config import ObjectiveConfig
-from raydpo.evaluation.interval import mean, share, student95
+from raydpo.evaluation.interval import mean, mean_by_group, share, student95
 from raydpo.evaluation.preferences import ScoredPairs, measure_preferences
 from raydpo.evaluation.style import length_growth, measure_style
 from raydpo.losses import PairLogps, preference_loss
@@ -151,7 +151,8 @@ def test_too_few_pairs_say_so():
 
 def test_style_by_hand():
     answers = [np.array([5, 6, 5, 6, 5, 6, 5, 2]), np.array([7, 2]), np.array([8, 9, 8])]
-    style = measure_style(answers, stop=[2])
+    style = measure_style(answers, stop=[2], prompts=np.array([0, 0, 1]))
+    assert style["tokens"] == mean_by_group(np.array([8, 2, 3]), np.array([0, 0, 1]))
     assert style["tokens"]["value"] == pytest.approx(13 / 3)
     # 5656 6565 5656 6565 5652: three of five 4-grams are new; the others have fewer than 4 tokens.
     assert style["repetition"] == pytest.approx(2 / 5)
