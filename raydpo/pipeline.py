@@ -341,7 +341,7 @@ def _audit(prepared: Prepared, console: Console) -> Audit:
         meta={"name": prepared.config.run_name, "model": prepared.config.reference_path, "raydpo": raydpo.__version__,
               "identity": prepared.reference.identity.digest, "cache": str(prepared.cache.storage)},
         identical={source.name: source.dropped.counts[SAME] for source in prepared.sets.report.sources
-                   if source.dropped.counts[SAME]})
+                   if source.dropped.counts[SAME]}, objective=prepared.config.train)
     write_audit(done, storage)
     for line in summary_lines(done):
         console.say(line)

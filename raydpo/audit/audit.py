@@ -14,6 +14,8 @@ import pyarrow as pa
 from raydpo.audit.advice import Advice, advise
 from raydpo.audit.extremes import extremes
 from raydpo.audit.measure import figures
+from raydpo.config import ObjectiveConfig
+from raydpo.data.facts import prompt_numbers
 from raydpo.storage import Storage
 
 __all__ = ["Audit", "audit_pairs", "summary_lines", "write_audit"]
@@ -44,17 +46,17 @@ class Audit:
 
 
 def audit_pairs(facts: pa.Table, pairs: pa.Table, decode: Callable[[list[list[int]]], list[str]], *, meta: dict[str, Any],
-                identical: dict[str, int] | None = None) -> Audit:
+                identical: dict[str, int] | None = None, objective: ObjectiveConfig | None = None) -> Audit:
     """Look at tokenised pairs and what the reference said of them.
 
     Args:
         facts: ``data.facts.pair_facts`` of ``pairs``. decode: token ids of many completions -> texts.
-        identical: see ``Audit``.
+        identical: see ``Audit``. objective: that they are to be trained with.
     """
-    frame = pl.from_arrow(facts.drop_columns(["pair_id"]))
+    frame = pl.from_arrow(facts.drop_columns(["pair_id"])).with_columns(prompt=prompt_numbers(pairs))
     total = figures(frame)
     sources = {str(name): figures(part) for (name,), part in frame.group_by("source", maintain_order=True)}
-    return Audit(meta, total, sources, identical or {}, advise(total), extremes(facts, pairs, decode), frame)
+    return Audit(meta, total, sources, identical or {}, advise(total, objective), extremes(facts, pairs, decode), frame)
 
 
 def summary_lines(audit: Audit) -> list[str]:
@@ -67,9 +69,7 @@ def summary_lines(audit: Audit) -> list[str]:
     if surprise["chosen"]:
         lines.append(f"audit: the reference ranks {reference['right_by_sum']['share']:.1%} right "
                      f"({reference['right_per_token']['share']:.1%} per token); chosen {surprise['chosen']['median']:.2f}, "
-                     "rejected "
-                     f"{surprise['rejected']['median']:.2f} nats a token in the median, overlap "
-                     f"{surprise['overlap']['coefficient']:.0%}")
+                     f"rejected {surprise['rejected']['median']:.2f} nats a token in the median")
     counts = [f"{count:,} {what}" for count, what in (
         (total["duplicates"], "copies"), (total["shared_prompt"], "share a prompt"),
         (total["shared_answer"], "share an answer"), (total["contradictory"], "in contradiction"),

@@ -8,30 +8,35 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from raydpo.evaluation.interval import share
+from raydpo.evaluation.interval import Interval, mean_by_group, share, share_by_group
 
-__all__ = ["LENGTH_BINS", "figures", "overlap", "wilson"]
+__all__ = ["LENGTH_BINS", "figures", "separation"]
 
 LENGTH_BINS = (-100, -25, 0, 1, 26, 101)
 """Left edges of the bins of length difference: much shorter, shorter, a little shorter, equal, a little longer, ..."""
-SURPRISE_BINS = 60
+FAR_MARGIN = -150
+"""Nats: a margin of the reference that is lower lies far out."""
+FAR_SHARE = 0.01
+"""Of the pairs, which may be left out for their margin at most."""
 
 
 def figures(frame: pl.DataFrame) -> dict[str, Any]:
-    """All figures of the pairs in ``frame``, whose columns are ``data.facts.FACTS``. Shares come with 95 % intervals.
+    """All figures of the pairs in ``frame``, whose columns are ``data.facts.FACTS`` and the number of the ``prompt``. Shares
+    come with 95 % intervals, over prompts.
 
     Log-probs are nats; surprise is -log-prob a token. None stands for what cannot be computed of so few pairs.
     """
     scored = frame.filter(pl.col("ref_margin").is_not_null())
-    difference = frame["length_difference"].to_numpy()
+    even = frame["contradictory"] & (frame["opposites"] == frame["copies"])
     return {
         "pairs": frame.height, "not_scored": frame.height - scored.height,
         "tokens": {name: _quantiles(frame[f"{name}_tokens"].to_numpy()) for name in ("prompt", "chosen", "rejected")},
-        "length": _length(difference),
+        "length": _length(frame),
         "reference": _reference(scored),
         "length_and_reference": _length_and_reference(scored),
         "surprise": _surprise(scored),
-        "duplicates": int((frame["copy"] > 0).sum()), "contradictory": int(frame["contradictory"].sum()),
+        "duplicates": int(((frame["copy"] > 0) & ~frame["contradictory"]).sum()),
+        "contradictory": int(frame["contradictory"].sum()), "contradictory_evenly": int(even.sum()),
         "shared_prompt": int((frame["prompt_pairs"] > frame["copies"]).sum()),
         "shared_answer": int((frame["answer_pairs"] > frame["copies"]).sum()),
         "empty": {side: int((frame[f"{side}_tokens"] <= 1).sum()) for side in ("chosen", "rejected")},
@@ -39,68 +44,83 @@ def figures(frame: pl.DataFrame) -> dict[str, Any]:
     }
 
 
-def wilson(count: float, total: int) -> dict[str, Any]:
-    """A share and its 95 % interval, see ``evaluation.interval.share``."""
-    found = share(count, total)
+def separation(one: np.ndarray, two: np.ndarray, prompts: np.ndarray) -> dict[str, Any]:
+    """Probability that a value of ``two`` exceeds one of ``one``, ties half (Mann-Whitney); 0.5 if nothing tells them apart.
+
+    Args:
+        one, two: of the chosen and the rejected answer of each pair, [pairs]. prompts: number of the prompt of each pair.
+    """
+    # Of each value the share of the other side's that it is below, or above: their sum is what the estimate is the mean of,
+    # but for terms that vanish with the number of pairs (DeLong et al. 1988, doi 10.2307/2531595).
+    above, below = 1 - _below(one, two), _below(two, one)
+    if not len(one):
+        return _named(share(0, 0), 0.0, 0)
+    auc = float(below.mean())
+    found = mean_by_group(above + below - auc, prompts)
+    if found["low"] == found["high"]:  # nothing varies: all of one side are above all of the other, or equal
+        found = share(auc * len(one), len(one))
+    low, high = (bound if bound is None else min(1.0, max(0.0, bound)) for bound in (found["low"], found["high"]))
+    return _named({"value": auc, "low": low, "high": high}, auc * len(one), len(one))
+
+
+def _below(values: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Share of ``others`` that each of ``values`` exceeds, ties half."""
+    ordered = np.sort(others)
+    return (np.searchsorted(ordered, values, "left") + np.searchsorted(ordered, values, "right")) / 2 / max(1, len(ordered))
+
+
+def _share(values: np.ndarray, frame: pl.DataFrame) -> dict[str, Any]:
+    """Mean of a value from 0 to 1 of each pair in ``frame``."""
+    values = values.astype(float)
+    return _named(share_by_group(values, frame["prompt"].to_numpy()), float(values.sum()), len(values))
+
+
+def _named(found: Interval, count: float, total: int) -> dict[str, Any]:
     return {"share": found["value"], "low": found["low"], "high": found["high"], "count": count, "of": total}
 
 
-def overlap(one: np.ndarray, two: np.ndarray) -> dict[str, float | None]:
-    """How alike two samples are distributed.
-
-    ``coefficient``: the area that their histograms share, 1 if equal, 0 if apart. ``auc``: probability that a value of
-    ``two`` exceeds one of ``one``, ties half (Mann-Whitney); 0.5 if nothing tells them apart.
-    """
-    if not len(one) or not len(two):
-        return {"coefficient": None, "auc": None}
-    edges = np.histogram_bin_edges(np.concatenate([one, two]), SURPRISE_BINS)
-    shares = [np.histogram(values, edges)[0] / len(values) for values in (one, two)]
-    ordered = np.sort(one)
-    below = (np.searchsorted(ordered, two, "left") + np.searchsorted(ordered, two, "right")) / 2
-    return {"coefficient": float(np.minimum(*shares).sum()), "auc": float(below.mean() / len(one))}
-
-
-def _length(difference: np.ndarray) -> dict[str, Any]:
-    longer, shorter = int((difference > 0).sum()), int((difference < 0).sum())
-    ties = len(difference) - longer - shorter
-    better = "longer" if longer >= shorter else "shorter"
+def _length(frame: pl.DataFrame) -> dict[str, Any]:
+    difference = frame["length_difference"].to_numpy()
+    longer, shorter = difference > 0, difference < 0
+    better = "longer" if longer.sum() >= shorter.sum() else "shorter"
     return {
-        "chosen_longer": wilson(longer, len(difference)), "chosen_shorter": wilson(shorter, len(difference)), "equal": ties,
-        "difference": _quantiles(difference),
+        "chosen_longer": _share(longer, frame), "chosen_shorter": _share(shorter, frame),
+        "equal": int((difference == 0).sum()), "difference": _quantiles(difference),
         # What a judge reaches who sees nothing but lengths and tosses a coin where they are equal.
-        "rule": better, "rule_accuracy": wilson(max(longer, shorter) + ties / 2, len(difference)),
+        "rule": better, "rule_accuracy": _share(_wins(difference if better == "longer" else -difference), frame),
     }
 
 
 def _reference(scored: pl.DataFrame) -> dict[str, Any]:
     margin = scored["ref_margin"].to_numpy()
     per_token = (scored["ref_chosen_per_token"] - scored["ref_rejected_per_token"]).to_numpy()
-    return {"right_by_sum": wilson(_wins(margin), len(margin)), "right_per_token": wilson(_wins(per_token), len(margin)),
-            "margin": _quantiles(margin)}
+    bound = min(FAR_MARGIN, int(np.floor(np.quantile(margin, FAR_SHARE)))) if len(margin) else FAR_MARGIN
+    return {"right_by_sum": _share(_wins(margin), scored), "right_per_token": _share(_wins(per_token), scored),
+            "margin": _quantiles(margin), "far": {"bound": bound, "pairs": int((margin <= bound).sum())}}
 
 
-def _wins(values: np.ndarray) -> float:
-    return float((values > 0).sum() + (values == 0).sum() / 2)
+def _wins(values: np.ndarray) -> np.ndarray:
+    return (np.sign(values) + 1) / 2
 
 
 def _length_and_reference(scored: pl.DataFrame) -> dict[str, Any]:
     difference, margin = scored["length_difference"].to_numpy().astype(float), scored["ref_margin"].to_numpy()
     if len(margin) < 3 or not difference.std() or not margin.std():
-        return {"pearson": None, "spearman": None, "slope": None, "bins": _by_bin(difference, margin)}
+        return {"pearson": None, "spearman": None, "slope": None, "bins": _by_bin(scored)}
     ranks = [scored[name].rank().to_numpy() for name in ("length_difference", "ref_margin")]
     return {"pearson": float(np.corrcoef(difference, margin)[0, 1]), "spearman": float(np.corrcoef(*ranks)[0, 1]),
-            "slope": float(np.polyfit(difference, margin, 1)[0]), "bins": _by_bin(difference, margin)}
+            "slope": float(np.polyfit(difference, margin, 1)[0]), "bins": _by_bin(scored)}
 
 
-def _by_bin(difference: np.ndarray, margin: np.ndarray) -> list[dict[str, Any]]:
+def _by_bin(scored: pl.DataFrame) -> list[dict[str, Any]]:
     """How often the reference is right among pairs of about the same length difference: what is left when length is
     known."""
-    edges = [-np.inf, *LENGTH_BINS, np.inf]
+    difference = scored["length_difference"].to_numpy()
     bins = []
-    for low, high in pairwise(edges):
-        inside = (difference >= low) & (difference < high)
+    for low, high in pairwise([-np.inf, *LENGTH_BINS, np.inf]):
+        inside = scored.filter(pl.Series((difference >= low) & (difference < high), dtype=pl.Boolean))
         bins.append({"from": None if np.isinf(low) else int(low), "to": None if np.isinf(high) else int(high) - 1,
-                     "pairs": int(inside.sum()), "right": wilson(_wins(margin[inside]), int(inside.sum()))})
+                     "pairs": inside.height, "right": _share(_wins(inside["ref_margin"].to_numpy()), inside)})
     return bins
 
 
@@ -111,12 +131,12 @@ def _surprise(scored: pl.DataFrame) -> dict[str, Any]:
         tokens = int(scored[f"{side}_tokens"].sum())
         nats = -float(scored[f"ref_{side}_logps"].sum())
         result[f"{side}_perplexity"] = float(np.exp(min(nats / tokens, 700.0))) if tokens else None
-    return result | {"overlap": overlap(values["chosen"], values["rejected"])}
+    return result | {"separation": separation(values["chosen"], values["rejected"], scored["prompt"].to_numpy())}
 
 
 def _quantiles(values: np.ndarray) -> dict[str, float] | None:
     if not len(values):
         return None
     return {"mean": float(values.mean())} | {name: float(np.quantile(values, share)) for name, share in (
-        ("least", 0.0), ("p10", 0.1), ("p25", 0.25), ("median", 0.5), ("p75", 0.75), ("p90", 0.9), ("p99", 0.99),
-        ("most", 1.0))}
+        ("least", 0.0), ("p01", 0.01), ("p10", 0.1), ("p25", 0.25), ("median", 0.5), ("p75", 0.75), ("p90", 0.9),
+        ("p99", 0.99), ("most", 1.0))}

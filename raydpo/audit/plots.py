@@ -59,9 +59,9 @@ def _surprises(scored: pl.DataFrame, figures: dict[str, Any]) -> dict[str, str]:
         axes.legend()
     surprise = figures["surprise"]
     return _picture(made, "Surprise of the reference", f"Median {surprise['chosen']['median']:.2f} nats a token for chosen, "
-                    f"{surprise['rejected']['median']:.2f} for rejected answers; the two overlap by "
-                    f"{surprise['overlap']['coefficient']:.0%}. The further right, the less the model itself would write "
-                    "this.")
+                    f"{surprise['rejected']['median']:.2f} for rejected answers; of two at random the rejected one "
+                    f"surprises more in {surprise['separation']['share']:.0%}. The further right, the less the model itself "
+                    "would write this.")
 
 
 def _margin_by_length(scored: pl.DataFrame, figures: dict[str, Any]) -> dict[str, str]:

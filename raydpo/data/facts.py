@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 
 from raydpo.reference.index import KeyIndex, as_bytes
 
-__all__ = ["FACTS", "REFERENCE_FACTS", "pair_facts"]
+__all__ = ["FACTS", "REFERENCE_FACTS", "pair_facts", "prompt_numbers"]
 
 FACTS: dict[str, tuple[pa.DataType, str]] = {
     "pair_id": (pa.string(), "source:row"),
@@ -24,7 +24,9 @@ FACTS: dict[str, tuple[pa.DataType, str]] = {
     "copy": (pa.int64(), "which of its copies it is, from 0; 'copy = 0' keeps one of each"),
     "prompt_pairs": (pa.int64(), "pairs with this very prompt, this one included"),
     "answer_pairs": (pa.int64(), "pairs in which the more used of its two answers occurs, under whatever prompt"),
-    "contradictory": (pa.bool_(), "whether another pair prefers its rejected completion to its chosen one"),
+    "opposites": (pa.int64(), "pairs that prefer its rejected completion to its chosen one: votes against it, as copies are "
+                             "votes for it"),
+    "contradictory": (pa.bool_(), "whether there is such a pair"),
     "ref_chosen_logps": (pa.float64(), "the reference's log-prob of the chosen completion, nats"),
     "ref_rejected_logps": (pa.float64(), "the reference's log-prob of the rejected completion, nats"),
     "ref_margin": (pa.float64(), "ref_chosen_logps - ref_rejected_logps"),
@@ -49,11 +51,12 @@ def pair_facts(pairs: pa.Table, ref_chosen: np.ndarray | None = None, ref_reject
     prompt, chosen, rejected = (pc.list_value_length(pairs[f"{name}_ids"]).to_numpy().astype(np.int64)
                                 for name in ("prompt", "chosen", "rejected"))
     full = {side: pairs[f"{side}_full"].to_numpy().astype(np.int64) for side in ("chosen", "rejected")}
-    copies, copy, contradictory = _copies(pairs)
+    copies, copy, opposites = _copies(pairs)
     columns = {
         "pair_id": pairs["pair_id"], "source": pairs["source"], "prompt_tokens": prompt, "chosen_tokens": chosen,
         "rejected_tokens": rejected, "length_difference": chosen - rejected, "chosen_cut": full["chosen"] - chosen,
-        "rejected_cut": full["rejected"] - rejected, "copies": copies, "copy": copy, "contradictory": contradictory,
+        "rejected_cut": full["rejected"] - rejected, "copies": copies, "copy": copy, "opposites": opposites,
+        "contradictory": opposites > 0,
         "prompt_pairs": _uses(_digests(pairs["prompt_ids"])), "answer_pairs": _answer_pairs(pairs)}
     if ref_chosen is not None and ref_rejected is not None:
         known = np.isnan(ref_chosen) | np.isnan(ref_rejected)
@@ -63,6 +66,11 @@ def pair_facts(pairs: pa.Table, ref_chosen: np.ndarray | None = None, ref_reject
             ("ref_chosen_per_token", ref_chosen / chosen), ("ref_rejected_per_token", ref_rejected / rejected))}
     return pa.table({name: columns.get(name, pa.nulls(pairs.num_rows, kind)) for name, (kind, _) in FACTS.items()}).cast(
         pa.schema([(name, kind) for name, (kind, _) in FACTS.items()]))
+
+
+def prompt_numbers(pairs: pa.Table) -> np.ndarray:
+    """Number of the prompt of each pair among the distinct ones, int64 [pairs]."""
+    return np.unique(_digests(pairs["prompt_ids"]), return_inverse=True)[1]
 
 
 def _answer_pairs(pairs: pa.Table) -> np.ndarray:
@@ -94,7 +102,7 @@ def _digests(lists: pa.ChunkedArray) -> np.ndarray:
 
 
 def _copies(pairs: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each pair: how many have its tokens, the number of this one among them, and whether its opposite is there."""
+    """Of each pair: how many have its tokens, the number of this one among them, and how many say the opposite."""
     keys = [np.concatenate([np.empty((0, 16), np.uint8), *map(as_bytes, pairs[f"{side}_key"].chunks)])
             for side in ("chosen", "rejected")]
     lengths = [pc.list_value_length(pairs[f"{side}_ids"]).to_numpy().astype(np.int32) for side in ("chosen", "rejected")]
@@ -102,8 +110,9 @@ def _copies(pairs: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     index.add(np.concatenate(keys), np.concatenate(lengths), 0)
     chosen, rejected = (index.find(each) for each in keys)
     code, opposite = (one * np.int64(2 * len(chosen)) + two for one, two in ((chosen, rejected), (rejected, chosen)))
-    _, first, inverse, counts = np.unique(code, return_index=True, return_inverse=True, return_counts=True)
+    distinct, inverse, counts = np.unique(code, return_inverse=True, return_counts=True)
     order = np.argsort(inverse, kind="stable")
     number = np.empty(len(code), np.int64)
     number[order] = np.arange(len(code)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return counts[inverse], number, np.isin(opposite, code[first])
+    place = np.minimum(np.searchsorted(distinct, opposite), max(0, len(distinct) - 1))
+    return counts[inverse], number, np.where(distinct[place] == opposite, counts[place], 0)

@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import repeat
+from itertools import chain
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -19,7 +19,7 @@ import pyarrow as pa
 from raydpo.config import JudgeConfig
 from raydpo.errors import ConfigError, RaydpoError
 from raydpo.evaluation.prompts import as_text
-from raydpo.evaluation.wins import Contest, count_wins
+from raydpo.evaluation.wins import Contest
 from raydpo.evaluation.work import load, store, stored_name
 from raydpo.storage import Storage
 
@@ -39,7 +39,12 @@ QUESTION = """<conversation>
 </answer_B>
 Which answer is {criterion}: A, B, or tie?"""
 FIRST, SECOND, TIE, REFUSED, FAILED = "first", "second", "tie", "refused", "failed"
-_WORDS = {"a": FIRST, "b": SECOND, "tie": TIE}
+_WORDS = {"A": FIRST, "B": SECOND, "tie": TIE}
+_AROUND = frozenset((
+    "answer", "best", "better", "choice", "choose", "decision", "final", "i", "is", "it", "it's", "my", "option", "overall",
+    "prefer", "preferred", "result", "so", "the", "therefore", "verdict", "winner", "wins"))
+"""What a last line may say beside the verdict and words of the criterion. Any other word may turn it round."""
+_DENYING = frozenset(("cannot", "either", "neither", "no", "nor", "not", "or"))
 AGAIN = frozenset({408, 409, 429})
 HOPELESS = frozenset({401, 403, 404})
 """The next request would fare no better."""
@@ -76,8 +81,12 @@ class Judge:
     @property
     def identity(self) -> dict[str, Any]:
         """Everything that verdicts depend on."""
-        return {"judge": 1, "instructions": INSTRUCTIONS + QUESTION} | self.config.model_dump(
+        return {"judge": 2, "instructions": INSTRUCTIONS + QUESTION} | self.config.model_dump(
             mode="json", include={"url", "model", "max_tokens", "criterion"})
+
+    def ask_unless_equal(self, prompt: str, first: str, second: str) -> str:
+        """``ask``, of which two answers that are the same need none."""
+        return TIE if first == second else self.ask(prompt, first, second)
 
     def ask(self, prompt: str, first: str, second: str) -> str:
         """``first``, ``second``, ``tie``; ``refused`` if the reply is no verdict, ``failed`` if there was none.
@@ -104,16 +113,16 @@ class Judge:
             if response.status_code in AGAIN or response.status_code >= 500:
                 wait = max(wait, _seconds(response.headers.get("Retry-After")))
                 continue
-            return FAILED if response.status_code != 200 else _verdict(response)
+            return FAILED if response.status_code != 200 else _verdict(response, criterion)
         return FAILED
 
 
-def judge_contests(judge: Judge, mode: str, contests: Sequence[Contest], storage: Storage,
-                   progress: Callable[[int, int], None]) -> dict[str, Any]:
-    """Verdicts on all contests, counted; stored by content, so that none is asked for twice.
+def judge_contests(judge: Judge, contests: Sequence[Contest], storage: Storage,
+                   progress: Callable[[int, int], None]) -> tuple[np.ndarray, dict[str, Any]]:
+    """Verdicts on all contests, as ``wins.count_wins`` takes them; stored by content, so that none is asked for twice.
 
-    Beside what ``wins.count_wins`` gives: ``refused`` and ``failed`` replies, ``inconsistent`` contests whose verdict turned
-    with the order, and ``first_favoured``, the share of verdicts for the answer that came first.
+    What else is told: ``refused`` and ``failed`` replies, ``inconsistent`` contests whose verdict turned with the order, and
+    ``first_favoured``, the share of verdicts for the answer that came first.
 
     Raises:
         RaydpoError: if none could be judged.
@@ -130,9 +139,9 @@ def judge_contests(judge: Judge, mode: str, contests: Sequence[Contest], storage
                           f"{every.count(REFUSED):,} replies were none, {every.count(FAILED):,} requests failed or timed "
                           f"out ({judge.config.timeout:g} s, {judge.config.retries} retries)")
     favoured = every.count(FIRST) + every.count(SECOND)
-    return count_wins(judge.name, mode, verdicts, refused=every.count(REFUSED), failed=every.count(FAILED),
-                      inconsistent=sum(pair in ((FIRST, FIRST), (SECOND, SECOND)) for pair in replies),
-                      first_favoured=every.count(FIRST) / favoured if favoured else None)
+    return verdicts, {"refused": every.count(REFUSED), "failed": every.count(FAILED),
+                      "inconsistent": sum(pair in ((FIRST, FIRST), (SECOND, SECOND)) for pair in replies),
+                      "first_favoured": every.count(FIRST) / favoured if favoured else None}
 
 
 def _ask_block(judge: Judge, contests: Sequence[Contest], storage: Storage,
@@ -140,19 +149,21 @@ def _ask_block(judge: Judge, contests: Sequence[Contest], storage: Storage,
     rows = pa.table({"prompt": [as_text(one.prompt) for one in contests], "policy": [one.policy for one in contests],
                      "reference": [one.reference for one in contests]})
     name = stored_name(judge.identity, rows)
-    found = load(storage, name)
-    if found is None:
-        prompts, policy, reference = (rows[column].to_pylist() for column in rows.column_names)
-        asked = [pool.map(_ask_unless_equal, repeat(judge), prompts, *order)
-                 for order in ((policy, reference), (reference, policy))]
-        found = pa.table({"policy_first": list(asked[0]), "policy_second": list(asked[1])})
-        if not {FAILED} & {reply for column in found.columns for reply in column.to_pylist()}:
-            store(storage, name, found)
-    return list(zip(found["policy_first"].to_pylist(), found["policy_second"].to_pylist(), strict=True))
-
-
-def _ask_unless_equal(judge: Judge, prompt: str, first: str, second: str) -> str:
-    return TIE if first == second else judge.ask(prompt, first, second)
+    prompts, policy, reference = (rows[column].to_pylist() for column in rows.column_names)
+    questions = list(chain(zip(prompts, policy, reference, strict=True), zip(prompts, reference, policy, strict=True)))
+    stored = load(storage, name)
+    replies = [FAILED] * len(questions) if stored is None else list(chain(*(each.to_pylist() for each in stored.columns)))
+    # Only what has failed is asked again: each question costs.
+    again = [number for number, reply in enumerate(replies) if reply == FAILED]
+    try:
+        for number, reply in zip(again, pool.map(lambda number: judge.ask_unless_equal(*questions[number]), again),
+                                 strict=True):
+            replies[number] = reply
+    finally:  # a key that ends, or an interrupt, loses no reply
+        found = replies[: len(contests)], replies[len(contests) :]
+        if any(replies[number] != FAILED for number in again):
+            store(storage, name, pa.table(dict(zip(("policy_first", "policy_second"), found, strict=True))))
+    return list(zip(*found, strict=True))
 
 
 def _outcome(policy_first: str, policy_second: str) -> float:
@@ -161,14 +172,29 @@ def _outcome(policy_first: str, policy_second: str) -> float:
     return {(FIRST, SECOND): 1.0, (SECOND, FIRST): 0.0}.get((policy_first, policy_second), 0.5)
 
 
-def _verdict(response: httpx.Response) -> str:
+def _verdict(response: httpx.Response, criterion: str) -> str:
     try:
         said = response.json()["choices"][0]["message"]["content"]
     except (ValueError, LookupError, TypeError):
         return FAILED
     lines = [line for line in (said if isinstance(said, str) else "").splitlines() if line.strip()]
-    word = re.fullmatch(r"\W*(?:(?:verdict|answer)\W+)?(a|b|tie)\W*", lines[-1].lower()) if lines else None
-    return REFUSED if word is None else _WORDS[word[1]]
+    return _read_verdict(lines[-1], criterion) if lines else REFUSED
+
+
+def _read_verdict(line: str, criterion: str) -> str:
+    """The one answer that a line names, if it says nothing else: ``B``, ``answer_A``, ``Final verdict: tie``, ``Answer A is
+    better.``"""
+    words = re.findall(r"[^\W_]+(?:'[^\W_]+)?", line)
+    around = _AROUND | set(re.findall(r"[^\W_]+", criterion.lower())) - _DENYING
+    named = set()
+    for number, word in enumerate(words):
+        low, before = word.lower(), words[number - 1].lower() if number else ""
+        last = number == len(words) - 1
+        if low == "tie" or word in ("A", "B") or (low in ("a", "b") and (last or before in ("answer", "option"))):
+            named.add("tie" if low == "tie" else word.upper())
+        elif low not in around and low != "a":  # "a tie"
+            return REFUSED
+    return _WORDS[named.pop()] if len(named) == 1 else REFUSED
 
 
 def _seconds(header: str | None) -> float:

@@ -10,20 +10,25 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import torch
 
 from raydpo.audit.measure import LENGTH_BINS
-from raydpo.evaluation.interval import mean, share
+from raydpo.config import ObjectiveConfig
+from raydpo.evaluation.interval import by_group, mean_by_group, share_by_group
+from raydpo.losses import PairLogps, implicit_rewards
 from raydpo.training.metrics import TIE
 
 __all__ = ["ScoredPairs", "measure_preferences"]
 
 CALIBRATION_BINS = 10
 """Of equal width between 0.5 and 1."""
+CHANCE_DRAWS = 1000
 
 
 @dataclass(frozen=True)
 class ScoredPairs:
-    """Sums of log-probs over the completions of n pairs, nats; their tokens; the source of each pair. Each is [n]."""
+    """Sums of log-probs over the completions of n pairs, nats; their tokens; the source of each pair, and the number of its
+    prompt. Each is [n]."""
 
     chosen: np.ndarray
     rejected: np.ndarray
@@ -32,38 +37,43 @@ class ScoredPairs:
     chosen_tokens: np.ndarray
     rejected_tokens: np.ndarray
     sources: np.ndarray
+    prompts: np.ndarray
 
-    def margins(self, beta: float, per_token: bool) -> np.ndarray:
-        """beta * (log-ratio of the chosen completion - that of the rejected one), as sums or per token."""
-        chosen, rejected = self.chosen - self.ref_chosen, self.rejected - self.ref_rejected
-        if per_token:
-            chosen, rejected = chosen / self.chosen_tokens, rejected / self.rejected_tokens
-        return beta * (chosen - rejected)
+    def margins(self, beta: float, objective: ObjectiveConfig) -> np.ndarray:
+        """Reward of the chosen completion less that of the rejected one, as ``objective`` has them: beta times the
+        log-ratios to the reference, or times what a divergence or a loss without a reference takes in their place."""
+        logps = PairLogps(*(torch.from_numpy(np.asarray(each, np.float64)) for each in (
+            self.chosen, self.rejected, self.ref_chosen, self.ref_rejected, self.chosen_tokens, self.rejected_tokens)))
+        chosen, rejected = implicit_rewards(objective, logps, beta)
+        return (chosen - rejected).numpy()
 
-    def wins(self, margins: np.ndarray) -> np.ndarray:
+    def wins(self, margins: np.ndarray, objective: ObjectiveConfig) -> np.ndarray:
         """1 where the margin is positive, 1/2 where it is zero but for rounding, as while training."""
-        nats = (self.chosen - self.ref_chosen) - (self.rejected - self.ref_rejected)
+        nats = self.chosen - self.rejected
+        if objective.needs_reference:
+            nats = nats - (self.ref_chosen - self.ref_rejected)
         alike = np.abs(nats) <= TIE * (self.chosen_tokens + self.rejected_tokens)
         return np.where(alike, 0.5, _wins(margins))
 
 
-def measure_preferences(pairs: ScoredPairs, beta: float, *, per_token: bool = False) -> dict[str, Any]:
+def measure_preferences(pairs: ScoredPairs, beta: float, objective: ObjectiveConfig) -> dict[str, Any]:
     """Figures over all pairs, by source, and by how much longer the chosen completion is (in the bins of the audit).
 
-    Of each group of pairs:
+    Intervals are over prompts: the pairs of one prompt are alike. Of each group of pairs:
 
     - ``accuracy``: share whose margin is positive, a tie counting one half; ``margin``: its mean, in units of reward.
     - ``loss``: mean of -log sigmoid(margin) (arXiv 2305.18290, eq. 7).
     - ``log_likelihood_accuracy``: share to whose chosen completion the policy alone gives the higher log-prob.
     - ``calibration``: sigmoid(margin) is the probability that the policy gives to the label. Its confidence is that or one
       minus that, whichever is larger; by bins of confidence, how often the label agrees. ``calibration_error`` is the mean
-      distance of the two, weighted by pairs (expected calibration error, Guo et al. 2017, arXiv 1706.04599).
+      distance of the two, weighted by pairs (expected calibration error, Guo et al. 2017, arXiv 1706.04599). It is above 0
+      by chance alone: ``calibration_chance`` is what it stays below in 95 % of draws if the confidences are right.
     - ``longer_is_wrong``, ``longer_is_right``: accuracy where the rejected, or the chosen, completion is the longer one. A
       policy that has learned length is poor at the former and good at the latter.
     - ``chosen_fell``: share whose chosen completion is less likely than under the reference.
     """
-    margins = pairs.margins(beta, per_token)
-    wins = pairs.wins(margins)
+    margins = pairs.margins(beta, objective)
+    wins = pairs.wins(margins, objective)
     difference = pairs.chosen_tokens - pairs.rejected_tokens
 
     def figures(mask: np.ndarray) -> dict[str, Any]:
@@ -83,26 +93,28 @@ def _figures(pairs: ScoredPairs, margins: np.ndarray, wins: np.ndarray, differen
     count, margin = int(mask.sum()), margins[mask]
     alone = (pairs.chosen - pairs.rejected)[mask]
     fell = (pairs.chosen - pairs.ref_chosen)[mask] < -TIE * pairs.chosen_tokens[mask]
-    bins, error = _calibration(margin, wins[mask])
+    prompts = pairs.prompts[mask]
     return {
-        "pairs": count, "accuracy": share(wins[mask].sum(), count), "margin": mean(margin),
+        "pairs": count, "prompts": len(np.unique(prompts)), "accuracy": share_by_group(wins[mask], prompts),
+        "margin": mean_by_group(margin, prompts),
         "loss": float(np.logaddexp(0, -margin).mean()) if count else None,
-        "log_likelihood_accuracy": share(_wins(alone).sum(), count),
-        "calibration_error": error, "calibration": bins,
-        "longer_is_wrong": _accuracy(wins[mask & (difference < 0)]),
-        "longer_is_right": _accuracy(wins[mask & (difference > 0)]),
-        "chosen_fell": share(int(fell.sum()), count)}
+        "log_likelihood_accuracy": share_by_group(_wins(alone), prompts),
+        **_calibration(margin, wins[mask], prompts),
+        "longer_is_wrong": _accuracy(wins, pairs.prompts, mask & (difference < 0)),
+        "longer_is_right": _accuracy(wins, pairs.prompts, mask & (difference > 0)),
+        "chosen_fell": share_by_group(fell.astype(float), prompts)}
 
 
-def _accuracy(wins: np.ndarray) -> dict[str, Any]:
-    return {"pairs": len(wins), "accuracy": share(wins.sum(), len(wins))}
+def _accuracy(wins: np.ndarray, prompts: np.ndarray, mask: np.ndarray) -> dict[str, Any]:
+    return {"pairs": int(mask.sum()), "accuracy": share_by_group(wins[mask], prompts[mask])}
 
 
 def _wins(margins: np.ndarray) -> np.ndarray:
     return np.where(np.abs(margins) <= TIE, 0.5, margins > 0)
 
 
-def _calibration(margins: np.ndarray, wins: np.ndarray) -> tuple[list[dict[str, Any]], float | None]:
+def _calibration(margins: np.ndarray, wins: np.ndarray, prompts: np.ndarray) -> dict[str, Any]:
+    """Bins of confidence, their mean distance from the accuracy, and the largest that is chance."""
     confidence = 1 / (1 + np.exp(-np.abs(margins)))
     edges = np.linspace(0.5, 1.0, CALIBRATION_BINS + 1)
     place = np.minimum(np.searchsorted(edges, confidence, "right") - 1, CALIBRATION_BINS - 1)
@@ -110,10 +122,30 @@ def _calibration(margins: np.ndarray, wins: np.ndarray) -> tuple[list[dict[str, 
     for number, (low, high) in enumerate(pairwise(edges.tolist())):
         inside = place == number
         count = int(inside.sum())
-        observed = share(wins[inside].sum(), count)
+        observed = share_by_group(wins[inside], prompts[inside])
         predicted = float(confidence[inside].mean()) if count else None
         bins.append({"from": low, "to": high, "pairs": count, "predicted": predicted, "observed": observed["value"],
                      "low": observed["low"], "high": observed["high"]})
         if count:
             error += count / len(margins) * abs(predicted - observed["value"])
-    return bins, error if len(margins) else None
+    return {"calibration_error": error if len(margins) else None, "calibration": bins,
+            "calibration_chance":
+                _chance(bins, wins - confidence, prompts * CALIBRATION_BINS + place) if len(margins) else None}
+
+
+def _chance(bins: list[dict[str, Any]], residuals: np.ndarray, groups: np.ndarray) -> float:
+    """The calibration error that confidences which are probabilities stay below in 95 % of draws.
+
+    The wins of each bin are drawn as if pairs were independent. Where those of a prompt are alike, everything is further off
+    by the root of their design effect.
+
+    Args:
+        residuals: wins less confidence of each pair, [n]. groups: a number for its prompt and bin, [n].
+    """
+    filled = [each for each in bins if each["pairs"]]
+    pairs, predicted = (np.array([each[name] for each in filled]) for name in ("pairs", "predicted"))
+    drawn = np.random.default_rng(0).binomial(pairs, predicted, (CHANCE_DRAWS, len(filled)))
+    errors = np.abs(drawn - pairs * predicted).sum(1) / pairs.sum()
+    apart = residuals - residuals.mean()
+    alone, together = float((apart**2).sum()), float((by_group(apart, groups)[0] ** 2).sum())
+    return float(np.quantile(errors, 0.95)) * max(1.0, together / alone if alone else 1.0) ** 0.5

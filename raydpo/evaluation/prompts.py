@@ -16,9 +16,10 @@ from raydpo.config import Config, DataConfig, EvaluateConfig, SourceConfig, sour
 from raydpo.data.pairs import HELD_OUT, held_out_source
 from raydpo.data.preference import Malformed, Text, normalise
 from raydpo.data.records import Record, read_records
+from raydpo.data.split import held_out, kept, prompt_digest
 from raydpo.errors import ConfigError
 
-__all__ = ["Prompt", "as_text", "choose_prompts", "evaluation_data", "reading", "sources_of", "spoken"]
+__all__ = ["Prompt", "as_text", "choose_prompts", "evaluation_data", "reading", "sources_of", "spoken", "trained_on"]
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,43 @@ def spoken(prompts: Sequence[Prompt], config: Config) -> list[Text]:
             if not left:
                 break
     return found
+
+
+def trained_on(pairs: pa.Table, config: Config, training: DataConfig) -> int:
+    """How many of ``pairs``, which are of ``evaluate.data``, ask what a training with ``training`` asks, too. Pairs that its
+    filter leaves out count as trained on.
+
+    Raises:
+        DataError: if one of the sources cannot be read.
+    """
+    questions: dict[bytes, bytes] = {}
+    for source in training.train:
+        for record in read_records(source):
+            questions |= {prompt_digest(prompt): _question(prompt) for prompt in _prompts(record)}
+    digests = list(questions)
+    stay = np.ones(len(digests), bool)
+    if training.eval is not None and training.eval.fraction is not None:
+        stay &= ~held_out(digests, training.eval.fraction)
+    if training.fraction < 1:
+        stay &= kept(digests, training.fraction, training.fraction_seed)
+    known = {questions[digest] for digest, stays in zip(digests, stay, strict=True) if stays}
+    asked = {f"{name}:{record.row}" + (f"#{number}" if number else "") for name, source in sources_of(config).items()
+             for record in read_records(source) for number, prompt in enumerate(_prompts(record))
+             if _question(prompt) in known}
+    return sum(pair_id in asked for pair_id in pairs["pair_id"].to_pylist())
+
+
+def _prompts(record: Record) -> list[Text]:
+    try:
+        return [preference.prompt for preference in normalise(record.value or {})]
+    except Malformed:
+        return []
+
+
+def _question(prompt: Text) -> bytes:
+    """16 bytes of a prompt in words, the same whether it is text or the message of a user."""
+    one = not isinstance(prompt, str) and len(prompt) == 1
+    return prompt_digest((_content(prompt[0]) if one else as_text(prompt)).strip())
 
 
 def _preference_prompt(record: Record, number: int) -> Text:

@@ -20,7 +20,8 @@ def print_evaluation(console: Console, found: dict[str, Any]) -> None:
     """``found`` is what evaluation.json holds."""
     preferences = found["preferences"]
     total = preferences["total"]
-    console.table(f"preferences: {total['pairs']:,} pairs, beta {found['beta']:g}, rewards as {found['rewards']}",
+    console.table(f"preferences: {total['pairs']:,} pairs, beta {found['beta']:g}, rewards of {found['reward_of']} "
+                  f"({found['rewards'].replace('_', ' ')})",
                   ("", "value", "95 % interval"), list(_preference_rows(total)))
     groups = [(name, one) for name, one in preferences["by_source"].items() if len(preferences["by_source"]) > 1]
     groups = groups[:MOST_SOURCES] + [(_edges(one), one) for one in preferences["by_length"] if one["pairs"]]
@@ -34,9 +35,11 @@ def print_evaluation(console: Console, found: dict[str, Any]) -> None:
         _print_drift(console, found["drift"])
     if found["wins"]:
         console.table("wins of the policy over the reference, ties one half",
-                      ("", "win rate", "95 % interval", "wins", "ties", "losses", "not judged"),
-                      [(escape(plain_text(f"{one['judge']}, {one['mode']}")), *_cells(one["win_rate"]), f"{one['wins']:,}",
-                        f"{one['ties']:,}", f"{one['losses']:,}", f"{one['not_judged']:,}") for one in found["wins"]])
+                      ("", "win rate", "95 % interval", "at equal length", "95 % interval", "wins", "ties", "losses",
+                       "not judged"),
+                      [(escape(plain_text(f"{one['judge']}, {one['mode']}")), *_cells(one["win_rate"]),
+                        *_cells(one["equal_length"]), f"{one['wins']:,}", f"{one['ties']:,}", f"{one['losses']:,}",
+                        f"{one['not_judged']:,}") for one in found["wins"]])
 
 
 def _preference_rows(total: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
@@ -44,7 +47,8 @@ def _preference_rows(total: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     yield "reward margin", *_cells(total["margin"])
     yield "loss (sigmoid)", _figure(total["loss"]), ""
     yield "chosen more likely than rejected", *_cells(total["log_likelihood_accuracy"])
-    yield "expected calibration error", _figure(total["calibration_error"]), ""
+    yield ("expected calibration error", _figure(total["calibration_error"]),
+           f"by chance up to {_figure(total['calibration_chance'])}")
     for key, label in (("longer_is_wrong", "the longer answer is wrong"), ("longer_is_right", "the longer answer is right")):
         yield f"accuracy where {label} ({total[key]['pairs']:,})", *_cells(total[key]["accuracy"])
     yield "pairs whose chosen fell", *_cells(total["chosen_fell"])

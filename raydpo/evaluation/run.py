@@ -13,24 +13,26 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import yaml
 
 import raydpo
-from raydpo.config import Config
+from raydpo.config import Config, ObjectiveConfig, load_config
 from raydpo.config.uri import redacted
 from raydpo.console import Console
+from raydpo.data.facts import prompt_numbers
 from raydpo.data.pairs import load_pairs
 from raydpo.data.tokenise import Tokeniser, load_tokenizer
-from raydpo.errors import CacheMissError, ConfigError
+from raydpo.errors import CacheMissError, ConfigError, RaydpoError
 from raydpo.evaluation.answers import ROWS, Answering
 from raydpo.evaluation.drift import ExactSteps, measure_drift
 from raydpo.evaluation.judge import Judge, judge_contests
 from raydpo.evaluation.policy import Policy, find_policy, harness_arguments
 from raydpo.evaluation.preferences import ScoredPairs, measure_preferences
-from raydpo.evaluation.prompts import Prompt, choose_prompts, evaluation_data, reading, spoken
+from raydpo.evaluation.prompts import Prompt, choose_prompts, evaluation_data, reading, spoken, trained_on
 from raydpo.evaluation.report import print_evaluation
 from raydpo.evaluation.reward import RewardModel
 from raydpo.evaluation.samples import Answers
-from raydpo.evaluation.wins import compare_scores, own_scores
+from raydpo.evaluation.wins import by_scores, count_wins, own_scores
 from raydpo.evaluation.work import Work, do_work
 from raydpo.model.rotary import rope_line
 from raydpo.model.weights import check_weights
@@ -101,11 +103,16 @@ def pairs_to_evaluate(config: Config, tokeniser: Tokeniser, console: Console) ->
         ConfigError: if there is neither evaluate.data nor data.eval.
         DataError: if they cannot be read.
     """
+    return _read_pairs(config, tokeniser, console)[0]
+
+
+def _read_pairs(config: Config, tokeniser: Tokeniser, console: Console) -> tuple[pa.Table, int | None]:
+    """``pairs_to_evaluate``, and how many of data.eval have a prompt of the training data (None for evaluate.data)."""
     data, on_training_side = evaluation_data(config)
     sets = load_pairs(data, tokeniser, console.counter("reading", "records"), reading(config.evaluate))
     for line in sets.report.lines():
         console.say(line)
-    return sets.train if on_training_side else sets.eval
+    return (sets.train, None) if on_training_side else (sets.eval, sets.report.leaked)
 
 
 def protocol(config: Config, pairs: pa.Table, reference: ReferenceSpec) -> dict[str, Any]:
@@ -116,7 +123,8 @@ def protocol(config: Config, pairs: pa.Table, reference: ReferenceSpec) -> dict[
 
 @dataclass(frozen=True)
 class _Evaluation:
-    """Everything that measuring needs, found out once."""
+    """Everything that measuring needs, found out once. ``trained_on`` is how many of the pairs have a prompt that the policy
+    was trained on, None where that is not known."""
 
     config: Config
     console: Console
@@ -124,6 +132,7 @@ class _Evaluation:
     reference: ReferenceSpec
     tokeniser: Tokeniser
     pairs: pa.Table
+    trained_on: int | None
 
     @classmethod
     def of(cls, config: Config, console: Console) -> _Evaluation:
@@ -147,9 +156,13 @@ class _Evaluation:
                                    chat_template=data.chat_template, trust_remote_code=config.model.trust_remote_code)
         _check_same_tokens(tokenizer, policy, config)
         tokeniser = Tokeniser(tokenizer)
-        pairs = pairs_to_evaluate(config, tokeniser, console)
+        pairs, seen = _read_pairs(config, tokeniser, console)
         console.say(f"pairs to evaluate on: {pairs.num_rows:,}")
-        return cls(config, console, policy, reference, tokeniser, pairs)
+        if seen is None:
+            seen = _trained_on(config, policy, pairs, console)
+        if seen:
+            console.warn(f"{seen:,} of {pairs.num_rows:,} pairs ask what was trained on: what they measure is memory, too")
+        return cls(config, console, policy, reference, tokeniser, pairs, seen)
 
     @property
     def storage(self) -> Storage:
@@ -170,14 +183,16 @@ class _Evaluation:
             self.console.say(f"drift: not measured, since samples have temperature {settings.temperature:g}; it takes 1")
         sampled = None if drifting is None else drifting.pairs()
         self._score_missing(sampled)
-        beta, per_token = self.policy.beta(config), self.policy.per_token(config)
+        beta, objective = self.policy.beta(config), self._objective()
         found: dict[str, Any] = {
             "raydpo": raydpo.__version__, "policy": self.policy.name, "policy_identity": self.policy.spec.identity.digest,
             "reference": {"path": config.reference_path, "adapter": config.reference_adapter,
                           "identity": self.reference.identity.digest},
-            "data": list(dict.fromkeys(self.pairs["source"].to_pylist())), "beta": beta,
-            "rewards": "per_token" if per_token else "sum", "protocol": protocol(config, self.pairs, self.reference),
-            "preferences": measure_preferences(self._scored_pairs(), beta, per_token=per_token),
+            "data": list(dict.fromkeys(self.pairs["source"].to_pylist())), "held_out": settings.data is None,
+            "trained_on": self.trained_on, "beta": beta,
+            "rewards": "per_token" if self.policy.per_token(config) else "sum", "reward_of": _reward_of(objective),
+            "protocol": protocol(config, self.pairs, self.reference),
+            "preferences": measure_preferences(self._scored_pairs(), beta, objective),
             "generation": None, "drift": None, "wins": [], "samples": []}
         if not modes:
             return found, None
@@ -189,10 +204,24 @@ class _Evaluation:
             ratios, steps = policy[0] - reference[0], self._exact_steps(sampled) if settings.exact_steps else None
             lengths = np.array([len(answer) for answer in drifting.policy])
             found["drift"] = measure_drift(ratios, lengths, drifting.places, steps)
-        found["wins"] = self._wins(prompts, modes)
+        found["wins"], verdicts = self._wins(prompts, modes)
         found["samples"] = next(iter(modes.values())).shown()
-        return found, pa.concat_tables([answers.table(*(ratios, steps) if answers is drifting else (None, None))
-                                        for answers in modes.values()])
+        return found, pa.concat_tables([
+            answers.table(*(ratios, steps) if answers is drifting else (None, None), verdicts.get(mode, {}))
+            for mode, answers in modes.items()])
+
+    def _objective(self) -> ObjectiveConfig:
+        """What the rewards are of: the loss of the run that trained the policy, unless evaluate.rewards asks for others."""
+        settings = self.config.evaluate
+        if settings.rewards is not None:
+            return ObjectiveConfig(loss="sigmoid_norm" if settings.rewards == "per_token" else "sigmoid")
+        trained = {name: self.policy.trained[f"train.{name}"] for name in ObjectiveConfig.model_fields
+                   if f"train.{name}" in self.policy.trained}
+        objective = ObjectiveConfig(**trained) if "loss" in trained else self.config.train
+        if objective.ld_alpha is not None:
+            self.console.warn(f"the policy was trained with ld_alpha {objective.ld_alpha:g}; its rewards are measured of "
+                              "whole completions here, whose tails weigh 1")
+        return objective
 
     def write(self, found: dict[str, Any], samples: pa.Table | None) -> None:
         if samples is not None:
@@ -220,7 +249,8 @@ class _Evaluation:
     def _scored_pairs(self) -> ScoredPairs:
         policy, reference = self._log_probs(self.pairs)
         tokens = (pc.list_value_length(self.pairs[f"{side}_ids"]).to_numpy() for side in ("chosen", "rejected"))
-        return ScoredPairs(*policy, *reference, *tokens, np.array(self.pairs["source"].to_pylist(), object))
+        return ScoredPairs(*policy, *reference, *tokens, np.array(self.pairs["source"].to_pylist(), object),
+                           prompt_numbers(self.pairs))
 
     def _log_probs(self, pairs: pa.Table) -> list[list[np.ndarray]]:
         """Sums over the chosen and the rejected completions, by policy and by reference: float64 [pairs] each."""
@@ -265,12 +295,21 @@ class _Evaluation:
                               self.tokeniser)
                 for mode, (place_of, samples), policy, reference in zip(settings.modes, places, *sides, strict=True)}
 
-    def _wins(self, prompts: Sequence[Prompt], modes: dict[str, Answers]) -> list[dict[str, Any]]:
-        settings, found = self.config.evaluate, []
+    def _wins(self, prompts: Sequence[Prompt],
+              modes: dict[str, Answers]) -> tuple[list[dict[str, Any]], dict[str, dict[str, np.ndarray]]]:
+        """What evaluation.json says of wins; and the verdicts on the contests, by mode and the setting of the judge."""
+        settings = self.config.evaluate
+        found: list[dict[str, Any]] = []
+        verdicts: dict[str, dict[str, np.ndarray]] = {mode: {} for mode in modes}
         if not (settings.judge or settings.reward_model or settings.score_with):
-            return found
+            return found, verdicts
         texts = spoken(prompts, self.config)
         contests = {mode: answers.contests(texts) for mode, answers in modes.items()}
+
+        def count(setting: str, name: str, mode: str, told: tuple[np.ndarray, dict[str, Any]]) -> None:
+            verdicts[mode][setting], more = told
+            found.append(count_wins(name, mode, contests[mode], verdicts[mode][setting], **more))
+
         if settings.reward_model is not None:
             work = RewardModel.at(resolve_model(settings.reward_model), self.reference.identity.dtype,
                                   self.config.model.trust_remote_code)
@@ -278,19 +317,40 @@ class _Evaluation:
                                 "answer": [getattr(one, side) for one in each]})
                       for each in contests.values() for side in ("policy", "reference")]
             scores = iter([one["score"].to_numpy() for one in self._do(work, tables, "rewards")])
-            found += [compare_scores(settings.reward_model, mode, next(scores), next(scores)) for mode in contests]
+            for mode in contests:
+                count("reward_model", settings.reward_model, mode, by_scores(next(scores), next(scores)))
         for mode, each in contests.items():
             if settings.score_with is not None:
-                found.append(compare_scores(settings.score_with, mode, *own_scores(settings.score_with, each)))
+                count("score_with", settings.score_with, mode, by_scores(*own_scores(settings.score_with, each)))
             if settings.judge is not None:
                 with Judge(settings.judge) as judge, _progress(self.console, "judging") as progress:
-                    found.append(judge_contests(judge, mode, each, Storage(self.config.cache_uri), progress))
-        return found
+                    count("judge", judge.name, mode, judge_contests(judge, each, Storage(self.config.cache_uri), progress))
+        return found, verdicts
 
     def _do(self, work: Work, tables: Sequence[pa.Table], doing: str) -> list[pa.Table]:
         with _progress(self.console, doing) as progress:
             return do_work(work, tables, Storage(self.config.cache_uri), resources_for("score", self.config),
                            block=WORK_BLOCK, progress=progress, doing=doing)
+
+
+def _trained_on(config: Config, policy: Policy, pairs: pa.Table, console: Console) -> int | None:
+    """How many pairs of ``evaluate.data`` the policy was trained on; None of one that no run made."""
+    if policy.run is None:
+        return None
+    try:
+        training = config.data if config.evaluate.policy is None else \
+            load_config(yaml.safe_load(policy.run.read("config.yaml"))).data
+        return trained_on(pairs, config, training)
+    except (RaydpoError, OSError, yaml.YAMLError) as error:
+        console.warn(f"what {policy.name} was trained on cannot be read, so that pairs of it would not be noticed: {error}")
+        return None
+
+
+def _reward_of(objective: ObjectiveConfig) -> str:
+    if not objective.needs_reference:
+        return "log-probs of the policy alone"
+    plain = objective.f_divergence_type == "reverse_kl"
+    return "log-ratios" if plain else f"log-ratios under {objective.f_divergence_type}"
 
 
 def _check_same_tokens(tokenizer: Any, policy: Policy, config: Config) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ from raydpo.evaluation.wins import Contest
 __all__ = ["Answers"]
 
 _IDS = pa.list_(pa.int32())
+JUDGES = ("reward_model", "score_with", "judge")
+"""Settings of section ``evaluate`` that name who says which answer is better."""
 SHOWN = 5
 """Prompts whose answers stand in evaluation.json; samples.parquet has all of them."""
 
@@ -44,8 +46,9 @@ class Answers:
 
     def style(self) -> dict[str, Any]:
         """What evaluation.json says of the mode."""
-        stop = self.tokeniser.stop_ids
-        return {"policy": measure_style(self.policy, stop), "reference": measure_style(self.reference, stop),
+        policy, reference = (measure_style(side, self.tokeniser.stop_ids, self.places)
+                             for side in (self.policy, self.reference))
+        return {"policy": policy, "reference": reference,
                 "length_growth": length_growth(self.policy, self.reference, self.places)}
 
     def pairs(self) -> pa.Table:
@@ -61,8 +64,14 @@ class Answers:
                     "pair_id": [f"answers:{number}" for number in range(1, len(keys) + 1)]}
         return pa.table({name: columns[name] for name in PAIR_SCHEMA.names}, schema=PAIR_SCHEMA)
 
-    def table(self, log_ratios: np.ndarray | None, exact_steps: np.ndarray | None) -> pa.Table:
-        """For samples.parquet, with what the drift is the mean of, float64 [A] each, where it was measured."""
+    def table(self, log_ratios: np.ndarray | None, exact_steps: np.ndarray | None,
+              verdicts: Mapping[str, np.ndarray]) -> pa.Table:
+        """For samples.parquet, with what the drift is the mean of, float64 [A] each, where it was measured.
+
+        Args:
+            verdicts: on ``contests``, by the setting that names the judge: 1 = the policy won, 0.5 = nobody, 0 = the
+                reference, NaN = not judged. A column ``verdict_NAME`` has them; it is null where there was no contest.
+        """
         sides = (("policy", self.policy), ("reference", self.reference))
         return pa.table({
             "mode": [self.mode] * len(self.policy), "pair_id": [prompt.pair_id for prompt in self.prompts],
@@ -70,7 +79,14 @@ class Answers:
             **{side: self._words(answers) for side, answers in sides},
             **{f"{side}_ids": pa.array(answers, _IDS) for side, answers in sides},
             **{name: pa.nulls(len(self.policy), pa.float64()) if values is None else pa.array(values) for name, values in (
-                ("log_ratio", log_ratios), ("exact_steps", exact_steps))}})
+                ("log_ratio", log_ratios), ("exact_steps", exact_steps))},
+            **{f"verdict_{name}": self._on_firsts(verdicts.get(name)) for name in JUDGES}})
+
+    def _on_firsts(self, verdicts: np.ndarray | None) -> pa.Array:
+        values = np.full(len(self.policy), np.nan)
+        if verdicts is not None:
+            values[self.samples == 0] = verdicts
+        return pa.array(values, from_pandas=True)  # NaN is null
 
     def contests(self, prompts: Sequence[Text]) -> list[Contest]:
         """One to each distinct prompt, so that they are independent: its first sample."""

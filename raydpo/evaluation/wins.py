@@ -14,10 +14,14 @@ import numpy as np
 
 from raydpo.data.preference import Text
 from raydpo.errors import ConfigError, RaydpoError
-from raydpo.evaluation.interval import mean, share
+from raydpo.evaluation.interval import Interval, around, mean, share
 from raydpo.evaluation.prompts import as_text
 
-__all__ = ["Contest", "compare_scores", "count_wins", "own_scores"]
+__all__ = ["Contest", "by_scores", "count_wins", "own_scores"]
+
+PRIOR_DEVIATION = 3.0
+"""Of the weights of the win rate at equal length, in log odds."""
+NEWTON_STEPS = 25
 
 
 @dataclass(frozen=True)
@@ -29,22 +33,48 @@ class Contest:
     reference: str
 
 
-def count_wins(judge: str, mode: str, verdicts: np.ndarray, **more: Any) -> dict[str, Any]:
-    """``win_rate`` with its interval, a tie counting one half.
+def count_wins(judge: str, mode: str, contests: Sequence[Contest], verdicts: np.ndarray, **more: Any) -> dict[str, Any]:
+    """``win_rate`` with its interval, a tie counting one half; and ``equal_length``, the win rate at equal length.
 
     Args:
         verdicts: of each contest 1 if the policy won, 0.5 if nobody did, 0 if the reference won, NaN if it was not judged.
         more: what else a judge has to say.
     """
-    judged = verdicts[~np.isnan(verdicts)]
+    known = ~np.isnan(verdicts)
+    judged = verdicts[known]
+    longer = np.array([len(contest.policy) - len(contest.reference) for contest in contests], float)[known]
     wins, ties = int((judged == 1).sum()), int((judged == 0.5).sum())
-    return {"judge": judge, "mode": mode, "win_rate": share(wins + ties / 2, len(judged)), "wins": wins, "ties": ties,
+    return {"judge": judge, "mode": mode, "win_rate": share(wins + ties / 2, len(judged)),
+            "equal_length": win_rate_at_equal_length(judged, longer), "wins": wins, "ties": ties,
             "losses": len(judged) - wins - ties, "not_judged": len(verdicts) - len(judged)} | more
 
 
-def compare_scores(judge: str, mode: str, policy: np.ndarray, reference: np.ndarray) -> dict[str, Any]:
-    """Wins by scores, higher is better, [contests] each; equal ones are ties."""
-    return count_wins(judge, mode, (np.sign(policy - reference) + 1) / 2, score_difference=mean(policy - reference))
+def win_rate_at_equal_length(verdicts: np.ndarray, longer: np.ndarray) -> Interval:
+    """The win rate where neither answer is longer, by logistic regression: sigmoid(a + b * tanh(difference / deviation)), of
+    which b is what length wins and sigmoid(a) what is left (Dubois et al. 2024, arXiv 2404.04475).
+
+    A weak prior keeps a and b finite where length alone tells all verdicts. The interval is by the curvature of the
+    likelihood, which takes ties for more than they vary.
+
+    Args:
+        verdicts: 1, 0.5 or 0 of each contest, [contests]. longer: characters by which the policy's answer is longer.
+    """
+    if len(verdicts) < 2:
+        return {"value": None, "low": None, "high": None}
+    spread = float(np.sqrt((longer**2).mean())) or 1.0
+    features = np.stack([np.ones(len(longer)), np.tanh(longer / spread)], 1)
+    prior, weights = np.eye(2) / PRIOR_DEVIATION**2, np.zeros(2)
+    for _ in range(NEWTON_STEPS):
+        likely = 1 / (1 + np.exp(-features @ weights))
+        curvature = (features.T * (likely * (1 - likely))) @ features + prior
+        weights = weights + np.linalg.solve(curvature, features.T @ (verdicts - likely) - prior @ weights)
+    at_zero = around(float(weights[0]), float(np.sqrt(np.linalg.inv(curvature)[0, 0])), len(verdicts))
+    return {name: 1 / (1 + math.exp(-value)) for name, value in at_zero.items()}
+
+
+def by_scores(policy: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
+    """Verdicts by scores, higher is better, [contests] each, equal ones are ties; and the mean difference."""
+    return (np.sign(policy - reference) + 1) / 2, {"score_difference": mean(policy - reference)}
 
 
 def own_scores(path: str, contests: Sequence[Contest]) -> tuple[np.ndarray, np.ndarray]:

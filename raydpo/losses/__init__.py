@@ -3,8 +3,8 @@
 Everything is one value per pair; nothing here averages over the batch, but objectives that speak of the whole step.
 """
 
-from raydpo.losses.objective import FUNCTIONS, Memory, Objective, own_sources, preference_loss
+from raydpo.losses.objective import FUNCTIONS, Memory, Objective, implicit_rewards, own_sources, preference_loss
 from raydpo.losses.pairs import PairLogps, PreferenceLoss
 
-__all__ = ["FUNCTIONS", "Memory", "Objective", "PairLogps", "PreferenceLoss", "own_sources",
-           "preference_loss"]
+__all__ = ["FUNCTIONS", "Memory", "Objective", "PairLogps", "PreferenceLoss", "implicit_rewards",
+           "own_sources", "preference_loss"]

@@ -21,7 +21,7 @@ from raydpo.errors import ConfigError
 from raydpo.losses import margin, pointwise, reference_free, transport
 from raydpo.losses.pairs import PairLogps, PreferenceLoss
 
-__all__ = ["FUNCTIONS", "LossFunction", "Memory", "Objective", "own_sources", "preference_loss"]
+__all__ = ["FUNCTIONS", "LossFunction", "Memory", "Objective", "implicit_rewards", "own_sources", "preference_loss"]
 
 LossFunction = Callable[[PairLogps, ObjectiveConfig, float], Tensor]
 """From log-probs of B pairs, settings and beta to losses, [B]. One's own loss by import path is such a function, too."""
@@ -76,7 +76,7 @@ class Objective:
             losses = losses + weight * self._functions[name](seen if config.traits[name].reference else logps, config, beta)
         if logps.weights is not None:
             losses = losses * logps.weights
-        return PreferenceLoss(losses, *self._rewards(seen, beta))
+        return PreferenceLoss(losses, *implicit_rewards(config, seen, beta))
 
     def remember(self, logps: PairLogps, beta: float, memory: Memory) -> tuple[float, Memory]:
         """What a step's log-probs change: its beta, and the memory once it is taken.
@@ -101,18 +101,19 @@ class Objective:
             rewards += more
         return beta, Memory(rewards, reward_mean, margin_mean)
 
-    def _rewards(self, logps: PairLogps, beta: float) -> tuple[Tensor, Tensor]:
-        """Of a single loss what it compares; of a mixture beta times the log-ratios, as TRL has it."""
-        config = self.config
-        chosen, rejected = (logps.chosen_logratio, logps.rejected_logratio) if config.needs_reference else \
-            (logps.chosen, logps.rejected)
-        if len(config.terms) == 1:
-            (traits,) = config.traits.values()
-            if "f_divergence_type" in traits.heeds:
-                chosen, rejected = (margin.divergence_scores(side, config) for side in (chosen, rejected))
-            if traits.per_token:
-                chosen, rejected = chosen / logps.chosen_tokens, rejected / logps.rejected_tokens
-        return beta * chosen.detach(), beta * rejected.detach()
+
+def implicit_rewards(config: ObjectiveConfig, logps: PairLogps, beta: float) -> tuple[Tensor, Tensor]:
+    """Of the chosen and the rejected completions, [B] each: of a single loss what it compares; of a mixture beta times the
+    log-ratios, as TRL has it."""
+    chosen, rejected = (logps.chosen_logratio, logps.rejected_logratio) if config.needs_reference else \
+        (logps.chosen, logps.rejected)
+    if len(config.terms) == 1:
+        (traits,) = config.traits.values()
+        if "f_divergence_type" in traits.heeds:
+            chosen, rejected = (margin.divergence_scores(side, config) for side in (chosen, rejected))
+        if traits.per_token:
+            chosen, rejected = chosen / logps.chosen_tokens, rejected / logps.rejected_tokens
+    return beta * chosen.detach(), beta * rejected.detach()
 
 
 def preference_loss(loss: str | list[Mapping[str, float]], logps: PairLogps, *, beta: float, **settings: Any

@@ -33,7 +33,8 @@ def evaluation_part(evaluation: dict[str, Any]) -> EvaluationPart:
     preferences = evaluation["preferences"]
     total = preferences["total"]
     lengths = preferences.get("by_length") or []
-    tables = [_preferences(preferences, lengths)]
+    pairs = "held-out pairs" if evaluation.get("held_out") else "the pairs that were measured"
+    tables = [_preferences(preferences, lengths, pairs)]
     if generation := evaluation.get("generation"):
         tables.append(_generation(generation))
     if wins := evaluation.get("wins"):
@@ -45,6 +46,10 @@ def evaluation_part(evaluation: dict[str, Any]) -> EvaluationPart:
         pictures.append(_by_length(known))
     about = (f"{total['pairs']:,} pairs of {', '.join(evaluation['data'])}, at beta {evaluation['beta']:g}, against the "
              f"reference {evaluation['reference']['path']}.")
+    if evaluation.get("trained_on"):
+        about += f" {evaluation['trained_on']:,} of them ask what the policy was trained on: they measure memory, too."
+    if (of := evaluation.get("reward_of", "log-ratios")) != "log-ratios":
+        about += f" Rewards are of {of}, as in the loss that trained the policy."
     if drift := evaluation.get("drift"):
         about += (f" The policy has drifted {_words(drift['kl'])} nats an answer from the reference, "
                   f"{_words(drift['kl_per_token'], '.3f')} nats a token (KL divergence, from {drift['samples']:,} answers "
@@ -57,7 +62,7 @@ def shown_samples(samples: list[dict[str, str]] | None) -> list[dict[str, str]]:
     return [{side: shown(said) for side, said in sample.items()} for sample in samples or []]
 
 
-def _preferences(preferences: dict[str, Any], lengths: list[dict[str, Any]]) -> Table:
+def _preferences(preferences: dict[str, Any], lengths: list[dict[str, Any]], pairs: str) -> Table:
     total = preferences["total"]
     groups = [("all pairs", total)]
     sources = preferences.get("by_source") or {}
@@ -68,9 +73,10 @@ def _preferences(preferences: dict[str, Any], lengths: list[dict[str, Any]]) -> 
                                                     ("longer_is_wrong", "the shorter is the chosen")) if total.get(key)]
     rows = [Row(name, [number(each["pairs"], ",.0f"), interval(each.get("accuracy")), interval(each.get("margin"), ".2f"),
                        interval(each.get("log_likelihood_accuracy")), number(each.get("calibration_error")),
+                       number(each.get("calibration_chance")),
                        interval(each.get("chosen_fell"))]) for name, each in groups]
-    return Table("Preferences of held-out pairs", ("pairs of", "pairs", "accuracy", "margin", "chosen more likely",
-                                                   "calibration error", "chosen fell"), rows)
+    return Table(f"Preferences of {pairs}", ("pairs of", "pairs", "accuracy", "margin", "chosen more likely",
+                                    "calibration error", "of it by chance, up to", "chosen fell"), rows)
 
 
 def _generation(generation: dict[str, Any]) -> Table:
@@ -87,9 +93,9 @@ def _generation(generation: dict[str, Any]) -> Table:
 
 
 def _wins(wins: list[dict[str, Any]]) -> Table:
-    return Table("Wins against the reference", ("judge", "answers", "win rate", "won", "tied", "lost",
-                                                    "not judged"), [
-        Row(each["judge"], [text(each["mode"]), interval(each["win_rate"]),
+    return Table("Wins against the reference", ("judge", "answers", "win rate", "at equal length", "won", "tied", "lost",
+                                                "not judged"), [
+        Row(each["judge"], [text(each["mode"]), interval(each["win_rate"]), interval(each.get("equal_length")),
                             *(number(each.get(name), ",.0f") for name in ("wins", "ties", "losses", "not_judged"))])
         for each in wins])
 
@@ -104,8 +110,13 @@ def _calibration(bins: list[dict[str, Any]], total: dict[str, Any]) -> Picture:
         axes.set(xlim=(0.49, 1.01), ylim=(0, 1.02), xlabel="confidence: sigmoid of the margin", ylabel="right")
         caption = ("How often the rewards prefer the chosen answer, against how sure they are of the answer they prefer, "
                    "with 95 % intervals. On the dashed line they are probabilities; they are off by "
-                   f"{total['calibration_error']:.3f} on average.")
+                   f"{total['calibration_error']:.3f} on average{_by_chance(total)}.")
         return Picture("Calibration", svg(made, "Calibration", caption), caption)
+
+
+def _by_chance(total: dict[str, Any]) -> str:
+    chance = total.get("calibration_chance")
+    return "" if chance is None else f"; calibrated rewards of as many pairs would be by up to {chance:.3f}"
 
 
 def _by_length(bins: list[dict[str, Any]]) -> Picture:
@@ -117,7 +128,7 @@ def _by_length(bins: list[dict[str, Any]]) -> Picture:
         axes.set(ylim=(0, 1), xlabel="chosen longer by, tokens", ylabel="accuracy")
         axes.set_xticks(range(len(bins)), [bin_name(each, "\n… ") for each in bins], fontsize=7.5)
         axes.grid(False, axis="x")
-        caption = ("Held-out accuracy among pairs of about the same difference in length, with 95 % intervals. A slope "
+        caption = ("Accuracy among pairs of about the same difference in length, with 95 % intervals. A slope "
                    "means that the policy ranks by length.")
         return Picture("Accuracy by length", svg(made, "Accuracy by length", caption), caption)
 

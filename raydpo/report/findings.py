@@ -9,10 +9,12 @@ from typing import Any
 
 import polars as pl
 
+from raydpo.audit.advice import length_normalised
+from raydpo.evaluation.interval import share
 from raydpo.report.records import RunRecord
 from raydpo.training.watch import COLLAPSE, LAG, SPIKE_DEVIATIONS, WINDOW
 
-__all__ = ["Finding", "accuracy_error", "findings"]
+__all__ = ["Finding", "findings"]
 
 FELL = 0.5
 """Share of held-out pairs whose chosen answer became less likely, from which on it is worth a line."""
@@ -30,7 +32,7 @@ LENGTH_GROWTH = 0.15
 """Growth of the answers' length whose interval lies above this. Park et al. (arXiv 2403.19159) show DPO growing answers
 without growing their quality."""
 CALIBRATION = 0.1
-"""Expected calibration error: confidence and accuracy differ by so much on average."""
+"""Expected calibration error: confidence and accuracy differ by so much on average, and by more than chance."""
 
 
 TIMES = (
@@ -51,11 +53,6 @@ class Finding:
     title: str
     found: str
     why: str
-
-
-def accuracy_error(accuracy: float, pairs: int) -> float:
-    """Standard error of a share of ``pairs`` pairs."""
-    return math.sqrt(max(accuracy * (1 - accuracy), 0.0) / pairs)
 
 
 def findings(run: RunRecord) -> list[Finding]:
@@ -90,24 +87,41 @@ def _policy(run: RunRecord) -> Iterator[Finding]:
             f"Over {where} pairs the margin correlates with the difference in length at {correlation:+.2f}: the policy "
             f"prefers what is {kind}, which tells {correlation**2:.0%} of the variance of the margins.",
             "Length is the cheapest thing to learn. 'raydpo audit' says how much of it is in the data"
-            + ("." if run.setting("train.loss") == "sigmoid_norm" else
-               "; train.loss=sigmoid_norm takes it out of the loss."))
+            + ("." if run.setting("train.loss") == "sigmoid_norm" else f"; {_normalised(run)} takes it out of the loss."))
+
+
+def _normalised(run: RunRecord) -> str:
+    """The settings of the loss per token, whose beta is another one."""
+    beta = run.setting("train.beta")
+    lengths = [value for side in ("chosen", "rejected") if (value := run.held_out(f"length/{side}")[1]
+                                                            or _recent(run.steps, f"length/{side}")) is not None]
+    if beta is None or not lengths:
+        return "train.loss=sigmoid_norm, with train.beta times the mean length of an answer,"
+    return f"train.loss=sigmoid_norm train.beta={length_normalised(beta, sum(lengths) / len(lengths))}"
 
 
 def _held_out(run: RunRecord) -> Iterator[Finding]:
     if not run.evals.height or "loss" not in run.evals.columns:
         return
     accuracy = run.held_out("rewards/accuracies")[1]
-    pairs = (run.summary or {}).get("held_out_pairs")
+    pairs = run.held_out("pairs")[1] or (run.summary or {}).get("held_out_pairs")
     if accuracy is not None and pairs and run.evals["step"][-1] > 0:
-        error = accuracy_error(accuracy, pairs)
-        if abs(accuracy - 0.5) < 1.96 * error:
+        # Older runs do not tell how many of their pairs are independent: all of them, so far as is known.
+        count = run.held_out("effective_pairs")[1] or pairs
+        within = share(accuracy * count, count)
+        said = (f"The held-out accuracy is {accuracy:.3f} of {pairs:,.0f} pairs (95 % interval from {within['low']:.3f} to "
+                f"{within['high']:.3f}).")
+        if within["high"] < 0.5:
             yield Finding(
-                "Not yet better than a coin",
-                f"The held-out accuracy is {accuracy:.3f} of {pairs:,} pairs, give or take {1.96 * error:.3f}.",
+                "Ranks held-out pairs the wrong way round", said,
+                "Chosen and rejected are most likely swapped, in the training pairs or in the held-out ones: look at both "
+                "with 'raydpo show', and at data.train.columns and data.eval.columns.")
+        elif within["low"] <= 0.5:
+            yield Finding(
+                "Not yet better than a coin", said,
                 "Train longer, raise train.lr, or hold out more pairs if the interval is wide.")
         training = _recent(run.steps, "rewards/accuracies")
-        if training is not None and training - accuracy > max(MEMORISED, 1.96 * error):
+        if training is not None and training > max(accuracy + MEMORISED, within["high"]):
             yield Finding(
                 "Better on training pairs than on others",
                 f"Over the last {min(WINDOW, run.done)} steps the accuracy was {training:.3f} on training pairs, and is "
@@ -134,16 +148,25 @@ def _evaluation(run: RunRecord) -> Iterator[Finding]:
                 "Answers have grown longer",
                 f"{mode.capitalize()} answers have {growth['value']:+.0%} tokens against the reference's (95 % interval "
                 f"from {growth['low']:+.0%}).",
-                "Judges and people prefer longer answers to better ones; compare the win rates at equal length.")
+                f"Judges and people prefer longer answers to better ones. {_at_equal_length(evaluation.get('wins'), mode)}")
             break
     total = (evaluation.get("preferences") or {}).get("total") or {}
-    error = total.get("calibration_error")
-    if error is not None and error > CALIBRATION:
+    error, chance = total.get("calibration_error"), total.get("calibration_chance")
+    if error is not None and chance is not None and error > max(CALIBRATION, chance):
         yield Finding(
             "The rewards are not calibrated",
             f"How sure the rewards are of the answer they prefer, and how often that is right, differ by {error:.2f} on "
-            "average.",
+            f"average. Of rewards that are calibrated, as many pairs would show up to {chance:.2f} by chance.",
             "sigmoid(margin) is then no probability of being preferred; ranking may be right all the same.")
+
+
+def _at_equal_length(wins: list[dict[str, Any]] | None, mode: str) -> str:
+    """What is known of wins that length did not win."""
+    told = [f"{each['equal_length']['value']:.0%} by {each['judge']}" for each in wins or ()
+            if each["mode"] == mode and (each.get("equal_length") or {}).get("value") is not None]
+    if told:
+        return f"The win rate of answers of equal length is estimated as {', '.join(told)}."
+    return "With evaluate.judge, reward_model or score_with, 'raydpo eval' also estimates the win rate at equal length."
 
 
 def _steps(run: RunRecord) -> Iterator[Finding]:

@@ -120,21 +120,25 @@ def evaluate(engine: PolicyEngine, pairs: TrainingPairs, objective: Objective, b
              tokens_per_batch: int) -> dict[str, float]:
     """Metrics over all ``pairs``, each prefixed ``eval_``; the same on every rank. An objective of the whole step sees them
     as one."""
-    sums, config = PairSums(pairs.source_names, engine.device, reference=pairs.has_reference), objective.config
-    rows = np.arange(len(pairs))
+    sums = PairSums(pairs.source_names, engine.device, reference=pairs.has_reference, prompts=int(pairs.prompts.max()) + 1)
+    config, rows = objective.config, np.arange(len(pairs))
     batches = _my_batches(engine, pairs, rows.tolist(), tokens_per_batch)
+
+    def add(logps: PairLogps, of: Sequence[int] | np.ndarray) -> None:
+        prompts = torch.from_numpy(pairs.prompts[np.asarray(of)]).to(engine.device)
+        sums.add(objective(logps, beta, memory), logps, pairs.source_of(of, engine.device), prompts)
+
     if objective.whole_step:
         everything = AllPairLogps(engine, pairs, rows, config)
         everything.compute(batches)
-        logps = everything.join()
-        sums.add(objective(logps, beta, memory), logps, pairs.source_of(rows, engine.device))
+        add(everything.join(), rows)
     else:
         mean_chosen_tokens = float(pairs.chosen_tokens.mean())
         with engine.evaluating():
             for batch, layout in batches:
                 logps = pair_logps(engine, layout, pairs, batch.pairs, config, mean_chosen_tokens)
                 if batch.counts and engine.leads:
-                    sums.add(objective(logps, beta, memory), logps, pairs.source_of(batch.pairs, engine.device))
+                    add(logps, batch.pairs)
         engine.sum_over_ranks(sums.values)
     return {f"eval_{name}": value for name, value in sums.metrics().items()}
 

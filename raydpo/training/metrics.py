@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from raydpo.evaluation.interval import effective_count
 from raydpo.losses import PairLogps, PreferenceLoss
 
 __all__ = ["PairSums"]
@@ -30,16 +31,19 @@ class PairSums:
     Args:
         source_names: names of the sources; more than one adds metrics for each.
         reference: whether the reference's log-probs are known; metrics against it are left out where they are not.
+        prompts: distinct prompts of all pairs, if ``add`` is told the prompt of each: what a standard error of the accuracy
+            takes is then measured, too.
     """
 
-    def __init__(self, source_names: Sequence[str], device: torch.device, *, reference: bool = True) -> None:
-        self.reference = reference
+    def __init__(self, source_names: Sequence[str], device: torch.device, *, reference: bool = True,
+                 prompts: int = 0) -> None:
+        self.reference, self.prompts = reference, prompts
         self.source_names = list(source_names)
-        self.values = torch.zeros(len(_FIELDS) + len(_SOURCE_FIELDS) * len(self.source_names), dtype=torch.float64,
-                                  device=device)
+        self._end = len(_FIELDS) + len(_SOURCE_FIELDS) * len(self.source_names)
+        self.values = torch.zeros(self._end + 2 * prompts, dtype=torch.float64, device=device)
 
-    def add(self, loss: PreferenceLoss, logps: PairLogps, sources: Tensor) -> None:
-        """Add a micro-batch of B pairs; ``sources`` is int [B]. No value leaves the device."""
+    def add(self, loss: PreferenceLoss, logps: PairLogps, sources: Tensor, prompts: Tensor | None = None) -> None:
+        """Add a micro-batch of B pairs; ``sources`` and ``prompts`` are int [B]. No value leaves the device."""
         margins = (loss.chosen_rewards - loss.rejected_rewards).double()
         difference = (logps.chosen_tokens - logps.rejected_tokens).double()
         chosen, rejected = logps.chosen.detach().double(), logps.rejected.detach().double()
@@ -52,9 +56,13 @@ class PairSums:
                    logps.chosen_tokens.double(), logps.rejected_tokens.double(), fell,
                    chosen_logratio, rejected_logratio, difference, difference**2, margins**2, margins * difference)
         self.values[: len(_FIELDS)] += torch.stack([column.sum() for column in columns])
-        by_source = self.values[len(_FIELDS) :].view(len(_SOURCE_FIELDS), -1)
+        by_source = self.values[len(_FIELDS) : self._end].view(len(_SOURCE_FIELDS), -1)
         for row, column in enumerate((columns[0], columns[1], margins, wins)):
             by_source[row].index_add_(0, sources, column)
+        if prompts is not None:
+            by_prompt = self.values[self._end :].view(2, -1)
+            by_prompt[0].index_add_(0, prompts, columns[0])
+            by_prompt[1].index_add_(0, prompts, wins)
 
     def metrics(self) -> dict[str, float]:
         """Means over all pairs added (after an all-reduce: over all ranks).
@@ -63,6 +71,9 @@ class PairSums:
         one half, so that a policy that still is the reference has 0.5. ``logps/accuracies`` is the share to whose chosen
         completion the policy gives the higher log-prob. ``logps/chosen_fell`` is the share whose chosen log-prob is below
         the reference's. ``length/margin_correlation`` is Pearson's, between margin and chosen minus rejected tokens.
+
+        Where prompts are told: ``pairs`` and ``prompts`` that were seen, and ``effective_pairs``, the independent pairs that
+        would tell the accuracy as well (``evaluation.interval.effective_count``).
         """
         total = dict(zip(_FIELDS, self.values[: len(_FIELDS)].tolist(), strict=True))
         pairs = total["pairs"]
@@ -85,12 +96,17 @@ class PairSums:
         if not self.reference:
             row = {name: value for name, value in row.items() if name not in _AGAINST_REFERENCE}
         if len(self.source_names) > 1:
-            by_source = self.values[len(_FIELDS) :].view(len(_SOURCE_FIELDS), -1).tolist()
+            by_source = self.values[len(_FIELDS) : self._end].view(len(_SOURCE_FIELDS), -1).tolist()
             for index, name in enumerate(self.source_names):
                 count, loss, margins, wins = (column[index] for column in by_source)
                 if count:
                     row |= {f"{name}/loss": loss / count, f"{name}/rewards/margins": margins / count,
                             f"{name}/rewards/accuracies": wins / count}
+        if self.prompts:
+            sizes, wins = self.values[self._end :].view(2, -1).cpu().numpy()
+            seen = sizes > 0
+            row |= {"pairs": pairs, "prompts": float(seen.sum()),
+                    "effective_pairs": effective_count(wins[seen], sizes[seen])}
         return row
 
 

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
+from raydpo.data.facts import prompt_numbers
 from raydpo.data.pairs import PAIR_MARGIN, PAIR_WEIGHT
 from raydpo.data.shapes import Shapes
 from raydpo.errors import CacheMissError
@@ -105,6 +106,7 @@ class TrainingPairs:
         self._lists = {name: _Ragged(table[name]) for name in (
             "prompt_ids", "chosen_ids", "rejected_ids", *(("ref_chosen_logps", "ref_rejected_logps") if self.has_reference
                                                           else ()))}
+        self._prompts = table.select(["prompt_ids"])
         self.ids = table["pair_id"]
         encoded = table["source"].combine_chunks().dictionary_encode()
         if isinstance(encoded, pa.ChunkedArray):
@@ -133,6 +135,11 @@ class TrainingPairs:
         prompts = self._lists["prompt_ids"]
         return Shapes.of([prompts[row] for row in range(len(self))],
                          np.stack([self.chosen_tokens, self.rejected_tokens], axis=1).tolist())
+
+    @cached_property
+    def prompts(self) -> np.ndarray:
+        """Number of the prompt of each pair among the distinct ones, int64 [pairs]."""
+        return prompt_numbers(self._prompts)
 
     def groups(self, rows: Sequence[int]) -> list[PromptGroup]:
         """The pairs in ``rows``, each as the group (chosen, rejected)."""

@@ -11,9 +11,12 @@ from kernel import tokenised
 from tiny import make_tokenizer, preferences
 
 from raydpo.audit import audit_pairs, summary_lines, write_audit
+from raydpo.audit.advice import advise
 from raydpo.audit.extremes import shown
-from raydpo.audit.measure import figures, overlap, wilson
+from raydpo.audit.measure import figures, separation
+from raydpo.config import ObjectiveConfig
 from raydpo.data.facts import pair_facts
+from raydpo.data.filter import PairFilter
 from raydpo.storage import Storage
 
 META = {"name": "test", "model": "tiny", "raydpo": "0", "identity": "0" * 32, "cache": "cache"}
@@ -42,7 +45,8 @@ def frame(difference, margin, chosen_tokens=50):
     zero = np.zeros(len(margin), np.int64)
     one = zero + 1
     return pl.DataFrame(columns | {"copy": zero, "copies": one, "prompt_pairs": one, "answer_pairs": one, "chosen_cut": zero,
-                                   "rejected_cut": zero, "contradictory": zero.astype(bool)})
+                                   "rejected_cut": zero, "opposites": zero, "contradictory": zero.astype(bool),
+                                   "prompt": np.arange(len(margin))})
 
 
 def test_figures_by_hand():
@@ -61,17 +65,89 @@ def test_figures_by_hand():
     assert found["surprise"]["rejected_perplexity"] == pytest.approx(math.exp(400 / (40 + 30 + 60 + 50)))
 
 
-def test_wilson_and_overlap():
-    assert wilson(0, 0)["share"] is None
-    ten = wilson(5, 10)  # Wilson's interval of 5 in 10: 0.2366 to 0.7634
-    assert (ten["low"], ten["high"]) == (pytest.approx(0.2366, abs=1e-4), pytest.approx(0.7634, abs=1e-4))
-    one = np.random.default_rng(0).normal(size=4000)
-    assert overlap(one, one) == {"coefficient": pytest.approx(1.0), "auc": pytest.approx(0.5)}
-    apart = overlap(one, one + 100)
-    assert apart["coefficient"] == 0 and apart["auc"] == 1.0
-    # Two unit normals d apart share 2 Phi(-d/2) of their area, and one exceeds the other with Phi(d / sqrt 2).
-    near = overlap(one, np.random.default_rng(1).normal(1, 1, 4000))
-    assert near["coefficient"] == pytest.approx(0.617, abs=0.03) and near["auc"] == pytest.approx(0.760, abs=0.02)
+def test_separation():
+    one, alone = np.random.default_rng(0).normal(size=4000), np.arange(4000)
+    assert separation(one, one, alone)["share"] == pytest.approx(0.5)
+    apart = separation(one[:10], one[:10] + 100, alone[:10])
+    assert apart["share"] == pytest.approx(apart["high"]) == 1.0 and apart["low"] < 0.75, "ten pairs are no proof"
+    # Of two unit normals 1 apart, one exceeds the other with Phi(1 / sqrt 2).
+    near = separation(one, np.random.default_rng(1).normal(1, 1, 4000), alone)
+    assert near["low"] < 0.760 < near["high"] and near["high"] - near["low"] < 0.03
+    assert separation(one[:0], one[:0], alone[:0])["share"] is None
+
+
+@pytest.mark.parametrize("pairs", [20, 100])
+def test_the_same_distribution_twice_is_not_told_apart(pairs):
+    """Whatever the number of pairs. The pairs of a prompt are alike, and both sides of a pair a little."""
+    random = np.random.default_rng(2)
+    held, found = 0, []
+    for _ in range(300):
+        prompts = np.arange(pairs) // 2
+        topic = random.normal(0, 0.5, pairs)
+        one, two = (topic[prompts] + random.normal(0, 1, pairs)[prompts] + random.normal(0, 0.3, pairs) for _ in range(2))
+        told = separation(one, two, prompts)
+        found.append(told["share"])
+        held += told["low"] <= 0.5 <= told["high"]
+    assert np.mean(found) == pytest.approx(0.5, abs=0.005) and held == pytest.approx(0.95 * 300, abs=10)
+
+
+def test_shares_count_prompts():
+    """Two answers of each of 30 prompts, against the same rejected ones: 60 pairs tell what 30 do."""
+    one = frame([10, -10] * 15, [-5, 5] * 15)
+    alone, double = figures(one), figures(pl.concat([one, one]))
+    for name in ("chosen_longer", "rule_accuracy"):
+        assert double["length"][name]["of"] == 60 and double["length"][name]["low"] == pytest.approx(
+            alone["length"][name]["low"], abs=0.01)
+    assert double["reference"]["right_by_sum"]["high"] == pytest.approx(alone["reference"]["right_by_sum"]["high"], abs=0.01)
+
+
+def setting(found, title):
+    return next(one.setting for one in found if one.title == title)
+
+
+def test_short_answers_are_not_answers_ranked_right():
+    """A token of either side is equally likely: by sums the reference ranks all pairs right, which is length."""
+    random = np.random.default_rng(3)
+    chosen, rejected = random.integers(20, 61, 400), random.integers(150, 401, 400)
+    surprise = [1 + random.normal(0, 0.05, 400) for _ in range(2)]
+    table = frame(chosen - rejected, -chosen * surprise[0] + rejected * surprise[1])
+    table = table.with_columns(ref_chosen_per_token=-surprise[0], ref_rejected_per_token=-surprise[1])
+    told = figures(table)
+    assert told["reference"]["right_by_sum"]["share"] == 1.0 and told["reference"]["right_per_token"]["share"] < 0.6
+    assert "Little is left to learn" not in [one.title for one in advise(told)]
+    better = figures(table.with_columns(ref_chosen_per_token=-surprise[0] + 1))
+    assert "Little is left to learn" in [one.title for one in advise(better)]
+
+
+@pytest.mark.parametrize("margins", [
+    np.append(np.random.default_rng(4).normal(2, 1.6, 1999), -400.0),  # a tenth of them is below -0.05 or so
+    np.random.default_rng(5).normal(-300, 100, 2000), np.append(np.full(1999, 5.0), -151.0)])
+def test_the_filter_of_far_pairs_leaves_far_pairs_out(margins):
+    told = figures(frame(np.zeros(len(margins), int), margins))
+    rule = setting(advise(told), "Read the pairs that the reference ranks most wrongly")
+    bound = float(rule.split("> ")[1].split('"')[0])
+    dropped = margins <= bound
+    assert 0 < dropped.mean() <= 0.01 and bound <= -150 and told["reference"]["far"]["pairs"] == dropped.sum()
+    near = advise(figures(frame([0] * 50, np.linspace(-140, 10, 50))))
+    assert not [one for one in near if one.title.startswith("Read the pairs")]
+
+
+def test_a_loss_per_token_has_a_beta_of_its_own():
+    """Half of 0.1 times the sum of two lengths: the pull of a beta of sums falls off over nats, that of tokens over nats a
+    token."""
+    longer = figures(frame([20] * 90 + [-20] * 10, np.zeros(100), chosen_tokens=108))
+    assert setting(advise(longer), "Length-normalise") == "train: {loss: sigmoid_norm, beta: 10}"
+    moving = ObjectiveConfig(beta={"start": 0.2, "end": 0.05, "schedule": "cosine"})
+    assert setting(advise(longer, moving), "Length-normalise") == \
+        "train: {loss: sigmoid_norm, beta: {start: 20, end: 5, schedule: cosine}}"
+    assert setting(advise(longer, ObjectiveConfig(loss="sigmoid_norm", beta=5.0)), "Watch the length") is None
+
+
+def test_the_perplexity_is_of_what_is_told_beside_it():
+    table = frame([0, 0, 0], [0, 0, 0]).with_columns(ref_chosen_per_token=pl.Series([-4.0, -4.0, -1.0]),
+                                                     ref_chosen_logps=pl.Series([-200.0, -200.0, -50.0]))
+    (told,) = [one.found for one in advise(figures(table)) if one.title.startswith("Fine-tune")]
+    assert "4.00 nats a token in the median, and 3.00 over all their tokens (perplexity 20)" in told
 
 
 def records(count, longer):
@@ -95,12 +171,23 @@ def test_advice_follows_from_the_figures():
     assert not {"Length-normalise", "Watch the length", "Remove copies", "Remove contradictions"} & set(titles(balanced))
     few = records(200, 100)
     doubled = audited(few + few[:20])
-    assert doubled.total["duplicates"] == 20 and 'filter: "copy = 0"' in str(doubled.advice)
-    turned = [record | {"chosen": record["rejected"], "rejected": record["chosen"]} for record in few[:3]]
-    assert audited(few + turned).total["contradictory"] == 6 and "Remove contradictions" in titles(audited(few + turned))
+    assert doubled.total["duplicates"] == 20 and 'filter: "copy = 0 or contradictory"' in str(doubled.advice)
     tokens = np.array([len(row) for row in tokenised(few)["chosen_ids"].to_pylist()])
     assert "Fine-tune on the chosen answers first" in titles(audited(few, chosen=-4.0 * tokens))
     assert "Cut less" in titles(audited(few, max_length=40))
+
+
+def test_votes_are_no_contradictions():
+    """Three for A and one for B say that A is better with 3 of 4; one for each says nothing."""
+    few = records(200, 100)
+    turned = [record | {"chosen": record["rejected"], "rejected": record["chosen"]} for record in few]
+    votes = audited(few * 3 + turned)
+    assert votes.total["contradictory"] == 800 and votes.total["contradictory_evenly"] == votes.total["duplicates"] == 0
+    assert not {"Remove contradictions", "Remove copies"} & set(titles(votes))
+    for even, count in ((audited(few + turned[:3]), 6), (audited(few + few[:3] + turned[:3] * 2), 12)):
+        assert even.total["contradictory_evenly"] == count
+        rule = PairFilter(setting(even.advice, "Remove contradictions").split('"')[1])
+        assert rule.keep(even.frame.to_arrow()).sum() == 197
 
 
 def test_nothing_stands_out_is_said(tmp_path):

@@ -106,6 +106,12 @@ def check_figures(place, found, said):
     assert all(one["wins"] + one["ties"] + one["losses"] + one["not_judged"] == 6 for one in found["wins"])
     longer_ones = sum(len(row["policy"]) > len(row["reference"]) for row in drawn if row["sample"] == 0)
     assert by_judge["my_scores:length", "sampled"]["wins"] == by_judge["tiny", "sampled"]["wins"] == longer_ones
+    firsts = [row for row in rows if row["sample"] == 0]
+    assert all(row["verdict_score_with"] == (np.sign(len(row["policy"]) - len(row["reference"])) + 1) / 2 for row in firsts)
+    assert [row["verdict_judge"] for row in firsts] == [row["verdict_score_with"] for row in firsts]
+    assert {row["verdict_judge"] for row in rows if row["sample"]} == {row["verdict_reward_model"] for row in rows} == {None}
+    assert all(one["equal_length"]["low"] < one["equal_length"]["value"] < one["equal_length"]["high"] for one in
+               found["wins"])
     assert found["samples"][0]["policy"] == rows[0]["policy"] and len(found["samples"]) == 5
     for piece in ("preferences: ", "drift KL(policy || reference) from 12 samples", "wins of the policy", "peft="):
         assert piece in said, said

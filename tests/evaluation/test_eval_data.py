@@ -9,7 +9,7 @@ from raydpo.config import load_config
 from raydpo.data.pairs import load_pairs
 from raydpo.data.tokenise import Tokeniser
 from raydpo.errors import ConfigError
-from raydpo.evaluation.prompts import as_text, choose_prompts, evaluation_data, reading, spoken
+from raydpo.evaluation.prompts import as_text, choose_prompts, evaluation_data, reading, spoken, trained_on
 
 
 def rewardbench(path, count=12):
@@ -46,6 +46,24 @@ def test_subsets_are_sources(place):
     assert pairs["pair_id"].to_pylist()[:2] == ["bench:1", "bench:2"]
     plain = loaded(configured(place, evaluate={"data": str(place / "bench.jsonl"), "subsets": None}))
     assert set(plain["source"].to_pylist()) == {"bench"}
+
+
+def test_pairs_that_were_trained_on_are_noticed(place):
+    """The training file itself, as text and as messages; less what is held out of it."""
+    rows = [json.loads(line) for line in (place / "a.jsonl").read_text().splitlines()]
+    said = [{"prompt": [{"role": "user", "content": row["prompt"]}]} | {
+        side: [{"role": "assistant", "content": row[side]}] for side in ("chosen", "rejected")} for row in rows[:5]]
+    other = [row | {"prompt": f"{row['prompt']} Really?"} for row in rows[5:8]]
+    (place / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in said + other))
+    for data, path, count in (({}, "mixed", 5), ({}, "a", 20), ({"eval": {"fraction": 0.4}}, "a", None),
+                              ({"fraction": 0.5}, "a", None)):
+        config = configured(place, data, {"data": str(place / f"{path}.jsonl")})
+        trained = load_pairs(config.data, Tokeniser(make_tokenizer())).train.num_rows if count is None else count
+        assert trained_on(loaded(config), config, config.data) == trained
+        assert count is not None or 0 < trained < 20
+    rewardbench(place / "bench.jsonl")
+    config = configured(place, {}, {"data": str(place / "bench.jsonl")})
+    assert trained_on(loaded(config), config, config.data) == 0
 
 
 def test_the_training_filter_is_not_for_evaluation(place):

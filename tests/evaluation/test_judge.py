@@ -9,7 +9,7 @@ from raydpo.config import JudgeConfig
 from raydpo.errors import ConfigError, RaydpoError
 from raydpo.evaluation import judge as judging
 from raydpo.evaluation.judge import Judge, judge_contests
-from raydpo.evaluation.wins import Contest
+from raydpo.evaluation.wins import Contest, count_wins
 from raydpo.storage import Storage
 
 CONTESTS = [Contest("What is it?", "a long answer", "short"), Contest("And this?", "brief", "another long answer"),
@@ -23,7 +23,8 @@ def no_waiting(monkeypatch):
 
 def judged(server, tmp_path, contests=CONTESTS, **settings):
     with Judge(JudgeConfig(url=server.url, model="tiny", **settings)) as judge:
-        return judge_contests(judge, "greedy", contests, Storage(str(tmp_path / "cache")), lambda done, total: None)
+        verdicts, more = judge_contests(judge, contests, Storage(str(tmp_path / "cache")), lambda done, total: None)
+        return count_wins(judge.name, "greedy", contests, verdicts, **more)
 
 
 def test_verdicts_that_hold_in_both_orders_count(tmp_path):
@@ -50,6 +51,10 @@ def test_a_judge_that_favours_a_place_decides_nothing(tmp_path):
 
 @pytest.mark.parametrize(("said", "counts"), [
     ("**A**", True), ("Because it says more.\n\nVerdict: B", True), ("tie", True), ("a.", True),
+    ("answer_A", True), ("<answer_A>", True), ("Final verdict: tie", True), ("Answer A is better.", True),
+    ("Overall, the better answer is **answer_B**", True), ("It's a tie.", True), ("A is more helpful.", True),
+    ("answer a", True), ("Not A", False), ("A is not better", False), ("Neither A nor B", False), ("A is worse", False),
+    ("A better answer is B", False), ("A tie between A and B", False), ("Answer", False), ("I prefer neither", False),
     ("A or B, who knows", False), ("I cannot compare these.", False), ("", False), ("AB", False)])
 def test_replies_are_read_strictly(said, counts, tmp_path):
     with serving(lambda first, second: said) as server:
@@ -67,6 +72,23 @@ def test_what_passes_is_tried_again(tmp_path):
         server.trouble = lambda number: {1: 503, 2: 429, 3: 500}.get(number)
         found = judged(server, tmp_path, parallel=1)
         assert found["wins"] == 2 and found["failed"] == 0 and len(server.requests) == 9
+
+
+@pytest.mark.parametrize(("said", "verdict"), [
+    ("answer_B", "second"), ("Final verdict: tie", "tie"), ("Answer A is better.", "first"), ("The answer is a tie", "tie"),
+    ("a", "first"), ("b is better", "refused"), ("B is less harmful", "second"), ("not B", "refused")])
+def test_which_verdict_a_reply_is(said, verdict):
+    assert judging._read_verdict(said, "less harmful, not rude") == verdict
+
+
+def test_what_failed_is_asked_again_and_nothing_else(tmp_path):
+    """Each question costs: of a block's six, one failed."""
+    with serving(longer) as server:
+        server.trouble = lambda number: 400 if number == 3 else None
+        assert judged(server, tmp_path, parallel=1)["failed"] == 1 and len(server.requests) == 6
+        found = judged(server, tmp_path, parallel=1)
+        assert found["failed"] == 0 and len(server.requests) == 7 and server.requests[6] == server.requests[2]
+        assert judged(server, tmp_path) == found and len(server.requests) == 7
 
 
 def test_what_does_not_pass_is_counted_and_asked_again_next_time(tmp_path):

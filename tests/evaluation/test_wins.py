@@ -12,7 +12,7 @@ from tiny import make_tokenizer
 
 from raydpo.errors import ConfigError, ModelError, RaydpoError
 from raydpo.evaluation.reward import RewardModel
-from raydpo.evaluation.wins import Contest, compare_scores, own_scores
+from raydpo.evaluation.wins import Contest, by_scores, count_wins, own_scores, win_rate_at_equal_length
 
 CONTESTS = [Contest("p", "longer answer", "short"), Contest("p", "a", "longer"), Contest("p", "same", "same")]
 
@@ -32,9 +32,33 @@ def module(tmp_path, monkeypatch):
 
 def test_own_function(module):
     name = module("def length(prompt, answer):\n    return len(answer)\n")
-    found = compare_scores("length", "greedy", *own_scores(f"{name}:length", CONTESTS))
+    verdicts, more = by_scores(*own_scores(f"{name}:length", CONTESTS))
+    found = count_wins("length", "greedy", CONTESTS, verdicts, **more)
     assert (found["wins"], found["ties"], found["losses"]) == (1, 1, 1) and found["win_rate"]["value"] == 0.5
     assert found["score_difference"]["value"] == pytest.approx((8 - 5 + 0) / 3)
+
+
+@pytest.mark.parametrize(("left", "by_length", "longer"), [
+    (0.0, 2.0, 250.0), (0.6, 1.5, -150.0), (0.0, 0.0, 0.0), (1.5, 0.0, 100.0)])
+def test_what_is_left_of_wins_at_equal_length(left, by_length, longer):
+    """A judge that is drawn to length, and answers that have grown: the win rate of two thirds is half length."""
+    random, truth = np.random.default_rng(6), 1 / (1 + np.exp(-left))
+    found = []
+    for _ in range(800):
+        difference = random.normal(longer, 300, 64)
+        odds = left + by_length * np.tanh(difference / np.sqrt((difference**2).mean()))
+        found.append(win_rate_at_equal_length((random.random(64) < 1 / (1 + np.exp(-odds))).astype(float), difference))
+    assert np.mean([one["value"] for one in found]) == pytest.approx(truth, abs=0.02)
+    assert 0.93 < np.mean([one["low"] <= truth <= one["high"] for one in found]) < 0.99
+
+
+def test_length_alone_that_tells_all_is_no_proof():
+    difference = np.repeat([100.0, -100.0], 20)
+    found = win_rate_at_equal_length((difference > 0).astype(float), difference)
+    assert found["value"] == pytest.approx(0.5) and found["low"] < 0.2 and found["high"] > 0.8
+    wins = np.array([1.0, 1.0, 1.0, 0.0, 0.5] * 8)
+    assert win_rate_at_equal_length(wins, np.zeros(40))["value"] == pytest.approx(0.7, abs=0.01)
+    assert win_rate_at_equal_length(wins[:1], np.zeros(1)) == {"value": None, "low": None, "high": None}
 
 
 @pytest.mark.parametrize(("body", "said"), [

@@ -98,6 +98,7 @@ def made_evaluation(beta: float = 0.1, prompt: str = "How do bees make honey?") 
                 for edge in range(10, 20)]
         return {"pairs": pairs, "accuracy": within(accuracy, spread), "margin": within(0.9, 0.1), "loss": 0.52,
                 "log_likelihood_accuracy": within(0.61, spread), "calibration_error": 0.061, "calibration": bins,
+                "calibration_chance": 0.048,
                 "longer_is_wrong": {"pairs": pairs // 2, "accuracy": within(accuracy - 0.1, spread)},
                 "longer_is_right": {"pairs": pairs - pairs // 2, "accuracy": within(accuracy + 0.1, spread)},
                 "chosen_fell": within(0.62, spread)}
@@ -107,6 +108,7 @@ def made_evaluation(beta: float = 0.1, prompt: str = "How do bees make honey?") 
         "policy": {"tokens": within(142, 9)} | answers, "reference": {"tokens": within(118, 8)} | answers,
         "length_growth": within(0.06 / beta**0.5, 0.02)} for mode in ("greedy", "sampled")}}
     return {"raydpo": "0.1.0", "policy": "final", "data": ["helpful"], "beta": beta,
+            "held_out": True, "trained_on": 0, "rewards": "sum", "reward_of": "log-ratios",
             "reference": {"path": "HuggingFaceTB/SmolLM2-135M-Instruct", "adapter": None, "identity": "14dd257b16e65da5"},
             "preferences": {"total": preferences(400, 0.74), "by_source": {"helpful": preferences(250, 0.77),
                                                                             "harmless": preferences(150, 0.69)},
@@ -115,7 +117,8 @@ def made_evaluation(beta: float = 0.1, prompt: str = "How do bees make honey?") 
             "generation": generation,
             "drift": {"kl": within(0.9 / beta**0.5, 0.2), "kl_per_token": within(0.008 / beta**0.5, 0.002), "samples": 256,
                       "std_error": 0.1},
-            "wins": [{"judge": "reward model", "mode": "sampled", "win_rate": within(0.63, 0.06), "wins": 150, "ties": 14,
+            "wins": [{"judge": "reward model", "mode": "sampled", "win_rate": within(0.63, 0.06),
+                      "equal_length": within(0.55, 0.07), "wins": 150, "ties": 14,
                       "losses": 92, "not_judged": 0}],
             "samples": [{"prompt": prompt, "policy": "Bees collect nectar.", "reference": "Bees make honey."}]}
 

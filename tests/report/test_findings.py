@@ -6,7 +6,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from raydpo.report.findings import accuracy_error, findings
+from raydpo.report.findings import findings
 from raydpo.report.records import RunRecord
 from raydpo.training.watch import TrainingWatch
 
@@ -83,5 +83,38 @@ def test_a_spike_is_one_that_the_training_would_have_called_so():
     assert found[0].found.split(" on average")[0] in warned[0].replace("the loss", "The loss", 1)
 
 
-def test_standard_error_of_an_accuracy():
-    assert accuracy_error(0.5, 100) == pytest.approx(0.05) and accuracy_error(1.0, 50) == 0.0
+WRONG, COIN = "Ranks held-out pairs the wrong way round", "Not yet better than a coin"
+
+
+@pytest.mark.parametrize(("accuracy", "pairs", "effective", "title"), [
+    (0.3, 500, None, WRONG), (0.3, 500, 12.0, COIN), (0.0, 3, None, COIN), (1.0, 3, None, COIN), (1.0, 4, None, None),
+    (0.55, 500, None, None), (0.55, 500, 180.0, COIN)])
+def test_an_accuracy_is_judged_by_its_interval(accuracy, pairs, effective, title):
+    """A share of 1 has one, too; and pairs of the same prompts count for less."""
+    row = {"step": [0, 9], "loss": [0.69, 0.5], "rewards/accuracies": [0.5, accuracy]}
+    more = {} if effective is None else {"pairs": [float(pairs)] * 2, "effective_pairs": [float(pairs), effective]}
+    assert titles(evals=row | more, summary={"held_out_pairs": pairs}) == ([] if title is None else [title])
+    if more:  # a run that still goes on has no summary
+        assert titles(evals=row | more) == [title]
+
+
+def test_rewards_are_not_calibrated_where_chance_does_not_tell_it():
+    def evaluation(error, chance):
+        total = {"calibration_error": error, "calibration_chance": chance}
+        return {"preferences": {"total": total if chance is not None else {"calibration_error": error}}}
+
+    assert titles(evaluation=evaluation(0.14, 0.12)) == ["The rewards are not calibrated"]
+    assert titles(evaluation=evaluation(0.14, 0.18)) == titles(evaluation=evaluation(0.06, 0.03)) == []
+    assert titles(evaluation=evaluation(0.14, None)) == [], "an evaluation of before says nothing of chance"
+
+
+@pytest.mark.parametrize(("config", "lengths", "told"), [
+    ({"beta": 0.1}, True, "train.loss=sigmoid_norm train.beta=15 takes"),
+    ({"beta": {"start": 0.2, "end": 0.1}}, True, "train.loss=sigmoid_norm train.beta={start: 30, end: 15} takes"),
+    ({"beta": 0.1}, False, "train.loss=sigmoid_norm, with train.beta times the mean length of an answer, takes"),
+    ({"beta": 5, "loss": "sigmoid_norm"}, True, "how much of it is in the data.")])
+def test_the_loss_per_token_is_told_with_its_beta(config, lengths, told):
+    steps = {"length/margin_correlation": np.full(30, 0.5)}
+    steps |= {"length/chosen": np.full(30, 100.0), "length/rejected": np.full(30, 200.0)} if lengths else {}
+    run = dataclasses.replace(EMPTY, config={"train": config}, steps=pl.DataFrame({"step": np.arange(1, 31)} | steps))
+    assert told in findings(run)[0].why

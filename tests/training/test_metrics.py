@@ -1,8 +1,10 @@
 """Sums over pairs, against figures worked out by hand."""
 
+import numpy as np
 import pytest
 import torch
 
+from raydpo.evaluation.interval import effective_count
 from raydpo.losses import PairLogps, preference_loss
 from raydpo.training.metrics import PairSums
 
@@ -39,3 +41,25 @@ def test_a_tie_is_one_at_every_beta(beta):
     """Float32 sums over 100 tokens differ by some 1e-4 nats; half a nat is a preference."""
     row = metrics([-80.0002, -80.5], [-90.0, -90.0], [-80.0, -80.0], [-90.0, -90.0], [100, 100], [80, 80], beta)
     assert row["rewards/accuracies"] == 0.25
+
+
+def test_pairs_of_one_prompt_tell_less():
+    """Of two prompts with three pairs each, one is won whole and one lost whole; the same pairs of six prompts are six."""
+    margins = torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0, -1.0])
+    zero, ten = torch.zeros(6), torch.full((6,), 10.0)
+    logps = PairLogps(margins, zero, zero, zero, ten, ten)
+    found = {}
+    for name, prompts in (("two", [0, 0, 0, 2, 2, 2]), ("six", [5, 4, 3, 2, 1, 0])):
+        # Halves on two ranks, added up as the all-reduce does.
+        halves = [PairSums(["a"], torch.device("cpu"), prompts=6) for _ in range(2)]
+        for sums, rows in zip(halves, ([0, 2, 4], [1, 3, 5]), strict=True):
+            part = PairLogps(*(getattr(logps, field)[rows] for field in (
+                "chosen", "rejected", "ref_chosen", "ref_rejected", "chosen_tokens", "rejected_tokens")))
+            sums.add(preference_loss("sigmoid", part, beta=0.5), part, torch.zeros(3, dtype=torch.long),
+                     torch.tensor(prompts)[rows])
+        halves[0].values += halves[1].values
+        found[name] = halves[0].metrics()
+    assert found["two"]["rewards/accuracies"] == found["six"]["rewards/accuracies"] == 0.5
+    assert (found["two"]["pairs"], found["two"]["prompts"], found["six"]["prompts"]) == (6, 2, 6)
+    assert found["two"]["effective_pairs"] == effective_count(np.array([3, 0]), np.array([3, 3])) < 1
+    assert found["six"]["effective_pairs"] == 6
