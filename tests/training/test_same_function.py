@@ -77,7 +77,7 @@ def differences(models, dtype, zero, adapts):
 
 
 @pytest.mark.parametrize("adapts", [False, True], ids=["", "adapter"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("zero", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_every_tensor_of_the_policy_is_the_scorers(zero, dtype, adapts, models, tmp_path):
     chosen = {name: model for name, model in models.items() if zero < 3 or name not in NO_ZERO_3}
