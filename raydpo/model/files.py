@@ -70,6 +70,9 @@ def model_files(path: str | Path, trust_remote_code: bool = False) -> ModelFiles
         raise ModelError(f"{directory} holds a model and an adapter (adapter_config.json), and transformers would load "
                          "both; move the adapter to a directory of its own and name the adapter in model.adapter (or "
                          "reference.adapter)")
+    if not (directory / "config.json").is_file():
+        raise ModelError(f"{directory} has no config.json; a Hugging Face model directory is wanted, with config.json and "
+                         f"{SINGLE} (or {INDEX})")
     config = _read_json(directory / "config.json")
     if "configuration_files" in config:
         raise ModelError(f"{directory}/config.json names other files (configuration_files), of which each version of "
