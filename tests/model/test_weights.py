@@ -2,18 +2,25 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, make_random
+from architectures import ARCHITECTURES, LONGEST, make_random
 from distributed import run_distributed
 from safetensors.torch import load_file, save_file
 
 from raydpo.errors import ModelError
 from raydpo.model.load import load_causal_lm
+from raydpo.model.rotary import rope_length
 from raydpo.model.weights import check_weights
 
 VOCABULARY = 96
+
+
+def load(directory, dtype="float32", **settings):
+    config = json.loads(Path(directory, "config.json").read_text())
+    return load_causal_lm(directory, dtype, rope_length=rope_length(config, LONGEST), **settings)
 
 
 def save(model, directory):
@@ -40,7 +47,7 @@ def refused_by_both(told, directory, **settings):
     with pytest.raises(ModelError, match=told):
         check_weights(directory, **settings)
     with pytest.raises(ModelError, match=told):
-        load_causal_lm(directory, "float32", **settings)
+        load(directory, **settings)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -48,7 +55,7 @@ def test_every_architecture_is_whole_as_it_is_saved(name, tmp_path):
     """Ties, expert matrices that are stored one by one, names that have changed: nothing lacks until something does."""
     directory = save(make_random(name, VOCABULARY), tmp_path / "model")
     assert check_weights(directory) == []
-    load_causal_lm(directory, "float32")
+    load(directory)
     with_tensors(directory, lambda tensors: without("ln_f")(without("norm")(tensors)))
     refused_by_both(r"lack .*, which would be random numbers", directory)
 
@@ -105,7 +112,7 @@ def test_tensors_that_nothing_takes_are_told_and_not_refused(model):
     with_tensors(model, lambda tensors: tensors | {"v_head.summary.weight": torch.ones(1, 32)})
     (line,) = check_weights(model)
     assert "v_head.summary.weight in its files belong to no part of the model" in line
-    load_causal_lm(model, "float32")
+    load(model)
 
 
 def test_a_vision_language_model(tmp_path):
@@ -121,7 +128,7 @@ def test_a_vision_language_model(tmp_path):
         text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=80, boi_token_index=81,
         eoi_token_index=82)), tmp_path / "model")
     assert check_weights(directory) == []
-    load_causal_lm(directory, "float32")
+    load(directory)
     with_tensors(directory, without("mlp.up_proj"))
     refused_by_both(r"lack .*mlp\.up_proj\.weight", directory)
 
@@ -150,7 +157,7 @@ def adapter_settings():
 def test_adapters_are_whole_as_they_are_saved(kind, llama, tmp_path):
     adapter = str(adapted(llama, tmp_path / "adapter", adapter_settings()[kind]))
     assert check_weights(llama, adapter=adapter) == []
-    load_causal_lm(llama, "float32", adapter=adapter)
+    load(llama, adapter=adapter)
 
 
 ADAPTER_FAULTS = {
@@ -180,10 +187,10 @@ def test_a_prompt_that_is_learnt_is_no_layer(llama, tmp_path):
 
 @pytest.mark.parametrize("quantization", ["4bit", "8bit"])
 def test_quantized_while_it_is_loaded(quantization, model):
-    load_causal_lm(model, "bfloat16", quantization=quantization)
+    load(model, "bfloat16", quantization=quantization)
     with_tensors(model, without(".layers.1.mlp."))
     with pytest.raises(ModelError, match=r"lack model\.layers\.1\.mlp\.down_proj\.weight"):
-        load_causal_lm(model, "bfloat16", quantization=quantization)
+        load(model, "bfloat16", quantization=quantization)
 
 
 def in_shares(directories):
@@ -198,7 +205,7 @@ def in_shares(directories):
     said = []
     for directory in directories:
         try:
-            load_causal_lm(directory, "bfloat16")
+            load(directory, "bfloat16")
             said.append("whole")
         except ModelError as error:
             said.append(str(error))

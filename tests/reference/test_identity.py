@@ -125,14 +125,14 @@ def test_what_is_hashed_is_what_is_loaded(model, tmp_path):
         tensors["model.norm.weight"] += 1
 
     edit_weights(model, change)  # of a file that is not read
-    assert torch.equal(logits(load_causal_lm(model, "float32")), logits(first.eval()))
+    assert torch.equal(logits(load_causal_lm(model, "float32", rope_length=None)), logits(first.eval()))
     assert identify(model, "float32") == other
 
 
 def test_an_adapter_in_the_models_directory_is_refused(model, tmp_path):
     """transformers would load it on top of the model, under the identity of the model alone."""
     shutil.copytree(write_plain_adapter(tmp_path / "adapter"), model, dirs_exist_ok=True)
-    for read in (lambda: identify(model, "float32"), lambda: load_causal_lm(model, "float32")):
+    for read in (lambda: identify(model, "float32"), lambda: load_causal_lm(model, "float32", rope_length=None)):
         with pytest.raises(ModelError, match=r"name the adapter in model\.adapter"):
             read()
 
@@ -142,9 +142,9 @@ def test_the_order_of_layers_matters(tmp_path):
 
     kinds = ["sliding_attention", "full_attention"] * 2
     mixed = make_model(tmp_path / "mixed", "qwen3", layers=4, sliding_window=4, use_sliding_window=True, layer_types=kinds)
-    before, alternating = identify(mixed, "float32"), logits(load_causal_lm(mixed, "float32"))
+    before, alternating = identify(mixed, "float32"), logits(load_causal_lm(mixed, "float32", rope_length=None))
     edit_config(mixed, layer_types=sorted(kinds))
-    assert not torch.allclose(alternating, logits(load_causal_lm(mixed, "float32")), atol=1e-3)
+    assert not torch.allclose(alternating, logits(load_causal_lm(mixed, "float32", rope_length=None)), atol=1e-3)
     assert [line.split(":")[0] for line in before.differences(identify(mixed, "float32"))] == ["architecture"]
 
 
@@ -163,7 +163,8 @@ def test_whether_code_runs_matters(model):
     assert identify(model, "float32", trust_remote_code=True) == plain
     edit_config(model, auto_map={"AutoModelForCausalLM": "modeling_ours.Ours"})
     (model / "modeling_ours.py").write_text(CODE.format(factor=2))
-    ours, theirs = (logits(load_causal_lm(model, "float32", trust_remote_code=trust)) for trust in (True, False))
+    ours, theirs = (logits(load_causal_lm(model, "float32", rope_length=None, trust_remote_code=trust))
+                    for trust in (True, False))
     torch.testing.assert_close(ours, 2 * theirs)
     assert identify(model, "float32", trust_remote_code=True) != identify(model, "float32")
 
