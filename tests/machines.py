@@ -126,16 +126,15 @@ class RayProcesses:
         """Gloo goes by the host's name, which both hosts have in common here."""
         return {"GLOO_SOCKET_IFNAME": self.host.cable[address]} if self.host else {}
 
-    def add(self, cpus: int, before: Path | None = None, away: bool = False, home: Path | None = None,
+    def add(self, cpus: int, before: Path | None = None, away: bool = False, env: dict[str, str] | None = None,
             **labels: str) -> subprocess.Popen:
         """One more node, with a disk of its own: two that share one unpack a job's files over each other. Its Python finds
-        what lies in ``before`` first. ``away``: on the other host. ``home``: a user's home of its own, with all caches."""
-        of_its_own = {"HOME": str(home), "XDG_CACHE_HOME": ""} if home else {}
+        what lies in ``before`` first. ``away``: on the other host. ``env``: of its processes."""
         address = self.host.there if away else self.address
         return self._start(f"--address={self.address}:{self.gcs}", f"--num-cpus={cpus}",
                            f"--temp-dir={self.place}/{len(self._started)}", *self._at(address),
                            *([f"--labels={','.join(f'{key}={value}' for key, value in labels.items())}"] if labels else []),
-                           before=before, away=away, env=self._by_cable(address) | of_its_own)
+                           before=before, away=away, env=self._by_cable(address) | (env or {}))
 
     def _start(self, *arguments: str, before: Path | None = None, away: bool = False,
                env: dict[str, str] | None = None) -> subprocess.Popen:

@@ -178,7 +178,7 @@ def test_nodes_fetch_a_run_from_a_bucket_themselves(place, tmp_path, tiny_llama)
         Storage(s3.uri("runs/run")).upload(place / "runs" / "run" / "final", "final")
         cluster = RayProcesses(cpus=0)
         try:
-            cluster.add(5, home=tmp_path / "home", pool="away")
+            cluster.add(5, env={"HOME": str(tmp_path / "home"), "XDG_CACHE_HOME": ""}, pool="away")
             done = subprocess.run(
                 [sys.executable, "-m", "raydpo.cli", "eval", str(place / "config.yaml"), f"output={s3.uri('runs')}",
                  "--json", "score={labels: {pool: away}, gpus_per_worker: 0}", "ray.autoscaling=true",

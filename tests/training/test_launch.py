@@ -231,7 +231,7 @@ def test_a_run_whose_second_worker_fails_says_why(job, tmp_path, max_failures):
     assert process.stderr.strip().endswith("this worker alone cannot go on; it was asked not to"), process.stderr
     assert "Traceback" not in process.stdout + process.stderr
     print(f"{seconds:.1f} s after the error")
-    assert seconds < 20
+    assert seconds < 60, "half of what the other worker would wait; with the start of new workers and the command's end"
 
 
 @pytest.mark.slow  # the short soak has SIGTERM, too
