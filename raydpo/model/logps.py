@@ -21,12 +21,6 @@ from raydpo.model.ulysses import SequenceGroup
 __all__ = ["LogpModel"]
 
 
-def _needs_training(module: nn.Module) -> bool:
-    # A LoRA layer asks for its own mode, too, where it has a dropout.
-    return (hasattr(module, "gradient_checkpointing") or hasattr(module, "lora_dropout")
-            or (isinstance(module, nn.Dropout) and module.p > 0))
-
-
 class LogpModel(nn.Module):
     """A causal language model that answers with the log-probs of completion tokens.
 
@@ -53,12 +47,13 @@ class LogpModel(nn.Module):
         self.train(policy.training)
 
     def train(self, mode: bool = True) -> LogpModel:
-        """Training mode for what needs it: gradient checkpointing, and dropout that was asked for. All else computes as in
-        evaluation, so that what is trained is what was scored: routers draw noise in training mode, for one."""
+        """Training mode for what needs it, gradient checkpointing. All else computes as in evaluation, so that what is
+        trained is what was scored: routers draw noise in training mode, for one."""
         super().train(mode)
         for module in self.modules():
             # On a CPU bitsandbytes packs weights that compute in evaluation mode, for good, and has no gradient then.
-            module.training = type(module).__name__ == "Linear4bit" or (mode and (module is self or _needs_training(module)))
+            module.training = type(module).__name__ == "Linear4bit" or (
+                mode and (module is self or hasattr(module, "gradient_checkpointing")))
         return self
 
     @property

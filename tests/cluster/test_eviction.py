@@ -12,19 +12,25 @@ from test_kuberay import pods, spec, variables
 from tiny import preferences, write_preferences
 
 SLOW_STORAGE = """
-import importlib.util
+import importlib.machinery
 import sys
 import time
 
 
 class Slow:
     def find_spec(self, name, path, target=None):
-        if name == "raydpo.storage":
-            sys.meta_path.remove(self)
-            from raydpo.storage import Storage
-            upload = Storage.upload_into
-            Storage.upload_into = lambda *arguments: (time.sleep(40), upload(*arguments))
-            return importlib.util.find_spec(name)
+        if name != "raydpo.storage":
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        run = spec.loader.exec_module
+
+        def then_slow(module):
+            run(module)
+            upload = module.Storage.upload_into
+            module.Storage.upload_into = lambda *arguments: (time.sleep(40), upload(*arguments))
+
+        spec.loader.exec_module = then_slow
+        return spec
 
 
 sys.meta_path.insert(0, Slow())

@@ -23,7 +23,8 @@ def adapted(**settings):
 
 
 def logps_and_gradients(model):
-    ours = LogpModel(model).train()
+    ours = LogpModel(model)
+    model.train()  # its dropout, too
     logps = ours(ours.lay_out(groups()))
     (logps * torch.linspace(-1, 1, len(logps))).sum().backward()
     gradients = {key: value.grad for key, value in model.named_parameters() if value.requires_grad}

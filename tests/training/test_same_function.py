@@ -12,9 +12,9 @@ from kernel import tiny_pairs, train_here, with_reference
 from peft import LoraConfig, get_peft_model
 from tiny import make_model
 
-from raydpo.config import LoraSettings, TrainConfig
+from raydpo.config import TrainConfig
 from raydpo.errors import ModelError
-from raydpo.model.load import add_lora, load_causal_lm
+from raydpo.model.load import load_causal_lm
 from raydpo.model.logps import LogpModel
 from raydpo.model.selfcheck import check_training_mode
 from raydpo.reference.identity import identify
@@ -113,8 +113,11 @@ def test_an_adapter_that_adds_nothing_changes_nothing(name, models, tmp_path):
     for key, buffer in plain.named_buffers():
         assert theirs[key].dtype == buffer.dtype and torch.equal(theirs[key], buffer), key
     rows = groups(shapes=((180, 40, 20),))
-    (wanted,), (found,) = (LogpModel(model).score(rows, CPU) for model in (plain, adapted))
-    assert all(np.array_equal(one, other) for one, other in zip(wanted, found, strict=True))
+    scored = []
+    for model in (LogpModel(plain), LogpModel(adapted)):
+        model.float32_stream = False  # some norms refuse it
+        scored.append(np.concatenate(model.score(rows, CPU)[0]))
+    assert np.array_equal(*scored)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -135,16 +138,6 @@ def test_a_layer_with_noise_of_its_own_is_named():
     layer.forward = lambda *args, **kwargs: forward(*args, **kwargs) * (1.0 + 0.01 * layer.training * torch.rand(1))
     with pytest.raises(ModelError, match=r"in training mode .*: LlamaDecoderLayer \(policy\.model\.layers\.0\) asks for"):
         check_training_mode(model, CPU)
-
-
-def test_dropout_that_was_asked_for_stays():
-    model = LogpModel(add_lora(make_random("llama", VOCAB), LoraSettings(r=2, dropout=0.5), seed=0))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter)
-    check_training_mode(model, CPU)
-    layout = model.lay_out(groups())
-    assert not torch.equal(model(layout), model(layout))
 
 
 def trained_with_biases(model, adapter, scratch, zero):
