@@ -131,12 +131,13 @@ def find_garbage(cache: ReferenceCache) -> list[Garbage]:
         now = storage.clock()
         found += [Garbage(f"{directory}/{CLAIMS}/{entry.name}", entry.size, "a claim that its build did not take back")
                   for entry in claims if now - entry.modified > ABANDONED_SECONDS]
-    imports = ReferenceCache(storage, cache.identity, unverified=True)
-    imports.refresh()
-    passed_over = imports.passed_over()
-    found += [Garbage(f"{directory}/{UNVERIFIED}/{entry.name}", entry.size, "imported, and answered by later rows")
-              for entry in storage.entries(f"{directory}/{UNVERIFIED}")
-              if f"{directory}/{UNVERIFIED}/{entry.name}" in passed_over]
+    imported = {f"{directory}/{UNVERIFIED}/{entry.name}": entry.size
+                for entry in storage.entries(f"{directory}/{UNVERIFIED}")}
+    if imported:  # to know of them all parts are read again
+        imports = ReferenceCache(storage, cache.identity, unverified=True)
+        imports.refresh()
+        found += [Garbage(path, imported.get(path, 0), "imported, and answered by later rows")
+                  for path in imports.passed_over()]
     by_name = {entry.name: entry.size for entry in storage.entries(f"{directory}/{PARTS}")}
     superseded = cache.superseded()
     for number in np.flatnonzero(superseded).tolist():
