@@ -294,8 +294,9 @@ def _float32_parameters(module: LogpModel, dtype: str, zero: int) -> list[tuple[
     if dtype == "float32":
         return []
     rounded = _float32_names(module.causal_lm) if zero == 3 else ()
-    found = {name: parameter for name, parameter in module.causal_lm.named_parameters()
-             if parameter.dtype == torch.float32 or name.replace("base_layer.", "") in rounded}
+    # Fresh adapters begin in float32, and rounding them changes nothing: their output is zero.
+    found = {name: parameter for name, parameter in module.causal_lm.named_parameters() if ".lora_" not in name
+             and (parameter.dtype == torch.float32 or name.replace("base_layer.", "") in rounded)}
     trained = [name for name, parameter in found.items() if parameter.requires_grad]
     if not trained and (not found or zero < 3):
         return [(parameter, parameter.data) for parameter in found.values()]

@@ -17,7 +17,7 @@ from raydpo.reference.store import ReferenceCache
 from raydpo.training.pairs import join_reference
 
 OTHER = {"weights": "e" * 64, "architecture": "f" * 64, "adapter": "d" * 64, "dtype": "bfloat16", "quantisation": "nf4",
-         "scoring_version": 1}
+         "scoring_version": 1, "rope_length": 4096}
 
 
 @pytest.fixture(scope="module")

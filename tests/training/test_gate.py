@@ -93,7 +93,8 @@ def test_rows_hold_first_step_extremes_and_others(tiny_llama):
 def test_what_helps_depends_on_whether_the_models_are_one(reference, told, tiny_llama):
     """Scoring again cannot help a model that gives other numbers each time it is loaded."""
     pairs, gaps = TrainingPairs(with_reference(tiny_pairs(4), tiny_llama)), np.full(4, 0.5)
-    comparison = Comparison(rows=np.arange(4), token_gap=gaps, mean_gap=gaps, chosen_gap=gaps, rejected_gap=-gaps)
+    comparison = Comparison(rows=np.arange(4), token_gap=gaps, mean_gap=gaps, chosen_gap=gaps, rejected_gap=-gaps,
+                            chosen_tail_gap=0 * gaps, rejected_tail_gap=0 * gaps)
     with pytest.raises(GateError, match=told):
         judge(comparison, pairs, Objective(ObjectiveConfig()), 0.1, dtype="float32", policy="same", reference=reference)
 
