@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from raydpo.model.load import dropout_settings, load_causal_lm, restore_dropout
+from raydpo.model.weights import ADAPTER_NAME
 from raydpo.training.engine import PolicyEngine, PolicySpec
 
 __all__ = ["export_policy"]
@@ -24,7 +25,10 @@ def export_policy(engine: PolicyEngine, spec: PolicySpec, base_name: str, tokeni
         return
     policy = engine.module.policy
     if spec.adapts:
-        policy.peft_config["default"].base_model_name_or_path = base_name
+        policy.peft_config[ADAPTER_NAME].base_model_name_or_path = base_name
+        # Some kinds, VeRA for one, store projections that do not train.
+        buffers = dict(policy.named_buffers(remove_duplicate=False))
+        weights |= {name: value.cpu() for name, value in policy.state_dict().items() if name in buffers}
         policy.save_pretrained(str(directory), state_dict=weights, safe_serialization=True)
     else:
         buffers = {name: value.cpu() for name, value in policy.state_dict().items() if name not in weights}

@@ -14,6 +14,7 @@ from raydpo.model import head
 from raydpo.model.layout import lay_out
 from raydpo.model.load import add_lora
 from raydpo.model.logps import LogpModel
+from raydpo.model.selfcheck import choose_layout
 
 
 def make(name):
@@ -132,6 +133,17 @@ def test_lora_on_the_head_gets_its_gradient():
     for key, value in model.named_parameters():
         if value.requires_grad:
             assert torch.allclose(value.grad, gradients[key], atol=1e-4), key
+
+
+def test_an_adapter_on_the_head_keeps_the_float32_stream():
+    """Else its hidden states would be rounded where those of the reference, which has no adapter, are not."""
+    plain, adapted = (LogpModel(model.bfloat16()) for model in (make("llama"), add_lora(
+        make("llama"), LoraSettings(r=4, target_modules=["q_proj", "lm_head"]), seed=0)))
+    for model in (plain, adapted):
+        choose_layout(model, torch.device("cpu"))
+    layout = plain.lay_out(groups())
+    assert adapted.float32_stream and torch.equal(plain.hidden(layout), adapted.hidden(layout))
+    assert torch.isfinite(adapted(layout)).all()
 
 
 PEAK = """

@@ -57,3 +57,41 @@ def test_the_export_is_the_policy(lora, zero, tiny_llama, tmp_path):
         assert tokenizer.eos_token and tokenizer.chat_template == make_tokenizer().chat_template
         assert directory.name != "merged" or (directory / "generation_config.json").is_file()
     assert not list((tmp_path / "final").rglob("*.bin")) + list((tmp_path / "final").rglob("*.pt"))
+
+
+def exported_kinds(model, folder):
+    """Of each kind of adapter: log-probs of the trained policy, and of its exports loaded again."""
+    import peft
+
+    from raydpo.model.load import load_causal_lm
+    from raydpo.model.logps import LogpModel
+    from raydpo.training.engine import PolicySpec
+    from raydpo.training.export import export_policy
+
+    group, found = [PromptGroup(PROMPT, (COMPLETION,))], {}
+    for name, config in (("vera", peft.VeraConfig(r=4, target_modules=["q_proj"])),
+                         ("vblora", peft.VBLoRAConfig(r=2, num_vectors=10, vector_length=16, topk=2,
+                                                      target_modules=["q_proj"])),
+                         ("randlora", peft.RandLoraConfig(r=4, target_modules=["q_proj"])),
+                         ("delora", peft.DeloraConfig(r=2, target_modules=["q_proj"]))):
+        adapter, final = folder / name, folder / f"{name}-final"
+        policy = peft.get_peft_model(load_causal_lm(model, "float32", rope_length=None), config)
+        policy.save_pretrained(str(adapter))
+        run = train_here(with_reference(tiny_pairs(5), model, adapter=adapter), model, folder / "s", steps=2, lr=1e-2,
+                         policy={"adapter": str(adapter)})
+        spec = PolicySpec(path=str(model), dtype="float32", lora=None, adapter=str(adapter))
+        export_policy(run.engine, spec, str(model), make_tokenizer(), final, merge=True)
+        loaded = [load_causal_lm(model, "float32", adapter=str(final), rope_length=None),
+                  load_causal_lm(final / "merged", "float32", rope_length=None)]
+        found[name] = [LogpModel(each).score(group, torch.device("cpu"))[0][0] for each in loaded]
+        with run.engine.evaluating():
+            found[name].append(run.engine.module.score(group, torch.device("cpu"))[0][0])
+    return found
+
+
+def test_adapters_with_tensors_that_do_not_train_are_exported_whole(tiny_llama, tmp_path):
+    """VeRA stores projections, VB-LoRA a bank that its layers share, RandLoRA bases, DeLoRA norms."""
+    found, = run_distributed(exported_kinds, 1, tmp_path / "run", tiny_llama, tmp_path)
+    assert len(found) == 4
+    for name, (final, merged, policy) in found.items():
+        assert np.allclose(final, policy, atol=5e-6) and np.allclose(merged, policy, atol=5e-6), name
