@@ -1,7 +1,8 @@
-"""Whether a model's files hold every weight of its architecture: one that lacks would be random, another in each process.
+"""Checks that a model's files hold every weight of its architecture. A missing one would be random numbers, others in each
+process.
 
-Found out twice: from what transformers and PEFT say that they loaded; and before anything is started, in about a second,
-from the headers of the files alone, with a model on the meta device.
+There are two checks. Before anything is started, ``check_weights`` reads the headers of the files alone, with a model on the
+meta device, in about a second. At loading, ``refuse_gaps`` looks at what transformers and PEFT say that they loaded.
 """
 
 from __future__ import annotations

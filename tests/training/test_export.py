@@ -8,7 +8,7 @@ import torch
 from distributed import run_distributed
 from kernel import tiny_pairs, train_here, with_reference
 from safetensors.torch import load_file
-from tiny import make_tokenizer
+from tiny import make_model, make_tokenizer
 
 from raydpo.model.layout import PromptGroup
 
@@ -59,6 +59,19 @@ def test_the_export_is_the_policy(lora, zero, tiny_llama, tmp_path):
     assert not list((tmp_path / "final").rglob("*.bin")) + list((tmp_path / "final").rglob("*.pt"))
 
 
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_merging_changes_only_the_one_of_two_tied_weights_that_has_an_adapter(target, tmp_path):
+    from raydpo.model.load import load_causal_lm
+    from raydpo.model.logps import LogpModel
+
+    model = make_model(tmp_path / "model", tie_word_embeddings=True)
+    lora = LORA | {"target_modules": ["q_proj", target]}
+    policy, = run_distributed(exported, 1, tmp_path / "run", model, tmp_path / "s", tmp_path / "final", lora, 2)
+    merged = load_causal_lm(tmp_path / "final" / "merged", "float32", rope_length=None)
+    found = LogpModel(merged).score([PromptGroup(PROMPT, (COMPLETION,))], torch.device("cpu"))[0][0]
+    assert np.allclose(found, policy.numpy(), atol=5e-6)
+
+
 def exported_kinds(model, folder):
     """Of each kind of adapter: log-probs of the trained policy, and of its exports loaded again."""
     import peft
@@ -89,6 +102,7 @@ def exported_kinds(model, folder):
     return found
 
 
+@pytest.mark.slow
 def test_adapters_with_tensors_that_do_not_train_are_exported_whole(tiny_llama, tmp_path):
     """VeRA stores projections, VB-LoRA a bank that its layers share, RandLoRA bases, DeLoRA norms."""
     found, = run_distributed(exported_kinds, 1, tmp_path / "run", tiny_llama, tmp_path)
