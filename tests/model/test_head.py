@@ -8,6 +8,7 @@ import pytest
 import torch
 from architectures import COMMON, make_random
 from definition import VOCAB, by_definition, groups
+from peft import LoraConfig, get_peft_model
 
 from raydpo.config import LoraSettings
 from raydpo.model import head
@@ -135,10 +136,12 @@ def test_lora_on_the_head_gets_its_gradient():
             assert torch.allclose(value.grad, gradients[key], atol=1e-4), key
 
 
-def test_an_adapter_on_the_head_keeps_the_float32_stream():
-    """Else its hidden states would be rounded where those of the reference, which has no adapter, are not."""
-    plain, adapted = (LogpModel(model.bfloat16()) for model in (make("llama"), add_lora(
-        make("llama"), LoraSettings(r=4, target_modules=["q_proj", "lm_head"]), seed=0)))
+@pytest.mark.parametrize("settings", [{"target_modules": ["q_proj", "lm_head"]},
+                                      {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}], ids=str)
+def test_an_adapter_on_the_head_keeps_the_float32_stream(settings):
+    """Else its hidden states would be rounded where those of a model without it are not."""
+    plain, adapted = (LogpModel(model.bfloat16()) for model in (make("llama"), get_peft_model(
+        make("llama"), LoraConfig(r=4, **settings))))
     for model in (plain, adapted):
         choose_layout(model, torch.device("cpu"))
     layout = plain.lay_out(groups())
