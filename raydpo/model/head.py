@@ -217,7 +217,7 @@ class _AnyHead(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits [C, V] as the architecture transforms them."""
         # Copies, since autograd may have kept what a transform in place would change.
-        logits = self.head(hidden).float()
+        logits = self.head(hidden.to(self.weight_dtype)).float()  # a float32 stream meets bfloat16 weights
         if self.transform.scale != 1.0:
             logits = logits * self.transform.scale
         if self.transform.softcap is not None:

@@ -47,8 +47,8 @@ class LogpModel(nn.Module):
         self.train(policy.training)
 
     def train(self, mode: bool = True) -> LogpModel:
-        """Training mode for what needs it, gradient checkpointing. All else computes as in evaluation, so that what is
-        trained is what was scored: routers draw noise in training mode, for one."""
+        """Put into training mode only what needs it, gradient checkpointing. All else computes as in evaluation, as the
+        reference was scored; routers, for one, draw noise in training mode."""
         super().train(mode)
         for module in self.modules():
             # On a CPU bitsandbytes packs weights that compute in evaluation mode, for good, and has no gradient then.

@@ -1,7 +1,8 @@
-"""Whether a model's files hold every weight of its architecture: one that lacks would be random, another in each process.
+"""Checks that a model's files hold every weight of its architecture. A missing one would be random numbers, others in each
+process.
 
-Found out twice: from what transformers and PEFT say that they loaded; and before anything is started, in about a second,
-from the headers of the files alone, with a model on the meta device.
+There are two checks. Before anything is started, ``check_weights`` reads the headers of the files alone, with a model on the
+meta device, in about a second. At loading, ``refuse_gaps`` looks at what transformers and PEFT say that they loaded.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from torch import nn
 from raydpo.errors import ModelError
 from raydpo.model.files import adapter_files, model_files, read_header
 
-__all__ = ["check_weights", "load_adapter", "refuse_gaps"]
+__all__ = ["ADAPTER_NAME", "check_weights", "load_adapter", "refuse_gaps"]
+
+ADAPTER_NAME = "default"
+"""What PEFT calls the adapter of a model, in the names of its tensors, too."""
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
            "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
@@ -115,7 +119,7 @@ def load_adapter(model: nn.Module, adapter: str, *, train: bool = False, low_cpu
         adapted = PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False, is_trainable=train,
                                             torch_device="cpu", low_cpu_mem_usage=low_cpu_mem_usage)
         # PEFT warns at most, and keeps what it found to itself unless an adapter is loaded where one is already.
-        found = adapted.load_adapter(adapter, "default", is_trainable=train, autocast_adapter_dtype=False,
+        found = adapted.load_adapter(adapter, ADAPTER_NAME, is_trainable=train, autocast_adapter_dtype=False,
                                      torch_device="cpu", low_cpu_mem_usage=low_cpu_mem_usage)
     except KeyError as error:  # of modules_to_save
         raise ModelError(f"the adapter {adapter} does not fit the model: its files lack {error}") from error

@@ -30,6 +30,7 @@ from raydpo.model.load import add_lora, freeze_matching, load_causal_lm
 from raydpo.model.logps import LogpModel
 from raydpo.model.selfcheck import Wish, check_training_mode, choose_layout, share_positions
 from raydpo.model.ulysses import SequenceGroup
+from raydpo.model.weights import ADAPTER_NAME
 from raydpo.training.disk import disk_folder
 from raydpo.training.host_memory import HostPeak
 from raydpo.training.optimizer import make_optimizer
@@ -237,15 +238,16 @@ class PolicyEngine(OverRanks):
         self._partitioned_loading = None
 
     def gather(self) -> dict[str, Tensor]:
-        """The policy's weights on the CPU of rank 0 (elsewhere an empty dict); with LoRA the adapters' alone.
+        """The policy's weights on the CPU of rank 0 (elsewhere an empty dict); with an adapter, the adapter's alone.
 
         Every rank must call it: under ZeRO-3 each weight is gathered in turn, so that no GPU ever holds them all.
         """
         import deepspeed
 
         gathered: dict[str, Tensor] = {}
-        for name, parameter in self.module.policy.named_parameters():
-            if self.adapts and not parameter.requires_grad:
+        # Of an adapter also what does not train, and what its layers share under each of its names: PEFT stores both.
+        for name, parameter in self.module.policy.named_parameters(remove_duplicate=not self.adapts):
+            if self.adapts and not parameter.requires_grad and ADAPTER_NAME not in name.split("."):
                 continue
             with deepspeed.zero.GatheredParameters([parameter], enabled=self.zero == 3):
                 if self.rank == 0:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from raydpo.model.load import dropout_settings, load_causal_lm, restore_dropout
+from raydpo.model.weights import ADAPTER_NAME
 from raydpo.training.engine import PolicyEngine, PolicySpec
 
 __all__ = ["export_policy"]
@@ -24,7 +27,10 @@ def export_policy(engine: PolicyEngine, spec: PolicySpec, base_name: str, tokeni
         return
     policy = engine.module.policy
     if spec.adapts:
-        policy.peft_config["default"].base_model_name_or_path = base_name
+        policy.peft_config[ADAPTER_NAME].base_model_name_or_path = base_name
+        # Some kinds, VeRA for one, store projections that do not train.
+        buffers = dict(policy.named_buffers(remove_duplicate=False))
+        weights |= {name: value.cpu() for name, value in policy.state_dict().items() if name in buffers}
         policy.save_pretrained(str(directory), state_dict=weights, safe_serialization=True)
     else:
         buffers = {name: value.cpu() for name, value in policy.state_dict().items() if name not in weights}
@@ -38,9 +44,19 @@ def export_policy(engine: PolicyEngine, spec: PolicySpec, base_name: str, tokeni
         # Into the weights as they are stored: those that were quantized for training come back unrounded.
         merged = load_causal_lm(spec.path, spec.dtype, adapter=str(directory), rope_length=spec.rope_length,
                                 trust_remote_code=spec.trust_remote_code)
+        _untie(merged.get_base_model())
         merged.merge_and_unload().save_pretrained(str(directory / "merged"), safe_serialization=True)
         _restore_dropout(spec, directory / "merged")
         tokenizer.save_pretrained(str(directory / "merged"))
+
+
+def _untie(causal_lm: nn.Module) -> None:
+    """Give the head a weight of its own if it is the embedding's and an adapter is on one of them: merging adds to the
+    weight in place, so both would change. PEFT then writes tie_word_embeddings=false."""
+    ends = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
+    embedding, head = (getattr(end, "base_layer", end) for end in ends)
+    if (embedding, head) != ends and head.weight is embedding.weight:
+        head.weight = nn.Parameter(head.weight.detach().clone())
 
 
 def _restore_dropout(spec: PolicySpec, directory: Path) -> None:

@@ -8,12 +8,14 @@ import pytest
 import torch
 from architectures import COMMON, make_random
 from definition import VOCAB, by_definition, groups
+from peft import LoraConfig, get_peft_model
 
 from raydpo.config import LoraSettings
 from raydpo.model import head
 from raydpo.model.layout import lay_out
 from raydpo.model.load import add_lora
 from raydpo.model.logps import LogpModel
+from raydpo.model.selfcheck import choose_layout
 
 
 def make(name):
@@ -132,6 +134,19 @@ def test_lora_on_the_head_gets_its_gradient():
     for key, value in model.named_parameters():
         if value.requires_grad:
             assert torch.allclose(value.grad, gradients[key], atol=1e-4), key
+
+
+@pytest.mark.parametrize("settings", [{"target_modules": ["q_proj", "lm_head"]},
+                                      {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}], ids=str)
+def test_an_adapter_on_the_head_keeps_the_float32_stream(settings):
+    """Else its hidden states would be rounded where those of a model without it are not."""
+    plain, adapted = (LogpModel(model.bfloat16()) for model in (make("llama"), get_peft_model(
+        make("llama"), LoraConfig(r=4, **settings))))
+    for model in (plain, adapted):
+        choose_layout(model, torch.device("cpu"))
+    layout = plain.lay_out(groups())
+    assert adapted.float32_stream and torch.equal(plain.hidden(layout), adapted.hidden(layout))
+    assert torch.isfinite(adapted(layout)).all()
 
 
 PEAK = """

@@ -8,7 +8,7 @@ import torch
 from distributed import run_distributed
 from kernel import tiny_pairs, train_here, with_reference
 from safetensors.torch import load_file
-from tiny import make_tokenizer
+from tiny import make_model, make_tokenizer
 
 from raydpo.model.layout import PromptGroup
 
@@ -57,3 +57,55 @@ def test_the_export_is_the_policy(lora, zero, tiny_llama, tmp_path):
         assert tokenizer.eos_token and tokenizer.chat_template == make_tokenizer().chat_template
         assert directory.name != "merged" or (directory / "generation_config.json").is_file()
     assert not list((tmp_path / "final").rglob("*.bin")) + list((tmp_path / "final").rglob("*.pt"))
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_merging_changes_only_the_one_of_two_tied_weights_that_has_an_adapter(target, tmp_path):
+    from raydpo.model.load import load_causal_lm
+    from raydpo.model.logps import LogpModel
+
+    model = make_model(tmp_path / "model", tie_word_embeddings=True)
+    lora = LORA | {"target_modules": ["q_proj", target]}
+    policy, = run_distributed(exported, 1, tmp_path / "run", model, tmp_path / "s", tmp_path / "final", lora, 2)
+    merged = load_causal_lm(tmp_path / "final" / "merged", "float32", rope_length=None)
+    found = LogpModel(merged).score([PromptGroup(PROMPT, (COMPLETION,))], torch.device("cpu"))[0][0]
+    assert np.allclose(found, policy.numpy(), atol=5e-6)
+
+
+def exported_kinds(model, folder):
+    """Of each kind of adapter: log-probs of the trained policy, and of its exports loaded again."""
+    import peft
+
+    from raydpo.model.load import load_causal_lm
+    from raydpo.model.logps import LogpModel
+    from raydpo.training.engine import PolicySpec
+    from raydpo.training.export import export_policy
+
+    group, found = [PromptGroup(PROMPT, (COMPLETION,))], {}
+    for name, config in (("vera", peft.VeraConfig(r=4, target_modules=["q_proj"])),
+                         ("vblora", peft.VBLoRAConfig(r=2, num_vectors=10, vector_length=16, topk=2,
+                                                      target_modules=["q_proj"])),
+                         ("randlora", peft.RandLoraConfig(r=4, target_modules=["q_proj"])),
+                         ("delora", peft.DeloraConfig(r=2, target_modules=["q_proj"]))):
+        adapter, final = folder / name, folder / f"{name}-final"
+        policy = peft.get_peft_model(load_causal_lm(model, "float32", rope_length=None), config)
+        policy.save_pretrained(str(adapter))
+        run = train_here(with_reference(tiny_pairs(5), model, adapter=adapter), model, folder / "s", steps=2, lr=1e-2,
+                         policy={"adapter": str(adapter)})
+        spec = PolicySpec(path=str(model), dtype="float32", lora=None, adapter=str(adapter))
+        export_policy(run.engine, spec, str(model), make_tokenizer(), final, merge=True)
+        loaded = [load_causal_lm(model, "float32", adapter=str(final), rope_length=None),
+                  load_causal_lm(final / "merged", "float32", rope_length=None)]
+        found[name] = [LogpModel(each).score(group, torch.device("cpu"))[0][0] for each in loaded]
+        with run.engine.evaluating():
+            found[name].append(run.engine.module.score(group, torch.device("cpu"))[0][0])
+    return found
+
+
+@pytest.mark.slow
+def test_adapters_with_tensors_that_do_not_train_are_exported_whole(tiny_llama, tmp_path):
+    """VeRA stores projections, VB-LoRA a bank that its layers share, RandLoRA bases, DeLoRA norms."""
+    found, = run_distributed(exported_kinds, 1, tmp_path / "run", tiny_llama, tmp_path)
+    assert len(found) == 4
+    for name, (final, merged, policy) in found.items():
+        assert np.allclose(final, policy, atol=5e-6) and np.allclose(merged, policy, atol=5e-6), name
