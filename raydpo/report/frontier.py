@@ -219,7 +219,8 @@ def recommend(points: Sequence[Point], drift: Axis) -> Recommendation:
     if not learnt:
         return Recommendation(None, f"No trial is better than a coin by more than chance: the best held-out accuracy is "
                                     f"{first.accuracy:.3f}, of {first.label or first.name}, and a coin has 0.5 with a "
-                                    f"standard error of {first.error:.3f}. Train longer, raise train.lr, or hold out more pairs.")
+                                    f"standard error of {first.error:.3f}. Train longer, raise train.lr, or "
+                                    "hold out more pairs.")
     best = max(learnt, key=lambda point: (point.accuracy, -drift.read(point)))
     bound = best.accuracy - best.error
     close = [point for point in learnt if point.accuracy >= bound]
