@@ -24,7 +24,7 @@ from pyarrow import fs as pafs
 
 from raydpo.config import is_uri
 from raydpo.config.uri import redact, secrets_of
-from raydpo.errors import RaydpoError
+from raydpo.errors import ConfigError, RaydpoError
 
 __all__ = ["Entry", "Storage", "redact", "remove_stale_temporaries", "stale_temporaries"]
 
@@ -443,13 +443,13 @@ def _open(uri: str) -> tuple[pafs.FileSystem, str]:
     try:
         fs, root = pafs.FileSystem.from_uri(uri)
         if not root.strip("/") and not isinstance(fs, pafs.LocalFileSystem):
-            raise RaydpoError(f"{redact(uri)} names no bucket; it should look like {scheme}://bucket/path")
+            raise ConfigError(f"{redact(uri)} names no bucket; it should look like {scheme}://bucket/path")
         return fs, root.rstrip("/")
     except OSError as error:
         raise RaydpoError(f"cannot open {redact(uri)}: {_said(error, uri)}") from None
     except pa.ArrowInvalid as error:
         if scheme in ("s3", "gs", "gcs", "file"):  # no other form of these exists
-            raise RaydpoError(f"cannot open {redact(uri)}: {_said(error, uri)}") from None
+            raise ConfigError(f"cannot open {redact(uri)}: {_said(error, uri)}") from None
     except (pa.ArrowNotImplementedError, ImportError):
         pass  # a scheme that this pyarrow does not speak itself
     try:
@@ -460,5 +460,6 @@ def _open(uri: str) -> tuple[pafs.FileSystem, str]:
         package = _DRIVERS.get(scheme) or getattr(error.__cause__, "name", None) or "fsspec"
         raise RaydpoError(f"cannot open {redact(uri)}: its driver is not installed; run: pip install {package}") from None
     except Exception as error:  # each driver raises what it likes
-        raise RaydpoError(f"cannot open {redact(uri)}: {_said(error, uri)}") from None
+        kind = RaydpoError if scheme in fsspec.available_protocols() else ConfigError
+        raise kind(f"cannot open {redact(uri)}: {_said(error, uri)}") from None
     return pafs.PyFileSystem(pafs.FSSpecHandler(driver)), root.rstrip("/")

@@ -16,7 +16,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from raydpo import storage as storage_module
 from raydpo.config.uri import carries_secret
-from raydpo.errors import RaydpoError
+from raydpo.errors import ConfigError, RaydpoError
 from raydpo.storage import Storage, redact, remove_stale_temporaries, stale_temporaries
 
 
@@ -284,6 +284,8 @@ def test_probe_needs_a_writable_place(tmp_path):
     ("/plain/path", "/plain/path"),
     ("s3://bucket/cache", "s3://bucket/cache"),
     ("s3://key:secret@bucket/cache", "s3://***@bucket/cache"),
+    ("-----BEGIN RSA PRIVATE KEY-----\nSECRET\n-----END RSA PRIVATE KEY-----\nbelow", "***\nbelow"),
+    ("-----BEGIN PRIVATE KEY-----\nSECRET", "***"),
     ("s3://key:sec/r+t@bucket/cache", "s3://***@bucket/cache"),
     ("s3://bucket/c?access_key=AK&region=eu&endpoint_override=h:9000&scheme=http",
      "s3://bucket/c?access_key=***&region=eu&endpoint_override=h:9000&scheme=http"),
@@ -314,7 +316,7 @@ def test_no_secret_in_an_error(uri):
     ("nosuch://x", "cannot open nosuch://x"),
 ])
 def test_an_address_that_cannot_be_meant(uri, told):
-    with pytest.raises(RaydpoError, match=told) as caught:
+    with pytest.raises(ConfigError, match=told) as caught:
         Storage(uri)
     assert "\n" not in str(caught.value)
 

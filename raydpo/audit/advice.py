@@ -113,4 +113,4 @@ def length_normalised(beta: float | BetaSchedule | Mapping[str, Any], tokens: fl
     if isinstance(beta, Mapping):
         told = {key: value if isinstance(value, str) else length_normalised(value, tokens) for key, value in beta.items()}
         return "{" + ", ".join(f"{key}: {value}" for key, value in told.items()) + "}"
-    return f"{beta * tokens:.2g}"
+    return f"{float(f'{beta * tokens:.2g}'):g}"  # 100, not 1e+02

@@ -57,8 +57,8 @@ def separation(one: np.ndarray, two: np.ndarray, prompts: np.ndarray) -> dict[st
         return _named(share(0, 0), 0.0, 0)
     auc = float(below.mean())
     found = mean_by_group(above + below - auc, prompts)
-    if found["low"] == found["high"]:  # nothing varies: all of one side are above all of the other, or equal
-        found = share(auc * len(one), len(one))
+    if found["low"] == found["high"]:  # nothing varies: all of one side are above all of the other, or equal; or one prompt
+        found = share_by_group(below, prompts)
     low, high = (bound if bound is None else min(1.0, max(0.0, bound)) for bound in (found["low"], found["high"]))
     return _named({"value": auc, "low": low, "high": high}, auc * len(one), len(one))
 

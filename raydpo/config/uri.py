@@ -9,7 +9,8 @@ __all__ = ["HARMLESS", "KEYS", "carries_secret", "hidden", "is_uri", "redact", "
 
 HARMLESS = ("endpoint_override", "scheme", "region", "allow_bucket_creation", "allow_bucket_deletion")
 """Options of a URI that may be shown."""
-KEYS = (r"-----BEGIN [A-Z ]*PRIVATE KEY-----|\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\bhf_[A-Za-z0-9]{30,}\b|"
+KEYS = (r"-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)|"
+        r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\bhf_[A-Za-z0-9]{30,}\b|"
         r"\bgh[pousr]_[A-Za-z0-9]{36,}\b|\bsk-[A-Za-z0-9_-]{40,}|\bAIza[0-9A-Za-z_-]{35}\b")
 """Forms that nothing but a key has."""
 _CREDENTIALS = re.compile(r"^(?P<scheme>[^:/]+)://(?P<secret>[^/?#]*:[^?#]*|[^/?#:]+)@")  # an unquoted key may hold slashes

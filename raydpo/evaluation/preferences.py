@@ -14,6 +14,7 @@ import torch
 
 from raydpo.audit.measure import LENGTH_BINS
 from raydpo.config import ObjectiveConfig
+from raydpo.errors import RaydpoError
 from raydpo.evaluation.interval import by_group, mean_by_group, share_by_group
 from raydpo.losses import PairLogps, implicit_rewards
 from raydpo.training.metrics import TIE
@@ -41,11 +42,20 @@ class ScoredPairs:
 
     def margins(self, beta: float, objective: ObjectiveConfig) -> np.ndarray:
         """Reward of the chosen completion less that of the rejected one, as ``objective`` has them: beta times the
-        log-ratios to the reference, or times what a divergence or a loss without a reference takes in their place."""
+        log-ratios to the reference, or times what a divergence or a loss without a reference takes in their place.
+
+        Raises:
+            RaydpoError: if one is not finite, as the exponential of a divergence may be.
+        """
         logps = PairLogps(*(torch.from_numpy(np.asarray(each, np.float64)) for each in (
             self.chosen, self.rejected, self.ref_chosen, self.ref_rejected, self.chosen_tokens, self.rejected_tokens)))
         chosen, rejected = implicit_rewards(objective, logps, beta)
-        return (chosen - rejected).numpy()
+        margins = (chosen - rejected).numpy()
+        if not np.isfinite(margins).all():
+            raise RaydpoError(f"the rewards of {np.count_nonzero(~np.isfinite(margins)):,} pairs are not finite under "
+                              f"{objective.f_divergence_type}: the policy is too far from the reference; set "
+                              "evaluate.rewards=sum")
+        return margins
 
     def wins(self, margins: np.ndarray, objective: ObjectiveConfig) -> np.ndarray:
         """1 where the margin is positive, 1/2 where it is zero but for rounding, as while training."""

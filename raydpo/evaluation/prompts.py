@@ -115,7 +115,7 @@ def spoken(prompts: Sequence[Prompt], config: Config) -> list[Text]:
 
 
 def trained_on(pairs: pa.Table, config: Config, training: DataConfig) -> int:
-    """How many of ``pairs``, which are of ``evaluate.data``, ask what a training with ``training`` asks, too. Pairs that its
+    """How many of ``pairs``, which ``config`` evaluates, ask what a training with ``training`` asks, too. Pairs that its
     filter leaves out count as trained on.
 
     Raises:

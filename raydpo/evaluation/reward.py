@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -115,4 +116,8 @@ def _score(model: Any, tokenizer: Any, prompt: Text, answer: str) -> float:
     if limit is not None and len(ids) > limit:
         raise ModelError(f"an answer and its prompt have {len(ids):,} tokens for the reward model, which takes {limit:,}; "
                          "lower evaluate.max_tokens or data.max_length")
-    return float(model(input_ids=torch.tensor([ids], device=model.device)).logits[0, 0].float())
+    score = float(model(input_ids=torch.tensor([ids], device=model.device)).logits[0, 0].float())
+    if not math.isfinite(score):
+        raise ModelError(f"the reward model gives the answer {answer[:80]!r} a score of {score}; score in float32 "
+                         "(score.dtype=float32) or check its weights")
+    return score

@@ -148,9 +148,9 @@ class _Evaluation:
         identity = policy.spec.identity
         console.say(f"policy: {policy.name} in {', '.join(filter(None, (identity.dtype, identity.quantisation)))}, identity "
                     f"{identity.digest}")
-        trained_on = policy.trained.get("reference identity", reference.identity.digest)
-        if trained_on != reference.identity.digest:
-            console.warn(f"the policy was trained against reference {trained_on}, and is compared with "
+        against = policy.trained.get("reference identity")  # None of a loss without a reference
+        if against not in (None, reference.identity.digest):
+            console.warn(f"the policy was trained against reference {against}, and is compared with "
                          f"{reference.identity.digest}")
         tokenizer = load_tokenizer(resolve_model(config.model.tokenizer or config.model.path),
                                    chat_template=data.chat_template, trust_remote_code=config.model.trust_remote_code)
@@ -158,7 +158,7 @@ class _Evaluation:
         tokeniser = Tokeniser(tokenizer)
         pairs, seen = _read_pairs(config, tokeniser, console)
         console.say(f"pairs to evaluate on: {pairs.num_rows:,}")
-        if seen is None:
+        if seen is None or config.evaluate.policy is not None:  # what another run trained on is not data.train
             seen = _trained_on(config, policy, pairs, console)
         if seen:
             console.warn(f"{seen:,} of {pairs.num_rows:,} pairs ask what was trained on: what they measure is memory, too")
@@ -334,7 +334,7 @@ class _Evaluation:
 
 
 def _trained_on(config: Config, policy: Policy, pairs: pa.Table, console: Console) -> int | None:
-    """How many pairs of ``evaluate.data`` the policy was trained on; None of one that no run made."""
+    """How many of ``pairs`` the policy was trained on; None of one that no run made."""
     if policy.run is None:
         return None
     try:

@@ -43,8 +43,6 @@ def sum_tolerance(tolerance: float, tokens: np.ndarray | int) -> np.ndarray | fl
     return tolerance * SUM_SPREAD * np.sqrt(tokens)
 
 
-
-
 @dataclass(frozen=True)
 class FilesReport:
     """Every part read from the first byte to the last.
@@ -210,8 +208,11 @@ def _shift(sums: Sequence[dict[str, Any]], tolerance: float) -> tuple[float | No
         return None, None
     different = np.array([row["stored"] - row["live"] for row in sums])
     shift = float(different.mean())
-    allowed = SHIFT * tolerance * float(np.mean([row["tokens"] for row in sums]))
-    chance = SHIFT_ERRORS * float(different.std()) / np.sqrt(len(different))
+    tokens = np.array([row["tokens"] for row in sums])
+    # Of few sums their spread tells little: then what each may be off decides, of which the mean is off by less.
+    single = float(sum_tolerance(tolerance, tokens).mean()) / np.sqrt(len(sums))
+    chance = max(SHIFT_ERRORS * float(different.std()) / np.sqrt(len(sums)), single)
+    allowed = SHIFT * tolerance * float(tokens.mean())
     if abs(shift) <= max(allowed, chance):
         return shift, None
     side = "high" if shift > 0 else "low"

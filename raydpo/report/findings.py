@@ -10,6 +10,7 @@ from typing import Any
 import polars as pl
 
 from raydpo.audit.advice import length_normalised
+from raydpo.config import LOSSES
 from raydpo.evaluation.interval import share
 from raydpo.report.records import RunRecord
 from raydpo.training.watch import COLLAPSE, LAG, SPIKE_DEVIATIONS, WINDOW
@@ -87,7 +88,12 @@ def _policy(run: RunRecord) -> Iterator[Finding]:
             f"Over {where} pairs the margin correlates with the difference in length at {correlation:+.2f}: the policy "
             f"prefers what is {kind}, which tells {correlation**2:.0%} of the variance of the margins.",
             "Length is the cheapest thing to learn. 'raydpo audit' says how much of it is in the data"
-            + ("." if run.setting("train.loss") == "sigmoid_norm" else f"; {_normalised(run)} takes it out of the loss."))
+            + ("." if _per_token(run.setting("train.loss")) else f"; {_normalised(run)} takes it out of the loss."))
+
+
+def _per_token(loss: Any) -> bool:
+    """Whether a loss compares means over tokens already, so that its beta is of these."""
+    return isinstance(loss, str) and loss in LOSSES and LOSSES[loss].per_token
 
 
 def _normalised(run: RunRecord) -> str:

@@ -38,7 +38,7 @@ class Point:
         length_growth: of the policy's own answers, a share. length_pull: in its place, the correlation of margin and length
             difference.
         protocol: how ``kl`` and ``length_growth`` were measured; they compare between trials where it is the same.
-        held_out: digest of the held-out pairs; accuracies compare where it is the same.
+        held_out: digest of the pairs that ``accuracy`` is of; accuracies compare where it is the same.
     """
 
     mark: str
@@ -104,7 +104,9 @@ def _point(mark: str, trial: Trial) -> Point:
         margin / beta if margin is not None and beta else None,
         ((evaluation.get("drift") or {}).get("kl_per_token") or {}).get("value"),
         None if None in sides else sum(abs(side) for side in sides) / 2, growth, scores.get("length/margin_correlation"),
-        "" if objective is None else _unit(objective), _protocol(evaluation), trial.run and trial.run.held_out_digest)
+        "" if objective is None else _unit(objective), _protocol(evaluation),
+        (trial.run and trial.run.held_out_digest) if "rewards/accuracies" in scores else
+        (evaluation.get("protocol") or {}).get("pairs"))
 
 
 def _accuracy(trial: Trial, evaluated: dict[str, float | None]) -> tuple[float | None, float | None]:
@@ -206,9 +208,9 @@ def recommend(points: Sequence[Point], drift: Axis) -> Recommendation:
     if not known:
         return Recommendation(None, "No trial has both a held-out accuracy with its number of pairs and a drift yet, so "
                                     "none can be recommended. Held-out pairs (data.eval) are what a sweep is judged by.")
-    best = max(known, key=lambda point: (point.accuracy, -drift.read(point)))
+    first = max(known, key=lambda point: (point.accuracy, -drift.read(point)))
     if len(known) == 1:
-        return Recommendation(None, f"{best.label or best.name} is the only trial so far that can be judged.")
+        return Recommendation(None, f"{first.label or first.name} is the only trial so far that can be judged.")
     if not on_same_pairs(known):
         return Recommendation(None, "The trials are measured on different held-out pairs, so their accuracies do not "
                                     "compare. Hold out the same pairs in all of them: a file of their own (data.eval.path) "
@@ -216,8 +218,10 @@ def recommend(points: Sequence[Point], drift: Axis) -> Recommendation:
     learnt = [point for point in known if point.accuracy - 0.5 > Z95 * point.error]
     if not learnt:
         return Recommendation(None, f"No trial is better than a coin by more than chance: the best held-out accuracy is "
-                                    f"{best.accuracy:.3f}, of {best.label or best.name}, and a coin has 0.5 with a standard "
-                                    f"error of {best.error:.3f}. Train longer, raise train.lr, or hold out more pairs.")
+                                    f"{first.accuracy:.3f}, of {first.label or first.name}, and a coin has 0.5 with a "
+                                    f"standard error of {first.error:.3f}. Train longer, raise train.lr, or "
+                                    "hold out more pairs.")
+    best = max(learnt, key=lambda point: (point.accuracy, -drift.read(point)))
     bound = best.accuracy - best.error
     close = [point for point in learnt if point.accuracy >= bound]
     chosen = min(close, key=lambda point: (drift.read(point), -(point.beta or 0.0)))

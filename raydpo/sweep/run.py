@@ -70,12 +70,12 @@ def sweep(config: Config, console: Console | None = None, *, fresh: bool = False
     trials = trials_of(config)
     if config.sweep.together:
         check_together([trial.config for trial in trials])
+    check_models([trial.config for trial in trials], console)
     storage = Storage(config.run_dir)
     if fresh:
         begin_again(storage, console, FILE)
     if storage.exists("run.json"):
         raise ConfigError(f"{storage} is the directory of a single run; give the sweep another name (name=...)")
-    check_models([trial.config for trial in trials], console)
     largest = max((trial.config for trial in trials), key=lambda one: one.train.most_workers)
     with session(largest):
         check_cluster(config, ["score", "train"], console)

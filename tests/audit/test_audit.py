@@ -11,7 +11,7 @@ from kernel import tokenised
 from tiny import make_tokenizer, preferences
 
 from raydpo.audit import audit_pairs, summary_lines, write_audit
-from raydpo.audit.advice import advise
+from raydpo.audit.advice import advise, length_normalised
 from raydpo.audit.extremes import shown
 from raydpo.audit.measure import figures, separation
 from raydpo.config import ObjectiveConfig
@@ -65,6 +65,10 @@ def test_figures_by_hand():
     assert found["surprise"]["rejected_perplexity"] == pytest.approx(math.exp(400 / (40 + 30 + 60 + 50)))
 
 
+def test_a_beta_is_written_as_people_write_it():
+    assert [length_normalised(0.1, tokens) for tokens in (25.0, 1000.0, 12345.0)] == ["2.5", "100", "1200"]
+
+
 def test_separation():
     one, alone = np.random.default_rng(0).normal(size=4000), np.arange(4000)
     assert separation(one, one, alone)["share"] == pytest.approx(0.5)
@@ -74,6 +78,10 @@ def test_separation():
     near = separation(one, np.random.default_rng(1).normal(1, 1, 4000), alone)
     assert near["low"] < 0.760 < near["high"] and near["high"] - near["low"] < 0.03
     assert separation(one[:0], one[:0], alone[:0])["share"] is None
+    # Six pairs of each of ten prompts prove no more than ten do; nor do those of a single prompt.
+    assert separation(np.zeros(60), np.ones(60), np.arange(60) // 6)["low"] == pytest.approx(
+        separation(np.zeros(10), np.ones(10), alone[:10])["low"])
+    assert separation(alone[:6], alone[:6] + 0.5, np.zeros(6))["high"] > 0.9
 
 
 @pytest.mark.parametrize("pairs", [20, 100])

@@ -22,7 +22,9 @@ from tiny import make_model, preferences, write_preferences
 import raydpo
 from raydpo.config import load_config
 from raydpo.console import Console
+from raydpo.data.split import held_out, prompt_digest
 from raydpo.errors import CacheMissError, ConfigError
+from raydpo.evaluation.run import _Evaluation
 from raydpo.storage import Storage
 
 SETTINGS = {"prompts": 6, "max_tokens": 10, "samples": 2}
@@ -79,6 +81,25 @@ def test_evaluation(place, tiny_llama, on_cluster, monkeypatch):
         assert again.returncode == 0, again.stderr
         assert json.loads(again.stdout) == found and len(server.requests) == asked and stored(place) == before
     check_figures(place, found, said)
+
+
+def test_what_another_run_trained_on_is_noticed_in_our_held_out_pairs(place, tiny_llama):
+    """It held out fewer of the same file, so that half of ours are what it has seen. Of a plain model nothing is known."""
+    made_adapter = make_adapter(place / "runs" / "other" / "final", tiny_llama)
+    tree = yaml.safe_load((place / "config.yaml").read_text()) | {"name": "other"}
+    tree["data"]["eval"] = {"fraction": 0.15}
+    (made_adapter.parent / "config.yaml").write_text(yaml.safe_dump(tree))
+    (made_adapter.parent / "run.json").write_text(json.dumps({"fingerprint": {"reference identity": None}}))
+
+    def prepared(*overrides):
+        out = io.StringIO()
+        return _Evaluation.of(load_config(place / "config.yaml", overrides), Console(out)), out.getvalue()
+
+    found, said = prepared(f"evaluate.policy={made_adapter.parent}")
+    fewer = held_out([prompt_digest(row["prompt"]) for row in preferences(60, high=20)], 0.15).sum()
+    assert 0 < found.trained_on == found.pairs.num_rows - fewer and "ask what was trained on" in said
+    assert "trained against reference None" not in said
+    assert prepared()[0].trained_on == 0 and prepared(f"evaluate.policy={tiny_llama}")[0].trained_on is None
 
 
 def check_figures(place, found, said):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from raydpo.config import ObjectiveConfig
+from raydpo.errors import RaydpoError
 from raydpo.evaluation.interval import mean, mean_by_group, share, student95
 from raydpo.evaluation.preferences import ScoredPairs, measure_preferences
 from raydpo.evaluation.style import length_growth, measure_style
@@ -185,3 +186,9 @@ def test_answers_of_equal_lengths_have_not_grown(kind):
         found.append(growth["value"])
         held += growth["low"] <= 0 <= growth["high"]
     assert np.mean(found) == pytest.approx(0, abs=0.05) and held == pytest.approx(0.95 * 300, abs=10)
+
+
+def test_rewards_that_overflow_are_an_error_with_a_way_out():
+    with pytest.raises(RaydpoError, match=r"rewards of 1 pairs are not finite under forward_kl.*evaluate\.rewards=sum"):
+        measure_preferences(scored([10, 5], [0, 0], chosen_logratio=np.array([-800.0, 1.0])), 0.1,
+                            ObjectiveConfig(f_divergence_type="forward_kl"))

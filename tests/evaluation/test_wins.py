@@ -158,3 +158,13 @@ def test_the_tokenizer_belongs_to_the_identity(classifier, tmp_path):
     template = other / "chat_template.jinja"
     template.write_text(template.read_text() + "!")
     assert identity(other) != identity(classifier)
+
+
+def test_a_score_that_is_no_number_is_an_error(classifier, tmp_path):
+    ours = shutil.copytree(classifier, tmp_path / "ours")
+    tensors = load_file(ours / "model.safetensors")
+    tensors["score.weight"].fill_(torch.nan)
+    save_file(tensors, ours / "model.safetensors", metadata={"format": "pt"})
+    act = RewardModel.at(str(ours), "float32", False).open("cpu")
+    with pytest.raises(ModelError, match="gives the answer ' blue' a score of nan"):
+        act(pa.table({"prompt": [json.dumps("The sky is")], "answer": [" blue"]}))

@@ -181,3 +181,13 @@ def test_a_live_value_that_is_no_number_does_not_pass(cache, scorer, short):
 
 def test_the_tolerance_of_a_sum_grows_with_the_root_of_its_tokens():
     assert sum_tolerance(0.1, 100) == pytest.approx(4.0) and sum_tolerance(0.001, 400) == pytest.approx(0.08)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_few_sums_that_are_off_to_the_same_side_by_rounding_pass(count, cache, scorer, short):
+    """Of one sum the mean difference is its own, and its spread is none."""
+    few = short[:count]
+    allowed = sum_tolerance(1e-3, np.array([len(one.tokens) for one in few]))
+    bring(cache, few, np.array(sums_of(scored(scorer, few), few)) + 0.3 * allowed * np.linspace(1, 1.1, count))
+    found = verify(cache, few, scorer)
+    assert found.passed and found.shift > 0.003, found.problem

@@ -118,3 +118,13 @@ def test_the_loss_per_token_is_told_with_its_beta(config, lengths, told):
     steps |= {"length/chosen": np.full(30, 100.0), "length/rejected": np.full(30, 200.0)} if lengths else {}
     run = dataclasses.replace(EMPTY, config={"train": config}, steps=pl.DataFrame({"step": np.arange(1, 31)} | steps))
     assert told in findings(run)[0].why
+
+
+@pytest.mark.parametrize(("loss", "advised"), [("sigmoid", True), ("ipo", False), ("simpo", False)])
+def test_a_loss_per_token_is_not_advised_where_there_is_one(loss, advised):
+    evals = pl.DataFrame({"step": [9], "length/margin_correlation": [0.5], "length/chosen": [2000.0],
+                          "length/rejected": [1000.0]})
+    run = dataclasses.replace(EMPTY, evals=evals, config={"train": {"loss": loss, "beta": 0.1}})
+    (found,) = findings(run)
+    assert ("train.loss=sigmoid_norm train.beta=150 takes" in found.why) == advised
+    assert advised or found.why.endswith("in the data.")

@@ -184,3 +184,21 @@ def test_the_recommended_trial_is_among_the_curves_that_are_drawn(tmp_path):
     assert "trials are drawn" not in sweep_page(read(tmp_path))
 
 
+def test_the_best_is_one_that_has_learnt():
+    """A trial of few independent pairs may be ahead by chance, further than the errors of the others reach."""
+    ahead, learnt = point(0, 0.6, 0.1, error=0.06), point(1, 0.52, 0.2, error=0.005)
+    taken = recommend([ahead, learnt], DRIFT)
+    assert taken.point is learnt and "1 trial(s) are not better than a coin" in taken.reason
+
+
+def test_accuracies_of_evaluations_on_other_pairs_do_not_compare(tmp_path):
+    """Nothing was held out of the training: the accuracy is that of ``raydpo eval``."""
+    trials = made_trials(tmp_path, {name: ({"data.max_length": length}, {})
+                                    for name, length in (("long", 512), ("short", 64))})
+    for trial, pairs in zip(trials, ("a", "b"), strict=True):
+        trial["eval"] = {}
+        found = made_evaluation() | {"protocol": {"pairs": pairs}}
+        (tmp_path / trial["name"] / "evaluation.json").write_text(json.dumps(found))
+    write_sweep(tmp_path, trials)
+    assert [one.held_out for one in points_of(read(tmp_path))] == ["a", "b"]
+    assert frontier_pictures(points_of(read(tmp_path)), None) == []

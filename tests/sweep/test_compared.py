@@ -9,12 +9,12 @@ from tiny import preferences, write_preferences
 
 from raydpo.config import load_config
 from raydpo.console import Console
-from raydpo.errors import ConfigError
+from raydpo.errors import ConfigError, ModelError
 from raydpo.evaluation.run import pairs_to_evaluate, protocol
 from raydpo.pipeline import measured_pairs
 from raydpo.storage import Storage
 from raydpo.sweep.ledger import Ledger
-from raydpo.sweep.run import _on_same_pairs, _prepare, _Sweep
+from raydpo.sweep.run import _on_same_pairs, _prepare, _Sweep, sweep
 from raydpo.sweep.trials import trials_of
 from raydpo.training.records import to_parquet
 
@@ -134,3 +134,14 @@ def test_a_trial_that_diverged_leaves_a_record_that_every_reader_can_read(place)
     assert ledger.best().trial.name == "beta=0.3"
     ledger.same_pairs = False
     assert ledger.best() is None
+
+
+def test_a_model_without_weights_sets_no_earlier_sweep_aside(place, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "runs" / "s").mkdir(parents=True)
+    (tmp_path / "runs" / "s" / "sweep.json").write_text("{}")
+    config = load_config(place / "config.yaml", ["sweep.grid={train.beta: [0.1, 0.3]}", f"model.path={tmp_path / 'empty'}"])
+    with pytest.raises(ModelError):
+        sweep(config, SILENT, fresh=True)
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["s"]
