@@ -33,7 +33,7 @@ __all__ = ["QUANTIZED", "SCORING_VERSION", "ReferenceIdentity", "earlier_identit
 SCORING_VERSION = 2
 """Raised whenever raydpo itself changes the numbers it would store."""
 _ADAPTER_VERSION = 3
-"""Of adapters in bfloat16, whose numbers alone have changed since."""
+"""Of adapters in bfloat16, whose numbers alone have changed since; on quantized weights, of those on the head."""
 
 _NOT_ARCHITECTURE = frozenset({
     "_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "_attn_implementation",
@@ -118,8 +118,8 @@ def identify(path: str | Path, dtype: str, adapter: str | Path | None = None, qu
         adapter=None if adapter is None else _adapter_digest(adapter_files(adapter)),
         dtype=dtype,
         quantisation=None if quantization is None else QUANTIZED[quantization],
-        scoring_version=_ADAPTER_VERSION if adapter is not None and dtype == "bfloat16" and quantization is None
-        else SCORING_VERSION,
+        scoring_version=_ADAPTER_VERSION if adapter is not None and dtype == "bfloat16"
+        and (quantization is None or _is_on_the_head(adapter_files(adapter))) else SCORING_VERSION,
         rope_length=None if max_length is None else rope_length(model.config, max_length),
     )
 
@@ -129,7 +129,8 @@ def earlier_identity(identity: ReferenceIdentity) -> tuple[ReferenceIdentity, st
     itself, and nothing, where nothing has."""
     changed = []
     if identity.scoring_version == _ADAPTER_VERSION:
-        changed.append("a model with an adapter keeps its rotary frequencies in float32, which were rounded to bfloat16")
+        changed.append("a model with an adapter keeps its rotary frequencies, and what an adapted head reads, in float32, "
+                       "which were rounded to bfloat16")
     if identity.rope_length is not None:
         changed.append("its rotary frequencies are the same in every batch, where the longest sequence of each decided")
     return dataclasses.replace(identity, scoring_version=SCORING_VERSION, rope_length=None), "; ".join(changed)
@@ -249,6 +250,10 @@ def _adapter_digest(adapter: AdapterFiles) -> str:
                 for key, value in adapter.config.items()}
     digest = hashlib.sha256(json.dumps(_without(settings, _NOT_ADAPTER, sets=True), sort_keys=True).encode()).hexdigest()
     return hashlib.sha256(f"{_tensors_digest([adapter.weights])}{digest}".encode()).hexdigest()
+
+
+def _is_on_the_head(adapter: AdapterFiles) -> bool:
+    return any(re.search(r"lm_head|embed_out", name) for name in read_header(adapter.weights)[1])
 
 
 def _without(settings: Any, ignored: frozenset[str], sets: bool = False) -> Any:

@@ -228,6 +228,12 @@ def test_an_adapter_in_bfloat16_is_scored_again(model, tmp_path):
     versions = {(dtype, quantization): identify(model, dtype, adapter, quantization).scoring_version
                 for dtype in ("float32", "bfloat16") for quantization in (None, "4bit")}
     assert versions == {("float32", None): 2, ("float32", "4bit"): 2, ("bfloat16", None): 3, ("bfloat16", "4bit"): 2}
+    on_the_head = write_plain_adapter(tmp_path / "on-the-head")
+    tensors = load_file(on_the_head / "adapter_model.safetensors")
+    save_file({name.replace("model.layers.1.self_attn.q_proj", "lm_head"): value for name, value in tensors.items()},
+              on_the_head / "adapter_model.safetensors", metadata={"format": "pt"})
+    assert identify(model, "bfloat16", on_the_head, "4bit").scoring_version == 3
+    assert identify(model, "float32", on_the_head, "4bit").scoring_version == 2
     now, exact = (identify(model, dtype, adapter) for dtype in ("bfloat16", "float32"))
     earlier, change = earlier_identity(now)
     assert earlier.scoring_version == 2 and "rounded to bfloat16" in change
