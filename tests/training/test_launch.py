@@ -197,6 +197,7 @@ def one_fails(given):
     attempt(given["board"], given["train"], work)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("max_failures", [0, 3])
 def test_an_error_of_one_worker_ends_all_at_once(on_cluster, tmp_path, max_failures):
     """Those that wait for it would do so for two minutes."""
