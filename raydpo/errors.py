@@ -11,6 +11,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "DeviceMemoryError",
+    "FilesError",
     "GateError",
     "ModelError",
     "RaydpoError",
@@ -42,6 +43,10 @@ class ModelError(RaydpoError, ValueError):
     """A model, adapter or tokenizer that cannot be loaded or that raydpo cannot score exactly."""
 
 
+class FilesError(ModelError, ConfigError):
+    """A directory whose files are not those of one whole model or adapter: bad input, wherever it is found."""
+
+
 class CacheError(RaydpoError, RuntimeError):
     """A reference cache that is unreadable, damaged, or of another identity than the run needs."""
 
@@ -69,4 +74,4 @@ class DeviceMemoryError(TrainError, MemoryError):
 
 def exit_status(error: BaseException) -> int:
     """The process exit status for ``error``: 2 for bad input, 1 for everything else that went wrong."""
-    return 2 if isinstance(error, (ConfigError, DataError, ModelError)) else 1
+    return 2 if isinstance(error, (ConfigError, DataError)) else 1

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raydpo.errors import ModelError
+from raydpo.errors import FilesError
 
 __all__ = ["AdapterFiles", "ModelFiles", "adapter_files", "model_files", "read_header", "weights_lacking"]
 
@@ -64,23 +64,23 @@ def model_files(path: str | Path, trust_remote_code: bool = False) -> ModelFiles
     directory = Path(path)
     has_adapter = (directory / "adapter_config.json").is_file()
     if has_adapter and not any((directory / name).is_file() for name in (SINGLE, INDEX)):
-        raise ModelError(f"{directory} holds an adapter, and a model is wanted; name the adapter's base model as path "
+        raise FilesError(f"{directory} holds an adapter, and a model is wanted; name the adapter's base model as path "
                          "(model.path, reference.path) and this directory as adapter (model.adapter, reference.adapter)")
     if has_adapter:
-        raise ModelError(f"{directory} holds a model and an adapter (adapter_config.json), and transformers would load "
+        raise FilesError(f"{directory} holds a model and an adapter (adapter_config.json), and transformers would load "
                          "both; move the adapter to a directory of its own and name the adapter in model.adapter (or "
                          "reference.adapter)")
     if not (directory / "config.json").is_file():
-        raise ModelError(f"{directory} has no config.json; a Hugging Face model directory is wanted, with config.json and "
+        raise FilesError(f"{directory} has no config.json; a Hugging Face model directory is wanted, with config.json and "
                          f"{SINGLE} (or {INDEX})")
     config = _read_json(directory / "config.json")
     if "configuration_files" in config:
-        raise ModelError(f"{directory}/config.json names other files (configuration_files), of which each version of "
+        raise FilesError(f"{directory}/config.json names other files (configuration_files), of which each version of "
                          "transformers takes another one; keep one config.json")
     strange = next((file for file in directory.glob("shard-*.safetensors")
                     if re.fullmatch(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors", file.name)), None)
     if strange is not None:
-        raise ModelError(f"{directory} holds a distributed checkpoint ({strange.name}), which transformers would load in "
+        raise FilesError(f"{directory} holds a distributed checkpoint ({strange.name}), which transformers would load in "
                          f"place of {SINGLE}; save the model with save_pretrained to a directory of its own")
     weights, passed_over = _weights(directory, config)
     auto_map = config.get("auto_map") or {}
@@ -99,14 +99,14 @@ def adapter_files(path: str | Path) -> AdapterFiles:
     """
     directory = Path(path)
     if not (directory / "adapter_config.json").is_file() and (directory / "config.json").is_file():
-        raise ModelError(f"{directory} holds a model, and an adapter is wanted; name it as path (model.path, "
+        raise FilesError(f"{directory} holds a model, and an adapter is wanted; name it as path (model.path, "
                          "reference.path), not as adapter")
     config = _read_json(directory / "adapter_config.json")
     if not (directory / ADAPTER).is_file():
-        raise ModelError(f"{directory} has no {ADAPTER}; raydpo reads PEFT adapters saved as safetensors")
+        raise FilesError(f"{directory} has no {ADAPTER}; raydpo reads PEFT adapters saved as safetensors")
     kind = config.get("peft_type")
     if kind not in _IN_LAYERS or config.get("alora_invocation_tokens"):
-        raise ModelError(f"{directory} is an adapter of kind {kind}{' (aLoRA)' if kind == 'LORA' else ''}, which works "
+        raise FilesError(f"{directory} is an adapter of kind {kind}{' (aLoRA)' if kind == 'LORA' else ''}, which works "
                          "outside of the model's layers, or is not known to raydpo: it would be left out of the log-probs. "
                          "Use one that is in the layers, such as LoRA")
     return AdapterFiles(config=config, weights=directory / ADAPTER)
@@ -141,16 +141,16 @@ def read_header(file: Path) -> tuple[int, dict[str, dict[str, Any]]]:
         with open(file, "rb") as stream:
             start = stream.read(8)
             if start == b"version ":
-                raise ModelError(f"{file} is a Git LFS pointer in the place of the weights; run 'git lfs pull' in its "
+                raise FilesError(f"{file} is a Git LFS pointer in the place of the weights; run 'git lfs pull' in its "
                                  "directory")
             (length,) = struct.unpack("<Q", start)
             if length > file.stat().st_size:
-                raise ModelError(f"{file} is not a safetensors file, or is truncated")
+                raise FilesError(f"{file} is not a safetensors file, or is truncated")
             header = json.loads(stream.read(length))
     except (OSError, struct.error, ValueError) as error:
-        if isinstance(error, ModelError):
+        if isinstance(error, FilesError):
             raise
-        raise ModelError(f"{file} is not a safetensors file: {error}") from None
+        raise FilesError(f"{file} is not a safetensors file: {error}") from None
     header.pop("__metadata__", None)
     return 8 + length, header
 
@@ -161,14 +161,14 @@ def _weights(directory: Path, config: dict[str, Any]) -> tuple[tuple[Path, ...],
     named = config.get("transformers_weights")
     parts = [part for part in config.values() if isinstance(part, dict)]
     if any("transformers_weights" in part for part in parts) or (named and "text_config" in config):
-        raise ModelError(f"{directory}/config.json names the weights of a part of the model (transformers_weights), and "
+        raise FilesError(f"{directory}/config.json names the weights of a part of the model (transformers_weights), and "
                          f"which file is loaded cannot be told; save the model with save_pretrained, as {SINGLE}")
     if named is not None:
         file = directory / str(named)
         # As text: files of the hub's cache are links to somewhere else.
         inside = Path(os.path.abspath(file)).is_relative_to(os.path.abspath(directory))
         if not inside or not str(named).endswith((".safetensors", ".safetensors.index.json")):
-            raise ModelError(f"transformers_weights in {directory}/config.json is {named!r}; a safetensors file or an index "
+            raise FilesError(f"transformers_weights in {directory}/config.json is {named!r}; a safetensors file or an index "
                              "in that directory is wanted")
         return _there(directory, _shards(file) if file.suffix == ".json" else [str(named)]), ()
     single, index = directory / SINGLE, directory / INDEX
@@ -179,7 +179,7 @@ def _weights(directory: Path, config: dict[str, Any]) -> tuple[tuple[Path, ...],
         return _there(directory, shards), ()
     ours, theirs = set(read_header(single)[1]), set(_weight_map(index))
     if ours != theirs:
-        raise ModelError(f"{directory} has {SINGLE} and {INDEX}, which name different tensors ({min(ours ^ theirs)}, for "
+        raise FilesError(f"{directory} has {SINGLE} and {INDEX}, which name different tensors ({min(ours ^ theirs)}, for "
                          "one), so which of the two is meant cannot be known; delete the one that is not")
     files = [directory / name for name in shards]
     return (single,), tuple(files) if all(file.is_file() for file in files) else ()
@@ -190,7 +190,7 @@ def _there(directory: Path, names: list[str]) -> tuple[Path, ...]:
     for file in files:
         if not file.is_file():
             pickled = any(directory.glob("pytorch_model*.bin"))
-            raise ModelError(f"{directory} has no {file.name}" + (
+            raise FilesError(f"{directory} has no {file.name}" + (
                 "; its weights are pickled (pytorch_model.bin), which can run code when loaded: convert them with "
                 "save_pretrained of a recent transformers" if pickled else "; a Hugging Face model directory is wanted"))
     return files
@@ -203,7 +203,7 @@ def _shards(index: Path) -> list[str]:
 def _weight_map(index: Path) -> dict[str, str]:
     found = _read_json(index).get("weight_map")
     if not isinstance(found, dict):
-        raise ModelError(f"{index} has no weight_map; an index of safetensors files is wanted")
+        raise FilesError(f"{index} has no weight_map; an index of safetensors files is wanted")
     return found
 
 
@@ -220,7 +220,7 @@ def _refuse_foreign_code(directory: Path, auto_map: dict[str, Any]) -> None:
         for name in value if isinstance(value, list) else [value]:
             if name and "--" in name:
                 repository = name.partition("--")[0]
-                raise ModelError(f"{directory}/config.json would run code of another repository as it is there today "
+                raise FilesError(f"{directory}/config.json would run code of another repository as it is there today "
                                  f"(auto_map: {name!r}); copy the .py files of {repository} into {directory} and take "
                                  f"'{repository}--' out of auto_map, or set model.trust_remote_code=false")
 
@@ -229,7 +229,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read {file}: {error}") from None
+        raise FilesError(f"cannot read {file}: {error}") from None
     if not isinstance(found, dict):
-        raise ModelError(f"cannot read {file}: it holds no JSON object")
+        raise FilesError(f"cannot read {file}: it holds no JSON object")
     return found

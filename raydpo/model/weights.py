@@ -7,15 +7,16 @@ meta device, in about a second. At loading, ``refuse_gaps`` looks at what transf
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from raydpo.errors import ModelError
+from raydpo.errors import FilesError
 from raydpo.model.files import adapter_files, model_files, read_header
 
 __all__ = ["ADAPTER_NAME", "check_weights", "load_adapter", "refuse_gaps"]
@@ -62,17 +63,17 @@ def check_weights(path: str | Path, *, adapter: str | None = None, trust_remote_
         config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
         with torch.device("meta"):  # for its class alone, which may be one of the directory's own code
             empty = auto.from_config(config, trust_remote_code=trust_remote_code)
-        # transformers' own way of loading, with its renamings, conversions, ties and exceptions.
-        model, found = type(empty).from_pretrained(
-            None, config=empty.config, state_dict=stored, dtype=torch.float32, device_map={"": "meta"},
-            output_loading_info=True, ignore_mismatched_sizes=True)
+        with _without_report():  # transformers' own way of loading, with its renamings, conversions, ties and exceptions
+            model, found = type(empty).from_pretrained(
+                None, config=empty.config, state_dict=stored, dtype=torch.float32, device_map={"": "meta"},
+                output_loading_info=True, ignore_mismatched_sizes=True)
     except Exception:  # code of its own that needs real weights, or packages of the workers: loading looks again
         return []
     refuse_gaps(path, found)
     if adapter is not None:
         try:
             load_adapter(model, adapter, low_cpu_mem_usage=True)
-        except ModelError:
+        except FilesError:
             raise
         except Exception:  # as above
             pass
@@ -91,12 +92,12 @@ def refuse_gaps(path: str | Path, found: Mapping[str, Any]) -> None:
     """
     if found["mismatched_keys"]:
         name, stored, wanted = min(found["mismatched_keys"])
-        raise ModelError(f"{path} has weights of another shape than its config.json describes: {name} is {list(stored)} in "
+        raise FilesError(f"{path} has weights of another shape than its config.json describes: {name} is {list(stored)} in "
                          f"its files and {list(wanted)} in the model"
                          + _more(len(found["mismatched_keys"]) - 1) + "; give the config.json that belongs to the weights")
     missing, unused = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
     if missing:
-        raise ModelError(f"the files of {path} lack {_some(missing)}, which would be random numbers" + (
+        raise FilesError(f"the files of {path} lack {_some(missing)}, which would be random numbers" + (
             f"; they hold {_some(unused)}, which no part of the model takes: if these are the same weights under other "
             "names, save the model again with save_pretrained" if unused else "; fetch or save the model again"))
 
@@ -122,23 +123,39 @@ def load_adapter(model: nn.Module, adapter: str, *, train: bool = False, low_cpu
         found = adapted.load_adapter(adapter, ADAPTER_NAME, is_trainable=train, autocast_adapter_dtype=False,
                                      torch_device="cpu", low_cpu_mem_usage=low_cpu_mem_usage)
     except KeyError as error:  # of modules_to_save
-        raise ModelError(f"the adapter {adapter} does not fit the model: its files lack {error}") from error
+        raise FilesError(f"the adapter {adapter} does not fit the model: its files lack {error}") from error
     except RuntimeError as error:
         if "Error(s) in loading state_dict" not in str(error):
             raise
         shapes = re.search(r"size mismatch for (\S+): copying a param with shape torch\.Size\((.*?)\) from checkpoint, the "
                            r"shape in current model is torch\.Size\((.*?)\)", str(error))
-        raise ModelError(f"the adapter {adapter} does not fit the model: " + (
+        raise FilesError(f"the adapter {adapter} does not fit the model: " + (
             f"{shapes[1]} is {shapes[2]} in its files and {shapes[3]} in the model" if shapes else
             " ".join(str(error).split())[:300])) from error
     # The bank of VB-LoRA is stored once, and each layer has it under a name of its own.
     missing = sorted(name for name in found.missing_keys if ".layers." not in name or "vblora_vector_bank" not in name)
     unused = sorted(found.unexpected_keys)
     if missing or unused:
-        raise ModelError(f"the adapter {adapter} does not fit the model: " + " and ".join(filter(None, (
+        raise FilesError(f"the adapter {adapter} does not fit the model: " + " and ".join(filter(None, (
             missing and f"its files lack {_some(missing)}, which would be random numbers",
             unused and f"they hold {_some(unused)}, which no part of the model takes"))))
     return adapted
+
+
+@contextlib.contextmanager
+def _without_report() -> Iterator[None]:
+    """No progress bar of transformers, and no table of what it found: that is told in a sentence."""
+    from transformers.utils import logging
+
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
 
 
 def _some(names: Sequence[str]) -> str:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from raydpo.config import is_hub_name
-from raydpo.errors import ModelError
+from raydpo.errors import FilesError, ModelError
 from raydpo.local_copy import local_home
 from raydpo.model.files import AdapterFiles, ModelFiles, adapter_files, model_files, read_header, weights_lacking
 from raydpo.model.rotary import rope_length
@@ -231,7 +231,7 @@ def _short(value: Any) -> str:
 def _weights_digest(model: ModelFiles) -> str:
     digest = _tensors_digest(model.weights)
     if model.passed_over and _tensors_digest(model.passed_over) != digest:
-        raise ModelError(f"{model.directory} has {model.weights[0].name} and an index whose files hold other weights, so "
+        raise FilesError(f"{model.directory} has {model.weights[0].name} and an index whose files hold other weights, so "
                          "which of the two is meant cannot be known; delete the one that is not")
     return digest
 
