@@ -198,7 +198,7 @@ def one_fails(given):
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize("max_failures", [0, 3])
+@pytest.mark.parametrize("max_failures", [pytest.param(0, marks=pytest.mark.slow), 3])
 def test_an_error_of_one_worker_ends_all_at_once(on_cluster, tmp_path, max_failures):
     """Those that wait for it would do so for two minutes."""
     import ray

@@ -151,8 +151,8 @@ def trained_with_biases(model, adapter, scratch, zero):
 
 
 @pytest.mark.parametrize(("settings", "count", "ranks"), [
-    ({"bias": "none"}, 8, 1), ({"bias": "lora_only"}, 12, 2), ({"bias": "all"}, 14, 1),
-    ({"modules_to_save": ["lm_head"]}, 9, 1)], ids=str)
+    pytest.param({"bias": "none"}, 8, 1, marks=pytest.mark.slow), ({"bias": "lora_only"}, 12, 2),
+    pytest.param({"bias": "all"}, 14, 1, marks=pytest.mark.slow), ({"modules_to_save": ["lm_head"]}, 9, 1)], ids=str)
 def test_all_that_an_adapter_trains_moves_under_every_zero(settings, count, ranks, tmp_path):
     """Biases and whole modules, too, to the same values whatever is partitioned."""
     model = make_model(tmp_path / "model", "qwen2")
