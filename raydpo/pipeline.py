@@ -41,8 +41,8 @@ from raydpo.training.card import model_card
 from raydpo.training.checkpoint import changed_settings
 from raydpo.training.earlier import begin_again, earlier_result, harmless_changes
 from raydpo.training.engine import PolicySpec
-from raydpo.training.launch import launch
-from raydpo.training.loop import TrainJob
+from raydpo.training.job import TrainJob
+from raydpo.training.launch import Payload, launch
 from raydpo.training.pairs import join_reference, reference_values
 from raydpo.training.records import finite, read_rows
 from raydpo.training.report import TrainingDisplay, print_summary
@@ -492,10 +492,10 @@ def train_prepared(prepared: Prepared, console: Console, hit_rate: float | None 
         job = _training_job(prepared, resources, None if shared is None else shared.until)
         _begin_run(prepared, job, console)
         with TrainingDisplay(console) if shared is None else shared.display as display:
-            trained = launch(job, joined.pairs, joined.held_out, resources, run_dir=config.run_dir, run_name=config.run_name,
-                             track=config.track, base_name=prepared.base_name,
-                             tokenizer=prepared.tokeniser.tokenizer, listener=display.listen,
-                             board=None if shared is None else shared.board)
+            payload = Payload(job=job, pairs=joined.pairs, held_out=joined.held_out, run_dir=config.run_dir,
+                              run_name=config.run_name, track=config.track, base_name=prepared.base_name,
+                              tokenizer=prepared.tokeniser.tokenizer, board=None if shared is None else shared.board)
+            trained = launch(payload, resources, display.listen)
         if trained["interrupted"]:
             if trained["steps"] == job.stop_after:
                 return None

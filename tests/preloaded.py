@@ -12,7 +12,7 @@ import transformers.models.qwen3.modeling_qwen3
 
 import raydpo.reference.score
 import raydpo.training.export
-import raydpo.training.loop
+import raydpo.training.trainer
 
 sys.modules["mlflow"] = None  # as in engine.join_process_group
 import deepspeed  # noqa: E402

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +22,7 @@ __all__ = ["KernelEngine"]
 
 
 class KernelEngine:
-    """What ``training.loop`` asks of a ``PolicyEngine`` to take a step, on one device and without sharding.
+    """A ``training.protocols.StepEngine`` on one device, without sharding.
 
     Args:
         check_rows: a few pairs of the data, for the self-check of the layout.
@@ -44,8 +46,8 @@ class KernelEngine:
         layout = self.module.lay_out(groups)
         return layout.pin() if self.device.type == "cuda" else layout
 
-    def logps(self, layout: Layout) -> Tensor:
-        return self.module(layout.to(self.device))
+    def logps(self, layout: Layout, *, log_sum_sq: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        return self.module(layout.to(self.device), log_sum_sq=log_sum_sq)
 
     def find_budget(self) -> Budget:
         """Token positions of a micro-batch that fit beside the optimizer's two moments."""
@@ -65,11 +67,23 @@ class KernelEngine:
         self.optimizer.zero_grad(set_to_none=True)
         return float(norm)
 
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        self.module.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.module.train()
+
     def meet(self) -> None:
-        """There is nobody to wait for."""
+        """Do nothing: there is one rank."""
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         return values
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        return [value]
 
     def gather(self) -> dict[str, Tensor]:
         """The adapters on the CPU, by name."""

@@ -19,13 +19,12 @@ from raydpo.estimate.plan import pair_groups
 from raydpo.losses import Memory, Objective
 from raydpo.model.budget import MOST_SCORED, find_budget, probe_group, used_memory
 from raydpo.model.selfcheck import CHECK_ROWS
-from raydpo.prefetch import prefetch
 from raydpo.reference.identity import identify
 from raydpo.reference.score import ReferenceSpec, Scorer
 from raydpo.training.clock import StepClock
 from raydpo.training.engine import PolicyEngine, PolicySpec, join_process_group
 from raydpo.training.pairs import TrainingPairs
-from raydpo.training.step import prepare_step, train_step
+from raydpo.training.step import Stepper
 
 
 def score(job: Job, device: torch.device) -> Result:
@@ -71,10 +70,10 @@ def train(job: Job, device: torch.device) -> Result:
 
     record = StepRecord(device)
     load_seconds = now(device) - start
-    rows, clock, objective = [], StepClock(device), Objective(settings)
+    rows, stepper = [], Stepper(settings, plan, pairs, engine, Objective(settings), StepClock(device), Memory())
     record.begin()
-    for step in prefetch(range(job.steps), lambda number: prepare_step(number, plan, pairs, engine), ahead=1):
-        rows.append(train_step(step, plan, pairs, engine, settings, objective, Memory(), clock).row)
+    for step in stepper.prepared():
+        rows.append(stepper.take(step).row)
         for batch, layout in step.batches:
             record.add_pass(len(batch.pairs), layout.input_ids.numel())
         record.end_step()

@@ -11,15 +11,13 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError
 
 from raydpo.errors import ConfigError, TrainError
-from raydpo.training.engine import PolicyEngine
-
-if TYPE_CHECKING:
-    from raydpo.training.loop import TrainSummary
+from raydpo.training.job import TrainSummary
+from raydpo.training.protocols import Engine
 
 __all__ = ["CheckpointState", "changed_settings", "directory_size", "load_checkpoint", "save_checkpoint"]
 
@@ -37,7 +35,7 @@ class CheckpointState:
     summary: dict[str, Any]
 
 
-def save_checkpoint(engine: PolicyEngine, directory: Path, step: int, fingerprint: Mapping[str, Any],
+def save_checkpoint(engine: Engine, directory: Path, step: int, fingerprint: Mapping[str, Any],
                     summary: TrainSummary) -> None:
     """Write this rank's share of a checkpoint into ``directory``, which is made.
 
@@ -61,7 +59,7 @@ def directory_size(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.iterdir())
 
 
-def load_checkpoint(engine: PolicyEngine, directory: Path, fingerprint: Mapping[str, Any]) -> CheckpointState:
+def load_checkpoint(engine: Engine, directory: Path, fingerprint: Mapping[str, Any]) -> CheckpointState:
     """Continue from ``directory``.
 
     Raises:

@@ -15,9 +15,9 @@ from raydpo.data.plan import MicroBatch, split_over_ranks
 from raydpo.losses import Memory, Objective, PairLogps
 from raydpo.model.layout import Layout
 from raydpo.prefetch import prefetch
-from raydpo.training.engine import PolicyEngine
 from raydpo.training.metrics import PairSums
 from raydpo.training.pairs import TrainingPairs
+from raydpo.training.protocols import StepEngine
 
 __all__ = ["AllPairLogps", "Comparison", "compare", "evaluate", "pair_logps", "reference_logps"]
 
@@ -47,7 +47,7 @@ def reference_logps(pairs: TrainingPairs, rows: Sequence[int] | np.ndarray, conf
                      else mean_chosen_tokens)
 
 
-def pair_logps(engine: PolicyEngine, layout: Layout, pairs: TrainingPairs, rows: Sequence[int], config: ObjectiveConfig,
+def pair_logps(engine: StepEngine, layout: Layout, pairs: TrainingPairs, rows: Sequence[int], config: ObjectiveConfig,
                mean_chosen_tokens: float | None = None) -> PairLogps:
     """The policy's log-probs of ``rows``, whose micro-batch is laid out in ``layout``; with gradient in training mode.
 
@@ -87,7 +87,7 @@ class AllPairLogps:
     A row that is there twice is computed twice, and has the mean of both.
     """
 
-    def __init__(self, engine: PolicyEngine, pairs: TrainingPairs, rows: Sequence[int] | np.ndarray,
+    def __init__(self, engine: StepEngine, pairs: TrainingPairs, rows: Sequence[int] | np.ndarray,
                  config: ObjectiveConfig) -> None:
         self._engine, self._pairs, self._config, self._rows = engine, pairs, config, rows
         self._distinct, self._places = np.unique(rows, return_inverse=True)
@@ -116,7 +116,7 @@ class AllPairLogps:
                                              if asked.get(name, True)})
 
 
-def evaluate(engine: PolicyEngine, pairs: TrainingPairs, objective: Objective, beta: float, memory: Memory,
+def evaluate(engine: StepEngine, pairs: TrainingPairs, objective: Objective, beta: float, memory: Memory,
              tokens_per_batch: int) -> dict[str, float]:
     """Metrics over all ``pairs``, each prefixed ``eval_``; the same on every rank. An objective of the whole step sees them
     as one."""
@@ -143,7 +143,7 @@ def evaluate(engine: PolicyEngine, pairs: TrainingPairs, objective: Objective, b
     return {f"eval_{name}": value for name, value in sums.metrics().items()}
 
 
-def _my_batches(engine: PolicyEngine, pairs: TrainingPairs, rows: Sequence[int],
+def _my_batches(engine: StepEngine, pairs: TrainingPairs, rows: Sequence[int],
                 tokens_per_batch: int) -> Iterator[tuple[MicroBatch, Layout]]:
     plan = split_over_ranks(rows, pairs.shapes, world_size=engine.replicas, tokens_per_batch=tokens_per_batch,
                             layout=engine.module.method.layout)
@@ -170,7 +170,7 @@ class Comparison:
     rejected_tail_gap: np.ndarray
 
 
-def compare(engine: PolicyEngine, pairs: TrainingPairs, rows: Sequence[int], tokens_per_batch: int) -> Comparison:
+def compare(engine: StepEngine, pairs: TrainingPairs, rows: Sequence[int], tokens_per_batch: int) -> Comparison:
     """Score ``rows`` with the policy as it is and compare token by token; the same result on every rank."""
     rows = list(rows)
     place = {row: index for index, row in enumerate(rows)}

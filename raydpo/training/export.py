@@ -9,12 +9,13 @@ from torch import nn
 
 from raydpo.model.load import dropout_settings, load_causal_lm, restore_dropout
 from raydpo.model.weights import ADAPTER_NAME
-from raydpo.training.engine import PolicyEngine, PolicySpec
+from raydpo.training.engine import PolicySpec
+from raydpo.training.protocols import Engine
 
 __all__ = ["export_policy"]
 
 
-def export_policy(engine: PolicyEngine, spec: PolicySpec, base_name: str, tokenizer: Any, directory: Path,
+def export_policy(engine: Engine, spec: PolicySpec, base_name: str, tokenizer: Any, directory: Path,
                   merge: bool = False) -> None:
     """Gather the weights and, on rank 0, write model or adapter and tokenizer to ``directory``. All ranks must call it.
 

@@ -22,7 +22,7 @@ from raydpo.reference.identity import on_this_machine
 from raydpo.storage import Storage
 from raydpo.training.board import Board, Listener, listening
 from raydpo.training.hooks import Hooks
-from raydpo.training.loop import TrainJob
+from raydpo.training.job import TrainJob
 
 __all__ = ["Payload", "RayHooks", "launch", "new_board"]
 
@@ -34,7 +34,16 @@ RESIZE_SECONDS = 30.0
 
 @dataclass(frozen=True, kw_only=True)
 class Payload:
-    """What every worker receives. Tables travel through Ray's object store, once a node."""
+    """What every worker receives.
+
+    Attributes:
+        pairs, held_out: results of ``pairs.join_reference``, or references to them in Ray's object store, through which they
+            travel once a node. ``held_out`` may be None.
+        run_dir: local path or URI.
+        base_name: how an exported adapter names its base model.
+        board: of ``new_board``, for a caller that may stop the training; None = ``launch`` makes one.
+        threads: CPU threads of a worker, None = torch's choice; ``launch`` sets it.
+    """
 
     job: TrainJob
     pairs: Any
@@ -42,10 +51,10 @@ class Payload:
     run_dir: str
     run_name: str
     track: TrackConfig
-    threads: int | None
     base_name: str
     tokenizer: Any
-    board: Any
+    board: Any = None
+    threads: int | None = None
 
 
 def new_board() -> Any:
@@ -58,33 +67,24 @@ def new_board() -> Any:
     return ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
 
 
-def launch(job: TrainJob, pairs: Any, held_out: Any, resources: Resources, *, run_dir: str, run_name: str,
-           track: TrackConfig, base_name: str, tokenizer: Any, listener: Listener, board: Any = None) -> dict[str, Any]:
-    """Train to the end on Ray, continuing from the newest checkpoint in ``run_dir`` if there is one.
-
-    Args:
-        pairs, held_out: results of ``pairs.join_reference``, or references to them in Ray's object store. Nothing may be
-            held out.
-        base_name: how an exported adapter names its base model.
-        board: of ``new_board``, for a caller that may want the training to stop.
+def launch(payload: Payload, resources: Resources, listener: Listener) -> dict[str, Any]:
+    """Train to the end on Ray, continuing from the newest checkpoint in the run directory if there is one.
 
     Returns:
-        The summary that rank 0 made, see ``loop.TrainSummary``.
+        The summary that rank 0 made: the fields of ``job.TrainSummary``.
 
     Raises:
         RaydpoError: what the workers raised; everything up to the newest checkpoint is kept.
     """
     import ray
 
-    storage = Storage(run_dir)
-    board = board or new_board()
-    pairs, held_out = (ray.put(table) if isinstance(table, pa.Table) else table for table in (pairs, held_out))
-    payload = Payload(job=job, pairs=pairs, held_out=held_out,
-                      run_dir=storage.root if storage.is_local else run_dir, threads=resources.threads,
-                      run_name=run_name, track=track,
-                      base_name=base_name, tokenizer=tokenizer, board=board)
-    trainer = _ray_trainer(_worker, {"payload": payload}, job.train, resources, payload.run_dir)
-    return _fit(trainer, board, listener, run_dir)
+    storage, board = Storage(payload.run_dir), payload.board or new_board()
+    pairs, held_out = (ray.put(table) if isinstance(table, pa.Table) else table
+                       for table in (payload.pairs, payload.held_out))
+    payload = dataclasses.replace(payload, pairs=pairs, held_out=held_out, board=board, threads=resources.threads,
+                                  run_dir=storage.root if storage.is_local else payload.run_dir)
+    trainer = _ray_trainer(_worker, {"payload": payload}, payload.job.train, resources, payload.run_dir)
+    return _fit(trainer, board, listener, payload.run_dir)
 
 
 def _fit(trainer: Any, board: Any, listener: Listener, run_dir: str) -> dict[str, Any]:
@@ -276,8 +276,8 @@ def _train(payload: Payload, tokens_per_batch: int | None) -> None:
     from raydpo.model.selfcheck import CHECK_ROWS
     from raydpo.training.engine import PolicyEngine, join_process_group
     from raydpo.training.export import export_policy
-    from raydpo.training.loop import train_policy
     from raydpo.training.pairs import TrainingPairs
+    from raydpo.training.trainer import train_policy
 
     rank = ray.train.get_context().get_world_rank()
     job = dataclasses.replace(payload.job, policy=on_this_machine(payload.job.policy), tokens_per_batch=tokens_per_batch)

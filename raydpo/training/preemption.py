@@ -6,8 +6,8 @@ import time
 
 import torch
 
-from raydpo.training.engine import PolicyEngine
 from raydpo.training.hooks import Hooks
+from raydpo.training.protocols import StepEngine
 
 __all__ = ["PreemptionGuard"]
 
@@ -26,7 +26,7 @@ class PreemptionGuard:
         every: steps between questions.
     """
 
-    def __init__(self, engine: PolicyEngine, hooks: Hooks, every: int) -> None:
+    def __init__(self, engine: StepEngine, hooks: Hooks, every: int) -> None:
         self._engine, self._hooks, self._every = engine, hooks, every
         self._noticed = self._outlived = False
         self._end = 0.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -31,3 +33,9 @@ class OverRanks:
         """All-reduce in place."""
         dist.all_reduce(values, op=dist.ReduceOp.SUM)
         return values
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """``value`` of every rank, in order of ranks."""
+        everyone: list[Any] = [None] * self.world_size
+        dist.all_gather_object(everyone, value)
+        return everyone

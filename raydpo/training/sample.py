@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from raydpo.training.engine import PolicyEngine
+from raydpo.training.protocols import Engine
 
 __all__ = ["greedy_answers"]
 
 
-def greedy_answers(engine: PolicyEngine, prompts: Sequence[np.ndarray], max_tokens: int,
+def greedy_answers(engine: Engine, prompts: Sequence[np.ndarray], max_tokens: int,
                    stop: Sequence[int]) -> list[list[int]]:
     """Token ids of the answer to each prompt, one at a time, whatever a model's own generation settings are.
 

@@ -17,8 +17,8 @@ import torch
 
 from raydpo.errors import RaydpoError, TrainError
 from raydpo.training.checkpoint import directory_size, save_checkpoint
-from raydpo.training.engine import PolicyEngine
 from raydpo.training.hooks import Hooks
+from raydpo.training.protocols import Engine
 
 __all__ = ["CheckpointSaver"]
 
@@ -52,7 +52,7 @@ class CheckpointSaver:
         bytes: size of the last one, over all ranks.
     """
 
-    def __init__(self, engine: PolicyEngine, hooks: Hooks, scratch: Path, fingerprint: Mapping[str, Any]) -> None:
+    def __init__(self, engine: Engine, hooks: Hooks, scratch: Path, fingerprint: Mapping[str, Any]) -> None:
         self._engine, self._hooks, self._scratch, self._fingerprint = engine, hooks, scratch, fingerprint
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="raydpo-checkpoint")
         self._upload: _Upload | None = None

@@ -14,15 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raydpo.data.plan import MicroBatch
 from raydpo.losses import Memory, Objective, PairLogps, PreferenceLoss
-from raydpo.model.layout import Layout
-from raydpo.training.clock import StepClock
-from raydpo.training.engine import PolicyEngine
-from raydpo.training.evaluate import AllPairLogps
-from raydpo.training.pairs import TrainingPairs
 
-__all__ = ["WholeStep", "look_at_step"]
+__all__ = ["WholeStep"]
 
 _WITH_GRADIENT = ("chosen", "rejected", "chosen_tail", "rejected_tail")
 
@@ -62,17 +56,3 @@ class WholeStep:
         place = torch.from_numpy(np.searchsorted(self._distinct, np.asarray(rows))).to(logps.chosen.device)
         carrier = sum((slope[place] * getattr(logps, name)).sum() for name, slope in self._slopes.items())
         return PreferenceLoss(*(value[place] for value in self._loss)), carrier
-
-
-def look_at_step(objective: Objective, rows: np.ndarray, batches: Sequence[tuple[MicroBatch, Layout]], pairs: TrainingPairs,
-                 engine: PolicyEngine, beta: float, memory: Memory, clock: StepClock) -> WholeStep | None:
-    """The first pass over a step, where the objective asks for one. Every rank must call it."""
-    if not objective.whole_step:
-        return None
-    everything = AllPairLogps(engine, pairs, rows, objective.config)
-    with clock.phase("forward"):
-        everything.compute(batches)
-    with clock.phase("wait"):
-        engine.meet()
-    with clock.phase("forward"):
-        return WholeStep(objective, rows, everything.join(), beta, memory)
