@@ -1,4 +1,4 @@
-"""A checkpoint: the ranks' shares of the trained state, and beside them what a run must know to continue or to refuse."""
+"""Checkpoint files: each rank's share of the trained state, and the facts by which a run continues or refuses them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FORMAT = 2
 
 @dataclass(frozen=True)
 class CheckpointState:
-    """Where a run stood: finished steps, by how many workers under which ZeRO stage, and its summary so far."""
+    """Progress in a checkpoint: finished steps, number of workers, ZeRO stage, and the summary so far."""
 
     step: int
     world_size: int
@@ -37,10 +37,10 @@ class CheckpointState:
 
 def save_checkpoint(engine: Engine, directory: Path, step: int, fingerprint: Mapping[str, Any],
                     summary: TrainSummary) -> None:
-    """Write this rank's share of a checkpoint into ``directory``, which is made.
+    """Write this rank's share of a checkpoint into the new ``directory``.
 
     Raises:
-        OSError: if it does not fit on the disk.
+        OSError: if the disk is full, or cannot be written.
     """
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
@@ -60,7 +60,7 @@ def directory_size(directory: Path) -> int:
 
 
 def load_checkpoint(engine: Engine, directory: Path, fingerprint: Mapping[str, Any]) -> CheckpointState:
-    """Continue from ``directory``.
+    """Load the checkpoint in ``directory`` into ``engine``.
 
     Raises:
         ConfigError: if it belongs to a run whose result would differ.
@@ -69,7 +69,7 @@ def load_checkpoint(engine: Engine, directory: Path, fingerprint: Mapping[str, A
     state = _read(directory)
     if state.get("format") != FORMAT:
         raise TrainError(f"the checkpoint in {directory} has format {state.get('format', 1)}, this version of raydpo reads "
-                         f"format {FORMAT}; finish the run with the version that began it, or begin it anew")
+                         f"format {FORMAT}; finish the run with the version that started it, or start again with --fresh")
     changes = changed_settings(state["fingerprint"], fingerprint)
     if changes:
         raise ConfigError(f"the checkpoint belongs to a run with other settings ({'; '.join(changes)})")
@@ -85,15 +85,15 @@ def _read(directory: Path) -> dict[str, Any]:
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """``key: old -> new`` for everything that the result depends on and that differs."""
-    # Through JSON, as the stored side has been.
+    """Settings that differ, as ``key: old -> new``."""
+    # Through JSON, as the stored side was.
     now = json.loads(json.dumps(dict(now)))
     return [f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in sorted({*before, *now})
             if before.get(key) != now.get(key)]
 
 
 def _as_os_error(error: SafetensorError) -> OSError:
-    """safetensors tells an operating system's error as text: ``... Os { code: 28, kind: StorageFull, ...``."""
+    """Turn an operating system's error, which safetensors reports as text (``... Os { code: 28, ...``), into OSError."""
     code = re.search(r"code: (\d+)|os error (\d+)", str(error))
     number = int(code[1] or code[2]) if code else errno.EIO
     return OSError(number, os.strerror(number))

@@ -6,7 +6,7 @@ from soak import soak, within_bounds
 
 @pytest.mark.alone
 def test_a_disturbed_run_ends_with_the_same_bits(tmp_path):
-    """Two simulated machines: a full disk, a machine taken away with notice, one without, SIGTERM and the same command
+    """Two simulated machines: a full disk, a machine lost with notice, one without, then SIGTERM and the same command
     again."""
     faults = ["disk", "preemption", "machine", "terminate"]
     report = soak(tmp_path, steps=60, faults=faults, pace=0.1)

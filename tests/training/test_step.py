@@ -31,7 +31,7 @@ def spoiled(table, rows):
 
 
 def runs(table, model, scratch):
-    """Weights before and after the spoiled step, what was said, and the losses: for every kind."""
+    """Notes, metrics, summary and final weights of a run with a spoiled step, for every kind."""
     found = []
     for kind in KINDS:
         # File order: the third step of eight pairs holds the bad one.
@@ -42,8 +42,7 @@ def runs(table, model, scratch):
 
 
 def clean(table, model, scratch):
-    """Without the third step's pairs: what must come out of the first two and the fourth is not the same (the schedule goes
-    on), so only two steps are compared."""
+    """Losses without spoiled pairs, for every kind. Only the first two steps can be compared: the third is not taken."""
     return [[row["loss"] for row in train_here(table, model, scratch, shuffle=False, steps=4, starts_as_reference=False,
                                                 **kind).steps] for kind in KINDS]
 
@@ -62,7 +61,7 @@ def test_the_step_is_not_taken_and_pair_and_rank_are_named(table, tiny_llama, tm
 
 
 def skipped_and_resumed(table, model, scratch, keep):
-    """The steps of a run whose third is passed over, and those after its checkpoint of that step."""
+    """Metrics of a run whose third step is not taken, and of a run that continues from its checkpoint of that step."""
     found = []
     for number, kind in enumerate(KINDS[::2]):
         settings = dict(shuffle=False, steps=6, checkpoint_every=3, starts_as_reference=False) | kind
@@ -132,8 +131,9 @@ def with_both_engines(table, model, scratch):
         run = train_here(table, model, scratch, shuffle=False, **settings)
         train, pairs, cpu = TrainConfig(**settings), TrainingPairs(table), torch.device("cpu")
         engine = KernelEngine(PolicySpec(path=str(model), dtype="float32", lora=None), train, cpu)
-        plan = BatchPlan(pairs.shapes, pairs.sources, pairs.weights, seed=train.seed, pairs_per_step=8, tokens_per_batch=1024,
-                         world_size=1, shuffle=False, epochs=None, steps=3, layout=engine.module.method.layout)
+        plan = BatchPlan(pairs.shapes, pairs.sources, pairs.weights, seed=train.seed, pairs_per_step=8,
+                         tokens_per_batch=1024, world_size=1, shuffle=False, epochs=None, steps=3,
+                         layout=engine.module.method.layout)
         stepper = Stepper(train, plan, pairs, engine, Objective(train), StepClock(cpu), Memory())
         rows = [stepper.take(step).row for step in stepper.prepared()]
         found.append([[(row["loss"], row["grad_norm"]) for row in each] for each in (run.steps, rows)])
@@ -141,7 +141,7 @@ def with_both_engines(table, model, scratch):
 
 
 def test_an_engine_without_deepspeed_takes_the_same_steps(table, tiny_llama, tmp_path):
-    """With WPO's weights, and with a loss of the whole step: both need more of an engine than log-probs."""
+    """WPO's weights and whole-step losses need more of an engine than log-probs and gradients."""
     (found,) = run_distributed(with_both_engines, 1, tmp_path / "a", table, tiny_llama, tmp_path / "s")
     for ours, theirs in found:
         assert len(ours) == 3
