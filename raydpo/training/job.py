@@ -84,6 +84,6 @@ class TrainSummary:
     checkpoint_bytes: int = 0
     scores: dict[str, float] = field(default_factory=dict)
     warned: list[str] = field(default_factory=list)
-    memory: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, Any] = field(default_factory=dict)
     samples_before: list[list[int]] = field(default_factory=list)
     samples_after: list[list[int]] = field(default_factory=list)

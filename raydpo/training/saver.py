@@ -106,8 +106,7 @@ class CheckpointSaver:
             size = directory_size(directory)
         except (OSError, RaydpoError) as error:
             problem, size = _explained(error, directory), 0
-        totals = torch.tensor([float(problem is not None), float(size)], dtype=torch.float64, device=self._engine.device)
-        failed, self.bytes = (int(value) for value in self._engine.sum_over_ranks(totals).tolist())
+        failed, self.bytes = self._sum_over_ranks(problem is not None, size)
         if failed:
             shutil.rmtree(directory, ignore_errors=True)
             self._give_up(step, problem, failed)
@@ -115,10 +114,8 @@ class CheckpointSaver:
             self._upload = _Upload(step, directory, self._pool.submit(self._store, directory, step), dict(metrics))
             futures.wait([self._upload.future], timeout=BRIEFLY)
         self._add(time.perf_counter() - start)
-        if self._upload is not None:
-            storing = torch.tensor(float(self.busy), dtype=torch.float64, device=self._engine.device)
-            if not self._engine.sum_over_ranks(storing).item():
-                self.finish()
+        if self._upload is not None and self._sum_over_ranks(self.busy) == [0]:
+            self.finish()
 
     def settle(self, *, all_stored: bool) -> None:
         """Make the pending checkpoint valid if every rank has uploaded its share."""
@@ -140,8 +137,7 @@ class CheckpointSaver:
             upload.future.result()
         except (OSError, RaydpoError) as error:
             problem = _explained(error, upload.directory)
-        failed = torch.tensor(float(problem is not None), dtype=torch.float64, device=self._engine.device)
-        failed = int(self._engine.sum_over_ranks(failed))
+        (failed,) = self._sum_over_ranks(problem is not None)
         shutil.rmtree(upload.directory, ignore_errors=True)
         if failed:
             self._give_up(upload.step, problem, failed)
@@ -149,6 +145,10 @@ class CheckpointSaver:
             self._hooks.register(upload.step, upload.metrics, wait=wait)
             self.newest = upload.step
         self._add(time.perf_counter() - start)
+
+    def _sum_over_ranks(self, *values: int) -> list[int]:
+        totals = torch.tensor(values, dtype=torch.float64, device=self._engine.device)
+        return [int(total) for total in self._engine.sum_over_ranks(totals).tolist()]
 
     def _add(self, seconds: float) -> None:
         self.seconds += seconds

@@ -7,15 +7,16 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from raydpo.config.track import MlflowConfig, TrackConfig, WandbConfig
 from raydpo.storage import Storage
 
 __all__ = ["Gauges", "MlflowTracker", "Tracker", "Trackers", "WandbTracker", "export_pass"]
 
+T = TypeVar("T")
 GAUGES = ("loss", "rewards/margins", "rewards/accuracies", "rewards/chosen", "rewards/rejected", "logps/chosen",
           "logps/rejected", "grad_norm", "learning_rate", "tokens_per_second", "pairs_per_second", "peak_memory_bytes",
           "skipped", "cache_hits", "score_tokens_per_second", "slowest_rank", "slowest_lag", "time/data", "time/forward",
@@ -142,23 +143,24 @@ class Trackers:
             makers.append(("prometheus", lambda: Gauges(run, asked="prometheus" in config.model_fields_set)))
         self._trackers: dict[str, Tracker] = {}
         for name, make in makers:
-            for made in self._try(name, make):
+            made = self._try(name, make)
+            if made is not None:
                 self._trackers[name] = made
 
     def log(self, step: int, row: Mapping[str, float]) -> None:
         """Send the metrics of a step or an evaluation to all trackers."""
         row = {name: value for name, value in row.items() if name != "step"}
         for name, tracker in list(self._trackers.items()):
-            list(self._try(name, lambda tracker=tracker: tracker.log(step, row)))
+            self._try(name, lambda tracker=tracker: tracker.log(step, row))
 
     def close(self) -> None:
         """Close all trackers."""
         for name, tracker in list(self._trackers.items()):
-            list(self._try(name, tracker.close))
+            self._try(name, tracker.close)
 
-    def _try(self, name: str, act: Callable[[], Any]) -> Iterator[Any]:
+    def _try(self, name: str, act: Callable[[], T]) -> T | None:
         try:
-            yield act()
+            return act()
         except Exception as error:  # trackers may raise anything, and must not end the run
             self._trackers.pop(name, None)
             missing = isinstance(error, ModuleNotFoundError)
@@ -166,6 +168,7 @@ class Trackers:
             why = f"the package {error.name!r} is missing; pip install 'raydpo[{extra}]'" if missing else \
                 f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             self._warn(f"warning: track.{name} is left out from here on: {why}. metrics.parquet has everything")
+            return None
 
 
 def export_pass(config: TrackConfig, run: str, hit_rate: float, tokens_per_second: float,
