@@ -9,12 +9,12 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from raydpo.config.track import MlflowConfig, TrackConfig, WandbConfig
 from raydpo.storage import Storage
 
-__all__ = ["Gauges", "MlflowTracker", "Tracker", "Trackers", "WandbTracker", "export_pass"]
+__all__ = ["GAUGES", "Gauges", "Trackers", "export_pass"]
 
 T = TypeVar("T")
 GAUGES = ("loss", "rewards/margins", "rewards/accuracies", "rewards/chosen", "rewards/rejected", "logps/chosen",
@@ -23,16 +23,6 @@ GAUGES = ("loss", "rewards/margins", "rewards/accuracies", "rewards/chosen", "re
           "time/backward", "time/optimizer", "time/checkpoint", "time/evaluation", "time/wait", "time/other", "time/step")
 """Metrics of a step or of the reference pass that become gauges, named ``raydpo_<name>`` with ``_`` for ``/``. Metrics of
 evaluations all do."""
-
-
-class Tracker(Protocol):
-    """Destination of metrics."""
-
-    def log(self, step: int, row: Mapping[str, float]) -> None:
-        """Store the metrics of a step or an evaluation."""
-
-    def close(self) -> None:
-        """End the tracker's run."""
 
 
 class WandbTracker:
@@ -123,6 +113,9 @@ class Gauges:
         pass
 
 
+_Tracker = WandbTracker | MlflowTracker | Gauges
+
+
 class Trackers:
     """All configured trackers.
 
@@ -134,17 +127,13 @@ class Trackers:
     def __init__(self, config: TrackConfig, run: str, run_dir: str, settings: Mapping[str, Any],
                  warn: Callable[[str], None]) -> None:
         self._warn = warn
-        makers: list[tuple[str, Callable[[], Tracker]]] = []
-        if config.wandb is not None:
-            makers.append(("wandb", lambda: WandbTracker(config.wandb, run, run_dir, settings)))
-        if config.mlflow is not None:
-            makers.append(("mlflow", lambda: MlflowTracker(config.mlflow, run, run_dir, settings)))
-        if config.prometheus:
-            makers.append(("prometheus", lambda: Gauges(run, asked="prometheus" in config.model_fields_set)))
-        self._trackers: dict[str, Tracker] = {}
-        for name, make in makers:
-            made = self._try(name, make)
-            if made is not None:
+        makers: dict[str, Callable[[], _Tracker]] = {
+            "wandb": lambda: WandbTracker(config.wandb, run, run_dir, settings),
+            "mlflow": lambda: MlflowTracker(config.mlflow, run, run_dir, settings),
+            "prometheus": lambda: Gauges(run, asked="prometheus" in config.model_fields_set)}
+        self._trackers: dict[str, _Tracker] = {}
+        for name, make in makers.items():
+            if getattr(config, name) and (made := self._try(name, make)) is not None:
                 self._trackers[name] = made
 
     def log(self, step: int, row: Mapping[str, float]) -> None:
