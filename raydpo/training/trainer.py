@@ -244,8 +244,8 @@ def _resumed(job: TrainJob, engine: Engine, hooks: Hooks, checkpoint: Path) -> T
     state = load_checkpoint(engine, checkpoint, job.fingerprint)
     if (state.world_size, state.zero) != (engine.world_size, engine.zero):
         hooks.note(f"the checkpoint of step {state.step} was made by {state.world_size} worker(s) under ZeRO {state.zero}, "
-                   f"now {engine.world_size} under ZeRO {engine.zero} go on: the same pairs in every step, losses equal but "
-                   "for the order of sums")
+                   f"now {engine.world_size} under ZeRO {engine.zero} continue: the same pairs in every step, losses equal "
+                   "up to the order of sums")
     return TrainSummary(**state.summary)
 
 
