@@ -68,7 +68,8 @@ def test_pruning_keeps_what_is_still_there(tmp_path):
     for name in ("one", "two"):
         storage.write(f"parts/{name}", b"good")
         copies.fetch(f"parts/{name}", starts_well)
-    assert copies.prune("parts", {"two"}) == 1 and [file.name for file in (tmp_path / "parts").iterdir()] == ["two"]
+    copies.prune("parts", {"two"})
+    assert [file.name for file in (tmp_path / "parts").iterdir()] == ["two"]
 
 
 @pytest.fixture

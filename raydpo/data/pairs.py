@@ -1,4 +1,4 @@
-"""The tokenised data set: pairs in a table, the held-out ones apart, and an account of every record."""
+"""The tokenised data set: tables of training and held-out pairs, and a report on every record."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ __all__ = ["HELD_OUT", "PAIR_MARGIN", "PAIR_SCHEMA", "PAIR_WEIGHT", "PairSets", 
 
 _IDS, _KEY = pa.list_(pa.int32()), pa.binary(16)
 PAIR_SCHEMA = pa.schema([
-    ("pair_id", pa.string()),  # source:row, and #n for the pairs of a record that ranks several completions
+    ("pair_id", pa.string()),  # source:row, plus #n for further pairs of a record that ranks several completions
     ("source", pa.string()),
-    ("weight", pa.float64()),  # of the source
-    ("prompt_ids", _IDS), ("chosen_ids", _IDS), ("rejected_ids", _IDS),  # truncated: what is scored and trained on
-    ("chosen_key", _KEY), ("rejected_key", _KEY),  # keys.completion_key, of the completions before truncation
+    ("weight", pa.float64()),  # weight of the source
+    ("prompt_ids", _IDS), ("chosen_ids", _IDS), ("rejected_ids", _IDS),  # truncated, as scored and trained on
+    ("chosen_key", _KEY), ("rejected_key", _KEY),  # keys.completion_key of the completions before truncation
     ("chosen_full", pa.int32()), ("rejected_full", pa.int32()),  # their tokens before truncation
 ])
-"""Of a table of tokenised pairs."""
+"""Columns of a table of tokenised pairs."""
 PAIR_WEIGHT = "pair_weight"
-"""A further column, float64, where ``data.weight_column`` asks for it."""
+"""Additional column, float64, if ``data.weight_column`` is set."""
 PAIR_MARGIN = "pair_margin"
-"""A further column, float64, where ``data.margin_column`` asks for it."""
+"""Additional column, float64, if ``data.margin_column`` is set."""
 CHUNK = 1000
 HELD_OUT = "held-out"
-"""Name of the source that ``data.eval.path`` is."""
+"""Source name of the pairs of ``data.eval.path``."""
 Reader = Callable[[SourceConfig], Iterator[Record]]
 NO_ROOM, TOO_LONG, SAME = "prompt leaves no room", "longer than max_length", "identical after truncation"
 
 
 @dataclass(frozen=True)
 class PairSets:
-    """Tables of ``PAIR_SCHEMA`` in memory-mapped files; ``eval`` is None where nothing is held out."""
+    """Tables of ``PAIR_SCHEMA`` in memory-mapped files; ``eval`` is None if nothing is held out."""
 
     train: pa.Table
     eval: pa.Table | None
@@ -53,14 +53,14 @@ class PairSets:
 
 
 class _Loaded(NamedTuple):
-    """Pairs and, beside each, the digest of its prompt."""
+    """Pairs, and the digest of each pair's prompt."""
 
     table: pa.Table
     prompts: list[bytes]
 
 
 class _Place(NamedTuple):
-    """Where a pair comes from."""
+    """Origin of a pair."""
 
     pair_id: str
     where: str
@@ -73,8 +73,8 @@ def load_pairs(config: DataConfig, tokeniser: Tokeniser, progress: Callable[[int
     """Read, check, tokenise, truncate and split all preferences of a configuration.
 
     Args:
-        progress: called now and then with the number of records read so far.
-        reader: gives the records of a source; one that names a source of its own (``records.Record``) is of that one.
+        progress: called from time to time with the number of records read so far.
+        reader: yields the records of a source. A record may name another source that it counts as (``records.Record``).
 
     Raises:
         DataError: if a source cannot be read, more of it is malformed or dropped than allowed, or no pair is left.
@@ -97,7 +97,7 @@ def load_pairs(config: DataConfig, tokeniser: Tokeniser, progress: Callable[[int
 
 
 def _thinned(train: _Loaded, config: DataConfig, report: DataReport) -> pa.Table:
-    """The training pairs of ``data.fraction``."""
+    """The training pairs that ``data.fraction`` keeps."""
     if config.fraction == 1:
         return train.table
     table = _where(train.table, kept(train.prompts, config.fraction, config.fraction_seed))
@@ -106,13 +106,13 @@ def _thinned(train: _Loaded, config: DataConfig, report: DataReport) -> pa.Table
 
 
 def held_out_source(config: DataConfig) -> SourceConfig:
-    """``data.eval.path`` as a source, which goes by the name ``HELD_OUT``."""
+    """``data.eval.path`` as a source."""
     columns = _common_columns(config) if config.eval.columns is None else config.eval.columns
     return SourceConfig(path=config.eval.path, split=config.eval.split, columns=columns)
 
 
 def _common_columns(config: DataConfig) -> dict[str, str]:
-    """A held-out file is read with the column map of the training sources, where they agree on one."""
+    """Column map of the training sources if they all have the same one, else none; used for a held-out file."""
     first, *others = (source.columns for source in config.train)
     return first if all(columns == first for columns in others) else {}
 
@@ -167,7 +167,7 @@ def _load_chunk(records: list[Record], source: SourceConfig, config: DataConfig,
 
 
 def _numbers(config: DataConfig) -> dict[str, str]:
-    """Our further columns and the records' columns that they come from."""
+    """Our additional columns, and the record columns that they come from."""
     wanted = {PAIR_WEIGHT: config.weight_column, PAIR_MARGIN: config.margin_column}
     return {ours: theirs for ours, theirs in wanted.items() if theirs is not None}
 
@@ -199,7 +199,7 @@ def _normalised(records: list[Record], account: SourceReport, bad_rows: set[int]
 
 
 def _truncated(ids: TokenisedPair, max_length: int, truncation: str) -> TokenisedPair | str:
-    """What is used of a pair, or why it is dropped. Each completion is cut by itself, as TRL does."""
+    """The used part of a pair, or why it is dropped. Each completion is cut by itself, as TRL does."""
     room = max_length - len(ids.prompt)
     if room <= 0:
         return NO_ROOM
@@ -241,5 +241,5 @@ def _where(table: pa.Table, mask: np.ndarray) -> pa.Table:
 
 
 def _schema_of(table: pa.Table) -> pa.Schema:
-    """Spooled tables may have wider offsets than what is appended to a spool."""
+    """Schema of a spooled table as it was appended: the table itself may have wider offsets."""
     return _schema(table.column_names[len(PAIR_SCHEMA):])

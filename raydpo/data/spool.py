@@ -1,4 +1,4 @@
-"""Tables larger than memory: columns appended to files as they come, read back as one memory-mapped Arrow table."""
+"""Tables larger than memory: columns are appended to files, and read back as one memory-mapped Arrow table."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from raydpo.errors import RaydpoError
 __all__ = ["Spool", "room_for", "spooled"]
 
 MOST_SMALL = 2**31 - 1
-"""Values of a list or string column beyond which its offsets take 64 bits."""
+"""Values of a list or string column above which its offsets take 64 bits."""
 
 
 def spooled(tables: Iterable[pa.Table], schema: pa.Schema, directory: str | None = None) -> pa.Table:
-    """All rows of ``tables`` in one table of one chunk a column, whose memory is a file that vanishes with it."""
+    """Write all rows of ``tables`` to a temporary file and return them as one table with one chunk per column."""
     spool = Spool(schema, directory)
     for table in tables:
         spool.append(table)
@@ -30,11 +30,11 @@ def spooled(tables: Iterable[pa.Table], schema: pa.Schema, directory: str | None
 
 
 class Spool:
-    """Takes tables of one schema without nulls and gives back one. Only the table in hand is in memory.
+    """Collects tables of one schema, without nulls, into one. Only the table being appended is in memory.
 
     Args:
         schema: fixed-width columns, strings, and lists of fixed-width values.
-        directory: where the files lie; null = the system's place for temporary files ($TMPDIR).
+        directory: directory of the files; None = the system's directory for temporary files ($TMPDIR).
     """
 
     def __init__(self, schema: pa.Schema, directory: str | None = None) -> None:
@@ -48,10 +48,10 @@ class Spool:
             file.write(np.int64(0).tobytes())
 
     def append(self, table: pa.Table) -> None:
-        """Take all rows of ``table``.
+        """Append all rows of ``table``.
 
         Raises:
-            RaydpoError: if there is no room for them.
+            RaydpoError: if the disk has no room for them.
         """
         with room_for("the tokenised pairs", self._directory):
             for batch in table.to_batches():
@@ -80,10 +80,10 @@ class Spool:
         self._ends[index] += int(offsets[-1] - offsets[0])
 
     def finish(self) -> pa.Table:
-        """The table. The spool is used up; its files have no name any more and go when nobody reads them.
+        """Return the table. The spool cannot be used afterwards; its unnamed files are freed with the table.
 
         Raises:
-            RaydpoError: if there is no room for its last rows.
+            RaydpoError: if the disk has no room for the last rows.
         """
         with room_for("the tokenised pairs", self._directory):
             for file in (*self._values, *self._offsets.values()):
@@ -113,10 +113,10 @@ class Spool:
 
 @contextlib.contextmanager
 def room_for(what: str, directory: str | None) -> Iterator[None]:
-    """A full disk becomes a sentence that says so.
+    """Turn the error of a full disk into a sentence.
 
     Args:
-        directory: what is written to; null = the system's place for temporary files ($TMPDIR).
+        directory: where is written; None = the system's directory for temporary files ($TMPDIR).
 
     Raises:
         RaydpoError: in place of the system's error.
@@ -127,7 +127,7 @@ def room_for(what: str, directory: str | None) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise RaydpoError(f"there is no room for {what} in {tempfile.gettempdir() if directory is None else directory} "
-                          f"({error.strerror}); nothing that was stored is lost. Free some space there, or set TMPDIR to a "
+                          f"({error.strerror}); nothing stored is lost. Free some space there, or set TMPDIR to a "
                           "directory on a larger disk") from None
 
 
@@ -138,7 +138,7 @@ def _mapped(file: BinaryIO) -> pa.Buffer:
 
 
 def _is_wide(kind: pa.DataType) -> bool:
-    """Whether it is what ``finish`` makes of a column of more than ``MOST_SMALL`` values."""
+    """Whether it is the type that ``finish`` gives a column of more than ``MOST_SMALL`` values."""
     return pa.types.is_large_list(kind) or pa.types.is_large_string(kind)
 
 

@@ -70,7 +70,7 @@ def test_what_is_no_condition_is_one_readable_error(expression, said):
 
 def test_neither_true_nor_false_and_nothing_left_are_errors(facts):
     unknown = pair_facts(tokenised(RECORDS), np.array([-4.0, np.nan, -4.0, -6.0, -1.0]), np.full(5, -3.0))
-    with pytest.raises(DataError, match=r"neither true nor false of 1 pairs \(first: tiny:2\)"):
+    with pytest.raises(DataError, match=r"neither true nor false for 1 pairs \(first: tiny:2\)"):
         PairFilter("ref_margin > 0").keep(unknown)
     with pytest.raises(DataError, match="leaves none of 5 pairs"):
         PairFilter("chosen_tokens > 1000").keep(facts)

@@ -144,9 +144,9 @@ def test_boundary_and_turns_are_warned_of(tokeniser, write):
     other = [chat[0], {"role": "assistant", "content": "other"}]
     sets = load(tokeniser, write([text(1, prompt="the a", chosen="b", rejected="c"), {"chosen": chat, "rejected": other}]))
     assert [line.split(",")[0] for line in sets.report.lines()[1:]] == [
-        "warning: data prefs: in 1 pairs the prompt alone is tokenised otherwise than before its completion (tokens merge "
+        "warning: data prefs: in 1 pairs the prompt is tokenised differently alone and with its completion (tokens merge "
         "across the boundary",
-        "warning: data prefs: in 1 pairs a completion goes on with user or tool messages"]
+        "warning: data prefs: in 1 pairs a completion continues with user or tool messages"]
 
 
 def prompts(table):

@@ -111,7 +111,7 @@ def test_what_is_hashed_is_what_is_loaded(model, tmp_path):
     other = identify(tmp_path / "other", "float32")
     first.save_pretrained(model, max_shard_size="100KB")
     assert (model / "model.safetensors").is_file() and (model / "model.safetensors.index.json").is_file()
-    with pytest.raises(ModelError, match="which of the two is meant cannot be known"):
+    with pytest.raises(ModelError, match="delete the one that is not meant"):
         identify(model, "float32")
     (model / "model.safetensors").unlink()
     assert identify(model, "float32") == other != before
