@@ -155,7 +155,7 @@ def test_a_copy_that_cannot_be_kept_is_one_sentence(run, tmp_path, monkeypatch):
 
 
 def test_a_home_in_which_nothing_can_be_written_is_passed_over(tmp_path, monkeypatch):
-    """As where a volume is mounted below ~/.cache, whose parent then belongs to root."""
+    """For example when a volume is mounted below ~/.cache, whose parent then belongs to root."""
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert local_home() == tmp_path / ".cache" / "raydpo"

@@ -1,4 +1,4 @@
-"""Facts of pairs by hand, and conditions on them."""
+"""Facts of pairs computed by hand, and conditions on them."""
 
 import numpy as np
 import pyarrow as pa

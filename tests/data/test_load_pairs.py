@@ -41,7 +41,7 @@ def test_chunks_are_joined(tokeniser, write, monkeypatch):
 
 
 def test_more_tokens_than_32_bits_count(tokeniser, write, monkeypatch):
-    """Two sources, a held-out file that stays small, and what is wanted of both."""
+    """Two sources with more than 2^31 tokens, a small held-out file, and the completions wanted of both."""
     from raydpo.reference.shards import Wanted
 
     train = [{"path": write([text(number) for number in range(4)], "a.jsonl")},

@@ -16,7 +16,7 @@ def lengths(count, seed=0):
 
 
 def dialogues(count, seed=0):
-    """Token ids of pairs, many of whose prompts continue another's, in random order."""
+    """Token ids of pairs in random order, many of whose prompts continue another prompt."""
     rng = np.random.default_rng(seed)
     groups, prompt = [], np.zeros(0, np.int32)
     for index in range(count):
@@ -55,7 +55,7 @@ def test_order_differs_by_epoch_and_seed_and_is_pinned():
     order = [epoch_order(np.zeros(8, int), np.ones(1), seed=seed, epoch=epoch, shuffle=True).tolist()
              for seed, epoch in ((0, 0), (0, 1), (1, 0))]
     assert len({tuple(one) for one in order}) == 3
-    # Pinned: a resumed run must find the same order whatever versions it runs on.
+    # Pinned: a resumed run must have the same order with all versions of all libraries.
     assert order[0] == [0, 5, 7, 2, 3, 1, 4, 6]
 
 
@@ -93,7 +93,7 @@ def test_shared_prompt_tokens():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_micro_batches_keep_the_budget_as_laid_out(layout):
-    """Budget and plan agree with what the layout really computes."""
+    """Budget and plan agree with what the layout computes."""
     groups = dialogues(60)
     shapes = shapes_of(groups)
     batches = fill_batches(range(60), shapes, 1000, layout)

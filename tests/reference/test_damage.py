@@ -1,4 +1,4 @@
-"""What goes wrong with files and disks: each is found, named, set aside and scored again; never used, never fatal."""
+"""Faults of files and disks: each is found, named, set aside and scored again; never used, never fatal."""
 
 import hashlib
 import io
@@ -24,7 +24,7 @@ def fresh(uri):
 
 @pytest.fixture
 def filled(tmp_path):
-    """(place, keys and rows of the part that is to be damaged, of the sound one, file of the first)."""
+    """(directory, keys and rows of the part to be damaged, keys and rows of the intact one, file of the first)."""
     cache = fresh(tmp_path)
     cache.prepare({})
     bad, good = rows(30, 1), rows(30, 2)
@@ -76,7 +76,7 @@ def test_damage_is_named_set_aside_and_scored_again(damage, filled):
 
 
 def test_every_flipped_byte_of_a_part_is_found(filled):
-    """Each byte of data and footer alike, a bit at a time."""
+    """One bit of every seventh byte, in data and footer, one at a time."""
     place, bad, _, file = filled
     sound = file.read_bytes()
     for position in range(0, len(sound), 7):
@@ -138,7 +138,7 @@ def test_a_full_disk_loses_nothing(small_disk):
 
 
 def test_clocks_that_disagree_change_nothing(tmp_path, monkeypatch):
-    """Parts from the past and the future: the longest row still wins, and nothing is mistaken for old."""
+    """Parts from the past and the future: the longest row still wins, and no part counts as old."""
     (key,), (long,) = rows(1, tokens=12)
     for offset, logps in ((86400 * 365 * 10**9, long[:5]), (-86400 * 365 * 10**9, long), (0, long[:7])):
         real = time.time_ns

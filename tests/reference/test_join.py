@@ -62,7 +62,7 @@ def test_sums_answer_for_exactly_their_tokens_and_give_way_to_tokens(cache):
 
 
 def test_a_full_disk_is_an_error_and_no_crash(tmp_path):
-    """In a process of its own: writing through a mapping to a full disk would kill it."""
+    """In its own process, because writing to a full disk through a mapping would kill it."""
     small = tmp_path / "small"
     small.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", small], capture_output=True).returncode:
