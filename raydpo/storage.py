@@ -250,8 +250,8 @@ class Storage:
                 elapsed = time.monotonic() - started
                 if wait is None or elapsed > PATIENCE:
                     raise RaydpoError(f"cannot {verb} {place}: the store failed {attempt} times in {elapsed:.0f} s, last "
-                                      f"with {reason}. Nothing stored is lost; retry when the store is back"
-                                      ) from None
+                                      f"with {reason}. Nothing stored is lost; run it again when the store is "
+                                      "back") from None
                 time.sleep(wait * random.uniform(0.5, 1.0))  # spread the retries of many workers
         raise AssertionError
 

@@ -21,28 +21,27 @@ MOST_SMALL = 2**31 - 1
 """Values of a list or string column above which its offsets take 64 bits."""
 
 
-def spooled(tables: Iterable[pa.Table], schema: pa.Schema, directory: str | None = None) -> pa.Table:
+def spooled(tables: Iterable[pa.Table], schema: pa.Schema) -> pa.Table:
     """Write all rows of ``tables`` to a temporary file and return them as one table with one chunk per column."""
-    spool = Spool(schema, directory)
+    spool = Spool(schema)
     for table in tables:
         spool.append(table)
     return spool.finish()
 
 
 class Spool:
-    """Collects tables of one schema, without nulls, into one. Only the table being appended is in memory.
+    """Collects tables of one schema, without nulls, into one. Only the table being appended is in memory; the rest lies in
+    unnamed files in the system's directory for temporary files ($TMPDIR).
 
     Args:
         schema: fixed-width columns, strings, and lists of fixed-width values.
-        directory: directory of the files; None = the system's directory for temporary files ($TMPDIR).
     """
 
-    def __init__(self, schema: pa.Schema, directory: str | None = None) -> None:
+    def __init__(self, schema: pa.Schema) -> None:
         self.schema = schema
         self.rows = 0
-        self._directory = directory
-        self._values = [self._file() for _ in schema]
-        self._offsets = {index: self._file() for index, field in enumerate(schema) if _is_ragged(field.type)}
+        self._values = [_file() for _ in schema]
+        self._offsets = {index: _file() for index, field in enumerate(schema) if _is_ragged(field.type)}
         self._ends = dict.fromkeys(self._offsets, 0)
         for file in self._offsets.values():
             file.write(np.int64(0).tobytes())
@@ -53,7 +52,7 @@ class Spool:
         Raises:
             RaydpoError: if the disk has no room for them.
         """
-        with room_for("the tokenised pairs", self._directory):
+        with room_for("the tokenised pairs"):
             for batch in table.to_batches():
                 for index, field in enumerate(self.schema):
                     column = batch.column(field.name)
@@ -85,7 +84,7 @@ class Spool:
         Raises:
             RaydpoError: if the disk has no room for the last rows.
         """
-        with room_for("the tokenised pairs", self._directory):
+        with room_for("the tokenised pairs"):
             for file in (*self._values, *self._offsets.values()):
                 file.flush()
         columns = []
@@ -107,16 +106,14 @@ class Spool:
                 columns.append(pa.Array.from_buffers(kind, self.rows, [None, offsets], children=[flat]))
         return pa.table(columns, names=self.schema.names)
 
-    def _file(self) -> BinaryIO:
-        return tempfile.TemporaryFile(prefix="raydpo-", dir=self._directory)
+
+def _file() -> BinaryIO:
+    return tempfile.TemporaryFile(prefix="raydpo-")
 
 
 @contextlib.contextmanager
-def room_for(what: str, directory: str | None) -> Iterator[None]:
-    """Turn the error of a full disk into a sentence.
-
-    Args:
-        directory: where is written; None = the system's directory for temporary files ($TMPDIR).
+def room_for(what: str) -> Iterator[None]:
+    """Turn the error of a full disk, while writing to the system's directory for temporary files, into a sentence.
 
     Raises:
         RaydpoError: in place of the system's error.
@@ -126,7 +123,7 @@ def room_for(what: str, directory: str | None) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        raise RaydpoError(f"there is no room for {what} in {tempfile.gettempdir() if directory is None else directory} "
+        raise RaydpoError(f"there is no room for {what} in {tempfile.gettempdir()} "
                           f"({error.strerror}); nothing stored is lost. Free some space there, or set TMPDIR to a "
                           "directory on a larger disk") from None
 

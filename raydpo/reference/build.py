@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 import threading
 import time
@@ -21,7 +22,7 @@ from raydpo.reference.claims import Claims
 from raydpo.reference.identity import on_this_machine
 from raydpo.reference.part import builder_of
 from raydpo.reference.score import ReferenceSpec, Scorer
-from raydpo.reference.shards import Completion, Shard, Wanted, missing_shards, still_missing
+from raydpo.reference.shards import Shard, Wanted, missing_shards, still_missing
 from raydpo.reference.store import ReferenceCache
 from raydpo.reference.team import TeamScorer
 
@@ -182,24 +183,8 @@ def _score_on_ray(shards: Iterable[Shard], spec: ReferenceSpec, cache: Reference
     yield from over_actors(_ScoreShard, arguments, blocks, resources, "scoring the reference", calls_at_once=2)
 
 
-_COMPLETION = pa.struct([("key", pa.binary(16)), ("tokens", pa.list_(pa.int32()))])
-_BLOCK_SCHEMA = pa.schema([("groups", pa.list_(pa.struct([
-    ("prompt", pa.list_(pa.int32())), ("completions", pa.list_(_COMPLETION))])))])
-
-
 def _to_block(shard: Shard) -> pa.Table:
-    return pa.table({"groups": pa.array([[
-        {"prompt": group[0].prompt, "completions": [{"key": one.key, "tokens": one.tokens} for one in group]}
-        for group in shard.groups]], _BLOCK_SCHEMA.field("groups").type)}, schema=_BLOCK_SCHEMA)
-
-
-def _from_block(block: pa.Table) -> Shard:
-    def array(scalar: pa.ListScalar) -> np.ndarray:
-        return scalar.values.to_numpy()
-
-    return Shard(tuple(
-        tuple(Completion(one["key"].as_py(), array(group["prompt"]), array(one["tokens"])) for one in group["completions"])
-        for group in block["groups"][0]))
+    return pa.table({"shard": [pickle.dumps(shard)]})
 
 
 class _ScoreShard:
@@ -227,12 +212,11 @@ class _ScoreShard:
     def __call__(self, block: pa.Table) -> pa.Table:
         import torch
 
-        planned = _from_block(block)
+        planned: Shard = pickle.loads(block["shard"][0].as_buffer())
         with self.computing:
             # Another build may have scored it meanwhile. Parts of this build cannot contain it, so they are skipped.
-            remaining = still_missing([planned], self.cache, skip=lambda name: (
+            open_ = still_missing(planned, self.cache, skip=lambda name: (
                 name in self.known or builder_of(name) == self.cache.builder))
-            open_ = remaining[0] if remaining else Shard(())
             shard, claim = self.claims.take(open_)
             if self.threads is not None:
                 torch.set_num_threads(self.threads)  # OpenMP keeps this number per calling thread

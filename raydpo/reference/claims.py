@@ -17,7 +17,7 @@ import uuid
 import numpy as np
 
 from raydpo.reference.part import builder_of
-from raydpo.reference.shards import Shard, without
+from raydpo.reference.shards import Shard
 from raydpo.reference.store import ReferenceCache
 
 __all__ = ["CLAIMS", "Claims"]
@@ -109,6 +109,4 @@ def _builder(name: str) -> str:
 
 
 def _unclaimed(shard: Shard, claimed: dict[bytes, int]) -> Shard:
-    left = {one.key for one in shard.completions if claimed.get(one.key, -1) >= len(one.tokens)}
-    remaining = without([shard], left) if left else [shard]
-    return remaining[0] if remaining else Shard(())
+    return shard.without({one.key for one in shard.completions if claimed.get(one.key, -1) >= len(one.tokens)})

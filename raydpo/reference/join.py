@@ -49,20 +49,19 @@ class Joined:
         return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), flat)
 
 
-def join(cache: ReferenceCache, keys: np.ndarray, needed: np.ndarray, directory: str | None = None) -> Joined:
-    """Look up the log-probs of the first ``needed`` tokens of each completion.
+def join(cache: ReferenceCache, keys: np.ndarray, needed: np.ndarray) -> Joined:
+    """Look up the log-probs of the first ``needed`` tokens of each completion. The values lie in a file below $TMPDIR.
 
     Args:
         keys: uint8 [completions, 16]; may repeat.
         needed: int32 [completions].
-        directory: directory of the file of values; None = the system's directory for temporary files ($TMPDIR).
 
     Raises:
         CacheError: if parts vanish faster than they can be read.
         RaydpoError: if the disk has no room for the values.
     """
     offsets = np.concatenate([[0], np.cumsum(needed, dtype=np.int64)])
-    values, forget = _file_of(int(offsets[-1]), directory)
+    values, forget = _file_of(int(offsets[-1]))
     sums, unknown = np.full(len(keys), np.nan), np.ones(len(keys), bool)
     for places, part, rows in cache.answers(keys, needed):
         if part.logps is None:
@@ -95,15 +94,7 @@ def _blocks(lengths: np.ndarray) -> list[tuple[int, int]]:
     return list(pairwise(cuts)) if len(lengths) else []
 
 
-def _allocate(descriptor: int, size: int) -> None:
-    try:
-        os.posix_fallocate(descriptor, 0, size)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # some file systems cannot
-            raise
-
-
-def _file_of(count: int, directory: str | None) -> tuple[np.ndarray, Callable[[int], None]]:
+def _file_of(count: int) -> tuple[np.ndarray, Callable[[int], None]]:
     """Create an unnamed file of ``count`` float32 zeros, mapped into memory.
 
     Returns:
@@ -111,11 +102,14 @@ def _file_of(count: int, directory: str | None) -> tuple[np.ndarray, Callable[[i
     """
     if not count:
         return np.empty(0, np.float32), lambda rows: None
-    with room_for(f"the reference's log-probs of this data, {4 * count:,} bytes,", directory), \
-            tempfile.TemporaryFile(prefix="raydpo-", dir=directory) as file:
-        if hasattr(os, "posix_fallocate"):
-            # Writing into a sparse file on a full disk would kill the process with SIGBUS.
-            _allocate(file.fileno(), 4 * count)
+    with room_for(f"the reference's log-probs of this data, {4 * count:,} bytes,"), \
+            tempfile.TemporaryFile(prefix="raydpo-") as file:
+        try:  # writing into a sparse file on a full disk would kill the process with SIGBUS
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, 4 * count)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # some file systems cannot
+                raise
         file.truncate(4 * count)
         mapped = mmap.mmap(file.fileno(), 4 * count)
     written = 0
@@ -124,7 +118,7 @@ def _file_of(count: int, directory: str | None) -> tuple[np.ndarray, Callable[[i
         # Written pages stay in the system's page cache; this process need not count them as its own memory.
         nonlocal written
         written += rows
-        if written >= FORGET_ROWS and hasattr(mapped, "madvise"):
+        if written >= FORGET_ROWS:
             mapped.madvise(mmap.MADV_DONTNEED)
             written = 0
 

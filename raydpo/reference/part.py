@@ -142,8 +142,7 @@ def decode_part(name: str, data: bytes, *, values: bool = True) -> Part:
         CacheError: if they are, but cannot be read here, for instance because a newer raydpo wrote them.
     """
     if not digest_is_sound(name, data):
-        raise DamagedPart(f"part {name} is damaged: its {len(data):,} bytes are not those that were written"
-                         f"{_whereabouts(data)}")
+        raise DamagedPart(f"part {name} is damaged: its {len(data):,} bytes are not those that were written")
     info = read_footer(name, pa.BufferReader(data), len(data))
     schema = PART_SCHEMA if info.per_token else SUM_SCHEMA
     columns = [column for column in schema.names if values or column in ("key", "tokens")]
@@ -193,12 +192,6 @@ def ragged(rows: Sequence[np.ndarray]) -> pa.ListArray:
 
 def _checksum(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:32]
-
-
-def _whereabouts(data: bytes) -> str:
-    if not data:
-        return " (the file is empty)"
-    return "" if data[-4:] == b"PAR1" else " (its end is missing)"
 
 
 def _wrong_value(table: pa.Table) -> str | None:

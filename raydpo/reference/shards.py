@@ -18,7 +18,7 @@ from raydpo.reference.index import KeyIndex, as_bytes
 from raydpo.reference.part import KEY_TYPE
 from raydpo.reference.store import ReferenceCache
 
-__all__ = ["Completion", "Shard", "Wanted", "missing_shards", "plan_shards", "still_missing", "without"]
+__all__ = ["Completion", "Shard", "Wanted", "missing_shards", "plan_shards", "still_missing"]
 
 SIDES = ("chosen", "rejected")
 WINDOW = 100_000
@@ -52,6 +52,11 @@ class Shard:
     @property
     def tokens(self) -> int:
         return sum(completion.length for completion in self.completions)
+
+    def without(self, keys: set[bytes]) -> Shard:
+        """The shard without the completions with these keys; it may become empty."""
+        groups = (tuple(one for one in group if one.key not in keys) for group in self.groups)
+        return Shard(tuple(group for group in groups if group))
 
     def prompt_groups(self) -> list[PromptGroup]:
         return [PromptGroup(group[0].prompt, tuple(completion.tokens for completion in group)) for group in self.groups]
@@ -179,27 +184,16 @@ def missing_shards(wanted: Wanted, covered: np.ndarray, tokens_per_shard: int, m
             continue
         window = wanted[start : start + WINDOW]
         present = {one.key for one, there in zip(window, covered[start : start + WINDOW], strict=True) if there}
-        yield from without(plan_shards(window, tokens_per_shard, most), present)
+        remaining = (shard.without(present) for shard in plan_shards(window, tokens_per_shard, most))
+        yield from (shard for shard in remaining if shard.groups)
 
 
-def still_missing(shards: Sequence[Shard], cache: ReferenceCache,
-                  skip: Callable[[str], bool] | None = None) -> list[Shard]:
-    """The shards without the completions that ``cache`` holds by now. ``skip``: see ``ReferenceCache.covers``."""
-    completions = [completion for shard in shards for completion in shard.completions]
-    keys = pa.array([completion.key for completion in completions], KEY_TYPE)
-    covered = cache.covers(keys, np.array([len(completion.tokens) for completion in completions], np.int32),
-                           skip=skip)
-    return without(shards, {completion.key for completion, there in zip(completions, covered, strict=True) if there})
-
-
-def without(shards: Sequence[Shard], present: set[bytes]) -> list[Shard]:
-    """The shards without the completions with these keys; shards that become empty are left out."""
-    remaining = []
-    for shard in shards:
-        groups = [tuple(one for one in group if one.key not in present) for group in shard.groups]
-        if any(groups):
-            remaining.append(Shard(tuple(group for group in groups if group)))
-    return remaining
+def still_missing(shard: Shard, cache: ReferenceCache, skip: Callable[[str], bool] | None = None) -> Shard:
+    """The shard without the completions that ``cache`` holds by now. ``skip``: see ``ReferenceCache.covers``."""
+    completions = shard.completions
+    keys = pa.array([one.key for one in completions], KEY_TYPE)
+    covered = cache.covers(keys, np.array([len(one.tokens) for one in completions], np.int32), skip=skip)
+    return shard.without({one.key for one, there in zip(completions, covered, strict=True) if there})
 
 
 def _rows(table: pa.Table, column: str) -> list[np.ndarray]:

@@ -30,7 +30,7 @@ def active(cache):
 
 
 def fill(uri, parts=4, each=5):
-    """A cache of ``count`` parts; one row is stored twice, shorter and longer, another twice with different values."""
+    """A cache of ``parts`` parts; one row is stored twice, shorter and longer, another twice with different values."""
     cache = fresh(uri)
     cache.prepare({})
     keys, logps = rows(parts * each, seed=7)

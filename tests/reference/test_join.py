@@ -71,11 +71,11 @@ def test_a_full_disk_is_an_error_and_no_crash(tmp_path):
 import sys
 from raydpo.errors import RaydpoError
 from raydpo.reference import join
-values, _ = join._file_of(200_000, None)
+values, _ = join._file_of(200_000)
 values[:] = 1
 del values
 try:
-    join._file_of(2_000_000, None)[0][:] = 1
+    join._file_of(2_000_000)[0][:] = 1
 except RaydpoError as error:
     print(error)
 """

@@ -6,7 +6,7 @@ import pytest
 from raydpo.model.layout import PromptGroup
 from raydpo.reference.identity import identify
 from raydpo.reference.score import ReferenceSpec, Scorer
-from raydpo.reference.shards import Completion, plan_shards, without
+from raydpo.reference.shards import Completion, plan_shards
 
 
 def completions(prompt, count, tokens, seed=0):
@@ -24,7 +24,7 @@ def test_a_prompt_with_two_thousand_completions_is_cut_into_shards():
     assert [len(shard.completions) for shard in shards] == [3 + 654, 654, 654, 38], "of the small group nothing is cut"
     # What is there already changes no shard: the rest of each is scored as it would have been.
     present = {one.key for one in many[::3]}
-    left = without(shards, present)
+    left = [shard.without(present) for shard in shards]
     assert [shard.completions for shard in left] == [[one for one in shard.completions if one.key not in present]
                                                      for shard in shards]
 
