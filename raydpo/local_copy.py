@@ -26,17 +26,15 @@ UNUSED_SECONDS = 3600.0
 class LocalCopy:
     """Copies of the files in ``storage``, made on first read and shared by all processes of a node.
 
-    Args:
-        directory: where they are kept; default ``copies/<hash of the URI>`` in ``local_home``.
-
     Attributes:
+        local: where they are kept, ``copies/<hash of the URI>`` in ``local_home``.
         problems: one sentence if copies cannot be kept, which only costs time.
     """
 
-    def __init__(self, storage: Storage, directory: Path | None = None) -> None:
+    def __init__(self, storage: Storage) -> None:
         self.storage = storage
         name = hashlib.sha256(storage.uri.encode()).hexdigest()[:16]
-        self.local = Storage(str(directory or local_home() / "copies" / name))
+        self.local = Storage(str(local_home() / "copies" / name))
         self.problems: list[str] = []
 
     def fetch(self, name: str, sound: Callable[[bytes], bool]) -> bytes:

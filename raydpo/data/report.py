@@ -85,7 +85,7 @@ class SourceReport:
                          "the completion starts where they differ")
         if self.several_turns:
             lines.append(f"warning: data {self.name}: in {self.several_turns:,} pairs a completion continues with user or "
-                         "tool messages; their tokens count in the loss, too")
+                         "tool messages, and their tokens also count in the loss")
         return lines
 
     def check(self, config: DataConfig) -> None:

@@ -101,7 +101,7 @@ def test_bad_lines_are_records_with_a_problem(tmp_path):
     ("bad.jsonl.zst", b"plain", "cannot read bad.jsonl.zst"),
     ("bad.jsonl.xz", b"plain", "cannot read bad.jsonl.xz"),
     ("bad.parquet", b"plain text, no Parquet", "cannot read bad.parquet"),
-    ("prefs.csv", b"a,b", "prefs.csv is of an unknown kind"),
+    ("prefs.csv", b"a,b", "prefs.csv has an unknown suffix"),
 ])
 def test_unreadable_files_are_one_sentence(tmp_path, name, content, message):
     if content is not None:
