@@ -117,7 +117,7 @@ def test_a_store_that_keeps_failing_is_one_readable_error_and_keeps_the_old(hast
     hasty.write("old", b"old")
     s3.faults(fail=1)
     for name in ("old", "new"):
-        with pytest.raises(RaydpoError, match=rf"cannot write {hasty}/{name}: the store failed 4 times in \d+ s, at last "
+        with pytest.raises(RaydpoError, match=rf"cannot write {hasty}/{name}: the store failed 4 times in \d+ s, last "
                            r"with .*on purpose.*Nothing stored is lost") as caught:
             hasty.write(name, b"x" * size)
         assert "\n" not in str(caught.value)

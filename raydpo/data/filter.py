@@ -74,7 +74,7 @@ class PairFilter:
                             f"(first: {facts['pair_id'][row].as_py()}), because a field has no value there")
         keep = answer.to_numpy()
         if not keep.any():
-            raise DataError(f"data.filter {self.expression!r} leaves none of {len(keep):,} pairs")
+            raise DataError(f"data.filter {self.expression!r} leaves none of {len(keep):,} pairs; relax it")
         return keep
 
     def apply(self, pairs: pa.Table, ref_chosen: np.ndarray | None = None,

@@ -101,7 +101,7 @@ class SourceReport:
         if self.dropped.total > config.max_dropped * self.pairs:
             raise DataError(f"data {self.name}: {self.dropped.total:,} of {self.pairs:,} pairs would be dropped at "
                             f"data.max_length {config.max_length}, more than data.max_dropped ({config.max_dropped:g}) "
-                            f"allows: {self.dropped}; raise data.max_length, or data.max_dropped if that is meant")
+                            f"allows: {self.dropped}; raise data.max_length, or data.max_dropped if that is intended")
         if not self.kept:
             raise DataError(f"data {self.name}: none of the {self.records:,} records of {self.path} gives a usable pair"
                             + (f": {self.malformed}" if self.malformed.total else "")

@@ -35,8 +35,8 @@ def held_out(digests: Sequence[bytes], fraction: float) -> np.ndarray:
     """
     places = {digest: int.from_bytes(digest[:8], "big") / 2**64 for digest in set(digests)}
     if len(places) < 2:
-        raise DataError(f"data.eval.fraction {fraction:g} cannot split pairs that all have the same prompt; give "
-                        "data.eval.path instead, or leave data.eval out")
+        raise DataError(f"data.eval.fraction {fraction:g} cannot split pairs that all have the same prompt; set "
+                        "data.eval.path instead, or remove data.eval")
     ordered = sorted(places.values())
     # Between just above the lowest place and the highest, so that neither side is empty.
     bound = min(max(fraction, np.nextafter(ordered[0], 1)), ordered[-1])

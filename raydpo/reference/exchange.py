@@ -102,7 +102,8 @@ def import_sums(config: DataConfig, pairs: pa.Table, cache: ReferenceCache, *, c
     values = np.array([found.get(pair_id, (np.nan, np.nan)) for pair_id in ids], np.float64).reshape(-1, 2)
     there = np.isfinite(values).all(axis=1)
     if not there.any():
-        raise DataError(f"no pair of the data has both {names[0]!r} and {names[1]!r}")
+        raise DataError(f"no pair of the data has numbers in both {names[0]!r} and {names[1]!r}; name the columns with "
+                        "--chosen and --rejected")
     rows = pairs.filter(pa.array(there))
     keys = np.concatenate([as_bytes(chunk) for side in ("chosen", "rejected") for chunk in rows[f"{side}_key"].chunks])
     tokens = np.concatenate([pc.list_value_length(rows[f"{side}_ids"]).to_numpy() for side in ("chosen", "rejected")])

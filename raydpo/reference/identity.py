@@ -130,10 +130,10 @@ def earlier_identity(identity: ReferenceIdentity) -> tuple[ReferenceIdentity, st
     an empty text if nothing has."""
     changed = []
     if identity.scoring_version == _ADAPTER_VERSION:
-        changed.append("a model with an adapter keeps its rotary frequencies, and what an adapted head reads, in float32, "
-                       "which were rounded to bfloat16")
+        changed.append("a model with an adapter now keeps its rotary frequencies, and the input of an adapted head, in "
+                       "float32; before, both were rounded to bfloat16")
     if identity.rope_length is not None:
-        changed.append("its rotary frequencies are the same in every batch, where the longest sequence of each decided")
+        changed.append("its rotary frequencies no longer depend on the longest sequence of a batch")
     return dataclasses.replace(identity, scoring_version=SCORING_VERSION, rope_length=None), "; ".join(changed)
 
 

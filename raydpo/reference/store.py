@@ -94,7 +94,7 @@ class ReferenceCache:
         if len(found) != 1:
             wanted = f"that begin with {identity!r}" if identity else ""
             raise CacheError(f"the cache at {storage} holds {len(found)} identities {wanted}".rstrip() + (
-                f" ({', '.join(one.digest for one in found)}); say which one" if found else
+                f" ({', '.join(one.digest for one in found)}); choose one" if found else
                 "; build it with 'raydpo score'"))
         return cls(storage, found[0], unverified=unverified)
 
@@ -358,7 +358,7 @@ class ReferenceCache:
                     listed.append(f"{self.directory}/{folder}/{name}")
                 elif name.endswith(".parquet") and not name.startswith("."):
                     self._problems[f"{self.directory}/{folder}/{name}"] = (
-                        f"{name} in {self.directory} is not named as raydpo names its parts; it is not used")
+                        f"{name} in {self.directory} has no valid name of a part; it is not used")
         imports = {path for path in listed if _is_unverified(path)}
         # The index prefers rows added first, but a later import must win: start again.
         if not self._known <= set(listed) or (imports & self._known and imports - self._known):
