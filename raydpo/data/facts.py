@@ -102,8 +102,7 @@ def _digests(lists: pa.ChunkedArray) -> np.ndarray:
 
 def _copies(pairs: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Per pair: how many pairs have its tokens, the number of this one among them, and how many prefer the opposite."""
-    keys = [np.concatenate([np.empty((0, 16), np.uint8), *map(as_bytes, pairs[f"{side}_key"].chunks)])
-            for side in ("chosen", "rejected")]
+    keys = [as_bytes(pairs[f"{side}_key"]) for side in ("chosen", "rejected")]
     lengths = [pc.list_value_length(pairs[f"{side}_ids"]).to_numpy().astype(np.int32) for side in ("chosen", "rejected")]
     index = KeyIndex()
     index.add((np.concatenate(keys), np.concatenate(lengths), 0))

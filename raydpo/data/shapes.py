@@ -13,7 +13,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-__all__ = ["PADDED_MULTIPLE", "POSITIONS_ONLY", "LayoutName", "Shapes", "Work", "cut_group"]
+__all__ = ["PADDED_MULTIPLE", "POSITIONS_ONLY", "LayoutName", "Shapes", "Work", "common_prefix", "cut_group"]
 
 LayoutName = Literal["tree", "packed", "padded"]
 """Layout of a micro-batch, see ``model.layout``."""
@@ -71,10 +71,7 @@ class Shapes:
         place, common = np.empty(count, np.int64), np.zeros(count, np.int64)
         place[order] = np.arange(count)
         for index in range(1, count):
-            left, right = prompts[order[index - 1]], prompts[order[index]]
-            shorter = min(len(left), len(right))
-            different = np.flatnonzero(left[:shorter] != right[:shorter])
-            common[index] = different[0] if len(different) else shorter
+            common[index] = common_prefix(prompts[order[index - 1]], prompts[order[index]])
         prompt = np.array([len(prompt) for prompt in prompts], np.int64)
         return cls(prompt, np.array([sum(lengths) for lengths in completions], np.int64),
                    np.array([sum(length * length for length in lengths) for lengths in completions], np.int64),
@@ -106,6 +103,13 @@ class Shapes:
         """Prompt tokens that two groups share; ``left`` must come before ``right`` in ``place``."""
         first, last = self.place[left] + 1, self.place[right] + 1
         return int(self.common[first:last].min()) if first < last else int(self.prompt[right])
+
+
+def common_prefix(left: np.ndarray, right: np.ndarray) -> int:
+    """Number of tokens that two sequences share at their start."""
+    shorter = min(len(left), len(right))
+    different = np.flatnonzero(left[:shorter] != right[:shorter])
+    return int(different[0]) if len(different) else shorter
 
 
 def positions(layout: LayoutName, prompt: Count, tokens: Count, longest: Count, rows: Count) -> Count:

@@ -70,8 +70,4 @@ def _decoded(tokenizer: Any, before: list[int], ids: list[int]) -> str:
 def _visible(text: str) -> str:
     """``text`` with control and format characters escaped, including escape sequences and bidirectional overrides; newlines
     and tabs stay."""
-    return "".join(char if char in "\n\t" or char.isprintable() else _escape(ord(char)) for char in text)
-
-
-def _escape(code: int) -> str:
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+    return "".join(char if char in "\n\t" or char.isprintable() else char.encode("unicode_escape").decode() for char in text)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from raydpo.data.preference import Malformed, Preference
+from raydpo.data.shapes import common_prefix
 from raydpo.errors import ModelError
 
 __all__ = ["TokenisedPair", "Tokeniser", "load_tokenizer"]
@@ -92,7 +93,7 @@ class Tokeniser:
             except Exception:  # a template that refuses the probe
                 return tuple(ids)
             special = set(self.tokenizer.all_special_ids)
-            ids += [token for token in whole[_common(prompt, whole):] if token in special][-1:]
+            ids += [token for token in whole[common_prefix(np.array(prompt), np.array(whole)):] if token in special][-1:]
         return tuple(dict.fromkeys(ids))
 
     def encode(self, preferences: Sequence[Preference]) -> list[TokenisedPair | Malformed]:
@@ -123,7 +124,7 @@ class Tokeniser:
             # A template writes special tokens itself; for plain text the tokenizer adds its own, such as BOS.
             ids = iter(self._ids([text for _, texts in entries for text in texts], not conversational))
             for index, _ in entries:
-                encoded[index] = self._split(next(ids), next(ids), next(ids), conversational)
+                encoded[index] = self._split(next(ids), next(ids), next(ids), conversational=conversational)
         return encoded  # type: ignore[return-value]
 
     def _ids(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
@@ -161,28 +162,19 @@ class Tokeniser:
         except Exception as error:  # templates raise what their authors wrote
             raise Malformed(f"the chat template refuses it: {_said(error, 100)}") from None
 
-    def _split(self, prompt: list[int], chosen: list[int], rejected: list[int],
-               conversational: bool) -> TokenisedPair | Malformed:
+    def _split(self, *texts: list[int], conversational: bool) -> TokenisedPair | Malformed:
+        prompt, chosen, rejected = (np.array(ids, np.int32) for ids in texts)
         if not conversational and self._adds_eos:
             prompt = prompt[:-1]
-        boundary = min(_common(prompt, chosen), _common(prompt, rejected))
+        boundary = min(common_prefix(prompt, chosen), common_prefix(prompt, rejected))
         self.merged += boundary < len(prompt)
-        pair = TokenisedPair(*(np.array(ids, dtype=np.int32) for ids in
-                               (prompt[:boundary], chosen[boundary:], rejected[boundary:])))
+        pair = TokenisedPair(prompt[:boundary], chosen[boundary:], rejected[boundary:])
         for name, ids in zip(pair._fields, pair, strict=True):
             if not len(ids):  # the first token of a sequence is never predicted
                 return Malformed(f"{name} has no tokens")
         if np.array_equal(pair.chosen, pair.rejected):
             return Malformed("chosen and rejected have the same tokens")
         return pair
-
-
-def _common(one: list[int], other: list[int]) -> int:
-    """Length of the common prefix."""
-    length = min(len(one), len(other))
-    if one[:length] == other[:length]:
-        return length
-    return next(index for index in range(length) if one[index] != other[index])
 
 
 def _said(error: Exception, limit: int) -> str:

@@ -105,7 +105,7 @@ def import_sums(config: DataConfig, pairs: pa.Table, cache: ReferenceCache, *, c
         raise DataError(f"no pair of the data has numbers in both {names[0]!r} and {names[1]!r}; name the columns with "
                         "--chosen and --rejected")
     rows = pairs.filter(pa.array(there))
-    keys = np.concatenate([as_bytes(chunk) for side in ("chosen", "rejected") for chunk in rows[f"{side}_key"].chunks])
+    keys = np.concatenate([as_bytes(rows[f"{side}_key"]) for side in ("chosen", "rejected")])
     tokens = np.concatenate([pc.list_value_length(rows[f"{side}_ids"]).to_numpy() for side in ("chosen", "rejected")])
     sums = np.concatenate([values[there, side] for side in range(2)]) * (tokens if means else 1)
     if sums.max() > HIGHEST:

@@ -8,8 +8,10 @@ import pyarrow as pa
 __all__ = ["KeyIndex", "as_bytes"]
 
 
-def as_bytes(keys: pa.Array) -> np.ndarray:
-    """View a binary(16) array without nulls as uint8 [rows, 16], without a copy."""
+def as_bytes(keys: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """A binary(16) array without nulls as uint8 [rows, 16]: a view of an array, a copy of a column of chunks."""
+    if isinstance(keys, pa.ChunkedArray):
+        return np.concatenate([np.empty((0, 16), np.uint8), *map(as_bytes, keys.chunks)])
     flat = np.frombuffer(keys.buffers()[1], np.uint8) if len(keys) else np.empty(0, np.uint8)
     return flat[keys.offset * 16 : (keys.offset + len(keys)) * 16].reshape(-1, 16)
 

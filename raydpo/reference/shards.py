@@ -11,9 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raydpo.data.shapes import cut_group
+from raydpo.data.shapes import common_prefix, cut_group
 from raydpo.model.layout import PromptGroup
-from raydpo.model.tree import common_prefix
 from raydpo.reference.index import KeyIndex, as_bytes
 from raydpo.reference.part import KEY_TYPE
 from raydpo.reference.store import ReferenceCache
@@ -77,15 +76,14 @@ class Wanted(Sequence[Completion]):
         # Tables with more than 2^31 tokens have 64-bit offsets, others 32-bit.
         self._table = pa.concat_tables(tables, promote_options="permissive")
         # Pair by pair: chosen, rejected, chosen, ...
-        keys = [np.stack([as_bytes(batch[f"{side}_key"]) for side in SIDES], axis=1).reshape(-1, 16)
-                for batch in self._table.select([f"{side}_key" for side in SIDES]).to_batches()]
+        keys = np.stack([as_bytes(self._table[f"{side}_key"]) for side in SIDES], axis=1).reshape(-1, 16)
         lengths = np.stack([_lengths(self._table[f"{side}_ids"]) for side in SIDES], axis=1).ravel()
         index = KeyIndex()
-        index.add((np.concatenate(keys or [np.empty((0, 16), np.uint8)]), lengths, 0))
+        index.add((keys, lengths, 0))
         self._places = np.sort(index.row[index.winners])
         self.tokens = lengths[self._places]
         self.keys = pa.FixedSizeBinaryArray.from_buffers(KEY_TYPE, len(self._places), [
-            None, pa.py_buffer(np.concatenate(keys)[self._places])]) if keys else pa.array([], KEY_TYPE)
+            None, pa.py_buffer(keys[self._places])])
         self.prompt_tokens = _lengths(self._table["prompt_ids"])[self._places // 2]
 
     def __len__(self) -> int:

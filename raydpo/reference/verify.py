@@ -193,7 +193,7 @@ def _problem(worst: dict[str, Any]) -> str | None:
     if worst["mean"] <= worst["tolerance"]:
         return None
     if not np.isfinite(worst["live"]):
-        return (f"scored again, {worst['name']} has the invalid log-prob {worst['live']}; score in float32 "
+        return (f"scored again, {worst['name']} has a log-prob of {worst['live']}, which is invalid; score in float32 "
                 "(score.dtype=float32) or check the weights")
     if worst["token"] is None:
         return (f"scored again, the sum of {worst['name']} differs by {abs(worst['stored'] - worst['live']):.3g} nats, more "
