@@ -78,8 +78,8 @@ def test_scoring_goes_on_with_half_of_what_does_not_fit(tiny_llama, tmp_path, mo
     monkeypatch.setenv("MALLOC_ARENA_MAX", "1")  # another thread's would reserve 64 MB of addresses; read at start alone
     ((gap, notes, budget),) = run_distributed(starved_scoring, 1, tmp_path, str(tiny_llama), fresh=True)
     assert gap < 1e-4 and budget == 64_000
-    assert notes == ["warning: out of memory with 128000 positions a batch; going on with 64000. Set "
-                     "score.tokens_per_batch=64000 to begin so"]
+    assert notes == ["warning: out of memory with 128000 positions a batch; continuing with 64000. Set "
+                     "score.tokens_per_batch=64000 to start with that"]
 
 
 def starved_training(model, scratch):
