@@ -15,6 +15,7 @@ from raydpo.config.sweep import RandomConfig, StopEarlyConfig, SweepConfig
 from raydpo.config.track import TrackConfig
 from raydpo.config.train import ScoreConfig, TrainConfig
 from raydpo.config.uri import is_uri
+from raydpo.config.verbs import Verb, check_verb
 
 __all__ = [
     "LOSSES",
@@ -38,7 +39,9 @@ __all__ = [
     "SweepConfig",
     "TrackConfig",
     "TrainConfig",
+    "Verb",
     "check_metric",
+    "check_verb",
     "depends_on_scale",
     "is_hub_name",
     "is_uri",

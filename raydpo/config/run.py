@@ -56,14 +56,14 @@ class Config(Section):
     output: Annotated[PathOrUri, AfterValidator(_no_root)]
     """Local path or URI below which run directories lie."""
     model: ModelConfig
-    reference: ReferenceConfig = ReferenceConfig()
+    reference: ReferenceConfig = Field(default_factory=ReferenceConfig)
     data: DataConfig
-    cache: CacheConfig = CacheConfig()
-    score: ScoreConfig = ScoreConfig()
-    train: TrainConfig = TrainConfig()
-    evaluate: EvaluateConfig = EvaluateConfig()
-    track: TrackConfig = TrackConfig()
-    ray: RayConfig = RayConfig()
+    cache: CacheConfig = Field(default_factory=CacheConfig)
+    score: ScoreConfig = Field(default_factory=ScoreConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
+    track: TrackConfig = Field(default_factory=TrackConfig)
+    ray: RayConfig = Field(default_factory=RayConfig)
     sweep: SweepConfig | None = None
 
     @model_validator(mode="after")
@@ -107,6 +107,15 @@ class Config(Section):
         # Held-out pairs of a file are one source. A filter may read the reference where the loss does not.
         return held_out_metrics([source_name(source) for source in self.data.train] if self.data.eval.path is None else [],
                                 reference=self.train.needs_reference or self.data.filter is not None)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the log-probs of a reference are needed: by the loss, or by the condition on pairs."""
+        if self.train.needs_reference or self.data.filter is None:
+            return self.train.needs_reference
+        from raydpo.data.filter import PairFilter
+
+        return PairFilter(self.data.filter).needs_reference
 
     @property
     def reference_adapter(self) -> str | None:
