@@ -52,9 +52,8 @@ from raydpo.waiting import coming_up, wait_for
 if TYPE_CHECKING:
     from raydpo.audit import Audit
 
-__all__ = ["Joined", "Prepared", "Shared", "audit", "begin_run", "end_run", "fill_cache", "find_reference",
-           "finished_before", "join_sets", "measured_pairs", "reference_line", "report_on", "run", "score",
-           "score_prepared", "train", "train_prepared", "training_job"]
+__all__ = ["Joined", "Prepared", "Shared", "audit", "fill_cache", "find_reference", "join_sets", "measured_pairs",
+           "reference_line", "report_on", "run", "score", "score_prepared", "train", "train_prepared"]
 
 
 def score(config: Config, console: Console | None = None) -> BuildReport:
@@ -389,7 +388,7 @@ def join_sets(prepared: Prepared, console: Console) -> Joined:
     return Joined(pairs, held_out, pairs.num_rows)
 
 
-def finished_before(prepared: Prepared, console: Console) -> dict[str, Any] | None:
+def _finished_before(prepared: Prepared, console: Console) -> dict[str, Any] | None:
     """The summary of this run if it is already finished, else None.
 
     Raises:
@@ -402,7 +401,7 @@ def finished_before(prepared: Prepared, console: Console) -> dict[str, Any] | No
     return finished
 
 
-def begin_run(prepared: Prepared, job: TrainJob, console: Console) -> None:
+def _begin_run(prepared: Prepared, job: TrainJob, console: Console) -> None:
     """Write config.yaml and run.json before the training."""
     config, storage = prepared.config, Storage(prepared.config.run_dir)
     storage.probe()
@@ -417,7 +416,7 @@ def begin_run(prepared: Prepared, job: TrainJob, console: Console) -> None:
     storage.write("run.json", json.dumps(described, indent=2).encode())
 
 
-def training_job(prepared: Prepared, resources: Resources, until: int | None = None) -> TrainJob:
+def _training_job(prepared: Prepared, resources: Resources, until: int | None = None) -> TrainJob:
     """Describe the training to its workers.
 
     Args:
@@ -438,8 +437,8 @@ def training_job(prepared: Prepared, resources: Resources, until: int | None = N
         stop_after=until, sample_prompts=_sample_prompts(prepared), sample_stop=prepared.tokeniser.stop_ids)
 
 
-def end_run(prepared: Prepared, job: TrainJob, trained: dict[str, Any], hit_rate: float | None,
-            training_pairs: int) -> dict[str, Any]:
+def _end_run(prepared: Prepared, job: TrainJob, trained: dict[str, Any], hit_rate: float | None,
+             training_pairs: int) -> dict[str, Any]:
     """Write the model card and summary.json after the training; returns the content of summary.json."""
     storage = Storage(prepared.config.run_dir)
     summary = _summarise(prepared, storage, trained, hit_rate, job, training_pairs)
@@ -464,14 +463,14 @@ def train_prepared(prepared: Prepared, console: Console, hit_rate: float | None 
         CacheMissError: if log-probs are missing.
     """
     config = prepared.config
-    summary = finished_before(prepared, console)
+    summary = _finished_before(prepared, console)
     if summary is None:
         joined = join_sets(prepared, console) if shared is None else shared.joined
         resources = resources_for("train", config, 1 if shared is None else shared.at_once)
         if shared is None:
             _wait_for("train", config, resources, console)
-        job = training_job(prepared, resources, None if shared is None else shared.until)
-        begin_run(prepared, job, console)
+        job = _training_job(prepared, resources, None if shared is None else shared.until)
+        _begin_run(prepared, job, console)
         with TrainingDisplay(console) if shared is None else shared.display as display:
             trained = launch(job, joined.pairs, joined.held_out, resources, run_dir=config.run_dir, run_name=config.run_name,
                              track=config.track, base_name=prepared.base_name,
@@ -482,7 +481,7 @@ def train_prepared(prepared: Prepared, console: Console, hit_rate: float | None 
                 return None
             console.say(f"stopped after step {trained['steps']:,}; its checkpoint is in {redact(config.run_dir)}")
             raise KeyboardInterrupt
-        summary = end_run(prepared, job, trained, hit_rate, joined.training_pairs)
+        summary = _end_run(prepared, job, trained, hit_rate, joined.training_pairs)
     print_summary(console, summary)
     report_on(config.run_dir, console)
     return summary
