@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     explain = add("explain", _explain, "write a page that derives the loss and shows what beta does")
     explain.add_argument("--out", metavar="FILE", default="explain.html", help="the page (default: %(default)s)")
     add_cache_verbs(verbs.add_parser("cache", help="list, show, verify, compare, compact, clean, export or import a cache"))
-    add_submit(verbs.add_parser("submit", help="run a verb as a job on a Ray cluster"))
+    add_submit(verbs.add_parser("submit", help="run a verb as a job on a Ray cluster"), _check_before_submit)
     add_jobs(verbs.add_parser("jobs", help="list, follow or stop the jobs of a Ray cluster"))
     add("doctor", _doctor, "show versions, devices, compiler and Ray cluster of this machine")
     quickstart = add("quickstart", _quickstart, "train a small model on the preference pairs that raydpo ships")
@@ -142,6 +142,16 @@ def _config(args: argparse.Namespace) -> Config:
     from raydpo.config import load_config
 
     return load_config(args.config, args.overrides)
+
+
+def _check_before_submit(config: Config, verb: str) -> None:
+    """Refuse settings with which a job would end at once. Needs no torch."""
+    from raydpo.config import check_verb
+    from raydpo.sweep.trials import trials_of
+
+    check_verb(config, verb)
+    if verb == "sweep":
+        trials_of(config, elsewhere=True)
 
 
 def _quietly(config: Config, console: Console, act: Callable[[], object]) -> None:

@@ -112,7 +112,7 @@ def test_it_is_frozen(tree):
     ("train=3", ["'train'", "3", "pairs_per_step"]),
     ("train.label_smoothing=0.1 train.loss=ipo", ["label_smoothing 0.1", "ipo", "set it to 0", "robust"]),
     ("train.loss=hinge train.label_smoothing=0.1", ["label_smoothing 0.1", "'hinge'"]),
-    ("train.discopop_tau=0.1", ["discopop_tau 0.1", "'sigmoid'", "heeds it (discopop)"]),
+    ("train.discopop_tau=0.1", ["discopop_tau 0.1", "'sigmoid'", "uses it (discopop)"]),
     ("train.loss=sft train.beta=0.3", ["beta 0.3", "'sft'"]),
     ("train.loss=[{sigmoid: 1}, {bco_pair: 1}] train.f_divergence_type=forward_kl", ["forward_kl", "'bco_pair'"]),
     ("train.f_alpha_divergence_coef=0.3", ["f_alpha_divergence_coef 0.3", "alpha_divergence"]),

@@ -1,7 +1,7 @@
-"""The run as validated data: YAML plus ``key.sub=value`` overrides, frozen once loaded.
+"""The configuration of a run: YAML and ``key.sub=value`` overrides, checked and then frozen.
 
-Imports neither torch nor ray nor deepspeed, so that a laptop can check a configuration before it submits it.
-A default lives in one of these modules and nowhere else; the docstring below a field is its documentation.
+Imports neither torch nor ray nor deepspeed, so that a laptop can check a configuration before it submits a job. These
+modules hold all defaults. The docstring below a field is its documentation.
 """
 
 from raydpo.config.data import DataConfig, EvalConfig, SourceConfig, source_name

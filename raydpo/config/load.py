@@ -166,41 +166,24 @@ def with_setting(tree: dict[str, Any], key: str, value: Any, what: str) -> dict[
     Raises:
         ConfigError: if part of the key is not a section, or a list has no such entry.
     """
-    head, *rest = key.split(".")
-    tree = dict(tree)
-    node: Any = tree
-    for step, nxt in zip([head, *rest], rest, strict=False):
-        child = node.get(step)
-        if isinstance(child, (list, tuple)) and nxt.isdigit():
-            child = list(child)
-        elif child is None or isinstance(child, dict):
-            child = dict(child or {})
-        else:
-            raise ConfigError(f"{what} sets a key below {step!r}, whose value is {shown(child, step)}, not a section")
-        node[step] = child
-        if isinstance(child, list):
-            index = int(nxt)
-            if index >= len(child):
-                raise ConfigError(f"{what}: {step} has {len(child)} entries, there is no entry {index}")
-            node = _ListView(child)
-        else:
-            node = child
-    node[rest[-1] if rest else head] = value
-    return tree
+    return _replaced(tree, key.split("."), value, what)
 
 
-class _ListView:
-    """Gives ``with_setting`` access to the entries of a list by index, as to those of a mapping."""
-
-    def __init__(self, entries: list[Any]) -> None:
-        self.entries = entries
-
-    def get(self, index: str) -> Any:
-        entry = self.entries[int(index)]
-        return {"path": entry} if isinstance(entry, str) else entry
-
-    def __setitem__(self, index: str, value: Any) -> None:
-        self.entries[int(index)] = value
+def _replaced(node: Any, path: Sequence[str], value: Any, what: str, above: str = "") -> Any:
+    """A copy of a dictionary or list with ``value`` at the end of ``path``. ``above`` is the key of ``node``."""
+    if not path:
+        return value
+    head, *rest = path
+    if isinstance(node, (list, tuple)) and head.isdigit():
+        if int(head) >= len(node):
+            raise ConfigError(f"{what}: {above} has {len(node)} entries, there is no entry {head}")
+        # A source may be a bare path, which stands for a section.
+        entry = {"path": node[int(head)]} if rest and isinstance(node[int(head)], str) else node[int(head)]
+        return [*node[:int(head)], _replaced(entry, rest, value, what, head), *node[int(head) + 1:]]
+    if node is not None and not isinstance(node, dict):
+        raise ConfigError(f"{what} sets a key below {above!r}, whose value is {shown(node, above)}, not a section")
+    node = node or {}
+    return node | {head: _replaced(node.get(head), rest, value, what, head)}
 
 
 _INNER = ("function-", "tuple[", "constrained-", "tagged-")
