@@ -79,7 +79,7 @@ def test_beta_moves_from_start_to_end(tree):
 
 
 def test_only_settings_of_the_objective_that_are_set_are_part_of_its_shape(tree):
-    """So that checkpoints from before a setting existed still mean the same run."""
+    """So checkpoints from before a setting existed still belong to the same run."""
     assert load_config(tree).train.shaped() == {}
     train = load_config(tree, ["train.loss=simpo", "train.simpo_gamma=1.0", "train.lr=1"]).train
     assert train.shaped() == {"simpo_gamma": 1.0}
@@ -210,7 +210,7 @@ def test_an_error_of_any_kind_is_told_without_the_secrets_in_it(capsys):
 
 
 def test_numbers_are_what_they_look_like(tree):
-    """PyYAML's are of YAML 1.1, in which 010 is 8."""
+    """PyYAML follows YAML 1.1, in which 010 is 8."""
     config = load_config(tree, ["train.epochs=010", "train.seed=-0_0", "train.pairs_per_step=0x10", "train.lr=1.0e-5",
                                 "train.weight_decay=1e-2", "name=2026-01-31", "score.gpus_per_worker=2.0",
                                 "train.gpus_per_worker=.5"])
@@ -277,7 +277,7 @@ def test_a_section_may_replace_a_value_and_the_reverse(tree, tmp_path):
 
 
 def test_every_field_is_documented():
-    """By a string below it, in each section; fields of the whole configuration that are sections have docstrings there."""
+    """Each field of a section is followed by a docstring."""
     undocumented, documented = [], 0
     for file in Path(raydpo.config.__file__).parent.glob("*.py"):
         for section in ast.walk(ast.parse(file.read_text())):
@@ -293,7 +293,7 @@ def test_every_field_is_documented():
 
 
 def test_checks_in_a_bare_environment(tree, tmp_path):
-    """A Python that has the light dependencies alone: no torch, ray, deepspeed, numpy or pyarrow to import."""
+    """A configuration is checked in a Python without torch, ray, deepspeed, numpy and pyarrow."""
     import importlib.util
 
     bare = tmp_path / "site"

@@ -1,4 +1,4 @@
-"""Metrics of held-out evaluations: the configuration knows those that are measured, and which way each is better."""
+"""Metrics of held-out evaluations: the configuration knows their names, and which way each is better."""
 
 import pytest
 import torch

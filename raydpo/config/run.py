@@ -76,8 +76,8 @@ class Config(Section):
         if self.reference_quantization != self.model.quantization and self.reference.path in (None, self.model.path) \
                 and not self.reference.allow_other_quantization:
             raise ValueError(f"reference.quantization is {self.reference_quantization or 'none'}, model.quantization "
-                             f"{self.model.quantization or 'none'}: policy and reference would differ at the first step by "
-                             "the error of quantization. Set reference.quantization=model, or "
+                             f"{self.model.quantization or 'none'}: policy and reference would differ from the first step "
+                             "on, by the error of quantization. Set reference.quantization=model, or "
                              "reference.allow_other_quantization=true to train all the same")
         if self.train.merge_adapter and self.model.lora is None and self.model.adapter is None:
             raise ValueError("train.merge_adapter has no effect: model.lora and model.adapter are null, so all weights are "
