@@ -55,7 +55,7 @@ BAD = [
     (ALL, "model.tokenizer={place}/bare", "cannot load a tokenizer"),
     (ALL, "data.train={place}/b.jsonl", "but there is no such file"),
     (ALL, "data.eval.path={place}/b.jsonl; data.eval.fraction=null", "'data.eval.path'"),
-    (ALL, "data.chat_template={% if %}", "is not valid Jinja"),
+    (ALL, "data.chat_template='{% if %}'", "is not valid Jinja"),
     (ALL, "data.filter=chosen_token<3", "did you mean 'chosen_tokens'"),
     (ALL, "data.eval.path=", "override 'data.eval.path=' has no value"),
     (ALL, "cache.uri=$UNSET/cache", "'cache.uri': '$UNSET/cache' contains the variable $UNSET"),
