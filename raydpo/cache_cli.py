@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from raydpo.pipeline import Prepared
     from raydpo.reference.verify import ScoresReport
 
-__all__ = ["add_cache_verbs"]
+__all__ = ["add_cache_verbs", "with_json"]
 
-Act = Callable[[argparse.Namespace, Console], None]
+Act = Callable[[argparse.Namespace, Console], Any]
 
 
 def add_cache_verbs(cache: argparse.ArgumentParser) -> None:
@@ -28,7 +28,7 @@ def add_cache_verbs(cache: argparse.ArgumentParser) -> None:
 
     def add(name: str, act: Act, about: str, *, uri: bool = True, identity: bool = True) -> argparse.ArgumentParser:
         verb = verbs.add_parser(name, help=about, description=about)
-        verb.set_defaults(act=act)
+        verb.set_defaults(act=act if act is _verify else with_json(act))  # verify prints what it found before it fails
         if uri:
             verb.add_argument("uri", metavar="URI", help="directory or URI of the cache")
             if identity:
@@ -73,30 +73,31 @@ def add_cache_verbs(cache: argparse.ArgumentParser) -> None:
         verb.add_argument("overrides", nargs="*", metavar="key.sub=value")
 
 
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2))
+def with_json(act: Act) -> Act:
+    """An act that, with --json, prints nothing but what ``act`` returns, as one JSON object."""
+    def run(args: argparse.Namespace, console: Console) -> None:
+        found = act(args, Console(io.StringIO()) if args.json else console)
+        if args.json:
+            print(json.dumps(found, indent=2))
+
+    return run
 
 
-def _ls(args: argparse.Namespace, console: Console) -> None:
+def _ls(args: argparse.Namespace, console: Console) -> Any:
     from raydpo.reference.inspect import identities
     from raydpo.storage import redact
 
     found = identities(args.uri)
-    if args.json:
-        _print_json(found)
-        return
     console.table(redact(args.uri), ("identity", "model", "dtype", "rows", "unverified", "parts", "bytes", "newest"), [
         (one["identity"], one["model"], one["dtype"], f"{one['rows']:,}", f"{one['unverified_rows']:,}", f"{one['parts']:,}",
          f"{one['bytes']:,}", _ago(one["age_seconds"])) for one in found])
+    return found
 
 
-def _show(args: argparse.Namespace, console: Console) -> None:
+def _show(args: argparse.Namespace, console: Console) -> Any:
     from raydpo.reference.inspect import describe
 
     found = describe(args.uri, args.identity)
-    if args.json:
-        _print_json(found)
-        return
     console.table("identity", ("", "value"), _rows(found["identity"]))
     made = found["made_by"]
     console.table("what made it", ("", "value"), [
@@ -109,6 +110,7 @@ def _show(args: argparse.Namespace, console: Console) -> None:
         console.table(title, ("", "value"), _rows(found[key]))
     for problem in found["problems"]:
         console.warn(problem)
+    return found
 
 
 def _verify(args: argparse.Namespace, console: Console) -> None:
@@ -117,7 +119,8 @@ def _verify(args: argparse.Namespace, console: Console) -> None:
 
     prepared = None
     if args.config:
-        prepared = _prepare(args.config[0], [*args.config[1:], f"cache.uri={args.uri}"], args.json, console)
+        told = Console(io.StringIO()) if args.json else console
+        prepared = _prepare(args.config[0], [*args.config[1:], f"cache.uri={args.uri}"], told)
     identity = prepared.reference.identity if prepared is not None and args.identity is None else args.identity
     cache = ReferenceCache.open(args.uri, identity, unverified=True)
     files = verify_files(cache)
@@ -131,8 +134,8 @@ def _verify(args: argparse.Namespace, console: Console) -> None:
     if prepared is not None:
         scores, promoted = _verify_scores(args, prepared, cache, console)
     if args.json:
-        _print_json({"files": dataclasses.asdict(files), "scores": None if scores is None else scores.to_dict(),
-                     "promoted": promoted})
+        print(json.dumps({"files": dataclasses.asdict(files), "scores": None if scores is None else scores.to_dict(),
+                          "promoted": promoted}, indent=2))
     else:
         console.say(f"files: {files.parts:,} sound part(s), {files.rows:,} rows, {files.bytes:,} bytes, "
                     f"{files.twice:,} rows stored twice, {len(files.problems):,} problem(s)")
@@ -191,16 +194,13 @@ def _print_scores(scores: ScoresReport, promoted: int | None, console: Console) 
         console.say(f"imported: {promoted:,} rows are now verified and used by training")
 
 
-def _diff(args: argparse.Namespace, console: Console) -> None:
+def _diff(args: argparse.Namespace, console: Console) -> Any:
     from raydpo.reference.inspect import difference
     from raydpo.reference.store import ReferenceCache
 
     caches = [ReferenceCache.open(uri, identity or None) for uri, _, identity in
               (name.partition("#") for name in (args.a, args.b))]
     found = difference(*caches)
-    if args.json:
-        _print_json(found)
-        return
     console.table("identity", ("field", "A", "B"), [(name, *map(str, pair)) for name, pair in found["fields"].items()]
                   or [("all fields", "equal", "equal")])
     console.say(f"completions: {found['completions'][0]:,} in A, {found['completions'][1]:,} in B, {found['common']:,} in "
@@ -208,24 +208,23 @@ def _diff(args: argparse.Namespace, console: Console) -> None:
     if found["common"]:
         console.table("difference on those in both, nats a token", ("", "value"), _rows(found["difference"]))
         console.say(f"worst: key {found['worst']['key']}, {found['worst']['mean']:.3g} nats a token")
+    return found
 
 
-def _compact(args: argparse.Namespace, console: Console) -> None:
+def _compact(args: argparse.Namespace, console: Console) -> Any:
     from raydpo.reference.compact import TARGET_BYTES, compact
     from raydpo.reference.store import ReferenceCache
 
     cache = ReferenceCache.open(args.uri, args.identity)
     report = compact(cache, TARGET_BYTES if args.target_mb is None else int(args.target_mb * 2**20))
-    if args.json:
-        _print_json(dataclasses.asdict(report))
-        return
     console.say(f"{report.before:,} part(s) before, {report.after:,} after: {report.merged:,} merged, {report.rows:,} rows, "
                 f"{report.dropped:,} left out, stored twice; 'raydpo cache gc' lists the files that are no longer needed")
     for problem in cache.problems:
         console.warn(problem)
+    return dataclasses.asdict(report)
 
 
-def _gc(args: argparse.Namespace, console: Console) -> None:
+def _gc(args: argparse.Namespace, console: Console) -> Any:
     from raydpo.reference.compact import delete_garbage, find_garbage
     from raydpo.reference.store import ReferenceCache
     from raydpo.storage import Storage
@@ -237,43 +236,36 @@ def _gc(args: argparse.Namespace, console: Console) -> None:
     if args.delete:
         for cache, each in found:
             delete_garbage(cache, each)
-    if args.json:
-        _print_json({"deleted": args.delete, "files": [dataclasses.asdict(one) for one in garbage]})
-        return
     for one in garbage:
         console.say(f"{one.path}  {one.bytes:,} bytes  {one.reason}")
     size = sum(one.bytes for one in garbage)
     console.say(f"{len(garbage):,} file(s), {size:,} bytes " + (
         "deleted" if args.delete else "can be deleted, with --delete"))
+    return {"deleted": args.delete, "files": [dataclasses.asdict(one) for one in garbage]}
 
 
-def _export(args: argparse.Namespace, console: Console) -> None:
+def _export(args: argparse.Namespace, console: Console) -> Any:
     from raydpo.reference.exchange import export_pairs
     from raydpo.training.pairs import join_reference
 
-    prepared = _prepare(args.config, args.overrides, args.json, console)
+    prepared = _prepare(args.config, args.overrides, console)
     joined = join_reference(prepared.sets.train, prepared.cache, "training")
     decode = prepared.tokeniser.tokenizer.batch_decode
     pairs = export_pairs(joined, lambda ids: decode(ids, skip_special_tokens=False), Path(args.out))
-    if args.json:
-        _print_json({"pairs": pairs, "file": args.out, "identity": prepared.reference.identity.digest})
-    else:
-        console.say(f"{pairs:,} pairs with reference log-probs of {prepared.reference.identity.digest}: {args.out}")
+    console.say(f"{pairs:,} pairs with reference log-probs of {prepared.reference.identity.digest}: {args.out}")
+    return {"pairs": pairs, "file": args.out, "identity": prepared.reference.identity.digest}
 
 
-def _import(args: argparse.Namespace, console: Console) -> None:
+def _import(args: argparse.Namespace, console: Console) -> Any:
     from raydpo.errors import ConfigError
     from raydpo.reference.exchange import import_sums
 
     if (args.chosen is None) != (args.rejected is None):
         raise ConfigError("--chosen and --rejected belong together; give both or neither")
-    prepared = _prepare(args.config, [*args.overrides, "data.eval=null"], args.json, console)
+    prepared = _prepare(args.config, [*args.overrides, "data.eval=null"], console)
     prepared.cache.prepare({"model": prepared.reference.path, "adapter": prepared.reference.adapter})
     report = import_sums(prepared.config.data, prepared.sets.train, prepared.cache, means=args.means,
                          columns=None if args.chosen is None else (args.chosen, args.rejected))
-    if args.json:
-        _print_json(dataclasses.asdict(report))
-        return
     console.say(f"{report.pairs:,} pairs imported from {' and '.join(report.columns)} as {report.rows:,} unverified rows of "
                 f"{prepared.reference.identity.digest}"
                 + (f"; {report.without:,} pairs have none" if report.without else ""))
@@ -282,9 +274,10 @@ def _import(args: argparse.Namespace, console: Console) -> None:
                      "last import is used from now on. 'raydpo cache gc' lists imports that are no longer used")
     console.say(f"training refuses them until this has verified them: raydpo cache verify {prepared.cache.storage} --config "
                 f"{' '.join([args.config, *args.overrides])}")
+    return dataclasses.asdict(report)
 
 
-def _prepare(file: str, overrides: Sequence[str], silent: bool, console: Console) -> Prepared:
+def _prepare(file: str, overrides: Sequence[str], console: Console) -> Prepared:
     """Check a configuration, tokenise its pairs and open its cache, without Ray."""
     from raydpo.checks import check
     from raydpo.config import load_config
@@ -292,9 +285,8 @@ def _prepare(file: str, overrides: Sequence[str], silent: bool, console: Console
 
     config = load_config(file, overrides)
     with console.quiet():
-        told = Console(io.StringIO()) if silent else console
-        check(config, "score", told)
-        return Prepared.of(config, told)
+        check(config, "score", console)
+        return Prepared.of(config, console)
 
 
 def _rows(values: dict[str, Any]) -> list[tuple[str, str]]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
-import json
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -12,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import raydpo
-from raydpo.cache_cli import add_cache_verbs
+from raydpo.cache_cli import add_cache_verbs, with_json
 from raydpo.console import Console
 from raydpo.errors import ConfigError, RaydpoError, TrainError, exit_status
 from raydpo.interrupt import sigterm_as_interrupt
@@ -79,11 +77,11 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--fresh", action="store_true", help="start again; rename an earlier sweep of this name")
     show = configured("show", _show, "print pairs as the model sees them")
     show.add_argument("-n", "--count", type=int, default=3, help="number of pairs (default: %(default)s)")
-    audit = configured("audit", _audit, "write a page on what the pairs teach, from their lengths and cached log-probs")
+    audit = configured("audit", with_json(_audit), "write a page on what the pairs teach, by lengths and cached log-probs")
     audit.add_argument("--json", action="store_true", help="print one JSON object")
-    evaluate = configured("eval", _eval, "compare a policy with the reference: preferences, answers, drift, wins")
+    evaluate = configured("eval", with_json(_eval), "compare a policy with the reference: preferences, answers, drift, wins")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
-    plan = configured("plan", _plan, "estimate what a run takes: tokens, memory, GPU hours, dollars, idle time of workers")
+    plan = configured("plan", with_json(_plan), "estimate what a run takes: tokens, memory, GPU hours, dollars, idle time")
     plan.add_argument("--workers", type=int, metavar="N", help="number of devices of both stages (default: as configured)")
     plan.add_argument("--device", metavar="NAME", help="a GPU with a known peak rate, such as H100, A100-80GB or L4")
     for stage in ("score", "train"):
@@ -200,23 +198,17 @@ def _show(args: argparse.Namespace, console: Console) -> None:
         console.print(renderable)
 
 
-def _audit(args: argparse.Namespace, console: Console) -> None:
-    config = _config(args)
+def _audit(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     with console.quiet():
-        done = raydpo.audit(config, Console(io.StringIO()) if args.json else console)
-    if args.json:
-        print(json.dumps(done.to_dict(), indent=2))
+        return raydpo.audit(_config(args), console).to_dict()
 
 
-def _eval(args: argparse.Namespace, console: Console) -> None:
-    config = _config(args)
+def _eval(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     with console.quiet():
-        found = raydpo.evaluate(config, Console(io.StringIO()) if args.json else console)
-    if args.json:
-        print(json.dumps(found, indent=2))
+        return raydpo.evaluate(_config(args), console)
 
 
-def _plan(args: argparse.Namespace, console: Console) -> None:
+def _plan(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     config = _config(args)
     from raydpo.estimate.report import plan_run, print_plan
 
@@ -225,12 +217,10 @@ def _plan(args: argparse.Namespace, console: Console) -> None:
         plan = plan_run(config, sets, measure=args.measure, device=args.device, mfu_score=args.mfu_score,
                         mfu_train=args.mfu_train, workers=args.workers, price=args.price, runs=args.runs,
                         memory=args.memory)
-    if args.json:
-        print(json.dumps(plan.to_dict(), indent=2))
-        return
     for line in sets.report.lines():
         console.say(line)
     print_plan(plan, console)
+    return plan.to_dict()
 
 
 def _load_pairs(config: Config) -> tuple[PairSets, Tokeniser]:

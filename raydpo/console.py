@@ -110,9 +110,10 @@ class Console:
         sys.stdout.flush()
         sys.stderr.flush()
         saved = [os.dup(1), os.dup(2)]
-        before = self.stream
-        ours = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8", errors="replace")
-        self._use(ours)
+        before = ours = self.stream
+        if before is sys.stdout:  # a console on another stream keeps it
+            ours = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8", errors="replace")
+            self._use(ours)
         with open(log, "ab") as sink:
             os.dup2(sink.fileno(), 1)
             os.dup2(sink.fileno(), 2)
@@ -125,8 +126,9 @@ class Console:
                 os.dup2(original, descriptor)
                 os.close(original)
             ours.flush()
-            self._use(before)
-            ours.close()
+            if ours is not before:
+                self._use(before)
+                ours.close()
 
     def quiet(self) -> contextlib.AbstractContextManager[None]:
         """Within the block, drop all output but this console's own, such as what libraries print while a model loads."""
