@@ -54,8 +54,8 @@ def check_cluster(config: Config, stages: Sequence[Stage], console: Console, mod
         except ConfigError as error:
             problems.append(str(error))
     if config.ray.autoscaling and config.model.dtype == "auto" and not _gpus() and grows_to("GPU") is None:
-        problems.append("'model.dtype' is 'auto', and the cluster, which starts nodes on demand, has no GPU yet: it is "
-                        "unknown whether it will have any; set model.dtype to bfloat16 or float32")
+        problems.append("'model.dtype' is 'auto', and the cluster, which starts nodes on demand, has no GPU yet to "
+                        "decide by; set model.dtype to bfloat16 or float32")
     if problems:
         raise ConfigError("\n".join(problems))
     check_nodes(config, stages, console, models)

@@ -169,8 +169,8 @@ def _gpus_per_worker(stage: str, config: Config, nodes: Sequence[dict[str, Any]]
         return 1.0
     coming = grows_to("GPU") if config.ray.autoscaling else 0
     if coming is None:
-        raise ConfigError(f"{stage}.gpus_per_worker is null, and the cluster, which starts nodes on demand, has no GPU yet: "
-                          f"it is unknown whether it will have any; set {stage}.gpus_per_worker to 1, or to 0 for CPUs")
+        raise ConfigError(f"{stage}.gpus_per_worker is null, and the cluster, which starts nodes on demand, has no GPU yet "
+                          f"to decide by; set {stage}.gpus_per_worker to 1, or to 0 for CPUs")
     return 1.0 if coming >= 1 else 0.0
 
 
