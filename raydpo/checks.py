@@ -7,10 +7,13 @@ what the configuration names on the hub or at a URI.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from raydpo.config import Config, Verb, check_verb
+from raydpo.config import Config, SourceConfig, Verb, check_verb
 from raydpo.console import Console
+from raydpo.data.pairs import held_out_source
+from raydpo.data.records import read_records
 from raydpo.data.tokenise import load_tokenizer
 from raydpo.errors import ConfigError, FilesError, ModelError
 from raydpo.losses import Objective
@@ -29,6 +32,7 @@ def check(config: Config, verb: Verb, console: Console, trials: Sequence[Config]
 
     Raises:
         ConfigError: if settings, local files or the user's functions are wrong.
+        DataError: if a local file of pairs cannot be read.
         ModelError: if a model is not on the hub, or cannot be scored exactly.
     """
     check_verb(config, verb)
@@ -37,6 +41,7 @@ def check(config: Config, verb: Verb, console: Console, trials: Sequence[Config]
         Objective(each.train)  # imports a loss of the user's own and tries it on made-up rows
         if verb != "eval":
             _check_reference(each)
+    _check_data(configs, verb)
     for path in {each.model.path: None for each in configs if each.model.trust_remote_code}:
         console.warn(f"model.trust_remote_code is on: Python code in {path} runs with your rights")
     _check_models(configs, console, policy=verb != "eval")
@@ -53,6 +58,24 @@ def _check_reference(config: Config) -> None:
         if value not in (None, policy) and not config.needs_reference:
             raise ConfigError(f"{key!r} is {value!r}, but nothing compares with a reference: train.loss is "
                               f"{config.train.loss_text}. Drop it, or set a loss with a reference, such as sigmoid")
+
+
+def _check_data(configs: Sequence[Config], verb: Verb) -> None:
+    """Read the first record of each local source of pairs.
+
+    Raises:
+        DataError: if a file cannot be read, or holds no records.
+    """
+    sources: dict[str, SourceConfig] = {}
+    for config in configs:
+        evaluated, train = config.evaluate.data or (), config.data.train
+        own_file = config.data.eval is not None and config.data.eval.path is not None
+        held_out = (held_out_source(config.data),) if own_file else ()
+        for source in (evaluated or held_out or train) if verb == "eval" else (*train, *held_out):
+            sources[source.model_dump_json()] = source
+    for source in sources.values():
+        if Path(source.path).exists():
+            next(read_records(source))
 
 
 def _check_models(configs: Sequence[Config], console: Console, *, policy: bool) -> None:

@@ -25,6 +25,9 @@ def place(tmp_path_factory, tiny_llama):
     shutil.copytree(tiny_llama, place / "bare", ignore=shutil.ignore_patterns("*token*"))
     (place / "bad_functions.py").write_text(
         "def not_a_number(prompt, answer): ...\nvalue = 3\ndef scalar(logps, config, beta): return logps.chosen.mean()\n")
+    (place / "empty.jsonl").write_text("")
+    (place / "nothing").mkdir()
+    (place / "broken.parquet").write_text("no parquet")
     tree = {"output": str(place / "runs"), "name": "checked", "model": {"path": str(tiny_llama), "dtype": "float32"},
             "data": {"train": str(place / "a.jsonl"), "eval": {"fraction": 0.3}},
             "evaluate": {"policy": str(tiny_llama)}}
@@ -55,6 +58,10 @@ BAD = [
     (ALL, "model.tokenizer={place}/bare", "cannot load a tokenizer"),
     (ALL, "data.train={place}/b.jsonl", "but there is no such file"),
     (ALL, "data.eval.path={place}/b.jsonl; data.eval.fraction=null", "'data.eval.path'"),
+    (("score", *TRAINING, "audit"), "data.train={place}/empty.jsonl", "holds no records"),
+    (("score", *TRAINING, "audit"), "data.train={place}/nothing", "holds no .jsonl"),
+    (("run", "eval"), "data.eval={path: '{place}/config.yaml'}", "is of an unknown kind"),
+    (("eval",), "evaluate.data={place}/broken.parquet", "cannot read broken.parquet"),
     (ALL, "data.chat_template='{% if %}'", "is not valid Jinja"),
     (ALL, "data.filter=chosen_token<3", "did you mean 'chosen_tokens'"),
     (ALL, "data.eval.path=", "override 'data.eval.path=' has no value"),
