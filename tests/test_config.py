@@ -317,3 +317,15 @@ def test_checks_in_a_bare_environment(tree, tmp_path):
                             capture_output=True, text=True)
     assert result.stdout.strip() == "model-sigmoid-beta0.1", result.stderr
     assert result.returncode == 2 and "did you mean 'train.beta'" in result.stderr
+
+
+def test_help_and_a_wrong_setting_import_little(tree, tmp_path):
+    """So both answer in a fraction of a second."""
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree | {"train": {"bata": 1}}))
+    for words, status, unused in (("['--help']", 0, {"pydantic", "rich", "yaml", "asyncio"}),
+                                  (f"['run', {str(tmp_path / 'config.yaml')!r}]", 2, {"rich", "asyncio", "numpy"})):
+        program = ("import sys\nfrom raydpo.cli import main\n"
+                   f"try: status = main({words})\nexcept SystemExit as ended: status = ended.code or 0\n"
+                   f"raise SystemExit(f'imported: {{found}}' if (found := {unused!r} & set(sys.modules)) else status)\n")
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        assert done.returncode == status, done.stderr
