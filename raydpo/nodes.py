@@ -22,11 +22,11 @@ def nodes_with(accelerator: str | None, labels: Mapping[str, str]) -> list[dict[
 
 def selected(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:
     """Whether a node's labels match ``selector``, by Ray's rules: ``a``, ``!a``, ``in(a,b)``, ``!in(a,b)``."""
-    for key, wish in selector.items():
-        bare = wish.removeprefix("!")
+    for key, value in selector.items():
+        bare = value.removeprefix("!")
         several = re.fullmatch(r"in\((.*)\)", bare)
-        values = [value.strip() for value in several[1].split(",")] if several else [bare]
-        if (labels.get(key) in values) == wish.startswith("!"):
+        values = [one.strip() for one in several[1].split(",")] if several else [bare]
+        if (labels.get(key) in values) == value.startswith("!"):
             return False
     return True
 
@@ -69,11 +69,11 @@ def never_comes(bundle: Mapping[str, float], labels: Mapping[str, str]) -> tuple
     try:
         told = GcsClient(ray.get_runtime_context().gcs_address).get_cluster_status()
         state = GetClusterStatusReply.FromString(told).autoscaling_state
-        wishes = [wish.request for constraint in state.infeasible_cluster_resource_constraints
-                  for wish in constraint.resource_requests]
+        requests = [one.request for constraint in state.infeasible_cluster_resource_constraints
+                    for one in constraint.resource_requests]
         return state.last_seen_cluster_resource_state_version, any(
-            dict(wish.resources_bundle) == dict(bundle) and {
-                label.label_key for selector in wish.label_selectors for label in selector.label_constraints} == set(labels)
-            for wish in wishes)
+            dict(one.resources_bundle) == dict(bundle) and {
+                label.label_key for selector in one.label_selectors for label in selector.label_constraints} == set(labels)
+            for one in requests)
     except Exception:  # what Ray knows of its autoscaler differs by version and platform
         return 0, False

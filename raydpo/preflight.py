@@ -35,7 +35,7 @@ def check_cluster(config: Config, stages: Sequence[Stage], console: Console, mod
     """Check storage, resources and nodes, before data is read and devices are used.
 
     Args:
-        models: models that the stages load, beside those of sections ``model`` and ``reference``.
+        models: models that the stages load, besides those of sections ``model`` and ``reference``.
 
     Raises:
         ConfigError: with a line for each problem.

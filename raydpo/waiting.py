@@ -21,7 +21,7 @@ SAY_SECONDS = 15.0
 """Seconds between lines about what is missing."""
 VERDICT_SECONDS = 20.0
 """Seconds for an autoscaler, which looks every 5 s, to report what it can never provide."""
-_WISHES: dict[object, tuple[Resources, int]] = {}
+_REQUESTS: dict[object, tuple[Resources, int]] = {}
 """Open requests of this process, each with its number of places. All of them are sent together."""
 
 
@@ -47,7 +47,7 @@ def coming_up(config: Config, *, wanted: bool = True, trainings: int = 1) -> Ite
 
     asking = threading.Thread(target=ask, name="raydpo-ask", daemon=True)
     resources = resources_for("train", config)
-    with _wishing(resources, resources.workers * trainings):
+    with _requesting(resources, resources.workers * trainings):
         asking.start()
         try:
             yield
@@ -64,7 +64,7 @@ def check_reachable(stage: str, resources: Resources) -> None:
     """
     if any(holds(node["Resources"], resources.bundle) for node in nodes_with(resources.accelerator, resources.labels)):
         return
-    with _wishing(resources, 1):
+    with _requesting(resources, 1):
         first, _ = never_comes(resources.bundle, resources.labels)
         told: dict[int, bool] = {}  # by look
         started = asked = time.monotonic()
@@ -99,10 +99,10 @@ def wait_for(stage: str, resources: Resources, console: Console, *, autoscaling:
     needed = 1 if stage == "score" else resources.fewest or resources.workers
     places = resources.teams if resources.on_one_machine else resources.workers
     started = said = asked = time.monotonic()
-    wish: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    request: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if autoscaling:
-        wish = _wishing(resources, places)
-    with wish:
+        request = _requesting(resources, places)
+    with request:
         while (room := room_for(resources.bundle, resources.accelerator, resources.labels)) < needed:
             now = time.monotonic()
             if now - said >= SAY_SECONDS:
@@ -116,26 +116,26 @@ def wait_for(stage: str, resources: Resources, console: Console, *, autoscaling:
 
 
 @contextlib.contextmanager
-def _wishing(resources: Resources, places: int) -> Iterator[None]:
-    """Within the block, request so many places from an autoscaler, beside the other requests of this process."""
+def _requesting(resources: Resources, places: int) -> Iterator[None]:
+    """Within the block, request ``places`` from an autoscaler, together with the other requests of this process."""
     # Ray keeps a request until the next one, even if its process was killed. Ray Data's coordinator sends one regularly, but
     # it only starts with the first work of Ray Data or Ray Train.
     from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
 
     get_or_create_autoscaling_coordinator()
-    wish = object()  # a key: trials of a sweep may request the same
-    _WISHES[wish] = (resources, places)
+    request = object()  # a key: trials of a sweep may request the same
+    _REQUESTS[request] = (resources, places)
     _ask()
     try:
         yield
     finally:
-        del _WISHES[wish]
+        del _REQUESTS[request]
         _ask()
 
 
 def _ask() -> None:
     from ray.autoscaler.sdk import request_resources
 
-    wished = [resources for resources, places in list(_WISHES.values()) for _ in range(places)]
-    request_resources(bundles=[dict(resources.bundle) for resources in wished],
-                      bundle_label_selectors=[dict(resources.labels) for resources in wished])
+    requested = [resources for resources, places in list(_REQUESTS.values()) for _ in range(places)]
+    request_resources(bundles=[dict(resources.bundle) for resources in requested],
+                      bundle_label_selectors=[dict(resources.labels) for resources in requested])

@@ -78,7 +78,7 @@ class Config(Section):
             raise ValueError(f"reference.quantization is {self.reference_quantization or 'none'}, model.quantization "
                              f"{self.model.quantization or 'none'}: policy and reference would differ from the first step "
                              "on, by the error of quantization. Set reference.quantization=model, or "
-                             "reference.allow_other_quantization=true to train all the same")
+                             "reference.allow_other_quantization=true to train nevertheless")
         if self.train.merge_adapter and self.model.lora is None and self.model.adapter is None:
             raise ValueError("train.merge_adapter has no effect: model.lora and model.adapter are null, so all weights are "
                              "trained and exported. Drop it, or set model.lora")

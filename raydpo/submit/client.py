@@ -232,7 +232,7 @@ class Jobs:
         return printed
 
     def stop(self, job: str, seconds: int = STOP_SECONDS) -> JobDetails:
-        """Stop a job that has so many seconds for its checkpoint, and wait until it has ended."""
+        """Stop a job, which has ``seconds`` for a checkpoint, and wait until it has ended."""
         self.client.stop_job(job)
         deadline = time.monotonic() + seconds + 30
         while (details := self.client.get_job_info(job)).status.value not in ENDED:
