@@ -42,7 +42,9 @@ def check(config: Config, verb: Verb, console: Console, trials: Sequence[Config]
         if verb != "eval":
             _check_reference(each)
     _check_data(configs, verb)
-    for path in {each.model.path: None for each in configs if each.model.trust_remote_code}:
+    trusted = [each for each in configs if each.model.trust_remote_code]
+    for path in {path: None for each in trusted for path in (each.model.path, each.reference_path, *(
+            (each.evaluate.policy, each.evaluate.reward_model) if verb == "eval" else ())) if path is not None}:
         console.warn(f"model.trust_remote_code is on: Python code in {path} runs with your rights")
     _check_models(configs, console, policy=verb != "eval")
     tokenizers = _check_tokenizers(configs)
