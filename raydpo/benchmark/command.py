@@ -25,11 +25,12 @@ from raydpo.benchmark.machine import device_name, known_peak, versions
 from raydpo.benchmark.random_model import SHAPES, write_random_llama
 from raydpo.benchmark.report import plot, print_point
 from raydpo.cli import guarded
-from raydpo.config import DataConfig, TrainConfig
+from raydpo.config import DataConfig, TrainConfig, is_hub_name, is_uri
 from raydpo.console import Console
 from raydpo.cost import ModelCost
 from raydpo.errors import ConfigError, TrainError
 from raydpo.estimate.plan import pair_groups
+from raydpo.model.weights import check_weights
 from raydpo.reference.identity import resolve_model
 from raydpo.submit.command import as_submit
 
@@ -95,6 +96,7 @@ def _run(args: argparse.Namespace, console: Console) -> None:
 
     if (args.data is None) == (not args.synthetic):
         raise ConfigError("give the pairs with one of --data FILE and --synthetic")
+    _check_inputs(args, console)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch sees no CUDA device here; use --device cpu")
@@ -138,6 +140,23 @@ def _run(args: argparse.Namespace, console: Console) -> None:
     wrong = [f"{point['workload']['name']}: {problem}" for point in points for problem in point["problems"][:1]]
     if wrong:
         raise TrainError(f"the two sides do not compute the same, so their speeds are not compared; {'; '.join(wrong)}")
+
+
+def _check_inputs(args: argparse.Namespace, console: Console) -> None:
+    """Refuse a model or file that is not there, or not complete, before a process is started.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    if args.data is not None and not (is_uri(args.data) or is_hub_name(args.data) or Path(args.data).exists()):
+        raise ConfigError(f"--data is {args.data!r}, but there is no such file; give a preference file, a URI or a hub name")
+    if args.model in SHAPES:
+        return
+    if not (is_hub_name(args.model) or Path(args.model).is_dir()):
+        raise ConfigError(f"--model is {args.model!r}, but there is no such directory; give a model directory, a hub name "
+                          f"or {' or '.join(SHAPES)}")
+    for line in check_weights(resolve_model(args.model)):
+        console.warn(line)
 
 
 def _measure(args: argparse.Namespace, job: Job, table: Any, other_side: str, batches: Sequence[int],
