@@ -14,12 +14,12 @@ import pyarrow as pa
 
 from raydpo.config import Config, DataConfig, EvaluateConfig, SourceConfig, source_name
 from raydpo.data.pairs import HELD_OUT, held_out_source
-from raydpo.data.preference import Malformed, Text, normalise
+from raydpo.data.preference import Malformed, Text, as_text, content_text, normalise
 from raydpo.data.records import Record, read_records
 from raydpo.data.split import held_out, kept, prompt_digest
 from raydpo.errors import ConfigError
 
-__all__ = ["Prompt", "as_text", "choose_prompts", "evaluation_data", "reading", "sources_of", "spoken", "trained_on"]
+__all__ = ["Prompt", "choose_prompts", "evaluation_data", "reading", "sources_of", "spoken", "trained_on"]
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def _prompts(record: Record) -> list[Text]:
 def _question(prompt: Text) -> bytes:
     """16 bytes of a prompt in words, the same whether it is text or the message of a user."""
     one = not isinstance(prompt, str) and len(prompt) == 1
-    return prompt_digest((_content(prompt[0]) if one else as_text(prompt)).strip())
+    return prompt_digest((content_text(prompt[0]) if one else as_text(prompt)).strip())
 
 
 def _preference_prompt(record: Record, number: int) -> Text:
@@ -156,17 +156,3 @@ def _preference_prompt(record: Record, number: int) -> Text:
         return normalise(record.value or {})[number].prompt
     except (Malformed, IndexError):  # the file was changed since it was loaded
         raise ConfigError(f"{record.where} is no longer the record that it was a moment ago; run it again") from None
-
-
-def as_text(prompt: Text) -> str:
-    """A prompt in words; a conversation as ``role: content`` lines."""
-    if isinstance(prompt, str):
-        return prompt
-    return "\n\n".join(f"{message['role']}: {_content(message)}" for message in prompt)
-
-
-def _content(message: dict[str, Any]) -> str:
-    content = message.get("content")
-    if isinstance(content, list):
-        return "\n".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
-    return "" if content is None else str(content)

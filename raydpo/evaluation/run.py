@@ -16,6 +16,11 @@ import pyarrow.parquet as pq
 import yaml
 
 import raydpo
+from raydpo.answers.answering import Answering
+from raydpo.answers.contests import by_scores, count_wins, own_scores
+from raydpo.answers.draws import ROWS
+from raydpo.answers.judge import Judge, judge_contests
+from raydpo.answers.reward import RewardModel
 from raydpo.config import Config, ObjectiveConfig, load_config
 from raydpo.config.uri import redacted
 from raydpo.console import Console
@@ -23,16 +28,12 @@ from raydpo.data.facts import prompt_numbers
 from raydpo.data.pairs import load_pairs
 from raydpo.data.tokenise import Tokeniser, load_tokenizer
 from raydpo.errors import CacheMissError, ConfigError, RaydpoError
-from raydpo.evaluation.answers import ROWS, Answering
 from raydpo.evaluation.drift import ExactSteps, measure_drift
-from raydpo.evaluation.judge import Judge, judge_contests
 from raydpo.evaluation.policy import Policy, find_policy, harness_arguments
 from raydpo.evaluation.preferences import ScoredPairs, measure_preferences
 from raydpo.evaluation.prompts import Prompt, choose_prompts, evaluation_data, reading, spoken, trained_on
 from raydpo.evaluation.report import print_evaluation
-from raydpo.evaluation.reward import RewardModel
 from raydpo.evaluation.samples import Answers
-from raydpo.evaluation.wins import by_scores, count_wins, own_scores
 from raydpo.evaluation.work import Work, do_work
 from raydpo.model.rotary import rope_line
 from raydpo.model.weights import check_weights

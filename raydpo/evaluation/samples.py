@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from raydpo.answers.contests import Contest
 from raydpo.data.keys import completion_key
 from raydpo.data.pairs import PAIR_SCHEMA
 from raydpo.data.preference import Text
 from raydpo.data.tokenise import Tokeniser
 from raydpo.evaluation.prompts import Prompt
 from raydpo.evaluation.style import is_cut, length_growth, measure_style
-from raydpo.evaluation.wins import Contest
 
 __all__ = ["Answers"]
 

@@ -10,8 +10,10 @@ import torch
 from tiny import make_model
 from tiny_world import LONGEST, STOP, exact_log_probs, make_world, sequences
 
+from raydpo.answers.answering import Answering
+from raydpo.answers.draws import Draw, uniforms
+from raydpo.answers.transformers_engine import answer_all
 from raydpo.errors import ConfigError, ModelError
-from raydpo.evaluation.answers import Answering, Draw, answer_all, uniforms
 from raydpo.reference.identity import identify
 from raydpo.reference.score import ReferenceSpec
 

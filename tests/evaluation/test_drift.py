@@ -7,7 +7,8 @@ import pytest
 import torch
 from tiny_world import LONGEST, STOP, exact_log_probs, make_world, sequences
 
-from raydpo.evaluation.answers import Draw, answer_all
+from raydpo.answers.draws import Draw
+from raydpo.answers.transformers_engine import answer_all
 from raydpo.evaluation.drift import exact_steps, measure_drift
 from raydpo.model.layout import PromptGroup
 from raydpo.model.logps import LogpModel

@@ -7,9 +7,10 @@ from tiny import make_tokenizer, preferences, write_preferences
 
 from raydpo.config import load_config
 from raydpo.data.pairs import load_pairs
+from raydpo.data.preference import as_text
 from raydpo.data.tokenise import Tokeniser
 from raydpo.errors import ConfigError
-from raydpo.evaluation.prompts import as_text, choose_prompts, evaluation_data, reading, spoken, trained_on
+from raydpo.evaluation.prompts import choose_prompts, evaluation_data, reading, spoken, trained_on
 
 
 def rewardbench(path, count=12):

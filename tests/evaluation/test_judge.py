@@ -5,11 +5,11 @@ import time
 import pytest
 from judge_server import longer, serving
 
+from raydpo.answers import judge as judging
+from raydpo.answers.contests import Contest, count_wins
+from raydpo.answers.judge import Judge, judge_contests
 from raydpo.config import JudgeConfig
 from raydpo.errors import ConfigError, RaydpoError
-from raydpo.evaluation import judge as judging
-from raydpo.evaluation.judge import Judge, judge_contests
-from raydpo.evaluation.wins import Contest, count_wins
 from raydpo.storage import Storage
 
 CONTESTS = [Contest("What is it?", "a long answer", "short"), Contest("And this?", "brief", "another long answer"),

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import make_tokenizer
 
+from raydpo.answers.contests import Contest, by_scores, count_wins, own_scores, win_rate_at_equal_length
+from raydpo.answers.reward import RewardModel
 from raydpo.errors import ConfigError, ModelError, RaydpoError
-from raydpo.evaluation.reward import RewardModel
-from raydpo.evaluation.wins import Contest, by_scores, count_wins, own_scores, win_rate_at_equal_length
 
 CONTESTS = [Contest("p", "longer answer", "short"), Contest("p", "a", "longer"), Contest("p", "same", "same")]
 

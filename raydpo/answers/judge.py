@@ -16,10 +16,10 @@ import httpx
 import numpy as np
 import pyarrow as pa
 
+from raydpo.answers.contests import Contest
 from raydpo.config import JudgeConfig
+from raydpo.data.preference import as_text
 from raydpo.errors import ConfigError, RaydpoError
-from raydpo.evaluation.prompts import as_text
-from raydpo.evaluation.wins import Contest
 from raydpo.evaluation.work import load, store, stored_name
 from raydpo.storage import Storage
 
@@ -119,7 +119,7 @@ class Judge:
 
 def judge_contests(judge: Judge, contests: Sequence[Contest], storage: Storage,
                    progress: Callable[[int, int], None]) -> tuple[np.ndarray, dict[str, Any]]:
-    """Verdicts on all contests, as ``wins.count_wins`` takes them; stored by content, so that none is asked for twice.
+    """Verdicts on all contests, as ``contests.count_wins`` takes them; stored by content, so that none is asked for twice.
 
     What else is told: ``refused`` and ``failed`` replies, ``inconsistent`` contests whose verdict turned with the order, and
     ``first_favoured``, the share of verdicts for the answer that came first.

@@ -1,92 +1,22 @@
 """Answers of a model to prompts: greedy, or sampled from its whole distribution. Needs torch and transformers alone.
 
-A sampled token is read off the cumulative distribution at a uniform number that depends on (seed, prompt, sample, position)
-alone. So an answer does not depend on what it is computed with, nor on how many workers there are, and two models that agree
-give the same answer: what differs between policy and reference is not luck.
+A sampled token is read off the cumulative distribution at a number of ``draws.uniforms``.
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import struct
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor
 
+from raydpo.answers.draws import Draw, uniforms
 from raydpo.errors import ConfigError
-from raydpo.model.load import load_causal_lm
-from raydpo.reference.identity import on_this_machine, proved_here
-from raydpo.reference.score import ReferenceSpec
 
-__all__ = ["ROWS", "Answering", "Draw", "answer_all", "uniforms"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Draw:
-    """Which random numbers an answer is drawn with: those of its ``sample`` number under ``seed``."""
-
-    seed: int
-    sample: int
-    temperature: float = 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answering:
-    """Work for ``evaluation.work``: from rows of ``ROWS`` to ``answer_ids``, list<int32>, the end token included.
-
-    Attributes:
-        stop: ids that end an answer.
-        batch: answers made at once.
-    """
-
-    spec: ReferenceSpec
-    max_tokens: int
-    stop: tuple[int, ...]
-    batch: int
-    engine: Literal["transformers", "vllm"] = "transformers"
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        return {"answers": 1, "model": self.spec.identity.digest, "engine": self.engine, "max_tokens": self.max_tokens,
-                "stop": self.stop}
-
-    def open(self, device: str) -> Callable[[pa.Table], pa.Table]:
-        """Load the model; what comes back answers one table after another.
-
-        Raises:
-            ModelError: if the files here are another model.
-        """
-        if self.engine == "vllm":
-            from raydpo.evaluation.vllm_engine import open_vllm
-
-            answer = open_vllm(self)
-        else:
-            spec = on_this_machine(self.spec)
-            with proved_here(spec):
-                model = load_causal_lm(spec.path, spec.identity.dtype, adapter=spec.adapter, device=device,
-                                       quantization=spec.quantization, rope_length=spec.identity.rope_length,
-                                       trust_remote_code=spec.trust_remote_code)
-            answer = functools.partial(answer_all, model, max_tokens=self.max_tokens, stop=self.stop, batch=self.batch)
-
-        def act(rows: pa.Table) -> pa.Table:
-            prompts = [np.array(ids, np.int32) for ids in rows["prompt_ids"].to_pylist()]
-            draws = [None if row["sample"] is None else Draw(**row)
-                     for row in rows.select(["seed", "sample", "temperature"]).to_pylist()]
-            return pa.table({"answer_ids": pa.array(answer(prompts, draws), ROWS.field("prompt_ids").type)})
-
-        return act
-
-
-ROWS = pa.schema([("prompt_ids", pa.list_(pa.int32())), ("seed", pa.int64()), ("sample", pa.int32()),
-                  ("temperature", pa.float64())])
-"""What is to be answered; of greedy answers all but the prompt is null."""
+__all__ = ["answer_all"]
 
 
 @torch.no_grad()
@@ -146,13 +76,6 @@ def _answer_batch(causal_lm: Any, prompts: list[np.ndarray], draws: list[Draw | 
 def _until_stop(ids: np.ndarray, stop: Sequence[int]) -> np.ndarray:
     ends = np.flatnonzero(np.isin(ids, stop))
     return (ids[: ends[0] + 1] if len(ends) else ids).astype(np.int32)
-
-
-def uniforms(draw: Draw, prompt: np.ndarray, count: int) -> np.ndarray:
-    """Numbers in [0, 1) for the first ``count`` positions of a sampled answer, float64."""
-    digest = hashlib.blake2b(struct.pack("<QQ", draw.seed, draw.sample), digest_size=16, person=b"raydpo-sample-1")
-    digest.update(np.ascontiguousarray(prompt, "<u4").tobytes())
-    return np.random.Generator(np.random.Philox(key=np.frombuffer(digest.digest(), "<u8"))).random(count)
 
 
 class _ReadOff(LogitsProcessor):

@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from raydpo.data.preference import Text
+from raydpo.data.preference import Text, as_text
 from raydpo.errors import ConfigError, RaydpoError
 from raydpo.evaluation.interval import Interval, around, mean, share
-from raydpo.evaluation.prompts import as_text
 
 __all__ = ["Contest", "by_scores", "count_wins", "own_scores"]
 

@@ -6,30 +6,27 @@ Imported only where it is asked for. It has not been run by the tests, which hav
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from raydpo.answers.draws import Draw, uniforms
 from raydpo.errors import ConfigError
 from raydpo.reference.identity import on_this_machine, proved_here
-
-if TYPE_CHECKING:
-    from raydpo.evaluation.answers import Answering, Draw
+from raydpo.reference.score import ReferenceSpec
 
 __all__ = ["open_vllm"]
 
 
-def open_vllm(work: Answering) -> Callable[[Sequence[np.ndarray], Sequence[Draw | None]], list[np.ndarray]]:
-    """Load the model; what comes back is ``answers.answer_all`` by vLLM.
+def open_vllm(spec: ReferenceSpec, max_tokens: int,
+              stop: Sequence[int]) -> Callable[[Sequence[np.ndarray], Sequence[Draw | None]], list[np.ndarray]]:
+    """Load the model; what comes back is ``transformers_engine.answer_all`` by vLLM.
 
     Raises:
         ConfigError: if vLLM is not installed, or the model is to be quantized as bitsandbytes does,
             or has rotary frequencies that depend on a length.
         ModelError: if the files here are another model.
     """
-    from raydpo.evaluation.answers import uniforms
-
-    spec = on_this_machine(work.spec)
+    spec = on_this_machine(spec)
     if spec.quantization is not None:
         raise ConfigError(f"evaluate.engine vllm does not quantize as the training did ({spec.quantization}); set "
                           "evaluate.engine=transformers")
@@ -51,7 +48,7 @@ def open_vllm(work: Answering) -> Callable[[Sequence[np.ndarray], Sequence[Draw 
 
     def answer(prompts: Sequence[np.ndarray], draws: Sequence[Draw | None]) -> list[np.ndarray]:
         settings = [SamplingParams(
-            max_tokens=work.max_tokens, stop_token_ids=list(work.stop), detokenize=False,
+            max_tokens=max_tokens, stop_token_ids=list(stop), detokenize=False,
             temperature=0.0 if draw is None else draw.temperature,
             seed=None if draw is None else int(uniforms(draw, prompt, 1)[0] * 2**31))
             for prompt, draw in zip(prompts, draws, strict=True)]
