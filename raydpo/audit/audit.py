@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +15,8 @@ from raydpo.audit.extremes import extremes
 from raydpo.audit.measure import figures
 from raydpo.config import ObjectiveConfig
 from raydpo.data.facts import prompt_numbers
-from raydpo.storage import Storage
 
-__all__ = ["Audit", "audit_pairs", "summary_lines", "write_audit"]
+__all__ = ["Audit", "audit_pairs", "summary_lines"]
 
 
 @dataclass(frozen=True)
@@ -80,11 +78,3 @@ def summary_lines(audit: Audit) -> list[str]:
     lines += [f"advice: {one.title.lower()}: "
               f"{one.found}{f' ({one.setting})' if one.setting else ''}" for one in audit.advice]
     return lines
-
-
-def write_audit(audit: Audit, storage: Storage) -> None:
-    """``audit.json`` and ``audit.html`` in ``storage``."""
-    from raydpo.audit.page import render_page
-
-    storage.write("audit.json", json.dumps(audit.to_dict(), indent=1, allow_nan=False).encode())
-    storage.write("audit.html", render_page(audit).encode())
