@@ -11,7 +11,7 @@ from kernel import tokenised
 from tiny import make_tokenizer, preferences
 
 from raydpo.audit import audit_pairs, summary_lines, write_audit
-from raydpo.audit.advice import advise, length_normalised
+from raydpo.audit.advice import advise
 from raydpo.audit.extremes import shown
 from raydpo.audit.measure import figures, separation
 from raydpo.config import ObjectiveConfig
@@ -66,7 +66,7 @@ def test_figures_by_hand():
 
 
 def test_a_beta_is_written_as_people_write_it():
-    assert [length_normalised(0.1, tokens) for tokens in (25.0, 1000.0, 12345.0)] == ["2.5", "100", "1200"]
+    assert [ObjectiveConfig(beta=0.1).beta_per_token(tokens) for tokens in (25.0, 1000.0, 12345.0)] == ["2.5", "100", "1200"]
 
 
 def test_separation():

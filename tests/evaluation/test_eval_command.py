@@ -134,7 +134,8 @@ def check_figures(place, found, said):
     assert all(one["equal_length"]["low"] < one["equal_length"]["value"] < one["equal_length"]["high"] for one in
                found["wins"])
     assert found["samples"][0]["policy"] == rows[0]["policy"] and len(found["samples"]) == 5
-    for piece in ("preferences: ", "drift KL(policy || reference) from 12 samples", "wins of the policy", "peft="):
+    for piece in ("Preferences of held-out pairs: beta 0.4", "Drift KL(policy || reference) from 12 samples",
+                  "Wins of the policy", "peft="):
         assert piece in said, said
 
 

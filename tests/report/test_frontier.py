@@ -110,7 +110,7 @@ def test_an_evaluation_of_one_trial_leaves_the_others_comparable(tmp_path):
     others = [one.name for one in points if one.name != before.point.name]
     assert [one.name for one in measured_otherwise(points)] == others
     page = sweep_page(read(directory))
-    assert f"measure alike: {'; '.join(others)}" in page and page.count('class="mark"') == 20
+    assert f"settings of section evaluate: {'; '.join(others)}" in page and page.count('class="mark"') == 20
 
 
 def test_drift_by_other_settings_of_the_evaluation_is_not_on_one_axis(tmp_path):

@@ -161,7 +161,7 @@ def test_what_is_no_run_is_refused(tmp_path):
         write_report(str(tmp_path / "runs" / "one"))
     (tmp_path / "sweep").mkdir()
     (tmp_path / "sweep" / "sweep.json").write_text("{}")
-    with pytest.raises(RaydpoError, match=r"sweep.json is no record of a sweep"):
+    with pytest.raises(RaydpoError, match=r"sweep.json is not a record of a sweep"):
         write_report(str(tmp_path / "sweep"))
 
 
@@ -175,7 +175,7 @@ def test_a_sweep_page(tmp_path, measured):
     accuracy = scores["rewards/accuracies"]
     assert points[1].error == pytest.approx(share_error(accuracy, 400))
     page = sweep_page(sweep)
-    assert page.count('class="mark"') == 12 and "Never by the loss" in page and "3 done, 1 waiting, 1 failed" in page
+    assert page.count('class="mark"') == 12 and "Never chosen by the loss" in page and "3 done, 1 waiting, 1 failed" in page
     assert "<script>alert" not in page and "&lt;script&gt;alert(1)" in page
     assert ("as a KL divergence" in page) != measured
 
