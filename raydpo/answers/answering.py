@@ -1,4 +1,4 @@
-"""Answers as work for Ray actors: which model answers, and with which engine."""
+"""Answers of a model, computed by Ray actors with one of the engines."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ __all__ = ["Answering"]
 
 @dataclass(frozen=True, kw_only=True)
 class Answering:
-    """Work for ``evaluation.work``: from rows of ``ROWS`` to ``answer_ids``, list<int32>, the end token included.
+    """Work that turns rows of ``ROWS`` into ``answer_ids``, list<int32>, including the end token.
 
     Attributes:
-        stop: ids that end an answer.
-        batch: answers made at once.
+        stop: token ids that end an answer.
+        batch: number of answers that are generated at once.
     """
 
     spec: ReferenceSpec
@@ -41,10 +41,10 @@ class Answering:
                 "stop": self.stop}
 
     def open(self, device: str) -> Callable[[pa.Table], pa.Table]:
-        """Load the model; what comes back answers one table after another.
+        """Load the model and return a function that answers a table of ``ROWS``.
 
         Raises:
-            ModelError: if the files here are another model.
+            ModelError: if the files on this machine are another model.
         """
         if self.engine == "vllm":
             answer = open_vllm(self.spec, self.max_tokens, self.stop)

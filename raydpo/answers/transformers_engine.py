@@ -1,6 +1,6 @@
-"""Answers of a model to prompts: greedy, or sampled from its whole distribution. Needs torch and transformers alone.
+"""Answers by transformers: greedy, or sampled from the whole distribution of the model.
 
-A sampled token is read off the cumulative distribution at a number of ``draws.uniforms``.
+A sampled token is the one where the cumulative distribution passes a number of ``draws.uniforms``.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ __all__ = ["answer_all"]
 @torch.no_grad()
 def answer_all(model: Any, prompts: Sequence[np.ndarray], draws: Sequence[Draw | None], *, max_tokens: int,
                stop: Sequence[int], batch: int) -> list[np.ndarray]:
-    """Token ids of an answer to each prompt, int32, the end token included; never empty.
+    """Answer each prompt: token ids, int32, including the end token; never empty.
 
     Args:
         model: a transformers causal LM, or a PEFT model around one.
-        draws: how each is sampled; None = greedily.
+        draws: how each answer is sampled; None = greedily.
 
     Raises:
-        ConfigError: if prompt and answer would reach beyond the model's positions.
+        ConfigError: if prompt and answer would exceed the model's positions.
     """
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
-    limit = getattr(causal_lm.config.get_text_config(), "max_position_embeddings", None)
     longest = max(map(len, prompts))
-    if limit is not None and longest + max_tokens > limit:
-        raise ConfigError(f"evaluate.max_tokens {max_tokens} after a prompt of {longest} tokens is more than the {limit} "
-                          "positions of the model; lower it, or data.max_length")
-    limit = getattr(causal_lm, "rope_limit", None)
-    if limit is not None and longest + max_tokens > limit:
-        raise ConfigError(f"evaluate.max_tokens {max_tokens} after a prompt of {longest} tokens is more than the {limit} "
-                          "positions that data.max_length has the model's rotary frequencies made for; lower "
-                          "evaluate.max_tokens, or raise data.max_length for scoring, training and evaluation alike")
-    # A directory may carry settings, such as a repetition penalty or top-k: what they make is no sample of the model.
+    for limit, which in (
+            (getattr(causal_lm.config.get_text_config(), "max_position_embeddings", None),
+             "of the model; lower it, or data.max_length"),
+            (getattr(causal_lm, "rope_limit", None),
+             "for which data.max_length sets the rotary frequencies of the model; lower evaluate.max_tokens, or raise "
+             "data.max_length for scoring, training and evaluation alike")):
+        if limit is not None and longest + max_tokens > limit:
+            raise ConfigError(f"evaluate.max_tokens {max_tokens} after a prompt of {longest} tokens is more than the "
+                              f"{limit} positions {which}")
+    # The model's directory may hold settings such as a repetition penalty or top-k, which would change the distribution.
     causal_lm.generation_config = GenerationConfig()
-    # Left padding is masked in attention; a recurrent state would take it in.
+    # Attention masks left padding, but a recurrent state would include it.
     size = 1 if getattr(causal_lm, "_is_stateful", False) else batch
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     answers: list[np.ndarray] = [np.empty(0, np.int32)] * len(prompts)
@@ -79,9 +79,9 @@ def _until_stop(ids: np.ndarray, stop: Sequence[int]) -> np.ndarray:
 
 
 class _ReadOff(LogitsProcessor):
-    """Leaves of each sampled row's logits [B, V] only the token at which the cumulative distribution passes its number.
+    """Keeps, of the logits [B, V] of each sampled row, only the token where the cumulative distribution passes its number.
 
-    In float64: of a vocabulary of 150,000 most tokens are less likely than float32 can add up.
+    Computes in float64: in a vocabulary of 150,000 most tokens are too unlikely for a sum in float32.
     """
 
     def __init__(self, prompts: Sequence[np.ndarray], draws: Sequence[Draw | None], steps: int, width: int,

@@ -238,13 +238,14 @@ def _json(value: Any, name: str, kind: type) -> Any:
 
 
 def as_text(prompt: Text) -> str:
-    """A prompt in words; a conversation as ``role: content`` lines."""
+    """Return a prompt as text; a conversation as ``role: content`` paragraphs."""
     if isinstance(prompt, str):
         return prompt
     return "\n\n".join(f"{message['role']}: {content_text(message)}" for message in prompt)
 
 
-def content_text(message: dict[str, Any]) -> str:
+def content_text(message: Message) -> str:
+    """Return the text of a message, without images and other parts."""
     content = message.get("content")
     if isinstance(content, list):
         return "\n".join(str(part.get("text", "")) for part in content if isinstance(part, dict))

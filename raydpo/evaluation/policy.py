@@ -1,4 +1,4 @@
-"""Which model is evaluated: what ``evaluate.policy`` names, found and identified."""
+"""Finds and identifies the model that ``evaluate.policy`` names."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Policy:
     """The policy that is evaluated.
 
     Attributes:
-        name: as the user gave it, fit to be printed.
-        spec: how to load it, and its identity.
-        run: the run directory that it came out of, or None.
-        trained: of that run, what its result depended on, by the name of the setting; empty if unknown.
+        name: the name that the user gave, without secrets.
+        spec: how to load the policy, and its identity.
+        run: the run directory that contains it, or None.
+        trained: fingerprint of that run: what its result depended on, by setting; empty if unknown.
     """
 
     name: str
@@ -36,11 +36,11 @@ class Policy:
 
     @property
     def slug(self) -> str:
-        """For names of files."""
+        """The last part of the name, safe as part of a file name."""
         return "".join(char if char.isalnum() or char in "._-" else "-" for char in self.name.rstrip("/").rsplit("/", 1)[-1])
 
     def beta(self, config: Config) -> float:
-        """Of the rewards: asked for, trained with (in the end, where it moved), or configured."""
+        """Return the beta of the rewards: evaluate.beta, or else the last beta of the training, or else train.beta."""
         if config.evaluate.beta is not None:
             return config.evaluate.beta
         trained = self.trained.get("train.beta", config.train.model_dump(mode="json")["beta"])
@@ -89,7 +89,7 @@ def find_policy(config: Config, dtype: str) -> Policy:
 
 
 def _run_at(path: str) -> Storage | None:
-    """The run directory at ``path``, if it is one that has a result."""
+    """Return the run directory at ``path`` if it has a trained policy, None if it is a model or adapter."""
     if not is_uri(path) and not Path(path).is_dir():
         return None
     storage = Storage(path)
@@ -105,7 +105,7 @@ def _run_at(path: str) -> Storage | None:
 
 
 def _base(config: Config, adapter: Path, *, own: bool) -> str:
-    """The model below an adapter."""
+    """Return the directory of the model that an adapter belongs to."""
     if own:
         return resolve_model(config.model.path)
     named = config.evaluate.base
@@ -129,7 +129,7 @@ def _fingerprint(run: Storage) -> dict[str, Any]:
 
 
 def harness_arguments(policy: Policy) -> str:
-    """``--model_args`` of lm-evaluation-harness's ``--model hf`` for this policy."""
+    """Return ``--model_args`` of lm-evaluation-harness (``--model hf``) for this policy."""
     spec = policy.spec
     adapter = "" if spec.adapter is None else f",peft={spec.adapter},tokenizer={spec.adapter}"
     return f"pretrained={spec.path}{adapter},dtype={spec.identity.dtype}"

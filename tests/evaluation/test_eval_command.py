@@ -97,7 +97,7 @@ def test_what_another_run_trained_on_is_noticed_in_our_held_out_pairs(place, tin
 
     found, said = prepared(f"evaluate.policy={made_adapter.parent}")
     fewer = held_out([prompt_digest(row["prompt"]) for row in preferences(60, high=20)], 0.15).sum()
-    assert 0 < found.trained_on == found.pairs.num_rows - fewer and "ask what was trained on" in said
+    assert 0 < found.trained_on == found.pairs.num_rows - fewer and "trained on the prompts of" in said
     assert "trained against reference None" not in said
     assert prepared()[0].trained_on == 0 and prepared(f"evaluate.policy={tiny_llama}")[0].trained_on is None
 

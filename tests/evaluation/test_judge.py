@@ -135,7 +135,7 @@ def test_the_key_is_read_from_the_environment_and_told_to_nobody_else(tmp_path, 
     everything = f"{found} {caught.value} {''.join(capsys.readouterr())}"
     assert "sk-very-secret" not in everything and b"sk-very-secret" not in stored
     monkeypatch.delenv("JUDGE_KEY")
-    with pytest.raises(ConfigError, match="JUDGE_KEY, but there is no such environment variable"):
+    with pytest.raises(ConfigError, match="JUDGE_KEY, but this environment variable is not set"):
         judged(server, tmp_path, key="JUDGE_KEY")
 
 

@@ -110,7 +110,7 @@ def test_reward_model(classifier):
             expected = model(tokenizer(text, return_tensors="pt")["input_ids"]).logits[0, 0].item()
         assert score == pytest.approx(expected, abs=1e-6)
     assert np.std(scores) > 0
-    with pytest.raises(ModelError, match="tokens for the reward model, which takes 128"):
+    with pytest.raises(ModelError, match="tokens, but the reward model takes at most 128"):
         work.open("cpu")(pa.table({"prompt": [json.dumps("sky " * 300)], "answer": ["x"]}))
 
 
@@ -119,7 +119,7 @@ def test_what_is_no_reward_model_is_refused(tiny_llama, tmp_path):
     with pytest.raises(ModelError, match=r"lack score\.weight, which would be random numbers"):
         RewardModel.at(str(tiny_llama), "float32", False).open("cpu")
     two = make_classifier(tmp_path / "two", labels=2)
-    with pytest.raises(ModelError, match="2 outputs; one is wanted"):
+    with pytest.raises(ModelError, match="2 outputs; expected one"):
         RewardModel.at(str(two), "float32", False).open("cpu")
     (tmp_path / "two" / "model.safetensors").rename(tmp_path / "two" / "pytorch_model.bin")
     with pytest.raises(ModelError, match="pickled"):
