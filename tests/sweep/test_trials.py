@@ -173,7 +173,7 @@ def test_metrics_of_another_scale_are_not_compared(grid, key, metric, sweep, tmp
     more = [f"data.train=['{tmp_path / 'a.jsonl'}', '{tmp_path / 'b.jsonl'}']"]
     more += ["train.beta={start: 0.2, end: 0.1}"] if "train.beta.end" in grid else []
     for section in ({"metric": metric}, {"stop_early": {"grace": 50, "metric": metric}}):
-        with pytest.raises(ConfigError, match=f"'{metric}', which cannot be compared across {key}: each"):
+        with pytest.raises(ConfigError, match=f"'{metric}', which does not compare between trials with different {key};"):
             sweep(*more, grid=grid, **section)
     assert len(sweep(*more, grid=grid, metric="eval_a/rewards/accuracies")) == 2
 
