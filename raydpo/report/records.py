@@ -14,8 +14,9 @@ import polars as pl
 import yaml
 
 from raydpo.config import ObjectiveConfig
+from raydpo.config.uri import redacted
 from raydpo.errors import ConfigError, RaydpoError
-from raydpo.storage import Storage, redact
+from raydpo.storage import Storage
 from raydpo.sweep.trials import FILE as SWEEP_FILE
 
 __all__ = ["RunRecord", "SweepRecord", "Trial", "is_sweep", "leaves", "length_growth"]
@@ -61,7 +62,7 @@ class RunRecord:
         config = _read(storage, "config.yaml", yaml.safe_load) or {}
         evals = _table(storage, "eval.parquet")
         name = config.get("name") or str(storage).rstrip("/").rsplit("/", 1)[-1]
-        return cls(str(storage), str(name), _without_secrets(config), _table(storage, "metrics.parquet"),
+        return cls(str(storage), str(name), redacted(config), _table(storage, "metrics.parquet"),
                    evals.rename({column: column.removeprefix("eval_") for column in evals.columns}),
                    _read(storage, "summary.json", json.loads), _read(storage, "evaluation.json", json.loads),
                    (_read(storage, "run.json", json.loads) or {}).get("held_out"))
@@ -137,7 +138,7 @@ class SweepRecord:
         try:
             trials = [_trial(storage, entry) for entry in tree["trials"]]
             return cls(str(storage), str(tree["name"]), list(tree.get("parameters") or ()),
-                       _without_secrets(tree.get("cache") or {}), trials)
+                       redacted(tree.get("cache") or {}), trials)
         except (KeyError, TypeError, AttributeError) as error:
             raise RaydpoError(f"{storage}/{SWEEP_FILE} is not a record of a sweep ({type(error).__name__}: {error}); "
                               "run 'raydpo sweep' to write it again") from None
@@ -195,11 +196,3 @@ def _table(storage: Storage, name: str) -> pl.DataFrame:
         return pl.DataFrame({"step": []}, schema={"step": pl.Int64})
     floats = pl.col(pl.Float64)
     return table.with_columns(pl.when(floats.is_finite()).then(floats))  # a skipped step has no finite loss
-
-
-def _without_secrets(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_secrets(below) for key, below in value.items()}
-    if isinstance(value, list):
-        return [_without_secrets(below) for below in value]
-    return redact(value) if isinstance(value, str) else value

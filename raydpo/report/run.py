@@ -8,8 +8,8 @@ import yaml
 
 import raydpo
 from raydpo.pages.page import render
-from raydpo.pages.plot import BAD, GOOD, INK, PALE, SERIES, Picture
-from raydpo.report.curves import curve, curves_picture, phases_picture
+from raydpo.pages.plot import BAD, GOOD, PALE, SERIES, Picture
+from raydpo.report.curves import Curve, curve, curves_picture, phases_picture
 from raydpo.report.evaluation import evaluation_part, shown_samples
 from raydpo.report.findings import findings
 from raydpo.report.records import RunRecord
@@ -21,6 +21,29 @@ __all__ = ["run_page", "status_of"]
 PHASES = {"forward": SERIES[0], "backward": SERIES[5], "optimizer": SERIES[2], "data": SERIES[4], "wait": SERIES[1],
           "checkpoint": SERIES[3], "evaluation": SERIES[6], "other": PALE}
 SCRIPTS = ("pages/plots.js", "pages/tables.js")
+CURVES: tuple[tuple[str, str, str, dict[str, Any], str], ...] = (
+    ("Loss", "loss", "loss", {}, "Compare it only between runs with the same loss and beta."),
+    ("Accuracy", "rewards/accuracies", "accuracy", {"level": 0.5},
+     "Share of pairs whose chosen answer has the higher reward; a tie counts one half."),
+    ("Margin", "rewards/margins", "reward margin", {"level": 0.0},
+     "Reward of the chosen answer minus reward of the rejected one."),
+    ("Rewards", "rewards/{}", "reward", {"level": 0.0},
+     "beta times the change of each side's log-prob against the reference. Where both fall, the chosen answers become less "
+     "likely while the margin grows."),
+    ("Drift", "logratio/{}_per_token", "nats a token", {"level": 0.0},
+     "Change of the log-prob per token against the reference."),
+    ("Log-probs", "logps/{}", "nats", {}, "Sums over an answer. Training steps vary with the lengths of their answers."),
+    ("Chosen fell", "logps/chosen_fell", "share of pairs", {"ylim": (-0.02, 1.02)},
+     "Share of pairs whose chosen answer is less likely than under the reference."),
+    ("Margin and length", "length/margin_correlation", "correlation", {"level": 0.0},
+     "Correlation of the margin with the difference in length. Near 1 the policy prefers the longer answer, near -1 the "
+     "shorter one."),
+    ("Lengths", "length/{}", "tokens", {}, "Lengths of the answers in the data."),
+    ("Learning rate", "learning_rate", "learning rate", {}, "As scheduled, by step."),
+    ("Speed", "tokens_per_second", "tokens a second", {},
+     "Prompts count once a pair; checkpoints and evaluations are not included."),
+)
+"""(title, metric, label of the y axis, options of ``curves_picture``, caption) of each picture of a run."""
 
 
 def run_page(run: RunRecord) -> str:
@@ -76,43 +99,18 @@ def _facts(run: RunRecord) -> list[tuple[str, str]]:
 
 
 def _curves(run: RunRecord) -> list[Picture]:
-    def both(metric: str) -> list[Any]:
-        """Curves of training and held-out pairs."""
-        return [curve(run.steps, metric, "training", GOOD), curve(run.evals, metric, "held out", BAD, dashed=True)]
-
-    def sides(metric: str) -> list[Any]:
-        """Curves of chosen and rejected answers."""
+    def curves(metric: str) -> list[Curve | None]:
+        """Curves of training and held-out pairs; with ``{}`` in the metric, of chosen and rejected answers."""
+        if "{}" not in metric:
+            return [curve(run.steps, metric, "training", GOOD), curve(run.evals, metric, "held out", BAD, dashed=True)]
         return [curve(table, metric.format(side), f"{side}{kind}", colour, dashed=bool(kind))
                 for table, kind in ((run.steps, ""), (run.evals, ", held out"))
                 for side, colour in (("chosen", GOOD), ("rejected", BAD))]
 
-    pictures = [
-        curves_picture("Loss", "Training and held-out pairs. Compare it only between runs with the same loss and beta.",
-                       both("loss"), "loss"),
-        curves_picture("Accuracy", "Share of pairs whose chosen answer has the higher reward; a tie counts one half.",
-                       both("rewards/accuracies"), "accuracy", level=0.5),
-        curves_picture("Margin", "Reward of the chosen answer minus reward of the rejected one.", both("rewards/margins"),
-                       "reward margin", level=0.0),
-        curves_picture("Rewards", "beta times the change of each side's log-prob against the reference. Where both fall, "
-                       "the chosen answers become less likely while the margin grows.", sides("rewards/{}"), "reward",
-                       level=0.0),
-        curves_picture("Drift", "Change of the log-prob per token against the reference, for chosen and rejected answers.",
-                       sides("logratio/{}_per_token"), "nats a token", level=0.0),
-        curves_picture("Log-probs", "Sums over an answer. Training steps vary with the lengths of their answers.",
-                       sides("logps/{}"), "nats"),
-        curves_picture("Chosen fell", "Share of pairs whose chosen answer is less likely than under the reference.",
-                       both("logps/chosen_fell"), "share of pairs", ylim=(-0.02, 1.02)),
-        curves_picture("Margin and length", "Correlation of the margin with the difference in length. Near 1 the policy "
-                       "just prefers the longer answer, near -1 the shorter one.", both("length/margin_correlation"),
-                       "correlation", level=0.0),
-        curves_picture("Lengths", "Lengths of the answers in the data, tokens.", sides("length/{}"), "tokens"),
-        curves_picture("Gradient norm", _clipping(run), [curve(run.steps, "grad_norm", "gradient norm", GOOD)], "norm",
-                       level=run.setting("train.clip"), log=True),
-        curves_picture("Learning rate", "As scheduled, by step.", [curve(run.steps, "learning_rate", "learning rate", INK)],
-                       "learning rate"),
-        curves_picture("Speed", "Prompts count once a pair; checkpoints and evaluations are not included.",
-                       [curve(run.steps, "tokens_per_second", "tokens a second", GOOD)], "tokens a second"),
-    ]
+    pictures = [curves_picture(title, caption, curves(metric), ylabel, **options)
+                for title, metric, ylabel, options, caption in CURVES]
+    pictures.append(curves_picture("Gradient norm", _clipping(run), curves("grad_norm"), "norm",
+                                   level=run.setting("train.clip"), log=True))
     return [picture for picture in pictures if picture is not None]
 
 

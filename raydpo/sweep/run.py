@@ -35,6 +35,8 @@ from raydpo.pipeline import (
 from raydpo.preflight import check_cluster
 from raydpo.ray_runtime import session
 from raydpo.reference.shards import Wanted
+from raydpo.report.records import SweepRecord
+from raydpo.report.sweep import recommendation_of
 from raydpo.storage import Storage
 from raydpo.sweep.halving import going_on, rungs
 from raydpo.sweep.ledger import Ledger
@@ -159,9 +161,6 @@ def _on_same_pairs(config: Config, prepared: dict[str, Prepared], console: Conso
 
 def _say_which_to_take(storage: Storage, console: Console) -> None:
     """Print the recommendation of the sweep's page."""
-    from raydpo.report.records import SweepRecord
-    from raydpo.report.sweep import recommendation_of
-
     try:
         found = recommendation_of(SweepRecord.read(storage))
     except Exception as error:  # the trials are stored

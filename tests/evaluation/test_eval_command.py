@@ -1,4 +1,4 @@
-"""``raydpo eval`` from end to end, on a Ray that is there: what it measures, and that nothing is done twice."""
+"""``raydpo eval`` from end to end on a running Ray: what it measures, and that nothing is computed twice."""
 
 import io
 import json
@@ -84,7 +84,7 @@ def test_evaluation(place, tiny_llama, on_cluster, monkeypatch):
 
 
 def test_what_another_run_trained_on_is_noticed_in_our_held_out_pairs(place, tiny_llama):
-    """It held out fewer of the same file, so that half of ours are what it has seen. Of a plain model nothing is known."""
+    """The other run held out fewer pairs of the same file, so it was trained on half of ours. A plain model has none."""
     made_adapter = make_adapter(place / "runs" / "other" / "final", tiny_llama)
     tree = yaml.safe_load((place / "config.yaml").read_text()) | {"name": "other"}
     tree["data"]["eval"] = {"fraction": 0.15}
@@ -140,7 +140,7 @@ def check_figures(place, found, said):
 
 
 def test_what_cannot_be_evaluated(place, on_cluster, tmp_path):
-    """Before any model is loaded."""
+    """Errors that are found before any model is loaded."""
     with pytest.raises(CacheMissError, match=r"log-probs of the policy are missing for .* set evaluate\.score_missing=true"):
         evaluated(place, "evaluate.score_missing=false", "evaluate.prompts=0", f"cache.uri={tmp_path / 'empty'}")
     with pytest.raises(ConfigError, match="another vocabulary"):
@@ -194,7 +194,7 @@ def test_a_kill_loses_nothing_that_was_stored(place, tmp_path):
 
 @pytest.mark.slow
 def test_nodes_fetch_a_run_from_a_bucket_themselves(place, tmp_path, tiny_llama):
-    """A head that computes nothing, and a node with another disk that has the devices."""
+    """The head has no CPUs for work; the node that has them has its own disk."""
     pytest.importorskip("moto")
     with s3_server() as s3:
         Storage(s3.uri("runs/run")).upload(place / "runs" / "run" / "final", "final")

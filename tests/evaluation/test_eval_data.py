@@ -50,7 +50,7 @@ def test_subsets_are_sources(place):
 
 
 def test_pairs_that_were_trained_on_are_noticed(place):
-    """The training file itself, as text and as messages; less what is held out of it."""
+    """The training file itself counts, as text and as messages, except for what is held out of it."""
     rows = [json.loads(line) for line in (place / "a.jsonl").read_text().splitlines()]
     said = [{"prompt": [{"role": "user", "content": row["prompt"]}]} | {
         side: [{"role": "assistant", "content": row[side]}] for side in ("chosen", "rejected")} for row in rows[:5]]

@@ -82,7 +82,7 @@ def test_which_verdict_a_reply_is(said, verdict):
 
 
 def test_what_failed_is_asked_again_and_nothing_else(tmp_path):
-    """Each question costs: of a block's six, one failed."""
+    """One of the six questions of a block failed, and only that one is asked again."""
     with serving(longer) as server:
         server.trouble = lambda number: 400 if number == 3 else None
         assert judged(server, tmp_path, parallel=1)["failed"] == 1 and len(server.requests) == 6

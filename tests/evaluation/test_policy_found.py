@@ -1,4 +1,4 @@
-"""What evaluate.policy may name, and that it works in other people's tools."""
+"""What evaluate.policy can name, and that lm-evaluation-harness loads it."""
 
 import json
 

@@ -41,7 +41,7 @@ def test_own_function(module):
 @pytest.mark.parametrize(("left", "by_length", "longer"), [
     (0.0, 2.0, 250.0), (0.6, 1.5, -150.0), (0.0, 0.0, 0.0), (1.5, 0.0, 100.0)])
 def test_what_is_left_of_wins_at_equal_length(left, by_length, longer):
-    """A judge that is drawn to length, and answers that have grown: the win rate of two thirds is half length."""
+    """The judge prefers length and the answers have grown, so half of the gain in win rate comes from length."""
     random, truth = np.random.default_rng(6), 1 / (1 + np.exp(-left))
     found = []
     for _ in range(800):
@@ -115,7 +115,7 @@ def test_reward_model(classifier):
 
 
 def test_what_is_no_reward_model_is_refused(tiny_llama, tmp_path):
-    """A language model would be given a head of random numbers, and judge by them."""
+    """A language model would get a head with random weights, and judge with it."""
     with pytest.raises(ModelError, match=r"lack score\.weight, which would be random numbers"):
         RewardModel.at(str(tiny_llama), "float32", False).open("cpu")
     two = make_classifier(tmp_path / "two", labels=2)

@@ -1,4 +1,4 @@
-"""What the pages say: of runs whole and unfinished, of sweeps, of several runs; and what they refuse."""
+"""The content of the pages of finished and unfinished runs, of sweeps and of several runs, and what is refused."""
 
 import io
 import json
@@ -101,7 +101,7 @@ def test_an_evaluation_with_gaps_has_a_page(run, tmp_path):
 
 
 def test_an_evaluation_alone_has_a_page(run, tmp_path):
-    """Of a run whose records lie elsewhere."""
+    """A directory that holds evaluation.json only."""
     (tmp_path / "evaluation.json").write_bytes((run / "evaluation.json").read_bytes())
     page = run_page(record(tmp_path))
     assert "Preferences of held-out pairs" in page and "There are no metrics yet" in page
