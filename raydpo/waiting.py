@@ -1,4 +1,4 @@
-"""Resources that are not there yet: ask for them ahead of need, and say what is missing while waiting."""
+"""Request cluster resources early, and report what is missing while waiting for them."""
 
 from __future__ import annotations
 
@@ -16,21 +16,25 @@ from raydpo.ray_runtime import Resources, resources_for
 __all__ = ["check_reachable", "coming_up", "wait_for"]
 
 ASK_SECONDS = 5.0
-"""Ray keeps one wish for the whole cluster, the last one, and Ray Data's coordinator utters its own every 20 s."""
+"""Seconds between requests. Ray keeps only the last request of the cluster, and Ray Data sends its own every 20 s."""
 SAY_SECONDS = 15.0
+"""Seconds between lines about what is missing."""
 VERDICT_SECONDS = 20.0
-"""For an autoscaler, which looks every 5 s, to say what it can never bring."""
+"""Seconds for an autoscaler, which looks every 5 s, to report what it can never provide."""
 _WISHES: dict[object, tuple[Resources, int]] = {}
-"""What this process asks for, and for how many places, all of it at each time."""
+"""Open requests of this process, each with its number of places. All of them are sent together."""
 
 
 @contextlib.contextmanager
 def coming_up(config: Config, *, wanted: bool = True, trainings: int = 1) -> Iterator[None]:
-    """Within the block an autoscaler brings the nodes of the training, or of so many at the same time, so that they start
-    while the reference is scored.
+    """Within the block, request nodes for the training from an autoscaler, so that they start while the reference is scored.
 
-    A wish only: nothing is held, and scoring may use the same nodes. It ends with the block, after which nodes that nobody
-    uses are let go; if this process is killed, with the next wish of Ray Data's coordinator.
+    This is only a request: nothing is reserved, and scoring may use the same nodes. It ends with the block, and the
+    autoscaler then removes idle nodes. If this process is killed, it ends with the next request of Ray Data.
+
+    Args:
+        wanted: whether there is anything to train.
+        trainings: number of trainings at the same time.
     """
     if not config.ray.autoscaling or not wanted:
         yield
@@ -53,10 +57,10 @@ def coming_up(config: Config, *, wanted: bool = True, trainings: int = 1) -> Ite
 
 
 def check_reachable(stage: str, resources: Resources) -> None:
-    """Ask an autoscaler for one place of a stage that no node of the cluster has, and believe it where it has none.
+    """Check with an autoscaler that it can provide a worker of a stage, if no node of the cluster can.
 
     Raises:
-        ConfigError: if none of its node groups has such nodes, with the line that such a group needs.
+        ConfigError: if none of its node groups can, with the line that such a group needs.
     """
     if any(holds(node["Resources"], resources.bundle) for node in nodes_with(resources.accelerator, resources.labels)):
         return
@@ -69,7 +73,7 @@ def check_reachable(stage: str, resources: Resources) -> None:
             if look != first:
                 told[look] = told.get(look, False) or never
             now = time.monotonic()
-            # Some looks see the coordinator's wish in the place of ours, so one that says nothing is no answer.
+            # A look may see the request of Ray Data instead of ours, so a look without a verdict is not an answer.
             if not look or now - started > VERDICT_SECONDS or (len(told) > 3 and not any(told.values())):
                 return
             if now - asked >= ASK_SECONDS:
@@ -85,12 +89,12 @@ def check_reachable(stage: str, resources: Resources) -> None:
 
 
 def wait_for(stage: str, resources: Resources, console: Console, *, autoscaling: bool = False) -> None:
-    """Until the workers of a stage have a place, saying now and then what is missing and for how long.
+    """Wait until the workers of a stage have a place, and print what is missing every ``SAY_SECONDS``.
 
-    Scoring begins with the first actor that has one; a training needs all of its workers, or as many as it may begin with.
+    Scoring can begin with one worker; training needs all of them, or the fewest that it may begin with.
 
     Args:
-        autoscaling: ask for places for all of them meanwhile. Nobody else does, since the stage has not begun.
+        autoscaling: request places for all workers meanwhile. Ray does so only once the stage has begun.
     """
     needed = 1 if stage == "score" else resources.fewest or resources.workers
     places = resources.teams if resources.on_one_machine else resources.workers
@@ -113,13 +117,13 @@ def wait_for(stage: str, resources: Resources, console: Console, *, autoscaling:
 
 @contextlib.contextmanager
 def _wishing(resources: Resources, places: int) -> Iterator[None]:
-    """Within the block an autoscaler is asked for so many places, beside what else this process wishes."""
-    # Ray keeps a wish until the next one, also of a process that was killed. The first job of a cluster has to see to it
-    # that there is a next one: the coordinator else comes with the first work of Ray Data or Ray Train.
+    """Within the block, request so many places from an autoscaler, beside the other requests of this process."""
+    # Ray keeps a request until the next one, even if its process was killed. Ray Data's coordinator sends one regularly, but
+    # it only starts with the first work of Ray Data or Ray Train.
     from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
 
     get_or_create_autoscaling_coordinator()
-    wish = object()  # trials of a sweep may wish for the same
+    wish = object()  # a key: trials of a sweep may request the same
     _WISHES[wish] = (resources, places)
     _ask()
     try:

@@ -168,7 +168,7 @@ def test_gpus_that_torch_does_not_find_are_told_before_one_is_held(tiny_llama, t
     (["train.labels={zone: x}"], "has no node with labels {'zone': 'x'}"),
     (["train.workers=2", "train.gpus_per_worker=1"], "needs 2 GPUs, the Ray cluster has 0; ask for fewer"),
     (["train.workers=20"], "needs 21 CPUs of Ray"),
-    (["ray.autoscaling=true"], "score.gpus_per_worker is null, and the cluster, which brings nodes on demand"),
+    (["ray.autoscaling=true"], "score.gpus_per_worker is null, and the cluster, which starts nodes on demand"),
     (["output=/proc/nowhere"], "'output' does not work: cannot write to /proc/nowhere"),
 ])
 def test_preflight_is_one_sentence_for_each_problem(configured, overrides, sentence):

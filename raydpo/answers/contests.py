@@ -16,7 +16,7 @@ from raydpo.data.preference import Text, as_text
 from raydpo.errors import ConfigError, RaydpoError
 from raydpo.evaluation.interval import Interval, around, mean, share
 
-__all__ = ["Contest", "by_scores", "count_wins", "own_scores"]
+__all__ = ["Contest", "by_scores", "count_wins", "own_function", "own_scores"]
 
 PRIOR_DEVIATION = 3.0
 """Standard deviation of the prior on the weights of the win rate at equal length, log odds."""
@@ -83,7 +83,7 @@ def own_scores(path: str, contests: Sequence[Contest]) -> tuple[np.ndarray, np.n
         ConfigError: if there is no such function.
         RaydpoError: if it fails, or returns something other than a finite number.
     """
-    function = _imported(path)
+    function = own_function(path)
 
     def score(prompt: Text, answer: str) -> float:
         try:
@@ -100,13 +100,18 @@ def own_scores(path: str, contests: Sequence[Contest]) -> tuple[np.ndarray, np.n
             np.array([score(one.prompt, one.reference) for one in contests]))
 
 
-def _imported(path: str) -> Callable[[str, str], Any]:
+def own_function(path: str) -> Callable[[str, str], Any]:
+    """Import the user's function ``module:function``, from what is installed or in the working directory.
+
+    Raises:
+        ConfigError: if there is no such function.
+    """
     module, _, name = path.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # an installed command does not have it on the path
     try:
         function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # a module of the user's may raise anything
         raise ConfigError(f"evaluate.score_with is {path!r}, but {error}; the module must lie here or on "
                           "PYTHONPATH") from None
     if not callable(function):

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from raydpo.config import LOSSES, Config, is_hub_name, is_uri
-from raydpo.errors import ConfigError, ModelError
+from raydpo.errors import ConfigError, FilesError
 from raydpo.local_copy import RemoteDirectory
-from raydpo.model.rotary import ROTARY
+from raydpo.model.files import model_files
+from raydpo.model.rotary import ROTARY, rope_length
 from raydpo.reference.identity import identify, resolve_model
 from raydpo.reference.score import ReferenceSpec
 from raydpo.storage import Storage, redact
 
-__all__ = ["Policy", "find_policy", "harness_arguments"]
+__all__ = ["Policy", "PolicyFiles", "find_policy", "harness_arguments", "policy_files"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +55,31 @@ class Policy:
         return isinstance(loss, str) and loss in LOSSES and LOSSES[loss].per_token
 
 
-def find_policy(config: Config, dtype: str) -> Policy:
-    """The policy of ``evaluate.policy``, in precision ``dtype``.
+@dataclass(frozen=True, kw_only=True)
+class PolicyFiles:
+    """Where the policy lies.
+
+    Attributes:
+        name: as the user gave it, fit to be printed.
+        base, adapter: local directories of the model and of the adapter on it, or None.
+        run: the run directory that it came out of, or None.
+        origin: where workers on other machines copy it from, or None.
+        trained: as of ``Policy``.
+    """
+
+    name: str
+    base: str
+    adapter: str | None
+    run: Storage | None
+    origin: RemoteDirectory | None
+    trained: dict[str, Any]
+
+
+def policy_files(config: Config) -> PolicyFiles:
+    """Find the files of ``evaluate.policy``. Weights are not read.
 
     Raises:
-        ConfigError: if it is not there.
+        ConfigError: if it is not there, or was trained with other rotary frequencies.
         ModelError: if it is no model, or an adapter whose model is not there.
     """
     wish = config.evaluate.policy
@@ -74,18 +95,28 @@ def find_policy(config: Config, dtype: str) -> Policy:
         directory = run.path("final") if origin is None else origin.here()
     adapter = directory if (Path(directory) / "adapter_config.json").is_file() else None
     base = directory if adapter is None else _base(config, Path(directory), own=wish is None)
-    quantization = None if adapter is None else config.model.quantization
-    trust = config.model.trust_remote_code
-    identity = identify(base, dtype, adapter, quantization, trust, max_length=config.data.max_length)
-    spec = ReferenceSpec(path=base, adapter=adapter, identity=identity, quantization=quantization, trust_remote_code=trust,
-                         layout=config.model.layout, origin=origin)
     trained = {} if run is None else _fingerprint(run)
-    length = trained.get(ROTARY, identity.rope_length)
-    if length != identity.rope_length:
+    now = rope_length(model_files(base, config.model.trust_remote_code).config, config.data.max_length)
+    length = trained.get(ROTARY, now)
+    if length != now:
         raise ConfigError(f"{redact(given)} was trained with rotary frequencies for {length:,} positions, but "
-                          f"data.max_length {config.data.max_length} makes them for {identity.rope_length:,}; set "
+                          f"data.max_length {config.data.max_length} makes them for {now:,}; set "
                           "data.max_length as it was in the training")
-    return Policy(name=redact(given), spec=spec, run=run, trained=trained)
+    return PolicyFiles(name=redact(given), base=base, adapter=adapter, run=run, origin=origin, trained=trained)
+
+
+def find_policy(config: Config, dtype: str) -> Policy:
+    """The policy of ``evaluate.policy``, in precision ``dtype``. Reads every weight once, for its identity.
+
+    Raises:
+        ConfigError, ModelError: as ``policy_files``.
+    """
+    files, trust = policy_files(config), config.model.trust_remote_code
+    quantization = None if files.adapter is None else config.model.quantization
+    identity = identify(files.base, dtype, files.adapter, quantization, trust, max_length=config.data.max_length)
+    spec = ReferenceSpec(path=files.base, adapter=files.adapter, identity=identity, quantization=quantization,
+                         trust_remote_code=trust, layout=config.model.layout, origin=files.origin)
+    return Policy(name=files.name, spec=spec, run=files.run, trained=files.trained)
 
 
 def _run_at(path: str) -> Storage | None:
@@ -113,10 +144,10 @@ def _base(config: Config, adapter: Path, *, own: bool) -> str:
         try:
             named = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
         except (OSError, ValueError, KeyError) as error:
-            raise ModelError(f"cannot read the model's name in {adapter}/adapter_config.json: {error!r}; set evaluate.base "
+            raise FilesError(f"cannot read the model's name in {adapter}/adapter_config.json: {error!r}; set evaluate.base "
                              "to where it is") from None
     if not named or not (Path(named).is_dir() or is_hub_name(named)):
-        raise ModelError(f"the adapter {adapter} belongs to the model {named!r}, which is not here; set evaluate.base to "
+        raise FilesError(f"the adapter {adapter} belongs to the model {named!r}, which is not here; set evaluate.base to "
                          "where it is")
     return resolve_model(named)
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from raydpo.config import Config, DataConfig, EvaluateConfig, SourceConfig, source_name
+from raydpo.config import Config, DataConfig, EvaluateConfig, SourceConfig, check_verb, source_name
 from raydpo.data.pairs import HELD_OUT, held_out_source
 from raydpo.data.preference import Malformed, Text, as_text, content_text, normalise
 from raydpo.data.records import Record, read_records
@@ -38,8 +38,7 @@ def evaluation_data(config: Config) -> tuple[DataConfig, bool]:
     """
     if config.evaluate.data is not None:
         return config.data.model_copy(update={"train": config.evaluate.data, "eval": None, "filter": None}), True
-    if config.data.eval is None or (config.data.eval.path is None and config.data.eval.fraction is None):
-        raise ConfigError("there are no pairs to evaluate on; set evaluate.data to a file of preferences, or data.eval")
+    check_verb(config, "eval")
     return config.data, False
 
 

@@ -21,13 +21,14 @@ from raydpo.answers.contests import by_scores, count_wins, own_scores
 from raydpo.answers.draws import ROWS
 from raydpo.answers.judge import Judge, judge_contests
 from raydpo.answers.reward import RewardModel
+from raydpo.checks import check
 from raydpo.config import Config, ObjectiveConfig, load_config
 from raydpo.config.uri import redacted
 from raydpo.console import Console
 from raydpo.data.facts import prompt_numbers
 from raydpo.data.pairs import load_pairs
 from raydpo.data.tokenise import Tokeniser, load_tokenizer
-from raydpo.errors import CacheMissError, ConfigError, RaydpoError
+from raydpo.errors import CacheMissError, RaydpoError
 from raydpo.evaluation.drift import ExactSteps, measure_drift
 from raydpo.evaluation.policy import Policy, find_policy, harness_arguments
 from raydpo.evaluation.preferences import ScoredPairs, measure_preferences
@@ -36,7 +37,6 @@ from raydpo.evaluation.report import print_evaluation
 from raydpo.evaluation.samples import Answers
 from raydpo.evaluation.work import Work, do_work
 from raydpo.model.rotary import rope_line
-from raydpo.model.weights import check_weights
 from raydpo.pipeline import fill_cache, find_reference, measured_pairs, reference_line, report_on
 from raydpo.preflight import check_cluster
 from raydpo.ray_runtime import bfloat16_pays, resources_for, session
@@ -68,7 +68,7 @@ def evaluate(config: Config, console: Console | None = None) -> dict[str, Any]:
         RaydpoError: a subclass that says what is wrong.
     """
     console = console or Console()
-    _check_models(config, console)
+    check(config, "eval", console)
     settings = config.evaluate
     with session(config):
         check_cluster(config, ["score"], console, (settings.policy, settings.base, settings.reward_model))
@@ -82,19 +82,6 @@ def evaluate(config: Config, console: Console | None = None) -> dict[str, Any]:
     console.say(f"harness: lm_eval --model hf --model_args {harness_arguments(evaluation.policy)} --apply_chat_template "
                 "--tasks ...")
     return found
-
-
-def _check_models(config: Config, console: Console) -> None:
-    """Reference and reward model, before Ray is started."""
-    trust = config.model.trust_remote_code
-    if trust:
-        console.warn("model.trust_remote_code is on: Python code in the directories of the models runs with your rights")
-    adapter = config.reference_adapter and resolve_model(config.reference_adapter)
-    lines = check_weights(resolve_model(config.reference_path), adapter=adapter, trust_remote_code=trust)
-    if config.evaluate.reward_model is not None:
-        lines += check_weights(resolve_model(config.evaluate.reward_model), trust_remote_code=trust, classifier=True)
-    for line in lines:
-        console.warn(line)
 
 
 def pairs_to_evaluate(config: Config, tokeniser: Tokeniser, console: Console) -> pa.Table:
@@ -139,15 +126,11 @@ class _Evaluation:
 
     @classmethod
     def of(cls, config: Config, console: Console) -> _Evaluation:
-        data, _ = evaluation_data(config)
         reference, _ = find_reference(config, "bfloat16" if bfloat16_pays() else "float32")
         console.say(reference_line(config, reference))
         if reference.identity.rope_length is not None:
             console.say(rope_line(reference.identity.rope_length, config.data.max_length))
         policy = find_policy(config, reference.identity.dtype)
-        for line in check_weights(policy.spec.path, adapter=policy.spec.adapter,
-                                  trust_remote_code=policy.spec.trust_remote_code):
-            console.warn(line)
         identity = policy.spec.identity
         console.say(f"policy: {policy.name} in {', '.join(filter(None, (identity.dtype, identity.quantisation)))}, identity "
                     f"{identity.digest}")
@@ -155,10 +138,9 @@ class _Evaluation:
         if against not in (None, reference.identity.digest):
             console.warn(f"the policy was trained against reference {against}, and is compared with "
                          f"{reference.identity.digest}")
-        tokenizer = load_tokenizer(resolve_model(config.model.tokenizer or config.model.path),
-                                   chat_template=data.chat_template, trust_remote_code=config.model.trust_remote_code)
-        _check_same_tokens(tokenizer, policy, config)
-        tokeniser = Tokeniser(tokenizer)
+        tokeniser = Tokeniser(load_tokenizer(
+            resolve_model(config.model.tokenizer or config.model.path), chat_template=config.data.chat_template,
+            trust_remote_code=config.model.trust_remote_code))
         pairs, seen = _read_pairs(config, tokeniser, console)
         console.say(f"pairs to evaluate on: {pairs.num_rows:,}")
         if seen is None or config.evaluate.policy is not None:  # what another run trained on is not data.train
@@ -356,23 +338,6 @@ def _reward_of(objective: ObjectiveConfig) -> str:
         return "log-probs of the policy alone"
     plain = objective.f_divergence_type == "reverse_kl"
     return "log-ratios" if plain else f"log-ratios under {objective.f_divergence_type}"
-
-
-def _check_same_tokens(tokenizer: Any, policy: Policy, config: Config) -> None:
-    """Policy and reference are compared token by token, so both must mean the same by a token.
-
-    Raises:
-        ConfigError: if the policy comes with another vocabulary.
-    """
-    directory = policy.spec.adapter or policy.spec.path
-    try:
-        own = load_tokenizer(directory, trust_remote_code=config.model.trust_remote_code)
-    except Exception:  # not every model directory has a tokenizer
-        return
-    if own.get_vocab() != tokenizer.get_vocab():
-        raise ConfigError(f"the policy {policy.name} has another vocabulary ({len(own.get_vocab()):,} tokens) than "
-                          f"model.tokenizer or model.path ({len(tokenizer.get_vocab()):,}); log-probs of the same tokens "
-                          "are compared, so set model.path to a model with its tokenizer")
 
 
 @contextlib.contextmanager

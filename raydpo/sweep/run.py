@@ -15,6 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from raydpo.checks import check
 from raydpo.config import Config, lower_is_better
 from raydpo.console import Console
 from raydpo.errors import ConfigError, RaydpoError
@@ -24,10 +25,8 @@ from raydpo.pipeline import (
     Joined,
     Prepared,
     Shared,
-    check_models,
     join_sets,
     measured_pairs,
-    needs_reference,
     report_on,
     score_prepared,
     train_prepared,
@@ -70,7 +69,7 @@ def sweep(config: Config, console: Console | None = None, *, fresh: bool = False
     """
     console = console or Console()
     trials = trials_of(config)
-    check_models([trial.config for trial in trials], console)
+    check(config, "sweep", console, [trial.config for trial in trials])
     storage = Storage(config.run_dir)
     if fresh:
         begin_again(storage, console, FILE)
@@ -174,7 +173,7 @@ def _score(config: Config, prepared: dict[str, Prepared], ledger: Ledger, consol
     import ray
 
     sets = {_pairs_of(one): one for one in prepared.values()}
-    compare = [one for one in sets.values() if needs_reference(one.config)]
+    compare = [one for one in sets.values() if one.config.needs_reference]
     first = next(iter([*compare, *prepared.values()]))
     everything: list[pa.Table] = [table for one in compare for table in one.tables]
     # The configuration of the sweep, since the audit belongs in its directory.
@@ -183,7 +182,7 @@ def _score(config: Config, prepared: dict[str, Prepared], ledger: Ledger, consol
     rates, joined = {}, {}
     for key, one in sets.items():
         wanted = Wanted(one.tables)
-        rates[key] = float(one.cache.covers(wanted.keys, wanted.tokens).mean()) if needs_reference(one.config) else None
+        rates[key] = float(one.cache.covers(wanted.keys, wanted.tokens).mean()) if one.config.needs_reference else None
         tables = join_sets(one, console)
         joined[key] = dataclasses.replace(tables, pairs=ray.put(tables.pairs),
                                           held_out=None if tables.held_out is None else ray.put(tables.held_out))
@@ -193,7 +192,7 @@ def _score(config: Config, prepared: dict[str, Prepared], ledger: Ledger, consol
 
 def _pairs_of(prepared: Prepared) -> tuple[int, bool]:
     """Return a key that is equal for trials that train on the same pairs, joined alike."""
-    return id(prepared.sets), needs_reference(prepared.config)
+    return id(prepared.sets), prepared.config.needs_reference
 
 
 class _Sweep:

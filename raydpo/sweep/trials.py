@@ -17,6 +17,7 @@ from raydpo.config import (
     RandomConfig,
     SweepConfig,
     check_metric,
+    check_verb,
     depends_on_scale,
     load_config,
     with_setting,
@@ -55,16 +56,17 @@ class Trial:
         return _value(self.config, key)
 
 
-def trials_of(config: Config) -> list[Trial]:
+def trials_of(config: Config, *, elsewhere: bool = False) -> list[Trial]:
     """All trials of a configuration with a sweep, each checked as a run of its own.
+
+    Args:
+        elsewhere: as of ``load_config``: absolute paths are those of other machines.
 
     Raises:
         ConfigError: if trials are wrong (it names each), if two are equal, or if there is no sweep.
     """
+    check_verb(config, "sweep")
     sweep = config.sweep
-    if sweep is None:
-        raise ConfigError("there is nothing to sweep over; add a section, for example sweep: {grid: {train.beta: "
-                          "[0.03, 0.1, 0.3]}}, or override sweep.grid='{train.beta: [0.03, 0.1, 0.3]}'")
     # Without defaults, since some checks depend on which keys were given.
     base = config.model_dump(mode="json", exclude_unset=True, exclude={"sweep", "name"})
     base |= {"output": config.run_dir, "cache": base.get("cache", {}) | {"uri": config.cache_uri}}
@@ -72,7 +74,7 @@ def trials_of(config: Config) -> list[Trial]:
     trials: dict[str, Trial] = {}
     for chosen in _choices(sweep):
         try:
-            trial = _trial(base, chosen)
+            trial = _trial(base, chosen, elsewhere)
             _check(trial, sweep)
         except ConfigError as error:
             problems += [f"trial {_told(chosen)}: {line}" for line in str(error).splitlines()]
@@ -135,7 +137,7 @@ def _drawn(search: RandomConfig) -> Iterator[dict[str, Any]]:
                       "lower it, or give more values to choose from")
 
 
-def _trial(base: dict[str, Any], chosen: dict[str, Any]) -> Trial:
+def _trial(base: dict[str, Any], chosen: dict[str, Any], elsewhere: bool) -> Trial:
     if not chosen:
         raise ConfigError("it sets nothing; give at least one key, for example {train.beta: 0.1}")
     tree = base
@@ -145,7 +147,7 @@ def _trial(base: dict[str, Any], chosen: dict[str, Any]) -> Trial:
         if key.split(".")[0] in FIXED:
             raise ConfigError(f"{key!r} cannot be varied; all trials of a sweep share {key.split('.')[0]}")
         tree = with_setting(tree, key, value, f"sweep key {key!r}")
-    config = load_config(tree)
+    config = load_config(tree, elsewhere=elsewhere)
     settings = {key: _value(config, key) for key in chosen}
     return _named(Trial("", settings, config), trial_name(settings))
 

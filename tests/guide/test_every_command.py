@@ -137,9 +137,9 @@ def test_switching(place, monkeypatch):
         for command in commands(text):
             told = run(place, command)
             if "cache import" in command:
-                assert "40 pairs taken over" in told
+                assert "40 pairs imported from" in told
             if "cache verify" in command:
-                assert "are verified now and count" in told
+                assert "are now verified and used by training" in told
             if "raydpo train" in command:
                 assert "first loss 0.693147" in told
     records = [json.loads(line) for line in (place / "open-instruct.jsonl").read_text().splitlines()]

@@ -51,14 +51,14 @@ def test_without_git_ignore_files_are_said_to_go_unheeded(project, tmp_path, mon
     monkeypatch.setattr(package.shutil, "which", lambda name: None)
     done = pack(project, tmp_path)
     assert "notes/later.txt" in done.files and "id_rsa" not in str(done.files)
-    assert "git is not installed, so .rayignore go unheeded" in done.notes
+    assert "git is not installed, so .rayignore have no effect" in done.notes
 
 
 def test_include_brings_data_in_and_never_a_secret(project, tmp_path):
     (project / ".rayignore").write_text("*.jsonl\n")
     assert "data/prefs.jsonl" in packed(project, tmp_path, include=["data/prefs.jsonl"])
     for pattern in (".env", "id_rsa", "nowhere.jsonl"):
-        with pytest.raises(ConfigError, match=f"--include {pattern} names no file"):
+        with pytest.raises(ConfigError, match=f"--include {pattern} matches no file"):
             pack(project, tmp_path, include=[pattern])
 
 
