@@ -53,7 +53,7 @@ ROWS = (
     ("chosen longer", "pairs whose chosen answer has more tokens", lambda f, _: _share(f["length"]["chosen_longer"])),
     ("length rule", "accuracy of always preferring the longer (or always the shorter) answer; a tie counts one half",
      lambda f, _: f"{f['length']['rule']}: {_share(f['length']['rule_accuracy'])}"),
-    ("length difference", "median of chosen less rejected, tokens", lambda f, _: _median(f["length"]["difference"], "+.0f")),
+    ("length difference", "median of chosen minus rejected, tokens", lambda f, _: _median(f["length"]["difference"], "+.0f")),
     ("margin by length", "correlation of the reference's margin with the length difference",
      lambda f, _: _number(f["length_and_reference"]["pearson"])),
     ("surprise chosen", "median surprise of the chosen answers, nats a token",

@@ -46,9 +46,6 @@ def evaluation_part(evaluation: dict[str, Any]) -> EvaluationPart:
                   "memory.")
     if (of := evaluation.get("reward_of", "log-ratios")) != "log-ratios":
         about += f" Rewards are computed from {of}, as in the loss that trained the policy."
-    if drift := evaluation.get("drift"):
-        about += (f" The policy has drifted {interval(drift['kl'], '.2f').text} nats an answer from the reference, "
-                  f"{interval(drift['kl_per_token']).text} nats a token (KL divergence, from {drift['samples']:,} answers).")
     return EvaluationPart(about, evaluation_tables(evaluation), pictures, shown_samples(evaluation.get("samples")))
 
 

@@ -133,8 +133,8 @@ def _evaluation(run: RunRecord) -> Iterator[Finding]:
         if growth["low"] is not None and growth["low"] > LENGTH_GROWTH:
             yield Finding(
                 "Answers have grown longer",
-                f"The length of {mode} answers is {growth['value']:+.0%} against the reference (95 % interval from "
-                f"{growth['low']:+.0%}).",
+                f"{mode.capitalize()} answers have {growth['value']:.0%} more tokens than the reference's (95 % interval "
+                f"from {growth['low']:.0%}).",
                 f"Judges and people tend to prefer longer answers. {_at_equal_length(evaluation.get('wins'), mode)}")
             break
     total = (evaluation.get("preferences") or {}).get("total") or {}

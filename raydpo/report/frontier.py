@@ -229,8 +229,8 @@ def recommend(points: Sequence[Point], drift: Axis) -> Recommendation:
                    f"; no other trial is within one standard error of it. Its drift is {drift.read(best):.3g} nats a token.")
     else:
         reason = (f"{chosen.label or chosen.name} has a held-out accuracy of {chosen.accuracy:.3f}, within one standard "
-                  f"error ({best.error:.3f}) of the best, {best.accuracy:.3f} of {best.label or best.name}. Of the "
-                  f"{len(close)} trials that close it has the least drift: {drift.read(chosen):.3g} against "
+                  f"error ({best.error:.3f}) of the best, {best.accuracy:.3f} of {best.label or best.name}. It drifts "
+                  f"least of the {len(close)} trials within that range: {drift.read(chosen):.3g} against "
                   f"{drift.read(best):.3g} nats a token.")
     if len(learnt) < len(known):
         reason += (f" {len(known) - len(learnt)} trial(s) are not better than a coin by more than chance and were not "

@@ -124,7 +124,7 @@ def test_the_choice_of_prompts_does_not_depend_on_their_order(place):
     ({"modes": ["greedy"], "temperature": 0.7}, "temperature 0.7 has no effect"),
     ({"modes": ["greedy"], "samples": 3}, "samples 3 has no effect"),
     ({"chat": True}, "chat True has no effect without evaluate.data"),
-    ({"prompts": 0, "score_with": "a:b"}, "score_with has no answers to look at"),
+    ({"prompts": 0, "score_with": "a:b"}, "score_with has no answers to judge"),
     ({"score_with": "a.b"}, "module:function"),
     ({"base": "."}, "no effect without policy"),
     ({"beta": 0}, "evaluate.beta"),

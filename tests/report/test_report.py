@@ -60,7 +60,7 @@ def test_the_curves_of_a_run_are_its_metrics(run, page):
 def test_a_run_page_tells_configuration_cache_samples_and_evaluation(page):
     for piece in ("Finished after 60 steps", "14dd257b16e65da53154083de8df6305", "32 pairs scored again",
                   "sample_prompts: 1", "Bees collect nectar from flowers", "Calibration", "0.740 (0.697 to 0.783)",
-                  "Accuracy by length", "reward model", "nats an answer from the reference", "≥ 51"):
+                  "Accuracy by length", "reward model", "Drift KL(policy || reference) from 256 samples", "≥ 51"):
         assert piece in page, piece
 
 
