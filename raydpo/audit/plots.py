@@ -16,7 +16,7 @@ TRENDS = 16
 
 
 def plots(frame: pl.DataFrame, figures: dict[str, Any]) -> list[Picture]:
-    """Draw the pairs in ``frame``, of which ``figures`` are the figures."""
+    """Draw the pairs in ``frame``; ``figures`` are their figures."""
     scored = frame.filter(pl.col("ref_margin").is_not_null())
     pictures = [_differences(frame["length_difference"].to_numpy(), figures)]
     if scored.height > 1:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raydpo.config import LOSSES, Config, is_hub_name, is_uri
+from raydpo.config import Config, is_hub_name, is_uri
 from raydpo.errors import ConfigError, FilesError
 from raydpo.local_copy import RemoteDirectory
 from raydpo.model.files import model_files
@@ -20,20 +20,30 @@ __all__ = ["Policy", "PolicyFiles", "find_policy", "harness_arguments", "policy_
 
 
 @dataclass(frozen=True, kw_only=True)
-class Policy:
-    """The policy that is evaluated.
+class PolicyFiles:
+    """The files of a policy.
 
     Attributes:
         name: the name that the user gave, without secrets.
-        spec: how to load the policy, and its identity.
+        base: local directory of the model. adapter: local directory of the adapter on it, or None.
         run: the run directory that contains it, or None.
+        origin: where workers on other machines copy it from, or None.
         trained: fingerprint of that run: what its result depended on, by setting; empty if unknown.
     """
 
     name: str
-    spec: ReferenceSpec
+    base: str
+    adapter: str | None
     run: Storage | None
+    origin: RemoteDirectory | None
     trained: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy(PolicyFiles):
+    """The policy to evaluate, with its identity. ``spec``: how to load it."""
+
+    spec: ReferenceSpec
 
     @property
     def slug(self) -> str:
@@ -46,33 +56,6 @@ class Policy:
             return config.evaluate.beta
         trained = self.trained.get("train.beta", config.train.model_dump(mode="json")["beta"])
         return trained["end"] if isinstance(trained, dict) else trained
-
-    def per_token(self, config: Config) -> bool:
-        """Whether rewards are per token."""
-        if config.evaluate.rewards is not None:
-            return config.evaluate.rewards == "per_token"
-        loss = self.trained.get("train.loss", config.train.loss)
-        return isinstance(loss, str) and loss in LOSSES and LOSSES[loss].per_token
-
-
-@dataclass(frozen=True, kw_only=True)
-class PolicyFiles:
-    """Where the policy lies.
-
-    Attributes:
-        name: as the user gave it, fit to be printed.
-        base, adapter: local directories of the model and of the adapter on it, or None.
-        run: the run directory that it came out of, or None.
-        origin: where workers on other machines copy it from, or None.
-        trained: as of ``Policy``.
-    """
-
-    name: str
-    base: str
-    adapter: str | None
-    run: Storage | None
-    origin: RemoteDirectory | None
-    trained: dict[str, Any]
 
 
 def policy_files(config: Config) -> PolicyFiles:
@@ -106,7 +89,7 @@ def policy_files(config: Config) -> PolicyFiles:
 
 
 def find_policy(config: Config, dtype: str) -> Policy:
-    """The policy of ``evaluate.policy``, in precision ``dtype``. Reads every weight once, for its identity.
+    """Find the policy of ``evaluate.policy``, in precision ``dtype``. Reads every weight once, for its identity.
 
     Raises:
         ConfigError, ModelError: as ``policy_files``.
@@ -116,7 +99,7 @@ def find_policy(config: Config, dtype: str) -> Policy:
     identity = identify(files.base, dtype, files.adapter, quantization, trust, max_length=config.data.max_length)
     spec = ReferenceSpec(path=files.base, adapter=files.adapter, identity=identity, quantization=quantization,
                          trust_remote_code=trust, layout=config.model.layout, origin=files.origin)
-    return Policy(name=files.name, spec=spec, run=files.run, trained=files.trained)
+    return Policy(**vars(files), spec=spec)
 
 
 def _run_at(path: str) -> Storage | None:
@@ -130,8 +113,8 @@ def _run_at(path: str) -> Storage | None:
         raise ConfigError(f"the run in {storage} has no final/ yet: it was not trained to its end; continue it with 'raydpo "
                           "train'")
     if is_uri(path):
-        raise ConfigError(f"evaluate.policy {storage} is no run directory with a result; of remote directories only those "
-                          "are read, a model must lie on a disk or on the hub")
+        raise ConfigError(f"evaluate.policy {storage} is not a run directory with a trained policy; a model must be on a "
+                          "local disk or on the hub")
     return None
 
 

@@ -176,7 +176,7 @@ class _Evaluation:
                           "identity": self.reference.identity.digest},
             "data": list(dict.fromkeys(self.pairs["source"].to_pylist())), "held_out": settings.data is None,
             "trained_on": self.trained_on, "beta": beta,
-            "rewards": "per_token" if self.policy.per_token(config) else "sum", "reward_of": _reward_of(objective),
+            "rewards": "per_token" if objective.per_token else "sum", "reward_of": _reward_of(objective),
             "protocol": protocol(config, self.pairs, self.reference),
             "preferences": measure_preferences(self._scored_pairs(), beta, objective),
             "generation": None, "drift": None, "wins": [], "samples": []}

@@ -60,7 +60,7 @@ def _facts(sweep: SweepRecord) -> list[tuple[str, str]]:
     facts = [("trials", ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))),
              ("varied", ", ".join(sweep.parameters)), ("longest trial", duration(seconds) if seconds else None),
              ("reference identity", sweep.cache.get("identity")), ("cache", sweep.cache.get("uri")),
-             ("in the cache before scoring", f"{rates[0]} in each trial" if len(set(rates)) == 1 else ", ".join(rates))]
+             ("found in the cache", f"{rates[0]} in each trial" if len(set(rates)) == 1 else ", ".join(rates))]
     return [(name, value) for name, value in facts if value]
 
 
