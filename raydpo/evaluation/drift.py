@@ -91,6 +91,6 @@ def exact_steps(policy: LogpModel, reference: LogpModel, group: PromptGroup, dev
     for start in range(0, len(hidden[0]), size):
         log_pi, log_ref = (model.log_distribution(states[start : start + size]).double()
                            for model, states in zip((policy, reference), hidden, strict=True))
-        # A token of probability 0 under the policy adds nothing, even if the reference gives it 0 too.
+        # A token of probability 0 under the policy adds 0; the product would be NaN.
         total += float(torch.where(log_pi == -torch.inf, 0.0, log_pi.exp() * (log_pi - log_ref)).sum())
     return total
