@@ -39,8 +39,8 @@ def advise(figures: dict[str, Any], objective: ObjectiveConfig | None = None) ->
         tokens = sum(figures["tokens"][side]["mean"] for side in ("chosen", "rejected")) / 2
         found.append(Finding(
             "Length-normalise" if strong else "Watch the length",
-            f"The rule 'the {length['rule']} answer is better' is right for {rule:.1%} of the pairs (95 % interval from "
-            f"{rule_low:.1%}). The chosen answer is longer in {length['chosen_longer']['share']:.1%} of them; the median "
+            f"'The {length['rule']} answer is better' is right for {rule:.1%} of the pairs (95 % interval from "
+            f"{rule_low:.1%}); the chosen answer is longer in {length['chosen_longer']['share']:.1%} of them; the median "
             f"difference is {length['difference']['median']:+.0f} tokens.",
             f"The easiest thing to learn from these pairs is to write {length['rule']} answers." + (
                 f" A loss per token removes this incentive. Its beta is the present one, {objective.beta_text}, times the "
