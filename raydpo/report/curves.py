@@ -44,14 +44,8 @@ class Curve:
     @property
     def running_mean(self) -> np.ndarray:
         """Running mean over a twentieth of the points, centred; over fewer points at the ends."""
-        half = max(1, len(self.mean) // 40)
-        known = np.isfinite(self.mean)
-        total = np.concatenate([[0.0], np.cumsum(np.where(known, self.mean, 0.0))])
-        count = np.concatenate([[0], np.cumsum(known)])
-        place = np.arange(len(self.mean))
-        first, end = np.maximum(place - half, 0), np.minimum(place + half + 1, len(place))
-        with np.errstate(invalid="ignore"):  # 0 / 0 where no value is known
-            return (total[end] - total[first]) / (count[end] - count[first])
+        width = 2 * max(1, len(self.mean) // 40) + 1
+        return pl.Series(self.mean).fill_nan(None).rolling_mean(width, min_samples=1, center=True).to_numpy()
 
 
 def curve(table: pl.DataFrame, metric: str, name: str, colour: str, *, dashed: bool = False) -> Curve | None:
