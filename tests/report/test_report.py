@@ -15,9 +15,11 @@ from raydpo.cli import main
 from raydpo.console import Console
 from raydpo.errors import ConfigError, RaydpoError
 from raydpo.evaluation.interval import share_error
+from raydpo.evaluation.report import print_evaluation
 from raydpo.report import write_comparison, write_report
 from raydpo.report.compare import differences
 from raydpo.report.curves import POINTS, curve
+from raydpo.report.evaluation import evaluation_tables
 from raydpo.report.frontier import points_of
 from raydpo.report.records import RunRecord, SweepRecord
 from raydpo.report.run import run_page
@@ -98,6 +100,16 @@ def test_an_evaluation_with_gaps_has_a_page(run, tmp_path):
     (directory / "evaluation.json").write_text(json.dumps(evaluation))
     page = run_page(record(directory))
     assert "Preferences of held-out pairs" in page and "Calibration</h3>" not in page
+
+
+def test_the_terminal_shows_the_tables_of_the_page(run):
+    """Names of judges are printed as they are: neither as markup nor as control sequences."""
+    found, out = json.loads((run / "evaluation.json").read_text()), io.StringIO()
+    found["wins"][0]["judge"] = "[red]me\x1b[31m"
+    print_evaluation(Console(out), found)
+    preferences, *others = evaluation_tables(found)
+    assert len(others) == 3 and all(table.label in out.getvalue() for table in (preferences, *others))
+    assert "[red]me\N{REPLACEMENT CHARACTER}[31m" in out.getvalue() and "0.740 (0.697 to 0.783)" in out.getvalue()
 
 
 def test_an_evaluation_alone_has_a_page(run, tmp_path):
