@@ -89,18 +89,16 @@ class Judge:
         return {"judge": 2, "instructions": INSTRUCTIONS + QUESTION} | self.config.model_dump(
             mode="json", include={"url", "model", "max_tokens", "criterion"})
 
-    def ask_unless_equal(self, prompt: str, first: str, second: str) -> str:
-        """Return a tie for equal answers, else ``ask``."""
-        return TIE if first == second else self.ask(prompt, first, second)
-
     def ask(self, prompt: str, first: str, second: str) -> str:
-        """Ask which answer is better: ``first``, ``second`` or ``tie``.
+        """Ask which answer is better: ``first``, ``second`` or ``tie``. Equal answers are a tie, without a question.
 
         Returns ``refused`` if the reply is not a verdict, and ``failed`` if there was no reply.
 
         Raises:
             RaydpoError: if no request can succeed, for example with a wrong key.
         """
+        if first == second:
+            return TIE
         criterion = self.config.criterion
         body = {"model": self.config.model, "temperature": 0, "max_tokens": self.config.max_tokens, "messages": [
             {"role": "system", "content": INSTRUCTIONS.format(criterion=criterion)},
@@ -164,8 +162,7 @@ def _ask_block(judge: Judge, contests: Sequence[Contest], storage: Storage,
     # Ask again only what has failed: each question costs money.
     again = [number for number, reply in enumerate(replies) if reply == FAILED]
     try:
-        for number, reply in zip(again, pool.map(lambda number: judge.ask_unless_equal(*questions[number]), again),
-                                 strict=True):
+        for number, reply in zip(again, pool.map(lambda number: judge.ask(*questions[number]), again), strict=True):
             replies[number] = reply
     finally:  # keep replies after an error or an interrupt
         found = replies[: len(contests)], replies[len(contests) :]

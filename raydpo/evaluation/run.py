@@ -84,18 +84,15 @@ def evaluate(config: Config, console: Console | None = None) -> dict[str, Any]:
     return found
 
 
-def pairs_to_evaluate(config: Config, tokeniser: Tokeniser, console: Console) -> pa.Table:
-    """Return the pairs that ``evaluate`` measures.
+def pairs_to_evaluate(config: Config, tokeniser: Tokeniser, console: Console) -> tuple[pa.Table, int | None]:
+    """Load the pairs to measure, and count those of data.eval that have a prompt of the training data.
+
+    The count is None for evaluate.data.
 
     Raises:
         ConfigError: if there is neither evaluate.data nor data.eval.
         DataError: if they cannot be read.
     """
-    return _read_pairs(config, tokeniser, console)[0]
-
-
-def _read_pairs(config: Config, tokeniser: Tokeniser, console: Console) -> tuple[pa.Table, int | None]:
-    """Return the pairs, and how many of data.eval have a prompt of the training data (None for evaluate.data)."""
     data, on_training_side = evaluation_data(config)
     sets = load_pairs(data, tokeniser, console.counter("reading", "records"), reading(config.evaluate))
     for line in sets.report.lines():
@@ -141,7 +138,7 @@ class _Evaluation:
         tokeniser = Tokeniser(load_tokenizer(
             resolve_model(config.model.tokenizer or config.model.path), chat_template=config.data.chat_template,
             trust_remote_code=config.model.trust_remote_code))
-        pairs, seen = _read_pairs(config, tokeniser, console)
+        pairs, seen = pairs_to_evaluate(config, tokeniser, console)
         console.say(f"pairs to evaluate on: {pairs.num_rows:,}")
         if seen is None or config.evaluate.policy is not None:  # what another run trained on is not data.train
             seen = _trained_on(config, policy, pairs, console)

@@ -317,7 +317,7 @@ class _Sweep:
             with self._loading:  # once for all trials that measure on them
                 key = (id(prepared.sets), config.evaluate.model_dump_json(include={"data", "subsets", "chat"}))
                 if key not in self._loaded:
-                    self._loaded[key] = pairs_to_evaluate(config, prepared.tokeniser, log)
+                    self._loaded[key], _ = pairs_to_evaluate(config, prepared.tokeniser, log)
                 pairs = self._loaded[key]
         wanted = protocol(config, pairs, prepared.reference)
         return json.loads(storage.read("evaluation.json")).get("protocol") == wanted

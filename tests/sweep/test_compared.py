@@ -99,7 +99,7 @@ def test_a_trial_is_measured_again_where_settings_or_pairs_have_changed(place):
         (name, one), = trials.items()
         sweep = _Sweep(trials, {}, ledger, None, 1)
         if measure:
-            told = protocol(one.config, pairs_to_evaluate(one.config, one.tokeniser, SILENT), one.reference)
+            told = protocol(one.config, pairs_to_evaluate(one.config, one.tokeniser, SILENT)[0], one.reference)
             Storage(one.config.run_dir).write("evaluation.json", json.dumps({"protocol": told}).encode())
         return sweep._evaluated(name, SILENT)
 
