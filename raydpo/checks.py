@@ -106,8 +106,8 @@ def _check_tokenizers(configs: Sequence[Config]) -> list[Any]:
 
 def _check_judges(configs: Sequence[Config], console: Console) -> None:
     """Check what judges the answers of an evaluation: the user's function, the API key, the reward model."""
-    from raydpo.evaluation.judge import Judge
-    from raydpo.evaluation.wins import own_function
+    from raydpo.answers.contests import own_function
+    from raydpo.answers.judge import Judge
 
     for path in {config.evaluate.score_with: None for config in configs}:
         if path is not None:

@@ -74,7 +74,7 @@ BAD = [
     (("sweep",), "sweep={grid: {train.loss: [sigmoid, 'missing:loss']}}", "missing cannot be imported"),
     (("sweep",), "sweep.evaluate=true; evaluate.policy=null; evaluate.score_with=missing:judge", "evaluate.score_with"),
     (("eval",), "evaluate.score_with=missing:judge", "evaluate.score_with is 'missing:judge'"),
-    (("eval",), "evaluate.score_with=bad_functions:value", "which is no function"),
+    (("eval",), "evaluate.score_with=bad_functions:value", "which is not a function"),
     (("eval",), "evaluate.judge={url: 'http://localhost:1/v1', model: m, key: NO_SUCH_KEY}", "NO_SUCH_KEY"),
     (("eval",), "evaluate.reward_model={place}/bare", "score.weight"),
     (("eval",), "data.eval=null", "no pairs to evaluate on"),

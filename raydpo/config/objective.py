@@ -210,6 +210,22 @@ class ObjectiveConfig(Section):
         """Beta as text, valid in file names."""
         return f"{self.beta.start:g}-{self.beta.end:g}" if isinstance(self.beta, BetaSchedule) else f"{self.beta:g}"
 
+    @property
+    def per_token(self) -> bool:
+        """Whether the loss compares means over tokens, so that beta multiplies nats a token. False for a mixture."""
+        traits, *others = self.traits.values()
+        return not others and traits.per_token
+
+    def beta_per_token(self, tokens: float) -> str:
+        """Return, as YAML, the beta that pulls as strongly in a loss per token as this one on sums of ``tokens`` tokens."""
+        def times(beta: Any) -> str:
+            return beta if isinstance(beta, str) else f"{float(f'{beta * tokens:.2g}'):g}"  # 100, not 1e+02
+
+        if not isinstance(self.beta, BetaSchedule):
+            return times(self.beta)
+        given = self.beta.model_dump(exclude_unset=True)
+        return "{" + ", ".join(f"{key}: {times(value)}" for key, value in given.items()) + "}"
+
     def beta_at(self, step: int, total_steps: int) -> float:
         """Beta of the step with number ``step``, counted from 0, before ``dynamic_beta``."""
         return self.beta.at(step, total_steps) if isinstance(self.beta, BetaSchedule) else self.beta

@@ -1,4 +1,4 @@
-"""Which model is evaluated: what ``evaluate.policy`` names, found and identified."""
+"""Finds and identifies the model that ``evaluate.policy`` names."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raydpo.config import LOSSES, Config, is_hub_name, is_uri
+from raydpo.config import Config, is_hub_name, is_uri
 from raydpo.errors import ConfigError, FilesError
 from raydpo.local_copy import RemoteDirectory
 from raydpo.model.files import model_files
@@ -20,51 +20,15 @@ __all__ = ["Policy", "PolicyFiles", "find_policy", "harness_arguments", "policy_
 
 
 @dataclass(frozen=True, kw_only=True)
-class Policy:
-    """The policy that is evaluated.
-
-    Attributes:
-        name: as the user gave it, fit to be printed.
-        spec: how to load it, and its identity.
-        run: the run directory that it came out of, or None.
-        trained: of that run, what its result depended on, by the name of the setting; empty if unknown.
-    """
-
-    name: str
-    spec: ReferenceSpec
-    run: Storage | None
-    trained: dict[str, Any]
-
-    @property
-    def slug(self) -> str:
-        """For names of files."""
-        return "".join(char if char.isalnum() or char in "._-" else "-" for char in self.name.rstrip("/").rsplit("/", 1)[-1])
-
-    def beta(self, config: Config) -> float:
-        """Of the rewards: asked for, trained with (in the end, where it moved), or configured."""
-        if config.evaluate.beta is not None:
-            return config.evaluate.beta
-        trained = self.trained.get("train.beta", config.train.model_dump(mode="json")["beta"])
-        return trained["end"] if isinstance(trained, dict) else trained
-
-    def per_token(self, config: Config) -> bool:
-        """Whether rewards are per token."""
-        if config.evaluate.rewards is not None:
-            return config.evaluate.rewards == "per_token"
-        loss = self.trained.get("train.loss", config.train.loss)
-        return isinstance(loss, str) and loss in LOSSES and LOSSES[loss].per_token
-
-
-@dataclass(frozen=True, kw_only=True)
 class PolicyFiles:
-    """Where the policy lies.
+    """The files of a policy.
 
     Attributes:
-        name: as the user gave it, fit to be printed.
-        base, adapter: local directories of the model and of the adapter on it, or None.
-        run: the run directory that it came out of, or None.
+        name: the name that the user gave, without secrets.
+        base: local directory of the model. adapter: local directory of the adapter on it, or None.
+        run: the run directory that contains it, or None.
         origin: where workers on other machines copy it from, or None.
-        trained: as of ``Policy``.
+        trained: fingerprint of that run: what its result depended on, by setting; empty if unknown.
     """
 
     name: str
@@ -73,6 +37,25 @@ class PolicyFiles:
     run: Storage | None
     origin: RemoteDirectory | None
     trained: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy(PolicyFiles):
+    """The policy to evaluate, with its identity. ``spec``: how to load it."""
+
+    spec: ReferenceSpec
+
+    @property
+    def slug(self) -> str:
+        """The last part of the name, safe as part of a file name."""
+        return "".join(char if char.isalnum() or char in "._-" else "-" for char in self.name.rstrip("/").rsplit("/", 1)[-1])
+
+    def beta(self, config: Config) -> float:
+        """Return the beta of the rewards: evaluate.beta, or else the last beta of the training, or else train.beta."""
+        if config.evaluate.beta is not None:
+            return config.evaluate.beta
+        trained = self.trained.get("train.beta", config.train.model_dump(mode="json")["beta"])
+        return trained["end"] if isinstance(trained, dict) else trained
 
 
 def policy_files(config: Config) -> PolicyFiles:
@@ -106,7 +89,7 @@ def policy_files(config: Config) -> PolicyFiles:
 
 
 def find_policy(config: Config, dtype: str) -> Policy:
-    """The policy of ``evaluate.policy``, in precision ``dtype``. Reads every weight once, for its identity.
+    """Find the policy of ``evaluate.policy``, in precision ``dtype``. Reads every weight once, for its identity.
 
     Raises:
         ConfigError, ModelError: as ``policy_files``.
@@ -116,11 +99,11 @@ def find_policy(config: Config, dtype: str) -> Policy:
     identity = identify(files.base, dtype, files.adapter, quantization, trust, max_length=config.data.max_length)
     spec = ReferenceSpec(path=files.base, adapter=files.adapter, identity=identity, quantization=quantization,
                          trust_remote_code=trust, layout=config.model.layout, origin=files.origin)
-    return Policy(name=files.name, spec=spec, run=files.run, trained=files.trained)
+    return Policy(**vars(files), spec=spec)
 
 
 def _run_at(path: str) -> Storage | None:
-    """The run directory at ``path``, if it is one that has a result."""
+    """Return the run directory at ``path`` if it has a trained policy, None if it is a model or adapter."""
     if not is_uri(path) and not Path(path).is_dir():
         return None
     storage = Storage(path)
@@ -130,13 +113,13 @@ def _run_at(path: str) -> Storage | None:
         raise ConfigError(f"the run in {storage} has no final/ yet: it was not trained to its end; continue it with 'raydpo "
                           "train'")
     if is_uri(path):
-        raise ConfigError(f"evaluate.policy {storage} is no run directory with a result; of remote directories only those "
-                          "are read, a model must lie on a disk or on the hub")
+        raise ConfigError(f"evaluate.policy {storage} is not a run directory with a trained policy; a model must be on a "
+                          "local disk or on the hub")
     return None
 
 
 def _base(config: Config, adapter: Path, *, own: bool) -> str:
-    """The model below an adapter."""
+    """Return the directory of the model that an adapter belongs to."""
     if own:
         return resolve_model(config.model.path)
     named = config.evaluate.base
@@ -160,7 +143,7 @@ def _fingerprint(run: Storage) -> dict[str, Any]:
 
 
 def harness_arguments(policy: Policy) -> str:
-    """``--model_args`` of lm-evaluation-harness's ``--model hf`` for this policy."""
+    """Return ``--model_args`` of lm-evaluation-harness (``--model hf``) for this policy."""
     spec = policy.spec
     adapter = "" if spec.adapter is None else f",peft={spec.adapter},tokenizer={spec.adapter}"
     return f"pretrained={spec.path}{adapter},dtype={spec.identity.dtype}"
