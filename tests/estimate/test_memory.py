@@ -9,7 +9,7 @@ from tiny import make_model
 from raydpo.config import LoraSettings, ModelConfig, TrainConfig
 from raydpo.config.train import REDUCE_BUCKET, ROUNDED_PIECE
 from raydpo.errors import ConfigError, ModelError
-from raydpo.estimate.activations import CHUNK_BYTES, WHOLE_BLOCKS, Batch, head_backward, head_forward, layer_memory
+from raydpo.estimate.activations import Batch, head_backward, head_forward, layer_memory
 from raydpo.estimate.anatomy import EMBEDDING, HEAD, Anatomy
 from raydpo.estimate.memory import estimate_memory
 
@@ -60,14 +60,6 @@ def test_anatomy_is_what_transformers_builds(tmp_path, kind, settings, wanted):
 def test_a_directory_without_a_model(tmp_path):
     with pytest.raises(ModelError, match="cannot tell the sizes"):
         Anatomy.of(tmp_path / "nothing")
-
-
-def test_constants_are_those_of_the_model():
-    from raydpo.estimate.modes import MOST
-    from raydpo.model import attention, budget, head
-
-    assert CHUNK_BYTES == head.CHUNK_BYTES and WHOLE_BLOCKS == attention.WHOLE_BLOCKS
-    assert budget.MOST_TRAINED["cuda"] == MOST
 
 
 def test_sizes_are_deepspeeds_defaults_where_the_engine_sets_none():

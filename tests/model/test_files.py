@@ -69,8 +69,8 @@ def test_a_file_and_an_index_of_different_tensors(model):
 
 
 @pytest.mark.parametrize(("entries", "told"), [
-    ({"transformers_weights": "../adapter/adapter_model.safetensors"}, "in that directory is wanted"),
-    ({"transformers_weights": "pytorch_model.bin"}, "in that directory is wanted"),
+    ({"transformers_weights": "../adapter/adapter_model.safetensors"}, "in that directory is expected"),
+    ({"transformers_weights": "pytorch_model.bin"}, "in that directory is expected"),
     ({"transformers_weights": "other.safetensors"}, r"has no other\.safetensors"),
     ({"text_config": {"transformers_weights": "other.safetensors"}}, "which file is loaded cannot be told"),
     ({"configuration_files": ["config.4.0.0.json"]}, "keep one"),
@@ -87,16 +87,16 @@ def test_a_distributed_checkpoint_beside_the_weights(model):
 
 
 def test_a_model_and_an_adapter_are_told_apart(model, adapter):
-    with pytest.raises(ModelError, match=r"holds an adapter, and a model is wanted.*model\.adapter"):
+    with pytest.raises(ModelError, match=r"holds an adapter, and a model is expected.*model\.adapter"):
         model_files(adapter)
-    with pytest.raises(ModelError, match=r"holds a model, and an adapter is wanted.*model\.path"):
+    with pytest.raises(ModelError, match=r"holds a model, and an adapter is expected.*model\.path"):
         adapter_files(model)
     shutil.copytree(adapter, model, dirs_exist_ok=True)
     with pytest.raises(ModelError, match=r"holds a model and an adapter.*name the adapter in model\.adapter"):
         model_files(model)
     assert adapter_files(model).weights.name == "adapter_model.safetensors"  # some trainers leave config.json beside it
     (model / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match="holds an adapter, and a model is wanted"):
+    with pytest.raises(ModelError, match="holds an adapter, and a model is expected"):
         model_files(model)
 
 
