@@ -6,7 +6,7 @@
 Or as a Ray job, which prints the result to its log:
 
     raydpo submit benchmark --gpus 1 -- --model random-1b --synthetic --full
-    raydpo submit benchmark --gpus 1 --dry-run -- --model random-1b --synthetic --full     # prints the command for Ray's own client
+    raydpo submit benchmark --gpus 1 --dry-run -- --model random-1b --synthetic --full   # prints Ray's own command
 """
 
 import sys

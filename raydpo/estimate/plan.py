@@ -226,12 +226,12 @@ def sample_pairs(config: Config, table: pa.Table, count: int = 32) -> pa.Table:
 
 def pair_groups(table: pa.Table) -> tuple[list[PromptGroup], Shapes]:
     """The pairs of a table of ``data.pairs.PAIR_SCHEMA`` as groups (chosen, rejected), and their shapes."""
-    known = {completion.key: completion for completion in Wanted([table])}
-    sides = [[(known[key], length) for key, length in zip(
-        table[f"{side}_key"].to_pylist(), pc.list_value_length(table[f"{side}_ids"]).to_pylist(), strict=True)]
-        for side in ("chosen", "rejected")]
-    groups = [PromptGroup(pair[0][0].prompt, tuple(completion.tokens[:length] for completion, length in pair))
-              for pair in zip(*sides, strict=True)]
+    def rows(column: pa.ChunkedArray) -> list[np.ndarray]:
+        ends = np.cumsum(pc.list_value_length(column).to_numpy())
+        return np.split(pc.list_flatten(column).to_numpy(), ends[:-1])
+
+    groups = [PromptGroup(prompt, tuple(completions)) for prompt, *completions in zip(
+        *(rows(table[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")), strict=True)]
     return groups, shapes_of(groups)
 
 

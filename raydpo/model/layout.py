@@ -5,7 +5,7 @@ Shapes: R = rows (1 for a tree or a pack), T = positions of a row, N = predicted
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -101,21 +101,16 @@ class Layout:
                        targets=targets, segments=replace(self.segments, group=group), places=places)
 
     def to(self, device: torch.device) -> Layout:
-        def moved(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device, non_blocking=True)
-
-        return replace(self, input_ids=moved(self.input_ids), position_ids=moved(self.position_ids),
-                       positions=moved(self.positions), targets=moved(self.targets), places=moved(self.places),
-                       segments=None if self.segments is None else self.segments.to(device))
+        """The layout on ``device``; the copy may still be running."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True), lambda segments: segments.to(device))
 
     def pin(self) -> Layout:
-        """In page-locked memory, from which a copy to a GPU overlaps with what the GPU is doing."""
-        def pinned(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.pin_memory()
+        """The layout in page-locked memory, from which a copy to a GPU overlaps with the GPU's work."""
+        return self._each(Tensor.pin_memory, Segments.pin)
 
-        return replace(self, input_ids=pinned(self.input_ids), position_ids=pinned(self.position_ids),
-                       positions=pinned(self.positions), targets=pinned(self.targets), places=pinned(self.places),
-                       segments=None if self.segments is None else self.segments.pin())
+    def _each(self, change: Callable[[Tensor], Tensor], change_segments: Callable[[Segments], Segments]) -> Layout:
+        changed = {name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **changed, segments=None if self.segments is None else change_segments(self.segments))
 
 
 def lay_out(groups: Sequence[PromptGroup], method: Method = PADDED, min_saved: int = MIN_SAVED) -> Layout:
