@@ -1,4 +1,4 @@
-"""The kernels without Ray: tokenised tables of tiny pairs, scored and trained in this process."""
+"""Scoring and training without Ray: tokenised tables of tiny pairs, computed in this process."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ def with_reference(table: pa.Table, model: Path, dtype: str = "float32", tokens_
 
 @dataclass
 class Record(Hooks):
-    """Hooks that remember.
+    """Hooks that record what happened.
 
     Attributes:
         keep: where checkpoints are stored, as ``step-<n>``.
-        stop_after: someone wants the run to stop once so many steps are done.
+        stop_after: number of steps after which a stop of the run is requested.
     """
 
     steps: list[dict[str, float]] = field(default_factory=list)
@@ -119,7 +119,7 @@ def train_here(table: pa.Table, model: Path, scratch: Path, *, lora: dict[str, A
 
 
 def exact(rows: list[dict[str, float]]) -> list[dict[str, float]]:
-    """All that must be the same when a step is repeated; not seconds, memory, or who was slow."""
+    """The values that must be equal when a step is repeated: without seconds, memory and the slowest rank."""
     return [{key: value for key, value in row.items()
              if not any(word in key for word in ("second", "time/", "memory", "slowest"))} for row in rows]
 
