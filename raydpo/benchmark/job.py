@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import raydpo
 from raydpo import errors
 from raydpo.config import LoraSettings, TrainConfig
 from raydpo.errors import TrainError
@@ -225,7 +224,7 @@ def start(module: str, job: Job) -> Result:
     asked, out, log = (work / f"{job.name}.{ending}" for ending in ("job.json", "json", "log"))
     asked.write_text(json.dumps(dataclasses.asdict(job)))
     out.unlink(missing_ok=True)
-    paths = [str(Path(raydpo.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    paths = [str(Path(errors.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     threads = {} if job.threads is None else {"OMP_NUM_THREADS": str(job.threads)}
     # A new cache directory: in a shared one, a second run would find TRL's reference pass done.
     environment = os.environ | ENVIRONMENT | threads | {"HF_DATASETS_CACHE": str(work / f"{job.name}.datasets"),

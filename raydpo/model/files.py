@@ -163,11 +163,11 @@ def _weights(directory: Path, config: dict[str, Any]) -> tuple[tuple[Path, ...],
     named = config.get("transformers_weights")
     parts = [part for part in config.values() if isinstance(part, dict)]
     if any("transformers_weights" in part for part in parts) or (named and "text_config" in config):
-        raise FilesError(f"{directory}/config.json names the weights of a part of the model (transformers_weights), and "
-                         f"which file is loaded cannot be told; save the model with save_pretrained, as {SINGLE}")
+        raise FilesError(f"{directory}/config.json names the weights of a part of the model (transformers_weights), so it "
+                         f"is unclear which file is loaded; save the model with save_pretrained, as {SINGLE}")
     if named is not None:
         file = directory / str(named)
-        # As text: files of the hub's cache are links to somewhere else.
+        # Compared as text, since files in the hub's cache are links to other directories.
         inside = Path(os.path.abspath(file)).is_relative_to(os.path.abspath(directory))
         if not inside or not str(named).endswith((".safetensors", ".safetensors.index.json")):
             raise FilesError(f"transformers_weights in {directory}/config.json is {named!r}; a safetensors file or an index "
@@ -222,7 +222,7 @@ def _refuse_foreign_code(directory: Path, auto_map: dict[str, Any]) -> None:
         for name in value if isinstance(value, list) else [value]:
             if name and "--" in name:
                 repository = name.partition("--")[0]
-                raise FilesError(f"{directory}/config.json would run the current code of another repository "
+                raise FilesError(f"{directory}/config.json would run code of another repository, in its current version "
                                  f"(auto_map: {name!r}); copy the .py files of {repository} into {directory} and take "
                                  f"'{repository}--' out of auto_map, or set model.trust_remote_code=false")
 

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.nn.functional import all_to_all_single
 
 from raydpo.errors import ModelError
 
@@ -139,31 +140,12 @@ class SequenceGroup:
         return _Join.apply(logps, places, count, self.handle)
 
 
-class _Exchange(torch.autograd.Function):
-    """all-to-all of a flat tensor, split by numbers of elements."""
-
-    @staticmethod
-    def forward(ctx: Any, flat: Tensor, sent: Sequence[int], received: Sequence[int], handle: Any) -> Tensor:
-        ctx.sizes, ctx.handle = (sent, received), handle
-        return _all_to_all(flat, sent, received, handle)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        sent, received = ctx.sizes
-        return _all_to_all(grad, received, sent, ctx.handle), None, None, None
-
-
-def _all_to_all(flat: Tensor, sent: Sequence[int], received: Sequence[int], handle: Any) -> Tensor:
-    out = flat.new_empty(sum(received))
-    dist.all_to_all_single(out, flat.contiguous(), list(received), list(sent), group=handle)
-    return out
-
-
 def _exchange(parts: Sequence[Tensor], shapes: Sequence[tuple[int, int]], handle: Any) -> list[Tensor]:
-    """Send the i-th part to rank i. ``shapes``: of the part that each rank sends here."""
+    """Send the i-th part to rank i, with gradient. ``shapes``: of the part that each rank sends here."""
     received = [rows * width for rows, width in shapes]
-    flat = _Exchange.apply(torch.cat([part.flatten() for part in parts]), [part.numel() for part in parts], received, handle)
-    return [piece.view(shape) for piece, shape in zip(flat.split(received), shapes, strict=True)]
+    flat = torch.cat([part.flatten() for part in parts])
+    found = all_to_all_single(flat.new_empty(sum(received)), flat, received, [part.numel() for part in parts], group=handle)
+    return [piece.view(shape) for piece, shape in zip(found.split(received), shapes, strict=True)]
 
 
 class _Join(torch.autograd.Function):

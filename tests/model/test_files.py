@@ -72,7 +72,7 @@ def test_a_file_and_an_index_of_different_tensors(model):
     ({"transformers_weights": "../adapter/adapter_model.safetensors"}, "in that directory is expected"),
     ({"transformers_weights": "pytorch_model.bin"}, "in that directory is expected"),
     ({"transformers_weights": "other.safetensors"}, r"has no other\.safetensors"),
-    ({"text_config": {"transformers_weights": "other.safetensors"}}, "which file is loaded cannot be told"),
+    ({"text_config": {"transformers_weights": "other.safetensors"}}, "unclear which file is loaded"),
     ({"configuration_files": ["config.4.0.0.json"]}, "keep one"),
 ])
 def test_settings_that_lead_elsewhere(model, adapter, entries, told):

@@ -90,7 +90,7 @@ def test_it_travels_in_the_identity_and_cannot_be_forgotten(name, tmp_path):
     short, long = (identify(tmp_path, "float32", max_length=length) for length in (32, 200))
     assert short.rope_length == 32 and long.rope_length == (200 if "dynamic" in name else 33)
     assert short.differences(long) == [f"rope_length: 32 here, {long.rope_length} there"]
-    with pytest.raises(ModelError, match="depend on the length of a sequence"):
+    with pytest.raises(ModelError, match="depend on the sequence length"):
         load_causal_lm(tmp_path, "float32", rope_length=identify(tmp_path, "float32").rope_length)
     spec = ReferenceSpec(path=str(tmp_path), adapter=None, identity=long)
     assert Scorer(spec, device="cpu", tokens_per_batch=512).model.causal_lm.rope_length == long.rope_length
@@ -108,7 +108,7 @@ def test_a_model_with_code_of_its_own_is_refused():
         return tuple(each * (2.0 if position_ids.max() > 32 else 1.0) for each in forward(x, position_ids))
 
     model.model.rotary_emb.forward = asks_for_itself
-    with pytest.raises(ModelError, match="log-probs would depend on their neighbours"):
+    with pytest.raises(ModelError, match="log-probs would depend on the other rows"):
         fix_rotary(model, 33)
 
 

@@ -154,10 +154,21 @@ def adapter_settings():
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "head", "tokens", "embedding", "loha", "bank"])
-def test_adapters_are_whole_as_they_are_saved(kind, llama, tmp_path):
+def test_adapters_are_whole_as_they_are_saved(kind, llama, tmp_path, monkeypatch):
+    """An adapter's file is read once, and the model is the same as PEFT's own loading makes it."""
+    from peft import PeftModel, peft_model
+    from transformers import AutoModelForCausalLM
+
     adapter = str(adapted(llama, tmp_path / "adapter", adapter_settings()[kind]))
     assert check_weights(llama, adapter=adapter) == []
-    load(llama, adapter=adapter)
+    reads, read = [], peft_model.load_peft_weights
+    monkeypatch.setattr(peft_model, "load_peft_weights", lambda *args, **more: reads.append(args) or read(*args, **more))
+    ours = load(llama, adapter=adapter)
+    assert len(reads) == 1
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), adapter)
+    assert type(ours) is type(theirs) and ours.peft_config == theirs.peft_config
+    state, expected = ours.state_dict(), theirs.state_dict()
+    assert state.keys() == expected.keys() and all(torch.equal(state[name], expected[name]) for name in expected)
 
 
 ADAPTER_FAULTS = {
