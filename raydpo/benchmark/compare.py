@@ -196,15 +196,14 @@ def ratios(measured: Measurement) -> dict[str, dict[str, float | None]]:
     """
     found = figures(measured)
 
-    def against(part: str, other: str, key: str = "seconds") -> float | None:
-        return found[part][other][key] / found[part]["raydpo"][key] if other in found[part] else None
+    def against(part: str, other: str) -> float | None:
+        return found[part][other]["seconds"] / found[part]["raydpo"]["seconds"] if other in found[part] else None
 
     def steps(other: Result | None) -> float | None:
         return None if other is None else median_ratio(other.step_seconds, measured.train.step_seconds, measured.warmup)
 
     def memory(part: str, other: str) -> float | None:
-        inverse = against(part, other, "bytes")
-        return None if inverse is None else 1 / inverse
+        return found[part]["raydpo"]["bytes"] / found[part][other]["bytes"] if other in found[part] else None
 
     return {
         "reference_pass": {"ratio": against("reference_pass", "cached")},

@@ -50,16 +50,20 @@ class Moment:
     """
 
     name: str
-    weights: float
-    gradients: float
-    optimizer: float
-    activations: float
-    head: float
-    communication: float
+    weights: float = 0.0
+    gradients: float = 0.0
+    optimizer: float = 0.0
+    activations: float = 0.0
+    head: float = 0.0
+    communication: float = 0.0
+
+    @property
+    def parts(self) -> dict[str, float]:
+        return {name: value for name, value in vars(self).items() if name != "name"}
 
     @property
     def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.head + self.communication
+        return sum(self.parts.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,11 +212,9 @@ class _Ledger:
         if self.zero < 3:
             return self.P * self.width + frozen
         share = self.p * self.width + frozen / self.workers
-        if self.train.offload_params is not None:
-            if self.train.offload_params == "cpu":
-                self.host += share
-            return 0.0
-        return share
+        if self.train.offload_params == "cpu":
+            self.host += share
+        return share if self.train.offload_params is None else 0.0
 
     def _optimizer(self) -> float:
         """Device bytes of master weights and moments. Offloaded ones, and their gradients, are added to the host's."""
@@ -254,12 +256,9 @@ class _Ledger:
         yield from self._update()
         self.host_peak = max(self.host_peak, self.host)
 
-    def _moment(self, name: str, **bytes_of: float) -> Moment:
-        parts = {"weights": 0.0, "gradients": 0.0, "optimizer": 0.0, "activations": 0.0, "head": 0.0, "communication": 0.0}
-        parts |= bytes_of
-        parts["weights"] += self.weights
-        parts["optimizer"] += self.optimizer
-        return Moment(name=name, **parts)
+    def _moment(self, name: str, *, optimizer: float = 0.0, **parts: float) -> Moment:
+        """A moment with the given bytes besides the weights and the optimizer's lasting bytes."""
+        return Moment(name=name, weights=self.weights, optimizer=self.optimizer + optimizer, **parts)
 
     def _layers(self) -> Iterator[Layer]:
         """Memory of each decoder layer."""
@@ -370,9 +369,7 @@ class _Ledger:
             return gathered
         numels = dict.fromkeys(order, 0)
         lasting = 0.0
-        sizes = [(place, numel) for place, numel in self.policy.trained]
-        sizes += [(place, numel) for place, _, numel in self.policy.frozen]
-        for place, numel in sizes:
+        for place, numel in (*self.policy.trained, *((place, numel) for place, _, numel in self.policy.frozen)):
             if numel <= PERSISTENT:
                 lasting += numel * self.width
             elif place in numels:

@@ -107,10 +107,8 @@ class Fit:
         # With auto the budget is what fits. A mode that does not fit is shown at the least positions that would do.
         positions = question.least if question.budget is not None else max(question.least, min(largest, 4 * ENOUGH))
         memory = question.memory_at(positions)
-        parts = {part: getattr(memory.peak, part) for part in (
-            "weights", "gradients", "optimizer", "activations", "head", "communication")}
         return cls(name=name, overrides=overrides, configured=configured, fits=largest >= question.least,
-                   positions=positions, largest=largest, parts=parts, at=memory.peak.name,
+                   positions=positions, largest=largest, parts=memory.peak.parts, at=memory.peak.name,
                    total=memory.device + BASE_BYTES, host=memory.host_peak)
 
 
