@@ -1,4 +1,4 @@
-"""What the ranks of tests/distributed.py have imported when they begin. Nothing in here computes or starts a thread pool."""
+"""Imports of the ranks of tests/distributed.py before they start. Nothing here computes or starts a thread pool."""
 
 import sys
 
