@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["Effect", "is_bullet_list", "measure_effect", "print_effect"]
 
 PROMPTS = 20
-MAX_TOKENS = 60
+MAX_TOKENS = 48
 """Longest answer, in tokens. The first lines of an answer tell a list from a paragraph."""
 BULLET = "- "
 
@@ -91,9 +91,15 @@ def _answers(spec: ReferenceSpec, pairs: pa.Table, tokeniser: Tokeniser) -> list
 
     from raydpo.evaluation.answers import ROWS, Answering
 
+    # Sums depend on the number of threads; and many threads wait for each other on a busy machine.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     rows = pa.Table.from_pylist([{"prompt_ids": ids} for ids in pairs["prompt_ids"].to_pylist()], schema=ROWS)
     answering = Answering(spec=spec, max_tokens=MAX_TOKENS, stop=tokeniser.stop_ids, batch=PROMPTS)
-    found = answering.open("cuda" if torch.cuda.is_available() else "cpu")(rows)["answer_ids"].to_pylist()
+    try:
+        found = answering.open("cuda" if torch.cuda.is_available() else "cpu")(rows)["answer_ids"].to_pylist()
+    finally:
+        torch.set_num_threads(threads)
     return [text.strip() for text in tokeniser.tokenizer.batch_decode(found, skip_special_tokens=True)]
 
 
