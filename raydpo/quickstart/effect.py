@@ -91,7 +91,7 @@ def _answers(spec: ReferenceSpec, pairs: pa.Table, tokeniser: Tokeniser) -> list
 
     from raydpo.evaluation.answers import ROWS, Answering
 
-    # Sums depend on the number of threads; and many threads wait for each other on a busy machine.
+    # One thread: sums depend on the number of threads, and threads that wait for each other are slow on a busy machine.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     rows = pa.Table.from_pylist([{"prompt_ids": ids} for ids in pairs["prompt_ids"].to_pylist()], schema=ROWS)

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -122,6 +123,14 @@ def test_the_effect_is_counted_and_printed():
     stream = io.StringIO()
     print_effect(Effect(["Cut it."] * 19 + ["- a\n- b"], ["- a\n- b"] * 15 + ["No."] * 5), Console(stream))
     assert "20 held-out prompts: 1 before training (5%), 15 after (75%)" in stream.getvalue()
+
+
+def test_both_models_answer_the_held_out_prompts(config, tiny_llama, tmp_path):
+    shutil.copytree(tiny_llama, tmp_path / "runs/quickstart/final")
+    overrides = [f"model.path={tiny_llama}", "model.lora=null", "data.max_length=2048"]
+    effect = measure_effect(quickstart_config(overrides, Console(io.StringIO())))
+    assert len(effect.before) == PROMPTS and effect.before == effect.after
+    assert all(effect.before) and effect.lists_before == 0
 
 
 def test_other_pairs_have_no_such_effect(config, tmp_path):
