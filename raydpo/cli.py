@@ -265,9 +265,17 @@ def _doctor(args: argparse.Namespace, console: Console) -> None:
 
 def _quickstart(args: argparse.Namespace, console: Console) -> None:
     from raydpo.quickstart import quickstart_config
+    from raydpo.quickstart.effect import measure_effect, print_effect
 
     config = quickstart_config(args.overrides, console)
-    _quietly(config, console, lambda: raydpo.run(config, console, fresh=True))
+
+    def act() -> None:
+        raydpo.run(config, console, fresh=True)
+        effect = measure_effect(config)
+        if effect is not None:
+            print_effect(effect, console)
+
+    _quietly(config, console, act)
 
 
 if __name__ == "__main__":
