@@ -1,6 +1,6 @@
 """``make docs``: one page for each module, from its docstrings, and one for each Markdown file of this folder.
 
-A warning of pdoc, a name in ``__all__`` without a docstring, and a link of a guide page to a file that does not exist are errors.
+A warning of pdoc, a name in ``__all__`` without a docstring, and a broken link of a guide page are errors.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ def build_pages(directory: Path) -> int:
 def guide_text(file: Path, broken: list[str]) -> str:
     """The text of a guide page, with its links changed to lead from web page to web page.
 
-    A link to another guide page, or to a module or package of raydpo, becomes a link to its web page. A link to a file outside the
-    package, which has no web page, becomes its plain text.
+    A link to another guide page, or to a module or package of raydpo, becomes a link to its web page. A link to a file
+    outside the package, which has no web page, becomes its plain text.
 
     Args:
         broken: one line is appended for each link to a file that does not exist.
