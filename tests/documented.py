@@ -6,16 +6,19 @@ import re
 import shlex
 from pathlib import Path
 
-__all__ = ["DOCUMENTS", "GUIDES", "ROOT", "block", "blocks", "commands", "inline", "not_run"]
+__all__ = ["DOCUMENTS", "GUIDE", "GUIDES", "ROOT", "block", "blocks", "commands", "inline", "not_run"]
 
 ROOT = Path(__file__).parents[1]
 GUIDES = sorted((ROOT / "raydpo" / "guide").glob("*.md"))
-DOCUMENTS = [ROOT / "README.md", *GUIDES]
-PROGRAMS = ("cd", "export", "git", "hf", "kubectl", "make", "pip", "python", "ray", "raydpo", "sbatch")
+GUIDE = {file.stem: file for file in GUIDES}
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *GUIDES]
+PROGRAMS = ("cd", "export", "git", "hf", "kubectl", "make", "pip", "python", "python3", "ray", "raydpo", "sbatch")
 NOT_RUN = {
     "export": "names the reader's cluster",
     "make": "makes an environment of its own, and takes minutes",
     "pip install": "asks a registry",
+    "python -m pytest": "runs the tests",
+    "python3 -m venv": "makes an environment of its own",
     "ray job submit": "asks a cluster: tests/submit",
     "raydpo submit": "asks a cluster: tests/submit",
     "raydpo jobs": "asks a cluster: tests/submit",

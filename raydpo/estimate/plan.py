@@ -107,6 +107,8 @@ class Plan:
     evaluation: Stage
     total: Stage
     online: Stage
+    online_packed: Stage
+    """``online`` in packed rows, as some trainers have it, without any time lost to imbalance."""
     imbalance: Simulation
     fixed: tuple[Simulation, ...]
     scaled: tuple[Simulation, ...]
@@ -202,6 +204,9 @@ def make_plan(config: Config, sets: PairSets, model: ModelCost, reference: Model
                            imbalance.lockstep if train.zero >= 2 else imbalance.imbalance)
     online = (of_training(operations(dealt * train.needs_reference, reference), rates.score, imbalance.naive)
               + of_training(operations(dealt, model, factors), rates.train, imbalance.naive) + evaluation)
+    packed = computed["packed"]
+    online_packed = (of_training(operations(packed * train.needs_reference, reference), rates.score, 0.0)
+                     + of_training(operations(packed, model, factors), rates.train, 0.0) + evaluation)
     return Plan(
         data={"training_pairs": len(shapes), "held_out_pairs": 0 if sets.eval is None else sets.eval.num_rows,
               "pairs_per_step": train.pairs_per_step, "pairs_trained_on": trained, "completions": completions,
@@ -213,7 +218,7 @@ def make_plan(config: Config, sets: PairSets, model: ModelCost, reference: Model
                                                    / operations(computed[layout], model)), "training_factors": factors},
         rates=rates, score_workers=score_workers, train_workers=train_workers, steps=steps, epochs=trained / per_epoch,
         runs=runs, score=score, training=training, evaluation=evaluation, total=score + (training + evaluation) * runs,
-        online=online * runs, imbalance=imbalance,
+        online=online * runs, online_packed=online_packed * runs, imbalance=imbalance,
         fixed=tuple(simulated(size, train.pairs_per_step) for size in world_sizes),
         scaled=tuple(simulated(size, PAIRS_PER_RANK * size) for size in world_sizes))
 

@@ -100,7 +100,8 @@ def print_plan(plan: Plan, console: Console) -> None:
         _stage("one training", plan.train_workers, plan.training),
         _stage("its held-out evaluations", plan.train_workers, plan.evaluation),
         _stage(f"pass and {plan.runs:,} training(s)", "", plan.total),
-        _stage(f"{plan.runs:,} with an online reference, padded", plan.train_workers, plan.online)])
+        _stage(f"{plan.runs:,} with an online reference, padded", plan.train_workers, plan.online),
+        _stage(f"{plan.runs:,} with an online reference, packed", plan.train_workers, plan.online_packed)])
     if plan.memory is not None:
         _print_memory(plan.memory, console)
     console.say("online reference: forward passes of reference and policy in every step, in padded rows of "

@@ -98,6 +98,9 @@ def test_plan_counts_what_the_data_are(data):
     assert found.training.seconds == pytest.approx(found.training.flops / 1e9 / (1 - found.imbalance.imbalance))
     assert found.total.flops == pytest.approx(found.score.flops + 3 * (found.training.flops + found.evaluation.flops))
     assert found.online.flops > 3 * found.training.flops * 4 / 3
+    packed = operations(2 * amount(pairs), SIZES, (4, 4, 5)) + found.evaluation.flops
+    assert found.online_packed.flops == pytest.approx(3 * packed, rel=0.1)
+    assert found.online_packed.seconds < found.online.seconds
 
 
 def test_what_is_saved_comes_in_order(data):
