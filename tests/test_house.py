@@ -159,7 +159,8 @@ def test_no_docstring_begins_with_of():
 @MOVING
 def test_the_readme_is_short_and_begins_with_a_command():
     lines = (ROOT / "README.md").read_text().splitlines()
-    first = next((number for number, line in enumerate(lines, 1) if re.match(r"(cd|git|make|pip|raydpo) ", line)), len(lines))
+    commands = (number for number, line in enumerate(lines, 1) if re.match(r"(cd|git|make|pip|raydpo) ", line))
+    first = next(commands, len(lines))
     words = sum(len(line.split()) for line in lines)
     assert len(lines) <= 220 and words <= 2500, f"README.md has {len(lines)} lines and {words} words, at most 220 and 2,500"
     assert first <= 30, f"the first command of README.md is in line {first}, expected in the first 30"
