@@ -18,8 +18,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # cores with a few processes that took five times as long. Workers of raydpo ask for their number of threads themselves.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# Ray lets everything else go before its workers; beside another test they would wait for ever.
+# Ray lets everything else go before its workers; beside another test they would hardly run.
 os.environ.setdefault("RAY_worker_niceness", "0")
+# A Ray would start a process for each of its CPUs ahead of any task. Each imports for a second, and few are ever used.
+os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+os.environ.setdefault("RAY_enable_worker_prestart", "0")
 
 
 @pytest.fixture(scope="session", autouse=True)
