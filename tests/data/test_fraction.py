@@ -3,7 +3,7 @@
 from itertools import pairwise
 
 import pytest
-from conftest import text
+from samples import text
 
 from raydpo.config import DataConfig
 from raydpo.data.pairs import load_pairs
