@@ -200,6 +200,14 @@ def test_packages_begin_empty():
     shown(problems, "__init__.py with more or less than a docstring")
 
 
+def test_the_files_that_start_first_are_there():
+    there = {file.stem for file in (ROOT / "tests").rglob("test_*.py")}
+    wanted = ast.parse((ROOT / "tests" / "conftest.py").read_text())
+    (longest,) = [ast.literal_eval(node.value) for node in wanted.body if isinstance(node, ast.Assign)
+                  and getattr(node.targets[0], "id", None) == "LONGEST"]
+    shown(sorted(set(longest) - there), "name(s) in LONGEST of tests/conftest.py without a file")
+
+
 # -- the rules can fail ---------------------------------------------------------------------------------------------------
 
 @pytest.fixture
