@@ -52,9 +52,9 @@ from raydpo.waiting import coming_up, wait_for
 if TYPE_CHECKING:
     from raydpo.audit import Audit
 
-__all__ = ["Joined", "Prepared", "Shared", "audit", "begin_run", "check_models", "end_run", "fill_cache", "find_reference",
-           "finished_before", "join_sets", "measured_pairs", "needs_reference", "reference_line", "report_on", "run",
-           "score", "score_prepared", "train", "train_prepared", "training_job"]
+__all__ = ["Joined", "Prepared", "Shared", "audit", "check_models", "fill_cache", "find_reference", "join_sets",
+           "measured_pairs", "needs_reference", "reference_line", "report_on", "run", "score", "score_prepared", "train",
+           "train_prepared"]
 
 
 def score(config: Config, console: Console | None = None) -> BuildReport:
@@ -416,7 +416,7 @@ def join_sets(prepared: Prepared, console: Console) -> Joined:
     return Joined(pairs, held_out, pairs.num_rows)
 
 
-def finished_before(prepared: Prepared, console: Console) -> dict[str, Any] | None:
+def _finished_before(prepared: Prepared, console: Console) -> dict[str, Any] | None:
     """The summary of this very run, if it came to its end at an earlier time.
 
     Raises:
@@ -429,7 +429,7 @@ def finished_before(prepared: Prepared, console: Console) -> dict[str, Any] | No
     return finished
 
 
-def begin_run(prepared: Prepared, job: TrainJob, console: Console) -> None:
+def _begin_run(prepared: Prepared, job: TrainJob, console: Console) -> None:
     """Write what a run directory says of the run before it trains."""
     config, storage = prepared.config, Storage(prepared.config.run_dir)
     storage.probe()
@@ -444,7 +444,7 @@ def begin_run(prepared: Prepared, job: TrainJob, console: Console) -> None:
     storage.write("run.json", json.dumps(described, indent=2).encode())
 
 
-def training_job(prepared: Prepared, resources: Resources, until: int | None = None) -> TrainJob:
+def _training_job(prepared: Prepared, resources: Resources, until: int | None = None) -> TrainJob:
     """What the workers need to know.
 
     Args:
@@ -465,8 +465,8 @@ def training_job(prepared: Prepared, resources: Resources, until: int | None = N
         stop_after=until, sample_prompts=_sample_prompts(prepared), sample_stop=prepared.tokeniser.stop_ids)
 
 
-def end_run(prepared: Prepared, job: TrainJob, trained: dict[str, Any], hit_rate: float | None,
-            training_pairs: int) -> dict[str, Any]:
+def _end_run(prepared: Prepared, job: TrainJob, trained: dict[str, Any], hit_rate: float | None,
+             training_pairs: int) -> dict[str, Any]:
     """Write what a run directory says of the run once it has trained; returns what summary.json holds."""
     storage = Storage(prepared.config.run_dir)
     summary = _summarise(prepared, storage, trained, hit_rate, job, training_pairs)
@@ -483,14 +483,14 @@ def train_prepared(prepared: Prepared, console: Console, hit_rate: float | None 
         hit_rate: share of the completions that the cache held when the run began, where that is known.
     """
     config = prepared.config
-    summary = finished_before(prepared, console)
+    summary = _finished_before(prepared, console)
     if summary is None:
         joined = join_sets(prepared, console) if shared is None else shared.joined
         resources = resources_for("train", config, 1 if shared is None else shared.at_once)
         if shared is None:
             _wait_for("train", config, resources, console)
-        job = training_job(prepared, resources, None if shared is None else shared.until)
-        begin_run(prepared, job, console)
+        job = _training_job(prepared, resources, None if shared is None else shared.until)
+        _begin_run(prepared, job, console)
         with TrainingDisplay(console) if shared is None else shared.display as display:
             trained = launch(job, joined.pairs, joined.held_out, resources, run_dir=config.run_dir, run_name=config.run_name,
                              track=config.track, base_name=prepared.base_name,
@@ -501,7 +501,7 @@ def train_prepared(prepared: Prepared, console: Console, hit_rate: float | None 
                 return None
             console.say(f"stopped after step {trained['steps']:,}; its checkpoint is in {redact(config.run_dir)}")
             raise KeyboardInterrupt
-        summary = end_run(prepared, job, trained, hit_rate, joined.training_pairs)
+        summary = _end_run(prepared, job, trained, hit_rate, joined.training_pairs)
     print_summary(console, summary)
     report_on(config.run_dir, console)
     return summary

@@ -7,7 +7,7 @@ from raydpo.config import load_config, lower_is_better
 from raydpo.config.metric import held_out_metrics
 from raydpo.errors import ConfigError
 from raydpo.losses import PairLogps, preference_loss
-from raydpo.training.launch import checkpoint_config
+from raydpo.training.launch import _checkpoint_config
 from raydpo.training.metrics import PairSums
 
 BETTER = {"loss": "min", "chosen_fell": "min", "accuracies": "max", "margins": "max"}
@@ -41,7 +41,7 @@ def test_the_best_checkpoints_are_kept_by_any_metric_that_has_a_best(metric, tre
     last = metric.removeprefix("eval_").split("/")[-1]
     if last in BETTER:
         train = load_config(tree, [f"train.keep_best={metric}"]).train
-        assert checkpoint_config(train).checkpoint_score_order == BETTER[last]
+        assert _checkpoint_config(train).checkpoint_score_order == BETTER[last]
         assert lower_is_better(metric) == (BETTER[last] == "min")
     else:
         with pytest.raises(ConfigError, match=f"keep_best: neither more nor less of '{metric}' is .*eval_helpful/loss"):

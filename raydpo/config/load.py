@@ -19,6 +19,8 @@ from raydpo.errors import ConfigError
 __all__ = ["files_of", "is_hub_name", "load_config", "named_inputs", "template_file", "with_setting"]
 
 
+_REMOVED = {"sweep.together": "trials no longer share a process; drop the key, and each trial trains in workers of its own"}
+"""Keys of earlier versions, and what to do about each."""
 _INT, _FLOAT, _DATE = (f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "timestamp"))
 
 
@@ -203,6 +205,8 @@ def _explain(tree: dict[str, Any], problem: dict[str, Any]) -> str:
     key, value = ".".join(where) or "configuration", problem["input"]
     told = shown(value, where[-1] if where else "")
     kind, context = problem["type"], problem.get("ctx", {})
+    if key in _REMOVED:
+        return f"{key!r} was removed: {_REMOVED[key]}"
     if kind == "extra_forbidden":
         known = list(_section_at(where[:-1]).model_fields)
         near = difflib.get_close_matches(where[-1], known, n=1, cutoff=0.5)

@@ -97,8 +97,6 @@ class SweepConfig(Section):
     evaluate: bool = False
     """Measure each trial when it has come to its end, as section evaluate says, and again where that has changed: drift and
     length of its answers are axes of the sweep's page."""
-    together: bool = False
-    """Train LoRA trials that differ only in their objective in one process, over one copy of the model."""
 
     @model_validator(mode="after")
     def _check(self) -> SweepConfig:

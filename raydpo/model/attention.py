@@ -88,24 +88,6 @@ class Segments:
                    query_ends=_ends([node.length for node in nodes]),
                    key_ends=_ends([node.depth + node.length for node in nodes]))
 
-    def repeated(self, count: int) -> Segments:
-        """The same tree ``count`` times in one pack, which do not see each other."""
-        size, number = self.positions, len(self.nodes)
-
-        def again(tensor: Tensor | None, shift: int, first: int = 0) -> Tensor | None:
-            """``tensor`` behind itself, each time with ``shift`` more; of cumulative lengths the leading 0 only once."""
-            if tensor is None:
-                return None
-            return torch.cat([tensor[first if copy else 0 :] + copy * shift for copy in range(count)])
-
-        nodes = tuple(Node(node.start + copy * size, node.length, node.depth,
-                           tuple((start + copy * size, length) for start, length in node.path))
-                      for copy in range(count) for node in self.nodes)
-        return replace(self, nodes=nodes, index=again(self.index, size), query_ends=again(self.query_ends, size, 1),
-                       key_ends=again(self.key_ends, 0 if self.index is None else len(self.index), 1),
-                       node_of=again(self.node_of, number), subtree_end=again(self.subtree_end, number),
-                       depths=again(self.depths, 0), memo={})
-
     def to(self, device: torch.device) -> Segments:
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 

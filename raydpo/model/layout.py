@@ -100,23 +100,6 @@ class Layout:
         return replace(self, input_ids=cut(self.input_ids), position_ids=cut(self.position_ids), positions=positions,
                        targets=targets, segments=replace(self.segments, group=group), places=places)
 
-    def repeated(self, count: int) -> Layout:
-        """The micro-batch ``count`` times, copy after copy: [count * R, T] positions and count * N targets.
-
-        Attention that goes node by node sees the copies as rows of a batch, a variable-length kernel as one longer pack.
-        ``lengths`` stays that of one copy.
-        """
-        in_a_pack = self.segments is not None and self.segments.body != "sdpa"
-
-        def again(tensor: Tensor) -> Tensor:
-            return tensor.repeat(1, count) if in_a_pack else tensor.repeat(count, 1)
-
-        copies = torch.arange(count, device=self.positions.device)[:, None] * self.input_ids.numel()
-        return replace(self, input_ids=again(self.input_ids),
-                       position_ids=None if self.position_ids is None else again(self.position_ids),
-                       positions=(self.positions + copies).flatten(), targets=self.targets.repeat(count),
-                       segments=self.segments.repeated(count) if in_a_pack else self.segments)
-
     def to(self, device: torch.device) -> Layout:
         def moved(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.to(device, non_blocking=True)

@@ -39,9 +39,8 @@ from raydpo.storage import Storage
 from raydpo.sweep.halving import going_on, rungs
 from raydpo.sweep.ledger import Ledger
 from raydpo.sweep.packing import trials_at_once
-from raydpo.sweep.table import SweepTable, TogetherDisplay, TrialDisplay
+from raydpo.sweep.table import SweepTable, TrialDisplay
 from raydpo.sweep.trials import FILE, Trial, parameters_of, trials_of
-from raydpo.together import check_together, train_prepared_together
 from raydpo.training.earlier import begin_again, earlier_result
 from raydpo.training.launch import new_board
 from raydpo.training.records import read_rows
@@ -68,8 +67,6 @@ def sweep(config: Config, console: Console | None = None, *, fresh: bool = False
     """
     console = console or Console()
     trials = trials_of(config)
-    if config.sweep.together:
-        check_together([trial.config for trial in trials])
     check_models([trial.config for trial in trials], console)
     storage = Storage(config.run_dir)
     if fresh:
@@ -88,7 +85,7 @@ def sweep(config: Config, console: Console | None = None, *, fresh: bool = False
         storage.write("config.yaml", config.to_yaml().encode())
         ledger = Ledger(config, trials, same_pairs=same_pairs)
         to_train = any(not Storage(trial.config.run_dir).exists("summary.json") for trial in trials)
-        with coming_up(largest, wanted=to_train, trainings=1 if config.sweep.together else at_once):
+        with coming_up(largest, wanted=to_train, trainings=at_once):
             shared = _score(config, prepared, ledger, console)
         console.say(f"sweep: {len(trials)} trials over {', '.join(parameters_of(trials))}; {at_once} at once")
         with SweepTable(console, ledger) as table:
@@ -268,53 +265,9 @@ class _Sweep:
         """Train these to the end, or until a step."""
         to_do = [name for name in names if self.ledger.entries[name].status not in ("done", "failed")
                  and (until is None or self._result(name) is not None or self._measured(name, until) is None)]
-        if self.config.sweep.together:
-            if to_do:
-                self._trials_together(to_do, until)
-            return
         with ThreadPoolExecutor(self.at_once, thread_name_prefix="raydpo-trial") as pool:
             for done in [pool.submit(self._trial, name, until) for name in to_do]:
                 done.result()
-
-    def _trials_together(self, names: list[str], until: int | None) -> None:
-        """All of them in the same workers; then each is finished as one alone is."""
-        to_train = [name for name in names if self._result(name) is None]
-        results: dict[str, Any] = {}
-        if to_train and not self._stopping:
-            with _log(self.config) as log:
-                try:
-                    results = dict(zip(to_train, self._trained_together(to_train, until, log), strict=True))
-                except Exception as error:
-                    log.say(traceback.format_exc())
-                    results = dict.fromkeys(to_train, error)
-        for name in names:
-            result = results.get(name)
-            if isinstance(result, Exception):
-                self._fail(name, result)
-            elif self._result(name) is None:
-                self.ledger.set(name, "waiting")
-            else:
-                self._trial(name, until)
-                continue
-            self.table.ended(name)
-
-    def _trained_together(self, names: list[str], until: int | None, log: Console) -> list[Any]:
-        with self._lock:
-            if self._stopping:
-                return [None] * len(names)
-            board = self._boards["together"] = new_board()
-        for name in names:
-            self.ledger.set(name, "running")
-        try:
-            return train_prepared_together(
-                [self.prepared[name] for name in names], log, self.hit_rates[names[0]],
-                shared=Shared(joined=self.shared[names[0]], at_once=1, board=board, until=until,
-                              display=TogetherDisplay(log, self.table)))
-        except KeyboardInterrupt:
-            return [None] * len(names)
-        finally:
-            with self._lock:
-                del self._boards["together"]
 
     def _trial(self, name: str, until: int | None) -> None:
         if self._stopping:

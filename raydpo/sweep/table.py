@@ -14,7 +14,7 @@ from raydpo.console import Console
 from raydpo.sweep.ledger import Ledger
 from raydpo.training.report import TrainingDisplay
 
-__all__ = ["SweepTable", "TogetherDisplay", "TrialDisplay"]
+__all__ = ["SweepTable", "TrialDisplay"]
 
 STYLES = {"running": "cyan", "done": "green", "stopped": "yellow", "failed": "red"}
 COLUMNS = ("eval_rewards/accuracies", "eval_rewards/margins", "eval_logps/chosen_fell")
@@ -100,22 +100,3 @@ class TrialDisplay(TrainingDisplay):
     def listen(self, kind: str, content: Any) -> None:
         super().listen(kind, content)
         self._table.hear(self._name, kind, content)
-
-
-class TogetherDisplay:
-    """The same for trials that train in one process: (name, content) of any of them, or content of all."""
-
-    def __init__(self, log: Console, table: SweepTable) -> None:
-        self._log, self._table = log, table
-
-    def __enter__(self) -> TogetherDisplay:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def listen(self, kind: str, content: Any) -> None:
-        name, content = content if isinstance(content, tuple) else ("", content)
-        if kind == "note":
-            self._log.note(f"{name}: {content}" if name else content)
-        self._table.hear(name, kind, content)

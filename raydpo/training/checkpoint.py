@@ -21,8 +21,7 @@ from raydpo.training.engine import PolicyEngine
 if TYPE_CHECKING:
     from raydpo.training.loop import TrainSummary
 
-__all__ = ["CheckpointState", "budget_of", "changed_settings", "directory_size", "load_checkpoint", "save_checkpoint",
-           "step_of"]
+__all__ = ["CheckpointState", "changed_settings", "directory_size", "load_checkpoint", "save_checkpoint"]
 
 _FILE = "raydpo.json"
 FORMAT = 2
@@ -78,24 +77,6 @@ def load_checkpoint(engine: PolicyEngine, directory: Path, fingerprint: Mapping[
         raise ConfigError(f"the checkpoint belongs to a run with other settings ({'; '.join(changes)})")
     engine.state.read(directory, state["state"], state["world_size"])
     return CheckpointState(state["step"], state["world_size"], state["zero"], state["summary"])
-
-
-def budget_of(directory: Path) -> int:
-    """The token positions of a micro-batch in the run that made this checkpoint.
-
-    Raises:
-        TrainError: if it is incomplete.
-    """
-    return _read(directory).get("summary", {}).get("tokens_per_batch", 0)
-
-
-def step_of(directory: Path) -> int:
-    """The steps that were finished when this checkpoint was made.
-
-    Raises:
-        TrainError: if it is incomplete.
-    """
-    return _read(directory).get("step", 0)
 
 
 def _read(directory: Path) -> dict[str, Any]:

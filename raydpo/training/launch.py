@@ -24,10 +24,9 @@ from raydpo.training.board import Board, Listener, listening
 from raydpo.training.hooks import Hooks
 from raydpo.training.loop import TrainJob
 
-__all__ = ["CHECKPOINTS", "Listener", "Payload", "RayHooks", "attempt", "checkpoint_config", "checkpoint_place", "fit",
-           "launch", "log_to", "new_board", "ray_trainer"]
+__all__ = ["Payload", "RayHooks", "launch", "new_board"]
 
-CHECKPOINTS = "checkpoints"
+_CHECKPOINTS = "checkpoints"
 """Folder of a run directory."""
 RESIZE_SECONDS = 30.0
 """Between looks for machines that have come, where the number of workers may vary."""
@@ -84,12 +83,12 @@ def launch(job: TrainJob, pairs: Any, held_out: Any, resources: Resources, *, ru
                       run_dir=storage.root if storage.is_local else run_dir, threads=resources.threads,
                       run_name=run_name, track=track,
                       base_name=base_name, tokenizer=tokenizer, board=board)
-    trainer = ray_trainer(_worker, {"payload": payload}, job.train, resources, payload.run_dir)
-    return fit(trainer, board, listener, run_dir)
+    trainer = _ray_trainer(_worker, {"payload": payload}, job.train, resources, payload.run_dir)
+    return _fit(trainer, board, listener, run_dir)
 
 
-def fit(trainer: Any, board: Any, listener: Listener, run_dir: str) -> dict[str, Any]:
-    """Run a trainer of ``ray_trainer`` to its end; returns what its workers told ``board`` at last.
+def _fit(trainer: Any, board: Any, listener: Listener, run_dir: str) -> dict[str, Any]:
+    """Run a trainer of ``_ray_trainer`` to its end; returns what its workers told ``board`` at last.
 
     Raises:
         RaydpoError: what the workers raised.
@@ -109,8 +108,8 @@ def fit(trainer: Any, board: Any, listener: Listener, run_dir: str) -> dict[str,
     return summary
 
 
-def ray_trainer(worker: Callable[[dict[str, Any]], None], given: dict[str, Any], train: TrainConfig, resources: Resources,
-                run_dir: str) -> Any:
+def _ray_trainer(worker: Callable[[dict[str, Any]], None], given: dict[str, Any], train: TrainConfig, resources: Resources,
+                 run_dir: str) -> Any:
     """A TorchTrainer that calls ``worker(given)`` on every worker, as often as ``train`` allows it to fail."""
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # reports wait for the controller's next look
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1800")  # an autoscaler may take its time
@@ -131,13 +130,13 @@ def ray_trainer(worker: Callable[[dict[str, Any]], None], given: dict[str, Any],
             accelerator_type=resources.accelerator, label_selector=dict(resources.labels) or None,
             resources_per_worker={"CPU": 1} | ({"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {})),
         run_config=RunConfig(
-            name=CHECKPOINTS, storage_path=run_dir,
+            name=_CHECKPOINTS, storage_path=run_dir,
             failure_config=FailureConfig(max_failures=train.max_failures, max_preemption_failures=train.max_preemptions),
-            checkpoint_config=checkpoint_config(train)),
+            checkpoint_config=_checkpoint_config(train)),
     )
 
 
-def checkpoint_config(train: TrainConfig) -> Any:
+def _checkpoint_config(train: TrainConfig) -> Any:
     """Which checkpoints stay, in Ray's words."""
     from ray.train import CheckpointConfig
 
@@ -189,14 +188,14 @@ class RayHooks(Hooks):
             self.records.flush()
 
     def upload(self, directory: Path, step: int) -> None:
-        self.storage.upload_into(directory, checkpoint_place(step))
+        self.storage.upload_into(directory, _checkpoint_place(step))
 
     def register(self, step: int, metrics: Mapping[str, float], *, wait: bool) -> None:
         import ray.train
         from ray.train import Checkpoint, CheckpointUploadMode
 
         ray.train.report({"step": step} | dict(metrics), checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
-                         checkpoint=Checkpoint(self.storage.path(checkpoint_place(step)), self.storage.fs))
+                         checkpoint=Checkpoint(self.storage.path(_checkpoint_place(step)), self.storage.fs))
         if wait:
             # report returns before the controller has registered the checkpoint; a worker that dies in between loses it.
             ray.train.get_all_reported_checkpoints()
@@ -232,7 +231,7 @@ class RayHooks(Hooks):
         self.payload.board.put.remote(kind, content)
 
 
-def attempt(board: Any, train: TrainConfig, work: Callable[[int | None], None]) -> None:
+def _attempt(board: Any, train: TrainConfig, work: Callable[[int | None], None]) -> None:
     """One worker's part of an attempt to train: ``work``, given the positions of a micro-batch where those asked for did not
     fit. Ray Train starts workers again whatever the reason; after an error that will only repeat these do nothing.
 
@@ -265,7 +264,7 @@ def attempt(board: Any, train: TrainConfig, work: Callable[[int | None], None]) 
 def _worker(config: dict[str, Any]) -> None:
     """What runs in each Ray Train worker."""
     payload: Payload = config["payload"]
-    attempt(payload.board, payload.job.train, lambda tokens_per_batch: _train(payload, tokens_per_batch))
+    _attempt(payload.board, payload.job.train, lambda tokens_per_batch: _train(payload, tokens_per_batch))
 
 
 def _train(payload: Payload, tokens_per_batch: int | None) -> None:
@@ -283,7 +282,7 @@ def _train(payload: Payload, tokens_per_batch: int | None) -> None:
     rank = ray.train.get_context().get_world_rank()
     job = dataclasses.replace(payload.job, policy=on_this_machine(payload.job.policy), tokens_per_batch=tokens_per_batch)
     storage = Storage(payload.run_dir)
-    log_to(storage, rank)
+    _log_to(storage, rank)
     if payload.threads is not None:
         torch.set_num_threads(payload.threads)
     device = get_device()
@@ -309,12 +308,12 @@ def _train(payload: Payload, tokens_per_batch: int | None) -> None:
             ray.get(payload.board.finish.remote(dataclasses.asdict(summary)))
 
 
-def checkpoint_place(step: int) -> str:
+def _checkpoint_place(step: int) -> str:
     """Folder of a step's checkpoint in the run directory."""
-    return f"{CHECKPOINTS}/step-{step:08d}"
+    return f"{_CHECKPOINTS}/step-{step:08d}"
 
 
-def log_to(storage: Storage, rank: int) -> None:
+def _log_to(storage: Storage, rank: int) -> None:
     """What libraries print goes to the run's logs where they can be appended to, else stays in Ray's own."""
     if not storage.is_local:
         return

@@ -100,8 +100,9 @@ def test_what_cannot_be_swept_is_said_before_anything_starts(place, capsys):
 
     assert "trial train.beta=-1: 'train.beta' is -1" in fails("sweep", "sweep.grid={train.beta: [0.1, -1]}")
     assert "nothing to sweep over" in fails("sweep")
-    together = fails("sweep", "sweep.grid={train.beta: [0.1]}", "sweep.together=true")
-    assert "trained together with others: model.lora is null" in together
+    removed = fails("sweep", "sweep.grid={train.beta: [0.1]}", "sweep.together=true")
+    assert removed == ("error: 'sweep.together' was removed: trials no longer share a process; drop the key, and each "
+                       "trial trains in workers of its own\n")
     assert "run 'raydpo sweep'" in fails("train", "sweep.grid={train.beta: [0.1]}")
 
 
@@ -271,19 +272,3 @@ def test_ctrl_c_stops_all_trials_with_checkpoints(place):
     for name, trial in trials.items():
         assert registered(directory / name) == trial["steps"], "no step is done again"
     assert any(trial["steps"] for trial in trials.values())
-
-
-@pytest.mark.slow
-def test_trials_that_train_together_stop_early_together(place, on_cluster):
-    result = run(place, "together", "model.lora={r: 4}", "sweep.grid={train.beta: [0.05, 0.1, 0.3]}", "sweep.together=true",
-                 "sweep.stop_early={grace: 4, keep: 0.5}")
-    assert result.returncode == 0, result.stdout + result.stderr
-    found, trials = record(place, "together")
-    assert sorted(trial["status"] for trial in trials.values()) == ["done", "stopped", "stopped"]
-    assert sorted(trial["steps"] for trial in trials.values())[0] == 4 and max(
-        trial["steps"] for trial in trials.values()) == 12
-    again = run(place, "together", "model.lora={r: 4}", "sweep.grid={train.beta: [0.05, 0.1, 0.3]}", "sweep.together=true",
-                "sweep.stop_early={grace: 4, keep: 0.5}")
-    assert again.returncode == 0 and record(place, "together")[0]["trials"] == found["trials"]
-    refused = run(place, "apart", "model.lora={r: 4}", "sweep.grid={model.lora.r: [4, 8]}", "sweep.together=true")
-    assert refused.returncode == 2 and "model.lora.r: 4 and 8" in refused.stderr

@@ -186,7 +186,7 @@ def one_fails(given):
     import torch.distributed as dist
 
     from raydpo.errors import TrainError
-    from raydpo.training.launch import attempt
+    from raydpo.training.launch import _attempt
 
     def work(tokens_per_batch):
         if dist.get_rank() == 1:
@@ -194,7 +194,7 @@ def one_fails(given):
             raise TrainError("this worker alone cannot go on")
         dist.barrier()
 
-    attempt(given["board"], given["train"], work)
+    _attempt(given["board"], given["train"], work)
 
 
 @pytest.mark.parametrize("max_failures", [pytest.param(0, marks=pytest.mark.slow), 3])
@@ -205,15 +205,15 @@ def test_an_error_of_one_worker_ends_all_at_once(on_cluster, tmp_path, max_failu
     from raydpo.config import TrainConfig
     from raydpo.errors import TrainError
     from raydpo.ray_runtime import Resources
-    from raydpo.training.launch import fit, new_board, ray_trainer
+    from raydpo.training.launch import _fit, _ray_trainer, new_board
 
     ray.init(address=os.environ["RAY_ADDRESS"], runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}})
     try:
         train, board = TrainConfig(workers=2, collective_timeout=120, max_failures=max_failures), new_board()
         given = {"board": board, "train": train, "raised": str(tmp_path / "raised")}
-        trainer = ray_trainer(one_fails, given, train, Resources(2, 0.0, 1), str(tmp_path / "run"))
+        trainer = _ray_trainer(one_fails, given, train, Resources(2, 0.0, 1), str(tmp_path / "run"))
         with pytest.raises(TrainError, match="this worker alone cannot go on"):
-            fit(trainer, board, lambda kind, content: None, str(tmp_path / "run"))
+            _fit(trainer, board, lambda kind, content: None, str(tmp_path / "run"))
     finally:
         ray.shutdown()
     assert time.time() - float((tmp_path / "raised").read_text()) < 60
