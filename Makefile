@@ -14,6 +14,7 @@ BIN := $(VENV)/bin
 export PYTHONDONTWRITEBYTECODE :=
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile -c constraints.txt
 SOURCES := pyproject.toml constraints.txt
+TIMES := --durations=10 --durations-min=1
 
 .PHONY: quickstart test test-all checks docs soak lint format types floors release clean
 
@@ -21,13 +22,12 @@ quickstart: $(VENV)/.quickstart
 	$(BIN)/raydpo quickstart
 
 test: $(VENV)/.test
-	@# Two files at a time: much of a test is waiting, for processes to start and for Ray. Then those that must be alone.
-	$(BIN)/python -m pytest -m "not slow and not gpu and not alone" --numprocesses 2 --dist loadfile \
-		--no-loadscope-reorder
-	$(BIN)/python -m pytest -m "not slow and not gpu and alone"
+	@# Three files at a time on two cores: tests often wait, for processes to start and for Ray. Longest files first, see
+	@# tests/conftest.py.
+	$(BIN)/python -m pytest -m "not slow and not gpu" --numprocesses 3 --dist loadfile --no-loadscope-reorder $(TIMES)
 
 test-all: $(VENV)/.test $(VENV)/.quickstart
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TIMES)
 
 checks: lint types floors test
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import command
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -76,8 +77,7 @@ def test_evaluation(place, tiny_llama, on_cluster, monkeypatch):
         before = stored(place)
 
         # The same command prints the same figures as JSON, and does nothing.
-        command = [sys.executable, "-m", "raydpo.cli", "eval", "config.yaml", *judges, "--json"]
-        again = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        again = command.raydpo("eval", "config.yaml", *judges, "--json", cwd=place)
         assert again.returncode == 0, again.stderr
         assert json.loads(again.stdout) == found and len(server.requests) == asked and stored(place) == before
     check_figures(place, found, said)
@@ -145,8 +145,7 @@ def test_what_cannot_be_evaluated(place, on_cluster, tmp_path):
         evaluated(place, "evaluate.score_missing=false", "evaluate.prompts=0", f"cache.uri={tmp_path / 'empty'}")
     with pytest.raises(ConfigError, match="another vocabulary"):
         evaluated(place, f"evaluate.policy={_other_tokens(tmp_path / 'other')}")
-    result = subprocess.run([sys.executable, "-m", "raydpo.cli", "eval", str(place / "config.yaml"), "evaluate.promts=1"],
-                            capture_output=True, text=True, timeout=100)
+    result = command.raydpo("eval", place / "config.yaml", "evaluate.promts=1")
     assert result.returncode == 2 and result.stderr.startswith("error: unknown key 'evaluate.promts'")
 
 

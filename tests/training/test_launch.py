@@ -197,10 +197,9 @@ def one_fails(given):
     _attempt(given["board"], given["train"], work)
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize("max_failures", [pytest.param(0, marks=pytest.mark.slow), 3])
 def test_an_error_of_one_worker_ends_all_at_once(on_cluster, tmp_path, max_failures):
-    """Without it, the other worker would wait for two minutes."""
+    """Without it, the other worker would wait for two minutes. The limit is half of that: other tests may run meanwhile."""
     import ray
 
     from raydpo.config import TrainConfig
@@ -217,7 +216,7 @@ def test_an_error_of_one_worker_ends_all_at_once(on_cluster, tmp_path, max_failu
             _fit(trainer, board, lambda kind, content: None, str(tmp_path / "run"))
     finally:
         ray.shutdown()
-    assert time.time() - float((tmp_path / "raised").read_text()) < 20
+    assert time.time() - float((tmp_path / "raised").read_text()) < 60
 
 
 @pytest.mark.slow

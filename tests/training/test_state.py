@@ -38,7 +38,7 @@ def losses(rows):
     return [row["loss"] for row in rows]
 
 
-@pytest.fixture(scope="module", params=[1, 2])
+@pytest.fixture(scope="module", params=[pytest.param(1, marks=pytest.mark.slow), 2])
 def written(request, table, tiny_llama, tmp_path_factory):
     place = tmp_path_factory.mktemp("written")
     ranks = run_distributed(trained, request.param, place / "run", table, tiny_llama, place / "scratch", place / "keep",
@@ -59,6 +59,7 @@ def test_any_stage_continues_on_another_number_of_workers(written, table, tiny_l
         assert any(f"{world} worker" in note and "same pairs" in note for note in notes)
 
 
+@pytest.mark.slow
 def test_four_workers_to_two(table, tiny_llama, tmp_path):
     names = ["zero2-full", "zero3-full"]
     whole, *_ = run_distributed(trained, 4, tmp_path / "four", table, tiny_llama, tmp_path / "scratch", tmp_path / "keep",
