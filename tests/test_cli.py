@@ -1,4 +1,4 @@
-"""The commands as a user runs them: processes, exit status, what is printed and what lies on disk."""
+"""Commands as a user runs them: exit status, output, and files on disk."""
 
 import json
 import math
@@ -67,7 +67,7 @@ def test_run_directory(first, place):
 
 
 def test_final_loads_without_us_and_is_the_policy(first, place):
-    """transformers alone gives the log-probs that the last evaluation saw."""
+    """transformers alone computes the log-probs of the last evaluation from final/."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -88,13 +88,20 @@ def test_final_loads_without_us_and_is_the_policy(first, place):
     assert np.mean(sums) == pytest.approx(last["eval_logps/chosen"], abs=1e-3)
 
 
-def test_second_run_hits_everything_and_lora_saves_an_adapter(first, place, tiny_llama, on_cluster):
+def test_second_run_hits_everything_lora_saves_an_adapter_and_fresh_sets_the_earlier_run_aside(
+        first, place, tiny_llama, on_cluster):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
+    old = place / "runs" / "second"
+    old.mkdir()
+    (old / "run.json").write_text(json.dumps({"fingerprint": {"train.beta": 7}}))
+    (old / "audit.html").write_text("of the old run")
     result = raydpo("run", place / "config.yaml", "name=second", "model.lora={r: 4}", "train.beta=0.3", "train.zero=3",
-                    "train.workers=1")
+                    "train.workers=1", "--fresh")
     assert result.returncode == 0, result.stdout + result.stderr
+    assert (place / "runs" / "second~1" / "audit.html").read_text() == "of the old run"
+    assert (old / "audit.html").stat().st_size > 10_000 and f"audit: {old}/audit.html" in result.stdout
     assert "(100% hits), 0 scored" in result.stdout
     policy = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama),
                                        place / "runs" / "second" / "final")
@@ -117,7 +124,7 @@ def test_bad_input_is_exit_status_2_and_one_message(arguments, place, on_cluster
 
 @pytest.mark.parametrize("verb", ["score", "train", "run", "sweep", "eval"])
 def test_a_model_that_lacks_weights_is_refused_before_ray(verb, place, tiny_llama, tmp_path, monkeypatch):
-    """Nobody is at that address: a command that asked Ray first would say so."""
+    """No Ray cluster is at that address: a command that connected first would fail with another message."""
     model = shutil.copytree(tiny_llama, tmp_path / "model")
     tensors = load_file(model / "model.safetensors")
     save_file({name: value for name, value in tensors.items() if ".layers.1." not in name}, model / "model.safetensors",
@@ -168,7 +175,7 @@ def test_plan_measures_here_and_prints_json(place):
 
 
 def test_plan_says_what_does_not_fit(place):
-    """1.5 GiB are gone before anything is on the device."""
+    """1.5 GiB are reserved on each device, more than the 1 GiB given."""
     result = raydpo("plan", place / "config.yaml", "--memory", "1", "--json")
     assert result.returncode == 0, result.stderr
     memory = json.loads(result.stdout)["memory"]
@@ -244,14 +251,3 @@ def test_the_audit_of_an_earlier_run_stays_its_own(first, place, on_cluster):
     assert scored.returncode == 0 and "warning: the audit failed" in scored.stdout + scored.stderr
     assert audit.read_bytes() == before
     assert raydpo("audit", place / "config.yaml", "train.lr=1e-4").returncode == 0, "of the same pairs"
-
-
-def test_fresh_sets_the_earlier_run_aside_with_its_audit(first, place, on_cluster):
-    old = place / "runs" / "old"
-    old.mkdir()
-    (old / "run.json").write_text(json.dumps({"fingerprint": {"train.beta": 7}}))
-    (old / "audit.html").write_text("of the old run")
-    result = raydpo("run", place / "config.yaml", "name=old", "train.steps=1", "train.workers=1", "--fresh")
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert (place / "runs" / "old~1" / "audit.html").read_text() == "of the old run"
-    assert (old / "audit.html").stat().st_size > 10_000 and f"audit: {old}/audit.html" in result.stdout

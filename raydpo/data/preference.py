@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
-__all__ = ["Malformed", "Preference", "normalise"]
+__all__ = ["Malformed", "Preference", "as_text", "content_text", "normalise"]
 
 Message = dict[str, Any]
 Text = str | list[Message]
@@ -236,3 +236,18 @@ def _json(value: Any, name: str, kind: type) -> Any:
     if value is not None and not isinstance(value, kind):
         raise Malformed(f"{name} is not a JSON {'list' if kind is list else 'object'}")
     return value or None
+
+
+def as_text(prompt: Text) -> str:
+    """Return a prompt as text; a conversation as ``role: content`` paragraphs."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n\n".join(f"{message['role']}: {content_text(message)}" for message in prompt)
+
+
+def content_text(message: Message) -> str:
+    """Return the text of a message, without images and other parts."""
+    content = message.get("content")
+    if isinstance(content, list):
+        return "\n".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+    return "" if content is None else str(content)

@@ -4,7 +4,7 @@ same."""
 from itertools import pairwise
 
 import pytest
-from conftest import text
+from samples import text
 
 from raydpo.config import DataConfig
 from raydpo.data.pairs import load_pairs

@@ -2,7 +2,7 @@ import json
 
 import pyarrow as pa
 import pytest
-from conftest import text
+from samples import text
 
 from raydpo.config import DataConfig
 from raydpo.data.keys import completion_key

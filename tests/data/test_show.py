@@ -1,7 +1,7 @@
 import io
 
-from conftest import text
 from rich.console import Console
+from samples import text
 
 from raydpo.config import DataConfig
 from raydpo.data.pairs import load_pairs

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from conftest import CHAT_TEMPLATE, make_tokenizer
+from samples import CHAT_TEMPLATE, make_tokenizer
 
 from raydpo.data.preference import Malformed, Preference
 from raydpo.data.tokenise import Tokeniser, load_tokenizer

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from command import raydpo
 from tiny import preferences, write_preferences
 
 
@@ -104,9 +105,8 @@ def test_a_failing_actor_says_why(job, tmp_path, tiny_llama):
     tensors = load_file(model / "model.safetensors")
     tensors["model.norm.weight"][0] = float("nan")
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    command = [sys.executable, "-m", "raydpo.cli", "score", str(job / "config.yaml"), f"model.path={model}",
-               f"cache.uri={tmp_path / 'cache'}"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    result = raydpo("score", job / "config.yaml", f"model.path={model}", f"cache.uri={tmp_path / 'cache'}",
+                    "score.workers=1")
     assert result.returncode == 1
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
     assert "log-prob" in result.stderr

@@ -1,4 +1,4 @@
-"""Checkpoints fit every number of ranks and every ZeRO stage, and say so when they are not whole."""
+"""Checkpoints fit every number of ranks and every ZeRO stage, and incomplete ones are refused."""
 
 import json
 import shutil
@@ -22,13 +22,13 @@ def table(tiny_llama):
 
 
 def trained(table, model, scratch, keep, names):
-    """Whole runs, each leaving its checkpoint of step AT in a folder of its own."""
+    """Metrics of whole runs, each with its checkpoint of step AT in its own folder."""
     return [train_here(table, model, scratch, steps=STEPS, checkpoint_every=AT, keep=keep / name, **KINDS[name]).steps
             for name in names]
 
 
 def resumed(table, model, scratch, keep, names):
-    """The rest of each run; names are (checkpoint of, to train as)."""
+    """Metrics of the rest of each run; names are (run of the checkpoint, run to train as)."""
     runs = [train_here(table, model, scratch, steps=STEPS, checkpoint=keep / old / f"step-{AT}", **KINDS[new])
             for old, new in names]
     return [(run.steps, run.notes) for run in runs]
@@ -38,7 +38,7 @@ def losses(rows):
     return [row["loss"] for row in rows]
 
 
-@pytest.fixture(scope="module", params=[1, 2])
+@pytest.fixture(scope="module", params=[pytest.param(1, marks=pytest.mark.slow), 2])
 def written(request, table, tiny_llama, tmp_path_factory):
     place = tmp_path_factory.mktemp("written")
     ranks = run_distributed(trained, request.param, place / "run", table, tiny_llama, place / "scratch", place / "keep",
@@ -59,6 +59,7 @@ def test_any_stage_continues_on_another_number_of_workers(written, table, tiny_l
         assert any(f"{world} worker" in note and "same pairs" in note for note in notes)
 
 
+@pytest.mark.slow
 def test_four_workers_to_two(table, tiny_llama, tmp_path):
     names = ["zero2-full", "zero3-full"]
     whole, *_ = run_distributed(trained, 4, tmp_path / "four", table, tiny_llama, tmp_path / "scratch", tmp_path / "keep",
