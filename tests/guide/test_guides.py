@@ -93,9 +93,9 @@ def test_messages_are_those_of_the_code():
 
 EXAMPLE = ("prompt ", "before ", "after ", "- ", "job ", "data ")
 """Beginnings of printed lines that hold the text of a model or names of an example."""
-INTERPOLATED = {"sdpa attention", "nats a token from one completion at a time", "shorter is better", "watch the length",
-                "The shorter answer is better", "optimizer on host",
-                "train.gradient_checkpointing=true train.offload_optimizer=cpu"}
+INTERPOLATED = {"nats a token from one completion at a time", "optimizer on host", "sdpa attention", "shorter is better",
+                "The shorter answer is better", "train.gradient_checkpointing=true train.offload_optimizer=cpu",
+                "tree layout", "watch the length"}
 """Phrases that the code puts together."""
 
 
