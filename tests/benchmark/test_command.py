@@ -24,6 +24,7 @@ def data(tmp_path_factory):
     return write_preferences(tmp_path_factory.mktemp("data") / "pairs.jsonl", preferences(14))
 
 
+@pytest.mark.slow  # a minute of processes; losses are compared with TRL's in training/test_trl_parity
 def test_against_trl(tiny_llama, data, tmp_path, capsys):
     pytest.importorskip("trl")
     pytest.importorskip("deepspeed")
@@ -58,7 +59,6 @@ def test_against_trl(tiny_llama, data, tmp_path, capsys):
     assert all("without Ray" in found[part]["how"] for part in ("job", "sweep"))
 
 
-@pytest.mark.slow
 def test_kernels_alone_need_neither_ray_nor_deepspeed_nor_trl(tiny_llama, tmp_path):
     blocked = tmp_path / "blocked"
     blocked.mkdir()
