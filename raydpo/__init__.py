@@ -9,9 +9,8 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from raydpo.config import Config, load_config
-
 if TYPE_CHECKING:
+    from raydpo.config import Config, load_config
     from raydpo.evaluation.run import evaluate
     from raydpo.pipeline import audit, run, score, train
     from raydpo.reference.store import ReferenceCache
@@ -20,9 +19,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["Config", "ReferenceCache", "audit", "evaluate", "load_config", "run", "score", "sweep", "train"]
 
-_LAZY = {"audit": "raydpo.pipeline", "evaluate": "raydpo.evaluation.run", "score": "raydpo.pipeline",
-         "train": "raydpo.pipeline", "run": "raydpo.pipeline", "ReferenceCache": "raydpo.reference.store",
-         "sweep": "raydpo.sweep.run"}
+_LAZY = {"Config": "raydpo.config", "load_config": "raydpo.config", "audit": "raydpo.pipeline",
+         "evaluate": "raydpo.evaluation.run", "score": "raydpo.pipeline", "train": "raydpo.pipeline",
+         "run": "raydpo.pipeline", "ReferenceCache": "raydpo.reference.store", "sweep": "raydpo.sweep.run"}
 
 
 def __getattr__(name: str) -> Any:

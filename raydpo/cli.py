@@ -1,10 +1,8 @@
-"""``raydpo <verb>``: exit status 0 done, 1 failed, 2 bad input, 130 stopped."""
+"""The command line ``raydpo VERB``. Exit status: 0 done, 1 failed, 2 bad input, 130 interrupted."""
 
 from __future__ import annotations
 
 import argparse
-import io
-import json
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -12,15 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import raydpo
-from raydpo.cache_cli import add_cache_verbs
-from raydpo.config import Config, load_config
-from raydpo.config.uri import hidden
+from raydpo.cache_cli import add_cache_verbs, with_json
 from raydpo.console import Console
 from raydpo.errors import ConfigError, RaydpoError, TrainError, exit_status
 from raydpo.interrupt import sigterm_as_interrupt
 from raydpo.submit.command import add_jobs, add_submit, as_submit
 
 if TYPE_CHECKING:
+    from raydpo.config import Config
     from raydpo.data.pairs import PairSets
     from raydpo.data.tokenise import Tokeniser
 
@@ -34,11 +31,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line, in which settings may stand before and after options."""
+    """Parse the command line. Settings (``key.sub=value``) may stand before and after options."""
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     settings = [word for word in rest if "=" in word and not word.startswith("-")]
     if rest != (settings if hasattr(args, "overrides") else []):
+        from raydpo.config.uri import hidden
+
         parser.error(f"unrecognized arguments: {hidden(' '.join(rest))}")
     if settings:
         args.overrides = [*args.overrides, *settings]
@@ -46,8 +45,7 @@ def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def job(verb: str) -> int:
-    """What ``jobs/<verb>.py`` does: the verb as the entry point of a Ray job, its log on standard output. With --dry-run,
-    the command that submits it is printed instead."""
+    """Run a verb as the entry point of a Ray job (``jobs/VERB.py``). With --dry-run, print the command that submits it."""
     if "--dry-run" in sys.argv[1:]:
         print(as_submit(verb, sys.argv[1:]))
         return 0
@@ -55,7 +53,7 @@ def job(verb: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="raydpo", description="DPO on Ray, with the frozen reference scored once.")
+    parser = argparse.ArgumentParser(prog="raydpo", description="DPO on Ray. The frozen reference is scored once.")
     parser.add_argument("--version", action="version", version=f"raydpo {raydpo.__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
@@ -67,50 +65,53 @@ def _parser() -> argparse.ArgumentParser:
     def configured(name: str, act: Callable[[argparse.Namespace, Console], None], about: str) -> argparse.ArgumentParser:
         verb = add(name, act, about)
         verb.add_argument("config", metavar="CONFIG", help="YAML file of the run")
-        verb.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that win over the file")
+        verb.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace those of the file")
         return verb
 
-    configured("score", _score, "score the reference once and store its log-probs")
-    for name, about in (("train", "train the policy against stored log-probs; continues an interrupted run"),
+    configured("score", _score, "score the pairs with the reference, once, and store the log-probs")
+    for name, about in (("train", "train the policy with stored log-probs, or continue an interrupted run"),
                         ("run", "score, then train")):
-        verb = configured(name, _train if name == "train" else _run, about)
-        verb.add_argument("--fresh", action="store_true", help="begin again; an earlier run of this name is set aside")
-    sweep = configured("sweep", _sweep, "train many settings against one cache; continues an interrupted sweep")
-    sweep.add_argument("--fresh", action="store_true", help="begin again; an earlier sweep of this name is set aside")
-    show = configured("show", _show, "print pairs exactly as the model sees them")
-    show.add_argument("-n", "--count", type=int, default=3, help="how many pairs (default: %(default)s)")
-    audit = configured("audit", _audit, "what will these pairs teach? From lengths and cached log-probs, as a page")
+        verb = configured(name, _train, about)
+        verb.add_argument("--fresh", action="store_true", help="start again; rename an earlier run of this name")
+    sweep = configured("sweep", _sweep, "train with many settings and one cache, or continue an interrupted sweep")
+    sweep.add_argument("--fresh", action="store_true", help="start again; rename an earlier sweep of this name")
+    show = configured("show", _show, "print pairs as the model sees them")
+    show.add_argument("-n", "--count", type=int, default=3, help="number of pairs (default: %(default)s)")
+    audit = configured("audit", with_json(_audit), "write a page on what the pairs teach, by lengths and cached log-probs")
     audit.add_argument("--json", action="store_true", help="print one JSON object")
-    evaluate = configured("eval", _eval, "measure a policy against the reference: preferences, answers, drift, wins")
+    evaluate = configured("eval", with_json(_eval), "compare a policy with the reference: preferences, answers, drift, wins")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
-    plan = configured("plan", _plan, "what a run would take: tokens, GPU hours, dollars, and time lost to imbalance")
-    plan.add_argument("--workers", type=int, metavar="N", help="devices of both stages (default: as configured)")
-    plan.add_argument("--device", metavar="NAME", help="a GPU whose peak is known, such as H100, A100-80GB or L4")
+    plan = configured("plan", with_json(_plan), "estimate what a run takes: tokens, memory, GPU hours, dollars, idle time")
+    plan.add_argument("--workers", type=int, metavar="N", help="number of devices of both stages (default: as configured)")
+    plan.add_argument("--device", metavar="NAME", help="a GPU with a known peak rate, such as H100, A100-80GB or L4")
     for stage in ("score", "train"):
-        plan.add_argument(f"--mfu-{stage}", type=float, metavar="X", help=f"share of its peak that it achieves: {stage}")
-    plan.add_argument("--memory", type=float, metavar="GIB", help="memory of a device (default: the named device's)")
-    plan.add_argument("--price", type=float, metavar="D", help="dollars of a GPU hour")
-    plan.add_argument("--runs", type=int, metavar="K", help="trainings against the same reference, such as a sweep of beta")
-    plan.add_argument("--measure", action="store_true", help="measure the rate of this machine instead")
+        plan.add_argument(f"--mfu-{stage}", type=float, metavar="X", help=f"share of the peak rate that {stage} reaches")
+    plan.add_argument("--memory", type=float, metavar="GIB", help="memory of a device in GiB (default: as --device)")
+    plan.add_argument("--price", type=float, metavar="D", help="dollars for a GPU hour")
+    plan.add_argument("--runs", type=int, metavar="K", help="number of trainings with this reference, as in a sweep")
+    plan.add_argument("--measure", action="store_true", help="measure the rate on this machine")
     plan.add_argument("--json", action="store_true", help="print one JSON object")
-    report = add("report", _report, "a run, a sweep, or several of them side by side, as a page; made at the end of every "
-                                    "training, too")
+    report = add("report", _report, "write the page of a run or a sweep, or one that compares several of them")
     report.add_argument("paths", nargs="+", metavar="PATH", help="run or sweep directory, local or URI")
-    report.add_argument("--out", metavar="FILE", help="page of several runs (default: comparison.html)")
-    explain = add("explain", _explain, "where the loss comes from, and what beta does, as a page")
+    report.add_argument("--out", metavar="FILE", help="the page of several runs (default: comparison.html)")
+    explain = add("explain", _explain, "write a page that derives the loss and shows what beta does")
     explain.add_argument("--out", metavar="FILE", default="explain.html", help="the page (default: %(default)s)")
-    add_cache_verbs(verbs.add_parser("cache", help="list, show, verify, compare, compact, clean, export, import a cache"))
-    add_submit(verbs.add_parser("submit", help="score, train, run, sweep, eval or benchmark as a job of a Ray cluster"))
-    add_jobs(verbs.add_parser("jobs", help="list, follow and stop the jobs of a Ray cluster"))
-    add("doctor", _doctor, "versions, devices, compilers, Ray: what would be used here")
-    quickstart = add("quickstart", _quickstart, "the whole job on a small model and the preference set that raydpo ships")
+    add_cache_verbs(verbs.add_parser("cache", help="list, show, verify, compare, compact, clean, export or import a cache"))
+    add_submit(verbs.add_parser("submit", help="run a verb as a job on a Ray cluster"), _check_before_submit)
+    add_jobs(verbs.add_parser("jobs", help="list, follow or stop the jobs of a Ray cluster"))
+    add("doctor", _doctor, "show versions, devices, compiler and Ray cluster of this machine")
+    quickstart = add("quickstart", _quickstart, "train a small model on the preference pairs that raydpo ships")
     quickstart.add_argument("overrides", nargs="*", metavar="key.sub=value")
     return parser
 
 
 def guarded(act: Callable[[Console], int | None]) -> int:
-    """Run ``act``, which may return an exit status of its own; an error that raydpo explains costs one message, any other
-    also its traceback, in a file."""
+    """Run ``act`` and return the exit status: its own if it returns one, else 0.
+
+    An error that raydpo explains is printed as one message; for any other the traceback is written to a file.
+    """
+    from raydpo.config.uri import hidden
+
     console = Console()
     try:
         with sigterm_as_interrupt():
@@ -122,7 +123,7 @@ def guarded(act: Callable[[Console], int | None]) -> int:
         print(f"error: this needs the package {error.name!r}; run: pip install 'raydpo[run]'", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; everything committed is kept, the same command continues", file=sys.stderr)
+        print("interrupted; what was committed is kept. Run the same command again to continue", file=sys.stderr)
         return 130
     except Exception as error:
         with tempfile.NamedTemporaryFile("w", prefix="raydpo-", suffix=".log", delete=False) as log:
@@ -134,8 +135,25 @@ def guarded(act: Callable[[Console], int | None]) -> int:
         return 1
 
 
+def _config(args: argparse.Namespace) -> Config:
+    """The configuration that the command line names, with its overrides."""
+    from raydpo.config import load_config
+
+    return load_config(args.config, args.overrides)
+
+
+def _check_before_submit(config: Config, verb: str) -> None:
+    """Refuse settings with which a job would end at once. Needs no torch."""
+    from raydpo.config import check_verb
+    from raydpo.sweep.trials import trials_of
+
+    check_verb(config, verb)
+    if verb == "sweep":
+        trials_of(config, elsewhere=True)
+
+
 def _quietly(config: Config, console: Console, act: Callable[[], object]) -> None:
-    """Run ``act`` with everyone else's output in the run's logs (in a temporary file if the run lies on a URI)."""
+    """Run ``act`` with all output but the console's in the run's logs, or in a temporary file if the run is at a URI."""
     from raydpo.storage import Storage
 
     storage = Storage(config.run_dir)
@@ -150,76 +168,63 @@ def _quietly(config: Config, console: Console, act: Callable[[], object]) -> Non
 
 
 def _score(args: argparse.Namespace, console: Console) -> None:
-    config = load_config(args.config, args.overrides)
+    config = _config(args)
     _quietly(config, console, lambda: raydpo.score(config, console))
 
 
 def _train(args: argparse.Namespace, console: Console) -> None:
-    config = load_config(args.config, args.overrides)
-    _quietly(config, console, lambda: raydpo.train(config, console, fresh=args.fresh))
-
-
-def _run(args: argparse.Namespace, console: Console) -> None:
-    config = load_config(args.config, args.overrides)
-    _quietly(config, console, lambda: raydpo.run(config, console, fresh=args.fresh))
+    config, verb = _config(args), raydpo.train if args.verb == "train" else raydpo.run
+    _quietly(config, console, lambda: verb(config, console, fresh=args.fresh))
 
 
 def _sweep(args: argparse.Namespace, console: Console) -> None:
-    config = load_config(args.config, args.overrides)
+    config = _config(args)
     found: dict[str, Any] = {}
     _quietly(config, console, lambda: found.update(raydpo.sweep(config, console, fresh=args.fresh)))
     failed = [trial for trial in found["trials"] if trial["status"] == "failed"]
     if failed:
         raise TrainError(f"{len(failed)} of {len(found['trials'])} trials failed: "
                          + "; ".join(f"{trial['name']}: {trial['error']}" for trial in failed)
-                         + ". The same command tries them again")
+                         + ". Run the same command again to retry them")
 
 
 def _show(args: argparse.Namespace, console: Console) -> None:
     from raydpo.data.show import render_pairs
 
-    sets, tokeniser = _load_pairs(load_config(args.config, args.overrides))
+    sets, tokeniser = _load_pairs(_config(args))
     for line in sets.report.lines():
         console.say(line)
     for renderable in render_pairs(sets.train, tokeniser, args.count):
         console.print(renderable)
 
 
-def _audit(args: argparse.Namespace, console: Console) -> None:
-    config = load_config(args.config, args.overrides)
-    with tempfile.TemporaryDirectory() as logs, console.noise_to(Path(logs) / "audit.log"):
-        done = raydpo.audit(config, Console(io.StringIO()) if args.json else console)
-    if args.json:
-        print(json.dumps(done.to_dict(), indent=2))
+def _audit(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    with console.quiet():
+        return raydpo.audit(_config(args), console).to_dict()
 
 
-def _eval(args: argparse.Namespace, console: Console) -> None:
-    config = load_config(args.config, args.overrides)
-    with tempfile.TemporaryDirectory() as logs, console.noise_to(Path(logs) / "eval.log"):
-        found = raydpo.evaluate(config, Console(io.StringIO()) if args.json else console)
-    if args.json:
-        print(json.dumps(found, indent=2))
+def _eval(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    with console.quiet():
+        return raydpo.evaluate(_config(args), console)
 
 
-def _plan(args: argparse.Namespace, console: Console) -> None:
-    config = load_config(args.config, args.overrides)
+def _plan(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    config = _config(args)
     from raydpo.estimate.report import plan_run, print_plan
 
     sets, _ = _load_pairs(config)
-    with tempfile.TemporaryDirectory() as logs, console.noise_to(Path(logs) / "plan.log"):  # of loading weights
+    with console.quiet():
         plan = plan_run(config, sets, measure=args.measure, device=args.device, mfu_score=args.mfu_score,
                         mfu_train=args.mfu_train, workers=args.workers, price=args.price, runs=args.runs,
                         memory=args.memory)
-    if args.json:
-        print(json.dumps(plan.to_dict(), indent=2))
-        return
     for line in sets.report.lines():
         console.say(line)
     print_plan(plan, console)
+    return plan.to_dict()
 
 
 def _load_pairs(config: Config) -> tuple[PairSets, Tokeniser]:
-    """The pairs of a configuration as the stages see them, without Ray."""
+    """Tokenise the pairs of a configuration as score and train do, without Ray."""
     from raydpo.data.filter import filtered_by_tokens
     from raydpo.data.pairs import load_pairs
     from raydpo.data.tokenise import Tokeniser, load_tokenizer
@@ -236,7 +241,8 @@ def _report(args: argparse.Namespace, console: Console) -> None:
 
     if len(args.paths) == 1:
         if args.out is not None:
-            raise ConfigError(f"--out {args.out} is for the page of several runs; that of one is written beside its files")
+            raise ConfigError(f"--out {args.out} is for a page of several runs; the page of one run is written into its "
+                              "directory. Drop --out, or give more run directories")
         console.say(f"report: {write_report(args.paths[0])}")
         return
     out = Path(args.out or "comparison.html")
@@ -259,9 +265,17 @@ def _doctor(args: argparse.Namespace, console: Console) -> None:
 
 def _quickstart(args: argparse.Namespace, console: Console) -> None:
     from raydpo.quickstart import quickstart_config
+    from raydpo.quickstart.effect import measure_effect, print_effect
 
     config = quickstart_config(args.overrides, console)
-    _quietly(config, console, lambda: raydpo.run(config, console, fresh=True))
+
+    def act() -> None:
+        raydpo.run(config, console, fresh=True)
+        effect = measure_effect(config)
+        if effect is not None:
+            print_effect(effect, console)
+
+    _quietly(config, console, act)
 
 
 if __name__ == "__main__":

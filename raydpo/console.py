@@ -1,4 +1,4 @@
-"""What the user sees: lines, progress with rate and remaining time, tables. Everything else goes to a file."""
+"""Terminal output: lines, progress with rate and remaining time, tables. All other output goes to a file."""
 
 from __future__ import annotations
 
@@ -7,51 +7,63 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
-from rich.console import Console as RichConsole
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+if TYPE_CHECKING:
+    from rich.console import Console as RichConsole
+    from rich.progress import Progress
 
 __all__ = ["Console", "ProgressLine"]
 
 FILE_WIDTH = 200
+"""Columns of a table when the output is not a terminal. rich would assume 80."""
 LINE_INTERVAL = 10.0
-"""Seconds between progress lines where the output is not a terminal."""
+"""Seconds between progress lines when the output is not a terminal."""
 
 
 class Console:
     """Prints to standard output, or to the given stream."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
-        self._use(stream or sys.stdout)
+        self.stream = stream or sys.stdout
+
+    @cached_property
+    def rich(self) -> RichConsole:
+        """The rich console on the present stream. Made at first use: importing rich takes a tenth of a second."""
+        from rich.console import Console as RichConsole
+
+        return RichConsole(file=self.stream, highlight=False, soft_wrap=True,
+                           width=None if self.stream.isatty() else FILE_WIDTH)
 
     def _use(self, stream: TextIO) -> None:
         self.stream = stream
-        # In a file nobody's window cuts a table; rich would assume 80 columns.
-        width = None if stream.isatty() else FILE_WIDTH
-        self.rich = RichConsole(file=stream, highlight=False, soft_wrap=True, width=width)
+        self.__dict__.pop("rich", None)
 
     def say(self, line: str) -> None:
+        """Print a line."""
         self.rich.print(line, markup=False)
 
     def note(self, line: str) -> None:
-        """A line that comes from a worker, shown as a warning if it calls itself one."""
+        """Print a line that a worker sent: as a warning if it begins with ``warning: ``."""
         if line.startswith("warning: "):
             self.warn(line.removeprefix("warning: "))
         else:
             self.say(line)
 
     def warn(self, line: str) -> None:
+        """Print a line as a warning."""
         self.rich.print(f"warning: {line}", markup=False, style="yellow")
 
     def print(self, renderable: object) -> None:
-        """Any rich renderable."""
+        """Print a rich renderable."""
         self.rich.print(renderable)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Left-aligned names and right-aligned figures."""
+        """Print a table: the first column left-aligned; the others right-aligned if it has more than two."""
+        from rich.table import Table
+
         table = Table(title=title, title_justify="left")
         for index, column in enumerate(columns):
             table.add_column(column, justify="right" if index and len(columns) > 2 else "left", overflow="fold")
@@ -61,8 +73,10 @@ class Console:
 
     @contextlib.contextmanager
     def progress(self, label: str, total: int, unit: str, done: int = 0) -> Iterator[ProgressLine]:
-        """A bar on a terminal, a line now and then elsewhere; call ``update(done, extra)`` on what it yields."""
+        """Show progress: a bar on a terminal, else a line every ``LINE_INTERVAL``. Yields the object to ``update``."""
         if self.rich.is_terminal:
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
             bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit),
                            TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), TextColumn("{task.fields[extra]}"),
                            console=self.rich)
@@ -74,7 +88,7 @@ class Console:
             line.finish()
 
     def counter(self, label: str, unit: str) -> Callable[[int], None]:
-        """For long parts whose end is unknown: call what it returns with the number done so far."""
+        """Show progress towards an unknown end. Call the returned function with the number done so far."""
         start = printed = time.monotonic()
 
         def count(done: int) -> None:
@@ -88,17 +102,18 @@ class Console:
 
     @contextlib.contextmanager
     def noise_to(self, log: Path) -> Iterator[None]:
-        """Until the end of the block, everything that anyone else writes to standard output or error goes to ``log``.
+        """Within the block, send everything except this console's own output from standard output and error to ``log``.
 
-        By file descriptor, so that Ray's C++ threads and child processes are caught too.
+        File descriptors are redirected, which includes Ray's C++ threads and child processes.
         """
         log.parent.mkdir(parents=True, exist_ok=True)
         sys.stdout.flush()
         sys.stderr.flush()
         saved = [os.dup(1), os.dup(2)]
-        before = self.stream
-        ours = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8", errors="replace")
-        self._use(ours)
+        before = ours = self.stream
+        if before is sys.stdout:  # a console on another stream keeps it
+            ours = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8", errors="replace")
+            self._use(ours)
         with open(log, "ab") as sink:
             os.dup2(sink.fileno(), 1)
             os.dup2(sink.fileno(), 2)
@@ -111,12 +126,17 @@ class Console:
                 os.dup2(original, descriptor)
                 os.close(original)
             ours.flush()
-            self._use(before)
-            ours.close()
+            if ours is not before:
+                self._use(before)
+                ours.close()
+
+    def quiet(self) -> contextlib.AbstractContextManager[None]:
+        """Within the block, drop all output but this console's own, such as what libraries print while a model loads."""
+        return self.noise_to(Path(os.devnull))
 
 
 class ProgressLine:
-    """Progress of one long part; rates count from its beginning, not from what was done before."""
+    """Progress of one long part. Rates do not count what was done before it began."""
 
     def __init__(self, console: Console, label: str, total: int, unit: str, done: int, bar: Progress | None) -> None:
         self.console, self.label, self.total, self.unit = console, label, total, unit
@@ -127,7 +147,7 @@ class ProgressLine:
         self._task = bar.add_task(label, total=total, completed=done, rate="", extra="") if bar else None
 
     def update(self, done: int, extra: str = "") -> None:
-        """``done`` of ``total`` are finished; ``extra`` is shown behind the rate."""
+        """Show that ``done`` of ``total`` are finished, with ``extra`` behind the rate."""
         self.done, self.extra = done, extra
         if self._bar is not None:
             self._bar.update(self._task, completed=done, rate=self._rate(), extra=extra)
@@ -135,6 +155,7 @@ class ProgressLine:
             self._print_line()
 
     def finish(self) -> None:
+        """Print a last line with the time taken, if anything was done."""
         if self.done > self.first:
             self._print_line()
 

@@ -1,4 +1,4 @@
-"""``raydpo doctor``: what is installed here and what would be used."""
+"""``raydpo doctor``: show what is installed on this machine and what a run would use."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ _PACKAGES = ("torch", "transformers", "peft", "deepspeed", "ray", "pyarrow", "da
 
 
 def report(console: Console) -> None:
-    """Print versions, devices, compilers and the Ray that a run would use."""
+    """Print versions, devices, the C++ compiler, and the Ray cluster that a run would use."""
     rows = [("raydpo", raydpo.__version__), ("python", f"{platform.python_version()} ({sys.executable})")]
     rows += [(name, _version(name)) for name in _PACKAGES]
     console.table("versions", ("", "value"), rows)
     console.table("this machine", ("", "value"), [*_devices(), ("C++ compiler", shutil.which("g++") or
                                                                 "none (not needed on the CPU)")])
     address = os.environ.get("RAY_ADDRESS", "")
-    there = "a local Ray for the length of each command" if not address else f"the cluster at $RAY_ADDRESS {address}"
+    ray = "a local Ray, started by each command" if not address else f"the cluster at $RAY_ADDRESS {address}"
     if address.startswith(("http://", "https://")):
-        there = f"none: $RAY_ADDRESS is {address}, a job server; put it into $RAY_API_SERVER_ADDRESS"
+        ray = f"none: $RAY_ADDRESS is {address}, a job server; set $RAY_API_SERVER_ADDRESS to it instead"
     console.table("what would be used", ("", "value"), [
-        ("Ray", there),
+        ("Ray", ray),
         ("precision (dtype: auto)", _auto_dtype()),
         ("reference log-probs", "<output>/cache unless cache.uri says otherwise")])
 

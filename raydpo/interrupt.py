@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first asks for an orderly end, the second ends at once."""
+"""Handling of Ctrl-C and SIGTERM: the first signal ends a command in order, the second one at once."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from typing import Any
 __all__ = ["EXIT_INTERRUPTED", "interruptible", "sigterm_as_interrupt"]
 
 EXIT_INTERRUPTED = 130
-"""Exit status of a command that Ctrl-C or SIGTERM has stopped, as shells have it."""
+"""Exit status of a command that Ctrl-C or SIGTERM has stopped; the usual one of shells."""
 
 
 @contextlib.contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
-    """Within the block SIGTERM raises KeyboardInterrupt too: whoever stops a job means the same."""
+    """Make SIGTERM raise KeyboardInterrupt within the block, as Ctrl-C does."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -34,13 +34,13 @@ def sigterm_as_interrupt() -> Iterator[None]:
 
 
 def interruptible(act: Callable[[], Any], on_first: Callable[[], object]) -> None:
-    """Run ``act`` to its end in a thread, while this one minds signals.
+    """Run ``act`` in a thread and handle signals in this one until it returns.
 
-    The first SIGINT or SIGTERM calls ``on_first``, which makes ``act`` come to its end; the second one exits the process
-    at once, with status 130. Outside of the main thread, which alone gets signals, ``act`` is just called.
+    The first SIGINT or SIGTERM calls ``on_first``, which must make ``act`` return. The second one ends the process at once,
+    with exit status 130. Only the main thread receives signals: in any other one ``act`` is just called.
 
     Raises:
-        Exception: what ``act`` raised.
+        BaseException: what ``act`` raised.
     """
     if threading.current_thread() is not threading.main_thread():
         act()

@@ -1,4 +1,4 @@
-"""Copies on this machine of what lies on a remote file system: read once over the network, then from disk."""
+"""Copies of remote files on this machine: downloaded once, then read from disk."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ from raydpo.storage import Storage, remove_stale_temporaries
 __all__ = ["LocalCopy", "RemoteDirectory", "local_home"]
 
 UNUSED_SECONDS = 3600.0
-"""After which the copy of a directory makes room for another one."""
+"""Age in seconds after which an unused copy of a directory is deleted when another one is made."""
 
 
 class LocalCopy:
-    """Read-through copies of the files below ``storage``, shared by all processes of a node.
-
-    Args:
-        directory: where they are kept; default ``copies/<hash of the URI>`` below ``local_home``.
+    """Copies of the files in ``storage``, made on first read and shared by all processes of a node.
 
     Attributes:
-        problems: a sentence if copies cannot be kept, which costs time and nothing else.
+        local: where they are kept, ``copies/<hash of the URI>`` in ``local_home``.
+        problems: one sentence if copies cannot be kept, which only costs time.
     """
 
-    def __init__(self, storage: Storage, directory: Path | None = None) -> None:
+    def __init__(self, storage: Storage) -> None:
         self.storage = storage
         name = hashlib.sha256(storage.uri.encode()).hexdigest()[:16]
-        self.local = Storage(str(directory or local_home() / "copies" / name))
+        self.local = Storage(str(local_home() / "copies" / name))
         self.problems: list[str] = []
 
     def fetch(self, name: str, sound: Callable[[bytes], bool]) -> bytes:
-        """The file ``name``: the copy if it is ``sound``, else from afar, kept if that is sound.
+        """Content of the file ``name``: the local copy if ``sound`` accepts it, else the remote file, which is copied if
+        sound.
 
-        Two processes may download the same file at once; each renames its own into place, and none sees a torn one.
+        Two processes may download the same file at once; each renames its own copy into place, so no process sees a partial
+        one.
 
         Raises:
-            FileNotFoundError: if it is neither here nor there.
+            FileNotFoundError: if the file exists neither here nor remotely.
         """
         try:
             data = self.local.read(name)
@@ -62,30 +62,25 @@ class LocalCopy:
                                      f"{self.local}: {error.strerror or error}; set XDG_CACHE_HOME to a disk with room")
         return data
 
-    def prune(self, name: str, keep: set[str]) -> int:
-        """Delete the copies in directory ``name`` that are not in ``keep``; how many there were.
-
-        Where nothing can be deleted they stay, which costs space and nothing else.
-        """
-        removed = 0
+    def prune(self, name: str, keep: set[str]) -> None:
+        """Delete the copies in directory ``name`` that are not in ``keep``. Copies that cannot be deleted stay and cost only
+        space."""
         with contextlib.suppress(OSError):
             for entry in self.local.entries(name):
                 if entry.name not in keep and not entry.name.startswith("."):
                     self.local.delete(f"{name}/{entry.name}")
-                    removed += 1
-            removed += remove_stale_temporaries(self.local, name)
-        return removed
+            remove_stale_temporaries(self.local, name)
 
 
 @dataclass(frozen=True)
 class RemoteDirectory:
-    """The files directly in a remote directory, as they were when it was looked at. It travels to other machines, each of
-    which fetches a copy of its own.
+    """The files directly in a remote directory, at the time of ``now``. It can be sent to other machines, each of which
+    fetches its own copy.
 
     Attributes:
-        uri: of the storage.
-        name: of the directory in it.
-        stamp: a digest of the files' names, sizes and times.
+        uri: URI of the storage.
+        name: name of the directory in it.
+        stamp: digest of the files' names, sizes and times.
     """
 
     uri: str
@@ -94,11 +89,11 @@ class RemoteDirectory:
 
     @classmethod
     def now(cls, storage: Storage, name: str) -> RemoteDirectory:
-        """As it is at this moment."""
+        """The directory with its current files."""
         return cls(storage.uri, name, _stamp(storage, name) or uuid.uuid4().hex[:16])
 
     def here(self) -> str:
-        """The path of a copy on this machine. The first process that asks for it fetches it, others wait for that one.
+        """Path of a copy on this machine. The first process that asks downloads it; others wait for it.
 
         Raises:
             ModelError: if the files are no longer those that ``now`` saw.
@@ -132,7 +127,7 @@ class RemoteDirectory:
 
 
 def _stamp(storage: Storage, name: str) -> str | None:
-    """None where the store does not say when files were written: equal sizes prove nothing."""
+    """Digest of the files, or None if the store does not tell when they were written: equal sizes prove nothing."""
     files = storage.entries(name)
     if not all(file.modified for file in files):
         return None
@@ -141,7 +136,7 @@ def _stamp(storage: Storage, name: str) -> str | None:
 
 @contextlib.contextmanager
 def _alone(lock: Path) -> Iterator[None]:
-    """Within the block no other process of this machine holds ``lock``, where the file system has locks."""
+    """Hold the file lock ``lock``, exclusive among the processes of this machine, if the file system supports locks."""
     with open(lock, "w", encoding="utf-8") as file:
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -149,8 +144,11 @@ def _alone(lock: Path) -> Iterator[None]:
 
 
 def local_home() -> Path:
-    """Where this node keeps what it can fetch or compute again: ``$XDG_CACHE_HOME/raydpo``, else ``~/.cache/raydpo``; below
-    the directory of temporary files where there is no home, or one in which this user may not write."""
+    """Directory in which this node keeps what it can download or compute again.
+
+    ``$XDG_CACHE_HOME/raydpo``, else ``~/.cache/raydpo``; in the directory for temporary files if there is no home directory
+    or this user may not write to it.
+    """
     given = os.environ.get("XDG_CACHE_HOME")
     if given:
         return Path(given) / "raydpo"
@@ -162,6 +160,6 @@ def local_home() -> Path:
     place = Path(tempfile.gettempdir()) / f"raydpo-{os.getuid()}"
     with contextlib.suppress(OSError):
         place.mkdir(mode=0o700, exist_ok=True)
-        if place.stat().st_uid != os.getuid():  # someone else may have put there what we would take for ours
+        if place.stat().st_uid != os.getuid():  # another user made it, so its content cannot be trusted
             place = Path(tempfile.mkdtemp(prefix="raydpo-"))
     return place / "raydpo"

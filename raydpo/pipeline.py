@@ -1,4 +1,4 @@
-"""The verbs: score the reference, train the policy, or both. What ``raydpo <verb>``, ``jobs/`` and Python callers run."""
+"""The verbs score, train, run and audit, as the command line, ``jobs/`` and Python callers run them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import functools
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 import raydpo
+from raydpo.checks import check
 from raydpo.config import Config, is_hub_name
 from raydpo.config.uri import redact
 from raydpo.console import Console, ProgressLine
@@ -26,9 +27,8 @@ from raydpo.data.filter import PairFilter, filtered_by_tokens
 from raydpo.data.pairs import PAIR_MARGIN, PAIR_WEIGHT, SAME, PairSets, load_pairs
 from raydpo.data.tokenise import Tokeniser, load_tokenizer
 from raydpo.errors import ConfigError
-from raydpo.losses import Objective, own_sources
+from raydpo.losses import own_sources
 from raydpo.model.rotary import ROTARY, rope_line
-from raydpo.model.weights import check_weights
 from raydpo.preflight import check_cluster, check_nodes
 from raydpo.ray_runtime import Resources, bfloat16_pays, resources_for, session
 from raydpo.reference.build import BuildReport, build
@@ -41,8 +41,8 @@ from raydpo.training.card import model_card
 from raydpo.training.checkpoint import changed_settings
 from raydpo.training.earlier import begin_again, earlier_result, harmless_changes
 from raydpo.training.engine import PolicySpec
-from raydpo.training.launch import launch
-from raydpo.training.loop import TrainJob
+from raydpo.training.job import TrainJob
+from raydpo.training.launch import Payload, launch
 from raydpo.training.pairs import join_reference, reference_values
 from raydpo.training.records import finite, read_rows
 from raydpo.training.report import TrainingDisplay, print_summary
@@ -52,40 +52,38 @@ from raydpo.waiting import coming_up, wait_for
 if TYPE_CHECKING:
     from raydpo.audit import Audit
 
-__all__ = ["Joined", "Prepared", "Shared", "audit", "check_models", "fill_cache", "find_reference", "join_sets",
-           "measured_pairs", "needs_reference", "reference_line", "report_on", "run", "score", "score_prepared", "train",
-           "train_prepared"]
+__all__ = ["Joined", "Prepared", "Shared", "audit", "fill_cache", "find_reference", "join_sets", "measured_pairs",
+           "reference_line", "report_on", "run", "score", "score_prepared", "train", "train_prepared"]
 
 
 def score(config: Config, console: Console | None = None) -> BuildReport:
-    """Fill the reference cache with whatever this configuration's pairs need and it lacks.
+    """Score the pairs of a configuration that the reference cache lacks, and store their log-probs.
 
     Raises:
-        RaydpoError: of the kind that fits; everything committed stays.
+        RaydpoError: if it fails. Committed log-probs stay in the cache.
     """
     console = console or Console()
-    check_models([config], console)
+    check(config, "score", console)
     with session(config):
         check_cluster(config, ["score"], console)
         return score_prepared(Prepared.of(config, console), console)
 
 
 def train(config: Config, console: Console | None = None, *, fresh: bool = False) -> dict[str, Any]:
-    """Train against the stored log-probs; continues where an interrupted run of the same name stopped.
+    """Train the policy with the stored log-probs, or continue an interrupted run of the same name.
 
     Args:
-        fresh: begin again, setting an earlier run of the same name aside as ``NAME~1``.
+        fresh: start again; an earlier run of the same name is renamed to ``NAME~1``.
 
     Returns:
-        What summary.json holds.
+        The content of summary.json.
 
     Raises:
-        CacheMissError: if log-probs are missing; ``score`` fills them.
-        RaydpoError: of the kind that fits.
+        CacheMissError: if log-probs are missing; ``score`` computes them.
+        RaydpoError: if anything else fails.
     """
     console = console or Console()
-    _refuse_sweep(config)
-    check_models([config], console)
+    check(config, "train", console)
     with session(config):
         check_cluster(config, ["train"], console)
         prepared = Prepared.of(config, console)
@@ -95,10 +93,9 @@ def train(config: Config, console: Console | None = None, *, fresh: bool = False
 
 
 def run(config: Config, console: Console | None = None, *, fresh: bool = False) -> dict[str, Any]:
-    """``score``, then ``train``."""
+    """Call ``score``, then ``train``, in one Ray session. Arguments and result are those of ``train``."""
     console = console or Console()
-    _refuse_sweep(config)
-    check_models([config], console)
+    check(config, "run", console)
     with session(config):
         check_cluster(config, ["score", "train"], console)
         with coming_up(config, wanted=fresh or not Storage(config.run_dir).exists("summary.json")):
@@ -113,49 +110,35 @@ def run(config: Config, console: Console | None = None, *, fresh: bool = False) 
             return train_prepared(prepared, console, built.hit_rate if built.wanted else None)
 
 
-def check_models(configs: Sequence[Config], console: Console) -> None:
-    """Look whether the policies and references of ``configs`` are whole, from the headers of their files, before Ray or any
-    other process is started.
-
-    Raises:
-        ModelError: naming what a model's files lack, or why it cannot be told what would be loaded.
-    """
-    wanted = {(path, adapter, config.model.trust_remote_code): None for config in configs for path, adapter in (
-        (config.model.path, config.model.adapter), (config.reference_path, config.reference_adapter))}
-    for path, adapter, trust_remote_code in wanted:
-        if trust_remote_code:
-            console.warn(f"model.trust_remote_code is on: Python code in {path} runs with your rights")
-        for line in check_weights(resolve_model(path), adapter=adapter and resolve_model(adapter),
-                                  trust_remote_code=trust_remote_code):
-            console.warn(line)
-
-
 def _wait_for(stage: Literal["score", "train"], config: Config, resources: Resources, console: Console) -> None:
+    """Wait for the workers of a stage, and check the nodes that an autoscaler has added."""
     wait_for(stage, resources, console, autoscaling=config.ray.autoscaling)
     if config.ray.autoscaling:
-        check_nodes(config, [stage], console)  # some may have come since the beginning
-
-
-def _refuse_sweep(config: Config) -> None:
-    if config.sweep is not None:
-        raise ConfigError("section 'sweep' has no effect on a single training; run 'raydpo sweep', or set sweep=null")
+        check_nodes(config, [stage], console)
 
 
 def audit(config: Config, console: Console | None = None) -> Audit:
-    """What the training pairs will teach, from their lengths and the log-probs that are cached; written to the run
-    directory.
+    """Measure what the training pairs teach, from their lengths and cached log-probs, and write it to the run directory.
+
+    Pairs without cached log-probs are counted, not refused.
 
     Raises:
-        RaydpoError: of the kind that fits. Pairs that are not scored yet are no error.
+        RaydpoError: if it fails.
     """
     console = console or Console()
-    check_models([config], console)
+    check(config, "audit", console)
     return _audit(Prepared.of(config, console), console)
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything both stages need, found out once."""
+    """Inputs of both stages: pairs as token ids, the reference and its cache.
+
+    Attributes:
+        dtype: precision of the policy.
+        policy_dir: local directory of the policy as it starts.
+        pairs_digest: digest of the training pairs. Computed once; copies made with ``dataclasses.replace`` share it.
+    """
 
     config: Config
     dtype: str
@@ -165,13 +148,11 @@ class Prepared:
     reference: ReferenceSpec
     cache: ReferenceCache
     pairs_digest: Callable[[], str]
-    """Of the training pairs; computed at most once, for all that are made of this by ``dataclasses.replace``, too."""
 
     @classmethod
     def of(cls, config: Config, console: Console) -> Prepared:
+        """Tokenise the pairs of a configuration, identify its reference and open the cache, within the Ray session."""
         model = config.model
-        Objective(config.train)  # a loss by import path fails here, before anything is read or started
-        _check_reference(config)
         native = "bfloat16" if bfloat16_pays() else "float32"
         dtype = native if model.dtype == "auto" else model.dtype
         policy_dir = resolve_model(model.path)
@@ -189,46 +170,47 @@ class Prepared:
         console.say(f"pairs: {sets.train.num_rows:,} to train on, {held_out:,} held out, tokenised in "
                     f"{time.perf_counter() - started:.1f} s")
         spec, cache = find_reference(config, native)
-        if needs_reference(config):
+        if config.needs_reference:
             console.say(reference_line(config, spec))
             earlier, change = earlier_identity(spec.identity)
             if change and cache.storage.exists(f"{earlier.digest}/identity.json") \
                     and not cache.storage.exists(f"{cache.directory}/identity.json"):
-                console.say(f"scored again, not read from {earlier.digest} of this cache: {change}; to free its "
-                            "space delete that directory")
+                console.say(f"scored again, not read from {earlier.digest} of this cache: {change}; delete that directory "
+                            "to free its space")
         if spec.identity.rope_length is not None:
             console.say(rope_line(spec.identity.rope_length, config.data.max_length))
         return cls(config, dtype, policy_dir, tokeniser, sets, spec, cache, functools.cache(lambda: _digest(sets.train)))
 
     @property
     def filter_by_reference(self) -> PairFilter | None:
-        """The condition on training pairs that can be evaluated only now that they are scored."""
+        """The condition on training pairs, if it reads log-probs of the reference."""
         pair_filter = PairFilter(self.config.data.filter) if self.config.data.filter else None
         return pair_filter if pair_filter is not None and pair_filter.needs_reference else None
 
     @property
     def tables(self) -> list[pa.Table]:
+        """The training pairs, and the held-out pairs if there are any."""
         return [self.sets.train] + ([self.sets.eval] if self.sets.eval is not None else [])
 
     def policy_identity(self) -> ReferenceIdentity:
-        """Of the policy as it starts: fresh adapters add nothing."""
+        """Identity of the policy as it starts. New adapters do not change it."""
         model = self.config.model
         return identify(self.policy_dir, self.dtype, self.policy_adapter, model.quantization, model.trust_remote_code,
                         max_length=self.config.data.max_length)
 
     @property
     def policy_adapter(self) -> str | None:
-        """Local directory of the adapter that is trained further."""
+        """Local directory of the adapter that training starts from, or None."""
         return self.config.model.adapter and resolve_model(self.config.model.adapter)
 
     @property
     def base_name(self) -> str:
-        """How an exported adapter names its base model."""
+        """Name of the base model in an exported adapter: its hub name, else its directory."""
         path = self.config.model.path
         return path if is_hub_name(path) and not Path(path).is_dir() else self.policy_dir
 
     def fingerprint(self) -> dict[str, Any]:
-        """Everything that the trained policy depends on, by the name of its setting."""
+        """Everything that the trained policy depends on, by the name of the setting."""
         config, policy = self.config, self.policy_identity()
         train = config.train.model_dump(mode="json", include={
             "pairs_per_step", "epochs", "steps", "lr", "schedule", "warmup", "weight_decay", "clip", "loss", "beta",
@@ -237,7 +219,7 @@ class Prepared:
         return {"model.path (weights)": policy.weights, "model.path (architecture)": policy.architecture,
                 "model.adapter": policy.adapter, "model.quantization": policy.quantisation,
                 "model.freeze": list(config.model.freeze), "model.dtype": self.dtype, "model.lora": lora,
-                "reference identity": self.reference.identity.digest if needs_reference(config) else None,
+                "reference identity": self.reference.identity.digest if config.needs_reference else None,
                 "data.train (pairs)": self.pairs_digest(), "data.shuffle": config.data.shuffle,
                 } | ({ROTARY: policy.rope_length} if policy.rope_length else {}
                      ) | ({"data.filter": config.data.filter} if self.filter_by_reference else {}
@@ -245,25 +227,11 @@ class Prepared:
                          f"train.loss (source of {name})": digest for name, digest in own_sources(config.train).items()}
 
 
-def needs_reference(config: Config) -> bool:
-    """Whether anything reads the cache: the objective, or the condition on pairs."""
-    return config.train.needs_reference or bool(config.data.filter and PairFilter(config.data.filter).needs_reference)
-
-
-def _check_reference(config: Config) -> None:
-    named = [("reference.path", config.reference.path, config.model.path),
-             ("reference.adapter", config.reference.adapter, config.model.adapter)]
-    for key, value, policy in named:
-        if value not in (None, policy) and not needs_reference(config):
-            raise ConfigError(f"{key!r} is {value!r}, but nothing compares with a reference: train.loss is "
-                              f"{config.train.loss_text}. Drop it, or set a loss with a reference, such as sigmoid")
-
-
 def find_reference(config: Config, native: str) -> tuple[ReferenceSpec, ReferenceCache]:
-    """The reference of a configuration, and its cache.
+    """Find and identify the reference of a configuration, and open its cache.
 
     Args:
-        native: the precision that pays here, for those that are ``auto``.
+        native: precision for dtype ``auto``.
     """
     wish = config.model.dtype if config.score.dtype is None else config.score.dtype
     dtype = native if wish == "auto" else wish
@@ -277,34 +245,38 @@ def find_reference(config: Config, native: str) -> tuple[ReferenceSpec, Referenc
 
 
 def reference_line(config: Config, spec: ReferenceSpec) -> str:
-    """The reference for people."""
+    """Describe the reference in one line."""
     identity = spec.identity
     return (f"reference: {' + '.join(filter(None, (config.reference_path, config.reference_adapter)))} in "
             f"{', '.join(filter(None, (identity.dtype, identity.quantisation)))}, identity {identity.digest}")
 
 
 def score_prepared(prepared: Prepared, console: Console, tables: list[pa.Table] | None = None) -> BuildReport:
-    """``score``, of other ``tables`` of pairs where they are given."""
+    """Score what the cache lacks, then write the audit.
+
+    Args:
+        tables: pairs to score; None = those of ``prepared``.
+    """
     config, cache = prepared.config, prepared.cache
-    if needs_reference(config):
+    if config.needs_reference:
         report = fill_cache(tables or prepared.tables, prepared.reference, cache, config, console)
     else:
-        console.say(f"reference: none; loss {config.train.loss_text} compares with none, so nothing is scored")
+        console.say(f"reference: none; loss {config.train.loss_text} needs none, so nothing is scored")
         report = BuildReport(cache.identity.digest, wanted=0, hits=0, scored=0, by_others=0, twice=0, tokens=0, seconds=0.0,
                              parts=0, problems=())
     try:
         _audit(prepared, console)
-    except Exception as error:  # the log-probs are stored; a picture that cannot be drawn must not say otherwise
+    except Exception as error:  # the log-probs are stored, so scoring has succeeded
         console.warn(f"the audit failed ({type(error).__name__}: {error}); 'raydpo audit' tries again")
     return report
 
 
 def fill_cache(tables: list[pa.Table], spec: ReferenceSpec, cache: ReferenceCache, config: Config,
                console: Console) -> BuildReport:
-    """Score what ``cache`` lacks of tokenised pairs with the workers of section ``score``, and say so."""
+    """Score what ``cache`` lacks of tokenised pairs, with the workers of section ``score``."""
     resources = resources_for("score", config)
     line: ProgressLine | None = None
-    with contextlib.ExitStack() as stack:  # there is nothing to show before build knows what is missing
+    with contextlib.ExitStack() as stack:  # the progress line begins once build knows what is missing
         def progress(done: int, to_do: int) -> None:
             nonlocal line
             if line is None:
@@ -350,7 +322,7 @@ def _audit(prepared: Prepared, console: Console) -> Audit:
 
 
 def _refuse_other_pairs(storage: Storage, prepared: Prepared) -> None:
-    """The audit of a run stays that of the pairs which the run trained on.
+    """Refuse to replace the audit of a run by that of other pairs.
 
     Raises:
         ConfigError: if a run of this name has other pairs or another reference.
@@ -361,17 +333,17 @@ def _refuse_other_pairs(storage: Storage, prepared: Prepared) -> None:
     changes = changed_settings(*({key: each.get(key) for key in ("data.train (pairs)", "reference identity")}
                                  for each in (earlier, now)))
     if changes:
-        raise ConfigError(f"{storage} is a run of other pairs or another reference ({'; '.join(changes)}), and keeps its "
-                          "audit. Give this one another name (name=...)")
+        raise ConfigError(f"{storage} is a run of other pairs or another reference ({'; '.join(changes)}), and its audit is "
+                          "kept. Give this one another name (name=...)")
 
 
 @dataclass(frozen=True)
 class Joined:
-    """Pairs with the reference's values, as they are trained on.
+    """Pairs joined with the reference's log-probs, ready for training.
 
     Attributes:
-        pairs, held_out: tables, or references to them in Ray's object store; None if nothing is held out.
-        training_pairs: how many ``pairs`` are.
+        pairs, held_out: tables, or references to them in Ray's object store; ``held_out`` is None if nothing is held out.
+        training_pairs: number of ``pairs``.
     """
 
     pairs: Any
@@ -381,14 +353,14 @@ class Joined:
 
 @dataclass(frozen=True, kw_only=True)
 class Shared:
-    """What a training that is one of many is given.
+    """What a sweep gives to the training of one trial.
 
     Attributes:
-        joined: of ``join_sets``, in Ray's object store.
-        at_once: how many trainings share the cluster.
-        board: of ``launch.new_board``.
-        display: hears what happens.
-        until: a step after which it pauses; None = it goes on to the end.
+        joined: result of ``join_sets``, in Ray's object store.
+        at_once: number of trainings that share the cluster.
+        board: result of ``launch.new_board``.
+        display: receives the events of the training.
+        until: step after which the training pauses; None = train to the end.
     """
 
     joined: Joined
@@ -399,12 +371,12 @@ class Shared:
 
 
 def join_sets(prepared: Prepared, console: Console) -> Joined:
-    """Training and held-out pairs with the reference's values, as they are trained on.
+    """Join training and held-out pairs with the reference's log-probs, and filter the training pairs by them.
 
     Raises:
         CacheMissError: if log-probs are missing.
     """
-    compares = needs_reference(prepared.config)
+    compares = prepared.config.needs_reference
     pairs = join_reference(prepared.sets.train, prepared.cache, "training") if compares else prepared.sets.train
     if prepared.filter_by_reference is not None:
         sums = (pairs[f"ref_{side}_sum"].to_numpy() for side in ("chosen", "rejected"))
@@ -417,7 +389,7 @@ def join_sets(prepared: Prepared, console: Console) -> Joined:
 
 
 def _finished_before(prepared: Prepared, console: Console) -> dict[str, Any] | None:
-    """The summary of this very run, if it came to its end at an earlier time.
+    """The summary of this run if it is already finished, else None.
 
     Raises:
         ConfigError: if a run of this name has other settings.
@@ -430,25 +402,25 @@ def _finished_before(prepared: Prepared, console: Console) -> dict[str, Any] | N
 
 
 def _begin_run(prepared: Prepared, job: TrainJob, console: Console) -> None:
-    """Write what a run directory says of the run before it trains."""
+    """Write config.yaml and run.json before the training."""
     config, storage = prepared.config, Storage(prepared.config.run_dir)
     storage.probe()
     for line in harmless_changes(storage, config):
         console.note(line)
     if config.train.merge_adapter and config.model.quantization:
-        console.warn(f"train.merge_adapter merges into the weights as {config.model.path} has them, not as "
-                     f"model.quantization {config.model.quantization} rounds them: final/merged is not exactly the policy "
-                     "that is trained and measured; the adapter in final/ on a model quantized alike is")
+        console.warn(f"train.merge_adapter merges into the unquantized weights of {config.model.path}, but training uses "
+                     f"model.quantization {config.model.quantization}: final/merged is not exactly the policy that is "
+                     "trained and measured. The adapter in final/ on the quantized model is")
     storage.write("config.yaml", config.to_yaml().encode())
     described = {"fingerprint": dict(job.fingerprint), "held_out": measured_pairs(prepared.sets.eval)}
     storage.write("run.json", json.dumps(described, indent=2).encode())
 
 
 def _training_job(prepared: Prepared, resources: Resources, until: int | None = None) -> TrainJob:
-    """What the workers need to know.
+    """Describe the training to its workers.
 
     Args:
-        until: a step after which the training pauses; None = it goes on to the end.
+        until: step after which the training pauses; None = train to the end.
     """
     config = prepared.config
     policy, reference = prepared.policy_identity(), prepared.reference.identity
@@ -467,7 +439,7 @@ def _training_job(prepared: Prepared, resources: Resources, until: int | None = 
 
 def _end_run(prepared: Prepared, job: TrainJob, trained: dict[str, Any], hit_rate: float | None,
              training_pairs: int) -> dict[str, Any]:
-    """Write what a run directory says of the run once it has trained; returns what summary.json holds."""
+    """Write the model card and summary.json after the training; returns the content of summary.json."""
     storage = Storage(prepared.config.run_dir)
     summary = _summarise(prepared, storage, trained, hit_rate, job, training_pairs)
     storage.write("final/README.md", model_card(prepared.config, summary).encode())
@@ -477,10 +449,18 @@ def _end_run(prepared: Prepared, job: TrainJob, trained: dict[str, Any], hit_rat
 
 def train_prepared(prepared: Prepared, console: Console, hit_rate: float | None = None, *,
                    shared: Shared | None = None) -> dict[str, Any] | None:
-    """``train``; None if it pauses where ``shared`` wants it to.
+    """Train, unless the run is already finished.
 
     Args:
-        hit_rate: share of the completions that the cache held when the run began, where that is known.
+        hit_rate: share of the completions that were cached when the run began, 0 to 1; None if unknown.
+        shared: given by a sweep to each of its trials.
+
+    Returns:
+        The content of summary.json, or None if the training paused at ``shared.until``.
+
+    Raises:
+        KeyboardInterrupt: if the training was stopped, after its checkpoint.
+        CacheMissError: if log-probs are missing.
     """
     config = prepared.config
     summary = _finished_before(prepared, console)
@@ -492,10 +472,10 @@ def train_prepared(prepared: Prepared, console: Console, hit_rate: float | None 
         job = _training_job(prepared, resources, None if shared is None else shared.until)
         _begin_run(prepared, job, console)
         with TrainingDisplay(console) if shared is None else shared.display as display:
-            trained = launch(job, joined.pairs, joined.held_out, resources, run_dir=config.run_dir, run_name=config.run_name,
-                             track=config.track, base_name=prepared.base_name,
-                             tokenizer=prepared.tokeniser.tokenizer, listener=display.listen,
-                             board=None if shared is None else shared.board)
+            payload = Payload(job=job, pairs=joined.pairs, held_out=joined.held_out, run_dir=config.run_dir,
+                              run_name=config.run_name, track=config.track, base_name=prepared.base_name,
+                              tokenizer=prepared.tokeniser.tokenizer, board=None if shared is None else shared.board)
+            trained = launch(payload, resources, display.listen)
         if trained["interrupted"]:
             if trained["steps"] == job.stop_after:
                 return None
@@ -508,17 +488,17 @@ def train_prepared(prepared: Prepared, console: Console, hit_rate: float | None 
 
 
 def report_on(place: str, console: Console) -> None:
-    """Make the page of a run or a sweep that has ended."""
+    """Write the page of a run or sweep that has ended. Failure is a warning: its results are stored."""
     from raydpo.report import write_report
 
     try:
         console.say(f"report: {write_report(place)}")
-    except Exception as error:  # the model is stored; a picture that cannot be drawn must not say otherwise
+    except Exception as error:
         console.warn(f"the report failed ({type(error).__name__}: {error}); 'raydpo report' tries again")
 
 
 def _sample_prompts(prepared: Prepared) -> tuple[tuple[str, Any], ...]:
-    """(text, token ids) of the first held-out prompts, or training prompts where nothing is held out."""
+    """(text, token ids) of the first held-out prompts; of training prompts if nothing is held out."""
     count = prepared.config.train.sample_prompts
     table = prepared.sets.eval if prepared.sets.eval is not None else prepared.sets.train
     distinct = dict.fromkeys(tuple(ids) for ids in table["prompt_ids"].slice(0, 8 * count).to_pylist())
@@ -527,6 +507,7 @@ def _sample_prompts(prepared: Prepared) -> tuple[tuple[str, Any], ...]:
 
 def _summarise(prepared: Prepared, storage: Storage, trained: dict[str, Any], hit_rate: float | None,
                job: TrainJob, training_pairs: int) -> dict[str, Any]:
+    """The content of summary.json."""
     config, decode = prepared.config, prepared.tokeniser.tokenizer.decode
     steps, evals = read_rows(storage, "metrics.parquet"), read_rows(storage, "eval.parquet")
     answers = zip(job.sample_prompts, trained["samples_before"], trained["samples_after"], strict=False)
@@ -543,7 +524,7 @@ def _summarise(prepared: Prepared, storage: Storage, trained: dict[str, Any], hi
         "eval_before": evals[0] if evals else None, "eval_after": evals[-1] if evals else None,
         "reference": {"path": config.reference_path, "adapter": config.reference_adapter,
                       "identity": prepared.reference.identity.digest, "cache": redact(config.cache_uri)}
-        if needs_reference(config) else dict.fromkeys(("path", "adapter", "identity", "cache")),
+        if config.needs_reference else dict.fromkeys(("path", "adapter", "identity", "cache")),
         "cache_hit_rate": hit_rate,
         "data": prepared.sets.report.to_dict(),
         "samples": [{"prompt": text, "before": decode(before, skip_special_tokens=True),
@@ -553,7 +534,7 @@ def _summarise(prepared: Prepared, storage: Storage, trained: dict[str, Any], hi
 
 
 def measured_pairs(table: pa.Table | None) -> str | None:
-    """Digest of the pairs that something is measured on, in whatever order: keys and truncated lengths. None of none."""
+    """Digest of the keys and truncated lengths of held-out pairs, in any order; None without pairs."""
     if table is None:
         return None
     pairs = np.empty((table.num_rows, 2), _KEY_AND_TOKENS)
@@ -566,7 +547,7 @@ _KEY_AND_TOKENS = np.dtype([("key", "V16"), ("tokens", "<u4")])
 
 
 def _keys_and_tokens(table: pa.Table, side: str) -> Iterator[np.ndarray]:
-    """Of the completions of one side, as used: [batch] of ``_KEY_AND_TOKENS``."""
+    """Keys and truncated lengths of the completions of one side, batch by batch: [batch] of ``_KEY_AND_TOKENS``."""
     for batch in table.select([f"{side}_key", f"{side}_ids"]).to_batches():
         rows = np.empty(batch.num_rows, _KEY_AND_TOKENS)
         rows["key"] = as_bytes(batch[0]).view("V16").ravel()
@@ -575,7 +556,7 @@ def _keys_and_tokens(table: pa.Table, side: str) -> Iterator[np.ndarray]:
 
 
 def _digest(table: pa.Table) -> str:
-    """Of the pairs in their order, as used: keys, truncated lengths, sources and weights."""
+    """Digest of the pairs in their order: keys, truncated lengths, sources and weights."""
     digest = hashlib.sha256()
     for side in ("chosen", "rejected"):
         for rows in _keys_and_tokens(table, side):

@@ -1,4 +1,4 @@
-"""Prepare what comes next while the present is computed."""
+"""Prepare the next items in a background thread while the current one is being computed."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ Prepared = TypeVar("Prepared")
 
 
 def prefetch(items: Iterable[Item], prepare: Callable[[Item], Prepared], ahead: int = 2) -> Iterator[Prepared]:
-    """``map(prepare, items)``, in order, computed by one other thread up to ``ahead`` items in advance.
+    """``map(prepare, items)``, in order, computed by another thread up to ``ahead`` items in advance.
 
-    An error of ``prepare`` is raised where its item would have come.
+    An error of ``prepare`` is raised in place of its item.
     """
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="raydpo-prefetch") as pool:
         waiting: deque[Future[Prepared]] = deque()

@@ -1,4 +1,4 @@
-"""Before anything is computed: would this cluster carry the run? Each problem is one sentence with its fix."""
+"""Checks of storage, resources and nodes before anything is computed. Each problem is one sentence with its fix."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ __all__ = ["check_cluster", "check_nodes"]
 
 Stage = Literal["score", "train"]
 PACKAGES = ("torch", "transformers", "deepspeed", "ray")
-"""Other versions of these on another node fail, or compute other numbers."""
+"""Packages whose versions must be the same on all nodes: others fail, or compute other numbers."""
 ANSWER_SECONDS = 120.0
-"""For a node to start a process and answer."""
+"""Seconds for a node to start a process and answer."""
 
 
 def check_cluster(config: Config, stages: Sequence[Stage], console: Console, models: Sequence[str | None] = ()) -> None:
-    """Look at storage, resources and nodes, before data is read and any device is held.
+    """Check storage, resources and nodes, before data is read and devices are used.
 
     Args:
-        models: further ones that the stages load, beside those of sections ``model`` and ``reference``.
+        models: models that the stages load, besides those of sections ``model`` and ``reference``.
 
     Raises:
         ConfigError: with a line for each problem.
@@ -54,15 +54,16 @@ def check_cluster(config: Config, stages: Sequence[Stage], console: Console, mod
         except ConfigError as error:
             problems.append(str(error))
     if config.ray.autoscaling and config.model.dtype == "auto" and not _gpus() and grows_to("GPU") is None:
-        problems.append("'model.dtype' is 'auto', and the cluster, which brings nodes on demand, has no GPU yet to decide "
-                        "it by; set model.dtype to bfloat16 or float32")
+        problems.append("'model.dtype' is 'auto', and the cluster, which starts nodes on demand, has no GPU yet to "
+                        "decide by; set model.dtype to bfloat16 or float32")
     if problems:
         raise ConfigError("\n".join(problems))
     check_nodes(config, stages, console, models)
 
 
 def check_nodes(config: Config, stages: Sequence[Stage], console: Console, models: Sequence[str | None] = ()) -> None:
-    """Every node that the stages may use: its GPUs, and beside this one the same packages, the same storage, the model.
+    """Check every node that the stages may use: that torch finds its GPUs, and that it has the packages of this node, and
+    sees the same storage and models.
 
     Raises:
         ConfigError: with a line for each problem.
@@ -116,7 +117,7 @@ def _gpus() -> float:
 
 
 def _look(paths: Sequence[str], gpus: bool = False) -> dict[str, Any]:
-    """On a node: its versions, which of the paths it lacks, and what torch finds of its GPUs, if that is asked."""
+    """Runs on a node: its package versions, which paths are missing, and the GPUs that torch finds, if ``gpus``."""
     versions = {"raydpo": raydpo.__version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -128,8 +129,7 @@ def _look(paths: Sequence[str], gpus: bool = False) -> dict[str, Any]:
 
 
 def _torch_devices() -> tuple[int, str]:
-    """How many GPUs torch finds on this node, and why not more. In a process of its own: Ray hides them from a task that
-    asks for none."""
+    """(Number of GPUs that torch finds on this node, its error). Uses a new process, since Ray hides GPUs from this task."""
     program = ("import json, torch\n"
                "error = ''\n"
                "try: torch.cuda.init()\n"
@@ -148,13 +148,13 @@ def _torch_devices() -> tuple[int, str]:
 def _gpu_problems(node: str, gpus: int, devices: tuple[int, str]) -> Iterator[str]:
     found, error = devices
     if found < gpus:
-        yield (f"{node} has {gpus} GPU(s) in Ray, and torch finds {found}{f' ({error})' if error else ''}; it needs a torch "
+        yield (f"{node} has {gpus} GPU(s) in Ray, and torch finds {found}{f' ({error})' if error else ''}; install a torch "
                "for GPUs, a driver that is new enough for it, and the driver's libraries where the container looks "
                "(LD_LIBRARY_PATH)")
 
 
 def _ask(nodes: dict[str, dict[str, Any]], paths: Sequence[str], gpus: Collection[str]) -> dict[str, Any]:
-    """By node that is still there: what ``_look`` finds on it, or the error that asking ended with."""
+    """The result of ``_look`` or its error, by id of the node. Nodes that have left the cluster are left out."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -166,9 +166,9 @@ def _ask(nodes: dict[str, dict[str, Any]], paths: Sequence[str], gpus: Collectio
     for node, reference in asked.items():
         try:
             answers[node] = ray.get(reference, timeout=0)
-        except ray.exceptions.TaskUnschedulableError:  # it has gone meanwhile, as idle ones do
+        except ray.exceptions.TaskUnschedulableError:  # an autoscaler has removed the node
             continue
-        except Exception as error:  # a node without raydpo, one that is full, one that has just gone
+        except Exception as error:  # a node without raydpo, a full one, a lost one
             answers[node] = error
     return answers
 

@@ -1,4 +1,4 @@
-"""Ray from the outside: connect or start, what each stage may use, and what its errors really were."""
+"""The Ray session of a verb: connect or start, resources of each stage, work on actors, and the origin of errors."""
 
 from __future__ import annotations
 
@@ -21,50 +21,50 @@ __all__ = ["Resources", "bfloat16_pays", "original_error", "over_actors", "resou
 
 WORKER_ENV = {
     "TOKENIZERS_PARALLELISM": "false",
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else Ray Train repeats every print
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths stay what the user meant
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # or Ray Train prints every line twice
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # or relative paths change their meaning
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
 OBJECT_STORE_BYTES = 1 << 30
-"""Object store of a local Ray: token ids and log-probs are small; Ray's default of 30 % of memory is the models'."""
+"""Object store of a local Ray. Token ids and log-probs are small; Ray's default, 30 % of memory, is left to the models."""
 _NO_MEMORY = re.compile(r"running low on memory\..*?\(IP: ([^,)]+).*? was ([\d.]+GB) used / ([\d.]+GB) limit")
-"""In what Ray 2.60 says of workers that it ended: the node, what was used there, and its limit."""
+"""Ray 2.60's message when it kills workers for lack of memory: node, memory in use, limit."""
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What one stage asks of Ray: so many workers, each with one device and so many threads (None: Ray decides)."""
+    """Resources that one stage requests from Ray: workers with one device each, and CPU threads (None: Ray decides)."""
 
     workers: int
     gpus_per_worker: float
     threads: int | None
     fewest: int | None = None
-    """Where the number of workers may vary, the smallest; ``workers`` is the largest then."""
+    """Smallest number of workers if it may vary; ``workers`` is then the largest."""
     memory_share: float = 1.0
-    """Part of its device's memory that belongs to one worker: workers share a CPU node, or a GPU by fractions."""
+    """Share of its device's memory that one worker may use, 0 to 1. Workers share a CPU node, or a GPU by fractions."""
     together: int = 1
-    """Workers that compute each forward pass together, ``sequence_parallel``."""
+    """Workers of a team, which computes each forward pass together (``sequence_parallel``)."""
     accelerator: str | None = None
     labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """What nodes must have."""
+    """Required kind of GPU and labels of the nodes."""
     on_one_machine: bool = False
-    """Whether a team of such workers is one actor, and so on one machine."""
+    """Whether a team is one actor, and so on one machine."""
 
     @property
     def teams(self) -> int:
-        """Groups of such workers."""
+        """Number of teams."""
         return self.workers // self.together
 
     @property
     def bundle(self) -> dict[str, float]:
-        """What one worker, or a team on one machine, takes of a node."""
+        """Ray resources of one worker; of one team if it is ``on_one_machine``."""
         size = self.together if self.on_one_machine else 1
         return {"CPU": size} | ({"GPU": self.gpus_per_worker * size} if self.gpus_per_worker else {}) | (
             {f"accelerator_type:{self.accelerator}": NODE_SHARE} if self.accelerator else {})
 
     def asks(self) -> str:
-        """``bundle`` and labels, for people."""
+        """Describe the request of one worker, for messages."""
         parts = [f"{self.gpus_per_worker:g} {self.accelerator or 'GPU'}"] if self.gpus_per_worker else ["a CPU"]
         return " ".join([*parts, *(f"{key}={value}" for key, value in self.labels.items())])
 
@@ -75,9 +75,12 @@ class Resources:
 
 @contextlib.contextmanager
 def session(config: Config) -> Iterator[None]:
-    """Ray for the length of the block: the cluster at ``ray.address`` or $RAY_ADDRESS, else a local one of our own.
+    """Connect to Ray within the block: to the cluster at ``ray.address`` or $RAY_ADDRESS, else to a new local one.
 
-    A Ray that the calling program has already initialised is used and left running.
+    If the calling program has initialised Ray, that session is used and left running.
+
+    Raises:
+        ConfigError: if the cluster cannot be reached, or a local Ray cannot start.
     """
     import ray
 
@@ -87,30 +90,30 @@ def session(config: Config) -> Iterator[None]:
     address = config.ray.address or os.environ.get("RAY_ADDRESS")
     named = "ray.address" if config.ray.address else "$RAY_ADDRESS"
     if address and address.startswith(("http://", "https://")):
-        raise ConfigError(f"{named} is {shown(address)}, the address of a job server, to which only 'raydpo submit' and "
-                          "'raydpo jobs' speak; unset it to run here, and for those two put it into $RAY_API_SERVER_ADDRESS")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing leaves the machine unasked
+        raise ConfigError(f"{named} is {shown(address)}, the address of a job server, which only 'raydpo submit' and "
+                          "'raydpo jobs' use; unset it to run here, and set $RAY_API_SERVER_ADDRESS to it for those two")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
     runtime_env = {"env_vars": WORKER_ENV}
     try:
         if address:
             ray.init(address=address, runtime_env=runtime_env, log_to_driver=False, logging_level="warning")
         else:
-            # Logical CPUs only gate scheduling. Actors hold one each, and Ray Data's own tasks need some beside them, or
-            # the job would wait for itself in silence.
+            # These CPUs only limit scheduling. Each actor holds one, and Ray Data's own tasks need some more, or they
+            # would wait for the actors without end.
             cpus = max(os.cpu_count() or 1, max(config.score.workers, config.train.most_workers) + 4)
-            # Ray would start a process for each CPU ahead of any task, with another environment than ours: each takes
-            # seconds of a core, and none is ever used.
+            # By default Ray starts a process for each CPU in advance, without our environment: each costs seconds of CPU
+            # time, and none is used.
             os.environ |= {"RAY_prestart_worker_first_driver": "0", "RAY_enable_worker_prestart": "0"}
-            # "local", since a Ray that someone else has started on this machine would be joined otherwise.
+            # "local", or it would join a Ray that another user has started on this machine.
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, runtime_env=runtime_env, log_to_driver=False,
                      logging_level="warning", object_store_memory=_object_store_bytes())
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise ConfigError(f"cannot reach Ray at {named} {address!r}: {' '.join(str(error).split())[:300]}"
                           if address else f"cannot start a local Ray: {error}") from None
-    except Exception as error:  # Ray says this one without a type
+    except Exception as error:  # Ray has no exception type for this one
         if "timed out during startup" not in str(error):
             raise
-        raise RaydpoError("a local Ray did not start in time: this machine has too much else to do; run it again, or on a "
+        raise RaydpoError("a local Ray did not start in time: this machine is too busy; run the command again, or use a "
                           "cluster (ray.address)") from None
     try:
         yield
@@ -119,13 +122,13 @@ def session(config: Config) -> Iterator[None]:
 
 
 def resources_for(stage: Literal["score", "train"], config: Config, at_once: int = 1) -> Resources:
-    """The resources of a stage on the Ray that is connected.
+    """Resources of a stage on the connected Ray cluster.
 
     Args:
-        at_once: how many such stages share the cluster.
+        at_once: number of such stages that share the cluster.
 
     Raises:
-        ConfigError: if the cluster as it is cannot hold them, and why; unless ``ray.autoscaling`` says that it will grow.
+        ConfigError: if the cluster cannot provide them, unless it grows (``ray.autoscaling``).
     """
     section = config.score if stage == "score" else config.train
     workers = config.score.workers if stage == "score" else config.train.most_workers
@@ -135,23 +138,23 @@ def resources_for(stage: Literal["score", "train"], config: Config, at_once: int
                      f" with labels {dict(section.labels)}" if section.labels else ""])
     if not nodes and not config.ray.autoscaling:
         raise ConfigError(f"the Ray cluster has no node{where}, which {stage}.accelerator and {stage}.labels ask for; drop "
-                          "them, or set ray.autoscaling=true where nodes come on demand")
+                          "them, or set ray.autoscaling=true if the cluster starts nodes on demand")
     gpus = _gpus_per_worker(stage, config, nodes)
     _check_total("GPU", gpus * fewest, f"{stage}.workers {fewest} x {stage}.gpus_per_worker {gpus:g} needs "
                  f"{gpus * fewest:g} GPUs{where}", f" ({stage}.gpus_per_worker=0 runs on the CPU)", config, nodes)
     together = section.sequence_parallel
     largest = max((node["Resources"].get("GPU", 0) for node in nodes), default=0)
     if stage == "score" and together > 1 and gpus * together > largest and not config.ray.autoscaling:
-        raise ConfigError(f"score.sequence_parallel {together} needs one machine with {gpus * together:g} GPUs, the largest "
-                          f"of the Ray cluster has {largest:g}; lower it, or set ray.autoscaling=true where nodes come on "
-                          "demand")
+        raise ConfigError(f"score.sequence_parallel {together} needs one machine with {gpus * together:g} GPUs, but the "
+                          f"largest of the Ray cluster has {largest:g}; lower it, or set ray.autoscaling=true if the "
+                          "cluster starts nodes on demand")
     needed = fewest + (2 if stage == "score" else 1)
-    _check_total("CPU", needed, f"{stage}.workers {fewest} needs {needed} CPUs of Ray (one each, and some beside them for "
-                 "Ray Data)", ", or the job would wait for ever", config,
+    _check_total("CPU", needed, f"{stage}.workers {fewest} needs {needed} CPUs of Ray (one each, and some more for "
+                 "Ray Data)", "", config,
                  nodes if not section.labels and section.accelerator is None else nodes_with(None, {}))
     threads, memory_share = None, min(1.0, gpus) if gpus else 1.0
     if not gpus:
-        # Workers of one node share its cores; more threads than cores is the usual slowness of CPU jobs.
+        # Workers of one node share its cores. More threads than cores would slow all of them down.
         on_one_node = -(-workers * at_once // max(1, len(nodes)))
         threads, memory_share = max(1, (os.cpu_count() or 1) // on_one_node), 1 / on_one_node
     return Resources(workers, gpus, threads, fewest, memory_share, together, section.accelerator, dict(section.labels),
@@ -166,34 +169,35 @@ def _gpus_per_worker(stage: str, config: Config, nodes: Sequence[dict[str, Any]]
         return 1.0
     coming = grows_to("GPU") if config.ray.autoscaling else 0
     if coming is None:
-        raise ConfigError(f"{stage}.gpus_per_worker is null, and the cluster, which brings nodes on demand, has no GPU yet "
-                          f"to decide it by; set {stage}.gpus_per_worker to 1, or to 0 for CPUs")
+        raise ConfigError(f"{stage}.gpus_per_worker is null, and the cluster, which starts nodes on demand, has no GPU yet "
+                          f"to decide by; set {stage}.gpus_per_worker to 1, or to 0 for CPUs")
     return 1.0 if coming >= 1 else 0.0
 
 
 def _check_total(name: str, needed: float, needs: str, hint: str, config: Config, nodes: Sequence[dict[str, Any]]) -> None:
-    """
+    """Check that the nodes have enough of a resource, or can get it by autoscaling.
+
     Raises:
-        ConfigError: if the nodes have less than is needed, and none will come.
+        ConfigError: with ``needs`` and ``hint`` in the message, if not.
     """
     has = sum(node["Resources"].get(name, 0) for node in nodes)
     if needed <= has:
         return
     coming = grows_to(name)
     if not config.ray.autoscaling:
-        more = "set ray.autoscaling=true, since its autoscaler may bring them" if coming is not None and coming >= needed \
-            else "set ray.autoscaling=true where nodes come on demand"
+        more = "set ray.autoscaling=true, since its autoscaler can add them" if coming is not None and coming >= needed \
+            else "set ray.autoscaling=true if it starts nodes on demand"
         raise ConfigError(f"{needs}, the Ray cluster has {has:g}; ask for fewer{hint}; or {more}")
     if coming is not None and coming < needed:
-        raise ConfigError(f"{needs}, the Ray cluster has {has:g}, and its autoscaler brings {coming:g} at the most; ask for "
+        raise ConfigError(f"{needs}, the Ray cluster has {has:g}, and its autoscaler adds up to {coming:g} in all; ask for "
                           f"fewer{hint}; or raise the limit of its node groups")
 
 
 def bfloat16_pays() -> bool:
-    """Whether bfloat16 pays here: the cluster has GPUs or will, or this processor has matrix units for it.
+    """Whether bfloat16 is the faster precision: the cluster has or gets GPUs, or this CPU has matrix units for it (AMX).
 
-    AVX-512's bfloat16 products alone are not enough: with what must stay float32 beside them, scoring took 1.1 and training
-    1.4 times as long as in float32 (135M parameters).
+    AVX-512's bfloat16 instructions are not enough: scoring took 1.1 and training 1.4 times as long as in float32, since part
+    of the computation stays in float32 (135M parameters).
     """
     import ray
 
@@ -209,15 +213,18 @@ def bfloat16_pays() -> bool:
 
 def over_actors(actor: type, arguments: tuple[Any, ...], blocks: Sequence[Any], resources: Resources, doing: str,
                 calls_at_once: int = 1) -> Iterator[dict[str, Any]]:
-    """Rows that Ray Data actors make of Arrow blocks in the object store, one block a call and one actor a team.
+    """Process Arrow blocks of the object store with Ray Data actors, one block a call and one actor a team.
 
     Args:
-        arguments: of the actors' constructor.
-        doing: for messages, such as "scoring the reference".
-        calls_at_once: of one actor, each in a thread of its own.
+        arguments: arguments of the actors' constructor.
+        doing: what is done, for messages, such as "scoring the reference".
+        calls_at_once: concurrent calls of one actor, each in its own thread.
+
+    Yields:
+        The rows that the actors return.
 
     Raises:
-        RaydpoError: what an actor found wrong.
+        RaydpoError: if an actor fails.
     """
     import ray
 
@@ -230,8 +237,7 @@ def over_actors(actor: type, arguments: tuple[Any, ...], blocks: Sequence[Any], 
                                            max_concurrent_calls_per_actor=calls_at_once),
         num_cpus=resources.together, num_gpus=resources.gpus_per_worker * resources.together,
         accelerator_type=resources.accelerator, label_selector=dict(resources.labels) or None,
-        # Ray would otherwise restart an actor that a poisonous block kills for ever. The arguments that it deprecates in
-        # favour of named ones have these two among them, and no name for them.
+        # By default Ray restarts an actor without limit, also one that a bad block kills each time.
         max_restarts=3, max_task_retries=3)
     try:
         yield from dataset.iter_rows()
@@ -242,7 +248,7 @@ def over_actors(actor: type, arguments: tuple[Any, ...], blocks: Sequence[Any], 
 
 
 def original_error(error: BaseException, doing: str) -> RaydpoError:
-    """What a Ray exception is really about: our own error from a worker, or one sentence about theirs."""
+    """The error behind a Ray exception: raydpo's own if a worker raised one, else one sentence about its cause."""
     seen: list[BaseException] = []
     todo: list[BaseException | None] = [error]
     while todo:
@@ -254,18 +260,18 @@ def original_error(error: BaseException, doing: str) -> RaydpoError:
         seen.append(current)
         todo += [getattr(current, "cause", None), current.__cause__, *getattr(current, "worker_failures", {}).values()]
     for known in seen:
-        # Of an actor that failed while it was made, only the text of its error arrives.
+        # If the constructor of an actor fails, only the text of its error arrives.
         match = re.search(r"raydpo\.errors\.(\w+): (.+)", str(known))
         kind = getattr(errors, match[1], None) if match else None
         if isinstance(kind, type) and issubclass(kind, RaydpoError):
             return kind(match[2])
-        # Many lines about Ray's settings follow, in which nothing of this is to be found.
+        # The rest of this message is about settings of Ray, and does not help.
         if memory := _NO_MEMORY.search(str(known)):
             node, used, limit = memory.groups()
-            return RaydpoError(f"{doing} failed: node {node} ran low on memory ({used} of {limit} used, with all that runs "
-                               "there), and Ray ended processes; have fewer workers on a node, fewer tokens_per_batch, or "
+            return RaydpoError(f"{doing} failed: node {node} ran low on memory ({used} of {limit} used by all that runs "
+                               "there), and Ray killed workers; use fewer workers on a node, fewer tokens_per_batch, or "
                                "more memory")
-    # Ray adds empty exceptions of its own to the chain; the last one that says something is the origin.
+    # Ray adds exceptions without a message to the chain. The last one with a message is the origin.
     told = [(type(known).__name__, lines[-1].strip()) for known in seen
             if (lines := str(known).strip().splitlines()) and lines[-1].strip() != type(known).__name__]
     kind, line = told[-1] if told else (type(error).__name__, "no message")

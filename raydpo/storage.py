@@ -1,6 +1,7 @@
-"""Files by local path or URI, and the one way to write them: whole or not at all.
+"""Read and write files by local path or URI. Every write is atomic: a file appears whole or not at all.
 
-Local paths, ``s3://``, ``gs://`` and ``abfs://`` through pyarrow, ``hf://``, ``az://`` and everything else through fsspec.
+pyarrow opens local paths, ``s3://``, ``gs://`` and ``abfs://``. fsspec opens ``hf://``, ``az://`` and all other schemes,
+behind pyarrow's interface.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ T = TypeVar("T")
 _TEMPORARY = re.compile(r"^\.tmp-(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{32}$")
 _PROBE = re.compile(r"^\.probe-[0-9a-f]{32}$")
 WAITS = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
-"""Seconds before each further attempt on a remote file system, which answers every so often with 500, 503 or not at all.
+"""Seconds to wait before each retry on a remote file system, which may answer 500 or 503, or not at all, for a while.
 
-pyarrow's S3 client makes 31 attempts of its own, 0.2 s apart, within each of these."""
+Within each attempt pyarrow's S3 client makes 31 attempts of its own, 0.2 s apart."""
 PATIENCE = 300.0
-"""Seconds after which no further attempt begins: a store that hangs uses up much more time than the waits."""
-# Codes of S3, Google and Azure, in their own spelling so that no file name looks like one: the next time they are the same.
+"""Seconds after which there is no further retry: a store that hangs takes much longer than ``WAITS``."""
+# Error codes of S3, Google and Azure that a retry does not change, in their own spelling, so that no file name matches.
 _REFUSALS = re.compile(
     r"AWS Error (ACCESS_DENIED|NO_SUCH_BUCKET|INVALID_ACCESS_KEY_ID|INVALID_CLIENT_TOKEN_ID|INVALID_SIGNATURE|"
     r"SIGNATURE_DOES_NOT_MATCH|UNRECOGNIZED_CLIENT|MISSING_AUTHENTICATION_TOKEN|OPT_IN_REQUIRED|VALIDATION)\b|"
@@ -50,8 +51,8 @@ _DRIVERS = {"az": "adlfs", "abfs": "adlfs", "abfss": "adlfs", "gs": "gcsfs", "gc
 
 @dataclass(frozen=True)
 class Entry:
-    """A file below a directory: its name, size in bytes, and when it was written, seconds since the epoch by the clock of
-    the store (0 where it does not say)."""
+    """A file in a directory: name, size in bytes, and time of its last change in seconds since the epoch, by the clock of
+    the store (0 if the store does not tell)."""
 
     name: str
     size: int
@@ -59,20 +60,21 @@ class Entry:
 
 
 class Storage:
-    """A directory on any file system that pyarrow or fsspec opens; names below it are relative, with ``/``.
+    """A directory on any file system that pyarrow or fsspec opens. File names are relative to it, with ``/``.
 
-    On remote file systems what fails for the moment is tried again, for a minute or more; ``s3://`` heeds AWS_ENDPOINT_URL
-    and ``?endpoint_override=host:port&scheme=http&region=...``.
+    Remote operations that fail temporarily are retried for at least a minute (see ``WAITS``). ``s3://`` respects
+    AWS_ENDPOINT_URL and ``?endpoint_override=host:port&scheme=http&region=...``.
 
     Args:
         uri: local path or URI. It need not exist yet.
 
     Attributes:
-        uri: the same for processes of any working directory, such as those of a cluster that runs already.
-        root: where it is on its file system.
+        uri: the URI, or the absolute local path; valid in processes with another working directory.
+        root: path of the directory on its file system.
 
     Raises:
-        RaydpoError: if no file system answers to the URI.
+        ConfigError: if the URI is invalid.
+        RaydpoError: if no file system can open the URI.
     """
 
     def __init__(self, uri: str) -> None:
@@ -81,7 +83,7 @@ class Storage:
         self.uri = uri if is_uri(uri) else self.root
 
     def __str__(self) -> str:
-        """The path or URI as it was given, fit to be printed."""
+        """The path or URI as given, without secrets, for messages."""
         return redact(self._given)
 
     @property
@@ -89,7 +91,7 @@ class Storage:
         return isinstance(self.fs, pafs.LocalFileSystem)
 
     def path(self, name: str = "") -> str:
-        """The path of ``name`` on this file system."""
+        """Path of ``name`` on this file system."""
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise RaydpoError(f"{name!r} would leave {self}")
         return f"{self.root}/{name}" if name else self.root
@@ -98,11 +100,11 @@ class Storage:
         return self._info(name).type != pafs.FileType.NotFound
 
     def list(self, name: str = "") -> Sequence[str]:
-        """Names of the entries directly below ``name``, sorted; empty if it does not exist."""
+        """Names of the entries directly in ``name``, sorted; empty if it does not exist."""
         return sorted(info.base_name for info in self._infos(name))
 
     def entries(self, name: str = "") -> Sequence[Entry]:
-        """The files directly below ``name``, in order of name; none if it does not exist."""
+        """The files directly in ``name``, in order of name; empty if it does not exist."""
         return sorted((Entry(info.base_name, info.size, self._modified(info))
                        for info in self._infos(name) if info.type == pafs.FileType.File), key=lambda entry: entry.name)
 
@@ -115,39 +117,38 @@ class Storage:
             path, allow_not_found=True, recursive=recursive)))
         if recursive or self._driver is None:
             return infos
-        # Some drivers list all below, whatever depth they are asked for.
+        # Some drivers list recursively even if not asked to.
         return [info for info in infos if info.path.strip("/").rpartition("/")[0] == path.strip("/")]
 
     def _ask(self, path: str, selector: pafs.FileSelector | None = None) -> Any:
-        """What the file system says of ``path`` now, or of what ``selector`` chooses in it. A driver may remember its
-        listings, hf:// for ever, and would not see what other processes write."""
+        """Current file info of ``path``, or of what ``selector`` selects. A driver may cache its listings (``hf://`` without
+        a time limit) and would miss what other processes write, so its cache is dropped first."""
         if self._driver is not None:
             self._driver.invalidate_cache(path)
         return self.fs.get_file_info(path if selector is None else selector)
 
     def _modified(self, info: pafs.FileInfo) -> float:
-        """Seconds since the epoch; 0 where the store does not say."""
         if info.mtime_ns is not None:
             return info.mtime_ns / 1e9
         driver = self._driver
         if driver is None:
             return 0.0
-        try:  # pyarrow looks for one spelling of the time, drivers have several
+        try:  # pyarrow knows one name of the time, drivers use several
             return self._persist("look at", info.base_name, lambda: driver.modified(info.path)).timestamp()
         except (FileNotFoundError, NotImplementedError, RaydpoError):
             return 0.0
 
     @property
     def _driver(self):
-        """The fsspec file system below, if it is one."""
+        """The fsspec file system behind pyarrow's interface, or None."""
         handler = self.fs.handler if isinstance(self.fs, pafs.PyFileSystem) else None
         return handler.fs if isinstance(handler, pafs.FSSpecHandler) else None
 
     def read(self, name: str) -> bytes:
-        """The whole file.
+        """Content of a file.
 
         Raises:
-            FileNotFoundError: if there is none.
+            FileNotFoundError: if it does not exist.
         """
         def read() -> bytes:
             with self.fs.open_input_stream(self.path(name)) as stream:
@@ -156,10 +157,10 @@ class Storage:
         return self._persist("read", name, read)
 
     def look_into(self, name: str, act: Callable[[pa.NativeFile], T]) -> T:
-        """What ``act`` finds in the open file; it may be called again where reading fails for the moment.
+        """Result of ``act`` on the open file. ``act`` is called again if reading fails temporarily.
 
         Raises:
-            FileNotFoundError: if there is none.
+            FileNotFoundError: if it does not exist.
         """
         def look() -> T:
             with self.fs.open_input_file(self.path(name)) as stream:
@@ -168,28 +169,28 @@ class Storage:
         return self._persist("read", name, look)
 
     def write(self, name: str, data: bytes | pa.Buffer) -> None:
-        """Write ``data`` atomically: flushed and renamed locally, one put or multipart upload on an object store.
+        """Write a file atomically: local files are flushed and renamed; object stores get one put or multipart upload.
 
-        Readers see the old content or the new, never a part of it, and a kill leaves at most a temporary file that
-        ``remove_stale_temporaries`` knows.
+        Readers see the old content or the new, never a part. A kill leaves at most a temporary file, which
+        ``remove_stale_temporaries`` deletes.
 
         Raises:
-            OSError: if this place is full, read-only or not ours; the old content stays.
+            OSError: if the disk is full or read-only, or access is denied; the old content stays.
             RaydpoError: if a remote store keeps failing.
         """
         target = self.path(name)
         if self.is_local:
             _write_local(Path(target), data)
         else:
-            # What is no bytes must fail before a stream is open: closing one stores what it has, be it nothing.
+            # Convert before a stream is open: closing a stream stores what it has, even nothing.
             buffer = pa.py_buffer(data)
             self._persist("write", name, lambda: self._put(target, buffer))
 
     def _put(self, target: str, data: pa.Buffer) -> None:
-        if self._driver is not None:  # its own way to send a whole object, not a stream that it may close half-way
+        if self._driver is not None:  # sends a whole object; a stream might be closed half-way
             self._driver.pipe_file(target, data.to_pybytes())
         else:
-            # Never with allow_delayed_open on S3: where a first part fails, closing then stores an empty object.
+            # Never set allow_delayed_open on S3: if the first part fails, closing then stores an empty object.
             with self.fs.open_output_stream(target) as stream:
                 stream.write(data)
         size = self._ask(target).size
@@ -199,17 +200,17 @@ class Storage:
             raise OSError(f"{size or 0} of {data.size} bytes arrived")
 
     def delete(self, name: str) -> None:
-        """Delete a file; none is no error."""
+        """Delete a file. It is no error if it does not exist."""
         try:
             self._persist("delete", name, lambda: self.fs.delete_file(self.path(name)))
         except FileNotFoundError:
             return
 
     def move(self, name: str, to: str) -> None:
-        """Rename a file: at once locally, copied and then deleted on an object store.
+        """Rename a file; on an object store, copy and then delete it.
 
         Raises:
-            FileNotFoundError: if there is none.
+            FileNotFoundError: if it does not exist.
         """
         if self.is_local:
             _make_directory(Path(self.path(to)).parent)
@@ -219,10 +220,8 @@ class Storage:
             self.delete(name)
 
     def clock(self) -> float:
-        """Now, by the clock that stamps the files here, which need not be this machine's: seconds since the epoch.
-
-        This machine's where the store does not say when a file was written.
-        """
+        """Current time in seconds since the epoch, by the clock that stamps the files here, which may be another machine's.
+        This machine's time if the store does not tell when a file was written."""
         name = f".probe-{uuid.uuid4().hex}"
         self.write(name, b"")
         try:
@@ -231,7 +230,7 @@ class Storage:
             self.delete(name)
 
     def _persist(self, verb: str, name: str, act: Callable[[], T]) -> T:
-        """``act``, again and again where it fails for the moment. Local errors are left as they are."""
+        """Call ``act``, and retry while it fails temporarily. Local errors are raised unchanged."""
         if self.is_local:
             return act()
         place = redact(f"{self.uri.partition('?')[0].rstrip('/')}/{name}".rstrip("/"))
@@ -241,7 +240,7 @@ class Storage:
                 return act()
             except (FileNotFoundError, RaydpoError):
                 raise
-            except Exception as error:  # drivers raise what their HTTP libraries do
+            except Exception as error:  # drivers raise whatever their HTTP libraries raise
                 reason = _said(error, self.uri)
                 if isinstance(error, PermissionError) or _REFUSALS.search(f"{type(error).__name__} {reason}"):
                     raise RaydpoError(f"cannot {verb} {place}: the store refuses, {reason}. Check the bucket's name and "
@@ -250,14 +249,14 @@ class Storage:
                     raise RaydpoError(f"cannot {verb} {place}: {reason}") from None
                 elapsed = time.monotonic() - started
                 if wait is None or elapsed > PATIENCE:
-                    raise RaydpoError(f"cannot {verb} {place}: the store failed {attempt} times in {elapsed:.0f} s, at last "
-                                      f"with {reason}. Nothing that was stored is lost; run it again when the store is back"
-                                      ) from None
-                time.sleep(wait * random.uniform(0.5, 1.0))  # so that a hundred workers do not come back at once
+                    raise RaydpoError(f"cannot {verb} {place}: the store failed {attempt} times in {elapsed:.0f} s, last "
+                                      f"with {reason}. Nothing stored is lost; run it again when the store is "
+                                      "back") from None
+                time.sleep(wait * random.uniform(0.5, 1.0))  # spread the retries of many workers
         raise AssertionError
 
     def upload(self, directory: Path, name: str) -> None:
-        """Copy a local directory here, as ``name``, in place of what was there. Locally it appears whole or not at all."""
+        """Copy a local directory to ``name``, replacing what was there. A local copy appears whole or not at all."""
         if self.is_local:
             target = Path(self.path(name))
             temporary = target.with_name(_temporary_name())
@@ -276,7 +275,7 @@ class Storage:
                 self.delete(f"{name}/{below}")
 
     def upload_into(self, directory: Path, name: str) -> None:
-        """Copy the files of a local directory into ``name``, beside what other workers put there; each appears whole."""
+        """Copy the files of a local directory into ``name``, beside those of other workers. Each file appears whole."""
         for path in sorted(directory.iterdir()):
             if self.is_local:
                 target = Path(self.path(f"{name}/{path.name}"))
@@ -305,7 +304,7 @@ class Storage:
             self._persist("read", f"{name}/{file.name}", lambda file=file: copy(file))
 
     def probe(self) -> None:
-        """Prove that this place can be written, before a long computation relies on it.
+        """Check that this place is writable, before a long computation relies on it.
 
         Raises:
             RaydpoError: naming the place and the reason.
@@ -321,30 +320,30 @@ class Storage:
 
 
 def _said(error: Exception, uri: str) -> str:
-    """The first of what a driver says, on one line, without the secrets of ``uri``."""
-    # Of a pair of user and password each alone, too.
+    """First 300 characters of a driver's message, on one line, without the secrets of ``uri``."""
+    # Of user:password also each part alone.
     secrets = [part for secret in secrets_of(uri) for part in (secret, *secret.split(":", 1))]
     said = " ".join(str(error).split()) or type(error).__name__
     spellings = {spelling for secret in secrets for spelling in (secret, quote(secret, safe=""), unquote(secret))}
     for secret in sorted(spellings, key=len, reverse=True):
-        if len(secret) > 3:  # a shorter one is no secret, and part of many a word
+        if len(secret) > 3:  # a shorter one is no secret, and part of many words
             said = said.replace(secret, "***")
     return said[:300].rstrip(".")
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether the same call may succeed later: what the system or a driver raised, not Python or pyarrow for bad use."""
+    """Whether the same call may succeed later: errors of the system or a driver, not Python's or pyarrow's for wrong use."""
     if isinstance(error, (IsADirectoryError, NotADirectoryError, FileExistsError)):
         return False
     return isinstance(error, OSError) or type(error).__module__ not in ("builtins", "pyarrow.lib")
 
 
 def stale_temporaries(storage: Storage, name: str, older_than: float | None = None) -> list[Entry]:
-    """What killed processes left half-written in directory ``name``.
+    """Temporary files of killed processes in directory ``name``.
 
-    Those of this host whose process is gone; and all that are older than so many seconds by the clock of the file system.
-    Nobody here can know whether a writer on another host lives, and the number of a dead process of this one may be in use
-    again: a container has few, the same ones after each start.
+    These are the files of this host whose process is gone, and, with ``older_than``, all that are older than this many
+    seconds by the clock of the file system. The age decides for other hosts, and where a process number is in use again: a
+    container has few, the same ones after each start.
     """
     if not storage.is_local:
         return []  # an object store has no half-written objects
@@ -362,7 +361,7 @@ def stale_temporaries(storage: Storage, name: str, older_than: float | None = No
 
 
 def remove_stale_temporaries(storage: Storage, name: str, older_than: float | None = None) -> int:
-    """Delete what ``stale_temporaries`` finds in directory ``name``; how many there were."""
+    """Delete what ``stale_temporaries`` finds in directory ``name``, and return how many files that were."""
     stale = stale_temporaries(storage, name, older_than)
     for entry in stale:
         storage.delete(f"{name}/{entry.name}" if name else entry.name)
@@ -382,7 +381,7 @@ def _write_local(path: Path, data: bytes | pa.Buffer) -> None:
                 os.replace(temporary, path)
                 break
             except FileNotFoundError:
-                # Another machine or container of this host's name may have taken its writer for dead.
+                # A machine or container with the same host name may have deleted it as stale.
                 if not path.parent.exists():
                     raise
             finally:
@@ -393,7 +392,7 @@ def _write_local(path: Path, data: bytes | pa.Buffer) -> None:
 
 
 def _make_directory(directory: Path) -> None:
-    """As durable as the files that will be in it."""
+    """Create a directory that survives a power cut, like the files in it."""
     missing = [one for one in (directory, *directory.parents) if not one.exists()]
     directory.mkdir(parents=True, exist_ok=True)
     for one in missing:
@@ -415,12 +414,12 @@ def _is_alive(pid: int) -> bool:
 
 
 def _sync_directory(directory: Path) -> None:
-    """So that a power cut cannot take back a rename."""
+    """Flush a directory, so that a power cut cannot undo a rename."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # unsupported on some network file systems
             raise
     finally:
         os.close(descriptor)
@@ -431,7 +430,7 @@ _FIXES = {errno.ENOSPC: "free some space", errno.EDQUOT: "free some of your quot
 
 
 def _explained(error: OSError, place: str) -> OSError:
-    """The same error, with the place and what mends it."""
+    """The same error with the place and the fix, where a fix is known."""
     fix = _FIXES.get(error.errno or 0)
     return type(error)(error.errno, f"{error.strerror}; {fix}; what was stored before is kept", place) if fix else error
 
@@ -448,10 +447,10 @@ def _open(uri: str) -> tuple[pafs.FileSystem, str]:
     except OSError as error:
         raise RaydpoError(f"cannot open {redact(uri)}: {_said(error, uri)}") from None
     except pa.ArrowInvalid as error:
-        if scheme in ("s3", "gs", "gcs", "file"):  # no other form of these exists
+        if scheme in ("s3", "gs", "gcs", "file"):  # fsspec would not accept it either
             raise ConfigError(f"cannot open {redact(uri)}: {_said(error, uri)}") from None
     except (pa.ArrowNotImplementedError, ImportError):
-        pass  # a scheme that this pyarrow does not speak itself
+        pass  # this pyarrow does not know the scheme
     try:
         import fsspec
 
@@ -459,7 +458,7 @@ def _open(uri: str) -> tuple[pafs.FileSystem, str]:
     except ImportError as error:
         package = _DRIVERS.get(scheme) or getattr(error.__cause__, "name", None) or "fsspec"
         raise RaydpoError(f"cannot open {redact(uri)}: its driver is not installed; run: pip install {package}") from None
-    except Exception as error:  # each driver raises what it likes
+    except Exception as error:  # each driver has its own errors
         kind = RaydpoError if scheme in fsspec.available_protocols() else ConfigError
         raise kind(f"cannot open {redact(uri)}: {_said(error, uri)}") from None
     return pafs.PyFileSystem(pafs.FSSpecHandler(driver)), root.rstrip("/")

@@ -1,4 +1,4 @@
-"""Resources that are not there yet: ask for them ahead of need, and say what is missing while waiting."""
+"""Request cluster resources early, and report what is missing while waiting for them."""
 
 from __future__ import annotations
 
@@ -16,21 +16,25 @@ from raydpo.ray_runtime import Resources, resources_for
 __all__ = ["check_reachable", "coming_up", "wait_for"]
 
 ASK_SECONDS = 5.0
-"""Ray keeps one wish for the whole cluster, the last one, and Ray Data's coordinator utters its own every 20 s."""
+"""Seconds between requests. Ray keeps only the last request of the cluster, and Ray Data sends its own every 20 s."""
 SAY_SECONDS = 15.0
+"""Seconds between lines about what is missing."""
 VERDICT_SECONDS = 20.0
-"""For an autoscaler, which looks every 5 s, to say what it can never bring."""
-_WISHES: dict[object, tuple[Resources, int]] = {}
-"""What this process asks for, and for how many places, all of it at each time."""
+"""Seconds for an autoscaler, which looks every 5 s, to report what it can never provide."""
+_REQUESTS: dict[object, tuple[Resources, int]] = {}
+"""Open requests of this process, each with its number of places. All of them are sent together."""
 
 
 @contextlib.contextmanager
 def coming_up(config: Config, *, wanted: bool = True, trainings: int = 1) -> Iterator[None]:
-    """Within the block an autoscaler brings the nodes of the training, or of so many at the same time, so that they start
-    while the reference is scored.
+    """Within the block, request nodes for the training from an autoscaler, so that they start while the reference is scored.
 
-    A wish only: nothing is held, and scoring may use the same nodes. It ends with the block, after which nodes that nobody
-    uses are let go; if this process is killed, with the next wish of Ray Data's coordinator.
+    This is only a request: nothing is reserved, and scoring may use the same nodes. It ends with the block, and the
+    autoscaler then removes idle nodes. If this process is killed, it ends with the next request of Ray Data.
+
+    Args:
+        wanted: whether there is anything to train.
+        trainings: number of trainings at the same time.
     """
     if not config.ray.autoscaling or not wanted:
         yield
@@ -43,7 +47,7 @@ def coming_up(config: Config, *, wanted: bool = True, trainings: int = 1) -> Ite
 
     asking = threading.Thread(target=ask, name="raydpo-ask", daemon=True)
     resources = resources_for("train", config)
-    with _wishing(resources, resources.workers * trainings):
+    with _requesting(resources, resources.workers * trainings):
         asking.start()
         try:
             yield
@@ -53,14 +57,14 @@ def coming_up(config: Config, *, wanted: bool = True, trainings: int = 1) -> Ite
 
 
 def check_reachable(stage: str, resources: Resources) -> None:
-    """Ask an autoscaler for one place of a stage that no node of the cluster has, and believe it where it has none.
+    """Check with an autoscaler that it can provide a worker of a stage, if no node of the cluster can.
 
     Raises:
-        ConfigError: if none of its node groups has such nodes, with the line that such a group needs.
+        ConfigError: if none of its node groups can, with the line that such a group needs.
     """
     if any(holds(node["Resources"], resources.bundle) for node in nodes_with(resources.accelerator, resources.labels)):
         return
-    with _wishing(resources, 1):
+    with _requesting(resources, 1):
         first, _ = never_comes(resources.bundle, resources.labels)
         told: dict[int, bool] = {}  # by look
         started = asked = time.monotonic()
@@ -69,7 +73,7 @@ def check_reachable(stage: str, resources: Resources) -> None:
             if look != first:
                 told[look] = told.get(look, False) or never
             now = time.monotonic()
-            # Some looks see the coordinator's wish in the place of ours, so one that says nothing is no answer.
+            # A look may see the request of Ray Data instead of ours, so a look without a verdict is not an answer.
             if not look or now - started > VERDICT_SECONDS or (len(told) > 3 and not any(told.values())):
                 return
             if now - asked >= ASK_SECONDS:
@@ -85,20 +89,20 @@ def check_reachable(stage: str, resources: Resources) -> None:
 
 
 def wait_for(stage: str, resources: Resources, console: Console, *, autoscaling: bool = False) -> None:
-    """Until the workers of a stage have a place, saying now and then what is missing and for how long.
+    """Wait until the workers of a stage have a place, and print what is missing every ``SAY_SECONDS``.
 
-    Scoring begins with the first actor that has one; a training needs all of its workers, or as many as it may begin with.
+    Scoring can begin with one worker; training needs all of them, or the fewest that it may begin with.
 
     Args:
-        autoscaling: ask for places for all of them meanwhile. Nobody else does, since the stage has not begun.
+        autoscaling: request places for all workers meanwhile. Ray does so only once the stage has begun.
     """
     needed = 1 if stage == "score" else resources.fewest or resources.workers
     places = resources.teams if resources.on_one_machine else resources.workers
     started = said = asked = time.monotonic()
-    wish: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    request: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if autoscaling:
-        wish = _wishing(resources, places)
-    with wish:
+        request = _requesting(resources, places)
+    with request:
         while (room := room_for(resources.bundle, resources.accelerator, resources.labels)) < needed:
             now = time.monotonic()
             if now - said >= SAY_SECONDS:
@@ -112,26 +116,26 @@ def wait_for(stage: str, resources: Resources, console: Console, *, autoscaling:
 
 
 @contextlib.contextmanager
-def _wishing(resources: Resources, places: int) -> Iterator[None]:
-    """Within the block an autoscaler is asked for so many places, beside what else this process wishes."""
-    # Ray keeps a wish until the next one, also of a process that was killed. The first job of a cluster has to see to it
-    # that there is a next one: the coordinator else comes with the first work of Ray Data or Ray Train.
+def _requesting(resources: Resources, places: int) -> Iterator[None]:
+    """Within the block, request ``places`` from an autoscaler, together with the other requests of this process."""
+    # Ray keeps a request until the next one, even if its process was killed. Ray Data's coordinator sends one regularly, but
+    # it only starts with the first work of Ray Data or Ray Train.
     from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
 
     get_or_create_autoscaling_coordinator()
-    wish = object()  # trials of a sweep may wish for the same
-    _WISHES[wish] = (resources, places)
+    request = object()  # a key: trials of a sweep may request the same
+    _REQUESTS[request] = (resources, places)
     _ask()
     try:
         yield
     finally:
-        del _WISHES[wish]
+        del _REQUESTS[request]
         _ask()
 
 
 def _ask() -> None:
     from ray.autoscaler.sdk import request_resources
 
-    wished = [resources for resources, places in list(_WISHES.values()) for _ in range(places)]
-    request_resources(bundles=[dict(resources.bundle) for resources in wished],
-                      bundle_label_selectors=[dict(resources.labels) for resources in wished])
+    requested = [resources for resources, places in list(_REQUESTS.values()) for _ in range(places)]
+    request_resources(bundles=[dict(resources.bundle) for resources in requested],
+                      bundle_label_selectors=[dict(resources.labels) for resources in requested])

@@ -18,7 +18,7 @@ _GPT2_LIKE = dict(n_embd=32, n_layer=2, n_head=4, n_positions=256)
 _LONGROPE = dict(rope_type="longrope", rope_theta=10000.0, short_factor=[1.0, 1.1, 1.2, 1.3],
                  long_factor=[1.5, 3.0, 6.0, 12.0], original_max_position_embeddings=32)
 LONGEST = 256
-"""Positions that every model takes."""
+"""Positions that every model supports."""
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama-tied": {"model_type": "llama", "tie_word_embeddings": True},
@@ -56,11 +56,11 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
                        linear_key_head_dim=8, linear_value_head_dim=8, num_hidden_layers=4, **_EXPERTS),
 }
 NO_TREE = {"gptj", "falcon", "falcon-alibi", "bloom", "mamba", "qwen3_next"}
-"""Recurrent layers, ALiBi, or attention that does not go through transformers' interface."""
+"""Models with recurrent layers, ALiBi, or attention outside transformers' interface."""
 
 
 def make_random(name: str, vocabulary: int, seed: int = 0, **settings: Any) -> PreTrainedModel:
-    """In evaluation mode, float32, without dropout; rotary frequencies are those for sequences of ``LONGEST`` tokens."""
+    """A random float32 model in evaluation mode, without dropout, with rotary frequencies for ``LONGEST`` tokens."""
     settings = {**COMMON, **ARCHITECTURES[name], **settings}
     kind = settings.pop("model_type", name)
     torch.manual_seed(seed)
@@ -74,7 +74,7 @@ def make_random(name: str, vocabulary: int, seed: int = 0, **settings: Any) -> P
 
 
 def make_directories(names: Iterable[str], folder: Path, vocabulary: int) -> dict[str, Path]:
-    """Random models, saved below ``folder``."""
+    """Save random models below ``folder``."""
     for name in names:
         make_random(name, vocabulary).save_pretrained(folder / name)
     return {name: folder / name for name in names}

@@ -1,5 +1,5 @@
-"""Attention over a prefix tree by its definition, as a dense mask: a token sees its path, itself, and what came before
-in its node, as far as its window reaches."""
+"""Attention over a prefix tree from its definition, as a dense mask: a token sees its path, itself, and earlier tokens of
+its node, within its window."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""The kernels without Ray: tokenised tables of tiny pairs, scored and trained in this process."""
+"""Scoring and training without Ray: tokenised tables of tiny pairs, scored and trained in this process."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ def with_reference(table: pa.Table, model: Path, dtype: str = "float32", tokens_
 
 @dataclass
 class Record(Hooks):
-    """Hooks that remember.
+    """Callbacks that record everything.
 
     Attributes:
-        keep: where checkpoints are stored, as ``step-<n>``.
-        stop_after: someone wants the run to stop once so many steps are done.
+        keep: directory in which checkpoints are stored, as ``step-<n>``.
+        stop_after: request to stop after so many steps.
     """
 
     steps: list[dict[str, float]] = field(default_factory=list)
@@ -95,14 +95,15 @@ def train_here(table: pa.Table, model: Path, scratch: Path, *, lora: dict[str, A
                shuffle: bool = True, checkpoint: Path | None = None, keep: Path | None = None,
                starts_as_reference: bool = True, held_out: pa.Table | None = None, device: str = "cpu",
                record: Record | None = None, policy: dict[str, Any] | None = None, **train: Any) -> Record:
-    """Train in this process (and its ranks, if a process group says so) and return what happened."""
+    """Train in this process, and in the other ranks of its process group if there is one."""
     import torch
 
     from raydpo.config import LoraSettings, TrainConfig
     from raydpo.reference.identity import identify
     from raydpo.training.engine import PolicyEngine, PolicySpec, join_process_group
-    from raydpo.training.loop import TrainJob, train_policy
+    from raydpo.training.job import TrainJob
     from raydpo.training.pairs import TrainingPairs
+    from raydpo.training.trainer import train_policy
 
     settings = TrainConfig(**{"lr": 1e-3, "pairs_per_step": 8, "tokens_per_batch": 1024} | train)
     spec = PolicySpec(path=str(model), dtype=dtype, lora=None if lora is None else LoraSettings(**lora),
@@ -119,7 +120,7 @@ def train_here(table: pa.Table, model: Path, scratch: Path, *, lora: dict[str, A
 
 
 def exact(rows: list[dict[str, float]]) -> list[dict[str, float]]:
-    """All that must be the same when a step is repeated; not seconds, memory, or who was slow."""
+    """Metrics that must be equal when a step is repeated: all but seconds, memory and the slowest rank."""
     return [{key: value for key, value in row.items()
              if not any(word in key for word in ("second", "time/", "memory", "slowest"))} for row in rows]
 

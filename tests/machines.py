@@ -1,4 +1,4 @@
-"""A Ray cluster as a user starts one: processes of ``ray start``, a job server, a token. It outlives commands."""
+"""A Ray cluster as a user starts it: ``ray start``, a job server, a token. It runs on after a command ends."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FAKE_PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
-"""By its path, since the type 'fake_multinode' wants a file that Ray's package lacks."""
+"""By its path, since the type 'fake_multinode' needs a file that Ray's package lacks."""
 
 
 @dataclass(frozen=True)
 class OtherHost:
-    """A network namespace as another machine: all that leads there is a cable from ``here`` to ``there``.
+    """A network namespace that acts as another machine, connected by one virtual cable from ``here`` to ``there``.
 
     Attributes:
         here, there: addresses of the two ends.
@@ -39,10 +39,10 @@ class OtherHost:
 
 @contextlib.contextmanager
 def other_host() -> Iterator[OtherHost]:
-    """Make one, and take it away.
+    """Create one, and remove it afterwards.
 
     Raises:
-        PermissionError: if this machine does not let us.
+        PermissionError: if this machine does not allow it.
     """
     name = f"rdc{secrets.token_hex(3)}"
     net = f"10.213.{secrets.randbelow(250)}"
@@ -64,25 +64,25 @@ def other_host() -> Iterator[OtherHost]:
 
 
 class RayProcesses:
-    """A head on this machine, and as many more nodes as are added. Only what has the token is let in.
+    """A head on this machine, to which nodes can be added. Clients need its token.
 
     Args:
-        node_types: that Ray's autoscaler (version 2) may start on this machine, as in a launcher's file.
-        idle_seconds: after which it lets a node go.
-        host: another one that nodes may be on; the head is at this end of the cable.
+        node_types: types that Ray's autoscaler (version 2) may start on this machine, as in a launcher's file.
+        idle_seconds: seconds after which it stops an idle node.
+        host: another host for nodes; the head is at this end of the cable.
 
     Attributes:
-        env: what a command needs to reach it: address and token.
+        env: environment variables to reach it: address and token.
     """
 
     def __init__(self, cpus: int = 5, node_types: dict[str, dict] | None = None, idle_seconds: float = 10,
                  host: OtherHost | None = None) -> None:
         self.host, self.address = host, host.here if host else "127.0.0.1"
-        self.place = Path(tempfile.mkdtemp(prefix="rdc"))  # short: sockets lie below it
+        self.place = Path(tempfile.mkdtemp(prefix="rdc"))  # short, since paths of sockets have a length limit
         self._started: list[subprocess.Popen] = []
         self.gcs, self.dashboard = _free_ports(2)
         self.token = secrets.token_hex(16)
-        # RAY_* of whoever runs the tests would decide here. PYTHONPATH: as if this raydpo were installed on the nodes.
+        # Without RAY_* of the calling environment. PYTHONPATH: as if this raydpo were installed on the nodes.
         self._env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | {
             "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token, "RAY_USAGE_STATS_ENABLED": "0",
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "HOME": str(self.place),
@@ -99,8 +99,8 @@ class RayProcesses:
         self._wait_for_server()
 
     def _autoscaler(self, node_types: dict[str, dict], idle_seconds: float) -> tuple[list[str], dict[str, str]]:
-        """What a head needs that starts nodes on its own machine: ``ray.cluster_utils.AutoscalingCluster`` without its
-        'ray stop --force', which would end every Ray there is."""
+        """Environment of a head that starts nodes on this machine: as ``ray.cluster_utils.AutoscalingCluster``, but without
+        'ray stop --force', which would end every Ray."""
         from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 
         file = self.place / "autoscaler.json"
@@ -123,13 +123,13 @@ class RayProcesses:
         return [f"--node-ip-address={address}"] if self.host else []
 
     def _by_cable(self, address: str) -> dict[str, str]:
-        """Gloo goes by the host's name, which both hosts have in common here."""
+        """Gloo uses the host name, which is the same on both hosts here."""
         return {"GLOO_SOCKET_IFNAME": self.host.cable[address]} if self.host else {}
 
     def add(self, cpus: int, before: Path | None = None, away: bool = False, env: dict[str, str] | None = None,
             **labels: str) -> subprocess.Popen:
-        """One more node, with a disk of its own: two that share one unpack a job's files over each other. Its Python finds
-        what lies in ``before`` first. ``away``: on the other host. ``env``: of its processes."""
+        """Add a node with its own directory, since two nodes in one directory overwrite each other's job files. ``before``
+        is first on its PYTHONPATH. ``away``: on the other host. ``env``: environment of its processes."""
         address = self.host.there if away else self.address
         return self._start(f"--address={self.address}:{self.gcs}", f"--num-cpus={cpus}",
                            f"--temp-dir={self.place}/{len(self._started)}", *self._at(address),
@@ -169,7 +169,7 @@ class RayProcesses:
                 time.sleep(0.3)
 
     def give_notice(self, label: str, value: str, seconds: float) -> None:
-        """What a cloud does before it takes the nodes with this label away."""
+        """Drain the nodes with this label, as a cloud does before it removes them."""
         program = f"""
 import ray, time
 from ray._raylet import GcsClient
@@ -185,7 +185,7 @@ for node in ray.nodes():
         subprocess.run([sys.executable, "-c", program], env=self._env, check=True)
 
     def lose(self, node: subprocess.Popen) -> None:
-        """A node goes, with everything on it and without notice."""
+        """Kill a node and everything on it without notice."""
         for process in _family(node.pid):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
@@ -198,7 +198,7 @@ for node in ray.nodes():
 
 
 def _family(process: int) -> list[int]:
-    """A process and all that it started, directly or not, and that is still there."""
+    """A process and all of its descendants that still run."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -214,7 +214,7 @@ def _family(process: int) -> list[int]:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports that are free at this moment; those that the system gives lie outside of Ray's for workers."""
+    """Ports that are free now. The system gives ports outside the range of Ray's workers."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for one in sockets:

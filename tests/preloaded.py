@@ -1,4 +1,4 @@
-"""What the ranks of tests/distributed.py have imported when they begin. Nothing in here computes or starts a thread pool."""
+"""Imports of the ranks of tests/distributed.py before they start. Nothing here computes or starts a thread pool."""
 
 import importlib
 import sys
@@ -15,7 +15,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 import raydpo.reference.score
 import raydpo.training.export
-import raydpo.training.loop
+import raydpo.training.trainer
 
 sys.modules["mlflow"] = None  # as in engine.join_process_group
 import deepspeed  # noqa: E402

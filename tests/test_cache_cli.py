@@ -1,4 +1,4 @@
-"""The verbs of ``raydpo cache`` as a user runs them, in one place after another."""
+"""The verbs of ``raydpo cache`` as a user runs them, one after another on the same files."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ def answer(*arguments):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, tiny_llama):
-    """A cache filled by hand, in several parts, without Ray."""
+    """A cache in several parts, filled without Ray."""
     import io
 
     from raydpo.config import load_config
@@ -148,7 +148,7 @@ def test_export_has_trls_columns(place, tmp_path):
 
 @pytest.mark.parametrize("means", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_import_counts_only_when_verified(place, tmp_path, means, on_cluster):
-    """Sums as another trainer kept them, of these pairs and this model."""
+    """Sums of log-probs of these pairs under this model, as another trainer stores them."""
     records = [json.loads(line) for line in (place / "a.jsonl").read_text().splitlines()]
     table = exported(place, tmp_path / "out.parquet", "data.eval=null")
     rows = {row["pair_id"]: row for row in table.to_pylist()}

@@ -1,4 +1,4 @@
-"""The commands as a user runs them: processes, exit status, what is printed and what lies on disk."""
+"""Commands as a user runs them: exit status, output, and files on disk."""
 
 import json
 import math
@@ -67,7 +67,7 @@ def test_run_directory(first, place):
 
 
 def test_final_loads_without_us_and_is_the_policy(first, place):
-    """transformers alone gives the log-probs that the last evaluation saw."""
+    """transformers alone computes the log-probs of the last evaluation from final/."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -124,7 +124,7 @@ def test_bad_input_is_exit_status_2_and_one_message(arguments, place, on_cluster
 
 @pytest.mark.parametrize("verb", ["score", "train", "run", "sweep", "eval"])
 def test_a_model_that_lacks_weights_is_refused_before_ray(verb, place, tiny_llama, tmp_path, monkeypatch):
-    """Nobody is at that address: a command that asked Ray first would say so."""
+    """No Ray cluster is at that address: a command that connected first would fail with another message."""
     model = shutil.copytree(tiny_llama, tmp_path / "model")
     tensors = load_file(model / "model.safetensors")
     save_file({name: value for name, value in tensors.items() if ".layers.1." not in name}, model / "model.safetensors",
@@ -175,7 +175,7 @@ def test_plan_measures_here_and_prints_json(place):
 
 
 def test_plan_says_what_does_not_fit(place):
-    """1.5 GiB are gone before anything is on the device."""
+    """1.5 GiB are reserved on each device, more than the 1 GiB given."""
     result = raydpo("plan", place / "config.yaml", "--memory", "1", "--json")
     assert result.returncode == 0, result.stderr
     memory = json.loads(result.stdout)["memory"]

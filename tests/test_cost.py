@@ -15,7 +15,7 @@ def counted(directory):
 
 
 def test_of_a_dense_model(tiny_llama):
-    """All parameters as torch counts them; active ones without embedding table and head."""
+    """All parameters as torch counts them; active parameters without embedding and head."""
     model, cost = counted(tiny_llama), ModelCost.of(tiny_llama)
     assert cost.parameters == sum(parameter.numel() for parameter in model.parameters())
     # Two layers of width 64: query and output 64 x 64, key and value 64 x 32, three products of 64 x 128, two norms of 64;
@@ -34,7 +34,7 @@ def test_tied_head_is_counted_once(tmp_path):
 
 
 def test_of_a_mixture(tmp_path):
-    """Of four experts two compute a token."""
+    """Two of four experts compute a token."""
     directory = make_model(tmp_path, "mixtral", num_local_experts=4, num_experts_per_tok=2)
     model, cost = counted(directory), ModelCost.of(directory)
     assert cost.parameters == sum(parameter.numel() for parameter in model.parameters())
@@ -52,7 +52,7 @@ def test_a_directory_without_a_model(tmp_path):
 
 
 def test_a_second_copy_of_the_weights_is_not_counted(tiny_llama, tmp_path):
-    """Some repositories ship them again under other names, which nothing here reads."""
+    """Some repositories have a second copy of the weights under names that raydpo does not read."""
     directory = shutil.copytree(tiny_llama, tmp_path / "model")
     tensors = load_file(directory / "model.safetensors")
     save_file({f"other.{name}": tensor for name, tensor in tensors.items()}, directory / "consolidated.safetensors")

@@ -1,4 +1,4 @@
-"""What a Ray exception of many lines is really about."""
+"""The one sentence that a long Ray exception is reduced to."""
 
 import pytest
 
@@ -12,7 +12,7 @@ OOM kill reason: Memory usage 24053878784B exceeded threshold of 24012677120B (9
 Object store memory usage: [- objects spillable: 1
 Refer to the documentation on how to address the out of memory issue: https://docs.ray.io/en/latest/debug-memory.html.
 """
-"""Ray 2.60 said so of a training and a sweep on one machine."""
+"""Message of Ray 2.60 when a training and a sweep ran on one machine."""
 
 
 def test_a_node_without_memory_is_named_with_what_it_had():

@@ -1,4 +1,4 @@
-"""Which nodes a stage may use, what is asked for ahead of need, and what is said while waiting."""
+"""Which nodes a stage may use, what is requested early, and what is printed while waiting."""
 
 import io
 import json
@@ -44,7 +44,7 @@ def configured(tiny_llama, tmp_path, ray_cluster):
 
 
 def demands():
-    """What an autoscaler (of version 1, as without one) is asked for."""
+    """The resources requested from an autoscaler (of version 1, or none)."""
     from ray.experimental.internal_kv import _internal_kv_get
 
     return json.loads(_internal_kv_get(b"autoscaler_resource_request") or "[]")
@@ -67,7 +67,7 @@ def test_the_nodes_of_the_training_are_asked_for_within_the_block_only(configure
 
 
 def test_a_stage_that_waits_asks_for_its_own_nodes_beside_those_of_the_training(configured):
-    """Nobody else would: its actors are made once there is room for one."""
+    """Ray does not: its actors are created only once there is room for one."""
     import ray
 
     from raydpo import waiting
@@ -134,7 +134,7 @@ def test_the_address_of_a_job_server_is_none_to_run_on(tiny_llama, tmp_path, mon
 
 
 def test_gpus_that_torch_does_not_find_are_told_before_one_is_held(tiny_llama, tmp_path):
-    """Ray believes what it is told: this machine has no GPU, or no torch for one."""
+    """Ray is told of a GPU, but this machine has none, or no torch for one."""
     import ray
     import torch
     from ray.cluster_utils import Cluster
@@ -168,7 +168,7 @@ def test_gpus_that_torch_does_not_find_are_told_before_one_is_held(tiny_llama, t
     (["train.labels={zone: x}"], "has no node with labels {'zone': 'x'}"),
     (["train.workers=2", "train.gpus_per_worker=1"], "needs 2 GPUs, the Ray cluster has 0; ask for fewer"),
     (["train.workers=20"], "needs 21 CPUs of Ray"),
-    (["ray.autoscaling=true"], "score.gpus_per_worker is null, and the cluster, which brings nodes on demand"),
+    (["ray.autoscaling=true"], "score.gpus_per_worker is null, and the cluster, which starts nodes on demand"),
     (["output=/proc/nowhere"], "'output' does not work: cannot write to /proc/nowhere"),
 ])
 def test_preflight_is_one_sentence_for_each_problem(configured, overrides, sentence):

@@ -92,7 +92,7 @@ def test_another_process_gets_the_same_place(storage):
 
 
 def test_another_working_directory_gets_the_same_place(tmp_path, monkeypatch):
-    """Workers of a cluster that runs already are not where the command was typed."""
+    """Workers of a running cluster have another working directory than the command."""
     monkeypatch.chdir(tmp_path)
     here = Storage("runs")
     here.write("a", b"1")
@@ -135,7 +135,7 @@ def test_a_disk_that_is_full_or_read_only_keeps_what_was_stored(tmp_path):
 
 
 def test_a_rename_and_every_new_directory_reach_the_disk(tmp_path, monkeypatch):
-    """fsync of the file before the rename; of its directory, and of those that hold a new directory, in the end."""
+    """fsync of the file before the rename; then of its directory, and of those that contain a new directory."""
     synced, fsync = [], os.fsync
 
     def watched(descriptor):
@@ -204,7 +204,7 @@ def test_an_old_temporary_of_this_host_is_stale_though_its_number_is_in_use(tmp_
 
 
 class Remembering(MemoryFileSystem):
-    """A driver that never forgets what it has listed, as hf:// has one, and lists all below whatever depth is asked for."""
+    """A driver that caches listings without a time limit, as hf:// does, and always lists recursively."""
 
     protocol = "remembering"
 
@@ -333,7 +333,7 @@ def test_a_missing_driver_is_a_line_to_type(uri, package):
 
 
 class Flaky(MemoryFileSystem):
-    """Fails so many times, the way drivers do: with exceptions of their HTTP libraries."""
+    """Fails a given number of times with exceptions of HTTP libraries, as drivers do."""
 
     protocol = "flaky"
     errors: ClassVar[list[Exception]] = []
@@ -349,7 +349,7 @@ class Flaky(MemoryFileSystem):
 
 
 class ConnectError(Exception):
-    """As httpx raises it: no OSError."""
+    """Like httpx's, which is no OSError."""
 
 
 @pytest.fixture

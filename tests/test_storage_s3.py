@@ -1,4 +1,4 @@
-"""Storage on a real S3 protocol: multipart, long listings, requests that go wrong in every way, refusals."""
+"""Storage on a real S3 protocol: multipart uploads, long listings, failing requests of all kinds, refusals."""
 
 import os
 import pickle
@@ -32,7 +32,7 @@ def storage(s3):
 
 @pytest.fixture
 def hasty(storage, s3, monkeypatch):
-    """The same place through a client that makes a single attempt of its own, retried thrice at once."""
+    """The same place through a client that makes one attempt of its own, with three immediate retries of ours."""
     storage.fs = pafs.S3FileSystem(endpoint_override=s3.address,
                                    retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=1))
     monkeypatch.setattr(storage_module, "WAITS", (0.001,) * 3)
@@ -117,8 +117,8 @@ def test_a_store_that_keeps_failing_is_one_readable_error_and_keeps_the_old(hast
     hasty.write("old", b"old")
     s3.faults(fail=1)
     for name in ("old", "new"):
-        with pytest.raises(RaydpoError, match=rf"cannot write {hasty}/{name}: the store failed 4 times in \d+ s, at last "
-                           r"with .*on purpose.*Nothing that was stored is lost") as caught:
+        with pytest.raises(RaydpoError, match=rf"cannot write {hasty}/{name}: the store failed 4 times in \d+ s, last "
+                           r"with .*on purpose.*Nothing stored is lost") as caught:
             hasty.write(name, b"x" * size)
         assert "\n" not in str(caught.value)
     s3.heal()
@@ -126,7 +126,7 @@ def test_a_store_that_keeps_failing_is_one_readable_error_and_keeps_the_old(hast
 
 
 def test_a_part_that_fails_half_way_leaves_nothing(hasty, s3):
-    """The first requests of a multipart upload succeed, later ones fail: no part of it stands under the name."""
+    """The first requests of a multipart upload succeed, later ones fail: no object appears under the name."""
     for share in (0.3, 0.5, 0.7):
         s3.faults(fail=share)
         for number in range(8):
@@ -144,7 +144,7 @@ def test_a_store_that_hangs_is_given_up(hasty, s3, monkeypatch):
     monkeypatch.setattr(storage_module, "PATIENCE", 1.0)
     hasty.write("file", b"1")
     s3.faults(hang=1)
-    with pytest.raises(RaydpoError, match=r"the store failed 1 times in [34] s, at last with .*Timeout was reached"):
+    with pytest.raises(RaydpoError, match=r"the store failed 1 times in [34] s, last with .*Timeout was reached"):
         hasty.read("file")
 
 
@@ -202,7 +202,7 @@ def test_copies_are_read_once_over_the_network(storage, s3, tmp_path):
 
 
 def test_what_another_client_stored_is_what_is_read(storage, s3):
-    """No framing of the upload, which this client may send in chunks with checksums in between, reaches the object."""
+    """Chunked uploads with checksums in between, which this client may send, leave no framing in the object."""
     place = storage.root.partition("/")[2]
     data = os.urandom(100_000)
     s3.put(f"{place}/theirs", data)

@@ -1,4 +1,4 @@
-"""Tiny models, tokenizers and preference files that tests make on the spot: seconds, no network."""
+"""Tiny models, tokenizers and preference files, made in seconds without network."""
 
 from __future__ import annotations
 

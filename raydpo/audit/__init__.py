@@ -1,5 +1,6 @@
-"""What will this data teach? From lengths and cached log-probs alone: no model and no GPU."""
+"""Audits preference data from token lengths and cached log-probs. Needs no model and no GPU."""
 
-from raydpo.audit.audit import Audit, audit_pairs, summary_lines, write_audit
+from raydpo.audit.audit import Audit, audit_pairs, summary_lines
+from raydpo.audit.write import write_audit
 
 __all__ = ["Audit", "audit_pairs", "summary_lines", "write_audit"]

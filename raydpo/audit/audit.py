@@ -1,9 +1,8 @@
-"""An audit: figures over all and by source, advice, and the pairs worth reading; as data, as lines, as a page."""
+"""An audit: figures over all pairs and by source, advice, and the pairs worth reading."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,47 +10,49 @@ from typing import Any
 import polars as pl
 import pyarrow as pa
 
-from raydpo.audit.advice import Advice, advise
+from raydpo.audit.advice import advise
 from raydpo.audit.extremes import extremes
 from raydpo.audit.measure import figures
 from raydpo.config import ObjectiveConfig
 from raydpo.data.facts import prompt_numbers
-from raydpo.storage import Storage
+from raydpo.pages.finding import Finding
 
-__all__ = ["Audit", "audit_pairs", "summary_lines", "write_audit"]
+__all__ = ["Audit", "audit_pairs", "summary_lines"]
 
 
 @dataclass(frozen=True)
 class Audit:
-    """Attributes:
-    meta: name of the run, model, identity of the reference, version.
-    total, sources: figures of ``measure.figures``, over all pairs and by source.
-    identical: pairs left out at loading because chosen and rejected are the same, by source.
-    advice: most important first. extremes: lists of pairs worth reading.
-    frame: the facts that the figures came from, for plots; not part of ``to_dict``.
+    """The result of an audit.
+
+    Attributes:
+        meta: name of the run, model, identity of the reference, version.
+        total, sources: figures of ``measure.figures``, over all pairs and by source.
+        identical: pairs left out at loading because chosen and rejected are the same, by source.
+        advice: the most important first. extremes: lists of pairs worth reading.
+        frame: the facts that the figures were computed from, for plots; not part of ``to_dict``.
     """
 
     meta: dict[str, Any]
     total: dict[str, Any]
     sources: dict[str, dict[str, Any]]
     identical: dict[str, int]
-    advice: list[Advice]
+    advice: list[Finding]
     extremes: list[dict[str, Any]]
     frame: pl.DataFrame
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return the content of audit.json."""
         return {"meta": self.meta, "total": self.total, "sources": self.sources, "identical": self.identical,
                 "advice": [dataclasses.asdict(one) for one in self.advice], "extremes": self.extremes}
 
 
 def audit_pairs(facts: pa.Table, pairs: pa.Table, decode: Callable[[list[list[int]]], list[str]], *, meta: dict[str, Any],
                 identical: dict[str, int] | None = None, objective: ObjectiveConfig | None = None) -> Audit:
-    """Look at tokenised pairs and what the reference said of them.
+    """Audit tokenised pairs and their reference log-probs.
 
     Args:
-        facts: ``data.facts.pair_facts`` of ``pairs``. decode: token ids of many completions -> texts.
-        identical: see ``Audit``. objective: that they are to be trained with.
+        facts: ``data.facts.pair_facts`` of ``pairs``. decode: turns the token ids of many completions into texts.
+        identical: see ``Audit``. objective: the objective that the pairs will be trained with.
     """
     frame = pl.from_arrow(facts.drop_columns(["pair_id"])).with_columns(prompt=prompt_numbers(pairs))
     total = figures(frame)
@@ -60,7 +61,7 @@ def audit_pairs(facts: pa.Table, pairs: pa.Table, decode: Callable[[list[list[in
 
 
 def summary_lines(audit: Audit) -> list[str]:
-    """A few lines for the terminal."""
+    """Summarise an audit in a few lines for the terminal."""
     total = audit.total
     length, surprise, reference = total["length"], total["surprise"], total["reference"]
     lines = [f"audit: the chosen answer is longer in {length['chosen_longer']['share']:.1%} of {total['pairs']:,} pairs, by "
@@ -72,19 +73,10 @@ def summary_lines(audit: Audit) -> list[str]:
                      f"rejected {surprise['rejected']['median']:.2f} nats a token in the median")
     counts = [f"{count:,} {what}" for count, what in (
         (total["duplicates"], "copies"), (total["shared_prompt"], "share a prompt"),
-        (total["shared_answer"], "share an answer"), (total["contradictory"], "in contradiction"),
+        (total["shared_answer"], "share an answer"), (total["contradictory"], "contradict another pair"),
         (sum(audit.identical.values()), "with chosen = rejected (left out)"),
         (sum(total["empty"].values()), "empty answers"), (sum(total["truncated"].values()), "cut answers")) if count]
     if counts:
         lines.append(f"audit: {', '.join(counts)}")
-    lines += [f"advice: {one.title.lower()}: "
-              f"{one.found}{f' ({one.setting})' if one.setting else ''}" for one in audit.advice]
-    return lines
-
-
-def write_audit(audit: Audit, storage: Storage) -> None:
-    """``audit.json`` and ``audit.html`` in ``storage``."""
-    from raydpo.audit.page import render_page
-
-    storage.write("audit.json", json.dumps(audit.to_dict(), indent=1, allow_nan=False).encode())
-    storage.write("audit.html", render_page(audit).encode())
+    return lines + [f"advice: {one.title.lower()}: {one.found}{f' ({one.setting})' if one.setting else ''}"
+                    for one in audit.advice]

@@ -1,4 +1,4 @@
-"""The pairs most worth reading, of each kind."""
+"""Selects the pairs most worth reading, by kind."""
 
 from __future__ import annotations
 
@@ -11,43 +11,45 @@ import pyarrow as pa
 __all__ = ["COUNT", "extremes", "shown"]
 
 COUNT = 20
-"""Pairs shown of each kind."""
+"""Number of pairs shown of each kind, at most."""
 MOST_CHARACTERS = 1200
-# C0 and C1 controls but line feed and tab, marks that turn the direction of text, zero-width and tag characters.
+# C0 and C1 controls except line feed and tab, marks that change the direction of text, zero-width and tag characters.
 _HIDDEN = {*range(0x00, 0x09), *range(0x0B, 0x20), *range(0x7F, 0xA0), 0x00AD, 0x061C, *range(0x200B, 0x2010),
            *range(0x2028, 0x202F), *range(0x2060, 0x2070), 0xFEFF, *range(0xFFF9, 0xFFFC), *range(0xE0000, 0xE0080)}
 _VISIBLE = {code: f"\u27e8U+{code:04X}\u27e9" for code in _HIDDEN}
 
 Rank = Callable[[dict[str, np.ndarray]], np.ndarray]
 KINDS: tuple[tuple[str, str, Rank], ...] = (
-    ("The reference is most wrong, by sum", "lowest margin: swapped, broken, or hard", lambda f: f["ref_margin"]),
-    ("The reference is most wrong, per token", "lowest margin a token, which length does not blow up",
+    ("The reference is most wrong, by sum", "lowest margin: swapped, broken or hard pairs", lambda f: f["ref_margin"]),
+    ("The reference is most wrong, per token", "lowest margin per token, which does not grow with length",
      lambda f: f["ref_chosen_per_token"] - f["ref_rejected_per_token"]),
-    ("The reference is most sure", "highest margin: nothing to learn, or a rejected answer that is no text",
+    ("The reference is most sure", "highest margin: nothing to learn, or a rejected answer that is not text",
      lambda f: -f["ref_margin"]),
     ("Most surprising chosen", "least likely tokens: another language, code, noise", lambda f: f["ref_chosen_per_token"]),
-    ("Most surprising rejected", "an answer that no model would give teaches little", lambda f: f["ref_rejected_per_token"]),
+    ("Most surprising rejected", "least likely tokens: such an answer teaches little",
+     lambda f: f["ref_rejected_per_token"]),
     ("Chosen much longer", "largest length difference", lambda f: -f["length_difference"].astype(float)),
-    ("Chosen much shorter", "largest length difference the other way", lambda f: f["length_difference"].astype(float)),
-    ("Contradictory", "another pair says the opposite", lambda f: np.where(f["contradictory"], 0.0, np.nan)),
-    ("Copies", "the pairs that come most often",
+    ("Chosen much shorter", "largest length difference in the other direction",
+     lambda f: f["length_difference"].astype(float)),
+    ("Contradictory", "another pair has chosen and rejected swapped", lambda f: np.where(f["contradictory"], 0.0, np.nan)),
+    ("Copies", "the pairs that occur most often",
      lambda f: np.where((f["copies"] > 1) & (f["copy"] == 0), -f["copies"], np.nan)),
-    ("Shared prompts", "several pairs of one prompt", lambda f: np.where(f["prompt_pairs"] > 1, -f["prompt_pairs"], np.nan)),
-    ("Shared answers", "an answer that fits everywhere",
+    ("Shared prompts", "prompts with the most pairs", lambda f: np.where(f["prompt_pairs"] > 1, -f["prompt_pairs"], np.nan)),
+    ("Shared answers", "the same answer in many pairs",
      lambda f: np.where(f["answer_pairs"] > 1, -f["answer_pairs"], np.nan)),
-    ("Cut most", "answers that lost most tokens to max_length",
+    ("Cut most", "answers that lost the most tokens to data.max_length",
      lambda f: np.where((cut := np.maximum(f["chosen_cut"], f["rejected_cut"])) > 0, -cut, np.nan)),
     ("Near empty", "answers of three tokens or fewer",
      lambda f: np.where((short := np.minimum(f["chosen_tokens"], f["rejected_tokens"])) <= 3, short, np.nan)),
 )
-"""(title, what it shows, rank of each pair: lowest first, NaN = not of this kind)."""
+"""(title, what it shows, rank of each pair: lowest first, NaN = not of this kind)"""
 
 
 def extremes(facts: pa.Table, pairs: pa.Table, decode: Callable[[list[list[int]]], list[str]]) -> list[dict[str, Any]]:
-    """Up to ``COUNT`` pairs of each kind that there is, with their figures and texts made fit to be shown.
+    """Select up to ``COUNT`` pairs of each kind, with their facts and with texts that are safe to show.
 
     Args:
-        facts: of ``pairs``. decode: token ids of many completions -> texts.
+        facts: ``data.facts.pair_facts`` of ``pairs``. decode: turns the token ids of many completions into texts.
     """
     columns = {name: facts[name].to_numpy() for name in facts.column_names if name not in ("pair_id", "source")}
     found = []
@@ -71,7 +73,7 @@ def _texts(facts: pa.Table, pairs: pa.Table, rows: np.ndarray,
 
 
 def shown(text: str, keep_end: bool = False) -> str:
-    """``text`` with invisible and direction-changing characters made visible, and its middle left out where it is long."""
+    """Make invisible and direction-changing characters visible, and leave out the middle of a long text."""
     if len(text) > MOST_CHARACTERS:
         head = MOST_CHARACTERS // (4 if keep_end else 2)
         tail = MOST_CHARACTERS - head

@@ -1,4 +1,4 @@
-"""The figures of an audit: what lengths and cached log-probs alone say of the pairs of a source."""
+"""Computes the figures of an audit from token lengths and cached log-probs."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from raydpo.evaluation.interval import Interval, mean_by_group, share, share_by_
 __all__ = ["LENGTH_BINS", "figures", "separation"]
 
 LENGTH_BINS = (-100, -25, 0, 1, 26, 101)
-"""Left edges of the bins of length difference: much shorter, shorter, a little shorter, equal, a little longer, ..."""
+"""Left edges of the bins of length difference, tokens: much shorter, shorter, slightly shorter, equal, ..."""
 FAR_MARGIN = -150
-"""Nats: a margin of the reference that is lower lies far out."""
+"""Reference margin, nats, below which a pair counts as far out."""
 FAR_SHARE = 0.01
-"""Of the pairs, which may be left out for their margin at most."""
+"""Largest share of pairs that the advised filter removes for their margin."""
 
 
 def figures(frame: pl.DataFrame) -> dict[str, Any]:
-    """All figures of the pairs in ``frame``, whose columns are ``data.facts.FACTS`` and the number of the ``prompt``. Shares
-    come with 95 % intervals, over prompts.
+    """Compute all figures of the pairs in ``frame``. Shares have 95 % intervals over prompts.
 
-    Log-probs are nats; surprise is -log-prob a token. None stands for what cannot be computed of so few pairs.
+    The columns of ``frame`` are ``data.facts.FACTS`` and ``prompt``, the number of the prompt. Log-probs are in nats;
+    surprise is -log-prob per token. A figure that needs more pairs than there are is None.
     """
     scored = frame.filter(pl.col("ref_margin").is_not_null())
     even = frame["contradictory"] & (frame["opposites"] == frame["copies"])
@@ -45,32 +45,33 @@ def figures(frame: pl.DataFrame) -> dict[str, Any]:
 
 
 def separation(one: np.ndarray, two: np.ndarray, prompts: np.ndarray) -> dict[str, Any]:
-    """Probability that a value of ``two`` exceeds one of ``one``, ties half (Mann-Whitney); 0.5 if nothing tells them apart.
+    """Estimate the probability that a value of ``two`` exceeds one of ``one`` (Mann-Whitney); a tie counts one half.
 
     Args:
-        one, two: of the chosen and the rejected answer of each pair, [pairs]. prompts: number of the prompt of each pair.
+        one, two: values of the chosen and the rejected answers, [pairs].
+        prompts: number of the prompt of each pair, [pairs].
     """
-    # Of each value the share of the other side's that it is below, or above: their sum is what the estimate is the mean of,
-    # but for terms that vanish with the number of pairs (DeLong et al. 1988, doi 10.2307/2531595).
+    # For each value, the share of the other side's values that it is below or above. The estimate is the mean of their sum,
+    # except for terms that vanish with the number of pairs (DeLong et al. 1988, doi 10.2307/2531595).
     above, below = 1 - _below(one, two), _below(two, one)
     if not len(one):
         return _named(share(0, 0), 0.0, 0)
     auc = float(below.mean())
     found = mean_by_group(above + below - auc, prompts)
-    if found["low"] == found["high"]:  # nothing varies: all of one side are above all of the other, or equal; or one prompt
+    if found["low"] == found["high"]:  # no variance: complete separation, all equal, or one prompt
         found = share_by_group(below, prompts)
     low, high = (bound if bound is None else min(1.0, max(0.0, bound)) for bound in (found["low"], found["high"]))
     return _named({"value": auc, "low": low, "high": high}, auc * len(one), len(one))
 
 
 def _below(values: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Share of ``others`` that each of ``values`` exceeds, ties half."""
+    """Share of ``others`` that each of ``values`` exceeds; a tie counts one half."""
     ordered = np.sort(others)
     return (np.searchsorted(ordered, values, "left") + np.searchsorted(ordered, values, "right")) / 2 / max(1, len(ordered))
 
 
 def _share(values: np.ndarray, frame: pl.DataFrame) -> dict[str, Any]:
-    """Mean of a value from 0 to 1 of each pair in ``frame``."""
+    """Mean of ``values``, each from 0 to 1 and of one pair of ``frame``."""
     values = values.astype(float)
     return _named(share_by_group(values, frame["prompt"].to_numpy()), float(values.sum()), len(values))
 
@@ -86,7 +87,7 @@ def _length(frame: pl.DataFrame) -> dict[str, Any]:
     return {
         "chosen_longer": _share(longer, frame), "chosen_shorter": _share(shorter, frame),
         "equal": int((difference == 0).sum()), "difference": _quantiles(difference),
-        # What a judge reaches who sees nothing but lengths and tosses a coin where they are equal.
+        # The accuracy of a judge that looks at lengths only; a tie counts one half.
         "rule": better, "rule_accuracy": _share(_wins(difference if better == "longer" else -difference), frame),
     }
 
@@ -113,8 +114,7 @@ def _length_and_reference(scored: pl.DataFrame) -> dict[str, Any]:
 
 
 def _by_bin(scored: pl.DataFrame) -> list[dict[str, Any]]:
-    """How often the reference is right among pairs of about the same length difference: what is left when length is
-    known."""
+    """How often the reference is right among pairs of about the same length difference."""
     difference = scored["length_difference"].to_numpy()
     bins = []
     for low, high in pairwise([-np.inf, *LENGTH_BINS, np.inf]):

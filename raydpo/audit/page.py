@@ -1,4 +1,4 @@
-"""An audit as one HTML page that needs nothing else."""
+"""Renders an audit as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from raydpo.pages.page import render
 __all__ = ["render_page"]
 
 MOST_SOURCES = 6
-"""Sources with pictures of their own; the table has all of them."""
+"""Number of sources, at most, that have their own pictures; the table has all of them."""
 
 
 def render_page(audit: Audit) -> str:
-    """The page. All text from the data is escaped; there are no scripts in it, and a policy that would refuse them."""
+    """Render the page. Text from the data is escaped; the page has no scripts, and its security policy blocks any."""
     pictures = [("All pairs", plots(audit.frame, audit.total))]
     if len(audit.sources) > 1:
         pictures += [(name, plots(audit.frame.filter(pl.col("source") == name), figures))
@@ -48,28 +48,33 @@ ROWS = (
     ("pairs", "usable pairs of this source", lambda f, _: f"{f['pairs']:,}"),
     ("reference right, sum", "pairs whose chosen answer has the higher log-prob under the reference",
      lambda f, _: _share(f["reference"]["right_by_sum"])),
-    ("reference right, per token", "the same by the mean log-prob of a token, which does not favour short answers",
+    ("reference right, per token", "the same by the mean log-prob per token, which does not favour short answers",
      lambda f, _: _share(f["reference"]["right_per_token"])),
     ("chosen longer", "pairs whose chosen answer has more tokens", lambda f, _: _share(f["length"]["chosen_longer"])),
-    ("length rule", "accuracy of always calling the longer (or always the shorter) answer better, ties by a coin",
+    ("length rule", "accuracy of always preferring the longer (or always the shorter) answer; a tie counts one half",
      lambda f, _: f"{f['length']['rule']}: {_share(f['length']['rule_accuracy'])}"),
-    ("length difference", "median of chosen less rejected, tokens", lambda f, _: _median(f["length"]["difference"], "+.0f")),
+    ("length difference", "median of chosen minus rejected, tokens",
+     lambda f, _: _median(f["length"]["difference"], "+.0f")),
     ("margin by length", "correlation of the reference's margin with the length difference",
      lambda f, _: _number(f["length_and_reference"]["pearson"])),
     ("surprise chosen", "median surprise of the chosen answers, nats a token",
      lambda f, _: _median(f["surprise"]["chosen"], ".2f")),
     ("surprise rejected", "median surprise of the rejected answers, nats a token",
      lambda f, _: _median(f["surprise"]["rejected"], ".2f")),
-    ("rejected surprises more", "probability that a token of a rejected answer surprises the reference more than one of a "
-     "chosen answer, of whatever pairs: 50 % if it cannot tell them apart",
+    ("rejected surprises more", "probability that a random rejected answer surprises the reference more, per token, than a "
+     "random chosen one: 50 % if the reference cannot tell them apart",
      lambda f, _: _share(f["surprise"]["separation"])),
-    ("copies", "pairs that an earlier one equals token by token, and none contradicts", lambda f, _: f"{f['duplicates']:,}"),
-    ("shared prompts", "pairs whose prompt another pair has, too; copies aside", lambda f, _: f"{f['shared_prompt']:,}"),
-    ("shared answers", "pairs with an answer that occurs in another pair, under whatever prompt; copies aside",
+    ("copies", "pairs that equal an earlier pair token by token and that no pair contradicts",
+     lambda f, _: f"{f['duplicates']:,}"),
+    ("shared prompts", "pairs whose prompt another pair has too, copies not counted",
+     lambda f, _: f"{f['shared_prompt']:,}"),
+    ("shared answers", "pairs with an answer that occurs in another pair, under any prompt, copies not counted",
      lambda f, _: f"{f['shared_answer']:,}"),
-    ("contradictory", "pairs whose opposite is there, too, and those of them that are so as often as it",
+    ("contradictory", "pairs that also occur with chosen and rejected swapped; those where both orders are equally frequent",
      lambda f, _: f"{f['contradictory']:,}, {f['contradictory_evenly']:,}"),
     ("identical", "pairs left out because chosen and rejected are the same", lambda f, identical: f"{identical:,}"),
-    ("empty", "answers of nothing but an end, chosen and rejected", lambda f, _: f"{sum(f['empty'].values()):,}"),
-    ("cut", "answers that max_length cut, chosen and rejected", lambda f, _: f"{sum(f['truncated'].values()):,}"),
+    ("empty", "chosen and rejected answers that consist of an end token alone",
+     lambda f, _: f"{sum(f['empty'].values()):,}"),
+    ("cut", "chosen and rejected answers that were cut to data.max_length",
+     lambda f, _: f"{sum(f['truncated'].values()):,}"),
 )

@@ -1,4 +1,4 @@
-"""The benchmark's figures for people: a table, and a plot where matplotlib is installed."""
+"""The benchmark's figures as a table and a plot."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _RATES = (("seconds", "s", "{:.3f}"), ("pairs_per_second", "pairs/s", "{:.2f}"),
           ("mfu", "MFU", "{:.1%}"))
 _PARTS = {"reference_pass": "reference pass", "train_step": "training step", "job": "whole job, raydpo without Ray",
           "sweep": "{} betas, raydpo without Ray", "memory": "peak memory",
-          "memory_alike": "peak memory, positions of a pass alike"}
+          "memory_alike": "peak memory at about equal positions of a pass"}
 _NAMES = {("reference_pass", "cached"): "ratio", ("sweep", "online"): "ratio", ("memory", "online"): "ratio",
           ("memory_alike", "online"): "ratio"}
-"""The main ratio of a part; any other is called ``ratio_vs_`` what it is against."""
+"""Name of the main ratio of a part. All others are called ``ratio_vs_<side>``."""
 
 
 def print_point(point: dict[str, Any], console: Console) -> None:
-    """One workload: what was compared, then a table of ``compare.figures`` and, where the sides agree, ``ratios``."""
+    """Print what one workload compared, then ``compare.figures`` and, if the sides agree, ``compare.ratios``."""
     work, gaps = point["workload"], point["gaps"]
     console.say(f"{work['name']}: {work['pairs']:,} pairs, {work['prompt_tokens']:,} prompt and "
                 f"{work['completion_tokens']:,} completion tokens; positions: "
@@ -59,26 +59,20 @@ def _title(point: dict[str, Any], name: str) -> str:
 
 
 def _pairs_per_pass(point: dict[str, Any], name: str) -> int:
-    """Of the fastest that was tried, which the ratios are of."""
+    """Pairs of a forward pass in the fastest run, which the ratios use."""
     return min(point["tried"][name], key=lambda one: one["step_seconds"])["pairs_per_pass"]
 
 
 def _ratio(point: dict[str, Any], part: str, other: str) -> str:
-    """Nothing where the sides disagree or were not compared."""
+    """The ratio as text; empty if the sides disagree or were not compared."""
     value = point[part].get(_NAMES.get((part, other), f"ratio_vs_{other}"))
     return "" if value is None else f"{value:.2f}"
 
 
-def plot(points: Sequence[dict[str, Any]], file: Path) -> bool:
-    """Draw pairs a second of each side, for the pass and for a step, one group of bars for each workload.
+def plot(points: Sequence[dict[str, Any]], file: Path) -> None:
+    """Draw pairs per second of each side for the reference pass and for a step, with one group of bars per workload."""
+    import matplotlib
 
-    Returns:
-        Whether matplotlib is there.
-    """
-    try:
-        import matplotlib
-    except ImportError:
-        return False
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -92,13 +86,12 @@ def plot(points: Sequence[dict[str, Any]], file: Path) -> bool:
             axis.bar_label(bars, labels=[_bar_label(point, part, name) for point in points], fontsize=8)
         axis.set_xticks(range(len(points)), [point["workload"]["name"] for point in points], fontsize=8)
         axis.set_title(_PARTS[part], fontsize=9)
-        axis.set_ylabel("pairs a second")
+        axis.set_ylabel("pairs per second")
         axis.legend(fontsize=8)
-    figure.suptitle("above a bar: how many times as fast raydpo is, and pairs of a forward pass, the fastest that was tried",
+    figure.suptitle("above a bar: how many times as fast raydpo is, and TRL's pairs of a forward pass (the fastest tried)",
                     fontsize=9)
     figure.savefig(file, dpi=150)
     pyplot.close(figure)
-    return True
 
 
 def _bar_label(point: dict[str, Any], part: str, name: str) -> str:

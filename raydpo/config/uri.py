@@ -1,4 +1,4 @@
-"""URIs as text: whether one is one, and what of it or of any setting may be shown. ``raydpo.storage`` opens them."""
+"""URIs as text: recognise them, and hide secrets in URIs and other settings. ``raydpo.storage`` opens URIs."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from typing import Any
 __all__ = ["HARMLESS", "KEYS", "carries_secret", "hidden", "is_uri", "redact", "redacted", "secrets_of", "shown"]
 
 HARMLESS = ("endpoint_override", "scheme", "region", "allow_bucket_creation", "allow_bucket_deletion")
-"""Options of a URI that may be shown."""
+"""Options of a URI whose values may be shown."""
 KEYS = (r"-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)|"
         r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\bhf_[A-Za-z0-9]{30,}\b|"
         r"\bgh[pousr]_[A-Za-z0-9]{36,}\b|\bsk-[A-Za-z0-9_-]{40,}|\bAIza[0-9A-Za-z_-]{35}\b")
-"""Forms that nothing but a key has."""
+"""Pattern of texts that can only be keys."""
 _CREDENTIALS = re.compile(r"^(?P<scheme>[^:/]+)://(?P<secret>[^/?#]*:[^?#]*|[^/?#:]+)@")  # an unquoted key may hold slashes
 _NAMED_BEFORE_AT = ("abfs", "abfss", "adl", "az", "hdfs", "sftp", "ssh", "wasb", "wasbs")
-"""Schemes in which a container or a user alone, and no secret, stands before ``@``."""
+"""Schemes with a container or user before ``@``, which is no secret unless a password follows."""
 _SECRET_NAME = re.compile(r"(?:^|[._-])(?:key|token|auth)$|secret|passw|credential|api_?key", re.IGNORECASE)
 _IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"]*[^\s'\".,;:)\]}]")
 
 
 def is_uri(path: str) -> bool:
-    """Whether ``path`` carries a scheme such as ``s3://``."""
+    """Whether ``path`` begins with a scheme such as ``s3://``."""
     return re.match(r"^[A-Za-z][A-Za-z0-9+.-]*://", path) is not None
 
 
 def secrets_of(text: str) -> list[str]:
-    """What must not be shown of a value: what has the form of a key; of a URI also user and password, the values of all but
-    harmless options, and an option without a value."""
+    """Parts of a value that must not be shown: texts that look like keys. In a URI also user and password, values of options
+    that are not ``HARMLESS``, and options without a value."""
     found = re.findall(KEYS, text)
     if not is_uri(text):
         return found
@@ -44,7 +44,7 @@ def _credentials(uri: str) -> re.Match[str] | None:
 
 
 def redact(text: str) -> str:
-    """``text`` with ``***`` in the place of each of its ``secrets_of``."""
+    """Replace each of ``secrets_of(text)`` by ``***``."""
     if is_uri(text):
         if (credentials := _credentials(text)) is not None:
             text = f"{credentials['scheme']}://***@{text[credentials.end():]}"
@@ -57,12 +57,12 @@ def redact(text: str) -> str:
 
 
 def carries_secret(text: str) -> bool:
-    """Whether there is something that ``redact`` takes away."""
+    """Whether ``redact`` would replace anything."""
     return bool(secrets_of(text))
 
 
 def redacted(tree: Any) -> Any:
-    """``tree`` of dictionaries and lists, with every text in it redacted."""
+    """Redact every text in a tree of dictionaries and lists."""
     if isinstance(tree, dict):
         return {key: redacted(value) for key, value in tree.items()}
     if isinstance(tree, list):
@@ -71,12 +71,12 @@ def redacted(tree: Any) -> Any:
 
 
 def hidden(message: str) -> str:
-    """``message`` with every URI and key in it redacted."""
+    """Redact every URI and key in a message."""
     return re.sub(KEYS, "***", _IN_TEXT.sub(lambda uri: redact(uri[0]) if carries_secret(uri[0]) else uri[0], message))
 
 
 def shown(value: Any, key: str = "") -> str:
-    """The value of setting ``key`` as a message may show it. Under the name of a key, token or password it is not shown."""
+    """The redacted value of setting ``key``, for a message. If the key is named like a password, all of it is hidden."""
     if value is not None and _SECRET_NAME.search(key):
         return "'***'"
     if isinstance(value, dict):

@@ -1,5 +1,4 @@
-"""What is known of each pair without a model at hand: lengths, copies, and what the reference said. Filters and the audit
-speak of these."""
+"""Facts about each pair that need no model: lengths, copies, and what the reference said. Used by filters and the audit."""
 
 from __future__ import annotations
 
@@ -20,13 +19,13 @@ FACTS: dict[str, tuple[pa.DataType, str]] = {
     "length_difference": (pa.int64(), "chosen_tokens - rejected_tokens"),
     "chosen_cut": (pa.int64(), "tokens that truncation took from the chosen completion"),
     "rejected_cut": (pa.int64(), "tokens that truncation took from the rejected completion"),
-    "copies": (pa.int64(), "pairs with these very tokens, this one included"),
-    "copy": (pa.int64(), "which of its copies it is, from 0; 'copy = 0' keeps one of each"),
-    "prompt_pairs": (pa.int64(), "pairs with this very prompt, this one included"),
-    "answer_pairs": (pa.int64(), "pairs in which the more used of its two answers occurs, under whatever prompt"),
+    "copies": (pa.int64(), "pairs with exactly these tokens, this one included"),
+    "copy": (pa.int64(), "number of this pair among its copies, from 0; 'copy = 0' keeps one of each"),
+    "prompt_pairs": (pa.int64(), "pairs with exactly this prompt, this one included"),
+    "answer_pairs": (pa.int64(), "pairs, with any prompt, in which the more frequent of its two answers occurs"),
     "opposites": (pa.int64(), "pairs that prefer its rejected completion to its chosen one: votes against it, as copies are "
                              "votes for it"),
-    "contradictory": (pa.bool_(), "whether there is such a pair"),
+    "contradictory": (pa.bool_(), "whether 'opposites' is above 0"),
     "ref_chosen_logps": (pa.float64(), "the reference's log-prob of the chosen completion, nats"),
     "ref_rejected_logps": (pa.float64(), "the reference's log-prob of the rejected completion, nats"),
     "ref_margin": (pa.float64(), "ref_chosen_logps - ref_rejected_logps"),
@@ -35,18 +34,18 @@ FACTS: dict[str, tuple[pa.DataType, str]] = {
 }
 """Name -> (type, meaning)."""
 REFERENCE_FACTS = frozenset(name for name in FACTS if name.startswith("ref_"))
-"""Those that are known only after scoring."""
+"""Facts that are known only after scoring."""
 BLOCK_ROWS = 50_000
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
 def pair_facts(pairs: pa.Table, ref_chosen: np.ndarray | None = None, ref_rejected: np.ndarray | None = None) -> pa.Table:
-    """One row a pair, the columns of ``FACTS``.
+    """Table of the columns of ``FACTS``, one row per pair.
 
     Args:
         pairs: rows of ``data.pairs.PAIR_SCHEMA``.
-        ref_chosen, ref_rejected: sums of the reference's log-probs, nats, float64 [pairs], NaN where unknown.
-            Without them the columns of ``REFERENCE_FACTS`` are null.
+        ref_chosen, ref_rejected: sums of the reference's log-probs, nats, float64 [pairs], NaN where unknown. Without them
+            the columns of ``REFERENCE_FACTS`` are null.
     """
     prompt, chosen, rejected = (pc.list_value_length(pairs[f"{name}_ids"]).to_numpy().astype(np.int64)
                                 for name in ("prompt", "chosen", "rejected"))
@@ -69,7 +68,7 @@ def pair_facts(pairs: pa.Table, ref_chosen: np.ndarray | None = None, ref_reject
 
 
 def prompt_numbers(pairs: pa.Table) -> np.ndarray:
-    """Number of the prompt of each pair among the distinct ones, int64 [pairs]."""
+    """Number of each pair's prompt among the distinct prompts, int64 [pairs]."""
     return np.unique(_digests(pairs["prompt_ids"]), return_inverse=True)[1]
 
 
@@ -80,13 +79,13 @@ def _answer_pairs(pairs: pa.Table) -> np.ndarray:
 
 
 def _uses(digests: np.ndarray) -> np.ndarray:
-    """How often each one occurs, int64 [rows]."""
+    """Number of occurrences of each digest, int64 [rows]."""
     _, inverse, counts = np.unique(digests, return_inverse=True, return_counts=True)
     return counts[inverse]
 
 
 def _digests(lists: pa.ChunkedArray) -> np.ndarray:
-    """64 bits of each list of token ids, for counting alike ones: a polynomial in an odd number, modulo 2^64."""
+    """64-bit digest of each list of token ids, for counting equal ones: a polynomial in an odd number, modulo 2^64."""
     digests = [np.empty(0, np.uint64)]
     for chunk in lists.chunks:
         for start in range(0, len(chunk), BLOCK_ROWS):
@@ -102,12 +101,11 @@ def _digests(lists: pa.ChunkedArray) -> np.ndarray:
 
 
 def _copies(pairs: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each pair: how many have its tokens, the number of this one among them, and how many say the opposite."""
-    keys = [np.concatenate([np.empty((0, 16), np.uint8), *map(as_bytes, pairs[f"{side}_key"].chunks)])
-            for side in ("chosen", "rejected")]
+    """Per pair: how many pairs have its tokens, the number of this one among them, and how many prefer the opposite."""
+    keys = [as_bytes(pairs[f"{side}_key"]) for side in ("chosen", "rejected")]
     lengths = [pc.list_value_length(pairs[f"{side}_ids"]).to_numpy().astype(np.int32) for side in ("chosen", "rejected")]
     index = KeyIndex()
-    index.add(np.concatenate(keys), np.concatenate(lengths), 0)
+    index.add((np.concatenate(keys), np.concatenate(lengths), 0))
     chosen, rejected = (index.find(each) for each in keys)
     code, opposite = (one * np.int64(2 * len(chosen)) + two for one, two in ((chosen, rejected), (rejected, chosen)))
     distinct, inverse, counts = np.unique(code, return_inverse=True, return_counts=True)

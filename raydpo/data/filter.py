@@ -1,4 +1,4 @@
-"""Leaving pairs out by what is known of them: ``data.filter``, an expression over ``data.facts``."""
+"""Drop pairs by their facts: ``data.filter``, an expression over ``data.facts``."""
 
 from __future__ import annotations
 
@@ -21,16 +21,14 @@ __all__ = ["PairFilter", "filtered_by_tokens"]
 class PairFilter:
     """A condition that pairs must meet, such as ``chosen_tokens < 1024 and ref_margin > -20``.
 
-    It is one SQL expression, which polars parses and evaluates over the facts of the pairs and nothing else: ``and``,
-    ``or``,
-    ``not``, comparisons, ``between``, ``in (...)``, ``like``, arithmetic, ``abs``. There are no tables and no files to
-    reach.
+    One SQL expression, parsed and evaluated by polars over the facts of the pairs only: ``and``, ``or``, ``not``,
+    comparisons, ``between``, ``in (...)``, ``like``, arithmetic, ``abs``. It has no access to tables or files.
 
     Attributes:
         fields: the facts that it names.
 
     Raises:
-        ConfigError: if it cannot be parsed, names what is no fact, or is no condition on each pair.
+        ConfigError: if it cannot be parsed, names an unknown fact, or is not true or false per pair.
     """
 
     def __init__(self, expression: str) -> None:
@@ -48,13 +46,13 @@ class PairFilter:
                               f" Fields: {', '.join(FACTS)}")
         if not self.fields:
             raise self._wrong(f"it names no field of a pair. Fields: {', '.join(FACTS)}")
-        # Two made-up rows tell what kind of answer it gives.
+        # Evaluate two made-up rows to learn the type of its result.
         schema = pa.schema([(name, kind) for name, (kind, _) in FACTS.items()])
         answer = self._evaluate(polars.from_arrow(pa.table([pa.array([_SAMPLES[kind]] * 2, kind) for kind in schema.types],
                                                            schema=schema)))
         if answer.dtype != polars.Boolean or len(answer) != 2:
             raise self._wrong("it does not give true or false for each pair" if len(answer) == 2 else
-                              "it speaks of all pairs together; say something of each pair")
+                              "it gives one value for all pairs; write a condition on each pair")
 
     @property
     def needs_reference(self) -> bool:
@@ -62,27 +60,26 @@ class PairFilter:
         return bool(self.fields & REFERENCE_FACTS)
 
     def keep(self, facts: pa.Table) -> np.ndarray:
-        """Which pairs stay, bool [pairs].
+        """Which pairs meet the condition, bool [pairs].
 
         Raises:
-            DataError: if it is neither true nor false of some pair, or true of none.
+            DataError: if it has no value for some pair, or is true for none.
         """
         import polars
 
         answer = self._evaluate(polars.from_arrow(facts.select(sorted(self.fields))))
         if answer.null_count():
             row = answer.is_null().arg_max()
-            raise DataError(f"data.filter {self.expression!r} is neither true nor false of {answer.null_count():,} pairs "
-                            "(first: "
-                            f"{facts['pair_id'][row].as_py()}), because a field has no value there")
+            raise DataError(f"data.filter {self.expression!r} is neither true nor false for {answer.null_count():,} pairs "
+                            f"(first: {facts['pair_id'][row].as_py()}), because a field has no value there")
         keep = answer.to_numpy()
         if not keep.any():
-            raise DataError(f"data.filter {self.expression!r} leaves none of {len(keep):,} pairs")
+            raise DataError(f"data.filter {self.expression!r} leaves none of {len(keep):,} pairs; relax it")
         return keep
 
     def apply(self, pairs: pa.Table, ref_chosen: np.ndarray | None = None,
               ref_rejected: np.ndarray | None = None) -> tuple[pa.Table, str]:
-        """The pairs that meet the condition, and what to tell the user.
+        """The pairs that meet the condition, and a line for the user.
 
         Args:
             ref_chosen, ref_rejected: see ``data.facts.pair_facts``.
@@ -92,7 +89,7 @@ class PairFilter:
         return pairs.filter(pa.array(keep)), self.line(facts, keep)
 
     def line(self, facts: pa.Table, keep: np.ndarray) -> str:
-        """What was left out, for people, by source."""
+        """What was left out, by source, as a line for the user."""
         counts = {entry["values"]: entry["counts"] for entry in pc.value_counts(facts["source"]).to_pylist()}
         left = {entry["values"]: entry["counts"] for entry in
                 pc.value_counts(facts["source"].filter(pa.array(~keep))).to_pylist()}
@@ -112,7 +109,8 @@ class PairFilter:
 
 
 def filtered_by_tokens(sets: PairSets, config: DataConfig) -> tuple[PairSets, str | None]:
-    """``sets`` without the training pairs that ``config.filter`` leaves out, if it can tell before anything is scored."""
+    """``sets`` without the training pairs that ``config.filter`` excludes, if it needs no reference; and a line for the
+    user."""
     condition = PairFilter(config.filter) if config.filter else None
     if condition is None or condition.needs_reference:
         return sets, None

@@ -1,4 +1,4 @@
-"""What became of every record: kept, cut, dropped, malformed, and why."""
+"""Report on every record: kept, truncated, dropped, malformed, and why."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FIRST_PLACES = 3
 
 @dataclass
 class Faults:
-    """Counts by reason, and the first few places of each."""
+    """Number of faults by reason, and the first few places of each."""
 
     counts: Counter[str] = field(default_factory=Counter)
     places: dict[str, list[str]] = field(default_factory=dict)
@@ -43,18 +43,18 @@ class Faults:
 
 @dataclass
 class SourceReport:
-    """One source.
+    """Report on one source.
 
     Attributes:
         records: lines or rows read.
-        malformed_records: those of them that gave no pair or a faulty one, because of ``malformed``.
-        pairs: well-formed pairs; more than records where records rank several completions.
+        malformed_records: records that gave no pair or a faulty one, because of ``malformed``.
+        pairs: well-formed pairs; more than records if records rank several completions.
         kept: pairs that are left.
-        truncated: completions (not pairs) that lost their end to max_length.
-        dropped: of well-formed pairs, by reason.
-        duplicates: kept pairs that an earlier one, of any source, equals token by token.
-        merged: pairs whose prompt alone is no token prefix of prompt and completion.
-        several_turns: pairs with a completion that goes on beyond the assistant's first turn.
+        truncated: completions (not pairs) that max_length shortened.
+        dropped: well-formed pairs that were dropped, by reason.
+        duplicates: kept pairs with the same tokens as an earlier one, of any source.
+        merged: pairs whose prompt, tokenised alone, is no prefix of prompt and completion.
+        several_turns: pairs with a completion that continues beyond the assistant's first turn.
     """
 
     name: str
@@ -80,28 +80,28 @@ class SourceReport:
         if self.malformed.total:
             lines.append(f"warning: data {self.name}: {self.malformed_records:,} malformed records: {self.malformed}")
         if self.merged:
-            lines.append(f"warning: data {self.name}: in {self.merged:,} pairs the prompt alone is tokenised otherwise than "
-                         "before its completion (tokens merge across the boundary, or the template renders it otherwise); "
-                         "the completion starts where they part")
+            lines.append(f"warning: data {self.name}: in {self.merged:,} pairs the prompt is tokenised differently alone "
+                         "and with its completion (tokens merge across the boundary, or the template differs); "
+                         "the completion starts where they differ")
         if self.several_turns:
-            lines.append(f"warning: data {self.name}: in {self.several_turns:,} pairs a completion goes on with user or "
-                         "tool messages, whose tokens count in the loss too")
+            lines.append(f"warning: data {self.name}: in {self.several_turns:,} pairs a completion continues with user or "
+                         "tool messages, and their tokens also count in the loss")
         return lines
 
     def check(self, config: DataConfig) -> None:
-        """Whether enough is left.
+        """Check that enough is left.
 
         Raises:
             DataError: if a larger share is malformed or dropped than ``config`` allows, or no pair is left.
         """
         if self.malformed_records > config.max_malformed * self.records:
             raise DataError(f"data {self.name}: {self.malformed_records:,} of {self.records:,} records are malformed, more "
-                            f"than data.max_malformed ({config.max_malformed:g}) allows: {self.malformed}; mend them, map "
-                            "columns with the source's 'columns', or raise data.max_malformed")
+                            f"than data.max_malformed ({config.max_malformed:g}) allows: {self.malformed}; correct them, "
+                            "map columns with the source's 'columns', or raise data.max_malformed")
         if self.dropped.total > config.max_dropped * self.pairs:
             raise DataError(f"data {self.name}: {self.dropped.total:,} of {self.pairs:,} pairs would be dropped at "
                             f"data.max_length {config.max_length}, more than data.max_dropped ({config.max_dropped:g}) "
-                            f"allows: {self.dropped}; raise data.max_length, or data.max_dropped if that is meant")
+                            f"allows: {self.dropped}; raise data.max_length, or data.max_dropped if that is intended")
         if not self.kept:
             raise DataError(f"data {self.name}: none of the {self.records:,} records of {self.path} gives a usable pair"
                             + (f": {self.malformed}" if self.malformed.total else "")
@@ -113,11 +113,11 @@ class SourceReport:
 
 @dataclass
 class DataReport:
-    """All sources.
+    """Report on all sources.
 
     Attributes:
         leaked: pairs of a given held-out file whose prompt is also trained on.
-        thinned: training pairs that ``data.fraction`` leaves, and all of them; None where it is 1.
+        thinned: training pairs that ``data.fraction`` keeps, and all of them; None if it is 1.
     """
 
     sources: list[SourceReport]
@@ -125,7 +125,7 @@ class DataReport:
     thinned: tuple[int, int] | None = None
 
     def lines(self) -> list[str]:
-        """A summary for people; lines that begin with ``warning:`` deserve a look."""
+        """A summary for people; lines that begin with ``warning:`` need attention."""
         lines = [line for source in self.sources for line in source.lines()]
         if self.leaked:
             lines.append(f"warning: the prompts of {self.leaked:,} held-out pairs are also in the training data; held-out "
@@ -135,5 +135,5 @@ class DataReport:
         return lines
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as plain data, for JSON."""
+        """The same for JSON."""
         return {"leaked": self.leaked, "thinned": self.thinned, "sources": [source.to_dict() for source in self.sources]}

@@ -1,4 +1,4 @@
-"""``raydpo plan``: the estimate of a run, for people. Starts no Ray and loads no weights, unless it is told to measure."""
+"""The verb ``raydpo plan``: estimates a run and prints tables. Starts no Ray; loads weights only with ``--measure``."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ __all__ = ["plan_run", "print_plan"]
 def plan_run(config: Config, sets: PairSets, *, measure: bool = False, device: str | None = None,
              mfu_score: float | None = None, mfu_train: float | None = None, workers: int | None = None,
              price: float | None = None, runs: int | None = None, memory: float | None = None) -> Plan:
-    """Estimate ``config`` on its pairs. What is None has the default of ``stated_rates`` or ``make_plan``.
+    """Estimate ``config`` on its pairs. Arguments that are None have the defaults of ``stated_rates`` and ``make_plan``.
 
     Args:
-        measure: take the rates from a measurement on this machine; the two MFUs are then not looked at, and ``device`` for
-            its memory alone.
-        memory: GiB of a device; None = of ``device``.
+        measure: measure the rates on this machine. The two MFUs are then ignored; ``device`` only decides the memory.
+        memory: GiB of a device; None = that of ``device``.
 
     Raises:
-        RaydpoError: of the kind that fits.
+        ConfigError: if an argument is out of range or a device is unknown.
+        ModelError: if a model's files do not tell its sizes.
     """
     model, reference = (model_cost(resolve_model(path), config.model.trust_remote_code)
                         for path in (config.model.path, config.reference_path))
@@ -46,11 +46,11 @@ def plan_run(config: Config, sets: PairSets, *, measure: bool = False, device: s
 
 
 DEVICE = "H100"
-"""Whose memory the plan is for where none is named."""
+"""Device whose memory is assumed if none is named."""
 
 
 def _modes(config: Config, sets: PairSets, plan: Plan, device: str, memory: float | None) -> Modes:
-    """Whether the training of ``config`` fits, and how it would."""
+    """The modes in which the training of ``config`` fits."""
     if memory is None and device not in MEMORY:
         raise ConfigError(f"--device {device!r} is not known; name one of {', '.join(MEMORY)}, or say --memory GIB")
     layout = plan.data["layout"]
@@ -60,7 +60,7 @@ def _modes(config: Config, sets: PairSets, plan: Plan, device: str, memory: floa
     if model.adapter is not None:
         model = model.model_copy(update={"adapter": resolve_model(model.adapter)})
     budget = config.train.tokens_per_batch
-    step = plan.data["positions"][layout] / plan.steps / plan.train_workers  # groups divide, and in them parts
+    step = plan.data["positions"][layout] / plan.steps / plan.train_workers
     batch = Batch.of_pairs(map(tuple, pairs), layout, micro_batches=1 if step <= plan.data["tokens_per_batch"] else 2)
     question = Question(
         anatomy=Anatomy.of(resolve_model(config.model.path), config.model.trust_remote_code), model=model,
@@ -72,11 +72,11 @@ def _modes(config: Config, sets: PairSets, plan: Plan, device: str, memory: floa
 
 
 SAMPLE = 4096
-"""Pairs whose proportions stand for all."""
+"""Pairs whose proportions are used for all."""
 
 
 def print_plan(plan: Plan, console: Console) -> None:
-    """Lines and tables."""
+    """Print the estimate as lines and tables."""
     data, model = plan.data, plan.model
     console.say(f"pairs: {data['training_pairs']:,} to train on, {data['held_out_pairs']:,} held out, "
                 f"{data['completions']:,} distinct completions to score")
@@ -86,8 +86,8 @@ def print_plan(plan: Plan, console: Console) -> None:
                 f"vocabulary projection is {model['head_share']:.0%} of a forward pass")
     console.say(f"training: {plan.steps:,} steps, {plan.epochs:.3g} epochs, {data['pairs_per_step']:,} pairs a step, "
                 f"{data['layout']} layout, {data['tokens_per_batch']:,} positions a micro-batch, "
-                f"{plan.imbalance.imbalance:.2%} of the time waiting ({plan.imbalance.lockstep:.2%} where ranks meet after "
-                "every micro-batch)")
+                f"{plan.imbalance.imbalance:.2%} of the time waiting ({plan.imbalance.lockstep:.2%} if ranks wait for "
+                "each other after every micro-batch)")
     console.say(f"rate of a device: {plan.rates.score / 1e12:.4g} TFLOP/s scoring, {plan.rates.train / 1e12:.4g} training "
                 f"({plan.rates.origin})")
     dealt = data["positions"]["dealt"]
@@ -100,25 +100,26 @@ def print_plan(plan: Plan, console: Console) -> None:
         _stage("one training", plan.train_workers, plan.training),
         _stage("its held-out evaluations", plan.train_workers, plan.evaluation),
         _stage(f"pass and {plan.runs:,} training(s)", "", plan.total),
-        _stage(f"{plan.runs:,} with an online reference, padded", plan.train_workers, plan.online)])
+        _stage(f"{plan.runs:,} with an online reference, padded", plan.train_workers, plan.online),
+        _stage(f"{plan.runs:,} with an online reference, packed", plan.train_workers, plan.online_packed)])
     if plan.memory is not None:
         _print_memory(plan.memory, console)
-    console.say("online reference: forward passes of reference and policy in every step, in rows padded "
+    console.say("online reference: forward passes of reference and policy in every step, in padded rows of "
                 f"{NAIVE_PAIRS} pairs at a time as they come")
     console.table(f"share of time lost to imbalance, {data['pairs_per_step']:,} pairs a step", _COLUMNS,
                   [_simulation(one) for one in plan.fixed])
     console.table(f"the same with {PAIRS_PER_RANK} pairs a rank", _COLUMNS, [_simulation(one) for one in plan.scaled])
-    console.say("bound: no plan loses less, since a pair is not cut and the longest takes its time. Ranks without pairs are "
-                "lost. lockstep: ranks meet after every micro-batch (ZeRO 2, 3). repeated: part of the work that is a "
-                "prefix computed on several ranks. Where a step has more pairs than the data, pairs repeat.")
+    console.say("bound: the least that any plan loses, since a pair is never split. Ranks without pairs count as lost. "
+                "lockstep: ranks wait for each other after every micro-batch (ZeRO 2, 3). repeated: share of the work that "
+                "is a prefix computed on several ranks. If a step has more pairs than the data, pairs repeat.")
 
 
 def _print_memory(modes: Modes, console: Console) -> None:
     columns = ("mode", "weights", "grads", "optimizer", "activ.", "head", "comm.", "total", "host", "fits", "positions")
     console.table(f"GiB on one of {modes.workers:,} x {modes.device} ({modes.memory / 2**30:g}), {modes.dtype}; the fastest "
-                  "mode first, * as configured", columns, [_fit(row) for row in modes.rows])
-    console.say("total: at the moment that takes most, with 1.5 GiB of CUDA context and NCCL. comm.: buckets, and weights "
-                "gathered under ZeRO 3. host: of a worker. positions: the largest train.tokens_per_batch that fits")
+                  "mode first, * = as configured", columns, [_fit(row) for row in modes.rows])
+    console.say("total: at the peak, with 1.5 GiB of CUDA context and NCCL. comm.: buckets, and weights gathered under "
+                "ZeRO 3. host: host memory of one worker. positions: the largest train.tokens_per_batch that fits")
     for line in modes.lines():
         console.say(line)
 

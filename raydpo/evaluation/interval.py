@@ -1,7 +1,7 @@
-"""Figures with their 95 % intervals, as evaluation.json holds them: value, low, high.
+"""Figures with 95 % intervals, as in evaluation.json: value, low, high.
 
-Pairs of one prompt are alike: a record that ranks four answers gives six pairs that stand or fall together. So the prompts
-count as independent, and not their pairs.
+Pairs of one prompt are not independent: a record that ranks four answers gives six related pairs. So intervals take prompts
+as independent, not pairs.
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ __all__ = ["Z95", "Interval", "around", "by_group", "effective_count", "mean", "
            "share_by_group", "share_error", "standard_error", "student95"]
 
 Z95 = 1.959964
-"""Standard errors to each side of a 95 % interval, where the standard error is known."""
+"""Half-width of a 95 % interval, in standard errors, where the standard error is known."""
 _STUDENT = (math.inf, 12.706205, 4.302653, 3.182446, 2.776445)
 Interval = dict[str, float | None]
-"""``{"value": ..., "low": ..., "high": ...}``; None where too little was measured."""
+"""``{"value": ..., "low": ..., "high": ...}``; a value is None if too little was measured."""
 
 
 def student95(freedom: int) -> float:
-    """Standard errors to each side of a 95 % interval, where the standard error is an estimate of ``freedom`` degrees of
-    freedom: Student's t, from 5 on by its expansion around the normal distribution (Abramowitz and Stegun 26.7.5)."""
+    """Half-width of a 95 % interval, in standard errors estimated with ``freedom`` degrees of freedom: Student's t.
+
+    From 5 degrees on it uses the expansion around the normal distribution (Abramowitz and Stegun 26.7.5).
+    """
     if freedom < len(_STUDENT):
         return _STUDENT[freedom]
     z, terms = Z95, ((1, 1, 4), (5, 16, 3, 96), (3, 19, 17, -15, 384), (79, 776, 1482, -1920, -945, 92160))
@@ -34,7 +36,7 @@ def student95(freedom: int) -> float:
 
 
 def share(count: float, total: float) -> Interval:
-    """A share of ``total`` and its interval (Wilson 1927, doi 10.1080/01621459.1927.10502953); ties may count one half."""
+    """Share of ``total`` with Wilson's interval (1927, doi 10.1080/01621459.1927.10502953). Ties may count one half."""
     if not total:
         return {"value": None, "low": None, "high": None}
     z, value = Z95, count / total
@@ -45,11 +47,12 @@ def share(count: float, total: float) -> Interval:
 
 
 def share_error(value: float, total: float) -> float:
-    """Standard error of a share of ``total``, taken at the centre of Wilson's interval: it is above 0 for shares of 0 and of
-    1, too (Agresti and Coull 1998, doi 10.1080/00031305.1998.10480550).
+    """Standard error of a share, taken at the centre of Wilson's interval, so that it is above 0 for shares of 0 and 1 too.
+
+    Source: Agresti and Coull 1998, doi 10.1080/00031305.1998.10480550.
 
     Args:
-        total: independent observations; ``effective_count`` of pairs that share prompts.
+        total: number of independent observations; ``effective_count`` if pairs share prompts.
     """
     more = total + Z95 * Z95
     centre = (value * total + Z95 * Z95 / 2) / more
@@ -57,14 +60,15 @@ def share_error(value: float, total: float) -> float:
 
 
 def effective_count(sums: np.ndarray, sizes: np.ndarray) -> float:
-    """How many independent observations would say as much of a share as these do, of which those of one group are alike.
+    """Number of independent observations that would give a share as precisely as these grouped observations.
 
-    It is the number of observations over the design effect, which the groups' spread tells, and less where few groups tell
-    it (Korn and Graubard, Survey Methodology 24, 1998, p. 193). At most the number of observations, and exactly that where
-    each is a group of its own. Where all are equal nothing tells how alike a group is: then it is taken to be entirely so.
+    It is the number of observations divided by the design effect, which is estimated from the spread of the groups, and is
+    smaller if there are few groups (Korn and Graubard, Survey Methodology 24, 1998, p. 193). It equals the number of
+    observations if each is its own group, and is never larger. If all observations are equal, the design effect cannot be
+    estimated; then the observations of a group count as identical.
 
     Args:
-        sums: of the observations, each from 0 to 1, of each group, [groups]. sizes: number of its observations, [groups].
+        sums: sum of the observations, each from 0 to 1, of each group, [groups]. sizes: their number, [groups].
     """
     groups, total = len(sums), float(sizes.sum())
     if groups == total:
@@ -81,7 +85,7 @@ def effective_count(sums: np.ndarray, sizes: np.ndarray) -> float:
 
 
 def share_by_group(values: np.ndarray, groups: np.ndarray) -> Interval:
-    """The mean of [n] values from 0 to 1, and Wilson's interval of as many as they are worth: those of one group are alike.
+    """Mean of [n] values from 0 to 1 with Wilson's interval for their ``effective_count``.
 
     Args:
         groups: number of the group of each value, [n].
@@ -97,19 +101,19 @@ def share_by_group(values: np.ndarray, groups: np.ndarray) -> Interval:
 
 
 def mean(values: np.ndarray) -> Interval:
-    """The mean of [n] independent values and Student's interval, which takes two of them."""
+    """Mean of [n] independent values with Student's interval, which needs two values."""
     if not len(values):
         return {"value": None, "low": None, "high": None}
     return around(float(values.mean()), standard_error(values), len(values))
 
 
 def standard_error(values: np.ndarray) -> float | None:
-    """Of the mean of [n] independent values; None of fewer than two."""
+    """Standard error of the mean of [n] independent values, or None for fewer than two."""
     return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
 
 
 def mean_by_group(values: np.ndarray, groups: np.ndarray) -> Interval:
-    """The mean of [n] values, those of one group alike; its interval takes two groups.
+    """Mean of [n] values with an interval that takes groups as independent; it needs two groups.
 
     Args:
         groups: number of the group of each value, [n].
@@ -118,14 +122,14 @@ def mean_by_group(values: np.ndarray, groups: np.ndarray) -> Interval:
 
 
 def ratio(above: np.ndarray, below: np.ndarray) -> Interval:
-    """Mean of ``above`` over mean of ``below``, [n] independent pairs of values, its error by the delta method."""
+    """Mean of ``above`` divided by mean of ``below``, [n] independent pairs of values. The error is by the delta method."""
     value = float(above.mean() / below.mean())
     error = standard_error(above - value * below)
     return around(value, None if error is None else error / float(below.mean()), len(above))
 
 
 def around(value: float, error: float | None, count: int) -> Interval:
-    """A value whose estimator is normal, with a standard error that ``count`` independent values tell."""
+    """Interval of a normal estimator whose standard error is estimated from ``count`` independent values."""
     if error is None:
         return {"value": value, "low": None, "high": None}
     spread = student95(count - 1) * error
@@ -133,6 +137,6 @@ def around(value: float, error: float | None, count: int) -> Interval:
 
 
 def by_group(values: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sum of the values of each group, and their number, [groups] each."""
+    """Return the sum and the number of the values of each group, [groups] each."""
     _, inverse = np.unique(groups, return_inverse=True)
     return np.bincount(inverse, values), np.bincount(inverse)

@@ -1,4 +1,4 @@
-"""``raydpo eval``: score the pairs with policy and reference, let both answer, measure, write it down."""
+"""``raydpo eval``: scores pairs with policy and reference, lets both answer prompts, and writes the figures."""
 
 from __future__ import annotations
 
@@ -16,26 +16,27 @@ import pyarrow.parquet as pq
 import yaml
 
 import raydpo
+from raydpo.answers.answering import Answering
+from raydpo.answers.contests import by_scores, count_wins, own_scores
+from raydpo.answers.draws import ROWS
+from raydpo.answers.judge import Judge, judge_contests
+from raydpo.answers.reward import RewardModel
+from raydpo.checks import check
 from raydpo.config import Config, ObjectiveConfig, load_config
 from raydpo.config.uri import redacted
 from raydpo.console import Console
 from raydpo.data.facts import prompt_numbers
 from raydpo.data.pairs import load_pairs
 from raydpo.data.tokenise import Tokeniser, load_tokenizer
-from raydpo.errors import CacheMissError, ConfigError, RaydpoError
-from raydpo.evaluation.answers import ROWS, Answering
+from raydpo.errors import CacheMissError, RaydpoError
 from raydpo.evaluation.drift import ExactSteps, measure_drift
-from raydpo.evaluation.judge import Judge, judge_contests
 from raydpo.evaluation.policy import Policy, find_policy, harness_arguments
 from raydpo.evaluation.preferences import ScoredPairs, measure_preferences
 from raydpo.evaluation.prompts import Prompt, choose_prompts, evaluation_data, reading, spoken, trained_on
 from raydpo.evaluation.report import print_evaluation
-from raydpo.evaluation.reward import RewardModel
 from raydpo.evaluation.samples import Answers
-from raydpo.evaluation.wins import by_scores, count_wins, own_scores
 from raydpo.evaluation.work import Work, do_work
 from raydpo.model.rotary import rope_line
-from raydpo.model.weights import check_weights
 from raydpo.pipeline import fill_cache, find_reference, measured_pairs, reference_line, report_on
 from raydpo.preflight import check_cluster
 from raydpo.ray_runtime import bfloat16_pays, resources_for, session
@@ -48,26 +49,26 @@ from raydpo.training.pairs import reference_values
 __all__ = ["evaluate", "pairs_to_evaluate", "protocol"]
 
 WORK_BLOCK = 64
-"""Rows that an actor does and stores together: a kill costs at most so many of each actor."""
+"""Rows that an actor computes and stores together; a kill loses at most this many for each actor."""
 _NOT_IN_PROTOCOL = dict.fromkeys(("policy", "base", "data", "subsets", "chat", "score_missing", "batch"), True) | {
     "judge": {"key", "timeout", "retries", "parallel"}}
-"""Settings that say what is measured (of pairs their content is told), or only how fast."""
+"""Settings that do not change how a figure is measured. The pairs are in the protocol by their digest."""
 
 
 def evaluate(config: Config, console: Console | None = None) -> dict[str, Any]:
     """Measure a policy against the reference of ``config``, as section ``evaluate`` says.
 
-    Everything that costs time is stored by content beside the caches: what is done is not done again, after a kill or by
-    another evaluation.
+    Log-probs, answers and verdicts are stored by content in the cache, so neither a second call nor another evaluation
+    computes them again.
 
     Returns:
-        What evaluation.json holds.
+        The content of evaluation.json.
 
     Raises:
-        RaydpoError: of the kind that fits.
+        RaydpoError: a subclass that says what is wrong.
     """
     console = console or Console()
-    _check_models(config, console)
+    check(config, "eval", console)
     settings = config.evaluate
     with session(config):
         check_cluster(config, ["score"], console, (settings.policy, settings.base, settings.reward_model))
@@ -77,37 +78,21 @@ def evaluate(config: Config, console: Console | None = None) -> dict[str, Any]:
     print_evaluation(console, found)
     console.say(f"evaluation: {evaluation.storage}/{evaluation.file('evaluation', 'json')}")
     if evaluation.policy.run is not None:
-        report_on(evaluation.policy.run.uri, console)  # with what has been found now
+        report_on(evaluation.policy.run.uri, console)  # now with the evaluation
     console.say(f"harness: lm_eval --model hf --model_args {harness_arguments(evaluation.policy)} --apply_chat_template "
                 "--tasks ...")
     return found
 
 
-def _check_models(config: Config, console: Console) -> None:
-    """Reference and reward model, before Ray is started."""
-    trust = config.model.trust_remote_code
-    if trust:
-        console.warn("model.trust_remote_code is on: Python code in the directories of the models runs with your rights")
-    adapter = config.reference_adapter and resolve_model(config.reference_adapter)
-    lines = check_weights(resolve_model(config.reference_path), adapter=adapter, trust_remote_code=trust)
-    if config.evaluate.reward_model is not None:
-        lines += check_weights(resolve_model(config.evaluate.reward_model), trust_remote_code=trust, classifier=True)
-    for line in lines:
-        console.warn(line)
+def pairs_to_evaluate(config: Config, tokeniser: Tokeniser, console: Console) -> tuple[pa.Table, int | None]:
+    """Load the pairs to measure, and count those of data.eval that have a prompt of the training data.
 
-
-def pairs_to_evaluate(config: Config, tokeniser: Tokeniser, console: Console) -> pa.Table:
-    """The pairs that ``evaluate`` measures on.
+    The count is None for evaluate.data.
 
     Raises:
         ConfigError: if there is neither evaluate.data nor data.eval.
         DataError: if they cannot be read.
     """
-    return _read_pairs(config, tokeniser, console)[0]
-
-
-def _read_pairs(config: Config, tokeniser: Tokeniser, console: Console) -> tuple[pa.Table, int | None]:
-    """``pairs_to_evaluate``, and how many of data.eval have a prompt of the training data (None for evaluate.data)."""
     data, on_training_side = evaluation_data(config)
     sets = load_pairs(data, tokeniser, console.counter("reading", "records"), reading(config.evaluate))
     for line in sets.report.lines():
@@ -116,15 +101,17 @@ def _read_pairs(config: Config, tokeniser: Tokeniser, console: Console) -> tuple
 
 
 def protocol(config: Config, pairs: pa.Table, reference: ReferenceSpec) -> dict[str, Any]:
-    """How a policy is measured, as evaluation.json tells it: figures of two evaluations compare where it is the same."""
+    """Return how a policy is measured. The figures of two evaluations compare if their protocols are equal."""
     settings = config.evaluate.model_dump(mode="json", exclude=_NOT_IN_PROTOCOL)
     return redacted(settings) | {"pairs": measured_pairs(pairs), "reference": reference.identity.digest}
 
 
 @dataclass(frozen=True)
 class _Evaluation:
-    """Everything that measuring needs, found out once. ``trained_on`` is how many of the pairs have a prompt that the policy
-    was trained on, None where that is not known."""
+    """The inputs of an evaluation.
+
+    ``trained_on``: number of pairs whose prompt the policy was trained on, None if unknown.
+    """
 
     config: Config
     console: Console
@@ -136,51 +123,47 @@ class _Evaluation:
 
     @classmethod
     def of(cls, config: Config, console: Console) -> _Evaluation:
-        data, _ = evaluation_data(config)
         reference, _ = find_reference(config, "bfloat16" if bfloat16_pays() else "float32")
         console.say(reference_line(config, reference))
         if reference.identity.rope_length is not None:
             console.say(rope_line(reference.identity.rope_length, config.data.max_length))
         policy = find_policy(config, reference.identity.dtype)
-        for line in check_weights(policy.spec.path, adapter=policy.spec.adapter,
-                                  trust_remote_code=policy.spec.trust_remote_code):
-            console.warn(line)
         identity = policy.spec.identity
         console.say(f"policy: {policy.name} in {', '.join(filter(None, (identity.dtype, identity.quantisation)))}, identity "
                     f"{identity.digest}")
-        against = policy.trained.get("reference identity")  # None of a loss without a reference
+        against = policy.trained.get("reference identity")  # None for a loss without a reference
         if against not in (None, reference.identity.digest):
             console.warn(f"the policy was trained against reference {against}, and is compared with "
                          f"{reference.identity.digest}")
-        tokenizer = load_tokenizer(resolve_model(config.model.tokenizer or config.model.path),
-                                   chat_template=data.chat_template, trust_remote_code=config.model.trust_remote_code)
-        _check_same_tokens(tokenizer, policy, config)
-        tokeniser = Tokeniser(tokenizer)
-        pairs, seen = _read_pairs(config, tokeniser, console)
+        tokeniser = Tokeniser(load_tokenizer(
+            resolve_model(config.model.tokenizer or config.model.path), chat_template=config.data.chat_template,
+            trust_remote_code=config.model.trust_remote_code))
+        pairs, seen = pairs_to_evaluate(config, tokeniser, console)
         console.say(f"pairs to evaluate on: {pairs.num_rows:,}")
         if seen is None or config.evaluate.policy is not None:  # what another run trained on is not data.train
             seen = _trained_on(config, policy, pairs, console)
         if seen:
-            console.warn(f"{seen:,} of {pairs.num_rows:,} pairs ask what was trained on: what they measure is memory, too")
+            console.warn(f"the policy was trained on the prompts of {seen:,} of {pairs.num_rows:,} pairs; they also measure "
+                         "memory")
         return cls(config, console, policy, reference, tokeniser, pairs, seen)
 
     @property
     def storage(self) -> Storage:
-        """The run directory of the policy; of another model, that of this run."""
+        """Run directory of the policy. For a model that no run made, the directory of this run."""
         return self.policy.run or Storage(self.config.run_dir)
 
     def file(self, name: str, ending: str) -> str:
-        """The evaluation of a model that no run made does not pass for that of this run."""
+        """Name a file. A model that no run made gets its own names, so that they are not taken for those of this run."""
         return f"{name}.{ending}" if self.policy.run is not None else f"{name}-{self.policy.slug}.{ending}"
 
     def measure(self) -> tuple[dict[str, Any], pa.Table | None]:
-        """What evaluation.json and samples.parquet hold."""
+        """Return the content of evaluation.json and of samples.parquet."""
         config, settings = self.config, self.config.evaluate
         prompts = choose_prompts(self.pairs, settings.prompts, settings.seed)
         modes = self._answers(prompts) if prompts else {}
         drifting = modes.get("sampled") if settings.temperature == 1 else None
         if "sampled" in modes and drifting is None:
-            self.console.say(f"drift: not measured, since samples have temperature {settings.temperature:g}; it takes 1")
+            self.console.say(f"drift: not measured, because evaluate.temperature is {settings.temperature:g}; it needs 1")
         sampled = None if drifting is None else drifting.pairs()
         self._score_missing(sampled)
         beta, objective = self.policy.beta(config), self._objective()
@@ -190,7 +173,7 @@ class _Evaluation:
                           "identity": self.reference.identity.digest},
             "data": list(dict.fromkeys(self.pairs["source"].to_pylist())), "held_out": settings.data is None,
             "trained_on": self.trained_on, "beta": beta,
-            "rewards": "per_token" if self.policy.per_token(config) else "sum", "reward_of": _reward_of(objective),
+            "rewards": "per_token" if objective.per_token else "sum", "reward_of": _reward_of(objective),
             "protocol": protocol(config, self.pairs, self.reference),
             "preferences": measure_preferences(self._scored_pairs(), beta, objective),
             "generation": None, "drift": None, "wins": [], "samples": []}
@@ -211,7 +194,7 @@ class _Evaluation:
             for mode, answers in modes.items()])
 
     def _objective(self) -> ObjectiveConfig:
-        """What the rewards are of: the loss of the run that trained the policy, unless evaluate.rewards asks for others."""
+        """Return the objective that defines the rewards: evaluate.rewards, or else that of the policy's training."""
         settings = self.config.evaluate
         if settings.rewards is not None:
             return ObjectiveConfig(loss="sigmoid_norm" if settings.rewards == "per_token" else "sigmoid")
@@ -219,8 +202,8 @@ class _Evaluation:
                    if f"train.{name}" in self.policy.trained}
         objective = ObjectiveConfig(**trained) if "loss" in trained else self.config.train
         if objective.ld_alpha is not None:
-            self.console.warn(f"the policy was trained with ld_alpha {objective.ld_alpha:g}; its rewards are measured of "
-                              "whole completions here, whose tails weigh 1")
+            self.console.warn(f"the policy was trained with ld_alpha {objective.ld_alpha:g}; its rewards are measured on "
+                              "whole completions here, with weight 1 for all tokens")
         return objective
 
     def write(self, found: dict[str, Any], samples: pa.Table | None) -> None:
@@ -240,7 +223,7 @@ class _Evaluation:
         return ReferenceCache.open(self.config.cache_uri, spec.identity, unverified=self.config.cache.allow_unverified)
 
     def _score_missing(self, sampled: pa.Table | None) -> None:
-        """The pairs, unless that is not wanted, and the samples that the drift is measured on."""
+        """Fill the caches for the pairs, if evaluate.score_missing is on, and for the samples that measure drift."""
         tables = [self.pairs] * self.config.evaluate.score_missing + ([] if sampled is None else [sampled])
         for name, spec in self._specs if tables else ():
             self.console.say(f"log-probs of the {name}:")
@@ -253,7 +236,7 @@ class _Evaluation:
                            prompt_numbers(self.pairs))
 
     def _log_probs(self, pairs: pa.Table) -> list[list[np.ndarray]]:
-        """Sums over the chosen and the rejected completions, by policy and by reference: float64 [pairs] each."""
+        """Return sums over chosen and rejected completions, by policy and by reference: float64 [pairs] each."""
         found = []
         for name, spec in self._specs:
             cache = self._cache(spec)
@@ -275,7 +258,7 @@ class _Evaluation:
     # ---- answers
 
     def _answers(self, prompts: Sequence[Prompt]) -> dict[str, Answers]:
-        """By mode."""
+        """Let policy and reference answer ``prompts``; return the answers by mode."""
         settings = self.config.evaluate
         tables, places = [], []
         for mode in settings.modes:
@@ -297,7 +280,7 @@ class _Evaluation:
 
     def _wins(self, prompts: Sequence[Prompt],
               modes: dict[str, Answers]) -> tuple[list[dict[str, Any]], dict[str, dict[str, np.ndarray]]]:
-        """What evaluation.json says of wins; and the verdicts on the contests, by mode and the setting of the judge."""
+        """Return the wins for evaluation.json, and the verdicts on the contests by mode and setting of the judge."""
         settings = self.config.evaluate
         found: list[dict[str, Any]] = []
         verdicts: dict[str, dict[str, np.ndarray]] = {mode: {} for mode in modes}
@@ -334,7 +317,7 @@ class _Evaluation:
 
 
 def _trained_on(config: Config, policy: Policy, pairs: pa.Table, console: Console) -> int | None:
-    """How many of ``pairs`` the policy was trained on; None of one that no run made."""
+    """Return the number of ``pairs`` that the policy was trained on; None if no run made it or its data cannot be read."""
     if policy.run is None:
         return None
     try:
@@ -342,7 +325,8 @@ def _trained_on(config: Config, policy: Policy, pairs: pa.Table, console: Consol
             load_config(yaml.safe_load(policy.run.read("config.yaml"))).data
         return trained_on(pairs, config, training)
     except (RaydpoError, OSError, yaml.YAMLError) as error:
-        console.warn(f"what {policy.name} was trained on cannot be read, so that pairs of it would not be noticed: {error}")
+        console.warn(f"the training data of {policy.name} cannot be read, so it is unknown whether the pairs are in it: "
+                     f"{error}")
         return None
 
 
@@ -353,26 +337,9 @@ def _reward_of(objective: ObjectiveConfig) -> str:
     return "log-ratios" if plain else f"log-ratios under {objective.f_divergence_type}"
 
 
-def _check_same_tokens(tokenizer: Any, policy: Policy, config: Config) -> None:
-    """Policy and reference are compared token by token, so both must mean the same by a token.
-
-    Raises:
-        ConfigError: if the policy comes with another vocabulary.
-    """
-    directory = policy.spec.adapter or policy.spec.path
-    try:
-        own = load_tokenizer(directory, trust_remote_code=config.model.trust_remote_code)
-    except Exception:  # not every model directory has a tokenizer
-        return
-    if own.get_vocab() != tokenizer.get_vocab():
-        raise ConfigError(f"the policy {policy.name} has another vocabulary ({len(own.get_vocab()):,} tokens) than "
-                          f"model.tokenizer or model.path ({len(tokenizer.get_vocab()):,}); log-probs of the same tokens "
-                          "are compared, so set model.path to a model with its tokenizer")
-
-
 @contextlib.contextmanager
 def _progress(console: Console, doing: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress line that begins with the first call: there is nothing to show of what is stored already."""
+    """Show a progress line from the first call on; if there is no call, say that everything was stored already."""
     line = None
     with contextlib.ExitStack() as stack:
         def update(done: int, total: int) -> None:
@@ -383,4 +350,4 @@ def _progress(console: Console, doing: str) -> Iterator[Callable[[int, int], Non
 
         yield update
     if line is None:
-        console.say(f"  {doing}: all were there")
+        console.say(f"  {doing}: all found in the cache")

@@ -1,7 +1,7 @@
-"""Work on rows by Ray Data actors, a block at a time, each block stored under a name made of what it depends on.
+"""Runs work on rows in Ray Data actors, block by block, and stores each block under a digest of everything it depends on.
 
-So the same work is never done twice: not after a kill, not by the next evaluation, and not for a reference that many
-policies are compared with.
+So no block is computed twice: not after a kill, not by the next evaluation, and not for a reference that many policies are
+compared with.
 """
 
 from __future__ import annotations
@@ -24,34 +24,36 @@ from raydpo.storage import Storage
 __all__ = ["FOLDER", "Work", "do_work", "load", "store", "stored_name"]
 
 FOLDER = "evaluation"
-"""Beside the references of a cache."""
+"""Folder of the results inside a cache."""
 
 
 class Work(Protocol):
-    """What an actor does. It travels to the actor, so it is small; ``open`` loads models there, and proves that what it
-    loads is what ``identity`` says, since results are stored under it for good."""
+    """What an actor does. It is sent to the actor, so it must be small.
+
+    ``open`` loads models in the actor. It must verify that they match ``identity``, since results are stored under it.
+    """
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Everything that the result depends on beside the rows, as JSON."""
+        """Everything that the result depends on, beside the rows, as JSON."""
 
     def open(self, device: str) -> Callable[[pa.Table], pa.Table]:
-        """A function from a block of rows to as many rows of results."""
+        """Return a function from a block of rows to as many rows of results."""
 
 
 def do_work(work: Work, tables: Sequence[pa.Table], storage: Storage, resources: Resources, *, block: int,
             progress: Callable[[int, int], None], doing: str) -> list[pa.Table]:
-    """The results of the rows of each table, in their order, as if one actor had done all of them.
+    """Return the results of each table, in the order of its rows.
 
     Args:
-        tables: alike in their columns, and cut into blocks each by itself.
-        storage: of the cache.
-        block: rows that are done and stored together.
+        tables: tables with equal columns; each is cut into blocks.
+        storage: storage of the cache.
+        block: number of rows that are computed and stored together.
         progress: called with (rows done, rows to do) if there is something to do.
-        doing: for messages, such as "answering".
+        doing: word for messages, such as "answering".
 
     Raises:
-        RaydpoError: what an actor found wrong; blocks that are done stay.
+        RaydpoError: if an actor fails. Finished blocks stay stored.
     """
     blocks = [[rows.slice(start, block).combine_chunks() for start in range(0, rows.num_rows, block)] for rows in tables]
     names = [[stored_name(work.identity, one) for one in each] for each in blocks]
@@ -64,14 +66,14 @@ def do_work(work: Work, tables: Sequence[pa.Table], storage: Storage, resources:
         for name in _on_ray(work, missing, storage, resources, doing):
             done[name] = load(storage, name)
             if done[name] is None:
-                raise RaydpoError(f"{doing}: {storage}/{name} was written and cannot be read; run it again")
+                raise RaydpoError(f"{doing}: {storage}/{name} was written but cannot be read; run it again")
             finished += missing[name].num_rows
             progress(finished, total)
     return [pa.concat_tables([done[name] for name in each]) for each in names]
 
 
 def _on_ray(work: Work, blocks: dict[str, pa.Table], storage: Storage, resources: Resources, doing: str) -> Any:
-    """Names of blocks as they are done."""
+    """Yield the name of each block when it is done."""
     import ray
 
     refs = [ray.put(pa.table({"name": [name], "rows": pa.array([_encode(one)], pa.large_binary())}))
@@ -82,7 +84,7 @@ def _on_ray(work: Work, blocks: dict[str, pa.Table], storage: Storage, resources
 
 
 class _Actor:
-    """A Ray Data actor: one block a call, stored before it is told of."""
+    """A Ray Data actor. Each call computes one block and stores it before it returns its name."""
 
     def __init__(self, work: Work, uri: str, resources: Resources) -> None:
         import torch
@@ -97,21 +99,21 @@ class _Actor:
         import torch
 
         if self.threads is not None:
-            torch.set_num_threads(self.threads)  # OpenMP counts threads for each calling thread
+            torch.set_num_threads(self.threads)  # OpenMP sets its threads for each calling thread
         name = block["name"][0].as_py()
         store(self.storage, name, self.act(pq.read_table(pa.BufferReader(block["rows"][0].as_buffer()))))
         return pa.table({"name": [name]})
 
 
 def stored_name(identity: dict[str, Any], rows: pa.Table) -> str:
-    """Where the result of ``rows`` is stored, by content."""
+    """Return the name under which the result of ``rows`` is stored: a digest of its inputs."""
     digest = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16, person=b"raydpo-work-1")
     digest.update(json.dumps(rows.to_pydict(), sort_keys=True).encode())
     return f"{FOLDER}/{digest.hexdigest()}.parquet"
 
 
 def load(storage: Storage, name: str) -> pa.Table | None:
-    """A stored result; None if it is not there, or damaged."""
+    """Load a stored result; None if it is missing or damaged."""
     try:
         return pq.read_table(pa.BufferReader(storage.read(name)), page_checksum_verification=True)
     except (FileNotFoundError, pa.ArrowException, OSError):
@@ -119,7 +121,7 @@ def load(storage: Storage, name: str) -> pa.Table | None:
 
 
 def store(storage: Storage, name: str, result: pa.Table) -> None:
-    """Keep a result, so that it is not computed again."""
+    """Store a result."""
     storage.write(name, _encode(result))
 
 

@@ -1,4 +1,4 @@
-"""Models from disk or hub: safetensors only, dropout off, adapters on top."""
+"""Loading causal language models: safetensors only, dropout off, adapters added."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ def torch_dtype(name: str) -> torch.dtype:
 def load_causal_lm(path: str | Path, dtype: str, *, rope_length: int | None, adapter: str | None = None,
                    quantization: str | None = None, train_adapter: bool = False, trust_remote_code: bool = False,
                    device: torch.device | str = "cpu") -> nn.Module:
-    """A causal LM in evaluation mode, without dropout, its adapter (if any) merged into nothing: left as a PEFT model.
+    """Load a causal LM in evaluation mode, without dropout. An adapter is not merged: the result is then a PEFT model.
 
     Args:
         path: local directory with config.json and safetensors weights (see ``reference.identity.resolve_model``).
         dtype: ``float32`` or ``bfloat16``, the precision of weights and compute.
-        rope_length: of the identity, see ``model.rotary``; a model that needs it and is not given it is refused.
+        rope_length: see ``model.rotary.rope_length``. None is refused if the model's rotary frequencies depend on a length.
         quantization: ``4bit``, ``8bit`` or None, see ``config.ModelConfig.quantization``.
         train_adapter: leave the adapter's weights trainable.
 
     Raises:
-        ModelError: if it is not there, is stored as pickle, is not a causal LM, or its files or the adapter's do not hold
-            all of its weights.
+        ModelError: if the directory is missing, holds pickled weights or no causal LM, or if weights of the model or the
+            adapter are missing.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     path = str(path)
-    model_files(path, trust_remote_code)  # what is loaded must be what is hashed
+    model_files(path, trust_remote_code)  # refuses files that are not hashed as they are loaded
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         if getattr(config, "is_encoder_decoder", False):
@@ -65,7 +65,7 @@ def load_causal_lm(path: str | Path, dtype: str, *, rope_length: int | None, ada
             own = {id(parameter) for parameter in model.parameters()}
             with _whole_biases(model):
                 model = load_adapter(model, adapter, train=train_adapter)
-            # The adapter's alone. The model keeps what transformers keeps in float32, above all the rotary frequencies.
+            # Only the adapter is converted. transformers keeps some tensors of the model in float32.
             for parameter in model.parameters():
                 if id(parameter) not in own:
                     parameter.data = parameter.data.to(torch_dtype(dtype))
@@ -74,13 +74,16 @@ def load_causal_lm(path: str | Path, dtype: str, *, rope_length: int | None, ada
             raise
         raise ModelError(f"cannot load the model {path!r}"
                          f"{f' with adapter {adapter!r}' if adapter else ''}: {' '.join(str(error).split())}") from error
-    model = _without_dropout(model).eval()
-    return model if quantization is not None else model.to(device)  # bitsandbytes has put it there while loading
+    for module in model.modules():  # modules may have a probability that is not in the configuration
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    model.eval()
+    return model if quantization is not None else model.to(device)  # bitsandbytes loads to the device itself
 
 
 @contextlib.contextmanager
 def _whole_biases(model: nn.Module) -> Iterator[None]:
-    """Under ZeRO-3 biases are gathered while an adapter that holds some is loaded: PEFT copies them into the model's."""
+    """Gather biases under ZeRO-3 while an adapter is loaded, since PEFT may copy biases into the model's."""
     shared = [parameter for name, parameter in model.named_parameters()
               if name.endswith("bias") and hasattr(parameter, "ds_id")]
     if not shared:
@@ -93,7 +96,7 @@ def _whole_biases(model: nn.Module) -> Iterator[None]:
 
 
 def _of_weights(error: RuntimeError) -> bool:
-    """Whether transformers says that weights do not fit; other errors are of memory or of devices."""
+    """Whether transformers reports weights that do not fit. Other errors come from memory or devices."""
     return "loading state_dict" in str(error) or "conversion of the weights" in str(error)
 
 
@@ -103,21 +106,22 @@ def _quantized(quantization: str, dtype: str) -> Any:
     if quantization == "4bit":
         return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                                   bnb_4bit_compute_dtype=torch_dtype(dtype))
-    # Above a threshold int8 computes whole columns in 16 bits, chosen by all tokens of a batch: not a function of a row.
+    # With a threshold, int8 computes some columns in 16 bits, chosen by all tokens of the batch. Rows would depend on
+    # other rows.
     return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
 
 
 def freeze_matching(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Switch off the gradient of parameters whose name contains one of the regular expressions.
+    """Turn off the gradient of parameters whose name matches one of the regular expressions (``re.search``).
 
     Raises:
-        ModelError: if one matches nothing, or nothing is left to train.
+        ModelError: if an expression matches nothing, or nothing is left to train.
     """
     names = dict(model.named_parameters())
     for pattern in patterns:
         found = [name for name in names if re.search(pattern, name)]
         if not found:
-            raise ModelError(f"model.freeze: {pattern!r} is in the name of no parameter; names look like "
+            raise ModelError(f"model.freeze: {pattern!r} matches no parameter; the names look like "
                              f"{', '.join(list(names)[:3])}")
         for name in found:
             names[name].requires_grad_(False)
@@ -126,7 +130,7 @@ def freeze_matching(model: nn.Module, patterns: Sequence[str]) -> None:
 
 
 def add_lora(model: nn.Module, lora: LoraSettings, seed: int) -> nn.Module:
-    """``model`` with fresh trainable adapters, all else frozen. Their output is zero, so the policy is the model.
+    """Add new trainable adapters to ``model`` and freeze everything else. Their initial output is zero.
 
     Raises:
         ModelError: if no module matches ``lora.target_modules``.
@@ -147,21 +151,13 @@ def add_lora(model: nn.Module, lora: LoraSettings, seed: int) -> nn.Module:
 
 
 def dropout_settings(config: dict[str, Any]) -> dict[str, float]:
-    """The dropout probabilities of a model configuration: resid_pdrop, attention_dropout and their like."""
+    """Dropout probabilities above 0 in a model configuration, such as resid_pdrop and attention_dropout."""
     return {key: value for key, value in config.items()
             if "drop" in key and isinstance(value, float) and value > 0 and not key.startswith("_")}
 
 
 def restore_dropout(config_file: Path, original: dict[str, float]) -> None:
-    """Give a saved config.json back the dropout of the model it came from, since training only switched it off."""
+    """Write the original dropout probabilities back to a saved config.json; training only turned them off."""
     if original:
         tree = json.loads(config_file.read_text())
         config_file.write_text(json.dumps(tree | original, indent=2, sort_keys=True) + "\n")
-
-
-def _without_dropout(model: nn.Module) -> nn.Module:
-    """Belt and braces: gradient checkpointing needs train mode, and a module may hold a probability of its own."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return model

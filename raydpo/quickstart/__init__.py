@@ -1,4 +1,4 @@
-"""The main job on an embedded default: a small instruct model that a registry package ships, and 240 pairs of ours."""
+"""Prepare the quickstart: a small instruct model from a registry package, and 200 pairs that are part of this project."""
 
 from __future__ import annotations
 
@@ -9,21 +9,23 @@ from pathlib import Path
 from raydpo.config import Config, load_config
 from raydpo.console import Console
 
-__all__ = ["quickstart_config"]
+__all__ = ["PREFERENCES", "quickstart_config"]
 
 HERE = Path(__file__).parent
+PREFERENCES = HERE / "prefs.jsonl"
 
 
 def quickstart_config(overrides: Sequence[str], console: Console) -> Config:
-    """The quickstart's configuration, its model made ready on disk.
+    """Load the quickstart's configuration; write its model to disk if it is not there yet.
 
     Raises:
-        ConfigError, ModelError: for a bad override, or if the model's package is not installed.
+        ConfigError: if an override is wrong.
+        ModelError: if the package with the model's weights is not installed.
     """
     import yaml
 
     tree = yaml.safe_load((HERE / "config.yaml").read_text())
-    tree["data"]["train"] = [{"path": str(HERE / "prefs.jsonl"), "name": "calm-or-hype"}]
+    tree["data"]["train"] = [{"path": str(PREFERENCES), "name": "list-or-paragraph"}]
     model = Path(tree["model"]["path"])
     if not (model / "config.json").is_file():
         from raydpo.quickstart.model import make_model

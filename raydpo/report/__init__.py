@@ -1,4 +1,4 @@
-"""The pages people look at: a run, a sweep, several runs side by side, and where the loss comes from."""
+"""HTML pages of a run, of a sweep and of several runs side by side, and a page that explains the loss."""
 
 from raydpo.report.write import write_comparison, write_report
 

@@ -1,17 +1,16 @@
-"""Several runs side by side: where their settings differ, their curves over one another, how they ended."""
+"""The page that compares runs: settings that differ, final figures, and overlaid curves."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import raydpo
 from raydpo.config import SCALE_KEYS
 from raydpo.pages.page import render
 from raydpo.pages.plot import SERIES, Picture
 from raydpo.report.curves import curve, curves_picture
-from raydpo.report.records import RunRecord, leaves
+from raydpo.report.records import RunRecord, leaves, length_growth
 from raydpo.report.run import SCRIPTS, status_of
 from raydpo.report.tables import Row, Table, interval, number, text
 from raydpo.training.report import EVALUATION_TABLE
@@ -19,24 +18,24 @@ from raydpo.training.report import EVALUATION_TABLE
 __all__ = ["comparison_page", "differences", "overlaid"]
 
 MOST = 16
-"""Runs whose curves are drawn; eight colours, then the same dashed."""
+"""Largest number of runs whose curves are drawn: eight colours, then the same eight dashed."""
 OURS = ("name", "output")
-"""Keys that differ for every two runs and say nothing."""
-SAME_ONLY = "Compares only between runs of the same loss and beta."
+"""Keys that always differ between runs; they are not shown."""
+SAME_ONLY = "Compare it only between runs with the same loss and beta."
 CURVES = (
     ("rewards/accuracies", "accuracy", "accuracy", 0.5, ""),
     ("loss", "loss", "loss", None, SAME_ONLY),
     ("rewards/margins", "margin", "reward margin", 0.0, SAME_ONLY),
     ("logps/chosen_fell", "chosen fell", "share of pairs", None, "Pairs whose chosen answer is less likely than under the "
-                                                                 "reference."),
+                                                                  "reference."),
     ("logratio/chosen_per_token", "drift of chosen", "nats a token", 0.0, ""),
     ("logratio/rejected_per_token", "drift of rejected", "nats a token", 0.0, ""),
-    ("length/margin_correlation", "margin and length", "correlation", 0.0, "Near 1 the policy just prefers what is longer."),
+    ("length/margin_correlation", "margin and length", "correlation", 0.0, "Near 1 the policy prefers the longer answer."),
 )
 
 
 def comparison_page(runs: Sequence[RunRecord]) -> str:
-    """The page of several runs."""
+    """Render the page of several runs."""
     runs = _told_apart(runs)
     different = differences(runs)
     incomparable = any(row.head == key or row.head.startswith(f"{key}.") for row in different.rows for key in SCALE_KEYS)
@@ -47,17 +46,17 @@ def comparison_page(runs: Sequence[RunRecord]) -> str:
 
 
 def differences(runs: Sequence[RunRecord]) -> Table:
-    """A row for each key whose value is not the same in all runs."""
+    """Return a row for each key whose value differs between runs."""
     settings = [leaves(run.config) for run in runs]
     keys = [key for key in dict.fromkeys(key for each in settings for key in each) if key not in OURS]
     columns = {key: [each.get(key) for each in settings] for key in keys}
-    rows = [Row(key, [text(_plain(value)) for value in values]) for key, values in columns.items()
+    rows = [Row(key, [text(value) for value in values]) for key, values in columns.items()
             if any(value != values[0] for value in values)]
     return Table("Settings that differ", ("setting", *(run.name for run in runs)), rows)
 
 
 def overlaid(runs: Sequence[RunRecord], kinds: Sequence[str] = ("held out", "training")) -> list[Picture]:
-    """Curves of the runs over one another, of each kind; a run without them is left out of the picture."""
+    """Draw the curves of all runs in one picture for each metric and kind. Runs without the metric are left out."""
     shown = list(runs)[:MOST]
     pictures = []
     for kind in kinds:
@@ -74,20 +73,19 @@ def _finals(runs: Sequence[RunRecord]) -> Table:
     rows = []
     for run in runs:
         summary, evaluation = run.summary or {}, run.evaluation or {}
-        modes = (evaluation.get("generation") or {}).get("modes") or {}
-        growth = next((modes[mode]["length_growth"] for mode in ("sampled", "greedy") if modes.get(mode)), None)
         rows.append(Row(run.name, [
             number(run.done, ",.0f"), number(summary.get("train_seconds"), ",.0f"),
             number(summary.get("tokens_per_second"), ",.0f"),
             *(number(run.held_out(key.removeprefix("eval_"))[1]) for key, _ in EVALUATION_TABLE),
-            interval((evaluation.get("drift") or {}).get("kl_per_token"), ".3f"), interval(growth, "+.0%")]))
+            interval((evaluation.get("drift") or {}).get("kl_per_token")),
+            interval(length_growth(evaluation), "+.0%")]))
     columns = ("run", "steps", "seconds", "tokens a second", *(label for _, label in EVALUATION_TABLE), "KL, nats a token",
                "length growth")
     return _without_empty(Table("Final figures, held-out pairs", columns, rows))
 
 
 def _without_empty(table: Table) -> Table:
-    """Without the columns that no row has a value in."""
+    """Drop the columns in which no row has a value."""
     kept = [index for index in range(len(table.columns) - 1)
             if any(row.cells[index].value is not None for row in table.rows)]
     return Table(table.label, (table.columns[0], *(table.columns[index + 1] for index in kept)),
@@ -95,10 +93,6 @@ def _without_empty(table: Table) -> Table:
 
 
 def _told_apart(runs: Sequence[RunRecord]) -> list[RunRecord]:
-    """Runs of the same name go by their places."""
+    """Name runs of equal names by their places."""
     names = [run.name for run in runs]
     return [dataclasses.replace(run, name=run.place) if names.count(run.name) > 1 else run for run in runs]
-
-
-def _plain(value: Any) -> Any:
-    return ", ".join(str(each) for each in value) or "none" if isinstance(value, list) else value

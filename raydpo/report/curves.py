@@ -1,4 +1,4 @@
-"""Metrics over the steps as pictures: thinned, smoothed, and with what a reader under the pointer needs."""
+"""Draws metrics over the steps: thinned, smoothed, and with the values that are shown under the pointer."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from raydpo.pages.plot import PALE, Picture, figure, svg, variable
 __all__ = ["POINTS", "Curve", "curve", "curves_picture", "phases_picture"]
 
 POINTS = 240
-"""Points of a curve at most, whatever the length of the run: about as many as its pixels on a phone."""
+"""Largest number of points of a curve, for runs of any length: about its width in pixels on a phone."""
 SMOOTH_FROM = 40
-"""Points from which on a running mean is drawn over a curve; it spans a twentieth of them."""
+"""Number of points from which a running mean is drawn over a curve. It spans a twentieth of them."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a picture. Each point stands for ``each`` steps: their mean, and the least and the greatest of them.
+    """One line of a picture. Each point stands for ``each`` steps: their mean, their lowest and their highest value.
 
     Attributes:
         steps: the last step of each point, [points].
-        smooth: whether a running mean is drawn over it; points are drawn where not.
+        smooth: draw a running mean over the line; otherwise draw points on it.
     """
 
     name: str
@@ -43,19 +43,13 @@ class Curve:
 
     @property
     def running_mean(self) -> np.ndarray:
-        """Over a twentieth of the points, centred; at the ends over those of them that there are."""
-        half = max(1, len(self.mean) // 40)
-        known = np.isfinite(self.mean)
-        total = np.concatenate([[0.0], np.cumsum(np.where(known, self.mean, 0.0))])
-        count = np.concatenate([[0], np.cumsum(known)])
-        place = np.arange(len(self.mean))
-        first, end = np.maximum(place - half, 0), np.minimum(place + half + 1, len(place))
-        with np.errstate(invalid="ignore"):  # 0 / 0 where none of them is known
-            return (total[end] - total[first]) / (count[end] - count[first])
+        """Running mean over a twentieth of the points, centred; over fewer points at the ends."""
+        width = 2 * max(1, len(self.mean) // 40) + 1
+        return pl.Series(self.mean).fill_nan(None).rolling_mean(width, min_samples=1, center=True).to_numpy()
 
 
 def curve(table: pl.DataFrame, metric: str, name: str, colour: str, *, dashed: bool = False) -> Curve | None:
-    """A metric of a table with a column ``step``, thinned to ``POINTS`` points; None where it is not there."""
+    """Thin a metric of a table with a column ``step`` to ``POINTS`` points; None if the table lacks it."""
     if metric not in table.columns or table[metric].null_count() == table.height:
         return None
     each = -(-table.height // POINTS)
@@ -69,10 +63,10 @@ def curve(table: pl.DataFrame, metric: str, name: str, colour: str, *, dashed: b
 
 def curves_picture(title: str, caption: str, curves: Sequence[Curve | None], ylabel: str, *,
                    ylim: tuple[float, float] | None = None, level: float | None = None, log: bool = False) -> Picture | None:
-    """Curves over one another; None if there are none.
+    """Draw curves over one another; return None if there are none.
 
     Args:
-        level: a value to draw a line at. log: whether the values, if they spread widely, are shown by their logarithm.
+        level: value of a dotted horizontal line. log: use a logarithmic axis if the values spread widely.
     """
     curves = [one for one in curves if one is not None]
     if not curves:
@@ -99,19 +93,19 @@ def curves_picture(title: str, caption: str, curves: Sequence[Curve | None], yla
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
             axes.yaxis.set_minor_formatter(lambda value, _: "")
         drawn = svg(made, title, caption)
-    return Picture(title, drawn, f"{caption} {_drawn_how(curves)}".strip(), _legend(curves), _readout(made, axes, curves))
+    return Picture(title, drawn, f"{caption} {_point_text(curves)}".strip(), _legend(curves), _readout(made, axes, curves))
 
 
 def phases_picture(table: pl.DataFrame, phases: dict[str, str]) -> Picture | None:
-    """Where the seconds of a step went, stacked.
+    """Draw the seconds of each step by phase, stacked.
 
     Args:
-        phases: colours of the phases by their names, from the bottom upwards.
+        phases: colour of each phase, by name, from the bottom upwards.
     """
     curves = [one for name, colour in phases.items() if (one := curve(table, f"time/{name}", name, colour)) is not None]
     if not curves:
         return None
-    title, caption = "Time of a step", "Seconds by what they were spent on, stacked."
+    title, caption = "Time of a step", "Seconds of each phase, stacked."
     with figure(aligned=True) as (made, axes):
         base = np.zeros(len(curves[0].steps))
         for one in curves:
@@ -121,7 +115,7 @@ def phases_picture(table: pl.DataFrame, phases: dict[str, str]) -> Picture | Non
             base = top
         axes.set(xlabel="step", ylabel="seconds")
         _count_steps(axes)
-        # A checkpoint or an evaluation now and then must not press everything else flat.
+        # A rare checkpoint or evaluation must not flatten all other steps.
         axes.set_ylim(0, max(1.6 * float(np.quantile(base, 0.9)), 1e-9))
         drawn = svg(made, title, caption)
     each = curves[0].each
@@ -131,7 +125,7 @@ def phases_picture(table: pl.DataFrame, phases: dict[str, str]) -> Picture | Non
 
 
 def _range(curves: Sequence[Curve], level: float | None) -> tuple[float, float]:
-    """Every mean, and most of what lies behind the means: a single outlier among thousands must not press all else flat."""
+    """Range of the y axis: all means and most values. A single outlier among thousands must not flatten the rest."""
     values = np.concatenate([one.mean for one in curves] + [np.quantile(side[np.isfinite(side)], [0.02, 0.98])
                                                              for one in curves for side in (one.low, one.high)]
                             + ([] if level is None else [np.array([level])]))
@@ -141,7 +135,7 @@ def _range(curves: Sequence[Curve], level: float | None) -> tuple[float, float]:
 
 
 def _count_steps(axes: Axes) -> None:
-    """Whole steps, few enough that ``100,000`` beside ``120,000`` can be read."""
+    """Label whole steps, few enough that labels such as ``100,000`` do not overlap."""
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}")
 
@@ -151,10 +145,10 @@ def _legend(curves: Sequence[Curve]) -> tuple[tuple[str, str, bool], ...]:
 
 
 def _readout(made: Figure, axes: Axes, curves: Sequence[Curve]) -> dict[str, Any]:
-    """What plots.js needs to tell the values under the pointer.
+    """Return the data with which plots.js shows the values under the pointer.
 
-    ``box`` is the left, top, right and bottom of the axes in the units of the SVG, points from its upper left corner;
-    ``xlim`` the steps at left and right; a curve has steps x and values y, null where it has none.
+    ``box``: left, top, right and bottom of the axes, in points from the upper left corner of the SVG. ``xlim``: steps at the
+    left and right edge. ``curves``: steps x and values y, null where a value is missing.
     """
     width, height = made.get_size_inches() * 72
     place = axes.get_position()
@@ -168,6 +162,6 @@ def _rounded(value: float) -> float | None:
     return float(f"{value:.5g}") if np.isfinite(value) else None
 
 
-def _drawn_how(curves: Sequence[Curve]) -> str:
+def _point_text(curves: Sequence[Curve]) -> str:
     each = max(one.each for one in curves)
-    return f"Each point is the mean of {each:,} steps, the band their least and greatest." if each > 1 else ""
+    return f"Each point is the mean of {each:,} steps, the band shows their lowest and highest." if each > 1 else ""

@@ -1,5 +1,5 @@
 "use strict";
-// The slider picks one of the betas that the page was computed for: its curves, bars and figures are shown.
+// The slider selects one of the precomputed betas and shows its curves, bars and figures.
 const slider = document.getElementById("beta");
 const frames = JSON.parse(document.getElementById("frames").textContent);
 const show = () => {

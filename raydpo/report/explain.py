@@ -1,4 +1,4 @@
-"""Where the loss comes from, for newcomers: one page, its pictures computed by the project's own loss."""
+"""A page for newcomers that derives the loss, with pictures computed by the project's own loss."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ __all__ = ["World", "closed_form", "explanation_page", "trained_policy", "write_
 
 BETAS = np.geomspace(0.1, 10.0, 21)
 SHOWN = 10
-"""The beta that the page opens with: 1."""
+"""Index of the beta that the page opens with: 1."""
 MARGINS = np.sinh(np.linspace(-3.2, 3.2, 81))
-"""About -12 to 12 nats, closest around 0, where a large beta turns within a nat."""
+"""About -12 to 12 nats, densest around 0, where the loss of a large beta bends within one nat."""
 LETTERS = "ABCDEF"
 _FLOAT = torch.float64
 
 
 @dataclass(frozen=True)
 class World:
-    """All the answers that there are to one prompt: what they say, their probability under the reference, their reward."""
+    """All possible answers to one prompt: their texts, their probabilities under the reference, their rewards."""
 
     answers: tuple[str, ...]
     reference: np.ndarray
@@ -42,24 +42,24 @@ WORLD = World(
 
 
 def closed_form(world: World, beta: float) -> np.ndarray:
-    """The policy of most reward less beta times KL: ``ref * exp(r / beta) / Z`` (arXiv 2305.18290, eq. 4), [answers]."""
+    """Compute the policy of highest reward - beta * KL: ``ref * exp(r / beta) / Z`` (arXiv 2305.18290, eq. 4), [answers]."""
     logits = np.log(world.reference) + world.rewards / beta
     weights = np.exp(logits - logits.max())
     return weights / weights.sum()
 
 
 def trained_policy(world: World, beta: float) -> np.ndarray:
-    """The policy that the project's ``sigmoid`` loss ends at, [answers].
+    """Train a policy with the project's ``sigmoid`` loss and return its probabilities, [answers].
 
-    It sees every two answers, each the chosen one as often as Bradley and Terry say of their rewards. Neither the rewards
-    nor Z enter the loss.
+    It sees all pairs of answers; how often an answer is chosen follows from the rewards by Bradley and Terry. Neither
+    rewards nor Z enter the loss.
     """
     count = len(world.answers)
     chosen, rejected = (torch.from_numpy(side) for side in np.nonzero(~np.eye(count, dtype=bool)))
     rewards, reference = torch.from_numpy(world.rewards), torch.from_numpy(world.reference).log()
     often = torch.sigmoid(rewards[chosen] - rewards[rejected])
     tokens = torch.ones(len(chosen), dtype=_FLOAT)
-    # In units of 1 / beta the surface is as steep for every beta.
+    # In units of 1 / beta the loss surface is equally steep for every beta.
     moved = torch.zeros(count, dtype=_FLOAT, requires_grad=True)
     optimizer = torch.optim.LBFGS([moved], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-16,
                                   line_search_fn="strong_wolfe")
@@ -77,7 +77,7 @@ def trained_policy(world: World, beta: float) -> np.ndarray:
 
 
 def explanation_page() -> str:
-    """The page."""
+    """Render the page."""
     policies = np.stack([closed_form(WORLD, beta) for beta in BETAS])
     trained = np.stack([trained_policy(WORLD, beta) for beta in BETAS])
     rewards = policies @ WORLD.rewards
@@ -100,8 +100,8 @@ def write_explanation(out: Path) -> None:
 
 def _policies(policies: np.ndarray, trained: np.ndarray) -> Picture:
     title = "What the policy answers"
-    caption = ("Bars: the closed form at this beta. Crosses: where training with raydpo's loss on preferences alone has "
-               "ended. Outlined: the reference.")
+    caption = ("Bars: the closed form at this beta. Crosses: the result of training with raydpo's loss on preferences "
+               "alone. Outlined: the reference.")
     count = policies.shape[1]
     edges = np.concatenate([[index - 0.36, index + 0.36] for index in range(count)])
     with figure(aligned=True) as (made, axes):
@@ -117,14 +117,14 @@ def _policies(policies: np.ndarray, trained: np.ndarray) -> Picture:
 
 
 def _with_gaps(values: np.ndarray) -> np.ndarray:
-    """Bars with nothing between them."""
+    """Interleave zeros, so that there are gaps between the bars."""
     return np.stack([values, np.zeros_like(values)], 1).ravel()[:-1]
 
 
 def _trade(rewards: np.ndarray, drifts: np.ndarray) -> Picture:
     title = "What beta trades"
-    caption = ("Each beta is a point on this line: more reward for more drift. The same picture, measured, is on the page "
-               "of a sweep.")
+    caption = ("Each beta is a point on this line: more reward costs more drift. The page of a sweep shows the same "
+               "picture, measured.")
     with figure(aligned=True) as (made, axes):
         axes.plot(drifts, rewards, color=PALE, linewidth=1.6)
         for number, place in enumerate(zip(drifts, rewards, strict=True)):
@@ -134,7 +134,7 @@ def _trade(rewards: np.ndarray, drifts: np.ndarray) -> Picture:
 
 
 def _losses(margin: np.ndarray, beta: float) -> tuple[np.ndarray, np.ndarray]:
-    """The loss at margins in nats, and its slope, by the project's loss and its gradient."""
+    """Compute the project's loss and its slope at margins in nats."""
     chosen = torch.from_numpy(margin).requires_grad_()
     zero, one = torch.zeros_like(chosen), torch.ones_like(chosen)
     losses = preference_loss("sigmoid", PairLogps(chosen, zero, zero, zero, one, one), beta=beta).losses
@@ -143,14 +143,14 @@ def _losses(margin: np.ndarray, beta: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _loss() -> Picture:
-    caption = ("At margin 0, where training begins, it is ln 2 for every beta (dotted). Pale: the smallest and the largest "
-               "beta here.")
+    caption = ("At margin 0, where training begins, the loss is ln 2 for every beta (dotted). Pale: the smallest and the "
+               "largest beta.")
     return _of_margin("The loss", caption, "loss", lambda beta: _losses(MARGINS, beta)[0], (0.0, 4.0), np.log(2.0))
 
 
 def _pull() -> Picture:
-    caption = ("The slope of the loss: how hard a pair is pulled apart. A large beta lets go soon, once beta times the "
-               "margin is a few units; a small one pulls gently and for long, so the policy goes far.")
+    caption = ("The slope of the loss: how strongly a pair is pulled apart. With a large beta the pull ends early, once "
+               "beta times the margin is a few units. With a small one it lasts, so the policy moves far.")
     return _of_margin("The pull on a pair", caption, "pull / beta", lambda beta: -_losses(MARGINS, beta)[1] / beta,
                       (0.0, 1.05), 0.5)
 

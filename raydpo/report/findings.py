@@ -1,63 +1,50 @@
-"""What someone who knows DPO's faults would say of a run, from its records alone: what was found, and what to do."""
+"""Finds known faults of DPO in the records of a run, and says what to do about them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import polars as pl
 
-from raydpo.audit.advice import length_normalised
-from raydpo.config import LOSSES
 from raydpo.evaluation.interval import share
+from raydpo.pages.finding import Finding
 from raydpo.report.records import RunRecord
 from raydpo.training.watch import COLLAPSE, LAG, SPIKE_DEVIATIONS, WINDOW
 
-__all__ = ["Finding", "findings"]
+__all__ = ["findings"]
 
 FELL = 0.5
-"""Share of held-out pairs whose chosen answer became less likely, from which on it is worth a line."""
+"""Share of held-out pairs whose chosen answer became less likely, above which it is reported."""
 LENGTH_CORRELATION = 0.3
-"""Of the margin with the length difference: 9 % of the variance of the margins is then told by length alone."""
+"""Correlation of margin and length difference, from which it is reported: length explains 9 % of the margins' variance."""
 CHECKPOINT_SHARE = 0.05
 EVALUATION_SHARE = 0.25
 WAIT_SHARE = 0.1
-"""Shares of the time from which on checkpoints, evaluations, waiting for data or for another rank are worth a line."""
+"""Shares of the time above which checkpoints, evaluations, and waiting for data or for other ranks are reported."""
 MEMORISED = 0.15
-"""Accuracy on training pairs above that on held-out ones."""
+"""Difference of the accuracy on training pairs and on held-out pairs, above which it is reported."""
 LOSS_ROSE = 0.02
-"""Share by which the held-out loss ended above its least."""
+"""Share by which the last held-out loss may be above the lowest one."""
 LENGTH_GROWTH = 0.15
-"""Growth of the answers' length whose interval lies above this. Park et al. (arXiv 2403.19159) show DPO growing answers
-without growing their quality."""
+"""Growth of the answers' length that is reported if its interval is above this. Under DPO answers grow longer without
+becoming better (Park et al., arXiv 2403.19159)."""
 CALIBRATION = 0.1
-"""Expected calibration error: confidence and accuracy differ by so much on average, and by more than chance."""
-
-
+"""Expected calibration error above which it is reported, if chance does not explain it."""
 TIMES = (
     ("checkpoint", CHECKPOINT_SHARE, "Checkpoints take long",
      "Make fewer: train.checkpoint_every or train.checkpoint_minutes."),
     ("evaluation", EVALUATION_SHARE, "Evaluations take long", "Make fewer (train.eval_every), or hold out fewer pairs."),
     ("data", WAIT_SHARE, "Workers wait for data",
-     "Micro-batches are laid out beside the training by one thread; give each worker more CPUs."),
+     "One thread of each worker prepares micro-batches; give each worker more CPUs."),
     ("wait", WAIT_SHARE, "Workers wait for one another",
-     "The work of a step is not even. 'raydpo plan' tells how even it can be; more pairs a step help."),
+     "Ranks have unequal work in a step. 'raydpo plan' shows how equal it can be; more pairs a step help."),
 )
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One thing to look at: what was found, and why it matters or what to do."""
-
-    title: str
-    found: str
-    why: str
-
-
 def findings(run: RunRecord) -> list[Finding]:
-    """The most important first; empty if nothing stands out."""
+    """Return what stands out, the most important first."""
     return [*_policy(run), *_held_out(run), *_evaluation(run), *_steps(run), *_time(run)]
 
 
@@ -68,15 +55,15 @@ def _policy(run: RunRecord) -> Iterator[Finding]:
             "The chosen answers have collapsed",
             f"Over the last {min(WINDOW, run.done)} steps the policy gives the tokens of the chosen answers "
             f"{math.exp(drift):.2g} of the probability that the reference gives them ({drift:.2f} nats a token).",
-            "DPO only pushes the two sides apart, and both may fall. Raise train.beta, lower train.lr, or train fewer "
-            "steps.")
+            "DPO only increases the difference of the two sides, and both may fall. Raise train.beta, lower train.lr, or "
+            "train fewer steps.")
     fell = run.held_out("logps/chosen_fell")[1]
     if fell is not None and fell > FELL:
         yield Finding(
             "Chosen answers became less likely",
             f"In {fell:.0%} of the held-out pairs the chosen answer is less likely than under the reference.",
-            "The margin grows because the rejected answers fall faster. That is usual for DPO, and a fault where answers "
-            "get worse: read the samples, and compare with a larger train.beta or a lower train.lr.")
+            "The margin grows because the rejected answers fall faster. That is usual for DPO, and a fault only if the "
+            "answers get worse: read the samples, and compare with a larger train.beta or a lower train.lr.")
     correlation = run.held_out("length/margin_correlation")[1]
     where = "held-out"
     if correlation is None:
@@ -86,24 +73,18 @@ def _policy(run: RunRecord) -> Iterator[Finding]:
         yield Finding(
             "The margin follows length",
             f"Over {where} pairs the margin correlates with the difference in length at {correlation:+.2f}: the policy "
-            f"prefers what is {kind}, which tells {correlation**2:.0%} of the variance of the margins.",
-            "Length is the cheapest thing to learn. 'raydpo audit' says how much of it is in the data"
-            + ("." if _per_token(run.setting("train.loss")) else f"; {_normalised(run)} takes it out of the loss."))
-
-
-def _per_token(loss: Any) -> bool:
-    """Whether a loss compares means over tokens already, so that its beta is of these."""
-    return isinstance(loss, str) and loss in LOSSES and LOSSES[loss].per_token
+            f"prefers {kind} answers, which explains {correlation**2:.0%} of the variance of the margins.",
+            "Length is the easiest thing to learn. 'raydpo audit' shows how much of it is in the data"
+            + ("." if run.objective and run.objective.per_token else f"; {_normalised(run)} takes it out of the loss."))
 
 
 def _normalised(run: RunRecord) -> str:
-    """The settings of the loss per token, whose beta is another one."""
-    beta = run.setting("train.beta")
+    """Return the settings of the loss per token, with its own beta."""
     lengths = [value for side in ("chosen", "rejected") if (value := run.held_out(f"length/{side}")[1]
                                                             or _recent(run.steps, f"length/{side}")) is not None]
-    if beta is None or not lengths:
+    if run.objective is None or not lengths:
         return "train.loss=sigmoid_norm, with train.beta times the mean length of an answer,"
-    return f"train.loss=sigmoid_norm train.beta={length_normalised(beta, sum(lengths) / len(lengths))}"
+    return f"train.loss=sigmoid_norm train.beta={run.objective.beta_per_token(sum(lengths) / len(lengths))}"
 
 
 def _held_out(run: RunRecord) -> Iterator[Finding]:
@@ -112,7 +93,7 @@ def _held_out(run: RunRecord) -> Iterator[Finding]:
     accuracy = run.held_out("rewards/accuracies")[1]
     pairs = run.held_out("pairs")[1] or (run.summary or {}).get("held_out_pairs")
     if accuracy is not None and pairs and run.evals["step"][-1] > 0:
-        # Older runs do not tell how many of their pairs are independent: all of them, so far as is known.
+        # Older runs do not store how many of their pairs are independent.
         count = run.held_out("effective_pairs")[1] or pairs
         within = share(accuracy * count, count)
         said = (f"The held-out accuracy is {accuracy:.3f} of {pairs:,.0f} pairs (95 % interval from {within['low']:.3f} to "
@@ -120,8 +101,8 @@ def _held_out(run: RunRecord) -> Iterator[Finding]:
         if within["high"] < 0.5:
             yield Finding(
                 "Ranks held-out pairs the wrong way round", said,
-                "Chosen and rejected are most likely swapped, in the training pairs or in the held-out ones: look at both "
-                "with 'raydpo show', and at data.train.columns and data.eval.columns.")
+                "Chosen and rejected are most likely swapped in the training pairs or in the held-out pairs. Look at both "
+                "with 'raydpo show', and check data.train.columns and data.eval.columns.")
         elif within["low"] <= 0.5:
             yield Finding(
                 "Not yet better than a coin", said,
@@ -132,7 +113,7 @@ def _held_out(run: RunRecord) -> Iterator[Finding]:
                 "Better on training pairs than on others",
                 f"Over the last {min(WINDOW, run.done)} steps the accuracy was {training:.3f} on training pairs, and is "
                 f"{accuracy:.3f} on held-out ones.",
-                "The policy remembers pairs. Train fewer epochs, raise train.beta, or add data.")
+                "The policy memorises pairs. Train fewer epochs, raise train.beta, or add data.")
     losses = run.evals.select("step", "loss").drop_nulls()
     if losses.height > 2:
         best = losses.row(int(losses["loss"].arg_min()), named=True)
@@ -140,7 +121,7 @@ def _held_out(run: RunRecord) -> Iterator[Finding]:
         if last["loss"] > best["loss"] + LOSS_ROSE * abs(best["loss"]):
             yield Finding(
                 "The held-out loss has risen again",
-                f"It was least at step {best['step']:,} ({best['loss']:.4f}) and ended at {last['loss']:.4f}.",
+                f"It was lowest at step {best['step']:,} ({best['loss']:.4f}) and ended at {last['loss']:.4f}.",
                 "Train fewer steps, or keep the best checkpoint: train.keep_best=eval_loss.")
 
 
@@ -152,26 +133,26 @@ def _evaluation(run: RunRecord) -> Iterator[Finding]:
         if growth["low"] is not None and growth["low"] > LENGTH_GROWTH:
             yield Finding(
                 "Answers have grown longer",
-                f"{mode.capitalize()} answers have {growth['value']:+.0%} tokens against the reference's (95 % interval "
-                f"from {growth['low']:+.0%}).",
-                f"Judges and people prefer longer answers to better ones. {_at_equal_length(evaluation.get('wins'), mode)}")
+                f"{mode.capitalize()} answers have {growth['value']:.0%} more tokens than the reference's (95 % interval "
+                f"from {growth['low']:.0%}).",
+                f"Judges and people tend to prefer longer answers. {_at_equal_length(evaluation.get('wins'), mode)}")
             break
     total = (evaluation.get("preferences") or {}).get("total") or {}
     error, chance = total.get("calibration_error"), total.get("calibration_chance")
     if error is not None and chance is not None and error > max(CALIBRATION, chance):
         yield Finding(
             "The rewards are not calibrated",
-            f"How sure the rewards are of the answer they prefer, and how often that is right, differ by {error:.2f} on "
-            f"average. Of rewards that are calibrated, as many pairs would show up to {chance:.2f} by chance.",
-            "sigmoid(margin) is then no probability of being preferred; ranking may be right all the same.")
+            f"The confidence of the rewards and the share of pairs that they rank right differ by {error:.2f} on average. "
+            f"For calibrated rewards and as many pairs, chance alone gives up to {chance:.2f}.",
+            "sigmoid(margin) is then not the probability of being preferred. The ranking can still be right.")
 
 
 def _at_equal_length(wins: list[dict[str, Any]] | None, mode: str) -> str:
-    """What is known of wins that length did not win."""
+    """Tell the win rates at equal length, or how to measure them."""
     told = [f"{each['equal_length']['value']:.0%} by {each['judge']}" for each in wins or ()
             if each["mode"] == mode and (each.get("equal_length") or {}).get("value") is not None]
     if told:
-        return f"The win rate of answers of equal length is estimated as {', '.join(told)}."
+        return f"The estimated win rate at equal length is {', '.join(told)}."
     return "With evaluate.judge, reward_model or score_with, 'raydpo eval' also estimates the win rate at equal length."
 
 
@@ -181,16 +162,16 @@ def _steps(run: RunRecord) -> Iterator[Finding]:
         first = steps.filter(pl.col("skipped") > 0)["step"][0]
         yield Finding(
             "Steps were skipped",
-            f"{skipped:,} of {run.done:,} steps, the first of them step {first:,}, had a loss or gradient that is not "
-            "finite, and were not taken.",
-            "What the run printed names their pairs. Lower train.lr, or look at the pairs with 'raydpo show'.")
+            f"{skipped:,} of {run.done:,} steps, the first of them step {first:,}, had a loss or gradient that was not "
+            "finite.",
+            "The output of the run names their pairs. Lower train.lr, or look at the pairs with 'raydpo show'.")
     spike = _spike(steps)
     if spike is not None:
         yield Finding(
             "The loss has spiked",
             f"The loss of step {spike['step']:,} is {spike['loss']:.4f}, the {WINDOW} steps before it had "
             f"{spike['usual']:.4f} on average.",
-            "If it stayed up, lower train.lr or train.clip, or look for outliers in the data with 'raydpo audit'.")
+            "If it stayed high, lower train.lr or train.clip, or look for outliers in the data with 'raydpo audit'.")
     if "slowest_rank" in steps.columns and steps.height >= WINDOW:
         last = steps.tail(WINDOW).drop_nulls(["slowest_rank"])
         lag = last["slowest_lag"].median() if last.height else None
@@ -199,11 +180,11 @@ def _steps(run: RunRecord) -> Iterator[Finding]:
                 "One worker is slow",
                 f"Rank {last['slowest_rank'][0]:.0f} has been the slowest of the last {WINDOW} steps, by {lag:.0%} over the "
                 "median rank; all others wait for it.",
-                "Look at its node: another job, a throttled device, a slower link.")
+                "Check its node for another job, a throttled device or a slow network link.")
 
 
 def _spike(steps: pl.DataFrame) -> dict[str, Any] | None:
-    """The first step that ``training.watch`` would have called a spike."""
+    """Return the first step that ``training.watch`` counts as a spike."""
     if "loss" not in steps.columns:
         return None
     known = steps.select("step", "loss").drop_nulls()
@@ -223,15 +204,14 @@ def _time(run: RunRecord) -> Iterator[Finding]:
         return
     shares = {name: run.steps[f"time/{name}"].sum() / total for name in ("checkpoint", "evaluation", "data", "wait")
               if f"time/{name}" in run.steps.columns}
-    if summary.get("checkpoint_seconds"):  # the last checkpoint comes after the last recorded step
+    if summary.get("checkpoint_seconds"):  # includes the last checkpoint, after the last recorded step
         later = max(0.0, summary["checkpoint_seconds"] - shares.get("checkpoint", 0.0) * total)
         shares["checkpoint"] = summary["checkpoint_seconds"] / (total + later)
     for name, limit, title, why in TIMES:
-        share = shares.get(name, 0.0)
-        if share > limit:
-            yield Finding(title, f"{share:.0%} of the training's time.", why)
+        if shares.get(name, 0.0) > limit:
+            yield Finding(title, f"{shares[name]:.0%} of the training's time.", why)
 
 
 def _recent(steps: pl.DataFrame, metric: str) -> float | None:
-    """Mean over the last ``WINDOW`` steps."""
+    """Mean of a metric over the last ``WINDOW`` steps."""
     return None if metric not in steps.columns else steps[metric].tail(WINDOW).mean()

@@ -1,4 +1,4 @@
-"""What run and sweep directories hold, whatever of it is there: a run may still be going, or have nothing held out."""
+"""Reads run and sweep directories. Files may be missing: a run may be unfinished, or hold nothing out."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ import polars as pl
 import yaml
 
 from raydpo.config import ObjectiveConfig
+from raydpo.config.uri import redacted
 from raydpo.errors import ConfigError, RaydpoError
-from raydpo.storage import Storage, redact
+from raydpo.storage import Storage
 from raydpo.sweep.trials import FILE as SWEEP_FILE
 
-__all__ = ["RunRecord", "SweepRecord", "Trial", "is_sweep", "leaves"]
+__all__ = ["RunRecord", "SweepRecord", "Trial", "is_sweep", "leaves", "length_growth"]
 
 T = TypeVar("T")
 RUN_FILES = ("config.yaml", "run.json", "metrics.parquet", "eval.parquet", "summary.json", "evaluation.json")
@@ -26,14 +27,14 @@ RUN_FILES = ("config.yaml", "run.json", "metrics.parquet", "eval.parquet", "summ
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run directory. What it does not hold is empty or None.
+    """The content of a run directory. What is missing there is empty or None.
 
     Attributes:
         place: local path or URI, without secrets.
         config: the resolved configuration, without secrets; {} if there is none.
-        steps: metrics.parquet, a row a step. evals: eval.parquet, a row an evaluation, names without ``eval_``.
-        summary: summary.json, which only a finished run has. evaluation: evaluation.json, what ``raydpo eval`` found.
-        held_out_digest: of the held-out pairs that it is measured on; None where none are held out, or it is not known.
+        steps: metrics.parquet, one row a step. evals: eval.parquet, one row an evaluation, names without ``eval_``.
+        summary: summary.json, which only a finished run has. evaluation: evaluation.json, the result of ``raydpo eval``.
+        held_out_digest: digest of the held-out pairs; None if none are held out, or if it is not known.
     """
 
     place: str
@@ -50,7 +51,7 @@ class RunRecord:
         """Read a run directory.
 
         Raises:
-            ConfigError: if it is none.
+            ConfigError: if it is not a run directory.
             RaydpoError: if one of its files is damaged, naming it.
         """
         if not any(storage.exists(name) for name in RUN_FILES):
@@ -61,40 +62,39 @@ class RunRecord:
         config = _read(storage, "config.yaml", yaml.safe_load) or {}
         evals = _table(storage, "eval.parquet")
         name = config.get("name") or str(storage).rstrip("/").rsplit("/", 1)[-1]
-        return cls(str(storage), str(name), _without_secrets(config), _table(storage, "metrics.parquet"),
+        return cls(str(storage), str(name), redacted(config), _table(storage, "metrics.parquet"),
                    evals.rename({column: column.removeprefix("eval_") for column in evals.columns}),
                    _read(storage, "summary.json", json.loads), _read(storage, "evaluation.json", json.loads),
                    (_read(storage, "run.json", json.loads) or {}).get("held_out"))
 
     @property
     def done(self) -> int:
-        """Steps that are recorded."""
+        """Number of recorded steps."""
         return int(self.steps["step"][-1]) if self.steps.height else 0
 
     @property
     def sources(self) -> list[str]:
-        """Names of the sources that held-out or training metrics are split by; none where there is one source."""
+        """Names of the sources that metrics are split by; empty if there is one source."""
         names = dict.fromkeys(column.removesuffix("/rewards/accuracies") for table in (self.evals, self.steps)
                               for column in table.columns if column.endswith("/rewards/accuracies"))
         return list(names)
 
     def held_out(self, name: str) -> tuple[float | None, float | None]:
-        """A held-out metric at the first evaluation and at the last."""
+        """Return a held-out metric at the first and at the last evaluation."""
         if name not in self.evals.columns or not self.evals.height:
             return None, None
         return self.evals[name][0], self.evals[name][-1]
 
     def setting(self, key: str) -> Any:
-        """The value of a key such as ``train.beta``, None where it is not set."""
+        """Return the value of a key such as ``train.beta``, None if it is not set."""
         tree: Any = self.config
         for part in key.split("."):
             tree = tree.get(part) if isinstance(tree, dict) else None
         return tree
 
-
     @property
     def objective(self) -> ObjectiveConfig | None:
-        """The objective that was trained; None where that is not known, or not to this version of raydpo."""
+        """The objective that was trained; None if it is unknown, or unknown to this version of raydpo."""
         train = self.config.get("train") or {}
         try:
             return ObjectiveConfig(**{key: train[key] for key in ObjectiveConfig.model_fields if key in train}) if train \
@@ -105,7 +105,7 @@ class RunRecord:
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of a sweep: its entry in sweep.json, and its run directory, None if that is not there (yet)."""
+    """One run of a sweep: its entry in sweep.json and its run directory, None if there is none yet."""
 
     name: str
     settings: dict[str, Any]
@@ -119,7 +119,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class SweepRecord:
-    """A sweep directory. ``cache``: uri, identity and hit rates, {} where it is not said."""
+    """The content of a sweep directory. ``cache``: uri, identity and hit rates; may be empty."""
 
     place: str
     name: str
@@ -138,19 +138,19 @@ class SweepRecord:
         try:
             trials = [_trial(storage, entry) for entry in tree["trials"]]
             return cls(str(storage), str(tree["name"]), list(tree.get("parameters") or ()),
-                       _without_secrets(tree.get("cache") or {}), trials)
+                       redacted(tree.get("cache") or {}), trials)
         except (KeyError, TypeError, AttributeError) as error:
-            raise RaydpoError(f"{storage}/{SWEEP_FILE} is no record of a sweep ({type(error).__name__}: {error}); "
-                              "'raydpo sweep' writes it again") from None
+            raise RaydpoError(f"{storage}/{SWEEP_FILE} is not a record of a sweep ({type(error).__name__}: {error}); "
+                              "run 'raydpo sweep' to write it again") from None
 
 
 def is_sweep(storage: Storage) -> bool:
-    """Whether the directory is a sweep's."""
+    """Whether the directory holds a sweep."""
     return storage.exists(SWEEP_FILE)
 
 
 def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of a nested configuration by their keys, such as ``train.beta``; ``data.train.0.path`` in a list."""
+    """Flatten a nested configuration to keys such as ``train.beta``, or ``data.train.0.path`` inside a list."""
     found: dict[str, Any] = {}
     for name, below in tree.items():
         if isinstance(below, list) and below and isinstance(below[0], dict):
@@ -159,14 +159,20 @@ def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def length_growth(evaluation: dict[str, Any]) -> dict[str, float | None] | None:
+    """Return the growth of the answers' length from an evaluation: of sampled answers, or else of greedy ones."""
+    modes = (evaluation.get("generation") or {}).get("modes") or {}
+    return next((modes[mode]["length_growth"] for mode in ("sampled", "greedy") if modes.get(mode)), None)
+
+
 def _trial(sweep: Storage, entry: dict[str, Any]) -> Trial:
-    """The sweep's own directory comes first: it may have been moved since."""
+    """Read a trial. The place below the sweep directory comes first: the sweep may have been moved."""
     run = None
     for place in (f"{sweep.uri.rstrip('/')}/{entry['name']}", entry.get("run_dir")):
         if place and run is None:
             try:
                 run = dataclasses.replace(RunRecord.read(Storage(place)), name=str(entry["name"]))
-            except ConfigError:  # a trial that waits has no directory
+            except ConfigError:  # a waiting trial has no directory
                 continue
     scores = {name.removeprefix("eval_"): value for name, value in (entry.get("eval") or {}).items()
               if value is not None and math.isfinite(value)}
@@ -180,8 +186,8 @@ def _read(storage: Storage, name: str, parse: Callable[[bytes], T]) -> T | None:
     try:
         return parse(storage.read(name))
     except (ValueError, yaml.YAMLError, pl.exceptions.PolarsError) as error:
-        raise RaydpoError(f"{storage}/{name} cannot be read ({' '.join(str(error).split())[:200]}); set it aside, and the "
-                          "page is made without it") from None
+        raise RaydpoError(f"{storage}/{name} cannot be read ({' '.join(str(error).split())[:200]}); move it away to make "
+                          "the page without it") from None
 
 
 def _table(storage: Storage, name: str) -> pl.DataFrame:
@@ -189,12 +195,4 @@ def _table(storage: Storage, name: str) -> pl.DataFrame:
     if table is None:
         return pl.DataFrame({"step": []}, schema={"step": pl.Int64})
     floats = pl.col(pl.Float64)
-    return table.with_columns(pl.when(floats.is_finite()).then(floats))  # a step that was not taken has no loss to draw
-
-
-def _without_secrets(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_secrets(below) for key, below in value.items()}
-    if isinstance(value, list):
-        return [_without_secrets(below) for below in value]
-    return redact(value) if isinstance(value, str) else value
+    return table.with_columns(pl.when(floats.is_finite()).then(floats))  # a skipped step has no finite loss

@@ -1,4 +1,4 @@
-"""The page of one run: how it went, what it made of the policy, what to look at."""
+"""The page of one run: its course, the policy it trained, and what to look at."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import yaml
 
 import raydpo
 from raydpo.pages.page import render
-from raydpo.pages.plot import BAD, GOOD, INK, PALE, SERIES, Picture
-from raydpo.report.curves import curve, curves_picture, phases_picture
+from raydpo.pages.plot import BAD, GOOD, PALE, SERIES, Picture
+from raydpo.report.curves import Curve, curve, curves_picture, phases_picture
 from raydpo.report.evaluation import evaluation_part, shown_samples
 from raydpo.report.findings import findings
 from raydpo.report.records import RunRecord
-from raydpo.report.tables import Cell, Row, Table, duration, number, setting, share
+from raydpo.report.tables import Cell, Row, Table, duration, number, setting
 from raydpo.training.report import EVALUATION_TABLE
 
 __all__ = ["run_page", "status_of"]
@@ -21,10 +21,33 @@ __all__ = ["run_page", "status_of"]
 PHASES = {"forward": SERIES[0], "backward": SERIES[5], "optimizer": SERIES[2], "data": SERIES[4], "wait": SERIES[1],
           "checkpoint": SERIES[3], "evaluation": SERIES[6], "other": PALE}
 SCRIPTS = ("pages/plots.js", "pages/tables.js")
+CURVES: tuple[tuple[str, str, str, dict[str, Any], str], ...] = (
+    ("Loss", "loss", "loss", {}, "Compare it only between runs with the same loss and beta."),
+    ("Accuracy", "rewards/accuracies", "accuracy", {"level": 0.5},
+     "Share of pairs whose chosen answer has the higher reward; a tie counts one half."),
+    ("Margin", "rewards/margins", "reward margin", {"level": 0.0},
+     "Reward of the chosen answer minus reward of the rejected one."),
+    ("Rewards", "rewards/{}", "reward", {"level": 0.0},
+     "beta times the change of each side's log-prob against the reference. Where both fall, the chosen answers become less "
+     "likely while the margin grows."),
+    ("Drift", "logratio/{}_per_token", "nats a token", {"level": 0.0},
+     "Change of the log-prob per token against the reference."),
+    ("Log-probs", "logps/{}", "nats", {}, "Sums over an answer. Training steps vary with the lengths of their answers."),
+    ("Chosen fell", "logps/chosen_fell", "share of pairs", {"ylim": (-0.02, 1.02)},
+     "Share of pairs whose chosen answer is less likely than under the reference."),
+    ("Margin and length", "length/margin_correlation", "correlation", {"level": 0.0},
+     "Correlation of the margin with the difference in length. Near 1 the policy prefers the longer answer, near -1 the "
+     "shorter one."),
+    ("Lengths", "length/{}", "tokens", {}, "Lengths of the answers in the data."),
+    ("Learning rate", "learning_rate", "learning rate", {}, "As scheduled, by step."),
+    ("Speed", "tokens_per_second", "tokens a second", {},
+     "Prompts count once a pair; checkpoints and evaluations are not included."),
+)
+"""(title, metric, label of the y axis, options of ``curves_picture``, caption) of each picture of a run."""
 
 
 def run_page(run: RunRecord) -> str:
-    """The page. What is not there, since the run still goes on or has nothing held out, is said in its place."""
+    """Render the page. Where something is missing, because the run is unfinished or holds nothing out, the page says so."""
     summary = run.summary or {}
     part = evaluation_part(run.evaluation) if run.evaluation else None
     return render("report/run.html", scripts=SCRIPTS, run=run, version=raydpo.__version__, status=status_of(run),
@@ -39,24 +62,25 @@ def _settings(run: RunRecord) -> str | None:
 
 
 def status_of(run: RunRecord) -> str:
-    """In words, how far the run is."""
+    """Describe in words how far the run is."""
     if run.summary is not None:
         return f"Finished after {run.summary['steps']:,} steps."
     if not run.steps.height:
-        return "No step has been recorded yet: the run is still starting, or stopped before its first checkpoint."
+        return "No step has been recorded yet: the run is starting, or it stopped before its first checkpoint."
     wanted = run.setting("train.steps")
     where = f" of {wanted:,} are recorded" if wanted else " are recorded"
     if not wanted and "epoch" in run.steps.columns:
         where += f", epoch {run.steps['epoch'][-1]:.2f} of {run.setting('train.epochs') or 1}"
-    return (f"Not finished: {run.done:,} steps{where}. It is still going, or was stopped; the same command continues it. "
-            "Records are written with each checkpoint.")
+    return (f"Not finished: {run.done:,} steps{where}. The run is in progress or was stopped; the same command continues "
+            "it. Records are written with each checkpoint.")
 
 
 def _facts(run: RunRecord) -> list[tuple[str, str]]:
     summary = run.summary or {}
     steps = run.steps
     lora = run.setting("model.lora")
-    facts = [("model", _last(run.setting("model.path"))),
+    path = run.setting("model.path")
+    facts = [("model", path and path.rstrip("/").rsplit("/", 1)[-1]),
              ("what trains", "an adapter" if run.setting("model.adapter") else
               f"LoRA, r {lora['r']}" if lora else "all weights" if run.config else None),
              *((name, setting(f"train.{name}", value).text) for name in ("loss", "beta")
@@ -75,51 +99,27 @@ def _facts(run: RunRecord) -> list[tuple[str, str]]:
 
 
 def _curves(run: RunRecord) -> list[Picture]:
-    def both(metric: str) -> list[Any]:
-        """Of training and held-out pairs."""
-        return [curve(run.steps, metric, "training", GOOD), curve(run.evals, metric, "held out", BAD, dashed=True)]
-
-    def sides(metric: str) -> list[Any]:
-        """Of the chosen and the rejected answers."""
+    def curves(metric: str) -> list[Curve | None]:
+        """Curves of training and held-out pairs; with ``{}`` in the metric, of chosen and rejected answers."""
+        if "{}" not in metric:
+            return [curve(run.steps, metric, "training", GOOD), curve(run.evals, metric, "held out", BAD, dashed=True)]
         return [curve(table, metric.format(side), f"{side}{kind}", colour, dashed=bool(kind))
                 for table, kind in ((run.steps, ""), (run.evals, ", held out"))
                 for side, colour in (("chosen", GOOD), ("rejected", BAD))]
 
-    pictures = [
-        curves_picture("Loss", "Of training and held-out pairs. Only runs of the same loss and beta compare by it.",
-                       both("loss"), "loss"),
-        curves_picture("Accuracy", "Share of pairs whose implicit reward prefers the chosen answer; a tie counts one half.",
-                       both("rewards/accuracies"), "accuracy", level=0.5),
-        curves_picture("Margin", "Reward of the chosen answer less that of the rejected one.", both("rewards/margins"),
-                       "reward margin", level=0.0),
-        curves_picture("Rewards", "beta times how far each side's log-prob has moved from the reference's. If both fall, "
-                       "the margin grows at the price of the chosen answers.", sides("rewards/{}"), "reward", level=0.0),
-        curves_picture("Drift", "Change of the log-prob of a token against the reference, chosen and rejected answers.",
-                       sides("logratio/{}_per_token"), "nats a token", level=0.0),
-        curves_picture("Log-probs", "Summed over an answer; training steps vary with the lengths of their answers.",
-                       sides("logps/{}"), "nats"),
-        curves_picture("Chosen fell", "Share of pairs whose chosen answer is less likely than under the reference.",
-                       both("logps/chosen_fell"), "share of pairs", ylim=(-0.02, 1.02)),
-        curves_picture("Margin and length", "Correlation of the margin with the difference in length. Near 1 the policy "
-                       "just prefers what is longer, near -1 what is shorter.", both("length/margin_correlation"),
-                       "correlation", level=0.0),
-        curves_picture("Lengths", "Of the answers in the data, tokens.", sides("length/{}"), "tokens"),
-        curves_picture("Gradient norm", _clipping(run), [curve(run.steps, "grad_norm", "gradient norm", GOOD)], "norm",
-                       level=run.setting("train.clip"), log=True),
-        curves_picture("Learning rate", "As scheduled.", [curve(run.steps, "learning_rate", "learning rate", INK)],
-                       "learning rate"),
-        curves_picture("Speed", "Tokens a second, prompts counted once a pair; without checkpoints and evaluations.",
-                       [curve(run.steps, "tokens_per_second", "tokens a second", GOOD)], "tokens a second"),
-    ]
+    pictures = [curves_picture(title, caption, curves(metric), ylabel, **options)
+                for title, metric, ylabel, options, caption in CURVES]
+    pictures.append(curves_picture("Gradient norm", _clipping(run), curves("grad_norm"), "norm",
+                                   level=run.setting("train.clip"), log=True))
     return [picture for picture in pictures if picture is not None]
 
 
 def _clipping(run: RunRecord) -> str:
     clip = run.setting("train.clip")
     if clip is None or "grad_norm" not in run.steps.columns:
-        return "Over all weights that train, before clipping."
+        return "Norm over all weights that train, before clipping."
     share_clipped = (run.steps["grad_norm"] > clip).mean() or 0.0
-    return f"Over all weights that train. Dotted: train.clip, {clip:g}; {share_clipped:.0%} of the steps were clipped to it."
+    return f"Norm over all weights that train. Dotted: train.clip, {clip:g}; {share_clipped:.0%} of the steps were clipped."
 
 
 def _before_after(run: RunRecord) -> Table | None:
@@ -134,7 +134,7 @@ def _before_after(run: RunRecord) -> Table | None:
 
 
 def _sources(run: RunRecord) -> Table | None:
-    """Held-out metrics by source; of the last training steps where nothing is held out."""
+    """Metrics by source: of the held-out pairs, or of the last training steps if nothing is held out."""
     if not run.sources:
         return None
     table, where = (run.evals.tail(1), "held-out pairs, last evaluation") if run.evals.height else \
@@ -149,25 +149,21 @@ def _times(run: RunRecord) -> Table | None:
         return None
     spent = [(name, run.steps[f"time/{name}"].sum()) for name in PHASES if f"time/{name}" in run.steps.columns]
     return Table("Where the time went", ("phase", "time", "share"), [
-        Row(name, [Cell(duration(seconds), seconds), share(seconds / total)])
+        Row(name, [Cell(duration(seconds), seconds), number(seconds / total, ".1%")])
         for name, seconds in sorted(spent, key=lambda one: -one[1])])
 
 
 def _cache(run: RunRecord) -> list[tuple[str, str]]:
-    """The reference cache that the run was trained against."""
+    """Facts about the reference cache that the run was trained against."""
     summary = run.summary or {}
     reference = summary.get("reference") or {}
     hits = summary.get("cache_hit_rate")
     facts = [("reference", " + ".join(filter(None, (reference.get("path") or run.setting("reference.path"),
                                                     reference.get("adapter") or run.setting("reference.adapter"))))),
              ("identity", reference.get("identity")), ("cache", run.setting("cache.uri")),
-             ("found in it when it was filled", None if hits is None else f"{hits:.0%} of the completions"),
+             ("in the cache before scoring", None if hits is None else f"{hits:.0%} of the completions"),
              ("step-0 gate", (summary.get("gate") or "").removeprefix("step-0 gate: "))]
     return [(name, str(value)) for name, value in facts if value]
-
-
-def _last(path: str | None) -> str | None:
-    return None if path is None else path.rstrip("/").rsplit("/", 1)[-1]
 
 
 def _form(value: float | None, form: str) -> str | None:

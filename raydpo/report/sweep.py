@@ -1,4 +1,4 @@
-"""The page of a sweep: the frontier of its trials, the one to take and why, all of them in a table."""
+"""The page of a sweep: the frontier of its trials, the recommended trial and why, and a table of all trials."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from raydpo.report.frontier import (
 )
 from raydpo.report.records import RunRecord, SweepRecord
 from raydpo.report.run import SCRIPTS
-from raydpo.report.tables import Cell, Row, Table, duration, number, setting, share
+from raydpo.report.tables import Cell, Row, Table, duration, number, setting
 
 __all__ = ["recommendation_of", "sweep_page"]
 
 
 def recommendation_of(sweep: SweepRecord) -> Recommendation:
-    """Of the trials that are done."""
+    """Recommend one of the trials that are done."""
     points = [point for point in points_of(sweep) if point.done]
     return recommend(points, drift_axis(points))
 
 
 def sweep_page(sweep: SweepRecord) -> str:
-    """The page. Trials that wait, run or have failed are in its table, and in its pictures once they are done."""
+    """Render the page. Trials that wait, run or have failed are in the table only; pictures show trials that are done."""
     evaluated = points_of(sweep)
     points = [point for point in evaluated if point.done]
     recommendation, units = recommendation_of(sweep), units_of_margin(evaluated)
@@ -46,7 +46,7 @@ def sweep_page(sweep: SweepRecord) -> str:
 
 
 def _drawn(sweep: SweepRecord, recommended: Point | None) -> tuple[list[RunRecord], int]:
-    """The runs whose curves are drawn, the recommended one among them; and how many are not."""
+    """Return the runs whose curves are drawn, including the recommended one, and the number of runs left out."""
     runs = [trial.run for trial in sweep.trials if trial.run is not None]
     drawn = runs[:MOST]
     taken = [run for run in runs[MOST:] if recommended is not None and run.name == recommended.name]
@@ -56,7 +56,7 @@ def _drawn(sweep: SweepRecord, recommended: Point | None) -> tuple[list[RunRecor
 def _facts(sweep: SweepRecord) -> list[tuple[str, str]]:
     states = [trial.status for trial in sweep.trials]
     rates = [f"{rate:.0%}" for rate in sweep.cache.get("hit_rates") or [] if rate is not None]
-    seconds = max((trial.seconds or 0.0 for trial in sweep.trials), default=0.0)  # no sum: some run at once
+    seconds = max((trial.seconds or 0.0 for trial in sweep.trials), default=0.0)  # not the sum: trials run in parallel
     facts = [("trials", ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))),
              ("varied", ", ".join(sweep.parameters)), ("longest trial", duration(seconds) if seconds else None),
              ("reference identity", sweep.cache.get("identity")), ("cache", sweep.cache.get("uri")),
@@ -80,7 +80,7 @@ def _figures(point: Point | None, tell_unit: bool) -> list[Cell]:
     if point is None:
         return [number(None)] * 7
     margin = number(point.margin, ".2f")
-    if tell_unit and point.margin is not None:  # and nothing to sort by: these do not compare
+    if tell_unit and point.margin is not None:  # no value to sort by: the units do not compare
         margin = Cell(f"{margin.text} {point.unit}")
     return [number(point.accuracy), number(point.error), margin, number(point.kl), number(point.moved),
-            share(point.length_growth), number(point.length_pull, "+.2f")]
+            number(point.length_growth, ".1%"), number(point.length_pull, "+.2f")]

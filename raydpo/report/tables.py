@@ -1,4 +1,4 @@
-"""Cells and rows as the tables of the pages want them: what is read, and what is sorted by."""
+"""Cells, rows and tables of the pages: each cell has a text to show and a value to sort by."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 from raydpo.config import BetaSchedule, ObjectiveConfig
 
-__all__ = ["Cell", "Row", "Table", "duration", "interval", "number", "setting", "share", "text"]
+__all__ = ["Cell", "Row", "Table", "duration", "interval", "number", "setting", "text"]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """``text`` is shown, ``value`` is sorted by; ``words`` says that it is a sentence, which may be broken."""
+    """``text`` is shown, ``value`` is sorted by. ``words``: the text may wrap."""
 
     text: str
     value: float | None = None
@@ -22,7 +22,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """A row; ``mark`` ties it to the marks of that gid in the pictures."""
+    """A row. ``mark`` links it to the picture marks with the same gid."""
 
     head: str
     cells: Sequence[Cell]
@@ -31,7 +31,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A table; ``columns`` begins with the name of the first column, that of the heads."""
+    """A table. The first of ``columns`` names the column of the heads."""
 
     label: str
     columns: Sequence[str]
@@ -39,35 +39,31 @@ class Table:
 
 
 def number(value: float | None, form: str = ".3f") -> Cell:
-    """A figure, or a dash where it is not known."""
+    """Show a number, or a dash for None."""
     return Cell("-") if value is None else Cell(format(value, form), float(value))
 
 
-def share(value: float | None) -> Cell:
-    """A share in percent, or a dash where it is not known."""
-    return Cell("-") if value is None else Cell(f"{value:.1%}", float(value))
-
-
 def interval(value: dict[str, float | None] | None, form: str = ".3f") -> Cell:
-    """A measured value with its 95 % interval; of too few values there is none."""
+    """Show a measured value with its 95 % interval, if it has one."""
     if value is None or value.get("value") is None:
         return Cell("-")
-    if value.get("low") is None:
-        return Cell(format(value["value"], form), float(value["value"]))
-    return Cell(f"{value['value']:{form}} ({value['low']:{form}} to {value['high']:{form}})", float(value["value"]))
+    within = "" if value.get("low") is None else f" ({value['low']:{form}} to {value['high']:{form}})"
+    return Cell(f"{value['value']:{form}}{within}", float(value["value"]))
 
 
 def text(value: Any) -> Cell:
-    """Anything; numbers are sorted by their value."""
+    """Show any value. Numbers are sorted as numbers."""
     ordered = float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
-    shown = "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value).lower() \
-        if isinstance(value, bool) else str(value)
+    if isinstance(value, list):
+        value = ", ".join(map(str, value)) or "none"
+    shown = "-" if value is None else str(value).lower() if isinstance(value, bool) else \
+        f"{value:g}" if isinstance(value, float) else str(value)
     return Cell(shown, ordered, words=len(shown) > 24)
 
 
 def setting(key: str, value: Any) -> Cell:
-    """The value of a configuration key: of train.beta a schedule as ``0.2-0.05``, of train.loss a mixture as ``0.8 sigmoid +
-    0.2 sft``, anything else as it is."""
+    """Show the value of a configuration key: a schedule of train.beta as ``0.2-0.05``, a mixture of losses as
+    ``0.8 sigmoid + 0.2 sft``."""
     try:
         if key == "train.beta" and isinstance(value, dict):
             schedule = BetaSchedule(**value)
@@ -75,13 +71,13 @@ def setting(key: str, value: Any) -> Cell:
             return text(ObjectiveConfig(beta=schedule).beta_text + shape)
         if key == "train.loss" and isinstance(value, list):
             return text(ObjectiveConfig(loss=value).loss_text)
-    except ValueError:  # of another version
+    except ValueError:  # written by another version
         pass
     return text(value)
 
 
 def duration(seconds: float) -> str:
-    """Such as ``2 h 05 min``."""
+    """Format a time, such as ``2 h 05 min``."""
     if seconds < 100:
         return f"{seconds:.1f} s"
     minutes = round(seconds / 60)

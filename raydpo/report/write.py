@@ -1,4 +1,4 @@
-"""From directories to pages."""
+"""Writes the pages of run and sweep directories."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ REPORT = "report.html"
 
 
 def write_report(place: str) -> str:
-    """Write ``report.html`` into a run or sweep directory, from what is there by now.
+    """Write ``report.html`` into a run or sweep directory, from the files that exist so far.
 
     Args:
         place: local path or URI.
 
     Returns:
-        Where the page is, without secrets.
+        Path or URI of the page, without secrets.
 
     Raises:
         ConfigError: if it is neither a run nor a sweep.
@@ -38,7 +38,7 @@ def write_report(place: str) -> str:
 
 
 def write_comparison(places: Sequence[str], out: Path) -> None:
-    """Write a page that compares runs; of a sweep, all its trials that have begun.
+    """Write a page that compares runs. A sweep counts as all its trials that have begun.
 
     Raises:
         ConfigError: if one of the places is neither a run nor a sweep, or there are fewer than two runs in all.
@@ -50,6 +50,6 @@ def write_comparison(places: Sequence[str], out: Path) -> None:
         runs += [trial.run for trial in SweepRecord.read(storage).trials if trial.run is not None] if is_sweep(storage) \
             else [RunRecord.read(storage)]
     if len(runs) < 2:
-        raise ConfigError(f"there is nothing to compare: {', '.join(map(redact, places))} hold {len(runs)} run(s) that have "
-                          "begun; give two")
+        raise ConfigError(f"a comparison needs two runs, but {', '.join(map(redact, places))} hold {len(runs)} run(s) that "
+                          "have begun; name another")
     Storage(str(out.absolute().parent)).write(out.name, comparison_page(runs).encode())

@@ -1,1 +1,1 @@
-"""Many trainings against one cache: which, in what order, how many at once, and what came of each."""
+"""Sweeps: many trainings against one reference cache, in parallel where the cluster has room."""

@@ -1,4 +1,4 @@
-"""Which trials go on after a rung of successive halving."""
+"""Successive halving: the steps at which trials are compared, and which of them continue."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["best_first", "going_on", "rungs"]
 
 
 def rungs(early: StopEarlyConfig) -> Iterator[int]:
-    """The steps at which trials are compared: grace, and twice as many each time."""
+    """Yield the steps at which trials are compared: ``early.grace``, then twice as many each time."""
     step = early.grace
     while True:
         yield step
@@ -19,11 +19,11 @@ def rungs(early: StopEarlyConfig) -> Iterator[int]:
 
 
 def best_first(scores: Mapping[str, float], *, lower_is_better: bool) -> list[str]:
-    """Trials by their score; ties in their order, and what is no number last."""
+    """Sort trials by score. Ties keep their order; NaN comes last."""
     sign = 1 if lower_is_better else -1
     return sorted(scores, key=lambda name: math.inf if math.isnan(scores[name]) else sign * scores[name])
 
 
 def going_on(scores: Mapping[str, float], keep: float, *, lower_is_better: bool) -> set[str]:
-    """The better share of trials, rounded up."""
+    """Return the best share ``keep`` of the trials; their number is rounded up."""
     return set(best_first(scores, lower_is_better=lower_is_better)[: math.ceil(keep * len(scores) - 1e-9)])

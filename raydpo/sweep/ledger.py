@@ -1,4 +1,4 @@
-"""What is known of a sweep's trials, and sweep.json, which tells it."""
+"""The state of a sweep's trials, stored in sweep.json."""
 
 from __future__ import annotations
 
@@ -22,14 +22,13 @@ Status = Literal["waiting", "running", "done", "stopped", "failed"]
 
 @dataclass
 class Entry:
-    """What came of one trial so far.
+    """The state of one trial.
 
     Attributes:
         error: why it failed.
-        steps: that are recorded in its metrics.
-        seconds: of those steps.
-        eval: its newest held-out evaluation, by metric.
-        evaluation: what ``raydpo eval`` found.
+        steps: number of steps that its metrics record. seconds: their time.
+        eval: the last held-out evaluation, by metric.
+        evaluation: the content of evaluation.json.
     """
 
     trial: Trial
@@ -41,7 +40,7 @@ class Entry:
     evaluation: dict[str, Any] | None = None
 
     def read(self) -> None:
-        """Look into the run directory."""
+        """Update the entry from the run directory."""
         storage = Storage(self.trial.config.run_dir)
         rows, evals = read_rows(storage, "metrics.parquet"), read_rows(storage, "eval.parquet")
         self.steps = int(rows[-1]["step"]) if rows else 0
@@ -51,10 +50,10 @@ class Entry:
 
 
 class Ledger:
-    """All trials of a sweep, in their order; written whole at each change of a status.
+    """All trials of a sweep, in order. Each change of a status writes sweep.json.
 
     Args:
-        same_pairs: whether all are measured on the same held-out pairs; if not, none is the best.
+        same_pairs: whether all trials are measured on the same held-out pairs; otherwise none is the best.
     """
 
     def __init__(self, config: Config, trials: list[Trial], *, same_pairs: bool = True) -> None:
@@ -65,11 +64,11 @@ class Ledger:
         self._lock = threading.Lock()
 
     def found_in_cache(self, identity: str, hit_rates: list[float | None]) -> None:
-        """What each trial needs is in the cache to this share, after the one pass over all; None if it needs nothing."""
+        """Store the identity of the reference and, for each trial, the share of its needs in the cache (None: no needs)."""
         self.cache |= {"identity": identity, "hit_rates": hit_rates}
 
     def set(self, name: str, status: Status, error: str | None = None) -> None:
-        """Change a trial's status, and write what is known now."""
+        """Change the status of a trial, and write sweep.json."""
         with self._lock:
             entry = self.entries[name]
             entry.status, entry.error = status, error
@@ -77,7 +76,7 @@ class Ledger:
             self._write()
 
     def best(self) -> Entry | None:
-        """The trial with the best ``sweep.metric`` among those that came to their end."""
+        """Return the trial with the best ``sweep.metric`` among those that are done."""
         metric = self.config.sweep.metric
         scores = {name: entry.eval[metric] for name, entry in self.entries.items()
                   if entry.status == "done" and entry.eval and metric in entry.eval}
@@ -86,7 +85,7 @@ class Ledger:
         return self.entries[best_first(scores, lower_is_better=lower_is_better(metric))[0]]
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of sweep.json."""
+        """Return the content of sweep.json."""
         trials = [entry.trial for entry in self.entries.values()]
         parameters = parameters_of(trials)
         return {

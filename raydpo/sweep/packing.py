@@ -1,4 +1,4 @@
-"""How many trials train at the same time on the Ray cluster that is connected."""
+"""Computes how many trials fit on the connected Ray cluster at the same time."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from raydpo.sweep.trials import Trial
 __all__ = ["Node", "places", "trials_at_once"]
 
 ROUNDING = 1e-6
-"""Ten tenths of a GPU are one."""
+"""Tolerance for sums of fractions of a GPU: ten tenths are one."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """What Ray may give away of one machine."""
+    """Resources of one machine that Ray can allocate."""
 
     cpus: float
     gpus: float
 
 
 def places(nodes: Iterable[Node], workers: int, gpus_per_worker: float) -> int:
-    """How many trainings of so many workers ``nodes`` hold together.
+    """Compute how many trainings with ``workers`` workers each fit on ``nodes``.
 
-    A worker takes a CPU and its GPUs of one node; a part of a GPU is of one GPU. Workers of a training may be on different
-    nodes. What waits for them (drivers, controllers, boards) takes nothing, or trials would hold what others wait for.
+    A worker needs one CPU and its GPUs on one node; a fraction of a GPU must be on one GPU. Workers of a training may be on
+    different nodes. Drivers and controllers reserve nothing, since waiting trials would then block resources.
     """
     return sum(_workers_on(node, gpus_per_worker) for node in nodes) // workers
 
@@ -46,13 +46,13 @@ def _workers_on(node: Node, gpus_per_worker: float) -> int:
 
 
 def trials_at_once(config: Config, trials: Sequence[Trial]) -> int:
-    """As many of ``trials`` as fit if each is as large as the largest; ``sweep.at_once`` where that is less.
+    """Return how many trials run in parallel: as many of the largest as fit, at most ``sweep.at_once``.
 
-    Depends on the cluster and the whole sweep, not on what is left of it: on CPUs the threads of a worker follow from it,
-    and with them the last bits of its sums.
+    The number depends on the cluster and on all trials, including finished ones. On CPUs it sets the threads of a worker, so
+    a change would alter the last bits of sums.
 
     Raises:
-        ConfigError: if the cluster cannot hold a trial, or not as many as ``sweep.at_once`` wants.
+        ConfigError: if the cluster has no room for a trial, or not for ``sweep.at_once`` trials.
     """
     import ray
 
@@ -62,7 +62,7 @@ def trials_at_once(config: Config, trials: Sequence[Trial]) -> int:
     nodes = []
     for node in nodes_with(config.train.accelerator, config.train.labels):
         cpus = node["Resources"].get("CPU", 0)
-        # A Ray of our own counts more CPUs than there are, which train no faster.
+        # A local Ray may be started with more CPUs than the machine has.
         if not gpus and node["NodeID"] == here:
             cpus = min(cpus, os.cpu_count() or 1)
         nodes.append(Node(cpus, node["Resources"].get("GPU", 0)))

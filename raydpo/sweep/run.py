@@ -1,4 +1,4 @@
-"""``raydpo sweep``: one cache pass over what all trials need, then the trials, as many at once as the cluster holds."""
+"""``raydpo sweep``: scores what all trials need in one pass, then trains the trials, in parallel where there is room."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from raydpo.checks import check
 from raydpo.config import Config, lower_is_better
 from raydpo.console import Console
 from raydpo.errors import ConfigError, RaydpoError
@@ -24,10 +25,8 @@ from raydpo.pipeline import (
     Joined,
     Prepared,
     Shared,
-    check_models,
     join_sets,
     measured_pairs,
-    needs_reference,
     report_on,
     score_prepared,
     train_prepared,
@@ -35,6 +34,8 @@ from raydpo.pipeline import (
 from raydpo.preflight import check_cluster
 from raydpo.ray_runtime import session
 from raydpo.reference.shards import Wanted
+from raydpo.report.records import SweepRecord
+from raydpo.report.sweep import recommendation_of
 from raydpo.storage import Storage
 from raydpo.sweep.halving import going_on, rungs
 from raydpo.sweep.ledger import Ledger
@@ -50,24 +51,25 @@ __all__ = ["sweep"]
 
 
 def sweep(config: Config, console: Console | None = None, *, fresh: bool = False) -> dict[str, Any]:
-    """Train every trial of ``config.sweep`` against one cache. The same call continues a sweep, whatever ended it: finished
-    trials are kept, interrupted ones go on from their checkpoints, and trials that are new in it are trained.
+    """Train every trial of ``config.sweep`` against one cache.
+
+    The same call continues a sweep: finished trials are kept, interrupted ones continue from their checkpoints, and new
+    trials are trained.
 
     Args:
-        fresh: begin again, setting an earlier sweep of the same name aside as ``NAME~1``.
+        fresh: begin again, and rename an earlier sweep of the same name to ``NAME~1``.
 
     Returns:
-        What sweep.json holds. A trial that failed is in it with its error; the others were trained all the same.
+        The content of sweep.json. A trial that failed has its error there; the others are trained.
 
     Raises:
-        ConfigError: before anything starts, if a trial's configuration is wrong, or an earlier trial of its name has other
-            settings.
-        RaydpoError: of the kind that fits.
-        KeyboardInterrupt: if someone stopped it, once the trials under way have their checkpoints.
+        ConfigError: if the configuration of a trial is wrong, or an earlier trial of its name has other settings.
+        RaydpoError: a subclass that says what is wrong.
+        KeyboardInterrupt: if the user stopped it, after running trials have written their checkpoints.
     """
     console = console or Console()
     trials = trials_of(config)
-    check_models([trial.config for trial in trials], console)
+    check(config, "sweep", console, [trial.config for trial in trials])
     storage = Storage(config.run_dir)
     if fresh:
         begin_again(storage, console, FILE)
@@ -77,8 +79,8 @@ def sweep(config: Config, console: Console | None = None, *, fresh: bool = False
     with session(largest):
         check_cluster(config, ["score", "train"], console)
         prepared = _prepare(trials, console)
-        for trial in trials:
-            _refuse_other_settings(prepared[trial.name])
+        for one in prepared.values():  # refuse trials whose earlier run had other settings
+            earlier_result(Storage(one.config.run_dir), one.fingerprint())
         same_pairs = _on_same_pairs(config, prepared, console)
         at_once = trials_at_once(config, trials)
         storage.probe()
@@ -101,7 +103,7 @@ def sweep(config: Config, console: Console | None = None, *, fresh: bool = False
 
 
 def _prepare(trials: list[Trial], console: Console) -> dict[str, Prepared]:
-    """By name of the trial. Trials with equal data and models share all but their settings.
+    """Prepare all trials, by name. Trials with equal data and models share everything but their settings.
 
     Raises:
         ConfigError: if they do not share one reference.
@@ -121,24 +123,20 @@ def _prepare(trials: list[Trial], console: Console) -> dict[str, Prepared]:
     for name, other in others:
         if other.reference.identity != ours:
             raise ConfigError(f"trial {name} needs another reference than trial {first[0]} "
-                              f"({'; '.join(ours.differences(other.reference.identity))}), and a sweep scores one. Set "
+                              f"({'; '.join(ours.differences(other.reference.identity))}), but a sweep scores one. Set "
                               "reference.path, reference.quantization and score.dtype so that all trials share it, or make "
                               "two sweeps")
     return prepared
 
 
-def _refuse_other_settings(prepared: Prepared) -> None:
-    earlier_result(Storage(prepared.config.run_dir), prepared.fingerprint())
-
-
 def _on_same_pairs(config: Config, prepared: dict[str, Prepared], console: Console) -> bool:
-    """Whether all trials are measured on the same held-out pairs, those that an earlier call has trained too.
+    """Whether all trials, including those trained by an earlier call, are measured on the same held-out pairs.
 
     Raises:
-        ConfigError: if they are not, and some are to be stopped early.
+        ConfigError: if they are not, and sweep.stop_early is set.
     """
     now: dict[int, str | None] = {}
-    first: dict[str, str] = {}  # by digest of the pairs: a trial that is measured on them
+    first: dict[str, str] = {}  # digest of the pairs -> a trial that is measured on them
     for name, one in prepared.items():
         storage = Storage(one.config.run_dir)
         digests = [json.loads(storage.read("run.json")).get("held_out")] if storage.exists("run.json") else []
@@ -152,19 +150,16 @@ def _on_same_pairs(config: Config, prepared: dict[str, Prepared], console: Conso
         return True
     (_, one), (_, other), *_ = first.items()
     found = f"trials are measured on different held-out pairs (as {one} and {other} are), so their figures do not compare"
-    fix = ("Hold out the same pairs in all of them: a file of their own (data.eval.path) that no setting of section data "
-           "cuts or drops, or make two sweeps")
+    fix = ("Hold out the same pairs in all of them: a separate file (data.eval.path) that no setting of section data "
+           "changes. Or make two sweeps")
     if config.sweep.stop_early is not None:
-        raise ConfigError(f"{found}, and sweep.stop_early would stop the wrong ones. {fix}; or set sweep.stop_early=null")
+        raise ConfigError(f"{found}, and sweep.stop_early would stop the wrong ones. {fix}, or set sweep.stop_early=null")
     console.warn(f"{found}: none will be recommended. {fix}")
     return False
 
 
 def _say_which_to_take(storage: Storage, console: Console) -> None:
-    """What the sweep's page recommends."""
-    from raydpo.report.records import SweepRecord
-    from raydpo.report.sweep import recommendation_of
-
+    """Print the recommendation of the sweep's page."""
     try:
         found = recommendation_of(SweepRecord.read(storage))
     except Exception as error:  # the trials are stored
@@ -174,21 +169,20 @@ def _say_which_to_take(storage: Storage, console: Console) -> None:
 
 
 def _score(config: Config, prepared: dict[str, Prepared], ledger: Ledger, console: Console) -> dict[str, Joined]:
-    """One pass over all that trials need; then by trial its training and held-out pairs in Ray's object store, each set
-    once."""
+    """Score what all trials need in one pass; return the pairs of each trial, in Ray's object store, each set once."""
     import ray
 
     sets = {_pairs_of(one): one for one in prepared.values()}
-    compare = [one for one in sets.values() if needs_reference(one.config)]
+    compare = [one for one in sets.values() if one.config.needs_reference]
     first = next(iter([*compare, *prepared.values()]))
     everything: list[pa.Table] = [table for one in compare for table in one.tables]
-    # Of the sweep as a whole: it is where the audit lies.
+    # The configuration of the sweep, since the audit belongs in its directory.
     whole = config.model_copy(update={"train": first.config.train})
     score_prepared(dataclasses.replace(first, config=whole), console, everything)
     rates, joined = {}, {}
     for key, one in sets.items():
         wanted = Wanted(one.tables)
-        rates[key] = float(one.cache.covers(wanted.keys, wanted.tokens).mean()) if needs_reference(one.config) else None
+        rates[key] = float(one.cache.covers(wanted.keys, wanted.tokens).mean()) if one.config.needs_reference else None
         tables = join_sets(one, console)
         joined[key] = dataclasses.replace(tables, pairs=ray.put(tables.pairs),
                                           held_out=None if tables.held_out is None else ray.put(tables.held_out))
@@ -197,15 +191,15 @@ def _score(config: Config, prepared: dict[str, Prepared], ledger: Ledger, consol
 
 
 def _pairs_of(prepared: Prepared) -> tuple[int, bool]:
-    """Equal for trials that train on the same pairs, joined alike."""
-    return id(prepared.sets), needs_reference(prepared.config)
+    """Return a key that is equal for trials that train on the same pairs, joined alike."""
+    return id(prepared.sets), prepared.config.needs_reference
 
 
 class _Sweep:
-    """The trials under way: a thread of this process for each, which waits for its Ray Train run.
+    """Runs the trials: one thread for each running trial waits for its Ray Train run.
 
-    Ray Tune would start a process for each trial (4.2 s of a core and 408 MB to import what this one has), only to wait; it
-    cannot add trials when it resumes, and what its schedulers stop depends on who came first.
+    Ray Tune is not used. It would start a process for each trial only to wait (4.2 s of CPU time and 408 MB for imports), it
+    cannot add trials when it resumes, and its schedulers stop trials depending on their order of arrival.
     """
 
     def __init__(self, prepared: dict[str, Prepared], shared: dict[str, Joined], ledger: Ledger,
@@ -220,10 +214,10 @@ class _Sweep:
         self._loading = threading.Lock()
 
     def run(self) -> None:
-        """All trials, to their end or to where they are stopped early.
+        """Train all trials to their end, or until they are stopped early.
 
         Raises:
-            KeyboardInterrupt: if someone stopped the sweep.
+            KeyboardInterrupt: if the user stopped the sweep.
         """
         self.ledger.write()
         interruptible(self._train_all, on_first=self._stop)
@@ -242,8 +236,10 @@ class _Sweep:
         self._train(going, None)
 
     def _choose(self, going: list[str], step: int) -> list[str]:
-        """Those of ``going`` that go on after ``step``. A trial that has failed, or is over by then, is not among them, and
-        one that is over later is compared like any other."""
+        """Return the trials of ``going`` that continue after ``step``.
+
+        Trials that have failed or were complete by then are not among them. A trial that completed later is compared too.
+        """
         early, metric = self.config.sweep.stop_early, self.config.sweep.stop_metric
         scores: dict[str, float] = {}
         for name in going:
@@ -251,7 +247,7 @@ class _Sweep:
             if self.ledger.entries[name].status == "failed" or measured is None or (result and result["steps"] <= step):
                 continue
             if metric not in measured:
-                raise ConfigError(f"the metric of sweep.stop_early is {metric!r}, which no evaluation measures; there are "
+                raise ConfigError(f"sweep.stop_early compares by {metric!r}, which no evaluation measures; expected one of "
                                   f"{', '.join(sorted(measured))}")
             scores[name] = measured[metric]
         better = going_on(scores, early.keep, lower_is_better=lower_is_better(metric))
@@ -262,7 +258,7 @@ class _Sweep:
         return [name for name in scores if name in better]
 
     def _train(self, names: list[str], until: int | None) -> None:
-        """Train these to the end, or until a step."""
+        """Train trials to their end, or until a step."""
         to_do = [name for name in names if self.ledger.entries[name].status not in ("done", "failed")
                  and (until is None or self._result(name) is not None or self._measured(name, until) is None)]
         with ThreadPoolExecutor(self.at_once, thread_name_prefix="raydpo-trial") as pool:
@@ -283,15 +279,12 @@ class _Sweep:
                     self.ledger.set(name, "done")
             except Exception as error:
                 log.say(traceback.format_exc())
-                self._fail(name, error)
+                self.ledger.set(name, "failed", str(error) if isinstance(error, RaydpoError) else
+                                f"unexpected {type(error).__name__}: {error}")
         self.table.ended(name)
 
-    def _fail(self, name: str, error: Exception) -> None:
-        self.ledger.set(name, "failed", str(error) if isinstance(error, RaydpoError) else
-                        f"unexpected {type(error).__name__}: {error}")
-
     def _trained(self, name: str, until: int | None, log: Console) -> bool:
-        """Whether training came to its end; else it paused, or someone stopped the sweep."""
+        """Train a trial. Returns False if it paused at ``until`` or the user stopped the sweep."""
         with self._lock:
             if self._stopping:
                 return False
@@ -314,7 +307,7 @@ class _Sweep:
                 board.stop.remote()
 
     def _evaluated(self, name: str, log: Console) -> bool:
-        """Whether the evaluation of a trial is there, by the settings and on the pairs of now."""
+        """Whether the trial has an evaluation by the present settings and on the present pairs."""
         prepared = self.prepared[name]
         config, storage = prepared.config, Storage(prepared.config.run_dir)
         if not storage.exists("evaluation.json"):
@@ -324,25 +317,25 @@ class _Sweep:
             with self._loading:  # once for all trials that measure on them
                 key = (id(prepared.sets), config.evaluate.model_dump_json(include={"data", "subsets", "chat"}))
                 if key not in self._loaded:
-                    self._loaded[key] = pairs_to_evaluate(config, prepared.tokeniser, log)
+                    self._loaded[key], _ = pairs_to_evaluate(config, prepared.tokeniser, log)
                 pairs = self._loaded[key]
         wanted = protocol(config, pairs, prepared.reference)
         return json.loads(storage.read("evaluation.json")).get("protocol") == wanted
 
     def _result(self, name: str) -> dict[str, Any] | None:
-        """The summary of a trial that came to its end."""
+        """Return the summary of a trial, None if it is not complete."""
         storage = Storage(self.prepared[name].config.run_dir)
         return json.loads(storage.read("summary.json")) if storage.exists("summary.json") else None
 
     def _measured(self, name: str, step: int) -> dict[str, float] | None:
-        """The held-out evaluation of a trial after ``step``, if it got there."""
+        """Return the held-out evaluation of a trial after ``step``, None if there is none."""
         rows = read_rows(Storage(self.prepared[name].config.run_dir), "eval.parquet")
         return next((row for row in rows if row["step"] == step), None)
 
 
 @contextlib.contextmanager
 def _log(config: Config) -> Iterator[Console]:
-    """What a trial says, in its own driver.log; nowhere if the run lies on a URI, where nothing can be appended to."""
+    """Open the driver.log of a trial. For a run at a URI the output is dropped, since objects cannot be appended to."""
     storage = Storage(config.run_dir)
     if not storage.is_local:
         yield Console(io.StringIO())

@@ -1,4 +1,4 @@
-"""What a sweep shows: a table of its trials that follows them on a terminal, and lines elsewhere."""
+"""Output of a sweep: a live table of its trials on a terminal, and lines elsewhere."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ LABELS = {"eval_rewards/accuracies": "accuracy", "eval_rewards/margins": "margin
 
 
 class SweepTable:
-    """Hears from the threads of all trials."""
+    """Shows the trials of a sweep. Safe to use from the threads of all trials."""
 
     def __init__(self, console: Console, ledger: Ledger) -> None:
         self.console, self.ledger = console, ledger
-        self.live: dict[str, dict[str, float]] = {}  # the newest step or evaluation of the trials under way
+        self.live: dict[str, dict[str, float]] = {}  # newest step or evaluation of each running trial
         metric = ledger.config.sweep.metric
         self._columns = (*dict.fromkeys((metric, *COLUMNS)),)
         self._lock = threading.Lock()
@@ -48,7 +48,7 @@ class SweepTable:
             self.console.note(line)
 
     def hear(self, name: str, kind: str, content: Any) -> None:
-        """An event of one trial, see ``training.board.Listener``."""
+        """Show an event of one trial, see ``training.board.Listener``."""
         if kind == "begin":
             first = f" after step {content['first_step']:,}" if content["first_step"] else ""
             self.say(f"  {name}: {'continues' if first else 'begins'}{first}, {content['total_steps']:,} steps")
@@ -60,7 +60,7 @@ class SweepTable:
                 self.say(f"  {name}: step {int(content['step']):,}: {self._figures(content)}")
 
     def ended(self, name: str) -> None:
-        """A trial has another status now, and its entry is up to date."""
+        """Show the new status of a trial, whose entry is up to date."""
         self.live.pop(name, None)
         entry = self.ledger.entries[name]
         told = entry.error if entry.status == "failed" else self._figures(entry.eval or {})
@@ -81,7 +81,7 @@ class SweepTable:
         for name, entry in self.ledger.entries.items():
             row = self.live.get(name, {}) if entry.status == "running" else {}
             evals = (entry.eval or {}) | row
-            # Not as markup, which a line that is printed above the table without markup would switch off for it, too.
+            # Text objects, since printing a line without markup above the table also turns off markup in it.
             table.add_row(Text(f"{name} *", "bold") if entry is best else name,
                           Text(entry.status, STYLES.get(entry.status, "")),
                           f"{int(row.get('step', entry.steps)):,}",
@@ -91,7 +91,7 @@ class SweepTable:
 
 
 class TrialDisplay(TrainingDisplay):
-    """Writes what a trial tells into a log of its own, and lets the sweep's table hear it."""
+    """Writes the events of a trial to its log and to the table of the sweep."""
 
     def __init__(self, log: Console, table: SweepTable, name: str) -> None:
         super().__init__(log)

@@ -1,4 +1,4 @@
-"""The trials of a sweep: settings, names, and a checked configuration for each. Neither torch nor Ray in here."""
+"""The trials of a sweep: settings, names, and a checked configuration for each. Imports neither torch nor Ray."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from raydpo.config import (
     RandomConfig,
     SweepConfig,
     check_metric,
+    check_verb,
     depends_on_scale,
     load_config,
     with_setting,
@@ -26,12 +27,14 @@ from raydpo.errors import ConfigError
 __all__ = ["FILE", "Trial", "parameters_of", "trial_name", "trials_of"]
 
 FILE = "sweep.json"
-"""Below the directory of a sweep; see ``ledger.Ledger.to_dict``."""
+"""File in the directory of a sweep; see ``ledger.Ledger.to_dict``."""
 LONGEST_NAME = 100
 DIGEST = 8
+"""Characters of a digest in a name."""
 FIXED = ("name", "output", "cache", "ray", "score", "sweep")
 """Keys and sections that the trials of a sweep share."""
 DRAWS_PER_SAMPLE = 100
+"""Draws for each wanted sample after which the search for different settings ends."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,9 @@ class Trial:
     """One training of a sweep: an ordinary run.
 
     Attributes:
-        name: of its settings, the last part of its run directory.
-        settings: its own keys, with the values that the configuration understood.
-        config: of the run.
+        name: name made from its settings, the last part of its run directory.
+        settings: its own keys, with values as parsed by the configuration.
+        config: configuration of the run.
     """
 
     name: str
@@ -49,36 +52,37 @@ class Trial:
     config: Config
 
     def value(self, key: str) -> Any:
-        """What this trial has at a key, its own or not."""
+        """Return the value of any key of the configuration."""
         return _value(self.config, key)
 
 
-def trials_of(config: Config) -> list[Trial]:
+def trials_of(config: Config, *, elsewhere: bool = False) -> list[Trial]:
     """All trials of a configuration with a sweep, each checked as a run of its own.
 
+    Args:
+        elsewhere: as of ``load_config``: absolute paths are those of other machines.
+
     Raises:
-        ConfigError: what is wrong with which trials; if two are the same; or if there is no sweep.
+        ConfigError: if trials are wrong (it names each), if two are equal, or if there is no sweep.
     """
+    check_verb(config, "sweep")
     sweep = config.sweep
-    if sweep is None:
-        raise ConfigError("there is nothing to sweep over; add a section, for example sweep: {grid: {train.beta: "
-                          "[0.03, 0.1, 0.3]}}, or override sweep.grid='{train.beta: [0.03, 0.1, 0.3]}'")
-    # What was set, without defaults: some checks ask which keys were given.
+    # Without defaults, since some checks depend on which keys were given.
     base = config.model_dump(mode="json", exclude_unset=True, exclude={"sweep", "name"})
     base |= {"output": config.run_dir, "cache": base.get("cache", {}) | {"uri": config.cache_uri}}
     problems: list[str] = []
     trials: dict[str, Trial] = {}
     for chosen in _choices(sweep):
         try:
-            trial = _trial(base, chosen)
+            trial = _trial(base, chosen, elsewhere)
             _check(trial, sweep)
         except ConfigError as error:
             problems += [f"trial {_told(chosen)}: {line}" for line in str(error).splitlines()]
             continue
         name = trial.name
         if name in trials and trials[name].config == trial.config:
-            problems.append(f"trial {_told(chosen)} is in the sweep twice; drop one")
-        elif name in trials:  # what sets them apart has no letter that a name may have
+            problems.append(f"trial {_told(chosen)} is in the sweep twice; remove one")
+        elif name in trials:  # they differ only in characters that a name cannot have
             trial = _named(trial, f"{name}-{_digest(trial.settings)}")
         trials[trial.name] = trial
     if problems:
@@ -88,15 +92,15 @@ def trials_of(config: Config) -> list[Trial]:
 
 
 def parameters_of(trials: list[Trial]) -> list[str]:
-    """The keys that are varied, in order of first appearance."""
+    """Return the keys that are varied, in order of first appearance."""
     return list(dict.fromkeys(key for trial in trials for key in trial.settings))
 
 
 def trial_name(settings: dict[str, Any]) -> str:
-    """The name of the trial with these settings, such as ``beta=0.1,lr=1e-06``; valid as a run's.
+    """Name the trial with these settings, such as ``beta=0.1,lr=1e-06``; the name is valid for a run.
 
-    A key goes by its last part, or by as many as set it apart from the others of the trial. Where a value has letters that a
-    name may not have, or the name would be long, a digest of the settings stands for what is left out.
+    A key is shortened to its last parts, as many as distinguish it from the others of the trial. If a value has characters
+    that a name cannot have, or the name would be too long, a digest of the settings replaces what is left out.
     """
     texts = {key: _text(value) for key, value in settings.items()}
     name = ",".join(f"{_short(key, list(settings))}={text}" for key, (text, _) in texts.items())
@@ -115,8 +119,10 @@ def _choices(sweep: SweepConfig) -> Iterator[dict[str, Any]]:
 
 
 def _drawn(search: RandomConfig) -> Iterator[dict[str, Any]]:
-    """Different settings at random. A draw depends on seed, key and number alone: more samples, or another key, leave what
-    was drawn before as it was."""
+    """Draw different settings at random.
+
+    A draw depends on seed, key and number alone, so more samples or more keys do not change earlier draws.
+    """
     seen = set()
     for number in range(DRAWS_PER_SAMPLE * search.samples):
         settings = {key: draw.at(random.Random(f"{search.seed}/{key}/{number}").random())
@@ -128,20 +134,20 @@ def _drawn(search: RandomConfig) -> Iterator[dict[str, Any]]:
         if len(seen) == search.samples:
             return
     raise ConfigError(f"sweep.random.samples is {search.samples}, but only {len(seen)} different trial(s) can be drawn; "
-                      "lower it, or give more to choose from")
+                      "lower it, or give more values to choose from")
 
 
-def _trial(base: dict[str, Any], chosen: dict[str, Any]) -> Trial:
+def _trial(base: dict[str, Any], chosen: dict[str, Any], elsewhere: bool) -> Trial:
     if not chosen:
         raise ConfigError("it sets nothing; give at least one key, for example {train.beta: 0.1}")
     tree = base
     for key, value in chosen.items():
         if not re.fullmatch(r"\w+(\.\w+)*", key):
-            raise ConfigError(f"{key!r} is no key of the configuration; write it in full, for example train.beta")
+            raise ConfigError(f"{key!r} is not a key of the configuration; write it in full, for example train.beta")
         if key.split(".")[0] in FIXED:
-            raise ConfigError(f"{key!r} cannot be varied; a sweep has one {key.split('.')[0]}")
+            raise ConfigError(f"{key!r} cannot be varied; all trials of a sweep share {key.split('.')[0]}")
         tree = with_setting(tree, key, value, f"sweep key {key!r}")
-    config = load_config(tree)
+    config = load_config(tree, elsewhere=elsewhere)
     settings = {key: _value(config, key) for key in chosen}
     return _named(Trial("", settings, config), trial_name(settings))
 
@@ -151,7 +157,7 @@ def _named(trial: Trial, name: str) -> Trial:
 
 
 def _value(config: Config, key: str) -> Any:
-    """The value at a dotted key as plain data; null below a section that is null."""
+    """Return the value of a dotted key as plain data; None inside a section that is None."""
     return _at(config.model_dump(mode="json"), key)
 
 
@@ -182,7 +188,7 @@ def _check(trial: Trial, sweep: SweepConfig) -> None:
 
 
 def _metrics(sweep: SweepConfig) -> list[tuple[str, str]]:
-    """The settings that name a metric which trials are compared by, and the metrics."""
+    """Return (setting, metric) for each metric by which trials are compared."""
     return [("sweep.metric", sweep.metric)] + ([] if sweep.stop_metric is None else [
         ("sweep.stop_early.metric", sweep.stop_metric)])
 
@@ -192,13 +198,13 @@ def _check_that_metrics_compare(sweep: SweepConfig, trials: list[Trial]) -> None
     scales = [key for key in SCALE_KEYS if any(_at(tree, key) != _at(trees[0], key) for tree in trees)]
     for key, metric in _metrics(sweep):
         if depends_on_scale(metric) and scales:
-            raise ConfigError(f"{key} is {metric!r}, which cannot be compared across {' and '.join(scales)}: each trial has "
-                              "a scale of its own. Use eval_rewards/accuracies")
+            raise ConfigError(f"{key} is {metric!r}, which does not compare between trials with different "
+                              f"{' and '.join(scales)}; use eval_rewards/accuracies")
 
 
 def _short(key: str, keys: list[str]) -> str:
     parts = key.split(".")
-    # The number of an entry says little without what it is an entry of.
+    # The index of a list entry is not clear without the name of the list.
     first = next((place for place, part in enumerate(parts) if part.isdigit()), len(parts)) - 1
     for start in range(first, 0, -1):
         tail = parts[start:]
@@ -208,7 +214,7 @@ def _short(key: str, keys: list[str]) -> str:
 
 
 def _text(value: Any) -> tuple[str, bool]:
-    """A value in letters that a run's name may have, and whether that is all of it."""
+    """Return a value in characters that a run's name can have, and whether nothing was lost."""
     text = value if isinstance(value, str) else json.dumps(value)
     cleaned = re.sub(r"[^A-Za-z0-9._+~-]+", "-", text).strip("-") or "-"
     return cleaned, cleaned == text

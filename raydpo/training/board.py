@@ -1,4 +1,4 @@
-"""Between the workers and the driver: events one way, the wish to stop the other way."""
+"""Mailbox between workers and driver: events in one direction, the request to stop in the other."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Listener = Callable[[str, Any], None]
 
 
 class Board:
-    """An actor through which workers tell the driver what happens: ray.train.report is throttled, and for checkpoints."""
+    """Actor that carries the workers' events to the driver. ray.train.report is throttled, and meant for checkpoints."""
 
     def __init__(self) -> None:
         self._events: list[tuple[str, Any]] = []
@@ -26,7 +26,7 @@ class Board:
         self._summary: dict[str, Any] | None = None
         self._tokens_per_batch: int | None = None
         self._attempt = 0
-        self._memory_ran_out: tuple[int, bool] | None = None  # attempt, and what back_off said of it
+        self._memory_ran_out: tuple[int, bool] | None = None  # attempt, and the answer of back_off
         self._stop = self._stepped = self._tried_again = False
 
     def put(self, kind: str, content: Any) -> None:
@@ -45,18 +45,19 @@ class Board:
         return self._error
 
     def enter(self) -> tuple[int, int | None] | None:
-        """A group of workers begins: the number of its attempt, from 1, and the positions of a micro-batch where those asked
-        for did not fit. None if it need not begin, since an error has been told that will only repeat."""
+        """Register a new group of workers. Returns the number of its attempt, from 1, and the positions of a micro-batch if
+        the configured number did not fit; None if an earlier error would only repeat, so that it must not start."""
         if self._error is not None:
             return None
         self._attempt += 1
         return self._attempt, self._tokens_per_batch
 
     def back_off(self, tokens_per_batch: int, attempt: int) -> bool:
-        """Memory ran out in ``attempt``: whether there is something left to try, which ``enter`` tells those that come next.
+        """Report that memory ran out in ``attempt``. Returns whether another attempt makes sense; ``enter`` gives it the new
+        number of positions.
 
-        A budget that has done steps gets a second chance, because only with it the run repeats to the bit; then comes half
-        of it, once. Several ranks may tell of the same attempt: the first one decides.
+        A budget that has completed steps is tried a second time, because only with it the run repeats bit for bit. Then half
+        of it is tried, once. If several ranks report the same attempt, the first report decides.
         """
         if self._memory_ran_out is None or self._memory_ran_out[0] != attempt:
             self._memory_ran_out = attempt, self._less(tokens_per_batch)
@@ -91,7 +92,7 @@ class Board:
 
 @contextlib.contextmanager
 def listening(board: Any, listener: Listener) -> Any:
-    """Within the block ``listener`` hears what workers put on ``board``."""
+    """Pass the events of ``board`` to ``listener`` within the block."""
     import ray
 
     stop = threading.Event()

@@ -1,4 +1,4 @@
-"""The model card of a trained policy: what it was made from, against what, and what was measured."""
+"""Model card of a trained policy: base model, reference, settings and measured metrics."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["model_card"]
 
 
 def model_card(config: Config, summary: dict[str, Any]) -> str:
-    """README.md of ``final/``, with the front matter that the hub reads.
+    """README.md of ``final/``, with the front matter that the Hugging Face hub reads.
 
     Args:
         summary: what summary.json holds.
@@ -57,7 +57,7 @@ def model_card(config: Config, summary: dict[str, Any]) -> str:
 
 
 def _last(path: str) -> str:
-    """A hub name as it is; of a local path or URI only the end, since the rest is about a machine."""
+    """A hub name unchanged; the last part of a local path or URI, since the rest describes a machine."""
     return path if is_hub_name(path) else redact(path).rstrip("/").rsplit("/", 1)[-1]
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint: the ranks' shares of the trained state, and beside them what a run must know to continue or to refuse."""
+"""Checkpoint files: each rank's share of the trained state, and the facts by which a run continues or refuses them."""
 
 from __future__ import annotations
 
@@ -11,15 +11,13 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError
 
 from raydpo.errors import ConfigError, TrainError
-from raydpo.training.engine import PolicyEngine
-
-if TYPE_CHECKING:
-    from raydpo.training.loop import TrainSummary
+from raydpo.training.job import TrainSummary
+from raydpo.training.protocols import Engine
 
 __all__ = ["CheckpointState", "changed_settings", "directory_size", "load_checkpoint", "save_checkpoint"]
 
@@ -29,7 +27,7 @@ FORMAT = 2
 
 @dataclass(frozen=True)
 class CheckpointState:
-    """Where a run stood: finished steps, by how many workers under which ZeRO stage, and its summary so far."""
+    """Progress in a checkpoint: finished steps, number of workers, ZeRO stage, and the summary so far."""
 
     step: int
     world_size: int
@@ -37,12 +35,12 @@ class CheckpointState:
     summary: dict[str, Any]
 
 
-def save_checkpoint(engine: PolicyEngine, directory: Path, step: int, fingerprint: Mapping[str, Any],
+def save_checkpoint(engine: Engine, directory: Path, step: int, fingerprint: Mapping[str, Any],
                     summary: TrainSummary) -> None:
-    """Write this rank's share of a checkpoint into ``directory``, which is made.
+    """Write this rank's share of a checkpoint into the new ``directory``.
 
     Raises:
-        OSError: if it does not fit on the disk.
+        OSError: if the disk is full, or cannot be written.
     """
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
@@ -61,8 +59,8 @@ def directory_size(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.iterdir())
 
 
-def load_checkpoint(engine: PolicyEngine, directory: Path, fingerprint: Mapping[str, Any]) -> CheckpointState:
-    """Continue from ``directory``.
+def load_checkpoint(engine: Engine, directory: Path, fingerprint: Mapping[str, Any]) -> CheckpointState:
+    """Load the checkpoint in ``directory`` into ``engine``.
 
     Raises:
         ConfigError: if it belongs to a run whose result would differ.
@@ -71,7 +69,7 @@ def load_checkpoint(engine: PolicyEngine, directory: Path, fingerprint: Mapping[
     state = _read(directory)
     if state.get("format") != FORMAT:
         raise TrainError(f"the checkpoint in {directory} has format {state.get('format', 1)}, this version of raydpo reads "
-                         f"format {FORMAT}; finish the run with the version that began it, or begin it anew")
+                         f"format {FORMAT}; finish the run with the version that started it, or start again with --fresh")
     changes = changed_settings(state["fingerprint"], fingerprint)
     if changes:
         raise ConfigError(f"the checkpoint belongs to a run with other settings ({'; '.join(changes)})")
@@ -87,15 +85,15 @@ def _read(directory: Path) -> dict[str, Any]:
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """``key: old -> new`` for everything that the result depends on and that differs."""
-    # Through JSON, as the stored side has been.
+    """Settings that differ, as ``key: old -> new``."""
+    # Through JSON, as the stored side was.
     now = json.loads(json.dumps(dict(now)))
     return [f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in sorted({*before, *now})
             if before.get(key) != now.get(key)]
 
 
 def _as_os_error(error: SafetensorError) -> OSError:
-    """safetensors tells an operating system's error as text: ``... Os { code: 28, kind: StorageFull, ...``."""
+    """Turn an operating system's error, which safetensors reports as text (``... Os { code: 28, ...``), into OSError."""
     code = re.search(r"code: (\d+)|os error (\d+)", str(error))
     number = int(code[1] or code[2]) if code else errno.EIO
     return OSError(number, os.strerror(number))

@@ -1,4 +1,4 @@
-"""Offload to a disk: whether DeepSpeed can do it here, and a folder for each process that does."""
+"""Offload to a disk: check that DeepSpeed supports it here, and make a folder for each process."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ __all__ = ["disk_folder"]
 
 PREFIX = "raydpo-offload-"
 _HELD: list[IO[str]] = []
-"""Locks of this process's folders, for as long as it lives."""
+"""Open lock files of this process's folders; closed when the process ends."""
 
 
 def disk_folder(field: str, where: str) -> str:
-    """A new folder below ``where`` for what this process puts on the disk. Those of processes that died are removed.
+    """Make a folder below ``where`` for this process's offloaded tensors, and remove the folders of processes that died.
 
-    Of its own, since DeepSpeed names files by rank: two runs in one folder would read each other's weights.
+    Each process needs its own: DeepSpeed names files by rank, so two runs in one folder would read each other's weights.
 
     Args:
-        field: the setting that asks for it, for messages.
+        field: name of the setting, for error messages.
 
     Raises:
         ModelError: if the folder cannot be made, or DeepSpeed lacks what it needs.
@@ -62,7 +62,7 @@ def _require_asynchronous_files(field: str, where: str) -> None:
         raise ModelError(f"{field} is {where!r}, but libaio is not installed here. {fix}")
     try:
         AsyncIOBuilder().load(verbose=False)
-    except Exception as error:  # whatever a compiler may say
+    except Exception as error:  # compilation can fail with any exception
         raise ModelError(f"{field} is {where!r}, but DeepSpeed's async_io does not compile here: "
                          f"{' '.join(str(error).split())[:300]}. {fix}") from error
 
@@ -75,7 +75,7 @@ def _alone(root: Path) -> Iterator[None]:
 
 
 def _remove_if_abandoned(folder: Path) -> None:
-    """The system lets go of a process's locks when it ends, however it does."""
+    """Remove the folder if its lock is free: the operating system releases the locks of a process that ended."""
     with contextlib.suppress(OSError), open(folder / "lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         shutil.rmtree(folder, ignore_errors=True)

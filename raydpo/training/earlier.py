@@ -1,4 +1,4 @@
-"""What an earlier run of the same name left in the run directory: a result, a part of one, or something else."""
+"""An earlier run in the same run directory: return its result, continue it, refuse it, or rename it."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from raydpo.training.checkpoint import changed_settings
 __all__ = ["begin_again", "earlier_result", "harmless_changes", "leaves", "set_aside"]
 
 BEGUN_BY = "begun-by.json"
-"""In a run directory that --fresh began: the job that did."""
+"""File in a run directory that was started with --fresh: the job that started it."""
 
 
 def earlier_result(storage: Storage, fingerprint: dict[str, Any]) -> dict[str, Any] | None:
-    """The summary of a finished run of this name, None if it is new or interrupted.
+    """The summary of a finished run in this directory; None if there is no run, or it was interrupted.
 
     Raises:
-        ConfigError: if a run of this name exists whose result would differ, with the list of differences.
+        ConfigError: if the run there would have another result; names the settings that differ.
     """
     if not storage.exists("run.json"):
         return None
@@ -35,18 +35,18 @@ def earlier_result(storage: Storage, fingerprint: dict[str, Any]) -> dict[str, A
     changes = changed_settings(earlier, fingerprint)
     if changes:
         raise ConfigError(f"{storage} is a run with other settings ({'; '.join(changes)}). Give this one another name "
-                          "(name=...), or begin again with --fresh, which sets the old one aside")
+                          "(name=...), or start again with --fresh, which renames the old one")
     return json.loads(storage.read("summary.json")) if storage.exists("summary.json") else None
 
 
 def harmless_changes(storage: Storage, config: Config) -> Iterator[str]:
-    """A line about settings that differ from those the run began with, and do not change its result."""
+    """A line about settings that changed since the run started and do not affect its result."""
     if not storage.exists("config.yaml"):
         return
     earlier, now = (leaves(yaml.safe_load(text)) for text in (storage.read("config.yaml"), config.to_yaml()))
     changes = changed_settings(earlier, now)
     if changes:
-        yield f"changed since this run began, without effect on its result: {'; '.join(changes)}"
+        yield f"changed since this run started, without effect on its result: {'; '.join(changes)}"
 
 
 def leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -57,12 +57,12 @@ def leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def begin_again(storage: Storage, console: Console, mark: str = "run.json") -> None:
-    """What --fresh asks for: ``set_aside``, once in each job. Whatever repeats a job after the loss of a machine repeats its
-    command, too, and must continue what the first attempt began."""
+    """Do what --fresh asks for: ``set_aside``, once a job. When a scheduler repeats a job after the loss of a machine, it
+    repeats the same command, and that must continue what the first attempt started."""
     job, may_be_repeated = _job()
     if may_be_repeated and storage.exists(BEGUN_BY) and json.loads(storage.read(BEGUN_BY)) == job:
-        console.say(f"--fresh: {storage} was begun by an earlier attempt of this job ({job}), and goes on; to begin again "
-                    "all the same, take --fresh to a new job, or give another name (name=...)")
+        console.say(f"--fresh: {storage} was started by an earlier attempt of this job ({job}) and continues; to start "
+                    "again, use --fresh in a new job, or give another name (name=...)")
         return
     set_aside(storage, console, mark)
     if job is not None:
@@ -70,24 +70,24 @@ def begin_again(storage: Storage, console: Console, mark: str = "run.json") -> N
 
 
 def _job() -> tuple[str | None, bool]:
-    """What all attempts of the job that this process belongs to have in common, None where there is no job; and whether the
-    attempt may be a repeated one."""
-    told = os.environ
-    if job := told.get("ANYSCALE_JOB_ID") or told.get("SKYPILOT_TASK_ID"):
+    """An id that all attempts of this process's job share, or None without a job; and whether this attempt may be a
+    repeated one."""
+    environ = os.environ
+    if job := environ.get("ANYSCALE_JOB_ID") or environ.get("SKYPILOT_TASK_ID"):
         return job, True
-    submitted = (json.loads(told.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}").get("metadata") or {}).get("job_submission_id")
-    if submitted:
-        # KubeRay gives each attempt of a RayJob an id and a cluster of its own, both of the RayJob's name and five letters.
+    ray_job = json.loads(environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    if submitted := (ray_job.get("metadata") or {}).get("job_submission_id"):
+        # KubeRay gives each attempt of a RayJob its own id and cluster, both named after the RayJob plus five letters.
         name = submitted[:-6]
-        rayjob = re.fullmatch(r"-[a-z0-9]{5}", submitted[-6:]) and told.get("RAY_CLUSTER_NAME", "").startswith(f"{name}-")
+        rayjob = re.fullmatch(r"-[a-z0-9]{5}", submitted[-6:]) and environ.get("RAY_CLUSTER_NAME", "").startswith(f"{name}-")
         return (f"RayJob {name}" if rayjob else submitted), True
-    if slurm := told.get("SLURM_JOB_ID"):  # also that of a shell in which someone types one command after another
-        return f"Slurm job {slurm}", int(told.get("SLURM_RESTART_COUNT") or 0) > 0
+    if slurm := environ.get("SLURM_JOB_ID"):  # also set in an interactive shell, where each command is a new one
+        return f"Slurm job {slurm}", int(environ.get("SLURM_RESTART_COUNT") or 0) > 0
     return None, False
 
 
 def set_aside(storage: Storage, console: Console, mark: str = "run.json") -> None:
-    """Rename the directory of an earlier run, or of whatever else has a file ``mark``."""
+    """Rename the directory to ``NAME~1`` (or the next free number) if it has a file ``mark``."""
     if not storage.exists(mark):
         return
     if not storage.is_local:

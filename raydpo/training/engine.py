@@ -1,7 +1,7 @@
-"""The policy inside DeepSpeed: one place for everything DeepSpeed needs to be told.
+"""The policy inside DeepSpeed, with all of DeepSpeed's configuration.
 
-Works on a bare GPU or CPU machine with torch and deepspeed; ranks find each other through torch.distributed's usual
-environment variables or a process group that exists already.
+Works on a GPU or CPU machine with torch and deepspeed, without Ray. Ranks find each other through torch.distributed's usual
+environment variables or an existing process group.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ __all__ = ["PolicyEngine", "PolicySpec", "join_process_group"]
 
 @dataclass(frozen=True, kw_only=True)
 class PolicySpec:
-    """The policy as it starts.
+    """The policy before training.
 
     Attributes:
         path: local directory of the model.
         dtype: ``float32`` or ``bfloat16``.
-        lora: fresh adapters to train, or None.
+        lora: settings of new adapters to train, or None.
         adapter: directory of an adapter to train further, or None; neither = full fine-tuning.
         quantization, freeze: see ``config.ModelConfig``.
         rope_length: of its identity, see ``model.rotary``.
@@ -66,19 +66,19 @@ class PolicySpec:
 
     @property
     def adapts(self) -> bool:
-        """Whether adapters train, not the model."""
+        """Whether adapters train, not the model's own weights."""
         return self.lora is not None or self.adapter is not None
 
 
 def join_process_group(device: torch.device) -> None:
     """Set up DeepSpeed's communication: nccl on GPUs, gloo on CPUs."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")
-    with _without("mlflow"):  # only DeepSpeed's autotuner wants it, and importing it takes as long as DeepSpeed
+    with _without("mlflow"):  # only DeepSpeed's autotuner needs it, and importing it takes as long as DeepSpeed
         import deepspeed
 
     if device.type == "cpu":
-        # Else DeepSpeed compiles a C++ op at start (a minute, and a failure where there is no compiler) that only its
-        # inference engine uses. The table of what can be compiled is begun here: to fill it DeepSpeed tries compilers.
+        # Otherwise DeepSpeed compiles a C++ op at start, which takes a minute, fails without a compiler, and is used only by
+        # its inference engine. Filling its table of compatible ops would also call compilers, so the table is set here.
         vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
     # Before any model is loaded: transformers partitions weights for ZeRO-3 while loading, over DeepSpeed's group.
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
@@ -86,7 +86,7 @@ def join_process_group(device: torch.device) -> None:
 
 @contextlib.contextmanager
 def _without(package: str) -> Iterator[None]:
-    """Let imports of a package fail that is not imported yet."""
+    """Make imports of ``package`` fail within the block, unless it is already imported."""
     if package in sys.modules:
         yield
         return
@@ -98,20 +98,18 @@ def _without(package: str) -> Iterator[None]:
 
 
 class PolicyEngine(OverRanks):
-    """The trainable policy on this rank: log-probs, backward, step, state, gathered weights.
+    """A ``protocols.Engine`` that uses DeepSpeed.
 
     Args:
         check_rows: a few pairs of the data, for the self-check of the layout.
 
     Attributes:
-        layout_line: which layout the self-check chose, and why.
-        load_seconds, load_bytes: of the slowest rank until the model was loaded; the host memory of the one with most.
-        sequence_parallel: ranks that compute each micro-batch together, ``train.sequence_parallel``.
-        replicas, replica: groups of such ranks, each with micro-batches of its own, and the one this rank is in.
-        leads: whether this rank is the one that counts its group's pairs.
+        zero, adapts, layout_line, load_seconds, load_bytes, replica and others: see ``protocols.Engine``.
+        trainable: the parameters that train.
+        engine: DeepSpeed's engine.
 
     Raises:
-        ModelError: if the model cannot be loaded, or cannot be computed exactly in the layout wished for.
+        ModelError: if the model cannot be loaded, or cannot be computed exactly in the requested layout.
     """
 
     def __init__(self, spec: PolicySpec, train: TrainConfig, device: torch.device,
@@ -120,13 +118,12 @@ class PolicyEngine(OverRanks):
         from transformers.integrations import HfDeepSpeedConfig
 
         self.device, self.zero, self.adapts = device, train.zero, spec.adapts
-        self.clip = train.clip
         self.sequence_parallel = train.sequence_parallel
         self.replicas, self.replica = (number // train.sequence_parallel for number in (self.world_size, self.rank))
         self.leads = self.rank % train.sequence_parallel == 0
         self._offload_activations = train.offload_activations
         settings = _deepspeed_config(train, spec.dtype)
-        # Must outlive loading: transformers looks it up to partition weights as they are read.
+        # Kept alive while the model is loaded: transformers looks it up and partitions weights as it reads them.
         self._partitioned_loading = HfDeepSpeedConfig(settings) if train.zero == 3 else None
         with HostPeak() as loading:
             model = load_causal_lm(spec.path, spec.dtype, adapter=spec.adapter, train_adapter=True,
@@ -152,7 +149,7 @@ class PolicyEngine(OverRanks):
             parameter.data = value
         self.module = module
         self.trainable = trainable
-        # Inside DeepSpeed, so that what is checked is what will run; under ZeRO-3 every rank checks the same.
+        # Checked inside DeepSpeed, as it will run. Under ZeRO-3 all ranks must check the same rows.
         with self.evaluating():
             self.layout_line = choose_layout(module, device, spec.layout, check_rows).line
             group = SequenceGroup.of_world(train.sequence_parallel)
@@ -161,13 +158,10 @@ class PolicyEngine(OverRanks):
             check_training_mode(module, device)
 
     def lay_out(self, groups: Sequence[PromptGroup]) -> Layout:
-        """On the CPU, ready to be copied; may be called from another thread than the one that computes."""
         layout = self.module.lay_out(groups)
         return layout.pin() if self.device.type == "cuda" else layout
 
     def logps(self, layout: Layout, *, log_sum_sq: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """float32 log-probs [N] of a micro-batch's completion tokens, with gradient in training mode; see
-        ``model.logps.LogpModel``."""
         asked = {"log_sum_sq": True} if log_sum_sq else {}
         if self._offload_activations and torch.is_grad_enabled():
             with torch.autograd.graph.save_on_cpu(pin_memory=self.device.type == "cuda"):
@@ -175,12 +169,7 @@ class PolicyEngine(OverRanks):
         return self.engine(layout.to(self.device), **asked)
 
     def find_budget(self, share: float = 1.0) -> Budget:
-        """Measure how many token positions of a micro-batch of training fit on a device; the same on every rank.
-
-        Args:
-            share: part of the device's memory that belongs to this rank.
-        """
-        # The graph of a forward pass is what training keeps; a backward pass here would leave gradients in DeepSpeed.
+        # A forward pass keeps what training keeps; a backward pass here would leave gradients in DeepSpeed.
         def run(tokens: int) -> Tensor:
             whole = probe_group(tokens * self.sequence_parallel, self.module.vocabulary)
             return self.module(self.lay_out([whole]).to(self.device))
@@ -194,7 +183,6 @@ class PolicyEngine(OverRanks):
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """No gradient, and modules in evaluation mode."""
         self.engine.eval()
         try:
             with torch.no_grad():
@@ -203,19 +191,12 @@ class PolicyEngine(OverRanks):
             self.engine.train()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Add the gradient of this rank's share of the step's mean loss; ``last`` marks the step's last micro-batch.
-
-        DeepSpeed averages gradients over ranks; the loss is multiplied by their number, so that shares add up instead.
-        """
+        # DeepSpeed averages gradients over ranks; times their number, the shares add up instead.
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
 
     def step(self, learning_rate: float) -> float:
-        """Clip and apply the gradients; returns their global norm before clipping.
-
-        A norm that is not finite leaves weights and moments as they are, and drops the gradients; DeepSpeed sees to that
-        under ZeRO 1 to 3.
-        """
+        # If the norm is not finite, DeepSpeed leaves weights and moments unchanged, but only under ZeRO 1 to 3.
         norm = self._plain_norm() if self.zero == 0 else None
         if norm is not None and not math.isfinite(norm):
             for parameter in self.trainable:
@@ -228,24 +209,20 @@ class PolicyEngine(OverRanks):
 
     @property
     def state(self) -> TrainedState:
-        """Weights and optimizer state, to be written and read."""
         named = {name.removeprefix("causal_lm."): parameter for name, parameter in self.module.named_parameters()
                  if parameter.requires_grad}
         return TrainedState(self.engine, named, self.zero)
 
     def load_whole_models(self) -> None:
-        """From here on transformers loads models whole in this process, under ZeRO-3 too."""
         self._partitioned_loading = None
 
     def gather(self) -> dict[str, Tensor]:
-        """The policy's weights on the CPU of rank 0 (elsewhere an empty dict); with an adapter, the adapter's alone.
-
-        Every rank must call it: under ZeRO-3 each weight is gathered in turn, so that no GPU ever holds them all.
-        """
+        """See ``protocols.Engine``; with an adapter, the adapter's weights alone. Under ZeRO-3 weights are gathered one by
+        one, so that no GPU holds all of them."""
         import deepspeed
 
         gathered: dict[str, Tensor] = {}
-        # Of an adapter also what does not train, and what its layers share under each of its names: PEFT stores both.
+        # PEFT also stores adapter weights that do not train, and shared ones under each of their names.
         for name, parameter in self.module.policy.named_parameters(remove_duplicate=not self.adapts):
             if self.adapts and not parameter.requires_grad and ADAPTER_NAME not in name.split("."):
                 continue
@@ -255,21 +232,21 @@ class PolicyEngine(OverRanks):
         return gathered
 
     def _plain_norm(self) -> float:
-        """Without ZeRO DeepSpeed does not tell the gradient norm; after the all-reduce every rank has all gradients."""
+        """The gradient norm without ZeRO, where DeepSpeed does not report it. Every rank has all gradients."""
         gradients = [parameter.grad for parameter in self.trainable if parameter.grad is not None]
         return float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
 
 
 def _deepspeed_config(train: TrainConfig, dtype: str) -> dict[str, Any]:
     return {
-        # Micro-batches are ours: their number differs from step to step. A global batch size given here would trip
-        # DeepSpeed's own arithmetic while transformers loads under ZeRO-3.
+        # raydpo makes the micro-batches, and their number varies. With a global batch size here, DeepSpeed's consistency
+        # check fails while transformers loads under ZeRO-3.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        # No clipping is a bound that is never reached: DeepSpeed then still computes the norm.
+        # Without clipping, a bound that is never reached: DeepSpeed then still computes the norm.
         "gradient_clipping": train.clip if train.clip is not None else 1e30,
         "zero_optimization": {"stage": train.zero, "reduce_bucket_size": REDUCE_BUCKET} | _offload(train),
-        # Else it would want its own Adam, which a compiler must build first, in place of ours.
+        # Otherwise DeepSpeed demands its own Adam, which must be compiled.
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": dtype == "bfloat16"},
@@ -287,16 +264,16 @@ def _offload(train: TrainConfig) -> dict[str, Any]:
 
 
 def _float32_parameters(module: LogpModel, dtype: str, zero: int) -> list[tuple[nn.Parameter, Tensor]]:
-    """Parameters of a bfloat16 model that transformers keeps in float32, routers of some mixtures of experts, with their
-    values. DeepSpeed rounds them, which would make the policy another function than the reference was scored with.
+    """Parameters of a bfloat16 model that transformers keeps in float32 (routers of some mixtures of experts), with their
+    values. DeepSpeed rounds them; the caller restores them, so that policy and reference are the same function.
 
     Raises:
-        ModelError: if they cannot be given back: those that train, and all under ZeRO-3, which rounds as it loads.
+        ModelError: if they cannot be restored: if they train, or under ZeRO-3, which rounds while loading.
     """
     if dtype == "float32":
         return []
     rounded = _float32_names(module.causal_lm) if zero == 3 else ()
-    # Fresh adapters begin in float32, and rounding them changes nothing: their output is zero.
+    # New adapters start in float32. Rounding them changes nothing, since their output is zero.
     found = {name: parameter for name, parameter in module.causal_lm.named_parameters() if ".lora_" not in name
              and (parameter.dtype == torch.float32 or name.replace("base_layer.", "") in rounded)}
     trained = [name for name, parameter in found.items() if parameter.requires_grad]
@@ -313,8 +290,8 @@ def _float32_parameters(module: LogpModel, dtype: str, zero: int) -> list[tuple[
 
 
 def _float32_names(causal_lm: nn.Module) -> set[str]:
-    """Names of the parameters that the model has in float32 when it is loaded in bfloat16 without ZeRO-3: those that its
-    class lists, and those that it makes so."""
+    """Names of the parameters that stay in float32 when the model is loaded in bfloat16 without ZeRO-3: those that its class
+    lists, and those that it creates in float32."""
     listed = getattr(causal_lm, "_keep_in_fp32_modules_strict", None) or ()
     pattern = re.compile("|".join(rf"(^|\.){re.escape(name)}($|\.)" for name in listed) or "(?!)")
     before = torch.get_default_dtype()

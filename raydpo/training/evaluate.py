@@ -1,4 +1,4 @@
-"""Log-probs of any pairs by the policy as it is, over all ranks: for whole steps, held-out evaluation and the gate."""
+"""Log-probs of pairs under the current policy, over all ranks: for held-out evaluation, the gate and whole-step losses."""
 
 from __future__ import annotations
 
@@ -15,23 +15,22 @@ from raydpo.data.plan import MicroBatch, split_over_ranks
 from raydpo.losses import Memory, Objective, PairLogps
 from raydpo.model.layout import Layout
 from raydpo.prefetch import prefetch
-from raydpo.training.engine import PolicyEngine
 from raydpo.training.metrics import PairSums
 from raydpo.training.pairs import TrainingPairs
+from raydpo.training.protocols import StepEngine
 
 __all__ = ["AllPairLogps", "Comparison", "compare", "evaluate", "pair_logps", "reference_logps"]
 
 _OF_THE_POLICY = ("chosen", "rejected", "chosen_tail", "rejected_tail", "weights")
-"""Fields of ``PairLogps`` that only whoever computes a pair knows; the weights are WPO's as well as the data's."""
+"""Fields of ``PairLogps`` that only the rank that computes a pair knows. The weights are WPO's times the data's."""
 
 
 def reference_logps(pairs: TrainingPairs, rows: Sequence[int] | np.ndarray, config: ObjectiveConfig,
                     device: torch.device | str = "cpu", mean_chosen_tokens: float | None = None) -> PairLogps:
-    """What is known of ``rows`` beforehand: the log-probs of a policy that is the reference, with the fields that the
-    objective asks for.
+    """Log-probs of ``rows`` under a policy that equals the reference, with the fields that the objective needs.
 
     Args:
-        mean_chosen_tokens: over the step; None = over ``rows``.
+        mean_chosen_tokens: mean over the step; None = mean over ``rows``.
     """
     index = np.asarray(rows)
 
@@ -47,9 +46,9 @@ def reference_logps(pairs: TrainingPairs, rows: Sequence[int] | np.ndarray, conf
                      else mean_chosen_tokens)
 
 
-def pair_logps(engine: PolicyEngine, layout: Layout, pairs: TrainingPairs, rows: Sequence[int], config: ObjectiveConfig,
+def pair_logps(engine: StepEngine, layout: Layout, pairs: TrainingPairs, rows: Sequence[int], config: ObjectiveConfig,
                mean_chosen_tokens: float | None = None) -> PairLogps:
-    """The policy's log-probs of ``rows``, whose micro-batch is laid out in ``layout``; with gradient in training mode.
+    """Log-probs of ``rows`` under the policy, with gradient in training mode. ``layout`` is the micro-batch of these rows.
 
     Shapes: N = completion tokens, chosen and rejected of each pair in turn.
     """
@@ -60,7 +59,7 @@ def pair_logps(engine: PolicyEngine, layout: Layout, pairs: TrainingPairs, rows:
     owner_N = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths, output_size=len(logps_N))
 
     def sums(values_N: Tensor) -> tuple[Tensor, Tensor]:
-        # In float64: the margin is a small difference of sums of hundreds of nats.
+        # float64: the margin is a small difference of sums of hundreds of nats.
         totals = torch.zeros(len(lengths), dtype=torch.float64, device=device).index_add(0, owner_N, values_N.double())
         return totals.view(-1, 2).unbind(1)
 
@@ -73,8 +72,8 @@ def pair_logps(engine: PolicyEngine, layout: Layout, pairs: TrainingPairs, rows:
         chosen, rejected = sums(logps_N * (place_N >= shared[owner_N]))
         logps = dataclasses.replace(logps, chosen_tail=chosen, rejected_tail=rejected)
     if more:
-        # WPO (Zhou et al., arXiv 2406.11827, eq. 2): how likely the policy is to write the pair, a token in the mean,
-        # against how likely two draws of it are to agree there.
+        # WPO (Zhou et al., arXiv 2406.11827, eq. 2): mean probability of a token under the policy, divided by the
+        # probability that two draws from the policy agree at that token.
         chosen, rejected = sums((logps_N - more[0]).detach())
         weights = torch.exp(chosen / logps.chosen_tokens + rejected / logps.rejected_tokens)
         logps = dataclasses.replace(logps, weights=weights if logps.weights is None else weights * logps.weights)
@@ -82,19 +81,19 @@ def pair_logps(engine: PolicyEngine, layout: Layout, pairs: TrainingPairs, rows:
 
 
 class AllPairLogps:
-    """The log-probs of all ``rows``, in their order, whichever ranks compute them; without gradient.
+    """The log-probs of ``rows``, in their order, from all ranks; without gradient.
 
-    A row that is there twice is computed twice, and has the mean of both.
+    A row that occurs twice is computed twice, and gets the mean of both.
     """
 
-    def __init__(self, engine: PolicyEngine, pairs: TrainingPairs, rows: Sequence[int] | np.ndarray,
+    def __init__(self, engine: StepEngine, pairs: TrainingPairs, rows: Sequence[int] | np.ndarray,
                  config: ObjectiveConfig) -> None:
         self._engine, self._pairs, self._config, self._rows = engine, pairs, config, rows
         self._distinct, self._places = np.unique(rows, return_inverse=True)
         self._found = torch.zeros(len(_OF_THE_POLICY) + 1, len(self._distinct), dtype=torch.float64, device=engine.device)
 
     def compute(self, batches: Iterable[tuple[MicroBatch, Layout]]) -> None:
-        """This rank's micro-batches."""
+        """Compute this rank's micro-batches."""
         with self._engine.evaluating():
             for batch, layout in batches:
                 logps = pair_logps(self._engine, layout, self._pairs, batch.pairs, self._config)
@@ -105,7 +104,7 @@ class AllPairLogps:
                     self._found.index_add_(1, place, torch.stack([*columns, one]))
 
     def join(self) -> PairLogps:
-        """What all ranks have computed; the same on every one."""
+        """Combine the results of all ranks. All ranks call it, and get the same."""
         known = reference_logps(self._pairs, self._rows, self._config, self._engine.device)
         found = self._engine.sum_over_ranks(self._found)
         values = (found[:-1] / found[-1])[:, torch.from_numpy(self._places).to(self._engine.device)]
@@ -116,10 +115,10 @@ class AllPairLogps:
                                              if asked.get(name, True)})
 
 
-def evaluate(engine: PolicyEngine, pairs: TrainingPairs, objective: Objective, beta: float, memory: Memory,
+def evaluate(engine: StepEngine, pairs: TrainingPairs, objective: Objective, beta: float, memory: Memory,
              tokens_per_batch: int) -> dict[str, float]:
-    """Metrics over all ``pairs``, each prefixed ``eval_``; the same on every rank. An objective of the whole step sees them
-    as one."""
+    """Metrics over all ``pairs``, with prefix ``eval_``; the same on every rank. A whole-step objective sees them as one
+    step."""
     sums = PairSums(pairs.source_names, engine.device, reference=pairs.has_reference, prompts=int(pairs.prompts.max()) + 1)
     config, rows = objective.config, np.arange(len(pairs))
     batches = _my_batches(engine, pairs, rows.tolist(), tokens_per_batch)
@@ -143,7 +142,7 @@ def evaluate(engine: PolicyEngine, pairs: TrainingPairs, objective: Objective, b
     return {f"eval_{name}": value for name, value in sums.metrics().items()}
 
 
-def _my_batches(engine: PolicyEngine, pairs: TrainingPairs, rows: Sequence[int],
+def _my_batches(engine: StepEngine, pairs: TrainingPairs, rows: Sequence[int],
                 tokens_per_batch: int) -> Iterator[tuple[MicroBatch, Layout]]:
     plan = split_over_ranks(rows, pairs.shapes, world_size=engine.replicas, tokens_per_batch=tokens_per_batch,
                             layout=engine.module.method.layout)
@@ -152,13 +151,13 @@ def _my_batches(engine: PolicyEngine, pairs: TrainingPairs, rows: Sequence[int],
 
 @dataclass(frozen=True)
 class Comparison:
-    """Policy against stored reference, by pair: arrays [pairs], in nats.
+    """Difference of policy and stored reference by pair: arrays [pairs], in nats.
 
     Attributes:
         token_gap: largest absolute difference of a single token.
         mean_gap: mean absolute difference of a token.
         chosen_gap, rejected_gap: difference of the sums over the completion; 0 if the policy is the reference.
-        chosen_tail_gap, rejected_tail_gap: the same, of the tokens beyond the length of the shorter completion alone.
+        chosen_tail_gap, rejected_tail_gap: the same for the tokens beyond the length of the shorter completion.
     """
 
     rows: np.ndarray
@@ -170,8 +169,8 @@ class Comparison:
     rejected_tail_gap: np.ndarray
 
 
-def compare(engine: PolicyEngine, pairs: TrainingPairs, rows: Sequence[int], tokens_per_batch: int) -> Comparison:
-    """Score ``rows`` with the policy as it is and compare token by token; the same result on every rank."""
+def compare(engine: StepEngine, pairs: TrainingPairs, rows: Sequence[int], tokens_per_batch: int) -> Comparison:
+    """Compute ``rows`` with the current policy and compare it with the reference token by token; the same on every rank."""
     rows = list(rows)
     place = {row: index for index, row in enumerate(rows)}
     gaps = torch.zeros(6, len(rows), dtype=torch.float64, device=engine.device)
@@ -182,12 +181,12 @@ def compare(engine: PolicyEngine, pairs: TrainingPairs, rows: Sequence[int], tok
             for row in batch.pairs if batch.counts and engine.leads else ():
                 live = next(completions), next(completions)
                 gap_chosen, gap_rejected = (ours - stored for ours, stored in zip(live, pairs.reference(row), strict=True))
-                if not pairs.has_tokens(row):  # only sums were imported: their difference, spread evenly over the tokens
+                if not pairs.has_tokens(row):  # only sums were imported: spread their difference evenly over the tokens
                     gap_chosen, gap_rejected = (
                         np.full(len(ours), (ours.sum() - total) / len(ours)) for ours, total in
                         zip(live, (pairs.ref_chosen[row], pairs.ref_rejected[row]), strict=True))
                 every = np.abs(np.concatenate([gap_chosen, gap_rejected]))
-                # Written by the one rank that owns the pair; the sum over ranks fills in the others'.
+                # Only the rank that computes the pair writes it; the sum over ranks below gives it to all.
                 shared = min(len(gap_chosen), len(gap_rejected))
                 gaps[:, place[row]] = torch.tensor([
                     every.max(), every.mean(), gap_chosen.sum(), gap_rejected.sum(), gap_chosen[shared:].sum(),

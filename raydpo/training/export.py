@@ -9,18 +9,19 @@ from torch import nn
 
 from raydpo.model.load import dropout_settings, load_causal_lm, restore_dropout
 from raydpo.model.weights import ADAPTER_NAME
-from raydpo.training.engine import PolicyEngine, PolicySpec
+from raydpo.training.engine import PolicySpec
+from raydpo.training.protocols import Engine
 
 __all__ = ["export_policy"]
 
 
-def export_policy(engine: PolicyEngine, spec: PolicySpec, base_name: str, tokenizer: Any, directory: Path,
+def export_policy(engine: Engine, spec: PolicySpec, base_name: str, tokenizer: Any, directory: Path,
                   merge: bool = False) -> None:
-    """Gather the weights and, on rank 0, write model or adapter and tokenizer to ``directory``. All ranks must call it.
+    """Write model or adapter and tokenizer to ``directory`` on rank 0. All ranks must call it.
 
     Args:
-        base_name: how an adapter names the model it belongs to.
-        merge: write an adapter also merged into its model, below ``merged``.
+        base_name: name of the base model in an adapter's configuration.
+        merge: also write the adapter merged into its model, to ``merged`` below ``directory``.
     """
     weights = engine.gather()
     if engine.rank != 0:
@@ -28,7 +29,7 @@ def export_policy(engine: PolicyEngine, spec: PolicySpec, base_name: str, tokeni
     policy = engine.module.policy
     if spec.adapts:
         policy.peft_config[ADAPTER_NAME].base_model_name_or_path = base_name
-        # Some kinds, VeRA for one, store projections that do not train.
+        # Some adapters, such as VeRA, store projections that do not train.
         buffers = dict(policy.named_buffers(remove_duplicate=False))
         weights |= {name: value.cpu() for name, value in policy.state_dict().items() if name in buffers}
         policy.save_pretrained(str(directory), state_dict=weights, safe_serialization=True)
@@ -41,7 +42,7 @@ def export_policy(engine: PolicyEngine, spec: PolicySpec, base_name: str, tokeni
     tokenizer.save_pretrained(str(directory))
     if merge and spec.adapts:
         engine.load_whole_models()
-        # Into the weights as they are stored: those that were quantized for training come back unrounded.
+        # Merge into the stored weights, not into those that were quantized for training.
         merged = load_causal_lm(spec.path, spec.dtype, adapter=str(directory), rope_length=spec.rope_length,
                                 trust_remote_code=spec.trust_remote_code)
         _untie(merged.get_base_model())
@@ -51,8 +52,8 @@ def export_policy(engine: PolicyEngine, spec: PolicySpec, base_name: str, tokeni
 
 
 def _untie(causal_lm: nn.Module) -> None:
-    """Give the head a weight of its own if it is the embedding's and an adapter is on one of them: merging adds to the
-    weight in place, so both would change. PEFT then writes tie_word_embeddings=false."""
+    """Copy the head's weight if it is tied to the embedding and one of them has an adapter: merging adds to the weight in
+    place, and would change both. PEFT then writes tie_word_embeddings=false."""
     ends = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
     embedding, head = (getattr(end, "base_layer", end) for end in ends)
     if (embedding, head) != ends and head.weight is embedding.weight:

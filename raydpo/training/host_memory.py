@@ -1,4 +1,4 @@
-"""Host memory that a process needs for itself while it does something, and how long that takes."""
+"""Time and peak host memory of a block of code."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import Any
 __all__ = ["HostPeak"]
 
 EVERY = 0.01
-"""Seconds between looks."""
+"""Seconds between measurements."""
 
 
 class HostPeak:
-    """Watches a block of code from a thread.
+    """Measures a block of code from another thread.
 
-    Pages of files do not count: a weights file that is mapped, by however many processes of a machine, lies in its cache
-    once, and leaves when memory is short. The system's own high-water mark counts them.
+    Pages of mapped files do not count: they are in the page cache once a machine, and are dropped when memory is short. The
+    system's own peak (VmHWM) includes them.
 
     Attributes:
-        seconds: that the block took.
-        start_bytes, bytes: of the process before it, and at the most; 0 where the system does not tell.
+        seconds: duration of the block.
+        start_bytes, bytes: memory of the process before the block, and its peak; 0 if the system does not report it.
     """
 
     def __enter__(self) -> HostPeak:

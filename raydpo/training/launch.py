@@ -1,4 +1,4 @@
-"""Training on Ray: a TorchTrainer around ``loop.train_policy``, with checkpoints that survive the workers."""
+"""Training on Ray: a TorchTrainer around ``trainer.train_policy``, with checkpoints that survive the workers."""
 
 from __future__ import annotations
 
@@ -22,19 +22,28 @@ from raydpo.reference.identity import on_this_machine
 from raydpo.storage import Storage
 from raydpo.training.board import Board, Listener, listening
 from raydpo.training.hooks import Hooks
-from raydpo.training.loop import TrainJob
+from raydpo.training.job import TrainJob
 
 __all__ = ["Payload", "RayHooks", "launch", "new_board"]
 
 _CHECKPOINTS = "checkpoints"
 """Folder of a run directory."""
 RESIZE_SECONDS = 30.0
-"""Between looks for machines that have come, where the number of workers may vary."""
+"""Seconds between checks for new machines, if the number of workers may vary."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Payload:
-    """What every worker receives. Tables travel through Ray's object store, once a node."""
+    """What every worker receives.
+
+    Attributes:
+        pairs, held_out: results of ``pairs.join_reference``, or references to them in Ray's object store, through which they
+            travel once a node. ``held_out`` may be None.
+        run_dir: local path or URI.
+        base_name: how an exported adapter names its base model.
+        board: of ``new_board``, for a caller that may stop the training; None = ``launch`` makes one.
+        threads: CPU threads of a worker, None = torch's choice; ``launch`` sets it.
+    """
 
     job: TrainJob
     pairs: Any
@@ -42,53 +51,44 @@ class Payload:
     run_dir: str
     run_name: str
     track: TrackConfig
-    threads: int | None
     base_name: str
     tokenizer: Any
-    board: Any
+    board: Any = None
+    threads: int | None = None
 
 
 def new_board() -> Any:
-    """The actor of a training's ``Board``."""
+    """Start the actor ``Board`` of a training."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    # Where the driver is, with which it lives and dies; elsewhere it would go with a machine that only trains.
+    # On the driver's node, and lost only with the driver; on another node it would be lost with a machine that only trains.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
 
 
-def launch(job: TrainJob, pairs: Any, held_out: Any, resources: Resources, *, run_dir: str, run_name: str,
-           track: TrackConfig, base_name: str, tokenizer: Any, listener: Listener, board: Any = None) -> dict[str, Any]:
-    """Train to the end on Ray, continuing from the newest checkpoint in ``run_dir`` if there is one.
-
-    Args:
-        pairs, held_out: results of ``pairs.join_reference``, or references to them in Ray's object store. Nothing may be
-            held out.
-        base_name: how an exported adapter names its base model.
-        board: of ``new_board``, for a caller that may want the training to stop.
+def launch(payload: Payload, resources: Resources, listener: Listener) -> dict[str, Any]:
+    """Train to the end on Ray, continuing from the newest checkpoint in the run directory if there is one.
 
     Returns:
-        The summary that rank 0 made, see ``loop.TrainSummary``.
+        The summary that rank 0 made: the fields of ``job.TrainSummary``.
 
     Raises:
         RaydpoError: what the workers raised; everything up to the newest checkpoint is kept.
     """
     import ray
 
-    storage = Storage(run_dir)
-    board = board or new_board()
-    pairs, held_out = (ray.put(table) if isinstance(table, pa.Table) else table for table in (pairs, held_out))
-    payload = Payload(job=job, pairs=pairs, held_out=held_out,
-                      run_dir=storage.root if storage.is_local else run_dir, threads=resources.threads,
-                      run_name=run_name, track=track,
-                      base_name=base_name, tokenizer=tokenizer, board=board)
-    trainer = _ray_trainer(_worker, {"payload": payload}, job.train, resources, payload.run_dir)
-    return _fit(trainer, board, listener, run_dir)
+    storage, board = Storage(payload.run_dir), payload.board or new_board()
+    pairs, held_out = (ray.put(table) if isinstance(table, pa.Table) else table
+                       for table in (payload.pairs, payload.held_out))
+    payload = dataclasses.replace(payload, pairs=pairs, held_out=held_out, board=board, threads=resources.threads,
+                                  run_dir=storage.root if storage.is_local else payload.run_dir)
+    trainer = _ray_trainer(_worker, {"payload": payload}, payload.job.train, resources, payload.run_dir)
+    return _fit(trainer, board, listener, payload.run_dir)
 
 
 def _fit(trainer: Any, board: Any, listener: Listener, run_dir: str) -> dict[str, Any]:
-    """Run a trainer of ``_ray_trainer`` to its end; returns what its workers told ``board`` at last.
+    """Run a trainer of ``_ray_trainer`` to its end. Returns the summary that its workers gave to ``board``.
 
     Raises:
         RaydpoError: what the workers raised.
@@ -110,10 +110,10 @@ def _fit(trainer: Any, board: Any, listener: Listener, run_dir: str) -> dict[str
 
 def _ray_trainer(worker: Callable[[dict[str, Any]], None], given: dict[str, Any], train: TrainConfig, resources: Resources,
                  run_dir: str) -> Any:
-    """A TorchTrainer that calls ``worker(given)`` on every worker, as often as ``train`` allows it to fail."""
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # reports wait for the controller's next look
+    """Make a TorchTrainer that calls ``worker(given)`` on every worker, and restarts them as often as ``train`` allows."""
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # reports wait for the controller's next check
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1800")  # an autoscaler may take its time
-    # A process that has stopped answers nobody, and Ray's own barriers would wait for it for ever.
+    # A frozen process never answers, and Ray's barriers have no timeout.
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = f"{train.collective_timeout:g}"
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -137,7 +137,7 @@ def _ray_trainer(worker: Callable[[dict[str, Any]], None], given: dict[str, Any]
 
 
 def _checkpoint_config(train: TrainConfig) -> Any:
-    """Which checkpoints stay, in Ray's words."""
+    """Which checkpoints to keep, as Ray's CheckpointConfig."""
     from ray.train import CheckpointConfig
 
     return CheckpointConfig(num_to_keep=train.keep_checkpoints, checkpoint_score_attribute=train.keep_best,
@@ -145,14 +145,14 @@ def _checkpoint_config(train: TrainConfig) -> Any:
 
 
 class RayHooks(Hooks):
-    """The hooks of one worker: rank 0 keeps the run's records and tells the driver, all ranks report checkpoints."""
+    """Callbacks of one worker: rank 0 writes the run's records and informs the driver, all ranks report checkpoints."""
 
     def __init__(self, payload: Payload, rank: int) -> None:
         self.payload, self.rank = payload, rank
         self.storage = Storage(payload.run_dir)
         self.records: Any = None
         self.trackers: Any = None
-        self._stop: Any = None  # the answer that the board will give
+        self._stop: Any = None  # pending answer of the board
 
     def begin(self, first_step: int, total_steps: int, facts: Mapping[str, Any]) -> None:
         if self.rank == 0:
@@ -201,7 +201,7 @@ class RayHooks(Hooks):
             ray.train.get_all_reported_checkpoints()
 
     def stop_requested(self) -> bool:
-        """What the board said when asked at an earlier step: an answer is never waited for."""
+        """The board's answer to the question of an earlier step, so that no step waits for an answer."""
         import ray
 
         if self.rank:
@@ -223,7 +223,7 @@ class RayHooks(Hooks):
         return 0.0 if notice.deadline_ms is None else notice.deadline_ms / 1000 - time.time()
 
     def _log(self, line: str) -> None:
-        """Into logs/worker-0.log, for tail -f; a full disk is no reason to stop."""
+        """Write to logs/worker-0.log. A full disk is ignored."""
         with contextlib.suppress(OSError):
             print(line, flush=True)
 
@@ -232,18 +232,19 @@ class RayHooks(Hooks):
 
 
 def _attempt(board: Any, train: TrainConfig, work: Callable[[int | None], None]) -> None:
-    """One worker's part of an attempt to train: ``work``, given the positions of a micro-batch where those asked for did not
-    fit. Ray Train starts workers again whatever the reason; after an error that will only repeat these do nothing.
+    """Call ``work`` in one worker, with the positions of a micro-batch if the configured number did not fit, else None.
+
+    Ray Train restarts workers after any error. If the error would only repeat, the restarted workers do nothing.
 
     Raises:
-        RaydpoError: of ``work``, once ``board`` knows it. A worker that returned would leave the others waiting for it; from
-            one that raises Ray learns that all must end.
+        RaydpoError: that of ``work``, after ``board`` has it. It must be raised: the other workers wait for this one until
+            Ray ends them.
     """
     import ray
     import ray.train
     from ray.train.collective import broadcast_from_rank_zero
 
-    # Rank 0 asks for all, so that all do the same.
+    # Rank 0 asks, and all do the same.
     first = ray.train.get_context().get_world_rank() == 0
     entered = broadcast_from_rank_zero(ray.get(board.enter.remote()) if first else None)
     if entered is None:
@@ -252,7 +253,7 @@ def _attempt(board: Any, train: TrainConfig, work: Callable[[int | None], None])
     try:
         work(tokens_per_batch)
     except DeviceMemoryError as error:
-        # Gradients are half added up on some ranks: only new workers, from the last checkpoint, are sure to be right.
+        # Some ranks have added part of the gradients: only new workers, from the last checkpoint, are certain to be right.
         if not train.max_failures or not ray.get(board.back_off.remote(error.tokens, number)):
             ray.get(board.fail.remote(error))
         raise
@@ -262,7 +263,7 @@ def _attempt(board: Any, train: TrainConfig, work: Callable[[int | None], None])
 
 
 def _worker(config: dict[str, Any]) -> None:
-    """What runs in each Ray Train worker."""
+    """Train in a Ray Train worker."""
     payload: Payload = config["payload"]
     _attempt(payload.board, payload.job.train, lambda tokens_per_batch: _train(payload, tokens_per_batch))
 
@@ -276,8 +277,8 @@ def _train(payload: Payload, tokens_per_batch: int | None) -> None:
     from raydpo.model.selfcheck import CHECK_ROWS
     from raydpo.training.engine import PolicyEngine, join_process_group
     from raydpo.training.export import export_policy
-    from raydpo.training.loop import train_policy
     from raydpo.training.pairs import TrainingPairs
+    from raydpo.training.trainer import train_policy
 
     rank = ray.train.get_context().get_world_rank()
     job = dataclasses.replace(payload.job, policy=on_this_machine(payload.job.policy), tokens_per_batch=tokens_per_batch)
@@ -314,7 +315,7 @@ def _checkpoint_place(step: int) -> str:
 
 
 def _log_to(storage: Storage, rank: int) -> None:
-    """What libraries print goes to the run's logs where they can be appended to, else stays in Ray's own."""
+    """Redirect this process's output to the run's logs. A URI cannot be appended to; there it stays in Ray's logs."""
     if not storage.is_local:
         return
     log = Path(storage.path(f"logs/worker-{rank}.log"))

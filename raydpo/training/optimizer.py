@@ -1,4 +1,4 @@
-"""The optimizers of policies: AdamW as torch has it, with moments in bfloat16, or bitsandbytes' in 8 bits or paged."""
+"""Optimizers: torch's AdamW, AdamW with moments in bfloat16, and bitsandbytes' AdamW (8 bits, paged)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["RoundedAdamW", "make_optimizer"]
 
 
 def make_optimizer(trainable: Sequence[Tensor], train: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
-    """The optimizer of every policy, with or without DeepSpeed around it.
+    """Make the optimizer that ``train`` asks for.
 
     Raises:
         ModelError: if ``train.optimizer`` cannot run here.
@@ -24,7 +24,7 @@ def make_optimizer(trainable: Sequence[Tensor], train: TrainConfig, device: torc
     if train.optimizer == "adamw":
         if train.optimizer_states == "bfloat16":
             return RoundedAdamW(trainable, **common)
-        # DeepSpeed updates one flat tensor of all weights: unfused, AdamW would make two more of that size at every step.
+        # DeepSpeed updates one flat tensor of all weights. Without ``fused``, AdamW allocates two more of that size a step.
         return torch.optim.AdamW(trainable, fused=True, **common)
     if device.type != "cuda":
         raise ModelError(f"train.optimizer {train.optimizer} runs on GPUs only, this worker has none; set "

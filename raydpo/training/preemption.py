@@ -1,4 +1,4 @@
-"""What to do when a machine of the run is about to be taken away."""
+"""Reaction to preemption: a machine of the run is about to be taken away."""
 
 from __future__ import annotations
 
@@ -6,43 +6,43 @@ import time
 
 import torch
 
-from raydpo.training.engine import PolicyEngine
 from raydpo.training.hooks import Hooks
+from raydpo.training.protocols import StepEngine
 
 __all__ = ["PreemptionGuard"]
 
 AFTER = 60.0
-"""Seconds for which a machine may outlive the end it was given."""
+"""Seconds to wait after the announced end; the machine may stay a little longer."""
 SLACK = 5.0
 
 
 class PreemptionGuard:
-    """Asks every few steps, and decides the same on every rank.
+    """Asks for a preemption notice every few steps, and decides the same on every rank.
 
-    A notice calls for a checkpoint at once. Training then goes on until the end is near, calls for another one, and waits:
-    what would be computed after it is lost anyway.
+    After a notice a checkpoint is made at once. Training continues until shortly before the end; then another checkpoint is
+    made and training waits, since further steps would be lost.
 
     Args:
-        every: steps between questions.
+        every: steps between two checks.
     """
 
-    def __init__(self, engine: PolicyEngine, hooks: Hooks, every: int) -> None:
+    def __init__(self, engine: StepEngine, hooks: Hooks, every: int) -> None:
         self._engine, self._hooks, self._every = engine, hooks, every
         self._noticed = self._outlived = False
         self._end = 0.0
 
     def ask(self, step: int, step_seconds: float, save_seconds: float) -> bool:
-        """Whether a checkpoint is called for after ``step``. All ranks call it.
+        """Whether a checkpoint is needed after ``step``. All ranks call it.
 
         Args:
-            step_seconds, save_seconds: how long a step, and a checkpoint, took last.
+            step_seconds, save_seconds: duration of the last step and of the last checkpoint.
         """
         if self._outlived or step % self._every:
             return False
         left = self._hooks.preempted()
         if left is None:
             return False
-        # Clocks differ between machines: rank 0's counts.
+        # Clocks differ between machines, so rank 0 decides.
         margin = SLACK + 2 * (self._every * step_seconds + save_seconds)
         agreed = torch.tensor([left, left <= margin] if self._engine.rank == 0 else [0, 0], dtype=torch.float64,
                               device=self._engine.device)
@@ -54,11 +54,12 @@ class PreemptionGuard:
         return first or bool(near)
 
     def wait(self, step: int) -> None:
-        """After the checkpoint: let the end come, if it is near."""
+        """Wait for the end after the checkpoint of ``step``, if the end is near."""
         if not self._end:
             return
-        self._hooks.note(f"the checkpoint of step {step} is stored; training waits to go on elsewhere")
+        self._hooks.note(f"the checkpoint of step {step} is stored; training waits for the machine to be taken away, and "
+                         "continues on others")
         time.sleep(max(0.0, self._end - time.monotonic()) + AFTER)
         self._end, self._outlived = 0.0, True
-        self._hooks.note(f"warning: the machine is still there {AFTER:.0f} s after its time; training goes on, and does not "
-                         "ask again")
+        self._hooks.note(f"warning: the machine is still there {AFTER:.0f} s after its announced end; training continues, "
+                         "and ignores further notices")

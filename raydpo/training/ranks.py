@@ -1,6 +1,8 @@
-"""What an engine knows of the other ranks, and asks of them. Needs torch alone."""
+"""Collective operations of an engine. Needs only torch."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,7 +12,7 @@ __all__ = ["OverRanks"]
 
 
 class OverRanks:
-    """For an engine on ``device``, once there is a process group."""
+    """Base class of an engine on ``device`` in a process group."""
 
     device: torch.device
 
@@ -23,7 +25,7 @@ class OverRanks:
         return dist.get_rank()
 
     def meet(self) -> None:
-        """Wait, on the device, until all ranks are here."""
+        """Wait, on the device, until all ranks have called this."""
         if self.world_size > 1:
             dist.all_reduce(torch.zeros(1, device=self.device))
 
@@ -31,3 +33,9 @@ class OverRanks:
         """All-reduce in place."""
         dist.all_reduce(values, op=dist.ReduceOp.SUM)
         return values
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """``value`` of every rank, in order of ranks."""
+        everyone: list[Any] = [None] * self.world_size
+        dist.all_gather_object(everyone, value)
+        return everyone

@@ -1,4 +1,4 @@
-"""The files a run leaves: metrics and evaluations as Parquet, the same for TensorBoard."""
+"""Metrics and evaluations of a run, as Parquet and for TensorBoard."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ __all__ = ["RunRecords", "finite", "read_rows", "to_parquet"]
 
 
 def read_rows(storage: Storage, name: str) -> list[dict[str, float]]:
-    """The rows of one of a run's Parquet files; none if it is not there yet."""
+    """Rows of one of a run's Parquet files; none if the file does not exist yet."""
     if not storage.exists(name):
         return []
     return pq.read_table(pa.BufferReader(storage.read(name))).to_pylist()
 
 
 def finite(value: Any) -> Any:
-    """Plain data with None in place of each number that is not finite, for which JSON has no word."""
+    """Copy plain data with None for each number that is not finite, since JSON cannot express it."""
     if isinstance(value, Mapping):
         return {key: finite(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
@@ -38,22 +38,22 @@ def finite(value: Any) -> Any:
 
 
 class RunRecords:
-    """Collects rows and writes them whole, so that a reader never sees half a file.
+    """Collects rows and writes whole files, so that a reader never sees half a file.
 
     Args:
         storage: the run directory.
-        from_step: rows of later steps that an interrupted run left are dropped; they will be made again.
-        warn: told if TensorBoard's files cannot be written, which are then left out; the Parquet files have everything.
+        from_step: rows of later steps, left by an interrupted run, are dropped; those steps are repeated.
+        warn: called if TensorBoard's files cannot be written. They are then left out; the Parquet files have all metrics.
     """
 
     def __init__(self, storage: Storage, from_step: int, warn: Callable[[str], None]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.storage = storage
-        # A run that begins again evaluates again before its first step.
+        # A run that starts again from step 0 repeats the evaluation before its first step.
         self.steps, self.evals = ([row for row in read_rows(storage, name) if from_step and row["step"] <= from_step]
                                   for name in ("metrics.parquet", "eval.parquet"))
-        # TensorBoard appends to its files, which an object store cannot: there it is uploaded at the end.
+        # TensorBoard appends to its files. An object store cannot, so they are uploaded at the end.
         self._board_dir = Path(storage.path("tensorboard")) if storage.is_local else Path(tempfile.mkdtemp())
         self._board: SummaryWriter | None = None
         self._warn = warn
@@ -69,7 +69,7 @@ class RunRecords:
         self._to_board("eval", row)
 
     def flush(self) -> None:
-        """Write what there is to metrics.parquet and eval.parquet."""
+        """Write all rows so far to metrics.parquet and eval.parquet."""
         for name, rows in (("metrics.parquet", self.steps), ("eval.parquet", self.evals)):
             if rows:
                 self.storage.write(name, to_parquet(rows))
@@ -95,17 +95,17 @@ class RunRecords:
 
     @contextlib.contextmanager
     def _board_may_fail(self) -> Iterator[None]:
-        """Its thread raises what the disk said at a later call."""
+        """Give up TensorBoard's files after an OSError. Its thread writes, and raises the error at a later call."""
         try:
             yield
         except OSError as error:
             self._board = None
-            self._warn(f"warning: TensorBoard's files cannot be written ({error}) and are left out until the run is started "
-                       "again; metrics.parquet has everything")
+            self._warn(f"warning: TensorBoard's files cannot be written ({error}) and are left out until the run is "
+                       "restarted; metrics.parquet has all metrics")
 
 
 def to_parquet(rows: list[dict[str, float]]) -> bytes:
-    """Rows as the run's Parquet files hold them: a column for each name that any row has."""
+    """Encode rows as Parquet, with a column for each name in any row."""
     names = list(dict.fromkeys(name for row in rows for name in row))  # a source may first appear in a later step
     columns = {name: pa.array([row.get(name) for row in rows], pa.int64() if name == "step" else pa.float64())
                for name in names}

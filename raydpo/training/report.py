@@ -1,4 +1,4 @@
-"""What a run tells: progress while it trains, a table of before and after, answers before and after."""
+"""Terminal output of a training: progress, metrics before and after, answers before and after."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ EVALUATION_TABLE = (
     ("eval_logps/chosen_fell", "pairs whose chosen fell"),
     ("eval_length/margin_correlation", "margin ~ length difference (r)"),
 )
-"""Metrics of the table of before and after, and what they are called there."""
+"""Metrics in the table of before and after, and their labels."""
 
 
 class TrainingDisplay:
-    """Turns the events of ``training.launch`` into a progress bar and lines."""
+    """Shows the events of ``training.launch`` as a progress bar and lines."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -41,7 +41,7 @@ class TrainingDisplay:
         self._bar.close()
 
     def listen(self, kind: str, content: Any) -> None:
-        """One event: see ``training.launch.Listener``."""
+        """Show an event, see ``training.board.Listener``."""
         getattr(self, f"_{kind}")(content)
 
     def _begin(self, facts: dict[str, Any]) -> None:
@@ -56,7 +56,7 @@ class TrainingDisplay:
         self._line, self._total = None, total
 
     def _step(self, row: dict[str, float]) -> None:
-        if self._line is None:  # from the first step on: gate and first evaluation would spoil the rate
+        if self._line is None:  # begins with the first step: gate and first evaluation would distort the rate
             self._line = self._bar.enter_context(
                 self.console.progress("training", self._total, "steps", done=int(row["step"])))
         self._line.update(int(row["step"]), f"loss {row['loss']:.4f}  accuracy {row['rewards/accuracies']:.2f}  "
@@ -71,7 +71,7 @@ class TrainingDisplay:
 
 
 def print_summary(console: Console, summary: dict[str, Any]) -> None:
-    """The end of a run: ``summary`` is what summary.json holds."""
+    """Print the end of a run. ``summary``: content of summary.json."""
     before, after = summary["eval_before"], summary["eval_after"]
     if before and after:
         console.table(f"held-out pairs: {summary['held_out_pairs']:,}", ("", "before", "after"),
@@ -91,12 +91,12 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
 
 
 def plain_text(text: str) -> str:
-    """``text`` without terminal control characters: data and models may say anything."""
+    """``text`` without terminal control characters, which data and answers may contain."""
     return "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
 def _end(prompt: str) -> str:
-    """The last words of a prompt, on one line: a system prompt is the same for all."""
+    """The end of a prompt on one line. Its start, the system prompt, is often the same for all."""
     line = " ".join(prompt.split())
     return line if len(line) <= PROMPT_CHARACTERS else f"... {line[-PROMPT_CHARACTERS:]}"
 

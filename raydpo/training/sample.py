@@ -1,4 +1,4 @@
-"""Greedy answers of the policy as it is: a look at text before and after training."""
+"""Greedy answers of the current policy, to show text before and after training."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from raydpo.training.engine import PolicyEngine
+from raydpo.training.protocols import Engine
 
 __all__ = ["greedy_answers"]
 
 
-def greedy_answers(engine: PolicyEngine, prompts: Sequence[np.ndarray], max_tokens: int,
+def greedy_answers(engine: Engine, prompts: Sequence[np.ndarray], max_tokens: int,
                    stop: Sequence[int]) -> list[list[int]]:
-    """Token ids of the answer to each prompt, one at a time, whatever a model's own generation settings are.
+    """Token ids of the answer to each prompt, one prompt at a time. The model's own generation settings are not used.
 
-    Every rank answers: under ZeRO-3 each needs all the others' weights at every token.
+    All ranks must call it: under ZeRO-3 every token needs the weights of all ranks.
     """
     answers = []
     with engine.evaluating(), engine.module.own_attention():

@@ -1,4 +1,4 @@
-"""Checkpoints beside the training: written to the local disk at once, stored by a thread, counted when all ranks have."""
+"""Checkpoints during training: written to the local disk, uploaded by a thread, valid once all ranks have uploaded."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ import torch
 
 from raydpo.errors import RaydpoError, TrainError
 from raydpo.training.checkpoint import directory_size, save_checkpoint
-from raydpo.training.engine import PolicyEngine
 from raydpo.training.hooks import Hooks
+from raydpo.training.protocols import Engine
 
 __all__ = ["CheckpointSaver"]
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PATIENCE = 300.0
-"""Seconds for which a store that fails is tried again, in the background; the next checkpoint waits for it."""
+"""Seconds for which a failed upload is retried in the background; the next checkpoint waits for it."""
 LONGEST_WAIT = 15.0
 BRIEFLY = 1.0
-"""Seconds for which training waits for a checkpoint to be stored, so that where this is quick a kill costs an interval and
-not a step more. Where it takes longer it goes on beside the next steps."""
+"""Seconds for which training waits for an upload. If it is quick, a kill costs one interval and no step more; if it takes
+longer, it continues beside the next steps."""
 LAST_PAUSES = (1.0, 2.0, 5.0, 10.0, *[15.0] * 18)
-"""Seconds between attempts at the last checkpoint of a run, five minutes in all."""
+"""Seconds between attempts to store the last checkpoint of a run, five minutes in all."""
 
 
 @dataclass
@@ -42,17 +42,18 @@ class _Upload:
 
 
 class CheckpointSaver:
-    """Makes checkpoints, one at a time; all ranks call the same methods at the same steps.
+    """Makes checkpoints, one at a time. All ranks call the same methods at the same steps.
 
-    A checkpoint that cannot be written or stored (disk full, store away for longer than PATIENCE) costs a warning: the
-    earlier one stays, and training goes on. The last one of a run is tried longer, and must succeed.
+    If a checkpoint cannot be written or uploaded (disk full, storage unavailable for longer than PATIENCE), there is a
+    warning, the earlier one stays, and training continues. The last one of a run is retried longer, and must succeed.
 
     Attributes:
-        seconds, last_seconds: for which training stood still for checkpoints, and for the last one.
+        seconds, last_seconds: time for which training waited for all checkpoints, and for the last one.
         bytes: size of the last one, over all ranks.
+        newest: step of the newest valid checkpoint of this session, or None.
     """
 
-    def __init__(self, engine: PolicyEngine, hooks: Hooks, scratch: Path, fingerprint: Mapping[str, Any]) -> None:
+    def __init__(self, engine: Engine, hooks: Hooks, scratch: Path, fingerprint: Mapping[str, Any]) -> None:
         self._engine, self._hooks, self._scratch, self._fingerprint = engine, hooks, scratch, fingerprint
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="raydpo-checkpoint")
         self._upload: _Upload | None = None
@@ -64,22 +65,22 @@ class CheckpointSaver:
 
     @property
     def minutes_since(self) -> float:
-        """Since the last checkpoint began, or training did."""
+        """Minutes since the last checkpoint was started, or training was."""
         return (time.monotonic() - self._started) / 60
 
     @property
     def busy(self) -> bool:
-        """Whether this rank is still storing its share."""
+        """Whether this rank is still uploading its share."""
         return self._upload is not None and not self._upload.future.done()
 
     def save(self, step: int, summary: Any, metrics: Mapping[str, float]) -> bool:
-        """Write and store the state after ``step`` while training stands still; whether that worked."""
+        """Write and upload the state after ``step`` while training waits. Returns whether that worked."""
         self.begin(step, summary, metrics)
         self.finish()
         return self.newest == step
 
     def save_last(self, step: int, summary: Any, metrics: Mapping[str, float]) -> None:
-        """As ``save``, again and again: without it the work since the one before is lost.
+        """``save`` with retries: without this checkpoint the work since the one before is lost.
 
         Raises:
             TrainError: if it cannot be stored.
@@ -89,11 +90,11 @@ class CheckpointSaver:
                 return
             if pause is not None:
                 time.sleep(pause)
-        raise TrainError(f"{self._problem}. It was the last one, tried {len(LAST_PAUSES) + 1} times. Make room or mend the "
-                         "store, and start the run again")
+        raise TrainError(f"{self._problem}. It was the last one, tried {len(LAST_PAUSES) + 1} times. Free disk space or "
+                         "repair the storage, and start the run again")
 
     def begin(self, step: int, summary: Any, metrics: Mapping[str, float]) -> None:
-        """Write the state after ``step`` and begin to store it. Waits for the one before, and ``BRIEFLY`` for this one."""
+        """Write the state after ``step`` and start its upload. Waits for the upload before, and ``BRIEFLY`` for this one."""
         self.finish()
         self.last_seconds = 0.0
         start, self._started = time.perf_counter(), time.monotonic()
@@ -105,8 +106,7 @@ class CheckpointSaver:
             size = directory_size(directory)
         except (OSError, RaydpoError) as error:
             problem, size = _explained(error, directory), 0
-        totals = torch.tensor([float(problem is not None), float(size)], dtype=torch.float64, device=self._engine.device)
-        failed, self.bytes = (int(value) for value in self._engine.sum_over_ranks(totals).tolist())
+        failed, self.bytes = self._sum_over_ranks(problem is not None, size)
         if failed:
             shutil.rmtree(directory, ignore_errors=True)
             self._give_up(step, problem, failed)
@@ -114,21 +114,19 @@ class CheckpointSaver:
             self._upload = _Upload(step, directory, self._pool.submit(self._store, directory, step), dict(metrics))
             futures.wait([self._upload.future], timeout=BRIEFLY)
         self._add(time.perf_counter() - start)
-        if self._upload is not None:
-            storing = torch.tensor(float(self.busy), dtype=torch.float64, device=self._engine.device)
-            if not self._engine.sum_over_ranks(storing).item():
-                self.finish()
+        if self._upload is not None and self._sum_over_ranks(self.busy) == [0]:
+            self.finish()
 
     def settle(self, *, all_stored: bool) -> None:
-        """Count the checkpoint under way if every rank has stored its share."""
+        """Make the pending checkpoint valid if every rank has uploaded its share."""
         if self._upload is not None and all_stored:
             self.finish(wait=False)
 
     def finish(self, *, wait: bool = True) -> None:
-        """Wait until the checkpoint under way is stored by all ranks, and count it.
+        """Wait until all ranks have uploaded the pending checkpoint, and make it valid.
 
         Args:
-            wait: also until it is certain to count.
+            wait: also wait until it is certain that it is valid.
         """
         if self._upload is None:
             return
@@ -139,8 +137,7 @@ class CheckpointSaver:
             upload.future.result()
         except (OSError, RaydpoError) as error:
             problem = _explained(error, upload.directory)
-        failed = torch.tensor(float(problem is not None), dtype=torch.float64, device=self._engine.device)
-        failed = int(self._engine.sum_over_ranks(failed))
+        (failed,) = self._sum_over_ranks(problem is not None)
         shutil.rmtree(upload.directory, ignore_errors=True)
         if failed:
             self._give_up(upload.step, problem, failed)
@@ -148,6 +145,10 @@ class CheckpointSaver:
             self._hooks.register(upload.step, upload.metrics, wait=wait)
             self.newest = upload.step
         self._add(time.perf_counter() - start)
+
+    def _sum_over_ranks(self, *values: int) -> list[int]:
+        totals = torch.tensor(values, dtype=torch.float64, device=self._engine.device)
+        return [int(total) for total in self._engine.sum_over_ranks(totals).tolist()]
 
     def _add(self, seconds: float) -> None:
         self.seconds += seconds
@@ -169,13 +170,13 @@ class CheckpointSaver:
                 pause = min(2 * pause, LONGEST_WAIT)
 
     def _give_up(self, step: int, problem: str | None, failed: int) -> None:
-        # The reason is this rank's, where it is this rank's.
+        # The reason of this rank, if it failed here.
         reason = problem or f"{failed} of {self._engine.world_size} workers could not write it; see their logs"
         kept = "the one before stays" if self.newest is None else f"the one of step {self.newest} stays"
         line = self._problem = f"the checkpoint of step {step} could not be stored: {reason}; {kept}"
         if problem is not None:
             with contextlib.suppress(OSError):
-                print(line, flush=True)  # into this worker's log, whichever rank it is
+                print(line, flush=True)  # into this worker's log, on every rank
         self._hooks.note(f"warning: {line}")
 
 

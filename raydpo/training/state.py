@@ -1,9 +1,9 @@
 """Weights and optimizer state of the trained parameters, as named fragments in safetensors files.
 
-DeepSpeed keeps master weights and moments in flat tensors that are cut up by ZeRO stage and number of ranks, and saves
-them that way, in pickles. Here every rank writes what it owns under the parameter's own name, with where it begins in the
-flattened parameter, and reads back whatever it owns now: a checkpoint fits any number of ranks and any ZeRO stage, holds
-nothing that did not train, and holds nothing that could run.
+DeepSpeed keeps master weights and moments in flat tensors, split by ZeRO stage and number of ranks, and saves them that way,
+in pickles. Here every rank writes what it owns under the parameter's own name and its offset in the flattened parameter, and
+reads what it owns now. So a checkpoint fits any number of ranks and any ZeRO stage, and contains neither frozen weights nor
+code.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ _WEIGHT = "weight"
 
 @dataclass(frozen=True)
 class Fragment:
-    """Elements ``start`` to ``start + numel`` of a flattened parameter, which lie in ``flat`` from ``offset``.
+    """Elements ``start`` to ``start + numel`` of a flattened parameter, stored in ``flat`` from ``offset``.
 
     Attributes:
-        flat: the tensor that the optimizer updates, the key of its state.
-        total: elements of the whole parameter.
+        flat: the tensor that the optimizer updates; also the key of its state.
+        total: number of elements of the whole parameter.
     """
 
     name: str
@@ -47,15 +47,17 @@ class Fragment:
     offset: int
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The fragment's part of ``flat`` or of a tensor of its shape."""
+        """The fragment's elements of ``flat``, or of a tensor of the same shape."""
         return tensor.view(-1).narrow(0, self.offset, self.numel)
 
 
 class TrainedState:
-    """The trained parameters' fp32 weights and their optimizer state on this rank.
+    """float32 weights and optimizer state of the trained parameters on this rank.
 
     Args:
-        engine: a DeepSpeed engine. parameters: its trained parameters by name. zero: its stage.
+        engine: a DeepSpeed engine.
+        parameters: its trained parameters by name.
+        zero: its ZeRO stage.
     """
 
     def __init__(self, engine: Any, parameters: Mapping[str, Tensor], zero: int) -> None:
@@ -63,11 +65,11 @@ class TrainedState:
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer below DeepSpeed's wrappers."""
+        """The optimizer inside DeepSpeed's wrappers."""
         return getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
 
     def fragments(self) -> list[Fragment]:
-        """What this rank has; over all ranks every element is had at least once."""
+        """Fragments on this rank. Over all ranks, they contain every element at least once."""
         return [fragment for name, parameter in self._parameters.items() for fragment in self._locate(name, parameter)]
 
     def _locate(self, name: str, parameter: Tensor) -> Iterator[Fragment]:
@@ -88,7 +90,7 @@ class TrainedState:
             yield Fragment(name, 0, parameter.numel(), parameter.numel(), self._master(parameter), 0)
 
     def _master(self, parameter: Tensor) -> Tensor:
-        """Without ZeRO: the fp32 copy of a bfloat16 parameter, or the parameter itself."""
+        """Without ZeRO: the float32 copy of a bfloat16 parameter, or the parameter itself."""
         wrapper = self._engine.optimizer
         for lower, higher in zip(getattr(wrapper, "fp16_groups", []), getattr(wrapper, "fp32_groups", []), strict=True):
             for parameter_of_group, master in zip(lower, higher, strict=True):
@@ -97,7 +99,7 @@ class TrainedState:
         return parameter
 
     def write(self, directory: Path) -> dict[str, Any]:
-        """Write this rank's share into ``directory``; returns what ``read`` must be told: the optimizer's step count."""
+        """Write this rank's share into ``directory``. Returns the facts that ``read`` needs."""
         fragments = self.fragments()
         if not self._zero:  # every rank has everything
             fragments = fragments[dist.get_rank()::dist.get_world_size()]
@@ -110,17 +112,19 @@ class TrainedState:
                         tensors[_key(kind, fragment)] = fragment.of(tensor.detach()).to("cpu", copy=True)
                         size += fragment.numel * tensor.element_size()
                     if size >= _FILE_BYTES or fragment is fragments[-1]:
-                        # Several files: only one of them is ever held in the host's memory.
-                        save_file(tensors, directory / _file(dist.get_rank(), dist.get_world_size(), f"{number:03d}"))
+                        # Several files, so that only one of them is held in host memory at a time.
+                        name = _file(f"{dist.get_rank():05d}", dist.get_world_size(), f"{number:03d}")
+                        save_file(tensors, directory / name)
                         tensors, size, number = {}, 0, number + 1
         return {"optimizer_steps": self._steps(), "parameters": self._totals()}
 
     def read(self, directory: Path, facts: Mapping[str, Any], ranks: int) -> None:
-        """Take over the state written by any number of ranks under any ZeRO stage.
+        """Load the state that any number of ranks wrote under any ZeRO stage.
 
         Args:
-            facts: what ``write`` returned. ranks: how many wrote it; files of others, left by an upload that another
-                number of workers did not finish, are passed over.
+            facts: result of ``write``.
+            ranks: number of ranks that wrote it. Files of another number of ranks, left by an unfinished upload, are
+                skipped.
 
         Raises:
             TrainError: if an element of a parameter is missing, or a file is damaged.
@@ -140,13 +144,13 @@ class TrainedState:
         self._publish()
 
     def _group(self, flat: Tensor) -> int:
-        """Under ZeRO-3: the number of DeepSpeed's group whose weights ``flat`` has."""
+        """Under ZeRO-3: the number of DeepSpeed's parameter group whose weights are ``flat``."""
         groups = self._engine.optimizer.fp32_partitioned_groups_flat
         return next(number for number, each in enumerate(groups) if each is flat)
 
     @contextlib.contextmanager
     def _in_memory(self, flat: Tensor, *, changed: bool = False) -> Iterator[None]:
-        """``flat`` and its moments, which may lie on a disk; what is ``changed`` goes back there."""
+        """Load ``flat`` and its moments from the disk, if they are offloaded; write them back if ``changed``."""
         wrapper = self._engine.optimizer
         if self._zero != 3 or not wrapper._swappable_optimizer_subgroup(self._group(flat)):
             yield
@@ -171,7 +175,7 @@ class TrainedState:
         return max(steps, default=0)
 
     def _begin(self, flat: Tensor, steps: int) -> dict[str, Tensor]:
-        """The state of an optimizer that has done ``steps`` steps, its moments still to be filled."""
+        """Make the optimizer state of ``flat`` after ``steps`` steps; the caller fills the moments."""
         if not steps:
             return {}
         state = self.optimizer.state[flat]
@@ -187,7 +191,7 @@ class TrainedState:
         return torch.bfloat16 if isinstance(self.optimizer, RoundedAdamW) else torch.float32
 
     def _publish(self) -> None:
-        """Give the model what the optimizer holds; under ZeRO-3 that has been done, but for what every rank has whole."""
+        """Copy the optimizer's weights to the model. Under ZeRO-3 only those that every rank has whole are left."""
         wrapper = self._engine.optimizer
         if self._zero == 3:
             if wrapper.persistent_parameters:  # small ones, which DeepSpeed keeps whole on every rank
@@ -204,7 +208,7 @@ class TrainedState:
 
 
 class _Pieces:
-    """The fragments in a checkpoint's files, by what they are of."""
+    """The fragments in a checkpoint's files, by kind and parameter."""
 
     def __init__(self, directory: Path, ranks: int) -> None:
         self._directory = directory
@@ -220,7 +224,7 @@ class _Pieces:
                 self._found.setdefault((kind, name), []).append((int(start), numel, file, key))
 
     def copy(self, kind: str, fragment: Fragment, target: Tensor) -> None:
-        """Fill ``target``, the elements of ``fragment``."""
+        """Copy the elements of ``fragment`` to ``target``."""
         first, end = fragment.start, fragment.start + fragment.numel
         for start, numel, file, key in sorted(self._found.get((kind, fragment.name), []), key=lambda piece: piece[:2]):
             until = min(end, start + numel)
@@ -233,13 +237,12 @@ class _Pieces:
                              f"{first} to {end}")
 
 
-def _file(rank: int | str, ranks: int, number: str) -> str:
-    return f"state-{rank:05d}-of-{ranks:05d}-{number}.safetensors" if isinstance(rank, int) \
-        else f"state-{rank}-of-{ranks:05d}-{number}.safetensors"
+def _file(rank: str, ranks: int, number: str) -> str:
+    return f"state-{rank}-of-{ranks:05d}-{number}.safetensors"
 
 
 def _by_flat(fragments: Sequence[Fragment]) -> Iterator[tuple[Tensor, list[Fragment]]]:
-    """Fragments that follow one another in the same tensor, together."""
+    """Group consecutive fragments of the same tensor."""
     for _, parts in itertools.groupby(fragments, key=lambda fragment: id(fragment.flat)):
         found = list(parts)
         yield found[0].flat, found

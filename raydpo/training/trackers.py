@@ -1,4 +1,4 @@
-"""Metrics to trackers: Weights & Biases, MLflow, and Ray's Prometheus port. A tracker that fails is left out, loudly."""
+"""Trackers of metrics: Weights & Biases, MLflow, Prometheus through Ray. A tracker that fails is left out with a warning."""
 
 from __future__ import annotations
 
@@ -7,35 +7,26 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
 from raydpo.config.track import MlflowConfig, TrackConfig, WandbConfig
 from raydpo.storage import Storage
 
-__all__ = ["Gauges", "MlflowTracker", "Tracker", "Trackers", "WandbTracker", "export_pass"]
+__all__ = ["GAUGES", "Gauges", "Trackers", "export_pass"]
 
+T = TypeVar("T")
 GAUGES = ("loss", "rewards/margins", "rewards/accuracies", "rewards/chosen", "rewards/rejected", "logps/chosen",
           "logps/rejected", "grad_norm", "learning_rate", "tokens_per_second", "pairs_per_second", "peak_memory_bytes",
           "skipped", "cache_hits", "score_tokens_per_second", "slowest_rank", "slowest_lag", "time/data", "time/forward",
           "time/backward", "time/optimizer", "time/checkpoint", "time/evaluation", "time/wait", "time/other", "time/step")
-"""Metrics of a step or of the reference pass that become gauges, as ``raydpo_<name>`` with ``/`` turned to ``_``; of
-evaluations, all do."""
-
-
-class Tracker(Protocol):
-    """One place that metrics go to."""
-
-    def log(self, step: int, row: Mapping[str, float]) -> None:
-        """Take the metrics of a step or an evaluation."""
-
-    def close(self) -> None:
-        """Everything is said."""
+"""Metrics of a step or of the reference pass that become gauges, named ``raydpo_<name>`` with ``_`` for ``/``. Metrics of
+evaluations all do."""
 
 
 class WandbTracker:
-    """A run of Weights & Biases that a restart continues: its id follows from the run directory."""
+    """Weights & Biases. A restart continues the same run, whose id is a hash of the run directory."""
 
     def __init__(self, config: WandbConfig, run: str, run_dir: str, settings: Mapping[str, Any]) -> None:
         import wandb
@@ -55,7 +46,7 @@ class WandbTracker:
 
 
 class MlflowTracker:
-    """A run of MLflow that a restart continues: it is found by the run directory, in a tag."""
+    """MLflow. A restart continues the same run, found by a tag with a hash of the run directory."""
 
     def __init__(self, config: MlflowConfig, run: str, run_dir: str, settings: Mapping[str, Any]) -> None:
         from mlflow.tracking import MlflowClient
@@ -78,7 +69,8 @@ class MlflowTracker:
         else:
             self._run = self._client.create_run(number, run_name=run, tags={"raydpo_run": tag}).info.run_id
             for name, value in settings.items():
-                self._client.log_param(self._run, re.sub(r"[^\w./: -]", "", name), str(value)[:500])  # it takes no others
+                # MLflow accepts no other characters in a name.
+                self._client.log_param(self._run, re.sub(r"[^\w./: -]", "", name), str(value)[:500])
 
     def log(self, step: int, row: Mapping[str, float]) -> None:
         from mlflow.entities import Metric
@@ -92,15 +84,15 @@ class MlflowTracker:
 
 
 class Gauges:
-    """Ray's gauges, which every Ray node serves on its metrics port for Prometheus to fetch.
+    """Ray's gauges, which every Ray node serves to Prometheus on its metrics port.
 
     Args:
-        asked: whether the configuration names them; else a Ray that cannot serve them is no matter.
+        asked: whether the configuration names ``track.prometheus``. Only then is a Ray that cannot serve them an error.
     """
 
     def __init__(self, run: str, *, asked: bool) -> None:
         if asked:
-            import prometheus_client  # noqa: F401 - without it Ray serves no metrics, and does not say so
+            import prometheus_client  # noqa: F401 - without it Ray serves no metrics, silently
 
         self._run, self._began = run, time.time()
         self._gauges: dict[str, Any] = {}
@@ -109,7 +101,7 @@ class Gauges:
         from ray.util.metrics import Gauge
 
         shown = {name: value for name, value in row.items() if name in GAUGES or name.startswith("eval_")}
-        if step:  # each restart of the workers changes the time at which they began
+        if step:  # a restart of the workers changes the time of their start
             shown |= {"step": float(step), "began_seconds": self._began}
         for name, value in shown.items():
             if name not in self._gauges:
@@ -121,59 +113,60 @@ class Gauges:
         pass
 
 
+_Tracker = WandbTracker | MlflowTracker | Gauges
+
+
 class Trackers:
-    """All trackers that are asked for.
+    """All configured trackers.
 
     Args:
-        settings: what a tracker shows as the run's configuration.
-        warn: told once about each tracker that fails, and is left out from then on.
+        settings: shown as the run's configuration.
+        warn: called once for each tracker that fails; the tracker is left out from then on.
     """
 
     def __init__(self, config: TrackConfig, run: str, run_dir: str, settings: Mapping[str, Any],
                  warn: Callable[[str], None]) -> None:
         self._warn = warn
-        makers: list[tuple[str, Callable[[], Tracker]]] = []
-        if config.wandb is not None:
-            makers.append(("wandb", lambda: WandbTracker(config.wandb, run, run_dir, settings)))
-        if config.mlflow is not None:
-            makers.append(("mlflow", lambda: MlflowTracker(config.mlflow, run, run_dir, settings)))
-        if config.prometheus:
-            makers.append(("prometheus", lambda: Gauges(run, asked="prometheus" in config.model_fields_set)))
-        self._trackers: dict[str, Tracker] = {}
-        for name, make in makers:
-            for made in self._try(name, make):
+        makers: dict[str, Callable[[], _Tracker]] = {
+            "wandb": lambda: WandbTracker(config.wandb, run, run_dir, settings),
+            "mlflow": lambda: MlflowTracker(config.mlflow, run, run_dir, settings),
+            "prometheus": lambda: Gauges(run, asked="prometheus" in config.model_fields_set)}
+        self._trackers: dict[str, _Tracker] = {}
+        for name, make in makers.items():
+            if getattr(config, name) and (made := self._try(name, make)) is not None:
                 self._trackers[name] = made
 
     def log(self, step: int, row: Mapping[str, float]) -> None:
-        """Pass a step's or an evaluation's metrics on."""
+        """Send the metrics of a step or an evaluation to all trackers."""
         row = {name: value for name, value in row.items() if name != "step"}
         for name, tracker in list(self._trackers.items()):
-            list(self._try(name, lambda tracker=tracker: tracker.log(step, row)))
+            self._try(name, lambda tracker=tracker: tracker.log(step, row))
 
     def close(self) -> None:
-        """Let each tracker finish."""
+        """Close all trackers."""
         for name, tracker in list(self._trackers.items()):
-            list(self._try(name, tracker.close))
+            self._try(name, tracker.close)
 
-    def _try(self, name: str, act: Callable[[], Any]) -> Iterator[Any]:
+    def _try(self, name: str, act: Callable[[], T]) -> T | None:
         try:
-            yield act()
-        except Exception as error:  # theirs may raise anything, and none of it is worth a run
+            return act()
+        except Exception as error:  # trackers may raise anything, and must not end the run
             self._trackers.pop(name, None)
             missing = isinstance(error, ModuleNotFoundError)
             extra = "cluster" if name == "prometheus" else "track"
             why = f"the package {error.name!r} is missing; pip install 'raydpo[{extra}]'" if missing else \
                 f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             self._warn(f"warning: track.{name} is left out from here on: {why}. metrics.parquet has everything")
+            return None
 
 
 def export_pass(config: TrackConfig, run: str, hit_rate: float, tokens_per_second: float,
                 warn: Callable[[str], None]) -> None:
-    """The reference pass as gauges of the driver, from its end on for as long as the driver lives.
+    """Set the gauges of the reference pass. The driver serves them until it ends.
 
     Args:
-        hit_rate: share of the completions that were there already.
-        tokens_per_second: of scoring the others; 0 where there were none.
+        hit_rate: share of the completions that were already cached.
+        tokens_per_second: rate of scoring the others; 0 if there were none.
     """
     only = config.model_copy(update={"wandb": None, "mlflow": None})
     Trackers(only, run, "", {}, warn).log(0, {"cache_hits": hit_rate, "score_tokens_per_second": tokens_per_second})

@@ -1,4 +1,4 @@
-"""What a person at the curves would notice, said in words, once: loss spikes, collapsing log-probs, a slow rank."""
+"""Warnings about the metrics of a training, each once: loss spikes, collapsing log-probs, a slow rank."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ __all__ = ["TrainingWatch"]
 WINDOW = 20
 SPIKE_DEVIATIONS = 6.0
 COLLAPSE = math.log(0.5)
-"""Nats a token below the reference, on average over the window: each chosen token has become half as likely."""
+"""Mean log-ratio in nats a token over the window at which the policy is warned about: chosen tokens are half as likely."""
 LAG = 0.25
 
 
 class TrainingWatch:
-    """Looks at every step's metrics.
+    """Checks the metrics of every step.
 
     Args:
-        warned: kinds of warnings that this run has already given, before a restart too; added to in place.
+        warned: kinds of warnings that this run has given, also before a restart; extended in place.
     """
 
     def __init__(self, warned: list[str]) -> None:
@@ -30,7 +30,7 @@ class TrainingWatch:
         self._laggards: deque[tuple[int, float]] = deque(maxlen=WINDOW)
 
     def look(self, step: int, row: Mapping[str, float]) -> Iterator[str]:
-        """Warnings about this step, each kind at most once in a run."""
+        """Warnings about this step. Each kind is given at most once a run."""
         for kind, line in (("spike", self._spike(step, row["loss"])), ("collapse", self._collapse(step, row)),
                            ("slow rank", self._slow(row))):
             if line and kind not in self._warned:
@@ -52,7 +52,7 @@ class TrainingWatch:
                 "with 'raydpo audit'")
 
     def _collapse(self, step: int, row: Mapping[str, float]) -> str | None:
-        value = row.get("logratio/chosen_per_token", math.nan)  # without a reference there is none
+        value = row.get("logratio/chosen_per_token", math.nan)  # missing without a reference
         if not math.isfinite(value):
             return None
         self._chosen.append(value)
@@ -61,7 +61,8 @@ class TrainingWatch:
             return None
         return (f"the policy forgets the chosen completions: over the {WINDOW} steps up to {step} it gives their tokens "
                 f"{math.exp(mean):.2g} of the probability that the reference gives them ({mean:.2f} nats a token). DPO only "
-                "pushes the two sides apart, and both may fall; raise train.beta, lower train.lr, or train fewer steps")
+                "increases the difference of chosen and rejected, and both may fall; raise train.beta, lower train.lr, or "
+                "train fewer steps")
 
     def _slow(self, row: Mapping[str, float]) -> str | None:
         if "slowest_rank" not in row:

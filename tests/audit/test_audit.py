@@ -11,7 +11,7 @@ from kernel import tokenised
 from tiny import make_tokenizer, preferences
 
 from raydpo.audit import audit_pairs, summary_lines, write_audit
-from raydpo.audit.advice import advise, length_normalised
+from raydpo.audit.advice import advise
 from raydpo.audit.extremes import shown
 from raydpo.audit.measure import figures, separation
 from raydpo.config import ObjectiveConfig
@@ -66,7 +66,7 @@ def test_figures_by_hand():
 
 
 def test_a_beta_is_written_as_people_write_it():
-    assert [length_normalised(0.1, tokens) for tokens in (25.0, 1000.0, 12345.0)] == ["2.5", "100", "1200"]
+    assert [ObjectiveConfig(beta=0.1).beta_per_token(tokens) for tokens in (25.0, 1000.0, 12345.0)] == ["2.5", "100", "1200"]
 
 
 def test_separation():
@@ -86,7 +86,7 @@ def test_separation():
 
 @pytest.mark.parametrize("pairs", [20, 100])
 def test_the_same_distribution_twice_is_not_told_apart(pairs):
-    """Whatever the number of pairs. The pairs of a prompt are alike, and both sides of a pair a little."""
+    """The pairs of a prompt are correlated strongly, and the two sides of a pair slightly."""
     random = np.random.default_rng(2)
     held, found = 0, []
     for _ in range(300):
@@ -100,7 +100,7 @@ def test_the_same_distribution_twice_is_not_told_apart(pairs):
 
 
 def test_shares_count_prompts():
-    """Two answers of each of 30 prompts, against the same rejected ones: 60 pairs tell what 30 do."""
+    """60 pairs that are 30 pairs twice have intervals as wide as those of 30 pairs."""
     one = frame([10, -10] * 15, [-5, 5] * 15)
     alone, double = figures(one), figures(pl.concat([one, one]))
     for name in ("chosen_longer", "rule_accuracy"):
@@ -114,7 +114,7 @@ def setting(found, title):
 
 
 def test_short_answers_are_not_answers_ranked_right():
-    """A token of either side is equally likely: by sums the reference ranks all pairs right, which is length."""
+    """Tokens of both sides are equally likely: the reference ranks all pairs right by sums only because of length."""
     random = np.random.default_rng(3)
     chosen, rejected = random.integers(20, 61, 400), random.integers(150, 401, 400)
     surprise = [1 + random.normal(0, 0.05, 400) for _ in range(2)]
@@ -141,8 +141,7 @@ def test_the_filter_of_far_pairs_leaves_far_pairs_out(margins):
 
 
 def test_a_loss_per_token_has_a_beta_of_its_own():
-    """Half of 0.1 times the sum of two lengths: the pull of a beta of sums falls off over nats, that of tokens over nats a
-    token."""
+    """The beta of a loss per token is beta of the sums times the mean length of an answer."""
     longer = figures(frame([20] * 90 + [-20] * 10, np.zeros(100), chosen_tokens=108))
     assert setting(advise(longer), "Length-normalise") == "train: {loss: sigmoid_norm, beta: 10}"
     moving = ObjectiveConfig(beta={"start": 0.2, "end": 0.05, "schedule": "cosine"})
@@ -159,7 +158,7 @@ def test_the_perplexity_is_of_what_is_told_beside_it():
 
 
 def records(count, longer):
-    """Pairs of random words; the chosen answer is the longer one in the first ``longer`` of them."""
+    """Make pairs of random words; the chosen answer is the longer one in the first ``longer`` pairs."""
     made = []
     for number, record in enumerate(preferences(count, low=3, high=30)):
         short, long = sorted((record["chosen"], record["rejected"] + " tree"), key=len)
@@ -186,7 +185,7 @@ def test_advice_follows_from_the_figures():
 
 
 def test_votes_are_no_contradictions():
-    """Three for A and one for B say that A is better with 3 of 4; one for each says nothing."""
+    """Three votes for A and one for B prefer A; one vote for each is a contradiction."""
     few = records(200, 100)
     turned = [record | {"chosen": record["rejected"], "rejected": record["chosen"]} for record in few]
     votes = audited(few * 3 + turned)

@@ -2,18 +2,13 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from tiny import preferences, write_preferences
 
-from raydpo.benchmark.machine import known_peak
 from raydpo.benchmark.report import plot
+from raydpo.estimate.rate import known_peak
 
-JOB = Path(__file__).parents[2] / "jobs" / "benchmark.py"
 RATIOS = [("reference_pass", "ratio"), ("train_step", "ratio_vs_cached"), ("train_step", "ratio_vs_online"),
           ("job", "ratio_vs_cached"), ("sweep", "ratio"), ("sweep", "ratio_vs_cached"), ("memory", "ratio"),
           ("memory_alike", "ratio"), ("memory_alike", "ratio_vs_cached")]
@@ -31,7 +26,7 @@ def test_against_trl(tiny_llama, data, tmp_path, capsys):
     from raydpo.benchmark.command import main
 
     out = tmp_path / "out.json"
-    # Here and not as a process: a process of its own is what each side is.
+    # Called in this process: each side starts a process of its own.
     status = main(["--model", str(tiny_llama), "--data", str(data), "--pairs", "14", "--pairs-per-step", "4",
                    "--threads", "1", "--dtype", "fp32", "--lora", "4", "--lr", "1e-3", "--work", str(tmp_path / "work"),
                    "--tokens-per-batch", "200", "--baseline-batches", "1,4", "--json", str(out)])
@@ -40,7 +35,7 @@ def test_against_trl(tiny_llama, data, tmp_path, capsys):
     found = json.loads(out.read_text())
     assert found["equal"] and found["problems"] == [] and found["baseline"].startswith("TRL 1.")
     assert all(found[part][key] > 0 and math.isfinite(found[part][key]) for part, key in RATIOS)
-    assert found["workload"]["pairs"] == 14 and found["engine"] == "deepspeed" and found["versions"]["trl"]
+    assert found["workload"]["pairs"] == 14 and found["versions"]["trl"] and found["versions"]["deepspeed"]
     for name in ("raydpo_train", "cached", "online"):
         raw = found["raw"][name]
         assert len(raw["step_seconds"]) == len(raw["losses"]) == 4  # the last step has two pairs
@@ -59,27 +54,33 @@ def test_against_trl(tiny_llama, data, tmp_path, capsys):
     assert all("without Ray" in found[part]["how"] for part in ("job", "sweep"))
 
 
-def test_kernels_alone_need_neither_ray_nor_deepspeed_nor_trl(tiny_llama, tmp_path):
-    blocked = tmp_path / "blocked"
-    blocked.mkdir()
-    # Every process of the run imports this first.
-    (blocked / "sitecustomize.py").write_text(
-        "import sys\nfor name in ('ray', 'deepspeed', 'trl', 'datasets'):\n    sys.modules[name] = None\n")
+@pytest.mark.slow
+def test_random_pairs_and_all_weights(tiny_llama, tmp_path):
+    pytest.importorskip("trl")
+    pytest.importorskip("deepspeed")
+    from raydpo.benchmark.command import main
+
     out = tmp_path / "out.json"
-    command = [sys.executable, JOB, "--model", tiny_llama, "--synthetic", "--lengths", "60", "--ratios", "1:4", "--full",
-               "--pairs", "4", "--pairs-per-step", "2", "--dtype", "fp32", "--skip-online", "--threads", "1",
-               "--work", tmp_path / "work", "--json", out]
-    paths = [str(blocked), *filter(None, [os.environ.get("PYTHONPATH")])]
-    done = subprocess.run(command, text=True, capture_output=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)})
-    assert done.returncode == 0, done.stderr
+    assert main(["--model", str(tiny_llama), "--synthetic", "--lengths", "60", "--ratios", "1:4", "--full", "--pairs", "4",
+                 "--pairs-per-step", "2", "--dtype", "fp32", "--skip-online", "--threads", "1", "--baseline-batches", "2",
+                 "--work", str(tmp_path / "work"), "--json", str(out)]) == 0
     found = json.loads(out.read_text())
-    assert found["engine"] == "kernels" and found["baseline"] == "padded stand-in, not TRL" and "warning: TRL" in done.stdout
     assert [point["workload"]["ratio"] for point in found["results"]] == ["1:4"]
     assert all(point["equal"] and point["train_step"]["ratio_vs_cached"] > 0 for point in found["results"])
 
 
+@pytest.mark.parametrize("package", ["trl", "deepspeed"])
+def test_a_package_that_is_not_installed_is_named(tiny_llama, package, capsys, monkeypatch):
+    from raydpo.benchmark import command
+
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None if name == package else name)
+    assert command.main(["--model", str(tiny_llama), "--full", "--synthetic", "--device", "cpu"]) == 2
+    assert f"needs the package '{package}'" in capsys.readouterr().err
+
+
 def test_sides_that_differ_are_not_compared(tiny_llama, data, tmp_path, monkeypatch, capsys):
-    """With pretended processes: only what is done with their figures is looked at."""
+    """Stand-ins for the processes: only the comparison of their figures is tested."""
+    pytest.importorskip("trl")
     from raydpo.benchmark import command
     from raydpo.benchmark.job import Result
 
@@ -95,7 +96,7 @@ def test_sides_that_differ_are_not_compared(tiny_llama, data, tmp_path, monkeypa
     monkeypatch.setattr(command, "start", pretended)
     out = tmp_path / "out.json"
     status = command.main(["--model", str(tiny_llama), "--data", str(data), "--pairs", "4", "--pairs-per-step", "2",
-                           "--dtype", "fp32", "--full", "--baseline", "padded", "--engine", "kernels", "--json", str(out)])
+                           "--dtype", "fp32", "--full", "--json", str(out)])
     assert status == 1
     assert capsys.readouterr().err.count("pairs:4") == 1
     found = json.loads(out.read_text())
@@ -120,13 +121,12 @@ def test_bad_input_costs_one_message(tiny_llama, arguments, words, capsys, monke
 
 
 def test_plot(tmp_path):
-    pytest.importorskip("matplotlib")
     rates = {"raydpo": {"pairs_per_second": 2.0}, "cached": {"pairs_per_second": 1.0}}
     tried = [{"pairs_per_pass": size, "step_seconds": 1.0 / size} for size in (1, 8)]
     point = {"baseline": "TRL 1.16.0", "workload": {"name": "512 at 1:4"}, "reference_pass": rates | {"ratio": 2.0},
              "tried": {"cached": tried, "online": tried},
              "train_step": rates | {"online": {"pairs_per_second": 0.5}}}
-    assert plot([point, point], tmp_path / "plot.png")
+    plot([point, point], tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -1,4 +1,4 @@
-"""Hand-worked figures of two pretended sides, and what counts as a disagreement between them."""
+"""Figures worked out by hand for two made-up sides, and what counts as a difference between them."""
 
 import dataclasses
 import math
@@ -118,7 +118,7 @@ def test_a_wrong_log_prob_is_named(measured, value):
     wrong = dataclasses.replace(measured.cached, ref_rejected=[-200.0] * 6 + [value, -200.0])
     problems, _ = disagreements(dataclasses.replace(measured, cached=wrong))
     assert len(problems) == 1
-    for words in ("1 pairs differ", "pair:6", "rejected", "-200 with raydpo", f"{value:.6g} with the other side"):
+    for words in ("1 pairs differ", "pair:6", "rejected", "-200 with raydpo", f"{value:.6g} with TRL"):
         assert words in problems[0]
 
 

@@ -1,4 +1,4 @@
-"""What Ray's autoscaler (version 2) starts for a stage: its own configuration and scheduler, without a cloud."""
+"""Machines that Ray's autoscaler (version 2) would start for a stage, from its configuration and scheduler."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from raydpo.ray_runtime import Resources
 
 
 def machines_for(config: dict[str, Any], asked: Resources) -> dict[str, int]:
-    """Machines of each type that come for all workers of a stage; none where no type has what they ask for.
+    """Number of machines of each type for all workers of a stage; empty if no type has what they request.
 
     Args:
-        config: of a launcher's file, or what Ray makes of a RayCluster.
+        config: of a launcher's file, or as Ray converts a RayCluster.
     """
     types = AutoscalingConfig(config, skip_content_hash=True)
     selector = [[(key, LabelSelectorOperator.LABEL_OPERATOR_IN, [value]) for key, value in asked.labels.items()]]

@@ -1,4 +1,4 @@
-"""Image, launcher, Slurm, SkyPilot, Anyscale and Prometheus, each by the strictest reader that there is for it here."""
+"""Files for the image, launcher, Slurm, SkyPilot, Anyscale and Prometheus, each checked by the strictest tool available."""
 
 import json
 import re
@@ -26,7 +26,7 @@ def loaded(name):
 
 
 def closed(required=(), **properties):
-    """A JSON schema of a mapping that has these keys and no others."""
+    """JSON schema of a mapping with exactly these keys."""
     return {"type": "object", "additionalProperties": False, "required": list(required), "properties": properties}
 
 
@@ -41,7 +41,7 @@ def test_the_dockerfile_is_free_of_lint():
 
 
 def dockerfile():
-    """Its instructions, each one line."""
+    """Instructions of the Dockerfile, one line each."""
     text = (CLUSTER / "Dockerfile").read_text().replace("\\\n", " ")
     return [" ".join(line.split()) for line in text.splitlines() if line and not line.startswith("#")]
 
@@ -56,7 +56,7 @@ def test_the_image_is_pinned_and_not_roots():
         "--only-binary=:all: --no-deps -c constraints.txt --index-url https://download.pytorch.org/whl/cpu torch",
         '--no-build-isolation -c constraints.txt ".[cluster,gpu,launcher,quantization,track]"',
         "--no-deps --no-build-isolation ."}
-    # That is what the lock was made of, and it brings what builds raydpo.
+    # The lock was made from these extras, and it has the packages that build raydpo.
     lock = (ROOT / "requirements.lock").read_text()
     assert set(re.findall(r"--extra (\w+)", lock)) == {"cluster", "gpu", "launcher", "quantization", "track"}
     assert "\nnvidia-cudnn" in lock
@@ -65,7 +65,7 @@ def test_the_image_is_pinned_and_not_roots():
 
 
 def test_what_runs_while_the_image_is_built_is_pinned():
-    """pip fetches the newest setuptools for a source package, by no hash, unless it is told to take what is there."""
+    """Without an option pip downloads the newest setuptools to build a source package, without checking a hash."""
     lines, stages = dockerfile(), set()
     for line in lines:
         if line.startswith("FROM"):
@@ -94,14 +94,14 @@ def test_the_driver_is_found_where_gke_puts_it_and_its_version_is_said():
 
 
 def test_the_pythons_are_new_enough_for_the_pinned_versions():
-    """numpy, pandas and filelock as they are pinned want 3.11."""
+    """The pinned numpy, pandas and filelock need Python 3.11."""
     assert "FROM python:3.11-" in (CLUSTER / "Dockerfile").read_text()
     assert "venv --quiet --allow-existing --python 3.11 " in loaded("skypilot.yaml")["setup"]
     assert re.findall(r"Python (3\.\d+)", (CLUSTER / "README.md").read_text()) == ["3.11"]
 
 
 def test_every_way_to_begin_a_job_gives_it_time_for_a_checkpoint():
-    """Ray kills a job that is stopped after three seconds where the head, or the job, does not know better."""
+    """Ray kills a stopped job after three seconds unless the head or the job sets another time."""
     name, seconds = "RAY_JOB_STOP_WAIT_TIME_S", str(STOP_SECONDS)
     for file in ("aws.yaml", "gcp.yaml"):
         (start,) = [line for line in loaded(file)["head_start_ray_commands"] if "ray start" in line]
@@ -148,7 +148,7 @@ def test_ray_takes_the_launchers_file(name):
 
 
 def test_the_launcher_brings_the_accelerator_that_a_stage_asks_for():
-    """What the provider for Google does not find out itself; that for AWS asks EC2."""
+    """Ray's provider for Google needs these resources in the file; that for AWS asks EC2."""
     asked = Resources(16, 1.0, None, accelerator="H100", labels={"ray.io/market-type": "spot"})
     assert machines_for(loaded("gcp.yaml"), asked) == {"h100": 2}
 
@@ -162,7 +162,7 @@ def test_the_slurm_script_is_free_of_lint():
 
 @pytest.fixture
 def slurm(tmp_path):
-    """Runs the script where srun runs a command here, Ray does nothing, and raydpo is whatever a test says."""
+    """Run the script with stand-ins: srun runs commands here, Ray does nothing, and raydpo is a test's command."""
     commands = {
         "srun": 'while [[ $1 == --* ]]; do shift; done\nexec "$@"',
         "scontrol": 'if [[ $1 == show ]]; then printf "node1\\nnode2\\n"; else echo "$@" >> requeued; fi',
@@ -186,7 +186,7 @@ def slurm(tmp_path):
 
 
 def _session(place):
-    """Processes that were started in ``place`` and are there still: the stand-ins for Ray, which Slurm would end."""
+    """Processes started in ``place`` that still run: the stand-ins for Ray, which Slurm would end."""
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             if (entry / "cwd").resolve() == place:
@@ -214,7 +214,7 @@ def test_slurm_starts_ray_on_every_node_and_runs_once(slurm, tmp_path):
 
 
 def test_slurm_hands_a_preemption_on_and_queues_again(slurm, tmp_path):
-    """The driver ends with 130 after its checkpoint; the script waits for that, however long."""
+    """The driver ends with status 130 after its checkpoint, and the script waits for it without a limit."""
     process = slurm('trap "sleep 1; echo saved > checkpoint; exit 130" TERM\necho > begun\nwhile :; do sleep 0.1; done',
                     "config.yaml")
     until((tmp_path / "begun").exists)
@@ -231,7 +231,7 @@ def test_slurm_does_not_repeat_an_error(slurm, tmp_path):
 @pytest.mark.parametrize("words", [("c.yaml", "a=1", "--fresh"), ("--fresh", "c.yaml", "a=1")])
 @pytest.mark.parametrize("restarts", ["0", "1"])
 def test_slurm_begins_afresh_only_once(slurm, tmp_path, words, restarts):
-    """The command line takes what it is given; a job that is queued again keeps its own checkpoint."""
+    """The command line accepts the arguments; a requeued job keeps its own checkpoint."""
     process = slurm('echo "$*" > said', *words, SLURM_RESTART_COUNT=restarts)
     assert process.wait(20) == 0, (tmp_path / "log").read_text()
     args = _parser().parse_args((tmp_path / "said").read_text().split())
@@ -257,7 +257,7 @@ def test_slurm_does_not_wait_for_ray_without_end(slurm, tmp_path):
 
 
 def test_slurm_ends_when_a_node_is_lost_with_a_checkpoint(slurm, tmp_path):
-    """Its Ray never comes back, so the driver would wait for its GPUs."""
+    """Its Ray does not come back, so the driver would wait for its GPUs."""
     process = slurm('trap "echo saved > checkpoint; exit 130" TERM\necho > begun\nwhile :; do sleep 0.1; done', "c.yaml",
                     ray='case "$*" in *--address=node1*) until [[ -e begun ]]; do sleep 0.1; done; exit 9;; '
                         'start*) exec sleep 60;; esac')
@@ -275,7 +275,7 @@ def test_slurm_queues_again_what_is_preempted_while_ray_begins(slurm, tmp_path):
 
 
 def test_slurm_asks_for_the_whole_machine():
-    """--exclusive gives all CPUs and GPUs, but of the memory only what the site's default is."""
+    """--exclusive gives all CPUs and GPUs, but only the site's default memory."""
     asked = re.findall(r"^#SBATCH --(\S+)$", (CLUSTER / "slurm.sbatch").read_text(), re.MULTILINE)
     assert {"exclusive", "mem=0", "gpus-per-node=8"} <= {*asked}
 
@@ -283,7 +283,7 @@ def test_slurm_asks_for_the_whole_machine():
 # -- SkyPilot, Anyscale, Prometheus
 
 def test_skypilot_and_anyscale_have_the_fields_of_their_schemas():
-    """Of skypilot 0.14.1 and anyscale's JobConfig, whose own readers took the files; both are too large to install here."""
+    """Fields of skypilot 0.14.1 and anyscale's JobConfig, which accepted the files. Both are too large to install here."""
     jsonschema.validate(loaded("skypilot.yaml"), closed(
         ("resources", "run"), name=TEXT, num_nodes=NUMBER, workdir=TEXT, setup=TEXT, run=TEXT, envs=ANY, secrets=ANY,
         resources=closed(accelerators=TEXT, use_spot={"const": True}, cpus=TEXT, memory=TEXT, disk_size=NUMBER,
@@ -298,7 +298,7 @@ def test_skypilot_and_anyscale_have_the_fields_of_their_schemas():
 def test_skypilots_script_is_free_of_lint():
     task = loaded("skypilot.yaml")
     for script in (task["setup"], task["run"]):
-        # What the task sets is set; SC1090: the environment is of the machine.
+        # Variables of the task are defined; SC1090: the environment is on the machine.
         given = "".join(f"export {name}=given\n" for name in (
             *task["envs"], *task["secrets"], "SKYPILOT_NODE_IPS", "SKYPILOT_NODE_RANK"))
         result = subprocess.run([TOOLS / "shellcheck", "--shell=bash", "--exclude=SC1090,SC1091", "-"], input=given + script,

@@ -1,4 +1,4 @@
-"""Every command of raydpo's in the cluster files and READMEs is one that the command line takes, with settings that load."""
+"""The command line accepts every raydpo command in the cluster files and READMEs, and its settings load."""
 
 import re
 import shlex
@@ -28,7 +28,7 @@ def strings(node):
 
 
 def lines(file):
-    """What may be a command: lines of code blocks, comments and scripts, and strings of YAML, each whole."""
+    """Possible commands: lines of code blocks, comments and scripts, and strings of YAML, each joined to one line."""
     text = file.read_text()
     if file.suffix == ".md":
         text = "\n".join(re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL))

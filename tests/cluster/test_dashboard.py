@@ -17,7 +17,7 @@ VARIABLES = {"run": "all", "__range": "6h"} | {
 
 @pytest.fixture(scope="module")
 def exported():
-    """Names under which ``Gauges`` serves everything that it passes on, as Ray prefixes them."""
+    """Names of all gauges that ``Gauges`` exports, with Ray's prefix."""
     names = []
 
     class Recorder:

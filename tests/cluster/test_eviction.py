@@ -1,4 +1,4 @@
-"""A machine that Kubernetes takes away from a training, with the time that the manifests give it."""
+"""Kubernetes evicts a machine of a training, with the time that the manifests allow."""
 
 import re
 import subprocess

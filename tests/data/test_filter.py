@@ -1,4 +1,4 @@
-"""Facts of pairs by hand, and conditions on them."""
+"""Facts of pairs computed by hand, and conditions on them."""
 
 import numpy as np
 import pyarrow as pa
@@ -59,7 +59,7 @@ def test_conditions(facts, expression, kept):
 @pytest.mark.parametrize("expression, said", [
     ("chosen_token < 5", "did you mean 'chosen_tokens'"), ("chosen_tokens <", "parse"), ("chosen_tokens + "
                                                                                          "1", "true or false"),
-    ("1 < 2", "names no field"), ("sum(chosen_tokens) > 2", "all pairs together"), ("source > 3", "data.filter"),
+    ("1 < 2", "names no field"), ("sum(chosen_tokens) > 2", "one value for all pairs"), ("source > 3", "data.filter"),
     ("__import__('os').system('true')", "data.filter"), ("copies > (select max(copies) from facts)", "data.filter"),
     ("read_csv('/etc/passwd')", "data.filter"), ("copies = 1; drop table x", "data.filter")])
 def test_what_is_no_condition_is_one_readable_error(expression, said):
@@ -70,7 +70,7 @@ def test_what_is_no_condition_is_one_readable_error(expression, said):
 
 def test_neither_true_nor_false_and_nothing_left_are_errors(facts):
     unknown = pair_facts(tokenised(RECORDS), np.array([-4.0, np.nan, -4.0, -6.0, -1.0]), np.full(5, -3.0))
-    with pytest.raises(DataError, match=r"neither true nor false of 1 pairs \(first: tiny:2\)"):
+    with pytest.raises(DataError, match=r"neither true nor false for 1 pairs \(first: tiny:2\)"):
         PairFilter("ref_margin > 0").keep(unknown)
     with pytest.raises(DataError, match="leaves none of 5 pairs"):
         PairFilter("chosen_tokens > 1000").keep(facts)

@@ -1,4 +1,5 @@
-"""``data.fraction``: smaller shares of the training prompts are parts of larger ones, and nothing else moves."""
+"""``data.fraction``: smaller fractions of the training prompts are subsets of larger ones, and held-out pairs stay the
+same."""
 
 from itertools import pairwise
 

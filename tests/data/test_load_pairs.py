@@ -41,7 +41,7 @@ def test_chunks_are_joined(tokeniser, write, monkeypatch):
 
 
 def test_more_tokens_than_32_bits_count(tokeniser, write, monkeypatch):
-    """Two sources, a held-out file that stays small, and what is wanted of both."""
+    """Two sources with more than 2^31 tokens, a small held-out file, and the completions wanted of both."""
     from raydpo.reference.shards import Wanted
 
     train = [{"path": write([text(number) for number in range(4)], "a.jsonl")},
@@ -144,9 +144,9 @@ def test_boundary_and_turns_are_warned_of(tokeniser, write):
     other = [chat[0], {"role": "assistant", "content": "other"}]
     sets = load(tokeniser, write([text(1, prompt="the a", chosen="b", rejected="c"), {"chosen": chat, "rejected": other}]))
     assert [line.split(",")[0] for line in sets.report.lines()[1:]] == [
-        "warning: data prefs: in 1 pairs the prompt alone is tokenised otherwise than before its completion (tokens merge "
+        "warning: data prefs: in 1 pairs the prompt is tokenised differently alone and with its completion (tokens merge "
         "across the boundary",
-        "warning: data prefs: in 1 pairs a completion goes on with user or tool messages"]
+        "warning: data prefs: in 1 pairs a completion continues with user or tool messages"]
 
 
 def prompts(table):

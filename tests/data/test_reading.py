@@ -101,7 +101,7 @@ def test_bad_lines_are_records_with_a_problem(tmp_path):
     ("bad.jsonl.zst", b"plain", "cannot read bad.jsonl.zst"),
     ("bad.jsonl.xz", b"plain", "cannot read bad.jsonl.xz"),
     ("bad.parquet", b"plain text, no Parquet", "cannot read bad.parquet"),
-    ("prefs.csv", b"a,b", "prefs.csv is of an unknown kind"),
+    ("prefs.csv", b"a,b", "prefs.csv has an unknown suffix"),
 ])
 def test_unreadable_files_are_one_sentence(tmp_path, name, content, message):
     if content is not None:
@@ -157,7 +157,7 @@ def test_parquet_fields_that_other_rows_have_are_absent(tmp_path):
 
 
 def test_bytes_that_are_no_text_spoil_their_record_under_either_name(tmp_path):
-    """Half a surrogate pair as raw bytes, which Python's JSON takes and no tokenizer does; and other bytes."""
+    """Half a surrogate pair as raw bytes, which Python's JSON accepts and no tokenizer does; and other invalid bytes."""
     lines = [b'{"a": "x"}', b'{"a": "\xed\xa0\x80"}',
              '{"a": "ä"}'.encode(), b'{"a": ["\xff"]}', b'{"a": "\\ud83d\\ude00"}']
     found = {}

@@ -12,8 +12,8 @@ def lengths(prompt, *completions):
 
 
 def hh_like(count, seed=0, system=0):
-    """Log-normal lengths like those of HH-RLHF (means 150 and 47 tokens), cut at 512; all prompts begin with ``system``
-    tokens, and every fourth prompt is continued by the three after it, as dialogues are."""
+    """Log-normal lengths like HH-RLHF's (means 150 and 47 tokens), cut at 512. All prompts begin with ``system`` tokens, and
+    the three after every fourth prompt continue it, as in dialogues."""
     rng = np.random.default_rng(seed)
     root = rng.integers(0, 999, system).astype(np.int32)
     prompts, completions = [], []
@@ -34,7 +34,7 @@ def run(shapes, world_size, pairs_per_step=256, tokens_per_batch=16384, layout="
 @pytest.mark.parametrize("system", [0, 30])
 @pytest.mark.parametrize("world_size", [2, 8, 32, 64])
 def test_imbalance_is_below_three_percent(world_size, system):
-    """The bar, in the worst step: 256 pairs on up to 64 ranks, with prompts that share nothing and that share much."""
+    """The worst step of 256 pairs on up to 64 ranks, with prompts that share nothing and prompts that share much."""
     found = run(hh_like(1024, system=system), world_size)
     assert found.worst < min(0.03, found.naive)
     assert found.bound <= found.imbalance <= found.lockstep
@@ -42,7 +42,7 @@ def test_imbalance_is_below_three_percent(world_size, system):
 
 
 def test_ranks_that_meet_after_every_micro_batch_wait_little():
-    """Four or more micro-batches a rank: as many on every rank, even, and in the order of their size."""
+    """With four or more micro-batches per rank: the same number on every rank, of even sizes, in the order of their size."""
     found = run(hh_like(1024, system=30), 4, tokens_per_batch=2048)
     assert found.lockstep < 0.1
 
@@ -60,7 +60,7 @@ def test_a_step_by_hand():
 
 
 def test_stand_ins_and_the_longest_pair_are_lost_time():
-    """Pairs of 10 and 3 positions on four ranks: 13 of 4 x 10 positions are useful, whatever the plan."""
+    """Pairs of 10 and 3 positions on four ranks: 13 of 4 x 10 positions are useful under any plan."""
     shapes = lengths([8, 1], [1, 1], [1, 1])
     found = simulate(np.arange(2), shapes, world_size=4, pairs_per_step=2, tokens_per_batch=100, layout="tree",
                      work=POSITIONS_ONLY)

@@ -63,7 +63,7 @@ def test_conversation(tokeniser, tokenizer):
 def test_tools_and_template_arguments_reach_the_template(tokeniser, tokenizer):
     (pair,) = tokeniser.encode([Preference(USER, GOOD, BAD, tools=[{"name": "f"}], template_kwargs={"thinking": False})])
     assert '<s>tools\n[{"name": "f"}]</s>' in tokenizer.decode(pair.prompt)
-    # the template renders the prompt alone otherwise than before its completion: the completion starts where they part
+    # the template renders the prompt differently alone and with its completion, which starts where they differ
     assert tokenizer.decode(pair.prompt).endswith("<s>assistant\n")
     assert tokeniser.merged == 1
 

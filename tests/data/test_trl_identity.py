@@ -1,4 +1,4 @@
-"""The token ids are those that TRL's own DPOTrainer prepares."""
+"""The token ids are the same as those that TRL's DPOTrainer prepares."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""A model that is planned for and never loaded."""
+"""A model for plans, which is never loaded."""
 
 import json
 
@@ -9,7 +9,7 @@ from raydpo.estimate.anatomy import Anatomy
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    """Llama 3.1 8B, of which there is nothing here but its config.json."""
+    """Llama 3.1 8B from its config.json, without weights."""
     directory = tmp_path_factory.mktemp("llama")
     (directory / "config.json").write_text(json.dumps({
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,

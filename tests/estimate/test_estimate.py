@@ -19,7 +19,7 @@ SIZES = ModelCost(parameters=1500, active=1000, hidden=10, vocabulary=50, layers
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, tiny_llama):
-    """A configuration of 40 pairs and 8 held out, with its pairs."""
+    """A configuration with 40 training pairs and 8 held-out pairs, and these pairs."""
     file = write_preferences(tmp_path_factory.mktemp("plan") / "a.jsonl", preferences(48))
     config = load_config({"output": "runs", "model": {"path": str(tiny_llama), "layout": "packed"},
                           "data": {"train": str(file), "eval": {"fraction": 0.2}},
@@ -33,7 +33,7 @@ def plan(data, **settings):
 
 
 def test_operations_by_hand():
-    """10 positions of 2 x 1000, 30 looks of 4 x 2 layers x width 8, and 5 predictions of 2 x 50 x 10."""
+    """10 positions of 2 x 1000 FLOPs, 30 query-key pairs of 4 x 2 layers x width 8, and 5 predictions of 2 x 50 x 10."""
     amount = np.array([10.0, 30.0, 5.0])
     assert operations(amount, SIZES) == 10 * 2000 + 30 * 64 + 5 * 1000
     assert operations(amount, SIZES, (3, 3, 4)) == 3 * 10 * 2000 + 3 * 30 * 64 + 4 * 5 * 1000
@@ -48,7 +48,7 @@ def test_config_json_alone_tells_the_same_sizes(tiny_llama, tiny_qwen3, tmp_path
 
 
 def test_training_factors():
-    """Full: forward, gradients of inputs and of weights; with adapters the weights' are left out."""
+    """Full fine-tuning: forward pass, gradients of inputs and of weights. With adapters: no gradients of weights."""
     assert training_factors(TrainConfig(), lora=False) == (3, 3, 4)
     assert training_factors(TrainConfig(), lora=True) == (2, 3, 2)
     assert training_factors(TrainConfig(gradient_checkpointing=True), lora=True) == (3, 4, 2)
@@ -56,7 +56,7 @@ def test_training_factors():
 
 
 def test_a_stage_by_hand():
-    """7.2e15 operations on 4 devices of 1e12 a second, a tenth of the time waiting: 2000 s, 2.22 hours of a GPU."""
+    """7.2e15 FLOPs on 4 devices of 1e12 FLOP/s that wait a tenth of the time: 2000 s, 2.22 GPU hours."""
     stage = Stage.of(7.2e15, 4, 1e12, 3.0, lost=0.1)
     assert stage.seconds == pytest.approx(2000)
     assert stage.gpu_hours == pytest.approx(4 * 2000 / 3600)
@@ -72,7 +72,7 @@ def test_stated_rates_are_a_share_of_the_peak():
 
 
 def test_plan_counts_what_the_data_are(data):
-    """Without sharing, every figure follows from the lengths."""
+    """Without shared prefixes, every figure follows from the lengths."""
     _, sets = data
     pairs, held_out = sets.train.to_pylist(), sets.eval.to_pylist()
     found = plan(data, runs=3)
@@ -98,6 +98,9 @@ def test_plan_counts_what_the_data_are(data):
     assert found.training.seconds == pytest.approx(found.training.flops / 1e9 / (1 - found.imbalance.imbalance))
     assert found.total.flops == pytest.approx(found.score.flops + 3 * (found.training.flops + found.evaluation.flops))
     assert found.online.flops > 3 * found.training.flops * 4 / 3
+    packed = operations(2 * amount(pairs), SIZES, (4, 4, 5)) + found.evaluation.flops
+    assert found.online_packed.flops == pytest.approx(3 * packed, rel=0.1)
+    assert found.online_packed.seconds < found.online.seconds
 
 
 def test_what_is_saved_comes_in_order(data):

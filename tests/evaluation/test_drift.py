@@ -7,7 +7,8 @@ import pytest
 import torch
 from tiny_world import LONGEST, STOP, exact_log_probs, make_world, sequences
 
-from raydpo.evaluation.answers import Draw, answer_all
+from raydpo.answers.draws import Draw
+from raydpo.answers.transformers_engine import answer_all
 from raydpo.evaluation.drift import exact_steps, measure_drift
 from raydpo.model.layout import PromptGroup
 from raydpo.model.logps import LogpModel
@@ -20,7 +21,7 @@ SAMPLES, SEEDS = 200, 60
 
 @pytest.fixture(scope="module")
 def world():
-    """The two models, and of each answer its log-prob by definition, by our scorer, and its exact steps."""
+    """Two models, and for each answer its log-prob by definition, its log-prob by our scorer, and its exact steps."""
     models = make_world(0)
     every = sequences()
     found = {"models": models, "every": every}
@@ -49,7 +50,7 @@ def test_the_world_is_whole(world):
 
 
 def test_exact_steps_add_up_to_the_divergence(world):
-    """The expectation of the sum of the steps' divergences is that of whole answers: the chain rule, to rounding."""
+    """The expected sum of the steps' divergences equals the divergence of whole answers, up to rounding (chain rule)."""
     assert (np.exp(world["policy"]) * world["steps"]).sum() == pytest.approx(world["exact"], abs=1e-5)
     assert (world["steps"] >= -1e-6).all()
 

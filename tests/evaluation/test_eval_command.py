@@ -1,4 +1,4 @@
-"""``raydpo eval`` from end to end, on a Ray that is there: what it measures, and that nothing is done twice."""
+"""``raydpo eval`` from end to end on a running Ray: what it measures, and that nothing is computed twice."""
 
 import io
 import json
@@ -84,7 +84,7 @@ def test_evaluation(place, tiny_llama, on_cluster, monkeypatch):
 
 
 def test_what_another_run_trained_on_is_noticed_in_our_held_out_pairs(place, tiny_llama):
-    """It held out fewer of the same file, so that half of ours are what it has seen. Of a plain model nothing is known."""
+    """The other run held out fewer pairs of the same file, so it was trained on half of ours. A plain model has none."""
     made_adapter = make_adapter(place / "runs" / "other" / "final", tiny_llama)
     tree = yaml.safe_load((place / "config.yaml").read_text()) | {"name": "other"}
     tree["data"]["eval"] = {"fraction": 0.15}
@@ -97,7 +97,7 @@ def test_what_another_run_trained_on_is_noticed_in_our_held_out_pairs(place, tin
 
     found, said = prepared(f"evaluate.policy={made_adapter.parent}")
     fewer = held_out([prompt_digest(row["prompt"]) for row in preferences(60, high=20)], 0.15).sum()
-    assert 0 < found.trained_on == found.pairs.num_rows - fewer and "ask what was trained on" in said
+    assert 0 < found.trained_on == found.pairs.num_rows - fewer and "trained on the prompts of" in said
     assert "trained against reference None" not in said
     assert prepared()[0].trained_on == 0 and prepared(f"evaluate.policy={tiny_llama}")[0].trained_on is None
 
@@ -134,12 +134,13 @@ def check_figures(place, found, said):
     assert all(one["equal_length"]["low"] < one["equal_length"]["value"] < one["equal_length"]["high"] for one in
                found["wins"])
     assert found["samples"][0]["policy"] == rows[0]["policy"] and len(found["samples"]) == 5
-    for piece in ("preferences: ", "drift KL(policy || reference) from 12 samples", "wins of the policy", "peft="):
+    for piece in ("Preferences of held-out pairs: beta 0.4", "Drift KL(policy || reference) from 12 samples",
+                  "Wins of the policy", "peft="):
         assert piece in said, said
 
 
 def test_what_cannot_be_evaluated(place, on_cluster, tmp_path):
-    """Before any model is loaded."""
+    """Errors that are found before any model is loaded."""
     with pytest.raises(CacheMissError, match=r"log-probs of the policy are missing for .* set evaluate\.score_missing=true"):
         evaluated(place, "evaluate.score_missing=false", "evaluate.prompts=0", f"cache.uri={tmp_path / 'empty'}")
     with pytest.raises(ConfigError, match="another vocabulary"):
@@ -192,7 +193,7 @@ def test_a_kill_loses_nothing_that_was_stored(place, tmp_path):
 
 @pytest.mark.slow
 def test_nodes_fetch_a_run_from_a_bucket_themselves(place, tmp_path, tiny_llama):
-    """A head that computes nothing, and a node with another disk that has the devices."""
+    """The head has no CPUs for work; the node that has them has its own disk."""
     pytest.importorskip("moto")
     with s3_server() as s3:
         Storage(s3.uri("runs/run")).upload(place / "runs" / "run" / "final", "final")

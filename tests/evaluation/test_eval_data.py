@@ -7,9 +7,10 @@ from tiny import make_tokenizer, preferences, write_preferences
 
 from raydpo.config import load_config
 from raydpo.data.pairs import load_pairs
+from raydpo.data.preference import as_text
 from raydpo.data.tokenise import Tokeniser
 from raydpo.errors import ConfigError
-from raydpo.evaluation.prompts import as_text, choose_prompts, evaluation_data, reading, spoken, trained_on
+from raydpo.evaluation.prompts import choose_prompts, evaluation_data, reading, spoken, trained_on
 
 
 def rewardbench(path, count=12):
@@ -49,7 +50,7 @@ def test_subsets_are_sources(place):
 
 
 def test_pairs_that_were_trained_on_are_noticed(place):
-    """The training file itself, as text and as messages; less what is held out of it."""
+    """The training file itself counts, as text and as messages, except for what is held out of it."""
     rows = [json.loads(line) for line in (place / "a.jsonl").read_text().splitlines()]
     said = [{"prompt": [{"role": "user", "content": row["prompt"]}]} | {
         side: [{"role": "assistant", "content": row[side]}] for side in ("chosen", "rejected")} for row in rows[:5]]
@@ -123,7 +124,7 @@ def test_the_choice_of_prompts_does_not_depend_on_their_order(place):
     ({"modes": ["greedy"], "temperature": 0.7}, "temperature 0.7 has no effect"),
     ({"modes": ["greedy"], "samples": 3}, "samples 3 has no effect"),
     ({"chat": True}, "chat True has no effect without evaluate.data"),
-    ({"prompts": 0, "score_with": "a:b"}, "score_with has no answers to look at"),
+    ({"prompts": 0, "score_with": "a:b"}, "score_with has no answers to judge"),
     ({"score_with": "a.b"}, "module:function"),
     ({"base": "."}, "no effect without policy"),
     ({"beta": 0}, "evaluate.beta"),

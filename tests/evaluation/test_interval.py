@@ -1,4 +1,4 @@
-"""Intervals against published figures, and by how often they hold the truth: what is drawn is the same in every run."""
+"""Intervals against published figures, and how often they contain the true value. Draws are the same in every run."""
 
 from itertools import combinations
 
@@ -32,7 +32,7 @@ def test_student_as_it_is_tabled():
 
 @pytest.mark.parametrize("count", [2, 3, 5, 10])
 def test_few_values_have_an_interval_that_holds(count):
-    """With 1.96 in the place of Student's, the interval of two values holds the truth in 70 % of draws."""
+    """With 1.96 in place of Student's t, the interval of two values contains the true value in 70 % of draws only."""
     draws = np.random.default_rng(0).normal(0, 1, (2000, count))
     assert np.mean([holds(mean(values), 0) for values in draws]) == pytest.approx(0.95, abs=0.015)
     assert mean(draws[0][:1])["low"] is None and mean(draws[0][:0]) == NONE == share(0, 0)
@@ -82,7 +82,7 @@ def test_groups_of_one_are_no_groups():
 
 
 def test_what_does_not_vary_is_worth_its_groups():
-    """Six pairs of each of four records, all won: four observations, not 24. One record alone is one."""
+    """Six pairs of each of four records, all won, count as four observations, not as 24."""
     groups = np.repeat(np.arange(4), 6)
     assert share_by_group(np.ones(24), groups) == share(4, 4)
     assert effective_count(np.array([4.0]), np.array([6])) == 1.0
@@ -102,7 +102,7 @@ def test_a_mean_over_groups_of_many_sizes():
 
 
 def test_a_ratio_by_hand():
-    """3 and 5 over 1 and 3: 8 / 4 = 2; what is left over is 1 and -1, of error 1 over a mean of 2."""
+    """(3 + 5) / (1 + 3) = 2; the residuals are 1 and -1, with standard error 1, divided by the mean 2."""
     assert ratio(np.array([3.0, 5.0]), np.array([1.0, 3.0])) == {
         "value": 2.0, "low": pytest.approx(2 - student95(1) / 2), "high": pytest.approx(2 + student95(1) / 2)}
     assert student95(10**9) == pytest.approx(Z95)

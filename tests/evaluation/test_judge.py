@@ -5,11 +5,11 @@ import time
 import pytest
 from judge_server import longer, serving
 
+from raydpo.answers import judge as judging
+from raydpo.answers.contests import Contest, count_wins
+from raydpo.answers.judge import Judge, judge_contests
 from raydpo.config import JudgeConfig
 from raydpo.errors import ConfigError, RaydpoError
-from raydpo.evaluation import judge as judging
-from raydpo.evaluation.judge import Judge, judge_contests
-from raydpo.evaluation.wins import Contest, count_wins
 from raydpo.storage import Storage
 
 CONTESTS = [Contest("What is it?", "a long answer", "short"), Contest("And this?", "brief", "another long answer"),
@@ -82,7 +82,7 @@ def test_which_verdict_a_reply_is(said, verdict):
 
 
 def test_what_failed_is_asked_again_and_nothing_else(tmp_path):
-    """Each question costs: of a block's six, one failed."""
+    """One of the six questions of a block failed, and only that one is asked again."""
     with serving(longer) as server:
         server.trouble = lambda number: 400 if number == 3 else None
         assert judged(server, tmp_path, parallel=1)["failed"] == 1 and len(server.requests) == 6
@@ -135,7 +135,7 @@ def test_the_key_is_read_from_the_environment_and_told_to_nobody_else(tmp_path, 
     everything = f"{found} {caught.value} {''.join(capsys.readouterr())}"
     assert "sk-very-secret" not in everything and b"sk-very-secret" not in stored
     monkeypatch.delenv("JUDGE_KEY")
-    with pytest.raises(ConfigError, match="JUDGE_KEY, but there is no such environment variable"):
+    with pytest.raises(ConfigError, match="JUDGE_KEY, but this environment variable is not set"):
         judged(server, tmp_path, key="JUDGE_KEY")
 
 

@@ -1,4 +1,4 @@
-"""What evaluate.policy may name, and that it works in other people's tools."""
+"""What evaluate.policy can name, and that lm-evaluation-harness loads it."""
 
 import json
 
@@ -7,8 +7,10 @@ import torch
 from tiny import make_model, make_tokenizer, preferences, write_preferences
 
 from raydpo.config import load_config
+from raydpo.console import Console
 from raydpo.errors import ConfigError, ModelError
 from raydpo.evaluation.policy import find_policy, harness_arguments
+from raydpo.evaluation.run import _Evaluation
 from raydpo.reference.identity import identify
 
 
@@ -50,6 +52,10 @@ def test_a_model_and_an_adapter(place, tiny_llama):
     assert (adapter.spec.path, adapter.slug) == (str(tiny_llama), "adapter")
 
 
+def rewards_per_token(config, policy):
+    return _Evaluation(config, Console(), policy, None, None, None, None)._objective().per_token
+
+
 def test_a_run(place, tiny_llama):
     """Its rewards are those it was trained with; its own adapter lies on this configuration's model."""
     config = configured(place, tiny_llama)
@@ -63,9 +69,9 @@ def test_a_run(place, tiny_llama):
     make_adapter(run / "final", tiny_llama, base="/long/gone")
     policy = find_policy(config, "float32")
     assert policy.spec.path == str(tiny_llama) and policy.run is not None
-    assert policy.beta(config) == 0.3 and policy.per_token(config)
+    assert policy.beta(config) == 0.3 and rewards_per_token(config, policy)
     asked = configured(place, tiny_llama, beta=0.7, rewards="sum")
-    assert policy.beta(asked) == 0.7 and not policy.per_token(asked)
+    assert policy.beta(asked) == 0.7 and not rewards_per_token(asked, policy)
     with pytest.raises(ModelError, match=r"belongs to the model '/long/gone', which is not here; set evaluate\.base"):
         find_policy(configured(place, tiny_llama, policy=str(run)), "float32")
     named = find_policy(configured(place, tiny_llama, policy=str(run), base=str(tiny_llama)), "float32")

@@ -1,4 +1,4 @@
-"""What implicit rewards make of labelled pairs, by hand."""
+"""Figures of implicit rewards on labelled pairs, computed by hand."""
 
 import math
 
@@ -76,7 +76,7 @@ def test_a_calibrated_policy_has_little_error_and_a_boastful_one_much():
 
 
 def test_a_calibrated_policy_of_few_pairs_is_within_chance():
-    """Its error is 0.13 on average with 64 pairs. Four copies of each of 32 pairs are no 128: its error is larger."""
+    """A calibrated policy has an error of 0.13 on average with 64 pairs, and more with four copies of each of 32 pairs."""
     rng = np.random.default_rng(1)
     alone = boastful = alike = 0
     for _ in range(200):
@@ -128,7 +128,7 @@ def test_rewards_per_token():
     {"loss": "simpo"}, {"loss": "cpo"}, {"loss": "orpo"}, {"f_divergence_type": "forward_kl"}, {"loss": "ipo"},
     {"f_divergence_type": "js_divergence"}, {"loss": "sigmoid_norm", "f_divergence_type": "alpha_divergence"}])
 def test_rewards_are_those_of_the_training(settings):
-    """Accuracy and margin are what the sums of a training's evaluation make of the same log-probs."""
+    """Accuracy and margin equal those of the evaluation in training, from the same log-probs."""
     random = np.random.default_rng(8)
     tokens = random.integers(5, 60, (2, 40))
     reference = -1.5 * tokens + random.normal(0, 3, (2, 40))
@@ -162,7 +162,7 @@ def test_style_by_hand():
 
 
 def test_length_growth_by_hand():
-    """Of two prompts: 6 and 3 tokens, against 3 and 6."""
+    """Two prompts: answers of 6 and 3 tokens against 3 and 6."""
     policy, reference = [np.ones(4), np.ones(8), np.ones(3), np.ones(3)], [np.ones(2), np.ones(4), np.ones(6), np.ones(6)]
     growth = length_growth(policy, reference, np.array([0, 0, 1, 1]))
     assert growth["value"] == 0.0 and growth["low"] == -growth["high"] == pytest.approx(-student95(1) * 3 / 4.5)

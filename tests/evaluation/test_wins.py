@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import make_tokenizer
 
+from raydpo.answers.contests import Contest, by_scores, count_wins, own_scores, win_rate_at_equal_length
+from raydpo.answers.reward import RewardModel
 from raydpo.errors import ConfigError, ModelError, RaydpoError
-from raydpo.evaluation.reward import RewardModel
-from raydpo.evaluation.wins import Contest, by_scores, count_wins, own_scores, win_rate_at_equal_length
 
 CONTESTS = [Contest("p", "longer answer", "short"), Contest("p", "a", "longer"), Contest("p", "same", "same")]
 
@@ -41,7 +41,7 @@ def test_own_function(module):
 @pytest.mark.parametrize(("left", "by_length", "longer"), [
     (0.0, 2.0, 250.0), (0.6, 1.5, -150.0), (0.0, 0.0, 0.0), (1.5, 0.0, 100.0)])
 def test_what_is_left_of_wins_at_equal_length(left, by_length, longer):
-    """A judge that is drawn to length, and answers that have grown: the win rate of two thirds is half length."""
+    """The judge prefers length and the answers have grown, so half of the gain in win rate comes from length."""
     random, truth = np.random.default_rng(6), 1 / (1 + np.exp(-left))
     found = []
     for _ in range(800):
@@ -110,16 +110,16 @@ def test_reward_model(classifier):
             expected = model(tokenizer(text, return_tensors="pt")["input_ids"]).logits[0, 0].item()
         assert score == pytest.approx(expected, abs=1e-6)
     assert np.std(scores) > 0
-    with pytest.raises(ModelError, match="tokens for the reward model, which takes 128"):
+    with pytest.raises(ModelError, match="tokens, but the reward model takes at most 128"):
         work.open("cpu")(pa.table({"prompt": [json.dumps("sky " * 300)], "answer": ["x"]}))
 
 
 def test_what_is_no_reward_model_is_refused(tiny_llama, tmp_path):
-    """A language model would be given a head of random numbers, and judge by them."""
+    """A language model would get a head with random weights, and judge with it."""
     with pytest.raises(ModelError, match=r"lack score\.weight, which would be random numbers"):
         RewardModel.at(str(tiny_llama), "float32", False).open("cpu")
     two = make_classifier(tmp_path / "two", labels=2)
-    with pytest.raises(ModelError, match="2 outputs; one is wanted"):
+    with pytest.raises(ModelError, match="2 outputs; expected one"):
         RewardModel.at(str(two), "float32", False).open("cpu")
     (tmp_path / "two" / "model.safetensors").rename(tmp_path / "two" / "pytorch_model.bin")
     with pytest.raises(ModelError, match="pickled"):

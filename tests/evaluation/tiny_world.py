@@ -37,7 +37,7 @@ def make_world(seed: int, distance: float = 0.5) -> World:
 
 
 def sequences() -> list[tuple[int, ...]]:
-    """Every answer there is: ended by the end token, or cut at the longest."""
+    """All possible answers: ended by the end token, or cut at the longest."""
     found = []
     for length in range(1, LONGEST + 1):
         for ids in product(range(VOCABULARY), repeat=length):
@@ -48,7 +48,7 @@ def sequences() -> list[tuple[int, ...]]:
 
 @torch.no_grad()
 def exact_log_probs(model: Any, prompt: np.ndarray, answers: list[tuple[int, ...]]) -> np.ndarray:
-    """By definition, one sequence at a time, float64."""
+    """Log-probs by definition, one sequence at a time, float64."""
     found = []
     for answer in answers:
         ids = torch.tensor([prompt.tolist() + list(answer)])

@@ -1,4 +1,4 @@
-"""The bodies of the attention that only CUDA has, and what they do to log-probs."""
+"""Implementations of attention that only run on CUDA, and their log-probs."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Hand-worked algebra. One pair: policy -10 and -20 nats, reference -12 and -18, so the log-ratios are +2 and -2 and the
+"""Losses computed by hand. One pair: policy -10 and -20 nats, reference -12 and -18, so the log-ratios are +2 and -2 and the
 margin is 4; 5 and 10 completion tokens."""
 
 import dataclasses
@@ -71,8 +71,8 @@ def test_dpop_charges_for_a_chosen_completion_that_falls():
 
 
 def test_tails_weigh_less():
-    """Of the rejected completion's ten tokens five lie beyond the chosen one's length: 6 nats more under the policy, 5 under
-    the reference."""
+    """Five of the rejected completion's ten tokens lie beyond the chosen one's length: 6 nats under the policy, 5 under the
+    reference."""
     tails = [torch.tensor([value], dtype=torch.float64) for value in (0.0, -6.0, 0.0, -5.0)]
     logps = dataclasses.replace(pair(), chosen_tail=tails[0], rejected_tail=tails[1], ref_chosen_tail=tails[2],
                                 ref_rejected_tail=tails[3])
@@ -92,7 +92,7 @@ def test_weights_and_margins_of_the_data():
 
 
 def test_aot_compares_quantiles():
-    """Two pairs. log pi(y_w) - log pi(y_l): 1 and 5; the same of the reference: 4 and 3. Quantiles: 1 to 3 and 5 to 4."""
+    """Two pairs. log pi(y_w) - log pi(y_l): 1 and 5; of the reference: 4 and 3. Quantiles: 1 to 3 and 5 to 4."""
     def tensor(*values):
         return torch.tensor(values, dtype=torch.float64)
 
@@ -154,7 +154,8 @@ COMPARED = {
 
 
 def of_each_loss():
-    """Every loss that compares two completions; and with what shapes the comparison, where the loss heeds it."""
+    """Every loss that compares two completions, alone and with each setting that changes the comparison, if the loss uses
+    it."""
     for name, traits in LOSSES.items():
         if name == "sft":  # it looks at the chosen one alone
             continue
@@ -167,8 +168,8 @@ def of_each_loss():
 
 @pytest.mark.parametrize(("name", "more"), of_each_loss())
 def test_rewards_prefer_what_the_loss_prefers(name, more):
-    """A pair whose loss grows when its two completions change places is one that the rewards rank right. Lengths differ by
-    up to ten times, so that sums and means often disagree."""
+    """The rewards rank a pair right if its loss grows when its two completions are swapped. Lengths differ by up to ten
+    times, so that sums and means often disagree."""
     random = torch.Generator().manual_seed(2)
     settings = {"beta": 0.1} | COMPARED.get(name, {}) | more
     objective, outcomes, sums = Objective(ObjectiveConfig(loss=name, **settings)), set(), set()
@@ -240,7 +241,7 @@ def test_gradient_raises_chosen_and_lowers_rejected(name):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_traits_tell_the_truth(name):
-    """Whether it looks at the reference, and whether at other pairs, is found by changing them."""
+    """Whether a loss uses the reference or other pairs is found by changing them."""
     random = torch.Generator().manual_seed(1)
     fields = [-30 * torch.rand(6, generator=random, dtype=torch.float64) - 5 for _ in range(4)]
     tokens = torch.tensor([4.0, 9, 3, 7, 5, 6], dtype=torch.float64)

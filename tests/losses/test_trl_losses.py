@@ -1,4 +1,4 @@
-"""Every loss that TRL 1.16 has, value and gradient, against TRL's own code in float64."""
+"""Value and gradient of every loss of TRL 1.16 against TRL's own code in float64."""
 
 import pytest
 import torch
@@ -20,12 +20,12 @@ PAIRS = len(CHOSEN_TOKENS)
 
 
 def ours(*args, **settings):
-    """raydpo's mean loss of the same tokens."""
+    """raydpo's mean loss on the same tokens."""
     return objective_and_logps(*args, **settings)[0].losses.mean()
 
 
 def objective_and_logps(policy, reference, mask, log_sum_sq=None, **settings):
-    """raydpo's losses and rewards of the same tokens, and what they were computed from."""
+    """raydpo's losses and rewards on the same tokens, and their inputs."""
     lengths = mask.sum(1)
     shared = torch.minimum(*lengths.chunk(2)).repeat(2)
     tail = torch.arange(mask.shape[1]) >= shared[:, None]
@@ -70,7 +70,7 @@ def test_dpo_losses(name, settings, beta):
 
 @pytest.mark.parametrize("coefficient", [0.5, 1.0, 2.0])
 def test_alpha_divergence(coefficient):
-    """In float32: TRL's bound on the exponent knows no float64."""
+    """In float32, because TRL's bound on the exponent is the one of float32."""
     policy, reference, mask = token_logps(dtype=torch.float32)
     settings = {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": coefficient}
     theirs = value_and_gradient(dpo_loss, policy, reference, mask, ["sigmoid"], **settings)
@@ -101,7 +101,7 @@ def test_wpo_weights():
 
 @pytest.mark.parametrize("shift", [-1.0, 2.0])
 def test_kto(shift):
-    """With TRL's estimate of the drift set to ours: 0 where the policy fell below the reference, else above."""
+    """With TRL's estimate of the drift set to ours: 0 where the policy fell below the reference, else positive."""
     policy, reference, mask = token_logps()
     reference = reference - shift * mask
     drift = (policy.sum(1) - reference.sum(1)).mean().clamp(min=0)
@@ -134,7 +134,7 @@ def test_orpo():
 
 
 def test_rewards_of_orpo():
-    """As TRL logs them: of the mean log-prob of a token."""
+    """As TRL logs them: from the mean log-prob per token."""
     policy, reference, mask = token_logps()
     loss, logps = objective_and_logps(policy, 0 * reference, mask, loss="orpo", beta=0.3)
     sums = PairSums(["data"], torch.device("cpu"), reference=False)

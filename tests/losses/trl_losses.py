@@ -1,4 +1,4 @@
-"""TRL's own loss code, run on log-probs that are given instead of computed by a model."""
+"""TRL's own loss code, run on given log-probs instead of a model's."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def dpo_loss(policy: Tensor, reference: Tensor, mask: Tensor, loss_type: list[st
 
 def kto_loss(policy: Tensor, reference: Tensor, mask: Tensor, drift: Tensor, *, beta: float, desirable_weight: float,
              undesirable_weight: float) -> Tensor:
-    """``KTOTrainer``'s loss, its KL estimate given."""
+    """``KTOTrainer``'s loss with a given KL estimate."""
     from trl import KTOTrainer
 
     half = len(policy) // 2
@@ -89,12 +89,12 @@ def cpo_loss(policy: Tensor, mask: Tensor, *, loss_type: str, beta: float, cpo_a
 
 
 def orpo_loss(policy: Tensor, mask: Tensor, *, beta: float) -> Tensor:
-    """``ORPOTrainer``'s loss of the batch, with a likelihood of completions alone."""
+    """``ORPOTrainer``'s loss of the batch, with the likelihood of completions only."""
     return orpo_loss_and_metrics(policy, mask, beta=beta)[0]
 
 
 def orpo_loss_and_metrics(policy: Tensor, mask: Tensor, *, beta: float) -> tuple[Tensor, dict[str, float]]:
-    """``orpo_loss``, and what ``ORPOTrainer`` logs beside it."""
+    """``orpo_loss``, and the metrics that ``ORPOTrainer`` logs."""
     from trl.experimental.orpo import ORPOTrainer
 
     half = len(policy) // 2

@@ -93,7 +93,7 @@ def test_chunks_change_nothing(name, monkeypatch):
 
 
 def test_the_chunk_bounds_the_memory(monkeypatch):
-    """No tensor of [tokens, vocab] is ever made: the largest that the head allocates is one chunk."""
+    """The head never allocates a [tokens, vocabulary] tensor; its largest tensor is one chunk."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     largest = 0
@@ -139,7 +139,7 @@ def test_lora_on_the_head_gets_its_gradient():
 @pytest.mark.parametrize("settings", [{"target_modules": ["q_proj", "lm_head"]},
                                       {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}], ids=str)
 def test_an_adapter_on_the_head_keeps_the_float32_stream(settings):
-    """Else its hidden states would be rounded where those of a model without it are not."""
+    """Otherwise its hidden states would be rounded, unlike those of a model without an adapter on the head."""
     plain, adapted = (LogpModel(model.bfloat16()) for model in (make("llama"), get_peft_model(
         make("llama"), LoraConfig(r=4, **settings))))
     for model in (plain, adapted):

@@ -1,4 +1,4 @@
-"""A model and an adapter whose files are the same on every machine and under every version of the libraries."""
+"""A model and an adapter whose files are identical on every machine and with every version of the libraries."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ADAPTER = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["v_p
 
 
 def plain_weights() -> dict[str, np.ndarray]:
-    """Of the architecture above, names and shapes as transformers has them."""
+    """Weights of the architecture above, with names and shapes as in transformers."""
     shapes = {"model.embed_tokens.weight": (16, 8), "model.norm.weight": (8,), "lm_head.weight": (16, 8)}
     for layer in ("model.layers.0", "model.layers.1"):
         shapes |= {f"{layer}.{name}.weight": shape for name, shape in {
@@ -28,7 +28,7 @@ def plain_weights() -> dict[str, np.ndarray]:
 
 
 def write_plain_model(directory: Path) -> Path:
-    """config.json and model.safetensors."""
+    """Write config.json and model.safetensors."""
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(CONFIG))
     save_file(plain_weights(), directory / "model.safetensors", metadata={"format": "pt"})
@@ -36,7 +36,7 @@ def write_plain_model(directory: Path) -> Path:
 
 
 def write_plain_adapter(directory: Path) -> Path:
-    """A LoRA adapter for it, as PEFT saves one."""
+    """Write a LoRA adapter for it, as PEFT saves one."""
     directory.mkdir(parents=True)
     (directory / "adapter_config.json").write_text(json.dumps(ADAPTER))
     shapes = {f"base_model.model.model.layers.{layer}.self_attn.{name}.lora_{side}.weight": shape for layer in (0, 1)
@@ -47,5 +47,5 @@ def write_plain_adapter(directory: Path) -> Path:
 
 
 def _values(shape: tuple[int, ...], number: int) -> np.ndarray:
-    """float32 multiples of 1/64, so exact in every precision."""
+    """float32 multiples of 1/64, which are exact in every precision."""
     return ((np.arange(np.prod(shape), dtype=np.float32).reshape(shape) * 7 + number) % 13 - 6) / 64

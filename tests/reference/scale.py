@@ -1,9 +1,9 @@
-"""How long planning and the training join take, and in how much memory, with made-up pairs: run by hand.
+"""Measure time and memory of planning and of the training join with made-up pairs; run by hand.
 
     python tests/reference/scale.py /a/place/on/disk --pairs 5000000 --missing 0.01
 
-Makes a cache and pairs once (minutes, 6 GB), then measures in a new process: which completions are missing, the shards that
-would be scored, and the log-probs brought to the pairs.
+Makes a cache and pairs once (minutes, 6 GB), then measures in a new process: finding the missing completions, planning the
+shards to score, and joining the log-probs to the pairs.
 """
 
 from __future__ import annotations

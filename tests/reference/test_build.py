@@ -1,4 +1,4 @@
-"""Filling the cache with real Ray Data actors, and killing the job that does it."""
+"""Fill the cache with real Ray Data actors, and kill the job that does it."""
 
 import signal
 import subprocess
@@ -79,7 +79,7 @@ def test_killed_at_three_moments_and_finished(job, tmp_path):
 
 
 def test_new_data_scores_only_the_new_rows(job, tmp_path, tiny_llama):
-    """In this process, without Ray: the plan of a build is what decides."""
+    """In this process without Ray: the plan of a build decides what is scored."""
     from kernel import tiny_pairs
 
     from raydpo.reference.identity import identify
@@ -96,7 +96,7 @@ def test_new_data_scores_only_the_new_rows(job, tmp_path, tiny_llama):
 
 
 def test_a_failing_actor_says_why(job, tmp_path, tiny_llama):
-    """Weights that give no log-probs: one readable message, nothing stored."""
+    """Weights that give NaN: one readable message, and nothing is stored."""
     import shutil
 
     from safetensors.torch import load_file, save_file

@@ -1,4 +1,4 @@
-"""TRL's own trainer on what we export: no reference of its own, and ln 2."""
+"""TRL's trainer on an exported file: it needs no reference model, and its first loss is ln 2."""
 
 import math
 

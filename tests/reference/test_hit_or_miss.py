@@ -1,4 +1,5 @@
-"""The table of what is reused: each changed input is a hit and right, or a miss; never a hit and wrong."""
+"""The table of reuse: after each change of an input the cache either hits with right values or misses; it never hits with
+wrong ones."""
 
 import io
 import json
@@ -20,7 +21,7 @@ COUNT = 12
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, tiny_llama):
-    """A directory with model and data whose cache holds everything that ``settings()`` needs."""
+    """A directory with a model and data whose cache holds everything that ``settings()`` needs."""
     place = tmp_path_factory.mktemp("reuse")
     shutil.copytree(tiny_llama, place / "model")
     write_preferences(place / "a.jsonl", preferences(COUNT))
@@ -63,7 +64,7 @@ def missing_keys(prepared):
 
 
 def share_of_hits(prepared):
-    """The share of wanted completions that the cache answers; every answer is checked against a live score."""
+    """Share of wanted completions that the cache answers; every answer is checked against a live score."""
     missing, wanted = missing_keys(prepared), len(Wanted(prepared.tables))
     for completion, live in fresh(prepared):
         if completion.key not in missing:
@@ -132,7 +133,7 @@ def precision(place, tree):
 
 
 def end_of_sequence(place, tree):
-    """Another token ends a completion."""
+    """Use another token as end of sequence."""
     file = copied_model(place, tree) / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token": "<pad>"}))
 

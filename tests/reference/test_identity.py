@@ -1,4 +1,4 @@
-"""Each changed input changes the identity; what does not matter does not."""
+"""Each relevant change of an input changes the identity; irrelevant ones do not."""
 
 import fnmatch
 import json
@@ -46,7 +46,7 @@ PINNED = {"float32": ("float32", None, None, "4afbb8ad53535d6e659b1e9ba82b639f")
 
 @pytest.mark.parametrize("kind", PINNED)
 def test_caches_that_exist_are_found(kind, tmp_path):
-    """The identity names a directory of a cache: another digest for the same model means that all is scored again."""
+    """Pinned digests: another digest for the same model would make existing caches unfindable."""
     dtype, adapter, quantization, digest = PINNED[kind]
     plain = write_plain_model(tmp_path / "model")
     adapter = adapter and write_plain_adapter(tmp_path / adapter)
@@ -101,7 +101,7 @@ def test_shards_do_not_matter(model):
 
 
 def test_what_is_hashed_is_what_is_loaded(model, tmp_path):
-    """A model saved in shards over another that was saved as one file: transformers leaves that file, and loads it."""
+    """A sharded model saved over one that was saved as one file: transformers keeps that file, and loads it."""
     from transformers import AutoModelForCausalLM
 
     before, first = identify(model, "float32"), AutoModelForCausalLM.from_pretrained(model)
@@ -111,7 +111,7 @@ def test_what_is_hashed_is_what_is_loaded(model, tmp_path):
     other = identify(tmp_path / "other", "float32")
     first.save_pretrained(model, max_shard_size="100KB")
     assert (model / "model.safetensors").is_file() and (model / "model.safetensors.index.json").is_file()
-    with pytest.raises(ModelError, match="which of the two is meant cannot be known"):
+    with pytest.raises(ModelError, match="delete the one that is not meant"):
         identify(model, "float32")
     (model / "model.safetensors").unlink()
     assert identify(model, "float32") == other != before
@@ -255,7 +255,7 @@ def test_the_order_of_an_adapters_sets_does_not_matter_and_of_its_patterns_does(
 
 
 def test_a_user_without_a_home(model, monkeypatch, tmp_path):
-    """Digests are remembered where everything else of this node is."""
+    """Digests are remembered in the same place as everything else of this node."""
     before = identify(model, "float32")
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr("pathlib.Path.home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
@@ -279,7 +279,7 @@ def test_truncated_weights_are_refused(model):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A hub whose downloads end in another cache than the driver's, as on another machine."""
+    """A hub whose downloads go to another cache than the driver's, as on another machine."""
     asked = []
 
     def snapshot_download(name, *, revision, allow_patterns):
@@ -293,7 +293,7 @@ def hub(monkeypatch, tmp_path):
 
 
 def test_of_a_repository_only_the_weights_that_are_read_are_fetched(monkeypatch, tmp_path):
-    """Some hold them a second time, in a form of their own: twice the download, and twice the parameters."""
+    """Some repositories hold the weights twice in different formats: twice the download, and twice the parameters."""
     repository = write_plain_model(tmp_path / "repository")
     shutil.copy(repository / "model.safetensors", repository / "consolidated.safetensors")
     snapshot, revisions = tmp_path / "snapshots" / ("0" * 40), []
@@ -318,7 +318,7 @@ def spec_at(path, adapter=None):
 
 
 def test_a_worker_fetches_what_the_driver_had_from_the_hub(hub, tmp_path):
-    """The same repository and the same revision; a directory that is no snapshot of the hub is nobody's to fetch."""
+    """The same repository and revision; a directory that is not a snapshot of the hub is not fetched."""
     revision = "0123456789abcdef0123456789abcdef01234567"
     spec = on_this_machine(spec_at(f"/drivers/hub/models--meta-llama--Llama-3.1-8B/snapshots/{revision}", "/mnt/sft"))
     assert hub == [("meta-llama/Llama-3.1-8B", revision)]

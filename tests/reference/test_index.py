@@ -9,7 +9,7 @@ from raydpo.reference.part import KEY_TYPE
 def index_of(*parts):
     index = KeyIndex()
     for number, (keys, tokens) in enumerate(parts):
-        index.add(keys, np.array(tokens, np.int32), number)
+        index.add((keys, np.array(tokens, np.int32), number))
     return index
 
 
@@ -24,7 +24,7 @@ def test_against_a_dictionary():
     for part in range(20):
         keys = pool[rng.integers(0, 400, 60)]
         tokens = rng.integers(1, 6, 60).astype(np.int32)
-        index.add(keys, tokens, part)
+        index.add((keys, tokens, part))
         for place, (one, count) in enumerate(zip(keys, tokens, strict=True)):
             if one.tobytes() not in best or best[one.tobytes()][0] < count:
                 best[one.tobytes()] = (count, part, place, row)
@@ -37,7 +37,7 @@ def test_against_a_dictionary():
         assert (locator == -1) == (expected is None)
         if expected is not None:
             assert (index.tokens[locator], index.part[locator], index.row[locator], locator) == expected
-    assert sorted(index.winners()) == sorted(entry[3] for entry in best.values())
+    assert sorted(index.winners) == sorted(entry[3] for entry in best.values())
 
 
 def test_all_128_bits_count():
@@ -59,5 +59,5 @@ def test_slices_of_arrow_arrays():
     array = pa.array([bytes([number]) * 16 for number in range(9)], KEY_TYPE)
     assert as_bytes(array.slice(3, 4))[:, 0].tolist() == [3, 4, 5, 6]
     index = KeyIndex()
-    index.add(array.slice(2), np.ones(7, np.int32), 0)
-    assert index.find(array).tolist() == [-1, -1, 0, 1, 2, 3, 4, 5, 6]
+    index.add((as_bytes(array.slice(2)), np.ones(7, np.int32), 0))
+    assert index.find(as_bytes(array)).tolist() == [-1, -1, 0, 1, 2, 3, 4, 5, 6]

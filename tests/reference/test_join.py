@@ -62,7 +62,7 @@ def test_sums_answer_for_exactly_their_tokens_and_give_way_to_tokens(cache):
 
 
 def test_a_full_disk_is_an_error_and_no_crash(tmp_path):
-    """In a process of its own: writing through a mapping to a full disk would kill it."""
+    """In its own process, because writing to a full disk through a mapping would kill it."""
     small = tmp_path / "small"
     small.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", small], capture_output=True).returncode:
@@ -71,11 +71,11 @@ def test_a_full_disk_is_an_error_and_no_crash(tmp_path):
 import sys
 from raydpo.errors import RaydpoError
 from raydpo.reference import join
-values, _ = join._file_of(200_000, None)
+values, _ = join._file_of(200_000)
 values[:] = 1
 del values
 try:
-    join._file_of(2_000_000, None)[0][:] = 1
+    join._file_of(2_000_000)[0][:] = 1
 except RaydpoError as error:
     print(error)
 """

@@ -1,4 +1,4 @@
-"""Builds, kills, corruptions, compactions, clean-ups and reads in random order, against a model of what must be there."""
+"""Builds, kills, corruptions, compactions, clean-ups and reads in random order, against a model of the expected content."""
 
 import shutil
 import tempfile
@@ -26,7 +26,7 @@ steps_taken = [0]
 
 
 def truth(number, tokens=20):
-    """The log-probs that completion ``number`` really has: whoever scores it gets these."""
+    """The true log-probs of completion ``number``, the same for every scorer."""
     return -np.random.default_rng(number).random(20).astype(np.float32)[:tokens]
 
 
@@ -39,7 +39,7 @@ def fresh(place):
 
 
 class History(RuleBasedStateMachine):
-    """Completions are numbers. ``lengths`` says of each committed one how many of its tokens must be found."""
+    """Completions are numbers. ``lengths`` maps each committed one to the number of its tokens that must be found."""
 
     def __init__(self):
         super().__init__()
@@ -119,7 +119,7 @@ class History(RuleBasedStateMachine):
         self.lengths = {one: min(tokens, left[key(one)]) for one, tokens in self.lengths.items() if key(one) in left}
 
     def on_disk(self):
-        """Most tokens of each key in all sound files, read without the store."""
+        """Most tokens of each key in all intact files, read without the store."""
         found = {}
         for file in self.parts.glob("*.parquet"):
             content = file.read_bytes()

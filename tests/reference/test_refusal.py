@@ -1,5 +1,5 @@
-"""A cache of another reference is never used: for each field of the identity, the refusal names it, both values and the way
-out."""
+"""A cache of another reference is never used: for each field of the identity the refusal names the field, both values and
+the fix."""
 
 import dataclasses
 import io

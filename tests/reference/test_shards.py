@@ -6,7 +6,7 @@ import pytest
 from raydpo.model.layout import PromptGroup
 from raydpo.reference.identity import identify
 from raydpo.reference.score import ReferenceSpec, Scorer
-from raydpo.reference.shards import Completion, plan_shards, without
+from raydpo.reference.shards import Completion, plan_shards
 
 
 def completions(prompt, count, tokens, seed=0):
@@ -24,20 +24,20 @@ def test_a_prompt_with_two_thousand_completions_is_cut_into_shards():
     assert [len(shard.completions) for shard in shards] == [3 + 654, 654, 654, 38], "of the small group nothing is cut"
     # What is there already changes no shard: the rest of each is scored as it would have been.
     present = {one.key for one in many[::3]}
-    left = without(shards, present)
+    left = [shard.without(present) for shard in shards]
     assert [shard.completions for shard in left] == [[one for one in shard.completions if one.key not in present]
                                                      for shard in shards]
 
 
 def test_what_shares_a_prompt_is_not_cut_finer_than_parts_are():
-    """The shards of a small job are small; a long prompt is computed once all the same."""
+    """The shards of a small job are small, but a long prompt is still computed once."""
     (shard,) = plan_shards(completions(1000, 40, 50), 2048, 65_536)
     assert len(shard.groups) == 1 and len(shard.completions) == 40
 
 
 @pytest.mark.parametrize("layout", ["tree", "packed", "padded"])
 def test_no_batch_is_larger_than_the_budget(tiny_llama, layout, monkeypatch):
-    """Unless it is a single completion, which is here the longest one."""
+    """Except for a single completion, here the longest one."""
     spec = ReferenceSpec(path=str(tiny_llama), adapter=None, identity=identify(tiny_llama, "float32"), layout=layout)
     groups = [PromptGroup(one[0].prompt, tuple(each.tokens for each in one)) for one in (
         completions(50, 40, 20), completions(30, 2, 40, seed=1), completions(20, 1, 500, seed=2),

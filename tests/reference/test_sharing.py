@@ -1,4 +1,4 @@
-"""How builds of one cache share the work: the loop of a build and its actors, many times over, without Ray and a model.
+"""Builds of one cache share the work: the loop of a build and its actors, repeated many times, without Ray and a model.
 
 The same with both is in test_build_together.py and sweep/test_two_users.py.
 """
@@ -52,7 +52,7 @@ class SlowScorer:
 
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch):
-    """One actor a build, called in a thread of its own."""
+    """One actor per build, called in its own thread."""
     def score(shards, spec, cache, known, resources, tokens_per_batch):
         blocks = [module._to_block(shard) for shard in shards]
         random.Random(cache.builder).shuffle(blocks)
@@ -91,7 +91,7 @@ def test_of_builds_that_begin_together_each_scores_a_part_and_next_to_nothing_is
 
 
 def test_what_a_build_claimed_that_died_is_scored_after_a_while(tmp_path):
-    """It showed life after the other one had begun, and then no more."""
+    """The build was alive after the other one started, and then died."""
     table, told = pairs(60), []
     dead = ReferenceCache.open(str(tmp_path), ONE)
     with ThreadPoolExecutor(1) as pool:

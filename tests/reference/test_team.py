@@ -1,4 +1,4 @@
-"""Scoring in a team of processes: the log-probs of one, and an end with a reason when a member fails."""
+"""Scoring in a team of processes: the same log-probs as one process, and an error with its reason when a member fails."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def test_a_team_scores_what_one_process_does_and_names_what_ended_it(tiny_llama,
                 for ours, logps in zip(mine, theirs, strict=True):
                     assert ours.dtype == np.float32 and np.abs(ours - logps).max() < 1e-5
         os.kill(team.members[0].pid, signal.SIGKILL)
-        with pytest.raises(RaydpoError, match=r"a process of the team that scores together failed: .*status -9"):
+        with pytest.raises(RaydpoError, match=r"a process of the scoring team failed: .*status -9"):
             team.score(groups())
         assert team.members[0].poll() == -9
     finally:
@@ -47,7 +47,7 @@ def test_a_team_scores_what_one_process_does_and_names_what_ended_it(tiny_llama,
 
 @pytest.mark.slow
 def test_a_run_scores_and_trains_in_teams(tiny_llama, tmp_path):
-    """The rows hit, whatever number of devices made them, and the first loss is ln 2."""
+    """The rows hit with any number of devices, and the first loss is ln 2."""
     data = write_preferences(tmp_path / "a.jsonl", preferences(12, low=60, high=90))
     config = {"output": str(tmp_path / "runs"), "name": "team", "model": {"path": str(tiny_llama), "dtype": "float32"},
               "data": {"train": str(data)}, "score": {"workers": 2, "sequence_parallel": 2, "tokens_per_batch": 64},

@@ -24,7 +24,7 @@ PHASES = {"data": 0.004, "forward": 0.31, "backward": 0.55, "optimizer": 0.05, "
 def made_run(output: Path, name: str, *, beta: float | dict[str, Any] = 0.1, loss: Any = "sigmoid", lr: float = 5e-6,
              steps: int = 120, held_out: int = 200, sources: tuple[str, ...] = ("helpful",), finished: bool = True,
              evaluation: bool = False, seed: int = 0, prompt: str = "How do bees make honey?") -> Path:
-    """A run directory ``<output>/<name>``; ``held_out`` 0 = no held-out pairs. Of a beta that moves the end is taken."""
+    """Make a run directory ``<output>/<name>``; ``held_out`` 0 = no held-out pairs. A beta schedule counts as its end."""
     directory = output / name
     storage = Storage(str(directory))
     config = load_config({
@@ -125,7 +125,7 @@ def made_evaluation(beta: float = 0.1, prompt: str = "How do bees make honey?") 
 
 def _metrics(progress: float, beta: float, loss: str, lr: float, sources: tuple[str, ...], pairs: int,
              random: np.random.Generator) -> dict[str, float]:
-    """Of ``pairs`` pairs under a policy that has come so far: smaller beta and larger rate drift further."""
+    """Metrics of ``pairs`` pairs part-way through training. Smaller beta and larger rate drift further."""
     reach = (1 - np.exp(-3 * progress)) * min(1.0, lr / 5e-6) / beta**0.6
     spread = (0.6 + 0.02 * reach**2) * (1 - np.exp(-9 * progress))
     tokens = random.integers(20, 200, (2, pairs)).astype(float)

@@ -1,4 +1,4 @@
-"""The derivation's claims, by the functions that draw its pictures."""
+"""The claims of the derivation, checked with the functions that draw its pictures."""
 
 import re
 

@@ -62,7 +62,7 @@ def test_a_growth_of_length_counts_from_its_lower_end():
 
 
 def test_the_last_checkpoint_counts_and_so_does_its_time():
-    """It comes after the last recorded step, so neither its seconds nor those it adds to the whole are in the rows."""
+    """The last checkpoint comes after the last recorded step, so its seconds are in the summary only."""
     steps = {"time/step": np.ones(10), "time/checkpoint": np.full(10, 0.01)}
     assert titles(steps, summary={"checkpoint_seconds": 0.4, "train_seconds": 10.0}) == []
     run = dataclasses.replace(EMPTY, steps=pl.DataFrame({"step": np.arange(1, 11)} | steps),
@@ -90,7 +90,7 @@ WRONG, COIN = "Ranks held-out pairs the wrong way round", "Not yet better than a
     (0.3, 500, None, WRONG), (0.3, 500, 12.0, COIN), (0.0, 3, None, COIN), (1.0, 3, None, COIN), (1.0, 4, None, None),
     (0.55, 500, None, None), (0.55, 500, 180.0, COIN)])
 def test_an_accuracy_is_judged_by_its_interval(accuracy, pairs, effective, title):
-    """A share of 1 has one, too; and pairs of the same prompts count for less."""
+    """A share of 1 has an interval too, and pairs of the same prompt count for less."""
     row = {"step": [0, 9], "loss": [0.69, 0.5], "rewards/accuracies": [0.5, accuracy]}
     more = {} if effective is None else {"pairs": [float(pairs)] * 2, "effective_pairs": [float(pairs), effective]}
     assert titles(evals=row | more, summary={"held_out_pairs": pairs}) == ([] if title is None else [title])

@@ -1,4 +1,4 @@
-"""Which trial of a sweep is recommended, what it is told by, and what is not compared."""
+"""Which trial of a sweep is recommended, by which figures, and what is not compared."""
 
 import json
 
@@ -55,7 +55,7 @@ def test_the_line_joins_the_trials_that_no_other_beats():
 
 
 def test_what_has_learnt_nothing_is_not_recommended():
-    """Of 100 pairs: not better than a coin by more than chance. It drifts least, since it does not move."""
+    """With 100 pairs these accuracies are within chance of 0.5. Such trials drift least, because they have not learnt."""
     points = [point(number, accuracy, drift, error=share_error(accuracy, 100), beta=beta)
               for number, (accuracy, drift, beta) in enumerate([(0.5, 0.0, 1.0), (0.53, 0.02, 0.3), (0.545, 0.1, 0.1)])]
     taken = recommend(points, DRIFT)
@@ -110,7 +110,7 @@ def test_an_evaluation_of_one_trial_leaves_the_others_comparable(tmp_path):
     others = [one.name for one in points if one.name != before.point.name]
     assert [one.name for one in measured_otherwise(points)] == others
     page = sweep_page(read(directory))
-    assert f"measure alike: {'; '.join(others)}" in page and page.count('class="mark"') == 20
+    assert f"settings of section evaluate: {'; '.join(others)}" in page and page.count('class="mark"') == 20
 
 
 def test_drift_by_other_settings_of_the_evaluation_is_not_on_one_axis(tmp_path):
@@ -141,7 +141,7 @@ def test_without_log_probs_the_trials_that_are_measured_alike_compare():
 
 
 def test_a_sweep_over_schedules_of_beta_has_a_page(tmp_path):
-    """The last evaluation is made with the end of a schedule; of a trial that stopped before it nobody knows the beta."""
+    """The last evaluation uses the end of the schedule. If a trial stopped earlier, its beta is unknown."""
     schedule = {"start": 0.2, "end": 0.05, "schedule": "linear"}
     trials = made_trials(tmp_path, {"moves": ({"train.beta": schedule}, {"beta": schedule}),
                                     "stays": ({"train.beta": 0.1}, {"beta": 0.1})})
@@ -170,7 +170,7 @@ def test_margins_of_different_units_are_not_on_one_axis(losses, units, tmp_path)
 
 
 def test_the_recommended_trial_is_among_the_curves_that_are_drawn(tmp_path):
-    """Of 18 trials 16 are drawn."""
+    """16 of 18 trials are drawn."""
     trials = made_trials(tmp_path, {f"t{number:02}": ({"train.lr": number * 1e-7}, {"lr": number * 1e-7})
                                     for number in range(1, 19)}, steps=6)
     for number, trial in enumerate(trials):
@@ -185,14 +185,14 @@ def test_the_recommended_trial_is_among_the_curves_that_are_drawn(tmp_path):
 
 
 def test_the_best_is_one_that_has_learnt():
-    """A trial of few independent pairs may be ahead by chance, further than the errors of the others reach."""
+    """A trial with few independent pairs may be ahead by chance."""
     ahead, learnt = point(0, 0.6, 0.1, error=0.06), point(1, 0.52, 0.2, error=0.005)
     taken = recommend([ahead, learnt], DRIFT)
     assert taken.point is learnt and "1 trial(s) are not better than a coin" in taken.reason
 
 
 def test_accuracies_of_evaluations_on_other_pairs_do_not_compare(tmp_path):
-    """Nothing was held out of the training: the accuracy is that of ``raydpo eval``."""
+    """Without held-out pairs in training, the accuracy is that of ``raydpo eval``."""
     trials = made_trials(tmp_path, {name: ({"data.max_length": length}, {})
                                     for name, length in (("long", 512), ("short", 64))})
     for trial, pairs in zip(trials, ("a", "b"), strict=True):

@@ -1,4 +1,4 @@
-"""The pages in headless Chromium: they open without complaint, fit a phone, and their controls do what they say."""
+"""The pages in headless Chromium: they open without errors, fit a phone, and their controls work."""
 
 import shutil
 

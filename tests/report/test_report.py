@@ -1,4 +1,4 @@
-"""What the pages say: of runs whole and unfinished, of sweeps, of several runs; and what they refuse."""
+"""The content of the pages of finished and unfinished runs, of sweeps and of several runs, and what is refused."""
 
 import io
 import json
@@ -15,9 +15,11 @@ from raydpo.cli import main
 from raydpo.console import Console
 from raydpo.errors import ConfigError, RaydpoError
 from raydpo.evaluation.interval import share_error
+from raydpo.evaluation.report import print_evaluation
 from raydpo.report import write_comparison, write_report
 from raydpo.report.compare import differences
 from raydpo.report.curves import POINTS, curve
+from raydpo.report.evaluation import evaluation_tables
 from raydpo.report.frontier import points_of
 from raydpo.report.records import RunRecord, SweepRecord
 from raydpo.report.run import run_page
@@ -60,7 +62,7 @@ def test_the_curves_of_a_run_are_its_metrics(run, page):
 def test_a_run_page_tells_configuration_cache_samples_and_evaluation(page):
     for piece in ("Finished after 60 steps", "14dd257b16e65da53154083de8df6305", "32 pairs scored again",
                   "sample_prompts: 1", "Bees collect nectar from flowers", "Calibration", "0.740 (0.697 to 0.783)",
-                  "Accuracy by length", "reward model", "nats an answer from the reference", "≥ 51"):
+                  "Accuracy by length", "reward model", "Drift KL(policy || reference) from 256 samples", "≥ 51"):
         assert piece in page, piece
 
 
@@ -100,8 +102,18 @@ def test_an_evaluation_with_gaps_has_a_page(run, tmp_path):
     assert "Preferences of held-out pairs" in page and "Calibration</h3>" not in page
 
 
+def test_the_terminal_shows_the_tables_of_the_page(run):
+    """Names of judges are printed as they are: neither as markup nor as control sequences."""
+    found, out = json.loads((run / "evaluation.json").read_text()), io.StringIO()
+    found["wins"][0]["judge"] = "[red]me\x1b[31m"
+    print_evaluation(Console(out), found)
+    preferences, *others = evaluation_tables(found)
+    assert len(others) == 3 and all(table.label in out.getvalue() for table in (preferences, *others))
+    assert "[red]me\N{REPLACEMENT CHARACTER}[31m" in out.getvalue() and "0.740 (0.697 to 0.783)" in out.getvalue()
+
+
 def test_an_evaluation_alone_has_a_page(run, tmp_path):
-    """Of a run whose records lie elsewhere."""
+    """A directory that holds evaluation.json only."""
     (tmp_path / "evaluation.json").write_bytes((run / "evaluation.json").read_bytes())
     page = run_page(record(tmp_path))
     assert "Preferences of held-out pairs" in page and "There are no metrics yet" in page
@@ -161,7 +173,7 @@ def test_what_is_no_run_is_refused(tmp_path):
         write_report(str(tmp_path / "runs" / "one"))
     (tmp_path / "sweep").mkdir()
     (tmp_path / "sweep" / "sweep.json").write_text("{}")
-    with pytest.raises(RaydpoError, match=r"sweep.json is no record of a sweep"):
+    with pytest.raises(RaydpoError, match=r"sweep.json is not a record of a sweep"):
         write_report(str(tmp_path / "sweep"))
 
 
@@ -175,7 +187,7 @@ def test_a_sweep_page(tmp_path, measured):
     accuracy = scores["rewards/accuracies"]
     assert points[1].error == pytest.approx(share_error(accuracy, 400))
     page = sweep_page(sweep)
-    assert page.count('class="mark"') == 12 and "Never by the loss" in page and "3 done, 1 waiting, 1 failed" in page
+    assert page.count('class="mark"') == 12 and "Never chosen by the loss" in page and "3 done, 1 waiting, 1 failed" in page
     assert "<script>alert" not in page and "&lt;script&gt;alert(1)" in page
     assert ("as a KL divergence" in page) != measured
 

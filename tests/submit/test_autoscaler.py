@@ -1,4 +1,4 @@
-"""Ray's own autoscaler, whose nodes start on this machine: they come for each stage, and go when nobody uses them."""
+"""Ray's own autoscaler with nodes on this machine: it starts nodes for each stage and removes idle ones."""
 
 import re
 import signal
@@ -26,7 +26,7 @@ def cluster():
 
 
 def nodes(cluster):
-    """All that there have been, oldest first: (pool, alive, when it started)."""
+    """All nodes of the cluster so far, oldest first: (pool, alive, start time)."""
     answer = requests.get(f"{cluster.env['RAY_API_SERVER_ADDRESS']}/api/v0/nodes", timeout=20, params={"detail": True},
                           headers={"Authorization": f"Bearer {cluster.token}"})
     found = [((node["labels"] or {}).get("pool"), node["state"] == "ALIVE", node["start_time_ms"] / 1000)
@@ -43,7 +43,7 @@ def wait_until_all_are_gone(cluster):
 
 @pytest.mark.slow
 def test_nodes_go_when_the_driver_that_wished_for_them_is_killed(cluster, tmp_path, tiny_llama):
-    """The first job of a cluster, which reads its data: nothing of Ray Data or Ray Train has run yet."""
+    """The first job of a cluster while it reads its data, before any work of Ray Data or Ray Train."""
     write_preferences(tmp_path / "a.jsonl", preferences(8))
     tree = {"output": str(tmp_path / "runs"), "model": {"path": str(tiny_llama)},
             "data": {"train": str(tmp_path / "a.jsonl")}, "ray": {"autoscaling": True},
@@ -87,7 +87,7 @@ def test_nodes_that_no_group_has_are_refused_at_once(cluster, tmp_path, tiny_lla
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", ["run", "sweep"])
 def test_nodes_come_for_scoring_and_meanwhile_for_training_and_go_after_it(cluster, tmp_path, tiny_llama, verb):
-    """A head without CPUs, and two pools by label: nodes for training come while the reference is scored."""
+    """A head node without CPUs and two labelled pools: nodes for training start while the reference is scored."""
     write_preferences(tmp_path / "a.jsonl", preferences(1500))
     trials = 2 if verb == "sweep" else 1
     tree = {"name": verb, "output": str(tmp_path / "runs"), "model": {"path": str(tiny_llama), "dtype": "float32"},

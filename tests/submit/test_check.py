@@ -1,4 +1,4 @@
-"""What the machine that submits refuses, and the command that it prints."""
+"""What ``raydpo submit`` refuses before it connects, and the command that it prints."""
 
 import contextlib
 import importlib.metadata
@@ -22,11 +22,13 @@ from raydpo.submit.client import exit_code
 from raydpo.submit.command import VERBS
 
 ROOT = Path(__file__).parents[2]
+NEEDED = {"sweep": ["sweep={grid: {train.lr: [1.0e-6]}}"], "eval": ["data.eval={fraction: 0.1}"]}
+"""Settings without which these verbs refuse a configuration."""
 
 
 @pytest.fixture(autouse=True)
 def archives(tmp_path_factory, monkeypatch):
-    """--dry-run keeps what it packed among temporary files."""
+    """--dry-run leaves its archive in the temporary directory."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("archives")))
 
 
@@ -52,7 +54,7 @@ def test_paths_of_the_cluster_need_not_exist_here_and_the_command_of_ray_is_prin
 
 @pytest.mark.parametrize("include", [[], ["data.jsonl"]])
 def test_the_printed_command_uploads_what_was_packed_and_nothing_else(project, capsys, include, tmp_path_factory):
-    """By Ray's own packaging, in a project whose ignore files say nothing of secrets, and hold back what is included."""
+    """Checked with Ray's own packaging, in a project whose ignore files do not list secrets, but list an included file."""
     from ray._private.runtime_env.packaging import create_package
     from ray._private.runtime_env.working_dir import upload_working_dir_if_needed
 
@@ -89,7 +91,7 @@ def test_overrides_are_quoted_for_the_shell_of_the_cluster(project, capsys):
 def test_in_this_project_the_files_of_jobs_are_the_entry_points_and_each_prints_the_other(verb, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     words = (["--", "--model", "random-1b", "--synthetic", "--full"] if verb == "benchmark" else
-             ["jobs/qwen3-4b-lora-1xa10g.yaml", "output=s3://b/runs"])
+             ["jobs/qwen3-4b-lora-1xa10g.yaml", "output=s3://b/runs", *NEEDED.get(verb, [])])
     assert main(["submit", verb, "--dry-run", *words]) == 0
     program = shlex.split(capsys.readouterr().out.splitlines()[-1])
     program = program[program.index("--") + 1:]
@@ -97,6 +99,15 @@ def test_in_this_project_the_files_of_jobs_are_the_entry_points_and_each_prints_
     done = subprocess.run([sys.executable, *program[1:], "--dry-run"], capture_output=True, text=True, check=True,
                           env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.stdout.strip() == shlex.join(["raydpo", "submit", verb, *words])
+
+
+@pytest.mark.parametrize(("verb", "settings", "said"), [
+    ("train", ["sweep={grid: {train.lr: [1.0e-6]}}"], "section 'sweep' has no effect on 'raydpo train'"),
+    ("sweep", [], "nothing to sweep over"), ("sweep", ["sweep={grid: {train.lr: [fast]}}"], "trial train.lr=fast"),
+    ("eval", [], "no pairs to evaluate on")])
+def test_what_no_machine_could_run_is_not_submitted(verb, settings, said, project, capsys):
+    assert main(["submit", verb, "config.yaml", "--dry-run", *settings]) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_the_benchmark_has_arguments_of_its_own(monkeypatch, capsys):
@@ -110,7 +121,8 @@ def test_the_benchmark_has_arguments_of_its_own(monkeypatch, capsys):
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_elsewhere_the_installed_program_is_the_entry_point_and_takes_what_it_is_given(verb, project, capsys):
-    words = ["--", "--model", "random-1b", "--synthetic", "--full"] if verb == "benchmark" else ["config.yaml"]
+    words = ["--", "--model", "random-1b", "--synthetic", "--full"] if verb == "benchmark" else \
+        ["config.yaml", *NEEDED.get(verb, [])]
     assert main(["submit", verb, "--dry-run", *words]) == 0
     program = shlex.split(capsys.readouterr().out.splitlines()[-1])
     program = program[program.index("--") + 1:]
@@ -127,9 +139,9 @@ def test_elsewhere_the_installed_program_is_the_entry_point_and_takes_what_it_is
     ("cache.uri=abfs://c@a/x?account_key=secret", r"'cache.uri' carries a credential"),
     ("cache.uri=https://secret@host/x", r"'cache.uri' carries a credential \(https://\*\*\*@host/x\)"),
     ("cache.uri=https://host/x?secret", r"'cache.uri' carries a credential \(https://host/x\?\*\*\*\)"),
-    ("output=s3://me:secret@YOUR-BUCKET/runs", r"'output' is 's3://\*\*\*@YOUR-BUCKET/runs'; put your own"),
+    ("output=s3://me:secret@YOUR-BUCKET/runs", r"'output' is 's3://\*\*\*@YOUR-BUCKET/runs'; replace YOUR-BUCKET"),
     ("track.wandb={project: hf_" + "secret" * 5 + "}", "'track.wandb.project' carries a credential"),
-    ("output=s3://YOUR-BUCKET/runs", "'output' is 's3://YOUR-BUCKET/runs'; put your own in the place of YOUR-BUCKET"),
+    ("output=s3://YOUR-BUCKET/runs", "'output' is 's3://YOUR-BUCKET/runs'; replace YOUR-BUCKET by your own"),
     ("train.betta=1", "did you mean 'train.beta'"),
     ("name=../../etc", "use letters, digits"),
     ("score={accelerator: H100, gpus_per_worker: 0}", "accelerator H100 has no effect on workers without GPUs"),
@@ -164,7 +176,7 @@ def test_a_configuration_elsewhere_is_refused(project, tmp_path_factory, capsys)
 
 
 def test_files_that_the_configuration_leads_to_are_packed_or_refused(project, capsys):
-    """Its base, a base of that, a chat template and a loss of one's own, outside of the project or left out of the package.
+    """Bases of the configuration, a chat template and the user's loss, outside of the project or not packed.
     """
     config = yaml.safe_load((project / "config.yaml").read_text())
     inside = project / "inside"
@@ -233,7 +245,7 @@ def test_no_secret_in_the_resolved_configuration(project):
 
 
 def test_every_pinned_version_takes_the_oldest_python_that_is_promised():
-    """By the metadata of what is installed here, which are the pinned versions."""
+    """Checked with the metadata of the installed packages, which have the pinned versions."""
     (oldest,) = re.findall(r'^requires-python = ">=([\d.]+)"$', (ROOT / "pyproject.toml").read_text(), re.M)
     for file in ("README.md", "cluster/README.md", "Makefile"):
         assert {found.replace(", ", ".") for found in re.findall(r"(?:[Pp]ython |version_info < \()(3[., ]+\d+)",

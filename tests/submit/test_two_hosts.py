@@ -1,4 +1,4 @@
-"""A cluster over a network: the head here, a node in a network namespace of its own, and a cable between them."""
+"""A cluster over a network: the head node here, a second node in another network namespace."""
 
 import json
 import subprocess
@@ -23,7 +23,7 @@ def cluster():
 
 @pytest.mark.slow
 def test_a_job_scores_and_trains_on_two_hosts(cluster, tmp_path, tiny_llama):
-    """The workers of the training are more than either host holds, so they meet over the cable."""
+    """Neither host can hold all training workers, so they communicate over the network."""
     cluster.add(3, away=True)
     write_preferences(tmp_path / "a.jsonl", preferences(45))
     tree = {"name": "two-hosts", "output": str(tmp_path / "runs"), "model": {"path": str(tiny_llama), "dtype": "float32"},

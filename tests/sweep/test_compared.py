@@ -1,4 +1,4 @@
-"""What a sweep compares: trials on the same held-out pairs, by figures that are numbers."""
+"""A sweep compares trials only on the same held-out pairs, and by finite figures."""
 
 import io
 import json
@@ -66,7 +66,7 @@ def test_trials_that_differ_in_what_they_train_on_compare(varied, place):
 
 
 def test_the_order_of_a_split_does_not_matter(place):
-    """The same pairs are held out of two files, whichever comes first and whatever they weigh."""
+    """The same pairs of two files are held out for any order and weights of the files."""
     both = [f"{{path: {place / name}, weight: {weight}}}" for name, weight in (("a.jsonl", 1), ("b.jsonl", 0.5))]
     varied = f"sweep.list=[{{data.train: [{both[0]}, {both[1]}]}}, {{data.train: [{both[1]}, {both[0]}]}}]"
     assert compared(place, varied, "data.eval={fraction: 0.3}", EARLY) == (True, "")
@@ -89,7 +89,7 @@ def test_held_out_pairs_that_have_changed_since_do_not_compare(place):
 
 
 def test_a_trial_is_measured_again_where_settings_or_pairs_have_changed(place):
-    """By the settings of section evaluate and the content of its pairs, not by what they are called."""
+    """What counts are the settings of section evaluate and the content of its pairs, not names of files."""
     grid = "sweep.grid={train.beta: [0.1]}"
 
     def is_there(*overrides, measure=False):
@@ -99,7 +99,7 @@ def test_a_trial_is_measured_again_where_settings_or_pairs_have_changed(place):
         (name, one), = trials.items()
         sweep = _Sweep(trials, {}, ledger, None, 1)
         if measure:
-            told = protocol(one.config, pairs_to_evaluate(one.config, one.tokeniser, SILENT), one.reference)
+            told = protocol(one.config, pairs_to_evaluate(one.config, one.tokeniser, SILENT)[0], one.reference)
             Storage(one.config.run_dir).write("evaluation.json", json.dumps({"protocol": told}).encode())
         return sweep._evaluated(name, SILENT)
 

@@ -1,4 +1,4 @@
-"""Sweeps as a user runs them: one cache pass, every trial a run of its own, and drivers that are killed."""
+"""Sweeps from the command line: one cache pass, each trial a run of its own, and drivers that are killed."""
 
 import io
 import json
@@ -108,7 +108,7 @@ def test_what_cannot_be_swept_is_said_before_anything_starts(place, capsys):
 
 @pytest.mark.slow
 def test_only_what_is_new_is_trained(place, on_cluster):
-    """Fractions of the data share a cache that one pass filled for the largest."""
+    """Trials with fractions of the data share a cache that one pass filled for the largest fraction."""
     first = run(place, "fractions", "sweep.grid={data.fraction: [0.5, 1.0]}")
     assert first.returncode == 0, first.stdout + first.stderr
     assert first.stdout.count("scored in") == 1 and record(place, "fractions")[0]["cache"]["hit_rates"] == [1.0, 1.0]
@@ -122,7 +122,7 @@ def test_only_what_is_new_is_trained(place, on_cluster):
 
 @pytest.mark.slow
 def test_other_settings_of_the_evaluation_measure_all_trials_again(place, on_cluster):
-    """One trial is added, and answers may be longer: the trial of before is measured like the new one."""
+    """A trial is added and max_tokens is raised: the earlier trial is evaluated again."""
     settings = ("train.steps=1", "sweep.evaluate=true", "evaluate.prompts=3")
 
     def swept(betas, *more):
@@ -164,14 +164,14 @@ BETAS = ("sweep.grid={train.beta: [0.05, 0.1, 0.5]}", f"train.steps={STEPS}")
 
 
 def registered(directory):
-    """The newest checkpoint of a trial that counts."""
+    """Step of the newest complete checkpoint of a trial."""
     snapshot = directory / "checkpoints" / "checkpoint_manager_snapshot.json"
     steps = re.findall(r"step-(\d+)", snapshot.read_text()) if snapshot.is_file() else []
     return max(map(int, steps), default=0)
 
 
 def logged(directory, pattern):
-    """The number in each line of a trial's log that matches."""
+    """Numbers in the lines of a trial's log that match."""
     log = directory / "logs" / "worker-0.log"
     text = log.read_text(errors="replace") if log.is_file() else ""
     return [int(found) for found in re.findall(pattern, text, re.MULTILINE)]

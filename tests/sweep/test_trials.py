@@ -1,4 +1,4 @@
-"""From section ``sweep`` to checked runs with names that say what they are."""
+"""Trials of section ``sweep``: their settings, names and errors."""
 
 import re
 
@@ -168,12 +168,12 @@ def test_the_loss_compares_trials_that_share_it(sweep):
 ])
 @pytest.mark.parametrize("metric", ["eval_loss", "eval_rewards/margins", "eval_a/loss", "eval_b/rewards/margins"])
 def test_metrics_of_another_scale_are_not_compared(grid, key, metric, sweep, tmp_path):
-    """Nor by stop_early; accuracies compare across all of them."""
+    """The same holds for stop_early. Accuracies compare between all of these trials."""
     (tmp_path / "b.jsonl").write_text("{}\n")
     more = [f"data.train=['{tmp_path / 'a.jsonl'}', '{tmp_path / 'b.jsonl'}']"]
     more += ["train.beta={start: 0.2, end: 0.1}"] if "train.beta.end" in grid else []
     for section in ({"metric": metric}, {"stop_early": {"grace": 50, "metric": metric}}):
-        with pytest.raises(ConfigError, match=f"'{metric}', which cannot be compared across {key}: each"):
+        with pytest.raises(ConfigError, match=f"'{metric}', which does not compare between trials with different {key};"):
             sweep(*more, grid=grid, **section)
     assert len(sweep(*more, grid=grid, metric="eval_a/rewards/accuracies")) == 2
 

@@ -1,4 +1,4 @@
-"""Two users who sweep at the same time over one cache in a bucket."""
+"""Two users run sweeps at the same time over one cache in a bucket."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Weights and moments on a disk: the same training, whole checkpoints, and one message where it cannot be."""
+"""Offload of weights and moments to a disk: equal training, complete checkpoints, one message if it is impossible."""
 
 import os
 import signal
@@ -57,7 +57,7 @@ time.sleep(60)
 
 
 def test_every_process_has_a_folder_of_its_own_and_those_of_the_dead_go(tmp_path):
-    """What DeepSpeed needs is not looked for here."""
+    """Skip the check for libaio."""
     def begin():
         process = subprocess.Popen([sys.executable, "-c", MAKE, str(tmp_path)], stdout=subprocess.PIPE, text=True,
                                    env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
@@ -75,7 +75,7 @@ def test_every_process_has_a_folder_of_its_own_and_those_of_the_dead_go(tmp_path
 
 
 class PythonFiles:
-    """In place of DeepSpeed's compiled access to files, where libaio is missing: the calls that its swapping makes of it."""
+    """Replacement of DeepSpeed's compiled file access if libaio is missing: the calls that its swapping makes."""
 
     locked: ClassVar[list[torch.Tensor]] = []
     written = 0
@@ -114,7 +114,7 @@ class PythonFiles:
 
 
 def trained(table, model, scratch, keep, jobs):
-    """Metrics of each job, (name, settings, checkpoint to go on from), and how many bytes went to a disk by then."""
+    """Metrics of each job (name, settings, checkpoint to continue from), and the bytes written to disk so far."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     if not has_libaio():

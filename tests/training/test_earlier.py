@@ -1,4 +1,4 @@
-"""--fresh: once in each job, whatever repeats it."""
+"""--fresh takes effect once a job, whichever scheduler repeats the job."""
 
 import io
 import json
@@ -25,13 +25,13 @@ def place(tmp_path, monkeypatch):
 
 
 def attempt(place, environment, monkeypatch):
-    """How many runs have been set aside once a command with --fresh has begun to train."""
+    """Number of renamed runs after a command with --fresh has started to train."""
     with monkeypatch.context() as told:
         for name, value in environment.items():
             told.setenv(name, value)
         storage, stream = Storage(str(place / "run")), io.StringIO()
         begin_again(storage, Console(stream))
-    assert ("was begun by an earlier attempt of this job" in stream.getvalue()) == storage.exists("run.json")
+    assert ("was started by an earlier attempt of this job" in stream.getvalue()) == storage.exists("run.json")
     storage.write("run.json", b"{}")
     return len(os.listdir(place)) - 1
 

@@ -1,4 +1,4 @@
-"""What must be equal: cached and live, one worker and several, interrupted and not, every micro-batch size."""
+"""Equalities: cached and live reference, one and several workers, interrupted or not, every micro-batch size."""
 
 import math
 
@@ -54,7 +54,7 @@ def test_first_loss_is_ln_2(tiny_llama, tiny_qwen3, tmp_path):
 
 
 def with_live_reference(table, model):
-    """The reference as a second model in memory would give it: plain transformers, one unpadded sequence at a time."""
+    """Reference log-probs from a second model in memory: plain transformers, one unpadded sequence at a time."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -102,7 +102,7 @@ LORA_IN_BFLOAT16 = dict(dtype="bfloat16", lora={"r": 4, "alpha": 8})
         dict(zero=3), dict(zero=3) | LORA_IN_BFLOAT16, dict(zero=1) | LORA_IN_BFLOAT16, dict(zero=0),
         dict(zero=0, dtype="bfloat16")))], ids=str)
 def test_interrupted_equals_uninterrupted_exactly(settings, table, tiny_llama, tmp_path):
-    """Through an epoch's end: step 5 is the short one, step 8 is in the second epoch."""
+    """The runs cross the end of an epoch: step 5 is short, step 8 is in the second epoch."""
     (steps, evals), _ = run_distributed(interrupted, 2, tmp_path / "a", table, tiny_llama, tmp_path / "s", tmp_path / "keep",
                                         settings)
     for step in (4, 8):

@@ -1,4 +1,4 @@
-"""What a training leaves loads in transformers and PEFT, and computes what the policy computed."""
+"""Exported policies load in transformers and PEFT, and compute the same log-probs as the trained policy."""
 
 import json
 
@@ -73,7 +73,7 @@ def test_merging_changes_only_the_one_of_two_tied_weights_that_has_an_adapter(ta
 
 
 def exported_kinds(model, folder):
-    """Of each kind of adapter: log-probs of the trained policy, and of its exports loaded again."""
+    """Log-probs of the trained policy and of its exports, loaded again, for each kind of adapter."""
     import peft
 
     from raydpo.model.load import load_causal_lm

@@ -1,4 +1,4 @@
-"""The gate before the first step: wrong references are stopped and named, right ones pass."""
+"""Step-0 gate: wrong references are stopped and named, right ones pass."""
 
 import math
 
@@ -18,7 +18,7 @@ from raydpo.training.pairs import TrainingPairs
 
 
 def outcome(jobs):
-    """What each run said at the gate, or the error that stopped it."""
+    """Line of the gate of each run, or the error that stopped it."""
     said = []
     for args, kwargs in jobs:
         try:
@@ -29,7 +29,7 @@ def outcome(jobs):
 
 
 def altered(table, row, by):
-    """One stored value of one pair moved by so many nats."""
+    """Shift one stored log-prob of one pair by so many nats."""
     rows = table["ref_chosen_logps"].to_pylist()
     rows[row][0] += by
     index = table.column_names.index("ref_chosen_logps")
@@ -68,7 +68,7 @@ def tails_at_the_gate(table, model, scratch):
 
 
 def test_the_gate_tells_the_first_loss_with_light_tails(tiny_llama, tmp_path):
-    """A policy that differs from the reference a little, in the last token of longer completions: it weighs a quarter."""
+    """A policy that differs a little from the reference in the last token of longer completions, whose weight is 1/4."""
     table = with_reference(tiny_pairs(8), tiny_llama)
     for column in ("chosen", "rejected"):
         name, other = (f"{side}_logps" for side in (f"ref_{column}", "ref_rejected" if column == "chosen" else "ref_chosen"))
@@ -89,9 +89,9 @@ def test_rows_hold_first_step_extremes_and_others(tiny_llama):
 
 
 @pytest.mark.parametrize(("reference", "told"), [("another", "made by other weights or altered"),
-                                                 ("same", "not decided by its files")])
+                                                 ("same", "do not follow from its files")])
 def test_what_helps_depends_on_whether_the_models_are_one(reference, told, tiny_llama):
-    """Scoring again cannot help a model that gives other numbers each time it is loaded."""
+    """A model whose log-probs change at each load cannot be scored correctly, and the advice says so."""
     pairs, gaps = TrainingPairs(with_reference(tiny_pairs(4), tiny_llama)), np.full(4, 0.5)
     comparison = Comparison(rows=np.arange(4), token_gap=gaps, mean_gap=gaps, chosen_gap=gaps, rejected_gap=-gaps,
                             chosen_tail_gap=0 * gaps, rejected_tail_gap=0 * gaps)

@@ -21,7 +21,7 @@ from raydpo.training.board import Board
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory, tiny_llama):
-    """37 pairs in steps of 8: an epoch ends with a step of 5."""
+    """37 pairs in steps of 8: the last step of an epoch has 5."""
     place = tmp_path_factory.mktemp("train")
     write_preferences(place / "a.jsonl", preferences(45))
     tree = {"output": str(place / "runs"), "model": {"path": str(tiny_llama), "dtype": "float32"},
@@ -54,7 +54,7 @@ def undisturbed(job):
 
 
 def workers_of(driver: str) -> list[int]:
-    """Process ids of the Ray Train workers whose environment carries this mark (Ray names processes after actors)."""
+    """Process ids of the Ray Train workers whose environment contains this mark (Ray names processes after actors)."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -125,7 +125,7 @@ def test_a_killed_driver_is_continued_by_the_same_command(job, undisturbed):
 
 @pytest.mark.slow  # make soak has this fault, too
 def test_a_worker_out_of_memory_is_started_again(job, undisturbed):
-    """The workers of this run may take no more memory than they have after its first steps."""
+    """Limit the memory of this run's workers to what they use after the first steps."""
     process = subprocess.Popen(command(job, "train", "starved", "train.tokens_per_batch=100000", "train.pairs_per_step=37"),
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                env=os.environ | {"RAYDPO_TEST_DRIVER": "m"})
@@ -182,7 +182,7 @@ def mine(logps, settings, beta):
 
 
 def one_fails(given):
-    """A worker's work: rank 1 cannot go on, the other waits for it in a collective operation."""
+    """A worker's part: rank 1 raises an error, rank 0 waits for it in a collective operation."""
     import torch.distributed as dist
 
     from raydpo.errors import TrainError
@@ -199,7 +199,7 @@ def one_fails(given):
 
 @pytest.mark.parametrize("max_failures", [pytest.param(0, marks=pytest.mark.slow), 3])
 def test_an_error_of_one_worker_ends_all_at_once(on_cluster, tmp_path, max_failures):
-    """Those that wait for it would do so for two minutes. The limit is half of that: other tests may run meanwhile."""
+    """Without it, the other worker would wait for two minutes. The limit is half of that: other tests may run meanwhile."""
     import ray
 
     from raydpo.config import TrainConfig
@@ -254,7 +254,7 @@ def test_sigterm_then_one_worker_with_the_best_checkpoint_kept(job):
     assert result.returncode == 0, result.stdout + result.stderr
     assert "is left out" not in output + result.stdout, "MLflow took everything"
     assert f"continuing after step {stopped}" in result.stdout, "no step is done again"
-    assert "changed since this run began, without effect on its result: train.workers: 2 -> 1" in result.stdout
+    assert "changed since this run started, without effect on its result: train.workers: 2 -> 1" in result.stdout
     assert "was made by 2 worker(s) under ZeRO 2, now 1" in result.stdout
     run = job / "runs" / "terminated"
     assert len(rows(job, "terminated")) == 40

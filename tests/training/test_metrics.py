@@ -1,4 +1,4 @@
-"""Sums over pairs, against figures worked out by hand."""
+"""Metrics from sums over pairs, against figures computed by hand."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ def test_figures_by_hand():
 
 
 def test_rounding_is_no_change():
-    """A policy that is the reference, but for what float32 rounds: no chosen completion fell, lengths explain nothing."""
+    """A policy equal to the reference up to float32 rounding: no chosen completion fell, no correlation with lengths."""
     row = metrics([-80.00001, -150.00002], [-90.00001, -70.00002], [-80.0, -150.0], [-90.0, -70.0], [20, 50], [30, 10])
     assert row["rewards/accuracies"] == 0.5
     assert row["logps/chosen_fell"] == 0.0 and row["length/margin_correlation"] == 0.0
@@ -38,13 +38,13 @@ def test_rounding_is_no_change():
 
 @pytest.mark.parametrize("beta", [0.01, 0.1, 1.0])
 def test_a_tie_is_one_at_every_beta(beta):
-    """Float32 sums over 100 tokens differ by some 1e-4 nats; half a nat is a preference."""
+    """float32 sums over 100 tokens differ by about 1e-4 nats, which is a tie; half a nat is a preference."""
     row = metrics([-80.0002, -80.5], [-90.0, -90.0], [-80.0, -80.0], [-90.0, -90.0], [100, 100], [80, 80], beta)
     assert row["rewards/accuracies"] == 0.25
 
 
 def test_pairs_of_one_prompt_tell_less():
-    """Of two prompts with three pairs each, one is won whole and one lost whole; the same pairs of six prompts are six."""
+    """Two prompts have three pairs each; all of one are won, all of the other lost. With six prompts there are six."""
     margins = torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0, -1.0])
     zero, ten = torch.zeros(6), torch.full((6,), 10.0)
     logps = PairLogps(margins, zero, zero, zero, ten, ten)

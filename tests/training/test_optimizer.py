@@ -1,4 +1,4 @@
-"""What saves memory computes the same: offload exactly, moments in bfloat16 nearly."""
+"""Options that save memory: offload gives equal results, moments in bfloat16 nearly equal ones."""
 
 import pytest
 import torch
@@ -59,7 +59,7 @@ def test_rounded_moments_are_half_as_large_and_follow_torch():
 
 
 def growth_of_a_step(states):
-    """Peak memory of a second step beside the flat tensor's own bytes, in a process that does nothing else."""
+    """Peak memory of a second step beyond the flat tensor's own bytes, in a process of its own."""
     weights = torch.nn.Parameter(torch.zeros(1 << 26))
     weights.grad = torch.ones_like(weights)
     optimizer = make_optimizer([weights], TrainConfig(optimizer_states=states), torch.device("cpu"))

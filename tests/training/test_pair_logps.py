@@ -1,4 +1,4 @@
-"""Sums, tails and WPO's weights of pairs, against their definition on a model's whole distributions."""
+"""Sums, tails and WPO's weights of pairs, against their definitions on a model's full distributions."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""Every kind of policy starts as its reference, learns, and leaves something that loads elsewhere."""
+"""Every kind of policy starts as its reference, learns, and is exported so that other libraries load it."""
 
 import dataclasses
 import io
@@ -27,7 +27,7 @@ LORA = {"r": 4, "alpha": 8}
 
 
 def sft_adapter(model, directory):
-    """A PEFT adapter that does something, with dropout in its settings, as SFT leaves them."""
+    """A PEFT adapter with non-zero weights and with dropout in its settings, as after SFT."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -129,14 +129,14 @@ def test_a_reference_of_other_precision_does_not_pass_the_gate(tiny_llama, tmp_p
 
 
 def allowed(model, scratch):
-    """The log-probs of the model as it is stored, and a policy in 4 bits."""
+    """Log-probs of the stored model, and a policy in 4 bits."""
     run = train_here(with_reference(tiny_pairs(17), model), model, scratch, steps=6, lr=2e-3, lora=LORA,
                      policy={"quantization": "4bit"}, starts_as_reference=False)
     return [row["loss"] for row in run.steps], run.summary.gate
 
 
 def test_a_cache_of_other_quantization_is_refused_unless_allowed(tiny_llama, tmp_path, capsys):
-    """Through the command line, but for the training itself."""
+    """Run the command, without the training itself."""
     data = write_preferences(tmp_path / "a.jsonl", preferences(6))
     tree = {"output": str(tmp_path / "runs"), "data": {"train": str(data)},
             "model": {"path": str(tiny_llama), "dtype": "float32"}, "score": {"dtype": "bfloat16"}}
@@ -149,7 +149,7 @@ def test_a_cache_of_other_quantization_is_refused_unless_allowed(tiny_llama, tmp
     assert main(["train", str(tmp_path / "config.yaml"), *quantized]) == 1
     said = capsys.readouterr().err
     assert "quantisation: 'bitsandbytes nf4, double' here, None there" in said and "raydpo score" in said
-    settings = re.search(r"to train against it all the same: (reference.*? score.dtype=bfloat16)", said)[1].split()
+    settings = re.search(r"to train against it anyway: (reference.*? score.dtype=bfloat16)", said)[1].split()
     prepared = Prepared.of(load_config(tree, [*quantized, *settings]), Console(io.StringIO()))
     assert join_reference(prepared.sets.train, prepared.cache, "training").num_rows == 6
     losses, gate = run_distributed(allowed, 1, tmp_path / "run", tiny_llama, tmp_path / "s")[0]
@@ -185,5 +185,5 @@ def bad_patterns(model, scratch):
 
 def test_patterns_that_freeze_nothing_or_everything_are_refused(tiny_llama, tmp_path):
     nothing, everything = run_distributed(bad_patterns, 1, tmp_path, tiny_llama, tmp_path / "s")[0]
-    assert "'no_such_name' is in the name of no parameter" in nothing
+    assert "'no_such_name' matches no parameter" in nothing
     assert "leaves nothing to train" in everything

@@ -1,4 +1,4 @@
-"""Notice of preemption: a checkpoint at once, work while there is time, a checkpoint at the end, nothing lost."""
+"""Notice of preemption: a checkpoint at once, more steps while there is time, a checkpoint before the end."""
 
 from distributed import run_distributed
 from kernel import Record, tiny_pairs, train_here, with_reference
@@ -7,7 +7,7 @@ from raydpo.training import preemption
 
 
 class Spot(Record):
-    """From step 4 on a machine will be taken away, at step 9 it is about to be. It never is."""
+    """Announces at step 4 that a machine will be taken away, and at step 9 that it is about to be. It stays."""
 
     def preempted(self):
         import torch.distributed as dist

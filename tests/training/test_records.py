@@ -21,7 +21,7 @@ def test_a_resumed_run_keeps_rows_up_to_its_step(tmp_path):
 
 
 def test_a_run_that_begins_again_has_its_first_evaluation_once(tmp_path):
-    """Killed after its rows were written, before its first checkpoint counted."""
+    """The run was killed after its rows were written, before its first checkpoint was valid."""
     storage = Storage(str(tmp_path))
     for _ in range(2):
         records = RunRecords(storage, 0, pytest.fail)

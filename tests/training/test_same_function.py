@@ -1,5 +1,5 @@
-"""The policy as training has it is the function that the reference was scored with: the same numbers in every tensor, and
-the same results in training mode as in evaluation mode."""
+"""The policy in training is the same function as the scored reference: the same numbers in every tensor, and equal results
+in training mode and evaluation mode."""
 
 import deepspeed
 import numpy as np
@@ -22,11 +22,11 @@ from raydpo.reference.identity import identify
 CPU = torch.device("cpu")
 TARGETS = ["q_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn", "x_proj"]
 NO_ZERO_3 = {"mamba", "qwen3_next"}
-"""A layer of theirs uses the weight of another one."""
+"""Models in which a layer uses another layer's weight."""
 
 
 def make_adapter(directory, folder, scale):
-    """A float32 adapter on attention layers, whose output is ``scale`` times noise."""
+    """A float32 adapter on attention layers, whose output is noise times ``scale``."""
     model = load_causal_lm(directory, "float32", rope_length=identify(directory, "float32", max_length=LONGEST).rope_length)
     torch.manual_seed(1)
     model = get_peft_model(model, LoraConfig(r=2, target_modules=TARGETS))
@@ -46,7 +46,7 @@ def models(tmp_path_factory):
 
 
 def differences(models, dtype, zero, adapts):
-    """For each model what differs between policy and scorer, or the error that was raised."""
+    """Differences of policy and scorer for each model, or the error that was raised."""
     from raydpo.training.engine import PolicyEngine, PolicySpec, join_process_group
 
     join_process_group(CPU)
@@ -104,7 +104,7 @@ def test_a_float32_router_that_bfloat16_would_round_is_not_trained(models, tmp_p
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_an_adapter_that_adds_nothing_changes_nothing(name, models, tmp_path):
-    """bfloat16, to the last bit, at positions where rounded rotary frequencies would show."""
+    """Equal bits in bfloat16, at positions where rounded rotary frequencies would differ."""
     directory = models[name][0]
     length = identify(directory, "bfloat16", max_length=LONGEST).rope_length
     plain = load_causal_lm(directory, "bfloat16", rope_length=length)
@@ -154,7 +154,7 @@ def trained_with_biases(model, adapter, scratch, zero):
     pytest.param({"bias": "none"}, 8, 1, marks=pytest.mark.slow), ({"bias": "lora_only"}, 12, 2),
     pytest.param({"bias": "all"}, 14, 1, marks=pytest.mark.slow), ({"modules_to_save": ["lm_head"]}, 9, 1)], ids=str)
 def test_all_that_an_adapter_trains_moves_under_every_zero(settings, count, ranks, tmp_path):
-    """Biases and whole modules, too, to the same values whatever is partitioned."""
+    """Biases and whole modules train too, with the same result under every ZeRO stage."""
     model = make_model(tmp_path / "model", "qwen2")
     adapter = tmp_path / "adapter"
     policy = get_peft_model(load_causal_lm(model, "float32", rope_length=None), LoraConfig(

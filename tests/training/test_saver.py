@@ -1,4 +1,4 @@
-"""Checkpoints beside the training: stored in the background, again where the store fails, and never half counted."""
+"""Checkpoints during training: uploaded in the background, retried, and valid on all ranks or none."""
 
 import errno
 import shutil
@@ -18,7 +18,7 @@ def table(tiny_llama):
 
 
 class Store(Record):
-    """Fails as told: ``away`` is (first, last) attempt at which the store is away, ``full`` the step that does not fit."""
+    """Storage that fails: at attempts ``away`` (first, last) it is unavailable, for step ``full`` the disk is full."""
 
     away = (0, 0)
     full = None
@@ -77,7 +77,7 @@ def test_the_last_checkpoint_must_be_stored(table, tiny_llama, tmp_path):
 
 
 class Freed(Store):
-    """Someone makes room after the second attempt at the last checkpoint."""
+    """The disk has room again after the second attempt at the last checkpoint."""
 
     def upload(self, directory, step):
         self.full = 9 if self.attempts < 6 else None
@@ -97,7 +97,7 @@ def test_the_last_checkpoint_waits_for_room(table, tiny_llama, tmp_path):
 
 
 def disk_full(table, model, place):
-    """The local disk of one rank is full while step 4 is written."""
+    """The local disk of one rank is full when step 4 is written."""
     import torch.distributed as dist
 
     from raydpo.training import state
@@ -124,7 +124,7 @@ def test_a_full_local_disk_costs_one_checkpoint(table, tiny_llama, tmp_path):
 
 
 class Ordered(Store):
-    """Remembers after how many steps each checkpoint counted."""
+    """Records after how many steps each checkpoint became valid."""
 
     def register(self, step, metrics, *, wait):
         super().register(step, metrics, wait=wait)
@@ -139,7 +139,7 @@ def slow(table, model, place, seconds):
 
 
 def test_a_slow_store_goes_on_beside_training_and_its_cost_is_told(table, tiny_llama, tmp_path):
-    """Training waits a second for each, then for the one before, and at its end for the last."""
+    """Training waits a second for each upload, then for the one before, and at the end for the last."""
     ((counted, summary, steps),) = run_distributed(slow, 1, tmp_path / "run", table, tiny_llama, tmp_path, 1.5)
     assert list(counted) == [4, 8, 12] and counted[4] > 4 and counted[8] > 8
     assert 3 * 1.0 < summary.checkpoint_seconds < 3 * 1.5 + 0.5

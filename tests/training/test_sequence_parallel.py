@@ -1,4 +1,4 @@
-"""Training with the positions of every micro-batch divided among ranks: the same losses, norms, evaluations and weights."""
+"""Dividing the positions of every micro-batch among ranks gives equal losses, norms, evaluations and weights."""
 
 import pytest
 from distributed import run_distributed

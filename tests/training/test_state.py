@@ -1,4 +1,4 @@
-"""Checkpoints fit every number of ranks and every ZeRO stage, and say so when they are not whole."""
+"""Checkpoints fit every number of ranks and every ZeRO stage, and incomplete ones are refused."""
 
 import json
 import shutil
@@ -22,13 +22,13 @@ def table(tiny_llama):
 
 
 def trained(table, model, scratch, keep, names):
-    """Whole runs, each leaving its checkpoint of step AT in a folder of its own."""
+    """Metrics of whole runs, each with its checkpoint of step AT in its own folder."""
     return [train_here(table, model, scratch, steps=STEPS, checkpoint_every=AT, keep=keep / name, **KINDS[name]).steps
             for name in names]
 
 
 def resumed(table, model, scratch, keep, names):
-    """The rest of each run; names are (checkpoint of, to train as)."""
+    """Metrics of the rest of each run; names are (run of the checkpoint, run to train as)."""
     runs = [train_here(table, model, scratch, steps=STEPS, checkpoint=keep / old / f"step-{AT}", **KINDS[new])
             for old, new in names]
     return [(run.steps, run.notes) for run in runs]

@@ -1,4 +1,4 @@
-"""The same pairs, weights and order through TRL 1.16's DPOTrainer and through raydpo give the same numbers."""
+"""TRL 1.16's DPOTrainer and raydpo give the same numbers for the same pairs, weights and order."""
 
 import json
 
@@ -10,7 +10,7 @@ from trl_reference import BATCH, BETA, CASES, FILE, LORA, LR, STEPS, case_name
 
 
 def train_case(model, data, scratch, lora, max_length):
-    """In a process of its own: eight steps of raydpo, from a file to losses."""
+    """Eight steps of raydpo in its own process, from a file to losses."""
     from kernel import train_here, with_reference
 
     from raydpo.config import DataConfig

@@ -1,4 +1,4 @@
-"""A step is the same however it is split: over micro-batches, and over ranks."""
+"""A step gives the same result however it is split over micro-batches and ranks."""
 
 import dataclasses
 
@@ -21,7 +21,7 @@ OBJECTIVES = [{"loss": name} | ({"label_smoothing": 1e-3} if name == "exo_pair" 
 
 
 def made_up(rows, tails):
-    """Log-probs that follow from the row number, so that a row is the same wherever it is."""
+    """Log-probs computed from the row number, so that a row has the same ones in every split."""
     def column(seed, low, high):
         values = torch.rand(64, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         return low + (high - low) * values[torch.from_numpy(rows)]
@@ -68,7 +68,7 @@ def test_any_split_gives_the_same_loss_and_gradient(settings):
 
 @pytest.mark.parametrize("settings", [one for one in OBJECTIVES if Objective(ObjectiveConfig(**one)).whole_step], ids=str)
 def test_the_gradient_is_that_of_the_whole_step(settings):
-    """Against autograd through the objective itself; the beta and the mean that the step gives are constants of it."""
+    """Compare with autograd through the objective itself, with the beta and the mean of the step as constants."""
     objective = Objective(ObjectiveConfig(**settings))
     tails = objective.config.ld_alpha is not None
     logps, memory = made_up(ROWS, tails), Memory(rewards=6, reward_mean=0.3, margin_mean=-0.2)

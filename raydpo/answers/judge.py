@@ -1,5 +1,8 @@
-"""A judge behind an OpenAI-compatible address. Each contest is asked in both orders, since judges favour a place (Zheng et
-al. 2023, arXiv 2306.05685): a win or loss in both is one, anything else that was answered is a tie."""
+"""A judge behind an OpenAI-compatible address.
+
+Judges favour the first or the second place (Zheng et al. 2023, arXiv 2306.05685), so each contest is asked in both orders. A
+win or loss counts if both replies agree; other answered contests are ties.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,10 @@ import httpx
 import numpy as np
 import pyarrow as pa
 
+from raydpo.answers.contests import Contest
 from raydpo.config import JudgeConfig
+from raydpo.data.preference import as_text
 from raydpo.errors import ConfigError, RaydpoError
-from raydpo.evaluation.prompts import as_text
-from raydpo.evaluation.wins import Contest
 from raydpo.evaluation.work import load, store, stored_name
 from raydpo.storage import Storage
 
@@ -43,18 +46,20 @@ _WORDS = {"A": FIRST, "B": SECOND, "tie": TIE}
 _AROUND = frozenset((
     "answer", "best", "better", "choice", "choose", "decision", "final", "i", "is", "it", "it's", "my", "option", "overall",
     "prefer", "preferred", "result", "so", "the", "therefore", "verdict", "winner", "wins"))
-"""What a last line may say beside the verdict and words of the criterion. Any other word may turn it round."""
+"""Words that a last line may contain beside the verdict and words of the criterion. Others might reverse its meaning."""
 _DENYING = frozenset(("cannot", "either", "neither", "no", "nor", "not", "or"))
 AGAIN = frozenset({408, 409, 429})
+"""Status codes, beside 500 and above, after which a request is repeated."""
 HOPELESS = frozenset({401, 403, 404})
-"""The next request would fare no better."""
+"""Status codes that end the evaluation, since other requests would fail too."""
 LONGEST_WAIT = 60.0
+"""Seconds."""
 BLOCK = 16
-"""Contests whose verdicts are stored together."""
+"""Number of contests whose verdicts are stored together."""
 
 
 class Judge:
-    """Asks one question at a time, from any number of threads.
+    """Asks questions of a judge; safe to use from several threads.
 
     Raises:
         ConfigError: if the key's environment variable is not set.
@@ -66,9 +71,9 @@ class Judge:
         if config.key is not None:
             key = os.environ.get(config.key)
             if not key:
-                raise ConfigError(f"evaluate.judge.key is {config.key}, but there is no such environment variable")
+                raise ConfigError(f"evaluate.judge.key is {config.key}, but this environment variable is not set")
             headers["Authorization"] = f"Bearer {key}"
-        # Redirects are not followed: the key is for this address.
+        # httpx follows no redirects, so the key is sent to this address only.
         self._client = httpx.Client(headers=headers, timeout=config.timeout)
         self.name = f"{config.model} at {urlsplit(config.url).hostname}"
 
@@ -80,20 +85,20 @@ class Judge:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Everything that verdicts depend on."""
+        """Everything that a verdict depends on beside the contest."""
         return {"judge": 2, "instructions": INSTRUCTIONS + QUESTION} | self.config.model_dump(
             mode="json", include={"url", "model", "max_tokens", "criterion"})
 
-    def ask_unless_equal(self, prompt: str, first: str, second: str) -> str:
-        """``ask``, of which two answers that are the same need none."""
-        return TIE if first == second else self.ask(prompt, first, second)
-
     def ask(self, prompt: str, first: str, second: str) -> str:
-        """``first``, ``second``, ``tie``; ``refused`` if the reply is no verdict, ``failed`` if there was none.
+        """Ask which answer is better: ``first``, ``second`` or ``tie``. Equal answers are a tie, without a question.
+
+        Returns ``refused`` if the reply is not a verdict, and ``failed`` if there was no reply.
 
         Raises:
-            RaydpoError: if no request can succeed, such as with a wrong key.
+            RaydpoError: if no request can succeed, for example with a wrong key.
         """
+        if first == second:
+            return TIE
         criterion = self.config.criterion
         body = {"model": self.config.model, "temperature": 0, "max_tokens": self.config.max_tokens, "messages": [
             {"role": "system", "content": INSTRUCTIONS.format(criterion=criterion)},
@@ -119,13 +124,14 @@ class Judge:
 
 def judge_contests(judge: Judge, contests: Sequence[Contest], storage: Storage,
                    progress: Callable[[int, int], None]) -> tuple[np.ndarray, dict[str, Any]]:
-    """Verdicts on all contests, as ``wins.count_wins`` takes them; stored by content, so that none is asked for twice.
+    """Return the verdicts on all contests for ``contests.count_wins``, and figures about the judge.
 
-    What else is told: ``refused`` and ``failed`` replies, ``inconsistent`` contests whose verdict turned with the order, and
-    ``first_favoured``, the share of verdicts for the answer that came first.
+    Verdicts are stored by content, so no question is asked twice. The figures: ``refused`` and ``failed`` replies,
+    ``inconsistent`` contests whose verdict changed with the order, and ``first_favoured``, the share of verdicts for the
+    answer that came first.
 
     Raises:
-        RaydpoError: if none could be judged.
+        RaydpoError: if no contest could be judged.
     """
     replies: list[tuple[str, str]] = []
     with ThreadPoolExecutor(max_workers=judge.config.parallel) as pool:
@@ -136,7 +142,7 @@ def judge_contests(judge: Judge, contests: Sequence[Contest], storage: Storage,
     every = [reply for pair in replies for reply in pair]
     if contests and np.isnan(verdicts).all():
         raise RaydpoError(f"the judge {judge.name} gave no verdict on any of {len(contests):,} contests: "
-                          f"{every.count(REFUSED):,} replies were none, {every.count(FAILED):,} requests failed or timed "
+                          f"{every.count(REFUSED):,} replies held none, {every.count(FAILED):,} requests failed or timed "
                           f"out ({judge.config.timeout:g} s, {judge.config.retries} retries)")
     favoured = every.count(FIRST) + every.count(SECOND)
     return verdicts, {"refused": every.count(REFUSED), "failed": every.count(FAILED),
@@ -153,13 +159,12 @@ def _ask_block(judge: Judge, contests: Sequence[Contest], storage: Storage,
     questions = list(chain(zip(prompts, policy, reference, strict=True), zip(prompts, reference, policy, strict=True)))
     stored = load(storage, name)
     replies = [FAILED] * len(questions) if stored is None else list(chain(*(each.to_pylist() for each in stored.columns)))
-    # Only what has failed is asked again: each question costs.
+    # Ask again only what has failed: each question costs money.
     again = [number for number, reply in enumerate(replies) if reply == FAILED]
     try:
-        for number, reply in zip(again, pool.map(lambda number: judge.ask_unless_equal(*questions[number]), again),
-                                 strict=True):
+        for number, reply in zip(again, pool.map(lambda number: judge.ask(*questions[number]), again), strict=True):
             replies[number] = reply
-    finally:  # a key that ends, or an interrupt, loses no reply
+    finally:  # keep replies after an error or an interrupt
         found = replies[: len(contests)], replies[len(contests) :]
         if any(replies[number] != FAILED for number in again):
             store(storage, name, pa.table(dict(zip(("policy_first", "policy_second"), found, strict=True))))
@@ -182,8 +187,7 @@ def _verdict(response: httpx.Response, criterion: str) -> str:
 
 
 def _read_verdict(line: str, criterion: str) -> str:
-    """The one answer that a line names, if it says nothing else: ``B``, ``answer_A``, ``Final verdict: tie``, ``Answer A is
-    better.``"""
+    """Return the verdict of a line that says nothing else, such as ``B``, ``answer_A`` or ``Final verdict: tie``."""
     words = re.findall(r"[^\W_]+(?:'[^\W_]+)?", line)
     around = _AROUND | set(re.findall(r"[^\W_]+", criterion.lower())) - _DENYING
     named = set()
@@ -200,5 +204,5 @@ def _read_verdict(line: str, criterion: str) -> str:
 def _seconds(header: str | None) -> float:
     try:
         return max(0.0, float(header or 0))
-    except ValueError:  # a date
+    except ValueError:  # a date instead of seconds
         return 0.0

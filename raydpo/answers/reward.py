@@ -1,4 +1,4 @@
-"""A reward model as a judge of answers: a sequence classifier with one output. Needs torch and transformers alone."""
+"""A reward model as a judge of answers: a sequence classifier with one output."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 import torch
+from transformers import AutoModelForSequenceClassification
 
 from raydpo.data.preference import Text
 from raydpo.data.tokenise import load_tokenizer
@@ -30,9 +31,9 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 
 @dataclass(frozen=True, kw_only=True)
 class RewardModel:
-    """Work for ``evaluation.work``: from ``prompt`` (a text or messages, as JSON) and ``answer`` to ``score``, float64.
+    """Work that turns ``prompt`` (text or messages, as JSON) and ``answer`` into ``score``, float64.
 
-    A conversation is rendered by the reward model's own chat template; a text prompt is followed by its answer as it is.
+    The reward model's own chat template renders conversations. A text prompt is followed by its answer without a template.
     """
 
     path: str
@@ -42,7 +43,7 @@ class RewardModel:
 
     @classmethod
     def at(cls, path: str, dtype: str, trust_remote_code: bool) -> RewardModel:
-        """The one in a local directory.
+        """Identify the reward model in a local directory.
 
         Raises:
             ModelError: if it is not stored as safetensors.
@@ -55,11 +56,11 @@ class RewardModel:
         return {"reward": 1, "weights": self.weights.to_dict(), "tokenizer": self.tokenizer}
 
     def open(self, device: str) -> Callable[[pa.Table], pa.Table]:
-        """Load it.
+        """Load the model and return a function that scores a table of rows.
 
         Raises:
-            ModelError: if it is no reward model: no classifier, several outputs, or a head that is not in the files; or if
-                the files here are another one.
+            ModelError: if it is not a classifier, has several outputs, or its head is not in the files; or if the files on
+                this machine are another model.
         """
         spec = on_this_machine(ReferenceSpec(path=self.path, adapter=None, identity=self.weights,
                                              trust_remote_code=self.trust_remote_code))
@@ -78,18 +79,16 @@ class RewardModel:
         return act
 
     def _load(self, path: str) -> Any:
-        from transformers import AutoModelForSequenceClassification
-
         try:
             model, loaded = AutoModelForSequenceClassification.from_pretrained(
                 path, dtype=torch_dtype(self.weights.dtype), use_safetensors=True, output_loading_info=True,
                 ignore_mismatched_sizes=True, trust_remote_code=self.trust_remote_code)
             refuse_gaps(path, loaded)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise ModelError(f"cannot load the reward model {self.path!r} (evaluate.reward_model; a sequence classifier is "
-                             f"wanted): {' '.join(str(error).split())[:600]}") from error
+            raise ModelError(f"cannot load the reward model {self.path!r}; evaluate.reward_model must be a sequence "
+                             f"classifier: {' '.join(str(error).split())[:600]}") from error
         if model.config.num_labels != 1:
-            raise ModelError(f"the reward model {self.path} has {model.config.num_labels} outputs; one is wanted")
+            raise ModelError(f"the reward model {self.path} has {model.config.num_labels} outputs; expected one")
         return model.eval()
 
 
@@ -103,7 +102,7 @@ def _tokenizer_digest(path: str) -> str:
 
 @torch.no_grad()
 def _score(model: Any, tokenizer: Any, prompt: Text, answer: str) -> float:
-    """Of one text at a time: a batch would need padding, which not every classifier masks."""
+    """Score one answer. Batches would need padding, which not every classifier masks."""
     if isinstance(prompt, str):
         ids = tokenizer(prompt + answer)["input_ids"]
     else:
@@ -114,7 +113,7 @@ def _score(model: Any, tokenizer: Any, prompt: Text, answer: str) -> float:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and len(ids) > limit:
-        raise ModelError(f"an answer and its prompt have {len(ids):,} tokens for the reward model, which takes {limit:,}; "
+        raise ModelError(f"a prompt and its answer have {len(ids):,} tokens, but the reward model takes at most {limit:,}; "
                          "lower evaluate.max_tokens or data.max_length")
     score = float(model(input_ids=torch.tensor([ids], device=model.device)).logits[0, 0].float())
     if not math.isfinite(score):

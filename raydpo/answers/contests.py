@@ -1,4 +1,4 @@
-"""Whose answer is better, the policy's or the reference's: verdicts of any judge, counted."""
+"""Contests between the answers of policy and reference, and their counted verdicts."""
 
 from __future__ import annotations
 
@@ -12,21 +12,20 @@ from typing import Any
 
 import numpy as np
 
-from raydpo.data.preference import Text
+from raydpo.data.preference import Text, as_text
 from raydpo.errors import ConfigError, RaydpoError
 from raydpo.evaluation.interval import Interval, around, mean, share
-from raydpo.evaluation.prompts import as_text
 
-__all__ = ["Contest", "by_scores", "count_wins", "own_scores"]
+__all__ = ["Contest", "by_scores", "count_wins", "own_function", "own_scores"]
 
 PRIOR_DEVIATION = 3.0
-"""Of the weights of the win rate at equal length, in log odds."""
+"""Standard deviation of the prior on the weights of the win rate at equal length, log odds."""
 NEWTON_STEPS = 25
 
 
 @dataclass(frozen=True)
 class Contest:
-    """Two answers to one prompt, as text."""
+    """A prompt and the two answers to it, as text."""
 
     prompt: Text
     policy: str
@@ -34,11 +33,11 @@ class Contest:
 
 
 def count_wins(judge: str, mode: str, contests: Sequence[Contest], verdicts: np.ndarray, **more: Any) -> dict[str, Any]:
-    """``win_rate`` with its interval, a tie counting one half; and ``equal_length``, the win rate at equal length.
+    """Count verdicts: ``win_rate`` with its interval, and ``equal_length``, the win rate at equal length.
 
     Args:
-        verdicts: of each contest 1 if the policy won, 0.5 if nobody did, 0 if the reference won, NaN if it was not judged.
-        more: what else a judge has to say.
+        verdicts: of each contest 1 if the policy won, 0.5 for a tie, 0 if the reference won, NaN if it was not judged.
+        more: further figures of the judge.
     """
     known = ~np.isnan(verdicts)
     judged = verdicts[known]
@@ -50,11 +49,11 @@ def count_wins(judge: str, mode: str, contests: Sequence[Contest], verdicts: np.
 
 
 def win_rate_at_equal_length(verdicts: np.ndarray, longer: np.ndarray) -> Interval:
-    """The win rate where neither answer is longer, by logistic regression: sigmoid(a + b * tanh(difference / deviation)), of
-    which b is what length wins and sigmoid(a) what is left (Dubois et al. 2024, arXiv 2404.04475).
+    """Estimate the win rate for answers of equal length by logistic regression (Dubois et al. 2024, arXiv 2404.04475).
 
-    A weak prior keeps a and b finite where length alone tells all verdicts. The interval is by the curvature of the
-    likelihood, which takes ties for more than they vary.
+    The model is sigmoid(a + b * tanh(difference / deviation)); sigmoid(a) is the win rate without the effect of length. A
+    weak prior keeps a and b finite if length alone explains all verdicts. The interval follows from the curvature of the
+    likelihood; with many ties it is too wide.
 
     Args:
         verdicts: 1, 0.5 or 0 of each contest, [contests]. longer: characters by which the policy's answer is longer.
@@ -73,18 +72,18 @@ def win_rate_at_equal_length(verdicts: np.ndarray, longer: np.ndarray) -> Interv
 
 
 def by_scores(policy: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
-    """Verdicts by scores, higher is better, [contests] each, equal ones are ties; and the mean difference."""
+    """Return verdicts by scores, [contests] each, where higher is better; and the mean difference."""
     return (np.sign(policy - reference) + 1) / 2, {"score_difference": mean(policy - reference)}
 
 
 def own_scores(path: str, contests: Sequence[Contest]) -> tuple[np.ndarray, np.ndarray]:
-    """What the user's function ``module:function`` gives the answers of policy and reference, float64 [contests] each.
+    """Score the answers of policy and reference with the user's ``module:function``, float64 [contests] each.
 
     Raises:
         ConfigError: if there is no such function.
-        RaydpoError: if it fails, or returns what is no finite number.
+        RaydpoError: if it fails, or returns something other than a finite number.
     """
-    function = _imported(path)
+    function = own_function(path)
 
     def score(prompt: Text, answer: str) -> float:
         try:
@@ -93,23 +92,28 @@ def own_scores(path: str, contests: Sequence[Contest]) -> tuple[np.ndarray, np.n
             raise RaydpoError(f"evaluate.score_with {path} failed on the answer {answer[:80]!r}: {type(error).__name__}: "
                               f"{error}") from error
         if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not math.isfinite(value):
-            raise RaydpoError(f"evaluate.score_with {path} returned {str(value)[:80]!r} for the answer {answer[:80]!r}; a "
-                              "finite number is wanted")
+            raise RaydpoError(f"evaluate.score_with {path} returned {str(value)[:80]!r} for the answer {answer[:80]!r}; "
+                              "expected a finite number")
         return float(value)
 
     return (np.array([score(one.prompt, one.policy) for one in contests]),
             np.array([score(one.prompt, one.reference) for one in contests]))
 
 
-def _imported(path: str) -> Callable[[str, str], Any]:
+def own_function(path: str) -> Callable[[str, str], Any]:
+    """Import the user's function ``module:function``, from what is installed or in the working directory.
+
+    Raises:
+        ConfigError: if there is no such function.
+    """
     module, _, name = path.partition(":")
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # the command may have been started from anywhere
+        sys.path.insert(0, os.getcwd())  # an installed command does not have it on the path
     try:
         function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # a module of the user's may raise anything
         raise ConfigError(f"evaluate.score_with is {path!r}, but {error}; the module must lie here or on "
                           "PYTHONPATH") from None
     if not callable(function):
-        raise ConfigError(f"evaluate.score_with is {path!r}, which is no function but {type(function).__name__}")
+        raise ConfigError(f"evaluate.score_with is {path!r}, which is not a function but a {type(function).__name__}")
     return function
