@@ -238,6 +238,7 @@ def over_actors(actor: type, arguments: tuple[Any, ...], blocks: Sequence[Any], 
         num_cpus=resources.together, num_gpus=resources.gpus_per_worker * resources.together,
         accelerator_type=resources.accelerator, label_selector=dict(resources.labels) or None,
         # By default Ray restarts an actor without limit, also one that a bad block kills each time.
+        # Ray deprecates passing these two here, but has no named arguments for them yet.
         max_restarts=3, max_task_retries=3)
     try:
         yield from dataset.iter_rows()

@@ -192,9 +192,10 @@ def test_the_address_travels_with_the_environment_and_with_a_pickle(storage, s3,
     assert run.stdout == "b'data'\n", run.stderr
 
 
-def test_copies_are_read_once_over_the_network(storage, s3, tmp_path):
+def test_copies_are_read_once_over_the_network(storage, s3, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     storage.write("parts/one", b"sound")
-    copies = LocalCopy(storage, tmp_path)
+    copies = LocalCopy(storage)
     assert copies.fetch("parts/one", lambda data: data == b"sound") == b"sound"
     requests = s3.faults()["requests"]
     assert copies.fetch("parts/one", lambda data: data == b"sound") == b"sound"
