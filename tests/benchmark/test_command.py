@@ -19,6 +19,7 @@ def data(tmp_path_factory):
     return write_preferences(tmp_path_factory.mktemp("data") / "pairs.jsonl", preferences(14))
 
 
+@pytest.mark.slow  # a minute of processes; losses are compared with TRL's in training/test_trl_parity
 def test_against_trl(tiny_llama, data, tmp_path, capsys):
     pytest.importorskip("trl")
     pytest.importorskip("deepspeed")
