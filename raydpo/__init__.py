@@ -9,6 +9,8 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from raydpo.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from raydpo.config import Config, load_config
     from raydpo.evaluation.run import evaluate
@@ -16,7 +18,6 @@ if TYPE_CHECKING:
     from raydpo.reference.store import ReferenceCache
     from raydpo.sweep.run import sweep
 
-__version__ = "0.1.0"
 __all__ = ["Config", "ReferenceCache", "audit", "evaluate", "load_config", "run", "score", "sweep", "train"]
 
 _LAZY = {"Config": "raydpo.config", "load_config": "raydpo.config", "audit": "raydpo.pipeline",

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raydpo.console import Console
 from raydpo.errors import CacheError
+from raydpo.terminal.console import Console
 
 if TYPE_CHECKING:
     from raydpo.pipeline import Prepared
@@ -85,7 +85,7 @@ def with_json(act: Act) -> Act:
 
 def _ls(args: argparse.Namespace, console: Console) -> Any:
     from raydpo.reference.inspect import identities
-    from raydpo.storage import redact
+    from raydpo.storage.uri import redact
 
     found = identities(args.uri)
     console.table(redact(args.uri), ("identity", "model", "dtype", "rows", "unverified", "parts", "bytes", "newest"), [
@@ -227,7 +227,7 @@ def _compact(args: argparse.Namespace, console: Console) -> Any:
 def _gc(args: argparse.Namespace, console: Console) -> Any:
     from raydpo.reference.compact import delete_garbage, find_garbage
     from raydpo.reference.store import ReferenceCache
-    from raydpo.storage import Storage
+    from raydpo.storage.files import Storage
 
     storage = Storage(args.uri)
     caches = [ReferenceCache(storage, identity) for identity in ReferenceCache.identities(storage)]

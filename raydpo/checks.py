@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from raydpo.config import Config, SourceConfig, Verb, check_verb
-from raydpo.console import Console
 from raydpo.data.pairs import held_out_source
 from raydpo.data.records import read_records
 from raydpo.data.tokenise import load_tokenizer
@@ -19,6 +18,7 @@ from raydpo.errors import ConfigError, FilesError, ModelError
 from raydpo.losses import Objective
 from raydpo.model.weights import check_weights
 from raydpo.reference.identity import resolve_model
+from raydpo.terminal.console import Console
 
 __all__ = ["check"]
 

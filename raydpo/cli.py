@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 import raydpo
 from raydpo.cache_cli import add_cache_verbs, with_json
-from raydpo.console import Console
-from raydpo.errors import ConfigError, RaydpoError, TrainError, exit_status
-from raydpo.interrupt import sigterm_as_interrupt
+from raydpo.errors import ConfigError, RaydpoError, TrainError
 from raydpo.submit.command import add_jobs, add_submit, as_submit
+from raydpo.terminal.console import Console
+from raydpo.terminal.guard import guarded
+from raydpo.version import __version__
 
 if TYPE_CHECKING:
     from raydpo.config import Config
     from raydpo.data.pairs import PairSets
     from raydpo.data.tokenise import Tokeniser
 
-__all__ = ["guarded", "job", "main", "parsed"]
+__all__ = ["job", "main", "parsed"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,7 +37,7 @@ def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args, rest = parser.parse_known_args(argv)
     settings = [word for word in rest if "=" in word and not word.startswith("-")]
     if rest != (settings if hasattr(args, "overrides") else []):
-        from raydpo.config.uri import hidden
+        from raydpo.storage.uri import hidden
 
         parser.error(f"unrecognized arguments: {hidden(' '.join(rest))}")
     if settings:
@@ -54,7 +55,7 @@ def job(verb: str) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="raydpo", description="DPO on Ray. The frozen reference is scored once.")
-    parser.add_argument("--version", action="version", version=f"raydpo {raydpo.__version__}")
+    parser.add_argument("--version", action="version", version=f"raydpo {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def add(name: str, act: Callable[[argparse.Namespace, Console], None], about: str) -> argparse.ArgumentParser:
@@ -105,36 +106,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def guarded(act: Callable[[Console], int | None]) -> int:
-    """Run ``act`` and return the exit status: its own if it returns one, else 0.
-
-    An error that raydpo explains is printed as one message; for any other the traceback is written to a file.
-    """
-    from raydpo.config.uri import hidden
-
-    console = Console()
-    try:
-        with sigterm_as_interrupt():
-            return act(console) or 0
-    except RaydpoError as error:
-        print(f"error: {hidden(str(error))}", file=sys.stderr)
-        return exit_status(error)
-    except ModuleNotFoundError as error:
-        print(f"error: this needs the package {error.name!r}; run: pip install 'raydpo[run]'", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; what was committed is kept. Run the same command again to continue", file=sys.stderr)
-        return 130
-    except Exception as error:
-        with tempfile.NamedTemporaryFile("w", prefix="raydpo-", suffix=".log", delete=False) as log:
-            import traceback
-
-            log.write(hidden(traceback.format_exc()))
-        print(f"error: unexpected {type(error).__name__}: {hidden(str(error))[:500]} (traceback in {log.name})",
-              file=sys.stderr)
-        return 1
-
-
 def _config(args: argparse.Namespace) -> Config:
     """The configuration that the command line names, with its overrides."""
     from raydpo.config import load_config
@@ -154,7 +125,7 @@ def _check_before_submit(config: Config, verb: str) -> None:
 
 def _quietly(config: Config, console: Console, act: Callable[[], object]) -> None:
     """Run ``act`` with all output but the console's in the run's logs, or in a temporary file if the run is at a URI."""
-    from raydpo.storage import Storage
+    from raydpo.storage.files import Storage
 
     storage = Storage(config.run_dir)
     directory = Path(storage.path("logs")) if storage.is_local else Path(tempfile.mkdtemp(prefix="raydpo-logs-"))

@@ -8,8 +8,8 @@ import platform
 import shutil
 import sys
 
-import raydpo
-from raydpo.console import Console
+from raydpo.terminal.console import Console
+from raydpo.version import __version__
 
 __all__ = ["report"]
 
@@ -18,7 +18,7 @@ _PACKAGES = ("torch", "transformers", "peft", "deepspeed", "ray", "pyarrow", "da
 
 def report(console: Console) -> None:
     """Print versions, devices, the C++ compiler, and the Ray cluster that a run would use."""
-    rows = [("raydpo", raydpo.__version__), ("python", f"{platform.python_version()} ({sys.executable})")]
+    rows = [("raydpo", __version__), ("python", f"{platform.python_version()} ({sys.executable})")]
     rows += [(name, _version(name)) for name in _PACKAGES]
     console.table("versions", ("", "value"), rows)
     console.table("this machine", ("", "value"), [*_devices(), ("C++ compiler", shutil.which("g++") or

@@ -16,11 +16,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-import raydpo
 from raydpo.checks import check
 from raydpo.config import Config, is_hub_name
-from raydpo.config.uri import redact
-from raydpo.console import Console, ProgressLine
 from raydpo.cost import ModelCost
 from raydpo.data.facts import pair_facts
 from raydpo.data.filter import PairFilter, filtered_by_tokens
@@ -36,7 +33,9 @@ from raydpo.reference.identity import ReferenceIdentity, earlier_identity, ident
 from raydpo.reference.index import as_bytes
 from raydpo.reference.score import ReferenceSpec
 from raydpo.reference.store import ReferenceCache
-from raydpo.storage import Storage
+from raydpo.storage.files import Storage
+from raydpo.storage.uri import redact
+from raydpo.terminal.console import Console, ProgressLine
 from raydpo.training.card import model_card
 from raydpo.training.checkpoint import changed_settings
 from raydpo.training.earlier import begin_again, earlier_result, harmless_changes
@@ -47,6 +46,7 @@ from raydpo.training.pairs import join_reference, reference_values
 from raydpo.training.records import finite, read_rows
 from raydpo.training.report import TrainingDisplay, print_summary
 from raydpo.training.trackers import export_pass
+from raydpo.version import __version__
 from raydpo.waiting import coming_up, wait_for
 
 if TYPE_CHECKING:
@@ -310,7 +310,7 @@ def _audit(prepared: Prepared, console: Console) -> Audit:
     decode = prepared.tokeniser.tokenizer.batch_decode
     done = audit_pairs(
         facts, pairs, lambda ids: decode(ids, skip_special_tokens=False),
-        meta={"name": prepared.config.run_name, "model": prepared.config.reference_path, "raydpo": raydpo.__version__,
+        meta={"name": prepared.config.run_name, "model": prepared.config.reference_path, "raydpo": __version__,
               "identity": prepared.reference.identity.digest, "cache": str(prepared.cache.storage)},
         identical={source.name: source.dropped.counts[SAME] for source in prepared.sets.report.sources
                    if source.dropped.counts[SAME]}, objective=prepared.config.train)
@@ -512,7 +512,7 @@ def _summarise(prepared: Prepared, storage: Storage, trained: dict[str, Any], hi
     steps, evals = read_rows(storage, "metrics.parquet"), read_rows(storage, "eval.parquet")
     answers = zip(job.sample_prompts, trained["samples_before"], trained["samples_after"], strict=False)
     return {
-        "name": config.run_name, "run_dir": redact(config.run_dir), "raydpo": raydpo.__version__,
+        "name": config.run_name, "run_dir": redact(config.run_dir), "raydpo": __version__,
         "steps": trained["steps"], "pairs_seen": trained["pairs"], "train_seconds": trained["seconds"],
         "load_seconds": trained["load_seconds"], "load_host_bytes": trained["load_bytes"],
         "checkpoint_seconds": trained["checkpoint_seconds"],

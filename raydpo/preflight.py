@@ -13,13 +13,13 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import raydpo
 from raydpo.config import Config
-from raydpo.console import Console
 from raydpo.errors import ConfigError, RaydpoError
 from raydpo.nodes import grows_to, holds, nodes_with
 from raydpo.ray_runtime import resources_for
-from raydpo.storage import Storage
+from raydpo.storage.files import Storage
+from raydpo.terminal.console import Console
+from raydpo.version import __version__
 from raydpo.waiting import check_reachable
 
 __all__ = ["check_cluster", "check_nodes"]
@@ -118,7 +118,7 @@ def _gpus() -> float:
 
 def _look(paths: Sequence[str], gpus: bool = False) -> dict[str, Any]:
     """Runs on a node: its package versions, which paths are missing, and the GPUs that torch finds, if ``gpus``."""
-    versions = {"raydpo": raydpo.__version__, "python": platform.python_version()}
+    versions = {"raydpo": __version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)

@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 from raydpo import errors
 from raydpo.config import Config
-from raydpo.config.uri import shown
 from raydpo.errors import ConfigError, RaydpoError
 from raydpo.nodes import NODE_SHARE, grows_to, nodes_with
+from raydpo.storage.uri import shown
 
 __all__ = ["Resources", "bfloat16_pays", "original_error", "over_actors", "resources_for", "session"]
 

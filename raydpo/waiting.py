@@ -8,10 +8,10 @@ import time
 from collections.abc import Iterator
 
 from raydpo.config import Config
-from raydpo.console import Console
 from raydpo.errors import ConfigError
 from raydpo.nodes import holds, never_comes, nodes_with, room_for
 from raydpo.ray_runtime import Resources, resources_for
+from raydpo.terminal.console import Console
 
 __all__ = ["check_reachable", "coming_up", "wait_for"]
 

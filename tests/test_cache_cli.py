@@ -25,10 +25,10 @@ def place(tmp_path_factory, tiny_llama):
     import io
 
     from raydpo.config import load_config
-    from raydpo.console import Console
     from raydpo.pipeline import Prepared
     from raydpo.reference.score import Scorer
     from raydpo.reference.shards import Wanted, plan_shards
+    from raydpo.terminal.console import Console
 
     place = tmp_path_factory.mktemp("cache-cli")
     write_preferences(place / "a.jsonl", preferences(30))

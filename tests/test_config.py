@@ -10,9 +10,10 @@ import pytest
 import yaml
 
 import raydpo.config
-from raydpo.cli import guarded, main, parsed
+from raydpo.cli import main, parsed
 from raydpo.config import load_config
 from raydpo.errors import ConfigError
+from raydpo.terminal.guard import guarded
 
 
 @pytest.fixture

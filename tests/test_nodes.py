@@ -9,9 +9,9 @@ import pytest
 from tiny import preferences, write_preferences
 
 from raydpo.config import load_config
-from raydpo.console import Console
 from raydpo.errors import ConfigError
 from raydpo.nodes import holds, selected
+from raydpo.terminal.console import Console
 
 
 @pytest.mark.parametrize(("wish", "fits"), [

@@ -6,7 +6,7 @@ import json
 
 from raydpo.audit.audit import Audit
 from raydpo.audit.page import render_page
-from raydpo.storage import Storage
+from raydpo.storage.files import Storage
 
 __all__ = ["write_audit"]
 

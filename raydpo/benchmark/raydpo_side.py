@@ -13,7 +13,6 @@ import pyarrow.parquet as pq
 import torch
 from safetensors.torch import save_file
 
-import raydpo
 from raydpo.benchmark.job import Job, Result, StepRecord, now, side
 from raydpo.data.plan import BatchPlan
 from raydpo.estimate.plan import pair_groups
@@ -26,6 +25,7 @@ from raydpo.training.clock import StepClock
 from raydpo.training.engine import PolicyEngine, PolicySpec, join_process_group
 from raydpo.training.pairs import TrainingPairs
 from raydpo.training.step import Stepper
+from raydpo.version import __version__
 
 
 def score(job: Job, device: torch.device) -> Result:
@@ -79,7 +79,7 @@ def train(job: Job, device: torch.device) -> Result:
     return Result(load_seconds=load_seconds, step_seconds=record.seconds, losses=[row["loss"] for row in rows],
                   chosen_logps=[row["logps/chosen"] for row in rows], rejected_logps=[row["logps/rejected"] for row in rows],
                   peak_bytes=max(peak, used_memory(device)),
-                  facts={"raydpo": raydpo.__version__, "layout": engine.layout_line, "tokens_per_batch": budget,
+                  facts={"raydpo": __version__, "layout": engine.layout_line, "tokens_per_batch": budget,
                          "optimizer_master_weights": job.dtype == "bfloat16"} | record.facts(engine.state.optimizer))
 
 

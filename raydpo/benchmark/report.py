@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from raydpo.console import Console
+from raydpo.terminal.console import Console
 
 __all__ = ["plot", "print_point"]
 

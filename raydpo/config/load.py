@@ -13,8 +13,8 @@ from pydantic import BaseModel, ValidationError
 
 from raydpo.config.data import COMPRESSION_SUFFIXES, DATA_SUFFIXES
 from raydpo.config.run import Config
-from raydpo.config.uri import hidden, is_uri, shown
 from raydpo.errors import ConfigError
+from raydpo.storage.uri import hidden, is_uri, shown
 
 __all__ = ["files_of", "is_hub_name", "load_config", "named_inputs", "template_file", "with_setting"]
 

@@ -17,7 +17,7 @@ from raydpo.config.section import PathOrUri, Section
 from raydpo.config.sweep import SweepConfig
 from raydpo.config.track import TrackConfig
 from raydpo.config.train import ScoreConfig, TrainConfig
-from raydpo.config.uri import redacted
+from raydpo.storage.uri import redacted
 
 __all__ = ["CacheConfig", "Config", "RayConfig"]
 

@@ -8,7 +8,6 @@ import numpy as np
 import pyarrow.compute as pc
 
 from raydpo.config import Config
-from raydpo.console import Console
 from raydpo.data.pairs import PairSets
 from raydpo.data.shapes import Shapes
 from raydpo.data.simulate import NAIVE_PAIRS, Simulation
@@ -19,6 +18,7 @@ from raydpo.estimate.modes import Fit, Modes, Question, compare_modes
 from raydpo.estimate.plan import PAIRS_PER_RANK, Plan, Stage, make_plan, sample_pairs
 from raydpo.estimate.rate import MEMORY, measured_rates, stated_rates
 from raydpo.reference.identity import resolve_model
+from raydpo.terminal.console import Console
 
 __all__ = ["plan_run", "print_plan"]
 

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raydpo.config import Config, is_hub_name, is_uri
+from raydpo.config import Config, is_hub_name
 from raydpo.errors import ConfigError, FilesError
-from raydpo.local_copy import RemoteDirectory
 from raydpo.model.files import model_files
 from raydpo.model.rotary import ROTARY, rope_length
 from raydpo.reference.identity import identify, resolve_model
 from raydpo.reference.score import ReferenceSpec
-from raydpo.storage import Storage, redact
+from raydpo.storage.files import Storage
+from raydpo.storage.local_copy import RemoteDirectory
+from raydpo.storage.uri import is_uri, redact
 
 __all__ = ["Policy", "PolicyFiles", "find_policy", "harness_arguments", "policy_files"]
 

@@ -7,9 +7,8 @@ from typing import Any
 
 from rich.markup import escape
 
-from raydpo.console import Console
 from raydpo.report.evaluation import evaluation_tables
-from raydpo.training.report import plain_text
+from raydpo.terminal.console import Console, plain_text
 
 __all__ = ["print_evaluation"]
 

@@ -15,7 +15,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 
-import raydpo
 from raydpo.answers.answering import Answering
 from raydpo.answers.contests import by_scores, count_wins, own_scores
 from raydpo.answers.draws import ROWS
@@ -23,8 +22,6 @@ from raydpo.answers.judge import Judge, judge_contests
 from raydpo.answers.reward import RewardModel
 from raydpo.checks import check
 from raydpo.config import Config, ObjectiveConfig, load_config
-from raydpo.config.uri import redacted
-from raydpo.console import Console
 from raydpo.data.facts import prompt_numbers
 from raydpo.data.pairs import load_pairs
 from raydpo.data.tokenise import Tokeniser, load_tokenizer
@@ -43,8 +40,11 @@ from raydpo.ray_runtime import bfloat16_pays, resources_for, session
 from raydpo.reference.identity import resolve_model
 from raydpo.reference.score import ReferenceSpec
 from raydpo.reference.store import ReferenceCache
-from raydpo.storage import Storage
+from raydpo.storage.files import Storage
+from raydpo.storage.uri import redacted
+from raydpo.terminal.console import Console
 from raydpo.training.pairs import reference_values
+from raydpo.version import __version__
 
 __all__ = ["evaluate", "pairs_to_evaluate", "protocol"]
 
@@ -168,7 +168,7 @@ class _Evaluation:
         self._score_missing(sampled)
         beta, objective = self.policy.beta(config), self._objective()
         found: dict[str, Any] = {
-            "raydpo": raydpo.__version__, "policy": self.policy.name, "policy_identity": self.policy.spec.identity.digest,
+            "raydpo": __version__, "policy": self.policy.name, "policy_identity": self.policy.spec.identity.digest,
             "reference": {"path": config.reference_path, "adapter": config.reference_adapter,
                           "identity": self.reference.identity.digest},
             "data": list(dict.fromkeys(self.pairs["source"].to_pylist())), "held_out": settings.data is None,

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from raydpo.errors import RaydpoError
 from raydpo.ray_runtime import Resources, over_actors
-from raydpo.storage import Storage
+from raydpo.storage.files import Storage
 
 __all__ = ["FOLDER", "Work", "do_work", "load", "store", "stored_name"]
 

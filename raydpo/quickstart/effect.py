@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from raydpo.config import Config
-from raydpo.console import Console
 from raydpo.quickstart import PREFERENCES
+from raydpo.terminal.console import Console
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -18,7 +18,7 @@ from raydpo.reference.claims import CLAIMS
 from raydpo.reference.index import as_bytes
 from raydpo.reference.part import COMPACTED, Part, encode_part, part_time
 from raydpo.reference.store import PARTS, SET_ASIDE, UNVERIFIED, ReferenceCache
-from raydpo.storage import stale_temporaries
+from raydpo.storage.files import stale_temporaries
 
 __all__ = ["TARGET_BYTES", "CompactReport", "Garbage", "compact", "delete_garbage", "find_garbage"]
 

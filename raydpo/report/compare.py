@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-import raydpo
 from raydpo.config import SCALE_KEYS
 from raydpo.pages.page import render
 from raydpo.pages.plot import SERIES, Picture
@@ -14,6 +13,7 @@ from raydpo.report.records import RunRecord, leaves, length_growth
 from raydpo.report.run import SCRIPTS, status_of
 from raydpo.report.tables import Row, Table, interval, number, text
 from raydpo.training.report import EVALUATION_TABLE
+from raydpo.version import __version__
 
 __all__ = ["comparison_page", "differences", "overlaid"]
 
@@ -39,7 +39,7 @@ def comparison_page(runs: Sequence[RunRecord]) -> str:
     runs = _told_apart(runs)
     different = differences(runs)
     incomparable = any(row.head == key or row.head.startswith(f"{key}.") for row in different.rows for key in SCALE_KEYS)
-    return render("report/compare.html", scripts=SCRIPTS, version=raydpo.__version__, runs=runs, differences=different,
+    return render("report/compare.html", scripts=SCRIPTS, version=__version__, runs=runs, differences=different,
                   finals=_finals(runs), curves=overlaid(runs), incomparable=incomparable, most=MOST,
                   same_pairs=len({run.held_out_digest for run in runs} - {None}) < 2,
                   states=[(run.name, status_of(run)) for run in runs if run.summary is None])

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import raydpo
 from raydpo.losses import PairLogps, preference_loss
 from raydpo.pages.page import render
 from raydpo.pages.plot import BAD, GOOD, INK, PALE, Picture, figure, svg, variable
-from raydpo.storage import Storage
+from raydpo.storage.files import Storage
+from raydpo.version import __version__
 
 __all__ = ["World", "closed_form", "explanation_page", "trained_policy", "write_explanation"]
 
@@ -86,7 +86,7 @@ def explanation_page() -> str:
     frames = [{"beta": float(f"{beta:.3g}"), "policy": [round(float(value), 4) for value in policy],
                "reward": round(float(reward), 3), "drift": round(float(drift), 3)}
               for beta, policy, reward, drift in zip(BETAS, policies, rewards, drifts, strict=True)]
-    return render("report/explain.html", scripts=("report/explain.js",), version=raydpo.__version__, frames=frames,
+    return render("report/explain.html", scripts=("report/explain.js",), version=__version__, frames=frames,
                   shown=SHOWN, world=list(zip(LETTERS, WORLD.answers, (f"{reward:+.1f}" for reward in WORLD.rewards),
                                               (f"{probability:.2f}" for probability in WORLD.reference), strict=True)),
                   gap=f"{np.abs(policies - trained).max():.0e}",

@@ -14,9 +14,9 @@ import polars as pl
 import yaml
 
 from raydpo.config import ObjectiveConfig
-from raydpo.config.uri import redacted
 from raydpo.errors import ConfigError, RaydpoError
-from raydpo.storage import Storage
+from raydpo.storage.files import Storage
+from raydpo.storage.uri import redacted
 from raydpo.sweep.trials import FILE as SWEEP_FILE
 
 __all__ = ["RunRecord", "SweepRecord", "Trial", "is_sweep", "leaves", "length_growth"]

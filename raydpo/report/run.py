@@ -6,7 +6,6 @@ from typing import Any
 
 import yaml
 
-import raydpo
 from raydpo.pages.page import render
 from raydpo.pages.plot import BAD, GOOD, PALE, SERIES, Picture
 from raydpo.report.curves import Curve, curve, curves_picture, phases_picture
@@ -15,6 +14,7 @@ from raydpo.report.findings import findings
 from raydpo.report.records import RunRecord
 from raydpo.report.tables import Cell, Row, Table, duration, number, setting
 from raydpo.training.report import EVALUATION_TABLE
+from raydpo.version import __version__
 
 __all__ = ["run_page", "status_of"]
 
@@ -50,7 +50,7 @@ def run_page(run: RunRecord) -> str:
     """Render the page. Where something is missing, because the run is unfinished or holds nothing out, the page says so."""
     summary = run.summary or {}
     part = evaluation_part(run.evaluation) if run.evaluation else None
-    return render("report/run.html", scripts=SCRIPTS, run=run, version=raydpo.__version__, status=status_of(run),
+    return render("report/run.html", scripts=SCRIPTS, run=run, version=__version__, status=status_of(run),
                   facts=_facts(run), findings=findings(run), curves=_curves(run), before_after=_before_after(run),
                   sources=_sources(run), times=_times(run), phases=phases_picture(run.steps, PHASES), evaluation=part,
                   samples=shown_samples(summary.get("samples")), cache=_cache(run),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import raydpo
 from raydpo.pages.page import render
 from raydpo.report.compare import MOST, overlaid
 from raydpo.report.frontier import (
@@ -20,6 +19,7 @@ from raydpo.report.frontier import (
 from raydpo.report.records import RunRecord, SweepRecord
 from raydpo.report.run import SCRIPTS
 from raydpo.report.tables import Cell, Row, Table, duration, number, setting
+from raydpo.version import __version__
 
 __all__ = ["recommendation_of", "sweep_page"]
 
@@ -36,7 +36,7 @@ def sweep_page(sweep: SweepRecord) -> str:
     points = [point for point in evaluated if point.done]
     recommendation, units = recommendation_of(sweep), units_of_margin(evaluated)
     drawn, left_out = _drawn(sweep, recommendation.point)
-    return render("report/sweep.html", scripts=SCRIPTS, version=raydpo.__version__, sweep=sweep, facts=_facts(sweep),
+    return render("report/sweep.html", scripts=SCRIPTS, version=__version__, sweep=sweep, facts=_facts(sweep),
                   recommendation=recommendation, points=points, frontier=frontier_pictures(points, recommendation.point),
                   measured=drift_axis(points).measured, grown=length_axis(points).measured,
                   otherwise=measured_otherwise(points), same_pairs=on_same_pairs(points),

@@ -10,7 +10,8 @@ from raydpo.report.compare import comparison_page
 from raydpo.report.records import RunRecord, SweepRecord, is_sweep
 from raydpo.report.run import run_page
 from raydpo.report.sweep import sweep_page
-from raydpo.storage import Storage, redact
+from raydpo.storage.files import Storage
+from raydpo.storage.uri import redact
 
 __all__ = ["REPORT", "write_comparison", "write_report"]
 

@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from raydpo.console import Console
-from raydpo.interrupt import EXIT_INTERRUPTED
 from raydpo.submit.client import STOP_SECONDS, Jobs, exit_code, job_env, stop_seconds
+from raydpo.terminal.console import Console
+from raydpo.terminal.interrupt import EXIT_INTERRUPTED
 
 if TYPE_CHECKING:
     from raydpo.config import Config

@@ -7,13 +7,13 @@ import threading
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import raydpo
 from raydpo.config import Config, lower_is_better
-from raydpo.config.uri import redact
-from raydpo.storage import Storage
+from raydpo.storage.files import Storage
+from raydpo.storage.uri import redact
 from raydpo.sweep.halving import best_first
 from raydpo.sweep.trials import FILE, Trial, parameters_of
 from raydpo.training.records import finite, read_rows
+from raydpo.version import __version__
 
 __all__ = ["Entry", "Ledger"]
 
@@ -89,7 +89,7 @@ class Ledger:
         trials = [entry.trial for entry in self.entries.values()]
         parameters = parameters_of(trials)
         return {
-            "raydpo": raydpo.__version__, "name": self.config.run_name, "metric": self.config.sweep.metric,
+            "raydpo": __version__, "name": self.config.run_name, "metric": self.config.sweep.metric,
             "parameters": parameters, "cache": self.cache,
             "trials": [{"name": entry.trial.name, "run_dir": redact(entry.trial.config.run_dir),
                         "settings": {key: entry.trial.value(key) for key in parameters},

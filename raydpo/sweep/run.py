@@ -17,10 +17,8 @@ import pyarrow as pa
 
 from raydpo.checks import check
 from raydpo.config import Config, lower_is_better
-from raydpo.console import Console
 from raydpo.errors import ConfigError, RaydpoError
 from raydpo.evaluation.run import evaluate, pairs_to_evaluate, protocol
-from raydpo.interrupt import interruptible
 from raydpo.pipeline import (
     Joined,
     Prepared,
@@ -36,12 +34,14 @@ from raydpo.ray_runtime import session
 from raydpo.reference.shards import Wanted
 from raydpo.report.records import SweepRecord
 from raydpo.report.sweep import recommendation_of
-from raydpo.storage import Storage
+from raydpo.storage.files import Storage
 from raydpo.sweep.halving import going_on, rungs
 from raydpo.sweep.ledger import Ledger
 from raydpo.sweep.packing import trials_at_once
 from raydpo.sweep.table import SweepTable, TrialDisplay
 from raydpo.sweep.trials import FILE, Trial, parameters_of, trials_of
+from raydpo.terminal.console import Console
+from raydpo.terminal.interrupt import interruptible
 from raydpo.training.earlier import begin_again, earlier_result
 from raydpo.training.launch import new_board
 from raydpo.training.records import read_rows

@@ -10,8 +10,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from raydpo.console import Console
 from raydpo.sweep.ledger import Ledger
+from raydpo.terminal.console import Console
 from raydpo.training.report import TrainingDisplay
 
 __all__ = ["SweepTable", "TrialDisplay"]

@@ -12,9 +12,9 @@ from typing import Any
 import yaml
 
 from raydpo.config import Config
-from raydpo.console import Console
 from raydpo.errors import ConfigError
-from raydpo.storage import Storage
+from raydpo.storage.files import Storage
+from raydpo.terminal.console import Console
 from raydpo.training.checkpoint import changed_settings
 
 __all__ = ["begin_again", "earlier_result", "harmless_changes", "leaves", "set_aside"]

@@ -16,10 +16,10 @@ import pyarrow as pa
 
 from raydpo.config import TrackConfig, TrainConfig, lower_is_better
 from raydpo.errors import DeviceMemoryError, RaydpoError
-from raydpo.interrupt import interruptible
 from raydpo.ray_runtime import Resources, original_error
 from raydpo.reference.identity import on_this_machine
-from raydpo.storage import Storage
+from raydpo.storage.files import Storage
+from raydpo.terminal.interrupt import interruptible
 from raydpo.training.board import Board, Listener, listening
 from raydpo.training.hooks import Hooks
 from raydpo.training.job import TrainJob

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raydpo.storage import Storage
+from raydpo.storage.files import Storage
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

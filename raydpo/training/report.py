@@ -7,9 +7,9 @@ from typing import Any
 
 from rich.markup import escape
 
-from raydpo.console import Console, ProgressLine
+from raydpo.terminal.console import Console, ProgressLine, plain_text
 
-__all__ = ["EVALUATION_TABLE", "TrainingDisplay", "plain_text", "print_summary"]
+__all__ = ["EVALUATION_TABLE", "TrainingDisplay", "print_summary"]
 
 PROMPT_CHARACTERS = 120
 EVALUATION_TABLE = (
@@ -88,11 +88,6 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
     console.say(f"checkpoints: {summary['checkpoint_bytes'] / 1e6:,.1f} MB each; training stood still for them for "
                 f"{seconds:.1f} s, {seconds / max(summary['train_seconds'], 1e-9):.1%} of its time")
     console.say(f"run directory: {summary['run_dir']}  (model in final/, metrics.parquet, eval.parquet, tensorboard/)")
-
-
-def plain_text(text: str) -> str:
-    """``text`` without terminal control characters, which data and answers may contain."""
-    return "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
 def _end(prompt: str) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from raydpo.config.track import MlflowConfig, TrackConfig, WandbConfig
-from raydpo.storage import Storage
+from raydpo.storage.files import Storage
 
 __all__ = ["GAUGES", "Gauges", "Trackers", "export_pass"]
 

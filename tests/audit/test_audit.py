@@ -17,7 +17,7 @@ from raydpo.audit.measure import figures, separation
 from raydpo.config import ObjectiveConfig
 from raydpo.data.facts import pair_facts
 from raydpo.data.filter import PairFilter
-from raydpo.storage import Storage
+from raydpo.storage.files import Storage
 
 META = {"name": "test", "model": "tiny", "raydpo": "0", "identity": "0" * 32, "cache": "cache"}
 

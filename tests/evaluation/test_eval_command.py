@@ -22,11 +22,11 @@ from tiny import make_model, preferences, write_preferences
 
 import raydpo
 from raydpo.config import load_config
-from raydpo.console import Console
 from raydpo.data.split import held_out, prompt_digest
 from raydpo.errors import CacheMissError, ConfigError
 from raydpo.evaluation.run import _Evaluation
-from raydpo.storage import Storage
+from raydpo.storage.files import Storage
+from raydpo.terminal.console import Console
 
 SETTINGS = {"prompts": 6, "max_tokens": 10, "samples": 2}
 FIGURES = {"raydpo", "policy", "reference", "data", "beta", "preferences", "generation", "drift", "wins", "samples"}

@@ -11,10 +11,10 @@ import pytest
 from tiny import preferences, write_preferences
 
 from raydpo.config import load_config
-from raydpo.console import Console
 from raydpo.pipeline import Prepared
 from raydpo.reference.score import Scorer
 from raydpo.reference.shards import Wanted, missing_shards, plan_shards
+from raydpo.terminal.console import Console
 
 COUNT = 12
 

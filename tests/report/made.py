@@ -12,7 +12,7 @@ import torch
 
 from raydpo.config import load_config
 from raydpo.losses import PairLogps, preference_loss
-from raydpo.storage import Storage
+from raydpo.storage.files import Storage
 from raydpo.training.metrics import PairSums
 from raydpo.training.records import to_parquet
 

@@ -20,7 +20,7 @@ from raydpo.report.frontier import (
 )
 from raydpo.report.records import SweepRecord
 from raydpo.report.sweep import recommendation_of, sweep_page
-from raydpo.storage import Storage
+from raydpo.storage.files import Storage
 
 
 def read(directory):

@@ -12,7 +12,6 @@ import yaml
 from made import HOSTILE, made_run, made_sweep
 
 from raydpo.cli import main
-from raydpo.console import Console
 from raydpo.errors import ConfigError, RaydpoError
 from raydpo.evaluation.interval import share_error
 from raydpo.evaluation.report import print_evaluation
@@ -24,7 +23,8 @@ from raydpo.report.frontier import points_of
 from raydpo.report.records import RunRecord, SweepRecord
 from raydpo.report.run import run_page
 from raydpo.report.sweep import sweep_page
-from raydpo.storage import Storage
+from raydpo.storage.files import Storage
+from raydpo.terminal.console import Console
 from raydpo.training.records import to_parquet
 
 

@@ -16,7 +16,7 @@ from tiny import preferences, write_preferences
 
 import raydpo
 from raydpo.cli import main
-from raydpo.console import Console
+from raydpo.terminal.console import Console
 
 CHECKPOINT_EVERY = 5
 DIVERGED = "lr=1e+30,max_skipped=0"

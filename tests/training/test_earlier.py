@@ -6,9 +6,9 @@ import os
 
 import pytest
 
-from raydpo.console import Console
 from raydpo.errors import ConfigError
-from raydpo.storage import Storage
+from raydpo.storage.files import Storage
+from raydpo.terminal.console import Console
 from raydpo.training.earlier import begin_again
 
 

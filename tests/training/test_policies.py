@@ -16,11 +16,11 @@ from tiny import preferences, write_preferences
 
 from raydpo.cli import main
 from raydpo.config import load_config
-from raydpo.console import Console
 from raydpo.errors import ConfigError, ModelError
 from raydpo.pipeline import Prepared
 from raydpo.reference.shards import Wanted
 from raydpo.reference.store import ReferenceCache
+from raydpo.terminal.console import Console
 from raydpo.training.pairs import join_reference
 
 LORA = {"r": 4, "alpha": 8}

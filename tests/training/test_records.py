@@ -2,7 +2,7 @@ import errno
 
 import pytest
 
-from raydpo.storage import Storage
+from raydpo.storage.files import Storage
 from raydpo.training.records import RunRecords, read_rows
 
 

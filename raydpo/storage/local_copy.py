@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from raydpo.errors import ModelError, RaydpoError
-from raydpo.storage import Storage, remove_stale_temporaries
+from raydpo.storage.files import Storage, remove_stale_temporaries
 
 __all__ = ["LocalCopy", "RemoteDirectory", "local_home"]
 

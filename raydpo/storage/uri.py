@@ -1,4 +1,4 @@
-"""URIs as text: recognise them, and hide secrets in URIs and other settings. ``raydpo.storage`` opens URIs."""
+"""URIs as text: recognise them, and hide secrets in URIs and other settings. ``raydpo.storage.files`` opens URIs."""
 
 from __future__ import annotations
 

@@ -23,9 +23,8 @@ from urllib.parse import quote, unquote
 import pyarrow as pa
 from pyarrow import fs as pafs
 
-from raydpo.config import is_uri
-from raydpo.config.uri import redact, secrets_of
 from raydpo.errors import ConfigError, RaydpoError
+from raydpo.storage.uri import is_uri, redact, secrets_of
 
 __all__ = ["Entry", "Storage", "redact", "remove_stale_temporaries", "stale_temporaries"]
 

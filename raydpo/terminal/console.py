@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console as RichConsole
     from rich.progress import Progress
 
-__all__ = ["Console", "ProgressLine"]
+__all__ = ["Console", "ProgressLine", "plain_text"]
 
 FILE_WIDTH = 200
 """Columns of a table when the output is not a terminal. rich would assume 80."""
@@ -179,3 +179,8 @@ def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def plain_text(text: str) -> str:
+    """``text`` without terminal control characters, which data and answers may contain."""
+    return "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text)
