@@ -18,19 +18,19 @@ import pyarrow.compute as pc
 
 from raydpo.checks import check
 from raydpo.config import Config, is_hub_name
-from raydpo.cost import ModelCost
 from raydpo.data.facts import pair_facts
 from raydpo.data.filter import PairFilter, filtered_by_tokens
+from raydpo.data.index import as_bytes
 from raydpo.data.pairs import PAIR_MARGIN, PAIR_WEIGHT, SAME, PairSets, load_pairs
 from raydpo.data.tokenise import Tokeniser, load_tokenizer
 from raydpo.errors import ConfigError
 from raydpo.losses import own_sources
+from raydpo.model.cost import ModelCost
 from raydpo.model.rotary import ROTARY, rope_line
 from raydpo.preflight import check_cluster, check_nodes
 from raydpo.ray_runtime import Resources, bfloat16_pays, resources_for, session
 from raydpo.reference.build import BuildReport, build
 from raydpo.reference.identity import ReferenceIdentity, earlier_identity, identify, resolve_model
-from raydpo.reference.index import as_bytes
 from raydpo.reference.score import ReferenceSpec
 from raydpo.reference.store import ReferenceCache
 from raydpo.storage.files import Storage

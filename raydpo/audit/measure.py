@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from raydpo.evaluation.interval import Interval, mean_by_group, share, share_by_group
+from raydpo.data.facts import LENGTH_BINS
+from raydpo.data.interval import Interval, mean_by_group, share, share_by_group
 
-__all__ = ["LENGTH_BINS", "figures", "separation"]
+__all__ = ["figures", "separation"]
 
-LENGTH_BINS = (-100, -25, 0, 1, 26, 101)
-"""Left edges of the bins of length difference, tokens: much shorter, shorter, slightly shorter, equal, ..."""
 FAR_MARGIN = -150
 """Reference margin, nats, below which a pair counts as far out."""
 FAR_SHARE = 0.01

@@ -25,10 +25,10 @@ from raydpo.benchmark.compare import Measurement, disagreements, fastest, figure
 from raydpo.benchmark.job import Job, Result, Stage, start
 from raydpo.benchmark.report import plot, print_point
 from raydpo.config import DataConfig, TrainConfig, is_hub_name
-from raydpo.cost import ModelCost
 from raydpo.errors import ConfigError, TrainError
 from raydpo.estimate.plan import pair_groups
 from raydpo.estimate.rate import known_peak
+from raydpo.model.cost import ModelCost
 from raydpo.model.weights import check_weights
 from raydpo.reference.identity import resolve_model
 from raydpo.storage.uri import is_uri

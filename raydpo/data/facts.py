@@ -6,9 +6,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raydpo.reference.index import KeyIndex, as_bytes
+from raydpo.data.index import KeyIndex, as_bytes
 
-__all__ = ["FACTS", "REFERENCE_FACTS", "pair_facts", "prompt_numbers"]
+__all__ = ["FACTS", "LENGTH_BINS", "REFERENCE_FACTS", "pair_facts", "prompt_numbers"]
 
 FACTS: dict[str, tuple[pa.DataType, str]] = {
     "pair_id": (pa.string(), "source:row"),
@@ -114,3 +114,7 @@ def _copies(pairs: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     number[order] = np.arange(len(code)) - np.repeat(np.cumsum(counts) - counts, counts)
     place = np.minimum(np.searchsorted(distinct, opposite), max(0, len(distinct) - 1))
     return counts[inverse], number, np.where(distinct[place] == opposite, counts[place], 0)
+
+
+LENGTH_BINS = (-100, -25, 0, 1, 26, 101)
+"""Left edges of the bins of length difference, tokens: much shorter, shorter, slightly shorter, equal, ..."""

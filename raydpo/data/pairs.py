@@ -14,9 +14,9 @@ from raydpo.config import DataConfig, SourceConfig, source_name
 from raydpo.data.keys import completion_key
 from raydpo.data.preference import Malformed, Preference, normalise
 from raydpo.data.records import Record, read_records
-from raydpo.data.report import DataReport, SourceReport
 from raydpo.data.split import held_out, kept, prompt_digest
 from raydpo.data.spool import Spool, spooled
+from raydpo.data.tally import DataReport, SourceReport
 from raydpo.data.tokenise import TokenisedPair, Tokeniser
 from raydpo.storage.uri import redact
 

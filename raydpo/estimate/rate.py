@@ -11,13 +11,13 @@ import pyarrow as pa
 import torch
 
 from raydpo.config import Config
-from raydpo.cost import ModelCost
 from raydpo.data.plan import fill_batches
 from raydpo.data.shapes import LayoutName
 from raydpo.data.simulate import amounts
 from raydpo.errors import ConfigError
 from raydpo.estimate.plan import FORWARD, Rates, operations, pair_groups, training_factors
 from raydpo.model.budget import MOST_TRAINED, find_budget, probe_group
+from raydpo.model.cost import ModelCost
 from raydpo.model.files import model_files
 from raydpo.model.load import add_lora, load_causal_lm
 from raydpo.model.logps import LogpModel

@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from raydpo.data.plan import fill_batches
+from raydpo.data.prefetch import prefetch
 from raydpo.data.shapes import cut_group
 from raydpo.model.budget import MOST_SCORED, find_budget, is_out_of_memory, probe_group
 from raydpo.model.layout import Layout, PromptGroup, shapes_of
@@ -19,7 +20,6 @@ from raydpo.model.load import load_causal_lm
 from raydpo.model.logps import LogpModel
 from raydpo.model.selfcheck import Wish, choose_layout, share_positions
 from raydpo.model.ulysses import SequenceGroup
-from raydpo.prefetch import prefetch
 from raydpo.reference.identity import ReferenceIdentity, proved_here
 from raydpo.storage.local_copy import RemoteDirectory
 from raydpo.version import __version__

@@ -24,9 +24,9 @@ from itertools import pairwise
 import numpy as np
 import pyarrow as pa
 
+from raydpo.data.index import KeyIndex, as_bytes
 from raydpo.errors import CacheError, RaydpoError
 from raydpo.reference.identity import ReferenceIdentity
-from raydpo.reference.index import KeyIndex, as_bytes
 from raydpo.reference.part import (
     COMPACTED,
     KEY_TYPE,

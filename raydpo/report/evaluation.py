@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from raydpo.audit.extremes import shown
 from raydpo.pages.plot import GOOD, INK, Picture, bin_name, figure, length_bars, svg
+from raydpo.pages.text import shown
 from raydpo.report.tables import Row, Table, interval, number, text
 
 __all__ = ["EvaluationPart", "evaluation_part", "evaluation_tables", "shown_samples"]

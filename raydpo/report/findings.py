@@ -8,7 +8,7 @@ from typing import Any
 
 import polars as pl
 
-from raydpo.evaluation.interval import share
+from raydpo.data.interval import share
 from raydpo.pages.finding import Finding
 from raydpo.report.records import RunRecord
 from raydpo.training.watch import COLLAPSE, LAG, SPIKE_DEVIATIONS, WINDOW

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raydpo.config import ObjectiveConfig
-from raydpo.evaluation.interval import Z95, share_error
+from raydpo.data.interval import Z95, share_error
 from raydpo.pages.plot import BAD, GOOD, INK, PALE, Picture, figure, svg
 from raydpo.report.records import SweepRecord, Trial, length_growth
 from raydpo.report.tables import setting

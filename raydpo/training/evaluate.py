@@ -12,9 +12,9 @@ from torch import Tensor
 
 from raydpo.config import ObjectiveConfig
 from raydpo.data.plan import MicroBatch, split_over_ranks
+from raydpo.data.prefetch import prefetch
 from raydpo.losses import Memory, Objective, PairLogps
 from raydpo.model.layout import Layout
-from raydpo.prefetch import prefetch
 from raydpo.training.metrics import PairSums
 from raydpo.training.pairs import TrainingPairs
 from raydpo.training.protocols import StepEngine

@@ -12,12 +12,12 @@ import pyarrow.compute as pc
 import torch
 
 from raydpo.data.facts import prompt_numbers
+from raydpo.data.index import as_bytes
 from raydpo.data.pairs import PAIR_MARGIN, PAIR_WEIGHT
 from raydpo.data.shapes import Shapes
 from raydpo.errors import CacheMissError
 from raydpo.model.layout import PromptGroup
 from raydpo.reference.identity import QUANTIZED, ReferenceIdentity
-from raydpo.reference.index import as_bytes
 from raydpo.reference.join import Joined, join
 from raydpo.reference.store import UNVERIFIED, ReferenceCache
 

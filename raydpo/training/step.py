@@ -12,11 +12,11 @@ from torch import Tensor
 
 from raydpo.config import TrainConfig
 from raydpo.data.plan import BatchPlan, MicroBatch
+from raydpo.data.prefetch import prefetch
 from raydpo.errors import DeviceMemoryError
 from raydpo.losses import Memory, Objective, PairLogps, PreferenceLoss
 from raydpo.model.budget import is_out_of_memory, used_memory
 from raydpo.model.layout import Layout
-from raydpo.prefetch import prefetch
 from raydpo.training.clock import StepClock
 from raydpo.training.evaluate import AllPairLogps, pair_logps
 from raydpo.training.metrics import PairSums

@@ -12,11 +12,11 @@ from tiny import make_tokenizer, preferences
 
 from raydpo.audit import audit_pairs, summary_lines, write_audit
 from raydpo.audit.advice import advise
-from raydpo.audit.extremes import shown
 from raydpo.audit.measure import figures, separation
 from raydpo.config import ObjectiveConfig
 from raydpo.data.facts import pair_facts
 from raydpo.data.filter import PairFilter
+from raydpo.pages.text import shown
 from raydpo.storage.files import Storage
 
 META = {"name": "test", "model": "tiny", "raydpo": "0", "identity": "0" * 32, "cache": "cache"}

@@ -5,7 +5,7 @@ import json
 import pytest
 from made import made_evaluation, made_sweep, made_trials, write_sweep
 
-from raydpo.evaluation.interval import Z95, share_error
+from raydpo.data.interval import Z95, share_error
 from raydpo.report.frontier import (
     Axis,
     Point,

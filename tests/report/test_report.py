@@ -12,8 +12,8 @@ import yaml
 from made import HOSTILE, made_run, made_sweep
 
 from raydpo.cli import main
+from raydpo.data.interval import share_error
 from raydpo.errors import ConfigError, RaydpoError
-from raydpo.evaluation.interval import share_error
 from raydpo.evaluation.report import print_evaluation
 from raydpo.report import write_comparison, write_report
 from raydpo.report.compare import differences

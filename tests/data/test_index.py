@@ -2,7 +2,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from raydpo.reference.index import KeyIndex, as_bytes
+from raydpo.data.index import KeyIndex, as_bytes
 from raydpo.reference.part import KEY_TYPE
 
 

@@ -3,7 +3,7 @@ import time
 
 import pytest
 
-from raydpo.prefetch import prefetch
+from raydpo.data.prefetch import prefetch
 
 
 def test_order_is_kept_and_preparation_runs_ahead_in_another_thread():

@@ -5,7 +5,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from raydpo.evaluation.interval import (
+from raydpo.data.interval import (
     Z95,
     by_group,
     effective_count,

@@ -4,8 +4,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 from tiny import make_model
 
-from raydpo.cost import ModelCost
 from raydpo.errors import ModelError
+from raydpo.model.cost import ModelCost
 
 
 def counted(directory):
