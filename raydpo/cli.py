@@ -229,7 +229,7 @@ def _explain(args: argparse.Namespace, console: Console) -> None:
 
 
 def _doctor(args: argparse.Namespace, console: Console) -> None:
-    from raydpo.doctor import report
+    from raydpo.cluster.doctor import report
 
     report(console)
 

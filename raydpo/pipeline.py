@@ -17,6 +17,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raydpo.checks import check
+from raydpo.cluster.preflight import check_cluster, check_nodes
+from raydpo.cluster.resources import Resources, bfloat16_pays, resources_for
+from raydpo.cluster.session import session
+from raydpo.cluster.waiting import coming_up, wait_for
 from raydpo.config import Config, is_hub_name
 from raydpo.data.facts import pair_facts
 from raydpo.data.filter import PairFilter, filtered_by_tokens
@@ -27,8 +31,6 @@ from raydpo.errors import ConfigError
 from raydpo.losses import own_sources
 from raydpo.model.cost import ModelCost
 from raydpo.model.rotary import ROTARY, rope_line
-from raydpo.preflight import check_cluster, check_nodes
-from raydpo.ray_runtime import Resources, bfloat16_pays, resources_for, session
 from raydpo.reference.build import BuildReport, build
 from raydpo.reference.identity import ReferenceIdentity, earlier_identity, identify, resolve_model
 from raydpo.reference.score import ReferenceSpec
@@ -47,7 +49,6 @@ from raydpo.training.records import finite, read_rows
 from raydpo.training.report import TrainingDisplay, print_summary
 from raydpo.training.trackers import export_pass
 from raydpo.version import __version__
-from raydpo.waiting import coming_up, wait_for
 
 if TYPE_CHECKING:
     from raydpo.audit import Audit

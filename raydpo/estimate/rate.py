@@ -10,6 +10,7 @@ from functools import partial
 import pyarrow as pa
 import torch
 
+from raydpo.cluster.resources import bfloat16_pays
 from raydpo.config import Config
 from raydpo.data.plan import fill_batches
 from raydpo.data.shapes import LayoutName
@@ -23,7 +24,6 @@ from raydpo.model.load import add_lora, load_causal_lm
 from raydpo.model.logps import LogpModel
 from raydpo.model.rotary import rope_length
 from raydpo.model.selfcheck import choose_layout
-from raydpo.ray_runtime import bfloat16_pays
 from raydpo.reference.identity import identify, resolve_model
 from raydpo.reference.score import ReferenceSpec, Scorer
 

@@ -21,6 +21,10 @@ from raydpo.answers.draws import ROWS
 from raydpo.answers.judge import Judge, judge_contests
 from raydpo.answers.reward import RewardModel
 from raydpo.checks import check
+from raydpo.cluster.preflight import check_cluster
+from raydpo.cluster.resources import bfloat16_pays, resources_for
+from raydpo.cluster.session import session
+from raydpo.cluster.work import Work, do_work
 from raydpo.config import Config, ObjectiveConfig, load_config
 from raydpo.data.facts import prompt_numbers
 from raydpo.data.pairs import load_pairs
@@ -32,11 +36,8 @@ from raydpo.evaluation.preferences import ScoredPairs, measure_preferences
 from raydpo.evaluation.prompts import Prompt, choose_prompts, evaluation_data, reading, spoken, trained_on
 from raydpo.evaluation.report import print_evaluation
 from raydpo.evaluation.samples import Answers
-from raydpo.evaluation.work import Work, do_work
 from raydpo.model.rotary import rope_line
 from raydpo.pipeline import fill_cache, find_reference, measured_pairs, reference_line, report_on
-from raydpo.preflight import check_cluster
-from raydpo.ray_runtime import bfloat16_pays, resources_for, session
 from raydpo.reference.identity import resolve_model
 from raydpo.reference.score import ReferenceSpec
 from raydpo.reference.store import ReferenceCache

@@ -6,10 +6,10 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from raydpo.cluster.nodes import nodes_with
+from raydpo.cluster.resources import resources_for
 from raydpo.config import Config
 from raydpo.errors import ConfigError
-from raydpo.nodes import nodes_with
-from raydpo.ray_runtime import resources_for
 from raydpo.sweep.trials import Trial
 
 __all__ = ["Node", "places", "trials_at_once"]

@@ -16,6 +16,9 @@ from typing import Any
 import pyarrow as pa
 
 from raydpo.checks import check
+from raydpo.cluster.preflight import check_cluster
+from raydpo.cluster.session import session
+from raydpo.cluster.waiting import coming_up
 from raydpo.config import Config, lower_is_better
 from raydpo.errors import ConfigError, RaydpoError
 from raydpo.evaluation.run import evaluate, pairs_to_evaluate, protocol
@@ -29,8 +32,6 @@ from raydpo.pipeline import (
     score_prepared,
     train_prepared,
 )
-from raydpo.preflight import check_cluster
-from raydpo.ray_runtime import session
 from raydpo.reference.shards import Wanted
 from raydpo.report.records import SweepRecord
 from raydpo.report.sweep import recommendation_of
@@ -45,7 +46,6 @@ from raydpo.terminal.interrupt import interruptible
 from raydpo.training.earlier import begin_again, earlier_result
 from raydpo.training.launch import new_board
 from raydpo.training.records import read_rows
-from raydpo.waiting import coming_up
 
 __all__ = ["sweep"]
 

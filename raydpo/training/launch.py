@@ -14,9 +14,10 @@ from typing import Any
 
 import pyarrow as pa
 
+from raydpo.cluster.actors import original_error
+from raydpo.cluster.resources import Resources
 from raydpo.config import TrackConfig, TrainConfig, lower_is_better
 from raydpo.errors import DeviceMemoryError, RaydpoError
-from raydpo.ray_runtime import Resources, original_error
 from raydpo.reference.identity import on_this_machine
 from raydpo.storage.files import Storage
 from raydpo.terminal.interrupt import interruptible

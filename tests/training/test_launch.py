@@ -202,9 +202,9 @@ def test_an_error_of_one_worker_ends_all_at_once(on_cluster, tmp_path, max_failu
     """Without it, the other worker would wait for two minutes. The limit is half of that: other tests may run meanwhile."""
     import ray
 
+    from raydpo.cluster.resources import Resources
     from raydpo.config import TrainConfig
     from raydpo.errors import TrainError
-    from raydpo.ray_runtime import Resources
     from raydpo.training.launch import _fit, _ray_trainer, new_board
 
     ray.init(address=os.environ["RAY_ADDRESS"], runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}})

@@ -13,14 +13,14 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from raydpo.cluster.nodes import grows_to, holds, nodes_with
+from raydpo.cluster.resources import resources_for
+from raydpo.cluster.waiting import check_reachable
 from raydpo.config import Config
 from raydpo.errors import ConfigError, RaydpoError
-from raydpo.nodes import grows_to, holds, nodes_with
-from raydpo.ray_runtime import resources_for
 from raydpo.storage.files import Storage
 from raydpo.terminal.console import Console
 from raydpo.version import __version__
-from raydpo.waiting import check_reachable
 
 __all__ = ["check_cluster", "check_nodes"]
 

@@ -17,8 +17,9 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from raydpo.cluster.actors import over_actors
+from raydpo.cluster.resources import Resources
 from raydpo.errors import RaydpoError
-from raydpo.ray_runtime import Resources, over_actors
 from raydpo.storage.files import Storage
 
 __all__ = ["FOLDER", "Work", "do_work", "load", "store", "stored_name"]

@@ -7,10 +7,10 @@ import threading
 import time
 from collections.abc import Iterator
 
+from raydpo.cluster.nodes import holds, never_comes, nodes_with, room_for
+from raydpo.cluster.resources import Resources, resources_for
 from raydpo.config import Config
 from raydpo.errors import ConfigError
-from raydpo.nodes import holds, never_comes, nodes_with, room_for
-from raydpo.ray_runtime import Resources, resources_for
 from raydpo.terminal.console import Console
 
 __all__ = ["check_reachable", "coming_up", "wait_for"]

@@ -2,8 +2,8 @@
 
 import pytest
 
+from raydpo.cluster.actors import original_error
 from raydpo.errors import CacheError
-from raydpo.ray_runtime import original_error
 
 OUT_OF_MEMORY = """Training failed due to controller error:
 9 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 10.0.0.2, ID: 071dcbcdca025bb3) was \

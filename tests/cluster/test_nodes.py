@@ -8,9 +8,9 @@ import time
 import pytest
 from tiny import preferences, write_preferences
 
+from raydpo.cluster.nodes import holds, selected
 from raydpo.config import load_config
 from raydpo.errors import ConfigError
-from raydpo.nodes import holds, selected
 from raydpo.terminal.console import Console
 
 
@@ -51,7 +51,7 @@ def demands():
 
 
 def test_the_nodes_of_the_training_are_asked_for_within_the_block_only(configured):
-    from raydpo.waiting import coming_up
+    from raydpo.cluster.waiting import coming_up
 
     config = configured("train.workers=3", "train.gpus_per_worker=1", "train.accelerator=H100", "ray.autoscaling=true")
     assert demands() == []
@@ -70,8 +70,8 @@ def test_a_stage_that_waits_asks_for_its_own_nodes_beside_those_of_the_training(
     """Ray does not: its actors are created only once there is room for one."""
     import ray
 
-    from raydpo import waiting
-    from raydpo.ray_runtime import resources_for
+    from raydpo.cluster import waiting
+    from raydpo.cluster.resources import resources_for
 
     config = configured("train.workers=2", "train.gpus_per_worker=1", "score.workers=3", "score.gpus_per_worker=0",
                         "ray.autoscaling=true")
@@ -95,8 +95,8 @@ def test_a_stage_that_waits_asks_for_its_own_nodes_beside_those_of_the_training(
 def test_waiting_says_what_is_missing_and_ends_when_it_is_there(configured, monkeypatch):
     import ray
 
-    from raydpo import waiting
-    from raydpo.ray_runtime import resources_for
+    from raydpo.cluster import waiting
+    from raydpo.cluster.resources import resources_for
 
     monkeypatch.setattr(waiting, "SAY_SECONDS", 1.0)
     stream = io.StringIO()
@@ -116,8 +116,8 @@ def test_waiting_says_what_is_missing_and_ends_when_it_is_there(configured, monk
 
 @pytest.mark.parametrize("variable", [True, False])
 def test_the_address_of_a_job_server_is_none_to_run_on(tiny_llama, tmp_path, monkeypatch, variable):
-    from raydpo.doctor import report
-    from raydpo.ray_runtime import session
+    from raydpo.cluster.doctor import report
+    from raydpo.cluster.session import session
 
     server, stream = "http://localhost:8265", io.StringIO()
     tree = {"output": str(tmp_path), "model": {"path": str(tiny_llama)}, "data": {"train": str(tiny_llama)}}
@@ -139,7 +139,7 @@ def test_gpus_that_torch_does_not_find_are_told_before_one_is_held(tiny_llama, t
     import torch
     from ray.cluster_utils import Cluster
 
-    from raydpo.preflight import check_cluster
+    from raydpo.cluster.preflight import check_cluster
 
     if torch.cuda.is_available():
         pytest.skip("torch finds GPUs here")
@@ -172,7 +172,7 @@ def test_gpus_that_torch_does_not_find_are_told_before_one_is_held(tiny_llama, t
     (["output=/proc/nowhere"], "'output' does not work: cannot write to /proc/nowhere"),
 ])
 def test_preflight_is_one_sentence_for_each_problem(configured, overrides, sentence):
-    from raydpo.preflight import check_cluster
+    from raydpo.cluster.preflight import check_cluster
 
     with pytest.raises(ConfigError) as error:
         check_cluster(configured(*overrides), ["score", "train"], Console(io.StringIO()))
