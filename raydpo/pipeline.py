@@ -35,19 +35,20 @@ from raydpo.reference.build import BuildReport, build
 from raydpo.reference.identity import ReferenceIdentity, earlier_identity, identify, resolve_model
 from raydpo.reference.score import ReferenceSpec
 from raydpo.reference.store import ReferenceCache
+from raydpo.rundir.card import model_card
+from raydpo.rundir.display import TrainingDisplay
+from raydpo.rundir.earlier import begin_again, earlier_result, harmless_changes
+from raydpo.rundir.fingerprint import changed_settings
+from raydpo.rundir.records import finite, read_rows
+from raydpo.rundir.summary import print_summary
+from raydpo.rundir.trackers import export_pass
 from raydpo.storage.files import Storage
 from raydpo.storage.uri import redact
 from raydpo.terminal.console import Console, ProgressLine
-from raydpo.training.card import model_card
-from raydpo.training.checkpoint import changed_settings
-from raydpo.training.earlier import begin_again, earlier_result, harmless_changes
 from raydpo.training.engine import PolicySpec
 from raydpo.training.job import TrainJob
 from raydpo.training.launch import Payload, launch
 from raydpo.training.pairs import join_reference, reference_values
-from raydpo.training.records import finite, read_rows
-from raydpo.training.report import TrainingDisplay, print_summary
-from raydpo.training.trackers import export_pass
 from raydpo.version import __version__
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ from raydpo.config import SCALE_KEYS
 from raydpo.pages.page import render
 from raydpo.pages.plot import SERIES, Picture
 from raydpo.report.curves import curve, curves_picture
-from raydpo.report.records import RunRecord, leaves, length_growth
 from raydpo.report.run import SCRIPTS, status_of
 from raydpo.report.tables import Row, Table, interval, number, text
-from raydpo.training.report import EVALUATION_TABLE
+from raydpo.rundir.read import RunRecord, leaves, length_growth
+from raydpo.rundir.summary import EVALUATION_TABLE
 from raydpo.version import __version__
 
 __all__ = ["comparison_page", "differences", "overlaid"]

@@ -10,8 +10,8 @@ import polars as pl
 
 from raydpo.data.interval import share
 from raydpo.pages.finding import Finding
-from raydpo.report.records import RunRecord
-from raydpo.training.watch import COLLAPSE, LAG, SPIKE_DEVIATIONS, WINDOW
+from raydpo.rundir.read import RunRecord
+from raydpo.rundir.watch import COLLAPSE, LAG, SPIKE_DEVIATIONS, WINDOW
 
 __all__ = ["findings"]
 

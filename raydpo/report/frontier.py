@@ -11,8 +11,8 @@ from typing import Any
 from raydpo.config import ObjectiveConfig
 from raydpo.data.interval import Z95, share_error
 from raydpo.pages.plot import BAD, GOOD, INK, PALE, Picture, figure, svg
-from raydpo.report.records import SweepRecord, Trial, length_growth
 from raydpo.report.tables import setting
+from raydpo.rundir.read import SweepRecord, Trial, length_growth
 
 __all__ = ["Point", "Recommendation", "drift_axis", "frontier_pictures", "length_axis", "measured_otherwise",
            "on_same_pairs", "points_of", "recommend", "units_of_margin"]

@@ -11,9 +11,9 @@ from raydpo.pages.plot import BAD, GOOD, PALE, SERIES, Picture
 from raydpo.report.curves import Curve, curve, curves_picture, phases_picture
 from raydpo.report.evaluation import evaluation_part, shown_samples
 from raydpo.report.findings import findings
-from raydpo.report.records import RunRecord
 from raydpo.report.tables import Cell, Row, Table, duration, number, setting
-from raydpo.training.report import EVALUATION_TABLE
+from raydpo.rundir.read import RunRecord
+from raydpo.rundir.summary import EVALUATION_TABLE
 from raydpo.version import __version__
 
 __all__ = ["run_page", "status_of"]

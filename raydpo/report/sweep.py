@@ -16,9 +16,9 @@ from raydpo.report.frontier import (
     recommend,
     units_of_margin,
 )
-from raydpo.report.records import RunRecord, SweepRecord
 from raydpo.report.run import SCRIPTS
 from raydpo.report.tables import Cell, Row, Table, duration, number, setting
+from raydpo.rundir.read import RunRecord, SweepRecord
 from raydpo.version import __version__
 
 __all__ = ["recommendation_of", "sweep_page"]

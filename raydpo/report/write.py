@@ -7,9 +7,9 @@ from pathlib import Path
 
 from raydpo.errors import ConfigError
 from raydpo.report.compare import comparison_page
-from raydpo.report.records import RunRecord, SweepRecord, is_sweep
 from raydpo.report.run import run_page
 from raydpo.report.sweep import sweep_page
+from raydpo.rundir.read import RunRecord, SweepRecord, is_sweep
 from raydpo.storage.files import Storage
 from raydpo.storage.uri import redact
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from raydpo.config import Config, lower_is_better
+from raydpo.rundir.records import finite, read_rows
 from raydpo.storage.files import Storage
 from raydpo.storage.uri import redact
 from raydpo.sweep.halving import best_first
 from raydpo.sweep.trials import FILE, Trial, parameters_of
-from raydpo.training.records import finite, read_rows
 from raydpo.version import __version__
 
 __all__ = ["Entry", "Ledger"]

@@ -33,8 +33,10 @@ from raydpo.pipeline import (
     train_prepared,
 )
 from raydpo.reference.shards import Wanted
-from raydpo.report.records import SweepRecord
 from raydpo.report.sweep import recommendation_of
+from raydpo.rundir.earlier import begin_again, earlier_result
+from raydpo.rundir.read import SweepRecord
+from raydpo.rundir.records import read_rows
 from raydpo.storage.files import Storage
 from raydpo.sweep.halving import going_on, rungs
 from raydpo.sweep.ledger import Ledger
@@ -43,9 +45,7 @@ from raydpo.sweep.table import SweepTable, TrialDisplay
 from raydpo.sweep.trials import FILE, Trial, parameters_of, trials_of
 from raydpo.terminal.console import Console
 from raydpo.terminal.interrupt import interruptible
-from raydpo.training.earlier import begin_again, earlier_result
 from raydpo.training.launch import new_board
-from raydpo.training.records import read_rows
 
 __all__ = ["sweep"]
 

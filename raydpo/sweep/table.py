@@ -10,9 +10,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from raydpo.rundir.display import TrainingDisplay
 from raydpo.sweep.ledger import Ledger
 from raydpo.terminal.console import Console
-from raydpo.training.report import TrainingDisplay
 
 __all__ = ["SweepTable", "TrialDisplay"]
 

@@ -16,10 +16,11 @@ from typing import Any
 from safetensors import SafetensorError
 
 from raydpo.errors import ConfigError, TrainError
+from raydpo.rundir.fingerprint import changed_settings
 from raydpo.training.job import TrainSummary
 from raydpo.training.protocols import Engine
 
-__all__ = ["CheckpointState", "changed_settings", "directory_size", "load_checkpoint", "save_checkpoint"]
+__all__ = ["CheckpointState", "directory_size", "load_checkpoint", "save_checkpoint"]
 
 _FILE = "raydpo.json"
 FORMAT = 2
@@ -82,14 +83,6 @@ def _read(directory: Path) -> dict[str, Any]:
         return json.loads((directory / _FILE).read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise TrainError(f"the checkpoint in {directory} is incomplete: {error}") from None
-
-
-def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Settings that differ, as ``key: old -> new``."""
-    # Through JSON, as the stored side was.
-    now = json.loads(json.dumps(dict(now)))
-    return [f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in sorted({*before, *now})
-            if before.get(key) != now.get(key)]
 
 
 def _as_os_error(error: SafetensorError) -> OSError:

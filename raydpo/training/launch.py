@@ -157,8 +157,8 @@ class RayHooks(Hooks):
 
     def begin(self, first_step: int, total_steps: int, facts: Mapping[str, Any]) -> None:
         if self.rank == 0:
-            from raydpo.training.records import RunRecords
-            from raydpo.training.trackers import Trackers
+            from raydpo.rundir.records import RunRecords
+            from raydpo.rundir.trackers import Trackers
 
             self.records = RunRecords(self.storage, first_step, self.note)
             self.trackers = Trackers(self.payload.track, self.payload.run_name, self.payload.run_dir,

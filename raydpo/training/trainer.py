@@ -11,6 +11,7 @@ from raydpo.config import TrainConfig
 from raydpo.data.plan import BatchPlan
 from raydpo.errors import ConfigError, TrainError
 from raydpo.losses import Memory, Objective
+from raydpo.rundir.watch import TrainingWatch
 from raydpo.training.checkpoint import load_checkpoint
 from raydpo.training.clock import StepClock
 from raydpo.training.evaluate import compare, evaluate
@@ -23,7 +24,6 @@ from raydpo.training.protocols import Engine
 from raydpo.training.sample import greedy_answers
 from raydpo.training.saver import CheckpointSaver
 from raydpo.training.step import Stepper, StepResult, Wishes
-from raydpo.training.watch import TrainingWatch
 
 __all__ = ["Trainer", "train_policy"]
 

@@ -12,9 +12,9 @@ import torch
 
 from raydpo.config import load_config
 from raydpo.losses import PairLogps, preference_loss
+from raydpo.rundir.records import to_parquet
 from raydpo.storage.files import Storage
 from raydpo.training.metrics import PairSums
-from raydpo.training.records import to_parquet
 
 HOSTILE = '<script>alert(1)</script>"\'><img src=x onerror=alert(2)> $x$ --> </script>'
 PHASES = {"data": 0.004, "forward": 0.31, "backward": 0.55, "optimizer": 0.05, "checkpoint": 0.0, "evaluation": 0.0,

@@ -7,8 +7,8 @@ import polars as pl
 import pytest
 
 from raydpo.report.findings import findings
-from raydpo.report.records import RunRecord
-from raydpo.training.watch import TrainingWatch
+from raydpo.rundir.read import RunRecord
+from raydpo.rundir.watch import TrainingWatch
 
 EMPTY = RunRecord("place", "run", {}, pl.DataFrame({"step": []}, schema={"step": pl.Int64}),
                   pl.DataFrame({"step": []}, schema={"step": pl.Int64}), None, None)

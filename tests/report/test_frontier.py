@@ -18,8 +18,8 @@ from raydpo.report.frontier import (
     unbeaten,
     units_of_margin,
 )
-from raydpo.report.records import SweepRecord
 from raydpo.report.sweep import recommendation_of, sweep_page
+from raydpo.rundir.read import SweepRecord
 from raydpo.storage.files import Storage
 
 

@@ -20,12 +20,12 @@ from raydpo.report.compare import differences
 from raydpo.report.curves import POINTS, curve
 from raydpo.report.evaluation import evaluation_tables
 from raydpo.report.frontier import points_of
-from raydpo.report.records import RunRecord, SweepRecord
 from raydpo.report.run import run_page
 from raydpo.report.sweep import sweep_page
+from raydpo.rundir.read import RunRecord, SweepRecord
+from raydpo.rundir.records import to_parquet
 from raydpo.storage.files import Storage
 from raydpo.terminal.console import Console
-from raydpo.training.records import to_parquet
 
 
 def record(directory):

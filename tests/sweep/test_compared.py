@@ -11,12 +11,12 @@ from raydpo.config import load_config
 from raydpo.errors import ConfigError, ModelError
 from raydpo.evaluation.run import pairs_to_evaluate, protocol
 from raydpo.pipeline import measured_pairs
+from raydpo.rundir.records import to_parquet
 from raydpo.storage.files import Storage
 from raydpo.sweep.ledger import Ledger
 from raydpo.sweep.run import _on_same_pairs, _prepare, _Sweep, sweep
 from raydpo.sweep.trials import trials_of
 from raydpo.terminal.console import Console
-from raydpo.training.records import to_parquet
 
 
 @pytest.fixture

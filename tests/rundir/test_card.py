@@ -1,8 +1,8 @@
 import yaml
 
 from raydpo.config import load_config
-from raydpo.training.card import model_card
-from raydpo.training.report import EVALUATION_TABLE
+from raydpo.rundir.card import model_card
+from raydpo.rundir.summary import EVALUATION_TABLE
 
 
 def test_the_card_tells_what_it_was_made_from_and_nothing_of_the_machine(tiny_llama, tmp_path):

@@ -13,9 +13,9 @@ import yaml
 
 from raydpo.config import Config
 from raydpo.errors import ConfigError
+from raydpo.rundir.fingerprint import changed_settings
 from raydpo.storage.files import Storage
 from raydpo.terminal.console import Console
-from raydpo.training.checkpoint import changed_settings
 
 __all__ = ["begin_again", "earlier_result", "harmless_changes", "leaves", "set_aside"]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from raydpo.config.track import MlflowConfig, TrackConfig, WandbConfig
-from raydpo.training.trackers import Trackers, export_pass
+from raydpo.rundir.trackers import Trackers, export_pass
 
 ROWS = [{"loss": 0.69, "rewards/margins": 0.0, "grad_norm": 1.0}, {"loss": 0.5, "rewards/margins": 0.3, "grad_norm": 2.0}]
 SETTINGS = {"train.beta": 0.1, "train.lr": 1e-6, "model.path (weights)": "ab12"}

@@ -2,8 +2,8 @@ import errno
 
 import pytest
 
+from raydpo.rundir.records import RunRecords, read_rows
 from raydpo.storage.files import Storage
-from raydpo.training.records import RunRecords, read_rows
 
 
 def test_a_resumed_run_keeps_rows_up_to_its_step(tmp_path):

@@ -7,8 +7,8 @@ from typing import Any
 import yaml
 
 from raydpo.config import Config, is_hub_name
+from raydpo.rundir.summary import EVALUATION_TABLE
 from raydpo.storage.uri import redact
-from raydpo.training.report import EVALUATION_TABLE
 
 __all__ = ["model_card"]
 

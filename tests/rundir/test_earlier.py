@@ -7,9 +7,9 @@ import os
 import pytest
 
 from raydpo.errors import ConfigError
+from raydpo.rundir.earlier import begin_again
 from raydpo.storage.files import Storage
 from raydpo.terminal.console import Console
-from raydpo.training.earlier import begin_again
 
 
 def ray_job(submission, **more):

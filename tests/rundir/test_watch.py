@@ -1,6 +1,6 @@
 import math
 
-from raydpo.training.watch import WINDOW, TrainingWatch
+from raydpo.rundir.watch import WINDOW, TrainingWatch
 
 
 def row(loss=0.6, chosen=0.0, **more):
