@@ -246,7 +246,7 @@ def _gc(args: argparse.Namespace, console: Console) -> Any:
 
 def _export(args: argparse.Namespace, console: Console) -> Any:
     from raydpo.reference.exchange import export_pairs
-    from raydpo.training.pairs import join_reference
+    from raydpo.reference.pairs import join_reference
 
     prepared = _prepare(args.config, args.overrides, console)
     joined = join_reference(prepared.sets.train, prepared.cache, "training")

@@ -33,6 +33,7 @@ from raydpo.model.cost import ModelCost
 from raydpo.model.rotary import ROTARY, rope_line
 from raydpo.reference.build import BuildReport, build
 from raydpo.reference.identity import ReferenceIdentity, earlier_identity, identify, resolve_model
+from raydpo.reference.pairs import join_reference, reference_values
 from raydpo.reference.score import ReferenceSpec
 from raydpo.reference.store import ReferenceCache
 from raydpo.rundir.card import model_card
@@ -45,10 +46,10 @@ from raydpo.rundir.trackers import export_pass
 from raydpo.storage.files import Storage
 from raydpo.storage.uri import redact
 from raydpo.terminal.console import Console, ProgressLine
-from raydpo.training.engine import PolicySpec
 from raydpo.training.job import TrainJob
-from raydpo.training.launch import Payload, launch
-from raydpo.training.pairs import join_reference, reference_values
+from raydpo.training.launch.hooks import Payload
+from raydpo.training.launch.launch import launch
+from raydpo.training.policy.engine import PolicySpec
 from raydpo.version import __version__
 
 if TYPE_CHECKING:

@@ -100,9 +100,10 @@ def train_here(table: pa.Table, model: Path, scratch: Path, *, lora: dict[str, A
 
     from raydpo.config import LoraSettings, TrainConfig
     from raydpo.reference.identity import identify
-    from raydpo.training.engine import PolicyEngine, PolicySpec, join_process_group
     from raydpo.training.job import TrainJob
     from raydpo.training.pairs import TrainingPairs
+    from raydpo.training.policy.deepspeed_engine import PolicyEngine, join_process_group
+    from raydpo.training.policy.engine import PolicySpec
     from raydpo.training.trainer import train_policy
 
     settings = TrainConfig(**{"lr": 1e-3, "pairs_per_step": 8, "tokens_per_batch": 1024} | train)

@@ -22,8 +22,9 @@ from raydpo.model.selfcheck import CHECK_ROWS
 from raydpo.reference.identity import identify
 from raydpo.reference.score import ReferenceSpec, Scorer
 from raydpo.training.clock import StepClock
-from raydpo.training.engine import PolicyEngine, PolicySpec, join_process_group
 from raydpo.training.pairs import TrainingPairs
+from raydpo.training.policy.deepspeed_engine import PolicyEngine, join_process_group
+from raydpo.training.policy.engine import PolicySpec
 from raydpo.training.step import Stepper
 from raydpo.version import __version__
 

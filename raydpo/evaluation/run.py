@@ -39,12 +39,12 @@ from raydpo.evaluation.samples import Answers
 from raydpo.model.rotary import rope_line
 from raydpo.pipeline import fill_cache, find_reference, measured_pairs, reference_line, report_on
 from raydpo.reference.identity import resolve_model
+from raydpo.reference.pairs import reference_values
 from raydpo.reference.score import ReferenceSpec
 from raydpo.reference.store import ReferenceCache
 from raydpo.storage.files import Storage
 from raydpo.storage.uri import redacted
 from raydpo.terminal.console import Console
-from raydpo.training.pairs import reference_values
 from raydpo.version import __version__
 
 __all__ = ["evaluate", "pairs_to_evaluate", "protocol"]

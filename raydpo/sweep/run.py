@@ -45,7 +45,7 @@ from raydpo.sweep.table import SweepTable, TrialDisplay
 from raydpo.sweep.trials import FILE, Trial, parameters_of, trials_of
 from raydpo.terminal.console import Console
 from raydpo.terminal.interrupt import interruptible
-from raydpo.training.launch import new_board
+from raydpo.training.launch.board import new_board
 
 __all__ = ["sweep"]
 

@@ -17,7 +17,7 @@ from raydpo.losses import Memory, Objective, PairLogps
 from raydpo.model.layout import Layout
 from raydpo.training.metrics import PairSums
 from raydpo.training.pairs import TrainingPairs
-from raydpo.training.protocols import StepEngine
+from raydpo.training.policy.engine import StepEngine
 
 __all__ = ["AllPairLogps", "Comparison", "compare", "evaluate", "pair_logps", "reference_logps"]
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from raydpo.config import TrainConfig
 from raydpo.data.shapes import POSITIONS_ONLY, Work
-from raydpo.training.engine import PolicySpec
+from raydpo.training.policy.engine import PolicySpec
 
 __all__ = ["TrainJob", "TrainSummary"]
 

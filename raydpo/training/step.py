@@ -21,7 +21,7 @@ from raydpo.training.clock import StepClock
 from raydpo.training.evaluate import AllPairLogps, pair_logps
 from raydpo.training.metrics import PairSums
 from raydpo.training.pairs import TrainingPairs
-from raydpo.training.protocols import StepEngine
+from raydpo.training.policy.engine import StepEngine
 from raydpo.training.schedule import learning_rate, warmup_steps
 from raydpo.training.whole_step import WholeStep
 

@@ -12,17 +12,17 @@ from raydpo.data.plan import BatchPlan
 from raydpo.errors import ConfigError, TrainError
 from raydpo.losses import Memory, Objective
 from raydpo.rundir.watch import TrainingWatch
-from raydpo.training.checkpoint import load_checkpoint
+from raydpo.training.checkpoint.files import load_checkpoint
+from raydpo.training.checkpoint.preemption import PreemptionGuard
+from raydpo.training.checkpoint.saver import CheckpointSaver
 from raydpo.training.clock import StepClock
 from raydpo.training.evaluate import compare, evaluate
 from raydpo.training.gate import expected_first_loss, gate_rows, judge
 from raydpo.training.hooks import Hooks
 from raydpo.training.job import TrainJob, TrainSummary
 from raydpo.training.pairs import TrainingPairs
-from raydpo.training.preemption import PreemptionGuard
-from raydpo.training.protocols import Engine
-from raydpo.training.sample import greedy_answers
-from raydpo.training.saver import CheckpointSaver
+from raydpo.training.policy.engine import Engine
+from raydpo.training.policy.sample import greedy_answers
 from raydpo.training.step import Stepper, StepResult, Wishes
 
 __all__ = ["Trainer", "train_policy"]

@@ -11,10 +11,10 @@ from tiny import preferences, write_preferences
 from raydpo.config import load_config
 from raydpo.errors import CacheMissError
 from raydpo.pipeline import Prepared
+from raydpo.reference.pairs import join_reference
 from raydpo.reference.shards import Wanted
 from raydpo.reference.store import ReferenceCache
 from raydpo.terminal.console import Console
-from raydpo.training.pairs import join_reference
 
 OTHER = {"weights": "e" * 64, "architecture": "f" * 64, "adapter": "d" * 64, "dtype": "bfloat16", "quantisation": "nf4",
          "scoring_version": 1, "rope_length": 4096}

@@ -16,7 +16,7 @@ import yaml
 from kernel import exact
 from tiny import preferences, write_preferences
 
-from raydpo.training.board import Board
+from raydpo.training.launch.board import Board
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +186,7 @@ def one_fails(given):
     import torch.distributed as dist
 
     from raydpo.errors import TrainError
-    from raydpo.training.launch import _attempt
+    from raydpo.training.launch.launch import _attempt
 
     def work(tokens_per_batch):
         if dist.get_rank() == 1:
@@ -205,7 +205,8 @@ def test_an_error_of_one_worker_ends_all_at_once(on_cluster, tmp_path, max_failu
     from raydpo.cluster.resources import Resources
     from raydpo.config import TrainConfig
     from raydpo.errors import TrainError
-    from raydpo.training.launch import _fit, _ray_trainer, new_board
+    from raydpo.training.launch.board import new_board
+    from raydpo.training.launch.launch import _fit, _ray_trainer
 
     ray.init(address=os.environ["RAY_ADDRESS"], runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}})
     try:

@@ -18,10 +18,10 @@ from raydpo.cli import main
 from raydpo.config import load_config
 from raydpo.errors import ConfigError, ModelError
 from raydpo.pipeline import Prepared
+from raydpo.reference.pairs import join_reference
 from raydpo.reference.shards import Wanted
 from raydpo.reference.store import ReferenceCache
 from raydpo.terminal.console import Console
-from raydpo.training.pairs import join_reference
 
 LORA = {"r": 4, "alpha": 8}
 

@@ -6,9 +6,7 @@ import contextlib
 import dataclasses
 import os
 import tempfile
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,56 +14,18 @@ import pyarrow as pa
 
 from raydpo.cluster.actors import original_error
 from raydpo.cluster.resources import Resources
-from raydpo.config import TrackConfig, TrainConfig, lower_is_better
+from raydpo.config import TrainConfig, lower_is_better
 from raydpo.errors import DeviceMemoryError, RaydpoError
 from raydpo.reference.identity import on_this_machine
 from raydpo.storage.files import Storage
 from raydpo.terminal.interrupt import interruptible
-from raydpo.training.board import Board, Listener, listening
-from raydpo.training.hooks import Hooks
-from raydpo.training.job import TrainJob
+from raydpo.training.launch.board import Listener, listening, new_board
+from raydpo.training.launch.hooks import _CHECKPOINTS, Payload, RayHooks, _log_to
 
-__all__ = ["Payload", "RayHooks", "launch", "new_board"]
+__all__ = ["launch"]
 
-_CHECKPOINTS = "checkpoints"
-"""Folder of a run directory."""
 RESIZE_SECONDS = 30.0
 """Seconds between checks for new machines, if the number of workers may vary."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Payload:
-    """What every worker receives.
-
-    Attributes:
-        pairs, held_out: results of ``pairs.join_reference``, or references to them in Ray's object store, through which they
-            travel once a node. ``held_out`` may be None.
-        run_dir: local path or URI.
-        base_name: how an exported adapter names its base model.
-        board: of ``new_board``, for a caller that may stop the training; None = ``launch`` makes one.
-        threads: CPU threads of a worker, None = torch's choice; ``launch`` sets it.
-    """
-
-    job: TrainJob
-    pairs: Any
-    held_out: Any
-    run_dir: str
-    run_name: str
-    track: TrackConfig
-    base_name: str
-    tokenizer: Any
-    board: Any = None
-    threads: int | None = None
-
-
-def new_board() -> Any:
-    """Start the actor ``Board`` of a training."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    # On the driver's node, and lost only with the driver; on another node it would be lost with a machine that only trains.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
 
 
 def launch(payload: Payload, resources: Resources, listener: Listener) -> dict[str, Any]:
@@ -145,93 +105,6 @@ def _checkpoint_config(train: TrainConfig) -> Any:
                             checkpoint_score_order="min" if train.keep_best and lower_is_better(train.keep_best) else "max")
 
 
-class RayHooks(Hooks):
-    """Callbacks of one worker: rank 0 writes the run's records and informs the driver, all ranks report checkpoints."""
-
-    def __init__(self, payload: Payload, rank: int) -> None:
-        self.payload, self.rank = payload, rank
-        self.storage = Storage(payload.run_dir)
-        self.records: Any = None
-        self.trackers: Any = None
-        self._stop: Any = None  # pending answer of the board
-
-    def begin(self, first_step: int, total_steps: int, facts: Mapping[str, Any]) -> None:
-        if self.rank == 0:
-            from raydpo.rundir.records import RunRecords
-            from raydpo.rundir.trackers import Trackers
-
-            self.records = RunRecords(self.storage, first_step, self.note)
-            self.trackers = Trackers(self.payload.track, self.payload.run_name, self.payload.run_dir,
-                                     self.payload.job.fingerprint, self.note)
-            self._log(f"beginning after step {first_step} of {total_steps} with {facts['world_size']} worker(s)")
-            self._tell("begin", {"first_step": first_step, "total_steps": total_steps} | dict(facts))
-
-    def step(self, row: Mapping[str, float]) -> None:
-        if self.rank == 0:
-            self.records.add_step(row)
-            self.trackers.log(int(row["step"]), row)
-            self._log(f"step {row['step']:.0f}  loss {row['loss']:.6f}  grad norm {row['grad_norm']:.4f}  "
-                      f"{row['seconds']:.3f} s")
-            self._tell("step", dict(row))
-
-    def evaluated(self, row: Mapping[str, float]) -> None:
-        if self.rank == 0:
-            self.records.add_eval(row)
-            self.trackers.log(int(row["step"]), row)
-            self._tell("evaluated", dict(row))
-
-    def note(self, line: str) -> None:
-        if self.rank == 0:
-            self._tell("note", line)
-
-    def flush(self) -> None:
-        if self.rank == 0:
-            self.records.flush()
-
-    def upload(self, directory: Path, step: int) -> None:
-        self.storage.upload_into(directory, _checkpoint_place(step))
-
-    def register(self, step: int, metrics: Mapping[str, float], *, wait: bool) -> None:
-        import ray.train
-        from ray.train import Checkpoint, CheckpointUploadMode
-
-        ray.train.report({"step": step} | dict(metrics), checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
-                         checkpoint=Checkpoint(self.storage.path(_checkpoint_place(step)), self.storage.fs))
-        if wait:
-            # report returns before the controller has registered the checkpoint; a worker that dies in between loses it.
-            ray.train.get_all_reported_checkpoints()
-
-    def stop_requested(self) -> bool:
-        """The board's answer to the question of an earlier step, so that no step waits for an answer."""
-        import ray
-
-        if self.rank:
-            return False
-        if self._stop is not None:
-            if not ray.wait([self._stop], timeout=0)[0]:
-                return False
-            if ray.get(self._stop):
-                return True
-        self._stop = self.payload.board.stop_requested.remote()
-        return False
-
-    def preempted(self) -> float | None:
-        import ray.train
-
-        notice = ray.train.get_preemption_info()
-        if notice is None:
-            return None
-        return 0.0 if notice.deadline_ms is None else notice.deadline_ms / 1000 - time.time()
-
-    def _log(self, line: str) -> None:
-        """Write to logs/worker-0.log. A full disk is ignored."""
-        with contextlib.suppress(OSError):
-            print(line, flush=True)
-
-    def _tell(self, kind: str, content: Any) -> None:
-        self.payload.board.put.remote(kind, content)
-
-
 def _attempt(board: Any, train: TrainConfig, work: Callable[[int | None], None]) -> None:
     """Call ``work`` in one worker, with the positions of a micro-batch if the configured number did not fit, else None.
 
@@ -276,9 +149,9 @@ def _train(payload: Payload, tokens_per_batch: int | None) -> None:
     from ray.train.torch import get_device
 
     from raydpo.model.selfcheck import CHECK_ROWS
-    from raydpo.training.engine import PolicyEngine, join_process_group
-    from raydpo.training.export import export_policy
     from raydpo.training.pairs import TrainingPairs
+    from raydpo.training.policy.deepspeed_engine import PolicyEngine, join_process_group
+    from raydpo.training.policy.export import export_policy
     from raydpo.training.trainer import train_policy
 
     rank = ray.train.get_context().get_world_rank()
@@ -310,17 +183,3 @@ def _train(payload: Payload, tokens_per_batch: int | None) -> None:
             ray.get(payload.board.finish.remote(dataclasses.asdict(summary)))
 
 
-def _checkpoint_place(step: int) -> str:
-    """Folder of a step's checkpoint in the run directory."""
-    return f"{_CHECKPOINTS}/step-{step:08d}"
-
-
-def _log_to(storage: Storage, rank: int) -> None:
-    """Redirect this process's output to the run's logs. A URI cannot be appended to; there it stays in Ray's logs."""
-    if not storage.is_local:
-        return
-    log = Path(storage.path(f"logs/worker-{rank}.log"))
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "ab") as sink:
-        os.dup2(sink.fileno(), 1)
-        os.dup2(sink.fileno(), 2)

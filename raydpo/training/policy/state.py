@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from raydpo.errors import TrainError
-from raydpo.training.optimizer import RoundedAdamW
+from raydpo.training.policy.optimizer import RoundedAdamW
 
 __all__ = ["Fragment", "TrainedState"]
 

@@ -13,14 +13,13 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from raydpo.config import LoraSettings, TrainConfig
+from raydpo.config import TrainConfig
 from raydpo.config.train import REDUCE_BUCKET
 from raydpo.errors import ModelError
 from raydpo.model.adapter import fuse_adapters
@@ -28,46 +27,17 @@ from raydpo.model.budget import MOST_TRAINED, Budget, find_budget, probe_group
 from raydpo.model.layout import Layout, PromptGroup
 from raydpo.model.load import add_lora, freeze_matching, load_causal_lm
 from raydpo.model.logps import LogpModel
-from raydpo.model.selfcheck import Wish, check_training_mode, choose_layout, share_positions
+from raydpo.model.selfcheck import check_training_mode, choose_layout, share_positions
 from raydpo.model.ulysses import SequenceGroup
 from raydpo.model.weights import ADAPTER_NAME
-from raydpo.training.disk import disk_folder
-from raydpo.training.host_memory import HostPeak
-from raydpo.training.optimizer import make_optimizer
-from raydpo.training.ranks import OverRanks
-from raydpo.training.state import TrainedState
+from raydpo.training.policy.engine import PolicySpec
+from raydpo.training.policy.host_memory import HostPeak
+from raydpo.training.policy.offload import disk_folder
+from raydpo.training.policy.optimizer import make_optimizer
+from raydpo.training.policy.ranks import OverRanks
+from raydpo.training.policy.state import TrainedState
 
-__all__ = ["PolicyEngine", "PolicySpec", "join_process_group"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PolicySpec:
-    """The policy before training.
-
-    Attributes:
-        path: local directory of the model.
-        dtype: ``float32`` or ``bfloat16``.
-        lora: settings of new adapters to train, or None.
-        adapter: directory of an adapter to train further, or None; neither = full fine-tuning.
-        quantization, freeze: see ``config.ModelConfig``.
-        rope_length: of its identity, see ``model.rotary``.
-        layout: ``model.layout``.
-    """
-
-    path: str
-    dtype: str
-    lora: LoraSettings | None
-    adapter: str | None = None
-    quantization: str | None = None
-    freeze: tuple[str, ...] = ()
-    rope_length: int | None = None
-    trust_remote_code: bool = False
-    layout: Wish = "auto"
-
-    @property
-    def adapts(self) -> bool:
-        """Whether adapters train, not the model's own weights."""
-        return self.lora is not None or self.adapter is not None
+__all__ = ["PolicyEngine", "join_process_group"]
 
 
 def join_process_group(device: torch.device) -> None:

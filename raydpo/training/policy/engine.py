@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from raydpo.config import LoraSettings
 from raydpo.model.budget import Budget
 from raydpo.model.layout import Layout, PromptGroup
 from raydpo.model.logps import LogpModel
-from raydpo.training.state import TrainedState
+from raydpo.model.selfcheck import Wish
+from raydpo.training.policy.state import TrainedState
 
-__all__ = ["Engine", "StepEngine"]
+__all__ = ["Engine", "PolicySpec", "StepEngine"]
 
 
 class StepEngine(Protocol):
@@ -134,3 +137,33 @@ class Engine(StepEngine, Protocol):
     def load_whole_models(self) -> None:
         """Stop partitioning the models that transformers loads in this process from here on."""
         ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicySpec:
+    """The policy before training.
+
+    Attributes:
+        path: local directory of the model.
+        dtype: ``float32`` or ``bfloat16``.
+        lora: settings of new adapters to train, or None.
+        adapter: directory of an adapter to train further, or None; neither = full fine-tuning.
+        quantization, freeze: see ``config.ModelConfig``.
+        rope_length: of its identity, see ``model.rotary``.
+        layout: ``model.layout``.
+    """
+
+    path: str
+    dtype: str
+    lora: LoraSettings | None
+    adapter: str | None = None
+    quantization: str | None = None
+    freeze: tuple[str, ...] = ()
+    rope_length: int | None = None
+    trust_remote_code: bool = False
+    layout: Wish = "auto"
+
+    @property
+    def adapts(self) -> bool:
+        """Whether adapters train, not the model's own weights."""
+        return self.lora is not None or self.adapter is not None

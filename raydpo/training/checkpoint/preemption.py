@@ -7,7 +7,7 @@ import time
 import torch
 
 from raydpo.training.hooks import Hooks
-from raydpo.training.protocols import StepEngine
+from raydpo.training.policy.engine import StepEngine
 
 __all__ = ["PreemptionGuard"]
 

@@ -9,8 +9,7 @@ from torch import nn
 
 from raydpo.model.load import dropout_settings, load_causal_lm, restore_dropout
 from raydpo.model.weights import ADAPTER_NAME
-from raydpo.training.engine import PolicySpec
-from raydpo.training.protocols import Engine
+from raydpo.training.policy.engine import Engine, PolicySpec
 
 __all__ = ["export_policy"]
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from raydpo.errors import ConfigError, TrainError
 from raydpo.rundir.fingerprint import changed_settings
 from raydpo.training.job import TrainSummary
-from raydpo.training.protocols import Engine
+from raydpo.training.policy.engine import Engine
 
 __all__ = ["CheckpointState", "directory_size", "load_checkpoint", "save_checkpoint"]
 

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from raydpo.errors import RaydpoError, TrainError
-from raydpo.training.checkpoint import directory_size, save_checkpoint
+from raydpo.training.checkpoint.files import directory_size, save_checkpoint
 from raydpo.training.hooks import Hooks
-from raydpo.training.protocols import Engine
+from raydpo.training.policy.engine import Engine
 
 __all__ = ["CheckpointSaver"]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from raydpo.errors import RaydpoError
 
-__all__ = ["Board", "Listener", "listening"]
+__all__ = ["Board", "Listener", "listening", "new_board"]
 
 POLL_SECONDS = 0.3
 
@@ -112,3 +112,13 @@ def listening(board: Any, listener: Listener) -> Any:
     finally:
         stop.set()
         thread.join()
+
+
+def new_board() -> Any:
+    """Start the actor ``Board`` of a training."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    # On the driver's node, and lost only with the driver; on another node it would be lost with a machine that only trains.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()

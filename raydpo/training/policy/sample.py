@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from raydpo.training.protocols import Engine
+from raydpo.training.policy.engine import Engine
 
 __all__ = ["greedy_answers"]
 
