@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from raydpo.evaluation.run import evaluate
     from raydpo.pipeline import audit, run, score, train
     from raydpo.reference.store import ReferenceCache
-    from raydpo.sweep.run import sweep
+    from raydpo.sweeps.run import sweep
 
 __all__ = ["Config", "ReferenceCache", "audit", "evaluate", "load_config", "run", "score", "sweep", "train"]
 
 _LAZY = {"Config": "raydpo.config", "load_config": "raydpo.config", "audit": "raydpo.pipeline",
          "evaluate": "raydpo.evaluation.run", "score": "raydpo.pipeline", "train": "raydpo.pipeline",
-         "run": "raydpo.pipeline", "ReferenceCache": "raydpo.reference.store", "sweep": "raydpo.sweep.run"}
+         "run": "raydpo.pipeline", "ReferenceCache": "raydpo.reference.store", "sweep": "raydpo.sweeps.run"}
 
 
 def __getattr__(name: str) -> Any:

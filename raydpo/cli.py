@@ -116,7 +116,7 @@ def _config(args: argparse.Namespace) -> Config:
 def _check_before_submit(config: Config, verb: str) -> None:
     """Refuse settings with which a job would end at once. Needs no torch."""
     from raydpo.config import check_verb
-    from raydpo.sweep.trials import trials_of
+    from raydpo.sweeps.trials import trials_of
 
     check_verb(config, verb)
     if verb == "sweep":
@@ -181,7 +181,7 @@ def _eval(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 def _plan(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     config = _config(args)
-    from raydpo.estimate.report import plan_run, print_plan
+    from raydpo.estimate.display import plan_run, print_plan
 
     sets, _ = _load_pairs(config)
     with console.quiet():
@@ -208,7 +208,7 @@ def _load_pairs(config: Config) -> tuple[PairSets, Tokeniser]:
 
 
 def _report(args: argparse.Namespace, console: Console) -> None:
-    from raydpo.report import write_comparison, write_report
+    from raydpo.reports import write_comparison, write_report
 
     if len(args.paths) == 1:
         if args.out is not None:
@@ -222,7 +222,7 @@ def _report(args: argparse.Namespace, console: Console) -> None:
 
 
 def _explain(args: argparse.Namespace, console: Console) -> None:
-    from raydpo.report.explain import write_explanation
+    from raydpo.reports.explain import write_explanation
 
     write_explanation(Path(args.out))
     console.say(f"explanation: {args.out}")

@@ -53,7 +53,7 @@ from raydpo.training.policy.engine import PolicySpec
 from raydpo.version import __version__
 
 if TYPE_CHECKING:
-    from raydpo.audit import Audit
+    from raydpo.audits import Audit
 
 __all__ = ["Joined", "Prepared", "Shared", "audit", "fill_cache", "find_reference", "join_sets", "measured_pairs",
            "reference_line", "report_on", "run", "score", "score_prepared", "train", "train_prepared"]
@@ -304,7 +304,7 @@ def fill_cache(tables: list[pa.Table], spec: ReferenceSpec, cache: ReferenceCach
 
 
 def _audit(prepared: Prepared, console: Console) -> Audit:
-    from raydpo.audit import audit_pairs, summary_lines, write_audit
+    from raydpo.audits import audit_pairs, summary_lines, write_audit
 
     storage = Storage(prepared.config.run_dir)
     _refuse_other_pairs(storage, prepared)
@@ -492,7 +492,7 @@ def train_prepared(prepared: Prepared, console: Console, hit_rate: float | None 
 
 def report_on(place: str, console: Console) -> None:
     """Write the page of a run or sweep that has ended. Failure is a warning: its results are stored."""
-    from raydpo.report import write_report
+    from raydpo.reports import write_report
 
     try:
         console.say(f"report: {write_report(place)}")

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from raydpo.benchmark import workload
 from raydpo.benchmark.compare import Measurement, disagreements, fastest, figures, ratios
 from raydpo.benchmark.job import Job, Result, Stage, start
-from raydpo.benchmark.report import plot, print_point
+from raydpo.benchmark.tables import plot, print_point
 from raydpo.config import DataConfig, TrainConfig, is_hub_name
 from raydpo.errors import ConfigError, TrainError
 from raydpo.estimate.plan import pair_groups

@@ -30,11 +30,11 @@ from raydpo.data.facts import prompt_numbers
 from raydpo.data.pairs import load_pairs
 from raydpo.data.tokenise import Tokeniser, load_tokenizer
 from raydpo.errors import CacheMissError, RaydpoError
+from raydpo.evaluation.display import print_evaluation
 from raydpo.evaluation.drift import ExactSteps, measure_drift
 from raydpo.evaluation.policy import Policy, find_policy, harness_arguments
 from raydpo.evaluation.preferences import ScoredPairs, measure_preferences
 from raydpo.evaluation.prompts import Prompt, choose_prompts, evaluation_data, reading, spoken, trained_on
-from raydpo.evaluation.report import print_evaluation
 from raydpo.evaluation.samples import Answers
 from raydpo.model.rotary import rope_line
 from raydpo.pipeline import fill_cache, find_reference, measured_pairs, reference_line, report_on

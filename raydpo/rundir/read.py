@@ -17,7 +17,7 @@ from raydpo.config import ObjectiveConfig
 from raydpo.errors import ConfigError, RaydpoError
 from raydpo.storage.files import Storage
 from raydpo.storage.uri import redacted
-from raydpo.sweep.trials import FILE as SWEEP_FILE
+from raydpo.sweeps.trials import FILE as SWEEP_FILE
 
 __all__ = ["RunRecord", "SweepRecord", "Trial", "is_sweep", "leaves", "length_growth"]
 
