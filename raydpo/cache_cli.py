@@ -14,7 +14,7 @@ from raydpo.errors import CacheError
 from raydpo.terminal.console import Console
 
 if TYPE_CHECKING:
-    from raydpo.pipeline import Prepared
+    from raydpo.pipeline.prepare import Prepared
     from raydpo.reference.verify import ScoresReport
 
 __all__ = ["add_cache_verbs", "with_json"]
@@ -279,9 +279,9 @@ def _import(args: argparse.Namespace, console: Console) -> Any:
 
 def _prepare(file: str, overrides: Sequence[str], console: Console) -> Prepared:
     """Check a configuration, tokenise its pairs and open its cache, without Ray."""
-    from raydpo.checks import check
     from raydpo.config import load_config
-    from raydpo.pipeline import Prepared
+    from raydpo.pipeline.checks import check
+    from raydpo.pipeline.prepare import Prepared
 
     config = load_config(file, overrides)
     with console.quiet():

@@ -25,7 +25,7 @@ def place(tmp_path_factory, tiny_llama):
     import io
 
     from raydpo.config import load_config
-    from raydpo.pipeline import Prepared
+    from raydpo.pipeline.prepare import Prepared
     from raydpo.reference.score import Scorer
     from raydpo.reference.shards import Wanted, plan_shards
     from raydpo.terminal.console import Console

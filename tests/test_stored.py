@@ -27,7 +27,7 @@ def place(tmp_path):
 @pytest.fixture
 def prepared(place, monkeypatch):
     from raydpo.config import load_config
-    from raydpo.pipeline import Prepared
+    from raydpo.pipeline.prepare import Prepared
     from raydpo.terminal.console import Console
 
     monkeypatch.chdir(place)

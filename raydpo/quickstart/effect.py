@@ -69,7 +69,7 @@ def measure_effect(config: Config) -> Effect | None:
     from raydpo.data.pairs import load_pairs
     from raydpo.data.tokenise import Tokeniser, load_tokenizer
     from raydpo.evaluation.policy import find_policy
-    from raydpo.pipeline import find_reference
+    from raydpo.pipeline.prepare import find_reference
     from raydpo.reference.identity import resolve_model
 
     tokeniser = Tokeniser(load_tokenizer(resolve_model(config.model.tokenizer or config.model.path),

@@ -12,8 +12,9 @@ from raydpo.reports.sweep import sweep_page
 from raydpo.rundir.read import RunRecord, SweepRecord, is_sweep
 from raydpo.storage.files import Storage
 from raydpo.storage.uri import redact
+from raydpo.terminal.console import Console
 
-__all__ = ["REPORT", "write_comparison", "write_report"]
+__all__ = ["REPORT", "report_on", "write_comparison", "write_report"]
 
 REPORT = "report.html"
 """Name of the page in a run or sweep directory."""
@@ -54,3 +55,11 @@ def write_comparison(places: Sequence[str], out: Path) -> None:
         raise ConfigError(f"a comparison needs two runs, but {', '.join(map(redact, places))} hold {len(runs)} run(s) that "
                           "have begun; name another")
     Storage(str(out.absolute().parent)).write(out.name, comparison_page(runs).encode())
+
+
+def report_on(place: str, console: Console) -> None:
+    """Write the page of a run or sweep that has ended. Failure is a warning: its results are stored."""
+    try:
+        console.say(f"report: {write_report(place)}")
+    except Exception as error:
+        console.warn(f"the report failed ({type(error).__name__}: {error}); 'raydpo report' tries again")

@@ -15,25 +15,19 @@ from typing import Any
 
 import pyarrow as pa
 
-from raydpo.checks import check
 from raydpo.cluster.preflight import check_cluster
 from raydpo.cluster.session import session
 from raydpo.cluster.waiting import coming_up
 from raydpo.config import Config, lower_is_better
 from raydpo.errors import ConfigError, RaydpoError
-from raydpo.evaluation.run import evaluate, pairs_to_evaluate, protocol
-from raydpo.pipeline import (
-    Joined,
-    Prepared,
-    Shared,
-    join_sets,
-    measured_pairs,
-    report_on,
-    score_prepared,
-    train_prepared,
-)
+from raydpo.pipeline.checks import check
+from raydpo.pipeline.evaluate import evaluate, pairs_to_evaluate, protocol
+from raydpo.pipeline.prepare import Prepared, measured_pairs
+from raydpo.pipeline.score import score_prepared
+from raydpo.pipeline.train import Joined, Shared, join_sets, train_prepared
 from raydpo.reference.shards import Wanted
 from raydpo.reports.sweep import recommendation_of
+from raydpo.reports.write import report_on
 from raydpo.rundir.earlier import begin_again, earlier_result
 from raydpo.rundir.read import SweepRecord
 from raydpo.rundir.records import read_rows

@@ -9,7 +9,7 @@ from tiny import make_model, make_tokenizer, preferences, write_preferences
 from raydpo.config import load_config
 from raydpo.errors import ConfigError, ModelError
 from raydpo.evaluation.policy import find_policy, harness_arguments
-from raydpo.evaluation.run import _Evaluation
+from raydpo.pipeline.evaluate import _Evaluation
 from raydpo.reference.identity import identify
 from raydpo.terminal.console import Console
 

@@ -11,7 +11,7 @@ import pytest
 from tiny import preferences, write_preferences
 
 from raydpo.config import load_config
-from raydpo.pipeline import Prepared
+from raydpo.pipeline.prepare import Prepared
 from raydpo.reference.score import Scorer
 from raydpo.reference.shards import Wanted, missing_shards, plan_shards
 from raydpo.terminal.console import Console

@@ -252,7 +252,7 @@ def test_the_command(run, tmp_path, monkeypatch, capsys):
 
 
 def test_a_page_that_fails_does_not_fail_the_run(run, monkeypatch):
-    from raydpo import pipeline
+    from raydpo.pipeline import train as pipeline
 
     said = io.StringIO()
     pipeline.report_on(str(run / "nowhere"), Console(said))

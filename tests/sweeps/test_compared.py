@@ -9,8 +9,8 @@ from tiny import preferences, write_preferences
 
 from raydpo.config import load_config
 from raydpo.errors import ConfigError, ModelError
-from raydpo.evaluation.run import pairs_to_evaluate, protocol
-from raydpo.pipeline import measured_pairs
+from raydpo.pipeline.evaluate import pairs_to_evaluate, protocol
+from raydpo.pipeline.prepare import measured_pairs
 from raydpo.rundir.records import to_parquet
 from raydpo.storage.files import Storage
 from raydpo.sweeps.ledger import Ledger

@@ -17,7 +17,7 @@ from tiny import preferences, write_preferences
 from raydpo.cli import main
 from raydpo.config import load_config
 from raydpo.errors import ConfigError, ModelError
-from raydpo.pipeline import Prepared
+from raydpo.pipeline.prepare import Prepared
 from raydpo.reference.pairs import join_reference
 from raydpo.reference.shards import Wanted
 from raydpo.reference.store import ReferenceCache

@@ -20,7 +20,6 @@ from raydpo.answers.contests import by_scores, count_wins, own_scores
 from raydpo.answers.draws import ROWS
 from raydpo.answers.judge import Judge, judge_contests
 from raydpo.answers.reward import RewardModel
-from raydpo.checks import check
 from raydpo.cluster.preflight import check_cluster
 from raydpo.cluster.resources import bfloat16_pays, resources_for
 from raydpo.cluster.session import session
@@ -37,11 +36,14 @@ from raydpo.evaluation.preferences import ScoredPairs, measure_preferences
 from raydpo.evaluation.prompts import Prompt, choose_prompts, evaluation_data, reading, spoken, trained_on
 from raydpo.evaluation.samples import Answers
 from raydpo.model.rotary import rope_line
-from raydpo.pipeline import fill_cache, find_reference, measured_pairs, reference_line, report_on
+from raydpo.pipeline.checks import check
+from raydpo.pipeline.prepare import find_reference, measured_pairs, reference_line
+from raydpo.pipeline.score import fill_cache
 from raydpo.reference.identity import resolve_model
 from raydpo.reference.pairs import reference_values
 from raydpo.reference.score import ReferenceSpec
 from raydpo.reference.store import ReferenceCache
+from raydpo.reports.write import report_on
 from raydpo.storage.files import Storage
 from raydpo.storage.uri import redacted
 from raydpo.terminal.console import Console
