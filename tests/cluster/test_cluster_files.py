@@ -12,7 +12,7 @@ import pytest
 import yaml
 from scaling import machines_for
 
-from raydpo.cli import _parser
+from raydpo.cli.entry import _parser
 from raydpo.cluster.resources import Resources
 from raydpo.submit.client import STOP_SECONDS
 

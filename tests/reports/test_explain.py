@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from raydpo.cli import main
+from raydpo.cli.entry import main
 from raydpo.reports.explain import WORLD, closed_form, trained_policy
 
 BETAS = (0.1, 0.5, 3.0)

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from made import HOSTILE, made_run, made_sweep
 
-from raydpo.cli import main
+from raydpo.cli.entry import main
 from raydpo.data.interval import share_error
 from raydpo.errors import ConfigError, RaydpoError
 from raydpo.evaluation.display import print_evaluation

@@ -15,7 +15,7 @@ from kernel import exact
 from tiny import preferences, write_preferences
 
 import raydpo
-from raydpo.cli import main
+from raydpo.cli.entry import main
 from raydpo.terminal.console import Console
 
 CHECKPOINT_EVERY = 5

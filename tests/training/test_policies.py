@@ -14,7 +14,7 @@ from kernel import tiny_pairs, train_here, with_reference
 from safetensors.torch import load_file
 from tiny import preferences, write_preferences
 
-from raydpo.cli import main
+from raydpo.cli.entry import main
 from raydpo.config import load_config
 from raydpo.errors import ConfigError, ModelError
 from raydpo.pipeline.prepare import Prepared

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import raydpo
-from raydpo.cache_cli import add_cache_verbs, with_json
-from raydpo.errors import ConfigError, RaydpoError, TrainError
+from raydpo.cli.cache import add_cache_verbs, with_json
+from raydpo.cli.configured import _load_pairs, _quietly
+from raydpo.errors import ConfigError, TrainError
 from raydpo.submit.command import add_jobs, add_submit, as_submit
 from raydpo.terminal.console import Console
 from raydpo.terminal.guard import guarded
@@ -19,8 +18,6 @@ from raydpo.version import __version__
 
 if TYPE_CHECKING:
     from raydpo.config import Config
-    from raydpo.data.pairs import PairSets
-    from raydpo.data.tokenise import Tokeniser
 
 __all__ = ["job", "main", "parsed"]
 
@@ -123,35 +120,27 @@ def _check_before_submit(config: Config, verb: str) -> None:
         trials_of(config, elsewhere=True)
 
 
-def _quietly(config: Config, console: Console, act: Callable[[], object]) -> None:
-    """Run ``act`` with all output but the console's in the run's logs, or in a temporary file if the run is at a URI."""
-    from raydpo.storage.files import Storage
-
-    storage = Storage(config.run_dir)
-    directory = Path(storage.path("logs")) if storage.is_local else Path(tempfile.mkdtemp(prefix="raydpo-logs-"))
-    try:
-        with console.noise_to(directory / "driver.log"):
-            act()
-    except OSError as error:
-        if error.filename and str(directory) in str(error.filename):
-            raise RaydpoError(f"cannot write to {directory}: {error}") from None
-        raise
-
-
 def _score(args: argparse.Namespace, console: Console) -> None:
+    from raydpo.pipeline.score import score
+
     config = _config(args)
-    _quietly(config, console, lambda: raydpo.score(config, console))
+    _quietly(config, console, lambda: score(config, console))
 
 
 def _train(args: argparse.Namespace, console: Console) -> None:
-    config, verb = _config(args), raydpo.train if args.verb == "train" else raydpo.run
+    from raydpo.pipeline.run import run
+    from raydpo.pipeline.train import train
+
+    config, verb = _config(args), train if args.verb == "train" else run
     _quietly(config, console, lambda: verb(config, console, fresh=args.fresh))
 
 
 def _sweep(args: argparse.Namespace, console: Console) -> None:
+    from raydpo.sweeps.run import sweep
+
     config = _config(args)
     found: dict[str, Any] = {}
-    _quietly(config, console, lambda: found.update(raydpo.sweep(config, console, fresh=args.fresh)))
+    _quietly(config, console, lambda: found.update(sweep(config, console, fresh=args.fresh)))
     failed = [trial for trial in found["trials"] if trial["status"] == "failed"]
     if failed:
         raise TrainError(f"{len(failed)} of {len(found['trials'])} trials failed: "
@@ -170,13 +159,17 @@ def _show(args: argparse.Namespace, console: Console) -> None:
 
 
 def _audit(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from raydpo.pipeline.audit import audit
+
     with console.quiet():
-        return raydpo.audit(_config(args), console).to_dict()
+        return audit(_config(args), console).to_dict()
 
 
 def _eval(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    from raydpo.pipeline.evaluate import evaluate
+
     with console.quiet():
-        return raydpo.evaluate(_config(args), console)
+        return evaluate(_config(args), console)
 
 
 def _plan(args: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -192,19 +185,6 @@ def _plan(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         console.say(line)
     print_plan(plan, console)
     return plan.to_dict()
-
-
-def _load_pairs(config: Config) -> tuple[PairSets, Tokeniser]:
-    """Tokenise the pairs of a configuration as score and train do, without Ray."""
-    from raydpo.data.filter import filtered_by_tokens
-    from raydpo.data.pairs import load_pairs
-    from raydpo.data.tokenise import Tokeniser, load_tokenizer
-    from raydpo.reference.identity import resolve_model
-
-    tokeniser = Tokeniser(load_tokenizer(resolve_model(config.model.tokenizer or config.model.path),
-                                         chat_template=config.data.chat_template,
-                                         trust_remote_code=config.model.trust_remote_code))
-    return filtered_by_tokens(load_pairs(config.data, tokeniser), config.data)[0], tokeniser
 
 
 def _report(args: argparse.Namespace, console: Console) -> None:
@@ -235,13 +215,14 @@ def _doctor(args: argparse.Namespace, console: Console) -> None:
 
 
 def _quickstart(args: argparse.Namespace, console: Console) -> None:
+    from raydpo.pipeline.run import run
     from raydpo.quickstart import quickstart_config
     from raydpo.quickstart.effect import measure_effect, print_effect
 
     config = quickstart_config(args.overrides, console)
 
     def act() -> None:
-        raydpo.run(config, console, fresh=True)
+        run(config, console, fresh=True)
         effect = measure_effect(config)
         if effect is not None:
             print_effect(effect, console)

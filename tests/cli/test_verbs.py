@@ -151,7 +151,7 @@ def test_show_prints_pairs_as_the_model_sees_them(place):
 
 
 def test_plan_estimates_without_ray(place):
-    program = ("import sys; from raydpo.cli import main; status = main(sys.argv[1:]); "
+    program = ("import sys; from raydpo.cli.entry import main; status = main(sys.argv[1:]); "
                "assert 'ray' not in sys.modules and 'deepspeed' not in sys.modules; sys.exit(status)")
     result = subprocess.run([sys.executable, "-c", program, "plan", place / "config.yaml", "train.steps=4", "--workers", "2",
                              "--price", "3", "--runs", "5"], capture_output=True, text=True, timeout=100)
