@@ -22,7 +22,7 @@ FAR_SHARE = 0.01
 def figures(frame: pl.DataFrame) -> dict[str, Any]:
     """Compute all figures of the pairs in ``frame``. Shares have 95 % intervals over prompts.
 
-    The columns of ``frame`` are ``data.facts.FACTS`` and ``prompt``, the number of the prompt. Log-probs are in nats;
+    The columns of ``frame`` are ``config.filter.FACTS`` and ``prompt``, the number of the prompt. Log-probs are in nats;
     surprise is -log-prob per token. A figure that needs more pairs than there are is None.
     """
     scored = frame.filter(pl.col("ref_margin").is_not_null())

@@ -113,7 +113,7 @@ class Config(Section):
         """Whether the log-probs of a reference are needed: by the loss, or by the condition on pairs."""
         if self.train.needs_reference or self.data.filter is None:
             return self.train.needs_reference
-        from raydpo.data.filter import PairFilter
+        from raydpo.config.filter import PairFilter
 
         return PairFilter(self.data.filter).needs_reference
 

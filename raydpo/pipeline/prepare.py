@@ -18,7 +18,8 @@ from raydpo.cluster.preflight import check_nodes
 from raydpo.cluster.resources import Resources, bfloat16_pays
 from raydpo.cluster.waiting import wait_for
 from raydpo.config import Config, is_hub_name
-from raydpo.data.filter import PairFilter, filtered_by_tokens
+from raydpo.config.filter import PairFilter
+from raydpo.data.filter import filtered_by_tokens
 from raydpo.data.index import as_bytes
 from raydpo.data.pairs import PAIR_MARGIN, PAIR_WEIGHT, PairSets, load_pairs
 from raydpo.data.tokenise import Tokeniser, load_tokenizer

@@ -10,6 +10,7 @@ from raydpo.cluster.preflight import check_cluster
 from raydpo.cluster.resources import Resources, resources_for
 from raydpo.cluster.session import session
 from raydpo.config import Config
+from raydpo.data.filter import filter_pairs
 from raydpo.model.cost import ModelCost
 from raydpo.pipeline.checks import check
 from raydpo.pipeline.prepare import Prepared, _wait_for, measured_pairs
@@ -98,7 +99,7 @@ def join_sets(prepared: Prepared, console: Console) -> Joined:
     pairs = join_reference(prepared.sets.train, prepared.cache, "training") if compares else prepared.sets.train
     if prepared.filter_by_reference is not None:
         sums = (pairs[f"ref_{side}_sum"].to_numpy() for side in ("chosen", "rejected"))
-        pairs, line = prepared.filter_by_reference.apply(pairs, *sums)
+        pairs, line = filter_pairs(prepared.filter_by_reference, pairs, *sums)
         console.say(line)
     held_out = prepared.sets.eval
     if held_out is not None and compares:

@@ -14,8 +14,9 @@ from raydpo.audits import audit_pairs, summary_lines, write_audit
 from raydpo.audits.advice import advise
 from raydpo.audits.measure import figures, separation
 from raydpo.config import ObjectiveConfig
+from raydpo.config.filter import PairFilter
 from raydpo.data.facts import pair_facts
-from raydpo.data.filter import PairFilter
+from raydpo.data.filter import pairs_to_keep
 from raydpo.pages.text import shown
 from raydpo.storage.files import Storage
 
@@ -194,7 +195,7 @@ def test_votes_are_no_contradictions():
     for even, count in ((audited(few + turned[:3]), 6), (audited(few + few[:3] + turned[:3] * 2), 12)):
         assert even.total["contradictory_evenly"] == count
         rule = PairFilter(setting(even.advice, "Remove contradictions").split('"')[1])
-        assert rule.keep(even.frame.to_arrow()).sum() == 197
+        assert pairs_to_keep(rule, even.frame.to_arrow()).sum() == 197
 
 
 def test_nothing_stands_out_is_said(tmp_path):
