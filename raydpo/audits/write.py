@@ -6,6 +6,7 @@ import json
 
 from raydpo.audits.audit import Audit
 from raydpo.audits.page import render_page
+from raydpo.rundir.directory import AUDIT_JSON, AUDIT_PAGE
 from raydpo.storage.files import Storage
 
 __all__ = ["write_audit"]
@@ -13,5 +14,5 @@ __all__ = ["write_audit"]
 
 def write_audit(audit: Audit, storage: Storage) -> None:
     """Write ``audit.json`` and ``audit.html`` into ``storage``."""
-    storage.write("audit.json", json.dumps(audit.to_dict(), indent=1, allow_nan=False).encode())
-    storage.write("audit.html", render_page(audit).encode())
+    storage.write(AUDIT_JSON, json.dumps(audit.to_dict(), indent=1, allow_nan=False).encode())
+    storage.write(AUDIT_PAGE, render_page(audit).encode())

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raydpo.errors import RaydpoError
+from raydpo.rundir.directory import LOGS
 from raydpo.terminal.console import Console
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def _quietly(config: Config, console: Console, act: Callable[[], object]) -> Non
     from raydpo.storage.files import Storage
 
     storage = Storage(config.run_dir)
-    directory = Path(storage.path("logs")) if storage.is_local else Path(tempfile.mkdtemp(prefix="raydpo-logs-"))
+    directory = Path(storage.path(LOGS)) if storage.is_local else Path(tempfile.mkdtemp(prefix="raydpo-logs-"))
     try:
         with console.noise_to(directory / "driver.log"):
             act()

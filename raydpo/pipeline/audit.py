@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING
 
 from raydpo.config import Config
@@ -11,6 +10,7 @@ from raydpo.data.pairs import SAME
 from raydpo.errors import ConfigError
 from raydpo.pipeline.checks import check
 from raydpo.reference.pairs import reference_values
+from raydpo.rundir.directory import AUDIT_PAGE, RUN, RunDirectory
 from raydpo.rundir.fingerprint import changed_settings
 from raydpo.storage.files import Storage
 from raydpo.terminal.console import Console
@@ -54,7 +54,7 @@ def _audit(prepared: Prepared, console: Console) -> Audit:
     write_audit(done, storage)
     for line in summary_lines(done):
         console.say(line)
-    console.say(f"audit: {storage}/audit.html")
+    console.say(f"audit: {storage}/{AUDIT_PAGE}")
     return done
 
 
@@ -64,9 +64,9 @@ def _refuse_other_pairs(storage: Storage, prepared: Prepared) -> None:
     Raises:
         ConfigError: if a run of this name has other pairs or another reference.
     """
-    if not storage.exists("run.json"):
+    if not storage.exists(RUN):
         return
-    earlier, now = json.loads(storage.read("run.json"))["fingerprint"], prepared.fingerprint()
+    earlier, now = RunDirectory(storage).fingerprint(), prepared.fingerprint()
     changes = changed_settings(*({key: each.get(key) for key in ("data.train (pairs)", "reference identity")}
                                  for each in (earlier, now)))
     if changes:

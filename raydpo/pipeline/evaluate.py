@@ -44,6 +44,7 @@ from raydpo.reference.pairs import reference_values
 from raydpo.reference.score import ReferenceSpec
 from raydpo.reference.store import ReferenceCache
 from raydpo.reports.write import report_on
+from raydpo.rundir.directory import CONFIG
 from raydpo.storage.files import Storage
 from raydpo.storage.uri import redacted
 from raydpo.terminal.console import Console
@@ -325,7 +326,7 @@ def _trained_on(config: Config, policy: Policy, pairs: pa.Table, console: Consol
         return None
     try:
         training = config.data if config.evaluate.policy is None else \
-            load_config(yaml.safe_load(policy.run.read("config.yaml"))).data
+            load_config(yaml.safe_load(policy.run.read(CONFIG))).data
         return trained_on(pairs, config, training)
     except (RaydpoError, OSError, yaml.YAMLError) as error:
         console.warn(f"the training data of {policy.name} cannot be read, so it is unknown whether the pairs are in it: "

@@ -12,6 +12,7 @@ from raydpo.pipeline.checks import check
 from raydpo.pipeline.prepare import Prepared
 from raydpo.pipeline.score import score_prepared
 from raydpo.pipeline.train import train_prepared
+from raydpo.rundir.directory import SUMMARY
 from raydpo.rundir.earlier import begin_again, earlier_result
 from raydpo.storage.files import Storage
 from raydpo.terminal.console import Console
@@ -25,7 +26,7 @@ def run(config: Config, console: Console | None = None, *, fresh: bool = False) 
     check(config, "run", console)
     with session(config):
         check_cluster(config, ["score", "train"], console)
-        with coming_up(config, wanted=fresh or not Storage(config.run_dir).exists("summary.json")):
+        with coming_up(config, wanted=fresh or not Storage(config.run_dir).exists(SUMMARY)):
             prepared = Prepared.of(config, console)
             # Before scoring, which writes the audit into the run directory.
             storage = Storage(config.run_dir)

@@ -17,6 +17,7 @@ from raydpo.pipeline.prepare import Prepared, _wait_for, measured_pairs
 from raydpo.reference.pairs import join_reference
 from raydpo.reports.write import report_on
 from raydpo.rundir.card import model_card
+from raydpo.rundir.directory import CONFIG, EVAL, METRICS, RUN, SUMMARY
 from raydpo.rundir.display import TrainingDisplay
 from raydpo.rundir.earlier import begin_again, earlier_result, harmless_changes
 from raydpo.rundir.records import finite, read_rows
@@ -130,9 +131,9 @@ def _begin_run(prepared: Prepared, job: TrainJob, console: Console) -> None:
         console.warn(f"train.merge_adapter merges into the unquantized weights of {config.model.path}, but training uses "
                      f"model.quantization {config.model.quantization}: final/merged is not exactly the policy that is "
                      "trained and measured. The adapter in final/ on the quantized model is")
-    storage.write("config.yaml", config.to_yaml().encode())
+    storage.write(CONFIG, config.to_yaml().encode())
     described = {"fingerprint": dict(job.fingerprint), "held_out": measured_pairs(prepared.sets.eval)}
-    storage.write("run.json", json.dumps(described, indent=2).encode())
+    storage.write(RUN, json.dumps(described, indent=2).encode())
 
 
 def _training_job(prepared: Prepared, resources: Resources, until: int | None = None) -> TrainJob:
@@ -162,7 +163,7 @@ def _end_run(prepared: Prepared, job: TrainJob, trained: dict[str, Any], hit_rat
     storage = Storage(prepared.config.run_dir)
     summary = _summarise(prepared, storage, trained, hit_rate, job, training_pairs)
     storage.write("final/README.md", model_card(prepared.config, summary).encode())
-    storage.write("summary.json", json.dumps(finite(summary), indent=2, allow_nan=False).encode())
+    storage.write(SUMMARY, json.dumps(finite(summary), indent=2, allow_nan=False).encode())
     return summary
 
 
@@ -218,7 +219,7 @@ def _summarise(prepared: Prepared, storage: Storage, trained: dict[str, Any], hi
                job: TrainJob, training_pairs: int) -> dict[str, Any]:
     """The content of summary.json."""
     config, decode = prepared.config, prepared.tokeniser.tokenizer.decode
-    steps, evals = read_rows(storage, "metrics.parquet"), read_rows(storage, "eval.parquet")
+    steps, evals = read_rows(storage, METRICS), read_rows(storage, EVAL)
     answers = zip(job.sample_prompts, trained["samples_before"], trained["samples_after"], strict=False)
     return {
         "name": config.run_name, "run_dir": redact(config.run_dir), "raydpo": __version__,

@@ -9,15 +9,14 @@ from raydpo.errors import ConfigError
 from raydpo.reports.compare import comparison_page
 from raydpo.reports.run import run_page
 from raydpo.reports.sweep import sweep_page
+from raydpo.rundir.directory import REPORT
 from raydpo.rundir.read import RunRecord, SweepRecord, is_sweep
 from raydpo.storage.files import Storage
 from raydpo.storage.uri import redact
 from raydpo.terminal.console import Console
 
-__all__ = ["REPORT", "report_on", "write_comparison", "write_report"]
+__all__ = ["report_on", "write_comparison", "write_report"]
 
-REPORT = "report.html"
-"""Name of the page in a run or sweep directory."""
 
 
 def write_report(place: str) -> str:

@@ -13,14 +13,13 @@ import yaml
 
 from raydpo.config import Config
 from raydpo.errors import ConfigError
+from raydpo.rundir.directory import BEGUN_BY, CONFIG, RUN, RunDirectory
 from raydpo.rundir.fingerprint import changed_settings
 from raydpo.storage.files import Storage
 from raydpo.terminal.console import Console
 
 __all__ = ["begin_again", "earlier_result", "harmless_changes", "leaves", "set_aside"]
 
-BEGUN_BY = "begun-by.json"
-"""File in a run directory that was started with --fresh: the job that started it."""
 
 
 def earlier_result(storage: Storage, fingerprint: dict[str, Any]) -> dict[str, Any] | None:
@@ -29,21 +28,21 @@ def earlier_result(storage: Storage, fingerprint: dict[str, Any]) -> dict[str, A
     Raises:
         ConfigError: if the run there would have another result; names the settings that differ.
     """
-    if not storage.exists("run.json"):
+    if not storage.exists(RUN):
         return None
-    earlier = json.loads(storage.read("run.json"))["fingerprint"]
+    earlier = RunDirectory(storage).fingerprint()
     changes = changed_settings(earlier, fingerprint)
     if changes:
         raise ConfigError(f"{storage} is a run with other settings ({'; '.join(changes)}). Give this one another name "
                           "(name=...), or start again with --fresh, which renames the old one")
-    return json.loads(storage.read("summary.json")) if storage.exists("summary.json") else None
+    return RunDirectory(storage).summary()
 
 
 def harmless_changes(storage: Storage, config: Config) -> Iterator[str]:
     """A line about settings that changed since the run started and do not affect its result."""
-    if not storage.exists("config.yaml"):
+    if not storage.exists(CONFIG):
         return
-    earlier, now = (leaves(yaml.safe_load(text)) for text in (storage.read("config.yaml"), config.to_yaml()))
+    earlier, now = (leaves(yaml.safe_load(text)) for text in (storage.read(CONFIG), config.to_yaml()))
     changes = changed_settings(earlier, now)
     if changes:
         yield f"changed since this run started, without effect on its result: {'; '.join(changes)}"
@@ -56,7 +55,7 @@ def leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {key: value for name, below in tree.items() for key, value in leaves(below, f"{prefix}{name}.").items()}
 
 
-def begin_again(storage: Storage, console: Console, mark: str = "run.json") -> None:
+def begin_again(storage: Storage, console: Console, mark: str = RUN) -> None:
     """Do what --fresh asks for: ``set_aside``, once a job. When a scheduler repeats a job after the loss of a machine, it
     repeats the same command, and that must continue what the first attempt started."""
     job, may_be_repeated = _job()
@@ -86,7 +85,7 @@ def _job() -> tuple[str | None, bool]:
     return None, False
 
 
-def set_aside(storage: Storage, console: Console, mark: str = "run.json") -> None:
+def set_aside(storage: Storage, console: Console, mark: str = RUN) -> None:
     """Rename the directory to ``NAME~1`` (or the next free number) if it has a file ``mark``."""
     if not storage.exists(mark):
         return

@@ -15,14 +15,14 @@ import yaml
 
 from raydpo.config import ObjectiveConfig
 from raydpo.errors import ConfigError, RaydpoError
+from raydpo.rundir.directory import CONFIG, EVAL, EVALUATION, METRICS, RUN, SUMMARY, SWEEP
 from raydpo.storage.files import Storage
 from raydpo.storage.uri import redacted
-from raydpo.sweeps.trials import FILE as SWEEP_FILE
 
 __all__ = ["RunRecord", "SweepRecord", "Trial", "is_sweep", "leaves", "length_growth"]
 
 T = TypeVar("T")
-RUN_FILES = ("config.yaml", "run.json", "metrics.parquet", "eval.parquet", "summary.json", "evaluation.json")
+RUN_FILES = (CONFIG, RUN, METRICS, EVAL, SUMMARY, EVALUATION)
 
 
 @dataclass(frozen=True)
@@ -55,17 +55,17 @@ class RunRecord:
             RaydpoError: if one of its files is damaged, naming it.
         """
         if not any(storage.exists(name) for name in RUN_FILES):
-            below = [name for name in storage.list() if storage.exists(f"{name}/config.yaml")]
+            below = [name for name in storage.list() if storage.exists(f"{name}/{CONFIG}")]
             hint = f"; below it there are {', '.join(below[:5])}" if below else ""
             raise ConfigError(f"there is no run at {storage}: it holds none of {', '.join(RUN_FILES)}{hint}. Give the path "
-                              f"of a run directory, <output>/<name>, or of a sweep's, which holds {SWEEP_FILE}")
-        config = _read(storage, "config.yaml", yaml.safe_load) or {}
-        evals = _table(storage, "eval.parquet")
+                              f"of a run directory, <output>/<name>, or of a sweep's, which holds {SWEEP}")
+        config = _read(storage, CONFIG, yaml.safe_load) or {}
+        evals = _table(storage, EVAL)
         name = config.get("name") or str(storage).rstrip("/").rsplit("/", 1)[-1]
-        return cls(str(storage), str(name), redacted(config), _table(storage, "metrics.parquet"),
+        return cls(str(storage), str(name), redacted(config), _table(storage, METRICS),
                    evals.rename({column: column.removeprefix("eval_") for column in evals.columns}),
-                   _read(storage, "summary.json", json.loads), _read(storage, "evaluation.json", json.loads),
-                   (_read(storage, "run.json", json.loads) or {}).get("held_out"))
+                   _read(storage, SUMMARY, json.loads), _read(storage, EVALUATION, json.loads),
+                   (_read(storage, RUN, json.loads) or {}).get("held_out"))
 
     @property
     def done(self) -> int:
@@ -134,19 +134,19 @@ class SweepRecord:
         Raises:
             RaydpoError: if one of its files is damaged, naming it.
         """
-        tree = _read(storage, SWEEP_FILE, json.loads)
+        tree = _read(storage, SWEEP, json.loads)
         try:
             trials = [_trial(storage, entry) for entry in tree["trials"]]
             return cls(str(storage), str(tree["name"]), list(tree.get("parameters") or ()),
                        redacted(tree.get("cache") or {}), trials)
         except (KeyError, TypeError, AttributeError) as error:
-            raise RaydpoError(f"{storage}/{SWEEP_FILE} is not a record of a sweep ({type(error).__name__}: {error}); "
+            raise RaydpoError(f"{storage}/{SWEEP} is not a record of a sweep ({type(error).__name__}: {error}); "
                               "run 'raydpo sweep' to write it again") from None
 
 
 def is_sweep(storage: Storage) -> bool:
     """Whether the directory holds a sweep."""
-    return storage.exists(SWEEP_FILE)
+    return storage.exists(SWEEP)
 
 
 def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

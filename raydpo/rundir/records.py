@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from raydpo.rundir.directory import EVAL, METRICS, TENSORBOARD
 from raydpo.storage.files import Storage
 
 if TYPE_CHECKING:
@@ -52,9 +53,9 @@ class RunRecords:
         self.storage = storage
         # A run that starts again from step 0 repeats the evaluation before its first step.
         self.steps, self.evals = ([row for row in read_rows(storage, name) if from_step and row["step"] <= from_step]
-                                  for name in ("metrics.parquet", "eval.parquet"))
+                                  for name in (METRICS, EVAL))
         # TensorBoard appends to its files. An object store cannot, so they are uploaded at the end.
-        self._board_dir = Path(storage.path("tensorboard")) if storage.is_local else Path(tempfile.mkdtemp())
+        self._board_dir = Path(storage.path(TENSORBOARD)) if storage.is_local else Path(tempfile.mkdtemp())
         self._board: SummaryWriter | None = None
         self._warn = warn
         with self._board_may_fail():
@@ -70,7 +71,7 @@ class RunRecords:
 
     def flush(self) -> None:
         """Write all rows so far to metrics.parquet and eval.parquet."""
-        for name, rows in (("metrics.parquet", self.steps), ("eval.parquet", self.evals)):
+        for name, rows in ((METRICS, self.steps), (EVAL, self.evals)):
             if rows:
                 self.storage.write(name, to_parquet(rows))
         if self._board is not None:
@@ -83,7 +84,7 @@ class RunRecords:
             with self._board_may_fail():
                 self._board.close()
         if not self.storage.is_local:
-            self.storage.upload(self._board_dir, "tensorboard")
+            self.storage.upload(self._board_dir, TENSORBOARD)
 
     def _to_board(self, group: str, row: Mapping[str, float]) -> None:
         if self._board is None:

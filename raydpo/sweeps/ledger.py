@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from raydpo.config import Config, lower_is_better
+from raydpo.rundir.directory import EVAL, METRICS, SWEEP, RunDirectory
 from raydpo.rundir.records import finite, read_rows
 from raydpo.storage.files import Storage
 from raydpo.storage.uri import redact
 from raydpo.sweeps.halving import best_first
-from raydpo.sweeps.trials import FILE, Trial, parameters_of
+from raydpo.sweeps.trials import Trial, parameters_of
 from raydpo.version import __version__
 
 __all__ = ["Entry", "Ledger"]
@@ -42,11 +43,11 @@ class Entry:
     def read(self) -> None:
         """Update the entry from the run directory."""
         storage = Storage(self.trial.config.run_dir)
-        rows, evals = read_rows(storage, "metrics.parquet"), read_rows(storage, "eval.parquet")
+        rows, evals = read_rows(storage, METRICS), read_rows(storage, EVAL)
         self.steps = int(rows[-1]["step"]) if rows else 0
         self.seconds = sum(row["seconds"] for row in rows)
         self.eval = evals[-1] if evals else None
-        self.evaluation = json.loads(storage.read("evaluation.json")) if storage.exists("evaluation.json") else None
+        self.evaluation = RunDirectory(storage).evaluation()
 
 
 class Ledger:
@@ -101,4 +102,4 @@ class Ledger:
             self._write()
 
     def _write(self) -> None:
-        self._storage.write(FILE, json.dumps(finite(self.to_dict()), indent=2, allow_nan=False).encode())
+        self._storage.write(SWEEP, json.dumps(finite(self.to_dict()), indent=2, allow_nan=False).encode())

@@ -28,6 +28,7 @@ from raydpo.pipeline.train import Joined, Shared, join_sets, train_prepared
 from raydpo.reference.shards import Wanted
 from raydpo.reports.sweep import recommendation_of
 from raydpo.reports.write import report_on
+from raydpo.rundir.directory import CONFIG, DRIVER_LOG, EVAL, EVALUATION, RUN, SUMMARY, SWEEP, RunDirectory
 from raydpo.rundir.earlier import begin_again, earlier_result
 from raydpo.rundir.read import SweepRecord
 from raydpo.rundir.records import read_rows
@@ -36,7 +37,7 @@ from raydpo.sweeps.halving import going_on, rungs
 from raydpo.sweeps.ledger import Ledger
 from raydpo.sweeps.packing import trials_at_once
 from raydpo.sweeps.table import SweepTable, TrialDisplay
-from raydpo.sweeps.trials import FILE, Trial, parameters_of, trials_of
+from raydpo.sweeps.trials import Trial, parameters_of, trials_of
 from raydpo.terminal.console import Console
 from raydpo.terminal.interrupt import interruptible
 from raydpo.training.launch.board import new_board
@@ -66,8 +67,8 @@ def sweep(config: Config, console: Console | None = None, *, fresh: bool = False
     check(config, "sweep", console, [trial.config for trial in trials])
     storage = Storage(config.run_dir)
     if fresh:
-        begin_again(storage, console, FILE)
-    if storage.exists("run.json"):
+        begin_again(storage, console, SWEEP)
+    if storage.exists(RUN):
         raise ConfigError(f"{storage} is the directory of a single run; give the sweep another name (name=...)")
     largest = max((trial.config for trial in trials), key=lambda one: one.train.most_workers)
     with session(largest):
@@ -78,9 +79,9 @@ def sweep(config: Config, console: Console | None = None, *, fresh: bool = False
         same_pairs = _on_same_pairs(config, prepared, console)
         at_once = trials_at_once(config, trials)
         storage.probe()
-        storage.write("config.yaml", config.to_yaml().encode())
+        storage.write(CONFIG, config.to_yaml().encode())
         ledger = Ledger(config, trials, same_pairs=same_pairs)
-        to_train = any(not Storage(trial.config.run_dir).exists("summary.json") for trial in trials)
+        to_train = any(not Storage(trial.config.run_dir).exists(SUMMARY) for trial in trials)
         with coming_up(largest, wanted=to_train, trainings=at_once):
             shared = _score(config, prepared, ledger, console)
         console.say(f"sweep: {len(trials)} trials over {', '.join(parameters_of(trials))}; {at_once} at once")
@@ -91,7 +92,7 @@ def sweep(config: Config, console: Console | None = None, *, fresh: bool = False
         console.say(f"{'lowest' if lower_is_better(metric) else 'highest'} {metric}: {best.trial.name} "
                     f"({best.eval[metric]:.4f})")
     _say_which_to_take(storage, console)
-    console.say(f"sweep: {storage}/{FILE}")
+    console.say(f"sweep: {storage}/{SWEEP}")
     report_on(config.run_dir, console)
     return ledger.to_dict()
 
@@ -133,8 +134,8 @@ def _on_same_pairs(config: Config, prepared: dict[str, Prepared], console: Conso
     first: dict[str, str] = {}  # digest of the pairs -> a trial that is measured on them
     for name, one in prepared.items():
         storage = Storage(one.config.run_dir)
-        digests = [json.loads(storage.read("run.json")).get("held_out")] if storage.exists("run.json") else []
-        if not storage.exists("summary.json"):
+        digests = [json.loads(storage.read(RUN)).get("held_out")] if storage.exists(RUN) else []
+        if not storage.exists(SUMMARY):
             if id(one.sets) not in now:
                 now[id(one.sets)] = measured_pairs(one.sets.eval)
             digests.append(now[id(one.sets)])
@@ -304,7 +305,7 @@ class _Sweep:
         """Whether the trial has an evaluation by the present settings and on the present pairs."""
         prepared = self.prepared[name]
         config, storage = prepared.config, Storage(prepared.config.run_dir)
-        if not storage.exists("evaluation.json"):
+        if not storage.exists(EVALUATION):
             return False
         pairs = prepared.sets.eval
         if config.evaluate.data is not None:
@@ -314,16 +315,16 @@ class _Sweep:
                     self._loaded[key], _ = pairs_to_evaluate(config, prepared.tokeniser, log)
                 pairs = self._loaded[key]
         wanted = protocol(config, pairs, prepared.reference)
-        return json.loads(storage.read("evaluation.json")).get("protocol") == wanted
+        return json.loads(storage.read(EVALUATION)).get("protocol") == wanted
 
     def _result(self, name: str) -> dict[str, Any] | None:
         """Return the summary of a trial, None if it is not complete."""
         storage = Storage(self.prepared[name].config.run_dir)
-        return json.loads(storage.read("summary.json")) if storage.exists("summary.json") else None
+        return RunDirectory(storage).summary()
 
     def _measured(self, name: str, step: int) -> dict[str, float] | None:
         """Return the held-out evaluation of a trial after ``step``, None if there is none."""
-        rows = read_rows(Storage(self.prepared[name].config.run_dir), "eval.parquet")
+        rows = read_rows(Storage(self.prepared[name].config.run_dir), EVAL)
         return next((row for row in rows if row["step"] == step), None)
 
 
@@ -334,7 +335,7 @@ def _log(config: Config) -> Iterator[Console]:
     if not storage.is_local:
         yield Console(io.StringIO())
         return
-    path = Path(storage.path("logs/driver.log"))
+    path = Path(storage.path(DRIVER_LOG))
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8", errors="replace", buffering=1) as stream:
         yield Console(stream)

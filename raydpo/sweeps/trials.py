@@ -24,10 +24,8 @@ from raydpo.config import (
 )
 from raydpo.errors import ConfigError
 
-__all__ = ["FILE", "Trial", "parameters_of", "trial_name", "trials_of"]
+__all__ = ["Trial", "parameters_of", "trial_name", "trials_of"]
 
-FILE = "sweep.json"
-"""File in the directory of a sweep; see ``ledger.Ledger.to_dict``."""
 LONGEST_NAME = 100
 DIGEST = 8
 """Characters of a digest in a name."""

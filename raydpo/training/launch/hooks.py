@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from raydpo.config import TrackConfig
+from raydpo.rundir.directory import CHECKPOINTS
 from raydpo.storage.files import Storage
 from raydpo.training.hooks import Hooks
 from raydpo.training.job import TrainJob
@@ -18,8 +19,6 @@ from raydpo.training.job import TrainJob
 __all__ = ["Payload", "RayHooks"]
 
 
-_CHECKPOINTS = "checkpoints"
-"""Folder of a run directory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +135,7 @@ class RayHooks(Hooks):
 
 def _checkpoint_place(step: int) -> str:
     """Folder of a step's checkpoint in the run directory."""
-    return f"{_CHECKPOINTS}/step-{step:08d}"
+    return f"{CHECKPOINTS}/step-{step:08d}"
 
 
 def _log_to(storage: Storage, rank: int) -> None:

@@ -17,6 +17,7 @@ from raydpo.cluster.resources import Resources
 from raydpo.config import TrainConfig, lower_is_better
 from raydpo.errors import DeviceMemoryError, RaydpoError
 from raydpo.reference.identity import on_this_machine
+from raydpo.rundir.directory import FINAL
 from raydpo.storage.files import Storage
 from raydpo.terminal.interrupt import interruptible
 from raydpo.training.launch.board import Listener, listening, new_board
@@ -177,7 +178,7 @@ def _train(payload: Payload, tokens_per_batch: int | None) -> None:
                           merge=job.train.merge_adapter)
         if rank == 0:
             if not summary.interrupted:
-                storage.upload(final, "final")
+                storage.upload(final, FINAL)
             hooks.records.close()
             hooks.trackers.close()
             ray.get(payload.board.finish.remote(dataclasses.asdict(summary)))
