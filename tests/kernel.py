@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from tiny import make_tokenizer, preferences
 
-from raydpo.training.hooks import Hooks
+from raydpo.training.hooks import TrainHooks
 
 MAX_LENGTH = 512
 
@@ -56,7 +56,7 @@ def with_reference(table: pa.Table, model: Path, dtype: str = "float32", tokens_
 
 
 @dataclass
-class Record(Hooks):
+class Record(TrainHooks):
     """Callbacks that record everything.
 
     Attributes:

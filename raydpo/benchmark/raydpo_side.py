@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from raydpo.benchmark.job import Job, Result, StepRecord, now, side
 from raydpo.data.plan import BatchPlan
 from raydpo.estimate.plan import pair_groups
-from raydpo.losses import Memory, Objective
+from raydpo.losses import Objective, ObjectiveState
 from raydpo.model.budget import MOST_SCORED, find_budget, probe_group, used_memory
 from raydpo.model.selfcheck import CHECK_ROWS
 from raydpo.reference.identity import identify
@@ -70,7 +70,7 @@ def train(job: Job, device: torch.device) -> Result:
 
     record = StepRecord(device)
     load_seconds = now(device) - start
-    rows, stepper = [], Stepper(settings, plan, pairs, engine, Objective(settings), StepClock(device), Memory())
+    rows, stepper = [], Stepper(settings, plan, pairs, engine, Objective(settings), StepClock(device), ObjectiveState())
     record.begin()
     for step in stepper.prepared():
         rows.append(stepper.take(step).row)

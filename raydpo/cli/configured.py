@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 
-def _quietly(config: Config, console: Console, act: Callable[[], object]) -> None:
+def quietly(config: Config, console: Console, act: Callable[[], object]) -> None:
     """Run ``act`` with all output but the console's in the run's logs, or in a temporary file if the run is at a URI."""
     from raydpo.storage.files import Storage
 
@@ -33,7 +33,7 @@ def _quietly(config: Config, console: Console, act: Callable[[], object]) -> Non
         raise
 
 
-def _load_pairs(config: Config) -> tuple[PairSets, Tokeniser]:
+def load_training_pairs(config: Config) -> tuple[PairSets, Tokeniser]:
     """Tokenise the pairs of a configuration as score and train do, without Ray."""
     from raydpo.data.filter import filtered_by_tokens
     from raydpo.data.pairs import load_pairs

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raydpo.cli.cache import add_cache_verbs, with_json
-from raydpo.cli.configured import _load_pairs, _quietly
+from raydpo.cli.configured import load_training_pairs, quietly
 from raydpo.errors import ConfigError, TrainError
 from raydpo.submit.command import add_jobs, add_submit, as_submit
 from raydpo.terminal.console import Console
@@ -124,7 +124,7 @@ def _score(args: argparse.Namespace, console: Console) -> None:
     from raydpo.pipeline.score import score
 
     config = _config(args)
-    _quietly(config, console, lambda: score(config, console))
+    quietly(config, console, lambda: score(config, console))
 
 
 def _train(args: argparse.Namespace, console: Console) -> None:
@@ -132,7 +132,7 @@ def _train(args: argparse.Namespace, console: Console) -> None:
     from raydpo.pipeline.train import train
 
     config, verb = _config(args), train if args.verb == "train" else run
-    _quietly(config, console, lambda: verb(config, console, fresh=args.fresh))
+    quietly(config, console, lambda: verb(config, console, fresh=args.fresh))
 
 
 def _sweep(args: argparse.Namespace, console: Console) -> None:
@@ -140,7 +140,7 @@ def _sweep(args: argparse.Namespace, console: Console) -> None:
 
     config = _config(args)
     found: dict[str, Any] = {}
-    _quietly(config, console, lambda: found.update(sweep(config, console, fresh=args.fresh)))
+    quietly(config, console, lambda: found.update(sweep(config, console, fresh=args.fresh)))
     failed = [trial for trial in found["trials"] if trial["status"] == "failed"]
     if failed:
         raise TrainError(f"{len(failed)} of {len(found['trials'])} trials failed: "
@@ -151,7 +151,7 @@ def _sweep(args: argparse.Namespace, console: Console) -> None:
 def _show(args: argparse.Namespace, console: Console) -> None:
     from raydpo.data.show import render_pairs
 
-    sets, tokeniser = _load_pairs(_config(args))
+    sets, tokeniser = load_training_pairs(_config(args))
     for line in sets.report.lines():
         console.say(line)
     for renderable in render_pairs(sets.train, tokeniser, args.count):
@@ -176,7 +176,7 @@ def _plan(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     config = _config(args)
     from raydpo.estimate.display import plan_run, print_plan
 
-    sets, _ = _load_pairs(config)
+    sets, _ = load_training_pairs(config)
     with console.quiet():
         plan = plan_run(config, sets, measure=args.measure, device=args.device, mfu_score=args.mfu_score,
                         mfu_train=args.mfu_train, workers=args.workers, price=args.price, runs=args.runs,
@@ -227,7 +227,7 @@ def _quickstart(args: argparse.Namespace, console: Console) -> None:
         if effect is not None:
             print_effect(effect, console)
 
-    _quietly(config, console, act)
+    quietly(config, console, act)
 
 
 if __name__ == "__main__":

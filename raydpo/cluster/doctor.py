@@ -55,7 +55,7 @@ def _devices() -> list[tuple[str, str]]:
 
 def _auto_dtype() -> str:
     try:
-        from raydpo.cluster.resources import bfloat16_pays
+        from raydpo.cluster.resources import bfloat16_is_faster
     except ImportError:
         return "unknown: ray is not installed"
-    return "bfloat16" if bfloat16_pays() else "float32 (no GPU, and no matrix units for bfloat16 in this processor)"
+    return "bfloat16" if bfloat16_is_faster() else "float32 (no GPU, and no matrix units for bfloat16 in this processor)"

@@ -12,7 +12,7 @@ from raydpo.cluster.nodes import NODE_SHARE, grows_to, nodes_with
 from raydpo.config import Config
 from raydpo.errors import ConfigError
 
-__all__ = ["Resources", "bfloat16_pays", "resources_for"]
+__all__ = ["Resources", "bfloat16_is_faster", "resources_for"]
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def _check_total(name: str, needed: float, needs: str, hint: str, config: Config
                           f"fewer{hint}; or raise the limit of its node groups")
 
 
-def bfloat16_pays() -> bool:
+def bfloat16_is_faster() -> bool:
     """Whether bfloat16 is the faster precision: the cluster has or gets GPUs, or this CPU has matrix units for it (AMX).
 
     AVX-512's bfloat16 instructions are not enough: scoring took 1.1 and training 1.4 times as long as in float32, since part

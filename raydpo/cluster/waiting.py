@@ -13,7 +13,7 @@ from raydpo.config import Config
 from raydpo.errors import ConfigError
 from raydpo.terminal.console import Console
 
-__all__ = ["check_reachable", "coming_up", "wait_for"]
+__all__ = ["check_reachable", "request_nodes", "wait_for"]
 
 ASK_SECONDS = 5.0
 """Seconds between requests. Ray keeps only the last request of the cluster, and Ray Data sends its own every 20 s."""
@@ -26,7 +26,7 @@ _REQUESTS: dict[object, tuple[Resources, int]] = {}
 
 
 @contextlib.contextmanager
-def coming_up(config: Config, *, wanted: bool = True, trainings: int = 1) -> Iterator[None]:
+def request_nodes(config: Config, *, wanted: bool = True, trainings: int = 1) -> Iterator[None]:
     """Within the block, request nodes for the training from an autoscaler, so that they start while the reference is scored.
 
     This is only a request: nothing is reserved, and scoring may use the same nodes. It ends with the block, and the

@@ -22,13 +22,13 @@ from raydpo.cluster.resources import Resources
 from raydpo.errors import RaydpoError
 from raydpo.storage.files import Storage
 
-__all__ = ["FOLDER", "Work", "do_work", "load", "store", "stored_name"]
+__all__ = ["FOLDER", "BlockTask", "do_work", "load", "store", "stored_name"]
 
 FOLDER = "evaluation"
 """Folder of the results inside a cache."""
 
 
-class Work(Protocol):
+class BlockTask(Protocol):
     """What an actor does. It is sent to the actor, so it must be small.
 
     ``open`` loads models in the actor. It must verify that they match ``identity``, since results are stored under it.
@@ -42,7 +42,7 @@ class Work(Protocol):
         """Return a function from a block of rows to as many rows of results."""
 
 
-def do_work(work: Work, tables: Sequence[pa.Table], storage: Storage, resources: Resources, *, block: int,
+def do_work(work: BlockTask, tables: Sequence[pa.Table], storage: Storage, resources: Resources, *, block: int,
             progress: Callable[[int, int], None], doing: str) -> list[pa.Table]:
     """Return the results of each table, in the order of its rows.
 
@@ -73,7 +73,7 @@ def do_work(work: Work, tables: Sequence[pa.Table], storage: Storage, resources:
     return [pa.concat_tables([done[name] for name in each]) for each in names]
 
 
-def _on_ray(work: Work, blocks: dict[str, pa.Table], storage: Storage, resources: Resources, doing: str) -> Any:
+def _on_ray(work: BlockTask, blocks: dict[str, pa.Table], storage: Storage, resources: Resources, doing: str) -> Any:
     """Yield the name of each block when it is done."""
     import ray
 
@@ -87,7 +87,7 @@ def _on_ray(work: Work, blocks: dict[str, pa.Table], storage: Storage, resources
 class _Actor:
     """A Ray Data actor. Each call computes one block and stores it before it returns its name."""
 
-    def __init__(self, work: Work, uri: str, resources: Resources) -> None:
+    def __init__(self, work: BlockTask, uri: str, resources: Resources) -> None:
         import torch
 
         self.threads = resources.threads

@@ -10,7 +10,7 @@ from functools import partial
 import pyarrow as pa
 import torch
 
-from raydpo.cluster.resources import bfloat16_pays
+from raydpo.cluster.resources import bfloat16_is_faster
 from raydpo.config import Config
 from raydpo.data.plan import fill_batches
 from raydpo.data.shapes import LayoutName
@@ -80,7 +80,7 @@ def measured_rates(config: Config, sample: pa.Table, model: ModelCost, reference
         model, reference: sizes of the two models.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    native = "bfloat16" if device.type == "cuda" or bfloat16_pays() else "float32"
+    native = "bfloat16" if device.type == "cuda" or bfloat16_is_faster() else "float32"
     dtype = native if config.model.dtype == "auto" else config.model.dtype
     score_dtype = {None: dtype, "auto": native}.get(config.score.dtype, config.score.dtype)
     groups, shapes = pair_groups(sample)

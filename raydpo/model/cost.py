@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raydpo.data.shapes import Work
+from raydpo.data.shapes import PositionCost
 from raydpo.errors import ModelError
 from raydpo.model.files import model_files, read_header
 
@@ -63,9 +63,9 @@ class ModelCost:
                    attention_width=heads * (config.get("head_dim") or hidden // heads))
 
     @property
-    def work(self) -> Work:
+    def work(self) -> PositionCost:
         """Costs relative to those of one token position."""
-        return Work(attention=self.look_flops / self.position_flops, head=self.prediction_flops / self.position_flops)
+        return PositionCost(attention=self.look_flops / self.position_flops, head=self.prediction_flops / self.position_flops)
 
     @property
     def position_flops(self) -> float:

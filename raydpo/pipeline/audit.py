@@ -34,10 +34,10 @@ def audit(config: Config, console: Console | None = None) -> Audit:
     """
     console = console or Console()
     check(config, "audit", console)
-    return _audit(Prepared.of(config, console), console)
+    return audit_prepared(Prepared.of(config, console), console)
 
 
-def _audit(prepared: Prepared, console: Console) -> Audit:
+def audit_prepared(prepared: Prepared, console: Console) -> Audit:
     from raydpo.audits import audit_pairs, summary_lines, write_audit
 
     storage = Storage(prepared.config.run_dir)

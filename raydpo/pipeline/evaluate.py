@@ -21,9 +21,9 @@ from raydpo.answers.draws import ROWS
 from raydpo.answers.judge import Judge, judge_contests
 from raydpo.answers.reward import RewardModel
 from raydpo.cluster.preflight import check_cluster
-from raydpo.cluster.resources import bfloat16_pays, resources_for
+from raydpo.cluster.resources import bfloat16_is_faster, resources_for
 from raydpo.cluster.session import session
-from raydpo.cluster.work import Work, do_work
+from raydpo.cluster.work import BlockTask, do_work
 from raydpo.config import Config, ObjectiveConfig, load_config
 from raydpo.data.facts import prompt_numbers
 from raydpo.data.pairs import load_pairs
@@ -33,17 +33,17 @@ from raydpo.evaluation.display import print_evaluation
 from raydpo.evaluation.drift import ExactSteps, measure_drift
 from raydpo.evaluation.policy import Policy, find_policy, harness_arguments
 from raydpo.evaluation.preferences import ScoredPairs, measure_preferences
-from raydpo.evaluation.prompts import Prompt, choose_prompts, evaluation_data, reading, spoken, trained_on
+from raydpo.evaluation.prompts import Prompt, choose_prompts, evaluation_data, prompt_texts, reading, trained_on
 from raydpo.evaluation.samples import Answers
 from raydpo.model.rotary import rope_line
 from raydpo.pipeline.checks import check
-from raydpo.pipeline.prepare import find_reference, measured_pairs, reference_line
+from raydpo.pipeline.prepare import measured_pairs, open_reference, reference_line
 from raydpo.pipeline.score import fill_cache
 from raydpo.reference.identity import resolve_model
 from raydpo.reference.pairs import reference_values
 from raydpo.reference.score import ReferenceSpec
 from raydpo.reference.store import ReferenceCache
-from raydpo.reports.write import report_on
+from raydpo.reports.write import write_report_or_warn
 from raydpo.rundir.directory import CONFIG
 from raydpo.storage.files import Storage
 from raydpo.storage.uri import redacted
@@ -82,7 +82,7 @@ def evaluate(config: Config, console: Console | None = None) -> dict[str, Any]:
     print_evaluation(console, found)
     console.say(f"evaluation: {evaluation.storage}/{evaluation.file('evaluation', 'json')}")
     if evaluation.policy.run is not None:
-        report_on(evaluation.policy.run.uri, console)  # now with the evaluation
+        write_report_or_warn(evaluation.policy.run.uri, console)  # now with the evaluation
     console.say(f"harness: lm_eval --model hf --model_args {harness_arguments(evaluation.policy)} --apply_chat_template "
                 "--tasks ...")
     return found
@@ -127,7 +127,7 @@ class _Evaluation:
 
     @classmethod
     def of(cls, config: Config, console: Console) -> _Evaluation:
-        reference, _ = find_reference(config, "bfloat16" if bfloat16_pays() else "float32")
+        reference, _ = open_reference(config, "bfloat16" if bfloat16_is_faster() else "float32")
         console.say(reference_line(config, reference))
         if reference.identity.rope_length is not None:
             console.say(rope_line(reference.identity.rope_length, config.data.max_length))
@@ -290,7 +290,7 @@ class _Evaluation:
         verdicts: dict[str, dict[str, np.ndarray]] = {mode: {} for mode in modes}
         if not (settings.judge or settings.reward_model or settings.score_with):
             return found, verdicts
-        texts = spoken(prompts, self.config)
+        texts = prompt_texts(prompts, self.config)
         contests = {mode: answers.contests(texts) for mode, answers in modes.items()}
 
         def count(setting: str, name: str, mode: str, told: tuple[np.ndarray, dict[str, Any]]) -> None:
@@ -314,7 +314,7 @@ class _Evaluation:
                     count("judge", judge.name, mode, judge_contests(judge, each, Storage(self.config.cache_uri), progress))
         return found, verdicts
 
-    def _do(self, work: Work, tables: Sequence[pa.Table], doing: str) -> list[pa.Table]:
+    def _do(self, work: BlockTask, tables: Sequence[pa.Table], doing: str) -> list[pa.Table]:
         with _progress(self.console, doing) as progress:
             return do_work(work, tables, Storage(self.config.cache_uri), resources_for("score", self.config),
                            block=WORK_BLOCK, progress=progress, doing=doing)

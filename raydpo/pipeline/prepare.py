@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raydpo.cluster.preflight import check_nodes
-from raydpo.cluster.resources import Resources, bfloat16_pays
+from raydpo.cluster.resources import Resources, bfloat16_is_faster
 from raydpo.cluster.waiting import wait_for
 from raydpo.config import Config, is_hub_name
 from raydpo.config.filter import PairFilter
@@ -30,10 +30,10 @@ from raydpo.reference.score import ReferenceSpec
 from raydpo.reference.store import ReferenceCache
 from raydpo.terminal.console import Console
 
-__all__ = ["Prepared", "find_reference", "measured_pairs", "reference_line"]
+__all__ = ["Prepared", "measured_pairs", "open_reference", "reference_line"]
 
 
-def _wait_for(stage: Literal["score", "train"], config: Config, resources: Resources, console: Console) -> None:
+def wait_for_workers(stage: Literal["score", "train"], config: Config, resources: Resources, console: Console) -> None:
     """Wait for the workers of a stage, and check the nodes that an autoscaler has added."""
     wait_for(stage, resources, console, autoscaling=config.ray.autoscaling)
     if config.ray.autoscaling:
@@ -63,7 +63,7 @@ class Prepared:
     def of(cls, config: Config, console: Console) -> Prepared:
         """Tokenise the pairs of a configuration, identify its reference and open the cache, within the Ray session."""
         model = config.model
-        native = "bfloat16" if bfloat16_pays() else "float32"
+        native = "bfloat16" if bfloat16_is_faster() else "float32"
         dtype = native if model.dtype == "auto" else model.dtype
         policy_dir = resolve_model(model.path)
         tokeniser = Tokeniser(load_tokenizer(resolve_model(model.tokenizer) if model.tokenizer else policy_dir,
@@ -79,7 +79,7 @@ class Prepared:
         held_out = 0 if sets.eval is None else sets.eval.num_rows
         console.say(f"pairs: {sets.train.num_rows:,} to train on, {held_out:,} held out, tokenised in "
                     f"{time.perf_counter() - started:.1f} s")
-        spec, cache = find_reference(config, native)
+        spec, cache = open_reference(config, native)
         if config.needs_reference:
             console.say(reference_line(config, spec))
             earlier, change = earlier_identity(spec.identity)
@@ -137,7 +137,7 @@ class Prepared:
                          f"train.loss (source of {name})": digest for name, digest in own_sources(config.train).items()}
 
 
-def find_reference(config: Config, native: str) -> tuple[ReferenceSpec, ReferenceCache]:
+def open_reference(config: Config, native: str) -> tuple[ReferenceSpec, ReferenceCache]:
     """Find and identify the reference of a configuration, and open its cache.
 
     Args:

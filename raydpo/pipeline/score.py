@@ -10,9 +10,9 @@ from raydpo.cluster.preflight import check_cluster
 from raydpo.cluster.resources import resources_for
 from raydpo.cluster.session import session
 from raydpo.config import Config
-from raydpo.pipeline.audit import _audit
+from raydpo.pipeline.audit import audit_prepared
 from raydpo.pipeline.checks import check
-from raydpo.pipeline.prepare import Prepared, _wait_for
+from raydpo.pipeline.prepare import Prepared, wait_for_workers
 from raydpo.reference.build import BuildReport, build
 from raydpo.reference.score import ReferenceSpec
 from raydpo.reference.store import ReferenceCache
@@ -49,7 +49,7 @@ def score_prepared(prepared: Prepared, console: Console, tables: list[pa.Table] 
         report = BuildReport(cache.identity.digest, wanted=0, hits=0, scored=0, by_others=0, twice=0, tokens=0, seconds=0.0,
                              parts=0, problems=())
     try:
-        _audit(prepared, console)
+        audit_prepared(prepared, console)
     except Exception as error:  # the log-probs are stored, so scoring has succeeded
         console.warn(f"the audit failed ({type(error).__name__}: {error}); 'raydpo audit' tries again")
     return report
@@ -65,7 +65,7 @@ def fill_cache(tables: list[pa.Table], spec: ReferenceSpec, cache: ReferenceCach
             nonlocal line
             if line is None:
                 console.say(f"scoring {to_do:,} completions on {resources.workers} {resources.device} worker(s)")
-                _wait_for("score", config, resources, console)
+                wait_for_workers("score", config, resources, console)
                 line = stack.enter_context(console.progress("scoring", to_do, "completions"))
             line.update(done)
 

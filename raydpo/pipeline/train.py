@@ -13,25 +13,25 @@ from raydpo.config import Config
 from raydpo.data.filter import filter_pairs
 from raydpo.model.cost import ModelCost
 from raydpo.pipeline.checks import check
-from raydpo.pipeline.prepare import Prepared, _wait_for, measured_pairs
+from raydpo.pipeline.prepare import Prepared, measured_pairs, wait_for_workers
 from raydpo.reference.pairs import join_reference
-from raydpo.reports.write import report_on
+from raydpo.reports.write import write_report_or_warn
 from raydpo.rundir.card import model_card
 from raydpo.rundir.directory import CONFIG, EVAL, METRICS, RUN, SUMMARY
 from raydpo.rundir.display import TrainingDisplay
-from raydpo.rundir.earlier import begin_again, earlier_result, harmless_changes
+from raydpo.rundir.earlier import begin_again, finished_summary, neutral_changes
 from raydpo.rundir.records import finite, read_rows
 from raydpo.rundir.summary import print_summary
 from raydpo.storage.files import Storage
 from raydpo.storage.uri import redact
 from raydpo.terminal.console import Console
 from raydpo.training.job import TrainJob
-from raydpo.training.launch.hooks import Payload
+from raydpo.training.launch.hooks import WorkerInput
 from raydpo.training.launch.launch import launch
 from raydpo.training.policy.engine import PolicySpec
 from raydpo.version import __version__
 
-__all__ = ["Joined", "Shared", "join_sets", "train", "train_prepared"]
+__all__ = ["Joined", "TrialContext", "join_sets", "train", "train_prepared"]
 
 
 def train(config: Config, console: Console | None = None, *, fresh: bool = False) -> dict[str, Any]:
@@ -72,7 +72,7 @@ class Joined:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shared:
+class TrialContext:
     """What a sweep gives to the training of one trial.
 
     Attributes:
@@ -115,7 +115,7 @@ def _finished_before(prepared: Prepared, console: Console) -> dict[str, Any] | N
         ConfigError: if a run of this name has other settings.
     """
     config = prepared.config
-    finished = earlier_result(Storage(config.run_dir), prepared.fingerprint())
+    finished = finished_summary(Storage(config.run_dir), prepared.fingerprint())
     if finished is not None:
         console.say(f"run {config.run_name} is already complete: {redact(config.run_dir)} (--fresh trains it again)")
     return finished
@@ -125,7 +125,7 @@ def _begin_run(prepared: Prepared, job: TrainJob, console: Console) -> None:
     """Write config.yaml and run.json before the training."""
     config, storage = prepared.config, Storage(prepared.config.run_dir)
     storage.probe()
-    for line in harmless_changes(storage, config):
+    for line in neutral_changes(storage, config):
         console.note(line)
     if config.train.merge_adapter and config.model.quantization:
         console.warn(f"train.merge_adapter merges into the unquantized weights of {config.model.path}, but training uses "
@@ -168,7 +168,7 @@ def _end_run(prepared: Prepared, job: TrainJob, trained: dict[str, Any], hit_rat
 
 
 def train_prepared(prepared: Prepared, console: Console, hit_rate: float | None = None, *,
-                   shared: Shared | None = None) -> dict[str, Any] | None:
+                   shared: TrialContext | None = None) -> dict[str, Any] | None:
     """Train, unless the run is already finished.
 
     Args:
@@ -188,11 +188,11 @@ def train_prepared(prepared: Prepared, console: Console, hit_rate: float | None 
         joined = join_sets(prepared, console) if shared is None else shared.joined
         resources = resources_for("train", config, 1 if shared is None else shared.at_once)
         if shared is None:
-            _wait_for("train", config, resources, console)
+            wait_for_workers("train", config, resources, console)
         job = _training_job(prepared, resources, None if shared is None else shared.until)
         _begin_run(prepared, job, console)
         with TrainingDisplay(console) if shared is None else shared.display as display:
-            payload = Payload(job=job, pairs=joined.pairs, held_out=joined.held_out, run_dir=config.run_dir,
+            payload = WorkerInput(job=job, pairs=joined.pairs, held_out=joined.held_out, run_dir=config.run_dir,
                               run_name=config.run_name, track=config.track, base_name=prepared.base_name,
                               tokenizer=prepared.tokeniser.tokenizer, board=None if shared is None else shared.board)
             trained = launch(payload, resources, display.listen)
@@ -203,7 +203,7 @@ def train_prepared(prepared: Prepared, console: Console, hit_rate: float | None 
             raise KeyboardInterrupt
         summary = _end_run(prepared, job, trained, hit_rate, joined.training_pairs)
     print_summary(console, summary)
-    report_on(config.run_dir, console)
+    write_report_or_warn(config.run_dir, console)
     return summary
 
 

@@ -12,7 +12,7 @@ from raydpo.config import ObjectiveConfig
 from raydpo.data.interval import Z95, share_error
 from raydpo.pages.plot import BAD, GOOD, INK, PALE, Picture, figure, svg
 from raydpo.reports.tables import setting
-from raydpo.rundir.read import SweepRecord, Trial, length_growth
+from raydpo.rundir.read import SweepRecord, TrialRecord, length_growth
 
 __all__ = ["Point", "Recommendation", "drift_axis", "frontier_pictures", "length_axis", "measured_otherwise",
            "on_same_pairs", "points_of", "recommend", "units_of_margin"]
@@ -89,7 +89,7 @@ def points_of(sweep: SweepRecord) -> list[Point]:
             if trial.eval or trial.evaluation]
 
 
-def _point(mark: str, trial: Trial) -> Point:
+def _point(mark: str, trial: TrialRecord) -> Point:
     evaluation, scores, done = trial.evaluation or {}, trial.eval, trial.status == "done"
     total = (evaluation.get("preferences") or {}).get("total") or {}
     accuracy, error = _accuracy(trial, total.get("accuracy") or {})
@@ -108,7 +108,7 @@ def _point(mark: str, trial: Trial) -> Point:
         (evaluation.get("protocol") or {}).get("pairs"))
 
 
-def _accuracy(trial: Trial, evaluated: dict[str, float | None]) -> tuple[float | None, float | None]:
+def _accuracy(trial: TrialRecord, evaluated: dict[str, float | None]) -> tuple[float | None, float | None]:
     """Return the held-out accuracy and its standard error, from the last evaluation in training or from ``raydpo eval``."""
     accuracy = trial.eval.get("rewards/accuracies")
     if accuracy is None:

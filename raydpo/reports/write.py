@@ -15,7 +15,7 @@ from raydpo.storage.files import Storage
 from raydpo.storage.uri import redact
 from raydpo.terminal.console import Console
 
-__all__ = ["report_on", "write_comparison", "write_report"]
+__all__ = ["write_comparison", "write_report", "write_report_or_warn"]
 
 
 
@@ -56,7 +56,7 @@ def write_comparison(places: Sequence[str], out: Path) -> None:
     Storage(str(out.absolute().parent)).write(out.name, comparison_page(runs).encode())
 
 
-def report_on(place: str, console: Console) -> None:
+def write_report_or_warn(place: str, console: Console) -> None:
     """Write the page of a run or sweep that has ended. Failure is a warning: its results are stored."""
     try:
         console.say(f"report: {write_report(place)}")

@@ -18,11 +18,11 @@ from raydpo.rundir.fingerprint import changed_settings
 from raydpo.storage.files import Storage
 from raydpo.terminal.console import Console
 
-__all__ = ["begin_again", "earlier_result", "harmless_changes", "leaves", "set_aside"]
+__all__ = ["archive_run", "begin_again", "finished_summary", "flatten_settings", "neutral_changes"]
 
 
 
-def earlier_result(storage: Storage, fingerprint: dict[str, Any]) -> dict[str, Any] | None:
+def finished_summary(storage: Storage, fingerprint: dict[str, Any]) -> dict[str, Any] | None:
     """The summary of a finished run in this directory; None if there is no run, or it was interrupted.
 
     Raises:
@@ -38,32 +38,32 @@ def earlier_result(storage: Storage, fingerprint: dict[str, Any]) -> dict[str, A
     return RunDirectory(storage).summary()
 
 
-def harmless_changes(storage: Storage, config: Config) -> Iterator[str]:
+def neutral_changes(storage: Storage, config: Config) -> Iterator[str]:
     """A line about settings that changed since the run started and do not affect its result."""
     if not storage.exists(CONFIG):
         return
-    earlier, now = (leaves(yaml.safe_load(text)) for text in (storage.read(CONFIG), config.to_yaml()))
+    earlier, now = (flatten_settings(yaml.safe_load(text)) for text in (storage.read(CONFIG), config.to_yaml()))
     changes = changed_settings(earlier, now)
     if changes:
         yield f"changed since this run started, without effect on its result: {'; '.join(changes)}"
 
 
-def leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
+def flatten_settings(tree: Any, prefix: str = "") -> dict[str, Any]:
     """The values of a nested configuration by their keys, such as ``train.beta``."""
     if not isinstance(tree, dict):
         return {prefix[:-1]: tree}
-    return {key: value for name, below in tree.items() for key, value in leaves(below, f"{prefix}{name}.").items()}
+    return {key: value for name, below in tree.items() for key, value in flatten_settings(below, f"{prefix}{name}.").items()}
 
 
 def begin_again(storage: Storage, console: Console, mark: str = RUN) -> None:
-    """Do what --fresh asks for: ``set_aside``, once a job. When a scheduler repeats a job after the loss of a machine, it
+    """Do what --fresh asks for: ``archive_run``, once a job. When a scheduler repeats a job after the loss of a machine, it
     repeats the same command, and that must continue what the first attempt started."""
     job, may_be_repeated = _job()
     if may_be_repeated and storage.exists(BEGUN_BY) and json.loads(storage.read(BEGUN_BY)) == job:
         console.say(f"--fresh: {storage} was started by an earlier attempt of this job ({job}) and continues; to start "
                     "again, use --fresh in a new job, or give another name (name=...)")
         return
-    set_aside(storage, console, mark)
+    archive_run(storage, console, mark)
     if job is not None:
         storage.write(BEGUN_BY, json.dumps(job).encode())
 
@@ -85,7 +85,7 @@ def _job() -> tuple[str | None, bool]:
     return None, False
 
 
-def set_aside(storage: Storage, console: Console, mark: str = RUN) -> None:
+def archive_run(storage: Storage, console: Console, mark: str = RUN) -> None:
     """Rename the directory to ``NAME~1`` (or the next free number) if it has a file ``mark``."""
     if not storage.exists(mark):
         return

@@ -19,7 +19,7 @@ from raydpo.rundir.directory import CONFIG, EVAL, EVALUATION, METRICS, RUN, SUMM
 from raydpo.storage.files import Storage
 from raydpo.storage.uri import redacted
 
-__all__ = ["RunRecord", "SweepRecord", "Trial", "is_sweep", "leaves", "length_growth"]
+__all__ = ["RunRecord", "SweepRecord", "TrialRecord", "is_sweep", "leaves", "length_growth"]
 
 T = TypeVar("T")
 RUN_FILES = (CONFIG, RUN, METRICS, EVAL, SUMMARY, EVALUATION)
@@ -104,7 +104,7 @@ class RunRecord:
 
 
 @dataclass(frozen=True)
-class Trial:
+class TrialRecord:
     """One run of a sweep: its entry in sweep.json and its run directory, None if there is none yet."""
 
     name: str
@@ -125,7 +125,7 @@ class SweepRecord:
     name: str
     parameters: list[str]
     cache: dict[str, Any]
-    trials: list[Trial]
+    trials: list[TrialRecord]
 
     @classmethod
     def read(cls, storage: Storage) -> SweepRecord:
@@ -165,7 +165,7 @@ def length_growth(evaluation: dict[str, Any]) -> dict[str, float | None] | None:
     return next((modes[mode]["length_growth"] for mode in ("sampled", "greedy") if modes.get(mode)), None)
 
 
-def _trial(sweep: Storage, entry: dict[str, Any]) -> Trial:
+def _trial(sweep: Storage, entry: dict[str, Any]) -> TrialRecord:
     """Read a trial. The place below the sweep directory comes first: the sweep may have been moved."""
     run = None
     for place in (f"{sweep.uri.rstrip('/')}/{entry['name']}", entry.get("run_dir")):
@@ -176,7 +176,7 @@ def _trial(sweep: Storage, entry: dict[str, Any]) -> Trial:
                 continue
     scores = {name.removeprefix("eval_"): value for name, value in (entry.get("eval") or {}).items()
               if value is not None and math.isfinite(value)}
-    return Trial(str(entry["name"]), dict(entry.get("settings") or {}), str(entry.get("status", "?")), entry.get("error"),
+    return TrialRecord(str(entry["name"]), dict(entry.get("settings") or {}), str(entry.get("status", "?")), entry.get("error"),
                  entry.get("seconds"), scores, (run and run.evaluation) or entry.get("evaluation"), run)
 
 

@@ -26,7 +26,7 @@ from pyarrow import fs as pafs
 from raydpo.errors import ConfigError, RaydpoError
 from raydpo.storage.uri import is_uri, redact, secrets_of
 
-__all__ = ["Entry", "Storage", "redact", "remove_stale_temporaries", "stale_temporaries"]
+__all__ = ["FileInfo", "Storage", "redact", "remove_stale_temporaries", "stale_temporaries"]
 
 T = TypeVar("T")
 _TEMPORARY = re.compile(r"^\.tmp-(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{32}$")
@@ -49,7 +49,7 @@ _DRIVERS = {"az": "adlfs", "abfs": "adlfs", "abfss": "adlfs", "gs": "gcsfs", "gc
 
 
 @dataclass(frozen=True)
-class Entry:
+class FileInfo:
     """A file in a directory: name, size in bytes, and time of its last change in seconds since the epoch, by the clock of
     the store (0 if the store does not tell)."""
 
@@ -102,9 +102,9 @@ class Storage:
         """Names of the entries directly in ``name``, sorted; empty if it does not exist."""
         return sorted(info.base_name for info in self._infos(name))
 
-    def entries(self, name: str = "") -> Sequence[Entry]:
+    def entries(self, name: str = "") -> Sequence[FileInfo]:
         """The files directly in ``name``, in order of name; empty if it does not exist."""
-        return sorted((Entry(info.base_name, info.size, self._modified(info))
+        return sorted((FileInfo(info.base_name, info.size, self._modified(info))
                        for info in self._infos(name) if info.type == pafs.FileType.File), key=lambda entry: entry.name)
 
     def _info(self, name: str) -> pafs.FileInfo:
@@ -292,7 +292,7 @@ class Storage:
 
     def download(self, name: str, directory: Path) -> None:
         """Copy the files directly in ``name`` into a local directory."""
-        def copy(file: Entry) -> None:
+        def copy(file: FileInfo) -> None:
             target = directory / file.name
             pafs.copy_files(self.path(f"{name}/{file.name}"), str(target), source_filesystem=self.fs,
                             destination_filesystem=pafs.LocalFileSystem())
@@ -337,7 +337,7 @@ def _may_pass(error: Exception) -> bool:
     return isinstance(error, OSError) or type(error).__module__ not in ("builtins", "pyarrow.lib")
 
 
-def stale_temporaries(storage: Storage, name: str, older_than: float | None = None) -> list[Entry]:
+def stale_temporaries(storage: Storage, name: str, older_than: float | None = None) -> list[FileInfo]:
     """Temporary files of killed processes in directory ``name``.
 
     These are the files of this host whose process is gone, and, with ``older_than``, all that are older than this many

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from raydpo.config import StopEarlyConfig
 
-__all__ = ["best_first", "going_on", "rungs"]
+__all__ = ["best_first", "rungs", "survivors"]
 
 
 def rungs(early: StopEarlyConfig) -> Iterator[int]:
@@ -24,6 +24,6 @@ def best_first(scores: Mapping[str, float], *, lower_is_better: bool) -> list[st
     return sorted(scores, key=lambda name: math.inf if math.isnan(scores[name]) else sign * scores[name])
 
 
-def going_on(scores: Mapping[str, float], keep: float, *, lower_is_better: bool) -> set[str]:
+def survivors(scores: Mapping[str, float], keep: float, *, lower_is_better: bool) -> set[str]:
     """Return the best share ``keep`` of the trials; their number is rounded up."""
     return set(best_first(scores, lower_is_better=lower_is_better)[: math.ceil(keep * len(scores) - 1e-9)])

@@ -16,13 +16,13 @@ from raydpo.sweeps.halving import best_first
 from raydpo.sweeps.trials import Trial, parameters_of
 from raydpo.version import __version__
 
-__all__ = ["Entry", "Ledger"]
+__all__ = ["Ledger", "TrialStatus"]
 
 Status = Literal["waiting", "running", "done", "stopped", "failed"]
 
 
 @dataclass
-class Entry:
+class TrialStatus:
     """The state of one trial.
 
     Attributes:
@@ -59,7 +59,7 @@ class Ledger:
 
     def __init__(self, config: Config, trials: list[Trial], *, same_pairs: bool = True) -> None:
         self.config, self.same_pairs = config, same_pairs
-        self.entries = {trial.name: Entry(trial) for trial in trials}
+        self.entries = {trial.name: TrialStatus(trial) for trial in trials}
         self.cache: dict[str, Any] = {"uri": redact(config.cache_uri), "identity": None, "hit_rates": []}
         self._storage = Storage(config.run_dir)
         self._lock = threading.Lock()
@@ -76,7 +76,7 @@ class Ledger:
             entry.read()
             self._write()
 
-    def best(self) -> Entry | None:
+    def best(self) -> TrialStatus | None:
         """Return the trial with the best ``sweep.metric`` among those that are done."""
         metric = self.config.sweep.metric
         scores = {name: entry.eval[metric] for name, entry in self.entries.items()

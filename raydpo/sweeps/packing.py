@@ -12,21 +12,21 @@ from raydpo.config import Config
 from raydpo.errors import ConfigError
 from raydpo.sweeps.trials import Trial
 
-__all__ = ["Node", "places", "trials_at_once"]
+__all__ = ["FreeNode", "places", "trials_at_once"]
 
 ROUNDING = 1e-6
 """Tolerance for sums of fractions of a GPU: ten tenths are one."""
 
 
 @dataclass(frozen=True)
-class Node:
+class FreeNode:
     """Resources of one machine that Ray can allocate."""
 
     cpus: float
     gpus: float
 
 
-def places(nodes: Iterable[Node], workers: int, gpus_per_worker: float) -> int:
+def places(nodes: Iterable[FreeNode], workers: int, gpus_per_worker: float) -> int:
     """Compute how many trainings with ``workers`` workers each fit on ``nodes``.
 
     A worker needs one CPU and its GPUs on one node; a fraction of a GPU must be on one GPU. Workers of a training may be on
@@ -35,7 +35,7 @@ def places(nodes: Iterable[Node], workers: int, gpus_per_worker: float) -> int:
     return sum(_workers_on(node, gpus_per_worker) for node in nodes) // workers
 
 
-def _workers_on(node: Node, gpus_per_worker: float) -> int:
+def _workers_on(node: FreeNode, gpus_per_worker: float) -> int:
     if not gpus_per_worker:
         return int(node.cpus)
     if gpus_per_worker < 1:
@@ -65,7 +65,7 @@ def trials_at_once(config: Config, trials: Sequence[Trial]) -> int:
         # A local Ray may be started with more CPUs than the machine has.
         if not gpus and node["NodeID"] == here:
             cpus = min(cpus, os.cpu_count() or 1)
-        nodes.append(Node(cpus, node["Resources"].get("GPU", 0)))
+        nodes.append(FreeNode(cpus, node["Resources"].get("GPU", 0)))
     fit, wish = max(1, places(nodes, workers, gpus)), config.sweep.at_once
     if wish is not None and wish > fit and not config.ray.autoscaling:
         raise ConfigError(f"sweep.at_once is {wish}, but the cluster holds {fit} trial(s) of {workers} worker(s) with "

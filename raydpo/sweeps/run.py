@@ -17,30 +17,30 @@ import pyarrow as pa
 
 from raydpo.cluster.preflight import check_cluster
 from raydpo.cluster.session import session
-from raydpo.cluster.waiting import coming_up
+from raydpo.cluster.waiting import request_nodes
 from raydpo.config import Config, lower_is_better
 from raydpo.errors import ConfigError, RaydpoError
 from raydpo.pipeline.checks import check
 from raydpo.pipeline.evaluate import evaluate, pairs_to_evaluate, protocol
 from raydpo.pipeline.prepare import Prepared, measured_pairs
 from raydpo.pipeline.score import score_prepared
-from raydpo.pipeline.train import Joined, Shared, join_sets, train_prepared
+from raydpo.pipeline.train import Joined, TrialContext, join_sets, train_prepared
 from raydpo.reference.shards import Wanted
 from raydpo.reports.sweep import recommendation_of
-from raydpo.reports.write import report_on
+from raydpo.reports.write import write_report_or_warn
 from raydpo.rundir.directory import CONFIG, DRIVER_LOG, EVAL, EVALUATION, RUN, SUMMARY, SWEEP, RunDirectory
-from raydpo.rundir.earlier import begin_again, earlier_result
+from raydpo.rundir.earlier import begin_again, finished_summary
 from raydpo.rundir.read import SweepRecord
 from raydpo.rundir.records import read_rows
 from raydpo.storage.files import Storage
-from raydpo.sweeps.halving import going_on, rungs
+from raydpo.sweeps.halving import rungs, survivors
 from raydpo.sweeps.ledger import Ledger
 from raydpo.sweeps.packing import trials_at_once
 from raydpo.sweeps.table import SweepTable, TrialDisplay
 from raydpo.sweeps.trials import Trial, parameters_of, trials_of
 from raydpo.terminal.console import Console
 from raydpo.terminal.interrupt import interruptible
-from raydpo.training.launch.board import new_board
+from raydpo.training.launch.board import start_mailbox
 
 __all__ = ["sweep"]
 
@@ -75,14 +75,14 @@ def sweep(config: Config, console: Console | None = None, *, fresh: bool = False
         check_cluster(config, ["score", "train"], console)
         prepared = _prepare(trials, console)
         for one in prepared.values():  # refuse trials whose earlier run had other settings
-            earlier_result(Storage(one.config.run_dir), one.fingerprint())
+            finished_summary(Storage(one.config.run_dir), one.fingerprint())
         same_pairs = _on_same_pairs(config, prepared, console)
         at_once = trials_at_once(config, trials)
         storage.probe()
         storage.write(CONFIG, config.to_yaml().encode())
         ledger = Ledger(config, trials, same_pairs=same_pairs)
         to_train = any(not Storage(trial.config.run_dir).exists(SUMMARY) for trial in trials)
-        with coming_up(largest, wanted=to_train, trainings=at_once):
+        with request_nodes(largest, wanted=to_train, trainings=at_once):
             shared = _score(config, prepared, ledger, console)
         console.say(f"sweep: {len(trials)} trials over {', '.join(parameters_of(trials))}; {at_once} at once")
         with SweepTable(console, ledger) as table:
@@ -93,7 +93,7 @@ def sweep(config: Config, console: Console | None = None, *, fresh: bool = False
                     f"({best.eval[metric]:.4f})")
     _say_which_to_take(storage, console)
     console.say(f"sweep: {storage}/{SWEEP}")
-    report_on(config.run_dir, console)
+    write_report_or_warn(config.run_dir, console)
     return ledger.to_dict()
 
 
@@ -245,7 +245,7 @@ class _Sweep:
                 raise ConfigError(f"sweep.stop_early compares by {metric!r}, which no evaluation measures; expected one of "
                                   f"{', '.join(sorted(measured))}")
             scores[name] = measured[metric]
-        better = going_on(scores, early.keep, lower_is_better=lower_is_better(metric))
+        better = survivors(scores, early.keep, lower_is_better=lower_is_better(metric))
         for name in scores:
             if name not in better and self.ledger.entries[name].status != "done":
                 self.ledger.set(name, "stopped")
@@ -283,10 +283,10 @@ class _Sweep:
         with self._lock:
             if self._stopping:
                 return False
-            board = self._boards[name] = new_board()
+            board = self._boards[name] = start_mailbox()
         self.ledger.set(name, "running")
         try:
-            return train_prepared(self.prepared[name], log, self.hit_rates[name], shared=Shared(
+            return train_prepared(self.prepared[name], log, self.hit_rates[name], shared=TrialContext(
                 joined=self.shared[name], at_once=self.at_once, board=board, until=until,
                 display=TrialDisplay(log, self.table, name))) is not None
         except KeyboardInterrupt:

@@ -13,7 +13,7 @@ from torch import Tensor
 from raydpo.config import ObjectiveConfig
 from raydpo.data.plan import MicroBatch, split_over_ranks
 from raydpo.data.prefetch import prefetch
-from raydpo.losses import Memory, Objective, PairLogps
+from raydpo.losses import Objective, ObjectiveState, PairLogps
 from raydpo.model.layout import Layout
 from raydpo.training.metrics import PairSums
 from raydpo.training.pairs import TrainingPairs
@@ -115,7 +115,7 @@ class AllPairLogps:
                                              if asked.get(name, True)})
 
 
-def evaluate(engine: StepEngine, pairs: TrainingPairs, objective: Objective, beta: float, memory: Memory,
+def evaluate(engine: StepEngine, pairs: TrainingPairs, objective: Objective, beta: float, memory: ObjectiveState,
              tokens_per_batch: int) -> dict[str, float]:
     """Metrics over all ``pairs``, with prefix ``eval_``; the same on every rank. A whole-step objective sees them as one
     step."""

@@ -14,7 +14,7 @@ from raydpo.config import TrainConfig
 from raydpo.data.plan import BatchPlan, MicroBatch
 from raydpo.data.prefetch import prefetch
 from raydpo.errors import DeviceMemoryError
-from raydpo.losses import Memory, Objective, PairLogps, PreferenceLoss
+from raydpo.losses import Objective, ObjectiveState, PairLogps, PreferenceLoss
 from raydpo.model.budget import is_out_of_memory, used_memory
 from raydpo.model.layout import Layout
 from raydpo.training.clock import StepClock
@@ -25,7 +25,7 @@ from raydpo.training.policy.engine import StepEngine
 from raydpo.training.schedule import learning_rate, warmup_steps
 from raydpo.training.whole_step import WholeStep
 
-__all__ = ["Step", "StepResult", "Stepper", "Wishes"]
+__all__ = ["Step", "StepRequests", "StepResult", "Stepper"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Wishes:
+class StepRequests:
     """Requests of one rank to all ranks after this step. They travel in the metrics' all-reduce.
 
     Attributes:
@@ -58,7 +58,7 @@ class StepResult:
 
     Attributes:
         row: its metrics, averaged over its pairs on all ranks.
-        stop, checkpoint, storing: whether any rank requested it, see ``Wishes``.
+        stop, checkpoint, storing: whether any rank requested it, see ``StepRequests``.
         skipped: why the weights were left unchanged (a loss or gradient that is not finite), or None.
     """
 
@@ -84,7 +84,7 @@ class Stepper:
     engine: StepEngine
     objective: Objective
     clock: StepClock
-    memory: Memory
+    memory: ObjectiveState
 
     def prepared(self, first: int = 0) -> Iterator[Step]:
         """All steps from number ``first``, counted from 0. Each is laid out in another thread while the one before it is
@@ -95,7 +95,7 @@ class Stepper:
         return Step(number, self.plan.pairs(number), [(batch, self.engine.lay_out(self.pairs.groups(batch.pairs)))
                                                       for batch in self.plan.micro_batches(number, self.engine.replica)])
 
-    def take(self, step: Step, wishes: Wishes | None = None) -> StepResult:
+    def take(self, step: Step, wishes: StepRequests | None = None) -> StepResult:
         """Take one optimizer step. If its loss or gradient is not finite on any rank, no rank takes it.
 
         Raises:
@@ -105,7 +105,7 @@ class Stepper:
         beta = train.beta_at(number, plan.total_steps)
         whole = self._first_pass(step, beta)
         sums, losses = self._forward_and_backward(step, beta, whole)
-        metrics, (stop, checkpoint, storing), busy = _add_up(sums, wishes or Wishes(), clock.busy, engine)
+        metrics, (stop, checkpoint, storing), busy = _add_up(sums, wishes or StepRequests(), clock.busy, engine)
         rate = learning_rate(number, peak=train.lr, schedule=train.schedule, total_steps=plan.total_steps,
                              warmup=warmup_steps(train.warmup, plan.total_steps))
         with clock.phase("optimizer"):
@@ -206,7 +206,7 @@ class Stepper:
                                     "train.gradient_checkpointing=true") from error
 
 
-def _add_up(sums: PairSums, wishes: Wishes, busy: float, engine: StepEngine
+def _add_up(sums: PairSums, wishes: StepRequests, busy: float, engine: StepEngine
             ) -> tuple[dict[str, float], list[float], list[float]]:
     """Sum metrics and wishes over all ranks, and collect every rank's busy seconds of the step before, in one all-reduce."""
     ranks, size = engine.world_size, sums.values.numel()

@@ -51,18 +51,18 @@ def demands():
 
 
 def test_the_nodes_of_the_training_are_asked_for_within_the_block_only(configured):
-    from raydpo.cluster.waiting import coming_up
+    from raydpo.cluster.waiting import request_nodes
 
     config = configured("train.workers=3", "train.gpus_per_worker=1", "train.accelerator=H100", "ray.autoscaling=true")
     assert demands() == []
-    with coming_up(config):
+    with request_nodes(config):
         wanted = {"CPU": 1, "GPU": 1.0, "accelerator_type:H100": 0.001}
         deadline = time.monotonic() + 20
         while not demands() and time.monotonic() < deadline:
             time.sleep(0.1)
         assert demands() == [wanted] * 3
     assert demands() == []
-    with coming_up(config, wanted=False):
+    with request_nodes(config, wanted=False):
         assert demands() == []
 
 

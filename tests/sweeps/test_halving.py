@@ -4,7 +4,7 @@ import math
 from itertools import islice
 
 from raydpo.config import StopEarlyConfig
-from raydpo.sweeps.halving import best_first, going_on, rungs
+from raydpo.sweeps.halving import best_first, rungs, survivors
 
 SCORES = {"a": 0.5, "b": 0.9, "c": 0.7, "d": 0.7, "e": math.nan}
 
@@ -19,8 +19,8 @@ def test_best_first_with_ties_in_order_and_what_is_no_number_last():
 
 
 def test_the_better_share_goes_on_rounded_up():
-    assert going_on(SCORES, 0.5, lower_is_better=False) == {"b", "c", "d"}
-    assert going_on(SCORES, 0.4, lower_is_better=False) == {"b", "c"}
-    assert going_on(SCORES, 0.01, lower_is_better=True) == {"a"}
-    assert going_on(dict.fromkeys("abcdefghij", 0.5), 0.3, lower_is_better=False) == {"a", "b", "c"}, "not four"
-    assert going_on({}, 0.5, lower_is_better=False) == set()
+    assert survivors(SCORES, 0.5, lower_is_better=False) == {"b", "c", "d"}
+    assert survivors(SCORES, 0.4, lower_is_better=False) == {"b", "c"}
+    assert survivors(SCORES, 0.01, lower_is_better=True) == {"a"}
+    assert survivors(dict.fromkeys("abcdefghij", 0.5), 0.3, lower_is_better=False) == {"a", "b", "c"}, "not four"
+    assert survivors({}, 0.5, lower_is_better=False) == set()

@@ -2,9 +2,9 @@
 
 import pytest
 
-from raydpo.sweeps.packing import Node, places
+from raydpo.sweeps.packing import FreeNode, places
 
-EIGHT = Node(cpus=32, gpus=8)
+EIGHT = FreeNode(cpus=32, gpus=8)
 
 
 @pytest.mark.parametrize(("nodes", "workers", "gpus", "held"), [
@@ -15,14 +15,14 @@ EIGHT = Node(cpus=32, gpus=8)
     ([EIGHT], 16, 1, 0),
     ([EIGHT], 1, 0.25, 32),
     ([EIGHT], 1, 0.1, 32),  # 80 by GPUs; each takes a CPU
-    ([Node(100, 8)], 1, 0.1, 80),
-    ([Node(100, 8)], 1, 0.3, 24),  # three on each GPU, not 26 on all
-    ([Node(100, 8)], 1, 0.6, 8),
-    ([Node(100, 3), Node(100, 3)], 1, 2, 2),  # no worker has a GPU of each machine
-    ([Node(4, 8)], 1, 1, 4),
-    ([Node(0, 0), Node(8, 0), Node(3, 0)], 2, 0, 5),
-    ([Node(2.9, 0)], 1, 0, 2),
-    ([Node(32, 0)], 1, 1, 0),
+    ([FreeNode(100, 8)], 1, 0.1, 80),
+    ([FreeNode(100, 8)], 1, 0.3, 24),  # three on each GPU, not 26 on all
+    ([FreeNode(100, 8)], 1, 0.6, 8),
+    ([FreeNode(100, 3), FreeNode(100, 3)], 1, 2, 2),  # no worker has a GPU of each machine
+    ([FreeNode(4, 8)], 1, 1, 4),
+    ([FreeNode(0, 0), FreeNode(8, 0), FreeNode(3, 0)], 2, 0, 5),
+    ([FreeNode(2.9, 0)], 1, 0, 2),
+    ([FreeNode(32, 0)], 1, 1, 0),
 ])
 def test_places(nodes, workers, gpus, held):
     assert places(nodes, workers, gpus) == held

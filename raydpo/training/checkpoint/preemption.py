@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from raydpo.training.hooks import Hooks
+from raydpo.training.hooks import TrainHooks
 from raydpo.training.policy.engine import StepEngine
 
 __all__ = ["PreemptionGuard"]
@@ -26,7 +26,7 @@ class PreemptionGuard:
         every: steps between two checks.
     """
 
-    def __init__(self, engine: StepEngine, hooks: Hooks, every: int) -> None:
+    def __init__(self, engine: StepEngine, hooks: TrainHooks, every: int) -> None:
         self._engine, self._hooks, self._every = engine, hooks, every
         self._noticed = self._outlived = False
         self._end = 0.0

@@ -17,7 +17,7 @@ import torch
 
 from raydpo.errors import RaydpoError, TrainError
 from raydpo.training.checkpoint.files import directory_size, save_checkpoint
-from raydpo.training.hooks import Hooks
+from raydpo.training.hooks import TrainHooks
 from raydpo.training.policy.engine import Engine
 
 __all__ = ["CheckpointSaver"]
@@ -53,7 +53,7 @@ class CheckpointSaver:
         newest: step of the newest valid checkpoint of this session, or None.
     """
 
-    def __init__(self, engine: Engine, hooks: Hooks, scratch: Path, fingerprint: Mapping[str, Any]) -> None:
+    def __init__(self, engine: Engine, hooks: TrainHooks, scratch: Path, fingerprint: Mapping[str, Any]) -> None:
         self._engine, self._hooks, self._scratch, self._fingerprint = engine, hooks, scratch, fingerprint
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="raydpo-checkpoint")
         self._upload: _Upload | None = None

@@ -9,7 +9,7 @@ from typing import Any
 
 from raydpo.errors import RaydpoError
 
-__all__ = ["Board", "Listener", "listening", "new_board"]
+__all__ = ["Listener", "Mailbox", "listening", "start_mailbox"]
 
 POLL_SECONDS = 0.3
 
@@ -17,7 +17,7 @@ Listener = Callable[[str, Any], None]
 """Called in the driver with (kind, content). Kinds are those of ``hooks.Hooks``: begin, step, evaluated, note."""
 
 
-class Board:
+class Mailbox:
     """Actor that carries the workers' events to the driver. ray.train.report is throttled, and meant for checkpoints."""
 
     def __init__(self) -> None:
@@ -114,11 +114,11 @@ def listening(board: Any, listener: Listener) -> Any:
         thread.join()
 
 
-def new_board() -> Any:
-    """Start the actor ``Board`` of a training."""
+def start_mailbox() -> Any:
+    """Start the actor ``Mailbox`` of a training."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     # On the driver's node, and lost only with the driver; on another node it would be lost with a machine that only trains.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(Mailbox).remote()

@@ -13,16 +13,16 @@ from typing import Any
 from raydpo.config import TrackConfig
 from raydpo.rundir.directory import CHECKPOINTS
 from raydpo.storage.files import Storage
-from raydpo.training.hooks import Hooks
+from raydpo.training.hooks import TrainHooks
 from raydpo.training.job import TrainJob
 
-__all__ = ["Payload", "RayHooks"]
+__all__ = ["RayHooks", "WorkerInput"]
 
 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Payload:
+class WorkerInput:
     """What every worker receives.
 
     Attributes:
@@ -46,10 +46,10 @@ class Payload:
     threads: int | None = None
 
 
-class RayHooks(Hooks):
+class RayHooks(TrainHooks):
     """Callbacks of one worker: rank 0 writes the run's records and informs the driver, all ranks report checkpoints."""
 
-    def __init__(self, payload: Payload, rank: int) -> None:
+    def __init__(self, payload: WorkerInput, rank: int) -> None:
         self.payload, self.rank = payload, rank
         self.storage = Storage(payload.run_dir)
         self.records: Any = None
@@ -138,7 +138,7 @@ def _checkpoint_place(step: int) -> str:
     return f"{CHECKPOINTS}/step-{step:08d}"
 
 
-def _log_to(storage: Storage, rank: int) -> None:
+def log_to(storage: Storage, rank: int) -> None:
     """Redirect this process's output to the run's logs. A URI cannot be appended to; there it stays in Ray's logs."""
     if not storage.is_local:
         return

@@ -20,8 +20,8 @@ from raydpo.reference.identity import on_this_machine
 from raydpo.rundir.directory import FINAL
 from raydpo.storage.files import Storage
 from raydpo.terminal.interrupt import interruptible
-from raydpo.training.launch.board import Listener, listening, new_board
-from raydpo.training.launch.hooks import _CHECKPOINTS, Payload, RayHooks, _log_to
+from raydpo.training.launch.board import Listener, listening, start_mailbox
+from raydpo.training.launch.hooks import _CHECKPOINTS, RayHooks, WorkerInput, log_to
 
 __all__ = ["launch"]
 
@@ -29,7 +29,7 @@ RESIZE_SECONDS = 30.0
 """Seconds between checks for new machines, if the number of workers may vary."""
 
 
-def launch(payload: Payload, resources: Resources, listener: Listener) -> dict[str, Any]:
+def launch(payload: WorkerInput, resources: Resources, listener: Listener) -> dict[str, Any]:
     """Train to the end on Ray, continuing from the newest checkpoint in the run directory if there is one.
 
     Returns:
@@ -40,7 +40,7 @@ def launch(payload: Payload, resources: Resources, listener: Listener) -> dict[s
     """
     import ray
 
-    storage, board = Storage(payload.run_dir), payload.board or new_board()
+    storage, board = Storage(payload.run_dir), payload.board or start_mailbox()
     pairs, held_out = (ray.put(table) if isinstance(table, pa.Table) else table
                        for table in (payload.pairs, payload.held_out))
     payload = dataclasses.replace(payload, pairs=pairs, held_out=held_out, board=board, threads=resources.threads,
@@ -139,11 +139,11 @@ def _attempt(board: Any, train: TrainConfig, work: Callable[[int | None], None])
 
 def _worker(config: dict[str, Any]) -> None:
     """Train in a Ray Train worker."""
-    payload: Payload = config["payload"]
+    payload: WorkerInput = config["payload"]
     _attempt(payload.board, payload.job.train, lambda tokens_per_batch: _train(payload, tokens_per_batch))
 
 
-def _train(payload: Payload, tokens_per_batch: int | None) -> None:
+def _train(payload: WorkerInput, tokens_per_batch: int | None) -> None:
     import ray
     import ray.train
     import torch
@@ -158,7 +158,7 @@ def _train(payload: Payload, tokens_per_batch: int | None) -> None:
     rank = ray.train.get_context().get_world_rank()
     job = dataclasses.replace(payload.job, policy=on_this_machine(payload.job.policy), tokens_per_batch=tokens_per_batch)
     storage = Storage(payload.run_dir)
-    _log_to(storage, rank)
+    log_to(storage, rank)
     if payload.threads is not None:
         torch.set_num_threads(payload.threads)
     device = get_device()

@@ -34,7 +34,7 @@ from raydpo.training.policy.engine import PolicySpec
 from raydpo.training.policy.host_memory import HostPeak
 from raydpo.training.policy.offload import disk_folder
 from raydpo.training.policy.optimizer import make_optimizer
-from raydpo.training.policy.ranks import OverRanks
+from raydpo.training.policy.ranks import RankGroup
 from raydpo.training.policy.state import TrainedState
 
 __all__ = ["PolicyEngine", "join_process_group"]
@@ -67,7 +67,7 @@ def _without(package: str) -> Iterator[None]:
         del sys.modules[package]
 
 
-class PolicyEngine(OverRanks):
+class PolicyEngine(RankGroup):
     """A ``protocols.Engine`` that uses DeepSpeed.
 
     Args:

@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["OverRanks"]
+__all__ = ["RankGroup"]
 
 
-class OverRanks:
+class RankGroup:
     """Base class of an engine on ``device`` in a process group."""
 
     device: torch.device
