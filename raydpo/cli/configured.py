@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raydpo.errors import RaydpoError
-from raydpo.rundir.directory import LOGS
+from raydpo.rundir.directory import DRIVER_LOG
 from raydpo.terminal.console import Console
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from raydpo.data.pairs import PairSets
     from raydpo.data.tokenise import Tokeniser
 
+__all__ = ["load_training_pairs", "quietly"]
 
 
 def quietly(config: Config, console: Console, act: Callable[[], object]) -> None:
@@ -23,13 +24,13 @@ def quietly(config: Config, console: Console, act: Callable[[], object]) -> None
     from raydpo.storage.files import Storage
 
     storage = Storage(config.run_dir)
-    directory = Path(storage.path(LOGS)) if storage.is_local else Path(tempfile.mkdtemp(prefix="raydpo-logs-"))
+    log = Path(storage.path(DRIVER_LOG) if storage.is_local else tempfile.mkdtemp(prefix="raydpo-logs-") + "/driver.log")
     try:
-        with console.noise_to(directory / "driver.log"):
+        with console.noise_to(log):
             act()
     except OSError as error:
-        if error.filename and str(directory) in str(error.filename):
-            raise RaydpoError(f"cannot write to {directory}: {error}") from None
+        if error.filename and str(log.parent) in str(error.filename):
+            raise RaydpoError(f"cannot write to {log.parent}: {error}") from None
         raise
 
 

@@ -121,24 +121,25 @@ def _check_before_submit(config: Config, verb: str) -> None:
 
 
 def _score(args: argparse.Namespace, console: Console) -> None:
+    config = _config(args)
     from raydpo.pipeline.score import score
 
-    config = _config(args)
     quietly(config, console, lambda: score(config, console))
 
 
 def _train(args: argparse.Namespace, console: Console) -> None:
+    config = _config(args)
     from raydpo.pipeline.run import run
     from raydpo.pipeline.train import train
 
-    config, verb = _config(args), train if args.verb == "train" else run
+    verb = train if args.verb == "train" else run
     quietly(config, console, lambda: verb(config, console, fresh=args.fresh))
 
 
 def _sweep(args: argparse.Namespace, console: Console) -> None:
+    config = _config(args)
     from raydpo.sweeps.run import sweep
 
-    config = _config(args)
     found: dict[str, Any] = {}
     quietly(config, console, lambda: found.update(sweep(config, console, fresh=args.fresh)))
     failed = [trial for trial in found["trials"] if trial["status"] == "failed"]
@@ -159,17 +160,19 @@ def _show(args: argparse.Namespace, console: Console) -> None:
 
 
 def _audit(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    config = _config(args)
     from raydpo.pipeline.audit import audit
 
     with console.quiet():
-        return audit(_config(args), console).to_dict()
+        return audit(config, console).to_dict()
 
 
 def _eval(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    config = _config(args)
     from raydpo.pipeline.evaluate import evaluate
 
     with console.quiet():
-        return evaluate(_config(args), console)
+        return evaluate(config, console)
 
 
 def _plan(args: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -229,6 +232,3 @@ def _quickstart(args: argparse.Namespace, console: Console) -> None:
 
     quietly(config, console, act)
 
-
-if __name__ == "__main__":
-    sys.exit(main())

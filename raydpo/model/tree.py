@@ -14,7 +14,9 @@ from itertools import pairwise
 
 import numpy as np
 
-__all__ = ["MIN_SAVED", "PrefixTree", "TreeNode", "common_prefix"]
+from raydpo.data.shapes import common_prefix
+
+__all__ = ["MIN_SAVED", "PrefixTree", "TreeNode"]
 
 MIN_SAVED = 8
 """Positions that a shared prefix must save to get its own node, since each node is one more attention call per layer.
@@ -107,10 +109,3 @@ class PrefixTree:
                 pieces.append(np.arange(first + low - depth, first + high - depth))
             depth += length
         return np.concatenate(pieces)
-
-
-def common_prefix(left: np.ndarray, right: np.ndarray) -> int:
-    """Number of tokens that two sequences share at their start."""
-    shorter = min(len(left), len(right))
-    different = np.flatnonzero(left[:shorter] != right[:shorter])
-    return int(different[0]) if len(different) else shorter

@@ -11,7 +11,8 @@ from raydpo.pages.plot import SERIES, Picture
 from raydpo.reports.curves import curve, curves_picture
 from raydpo.reports.run import SCRIPTS, status_of
 from raydpo.reports.tables import Row, Table, interval, number, text
-from raydpo.rundir.read import RunRecord, leaves, length_growth
+from raydpo.rundir.fingerprint import flatten_settings
+from raydpo.rundir.read import RunRecord, length_growth
 from raydpo.rundir.summary import EVALUATION_TABLE
 from raydpo.version import __version__
 
@@ -47,7 +48,7 @@ def comparison_page(runs: Sequence[RunRecord]) -> str:
 
 def differences(runs: Sequence[RunRecord]) -> Table:
     """Return a row for each key whose value differs between runs."""
-    settings = [leaves(run.config) for run in runs]
+    settings = [flatten_settings(run.config, lists=True) for run in runs]
     keys = [key for key in dict.fromkeys(key for each in settings for key in each) if key not in OURS]
     columns = {key: [each.get(key) for each in settings] for key in keys}
     rows = [Row(key, [text(value) for value in values]) for key, values in columns.items()

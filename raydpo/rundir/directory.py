@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from raydpo.storage.files import Storage
+if TYPE_CHECKING:
+    from raydpo.storage.files import Storage
 
 __all__ = [
     "AUDIT_JSON", "AUDIT_PAGE", "BEGUN_BY", "CHECKPOINTS", "CONFIG", "DRIVER_LOG", "EVAL", "EVALUATION", "FINAL", "LOGS",

@@ -14,11 +14,11 @@ import yaml
 from raydpo.config import Config
 from raydpo.errors import ConfigError
 from raydpo.rundir.directory import BEGUN_BY, CONFIG, RUN, RunDirectory
-from raydpo.rundir.fingerprint import changed_settings
+from raydpo.rundir.fingerprint import changed_settings, flatten_settings
 from raydpo.storage.files import Storage
 from raydpo.terminal.console import Console
 
-__all__ = ["archive_run", "begin_again", "finished_summary", "flatten_settings", "neutral_changes"]
+__all__ = ["archive_run", "begin_again", "finished_summary", "neutral_changes"]
 
 
 
@@ -46,13 +46,6 @@ def neutral_changes(storage: Storage, config: Config) -> Iterator[str]:
     changes = changed_settings(earlier, now)
     if changes:
         yield f"changed since this run started, without effect on its result: {'; '.join(changes)}"
-
-
-def flatten_settings(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """The values of a nested configuration by their keys, such as ``train.beta``."""
-    if not isinstance(tree, dict):
-        return {prefix[:-1]: tree}
-    return {key: value for name, below in tree.items() for key, value in flatten_settings(below, f"{prefix}{name}.").items()}
 
 
 def begin_again(storage: Storage, console: Console, mark: str = RUN) -> None:

@@ -19,7 +19,7 @@ from raydpo.rundir.directory import CONFIG, EVAL, EVALUATION, METRICS, RUN, SUMM
 from raydpo.storage.files import Storage
 from raydpo.storage.uri import redacted
 
-__all__ = ["RunRecord", "SweepRecord", "TrialRecord", "is_sweep", "leaves", "length_growth"]
+__all__ = ["RunRecord", "SweepRecord", "TrialRecord", "is_sweep", "length_growth"]
 
 T = TypeVar("T")
 RUN_FILES = (CONFIG, RUN, METRICS, EVAL, SUMMARY, EVALUATION)
@@ -147,16 +147,6 @@ class SweepRecord:
 def is_sweep(storage: Storage) -> bool:
     """Whether the directory holds a sweep."""
     return storage.exists(SWEEP)
-
-
-def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten a nested configuration to keys such as ``train.beta``, or ``data.train.0.path`` inside a list."""
-    found: dict[str, Any] = {}
-    for name, below in tree.items():
-        if isinstance(below, list) and below and isinstance(below[0], dict):
-            below = {str(index): each for index, each in enumerate(below)}
-        found |= leaves(below, f"{prefix}{name}.") if isinstance(below, dict) and below else {f"{prefix}{name}": below}
-    return found
 
 
 def length_growth(evaluation: dict[str, Any]) -> dict[str, float | None] | None:

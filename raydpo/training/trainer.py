@@ -172,7 +172,7 @@ class Trainer:
             self._count_skipped(result.skipped)
 
             with clock.phase("checkpoint"):
-                self.saver.settle(all_stored=not result.storing)
+                self.saver.settle(all_stored=not result.uploading)
             last = done == total_steps
             if last or done % train.eval_every == 0:
                 with clock.phase("evaluation"):
@@ -190,7 +190,7 @@ class Trainer:
 
     def _wishes(self) -> StepRequests:
         minutes = self.job.train.checkpoint_minutes
-        return StepRequests(stop=self.hooks.stop_requested(), storing=self.saver.busy,
+        return StepRequests(stop=self.hooks.stop_requested(), uploading=self.saver.busy,
                       checkpoint=self.engine.rank == 0 and minutes is not None and self.saver.minutes_since >= minutes)
 
     def _checkpoint(self, result: StepResult, done: int, *, ends: bool) -> None:

@@ -17,11 +17,11 @@ from raydpo.cluster.resources import Resources
 from raydpo.config import TrainConfig, lower_is_better
 from raydpo.errors import DeviceMemoryError, RaydpoError
 from raydpo.reference.identity import on_this_machine
-from raydpo.rundir.directory import FINAL
+from raydpo.rundir.directory import CHECKPOINTS, FINAL
 from raydpo.storage.files import Storage
 from raydpo.terminal.interrupt import interruptible
 from raydpo.training.launch.board import Listener, listening, start_mailbox
-from raydpo.training.launch.hooks import _CHECKPOINTS, RayHooks, WorkerInput, log_to
+from raydpo.training.launch.hooks import RayHooks, WorkerInput, log_to
 
 __all__ = ["launch"]
 
@@ -92,7 +92,7 @@ def _ray_trainer(worker: Callable[[dict[str, Any]], None], given: dict[str, Any]
             accelerator_type=resources.accelerator, label_selector=dict(resources.labels) or None,
             resources_per_worker={"CPU": 1} | ({"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {})),
         run_config=RunConfig(
-            name=_CHECKPOINTS, storage_path=run_dir,
+            name=CHECKPOINTS, storage_path=run_dir,
             failure_config=FailureConfig(max_failures=train.max_failures, max_preemption_failures=train.max_preemptions),
             checkpoint_config=_checkpoint_config(train)),
     )

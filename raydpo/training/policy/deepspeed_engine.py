@@ -90,7 +90,7 @@ class PolicyEngine(RankGroup):
         self.device, self.zero, self.adapts = device, train.zero, spec.adapts
         self.sequence_parallel = train.sequence_parallel
         self.replicas, self.replica = (number // train.sequence_parallel for number in (self.world_size, self.rank))
-        self.leads = self.rank % train.sequence_parallel == 0
+        self.is_leader = self.rank % train.sequence_parallel == 0
         self._offload_activations = train.offload_activations
         settings = _deepspeed_config(train, spec.dtype)
         # Kept alive while the model is loaded: transformers looks it up and partitions weights as it reads them.

@@ -50,7 +50,7 @@ class StepEngine(Protocol):
         ...
 
     @property
-    def leads(self) -> bool:
+    def is_leader(self) -> bool:
         """Whether this rank counts the pairs of its replica."""
         ...
 
@@ -79,7 +79,7 @@ class StepEngine(Protocol):
         """Compute without gradients and in evaluation mode within the block."""
         ...
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Wait until all ranks have called this."""
         ...
 

@@ -24,7 +24,7 @@ class RankGroup:
     def rank(self) -> int:
         return dist.get_rank()
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Wait, on the device, until all ranks have called this."""
         if self.world_size > 1:
             dist.all_reduce(torch.zeros(1, device=self.device))
