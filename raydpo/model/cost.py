@@ -65,7 +65,8 @@ class ModelCost:
     @property
     def work(self) -> PositionCost:
         """Costs relative to those of one token position."""
-        return PositionCost(attention=self.look_flops / self.position_flops, head=self.prediction_flops / self.position_flops)
+        return PositionCost(attention=self.look_flops / self.position_flops,
+                            head=self.prediction_flops / self.position_flops)
 
     @property
     def position_flops(self) -> float:

@@ -208,7 +208,7 @@ class Stepper:
 
 def _add_up(sums: PairSums, requests: StepRequests, busy: float, engine: StepEngine
             ) -> tuple[dict[str, float], list[float], list[float]]:
-    """Sum metrics and requests over all ranks, and collect every rank's busy seconds of the step before, in one all-reduce."""
+    """Sum metrics and requests over all ranks and collect their busy seconds of the step before, in one all-reduce."""
     ranks, size = engine.world_size, sums.values.numel()
     rest = torch.zeros(3 + ranks, dtype=torch.float64)
     rest[:3] = torch.tensor([requests.stop, requests.checkpoint, requests.uploading], dtype=torch.float64)
