@@ -167,7 +167,8 @@ def _trial(sweep: Storage, entry: dict[str, Any]) -> TrialRecord:
     scores = {name.removeprefix("eval_"): value for name, value in (entry.get("eval") or {}).items()
               if value is not None and math.isfinite(value)}
     return TrialRecord(str(entry["name"]), dict(entry.get("settings") or {}), str(entry.get("status", "?")),
-                       entry.get("error"), entry.get("seconds"), scores, (run and run.evaluation) or entry.get("evaluation"), run)
+                       entry.get("error"), entry.get("seconds"), scores,
+                       (run and run.evaluation) or entry.get("evaluation"), run)
 
 
 def _read(storage: Storage, name: str, parse: Callable[[bytes], T]) -> T | None:
