@@ -210,9 +210,8 @@ def _verify(args: argparse.Namespace, console: Console) -> None:
     if scores is not None and not scores.passed:
         again = "; if imported rows are wrong, import the right ones" if scores.imported else ""
         raise CacheError(
-            f"{scores.problem}: these log-probs are not of this model and data. Delete {cache.storage}/"
-            f"{cache.directory} and score again{again}, or raise --tolerance if they were computed on very "
-            "different devices"
+            f"{scores.problem}: these log-probs are not of this model and data. Delete {cache.storage}/{cache.directory} "
+            f"and score again{again}, or raise --tolerance if they were computed on very different devices"
         )
 
 
@@ -229,10 +228,9 @@ def _verify_scores(
 
     if cache.identity != prepared.reference.identity:
         raise CacheError(
-            f"the reference of {args.config[0]} is {prepared.reference.identity.digest}, not "
-            f"{cache.identity.digest}: "
-            f"{'; '.join(prepared.reference.identity.differences(cache.identity))}. Score with the same model, "
-            "adapter and score.dtype, or verify the files alone, without --config"
+            f"the reference of {args.config[0]} is {prepared.reference.identity.digest}, not {cache.identity.digest}: "
+            f"{'; '.join(prepared.reference.identity.differences(cache.identity))}. Score with the same model, adapter and "
+            "score.dtype, or verify the files alone, without --config"
         )
     wanted = Wanted(prepared.tables)
     with console.quiet():

@@ -85,9 +85,8 @@ def original_error(error: BaseException, doing: str) -> RaydpoError:
         if memory := _NO_MEMORY.search(str(known)):
             node, used, limit = memory.groups()
             return RaydpoError(
-                f"{doing} failed: node {node} ran low on memory ({used} of {limit} used by all that runs "
-                "there), and Ray killed workers; use fewer workers on a node, fewer tokens_per_batch, or "
-                "more memory"
+                f"{doing} failed: node {node} ran low on memory ({used} of {limit} used by all that runs there), and Ray "
+                "killed workers; use fewer workers on a node, fewer tokens_per_batch, or more memory"
             )
     # Ray adds exceptions without a message to the chain. The last one with a message is the origin.
     told = [

@@ -148,11 +148,8 @@ def _look(paths: Sequence[str], gpus: bool = False) -> dict[str, Any]:
 def _torch_devices() -> tuple[int, str]:
     """(Number of GPUs that torch finds on this node, its error). Uses a new process, since Ray hides GPUs from this task."""
     program = (
-        "import json, torch\n"
-        "error = ''\n"
-        "try: torch.cuda.init()\n"
-        "except Exception as caught: error = f'{type(caught).__name__}: {caught}'\n"
-        "print(json.dumps([0 if error else torch.cuda.device_count(), error]))"
+        "import json, torch\nerror = ''\ntry: torch.cuda.init()\nexcept Exception as caught: error = "
+        "f'{type(caught).__name__}: {caught}'\nprint(json.dumps([0 if error else torch.cuda.device_count(), error]))"
     )
     hiding = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
     try:

@@ -96,9 +96,8 @@ def resources_for(stage: Literal["score", "train"], config: Config, at_once: int
     largest = max((node["Resources"].get("GPU", 0) for node in nodes), default=0)
     if stage == "score" and together > 1 and gpus * together > largest and not config.ray.autoscaling:
         raise ConfigError(
-            f"score.sequence_parallel {together} needs one machine with {gpus * together:g} GPUs, but the "
-            f"largest of the Ray cluster has {largest:g}; lower it, or set ray.autoscaling=true if the "
-            "cluster starts nodes on demand"
+            f"score.sequence_parallel {together} needs one machine with {gpus * together:g} GPUs, but the largest of the "
+            f"Ray cluster has {largest:g}; lower it, or set ray.autoscaling=true if the cluster starts nodes on demand"
         )
     needed = fewest + (2 if stage == "score" else 1)
     _check_total(

@@ -37,9 +37,8 @@ class GateReport:
 
     def line(self) -> str:
         return (
-            f"step-0 gate: {self.pairs} pairs scored again, cached and live log-probs differ by {self.mean_gap:.2g} "
-            f"nats a token on average, {self.worst_gap:.2g} at most (pair {self.worst_pair}); "
-            f"loss {self.first_loss:.6f}"
+            f"step-0 gate: {self.pairs} pairs scored again, cached and live log-probs differ by {self.mean_gap:.2g} nats a "
+            f"token on average, {self.worst_gap:.2g} at most (pair {self.worst_pair}); loss {self.first_loss:.6f}"
         )
 
 

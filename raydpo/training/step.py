@@ -224,9 +224,8 @@ class Stepper:
                 raise
             positions = self.plan.tokens_per_batch // self.engine.sequence_parallel
             raise DeviceMemoryError(
-                f"{positions} token positions a micro-batch do not fit in memory: "
-                f"{str(error).splitlines()[0][:200]}. Set train.tokens_per_batch lower, or "
-                "train.gradient_checkpointing=true"
+                f"{positions} token positions a micro-batch do not fit in memory: {str(error).splitlines()[0][:200]}. Set "
+                "train.tokens_per_batch lower, or train.gradient_checkpointing=true"
             ) from error
 
 

@@ -77,9 +77,8 @@ class Mailbox:
         self._tokens_per_batch = max(1, tokens_per_batch // 2)
         self.put(
             "note",
-            f"warning: a micro-batch of {tokens_per_batch} positions does not fit in memory; starting the "
-            f"workers again with {self._tokens_per_batch}. Set train.tokens_per_batch={self._tokens_per_batch} "
-            "to begin so",
+            f"warning: a micro-batch of {tokens_per_batch} positions does not fit in memory; starting the workers again "
+            f"with {self._tokens_per_batch}. Set train.tokens_per_batch={self._tokens_per_batch} to begin so",
         )
         return True
 
