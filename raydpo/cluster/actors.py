@@ -12,7 +12,6 @@ from raydpo.errors import RaydpoError
 
 __all__ = ["original_error", "over_actors"]
 
-
 _NO_MEMORY = re.compile(r"running low on memory\..*?\(IP: ([^,)]+).*? was ([\d.]+GB) used / ([\d.]+GB) limit")
 """Ray 2.60's message when it kills workers for lack of memory: node, memory in use, limit."""
 

@@ -30,7 +30,13 @@ from raydpo.reference.score import ReferenceSpec
 from raydpo.reference.store import ReferenceCache
 from raydpo.terminal.console import Console
 
-__all__ = ["Prepared", "measured_pairs", "open_reference", "reference_line"]
+__all__ = ["Prepared", "measured_pairs", "open_reference", "open_tokeniser", "reference_line", "wait_for_workers"]
+
+_DECIDING = {
+    *("pairs_per_step", "epochs", "steps", "lr", "schedule", "warmup", "weight_decay", "clip", "loss", "beta"),
+    *("label_smoothing", "seed", "optimizer", "optimizer_states"),
+}
+"""Settings of section ``train`` that decide the result of every training; those of some losses come on top."""
 
 
 def wait_for_workers(stage: Literal["score", "train"], config: Config, resources: Resources, console: Console) -> None:
@@ -66,13 +72,7 @@ class Prepared:
         native = "bfloat16" if bfloat16_is_faster() else "float32"
         dtype = native if model.dtype == "auto" else model.dtype
         policy_dir = resolve_model(model.path)
-        tokeniser = Tokeniser(
-            load_tokenizer(
-                resolve_model(model.tokenizer) if model.tokenizer else policy_dir,
-                chat_template=config.data.chat_template,
-                trust_remote_code=model.trust_remote_code,
-            )
-        )
+        tokeniser = open_tokeniser(config)
         started = time.perf_counter()
         sets = load_pairs(config.data, tokeniser, console.counter("reading", "records"))
         for line in sets.report.lines():
@@ -89,11 +89,8 @@ class Prepared:
         if config.needs_reference:
             console.say(reference_line(config, spec))
             earlier, change = earlier_identity(spec.identity)
-            if (
-                change
-                and cache.storage.exists(f"{earlier.digest}/identity.json")
-                and not cache.storage.exists(f"{cache.directory}/identity.json")
-            ):
+            old, new = (f"{directory}/identity.json" for directory in (earlier.digest, cache.directory))
+            if change and cache.storage.exists(old) and not cache.storage.exists(new):
                 console.say(
                     f"scored again, not read from {earlier.digest} of this cache: {change}; delete that directory "
                     "to free its space"
@@ -105,8 +102,10 @@ class Prepared:
     @property
     def filter_by_reference(self) -> PairFilter | None:
         """The condition on training pairs, if it reads log-probs of the reference."""
-        pair_filter = PairFilter(self.config.data.filter) if self.config.data.filter else None
-        return pair_filter if pair_filter is not None and pair_filter.needs_reference else None
+        if not self.config.data.filter:
+            return None
+        pair_filter = PairFilter(self.config.data.filter)
+        return pair_filter if pair_filter.needs_reference else None
 
     @property
     def tables(self) -> list[pa.Table]:
@@ -139,28 +138,7 @@ class Prepared:
     def fingerprint(self) -> dict[str, Any]:
         """Everything that the trained policy depends on, by the name of the setting."""
         config, policy = self.config, self.policy_identity()
-        train = (
-            config.train.model_dump(
-                mode="json",
-                include={
-                    "pairs_per_step",
-                    "epochs",
-                    "steps",
-                    "lr",
-                    "schedule",
-                    "warmup",
-                    "weight_decay",
-                    "clip",
-                    "loss",
-                    "beta",
-                    "label_smoothing",
-                    "seed",
-                    "optimizer",
-                    "optimizer_states",
-                },
-            )
-            | config.train.shaped()
-        )
+        train = config.train.model_dump(mode="json", include=_DECIDING) | config.train.shaped()
         lora = config.model.lora.model_dump(mode="json") if config.model.lora else None
         return (
             {
@@ -180,6 +158,13 @@ class Prepared:
             | {f"train.{key}": value for key, value in train.items()}
             | {f"train.loss (source of {name})": digest for name, digest in own_sources(config.train).items()}
         )
+
+
+def open_tokeniser(config: Config) -> Tokeniser:
+    """Load the tokenizer of a configuration, with its chat template."""
+    path, template = config.model.tokenizer or config.model.path, config.data.chat_template
+    trusted = config.model.trust_remote_code
+    return Tokeniser(load_tokenizer(resolve_model(path), chat_template=template, trust_remote_code=trusted))
 
 
 def open_reference(config: Config, native: str) -> tuple[ReferenceSpec, ReferenceCache]:

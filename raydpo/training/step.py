@@ -92,14 +92,9 @@ class Stepper:
         return iter(prefetch(range(first, self.plan.total_steps), self._prepare, ahead=1))
 
     def _prepare(self, number: int) -> Step:
-        return Step(
-            number,
-            self.plan.pairs(number),
-            [
-                (batch, self.engine.lay_out(self.pairs.groups(batch.pairs)))
-                for batch in self.plan.micro_batches(number, self.engine.replica)
-            ],
-        )
+        batches = self.plan.micro_batches(number, self.engine.replica)
+        laid_out = [(batch, self.engine.lay_out(self.pairs.groups(batch.pairs))) for batch in batches]
+        return Step(number, self.plan.pairs(number), laid_out)
 
     def take(self, step: Step, requests: StepRequests | None = None) -> StepResult:
         """Take one optimizer step. If its loss or gradient is not finite on any rank, no rank takes it.
@@ -112,13 +107,8 @@ class Stepper:
         whole = self._first_pass(step, beta)
         sums, losses = self._forward_and_backward(step, beta, whole)
         metrics, (stop, checkpoint, uploading), busy = _add_up(sums, requests or StepRequests(), clock.busy, engine)
-        rate = learning_rate(
-            number,
-            peak=train.lr,
-            schedule=train.schedule,
-            total_steps=plan.total_steps,
-            warmup=warmup_steps(train.warmup, plan.total_steps),
-        )
+        warmup = warmup_steps(train.warmup, plan.total_steps)
+        rate = learning_rate(number, peak=train.lr, schedule=train.schedule, warmup=warmup, total_steps=plan.total_steps)
         with clock.phase("optimizer"):
             grad_norm = engine.step(rate)
         what = "loss" if not np.isfinite(metrics["loss"]) else "gradient norm" if not np.isfinite(grad_norm) else None
