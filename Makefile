@@ -1,8 +1,10 @@
 # make quickstart   the whole job on a small real model, a few minutes on two cores
 # make test         the tests
 # make soak         killed workers, lost machines and full disks; the weights must not notice
+# make format       what 'make checks' wants of the layout of the code
+# make release      the wheel and the source distribution, in dist
 # make docs         pages of the guides and of every docstring, in build/docs
-# make checks       what a commit must pass: lint and tests
+# make checks       what a commit must pass: lint, types, floors and tests
 
 PYTHON ?= python3
 VENV := .venv
@@ -12,22 +14,22 @@ BIN := $(VENV)/bin
 export PYTHONDONTWRITEBYTECODE :=
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile -c constraints.txt
 SOURCES := pyproject.toml constraints.txt
+TIMES := --durations=10 --durations-min=1
 
-.PHONY: quickstart test test-all checks docs soak lint clean
+.PHONY: quickstart test test-all checks docs soak lint format types floors release clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/raydpo quickstart
 
 test: $(VENV)/.test
-	@# Two files at a time: much of a test is waiting, for processes to start and for Ray. Then those that must be alone.
-	$(BIN)/python -m pytest -m "not slow and not gpu and not alone" --numprocesses 2 --dist loadfile \
-		--no-loadscope-reorder
-	$(BIN)/python -m pytest -m "not slow and not gpu and alone"
+	@# Three files at a time on two cores: tests often wait, for processes to start and for Ray. Longest files first, see
+	@# tests/conftest.py.
+	$(BIN)/python -m pytest -m "not slow and not gpu" --numprocesses 3 --dist loadfile --no-loadscope-reorder $(TIMES)
 
 test-all: $(VENV)/.test $(VENV)/.quickstart
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TIMES)
 
-checks: lint test
+checks: lint types floors test
 
 docs: $(VENV)/.test
 	$(BIN)/python -m raydpo.guide.build build/docs
@@ -37,6 +39,20 @@ soak: $(VENV)/.test
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check raydpo jobs tests
+	$(BIN)/ruff format --check raydpo jobs tests
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix raydpo jobs tests
+	$(BIN)/ruff format raydpo jobs tests
+
+types: $(VENV)/.test
+	$(BIN)/basedpyright
+
+floors: $(VENV)/.test
+	$(BIN)/lint-imports
+
+release: $(VENV)/.test
+	$(BIN)/python -m build
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

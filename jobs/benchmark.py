@@ -1,12 +1,12 @@
-"""raydpo against TRL on the same pairs, in one run. On any machine, Ray and DeepSpeed installed or not:
+"""Benchmark of raydpo against TRL on the same pairs (needs ``pip install "raydpo[benchmark]"``):
 
     python jobs/benchmark.py --model PATH --data FILE --pairs 64 --dtype bf16 --lora 16 --json OUT.json
     python jobs/benchmark.py --model random-1b --synthetic --full --json OUT.json
 
-or as a Ray job, whose report is its log:
+Or as a Ray job, which prints the result to its log:
 
     raydpo submit benchmark --gpus 1 -- --model random-1b --synthetic --full
-    raydpo submit benchmark --gpus 1 --dry-run -- --model random-1b --synthetic --full     # as a command of Ray's own client
+    raydpo submit benchmark --gpus 1 --dry-run -- --model random-1b --synthetic --full   # prints Ray's own command
 """
 
 import sys

@@ -1,8 +1,7 @@
-"""The exceptions raydpo raises on purpose: one root, each also a standard type, all safe to pickle.
+"""The exceptions that raydpo raises on purpose. All derive from ``RaydpoError``, and each also from a standard type.
 
-Each is raised with one complete sentence for a person: what was found, what was expected, how to mend it.
-They cross process borders (Ray workers raise them, the driver prints them), so a class here takes exactly
-one positional argument, the message.
+The message is one complete sentence for the user: what was found, what was expected, how to fix it. Ray workers raise these
+exceptions and the driver prints them, so they must survive pickling: each class takes one positional argument, the message.
 """
 
 __all__ = [
@@ -21,7 +20,7 @@ __all__ = [
 
 
 class RaydpoError(Exception):
-    """Root of all errors that raydpo explains to its user."""
+    """Base class of all errors that raydpo explains to its user."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
@@ -32,46 +31,46 @@ class RaydpoError(Exception):
 
 
 class ConfigError(RaydpoError, ValueError):
-    """A setting that is unknown, of the wrong type, out of range, contradictory, or names a missing file."""
+    """A setting is unknown, of the wrong type, out of range, contradictory, or names a missing file."""
 
 
 class DataError(RaydpoError, ValueError):
-    """Preference records that cannot be read, or too many that are malformed or dropped."""
+    """Preference records cannot be read, or too many of them are malformed or dropped."""
 
 
 class ModelError(RaydpoError, ValueError):
-    """A model, adapter or tokenizer that cannot be loaded or that raydpo cannot score exactly."""
+    """A model, adapter or tokenizer cannot be loaded, or raydpo cannot score it exactly."""
 
 
 class FilesError(ModelError, ConfigError):
-    """A directory whose files are not those of one whole model or adapter: bad input, wherever it is found."""
+    """The files of a directory are not those of one complete model, adapter or tokenizer. This is bad input."""
 
 
 class CacheError(RaydpoError, RuntimeError):
-    """A reference cache that is unreadable, damaged, or of another identity than the run needs."""
+    """A reference cache is unreadable, damaged, or of another identity than the run needs."""
 
 
 class CacheMissError(CacheError, LookupError):
-    """Reference log-probs that a run needs and the cache does not hold."""
+    """The cache lacks reference log-probs that a run needs."""
 
 
 class GateError(CacheError):
-    """The step-0 gate found that cached reference log-probs are not those of the policy as initialised."""
+    """The step-0 gate found that the cached reference log-probs differ from those of the initial policy."""
 
 
 class TrainError(RaydpoError, RuntimeError):
-    """A training run that cannot start, continue or finish."""
+    """A training run cannot start, continue or finish."""
 
 
 class DeviceMemoryError(TrainError, MemoryError):
-    """A micro-batch that does not fit in the device's memory. The message begins with its token positions."""
+    """A micro-batch does not fit in the device's memory. The message begins with its number of token positions."""
 
     @property
     def tokens(self) -> int:
-        """Token positions of the micro-batch."""
+        """Number of token positions of the micro-batch."""
         return int(self.message.split()[0])
 
 
 def exit_status(error: BaseException) -> int:
-    """The process exit status for ``error``: 2 for bad input, 1 for everything else that went wrong."""
+    """Exit status of a command that ended with ``error``: 2 for bad input, 1 for any other error."""
     return 2 if isinstance(error, (ConfigError, DataError)) else 1

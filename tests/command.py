@@ -1,7 +1,7 @@
-"""The command line as a process of its own: exit status, standard output and standard error.
+"""The command line in a separate process: exit status, standard output and standard error.
 
-``raydpo`` forks it from the server of tests/distributed.py, where what takes seconds to import is imported already.
-Libraries that are silenced before they are imported speak there: ``as_a_user`` is for tests of every line that is printed.
+``raydpo`` forks it from the server of tests/distributed.py, which has imported the slow packages. Libraries that raydpo
+silences before their import do print there, so tests of every printed line use ``as_a_user``.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ SECONDS = 400
 
 
 def as_a_user(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """``raydpo ARGUMENTS``, run to its end by an interpreter of its own."""
-    return subprocess.run([sys.executable, "-m", "raydpo.cli", *map(str, arguments)], capture_output=True, text=True,
-                          timeout=SECONDS)
+    """Run ``raydpo ARGUMENTS`` in a new interpreter and wait for its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "raydpo.cli", *map(str, arguments)], capture_output=True, text=True, timeout=SECONDS
+    )
 
 
 def raydpo(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """``raydpo ARGUMENTS``, run to its end."""
+    """Run ``raydpo ARGUMENTS`` and wait for its end."""
     with tempfile.TemporaryDirectory() as place:
         out, err = Path(place) / "out", Path(place) / "err"
         with environment(PYTHONWARNINGS="ignore"):
@@ -48,7 +49,7 @@ def _command(arguments: list[str], out: Path, err: Path, cwd: Path | None, varia
     for number, file in ((1, out), (2, err)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
     sys.stdout, sys.stderr = (os.fdopen(os.dup(number), "w", buffering=1) for number in (1, 2))
-    from raydpo.cli import main
+    from raydpo.cli.entry import main
 
     status: object = 1
     with contextlib.suppress(SystemExit):

@@ -1,5 +1,5 @@
-"""Attention over a prefix tree by its definition, as a dense mask: a token sees its path, itself, and what came before
-in its node, as far as its window reaches."""
+"""Attention over a prefix tree from its definition, as a dense mask: a token sees its path, itself, and earlier tokens of
+its node, within its window."""
 
 import numpy as np
 import torch
@@ -13,8 +13,9 @@ def tree(seed=0, longest=40):
     rng = np.random.default_rng(seed)
     system = rng.integers(0, 50, 9)
     prompts = [np.concatenate([system, rng.integers(0, 50, length)]) for length in (5, longest)]
-    return PrefixTree.build([np.concatenate([prompt, rng.integers(0, 50, length)]) for prompt in prompts
-                             for length in (1, 7, 30)], min_saved=1)
+    return PrefixTree.build(
+        [np.concatenate([prompt, rng.integers(0, 50, length)]) for prompt in prompts for length in (1, 7, 30)], min_saved=1
+    )
 
 
 def tensors(tree, size=8):

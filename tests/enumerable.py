@@ -1,4 +1,4 @@
-"""A world small enough to list: every prompt, every response, a known reward, and preferences taken in expectation.
+"""A world small enough to list: all prompts, all responses, a known reward, and expected preferences.
 
 Shapes: X = prompts, Y = responses to each.
 """
@@ -22,9 +22,9 @@ class World:
     """Attributes: each [X, Y], float64.
 
     reference: log-probs of the reference.
-    rewards: what people want, in units of Bradley-Terry logits.
-    drawn: probability that a response is drawn to be compared; pairs are two independent draws.
-    lengths: of responses, in tokens.
+    rewards: true rewards, in units of Bradley-Terry logits.
+    drawn: probability that a response is drawn for a comparison; pairs are two independent draws.
+    lengths: tokens of the responses.
     """
 
     reference: Tensor
@@ -39,22 +39,24 @@ class World:
         def normal() -> Tensor:
             return torch.randn(X, Y, generator=random, dtype=torch.float64)
 
-        return cls(normal().log_softmax(1), normal(), normal().softmax(1),
-                   torch.randint(1, 6, (X, Y), generator=random).double())
+        return cls(
+            normal().log_softmax(1), normal(), normal().softmax(1), torch.randint(1, 6, (X, Y), generator=random).double()
+        )
 
     @property
     def preferences(self) -> Tensor:
         """Probability that the first response of a pair is preferred to the second, [X, Y, Y]: Bradley-Terry."""
         return torch.sigmoid(self.rewards[:, :, None] - self.rewards[:, None, :])
 
-    def expected_loss(self, policy: Tensor, settings: ObjectiveConfig, flipped: float = 0.0,
-                      margins_of: Tensor | None = None) -> Tensor:
+    def expected_loss(
+        self, policy: Tensor, settings: ObjectiveConfig, flipped: float = 0.0, margins_of: Tensor | None = None
+    ) -> Tensor:
         """The objective's expectation over prompts, drawn pairs and preferences.
 
         Args:
             policy: log-probs, normalised or not.
-            flipped: share of labels that are recorded the wrong way round.
-            margins_of: a reward of each response whose differences come with the pairs as their margins.
+            flipped: share of labels that are recorded reversed.
+            margins_of: a reward of each response; its differences are the margins of the pairs.
         """
         preferred = (1 - flipped) * self.preferences + flipped * (1 - self.preferences)
         chance = (self.drawn[:, :, None] * self.drawn[:, None, :] * preferred / X).flatten()
@@ -67,10 +69,16 @@ class World:
         return Objective(settings)(logps, settings.beta).losses.sum()
 
     def minimiser(self, settings: ObjectiveConfig, flipped: float = 0.0, margins_of: Tensor | None = None) -> Tensor:
-        """The policy, [X, Y] probabilities, of least expected loss among all there are; begun at the reference."""
+        """Policy [X, Y] (probabilities) with the smallest expected loss, found from the reference as start."""
         logits = self.reference.clone().requires_grad_()
-        optimizer = torch.optim.LBFGS([logits], max_iter=2000, tolerance_grad=1e-13, tolerance_change=1e-18,
-                                      history_size=20, line_search_fn="strong_wolfe")
+        optimizer = torch.optim.LBFGS(
+            [logits],
+            max_iter=2000,
+            tolerance_grad=1e-13,
+            tolerance_change=1e-18,
+            history_size=20,
+            line_search_fn="strong_wolfe",
+        )
 
         def closure() -> Tensor:
             optimizer.zero_grad()
@@ -82,12 +90,12 @@ class World:
         return logits.detach().softmax(1)
 
     def tilted(self, rewards: Tensor, beta: float) -> Tensor:
-        """The optimum of reward less beta times the KL divergence: ``ref * exp(r / beta) / Z``."""
+        """Maximum of reward minus beta times KL divergence: ``ref * exp(r / beta) / Z``."""
         return (self.reference + rewards / beta).softmax(1)
 
     def normalised(self, probability: Callable[[Tensor], Tensor], highest: Tensor) -> Tensor:
-        """``probability(c)`` for the c of each prompt, [X, 1], at which it adds up to 1; it must rise with c, and add up to
-        more at ``highest``."""
+        """``probability(c)`` for the c of each prompt, [X, 1], at which it sums to 1. It must increase with c and sum to
+        more than 1 at ``highest``."""
         low, high = highest - 1e3, highest.clone()
         for _ in range(200):
             middle = (low + high) / 2
@@ -97,5 +105,5 @@ class World:
 
 
 def total_variation(one: Tensor, other: Tensor) -> float:
-    """Of the prompt where it is largest."""
+    """KL divergence of the prompt where it is largest."""
     return float(0.5 * (one - other).abs().sum(1).max())

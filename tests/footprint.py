@@ -1,5 +1,5 @@
-"""What a training really takes of memory, to compare an estimate with: the peak of each rank, above what it had before the
-model was loaded."""
+"""Measured memory of a training, to compare with an estimate: the peak of each rank above its memory before the model was
+loaded."""
 
 from __future__ import annotations
 
@@ -16,10 +16,14 @@ import pyarrow as pa
 from kernel import Record, train_here
 
 STEPS = 2
-"""The first makes the optimizer's moments; the second is measured."""
+"""The first step creates the optimizer's moments; the second is measured."""
 
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "1",
-             "MALLOC_TOP_PAD_": "0"}
+ALLOCATOR = {
+    "MALLOC_MMAP_THRESHOLD_": "131072",
+    "MALLOC_TRIM_THRESHOLD_": "131072",
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_TOP_PAD_": "0",
+}
 """Environment of the ranks: every tensor of 128 KiB or more is memory of its own, given back when it is freed. Else the C
 library keeps freed blocks of up to 32 MiB, and the peak would measure its heap."""
 
@@ -29,9 +33,9 @@ class Case:
     """One training to measure.
 
     Attributes:
-        tokens: positions of a micro-batch: a pair, half of them the prompt's.
-        micro_batches: of each rank in a step.
-        train, lora, policy: as ``kernel.train_here`` takes them.
+        tokens: positions of a micro-batch (one pair), half of them in the prompt.
+        micro_batches: micro-batches of each rank in a step.
+        train, lora, policy: arguments of ``kernel.train_here``.
     """
 
     model: Path
@@ -45,12 +49,12 @@ class Case:
 
     @property
     def lengths(self) -> tuple[int, int]:
-        """Tokens of the prompt and of each completion."""
+        """Tokens of the prompt and of the two completions."""
         return self.tokens - self.tokens // 4 * 2, self.tokens // 4
 
 
 def model_with_vocabulary(directory: Path, vocabulary: int, **sizes: Any) -> Path:
-    """A random Llama with a vocabulary that the tokenizer of tests does not fill."""
+    """A random Llama whose vocabulary is larger than the tests' tokenizer."""
     import json
 
     import torch
@@ -65,7 +69,7 @@ def model_with_vocabulary(directory: Path, vocabulary: int, **sizes: Any) -> Pat
 
 
 def random_pairs(count: int, prompt: int, completion: int, vocabulary: int = 200) -> pa.Table:
-    """Pairs of random tokens that share nothing, with made-up reference log-probs."""
+    """Pairs of random tokens without shared prefixes, with made-up reference log-probs."""
     from raydpo.data.keys import completion_key
     from raydpo.data.pairs import PAIR_SCHEMA
 
@@ -78,18 +82,20 @@ def random_pairs(count: int, prompt: int, completion: int, vocabulary: int = 200
             own = rng.integers(0, vocabulary, completion).astype(np.int32)
             row |= {f"{side}_ids": own, f"{side}_key": completion_key(ids, own), f"{side}_full": completion}
         rows.append(row)
-    table = pa.table([pa.array([row[name] for row in rows], PAIR_SCHEMA.field(name).type) for name in PAIR_SCHEMA.names],
-                     schema=PAIR_SCHEMA)
+    table = pa.table(
+        [pa.array([row[name] for row in rows], PAIR_SCHEMA.field(name).type) for name in PAIR_SCHEMA.names],
+        schema=PAIR_SCHEMA,
+    )
     scores = pa.array([[-5.0] * completion] * count, pa.list_(pa.float32()))
     return table.append_column("ref_chosen_logps", scores).append_column("ref_rejected_logps", scores)
 
 
 class Enough(Exception):
-    """All steps are done, and no checkpoint is wanted."""
+    """Hooks that run all steps and store no checkpoint."""
 
 
 class Peak(Record):
-    """Takes the peak of the last step alone."""
+    """Hooks that measure only the peak of the last step."""
 
     device = "cpu"
 
@@ -105,19 +111,19 @@ class Peak(Record):
 
 
 def peaks(cases: list[Case], small: Path, scratch: Path) -> list[float]:
-    """On each rank: peak bytes of each case's last step above what the process had before, the libraries' own included.
+    """Peak bytes of each case's last step above the process's memory before it, libraries included. Runs on each rank.
 
-    Of a quantized model the pages of the file that it was made from are taken off: it stays mapped, and the system drops
-    such pages when it needs the memory. Frozen weights that are not quantized are those pages themselves.
+    For a quantized model the mapped pages of its file are subtracted: the system drops them when it needs the memory.
+    Frozen weights that are not quantized are these pages themselves.
 
     Args:
-        small: a tiny model, to which each case happens first: libraries, their threads and buffers are not estimated.
+        small: a tiny model that each case trains first, so that libraries, their threads and buffers are not measured.
     """
     import os
 
     import torch
 
-    torch.set_num_threads(1)  # fewer buffers of threads
+    torch.set_num_threads(1)  # fewer thread buffers
     world = int(os.environ["WORLD_SIZE"])
     found = []
     for number, case in enumerate(cases):
@@ -134,14 +140,24 @@ def _train(case: Case, world: int, scratch: Path) -> float:
     record = Peak()
     record.device = case.device
     with contextlib.suppress(Enough):
-        train_here(random_pairs(pairs * STEPS, *case.lengths), case.model, scratch, dtype=case.dtype, device=case.device,
-                   lora=case.lora, policy=case.policy, starts_as_reference=False, record=record, shuffle=False,
-                   **{"pairs_per_step": pairs, "tokens_per_batch": case.tokens, "steps": STEPS} | case.train)
+        train_here(
+            random_pairs(pairs * STEPS, *case.lengths),
+            case.model,
+            scratch,
+            dtype=case.dtype,
+            device=case.device,
+            lora=case.lora,
+            policy=case.policy,
+            starts_as_reference=False,
+            record=record,
+            shuffle=False,
+            **{"pairs_per_step": pairs, "tokens_per_batch": case.tokens, "steps": STEPS} | case.train,
+        )
     return record.steps[-1]["peak_memory_bytes"]
 
 
 def _mapped() -> float:
-    """Bytes of files that are mapped into this process and in memory."""
+    """Bytes of mapped files of this process that are in memory."""
     found = re.search(r"RssFile:\s+(\d+)", Path("/proc/self/status").read_text())
     return float(found[1]) * 1024 if found else 0.0
 

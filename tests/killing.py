@@ -1,4 +1,4 @@
-"""Kill -9 at every line: run an act in a forked process and stop it before each line of given modules, one after another."""
+"""kill -9 at every line: run a function in a forked process and kill it before each line of given modules."""
 
 from __future__ import annotations
 
@@ -9,16 +9,21 @@ from collections.abc import Callable
 from types import ModuleType
 
 
-def killed_at_every_line(act: Callable[[], object], modules: list[ModuleType], prepare: Callable[[], object],
-                         check: Callable[[bool], object], stride: int = 1) -> int:
-    """Run ``act`` again and again, each time in a new process that is killed before the next line of ``modules``.
+def killed_at_every_line(
+    act: Callable[[], object],
+    modules: list[ModuleType],
+    prepare: Callable[[], object],
+    check: Callable[[bool], object],
+    stride: int = 1,
+) -> int:
+    """Run ``act`` repeatedly, each time in a new process that is killed one line of ``modules`` later.
 
     Args:
-        prepare: called before each run, in this process. check: after it, with whether the act came to its end.
-        stride: kills at every so many lines only.
+        prepare: called before each run, in this process. check: called after it, with whether ``act`` finished.
+        stride: lines from one kill to the next.
 
     Returns:
-        How many times the act was killed. The last run, which nothing kills, comes to its end.
+        Number of kills. The last run is not killed and finishes.
     """
     for kills, line in enumerate(range(1, 1 << 20, stride)):
         prepare()
@@ -30,8 +35,8 @@ def killed_at_every_line(act: Callable[[], object], modules: list[ModuleType], p
 
 
 def killed_once(act: Callable[[], object], modules: list[ModuleType], line: int) -> bool:
-    """Run ``act`` in a new process that is killed before it executes so many lines of ``modules``; whether it
-    ended before."""
+    """Run ``act`` in a new process that is killed before the given line of ``modules``. Returns whether it
+    finished first."""
     child = os.fork()
     if not child:
         _run(act, {module.__file__ for module in modules}, line)

@@ -1,9 +1,9 @@
-"""An S3 server (moto's) in a process of its own on this machine, which on demand fails and dawdles.
+"""An S3 server (moto) in a separate process, which fails or is slow on request.
 
     python tests/s3_server.py --fail 0.05 --slow 0.02
 
-prints its address. ``GET /_faults?fail=0.1&slow=0`` changes the shares of requests that go wrong and tells how many requests
-there were, how many of them failed, and how.
+prints its address. ``GET /_faults?fail=0.1&slow=0`` sets the shares of faulty requests and returns the number of requests
+and of each fault.
 """
 
 from __future__ import annotations
@@ -34,13 +34,17 @@ FAULTS = {
     "cut": "a body cut off in the middle",
     "deny": "answered with 403",
 }
-"""What can go wrong with a share of all requests."""
-CREDENTIALS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": "us-east-1",
-               "AWS_EC2_METADATA_DISABLED": "true"}
+"""Faults that a share of all requests can have."""
+CREDENTIALS = {
+    "AWS_ACCESS_KEY_ID": "testing",
+    "AWS_SECRET_ACCESS_KEY": "testing",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
 
 
 class Faults:
-    """WSGI middleware that lets requests go wrong, and counts."""
+    """WSGI middleware that makes a share of the requests fail, and counts them."""
 
     def __init__(self, app, shares: dict[str, float]) -> None:
         self.app, self.shares = app, shares
@@ -70,8 +74,10 @@ class Faults:
             return refuse(start_response, "403 Forbidden", "AccessDenied")
         if draws["fail"] or draws["lose"] or draws["drop"]:
             slow_down = self.counts["requests"] % 2
-            return refuse(start_response, *(("503 Slow Down", "SlowDown") if slow_down else
-                                            ("500 Internal Server Error", "InternalError")))
+            return refuse(
+                start_response,
+                *(("503 Slow Down", "SlowDown") if slow_down else ("500 Internal Server Error", "InternalError")),
+            )
         answer = self.app(environ, start_response)
         if draws["cut"] and environ["REQUEST_METHOD"] == "GET":
             body = b"".join(answer)
@@ -85,7 +91,7 @@ def refuse(start_response, status: str, code: str) -> list[bytes]:
 
 
 class S3:
-    """A running server. ``uri`` gives the address of a place in its bucket, for any process that knows ``environment``."""
+    """A running server. ``uri`` is an address in its bucket, for processes with ``environment``."""
 
     def __init__(self, address: str) -> None:
         self.address = address
@@ -95,17 +101,20 @@ class S3:
         return f"s3://bucket/{path}"
 
     def put(self, path: str, data: bytes) -> None:
-        """Store an object past all of raydpo."""
-        # Without a type urllib calls it a form, and moto takes it for one.
-        urllib.request.urlopen(urllib.request.Request(f"{self.address}/bucket/{path}", data, method="PUT",
-                                                      headers={"Content-Type": "application/octet-stream"})).close()
+        """Store an object without raydpo."""
+        # Without a content type urllib sends a form, and moto would read it as one.
+        urllib.request.urlopen(
+            urllib.request.Request(
+                f"{self.address}/bucket/{path}", data, method="PUT", headers={"Content-Type": "application/octet-stream"}
+            )
+        ).close()
 
     def heal(self) -> None:
-        """Let nothing go wrong any more."""
+        """Stop all faults."""
         self.faults(**dict.fromkeys(FAULTS, 0))
 
     def faults(self, **shares: float) -> dict[str, int]:
-        """Set the shares of requests that go wrong, by the names in FAULTS; the counts so far."""
+        """Set the shares of faulty requests, by the names in FAULTS. Returns the counts so far."""
         query = "&".join(f"{name}={value}" for name, value in shares.items())
         with urllib.request.urlopen(f"{self.address}/_faults?{query}") as answer:
             return json.loads(answer.read())
@@ -113,9 +122,10 @@ class S3:
 
 @contextlib.contextmanager
 def s3_server() -> Iterator[S3]:
-    """A server with an empty bucket named ``bucket``, for the length of the block; this process can reach it, too."""
-    process = subprocess.Popen([sys.executable, Path(__file__)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                               text=True)
+    """A server with an empty bucket, for the length of the ``with`` block. This process can reach it, too."""
+    process = subprocess.Popen(
+        [sys.executable, Path(__file__)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
     before = dict(os.environ)
     try:
         server = S3(process.stdout.readline().strip())

@@ -1,9 +1,9 @@
-"""A run that is disturbed all the time ends with the same weights, to the bit, as one that nobody disturbed.
+"""A run with constant faults ends with the same weights, bit for bit, as one without faults.
 
     python tests/soak.py [--steps 300] [--minutes 10] [--faults worker,hang,...] [--seed 0]
 
-Two machines are simulated by Ray's own cluster utility, each a raylet with its own processes. A fault comes soon after
-every new checkpoint. Prints one line a fault, then a JSON report: faults, restarts, steps redone.
+Ray's cluster utility simulates two machines, each a raylet with its own processes. A fault follows each new checkpoint.
+Prints one line per fault, then a JSON report: faults, restarts, steps repeated.
 """
 
 from __future__ import annotations
@@ -44,23 +44,32 @@ def sigmoid(logps, config, beta):
     time.sleep(SECONDS)
     return FUNCTIONS["sigmoid"](logps, config, beta)
 """
-"""A loss that takes its time for every micro-batch, so that a machine of any speed is disturbed at about the same steps."""
+"""A slow loss, so that faults come at about the same steps on machines of any speed."""
 
 
 class Machines:
-    """A simulated cluster: a head for the driver, and two machines, with room for so many workers each."""
+    """A simulated cluster: a head for the driver, and two machines with room for the given number of workers each."""
 
     def __init__(self, cpus: int = 2, on_head: int = 0) -> None:
         self._cpus, self._on_head = cpus, on_head
-        os.environ.update({MARK: "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_health_check_period_ms": "500",
-                           "RAY_health_check_failure_threshold": "4", "RAY_health_check_initial_delay_ms": "1000"})
+        os.environ.update(
+            {
+                MARK: "1",
+                "RAY_USAGE_STATS_ENABLED": "0",
+                "RAY_health_check_period_ms": "500",
+                "RAY_health_check_failure_threshold": "4",
+                "RAY_health_check_initial_delay_ms": "1000",
+            }
+        )
         self.start()
 
     def start(self) -> None:
         from ray.cluster_utils import Cluster
 
-        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": self._on_head, "include_dashboard": False,
-                                                                     "object_store_memory": 150 << 20})
+        self.cluster = Cluster(
+            initialize_head=True,
+            head_node_args={"num_cpus": self._on_head, "include_dashboard": False, "object_store_memory": 150 << 20},
+        )
         self.nodes = [self._add() for _ in range(2)]
         self.address = self.cluster.address
 
@@ -71,29 +80,30 @@ class Machines:
         self.cluster.shutdown()
 
     def lose(self, node) -> None:
-        """A machine goes without notice, and another one comes."""
+        """A machine is lost without notice, and another one joins."""
         self.cluster.remove_node(node, allow_graceful=False)
         self.nodes[self.nodes.index(node)] = self._add()
 
     def shrink(self) -> None:
-        """One machine less."""
+        """Remove a machine."""
         self.cluster.remove_node(self.nodes.pop(), allow_graceful=False)
 
     def grow(self) -> None:
-        """One machine more."""
+        """Add a machine."""
         self.nodes.append(self._add())
 
     def give_notice(self, node, seconds: float) -> None:
-        """What a cloud does before it takes a spot machine."""
+        """Drain a machine, as a cloud does before it takes a spot machine."""
         from ray._raylet import GcsClient
         from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
         accepted, why = GcsClient(address=self.address).drain_node(
-            node.node_id, DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"), "soak", int((time.time() + seconds) * 1000))
+            node.node_id, DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"), "soak", int((time.time() + seconds) * 1000)
+        )
         assert accepted, why
 
     def of(self, process: int):
-        """The machine that a worker runs on; IndexError if it is gone already."""
+        """The machine that a worker runs on. IndexError if there is none any more."""
         environment = Path(f"/proc/{process}/environ").read_bytes()
         arguments = Path(f"/proc/{process}/cmdline").read_bytes()
         for node in self.nodes:
@@ -108,14 +118,14 @@ class Machines:
 
 
 class Soak:
-    """One disturbed run and what was done to it."""
+    """One run with faults, and a record of them."""
 
     def __init__(self, place: Path, steps: int, **machines: int) -> None:
         self.place, self.steps = place, steps
         self.run_dir = place / "runs" / "disturbed"
         self.machines = Machines(**machines)
         self.driver: subprocess.Popen | None = None
-        self.faults: list[tuple[str, int]] = []  # and how often training had begun by then
+        self.faults: list[tuple[str, int]] = []  # and the number of starts until then
 
     # -- the run ---------------------------------------------------------------------------------------------------
 
@@ -124,8 +134,12 @@ class Soak:
 
     def drive(self) -> None:
         with open(self.place / "driver.log", "ab") as log:
-            self.driver = subprocess.Popen(self.command("disturbed"), stdout=log, stderr=subprocess.STDOUT,
-                                           env=os.environ | {"RAY_ADDRESS": self.machines.address})
+            self.driver = subprocess.Popen(
+                self.command("disturbed"),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"RAY_ADDRESS": self.machines.address},
+            )
 
     def log(self) -> list[str]:
         path = self.run_dir / "logs" / "worker-0.log"
@@ -135,17 +149,17 @@ class Soak:
         return [int(found[1]) for line in self.log() if (found := re.match(r"step (\d+)  loss", line))]
 
     def begins(self) -> list[int]:
-        """The step after which training began, each time it did."""
+        """The step after which training started, for each start."""
         return [int(found[1]) for line in self.log() if (found := re.match(r"beginning after step (\d+)", line))]
 
     def progresses(self) -> bool:
-        """Whether steps are being done right now."""
+        """Whether the training is taking steps now."""
         before = len(self.log())
         time.sleep(0.5)
         return len(self.log()) > before
 
     def registered(self) -> int:
-        """The newest step whose checkpoint counts."""
+        """The newest step with a complete checkpoint."""
         snapshot = self.run_dir / "checkpoints" / "checkpoint_manager_snapshot.json"
         steps = re.findall(r"step-(\d+)", snapshot.read_text()) if snapshot.is_file() else []
         return max(map(int, steps), default=0)
@@ -162,7 +176,7 @@ class Soak:
                     continue
         return sorted(found)
 
-    # -- what can go wrong -----------------------------------------------------------------------------------------
+    # -- faults ----------------------------------------------------------------------------------------------------
 
     def worker(self) -> None:
         os.kill(random.choice(self.workers()), signal.SIGKILL)
@@ -200,7 +214,7 @@ class Soak:
         self.drive()
 
     def memory(self) -> None:
-        """One worker may take no more memory than it has, for a while."""
+        """One worker cannot allocate memory for a while."""
         worker = random.choice(self.workers())
         taken = int(re.search(r"VmSize:\s+(\d+)", Path(f"/proc/{worker}/status").read_text())[1]) * 1024
         resource.prlimit(worker, resource.RLIMIT_AS, (taken, resource.RLIM_INFINITY))
@@ -213,7 +227,7 @@ class Soak:
         resource.prlimit(worker, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
     def storage(self) -> None:
-        """Where the next checkpoints should go, nothing can be written for some seconds."""
+        """The checkpoint directory cannot be written for some seconds."""
         done = max(self.steps_done())
         first = done + CHECKPOINT_EVERY - done % CHECKPOINT_EVERY
         blocks = [self.run_dir / "checkpoints" / f"step-{step:08d}" for step in range(first, first + 60, CHECKPOINT_EVERY)]
@@ -247,7 +261,7 @@ class Soak:
                     continue
                 turn = random.sample(faults, len(faults))
             if not self.progresses():
-                continue  # still busy with the fault before
+                continue  # the previous fault is not over
             fault, begun = turn.pop(0), len(self.begins())
             try:
                 getattr(self, fault)()
@@ -266,14 +280,19 @@ class Soak:
         for fault, begun in self.faults:
             if begun <= restarts:
                 redone.setdefault(fault, []).append(self._redone(begun))
-        return {"steps": self.steps, "seconds": round(self.seconds),
-                "faults": dict(Counter(name for name, _ in self.faults)),
-                "restarts": restarts, "steps_redone": len(done) - len(set(done)), "redone_after": redone,
-                "same_bits": weights(self.run_dir) == weights(self.place / "runs" / "undisturbed"),
-                "same_metrics": metrics(self.run_dir) == metrics(self.place / "runs" / "undisturbed")}
+        return {
+            "steps": self.steps,
+            "seconds": round(self.seconds),
+            "faults": dict(Counter(name for name, _ in self.faults)),
+            "restarts": restarts,
+            "steps_redone": len(done) - len(set(done)),
+            "redone_after": redone,
+            "same_bits": weights(self.run_dir) == weights(self.place / "runs" / "undisturbed"),
+            "same_metrics": metrics(self.run_dir) == metrics(self.place / "runs" / "undisturbed"),
+        }
 
     def _redone(self, number: int) -> int:
-        """Steps that the restart of this number did again."""
+        """Steps that restart ``number`` repeated."""
         begun = newest = -1
         for line in self.log():
             if found := re.match(r"step (\d+)  loss", line):
@@ -286,10 +305,13 @@ class Soak:
 
 
 def within_bounds(redone: dict[str, list[int]]) -> bool:
-    """At most an interval of steps is done again after any fault, and none after a notice or SIGTERM, which leave time for a
-    checkpoint."""
-    return all(steps <= (0 if fault in ("preemption", "terminate") else CHECKPOINT_EVERY)
-               for fault, counts in redone.items() for steps in counts)
+    """A fault repeats at most one checkpoint interval of steps. After a notice or SIGTERM, which leave time for a
+    checkpoint, none is repeated."""
+    return all(
+        steps <= (0 if fault in ("preemption", "terminate") else CHECKPOINT_EVERY)
+        for fault, counts in redone.items()
+        for steps in counts
+    )
 
 
 def weights(run_dir: Path) -> str:
@@ -304,11 +326,25 @@ def metrics(run_dir: Path) -> list[dict[str, float]]:
 def prepare(place: Path, steps: int, **train: object) -> None:
     model = make_model(place / "model")
     write_preferences(place / "a.jsonl", preferences(200))
-    tree = {"output": str(place / "runs"), "model": {"path": str(model), "dtype": "float32"},
-            "data": {"train": str(place / "a.jsonl")}, "cache": {"uri": str(place / "cache")},
-            "train": {"workers": 2, "pairs_per_step": 48, "lr": 1e-3, "steps": steps, "checkpoint_every": CHECKPOINT_EVERY,
-                      "tokens_per_batch": 512, "max_failures": -1, "max_preemptions": -1, "collective_timeout": 8,
-                      "preemption_every": 1} | train}
+    tree = {
+        "output": str(place / "runs"),
+        "model": {"path": str(model), "dtype": "float32"},
+        "data": {"train": str(place / "a.jsonl")},
+        "cache": {"uri": str(place / "cache")},
+        "train": {
+            "workers": 2,
+            "pairs_per_step": 48,
+            "lr": 1e-3,
+            "steps": steps,
+            "checkpoint_every": CHECKPOINT_EVERY,
+            "tokens_per_batch": 512,
+            "max_failures": -1,
+            "max_preemptions": -1,
+            "collective_timeout": 8,
+            "preemption_every": 1,
+        }
+        | train,
+    }
     (place / "config.yaml").write_text(yaml.safe_dump(tree))
 
 
@@ -316,16 +352,21 @@ FAULTS = ["worker", "hang", "machine", "preemption", "terminate", "driver_killed
 
 
 def soak(place: Path, steps: int, faults: list[str], minutes: float = 0, seed: int = 0, pace: float = 0) -> dict[str, Any]:
-    """Train undisturbed, then disturbed; ``minutes`` 0 = each fault once, ``pace`` = least seconds of a disturbed
-    micro-batch."""
+    """Train without faults, then with them. ``minutes`` 0: each fault once; ``pace``: least seconds of a micro-batch with
+    faults."""
     prepare(place, steps, loss="paced:sigmoid")
     (place / "paced.py").write_text(PACED)
     (place / "pace").write_text("0")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(place), os.environ.get("PYTHONPATH")]))
     run = Soak(place, steps)
     try:
-        quiet = subprocess.run(run.command("undisturbed"), env=os.environ | {"RAY_ADDRESS": run.machines.address},
-                               capture_output=True, text=True, timeout=1200)
+        quiet = subprocess.run(
+            run.command("undisturbed"),
+            env=os.environ | {"RAY_ADDRESS": run.machines.address},
+            capture_output=True,
+            text=True,
+            timeout=1200,
+        )
         assert quiet.returncode == 0, quiet.stdout + quiet.stderr
         (place / "pace").write_text(str(pace))
         run.disturb(faults, minutes, seed)

@@ -6,14 +6,20 @@ from pathlib import Path
 
 import pytest
 
-from raydpo import local_copy
 from raydpo.errors import ModelError, RaydpoError
-from raydpo.local_copy import LocalCopy, RemoteDirectory, local_home
-from raydpo.storage import Storage
+from raydpo.storage import local_copy
+from raydpo.storage.files import Storage
+from raydpo.storage.local_copy import LocalCopy, RemoteDirectory, local_home
 
 
 def remote():
     return Storage(f"memory://copies-{time.time_ns()}")
+
+
+def copies_in(storage, directory):
+    copies = LocalCopy(storage)
+    copies.local = Storage(str(directory))
+    return copies
 
 
 def starts_well(data):
@@ -23,7 +29,7 @@ def starts_well(data):
 def test_a_sound_copy_is_read_here_and_an_unsound_one_fetched_again(tmp_path):
     storage = remote()
     storage.write("parts/one", b"good 1")
-    copies = LocalCopy(storage, tmp_path)
+    copies = copies_in(storage, tmp_path)
     assert copies.fetch("parts/one", starts_well) == b"good 1"
     storage.delete("parts/one")
     assert copies.fetch("parts/one", starts_well) == b"good 1"
@@ -35,14 +41,14 @@ def test_a_sound_copy_is_read_here_and_an_unsound_one_fetched_again(tmp_path):
 def test_what_is_unsound_afar_is_not_kept(tmp_path):
     storage = remote()
     storage.write("one", b"bad")
-    assert LocalCopy(storage, tmp_path).fetch("one", starts_well) == b"bad" and not (tmp_path / "one").exists()
+    assert copies_in(storage, tmp_path).fetch("one", starts_well) == b"bad" and not (tmp_path / "one").exists()
 
 
 def test_a_place_that_cannot_keep_copies_costs_time_alone(tmp_path):
     (tmp_path / "file").write_text("")
     storage = remote()
     storage.write("one", b"good")
-    copies = LocalCopy(storage, tmp_path / "file" / "below")
+    copies = copies_in(storage, tmp_path / "file" / "below")
     assert [copies.fetch("one", starts_well) for _ in range(2)] == [b"good"] * 2
     assert len(copies.problems) == 1 and "XDG_CACHE_HOME" in copies.problems[0]
 
@@ -53,8 +59,10 @@ def test_many_at_once_see_no_torn_file(tmp_path_factory):
     content = b"good" * 100_000
     storage.write("one", content)
     seen = []
-    threads = [threading.Thread(target=lambda: seen.append(LocalCopy(storage, tmp_path).fetch("one", content.__eq__)))
-               for _ in range(12)]
+    threads = [
+        threading.Thread(target=lambda: seen.append(copies_in(storage, tmp_path).fetch("one", content.__eq__)))
+        for _ in range(12)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -64,11 +72,12 @@ def test_many_at_once_see_no_torn_file(tmp_path_factory):
 
 def test_pruning_keeps_what_is_still_there(tmp_path):
     storage = remote()
-    copies = LocalCopy(storage, tmp_path)
+    copies = copies_in(storage, tmp_path)
     for name in ("one", "two"):
         storage.write(f"parts/{name}", b"good")
         copies.fetch(f"parts/{name}", starts_well)
-    assert copies.prune("parts", {"two"}) == 1 and [file.name for file in (tmp_path / "parts").iterdir()] == ["two"]
+    copies.prune("parts", {"two"})
+    assert [file.name for file in (tmp_path / "parts").iterdir()] == ["two"]
 
 
 @pytest.fixture
@@ -99,7 +108,9 @@ def test_each_machine_has_a_copy_of_a_remote_directory_of_its_own(run, tmp_path,
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
     places.append(final.here())
     assert held(places[1]) == WHOLE and [place.split("/raydpo/")[0] for place in places] == [
-        str(tmp_path / "node"), str(tmp_path / "other")]
+        str(tmp_path / "node"),
+        str(tmp_path / "other"),
+    ]
 
 
 def test_a_run_that_was_trained_again_is_not_the_one_that_was_meant(run, tmp_path, monkeypatch):
@@ -154,7 +165,7 @@ def test_a_copy_that_cannot_be_kept_is_one_sentence(run, tmp_path, monkeypatch):
 
 
 def test_a_home_in_which_nothing_can_be_written_is_passed_over(tmp_path, monkeypatch):
-    """As where a volume is mounted below ~/.cache, whose parent then belongs to root."""
+    """For example when a volume is mounted below ~/.cache, whose parent then belongs to root."""
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert local_home() == tmp_path / ".cache" / "raydpo"

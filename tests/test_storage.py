@@ -14,16 +14,19 @@ import pytest
 from fsspec import AbstractFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
-from raydpo import storage as storage_module
-from raydpo.config.uri import carries_secret
 from raydpo.errors import ConfigError, RaydpoError
-from raydpo.storage import Storage, redact, remove_stale_temporaries, stale_temporaries
+from raydpo.storage import files as storage_module
+from raydpo.storage.files import Storage, remove_stale_temporaries, stale_temporaries
+from raydpo.storage.uri import carries_secret, redact
 
 
 @pytest.fixture(params=["local", "file", "memory"])
 def storage(request, tmp_path):
-    return Storage({"local": str(tmp_path / "place"), "file": f"file://{tmp_path}/place",
-                    "memory": f"memory://place-{time.time_ns()}"}[request.param])
+    return Storage(
+        {"local": str(tmp_path / "place"), "file": f"file://{tmp_path}/place", "memory": f"memory://place-{time.time_ns()}"}[
+            request.param
+        ]
+    )
 
 
 def test_written_is_read_and_listed(storage):
@@ -92,7 +95,7 @@ def test_another_process_gets_the_same_place(storage):
 
 
 def test_another_working_directory_gets_the_same_place(tmp_path, monkeypatch):
-    """Workers of a cluster that runs already are not where the command was typed."""
+    """Workers of a running cluster have another working directory than the command."""
     monkeypatch.chdir(tmp_path)
     here = Storage("runs")
     here.write("a", b"1")
@@ -135,7 +138,7 @@ def test_a_disk_that_is_full_or_read_only_keeps_what_was_stored(tmp_path):
 
 
 def test_a_rename_and_every_new_directory_reach_the_disk(tmp_path, monkeypatch):
-    """fsync of the file before the rename; of its directory, and of those that hold a new directory, in the end."""
+    """fsync of the file before the rename; then of its directory, and of those that contain a new directory."""
     synced, fsync = [], os.fsync
 
     def watched(descriptor):
@@ -204,7 +207,7 @@ def test_an_old_temporary_of_this_host_is_stale_though_its_number_is_in_use(tmp_
 
 
 class Remembering(MemoryFileSystem):
-    """A driver that never forgets what it has listed, as hf:// has one, and lists all below whatever depth is asked for."""
+    """A driver that caches listings without a time limit, as hf:// does, and always lists recursively."""
 
     protocol = "remembering"
 
@@ -280,41 +283,58 @@ def test_probe_needs_a_writable_place(tmp_path):
 # ---- addresses
 
 
-@pytest.mark.parametrize(("uri", "shown"), [
-    ("/plain/path", "/plain/path"),
-    ("s3://bucket/cache", "s3://bucket/cache"),
-    ("s3://key:secret@bucket/cache", "s3://***@bucket/cache"),
-    ("-----BEGIN RSA PRIVATE KEY-----\nSECRET\n-----END RSA PRIVATE KEY-----\nbelow", "***\nbelow"),
-    ("-----BEGIN PRIVATE KEY-----\nSECRET", "***"),
-    ("s3://key:sec/r+t@bucket/cache", "s3://***@bucket/cache"),
-    ("s3://bucket/c?access_key=AK&region=eu&endpoint_override=h:9000&scheme=http",
-     "s3://bucket/c?access_key=***&region=eu&endpoint_override=h:9000&scheme=http"),
-    ("abfss://container@account.dfs.core.windows.net/c", "abfss://container@account.dfs.core.windows.net/c"),
-    ("https://host/c?sig=secret", "https://host/c?sig=***"),
-    ("https://secret@host/c", "https://***@host/c"),
-    ("https://host/c?secret", "https://host/c?***"),
-    ("https://host/c?sig=", "https://host/c?sig="),
-    ("https://host/c?region=eu&secret&sig=secret", "https://host/c?region=eu&***&sig=***"),
-])
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("/plain/path", "/plain/path"),
+        ("s3://bucket/cache", "s3://bucket/cache"),
+        ("s3://key:secret@bucket/cache", "s3://***@bucket/cache"),
+        ("-----BEGIN RSA PRIVATE KEY-----\nSECRET\n-----END RSA PRIVATE KEY-----\nbelow", "***\nbelow"),
+        ("-----BEGIN PRIVATE KEY-----\nSECRET", "***"),
+        ("s3://key:sec/r+t@bucket/cache", "s3://***@bucket/cache"),
+        (
+            "s3://bucket/c?access_key=AK&region=eu&endpoint_override=h:9000&scheme=http",
+            "s3://bucket/c?access_key=***&region=eu&endpoint_override=h:9000&scheme=http",
+        ),
+        ("abfss://container@account.dfs.core.windows.net/c", "abfss://container@account.dfs.core.windows.net/c"),
+        ("https://host/c?sig=secret", "https://host/c?sig=***"),
+        ("https://secret@host/c", "https://***@host/c"),
+        ("https://host/c?secret", "https://host/c?***"),
+        ("https://host/c?sig=", "https://host/c?sig="),
+        ("https://host/c?region=eu&secret&sig=secret", "https://host/c?region=eu&***&sig=***"),
+    ],
+)
 def test_redact(uri, shown):
     assert redact(uri) == shown and carries_secret(uri) == (shown != uri)
 
 
-@pytest.mark.parametrize("uri", [
-    "s3://key:SECRET@bucket/x?nonsense=1", "s3://key:SEC/RET@bucket/x", "s3://bucket/x?secret_key=SECRET",
-    "nosuch://host/x?SECRET&y=1", "abfss://user:SECRET@/x?y=1", "nosuch://user:SECRET@host/x", "ftp://user:SECRET@localhost:1/x"])
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "s3://key:SECRET@bucket/x?nonsense=1",
+        "s3://key:SEC/RET@bucket/x",
+        "s3://bucket/x?secret_key=SECRET",
+        "nosuch://host/x?SECRET&y=1",
+        "abfss://user:SECRET@/x?y=1",
+        "nosuch://user:SECRET@host/x",
+        "ftp://user:SECRET@localhost:1/x",
+    ],
+)
 def test_no_secret_in_an_error(uri):
     with pytest.raises(RaydpoError, match=r"^cannot open .*\*\*\*") as caught:
         Storage(uri)
     assert not any(secret in str(caught.value) for secret in ("SECRET", "SEC/RET", "user", "key:"))
 
 
-@pytest.mark.parametrize(("uri", "told"), [
-    ("s3://", "names no bucket; it should look like s3://bucket/path"),
-    ("s3://bucket/x?colour=blue", "Unexpected query parameter"),
-    ("file://relative/path", "cannot open file://relative/path"),
-    ("nosuch://x", "cannot open nosuch://x"),
-])
+@pytest.mark.parametrize(
+    ("uri", "told"),
+    [
+        ("s3://", "names no bucket; it should look like s3://bucket/path"),
+        ("s3://bucket/x?colour=blue", "Unexpected query parameter"),
+        ("file://relative/path", "cannot open file://relative/path"),
+        ("nosuch://x", "cannot open nosuch://x"),
+    ],
+)
 def test_an_address_that_cannot_be_meant(uri, told):
     with pytest.raises(ConfigError, match=told) as caught:
         Storage(uri)
@@ -333,7 +353,7 @@ def test_a_missing_driver_is_a_line_to_type(uri, package):
 
 
 class Flaky(MemoryFileSystem):
-    """Fails so many times, the way drivers do: with exceptions of their HTTP libraries."""
+    """Fails a given number of times with exceptions of HTTP libraries, as drivers do."""
 
     protocol = "flaky"
     errors: ClassVar[list[Exception]] = []
@@ -349,7 +369,7 @@ class Flaky(MemoryFileSystem):
 
 
 class ConnectError(Exception):
-    """As httpx raises it: no OSError."""
+    """Like httpx's, which is no OSError."""
 
 
 @pytest.fixture
@@ -360,8 +380,16 @@ def flaky(monkeypatch):
     Flaky.errors, Flaky.torn = [], 0
 
 
-@pytest.mark.parametrize("error", [ConnectError("reset"), TimeoutError("timed out"), OSError("HTTP 503"),
-                                   ConnectionResetError(104, "reset"), OSError("AUTH of SIGNATURE ACCESS_DENIED in a name")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectError("reset"),
+        TimeoutError("timed out"),
+        OSError("HTTP 503"),
+        ConnectionResetError(104, "reset"),
+        OSError("AUTH of SIGNATURE ACCESS_DENIED in a name"),
+    ],
+)
 def test_what_may_pass_is_tried_again(flaky, error):
     Flaky.errors = [error] * 3
     flaky.write("file", b"data")
@@ -372,13 +400,16 @@ def test_what_may_pass_is_tried_again(flaky, error):
     assert flaky.read("file") == b"data"
 
 
-@pytest.mark.parametrize(("error", "told"), [
-    (PermissionError("Forbidden"), "the store refuses, Forbidden. Check the bucket's name"),
-    (OSError("AWS Error ACCESS_DENIED during PutObject operation: no"), "the store refuses"),
-    (OSError("google::cloud::Status(PERMISSION_DENIED: no)"), "the store refuses"),
-    (NotImplementedError("read only"), "cannot write .*: read only"),
-    (ValueError("bad name"), "cannot write .*: bad name"),
-])
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (PermissionError("Forbidden"), "the store refuses, Forbidden. Check the bucket's name"),
+        (OSError("AWS Error ACCESS_DENIED during PutObject operation: no"), "the store refuses"),
+        (OSError("google::cloud::Status(PERMISSION_DENIED: no)"), "the store refuses"),
+        (NotImplementedError("read only"), "cannot write .*: read only"),
+        (ValueError("bad name"), "cannot write .*: bad name"),
+    ],
+)
 def test_what_will_not_pass_is_told_at_once(flaky, error, told):
     Flaky.errors = [error]
     with pytest.raises(RaydpoError, match=told):

@@ -1,4 +1,4 @@
-"""The command line of ``jobs/benchmark.py``: makes the workload, runs one process after another, compares and reports."""
+"""Command line of ``jobs/benchmark.py``: makes the pairs, runs one process after another, compares and reports."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import json
+import platform
 import shlex
 import shutil
 import sys
@@ -17,31 +18,36 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import raydpo
+import pyarrow.parquet as pq
+
 from raydpo.benchmark import workload
 from raydpo.benchmark.compare import Measurement, disagreements, fastest, figures, ratios
 from raydpo.benchmark.job import Job, Result, Stage, start
-from raydpo.benchmark.machine import device_name, known_peak, versions
-from raydpo.benchmark.random_model import SHAPES, write_random_llama
-from raydpo.benchmark.report import plot, print_point
-from raydpo.cli import guarded
-from raydpo.config import DataConfig, TrainConfig
-from raydpo.console import Console
-from raydpo.cost import ModelCost
+from raydpo.benchmark.tables import plot, print_point
+from raydpo.config import DataConfig, TrainConfig, is_hub_name
 from raydpo.errors import ConfigError, TrainError
 from raydpo.estimate.plan import pair_groups
+from raydpo.estimate.rate import known_peak
+from raydpo.model.cost import ModelCost
+from raydpo.model.weights import check_weights
 from raydpo.reference.identity import resolve_model
+from raydpo.storage.uri import is_uri
 from raydpo.submit.command import as_submit
+from raydpo.terminal.console import Console
+from raydpo.terminal.guard import guarded
+from raydpo.version import __version__
 
 __all__ = ["main"]
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 ADAPTER_LR = 1e-4
-"""Adapters start from nothing and want more than weights that are trained already."""
+"""Default learning rate with ``--lora``. Fresh adapters need a higher one than trained weights."""
+PACKAGES = ("torch", "transformers", "peft", "trl", "deepspeed", "accelerate", "datasets", "numpy")
+"""Packages whose versions are recorded."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure and report; returns the exit status: 0 equal, 1 failed or not equal, 2 bad input."""
+    """Measure and report. Returns the exit status: 0 = both sides agree, 1 = failed or they differ, 2 = bad input."""
     args = _parser().parse_args(argv)
     words = sys.argv[1:] if argv is None else argv
     if args.dry_run:
@@ -54,36 +60,58 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="benchmark.py", description=__doc__)
     add = parser.add_argument
-    add("--model", required=True, metavar="PATH", help=f"model directory, hub name, or {' or '.join(SHAPES)}")
-    add("--data", metavar="FILE", help="preferences, as data.train of a run")
-    add("--synthetic", action="store_true", help="random pairs, of each length at each ratio")
-    add("--lengths", type=_numbers, default=(512, 2048), metavar="N,N", help="tokens of a synthetic row: prompt and one "
-        "completion, on average (default: 512,2048)")
-    add("--ratios", type=_ratios, default=((1, 4), (1, 1), (4, 1)), metavar="P:C,P:C", help="prompt to completion, of "
-        "synthetic rows (default: 1:4,1:1,4:1)")
-    add("--pairs", type=_positive, default=64, metavar="N", help="pairs (default: %(default)s)")
-    add("--pairs-per-step", type=_positive, default=8, metavar="N", help="batch of a step (default: %(default)s)")
+    add("--model", required=True, metavar="PATH", help=f"model directory, hub name, or {' or '.join(workload.SHAPES)}")
+    add("--data", metavar="FILE", help="preference file, as in data.train of a run")
+    add("--synthetic", action="store_true", help="random pairs, for each length and each ratio")
+    add(
+        "--lengths",
+        type=_numbers,
+        default=(512, 2048),
+        metavar="N,N",
+        help="mean tokens of a synthetic row, prompt and one completion (default: 512,2048)",
+    )
+    add(
+        "--ratios",
+        type=_ratios,
+        default=((1, 4), (1, 1), (4, 1)),
+        metavar="P:C,P:C",
+        help="prompt to completion tokens of synthetic rows (default: 1:4,1:1,4:1)",
+    )
+    add("--pairs", type=_positive, default=64, metavar="N", help="number of pairs (default: %(default)s)")
+    add("--pairs-per-step", type=_positive, default=8, metavar="N", help="pairs of a step (default: %(default)s)")
     add("--steps", type=_positive, metavar="N", help="steps to take (default: all pairs once)")
     add("--warmup", type=int, default=1, metavar="N", help="first steps that are not counted (default: %(default)s)")
-    add("--dtype", choices=DTYPES, default="bf16", help="of weights and compute (default: %(default)s)")
+    add("--dtype", choices=DTYPES, default="bf16", help="precision of weights and compute (default: %(default)s)")
     trained = parser.add_mutually_exclusive_group(required=True)
     trained.add_argument("--lora", type=_positive, metavar="R", help="train adapters of this rank")
     trained.add_argument("--full", action="store_true", help="train all weights")
     add("--lr", type=_rate, metavar="X", help=f"learning rate (default: {ADAPTER_LR:g} with --lora, else that of a run)")
-    add("--max-length", type=_positive, default=DataConfig.model_fields["max_length"].default, metavar="N",
-        help="cut prompt and completion (default: %(default)s)")
-    add("--tokens-per-batch", type=_budget, default="auto", metavar="N|auto", help="positions of raydpo's micro-batches")
-    add("--baseline-batches", type=_numbers, metavar="N,N", help="pairs of a forward pass of the other side, which adds up "
-        "gradients to a step; each is measured, the fastest compared (default: 1, 2, 4 ... up to the step)")
-    add("--engine", choices=("auto", "deepspeed", "kernels"), default="auto", help="what trains raydpo's policy: DeepSpeed "
-        "as in a run, or torch alone (default: DeepSpeed where it is installed)")
-    add("--baseline", choices=("auto", "trl", "padded"), default="auto", help="the other side: TRL, or a plain padded "
-        "stand-in (default: TRL where it is installed)")
-    add("--skip-online", action="store_true", help="leave out the side that scores its reference at every step")
+    add(
+        "--max-length",
+        type=_positive,
+        default=DataConfig.model_fields["max_length"].default,
+        metavar="N",
+        help="longest row in tokens; longer ones are cut (default: %(default)s)",
+    )
+    add(
+        "--tokens-per-batch",
+        type=_budget,
+        default="auto",
+        metavar="N|auto",
+        help="token positions of raydpo's micro-batches (default: %(default)s)",
+    )
+    add(
+        "--baseline-batches",
+        type=_numbers,
+        metavar="N,N",
+        help="pairs of one forward pass of TRL, which accumulates "
+        "gradients over a step; each is measured, the fastest is compared (default: 1, 2, 4 ... up to the step)",
+    )
+    add("--skip-online", action="store_true", help="do not measure TRL with a reference scored at every step")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--threads", type=_positive, metavar="N", help="CPU threads of both sides (default: all physical cores)")
-    add("--peak-tflops", type=float, metavar="X", help="of the GPU, for MFU (default: known for some, in bf16)")
-    add("--seed", type=int, default=0, help="of synthetic pairs and random weights (default: %(default)s)")
+    add("--peak-tflops", type=float, metavar="X", help="peak of the GPU, for MFU (default: known for some, in bf16)")
+    add("--seed", type=int, default=0, help="seed of synthetic pairs and random weights (default: %(default)s)")
     add("--work", metavar="DIR", help="keep intermediate files and random models here")
     add("--json", metavar="OUT", help="write everything measured, and beside it a plot")
     add("--dry-run", action="store_true", help="print the command that submits this as a job of a Ray cluster")
@@ -95,76 +123,144 @@ def _run(args: argparse.Namespace, console: Console) -> None:
 
     if (args.data is None) == (not args.synthetic):
         raise ConfigError("give the pairs with one of --data FILE and --synthetic")
+    _check_inputs(args, console)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch sees no CUDA device here; use --device cpu")
     steps, per_epoch = args.steps, -(-args.pairs // args.pairs_per_step)
     steps = per_epoch if steps is None else steps
     if not 0 <= args.warmup < steps <= per_epoch:
-        raise ConfigError(f"--warmup {args.warmup} and --steps {steps} do not fit: {args.pairs} pairs are {per_epoch} steps "
-                          f"of {args.pairs_per_step}, and at least one step must be counted")
+        raise ConfigError(
+            f"--warmup {args.warmup} and --steps {steps} do not fit: {args.pairs} pairs are {per_epoch} steps "
+            f"of {args.pairs_per_step}, and at least one step must be counted"
+        )
     batches = _batches(args, steps)
-    engine, baseline = _choose(args)
-    label = f"TRL {importlib.metadata.version('trl')}" if baseline == "trl" else "padded stand-in, not TRL"
-    if baseline == "padded":
-        console.warn("TRL is not what this is measured against: the other side is a plain padded loop in its place")
-    record: dict[str, Any] = {"command": args.command, "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "baseline": label,
-                              "engine": engine, "device": device_name(device), "versions": versions()}
+    for package in ("trl", "deepspeed"):
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                f"the benchmark needs the package {package!r}, which is not installed here; pip install 'raydpo[benchmark]'"
+            )
+    label = f"TRL {importlib.metadata.version('trl')}"
+    record: dict[str, Any] = {
+        "command": args.command,
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "baseline": label,
+        "device": _device_name(device),
+        "versions": _versions(),
+    }
     with _work(args.work) as work:
         model = _model(args, work, torch.device(device), console)
-        job = Job(stage="score", model=model, workload="", work=str(work), dtype=DTYPES[args.dtype], lora=args.lora,
-                  pairs_per_step=args.pairs_per_step, steps=steps, tokens_per_batch=args.tokens_per_batch, engine=engine,
-                  device=device, threads=args.threads, lr=_learning_rate(args), pairs_per_pass=args.pairs_per_step)
-        # As they were given: nothing of this machine's folders.
-        given = {"model": args.model, "data": args.data, "warmup": args.warmup, "train": job.train.model_dump(mode="json"),
-                 "baseline_batches": batches}
-        record["settings"] = {key: value for key, value in dataclasses.asdict(job).items()
-                              if key not in ("stage", "work", "workload", "pairs_per_pass")} | given
-        console.say(f"raydpo {raydpo.__version__} ({engine}) against {label} on {record['device']}, {args.dtype}, "
-                    + ("all weights" if args.lora is None else f"adapters of rank {args.lora}"))
+        job = Job(
+            stage="score",
+            model=model,
+            workload="",
+            work=str(work),
+            dtype=DTYPES[args.dtype],
+            lora=args.lora,
+            pairs_per_step=args.pairs_per_step,
+            steps=steps,
+            tokens_per_batch=args.tokens_per_batch,
+            device=device,
+            threads=args.threads,
+            lr=_learning_rate(args),
+            pairs_per_pass=args.pairs_per_step,
+        )
+        # As given on the command line, without folders of this machine.
+        given = {
+            "model": args.model,
+            "data": args.data,
+            "warmup": args.warmup,
+            "train": job.train.model_dump(mode="json"),
+            "baseline_batches": batches,
+        }
+        record["settings"] = {
+            key: value
+            for key, value in dataclasses.asdict(job).items()
+            if key not in ("stage", "work", "workload", "pairs_per_pass")
+        } | given
+        console.say(
+            f"raydpo {__version__} against {label} on {record['device']}, {args.dtype}, "
+            + ("all weights" if args.lora is None else f"adapters of rank {args.lora}")
+        )
         points: list[dict[str, Any]] = []
         for facts, table in _workloads(args, model):
             job = dataclasses.replace(job, workload=str(work / "pairs.parquet"))
-            workload.save(table, Path(job.workload))
-            points.append({"baseline": label, "workload": facts | workload.statistics(table, args.pairs_per_step)}
-                          | _measure(args, job, table, f"{baseline}_side", batches, console))
+            pq.write_table(table, job.workload)
+            points.append(
+                {"baseline": label, "workload": facts | workload.statistics(table, args.pairs_per_step)}
+                | _measure(args, job, table, batches, console)
+            )
             print_point(points[-1], console)
-            if args.json is not None:  # after each, since the next may not fit in memory
+            if args.json is not None:  # after each workload: the next may run out of memory
                 _write(record | ({"results": points} if args.synthetic else points[0]), Path(args.json))
     if args.json is not None:
         picture = Path(f"{args.json}.png")
-        console.say(f"written: {args.json}" + (f" and {picture}" if plot(points, picture) else "; no plot, since matplotlib "
-                                               "is not installed (pip install 'raydpo[benchmark]')"))
+        plot(points, picture)
+        console.say(f"written: {args.json} and {picture}")
     wrong = [f"{point['workload']['name']}: {problem}" for point in points for problem in point["problems"][:1]]
     if wrong:
-        raise TrainError(f"the two sides do not compute the same, so their speeds are not compared; {'; '.join(wrong)}")
+        raise TrainError(f"the two sides compute different numbers, so their speeds are not compared: {'; '.join(wrong)}")
 
 
-def _measure(args: argparse.Namespace, job: Job, table: Any, other_side: str, batches: Sequence[int],
-             console: Console) -> dict[str, Any]:
-    """Run every process and put together what they measured; ratios only where the sides agree."""
+def _check_inputs(args: argparse.Namespace, console: Console) -> None:
+    """Refuse a model or file that is not there, or not complete, before a process is started.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    if args.data is not None and not (is_uri(args.data) or is_hub_name(args.data) or Path(args.data).exists()):
+        raise ConfigError(f"--data is {args.data!r}, but there is no such file; give a preference file, a URI or a hub name")
+    if args.model in workload.SHAPES:
+        return
+    if not (is_hub_name(args.model) or Path(args.model).is_dir()):
+        raise ConfigError(
+            f"--model is {args.model!r}, but there is no such directory; give a model directory, a hub name "
+            f"or {' or '.join(workload.SHAPES)}"
+        )
+    for line in check_weights(resolve_model(args.model)):
+        console.warn(line)
+
+
+def _measure(args: argparse.Namespace, job: Job, table: Any, batches: Sequence[int], console: Console) -> dict[str, Any]:
+    """Run every process and combine what they measured. There are ratios only if the sides agree."""
+
     def stage(name: Stage, module: str, about: str, pairs_per_pass: int = job.pairs_per_pass) -> Result:
         console.say(f"  running {about}")
         return start(module, dataclasses.replace(job, stage=name, pairs_per_pass=pairs_per_pass))
 
     _, shapes = pair_groups(table)
-    ours = {"score": stage("score", "raydpo_side", "raydpo's reference pass"),
-            "train": stage("train", "raydpo_side", "raydpo's training")}
-    about = {"cached": "reference computed beforehand"} | ({} if args.skip_online else {"online": "reference at every step"})
-    tried = {name: [stage(name, other_side, f"the other side, {what}, {size} pair(s) at a time", size) for size in batches]
-             for name, what in about.items()}
+    ours = {
+        "score": stage("score", "raydpo_side", "raydpo's reference pass"),
+        "train": stage("train", "raydpo_side", "raydpo's training"),
+    }
+    about = {"cached": "reference computed before"} | ({} if args.skip_online else {"online": "reference at every step"})
+    tried = {
+        name: [stage(name, "trl_side", f"TRL, {what}, {size} pair(s) at a time", size) for size in batches]
+        for name, what in about.items()
+    }
     best = {name: fastest(results, args.warmup) for name, results in tried.items()}
     measured = Measurement(
-        names=table["pair_id"].to_pylist(), shapes=shapes, **ours, cached=best["cached"], online=best.get("online"),
-        tried=tried, dtype=job.dtype, model=ModelCost.of(job.model), lora=job.lora is not None, peak=_peak(args, job.device),
-        pairs_per_step=job.pairs_per_step, warmup=args.warmup)
+        names=table["pair_id"].to_pylist(),
+        shapes=shapes,
+        **ours,
+        cached=best["cached"],
+        online=best.get("online"),
+        tried=tried,
+        dtype=job.dtype,
+        model=ModelCost.of(job.model),
+        lora=job.lora is not None,
+        peak=_peak(args, job.device),
+        pairs_per_step=job.pairs_per_step,
+        warmup=args.warmup,
+    )
     problems, gaps = disagreements(measured)
     point = {"equal": not problems, "problems": problems, "gaps": gaps} | figures(measured)
     if not problems:
         for part, values in ratios(measured).items():
             point[part] |= values
-    raw = {"raydpo_score": measured.score} | {"raydpo_train" if name == "raydpo" else name: result
-                                              for name, result in measured.sides.items()}
+    raw = {"raydpo_score": measured.score} | {
+        "raydpo_train" if name == "raydpo" else name: result for name, result in measured.sides.items()
+    }
     return point | {"raw": {name: dataclasses.asdict(result) for name, result in raw.items()}}
 
 
@@ -175,13 +271,15 @@ def _workloads(args: argparse.Namespace, model: str) -> Iterator[tuple[dict[str,
     vocabulary = ModelCost.of(model).vocabulary
     for length in args.lengths:
         for prompt, completion in args.ratios:
-            yield ({"name": f"{length} at {prompt}:{completion}", "length": length, "ratio": f"{prompt}:{completion}"},
-                   workload.synthetic(args.pairs, length, (prompt, completion), vocabulary, args.seed))
+            yield (
+                {"name": f"{length} at {prompt}:{completion}", "length": length, "ratio": f"{prompt}:{completion}"},
+                workload.synthetic(args.pairs, length, (prompt, completion), vocabulary, args.seed),
+            )
 
 
 def _batches(args: argparse.Namespace, steps: int) -> list[int]:
-    """Pairs of a forward pass of the other side. They cut every step into equal parts, or the mean over parts would not be
-    the mean over pairs."""
+    """Pairs of one forward pass of TRL. Each size cuts every step into equal parts; otherwise the mean over the parts would
+    not be the mean over the pairs."""
     last = args.pairs - (steps - 1) * args.pairs_per_step
     whole = [args.pairs_per_step] + ([last] if last < args.pairs_per_step else [])
 
@@ -193,25 +291,20 @@ def _batches(args: argparse.Namespace, steps: int) -> list[int]:
         return sorted({size for size in (*powers, args.pairs_per_step) if fits(size)})
     odd = [size for size in args.baseline_batches if not fits(size)]
     if odd:
-        raise ConfigError(f"--baseline-batches {odd[0]} does not divide steps of {' and '.join(map(str, whole))} pairs; "
-                          "give numbers that do, or other --pairs")
+        raise ConfigError(
+            f"--baseline-batches {odd[0]} does not divide steps of {' and '.join(map(str, whole))} pairs; "
+            "give numbers that do, or other --pairs"
+        )
     return sorted(set(args.baseline_batches))
 
 
-def _choose(args: argparse.Namespace) -> tuple[Any, str]:
-    there = {name: importlib.util.find_spec(name) is not None for name in ("deepspeed", "trl")}
-    for option, wish, name in (("engine", "deepspeed", "deepspeed"), ("baseline", "trl", "trl")):
-        if getattr(args, option) == wish and not there[name]:
-            raise ConfigError(f"--{option} {wish}: the package {name!r} is not installed here")
-    engine = ("deepspeed" if there["deepspeed"] else "kernels") if args.engine == "auto" else args.engine
-    return engine, ("trl" if there["trl"] else "padded") if args.baseline == "auto" else args.baseline
-
-
 def _model(args: argparse.Namespace, work: Path, device: Any, console: Console) -> str:
-    if args.model not in SHAPES:
+    if args.model not in workload.SHAPES:
         return resolve_model(args.model)
     console.say(f"writing {args.model}: a Llama of random bfloat16 weights")
-    return str(write_random_llama(work / f"{args.model}-{args.seed}", SHAPES[args.model], device, args.seed))
+    directory = work / f"{args.model}-{args.seed}"
+    workload.write_random_llama(directory, workload.SHAPES[args.model], device, args.seed)
+    return str(directory)
 
 
 def _learning_rate(args: argparse.Namespace) -> float:
@@ -221,17 +314,37 @@ def _learning_rate(args: argparse.Namespace) -> float:
 
 
 def _peak(args: argparse.Namespace, device: str) -> float | None:
-    """Operations a second of the GPU, or None where they are not known."""
+    """Peak operations a second of the GPU, or None if unknown."""
     if args.peak_tflops is not None:
         return args.peak_tflops * 1e12
     if device == "cpu" or args.dtype != "bf16":
         return None
-    return known_peak(device_name(device))
+    return known_peak(_device_name(device))
+
+
+def _device_name(device: str) -> str:
+    """Name of the GPU or the processor."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name()
+    with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo") as lines:
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return platform.processor() or platform.machine()
+
+
+def _versions() -> dict[str, str]:
+    """Versions of Python, raydpo and those of ``PACKAGES`` that are installed."""
+    found = {"python": platform.python_version(), "raydpo": __version__}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 @contextlib.contextmanager
 def _work(directory: str | None) -> Iterator[Path]:
-    """The given directory, or one that is gone afterwards, unless a process failed and left its words there."""
+    """The given directory, or a temporary one. The temporary one is kept if a process failed, for its log."""
     work = Path(directory or tempfile.mkdtemp(prefix="raydpo-benchmark-")).absolute()
     work.mkdir(parents=True, exist_ok=True)
     keep = directory is not None

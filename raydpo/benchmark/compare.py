@@ -1,4 +1,4 @@
-"""Whether the two sides computed the same, and how much faster one did: pure functions of what they measured."""
+"""Whether raydpo and TRL computed the same numbers, and how much faster one was: pure functions of what they measured."""
 
 from __future__ import annotations
 
@@ -11,40 +11,44 @@ from typing import Any
 import numpy as np
 
 from raydpo.benchmark.job import Result
-from raydpo.cost import ModelCost
 from raydpo.data.shapes import Shapes
 from raydpo.data.simulate import amounts
 from raydpo.estimate.plan import FORWARD, operations
+from raydpo.model.cost import ModelCost
 
 __all__ = ["BETAS", "WITHOUT_RAY", "Measurement", "disagreements", "fastest", "figures", "median_ratio", "ratios"]
 
 BETAS = 5
-"""Trainings of the sweep."""
+"""Trainings of the sweep, which is composed from one measured training."""
 PAIR_NATS, TOKEN_NATS = 1e-3, 1e-5
-"""float32: the log-probs of a completion may differ by the first, or by the second times the completion tokens of its pair
-if that is more. Rounding was a tenth of the first with a trained model of 30 layers."""
+"""float32: the log-probs of a completion may differ by the first number (nats), or by the second times the completion tokens
+of its pair, whichever is larger. Rounding was a tenth of the first with a trained model of 30 layers."""
 LOSS, LATER_LOSS = 1e-5, 1e-4
-"""float32: the first loss may differ by the first, later ones by the second. Rounding was 1e-8 and 1e-6 in ten steps."""
+"""float32: tolerances of the first loss and of later losses. Rounding was 1e-8 and 1e-6 in ten steps."""
 BFLOAT16_TOKEN_NATS = 0.05
-"""bfloat16: nats a token by which completions may differ, on average over the pairs."""
+"""bfloat16: mean difference allowed over the pairs, in nats a token."""
 BFLOAT16_LOSS = 0.02
-"""bfloat16: the first loss. Later ones follow weights that round differently and are not compared."""
-WITHOUT_RAY = ("raydpo runs without Ray here: Ray's start, its worker processes with their imports, the gate, evaluations "
-               "and reports are not in it")
-"""What a run of raydpo takes beyond the two processes that are measured. TRL's processes are what its user runs."""
+"""bfloat16: tolerance of the first loss. Later losses are not compared, since the weights round differently by then."""
+WITHOUT_RAY = (
+    "raydpo runs without Ray here: Ray's start, its worker processes with their imports, the gate, evaluations "
+    "and reports are not included"
+)
+"""What a user's run of raydpo takes beyond the two measured processes. TRL's processes are what its user runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """All that one workload gave.
+    """Everything measured for one workload.
 
     Attributes:
-        names: of the pairs. shapes: theirs.
-        score, train: raydpo's two processes. cached, online: the other side's, with its reference computed beforehand or
-            at every step, each the ``fastest`` of what was tried; online is None where it was left out.
-        tried: the other side's processes of every batch size, by the same names.
-        model: sizes. lora: whether adapters were trained. peak: operations a second of the device, or None.
-        warmup: steps at the beginning that are not counted.
+        names, shapes: ids and lengths of the pairs.
+        score, train: raydpo's two processes.
+        cached, online: TRL's processes with the reference computed before training or at every step, each the ``fastest``
+            of those tried. online is None if it was skipped.
+        tried: TRL's processes at every batch size, under the same names.
+        model: sizes of the model. lora: whether adapters were trained.
+        peak: peak operations a second of the device, or None if unknown.
+        warmup: first steps that are not counted.
     """
 
     names: Sequence[str]
@@ -63,7 +67,7 @@ class Measurement:
 
     @property
     def sides(self) -> dict[str, Result]:
-        """The processes that trained."""
+        """The processes that trained, by name."""
         sides = {"raydpo": self.train, "cached": self.cached, "online": self.online}
         return {name: result for name, result in sides.items() if result is not None}
 
@@ -76,15 +80,18 @@ class Measurement:
         return range(step * self.pairs_per_step, min((step + 1) * self.pairs_per_step, len(self.names)))
 
     def amount(self, rows: Sequence[int]) -> np.ndarray:
-        """Positions, attended keys and predicted tokens that these pairs need, each prompt once; float [3]."""
+        """Token positions, query-key pairs and predicted tokens that these pairs need, each prompt counted once; [3]."""
         return amounts([[row] for row in rows], self.shapes, "tree")
 
 
 def disagreements(measured: Measurement) -> tuple[list[str], dict[str, float]]:
-    """What differs by more than rounding, a sentence each; and the largest differences found, whether they do or not.
+    """Compare the two sides.
 
-    Compared are the reference's log-probs of every pair, and of every side the policy's in the first step and the losses:
-    of all steps in float32, of the first in bfloat16.
+    Compared are the reference's log-probs of every pair, the policy's log-probs in the first step, and the losses: of all
+    steps in float32, of the first step in bfloat16.
+
+    Returns:
+        One sentence for each difference larger than rounding; and the largest difference of each kind, by name.
     """
     exact = measured.dtype == "float32"
     tokens = measured.shapes.tokens
@@ -98,16 +105,20 @@ def disagreements(measured: Measurement) -> tuple[list[str], dict[str, float]]:
             one, other = (getattr(side, f"{half}_logps")[0] for side in (measured.train, theirs))
             gaps[f"first_{half}_logps_{name}"] = abs(one - other)
             if not abs(one - other) <= allowed:
-                problems.append(f"the policy's log-probs of the {half} completions of the first step are {one:.6g} on "
-                                f"average with raydpo and {other:.6g} with the other side ({name}; tolerance {allowed:.2g})")
+                problems.append(
+                    f"the policy's log-probs of the {half} completions of the first step are {one:.6g} on "
+                    f"average with raydpo and {other:.6g} with TRL ({name}; tolerance {allowed:.2g})"
+                )
         pairs = list(zip(measured.train.losses, theirs.losses, strict=True))
         gaps[f"loss_{name}"] = max(abs(one - other) for one, other in pairs)
         gaps[f"first_loss_{name}"] = abs(pairs[0][0] - pairs[0][1])
         for number, (one, other) in enumerate(pairs if exact else pairs[:1]):
             allowed = BFLOAT16_LOSS if not exact else LATER_LOSS if number else LOSS
             if not abs(one - other) <= allowed:
-                problems.append(f"the loss of step {number + 1} is {one:.6g} with raydpo and {other:.6g} with the other "
-                                f"side ({name}; tolerance {allowed:g})")
+                problems.append(
+                    f"the loss of step {number + 1} is {one:.6g} with raydpo and {other:.6g} with TRL "
+                    f"({name}; tolerance {allowed:g})"
+                )
                 break
     return problems, gaps
 
@@ -120,7 +131,7 @@ def _reference_problems(measured: Measurement, exact: bool) -> tuple[list[str], 
         gap = np.abs(ours - theirs)
         allowed = np.maximum(PAIR_NATS, TOKEN_NATS * lengths)
         gaps |= {f"reference_{half}_worst": float(gap.max()), f"reference_{half}_per_token": float((gap / lengths).mean())}
-        # A value that is not a number is as wrong as can be.
+        # NaN counts as the largest difference.
         excess.append(np.nan_to_num(gap / allowed, nan=np.inf))
         values.append((ours, theirs))
     per_token = sum(gaps[f"reference_{half}_per_token"] for half in ("chosen", "rejected"))
@@ -132,14 +143,18 @@ def _reference_problems(measured: Measurement, exact: bool) -> tuple[list[str], 
     side, row = np.unravel_index(worst.argmax(), worst.shape)
     wrong = int((worst > 1).any(0).sum())
     told = f"{wrong} pairs differ" if exact else f"pairs differ by {per_token:.2g} nats a token on average"
-    return [f"the reference's log-probs are not the same: {told}; of pair {measured.names[row]} the "
-            f"{('chosen', 'rejected')[side]} completion has {values[side][0][row]:.6g} with raydpo and "
-            f"{values[side][1][row]:.6g} with the other side"], gaps
+    return [
+        f"the reference's log-probs are not the same: {told}; of pair {measured.names[row]} the "
+        f"{('chosen', 'rejected')[side]} completion has {values[side][0][row]:.6g} with raydpo and "
+        f"{values[side][1][row]:.6g} with TRL"
+    ], gaps
 
 
 def fastest(tried: Sequence[Result], warmup: int) -> Result:
-    """Of processes that did the same in batches of other sizes the one with the shortest median step. Its reference pass,
-    whose batch size is a setting of its own, is replaced by the shortest of all."""
+    """The process with the shortest median step, of several that did the same work at different batch sizes.
+
+    Its reference pass is replaced by the shortest of all, since the batch size of that pass is a separate setting.
+    """
     best = min(tried, key=lambda result: median(result.step_seconds[warmup:]))
     if best.reference_seconds is None:
         return best
@@ -148,56 +163,65 @@ def fastest(tried: Sequence[Result], warmup: int) -> Result:
 
 
 def median_ratio(theirs: Sequence[float], ours: Sequence[float], warmup: int) -> float:
-    """Median over steps of their seconds by ours: paired, since step for step the pairs are the same."""
+    """Median over steps of TRL's seconds divided by ours. Paired: both sides have the same pairs in each step."""
     return median(other / mine for other, mine in zip(theirs[warmup:], ours[warmup:], strict=True))
 
 
 def figures(measured: Measurement) -> dict[str, Any]:
-    """Seconds, rates and memory of every side, without a comparison.
+    """Seconds, rates and memory of each side, not compared.
 
-    Tokens are real ones: each prompt token of a pair counts once, padding not at all. MFU counts the operations that the
-    pairs need at the least (``Measurement.amount``), the same for every side: a forward pass to score; to train, three
-    times that, or with frozen weights twice (attention, which has none, three times).
+    Tokens are real tokens: each prompt token of a pair counts once, padding does not count. MFU uses the fewest operations
+    that the pairs need (``Measurement.amount``), the same for each side: one forward pass to score, three times that to
+    train, or twice with frozen weights (still three times for attention, which has no weights).
     """
     rows = range(len(measured.names))
     factors = (2.0, 3.0, 2.0) if measured.lora else (3.0, 3.0, 3.0)
     found: dict[str, Any] = {
-        "reference_pass": {name: _rate(measured, rows, result.reference_seconds, FORWARD)
-                           for name, result in (("raydpo", measured.score), ("cached", measured.cached))},
-        "train_step": {}, "job": _jobs(measured), "sweep": {"betas": BETAS} | _sweeps(measured)}
+        "reference_pass": {
+            name: _rate(measured, rows, result.reference_seconds, FORWARD)
+            for name, result in (("raydpo", measured.score), ("cached", measured.cached))
+        },
+        "train_step": {},
+        "job": _jobs(measured),
+        "sweep": {"betas": BETAS} | _sweeps(measured),
+    }
     for name, result in measured.sides.items():
         counted = list(enumerate(result.step_seconds))[measured.warmup :]
         rates = [_rate(measured, measured.rows(step), seconds, factors) for step, seconds in counted]
-        found["train_step"][name] = {key: None if rates[0][key] is None else median(rate[key] for rate in rates)
-                                     for key in rates[0]}
+        found["train_step"][name] = {
+            key: None if rates[0][key] is None else median(rate[key] for rate in rates) for key in rates[0]
+        }
     found["memory"] = {name: {"bytes": result.peak_bytes} for name, result in measured.sides.items()}
-    found["memory"]["raydpo"] = {"bytes": max(measured.score.peak_bytes, measured.train.peak_bytes),
-                                 "scoring_bytes": measured.score.peak_bytes, "training_bytes": measured.train.peak_bytes}
+    found["memory"]["raydpo"] = {
+        "bytes": max(measured.score.peak_bytes, measured.train.peak_bytes),
+        "scoring_bytes": measured.score.peak_bytes,
+        "training_bytes": measured.train.peak_bytes,
+    }
     ours = measured.train.facts.get("largest_pass")
     found["memory_alike"] = {"raydpo": {"bytes": measured.train.peak_bytes, "largest_pass": ours}} | {
         name: {"bytes": near.peak_bytes, "largest_pass": near.facts["largest_pass"]}
         for name, tried in measured.tried.items()
-        for near in [min(tried, key=lambda result: abs(math.log(result.facts["largest_pass"] / ours)))]}
+        for near in [min(tried, key=lambda result: abs(math.log(result.facts["largest_pass"] / ours)))]
+    }
     found["tried"] = {name: [_of_try(result, measured.warmup) for result in tried] for name, tried in measured.tried.items()}
     return found
 
 
 def ratios(measured: Measurement) -> dict[str, dict[str, float | None]]:
-    """How many times as fast raydpo is; of memory, how many times as much it takes. None against what was left out.
+    """How many times as fast raydpo is; for memory, raydpo's share of TRL's. None where TRL's side was skipped.
 
-    Only worth anything where ``disagreements`` found none.
+    Meaningful only if ``disagreements`` found none.
     """
     found = figures(measured)
 
-    def against(part: str, other: str, key: str = "seconds") -> float | None:
-        return found[part][other][key] / found[part]["raydpo"][key] if other in found[part] else None
+    def against(part: str, other: str) -> float | None:
+        return found[part][other]["seconds"] / found[part]["raydpo"]["seconds"] if other in found[part] else None
 
     def steps(other: Result | None) -> float | None:
         return None if other is None else median_ratio(other.step_seconds, measured.train.step_seconds, measured.warmup)
 
     def memory(part: str, other: str) -> float | None:
-        inverse = against(part, other, "bytes")
-        return None if inverse is None else 1 / inverse
+        return found[part]["raydpo"]["bytes"] / found[part][other]["bytes"] if other in found[part] else None
 
     return {
         "reference_pass": {"ratio": against("reference_pass", "cached")},
@@ -211,19 +235,26 @@ def ratios(measured: Measurement) -> dict[str, dict[str, float | None]]:
 
 def _of_try(result: Result, warmup: int) -> dict[str, Any]:
     shown = {key: result.facts[key] for key in ("pairs_per_pass", "forward_passes", "positions", "largest_pass")}
-    return shown | {"step_seconds": median(result.step_seconds[warmup:]), "reference_seconds": result.reference_seconds,
-                    "bytes": result.peak_bytes}
+    return shown | {
+        "step_seconds": median(result.step_seconds[warmup:]),
+        "reference_seconds": result.reference_seconds,
+        "bytes": result.peak_bytes,
+    }
 
 
 def _rate(measured: Measurement, rows: Sequence[int], seconds: float, factors: Sequence[float]) -> dict[str, float | None]:
     amount = measured.amount(rows)
-    # Of a tree the positions are the real tokens.
-    return {"seconds": seconds, "pairs_per_second": len(rows) / seconds, "tokens_per_second": float(amount[0]) / seconds,
-            "mfu": None if measured.peak is None else operations(amount, measured.model, factors) / seconds / measured.peak}
+    # In the tree layout the positions are the real tokens.
+    return {
+        "seconds": seconds,
+        "pairs_per_second": len(rows) / seconds,
+        "tokens_per_second": float(amount[0]) / seconds,
+        "mfu": None if measured.peak is None else operations(amount, measured.model, factors) / seconds / measured.peak,
+    }
 
 
 def _epochs(measured: Measurement) -> Iterator[tuple[str, float]]:
-    """Wall seconds of each process that trained, had it taken every step of an epoch."""
+    """Wall seconds of each training process, extrapolated to all steps of an epoch."""
     for name, result in measured.sides.items():
         left = measured.steps_per_epoch - len(result.step_seconds)
         yield name, result.wall_seconds + left * median(result.step_seconds[measured.warmup :])
@@ -234,17 +265,19 @@ def _jobs(measured: Measurement) -> dict[str, Any]:
     seconds["raydpo"] += measured.score.wall_seconds
     composed = len(measured.train.step_seconds) < measured.steps_per_epoch
     how = f"wall clock of whole processes; no tokenising, evaluation, checkpoint or export on either side; {WITHOUT_RAY}"
-    missing = "; the epoch's steps that were not taken count as the median one" if composed else ""
-    return {"composed": composed, "how": how + missing,
-            **{name: {"seconds": value} for name, value in seconds.items()}}
+    missing = "; steps of the epoch that were not taken count as the median step" if composed else ""
+    return {"composed": composed, "how": how + missing, **{name: {"seconds": value} for name, value in seconds.items()}}
 
 
 def _sweeps(measured: Measurement) -> dict[str, Any]:
     epochs = dict(_epochs(measured))
     seconds = {name: BETAS * value for name, value in epochs.items()}
     seconds["raydpo"] += measured.score.wall_seconds
-    # Its cache is found again for the same data and model, so the pass is counted once.
+    # TRL finds its cached reference again for the same data and model, so the pass counts once.
     seconds["cached"] -= (BETAS - 1) * (measured.cached.reference_seconds or 0.0)
-    return {"composed": True, "how": f"raydpo: its scoring process once, {BETAS} training processes; cached: {BETAS} "
-            f"processes, the reference pass in the first alone; online: {BETAS} processes; {WITHOUT_RAY}",
-            **{name: {"seconds": value} for name, value in seconds.items()}}
+    return {
+        "composed": True,
+        "how": f"raydpo: one scoring process and {BETAS} training processes; cached: {BETAS} "
+        f"processes, the reference pass only in the first; online: {BETAS} processes; {WITHOUT_RAY}",
+        **{name: {"seconds": value} for name, value in seconds.items()},
+    }

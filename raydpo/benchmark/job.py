@@ -1,4 +1,4 @@
-"""What one process of the benchmark is to do, what it found, and how it is started."""
+"""One process of the benchmark: its task, its result, and how it is started."""
 
 from __future__ import annotations
 
@@ -13,42 +13,43 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import raydpo
 from raydpo import errors
 from raydpo.config import LoraSettings, TrainConfig
-from raydpo.errors import ModelError, TrainError
+from raydpo.errors import TrainError
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftConfig
-    from torch import nn
 
-__all__ = ["Job", "Result", "Stage", "StepRecord", "now", "set_adapters", "side", "start"]
+__all__ = ["Job", "Result", "Stage", "StepRecord", "now", "side", "start"]
 
 Stage = Literal["score", "train", "cached", "online"]
-"""raydpo's two processes, and the two ways in which the other side gets its reference."""
+"""raydpo's two processes, and the two ways in which TRL gets its reference."""
 ENVIRONMENT = {
-    "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "HF_HUB_OFFLINE": "1",  # the model is a directory by now; and nothing is reported to anyone
-    "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_OFFLINE": "1",  # the model is a local directory by now
+    "TQDM_DISABLE": "1",
+    "PYTHONWARNINGS": "ignore",
 }
-_SHOWN = 3
+LOG_LINES = 3
+"""Last lines of a failed process's log that are shown."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One process's work.
+    """Task of one process.
 
     Attributes:
         model: local directory.
-        workload: parquet file of ``workload.save``.
-        work: directory for what processes hand on to one another.
+        workload: Parquet file with the pairs, a table of ``data.pairs.PAIR_SCHEMA``.
+        work: directory for files that one process leaves for another.
         lora: rank of the adapters, or None for full fine-tuning.
         steps: optimizer steps, in file order, all within one epoch.
         tokens_per_batch: token positions of raydpo's micro-batches, or ``auto``.
-        pairs_per_pass: pairs of a forward pass of the other side, which adds up gradients over the passes of a step.
-        engine: what trains raydpo's policy: DeepSpeed as in a run, or torch alone.
-        threads: of the CPU; None = as many as torch takes by itself, one for each physical core.
+        pairs_per_pass: pairs of one forward pass of TRL, which accumulates gradients over the passes of a step.
+        threads: CPU threads; None = torch's default, one for each physical core.
         lr: learning rate, constant.
     """
 
@@ -61,7 +62,6 @@ class Job:
     pairs_per_step: int
     steps: int
     tokens_per_batch: int | Literal["auto"]
-    engine: Literal["deepspeed", "kernels"]
     device: Literal["cpu", "cuda"]
     threads: int | None
     lr: float
@@ -69,23 +69,29 @@ class Job:
 
     @property
     def name(self) -> str:
-        """Of its files in ``work``."""
+        """Stem of its files in ``work``."""
         return f"{self.stage}-{self.pairs_per_pass}"
 
     @property
     def adapters(self) -> LoraSettings | None:
-        """Output scale 2, as is usual, whatever the rank."""
+        """The adapters; their output is scaled by 2 at any rank."""
         return None if self.lora is None else LoraSettings(r=self.lora, alpha=2.0 * self.lora)
 
     @property
     def train(self) -> TrainConfig:
-        """raydpo's settings, which the other side is given too. Nothing but beta, clip and ZeRO stage is a default."""
-        return TrainConfig(pairs_per_step=self.pairs_per_step, steps=self.steps, tokens_per_batch=self.tokens_per_batch,
-                           lr=self.lr, schedule="constant", warmup=0.0)
+        """Training settings of both sides. Beta, clipping and ZeRO stage are raydpo's defaults."""
+        return TrainConfig(
+            pairs_per_step=self.pairs_per_step,
+            steps=self.steps,
+            tokens_per_batch=self.tokens_per_batch,
+            lr=self.lr,
+            schedule="constant",
+            warmup=0.0,
+        )
 
     @property
     def peft_config(self) -> PeftConfig | None:
-        """The configuration of the adapters that raydpo's second process made, which leaves it in ``work``."""
+        """Configuration of the adapters, which raydpo's second process leaves in ``work``."""
         if self.lora is None:
             return None
         from peft import PeftConfig
@@ -94,29 +100,29 @@ class Job:
 
     @property
     def scored(self) -> Path:
-        """The workload with the reference's log-probs, as raydpo's first process leaves it for the second."""
+        """The pairs with the reference's log-probs, which raydpo's first process leaves for the second."""
         return Path(self.work) / "scored.parquet"
 
     @property
     def initial_adapters(self) -> Path:
-        """The policy's adapters before the first step: raydpo makes them, the other side begins with them."""
+        """The policy's adapters before the first step. raydpo makes them; TRL starts from them too."""
         return Path(self.work) / "adapters.safetensors"
 
 
 @dataclass(kw_only=True)
 class Result:
-    """What one process measured. Seconds are the wall clock's, memory is bytes at its peak, log-probs are nats.
+    """What one process measured: wall clock in seconds, memory in bytes, log-probs in nats.
 
     Attributes:
-        load_seconds: until the first pass could begin, without the start of the interpreter.
-        reference_seconds: of the pass over all pairs, from token ids to log-probs; None where the process made none.
-        ref_chosen, ref_rejected: sums over each pair's completions, in file order; None likewise.
-        step_seconds: from the end of the step before, so that waiting for data counts.
-        losses: by step; chosen_logps, rejected_logps: the policy's sums, mean over the step's pairs.
-        peak_bytes: of the whole process, or of the GPU.
-        start_bytes: of it, before there was anything but imported modules.
-        wall_seconds: from start to end of the process; filled in by who started it.
-        facts: what made the numbers; of a process that trained, ``StepRecord.facts``, too.
+        load_seconds: from the imports until the first pass could begin.
+        reference_seconds: reference pass over all pairs, from token ids to log-probs; None if the process made none.
+        ref_chosen, ref_rejected: reference log-probs summed over each completion, in file order; None likewise.
+        step_seconds: seconds of each step, measured from the end of the step before, so waiting for data counts.
+        losses: loss of each step. chosen_logps, rejected_logps: the policy's summed log-probs, mean over the step's pairs.
+        peak_bytes: peak of the whole process, or of the GPU.
+        start_bytes: memory after the imports, before anything was loaded.
+        wall_seconds: from start to end of the process; set by the process that started it.
+        facts: how the numbers were made; for a process that trained, also ``StepRecord.facts``.
     """
 
     load_seconds: float
@@ -134,39 +140,48 @@ class Result:
 
 
 class StepRecord:
-    """Takes the time of steps and keeps what their forward passes computed."""
+    """Measures the time of steps and records what their forward passes computed."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.begin()
 
     def begin(self) -> None:
-        """Training starts now."""
+        """Start the clock of the first step."""
         self.seconds: list[float] = []
         self._steps: list[list[_Pass]] = [[]]
         self._last = now(self.device)
 
     def add_pass(self, pairs: int, positions: int, *means: Any) -> None:
-        """A forward pass with gradient: its pairs, its token positions with all padding, and numbers (or tensors of one
-        number) that are means over its pairs."""
+        """Record a forward pass with gradient.
+
+        Args:
+            pairs, positions: its pairs, and its token positions including padding.
+            means: numbers (or tensors of one number) that are means over its pairs.
+        """
         self._steps[-1].append((pairs, positions, means))
 
     def end_step(self) -> None:
+        """Stop the clock of this step and start that of the next."""
         stamp = now(self.device)
         self.seconds.append(stamp - self._last)
         self._last = stamp
         self._steps.append([])
 
     def means(self) -> list[list[float]]:
-        """Of each number that ``add_pass`` was given, its means over the pairs of each step."""
+        """For each number given to ``add_pass``, its mean over the pairs of each step."""
         return [list(column) for column in zip(*map(_over_passes, self._steps[:-1]), strict=True)]
 
     def facts(self, optimizer: Any) -> dict[str, Any]:
-        """What a side computes at a time, and whether its optimizer is torch's fused one."""
+        """Size of the forward passes, and whether the optimizer is torch's fused one."""
         passes = [each for step in self._steps for each in step]
-        return {"forward_passes": len(passes), "pairs_per_pass": max(pairs for pairs, _, _ in passes),
-                "positions": sum(positions for _, positions, _ in passes),
-                "largest_pass": max(positions for _, positions, _ in passes), "fused": bool(optimizer.defaults.get("fused"))}
+        return {
+            "forward_passes": len(passes),
+            "pairs_per_pass": max(pairs for pairs, _, _ in passes),
+            "positions": sum(positions for _, positions, _ in passes),
+            "largest_pass": max(positions for _, positions, _ in passes),
+            "fused": bool(optimizer.defaults.get("fused")),
+        }
 
 
 _Pass = tuple[int, int, tuple[Any, ...]]
@@ -174,12 +189,14 @@ _Pass = tuple[int, int, tuple[Any, ...]]
 
 def _over_passes(passes: Sequence[_Pass]) -> list[float]:
     total = sum(pairs for pairs, _, _ in passes)
-    return [sum(pairs * float(mean) for (pairs, _, _), mean in zip(passes, column, strict=True)) / total
-            for column in zip(*(means for _, _, means in passes), strict=True)]
+    return [
+        sum(pairs * float(mean) for (pairs, _, _), mean in zip(passes, column, strict=True)) / total
+        for column in zip(*(means for _, _, means in passes), strict=True)
+    ]
 
 
 def now(device: torch.device) -> float:
-    """The clock, once the device has done all it was given."""
+    """Seconds of a monotonic clock, after the device has finished its queued work."""
     if device.type == "cuda":
         import torch
 
@@ -187,28 +204,8 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def set_adapters(model: nn.Module, file: Path) -> None:
-    """Give a PEFT model the adapters in ``file``, by name.
-
-    Raises:
-        ModelError: if the two do not have the same adapters.
-    """
-    import torch
-    from safetensors.torch import load_file
-
-    stored = load_file(file)
-    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if stored.keys() != trainable.keys():
-        odd = sorted(stored.keys() ^ trainable.keys())
-        raise ModelError(f"the two sides adapt different modules: {', '.join(odd[:_SHOWN])} and {len(odd)} in all are on "
-                         "one side alone")
-    with torch.no_grad():
-        for name, parameter in trainable.items():
-            parameter.copy_(stored[name])
-
-
 def side(work: Callable[[Job, torch.device], Result]) -> int:
-    """The main function of a side's module: ``python -m MODULE JOB.json OUT.json``. Returns the exit status."""
+    """Main function of ``python -m MODULE JOB.json OUT.json``. Returns the exit status."""
     import torch
 
     from raydpo.model.budget import used_memory
@@ -230,33 +227,43 @@ def side(work: Callable[[Job, torch.device], Result]) -> int:
 
 
 def start(module: str, job: Job) -> Result:
-    """Run ``job`` in a process of its own and wait for it.
+    """Run ``job`` in a new process and wait for it.
 
     Args:
         module: name of a module of this package that calls ``side``.
 
     Raises:
-        RaydpoError: what the process raised, or TrainError with its last words.
+        RaydpoError: what the process raised, or TrainError with the last lines of its log.
     """
     work = Path(job.work)
     asked, out, log = (work / f"{job.name}.{ending}" for ending in ("job.json", "json", "log"))
     asked.write_text(json.dumps(dataclasses.asdict(job)))
     out.unlink(missing_ok=True)
-    paths = [str(Path(raydpo.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    paths = [str(Path(errors.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     threads = {} if job.threads is None else {"OMP_NUM_THREADS": str(job.threads)}
-    # A cache of its own, or a second run would find TRL's reference pass done.
-    environment = os.environ | ENVIRONMENT | threads | {"HF_DATASETS_CACHE": str(work / f"{job.name}.datasets"),
-                                                        "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    # A new cache directory: in a shared one, a second run would find TRL's reference pass done.
+    environment = (
+        os.environ
+        | ENVIRONMENT
+        | threads
+        | {"HF_DATASETS_CACHE": str(work / f"{job.name}.datasets"), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    )
     begin = time.perf_counter()
     with open(log, "wb") as sink:
-        status = subprocess.run([sys.executable, "-m", f"raydpo.benchmark.{module}", str(asked), str(out)],
-                                stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, env=environment).returncode
+        status = subprocess.run(
+            [sys.executable, "-m", f"raydpo.benchmark.{module}", str(asked), str(out)],
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=sink,
+            env=environment,
+        ).returncode
     wall = time.perf_counter() - begin
     found = json.loads(out.read_text()) if out.is_file() else {}
     if "error" in found:
         raise getattr(errors, found["error"])(found["message"])
     if status or not found:
-        words = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()][-_SHOWN:]
-        raise TrainError(f"the process of {module} ({job.stage}) ended with status {status}: {' | '.join(words)[-600:]} "
-                         f"(all it said is in {log})")
+        words = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()][-LOG_LINES:]
+        raise TrainError(
+            f"the process of {module} ({job.stage}) ended with status {status}: {' | '.join(words)[-600:]} (log: {log})"
+        )
     return Result(**found | {"wall_seconds": wall})

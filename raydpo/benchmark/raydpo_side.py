@@ -1,106 +1,138 @@
-"""raydpo's side: one process scores the reference, another one trains. The code of a run, without Ray around it."""
+"""raydpo's side: one process scores the reference, another trains. The code of a run, without Ray."""
 
 from __future__ import annotations
 
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
+from safetensors.torch import save_file
 
-import raydpo
-from raydpo.benchmark import workload
 from raydpo.benchmark.job import Job, Result, StepRecord, now, side
-from raydpo.benchmark.kernels import KernelEngine
 from raydpo.data.plan import BatchPlan
 from raydpo.estimate.plan import pair_groups
-from raydpo.losses import Memory, Objective
+from raydpo.losses import Objective, ObjectiveState
 from raydpo.model.budget import MOST_SCORED, find_budget, probe_group, used_memory
 from raydpo.model.selfcheck import CHECK_ROWS
-from raydpo.prefetch import prefetch
 from raydpo.reference.identity import identify
 from raydpo.reference.score import ReferenceSpec, Scorer
 from raydpo.training.clock import StepClock
-from raydpo.training.engine import PolicyEngine, PolicySpec, join_process_group
 from raydpo.training.pairs import TrainingPairs
-from raydpo.training.step import prepare_step, train_step
+from raydpo.training.policy.deepspeed_engine import PolicyEngine, join_process_group
+from raydpo.training.policy.engine import PolicySpec
+from raydpo.training.step import Stepper
+from raydpo.version import __version__
 
 
 def score(job: Job, device: torch.device) -> Result:
-    """The reference pass. Leaves the pairs with their log-probs at ``job.scored``."""
+    """Run the reference pass; write the pairs with their log-probs to ``job.scored``."""
     start = time.perf_counter()
-    table = workload.load(job.workload)
+    table = _load(job.workload)
     groups, _ = pair_groups(table)
     spec = ReferenceSpec(path=job.model, adapter=None, identity=identify(job.model, job.dtype))
-    # The budget is measured here and not in the scorer, since measuring resets the peak that is to be reported.
+    # The budget is measured here and not in the scorer: measuring resets the peak that is reported below.
     scorer = Scorer(spec, device=job.device, tokens_per_batch=1, check_rows=groups[:CHECK_ROWS])
     peak = used_memory(device)
-    scorer.tokens_per_batch = _budget(job, lambda: find_budget(
-        lambda tokens: scorer.model.score([probe_group(tokens, scorer.model.vocabulary)], device), device,
-        most=MOST_SCORED).tokens)
+    scorer.tokens_per_batch = _budget(
+        job,
+        lambda: (
+            find_budget(
+                lambda tokens: scorer.model.score([probe_group(tokens, scorer.model.vocabulary)], device),
+                device,
+                most=MOST_SCORED,
+            ).tokens
+        ),
+    )
     ready = now(device)
     scored = scorer.score(groups)
     seconds = now(device) - ready
     peak = max(peak, used_memory(device))
     for index, name in enumerate(("chosen", "rejected")):
         table = table.append_column(f"ref_{name}_logps", pa.array([row[index] for row in scored], pa.list_(pa.float32())))
-    workload.save(table, job.scored)
+    pq.write_table(table, job.scored)
     chosen, rejected = ([float(np.sum(row[index], dtype=np.float64)) for row in scored] for index in range(2))
-    return Result(load_seconds=ready - start, reference_seconds=seconds, ref_chosen=chosen, ref_rejected=rejected,
-                  peak_bytes=peak, facts={"notes": scorer.notes} | scorer.provenance)
+    return Result(
+        load_seconds=ready - start,
+        reference_seconds=seconds,
+        ref_chosen=chosen,
+        ref_rejected=rejected,
+        peak_bytes=peak,
+        facts={"notes": scorer.notes} | scorer.provenance,
+    )
 
 
 def train(job: Job, device: torch.device) -> Result:
-    """The steps, against the log-probs at ``job.scored``. Leaves the adapters it began with at ``job.initial_adapters``."""
+    """Train against the log-probs in ``job.scored``; write the initial adapters to ``job.initial_adapters``."""
     start = time.perf_counter()
-    pairs, settings = TrainingPairs(workload.load(job.scored)), job.train
+    pairs, settings = TrainingPairs(_load(job.scored)), job.train
     spec = PolicySpec(path=job.model, dtype=job.dtype, lora=job.adapters)
     engine = _engine(job, spec, device, pairs)
     if job.lora is not None:
-        from safetensors.torch import save_file
-
         save_file(engine.gather(), job.initial_adapters)
         engine.module.policy.peft_config["default"].save_pretrained(job.work)
     peak = used_memory(device)
     budget = _budget(job, lambda: engine.find_budget().tokens)
-    plan = BatchPlan(pairs.shapes, pairs.sources, pairs.weights, seed=settings.seed, pairs_per_step=job.pairs_per_step,
-                     tokens_per_batch=budget, world_size=1, shuffle=False, epochs=1, steps=job.steps,
-                     layout=engine.module.method.layout)
+    plan = BatchPlan(
+        pairs.shapes,
+        pairs.sources,
+        pairs.weights,
+        seed=settings.seed,
+        pairs_per_step=job.pairs_per_step,
+        tokens_per_batch=budget,
+        world_size=1,
+        shuffle=False,
+        epochs=1,
+        steps=job.steps,
+        layout=engine.module.method.layout,
+    )
 
     record = StepRecord(device)
     load_seconds = now(device) - start
-    rows, clock, objective = [], StepClock(device), Objective(settings)
+    rows, stepper = [], Stepper(settings, plan, pairs, engine, Objective(settings), StepClock(device), ObjectiveState())
     record.begin()
-    for step in prefetch(range(job.steps), lambda number: prepare_step(number, plan, pairs, engine), ahead=1):
-        rows.append(train_step(step, plan, pairs, engine, settings, objective, Memory(), clock).row)
+    for step in stepper.prepared():
+        rows.append(stepper.take(step).row)
         for batch, layout in step.batches:
             record.add_pass(len(batch.pairs), layout.input_ids.numel())
         record.end_step()
-    return Result(load_seconds=load_seconds, step_seconds=record.seconds, losses=[row["loss"] for row in rows],
-                  chosen_logps=[row["logps/chosen"] for row in rows], rejected_logps=[row["logps/rejected"] for row in rows],
-                  peak_bytes=max(peak, used_memory(device)),
-                  facts={"raydpo": raydpo.__version__, "engine": job.engine, "layout": engine.layout_line,
-                         "tokens_per_batch": budget, "optimizer_master_weights": job.engine == "deepspeed"
-                         and job.dtype == "bfloat16"} | record.facts(
-                             engine.optimizer if job.engine == "kernels" else engine.state.optimizer))
+    return Result(
+        load_seconds=load_seconds,
+        step_seconds=record.seconds,
+        losses=[row["loss"] for row in rows],
+        chosen_logps=[row["logps/chosen"] for row in rows],
+        rejected_logps=[row["logps/rejected"] for row in rows],
+        peak_bytes=max(peak, used_memory(device)),
+        facts={
+            "raydpo": __version__,
+            "layout": engine.layout_line,
+            "tokens_per_batch": budget,
+            "optimizer_master_weights": job.dtype == "bfloat16",
+        }
+        | record.facts(engine.state.optimizer),
+    )
+
+
+def _load(file: str | Path) -> pa.Table:
+    return pq.read_table(file).combine_chunks()
 
 
 def _budget(job: Job, measure: Callable[[], int]) -> int:
     return measure() if job.tokens_per_batch == "auto" else job.tokens_per_batch
 
 
-def _engine(job: Job, spec: PolicySpec, device: torch.device, pairs: TrainingPairs) -> PolicyEngine | KernelEngine:
-    rows = pairs.groups(range(min(CHECK_ROWS, len(pairs))))
-    if job.engine == "kernels":
-        return KernelEngine(spec, job.train, device, rows)
+def _engine(job: Job, spec: PolicySpec, device: torch.device, pairs: TrainingPairs) -> PolicyEngine:
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    # One process needs no port to meet itself at.
-    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=0, world_size=1,
-                                         store=torch.distributed.HashStore())
+    # One process needs no port.
+    torch.distributed.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo", rank=0, world_size=1, store=torch.distributed.HashStore()
+    )
     join_process_group(device)
-    return PolicyEngine(spec, job.train, device, rows)
+    return PolicyEngine(spec, job.train, device, pairs.groups(range(min(CHECK_ROWS, len(pairs)))))
 
 
 if __name__ == "__main__":

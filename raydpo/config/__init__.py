@@ -1,7 +1,7 @@
-"""The run as validated data: YAML plus ``key.sub=value`` overrides, frozen once loaded.
+"""The configuration of a run: YAML and ``key.sub=value`` overrides, checked and then frozen.
 
-Imports neither torch nor ray nor deepspeed, so that a laptop can check a configuration before it submits it.
-A default lives in one of these modules and nowhere else; the docstring below a field is its documentation.
+Imports neither torch nor ray nor deepspeed, so that a laptop can check a configuration before it submits a job. These
+modules hold all defaults. The docstring below a field is its documentation.
 """
 
 from raydpo.config.data import DataConfig, EvalConfig, SourceConfig, source_name
@@ -14,7 +14,8 @@ from raydpo.config.run import CacheConfig, Config, RayConfig
 from raydpo.config.sweep import RandomConfig, StopEarlyConfig, SweepConfig
 from raydpo.config.track import TrackConfig
 from raydpo.config.train import ScoreConfig, TrainConfig
-from raydpo.config.uri import is_uri
+from raydpo.config.verbs import Verb, check_verb
+from raydpo.storage.uri import is_uri
 
 __all__ = [
     "LOSSES",
@@ -38,7 +39,9 @@ __all__ = [
     "SweepConfig",
     "TrackConfig",
     "TrainConfig",
+    "Verb",
     "check_metric",
+    "check_verb",
     "depends_on_scale",
     "is_hub_name",
     "is_uri",

@@ -1,4 +1,4 @@
-"""Section ``data``: preferences, and how they become token ids."""
+"""Section ``data``: preference pairs, and how they become token ids."""
 
 from __future__ import annotations
 
@@ -7,19 +7,18 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from raydpo.config.section import Float, Int, PathOrUri, Section
-from raydpo.config.uri import is_uri
+from raydpo.storage.uri import is_uri
 
-__all__ = ["COMPRESSION_SUFFIXES", "DATA_SUFFIXES", "DataConfig", "EvalConfig", "SourceConfig", "as_sources",
-           "source_name"]
+__all__ = ["COMPRESSION_SUFFIXES", "DATA_SUFFIXES", "DataConfig", "EvalConfig", "SourceConfig", "as_sources", "source_name"]
 
 DATA_SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet")
-"""Of files of preferences."""
+"""File suffixes that are read as preference data."""
 COMPRESSION_SUFFIXES = (".gz", ".zst", ".bz2", ".xz")
-"""That may follow one of these."""
+"""Suffixes of compressed files, after one of ``DATA_SUFFIXES``."""
 
 
 class SourceConfig(Section):
-    """One file, directory, URI or hub data set of preferences."""
+    """One file, directory, URI or hub data set of preference pairs."""
 
     path: PathOrUri
     """jsonl, json or parquet (also .gz, .zst, .bz2, .xz), a directory of such files, any URI that pyarrow or fsspec
@@ -27,26 +26,26 @@ class SourceConfig(Section):
     name: str | None = None
     """Name of the source in counts and metrics; null = the file's stem."""
     weight: Float = Field(1.0, gt=0)
-    """How often an epoch passes over this source: 0.5 takes half of its pairs (others each epoch), 2 takes all twice."""
+    """Uses of each pair in an epoch: 0.5 uses half of the pairs (others in each epoch), 2 uses all of them twice."""
     split: str = "train"
     """Split of a hub data set; ignored by files."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Maps our column names to the file's, for example {chosen: good_answer, rejected: bad_answer}."""
     limit: Int | None = Field(None, ge=1)
-    """Reads only the first so many records."""
+    """Number of records to read; null = all."""
 
 
 class EvalConfig(Section):
-    """The held-out pairs."""
+    """Held-out pairs: a file of their own, or a share of the training pairs."""
 
     path: PathOrUri | None = None
     """A file of held-out pairs (anything a source can be)."""
     fraction: Float | None = Field(None, gt=0, lt=1)
-    """Or a share of the training pairs, split off by prompt: the same prompt is never on both sides."""
+    """Share of the training pairs to hold out. The split is by prompt: no prompt is on both sides."""
     split: str = "test"
     """Split of a hub data set; ignored by files."""
     columns: dict[str, str] | None = None
-    """Column map of the held-out file; null = that of the training sources, where they agree on one."""
+    """Column map of the held-out file; null = that of the training sources, if they all have the same."""
 
     @model_validator(mode="after")
     def _check(self) -> EvalConfig:
@@ -56,7 +55,7 @@ class EvalConfig(Section):
 
 
 def as_sources(value: Any) -> Any:
-    """A bare path, or a list of paths and sections, as a list of sections."""
+    """Convert a path, or a list of paths and sections, to a list of sections."""
     entries = value if isinstance(value, (list, tuple)) else [value]
     return [{"path": entry} if isinstance(entry, str) else entry for entry in entries]
 
@@ -66,37 +65,37 @@ def _as_eval(value: Any) -> Any:
 
 
 class DataConfig(Section):
-    """Preferences and how they become token ids."""
+    """Preference pairs, and how they become token ids."""
 
     train: Annotated[tuple[SourceConfig, ...], BeforeValidator(as_sources)] = Field(min_length=1)
-    """One or more sources; a bare path works too."""
+    """One or more sources, or a single path."""
     eval: Annotated[EvalConfig | None, BeforeValidator(_as_eval)] = None
     """Held-out pairs; null = none."""
     max_length: Int = Field(1024, ge=2)
-    """Longest prompt + completion, in tokens. It also decides the rotary frequencies of a model whose frequencies depend on
-    a length (longrope, dynamic)."""
+    """Longest prompt + completion, in tokens. It also sets the rotary frequencies of models for which they depend on the
+    length (longrope, dynamic)."""
     truncation: Literal["keep_start", "drop"] = "keep_start"
-    """What becomes of a longer one: its completion is cut at the end, or the pair is dropped."""
+    """What to do with a longer pair: cut the end of its completion, or drop the pair."""
     fraction: Float = Field(1.0, gt=0, le=1)
-    """Share of the training prompts that are used, with all their pairs: how much does more data help? Decided by the
-    content of each prompt, so a smaller share is part of every larger one. Held-out pairs are left alone."""
+    """Share of the training prompts to use, with all their pairs; for measuring how much more data helps. A hash of each
+    prompt decides, so a smaller share is part of every larger one. Held-out pairs are not affected."""
     fraction_seed: Int = Field(0, ge=0)
-    """Another seed, other prompts. Without effect while fraction is 1."""
+    """Seed for the choice of prompts. No effect if fraction is 1."""
     shuffle: bool = True
-    """false = every epoch in file order, for comparisons."""
+    """Shuffle the pairs of each epoch. false = file order, for comparisons."""
     filter: str | None = None
-    """A condition that training pairs must meet, an SQL expression over the fields of the audit, for example
-    'chosen_tokens < 1024 and ref_margin > -20'. See raydpo/data/facts.py for the fields. Held-out pairs are left alone."""
+    """Condition on training pairs, an SQL expression over the fields of the audit, for example
+    'chosen_tokens < 1024 and ref_margin > -20'. See raydpo/data/facts.py for the fields. Held-out pairs are not affected."""
     weight_column: str | None = None
-    """A column of the records with the weight of each pair in the loss, a number from 0 up; null = all the same."""
+    """Column with the weight of each pair in the loss, a number of at least 0; null = equal weights."""
     margin_column: str | None = None
-    """A column with how much better the chosen completion is, a number in units of reward: the loss wants that much more."""
+    """Column with a margin of each pair, in units of the reward, that the loss requires between chosen and rejected."""
     chat_template: str | None = None
-    """A Jinja chat template, or the path of one, in place of the tokenizer's."""
+    """Jinja chat template, or path of a file with one; null = the tokenizer's."""
     max_malformed: Float = Field(0.01, ge=0, le=1)
-    """Largest share of malformed records of a source; more is an error."""
+    """Largest share of malformed records in a source; more is an error."""
     max_dropped: Float = Field(0.1, ge=0, le=1)
-    """Largest share of well-formed pairs of a source that length may drop; more is an error."""
+    """Largest share of pairs of a source that may be dropped for their length; more is an error."""
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
@@ -108,7 +107,7 @@ class DataConfig(Section):
 
 
 def source_name(source: SourceConfig) -> str:
-    """The name a source goes by in counts and metrics."""
+    """Name of a source in counts and metrics."""
     if source.name is not None:
         return source.name
     stem = (source.path.partition("?")[0] if is_uri(source.path) else source.path).rstrip("/").rsplit("/", 1)[-1]

@@ -1,4 +1,4 @@
-"""Section ``evaluate``: what ``raydpo eval`` measures of a policy. No other command reads it."""
+"""Section ``evaluate``: what ``raydpo eval`` measures. Only it and ``raydpo sweep`` read this section."""
 
 from __future__ import annotations
 
@@ -17,45 +17,48 @@ Mode = Literal["greedy", "sampled"]
 
 
 class JudgeConfig(Section):
-    """A model behind an OpenAI-compatible address that says which of two answers is better. It is asked twice, in both
-    orders; a verdict counts only if it is the same."""
+    """A model with an OpenAI-compatible API that decides which of two answers is better. It is asked twice, with the answers
+    in both orders; only equal verdicts count."""
 
     url: str
-    """Base address, such as https://host/v1; ``/chat/completions`` below it is asked."""
+    """Base URL of the API, such as https://host/v1. Requests go to ``/chat/completions`` below it."""
     model: str
-    """Name of the model there."""
+    """Name of the model in the API."""
     key: str | None = None
-    """NAME of the environment variable that holds the API key, such as JUDGE_KEY. Never the key itself; it is read when it
-    is needed and neither printed nor stored. null = no key."""
+    """NAME of the environment variable with the API key, such as JUDGE_KEY; not the key itself, which is neither printed nor
+    stored. null = no key."""
     timeout: Float = Field(60.0, gt=0)
-    """Seconds to wait for one reply."""
+    """Seconds to wait for a reply."""
     retries: Int = Field(3, ge=0)
-    """Further attempts after a timeout, a lost connection, or status 408, 409, 429 or 5xx, each after twice the wait."""
+    """Retries after a timeout, a lost connection, or status 408, 409, 429 or 5xx. The wait doubles each time."""
     parallel: Int = Field(8, ge=1)
-    """Requests under way at once."""
+    """Number of concurrent requests."""
     max_tokens: Int = Field(16, ge=1)
-    """Longest reply. A model that reasons before it answers needs hundreds; its last line counts."""
+    """Longest reply, in tokens. A model that reasons first needs hundreds. The last line of a reply is the verdict."""
     criterion: str = "more helpful, honest and harmless"
-    """What the better answer is."""
+    """What makes an answer the better one, as told to the judge."""
 
     @field_validator("url")
     @classmethod
     def _url(cls, value: str) -> str:
         parts = urlsplit(value)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError("an address such as https://host/v1 is wanted")
+            raise ValueError("expected an address such as https://host/v1")
         if parts.username is not None or parts.password is not None:
-            raise ValueError("the address carries a user or password; set evaluate.judge.key to the name of an environment "
-                             "variable instead")
+            raise ValueError(
+                "the address carries a user or password; set evaluate.judge.key to the name of an environment "
+                "variable instead"
+            )
         return value.rstrip("/")
 
     @field_validator("key")
     @classmethod
     def _key(cls, value: str | None) -> str | None:
-        # The value is not repeated: it may be the key itself.
+        # The value is not shown: it may be the key itself.
         if value is not None and not re.fullmatch(r"[A-Z][A-Z0-9_]*", value):
-            raise ValueError("the NAME of an environment variable is wanted, in capitals such as JUDGE_KEY, never the key "
-                             "itself")
+            raise ValueError(
+                "expected the NAME of an environment variable, in capitals such as JUDGE_KEY, not the key itself"
+            )
         return value
 
 
@@ -64,56 +67,55 @@ def _as_data(value: Any) -> Any:
 
 
 class EvaluateConfig(Section):
-    """What ``raydpo eval`` measures of a policy, against the reference of this configuration. score.workers and
-    score.gpus_per_worker are also the actors that answer."""
+    """What ``raydpo eval`` measures: a policy, compared with the reference of this configuration. The workers of section
+    score also write the answers."""
 
     policy: PathOrUri | None = None
-    """A run directory, the directory of a model or of a PEFT adapter, or a hub name; null = final/ of this run. An adapter
-    is put on the model that it names, quantized as model.quantization; a whole model is never quantized."""
+    """The policy: a run directory, the directory of a model or of a PEFT adapter, or a hub name; null = final/ of this run.
+    An adapter is applied to the model that it names, quantized as model.quantization; a full model is not quantized."""
     base: PathOrUri | None = None
-    """The model below an adapter, where adapter_config.json names one that is not here."""
+    """Base model of an adapter, if the one that adapter_config.json names is not on this machine."""
     data: Annotated[tuple[SourceConfig, ...] | None, BeforeValidator(_as_data)] = None
-    """Preferences to measure on, one or more sources; null = data.eval."""
+    """Preference pairs to measure on, one or more sources; null = data.eval."""
     subsets: str | None = "subset"
-    """A column of evaluate.data whose value is the source of a pair, as in RewardBench. Records without it go by the name of
-    their source."""
+    """Column of evaluate.data with the subset of a pair, as in RewardBench; results are given for each. Records without it
+    are counted under the name of their source."""
     chat: bool = False
-    """Text prompts of evaluate.data become a user's message and their answers the assistant's, by the chat template."""
+    """Convert text prompts of evaluate.data to user messages, and completions to assistant messages."""
     beta: Float | None = Field(None, gt=0)
-    """Scale of the implicit rewards; null = that of the run that trained the policy, else train.beta."""
+    """Scale of the implicit rewards; null = beta of the run that trained the policy, else train.beta."""
     rewards: Literal["sum", "per_token"] | None = None
-    """Log-ratios as sums over a completion, or per token; null = as the loss of the run that trained the policy, else
-    train.loss."""
+    """Log-ratios of completions as sums or means over tokens; null = as in the loss of the run that trained the policy, else
+    in train.loss."""
     score_missing: bool = True
-    """Score the pairs that the caches of policy and reference lack; false = that is an error, and no model is loaded for
-    them."""
+    """Score pairs that the caches of policy and reference lack; false = missing pairs are an error, and no model is loaded
+    to score."""
     prompts: Int = Field(64, ge=0)
-    """Distinct prompts of the data that policy and reference answer; 0 = none. Which ones depends on their content and on
-    seed alone."""
+    """Number of distinct prompts that policy and reference answer. A hash of prompt and seed decides which."""
     max_tokens: Int = Field(128, ge=1)
-    """Longest answer."""
+    """Longest answer, in tokens."""
     modes: tuple[Mode, ...] = ("greedy", "sampled")
-    """How answers are made. The drift from the reference is measured on sampled ones."""
+    """How answers are generated. The drift from the reference is measured on sampled ones."""
     samples: Int = Field(1, ge=1)
-    """Sampled answers to each prompt."""
+    """Number of sampled answers to each prompt."""
     temperature: Float = Field(1.0, gt=0)
-    """Of sampled answers, without top-k or top-p. The drift is measured at 1 alone."""
+    """Temperature of sampling, without top-k or top-p. The drift is only measured at 1."""
     seed: Int = Field(0, ge=0)
-    """Of the choice of prompts and of the samples."""
+    """Seed for the choice of prompts and for sampling."""
     engine: Literal["transformers", "vllm"] = "transformers"
-    """What makes the answers. vLLM is many times faster on GPUs, must be installed, and draws its own samples: they repeat
-    with the seed, but those of policy and reference do not share their luck."""
+    """What generates the answers. vLLM is many times faster on GPUs and must be installed. Its samples repeat with the seed,
+    but policy and reference use different random numbers."""
     batch: Int = Field(16, ge=1)
-    """Answers made at once by an actor, with transformers."""
+    """Number of answers that a worker generates at once, with transformers."""
     exact_steps: bool = True
-    """Also estimate the drift from whole distributions at each token of the samples, which varies less. Policy and reference
-    are then on one device at once."""
+    """Also estimate the drift from the full distributions at each token of the samples, which has a lower variance. Policy
+    and reference must then fit on one device together."""
     judge: JudgeConfig | None = None
-    """A judge of the answers, for example {url: 'http://host:8000/v1', model: name}; null = none."""
+    """Model that judges the answers, for example {url: 'http://host:8000/v1', model: name}; null = none."""
     reward_model: PathOrUri | None = None
-    """Directory or hub name of a sequence classifier with one output, a reward model, that judges the answers."""
+    """Directory or hub name of a reward model (a sequence classifier with one output) that judges the answers."""
     score_with: str | None = None
-    """module:function of one's own: called with prompt and answer as text, returns a number, higher is better."""
+    """module:function of your own that scores answers: from prompt and answer as text to a number, higher is better."""
 
     @model_validator(mode="after")
     def _check(self) -> EvaluateConfig:
@@ -122,7 +124,7 @@ class EvaluateConfig(Section):
             raise ValueError(f"modes {list(self.modes)} is empty or names one twice; use greedy, sampled or both")
         for name in ("judge", "reward_model", "score_with"):
             if not self.prompts and getattr(self, name) is not None:
-                raise ValueError(f"{name} has no answers to look at, since prompts is 0; set prompts")
+                raise ValueError(f"{name} has no answers to judge, since prompts is 0; set prompts")
         if "sampled" not in self.modes:
             for name in ("samples", "temperature", "exact_steps"):
                 if name in given and getattr(self, name) != type(self).model_fields[name].default:
@@ -137,9 +139,11 @@ class EvaluateConfig(Section):
             if twice:
                 raise ValueError(f"two sources of data are both named {twice[0]!r}; give each its own name")
         if self.base is not None and self.policy is None:
-            raise ValueError(f"base ({self.base}) has no effect without policy: the model below this run's adapter is "
-                             "model.path")
+            raise ValueError(
+                f"base ({self.base}) has no effect without policy: the model below this run's adapter is model.path"
+            )
         if self.score_with is not None and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", self.score_with):
-            raise ValueError(f"score_with {self.score_with!r} does not have the form module:function, for example "
-                             "my_scores:politeness")
+            raise ValueError(
+                f"score_with {self.score_with!r} does not have the form module:function, for example my_scores:politeness"
+            )
         return self

@@ -1,8 +1,9 @@
-"""From YAML and ``key.sub=value`` overrides to a checked configuration, with messages for people."""
+"""Read a configuration from YAML and ``key.sub=value`` overrides, check it, and explain what is wrong with it."""
 
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +13,10 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from raydpo.config.data import COMPRESSION_SUFFIXES, DATA_SUFFIXES
+from raydpo.config.filter import PairFilter
 from raydpo.config.run import Config
-from raydpo.config.uri import hidden, is_uri, shown
 from raydpo.errors import ConfigError
+from raydpo.storage.uri import hidden, is_uri, shown
 
 __all__ = ["files_of", "is_hub_name", "load_config", "named_inputs", "template_file", "with_setting"]
 
@@ -35,7 +37,7 @@ def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = 
     Args:
         source: path of a YAML file, or its content as a dictionary. A file may name a ``base``, another file relative to
             itself, and then holds what differs from it (see ``_read_tree``).
-        overrides: ``key.sub=value`` strings, values in YAML; they win over the file.
+        overrides: ``key.sub=value`` strings, with values in YAML. They replace values of the file.
         elsewhere: the run is for other machines, so absolute paths need not exist on this one.
 
     Raises:
@@ -55,17 +57,18 @@ def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = 
 
 
 def _check_filter(expression: str) -> None:
-    """Where what evaluates it is installed; a laptop that only submits may lack it."""
-    try:
-        from raydpo.data.filter import PairFilter
-    except ImportError:
-        return
-    PairFilter(expression)
+    """Check the condition on pairs, if polars is installed. A machine that only submits jobs may lack it."""
+    if importlib.util.find_spec("polars") is not None:
+        PairFilter(expression)
 
 
 def _read_tree(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The settings of a file on top of those of its base: sections are merged key by key, all else is replaced, lists and
-    nulls too. ``above``: the files that led here."""
+    """The settings of a file merged over those of its base. Sections are merged key by key; any other value, also a list or
+    null, replaces that of the base.
+
+    Args:
+        above: the files whose ``base`` led here.
+    """
     tree = _read_yaml(path)
     base = tree.pop("base", None)
     if base is None:
@@ -74,14 +77,14 @@ def _read_tree(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"'base' in {path} is {shown(base)}, expected the path of one YAML file, relative to this one")
     place, files = path.parent / base, (*above, path)
     if any(place.resolve() == file.resolve() for file in files):
-        raise ConfigError(f"'base' goes in a circle: {' -> '.join(map(str, (*files, place)))}; drop one of them")
+        raise ConfigError(f"'base' is circular: {' -> '.join(map(str, (*files, place)))}; drop one of them")
     if not place.is_file():
         raise ConfigError(f"'base' in {path} is {base!r}, but there is no file {str(place)!r}; it is relative to {path}")
     return _merged(_read_tree(place, files), tree)
 
 
 def files_of(source: Path) -> list[Path]:
-    """A configuration file that can be read, and what it is based on, as they name one another."""
+    """A configuration file and its chain of bases, in order. All of them must be readable."""
     files = [source]
     while (base := _read_yaml(files[-1]).get("base")) is not None:
         files.append(files[-1].parent / base)
@@ -89,25 +92,35 @@ def files_of(source: Path) -> list[Path]:
 
 
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    both = {key: _merged(base[key], value) for key, value in changes.items()
-            if isinstance(value, dict) and isinstance(base.get(key), dict)}
+    both = {
+        key: _merged(base[key], value)
+        for key, value in changes.items()
+        if isinstance(value, dict) and isinstance(base.get(key), dict)
+    }
     return base | changes | both
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe types, without what PyYAML keeps of YAML 1.1 and nobody means: 010 is 10, not 8; 1:30 and 2026-01-31 are
-    text, not a number of seconds and a date."""
+    """YAML's safe types, without surprises of YAML 1.1: 010 is 10, not 8; 1:30 and 2026-01-31 are text, not a number of
+    seconds and a date."""
 
     yaml_implicit_resolvers: ClassVar = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INT, _FLOAT, _DATE)]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
-_Loader.add_implicit_resolver(_INT, re.compile(r"[-+]?(?:[0-9][0-9_]*|0x[0-9a-fA-F][0-9a-fA-F_]*|0b[01][01_]*)$"),
-                              list("-+0123456789"))
-_Loader.add_implicit_resolver(_FLOAT, re.compile(
-    r"[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+][0-9]+)?$|\.[0-9][0-9_]*(?:[eE][-+][0-9]+)?$|[-+]?\.(?:inf|Inf|INF)$|"
-    r"\.(?:nan|NaN|NAN)$"), list("-+0123456789."))
+_Loader.add_implicit_resolver(
+    _INT, re.compile(r"[-+]?(?:[0-9][0-9_]*|0x[0-9a-fA-F][0-9a-fA-F_]*|0b[01][01_]*)$"), list("-+0123456789")
+)
+_Loader.add_implicit_resolver(
+    _FLOAT,
+    re.compile(
+        r"[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+][0-9]+)?$|\.[0-9][0-9_]*(?:[eE][-+][0-9]+)?$|[-+]?\.(?:inf|Inf|INF)$|"
+        r"\.(?:nan|NaN|NAN)$"
+    ),
+    list("-+0123456789."),
+)
 _Loader.add_constructor(_INT, lambda loader, node: _whole(loader.construct_scalar(node)))
 
 
@@ -130,10 +143,15 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _override(tree: dict[str, Any], override: str) -> dict[str, Any]:
     key, sign, text = override.partition("=")
-    # Without the value, which may be a secret.
+    # The value is left out, since it may be a secret.
     what = f"override {hidden(key + '=...' * bool(sign))!r}"
     if not sign or not re.fullmatch(r"\w+(\.\w+)*", key):
         raise ConfigError(f"{what} does not have the form key.sub=value, for example train.beta=0.05")
+    if not text.strip():
+        raise ConfigError(
+            f"override '{key}=' has no value; a shell variable that is not set leaves none. Give a value, or "
+            f"write {key}=null"
+        )
     try:
         value = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
@@ -142,7 +160,7 @@ def _override(tree: dict[str, Any], override: str) -> dict[str, Any]:
 
 
 def _yaml_problem(error: yaml.YAMLError | UnicodeDecodeError) -> str:
-    """What is wrong and where, without the text that is there: it may be a secret."""
+    """What is wrong and where. The text itself is left out, since it may be a secret."""
     if not isinstance(error, yaml.MarkedYAMLError):
         return " ".join(str(error).split())
     mark = error.problem_mark or error.context_mark
@@ -151,58 +169,42 @@ def _yaml_problem(error: yaml.YAMLError | UnicodeDecodeError) -> str:
 
 
 def with_setting(tree: dict[str, Any], key: str, value: Any, what: str) -> dict[str, Any]:
-    """``tree`` with ``value`` at the dotted ``key``; the tree that was given stays as it is.
+    """A copy of ``tree`` with ``value`` at the dotted ``key``.
 
     Args:
-        what: names the setting in errors.
+        what: name of the setting in errors.
 
     Raises:
-        ConfigError: if the key leads through something that is no section, or to an entry that a list does not have.
+        ConfigError: if part of the key is not a section, or a list has no such entry.
     """
-    head, *rest = key.split(".")
-    tree = dict(tree)
-    node: Any = tree
-    for step, nxt in zip([head, *rest], rest, strict=False):
-        child = node.get(step)
-        if isinstance(child, (list, tuple)) and nxt.isdigit():
-            child = list(child)
-        elif child is None or isinstance(child, dict):
-            child = dict(child or {})
-        else:
-            raise ConfigError(f"{what} sets a key below {step!r}, whose value is {shown(child, step)}, not a section")
-        node[step] = child
-        if isinstance(child, list):
-            index = int(nxt)
-            if index >= len(child):
-                raise ConfigError(f"{what}: {step} has {len(child)} entries, there is no entry {index}")
-            node = _ListView(child)
-        else:
-            node = child
-    node[rest[-1] if rest else head] = value
-    return tree
+    return _replaced(tree, key.split("."), value, what)
 
 
-class _ListView:
-    """Lets ``_override`` walk through a list by the text of an index, as through a mapping."""
-
-    def __init__(self, entries: list[Any]) -> None:
-        self.entries = entries
-
-    def get(self, index: str) -> Any:
-        entry = self.entries[int(index)]
-        return {"path": entry} if isinstance(entry, str) else entry
-
-    def __setitem__(self, index: str, value: Any) -> None:
-        self.entries[int(index)] = value
+def _replaced(node: Any, path: Sequence[str], value: Any, what: str, above: str = "") -> Any:
+    """A copy of a dictionary or list with ``value`` at the end of ``path``. ``above`` is the key of ``node``."""
+    if not path:
+        return value
+    head, *rest = path
+    if isinstance(node, (list, tuple)) and head.isdigit():
+        if int(head) >= len(node):
+            raise ConfigError(f"{what}: {above} has {len(node)} entries, there is no entry {head}")
+        # A source may be a bare path, which stands for a section.
+        entry = {"path": node[int(head)]} if rest and isinstance(node[int(head)], str) else node[int(head)]
+        return [*node[: int(head)], _replaced(entry, rest, value, what, head), *node[int(head) + 1 :]]
+    if node is not None and not isinstance(node, dict):
+        raise ConfigError(f"{what} sets a key below {above!r}, whose value is {shown(node, above)}, not a section")
+    node = node or {}
+    return node | {head: _replaced(node.get(head), rest, value, what, head)}
 
 
 _INNER = ("function-", "tuple[", "constrained-", "tagged-")
-"""How pydantic's places begin that are no keys."""
+"""Prefixes of pydantic's location parts that are not keys."""
 
 
 def _explain(tree: dict[str, Any], problem: dict[str, Any]) -> str:
+    """One sentence on what pydantic found: key, value, what is expected, and the fix where it is known."""
     where = [str(part) for part in problem["loc"] if not str(part).startswith(_INNER)]
-    key, value = ".".join(where) or "configuration", problem["input"]
+    key, value = ".".join(where), problem["input"]
     told = shown(value, where[-1] if where else "")
     kind, context = problem["type"], problem.get("ctx", {})
     if key in _REMOVED:
@@ -213,7 +215,7 @@ def _explain(tree: dict[str, Any], problem: dict[str, Any]) -> str:
         elsewhere = [full for full in _all_keys() if full.rsplit(".", 1)[-1] == where[-1]]
         meant = elsewhere[0] if elsewhere else ".".join([*where[:-1], near[0]]) if near else None
         hint = f"did you mean {meant!r}?" if meant else f"known here: {', '.join(known)}"
-        # A judge's API key under another name must not be shown.
+        # It may be a judge's API key under a wrong name.
         value_told = "" if where[:2] == ["evaluate", "judge"] else f" (value {told})"
         return f"unknown key {key!r}{value_told}; {hint}"
     if kind == "missing":
@@ -223,7 +225,7 @@ def _explain(tree: dict[str, Any], problem: dict[str, Any]) -> str:
         near = difflib.get_close_matches(str(value), re.findall(r"'([^']+)'", choices), n=1, cutoff=0.5)
         return f"{key!r} is {told}, expected {choices}" + (f"; did you mean {near[0]!r}?" if near else "")
     if kind == "value_error":
-        return hidden(f"{key!r}: {context['error']}")
+        return hidden(f"{key!r}: {context['error']}" if key else str(context["error"]))
     if kind == "model_type":
         return f"{key!r} is {told}, expected a section of keys: {', '.join(_section_at(where).model_fields)}"
     if kind == "tuple_type":
@@ -267,11 +269,17 @@ def _is_data_file(path: str) -> bool:
 
 
 def named_inputs(config: Config) -> list[tuple[str, str, bool]]:
-    """(key, path, hub name or URI, whether it is a model) of every input that a configuration names."""
-    inputs = [("model.path", config.model.path, True), ("model.tokenizer", config.model.tokenizer, True),
-              ("reference.path", config.reference.path, True), ("reference.adapter", config.reference.adapter, True),
-              ("model.adapter", config.model.adapter, True), ("evaluate.policy", config.evaluate.policy, True),
-              ("evaluate.base", config.evaluate.base, True), ("evaluate.reward_model", config.evaluate.reward_model, True)]
+    """Every input that a configuration names: (key; path, hub name or URI; whether it is a model)."""
+    inputs = [
+        ("model.path", config.model.path, True),
+        ("model.tokenizer", config.model.tokenizer, True),
+        ("reference.path", config.reference.path, True),
+        ("reference.adapter", config.reference.adapter, True),
+        ("model.adapter", config.model.adapter, True),
+        ("evaluate.policy", config.evaluate.policy, True),
+        ("evaluate.base", config.evaluate.base, True),
+        ("evaluate.reward_model", config.evaluate.reward_model, True),
+    ]
     inputs += [(f"data.train.{i}.path", source.path, False) for i, source in enumerate(config.data.train)]
     inputs += [(f"evaluate.data.{i}.path", source.path, False) for i, source in enumerate(config.evaluate.data or ())]
     if config.data.eval is not None:
@@ -280,22 +288,24 @@ def named_inputs(config: Config) -> list[tuple[str, str, bool]]:
 
 
 def template_file(config: Config) -> str | None:
-    """The file that ``data.chat_template`` names, where it is not the template itself."""
+    """The file that ``data.chat_template`` names; None if it is unset, or the template itself."""
     template = config.data.chat_template
     return None if template is None or "{{" in template or "{%" in template else template
 
 
 def _check_paths(config: Config, elsewhere: bool) -> None:
-    """Every local input that is named must be there. Hub names and URIs are left to those who open them, and so are
-    absolute paths if they are of machines ``elsewhere``."""
+    """Check that every local input exists. Hub names and URIs are checked when they are opened.
+
+    Args:
+        elsewhere: do not check absolute paths; they are those of other machines.
+    """
     problems = []
     for key, value, is_model in named_inputs(config):
         if elsewhere and Path(value).is_absolute():
             continue
         if is_uri(value) or Path(value).exists():
             if is_model and Path(value).is_file():
-                problems.append(f"{key!r} is {shown(value)}, a file; a directory with config.json and safetensors is "
-                                "wanted")
+                problems.append(f"{key!r} is {shown(value)}, a file; expected a directory with config.json and safetensors")
             continue
         if is_hub_name(value) and "/" in value and not Path(value).parent.is_dir():
             continue

@@ -1,4 +1,4 @@
-"""Metrics of the held-out evaluations: which there are, and which way each is better. ``training.metrics`` computes them."""
+"""Names of the metrics of held-out evaluations, and which way is better. ``training.metrics`` computes them."""
 
 from __future__ import annotations
 
@@ -7,18 +7,29 @@ from collections.abc import Sequence
 __all__ = ["check_metric", "depends_on_scale", "held_out_metrics", "lower_is_better"]
 
 _LOWER_IS_BETTER = {"loss": True, "chosen_fell": True, "accuracies": False, "margins": False}
-"""By the last part of a metric's name. Rewards, log-probs and lengths of one side are not in it: neither way is better."""
-_OF_ALL_PAIRS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
-                 "logps/rejected", "logps/accuracies", "length/chosen", "length/rejected", "length/margin_correlation")
+"""By the last part of a metric's name. Rewards, log-probs and lengths of one side are left out: neither way is better."""
+_OF_ALL_PAIRS = (
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+    "logps/accuracies",
+    "length/chosen",
+    "length/rejected",
+    "length/margin_correlation",
+)
 _AGAINST_REFERENCE = ("logps/chosen_fell", "logratio/chosen_per_token", "logratio/rejected_per_token")
 _OF_A_SOURCE = ("loss", "rewards/margins", "rewards/accuracies")
 
 
 def lower_is_better(metric: str) -> bool:
-    """Whether less of a metric is better; the last part of its name tells, so it is the same for every source.
+    """Whether a lower value of a metric is better. The last part of its name decides, so it is the same for every source.
 
     Raises:
-        ValueError: if neither more nor less of it is better.
+        ValueError: if neither a lower nor a higher value is better.
     """
     last = _last_part(metric)
     if last not in _LOWER_IS_BETTER:
@@ -27,16 +38,16 @@ def lower_is_better(metric: str) -> bool:
 
 
 def depends_on_scale(metric: str) -> bool:
-    """Whether a metric is in units of the loss or of the reward, which each objective has of its own."""
+    """Whether a metric is in units of the loss or of the reward, whose scale differs between objectives."""
     return _last_part(metric) in ("loss", "margins")
 
 
 def held_out_metrics(sources: Sequence[str], *, reference: bool) -> list[str]:
-    """The names of all metrics that an evaluation of held-out pairs gives.
+    """Names of all metrics of an evaluation of held-out pairs.
 
     Args:
-        sources: that the pairs come from. Each has metrics of its own where there are several.
-        reference: whether the pairs have log-probs of the reference.
+        sources: sources of the pairs. If there are several, each also has metrics of its own.
+        reference: whether log-probs of the reference are known.
     """
     names = [*_OF_ALL_PAIRS, *(_AGAINST_REFERENCE if reference else ())]
     names += [f"{source}/{name}" for source in sources for name in _OF_A_SOURCE if len(sources) > 1]
@@ -44,14 +55,14 @@ def held_out_metrics(sources: Sequence[str], *, reference: bool) -> list[str]:
 
 
 def check_metric(key: str, metric: str, measured: Sequence[str]) -> None:
-    """Refuse a metric by which nothing can be chosen.
+    """Refuse a metric that cannot be used to choose the best.
 
     Args:
         key: the setting that names it.
-        measured: of ``held_out_metrics``.
+        measured: result of ``held_out_metrics``.
 
     Raises:
-        ValueError: if it is not among ``measured``, or neither more nor less of it is better.
+        ValueError: if it is not in ``measured``, or neither a lower nor a higher value is better.
     """
     choices = ", ".join(name for name in measured if _last_part(name) in _LOWER_IS_BETTER)
     if metric not in measured:
@@ -59,7 +70,7 @@ def check_metric(key: str, metric: str, measured: Sequence[str]) -> None:
     try:
         lower_is_better(metric)
     except ValueError as error:
-        raise ValueError(f"{key}: {error}, so it cannot tell what is best; set it to one of {choices}") from None
+        raise ValueError(f"{key}: {error}, so it cannot choose the best; set it to one of {choices}") from None
 
 
 def _last_part(metric: str) -> str:

@@ -1,4 +1,4 @@
-"""The whole run: every section, and what follows from them."""
+"""The whole configuration: all sections, and values derived from them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from raydpo.config.section import PathOrUri, Section
 from raydpo.config.sweep import SweepConfig
 from raydpo.config.track import TrackConfig
 from raydpo.config.train import ScoreConfig, TrainConfig
-from raydpo.config.uri import redacted
+from raydpo.storage.uri import redacted
 
 __all__ = ["CacheConfig", "Config", "RayConfig"]
 
@@ -31,82 +31,108 @@ def _no_root(output: str) -> str:
 
 
 class CacheConfig(Section):
-    """Where reference log-probs are kept."""
+    """The cache of reference log-probs."""
 
     uri: PathOrUri | None = None
-    """Local directory or URI, shared by any number of runs; null = <output>/cache."""
+    """Local directory or URI, which any number of runs may share; null = <output>/cache."""
     allow_unverified: bool = False
-    """Train on imported log-probs that 'raydpo cache verify' has not checked yet."""
+    """Train with imported log-probs that 'raydpo cache verify' has not checked."""
 
 
 class RayConfig(Section):
-    """Where Ray runs."""
+    """The Ray cluster."""
 
     address: str | None = None
-    """Address of a running cluster; null = $RAY_ADDRESS where set, else a local Ray for the length of the command."""
+    """Address of a running cluster; null = $RAY_ADDRESS if set, else a local Ray that each command starts."""
     autoscaling: bool = False
-    """The cluster brings nodes on demand: wait for resources that it does not have yet instead of refusing to start."""
+    """The cluster starts nodes on demand: wait for missing resources instead of refusing to start."""
 
 
 class Config(Section):
-    """A whole run."""
+    """The configuration of a run."""
 
     name: Annotated[str | None, Field(pattern=NAME_PATTERN)] = None
-    """Name of the run directory below output, or of the sweep's; null = model, loss and beta, or model and 'sweep'."""
+    """Name of the directory of the run or sweep below output; null = model, loss and beta; for a sweep model and 'sweep'."""
     output: Annotated[PathOrUri, AfterValidator(_no_root)]
-    """Local path or URI below which run directories lie."""
+    """Directory of the run directories, a local path or URI."""
     model: ModelConfig
-    reference: ReferenceConfig = ReferenceConfig()
+    reference: ReferenceConfig = Field(default_factory=ReferenceConfig)
     data: DataConfig
-    cache: CacheConfig = CacheConfig()
-    score: ScoreConfig = ScoreConfig()
-    train: TrainConfig = TrainConfig()
-    evaluate: EvaluateConfig = EvaluateConfig()
-    track: TrackConfig = TrackConfig()
-    ray: RayConfig = RayConfig()
+    cache: CacheConfig = Field(default_factory=CacheConfig)
+    score: ScoreConfig = Field(default_factory=ScoreConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
+    track: TrackConfig = Field(default_factory=TrackConfig)
+    ray: RayConfig = Field(default_factory=RayConfig)
     sweep: SweepConfig | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Config:
         if self.model.quantization is not None and self.train.zero == 3:
-            raise ValueError("train.zero 3 cannot partition quantized weights (model.quantization "
-                             f"{self.model.quantization}); set train.zero=2, which partitions what trains")
+            raise ValueError(
+                "train.zero 3 cannot partition quantized weights (model.quantization "
+                f"{self.model.quantization}); set train.zero=2, which partitions what trains"
+            )
         if self.model.lora is not None and self.model.lora.dora and self.train.zero == 3:
             raise ValueError("model.lora.dora needs whole weights, which train.zero 3 partitions; set train.zero=2")
-        if self.reference_quantization != self.model.quantization and self.reference.path in (None, self.model.path) \
-                and not self.reference.allow_other_quantization:
-            raise ValueError(f"reference.quantization is {self.reference_quantization or 'none'}, model.quantization "
-                             f"{self.model.quantization or 'none'}: policy and reference would differ from the first step "
-                             "on by what quantization loses. Set reference.quantization=model, or "
-                             "reference.allow_other_quantization=true if that is meant")
+        if (
+            self.reference_quantization != self.model.quantization
+            and self.reference.path in (None, self.model.path)
+            and not self.reference.allow_other_quantization
+        ):
+            raise ValueError(
+                f"reference.quantization is {self.reference_quantization or 'none'}, model.quantization "
+                f"{self.model.quantization or 'none'}: policy and reference would differ from the first step "
+                "on, by the error of quantization. Set reference.quantization=model, or "
+                "reference.allow_other_quantization=true to train nevertheless"
+            )
         if self.train.merge_adapter and self.model.lora is None and self.model.adapter is None:
-            raise ValueError("train.merge_adapter has no effect: model.lora and model.adapter are null, so all weights are "
-                             "trained and exported. Drop it, or set model.lora")
+            raise ValueError(
+                "train.merge_adapter has no effect: model.lora and model.adapter are null, so all weights are "
+                "trained and exported. Drop it, or set model.lora"
+            )
         for column in ("weight_column", "margin_column"):
             if getattr(self.data, column) is not None:
                 self.train.check_heeded(column, f"({getattr(self.data, column)!r} of data)", f"set data.{column} to null")
         if self.train.keep_best is not None and self.data.eval is None:
-            raise ValueError(f"train.keep_best is {self.train.keep_best}, but there are no held-out pairs to measure it on; "
-                             "set data.eval, for example data.eval.fraction=0.05")
+            raise ValueError(
+                f"train.keep_best is {self.train.keep_best}, but there are no held-out pairs to measure it on; "
+                "set data.eval, for example data.eval.fraction=0.05"
+            )
         if self.train.keep_best is not None:
             check_metric("train.keep_best", self.train.keep_best, self.held_out_metrics)
             if isinstance(self.train.beta, BetaSchedule) and depends_on_scale(self.train.keep_best):
-                raise ValueError(f"train.keep_best is {self.train.keep_best!r}, which does not compare between steps: "
-                                 f"train.beta moves ({self.train.beta_text}), and its scale with it. Set it to "
-                                 "eval_rewards/accuracies, or train.beta to a number")
+                raise ValueError(
+                    f"train.keep_best is {self.train.keep_best!r}, which cannot be compared between steps: "
+                    f"train.beta changes ({self.train.beta_text}), and its scale with it. Set it to "
+                    "eval_rewards/accuracies, or train.beta to a number"
+                )
         if self.sweep is not None and self.sweep.stop_early is not None and self.data.eval is None:
-            raise ValueError("sweep.stop_early is set, but there are no held-out pairs to compare trials on; set data.eval, "
-                             "for example data.eval.fraction=0.05")
+            raise ValueError(
+                "sweep.stop_early is set, but there are no held-out pairs to compare trials on; set data.eval, "
+                "for example data.eval.fraction=0.05"
+            )
         return self
 
     @property
     def held_out_metrics(self) -> list[str]:
-        """Names of what each evaluation of the held-out pairs measures; none where nothing is held out."""
+        """Names of the metrics of each held-out evaluation; empty if nothing is held out."""
         if self.data.eval is None:
             return []
-        # Held-out pairs of a file are one source. A filter may read the reference where the loss does not.
-        return held_out_metrics([source_name(source) for source in self.data.train] if self.data.eval.path is None else [],
-                                reference=self.train.needs_reference or self.data.filter is not None)
+        # Held-out pairs from a file are one source. A filter may need the reference even if the loss does not.
+        return held_out_metrics(
+            [source_name(source) for source in self.data.train] if self.data.eval.path is None else [],
+            reference=self.train.needs_reference or self.data.filter is not None,
+        )
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the log-probs of a reference are needed: by the loss, or by the condition on pairs."""
+        if self.train.needs_reference or self.data.filter is None:
+            return self.train.needs_reference
+        from raydpo.config.filter import PairFilter
+
+        return PairFilter(self.data.filter).needs_reference
 
     @property
     def reference_adapter(self) -> str | None:
@@ -116,11 +142,13 @@ class Config(Section):
 
     @property
     def reference_quantization(self) -> str | None:
+        """Quantization of the reference: 4bit, 8bit or None."""
         wish = self.reference.quantization
         return self.model.quantization if wish == "model" else None if wish == "none" else wish
 
     @property
     def run_name(self) -> str:
+        """Name of the run directory."""
         if self.name is not None:
             return self.name
         stem = re.sub(r"[^A-Za-z0-9.-]+", "-", self.model.path.rstrip("/").rsplit("/", 1)[-1]).strip("-.") or "model"
@@ -133,14 +161,16 @@ class Config(Section):
 
     @property
     def cache_uri(self) -> str:
+        """Local path or URI of the cache."""
         return self.cache.uri if self.cache.uri is not None else f"{self.output.rstrip('/')}/cache"
 
     @property
     def reference_path(self) -> str:
+        """Directory or hub name of the reference."""
         return self.reference.path if self.reference.path is not None else self.model.path
 
     def to_yaml(self) -> str:
-        """The resolved configuration: what ``load_config`` would read to give this very run, but for secrets of URIs."""
+        """The resolved configuration as YAML. ``load_config`` reads it back to the same run, apart from secrets in URIs."""
         resolved = self.model_dump(mode="json")
         resolved["name"] = self.run_name
         resolved["cache"]["uri"] = self.cache_uri

@@ -1,7 +1,8 @@
-"""What every section of the configuration is made of: a frozen pydantic model, and the types of its values."""
+"""Base class of the configuration's sections, and types of their values."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,29 +11,34 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 __all__ = ["Dtype", "Float", "Int", "PathOrUri", "Section", "no_bool"]
 
 Dtype = Literal["auto", "float32", "bfloat16"]
-"""A precision; ``auto`` is what pays on the devices at hand."""
+"""A precision. ``auto`` is the faster one on the devices of the run."""
 
 
 def no_bool(value: Any) -> Any:
-    """Validates numbers: Python takes true for 1.
+    """Refuse true and false where a number is expected: Python takes them for 1 and 0.
 
     Raises:
         ValueError: for true and false.
     """
     if isinstance(value, bool):
-        raise ValueError("a number is wanted, not true or false")
+        raise ValueError("expected a number, not true or false")
     return value
 
 
 Int = Annotated[int, BeforeValidator(no_bool)]
-"""A whole number; true and false are none."""
+"""A whole number, not true or false."""
 Float = Annotated[float, BeforeValidator(no_bool), Field(allow_inf_nan=False)]
-"""A finite number; true and false are none."""
+"""A finite number, not true or false."""
 
 
 def _path(value: Any) -> Any:
     if value == "":
         raise ValueError("the path is empty; was it made of a variable that is not set?")
+    if isinstance(value, str) and (variable := re.search(r"\$(?:\{\w+\}|[A-Za-z_]\w*)", value)):
+        raise ValueError(
+            f"{value!r} contains the variable {variable[0]}, which raydpo does not replace; write its "
+            "value, or set the key on the command line, where the shell replaces it"
+        )
     return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~") else value
 
 
@@ -41,6 +47,7 @@ PathOrUri = Annotated[str, BeforeValidator(_path)]
 
 
 class Section(BaseModel):
-    """A section of the configuration. A key that it does not have is an error."""
+    """A section of the configuration, frozen. An unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    # Built at first use, since building a validator for each section costs more than half of the start of a command.
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), defer_build=True)

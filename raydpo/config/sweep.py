@@ -1,4 +1,4 @@
-"""Section ``sweep``: many trainings against one cache, and how they are chosen."""
+"""Section ``sweep``: which settings to try, and how trials are compared and stopped."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ __all__ = ["DrawConfig", "RandomConfig", "StopEarlyConfig", "SweepConfig"]
 
 
 class DrawConfig(Section):
-    """How a random search draws one setting. One of the three."""
+    """How a random search draws one setting: exactly one of the three keys."""
 
     uniform: tuple[Float, Float] | None = None
-    """Evenly between two numbers."""
+    """[low, high]: uniform between two numbers."""
     log_uniform: tuple[Float, Float] | None = None
-    """Between two numbers above 0, evenly in their logarithm: every order of magnitude is as likely."""
+    """[low, high], above 0: uniform in the logarithm, so that all orders of magnitude are equally likely."""
     choice: tuple[Any, ...] | None = Field(None, min_length=1)
     """One of these values."""
 
@@ -26,17 +26,19 @@ class DrawConfig(Section):
     def _check(self) -> DrawConfig:
         given = {name: value for name, value in self if value is not None}
         if len(given) != 1:
-            raise ValueError(f"{' and '.join(given) or 'nothing'} given, expected one of uniform: [low, high], "
-                             "log_uniform: [low, high], choice: [...]")
+            raise ValueError(
+                f"{' and '.join(given) or 'nothing'} given, expected one of uniform: [low, high], "
+                "log_uniform: [low, high], choice: [...]"
+            )
         name, value = next(iter(given.items()))
         if name != "choice" and value[0] >= value[1]:
             raise ValueError(f"{name} is [{value[0]:g}, {value[1]:g}]; the first number must be below the second")
         if name == "log_uniform" and value[0] <= 0:
-            raise ValueError(f"log_uniform is [{value[0]:g}, {value[1]:g}]; numbers above 0 have logarithms")
+            raise ValueError(f"log_uniform is [{value[0]:g}, {value[1]:g}]; both must be above 0")
         return self
 
     def at(self, place: float) -> Any:
-        """The value at ``place`` in [0, 1). Numbers have three significant digits: the trial's name tells all of them."""
+        """The value at ``place`` in [0, 1). Numbers are rounded to three significant digits, all in the trial's name."""
         if self.choice is not None:
             return self.choice[int(place * len(self.choice))]
         if self.uniform is not None:
@@ -47,63 +49,65 @@ class DrawConfig(Section):
 
 
 class RandomConfig(Section):
-    """Random search (Bergstra & Bengio 2012): beside the keys below, any configuration key and how it is drawn, for example
+    """Random search (Bergstra & Bengio 2012). Other keys are keys of the configuration with how they are drawn, for example
     ``train.lr: {log_uniform: [1.0e-7, 1.0e-5]}``."""
 
-    # A class attribute of pydantic: the type of the keys that are not fields.
+    # pydantic reads the type of additional keys from this attribute.
     __pydantic_extra__: dict[str, DrawConfig] = Field(init=False)
     model_config = ConfigDict(extra="allow")
 
     samples: Int = Field(ge=1)
-    """Trials. With more of them the first ones stay the same."""
+    """Number of trials. A larger number keeps the first ones unchanged."""
     seed: Int = Field(0, ge=0)
-    """Of the draws; not of the trainings, whose seed is train.seed."""
+    """Seed of the draws. The seed of the trainings is train.seed."""
 
     @property
     def draws(self) -> dict[str, DrawConfig]:
-        """By configuration key."""
+        """How each key of the configuration is drawn."""
         return dict(self.__pydantic_extra__)
 
 
 class StopEarlyConfig(Section):
-    """Successive halving (arXiv 1502.07943): trials pause after ``grace`` steps and after 2, 4, 8, ... times as many, and
-    each time only the better ones go on. All are measured at the same step, so what is stopped depends on the trials alone,
-    not on which of them ran first or was interrupted."""
+    """Successive halving (arXiv 1502.07943): trials pause after ``grace`` steps and after 2, 4, 8, ... times as many; each
+    time only the better ones continue. All are compared at the same step, so the order of trials and interruptions do not
+    change which ones are stopped."""
 
     metric: str | None = None
-    """Of the held-out evaluation; null = sweep.metric."""
+    """Metric of the held-out evaluation to compare trials by; null = sweep.metric."""
     grace: Int = Field(ge=1)
-    """Steps before the first such choice; a multiple of train.eval_every."""
+    """Steps before the first comparison; a multiple of train.eval_every."""
     keep: Float = Field(0.5, gt=0, lt=1)
-    """Share of the trials that goes on, rounded up."""
+    """Share of the trials that continue, rounded up."""
 
 
 class SweepConfig(Section):
-    """Trials of one sweep: one of ``grid``, ``list`` and ``random``. Keys are those of the configuration, in full."""
+    """Trials of one sweep: one of ``grid``, ``list`` and ``random``. Keys are full keys of the configuration."""
 
     grid: dict[str, tuple[Any, ...]] | None = None
     """Values by key, for example {train.beta: [0.05, 0.1], train.lr: [1.0e-6, 5.0e-7]}: every combination is a trial."""
     list: tuple[dict[str, Any], ...] | None = None
     """Settings of each trial, for example [{train.beta: 0.1, train.lr: 1.0e-6}, {train.loss: ipo}]."""
     random: RandomConfig | None = None
-    """So many trials at random."""
+    """Trials with random settings."""
     metric: str = "eval_rewards/accuracies"
-    """Of the last held-out evaluation, by which trials are ranked. Losses and reward margins are refused where trials differ
-    in beta, loss or its settings: each has a scale of its own."""
+    """Metric of the last held-out evaluation to rank trials by. Losses and reward margins are refused if trials differ in
+    beta, loss or settings of the loss, since their scales differ then."""
     stop_early: StopEarlyConfig | None = None
-    """Stop the trials that are behind; null = train all to the end."""
+    """Stop the worse trials early; null = train all of them to the end."""
     at_once: Int | None = Field(None, ge=1)
-    """Trials that train at the same time; null = as many as the cluster holds."""
+    """Number of trials that train at the same time; null = as many as fit on the cluster."""
     evaluate: bool = False
-    """Measure each trial when it has come to its end, as section evaluate says, and again where that has changed: drift and
-    length of its answers are axes of the sweep's page."""
+    """Evaluate each finished trial as set in section evaluate, and again after that section has changed. The sweep's page
+    then also compares drift and length of answers."""
 
     @model_validator(mode="after")
     def _check(self) -> SweepConfig:
         given = [name for name in ("grid", "list", "random") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"{' and '.join(given) or 'neither grid, list nor random'} given; a sweep has one of "
-                             "grid, list and random, for example grid: {train.beta: [0.05, 0.1, 0.3]}")
+            raise ValueError(
+                f"{' and '.join(given) or 'neither grid, list nor random'} given; a sweep has one of "
+                "grid, list and random, for example grid: {train.beta: [0.05, 0.1, 0.3]}"
+            )
         if not (self.grid or self.list or (self.random and self.random.draws)):
             raise ValueError(f"{given[0]} varies nothing; name a key, for example train.beta")
         empty = [key for key, values in (self.grid or {}).items() if not values]
@@ -113,5 +117,5 @@ class SweepConfig(Section):
 
     @property
     def stop_metric(self) -> str | None:
-        """By which trials are stopped early; None if none are."""
+        """Metric by which trials are stopped early; None if none are."""
         return None if self.stop_early is None else self.stop_early.metric or self.metric

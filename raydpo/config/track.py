@@ -1,4 +1,4 @@
-"""Section ``track``: where metrics go beside the run directory's own Parquet and TensorBoard files."""
+"""Section ``track``: trackers that receive metrics, besides the Parquet and TensorBoard files of the run directory."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ __all__ = ["MlflowConfig", "TrackConfig", "WandbConfig"]
 
 
 class WandbConfig(Section):
-    """Weights & Biases. The API key comes from $WANDB_API_KEY or ~/.netrc, never from here."""
+    """Weights & Biases. The API key is read from $WANDB_API_KEY or ~/.netrc."""
 
     project: str = "raydpo"
-    """Project."""
+    """Name of the project."""
     entity: str | None = None
-    """User or team; null = the key's own."""
+    """User or team; null = the owner of the API key."""
     mode: Literal["online", "offline"] = "online"
-    """offline = into <run directory>/wandb, for 'wandb sync' later."""
+    """offline = write to <run directory>/wandb, for 'wandb sync' later."""
 
 
 class MlflowConfig(Section):
-    """MLflow."""
+    """MLflow tracking."""
 
     uri: PathOrUri | None = None
-    """Tracking server, or a directory for a database of its own; null = $MLFLOW_TRACKING_URI, else
+    """Tracking server, or a directory for a new database; null = $MLFLOW_TRACKING_URI if set, else
     <run directory>/mlflow.db."""
     experiment: str = "raydpo"
-    """Experiment."""
+    """Name of the experiment."""
 
 
 class TrackConfig(Section):
-    """Trackers, off unless asked for. A tracker that fails costs a warning, never the run."""
+    """Trackers. A tracker that fails causes a warning; the run continues."""
 
     wandb: WandbConfig | None = None
     """Weights & Biases, for example {project: mine}; null = off."""
     mlflow: MlflowConfig | None = None
     """MLflow; null = off."""
     prometheus: bool = True
-    """Gauges on Ray's metrics port, which a Ray with its dashboard's packages has (raydpo[cluster]); cluster/grafana.json
+    """Export gauges on Ray's metrics port. Needs the packages of Ray's dashboard (raydpo[cluster]). cluster/grafana.json
     shows them."""

@@ -1,4 +1,4 @@
-"""Which rank computes which pairs of a step, so that all have as much to do and prefixes are seldom computed twice."""
+"""Assign the pairs of a step to ranks, so that all ranks have equal work and shared prefixes are rarely computed twice."""
 
 from __future__ import annotations
 
@@ -8,48 +8,41 @@ from itertools import combinations
 
 import numpy as np
 
-from raydpo.data.shapes import POSITIONS_ONLY, LayoutName, Shapes, Work
+from raydpo.data.shapes import LayoutName, PositionCost, Shapes
 
-__all__ = ["joint_cost", "rank_costs", "savings", "shares"]
+__all__ = ["joint_cost", "savings", "shares"]
 
 WORTH_KEEPING = 0.1
-"""Share of a pair's work that its neighbour's prompt must save for the two to be kept on one rank."""
+"""Share of a pair's work that its neighbour's prompt must save for the two to stay on one rank."""
 UNITS_PER_RANK = 4
-"""Runs of pairs kept together are at most this part of a rank's work, or they could not be evened out."""
+"""Runs of pairs that stay together have at most one part in this many of a rank's work; larger ones could not be
+balanced."""
 PARTNERS = 64
-"""Of the least busy ranks, how many are looked at for an exchange with the busiest."""
+"""Number of least-busy ranks considered for a swap with the busiest one."""
 ROUNDS = 4
-"""Exchanges, times the number of ranks."""
+"""Largest number of swaps, per rank."""
 TRIES = 8
-"""Of the exchanges that promise most, how many are looked at in full."""
+"""Number of most promising swaps whose exact effect is computed."""
 PAIRS_UP_TO = 8
-"""Ranks with more units exchange them one by one: with so many, that evens them out."""
+"""Ranks with more units than this swap them one at a time, which suffices to balance that many."""
 
 
-def rank_costs(pairs: Sequence[int], shapes: Shapes, *, world_size: int, layout: LayoutName,
-               work: Work = POSITIONS_ONLY) -> np.ndarray:
-    """Work of each rank in a step of ``pairs``, in token positions, float [world_size]: what the plan evens out."""
-    alone = shapes.cost(layout, work)
-    return np.array([joint_cost(share, shapes, alone, layout, work)
-                     for share in shares(list(pairs), shapes, world_size, layout, work)])
-
-
-def joint_cost(items: Sequence[int], shapes: Shapes, alone: np.ndarray, layout: LayoutName, work: Work) -> float:
+def joint_cost(items: Sequence[int], shapes: Shapes, alone: np.ndarray, layout: LayoutName, work: PositionCost) -> float:
     """Work on groups that are computed together, in token positions: in a tree, what they share counts once.
 
     Args:
-        alone: ``shapes.cost(layout, work)``, which a caller with many sets of groups computes once.
+        alone: ``shapes.cost(layout, work)``, passed in because callers have many sets of groups.
     """
     ordered = sorted(items, key=lambda item: (shapes.place[item], item))
     return float(alone[ordered].sum() - _saved_work(savings(ordered, shapes, layout), work).sum())
 
 
-def shares(pairs: list[int], shapes: Shapes, world_size: int, layout: LayoutName, work: Work) -> list[list[int]]:
+def shares(pairs: list[int], shapes: Shapes, world_size: int, layout: LayoutName, work: PositionCost) -> list[list[int]]:
     """The pairs of each rank; a rank may have none."""
     if world_size == 1:
         return [pairs]
     units, costs = _units(pairs, shapes, world_size, layout, work)
-    # Largest first to the rank with the least to do; ties go to the lower rank, so the result is unique.
+    # Largest first, to the rank with the least load; ties go to the lower rank, so the result is deterministic.
     heap = [(0.0, rank) for rank in range(world_size)]
     owned: list[list[int]] = [[] for _ in range(world_size)]
     for unit in sorted(range(len(units)), key=lambda unit: (-costs[unit], units[unit][0])):
@@ -65,12 +58,13 @@ def shares(pairs: list[int], shapes: Shapes, world_size: int, layout: LayoutName
     return [pairs_of(mine) for mine in owned]
 
 
-def _units(pairs: list[int], shapes: Shapes, world_size: int, layout: LayoutName,
-           work: Work) -> tuple[list[list[int]], np.ndarray]:
-    """Runs of pairs that stay together because they share much, none so large that ranks could not be evened out.
+def _units(
+    pairs: list[int], shapes: Shapes, world_size: int, layout: LayoutName, work: PositionCost
+) -> tuple[list[list[int]], np.ndarray]:
+    """Runs of pairs that stay together because they share much, small enough to be balanced over ranks; and their costs.
 
-    What all pairs of the step share, such as a system prompt, every rank computes once whichever pairs it has: it is left
-    out of the costs and is no reason to stay together.
+    What all pairs of the step share, such as a system prompt, every rank computes once anyway. It is left out of the costs
+    and is no reason to stay together.
     """
     ordered = sorted(pairs, key=lambda item: (shapes.place[item], item))
     saved = _saved_work(savings(ordered, shapes, layout), work)
@@ -92,7 +86,7 @@ def _units(pairs: list[int], shapes: Shapes, world_size: int, layout: LayoutName
 
 
 def savings(ordered: Sequence[int], shapes: Shapes, layout: LayoutName) -> np.ndarray:
-    """Positions that each group saves by standing behind the one before it, int [groups]."""
+    """Positions that each group saves by following the one before it, int [groups]."""
     saved = np.zeros(len(ordered), dtype=np.int64)
     if layout == "tree":
         for index in range(1, len(ordered)):
@@ -100,19 +94,19 @@ def savings(ordered: Sequence[int], shapes: Shapes, layout: LayoutName) -> np.nd
     return saved
 
 
-def _saved_work(saved: np.ndarray, work: Work) -> np.ndarray:
-    """The work that positions saved stand for: theirs, and that of a prefix looking at itself."""
+def _saved_work(saved: np.ndarray, work: PositionCost) -> np.ndarray:
+    """Work that saved positions stand for: the positions, and the attention of a prefix to itself."""
     return saved + work.attention * saved.astype(np.float64) ** 2 / 2
 
 
 def _even_out(owned: list[list[int]], costs: np.ndarray, load_of: Callable[[list[int]], float]) -> None:
-    """Exchange units between the busiest rank and another while that makes the busier of the two less busy.
+    """Swap units between the busiest rank and another while that lowers the larger load of the two.
 
-    Costs of units are estimates, since what a unit shares depends on the others of its rank; an exchange is kept for what
-    it really does.
+    Costs of units are estimates, since what a unit shares depends on the others of its rank. So a swap is kept only if the
+    exact loads improve.
 
     Args:
-        load_of: the work of a rank that has these units.
+        load_of: work of a rank that has these units.
     """
     moves = [_moves(mine, costs) for mine in owned]
     loads = np.array([load_of(mine) for mine in owned])
@@ -140,7 +134,7 @@ def _even_out(owned: list[list[int]], costs: np.ndarray, load_of: Callable[[list
 
 
 def _moves(mine: list[int], costs: np.ndarray) -> tuple[list[tuple[int, ...]], np.ndarray]:
-    """What a rank can give in an exchange, nothing among it, and what each costs."""
+    """Sets of units that a rank can give in a swap, the empty set included, and the cost of each."""
     most = 1 if len(mine) > PAIRS_UP_TO else 2
     moves = [move for size in range(most + 1) for move in combinations(mine, size)]
     return moves, np.array([costs[list(move)].sum() for move in moves])

@@ -1,4 +1,5 @@
-"""The content key of a completion: what the reference cache is looked up by. Never a position in a data set."""
+"""The content key of a completion, by which the reference cache is looked up. It never depends on a position in a data
+set."""
 
 from __future__ import annotations
 
@@ -11,11 +12,11 @@ import numpy as np
 __all__ = ["completion_key"]
 
 _PERSON = b"raydpo-key-1"
-"""Sets these digests apart from any other use of the hash; a change of the recipe changes the number."""
+"""Separates these digests from other uses of the hash. Change the number if the recipe changes."""
 
 
 def completion_key(prompt_ids: Sequence[int] | np.ndarray, completion_ids: Sequence[int] | np.ndarray) -> bytes:
-    """16 bytes over prompt and completion as tokenised, before truncation.
+    """16-byte key of prompt and completion as tokenised, before truncation.
 
     BLAKE2b of both lengths and both arrays as little-endian uint32, so that moving the boundary between prompt and
     completion gives another key.

@@ -1,8 +1,8 @@
-"""The tokenised data set: pairs in a table, the held-out ones apart, and an account of every record."""
+"""The tokenised data set: tables of training and held-out pairs, and a report on every record."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
@@ -11,56 +11,57 @@ import numpy as np
 import pyarrow as pa
 
 from raydpo.config import DataConfig, SourceConfig, source_name
-from raydpo.config.uri import redact
 from raydpo.data.keys import completion_key
 from raydpo.data.preference import Malformed, Preference, normalise
 from raydpo.data.records import Record, read_records
-from raydpo.data.report import DataReport, SourceReport
 from raydpo.data.split import held_out, kept, prompt_digest
 from raydpo.data.spool import Spool, spooled
+from raydpo.data.tally import DataReport, SourceReport
 from raydpo.data.tokenise import TokenisedPair, Tokeniser
+from raydpo.storage.uri import redact
 
 __all__ = ["HELD_OUT", "PAIR_MARGIN", "PAIR_SCHEMA", "PAIR_WEIGHT", "PairSets", "held_out_source", "load_pairs"]
 
 _IDS, _KEY = pa.list_(pa.int32()), pa.binary(16)
-PAIR_SCHEMA = pa.schema([
-    ("pair_id", pa.string()),  # source:row, and #n for the pairs of a record that ranks several completions
-    ("source", pa.string()),
-    ("weight", pa.float64()),  # of the source
-    ("prompt_ids", _IDS), ("chosen_ids", _IDS), ("rejected_ids", _IDS),  # truncated: what is scored and trained on
-    ("chosen_key", _KEY), ("rejected_key", _KEY),  # keys.completion_key, of the completions before truncation
-    ("chosen_full", pa.int32()), ("rejected_full", pa.int32()),  # their tokens before truncation
-])
-"""Of a table of tokenised pairs."""
+PAIR_SCHEMA = pa.schema(
+    [
+        ("pair_id", pa.string()),  # source:row, plus #n for further pairs of a record that ranks several completions
+        ("source", pa.string()),
+        ("weight", pa.float64()),  # weight of the source
+        ("prompt_ids", _IDS),
+        ("chosen_ids", _IDS),
+        ("rejected_ids", _IDS),  # truncated, as scored and trained on
+        ("chosen_key", _KEY),
+        ("rejected_key", _KEY),  # keys.completion_key of the completions before truncation
+        ("chosen_full", pa.int32()),
+        ("rejected_full", pa.int32()),  # their tokens before truncation
+    ]
+)
+"""Columns of a table of tokenised pairs."""
 PAIR_WEIGHT = "pair_weight"
-"""A further column, float64, where ``data.weight_column`` asks for it."""
+"""Additional column, float64, if ``data.weight_column`` is set."""
 PAIR_MARGIN = "pair_margin"
-"""A further column, float64, where ``data.margin_column`` asks for it."""
+"""Additional column, float64, if ``data.margin_column`` is set."""
+_PROMPT = "prompt_digest"
+"""A column while pairs are loaded: ``split.prompt_digest``."""
 CHUNK = 1000
 HELD_OUT = "held-out"
-"""Name of the source that ``data.eval.path`` is."""
+"""Source name of the pairs of ``data.eval.path``."""
 Reader = Callable[[SourceConfig], Iterator[Record]]
 NO_ROOM, TOO_LONG, SAME = "prompt leaves no room", "longer than max_length", "identical after truncation"
 
 
 @dataclass(frozen=True)
 class PairSets:
-    """Tables of ``PAIR_SCHEMA`` in memory-mapped files; ``eval`` is None where nothing is held out."""
+    """Tables of ``PAIR_SCHEMA`` in memory-mapped files; ``eval`` is None if nothing is held out."""
 
     train: pa.Table
     eval: pa.Table | None
     report: DataReport
 
 
-class _Loaded(NamedTuple):
-    """Pairs and, beside each, the digest of its prompt."""
-
-    table: pa.Table
-    prompts: list[bytes]
-
-
 class _Place(NamedTuple):
-    """Where a pair comes from."""
+    """Origin of a pair."""
 
     pair_id: str
     where: str
@@ -68,80 +69,95 @@ class _Place(NamedTuple):
     source: str
 
 
-def load_pairs(config: DataConfig, tokeniser: Tokeniser, progress: Callable[[int], None] | None = None,
-               reader: Reader = read_records) -> PairSets:
+def load_pairs(
+    config: DataConfig, tokeniser: Tokeniser, progress: Callable[[int], None] | None = None, reader: Reader = read_records
+) -> PairSets:
     """Read, check, tokenise, truncate and split all preferences of a configuration.
 
     Args:
-        progress: called now and then with the number of records read so far.
-        reader: gives the records of a source; one that names a source of its own (``records.Record``) is of that one.
+        progress: called from time to time with the number of records read so far.
+        reader: yields the records of a source. A record may name another source that it counts as (``records.Record``).
 
     Raises:
         DataError: if a source cannot be read, more of it is malformed or dropped than allowed, or no pair is left.
         ModelError: if the tokenizer lacks the chat template or EOS token that the data need.
     """
-    report = DataReport([])
+    report, schema = DataReport([]), _schema(config)
     seen: set[bytes] = set()
-    train = _joined([_load_source(source, source_name(source), config, tokeniser, report, seen, progress, reader)
-                     for source in config.train])
-    if config.eval is None or (config.eval.path is None and config.eval.fraction is None):
-        return PairSets(_thinned(train, config, report), None, report)
-    if config.eval.path is not None:
+    train, *others = [
+        _load_source(source, source_name(source), config, tokeniser, report, seen, progress, reader)
+        for source in config.train
+    ]
+    if others:
+        train = spooled([train, *others], schema)
+    held = None
+    if config.eval is not None and config.eval.path is not None:
         held = _load_source(held_out_source(config), HELD_OUT, config, tokeniser, report, set(), progress, reader)
-        trained_on = set(train.prompts)
-        report.leaked = sum(prompt in trained_on for prompt in held.prompts)
-        return PairSets(_thinned(train, config, report), held.table, report)
-    mask = held_out(train.prompts, config.eval.fraction)
-    rest = _Loaded(_where(train.table, ~mask), [prompt for prompt, out in zip(train.prompts, mask, strict=True) if not out])
-    return PairSets(_thinned(rest, config, report), _where(train.table, mask), report)
+        trained_on = set(train[_PROMPT].to_pylist())
+        report.leaked = sum(prompt in trained_on for prompt in held[_PROMPT].to_pylist())
+    elif config.eval is not None and config.eval.fraction is not None:
+        mask = held_out(train[_PROMPT].to_pylist(), config.eval.fraction)
+        train, held = _where(train, ~mask, schema), _where(train, mask, schema)
+    return PairSets(_thinned(train, config, report), None if held is None else held.drop_columns(_PROMPT), report)
 
 
-def _thinned(train: _Loaded, config: DataConfig, report: DataReport) -> pa.Table:
-    """The training pairs of ``data.fraction``."""
-    if config.fraction == 1:
-        return train.table
-    table = _where(train.table, kept(train.prompts, config.fraction, config.fraction_seed))
-    report.thinned = (table.num_rows, train.table.num_rows)
-    return table
+def _thinned(train: pa.Table, config: DataConfig, report: DataReport) -> pa.Table:
+    """The training pairs that ``data.fraction`` keeps."""
+    kept_rows = train
+    if config.fraction != 1:
+        kept_rows = _where(train, kept(train[_PROMPT].to_pylist(), config.fraction, config.fraction_seed), _schema(config))
+        report.thinned = (kept_rows.num_rows, train.num_rows)
+    return kept_rows.drop_columns(_PROMPT)
 
 
 def held_out_source(config: DataConfig) -> SourceConfig:
-    """``data.eval.path`` as a source, which goes by the name ``HELD_OUT``."""
+    """``data.eval.path`` as a source."""
     columns = _common_columns(config) if config.eval.columns is None else config.eval.columns
     return SourceConfig(path=config.eval.path, split=config.eval.split, columns=columns)
 
 
 def _common_columns(config: DataConfig) -> dict[str, str]:
-    """A held-out file is read with the column map of the training sources, where they agree on one."""
+    """Column map of the training sources if they all have the same one, else none; used for a held-out file."""
     first, *others = (source.columns for source in config.train)
     return first if all(columns == first for columns in others) else {}
 
 
-def _load_source(source: SourceConfig, name: str, config: DataConfig, tokeniser: Tokeniser, report: DataReport,
-                 seen: set[bytes], progress: Callable[[int], None] | None, reader: Reader) -> _Loaded:
-    """All usable pairs of one source. Adds to ``report``, and to ``seen`` the keys of each pair."""
+def _load_source(
+    source: SourceConfig,
+    name: str,
+    config: DataConfig,
+    tokeniser: Tokeniser,
+    report: DataReport,
+    seen: set[bytes],
+    progress: Callable[[int], None] | None,
+    reader: Reader,
+) -> pa.Table:
+    """All usable pairs of one source, columns as ``_schema``. Adds to ``report``, and to ``seen`` the keys of each pair."""
     account = SourceReport(name, redact(source.path))
     report.sources.append(account)
     merged_before = tokeniser.merged
-    records, prompts, spool = reader(source), [], Spool(_schema(_numbers(config)))
+    records, spool = reader(source), Spool(_schema(config))
     while chunk := list(islice(records, CHUNK)):
-        loaded = _load_chunk(chunk, source, config, tokeniser, account, seen)
-        spool.append(loaded.table)
-        prompts += loaded.prompts
+        spool.append(_load_chunk(chunk, source, config, tokeniser, account, seen))
         if progress is not None:
             progress(sum(each.records for each in report.sources))
     account.merged = tokeniser.merged - merged_before
     account.check(config)
-    return _Loaded(spool.finish(), prompts)
+    return spool.finish()
 
 
-def _load_chunk(records: list[Record], source: SourceConfig, config: DataConfig, tokeniser: Tokeniser,
-                account: SourceReport, seen: set[bytes]) -> _Loaded:
+def _load_chunk(
+    records: list[Record],
+    source: SourceConfig,
+    config: DataConfig,
+    tokeniser: Tokeniser,
+    account: SourceReport,
+    seen: set[bytes],
+) -> pa.Table:
     bad_rows: set[int] = set()
     numbers = _numbers(config)
     places, preferences = _normalised(records, account, bad_rows, numbers)
     rows: list[dict[str, Any]] = []
-    prompts: list[bytes] = []
     for place, preference, ids in zip(places, preferences, tokeniser.encode(preferences), strict=True):
         if isinstance(ids, Malformed):
             account.malformed.add(str(ids), place.where)
@@ -154,8 +170,7 @@ def _load_chunk(records: list[Record], source: SourceConfig, config: DataConfig,
             continue
         row = _row(place.pair_id, source.weight, place.source, ids, used)
         row |= zip(numbers, preference.numbers, strict=True)
-        rows.append(row)
-        prompts.append(prompt_digest(preference.prompt))
+        rows.append(row | {_PROMPT: prompt_digest(preference.prompt)})
         account.truncated += sum(len(short) < len(full) for short, full in zip(used, ids, strict=True))
         account.several_turns += preference.several_turns
         account.duplicates += (both := row["chosen_key"] + row["rejected_key"]) in seen
@@ -163,21 +178,23 @@ def _load_chunk(records: list[Record], source: SourceConfig, config: DataConfig,
     account.records += len(records)
     account.malformed_records += len(bad_rows)
     account.kept += len(rows)
-    return _Loaded(_table(rows, _schema(numbers)), prompts)
+    return _table(rows, _schema(config))
 
 
 def _numbers(config: DataConfig) -> dict[str, str]:
-    """Our further columns and the records' columns that they come from."""
+    """Our additional columns, and the record columns that they come from."""
     wanted = {PAIR_WEIGHT: config.weight_column, PAIR_MARGIN: config.margin_column}
     return {ours: theirs for ours, theirs in wanted.items() if theirs is not None}
 
 
-def _schema(numbers: Iterable[str]) -> pa.Schema:
-    return pa.schema([*PAIR_SCHEMA, *((name, pa.float64()) for name in numbers)])
+def _schema(config: DataConfig) -> pa.Schema:
+    """Columns while pairs are loaded. ``spooled`` tables may have wider offsets."""
+    return pa.schema([*PAIR_SCHEMA, *((name, pa.float64()) for name in _numbers(config)), (_PROMPT, _KEY)])
 
 
-def _normalised(records: list[Record], account: SourceReport, bad_rows: set[int],
-                numbers: Mapping[str, str]) -> tuple[list[_Place], list[Preference]]:
+def _normalised(
+    records: list[Record], account: SourceReport, bad_rows: set[int], numbers: Mapping[str, str]
+) -> tuple[list[_Place], list[Preference]]:
     places: list[_Place] = []
     preferences: list[Preference] = []
     for record in records:
@@ -192,14 +209,20 @@ def _normalised(records: list[Record], account: SourceReport, bad_rows: set[int]
             bad_rows.add(record.row)
             continue
         preferences += found
-        places += [_Place(f"{account.name}:{record.row}" + (f"#{number}" if number else ""), record.where, record.row,
-                          record.source or account.name)
-                   for number in range(len(found))]
+        places += [
+            _Place(
+                f"{account.name}:{record.row}" + (f"#{number}" if number else ""),
+                record.where,
+                record.row,
+                record.source or account.name,
+            )
+            for number in range(len(found))
+        ]
     return places, preferences
 
 
 def _truncated(ids: TokenisedPair, max_length: int, truncation: str) -> TokenisedPair | str:
-    """What is used of a pair, or why it is dropped. Each completion is cut by itself, as TRL does."""
+    """The used part of a pair, or why it is dropped. Each completion is cut by itself, as TRL does."""
     room = max_length - len(ids.prompt)
     if room <= 0:
         return NO_ROOM
@@ -211,15 +234,29 @@ def _truncated(ids: TokenisedPair, max_length: int, truncation: str) -> Tokenise
 
 def _row(pair_id: str, weight: float, source: str, ids: TokenisedPair, used: TokenisedPair) -> dict[str, Any]:
     return {
-        "pair_id": pair_id, "source": source, "weight": weight,
-        "prompt_ids": used.prompt, "chosen_ids": used.chosen, "rejected_ids": used.rejected,
-        "chosen_key": completion_key(ids.prompt, ids.chosen), "rejected_key": completion_key(ids.prompt, ids.rejected),
-        "chosen_full": len(ids.chosen), "rejected_full": len(ids.rejected)}
+        "pair_id": pair_id,
+        "source": source,
+        "weight": weight,
+        "prompt_ids": used.prompt,
+        "chosen_ids": used.chosen,
+        "rejected_ids": used.rejected,
+        "chosen_key": completion_key(ids.prompt, ids.chosen),
+        "rejected_key": completion_key(ids.prompt, ids.rejected),
+        "chosen_full": len(ids.chosen),
+        "rejected_full": len(ids.rejected),
+    }
 
 
 def _table(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
-    return pa.table([_lists([row[column.name] for row in rows]) if column.type == _IDS else
-                     pa.array([row[column.name] for row in rows], column.type) for column in schema], schema=schema)
+    return pa.table(
+        [
+            _lists([row[column.name] for row in rows])
+            if column.type == _IDS
+            else pa.array([row[column.name] for row in rows], column.type)
+            for column in schema
+        ],
+        schema=schema,
+    )
 
 
 def _lists(arrays: Sequence[np.ndarray]) -> pa.ListArray:
@@ -227,19 +264,12 @@ def _lists(arrays: Sequence[np.ndarray]) -> pa.ListArray:
     return pa.ListArray.from_arrays(offsets, np.concatenate(arrays) if arrays else np.empty(0, np.int32))
 
 
-def _joined(parts: list[_Loaded]) -> _Loaded:
-    if len(parts) == 1:
-        return parts[0]
-    return _Loaded(spooled((part.table for part in parts), _schema_of(parts[0].table)),
-                   [prompt for part in parts for prompt in part.prompts])
-
-
-def _where(table: pa.Table, mask: np.ndarray) -> pa.Table:
+def _where(table: pa.Table, mask: np.ndarray, schema: pa.Schema) -> pa.Table:
     """The rows where ``mask`` is true."""
-    return spooled((table.slice(start, CHUNK).filter(pa.array(mask[start : start + CHUNK]))
-                    for start in range(0, table.num_rows, CHUNK)), _schema_of(table))
-
-
-def _schema_of(table: pa.Table) -> pa.Schema:
-    """Spooled tables may have wider offsets than what is appended to a spool."""
-    return _schema(table.column_names[len(PAIR_SCHEMA):])
+    return spooled(
+        (
+            table.slice(start, CHUNK).filter(pa.array(mask[start : start + CHUNK]))
+            for start in range(0, table.num_rows, CHUNK)
+        ),
+        schema,
+    )

@@ -1,7 +1,7 @@
-"""The batch plan: which pairs make up a step, which rank computes them, which of them share a micro-batch.
+"""The batch plan: which pairs form a step, which rank computes them, and which of them share a micro-batch.
 
-A pure function of lengths, seed and settings. The pairs of a step depend on seed and epoch alone, never on the number of
-workers, and the position in a run is one integer: that is all a resumed run needs.
+A pure function of lengths, seed and settings. The pairs of a step depend on seed and epoch only, never on the number of
+workers. The position in a run is one integer, which is all that a resumed run needs.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from raydpo.data.balance import savings, shares
-from raydpo.data.shapes import PADDED_MULTIPLE, POSITIONS_ONLY, LayoutName, Shapes, Work
+from raydpo.data.shapes import PADDED_MULTIPLE, POSITIONS_ONLY, LayoutName, PositionCost, Shapes
 
 __all__ = ["BatchPlan", "MicroBatch", "epoch_order", "fill_batches", "split_over_ranks"]
 
+
 @dataclass(frozen=True)
 class MicroBatch:
-    """Pairs of one forward pass, as row numbers. ``counts`` is False for a stand-in: a rank that has run out of pairs
-    repeats one with weight zero, because every rank must take part in every collective."""
+    """Pairs of one forward pass, as row numbers. ``counts`` is False for a stand-in: a rank without pairs left computes one
+    pair with weight zero, because every rank must take part in every collective."""
 
     pairs: tuple[int, ...]
     counts: bool = True
@@ -28,8 +29,8 @@ class MicroBatch:
 def epoch_order(sources: np.ndarray, weights: np.ndarray, *, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
     """Row numbers of one epoch, in order.
 
-    A source of n rows and weight w gives round(w * n) of them. Successive epochs walk on through the source, so that a
-    weight of 0.5 has seen every row after two epochs.
+    A source of n rows and weight w contributes round(w * n) rows. Each epoch continues in the source where the last one
+    stopped, so that with a weight of 0.5 every row is seen after two epochs.
 
     Args:
         sources: number of the source of each row, int [rows].
@@ -49,10 +50,10 @@ def epoch_order(sources: np.ndarray, weights: np.ndarray, *, seed: int, epoch: i
 
 
 def fill_batches(items: Sequence[int], shapes: Shapes, tokens_per_batch: int, layout: LayoutName) -> list[list[int]]:
-    """Groups in batches, each within a budget of token positions.
+    """Cut groups into batches, each within a budget of token positions.
 
-    A tree takes neighbours in the order of their prompts, so that what they share is computed once. Padded rows are filled
-    longest first, because a batch is as wide as its longest row.
+    The tree layout takes neighbours in the order of their prompts, so that what they share is computed once. The padded
+    layout takes the longest first, because a batch is as wide as its longest row.
 
     Args:
         items: numbers of the groups in ``shapes``.
@@ -63,9 +64,11 @@ def fill_batches(items: Sequence[int], shapes: Shapes, tokens_per_batch: int, la
     return _fill(items, shapes, tokens_per_batch, layout, shapes.positions(layout))
 
 
-def _fill(items: Sequence[int], shapes: Shapes, tokens_per_batch: int, layout: LayoutName, alone: np.ndarray,
-          least: int = 1) -> list[list[int]]:
-    """``fill_batches``, where ``alone`` is ``shapes.positions(layout)`` and ``least`` batches are wished for."""
+def _fill(
+    items: Sequence[int], shapes: Shapes, tokens_per_batch: int, layout: LayoutName, alone: np.ndarray, least: int = 1
+) -> list[list[int]]:
+    """``fill_batches``, given ``alone``, which is ``shapes.positions(layout)``, and the desired number ``least`` of
+    batches."""
     batches: list[list[int]] = []
     if layout == "padded":
         width = filled = 0
@@ -81,10 +84,10 @@ def _fill(items: Sequence[int], shapes: Shapes, tokens_per_batch: int, layout: L
     more = alone[ordered] - saved
     left, filled, target = int(more.sum()), 0, 0
     for index, item in enumerate(ordered):
-        # As even as they come: the last batch of a greedy filling would be a small one, which costs as many calls.
+        # Fill evenly: a greedy filling ends with a small batch, which costs as many kernel launches as a full one.
         if not batches or filled + int(more[index]) // 2 > target or filled + int(more[index]) > tokens_per_batch:
             batches.append([])
-            filled = int(saved[index])  # which the first of a batch does not save
+            filled = int(saved[index])  # the first group of a batch saves nothing
             target = filled + left // max(1, least - len(batches) + 1, -(-left // tokens_per_batch))
         batches[-1].append(item)
         filled += int(more[index])
@@ -92,28 +95,42 @@ def _fill(items: Sequence[int], shapes: Shapes, tokens_per_batch: int, layout: L
     return batches
 
 
-def split_over_ranks(pairs: Sequence[int], shapes: Shapes, *, world_size: int, tokens_per_batch: int, layout: LayoutName,
-                     work: Work = POSITIONS_ONLY) -> list[list[MicroBatch]]:
-    """Give pairs to ranks so that their work is even, and cut each rank's share into micro-batches.
+def split_over_ranks(
+    pairs: Sequence[int],
+    shapes: Shapes,
+    *,
+    world_size: int,
+    tokens_per_batch: int,
+    layout: LayoutName,
+    work: PositionCost = POSITIONS_ONLY,
+) -> list[list[MicroBatch]]:
+    """Assign pairs to ranks so that their work is equal, and cut each rank's share into micro-batches.
 
     Pairs that share much of their prompts stay together as far as balance allows.
 
     Returns:
-        For every rank the same number of micro-batches, at least one.
+        Micro-batches of each rank: the same number for every rank, at least one.
     """
     dealt = shares(list(pairs), shapes, world_size, layout, work)
     alone = shapes.positions(layout)
     ranks = [_fill(share, shapes, tokens_per_batch, layout, alone) for share in dealt]
     wanted = max(1, max(len(batches) for batches in ranks))
-    # Ranks that meet after every micro-batch should meet at the same time: as many, as even, and the largest ones first.
-    ranks = [again if len(again := _fill(share, shapes, tokens_per_batch, layout, alone, wanted)) <= wanted else batches
-             for share, batches in zip(dealt, ranks, strict=True)]
-    return [sorted(_exactly(batches, wanted, stand_in=int(pairs[0])),
-                   key=lambda batch: -batch.counts * alone[list(batch.pairs)].sum()) for batches in ranks]
+    # Ranks that synchronise after every micro-batch should finish it together: the same number, even sizes, largest first.
+    ranks = [
+        again if len(again := _fill(share, shapes, tokens_per_batch, layout, alone, wanted)) <= wanted else batches
+        for share, batches in zip(dealt, ranks, strict=True)
+    ]
+    return [
+        sorted(
+            _exactly(batches, wanted, stand_in=int(pairs[0])),
+            key=lambda batch: -batch.counts * alone[list(batch.pairs)].sum(),
+        )
+        for batches in ranks
+    ]
 
 
 def _exactly(batches: list[list[int]], wanted: int, stand_in: int) -> list[MicroBatch]:
-    """Split the largest batches until there are ``wanted``; where all are single pairs, add stand-ins."""
+    """Split the largest batches until there are ``wanted``; if all are single pairs, add stand-ins."""
     batches = list(batches)
     while len(batches) < wanted and any(len(batch) > 1 for batch in batches):
         largest = max(range(len(batches)), key=lambda index: (len(batches[index]), -index))
@@ -136,9 +153,22 @@ class BatchPlan:
         steps: total number of steps, or None for ``epochs`` whole epochs.
     """
 
-    def __init__(self, shapes: Shapes, sources: np.ndarray, weights: np.ndarray, *, seed: int, pairs_per_step: int,
-                 tokens_per_batch: int, world_size: int, shuffle: bool, epochs: int, steps: int | None,
-                 layout: LayoutName = "tree", work: Work = POSITIONS_ONLY) -> None:
+    def __init__(
+        self,
+        shapes: Shapes,
+        sources: np.ndarray,
+        weights: np.ndarray,
+        *,
+        seed: int,
+        pairs_per_step: int,
+        tokens_per_batch: int,
+        world_size: int,
+        shuffle: bool,
+        epochs: int,
+        steps: int | None,
+        layout: LayoutName = "tree",
+        work: PositionCost = POSITIONS_ONLY,
+    ) -> None:
         self.shapes, self.layout, self.work = shapes, layout, work
         self.sources, self.weights = sources, weights
         self.seed, self.shuffle = seed, shuffle
@@ -152,19 +182,24 @@ class BatchPlan:
         """Row numbers of the pairs of ``step``, counted from 0."""
         epoch, index = divmod(step, self.steps_per_epoch)
         if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, epoch_order(self.sources, self.weights, seed=self.seed, epoch=epoch,
-                                              shuffle=self.shuffle))
+            self._order = (epoch, epoch_order(self.sources, self.weights, seed=self.seed, epoch=epoch, shuffle=self.shuffle))
         return self._order[1][index * self.pairs_per_step : (index + 1) * self.pairs_per_step]
 
     def micro_batches(self, step: int, rank: int) -> list[MicroBatch]:
-        """What ``rank`` computes in ``step``; every rank has as many."""
-        return split_over_ranks(self.pairs(step).tolist(), self.shapes, world_size=self.world_size,
-                                tokens_per_batch=self.tokens_per_batch, layout=self.layout, work=self.work)[rank]
+        """Micro-batches of ``rank`` in ``step``; the same number for every rank."""
+        return split_over_ranks(
+            self.pairs(step).tolist(),
+            self.shapes,
+            world_size=self.world_size,
+            tokens_per_batch=self.tokens_per_batch,
+            layout=self.layout,
+            work=self.work,
+        )[rank]
 
 
 def _hashes(count: int, seed: int, stream: int) -> np.ndarray:
-    """uint64 [count]: splitmix64 of (seed, stream, index). Spelled out because the order of a resumed run must not depend
-    on the version of a library's random generator."""
+    """uint64 [count]: splitmix64 of (seed, stream, index). Written out here, because the order of a resumed run must not
+    depend on the version of a library's random generator."""
     with np.errstate(over="ignore"):
         base = _splitmix(_splitmix(np.uint64(seed)) ^ np.uint64(stream))
         return _splitmix(base + np.arange(count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))

@@ -1,4 +1,4 @@
-"""One record of any format as preferences: prompt, chosen and rejected, as text or as messages."""
+"""Normalise one record of any format to preferences: prompt, chosen and rejected, as text or as messages."""
 
 from __future__ import annotations
 
@@ -10,27 +10,44 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
-__all__ = ["Malformed", "Preference", "normalise"]
+__all__ = ["Malformed", "Preference", "as_text", "content_text", "normalise"]
 
 Message = dict[str, Any]
 Text = str | list[Message]
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "environment")
 _TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
-# What decides how a conversation is rendered and tokenised is not for a row to say: 'chat_template' would even be code.
-_RESERVED = frozenset({"conversation", "messages", "tools", "chat_template", "add_generation_prompt",
-                       "continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors",
-                       "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs", "sanitize_control_tokens"})
+# A row must not decide how it is rendered and tokenised; 'chat_template' would even be code.
+_RESERVED = frozenset(
+    {
+        "conversation",
+        "messages",
+        "tools",
+        "chat_template",
+        "add_generation_prompt",
+        "continue_final_message",
+        "tokenize",
+        "padding",
+        "truncation",
+        "max_length",
+        "return_tensors",
+        "return_dict",
+        "return_assistant_tokens_mask",
+        "tokenizer_kwargs",
+        "sanitize_control_tokens",
+    }
+)
 
 
 class Malformed(Exception):
-    """A record that is no preference; the message is a short reason, the same for all records with the same fault."""
+    """A record that is no valid preference. The message is a short reason, the same for all records with the same fault."""
 
 
 @dataclass(frozen=True)
 class Preference:
-    """chosen is preferred to rejected as an answer to prompt. All three are text, or all three are lists of messages.
+    """``chosen`` is preferred to ``rejected`` as an answer to ``prompt``. All three are text, or all three are lists of
+    messages.
 
-    ``numbers`` are what the columns say that ``normalise`` was asked for, such as a weight.
+    ``numbers`` are the values of the columns that ``normalise`` was asked for, such as a weight.
     """
 
     prompt: Text
@@ -46,21 +63,22 @@ class Preference:
 
     @property
     def several_turns(self) -> bool:
-        """Whether a completion goes on beyond the assistant: its user or tool messages are then trained on too."""
+        """Whether a completion continues beyond the assistant's turn; its user or tool messages are then trained on, too."""
         return self.conversational and any(
-            message["role"] != "assistant" for answer in (self.chosen, self.rejected) for message in answer)
+            message["role"] != "assistant" for answer in (self.chosen, self.rejected) for message in answer
+        )
 
 
 def normalise(record: Mapping[str, Any], numbers: Sequence[str] = ()) -> list[Preference]:
-    """The preferences in one record; more than one where it ranks or scores several completions.
+    """The preferences in one record; several if it ranks or scores several completions.
 
-    Formats: prompt, chosen, rejected as text; as messages (chosen and rejected may be the text of one assistant message,
-    and may repeat the prompt); messages with the prompt implicit, as what chosen and rejected have in common; HH-RLHF's
+    Formats: prompt, chosen, rejected as text; as messages (chosen and rejected may be the text of one assistant message, and
+    may repeat the prompt); messages whose prompt is implicit, the common start of chosen and rejected; HH-RLHF's
     transcripts; a prompt (or ``context``) with ``completions`` and their ranks (lower is better) or scores (higher is
     better), best pairs first. ``tools`` and ``chat_template_kwargs`` may be JSON text.
 
     Args:
-        numbers: columns that hold a number for each record, wanted beside its preferences.
+        numbers: columns with a number for each record, to be returned with its preferences.
 
     Raises:
         Malformed: with the reason.
@@ -90,7 +108,7 @@ def _number(record: Mapping[str, Any], column: str) -> float:
 
 
 def _parts(prompt: Any, chosen: Any, rejected: Any) -> tuple[Text, Text, Text]:
-    """Prompt, chosen and rejected, checked, all as text or all as messages."""
+    """Prompt, chosen and rejected, validated, all as text or all as messages."""
     if prompt is None:
         prompt, chosen, rejected = _implicit(chosen, rejected)
     elif isinstance(prompt, str) and (isinstance(chosen, list) or isinstance(rejected, list)):
@@ -107,7 +125,7 @@ def _parts(prompt: Any, chosen: Any, rejected: Any) -> tuple[Text, Text, Text]:
             raise Malformed("the last message of prompt is the assistant's")
         chosen, rejected = _answer(chosen, "chosen"), _answer(rejected, "rejected")
         if all(answer[: len(prompt)] == prompt for answer in (chosen, rejected)):
-            chosen, rejected = chosen[len(prompt):], rejected[len(prompt):]
+            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
     for answer, name in ((chosen, "chosen"), (rejected, "rejected")):
         if not _says_something(answer):
             raise Malformed(f"{name} is empty")
@@ -119,7 +137,7 @@ def _parts(prompt: Any, chosen: Any, rejected: Any) -> tuple[Text, Text, Text]:
 
 
 def _implicit(chosen: Any, rejected: Any) -> tuple[Text, Text, Text]:
-    """The common messages are the prompt, as TRL's extract_prompt has it."""
+    """Split off the common messages as the prompt, like TRL's extract_prompt."""
     if isinstance(chosen, str) and isinstance(rejected, str):
         if not (_TURN.match(chosen) and _TURN.match(rejected)):
             raise Malformed("missing column 'prompt'")
@@ -133,14 +151,14 @@ def _implicit(chosen: Any, rejected: Any) -> tuple[Text, Text, Text]:
     while common < shorter and chosen[common] == rejected[common]:
         common += 1
     while common == shorter and common and chosen[common - 1]["role"] == "assistant":
-        common = shorter = common - 1  # one is the beginning of the other: its last answer is still an answer
+        common = shorter = common - 1  # one is the start of the other: keep its last answer as the completion
     if not common:
         raise Malformed("chosen and rejected have no prompt in common")
     return chosen[:common], chosen[common:], rejected[common:]
 
 
 def _text_beside_messages(prompt: str, chosen: Any, rejected: Any) -> tuple[Text, Text, Text]:
-    """A text prompt beside message lists: it is the user's message, or repeats one that the lists already hold."""
+    """A text prompt beside message lists is the user's message, or repeats one that the lists contain."""
     chosen, rejected = _answer(chosen, "chosen"), _answer(rejected, "rejected")
     if not prompt.strip():
         raise Malformed("prompt is empty")
@@ -155,8 +173,10 @@ def _text_beside_messages(prompt: str, chosen: Any, rejected: Any) -> tuple[Text
 def _transcript(text: str) -> list[Message]:
     """HH-RLHF's ``\\n\\nHuman: ...\\n\\nAssistant: ...`` as messages."""
     pieces = _TURN.split(text)[1:]
-    return [{"role": "user" if speaker == "Human" else "assistant", "content": said.strip()}
-            for speaker, said in zip(pieces[::2], pieces[1::2], strict=True)]
+    return [
+        {"role": "user" if speaker == "Human" else "assistant", "content": said.strip()}
+        for speaker, said in zip(pieces[::2], pieces[1::2], strict=True)
+    ]
 
 
 def _ranked(prompt: Any, record: Mapping[str, Any]) -> list[tuple[Any, Any, Any]]:
@@ -167,18 +187,25 @@ def _ranked(prompt: Any, record: Mapping[str, Any]) -> list[tuple[Any, Any, Any]
     if not isinstance(entries, list) or len(entries) < 2:
         raise Malformed("completions is not a list of two or more")
     places = _places(entries, record)
-    answers = [next((entry[key] for key in ("completion", "response", "content") if entry.get(key) is not None), None)
-               if isinstance(entry, Mapping) and "role" not in entry else entry for entry in entries]
+    answers = [
+        next((entry[key] for key in ("completion", "response", "content") if entry.get(key) is not None), None)
+        if isinstance(entry, Mapping) and "role" not in entry
+        else entry
+        for entry in entries
+    ]
     best_first = sorted(range(len(answers)), key=places.__getitem__)
-    pairs = [(prompt, answers[better], answers[worse]) for better, worse in combinations(best_first, 2)
-             if places[better] < places[worse] and answers[better] != answers[worse]]
+    pairs = [
+        (prompt, answers[better], answers[worse])
+        for better, worse in combinations(best_first, 2)
+        if places[better] < places[worse] and answers[better] != answers[worse]
+    ]
     if not pairs:
         raise Malformed("no completion is better than another")
     return pairs
 
 
 def _places(entries: list[Any], record: Mapping[str, Any]) -> list[float]:
-    """One number a completion, lower is better."""
+    """One number per completion, lower is better."""
     for column, key, sign in (("ranks", "rank", 1), ("scores", "score", -1)):
         values = record.get(column)
         if values is None and all(isinstance(entry, Mapping) and entry.get(key) is not None for entry in entries):
@@ -198,7 +225,7 @@ def _places(entries: list[Any], record: Mapping[str, Any]) -> list[float]:
 
 
 def _answer(value: Any, name: str) -> list[Message]:
-    """Text and a lone message are taken as a list of one."""
+    """Messages of an answer. Text and a single message become a list of one."""
     if isinstance(value, str):
         return [{"role": "assistant", "content": value}]
     return _messages([value] if isinstance(value, Mapping) else value, name)
@@ -226,7 +253,7 @@ def _says_something(answer: Text) -> bool:
 
 
 def _json(value: Any, name: str, kind: type) -> Any:
-    """A value that data sets store either as it is or as JSON text; None where it is empty."""
+    """A value that data sets store either directly or as JSON text; None if empty."""
     if isinstance(value, str):
         try:
             value = json.loads(value) if value.strip() else None
@@ -235,3 +262,18 @@ def _json(value: Any, name: str, kind: type) -> Any:
     if value is not None and not isinstance(value, kind):
         raise Malformed(f"{name} is not a JSON {'list' if kind is list else 'object'}")
     return value or None
+
+
+def as_text(prompt: Text) -> str:
+    """Return a prompt as text; a conversation as ``role: content`` paragraphs."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n\n".join(f"{message['role']}: {content_text(message)}" for message in prompt)
+
+
+def content_text(message: Message) -> str:
+    """Return the text of a message, without images and other parts."""
+    content = message.get("content")
+    if isinstance(content, list):
+        return "\n".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+    return "" if content is None else str(content)

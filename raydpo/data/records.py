@@ -1,4 +1,4 @@
-"""Records from files, directories, URIs and the hub, each with the place it came from."""
+"""Read records from files, directories, URIs and the hub, each with its origin."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
-from raydpo.config import SourceConfig, is_hub_name, is_uri
+from raydpo.config import SourceConfig, is_hub_name
 from raydpo.config.data import COMPRESSION_SUFFIXES, DATA_SUFFIXES
-from raydpo.config.uri import redact
 from raydpo.errors import DataError, RaydpoError
-from raydpo.storage import Storage
+from raydpo.storage.files import Storage
+from raydpo.storage.uri import is_uri, redact
 
 __all__ = ["Record", "read_records"]
 
 BATCH_ROWS = 1000
 NOT_UTF8, HALF_PAIR = "not valid UTF-8", "text with half a surrogate pair"
 _ESCAPE = re.compile(rb"\\u[dD]")
-"""Of a surrogate in JSON; most are whole pairs."""
+"""Escape of a surrogate in JSON; most are valid pairs."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Record:
 
     Attributes:
         where: ``file:line``, for people.
-        row: its 1-based number; through all files of a source, so that it names one record of it.
-        value: None where it could not be read, because of ``problem``.
-        source: what it counts as, where that is not the source that it was read from.
+        row: its number, from 1, counted through all files of a source, so that it identifies a record of the source.
+        value: None if it could not be read, because of ``problem``.
+        source: name of the source that it counts as, if that is not the one it was read from.
     """
 
     where: str
@@ -51,9 +51,9 @@ class Record:
 
 
 def read_records(source: SourceConfig) -> Iterator[Record]:
-    """All records of a source, in order, with its column map applied.
+    """Yield all records of a source, in order, with its column map applied.
 
-    A line that is not a JSON object is a record with a problem, not an error.
+    A line that is not a JSON object gives a record with a problem, not an error.
 
     Raises:
         DataError: if the source cannot be read, is empty, or a mapped column is in none of its records.
@@ -76,18 +76,21 @@ def read_records(source: SourceConfig) -> Iterator[Record]:
 
 
 def _rename(value: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
-    """``columns`` maps ours to theirs. A column of ours that is mapped is never taken under its own name."""
+    """Apply ``columns``, which maps our names to theirs. A mapped column of ours is never taken under its own name."""
     gone = {*columns, *columns.values()}
-    return ({key: entry for key, entry in value.items() if key not in gone}
-            | {ours: value[theirs] for ours, theirs in columns.items() if theirs in value})
+    return {key: entry for key, entry in value.items() if key not in gone} | {
+        ours: value[theirs] for ours, theirs in columns.items() if theirs in value
+    }
 
 
 def _missing_column(source: SourceConfig, theirs: str, present: list[str]) -> DataError:
     ours = next(ours for ours, name in source.columns.items() if name == theirs)
     near = difflib.get_close_matches(theirs, present, n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    return DataError(f"no record of {redact(source.path)} has the column {theirs!r} that its setting 'columns' maps to "
-                     f"{ours!r}; columns present: {', '.join(map(repr, present[:20]))}{hint}")
+    return DataError(
+        f"no record of {redact(source.path)} has the column {theirs!r} that its setting 'columns' maps to "
+        f"{ours!r}; columns present: {', '.join(map(repr, present[:20]))}{hint}"
+    )
 
 
 def _raw_records(source: SourceConfig) -> Iterator[Record]:
@@ -106,7 +109,7 @@ def _raw_records(source: SourceConfig) -> Iterator[Record]:
 
 
 def _explained(records: Iterable[Record], label: str) -> Iterator[Record]:
-    """``records``, with whatever a file system, codec or parser raises turned into one sentence."""
+    """``records``, with any error of a file system, codec or parser turned into one sentence."""
     try:
         yield from records
     except RaydpoError:
@@ -120,11 +123,11 @@ def _said(error: Exception) -> str:
 
 
 def _files(path: str) -> Iterator[tuple[pafs.FileSystem, str, str]]:
-    """(file system, path on it, label) of each data file that ``path`` stands for."""
+    """Yield (file system, path on it, label) of each data file that ``path`` stands for."""
     try:
         storage = Storage(path)
         info = storage.fs.get_file_info(storage.root)
-    except Exception as error:  # every file system has its own ways to refuse
+    except Exception as error:  # every file system has its own errors
         raise DataError(f"cannot open {redact(path)}: {_said(error)}") from None
     if info.type == pafs.FileType.NotFound:
         raise DataError(f"there is no file {redact(path)!r}; check the path in data.train or data.eval")
@@ -147,8 +150,9 @@ def _bare(name: str) -> str:
 def _file_records(filesystem: pafs.FileSystem, path: str, label: str) -> Iterator[Record]:
     kind = _bare(label)
     if not kind.endswith(DATA_SUFFIXES):
-        raise DataError(f"{label} is of an unknown kind; use {', '.join(DATA_SUFFIXES)}, also with "
-                        f"{', '.join(COMPRESSION_SUFFIXES)}")
+        raise DataError(
+            f"{label} has an unknown suffix; use {', '.join(DATA_SUFFIXES)}, also with {', '.join(COMPRESSION_SUFFIXES)}"
+        )
     with filesystem.open_input_file(path) as raw:
         if kind.endswith(".parquet"):
             yield from _parquet_records(raw if kind == label else pa.BufferReader(_bytes(raw, label).read()), label)
@@ -159,7 +163,7 @@ def _file_records(filesystem: pafs.FileSystem, path: str, label: str) -> Iterato
 
 
 def _bytes(raw: pa.NativeFile, name: str) -> IO[bytes]:
-    """The content of a possibly compressed file."""
+    """Stream of the content of a file that may be compressed."""
     if name.endswith(".gz"):
         return gzip.open(raw)
     if name.endswith(".bz2"):
@@ -178,7 +182,8 @@ def _parquet_records(stream: Any, label: str) -> Iterator[Record]:
 
 
 def _without_nulls(value: Any) -> Any:
-    """Arrow gives every message and tool each field that any other has; a template would print those as null."""
+    """``value`` without nulls: Arrow gives each message and tool the fields of all others, and a template would print
+    them."""
     if isinstance(value, dict):
         return {key: _without_nulls(entry) for key, entry in value.items() if entry is not None}
     return [_without_nulls(entry) for entry in value] if isinstance(value, list) else value
@@ -191,7 +196,7 @@ def _line_records(lines: Iterable[bytes], label: str) -> Iterator[Record]:
 
 
 def _json_records(content: bytes, label: str) -> Iterator[Record]:
-    """A list of objects; or JSON lines under another name, which many data sets are."""
+    """Records of a JSON list of objects, or of JSON lines in a file named .json, which is common."""
     if not content.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
         yield from _line_records(io.BytesIO(content), label)
         return
@@ -201,11 +206,11 @@ def _json_records(content: bytes, label: str) -> Iterator[Record]:
         try:
             text = content.decode(encoding)
         except UnicodeDecodeError:
-            # What is wrong becomes halves of surrogate pairs, which show the records that it is in.
+            # Invalid bytes become half surrogate pairs, which show the records that contain them.
             text, problem = content.decode(encoding, "surrogateescape"), NOT_UTF8
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{label} is not valid JSON: {' '.join(str(error).split())[:200]}; mend it there") from None
+        raise DataError(f"{label} is not valid JSON: {' '.join(str(error).split())[:200]}; correct it there") from None
     for number, value in enumerate(values, 1):
         yield _as_record(value, f"{label}:{number}", number, problem)
 
@@ -229,7 +234,7 @@ def _as_record(value: Any, where: str, row: int, problem: str | None) -> Record:
     if problem is not None:
         try:
             json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError:  # JSON can spell it, no tokenizer takes it
+        except UnicodeEncodeError:  # valid in JSON, but no tokenizer accepts it
             return Record(where, row, None, problem)
     return Record(where, row, value)
 
@@ -239,9 +244,11 @@ def _hub_records(source: SourceConfig) -> Iterator[Record]:
         from datasets import load_dataset
 
         dataset = load_dataset(source.path, split=source.split)
-    except Exception as error:  # every network, hub and format failure is the same to the user: no data
-        raise DataError(f"there is no file {source.path!r}, and the hub does not give split {source.split!r} of a data set "
-                        f"of that name: {_said(error)}") from None
+    except Exception as error:  # to the user every network, hub or format failure means the same: no data
+        raise DataError(
+            f"there is no file {source.path!r}, and the hub does not give split {source.split!r} of a data set "
+            f"of that name: {_said(error)}"
+        ) from None
     label = f"{source.path}[{source.split}]"
     for row, value in enumerate(_explained(dataset, label), 1):
         yield Record(f"{label}:{row}", row, _without_nulls(value))

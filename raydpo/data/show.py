@@ -1,4 +1,4 @@
-"""Pairs in the terminal exactly as the model will see them."""
+"""Show pairs in the terminal exactly as the model sees them."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ _LONGEST_CHARACTER = 4
 def render_pairs(table: pa.Table, tokeniser: Tokeniser, count: int) -> Iterator[RenderableType]:
     """The first ``count`` pairs of a table of ``pairs.PAIR_SCHEMA``, as rich renderables.
 
-    The prompt is dim (no loss), completion tokens are coloured (loss), alternately underlined to show where one ends.
-    Special tokens are spelled out, in reverse. Control characters of hostile data are shown, not obeyed.
+    The prompt is dim (no loss). Completion tokens are coloured (loss), every second one underlined to show where one ends.
+    Special tokens are spelled out, in reverse video. Control characters are escaped, so that data cannot control the
+    terminal.
     """
     for row in table.slice(0, count).to_pylist():
         yield Text(_visible(f"\n{row['pair_id']}  (source {row['source']}, weight {row['weight']:g})"), style="bold")
@@ -36,7 +37,7 @@ def render_pairs(table: pa.Table, tokeniser: Tokeniser, count: int) -> Iterator[
 
 def _part(name: str, row: dict[str, Any], tokeniser: Tokeniser, facts: str) -> Text:
     text = Text().append(f"{name:<9} {facts}\n", style="cyan")
-    # Decoding in context: some tokenizers drop the space before the first token of what they decode.
+    # Decode in context: some tokenizers drop the space before the first token.
     before = row["prompt_ids"][-1:] if name != "prompt" else []
     return text.append_text(_tokens(row[f"{name}_ids"], before, tokeniser.tokenizer, _STYLES[name]))
 
@@ -63,14 +64,10 @@ def _decoded(tokenizer: Any, before: list[int], ids: list[int]) -> str:
         return tokenizer.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     context, whole = decode(before), decode(before + ids)
-    return whole[len(context):] if before and whole.startswith(context) else decode(ids)
+    return whole[len(context) :] if before and whole.startswith(context) else decode(ids)
 
 
 def _visible(text: str) -> str:
-    """Control and format characters, escape sequences and bidirectional overrides among them, spelled out; line ends and
-    tabs stay."""
-    return "".join(char if char in "\n\t" or char.isprintable() else _escape(ord(char)) for char in text)
-
-
-def _escape(code: int) -> str:
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+    """``text`` with control and format characters escaped, including escape sequences and bidirectional overrides; newlines
+    and tabs stay."""
+    return "".join(char if char in "\n\t" or char.isprintable() else char.encode("unicode_escape").decode() for char in text)

@@ -1,6 +1,7 @@
-"""What splitting steps over ranks costs, on paper: the batch plan of sampled steps, and what each rank would compute.
+"""Simulate the batch plan: what each rank would compute in sampled steps, and how much time imbalance costs.
 
-Time is counted in token positions of work (``Shapes.cost``), the same on every rank; communication is not in it.
+Time is counted in token positions of work (``Shapes.cost``), which take equally long on all ranks. Communication is left
+out.
 """
 
 from __future__ import annotations
@@ -12,15 +13,15 @@ import numpy as np
 
 from raydpo.data.balance import joint_cost
 from raydpo.data.plan import MicroBatch, epoch_order, split_over_ranks
-from raydpo.data.shapes import PADDED_MULTIPLE, LayoutName, Shapes, Work
+from raydpo.data.shapes import PADDED_MULTIPLE, LayoutName, PositionCost, Shapes
 
 __all__ = ["WORLD_SIZES", "Simulation", "amounts", "deal", "simulate", "steps_of", "training_order"]
 
 WORLD_SIZES = tuple(2**power for power in range(13))
-"""Numbers of ranks that ``raydpo plan`` looks at."""
+"""Numbers of ranks that ``raydpo plan`` compares."""
 STEPS = 8
 NAIVE_PAIRS = 8
-"""Pairs of a micro-batch in the naive plan: the default batch size of a device in transformers' Trainer."""
+"""Pairs of a micro-batch in the naive plan: the default per-device batch size of transformers' Trainer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,14 +30,14 @@ class Simulation:
 
     Attributes:
         pairs_per_step: over all ranks.
-        steps: how many were sampled.
-        imbalance: time lost waiting for the busiest rank, where ranks meet once a step. Stand-ins count as lost.
+        steps: number of sampled steps.
+        imbalance: time lost waiting for the busiest rank if ranks synchronise once per step. Stand-ins count as lost.
         worst: the same, in the worst of the steps.
-        bound: what no plan can go below, because a pair is not cut: the longest one takes the time it takes.
-        lockstep: time lost where ranks meet after every micro-batch, as under ZeRO 2 and 3.
-        repeated: part of the work that is done on several ranks, because their pairs share a prefix; 0 without sharing.
-        naive: imbalance if pairs are dealt to ranks in turn, ``NAIVE_PAIRS`` a micro-batch, padded to its longest row.
-        naive_time: the time of such a step, relative to ours.
+        bound: lower bound for any plan: a pair is not split, so the longest one takes the time it takes.
+        lockstep: time lost if ranks synchronise after every micro-batch, as under ZeRO 2 and 3.
+        repeated: share of the work that several ranks do, because their pairs share a prefix; 0 without sharing.
+        naive: imbalance if pairs are dealt to ranks in turn, ``NAIVE_PAIRS`` per micro-batch, padded to its longest row.
+        naive_time: time of such a step, relative to ours.
     """
 
     world_size: int
@@ -51,38 +52,68 @@ class Simulation:
     naive_time: float
 
 
-def simulate(order: np.ndarray, shapes: Shapes, *, world_size: int, pairs_per_step: int, tokens_per_batch: int,
-             layout: LayoutName, work: Work, steps: int = STEPS) -> Simulation:
-    """Plan steps as a run would, and account for each rank's time.
+def simulate(
+    order: np.ndarray,
+    shapes: Shapes,
+    *,
+    world_size: int,
+    pairs_per_step: int,
+    tokens_per_batch: int,
+    layout: LayoutName,
+    work: PositionCost,
+    steps: int = STEPS,
+) -> Simulation:
+    """Plan steps as a run would, and add up the time of each rank.
 
     Args:
         order: row numbers in ``shapes`` in the order of training, from ``training_order``; at least one step.
-        steps: how many steps are sampled, evenly over ``order``.
+        steps: number of steps to sample, evenly over ``order``.
     """
     alone, padded = shapes.cost(layout, work), shapes.cost("padded", work)
     rows: list[tuple[float, ...]] = []
     for pairs in steps_of(order, pairs_per_step, steps):
+
         def plan(world_size: int, pairs: list[int] = pairs) -> list[list[MicroBatch]]:
-            return split_over_ranks(pairs, shapes, world_size=world_size, tokens_per_batch=tokens_per_batch, layout=layout,
-                                    work=work)
+            return split_over_ranks(
+                pairs, shapes, world_size=world_size, tokens_per_batch=tokens_per_batch, layout=layout, work=work
+            )
 
         ranks = plan(world_size)
         costs = np.array([[_batch_cost(batch.pairs, shapes, alone, layout, work) for batch in rank] for rank in ranks])
         useful = float((costs * [[batch.counts for batch in rank] for rank in ranks]).sum())
         whole = [_batch_cost(batch.pairs, shapes, alone, layout, work) for batch in plan(1)[0]]
         time, even = float(costs.sum(1).max()), useful / world_size
-        naive = [sum(_batch_cost(batch, shapes, padded, "padded", work) for batch in batches)
-                 for batches in deal(pairs, world_size)]
-        rows.append((1 - even / time, 1 - even / max(even, alone[pairs].max()), 1 - even / costs.max(0).sum(),
-                     max(0.0, 1 - sum(whole) / useful), 1 - sum(naive) / world_size / max(naive), max(naive) / time))
+        naive = [
+            sum(_batch_cost(batch, shapes, padded, "padded", work) for batch in batches)
+            for batches in deal(pairs, world_size)
+        ]
+        rows.append(
+            (
+                1 - even / time,
+                1 - even / max(even, alone[pairs].max()),
+                1 - even / costs.max(0).sum(),
+                max(0.0, 1 - sum(whole) / useful),
+                1 - sum(naive) / world_size / max(naive),
+                max(naive) / time,
+            )
+        )
     imbalance, bound, lockstep, repeated, naive_share, naive_time = np.mean(rows, axis=0).tolist()
-    return Simulation(world_size=world_size, pairs_per_step=pairs_per_step, steps=len(rows), imbalance=imbalance,
-                      worst=max(row[0] for row in rows), bound=bound, lockstep=lockstep, repeated=repeated,
-                      naive=naive_share, naive_time=naive_time)
+    return Simulation(
+        world_size=world_size,
+        pairs_per_step=pairs_per_step,
+        steps=len(rows),
+        imbalance=imbalance,
+        worst=max(row[0] for row in rows),
+        bound=bound,
+        lockstep=lockstep,
+        repeated=repeated,
+        naive=naive_share,
+        naive_time=naive_time,
+    )
 
 
 def training_order(sources: np.ndarray, weights: np.ndarray, *, seed: int, shuffle: bool, count: int) -> np.ndarray:
-    """The first ``count`` row numbers of a run, through as many epochs as that takes. Arguments as ``plan.epoch_order``."""
+    """The first ``count`` row numbers of a run, over as many epochs as needed. Arguments as ``plan.epoch_order``."""
     epochs: list[np.ndarray] = []
     while sum(map(len, epochs)) < count:
         epochs.append(epoch_order(sources, weights, seed=seed, epoch=len(epochs), shuffle=shuffle))
@@ -90,34 +121,36 @@ def training_order(sources: np.ndarray, weights: np.ndarray, *, seed: int, shuff
 
 
 def steps_of(order: np.ndarray, pairs_per_step: int, steps: int) -> list[list[int]]:
-    """The pairs of up to ``steps`` whole steps, evenly over ``order``; what there is, if that is less than a step."""
+    """The pairs of up to ``steps`` whole steps, evenly over ``order``; if that is less than one step, all of it."""
     there = max(1, len(order) // pairs_per_step)
     chosen = np.unique(np.linspace(0, there - 1, min(steps, there)).astype(int))
     return [order[step * pairs_per_step : (step + 1) * pairs_per_step].tolist() for step in chosen]
 
 
 def deal(pairs: Sequence[int], world_size: int) -> list[list[list[int]]]:
-    """The naive plan, for comparison: pairs dealt to ranks in turn, so many at a time in a micro-batch, by rank.
+    """The naive plan, for comparison: pairs dealt to ranks in turn, in micro-batches of ``NAIVE_PAIRS``, by rank.
 
-    A rank without pairs has no micro-batch here: it waits.
+    A rank without pairs has no micro-batch: it waits.
     """
-    return [[mine[start : start + NAIVE_PAIRS] for start in range(0, len(mine), NAIVE_PAIRS)]
-            for mine in (list(pairs[rank::world_size]) for rank in range(world_size))]
+    return [
+        [mine[start : start + NAIVE_PAIRS] for start in range(0, len(mine), NAIVE_PAIRS)]
+        for mine in (list(pairs[rank::world_size]) for rank in range(world_size))
+    ]
 
 
 def amounts(batches: Iterable[Sequence[int]], shapes: Shapes, layout: LayoutName) -> np.ndarray:
-    """What a forward pass of micro-batches computes: positions, queries looking at keys, predicted tokens; float [3]."""
-    looking = Work(attention=1.0)
-    alone, with_looks = shapes.cost(layout, Work()), shapes.cost(layout, looking)
+    """Amounts computed in a forward pass of micro-batches: positions, query-key pairs, predicted tokens; float [3]."""
+    looking = PositionCost(attention=1.0)
+    alone, with_looks = shapes.cost(layout, PositionCost()), shapes.cost(layout, looking)
     total = np.zeros(3)
     for batch in batches:
-        positions = _batch_cost(batch, shapes, alone, layout, Work())
+        positions = _batch_cost(batch, shapes, alone, layout, PositionCost())
         looks = _batch_cost(batch, shapes, with_looks, layout, looking) - positions
         total += positions, looks, shapes.tokens[list(batch)].sum()
     return total
 
 
-def _batch_cost(items: Sequence[int], shapes: Shapes, alone: np.ndarray, layout: LayoutName, work: Work) -> float:
+def _batch_cost(items: Sequence[int], shapes: Shapes, alone: np.ndarray, layout: LayoutName, work: PositionCost) -> float:
     """Work on a micro-batch, in token positions; padded rows are as wide as the longest."""
     cost = joint_cost(items, shapes, alone, layout, work)
     if layout != "padded":

@@ -1,4 +1,4 @@
-"""Which prompts are held out: decided by the content of each prompt alone."""
+"""Decide which prompts are held out, by the content of each prompt only."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ __all__ = ["held_out", "kept", "prompt_digest"]
 
 
 def prompt_digest(prompt: Text) -> bytes:
-    """16 bytes of the prompt as it is written.
+    """16-byte digest of the prompt's text or messages.
 
-    Not of its token ids: those depend on the tokenizer, and through merges across the boundary even on the completions.
+    Token ids are not used: they depend on the tokenizer and, through merges across the boundary, even on the completions.
     """
     content = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, default=str)
     return hashlib.blake2b(content.encode(), digest_size=16, person=b"raydpo-prompt-1").digest()
@@ -26,19 +26,21 @@ def prompt_digest(prompt: Text) -> bytes:
 def held_out(digests: Sequence[bytes], fraction: float) -> np.ndarray:
     """Which pairs are held out, bool [pairs], given the ``prompt_digest`` of each.
 
-    A prompt is held out if its digest, read as a number in [0, 1), lies below ``fraction``: adding, removing or reordering
-    data moves no prompt to the other side, and a prompt is never on both. Where that would leave one side empty, the prompt
-    with the lowest number is held out, or the one with the highest trained on.
+    A prompt is held out if its digest, as a number in [0, 1), is below ``fraction``. So adding, removing or reordering data
+    moves no prompt to the other side, and a prompt is never on both. If one side would be empty, the prompt with the lowest
+    number is held out, or the one with the highest is trained on.
 
     Raises:
         DataError: if there is only one prompt.
     """
     places = {digest: int.from_bytes(digest[:8], "big") / 2**64 for digest in set(digests)}
     if len(places) < 2:
-        raise DataError(f"data.eval.fraction {fraction:g} cannot split pairs that all have the same prompt; give "
-                        "data.eval.path instead, or leave data.eval out")
+        raise DataError(
+            f"data.eval.fraction {fraction:g} cannot split pairs that all have the same prompt; set "
+            "data.eval.path instead, or remove data.eval"
+        )
     ordered = sorted(places.values())
-    # At least just above the lowest place, at most the highest, which itself is not below the bound.
+    # Between just above the lowest place and the highest, so that neither side is empty.
     bound = min(max(fraction, np.nextafter(ordered[0], 1)), ordered[-1])
     return np.array([places[digest] < bound for digest in digests], dtype=bool)
 
@@ -46,12 +48,15 @@ def held_out(digests: Sequence[bytes], fraction: float) -> np.ndarray:
 def kept(digests: Sequence[bytes], fraction: float, seed: int) -> np.ndarray:
     """Which pairs ``data.fraction`` keeps, bool [pairs], given the ``prompt_digest`` of each.
 
-    As in ``held_out`` each prompt has a place in [0, 1), here of its digest and the seed, and stays if that lies below
-    ``fraction``. So smaller shares are parts of larger ones, and what is held out says nothing about what is kept. At least
-    the prompt with the lowest place stays.
+    Like ``held_out``, but a prompt's number in [0, 1) depends on its digest and the seed. So smaller fractions are subsets
+    of larger ones, independent of what is held out. At least the prompt with the lowest number stays.
     """
-    places = {digest: int.from_bytes(hashlib.blake2b(digest, digest_size=8, salt=seed.to_bytes(16, "big"),
-                                                     person=b"raydpo-thin-1").digest(), "big") / 2**64
-              for digest in set(digests)}
+    places = {
+        digest: int.from_bytes(
+            hashlib.blake2b(digest, digest_size=8, salt=seed.to_bytes(16, "big"), person=b"raydpo-thin-1").digest(), "big"
+        )
+        / 2**64
+        for digest in set(digests)
+    }
     bound = max(fraction, np.nextafter(min(places.values()), 1)) if places else fraction
     return np.array([places[digest] < bound for digest in digests], dtype=bool)

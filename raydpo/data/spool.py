@@ -1,4 +1,4 @@
-"""Tables larger than memory: columns appended to files as they come, read back as one memory-mapped Arrow table."""
+"""Tables larger than memory: columns are appended to files, and read back as one memory-mapped Arrow table."""
 
 from __future__ import annotations
 
@@ -18,42 +18,41 @@ from raydpo.errors import RaydpoError
 __all__ = ["Spool", "room_for", "spooled"]
 
 MOST_SMALL = 2**31 - 1
-"""Values of a list or string column beyond which its offsets take 64 bits."""
+"""Values of a list or string column above which its offsets take 64 bits."""
 
 
-def spooled(tables: Iterable[pa.Table], schema: pa.Schema, directory: str | None = None) -> pa.Table:
-    """All rows of ``tables`` in one table of one chunk a column, whose memory is a file that vanishes with it."""
-    spool = Spool(schema, directory)
+def spooled(tables: Iterable[pa.Table], schema: pa.Schema) -> pa.Table:
+    """Write all rows of ``tables`` to a temporary file and return them as one table with one chunk per column."""
+    spool = Spool(schema)
     for table in tables:
         spool.append(table)
     return spool.finish()
 
 
 class Spool:
-    """Takes tables of one schema without nulls and gives back one. Only the table in hand is in memory.
+    """Collects tables of one schema, without nulls, into one. Only the table being appended is in memory; the rest lies in
+    unnamed files in the system's directory for temporary files ($TMPDIR).
 
     Args:
         schema: fixed-width columns, strings, and lists of fixed-width values.
-        directory: where the files lie; null = the system's place for temporary files ($TMPDIR).
     """
 
-    def __init__(self, schema: pa.Schema, directory: str | None = None) -> None:
+    def __init__(self, schema: pa.Schema) -> None:
         self.schema = schema
         self.rows = 0
-        self._directory = directory
-        self._values = [self._file() for _ in schema]
-        self._offsets = {index: self._file() for index, field in enumerate(schema) if _is_ragged(field.type)}
+        self._values = [_file() for _ in schema]
+        self._offsets = {index: _file() for index, field in enumerate(schema) if _is_ragged(field.type)}
         self._ends = dict.fromkeys(self._offsets, 0)
         for file in self._offsets.values():
             file.write(np.int64(0).tobytes())
 
     def append(self, table: pa.Table) -> None:
-        """Take all rows of ``table``.
+        """Append all rows of ``table``.
 
         Raises:
-            RaydpoError: if there is no room for them.
+            RaydpoError: if the disk has no room for them.
         """
-        with room_for("the tokenised pairs", self._directory):
+        with room_for("the tokenised pairs"):
             for batch in table.to_batches():
                 for index, field in enumerate(self.schema):
                     column = batch.column(field.name)
@@ -80,12 +79,12 @@ class Spool:
         self._ends[index] += int(offsets[-1] - offsets[0])
 
     def finish(self) -> pa.Table:
-        """The table. The spool is used up; its files have no name any more and go when nobody reads them.
+        """Return the table. The spool cannot be used afterwards; its unnamed files are freed with the table.
 
         Raises:
-            RaydpoError: if there is no room for its last rows.
+            RaydpoError: if the disk has no room for the last rows.
         """
-        with room_for("the tokenised pairs", self._directory):
+        with room_for("the tokenised pairs"):
             for file in (*self._values, *self._offsets.values()):
                 file.flush()
         columns = []
@@ -107,16 +106,14 @@ class Spool:
                 columns.append(pa.Array.from_buffers(kind, self.rows, [None, offsets], children=[flat]))
         return pa.table(columns, names=self.schema.names)
 
-    def _file(self) -> BinaryIO:
-        return tempfile.TemporaryFile(prefix="raydpo-", dir=self._directory)
+
+def _file() -> BinaryIO:
+    return tempfile.TemporaryFile(prefix="raydpo-")
 
 
 @contextlib.contextmanager
-def room_for(what: str, directory: str | None) -> Iterator[None]:
-    """A full disk becomes a sentence that says so.
-
-    Args:
-        directory: what is written to; null = the system's place for temporary files ($TMPDIR).
+def room_for(what: str) -> Iterator[None]:
+    """Turn the error of a full disk, while writing to the system's directory for temporary files, into a sentence.
 
     Raises:
         RaydpoError: in place of the system's error.
@@ -126,9 +123,11 @@ def room_for(what: str, directory: str | None) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        raise RaydpoError(f"there is no room for {what} in {tempfile.gettempdir() if directory is None else directory} "
-                          f"({error.strerror}); nothing that was stored is lost. Free some space there, or set TMPDIR to a "
-                          "directory on a larger disk") from None
+        raise RaydpoError(
+            f"there is no room for {what} in {tempfile.gettempdir()} "
+            f"({error.strerror}); nothing stored is lost. Free some space there, or set TMPDIR to a "
+            "directory on a larger disk"
+        ) from None
 
 
 def _mapped(file: BinaryIO) -> pa.Buffer:
@@ -138,7 +137,7 @@ def _mapped(file: BinaryIO) -> pa.Buffer:
 
 
 def _is_wide(kind: pa.DataType) -> bool:
-    """Whether it is what ``finish`` makes of a column of more than ``MOST_SMALL`` values."""
+    """Whether it is the type that ``finish`` gives a column of more than ``MOST_SMALL`` values."""
     return pa.types.is_large_list(kind) or pa.types.is_large_string(kind)
 
 

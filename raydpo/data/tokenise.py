@@ -1,4 +1,4 @@
-"""Preferences as token ids, and where the prompt ends and the completion begins."""
+"""Tokenise preferences, and find where the prompt ends and the completion begins."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from raydpo.data.preference import Malformed, Preference
+from raydpo.data.shapes import common_prefix
 from raydpo.errors import ModelError
 
 __all__ = ["TokenisedPair", "Tokeniser", "load_tokenizer"]
@@ -16,7 +17,7 @@ _PROBE = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"
 
 
 class TokenisedPair(NamedTuple):
-    """Token ids, int32 arrays [tokens], none of them empty. The completions are whole: nothing is cut yet."""
+    """Token ids, int32 arrays [tokens], not empty. The completions are not truncated yet."""
 
     prompt: np.ndarray
     chosen: np.ndarray
@@ -24,21 +25,23 @@ class TokenisedPair(NamedTuple):
 
 
 def load_tokenizer(path: str, *, chat_template: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The transformers tokenizer in directory ``path``, or of that name on the hub.
+    """Load the transformers tokenizer in directory ``path``, or of that name on the hub.
 
     Args:
-        chat_template: Jinja text, or the path of a file that holds it, in place of the tokenizer's own.
+        chat_template: Jinja text, or the path of a file with it, in place of the tokenizer's own.
 
     Raises:
-        ModelError: if there is none, or the template is not Jinja.
+        ModelError: if there is no tokenizer, or the template is not valid Jinja.
     """
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except Exception as error:  # tokenizers raise whatever their backend raises
-        raise ModelError(f"cannot load a tokenizer from {path!r}: {_said(error, 300)}; set model.tokenizer to a directory "
-                         "with tokenizer.json, or a hub name") from None
+    except Exception as error:  # tokenizers raise what their backends raise
+        raise ModelError(
+            f"cannot load a tokenizer from {path!r}: {_said(error, 300)}; set model.tokenizer to a directory "
+            "with tokenizer.json, or a hub name"
+        ) from None
     if chat_template is not None:
         tokenizer.chat_template = _template_text(chat_template)
         _check_syntax(tokenizer, chat_template)
@@ -51,8 +54,9 @@ def _template_text(template: str) -> str:
     try:
         return Path(template).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise ModelError(f"data.chat_template {template!r} is neither Jinja text nor a file that can be read: "
-                         f"{_said(error, 200)}") from None
+        raise ModelError(
+            f"data.chat_template {template!r} is neither Jinja text nor a file that can be read: {_said(error, 200)}"
+        ) from None
 
 
 def _check_syntax(tokenizer: Any, name: str) -> None:
@@ -62,9 +66,10 @@ def _check_syntax(tokenizer: Any, name: str) -> None:
         tokenizer.apply_chat_template(_PROBE[:1], tokenize=False)
     except TemplateSyntaxError as error:
         shown = name if len(name) <= 80 else name[:77] + "..."
-        raise ModelError(f"data.chat_template {shown!r} is not valid Jinja: line {error.lineno}: "
-                         f"{_said(error, 200)}") from None
-    except Exception:  # a template may refuse this conversation and take those of the data
+        raise ModelError(
+            f"data.chat_template {shown!r} is not valid Jinja: line {error.lineno}: {_said(error, 200)}"
+        ) from None
+    except Exception:  # a template may refuse this conversation and accept those of the data
         return
 
 
@@ -73,7 +78,7 @@ class Tokeniser:
 
     Attributes:
         tokenizer: the transformers tokenizer.
-        merged: how many pairs so far had a prompt that, tokenised alone, is no prefix of prompt and completion together.
+        merged: number of pairs so far whose prompt, tokenised alone, is no prefix of prompt and completion together.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -82,25 +87,32 @@ class Tokeniser:
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
-        """Ids that end an answer: EOS, and what the chat template puts after the assistant's words."""
+        """Ids that end an answer: EOS, and what the chat template puts after the assistant's message."""
         ids = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
         if self.tokenizer.chat_template:
             try:
-                prompt, whole = self._ids([
-                    self.tokenizer.apply_chat_template(_PROBE[:1], tokenize=False, add_generation_prompt=True),
-                    self.tokenizer.apply_chat_template(_PROBE, tokenize=False)], add_special_tokens=False)
+                prompt, whole = self._ids(
+                    [
+                        self.tokenizer.apply_chat_template(_PROBE[:1], tokenize=False, add_generation_prompt=True),
+                        self.tokenizer.apply_chat_template(_PROBE, tokenize=False),
+                    ],
+                    add_special_tokens=False,
+                )
             except Exception:  # a template that refuses the probe
                 return tuple(ids)
             special = set(self.tokenizer.all_special_ids)
-            ids += [token for token in whole[_common(prompt, whole):] if token in special][-1:]
+            ids += [token for token in whole[common_prefix(np.array(prompt), np.array(whole)) :] if token in special][-1:]
         return tuple(dict.fromkeys(ids))
 
     def encode(self, preferences: Sequence[Preference]) -> list[TokenisedPair | Malformed]:
-        """Ids of each preference, or what is wrong with it.
+        """Tokenise preferences.
 
-        Prompt, prompt + chosen and prompt + rejected are tokenised whole; the completions begin where the three stop
-        agreeing, since tokens may merge across the boundary. Text completions end with the EOS token, appended where it
-        is absent; conversations are as the chat template renders them.
+        Prompt, prompt + chosen and prompt + rejected are each tokenised as a whole. The completions begin where the three
+        differ, since tokens may merge across the boundary. The EOS token is appended to completions of plain text where it
+        is missing; conversations are as the chat template renders them.
+
+        Returns:
+            Token ids of each preference, or what is wrong with it.
 
         Raises:
             ModelError: if there are conversations and no chat template, or text and no EOS token.
@@ -117,69 +129,69 @@ class Tokeniser:
             except Malformed as error:
                 encoded[index] = error
         for entries, conversational in ((plain, False), (rendered, True)):
-            # A template spells out its special tokens itself; for plain text the tokenizer adds its own, such as BOS.
+            # A template writes special tokens itself; for plain text the tokenizer adds its own, such as BOS.
             ids = iter(self._ids([text for _, texts in entries for text in texts], not conversational))
             for index, _ in entries:
-                encoded[index] = self._split(next(ids), next(ids), next(ids), conversational)
+                encoded[index] = self._split(next(ids), next(ids), next(ids), conversational=conversational)
         return encoded  # type: ignore[return-value]
 
     def _ids(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
         if not texts:
             return []
-        return self.tokenizer(texts, add_special_tokens=add_special_tokens, return_attention_mask=False,
-                              verbose=False)["input_ids"]
+        return self.tokenizer(texts, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False)[
+            "input_ids"
+        ]
 
     @cached_property
     def _adds_eos(self) -> bool:
-        """Whether the tokenizer ends every text with EOS by itself."""
+        """Whether the tokenizer itself ends every text with EOS."""
         return self._ids(["x"], True)[0][-1:] == [self.tokenizer.eos_token_id]
 
     def _texts(self, preference: Preference) -> tuple[str, str, str]:
         eos = self.tokenizer.eos_token
         if eos is None:
-            raise ModelError("the tokenizer has no EOS token, so the end of a text completion cannot be learned; set "
-                             "eos_token in its tokenizer_config.json")
+            raise ModelError(
+                "the tokenizer has no EOS token, so the end of a text completion cannot be learned; set "
+                "eos_token in its tokenizer_config.json"
+            )
         end = "" if self._adds_eos else eos
         prompt = preference.prompt
         return prompt, *(prompt + answer.removesuffix(eos) + end for answer in (preference.chosen, preference.rejected))
 
     def _render(self, preference: Preference) -> tuple[str, str, str]:
         if not self.tokenizer.chat_template:
-            raise ModelError("the data are conversations, but the tokenizer has no chat template; set data.chat_template "
-                             "to one, or use prompt, chosen and rejected as text")
+            raise ModelError(
+                "the data are conversations, but the tokenizer has no chat template; set data.chat_template "
+                "to one, or use prompt, chosen and rejected as text"
+            )
 
         def render(messages: list[dict[str, Any]], **kwargs: Any) -> str:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, tools=preference.tools, **kwargs,
-                                                      **preference.template_kwargs)
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=False, tools=preference.tools, **kwargs, **preference.template_kwargs
+            )
 
         try:
-            return (render(preference.prompt, add_generation_prompt=True), render(preference.prompt + preference.chosen),
-                    render(preference.prompt + preference.rejected))
-        except Exception as error:  # templates raise whatever their author wrote
+            return (
+                render(preference.prompt, add_generation_prompt=True),
+                render(preference.prompt + preference.chosen),
+                render(preference.prompt + preference.rejected),
+            )
+        except Exception as error:  # templates raise what their authors wrote
             raise Malformed(f"the chat template refuses it: {_said(error, 100)}") from None
 
-    def _split(self, prompt: list[int], chosen: list[int], rejected: list[int],
-               conversational: bool) -> TokenisedPair | Malformed:
+    def _split(self, *texts: list[int], conversational: bool) -> TokenisedPair | Malformed:
+        prompt, chosen, rejected = (np.array(ids, np.int32) for ids in texts)
         if not conversational and self._adds_eos:
             prompt = prompt[:-1]
-        boundary = min(_common(prompt, chosen), _common(prompt, rejected))
+        boundary = min(common_prefix(prompt, chosen), common_prefix(prompt, rejected))
         self.merged += boundary < len(prompt)
-        pair = TokenisedPair(*(np.array(ids, dtype=np.int32) for ids in
-                               (prompt[:boundary], chosen[boundary:], rejected[boundary:])))
+        pair = TokenisedPair(prompt[:boundary], chosen[boundary:], rejected[boundary:])
         for name, ids in zip(pair._fields, pair, strict=True):
-            if not len(ids):  # the first token of a sequence has no predecessor to predict it
+            if not len(ids):  # the first token of a sequence is never predicted
                 return Malformed(f"{name} has no tokens")
         if np.array_equal(pair.chosen, pair.rejected):
             return Malformed("chosen and rejected have the same tokens")
         return pair
-
-
-def _common(one: list[int], other: list[int]) -> int:
-    """Length of the common prefix."""
-    length = min(len(one), len(other))
-    if one[:length] == other[:length]:
-        return length
-    return next(index for index in range(length) if one[index] != other[index])
 
 
 def _said(error: Exception, limit: int) -> str:

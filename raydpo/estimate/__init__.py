@@ -1,1 +1,1 @@
-"""What a run would take, before anything is launched: `raydpo plan`."""
+"""Estimates of what a run takes, made before it starts: ``raydpo plan``."""

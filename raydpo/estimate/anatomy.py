@@ -1,25 +1,29 @@
-"""What a model is made of, from its config.json alone: parameters by name and place, and the widths of its layers.
+"""The parameters of a model by name and layer, and the widths of its layers, from its config.json.
 
-transformers builds the model on torch's meta device, where tensors have shapes and no memory, so that every architecture it
-knows is known here. No weights are read.
+transformers builds the model on torch's meta device, where tensors have a shape and no memory. So every architecture that
+transformers knows is supported, and no weights are read.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raydpo.cost import ModelCost
+import torch
+from torch import nn
+
 from raydpo.errors import ModelError
+from raydpo.model.cost import ModelCost, first
 
 __all__ = ["Anatomy", "Weight", "model_cost"]
 
 EMBEDDING, HEAD, REST = -1, -2, -3
-"""Places of a weight that is in no layer. REST: the last norm, and what fits nowhere else."""
+"""Places of weights outside the layers. REST: the last norm and anything else."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class Weight:
 
     Attributes:
         place: number of its decoder layer, or EMBEDDING, HEAD, REST.
-        linear: whether it is the matrix of a linear layer that is no head: what adapters go to, and what is quantized.
+        linear: whether it is the matrix of a linear layer other than the head. These get adapters and are quantized.
     """
 
     name: str
@@ -38,29 +42,26 @@ class Weight:
 
     @property
     def numel(self) -> int:
-        total = 1
-        for size in self.shape:
-            total *= size
-        return total
+        return math.prod(self.shape)
 
     @property
     def module(self) -> str:
-        """Name of the module that owns it."""
+        """Name of its module."""
         return self.name.rpartition(".")[0]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Anatomy:
-    """Sizes that decide the memory of a training.
+    """Sizes that decide how much memory a training needs.
 
     Attributes:
-        weights: all parameters, a tied head counted as the embedding.
-        layers, hidden, vocabulary: sizes.
+        weights: all parameters. A tied head counts once, as the embedding.
+        layers, hidden, vocabulary: number of layers, hidden width, vocabulary size.
         query_width, key_width: heads times head size, of queries and of keys.
-        inner: width of the feed-forward part that one token meets: of a mixture, of its active experts together.
-        gated: whether that part multiplies two projections (SwiGLU and its like).
-        tied: whether head and embedding are one.
-        softcap: whether logits are capped, which takes a second chunk of them.
+        inner: width of the feed-forward part for one token; in a mixture, of its active experts together.
+        gated: whether that part multiplies two projections (such as SwiGLU).
+        tied: whether head and embedding share one weight.
+        softcap: whether logits are capped, which needs a second chunk of them.
     """
 
     weights: tuple[Weight, ...]
@@ -80,12 +81,11 @@ class Anatomy:
 
     @classmethod
     def of(cls, directory: str | Path, trust_remote_code: bool = False) -> Anatomy:
-        """Of a directory with a config.json.
+        """Read from a directory with a config.json.
 
         Raises:
-            ModelError: if there is none, or it describes no causal language model.
+            ModelError: if there is no config.json, or it does not describe a causal language model.
         """
-        import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 
         try:
@@ -98,49 +98,64 @@ class Anatomy:
 
     @classmethod
     def of_model(cls, model: Any) -> Anatomy:
-        """Of a transformers causal LM, on any device."""
-        from torch import nn
+        """Read from a transformers causal LM, on any device."""
+
+        def read(*names: str, default: int | None = None) -> int:
+            return first(lambda name: getattr(config, name, None), *names, default=default)
 
         config = model.config.get_text_config()
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         tied = head is not None and (head.weight is embedding.weight or bool(getattr(config, "tie_word_embeddings", False)))
-        linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)
-                  and module is not head}
-        weights, seen = [], set()
+        linear = {
+            f"{name}.weight"
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and module is not head
+        }
+        weights = []
         for name, parameter in model.named_parameters():
             owner = model.get_submodule(name.rpartition(".")[0])
             if owner is head and tied:
                 continue
             place = EMBEDDING if owner is embedding else HEAD if owner is head else _layer(name)
-            seen.add(id(parameter))
             weights.append(Weight(name, tuple(parameter.shape), place, name in linear))
-        heads = _first(config, "num_attention_heads", "n_head", "n_heads")
-        hidden = _first(config, "hidden_size", "n_embd", "d_model")
+        heads = read("num_attention_heads", "n_head", "n_heads")
+        hidden = read("hidden_size", "n_embd", "d_model")
         size = getattr(config, "head_dim", None) or hidden // heads
-        inner = _first(config, "moe_intermediate_size", "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size",
-                       default=4 * hidden)
+        inner = read(
+            "moe_intermediate_size", "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", default=4 * hidden
+        )
         if any(".experts." in weight.name for weight in weights):
-            inner *= _first(config, "num_experts_per_tok", "top_k", default=1)
-        return cls(weights=tuple(weights), layers=1 + max((weight.place for weight in weights), default=-1), hidden=hidden,
-                   vocabulary=config.vocab_size, query_width=heads * size,
-                   key_width=_first(config, "num_key_value_heads", default=heads) * size, inner=inner,
-                   gated=any(re.search(r"gate_proj|gate_up|\.w3\.", weight.name) for weight in weights), tied=tied,
-                   softcap=bool(getattr(config, "final_logit_softcapping", None)))
+            inner *= read("num_experts_per_tok", "top_k", default=1)
+        return cls(
+            weights=tuple(weights),
+            layers=1 + max((weight.place for weight in weights), default=-1),
+            hidden=hidden,
+            vocabulary=config.vocab_size,
+            query_width=heads * size,
+            key_width=read("num_key_value_heads", default=heads) * size,
+            inner=inner,
+            gated=any(re.search(r"gate_proj|gate_up|\.w3\.", weight.name) for weight in weights),
+            tied=tied,
+            softcap=bool(getattr(config, "final_logit_softcapping", None)),
+        )
 
     def targets(self, modules: str | Sequence[str]) -> list[Weight]:
-        """The matrices that adapters go to, as PEFT reads ``target_modules``: all-linear, a regular expression of the whole
-        name, or ends of names."""
+        """Matrices that get adapters, by PEFT's rules for ``target_modules``: ``all-linear``, a regular expression for the
+        whole name, or ends of names."""
         if modules == "all-linear":
             return [weight for weight in self.weights if weight.linear]
         if isinstance(modules, str):
             return [weight for weight in self.weights if len(weight.shape) == 2 and re.fullmatch(modules, weight.module)]
-        return [weight for weight in self.weights if len(weight.shape) == 2 and any(
-            weight.module == name or weight.module.endswith(f".{name}") for name in modules)]
+        return [
+            weight
+            for weight in self.weights
+            if len(weight.shape) == 2
+            and any(weight.module == name or weight.module.endswith(f".{name}") for name in modules)
+        ]
 
 
 def model_cost(directory: str | Path, trust_remote_code: bool = False) -> ModelCost:
-    """What the model in ``directory`` costs to compute: from the headers of its weights, or where there are none from its
-    config.json alone.
+    """Compute cost of the model in ``directory``, from the headers of its weights or, without weights, from config.json.
 
     Raises:
         ModelError: if there is neither.
@@ -155,12 +170,3 @@ def model_cost(directory: str | Path, trust_remote_code: bool = False) -> ModelC
 def _layer(name: str) -> int:
     found = re.search(r"\.(?:layers|h|blocks|block)\.(\d+)\.", name)
     return int(found[1]) if found else REST
-
-
-def _first(config: Any, *names: str, default: int | None = None) -> int:
-    for name in names:
-        if isinstance(getattr(config, name, None), int):
-            return getattr(config, name)
-    if default is None:
-        raise ModelError(f"the model's configuration has none of {', '.join(names)}")
-    return default

@@ -1,4 +1,4 @@
-"""Does it fit, and if not, how would it? The modes of training one model on given GPUs, the fastest first."""
+"""Whether a training fits in GPU memory, and in which modes it would. Modes are listed fastest first."""
 
 from __future__ import annotations
 
@@ -12,46 +12,60 @@ from raydpo.config import LoraSettings, ModelConfig, TrainConfig
 from raydpo.errors import ConfigError
 from raydpo.estimate.activations import Batch
 from raydpo.estimate.anatomy import Anatomy
-from raydpo.estimate.memory import BASE_BYTES, Memory, estimate_memory
+from raydpo.estimate.memory import BASE_BYTES, MemoryEstimate, estimate_memory
+from raydpo.model.budget import MOST_TRAINED, STEP
 
 __all__ = ["USABLE", "Fit", "Modes", "Question", "compare_modes"]
 
 USABLE = 0.9
-"""Share of a device's memory on its data sheet that is planned with. Error correction takes up to a sixteenth (L40S, A10G,
-L4, T4), the driver a little, and torch's allocator loses some per cent to fragments."""
+"""Share of a device's memory (data sheet) that a plan may use. Error correction takes up to 1/16 (L40S, A10G, L4, T4), the
+driver a little, and torch's allocator loses a few percent to fragmentation."""
 ENOUGH = 2048
-"""Positions of a micro-batch that ``tokens_per_batch: auto`` should reach: with fewer a GPU's matrix units idle."""
-MOST = 65536
-"""As ``model.budget.MOST_TRAINED`` of GPUs, which needs torch; a test compares the two."""
-STEP = 256
+"""Positions of a micro-batch that ``tokens_per_batch: auto`` should reach. With fewer, a GPU's matrix units idle."""
+MOST = MOST_TRAINED["cuda"]
 MOST_WORKERS = 4096
+"""Most GPUs that are tried when asking how many are needed."""
 
 _CHANGES: tuple[dict[str, Any], ...] = (
-    # The fastest first. ZeRO 1 and 2 send what ZeRO 0 sends, 2 after every micro-batch; 3 gathers all weights twice each.
-    {"zero": 0}, {"zero": 1}, {"zero": 2}, {"zero": 3},
-    # A third more to compute.
+    # The fastest first. ZeRO 1 and 2 send as much as ZeRO 0 (ZeRO 2 after every micro-batch); ZeRO 3 also gathers all
+    # weights twice per micro-batch.
+    {"zero": 0},
+    {"zero": 1},
+    {"zero": 2},
+    {"zero": 3},
+    # Recomputing costs a third more FLOPs.
     *({"zero": zero, "gradient_checkpointing": True} for zero in range(4)),
-    # Copies over the bus: each layer's input; gradients and weights once a step, with AdamW on the host; all weights.
+    # Copies between host and device: inputs of layers; gradients and weights once a step (AdamW on the host); all weights.
     *({"zero": zero, "gradient_checkpointing": True, "offload_activations": True} for zero in (0, 2, 3)),
     {"zero": 2, "gradient_checkpointing": True, "offload_optimizer": "cpu"},
     {"zero": 3, "gradient_checkpointing": True, "offload_optimizer": "cpu"},
     {"zero": 2, "gradient_checkpointing": True, "offload_activations": True, "offload_optimizer": "cpu"},
     {"zero": 3, "gradient_checkpointing": True, "offload_activations": True, "offload_optimizer": "cpu"},
-    {"zero": 3, "gradient_checkpointing": True, "offload_activations": True, "offload_optimizer": "cpu",
-     "offload_params": "cpu"})
-_KEYS = {"zero": 2, "gradient_checkpointing": False, "offload_activations": False, "offload_optimizer": None,
-         "offload_params": None}
+    {
+        "zero": 3,
+        "gradient_checkpointing": True,
+        "offload_activations": True,
+        "offload_optimizer": "cpu",
+        "offload_params": "cpu",
+    },
+)
+_KEYS = {
+    "zero": 2,
+    "gradient_checkpointing": False,
+    "offload_activations": False,
+    "offload_optimizer": None,
+    "offload_params": None,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """What is to fit where.
+    """A training, and the devices it should fit on.
 
     Attributes:
         memory: bytes of a device.
-        batch: the proportions of the data, and micro-batches a step.
-        longest: positions of the longest pair, which is never cut, or a worker's part of them under
-            ``train.sequence_parallel``.
+        batch: proportions of the data, and micro-batches per step.
+        longest: positions of the longest pair, which is never split; under ``train.sequence_parallel``, a worker's part.
         budget: ``train.tokens_per_batch``, or None = auto.
     """
 
@@ -70,9 +84,10 @@ class Question:
         """Positions of a micro-batch that must fit."""
         return max(self.longest, ENOUGH if self.budget is None else self.budget)
 
-    def memory_at(self, positions: int) -> Memory:
-        return estimate_memory(self.anatomy, self.model, self.train, self.batch.scaled(positions), workers=self.workers,
-                               dtype=self.dtype)
+    def memory_at(self, positions: int) -> MemoryEstimate:
+        return estimate_memory(
+            self.anatomy, self.model, self.train, self.batch.scaled(positions), workers=self.workers, dtype=self.dtype
+        )
 
     def fits(self, positions: int) -> bool:
         return self.memory_at(positions).device + BASE_BYTES <= USABLE * self.memory
@@ -80,14 +95,14 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """One mode, for people.
+    """One mode of training and its memory.
 
     Attributes:
-        overrides: what to add to the command line to get it; empty for the configuration as it is.
-        positions: of the micro-batch that the bytes are of.
-        largest: positions that would fit, in steps of 256 and at most ``MOST``; 0 = not even the longest pair.
-        parts: bytes by purpose at the moment ``at``, which takes most. total: with ``BASE_BYTES``.
-        host: bytes of the host's memory a worker.
+        overrides: settings to add to the command line to get it; empty for the configuration itself.
+        positions: positions of the micro-batch that the bytes are for.
+        largest: positions that would fit, in steps of 256 and at most ``MOST``; 0 = not even the longest pair fits.
+        parts: bytes by purpose at the peak, the moment ``at``. total: their sum with ``BASE_BYTES``.
+        host: bytes of host memory per worker.
     """
 
     name: str
@@ -104,26 +119,33 @@ class Fit:
     @classmethod
     def of(cls, question: Question, name: str, overrides: tuple[str, ...], configured: bool) -> Fit:
         largest = _largest(question)
-        # With auto the budget is what fits; a table of what does not is for the least that would do.
+        # With auto the budget is what fits. A mode that does not fit is shown at the least positions that would do.
         positions = question.least if question.budget is not None else max(question.least, min(largest, 4 * ENOUGH))
         memory = question.memory_at(positions)
-        parts = {part: getattr(memory.peak, part) for part in (
-            "weights", "gradients", "optimizer", "activations", "head", "communication")}
-        return cls(name=name, overrides=overrides, configured=configured, fits=largest >= question.least,
-                   positions=positions, largest=largest, parts=parts, at=memory.peak.name,
-                   total=memory.device + BASE_BYTES, host=memory.host_peak)
+        return cls(
+            name=name,
+            overrides=overrides,
+            configured=configured,
+            fits=largest >= question.least,
+            positions=positions,
+            largest=largest,
+            parts=memory.peak.parts,
+            at=memory.peak.name,
+            total=memory.device + BASE_BYTES,
+            host=memory.host_peak,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Modes:
-    """The answer.
+    """All modes of a training, and which one is proposed.
 
     Attributes:
-        longest, budget: of ``Question``. together: ``train.sequence_parallel``.
-        rows: modes that train what the configuration trains, the fastest first.
+        longest, budget: as in ``Question``. together: ``train.sequence_parallel``.
+        rows: modes that train the same parameters as the configuration, the fastest first.
         proposed: the first that fits, or None.
-        adapters: the first that fits with LoRA and with QLoRA, where the configuration trains more.
-        workers_needed: where nothing fits, the fewest GPUs with which something does; None where no number helps.
+        adapters: the first mode that fits with LoRA and with QLoRA, if the configuration trains more parameters.
+        workers_needed: if nothing fits, the fewest GPUs with which something does; None if no number of them helps.
     """
 
     device: str
@@ -139,33 +161,46 @@ class Modes:
     workers_needed: int | None
 
     def lines(self) -> list[str]:
-        """What to do, in sentences."""
+        """Sentences that say whether it fits and what to change."""
         gib = self.memory / 2**30
         where = f"{self.workers:,} x {self.device} of {gib:g} GiB, {self.dtype}"
-        room = (f"more than train.tokens_per_batch {self.budget:,}: it makes a micro-batch of its own, and that must fit"
-                if self.budget is not None and self.longest > self.budget else
-                f"of a budget of {self.budget:,}" if self.budget is not None else "which is never cut; the budget is auto")
+        room = (
+            f"more than train.tokens_per_batch {self.budget:,}: it is a micro-batch alone, and that must fit"
+            if self.budget is not None and self.longest > self.budget
+            else f"of a budget of {self.budget:,}"
+            if self.budget is not None
+            else "which is never cut; the budget is auto"
+        )
         part = f", {self.longest:,} of them for each of {self.together} workers" if self.together > 1 else ""
         said = [f"longest pair: {self.longest * self.together:,} positions{part}, {room}"]
         configured = next(row for row in self.rows if row.configured)
         if configured.fits:
-            said.append(f"fits: the configuration, on {where}: {_gib(configured.total)} GiB at {configured.positions:,} "
-                        f"positions, {configured.largest:,} would fit")
+            said.append(
+                f"fits: the configuration, on {where}: {_gib(configured.total)} GiB at {configured.positions:,} "
+                f"positions, {configured.largest:,} would fit"
+            )
         else:
-            said.append(f"does not fit: the configuration, on {where}: {_gib(configured.total)} GiB at "
-                        f"{configured.positions:,} positions, of which {USABLE:.0%} of the memory may be planned with")
+            said.append(
+                f"does not fit: the configuration, on {where}: {_gib(configured.total)} GiB at "
+                f"{configured.positions:,} positions, and a plan may use {USABLE:.0%} of the memory"
+            )
         if self.proposed is None:
-            more = ("no number of them would: what one worker needs for the longest pair is too much by itself. Set "
-                    f"train.sequence_parallel higher than {self.together}, or data.max_length lower"
-                    if self.workers_needed is None else f"{self.workers_needed:,} of them would")
-            said.append(f"no mode that trains the same fits on {where}; {more}")
+            more = (
+                "more GPUs do not help, since one worker alone needs too much for the longest pair. Set "
+                f"train.sequence_parallel higher than {self.together}, or data.max_length lower"
+                if self.workers_needed is None
+                else f"{self.workers_needed:,} GPUs would be enough"
+            )
+            said.append(f"no mode that trains the same parameters fits on {where}; {more}")
         elif self.proposed.configured:
             said.append("cheapest mode that fits: the configuration as it is")
         else:
             said.append(f"cheapest mode that fits: {' '.join(self.proposed.overrides)}")
         for row in self.adapters:
-            said.append(f"{row.name}, which trains adapters only: "
-                        + (f"{' '.join(row.overrides)} ({_gib(row.total)} GiB)" if row.fits else "does not fit either"))
+            said.append(
+                f"{row.name}, which trains adapters only: "
+                + (f"{' '.join(row.overrides)} ({_gib(row.total)} GiB)" if row.fits else "does not fit either")
+            )
         return said
 
 
@@ -173,19 +208,28 @@ def compare_modes(question: Question, device: str) -> Modes:
     """All modes of the configuration's policy on its GPUs.
 
     Args:
-        device: its name, to be told.
+        device: name of the device, for messages.
 
     Raises:
-        ConfigError: if the device has no memory, or there are no workers.
+        ConfigError: if the memory is not above 0.
     """
     if not question.memory > 0:
-        raise ConfigError(f"--memory is {question.memory / 2**30:g}; GiB of a device are wanted, more than 0")
+        raise ConfigError(f"--memory is {question.memory / 2**30:g}; the GiB of a device are expected, above 0")
     rows = tuple(_rows(question))
     proposed = next((row for row in rows if row.fits), None)
-    return Modes(device=device, memory=question.memory, workers=question.workers, dtype=question.dtype,
-                 together=question.train.sequence_parallel, longest=question.longest, budget=question.budget, rows=rows,
-                 proposed=proposed, adapters=tuple(_adapters(question)),
-                 workers_needed=question.workers if proposed else _needed(question))
+    return Modes(
+        device=device,
+        memory=question.memory,
+        workers=question.workers,
+        dtype=question.dtype,
+        together=question.train.sequence_parallel,
+        longest=question.longest,
+        budget=question.budget,
+        rows=rows,
+        proposed=proposed,
+        adapters=tuple(_adapters(question)),
+        workers_needed=question.workers if proposed else _needed(question),
+    )
 
 
 def _rows(question: Question) -> Iterator[Fit]:
@@ -196,7 +240,7 @@ def _rows(question: Question) -> Iterator[Fit]:
         modes.insert(min(slower, default=len(modes)), now)
     for mode in modes:
         shares = mode["zero"] in (1, 2, 3) and question.workers == 1 and mode["offload_optimizer"] is None
-        if shares and mode != now:  # a single worker has nobody to share with
+        if shares and mode != now:  # one worker has no other rank to share with
             continue
         changed = _changed(question, mode)
         if changed is not None:
@@ -205,7 +249,7 @@ def _rows(question: Question) -> Iterator[Fit]:
 
 
 def _changed(question: Question, mode: dict[str, Any]) -> Question | None:
-    """The question in another mode, or None where raydpo does not have it."""
+    """The question in another mode, or None if raydpo does not support it."""
     partitioned = mode["zero"] == 3
     dora = question.model.lora is not None and question.model.lora.dora
     if partitioned and (question.model.quantization is not None or dora):
@@ -225,8 +269,11 @@ def _adapters(question: Question) -> Iterator[Fit]:
     if lora is None:
         return
     plain = {"lora": lora, "freeze": ()}
-    kinds = {"QLoRA": plain | {"quantization": "4bit"}} if model.adapts else \
-        {"LoRA": plain, "QLoRA": plain | {"quantization": "4bit"}}
+    kinds = (
+        {"QLoRA": plain | {"quantization": "4bit"}}
+        if model.adapts
+        else {"LoRA": plain, "QLoRA": plain | {"quantization": "4bit"}}
+    )
     for name, change in kinds.items():
         other = replace(question, model=model.model_copy(update=change))
         rows = list(_rows(other))
@@ -240,8 +287,10 @@ def _adapters(question: Question) -> Iterator[Fit]:
 def _needed(question: Question) -> int | None:
     def fits(workers: int) -> bool:
         more = replace(question, workers=workers)
-        return any(changed is not None and changed.fits(question.least) for changed in (
-            _changed(more, dict(_KEYS) | change) for change in _CHANGES))
+        return any(
+            changed is not None and changed.fits(question.least)
+            for changed in (_changed(more, dict(_KEYS) | change) for change in _CHANGES)
+        )
 
     few, many = question.workers, question.workers
     while not fits(many):
@@ -267,16 +316,22 @@ def _largest(question: Question) -> int:
 
 
 def _slowness(mode: dict[str, Any]) -> tuple[int, ...]:
-    return (sum(mode[key] is not None for key in ("offload_params", "offload_optimizer")), mode["offload_activations"],
-            mode["gradient_checkpointing"], mode["zero"])
+    return (
+        sum(mode[key] is not None for key in ("offload_params", "offload_optimizer")),
+        mode["offload_activations"],
+        mode["gradient_checkpointing"],
+        mode["zero"],
+    )
 
 
 def _name(mode: dict[str, Any]) -> str:
     words = [f"ZeRO {mode['zero']}"]
     words += ["recompute"] if mode["gradient_checkpointing"] else []
     moved = {key: mode[f"offload_{key}"] for key in ("activations", "optimizer", "params")}
-    for place, keys in (("host", [key for key, where in moved.items() if where in (True, "cpu")]),
-                        ("disk", [key for key, where in moved.items() if where not in (True, False, None, "cpu")])):
+    for place, keys in (
+        ("host", [key for key, where in moved.items() if where in (True, "cpu")]),
+        ("disk", [key for key, where in moved.items() if where not in (True, False, None, "cpu")]),
+    ):
         words += [f"{' + '.join(keys)} on {place}"] if keys else []
     return ", ".join(words)
 

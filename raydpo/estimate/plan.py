@@ -1,49 +1,57 @@
-"""What a run will take before anything is launched: tokens, floating point operations, GPU hours, dollars.
+"""Estimate of a run before it starts: tokens, floating point operations (FLOPs), GPU hours, dollars.
 
-Operations are counted from the lengths of the data and the sizes of the model; seconds follow from a
-rate (``estimate.rate``) and from what the plan simulator says is lost to imbalance. Not in it: loading, communication,
-checkpoints, the optimizer.
+FLOPs are counted from the lengths of the data and the sizes of the model. Seconds follow from a rate (``estimate.rate``) and
+from the imbalance of the ranks (``data.simulate``). Loading, communication, checkpoints and the optimizer are not included.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from raydpo.config import Config, TrainConfig
-from raydpo.cost import ModelCost
 from raydpo.data.pairs import PairSets
 from raydpo.data.plan import epoch_order, fill_batches, split_over_ranks
 from raydpo.data.shapes import LayoutName, Shapes
 from raydpo.data.simulate import STEPS, WORLD_SIZES, Simulation, amounts, deal, simulate, steps_of, training_order
 from raydpo.errors import ConfigError
 from raydpo.estimate.modes import Modes
+from raydpo.model.cost import ModelCost
+from raydpo.model.layout import PromptGroup, shapes_of
+from raydpo.reference.shards import Wanted, plan_shards
 
-if TYPE_CHECKING:
-    from raydpo.model.layout import PromptGroup
-
-__all__ = ["FORWARD", "PAIRS_PER_RANK", "Plan", "Rates", "Stage", "make_plan", "operations", "pair_groups", "sample_pairs",
-           "training_factors"]
+__all__ = [
+    "FORWARD",
+    "PAIRS_PER_RANK",
+    "Plan",
+    "Rates",
+    "Stage",
+    "make_plan",
+    "operations",
+    "pair_groups",
+    "sample_pairs",
+    "training_factors",
+]
 
 TOKENS_PER_BATCH = 16384
-"""Assumed where the configuration says ``auto``, which is measured on the device at the start of a run."""
+"""Positions of a micro-batch assumed for ``auto``, which a run measures on its device."""
 PAIRS_PER_RANK = 4
-"""Of the steps that grow with the number of ranks, in the second imbalance table."""
+"""Pairs per rank in the second imbalance table, whose steps grow with the number of ranks."""
 FORWARD = (1.0, 1.0, 1.0)
-"""Factors of ``operations`` for a forward pass alone."""
+"""Factors of ``operations`` for one forward pass."""
 PAIRS_SIMULATED = 8192
-"""Larger steps are sampled less often, for the sake of time."""
+"""Most pairs simulated for one row of a table: of larger steps fewer are sampled, to save time."""
 LAYOUTS: tuple[LayoutName, ...] = ("padded", "packed", "tree")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """Floating point operations a second that one device achieves scoring and training, and where the figures are from."""
+    """FLOPs per second that one device reaches scoring and training, and where the figures come from."""
 
     score: float
     train: float
@@ -52,7 +60,7 @@ class Rates:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One part of the job. ``seconds`` are the wall clock's; ``dollars`` is None where no price is given."""
+    """One part of the job. ``seconds`` is wall-clock time; ``dollars`` is None if no price is given."""
 
     flops: float
     seconds: float
@@ -61,20 +69,27 @@ class Stage:
 
     @classmethod
     def of(cls, flops: float, workers: int, rate: float, price: float | None, lost: float = 0.0) -> Stage:
-        """On ``workers`` devices of ``rate`` operations a second that wait for one another a share ``lost`` of the time."""
+        """A stage on ``workers`` devices of ``rate`` FLOP/s that wait for each other for the share ``lost`` of the time."""
         seconds = flops / (workers * rate * (1 - lost))
         gpu_hours = workers * seconds / 3600
         return cls(flops=flops, seconds=seconds, gpu_hours=gpu_hours, dollars=None if price is None else gpu_hours * price)
 
     def __add__(self, other: Stage) -> Stage:
-        """One after the other."""
-        return Stage(flops=self.flops + other.flops, seconds=self.seconds + other.seconds,
-                     gpu_hours=self.gpu_hours + other.gpu_hours,
-                     dollars=None if self.dollars is None or other.dollars is None else self.dollars + other.dollars)
+        """Both stages, one after the other."""
+        return Stage(
+            flops=self.flops + other.flops,
+            seconds=self.seconds + other.seconds,
+            gpu_hours=self.gpu_hours + other.gpu_hours,
+            dollars=None if self.dollars is None or other.dollars is None else self.dollars + other.dollars,
+        )
 
     def __mul__(self, times: int) -> Stage:
-        return Stage(flops=self.flops * times, seconds=self.seconds * times, gpu_hours=self.gpu_hours * times,
-                     dollars=None if self.dollars is None else self.dollars * times)
+        return Stage(
+            flops=self.flops * times,
+            seconds=self.seconds * times,
+            gpu_hours=self.gpu_hours * times,
+            dollars=None if self.dollars is None else self.dollars * times,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,17 +97,18 @@ class Plan:
     """The whole estimate.
 
     Attributes:
-        data: counts of pairs, completions and tokens. ``positions``: token positions of a training by layout, ``dealt`` for
-            padded rows dealt to ranks in turn (``data.simulate.deal``).
-        model: sizes of the policy. ``head_share``: the head's part of a forward pass.
+        data: counts of pairs, completions and tokens. ``positions``: token positions of a training by layout; ``dealt``
+            means padded rows dealt to ranks in turn (``data.simulate.deal``).
+        model: sizes of the policy. ``head_share``: the head's share of a forward pass.
         score_workers, train_workers: devices of each stage.
-        steps, epochs: of one training.
+        steps, epochs: steps and epochs of one training.
         score: the reference pass. training: all steps of one run. evaluation: all held-out evaluations of one run.
-        total: the reference pass once, and ``runs`` trainings with their evaluations.
-        online: so many runs that compute the reference beside the policy in every step, in padded rows dealt to ranks in
-            turn; their evaluations are taken to cost what ours do.
-        imbalance: of this configuration. fixed: by world size, at its pairs per step. scaled: at ``PAIRS_PER_RANK``.
-        memory: whether it fits, and in which modes it would; None where that was not asked.
+        total: one reference pass, and ``runs`` trainings with their evaluations.
+        online: ``runs`` trainings that compute the reference in every step, in padded rows dealt to ranks in turn. Their
+            evaluations are assumed to cost the same.
+        imbalance: imbalance of this configuration. fixed: by world size, at its pairs per step. scaled: by world size, at
+            ``PAIRS_PER_RANK``.
+        memory: in which modes the training fits; None if that was not asked.
     """
 
     data: dict[str, Any]
@@ -108,42 +124,53 @@ class Plan:
     evaluation: Stage
     total: Stage
     online: Stage
+    online_packed: Stage
+    """``online`` in packed rows, as some trainers have it, without any time lost to imbalance."""
     imbalance: Simulation
     fixed: tuple[Simulation, ...]
     scaled: tuple[Simulation, ...]
     memory: Modes | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
+        """The estimate as plain data, for JSON."""
         return asdict(self)
 
 
 def operations(amount: np.ndarray, model: ModelCost, factors: Sequence[float] = FORWARD) -> float:
-    """Floating point operations of ``simulate.amounts``, each of the three times its factor."""
+    """FLOPs of ``simulate.amounts`` [3], each multiplied by its factor."""
     return float(np.dot(amount * factors, (model.position_flops, model.look_flops, model.prediction_flops)))
 
 
 def training_factors(train: TrainConfig, lora: bool) -> tuple[float, float, float]:
-    """Operations of forward and backward pass, relative to a forward pass: of the layers, their attention, and the head.
+    """FLOPs of forward and backward pass relative to a forward pass, for the layers, their attention, and the head.
 
-    A product in the forward pass is two in the backward pass, for the gradients of its input and of its weight; frozen
-    weights have none. Attention multiplies inputs alone. A head that is trained computes its logits again (``model.head``);
-    gradient checkpointing computes the layers again, and an objective of the whole step does a forward pass beforehand
-    (``training.whole_step``). The adapters' own products are left out.
+    One product in the forward pass becomes two in the backward pass, for the gradients of its input and of its weight.
+    Frozen weights have no gradient, and attention has no weights. A trained head computes its logits again (``model.head``),
+    gradient checkpointing computes the layers again, and an objective of the whole step does one more forward pass
+    (``training.whole_step``). The adapters' own products are not counted.
     """
     again, before = float(train.gradient_checkpointing), float(train.needs_whole_step)
     return (2.0 if lora else 3.0) + again + before, 3.0 + again + before, (2.0 if lora else 4.0) + before
 
 
-def make_plan(config: Config, sets: PairSets, model: ModelCost, reference: ModelCost, rates: Rates, *,
-              workers: int | None = None, price: float | None = None, runs: int = 1,
-              world_sizes: Sequence[int] = WORLD_SIZES) -> Plan:
+def make_plan(
+    config: Config,
+    sets: PairSets,
+    model: ModelCost,
+    reference: ModelCost,
+    rates: Rates,
+    *,
+    workers: int | None = None,
+    price: float | None = None,
+    runs: int = 1,
+    world_sizes: Sequence[int] = WORLD_SIZES,
+) -> Plan:
     """Estimate ``runs`` runs of ``config`` on its pairs.
 
     Args:
         model, reference: sizes of the policy and of the reference.
-        workers: devices of both stages; None = as the configuration says for each.
-        price: dollars of a GPU hour.
+        workers: devices of both stages; None = as configured for each.
+        price: dollars per GPU hour.
         world_sizes: rows of the two imbalance tables.
 
     Raises:
@@ -151,11 +178,11 @@ def make_plan(config: Config, sets: PairSets, model: ModelCost, reference: Model
     """
     for name, value, least in (("--workers", workers, 1), ("--runs", runs, 1), ("--price", price, 0)):
         if value is not None and not value >= least:
-            raise ConfigError(f"{name} is {value:g}; at least {least} is wanted")
+            raise ConfigError(f"{name} is {value:g}; at least {least} is expected")
     train = config.train
     layout: LayoutName = "tree" if config.model.layout == "auto" else config.model.layout
     together = train.sequence_parallel
-    budget = _budget(train.tokens_per_batch) * together  # of the workers that compute a micro-batch together
+    budget = _budget(train.tokens_per_batch) * together  # of all workers that share a micro-batch
     score_workers, train_workers = workers or config.score.workers, workers or train.most_workers
     if train_workers % together:
         raise ConfigError(f"--workers {train_workers} is not a multiple of train.sequence_parallel {together}")
@@ -170,19 +197,39 @@ def make_plan(config: Config, sets: PairSets, model: ModelCost, reference: Model
 
     def simulated(world_size: int, pairs_per_step: int) -> Simulation:
         count = max(1, min(STEPS, PAIRS_SIMULATED // pairs_per_step))
-        found = simulate(rows(max(per_epoch, count * pairs_per_step)), shapes, world_size=max(1, world_size // together),
-                         steps=count, pairs_per_step=pairs_per_step, tokens_per_batch=budget, layout=layout, work=model.work)
+        found = simulate(
+            rows(max(per_epoch, count * pairs_per_step)),
+            shapes,
+            world_size=max(1, world_size // together),
+            steps=count,
+            pairs_per_step=pairs_per_step,
+            tokens_per_batch=budget,
+            layout=layout,
+            work=model.work,
+        )
         return replace(found, world_size=world_size)
 
     sampled = steps_of(rows(per_epoch), train.pairs_per_step, STEPS)
 
     def of_a_run(batches: list[Sequence[int]], kind: LayoutName) -> np.ndarray:
-        """Amounts of all steps, from the micro-batches of the sampled ones."""
+        """Amounts [3] of all steps, extrapolated from the micro-batches of the sampled steps."""
         return trained / sum(map(len, sampled)) * amounts(batches, shapes, kind)
 
-    computed = {kind: of_a_run([batch.pairs for step in sampled for rank in split_over_ranks(
-        step, shapes, world_size=train_workers // together, tokens_per_batch=budget, layout=kind, work=model.work)
-        for batch in rank if batch.counts], kind) for kind in LAYOUTS}
+    computed = {
+        kind: of_a_run(
+            [
+                batch.pairs
+                for step in sampled
+                for rank in split_over_ranks(
+                    step, shapes, world_size=train_workers // together, tokens_per_batch=budget, layout=kind, work=model.work
+                )
+                for batch in rank
+                if batch.counts
+            ],
+            kind,
+        )
+        for kind in LAYOUTS
+    }
     dealt = of_a_run([batch for step in sampled for rank in deal(step, train_workers) for batch in rank], "padded")
     imbalance = simulated(train_workers, train.pairs_per_step)
     completions, scored = _reference_pass(config, sets, layout) if train.needs_reference else (0, np.zeros(3))
@@ -199,51 +246,85 @@ def make_plan(config: Config, sets: PairSets, model: ModelCost, reference: Model
     score = Stage.of(operations(scored, reference), score_workers, rates.score, price)
     evaluation = of_training(operations(held_out, model), rates.score, 0.0)
     # ZeRO 2 and 3 reduce gradients after every micro-batch.
-    training = of_training(operations(computed[layout], model, factors), rates.train,
-                           imbalance.lockstep if train.zero >= 2 else imbalance.imbalance)
-    online = (of_training(operations(dealt * train.needs_reference, reference), rates.score, imbalance.naive)
-              + of_training(operations(dealt, model, factors), rates.train, imbalance.naive) + evaluation)
+    training = of_training(
+        operations(computed[layout], model, factors),
+        rates.train,
+        imbalance.lockstep if train.zero >= 2 else imbalance.imbalance,
+    )
+    online = (
+        of_training(operations(dealt * train.needs_reference, reference), rates.score, imbalance.naive)
+        + of_training(operations(dealt, model, factors), rates.train, imbalance.naive)
+        + evaluation
+    )
+    packed = computed["packed"]
+    online_packed = (
+        of_training(operations(packed * train.needs_reference, reference), rates.score, 0.0)
+        + of_training(operations(packed, model, factors), rates.train, 0.0)
+        + evaluation
+    )
     return Plan(
-        data={"training_pairs": len(shapes), "held_out_pairs": 0 if sets.eval is None else sets.eval.num_rows,
-              "pairs_per_step": train.pairs_per_step, "pairs_trained_on": trained, "completions": completions,
-              "prompt_tokens": int(shapes.prompt.sum()), "completion_tokens": int(shapes.tokens.sum()),
-              "longest": int(shapes.longest.max()), "layout": layout, "tokens_per_batch": budget // together,
-              "positions": {kind: round(amount[0]) for kind, amount in (computed | {"dealt": dealt}).items()},
-              "report": sets.report.to_dict()},
-        model=asdict(model) | {"head_share": float(computed[layout][2] * model.prediction_flops
-                                                   / operations(computed[layout], model)), "training_factors": factors},
-        rates=rates, score_workers=score_workers, train_workers=train_workers, steps=steps, epochs=trained / per_epoch,
-        runs=runs, score=score, training=training, evaluation=evaluation, total=score + (training + evaluation) * runs,
-        online=online * runs, imbalance=imbalance,
+        data={
+            "training_pairs": len(shapes),
+            "held_out_pairs": 0 if sets.eval is None else sets.eval.num_rows,
+            "pairs_per_step": train.pairs_per_step,
+            "pairs_trained_on": trained,
+            "completions": completions,
+            "prompt_tokens": int(shapes.prompt.sum()),
+            "completion_tokens": int(shapes.tokens.sum()),
+            "longest": int(shapes.longest.max()),
+            "layout": layout,
+            "tokens_per_batch": budget // together,
+            "positions": {kind: round(amount[0]) for kind, amount in (computed | {"dealt": dealt}).items()},
+            "report": sets.report.to_dict(),
+        },
+        model=asdict(model)
+        | {
+            "head_share": float(computed[layout][2] * model.prediction_flops / operations(computed[layout], model)),
+            "training_factors": factors,
+        },
+        rates=rates,
+        score_workers=score_workers,
+        train_workers=train_workers,
+        steps=steps,
+        epochs=trained / per_epoch,
+        runs=runs,
+        score=score,
+        training=training,
+        evaluation=evaluation,
+        total=score + (training + evaluation) * runs,
+        online=online * runs,
+        online_packed=online_packed * runs,
+        imbalance=imbalance,
         fixed=tuple(simulated(size, train.pairs_per_step) for size in world_sizes),
-        scaled=tuple(simulated(size, PAIRS_PER_RANK * size) for size in world_sizes))
+        scaled=tuple(simulated(size, PAIRS_PER_RANK * size) for size in world_sizes),
+    )
 
 
 def sample_pairs(config: Config, table: pa.Table, count: int = 32) -> pa.Table:
-    """The first pairs of a run, for a measurement."""
-    return table.take(pa.array(training_order(*_sources(table), seed=config.train.seed, shuffle=config.data.shuffle,
-                                              count=count)))
+    """The first ``count`` pairs of a run, for a measurement."""
+    return table.take(
+        pa.array(training_order(*_sources(table), seed=config.train.seed, shuffle=config.data.shuffle, count=count))
+    )
 
 
 def pair_groups(table: pa.Table) -> tuple[list[PromptGroup], Shapes]:
     """The pairs of a table of ``data.pairs.PAIR_SCHEMA`` as groups (chosen, rejected), and their shapes."""
-    from raydpo.model.layout import PromptGroup, shapes_of
-    from raydpo.reference.shards import Wanted
 
-    known = {completion.key: completion for completion in Wanted([table])}
-    sides = [[(known[key], length) for key, length in zip(
-        table[f"{side}_key"].to_pylist(), pc.list_value_length(table[f"{side}_ids"]).to_pylist(), strict=True)]
-        for side in ("chosen", "rejected")]
-    groups = [PromptGroup(pair[0][0].prompt, tuple(completion.tokens[:length] for completion, length in pair))
-              for pair in zip(*sides, strict=True)]
+    def rows(column: pa.ChunkedArray) -> list[np.ndarray]:
+        ends = np.cumsum(pc.list_value_length(column).to_numpy())
+        return np.split(pc.list_flatten(column).to_numpy(), ends[:-1])
+
+    groups = [
+        PromptGroup(prompt, tuple(completions))
+        for prompt, *completions in zip(
+            *(rows(table[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")), strict=True
+        )
+    ]
     return groups, shapes_of(groups)
 
 
 def _reference_pass(config: Config, sets: PairSets, layout: LayoutName) -> tuple[int, np.ndarray]:
-    """Distinct completions, and the amounts of scoring them all, in the shards that a build forms."""
-    from raydpo.model.layout import shapes_of
-    from raydpo.reference.shards import Wanted, plan_shards
-
+    """Number of distinct completions, and the amounts [3] of scoring them in the shards of a build."""
     wanted = Wanted([table for table in (sets.train, sets.eval) if table is not None])
     budget, total = _budget(config.score.tokens_per_batch) * config.score.sequence_parallel, np.zeros(3)
     for shard in plan_shards(wanted, config.score.tokens_per_part):
@@ -253,9 +334,9 @@ def _reference_pass(config: Config, sets: PairSets, layout: LayoutName) -> tuple
 
 
 def _sources(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-    """Number of the source of each pair, int [pairs], and weight of each source, float [sources]."""
+    """Index of the source of each pair, int [pairs], and weight of each source, float [sources]."""
     _, first, numbers = np.unique(table["source"].to_numpy(), return_index=True, return_inverse=True)
-    rank = np.argsort(np.argsort(first))  # sources are numbered in order of their first pair, as training does
+    rank = np.argsort(np.argsort(first))  # numbered by their first pair, as in training
     return rank[numbers], table["weight"].to_numpy()[np.sort(first)]
 
 

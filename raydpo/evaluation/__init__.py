@@ -1,4 +1,1 @@
-"""Any policy against any reference: preferences, answers, drift, wins.
-
-``raydpo eval`` on the command line, ``raydpo.evaluate`` in Python.
-"""
+"""Evaluation of a policy against a reference: preferences, answers, drift, wins. The verb is ``raydpo eval``."""

@@ -1,11 +1,11 @@
-"""How far a policy has gone from the reference: KL(policy || reference), estimated on the policy's own samples.
+"""Drift of a policy: KL(policy || reference), estimated on the policy's own samples.
 
-The samples are drawn at temperature 1 from the whole vocabulary; one that was cut at max_tokens counts with the tokens it
-has, so what is estimated is the divergence of answers of at most so many tokens. Two estimators, both without bias:
+Samples are drawn at temperature 1 from the whole vocabulary. A sample that was cut at max_tokens counts with the tokens it
+has, so the estimate is the divergence of answers of at most max_tokens tokens. There are two unbiased estimators:
 
-- of one sample, log pi(y|x) - log ref(y|x), its two log-probs by the scorer of the caches;
-- of one sample, the sum over its positions of KL(pi(.|x, y_<t) || ref(.|x, y_<t)), exact from whole distributions
-  (Rao-Blackwellised: Amini et al. 2025, arXiv 2504.10637). It varies less and is never negative.
+- the mean of log pi(y|x) - log ref(y|x), with log-probs by the scorer of the caches;
+- the mean of the sum over positions of KL(pi(.|x, y_<t) || ref(.|x, y_<t)), exact from whole distributions
+  (Rao-Blackwellised: Amini et al. 2025, arXiv 2504.10637). Its variance is lower and it is never negative.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from raydpo.evaluation.interval import mean, ratio, standard_error
+from raydpo.data.interval import mean, ratio, standard_error
 from raydpo.model.head import CHUNK_BYTES
 from raydpo.model.layout import PromptGroup
 from raydpo.model.logps import LogpModel
@@ -28,21 +28,22 @@ from raydpo.reference.score import ReferenceSpec, Scorer
 __all__ = ["ExactSteps", "exact_steps", "measure_drift"]
 
 TOKENS_PER_BATCH = 4096
-"""Positions of a forward pass of the exact steps."""
+"""Number of positions in a forward pass of the exact steps."""
 
 
-def measure_drift(log_ratios: np.ndarray, tokens: np.ndarray, prompts: np.ndarray,
-                  steps: np.ndarray | None) -> dict[str, Any]:
-    """KL(policy || reference) of an answer and of a token, in nats.
+def measure_drift(
+    log_ratios: np.ndarray, tokens: np.ndarray, prompts: np.ndarray, steps: np.ndarray | None
+) -> dict[str, Any]:
+    """Estimate KL(policy || reference) of an answer and of a token, in nats.
 
-    The prompts are taken as drawn from those there are: the error is that of the mean over prompts. Of a single prompt it is
-    that of the mean over its samples.
+    The standard error is that of the mean over prompts; for a single prompt, that of the mean over its samples.
 
     Args:
         log_ratios: log pi - log ref of each sampled answer, [samples].
-        tokens: of each answer. prompts: number of its prompt.
-        steps: sum of the exact divergences at its positions, or None.
+        tokens: number of tokens of each answer, [samples]. prompts: number of its prompt, [samples].
+        steps: sum of the exact divergences at the positions of each answer, [samples], or None.
     """
+
     def by_prompt(values: np.ndarray) -> np.ndarray:
         numbers, inverse = np.unique(prompts, return_inverse=True)
         if len(numbers) == 1:
@@ -50,18 +51,26 @@ def measure_drift(log_ratios: np.ndarray, tokens: np.ndarray, prompts: np.ndarra
         return np.bincount(inverse, values) / np.bincount(inverse)
 
     ratios, lengths = by_prompt(log_ratios.astype(np.float64)), by_prompt(tokens.astype(np.float64))
-    found = {"kl": mean(ratios), "std_error": standard_error(ratios), "kl_per_token": ratio(ratios, lengths),
-             "samples": len(log_ratios), "rao_blackwell": None}
+    found = {
+        "kl": mean(ratios),
+        "std_error": standard_error(ratios),
+        "kl_per_token": ratio(ratios, lengths),
+        "samples": len(log_ratios),
+        "rao_blackwell": None,
+    }
     if steps is not None:
         exact = by_prompt(steps.astype(np.float64))
-        found["rao_blackwell"] = {"kl": mean(exact), "std_error": standard_error(exact),
-                                  "kl_per_token": ratio(exact, lengths)}
+        found["rao_blackwell"] = {
+            "kl": mean(exact),
+            "std_error": standard_error(exact),
+            "kl_per_token": ratio(exact, lengths),
+        }
     return found
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExactSteps:
-    """Work for ``evaluation.work``: from ``prompt_ids`` and ``answer_ids`` to ``divergence``, float64, nats an answer."""
+    """Work that turns ``prompt_ids`` and ``answer_ids`` into ``divergence``, float64, nats an answer."""
 
     policy: ReferenceSpec
     reference: ReferenceSpec
@@ -71,31 +80,34 @@ class ExactSteps:
         return {"exact steps": 1, "policy": self.policy.identity.digest, "reference": self.reference.identity.digest}
 
     def open(self, device: str) -> Callable[[pa.Table], pa.Table]:
-        policy, reference = (Scorer(on_this_machine(spec), device=device, tokens_per_batch=TOKENS_PER_BATCH).model
-                             for spec in (self.policy, self.reference))
+        policy, reference = (
+            Scorer(on_this_machine(spec), device=device, tokens_per_batch=TOKENS_PER_BATCH).model
+            for spec in (self.policy, self.reference)
+        )
 
         def act(rows: pa.Table) -> pa.Table:
-            groups = [PromptGroup(np.array(prompt, np.int32), (np.array(answer, np.int32),)) for prompt, answer in
-                      zip(rows["prompt_ids"].to_pylist(), rows["answer_ids"].to_pylist(), strict=True)]
-            return pa.table({"divergence": [exact_steps(policy, reference, group, torch.device(device))
-                                            for group in groups]})
+            groups = [
+                PromptGroup(np.array(prompt, np.int32), (np.array(answer, np.int32),))
+                for prompt, answer in zip(rows["prompt_ids"].to_pylist(), rows["answer_ids"].to_pylist(), strict=True)
+            ]
+            return pa.table(
+                {"divergence": [exact_steps(policy, reference, group, torch.device(device)) for group in groups]}
+            )
 
         return act
 
 
 @torch.no_grad()
 def exact_steps(policy: LogpModel, reference: LogpModel, group: PromptGroup, device: torch.device) -> float:
-    """Sum over the positions of one answer of KL(policy || reference) of the next token, nats.
-
-    Raises:
-        ModelError: if the two do not have the same vocabulary.
-    """
+    """Sum KL(policy || reference) of the next token over the positions of one answer, nats."""
     hidden = [model.hidden(model.lay_out([group]).to(device)) for model in (policy, reference)]
     size = max(1, CHUNK_BYTES[device.type] // (4 * policy.vocabulary))
     total = 0.0
     for start in range(0, len(hidden[0]), size):
-        log_pi, log_ref = (model.log_distribution(states[start : start + size]).double()
-                           for model, states in zip((policy, reference), hidden, strict=True))
-        # A token that the policy never says adds nothing, however unlikely it is to the reference.
+        log_pi, log_ref = (
+            model.log_distribution(states[start : start + size]).double()
+            for model, states in zip((policy, reference), hidden, strict=True)
+        )
+        # A token of probability 0 under the policy adds 0; the product would be NaN.
         total += float(torch.where(log_pi == -torch.inf, 0.0, log_pi.exp() * (log_pi - log_ref)).sum())
     return total

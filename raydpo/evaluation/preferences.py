@@ -1,4 +1,4 @@
-"""What a policy's implicit rewards make of labelled pairs: accuracy, margin, calibration, and the pull of length.
+"""Figures of a policy's implicit rewards on labelled pairs: accuracy, margin, calibration, and preference for length.
 
 Shapes: n = pairs.
 """
@@ -12,24 +12,25 @@ from typing import Any
 import numpy as np
 import torch
 
-from raydpo.audit.measure import LENGTH_BINS
 from raydpo.config import ObjectiveConfig
+from raydpo.data.facts import LENGTH_BINS
+from raydpo.data.interval import by_group, mean_by_group, share_by_group
 from raydpo.errors import RaydpoError
-from raydpo.evaluation.interval import by_group, mean_by_group, share_by_group
 from raydpo.losses import PairLogps, implicit_rewards
-from raydpo.training.metrics import TIE
+from raydpo.losses.pairs import TIE
 
 __all__ = ["ScoredPairs", "measure_preferences"]
 
 CALIBRATION_BINS = 10
-"""Of equal width between 0.5 and 1."""
+"""Number of bins of confidence, of equal width between 0.5 and 1."""
 CHANCE_DRAWS = 1000
+"""Number of simulated evaluations from which ``calibration_chance`` is computed."""
 
 
 @dataclass(frozen=True)
 class ScoredPairs:
-    """Sums of log-probs over the completions of n pairs, nats; their tokens; the source of each pair, and the number of its
-    prompt. Each is [n]."""
+    """Sums of log-probs over the completions of n pairs, nats; numbers of tokens; source and number of the prompt of each
+    pair. Each is [n]."""
 
     chosen: np.ndarray
     rejected: np.ndarray
@@ -41,24 +42,36 @@ class ScoredPairs:
     prompts: np.ndarray
 
     def margins(self, beta: float, objective: ObjectiveConfig) -> np.ndarray:
-        """Reward of the chosen completion less that of the rejected one, as ``objective`` has them: beta times the
-        log-ratios to the reference, or times what a divergence or a loss without a reference takes in their place.
+        """Return reward of the chosen completion minus reward of the rejected one, [n], by the rewards of ``objective``.
 
         Raises:
-            RaydpoError: if one is not finite, as the exponential of a divergence may be.
+            RaydpoError: if a margin is not finite, for example the exponential of a divergence.
         """
-        logps = PairLogps(*(torch.from_numpy(np.asarray(each, np.float64)) for each in (
-            self.chosen, self.rejected, self.ref_chosen, self.ref_rejected, self.chosen_tokens, self.rejected_tokens)))
+        logps = PairLogps(
+            *(
+                torch.from_numpy(np.asarray(each, np.float64))
+                for each in (
+                    self.chosen,
+                    self.rejected,
+                    self.ref_chosen,
+                    self.ref_rejected,
+                    self.chosen_tokens,
+                    self.rejected_tokens,
+                )
+            )
+        )
         chosen, rejected = implicit_rewards(objective, logps, beta)
         margins = (chosen - rejected).numpy()
         if not np.isfinite(margins).all():
-            raise RaydpoError(f"the rewards of {np.count_nonzero(~np.isfinite(margins)):,} pairs are not finite under "
-                              f"{objective.f_divergence_type}: the policy is too far from the reference; set "
-                              "evaluate.rewards=sum")
+            raise RaydpoError(
+                f"the rewards of {np.count_nonzero(~np.isfinite(margins)):,} pairs are not finite under "
+                f"{objective.f_divergence_type}, because the policy is too far from the reference; set "
+                "evaluate.rewards=sum"
+            )
         return margins
 
     def wins(self, margins: np.ndarray, objective: ObjectiveConfig) -> np.ndarray:
-        """1 where the margin is positive, 1/2 where it is zero but for rounding, as while training."""
+        """Return 1 where the margin is positive, and 1/2 where it is zero up to rounding, as in training; [n]."""
         nats = self.chosen - self.rejected
         if objective.needs_reference:
             nats = nats - (self.ref_chosen - self.ref_rejected)
@@ -67,19 +80,19 @@ class ScoredPairs:
 
 
 def measure_preferences(pairs: ScoredPairs, beta: float, objective: ObjectiveConfig) -> dict[str, Any]:
-    """Figures over all pairs, by source, and by how much longer the chosen completion is (in the bins of the audit).
+    """Compute the figures of all pairs, by source, and by difference in length (in the bins of the audit).
 
-    Intervals are over prompts: the pairs of one prompt are alike. Of each group of pairs:
+    Intervals are over prompts. The figures of a group of pairs:
 
     - ``accuracy``: share whose margin is positive, a tie counting one half; ``margin``: its mean, in units of reward.
     - ``loss``: mean of -log sigmoid(margin) (arXiv 2305.18290, eq. 7).
-    - ``log_likelihood_accuracy``: share to whose chosen completion the policy alone gives the higher log-prob.
-    - ``calibration``: sigmoid(margin) is the probability that the policy gives to the label. Its confidence is that or one
-      minus that, whichever is larger; by bins of confidence, how often the label agrees. ``calibration_error`` is the mean
-      distance of the two, weighted by pairs (expected calibration error, Guo et al. 2017, arXiv 1706.04599). It is above 0
-      by chance alone: ``calibration_chance`` is what it stays below in 95 % of draws if the confidences are right.
-    - ``longer_is_wrong``, ``longer_is_right``: accuracy where the rejected, or the chosen, completion is the longer one. A
-      policy that has learned length is poor at the former and good at the latter.
+    - ``log_likelihood_accuracy``: share whose chosen completion has the higher log-prob under the policy alone.
+    - ``calibration``: accuracy by bins of confidence. sigmoid(margin) is the probability of the label; confidence is the
+      larger of that and one minus that. ``calibration_error`` is the mean distance of the two, weighted by pairs (expected
+      calibration error, Guo et al. 2017, arXiv 1706.04599). It is above 0 by chance alone: for perfectly calibrated
+      confidences it is below ``calibration_chance`` in 95 % of draws.
+    - ``longer_is_wrong``, ``longer_is_right``: accuracy where the rejected, or the chosen, completion is longer. A policy
+      that prefers length is poor at the former and good at the latter.
     - ``chosen_fell``: share whose chosen completion is less likely than under the reference.
     """
     margins = pairs.margins(beta, objective)
@@ -93,26 +106,32 @@ def measure_preferences(pairs: ScoredPairs, beta: float, objective: ObjectiveCon
     for low, high in pairwise((-np.inf, *LENGTH_BINS, np.inf)):
         edges = {"from": None if np.isinf(low) else int(low), "to": None if np.isinf(high) else int(high) - 1}
         by_length.append(edges | figures((difference >= low) & (difference < high)))
-    return {"total": figures(np.ones(len(margins), bool)),
-            "by_source": {name: figures(pairs.sources == name) for name in dict.fromkeys(pairs.sources.tolist())},
-            "by_length": by_length}
+    return {
+        "total": figures(np.ones(len(margins), bool)),
+        "by_source": {name: figures(pairs.sources == name) for name in dict.fromkeys(pairs.sources.tolist())},
+        "by_length": by_length,
+    }
 
 
-def _figures(pairs: ScoredPairs, margins: np.ndarray, wins: np.ndarray, difference: np.ndarray,
-             mask: np.ndarray) -> dict[str, Any]:
+def _figures(
+    pairs: ScoredPairs, margins: np.ndarray, wins: np.ndarray, difference: np.ndarray, mask: np.ndarray
+) -> dict[str, Any]:
     count, margin = int(mask.sum()), margins[mask]
     alone = (pairs.chosen - pairs.rejected)[mask]
     fell = (pairs.chosen - pairs.ref_chosen)[mask] < -TIE * pairs.chosen_tokens[mask]
     prompts = pairs.prompts[mask]
     return {
-        "pairs": count, "prompts": len(np.unique(prompts)), "accuracy": share_by_group(wins[mask], prompts),
+        "pairs": count,
+        "prompts": len(np.unique(prompts)),
+        "accuracy": share_by_group(wins[mask], prompts),
         "margin": mean_by_group(margin, prompts),
         "loss": float(np.logaddexp(0, -margin).mean()) if count else None,
         "log_likelihood_accuracy": share_by_group(_wins(alone), prompts),
         **_calibration(margin, wins[mask], prompts),
         "longer_is_wrong": _accuracy(wins, pairs.prompts, mask & (difference < 0)),
         "longer_is_right": _accuracy(wins, pairs.prompts, mask & (difference > 0)),
-        "chosen_fell": share_by_group(fell.astype(float), prompts)}
+        "chosen_fell": share_by_group(fell.astype(float), prompts),
+    }
 
 
 def _accuracy(wins: np.ndarray, prompts: np.ndarray, mask: np.ndarray) -> dict[str, Any]:
@@ -124,7 +143,7 @@ def _wins(margins: np.ndarray) -> np.ndarray:
 
 
 def _calibration(margins: np.ndarray, wins: np.ndarray, prompts: np.ndarray) -> dict[str, Any]:
-    """Bins of confidence, their mean distance from the accuracy, and the largest that is chance."""
+    """Return bins of confidence, the calibration error, and the largest error that chance explains."""
     confidence = 1 / (1 + np.exp(-np.abs(margins)))
     edges = np.linspace(0.5, 1.0, CALIBRATION_BINS + 1)
     place = np.minimum(np.searchsorted(edges, confidence, "right") - 1, CALIBRATION_BINS - 1)
@@ -134,23 +153,34 @@ def _calibration(margins: np.ndarray, wins: np.ndarray, prompts: np.ndarray) -> 
         count = int(inside.sum())
         observed = share_by_group(wins[inside], prompts[inside])
         predicted = float(confidence[inside].mean()) if count else None
-        bins.append({"from": low, "to": high, "pairs": count, "predicted": predicted, "observed": observed["value"],
-                     "low": observed["low"], "high": observed["high"]})
+        bins.append(
+            {
+                "from": low,
+                "to": high,
+                "pairs": count,
+                "predicted": predicted,
+                "observed": observed["value"],
+                "low": observed["low"],
+                "high": observed["high"],
+            }
+        )
         if count:
             error += count / len(margins) * abs(predicted - observed["value"])
-    return {"calibration_error": error if len(margins) else None, "calibration": bins,
-            "calibration_chance":
-                _chance(bins, wins - confidence, prompts * CALIBRATION_BINS + place) if len(margins) else None}
+    return {
+        "calibration_error": error if len(margins) else None,
+        "calibration": bins,
+        "calibration_chance": _chance(bins, wins - confidence, prompts * CALIBRATION_BINS + place) if len(margins) else None,
+    }
 
 
 def _chance(bins: list[dict[str, Any]], residuals: np.ndarray, groups: np.ndarray) -> float:
-    """The calibration error that confidences which are probabilities stay below in 95 % of draws.
+    """Return the 95 % quantile of the calibration error if confidences are true probabilities.
 
-    The wins of each bin are drawn as if pairs were independent. Where those of a prompt are alike, everything is further off
-    by the root of their design effect.
+    The wins of each bin are drawn as if pairs were independent, and the error is multiplied by the root of the design effect
+    of pairs that share a prompt.
 
     Args:
-        residuals: wins less confidence of each pair, [n]. groups: a number for its prompt and bin, [n].
+        residuals: wins minus confidence of each pair, [n]. groups: a number for its prompt and bin, [n].
     """
     filled = [each for each in bins if each["pairs"]]
     pairs, predicted = (np.array([each[name] for each in filled]) for name in ("pairs", "predicted"))

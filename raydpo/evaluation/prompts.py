@@ -1,4 +1,4 @@
-"""The pairs that are measured, the prompts that are answered, and what those prompts say in words."""
+"""Selects the pairs to measure and the prompts to answer, and reads the prompts as text."""
 
 from __future__ import annotations
 
@@ -12,39 +12,38 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from raydpo.config import Config, DataConfig, EvaluateConfig, SourceConfig, source_name
+from raydpo.config import Config, DataConfig, EvaluateConfig, SourceConfig, check_verb, source_name
 from raydpo.data.pairs import HELD_OUT, held_out_source
-from raydpo.data.preference import Malformed, Text, normalise
+from raydpo.data.preference import Malformed, Text, as_text, content_text, normalise
 from raydpo.data.records import Record, read_records
 from raydpo.data.split import held_out, kept, prompt_digest
 from raydpo.errors import ConfigError
 
-__all__ = ["Prompt", "as_text", "choose_prompts", "evaluation_data", "reading", "sources_of", "spoken", "trained_on"]
+__all__ = ["Prompt", "choose_prompts", "evaluation_data", "prompt_texts", "reading", "sources_of", "trained_on"]
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One distinct prompt: its token ids, int32, and a pair that asks it."""
+    """One distinct prompt: its token ids, int32, and the id of a pair with this prompt."""
 
     ids: np.ndarray
     pair_id: str
 
 
 def evaluation_data(config: Config) -> tuple[DataConfig, bool]:
-    """What to load, and whether the pairs to measure are its training side (else its held-out one).
+    """Return what to load, and whether the pairs to measure are its training side (else its held-out side).
 
     Raises:
         ConfigError: if there is neither evaluate.data nor data.eval.
     """
     if config.evaluate.data is not None:
         return config.data.model_copy(update={"train": config.evaluate.data, "eval": None, "filter": None}), True
-    if config.data.eval is None or (config.data.eval.path is None and config.data.eval.fraction is None):
-        raise ConfigError("there are no pairs to evaluate on; set evaluate.data to a file of preferences, or data.eval")
+    check_verb(config, "eval")
     return config.data, False
 
 
 def sources_of(config: Config) -> dict[str, SourceConfig]:
-    """The sources whose records the evaluated pairs come from, by the name that their ids begin with."""
+    """Return the sources of the evaluated pairs, by the name with which the ids of the pairs begin."""
     if config.evaluate.data is not None:
         return {source_name(source): source for source in config.evaluate.data}
     if config.data.eval.path is not None:
@@ -53,7 +52,7 @@ def sources_of(config: Config) -> dict[str, SourceConfig]:
 
 
 def reading(evaluate: EvaluateConfig) -> Any:
-    """How the records of ``evaluate.data`` are read: each by its subset, and text as a conversation if that is asked for."""
+    """Return the reader for the records of ``evaluate.data``: it sets subsets as sources, and text as chat if configured."""
     if evaluate.data is None:
         return read_records
 
@@ -74,27 +73,34 @@ def reading(evaluate: EvaluateConfig) -> Any:
 def _as_conversation(value: dict[str, Any]) -> dict[str, Any]:
     if not all(isinstance(value.get(name), str) for name in ("prompt", "chosen", "rejected")):
         return value
-    return value | {"prompt": [{"role": "user", "content": value["prompt"]}]} | {
-        name: [{"role": "assistant", "content": value[name]}] for name in ("chosen", "rejected")}
+    return (
+        value
+        | {"prompt": [{"role": "user", "content": value["prompt"]}]}
+        | {name: [{"role": "assistant", "content": value[name]}] for name in ("chosen", "rejected")}
+    )
 
 
 def choose_prompts(pairs: pa.Table, count: int, seed: int) -> list[Prompt]:
-    """``count`` distinct prompts, or all if there are fewer: those with the lowest digests of content and seed, so that the
-    order of a file does not matter, and a file that is sorted by topic gives all of them."""
+    """Choose ``count`` distinct prompts, or all if there are fewer.
+
+    They are those with the lowest digests of content and seed. So the order of a file does not matter, and a file that is
+    sorted by topic gives prompts of all topics.
+    """
     distinct: dict[tuple[int, ...], str] = {}
     for ids, pair_id in zip(pairs["prompt_ids"].to_pylist(), pairs["pair_id"].to_pylist(), strict=True):
         distinct.setdefault(tuple(ids), pair_id)
 
     def digest(ids: tuple[int, ...]) -> bytes:
-        return hashlib.blake2b(struct.pack("<Q", seed) + np.array(ids, "<u4").tobytes(), digest_size=16,
-                               person=b"raydpo-prompts-1").digest()
+        return hashlib.blake2b(
+            struct.pack("<Q", seed) + np.array(ids, "<u4").tobytes(), digest_size=16, person=b"raydpo-prompts-1"
+        ).digest()
 
     chosen = sorted(distinct, key=digest)[:count]
     return [Prompt(np.array(ids, np.int32), distinct[ids]) for ids in chosen]
 
 
-def spoken(prompts: Sequence[Prompt], config: Config) -> list[Text]:
-    """The prompts as the data has them, text or messages, in order: for judges, which have templates of their own."""
+def prompt_texts(prompts: Sequence[Prompt], config: Config) -> list[Text]:
+    """Return the prompts as text or messages, as in the data: judges have their own templates."""
     wanted: dict[tuple[str, int], list[tuple[int, int]]] = {}
     for place, prompt in enumerate(prompts):
         name, _, rest = prompt.pair_id.rpartition(":")
@@ -115,8 +121,9 @@ def spoken(prompts: Sequence[Prompt], config: Config) -> list[Text]:
 
 
 def trained_on(pairs: pa.Table, config: Config, training: DataConfig) -> int:
-    """How many of ``pairs``, which ``config`` evaluates, ask what a training with ``training`` asks, too. Pairs that its
-    filter leaves out count as trained on.
+    """Count the ``pairs`` evaluated by ``config`` whose prompt is also in the training data of ``training``.
+
+    Pairs that the filter of ``training`` removes count as trained on.
 
     Raises:
         DataError: if one of the sources cannot be read.
@@ -132,9 +139,13 @@ def trained_on(pairs: pa.Table, config: Config, training: DataConfig) -> int:
     if training.fraction < 1:
         stay &= kept(digests, training.fraction, training.fraction_seed)
     known = {questions[digest] for digest, stays in zip(digests, stay, strict=True) if stays}
-    asked = {f"{name}:{record.row}" + (f"#{number}" if number else "") for name, source in sources_of(config).items()
-             for record in read_records(source) for number, prompt in enumerate(_prompts(record))
-             if _question(prompt) in known}
+    asked = {
+        f"{name}:{record.row}" + (f"#{number}" if number else "")
+        for name, source in sources_of(config).items()
+        for record in read_records(source)
+        for number, prompt in enumerate(_prompts(record))
+        if _question(prompt) in known
+    }
     return sum(pair_id in asked for pair_id in pairs["pair_id"].to_pylist())
 
 
@@ -146,27 +157,13 @@ def _prompts(record: Record) -> list[Text]:
 
 
 def _question(prompt: Text) -> bytes:
-    """16 bytes of a prompt in words, the same whether it is text or the message of a user."""
+    """Digest of a prompt's text, 16 bytes; the same for text and for a single message."""
     one = not isinstance(prompt, str) and len(prompt) == 1
-    return prompt_digest((_content(prompt[0]) if one else as_text(prompt)).strip())
+    return prompt_digest((content_text(prompt[0]) if one else as_text(prompt)).strip())
 
 
 def _preference_prompt(record: Record, number: int) -> Text:
     try:
         return normalise(record.value or {})[number].prompt
-    except (Malformed, IndexError):  # the file was changed since it was loaded
-        raise ConfigError(f"{record.where} is no longer the record that it was a moment ago; run it again") from None
-
-
-def as_text(prompt: Text) -> str:
-    """A prompt in words; a conversation as ``role: content`` lines."""
-    if isinstance(prompt, str):
-        return prompt
-    return "\n\n".join(f"{message['role']}: {_content(message)}" for message in prompt)
-
-
-def _content(message: dict[str, Any]) -> str:
-    content = message.get("content")
-    if isinstance(content, list):
-        return "\n".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
-    return "" if content is None else str(content)
+    except (Malformed, IndexError):  # the file has changed since it was loaded
+        raise ConfigError(f"{record.where} has changed since the evaluation began; run it again") from None

@@ -1,4 +1,4 @@
-"""Guides for people: switching from other trainers, and what to do when something looks wrong.
+"""Guide: pages for people, as Markdown files in this folder. ``index.md`` is the first.
 
-``make docs`` makes pages of them and of every docstring.
+``make docs`` turns them, and every docstring, into web pages (``raydpo.guide.build``).
 """

@@ -1,10 +1,18 @@
-"""The objectives as pure functions of log-probs, by the names of ``train.loss`` (see ``config.LOSSES``).
+"""The objectives as pure functions of log-probs, named as in ``train.loss`` (see ``config.LOSSES``).
 
-Everything is one value per pair; nothing here averages over the batch, but objectives that speak of the whole step.
+All results have one value per pair and are never averaged over the batch. Some objectives depend on the whole step.
 """
 
-from raydpo.losses.objective import FUNCTIONS, Memory, Objective, implicit_rewards, own_sources, preference_loss
+from raydpo.losses.objective import FUNCTIONS, Objective, ObjectiveState, implicit_rewards, own_sources, preference_loss
 from raydpo.losses.pairs import PairLogps, PreferenceLoss
 
-__all__ = ["FUNCTIONS", "Memory", "Objective", "PairLogps", "PreferenceLoss", "implicit_rewards",
-           "own_sources", "preference_loss"]
+__all__ = [
+    "FUNCTIONS",
+    "Objective",
+    "ObjectiveState",
+    "PairLogps",
+    "PreferenceLoss",
+    "implicit_rewards",
+    "own_sources",
+    "preference_loss",
+]

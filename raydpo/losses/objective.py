@@ -1,4 +1,4 @@
-"""The objective of a run: terms, their weights, the rewards it implies, and what it remembers from step to step."""
+"""The objective of a run: its terms and weights, the rewards it implies, and its state between steps."""
 
 from __future__ import annotations
 
@@ -21,25 +21,26 @@ from raydpo.errors import ConfigError
 from raydpo.losses import margin, pointwise, reference_free, transport
 from raydpo.losses.pairs import PairLogps, PreferenceLoss
 
-__all__ = ["FUNCTIONS", "LossFunction", "Memory", "Objective", "implicit_rewards", "own_sources", "preference_loss"]
+__all__ = ["FUNCTIONS", "LossFunction", "Objective", "ObjectiveState", "implicit_rewards", "own_sources", "preference_loss"]
 
 LossFunction = Callable[[PairLogps, ObjectiveConfig, float], Tensor]
-"""From log-probs of B pairs, settings and beta to losses, [B]. One's own loss by import path is such a function, too."""
+"""Function from log-probs of B pairs, settings and beta to losses, [B]. A loss by import path is such a function, too."""
 FUNCTIONS: dict[str, LossFunction] = {
     name: next(getattr(module, name) for module in (margin, pointwise, transport, reference_free) if hasattr(module, name))
-    for name in LOSSES}
-"""What computes each loss of ``config.LOSSES``, by its name."""
+    for name in LOSSES
+}
+"""The function of each loss in ``config.LOSSES``, by name."""
 LEAST_DYNAMIC = 0.01
-"""Share of beta below which ``dynamic_beta`` does not go: the formula knows no bound, and a beta below 0 would prefer what
-was rejected."""
+"""Lower bound of beta under ``dynamic_beta``, as a share of beta. The formula has no bound, and a negative beta would prefer
+the rejected completion."""
 
 
 @dataclass(frozen=True)
-class Memory:
-    """What an objective knows of the steps before; kept in checkpoints.
+class ObjectiveState:
+    """State of an objective from earlier steps; kept in checkpoints.
 
     Attributes:
-        rewards, reward_mean: how many completions' rewards were seen, and their mean (``bco``).
+        rewards, reward_mean: number of completions whose rewards were seen, and their mean (``bco``).
         margin_mean: moving average of the steps' mean reward margins (``dynamic_beta``).
     """
 
@@ -52,10 +53,10 @@ class Objective:
     """``config`` as a function from log-probs to losses and rewards.
 
     Attributes:
-        whole_step: whether a pair's loss depends on the other pairs of its step, so that they must be handed over together.
+        whole_step: whether a pair's loss depends on the other pairs of its step, which must then be passed together.
 
     Raises:
-        ConfigError: if a loss of the user's own cannot be imported, or does not give one finite number a pair.
+        ConfigError: if a user's own loss cannot be imported, or does not return one finite number per pair.
     """
 
     def __init__(self, config: ObjectiveConfig) -> None:
@@ -64,25 +65,25 @@ class Objective:
         own = [function for name, function in self._functions.items() if name not in FUNCTIONS]
         self.whole_step = config.needs_whole_step or any(_mixes_pairs(function, config) for function in own)
 
-    def __call__(self, logps: PairLogps, beta: float, memory: Memory | None = None) -> PreferenceLoss:
-        """The loss and rewards of each of B pairs; where ``whole_step``, of pairs that are all there are."""
+    def __call__(self, logps: PairLogps, beta: float, memory: ObjectiveState | None = None) -> PreferenceLoss:
+        """Loss and rewards of each of B pairs; if ``whole_step``, these must be all pairs of the step."""
         config = self.config
         if memory is not None:
             logps = dataclasses.replace(logps, reward_mean=memory.reward_mean)
         seen = logps if config.ld_alpha is None else logps.with_light_tails(config.ld_alpha)
         losses = torch.zeros_like(logps.chosen)
         for name, weight in config.terms.items():
-            # The likelihood of an sft term is of whole completions, whatever a comparison makes of their tails.
+            # Terms without a reference, such as sft, see whole completions: ld_alpha applies to comparisons only.
             losses = losses + weight * self._functions[name](seen if config.traits[name].reference else logps, config, beta)
         if logps.weights is not None:
             losses = losses * logps.weights
         return PreferenceLoss(losses, *implicit_rewards(config, seen, beta))
 
-    def remember(self, logps: PairLogps, beta: float, memory: Memory) -> tuple[float, Memory]:
-        """What a step's log-probs change: its beta, and the memory once it is taken.
+    def remember(self, logps: PairLogps, beta: float, memory: ObjectiveState) -> tuple[float, ObjectiveState]:
+        """Beta of a step, and the state after it, from the step's log-probs.
 
         beta-DPO (Wu et al., arXiv 2407.08639): ``beta * (1 + alpha * (M - m))``, M the mean reward margin of the step at
-        ``beta``, m the moving average of those before.
+        ``beta``, m the moving average of the steps before.
         """
         if self.config.ld_alpha is not None:
             logps = logps.with_light_tails(self.config.ld_alpha)
@@ -99,14 +100,15 @@ class Objective:
             mean = beta * torch.cat((chosen, rejected)).mean().item()
             reward_mean = (rewards * reward_mean + more * mean) / (rewards + more)
             rewards += more
-        return beta, Memory(rewards, reward_mean, margin_mean)
+        return beta, ObjectiveState(rewards, reward_mean, margin_mean)
 
 
 def implicit_rewards(config: ObjectiveConfig, logps: PairLogps, beta: float) -> tuple[Tensor, Tensor]:
-    """Of the chosen and the rejected completions, [B] each: of a single loss what it compares; of a mixture beta times the
-    log-ratios, as TRL has it."""
-    chosen, rejected = (logps.chosen_logratio, logps.rejected_logratio) if config.needs_reference else \
-        (logps.chosen, logps.rejected)
+    """Rewards of the chosen and the rejected completions, [B] each. For a single loss, the quantities that it compares; for
+    a mixture, beta times the log-ratios, as in TRL."""
+    chosen, rejected = (
+        (logps.chosen_logratio, logps.rejected_logratio) if config.needs_reference else (logps.chosen, logps.rejected)
+    )
     if len(config.terms) == 1:
         (traits,) = config.traits.values()
         if "f_divergence_type" in traits.heeds:
@@ -116,28 +118,34 @@ def implicit_rewards(config: ObjectiveConfig, logps: PairLogps, beta: float) -> 
     return beta * chosen.detach(), beta * rejected.detach()
 
 
-def preference_loss(loss: str | list[Mapping[str, float]], logps: PairLogps, *, beta: float, **settings: Any
-                    ) -> PreferenceLoss:
-    """The loss and rewards of each of B pairs for one setting of ``config.ObjectiveConfig``."""
+def preference_loss(
+    loss: str | list[Mapping[str, float]], logps: PairLogps, *, beta: float, **settings: Any
+) -> PreferenceLoss:
+    """Loss and rewards of each of B pairs for the given settings of ``config.ObjectiveConfig``."""
     return Objective(ObjectiveConfig(loss=loss, beta=beta, **settings))(logps, beta)
 
 
 def own_sources(config: ObjectiveConfig) -> dict[str, str]:
-    """Of each loss by import path: a digest of the file it is in, since its name says nothing of what it computes."""
-    return {name: hashlib.sha256(Path(inspect.getfile(_imported(name))).read_bytes()).hexdigest()[:32]
-            for name in config.terms if name not in FUNCTIONS}
+    """Digest of the source file of each loss given by import path, because its name does not tell what it computes."""
+    return {
+        name: hashlib.sha256(Path(inspect.getfile(_imported(name))).read_bytes()).hexdigest()[:32]
+        for name in config.terms
+        if name not in FUNCTIONS
+    }
 
 
 def _imported(path: str) -> LossFunction:
-    """The function that ``module:function`` names, from what is installed or in the working directory."""
+    """The function ``module:function``, from an installed package or the working directory."""
     module_name, _, name = path.partition(":")
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.append(os.getcwd())
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
-        raise ConfigError(f"'train.loss' is {path!r}, but {module_name} cannot be imported ({type(error).__name__}: "
-                          f"{error}); install it, or start where {module_name.split('.')[0]}.py lies") from None
+        raise ConfigError(
+            f"'train.loss' is {path!r}, but {module_name} cannot be imported ({type(error).__name__}: "
+            f"{error}); install it, or start in the directory of {module_name.split('.')[0]}.py"
+        ) from None
     function = getattr(module, name, None)
     if not callable(function):
         raise ConfigError(f"'train.loss' is {path!r}, but {module.__file__} has no function {name!r}")
@@ -145,11 +153,13 @@ def _imported(path: str) -> LossFunction:
 
 
 def _mixes_pairs(function: LossFunction, config: ObjectiveConfig) -> bool:
-    """Whether a loss of the user's own gives a pair another value when it is alone: asked of the function itself."""
+    """Whether a user's own loss gives a pair another value when it is alone; found by calling it on made-up pairs."""
     random = torch.Generator().manual_seed(0)
     fields = [-20 - 10 * torch.rand(4, generator=random, dtype=torch.float64) for _ in range(4)]
-    tokens = [torch.tensor([5.0, 8.0, 13.0, 21.0], dtype=torch.float64), torch.tensor([8.0, 5.0, 21.0, 13.0],
-                                                                                    dtype=torch.float64)]
+    tokens = [
+        torch.tensor([5.0, 8.0, 13.0, 21.0], dtype=torch.float64),
+        torch.tensor([8.0, 5.0, 21.0, 13.0], dtype=torch.float64),
+    ]
     pairs = PairLogps(*fields, *tokens, margins=torch.ones(4, dtype=torch.float64), mean_chosen_tokens=10.0)
     beta = config.beta_at(0, 1)
     try:
@@ -157,14 +167,22 @@ def _mixes_pairs(function: LossFunction, config: ObjectiveConfig) -> bool:
         good = together.shape == (4,) and bool(torch.isfinite(together).all())
         alone = [function(_one(pairs, row), config, beta) for row in range(4)]
     except Exception as error:
-        raise ConfigError(f"'train.loss' {config.loss_text} failed on four made-up pairs ({type(error).__name__}: {error}); "
-                          "it is called with (raydpo.losses.PairLogps, the settings of train, beta)") from error
+        raise ConfigError(
+            f"'train.loss' {config.loss_text} failed on four made-up pairs ({type(error).__name__}: {error}); "
+            "it is called with (raydpo.losses.PairLogps, the settings of train, beta)"
+        ) from error
     if not good:
-        raise ConfigError(f"'train.loss' {config.loss_text} does not give one finite number for each of four made-up pairs, "
-                          f"but {together}")
+        raise ConfigError(
+            f"'train.loss' {config.loss_text} does not give one finite number for each of four made-up pairs, but {together}"
+        )
     return not torch.allclose(together, torch.cat(alone), rtol=1e-9, atol=1e-12)
 
 
 def _one(pairs: PairLogps, row: int) -> PairLogps:
-    return PairLogps(**{field.name: value[row : row + 1] if isinstance(value, Tensor) else value
-                        for field in dataclasses.fields(pairs) for value in [getattr(pairs, field.name)]})
+    return PairLogps(
+        **{
+            field.name: value[row : row + 1] if isinstance(value, Tensor) else value
+            for field in dataclasses.fields(pairs)
+            for value in [getattr(pairs, field.name)]
+        }
+    )

@@ -1,4 +1,4 @@
-"""What an objective sees of pairs, and what it answers. Shapes: B = pairs."""
+"""Input and output of an objective. Shapes: B = pairs."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ __all__ = ["PairLogps", "PreferenceLoss"]
 class PairLogps:
     """Summed log-probs of B pairs in nats, and their completions' lengths in tokens. Each field is [B].
 
-    The last ones are there where an objective asks for them.
+    Fields with a default are set if an objective needs them.
 
     Attributes:
-        chosen, rejected: of the policy; the only ones with a gradient, with their tails.
-        ref_chosen, ref_rejected: of the reference; zeros where nothing was scored.
-        chosen_tail, rejected_tail, ref_chosen_tail, ref_rejected_tail: of the tokens beyond the length of the shorter
-            completion alone.
+        chosen, rejected: of the policy; only these and their tails have a gradient.
+        ref_chosen, ref_rejected: of the reference; zeros if nothing was scored.
+        chosen_tail, rejected_tail, ref_chosen_tail, ref_rejected_tail: of the tokens beyond the length of the pair's shorter
+            completion.
         weights: factor of each pair's loss.
-        margins: by how much the chosen completion is better, in units of reward.
-        mean_chosen_tokens: tokens of a chosen completion, in the mean over the step.
+        margins: how much better the chosen completion is, in units of reward.
+        mean_chosen_tokens: mean number of tokens of the step's chosen completions.
         reward_mean: running mean of the rewards of all completions so far.
     """
 
@@ -52,19 +52,27 @@ class PairLogps:
         return self.rejected - self.ref_rejected
 
     def with_light_tails(self, alpha: float) -> PairLogps:
-        """LD-DPO (arXiv 2409.06411): tokens beyond the length of the shorter completion weigh ``alpha``."""
+        """LD-DPO (arXiv 2409.06411): weight ``alpha`` for tokens beyond the length of the shorter completion."""
         lost = 1 - alpha
-        return replace(self, chosen=self.chosen - lost * self.chosen_tail,
-                       rejected=self.rejected - lost * self.rejected_tail,
-                       ref_chosen=self.ref_chosen - lost * self.ref_chosen_tail,
-                       ref_rejected=self.ref_rejected - lost * self.ref_rejected_tail)
+        return replace(
+            self,
+            chosen=self.chosen - lost * self.chosen_tail,
+            rejected=self.rejected - lost * self.rejected_tail,
+            ref_chosen=self.ref_chosen - lost * self.ref_chosen_tail,
+            ref_rejected=self.ref_rejected - lost * self.ref_rejected_tail,
+        )
 
 
 @dataclass(frozen=True)
 class PreferenceLoss:
-    """The loss and the implicit rewards of B pairs, each [B]. Rewards are those the loss compares (length-normalised
-    where it normalises), and carry no gradient."""
+    """Loss and implicit rewards of B pairs, each [B]. Rewards are the quantities that the loss compares (length-normalised
+    if it normalises), without gradient."""
 
     losses: Tensor
     chosen_rewards: Tensor
     rejected_rewards: Tensor
+
+
+TIE = 1e-5
+"""Smaller differences are ties: of rewards, and of log-ratios in nats a token. It is the rounding error of float32 sums in
+nats, and of rewards if beta is 1."""

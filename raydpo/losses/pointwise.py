@@ -1,6 +1,6 @@
-"""Objectives that judge each completion by itself: its log-ratio to the reference, not the difference of two.
+"""Objectives that judge each completion alone, by its log-ratio to the reference, not the difference of two.
 
-Every one is a pure function of (log-probs, settings, beta) that gives one loss per pair, [B]. r_w and r_l are ``beta`` times
+Each is a pure function of (log-probs, settings, beta) that returns one loss per pair, [B]. r_w and r_l are ``beta`` times
 the log-ratios of the chosen and the rejected completion.
 """
 
@@ -24,8 +24,7 @@ def nca_pair(logps: PairLogps, s: ObjectiveConfig, beta: float) -> Tensor:
 
 
 def bco_pair(logps: PairLogps, s: ObjectiveConfig, beta: float) -> Tensor:
-    """BCO (Jung et al., arXiv 2404.04656) without its reward shift, as TRL has it:
-    ``-log sigmoid(r_w) - log sigmoid(-r_l)``."""
+    """BCO (Jung et al., arXiv 2404.04656) without its reward shift, as in TRL: ``-log sigmoid(r_w) - log sigmoid(-r_l)``."""
     return -F.logsigmoid(beta * logps.chosen_logratio) - F.logsigmoid(-beta * logps.rejected_logratio)
 
 
@@ -37,7 +36,7 @@ def bco(logps: PairLogps, s: ObjectiveConfig, beta: float) -> Tensor:
 
 
 def sppo_hard(logps: PairLogps, s: ObjectiveConfig, beta: float) -> Tensor:
-    """SPPO (Wu et al., arXiv 2405.00675, eq. 4.7) with certain preferences: log-ratios are drawn to plus and minus
+    """SPPO (Wu et al., arXiv 2405.00675, eq. 4.7) with certain preferences: the targets of the log-ratios are plus and minus
     ``1 / (2 beta)``."""
     return (logps.chosen_logratio - 0.5 / beta) ** 2 + (logps.rejected_logratio + 0.5 / beta) ** 2
 
@@ -56,14 +55,16 @@ def apo_down(logps: PairLogps, s: ObjectiveConfig, beta: float) -> Tensor:
 
 
 def kto(logps: PairLogps, s: ObjectiveConfig, beta: float) -> Tensor:
-    """KTO (Ethayarajh et al., arXiv 2402.01306, eq. 7) of both completions, each a labelled example of its own:
-    the mean of ``desirable_weight * (1 - sigmoid(r_w - z))`` and ``undesirable_weight * (1 - sigmoid(z - r_l))``.
+    """KTO (Ethayarajh et al., arXiv 2402.01306, eq. 7) on both completions, each as a labelled example: the mean of
+    ``desirable_weight * (1 - sigmoid(r_w - z))`` and ``undesirable_weight * (1 - sigmoid(z - r_l))``.
 
     The baseline z is ``beta`` times the policy's drift from the reference, without gradient: the mean log-ratio of all
     completions of the step, at least 0. The paper and TRL estimate it on completions of other prompts, whose log-probs would
-    be a second reference pass.
+    need a second reference pass.
     """
     chosen, rejected = logps.chosen_logratio, logps.rejected_logratio
     drift = torch.cat((chosen, rejected)).detach().mean().clamp(min=0)
-    return (s.desirable_weight * (1 - torch.sigmoid(beta * (chosen - drift)))
-            + s.undesirable_weight * (1 - torch.sigmoid(beta * (drift - rejected)))) / 2
+    return (
+        s.desirable_weight * (1 - torch.sigmoid(beta * (chosen - drift)))
+        + s.undesirable_weight * (1 - torch.sigmoid(beta * (drift - rejected)))
+    ) / 2

@@ -1,6 +1,6 @@
-"""Objectives of the policy alone: nothing is scored for them.
+"""Objectives of the policy alone, without a reference.
 
-Every one is a pure function of (log-probs, settings, beta) that gives one loss per pair, [B].
+Each is a pure function of (log-probs, settings, beta) that returns one loss per pair, [B].
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from raydpo.losses.pairs import PairLogps
 __all__ = ["cpo", "orpo", "sft", "simpo"]
 
 CERTAIN = -1e-7
-"""Mean log-prob above which ``orpo`` takes no completion to be: at 0, which rounding may give, its odds are infinite."""
+"""Upper bound of the mean log-prob in ``orpo``: at 0, which rounding may give, the odds are infinite."""
 
 
 def simpo(logps: PairLogps, s: ObjectiveConfig, beta: float) -> Tensor:
     """SimPO (Meng et al., arXiv 2405.14734, eq. 6): ``-log sigmoid(r_w - r_l - simpo_gamma)``, where a reward is ``beta``
-    times the mean log-prob of a token. A pair's own margin adds to ``simpo_gamma``."""
+    times the mean log-prob per token. A pair's own margin adds to ``simpo_gamma``."""
     difference = logps.chosen / logps.chosen_tokens - logps.rejected / logps.rejected_tokens
     wanted = s.simpo_gamma if logps.margins is None else s.simpo_gamma + logps.margins
     return smoothed_logistic(beta * difference - wanted, s.label_smoothing)
@@ -37,8 +37,8 @@ def cpo(logps: PairLogps, s: ObjectiveConfig, beta: float) -> Tensor:
 
 def orpo(logps: PairLogps, s: ObjectiveConfig, beta: float) -> Tensor:
     """ORPO (Hong et al., arXiv 2403.07691, eq. 6): ``sft`` plus ``beta`` times -log sigmoid of the log odds ratio, odds of
-    mean probabilities of a token. The paper's lambda is ``beta``. The likelihood is the completion's; TRL adds its prompt's.
-    """
+    mean probabilities per token. The paper's lambda is ``beta``. The likelihood covers the completion; TRL's also the
+    prompt."""
     chosen, rejected = logps.chosen / logps.chosen_tokens, logps.rejected / logps.rejected_tokens
     chosen, rejected = chosen.clamp(max=CERTAIN), rejected.clamp(max=CERTAIN)
     log_odds = (chosen - rejected) - (_log1mexp(chosen) - _log1mexp(rejected))
@@ -46,10 +46,10 @@ def orpo(logps: PairLogps, s: ObjectiveConfig, beta: float) -> Tensor:
 
 
 def sft(logps: PairLogps, s: ObjectiveConfig, beta: float) -> Tensor:
-    """The negative log-likelihood of chosen completions, in nats a token of the step: with ``sigmoid``, the objective of RPO
+    """Negative log-likelihood of chosen completions, in nats per token of the step: with ``sigmoid``, the objective of RPO
     (arXiv 2404.19733, eq. 1).
 
-    A pair's share is its sum over the mean length, so that the mean over pairs is the mean over tokens.
+    A pair's loss is its sum divided by the mean length, so that the mean over pairs is the mean over tokens.
     """
     mean = logps.chosen_tokens.mean() if logps.mean_chosen_tokens is None else logps.mean_chosen_tokens
     return -logps.chosen / mean

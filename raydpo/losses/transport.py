@@ -1,6 +1,6 @@
 """Objectives of distributions: the step's chosen completions against its rejected ones, quantile by quantile.
 
-A pair's loss is that of the quantile where it stands; only the mean over the step means something.
+A pair's loss is that of its quantile; only the mean over the step has a meaning.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ __all__ = ["aot", "aot_unpaired"]
 
 
 def aot(logps: PairLogps, s: ObjectiveConfig, beta: float) -> Tensor:
-    """AOT (Melnyk et al., arXiv 2406.05882, paired): the logistic loss of ``beta`` times the quantiles of
-    log pi(y_w|x) - log pi(y_l|x) less those of the same under the reference."""
+    """AOT (Melnyk et al., arXiv 2406.05882, paired): the logistic loss of ``beta`` times the quantiles of log pi(y_w|x) -
+    log pi(y_l|x) minus those of the reference."""
     return _by_quantile(logps.chosen - logps.rejected, logps.ref_chosen - logps.ref_rejected, s, beta)
 
 
 def aot_unpaired(logps: PairLogps, s: ObjectiveConfig, beta: float) -> Tensor:
-    """AOT (the same, unpaired): quantiles of the chosen log-ratios less those of the rejected ones."""
+    """AOT (the same paper, unpaired): quantiles of the chosen log-ratios minus those of the rejected ones."""
     return _by_quantile(logps.chosen_logratio, logps.rejected_logratio, s, beta)
 
 
 def _by_quantile(better: Tensor, worse: Tensor, s: ObjectiveConfig, beta: float) -> Tensor:
-    """The loss of each quantile, handed to the pair whose ``better`` stands there."""
+    """Loss of each quantile, assigned to the pair whose ``better`` is at that quantile."""
     quantiles, owners = better.sort(stable=True)
     losses = smoothed_logistic(beta * (quantiles - worse.sort().values), s.label_smoothing)
     return losses[owners.argsort()]

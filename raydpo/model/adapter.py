@@ -1,8 +1,8 @@
-"""The forward and backward pass of a LoRA layer without the temporaries.
+"""Forward and backward pass of a LoRA layer without temporary tensors.
 
-``base(x) + B(A(x)) * scaling``, written as modules, makes two more tensors of the size of its output, and as many again in
-the backward pass: a seventh of the time of a training step on a CPU, and kernels that wait for each other on a GPU. Here the
-low-rank product is added by the matrix product itself.
+``base(x) + B(A(x)) * scaling``, written as modules, makes two extra tensors of the size of its output, and two more in the
+backward pass. That takes a seventh of a training step on a CPU, and extra kernels on a GPU. Here the matrix product itself
+adds the low-rank part (``addmm``).
 
 Shapes: T = positions, I, O = input and output size of the layer, r = rank.
 """
@@ -21,9 +21,9 @@ __all__ = ["fuse_adapters"]
 
 
 def fuse_adapters(model: nn.Module) -> nn.Module:
-    """Let plain LoRA layers of a PEFT model compute as one function; what is not plain stays PEFT's."""
+    """Compute each plain LoRA layer of a PEFT model as one function. Other layers stay PEFT's. Returns ``model``."""
     if "peft" not in sys.modules:
-        return model  # nobody has put an adapter on it
+        return model  # it has no adapter
     plain, fused = _lora_layers()
     for module in model.modules():
         if type(module) is plain and type(module.base_layer) is nn.Linear:
@@ -33,29 +33,29 @@ def fuse_adapters(model: nn.Module) -> nn.Module:
 
 @functools.cache
 def _lora_layers() -> tuple[type[nn.Module], type[nn.Module]]:
-    """PEFT's layer and ours. Made when an adapter is: PEFT takes seconds to import, in every process of a run."""
+    """PEFT's layer and the fused one. Defined on first use, since importing PEFT takes seconds in every process."""
     from peft.tuners.lora.layer import Linear
 
     class FusedLoraLinear(_Fused, Linear):
-        """PEFT's layer, its names and its state; only ``forward`` is another."""
+        """PEFT's layer with another ``forward``; names and state stay the same."""
 
     return Linear, FusedLoraLinear
 
 
 class _Fused(nn.Module):
-    """``forward`` of a plain LoRA layer, for a subclass of PEFT's."""
+    """Mixin with ``forward`` of a plain LoRA layer."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         name = self._plain_adapter()
         if name is None or args or kwargs:
             return super().forward(x, *args, **kwargs)
         down, up = self.lora_A[name].weight, self.lora_B[name].weight
-        # Under autocast a float32 stream meets bfloat16 weights.
+        # Under autocast the stream is float32 and the weights are bfloat16.
         x = x.to(down.dtype)
         return _LoraProduct.apply(x, self.base_layer.weight, self.base_layer.bias, down, up, self.scaling[name])
 
     def _plain_adapter(self) -> str | None:
-        """The one active adapter, where nothing but two products and a sum is asked for."""
+        """Name of the one active adapter if the layer is two products and a sum, else None."""
         if self.disable_adapters or self.merged or len(self.active_adapters) != 1:
             return None
         name = self.active_adapters[0]
@@ -65,7 +65,7 @@ class _Fused(nn.Module):
         dropout = self.lora_dropout[name]
         if isinstance(dropout, nn.Dropout) and dropout.p and self.training:
             return None
-        # ZeRO-3 gathers a module's weight around that module's forward: the layers must be called one by one.
+        # ZeRO-3 (ds_id) gathers a module's weight around that module's forward, so PEFT must call the modules.
         return None if base.dtype != down.dtype or base.requires_grad or hasattr(base, "ds_id") else name
 
 
@@ -73,8 +73,9 @@ class _LoraProduct(torch.autograd.Function):
     """x @ weight.T + bias + (x @ down.T) @ up.T * scaling, with a frozen weight; [..., I] -> [..., O]."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor,
-                scaling: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float
+    ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         with torch.autocast(x.device.type, enabled=False):
             low = F.linear(rows, down)  # [T, r]
@@ -91,5 +92,5 @@ class _LoraProduct(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = (grad @ weight).addmm_(grad_low, down).view(ctx.shape)
-        grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None  # an adapter may train the biases of its layers
+        grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None  # an adapter may train biases
         return grad_x, None, grad_bias, grad_low.T @ rows, (grad.T @ low).mul_(ctx.scaling), None

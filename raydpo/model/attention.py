@@ -1,9 +1,9 @@
 """Attention over the nodes of a prefix tree, as a function of transformers' attention interface.
 
-A node's tokens attend to the path above them and causally to themselves. The layout travels as the forward keyword
-``segments``, so no mask of [T, T] is ever built and gradient checkpointing, adapters and ZeRO keep working. Three bodies
-give the same numbers: SDPA node after node (any device), one variable-length call with unequal query and key lengths
-(CUDA), and FlexAttention with a block mask (CUDA, where neither variable-length kernel fits).
+A node's tokens attend to the path above the node, and causally to the node itself. The layout is passed to the model's
+forward as the keyword ``segments``. So no mask of [T, T] is built, and gradient checkpointing, adapters and ZeRO work
+unchanged. Three implementations (bodies) give the same numbers: SDPA node by node (any device), one variable-length call
+with unequal query and key lengths (CUDA), and FlexAttention with a block mask (CUDA, where no variable-length kernel fits).
 
 Shapes: T = positions, A = query heads, G = key heads, D = head size, K = sum over nodes of depth + length.
 """
@@ -21,41 +21,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raydpo.model.tree import Node, PrefixTree
+from raydpo.model.tree import PrefixTree, TreeNode
 from raydpo.model.ulysses import SequenceGroup, head_shares
 
 __all__ = ["ATTENTION", "Body", "Segments", "available_bodies", "register"]
 
 ATTENTION = "raydpo_tree"
-"""Name in transformers' attention interface. No mask function is registered under it, so no mask is built."""
+"""Name in transformers' attention interface. No mask function is registered under this name, so no mask is built."""
 QUERY_BLOCK = 512
-"""Queries of a node that SDPA sees at once: its mask has that many rows at most, and long nodes skip what lies ahead."""
+"""Most queries of one SDPA call. It bounds the rows of the mask, and blocks of a long node skip the keys after them."""
 WHOLE_BLOCKS = 32, 512
-"""Queries and keys are padded to multiples of these where a CPU computes a bfloat16 model; attention itself is float32
-there, whose kernels are faster. They work in blocks of 512 keys and take another summation order for a block of another
-size: a few results are rounded to bfloat16 the other way, and after 30 layers most log-probs differ, by 0.02 nats on
-average. In whole blocks a token's log-prob is the same to the last bit however the batch was laid out, at 1.3 times the time
-of scoring."""
+"""Multiples to which queries and keys are padded when a CPU computes a bfloat16 model. Attention is float32 there, since its
+kernels are faster. They sum over blocks of 512 keys, and in another order for a smaller block. Then a few results round to
+bfloat16 differently, and after 30 layers most log-probs differ, by 0.02 nats on average. With whole blocks a token's
+log-prob is the same bit for bit in every layout; scoring takes 1.3 times as long."""
 
 Body = Literal["sdpa", "varlen", "flash", "flex"]
-"""What computes attention over a tree."""
+"""Implementation of attention over a tree."""
 
 
 @dataclass(frozen=True)
 class Segments:
-    """The tree as attention needs it.
+    """The prefix tree in the form that attention needs.
 
     Attributes:
-        nodes: of the tree, in order of their start.
-        body: which implementation computes it.
-        index: [K], positions of the keys of each node, its path first; empty unless a variable-length body needs it.
-        query_ends, key_ends: int32 [nodes + 1], cumulative lengths, for the same bodies.
-        node_of: [T], the node of each position; subtree_end: [nodes], the first node behind each one's subtree; depths:
-            [T]. For FlexAttention.
-        group: the ranks among which the positions are divided, or None.
+        nodes: nodes of the tree, in order of their start.
+        body: implementation to use.
+        index: [K], positions of the keys of each node, its path first. Only for variable-length bodies.
+        query_ends, key_ends: int32 [nodes + 1], cumulative lengths. Only for variable-length bodies.
+        node_of, subtree_end, depths: [T] the node of each position, [nodes] the first node after each node's subtree, [T]
+            the depth of each position. Only for FlexAttention.
+        group: ranks that share the positions, or None.
+        memo: masks that all layers share.
     """
 
-    nodes: tuple[Node, ...]
+    nodes: tuple[TreeNode, ...]
     body: Body
     index: Tensor | None = None
     query_ends: Tensor | None = None
@@ -72,7 +72,7 @@ class Segments:
         if body == "sdpa":
             return cls(nodes, body)
         if body == "flex":
-            # Nodes are in depth-first order: a subtree is a run of nodes that begins deeper than its first one's end.
+            # Nodes are in depth-first order, so a subtree is a run of nodes that have its first node on their path.
             ends = np.empty(len(nodes), dtype=np.int64)
             open_nodes: list[int] = []
             for number, node in enumerate(nodes):
@@ -81,12 +81,21 @@ class Segments:
                 open_nodes.append(number)
             ends[open_nodes] = len(nodes)
             node_of = np.repeat(np.arange(len(nodes)), [node.length for node in nodes])
-            return cls(nodes, body, node_of=torch.from_numpy(node_of), subtree_end=torch.from_numpy(ends),
-                       depths=torch.from_numpy(tree.depths))
+            return cls(
+                nodes,
+                body,
+                node_of=torch.from_numpy(node_of),
+                subtree_end=torch.from_numpy(ends),
+                depths=torch.from_numpy(tree.depths),
+            )
         index = np.concatenate([np.arange(start, start + length) for node in nodes for start, length in node.with_path])
-        return cls(nodes, body, index=torch.from_numpy(index),
-                   query_ends=_ends([node.length for node in nodes]),
-                   key_ends=_ends([node.depth + node.length for node in nodes]))
+        return cls(
+            nodes,
+            body,
+            index=torch.from_numpy(index),
+            query_ends=_ends([node.length for node in nodes]),
+            key_ends=_ends([node.depth + node.length for node in nodes]),
+        )
 
     def to(self, device: torch.device) -> Segments:
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
@@ -113,7 +122,7 @@ class Segments:
 
 
 def available_bodies(device: torch.device, dtype: torch.dtype, head_size: int) -> tuple[Body, ...]:
-    """Bodies that may run here, the fastest first; the self-check has the last word."""
+    """Bodies that can run on ``device``, the fastest first. The self-check (``model.selfcheck``) decides."""
     if device.type != "cuda":
         return ("sdpa",)
     bodies: list[Body] = []
@@ -126,37 +135,47 @@ def available_bodies(device: torch.device, dtype: torch.dtype, head_size: int) -
 
 
 def register() -> None:
-    """Make ``ATTENTION`` known to transformers; again and again does no harm."""
+    """Register ``ATTENTION`` with transformers. Safe to call repeatedly."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(ATTENTION, tree_attention)
 
 
-def tree_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-                   scaling: float | None = None, dropout: float = 0.0, segments: Segments | None = None,
-                   sliding_window: int | None = None, softcap: float | None = None, s_aux: Tensor | None = None,
-                   **_: Any) -> tuple[Tensor, None]:
-    """What transformers calls in each layer.
+def tree_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    segments: Segments | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention function that transformers calls in each layer.
 
     Args:
-        query: [1, A, T, D]; key, value: [1, G, T, D]. Where a group of ranks shares the positions, T are this rank's. The
-            body ``sdpa`` takes any number of rows of the same tree in place of 1.
-        segments: the layout; it must have been passed to the model's forward.
-        sliding_window: how many tokens back a token sees, itself included, along its path.
+        query: [1, A, T, D]; key, value: [1, G, T, D]. If a group of ranks shares the positions, T is this rank's part. The
+            body ``sdpa`` also takes several rows of the same tree in place of 1.
+        segments: the layout, as passed to the model's forward.
+        sliding_window: tokens that a token sees along its path, itself included.
         softcap: bound of the scores (Gemma 2). s_aux: attention sinks [A] (gpt-oss).
 
     Returns:
-        [1, T, A, D] and no weights.
+        [1, T, A, D], and None in place of attention weights.
 
     Raises:
-        ValueError: if the architecture does not pass the layout on, or brings what no body here computes.
+        ValueError: if the architecture does not pass the layout on, or uses a mask or dropout.
     """
     if segments is None:
         raise ValueError(f"{type(module).__name__} was called without the layout of the prefix tree")
     if attention_mask is not None or dropout:
-        raise ValueError(f"{type(module).__name__} brings a mask or dropout of its own")
+        raise ValueError(f"{type(module).__name__} uses a mask or dropout of its own")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    # Rotary embeddings in float32 leave queries and keys wider than values.
+    # Rotary embeddings in float32 return float32 queries and keys.
     query, key = query.to(value.dtype), key.to(value.dtype)
     group = segments.group
     if group is not None:
@@ -177,33 +196,61 @@ def tree_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
     return (out if group is None else group.to_positions(out, query_heads, key_heads)), None
 
 
-def _by_node(attend: Any, query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float,
-             window: int | None, softcap: float | None, sinks: Tensor | None) -> Tensor:
+def _by_node(
+    attend: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
     dtype = query.dtype
     whole = query.device.type == "cpu" and dtype == torch.bfloat16
     if whole:  # see WHOLE_BLOCKS
         query, key, value = query.float(), key.float(), value.float()
-    blocks = [(number, first, min(first + QUERY_BLOCK, node.length)) for number, node in enumerate(segments.nodes)
-              for first in range(0, node.length, QUERY_BLOCK)]
-    # Split once: the gradient of a slice would be a tensor of all T positions, for each node.
+    blocks = [
+        (number, first, min(first + QUERY_BLOCK, node.length))
+        for number, node in enumerate(segments.nodes)
+        for first in range(0, node.length, QUERY_BLOCK)
+    ]
+    # Split once: with slices, each node's gradient would be a tensor of all T positions.
     queries = query.split([last - first for _, first, last in blocks], dim=2)
-    keys, values = (dict(zip((node.start for node in segments.nodes),
-                             tensor.split([node.length for node in segments.nodes], dim=2), strict=True))
-                    for tensor in (key, value))
+    keys, values = (
+        dict(
+            zip(
+                (node.start for node in segments.nodes),
+                tensor.split([node.length for node in segments.nodes], dim=2),
+                strict=True,
+            )
+        )
+        for tensor in (key, value)
+    )
     outputs = []
     for own, (number, first, last) in zip(queries, blocks, strict=True):
         node = segments.nodes[number]
-        pad_queries, pad_keys = ((-size % multiple if whole else 0) for size, multiple in
-                                 zip((last - first, node.depth + last), WHOLE_BLOCKS, strict=True))
+        pad_queries, pad_keys = (
+            (-size % multiple if whole else 0)
+            for size, multiple in zip((last - first, node.depth + last), WHOLE_BLOCKS, strict=True)
+        )
         mask = _mask(segments, number, first, last, window, pad_queries, pad_keys, query)
-        out = attend(F.pad(own, (0, 0, 0, pad_queries)) if pad_queries else own, _along(keys, node, last, pad_keys),
-                     _along(values, node, last, pad_keys), mask, scaling, softcap, sinks)
+        out = attend(
+            F.pad(own, (0, 0, 0, pad_queries)) if pad_queries else own,
+            _along(keys, node, last, pad_keys),
+            _along(values, node, last, pad_keys),
+            mask,
+            scaling,
+            softcap,
+            sinks,
+        )
         outputs.append(out[:, :, : last - first])
     return torch.cat(outputs, dim=2).transpose(1, 2).to(dtype)
 
 
-def _along(pieces: dict[int, Tensor], node: Node, last: int, pad: int) -> Tensor:
-    """What lies on the path to a node and in it up to ``last``: [1, G, depth + last + pad, D].
+def _along(pieces: dict[int, Tensor], node: TreeNode, last: int, pad: int) -> Tensor:
+    """Keys or values on the path to a node and in it up to ``last``: [1, G, depth + last + pad, D].
 
     Args:
         pieces: [1, G, length, D] of each node, by its start.
@@ -216,10 +263,18 @@ def _along(pieces: dict[int, Tensor], node: Node, last: int, pad: int) -> Tensor
     return seen[0] if len(seen) == 1 else torch.cat(seen, dim=2)
 
 
-def _mask(segments: Segments, number: int, first: int, last: int, window: int | None, pad_queries: int, pad_keys: int,
-          query: Tensor) -> Tensor | None:
-    """What queries ``first`` to ``last`` of a node see, padding included: 0 or minus infinity, in the dtype of ``query``
-    [last - first + pad_queries, depth + last + pad_keys]. None = plain causal."""
+def _mask(
+    segments: Segments,
+    number: int,
+    first: int,
+    last: int,
+    window: int | None,
+    pad_queries: int,
+    pad_keys: int,
+    query: Tensor,
+) -> Tensor | None:
+    """Mask of queries ``first`` to ``last`` of a node: 0 or minus infinity in the dtype of ``query``, with padding,
+    [last - first + pad_queries, depth + last + pad_keys]. None means plain causal."""
     node = segments.nodes[number]
     start, stop = node.depth + first, node.depth + last
     if window is not None and window >= stop:
@@ -227,11 +282,12 @@ def _mask(segments: Segments, number: int, first: int, last: int, window: int | 
     if start == 0 and window is None and not pad_keys:
         return None
     key = (number, first, window)
-    if key not in segments.memo:  # the same in every layer
-        back = (torch.arange(start, stop + pad_queries, device=query.device)[:, None]
-                - torch.arange(stop + pad_keys, device=query.device))
+    if key not in segments.memo:  # computed once for all layers
+        back = torch.arange(start, stop + pad_queries, device=query.device)[:, None] - torch.arange(
+            stop + pad_keys, device=query.device
+        )
         hidden = back < 0 if window is None else (back < 0) | (back >= window)
-        hidden[last - first :] = False  # a padded query that saw nothing would be a NaN, also in the backward pass
+        hidden[last - first :] = False  # a padded query with no key would give NaN, also in the backward pass
         segments.memo[key] = torch.where(hidden, -math.inf, 0.0).to(query.dtype)
     return segments.memo[key]
 
@@ -239,16 +295,24 @@ def _mask(segments: Segments, number: int, first: int, last: int, window: int | 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, *_: Any) -> Tensor:
     grouped = query.shape[1] != key.shape[1]
     if grouped and query.is_cuda and mask is not None:
-        # With a mask CUDA's fused kernels want as many key heads as query heads.
+        # With a mask, CUDA's fused kernels need as many key heads as query heads.
         repeats = query.shape[1] // key.shape[1]
         key, value, grouped = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1), False
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling,
-                                          enable_gqa=grouped)
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
+    )
 
 
-def _scores_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float,
-                      softcap: float | None, sinks: Tensor | None) -> Tensor:
-    """Attention spelled out, in float32, for what the fused kernels lack: soft caps, sinks, values of another size."""
+def _scores_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention in plain torch with float32 scores, for soft caps, sinks and values of another head size."""
     repeats = query.shape[1] // key.shape[1]
     key, values = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     scores = (query @ key.transpose(-1, -2)).float() * scaling
@@ -266,7 +330,7 @@ def _scores_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | 
 
 
 class _Gather(torch.autograd.Function):
-    """rows[index]; the gradients of a shared prefix, one from each branch, are added up in float32."""
+    """rows[index]. The gradients of a shared prefix, one per branch, are summed in float32."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, index: Tensor) -> Tensor:
@@ -282,25 +346,40 @@ class _Gather(torch.autograd.Function):
         return total.index_add_(0, index, grad.float()).to(dtype), None
 
 
-def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float, window: int | None,
-            softcap: float | None) -> Tensor:
-    """All nodes in one call: causal attention is aligned to the last key, so a node's queries see the whole path."""
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float, window: int | None, softcap: float | None
+) -> Tensor:
+    """All nodes in one call. The kernels align the causal mask to the last key, so queries see the whole path."""
     rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
     keys, values = (_Gather.apply(tensor, segments.index) for tensor in rows[1:])
     window_left = -1 if window is None else window - 1
-    arguments = (rows[0].contiguous(), keys, values, segments.query_ends, segments.key_ends, segments.longest_query,
-                 segments.longest_key)
+    arguments = (
+        rows[0].contiguous(),
+        keys,
+        values,
+        segments.query_ends,
+        segments.key_ends,
+        segments.longest_query,
+        segments.longest_key,
+    )
     if segments.body == "flash":
-        out = _flash_varlen()(*arguments, softmax_scale=scaling, causal=True, window_size=(window_left, 0),
-                              **({} if softcap is None else {"softcap": softcap}))
+        out = _flash_varlen()(
+            *arguments,
+            softmax_scale=scaling,
+            causal=True,
+            window_size=(window_left, 0),
+            **({} if softcap is None else {"softcap": softcap}),
+        )
     else:
-        out = _torch_varlen()(*arguments, scale=scaling, window_size=(window_left, 0),
-                              enable_gqa=query.shape[1] != key.shape[1])
+        out = _torch_varlen()(
+            *arguments, scale=scaling, window_size=(window_left, 0), enable_gqa=query.shape[1] != key.shape[1]
+        )
     return out[None]
 
 
-def _flex(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float, window: int | None,
-          softcap: float | None) -> Tensor:
+def _flex(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float, window: int | None, softcap: float | None
+) -> Tensor:
     from torch.nn.attention.flex_attention import create_block_mask
 
     node_of, subtree_end, depths = segments.node_of, segments.subtree_end, segments.depths
@@ -315,8 +394,15 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling
     if window not in segments.memo:
         positions = query.shape[2]
         segments.memo[window] = create_block_mask(visible, None, None, positions, positions, device=query.device)
-    out = _compiled_flex()(query, key, value, block_mask=segments.memo[window], scale=scaling,
-                           score_mod=None if softcap is None else capped, enable_gqa=query.shape[1] != key.shape[1])
+    out = _compiled_flex()(
+        query,
+        key,
+        value,
+        block_mask=segments.memo[window],
+        scale=scaling,
+        score_mod=None if softcap is None else capped,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
     return out.transpose(1, 2)
 
 
@@ -324,7 +410,7 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling
 def _compiled_flex() -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
-    # Uncompiled it would build the scores of [T, T]; with static shapes it would compile for every micro-batch.
+    # Uncompiled it builds scores of [T, T]; with static shapes it would compile for every micro-batch.
     return torch.compile(flex_attention, dynamic=True)
 
 

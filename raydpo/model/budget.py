@@ -1,4 +1,4 @@
-"""How many token positions fit in one forward pass: measured on the device, not guessed from the model's name."""
+"""Token positions that fit in one forward pass, measured on the device."""
 
 from __future__ import annotations
 
@@ -13,44 +13,58 @@ import torch
 
 from raydpo.model.layout import PromptGroup
 
-__all__ = ["MOST_SCORED", "MOST_TRAINED", "Budget", "find_budget", "is_out_of_memory", "probe_group", "reset_peak_memory",
-           "used_memory"]
+__all__ = [
+    "MOST_SCORED",
+    "MOST_TRAINED",
+    "Budget",
+    "find_budget",
+    "is_out_of_memory",
+    "probe_group",
+    "reset_peak_memory",
+    "used_memory",
+]
 
 MOST_SCORED = {"cuda": 65536, "cpu": 4096}
-"""More positions at once are not faster: matrix products are large enough by then."""
+"""Most positions of a scoring pass, by device. More are not faster: the matrix products are large enough."""
 MOST_TRAINED = {"cuda": 65536, "cpu": 1024}
-"""The same for training, where each position keeps its activations: a step of 2,000 positions of a model of 135M parameters
-took as long in micro-batches of 1,024, in half the memory."""
+"""The same for training, where each position keeps its activations. With a model of 135M parameters a step of 2,000
+positions took as long in micro-batches of 1,024 positions, with half the memory."""
 PROBES = (256, 768)
+"""Positions of the two passes that are measured."""
 MARGIN = 0.8
-"""Share of the free memory that may be planned with: allocators fragment, and the backward pass adds a little."""
+"""Share of the free memory to use. The rest is for fragmentation and the backward pass."""
 STEP = 256
+"""Budgets are multiples of this many positions."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """A measured budget: token positions of one pass, and the bytes behind it."""
+    """A measured budget: token positions of one pass, bytes per position, and free bytes."""
 
     tokens: int
     bytes_per_token: float
     free_bytes: float
 
     def line(self) -> str:
-        return (f"tokens_per_batch: auto = {self.tokens} positions ({self.bytes_per_token / 2**20:.2f} MiB each measured, "
-                f"{self.free_bytes / 2**30:.1f} GiB free)")
+        """One line for the log."""
+        return (
+            f"tokens_per_batch: auto = {self.tokens} positions ({self.bytes_per_token / 2**20:.2f} MiB each measured, "
+            f"{self.free_bytes / 2**30:.1f} GiB free)"
+        )
 
 
-def find_budget(run: Callable[[int], object], device: torch.device, *, most: Mapping[str, int], share: float = 1.0,
-                reserve: float = 0.0) -> Budget:
-    """The largest budget that fits: memory grows linearly with positions, so two short passes tell.
+def find_budget(
+    run: Callable[[int], object], device: torch.device, *, most: Mapping[str, int], share: float = 1.0, reserve: float = 0.0
+) -> Budget:
+    """Find the largest budget that fits. Memory grows linearly with positions, so two short passes are enough.
 
     Args:
-        run: computes a pass of so many positions and returns what must stay alive (the graph, in training).
+        run: computes a pass of the given number of positions and returns what must stay alive (in training, the graph).
         most: ``MOST_SCORED`` or ``MOST_TRAINED``.
-        share: part of the device's memory that belongs to this process.
-        reserve: bytes that will be needed for something else.
+        share: share of the device's memory that this process may use, 0 to 1.
+        reserve: bytes to keep free for something else.
     """
-    run(PROBES[0])  # buffers that are made once
+    run(PROBES[0])  # allocates buffers that are made once
     small, large = (_peak(run, tokens, device) for tokens in PROBES)
     per_token = max((large - small) / (PROBES[1] - PROBES[0]), 1.0)
     free = max(0.0, _free(device, share) - reserve)
@@ -60,7 +74,7 @@ def find_budget(run: Callable[[int], object], device: torch.device, *, most: Map
 
 
 def probe_group(tokens: int, vocabulary: int) -> PromptGroup:
-    """A pair of ``tokens`` positions in all, half of them the prompt's."""
+    """A random pair of ``tokens`` positions in total, half of them in the prompt."""
     rng = np.random.default_rng(0)
     sizes = tokens // 2, tokens // 4, tokens - tokens // 2 - tokens // 4
     prompt, chosen, rejected = (rng.integers(0, vocabulary, size).astype(np.int32) for size in sizes)
@@ -68,25 +82,32 @@ def probe_group(tokens: int, vocabulary: int) -> PromptGroup:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch could not allocate, on a GPU or on the CPU."""
+    """Whether ``error`` says that torch could not allocate memory, on a GPU or a CPU."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and bool(re.search(r"can't allocate memory|out of memory|bad alloc", str(error)))
 
 
 def used_memory(device: torch.device) -> float:
-    """Peak bytes since ``reset_peak_memory``: of the GPU as torch allocated them, or of this process."""
+    """Peak bytes since ``reset_peak_memory``: allocated by torch on a GPU, or used by this process on a CPU.
+
+    0 on a CPU whose system has no /proc.
+    """
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
-    return _status("VmHWM")
+    try:
+        found = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+    except OSError:
+        return 0.0
+    return float(found[1]) * 1024 if found else 0.0
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Forget the peak so far: ``used_memory`` begins anew."""
+    """Start the peak of ``used_memory`` from what is in use now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    # Sets the process's high-water mark back to what it uses now. Where that is not allowed the mark only grows.
+    # Resets the process's high-water mark. Where the system does not allow it, the mark only grows.
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
@@ -114,20 +135,11 @@ def _free(device: torch.device, share: float) -> float:
 
 
 def _cgroup_free() -> float:
-    """What a container may still take; infinity where nothing limits it."""
+    """Bytes that a container may still use; infinity without a limit."""
     for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
         try:
             root = Path("/sys/fs/cgroup")
             return float((root / limit).read_text()) - float((root / used).read_text())
         except (OSError, ValueError):
-            continue  # not this version of control groups, or no limit
+            continue  # another version of control groups, or no limit
     return float("inf")
-
-
-def _status(field: str) -> float:
-    """A memory figure of this process, in bytes; 0 where the system does not tell."""
-    try:
-        found = re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())
-    except OSError:
-        return 0.0
-    return float(found[1]) * 1024 if found else 0.0

@@ -1,7 +1,6 @@
-"""The vocabulary projection, called with targets: log-probs of given tokens without the [tokens, vocab] tensor.
+"""Log-probs of given tokens from the vocabulary projection, without a [tokens, vocabulary] tensor.
 
-Asked for it, a head also tells how sure it is: the log of the sum over the vocabulary of p^2, the probability that two draws
-agree. It carries no gradient.
+On request a head also returns log sum_v p_v^2, the log-probability that two draws agree, without gradient.
 
 Shapes: N = predicted tokens, H = hidden size, V = vocabulary size, C = rows of one chunk.
 """
@@ -18,22 +17,22 @@ from torch.utils.checkpoint import checkpoint
 __all__ = ["CHUNK_BYTES", "LogitTransform", "attach_logp_head"]
 
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
-"""Memory of one chunk of float32 logits. Scoring needs one beyond the hidden states, training a few, whatever the number of
-tokens. On a GPU a chunk must have some hundred rows, or reading the weight takes longer than multiplying with it."""
+"""Bytes of one chunk of float32 logits. At any number of tokens, scoring needs one chunk besides the hidden states and
+training a few. On a GPU a chunk needs some hundred rows, or reading the weight takes longer than the product."""
 FLOAT32_BLOCK = 4096
-"""Rows of a bfloat16 head that a CPU widens at a time."""
+"""Rows of a bfloat16 head that a CPU converts to float32 at a time."""
 
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """What an architecture does to its logits after the projection: ``softcap * tanh(scale * logits / softcap)``."""
+    """An architecture's change of its logits after the projection: ``softcap * tanh(scale * logits / softcap)``."""
 
     scale: float = 1.0
     softcap: float | None = None
 
     @classmethod
     def of(cls, config: Any) -> LogitTransform:
-        """Read from a transformers configuration (Cohere's logit_scale, Granite's logits_scaling, Gemma's soft caps)."""
+        """Read a transformers configuration: Cohere's logit_scale, Granite's logits_scaling, Gemma's soft caps."""
         scale = float(getattr(config, "logit_scale", None) or 1.0)
         scale /= float(getattr(config, "logits_scaling", None) or 1.0)
         return cls(scale, getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None))
@@ -58,8 +57,8 @@ class LogitTransform:
 class _ChunkedLogps(torch.autograd.Function):
     """log softmax(transform(hidden @ weight.T + bias))[target] in chunks of rows.
 
-    The gradient of a row's hidden state is the row's slope times a number that only the loss knows. Where the head is frozen
-    (adapters), slopes are formed while the logits are there; else the backward pass computes the logits again.
+    The gradient of a row's hidden state is its slope (d logp / d hidden) times a number from the loss. With a frozen head
+    (adapters) the forward pass computes the slopes from its logits; otherwise the backward pass computes the logits again.
     """
 
     @staticmethod
@@ -76,7 +75,7 @@ class _ChunkedLogps(torch.autograd.Function):
             logps[rows] = logits.gather(1, targets[rows, None])[:, 0]
             transformed = logits.clone() if ctx.frozen and transform.softcap is not None else logits
             normalisers[rows] = _logsumexp_(logits)
-            # _logsumexp_ has left softmax times its normaliser in place of the logits.
+            # From here ``logits`` holds exp(logits - maximum), which _logsumexp_ leaves.
             if log_sum_sq:
                 agreement[rows] = _log_sum_sq(logits)
             if ctx.frozen:
@@ -100,7 +99,7 @@ class _ChunkedLogps(torch.autograd.Function):
         hidden, weight, bias, targets, normalisers = ctx.saved_tensors
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        # Many chunks add up in the weight's gradient: float32, or small contributions are rounded away.
+        # The weight's gradient sums many chunks. In bfloat16 small contributions would be rounded away.
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias and bias is not None else None
         for rows in _chunks(len(hidden), len(weight), hidden.device):
@@ -115,22 +114,26 @@ class _ChunkedLogps(torch.autograd.Function):
                 grad_hidden[rows] = grad @ weight
             if grad_weight is not None:
                 grad_weight += (grad.T @ hidden[rows].to(weight.dtype)).float()
-        return (grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype),
-                None if grad_bias is None else grad_bias.to(bias.dtype), *[None] * 4)
+        return (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+            *[None] * 4,
+        )
 
 
 def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """[C, H] -> float32 logits [C, V] that nobody else holds, so that they may be changed in place.
+    """Project [C, H] to new float32 logits [C, V], which the caller may change in place.
 
-    bfloat16 weights meet a hidden state of their own precision, but products are accumulated and returned in float32: logits
-    near 20 are an eighth apart in bfloat16, which was a third of the error of a log-prob.
+    With bfloat16 weights the hidden state is bfloat16 too, but products are accumulated and returned in float32: bfloat16
+    logits near 20 are 1/8 apart, which was a third of the error of a log-prob.
     """
     if weight.dtype == torch.float32:
         return nn.functional.linear(hidden.float(), weight, bias)
     if weight.is_cuda:
         logits = torch.mm(hidden.to(weight.dtype), weight.T, out_dtype=torch.float32)
     else:
-        # CPUs have no such product. A block of the weight at a time: its float32 copy stays in the processor's cache.
+        # CPUs have no such product. The weight is converted in blocks, whose float32 copy fits the processor's cache.
         hidden = hidden.to(weight.dtype).float()
         logits = hidden.new_empty(len(hidden), len(weight))
         for start in range(0, len(weight), FLOAT32_BLOCK):
@@ -140,31 +143,31 @@ def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _logsumexp_(logits: Tensor) -> Tensor:
-    """log of the sum of exp of each row; leaves exp(logits - their maximum) behind, for want of a second [C, V]."""
+    """log sum exp of each row. Overwrites ``logits`` with exp(logits - maximum) to avoid a second [C, V] tensor."""
     largest = logits.amax(-1, keepdim=True)
     return logits.sub_(largest).exp_().sum(-1).log_().add_(largest[:, 0])
 
 
 def _log_sum_sq(scaled: Tensor) -> Tensor:
-    """log sum_v p_v^2 of each row, from p times any factor [C, V]; without another [C, V]."""
+    """log sum_v p_v^2 of each row, from ``scaled`` = p times any factor [C, V]. Needs no second [C, V] tensor."""
     return 2 * (torch.linalg.vector_norm(scaled, dim=-1).log() - scaled.sum(-1).log())
 
 
 def _add_onehot(slope: Tensor, targets: Tensor) -> Tensor:
-    """Add 1 where each row's target is, in place."""
+    """Add 1 at each row's target, in place."""
     return slope.scatter_add_(1, targets[:, None], torch.ones_like(slope[:, :1]))
 
 
 def _chunks(rows: int, vocabulary: int, device: torch.device) -> list[slice]:
-    """Rows whose logits exist at the same time."""
+    """Chunks of rows whose logits take at most ``CHUNK_BYTES``."""
     size = max(1, CHUNK_BYTES[device.type] // (4 * vocabulary))
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
 class _LogpLinear(nn.Linear):
-    """An output projection that answers with log-probs when it is called with targets.
+    """Output projection that returns log-probs when it is called with targets.
 
-    The module that owns the weight does the whole computation, so that ZeRO-3's hooks gather the weight once around it.
+    The module that owns the weight does the whole computation, so ZeRO-3's hooks gather the weight once around it.
     """
 
     logit_transform: LogitTransform
@@ -173,20 +176,22 @@ class _LogpLinear(nn.Linear):
     def weight_dtype(self) -> torch.dtype:
         return self.weight.dtype
 
-    def forward(self, hidden: Tensor, targets: Tensor | None = None, log_sum_sq: bool = False
-                ) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self, hidden: Tensor, targets: Tensor | None = None, log_sum_sq: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
         if targets is None:
             return super().forward(hidden)
-        return _ChunkedLogps.apply(hidden, self.weight, self.bias, targets, self.logit_transform, torch.is_grad_enabled(),
-                                   log_sum_sq)
+        return _ChunkedLogps.apply(
+            hidden, self.weight, self.bias, targets, self.logit_transform, torch.is_grad_enabled(), log_sum_sq
+        )
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Float32 logits [C, V] as the architecture transforms them; without gradient."""
+        """Float32 logits [C, V] after the architecture's transform, without gradient."""
         return self.logit_transform(_project(hidden, self.weight, self.bias))
 
 
 class _AnyHead(nn.Module):
-    """Log-probs through a head of any kind (an adapter on the head, say): chunks of rows, each recomputed."""
+    """Log-probs through any other head, such as one with an adapter: in chunks of rows, recomputed in the backward pass."""
 
     def __init__(self, head: nn.Module, transform: LogitTransform, vocabulary: int) -> None:
         super().__init__()
@@ -208,16 +213,17 @@ class _AnyHead(nn.Module):
                 return logps
             return torch.stack((logps, torch.logsumexp(2 * logits, dim=-1) - 2 * normalisers))
 
-        pieces = [checkpoint(rows_logps, hidden[rows], targets[rows], use_reentrant=False)
-                  for rows in _chunks(len(targets), self.vocabulary, hidden.device)]
-        found = torch.cat(pieces, dim=-1) if pieces else \
-            hidden.new_zeros((2, 0) if log_sum_sq else 0, dtype=torch.float32)
+        pieces = [
+            checkpoint(rows_logps, hidden[rows], targets[rows], use_reentrant=False)
+            for rows in _chunks(len(targets), self.vocabulary, hidden.device)
+        ]
+        found = torch.cat(pieces, dim=-1) if pieces else hidden.new_zeros((2, 0) if log_sum_sq else 0, dtype=torch.float32)
         return (found[0], found[1].detach()) if log_sum_sq else found
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Float32 logits [C, V] as the architecture transforms them."""
-        # Copies, since autograd may have kept what a transform in place would change.
-        logits = self.head(hidden.to(self.weight_dtype)).float()  # a float32 stream meets bfloat16 weights
+        """Float32 logits [C, V] after the architecture's transform."""
+        # Not in place: autograd may have saved these tensors.
+        logits = self.head(hidden.to(self.weight_dtype)).float()  # the stream is float32, weights may be bfloat16
         if self.transform.scale != 1.0:
             logits = logits * self.transform.scale
         if self.transform.softcap is not None:
@@ -226,11 +232,10 @@ class _AnyHead(nn.Module):
 
 
 def attach_logp_head(causal_lm: nn.Module) -> nn.Module:
-    """The callable ``(hidden [N, H], targets [N]) -> float32 log-probs [N]`` of ``causal_lm``'s output projection, which
-    with ``log_sum_sq=True`` gives a second [N], log sum_v p_v^2.
+    """Return ``causal_lm``'s output projection as ``(hidden [N, H], targets [N]) -> float32 log-probs [N]``.
 
-    A plain linear head is converted in place: its weight, its name in the state dict and its tying to the embedding
-    stay, and without targets it still returns logits.
+    With ``log_sum_sq=True`` it also returns log sum_v p_v^2, [N]. A plain linear head is converted in place: its weight, its
+    name in the state dict and its tying to the embedding stay, and without targets it still returns logits.
     """
     head = causal_lm.get_output_embeddings()
     config = causal_lm.config.get_text_config()

@@ -1,4 +1,4 @@
-"""Models from disk or hub: safetensors only, dropout off, adapters on top."""
+"""Loading causal language models: safetensors only, dropout off, adapters added."""
 
 from __future__ import annotations
 
@@ -28,61 +28,85 @@ def torch_dtype(name: str) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
-def load_causal_lm(path: str | Path, dtype: str, *, rope_length: int | None, adapter: str | None = None,
-                   quantization: str | None = None, train_adapter: bool = False, trust_remote_code: bool = False,
-                   device: torch.device | str = "cpu") -> nn.Module:
-    """A causal LM in evaluation mode, without dropout, its adapter (if any) merged into nothing: left as a PEFT model.
+def load_causal_lm(
+    path: str | Path,
+    dtype: str,
+    *,
+    rope_length: int | None,
+    adapter: str | None = None,
+    quantization: str | None = None,
+    train_adapter: bool = False,
+    trust_remote_code: bool = False,
+    device: torch.device | str = "cpu",
+) -> nn.Module:
+    """Load a causal LM in evaluation mode, without dropout. An adapter is not merged: the result is then a PEFT model.
 
     Args:
         path: local directory with config.json and safetensors weights (see ``reference.identity.resolve_model``).
         dtype: ``float32`` or ``bfloat16``, the precision of weights and compute.
-        rope_length: of the identity, see ``model.rotary``; a model that needs it and is not given it is refused.
+        rope_length: see ``model.rotary.rope_length``. None is refused if the model's rotary frequencies depend on a length.
         quantization: ``4bit``, ``8bit`` or None, see ``config.ModelConfig.quantization``.
         train_adapter: leave the adapter's weights trainable.
 
     Raises:
-        ModelError: if it is not there, is stored as pickle, is not a causal LM, or its files or the adapter's do not hold
-            all of its weights.
+        ModelError: if the directory is missing, holds pickled weights or no causal LM, or if weights of the model or the
+            adapter are missing.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     path = str(path)
-    model_files(path, trust_remote_code)  # what is loaded must be what is hashed
+    model_files(path, trust_remote_code)  # refuses files that are not hashed as they are loaded
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         if getattr(config, "is_encoder_decoder", False):
             raise ModelError(f"{path} is an encoder-decoder model; raydpo trains decoder-only (causal) language models")
         for key in dropout_settings(config.to_dict()):
             setattr(config, key, 0.0)
-        quantized = {} if quantization is None else {
-            "quantization_config": _quantized(quantization, dtype), "device_map": {"": torch.device(device)}}
+        quantized = (
+            {}
+            if quantization is None
+            else {"quantization_config": _quantized(quantization, dtype), "device_map": {"": torch.device(device)}}
+        )
         model, found = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=torch_dtype(dtype), use_safetensors=True, trust_remote_code=trust_remote_code,
-            output_loading_info=True, ignore_mismatched_sizes=True, **quantized)
+            path,
+            config=config,
+            dtype=torch_dtype(dtype),
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **quantized,
+        )
         refuse_gaps(path, found)
         fix_rotary(model, rope_length)
         if adapter is not None:
             own = {id(parameter) for parameter in model.parameters()}
             with _whole_biases(model):
                 model = load_adapter(model, adapter, train=train_adapter)
-            # The adapter's alone. The model keeps what transformers keeps in float32, above all the rotary frequencies.
+            # Only the adapter is converted. transformers keeps some tensors of the model in float32.
             for parameter in model.parameters():
                 if id(parameter) not in own:
                     parameter.data = parameter.data.to(torch_dtype(dtype))
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         if isinstance(error, ModelError) or (isinstance(error, RuntimeError) and not _of_weights(error)):
             raise
-        raise ModelError(f"cannot load the model {path!r}"
-                         f"{f' with adapter {adapter!r}' if adapter else ''}: {' '.join(str(error).split())}") from error
-    model = _without_dropout(model).eval()
-    return model if quantization is not None else model.to(device)  # bitsandbytes has put it there while loading
+        raise ModelError(
+            f"cannot load the model {path!r}"
+            f"{f' with adapter {adapter!r}' if adapter else ''}: {' '.join(str(error).split())}"
+        ) from error
+    for module in model.modules():  # modules may have a probability that is not in the configuration
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    model.eval()
+    return model if quantization is not None else model.to(device)  # bitsandbytes loads to the device itself
 
 
 @contextlib.contextmanager
 def _whole_biases(model: nn.Module) -> Iterator[None]:
-    """Under ZeRO-3 biases are gathered while an adapter that holds some is loaded: PEFT copies them into the model's."""
-    shared = [parameter for name, parameter in model.named_parameters()
-              if name.endswith("bias") and hasattr(parameter, "ds_id")]
+    """Gather biases under ZeRO-3 while an adapter is loaded, since PEFT may copy biases into the model's."""
+    shared = [
+        parameter for name, parameter in model.named_parameters() if name.endswith("bias") and hasattr(parameter, "ds_id")
+    ]
     if not shared:
         yield
         return
@@ -93,7 +117,7 @@ def _whole_biases(model: nn.Module) -> Iterator[None]:
 
 
 def _of_weights(error: RuntimeError) -> bool:
-    """Whether transformers says that weights do not fit; other errors are of memory or of devices."""
+    """Whether transformers reports weights that do not fit. Other errors come from memory or devices."""
     return "loading state_dict" in str(error) or "conversion of the weights" in str(error)
 
 
@@ -101,24 +125,30 @@ def _quantized(quantization: str, dtype: str) -> Any:
     from transformers import BitsAndBytesConfig
 
     if quantization == "4bit":
-        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                                  bnb_4bit_compute_dtype=torch_dtype(dtype))
-    # Above a threshold int8 computes whole columns in 16 bits, chosen by all tokens of a batch: not a function of a row.
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch_dtype(dtype),
+        )
+    # With a threshold, int8 computes some columns in 16 bits, chosen by all tokens of the batch. Rows would depend on
+    # other rows.
     return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
 
 
 def freeze_matching(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Switch off the gradient of parameters whose name contains one of the regular expressions.
+    """Turn off the gradient of parameters whose name matches one of the regular expressions (``re.search``).
 
     Raises:
-        ModelError: if one matches nothing, or nothing is left to train.
+        ModelError: if an expression matches nothing, or nothing is left to train.
     """
     names = dict(model.named_parameters())
     for pattern in patterns:
         found = [name for name in names if re.search(pattern, name)]
         if not found:
-            raise ModelError(f"model.freeze: {pattern!r} is in the name of no parameter; names look like "
-                             f"{', '.join(list(names)[:3])}")
+            raise ModelError(
+                f"model.freeze: {pattern!r} matches no parameter; the names look like {', '.join(list(names)[:3])}"
+            )
         for name in found:
             names[name].requires_grad_(False)
     if not any(parameter.requires_grad for parameter in names.values()):
@@ -126,7 +156,7 @@ def freeze_matching(model: nn.Module, patterns: Sequence[str]) -> None:
 
 
 def add_lora(model: nn.Module, lora: LoraSettings, seed: int) -> nn.Module:
-    """``model`` with fresh trainable adapters, all else frozen. Their output is zero, so the policy is the model.
+    """Add new trainable adapters to ``model`` and freeze everything else. Their initial output is zero.
 
     Raises:
         ModelError: if no module matches ``lora.target_modules``.
@@ -138,30 +168,37 @@ def add_lora(model: nn.Module, lora: LoraSettings, seed: int) -> nn.Module:
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
     torch.manual_seed(seed)
     try:
-        return fuse_adapters(get_peft_model(model, LoraConfig(
-            r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM",
-            use_dora=lora.dora, use_rslora=lora.rslora)))
+        return fuse_adapters(
+            get_peft_model(
+                model,
+                LoraConfig(
+                    r=lora.r,
+                    lora_alpha=lora.alpha,
+                    lora_dropout=lora.dropout,
+                    target_modules=targets,
+                    task_type="CAUSAL_LM",
+                    use_dora=lora.dora,
+                    use_rslora=lora.rslora,
+                ),
+            )
+        )
     except ValueError as error:
-        raise ModelError(f"model.lora.target_modules {lora.target_modules!r} does not fit this model: "
-                         f"{' '.join(str(error).split())}") from error
+        raise ModelError(
+            f"model.lora.target_modules {lora.target_modules!r} does not fit this model: {' '.join(str(error).split())}"
+        ) from error
 
 
 def dropout_settings(config: dict[str, Any]) -> dict[str, float]:
-    """The dropout probabilities of a model configuration: resid_pdrop, attention_dropout and their like."""
-    return {key: value for key, value in config.items()
-            if "drop" in key and isinstance(value, float) and value > 0 and not key.startswith("_")}
+    """Dropout probabilities above 0 in a model configuration, such as resid_pdrop and attention_dropout."""
+    return {
+        key: value
+        for key, value in config.items()
+        if "drop" in key and isinstance(value, float) and value > 0 and not key.startswith("_")
+    }
 
 
 def restore_dropout(config_file: Path, original: dict[str, float]) -> None:
-    """Give a saved config.json back the dropout of the model it came from, since training only switched it off."""
+    """Write the original dropout probabilities back to a saved config.json; training only turned them off."""
     if original:
         tree = json.loads(config_file.read_text())
         config_file.write_text(json.dumps(tree | original, indent=2, sort_keys=True) + "\n")
-
-
-def _without_dropout(model: nn.Module) -> nn.Module:
-    """Belt and braces: gradient checkpointing needs train mode, and a module may hold a probability of its own."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return model

@@ -1,4 +1,4 @@
-"""One code path for scoring, training and evaluation: groups of completions in, per-token log-probs out.
+"""The model that scoring, training and evaluation share: groups of completions in, log-probs of their tokens out.
 
 Shapes: N = predicted tokens of all completions of a micro-batch, H = hidden size.
 """
@@ -22,21 +22,21 @@ __all__ = ["LogpModel"]
 
 
 class LogpModel(nn.Module):
-    """A causal language model that answers with the log-probs of completion tokens.
+    """A causal language model that returns the log-probs of completion tokens.
 
     Args:
         policy: a transformers causal LM, or a PEFT model around one.
 
     Attributes:
-        method: the layout in use; padded rows until ``use`` says otherwise (see ``model.selfcheck``).
+        method: the layout in use; padded rows until ``use`` is called (see ``model.selfcheck``).
         float32_stream: whether bfloat16 layers work on a float32 residual stream.
-        group: ranks that share the positions of every micro-batch, or None. All of them call ``forward`` at the same time.
+        group: ranks that share the positions of each micro-batch, or None. All of them call ``forward`` together.
     """
 
     def __init__(self, policy: nn.Module) -> None:
         super().__init__()
         self.policy = policy
-        # Kept out of the module tree (in a tuple): these are parts of ``policy`` and must not be registered twice.
+        # In a tuple, so that torch does not register these parts of ``policy`` a second time.
         causal_lm = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
         backbone = getattr(causal_lm, causal_lm.base_model_prefix, None)
         self._parts = (causal_lm, causal_lm.get_decoder() if backbone is None else backbone, attach_logp_head(causal_lm))
@@ -47,13 +47,17 @@ class LogpModel(nn.Module):
         self.train(policy.training)
 
     def train(self, mode: bool = True) -> LogpModel:
-        """Put into training mode only what needs it, gradient checkpointing. All else computes as in evaluation, as the
-        reference was scored; routers, for one, draw noise in training mode."""
+        """Set training mode only on modules with gradient checkpointing, which needs it.
+
+        All other modules compute as in evaluation mode, as the reference was scored. Routers, for example, add noise in
+        training mode.
+        """
         super().train(mode)
         for module in self.modules():
-            # On a CPU bitsandbytes packs weights that compute in evaluation mode, for good, and has no gradient then.
+            # On a CPU, bitsandbytes in evaluation mode packs 4-bit weights permanently and then has no gradient.
             module.training = type(module).__name__ == "Linear4bit" or (
-                mode and (module is self or hasattr(module, "gradient_checkpointing")))
+                mode and (module is self or hasattr(module, "gradient_checkpointing"))
+            )
         return self
 
     @property
@@ -65,7 +69,7 @@ class LogpModel(nn.Module):
         return self.causal_lm.config.get_text_config().vocab_size
 
     def use(self, method: Method) -> None:
-        """Compute micro-batches this way from now on."""
+        """Use ``method`` for all following micro-batches."""
         self.method = method
         if method.body is not None:
             attention.register()
@@ -73,7 +77,7 @@ class LogpModel(nn.Module):
 
     @contextlib.contextmanager
     def own_attention(self) -> Iterator[None]:
-        """The model as transformers made it, for generation; not for a forward whose backward comes later."""
+        """Restore transformers' attention for generation. Do not run a forward pass here that needs a backward pass."""
         self._set_attention(self._own_attention)
         try:
             yield
@@ -81,16 +85,19 @@ class LogpModel(nn.Module):
             self.use(self.method)
 
     def lay_out(self, groups: Sequence[PromptGroup]) -> Layout:
+        """CPU tensors of a micro-batch in the layout in use; in a group of ranks, this rank's part."""
         layout = lay_out(groups, self.method)
         return layout if self.group is None else layout.part(self.group)
 
     def forward(self, layout: Layout, log_sum_sq: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """Natural-log probabilities of the layout's targets, float32 [N]; with ``log_sum_sq`` also the log of the sum of the
-        squared probabilities of each whole distribution, [N], without gradient.
+        """Log-probs (natural logarithm) of the layout's targets, float32 [N].
 
-        With bfloat16 weights the products of the layers are bfloat16, but the residual stream, the norms and the rotary
-        embedding are float32 (autocast does that to a stream that starts as float32), and so are the logits. It halves
-        the distance to the log-probs of a float32 model at a few percent of the time.
+        With bfloat16 weights the products of the layers are bfloat16. The residual stream, norms, rotary embeddings and
+        logits are float32: autocast keeps a stream float32 that starts as float32. This halves the distance to the log-probs
+        of a float32 model and takes a few percent more time.
+
+        Args:
+            log_sum_sq: also return log sum_v p_v^2 over the vocabulary, [N], without gradient.
         """
         head, hidden = self._parts[2], self.hidden(layout)  # [N, H]
         found = head(hidden, layout.targets, log_sum_sq=True) if log_sum_sq else (head(hidden, layout.targets),)
@@ -114,17 +121,17 @@ class LogpModel(nn.Module):
 
     @torch.no_grad()
     def log_distribution(self, hidden: Tensor) -> Tensor:
-        """Log-probs of the whole vocabulary, float32 [C, V], at hidden states [C, H]: few enough that they fit."""
+        """Log-probs of the whole vocabulary, float32 [C, V], at hidden states [C, H]. The caller keeps C small."""
         return self._parts[2].logits(hidden).log_softmax(-1)
 
     @torch.no_grad()
     def score(self, groups: Sequence[PromptGroup], device: torch.device) -> list[tuple[np.ndarray, ...]]:
-        """Per-token float32 log-probs of every completion, by group: one forward pass, no gradient."""
+        """float32 log-probs of each token of each completion, by group, from one forward pass without gradient."""
         return self.score_layout(self.lay_out(groups).to(device), groups)
 
     @torch.no_grad()
     def score_layout(self, layout: Layout, groups: Sequence[PromptGroup]) -> list[tuple[np.ndarray, ...]]:
-        """The same for groups that are laid out and on the device already."""
+        """The same for groups whose layout is already on the device."""
         pieces = iter(np.split(self(layout).cpu().numpy(), np.cumsum(layout.lengths)[:-1]))
         return [tuple(next(pieces) for _ in group.completions) for group in groups]
 

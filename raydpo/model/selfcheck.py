@@ -1,8 +1,8 @@
-"""Which layout is exact for a model? Asked of the model, not of a list of names.
+"""Self-check at load: which layouts are exact for a model, found by trying them instead of by a list of names.
 
-The prefix tree is exact where tokens meet in attention alone, and where attention takes its positions and its window from
-what it is given. Recurrent layers, ALiBi, or a window that lives in a mask break that without raising an error. So at load
-each layout is compared with the plain model, one completion at a time, on rows made to tell them apart.
+The prefix tree is exact if tokens affect each other only in attention, and if attention uses the positions and the window it
+is given. Recurrent layers, ALiBi, or a window built into a mask break that without an error. So at load each layout is
+compared with the plain model, one completion at a time, on rows chosen to show a difference.
 """
 
 from __future__ import annotations
@@ -30,40 +30,41 @@ Wish = Literal["auto", "tree", "packed", "padded"]
 """``model.layout``."""
 
 TOLERANCES = {torch.float32: 5e-5, torch.bfloat16: 0.25}
-"""Nats a token, mean over the tokens of a case, by precision. Rounding was 1e-5 and 0.08 with a trained model of 30 layers.
-What bfloat16 would hide is found in float32, on a small twin of the model."""
+"""Largest mean difference over the tokens of a case, in nats a token, by precision. Rounding was 1e-5 and 0.08 with a
+trained model of 30 layers. A small float32 copy of the model (the twin) shows differences that bfloat16 would hide."""
 TWIN_LAYERS = 4
 TWIN_WIDTH = 64
 TWIN_VOCABULARY = 128
 TWIN_GAIN = 3.0
-"""Initial weights are so small that layers hardly act; times this, a layout that is wrong is wrong by a tenth of a nat."""
+"""Factor on the twin's initial weights, which are so small that layers hardly matter. With it a wrong layout is wrong by 0.1
+nats."""
 CHECK_ROWS = 2
-"""Groups of the data that are looked at, beside the crafted ones."""
+"""Groups of the data to check, besides the built-in ones."""
 CHECK_WINDOW = 12
-"""Sliding windows are narrowed to this while checking, so that short rows reach beyond them."""
+"""Sliding windows are narrowed to this many tokens during the check, so that short rows are longer than the window."""
 
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What was chosen, and the mean gap in nats a token of each layout tried (or why it could not run)."""
+    """The chosen layout, and a line for the log with the difference of each layout that was tried."""
 
     method: Method
     line: str
-    gaps: dict[str, float | str]
 
 
 @torch.no_grad()
-def choose_layout(model: LogpModel, device: torch.device, wish: Wish = "auto",
-                  rows: Sequence[PromptGroup] = ()) -> CheckReport:
-    """Check the layouts and make ``model`` use the best that is exact.
+def choose_layout(
+    model: LogpModel, device: torch.device, wish: Wish = "auto", rows: Sequence[PromptGroup] = ()
+) -> CheckReport:
+    """Check the layouts and make ``model`` use the fastest exact one.
 
     Args:
-        wish: ``auto``, or the layout that must be used.
-        rows: groups of the data, of which ``CHECK_ROWS`` are taken, shortened; crafted ones are always added.
+        wish: ``auto``, or the layout to use.
+        rows: groups of the data; ``CHECK_ROWS`` of them are checked, shortened, besides the built-in cases.
 
     Raises:
-        ModelError: if the layout wished for is wrong for this model, with the difference; or if even padded rows are not
-            what the model's own logits say.
+        ModelError: if the requested layout is wrong for this model, or if even padded rows differ from the model's own
+            logits.
     """
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
     tolerance = TOLERANCES[dtype]
@@ -71,13 +72,16 @@ def choose_layout(model: LogpModel, device: torch.device, wish: Wish = "auto",
     config = model.causal_lm.config.get_text_config()
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     bodies = available_bodies(device, dtype, head_size) if hasattr(config, "num_attention_heads") else ()
-    methods = {"tree": [Method("tree", body) for body in bodies], "packed": [Method("packed", body) for body in bodies],
-               "padded": [PADDED]}
+    methods = {
+        "tree": [Method("tree", body) for body in bodies],
+        "packed": [Method("packed", body) for body in bodies],
+        "padded": [PADDED],
+    }
     order = [method for kind in methods.values() for method in kind] if wish == "auto" else methods[wish]
     gaps: dict[str, float | str] = {}
     oracle = _Oracle(model, _cases(model.vocabulary, rows), device)
     if dtype == torch.bfloat16:
-        # Some norms refuse a stream that is wider than their weights.
+        # Some norms fail on a float32 stream with bfloat16 weights.
         model.float32_stream = True
         model.float32_stream = not isinstance(oracle.worst_gap(PADDED), str)
     for method in order:
@@ -89,32 +93,38 @@ def choose_layout(model: LogpModel, device: torch.device, wish: Wish = "auto",
         gaps[str(method)] = gap
         if isinstance(gap, float) and gap <= tolerance:
             model.use(method)
-            return CheckReport(method, _line(method, gaps, tolerance), gaps)
+            return CheckReport(method, _line(method, gaps, tolerance))
     model.use(PADDED)
     told = "; ".join(f"{name}: {_say(gap)}" for name, gap in gaps.items())
     if wish in ("auto", "padded"):
-        raise ModelError(f"{type(model.causal_lm).__name__} cannot be scored exactly: log-probs from its hidden states and "
-                         f"head differ from its own logits ({told}; tolerance {tolerance:g}). Please report it")
-    raise ModelError(f"model.layout={wish} is wrong for {type(model.causal_lm).__name__}: {told} (tolerance {tolerance:g} "
-                     "nats a token against one completion at a time). Use model.layout=auto")
+        raise ModelError(
+            f"{type(model.causal_lm).__name__} cannot be scored exactly: log-probs from its hidden states and "
+            f"head differ from its own logits ({told}; tolerance {tolerance:g}). Please report it"
+        )
+    raise ModelError(
+        f"model.layout={wish} is wrong for {type(model.causal_lm).__name__}: {told} (tolerance {tolerance:g} "
+        "nats a token against one completion at a time). Use model.layout=auto"
+    )
 
 
 @torch.no_grad()
 def share_positions(model: LogpModel, device: torch.device, group: SequenceGroup, rows: Sequence[PromptGroup] = ()) -> str:
-    """Let the ranks of ``group`` compute every micro-batch of ``model`` together from now on, if the numbers are the same.
+    """Let the ranks of ``group`` share the positions of every micro-batch of ``model``, after checking the log-probs.
 
-    All of them call it, after ``choose_layout``, with the same ``rows``.
+    All ranks call it, after ``choose_layout``, with the same ``rows``.
 
     Returns:
-        A line for the user.
+        A line for the log.
 
     Raises:
-        ModelError: if the layout chosen cannot be divided, or the log-probs differ.
+        ModelError: if the layout cannot be divided, or the log-probs differ from those of one device.
     """
     if model.method.layout == "padded":
-        raise ModelError(f"sequence_parallel {group.size} divides the positions of a prefix tree or a pack, but this model "
-                         "is computed in padded rows, because it mixes positions outside attention or model.layout says "
-                         "so; set sequence_parallel to 1")
+        raise ModelError(
+            f"sequence_parallel {group.size} divides the positions of a prefix tree or a pack, but this model "
+            "is computed in padded rows, because it mixes positions outside attention or because of "
+            "model.layout; set sequence_parallel to 1"
+        )
     gap = 0.0
     with _narrow_windows(model.causal_lm):
         for groups in _cases(model.vocabulary, rows).values():
@@ -125,19 +135,21 @@ def share_positions(model: LogpModel, device: torch.device, group: SequenceGroup
             gap = max(gap, float(np.abs(_flat(together) - _flat(alone)).mean()))
     tolerance = TOLERANCES[next(one.dtype for one in model.parameters() if one.is_floating_point())]
     if not gap <= tolerance:
-        raise ModelError(f"sequence_parallel {group.size} is wrong for {type(model.causal_lm).__name__}: its log-probs "
-                         f"differ by {gap:.2g} nats a token from those of one device (tolerance {tolerance:g}); set it to 1")
+        raise ModelError(
+            f"sequence_parallel {group.size} is wrong for {type(model.causal_lm).__name__}: its log-probs "
+            f"differ by {gap:.2g} nats a token from those of one device (tolerance {tolerance:g}); set it to 1"
+        )
     return f"sequence parallel: {group.size} devices compute each micro-batch together, {_say(gap)} from one alone"
 
 
 @torch.no_grad()
 def check_training_mode(model: LogpModel, device: torch.device) -> None:
-    """Training must compute what was scored: a pass in training mode is that in evaluation mode, bit for bit.
+    """Check that a pass in training mode gives the same log-probs as in evaluation mode, in which the reference is scored.
 
     Leaves the model in training mode.
 
     Raises:
-        ModelError: if they differ, with the module that makes the difference.
+        ModelError: if they differ, naming the module that causes it.
     """
     groups = [group for case in _cases(model.vocabulary, ()).values() for group in case]
 
@@ -153,18 +165,23 @@ def check_training_mode(model: LogpModel, device: torch.device) -> None:
         return float(np.abs(score(mode, quiet) - wanted).mean())
 
     differs = gap(True)
-    # Where a kernel adds up in any order, two passes of one mode differ as well.
+    # Kernels with a random summation order differ between two passes of the same mode, too.
     if differs > 0 and not differs <= 4 * gap(False):
         model.train()
         kinds: dict[type[nn.Module], dict[str, nn.Module]] = {}
         for name, module in model.named_modules():
             if module is not model and module.training:
                 kinds.setdefault(type(module), {})[name] = module
-        found = [f"{kind.__name__} ({next(iter(modules))})" for kind, modules in kinds.items()
-                 if gap(True, tuple(modules.values())) < 0.1 * differs]
-        raise ModelError(f"{type(model.causal_lm).__name__} computes other log-probs in training mode than those the "
-                         f"reference was scored with: {found[0] if found else 'something in it'} asks for the mode it is "
-                         "in, for noise or dropout of its own; set that to 0 in config.json")
+        found = [
+            f"{kind.__name__} ({next(iter(modules))})"
+            for kind, modules in kinds.items()
+            if gap(True, tuple(modules.values())) < 0.1 * differs
+        ]
+        raise ModelError(
+            f"{type(model.causal_lm).__name__} computes other log-probs in training mode than in evaluation "
+            f"mode, in which the reference is scored: {found[0] if found else 'one of its modules'} adds noise "
+            "or dropout; set that to 0 in config.json"
+        )
     model.train()
 
 
@@ -174,8 +191,10 @@ def _flat(scored: Sequence[tuple[np.ndarray, ...]]) -> np.ndarray:
 
 def _line(method: Method, gaps: dict[str, float | str], tolerance: float) -> str:
     refused = [f"{name} refused, {_say(gap)}" for name, gap in gaps.items() if name != str(method)]
-    return (f"layout: {method}, {_say(gaps[str(method)])} from one completion at a time"
-            f"{'; ' + '; '.join(refused) + f' (tolerance {tolerance:g})' if refused else ''}")
+    return (
+        f"layout: {method}, {_say(gaps[str(method)])} from one completion at a time"
+        f"{'; ' + '; '.join(refused) + f' (tolerance {tolerance:g})' if refused else ''}"
+    )
 
 
 def _say(gap: float | str) -> str:
@@ -183,18 +202,23 @@ def _say(gap: float | str) -> str:
 
 
 class _Oracle:
-    """The plain model on the cases, one completion at a time, with its sliding windows narrowed."""
+    """Expected log-probs: the plain model on the cases, one completion at a time, with narrowed sliding windows."""
 
     def __init__(self, model: LogpModel, cases: dict[str, list[PromptGroup]], device: torch.device) -> None:
         self.model, self.cases, self.device = model, cases, device
         model.use(PADDED)
         with _narrow_windows(model.causal_lm):
-            self.expected = {case: [_by_definition(model.causal_lm, group.prompt, completion, device)
-                                    for group in groups for completion in group.completions]
-                             for case, groups in cases.items()}
+            self.expected = {
+                case: [
+                    _by_definition(model.causal_lm, group.prompt, completion, device)
+                    for group in groups
+                    for completion in group.completions
+                ]
+                for case, groups in cases.items()
+            }
 
     def worst_gap(self, method: Method) -> float | str:
-        """Largest, over cases, of the mean absolute difference of a token; or the error, where it cannot run."""
+        """Largest mean absolute difference of a case, in nats a token; or the error, if the layout cannot run."""
         worst = 0.0
         try:
             self.model.use(method)
@@ -206,13 +230,13 @@ class _Oracle:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            # Whatever an architecture does with what it does not know: this layout is not for it.
+            # Architectures fail in any way on an unknown layout. Any error means that the layout is not supported.
             return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
         return worst
 
 
 def _twin(causal_lm: nn.Module) -> _Oracle | str:
-    """A few layers of the same architecture with random float32 weights, or why there is none."""
+    """A small model of the same architecture with random float32 weights, or the reason why there is none."""
     config = copy.deepcopy(causal_lm.config)
     text = config.get_text_config()
     try:
@@ -223,7 +247,7 @@ def _twin(causal_lm: nn.Module) -> _Oracle | str:
                 setattr(text, name, 0)
         layers = min(TWIN_LAYERS, text.num_hidden_layers)
         if getattr(text, "layer_types", None):
-            # Where kinds of layers alternate, as many as it takes to have each.
+            # Enough layers to have one of each kind.
             kinds = text.layer_types
             layers = max(layers, max(kinds.index(kind) + 1 for kind in set(kinds)))
             text.layer_types = kinds[:layers]
@@ -257,20 +281,24 @@ def _cases(vocabulary: int, rows: Sequence[PromptGroup]) -> dict[str, list[Promp
     cases = {
         "a long prompt": [PromptGroup(tokens(64), (tokens(9), tokens(5)))],
         "completions of one token": [PromptGroup(tokens(20), (tokens(1), tokens(1)))],
-        "two prompts in a row": [PromptGroup(tokens(11), (tokens(7), tokens(12))),
-                                 PromptGroup(tokens(23), (tokens(14), tokens(3)))],
-        "a shared system prompt": [PromptGroup(np.concatenate([system, tokens(8)]), (tokens(10), tokens(6)))
-                                   for _ in range(2)],
+        "two prompts in a row": [
+            PromptGroup(tokens(11), (tokens(7), tokens(12))),
+            PromptGroup(tokens(23), (tokens(14), tokens(3))),
+        ],
+        "a shared system prompt": [
+            PromptGroup(np.concatenate([system, tokens(8)]), (tokens(10), tokens(6))) for _ in range(2)
+        ],
     }
     if rows:
-        cases["rows of the data"] = [PromptGroup(group.prompt[-96:], tuple(one[:48] for one in group.completions))
-                                     for group in rows[:CHECK_ROWS]]
+        cases["rows of the data"] = [
+            PromptGroup(group.prompt[-96:], tuple(one[:48] for one in group.completions)) for group in rows[:CHECK_ROWS]
+        ]
     return cases
 
 
 @contextlib.contextmanager
 def _narrow_windows(causal_lm: nn.Module) -> Iterator[None]:
-    """Shrink every sliding window and attention chunk of the model."""
+    """Shrink every sliding window and attention chunk of the model to ``CHECK_WINDOW``."""
     owners: list[Any] = [causal_lm.config, causal_lm.config.get_text_config(), *causal_lm.modules()]
     narrowed: dict[tuple[int, str], tuple[Any, str, int]] = {}
     for owner in owners:

@@ -1,8 +1,8 @@
-"""One micro-batch on several devices: each computes a run of its positions, and in attention some heads of all of them.
+"""One micro-batch on several devices: each computes some positions, and in attention some heads of all positions.
 
-DeepSpeed Ulysses (arXiv 2309.14509) for packed trees: everything but attention works position by position, so a device needs
-only its own; around attention an all-to-all trades positions for heads and back. Nothing is approximated. A sequence may be
-as many times longer than what one device holds as there are devices in the group.
+DeepSpeed Ulysses (arXiv 2309.14509) for packed trees. Everything except attention works position by position, so a device
+needs only its own positions. Around attention an all-to-all exchanges positions for heads and back. Nothing is approximated.
+With S devices a sequence can be S times as long as one device can hold.
 
 Shapes: S = ranks of the group, T = positions of the micro-batch, t = ceil(T / S) of one rank, A = query heads, G = key
 heads, a, g = those of one rank, D = head size, N = predicted tokens.
@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.nn.functional import all_to_all_single
 
 from raydpo.errors import ModelError
 
@@ -28,11 +29,11 @@ __all__ = ["HeadShare", "SequenceGroup", "head_shares"]
 
 @dataclass(frozen=True)
 class HeadShare:
-    """The heads that one rank computes attention of.
+    """The attention heads of one rank.
 
     Attributes:
-        queries: numbers of its query heads.
-        keys: numbers of the key heads they use; as many as query heads, or few that are shared evenly.
+        queries: indices of its query heads.
+        keys: indices of the key heads they use: one per query head, or fewer that are shared evenly.
     """
 
     queries: range
@@ -41,14 +42,16 @@ class HeadShare:
 
 @cache
 def head_shares(query_heads: int, key_heads: int, ranks: int) -> tuple[HeadShare, ...]:
-    """Heads of each rank, as even as they come. Key heads stay whole where there are enough of them, else ranks share one.
+    """Heads of each rank, divided as evenly as possible. If there are fewer key heads than ranks, ranks share a key head.
 
     Raises:
         ModelError: if there are more ranks than query heads.
     """
     if ranks > query_heads:
-        raise ModelError(f"sequence_parallel {ranks} is more than the {query_heads} attention heads of this model; set it "
-                         f"to {query_heads} at most")
+        raise ModelError(
+            f"sequence_parallel {ranks} is more than the {query_heads} attention heads of this model; set it "
+            f"to {query_heads} at most"
+        )
     repeats = query_heads // key_heads
     unit, units = (repeats, key_heads) if key_heads >= ranks else (1, query_heads)
     ends = [unit * (units * rank // ranks) for rank in range(ranks + 1)]
@@ -63,11 +66,11 @@ def head_shares(query_heads: int, key_heads: int, ranks: int) -> tuple[HeadShare
 
 @dataclass(frozen=True)
 class SequenceGroup:
-    """Ranks that compute the same micro-batches together, each a part of the positions.
+    """Ranks that compute the same micro-batches, each a part of the positions.
 
     Attributes:
         handle: torch.distributed's group.
-        rank: this process in it, from 0.
+        rank: index of this process in the group, from 0.
         size: S.
     """
 
@@ -77,26 +80,29 @@ class SequenceGroup:
 
     @classmethod
     def of_world(cls, size: int) -> SequenceGroup | None:
-        """Cut the ranks of the process group into groups of ``size`` neighbours; this rank's. None for groups of one."""
+        """Divide the ranks of the process group into groups of ``size`` neighbours and return this rank's.
+
+        None for ``size`` 1.
+        """
         if size == 1:
             return None
         world, rank = dist.get_world_size(), dist.get_rank()
-        # Every rank takes part in making every group.
+        # Every rank must take part in creating every group.
         handles = [dist.new_group(range(first, first + size)) for first in range(0, world, size)]
         return cls(handles[rank // size], rank % size, size)
 
     def smallest(self, value: int, device: torch.device) -> int:
-        """The least of what the ranks say."""
+        """The smallest ``value`` of all ranks."""
         agreed = torch.tensor(value, device=device)
         dist.all_reduce(agreed, op=dist.ReduceOp.MIN, group=self.handle)
         return int(agreed)
 
     def to_heads(self, query: Tensor, key: Tensor, value: Tensor, positions: int) -> tuple[Tensor, Tensor, Tensor]:
-        """All positions of this rank's heads, for its positions of all heads.
+        """Exchange this rank's positions of all heads for all positions of its heads.
 
         Args:
             query: [1, A, t, D]; key, value: [1, G, t, D]. The head sizes may differ.
-            positions: T; what the last rank has beyond it is left out.
+            positions: T; padding of the last rank after it is dropped.
 
         Returns:
             [1, a, T, D], [1, g, T, D], [1, g, T, D].
@@ -104,8 +110,16 @@ class SequenceGroup:
         tensors = query, key, value
         shares = head_shares(query.shape[1], key.shape[1], self.size)
         rows = query.shape[2]
-        parts = [torch.cat([tensor[0, _index(heads, tensor)].transpose(0, 1).flatten(1) for tensor, heads in
-                            zip(tensors, (share.queries, share.keys, share.keys), strict=True)], dim=1) for share in shares]
+        parts = [
+            torch.cat(
+                [
+                    tensor[0, _index(heads, tensor)].transpose(0, 1).flatten(1)
+                    for tensor, heads in zip(tensors, (share.queries, share.keys, share.keys), strict=True)
+                ],
+                dim=1,
+            )
+            for share in shares
+        ]
         mine = shares[self.rank]
         heads = len(mine.queries), len(mine.keys), len(mine.keys)
         widths = [count * tensor.shape[3] for count, tensor in zip(heads, tensors, strict=True)]
@@ -114,7 +128,7 @@ class SequenceGroup:
         return tuple(one.view(1, positions, count, -1).transpose(1, 2) for one, count in zip(together, heads, strict=True))
 
     def to_positions(self, out: Tensor, query_heads: int, key_heads: int) -> Tensor:
-        """The way back: this rank's positions of all heads, [1, t, A, D], for all positions of its heads, [1, T, a, D]."""
+        """Reverse of ``to_heads``: [1, T, a, D], all positions of its heads, to [1, t, A, D], its positions of all heads."""
         size, positions = out.shape[3], out.shape[1]
         rows = -(-positions // self.size)
         padded = F.pad(out[0].flatten(1), (0, 0, 0, rows * self.size - positions))
@@ -123,44 +137,25 @@ class SequenceGroup:
         return torch.cat(parts, dim=1).view(1, rows, query_heads, size)
 
     def join(self, logps: Tensor, places: Tensor, count: int) -> Tensor:
-        """All N log-probs of the micro-batch on every rank.
+        """Gather all N log-probs of the micro-batch on every rank.
 
-        The loss that follows is the same on every rank, and each one's gradient goes into its own predictions: summed over
-        ranks, parameters get the gradient of one loss.
+        The loss is then the same on every rank, and its gradient flows into the rank's own predictions. Summed over ranks,
+        parameters get the gradient of one loss.
 
         Args:
-            logps: of this rank's predictions, [n].
-            places: where among the N each belongs, [n]; N for one that only keeps the rank company.
+            logps: [n], log-probs of this rank's predictions.
+            places: [n], index of each among the N; N for the ignored one of ``Layout.part``.
             count: N.
         """
         return _Join.apply(logps, places, count, self.handle)
 
 
-class _Exchange(torch.autograd.Function):
-    """all-to-all of a flat tensor, cut by number of elements."""
-
-    @staticmethod
-    def forward(ctx: Any, flat: Tensor, sent: Sequence[int], received: Sequence[int], handle: Any) -> Tensor:
-        ctx.sizes, ctx.handle = (sent, received), handle
-        return _all_to_all(flat, sent, received, handle)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        sent, received = ctx.sizes
-        return _all_to_all(grad, received, sent, ctx.handle), None, None, None
-
-
-def _all_to_all(flat: Tensor, sent: Sequence[int], received: Sequence[int], handle: Any) -> Tensor:
-    out = flat.new_empty(sum(received))
-    dist.all_to_all_single(out, flat.contiguous(), list(received), list(sent), group=handle)
-    return out
-
-
 def _exchange(parts: Sequence[Tensor], shapes: Sequence[tuple[int, int]], handle: Any) -> list[Tensor]:
-    """Send the i-th part to rank i; ``shapes`` are those of what comes from each rank."""
+    """Send the i-th part to rank i, with gradient. ``shapes``: of the part that each rank sends here."""
     received = [rows * width for rows, width in shapes]
-    flat = _Exchange.apply(torch.cat([part.flatten() for part in parts]), [part.numel() for part in parts], received, handle)
-    return [piece.view(shape) for piece, shape in zip(flat.split(received), shapes, strict=True)]
+    flat = torch.cat([part.flatten() for part in parts])
+    found = all_to_all_single(flat.new_empty(sum(received)), flat, received, [part.numel() for part in parts], group=handle)
+    return [piece.view(shape) for piece, shape in zip(found.split(received), shapes, strict=True)]
 
 
 class _Join(torch.autograd.Function):
@@ -169,7 +164,7 @@ class _Join(torch.autograd.Function):
         ctx.save_for_backward(places)
         whole = logps.new_zeros(count + 1).index_copy_(0, places, logps)
         whole[count] = 0
-        dist.all_reduce(whole, group=handle)  # one rank has each: nothing is rounded
+        dist.all_reduce(whole, group=handle)  # only one rank has each value, so the sum is exact
         return whole[:count]
 
     @staticmethod
@@ -179,7 +174,7 @@ class _Join(torch.autograd.Function):
 
 
 def _index(heads: Sequence[int], tensor: Tensor) -> slice | Tensor:
-    """A view where they are neighbours."""
+    """Index of heads; a slice (so a view) if they are neighbours."""
     first, count = heads[0], len(heads)
     if list(heads) == list(range(first, first + count)):
         return slice(first, first + count)

@@ -1,2 +1,1 @@
-"""What the pages that raydpo writes have in common: one file each, no network, light and dark, from a phone to a wide
-screen."""
+"""Common parts of all HTML pages. A page is one file, needs no network, and fits phones and wide screens."""

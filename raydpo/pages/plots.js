@@ -1,5 +1,5 @@
 "use strict";
-// Curves: a figure with data-readout shows the values at the step under the pointer, the finger, or the arrow keys.
+// Curves: a figure with data-readout shows the values at the step that the pointer, a finger or the arrow keys select.
 for (const figure of document.querySelectorAll("figure[data-readout]")) {
   const svg = figure.querySelector("svg"), out = figure.querySelector(".readout");
   const { box, xlim, curves } = JSON.parse(figure.dataset.readout);
@@ -35,7 +35,7 @@ for (const figure of document.querySelectorAll("figure[data-readout]")) {
   svg.setAttribute("tabindex", "0");
   svg.addEventListener("pointermove", point);
   svg.addEventListener("pointerdown", point);
-  // A finger that is lifted leaves, too, and what it has found stays.
+  // Lifting a finger also fires pointerleave; keep the values that it selected.
   svg.addEventListener("pointerleave", event => { if (event.pointerType === "mouse") hide(); });
   svg.addEventListener("blur", () => hide());
   svg.addEventListener("keydown", event => {
@@ -45,7 +45,7 @@ for (const figure of document.querySelectorAll("figure[data-readout]")) {
     show(to);
   });
 }
-// Marks: what is pointed at, tapped or focused is told below the figure and shown in the table and the other figures.
+// Marks: a mark that is pointed at, tapped or focused is described below its figure and highlighted in the table and the other figures.
 for (const mark of document.querySelectorAll(".mark")) {
   const show = () => {
     for (const one of document.querySelectorAll("[data-mark].on")) one.classList.remove("on");

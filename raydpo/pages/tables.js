@@ -1,6 +1,6 @@
 "use strict";
-// A click on a heading sorts by its column, a second one the other way round. Cells without a value stay
-// last; the first column brings back the order that was.
+// A click on a heading sorts by its column; a second click reverses the order. Text sorts after numbers.
+// The first column restores the original order.
 for (const table of document.querySelectorAll("table.sortable")) {
   const body = table.tBodies[0];
   const key = (row, column) => {

@@ -1,7 +1,8 @@
-"""Fill the cache: plan what is missing, score it with Ray Data actors, commit part by part."""
+"""Fill the cache: plan what is missing, score it with Ray Data actors, and commit each shard as one part."""
 
 from __future__ import annotations
 
+import pickle
 import random
 import threading
 import time
@@ -13,36 +14,38 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
+from raydpo.cluster.actors import over_actors
+from raydpo.cluster.resources import Resources
 from raydpo.errors import CacheError
 from raydpo.model.layout import PromptGroup
 from raydpo.model.selfcheck import CHECK_ROWS
-from raydpo.ray_runtime import Resources, over_actors
 from raydpo.reference.claims import Claims
 from raydpo.reference.identity import on_this_machine
 from raydpo.reference.part import builder_of
 from raydpo.reference.score import ReferenceSpec, Scorer
-from raydpo.reference.shards import Completion, Shard, Wanted, missing_shards, still_missing
+from raydpo.reference.shards import Shard, Wanted, missing_shards, still_missing
 from raydpo.reference.store import ReferenceCache
 from raydpo.reference.team import TeamScorer
 
 __all__ = ["BuildReport", "build"]
 
 SHARDS_PER_WORKER = 8
-"""A small job is cut finer than tokens_per_part says, so that every actor has work to the end and progress is seen."""
+"""Shards per actor of a small job. Shards are then smaller than ``tokens_per_part``, so that all actors finish at about the
+same time and progress is visible."""
 MIN_SHARD_TOKENS = 2048
 PATIENCE_SHARDS, PATIENCE_SECONDS = 2, 10.0
-"""How long a build waits for the next part of another one that has claimed what is left: so many times the longest of its
-own shards, and at least so many seconds."""
+"""How long a build waits for the next part of another build that claimed the remaining completions: this many times the
+duration of its own longest shard, and at least this many seconds."""
 
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What a build did. All but ``seconds``, ``tokens`` and ``parts`` count completions.
+    """Result of a build. ``seconds``, ``tokens`` and ``parts`` are what they say; the other numbers count completions.
 
     Attributes:
-        hits: were there at the start.
-        scored: by this build, in so many ``parts``.
-        by_others: came from another build of the same cache meanwhile, and were left to it.
+        hits: in the cache at the start.
+        scored: scored by this build, in ``parts`` parts.
+        by_others: scored meanwhile by another build of the same cache.
         twice: scored by this build and by another one at the same time.
     """
 
@@ -62,23 +65,33 @@ class BuildReport:
         return self.hits / self.wanted if self.wanted else 1.0
 
 
-def build(pairs: list[pa.Table], spec: ReferenceSpec, cache: ReferenceCache, resources: Resources, *,
-          tokens_per_batch: int | Literal["auto"], tokens_per_part: int, progress: Callable[[int, int], None],
-          note: Callable[[str], None] = lambda line: None) -> BuildReport:
-    """Score what ``cache`` lacks of ``pairs``; kill it at any moment and only uncommitted parts are scored again.
+def build(
+    pairs: list[pa.Table],
+    spec: ReferenceSpec,
+    cache: ReferenceCache,
+    resources: Resources,
+    *,
+    tokens_per_batch: int | Literal["auto"],
+    tokens_per_part: int,
+    progress: Callable[[int, int], None],
+    note: Callable[[str], None] = lambda line: None,
+) -> BuildReport:
+    """Score the completions of ``pairs`` that ``cache`` lacks.
 
-    Any number of builds may fill the same cache at once. Each takes its shards in an order of its own, and before each one
-    looks what others have committed and claimed (``claims``). At the end it waits for what others have in hand, and scores
-    it after all if it does not come. So what is scored twice is at most what one build had in hand when the other began.
+    A build may be killed at any moment; only uncommitted parts are scored again. Any number of builds may fill the same
+    cache at once. Each build takes its shards in its own order. Before each shard it looks at what others have committed or
+    claimed (see ``claims``). At the end it waits for the completions that others have claimed, and scores them if they do
+    not arrive. So at most the shards in progress when another build started are scored twice.
 
     Args:
-        pairs: tokenised pairs, of training and of evaluation.
-        resources: of each actor, and how many.
+        pairs: tables of tokenised pairs, for training and evaluation.
+        resources: number of actors and the resources of each.
         progress: called with (completions done, completions to do), at the start and after each part.
-        note: called with each line that an actor has for the user, once.
+        note: called once for each message of an actor to the user.
 
     Raises:
-        RaydpoError: whatever an actor found wrong, or CacheError if rows are missing after all.
+        RaydpoError: what an actor raised.
+        CacheError: if rows are still missing after scoring.
     """
     start = time.perf_counter()
     cache.prepare({"model": spec.path, "adapter": spec.adapter})
@@ -91,10 +104,12 @@ def build(pairs: list[pa.Table], spec: ReferenceSpec, cache: ReferenceCache, res
     here = version("transformers")
     others = sorted(one for one in cache.transformers if one.split(".")[:2] != here.split(".")[:2])
     if hits and others:
-        note(f"stored log-probs were computed with transformers {', '.join(others)}, here is {here}: a release may change "
-             f"what a model computes, and 'raydpo cache verify {cache.storage} --config CONFIG' scores a sample again")
+        note(
+            f"stored log-probs were computed with transformers {', '.join(others)}, here is {here}: a release may change "
+            f"what a model computes, and 'raydpo cache verify {cache.storage} --config CONFIG' scores a sample again"
+        )
     to_do = len(wanted) - hits
-    tokens = parts = scored = found = 0  # found: of what was to do, at others' hands
+    tokens = parts = scored = found = 0  # found: scored by other builds
     told: set[str] = set()
     if to_do:
         progress(0, to_do)
@@ -102,9 +117,10 @@ def build(pairs: list[pa.Table], spec: ReferenceSpec, cache: ReferenceCache, res
         while not covered.all():
             left, longest = 0, 0.0
             known = _parts(cache) | {*Claims.names(cache)}
-            # However small the shards of a small job are, what shares a prompt is not cut finer than parts are.
-            shards = missing_shards(wanted, covered, _shard_tokens(wanted, tokens_per_part, resources.teams),
-                                    tokens_per_part)
+            # Completions of one prompt are only split where they exceed a part, even if shards are smaller.
+            shards = missing_shards(
+                wanted, covered, _shard_tokens(wanted, tokens_per_part, resources.teams), tokens_per_part
+            )
             for row in _score_on_ray(shards, spec, cache, known, resources, tokens_per_batch):
                 scored += row["completions"]
                 found += row["by_others"]
@@ -121,10 +137,12 @@ def build(pairs: list[pa.Table], spec: ReferenceSpec, cache: ReferenceCache, res
             if not covered.all():
                 lacking = np.flatnonzero(~covered)
                 if not left:
-                    raise CacheError(f"after scoring, {len(lacking):,} completions are still missing from {cache.storage} "
-                                     f"(first key {wanted.keys[int(lacking[0])].as_py().hex()}); "
-                                     f"{'; '.join(cache.problems)}. Run it again")
-                note(f"waiting for another build, which is scoring {len(lacking):,} of the completions")
+                    raise CacheError(
+                        f"after scoring, {len(lacking):,} completions are still missing from {cache.storage} "
+                        f"(first key {wanted.keys[int(lacking[0])].as_py().hex()}); "
+                        f"{'; '.join(cache.problems)}. Run it again"
+                    )
+                note(f"waiting for another build that is scoring {len(lacking):,} of the completions")
                 covered = _wait_for_others(cache, wanted, covered, max(PATIENCE_SECONDS, PATIENCE_SHARDS * longest))
             found = int(covered.sum()) - hits - scored
             progress(scored + found, to_do)
@@ -132,17 +150,31 @@ def build(pairs: list[pa.Table], spec: ReferenceSpec, cache: ReferenceCache, res
         if to_do:
             Claims(cache, frozenset()).clear()
     twice = cache.stored_twice(cache.builder, since=before)
-    return BuildReport(cache.identity.digest, len(wanted), hits, scored, to_do - scored, twice, tokens,
-                       time.perf_counter() - start, parts, problems)
+    return BuildReport(
+        cache.identity.digest,
+        len(wanted),
+        hits,
+        scored,
+        to_do - scored,
+        twice,
+        tokens,
+        time.perf_counter() - start,
+        parts,
+        problems,
+    )
 
 
 def _parts(cache: ReferenceCache) -> set[str]:
-    """Names of the parts that counted at the last look."""
+    """Names of the parts in use as of the last refresh."""
     return {path.rsplit("/", 1)[-1] for path in cache.paths()}
 
 
 def _wait_for_others(cache: ReferenceCache, wanted: Wanted, covered: np.ndarray, patience: float) -> np.ndarray:
-    """Until others have committed all that lacks, or nothing of it for ``patience`` seconds; what is covered then."""
+    """Wait until other builds have committed everything missing, or nothing new came for ``patience`` seconds.
+
+    Returns:
+        What is covered then, bool [completions].
+    """
     since = time.monotonic()
     while not covered.all() and time.monotonic() - since < patience:
         time.sleep(1)
@@ -158,12 +190,18 @@ def _shard_tokens(wanted: Wanted, tokens_per_part: int, actors: int) -> int:
     return min(tokens_per_part, max(MIN_SHARD_TOKENS, total // (SHARDS_PER_WORKER * actors)))
 
 
-def _score_on_ray(shards: Iterable[Shard], spec: ReferenceSpec, cache: ReferenceCache, known: set[str],
-                  resources: Resources, tokens_per_batch: int | Literal["auto"]) -> Any:
+def _score_on_ray(
+    shards: Iterable[Shard],
+    spec: ReferenceSpec,
+    cache: ReferenceCache,
+    known: set[str],
+    resources: Resources,
+    tokens_per_batch: int | Literal["auto"],
+) -> Any:
     import ray
 
-    # One row a shard and one block a row: a task is exactly one shard, whatever Ray Data thinks of block sizes. Each goes to
-    # the object store as it is made, which spills to disk.
+    # One row per shard and one block per row, so that a task is exactly one shard. Blocks go to the object store one by one,
+    # which spills to disk.
     check_rows: list[PromptGroup] = []
     blocks = []
     for shard in shards:
@@ -171,36 +209,28 @@ def _score_on_ray(shards: Iterable[Shard], spec: ReferenceSpec, cache: Reference
         blocks.append(ray.put(_to_block(shard)))
     random.Random(cache.builder).shuffle(blocks)
     arguments = (spec, cache.storage.uri, cache.builder, frozenset(known), resources, tokens_per_batch, check_rows)
-    # While one shard is computed, the one before it is written and the next one is unpacked.
+    # Two calls at once: while one shard is computed, the previous one is written or the next one unpacked.
     yield from over_actors(_ScoreShard, arguments, blocks, resources, "scoring the reference", calls_at_once=2)
 
 
-_COMPLETION = pa.struct([("key", pa.binary(16)), ("tokens", pa.list_(pa.int32()))])
-_BLOCK_SCHEMA = pa.schema([("groups", pa.list_(pa.struct([
-    ("prompt", pa.list_(pa.int32())), ("completions", pa.list_(_COMPLETION))])))])
-
-
 def _to_block(shard: Shard) -> pa.Table:
-    return pa.table({"groups": pa.array([[
-        {"prompt": group[0].prompt, "completions": [{"key": one.key, "tokens": one.tokens} for one in group]}
-        for group in shard.groups]], _BLOCK_SCHEMA.field("groups").type)}, schema=_BLOCK_SCHEMA)
-
-
-def _from_block(block: pa.Table) -> Shard:
-    def array(scalar: pa.ListScalar) -> np.ndarray:
-        return scalar.values.to_numpy()
-
-    return Shard(tuple(
-        tuple(Completion(one["key"].as_py(), array(group["prompt"]), array(one["tokens"])) for one in group["completions"])
-        for group in block["groups"][0]))
+    return pa.table({"shard": [pickle.dumps(shard)]})
 
 
 class _ScoreShard:
-    """A Ray Data actor: holds the reference, alone or as one of a team, scores one shard a call and commits it as one
+    """Ray Data actor that holds the reference, alone or as one of a team. Each call scores one shard and commits one
     part."""
 
-    def __init__(self, spec: ReferenceSpec, cache_uri: str, builder: str, known: frozenset[str],
-                 resources: Resources, tokens_per_batch: int | Literal["auto"], check_rows: Sequence[PromptGroup]) -> None:
+    def __init__(
+        self,
+        spec: ReferenceSpec,
+        cache_uri: str,
+        builder: str,
+        known: frozenset[str],
+        resources: Resources,
+        tokens_per_batch: int | Literal["auto"],
+        check_rows: Sequence[PromptGroup],
+    ) -> None:
         import torch
 
         if resources.threads is not None:
@@ -208,27 +238,34 @@ class _ScoreShard:
         self.threads = resources.threads
         self.cache = ReferenceCache.open(cache_uri, spec.identity)
         self.cache.builder = builder
-        self.known = known  # what the plan knows of
+        self.known = known  # claims and parts that existed when the shards were planned
         self.claims = Claims(self.cache, known)
         spec = on_this_machine(spec)
-        settings = {"device": resources.device, "tokens_per_batch": tokens_per_batch,
-                    "memory_share": resources.memory_share, "check_rows": check_rows}
-        self.scorer = (Scorer(spec, **settings) if resources.together == 1 else
-                       TeamScorer(spec, size=resources.together, threads=resources.threads, **settings))
+        settings = {
+            "device": resources.device,
+            "tokens_per_batch": tokens_per_batch,
+            "memory_share": resources.memory_share,
+            "check_rows": check_rows,
+        }
+        self.scorer = (
+            Scorer(spec, **settings)
+            if resources.together == 1
+            else TeamScorer(spec, size=resources.together, threads=resources.threads, **settings)
+        )
         self.computing = threading.Lock()
 
     def __call__(self, block: pa.Table) -> pa.Table:
         import torch
 
-        planned = _from_block(block)
+        planned: Shard = pickle.loads(block["shard"][0].as_buffer())
         with self.computing:
-            # Another build of the same cache may have done it meanwhile. Parts of this build cannot hold it.
-            remaining = still_missing([planned], self.cache, skip=lambda name: (
-                name in self.known or builder_of(name) == self.cache.builder))
-            open_ = remaining[0] if remaining else Shard(())
+            # Another build may have scored it meanwhile. Parts of this build cannot contain it, so they are skipped.
+            open_ = still_missing(
+                planned, self.cache, skip=lambda name: name in self.known or builder_of(name) == self.cache.builder
+            )
             shard, claim = self.claims.take(open_)
             if self.threads is not None:
-                torch.set_num_threads(self.threads)  # OpenMP counts threads for each calling thread
+                torch.set_num_threads(self.threads)  # OpenMP keeps this number per calling thread
             started = time.perf_counter()
             scored = self.scorer.score(shard.prompt_groups())
             seconds = time.perf_counter() - started
@@ -236,7 +273,14 @@ class _ScoreShard:
         name = self.cache.commit([one.key for one in shard.completions], logps, self.scorer.provenance) if logps else None
         if claim is not None:
             self.claims.release(claim)
-        return pa.table({"part": pa.array([name], pa.string()), "completions": [len(logps)],
-                         "by_others": [len(planned.completions) - len(open_.completions)],
-                         "left": [len(open_.completions) - len(logps)], "tokens": [shard.tokens], "seconds": [seconds],
-                         "notes": pa.array([self.scorer.notes], pa.list_(pa.string()))})
+        return pa.table(
+            {
+                "part": pa.array([name], pa.string()),
+                "completions": [len(logps)],
+                "by_others": [len(planned.completions) - len(open_.completions)],
+                "left": [len(open_.completions) - len(logps)],
+                "tokens": [shard.tokens],
+                "seconds": [seconds],
+                "notes": pa.array([self.scorer.notes], pa.list_(pa.string())),
+            }
+        )

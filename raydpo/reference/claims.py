@@ -1,11 +1,11 @@
-"""Who scores what at the moment: notes that builders of one cache leave each other.
+"""Claims: notes by which builders of one cache tell each other what they are scoring.
 
     <cache>/<identity digest>/claims/<time>-<builder>-<digest>.keys
 
-A claim is advice, not a lock. A build leaves completions that another one has claimed to it, and looks again later; nothing
-is wrong, only scored twice, if a claim is lost, late or ignored. A claim counts while its builder lives, which no clock
-tells: a builder has shown life if it committed or claimed something since this build began to look. So what a killed build
-leaves behind holds up nobody.
+A claim is a hint, not a lock. A build skips completions that another build has claimed and checks them again later. If a
+claim is lost, late or ignored, completions are scored twice; nothing is wrong. A claim counts while its builder is alive.
+Clocks are not compared for this: a builder is alive if it committed or claimed something since this build started. So claims
+of a killed build delay no other build.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import uuid
 import numpy as np
 
 from raydpo.reference.part import builder_of
-from raydpo.reference.shards import Shard, without
+from raydpo.reference.shards import Shard
 from raydpo.reference.store import ReferenceCache
 
 __all__ = ["CLAIMS", "Claims"]
 
 CLAIMS = "claims"
-"""Beside the parts of a reference."""
+"""Folder of an identity with the claims, beside the parts."""
 _NAME = re.compile(r"\d{20}-(?P<builder>[0-9a-z]{8})-[0-9a-f]{32}\.keys")
 _ROWS = np.dtype([("key", "V16"), ("tokens", "<u4")])
 
@@ -32,8 +32,8 @@ class Claims:
     """The claims on rows of one cache.
 
     Args:
-        cache: knows whose parts are there; ``cache.builder`` is who claims through this object.
-        known: names of claims and parts that were there when the build began.
+        cache: the cache; ``cache.builder`` is the builder that claims through this object.
+        known: names of the claims and parts that existed when the build started.
     """
 
     def __init__(self, cache: ReferenceCache, known: frozenset[str]) -> None:
@@ -42,13 +42,17 @@ class Claims:
 
     @staticmethod
     def names(cache: ReferenceCache) -> list[str]:
-        """Of the claims that there are, whether their builders live or not, oldest first by the clocks of their builders."""
+        """Names of all claims, of living and dead builders, oldest first by the clocks of their builders."""
         return [name for name in cache.storage.list(f"{cache.directory}/{CLAIMS}") if _NAME.fullmatch(name)]
 
     def take(self, shard: Shard) -> tuple[Shard, str | None]:
-        """What of ``shard`` nobody else is scoring, and the name of the claim that is now on it; see ``release``.
+        """Claim what no other builder is scoring.
 
-        Of builders that claim the same at the same moment the one whose claim has the least name keeps it.
+        If builders claim the same completions at the same moment, the claim whose name sorts first wins.
+
+        Returns:
+            The completions of ``shard`` to score, and the name of the claim on them for ``release`` (None without
+                completions).
         """
         shard = _unclaimed(shard, self._of_others())
         if not shard.groups:
@@ -63,11 +67,11 @@ class Claims:
         return shard, mine
 
     def release(self, name: str) -> None:
-        """Take a claim back: it is committed, or nobody will score it."""
+        """Delete a claim, because its rows are committed or will not be scored."""
         self.cache.storage.delete(self._path(name))
 
     def clear(self) -> None:
-        """Take back all claims of this builder, those of actors that died, too."""
+        """Delete all claims of this builder, including those of actors that died."""
         for name in self.names(self.cache):
             if _builder(name) == self.cache.builder:
                 self.release(name)
@@ -76,11 +80,13 @@ class Claims:
         return f"{self.cache.directory}/{CLAIMS}/{name}"
 
     def _of_others(self, before: str | None = None) -> dict[bytes, int]:
-        """By key the most tokens that another living builder is scoring now, in claims of a lesser name than ``before``."""
+        """Largest number of tokens that another living builder is scoring now, by key. With ``before``, only claims whose
+        names sort before it count."""
         names = [name for name in self.names(self.cache) if _builder(name) != self.cache.builder]
         parts = [path.rsplit("/", 1)[-1] for path in self.cache.paths()]
         living = {_builder(name) for name in names if name not in self.known} | {
-            builder_of(name) for name in parts if name not in self.known}
+            builder_of(name) for name in parts if name not in self.known
+        }
         claimed: dict[bytes, int] = {}
         for name in names:
             if _builder(name) in living and (before is None or name < before):
@@ -93,7 +99,7 @@ class Claims:
             try:
                 data = self.cache.storage.read(self._path(name))
             except FileNotFoundError:
-                return {}  # done in this moment
+                return {}  # released just now
             rows = np.frombuffer(data[: len(data) // _ROWS.itemsize * _ROWS.itemsize], _ROWS)
             self._read[name] = dict(zip((key.tobytes() for key in rows["key"]), rows["tokens"].tolist(), strict=True))
         return self._read[name]
@@ -104,6 +110,4 @@ def _builder(name: str) -> str:
 
 
 def _unclaimed(shard: Shard, claimed: dict[bytes, int]) -> Shard:
-    left = {one.key for one in shard.completions if claimed.get(one.key, -1) >= len(one.tokens)}
-    remaining = without([shard], left) if left else [shard]
-    return remaining[0] if remaining else Shard(())
+    return shard.without({one.key for one in shard.completions if claimed.get(one.key, -1) >= len(one.tokens)})

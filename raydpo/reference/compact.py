@@ -1,7 +1,7 @@
-"""Many small parts into few, and the removal of what is no longer needed. Safe to kill at any moment, beside any reader.
+"""Merge many small parts into few, and delete what is no longer needed. Safe to kill, and safe beside any reader.
 
-Compaction only ever adds: a merged part names those it supersedes, and a reader that finds it whole does not look at them.
-They go when ``delete_garbage`` is called, and only if every row of theirs is answered by a part that stays.
+Compaction only adds files. A merged part names the parts it supersedes, and a reader that finds it intact skips those.
+``delete_garbage`` deletes superseded parts, but only if parts that stay answer every row of theirs.
 """
 
 from __future__ import annotations
@@ -14,28 +14,29 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from raydpo.data.index import as_bytes
 from raydpo.reference.claims import CLAIMS
-from raydpo.reference.index import as_bytes
 from raydpo.reference.part import COMPACTED, Part, encode_part, part_time
 from raydpo.reference.store import PARTS, SET_ASIDE, UNVERIFIED, ReferenceCache
-from raydpo.storage import stale_temporaries
+from raydpo.storage.files import stale_temporaries
 
 __all__ = ["TARGET_BYTES", "CompactReport", "Garbage", "compact", "delete_garbage", "find_garbage"]
 
 TARGET_BYTES = 128 << 20
-"""Of a merged part: few requests to read a cache, and one part is read whole into memory."""
+"""Size of a merged part: large enough that a cache needs few requests, small enough to be read into memory."""
 ABANDONED_SECONDS = 24 * 3600.0
-"""A temporary file of another machine that is older was left by a writer that is dead: writing takes seconds."""
+"""Age at which a temporary file of another machine counts as left by a dead writer: writing takes seconds."""
 
 
 @dataclass(frozen=True)
 class CompactReport:
-    """What a compaction did.
+    """Result of a compaction.
 
     Attributes:
         before, after: parts that readers need.
         merged: how many of them were merged.
-        rows: rows of the merged parts; ``dropped`` more were answered better elsewhere and are left out.
+        rows: rows of the merged parts.
+        dropped: rows left out because another row answers for the same completion.
     """
 
     before: int
@@ -48,11 +49,11 @@ class CompactReport:
 def compact(cache: ReferenceCache, target_bytes: int = TARGET_BYTES) -> CompactReport:
     """Merge the parts smaller than half of ``target_bytes`` into parts of about that size.
 
-    What a key is answered with does not change, to the last bit: of a row that is stored twice the one stays that wins.
-    Needs memory for one merged part and 40 bytes a row of the cache.
+    The answer for each key stays the same, to the last bit: of rows stored twice the one that answers is kept. Needs memory
+    for one merged part plus 40 bytes per row of the cache.
 
     Raises:
-        CacheError: if a part vanishes meanwhile, because another compaction and its gc are under way. Nothing is lost.
+        CacheError: if a part vanishes meanwhile, because another compaction and gc are running. Nothing is lost.
     """
     cache.reload()
     paths = cache.paths()
@@ -60,8 +61,11 @@ def compact(cache: ReferenceCache, target_bytes: int = TARGET_BYTES) -> CompactR
     needed = ~cache.superseded() | np.isin(np.arange(len(paths)), winning_part)
     by_name = {entry.name: entry.size for entry in cache.storage.entries(f"{cache.directory}/{PARTS}")}
     sizes = [by_name.get(path.rsplit("/", 1)[-1], target_bytes) for path in paths]
-    small = [number for number in np.flatnonzero(needed).tolist() if cache.holds_tokens(number)
-             and sizes[number] < target_bytes / 2]
+    small = [
+        number
+        for number in np.flatnonzero(needed).tolist()
+        if cache.holds_tokens(number) and sizes[number] < target_bytes / 2
+    ]
     merged = rows = dropped = written = 0
     for group in _groups(small, sizes, target_bytes):
         parts = [cache.read(paths[number]) for number in group]
@@ -76,7 +80,7 @@ def compact(cache: ReferenceCache, target_bytes: int = TARGET_BYTES) -> CompactR
 
 
 def _groups(numbers: Sequence[int], sizes: Sequence[int], target_bytes: int) -> list[list[int]]:
-    """Runs of at least two of ``numbers`` of about ``target_bytes`` each."""
+    """Split ``numbers`` into consecutive groups of at least two parts and about ``target_bytes``."""
     groups: list[list[int]] = [[]]
     size = 0
     for number in numbers:
@@ -96,21 +100,25 @@ def _merged(cache: ReferenceCache, parts: list[Part], kept: list[np.ndarray], pr
             provenance.update({json.dumps(one["of"], sort_keys=True): one["count"] for one in part.info.provenance["parts"]})
         else:
             provenance[json.dumps(part.info.provenance, sort_keys=True)] += 1
-    # What an earlier compaction superseded stays superseded when the part that said so goes.
+    # Parts superseded by an earlier compaction stay superseded when that compaction's part is deleted.
     supersedes = {part.info.name for part in parts}
     supersedes |= {name for part in parts for name in part.info.supersedes if name in present}
-    # The time of the first part, not of now: two compactions of the same parts write the same file.
+    # The time of the first part, not the current time: two compactions of the same parts write the same file.
     return encode_part(
-        cache.identity, pa.concat_arrays([part.keys.take(take) for part, take in zip(parts, takes, strict=True)]),
+        cache.identity,
+        pa.concat_arrays([part.keys.take(take) for part, take in zip(parts, takes, strict=True)]),
         np.concatenate([part.tokens[rows] for part, rows in zip(parts, kept, strict=True)]),
         pa.concat_arrays([part.logps.take(take) for part, take in zip(parts, takes, strict=True)]),
         {"parts": [{"count": count, "of": json.loads(text)} for text, count in sorted(provenance.items())]},
-        builder=COMPACTED, time_ns=min(part_time(part.info.name) for part in parts), supersedes=sorted(supersedes))
+        builder=COMPACTED,
+        time_ns=min(part_time(part.info.name) for part in parts),
+        supersedes=sorted(supersedes),
+    )
 
 
 @dataclass(frozen=True)
 class Garbage:
-    """A file that nobody needs: its path below the cache's root, its bytes, and why."""
+    """A file that is not needed: its path below the cache's root, its size in bytes, and the reason."""
 
     path: str
     bytes: int
@@ -118,34 +126,44 @@ class Garbage:
 
 
 def find_garbage(cache: ReferenceCache) -> list[Garbage]:
-    """What ``delete_garbage`` would delete of one identity, in order of path."""
+    """Files of one identity that ``delete_garbage`` would delete, in order of path."""
     storage, directory = cache.storage, cache.directory
     cache.reload()
     found = []
     for folder in ("", PARTS, UNVERIFIED, SET_ASIDE, CLAIMS):
         place = f"{directory}/{folder}".rstrip("/")
-        found += [Garbage(f"{place}/{entry.name}", entry.size, "left half-written")
-                  for entry in stale_temporaries(storage, place, older_than=ABANDONED_SECONDS)]
+        found += [
+            Garbage(f"{place}/{entry.name}", entry.size, "left half-written")
+            for entry in stale_temporaries(storage, place, older_than=ABANDONED_SECONDS)
+        ]
     claims = [entry for entry in storage.entries(f"{directory}/{CLAIMS}") if not entry.name.startswith(".")]
     if claims:
         now = storage.clock()
-        found += [Garbage(f"{directory}/{CLAIMS}/{entry.name}", entry.size, "a claim that its build did not take back")
-                  for entry in claims if now - entry.modified > ABANDONED_SECONDS]
-    imported = {f"{directory}/{UNVERIFIED}/{entry.name}": entry.size
-                for entry in storage.entries(f"{directory}/{UNVERIFIED}")}
-    if imported:  # to know of them all parts are read again
+        found += [
+            Garbage(f"{directory}/{CLAIMS}/{entry.name}", entry.size, "a claim that its build did not take back")
+            for entry in claims
+            if now - entry.modified > ABANDONED_SECONDS
+        ]
+    imported = {
+        f"{directory}/{UNVERIFIED}/{entry.name}": entry.size for entry in storage.entries(f"{directory}/{UNVERIFIED}")
+    }
+    if imported:  # only a cache opened with unverified=True reads these
         imports = ReferenceCache(storage, cache.identity, unverified=True)
         imports.refresh()
-        found += [Garbage(path, imported.get(path, 0), "imported, and answered by later rows")
-                  for path in imports.passed_over()]
+        found += [
+            Garbage(path, imported.get(path, 0), "imported, and answered by later rows") for path in imports.passed_over()
+        ]
     by_name = {entry.name: entry.size for entry in storage.entries(f"{directory}/{PARTS}")}
     superseded = cache.superseded()
     for number in np.flatnonzero(superseded).tolist():
         path = cache.paths()[number]
         if _is_answered_elsewhere(cache, number, superseded):
             found.append(Garbage(path, by_name.get(path.rsplit("/", 1)[-1], 0), "superseded by a compacted part"))
-    found += [Garbage(f"{directory}/{SET_ASIDE}/{entry.name}", entry.size, "damaged or foreign, set aside")
-              for entry in storage.entries(f"{directory}/{SET_ASIDE}") if not entry.name.startswith(".")]
+    found += [
+        Garbage(f"{directory}/{SET_ASIDE}/{entry.name}", entry.size, "damaged or foreign, set aside")
+        for entry in storage.entries(f"{directory}/{SET_ASIDE}")
+        if not entry.name.startswith(".")
+    ]
     return sorted(found, key=lambda one: one.path)
 
 
@@ -157,9 +175,9 @@ def _is_answered_elsewhere(cache: ReferenceCache, number: int, superseded: np.nd
 
 
 def delete_garbage(cache: ReferenceCache, garbage: Sequence[Garbage]) -> None:
-    """Delete what ``find_garbage`` found; killed half-way, the rest is found again.
+    """Delete what ``find_garbage`` found. After a kill the rest is found again.
 
-    A reader that was about to read one of the files lists the parts anew and finds its rows in the part that replaced it.
+    A reader that was about to read one of the files lists the parts again and finds its rows in the part that replaced it.
     """
     for one in garbage:
         cache.storage.delete(one.path)

@@ -1,4 +1,4 @@
-"""Reference log-probs to and from other trainers: plain Parquet of pairs with TRL's column names."""
+"""Import and export reference log-probs for other trainers, as Parquet of pairs with TRL's column names."""
 
 from __future__ import annotations
 
@@ -13,31 +13,37 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from raydpo.config import DataConfig, source_name
+from raydpo.data.index import as_bytes
 from raydpo.data.records import read_records
 from raydpo.errors import DataError
-from raydpo.reference.index import as_bytes
 from raydpo.reference.part import HIGHEST, KEY_TYPE
 from raydpo.reference.store import ReferenceCache
 from raydpo.reference.verify import TOLERANCES, sum_tolerance
 
-__all__ = ["COLUMN_NAMES", "ImportReport", "export_pairs", "import_sums"]
+__all__ = ["COLUMN_NAMES", "ImportReport", "export_pairs", "import_sums", "wanted_names"]
 
-COLUMN_NAMES = (("ref_chosen_logps", "ref_rejected_logps"), ("reference_chosen_logps", "reference_rejected_logps"),
-                ("chosen_logps", "rejected_logps"))
-"""Of sums in other trainers' data: TRL's, those of older trainers, those of open-instruct's cache."""
+COLUMN_NAMES = (
+    ("ref_chosen_logps", "ref_rejected_logps"),
+    ("reference_chosen_logps", "reference_rejected_logps"),
+    ("chosen_logps", "rejected_logps"),
+)
+"""Column names of sums in other trainers' data: TRL's, those of older trainers, those of open-instruct's cache."""
 EXPORT_ROWS = 4096
 
 
 def export_pairs(joined: pa.Table, decode: Any, path: Path) -> int:
-    """Write pairs with their reference log-probs as one Parquet file, and return how many.
+    """Write pairs with their reference log-probs as one Parquet file.
 
-    Columns: ``pair_id``, ``source``, the text of ``prompt``, ``chosen`` and ``rejected`` as the model sees them, with
-    special
-    tokens; ``prompt_ids``, ``chosen_ids``, ``rejected_ids``; ``ref_chosen_logps`` and ``ref_rejected_logps``, sums over the
-    completion in nats, which TRL's DPOTrainer takes in place of a reference model; ``ref_*_token_logps``, of each token.
+    Columns: ``pair_id``, ``source``; ``prompt``, ``chosen`` and ``rejected`` as text, with special tokens, as the model sees
+    them; ``prompt_ids``, ``chosen_ids``, ``rejected_ids``; ``ref_chosen_logps`` and ``ref_rejected_logps``, sums over the
+    completion in nats, which TRL's DPOTrainer accepts in place of a reference model; ``ref_*_token_logps``, one per token.
 
     Args:
-        joined: of ``training.pairs.join_reference``. decode: token ids of many rows -> texts.
+        joined: result of ``training.pairs.join_reference``.
+        decode: function from a list of rows of token ids to a list of texts.
+
+    Returns:
+        Number of pairs.
     """
     writer = None
     temporary = path.with_name(f".{path.name}.partial")
@@ -65,10 +71,13 @@ def export_pairs(joined: pa.Table, decode: Any, path: Path) -> int:
 
 @dataclass(frozen=True)
 class ImportReport:
-    """Pairs whose sums were taken over and rows stored; pairs without both values are left out.
+    """Result of an import.
 
     Attributes:
-        contradicts: rows that differ from an earlier import's by more than rounding.
+        pairs: pairs whose sums were stored.
+        rows: rows stored, two per pair.
+        without: pairs left out because they lack one of the two values.
+        contradicts: rows that differ from an earlier import by more than rounding.
     """
 
     pairs: int
@@ -79,43 +88,58 @@ class ImportReport:
     contradicts: int
 
 
-def import_sums(config: DataConfig, pairs: pa.Table, cache: ReferenceCache, *, columns: tuple[str, str] | None = None,
-                means: bool = False) -> ImportReport:
-    """Store the sums that the records of ``config.train`` carry, as unverified rows.
+def import_sums(
+    config: DataConfig,
+    pairs: pa.Table,
+    cache: ReferenceCache,
+    *,
+    columns: tuple[str, str] | None = None,
+    means: bool = False,
+) -> ImportReport:
+    """Store the sums in the records of ``config.train`` as unverified rows.
 
     Args:
-        pairs: the pairs of these records, tokenised; a sum is over the tokens they have there.
-        columns: names of the columns of the chosen and the rejected sums; None = the first of ``COLUMN_NAMES`` that is
-        there.
-        means: the columns hold means over tokens, as length-normalised losses want them.
+        pairs: the pairs of these records, tokenised; each sum covers the tokens that the completion has there.
+        columns: names of the columns with the chosen and the rejected sums; None = the first of ``COLUMN_NAMES`` that exist.
+        means: the columns hold means over tokens, as length-normalised losses need, not sums.
 
     Raises:
-        DataError: if the columns are not there, or a value is no log-prob.
+        DataError: if the columns do not exist, or a value is not a log-prob.
     """
     found, names = _sums_by_pair(config, columns)
     ids = pairs["pair_id"].to_pylist()
     values = np.array([found.get(pair_id, (np.nan, np.nan)) for pair_id in ids], np.float64).reshape(-1, 2)
     there = np.isfinite(values).all(axis=1)
     if not there.any():
-        raise DataError(f"no pair of the data has both {names[0]!r} and {names[1]!r}")
+        raise DataError(
+            f"no pair of the data has numbers in both {names[0]!r} and {names[1]!r}; name the columns with "
+            "--chosen and --rejected"
+        )
     rows = pairs.filter(pa.array(there))
-    keys = np.concatenate([as_bytes(chunk) for side in ("chosen", "rejected") for chunk in rows[f"{side}_key"].chunks])
+    keys = np.concatenate([as_bytes(rows[f"{side}_key"]) for side in ("chosen", "rejected")])
     tokens = np.concatenate([pc.list_value_length(rows[f"{side}_ids"]).to_numpy() for side in ("chosen", "rejected")])
     sums = np.concatenate([values[there, side] for side in range(2)]) * (tokens if means else 1)
     if sums.max() > HIGHEST:
         side, row = divmod(int(sums.argmax()), rows.num_rows)
-        raise DataError(f"pair {rows['pair_id'][row].as_py()} has {sums.max():.6g} in {names[side]!r}; log-probs are "
-                        "negative. Is it a column of losses or of rewards?")
+        raise DataError(
+            f"pair {rows['pair_id'][row].as_py()} has {sums.max():.6g} in {names[side]!r}; log-probs are "
+            "negative. Does the column hold losses or rewards?"
+        )
     tokens = tokens.astype(np.int32)
     contradicts = _contradicted(cache, keys, tokens, sums)
-    part = cache.commit_rows(pa.FixedSizeBinaryArray.from_buffers(KEY_TYPE, len(keys), [None, pa.py_buffer(keys)]),
-                             tokens, sums, {"imported": [one.path for one in config.train],
-                                                             "columns": list(names), "means": means}, verified=False)
+    provenance = {"imported": [one.path for one in config.train], "columns": list(names), "means": means}
+    part = cache.commit_rows(
+        pa.FixedSizeBinaryArray.from_buffers(KEY_TYPE, len(keys), [None, pa.py_buffer(keys)]),
+        tokens,
+        sums,
+        provenance,
+        verified=False,
+    )
     return ImportReport(int(there.sum()), len(keys), int((~there).sum()), names, part, contradicts)
 
 
 def _contradicted(cache: ReferenceCache, keys: np.ndarray, tokens: np.ndarray, sums: np.ndarray) -> int:
-    """How many of ``sums`` differ, by more than rounding explains, from those that were imported before."""
+    """Number of ``sums`` that differ from earlier imports by more than rounding explains."""
     earlier = ReferenceCache(cache.storage, cache.identity, unverified=True)
     earlier.refresh()
     parts, rows = earlier.locate(keys, tokens)
@@ -128,9 +152,10 @@ def _contradicted(cache: ReferenceCache, keys: np.ndarray, tokens: np.ndarray, s
     return count
 
 
-def _sums_by_pair(config: DataConfig,
-                  columns: tuple[str, str] | None) -> tuple[dict[str, tuple[float, float]], tuple[str, str]]:
-    """Both sums of each record that has them, by the id of its pair; and the names of their columns."""
+def _sums_by_pair(
+    config: DataConfig, columns: tuple[str, str] | None
+) -> tuple[dict[str, tuple[float, float]], tuple[str, str]]:
+    """Both sums of each record that has them, by pair id; and the names of the two columns."""
     found: dict[str, tuple[float, float]] = {}
     present: dict[str, None] = {}
     for source in config.train:
@@ -145,14 +170,15 @@ def _sums_by_pair(config: DataConfig,
                     break
     if columns is None or not found:
         wanted = " or ".join(" and ".join(map(repr, names)) for names in ([columns] if columns else COLUMN_NAMES))
-        raise DataError(f"the records have no numbers in {wanted}; columns present: {', '.join(list(present)[:20])}. Name "
-                        "them "
-                        "with --chosen and --rejected")
+        raise DataError(
+            f"the records have no numbers in {wanted}; columns present: {', '.join(list(present)[:20])}. Name "
+            "them with --chosen and --rejected"
+        )
     return found, columns
 
 
 def wanted_names(tables: list[pa.Table]) -> Iterator[tuple[bytes, str]]:
-    """(key, name for people) of each completion."""
+    """Yield (key, display name) of each completion."""
     for table in tables:
         ids = table["pair_id"].to_pylist()
         for side in ("chosen", "rejected"):

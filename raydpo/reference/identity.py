@@ -1,8 +1,8 @@
-"""What a reference is: everything that its log-probs depend on besides token ids, and nothing else.
+"""The identity of a reference: everything its log-probs depend on besides token ids, and nothing else.
 
-The identity names the directory that holds its log-probs, so a cache of other weights is not found rather than wrong.
-Tokenizer, template and truncation are not in it: they are in the token ids. Beta, loss, seed, learning rate, LoRA rank
-and world size are not in it: they do not matter.
+The identity names the directory that holds the log-probs, so a cache of other weights is not found rather than wrong.
+Tokenizer, template and truncation are not part of it: token ids already reflect them. Beta, loss, seed, learning rate, LoRA
+rank and world size are not part of it: the reference's log-probs do not depend on them.
 """
 
 from __future__ import annotations
@@ -23,44 +23,64 @@ from typing import Any, TypeVar
 
 from raydpo.config import is_hub_name
 from raydpo.errors import FilesError, ModelError
-from raydpo.local_copy import local_home
 from raydpo.model.files import AdapterFiles, ModelFiles, adapter_files, model_files, read_header, weights_lacking
 from raydpo.model.rotary import rope_length
+from raydpo.storage.local_copy import local_home
 
-__all__ = ["QUANTIZED", "SCORING_VERSION", "ReferenceIdentity", "earlier_identity", "identify", "on_this_machine",
-           "proved_here", "resolve_model"]
+__all__ = [
+    "QUANTIZED",
+    "SCORING_VERSION",
+    "ReferenceIdentity",
+    "earlier_identity",
+    "identify",
+    "on_this_machine",
+    "proved_here",
+    "resolve_model",
+]
 
 SCORING_VERSION = 2
-"""Raised whenever raydpo itself changes the numbers it would store."""
+"""Version of raydpo's own arithmetic, raised whenever a change alters the numbers it would store."""
 _ADAPTER_VERSION = 3
-"""Of adapters in bfloat16, whose numbers alone have changed since; on quantized weights, of those on the head."""
+"""Scoring version of adapters in bfloat16, the only ones whose numbers changed since; on quantized weights, only of adapters
+on the head."""
 
-_NOT_ARCHITECTURE = frozenset({
-    "_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "_attn_implementation",
-    "_attn_implementation_autoset", "id2label", "label2id", "transformers_weights",
-})
-_NOT_ADAPTER = frozenset({"base_model_name_or_path", "inference_mode", "revision", "auto_mapping", "task_type",
-                          "peft_version", "lora_dropout"})
+_NOT_ARCHITECTURE = frozenset(
+    {
+        "_name_or_path",
+        "transformers_version",
+        "torch_dtype",
+        "dtype",
+        "use_cache",
+        "_attn_implementation",
+        "_attn_implementation_autoset",
+        "id2label",
+        "label2id",
+        "transformers_weights",
+    }
+)
+_NOT_ADAPTER = frozenset(
+    {"base_model_name_or_path", "inference_mode", "revision", "auto_mapping", "task_type", "peft_version", "lora_dropout"}
+)
 _FIRST_MATCH = ("rank_pattern", "alpha_pattern")
-"""Entries of adapter_config.json of which the first pattern that fits a module counts, so their order matters."""
+"""Entries of adapter_config.json in which the first matching pattern wins, so their order matters."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceIdentity:
-    """The identity field by field. Digests are hexadecimal SHA-256."""
+    """The identity, field by field. Digests are hexadecimal SHA-256."""
 
     weights: str
-    """Of all weight tensors: names, dtypes, shapes and bytes, however they are split into files."""
+    """Digest of all weight tensors (name, dtype, shape, bytes). It does not depend on how they are split into files."""
     architecture: str
-    """Of config.json without names and paths, of any Python code beside it, and of whether that code runs."""
+    """Digest of config.json without names and paths, of Python code beside it, and of whether that code runs."""
     adapter: str | None
-    """Of the adapter's weights and configuration."""
+    """Digest of the adapter's weights and configuration."""
     dtype: str
     """Precision of the forward pass."""
     quantisation: str | None = None
     scoring_version: int = SCORING_VERSION
     rope_length: int | None = None
-    """Of a model whose rotary frequencies depend on a length, the one they are made for (see ``model.rotary``)."""
+    """Length that the rotary frequencies are made for, if the model's frequencies depend on one (see ``model.rotary``)."""
 
     @property
     def digest(self) -> str:
@@ -71,45 +91,56 @@ class ReferenceIdentity:
         return json.dumps(self.to_dict(), sort_keys=True)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields by name; those added later only where they say something, so that digests stay what they were."""
-        return {name: value for name, value in dataclasses.asdict(self).items()
-                if name != "rope_length" or value is not None}
+        """The fields by name. Fields added in later versions appear only where they have a value, so that older digests stay
+        valid."""
+        return {
+            name: value for name, value in dataclasses.asdict(self).items() if name != "rope_length" or value is not None
+        }
 
     @classmethod
     def from_json(cls, text: str | bytes) -> ReferenceIdentity:
         return cls(**json.loads(text))
 
     def differences(self, other: ReferenceIdentity) -> list[str]:
-        """``field: mine, not theirs`` for each field in which the two differ."""
+        """``field: mine here, theirs there`` for each field that differs."""
         mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
-        return [f"{field}: {_short(mine[field])} here, {_short(theirs[field])} there" for field in mine
-                if mine[field] != theirs[field]]
+        return [
+            f"{field}: {_short(mine[field])} here, {_short(theirs[field])} there"
+            for field in mine
+            if mine[field] != theirs[field]
+        ]
 
     def same_model(self, other: ReferenceIdentity) -> bool:
-        """Whether the two are the same function but for rounding: all fields agree but the precision, and the version that
-        belongs to it."""
+        """Whether the two agree in all fields but the precision and its scoring version: the same function up to
+        rounding."""
         return dataclasses.replace(self, dtype=other.dtype, scoring_version=other.scoring_version) == other
 
 
 QUANTIZED = {"4bit": "bitsandbytes nf4, double", "8bit": "bitsandbytes int8, threshold 0"}
-"""What ``model.load`` makes of each; part of the identity, so a change there must change the text here."""
+"""What ``model.load`` makes of each quantization. Part of the identity: change the text if the loading changes."""
 
 
-def identify(path: str | Path, dtype: str, adapter: str | Path | None = None, quantization: str | None = None,
-             trust_remote_code: bool = False, *, max_length: int | None = None) -> ReferenceIdentity:
-    """The identity of the model in directory ``path``, with the adapter in directory ``adapter`` on top.
+def identify(
+    path: str | Path,
+    dtype: str,
+    adapter: str | Path | None = None,
+    quantization: str | None = None,
+    trust_remote_code: bool = False,
+    *,
+    max_length: int | None = None,
+) -> ReferenceIdentity:
+    """Compute the identity of the model in directory ``path``, with the adapter in directory ``adapter`` on top.
+
+    Reads every weight once. Digests of files are remembered by path, inode, size and times.
 
     Args:
         quantization: ``4bit``, ``8bit`` or None.
-        trust_remote_code: whether loading runs code of the directory; the same function where config.json names none.
-        max_length: longest sequence, ``data.max_length``. Without it a model whose rotary frequencies depend on it has an
-            identity that ``load_causal_lm`` refuses to load.
-
-    Reads every weight once; digests are remembered for each file by path, inode, size and times.
+        trust_remote_code: whether loading runs code of the directory. No effect where config.json names no code.
+        max_length: longest sequence in tokens, ``data.max_length``. Without it, a model whose rotary frequencies depend on
+            the length gets an identity that ``load_causal_lm`` refuses to load.
 
     Raises:
-        ModelError: if a directory is not a model or adapter stored as safetensors, or it is not known what of it would be
-            loaded.
+        ModelError: if a directory is not a model or adapter stored as safetensors, or it is ambiguous what would be loaded.
     """
     model = model_files(path, trust_remote_code)
     return ReferenceIdentity(
@@ -118,35 +149,40 @@ def identify(path: str | Path, dtype: str, adapter: str | Path | None = None, qu
         adapter=None if adapter is None else _adapter_digest(adapter_files(adapter)),
         dtype=dtype,
         quantisation=None if quantization is None else QUANTIZED[quantization],
-        scoring_version=_ADAPTER_VERSION if adapter is not None and dtype == "bfloat16"
-        and (quantization is None or _is_on_the_head(adapter_files(adapter))) else SCORING_VERSION,
+        scoring_version=_ADAPTER_VERSION
+        if adapter is not None and dtype == "bfloat16" and (quantization is None or _is_on_the_head(adapter_files(adapter)))
+        else SCORING_VERSION,
         rope_length=None if max_length is None else rope_length(model.config, max_length),
     )
 
 
 def earlier_identity(identity: ReferenceIdentity) -> tuple[ReferenceIdentity, str]:
-    """What raydpo called the same model before it computed it as it does now, and what has changed since; the identity
-    itself, and nothing, where nothing has."""
+    """The identity that earlier versions of raydpo gave the same model, and what has changed since; ``identity`` itself and
+    an empty text if nothing has."""
     changed = []
     if identity.scoring_version == _ADAPTER_VERSION:
-        changed.append("a model with an adapter keeps its rotary frequencies, and what an adapted head reads, in float32, "
-                       "which were rounded to bfloat16")
+        changed.append(
+            "a model with an adapter now keeps its rotary frequencies, and the input of an adapted head, in "
+            "float32; before, both were rounded to bfloat16"
+        )
     if identity.rope_length is not None:
-        changed.append("its rotary frequencies are the same in every batch, where the longest sequence of each decided")
+        changed.append("its rotary frequencies no longer depend on the longest sequence of a batch")
     return dataclasses.replace(identity, scoring_version=SCORING_VERSION, rope_length=None), "; ".join(changed)
 
 
 def resolve_model(path: str) -> str:
-    """The local directory of a model or adapter, fetched from the hub if ``path`` is a hub name that is not here yet.
+    """Local directory of a model or adapter. A hub name is downloaded if it is not on this machine yet.
 
     Raises:
-        ModelError: if it can be found neither here nor there.
+        ModelError: if it is neither a directory nor on the hub.
     """
     if Path(path).is_dir():
         return str(Path(path).absolute())
     if not is_hub_name(path):
-        raise ModelError(f"there is no model directory {path!r} on this machine; put it on storage that every node "
-                         "mounts under the same path, or use a hub name")
+        raise ModelError(
+            f"there is no model directory {path!r} on this machine; put it on storage that every node "
+            "mounts under the same path, or use a hub name"
+        )
     return _from_hub(path)
 
 
@@ -154,14 +190,17 @@ Spec = TypeVar("Spec")
 
 
 def on_this_machine(spec: Spec) -> Spec:
-    """A specification of a model (with ``path``, and perhaps ``adapter`` and ``origin``) whose directories a worker has.
+    """Copy of a model specification whose directories exist on this machine.
 
-    A driver that got a model from the hub names a directory that other machines lack. Its name holds the repository and the
-    revision, so they fetch the same files, and what is there already costs one question to the hub. What the driver copied
-    from a bucket (``origin``) they copy, too. Any other directory is left as it is.
+    A driver that downloaded a model from the hub names a directory that other machines lack. Its path holds the repository
+    and revision, so each machine downloads the same files; if they are there already, this costs one request to the hub.
+    What the driver copied from a bucket (``origin``) is copied again here. Other directories are left as they are.
+
+    Args:
+        spec: dataclass with ``path``, and perhaps ``adapter`` and ``origin``.
 
     Raises:
-        ModelError: if the hub does not give it, or the bucket has other files by now.
+        ModelError: if the hub does not provide the files, or the bucket holds other files by now.
     """
     places = {name: place for name in ("path", "adapter") if (place := getattr(spec, name, None))}
     here = {name: _local(place) for name, place in places.items()}
@@ -174,7 +213,7 @@ def _local(directory: str) -> str:
     snapshot = re.search(r"/models--([^/]+)/snapshots/([0-9a-f]{40})/?$", directory)
     if snapshot is None:
         return directory
-    try:  # even where the directory exists: another worker of this machine may be filling it at this moment
+    try:  # even if the directory exists: another worker of this machine may be downloading it right now
         return _from_hub(snapshot[1].replace("--", "/"), snapshot[2])
     except ModelError:
         if Path(directory).is_dir():
@@ -184,44 +223,55 @@ def _local(directory: str) -> str:
 
 @contextlib.contextmanager
 def proved_here(spec: Any) -> Iterator[None]:
-    """Around the loading of a specification of a model: the files here are those of its ``identity``.
+    """Context for loading a model: proves that the files on this machine match ``spec.identity``.
 
-    Everybody who stores something under an identity loads its model so: a node may have other files under the same path, and
-    files may be exchanged while a run goes on. Hashing reads the same pages as loading does and needs other resources, so
-    the two overlap.
+    Everything that is stored under an identity loads its model this way: a node may have other files under the same path,
+    and files may be replaced during a run. Hashing reads the same pages as loading and needs other resources, so they
+    overlap.
 
     Raises:
-        ModelError: if they are another model, naming the node and what differs.
+        ModelError: if they are another model, naming the node and the differences.
     """
     with ThreadPoolExecutor(max_workers=1) as pool:
         hashing = pool.submit(_identity_here, spec)
         yield
         hashing.result()
-    # Again, from the digests that are remembered: files may have been exchanged while they were loaded.
+    # Again, from remembered digests: files may have been replaced while they were loaded.
     here = _identity_here(spec)
     if here != spec.identity:
-        raise ModelError(f"{spec.path} on {platform.node()} is another model than where the run was started: "
-                         f"{'; '.join(here.differences(spec.identity))}")
+        raise ModelError(
+            f"{spec.path} on {platform.node()} is another model than where the run was started: "
+            f"{'; '.join(here.differences(spec.identity))}"
+        )
 
 
 def _identity_here(spec: Any) -> ReferenceIdentity:
-    return identify(spec.path, spec.identity.dtype, spec.adapter, spec.quantization, spec.trust_remote_code,
-                    max_length=spec.identity.rope_length)
+    return identify(
+        spec.path,
+        spec.identity.dtype,
+        spec.adapter,
+        spec.quantization,
+        spec.trust_remote_code,
+        max_length=spec.identity.rope_length,
+    )
 
 
 def _from_hub(path: str, revision: str | None = None) -> str:
     from huggingface_hub import snapshot_download
 
     try:
-        directory = snapshot_download(path, revision=revision,
-                                      allow_patterns=["*.json", "*.jinja", "*.model", "*.txt", "*.py"])
-        # A repository may hold the weights several times, in forms that nothing here reads.
+        directory = snapshot_download(
+            path, revision=revision, allow_patterns=["*.json", "*.jinja", "*.model", "*.txt", "*.py"]
+        )
+        # Only the weights that are read: a repository may also hold them in other formats.
         if lacking := weights_lacking(directory):
             snapshot_download(path, revision=Path(directory).name, allow_patterns=lacking)
         return directory
-    except Exception as error:  # every network and hub failure is the same to the user: no model
-        raise ModelError(f"there is no directory {path!r}, and the hub does not give a model of that name: "
-                         f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from None
+    except Exception as error:  # to the user every network or hub failure means the same: no model
+        raise ModelError(
+            f"there is no directory {path!r}, and the hub does not give a model of that name: "
+            f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        ) from None
 
 
 def _short(value: Any) -> str:
@@ -231,8 +281,10 @@ def _short(value: Any) -> str:
 def _weights_digest(model: ModelFiles) -> str:
     digest = _tensors_digest(model.weights)
     if model.passed_over and _tensors_digest(model.passed_over) != digest:
-        raise FilesError(f"{model.directory} has {model.weights[0].name} and an index whose files hold other weights, so "
-                         "which of the two is meant cannot be known; delete the one that is not")
+        raise FilesError(
+            f"{model.directory} has {model.weights[0].name} and an index whose files hold other weights; "
+            "delete the one that is not meant"
+        )
     return digest
 
 
@@ -246,8 +298,10 @@ def _architecture_digest(model: ModelFiles) -> str:
 
 
 def _adapter_digest(adapter: AdapterFiles) -> str:
-    settings = {key: list(value.items()) if key in _FIRST_MATCH and value and list(value) != sorted(value) else value
-                for key, value in adapter.config.items()}
+    settings = {
+        key: list(value.items()) if key in _FIRST_MATCH and value and list(value) != sorted(value) else value
+        for key, value in adapter.config.items()
+    }
     digest = hashlib.sha256(json.dumps(_without(settings, _NOT_ADAPTER, sets=True), sort_keys=True).encode()).hexdigest()
     return hashlib.sha256(f"{_tensors_digest([adapter.weights])}{digest}".encode()).hexdigest()
 
@@ -257,9 +311,10 @@ def _is_on_the_head(adapter: AdapterFiles) -> bool:
 
 
 def _without(settings: Any, ignored: frozenset[str], sets: bool = False) -> Any:
-    """Args:
-        sets: lists of names come from sets, which PEFT saves in arbitrary order. In config.json order has a meaning: of
-            layers, for one.
+    """``settings`` without the keys in ``ignored``, at any depth.
+
+    Args:
+        sets: sort lists of names. PEFT saves sets as lists in arbitrary order; in config.json the order has a meaning.
     """
     if isinstance(settings, dict):
         return {key: _without(value, ignored, sets) for key, value in settings.items() if key not in ignored}
@@ -269,7 +324,7 @@ def _without(settings: Any, ignored: frozenset[str], sets: bool = False) -> Any:
 
 
 def _tensors_digest(files: Sequence[Path]) -> str:
-    """Over (name, dtype, shape, bytes) of every tensor in order of name, so that sharding does not matter."""
+    """Digest of (name, dtype, shape, bytes) of every tensor in order of name. Sharding does not affect it."""
     tensors: dict[str, str] = {}
     for file in files:
         tensors |= _file_tensors(file)
@@ -278,7 +333,7 @@ def _tensors_digest(files: Sequence[Path]) -> str:
 
 def _file_tensors(file: Path) -> dict[str, str]:
     stat = file.stat()
-    # The change time cannot be set by a copy that preserves times, so overwritten weights are never mistaken.
+    # A copy that preserves times cannot set the change time (ctime), so overwritten weights are always noticed.
     stamp = [str(file.resolve()), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
     memo = local_home() / "digests" / f"{hashlib.sha256(json.dumps(stamp).encode()).hexdigest()}.json"
     try:
@@ -292,7 +347,7 @@ def _file_tensors(file: Path) -> dict[str, str]:
         temporary.write_text(json.dumps(tensors))
         os.replace(temporary, memo)
     except OSError:
-        pass  # a read-only home costs time, not correctness
+        pass  # without a writable home, files are hashed again next time
     return tensors
 
 
@@ -310,7 +365,7 @@ def _hash_tensors(file: Path) -> dict[str, str]:
                 block = stream.read(min(left, 1 << 24))
                 if not block:
                     raise ModelError(f"{file} is truncated: tensor {name} lacks {left} bytes")
-                digest.update(block)  # releases the GIL: the threads hash in parallel
+                digest.update(block)  # releases the GIL, so that the threads hash in parallel
                 left -= len(block)
         return name, digest.hexdigest()
 

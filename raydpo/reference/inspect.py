@@ -1,4 +1,4 @@
-"""Looking into a cache: which references it holds, one of them field by field, two of them side by side."""
+"""Inspect a cache: list its references, describe one, or compare two."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ import pyarrow as pa
 from raydpo.errors import CacheError
 from raydpo.reference.part import COMPACTED, PartInfo, builder_of
 from raydpo.reference.store import PARTS, SET_ASIDE, UNVERIFIED, ReferenceCache
-from raydpo.storage import Storage
+from raydpo.storage.files import Storage
 
 __all__ = ["describe", "difference", "identities"]
 
 
 def identities(uri: str) -> list[dict[str, Any]]:
-    """One entry for each reference in the cache at ``uri``: identity, model, dtype, rows, bytes, parts, unverified rows,
-    and the
-    seconds since its newest part was written.
+    """List the references in the cache at ``uri``.
 
-    Rows are counted as stored; a completion that two parts hold counts twice.
+    Returns:
+        One dictionary per reference: identity, model, dtype, rows, bytes, parts, unverified rows, and the seconds since its
+        newest part was written. Rows are counted as stored; a completion in two parts counts twice.
 
     Raises:
-        CacheError: if there is none.
+        CacheError: if the cache holds no reference.
     """
     storage = Storage(uri)
     found = []
@@ -35,24 +35,36 @@ def identities(uri: str) -> list[dict[str, Any]]:
     for identity in ReferenceCache.identities(storage):
         cache = ReferenceCache(storage, identity)
         parts = _current(cache.parts())
-        newest = max((entry.modified for folder in (PARTS, UNVERIFIED)
-                      for entry in storage.entries(f"{identity.digest}/{folder}")), default=0.0)
+        newest = max(
+            (entry.modified for folder in (PARTS, UNVERIFIED) for entry in storage.entries(f"{identity.digest}/{folder}")),
+            default=0.0,
+        )
         now = _now(storage) if now is None else now
-        found.append({"identity": identity.digest, "model": str(cache.description().get("model", "?")),
-                      "dtype": identity.dtype, "rows": sum(part.rows for part in parts), "parts": len(parts),
-                      "bytes": sum(part.bytes for part in parts),
-                      "unverified_rows": sum(part.rows for part in cache.parts(UNVERIFIED)),
-                      "age_seconds": max(0.0, now - newest)})
+        found.append(
+            {
+                "identity": identity.digest,
+                "model": str(cache.description().get("model", "?")),
+                "dtype": identity.dtype,
+                "rows": sum(part.rows for part in parts),
+                "parts": len(parts),
+                "bytes": sum(part.bytes for part in parts),
+                "unverified_rows": sum(part.rows for part in cache.parts(UNVERIFIED)),
+                "age_seconds": max(0.0, now - newest),
+            }
+        )
     if not found:
         raise CacheError(f"there is no reference cache at {storage}; 'raydpo score' makes one")
     return found
 
 
 def describe(uri: str, identity: str | None) -> dict[str, Any]:
-    """Identity field by field, what made the parts, contents, lengths and log-probs of one reference.
+    """Describe one reference: identity by field, what made the parts, contents, lengths and log-probs.
+
+    Args:
+        identity: prefix of the identity's digest; None if there is only one.
 
     Raises:
-        CacheError: if ``identity`` does not name exactly one.
+        CacheError: if ``identity`` does not select exactly one reference.
     """
     cache = ReferenceCache.open(uri, identity)
     cache.refresh()
@@ -65,20 +77,26 @@ def describe(uri: str, identity: str | None) -> dict[str, Any]:
         "identity": {"digest": cache.identity.digest} | cache.identity.to_dict(),
         "made_by": description | {"provenance": _provenance(parts)},
         "contents": {
-            "parts": len(parts), "superseded_parts": len(infos) - len(parts), "completions": len(tokens),
-            "rows": sum(part.rows for part in parts), "tokens": int(tokens.sum()), "bytes": size,
+            "parts": len(parts),
+            "superseded_parts": len(infos) - len(parts),
+            "completions": len(tokens),
+            "rows": sum(part.rows for part in parts),
+            "tokens": int(tokens.sum()),
+            "bytes": size,
             "bytes_per_token": size / max(1, int(tokens.sum())),
             "unverified_rows": sum(part.rows for part in cache.parts(UNVERIFIED)),
-            "set_aside_files": len(cache.storage.entries(f"{cache.directory}/{SET_ASIDE}"))},
-        "tokens_of_a_completion": _quantiles(tokens), "logps_per_token": _quantiles(_per_token(cache)),
+            "set_aside_files": len(cache.storage.entries(f"{cache.directory}/{SET_ASIDE}")),
+        },
+        "tokens_of_a_completion": _quantiles(tokens),
+        "logps_per_token": _quantiles(_per_token(cache)),
         "problems": cache.problems,
     }
 
 
 def difference(one: ReferenceCache, two: ReferenceCache) -> dict[str, Any]:
-    """Which identity fields of two caches differ, and how far their values do on the completions that both hold.
+    """Compare two caches: the identity fields that differ, and the differences of values on completions that both hold.
 
-    Differences are absolute, in nats a token, over the tokens that both have.
+    Differences are absolute, in nats per token, over the tokens that both have.
     """
     mine, theirs = dataclasses.asdict(one.identity), dataclasses.asdict(two.identity)
     fields = {name: [mine[name], theirs[name]] for name in mine if mine[name] != theirs[name]}
@@ -95,14 +113,19 @@ def difference(one: ReferenceCache, two: ReferenceCache) -> dict[str, Any]:
             gaps.append(gap)
             if gap > worst["mean"] or worst["key"] is None:
                 worst = {"key": key.as_py().hex(), "mean": gap}
-    return {"fields": fields, "completions": [len(keys), len(others)], "common": len(common),
-            "difference": _quantiles(np.array(gaps)), "worst": worst}
+    return {
+        "fields": fields,
+        "completions": [len(keys), len(others)],
+        "common": len(common),
+        "difference": _quantiles(np.array(gaps)),
+        "worst": worst,
+    }
 
 
 def _now(storage: Storage) -> float:
     try:
         return storage.clock()
-    except Exception:  # a cache that we may only read has a clock that we cannot ask
+    except Exception:  # reading the store's clock needs a write, which a read-only cache refuses
         return time.time()
 
 
@@ -112,7 +135,7 @@ def _current(parts: list[PartInfo]) -> list[PartInfo]:
 
 
 def _provenance(parts: list[PartInfo]) -> list[dict[str, Any]]:
-    """What made the parts: how many of each."""
+    """What made the parts, and the number of parts of each."""
     counts: Counter[str] = Counter()
     for part in parts:
         for one in part.provenance.get("parts") or [{"count": 1, "of": part.provenance}]:
@@ -121,7 +144,7 @@ def _provenance(parts: list[PartInfo]) -> list[dict[str, Any]]:
 
 
 def _per_token(cache: ReferenceCache) -> np.ndarray:
-    """Mean log-prob of the tokens of each stored row, nats."""
+    """Mean log-prob per token of each stored row, nats."""
     means = []
     for path in cache.paths():
         part = cache.read(path)
@@ -134,5 +157,7 @@ def _per_token(cache: ReferenceCache) -> np.ndarray:
 def _quantiles(values: np.ndarray) -> dict[str, float]:
     if not len(values):
         return {}
-    return {"mean": float(values.mean())} | {name: float(np.quantile(values, share)) for name, share in (
-        ("least", 0.0), ("p10", 0.1), ("median", 0.5), ("p90", 0.9), ("p99", 0.99), ("most", 1.0))}
+    return {"mean": float(values.mean())} | {
+        name: float(np.quantile(values, share))
+        for name, share in (("least", 0.0), ("p10", 0.1), ("median", 0.5), ("p90", 0.9), ("p99", 0.99), ("most", 1.0))
+    }

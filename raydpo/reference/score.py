@@ -1,4 +1,4 @@
-"""The reference's forward pass: groups of completions in, per-token log-probs out. Needs torch alone."""
+"""The reference's forward pass: groups of completions in, log-probs per token out. Needs torch only."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ import numpy as np
 import torch
 import transformers
 
-import raydpo
 from raydpo.data.plan import fill_batches
+from raydpo.data.prefetch import prefetch
 from raydpo.data.shapes import cut_group
-from raydpo.local_copy import RemoteDirectory
 from raydpo.model.budget import MOST_SCORED, find_budget, is_out_of_memory, probe_group
 from raydpo.model.layout import Layout, PromptGroup, shapes_of
 from raydpo.model.load import load_causal_lm
 from raydpo.model.logps import LogpModel
 from raydpo.model.selfcheck import Wish, choose_layout, share_positions
 from raydpo.model.ulysses import SequenceGroup
-from raydpo.prefetch import prefetch
 from raydpo.reference.identity import ReferenceIdentity, proved_here
+from raydpo.storage.local_copy import RemoteDirectory
+from raydpo.version import __version__
 
 __all__ = ["ReferenceSpec", "Scorer"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceSpec:
-    """Everything a process needs to load the reference and to prove that it is the right one."""
+    """What a process needs to load the reference and to check that it is the right one."""
 
     path: str
     adapter: str | None
@@ -38,37 +38,50 @@ class ReferenceSpec:
     trust_remote_code: bool = False
     layout: Wish = "auto"
     origin: RemoteDirectory | None = None
-    """What the adapter, or without one the model, is a copy of; None where every machine has it."""
+    """Remote directory that the adapter, or without one the model, was copied from; None if every machine has it."""
 
 
 class Scorer:
-    """The reference on one device, or this process's part of it.
+    """The reference on one device, or this process's share of it.
 
     Args:
-        spec: which model; its weights are hashed here too, so that a node with other files under the same path is found
-            out.
+        spec: the model. Its weights are hashed here, too: a node with other files under the same path is detected.
         device: ``cuda`` or ``cpu``.
         tokens_per_batch: token positions of a forward pass on this device, or ``auto``: as many as fit, measured here.
-        memory_share: part of the device's memory that belongs to this process.
+        memory_share: share of the device's memory that belongs to this process.
         check_rows: a few groups of the data, for the self-check of the layout.
-        group: processes that compute every forward pass together; each of them scores the same groups (see
-            ``reference.team``).
+        group: processes that compute each forward pass together; all of them score the same groups (see ``reference.team``).
 
     Attributes:
-        notes: lines for the user: the layout chosen and why, the budget measured, a batch that did not fit.
+        notes: messages for the user: the layout and why it was chosen, the measured budget, a batch that did not fit.
 
     Raises:
         ModelError: if the files here are another model than ``spec.identity``, or cannot be scored exactly.
     """
 
-    def __init__(self, spec: ReferenceSpec, *, device: str, tokens_per_batch: int | Literal["auto"],
-                 memory_share: float = 1.0, check_rows: Sequence[PromptGroup] = (),
-                 group: SequenceGroup | None = None) -> None:
+    def __init__(
+        self,
+        spec: ReferenceSpec,
+        *,
+        device: str,
+        tokens_per_batch: int | Literal["auto"],
+        memory_share: float = 1.0,
+        check_rows: Sequence[PromptGroup] = (),
+        group: SequenceGroup | None = None,
+    ) -> None:
         self.device = torch.device(device)
         with proved_here(spec):
-            self.model = LogpModel(load_causal_lm(spec.path, spec.identity.dtype, adapter=spec.adapter, device=self.device,
-                                                  quantization=spec.quantization, rope_length=spec.identity.rope_length,
-                                                  trust_remote_code=spec.trust_remote_code))
+            self.model = LogpModel(
+                load_causal_lm(
+                    spec.path,
+                    spec.identity.dtype,
+                    adapter=spec.adapter,
+                    device=self.device,
+                    quantization=spec.quantization,
+                    rope_length=spec.identity.rope_length,
+                    trust_remote_code=spec.trust_remote_code,
+                )
+            )
         self.model.eval().requires_grad_(False)
         self.notes = [choose_layout(self.model, self.device, spec.layout, check_rows).line]
         if group is not None:
@@ -82,10 +95,13 @@ class Scorer:
         self._backed_off = False
 
     def score(self, groups: Sequence[PromptGroup]) -> list[tuple[np.ndarray, ...]]:
-        """float32 log-probs [tokens] of each completion, in the order of ``groups`` and their completions.
+        """Score completions.
 
-        A group that is larger than a batch is computed in pieces; a single completion that is, alone. A batch that does not
-        fit in memory is cut in half, with a note, and so are those after it; once.
+        A group larger than a batch is computed in several batches; a single completion larger than a batch, alone. The first
+        batch that does not fit in memory halves the budget for all later ones, with a note; a second one raises.
+
+        Returns:
+            float32 log-probs [tokens] of each completion, in the order of ``groups`` and their completions.
         """
         if not groups:
             return []
@@ -94,10 +110,15 @@ class Scorer:
         return [tuple(logps for _ in each for logps in next(scored)) for each in pieces]
 
     def _pieces(self, group: PromptGroup) -> list[PromptGroup]:
-        runs = cut_group(len(group.prompt), [len(one) for one in group.completions], self.tokens_per_batch * self._size,
-                         self.model.method.layout)
-        return [group] if len(runs) == 1 else [PromptGroup(group.prompt, group.completions[start:stop])
-                                               for start, stop in runs]
+        runs = cut_group(
+            len(group.prompt),
+            [len(one) for one in group.completions],
+            self.tokens_per_batch * self._size,
+            self.model.method.layout,
+        )
+        return (
+            [group] if len(runs) == 1 else [PromptGroup(group.prompt, group.completions[start:stop]) for start, stop in runs]
+        )
 
     def _score_pieces(self, groups: Sequence[PromptGroup]) -> list[tuple[np.ndarray, ...]]:
         scored: list[tuple[np.ndarray, ...]] = [()] * len(groups)
@@ -107,7 +128,7 @@ class Scorer:
                 for index, logps in zip(batch, self.model.score_layout(layout.to(self.device), rows), strict=True):
                     scored[index] = logps
         except (RuntimeError, MemoryError) as error:
-            # Processes that compute together would no longer be at the same batch.
+            # Processes of a team must not back off alone: they would compute different batches.
             if not is_out_of_memory(error) or self._backed_off or self._size > 1:
                 raise
             self._back_off()
@@ -118,8 +139,9 @@ class Scorer:
         return scored
 
     def _laid_out(self, groups: Sequence[PromptGroup]) -> Iterator[tuple[list[int], Layout]]:
-        batches = fill_batches(range(len(groups)), shapes_of(groups), self.tokens_per_batch * self._size,
-                               self.model.method.layout)
+        batches = fill_batches(
+            range(len(groups)), shapes_of(groups), self.tokens_per_batch * self._size, self.model.method.layout
+        )
 
         def prepare(batch: list[int]) -> tuple[list[int], Layout]:
             layout = self.model.lay_out([groups[index] for index in batch])
@@ -130,8 +152,10 @@ class Scorer:
     def _back_off(self) -> None:
         self._backed_off = True
         halved = max(1, self.tokens_per_batch // 2)
-        self.notes.append(f"warning: out of memory with {self.tokens_per_batch} positions a batch; going on with {halved}. "
-                          f"Set score.tokens_per_batch={halved} to begin so")
+        self.notes.append(
+            f"warning: out of memory with {self.tokens_per_batch} positions a batch; continuing with "
+            f"{halved}. Set score.tokens_per_batch={halved} to start with that"
+        )
         self.tokens_per_batch = halved
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -142,10 +166,14 @@ class Scorer:
 
     @property
     def provenance(self) -> dict[str, object]:
-        """What made the numbers, for people; no part of the identity."""
+        """What made the numbers, for people; not part of the identity."""
         cuda = self.device.type == "cuda"
         return {
-            "raydpo": raydpo.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
+            "raydpo": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
             "device": torch.cuda.get_device_name(self.device) if cuda else platform.processor() or platform.machine(),
-            "layout": str(self.model.method), "tokens_per_batch": self.tokens_per_batch, "threads": torch.get_num_threads(),
+            "layout": str(self.model.method),
+            "tokens_per_batch": self.tokens_per_batch,
+            "threads": torch.get_num_threads(),
         }

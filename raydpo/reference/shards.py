@@ -1,4 +1,4 @@
-"""Which completions a run wants, and how the scoring of them is cut into shards, each committed as one part."""
+"""Plan what to score: which completions a run needs, and how they are cut into shards, each committed as one part."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raydpo.data.shapes import cut_group
+from raydpo.data.index import KeyIndex, as_bytes
+from raydpo.data.shapes import common_prefix, cut_group
 from raydpo.model.layout import PromptGroup
-from raydpo.model.tree import common_prefix
-from raydpo.reference.index import KeyIndex, as_bytes
 from raydpo.reference.part import KEY_TYPE
 from raydpo.reference.store import ReferenceCache
 
-__all__ = ["Completion", "Shard", "Wanted", "missing_shards", "plan_shards", "still_missing", "without"]
+__all__ = ["Completion", "Shard", "Wanted", "missing_shards", "plan_shards", "still_missing"]
 
 SIDES = ("chosen", "rejected")
 WINDOW = 100_000
@@ -27,7 +26,7 @@ WINDOW = 100_000
 
 @dataclass(frozen=True)
 class Completion:
-    """One completion that a run needs log-probs for: those of its first ``len(tokens)`` tokens."""
+    """A completion that a run needs log-probs of: those of its first ``len(tokens)`` tokens."""
 
     key: bytes
     prompt: np.ndarray
@@ -53,6 +52,11 @@ class Shard:
     def tokens(self) -> int:
         return sum(completion.length for completion in self.completions)
 
+    def without(self, keys: set[bytes]) -> Shard:
+        """The shard without the completions with these keys; it may become empty."""
+        groups = (tuple(one for one in group if one.key not in keys) for group in self.groups)
+        return Shard(tuple(group for group in groups if group))
+
     def prompt_groups(self) -> list[PromptGroup]:
         return [PromptGroup(group[0].prompt, tuple(completion.tokens for completion in group)) for group in self.groups]
 
@@ -60,27 +64,27 @@ class Shard:
 class Wanted(Sequence[Completion]):
     """The distinct completions of tokenised pairs (``data.pairs.PAIR_SCHEMA``), each as long as its longest use.
 
-    In columns, so that tens of millions cost tens of bytes each; a ``Completion`` is made when it is looked at.
+    Stored in columns, tens of bytes per completion. ``Completion`` objects are made on access.
 
     Attributes:
         keys: binary(16) [completions], in order of first use.
-        tokens: how many of its tokens are needed, int32 [completions].
+        tokens: number of its tokens that are needed, int32 [completions].
         prompt_tokens: int32 [completions].
     """
 
     def __init__(self, tables: Iterable[pa.Table]) -> None:
-        # A table of more than 2^31 tokens has wider offsets than one of fewer.
+        # Tables with more than 2^31 tokens have 64-bit offsets, others 32-bit.
         self._table = pa.concat_tables(tables, promote_options="permissive")
         # Pair by pair: chosen, rejected, chosen, ...
-        keys = [np.stack([as_bytes(batch[f"{side}_key"]) for side in SIDES], axis=1).reshape(-1, 16)
-                for batch in self._table.select([f"{side}_key" for side in SIDES]).to_batches()]
+        keys = np.stack([as_bytes(self._table[f"{side}_key"]) for side in SIDES], axis=1).reshape(-1, 16)
         lengths = np.stack([_lengths(self._table[f"{side}_ids"]) for side in SIDES], axis=1).ravel()
         index = KeyIndex()
-        index.add(np.concatenate(keys or [np.empty((0, 16), np.uint8)]), lengths, 0)
-        self._places = np.sort(index.row[index.winners()])
+        index.add((keys, lengths, 0))
+        self._places = np.sort(index.row[index.winners])
         self.tokens = lengths[self._places]
-        self.keys = pa.FixedSizeBinaryArray.from_buffers(KEY_TYPE, len(self._places), [
-            None, pa.py_buffer(np.concatenate(keys)[self._places])]) if keys else pa.array([], KEY_TYPE)
+        self.keys = pa.FixedSizeBinaryArray.from_buffers(
+            KEY_TYPE, len(self._places), [None, pa.py_buffer(keys[self._places])]
+        )
         self.prompt_tokens = _lengths(self._table["prompt_ids"])[self._places // 2]
 
     def __len__(self) -> int:
@@ -104,26 +108,33 @@ class Wanted(Sequence[Completion]):
         table = self._table.slice(first, int(places[-1]) // 2 - first + 1)
         rows = [_rows(table, f"{side}_ids") for side in SIDES]
         prompts = _rows(table, "prompt_ids")
-        return [Completion(key, prompts[place // 2 - first], rows[place % 2][place // 2 - first])
-                for key, place in zip(self.keys[start:stop].to_pylist(), places.tolist(), strict=True)]
+        return [
+            Completion(key, prompts[place // 2 - first], rows[place % 2][place // 2 - first])
+            for key, place in zip(self.keys[start:stop].to_pylist(), places.tolist(), strict=True)
+        ]
 
 
 FAMILY_SHARE = 0.5
-"""Prompts whose neighbour in order begins with at least this share of them are scored together: a dialogue that goes on."""
+"""Neighbouring prompts in sort order that share at least this part of their tokens are scored together, for example the
+turns of one dialogue."""
 
 
 def plan_shards(wanted: Sequence[Completion], tokens_per_shard: int, most: int | None = None) -> list[Shard]:
-    """All wanted completions, by prompt, prompts that share much next to each other, longest first, in shards of about so
-    many tokens. A prompt whose completions have more than ``most`` tokens, or else ``tokens_per_shard``, has several.
+    """Cut all wanted completions into shards of about ``tokens_per_shard`` tokens.
 
-    A pure function of what is wanted, not of what is missing: a build that was killed and started again forms the same
-    shards, hence the same batches, hence the same bits.
+    Completions are grouped by prompt, prompts that share much are neighbours, and the longest come first. The completions of
+    one prompt are split where they have more than ``most`` tokens (default ``tokens_per_shard``).
+
+    A pure function of what is wanted, not of what is missing: a build that was killed and restarted forms the same shards,
+    hence the same batches and the same bits.
     """
     groups: dict[bytes, list[Completion]] = {}
     for completion in wanted:
         groups.setdefault(completion.prompt.tobytes(), []).append(completion)
-    families = sorted(_families(list(groups.values()), tokens_per_shard),
-                      key=lambda family: (-max(_length(group) for group in family), min(one.key for one in family[0])))
+    families = sorted(
+        _families(list(groups.values()), tokens_per_shard),
+        key=lambda family: (-max(_length(group) for group in family), min(one.key for one in family[0])),
+    )
     shards: list[list[tuple[Completion, ...]]] = []
     size = 0
     for family in families:
@@ -137,8 +148,8 @@ def plan_shards(wanted: Sequence[Completion], tokens_per_shard: int, most: int |
 
 
 def _pieces(groups: list[tuple[Completion, ...]], most: int) -> Iterator[Shard]:
-    """A shard; if its last group, the only one that may be large, has more than ``most`` tokens, with the prompt counted
-    once, in pieces of so many."""
+    """Split a shard whose last group (the only one that may be large) has more than ``most`` tokens, its prompt counted
+    once."""
     *others, last = groups
     runs = cut_group(len(last[0].prompt), [len(one.tokens) for one in last], most, "tree")
     for start, stop in runs:
@@ -167,41 +178,29 @@ def _families(groups: list[list[Completion]], most_tokens: int) -> list[list[lis
 
 
 def missing_shards(wanted: Wanted, covered: np.ndarray, tokens_per_shard: int, most: int | None = None) -> Iterator[Shard]:
-    """The shards of all ``wanted`` without what is ``covered``, bool [completions]; shards that are covered whole are left
-    out. See ``plan_shards``.
+    """The shards of ``plan_shards`` without what is ``covered``, bool [completions]; fully covered shards are left out.
 
-    Planned in windows of so many completions in the order of the data, of which only one is in memory.
+    Planned in windows of ``WINDOW`` completions in the order of the data, of which one is in memory at a time.
     """
     for start in range(0, len(wanted), WINDOW):
         if covered[start : start + WINDOW].all():
             continue
         window = wanted[start : start + WINDOW]
         present = {one.key for one, there in zip(window, covered[start : start + WINDOW], strict=True) if there}
-        yield from without(plan_shards(window, tokens_per_shard, most), present)
+        remaining = (shard.without(present) for shard in plan_shards(window, tokens_per_shard, most))
+        yield from (shard for shard in remaining if shard.groups)
 
 
-def still_missing(shards: Sequence[Shard], cache: ReferenceCache,
-                  skip: Callable[[str], bool] | None = None) -> list[Shard]:
-    """The shards without the completions that ``cache`` holds by now; see ``ReferenceCache.covers``."""
-    completions = [completion for shard in shards for completion in shard.completions]
-    keys = pa.array([completion.key for completion in completions], KEY_TYPE)
-    covered = cache.covers(keys, np.array([len(completion.tokens) for completion in completions], np.int32),
-                           skip=skip)
-    return without(shards, {completion.key for completion, there in zip(completions, covered, strict=True) if there})
-
-
-def without(shards: Sequence[Shard], present: set[bytes]) -> list[Shard]:
-    """The shards without the completions of these keys; shards that lose all of theirs are left out."""
-    remaining = []
-    for shard in shards:
-        groups = [tuple(one for one in group if one.key not in present) for group in shard.groups]
-        if any(groups):
-            remaining.append(Shard(tuple(group for group in groups if group)))
-    return remaining
+def still_missing(shard: Shard, cache: ReferenceCache, skip: Callable[[str], bool] | None = None) -> Shard:
+    """The shard without the completions that ``cache`` holds by now. ``skip``: see ``ReferenceCache.covers``."""
+    completions = shard.completions
+    keys = pa.array([one.key for one in completions], KEY_TYPE)
+    covered = cache.covers(keys, np.array([len(one.tokens) for one in completions], np.int32), skip=skip)
+    return shard.without({one.key for one, there in zip(completions, covered, strict=True) if there})
 
 
 def _rows(table: pa.Table, column: str) -> list[np.ndarray]:
-    """A list column as one array per row, without a Python object per token."""
+    """Split a list column into one array per row, without a Python object per token."""
     rows: list[np.ndarray] = []
     for chunk in table[column].chunks:
         flat = chunk.values.to_numpy()

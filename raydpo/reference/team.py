@@ -1,7 +1,7 @@
-"""The reference on several devices of one machine: processes that compute every forward pass together. Needs torch alone.
+"""The reference on several devices of one machine: processes that compute each forward pass together. Needs torch only.
 
-For sequences that are too long for one device (``score.sequence_parallel``, see ``model.ulysses``). This process is one of
-the team; it starts the others, tells them what to score, and computes its part as they do.
+For sequences too long for one device (``score.sequence_parallel``, see ``model.ulysses``). This process is the first of the
+team. It starts the others, sends them what to score, and computes its own share.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ from raydpo.reference.score import ReferenceSpec, Scorer
 __all__ = ["TeamScorer"]
 
 PATIENCE = timedelta(minutes=10)
-"""For a member that does not answer."""
+"""Timeout of collectives: how long to wait for a process that does not answer."""
 LAST_WORDS_S = 10.0
+"""Seconds to wait for the error message of a process that failed."""
 
 
 @dataclass(frozen=True)
 class _Setup:
-    """What a member is told first. It arrives, as all that follows, from the process that started it, through a pipe."""
+    """First message to a member of the team. All messages come through a pipe from the process that started it."""
 
     rank: int
     size: int
@@ -45,25 +46,29 @@ class _Setup:
     scorer: dict[str, Any]
 
     def join(self, store: dist.TCPStore | None = None) -> Scorer:
-        """Become one of the team, and load the model."""
+        """Join the process group and load the model."""
         device = self.device if self.device == "cpu" else f"{self.device}:{self.rank}"
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         if device != "cpu":
             torch.cuda.set_device(device)
-        dist.init_process_group("gloo" if device == "cpu" else "nccl", rank=self.rank, world_size=self.size,
-                                store=store or dist.TCPStore("127.0.0.1", self.port, self.size, is_master=False),
-                                timeout=PATIENCE)
+        dist.init_process_group(
+            "gloo" if device == "cpu" else "nccl",
+            rank=self.rank,
+            world_size=self.size,
+            store=store or dist.TCPStore("127.0.0.1", self.port, self.size, is_master=False),
+            timeout=PATIENCE,
+        )
         return Scorer(device=device, group=SequenceGroup.of_world(self.size), **self.scorer)
 
 
 class TeamScorer:
-    """A ``Scorer`` of ``size`` devices. A process has at most one.
+    """A ``Scorer`` on ``size`` devices. A process has at most one.
 
     Args:
-        size: devices, each with a process; the machine must have so many.
-        threads: of each process; None = torch's default.
-        The rest as ``Scorer``; ``tokens_per_batch`` is the part of one device.
+        size: number of devices, each with a process; the machine must have as many.
+        threads: CPU threads of each process; None = torch's default.
+        tokens_per_batch: share of one device. This and the rest: as ``Scorer``.
 
     Attributes:
         members: the other processes.
@@ -72,12 +77,24 @@ class TeamScorer:
         RaydpoError: what ``Scorer`` raises, here or in another process of the team.
     """
 
-    def __init__(self, spec: ReferenceSpec, *, size: int, device: Literal["cuda", "cpu"], threads: int | None = None,
-                 tokens_per_batch: int | Literal["auto"], memory_share: float = 1.0,
-                 check_rows: Sequence[PromptGroup] = ()) -> None:
+    def __init__(
+        self,
+        spec: ReferenceSpec,
+        *,
+        size: int,
+        device: Literal["cuda", "cpu"],
+        threads: int | None = None,
+        tokens_per_batch: int | Literal["auto"],
+        memory_share: float = 1.0,
+        check_rows: Sequence[PromptGroup] = (),
+    ) -> None:
         store = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)
-        settings = {"spec": spec, "tokens_per_batch": tokens_per_batch, "memory_share": memory_share,
-                    "check_rows": list(check_rows)}
+        settings = {
+            "spec": spec,
+            "tokens_per_batch": tokens_per_batch,
+            "memory_share": memory_share,
+            "check_rows": list(check_rows),
+        }
         setups = [_Setup(rank, size, store.port, device, threads, settings) for rank in range(size)]
         self.members = [_start() for _ in setups[1:]]
         with self._explained():
@@ -85,10 +102,10 @@ class TeamScorer:
             self._scorer = setups[0].join(store)
 
     def score(self, groups: Sequence[PromptGroup]) -> list[tuple[np.ndarray, ...]]:
-        """As ``Scorer.score``.
+        """As ``Scorer.score``, but a batch that does not fit in memory is not retried.
 
         Raises:
-            RaydpoError: if a process of the team has failed, and why. What does not fit in memory is not tried again.
+            RaydpoError: if a process of the team failed, with its reason.
         """
         with self._explained():
             self._tell([list(groups)] * len(self.members))
@@ -103,7 +120,7 @@ class TeamScorer:
         return self._scorer.provenance | {"sequence_parallel": len(self.members) + 1}
 
     def close(self) -> None:
-        """End the other processes, and leave the team."""
+        """End the other processes and leave the process group."""
         for member in self.members:
             with contextlib.suppress(OSError):
                 member.stdin.close()
@@ -122,7 +139,7 @@ class TeamScorer:
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
-        """Where one process fails, the others only see that it is gone; what it said is the reason."""
+        """If one process fails, the others only see that it is gone. Raise what the failed one said."""
         try:
             yield
         except Exception as error:
@@ -132,17 +149,20 @@ class TeamScorer:
                 if isinstance(cause, RaydpoError):
                     raise cause from None
                 if is_out_of_memory(cause):
-                    raise RaydpoError("a forward pass does not fit on one of the devices that compute it together: "
-                                      f"{str(cause).splitlines()[0][:200]}. Set score.tokens_per_batch lower, or "
-                                      "score.sequence_parallel higher") from error
+                    raise RaydpoError(
+                        "a forward pass does not fit on one of the devices that compute it together: "
+                        f"{str(cause).splitlines()[0][:200]}. Set score.tokens_per_batch lower, or "
+                        "score.sequence_parallel higher"
+                    ) from error
             told = [f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}" for cause in causes[1:] or causes]
-            raise RaydpoError(f"a process of the team that scores together failed: {'; '.join(told)}") from error
+            raise RaydpoError(f"a process of the scoring team failed: {'; '.join(told)}") from error
 
 
 def _start() -> subprocess.Popen:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    return subprocess.Popen([sys.executable, "-m", "raydpo.reference.team"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                            env=environment)
+    return subprocess.Popen(
+        [sys.executable, "-m", "raydpo.reference.team"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+    )
 
 
 def _last_words(member: subprocess.Popen) -> BaseException | None:
@@ -155,9 +175,9 @@ def _last_words(member: subprocess.Popen) -> BaseException | None:
 
 
 def _member() -> None:
-    """The life of another process of the team: until the pipe from the first one ends."""
+    """Main function of another process of the team. Ends when the pipe from the first process is closed."""
     pipe = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what libraries print is not for the pipe
+    os.dup2(2, 1)  # keep what libraries print out of the pipe
     try:
         scorer = pickle.load(sys.stdin.buffer).join()
         while True:
@@ -168,11 +188,11 @@ def _member() -> None:
         try:
             words = pickle.dumps(error)
             pickle.loads(words)
-        except Exception:  # not every exception can travel
+        except Exception:  # not every exception can be pickled
             words = pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))
         pipe.write(words)
         pipe.flush()
-    os._exit(0)  # a collective under way has nobody to end it
+    os._exit(0)  # a normal exit would wait for a collective that never ends
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Is a cache what it says? Every byte of its files, and a sample of its log-probs scored again."""
+"""Verify a cache: every byte of its files, and a sample of its log-probs scored again."""
 
 from __future__ import annotations
 
@@ -10,46 +10,54 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from raydpo.data.index import as_bytes
 from raydpo.errors import CacheError
-from raydpo.reference.index import as_bytes
 from raydpo.reference.join import join
 from raydpo.reference.part import KEY_TYPE
 from raydpo.reference.score import Scorer
 from raydpo.reference.shards import Completion, plan_shards
 from raydpo.reference.store import PARTS, UNVERIFIED, ReferenceCache
 
-__all__ = ["SAMPLE", "TOLERANCES", "FilesReport", "ScoresReport", "promote", "sum_tolerance", "verify_files",
-           "verify_scores"]
+__all__ = [
+    "SAMPLE",
+    "TOLERANCES",
+    "FilesReport",
+    "ScoresReport",
+    "promote",
+    "sum_tolerance",
+    "verify_files",
+    "verify_scores",
+]
 
 SAMPLE = 256
-"""Completions that are scored again unless the user says otherwise."""
+"""Completions that are scored again by default."""
 TOLERANCES = {"float32": 1e-3, "bfloat16": 0.1}
-"""Largest accepted mean difference of a completion's tokens, nats, by the precision of the reference. Other batches, layouts
-and devices stay an order of magnitude below; other weights or tokens lie far above."""
+"""Largest accepted mean difference per token of a completion, nats, by the reference's precision. Other batches, layouts and
+devices stay an order of magnitude below; other weights or tokens lie far above."""
 SUM_SPREAD = 4.0
-"""Largest accepted difference of a sum over n tokens, in tolerances times sqrt(n): rounding has either sign, so a sum's
-error grows with the root of n. The largest of SmolLM2-135M and of tiny models were, from one layout to another, 0.02 in
-float32 and 0.9 in bfloat16; and to transformers' own forward pass 0.2 and 1.6."""
+"""Largest accepted difference of a sum over n tokens, in tolerances times sqrt(n): rounding errors have either sign, so the
+error of a sum grows with the root of n. Largest differences measured between layouts, on SmolLM2-135M and tiny models: 0.02
+in float32 and 0.9 in bfloat16; from transformers' own forward pass: 0.2 and 1.6."""
 SHIFT = 0.02
-"""Largest accepted mean difference of sums, with its sign, in tolerances times their mean number of tokens. The largest that
-was not chance was 0.008 in float32 and 0.007 in bfloat16. Tokens that were left out or added shift all sums to one side."""
+"""Largest accepted mean difference of sums, with its sign, in tolerances times their mean number of tokens. Largest measured
+beyond chance: 0.008 in float32 and 0.007 in bfloat16. Tokens left out or added shift all sums to one side."""
 SHIFT_ERRORS = 4.0
-"""A mean of differences that is within so many of its standard errors is chance."""
+"""A mean difference within this many standard errors of 0 counts as chance."""
 TOKENS_PER_BATCH = 16384
 
 
 def sum_tolerance(tolerance: float, tokens: np.ndarray | int) -> np.ndarray | float:
-    """Largest accepted difference of sums over so many tokens, nats, given the tolerance of a token."""
+    """Largest accepted difference of a sum over ``tokens`` tokens, nats, given the tolerance per token."""
     return tolerance * SUM_SPREAD * np.sqrt(tokens)
 
 
 @dataclass(frozen=True)
 class FilesReport:
-    """Every part read from the first byte to the last.
+    """Result of reading every part completely.
 
     Attributes:
-        parts, rows, bytes: of the sound ones, superseded and unverified ones too.
-        twice: rows that readers pass over because another row answers for the same completion.
+        parts, rows, bytes: of intact parts, superseded and unverified ones included.
+        twice: rows that readers skip because another row answers for the same completion.
         problems: a sentence for each file that is not used.
     """
 
@@ -78,19 +86,19 @@ def verify_files(cache: ReferenceCache) -> FilesReport:
 
 @dataclass(frozen=True)
 class ScoresReport:
-    """Stored against newly computed log-probs; differences are in nats, absolute unless said otherwise.
+    """Stored against newly computed log-probs. Differences are absolute, in nats, unless noted.
 
     Attributes:
         wanted, stored: completions of the data, and how many of them the cache holds.
         checked, tokens: completions scored again, and their tokens.
-        sums_only: how many of the checked ones are stored as sums: their difference is that of the sum, by its tokens.
-        imported: of each part of imported rows that are not verified, by path, how many of its rows were checked.
-        quantiles: of the mean difference of a completion's tokens.
-        worst: the completion that is farthest beyond its tolerance, or nearest to it: its name, key, mean, the tolerance of
-            that mean, and its most different token with both values.
-        tolerance: of the mean of a completion whose log-probs of tokens are stored; see ``sum_tolerance`` for sums.
-        shift: mean difference of the sums, stored less live, with its sign; None if none was checked.
-        problem: what is wrong, a sentence without its full stop; None if nothing is.
+        sums_only: checked completions that are stored as sums. Their difference is that of the sum divided by its tokens.
+        imported: by path of each unverified imported part, how many of its rows were checked.
+        quantiles: of the completions' mean differences per token.
+        worst: the completion with the largest difference relative to its tolerance: name, key, mean, tolerance of that mean,
+            and its most different token with both values.
+        tolerance: accepted mean difference of a completion stored per token; for sums see ``sum_tolerance``.
+        shift: mean difference of the sums, stored minus live, with its sign; None if no sum was checked.
+        problem: what is wrong, as a sentence without its full stop; None if nothing is.
     """
 
     wanted: int
@@ -113,30 +121,42 @@ class ScoresReport:
         return dataclasses.asdict(self) | {"passed": self.passed}
 
 
-def verify_scores(cache: ReferenceCache, wanted: Sequence[Completion], names: dict[bytes, str], scorer: Scorer, *,
-                  sample: int | None, seed: int = 0, tolerance: float | None = None) -> ScoresReport:
-    """Score random samples of the stored completions again, or all of them.
+def verify_scores(
+    cache: ReferenceCache,
+    wanted: Sequence[Completion],
+    names: dict[bytes, str],
+    scorer: Scorer,
+    *,
+    sample: int | None,
+    seed: int = 0,
+    tolerance: float | None = None,
+) -> ScoresReport:
+    """Score stored completions again: all of them, or random samples.
 
-    One sample is of the verified rows, and one of each part of imported rows: a few wrong rows among many right ones would
-    hardly come up in a common sample.
+    One sample is drawn from the verified rows and one from each part of imported rows: a common sample would rarely contain
+    a few wrong rows among many right ones.
 
     Args:
-        wanted: completions of the data at hand: a cache holds keys, not tokens.
-        names: of each key, for people.
-        sample: how many of each at most; None = all.
+        wanted: completions of the configuration's data; the cache holds keys, not tokens.
+        names: display name of each key.
+        sample: largest size of each sample; None = all rows.
 
     Raises:
-        CacheError: if the cache holds none of them.
+        CacheError: if the cache holds none of ``wanted``.
     """
     cache.refresh()
     parts, _ = _answers(cache, wanted)
     stored = np.flatnonzero(parts >= 0)
     if not len(stored):
-        raise CacheError(f"the cache holds none of the {len(wanted):,} completions of this configuration, so none can be "
-                         "scored again; give the configuration whose data it was built from")
+        raise CacheError(
+            f"the cache holds none of the {len(wanted):,} completions of this configuration, so none can be "
+            "scored again; give the configuration whose data it was built from"
+        )
     imports = [number for number in np.unique(parts[stored]).tolist() if cache.is_unverified(number)]
-    drawn = [_drawn(stored[~np.isin(parts[stored], imports)], sample, seed),
-             *(_drawn(np.flatnonzero(parts == number), sample, seed) for number in imports)]
+    drawn = [
+        _drawn(stored[~np.isin(parts[stored], imports)], sample, seed),
+        *(_drawn(np.flatnonzero(parts == number), sample, seed) for number in imports),
+    ]
     paths = cache.paths()
     imported = {paths[number]: len(rows) for number, rows in zip(imports, drawn[1:], strict=True)}
     tolerance = TOLERANCES[cache.identity.dtype] if tolerance is None else tolerance
@@ -145,12 +165,24 @@ def verify_scores(cache: ReferenceCache, wanted: Sequence[Completion], names: di
     beyond = np.array([row["mean"] / row["tolerance"] for row in rows])
     worst = rows[int(np.argmax(np.where(np.isnan(beyond), np.inf, beyond)))]
     worst = {"name": names.get(bytes.fromhex(worst["key"]), "?")} | worst
-    quantiles = {name: float(np.quantile(gaps, share)) for name, share in
-                 (("median", 0.5), ("p90", 0.9), ("p99", 0.99), ("max", 1.0))} | {"mean": float(gaps.mean())}
+    quantiles = {
+        name: float(np.quantile(gaps, share)) for name, share in (("median", 0.5), ("p90", 0.9), ("p99", 0.99), ("max", 1.0))
+    } | {"mean": float(gaps.mean())}
     sums = [row for row in rows if row["token"] is None]
     shift, shifted = _shift(sums, tolerance)
-    return ScoresReport(len(wanted), len(stored), len(rows), sum(row["tokens"] for row in rows), len(sums), imported,
-                        quantiles, worst, tolerance, shift, _problem(worst) or shifted)
+    return ScoresReport(
+        len(wanted),
+        len(stored),
+        len(rows),
+        sum(row["tokens"] for row in rows),
+        len(sums),
+        imported,
+        quantiles,
+        worst,
+        tolerance,
+        shift,
+        _problem(worst) or shifted,
+    )
 
 
 def _answers(cache: ReferenceCache, wanted: Sequence[Completion]) -> tuple[np.ndarray, np.ndarray]:
@@ -163,9 +195,10 @@ def _drawn(rows: np.ndarray, count: int | None, seed: int) -> np.ndarray:
     return rows if count is None else np.random.default_rng(seed).permutation(rows)[:count]
 
 
-def _compare(cache: ReferenceCache, completions: Sequence[Completion], scorer: Scorer,
-             tolerance: float) -> list[dict[str, Any]]:
-    """Of each completion: key, tokens, mean difference and its tolerance, most different token with both values."""
+def _compare(
+    cache: ReferenceCache, completions: Sequence[Completion], scorer: Scorer, tolerance: float
+) -> list[dict[str, Any]]:
+    """Key, tokens, mean difference, its tolerance, and most different token with both values, of each completion."""
     rows: list[dict[str, Any]] = []
     for shard in plan_shards(completions, 8 * TOKENS_PER_BATCH):
         scored = [values for group in scorer.score(shard.prompt_groups()) for values in group]
@@ -193,39 +226,46 @@ def _problem(worst: dict[str, Any]) -> str | None:
     if worst["mean"] <= worst["tolerance"]:
         return None
     if not np.isfinite(worst["live"]):
-        return (f"scored again, {worst['name']} has a log-prob of {worst['live']}, which is none; score in float32 "
-                "(score.dtype=float32) or check the weights")
+        return (
+            f"scored again, {worst['name']} has a log-prob of {worst['live']}, which is invalid; score in float32 "
+            "(score.dtype=float32) or check the weights"
+        )
     if worst["token"] is None:
-        return (f"scored again, the sum of {worst['name']} differs by {abs(worst['stored'] - worst['live']):.3g} nats, more "
-                f"than the {worst['tolerance'] * worst['tokens']:.3g} of a sum over {worst['tokens']:,} tokens")
-    return (f"scored again, {worst['name']} differs by {worst['mean']:.3g} nats a token, more than "
-            f"{worst['tolerance']:g}")
+        return (
+            f"scored again, the sum of {worst['name']} differs by {abs(worst['stored'] - worst['live']):.3g} nats, more "
+            f"than the {worst['tolerance'] * worst['tokens']:.3g} of a sum over {worst['tokens']:,} tokens"
+        )
+    return f"scored again, {worst['name']} differs by {worst['mean']:.3g} nats a token, more than {worst['tolerance']:g}"
 
 
 def _shift(sums: Sequence[dict[str, Any]], tolerance: float) -> tuple[float | None, str | None]:
-    """How far sums are off to the same side on average, and a sentence if that is neither chance nor rounding."""
+    """Mean difference of the sums, and a sentence if neither chance nor rounding explains it."""
     if not sums:
         return None, None
     different = np.array([row["stored"] - row["live"] for row in sums])
     shift = float(different.mean())
     tokens = np.array([row["tokens"] for row in sums])
-    # Of few sums their spread tells little: then what each may be off decides, of which the mean is off by less.
+    # The spread of few sums tells little; then the tolerance of a single sum decides, reduced for the mean.
     single = float(sum_tolerance(tolerance, tokens).mean()) / np.sqrt(len(sums))
     chance = max(SHIFT_ERRORS * float(different.std()) / np.sqrt(len(sums)), single)
     allowed = SHIFT * tolerance * float(tokens.mean())
     if abs(shift) <= max(allowed, chance):
         return shift, None
     side = "high" if shift > 0 else "low"
-    return shift, (f"scored again, the {len(sums):,} sums are {abs(shift):.3g} nats too {side} on average, more than "
-                   f"{max(allowed, chance):.3g}: the other trainer added up other tokens, such as all but the last")
+    return shift, (
+        f"scored again, the {len(sums):,} sums are {abs(shift):.3g} nats too {side} on average, more than "
+        f"{max(allowed, chance):.3g}: the other trainer probably summed other tokens, such as all but the last"
+    )
 
 
 def promote(cache: ReferenceCache, wanted: Sequence[Completion], report: ScoresReport) -> int:
-    """Make the unverified rows that answer ``wanted``, and of whose part some were checked for ``report``, count; how many
-    there were.
+    """Make unverified rows count that answer ``wanted`` and belong to a part that was checked for ``report``.
 
-    Parts all of whose rows are answered by verified ones now are deleted. Killed half-way, nothing is lost and the rest is
-    promoted the next time.
+    Parts all of whose rows are now answered by verified ones are deleted. After a kill nothing is lost, and the next call
+    promotes the rest.
+
+    Returns:
+        Number of rows that were promoted.
     """
     cache.refresh()
     parts, rows = _answers(cache, wanted)

@@ -1,4 +1,4 @@
-"""``raydpo submit`` and ``raydpo jobs``: the verbs as jobs of a Ray cluster.
+"""``raydpo submit`` and ``raydpo jobs``: run the verbs as jobs on a Ray cluster.
 
-Needs pydantic and PyYAML; to talk to a cluster, ``ray[default]``.
+Checks and packing need pydantic, PyYAML and rich only; connecting to a cluster needs ``ray[default]``.
 """

@@ -1,11 +1,10 @@
-"""Jobs of a Ray cluster, through its job server: submit, follow, stop, and what their ends mean as exit status.
+"""Client of a Ray cluster's job server: submit, follow and stop jobs, and map their ends to exit statuses.
 
-Ray is imported where it is used, so that a command can be checked, and shown by --dry-run, without it.
+Ray is imported by the functions that need it: --dry-run works without Ray.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import re
@@ -17,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-import raydpo
 from raydpo.errors import ConfigError, RaydpoError
-from raydpo.interrupt import EXIT_INTERRUPTED
+from raydpo.terminal.interrupt import EXIT_INTERRUPTED
+from raydpo.version import __version__
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -27,12 +26,12 @@ if TYPE_CHECKING:
 __all__ = ["STOP_SECONDS", "Jobs", "RunningJobError", "exit_code", "job_env", "stop_seconds"]
 
 STOP_SECONDS = 120
-"""Between SIGTERM and SIGKILL of a job that is stopped: a checkpoint is made in between. Ray's own default is 3."""
+"""Seconds between SIGTERM and SIGKILL when a job is stopped, for its checkpoint. Ray's default is 3."""
 _STOP_VARIABLE = "RAY_JOB_STOP_WAIT_TIME_S"
 LOST_SECONDS = 120.0
-"""Without an answer of the job server, after which following ends."""
+"""Seconds without an answer of the job server after which following a job ends."""
 BEGINNING_SECONDS = 120.0
-"""For a head that has only just begun: its job server answers before what starts jobs does."""
+"""Seconds to wait for a new head node: its job server answers before it can start jobs."""
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
@@ -41,24 +40,24 @@ _PUT_TOKEN = "put the cluster's into $RAY_AUTH_TOKEN, a file named by $RAY_AUTH_
 
 
 class RunningJobError(ConfigError):
-    """A job of the same run is not over yet."""
+    """A job of the same run has not ended."""
 
 
 def job_env() -> dict[str, str]:
-    """The environment variables that a job is given. Never a secret: everyone who may list jobs reads them."""
+    """Environment variables of a job. They must hold no secrets: everyone who can list jobs can read them."""
     return {_STOP_VARIABLE: str(STOP_SECONDS)}
 
 
 def stop_seconds(job: JobDetails) -> int | None:
-    """Seconds that a job has between SIGTERM and SIGKILL; None if it was started without them, so that the environment of
-    the head decides, or Ray's default."""
+    """Seconds that a job has between SIGTERM and SIGKILL; None if it does not set them, so that the environment of the head
+    node or Ray's default decides."""
     told = str(((job.runtime_env or {}).get("env_vars") or {}).get(_STOP_VARIABLE, ""))
     return int(told) if told.isdigit() else None
 
 
 def exit_code(job: JobDetails) -> int:
-    """The exit status of a job that is over, as if it had run here: its own, 130 if it was stopped, 128 + n if signal n
-    ended it, and 1 if Ray could not run it."""
+    """Exit status for a job that has ended: its own, 130 if it was stopped, 128 + n if signal n ended it, 1 if Ray could not
+    run it."""
     status = job.status.value
     if status == "SUCCEEDED":
         return 0
@@ -80,25 +79,25 @@ class Jobs:
         """Connect, with the token of $RAY_AUTH_TOKEN, $RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token.
 
         Args:
-            address: of the job server, http://host:8265; None = $RAY_API_SERVER_ADDRESS, $RAY_ADDRESS, else this machine's.
+            address: job server, http://host:8265; None = $RAY_API_SERVER_ADDRESS, $RAY_ADDRESS, else this machine.
 
         Raises:
-            ConfigError: if it cannot be reached, or does not let us in.
+            ConfigError: if it cannot be reached, or refuses the token.
         """
         token = _has_token()
         if token:
-            os.environ.setdefault("RAY_AUTH_MODE", "token")  # before Ray is imported, which reads it once
+            os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray reads it once, at import
         try:
             import ray.exceptions
             from ray.job_submission import JobSubmissionClient
         except ImportError:
             raise _without_client() from None
-        for module in ("dashboard_sdk", "job.sdk"):  # which tell of every upload and connection
+        for module in ("dashboard_sdk", "job.sdk"):  # they log every upload and connection
             logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.WARNING)
-        if address is not None:  # the variable would win over what Ray's client is told
+        if address is not None:  # the variable overrides the client's argument
             os.environ["RAY_API_SERVER_ADDRESS"] = address if "://" in address else f"http://{address}"
         wished = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or "this machine"
-        if os.environ.get("RAY_AUTH_MODE") == "token" and not token:  # Ray would end this process
+        if os.environ.get("RAY_AUTH_MODE") == "token" and not token:  # or Ray ends this process
             raise ConfigError(f"the Ray cluster at {wished} wants a token, and this machine has none; {_PUT_TOKEN}")
         try:
             client = JobSubmissionClient()
@@ -106,15 +105,16 @@ class Jobs:
         except ray.exceptions.AuthenticationError:
             ours = "does not take this machine's" if token else "this machine has none"
             raise ConfigError(f"the Ray cluster at {wished} wants a token, and {ours}; {_PUT_TOKEN}") from None
-        except Exception as error:  # of connections, proxies, TLS, versions
+        except Exception as error:  # connection, proxy, TLS, version
             if "ray[default]" in str(error):
                 raise _without_client() from None
-            raise ConfigError(f"no Ray job server answers at {wished} ({_said(error)}); give --address http://host:8265 or "
-                              "set RAY_API_SERVER_ADDRESS, for example to the near end of 'kubectl port-forward' or 'ssh -L'"
-                              ) from None
+            raise ConfigError(
+                f"no Ray job server answers at {wished} ({_said(error)}); give --address http://host:8265 or "
+                "set RAY_API_SERVER_ADDRESS, for example to the near end of 'kubectl port-forward' or 'ssh -L'"
+            ) from None
 
     def warnings(self) -> Iterator[str]:
-        """What is unsafe about the way to this cluster."""
+        """Warnings about an unsafe connection to this cluster."""
         import requests
 
         url = urlsplit(self.address)
@@ -124,24 +124,31 @@ class Jobs:
         except (requests.RequestException, ValueError):
             mode = ""
         if mode and "token" not in mode.lower() and "k8s" not in mode.lower():
-            yield (f"the cluster at {self.address} runs the code of anyone who reaches this port; start its nodes with "
-                   "RAY_AUTH_MODE=token and one RAY_AUTH_TOKEN")
+            yield (
+                f"the cluster at {self.address} runs code of anyone who can reach this port; start its nodes with "
+                "RAY_AUTH_MODE=token and one RAY_AUTH_TOKEN"
+            )
         elif url.scheme == "http" and url.hostname not in LOOPBACK:
-            yield (f"the token travels to {url.hostname} in the clear; use https, or an address of this machine that "
-                   "'kubectl port-forward' or 'ssh -L' leads there")
+            yield (
+                f"the token is sent to {url.hostname} unencrypted; use https, or a port of this machine that "
+                "'kubectl port-forward' or 'ssh -L' forwards to it"
+            )
 
     def of_run(self, name: str) -> Sequence[JobDetails]:
-        """The jobs of a run, oldest first."""
-        found = [(int(match[1]), job) for job in self.list()
-                 if (match := re.fullmatch(rf"{re.escape(name)}-(\d+)", job.submission_id))]
+        """Jobs of a run, oldest first."""
+        found = [
+            (int(match[1]), job)
+            for job in self.list()
+            if (match := re.fullmatch(rf"{re.escape(name)}-(\d+)", job.submission_id))
+        ]
         return [job for _, job in sorted(found, key=lambda entry: entry[0])]
 
     def list(self) -> Sequence[JobDetails]:
-        """Those that were submitted, oldest first."""
+        """Submitted jobs, oldest first."""
         return sorted((job for job in self.client.list_jobs() if job.submission_id), key=lambda job: job.start_time or 0)
 
     def find(self, name: str) -> JobDetails:
-        """A job by its id, or the newest one of a run by its name.
+        """Find a job by its id, or the newest one of a run by the run's name.
 
         Raises:
             ConfigError: if there is none.
@@ -157,10 +164,10 @@ class Jobs:
         """Start a job of run ``name``; its id is the name with a number.
 
         Args:
-            gpus: that the job's own process holds, beside what it asks of Ray.
+            gpus: GPUs for the job's own process, besides those it requests from Ray.
 
         Raises:
-            RunningJobError: if another one is not over yet.
+            RunningJobError: if another job of the run has not ended.
         """
         earlier = self.of_run(name)
         for job in earlier:
@@ -168,35 +175,41 @@ class Jobs:
                 raise RunningJobError(
                     f"job {job.submission_id} of this run is {job.status.value.lower()}, and two would write the same "
                     f"directory; follow it with 'raydpo jobs logs -f {job.submission_id}', end it with 'raydpo jobs stop "
-                    f"{job.submission_id}' and submit again, which continues it, or give this run another name (name=...)")
+                    f"{job.submission_id}' and submit again, which continues it, or give this run another name (name=...)"
+                )
         number = 1 + max((int(job.submission_id.rsplit("-", 1)[1]) for job in earlier), default=0)
         deadline = time.monotonic() + BEGINNING_SECONDS
         while True:
             try:
                 return self.client.submit_job(
-                    entrypoint=entrypoint, submission_id=f"{name}-{number}", entrypoint_num_gpus=gpus or None,
+                    entrypoint=entrypoint,
+                    submission_id=f"{name}-{number}",
+                    entrypoint_num_gpus=gpus or None,
                     runtime_env={"working_dir": str(archive), "env_vars": job_env()},
-                    metadata={"raydpo": raydpo.__version__, "raydpo_run": name, "raydpo_verb": verb})
+                    metadata={"raydpo": __version__, "raydpo_run": name, "raydpo_verb": verb},
+                )
             except Exception as error:
                 if "No available agent" in str(error):
                     if time.monotonic() < deadline:
                         time.sleep(2)
                         continue
                     raise RaydpoError(
-                        f"the cluster at {self.address} has had no agent to start jobs for {BEGINNING_SECONDS:.0f} s: it "
-                        "ends where 'ray[default]' is not installed, or another Ray of the same machine has its ports; see "
+                        f"the cluster at {self.address} has had no agent to start jobs for {BEGINNING_SECONDS:.0f} s: "
+                        "'ray[default]' is not installed there, or another Ray on the same machine uses its ports; see "
                         "logs/dashboard_agent.log of the head's session, and 'ray start --dashboard-agent-listen-port'"
                     ) from None
                 if "already" in str(error):
-                    raise RunningJobError(f"someone else has just submitted {name}-{number}; see 'raydpo jobs ls'") from None
+                    raise RunningJobError(f"another user has just submitted {name}-{number}; see 'raydpo jobs ls'") from None
                 raise RaydpoError(f"the cluster at {self.address} did not take the job: {_said(error)}") from None
 
     def follow(self, job: str) -> JobDetails:
-        """Print a job's log as it grows, to its end.
+        """Print a job's log until the job ends.
 
         Raises:
-            RaydpoError: if the job server is gone for ``LOST_SECONDS``.
+            RaydpoError: if the job server does not answer for ``LOST_SECONDS``.
         """
+        import asyncio
+
         printed, answered = 0, time.monotonic()
         while True:
             try:
@@ -209,18 +222,20 @@ class Jobs:
                 if broken.printed > printed:
                     answered = time.monotonic()
                 printed = broken.printed
-            except Exception as error:  # the server restarts, or the network does
+            except Exception as error:  # server or network may come back
                 if time.monotonic() - answered > LOST_SECONDS:
-                    raise RaydpoError(f"the job server at {self.address} has not answered for {LOST_SECONDS:.0f} s "
-                                      f"({_said(error)}); job {job} may go on all the same") from None
+                    raise RaydpoError(
+                        f"the job server at {self.address} has not answered for {LOST_SECONDS:.0f} s "
+                        f"({_said(error)}); job {job} may go on all the same"
+                    ) from None
             time.sleep(1)
 
     async def _print(self, job: str, printed: int) -> int:
-        """From character ``printed`` of the log on; returns how many were printed when the log ends."""
+        """Print the log from character ``printed`` on; returns the number of characters printed when the log ends."""
         seen = 0
         try:
             async for text in self.client.tail_job_logs(job):
-                new = text[max(0, printed - seen):]
+                new = text[max(0, printed - seen) :]
                 seen += len(text)
                 if new:
                     sys.stdout.write(new)
@@ -231,19 +246,21 @@ class Jobs:
         return printed
 
     def stop(self, job: str, seconds: int = STOP_SECONDS) -> JobDetails:
-        """Ask a job that has so many seconds for it to stop, and wait until it has."""
+        """Stop a job, which has ``seconds`` for a checkpoint, and wait until it has ended."""
         self.client.stop_job(job)
         deadline = time.monotonic() + seconds + 30
         while (details := self.client.get_job_info(job)).status.value not in ENDED:
             if time.monotonic() > deadline:
-                raise RaydpoError(f"job {job} was told to stop {seconds + 30} s ago and is still "
-                                  f"{details.status.value.lower()}; look at 'raydpo jobs logs {job}'")
+                raise RaydpoError(
+                    f"job {job} was told to stop {seconds + 30} s ago and is still "
+                    f"{details.status.value.lower()}; look at 'raydpo jobs logs {job}'"
+                )
             time.sleep(0.5)
         return details
 
 
 class _TailBrokenError(Exception):
-    """The connection broke after so many characters of the log."""
+    """The connection was lost after ``printed`` characters of the log."""
 
     def __init__(self, printed: int) -> None:
         super().__init__(printed)
@@ -251,15 +268,17 @@ class _TailBrokenError(Exception):
 
 
 def _has_token() -> bool:
-    """Whether there is a token where Ray looks for one."""
+    """Whether Ray would find a token."""
     path = os.environ.get("RAY_AUTH_TOKEN_PATH")
     file = Path(path) if path else Path.home() / ".ray" / "auth_token"
     return bool(os.environ.get("RAY_AUTH_TOKEN") or (file.is_file() and file.read_text().strip()))
 
 
 def _without_client() -> ConfigError:
-    return ConfigError("submitting a job needs Ray's job client, which is not installed here; run: pip install "
-                       "'ray[default]' in the cluster's version, or let --dry-run print the command")
+    return ConfigError(
+        "submitting a job needs Ray's job client, which is not installed here; run: pip install "
+        "'ray[default]' in the cluster's version, or let --dry-run print the command"
+    )
 
 
 def _said(error: Any) -> str:

@@ -1,4 +1,4 @@
-"""Where the wall time of a step went: phases that add up to it, and which rank the others wait for."""
+"""Wall time of a step by phase, and the seconds that a rank computed."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import torch
 __all__ = ["HOST_PHASES", "PHASES", "StepClock"]
 
 PHASES = ("data", "forward", "backward", "optimizer", "checkpoint", "evaluation", "wait")
-"""``wait``: for the slowest rank, before gradients are summed. ``other`` is what remains of the wall time."""
+"""``wait``: until the slowest rank is ready to sum gradients. ``other`` is the rest of the wall time."""
 HOST_PHASES = frozenset({"data", "checkpoint", "evaluation"})
-"""Phases that the clock of the host measures, on GPUs too."""
+"""Phases that are measured by the host's clock, on GPUs too."""
 
 
 class StepClock:
     """Collects the seconds of phases; ``lap`` ends a step.
 
-    On a GPU the phases of computation are measured by events in its own stream, so that the host need not wait for it.
+    On a GPU, phases of computation are measured by CUDA events, so that the host does not wait for the GPU.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -32,7 +32,7 @@ class StepClock:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time a block; blocks must not lie inside one another."""
+        """Measure a block. Blocks must not be nested."""
         if self._cuda and name not in HOST_PHASES:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
@@ -59,5 +59,5 @@ class StepClock:
         self._events.clear()
         self.busy = found["forward"] + found["backward"]
         row = {f"time/{name}": seconds for name, seconds in found.items()}
-        # What a GPU computed while the host did something else would be counted twice.
+        # Phases of GPU and host may overlap, so their sum may exceed the wall time.
         return row | {"time/other": max(0.0, wall - sum(found.values())), "time/step": max(wall, sum(found.values()))}

@@ -1,4 +1,4 @@
-"""Log-probs of any pairs by the policy as it is, over all ranks: for whole steps, held-out evaluation and the gate."""
+"""Log-probs of pairs under the current policy, over all ranks: for held-out evaluation, the gate and whole-step losses."""
 
 from __future__ import annotations
 
@@ -12,26 +12,30 @@ from torch import Tensor
 
 from raydpo.config import ObjectiveConfig
 from raydpo.data.plan import MicroBatch, split_over_ranks
-from raydpo.losses import Memory, Objective, PairLogps
+from raydpo.data.prefetch import prefetch
+from raydpo.losses import Objective, ObjectiveState, PairLogps
 from raydpo.model.layout import Layout
-from raydpo.prefetch import prefetch
-from raydpo.training.engine import PolicyEngine
 from raydpo.training.metrics import PairSums
 from raydpo.training.pairs import TrainingPairs
+from raydpo.training.policy.engine import StepEngine
 
 __all__ = ["AllPairLogps", "Comparison", "compare", "evaluate", "pair_logps", "reference_logps"]
 
 _OF_THE_POLICY = ("chosen", "rejected", "chosen_tail", "rejected_tail", "weights")
-"""Fields of ``PairLogps`` that only whoever computes a pair knows; the weights are WPO's as well as the data's."""
+"""Fields of ``PairLogps`` that only the rank that computes a pair knows. The weights are WPO's times the data's."""
 
 
-def reference_logps(pairs: TrainingPairs, rows: Sequence[int] | np.ndarray, config: ObjectiveConfig,
-                    device: torch.device | str = "cpu", mean_chosen_tokens: float | None = None) -> PairLogps:
-    """What is known of ``rows`` beforehand: the log-probs of a policy that is the reference, with the fields that the
-    objective asks for.
+def reference_logps(
+    pairs: TrainingPairs,
+    rows: Sequence[int] | np.ndarray,
+    config: ObjectiveConfig,
+    device: torch.device | str = "cpu",
+    mean_chosen_tokens: float | None = None,
+) -> PairLogps:
+    """Log-probs of ``rows`` under a policy that equals the reference, with the fields that the objective needs.
 
     Args:
-        mean_chosen_tokens: over the step; None = over ``rows``.
+        mean_chosen_tokens: mean over the step; None = mean over ``rows``.
     """
     index = np.asarray(rows)
 
@@ -39,28 +43,47 @@ def reference_logps(pairs: TrainingPairs, rows: Sequence[int] | np.ndarray, conf
         return None if values is None else torch.from_numpy(np.asarray(values, np.float64)[index]).to(device)
 
     chosen, rejected = at(pairs.ref_chosen), at(pairs.ref_rejected)
-    tails = (None, None) if config.ld_alpha is None else \
-        tuple(torch.from_numpy(side).to(device) for side in pairs.reference_tails(index))
-    return PairLogps(chosen, rejected, chosen, rejected, at(pairs.chosen_tokens), at(pairs.rejected_tokens), *tails, *tails,
-                     weights=at(pairs.pair_weights), margins=at(pairs.pair_margins),
-                     mean_chosen_tokens=float(pairs.chosen_tokens[index].mean()) if mean_chosen_tokens is None
-                     else mean_chosen_tokens)
+    tails = (
+        (None, None)
+        if config.ld_alpha is None
+        else tuple(torch.from_numpy(side).to(device) for side in pairs.reference_tails(index))
+    )
+    return PairLogps(
+        chosen,
+        rejected,
+        chosen,
+        rejected,
+        at(pairs.chosen_tokens),
+        at(pairs.rejected_tokens),
+        *tails,
+        *tails,
+        weights=at(pairs.pair_weights),
+        margins=at(pairs.pair_margins),
+        mean_chosen_tokens=float(pairs.chosen_tokens[index].mean()) if mean_chosen_tokens is None else mean_chosen_tokens,
+    )
 
 
-def pair_logps(engine: PolicyEngine, layout: Layout, pairs: TrainingPairs, rows: Sequence[int], config: ObjectiveConfig,
-               mean_chosen_tokens: float | None = None) -> PairLogps:
-    """The policy's log-probs of ``rows``, whose micro-batch is laid out in ``layout``; with gradient in training mode.
+def pair_logps(
+    engine: StepEngine,
+    layout: Layout,
+    pairs: TrainingPairs,
+    rows: Sequence[int],
+    config: ObjectiveConfig,
+    mean_chosen_tokens: float | None = None,
+) -> PairLogps:
+    """Log-probs of ``rows`` under the policy, with gradient in training mode. ``layout`` is the micro-batch of these rows.
 
     Shapes: N = completion tokens, chosen and rejected of each pair in turn.
     """
     logps_N, *more = engine.logps(layout, log_sum_sq=True) if config.use_weighting else (engine.logps(layout),)
     device, index = logps_N.device, np.asarray(rows)
-    lengths = torch.from_numpy(np.stack([pairs.chosen_tokens[index], pairs.rejected_tokens[index]], 1).ravel()
-                               .astype(np.int64)).to(device, non_blocking=True)
+    lengths = torch.from_numpy(
+        np.stack([pairs.chosen_tokens[index], pairs.rejected_tokens[index]], 1).ravel().astype(np.int64)
+    ).to(device, non_blocking=True)
     owner_N = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths, output_size=len(logps_N))
 
     def sums(values_N: Tensor) -> tuple[Tensor, Tensor]:
-        # In float64: the margin is a small difference of sums of hundreds of nats.
+        # float64: the margin is a small difference of sums of hundreds of nats.
         totals = torch.zeros(len(lengths), dtype=torch.float64, device=device).index_add(0, owner_N, values_N.double())
         return totals.view(-1, 2).unbind(1)
 
@@ -73,8 +96,8 @@ def pair_logps(engine: PolicyEngine, layout: Layout, pairs: TrainingPairs, rows:
         chosen, rejected = sums(logps_N * (place_N >= shared[owner_N]))
         logps = dataclasses.replace(logps, chosen_tail=chosen, rejected_tail=rejected)
     if more:
-        # WPO (Zhou et al., arXiv 2406.11827, eq. 2): how likely the policy is to write the pair, a token in the mean,
-        # against how likely two draws of it are to agree there.
+        # WPO (Zhou et al., arXiv 2406.11827, eq. 2): mean probability of a token under the policy, divided by the
+        # probability that two draws from the policy agree at that token.
         chosen, rejected = sums((logps_N - more[0]).detach())
         weights = torch.exp(chosen / logps.chosen_tokens + rejected / logps.rejected_tokens)
         logps = dataclasses.replace(logps, weights=weights if logps.weights is None else weights * logps.weights)
@@ -82,44 +105,55 @@ def pair_logps(engine: PolicyEngine, layout: Layout, pairs: TrainingPairs, rows:
 
 
 class AllPairLogps:
-    """The log-probs of all ``rows``, in their order, whichever ranks compute them; without gradient.
+    """The log-probs of ``rows``, in their order, from all ranks; without gradient.
 
-    A row that is there twice is computed twice, and has the mean of both.
+    A row that occurs twice is computed twice, and gets the mean of both.
     """
 
-    def __init__(self, engine: PolicyEngine, pairs: TrainingPairs, rows: Sequence[int] | np.ndarray,
-                 config: ObjectiveConfig) -> None:
+    def __init__(
+        self, engine: StepEngine, pairs: TrainingPairs, rows: Sequence[int] | np.ndarray, config: ObjectiveConfig
+    ) -> None:
         self._engine, self._pairs, self._config, self._rows = engine, pairs, config, rows
         self._distinct, self._places = np.unique(rows, return_inverse=True)
         self._found = torch.zeros(len(_OF_THE_POLICY) + 1, len(self._distinct), dtype=torch.float64, device=engine.device)
 
     def compute(self, batches: Iterable[tuple[MicroBatch, Layout]]) -> None:
-        """This rank's micro-batches."""
+        """Compute this rank's micro-batches."""
         with self._engine.evaluating():
             for batch, layout in batches:
                 logps = pair_logps(self._engine, layout, self._pairs, batch.pairs, self._config)
-                if batch.counts and self._engine.leads:
+                if batch.counts and self._engine.is_leader:
                     one = torch.ones_like(logps.chosen)
                     columns = [one if (value := getattr(logps, name)) is None else value for name in _OF_THE_POLICY]
                     place = torch.from_numpy(np.searchsorted(self._distinct, batch.pairs)).to(self._engine.device)
                     self._found.index_add_(1, place, torch.stack([*columns, one]))
 
     def join(self) -> PairLogps:
-        """What all ranks have computed; the same on every one."""
+        """Combine the results of all ranks. All ranks call it, and get the same."""
         known = reference_logps(self._pairs, self._rows, self._config, self._engine.device)
         found = self._engine.sum_over_ranks(self._found)
         values = (found[:-1] / found[-1])[:, torch.from_numpy(self._places).to(self._engine.device)]
         tails = self._config.ld_alpha is not None
-        asked = {"chosen_tail": tails, "rejected_tail": tails,
-                 "weights": self._config.use_weighting or known.weights is not None}
-        return dataclasses.replace(known, **{name: value for name, value in zip(_OF_THE_POLICY, values, strict=True)
-                                             if asked.get(name, True)})
+        asked = {
+            "chosen_tail": tails,
+            "rejected_tail": tails,
+            "weights": self._config.use_weighting or known.weights is not None,
+        }
+        return dataclasses.replace(
+            known, **{name: value for name, value in zip(_OF_THE_POLICY, values, strict=True) if asked.get(name, True)}
+        )
 
 
-def evaluate(engine: PolicyEngine, pairs: TrainingPairs, objective: Objective, beta: float, memory: Memory,
-             tokens_per_batch: int) -> dict[str, float]:
-    """Metrics over all ``pairs``, each prefixed ``eval_``; the same on every rank. An objective of the whole step sees them
-    as one."""
+def evaluate(
+    engine: StepEngine,
+    pairs: TrainingPairs,
+    objective: Objective,
+    beta: float,
+    memory: ObjectiveState,
+    tokens_per_batch: int,
+) -> dict[str, float]:
+    """Metrics over all ``pairs``, with prefix ``eval_``; the same on every rank. A whole-step objective sees them as one
+    step."""
     sums = PairSums(pairs.source_names, engine.device, reference=pairs.has_reference, prompts=int(pairs.prompts.max()) + 1)
     config, rows = objective.config, np.arange(len(pairs))
     batches = _my_batches(engine, pairs, rows.tolist(), tokens_per_batch)
@@ -137,28 +171,30 @@ def evaluate(engine: PolicyEngine, pairs: TrainingPairs, objective: Objective, b
         with engine.evaluating():
             for batch, layout in batches:
                 logps = pair_logps(engine, layout, pairs, batch.pairs, config, mean_chosen_tokens)
-                if batch.counts and engine.leads:
+                if batch.counts and engine.is_leader:
                     add(logps, batch.pairs)
         engine.sum_over_ranks(sums.values)
     return {f"eval_{name}": value for name, value in sums.metrics().items()}
 
 
-def _my_batches(engine: PolicyEngine, pairs: TrainingPairs, rows: Sequence[int],
-                tokens_per_batch: int) -> Iterator[tuple[MicroBatch, Layout]]:
-    plan = split_over_ranks(rows, pairs.shapes, world_size=engine.replicas, tokens_per_batch=tokens_per_batch,
-                            layout=engine.module.method.layout)
+def _my_batches(
+    engine: StepEngine, pairs: TrainingPairs, rows: Sequence[int], tokens_per_batch: int
+) -> Iterator[tuple[MicroBatch, Layout]]:
+    plan = split_over_ranks(
+        rows, pairs.shapes, world_size=engine.replicas, tokens_per_batch=tokens_per_batch, layout=engine.module.method.layout
+    )
     return prefetch(plan[engine.replica], lambda batch: (batch, engine.lay_out(pairs.groups(batch.pairs))))
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Policy against stored reference, by pair: arrays [pairs], in nats.
+    """Difference of policy and stored reference by pair: arrays [pairs], in nats.
 
     Attributes:
         token_gap: largest absolute difference of a single token.
         mean_gap: mean absolute difference of a token.
         chosen_gap, rejected_gap: difference of the sums over the completion; 0 if the policy is the reference.
-        chosen_tail_gap, rejected_tail_gap: the same, of the tokens beyond the length of the shorter completion alone.
+        chosen_tail_gap, rejected_tail_gap: the same for the tokens beyond the length of the shorter completion.
     """
 
     rows: np.ndarray
@@ -170,8 +206,8 @@ class Comparison:
     rejected_tail_gap: np.ndarray
 
 
-def compare(engine: PolicyEngine, pairs: TrainingPairs, rows: Sequence[int], tokens_per_batch: int) -> Comparison:
-    """Score ``rows`` with the policy as it is and compare token by token; the same result on every rank."""
+def compare(engine: StepEngine, pairs: TrainingPairs, rows: Sequence[int], tokens_per_batch: int) -> Comparison:
+    """Compute ``rows`` with the current policy and compare it with the reference token by token; the same on every rank."""
     rows = list(rows)
     place = {row: index for index, row in enumerate(rows)}
     gaps = torch.zeros(6, len(rows), dtype=torch.float64, device=engine.device)
@@ -179,17 +215,25 @@ def compare(engine: PolicyEngine, pairs: TrainingPairs, rows: Sequence[int], tok
         for batch, layout in _my_batches(engine, pairs, rows, tokens_per_batch):
             flat = engine.logps(layout).double().cpu().numpy()
             completions = iter(np.split(flat, np.cumsum(layout.lengths)[:-1]))
-            for row in batch.pairs if batch.counts and engine.leads else ():
+            for row in batch.pairs if batch.counts and engine.is_leader else ():
                 live = next(completions), next(completions)
                 gap_chosen, gap_rejected = (ours - stored for ours, stored in zip(live, pairs.reference(row), strict=True))
-                if not pairs.has_tokens(row):  # only sums were imported: their difference, spread evenly over the tokens
+                if not pairs.has_tokens(row):  # only sums were imported: spread their difference evenly over the tokens
                     gap_chosen, gap_rejected = (
-                        np.full(len(ours), (ours.sum() - total) / len(ours)) for ours, total in
-                        zip(live, (pairs.ref_chosen[row], pairs.ref_rejected[row]), strict=True))
+                        np.full(len(ours), (ours.sum() - total) / len(ours))
+                        for ours, total in zip(live, (pairs.ref_chosen[row], pairs.ref_rejected[row]), strict=True)
+                    )
                 every = np.abs(np.concatenate([gap_chosen, gap_rejected]))
-                # Written by the one rank that owns the pair; the sum over ranks fills in the others'.
+                # Only the rank that computes the pair writes it; the sum over ranks below gives it to all.
                 shared = min(len(gap_chosen), len(gap_rejected))
-                gaps[:, place[row]] = torch.tensor([
-                    every.max(), every.mean(), gap_chosen.sum(), gap_rejected.sum(), gap_chosen[shared:].sum(),
-                    gap_rejected[shared:].sum()])
+                gaps[:, place[row]] = torch.tensor(
+                    [
+                        every.max(),
+                        every.mean(),
+                        gap_chosen.sum(),
+                        gap_rejected.sum(),
+                        gap_chosen[shared:].sum(),
+                        gap_rejected[shared:].sum(),
+                    ]
+                )
     return Comparison(np.array(rows), *engine.sum_over_ranks(gaps).cpu().numpy())

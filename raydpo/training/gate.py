@@ -1,8 +1,8 @@
-"""The gate before the first step: are the stored log-probs those of the policy as it starts?
+"""Step-0 gate: check before the first step that the stored log-probs are those of the starting policy.
 
-If the policy starts as the reference, the two must agree up to rounding and the first loss must be what the loss gives for
-the reference itself (ln 2 for sigmoid). A gap beyond rounding means a cache of other weights, other tokens or altered
-values: the run stops before it can train on it. Reference values are never derived from the policy, here or anywhere.
+If the policy starts as the reference, both must agree up to rounding, and the first loss must be that of the reference
+(ln 2 for sigmoid). A larger gap means that the cache holds other weights, other tokens or altered values, and the run stops.
+Reference values are never computed from the policy.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from raydpo.training.pairs import TrainingPairs
 __all__ = ["GateReport", "expected_first_loss", "gate_rows", "judge"]
 
 TOLERANCES = {"float32": (1e-3, 2e-2), "bfloat16": (0.1, 3.0)}
-"""By the coarser of the two precisions: mean gap of a pair's tokens, and gap of any one token, in nats. Rounding stays an
-order of magnitude below; other weights or other tokens lie far above."""
+"""By the coarser of the two precisions: largest mean gap of a pair's tokens, and largest gap of a token, in nats. Rounding
+is ten times smaller; other weights or tokens give gaps far above."""
 
 
 @dataclass(frozen=True)
 class GateReport:
-    """Outcome of the gate: gaps in nats, over ``pairs`` pairs."""
+    """Result of the gate: gaps in nats, over ``pairs`` pairs."""
 
     pairs: int
     mean_gap: float
@@ -36,14 +36,16 @@ class GateReport:
     first_loss: float
 
     def line(self) -> str:
-        return (f"step-0 gate: {self.pairs} pairs scored again, cached and live log-probs differ by {self.mean_gap:.2g} "
-                f"nats a token on average, {self.worst_gap:.2g} at most (pair {self.worst_pair}); "
-                f"loss {self.first_loss:.6f}")
+        return (
+            f"step-0 gate: {self.pairs} pairs scored again, cached and live log-probs differ by {self.mean_gap:.2g} "
+            f"nats a token on average, {self.worst_gap:.2g} at most (pair {self.worst_pair}); "
+            f"loss {self.first_loss:.6f}"
+        )
 
 
 def gate_rows(pairs: TrainingPairs, first_step: np.ndarray, *, count: int, seed: int) -> list[int]:
-    """Which pairs to score again: a third from the first step, a third the most extreme stored values (the lowest and the
-    highest log-prob per token, where an altered value shows), the rest at random."""
+    """Choose the pairs to compute again: a third from the first step, a third with the lowest and highest stored log-prob a
+    token (where an altered value shows), the rest at random."""
     total = len(pairs)
     if count >= total:
         return list(range(total))
@@ -61,45 +63,60 @@ def gate_rows(pairs: TrainingPairs, first_step: np.ndarray, *, count: int, seed:
 
 
 def expected_first_loss(objective: Objective, pairs: TrainingPairs, rows: np.ndarray, beta: float) -> float:
-    """The mean loss of ``rows`` while the policy is the reference: ln 2 for sigmoid, whatever the pairs. WPO's weights,
-    which only the policy knows, count as 1."""
+    """Mean loss of ``rows`` if the policy equals the reference: ln 2 for sigmoid. WPO's weights, which depend on the policy,
+    count as 1."""
     return float(objective(reference_logps(pairs, rows, objective.config), beta).losses.mean())
 
 
-def judge(comparison: Comparison, pairs: TrainingPairs, objective: Objective, beta: float, *, dtype: str, policy: str,
-          reference: str) -> GateReport:
-    """Accept the comparison or stop the run.
+def judge(
+    comparison: Comparison,
+    pairs: TrainingPairs,
+    objective: Objective,
+    beta: float,
+    *,
+    dtype: str,
+    policy: str,
+    reference: str,
+) -> GateReport:
+    """Accept a comparison, or stop the run.
 
     Args:
-        pairs: what was compared.
-        beta: of the first step.
+        beta: beta of the first step.
         dtype: the coarser precision of policy and reference.
-        policy, reference: digests of the identities of the policy as it starts and of the cache.
+        policy, reference: digests of the identities of the starting policy and of the cache.
 
     Raises:
-        GateError: beyond tolerance, naming both identities and the worst pair.
+        GateError: if a gap is above its tolerance; names both identities and the worst pair.
     """
     known = reference_logps(pairs, comparison.rows, objective.config)
-    live = {name: value + torch.from_numpy(getattr(comparison, f"{name}_gap"))
-            for name in ("chosen", "rejected", "chosen_tail", "rejected_tail")
-            if (value := getattr(known, name)) is not None}
+    live = {
+        name: value + torch.from_numpy(getattr(comparison, f"{name}_gap"))
+        for name in ("chosen", "rejected", "chosen_tail", "rejected_tail")
+        if (value := getattr(known, name)) is not None
+    }
     losses = objective(dataclasses.replace(known, **live), beta).losses
     pair_ids = [pairs.ids[int(row)].as_py() for row in comparison.rows]
     worst = int(np.argmax(comparison.token_gap))
-    report = GateReport(len(comparison.rows), float(comparison.mean_gap.mean()), float(comparison.token_gap.max()),
-                        pair_ids[worst], float(losses.mean()))
+    report = GateReport(
+        len(comparison.rows),
+        float(comparison.mean_gap.mean()),
+        float(comparison.token_gap.max()),
+        pair_ids[worst],
+        float(losses.mean()),
+    )
     mean_tolerance, token_tolerance = TOLERANCES[dtype]
     over_mean = comparison.mean_gap.max() > mean_tolerance
     if over_mean or report.worst_gap > token_tolerance or not np.isfinite(report.worst_gap):
         if over_mean and not report.worst_gap > token_tolerance:
             worst = int(np.argmax(comparison.mean_gap))
         raise GateError(
-            f"the cached reference log-probs are not those of the policy as it starts: pair {pair_ids[worst]} differs by "
+            f"the cached reference log-probs are not those of the starting policy: pair {pair_ids[worst]} differs by "
             f"{comparison.mean_gap[worst]:.3g} nats a token on average and {comparison.token_gap[worst]:.3g} at most "
             f"(tolerance {mean_tolerance:g} and {token_tolerance:g} in {dtype}); {report.pairs} pairs were compared, the "
             f"first loss would be {report.first_loss:.6f} instead of "
             f"{expected_first_loss(objective, pairs, comparison.rows, beta):.6f}. Policy identity {policy}, cache identity "
-            f"{reference}. " + _advice(policy, reference))
+            f"{reference}. " + _advice(policy, reference)
+        )
     return report
 
 
@@ -107,6 +124,8 @@ def _advice(policy: str, reference: str) -> str:
     again = f"delete the directory {reference} of the cache and run 'raydpo score' again"
     if policy != reference:
         return f"The cache was made by other weights or altered: {again}"
-    return (f"The two are the same model, so the cache was altered: {again}. If that ends here once more, the model's "
-            "log-probs are not decided by its files, as with code of its own that draws random numbers, and it cannot be "
-            "trained against stored ones")
+    return (
+        f"Both are the same model, so the cache was altered: {again}. If this error comes again, the model's "
+        "log-probs do not follow from its files alone (its own code may draw random numbers), and it cannot be trained "
+        "against stored ones"
+    )

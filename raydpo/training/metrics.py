@@ -1,6 +1,6 @@
-"""What is measured over pairs, as sums that add up over micro-batches and ranks, under TRL's names.
+"""Metrics over pairs, under TRL's names, as sums that add up over micro-batches and ranks.
 
-Everything is one float64 vector, so a step costs one all-reduce and a metric cannot depend on who computed which pair.
+All sums are one float64 vector: a step needs one all-reduce, and metrics do not depend on which rank computed which pair.
 """
 
 from __future__ import annotations
@@ -10,17 +10,32 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from raydpo.evaluation.interval import effective_count
+from raydpo.data.interval import effective_count
 from raydpo.losses import PairLogps, PreferenceLoss
+from raydpo.losses.pairs import TIE
 
 __all__ = ["PairSums"]
 
-_FIELDS = ("pairs", "loss", "chosen_rewards", "rejected_rewards", "margins", "wins", "logp_wins", "chosen_logps",
-           "rejected_logps", "chosen_tokens", "rejected_tokens", "fell", "chosen_logratio", "rejected_logratio",
-           "differences", "differences_sq", "margins_sq", "margins_x_differences")
-TIE = 1e-5
-"""Rewards up to this are ties, and so are nats a token, between two log-ratios or a log-prob and the reference's: it is the
-rounding of float32 sums, which a beta of 1 leaves as large in the reward as it is in nats."""
+_FIELDS = (
+    "pairs",
+    "loss",
+    "chosen_rewards",
+    "rejected_rewards",
+    "margins",
+    "wins",
+    "logp_wins",
+    "chosen_logps",
+    "rejected_logps",
+    "chosen_tokens",
+    "rejected_tokens",
+    "fell",
+    "chosen_logratio",
+    "rejected_logratio",
+    "differences",
+    "differences_sq",
+    "margins_sq",
+    "margins_x_differences",
+)
 _AGAINST_REFERENCE = ("logps/chosen_fell", "logratio/chosen_per_token", "logratio/rejected_per_token")
 _SOURCE_FIELDS = ("pairs", "loss", "margins", "wins")
 
@@ -30,20 +45,21 @@ class PairSums:
 
     Args:
         source_names: names of the sources; more than one adds metrics for each.
-        reference: whether the reference's log-probs are known; metrics against it are left out where they are not.
-        prompts: distinct prompts of all pairs, if ``add`` is told the prompt of each: what a standard error of the accuracy
-            takes is then measured, too.
+        reference: whether the reference's log-probs are known; without them, metrics against it are left out.
+        prompts: number of distinct prompts, if ``add`` gets the prompt of each pair. Then the effective number of pairs is
+            measured too, which a standard error of the accuracy needs.
     """
 
-    def __init__(self, source_names: Sequence[str], device: torch.device, *, reference: bool = True,
-                 prompts: int = 0) -> None:
+    def __init__(
+        self, source_names: Sequence[str], device: torch.device, *, reference: bool = True, prompts: int = 0
+    ) -> None:
         self.reference, self.prompts = reference, prompts
         self.source_names = list(source_names)
         self._end = len(_FIELDS) + len(_SOURCE_FIELDS) * len(self.source_names)
         self.values = torch.zeros(self._end + 2 * prompts, dtype=torch.float64, device=device)
 
     def add(self, loss: PreferenceLoss, logps: PairLogps, sources: Tensor, prompts: Tensor | None = None) -> None:
-        """Add a micro-batch of B pairs; ``sources`` and ``prompts`` are int [B]. No value leaves the device."""
+        """Add a micro-batch of B pairs; ``sources`` and ``prompts`` are int [B]. Copies nothing to the host."""
         margins = (loss.chosen_rewards - loss.rejected_rewards).double()
         difference = (logps.chosen_tokens - logps.rejected_tokens).double()
         chosen, rejected = logps.chosen.detach().double(), logps.rejected.detach().double()
@@ -51,10 +67,26 @@ class PairSums:
         alike = (chosen_logratio - rejected_logratio).abs() <= TIE * (logps.chosen_tokens + logps.rejected_tokens)
         wins = torch.where(alike, 0.5, _wins(margins))
         fell = (chosen_logratio < -TIE * logps.chosen_tokens).double()
-        columns = (torch.ones_like(margins), loss.losses.detach().double(), loss.chosen_rewards.double(),
-                   loss.rejected_rewards.double(), margins, wins, _wins(chosen - rejected), chosen, rejected,
-                   logps.chosen_tokens.double(), logps.rejected_tokens.double(), fell,
-                   chosen_logratio, rejected_logratio, difference, difference**2, margins**2, margins * difference)
+        columns = (
+            torch.ones_like(margins),
+            loss.losses.detach().double(),
+            loss.chosen_rewards.double(),
+            loss.rejected_rewards.double(),
+            margins,
+            wins,
+            _wins(chosen - rejected),
+            chosen,
+            rejected,
+            logps.chosen_tokens.double(),
+            logps.rejected_tokens.double(),
+            fell,
+            chosen_logratio,
+            rejected_logratio,
+            difference,
+            difference**2,
+            margins**2,
+            margins * difference,
+        )
         self.values[: len(_FIELDS)] += torch.stack([column.sum() for column in columns])
         by_source = self.values[len(_FIELDS) : self._end].view(len(_SOURCE_FIELDS), -1)
         for row, column in enumerate((columns[0], columns[1], margins, wins)):
@@ -65,15 +97,16 @@ class PairSums:
             by_prompt[1].index_add_(0, prompts, wins)
 
     def metrics(self) -> dict[str, float]:
-        """Means over all pairs added (after an all-reduce: over all ranks).
+        """Means over all pairs added; after an all-reduce, over all ranks.
 
-        ``rewards/accuracies`` is the share of pairs whose implicit reward prefers the chosen completion, a tie counting
-        one half, so that a policy that still is the reference has 0.5. ``logps/accuracies`` is the share to whose chosen
-        completion the policy gives the higher log-prob. ``logps/chosen_fell`` is the share whose chosen log-prob is below
-        the reference's. ``length/margin_correlation`` is Pearson's, between margin and chosen minus rejected tokens.
+        ``rewards/accuracies`` is the share of pairs whose implicit reward prefers the chosen completion. A tie counts one
+        half, so a policy that equals the reference has 0.5. ``logps/accuracies`` is the share of pairs whose chosen
+        completion has the higher log-prob under the policy. ``logps/chosen_fell`` is the share whose chosen log-prob is
+        below the reference's. ``length/margin_correlation`` is Pearson's correlation of margin and chosen minus rejected
+        tokens.
 
-        Where prompts are told: ``pairs`` and ``prompts`` that were seen, and ``effective_pairs``, the independent pairs that
-        would tell the accuracy as well (``evaluation.interval.effective_count``).
+        With prompts also: numbers of ``pairs`` and ``prompts``, and ``effective_pairs``, how many independent pairs
+        would measure the accuracy as precisely (``evaluation.interval.effective_count``).
         """
         total = dict(zip(_FIELDS, self.values[: len(_FIELDS)].tolist(), strict=True))
         pairs = total["pairs"]
@@ -100,23 +133,29 @@ class PairSums:
             for index, name in enumerate(self.source_names):
                 count, loss, margins, wins = (column[index] for column in by_source)
                 if count:
-                    row |= {f"{name}/loss": loss / count, f"{name}/rewards/margins": margins / count,
-                            f"{name}/rewards/accuracies": wins / count}
+                    row |= {
+                        f"{name}/loss": loss / count,
+                        f"{name}/rewards/margins": margins / count,
+                        f"{name}/rewards/accuracies": wins / count,
+                    }
         if self.prompts:
             sizes, wins = self.values[self._end :].view(2, -1).cpu().numpy()
             seen = sizes > 0
-            row |= {"pairs": pairs, "prompts": float(seen.sum()),
-                    "effective_pairs": effective_count(wins[seen], sizes[seen])}
+            row |= {
+                "pairs": pairs,
+                "prompts": float(seen.sum()),
+                "effective_pairs": effective_count(wins[seen], sizes[seen]),
+            }
         return row
 
 
 def _wins(margins: Tensor) -> Tensor:
-    """1 where positive, 1/2 where zero. Zero has a width: the rounding of float32 sums is no preference."""
+    """1 where positive, 1/2 where zero up to rounding (``TIE``), 0 where negative."""
     return (torch.sign(margins) * (margins.abs() > TIE) + 1) / 2
 
 
 def _correlation(total: dict[str, float]) -> float:
-    """Pearson's correlation of margin and length difference; 0 where either does not vary by more than rounding."""
+    """Pearson's correlation of margin and length difference; 0 if one of them varies by no more than rounding."""
     n = total["pairs"]
     covariance = total["margins_x_differences"] - total["margins"] * total["differences"] / n
     margin_variance = total["margins_sq"] - total["margins"] ** 2 / n

@@ -1,111 +1,49 @@
-"""Tokenised pairs joined with their reference log-probs, as a worker reads them: by row number, without copies."""
+"""Tokenised pairs with their reference log-probs, read by row number without copies."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 
 from raydpo.data.facts import prompt_numbers
 from raydpo.data.pairs import PAIR_MARGIN, PAIR_WEIGHT
 from raydpo.data.shapes import Shapes
-from raydpo.errors import CacheMissError
 from raydpo.model.layout import PromptGroup
-from raydpo.reference.identity import QUANTIZED, ReferenceIdentity
-from raydpo.reference.index import as_bytes
-from raydpo.reference.join import Joined, join
-from raydpo.reference.store import UNVERIFIED, ReferenceCache
+from raydpo.reference.pairs import SIDES
 
-__all__ = ["TrainingPairs", "join_reference", "reference_values"]
-
-SIDES = ("chosen", "rejected")
-
-
-def join_reference(table: pa.Table, cache: ReferenceCache, what: str) -> pa.Table:
-    """``table`` with the reference's values, in memory-mapped files.
-
-    Adds ``ref_chosen_logps`` and ``ref_rejected_logps`` (list<float32>, of the tokens in use; NaN where the cache holds only
-    sums), and ``ref_chosen_sum`` and ``ref_rejected_sum`` (float64).
-
-    Raises:
-        CacheMissError: if the cache lacks rows, or holds fewer of their tokens than needed: how many, of which sources,
-            the first few, and the command that fills them.
-    """
-    joined = reference_values(table, cache)
-    lacking = np.isnan(joined[0].sums) | np.isnan(joined[1].sums)
-    if lacking.any():
-        raise _miss(table, lacking, cache, what)
-    for side, found in zip(SIDES, joined, strict=True):
-        table = table.append_column(f"ref_{side}_logps", found.lists(0, table.num_rows))
-        table = table.append_column(f"ref_{side}_sum", pa.array(found.sums))
-    return table
-
-
-def reference_values(table: pa.Table, cache: ReferenceCache) -> tuple[Joined, Joined]:
-    """What the cache holds for the chosen and for the rejected completions of pairs."""
-    chosen, rejected = (
-        join(cache, np.concatenate([np.empty((0, 16), np.uint8), *map(as_bytes, table[f"{side}_key"].chunks)]),
-             pc.list_value_length(table[f"{side}_ids"]).to_numpy().astype(np.int32)) for side in SIDES)
-    return chosen, rejected
-
-
-def _miss(table: pa.Table, lacking: np.ndarray, cache: ReferenceCache, what: str) -> CacheMissError:
-    rows = table.filter(pa.array(lacking))
-    sources = ", ".join(f"{entry['values']}: {entry['counts']}" for entry in pc.value_counts(rows["source"]).to_pylist())
-    first = ", ".join(rows["pair_id"].slice(0, 3).to_pylist())
-    parts = [f"reference log-probs are missing for {rows.num_rows} of {table.num_rows} {what} pairs ({sources}; first: "
-             f"{first}) in {cache.storage}, identity {cache.identity.digest}"]
-    others = [other for other in cache.identities(cache.storage) if other != cache.identity]
-    if rows.num_rows == table.num_rows and others:
-        parts += [f"the cache does hold identity {other.digest}, which is another reference "
-                  f"({'; '.join(cache.identity.differences(other))}){_as_it_is(cache.identity, other)}"
-                  for other in others[:3]]
-    imported = sum(part.rows for part in cache.parts(UNVERIFIED))
-    if imported and not cache.unverified:
-        parts.append(f"it holds {imported:,} imported rows that are not verified: run 'raydpo cache verify {cache.storage} "
-                     "--config "
-                     "CONFIG', or set cache.allow_unverified=true to train on them as they are")
-    parts += cache.problems
-    return CacheMissError("; ".join(parts) + ". Run 'raydpo score' (or 'raydpo run') with this configuration to fill it")
-
-
-def _as_it_is(mine: ReferenceIdentity, other: ReferenceIdentity) -> str:
-    """The settings that train against ``other``, where only the precision of weights sets it apart."""
-    if mine.quantisation == other.quantisation or \
-            dataclasses.replace(mine, quantisation=other.quantisation, dtype=other.dtype) != other:
-        return ""
-    name = next((name for name, made in QUANTIZED.items() if made == other.quantisation), "none")
-    settings = [f"reference.quantization={name}", "reference.allow_other_quantization=true"]
-    if mine.dtype != other.dtype:
-        settings.append(f"score.dtype={other.dtype}")
-    return f"; to train against it all the same: {' '.join(settings)}"
+__all__ = ["TrainingPairs"]
 
 
 class TrainingPairs:
-    """Rows of ``join_reference``. The columns of sums may be absent; they follow from the log-probs of the tokens. All of
-    the reference's may be: an objective without one takes pairs as they are.
+    """Rows of ``join_reference``. Columns of sums may be absent; they follow from the log-probs of the tokens. All columns
+    of the reference may be absent, for an objective without a reference.
 
     Attributes:
-        has_reference: whether the reference's values are known; else they are told to be 0.
+        has_reference: whether the reference's values are known; otherwise they are 0.
         ids: name of each pair, ``source:row``.
         source_names: names of the sources, in order of first appearance.
         sources: number of the source of each pair, int [pairs].
         weights: weight of each source, float [sources].
         prompt_tokens, chosen_tokens, rejected_tokens: lengths, int [pairs].
-        pair_weights, pair_margins: float [pairs], or None where ``data.weight_column`` and ``data.margin_column`` name none.
+        pair_weights, pair_margins: float [pairs], from ``data.weight_column`` and ``data.margin_column``; None if not set.
     """
 
     def __init__(self, table: pa.Table) -> None:
         table = table.combine_chunks()
         self.has_reference = "ref_chosen_logps" in table.column_names
-        self._lists = {name: _Ragged(table[name]) for name in (
-            "prompt_ids", "chosen_ids", "rejected_ids", *(("ref_chosen_logps", "ref_rejected_logps") if self.has_reference
-                                                          else ()))}
+        self._lists = {
+            name: _Ragged(table[name])
+            for name in (
+                "prompt_ids",
+                "chosen_ids",
+                "rejected_ids",
+                *(("ref_chosen_logps", "ref_rejected_logps") if self.has_reference else ()),
+            )
+        }
         self._prompts = table.select(["prompt_ids"])
         self.ids = table["pair_id"]
         encoded = table["source"].combine_chunks().dictionary_encode()
@@ -116,25 +54,31 @@ class TrainingPairs:
         weights = table["weight"].to_numpy()
         self.weights = np.array([weights[self.sources == source][0] for source in range(len(self.source_names))])
         self.prompt_tokens, self.chosen_tokens, self.rejected_tokens = (
-            self._lists[name].lengths for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
-        self.pair_weights, self.pair_margins = (table[name].to_numpy() if name in table.column_names else None
-                                                for name in (PAIR_WEIGHT, PAIR_MARGIN))
+            self._lists[name].lengths for name in ("prompt_ids", "chosen_ids", "rejected_ids")
+        )
+        self.pair_weights, self.pair_margins = (
+            table[name].to_numpy() if name in table.column_names else None for name in (PAIR_WEIGHT, PAIR_MARGIN)
+        )
         if not self.has_reference:
             self.ref_chosen, self.ref_rejected = np.zeros(len(self.ids)), np.zeros(len(self.ids))
             return
         self.ref_chosen, self.ref_rejected = (
-            table[f"ref_{side}_sum"].to_numpy() if f"ref_{side}_sum" in table.column_names else
-            self._lists[f"ref_{side}_logps"].sums() for side in SIDES)
+            table[f"ref_{side}_sum"].to_numpy()
+            if f"ref_{side}_sum" in table.column_names
+            else self._lists[f"ref_{side}_logps"].sums()
+            for side in SIDES
+        )
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @cached_property
     def shapes(self) -> Shapes:
-        """What the batch plan needs to know."""
+        """Lengths and shared tokens of the pairs, for the batch plan."""
         prompts = self._lists["prompt_ids"]
-        return Shapes.of([prompts[row] for row in range(len(self))],
-                         np.stack([self.chosen_tokens, self.rejected_tokens], axis=1).tolist())
+        return Shapes.of(
+            [prompts[row] for row in range(len(self))], np.stack([self.chosen_tokens, self.rejected_tokens], axis=1).tolist()
+        )
 
     @cached_property
     def prompts(self) -> np.ndarray:
@@ -142,32 +86,33 @@ class TrainingPairs:
         return prompt_numbers(self._prompts)
 
     def groups(self, rows: Sequence[int]) -> list[PromptGroup]:
-        """The pairs in ``rows``, each as the group (chosen, rejected)."""
+        """The pairs in ``rows``, each as a group (chosen, rejected)."""
         lists = self._lists
-        return [PromptGroup(lists["prompt_ids"][row], (lists["chosen_ids"][row], lists["rejected_ids"][row]))
-                for row in rows]
+        return [
+            PromptGroup(lists["prompt_ids"][row], (lists["chosen_ids"][row], lists["rejected_ids"][row])) for row in rows
+        ]
 
     def source_of(self, rows: Sequence[int] | np.ndarray, device: torch.device) -> torch.Tensor:
-        """The numbers of the sources of ``rows``, int64 [rows]."""
+        """Source numbers of ``rows``, int64 [rows]."""
         return torch.from_numpy(self.sources[np.asarray(rows)].astype(np.int64)).to(device)
 
     def reference(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-        """Per-token reference log-probs of the chosen and the rejected completion of one pair; NaN where only their sum is
-        known."""
+        """Reference log-probs of the tokens of a pair's chosen and rejected completion; NaN if only their sum is known."""
         return self._lists["ref_chosen_logps"][row], self._lists["ref_rejected_logps"][row]
 
     def reference_tails(self, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Sums over the reference's log-probs of the tokens beyond the length of the shorter completion, float64 [rows]."""
-        tails = np.array([[side[min(map(len, sides)):].sum(dtype=np.float64) for side in sides]
-                          for sides in map(self.reference, rows)])
+        """Sums of the reference log-probs of tokens beyond the length of the shorter completion, float64 [rows]."""
+        tails = np.array(
+            [[side[min(map(len, sides)) :].sum(dtype=np.float64) for side in sides] for sides in map(self.reference, rows)]
+        )
         return tails[:, 0], tails[:, 1]
 
     def sums_only(self) -> np.ndarray:
-        """Rows whose reference is known by its sums alone."""
+        """Rows of which only the sums of the reference log-probs are known."""
         return np.array([row for row in range(len(self)) if not self.has_tokens(row)], dtype=np.int64)
 
     def has_tokens(self, row: int) -> bool:
-        """Whether the reference's log-probs of this pair's tokens are known, and not only their sums."""
+        """Whether the reference log-probs of this pair's tokens are known, not only their sums."""
         return not any(np.isnan(values[0]) for values in self.reference(row))
 
 

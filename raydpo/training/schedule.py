@@ -13,10 +13,10 @@ def warmup_steps(warmup: float, total_steps: int) -> int:
 
 
 def learning_rate(step: int, *, peak: float, schedule: str, warmup: int, total_steps: int) -> float:
-    """Rate of the step with number ``step``, counted from 0.
+    """Learning rate of step ``step``, counted from 0.
 
-    Warm-up rises linearly and ends at the peak; it begins above zero, so that no step is spent on doing nothing. Then
-    linear or cosine decay towards zero, or a constant.
+    Warm-up rises linearly to the peak, starting above zero so that the first step has an effect. Then the rate decays
+    towards zero (linear or cosine), or stays constant.
     """
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)

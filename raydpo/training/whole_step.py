@@ -1,8 +1,8 @@
-"""Objectives that speak of a whole step at once, though its pairs are computed in micro-batches on several ranks.
+"""Objectives over a whole step, whose pairs are computed in micro-batches on several ranks.
 
-A first pass without gradients finds the log-probs of all pairs of the step. Every rank then has the step's loss and its
-derivative by each log-prob, and the second pass, with gradients, needs no more than these: the gradient of sum(derivative *
-log-prob) is that of the loss. So the step is the same however it is split, for the price of a forward pass.
+A first pass without gradients computes the log-probs of all pairs of the step. Every rank then computes the step's loss
+and its derivative by each log-prob. The second pass, with gradients, uses that the gradient of sum(derivative * log-prob) is
+that of the loss. So the result does not depend on how the step is split; it costs one more forward pass.
 """
 
 from __future__ import annotations
@@ -14,36 +14,34 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raydpo.data.plan import MicroBatch
-from raydpo.losses import Memory, Objective, PairLogps, PreferenceLoss
-from raydpo.model.layout import Layout
-from raydpo.training.clock import StepClock
-from raydpo.training.engine import PolicyEngine
-from raydpo.training.evaluate import AllPairLogps
-from raydpo.training.pairs import TrainingPairs
+from raydpo.losses import Objective, ObjectiveState, PairLogps, PreferenceLoss
 
-__all__ = ["WholeStep", "look_at_step"]
+__all__ = ["WholeStep"]
 
 _WITH_GRADIENT = ("chosen", "rejected", "chosen_tail", "rejected_tail")
 
 
 class WholeStep:
-    """The losses of a step's pairs and their derivatives, [pairs] each, by row number.
+    """Losses of a step's pairs and their derivatives, [pairs] each, by row number.
 
     Args:
-        rows: row numbers of the step's pairs; one may be there twice.
-        logps: of all of them, in that order.
-        beta: before the step itself changes it.
+        rows: row numbers of the step's pairs; one may occur twice.
+        logps: log-probs of ``rows``, in that order.
+        beta: beta before ``train.dynamic_beta`` changes it.
+        memory: state of the objective before the step.
 
     Attributes:
-        beta: of this step.
-        memory: what the objective knows once the step is taken.
+        beta: beta of this step.
+        memory: state of the objective after the step.
     """
 
-    def __init__(self, objective: Objective, rows: np.ndarray, logps: PairLogps, beta: float, memory: Memory) -> None:
+    def __init__(
+        self, objective: Objective, rows: np.ndarray, logps: PairLogps, beta: float, memory: ObjectiveState
+    ) -> None:
         self.beta, self.memory = objective.remember(logps, beta, memory)
-        inputs = {name: value.detach().requires_grad_() for name in _WITH_GRADIENT
-                  if (value := getattr(logps, name)) is not None}
+        inputs = {
+            name: value.detach().requires_grad_() for name in _WITH_GRADIENT if (value := getattr(logps, name)) is not None
+        }
         with torch.enable_grad():
             loss = objective(dataclasses.replace(logps, **inputs), self.beta, self.memory)
             slopes = torch.autograd.grad(loss.losses.sum(), list(inputs.values()), allow_unused=True)
@@ -53,26 +51,12 @@ class WholeStep:
         self._loss = [self._by_row(value.detach()) for value in (loss.losses, loss.chosen_rewards, loss.rejected_rewards)]
 
     def _by_row(self, values: Tensor) -> Tensor:
-        """[pairs] -> [distinct rows]: of a row that is there twice, and stands at two quantiles, the mean."""
+        """[pairs] -> [distinct rows]. A row that occurs twice, at two quantiles, gets the mean."""
         totals = values.new_zeros(len(self._distinct)).index_add_(0, self._places, values)
         return totals / torch.bincount(self._places, minlength=len(self._distinct))
 
     def part(self, rows: Sequence[int], logps: PairLogps) -> tuple[PreferenceLoss, Tensor]:
-        """Of one micro-batch: losses and rewards, and a number whose gradient is that of the losses' sum."""
+        """Losses and rewards of one micro-batch, and a number whose gradient is that of the losses' sum."""
         place = torch.from_numpy(np.searchsorted(self._distinct, np.asarray(rows))).to(logps.chosen.device)
         carrier = sum((slope[place] * getattr(logps, name)).sum() for name, slope in self._slopes.items())
         return PreferenceLoss(*(value[place] for value in self._loss)), carrier
-
-
-def look_at_step(objective: Objective, rows: np.ndarray, batches: Sequence[tuple[MicroBatch, Layout]], pairs: TrainingPairs,
-                 engine: PolicyEngine, beta: float, memory: Memory, clock: StepClock) -> WholeStep | None:
-    """The first pass over a step, where the objective asks for one. Every rank must call it."""
-    if not objective.whole_step:
-        return None
-    everything = AllPairLogps(engine, pairs, rows, objective.config)
-    with clock.phase("forward"):
-        everything.compute(batches)
-    with clock.phase("wait"):
-        engine.meet()
-    with clock.phase("forward"):
-        return WholeStep(objective, rows, everything.join(), beta, memory)

@@ -1,7 +1,8 @@
-"""Memory of training with a cached reference, against TRL with a reference model beside the policy: a process each."""
+"""Peak memory of training with a cached reference, against TRL with a reference model beside the policy."""
 
 import dataclasses
 
+import pyarrow.parquet as pq
 import pytest
 from kernel import with_reference
 from tiny import make_model
@@ -12,7 +13,7 @@ VOCABULARY, PAIRS, LENGTH, STEPS = 32_000, 4, 128, 2
 
 @pytest.fixture(scope="module")
 def peaks(tmp_path_factory):
-    """Bytes at the peak, and before anything but modules was loaded, of both sides on the same model, pairs and steps."""
+    """Results of both sides on the same model, pairs and steps."""
     pytest.importorskip("trl")
     pytest.importorskip("deepspeed")
     from raydpo.benchmark import workload
@@ -22,11 +23,23 @@ def peaks(tmp_path_factory):
     model = make_model(place / "model", vocab_size=VOCABULARY)
     table = workload.synthetic(STEPS * PAIRS, LENGTH, (1, 1), VOCABULARY, seed=0)
     # Positions of all pairs at once: neither side cuts a step into parts.
-    job = Job(stage="train", model=str(model), workload=str(place / "pairs.parquet"), work=str(place), dtype="float32",
-              lora=None, pairs_per_step=PAIRS, steps=STEPS, tokens_per_batch=4 * PAIRS * LENGTH, engine="deepspeed",
-              device="cpu", threads=None, lr=1e-3, pairs_per_pass=PAIRS)
-    workload.save(table, job.workload)
-    workload.save(with_reference(table, model), job.scored)
+    job = Job(
+        stage="train",
+        model=str(model),
+        workload=str(place / "pairs.parquet"),
+        work=str(place),
+        dtype="float32",
+        lora=None,
+        pairs_per_step=PAIRS,
+        steps=STEPS,
+        tokens_per_batch=4 * PAIRS * LENGTH,
+        device="cpu",
+        threads=None,
+        lr=1e-3,
+        pairs_per_pass=PAIRS,
+    )
+    pq.write_table(table, job.workload)
+    pq.write_table(with_reference(table, model), job.scored)
     ours, theirs = start("raydpo_side", job), start("trl_side", dataclasses.replace(job, stage="online"))
     assert len(ours.losses) == STEPS and ours.losses == pytest.approx(theirs.losses, abs=1e-5), "not the same training"
     assert ours.losses[0] != ours.losses[1]

@@ -1,4 +1,4 @@
-"""The pairs that are measured: the same every time, and those that a run would see."""
+"""The pairs and random models that are measured: the same every time, and as a run would read them."""
 
 import numpy as np
 import pytest
@@ -6,16 +6,13 @@ import torch
 from tiny import make_tokenizer, preferences, write_preferences
 
 from raydpo.benchmark import workload
-from raydpo.benchmark.random_model import write_random_llama
 from raydpo.errors import DataError
 
 
-def test_random_pairs_depend_on_the_arguments_alone(tmp_path):
+def test_random_pairs_depend_on_the_arguments_alone():
     table = workload.synthetic(16, 100, (1, 4), 512, seed=3)
     assert table == workload.synthetic(16, 100, (1, 4), 512, seed=3)
     assert table != workload.synthetic(16, 100, (1, 4), 512, seed=4)
-    workload.save(table, tmp_path / "pairs.parquet")
-    assert workload.load(tmp_path / "pairs.parquet") == table
 
 
 def test_random_pairs_have_the_wanted_shape():
@@ -33,9 +30,11 @@ def test_statistics():
     prompts, chosen, rejected = (np.array(each) for each in lengths)
     found = workload.statistics(table, 2)
     longest = prompts + np.maximum(chosen, rejected)
-    assert found["positions"] == {"tree": (prompts + chosen + rejected).sum(),
-                                  "packed": (2 * prompts + chosen + rejected).sum(),
-                                  "padded": 4 * max(longest[:2]) + 4 * max(longest[2:4]) + 2 * longest[4]}
+    assert found["positions"] == {
+        "tree": (prompts + chosen + rejected).sum(),
+        "packed": (2 * prompts + chosen + rejected).sum(),
+        "padded": 4 * max(longest[:2]) + 4 * max(longest[2:4]) + 2 * longest[4],
+    }
     assert found["longest"] == longest.max()
 
 
@@ -50,18 +49,24 @@ def test_file_gives_the_first_pairs_in_order(tmp_path, tiny_llama):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_random_model_loads_and_is_made_once(tmp_path, tied, monkeypatch):
+def test_random_model_loads_and_is_made_once(tmp_path, tied):
     from raydpo.model.load import load_causal_lm
 
-    monkeypatch.setattr("raydpo.benchmark.random_model.SHARD_BYTES", 40_000)
-    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-             "num_key_value_heads": 2, "vocab_size": 300, "tie_word_embeddings": tied}
-    directory = write_random_llama(tmp_path / "model", shape, torch.device("cpu"))
-    files = sorted(directory.glob("*.safetensors"))
-    assert len(files) > 2
-    stamps = [file.stat().st_mtime_ns for file in files]
-    write_random_llama(directory, shape, torch.device("cpu"))
-    assert [file.stat().st_mtime_ns for file in files] == stamps
+    shape = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 300,
+        "tie_word_embeddings": tied,
+    }
+    directory, state = tmp_path / "model", torch.get_rng_state()
+    workload.write_random_llama(directory, shape, torch.device("cpu"))
+    stamp = (directory / "model.safetensors").stat().st_mtime_ns
+    workload.write_random_llama(directory, shape, torch.device("cpu"))
+    assert (directory / "model.safetensors").stat().st_mtime_ns == stamp
+    assert torch.equal(torch.get_rng_state(), state)
     model = load_causal_lm(directory, "bfloat16", rope_length=None)
     assert model.config.architectures == ["LlamaForCausalLM"]
     for name, weight in model.named_parameters():

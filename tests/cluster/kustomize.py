@@ -1,5 +1,6 @@
-"""What ``kustomize build`` makes of cluster/kuberay: resources, namespace, images, and JSON patches by target. There is no
-kustomize in the Python registry; what our files do not use is refused."""
+"""A small ``kustomize build`` for cluster/kuberay: resources, namespace, images, and JSON patches by target.
+
+There is no kustomize on PyPI. Features that the files do not use are refused."""
 
 from __future__ import annotations
 
@@ -13,10 +14,10 @@ KNOWN = {"apiVersion", "kind", "namespace", "resources", "images", "patches"}
 
 
 def build(directory: Path) -> list[dict[str, Any]]:
-    """The resources of a directory with a kustomization.yaml.
+    """Build the resources of a directory with a kustomization.yaml.
 
     Raises:
-        ValueError: if a resource is missing or there twice, a patch meets nothing, or an image is in no container.
+        ValueError: if a resource is missing or duplicate, a patch has no target, or no container uses an image.
     """
     settings = yaml.safe_load((directory / "kustomization.yaml").read_text())
     if unknown := set(settings) - KNOWN:
@@ -24,7 +25,7 @@ def build(directory: Path) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for name in settings["resources"]:
         place = directory / name
-        # Through JSON's eyes: what YAML shares by an anchor is a copy each, as kustomize has it.
+        # Through JSON, so that YAML anchors become copies, as in kustomize.
         found += build(place) if place.is_dir() else [copy.deepcopy(one) for one in _documents(place)]
     names = [(one["kind"], one["metadata"]["name"]) for one in found]
     if len(set(names)) < len(names):
@@ -34,8 +35,11 @@ def build(directory: Path) -> list[dict[str, Any]]:
             one["metadata"]["namespace"] = settings["namespace"]
     for patch in settings.get("patches", []):
         target = patch["target"]
-        met = [one for one in found if one["kind"] == target["kind"]
-               and target.get("name", one["metadata"]["name"]) == one["metadata"]["name"]]
+        met = [
+            one
+            for one in found
+            if one["kind"] == target["kind"] and target.get("name", one["metadata"]["name"]) == one["metadata"]["name"]
+        ]
         if not met:
             raise ValueError(f"{directory}: no resource for the patch of {target}")
         text = patch["patch"] if "patch" in patch else (directory / patch["path"]).read_text()
@@ -62,7 +66,7 @@ def _unshared(node: Any) -> Any:
 
 
 def _apply(resource: dict[str, Any], op: str, path: str, value: Any) -> None:
-    """One operation of RFC 6902: add or replace."""
+    """Apply one operation of RFC 6902: add or replace."""
     *steps, last = (step.replace("~1", "/").replace("~0", "~") for step in path[1:].split("/"))
     node: Any = resource
     for step in steps:

@@ -1,4 +1,4 @@
-"""What Ray's autoscaler (version 2) starts for a stage: its own configuration and scheduler, without a cloud."""
+"""Machines that Ray's autoscaler (version 2) would start for a stage, from its configuration and scheduler."""
 
 from __future__ import annotations
 
@@ -11,22 +11,28 @@ from ray.autoscaler.v2.utils import ResourceRequestUtil
 from ray.core.generated.autoscaler_pb2 import ClusterResourceConstraint
 from ray.core.generated.common_pb2 import LabelSelectorOperator
 
-from raydpo.ray_runtime import Resources
+from raydpo.cluster.resources import Resources
 
 
 def machines_for(config: dict[str, Any], asked: Resources) -> dict[str, int]:
-    """Machines of each type that come for all workers of a stage; none where no type has what they ask for.
+    """Number of machines of each type for all workers of a stage; empty if no type has what they request.
 
     Args:
-        config: of a launcher's file, or what Ray makes of a RayCluster.
+        config: of a launcher's file, or as Ray converts a RayCluster.
     """
     types = AutoscalingConfig(config, skip_content_hash=True)
     selector = [[(key, LabelSelectorOperator.LABEL_OPERATOR_IN, [value]) for key, value in asked.labels.items()]]
     wish = ResourceRequestUtil.make(asked.bundle, label_selectors=selector if asked.labels else None)
-    reply = ResourceDemandScheduler().schedule(SchedulingRequest(
-        disable_launch_config_check=True, node_type_configs=types.get_node_type_configs(),
-        max_num_nodes=types.get_max_num_worker_nodes(), cluster_resource_constraints=[ClusterResourceConstraint(
-            resource_requests=ResourceRequestUtil.group_by_count([wish] * asked.workers))]))
+    reply = ResourceDemandScheduler().schedule(
+        SchedulingRequest(
+            disable_launch_config_check=True,
+            node_type_configs=types.get_node_type_configs(),
+            max_num_nodes=types.get_max_num_worker_nodes(),
+            cluster_resource_constraints=[
+                ClusterResourceConstraint(resource_requests=ResourceRequestUtil.group_by_count([wish] * asked.workers))
+            ],
+        )
+    )
     came = Counter({launch.instance_type: launch.count for launch in reply.to_launch})
     came.pop(types.get_head_node_type(), None)  # which is there already
     return dict(came)

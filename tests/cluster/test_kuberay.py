@@ -1,4 +1,4 @@
-"""The Kubernetes files, built as kustomize would, against the fields of KubeRay's CRDs."""
+"""The Kubernetes files, built like kustomize does, checked against the fields of KubeRay's CRDs."""
 
 import copy
 import json
@@ -10,17 +10,22 @@ import pytest
 from kustomize import build
 from scaling import machines_for
 
-from raydpo.ray_runtime import Resources
+from raydpo.cluster.resources import Resources
 
 ROOT = Path(__file__).parents[2]
 KUBERAY = ROOT / "cluster" / "kuberay"
 README = (ROOT / "cluster" / "README.md").read_text()
 CLOUDS = ("aks", "eks", "gke")
 SCHEMA = json.loads((Path(__file__).parent / "kuberay.schema.json").read_text())
-MACHINES = {  # vCPUs, GiB of memory: the clouds' own tables
-    "Standard_D16s_v5": (16, 64), "Standard_ND96isr_H100_v5": (96, 1900), "a3-highgpu-8g": (208, 1872),
-    "m7i.4xlarge": (16, 64), "n2-standard-16": (16, 64), "p5.48xlarge": (192, 2048)}
-UNITS = {"Gi": 1, "Mi": 2 ** -10}
+MACHINES = {  # vCPUs, GiB of memory, from the clouds' tables
+    "Standard_D16s_v5": (16, 64),
+    "Standard_ND96isr_H100_v5": (96, 1900),
+    "a3-highgpu-8g": (208, 1872),
+    "m7i.4xlarge": (16, 64),
+    "n2-standard-16": (16, 64),
+    "p5.48xlarge": (192, 2048),
+}
+UNITS = {"Gi": 1, "Mi": 2**-10}
 
 
 @pytest.fixture(params=CLOUDS)
@@ -45,7 +50,7 @@ def variables(pod):
 
 
 def quantity(text):
-    """CPUs, or GiB."""
+    """A Kubernetes quantity as a number of CPUs or GiB."""
     number, unit = re.fullmatch(r"(\d+)(\D*)", text).groups()
     return int(number) * UNITS.get(unit, 1)
 
@@ -59,11 +64,16 @@ def test_resources_have_the_fields_of_the_crds(cloud):
         jsonschema.validate(resources(cloud)[kind], SCHEMA)
 
 
-@pytest.mark.parametrize(("path", "wrong"), [
-    ("spec.enableInTreeAutoscalling", True), ("spec.authOptions.mode", "tokens"),
-    ("spec.workerGroupSpecs.0.maxReplicas", "2"), ("spec.workerGroupSpecs.1.priorty", 3),
-    ("spec.headGroupSpec.template.spec.containers.0.resources.limits.memory", "64 GB"),
-])
+@pytest.mark.parametrize(
+    ("path", "wrong"),
+    [
+        ("spec.enableInTreeAutoscalling", True),
+        ("spec.authOptions.mode", "tokens"),
+        ("spec.workerGroupSpecs.0.maxReplicas", "2"),
+        ("spec.workerGroupSpecs.1.priorty", 3),
+        ("spec.headGroupSpec.template.spec.containers.0.resources.limits.memory", "64 GB"),
+    ],
+)
 def test_the_schema_sees_a_slip(path, wrong):
     cluster = copy.deepcopy(resources("eks")["RayCluster"])
     node, (*steps, last) = cluster, path.split(".")
@@ -100,23 +110,25 @@ def test_every_pod_knows_its_machines(cloud):
 
 
 def test_pods_fit_the_machines_and_disks_that_the_overlay_names(cloud):
-    """Of each a part is the system's, so no more than 85 % is asked for; of a disk GKE keeps a tenth and up to 100 GiB."""
+    """The system needs part of a machine, so pods request at most 85 %; GKE reserves 10 % of a disk and up to 100 GiB."""
     said = (KUBERAY / "overlays" / cloud / "kustomization.yaml").read_text()
     named = re.findall(r"^#     (head|spot|on-demand) +(\S+) +(\d+) GB disk$", said, re.MULTILINE)
     assert [group for group, *_ in named] == ["head", "spot", "on-demand"]
     cluster = spec(cloud)
     for (group, machine, disk), pod in zip(named, pods(cluster), strict=True):
         together = [container["resources"]["requests"] for container in pod["containers"]]
-        if group == "head":  # where the operator puts the autoscaler beside Ray
+        if group == "head":  # the operator adds the autoscaler here
             together.append(cluster["autoscalerOptions"]["resources"]["requests"])
-        cpus, memory, storage = (sum(quantity(one.get(name, "0")) for one in together)
-                                 for name in ("cpu", "memory", "ephemeral-storage"))
-        gib = int(disk) * 1e9 / 2 ** 30
+        cpus, memory, storage = (
+            sum(quantity(one.get(name, "0")) for one in together) for name in ("cpu", "memory", "ephemeral-storage")
+        )
+        gib = int(disk) * 1e9 / 2**30
         assert cpus <= 0.85 * MACHINES[machine][0] and memory <= 0.85 * MACHINES[machine][1]
         assert storage <= (0.9 * gib - 100 if cloud == "gke" else 0.85 * gib)
         assert pod["nodeSelector"].get("node.kubernetes.io/instance-type", machine) == machine
-        limits = {volume["name"]: quantity(volume["emptyDir"]["sizeLimit"]) for volume in pod["volumes"]
-                  if "emptyDir" in volume}
+        limits = {
+            volume["name"]: quantity(volume["emptyDir"]["sizeLimit"]) for volume in pod["volumes"] if "emptyDir" in volume
+        }
         assert limits.pop("shm") < memory and sum(limits.values()) < storage
 
 
@@ -146,30 +158,38 @@ def test_the_network_policy_meets_our_pods_and_lets_in_whom_it_must(cloud):
     named = {port["name"]: port["containerPort"] for port in pods(cluster)[0]["containers"][0]["ports"]}
     assert open_ports == {named["dashboard"], named["metrics"]}
     assert all("from" in rule for rule in built["NetworkPolicy"]["spec"]["ingress"])
-    # Other pods may call themselves the operator; its namespace is the one that the guide installs it in.
+    # Any pod can have the operator's label, so its namespace is checked too: the one in README.md.
     (installed,) = re.findall(r"helm install .* --namespace (\S+)", README)
-    (operator,) = [source for rule in built["NetworkPolicy"]["spec"]["ingress"] for source in rule["from"]
-                   if "kuberay-operator" in json.dumps(source) and "namespaceSelector" in source]
+    (operator,) = [
+        source
+        for rule in built["NetworkPolicy"]["spec"]["ingress"]
+        for source in rule["from"]
+        if "kuberay-operator" in json.dumps(source) and "namespaceSelector" in source
+    ]
     assert operator["namespaceSelector"] == {"matchLabels": {"kubernetes.io/metadata.name": installed}}
 
 
 def test_pods_get_rights_from_their_account_alone(cloud):
     every = build(KUBERAY / "overlays" / cloud)
-    accounts = {one["metadata"]["name"]: list(one["metadata"]["annotations"]) for one in every
-                if one["kind"] == "ServiceAccount"}
-    annotation = {"aks": "azure.workload.identity/client-id", "eks": "eks.amazonaws.com/role-arn",
-                  "gke": "iam.gke.io/gcp-service-account"}[cloud]
+    accounts = {
+        one["metadata"]["name"]: list(one["metadata"]["annotations"]) for one in every if one["kind"] == "ServiceAccount"
+    }
+    annotation = {
+        "aks": "azure.workload.identity/client-id",
+        "eks": "eks.amazonaws.com/role-arn",
+        "gke": "iam.gke.io/gcp-service-account",
+    }[cloud]
     assert accounts == {"raydpo-head": [annotation], "raydpo": [annotation]}
     assert {one["metadata"]["namespace"] for one in every} == {"raydpo"}
     built = resources(cloud)
     for pod in pods(built["RayCluster"]["spec"]):
         (source,) = pod["containers"][0]["envFrom"]
-        # The operator keeps its token in a secret of the cluster's name; ours must be another.
+        # The operator stores its token in a secret with the cluster's name, so this secret needs another name.
         assert source["secretRef"]["name"] != built["RayCluster"]["metadata"]["name"] and source["secretRef"]["optional"]
 
 
 def test_only_the_autoscaler_may_change_pods(cloud):
-    """The operator gives that right to the head's account, whose token no container but the autoscaler's has."""
+    """Only the head's account has that right, and only the autoscaler's container has its token."""
     cluster = spec(cloud)
     head, *workers = pods(cluster)
     assert head["serviceAccountName"] not in {pod["serviceAccountName"] for pod in workers}
@@ -189,7 +209,7 @@ def test_ray_has_almost_all_of_the_time_that_kubernetes_gives_a_pod(cloud):
 
 
 def test_what_is_mounted_can_be_written_around(cloud):
-    """kubelet makes a missing parent of a mount as root, where user 1000 can write nothing."""
+    """kubelet creates a missing parent of a mount as root, and user 1000 cannot write there."""
     dockerfile = (ROOT / "cluster" / "Dockerfile").read_text()
     made = re.search(r"install --directory --owner=ray --group=ray (.+?) \\\n", dockerfile)
     assert "useradd --create-home --uid 1000 ray" in dockerfile
@@ -201,9 +221,16 @@ def test_what_is_mounted_can_be_written_around(cloud):
     assert any(Path(mount) in Path(home).parents for mount in mounts), "models of the hub lie on the volume"
 
 
-@pytest.mark.parametrize(("accelerator", "labels", "group"), [
-    (None, {}, "spot"), ("H100", {}, "spot"), ("H100", {"ray.io/market-type": "on-demand"}, "on-demand"),
-    (None, {"ray.io/market-type": "spot"}, "spot"), ("L4", {}, None)])
+@pytest.mark.parametrize(
+    ("accelerator", "labels", "group"),
+    [
+        (None, {}, "spot"),
+        ("H100", {}, "spot"),
+        ("H100", {"ray.io/market-type": "on-demand"}, "on-demand"),
+        (None, {"ray.io/market-type": "spot"}, "spot"),
+        ("L4", {}, None),
+    ],
+)
 def test_rays_autoscaler_brings_what_a_stage_asks_for(cloud, accelerator, labels, group):
     from ray.autoscaler._private.kuberay.autoscaling_config import AutoscalingConfigProducer
 
@@ -234,6 +261,7 @@ def test_a_job_resumes_and_ends(cloud):
 
 def test_a_patch_without_a_target_is_an_error(tmp_path):
     (tmp_path / "kustomization.yaml").write_text(
-        f"resources: [{KUBERAY / 'base'}]\npatches: [{{target: {{kind: RayCluster, name: other}}, patch: '[]'}}]\n")
+        f"resources: [{KUBERAY / 'base'}]\npatches: [{{target: {{kind: RayCluster, name: other}}, patch: '[]'}}]\n"
+    )
     with pytest.raises(ValueError, match="no resource for the patch"):
         build(tmp_path)

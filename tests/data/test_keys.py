@@ -5,7 +5,7 @@ from raydpo.data.keys import completion_key
 
 
 def test_key_is_pinned():
-    # b2sum of <QQ lengths and <u4 ids: a cache of any age is found again, or missed, never misread
+    # b2sum of <QQ lengths and <u4 ids: caches written earlier must still hit
     assert completion_key([1, 2, 3], [70000, 5]).hex() == "dea93dd5aa77b17d3722e5a5d1932538"
 
 

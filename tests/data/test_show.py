@@ -1,7 +1,7 @@
 import io
 
-from conftest import text
 from rich.console import Console
+from samples import text
 
 from raydpo.config import DataConfig
 from raydpo.data.pairs import load_pairs
@@ -43,7 +43,7 @@ def test_hostile_text_is_shown_not_obeyed(tokeniser, write):
     hostile = " [red]no[/red] [/] \x1b]0;title\x07\x1b[2J \u202e \x9b31m \r over \x00 end \U0001f600 \u20ac"
     _, output = shown(tokeniser, write, text(1, chosen=hostile))
     lines = plain(output)
-    assert r" [red]no[/red] [/] \x1b]0;title\x07\x1b[2J \u202e \x9b31m \x0d over \x00 end " in lines
+    assert r" [red]no[/red] [/] \x1b]0;title\x07\x1b[2J \u202e \x9b31m \r over \x00 end " in lines
     assert "\U0001f600 \u20ac</s>" in lines
     assert not set("\x07\x9b\r\x00\u202e") & set(output)
 

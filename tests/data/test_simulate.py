@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 
-from raydpo.data.shapes import POSITIONS_ONLY, Shapes, Work
+from raydpo.data.shapes import POSITIONS_ONLY, PositionCost, Shapes
 from raydpo.data.simulate import amounts, deal, simulate, steps_of, training_order
 
-WORK = Work(attention=3e-4, head=0.27)
+WORK = PositionCost(attention=3e-4, head=0.27)
 
 
 def lengths(prompt, *completions):
@@ -12,8 +12,8 @@ def lengths(prompt, *completions):
 
 
 def hh_like(count, seed=0, system=0):
-    """Log-normal lengths like those of HH-RLHF (means 150 and 47 tokens), cut at 512; all prompts begin with ``system``
-    tokens, and every fourth prompt is continued by the three after it, as dialogues are."""
+    """Log-normal lengths like HH-RLHF's (means 150 and 47 tokens), cut at 512. All prompts begin with ``system`` tokens, and
+    the three after every fourth prompt continue it, as in dialogues."""
     rng = np.random.default_rng(seed)
     root = rng.integers(0, 999, system).astype(np.int32)
     prompts, completions = [], []
@@ -27,14 +27,22 @@ def hh_like(count, seed=0, system=0):
 
 def run(shapes, world_size, pairs_per_step=256, tokens_per_batch=16384, layout="tree", work=WORK, steps=4):
     order = training_order(np.zeros(len(shapes), int), np.ones(1), seed=0, shuffle=True, count=len(shapes))
-    return simulate(order, shapes, world_size=world_size, pairs_per_step=pairs_per_step, tokens_per_batch=tokens_per_batch,
-                    layout=layout, work=work, steps=steps)
+    return simulate(
+        order,
+        shapes,
+        world_size=world_size,
+        pairs_per_step=pairs_per_step,
+        tokens_per_batch=tokens_per_batch,
+        layout=layout,
+        work=work,
+        steps=steps,
+    )
 
 
 @pytest.mark.parametrize("system", [0, 30])
 @pytest.mark.parametrize("world_size", [2, 8, 32, 64])
 def test_imbalance_is_below_three_percent(world_size, system):
-    """The bar, in the worst step: 256 pairs on up to 64 ranks, with prompts that share nothing and that share much."""
+    """The worst step of 256 pairs on up to 64 ranks, with prompts that share nothing and prompts that share much."""
     found = run(hh_like(1024, system=system), world_size)
     assert found.worst < min(0.03, found.naive)
     assert found.bound <= found.imbalance <= found.lockstep
@@ -42,7 +50,7 @@ def test_imbalance_is_below_three_percent(world_size, system):
 
 
 def test_ranks_that_meet_after_every_micro_batch_wait_little():
-    """Four or more micro-batches a rank: as many on every rank, even, and in the order of their size."""
+    """With four or more micro-batches per rank: the same number on every rank, of even sizes, in the order of their size."""
     found = run(hh_like(1024, system=30), 4, tokens_per_batch=2048)
     assert found.lockstep < 0.1
 
@@ -50,8 +58,9 @@ def test_ranks_that_meet_after_every_micro_batch_wait_little():
 def test_a_step_by_hand():
     """Pairs of 6, 3 and 3 positions on two ranks: 6 against 3 + 3."""
     shapes = lengths([4, 1, 1], [1, 1, 1], [1, 1, 1])
-    found = simulate(np.arange(3), shapes, world_size=2, pairs_per_step=3, tokens_per_batch=100, layout="tree",
-                     work=POSITIONS_ONLY)
+    found = simulate(
+        np.arange(3), shapes, world_size=2, pairs_per_step=3, tokens_per_batch=100, layout="tree", work=POSITIONS_ONLY
+    )
     assert (found.imbalance, found.worst, found.bound, found.lockstep, found.repeated) == (0, 0, 0, 0, 0)
     # Dealt: pairs 0 and 2 in four rows of 16, pair 1 in two rows of 16; 64 against 32 positions, and 64 against our 6.
     assert found.naive == pytest.approx(1 - 48 / 64)
@@ -60,18 +69,20 @@ def test_a_step_by_hand():
 
 
 def test_stand_ins_and_the_longest_pair_are_lost_time():
-    """Pairs of 10 and 3 positions on four ranks: 13 of 4 x 10 positions are useful, whatever the plan."""
+    """Pairs of 10 and 3 positions on four ranks: 13 of 4 x 10 positions are useful under any plan."""
     shapes = lengths([8, 1], [1, 1], [1, 1])
-    found = simulate(np.arange(2), shapes, world_size=4, pairs_per_step=2, tokens_per_batch=100, layout="tree",
-                     work=POSITIONS_ONLY)
+    found = simulate(
+        np.arange(2), shapes, world_size=4, pairs_per_step=2, tokens_per_batch=100, layout="tree", work=POSITIONS_ONLY
+    )
     assert found.imbalance == found.bound == pytest.approx(1 - 13 / 40)
 
 
 def test_a_prefix_on_two_ranks_is_repeated_work():
     """Two pairs of 10 prompt tokens, all shared, and 2 completion tokens: 14 positions on one rank, 12 on each of two."""
     shapes = Shapes.of([np.arange(10)] * 2, [[1, 1]] * 2)
-    found = simulate(np.arange(2), shapes, world_size=2, pairs_per_step=2, tokens_per_batch=100, layout="tree",
-                     work=POSITIONS_ONLY)
+    found = simulate(
+        np.arange(2), shapes, world_size=2, pairs_per_step=2, tokens_per_batch=100, layout="tree", work=POSITIONS_ONLY
+    )
     assert found.repeated == pytest.approx(1 - 14 / 24)
 
 

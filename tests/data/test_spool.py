@@ -1,6 +1,7 @@
 import gc
 import os
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -38,8 +39,9 @@ def test_a_wide_table_goes_into_another_spool(monkeypatch):
     again.validate(full=True)
 
 
-def test_files_have_no_name_and_go_with_the_table(tmp_path):
-    spool = Spool(SCHEMA, str(tmp_path))
+def test_files_have_no_name_and_go_with_the_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    spool = Spool(SCHEMA)
     spool.append(TABLE)
     found = spool.finish()
     assert os.listdir(tmp_path) == [] and found["name"].to_pylist() == ["x", "", "yz"]
@@ -50,12 +52,13 @@ def test_files_have_no_name_and_go_with_the_table(tmp_path):
     assert mapped > 0 and str(tmp_path) not in maps.read_text()
 
 
-def test_a_full_disk_is_named(tmp_path):
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", tmp_path], capture_output=True).returncode:
         pytest.skip("no file system can be mounted here")
     try:
         with pytest.raises(RaydpoError, match=rf"no room for the tokenised pairs in {tmp_path} .*set TMPDIR"):
-            spooled([TABLE] * 3000, SCHEMA, str(tmp_path))
+            monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+            spooled([TABLE] * 3000, SCHEMA)
         gc.collect()
     finally:
         subprocess.run(["umount", tmp_path], check=True)

@@ -5,13 +5,13 @@ import pytest
 from tiny import make_tokenizer, preferences, write_preferences
 
 from raydpo.config import TrainConfig, load_config
-from raydpo.cost import ModelCost
 from raydpo.data.pairs import load_pairs
 from raydpo.data.tokenise import Tokeniser
 from raydpo.errors import ConfigError
 from raydpo.estimate.anatomy import model_cost
 from raydpo.estimate.plan import Rates, Stage, make_plan, operations, training_factors
 from raydpo.estimate.rate import DEVICES, stated_rates
+from raydpo.model.cost import ModelCost
 
 RATES = Rates(score=1e9, train=1e9, origin="test")
 SIZES = ModelCost(parameters=1500, active=1000, hidden=10, vocabulary=50, layers=2, attention_width=8)
@@ -19,11 +19,16 @@ SIZES = ModelCost(parameters=1500, active=1000, hidden=10, vocabulary=50, layers
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, tiny_llama):
-    """A configuration of 40 pairs and 8 held out, with its pairs."""
+    """A configuration with 40 training pairs and 8 held-out pairs, and these pairs."""
     file = write_preferences(tmp_path_factory.mktemp("plan") / "a.jsonl", preferences(48))
-    config = load_config({"output": "runs", "model": {"path": str(tiny_llama), "layout": "packed"},
-                          "data": {"train": str(file), "eval": {"fraction": 0.2}},
-                          "train": {"pairs_per_step": 16, "epochs": 2, "eval_every": 2, "zero": 1}})
+    config = load_config(
+        {
+            "output": "runs",
+            "model": {"path": str(tiny_llama), "layout": "packed"},
+            "data": {"train": str(file), "eval": {"fraction": 0.2}},
+            "train": {"pairs_per_step": 16, "epochs": 2, "eval_every": 2, "zero": 1},
+        }
+    )
     return config, load_pairs(config.data, Tokeniser(make_tokenizer()))
 
 
@@ -33,7 +38,7 @@ def plan(data, **settings):
 
 
 def test_operations_by_hand():
-    """10 positions of 2 x 1000, 30 looks of 4 x 2 layers x width 8, and 5 predictions of 2 x 50 x 10."""
+    """10 positions of 2 x 1000 FLOPs, 30 query-key pairs of 4 x 2 layers x width 8, and 5 predictions of 2 x 50 x 10."""
     amount = np.array([10.0, 30.0, 5.0])
     assert operations(amount, SIZES) == 10 * 2000 + 30 * 64 + 5 * 1000
     assert operations(amount, SIZES, (3, 3, 4)) == 3 * 10 * 2000 + 3 * 30 * 64 + 4 * 5 * 1000
@@ -48,7 +53,7 @@ def test_config_json_alone_tells_the_same_sizes(tiny_llama, tiny_qwen3, tmp_path
 
 
 def test_training_factors():
-    """Full: forward, gradients of inputs and of weights; with adapters the weights' are left out."""
+    """Full fine-tuning: forward pass, gradients of inputs and of weights. With adapters: no gradients of weights."""
     assert training_factors(TrainConfig(), lora=False) == (3, 3, 4)
     assert training_factors(TrainConfig(), lora=True) == (2, 3, 2)
     assert training_factors(TrainConfig(gradient_checkpointing=True), lora=True) == (3, 4, 2)
@@ -56,7 +61,7 @@ def test_training_factors():
 
 
 def test_a_stage_by_hand():
-    """7.2e15 operations on 4 devices of 1e12 a second, a tenth of the time waiting: 2000 s, 2.22 hours of a GPU."""
+    """7.2e15 FLOPs on 4 devices of 1e12 FLOP/s that wait a tenth of the time: 2000 s, 2.22 GPU hours."""
     stage = Stage.of(7.2e15, 4, 1e12, 3.0, lost=0.1)
     assert stage.seconds == pytest.approx(2000)
     assert stage.gpu_hours == pytest.approx(4 * 2000 / 3600)
@@ -72,7 +77,7 @@ def test_stated_rates_are_a_share_of_the_peak():
 
 
 def test_plan_counts_what_the_data_are(data):
-    """Without sharing, every figure follows from the lengths."""
+    """Without shared prefixes, every figure follows from the lengths."""
     _, sets = data
     pairs, held_out = sets.train.to_pylist(), sets.eval.to_pylist()
     found = plan(data, runs=3)
@@ -98,6 +103,9 @@ def test_plan_counts_what_the_data_are(data):
     assert found.training.seconds == pytest.approx(found.training.flops / 1e9 / (1 - found.imbalance.imbalance))
     assert found.total.flops == pytest.approx(found.score.flops + 3 * (found.training.flops + found.evaluation.flops))
     assert found.online.flops > 3 * found.training.flops * 4 / 3
+    packed = operations(2 * amount(pairs), SIZES, (4, 4, 5)) + found.evaluation.flops
+    assert found.online_packed.flops == pytest.approx(3 * packed, rel=0.1)
+    assert found.online_packed.seconds < found.online.seconds
 
 
 def test_what_is_saved_comes_in_order(data):
@@ -115,27 +123,48 @@ def test_workers_share_the_time_and_cost_dollars(data):
 
 def test_steps_instead_of_epochs(data):
     config, sets = data
-    found = make_plan(load_config(config.model_dump(exclude_unset=True) | {"train": {"steps": 3, "pairs_per_step": 16}}),
-                      sets, SIZES, SIZES, RATES, world_sizes=())
+    found = make_plan(
+        load_config(config.model_dump(exclude_unset=True) | {"train": {"steps": 3, "pairs_per_step": 16}}),
+        sets,
+        SIZES,
+        SIZES,
+        RATES,
+        world_sizes=(),
+    )
     assert found.steps == 3 and found.data["pairs_trained_on"] == min(48, sets.train.num_rows)
 
 
 def test_an_objective_without_a_reference_has_no_reference_pass(data):
     config, sets = data
-    found = make_plan(load_config(config.model_dump(exclude_unset=True) | {"train": {"loss": "simpo"}}),
-                      sets, SIZES, SIZES, RATES, world_sizes=())
+    found = make_plan(
+        load_config(config.model_dump(exclude_unset=True) | {"train": {"loss": "simpo"}}),
+        sets,
+        SIZES,
+        SIZES,
+        RATES,
+        world_sizes=(),
+    )
     assert found.score.flops == 0 and found.data["completions"] == 0 and found.training.flops > 0
 
 
-@pytest.mark.parametrize(("settings", "named"), [({"workers": 0}, "--workers"), ({"runs": 0}, "--runs"),
-                                                 ({"price": -1.0}, "--price"), ({"price": float("nan")}, "--price")])
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"workers": 0}, "--workers"),
+        ({"runs": 0}, "--runs"),
+        ({"price": -1.0}, "--price"),
+        ({"price": float("nan")}, "--price"),
+    ],
+)
 def test_numbers_out_of_range(data, settings, named):
     with pytest.raises(ConfigError, match=named):
         plan(data, **settings)
 
 
-@pytest.mark.parametrize(("settings", "named"), [({"device": "H1000"}, "H100, H200"), ({"mfu_score": 45.0}, "--mfu-score"),
-                                                 ({"mfu_train": 0.0}, "--mfu-train")])
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [({"device": "H1000"}, "H100, H200"), ({"mfu_score": 45.0}, "--mfu-score"), ({"mfu_train": 0.0}, "--mfu-train")],
+)
 def test_rates_out_of_range(settings, named):
     with pytest.raises(ConfigError, match=named):
         stated_rates(**settings)

@@ -1,4 +1,4 @@
-"""The estimate by hand; tests/estimate/test_footprint.py holds it to what is measured."""
+"""The estimate against figures worked out by hand; test_footprint.py compares it with measurements."""
 
 import json
 from dataclasses import replace
@@ -9,14 +9,14 @@ from tiny import make_model
 from raydpo.config import LoraSettings, ModelConfig, TrainConfig
 from raydpo.config.train import REDUCE_BUCKET, ROUNDED_PIECE
 from raydpo.errors import ConfigError, ModelError
-from raydpo.estimate.activations import CHUNK_BYTES, WHOLE_BLOCKS, Batch, head_backward, head_forward, layer_memory
+from raydpo.estimate.activations import Batch, head_backward, head_forward, layer_memory
 from raydpo.estimate.anatomy import EMBEDDING, HEAD, Anatomy
 from raydpo.estimate.memory import estimate_memory
 
 MODEL = ModelConfig(path="m")
 BATCH = Batch.of_pairs([(4096, 2048, 2048)])
 P = 8_030_261_248
-"""Of Llama 3.1 8B: 2 x 128,256 x 4,096 for vocabulary and head, 32 layers of 218,112,000, and a last norm of 4,096."""
+"""Parameters of Llama 3.1 8B: 2 x 128,256 x 4,096 in embedding and head, 32 layers of 218,112,000, a last norm of 4,096."""
 LAYER = 2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336 + 2 * 4096
 """Numbers of one layer: queries and output, keys and values, three products, two norms."""
 
@@ -39,12 +39,17 @@ def test_anatomy_of_llama(llama):
     assert len(llama.targets(r".*layers\.3\..*proj")) == 7
 
 
-@pytest.mark.parametrize(("kind", "settings", "wanted"), [
-    ("qwen3", {"tie_word_embeddings": True}, {"tied": True, "gated": True}),
-    ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}, {"inner": 2 * 128, "gated": True}),
-    ("gpt_neox", {}, {"gated": False, "inner": 128}), ("gemma2", {"final_logit_softcapping": 30.0}, {"softcap": True})])
+@pytest.mark.parametrize(
+    ("kind", "settings", "wanted"),
+    [
+        ("qwen3", {"tie_word_embeddings": True}, {"tied": True, "gated": True}),
+        ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}, {"inner": 2 * 128, "gated": True}),
+        ("gpt_neox", {}, {"gated": False, "inner": 128}),
+        ("gemma2", {"final_logit_softcapping": 30.0}, {"softcap": True}),
+    ],
+)
 def test_anatomy_is_what_transformers_builds(tmp_path, kind, settings, wanted):
-    """Sizes from config.json are those of the model that loads; the weights' file is not looked at."""
+    """Sizes from config.json equal those of the loaded model; the weights' file is not read."""
     from transformers import AutoModelForCausalLM
 
     directory = make_model(tmp_path, kind, **settings)
@@ -62,27 +67,24 @@ def test_a_directory_without_a_model(tmp_path):
         Anatomy.of(tmp_path / "nothing")
 
 
-def test_constants_are_those_of_the_model():
-    from raydpo.estimate.modes import MOST
-    from raydpo.model import attention, budget, head
-
-    assert CHUNK_BYTES == head.CHUNK_BYTES and WHOLE_BLOCKS == attention.WHOLE_BLOCKS
-    assert budget.MOST_TRAINED["cuda"] == MOST
-
-
 def test_sizes_are_deepspeeds_defaults_where_the_engine_sets_none():
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     from raydpo.estimate.memory import PERSISTENT, PREFETCH, REUSE, SUB_GROUP
-    from raydpo.training.engine import _deepspeed_config
+    from raydpo.training.policy.deepspeed_engine import _deepspeed_config
 
     zero = DeepSpeedZeroConfig(**_deepspeed_config(TrainConfig(zero=3), "bfloat16")["zero_optimization"])
-    assert (zero.reduce_bucket_size, zero.prefetch_bucket_size, zero.max_reuse_distance, zero.param_persistence_threshold,
-            zero.sub_group_size) == (REDUCE_BUCKET, PREFETCH, REUSE, PERSISTENT, SUB_GROUP)
+    assert (
+        zero.reduce_bucket_size,
+        zero.prefetch_bucket_size,
+        zero.max_reuse_distance,
+        zero.param_persistence_threshold,
+        zero.sub_group_size,
+    ) == (REDUCE_BUCKET, PREFETCH, REUSE, PERSISTENT, SUB_GROUP)
 
 
 def test_a_batch_by_hand():
-    """Prompt 100, answers 20 and 30: three nodes, and each answer reads the prompt's keys again."""
+    """Prompt of 100 tokens, completions of 20 and 30: three nodes, and each completion reads the prompt's keys again."""
     batch = Batch.of_pairs([(100, 20, 30)])
     assert (batch.positions, batch.keys, batch.predictions) == (150, 100 + 120 + 130, 50)
     assert batch.masked == 20 * 120 + 30 * 130
@@ -93,9 +95,9 @@ def test_a_batch_by_hand():
 
 
 def test_a_layer_by_hand(llama):
-    """bfloat16 on a GPU, bytes a position: both norms keep input and normalised input in float32, 16 x 4096; five
-    projections a bfloat16 copy each, 10 x 4096; queries and output 4 x 4096; keys and values twice (half the positions are a
-    prompt that both answers read) 8 x 1024; four tensors of the inner width, 8 x 14336."""
+    """Bytes per position in bfloat16 on a GPU: both norms keep input and normalised input in float32, 16 x 4096; five
+    projections keep a bfloat16 copy each, 10 x 4096; queries and output, 4 x 4096; keys and values twice (half the positions
+    are a prompt that both completions read), 8 x 1024; four tensors of the inner width, 8 x 14336."""
     layer = layer_memory(llama, BATCH, width=2, device="cuda", trained=True, adapted=())
     assert layer.kept / 8192 == 16 * 4096 + 10 * 4096 + 4 * 4096 + 8 * 1024 + 8 * 14336
     assert layer.entry / 8192 == 4 * 4096
@@ -105,24 +107,24 @@ def test_a_layer_by_hand(llama):
 
 
 def test_a_head_by_hand(llama):
-    """A chunk of 256 MiB and a bfloat16 copy of it; the gradient of 525M weights in float32, a chunk's product, and that
-    widened: 4 + 2 + 4 bytes."""
+    """A chunk of 256 MiB and its bfloat16 copy; for 525M weights the float32 gradient, a chunk's product in bfloat16 and
+    in float32: 4 + 2 + 4 bytes each."""
     chunk, weights = 256 * 2**20, 128256 * 4096
     assert head_forward(llama, BATCH, width=2, device="cuda", trained=True) == chunk
     assert head_backward(llama, BATCH, width=2, device="cuda") == 1.5 * chunk + 4 * 4096 * 4096 + 10 * weights
 
 
 def test_llama_on_8_gpus_under_zero_2(llama):
-    """16.06 GB of weights whole; an eighth of float32 weights and two moments, 12 bytes each; a bucket of 100 MB."""
+    """All weights (16.06 GB); an eighth of float32 weights and two moments, 12 bytes per parameter; a bucket of 100 MB."""
     memory = estimate(llama, zero=2, gradient_checkpointing=True)
     share = P // 8
     head = at(memory, "head's backward")
     assert head.weights == 2 * P == pytest.approx(16.06e9, rel=1e-3)
     assert head.optimizer == 12 * share == pytest.approx(12.05e9, rel=1e-3)
     assert head.communication == 1e8
-    # Of micro-batches before: of the share, but of parameters that lie in two shares, all.
+    # Gradients of earlier micro-batches: of the share, and of parameters in two shares the whole gradient.
     assert 2 * share <= head.gradients <= 2 * (share + 2 * 128256 * 4096)
-    # 32 inputs of layers, the last norm's input and output, and what predicts: float32.
+    # In float32: 32 inputs of layers, the last norm's input and output, and predicting positions.
     assert head.activations == 4 * 4096 * (8192 * (32 + 2) + 4096)
     update = at(memory, "update")
     assert update.gradients == 4 * share and update.optimizer == 12 * share
@@ -131,8 +133,8 @@ def test_llama_on_8_gpus_under_zero_2(llama):
 
 
 def test_llama_on_8_gpus_under_zero_3(llama):
-    """An eighth of everything. Gathered at the head: its 525M weights; the layers below it are used again only after more
-    than 1e9 others, and are let go, but for the one before it that is fetched ahead; and 65 norms that stay."""
+    """An eighth of everything. Gathered at the head: its 525M weights, a prefetched part of the layer before it, and 65
+    norms that stay whole. The other layers are used again only after more than 1e9 other weights, so they are released."""
     memory = estimate(llama, zero=3, gradient_checkpointing=True)
     head = at(memory, "head's backward")
     assert head.weights == 2 * P // 8 and head.optimizer == 12 * P // 8 and head.gradients == 2 * P // 8
@@ -160,24 +162,24 @@ def test_optimizers(llama):
     assert moments() == (12 * share, 0)
     assert moments(optimizer="adamw_8bit") == ((4 + 2 + 1 / 32) * share, 0)
     assert moments(optimizer="paged_adamw") == (4 * share, 8 * share)
-    # bfloat16 moments are widened a piece at a time: 4 bytes for each of both and for the step.
+    # bfloat16 moments are converted piece by piece: 4 bytes for each moment and for the update.
     assert moments(optimizer_states="bfloat16") == (8 * share + 12 * ROUNDED_PIECE, 0)
 
 
 def test_an_offloaded_optimizer_is_on_the_host(llama):
-    """Float32 weights, moments and gradients: 16 bytes; a bfloat16 copy 2; and under ZeRO 2 a buffer of the largest
-    gradient, gradients of the micro-batches before."""
+    """Float32 weights, moments and gradients: 16 bytes per parameter; a bfloat16 copy: 2; under ZeRO 2 also a buffer for the
+    largest gradient, and gradients of earlier micro-batches."""
     memory = estimate(llama, zero=2, offload_optimizer="cpu")
     share, largest = P // 8, 128256 * 4096
     assert at(memory, "update").optimizer == 0
     assert memory.host == pytest.approx(18 * share + 2 * largest + 2 * share, rel=0.08)
-    assert memory.host_peak == memory.host, 'its update works in place'
+    assert memory.host_peak == memory.host, "its update works in place"
     three = estimate(llama, zero=3, offload_optimizer="cpu", offload_params="cpu")
     assert three.peak.weights == 0 and three.host == pytest.approx((18 + 2) * share)
 
 
 def test_adapters_and_quantization(llama):
-    """Rank 16 on all linear layers: 16 x (in + out) numbers each, 1.31M a layer."""
+    """Rank 16 on all linear layers: 16 x (in + out) numbers each, 1.31M per layer."""
     lora = LoraSettings(r=16)
     adapters = 32 * 16 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
     memory = estimate(llama, model=ModelConfig(path="m", lora=lora), zero=2, gradient_checkpointing=True)
@@ -202,7 +204,7 @@ def test_frozen_parameters_have_no_optimizer_and_no_graph(llama):
 
 
 def test_float32_under_zero_has_a_second_copy_of_the_weights(llama):
-    """DeepSpeed clones what it updates; without ZeRO AdamW updates the weights themselves."""
+    """DeepSpeed updates copies of the weights; without ZeRO, AdamW updates the weights themselves."""
     assert at(estimate(llama, dtype="float32", zero=0), "update").optimizer == 8 * P
     assert at(estimate(llama, dtype="float32", zero=1), "update").optimizer == 12 * P // 8
 

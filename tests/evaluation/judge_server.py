@@ -1,4 +1,4 @@
-"""A chat-completions address on this machine that really serves, and behaves as badly as a test asks."""
+"""A local chat-completions server that can fail in the ways that a test asks for."""
 
 from __future__ import annotations
 

@@ -10,8 +10,10 @@ import torch
 from tiny import make_model
 from tiny_world import LONGEST, STOP, exact_log_probs, make_world, sequences
 
+from raydpo.answers.answering import Answering
+from raydpo.answers.draws import Draw, uniforms
+from raydpo.answers.transformers_engine import answer_all
 from raydpo.errors import ConfigError, ModelError
-from raydpo.evaluation.answers import Answering, Draw, answer_all, uniforms
 from raydpo.reference.identity import identify
 from raydpo.reference.score import ReferenceSpec
 
@@ -47,11 +49,11 @@ def test_a_sample_depends_on_seed_prompt_and_number_alone(world):
     assert together == backwards[::-1]
     assert together != answer(world, PROMPTS, [Draw(seed=2, sample=number) for number in range(len(PROMPTS))])
     mixed = answer(world, PROMPTS + PROMPTS, [None] * len(PROMPTS) + draws, batch=7)
-    assert mixed[len(PROMPTS):] == together and mixed[: len(PROMPTS)] == answer(world, PROMPTS, [None] * len(PROMPTS))
+    assert mixed[len(PROMPTS) :] == together and mixed[: len(PROMPTS)] == answer(world, PROMPTS, [None] * len(PROMPTS))
 
 
 def test_samples_are_distributed_as_the_model_says(world):
-    """Of 4,000 answers of at most three tokens, every sequence comes about as often as it should (chi-square)."""
+    """The frequencies of all sequences in 4,000 answers of at most three tokens match their probabilities (chi-square)."""
     count, prompt = 4000, np.array([1, 3], np.int32)
     found = answer(world, [prompt] * count, [Draw(seed=5, sample=number) for number in range(count)], 1000, LONGEST)
     times = {}
@@ -78,13 +80,14 @@ def test_settings_that_a_model_carries_are_not_the_model(world):
 
     draws = [Draw(seed=3, sample=0)] * len(PROMPTS) + [None] * len(PROMPTS)
     plain = answer(world, PROMPTS * 2, draws)
-    world.generation_config = GenerationConfig(do_sample=True, top_k=1, repetition_penalty=5.0, max_new_tokens=1,
-                                               suppress_tokens=[1, 2])
+    world.generation_config = GenerationConfig(
+        do_sample=True, top_k=1, repetition_penalty=5.0, max_new_tokens=1, suppress_tokens=[1, 2]
+    )
     assert answer(world, PROMPTS * 2, draws) == plain
 
 
 def test_random_numbers_are_pinned():
-    """A change of the recipe changes the answers of every evaluation that is stored."""
+    """A change of these numbers would change the answers of every stored evaluation."""
     numbers = uniforms(Draw(seed=1, sample=2), np.array([3, 4], np.int32), 4)
     assert numbers == pytest.approx(PINNED, abs=1e-12)
     assert uniforms(Draw(seed=1, sample=2), np.array([3, 4], np.int32), 2) == pytest.approx(PINNED[:2])
@@ -97,14 +100,19 @@ def test_an_answer_beyond_the_positions_is_refused(world):
 
 @pytest.mark.parametrize("engine", ["transformers", "vllm"])
 def test_answers_are_never_stored_under_the_name_of_another_model(engine, tiny_llama, tmp_path, monkeypatch):
-    """Files exchanged since the driver hashed them, as by a run that is trained anew while it is evaluated."""
+    """The files change after the driver hashed them, for example because a run is trained again while it is evaluated."""
     package, lora = types.ModuleType("vllm"), types.ModuleType("vllm.lora.request")  # not installed where tests run
     package.LLM, package.SamplingParams, lora.LoRARequest = (lambda *args, **settings: None,) * 3
     for name, module in (("vllm", package), ("vllm.lora", types.ModuleType("vllm.lora")), ("vllm.lora.request", lora)):
         monkeypatch.setitem(sys.modules, name, module)
     model = shutil.copytree(tiny_llama, tmp_path / "model")
-    work = Answering(spec=ReferenceSpec(path=str(model), adapter=None, identity=identify(model, "float32")), max_tokens=2,
-                     stop=(0,), batch=2, engine=engine)
+    work = Answering(
+        spec=ReferenceSpec(path=str(model), adapter=None, identity=identify(model, "float32")),
+        max_tokens=2,
+        stop=(0,),
+        batch=2,
+        engine=engine,
+    )
     work.open("cpu")
     shutil.copy(make_model(tmp_path / "other", seed=1) / "model.safetensors", model / "model.safetensors")
     with pytest.raises(ModelError, match=r"is another model than where the run was started: weights"):

@@ -7,7 +7,8 @@ import pytest
 import torch
 from tiny_world import LONGEST, STOP, exact_log_probs, make_world, sequences
 
-from raydpo.evaluation.answers import Draw, answer_all
+from raydpo.answers.draws import Draw
+from raydpo.answers.transformers_engine import answer_all
 from raydpo.evaluation.drift import exact_steps, measure_drift
 from raydpo.model.layout import PromptGroup
 from raydpo.model.logps import LogpModel
@@ -20,7 +21,7 @@ SAMPLES, SEEDS = 200, 60
 
 @pytest.fixture(scope="module")
 def world():
-    """The two models, and of each answer its log-prob by definition, by our scorer, and its exact steps."""
+    """Two models, and for each answer its log-prob by definition, its log-prob by our scorer, and its exact steps."""
     models = make_world(0)
     every = sequences()
     found = {"models": models, "every": every}
@@ -33,8 +34,12 @@ def world():
         group = PromptGroup(PROMPT, tuple(np.array(ids, np.int32) for ids in every))
         scored = scorers[side].score([group], CPU)[0]
         found[f"scored {side}"] = np.array([float(each.astype(float).sum()) for each in scored])
-    found["steps"] = np.array([exact_steps(scorers["policy"], scorers["reference"],
-                                           PromptGroup(PROMPT, (np.array(ids, np.int32),)), CPU) for ids in every])
+    found["steps"] = np.array(
+        [
+            exact_steps(scorers["policy"], scorers["reference"], PromptGroup(PROMPT, (np.array(ids, np.int32),)), CPU)
+            for ids in every
+        ]
+    )
     found["exact"] = float((np.exp(found["policy"]) * (found["policy"] - found["reference"])).sum())
     found["scorers"] = scorers
     return found
@@ -49,7 +54,7 @@ def test_the_world_is_whole(world):
 
 
 def test_exact_steps_add_up_to_the_divergence(world):
-    """The expectation of the sum of the steps' divergences is that of whole answers: the chain rule, to rounding."""
+    """The expected sum of the steps' divergences equals the divergence of whole answers, up to rounding (chain rule)."""
     assert (np.exp(world["policy"]) * world["steps"]).sum() == pytest.approx(world["exact"], abs=1e-5)
     assert (world["steps"] >= -1e-6).all()
 
@@ -61,9 +66,14 @@ def test_the_estimate_agrees_within_its_error(world):
     ratios = world["scored policy"] - world["scored reference"]
     found = []
     for seed in range(SEEDS):
-        answers = answer_all(world["models"].policy, [PROMPT] * SAMPLES, [Draw(seed=seed, sample=number) for number in
-                                                                          range(SAMPLES)],
-                             max_tokens=LONGEST, stop=[STOP], batch=SAMPLES)
+        answers = answer_all(
+            world["models"].policy,
+            [PROMPT] * SAMPLES,
+            [Draw(seed=seed, sample=number) for number in range(SAMPLES)],
+            max_tokens=LONGEST,
+            stop=[STOP],
+            batch=SAMPLES,
+        )
         numbers = np.array([place[tuple(ids.tolist())] for ids in answers])
         lengths = np.array([len(ids) for ids in answers])
         found.append(measure_drift(ratios[numbers], lengths, np.zeros(SAMPLES, int), world["steps"][numbers]))

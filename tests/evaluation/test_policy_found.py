@@ -1,4 +1,4 @@
-"""What evaluate.policy may name, and that it works in other people's tools."""
+"""What evaluate.policy can name, and that lm-evaluation-harness loads it."""
 
 import json
 
@@ -9,7 +9,9 @@ from tiny import make_model, make_tokenizer, preferences, write_preferences
 from raydpo.config import load_config
 from raydpo.errors import ConfigError, ModelError
 from raydpo.evaluation.policy import find_policy, harness_arguments
+from raydpo.pipeline.evaluate import _Evaluation
 from raydpo.reference.identity import identify
+from raydpo.terminal.console import Console
 
 
 def make_adapter(directory, model, base=None, seed=5):
@@ -18,8 +20,9 @@ def make_adapter(directory, model, base=None, seed=5):
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    policy = get_peft_model(AutoModelForCausalLM.from_pretrained(model),
-                            LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    policy = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(model), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
@@ -38,8 +41,15 @@ def place(tmp_path_factory, tiny_llama):
 
 
 def configured(place, tiny_llama, **evaluate):
-    return load_config({"name": "run", "output": str(place / "runs"), "model": {"path": str(tiny_llama)},
-                        "data": {"train": str(place / "a.jsonl")}, "evaluate": evaluate})
+    return load_config(
+        {
+            "name": "run",
+            "output": str(place / "runs"),
+            "model": {"path": str(tiny_llama)},
+            "data": {"train": str(place / "a.jsonl")},
+            "evaluate": evaluate,
+        }
+    )
 
 
 def test_a_model_and_an_adapter(place, tiny_llama):
@@ -48,6 +58,10 @@ def test_a_model_and_an_adapter(place, tiny_llama):
     adapter = find_policy(configured(place, tiny_llama, policy=str(place / "adapter")), "float32")
     assert adapter.spec.identity == identify(tiny_llama, "float32", place / "adapter")
     assert (adapter.spec.path, adapter.slug) == (str(tiny_llama), "adapter")
+
+
+def rewards_per_token(config, policy):
+    return _Evaluation(config, Console(), policy, None, None, None, None)._objective().per_token
 
 
 def test_a_run(place, tiny_llama):
@@ -63,9 +77,9 @@ def test_a_run(place, tiny_llama):
     make_adapter(run / "final", tiny_llama, base="/long/gone")
     policy = find_policy(config, "float32")
     assert policy.spec.path == str(tiny_llama) and policy.run is not None
-    assert policy.beta(config) == 0.3 and policy.per_token(config)
+    assert policy.beta(config) == 0.3 and rewards_per_token(config, policy)
     asked = configured(place, tiny_llama, beta=0.7, rewards="sum")
-    assert policy.beta(asked) == 0.7 and not policy.per_token(asked)
+    assert policy.beta(asked) == 0.7 and not rewards_per_token(asked, policy)
     with pytest.raises(ModelError, match=r"belongs to the model '/long/gone', which is not here; set evaluate\.base"):
         find_policy(configured(place, tiny_llama, policy=str(run)), "float32")
     named = find_policy(configured(place, tiny_llama, policy=str(run), base=str(tiny_llama)), "float32")
@@ -97,15 +111,17 @@ def test_the_harness_loads_it(kind, place, tiny_llama):
 
     from raydpo.reference.score import Scorer
 
-    policy = find_policy(configured(place, tiny_llama, policy=str(tiny_llama if kind == "whole" else place / "adapter")),
-                         "float32")
+    policy = find_policy(
+        configured(place, tiny_llama, policy=str(tiny_llama if kind == "whole" else place / "adapter")), "float32"
+    )
     arguments = dict(pair.split("=", 1) for pair in harness_arguments(policy).split(","))
     model = AutoModelForCausalLM.from_pretrained(arguments["pretrained"], dtype=arguments["dtype"])
     if kind == "adapter":
         model = PeftModel.from_pretrained(model, arguments["peft"])
     tokenizer = AutoTokenizer.from_pretrained(arguments.get("tokenizer", arguments["pretrained"]))
-    context = tokenizer.apply_chat_template([{"role": "user", "content": "why is the sky blue"}], tokenize=False,
-                                            add_generation_prompt=True)
+    context = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "why is the sky blue"}], tokenize=False, add_generation_prompt=True
+    )
     ids = tokenizer(context, add_special_tokens=False)["input_ids"]
     answer = tokenizer(" because", add_special_tokens=False)["input_ids"]
     with torch.no_grad():
@@ -127,10 +143,10 @@ def test_the_harness_itself(place, tiny_llama):
     harness = HFLM(**arguments, device="cpu", batch_size=1)
     assert harness.apply_chat_template([{"role": "user", "content": "why"}])
     context, answer = "why is the sky", " blue"
-    (found, _), = harness.loglikelihood([Instance("loglikelihood", {}, (context, answer), 0)])
+    ((found, _),) = harness.loglikelihood([Instance("loglikelihood", {}, (context, answer), 0)])
     ids = harness.tok_encode(context)
     whole = harness.tok_encode(context + answer)
-    assert _ours(policy, ids, whole[len(ids):], Scorer) == pytest.approx(found, abs=1e-4)
+    assert _ours(policy, ids, whole[len(ids) :], Scorer) == pytest.approx(found, abs=1e-4)
 
 
 def _ours(policy, prompt, answer, scorer):

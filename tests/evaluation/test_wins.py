@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import make_tokenizer
 
+from raydpo.answers.contests import Contest, by_scores, count_wins, own_scores, win_rate_at_equal_length
+from raydpo.answers.reward import RewardModel
 from raydpo.errors import ConfigError, ModelError, RaydpoError
-from raydpo.evaluation.reward import RewardModel
-from raydpo.evaluation.wins import Contest, by_scores, count_wins, own_scores, win_rate_at_equal_length
 
 CONTESTS = [Contest("p", "longer answer", "short"), Contest("p", "a", "longer"), Contest("p", "same", "same")]
 
@@ -38,10 +38,11 @@ def test_own_function(module):
     assert found["score_difference"]["value"] == pytest.approx((8 - 5 + 0) / 3)
 
 
-@pytest.mark.parametrize(("left", "by_length", "longer"), [
-    (0.0, 2.0, 250.0), (0.6, 1.5, -150.0), (0.0, 0.0, 0.0), (1.5, 0.0, 100.0)])
+@pytest.mark.parametrize(
+    ("left", "by_length", "longer"), [(0.0, 2.0, 250.0), (0.6, 1.5, -150.0), (0.0, 0.0, 0.0), (1.5, 0.0, 100.0)]
+)
 def test_what_is_left_of_wins_at_equal_length(left, by_length, longer):
-    """A judge that is drawn to length, and answers that have grown: the win rate of two thirds is half length."""
+    """The judge prefers length and the answers have grown, so half of the gain in win rate comes from length."""
     random, truth = np.random.default_rng(6), 1 / (1 + np.exp(-left))
     found = []
     for _ in range(800):
@@ -61,9 +62,16 @@ def test_length_alone_that_tells_all_is_no_proof():
     assert win_rate_at_equal_length(wins[:1], np.zeros(1)) == {"value": None, "low": None, "high": None}
 
 
-@pytest.mark.parametrize(("body", "said"), [
-    ("raise ValueError('no')", "ValueError: no"), ("return float('nan')", "finite number"), ("return 'high'", "'high'"),
-    ("return None", "finite number"), ("return True", "finite number")])
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("raise ValueError('no')", "ValueError: no"),
+        ("return float('nan')", "finite number"),
+        ("return 'high'", "'high'"),
+        ("return None", "finite number"),
+        ("return True", "finite number"),
+    ],
+)
 def test_a_function_that_gives_no_number_is_an_error(body, said, module):
     name = module(f"def score(prompt, answer):\n    {body}\n")
     with pytest.raises(RaydpoError, match=said):
@@ -87,9 +95,18 @@ def make_classifier(directory, labels):
 
     tokenizer = make_tokenizer()
     torch.manual_seed(3)
-    config = AutoConfig.for_model("llama", vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64,
-                                  num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-                                  max_position_embeddings=128, num_labels=labels, pad_token_id=tokenizer.pad_token_id)
+    config = AutoConfig.for_model(
+        "llama",
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        num_labels=labels,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     AutoModelForSequenceClassification.from_config(config).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
@@ -110,24 +127,29 @@ def test_reward_model(classifier):
             expected = model(tokenizer(text, return_tensors="pt")["input_ids"]).logits[0, 0].item()
         assert score == pytest.approx(expected, abs=1e-6)
     assert np.std(scores) > 0
-    with pytest.raises(ModelError, match="tokens for the reward model, which takes 128"):
+    with pytest.raises(ModelError, match="tokens, but the reward model takes at most 128"):
         work.open("cpu")(pa.table({"prompt": [json.dumps("sky " * 300)], "answer": ["x"]}))
 
 
 def test_what_is_no_reward_model_is_refused(tiny_llama, tmp_path):
-    """A language model would be given a head of random numbers, and judge by them."""
+    """A language model would get a head with random weights, and judge with it."""
     with pytest.raises(ModelError, match=r"lack score\.weight, which would be random numbers"):
         RewardModel.at(str(tiny_llama), "float32", False).open("cpu")
     two = make_classifier(tmp_path / "two", labels=2)
-    with pytest.raises(ModelError, match="2 outputs; one is wanted"):
+    with pytest.raises(ModelError, match="2 outputs; expected one"):
         RewardModel.at(str(two), "float32", False).open("cpu")
     (tmp_path / "two" / "model.safetensors").rename(tmp_path / "two" / "pytorch_model.bin")
     with pytest.raises(ModelError, match="pickled"):
         RewardModel.at(str(two), "float32", False)
 
 
-@pytest.mark.parametrize(("file", "told"), [("model.safetensors", "is another model than where the run was started"),
-                                            ("chat_template.jinja", "has another tokenizer on")])
+@pytest.mark.parametrize(
+    ("file", "told"),
+    [
+        ("model.safetensors", "is another model than where the run was started"),
+        ("chat_template.jinja", "has another tokenizer on"),
+    ],
+)
 def test_rewards_are_never_stored_under_the_name_of_another_model(file, told, classifier, tmp_path):
     ours = shutil.copytree(classifier, tmp_path / "ours")
     work = RewardModel.at(str(ours), "float32", False)
@@ -144,8 +166,9 @@ def test_code_of_a_reward_model_belongs_to_the_identity(classifier, tmp_path):
     ours = shutil.copytree(classifier, tmp_path / "ours")
     assert RewardModel.at(str(ours), "float32", True).identity == RewardModel.at(str(ours), "float32", False).identity
     config = json.loads((ours / "config.json").read_text())
-    (ours / "config.json").write_text(json.dumps(config | {
-        "auto_map": {"AutoModelForSequenceClassification": "modeling_x.X"}}))
+    (ours / "config.json").write_text(
+        json.dumps(config | {"auto_map": {"AutoModelForSequenceClassification": "modeling_x.X"}})
+    )
     assert RewardModel.at(str(ours), "float32", True).identity != RewardModel.at(str(ours), "float32", False).identity
 
 

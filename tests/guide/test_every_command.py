@@ -4,6 +4,7 @@ tests/documented.py names those that cannot be, and why.
 """
 
 import json
+import math
 import os
 import shlex
 import shutil
@@ -12,20 +13,34 @@ import sys
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 from command import raydpo
-from documented import DOCUMENTS, GUIDES, ROOT, block, blocks, commands, inline, not_run
+from documented import DOCUMENTS, GUIDE, ROOT, block, blocks, commands, inline, not_run
 from tiny import preferences, write_preferences
 
+from raydpo.losses import PairLogps, preference_loss
 from raydpo.reference.store import ReferenceCache
 
 README = ROOT / "README.md"
-SWITCHING = next(file for file in GUIDES if file.stem == "switching")
-CONFIG = {"output": "runs", "model": {"path": "./model", "dtype": "float32"},
-          "data": {"train": "a.jsonl", "eval": {"fraction": 0.3}},
-          "train": {"pairs_per_step": 8, "lr": 1e-3, "steps": 2}, "evaluate": {"prompts": 2, "max_tokens": 4}}
-TEAM = commands(block(README, "", "raydpo cache compact"))
+SWITCHING, OBJECTIVES = GUIDE["switching"], GUIDE["objectives"]
+CONFIG = {
+    "output": "runs",
+    "model": {"path": "./model", "dtype": "float32"},
+    "data": {"train": "a.jsonl", "eval": {"fraction": 0.3}},
+    "train": {"pairs_per_step": 8, "lr": 1e-3, "steps": 2},
+    "evaluate": {"prompts": 2, "max_tokens": 4},
+}
+TEAM = commands(block(GUIDE["cache"], "", "raydpo cache compact"))
 USE = commands(block(README, "", "raydpo doctor"))
+OWN_LOSS = commands(block(OBJECTIVES, "", "my_module:my_loss"))
+PAGES = [
+    command
+    for name in ("data", "evaluation", "runs", "sweeps")
+    for _, text in blocks(GUIDE[name])
+    for command in commands(text)
+]
+"""Commands that make sense after those of README's block, in the same directory."""
 
 
 @pytest.fixture
@@ -49,12 +64,12 @@ def run(place, command, **replaced):
 
 
 def digest(place):
-    identity, = ReferenceCache.identities(ReferenceCache.open(str(place / "runs/cache")).storage)
+    (identity,) = ReferenceCache.identities(ReferenceCache.open(str(place / "runs/cache")).storage)
     return identity.digest
 
 
 def test_commands_are_found():
-    assert len(USE) >= 15 and len(TEAM) == 8
+    assert len(USE) == 10 and len(TEAM) == 8 and len(OWN_LOSS) == 1 and len(PAGES) >= 6
     found = [command for file in DOCUMENTS for _, text in blocks(file) for command in commands(text)]
     assert {"raydpo doctor", "raydpo cache gc s3://bucket/cache --delete", "make quickstart"} <= set(found)
     assert len([command for command in found if not not_run(command)]) >= 25
@@ -63,25 +78,31 @@ def test_commands_are_found():
 
 def test_each_block_with_commands_has_a_test_here():
     """One that is new needs a place in which it makes sense."""
-    known = {*USE, *TEAM, *(command for _, text in blocks(SWITCHING) for command in commands(text))}
-    assert {command for file in DOCUMENTS for _, text in blocks(file) for command in commands(text)
-            if not not_run(command)} <= known
+    known = {*USE, *TEAM, *OWN_LOSS, *PAGES, *(command for _, text in blocks(SWITCHING) for command in commands(text))}
+    assert {
+        command for file in DOCUMENTS for _, text in blocks(file) for command in commands(text) if not not_run(command)
+    } <= known
 
 
 @pytest.mark.slow
 def test_use_it(place):
-    """The block of README, then what is named in running text, there and in the guides."""
-    done = [command for command in USE if not not_run(command)]
-    for command in dict.fromkeys([*done, *(command for file in DOCUMENTS for command in inline(file))]):
+    """README's verbs in the order of a job, then the commands of pages and of running text."""
+    verbs = [f"raydpo {verb} " for verb in ("score", "train")]
+    first = [command for verb in verbs for command in USE if command.startswith(verb)]
+    for command in dict.fromkeys([*first, *USE, *PAGES, *(command for file in DOCUMENTS for command in inline(file))]):
         if not_run(command):
             continue
-        if "runs/mine" in command:
+        if "runs/mine" in command and not (place / "runs/mine").exists():
             shutil.copytree(place / "runs/model-sigmoid-beta0.05", place / "runs/mine")
         if command in TEAM:
             continue  # where two caches are
         run(place, command)
-    for page in ("runs/mine/report.html", "runs/model-sweep/report.html", "explain.html",
-                 "runs/model-sigmoid-beta0.1/audit.html"):
+    for page in (
+        "runs/mine/report.html",
+        "runs/model-sweep/report.html",
+        "explain.html",
+        "runs/model-sigmoid-beta0.1/audit.html",
+    ):
         assert (place / page).stat().st_size > 10_000
     assert {"final", "evaluation.json"} <= set(os.listdir(place / "runs/model-sigmoid-beta0.1"))
 
@@ -102,11 +123,34 @@ def test_a_cache_for_a_team(place):
 
 
 @pytest.mark.slow
-def test_the_python_of_readme(place):
-    code = block(README, "python", "import raydpo")
+def test_a_loss_of_your_own(place):
+    (place / "my_module.py").write_text(block(OBJECTIVES, "python", "def my_loss"))
+    run(place, "raydpo score config.yaml")
+    for command in OWN_LOSS:
+        assert "held out, step 2" in run(place, command)
+
+
+def test_the_loss_of_your_own_is_a_loss(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_module.py").write_text(block(OBJECTIVES, "python", "def my_loss"))
+    four = [torch.full((2,), value, dtype=torch.float64) for value in (-3.0, -9.0, -4.0, -5.0, 2.0, 3.0)]
+    found = preference_loss("my_module:my_loss", PairLogps(*four), beta=0.5)
+    margin = (-3.0 + 4.0) - (-9.0 + 5.0)
+    assert found.losses.tolist() == pytest.approx([math.log1p(math.exp(1 - 0.5 * margin))] * 2)
+
+
+@pytest.mark.slow
+def test_the_python_of_the_guide(place):
+    code = block(GUIDE["runs"], "python", "import raydpo")
     (place / "readme.py").write_text(f"keys = []\n{code}\nprint(len(summary['samples']), cache.lookup(keys).num_rows)\n")
-    done = subprocess.run([sys.executable, "readme.py"], cwd=place, capture_output=True, text=True, timeout=300,
-                          env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])})
+    done = subprocess.run(
+        [sys.executable, "readme.py"],
+        cwd=place,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert (place / "runs/model-sigmoid-beta0.05/final").is_dir() and (place / "runs/model-sweep/sweep.json").is_file()
 
@@ -120,8 +164,13 @@ def test_switching(place, monkeypatch):
     import torch
 
     monkeypatch.chdir(place)
-    monkeypatch.setattr(trl, "DPOConfig", functools.partial(  # this machine has no GPU, and no trackers
-        trl.DPOConfig, use_cpu=True, bf16=False, report_to=[], disable_tqdm=True, save_strategy="no"))
+    monkeypatch.setattr(
+        trl,
+        "DPOConfig",
+        functools.partial(  # this machine has no GPU, and no trackers
+            trl.DPOConfig, use_cpu=True, bf16=False, report_to=[], disable_tqdm=True, save_strategy="no"
+        ),
+    )
     names = {}
     for language, text in blocks(SWITCHING):
         if language == "yaml":
@@ -130,16 +179,20 @@ def test_switching(place, monkeypatch):
             if "torch.load" in text:
                 run(place, "raydpo cache export config.yaml out.parquet data.train=trl.parquet")
                 rows = pq.read_table("out.parquet").to_pylist()
-                torch.save({f"{side}_logps": torch.tensor([row[f"ref_{side}_logps"] / len(row[f"{side}_ids"])
-                                                           for row in rows]) for side in ("chosen", "rejected")},
-                           "0123456789abcdef.pt")
+                torch.save(
+                    {
+                        f"{side}_logps": torch.tensor([row[f"ref_{side}_logps"] / len(row[f"{side}_ids"]) for row in rows])
+                        for side in ("chosen", "rejected")
+                    },
+                    "0123456789abcdef.pt",
+                )
             exec(compile(text, SWITCHING.name, "exec"), names)
         for command in commands(text):
             told = run(place, command)
             if "cache import" in command:
-                assert "40 pairs taken over" in told
+                assert "40 pairs imported from" in told
             if "cache verify" in command:
-                assert "are verified now and count" in told
+                assert "are now verified and used by training" in told
             if "raydpo train" in command:
                 assert "first loss 0.693147" in told
     records = [json.loads(line) for line in (place / "open-instruct.jsonl").read_text().splitlines()]

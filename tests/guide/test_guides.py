@@ -3,16 +3,17 @@
 import ast
 import dataclasses
 import inspect
+import json
 import re
 
 import pytest
 import yaml
-from documented import DOCUMENTS, GUIDES, ROOT, block, not_run
+from documented import DOCUMENTS, GUIDE, GUIDES, ROOT, block, blocks, commands, not_run
+from draw_betas import PICTURE, picture
 
-from raydpo.config import Config, load_config
+from raydpo.config import LOSSES, Config, load_config
 from raydpo.config.load import _all_keys
 
-GUIDE = {file.stem: file for file in GUIDES}
 SWITCHING, TROUBLESHOOTING = GUIDE["switching"], GUIDE["troubleshooting"]
 KEYS = set(_all_keys())
 
@@ -35,8 +36,12 @@ def quoted(text):
 
 
 def test_every_setting_that_is_named_exists():
-    named = {text.split("=")[0].split(":")[0] for file in DOCUMENTS for text in quoted(prose(file))
-             if re.match(rf"({'|'.join(Config.model_fields)})\.[a-z_.]+([=:]|$)", text)}
+    named = {
+        text.split("=")[0].split(":")[0]
+        for file in DOCUMENTS
+        for text in quoted(prose(file))
+        if re.match(rf"({'|'.join(Config.model_fields)})\.[a-z_.]+([=:]|$)", text)
+    }
     assert len(named) > 80
     assert {name for name in named - KEYS if not name.endswith((".json", ".yaml", ".py"))} == set()
 
@@ -59,7 +64,8 @@ def test_trls_options_are_all_there_and_exist():
     assert set(named) <= known and len(named) == len(set(named))
     assert set(inspect.get_annotations(trl.DPOConfig)) <= set(named), "those that DPOConfig has of its own"
     assert {"per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "seed"} <= set(named) & {
-        field.name for field in dataclasses.fields(TrainingArguments)}
+        field.name for field in dataclasses.fields(TrainingArguments)
+    }
 
 
 def test_metrics_of_ours_exist():
@@ -74,8 +80,11 @@ def strings(directory):
     for file in directory.rglob("*.py"):
         nodes = list(ast.walk(ast.parse(file.read_text())))
         docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
-        found |= {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)
-                  and id(node) not in docstrings}
+        found |= {
+            node.value
+            for node in nodes
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings
+        }
     return found
 
 
@@ -90,18 +99,81 @@ def test_messages_are_those_of_the_code():
                 assert part.strip(" ;") in written, f"nothing prints {message!r}"
 
 
+EXAMPLE = ("prompt ", "before ", "after ", "- ", "job ", "data ")
+"""Beginnings of printed lines that hold the text of a model or names of an example."""
+INTERPOLATED = {
+    "nats a token from one completion at a time",
+    "optimizer on host",
+    "sdpa attention",
+    "shorter is better",
+    "The shorter answer is better",
+    "train.gradient_checkpointing=true train.offload_optimizer=cpu",
+    "tree layout",
+    "watch the length",
+}
+"""Phrases that the code puts together."""
+
+
+def test_what_pages_show_as_printed_is_what_the_code_prints():
+    """Phrases of blocks without a command, cut where figures and names stand. Drawings and the formula are left out."""
+    written = "\n".join(strings(ROOT / "raydpo"))
+    seen = 0
+    for file in DOCUMENTS:
+        for text in (text for language, text in blocks(file) if not language and not commands(text)):
+            if "->" in text or "errors.py   version.py" in text or text.startswith("-log sigmoid("):
+                continue
+            for line in text.splitlines():
+                if not line.startswith(EXAMPLE):
+                    phrases = re.split(r"[\d.,%+-]*\d\S*|\.\.\.|[│┃;:(),'*]|\b[a-z]+-[a-z-]+\b", line)
+                    for phrase in (phrase.strip() for phrase in phrases if len(phrase.split()) > 1):
+                        seen += 1
+                        assert phrase in written or phrase in INTERPOLATED, f"{file.name}: nothing prints {phrase!r}"
+    assert seen > 40
+
+
 def test_every_symptom_of_the_issue_is_there():
     heads = re.findall(r"^## (.*)$", TROUBLESHOOTING.read_text(), re.MULTILINE)
     for word in ("ln 2", "0.5", "chosen", "longer", "memory", "start", "401", "cache", "finite", "Disk", "secret"):
         assert any(word in head for head in heads), word
 
 
-def test_readmes_settings_load(tmp_path, monkeypatch):
-    """The block that shows a whole configuration, with every section in it."""
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A directory with what the configurations name."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
-    (tmp_path / "a.jsonl").write_text("{}\n")
-    text = block(ROOT / "README.md", "yaml", "name: politeness")
+    for name in ("a.jsonl", "b.jsonl", "held-out.jsonl"):
+        (tmp_path / name).write_text("{}\n")
+    (tmp_path / "jobs").symlink_to(ROOT / "jobs")
+    return tmp_path
+
+
+CONFIGURATIONS = [
+    (f"{file.name} {number}", text)
+    for file in DOCUMENTS
+    for number, text in enumerate(text for language, text in blocks(file) if language == "yaml")
+]
+LEAST = {"output": "runs/", "model": {"path": "./model"}, "data": {"train": "a.jsonl", "eval": {"fraction": 0.1}}}
+
+
+@pytest.mark.parametrize("text", [text for _, text in CONFIGURATIONS], ids=[name for name, _ in CONFIGURATIONS])
+def test_every_configuration_loads(place, text):
+    """As a file, as the page shows it; one that shows some sections only is completed."""
+    shown = yaml.safe_load(text)
+    if "base" not in shown:
+        shown = LEAST | shown
+    (place / "config.yaml").write_text(yaml.safe_dump(shown))
+    assert load_config("config.yaml", elsewhere="s3://" in text).output == shown["output"]
+
+
+def test_configurations_are_found():
+    assert {"README.md 0", "sweeps.md 0", "switching.md 0", "clusters.md 0", "configuration.md 2"} <= {
+        name for name, _ in CONFIGURATIONS
+    }
+
+
+def test_a_whole_configuration_has_every_section_and_the_defaults(place):
+    text = block(GUIDE["configuration"], "yaml", "name: politeness")
     config = load_config(yaml.safe_load(text))
     assert set(yaml.safe_load(text)) == set(Config.model_fields)
     defaults = load_config({"output": "runs/", "model": {"path": "./model"}, "data": {"train": "a.jsonl"}})
@@ -109,13 +181,90 @@ def test_readmes_settings_load(tmp_path, monkeypatch):
     assert {key: getattr(config.train, key) for key in shown} == {key: getattr(defaults.train, key) for key in shown}
 
 
-def test_readmes_sweep_loads(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "model").mkdir()
-    (tmp_path / "a.jsonl").write_text("{}\n")
-    sweep = yaml.safe_load(block(ROOT / "README.md", "yaml", "log_uniform"))
-    assert load_config({"output": "runs/", "model": {"path": "./model"},
-                        "data": {"train": "a.jsonl", "eval": {"fraction": 0.1}}} | sweep).sweep.grid
+def test_the_commented_sweeps_load_too(place):
+    text = block(GUIDE["sweeps"], "yaml", "log_uniform")
+    for kind in ("grid", "list", "random"):
+        lines = [
+            line.replace("# ", "", 1) if line.strip().startswith(f"# {kind}:") else line
+            for line in text.splitlines()
+            if line.strip().startswith((f"{kind}:", f"# {kind}:", "sweep:", "metric:"))
+        ]
+        assert getattr(load_config(LEAST | yaml.safe_load("\n".join(lines))).sweep, kind)
+
+
+def test_names_of_the_guide_are_those_of_the_code():
+    """How many losses there are, and which of them TRL's DPOTrainer has."""
+    text = GUIDE["objectives"].read_text()
+    head, rest = text.split("## Names")
+    assert set(LOSSES) <= set(quoted(head)) and f"{len(LOSSES)} losses" in GUIDE["index"].read_text()
+    assert f"{len(LOSSES)} losses" in (ROOT / "README.md").read_text()
+    theirs = set(quoted(rest.split("settings: ")[1].split(". `kto`")[0]))
+    trl = pytest.importorskip("trl")
+    documented = next(field for field in dataclasses.fields(trl.DPOConfig) if field.name == "loss_type")
+    assert len(theirs) == 15 and all(
+        f'"{name}"' in documented.metadata["help"] or f"'{name}'" in documented.metadata["help"] for name in theirs
+    )
+    assert set(re.findall(r"`([a-z_]+)`", rest.split("Not from TRL are ")[1].split(".")[0])) == {"ipo_sum", "dpop", "bco"}
+    assert theirs | {"kto", "simpo", "cpo", "orpo", "ipo_sum", "dpop", "bco"} == set(LOSSES)
+
+
+def test_pages_are_short_and_the_front_door_too():
+    for file in GUIDES:
+        assert len(file.read_text().splitlines()) <= 250, file
+    readme = (ROOT / "README.md").read_text()
+    assert len(readme.splitlines()) <= 220 and len(readme.split()) <= 2500
+    first = commands(readme)[0]
+    assert readme.splitlines().index(next(line for line in readme.splitlines() if line.startswith(first))) < 30
+
+
+def test_every_link_leads_to_a_file():
+    for file in [*DOCUMENTS, ROOT / "cluster" / "README.md", ROOT / "CHANGELOG.md"]:
+        for target in re.findall(r"\]\((?![a-z]+:|#)([^)#]+)", file.read_text()):
+            assert (file.parent / target).exists(), f"{file.name}: {target}"
+
+
+def test_every_page_is_linked_from_the_index_and_from_readme():
+    for file in (GUIDE["index"], ROOT / "README.md"):
+        linked = {target.rsplit("/", 1)[-1] for target in re.findall(r"\]\(([^)#]+\.md)", file.read_text())}
+        assert {page.name for page in GUIDES} - {"index.md"} <= linked
+
+
+def test_the_picture_shows_the_table():
+    assert PICTURE.read_text() == picture(), "run: python tests/guide/draw_betas.py"
+    assert all(figure in PICTURE.read_text() for figure in ("0.877", "0.947")) and PICTURE.stat().st_size < 100_000
+
+
+def test_the_benchmark_table_is_of_the_stored_results():
+    """Figures of tests/benchmarks/results, rounded."""
+    found = [
+        json.loads((ROOT / "tests" / "benchmarks" / "results" / f"{name}.json").read_text())
+        for name in ("hh-rlhf-fp32", "hh-rlhf-bf16", "politeness-fp32")
+    ]
+    (head,) = (name for name in tables(GUIDE["measurements"]) if "one padded batch" in name)
+    shown = {row[0].split(",")[0]: row[1:] for row in tables(GUIDE["measurements"])[head]}
+    assert all(one["date"].startswith("2026-11-24") for one in found) and "24 November 2026" in head
+
+    def told(*path, unit=1.0):
+        values = []
+        for one in found:
+            for key in path:
+                one = one[key]
+            values.append(f"{one / unit:.1f}")
+        return values
+
+    gib = 2**30
+    assert shown["reference pass"] == told("reference_pass", "ratio")
+    assert shown["peak memory of raydpo"] == told("memory", "raydpo", "bytes", unit=gib)
+    cached, online = (told("memory", side, "bytes", unit=gib) for side in ("cached", "online"))
+    assert shown["peak memory of TRL with a cached reference / an online reference"] == [
+        f"{one} / {other}" for one, other in zip(cached, online, strict=True)
+    ]
+    steps = [row[1:] for row in tables(GUIDE["measurements"])[head] if row[0].startswith("training step")]
+    assert steps == [told("train_step", "ratio_vs_cached"), told("train_step", "ratio_vs_online")]
+    positions = [
+        ", ".join(f"{one['workload']['positions'][kind]:,}" for kind in ("padded", "packed", "tree")) for one in found
+    ]
+    assert shown["token positions computed: padded"] == [positions[0], "the same", positions[2]]
 
 
 def test_reasons_not_to_run_a_command_are_found():

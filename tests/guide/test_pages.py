@@ -7,9 +7,9 @@ import sys
 import pytest
 from browser import BROWSER, look, widths
 from distributed import forking
-from documented import GUIDES, ROOT
+from documented import GUIDE, GUIDES, ROOT
 
-from raydpo.guide.build import build_pages, module_names
+from raydpo.guide.build import build_pages, guide_text, module_names
 
 
 def _build(place):
@@ -19,8 +19,9 @@ def _build(place):
     except Exception as error:
         (place / "problems").write_text(str(error))
         raise
-    (place / "names.json").write_text(json.dumps({name: list(getattr(sys.modules[name], "__all__", ()))
-                                                  for name in module_names()}))
+    (place / "names.json").write_text(
+        json.dumps({name: list(getattr(sys.modules[name], "__all__", ())) for name in module_names()})
+    )
 
 
 @pytest.fixture(scope="module")
@@ -57,14 +58,29 @@ def test_every_link_leads_somewhere(pages):
             there = (file.parent / target).resolve()
             assert there.is_file(), f"{file}: {link}"
             assert not anchor or f'id="{anchor}"' in there.read_text(), f"{file}: {link}"
+        for picture in re.findall(r'<img [^>]*src="(?!data:)([^"]+)"', file.read_text()):
+            assert (file.parent / picture).is_file(), f"{file}: {picture}"
+
+
+def test_links_of_a_guide_page_lead_to_web_pages(tmp_path, monkeypatch):
+    page = GUIDE["index"].parent / "data.md"
+    broken = []
+    assert "[raydpo/data/facts.py](../data/facts.html)" in guide_text(page, broken)
+    index = guide_text(GUIDE["index"], broken)
+    assert "[sweeps.md](guide/sweeps.html)" in index and "[raydpo/config](config.html)" in index and not broken
+    monkeypatch.setattr("raydpo.guide.build.GUIDE", tmp_path)
+    (tmp_path / "x.md").write_text("[gone](gone.md) [jobs](../jobs) ![a](a.svg) [web](https://example.org)")
+    assert guide_text(tmp_path / "x.md", broken) == "gone jobs ![a](a.svg) [web](https://example.org)"
+    assert broken == ["x.md: there is no file gone.md", "x.md: there is no file ../jobs"]
 
 
 def test_the_guides_are_there(pages):
     for guide in GUIDES:
-        text = page(pages, f"raydpo.guide.{guide.stem}").read_text()
+        text = page(pages, "raydpo.guide" if guide.stem == "index" else f"raydpo.guide.{guide.stem}").read_text()
         title = guide.read_text().splitlines()[0].removeprefix("# ")
-        assert title in text and text.count("<table>") >= 3 and "| --- |" not in text
-    assert "guide/switching.html" in page(pages, "raydpo.guide").read_text()
+        tables = len(re.findall(r"^\| --- ", guide.read_text(), re.MULTILINE))
+        assert title in text and text.count("<table>") == tables and "| --- |" not in text
+        assert f"guide/{guide.stem}.html" in page(pages, "raydpo.guide").read_text() or guide.stem == "index"
     assert "raydpo/guide.html" in page(pages, "raydpo").read_text()
 
 
@@ -80,4 +96,4 @@ def test_a_browser_shows_them_without_complaint(pages):
 def test_it_is_packaged():
     """The guides and the template are files of the package."""
     listed = (ROOT / "pyproject.toml").read_text()
-    assert all(f'"guide/*.{kind}"' in listed for kind in ("css", "jinja2", "md"))
+    assert all(f'"guide/*.{kind}"' in listed for kind in ("css", "jinja2", "md", "svg"))

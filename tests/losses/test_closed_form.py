@@ -1,4 +1,4 @@
-"""The theory: on a world that can be listed, minimising the loss drives the policy to the optimum that is known for it."""
+"""Minimising each loss on a small enumerable problem drives the policy to the known optimum."""
 
 import pytest
 import torch
@@ -31,7 +31,8 @@ def test_the_implicit_reward_is_the_reward_but_for_a_function_of_the_prompt(worl
 
 
 def test_the_partition_function_cancels(world):
-    """A reward of the prompt alone, or the normaliser of the policy, changes no expected loss, and no optimum."""
+    """A reward that depends on the prompt only, or the normaliser of the policy, changes neither expected losses nor
+    optima."""
     settings, of_prompt = ObjectiveConfig(beta=0.5), torch.tensor([[7.0], [-3.0], [40.0]], dtype=torch.float64)
     richer = World(world.reference, world.rewards + of_prompt, world.drawn, world.lengths)
     policy = torch.randn(X, Y, dtype=torch.float64, generator=torch.Generator().manual_seed(5)).log_softmax(1)
@@ -43,7 +44,7 @@ def test_the_partition_function_cancels(world):
 
 
 def test_which_pairs_are_compared_does_not_matter(world):
-    """To DPO, as long as all are: the optimum is of the preferences, not of how often they are asked."""
+    """DPO's optimum depends on the preferences, not on how often each pair is compared, as long as all are."""
     others = World(world.reference, world.rewards, world.drawn.flip(1), world.lengths)
     assert total_variation(others.drawn, world.drawn) > 0.1
     settings = ObjectiveConfig(beta=0.5)
@@ -52,8 +53,8 @@ def test_which_pairs_are_compared_does_not_matter(world):
 
 @pytest.mark.parametrize("beta", BETAS)
 def test_ipo_finds_the_reference_tilted_by_the_chance_to_win(world, beta):
-    """pi = ref * exp(p / beta) / Z, where p is the chance to be preferred to a response that is drawn (arXiv 2310.12036,
-    section 4): not the reward, and so bounded however certain the preferences are."""
+    """pi = ref * exp(p / beta) / Z, where p is the probability to be preferred to a sampled response (arXiv 2310.12036,
+    section 4). p is not the reward, and is bounded however certain the preferences are."""
     wins = (world.preferences * world.drawn[:, None, :]).sum(2)
     found = world.minimiser(ObjectiveConfig(loss="ipo_sum", beta=beta))
     assert total_variation(found, world.tilted(wins, beta)) < CLOSE
@@ -82,8 +83,9 @@ def test_other_divergences_find_their_own_optimum(world, divergence, beta):
     """f'(pi / ref) = (r - c) / beta, where c makes the policy add up to 1 (arXiv 2309.16240, theorem 1)."""
     ratio, limit = RATIO[divergence]
     best = world.rewards.max(1, keepdim=True).values
-    wanted = world.normalised(lambda c: world.reference.exp() * ratio((world.rewards + c) / beta),
-                              beta * limit - best - 1e-12)
+    wanted = world.normalised(
+        lambda c: world.reference.exp() * ratio((world.rewards + c) / beta), beta * limit - best - 1e-12
+    )
     assert wanted.sum(1).tolist() == pytest.approx([1.0] * X)
     found = world.minimiser(ObjectiveConfig(beta=beta, f_divergence_type=divergence))
     assert total_variation(found, wanted) < CLOSE
@@ -100,8 +102,10 @@ def test_a_length_penalty_is_taken_off_the_reward(world, beta):
 def test_length_normalised_dpo_finds_the_reward_of_each_token(world):
     """log(pi / ref) / tokens = (r + c) / beta."""
     beta = 3.0
-    wanted = world.normalised(lambda c: torch.exp(world.reference + world.lengths * (world.rewards + c) / beta),
-                              torch.full((X, 1), 50.0, dtype=torch.float64))
+    wanted = world.normalised(
+        lambda c: torch.exp(world.reference + world.lengths * (world.rewards + c) / beta),
+        torch.full((X, 1), 50.0, dtype=torch.float64),
+    )
     assert total_variation(world.minimiser(ObjectiveConfig(loss="sigmoid_norm", beta=beta)), wanted) < CLOSE
 
 

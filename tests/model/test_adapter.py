@@ -1,4 +1,4 @@
-"""The fused LoRA layer against PEFT's own."""
+"""The fused LoRA layer against PEFT's layer."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from raydpo.model.logps import LogpModel
 
 
 def adapted(**settings):
-    """A model with adapters that do something; qwen2 has biases in its projections."""
+    """A model with adapters whose output is not zero; qwen2 has biases in its projections."""
     model = make_random("qwen2", VOCAB)
     model = get_peft_model(model, LoraConfig(r=4, lora_alpha=12, target_modules="all-linear", **settings))
     torch.manual_seed(1)
@@ -33,7 +33,7 @@ def logps_and_gradients(model):
 
 
 def calls_of(monkeypatch):
-    """How often the fused product is used."""
+    """List that records every call of the fused product."""
     from raydpo.model import adapter
 
     calls = []
@@ -69,20 +69,27 @@ def test_what_is_not_plain_stays_pefts(settings, monkeypatch):
 TARGETS = ["q_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn", "x_proj"]
 
 
-@pytest.mark.parametrize("settings", [
-    {"bias": "none"}, {"bias": "lora_only"}, {"bias": "all", "modules_to_save": ["embed_tokens"]},
-    {"modules_to_save": ["lm_head"]}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"bias": "none"},
+        {"bias": "lora_only"},
+        {"bias": "all", "modules_to_save": ["embed_tokens"]},
+        {"modules_to_save": ["lm_head"]},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_gradient_is_that_of_peft_and_the_definition(name, settings):
-    """Of factors, biases and whole modules, by architecture: the fused layers and our head against PEFT on the model's own
-    logits."""
+    """Gradients of factors, biases and whole modules, by architecture: fused layers and raydpo's head against PEFT's layers
+    and the model's logits."""
     results = []
     for ours in (False, True):
         model = make_random(name, VOCAB)
         try:
             model = get_peft_model(model, LoraConfig(r=2, target_modules=TARGETS, **settings))
         except ValueError as error:
-            pytest.skip(str(error))  # a module that this architecture does not have, or that PEFT does not take
+            pytest.skip(str(error))  # the architecture lacks this module, or PEFT does not support it
         torch.manual_seed(1)
         for parameter in model.parameters():
             if parameter.requires_grad:

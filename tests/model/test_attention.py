@@ -1,4 +1,4 @@
-"""Each body of the attention against a dense mask written from the definition."""
+"""Each implementation of attention against a dense mask made from the definition."""
 
 import pytest
 import torch
@@ -10,15 +10,20 @@ from raydpo.model.attention import Segments, tree_attention
 
 
 def varlen(query, key, value, query_ends, key_ends, longest_query, longest_key, *, scale, window_size, enable_gqa):
-    """What the CUDA kernel promises, in plain torch: segments, causal from the last key backwards, a window."""
+    """The CUDA kernel's result in plain torch: segments, a causal mask aligned to the last key, a window."""
     assert longest_query == query_ends.diff().max() and longest_key == key_ends.diff().max() and window_size[1] == 0
     outputs = []
     for (q0, q1), (k0, k1) in zip(query_ends.unfold(0, 2, 1).tolist(), key_ends.unfold(0, 2, 1).tolist(), strict=True):
         back = torch.arange(k1 - k0 - (q1 - q0), k1 - k0)[:, None] - torch.arange(k1 - k0)
         sees = (back >= 0) & ((back <= window_size[0]) | (window_size[0] < 0))
-        outputs.append(F.scaled_dot_product_attention(
-            *(rows[None].transpose(1, 2) for rows in (query[q0:q1], key[k0:k1], value[k0:k1])), attn_mask=sees, scale=scale,
-            enable_gqa=enable_gqa)[0].transpose(0, 1))
+        outputs.append(
+            F.scaled_dot_product_attention(
+                *(rows[None].transpose(1, 2) for rows in (query[q0:q1], key[k0:k1], value[k0:k1])),
+                attn_mask=sees,
+                scale=scale,
+                enable_gqa=enable_gqa,
+            )[0].transpose(0, 1)
+        )
     return torch.cat(outputs)
 
 
@@ -27,12 +32,12 @@ def varlen(query, key, value, query_ends, key_ends, longest_query, longest_key, 
 def test_bodies_are_the_definition(body, window, monkeypatch):
     from torch.nn.attention import flex_attention
 
-    # The CUDA kernels themselves are tested where there is CUDA; here, what they are given.
+    # tests/gpu tests the CUDA kernels. Here only their arguments are tested.
     monkeypatch.setattr(attention, "_torch_varlen", lambda: varlen)
     monkeypatch.setattr(attention, "_compiled_flex", lambda: flex_attention.flex_attention)
     pack = tree()
     arguments = tensors(pack)
-    if body == "flex":  # on CPUs torch has no backward of it
+    if body == "flex":  # torch has no backward pass of it on CPUs
         arguments = [tensor.detach() for tensor in arguments]
     expected = by_definition(pack, *arguments, window=window)
     found, _ = tree_attention(torch.nn.Module(), *arguments, None, segments=Segments.of(pack, body), sliding_window=window)

@@ -1,4 +1,4 @@
-"""What a directory is refused for, before anybody hashes or loads it; and what is read of one that is in order."""
+"""Directories that are refused before they are hashed or loaded, and the files that are read from a good one."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ def adapter(tmp_path):
 
 
 def in_shards(directory, tensors=None):
-    """Write the tensors as two shards and an index, as ``save_pretrained`` does, which leaves a single file alone."""
+    """Write the tensors as two shards and an index, as ``save_pretrained`` does. It does not delete a single file."""
     tensors = tensors or plain_weights()
     names, weight_map = sorted(tensors), {}
     for number, part in enumerate((names[::2], names[1::2]), start=1):
@@ -42,7 +42,7 @@ def names(files):
 
 
 def test_transformers_order(model):
-    """The file that config.json names before the single one, and that before an index."""
+    """Order: the file named in config.json, then the single file, then the index."""
     assert names(model_files(model).weights) == ["model.safetensors"]
     in_shards(model)
     files = model_files(model)
@@ -50,7 +50,7 @@ def test_transformers_order(model):
     assert names(files.passed_over) == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     for shard in files.passed_over:
         shard.unlink()
-    assert model_files(model).passed_over == ()  # an index that was left behind
+    assert model_files(model).passed_over == ()  # an index left over from before
     save_file(plain_weights(), model / "other.safetensors")
     assert names(model_files(configured(model, transformers_weights="other.safetensors")).weights) == ["other.safetensors"]
     configured(model)
@@ -68,13 +68,16 @@ def test_a_file_and_an_index_of_different_tensors(model):
         model_files(model)
 
 
-@pytest.mark.parametrize(("entries", "told"), [
-    ({"transformers_weights": "../adapter/adapter_model.safetensors"}, "in that directory is wanted"),
-    ({"transformers_weights": "pytorch_model.bin"}, "in that directory is wanted"),
-    ({"transformers_weights": "other.safetensors"}, r"has no other\.safetensors"),
-    ({"text_config": {"transformers_weights": "other.safetensors"}}, "which file is loaded cannot be told"),
-    ({"configuration_files": ["config.4.0.0.json"]}, "keep one"),
-])
+@pytest.mark.parametrize(
+    ("entries", "told"),
+    [
+        ({"transformers_weights": "../adapter/adapter_model.safetensors"}, "in that directory is expected"),
+        ({"transformers_weights": "pytorch_model.bin"}, "in that directory is expected"),
+        ({"transformers_weights": "other.safetensors"}, r"has no other\.safetensors"),
+        ({"text_config": {"transformers_weights": "other.safetensors"}}, "unclear which file is loaded"),
+        ({"configuration_files": ["config.4.0.0.json"]}, "keep one"),
+    ],
+)
 def test_settings_that_lead_elsewhere(model, adapter, entries, told):
     with pytest.raises(ModelError, match=told):
         model_files(configured(model, **entries))
@@ -87,21 +90,29 @@ def test_a_distributed_checkpoint_beside_the_weights(model):
 
 
 def test_a_model_and_an_adapter_are_told_apart(model, adapter):
-    with pytest.raises(ModelError, match=r"holds an adapter, and a model is wanted.*model\.adapter"):
+    with pytest.raises(ModelError, match=r"holds an adapter, and a model is expected.*model\.adapter"):
         model_files(adapter)
-    with pytest.raises(ModelError, match=r"holds a model, and an adapter is wanted.*model\.path"):
+    with pytest.raises(ModelError, match=r"holds a model, and an adapter is expected.*model\.path"):
         adapter_files(model)
     shutil.copytree(adapter, model, dirs_exist_ok=True)
     with pytest.raises(ModelError, match=r"holds a model and an adapter.*name the adapter in model\.adapter"):
         model_files(model)
-    assert adapter_files(model).weights.name == "adapter_model.safetensors"  # some trainers leave config.json beside it
+    assert adapter_files(model).weights.name == "adapter_model.safetensors"  # some trainers also write config.json
     (model / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match="holds an adapter, and a model is wanted"):
+    with pytest.raises(ModelError, match="holds an adapter, and a model is expected"):
         model_files(model)
 
 
-@pytest.mark.parametrize("settings", [{"peft_type": "PREFIX_TUNING"}, {"peft_type": "P_TUNING"}, {"peft_type": "XLORA"},
-                                      {"peft_type": "OF_TOMORROW"}, {"alora_invocation_tokens": [5, 6]}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"peft_type": "PREFIX_TUNING"},
+        {"peft_type": "P_TUNING"},
+        {"peft_type": "XLORA"},
+        {"peft_type": "OF_TOMORROW"},
+        {"alora_invocation_tokens": [5, 6]},
+    ],
+)
 def test_adapters_that_are_no_layers(adapter, settings):
     file = adapter / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | settings))
@@ -124,15 +135,18 @@ def test_a_pointer_in_the_place_of_weights(model):
 
 
 def test_what_is_still_to_be_fetched_of_the_hub(model, adapter, tmp_path):
-    """The weights that are read, and no other form of them."""
+    """Only the files in the form that is read are fetched."""
     assert weights_lacking(model) == weights_lacking(adapter) == weights_lacking(tmp_path) == []
     (model / "model.safetensors").unlink()
     assert set(weights_lacking(model)) == {"model.safetensors"}
     in_shards(model)
     assert weights_lacking(model) == []
     (model / "model-00001-of-00002.safetensors").unlink()
-    assert set(weights_lacking(model)) == {"model.safetensors", "model-00001-of-00002.safetensors",
-                                           "model-00002-of-00002.safetensors"}
+    assert set(weights_lacking(model)) == {
+        "model.safetensors",
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    }
     assert "other.safetensors" in weights_lacking(configured(model, transformers_weights="other.safetensors"))
     (adapter / "adapter_model.safetensors").unlink()
     assert set(weights_lacking(adapter)) == {"adapter_model.safetensors"}

@@ -1,4 +1,4 @@
-"""Log-probs of completions against the definition: log softmax of the model's own logits, one sequence at a time."""
+"""Log-probs of completions against the definition: log softmax of the model's logits, one sequence at a time."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def gradients_of(model):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_layout_is_exact_or_refused(name):
-    """Tree = packed = padded = one completion at a time, in values and gradients; what is not exact is refused."""
+    """Tree = packed = padded = one completion at a time, in values and gradients; layouts that are not exact are refused."""
     model = make(name)
     ours = LogpModel(model)
     report = choose_layout(ours, CPU)
@@ -51,7 +51,7 @@ def test_every_layout_is_exact_or_refused(name):
         found = gradients_of(model)
         assert found.keys() == expected.keys()
         for key, gradient in expected.items():
-            size = gradient.norm().clamp_min(1e-2)  # some are zero but for rounding
+            size = gradient.norm().clamp_min(1e-2)  # some are zero except for rounding
             assert (found[key] - gradient).norm() / size < 1e-4, (method, key)
 
 
@@ -75,12 +75,13 @@ def test_a_layout_can_be_forced(layout):
 
 
 def test_a_window_outside_the_attention_function_is_found_out():
-    """A model that passes no window on, but masks by one: exact on short rows, wrong beyond."""
+    """A model that passes no window to attention but masks with one: exact on short rows, wrong on longer ones."""
     model = make("mistral")
     for layer in model.model.layers:
         forward = layer.self_attn.forward
-        layer.self_attn.forward = lambda *args, forward=forward, attention=layer.self_attn, **kwargs: (
-            without_window(attention, forward, *args, **kwargs))
+        layer.self_attn.forward = lambda *args, forward=forward, attention=layer.self_attn, **kwargs: without_window(
+            attention, forward, *args, **kwargs
+        )
     report = choose_layout(LogpModel(model), CPU)
     assert report.method.layout == "padded" and "tree (sdpa attention) refused" in report.line
 
@@ -145,28 +146,37 @@ def test_an_unknown_transform_of_logits_is_found_out():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_log_prob_does_not_depend_on_its_batch(dtype):
-    """In bfloat16 to the last bit, on CPUs: what lets the first loss be ln 2 whatever the batches were."""
+    """Layouts agree bit for bit in bfloat16 on CPUs, so the first loss is ln 2 with any batches."""
     many = groups(shapes=((7, 5, 9), (30, 1, 2), (1, 12, 3), (150, 60, 16), (200, 40, 3), (100, 131, 90), (600, 30, 20)))
     model = make("llama", hidden_size=64, num_hidden_layers=4, max_position_embeddings=1024).to(dtype)
     scores = []
     for method, batch in ((TREE, 7), (TREE, 1), (PACKED, 7), (PACKED, 2)):
         ours = LogpModel(model)
         ours.use(method)
-        scores.append(np.concatenate([logps for start in range(0, 7, batch)
-                                      for group in ours.score(many[start : start + batch], CPU) for logps in group]))
+        scores.append(
+            np.concatenate(
+                [
+                    logps
+                    for start in range(0, 7, batch)
+                    for group in ours.score(many[start : start + batch], CPU)
+                    for logps in group
+                ]
+            )
+        )
     for other in scores[1:]:
         assert np.abs(scores[0] - other).max() <= (1e-5 if dtype == torch.float32 else 0.0)
 
 
 def test_bfloat16_keeps_its_stream_and_logits_in_float32():
-    """Closer to the float32 model than a plain bfloat16 model is."""
+    """Log-probs are closer to the float32 model's than those of a plain bfloat16 model."""
     model = make("llama", num_hidden_layers=12, hidden_size=64)
     with torch.no_grad():
         for value in model.parameters():
             value.mul_(3.0)
-            value.copy_(value.bfloat16())  # what rounding weights costs is not the question
-    exact = np.concatenate([by_definition(model, group, one).detach().numpy()
-                            for group in groups() for one in group.completions])
+            value.copy_(value.bfloat16())  # so that rounding of the weights does not count
+    exact = np.concatenate(
+        [by_definition(model, group, one).detach().numpy() for group in groups() for one in group.completions]
+    )
     ours = LogpModel(model.bfloat16())
     ours.use(TREE)
     gaps = []

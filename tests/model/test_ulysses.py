@@ -1,4 +1,4 @@
-"""One micro-batch on several ranks is the same micro-batch: its log-probs, its gradients, in a part of the memory."""
+"""One micro-batch on several ranks: the same log-probs and gradients, with a part of the memory."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def test_heads_are_shared_out_by_hand():
     assert head_shares(8, 2, 4) == tuple(HeadShare(range(2 * rank, 2 * rank + 2), (rank // 2,)) for rank in range(4))
     assert head_shares(6, 2, 4)[1:3] == (HeadShare(range(1, 3), (0,)), HeadShare(range(3, 4), (1,)))
     assert head_shares(15, 3, 4)[1] == HeadShare(range(3, 7), (0, 1))
-    # Two heads of one key and one of another are no even share: each brings its own.
+    # Two query heads of one key head and one of another are not even: each gets its own copy of the key head.
     assert head_shares(10, 2, 3)[1] == HeadShare(range(3, 6), (0, 0, 1))
     with pytest.raises(ModelError, match="sequence_parallel 5 is more than the 4 attention heads"):
         head_shares(4, 2, 5)
@@ -40,7 +40,7 @@ def test_parts_are_all_positions_once():
     parts = [whole.part(SequenceGroup(None, rank, size)) for rank in range(size)]
     width = -(-whole.input_ids.shape[1] // size)
     assert {part.input_ids.shape for part in parts} == {(1, width)} and width < whole.input_ids.shape[1] / 2
-    assert torch.cat([part.input_ids for part in parts], 1)[:, :whole.input_ids.shape[1]].equal(whole.input_ids)
+    assert torch.cat([part.input_ids for part in parts], 1)[:, : whole.input_ids.shape[1]].equal(whole.input_ids)
     places = torch.cat([part.places for part in parts])
     assert sorted(places[places < total].tolist()) == list(range(total))
     for part in parts:
@@ -54,7 +54,7 @@ def test_a_rank_without_predictions_still_makes_one():
 
 
 def results(model, method, group):
-    """Log-probs and gradients of a weighted sum of them; with a group, this rank's part of the gradients."""
+    """Log-probs, and the gradients of a weighted sum of them; with a group, this rank's part of the gradients."""
     ours = LogpModel(model)
     ours.use(method)
     ours.group = group
@@ -87,7 +87,7 @@ def compared(size):
             logps_together, parts = results(model, method, group)
             worst = 0.0
             for key, gradient in gradients.items():
-                # An expert that got no token has none on any rank.
+                # An expert without tokens has no gradient on any rank.
                 assert (parts[key] is None) <= (gradient is None or not gradient.abs().sum()) or name == "qwen3_moe", key
                 total = torch.zeros_like(model.get_parameter(key)) if parts[key] is None else parts[key].clone()
                 torch.distributed.all_reduce(total)
@@ -122,7 +122,7 @@ def refused():
     model = LogpModel(make_random("llama", VOCAB))
     choose_layout(model, CPU)
     line = share_positions(model, CPU, group)
-    # A layer that looks at its neighbours outside attention, as none of the layouts can know.
+    # A layer that mixes neighbouring positions outside attention, which layouts cannot support.
     model = LogpModel(make_random("llama", VOCAB))
     choose_layout(model, CPU)
     mlp = model.causal_lm.model.layers[0].mlp
@@ -142,10 +142,13 @@ def test_what_cannot_be_shared_is_refused(tmp_path):
 
 
 def memory_of(size, positions):
-    """Bytes that the graph of a forward pass of one pair of so many positions takes on this rank."""
+    """Bytes of the autograd graph of one pair with ``positions`` positions on this rank."""
     torch.distributed.init_process_group("gloo")
-    model = LogpModel(make_random("llama", VOCAB, hidden_size=128, intermediate_size=512, num_hidden_layers=4,
-                                  max_position_embeddings=positions))
+    model = LogpModel(
+        make_random(
+            "llama", VOCAB, hidden_size=128, intermediate_size=512, num_hidden_layers=4, max_position_embeddings=positions
+        )
+    )
     model.use(Method("tree", "sdpa"))
     model.group = SequenceGroup.of_world(size)
     model.train()
@@ -164,5 +167,5 @@ def memory_of(size, positions):
 
 def test_a_rank_holds_its_part_of_a_long_sequence(tmp_path):
     alone, shared = (max(run_distributed(memory_of, size, tmp_path / f"{size}", size, 4096)) for size in (1, 4))
-    # Not a quarter: the masks of SDPA are the same on every rank, and all-to-all works in copies. It was 0.40 to 0.45.
+    # More than a quarter, since each rank has all of SDPA's masks and all-to-all makes copies. Measured: 0.40 to 0.45.
     assert shared < 0.6 * alone, (alone, shared)

@@ -1,4 +1,4 @@
-"""Weights that the architecture has and the files lack are refused by name, before and while they are loaded."""
+"""Models whose files lack weights of the architecture are refused, before and while they are loaded."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ def save(model, directory):
 
 
 def with_tensors(directory, change, file="model.safetensors"):
-    """The directory, its tensors replaced by ``change`` of them."""
+    """The directory after its tensors were replaced by ``change(tensors)``."""
     save_file(change(load_file(directory / file)), directory / file, metadata={"format": "pt"})
     return directory
 
@@ -43,7 +43,7 @@ def renamed(old, new):
 
 
 def refused_by_both(told, directory, **settings):
-    """From the headers alone, and while loading."""
+    """Check that it is refused by its headers, and when it is loaded."""
     with pytest.raises(ModelError, match=told):
         check_weights(directory, **settings)
     with pytest.raises(ModelError, match=told):
@@ -52,7 +52,7 @@ def refused_by_both(told, directory, **settings):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architecture_is_whole_as_it_is_saved(name, tmp_path):
-    """Ties, expert matrices that are stored one by one, names that have changed: nothing lacks until something does."""
+    """Tied weights, experts stored one by one, and renamed weights are not taken for missing ones."""
     directory = save(make_random(name, VOCABULARY), tmp_path / "model")
     assert check_weights(directory) == []
     load(directory)
@@ -76,7 +76,7 @@ def test_a_layer_that_is_missing(model):
 
 
 def test_names_that_another_tool_prefixed(model):
-    """Whose output is that of a random model, whatever the weights."""
+    """Its output would be that of a random model, whatever the weights are."""
     with_tensors(model, lambda tensors: {f"module.{name}": value for name, value in tensors.items()})
     refused_by_both(r"lack lm_head\.weight.*they hold module\.lm_head\.weight.*under other names", model)
 
@@ -84,12 +84,13 @@ def test_names_that_another_tool_prefixed(model):
 def test_weights_of_another_shape(model):
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"intermediate_size": 48}))
-    refused_by_both(r"another shape .*down_proj\.weight is \[32, 64\] in its files and \[32, 48\] in the model and 5 more",
-                    model)
+    refused_by_both(
+        r"another shape .*down_proj\.weight is \[32, 64\] in its files and \[32, 48\] in the model and 5 more", model
+    )
 
 
 def test_an_expert_that_is_missing(tmp_path):
-    """Of experts that are stored one by one and computed as one tensor."""
+    """One weight is missing among experts that are stored one by one and computed as one tensor."""
     directory = save(make_random("mixtral", VOCABULARY), tmp_path / "model")
     assert any(".experts.3." in name for name in load_file(directory / "model.safetensors"))
     with_tensors(directory, without(".layers.1.block_sparse_moe.experts.3."))
@@ -97,11 +98,12 @@ def test_an_expert_that_is_missing(tmp_path):
 
 
 def test_a_head_of_another_task(model, tmp_path):
-    """A classifier has no head of words, and a language model none of scores."""
+    """A classifier has no vocabulary head, and a language model has no score head."""
     from transformers import AutoModelForSequenceClassification
 
-    classifier = save(AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, pad_token_id=0),
-                      tmp_path / "classifier")
+    classifier = save(
+        AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, pad_token_id=0), tmp_path / "classifier"
+    )
     assert check_weights(classifier, classifier=True) == []
     with pytest.raises(ModelError, match=r"lack score\.weight"):
         check_weights(model, classifier=True)
@@ -116,17 +118,38 @@ def test_tensors_that_nothing_takes_are_told_and_not_refused(model):
 
 
 def test_a_vision_language_model(tmp_path):
-    """Its weights are saved under other names than it has them, and its text alone is computed."""
+    """Its weights are saved under other names than in the model, and only its text part is computed."""
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
-    text = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                num_key_value_heads=2, head_dim=8, max_position_embeddings=128, pad_token_id=0, bos_token_id=1,
-                eos_token_id=2)
-    vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=28,
-                  patch_size=14)
-    directory = save(Gemma3ForConditionalGeneration(Gemma3Config(
-        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=80, boi_token_index=81,
-        eoi_token_index=82)), tmp_path / "model")
+    text = dict(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=128,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    vision = dict(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    directory = save(
+        Gemma3ForConditionalGeneration(
+            Gemma3Config(
+                text_config=text,
+                vision_config=vision,
+                mm_tokens_per_image=4,
+                image_token_index=80,
+                boi_token_index=81,
+                eoi_token_index=82,
+            )
+        ),
+        tmp_path / "model",
+    )
     assert check_weights(directory) == []
     load(directory)
     with_tensors(directory, without("mlp.up_proj"))
@@ -146,27 +169,46 @@ def adapter_settings():
     from peft import LoHaConfig, LoraConfig, VBLoRAConfig
 
     lora = dict(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    return {"lora": LoraConfig(**lora), "dora": LoraConfig(**lora, use_dora=True),
-            "head": LoraConfig(**lora, modules_to_save=["lm_head"]),
-            "tokens": LoraConfig(**lora, trainable_token_indices={"embed_tokens": [5, 6]}),
-            "embedding": LoraConfig(**lora | {"target_modules": ["embed_tokens", "lm_head"]}),
-            "loha": LoHaConfig(**lora), "bank": VBLoRAConfig(**lora | {"r": 2}, num_vectors=16, vector_length=8)}
+    return {
+        "lora": LoraConfig(**lora),
+        "dora": LoraConfig(**lora, use_dora=True),
+        "head": LoraConfig(**lora, modules_to_save=["lm_head"]),
+        "tokens": LoraConfig(**lora, trainable_token_indices={"embed_tokens": [5, 6]}),
+        "embedding": LoraConfig(**lora | {"target_modules": ["embed_tokens", "lm_head"]}),
+        "loha": LoHaConfig(**lora),
+        "bank": VBLoRAConfig(**lora | {"r": 2}, num_vectors=16, vector_length=8),
+    }
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "head", "tokens", "embedding", "loha", "bank"])
-def test_adapters_are_whole_as_they_are_saved(kind, llama, tmp_path):
+def test_adapters_are_whole_as_they_are_saved(kind, llama, tmp_path, monkeypatch):
+    """An adapter's file is read once, and the model is the same as PEFT's own loading makes it."""
+    from peft import PeftModel, peft_model
+    from transformers import AutoModelForCausalLM
+
     adapter = str(adapted(llama, tmp_path / "adapter", adapter_settings()[kind]))
     assert check_weights(llama, adapter=adapter) == []
-    load(llama, adapter=adapter)
+    reads, read = [], peft_model.load_peft_weights
+    monkeypatch.setattr(peft_model, "load_peft_weights", lambda *args, **more: reads.append(args) or read(*args, **more))
+    ours = load(llama, adapter=adapter)
+    assert len(reads) == 1
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), adapter)
+    assert type(ours) is type(theirs) and ours.peft_config == theirs.peft_config
+    state, expected = ours.state_dict(), theirs.state_dict()
+    assert state.keys() == expected.keys() and all(torch.equal(state[name], expected[name]) for name in expected)
 
 
 ADAPTER_FAULTS = {
     "missing": (without("layers.1.self_attn.v_proj"), r"lack .*layers\.1\.self_attn\.v_proj.*random numbers"),
-    "of a larger model": (lambda tensors: tensors | renamed("layers.1.", "layers.7.")(tensors),
-                          r"hold .*layers\.7\..*which no part of the model takes"),
+    "of a larger model": (
+        lambda tensors: tensors | renamed("layers.1.", "layers.7.")(tensors),
+        r"hold .*layers\.7\..*which no part of the model takes",
+    ),
     "renamed": (renamed("base_model.model.model.", "base_model.model.module.model."), "lack .* and they hold .*module"),
-    "another rank": (lambda tensors: {name: value[:2] if "lora_A" in name else value for name, value in tensors.items()},
-                     r"lora_A\.default\.weight is \[2, 32\] in its files and \[4, 32\] in the model"),
+    "another rank": (
+        lambda tensors: {name: value[:2] if "lora_A" in name else value for name, value in tensors.items()},
+        r"lora_A\.default\.weight is \[2, 32\] in its files and \[4, 32\] in the model",
+    ),
 }
 
 
@@ -178,7 +220,7 @@ def test_adapters_of_another_model(fault, llama, tmp_path):
 
 
 def test_a_prompt_that_is_learnt_is_no_layer(llama, tmp_path):
-    """PEFT puts it before the embeddings, which the log-probs would not see."""
+    """PEFT adds it before the embeddings, where the log-probs would not include it."""
     from peft import PromptTuningConfig
 
     adapter = adapted(llama, tmp_path / "adapter", PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"))
@@ -194,14 +236,15 @@ def test_quantized_while_it_is_loaded(quantization, model):
 
 
 def in_shares(directories):
-    """What loading each under ZeRO-3 ends with."""
+    """Result of loading each directory under ZeRO-3: ``whole`` or the error."""
     from transformers.integrations import HfDeepSpeedConfig
 
-    from raydpo.training.engine import join_process_group
+    from raydpo.training.policy.deepspeed_engine import join_process_group
 
     join_process_group(torch.device("cpu"))
-    partitioned = HfDeepSpeedConfig({"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3},
-                                     "bf16": {"enabled": True}})
+    partitioned = HfDeepSpeedConfig(
+        {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}
+    )
     said = []
     for directory in directories:
         try:

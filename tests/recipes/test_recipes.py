@@ -1,4 +1,4 @@
-"""Each recipe of jobs/ loads, and by our own plan its training and its reference pass fit the hardware that it names."""
+"""Each recipe in jobs/ loads, and by raydpo's plan its training and its reference pass fit the hardware that it names."""
 
 import re
 from pathlib import Path
@@ -26,7 +26,7 @@ ON_GPUS = [name for name in RECIPES if not name.endswith("-cpu")]
 
 @pytest.fixture(autouse=True)
 def from_the_repository(monkeypatch):
-    """Where the README has people stand; relative data paths are meant from there."""
+    """The root of the repository, which relative data paths start from."""
     monkeypatch.chdir(ROOT)
 
 
@@ -38,7 +38,7 @@ SWEEPS = [name for name in RECIPES if "sweep:" in (ROOT / "jobs" / f"{name}.yaml
 
 
 def hardware(name):
-    """(number, device) of the first line."""
+    """(number, device) in the first line of a recipe."""
     first = (ROOT / "jobs" / f"{name}.yaml").read_text().splitlines()[0]
     number, device = re.fullmatch(r"# Hardware: (\d+) x (\S+)", first).groups()
     return int(number), device
@@ -59,7 +59,7 @@ def test_there_is_a_recipe_for_each_way_to_train():
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_says_only_what_differs(name):
-    """A setting that equals its base's is noise, unless the recipe follows a source: then all that it says is there."""
+    """A recipe repeats no setting of its base, unless it follows a published source and lists all of its settings."""
     assert len(recipe(name).run_name) <= 128
     tree = yaml.safe_load((ROOT / "jobs" / f"{name}.yaml").read_text())
     base = yaml.safe_load((ROOT / "jobs" / tree.pop("base")).read_text())
@@ -83,7 +83,7 @@ def test_names_say_the_hardware_and_the_settings_use_it(name):
     config = recipe(name)
     for section in (config.score, config.train):
         assert section.workers == number and section.gpus_per_worker == 1
-    # Nothing is left to what a cluster without GPU nodes yet would make of it.
+    # No setting may depend on GPU nodes that the cluster has not started yet.
     assert config.model.dtype == "bfloat16"
 
 
@@ -94,27 +94,38 @@ def pairs(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ON_GPUS)
 def test_a_recipe_is_planned_and_fits(name, pairs):
-    """The longest pair that data.max_length lets through fits a micro-batch of its own: two answers that share nothing."""
+    """The longest pair within data.max_length fits as one micro-batch: two completions without a shared prompt."""
     number, device = hardware(name)
     config = recipe(name)
     model = facts(config)
     config = recipe(name, f"model.path={model}", f"data.train=[{pairs}]", "data.eval=null")
     cost = model_cost(model)
-    plan = make_plan(config, load_pairs(config.data, Tokeniser(make_tokenizer())), cost, cost, stated_rates(device),
-                     world_sizes=())
+    plan = make_plan(
+        config, load_pairs(config.data, Tokeniser(make_tokenizer())), cost, cost, stated_rates(device), world_sizes=()
+    )
     assert (plan.score_workers, plan.train_workers) == (number, number) and plan.training.gpu_hours > 0
-    modes = compare_modes(Question(
-        anatomy=Anatomy.of(model), model=config.model, train=config.train, workers=number, memory=MEMORY[device] * GIB,
-        dtype=config.model.dtype, batch=Batch.of_pairs([(200, 300, 300)]), longest=2 * config.data.max_length, budget=None),
-        device)
+    modes = compare_modes(
+        Question(
+            anatomy=Anatomy.of(model),
+            model=config.model,
+            train=config.train,
+            workers=number,
+            memory=MEMORY[device] * GIB,
+            dtype=config.model.dtype,
+            batch=Batch.of_pairs([(200, 300, 300)]),
+            longest=2 * config.data.max_length,
+            budget=None,
+        ),
+        device,
+    )
     (row,) = [row for row in modes.rows if row.configured]
     assert row.fits, "\n".join(modes.lines())
 
 
 @pytest.mark.parametrize("name", ON_GPUS)
 def test_the_whole_reference_fits_each_device(name):
-    """Scoring has the model whole on each of its devices, however the training partitions it; beside it a GiB for logits
-    and activations, which nothing keeps."""
+    """Scoring holds the whole model on each device, whatever the training's ZeRO stage, and one GiB of logits and
+    activations."""
     config = recipe(name)
     batch = Batch.of_pairs([(100, 200, 200)])
     alone = config.train.model_copy(update={"zero": 0})
@@ -128,8 +139,9 @@ def test_the_laptops_recipe_fits_a_laptop():
     config = recipe("smollm2-135m-lora-cpu")
     assert config.train.workers == cores and config.train.gpus_per_worker == config.score.gpus_per_worker == 0
     batch = Batch.of_pairs([(1, config.data.max_length, config.data.max_length)])
-    memory = estimate_memory(Anatomy.of(facts(config)), config.model, config.train, batch, workers=cores, dtype="float32",
-                             device="cpu")
+    memory = estimate_memory(
+        Anatomy.of(facts(config)), config.model, config.train, batch, workers=cores, dtype="float32", device="cpu"
+    )
     assert cores * memory.together < gib * GIB / 2, "the other half is Python's, torch's and Ray's"
 
 

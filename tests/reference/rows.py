@@ -1,4 +1,4 @@
-"""Rows of made-up log-probs, and what a cache answers, for tests of the store."""
+"""Made-up rows of log-probs, and the answers of a cache, for tests of the store."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ def rows(count, seed=0, tokens=None):
 
 
 def values(cache, keys):
-    """The log-probs that the cache gives for each key, None where it has none."""
+    """The log-probs that the cache returns for each key, None if it has none."""
     return [None if row is None else np.array(row, np.float32) for row in cache.lookup(keys)["logps"].to_pylist()]
 
 
 def same(found, wanted):
     return len(found) == len(wanted) and all(
         (one is None) == (two is None) and (one is None or np.array_equal(one, two))
-        for one, two in zip(found, wanted, strict=True))
+        for one, two in zip(found, wanted, strict=True)
+    )
 
 
 def files(cache: ReferenceCache, folder: str = PARTS) -> list[str]:

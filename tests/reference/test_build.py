@@ -1,4 +1,4 @@
-"""Filling the cache with real Ray Data actors, and killing the job that does it."""
+"""Fill the cache with real Ray Data actors, and kill the job that does it."""
 
 import signal
 import subprocess
@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from command import raydpo
 from tiny import preferences, write_preferences
 
 
@@ -16,16 +17,24 @@ from tiny import preferences, write_preferences
 def job(tmp_path_factory, tiny_llama):
     place = tmp_path_factory.mktemp("build")
     write_preferences(place / "a.jsonl", preferences(400, low=20, high=60))
-    tree = {"output": str(place / "runs"), "name": "build", "model": {"path": str(tiny_llama), "dtype": "float32"},
-            "data": {"train": str(place / "a.jsonl")},
-            "score": {"workers": 2, "tokens_per_batch": 256, "tokens_per_part": 2500}}
+    tree = {
+        "output": str(place / "runs"),
+        "name": "build",
+        "model": {"path": str(tiny_llama), "dtype": "float32"},
+        "data": {"train": str(place / "a.jsonl")},
+        "score": {"workers": 2, "tokens_per_batch": 256, "tokens_per_part": 2500},
+    }
     (place / "config.yaml").write_text(yaml.safe_dump(tree))
     return place
 
 
 def start(job, cache):
-    return subprocess.Popen([sys.executable, "-m", "raydpo.cli", "score", str(job / "config.yaml"), f"cache.uri={cache}"],
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-m", "raydpo.cli", "score", str(job / "config.yaml"), f"cache.uri={cache}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def parts(cache: Path) -> set[str]:
@@ -78,7 +87,7 @@ def test_killed_at_three_moments_and_finished(job, tmp_path):
 
 
 def test_new_data_scores_only_the_new_rows(job, tmp_path, tiny_llama):
-    """In this process, without Ray: the plan of a build is what decides."""
+    """In this process without Ray: the plan of a build decides what is scored."""
     from kernel import tiny_pairs
 
     from raydpo.reference.identity import identify
@@ -95,7 +104,7 @@ def test_new_data_scores_only_the_new_rows(job, tmp_path, tiny_llama):
 
 
 def test_a_failing_actor_says_why(job, tmp_path, tiny_llama):
-    """Weights that give no log-probs: one readable message, nothing stored."""
+    """Weights that give NaN: one readable message, and nothing is stored."""
     import shutil
 
     from safetensors.torch import load_file, save_file
@@ -104,9 +113,9 @@ def test_a_failing_actor_says_why(job, tmp_path, tiny_llama):
     tensors = load_file(model / "model.safetensors")
     tensors["model.norm.weight"][0] = float("nan")
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    command = [sys.executable, "-m", "raydpo.cli", "score", str(job / "config.yaml"), f"model.path={model}",
-               f"cache.uri={tmp_path / 'cache'}"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    result = raydpo(
+        "score", job / "config.yaml", f"model.path={model}", f"cache.uri={tmp_path / 'cache'}", "score.workers=1"
+    )
     assert result.returncode == 1
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
     assert "log-prob" in result.stderr

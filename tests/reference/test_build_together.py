@@ -1,4 +1,4 @@
-"""Builds on an object store that fails, and two builds of one cache at once, on one machine and on two."""
+"""Builds on a failing object store, and two builds of one cache at once, on one machine and on two."""
 
 import os
 import re
@@ -15,29 +15,42 @@ from tiny import preferences, write_preferences
 
 from raydpo.reference.claims import Claims
 from raydpo.reference.store import ReferenceCache
-from raydpo.storage import Storage
+from raydpo.storage.files import Storage
 
 
 def configure(place, tiny_llama, count, part):
     write_preferences(place / "a.jsonl", preferences(count, low=5, high=15))
-    tree = {"output": str(place / "runs"), "name": "build", "model": {"path": str(tiny_llama), "dtype": "float32"},
-            "data": {"train": str(place / "a.jsonl")},
-            "score": {"workers": 1, "tokens_per_batch": 2048, "tokens_per_part": part}}
+    tree = {
+        "output": str(place / "runs"),
+        "name": "build",
+        "model": {"path": str(tiny_llama), "dtype": "float32"},
+        "data": {"train": str(place / "a.jsonl")},
+        "score": {"workers": 1, "tokens_per_batch": 2048, "tokens_per_part": part},
+    }
     (place / "config.yaml").write_text(yaml.safe_dump(tree))
     return place / "config.yaml"
 
 
 def start(config, cache, home, **environment):
-    """``raydpo score`` in a process of its own, with local copies in ``home``."""
-    return subprocess.Popen([sys.executable, "-m", "raydpo.cli", "score", str(config), f"cache.uri={cache}",
-                             f"output={home}/runs"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env=os.environ | {"XDG_CACHE_HOME": str(home)} | environment)
+    """Start ``raydpo score`` in its own process, with local copies in ``home``."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "raydpo.cli", "score", str(config), f"cache.uri={cache}", f"output={home}/runs"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"XDG_CACHE_HOME": str(home)} | environment,
+    )
 
 
 def parts(uri):
     storage = Storage(str(uri))
-    return [f"{identity}/parts/{name}" for identity in storage.list() if len(identity) == 32
-            for name in storage.list(f"{identity}/parts") if name.endswith(".parquet")]
+    return [
+        f"{identity}/parts/{name}"
+        for identity in storage.list()
+        if len(identity) == 32
+        for name in storage.list(f"{identity}/parts")
+        if name.endswith(".parquet")
+    ]
 
 
 def contents(uri):
@@ -53,7 +66,7 @@ def equal(one, two):
 
 
 def figures(output):
-    """(hits, wanted, scored) of the line that a build ends with."""
+    """(hits, wanted, scored) from the last line of a build."""
     match = re.search(r"cache: ([\d,]+) of ([\d,]+) completions were there .*?, ([\d,]+) scored", output)
     assert match, output
     return tuple(int(group.replace(",", "")) for group in match.groups())
@@ -91,7 +104,8 @@ def test_killed_twice_on_a_failing_object_store_it_ends_complete_and_equal(tmp_p
 
 
 def read_meanwhile(cache, build):
-    """Look again and again while ``build`` runs; what is found is never wrong and only grows. How often it grew."""
+    """Read the cache again and again while ``build`` runs: answers are never wrong, and their number only grows. Returns how
+    often it grew."""
     seen, grew = {}, 0
     while build.poll() is None:
         if parts(cache):
@@ -105,7 +119,7 @@ def read_meanwhile(cache, build):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, tiny_llama):
-    """A configuration, and what one build makes of it when nobody disturbs it."""
+    """A configuration, and the result of one undisturbed build of it."""
     place = tmp_path_factory.mktemp("alone")
     config = configure(place, tiny_llama, 500, 1500)
     build = start(config, place / "alone", place / "home")
@@ -117,7 +131,7 @@ def alone(tmp_path_factory, tiny_llama):
 @pytest.mark.slow
 @pytest.mark.parametrize("machines", [1, 2])
 def test_two_builds_at_once(machines, tmp_path, alone):
-    """On one machine in one directory, or on two that share nothing but a bucket; with a reader meanwhile."""
+    """On one machine in one directory, or on two that share only a bucket; with a concurrent reader."""
     config, whole = alone
     with s3_server() as s3:
         cache = tmp_path / "cache" if machines == 1 else s3.uri("together")
@@ -130,8 +144,8 @@ def test_two_builds_at_once(machines, tmp_path, alone):
         scored = sum(scored for _, _, scored in done)
         stored = ReferenceCache.open(str(cache))
         assert sum(part.rows for part in stored.parts()) == scored >= wanted
-        # Twice is at most what one of them had in hand when the other began to look: a shard that its worker scored, and one
-        # that it stored.
+        # Scored twice are at most the shards in progress when the other build started: one being scored, one being
+        # stored.
         assert scored - wanted <= 2 * max(part.rows for part in stored.parts()), outputs
         assert Claims.names(stored) == []
         if scored > wanted:

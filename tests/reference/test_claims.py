@@ -1,4 +1,4 @@
-"""What builders of one cache leave to each other, and what holds up nobody."""
+"""Builders of one cache leave claimed work to each other, and claims of dead builders delay no other build."""
 
 import threading
 
@@ -26,11 +26,13 @@ def taken(found):
 
 @pytest.fixture
 def builder(tmp_path):
-    """Makes builders of one cache, each knowing what is there when it begins."""
+    """Makes builders of one cache, each knowing what exists when it starts."""
+
     def begin():
         cache = ReferenceCache.open(str(tmp_path / "cache"), ONE)
         cache.refresh()
         return Claims(cache, frozenset([*Claims.names(cache), *(path.rsplit("/", 1)[-1] for path in cache.paths())]))
+
     return begin
 
 
@@ -76,7 +78,7 @@ def test_ones_own_claims_do_not_count_and_all_are_taken_back_at_the_end(builder)
 
 
 def test_of_claims_of_the_same_moment_the_least_name_keeps_it(builder):
-    """Both have looked, and seen nothing, before either has written."""
+    """Both builders have looked and seen nothing before either has written."""
     one, two = builder(), builder()
     meet, written = threading.Barrier(2), threading.Barrier(2)
     found = {}

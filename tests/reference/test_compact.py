@@ -1,4 +1,4 @@
-"""Merging parts and deleting what is superseded: nothing is lost, whatever is killed, beside any reader."""
+"""Merge parts and delete superseded ones: nothing is lost, at any kill, with concurrent readers."""
 
 import os
 import shutil
@@ -11,12 +11,12 @@ import pytest
 from killing import killed_at_every_line
 from rows import ONE, files, rows, same, values
 
-from raydpo import storage as storage_module
 from raydpo.reference import compact as compact_module
 from raydpo.reference import store as store_module
 from raydpo.reference.compact import compact, delete_garbage, find_garbage
 from raydpo.reference.part import builder_of
 from raydpo.reference.store import PARTS, SET_ASIDE, ReferenceCache
+from raydpo.storage import files as storage_module
 
 
 def fresh(uri):
@@ -24,13 +24,13 @@ def fresh(uri):
 
 
 def active(cache):
-    """Parts that no other one supersedes."""
+    """Parts that no other part supersedes."""
     cache.reload()
     return int((~cache.superseded()).sum())
 
 
 def fill(uri, parts=4, each=5):
-    """A cache of so many parts; one row is stored twice, shorter and longer, another twice with other values."""
+    """A cache of ``parts`` parts; one row is stored twice, shorter and longer, another twice with different values."""
     cache = fresh(uri)
     cache.prepare({})
     keys, logps = rows(parts * each, seed=7)
@@ -117,13 +117,21 @@ def test_a_damaged_merged_part_gives_way_to_what_it_was_made_of(tmp_path):
 
 
 def test_superseded_rows_that_nobody_else_answers_are_kept(tmp_path):
-    """A merged part that lacks rows, however it came about, does not get the parts it names deleted, and hides nothing."""
+    """A merged part that lacks rows must not get the parts it names deleted, and must hide no rows."""
     keys, logps = fill(tmp_path)
     cache = fresh(tmp_path)
     cache.refresh()
     part = cache.read(cache.paths()[0])
-    name, data = store_module.encode_part(ONE, part.keys.slice(0, 2), part.tokens[:2], part.logps.slice(0, 2), {},
-                                          builder="compact0", time_ns=1, supersedes=[part.info.name])
+    name, data = store_module.encode_part(
+        ONE,
+        part.keys.slice(0, 2),
+        part.tokens[:2],
+        part.logps.slice(0, 2),
+        {},
+        builder="compact0",
+        time_ns=1,
+        supersedes=[part.info.name],
+    )
     cache.storage.write(f"{ONE.digest}/{PARTS}/{name}", data)
     assert find_garbage(fresh(tmp_path)) == []
     assert same(values(fresh(tmp_path), keys), logps)
@@ -192,7 +200,7 @@ def test_commit_killed_at_every_line(tmp_path):
 
 
 def test_readers_never_see_a_gap(tmp_path):
-    """Readers look without pause while parts are added, merged and deleted."""
+    """Readers read without pause while parts are added, merged and deleted."""
     keys, logps = fill(tmp_path, parts=10)
     stop, failures, looks = threading.Event(), [], [0]
 

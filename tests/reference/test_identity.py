@@ -1,4 +1,4 @@
-"""Each changed input changes the identity; what does not matter does not."""
+"""Each relevant change of an input changes the identity; irrelevant ones do not."""
 
 import fnmatch
 import json
@@ -38,15 +38,17 @@ def logits(model):
         return model(torch.arange(3, 40)[None]).logits[0]
 
 
-PINNED = {"float32": ("float32", None, None, "4afbb8ad53535d6e659b1e9ba82b639f"),
-          "bfloat16": ("bfloat16", None, None, "230edf906a25e7db648fd3de28a47f7a"),
-          "4bit": ("bfloat16", None, "4bit", "f5d986512f0d8472bc0cf05c97cd71e9"),
-          "adapter": ("float32", "adapter", None, "e0dd30830e51a4ffce09accc1c42d69a")}
+PINNED = {
+    "float32": ("float32", None, None, "4afbb8ad53535d6e659b1e9ba82b639f"),
+    "bfloat16": ("bfloat16", None, None, "230edf906a25e7db648fd3de28a47f7a"),
+    "4bit": ("bfloat16", None, "4bit", "f5d986512f0d8472bc0cf05c97cd71e9"),
+    "adapter": ("float32", "adapter", None, "e0dd30830e51a4ffce09accc1c42d69a"),
+}
 
 
 @pytest.mark.parametrize("kind", PINNED)
 def test_caches_that_exist_are_found(kind, tmp_path):
-    """The identity names a directory of a cache: another digest for the same model means that all is scored again."""
+    """Pinned digests: another digest for the same model would make existing caches unfindable."""
     dtype, adapter, quantization, digest = PINNED[kind]
     plain = write_plain_model(tmp_path / "model")
     adapter = adapter and write_plain_adapter(tmp_path / adapter)
@@ -101,7 +103,7 @@ def test_shards_do_not_matter(model):
 
 
 def test_what_is_hashed_is_what_is_loaded(model, tmp_path):
-    """A model saved in shards over another that was saved as one file: transformers leaves that file, and loads it."""
+    """A sharded model saved over one that was saved as one file: transformers keeps that file, and loads it."""
     from transformers import AutoModelForCausalLM
 
     before, first = identify(model, "float32"), AutoModelForCausalLM.from_pretrained(model)
@@ -111,7 +113,7 @@ def test_what_is_hashed_is_what_is_loaded(model, tmp_path):
     other = identify(tmp_path / "other", "float32")
     first.save_pretrained(model, max_shard_size="100KB")
     assert (model / "model.safetensors").is_file() and (model / "model.safetensors.index.json").is_file()
-    with pytest.raises(ModelError, match="which of the two is meant cannot be known"):
+    with pytest.raises(ModelError, match="delete the one that is not meant"):
         identify(model, "float32")
     (model / "model.safetensors").unlink()
     assert identify(model, "float32") == other != before
@@ -163,8 +165,9 @@ def test_whether_code_runs_matters(model):
     assert identify(model, "float32", trust_remote_code=True) == plain
     edit_config(model, auto_map={"AutoModelForCausalLM": "modeling_ours.Ours"})
     (model / "modeling_ours.py").write_text(CODE.format(factor=2))
-    ours, theirs = (logits(load_causal_lm(model, "float32", rope_length=None, trust_remote_code=trust))
-                    for trust in (True, False))
+    ours, theirs = (
+        logits(load_causal_lm(model, "float32", rope_length=None, trust_remote_code=trust)) for trust in (True, False)
+    )
     torch.testing.assert_close(ours, 2 * theirs)
     assert identify(model, "float32", trust_remote_code=True) != identify(model, "float32")
 
@@ -215,8 +218,10 @@ def test_adapter_matters(model, tmp_path):
 
 def test_identities_whose_numbers_have_not_changed_stay_what_they_were(model):
     plain = ReferenceIdentity(weights="1" * 64, architecture="a" * 64, adapter=None, dtype="bfloat16")
-    assert plain.to_json() == ('{"adapter": null, "architecture": "' + "a" * 64 + '", "dtype": "bfloat16", "quantisation": '
-                               'null, "scoring_version": 2, "weights": "' + "1" * 64 + '"}')
+    assert plain.to_json() == (
+        '{"adapter": null, "architecture": "' + "a" * 64 + '", "dtype": "bfloat16", "quantisation": '
+        'null, "scoring_version": 2, "weights": "' + "1" * 64 + '"}'
+    )
     assert plain.digest == "b7c1d087473ebfb21c676473f6b2ca23"
     assert ReferenceIdentity.from_json(plain.to_json()) == plain
     assert identify(model, "float32", max_length=7) == identify(model, "float32", max_length=9999)
@@ -225,13 +230,19 @@ def test_identities_whose_numbers_have_not_changed_stay_what_they_were(model):
 
 def test_an_adapter_in_bfloat16_is_scored_again(model, tmp_path):
     adapter = write_plain_adapter(tmp_path / "adapter")
-    versions = {(dtype, quantization): identify(model, dtype, adapter, quantization).scoring_version
-                for dtype in ("float32", "bfloat16") for quantization in (None, "4bit")}
+    versions = {
+        (dtype, quantization): identify(model, dtype, adapter, quantization).scoring_version
+        for dtype in ("float32", "bfloat16")
+        for quantization in (None, "4bit")
+    }
     assert versions == {("float32", None): 2, ("float32", "4bit"): 2, ("bfloat16", None): 3, ("bfloat16", "4bit"): 2}
     on_the_head = write_plain_adapter(tmp_path / "on-the-head")
     tensors = load_file(on_the_head / "adapter_model.safetensors")
-    save_file({name.replace("model.layers.1.self_attn.q_proj", "lm_head"): value for name, value in tensors.items()},
-              on_the_head / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {name.replace("model.layers.1.self_attn.q_proj", "lm_head"): value for name, value in tensors.items()},
+        on_the_head / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
     assert identify(model, "bfloat16", on_the_head, "4bit").scoring_version == 3
     assert identify(model, "float32", on_the_head, "4bit").scoring_version == 2
     now, exact = (identify(model, dtype, adapter) for dtype in ("bfloat16", "float32"))
@@ -255,7 +266,7 @@ def test_the_order_of_an_adapters_sets_does_not_matter_and_of_its_patterns_does(
 
 
 def test_a_user_without_a_home(model, monkeypatch, tmp_path):
-    """Digests are remembered where everything else of this node is."""
+    """Digests are remembered in the same place as everything else of this node."""
     before = identify(model, "float32")
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr("pathlib.Path.home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
@@ -279,7 +290,7 @@ def test_truncated_weights_are_refused(model):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A hub whose downloads end in another cache than the driver's, as on another machine."""
+    """A hub whose downloads go to another cache than the driver's, as on another machine."""
     asked = []
 
     def snapshot_download(name, *, revision, allow_patterns):
@@ -293,7 +304,7 @@ def hub(monkeypatch, tmp_path):
 
 
 def test_of_a_repository_only_the_weights_that_are_read_are_fetched(monkeypatch, tmp_path):
-    """Some hold them a second time, in a form of their own: twice the download, and twice the parameters."""
+    """Some repositories hold the weights twice in different formats: twice the download, and twice the parameters."""
     repository = write_plain_model(tmp_path / "repository")
     shutil.copy(repository / "model.safetensors", repository / "consolidated.safetensors")
     snapshot, revisions = tmp_path / "snapshots" / ("0" * 40), []
@@ -318,7 +329,7 @@ def spec_at(path, adapter=None):
 
 
 def test_a_worker_fetches_what_the_driver_had_from_the_hub(hub, tmp_path):
-    """The same repository and the same revision; a directory that is no snapshot of the hub is nobody's to fetch."""
+    """The same repository and revision; a directory that is not a snapshot of the hub is not fetched."""
     revision = "0123456789abcdef0123456789abcdef01234567"
     spec = on_this_machine(spec_at(f"/drivers/hub/models--meta-llama--Llama-3.1-8B/snapshots/{revision}", "/mnt/sft"))
     assert hub == [("meta-llama/Llama-3.1-8B", revision)]

@@ -37,8 +37,9 @@ def test_values_come_in_the_order_asked_for_cut_and_repeated(cache, block, monke
         values = joined.values[joined.offsets[place] : joined.offsets[place + 1]]
         assert np.array_equal(values, logps[index][:count])
         assert joined.sums[place] == pytest.approx(float(logps[index][:count].astype(np.float64).sum()), abs=1e-12)
-    assert joined.lists(10, 20).to_pylist() == [logps[index][:count].tolist() for index, count in
-                                                zip(asked[10:20], needed[10:20], strict=True)]
+    assert joined.lists(10, 20).to_pylist() == [
+        logps[index][:count].tolist() for index, count in zip(asked[10:20], needed[10:20], strict=True)
+    ]
 
 
 def test_what_is_missing_is_not_a_number_and_never_zero(cache):
@@ -62,7 +63,7 @@ def test_sums_answer_for_exactly_their_tokens_and_give_way_to_tokens(cache):
 
 
 def test_a_full_disk_is_an_error_and_no_crash(tmp_path):
-    """In a process of its own: writing through a mapping to a full disk would kill it."""
+    """In its own process, because writing to a full disk through a mapping would kill it."""
     small = tmp_path / "small"
     small.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", small], capture_output=True).returncode:
@@ -71,17 +72,18 @@ def test_a_full_disk_is_an_error_and_no_crash(tmp_path):
 import sys
 from raydpo.errors import RaydpoError
 from raydpo.reference import join
-values, _ = join._file_of(200_000, None)
+values, _ = join._file_of(200_000)
 values[:] = 1
 del values
 try:
-    join._file_of(2_000_000, None)[0][:] = 1
+    join._file_of(2_000_000)[0][:] = 1
 except RaydpoError as error:
     print(error)
 """
     try:
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
-                              env=os.environ | {"TMPDIR": str(small)})
+        done = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | {"TMPDIR": str(small)}
+        )
     finally:
         subprocess.run(["umount", small], check=True)
     assert done.returncode == 0, (done.returncode, done.stderr)

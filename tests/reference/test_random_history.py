@@ -1,4 +1,4 @@
-"""Builds, kills, corruptions, compactions, clean-ups and reads in random order, against a model of what must be there."""
+"""Builds, kills, corruptions, compactions, clean-ups and reads in random order, against a model of the expected content."""
 
 import shutil
 import tempfile
@@ -13,12 +13,12 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from killing import killed_once
 from rows import ONE, OTHER, values
 
-from raydpo import storage as storage_module
 from raydpo.reference import compact as compact_module
 from raydpo.reference import store as store_module
 from raydpo.reference.compact import compact, delete_garbage, find_garbage
 from raydpo.reference.part import KEY_TYPE, digest_is_sound, encode_part, ragged
 from raydpo.reference.store import PARTS, ReferenceCache
+from raydpo.storage import files as storage_module
 
 EXAMPLES, STEPS = 30, 40
 MODULES = [compact_module, store_module, storage_module]
@@ -26,7 +26,7 @@ steps_taken = [0]
 
 
 def truth(number, tokens=20):
-    """The log-probs that completion ``number`` really has: whoever scores it gets these."""
+    """The true log-probs of completion ``number``, the same for every scorer."""
     return -np.random.default_rng(number).random(20).astype(np.float32)[:tokens]
 
 
@@ -39,7 +39,7 @@ def fresh(place):
 
 
 class History(RuleBasedStateMachine):
-    """Completions are numbers. ``lengths`` says of each committed one how many of its tokens must be found."""
+    """Completions are numbers. ``lengths`` maps each committed one to the number of its tokens that must be found."""
 
     def __init__(self):
         super().__init__()
@@ -102,8 +102,15 @@ class History(RuleBasedStateMachine):
         path = parts[choice % len(parts)]
         data = bytearray(path.read_bytes())
         if how == "foreign":
-            name, data = encode_part(OTHER, pa.array([key(0)], KEY_TYPE), np.array([1], np.int32),
-                                     ragged([np.array([-9.0], np.float32)]), {}, builder="00000000", time_ns=choice)
+            name, data = encode_part(
+                OTHER,
+                pa.array([key(0)], KEY_TYPE),
+                np.array([1], np.int32),
+                ragged([np.array([-9.0], np.float32)]),
+                {},
+                builder="00000000",
+                time_ns=choice,
+            )
             path = self.parts / name
         elif how == "truncate":
             data = data[: choice % max(1, len(data))]
@@ -119,7 +126,7 @@ class History(RuleBasedStateMachine):
         self.lengths = {one: min(tokens, left[key(one)]) for one, tokens in self.lengths.items() if key(one) in left}
 
     def on_disk(self):
-        """Most tokens of each key in all sound files, read without the store."""
+        """Most tokens of each key in all intact files, read without the store."""
         found = {}
         for file in self.parts.glob("*.parquet"):
             content = file.read_bytes()
@@ -159,7 +166,13 @@ def test_random_histories():
     steps_taken[0] = 0
     history = History.TestCase
     # Without shrinking: a failure prints its history, and shrinking one of forked processes takes minutes.
-    history.settings = settings(max_examples=EXAMPLES, stateful_step_count=STEPS, deadline=None, database=None,
-                                suppress_health_check=list(HealthCheck), phases=[Phase.generate])
+    history.settings = settings(
+        max_examples=EXAMPLES,
+        stateful_step_count=STEPS,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate],
+    )
     history().runTest()
     assert steps_taken[0] >= 500, steps_taken

@@ -1,4 +1,4 @@
-"""How builds of one cache share the work: the loop of a build and its actors, many times over, without Ray and a model.
+"""Builds of one cache share the work: the loop of a build and its actors, repeated many times, without Ray and a model.
 
 The same with both is in test_build_together.py and sweep/test_two_users.py.
 """
@@ -13,8 +13,8 @@ import pytest
 import transformers
 from rows import ONE
 
+from raydpo.cluster.resources import Resources
 from raydpo.data.pairs import PAIR_SCHEMA
-from raydpo.ray_runtime import Resources
 from raydpo.reference import build as module
 from raydpo.reference.build import build
 from raydpo.reference.claims import Claims
@@ -30,13 +30,21 @@ SECONDS = 0.02
 
 def pairs(count):
     rng = np.random.default_rng(0)
-    return pa.table({"pair_id": [f"a:{number}" for number in range(count)], "source": ["a"] * count, "weight": [1.0] * count,
-                     "prompt_ids": [rng.integers(1, 99, 10).tolist() for _ in range(count)],
-                     "chosen_ids": [rng.integers(1, 99, 10).tolist() for _ in range(count)],
-                     "rejected_ids": [rng.integers(1, 99, 10).tolist() for _ in range(count)],
-                     "chosen_key": [rng.bytes(16) for _ in range(count)],
-                     "rejected_key": [rng.bytes(16) for _ in range(count)],
-                     "chosen_full": [10] * count, "rejected_full": [10] * count}, schema=PAIR_SCHEMA)
+    return pa.table(
+        {
+            "pair_id": [f"a:{number}" for number in range(count)],
+            "source": ["a"] * count,
+            "weight": [1.0] * count,
+            "prompt_ids": [rng.integers(1, 99, 10).tolist() for _ in range(count)],
+            "chosen_ids": [rng.integers(1, 99, 10).tolist() for _ in range(count)],
+            "rejected_ids": [rng.integers(1, 99, 10).tolist() for _ in range(count)],
+            "chosen_key": [rng.bytes(16) for _ in range(count)],
+            "rejected_key": [rng.bytes(16) for _ in range(count)],
+            "chosen_full": [10] * count,
+            "rejected_full": [10] * count,
+        },
+        schema=PAIR_SCHEMA,
+    )
 
 
 class SlowScorer:
@@ -52,7 +60,8 @@ class SlowScorer:
 
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch):
-    """One actor a build, called in a thread of its own."""
+    """One actor per build, called in its own thread."""
+
     def score(shards, spec, cache, known, resources, tokens_per_batch):
         blocks = [module._to_block(shard) for shard in shards]
         random.Random(cache.builder).shuffle(blocks)
@@ -69,9 +78,16 @@ def in_this_process(monkeypatch):
 
 def one_build(uri, table, told=None):
     cache = ReferenceCache.open(str(uri), ONE)
-    return build([table], ReferenceSpec(path="model", adapter=None, identity=ONE), cache, Resources(1, 0, None),
-                 tokens_per_batch=100, tokens_per_part=SHARD_TOKENS, progress=lambda done, to_do: None,
-                 note=(told.append if told is not None else lambda line: None))
+    return build(
+        [table],
+        ReferenceSpec(path="model", adapter=None, identity=ONE),
+        cache,
+        Resources(1, 0, None),
+        tokens_per_batch=100,
+        tokens_per_part=SHARD_TOKENS,
+        progress=lambda done, to_do: None,
+        note=(told.append if told is not None else lambda line: None),
+    )
 
 
 @pytest.mark.parametrize(("pairs_wanted", "builders"), [(20, 2), (200, 2), (200, 4)])
@@ -91,7 +107,7 @@ def test_of_builds_that_begin_together_each_scores_a_part_and_next_to_nothing_is
 
 
 def test_what_a_build_claimed_that_died_is_scored_after_a_while(tmp_path):
-    """It showed life after the other one had begun, and then no more."""
+    """The build was alive after the other one started, and then died."""
     table, told = pairs(60), []
     dead = ReferenceCache.open(str(tmp_path), ONE)
     with ThreadPoolExecutor(1) as pool:

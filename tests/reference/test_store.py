@@ -1,3 +1,5 @@
+import hashlib
+import io
 import os
 import shutil
 import time
@@ -11,7 +13,7 @@ from rows import ONE, OTHER, rows, values
 
 from raydpo.errors import CacheError
 from raydpo.reference.store import ReferenceCache
-from raydpo.storage import Storage
+from raydpo.storage.files import Storage
 
 
 def part_file(cache, index=0):
@@ -104,9 +106,10 @@ def test_foreign_file_format_is_refused(cache):
     cache.commit(keys, logps, {})
     table, file = pq.read_table(part_file(cache)), Path(part_file(cache))
     file.unlink()
-    # A name as the first caches had them, without a checksum.
-    pq.write_table(table.replace_schema_metadata({**table.schema.metadata, b"raydpo.format": b"99"}),
-                   file.with_name(f"part-{'0' * 20}-{'0' * 12}.parquet"))
+    sink = io.BytesIO()
+    pq.write_table(table.replace_schema_metadata({**table.schema.metadata, b"raydpo.format": b"99"}), sink)
+    checksum = hashlib.sha256(sink.getvalue()).hexdigest()[:32]
+    file.with_name(f"part-{'0' * 20}-{'0' * 8}-{checksum}.parquet").write_bytes(sink.getvalue())
     assert values(cache, keys) == [None, None] and "format" in cache.problems[0]
 
 
@@ -119,7 +122,7 @@ def test_stale_temporaries_of_dead_processes_go_and_those_of_living_stay(cache):
     elsewhere = f".tmp-otherhost-1-{'0' * 32}"
     for name in (dead, living, elsewhere):
         open(os.path.join(parts, name), "w").close()
-    assert cache.prepare({}) == 1
+    cache.prepare({})
     assert set(os.listdir(parts)) >= {living, elsewhere} and dead not in os.listdir(parts)
     assert len(cache.parts()) == 1
 

@@ -1,4 +1,4 @@
-"""What verifying takes and refuses: sums above all, whose rounding cancels and whose faults do not."""
+"""What verification accepts and refuses, above all for sums, where rounding cancels and faults add up."""
 
 import dataclasses
 
@@ -24,9 +24,12 @@ def scorer_of(model, dtype="float32", layout="auto", tokens_per_batch=4096):
 
 def scored(scorer, wanted):
     """Log-probs of each completion, by key."""
-    return {one.key: logps for shard in plan_shards(wanted, 1 << 20) for group, each in
-            zip(shard.groups, scorer.score(shard.prompt_groups()), strict=True)
-            for one, logps in zip(group, each, strict=True)}
+    return {
+        one.key: logps
+        for shard in plan_shards(wanted, 1 << 20)
+        for group, each in zip(shard.groups, scorer.score(shard.prompt_groups()), strict=True)
+        for one, logps in zip(group, each, strict=True)
+    }
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +50,9 @@ def cache(tmp_path, scorer, tiny_llama):
 def bring(cache, completions, sums, tokens=None):
     """Import the sums of completions as another trainer's."""
     tokens = np.array([len(one.tokens) for one in completions] if tokens is None else tokens, np.int32)
-    return cache.commit_rows(pa.array([one.key for one in completions], KEY_TYPE), tokens, np.array(sums, np.float64), {},
-                             verified=False)
+    return cache.commit_rows(
+        pa.array([one.key for one in completions], KEY_TYPE), tokens, np.array(sums, np.float64), {}, verified=False
+    )
 
 
 def verify(cache, wanted, scorer, sample=None, **settings):
@@ -83,7 +87,7 @@ def test_sums_of_another_layout_pass_and_those_of_other_tokens_do_not(tiny_llama
 
 
 def test_a_shift_of_all_sums_is_found_below_the_tolerance_of_one(tiny_llama, tmp_path):
-    """In bfloat16 and 230 tokens one sum may be 6 nats off. All of them by 3 to the same side are not rounding."""
+    """In bfloat16 with 230 tokens one sum may be 6 nats off. All sums off by 3 to the same side are no rounding."""
     wanted = list(Wanted([tokenised(preferences(10, low=150, high=250))]))
     scorer = scorer_of(tiny_llama, "bfloat16")
     cache = ReferenceCache.open(str(tmp_path), identify(tiny_llama, "bfloat16"), unverified=True)
@@ -105,12 +109,16 @@ def test_only_rows_of_the_very_length_that_was_checked_are_promoted(cache, score
     strict = ReferenceCache(cache.storage, cache.identity)
     keys = pa.array([one.key for one in [*right, *cut]], KEY_TYPE)
     assert strict.covers(keys, np.array([len(one.tokens) for one in [*right, *cut]], np.int32)).tolist() == [
-        True, True, False, False]
+        True,
+        True,
+        False,
+        False,
+    ]
     assert not verify(cache, cut, scorer).passed
 
 
 def test_each_import_is_looked_at_however_much_there_is_beside_it(cache, scorer, short):
-    """A sample of two from eighteen good rows would seldom hold one of the two wrong ones."""
+    """A sample of two from eighteen good rows would rarely contain one of the two wrong ones."""
     live = scored(scorer, short)
     good, wrong = short[:-2], short[-2:]
     cache.commit([one.key for one in good[:9]], [live[one.key] for one in good[:9]], {})
@@ -136,8 +144,10 @@ def test_the_last_import_answers_and_can_be_promoted(cache, scorer, short):
     assert {one.path.rsplit("/", 1)[-1] for one in find_garbage(reader)} > {first}
     assert promote(reader, short, verify(reader, short, scorer)) == len(short)
     strict = ReferenceCache(cache.storage, cache.identity)
-    (places, part, rows), = strict.answers(np.frombuffer(b"".join(one.key for one in short), np.uint8).reshape(-1, 16),
-                                           np.array([len(one.tokens) for one in short], np.int32))
+    ((places, part, rows),) = strict.answers(
+        np.frombuffer(b"".join(one.key for one in short), np.uint8).reshape(-1, 16),
+        np.array([len(one.tokens) for one in short], np.int32),
+    )
     assert part.sums[rows].tolist() == [sums_of(live, short)[place] for place in places]
     assert cache.storage.list(f"{cache.directory}/{UNVERIFIED}") == []
 
@@ -185,7 +195,7 @@ def test_the_tolerance_of_a_sum_grows_with_the_root_of_its_tokens():
 
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_few_sums_that_are_off_to_the_same_side_by_rounding_pass(count, cache, scorer, short):
-    """Of one sum the mean difference is its own, and its spread is none."""
+    """The mean difference of one sum is its own difference, and its spread is zero."""
     few = short[:count]
     allowed = sum_tolerance(1e-3, np.array([len(one.tokens) for one in few]))
     bring(cache, few, np.array(sums_of(scored(scorer, few), few)) + 0.3 * allowed * np.linspace(1, 1.1, count))

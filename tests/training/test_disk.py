@@ -1,4 +1,4 @@
-"""Weights and moments on a disk: the same training, whole checkpoints, and one message where it cannot be."""
+"""Offload of weights and moments to a disk: equal training, complete checkpoints, one message if it is impossible."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from kernel import exact, tiny_pairs, train_here, with_reference
 from tiny import make_model
 
 from raydpo.errors import ModelError
-from raydpo.training.disk import PREFIX, disk_folder
+from raydpo.training.policy.offload import PREFIX, disk_folder
 
 FIELD = "train.offload_optimizer"
 
@@ -57,10 +57,15 @@ time.sleep(60)
 
 
 def test_every_process_has_a_folder_of_its_own_and_those_of_the_dead_go(tmp_path):
-    """What DeepSpeed needs is not looked for here."""
+    """Skip the check for libaio."""
+
     def begin():
-        process = subprocess.Popen([sys.executable, "-c", MAKE, str(tmp_path)], stdout=subprocess.PIPE, text=True,
-                                   env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+        process = subprocess.Popen(
+            [sys.executable, "-c", MAKE, str(tmp_path)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        )
         return process, process.stdout.readline().strip()
 
     (first, one), (second, two) = begin(), begin()
@@ -75,7 +80,7 @@ def test_every_process_has_a_folder_of_its_own_and_those_of_the_dead_go(tmp_path
 
 
 class PythonFiles:
-    """In place of DeepSpeed's compiled access to files, where libaio is missing: the calls that its swapping makes of it."""
+    """Replacement of DeepSpeed's compiled file access if libaio is missing: the calls that its swapping makes."""
 
     locked: ClassVar[list[torch.Tensor]] = []
     written = 0
@@ -114,7 +119,7 @@ class PythonFiles:
 
 
 def trained(table, model, scratch, keep, jobs):
-    """Metrics of each job, (name, settings, checkpoint to go on from), and how many bytes went to a disk by then."""
+    """Metrics of each job (name, settings, checkpoint to continue from), and the bytes written to disk so far."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     if not has_libaio():
@@ -122,8 +127,17 @@ def trained(table, model, scratch, keep, jobs):
         AsyncIOBuilder.load = lambda self, verbose=False: SimpleNamespace(aio_handle=PythonFiles)
     found = []
     for name, kind, checkpoint in jobs:
-        run = train_here(table, model, scratch, steps=6, checkpoint_every=3, keep=keep / name, zero=3,
-                         checkpoint=None if checkpoint is None else keep / checkpoint / "step-3", **kind)
+        run = train_here(
+            table,
+            model,
+            scratch,
+            steps=6,
+            checkpoint_every=3,
+            keep=keep / name,
+            zero=3,
+            checkpoint=None if checkpoint is None else keep / checkpoint / "step-3",
+            **kind,
+        )
         weights = {key: value.double().sum().item() for key, value in run.engine.gather().items()}
         found.append((exact(run.steps), weights, PythonFiles.written))
     return found
@@ -137,8 +151,16 @@ def test_a_disk_changes_nothing_and_its_checkpoints_fit_everywhere(tmp_path):
     everything = moments | {"offload_params": disk}
     whole = [("memory", memory, None), ("moments", moments, None), ("all", everything, None)]
     rest = [("x", memory, "all"), ("y", moments, "memory"), ("z", everything, "moments")]
-    found = run_distributed(trained, 2, tmp_path / "run", with_reference(tiny_pairs(17), model), model, tmp_path / "s",
-                            tmp_path / "keep", whole + rest)
+    found = run_distributed(
+        trained,
+        2,
+        tmp_path / "run",
+        with_reference(tiny_pairs(17), model),
+        model,
+        tmp_path / "s",
+        tmp_path / "keep",
+        whole + rest,
+    )
     for (steps, weights, before), *others in found:
         assert len(steps) == 6 and steps[-1]["loss"] != steps[0]["loss"]
         assert [other for other, _, _ in others] == [steps, steps, steps[3:], steps[3:], steps[3:]]

@@ -1,4 +1,4 @@
-"""A number of workers that follows the cluster, with the same pairs in every step."""
+"""Elastic training: the number of workers follows the cluster, the pairs of every step stay the same."""
 
 import time
 
@@ -10,7 +10,7 @@ STEPS = 1500
 
 
 def sizes(run):
-    """How many workers trained, each time training began."""
+    """Number of workers at each start of training."""
     return [int(line.split("with ")[1].split()[0]) for line in run.log() if line.startswith("beginning after")]
 
 
@@ -23,7 +23,7 @@ def wait_for(run, condition, seconds=150):
 
 @pytest.mark.slow
 def test_workers_follow_the_machines(tmp_path):
-    """Three machines with room for one worker each (the head, with the driver, is one); one goes, and later comes back."""
+    """Three machines with room for one worker each, the head included; one is lost and later comes back."""
     prepare(tmp_path, STEPS, workers={"min": 1, "max": 3}, lr=1e-5, checkpoint_every=50)
     run = Soak(tmp_path, STEPS, cpus=1, on_head=1)
     try:

@@ -1,4 +1,4 @@
-"""Under ZeRO-3 no rank ever holds the model whole while it is loaded."""
+"""Under ZeRO-3 no rank holds the whole model while it is loaded."""
 
 import ctypes
 import gc
@@ -10,7 +10,7 @@ import torch
 from distributed import run_distributed
 from tiny import make_model
 
-from raydpo.training.host_memory import HostPeak
+from raydpo.training.policy.host_memory import HostPeak
 
 M_MMAP_THRESHOLD = -3
 
@@ -26,18 +26,23 @@ def test_a_peak_that_passes_is_seen():
 
 
 def loaded(model, zero):
-    """(bytes of all weights in bfloat16, most host memory that loading took, seconds) on this rank."""
+    """(bytes of all weights in bfloat16, peak host memory while loading, seconds) on this rank."""
     import transformers.models.llama.modeling_llama  # noqa: F401 - its code is no weight
     from transformers.integrations import HfDeepSpeedConfig
 
     from raydpo.model.load import load_causal_lm
-    from raydpo.training.engine import join_process_group
+    from raydpo.training.policy.deepspeed_engine import join_process_group
 
     # What is freed goes back at once: what is measured is what loading holds, not what the allocator keeps for later.
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
     join_process_group(torch.device("cpu"))
-    partitioned = HfDeepSpeedConfig({"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": zero},
-                                     "bf16": {"enabled": True}}) if zero == 3 else None
+    partitioned = (
+        HfDeepSpeedConfig(
+            {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": zero}, "bf16": {"enabled": True}}
+        )
+        if zero == 3
+        else None
+    )
     with HostPeak() as peak:
         policy = load_causal_lm(model, "bfloat16", rope_length=None)
     del partitioned
@@ -46,7 +51,7 @@ def loaded(model, zero):
 
 
 def test_loading_takes_a_rank_its_share_and_little_more(tmp_path):
-    """A float32 file of 240 MB, loaded in bfloat16 by two ranks: 120 MB whole, 60 MB in shares."""
+    """A float32 file of 240 MB is loaded in bfloat16 by two ranks: 120 MB each if whole, 60 MB each if partitioned."""
     model = make_model(tmp_path / "model", hidden=512, layers=26)
     for whole, taken, seconds in run_distributed(loaded, 2, tmp_path / "plain", model, 2):
         print(f"whole: {taken / 1e6:.0f} of {whole / 1e6:.0f} MB in {seconds:.1f} s")

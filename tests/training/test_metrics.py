@@ -1,17 +1,21 @@
-"""Sums over pairs, against figures worked out by hand."""
+"""Metrics from sums over pairs, against figures computed by hand."""
 
 import numpy as np
 import pytest
 import torch
 
-from raydpo.evaluation.interval import effective_count
+from raydpo.data.interval import effective_count
 from raydpo.losses import PairLogps, preference_loss
 from raydpo.training.metrics import PairSums
 
 
 def metrics(chosen, rejected, ref_chosen, ref_rejected, chosen_tokens, rejected_tokens, beta=0.5):
-    logps = PairLogps(*(torch.tensor(values, dtype=torch.float32) for values in (
-        chosen, rejected, ref_chosen, ref_rejected, chosen_tokens, rejected_tokens)))
+    logps = PairLogps(
+        *(
+            torch.tensor(values, dtype=torch.float32)
+            for values in (chosen, rejected, ref_chosen, ref_rejected, chosen_tokens, rejected_tokens)
+        )
+    )
     sums = PairSums(["a"], torch.device("cpu"))
     loss = preference_loss("sigmoid", logps, beta=beta, label_smoothing=0.0)
     sums.add(loss, logps, torch.zeros(len(chosen), dtype=torch.long))
@@ -29,7 +33,7 @@ def test_figures_by_hand():
 
 
 def test_rounding_is_no_change():
-    """A policy that is the reference, but for what float32 rounds: no chosen completion fell, lengths explain nothing."""
+    """A policy equal to the reference up to float32 rounding: no chosen completion fell, no correlation with lengths."""
     row = metrics([-80.00001, -150.00002], [-90.00001, -70.00002], [-80.0, -150.0], [-90.0, -70.0], [20, 50], [30, 10])
     assert row["rewards/accuracies"] == 0.5
     assert row["logps/chosen_fell"] == 0.0 and row["length/margin_correlation"] == 0.0
@@ -38,13 +42,13 @@ def test_rounding_is_no_change():
 
 @pytest.mark.parametrize("beta", [0.01, 0.1, 1.0])
 def test_a_tie_is_one_at_every_beta(beta):
-    """Float32 sums over 100 tokens differ by some 1e-4 nats; half a nat is a preference."""
+    """float32 sums over 100 tokens differ by about 1e-4 nats, which is a tie; half a nat is a preference."""
     row = metrics([-80.0002, -80.5], [-90.0, -90.0], [-80.0, -80.0], [-90.0, -90.0], [100, 100], [80, 80], beta)
     assert row["rewards/accuracies"] == 0.25
 
 
 def test_pairs_of_one_prompt_tell_less():
-    """Of two prompts with three pairs each, one is won whole and one lost whole; the same pairs of six prompts are six."""
+    """Two prompts have three pairs each; all of one are won, all of the other lost. With six prompts there are six."""
     margins = torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0, -1.0])
     zero, ten = torch.zeros(6), torch.full((6,), 10.0)
     logps = PairLogps(margins, zero, zero, zero, ten, ten)
@@ -53,10 +57,18 @@ def test_pairs_of_one_prompt_tell_less():
         # Halves on two ranks, added up as the all-reduce does.
         halves = [PairSums(["a"], torch.device("cpu"), prompts=6) for _ in range(2)]
         for sums, rows in zip(halves, ([0, 2, 4], [1, 3, 5]), strict=True):
-            part = PairLogps(*(getattr(logps, field)[rows] for field in (
-                "chosen", "rejected", "ref_chosen", "ref_rejected", "chosen_tokens", "rejected_tokens")))
-            sums.add(preference_loss("sigmoid", part, beta=0.5), part, torch.zeros(3, dtype=torch.long),
-                     torch.tensor(prompts)[rows])
+            part = PairLogps(
+                *(
+                    getattr(logps, field)[rows]
+                    for field in ("chosen", "rejected", "ref_chosen", "ref_rejected", "chosen_tokens", "rejected_tokens")
+                )
+            )
+            sums.add(
+                preference_loss("sigmoid", part, beta=0.5),
+                part,
+                torch.zeros(3, dtype=torch.long),
+                torch.tensor(prompts)[rows],
+            )
         halves[0].values += halves[1].values
         found[name] = halves[0].metrics()
     assert found["two"]["rewards/accuracies"] == found["six"]["rewards/accuracies"] == 0.5

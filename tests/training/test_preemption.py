@@ -1,13 +1,13 @@
-"""Notice of preemption: a checkpoint at once, work while there is time, a checkpoint at the end, nothing lost."""
+"""Notice of preemption: a checkpoint at once, more steps while there is time, a checkpoint before the end."""
 
 from distributed import run_distributed
 from kernel import Record, tiny_pairs, train_here, with_reference
 
-from raydpo.training import preemption
+from raydpo.training.checkpoint import preemption
 
 
 class Spot(Record):
-    """From step 4 on a machine will be taken away, at step 9 it is about to be. It never is."""
+    """Announces at step 4 that a machine will be taken away, and at step 9 that it is about to be. It stays."""
 
     def preempted(self):
         import torch.distributed as dist
@@ -29,9 +29,11 @@ def test_a_checkpoint_at_once_and_one_at_the_end(tiny_llama, tmp_path):
     table = with_reference(tiny_pairs(33), tiny_llama)
     for checkpoints, notes, steps in run_distributed(train, 2, tmp_path / "run", table, tiny_llama, tmp_path):
         assert checkpoints == [4, 10, 14] and steps == 14
-        assert [("3600 s" in note, "step 10 is stored" in note, "still there" in note) for note in notes
-                if "machine" in note or "elsewhere" in note] == [
-            (True, False, False), (False, True, False), (False, False, True)]
+        assert [
+            ("3600 s" in note, "step 10 is stored" in note, "still there" in note)
+            for note in notes
+            if "machine" in note or "elsewhere" in note
+        ] == [(True, False, False), (False, True, False), (False, False, True)]
 
 
 def test_a_notice_without_a_time_is_acted_on_at_once(tiny_llama, tmp_path, monkeypatch):

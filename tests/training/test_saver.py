@@ -1,4 +1,4 @@
-"""Checkpoints beside the training: stored in the background, again where the store fails, and never half counted."""
+"""Checkpoints during training: uploaded in the background, retried, and valid on all ranks or none."""
 
 import errno
 import shutil
@@ -18,7 +18,7 @@ def table(tiny_llama):
 
 
 class Store(Record):
-    """Fails as told: ``away`` is (first, last) attempt at which the store is away, ``full`` the step that does not fit."""
+    """Storage that fails: at attempts ``away`` (first, last) it is unavailable, for step ``full`` the disk is full."""
 
     away = (0, 0)
     full = None
@@ -62,7 +62,7 @@ def test_a_store_that_is_away_is_tried_again_and_a_full_one_costs_one_checkpoint
 
 
 def full_at_the_end(table, model, place):
-    from raydpo.training import saver
+    from raydpo.training.checkpoint import saver
 
     saver.LAST_PAUSES = (0.1, 0.1)
     with pytest.raises(TrainError) as caught:
@@ -77,7 +77,7 @@ def test_the_last_checkpoint_must_be_stored(table, tiny_llama, tmp_path):
 
 
 class Freed(Store):
-    """Someone makes room after the second attempt at the last checkpoint."""
+    """The disk has room again after the second attempt at the last checkpoint."""
 
     def upload(self, directory, step):
         self.full = 9 if self.attempts < 6 else None
@@ -85,7 +85,7 @@ class Freed(Store):
 
 
 def freed(table, model, place):
-    from raydpo.training import saver
+    from raydpo.training.checkpoint import saver
 
     saver.LAST_PAUSES = (0.1, 0.1)
     record = Freed(keep=place / "keep")
@@ -97,10 +97,10 @@ def test_the_last_checkpoint_waits_for_room(table, tiny_llama, tmp_path):
 
 
 def disk_full(table, model, place):
-    """The local disk of one rank is full while step 4 is written."""
+    """The local disk of one rank is full when step 4 is written."""
     import torch.distributed as dist
 
-    from raydpo.training import state
+    from raydpo.training.policy import state
 
     real = state.save_file
 
@@ -109,7 +109,7 @@ def disk_full(table, model, place):
         if "step-00000004" in str(path) and dist.get_rank() == 1:
             from safetensors import SafetensorError
 
-            raise SafetensorError('Error while serializing: I/O error: No space left on device (os error 28)')
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     state.save_file = save_file
     found = train(table, model, place, checkpoint_every=2)
@@ -124,7 +124,7 @@ def test_a_full_local_disk_costs_one_checkpoint(table, tiny_llama, tmp_path):
 
 
 class Ordered(Store):
-    """Remembers after how many steps each checkpoint counted."""
+    """Records after how many steps each checkpoint became valid."""
 
     def register(self, step, metrics, *, wait):
         super().register(step, metrics, wait=wait)
@@ -139,7 +139,7 @@ def slow(table, model, place, seconds):
 
 
 def test_a_slow_store_goes_on_beside_training_and_its_cost_is_told(table, tiny_llama, tmp_path):
-    """Training waits a second for each, then for the one before, and at its end for the last."""
+    """Training waits a second for each upload, then for the one before, and at the end for the last."""
     ((counted, summary, steps),) = run_distributed(slow, 1, tmp_path / "run", table, tiny_llama, tmp_path, 1.5)
     assert list(counted) == [4, 8, 12] and counted[4] > 4 and counted[8] > 8
     assert 3 * 1.0 < summary.checkpoint_seconds < 3 * 1.5 + 0.5
@@ -187,8 +187,10 @@ def test_a_metric_that_nothing_measures_is_refused_before_the_first_step(table, 
 def ended(table, model, place):
     whole = train(table, model, place, checkpoint_every=4)
     again = train_here(table, model, place / "again", steps=9, checkpoint=place / "keep" / "step-9")
-    same = [torch.equal(one, other) for one, other in zip(whole.engine.gather().values(), again.engine.gather().values(),
-                                                          strict=True)]
+    same = [
+        torch.equal(one, other)
+        for one, other in zip(whole.engine.gather().values(), again.engine.gather().values(), strict=True)
+    ]
     return whole.summary, again.summary, again.steps, all(same)
 
 

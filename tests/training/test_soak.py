@@ -1,13 +1,11 @@
 """The short form of tests/soak.py; ``make soak`` is the long one."""
 
-import pytest
 from soak import soak, within_bounds
 
 
-@pytest.mark.alone
 def test_a_disturbed_run_ends_with_the_same_bits(tmp_path):
-    """Two simulated machines: a full disk, a machine taken away with notice, one without, SIGTERM and the same command
-    again."""
+    """Two simulated machines: a full disk, a machine lost with notice, one without, then SIGTERM and the same command
+    again. Takes minutes, mostly of waiting: no other fast test kills machines under a run and compares its bits."""
     faults = ["disk", "preemption", "machine", "terminate"]
     report = soak(tmp_path, steps=60, faults=faults, pace=0.1)
     assert report["same_bits"] and report["same_metrics"], report

@@ -1,0 +1,78 @@
+"""Answers of a model, computed by Ray actors with one of the engines."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from raydpo.answers.draws import ROWS, Draw
+from raydpo.answers.transformers_engine import answer_all
+from raydpo.answers.vllm_engine import open_vllm
+from raydpo.model.load import load_causal_lm
+from raydpo.reference.identity import on_this_machine, proved_here
+from raydpo.reference.score import ReferenceSpec
+
+__all__ = ["Answering"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answering:
+    """Work that turns rows of ``ROWS`` into ``answer_ids``, list<int32>, including the end token.
+
+    Attributes:
+        stop: token ids that end an answer.
+        batch: number of answers that are generated at once.
+    """
+
+    spec: ReferenceSpec
+    max_tokens: int
+    stop: tuple[int, ...]
+    batch: int
+    engine: Literal["transformers", "vllm"] = "transformers"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {
+            "answers": 1,
+            "model": self.spec.identity.digest,
+            "engine": self.engine,
+            "max_tokens": self.max_tokens,
+            "stop": self.stop,
+        }
+
+    def open(self, device: str) -> Callable[[pa.Table], pa.Table]:
+        """Load the model and return a function that answers a table of ``ROWS``.
+
+        Raises:
+            ModelError: if the files on this machine are another model.
+        """
+        if self.engine == "vllm":
+            answer = open_vllm(self.spec, self.max_tokens, self.stop)
+        else:
+            spec = on_this_machine(self.spec)
+            with proved_here(spec):
+                model = load_causal_lm(
+                    spec.path,
+                    spec.identity.dtype,
+                    adapter=spec.adapter,
+                    device=device,
+                    quantization=spec.quantization,
+                    rope_length=spec.identity.rope_length,
+                    trust_remote_code=spec.trust_remote_code,
+                )
+            answer = functools.partial(answer_all, model, max_tokens=self.max_tokens, stop=self.stop, batch=self.batch)
+
+        def act(rows: pa.Table) -> pa.Table:
+            prompts = [np.array(ids, np.int32) for ids in rows["prompt_ids"].to_pylist()]
+            draws = [
+                None if row["sample"] is None else Draw(**row)
+                for row in rows.select(["seed", "sample", "temperature"]).to_pylist()
+            ]
+            return pa.table({"answer_ids": pa.array(answer(prompts, draws), ROWS.field("prompt_ids").type)})
+
+        return act

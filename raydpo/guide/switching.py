@@ -1,5 +1,0 @@
-"""
-.. include:: switching.md
-"""
-
-__all__: list[str] = []

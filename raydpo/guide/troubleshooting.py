@@ -1,5 +1,0 @@
-"""
-.. include:: troubleshooting.md
-"""
-
-__all__: list[str] = []

@@ -1,0 +1,1 @@
+"""Sweeps: many trainings against one reference cache, in parallel where the cluster has room."""

@@ -1,0 +1,89 @@
+"""What a training is given, and the summary that it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from raydpo.config import TrainConfig
+from raydpo.data.shapes import POSITIONS_ONLY, PositionCost
+from raydpo.training.policy.engine import PolicySpec
+
+__all__ = ["TrainJob", "TrainSummary"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainJob:
+    """What to train.
+
+    Attributes:
+        train: section ``train`` of the configuration.
+        shuffle: ``data.shuffle``.
+        policy: the policy before the first step.
+        policy_identity: digest of its identity, at the precision of training.
+        reference_identity: digest of the identity of the cached log-probs.
+        starts_as_reference: whether both are the same function up to rounding.
+        coarser_dtype: the coarser of the two precisions.
+        fingerprint: everything that the result depends on, by name. Checkpoints with another fingerprint are refused.
+        work: cost of a position, of an attended key and of a predicted token, to balance ranks.
+        tokens_per_batch: replaces ``train.tokens_per_batch`` after that ran out of memory.
+        memory_share: fraction of the device's memory that one worker may use.
+        stop_after: stop with a checkpoint after this step; None = train to the end.
+        sample_prompts: (text to show, token ids) of the prompts to answer before and after training.
+        sample_stop: ids of the tokens that end such an answer.
+    """
+
+    train: TrainConfig
+    shuffle: bool
+    policy: PolicySpec
+    policy_identity: str
+    reference_identity: str
+    starts_as_reference: bool
+    coarser_dtype: str
+    fingerprint: Mapping[str, Any]
+    work: PositionCost = POSITIONS_ONLY
+    tokens_per_batch: int | None = None
+    memory_share: float = 1.0
+    stop_after: int | None = None
+    sample_prompts: tuple[tuple[str, np.ndarray], ...] = ()
+    sample_stop: tuple[int, ...] = ()
+
+
+@dataclass
+class TrainSummary:
+    """Progress of a training; stored in its checkpoints.
+
+    Attributes:
+        steps, pairs: finished steps, and the pairs in them.
+        seconds: time of training, over all sessions.
+        load_seconds, load_bytes: see ``protocols.Engine``; of the newest session.
+        interrupted: whether training was stopped before its last step.
+        skipped: steps not taken because a loss or gradient was not finite.
+        checkpoint_seconds: time during which training waited for checkpoints.
+        checkpoint_bytes: size of the newest checkpoint, over all workers.
+        scores: the newest evaluation.
+        warned: kinds of warnings given so far.
+        memory: fields of ``losses.Memory``.
+    """
+
+    steps: int = 0
+    pairs: int = 0
+    seconds: float = 0.0
+    tokens_per_second: float = 0.0
+    tokens_per_batch: int = 0
+    gate: str | None = None
+    load_seconds: float = 0.0
+    load_bytes: float = 0.0
+    interrupted: bool = False
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    checkpoint_seconds: float = 0.0
+    checkpoint_bytes: int = 0
+    scores: dict[str, float] = field(default_factory=dict)
+    warned: list[str] = field(default_factory=list)
+    memory: dict[str, Any] = field(default_factory=dict)
+    samples_before: list[list[int]] = field(default_factory=list)
+    samples_after: list[list[int]] = field(default_factory=list)

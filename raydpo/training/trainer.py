@@ -1,0 +1,341 @@
+"""The training of one policy on one rank, from the first step to the last. Does not use Ray."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from raydpo.config import TrainConfig
+from raydpo.data.plan import BatchPlan
+from raydpo.errors import ConfigError, TrainError
+from raydpo.losses import Objective, ObjectiveState
+from raydpo.rundir.watch import TrainingWatch
+from raydpo.training.checkpoint.files import load_checkpoint
+from raydpo.training.checkpoint.preemption import PreemptionGuard
+from raydpo.training.checkpoint.saver import CheckpointSaver
+from raydpo.training.clock import StepClock
+from raydpo.training.evaluate import compare, evaluate
+from raydpo.training.gate import expected_first_loss, gate_rows, judge
+from raydpo.training.hooks import TrainHooks
+from raydpo.training.job import TrainJob, TrainSummary
+from raydpo.training.pairs import TrainingPairs
+from raydpo.training.policy.engine import Engine
+from raydpo.training.policy.sample import greedy_answers
+from raydpo.training.step import Stepper, StepRequests, StepResult
+
+__all__ = ["Trainer", "train_policy"]
+
+
+def train_policy(
+    job: TrainJob,
+    pairs: TrainingPairs,
+    held_out: TrainingPairs | None,
+    engine: Engine,
+    hooks: TrainHooks,
+    checkpoint: Path | None,
+    scratch: Path,
+) -> TrainSummary:
+    """Train ``engine``'s policy to the last step, or until ``hooks`` asks to stop; then there is a checkpoint.
+
+    Args:
+        checkpoint: directory of the checkpoint to continue from, or None to begin.
+        scratch: local directory in which checkpoints are written before they are uploaded.
+
+    Raises:
+        ConfigError: if the checkpoint is of a run with other settings, ``train.keep_best`` names no metric, or the objective
+            needs log-probs of tokens where only sums are known.
+        GateError: if the stored log-probs are not those of the starting policy.
+        TrainError: if too many losses or gradients in a row are not finite, if the last checkpoint cannot be stored, or
+            if the checkpoint to continue from is damaged.
+        DeviceMemoryError: if a micro-batch does not fit.
+    """
+    train, objective = job.train, Objective(job.train)
+    for each in (pairs, held_out):
+        _check_tokens(each, train)
+    hooks.note(engine.layout_line)
+    summary = TrainSummary() if checkpoint is None else _resumed(job, engine, hooks, checkpoint)
+    summary.load_seconds, summary.load_bytes = engine.load_seconds, engine.load_bytes
+    hooks.note(
+        f"policy loaded in {engine.load_seconds:.1f} s{', in shares' if engine.zero == 3 else ''}; at most "
+        f"{engine.load_bytes / 1e9:.2f} GB of host memory a worker"
+    )
+    # A resumed run keeps the budget it began with: the same micro-batches, hence the same bits.
+    summary.tokens_per_batch = _tokens_per_batch(job, engine, summary, hooks)
+    plan = BatchPlan(
+        pairs.shapes,
+        pairs.sources,
+        pairs.weights,
+        seed=train.seed,
+        pairs_per_step=train.pairs_per_step,
+        tokens_per_batch=summary.tokens_per_batch * engine.sequence_parallel,
+        world_size=engine.replicas,
+        shuffle=job.shuffle,
+        epochs=train.epochs,
+        steps=train.steps,
+        layout=engine.module.method.layout,
+        work=job.work,
+    )
+    hooks.begin(
+        summary.steps,
+        plan.total_steps,
+        {
+            "pairs": len(pairs),
+            "steps_per_epoch": plan.steps_per_epoch,
+            "world_size": engine.world_size,
+            "held_out": 0 if held_out is None else len(held_out),
+        },
+    )
+    stepper = Stepper(train, plan, pairs, engine, objective, StepClock(engine.device), ObjectiveState(**summary.memory))
+    saver = CheckpointSaver(engine, hooks, scratch, job.fingerprint)
+    trainer = Trainer(
+        job,
+        stepper,
+        engine,
+        held_out,
+        hooks,
+        saver,
+        TrainingWatch(summary.warned),
+        PreemptionGuard(engine, hooks, train.preemption_every),
+        summary,
+    )
+    try:
+        trainer.run(begins=checkpoint is None)
+    finally:
+        saver.close()
+    return summary
+
+
+@dataclass
+class Trainer:
+    """Runs the steps of a training, with its gate, evaluations and checkpoints. All ranks call the same methods.
+
+    Attributes:
+        held_out: pairs to evaluate on, or None.
+        watch: gives warnings about the metrics.
+        guard: reacts when a machine of the run is about to be taken away.
+        summary: updated in place.
+    """
+
+    job: TrainJob
+    stepper: Stepper
+    engine: Engine
+    held_out: TrainingPairs | None
+    hooks: TrainHooks
+    saver: CheckpointSaver
+    watch: TrainingWatch
+    guard: PreemptionGuard
+    summary: TrainSummary
+
+    def run(self, *, begins: bool) -> None:
+        """Train to the end.
+
+        Args:
+            begins: whether the run starts from its first step: check the stored log-probs, evaluate and sample before it.
+        """
+        if begins:
+            self.summary.gate = self.gate()
+            self.evaluate(0)
+            self.summary.samples_before = self._samples()
+        self._take_steps()
+
+    def gate(self) -> str:
+        """Compare the stored log-probs with those of the starting policy. Returns the outcome in one line.
+
+        Raises:
+            GateError: if they differ by more than rounding.
+        """
+        job, plan, pairs = self.job, self.stepper.plan, self.stepper.pairs
+        if not pairs.has_reference:
+            line = f"step-0 gate: loss {job.train.loss_text} has no reference, so there is nothing to compare"
+        elif not job.starts_as_reference:
+            line = (
+                f"step-0 gate: the policy starts from another model than the reference {job.reference_identity}, so "
+                "cached and live log-probs are not compared"
+            )
+        else:
+            rows = gate_rows(pairs, plan.pairs(0), count=job.train.gate_pairs, seed=job.train.seed)
+            comparison = compare(self.engine, pairs, rows, plan.tokens_per_batch)
+            line = judge(
+                comparison,
+                pairs,
+                self.stepper.objective,
+                job.train.beta_at(0, plan.total_steps),
+                dtype=job.coarser_dtype,
+                policy=job.policy_identity,
+                reference=job.reference_identity,
+            ).line()
+        self.hooks.note(line)
+        return line
+
+    def evaluate(self, step: int) -> None:
+        """Measure the held-out pairs after ``step`` finished steps, if there are any.
+
+        Raises:
+            ConfigError: if ``train.keep_best`` is none of the metrics.
+        """
+        if self.held_out is None:
+            return
+        # With the beta of the last step that was taken.
+        beta, plan = self.job.train.beta_at(max(0, step - 1), self.stepper.plan.total_steps), self.stepper.plan
+        row = evaluate(self.engine, self.held_out, self.stepper.objective, beta, self.stepper.memory, plan.tokens_per_batch)
+        self.summary.scores = {name: value for name, value in row.items() if name.startswith("eval_")}
+        wanted = self.job.train.keep_best
+        if wanted is not None and wanted not in self.summary.scores:
+            raise ConfigError(
+                f"train.keep_best is {wanted!r}, which no evaluation measures; choose one of "
+                f"{', '.join(sorted(self.summary.scores))}"
+            )
+        self.hooks.evaluated({"step": step} | row)
+
+    def _samples(self) -> list[list[int]]:
+        return greedy_answers(
+            self.engine,
+            [prompt for _, prompt in self.job.sample_prompts],
+            self.job.train.sample_tokens,
+            self.job.sample_stop,
+        )
+
+    def _take_steps(self) -> None:
+        train, summary, clock, total_steps = self.job.train, self.summary, self.stepper.clock, self.stepper.plan.total_steps
+        start, before = time.perf_counter(), dataclasses.replace(summary)
+        tokens = 0.0
+        steps = self.stepper.prepared(summary.steps)
+        clock.lap()  # gate and first evaluation are no part of the first step
+        while summary.steps < total_steps:
+            with clock.phase("data"):
+                step = next(steps)
+            result = self.stepper.take(step, self._wishes())
+            row, done = result.row, step.number + 1
+            tokens += row["tokens"]
+            summary.steps = done
+            summary.pairs += int(row["pairs"])
+            summary.seconds = before.seconds + time.perf_counter() - start
+            summary.tokens_per_second = (before.tokens_per_second * before.seconds + tokens) / summary.seconds
+            summary.memory = dataclasses.asdict(self.stepper.memory)
+            if done == 1:
+                self._check_first_loss(result)
+            self.hooks.step({"step": done} | row)
+            for line in self.watch.look(done, row):
+                self.hooks.note(line)
+            self._count_skipped(result.skipped)
+
+            with clock.phase("checkpoint"):
+                self.saver.settle(all_stored=not result.uploading)
+            last = done == total_steps
+            if last or done % train.eval_every == 0:
+                with clock.phase("evaluation"):
+                    self.evaluate(done)
+            if last:
+                summary.samples_after = self._samples()
+            stop = (result.stop or done == self.job.stop_after) and not last
+            with clock.phase("checkpoint"):
+                self._checkpoint(result, done, ends=last or stop)
+                summary.checkpoint_seconds = before.checkpoint_seconds + self.saver.seconds
+            self.guard.wait(done)
+            if stop:
+                summary.interrupted = True
+                return
+
+    def _wishes(self) -> StepRequests:
+        minutes = self.job.train.checkpoint_minutes
+        return StepRequests(
+            stop=self.hooks.stop_requested(),
+            uploading=self.saver.busy,
+            checkpoint=self.engine.rank == 0 and minutes is not None and self.saver.minutes_since >= minutes,
+        )
+
+    def _checkpoint(self, result: StepResult, done: int, *, ends: bool) -> None:
+        """Make a checkpoint after ``done`` steps, if one is due; it must succeed where the session ``ends`` with it."""
+        train, metrics = self.job.train, self.summary.scores | {"loss": result.row["loss"]}
+        notice = self.guard.ask(done, result.row["time/step"], self.saver.last_seconds)
+        if ends:
+            self.saver.save_last(done, self.summary, metrics)
+        elif notice:
+            self.saver.save(done, self.summary, metrics)
+        elif result.checkpoint or (train.checkpoint_minutes is None and done % train.checkpoint_every == 0):
+            self.saver.begin(done, self.summary, metrics)
+        self.summary.checkpoint_bytes = self.saver.bytes or self.summary.checkpoint_bytes
+
+    def _check_first_loss(self, result: StepResult) -> None:
+        """Report how far the first loss is from that of a policy that is the reference; warn if it is far."""
+        job, stepper = self.job, self.stepper
+        # WPO's weights depend on the policy, so the loss is not known beforehand.
+        if not job.starts_as_reference or not stepper.pairs.has_reference or result.skipped or job.train.use_weighting:
+            return
+        loss, beta = result.row["loss"], job.train.beta_at(0, stepper.plan.total_steps)
+        expected = expected_first_loss(stepper.objective, stepper.pairs, stepper.plan.pairs(0), beta)
+        tolerance = max(1.0, abs(expected)) * (1e-5 if job.coarser_dtype == "float32" else 1e-3)
+        gap = abs(loss - expected)
+        line = f"first loss {loss:.6f}, {gap:.1e} from {expected:.6f}, the loss of a policy that is the reference"
+        self.hooks.note(
+            line
+            if gap <= tolerance
+            else f"warning: {line} (expected within {tolerance:.0e}): policy and "
+            "reference round differently; score.dtype=float32 and model.dtype=float32 remove it"
+        )
+
+    def _count_skipped(self, skipped: str | None) -> None:
+        """Warn about a step that was not taken.
+
+        Raises:
+            TrainError: after more than ``train.max_skipped`` such steps in a row.
+        """
+        summary, most = self.summary, self.job.train.max_skipped
+        if skipped is None:
+            summary.skipped_in_a_row = 0
+            return
+        summary.skipped += 1
+        summary.skipped_in_a_row += 1
+        if summary.skipped_in_a_row > most:
+            self.saver.finish()  # the checkpoint under way is of a step that was taken
+            raise TrainError(
+                f"{skipped}. That was {summary.skipped_in_a_row} such step(s) in a row, more than "
+                f"train.max_skipped {most}; none of them was taken, and the last checkpoint is good. Lower "
+                "train.lr, or look at these pairs with 'raydpo show'"
+            )
+        self.hooks.note(f"warning: {skipped}. The step was not taken")
+
+
+def _resumed(job: TrainJob, engine: Engine, hooks: TrainHooks, checkpoint: Path) -> TrainSummary:
+    """Load a checkpoint into ``engine``; returns the summary in it."""
+    state = load_checkpoint(engine, checkpoint, job.fingerprint)
+    if (state.world_size, state.zero) != (engine.world_size, engine.zero):
+        hooks.note(
+            f"the checkpoint of step {state.step} was made by {state.world_size} worker(s) under ZeRO {state.zero}, "
+            f"now {engine.world_size} under ZeRO {engine.zero} continue: the same pairs in every step, losses equal "
+            "up to the order of sums"
+        )
+    return TrainSummary(**state.summary)
+
+
+def _tokens_per_batch(job: TrainJob, engine: Engine, summary: TrainSummary, hooks: TrainHooks) -> int:
+    """Token positions of a micro-batch: as set, as in the checkpoint, or measured."""
+    if job.tokens_per_batch is not None:
+        return job.tokens_per_batch
+    if job.train.tokens_per_batch != "auto":
+        return job.train.tokens_per_batch
+    if summary.tokens_per_batch:
+        return summary.tokens_per_batch
+    budget = engine.find_budget(job.memory_share)
+    hooks.note(budget.line())
+    return budget.tokens
+
+
+def _check_tokens(pairs: TrainingPairs | None, train: TrainConfig) -> None:
+    """Check that the reference's log-prob of each token is known if LD-DPO needs it.
+
+    Raises:
+        ConfigError: if only sums are known of some pairs.
+    """
+    if train.ld_alpha is None or pairs is None:
+        return
+    lacking = pairs.sums_only()
+    if len(lacking):
+        first = ", ".join(pairs.ids[int(row)].as_py() for row in lacking[:3])
+        raise ConfigError(
+            f"train.ld_alpha is {train.ld_alpha:g}, but of {len(lacking):,} of {len(pairs):,} pairs only the "
+            f"sum of the reference's log-probs was imported (first: {first}); set it to null, or score them "
+            "with 'raydpo score' into another cache (cache.uri)"
+        )

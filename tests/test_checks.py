@@ -1,0 +1,150 @@
+"""Bad configurations end with exit status 2 and a plain message before Ray or another process is started."""
+
+import json
+import shutil
+
+import pytest
+import yaml
+from tiny import preferences, write_preferences
+
+import raydpo
+from raydpo.cli.entry import main
+from raydpo.config import load_config
+from raydpo.errors import ConfigError
+
+FUNCTIONS = {
+    "score": raydpo.score,
+    "train": raydpo.train,
+    "run": raydpo.run,
+    "audit": raydpo.audit,
+    "sweep": raydpo.sweep,
+    "eval": raydpo.evaluate,
+}
+SWEEP = ["sweep={grid: {train.lr: [1.0e-3, 1.0e-4]}}"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tiny_llama):
+    """A configuration that is right, with a finished run of another name to evaluate."""
+    place = tmp_path_factory.mktemp("checks")
+    write_preferences(place / "a.jsonl", preferences(12))
+    shutil.copytree(tiny_llama, place / "bare", ignore=shutil.ignore_patterns("*token*"))
+    (place / "bad_functions.py").write_text(
+        "def not_a_number(prompt, answer): ...\nvalue = 3\ndef scalar(logps, config, beta): return logps.chosen.mean()\n"
+    )
+    (place / "empty.jsonl").write_text("")
+    (place / "nothing").mkdir()
+    (place / "broken.parquet").write_text("no parquet")
+    tree = {
+        "output": str(place / "runs"),
+        "name": "checked",
+        "model": {"path": str(tiny_llama), "dtype": "float32"},
+        "data": {"train": str(place / "a.jsonl"), "eval": {"fraction": 0.3}},
+        "evaluate": {"policy": str(tiny_llama)},
+    }
+    (place / "config.yaml").write_text(yaml.safe_dump(tree))
+    return place
+
+
+@pytest.fixture
+def no_ray(monkeypatch):
+    import ray
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+
+
+ALL = ("score", "train", "run", "audit", "eval", "sweep")
+TRAINING = ("train", "run", "sweep")
+BAD = [
+    (ALL, "train.loss=missing:loss", "'train.loss' is 'missing:loss', but missing cannot be imported"),
+    (ALL, "train.loss=bad_functions:value", "has no function 'value'"),
+    (ALL, "train.loss=bad_functions:scalar", "bad_functions:scalar"),
+    (ALL, "model.path=/nowhere/model", "'model.path' is '/nowhere/model', but there is no such directory"),
+    (ALL, "model.path={place}/empty", "model.safetensors"),
+    (ALL, "reference.path={place}/empty", "model.safetensors"),
+    (ALL, "model.tokenizer={place}/bare", "cannot load a tokenizer"),
+    (ALL, "data.train={place}/b.jsonl", "but there is no such file"),
+    (ALL, "data.eval.path={place}/b.jsonl; data.eval.fraction=null", "'data.eval.path'"),
+    (("score", *TRAINING, "audit"), "data.train={place}/empty.jsonl", "holds no records"),
+    (("score", *TRAINING, "audit"), "data.train={place}/nothing", "holds no .jsonl"),
+    (("run", "eval"), "data.eval={path: '{place}/config.yaml'}", "is of an unknown kind"),
+    (("eval",), "evaluate.data={place}/broken.parquet", "cannot read broken.parquet"),
+    (ALL, "data.chat_template='{% if %}'", "is not valid Jinja"),
+    (ALL, "data.filter=chosen_token<3", "did you mean 'chosen_tokens'"),
+    (ALL, "data.eval.path=", "override 'data.eval.path=' has no value"),
+    (ALL, "cache.uri=$UNSET/cache", "'cache.uri': '$UNSET/cache' contains the variable $UNSET"),
+    (ALL, "train.merge_adapter=true", "error: train.merge_adapter has no effect"),
+    (("score", *TRAINING, "audit"), "train.loss=simpo; reference.path={place}/bare", "compares with a reference"),
+    (("train", "run"), "sweep={grid: {train.lr: [1.0e-3]}}", "section 'sweep' has no effect"),
+    (("sweep",), "sweep=null", "nothing to sweep over"),
+    (("sweep",), "sweep={grid: {train.lr: [1.0e-3, fast]}}", "trial train.lr=fast: 'train.lr' is 'fast'"),
+    (("sweep",), "sweep={grid: {train.loss: [sigmoid, 'missing:loss']}}", "missing cannot be imported"),
+    (("sweep",), "sweep.evaluate=true; evaluate.policy=null; evaluate.score_with=missing:judge", "evaluate.score_with"),
+    (("eval",), "evaluate.score_with=missing:judge", "evaluate.score_with is 'missing:judge'"),
+    (("eval",), "evaluate.score_with=bad_functions:value", "which is not a function"),
+    (("eval",), "evaluate.judge={url: 'http://localhost:1/v1', model: m, key: NO_SUCH_KEY}", "NO_SUCH_KEY"),
+    (("eval",), "evaluate.reward_model={place}/bare", "score.weight"),
+    (("eval",), "data.eval=null", "no pairs to evaluate on"),
+    (("eval",), "evaluate.policy=null", "there is no trained policy"),
+    (("eval",), "evaluate.policy={place}/empty", "model.safetensors"),
+    (("eval",), "evaluate.policy={place}/adapter", "set evaluate.base"),
+]
+
+
+@pytest.mark.parametrize(
+    ("verb", "settings", "said"), [(verb, settings, said) for verbs, settings, said in BAD for verb in verbs]
+)
+def test_bad_input_is_refused_before_ray(verb, settings, said, place, no_ray, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    (place / "empty").mkdir(exist_ok=True)
+    (place / "empty" / "config.json").write_text("{}")
+    (place / "adapter").mkdir(exist_ok=True)
+    (place / "adapter" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/nowhere/base"}))
+    words = [*(SWEEP if verb == "sweep" else []), *settings.replace("{place}", str(place)).split("; ")]
+    assert main([verb, str(place / "config.yaml"), *words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and said in error and "Traceback" not in error, error
+    assert "configuration':" not in error
+    assert not (place / "runs" / "checked" / "run.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--model", "/nowhere/model", "--synthetic"], "--model is '/nowhere/model', but there is no such directory"),
+        (["--model", "{place}/empty", "--synthetic"], "model.safetensors"),
+        (["--model", "random-1b", "--data", "/nowhere/b.jsonl"], "--data is '/nowhere/b.jsonl', but there is no such file"),
+        (["--model", "random-1b"], "one of --data FILE and --synthetic"),
+    ],
+)
+def test_the_benchmark_refuses_bad_input_before_it_starts_a_process(words, said, place, no_ray, monkeypatch, capsys):
+    from raydpo.benchmark import command
+
+    def refuse(*args):
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr(command, "start", refuse)
+    (place / "empty").mkdir(exist_ok=True)
+    (place / "empty" / "config.json").write_text("{}")
+    words = [word.replace("{place}", str(place)) for word in words]
+    assert command.main([*words, "--full", "--pairs", "8", "--device", "cpu", "--work", str(place / "work")]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", FUNCTIONS)
+def test_callers_from_python_are_told_the_same(verb, place, no_ray):
+    config = load_config(place / "config.yaml", [*(SWEEP if verb == "sweep" else []), "train.loss=missing:loss"])
+    with pytest.raises(ConfigError, match="missing cannot be imported"):
+        FUNCTIONS[verb](config)
+
+
+@pytest.mark.parametrize("verb", ["score", "train", "run", "eval", "sweep"])
+def test_what_is_right_gets_as_far_as_ray(verb, place, no_ray, capsys):
+    """The other tests would also pass if nothing ever got there."""
+    more = SWEEP if verb == "sweep" else []
+    assert main([verb, str(place / "config.yaml"), *more]) == 1
+    assert "unexpected AssertionError: Ray was started" in capsys.readouterr().err
