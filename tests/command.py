@@ -22,8 +22,9 @@ SECONDS = 400
 
 def as_a_user(*arguments: object) -> subprocess.CompletedProcess[str]:
     """Run ``raydpo ARGUMENTS`` in a new interpreter and wait for its end."""
-    return subprocess.run([sys.executable, "-m", "raydpo.cli", *map(str, arguments)], capture_output=True, text=True,
-                          timeout=SECONDS)
+    return subprocess.run(
+        [sys.executable, "-m", "raydpo.cli", *map(str, arguments)], capture_output=True, text=True, timeout=SECONDS
+    )
 
 
 def raydpo(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -48,7 +49,7 @@ def _command(arguments: list[str], out: Path, err: Path, cwd: Path | None, varia
     for number, file in ((1, out), (2, err)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
     sys.stdout, sys.stderr = (os.fdopen(os.dup(number), "w", buffering=1) for number in (1, 2))
-    from raydpo.cli import main
+    from raydpo.cli.entry import main
 
     status: object = 1
     with contextlib.suppress(SystemExit):

@@ -7,7 +7,7 @@ from raydpo.config import load_config, lower_is_better
 from raydpo.config.metric import held_out_metrics
 from raydpo.errors import ConfigError
 from raydpo.losses import PairLogps, preference_loss
-from raydpo.training.launch import _checkpoint_config
+from raydpo.training.launch.launch import _checkpoint_config
 from raydpo.training.metrics import PairSums
 
 BETTER = {"loss": "min", "chosen_fell": "min", "accuracies": "max", "margins": "max"}
@@ -31,9 +31,11 @@ def tree(tmp_path):
     (tmp_path / "model").mkdir()
     for name in ("helpful", "harmless"):
         (tmp_path / f"{name}.jsonl").write_text("{}\n")
-    return {"output": str(tmp_path), "model": {"path": str(tmp_path / "model")},
-            "data": {"train": [str(tmp_path / f"{name}.jsonl") for name in ("helpful", "harmless")],
-                     "eval": {"fraction": 0.1}}}
+    return {
+        "output": str(tmp_path),
+        "model": {"path": str(tmp_path / "model")},
+        "data": {"train": [str(tmp_path / f"{name}.jsonl") for name in ("helpful", "harmless")], "eval": {"fraction": 0.1}},
+    }
 
 
 @pytest.mark.parametrize("metric", measured(["helpful", "harmless"]))

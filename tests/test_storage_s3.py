@@ -11,10 +11,10 @@ import pytest
 from pyarrow import fs as pafs
 from s3_server import s3_server
 
-from raydpo import storage as storage_module
 from raydpo.errors import RaydpoError
-from raydpo.local_copy import LocalCopy
-from raydpo.storage import Storage, stale_temporaries
+from raydpo.storage import files as storage_module
+from raydpo.storage.files import Storage, stale_temporaries
+from raydpo.storage.local_copy import LocalCopy
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +33,9 @@ def storage(s3):
 @pytest.fixture
 def hasty(storage, s3, monkeypatch):
     """The same place through a client that makes one attempt of its own, with three immediate retries of ours."""
-    storage.fs = pafs.S3FileSystem(endpoint_override=s3.address,
-                                   retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=1))
+    storage.fs = pafs.S3FileSystem(
+        endpoint_override=s3.address, retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=1)
+    )
     monkeypatch.setattr(storage_module, "WAITS", (0.001,) * 3)
     return storage
 
@@ -89,7 +90,8 @@ def test_failing_and_slow_requests_cost_time_alone(storage, s3):
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda number: storage.write(f"file-{number}", str(number).encode()), range(200)))
         assert list(pool.map(lambda number: storage.read(f"file-{number}"), range(200))) == [
-            str(number).encode() for number in range(200)]
+            str(number).encode() for number in range(200)
+        ]
     assert len(storage.list()) == 200
     assert s3.faults()["failed"] - before["failed"] > 20
 
@@ -117,8 +119,11 @@ def test_a_store_that_keeps_failing_is_one_readable_error_and_keeps_the_old(hast
     hasty.write("old", b"old")
     s3.faults(fail=1)
     for name in ("old", "new"):
-        with pytest.raises(RaydpoError, match=rf"cannot write {hasty}/{name}: the store failed 4 times in \d+ s, last "
-                           r"with .*on purpose.*Nothing stored is lost") as caught:
+        with pytest.raises(
+            RaydpoError,
+            match=rf"cannot write {hasty}/{name}: the store failed 4 times in \d+ s, last "
+            r"with .*on purpose.*Nothing stored is lost",
+        ) as caught:
             hasty.write(name, b"x" * size)
         assert "\n" not in str(caught.value)
     s3.heal()
@@ -152,8 +157,16 @@ def test_refusals_are_told_at_once_and_not_as_missing_files(storage, s3):
     storage.write("file", b"1")
     before = s3.faults(deny=1)["requests"]
     told = rf"cannot [a-z ]+ {storage}.*the store refuses, .*ACCESS_DENIED.*credentials"
-    for act in (storage.probe, lambda: storage.read("file"), lambda: storage.exists("file"), storage.list, storage.entries,
-                lambda: storage.delete("file"), lambda: storage.write("file", b"2"), storage.clock):
+    for act in (
+        storage.probe,
+        lambda: storage.read("file"),
+        lambda: storage.exists("file"),
+        storage.list,
+        storage.entries,
+        lambda: storage.delete("file"),
+        lambda: storage.write("file", b"2"),
+        storage.clock,
+    ):
         with pytest.raises(RaydpoError, match=told):
             act()
     assert s3.faults()["requests"] - before < 20
@@ -182,7 +195,7 @@ def test_address_in_the_uri(s3):
 
 def test_the_address_travels_with_the_environment_and_with_a_pickle(storage, s3, tmp_path):
     storage.write("file", b"data")
-    script = "import sys; from raydpo.storage import Storage; print(Storage(sys.argv[1]).read('file'))"
+    script = "import sys; from raydpo.storage.files import Storage; print(Storage(sys.argv[1]).read('file'))"
     run = subprocess.run([sys.executable, "-c", script, storage.uri], capture_output=True, text=True, env=os.environ)
     assert run.stdout == "b'data'\n", run.stderr
     script = "import pickle, sys; print(pickle.load(open(sys.argv[1], 'rb')).read('file'))"
@@ -192,9 +205,10 @@ def test_the_address_travels_with_the_environment_and_with_a_pickle(storage, s3,
     assert run.stdout == "b'data'\n", run.stderr
 
 
-def test_copies_are_read_once_over_the_network(storage, s3, tmp_path):
+def test_copies_are_read_once_over_the_network(storage, s3, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     storage.write("parts/one", b"sound")
-    copies = LocalCopy(storage, tmp_path)
+    copies = LocalCopy(storage)
     assert copies.fetch("parts/one", lambda data: data == b"sound") == b"sound"
     requests = s3.faults()["requests"]
     assert copies.fetch("parts/one", lambda data: data == b"sound") == b"sound"

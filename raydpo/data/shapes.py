@@ -13,7 +13,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-__all__ = ["PADDED_MULTIPLE", "POSITIONS_ONLY", "LayoutName", "Shapes", "Work", "common_prefix", "cut_group"]
+__all__ = ["PADDED_MULTIPLE", "POSITIONS_ONLY", "LayoutName", "PositionCost", "Shapes", "common_prefix", "cut_group"]
 
 LayoutName = Literal["tree", "packed", "padded"]
 """Layout of a micro-batch, see ``model.layout``."""
@@ -23,7 +23,7 @@ PADDED_MULTIPLE = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
+class PositionCost:
     """Cost of the parts of a forward pass, relative to one token position.
 
     Attributes:
@@ -35,7 +35,7 @@ class Work:
     head: float = 0.0
 
 
-POSITIONS_ONLY = Work()
+POSITIONS_ONLY = PositionCost()
 """A model whose only cost is its token positions."""
 
 
@@ -73,18 +73,30 @@ class Shapes:
         for index in range(1, count):
             common[index] = common_prefix(prompts[order[index - 1]], prompts[order[index]])
         prompt = np.array([len(prompt) for prompt in prompts], np.int64)
-        return cls(prompt, np.array([sum(lengths) for lengths in completions], np.int64),
-                   np.array([sum(length * length for length in lengths) for lengths in completions], np.int64),
-                   prompt + np.array([max(lengths) for lengths in completions], np.int64),
-                   np.array([len(lengths) for lengths in completions], np.int64), place, common)
+        return cls(
+            prompt,
+            np.array([sum(lengths) for lengths in completions], np.int64),
+            np.array([sum(length * length for length in lengths) for lengths in completions], np.int64),
+            prompt + np.array([max(lengths) for lengths in completions], np.int64),
+            np.array([len(lengths) for lengths in completions], np.int64),
+            place,
+            common,
+        )
 
     @classmethod
     def of_lengths(cls, prompt: np.ndarray, *completions: np.ndarray) -> Shapes:
         """Shapes of groups that share nothing, from the lengths of prompts and of each completion: int arrays [groups]."""
         stacked = np.stack(completions).astype(np.int64)
         count = len(prompt)
-        return cls(prompt.astype(np.int64), stacked.sum(0), (stacked**2).sum(0), prompt + stacked.max(0),
-                   np.full(count, len(completions)), np.arange(count), np.zeros(count, np.int64))
+        return cls(
+            prompt.astype(np.int64),
+            stacked.sum(0),
+            (stacked**2).sum(0),
+            prompt + stacked.max(0),
+            np.full(count, len(completions)),
+            np.arange(count),
+            np.zeros(count, np.int64),
+        )
 
     def __len__(self) -> int:
         return len(self.prompt)
@@ -93,7 +105,7 @@ class Shapes:
         """Token positions of each group alone, int [groups]."""
         return positions(layout, self.prompt, self.tokens, self.longest, self.rows)
 
-    def cost(self, layout: LayoutName, work: Work) -> np.ndarray:
+    def cost(self, layout: LayoutName, work: PositionCost) -> np.ndarray:
         """Work on each group alone, in token positions, float [groups]."""
         repeats = 1 if layout == "tree" else self.rows
         looks = repeats * self.prompt**2 / 2 + self.prompt * self.tokens + self.squares / 2

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from raydpo.config import Config
-from raydpo.console import Console
 from raydpo.quickstart import PREFERENCES
+from raydpo.terminal.console import Console
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -69,17 +69,21 @@ def measure_effect(config: Config) -> Effect | None:
     from raydpo.data.pairs import load_pairs
     from raydpo.data.tokenise import Tokeniser, load_tokenizer
     from raydpo.evaluation.policy import find_policy
-    from raydpo.pipeline import find_reference
+    from raydpo.pipeline.prepare import open_reference
     from raydpo.reference.identity import resolve_model
 
-    tokeniser = Tokeniser(load_tokenizer(resolve_model(config.model.tokenizer or config.model.path),
-                                         chat_template=config.data.chat_template,
-                                         trust_remote_code=config.model.trust_remote_code))
+    tokeniser = Tokeniser(
+        load_tokenizer(
+            resolve_model(config.model.tokenizer or config.model.path),
+            chat_template=config.data.chat_template,
+            trust_remote_code=config.model.trust_remote_code,
+        )
+    )
     held_out = load_pairs(config.data, tokeniser).eval
     if held_out is None or not held_out.num_rows:
         return None
     prompts = held_out.slice(0, PROMPTS)  # no two shipped pairs have the same prompt
-    reference, _ = find_reference(config, "float32")
+    reference, _ = open_reference(config, "float32")
     policy = find_policy(config, reference.identity.dtype)
     return Effect(_answers(reference, prompts, tokeniser), _answers(policy.spec, prompts, tokeniser))
 
@@ -89,7 +93,8 @@ def _answers(spec: ReferenceSpec, pairs: pa.Table, tokeniser: Tokeniser) -> list
     import pyarrow as pa
     import torch
 
-    from raydpo.evaluation.answers import ROWS, Answering
+    from raydpo.answers.answering import Answering
+    from raydpo.answers.draws import ROWS
 
     # One thread: sums depend on the number of threads, and threads that wait for each other are slow on a busy machine.
     threads = torch.get_num_threads()
@@ -106,7 +111,11 @@ def _answers(spec: ReferenceSpec, pairs: pa.Table, tokeniser: Tokeniser) -> list
 def print_effect(effect: Effect, console: Console) -> None:
     """Print in how many answers the property holds, before and after."""
     count = len(effect.before)
-    console.say(f"bullet lists among the answers to {count} held-out prompts: {effect.lists_before} before training "
-                f"({effect.lists_before / count:.0%}), {effect.lists_after} after ({effect.lists_after / count:.0%})")
-    console.say("  (a bullet list: the first line and at least one more begin with '- '; greedy answers of at most "
-                f"{MAX_TOKENS} tokens)")
+    console.say(
+        f"bullet lists among the answers to {count} held-out prompts: {effect.lists_before} before training "
+        f"({effect.lists_before / count:.0%}), {effect.lists_after} after ({effect.lists_after / count:.0%})"
+    )
+    console.say(
+        "  (a bullet list: the first line and at least one more begin with '- '; greedy answers of at most "
+        f"{MAX_TOKENS} tokens)"
+    )

@@ -2,87 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 
 from raydpo.data.facts import prompt_numbers
 from raydpo.data.pairs import PAIR_MARGIN, PAIR_WEIGHT
 from raydpo.data.shapes import Shapes
-from raydpo.errors import CacheMissError
 from raydpo.model.layout import PromptGroup
-from raydpo.reference.identity import QUANTIZED, ReferenceIdentity
-from raydpo.reference.index import as_bytes
-from raydpo.reference.join import Joined, join
-from raydpo.reference.store import UNVERIFIED, ReferenceCache
+from raydpo.reference.pairs import SIDES
 
-__all__ = ["TrainingPairs", "join_reference", "reference_values"]
-
-SIDES = ("chosen", "rejected")
-
-
-def join_reference(table: pa.Table, cache: ReferenceCache, what: str) -> pa.Table:
-    """Add the reference's values to ``table``, in memory-mapped files.
-
-    Adds ``ref_chosen_logps`` and ``ref_rejected_logps`` (list<float32>, of the tokens in use; NaN where the cache holds only
-    sums), and ``ref_chosen_sum`` and ``ref_rejected_sum`` (float64).
-
-    Raises:
-        CacheMissError: if the cache lacks rows, or has too few of their tokens. Says how many, of which sources, the first
-            few, and the command that scores them.
-    """
-    joined = reference_values(table, cache)
-    lacking = np.isnan(joined[0].sums) | np.isnan(joined[1].sums)
-    if lacking.any():
-        raise _miss(table, lacking, cache, what)
-    for side, found in zip(SIDES, joined, strict=True):
-        table = table.append_column(f"ref_{side}_logps", found.lists(0, table.num_rows))
-        table = table.append_column(f"ref_{side}_sum", pa.array(found.sums))
-    return table
-
-
-def reference_values(table: pa.Table, cache: ReferenceCache) -> tuple[Joined, Joined]:
-    """Cached values of the chosen and of the rejected completions of pairs."""
-    chosen, rejected = (
-        join(cache, np.concatenate([np.empty((0, 16), np.uint8), *map(as_bytes, table[f"{side}_key"].chunks)]),
-             pc.list_value_length(table[f"{side}_ids"]).to_numpy().astype(np.int32)) for side in SIDES)
-    return chosen, rejected
-
-
-def _miss(table: pa.Table, lacking: np.ndarray, cache: ReferenceCache, what: str) -> CacheMissError:
-    rows = table.filter(pa.array(lacking))
-    sources = ", ".join(f"{entry['values']}: {entry['counts']}" for entry in pc.value_counts(rows["source"]).to_pylist())
-    first = ", ".join(rows["pair_id"].slice(0, 3).to_pylist())
-    parts = [f"reference log-probs are missing for {rows.num_rows} of {table.num_rows} {what} pairs ({sources}; first: "
-             f"{first}) in {cache.storage}, identity {cache.identity.digest}"]
-    others = [other for other in cache.identities(cache.storage) if other != cache.identity]
-    if rows.num_rows == table.num_rows and others:
-        parts += [f"the cache holds identity {other.digest}, which is another reference "
-                  f"({'; '.join(cache.identity.differences(other))}){_as_it_is(cache.identity, other)}"
-                  for other in others[:3]]
-    imported = sum(part.rows for part in cache.parts(UNVERIFIED))
-    if imported and not cache.unverified:
-        parts.append(f"it holds {imported:,} imported rows that are not verified: run 'raydpo cache verify {cache.storage} "
-                     "--config CONFIG', or set cache.allow_unverified=true to train on them")
-    parts += cache.problems
-    return CacheMissError("; ".join(parts) + ". Run 'raydpo score' (or 'raydpo run') with this configuration to fill it")
-
-
-def _as_it_is(mine: ReferenceIdentity, other: ReferenceIdentity) -> str:
-    """The settings that train against ``other``, if it differs only in the precision of the weights."""
-    if mine.quantisation == other.quantisation or \
-            dataclasses.replace(mine, quantisation=other.quantisation, dtype=other.dtype) != other:
-        return ""
-    name = next((name for name, made in QUANTIZED.items() if made == other.quantisation), "none")
-    settings = [f"reference.quantization={name}", "reference.allow_other_quantization=true"]
-    if mine.dtype != other.dtype:
-        settings.append(f"score.dtype={other.dtype}")
-    return f"; to train against it anyway: {' '.join(settings)}"
+__all__ = ["TrainingPairs"]
 
 
 class TrainingPairs:
@@ -102,9 +35,15 @@ class TrainingPairs:
     def __init__(self, table: pa.Table) -> None:
         table = table.combine_chunks()
         self.has_reference = "ref_chosen_logps" in table.column_names
-        self._lists = {name: _Ragged(table[name]) for name in (
-            "prompt_ids", "chosen_ids", "rejected_ids", *(("ref_chosen_logps", "ref_rejected_logps") if self.has_reference
-                                                          else ()))}
+        self._lists = {
+            name: _Ragged(table[name])
+            for name in (
+                "prompt_ids",
+                "chosen_ids",
+                "rejected_ids",
+                *(("ref_chosen_logps", "ref_rejected_logps") if self.has_reference else ()),
+            )
+        }
         self._prompts = table.select(["prompt_ids"])
         self.ids = table["pair_id"]
         encoded = table["source"].combine_chunks().dictionary_encode()
@@ -115,15 +54,20 @@ class TrainingPairs:
         weights = table["weight"].to_numpy()
         self.weights = np.array([weights[self.sources == source][0] for source in range(len(self.source_names))])
         self.prompt_tokens, self.chosen_tokens, self.rejected_tokens = (
-            self._lists[name].lengths for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
-        self.pair_weights, self.pair_margins = (table[name].to_numpy() if name in table.column_names else None
-                                                for name in (PAIR_WEIGHT, PAIR_MARGIN))
+            self._lists[name].lengths for name in ("prompt_ids", "chosen_ids", "rejected_ids")
+        )
+        self.pair_weights, self.pair_margins = (
+            table[name].to_numpy() if name in table.column_names else None for name in (PAIR_WEIGHT, PAIR_MARGIN)
+        )
         if not self.has_reference:
             self.ref_chosen, self.ref_rejected = np.zeros(len(self.ids)), np.zeros(len(self.ids))
             return
         self.ref_chosen, self.ref_rejected = (
-            table[f"ref_{side}_sum"].to_numpy() if f"ref_{side}_sum" in table.column_names else
-            self._lists[f"ref_{side}_logps"].sums() for side in SIDES)
+            table[f"ref_{side}_sum"].to_numpy()
+            if f"ref_{side}_sum" in table.column_names
+            else self._lists[f"ref_{side}_logps"].sums()
+            for side in SIDES
+        )
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -132,8 +76,9 @@ class TrainingPairs:
     def shapes(self) -> Shapes:
         """Lengths and shared tokens of the pairs, for the batch plan."""
         prompts = self._lists["prompt_ids"]
-        return Shapes.of([prompts[row] for row in range(len(self))],
-                         np.stack([self.chosen_tokens, self.rejected_tokens], axis=1).tolist())
+        return Shapes.of(
+            [prompts[row] for row in range(len(self))], np.stack([self.chosen_tokens, self.rejected_tokens], axis=1).tolist()
+        )
 
     @cached_property
     def prompts(self) -> np.ndarray:
@@ -143,8 +88,9 @@ class TrainingPairs:
     def groups(self, rows: Sequence[int]) -> list[PromptGroup]:
         """The pairs in ``rows``, each as a group (chosen, rejected)."""
         lists = self._lists
-        return [PromptGroup(lists["prompt_ids"][row], (lists["chosen_ids"][row], lists["rejected_ids"][row]))
-                for row in rows]
+        return [
+            PromptGroup(lists["prompt_ids"][row], (lists["chosen_ids"][row], lists["rejected_ids"][row])) for row in rows
+        ]
 
     def source_of(self, rows: Sequence[int] | np.ndarray, device: torch.device) -> torch.Tensor:
         """Source numbers of ``rows``, int64 [rows]."""
@@ -156,8 +102,9 @@ class TrainingPairs:
 
     def reference_tails(self, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Sums of the reference log-probs of tokens beyond the length of the shorter completion, float64 [rows]."""
-        tails = np.array([[side[min(map(len, sides)):].sum(dtype=np.float64) for side in sides]
-                          for sides in map(self.reference, rows)])
+        tails = np.array(
+            [[side[min(map(len, sides)) :].sum(dtype=np.float64) for side in sides] for sides in map(self.reference, rows)]
+        )
         return tails[:, 0], tails[:, 1]
 
     def sums_only(self) -> np.ndarray:

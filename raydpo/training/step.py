@@ -12,20 +12,20 @@ from torch import Tensor
 
 from raydpo.config import TrainConfig
 from raydpo.data.plan import BatchPlan, MicroBatch
+from raydpo.data.prefetch import prefetch
 from raydpo.errors import DeviceMemoryError
-from raydpo.losses import Memory, Objective, PairLogps, PreferenceLoss
+from raydpo.losses import Objective, ObjectiveState, PairLogps, PreferenceLoss
 from raydpo.model.budget import is_out_of_memory, used_memory
 from raydpo.model.layout import Layout
-from raydpo.prefetch import prefetch
 from raydpo.training.clock import StepClock
 from raydpo.training.evaluate import AllPairLogps, pair_logps
 from raydpo.training.metrics import PairSums
 from raydpo.training.pairs import TrainingPairs
-from raydpo.training.protocols import StepEngine
+from raydpo.training.policy.engine import StepEngine
 from raydpo.training.schedule import learning_rate, warmup_steps
 from raydpo.training.whole_step import WholeStep
 
-__all__ = ["Step", "StepResult", "Stepper", "Wishes"]
+__all__ = ["Step", "StepRequests", "StepResult", "Stepper"]
 
 
 @dataclass(frozen=True)
@@ -38,18 +38,18 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Wishes:
+class StepRequests:
     """Requests of one rank to all ranks after this step. They travel in the metrics' all-reduce.
 
     Attributes:
         stop: end the session, with a checkpoint.
         checkpoint: make a checkpoint.
-        storing: none; this rank is still uploading its share of the checkpoint before.
+        uploading: none; this rank is still uploading its share of the checkpoint before.
     """
 
     stop: bool = False
     checkpoint: bool = False
-    storing: bool = False
+    uploading: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,14 @@ class StepResult:
 
     Attributes:
         row: its metrics, averaged over its pairs on all ranks.
-        stop, checkpoint, storing: whether any rank requested it, see ``Wishes``.
+        stop, checkpoint, uploading: whether any rank requested it, see ``StepRequests``.
         skipped: why the weights were left unchanged (a loss or gradient that is not finite), or None.
     """
 
     row: dict[str, float]
     stop: bool
     checkpoint: bool
-    storing: bool
+    uploading: bool
     skipped: str | None
 
 
@@ -84,7 +84,7 @@ class Stepper:
     engine: StepEngine
     objective: Objective
     clock: StepClock
-    memory: Memory
+    memory: ObjectiveState
 
     def prepared(self, first: int = 0) -> Iterator[Step]:
         """All steps from number ``first``, counted from 0. Each is laid out in another thread while the one before it is
@@ -92,10 +92,16 @@ class Stepper:
         return iter(prefetch(range(first, self.plan.total_steps), self._prepare, ahead=1))
 
     def _prepare(self, number: int) -> Step:
-        return Step(number, self.plan.pairs(number), [(batch, self.engine.lay_out(self.pairs.groups(batch.pairs)))
-                                                      for batch in self.plan.micro_batches(number, self.engine.replica)])
+        return Step(
+            number,
+            self.plan.pairs(number),
+            [
+                (batch, self.engine.lay_out(self.pairs.groups(batch.pairs)))
+                for batch in self.plan.micro_batches(number, self.engine.replica)
+            ],
+        )
 
-    def take(self, step: Step, wishes: Wishes | None = None) -> StepResult:
+    def take(self, step: Step, requests: StepRequests | None = None) -> StepResult:
         """Take one optimizer step. If its loss or gradient is not finite on any rank, no rank takes it.
 
         Raises:
@@ -105,21 +111,25 @@ class Stepper:
         beta = train.beta_at(number, plan.total_steps)
         whole = self._first_pass(step, beta)
         sums, losses = self._forward_and_backward(step, beta, whole)
-        metrics, (stop, checkpoint, storing), busy = _add_up(sums, wishes or Wishes(), clock.busy, engine)
-        rate = learning_rate(number, peak=train.lr, schedule=train.schedule, total_steps=plan.total_steps,
-                             warmup=warmup_steps(train.warmup, plan.total_steps))
+        metrics, (stop, checkpoint, uploading), busy = _add_up(sums, requests or StepRequests(), clock.busy, engine)
+        rate = learning_rate(
+            number,
+            peak=train.lr,
+            schedule=train.schedule,
+            total_steps=plan.total_steps,
+            warmup=warmup_steps(train.warmup, plan.total_steps),
+        )
         with clock.phase("optimizer"):
             grad_norm = engine.step(rate)
         what = "loss" if not np.isfinite(metrics["loss"]) else "gradient norm" if not np.isfinite(grad_norm) else None
-        skipped = None if what is None else \
-            f"the {what} of step {number + 1} is not finite; {self._culprits(losses, what)}"
+        skipped = None if what is None else f"the {what} of step {number + 1} is not finite; {self._culprits(losses, what)}"
         if whole is not None:
             beta = whole.beta
             self.memory = self.memory if skipped else whole.memory
         facts, times = self._facts(step)
         row = metrics | {"grad_norm": grad_norm, "learning_rate": rate} | facts | {"skipped": float(skipped is not None)}
         row |= times | _slowest(busy) | ({"beta": beta} if train.beta_moves else {})
-        return StepResult(row, stop > 0, checkpoint > 0, storing > 0, skipped)
+        return StepResult(row, stop > 0, checkpoint > 0, uploading > 0, skipped)
 
     def _first_pass(self, step: Step, beta: float) -> WholeStep | None:
         """Compute the log-probs of the whole step without gradients, if the objective needs them. All ranks call it."""
@@ -130,12 +140,13 @@ class Stepper:
             with self.clock.phase("forward"):
                 everything.compute(step.batches)
             with self.clock.phase("wait"):
-                self.engine.meet()
+                self.engine.barrier()
             with self.clock.phase("forward"):
                 return WholeStep(self.objective, step.rows, everything.join(), beta, self.memory)
 
-    def _forward_and_backward(self, step: Step, beta: float, whole: WholeStep | None
-                              ) -> tuple[PairSums, list[tuple[MicroBatch, Tensor]]]:
+    def _forward_and_backward(
+        self, step: Step, beta: float, whole: WholeStep | None
+    ) -> tuple[PairSums, list[tuple[MicroBatch, Tensor]]]:
         """Add the gradients of this rank's micro-batches. Returns the sums of the metrics, and by micro-batch a value of
         each pair that is not finite if the pair spoils the step."""
         pairs, engine, clock = self.pairs, self.engine, self.clock
@@ -154,18 +165,19 @@ class Stepper:
                     share = share * (1 + 0 * (share + loss.losses.sum().float()).detach())
                 if last:
                     with clock.phase("wait"):
-                        engine.meet()
+                        engine.barrier()
                 with clock.phase("backward"):
                     engine.backward(share, last=last)
-            if batch.counts and engine.leads:
+            if batch.counts and engine.is_leader:
                 sums.add(loss, logps, pairs.source_of(batch.pairs, engine.device))
                 # In a whole step the pair to blame has such log-probs itself, not only a loss that another pair spoiled.
                 blamed = loss.losses if whole is None else logps.chosen_logratio + logps.rejected_logratio
                 losses.append((batch, blamed.detach()))
         return sums, losses
 
-    def _loss(self, batch: MicroBatch, logps: PairLogps, beta: float, whole: WholeStep | None
-              ) -> tuple[PreferenceLoss, Tensor]:
+    def _loss(
+        self, batch: MicroBatch, logps: PairLogps, beta: float, whole: WholeStep | None
+    ) -> tuple[PreferenceLoss, Tensor]:
         """Losses and rewards of a micro-batch, and a number whose gradient is that of the losses' sum."""
         if whole is not None:
             return whole.part(batch.pairs, logps)
@@ -179,15 +191,25 @@ class Stepper:
         tokens = float((pairs.prompt_tokens[rows] + pairs.chosen_tokens[rows] + pairs.rejected_tokens[rows]).sum())
         times = self.clock.lap()
         seconds = sum(times[f"time/{phase}"] for phase in ("data", "forward", "backward", "optimizer", "wait", "other"))
-        return {"epoch": (step.number + 1) / self.plan.steps_per_epoch, "pairs": float(len(rows)), "tokens": tokens,
-                "seconds": seconds, "tokens_per_second": tokens / seconds, "pairs_per_second": len(rows) / seconds,
-                "peak_memory_bytes": used_memory(self.engine.device)}, times
+        return {
+            "epoch": (step.number + 1) / self.plan.steps_per_epoch,
+            "pairs": float(len(rows)),
+            "tokens": tokens,
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+            "pairs_per_second": len(rows) / seconds,
+            "peak_memory_bytes": used_memory(self.engine.device),
+        }, times
 
     def _culprits(self, losses: Sequence[tuple[MicroBatch, Tensor]], what: str) -> str:
         """Name the pairs and ranks of a step that was not taken: pairs whose loss is not finite, or all of them if only the
         gradient is not. All ranks call it."""
-        mine = [row for batch, values in losses for row, value in zip(batch.pairs, values.tolist(), strict=True)
-                if what != "loss" or not np.isfinite(value)]
+        mine = [
+            row
+            for batch, values in losses
+            for row, value in zip(batch.pairs, values.tolist(), strict=True)
+            if what != "loss" or not np.isfinite(value)
+        ]
         everyone = self.engine.gather_objects(_names(self.pairs, mine) if mine else None)
         told = "; ".join(f"rank {rank}: {names}" for rank, names in enumerate(everyone) if names)
         return f"its pairs are {told}" if told else "no pair has such a loss by itself: their sum overflowed"
@@ -201,17 +223,20 @@ class Stepper:
             if not is_out_of_memory(error):
                 raise
             positions = self.plan.tokens_per_batch // self.engine.sequence_parallel
-            raise DeviceMemoryError(f"{positions} token positions a micro-batch do not fit in memory: "
-                                    f"{str(error).splitlines()[0][:200]}. Set train.tokens_per_batch lower, or "
-                                    "train.gradient_checkpointing=true") from error
+            raise DeviceMemoryError(
+                f"{positions} token positions a micro-batch do not fit in memory: "
+                f"{str(error).splitlines()[0][:200]}. Set train.tokens_per_batch lower, or "
+                "train.gradient_checkpointing=true"
+            ) from error
 
 
-def _add_up(sums: PairSums, wishes: Wishes, busy: float, engine: StepEngine
-            ) -> tuple[dict[str, float], list[float], list[float]]:
-    """Sum metrics and wishes over all ranks, and collect every rank's busy seconds of the step before, in one all-reduce."""
+def _add_up(
+    sums: PairSums, requests: StepRequests, busy: float, engine: StepEngine
+) -> tuple[dict[str, float], list[float], list[float]]:
+    """Sum metrics and requests over all ranks and collect their busy seconds of the step before, in one all-reduce."""
     ranks, size = engine.world_size, sums.values.numel()
     rest = torch.zeros(3 + ranks, dtype=torch.float64)
-    rest[:3] = torch.tensor([wishes.stop, wishes.checkpoint, wishes.storing], dtype=torch.float64)
+    rest[:3] = torch.tensor([requests.stop, requests.checkpoint, requests.uploading], dtype=torch.float64)
     rest[3 + engine.rank] = busy
     everything = engine.sum_over_ranks(torch.cat((sums.values, rest.to(engine.device))))
     sums.values = everything[:size]

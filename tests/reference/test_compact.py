@@ -11,12 +11,12 @@ import pytest
 from killing import killed_at_every_line
 from rows import ONE, files, rows, same, values
 
-from raydpo import storage as storage_module
 from raydpo.reference import compact as compact_module
 from raydpo.reference import store as store_module
 from raydpo.reference.compact import compact, delete_garbage, find_garbage
 from raydpo.reference.part import builder_of
 from raydpo.reference.store import PARTS, SET_ASIDE, ReferenceCache
+from raydpo.storage import files as storage_module
 
 
 def fresh(uri):
@@ -122,8 +122,16 @@ def test_superseded_rows_that_nobody_else_answers_are_kept(tmp_path):
     cache = fresh(tmp_path)
     cache.refresh()
     part = cache.read(cache.paths()[0])
-    name, data = store_module.encode_part(ONE, part.keys.slice(0, 2), part.tokens[:2], part.logps.slice(0, 2), {},
-                                          builder="compact0", time_ns=1, supersedes=[part.info.name])
+    name, data = store_module.encode_part(
+        ONE,
+        part.keys.slice(0, 2),
+        part.tokens[:2],
+        part.logps.slice(0, 2),
+        {},
+        builder="compact0",
+        time_ns=1,
+        supersedes=[part.info.name],
+    )
     cache.storage.write(f"{ONE.digest}/{PARTS}/{name}", data)
     assert find_garbage(fresh(tmp_path)) == []
     assert same(values(fresh(tmp_path), keys), logps)

@@ -18,9 +18,22 @@ KEY = "AKIA" + "ABCDEFGHIJKLMNOP"
 @pytest.fixture
 def project(tmp_path):
     place = tmp_path / "project"
-    for name in ("config.yaml", "jobs/a.yaml", "code/own_loss.py", "data/prefs.jsonl", "model/model.safetensors",
-                 "runs/one/config.yaml", ".env", "deep/below/.env.local", "deep/id_rsa", ".ssh/known", "deep/cloud.pem",
-                 "code/__pycache__/own_loss.pyc", "notes/later.txt", "service-account-prod.json"):
+    for name in (
+        "config.yaml",
+        "jobs/a.yaml",
+        "code/own_loss.py",
+        "data/prefs.jsonl",
+        "model/model.safetensors",
+        "runs/one/config.yaml",
+        ".env",
+        "deep/below/.env.local",
+        "deep/id_rsa",
+        ".ssh/known",
+        "deep/cloud.pem",
+        "code/__pycache__/own_loss.pyc",
+        "notes/later.txt",
+        "service-account-prod.json",
+    ):
         path = place / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("nothing\n")
@@ -96,5 +109,5 @@ def test_this_project_is_packed_small_and_ray_leaves_out_the_same(tmp_path):
     assert [line for line in lines if not line.startswith("#")] == [*LEFT_OUT, "tests/"]
     assert set(SECRET_FILES) <= set(LEFT_OUT)
     done = pack(ROOT, tmp_path)
-    assert {"raydpo/cli.py", "jobs/run.py", "raydpo/reference/build.py"} <= set(done.files)
+    assert {"raydpo/cli/entry.py", "jobs/run.py", "raydpo/reference/build.py"} <= set(done.files)
     assert done.bytes < 2 << 20, done.line()

@@ -36,15 +36,26 @@ def runs(table, model, scratch):
     for kind in KINDS:
         # File order: the third step of eight pairs holds the bad one.
         run = train_here(spoiled(table, [BAD]), model, scratch, shuffle=False, steps=4, starts_as_reference=False, **kind)
-        found.append(([note for note in run.notes if "not finite" in note], run.steps, run.summary,
-                      {name: tensor.float().sum().item() for name, tensor in run.engine.gather().items()}))
+        found.append(
+            (
+                [note for note in run.notes if "not finite" in note],
+                run.steps,
+                run.summary,
+                {name: tensor.float().sum().item() for name, tensor in run.engine.gather().items()},
+            )
+        )
     return found
 
 
 def clean(table, model, scratch):
     """Losses without spoiled pairs, for every kind. Only the first two steps can be compared: the third is not taken."""
-    return [[row["loss"] for row in train_here(table, model, scratch, shuffle=False, steps=4, starts_as_reference=False,
-                                                **kind).steps] for kind in KINDS]
+    return [
+        [
+            row["loss"]
+            for row in train_here(table, model, scratch, shuffle=False, steps=4, starts_as_reference=False, **kind).steps
+        ]
+        for kind in KINDS
+    ]
 
 
 def test_the_step_is_not_taken_and_pair_and_rank_are_named(table, tiny_llama, tmp_path):
@@ -81,8 +92,9 @@ def test_a_run_goes_on_exactly_from_a_checkpoint_of_a_step_that_was_not_taken(ta
 
 def too_many(table, model, scratch):
     with pytest.raises(TrainError) as caught:
-        train_here(spoiled(table, range(16, 33)), model, scratch, shuffle=False, starts_as_reference=False, steps=9,
-                   max_skipped=1)
+        train_here(
+            spoiled(table, range(16, 33)), model, scratch, shuffle=False, starts_as_reference=False, steps=9, max_skipped=1
+        )
     return str(caught.value)
 
 
@@ -110,40 +122,3 @@ def test_a_slow_rank_is_found_waited_for_and_named_once(table, tiny_llama, tmp_p
     assert {row["slowest_rank"] for row in fast[1:]} == {1.0}
     assert len(notes) == 1 and "rank 1 has been the slowest for 20 steps" in notes[0]
     assert median(row["time/wait"] for row in fast) > 0.2 > median(row["time/wait"] for row in slow)
-
-
-def with_both_engines(table, model, scratch):
-    """Losses and gradient norms of three steps with DeepSpeed, and of the same steps with torch alone."""
-    import torch
-
-    from raydpo.benchmark.kernels import KernelEngine
-    from raydpo.config import TrainConfig
-    from raydpo.data.plan import BatchPlan
-    from raydpo.losses import Memory, Objective
-    from raydpo.training.clock import StepClock
-    from raydpo.training.engine import PolicySpec
-    from raydpo.training.pairs import TrainingPairs
-    from raydpo.training.step import Stepper
-
-    found = []
-    for kind in (dict(use_weighting=True), dict(loss="aot")):
-        settings = dict(lr=1e-3, pairs_per_step=8, steps=3, zero=0) | kind
-        run = train_here(table, model, scratch, shuffle=False, **settings)
-        train, pairs, cpu = TrainConfig(**settings), TrainingPairs(table), torch.device("cpu")
-        engine = KernelEngine(PolicySpec(path=str(model), dtype="float32", lora=None), train, cpu)
-        plan = BatchPlan(pairs.shapes, pairs.sources, pairs.weights, seed=train.seed, pairs_per_step=8,
-                         tokens_per_batch=1024, world_size=1, shuffle=False, epochs=None, steps=3,
-                         layout=engine.module.method.layout)
-        stepper = Stepper(train, plan, pairs, engine, Objective(train), StepClock(cpu), Memory())
-        rows = [stepper.take(step).row for step in stepper.prepared()]
-        found.append([[(row["loss"], row["grad_norm"]) for row in each] for each in (run.steps, rows)])
-    return found
-
-
-def test_an_engine_without_deepspeed_takes_the_same_steps(table, tiny_llama, tmp_path):
-    """WPO's weights and whole-step losses need more of an engine than log-probs and gradients."""
-    (found,) = run_distributed(with_both_engines, 1, tmp_path / "a", table, tiny_llama, tmp_path / "s")
-    for ours, theirs in found:
-        assert len(ours) == 3
-        for one, other in zip(ours, theirs, strict=True):
-            assert other == pytest.approx(one, rel=1e-4)

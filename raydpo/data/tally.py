@@ -1,0 +1,155 @@
+"""Report on every record: kept, truncated, dropped, malformed, and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from raydpo.config import DataConfig
+from raydpo.errors import DataError
+
+__all__ = ["DataReport", "Faults", "SourceReport"]
+
+FIRST_PLACES = 3
+
+
+@dataclass
+class Faults:
+    """Number of faults by reason, and the first few places of each."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    places: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, reason: str, where: str) -> None:
+        self.counts[reason] += 1
+        first = self.places.setdefault(reason, [])
+        if len(first) < FIRST_PLACES and where not in first:
+            first.append(where)
+
+    @property
+    def total(self) -> int:
+        return self.counts.total()
+
+    def __str__(self) -> str:
+        """``12 missing column 'chosen' (a.jsonl:3, a.jsonl:8, a.jsonl:9, ...); ...``, most frequent first."""
+        return "; ".join(
+            f"{count:,} {reason} ({', '.join(self.places[reason])}{', ...' if count > len(self.places[reason]) else ''})"
+            for reason, count in self.counts.most_common()
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {reason: {"count": count, "first": self.places[reason]} for reason, count in self.counts.most_common()}
+
+
+@dataclass
+class SourceReport:
+    """Report on one source.
+
+    Attributes:
+        records: lines or rows read.
+        malformed_records: records that gave no pair or a faulty one, because of ``malformed``.
+        pairs: well-formed pairs; more than records if records rank several completions.
+        kept: pairs that are left.
+        truncated: completions (not pairs) that max_length shortened.
+        dropped: well-formed pairs that were dropped, by reason.
+        duplicates: kept pairs with the same tokens as an earlier one, of any source.
+        merged: pairs whose prompt, tokenised alone, is no prefix of prompt and completion.
+        several_turns: pairs with a completion that continues beyond the assistant's first turn.
+    """
+
+    name: str
+    path: str
+    records: int = 0
+    malformed_records: int = 0
+    pairs: int = 0
+    kept: int = 0
+    truncated: int = 0
+    duplicates: int = 0
+    merged: int = 0
+    several_turns: int = 0
+    malformed: Faults = field(default_factory=Faults)
+    dropped: Faults = field(default_factory=Faults)
+
+    def lines(self) -> list[str]:
+        parts = [f"{self.records:,} records", f"{self.kept:,} pairs kept"]
+        parts += [
+            f"{count:,} {what}"
+            for count, what in ((self.truncated, "completions truncated"), (self.duplicates, "exact duplicates kept"))
+            if count
+        ]
+        lines = [f"data {self.name}: {', '.join(parts)}"]
+        if self.dropped.total:
+            lines.append(f"data {self.name}: {self.dropped.total:,} pairs dropped: {self.dropped}")
+        if self.malformed.total:
+            lines.append(f"warning: data {self.name}: {self.malformed_records:,} malformed records: {self.malformed}")
+        if self.merged:
+            lines.append(
+                f"warning: data {self.name}: in {self.merged:,} pairs the prompt is tokenised differently alone "
+                "and with its completion (tokens merge across the boundary, or the template differs); "
+                "the completion starts where they differ"
+            )
+        if self.several_turns:
+            lines.append(
+                f"warning: data {self.name}: in {self.several_turns:,} pairs a completion continues with user or "
+                "tool messages, and their tokens also count in the loss"
+            )
+        return lines
+
+    def check(self, config: DataConfig) -> None:
+        """Check that enough is left.
+
+        Raises:
+            DataError: if a larger share is malformed or dropped than ``config`` allows, or no pair is left.
+        """
+        if self.malformed_records > config.max_malformed * self.records:
+            raise DataError(
+                f"data {self.name}: {self.malformed_records:,} of {self.records:,} records are malformed, more "
+                f"than data.max_malformed ({config.max_malformed:g}) allows: {self.malformed}; correct them, "
+                "map columns with the source's 'columns', or raise data.max_malformed"
+            )
+        if self.dropped.total > config.max_dropped * self.pairs:
+            raise DataError(
+                f"data {self.name}: {self.dropped.total:,} of {self.pairs:,} pairs would be dropped at "
+                f"data.max_length {config.max_length}, more than data.max_dropped ({config.max_dropped:g}) "
+                f"allows: {self.dropped}; raise data.max_length, or data.max_dropped if that is intended"
+            )
+        if not self.kept:
+            raise DataError(
+                f"data {self.name}: none of the {self.records:,} records of {self.path} gives a usable pair"
+                + (f": {self.malformed}" if self.malformed.total else "")
+                + (f"; dropped: {self.dropped}" if self.dropped.total else "")
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        return vars(self) | {"malformed": self.malformed.to_dict(), "dropped": self.dropped.to_dict()}
+
+
+@dataclass
+class DataReport:
+    """Report on all sources.
+
+    Attributes:
+        leaked: pairs of a given held-out file whose prompt is also trained on.
+        thinned: training pairs that ``data.fraction`` keeps, and all of them; None if it is 1.
+    """
+
+    sources: list[SourceReport]
+    leaked: int = 0
+    thinned: tuple[int, int] | None = None
+
+    def lines(self) -> list[str]:
+        """A summary for people; lines that begin with ``warning:`` need attention."""
+        lines = [line for source in self.sources for line in source.lines()]
+        if self.leaked:
+            lines.append(
+                f"warning: the prompts of {self.leaked:,} held-out pairs are also in the training data; held-out "
+                "figures flatter the policy"
+            )
+        if self.thinned is not None:
+            lines.append(f"data.fraction: {self.thinned[0]:,} of {self.thinned[1]:,} training pairs are used")
+        return lines
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same for JSON."""
+        return {"leaked": self.leaked, "thinned": self.thinned, "sources": [source.to_dict() for source in self.sources]}

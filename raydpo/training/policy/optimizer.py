@@ -1,0 +1,82 @@
+"""Optimizers: torch's AdamW, AdamW with moments in bfloat16, and bitsandbytes' AdamW (8 bits, paged)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from raydpo.config import TrainConfig
+from raydpo.config.train import ROUNDED_PIECE
+from raydpo.errors import ModelError
+
+__all__ = ["RoundedAdamW", "make_optimizer"]
+
+
+def make_optimizer(trainable: Sequence[Tensor], train: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
+    """Make the optimizer that ``train`` asks for.
+
+    Raises:
+        ModelError: if ``train.optimizer`` cannot run here.
+    """
+    common = {"lr": train.lr, "weight_decay": train.weight_decay, "betas": (0.9, 0.999), "eps": 1e-8}
+    if train.optimizer == "adamw":
+        if train.optimizer_states == "bfloat16":
+            return RoundedAdamW(trainable, **common)
+        # DeepSpeed updates one flat tensor of all weights. Without ``fused``, AdamW allocates two more of that size a step.
+        return torch.optim.AdamW(trainable, fused=True, **common)
+    if device.type != "cuda":
+        raise ModelError(
+            f"train.optimizer {train.optimizer} runs on GPUs only, this worker has none; set "
+            "train.optimizer=adamw, and train.optimizer_states=bfloat16 for smaller moments"
+        )
+    try:
+        import bitsandbytes.optim as theirs
+    except ImportError as error:
+        raise ModelError(
+            f"train.optimizer {train.optimizer} needs bitsandbytes: {error}; pip install 'raydpo[quantization]'"
+        ) from None
+    kind = {"adamw_8bit": theirs.AdamW8bit, "paged_adamw": theirs.PagedAdamW, "paged_adamw_8bit": theirs.PagedAdamW8bit}
+    return kind[train.optimizer](trainable, **common)
+
+
+class RoundedAdamW(torch.optim.AdamW):
+    """AdamW whose moments are kept in bfloat16 and computed with in float32.
+
+    Rounded to nearest, so that a resumed run repeats to the bit. The second moment moves by 1/1000 of its difference a step,
+    less than bfloat16 resolves once it is near its end; it then stands still up to 0.4 % early, which changes a step's size
+    by 0.2 %.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: object = None) -> None:
+        """One step; ``closure`` is not supported."""
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["step"] = torch.tensor(0.0)
+                    for kind in ("exp_avg", "exp_avg_sq"):
+                        state[kind] = torch.zeros_like(parameter, dtype=torch.bfloat16)
+                state["step"] += 1
+                count = float(state["step"])
+                parts = zip(
+                    *(
+                        tensor.view(-1).split(ROUNDED_PIECE)
+                        for tensor in (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
+                    ),
+                    strict=True,
+                )
+                for weight, gradient, exp_avg, exp_avg_sq in parts:
+                    gradient = gradient.float()
+                    first = exp_avg.float().lerp_(gradient, 1 - beta1)
+                    second = exp_avg_sq.float().mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+                    exp_avg.copy_(first)
+                    exp_avg_sq.copy_(second)
+                    scale = second.div_(1 - beta2**count).sqrt_().add_(group["eps"])
+                    weight.mul_(1 - group["lr"] * group["weight_decay"])
+                    weight.addcdiv_(first, scale, value=-group["lr"] / (1 - beta1**count))
