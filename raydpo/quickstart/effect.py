@@ -89,7 +89,8 @@ def _answers(spec: ReferenceSpec, pairs: pa.Table, tokeniser: Tokeniser) -> list
     import pyarrow as pa
     import torch
 
-    from raydpo.evaluation.answers import ROWS, Answering
+    from raydpo.answers.answering import Answering
+    from raydpo.answers.draws import ROWS
 
     # One thread: sums depend on the number of threads, and threads that wait for each other are slow on a busy machine.
     threads = torch.get_num_threads()
