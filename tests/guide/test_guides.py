@@ -91,6 +91,31 @@ def test_messages_are_those_of_the_code():
                 assert part.strip(" ;") in written, f"nothing prints {message!r}"
 
 
+EXAMPLE = ("prompt ", "before ", "after ", "- ", "job ", "data ")
+"""Beginnings of printed lines that hold the text of a model or names of an example."""
+INTERPOLATED = {"nats a token from one completion at a time", "optimizer on host", "sdpa attention", "shorter is better",
+                "The shorter answer is better", "train.gradient_checkpointing=true train.offload_optimizer=cpu",
+                "tree layout", "watch the length"}
+"""Phrases that the code puts together."""
+
+
+def test_what_pages_show_as_printed_is_what_the_code_prints():
+    """Phrases of blocks without a command, cut where figures and names stand. Drawings and the formula are left out."""
+    written = "\n".join(strings(ROOT / "raydpo"))
+    seen = 0
+    for file in DOCUMENTS:
+        for text in (text for language, text in blocks(file) if not language and not commands(text)):
+            if "->" in text or "errors.py   version.py" in text or text.startswith("-log sigmoid("):
+                continue
+            for line in text.splitlines():
+                if not line.startswith(EXAMPLE):
+                    phrases = re.split(r"[\d.,%+-]*\d\S*|\.\.\.|[│┃;:(),'*]|\b[a-z]+-[a-z-]+\b", line)
+                    for phrase in (phrase.strip() for phrase in phrases if len(phrase.split()) > 1):
+                        seen += 1
+                        assert phrase in written or phrase in INTERPOLATED, f"{file.name}: nothing prints {phrase!r}"
+    assert seen > 40
+
+
 def test_every_symptom_of_the_issue_is_there():
     heads = re.findall(r"^## (.*)$", TROUBLESHOOTING.read_text(), re.MULTILINE)
     for word in ("ln 2", "0.5", "chosen", "longer", "memory", "start", "401", "cache", "finite", "Disk", "secret"):
