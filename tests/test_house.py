@@ -115,9 +115,10 @@ def shown(problems: list[str], what: str) -> None:
 # -- the rules ------------------------------------------------------------------------------------------------------------
 
 def test_every_module_that_is_imported_exists():
-    """Imports inside functions included: they fail only when somebody calls the function."""
+    """In the package, the jobs and the tests; inside functions, too, where an error shows only when they are called."""
     files = modules()
-    shown([f"{file.relative_to(ROOT)}:{line}: {module}" for name, file in files.items()
+    others = {str(file): file for place in ("jobs", "tests") for file in (ROOT / place).rglob("*.py")}
+    shown([f"{file.relative_to(ROOT)}:{line}: {module}" for name, file in (files | others).items()
            for module, line in imported(name, file, files) if module not in files], "import(s) of no module")
 
 
