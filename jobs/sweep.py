@@ -6,7 +6,7 @@
 
 import sys
 
-from raydpo.cli import job
+from raydpo.cli.entry import job
 
 if __name__ == "__main__":
     sys.exit(job("sweep"))

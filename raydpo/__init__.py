@@ -5,23 +5,33 @@
 
 from __future__ import annotations
 
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from raydpo.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from raydpo.config import Config, load_config
-    from raydpo.evaluation.run import evaluate
-    from raydpo.pipeline import audit, run, score, train
+    from raydpo.pipeline.audit import audit
+    from raydpo.pipeline.evaluate import evaluate
+    from raydpo.pipeline.run import run
+    from raydpo.pipeline.score import score
+    from raydpo.pipeline.train import train
     from raydpo.reference.store import ReferenceCache
-    from raydpo.sweep.run import sweep
+    from raydpo.sweeps.run import sweep
 
-__version__ = "0.1.0"
 __all__ = ["Config", "ReferenceCache", "audit", "evaluate", "load_config", "run", "score", "sweep", "train"]
 
-_LAZY = {"Config": "raydpo.config", "load_config": "raydpo.config", "audit": "raydpo.pipeline",
-         "evaluate": "raydpo.evaluation.run", "score": "raydpo.pipeline", "train": "raydpo.pipeline",
-         "run": "raydpo.pipeline", "ReferenceCache": "raydpo.reference.store", "sweep": "raydpo.sweep.run"}
+_LAZY = {
+    "Config": "raydpo.config",
+    "ReferenceCache": "raydpo.reference.store",
+    "audit": "raydpo.pipeline.audit",
+    "evaluate": "raydpo.pipeline.evaluate",
+    "load_config": "raydpo.config",
+    "run": "raydpo.pipeline.run",
+    "score": "raydpo.pipeline.score",
+    "sweep": "raydpo.sweeps.run",
+    "train": "raydpo.pipeline.train",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -32,14 +42,3 @@ def __getattr__(name: str) -> Any:
         globals()[name] = value
         return value
     raise AttributeError(f"module 'raydpo' has no attribute {name!r}")
-
-
-class _Functions(ModuleType):
-    def __setattr__(self, name: str, value: Any) -> None:
-        # ``raydpo.audit`` and ``raydpo.sweep`` are also packages, which Python sets here when it imports them; the function
-        # wins, which is what ``raydpo.audit(config)`` means.
-        if not (name in _LAZY and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Functions

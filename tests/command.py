@@ -48,7 +48,7 @@ def _command(arguments: list[str], out: Path, err: Path, cwd: Path | None, varia
     for number, file in ((1, out), (2, err)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
     sys.stdout, sys.stderr = (os.fdopen(os.dup(number), "w", buffering=1) for number in (1, 2))
-    from raydpo.cli import main
+    from raydpo.cli.entry import main
 
     status: object = 1
     with contextlib.suppress(SystemExit):

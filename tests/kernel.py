@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from tiny import make_tokenizer, preferences
 
-from raydpo.training.hooks import Hooks
+from raydpo.training.hooks import TrainHooks
 
 MAX_LENGTH = 512
 
@@ -56,7 +56,7 @@ def with_reference(table: pa.Table, model: Path, dtype: str = "float32", tokens_
 
 
 @dataclass
-class Record(Hooks):
+class Record(TrainHooks):
     """Callbacks that record everything.
 
     Attributes:
@@ -100,9 +100,10 @@ def train_here(table: pa.Table, model: Path, scratch: Path, *, lora: dict[str, A
 
     from raydpo.config import LoraSettings, TrainConfig
     from raydpo.reference.identity import identify
-    from raydpo.training.engine import PolicyEngine, PolicySpec, join_process_group
     from raydpo.training.job import TrainJob
     from raydpo.training.pairs import TrainingPairs
+    from raydpo.training.policy.deepspeed_engine import PolicyEngine, join_process_group
+    from raydpo.training.policy.engine import PolicySpec
     from raydpo.training.trainer import train_policy
 
     settings = TrainConfig(**{"lr": 1e-3, "pairs_per_step": 8, "tokens_per_batch": 1024} | train)

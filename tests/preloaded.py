@@ -14,7 +14,7 @@ import transformers.models.qwen3.modeling_qwen3
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 import raydpo.reference.score
-import raydpo.training.export
+import raydpo.training.policy.export
 import raydpo.training.trainer
 
 sys.modules["mlflow"] = None  # as in engine.join_process_group

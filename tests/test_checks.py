@@ -8,7 +8,7 @@ import yaml
 from tiny import preferences, write_preferences
 
 import raydpo
-from raydpo.cli import main
+from raydpo.cli.entry import main
 from raydpo.config import load_config
 from raydpo.errors import ConfigError
 

@@ -10,9 +10,10 @@ import pytest
 import yaml
 
 import raydpo.config
-from raydpo.cli import guarded, main, parsed
+from raydpo.cli.entry import main, parsed
 from raydpo.config import load_config
 from raydpo.errors import ConfigError
+from raydpo.terminal.guard import guarded
 
 
 @pytest.fixture
@@ -305,14 +306,14 @@ def test_checks_in_a_bare_environment(tree, tmp_path):
         source = origin.parent if origin.name == "__init__.py" else origin
         os.symlink(source, bare / source.name)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree | {"train": {"bata": 1}}))
-    program = ("import sys, raydpo, raydpo.cli\n"
+    program = ("import sys, raydpo, raydpo.cli.entry\n"
                "assert not {'torch', 'ray', 'deepspeed', 'numpy', 'pyarrow'} & set(sys.modules)\n"
                "for heavy in ('torch', 'ray', 'deepspeed'):\n"
                "    try: __import__(heavy)\n"
                "    except ImportError: continue\n"
                "    raise SystemExit('not bare: ' + heavy)\n"
                f"print(raydpo.load_config({tree!r}).run_name)\n"
-               f"raise SystemExit(raydpo.cli.main(['train', {str(tmp_path / 'config.yaml')!r}]))\n")
+               f"raise SystemExit(raydpo.cli.entry.main(['train', {str(tmp_path / 'config.yaml')!r}]))\n")
     result = subprocess.run([sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {str(bare)!r})\n{program}"],
                             capture_output=True, text=True)
     assert result.stdout.strip() == "model-sigmoid-beta0.1", result.stderr
@@ -324,7 +325,7 @@ def test_help_and_a_wrong_setting_import_little(tree, tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree | {"train": {"bata": 1}}))
     for words, status, unused in (("['--help']", 0, {"pydantic", "rich", "yaml", "asyncio"}),
                                   (f"['run', {str(tmp_path / 'config.yaml')!r}]", 2, {"rich", "asyncio", "numpy"})):
-        program = ("import sys\nfrom raydpo.cli import main\n"
+        program = ("import sys\nfrom raydpo.cli.entry import main\n"
                    f"try: status = main({words})\nexcept SystemExit as ended: status = ended.code or 0\n"
                    f"raise SystemExit(f'imported: {{found}}' if (found := {unused!r} & set(sys.modules)) else status)\n")
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from raydpo.interrupt import interruptible, sigterm_as_interrupt
+from raydpo.terminal.interrupt import interruptible, sigterm_as_interrupt
 
 SCRIPT = """
 import sys, threading, time

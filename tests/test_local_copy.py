@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from raydpo import local_copy
 from raydpo.errors import ModelError, RaydpoError
-from raydpo.local_copy import LocalCopy, RemoteDirectory, local_home
-from raydpo.storage import Storage
+from raydpo.storage import local_copy
+from raydpo.storage.files import Storage
+from raydpo.storage.local_copy import LocalCopy, RemoteDirectory, local_home
 
 
 def remote():

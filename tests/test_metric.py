@@ -7,7 +7,7 @@ from raydpo.config import load_config, lower_is_better
 from raydpo.config.metric import held_out_metrics
 from raydpo.errors import ConfigError
 from raydpo.losses import PairLogps, preference_loss
-from raydpo.training.launch import _checkpoint_config
+from raydpo.training.launch.launch import _checkpoint_config
 from raydpo.training.metrics import PairSums
 
 BETTER = {"loss": "min", "chosen_fell": "min", "accuracies": "max", "margins": "max"}

@@ -12,7 +12,7 @@ from pyarrow import fs as pafs
 from s3_server import s3_server
 from tiny import preferences, write_preferences
 
-from raydpo.storage import Storage
+from raydpo.storage.files import Storage
 
 KEY, SECRET = "planted-key", "planted/secret+x"
 

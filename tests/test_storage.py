@@ -14,10 +14,10 @@ import pytest
 from fsspec import AbstractFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
-from raydpo import storage as storage_module
-from raydpo.config.uri import carries_secret
 from raydpo.errors import ConfigError, RaydpoError
-from raydpo.storage import Storage, redact, remove_stale_temporaries, stale_temporaries
+from raydpo.storage import files as storage_module
+from raydpo.storage.files import Storage, remove_stale_temporaries, stale_temporaries
+from raydpo.storage.uri import carries_secret, redact
 
 
 @pytest.fixture(params=["local", "file", "memory"])

@@ -11,10 +11,10 @@ import pytest
 from pyarrow import fs as pafs
 from s3_server import s3_server
 
-from raydpo import storage as storage_module
 from raydpo.errors import RaydpoError
-from raydpo.local_copy import LocalCopy
-from raydpo.storage import Storage, stale_temporaries
+from raydpo.storage import files as storage_module
+from raydpo.storage.files import Storage, stale_temporaries
+from raydpo.storage.local_copy import LocalCopy
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +182,7 @@ def test_address_in_the_uri(s3):
 
 def test_the_address_travels_with_the_environment_and_with_a_pickle(storage, s3, tmp_path):
     storage.write("file", b"data")
-    script = "import sys; from raydpo.storage import Storage; print(Storage(sys.argv[1]).read('file'))"
+    script = "import sys; from raydpo.storage.files import Storage; print(Storage(sys.argv[1]).read('file'))"
     run = subprocess.run([sys.executable, "-c", script, storage.uri], capture_output=True, text=True, env=os.environ)
     assert run.stdout == "b'data'\n", run.stderr
     script = "import pickle, sys; print(pickle.load(open(sys.argv[1], 'rb')).read('file'))"

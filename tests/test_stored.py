@@ -27,8 +27,8 @@ def place(tmp_path):
 @pytest.fixture
 def prepared(place, monkeypatch):
     from raydpo.config import load_config
-    from raydpo.console import Console
-    from raydpo.pipeline import Prepared
+    from raydpo.pipeline.prepare import Prepared
+    from raydpo.terminal.console import Console
 
     monkeypatch.chdir(place)
     return Prepared.of(load_config("config.yaml"), Console())

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from raydpo.data.interval import Interval, around, mean, share
 from raydpo.data.preference import Text, as_text
 from raydpo.errors import ConfigError, RaydpoError
-from raydpo.evaluation.interval import Interval, around, mean, share
 
 __all__ = ["Contest", "by_scores", "count_wins", "own_function", "own_scores"]
 

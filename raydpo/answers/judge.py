@@ -20,11 +20,11 @@ import numpy as np
 import pyarrow as pa
 
 from raydpo.answers.contests import Contest
+from raydpo.cluster.work import load, store, stored_name
 from raydpo.config import JudgeConfig
 from raydpo.data.preference import as_text
 from raydpo.errors import ConfigError, RaydpoError
-from raydpo.evaluation.work import load, store, stored_name
-from raydpo.storage import Storage
+from raydpo.storage.files import Storage
 
 __all__ = ["Judge", "judge_contests"]
 

@@ -20,21 +20,22 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-import raydpo
 from raydpo.benchmark import workload
 from raydpo.benchmark.compare import Measurement, disagreements, fastest, figures, ratios
 from raydpo.benchmark.job import Job, Result, Stage, start
-from raydpo.benchmark.report import plot, print_point
-from raydpo.cli import guarded
-from raydpo.config import DataConfig, TrainConfig, is_hub_name, is_uri
-from raydpo.console import Console
-from raydpo.cost import ModelCost
+from raydpo.benchmark.tables import plot, print_point
+from raydpo.config import DataConfig, TrainConfig, is_hub_name
 from raydpo.errors import ConfigError, TrainError
 from raydpo.estimate.plan import pair_groups
 from raydpo.estimate.rate import known_peak
+from raydpo.model.cost import ModelCost
 from raydpo.model.weights import check_weights
 from raydpo.reference.identity import resolve_model
+from raydpo.storage.uri import is_uri
 from raydpo.submit.command import as_submit
+from raydpo.terminal.console import Console
+from raydpo.terminal.guard import guarded
+from raydpo.version import __version__
 
 __all__ = ["main"]
 
@@ -124,7 +125,7 @@ def _run(args: argparse.Namespace, console: Console) -> None:
                  "baseline_batches": batches}
         record["settings"] = {key: value for key, value in dataclasses.asdict(job).items()
                               if key not in ("stage", "work", "workload", "pairs_per_pass")} | given
-        console.say(f"raydpo {raydpo.__version__} against {label} on {record['device']}, {args.dtype}, "
+        console.say(f"raydpo {__version__} against {label} on {record['device']}, {args.dtype}, "
                     + ("all weights" if args.lora is None else f"adapters of rank {args.lora}"))
         points: list[dict[str, Any]] = []
         for facts, table in _workloads(args, model):
@@ -255,7 +256,7 @@ def _device_name(device: str) -> str:
 
 def _versions() -> dict[str, str]:
     """Versions of Python, raydpo and those of ``PACKAGES`` that are installed."""
-    found = {"python": platform.python_version(), "raydpo": raydpo.__version__}
+    found = {"python": platform.python_version(), "raydpo": __version__}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from raydpo.benchmark.job import Result
-from raydpo.cost import ModelCost
 from raydpo.data.shapes import Shapes
 from raydpo.data.simulate import amounts
 from raydpo.estimate.plan import FORWARD, operations
+from raydpo.model.cost import ModelCost
 
 __all__ = ["BETAS", "WITHOUT_RAY", "Measurement", "disagreements", "fastest", "figures", "median_ratio", "ratios"]
 

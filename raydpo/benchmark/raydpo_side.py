@@ -13,19 +13,20 @@ import pyarrow.parquet as pq
 import torch
 from safetensors.torch import save_file
 
-import raydpo
 from raydpo.benchmark.job import Job, Result, StepRecord, now, side
 from raydpo.data.plan import BatchPlan
 from raydpo.estimate.plan import pair_groups
-from raydpo.losses import Memory, Objective
+from raydpo.losses import Objective, ObjectiveState
 from raydpo.model.budget import MOST_SCORED, find_budget, probe_group, used_memory
 from raydpo.model.selfcheck import CHECK_ROWS
 from raydpo.reference.identity import identify
 from raydpo.reference.score import ReferenceSpec, Scorer
 from raydpo.training.clock import StepClock
-from raydpo.training.engine import PolicyEngine, PolicySpec, join_process_group
 from raydpo.training.pairs import TrainingPairs
+from raydpo.training.policy.deepspeed_engine import PolicyEngine, join_process_group
+from raydpo.training.policy.engine import PolicySpec
 from raydpo.training.step import Stepper
+from raydpo.version import __version__
 
 
 def score(job: Job, device: torch.device) -> Result:
@@ -69,7 +70,7 @@ def train(job: Job, device: torch.device) -> Result:
 
     record = StepRecord(device)
     load_seconds = now(device) - start
-    rows, stepper = [], Stepper(settings, plan, pairs, engine, Objective(settings), StepClock(device), Memory())
+    rows, stepper = [], Stepper(settings, plan, pairs, engine, Objective(settings), StepClock(device), ObjectiveState())
     record.begin()
     for step in stepper.prepared():
         rows.append(stepper.take(step).row)
@@ -79,7 +80,7 @@ def train(job: Job, device: torch.device) -> Result:
     return Result(load_seconds=load_seconds, step_seconds=record.seconds, losses=[row["loss"] for row in rows],
                   chosen_logps=[row["logps/chosen"] for row in rows], rejected_logps=[row["logps/rejected"] for row in rows],
                   peak_bytes=max(peak, used_memory(device)),
-                  facts={"raydpo": raydpo.__version__, "layout": engine.layout_line, "tokens_per_batch": budget,
+                  facts={"raydpo": __version__, "layout": engine.layout_line, "tokens_per_batch": budget,
                          "optimizer_master_weights": job.dtype == "bfloat16"} | record.facts(engine.state.optimizer))
 
 

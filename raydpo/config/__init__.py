@@ -14,8 +14,8 @@ from raydpo.config.run import CacheConfig, Config, RayConfig
 from raydpo.config.sweep import RandomConfig, StopEarlyConfig, SweepConfig
 from raydpo.config.track import TrackConfig
 from raydpo.config.train import ScoreConfig, TrainConfig
-from raydpo.config.uri import is_uri
 from raydpo.config.verbs import Verb, check_verb
+from raydpo.storage.uri import is_uri
 
 __all__ = [
     "LOSSES",

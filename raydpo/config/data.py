@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from raydpo.config.section import Float, Int, PathOrUri, Section
-from raydpo.config.uri import is_uri
+from raydpo.storage.uri import is_uri
 
 __all__ = ["COMPRESSION_SUFFIXES", "DATA_SUFFIXES", "DataConfig", "EvalConfig", "SourceConfig", "as_sources",
            "source_name"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +13,10 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from raydpo.config.data import COMPRESSION_SUFFIXES, DATA_SUFFIXES
+from raydpo.config.filter import PairFilter
 from raydpo.config.run import Config
-from raydpo.config.uri import hidden, is_uri, shown
 from raydpo.errors import ConfigError
+from raydpo.storage.uri import hidden, is_uri, shown
 
 __all__ = ["files_of", "is_hub_name", "load_config", "named_inputs", "template_file", "with_setting"]
 
@@ -56,11 +58,8 @@ def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = 
 
 def _check_filter(expression: str) -> None:
     """Check the condition on pairs, if polars is installed. A machine that only submits jobs may lack it."""
-    try:
-        from raydpo.data.filter import PairFilter
-    except ImportError:
-        return
-    PairFilter(expression)
+    if importlib.util.find_spec("polars") is not None:
+        PairFilter(expression)
 
 
 def _read_tree(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:

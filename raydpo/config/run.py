@@ -17,7 +17,7 @@ from raydpo.config.section import PathOrUri, Section
 from raydpo.config.sweep import SweepConfig
 from raydpo.config.track import TrackConfig
 from raydpo.config.train import ScoreConfig, TrainConfig
-from raydpo.config.uri import redacted
+from raydpo.storage.uri import redacted
 
 __all__ = ["CacheConfig", "Config", "RayConfig"]
 
@@ -113,7 +113,7 @@ class Config(Section):
         """Whether the log-probs of a reference are needed: by the loss, or by the condition on pairs."""
         if self.train.needs_reference or self.data.filter is None:
             return self.train.needs_reference
-        from raydpo.data.filter import PairFilter
+        from raydpo.config.filter import PairFilter
 
         return PairFilter(self.data.filter).needs_reference
 

@@ -8,7 +8,7 @@ from itertools import combinations
 
 import numpy as np
 
-from raydpo.data.shapes import LayoutName, Shapes, Work
+from raydpo.data.shapes import LayoutName, PositionCost, Shapes
 
 __all__ = ["joint_cost", "savings", "shares"]
 
@@ -27,7 +27,7 @@ PAIRS_UP_TO = 8
 """Ranks with more units than this swap them one at a time, which suffices to balance that many."""
 
 
-def joint_cost(items: Sequence[int], shapes: Shapes, alone: np.ndarray, layout: LayoutName, work: Work) -> float:
+def joint_cost(items: Sequence[int], shapes: Shapes, alone: np.ndarray, layout: LayoutName, work: PositionCost) -> float:
     """Work on groups that are computed together, in token positions: in a tree, what they share counts once.
 
     Args:
@@ -37,7 +37,7 @@ def joint_cost(items: Sequence[int], shapes: Shapes, alone: np.ndarray, layout: 
     return float(alone[ordered].sum() - _saved_work(savings(ordered, shapes, layout), work).sum())
 
 
-def shares(pairs: list[int], shapes: Shapes, world_size: int, layout: LayoutName, work: Work) -> list[list[int]]:
+def shares(pairs: list[int], shapes: Shapes, world_size: int, layout: LayoutName, work: PositionCost) -> list[list[int]]:
     """The pairs of each rank; a rank may have none."""
     if world_size == 1:
         return [pairs]
@@ -59,7 +59,7 @@ def shares(pairs: list[int], shapes: Shapes, world_size: int, layout: LayoutName
 
 
 def _units(pairs: list[int], shapes: Shapes, world_size: int, layout: LayoutName,
-           work: Work) -> tuple[list[list[int]], np.ndarray]:
+           work: PositionCost) -> tuple[list[list[int]], np.ndarray]:
     """Runs of pairs that stay together because they share much, small enough to be balanced over ranks; and their costs.
 
     What all pairs of the step share, such as a system prompt, every rank computes once anyway. It is left out of the costs
@@ -93,7 +93,7 @@ def savings(ordered: Sequence[int], shapes: Shapes, layout: LayoutName) -> np.nd
     return saved
 
 
-def _saved_work(saved: np.ndarray, work: Work) -> np.ndarray:
+def _saved_work(saved: np.ndarray, work: PositionCost) -> np.ndarray:
     """Work that saved positions stand for: the positions, and the attention of a prefix to itself."""
     return saved + work.attention * saved.astype(np.float64) ** 2 / 2
 

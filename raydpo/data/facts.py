@@ -6,46 +6,23 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raydpo.reference.index import KeyIndex, as_bytes
+from raydpo.config.filter import FACTS
+from raydpo.data.index import KeyIndex, as_bytes
 
-__all__ = ["FACTS", "REFERENCE_FACTS", "pair_facts", "prompt_numbers"]
+__all__ = ["LENGTH_BINS", "pair_facts", "prompt_numbers"]
 
-FACTS: dict[str, tuple[pa.DataType, str]] = {
-    "pair_id": (pa.string(), "source:row"),
-    "source": (pa.string(), "name of its source"),
-    "prompt_tokens": (pa.int64(), "tokens of the prompt"),
-    "chosen_tokens": (pa.int64(), "tokens of the chosen completion, as used"),
-    "rejected_tokens": (pa.int64(), "tokens of the rejected completion, as used"),
-    "length_difference": (pa.int64(), "chosen_tokens - rejected_tokens"),
-    "chosen_cut": (pa.int64(), "tokens that truncation took from the chosen completion"),
-    "rejected_cut": (pa.int64(), "tokens that truncation took from the rejected completion"),
-    "copies": (pa.int64(), "pairs with exactly these tokens, this one included"),
-    "copy": (pa.int64(), "number of this pair among its copies, from 0; 'copy = 0' keeps one of each"),
-    "prompt_pairs": (pa.int64(), "pairs with exactly this prompt, this one included"),
-    "answer_pairs": (pa.int64(), "pairs, with any prompt, in which the more frequent of its two answers occurs"),
-    "opposites": (pa.int64(), "pairs that prefer its rejected completion to its chosen one: votes against it, as copies are "
-                             "votes for it"),
-    "contradictory": (pa.bool_(), "whether 'opposites' is above 0"),
-    "ref_chosen_logps": (pa.float64(), "the reference's log-prob of the chosen completion, nats"),
-    "ref_rejected_logps": (pa.float64(), "the reference's log-prob of the rejected completion, nats"),
-    "ref_margin": (pa.float64(), "ref_chosen_logps - ref_rejected_logps"),
-    "ref_chosen_per_token": (pa.float64(), "ref_chosen_logps / chosen_tokens"),
-    "ref_rejected_per_token": (pa.float64(), "ref_rejected_logps / rejected_tokens"),
-}
-"""Name -> (type, meaning)."""
-REFERENCE_FACTS = frozenset(name for name in FACTS if name.startswith("ref_"))
-"""Facts that are known only after scoring."""
+_TYPES = {"bool": pa.bool_(), "float64": pa.float64(), "int64": pa.int64(), "string": pa.string()}
 BLOCK_ROWS = 50_000
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
 def pair_facts(pairs: pa.Table, ref_chosen: np.ndarray | None = None, ref_rejected: np.ndarray | None = None) -> pa.Table:
-    """Table of the columns of ``FACTS``, one row per pair.
+    """Table of the columns of ``config.filter.FACTS``, one row per pair.
 
     Args:
         pairs: rows of ``data.pairs.PAIR_SCHEMA``.
         ref_chosen, ref_rejected: sums of the reference's log-probs, nats, float64 [pairs], NaN where unknown. Without them
-            the columns of ``REFERENCE_FACTS`` are null.
+            the columns of ``config.filter.REFERENCE_FACTS`` are null.
     """
     prompt, chosen, rejected = (pc.list_value_length(pairs[f"{name}_ids"]).to_numpy().astype(np.int64)
                                 for name in ("prompt", "chosen", "rejected"))
@@ -63,8 +40,9 @@ def pair_facts(pairs: pa.Table, ref_chosen: np.ndarray | None = None, ref_reject
             ("ref_chosen_logps", ref_chosen), ("ref_rejected_logps", ref_rejected),
             ("ref_margin", ref_chosen - ref_rejected),
             ("ref_chosen_per_token", ref_chosen / chosen), ("ref_rejected_per_token", ref_rejected / rejected))}
-    return pa.table({name: columns.get(name, pa.nulls(pairs.num_rows, kind)) for name, (kind, _) in FACTS.items()}).cast(
-        pa.schema([(name, kind) for name, (kind, _) in FACTS.items()]))
+    schema = [(name, _TYPES[kind]) for name, (kind, _) in FACTS.items()]
+    table = pa.table({name: columns.get(name, pa.nulls(pairs.num_rows, kind)) for name, kind in schema})
+    return table.cast(pa.schema(schema))
 
 
 def prompt_numbers(pairs: pa.Table) -> np.ndarray:
@@ -114,3 +92,7 @@ def _copies(pairs: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     number[order] = np.arange(len(code)) - np.repeat(np.cumsum(counts) - counts, counts)
     place = np.minimum(np.searchsorted(distinct, opposite), max(0, len(distinct) - 1))
     return counts[inverse], number, np.where(distinct[place] == opposite, counts[place], 0)
+
+
+LENGTH_BINS = (-100, -25, 0, 1, 26, 101)
+"""Left edges of the bins of length difference, tokens: much shorter, shorter, slightly shorter, equal, ..."""

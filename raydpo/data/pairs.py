@@ -11,14 +11,14 @@ import numpy as np
 import pyarrow as pa
 
 from raydpo.config import DataConfig, SourceConfig, source_name
-from raydpo.config.uri import redact
 from raydpo.data.keys import completion_key
 from raydpo.data.preference import Malformed, Preference, normalise
 from raydpo.data.records import Record, read_records
-from raydpo.data.report import DataReport, SourceReport
 from raydpo.data.split import held_out, kept, prompt_digest
 from raydpo.data.spool import Spool, spooled
+from raydpo.data.tally import DataReport, SourceReport
 from raydpo.data.tokenise import TokenisedPair, Tokeniser
+from raydpo.storage.uri import redact
 
 __all__ = ["HELD_OUT", "PAIR_MARGIN", "PAIR_SCHEMA", "PAIR_WEIGHT", "PairSets", "held_out_source", "load_pairs"]
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from raydpo.data.balance import savings, shares
-from raydpo.data.shapes import PADDED_MULTIPLE, POSITIONS_ONLY, LayoutName, Shapes, Work
+from raydpo.data.shapes import PADDED_MULTIPLE, POSITIONS_ONLY, LayoutName, PositionCost, Shapes
 
 __all__ = ["BatchPlan", "MicroBatch", "epoch_order", "fill_batches", "split_over_ranks"]
 
@@ -95,7 +95,7 @@ def _fill(items: Sequence[int], shapes: Shapes, tokens_per_batch: int, layout: L
 
 
 def split_over_ranks(pairs: Sequence[int], shapes: Shapes, *, world_size: int, tokens_per_batch: int, layout: LayoutName,
-                     work: Work = POSITIONS_ONLY) -> list[list[MicroBatch]]:
+                     work: PositionCost = POSITIONS_ONLY) -> list[list[MicroBatch]]:
     """Assign pairs to ranks so that their work is equal, and cut each rank's share into micro-batches.
 
     Pairs that share much of their prompts stay together as far as balance allows.
@@ -140,7 +140,7 @@ class BatchPlan:
 
     def __init__(self, shapes: Shapes, sources: np.ndarray, weights: np.ndarray, *, seed: int, pairs_per_step: int,
                  tokens_per_batch: int, world_size: int, shuffle: bool, epochs: int, steps: int | None,
-                 layout: LayoutName = "tree", work: Work = POSITIONS_ONLY) -> None:
+                 layout: LayoutName = "tree", work: PositionCost = POSITIONS_ONLY) -> None:
         self.shapes, self.layout, self.work = shapes, layout, work
         self.sources, self.weights = sources, weights
         self.seed, self.shuffle = seed, shuffle

@@ -18,11 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
-from raydpo.config import SourceConfig, is_hub_name, is_uri
+from raydpo.config import SourceConfig, is_hub_name
 from raydpo.config.data import COMPRESSION_SUFFIXES, DATA_SUFFIXES
-from raydpo.config.uri import redact
 from raydpo.errors import DataError, RaydpoError
-from raydpo.storage import Storage
+from raydpo.storage.files import Storage
+from raydpo.storage.uri import is_uri, redact
 
 __all__ = ["Record", "read_records"]
 

@@ -13,7 +13,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-__all__ = ["PADDED_MULTIPLE", "POSITIONS_ONLY", "LayoutName", "Shapes", "Work", "common_prefix", "cut_group"]
+__all__ = ["PADDED_MULTIPLE", "POSITIONS_ONLY", "LayoutName", "PositionCost", "Shapes", "common_prefix", "cut_group"]
 
 LayoutName = Literal["tree", "packed", "padded"]
 """Layout of a micro-batch, see ``model.layout``."""
@@ -23,7 +23,7 @@ PADDED_MULTIPLE = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
+class PositionCost:
     """Cost of the parts of a forward pass, relative to one token position.
 
     Attributes:
@@ -35,7 +35,7 @@ class Work:
     head: float = 0.0
 
 
-POSITIONS_ONLY = Work()
+POSITIONS_ONLY = PositionCost()
 """A model whose only cost is its token positions."""
 
 
@@ -93,7 +93,7 @@ class Shapes:
         """Token positions of each group alone, int [groups]."""
         return positions(layout, self.prompt, self.tokens, self.longest, self.rows)
 
-    def cost(self, layout: LayoutName, work: Work) -> np.ndarray:
+    def cost(self, layout: LayoutName, work: PositionCost) -> np.ndarray:
         """Work on each group alone, in token positions, float [groups]."""
         repeats = 1 if layout == "tree" else self.rows
         looks = repeats * self.prompt**2 / 2 + self.prompt * self.tokens + self.squares / 2

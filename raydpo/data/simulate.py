@@ -13,7 +13,7 @@ import numpy as np
 
 from raydpo.data.balance import joint_cost
 from raydpo.data.plan import MicroBatch, epoch_order, split_over_ranks
-from raydpo.data.shapes import PADDED_MULTIPLE, LayoutName, Shapes, Work
+from raydpo.data.shapes import PADDED_MULTIPLE, LayoutName, PositionCost, Shapes
 
 __all__ = ["WORLD_SIZES", "Simulation", "amounts", "deal", "simulate", "steps_of", "training_order"]
 
@@ -53,7 +53,7 @@ class Simulation:
 
 
 def simulate(order: np.ndarray, shapes: Shapes, *, world_size: int, pairs_per_step: int, tokens_per_batch: int,
-             layout: LayoutName, work: Work, steps: int = STEPS) -> Simulation:
+             layout: LayoutName, work: PositionCost, steps: int = STEPS) -> Simulation:
     """Plan steps as a run would, and add up the time of each rank.
 
     Args:
@@ -108,17 +108,17 @@ def deal(pairs: Sequence[int], world_size: int) -> list[list[list[int]]]:
 
 def amounts(batches: Iterable[Sequence[int]], shapes: Shapes, layout: LayoutName) -> np.ndarray:
     """Amounts computed in a forward pass of micro-batches: positions, query-key pairs, predicted tokens; float [3]."""
-    looking = Work(attention=1.0)
-    alone, with_looks = shapes.cost(layout, Work()), shapes.cost(layout, looking)
+    looking = PositionCost(attention=1.0)
+    alone, with_looks = shapes.cost(layout, PositionCost()), shapes.cost(layout, looking)
     total = np.zeros(3)
     for batch in batches:
-        positions = _batch_cost(batch, shapes, alone, layout, Work())
+        positions = _batch_cost(batch, shapes, alone, layout, PositionCost())
         looks = _batch_cost(batch, shapes, with_looks, layout, looking) - positions
         total += positions, looks, shapes.tokens[list(batch)].sum()
     return total
 
 
-def _batch_cost(items: Sequence[int], shapes: Shapes, alone: np.ndarray, layout: LayoutName, work: Work) -> float:
+def _batch_cost(items: Sequence[int], shapes: Shapes, alone: np.ndarray, layout: LayoutName, work: PositionCost) -> float:
     """Work on a micro-batch, in token positions; padded rows are as wide as the longest."""
     cost = joint_cost(items, shapes, alone, layout, work)
     if layout != "padded":

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from raydpo.cost import ModelCost, first
 from raydpo.errors import ModelError
+from raydpo.model.cost import ModelCost, first
 
 __all__ = ["Anatomy", "Weight", "model_cost"]
 

@@ -21,13 +21,13 @@ from raydpo.errors import ConfigError
 from raydpo.estimate.activations import Batch, Layer, head_backward, head_forward, layer_memory
 from raydpo.estimate.anatomy import EMBEDDING, HEAD, Anatomy, Weight
 
-__all__ = ["BASE_BYTES", "Memory", "Moment", "estimate_memory"]
+__all__ = ["BASE_BYTES", "MemoryEstimate", "Moment", "estimate_memory"]
 
 Device = Literal["cuda", "cpu"]
 
 BASE_BYTES = 1.5 * 2**30
 """Bytes of a GPU in use before torch allocates: CUDA context and kernels (about 0.5 GiB), NCCL's channels (0.3 to 0.8 GiB,
-more with more ranks), cuBLAS workspaces. Not part of ``Memory.device``."""
+more with more ranks), cuBLAS workspaces. Not part of ``MemoryEstimate.device``."""
 PREFETCH = 50_000_000
 """Most numbers that ZeRO-3 gathers before they are used."""
 REUSE = 1_000_000_000
@@ -67,7 +67,7 @@ class Moment:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Memory:
+class MemoryEstimate:
     """Memory of one worker.
 
     Attributes:
@@ -114,7 +114,7 @@ class _Policy:
 
 
 def estimate_memory(anatomy: Anatomy, model: ModelConfig, train: TrainConfig, batch: Batch, *, workers: int, dtype: str,
-                    device: Device = "cuda") -> Memory:
+                    device: Device = "cuda") -> MemoryEstimate:
     """Memory of a training step after the first one.
 
     Args:
@@ -129,7 +129,7 @@ def estimate_memory(anatomy: Anatomy, model: ModelConfig, train: TrainConfig, ba
     policy = _policy(anatomy, model, width)
     ledger = _Ledger(anatomy, policy, train, batch, workers, width, device, model.quantization is not None)
     moments = tuple(ledger.moments())
-    return Memory(peak=max(moments, key=lambda moment: moment.total), host=ledger.host, host_peak=ledger.host_peak,
+    return MemoryEstimate(peak=max(moments, key=lambda moment: moment.total), host=ledger.host, host_peak=ledger.host_peak,
                   moments=moments)
 
 

@@ -12,7 +12,7 @@ from raydpo.config import LoraSettings, ModelConfig, TrainConfig
 from raydpo.errors import ConfigError
 from raydpo.estimate.activations import Batch
 from raydpo.estimate.anatomy import Anatomy
-from raydpo.estimate.memory import BASE_BYTES, Memory, estimate_memory
+from raydpo.estimate.memory import BASE_BYTES, MemoryEstimate, estimate_memory
 from raydpo.model.budget import MOST_TRAINED, STEP
 
 __all__ = ["USABLE", "Fit", "Modes", "Question", "compare_modes"]
@@ -70,7 +70,7 @@ class Question:
         """Positions of a micro-batch that must fit."""
         return max(self.longest, ENOUGH if self.budget is None else self.budget)
 
-    def memory_at(self, positions: int) -> Memory:
+    def memory_at(self, positions: int) -> MemoryEstimate:
         return estimate_memory(self.anatomy, self.model, self.train, self.batch.scaled(positions), workers=self.workers,
                                dtype=self.dtype)
 

@@ -15,13 +15,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raydpo.config import Config, TrainConfig
-from raydpo.cost import ModelCost
 from raydpo.data.pairs import PairSets
 from raydpo.data.plan import epoch_order, fill_batches, split_over_ranks
 from raydpo.data.shapes import LayoutName, Shapes
 from raydpo.data.simulate import STEPS, WORLD_SIZES, Simulation, amounts, deal, simulate, steps_of, training_order
 from raydpo.errors import ConfigError
 from raydpo.estimate.modes import Modes
+from raydpo.model.cost import ModelCost
 from raydpo.model.layout import PromptGroup, shapes_of
 from raydpo.reference.shards import Wanted, plan_shards
 

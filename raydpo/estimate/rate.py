@@ -10,20 +10,20 @@ from functools import partial
 import pyarrow as pa
 import torch
 
+from raydpo.cluster.resources import bfloat16_is_faster
 from raydpo.config import Config
-from raydpo.cost import ModelCost
 from raydpo.data.plan import fill_batches
 from raydpo.data.shapes import LayoutName
 from raydpo.data.simulate import amounts
 from raydpo.errors import ConfigError
 from raydpo.estimate.plan import FORWARD, Rates, operations, pair_groups, training_factors
 from raydpo.model.budget import MOST_TRAINED, find_budget, probe_group
+from raydpo.model.cost import ModelCost
 from raydpo.model.files import model_files
 from raydpo.model.load import add_lora, load_causal_lm
 from raydpo.model.logps import LogpModel
 from raydpo.model.rotary import rope_length
 from raydpo.model.selfcheck import choose_layout
-from raydpo.ray_runtime import bfloat16_pays
 from raydpo.reference.identity import identify, resolve_model
 from raydpo.reference.score import ReferenceSpec, Scorer
 
@@ -80,7 +80,7 @@ def measured_rates(config: Config, sample: pa.Table, model: ModelCost, reference
         model, reference: sizes of the two models.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    native = "bfloat16" if device.type == "cuda" or bfloat16_pays() else "float32"
+    native = "bfloat16" if device.type == "cuda" or bfloat16_is_faster() else "float32"
     dtype = native if config.model.dtype == "auto" else config.model.dtype
     score_dtype = {None: dtype, "auto": native}.get(config.score.dtype, config.score.dtype)
     groups, shapes = pair_groups(sample)

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from raydpo.evaluation.interval import mean, ratio, standard_error
+from raydpo.data.interval import mean, ratio, standard_error
 from raydpo.model.head import CHUNK_BYTES
 from raydpo.model.layout import PromptGroup
 from raydpo.model.logps import LogpModel

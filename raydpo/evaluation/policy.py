@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raydpo.config import Config, is_hub_name, is_uri
+from raydpo.config import Config, is_hub_name
 from raydpo.errors import ConfigError, FilesError
-from raydpo.local_copy import RemoteDirectory
 from raydpo.model.files import model_files
 from raydpo.model.rotary import ROTARY, rope_length
 from raydpo.reference.identity import identify, resolve_model
 from raydpo.reference.score import ReferenceSpec
-from raydpo.storage import Storage, redact
+from raydpo.rundir.directory import FINAL, RUN, RunDirectory
+from raydpo.storage.files import Storage
+from raydpo.storage.local_copy import RemoteDirectory
+from raydpo.storage.uri import is_uri, redact
 
 __all__ = ["Policy", "PolicyFiles", "find_policy", "harness_arguments", "policy_files"]
 
@@ -68,14 +70,14 @@ def policy_files(config: Config) -> PolicyFiles:
     wish = config.evaluate.policy
     given = config.run_dir if wish is None else wish
     run = _run_at(given)
-    origin = None if run is None or run.is_local else RemoteDirectory.now(run, "final")
+    origin = None if run is None or run.is_local else RemoteDirectory.now(run, FINAL)
     if run is None:
         if wish is None:
             raise ConfigError(f"there is no trained policy in {redact(given)}/final; run 'raydpo run' first, or set "
                               "evaluate.policy to a run directory, a model, an adapter or a hub name")
         directory = resolve_model(wish)
     else:
-        directory = run.path("final") if origin is None else origin.here()
+        directory = run.path(FINAL) if origin is None else origin.here()
     adapter = directory if (Path(directory) / "adapter_config.json").is_file() else None
     base = directory if adapter is None else _base(config, Path(directory), own=wish is None)
     trained = {} if run is None else _fingerprint(run)
@@ -109,7 +111,7 @@ def _run_at(path: str) -> Storage | None:
     storage = Storage(path)
     if any(storage.exists(f"final/{name}") for name in ("config.json", "adapter_config.json")):
         return storage
-    if storage.exists("run.json"):
+    if storage.exists(RUN):
         raise ConfigError(f"the run in {storage} has no final/ yet: it was not trained to its end; continue it with 'raydpo "
                           "train'")
     if is_uri(path):
@@ -137,7 +139,7 @@ def _base(config: Config, adapter: Path, *, own: bool) -> str:
 
 def _fingerprint(run: Storage) -> dict[str, Any]:
     try:
-        return json.loads(run.read("run.json"))["fingerprint"]
+        return RunDirectory(run).fingerprint()
     except (OSError, ValueError, KeyError):
         return {}
 

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from raydpo.audit.measure import LENGTH_BINS
 from raydpo.config import ObjectiveConfig
+from raydpo.data.facts import LENGTH_BINS
+from raydpo.data.interval import by_group, mean_by_group, share_by_group
 from raydpo.errors import RaydpoError
-from raydpo.evaluation.interval import by_group, mean_by_group, share_by_group
 from raydpo.losses import PairLogps, implicit_rewards
-from raydpo.training.metrics import TIE
+from raydpo.losses.pairs import TIE
 
 __all__ = ["ScoredPairs", "measure_preferences"]
 

@@ -19,7 +19,7 @@ from raydpo.data.records import Record, read_records
 from raydpo.data.split import held_out, kept, prompt_digest
 from raydpo.errors import ConfigError
 
-__all__ = ["Prompt", "choose_prompts", "evaluation_data", "reading", "sources_of", "spoken", "trained_on"]
+__all__ = ["Prompt", "choose_prompts", "evaluation_data", "prompt_texts", "reading", "sources_of", "trained_on"]
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def choose_prompts(pairs: pa.Table, count: int, seed: int) -> list[Prompt]:
     return [Prompt(np.array(ids, np.int32), distinct[ids]) for ids in chosen]
 
 
-def spoken(prompts: Sequence[Prompt], config: Config) -> list[Text]:
+def prompt_texts(prompts: Sequence[Prompt], config: Config) -> list[Text]:
     """Return the prompts as text or messages, as in the data: judges have their own templates."""
     wanted: dict[tuple[str, int], list[tuple[int, int]]] = {}
     for place, prompt in enumerate(prompts):

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from raydpo.evaluation.interval import Interval, by_group, mean_by_group, ratio
+from raydpo.data.interval import Interval, by_group, mean_by_group, ratio
 
 __all__ = ["is_cut", "length_growth", "measure_style"]
 

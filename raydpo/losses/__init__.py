@@ -3,8 +3,16 @@
 All results have one value per pair and are never averaged over the batch. Some objectives depend on the whole step.
 """
 
-from raydpo.losses.objective import FUNCTIONS, Memory, Objective, implicit_rewards, own_sources, preference_loss
+from raydpo.losses.objective import FUNCTIONS, Objective, ObjectiveState, implicit_rewards, own_sources, preference_loss
 from raydpo.losses.pairs import PairLogps, PreferenceLoss
 
-__all__ = ["FUNCTIONS", "Memory", "Objective", "PairLogps", "PreferenceLoss", "implicit_rewards",
-           "own_sources", "preference_loss"]
+__all__ = [
+           "FUNCTIONS",
+           "Objective",
+           "ObjectiveState",
+           "PairLogps",
+           "PreferenceLoss",
+           "implicit_rewards",
+           "own_sources",
+           "preference_loss",
+]

@@ -21,7 +21,7 @@ from raydpo.errors import ConfigError
 from raydpo.losses import margin, pointwise, reference_free, transport
 from raydpo.losses.pairs import PairLogps, PreferenceLoss
 
-__all__ = ["FUNCTIONS", "LossFunction", "Memory", "Objective", "implicit_rewards", "own_sources", "preference_loss"]
+__all__ = ["FUNCTIONS", "LossFunction", "Objective", "ObjectiveState", "implicit_rewards", "own_sources", "preference_loss"]
 
 LossFunction = Callable[[PairLogps, ObjectiveConfig, float], Tensor]
 """Function from log-probs of B pairs, settings and beta to losses, [B]. A loss by import path is such a function, too."""
@@ -35,7 +35,7 @@ the rejected completion."""
 
 
 @dataclass(frozen=True)
-class Memory:
+class ObjectiveState:
     """State of an objective from earlier steps; kept in checkpoints.
 
     Attributes:
@@ -64,7 +64,7 @@ class Objective:
         own = [function for name, function in self._functions.items() if name not in FUNCTIONS]
         self.whole_step = config.needs_whole_step or any(_mixes_pairs(function, config) for function in own)
 
-    def __call__(self, logps: PairLogps, beta: float, memory: Memory | None = None) -> PreferenceLoss:
+    def __call__(self, logps: PairLogps, beta: float, memory: ObjectiveState | None = None) -> PreferenceLoss:
         """Loss and rewards of each of B pairs; if ``whole_step``, these must be all pairs of the step."""
         config = self.config
         if memory is not None:
@@ -78,7 +78,7 @@ class Objective:
             losses = losses * logps.weights
         return PreferenceLoss(losses, *implicit_rewards(config, seen, beta))
 
-    def remember(self, logps: PairLogps, beta: float, memory: Memory) -> tuple[float, Memory]:
+    def remember(self, logps: PairLogps, beta: float, memory: ObjectiveState) -> tuple[float, ObjectiveState]:
         """Beta of a step, and the state after it, from the step's log-probs.
 
         beta-DPO (Wu et al., arXiv 2407.08639): ``beta * (1 + alpha * (M - m))``, M the mean reward margin of the step at
@@ -99,7 +99,7 @@ class Objective:
             mean = beta * torch.cat((chosen, rejected)).mean().item()
             reward_mean = (rewards * reward_mean + more * mean) / (rewards + more)
             rewards += more
-        return beta, Memory(rewards, reward_mean, margin_mean)
+        return beta, ObjectiveState(rewards, reward_mean, margin_mean)
 
 
 def implicit_rewards(config: ObjectiveConfig, logps: PairLogps, beta: float) -> tuple[Tensor, Tensor]:

@@ -68,3 +68,8 @@ class PreferenceLoss:
     losses: Tensor
     chosen_rewards: Tensor
     rejected_rewards: Tensor
+
+
+TIE = 1e-5
+"""Smaller differences are ties: of rewards, and of log-ratios in nats a token. It is the rounding error of float32 sums in
+nats, and of rewards if beta is 1."""

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raydpo.model.tree import Node, PrefixTree
+from raydpo.model.tree import PrefixTree, TreeNode
 from raydpo.model.ulysses import SequenceGroup, head_shares
 
 __all__ = ["ATTENTION", "Body", "Segments", "available_bodies", "register"]
@@ -55,7 +55,7 @@ class Segments:
         memo: masks that all layers share.
     """
 
-    nodes: tuple[Node, ...]
+    nodes: tuple[TreeNode, ...]
     body: Body
     index: Tensor | None = None
     query_ends: Tensor | None = None
@@ -202,7 +202,7 @@ def _by_node(attend: Any, query: Tensor, key: Tensor, value: Tensor, segments: S
     return torch.cat(outputs, dim=2).transpose(1, 2).to(dtype)
 
 
-def _along(pieces: dict[int, Tensor], node: Node, last: int, pad: int) -> Tensor:
+def _along(pieces: dict[int, Tensor], node: TreeNode, last: int, pad: int) -> Tensor:
     """Keys or values on the path to a node and in it up to ``last``: [1, G, depth + last + pad, D].
 
     Args:

@@ -14,7 +14,9 @@ from itertools import pairwise
 
 import numpy as np
 
-__all__ = ["MIN_SAVED", "Node", "PrefixTree", "common_prefix"]
+from raydpo.data.shapes import common_prefix
+
+__all__ = ["MIN_SAVED", "PrefixTree", "TreeNode"]
 
 MIN_SAVED = 8
 """Positions that a shared prefix must save to get its own node, since each node is one more attention call per layer.
@@ -23,7 +25,7 @@ Measured training a model of 135M parameters on two CPU cores, 8 pairs with comp
 
 
 @dataclass(frozen=True)
-class Node:
+class TreeNode:
     """A run of tokens without a branch.
 
     Attributes:
@@ -57,7 +59,7 @@ class PrefixTree:
 
     token_ids: np.ndarray
     depths: np.ndarray
-    nodes: tuple[Node, ...]
+    nodes: tuple[TreeNode, ...]
     owner: tuple[int, ...]
 
     @classmethod
@@ -72,7 +74,7 @@ class PrefixTree:
             # common[i]: tokens that the i-th sequence in sorted order shares with the one before it.
             common = [0] + [common_prefix(sequences[before], sequences[after])
                             for before, after in pairwise(order)]
-        nodes: list[Node] = []
+        nodes: list[TreeNode] = []
         pieces: list[np.ndarray] = []
         owner = [0] * len(sequences)
         total = 0
@@ -87,7 +89,7 @@ class PrefixTree:
             branches = [low, *(index for index in range(low + 1, high) if common[index] == end), high]
             if end > depth and (single or (end - depth) * (len(branches) - 2) >= (min_saved or 1)):
                 path = () if parent is None else nodes[parent].with_path
-                nodes.append(Node(total, end - depth, depth, path))
+                nodes.append(TreeNode(total, end - depth, depth, path))
                 pieces.append(first[depth:end])
                 total += end - depth
                 parent = len(nodes) - 1
@@ -107,10 +109,3 @@ class PrefixTree:
                 pieces.append(np.arange(first + low - depth, first + high - depth))
             depth += length
         return np.concatenate(pieces)
-
-
-def common_prefix(left: np.ndarray, right: np.ndarray) -> int:
-    """Number of tokens that two sequences share at their start."""
-    shorter = min(len(left), len(right))
-    different = np.flatnonzero(left[:shorter] != right[:shorter])
-    return int(different[0]) if len(different) else shorter

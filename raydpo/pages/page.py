@@ -19,7 +19,7 @@ def render(template: str, *, scripts: Sequence[str] = (), **values: Any) -> str:
     """Render ``template`` with ``values``; every value is escaped.
 
     Args:
-        template: path below the package, such as ``report/run.html``; it extends ``pages/layout.html``.
+        template: path below the package, such as ``reports/run.html``; it extends ``pages/layout.html``.
         scripts: paths below the package of the scripts that are copied into the page; no others can run.
     """
     texts = [_text(name) for name in scripts]

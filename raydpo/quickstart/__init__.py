@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from raydpo.config import Config, load_config
-from raydpo.console import Console
+from raydpo.terminal.console import Console
 
 __all__ = ["PREFERENCES", "quickstart_config"]
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from raydpo.config import Config
-from raydpo.console import Console
 from raydpo.quickstart import PREFERENCES
+from raydpo.terminal.console import Console
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -69,7 +69,7 @@ def measure_effect(config: Config) -> Effect | None:
     from raydpo.data.pairs import load_pairs
     from raydpo.data.tokenise import Tokeniser, load_tokenizer
     from raydpo.evaluation.policy import find_policy
-    from raydpo.pipeline import find_reference
+    from raydpo.pipeline.prepare import open_reference
     from raydpo.reference.identity import resolve_model
 
     tokeniser = Tokeniser(load_tokenizer(resolve_model(config.model.tokenizer or config.model.path),
@@ -79,7 +79,7 @@ def measure_effect(config: Config) -> Effect | None:
     if held_out is None or not held_out.num_rows:
         return None
     prompts = held_out.slice(0, PROMPTS)  # no two shipped pairs have the same prompt
-    reference, _ = find_reference(config, "float32")
+    reference, _ = open_reference(config, "float32")
     policy = find_policy(config, reference.identity.dtype)
     return Effect(_answers(reference, prompts, tokeniser), _answers(policy.spec, prompts, tokeniser))
 

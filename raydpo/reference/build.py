@@ -14,10 +14,11 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
+from raydpo.cluster.actors import over_actors
+from raydpo.cluster.resources import Resources
 from raydpo.errors import CacheError
 from raydpo.model.layout import PromptGroup
 from raydpo.model.selfcheck import CHECK_ROWS
-from raydpo.ray_runtime import Resources, over_actors
 from raydpo.reference.claims import Claims
 from raydpo.reference.identity import on_this_machine
 from raydpo.reference.part import builder_of

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from raydpo.data.index import as_bytes
 from raydpo.reference.claims import CLAIMS
-from raydpo.reference.index import as_bytes
 from raydpo.reference.part import COMPACTED, Part, encode_part, part_time
 from raydpo.reference.store import PARTS, SET_ASIDE, UNVERIFIED, ReferenceCache
-from raydpo.storage import stale_temporaries
+from raydpo.storage.files import stale_temporaries
 
 __all__ = ["TARGET_BYTES", "CompactReport", "Garbage", "compact", "delete_garbage", "find_garbage"]
 

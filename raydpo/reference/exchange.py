@@ -13,9 +13,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from raydpo.config import DataConfig, source_name
+from raydpo.data.index import as_bytes
 from raydpo.data.records import read_records
 from raydpo.errors import DataError
-from raydpo.reference.index import as_bytes
 from raydpo.reference.part import HIGHEST, KEY_TYPE
 from raydpo.reference.store import ReferenceCache
 from raydpo.reference.verify import TOLERANCES, sum_tolerance

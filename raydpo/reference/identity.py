@@ -23,9 +23,9 @@ from typing import Any, TypeVar
 
 from raydpo.config import is_hub_name
 from raydpo.errors import FilesError, ModelError
-from raydpo.local_copy import local_home
 from raydpo.model.files import AdapterFiles, ModelFiles, adapter_files, model_files, read_header, weights_lacking
 from raydpo.model.rotary import rope_length
+from raydpo.storage.local_copy import local_home
 
 __all__ = ["QUANTIZED", "SCORING_VERSION", "ReferenceIdentity", "earlier_identity", "identify", "on_this_machine",
            "proved_here", "resolve_model"]

@@ -14,7 +14,7 @@ import pyarrow as pa
 from raydpo.errors import CacheError
 from raydpo.reference.part import COMPACTED, PartInfo, builder_of
 from raydpo.reference.store import PARTS, SET_ASIDE, UNVERIFIED, ReferenceCache
-from raydpo.storage import Storage
+from raydpo.storage.files import Storage
 
 __all__ = ["describe", "difference", "identities"]
 

@@ -11,18 +11,18 @@ import numpy as np
 import torch
 import transformers
 
-import raydpo
 from raydpo.data.plan import fill_batches
+from raydpo.data.prefetch import prefetch
 from raydpo.data.shapes import cut_group
-from raydpo.local_copy import RemoteDirectory
 from raydpo.model.budget import MOST_SCORED, find_budget, is_out_of_memory, probe_group
 from raydpo.model.layout import Layout, PromptGroup, shapes_of
 from raydpo.model.load import load_causal_lm
 from raydpo.model.logps import LogpModel
 from raydpo.model.selfcheck import Wish, choose_layout, share_positions
 from raydpo.model.ulysses import SequenceGroup
-from raydpo.prefetch import prefetch
 from raydpo.reference.identity import ReferenceIdentity, proved_here
+from raydpo.storage.local_copy import RemoteDirectory
+from raydpo.version import __version__
 
 __all__ = ["ReferenceSpec", "Scorer"]
 
@@ -146,7 +146,7 @@ class Scorer:
         """What made the numbers, for people; not part of the identity."""
         cuda = self.device.type == "cuda"
         return {
-            "raydpo": raydpo.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
+            "raydpo": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
             "device": torch.cuda.get_device_name(self.device) if cuda else platform.processor() or platform.machine(),
             "layout": str(self.model.method), "tokens_per_batch": self.tokens_per_batch, "threads": torch.get_num_threads(),
         }

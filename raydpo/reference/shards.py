@@ -11,9 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from raydpo.data.index import KeyIndex, as_bytes
 from raydpo.data.shapes import common_prefix, cut_group
 from raydpo.model.layout import PromptGroup
-from raydpo.reference.index import KeyIndex, as_bytes
 from raydpo.reference.part import KEY_TYPE
 from raydpo.reference.store import ReferenceCache
 

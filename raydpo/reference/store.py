@@ -24,10 +24,9 @@ from itertools import pairwise
 import numpy as np
 import pyarrow as pa
 
+from raydpo.data.index import KeyIndex, as_bytes
 from raydpo.errors import CacheError, RaydpoError
-from raydpo.local_copy import LocalCopy
 from raydpo.reference.identity import ReferenceIdentity
-from raydpo.reference.index import KeyIndex, as_bytes
 from raydpo.reference.part import (
     COMPACTED,
     KEY_TYPE,
@@ -42,7 +41,8 @@ from raydpo.reference.part import (
     ragged,
     read_footer,
 )
-from raydpo.storage import Storage, remove_stale_temporaries
+from raydpo.storage.files import Storage, remove_stale_temporaries
+from raydpo.storage.local_copy import LocalCopy
 
 __all__ = ["PARTS", "SET_ASIDE", "UNVERIFIED", "ReferenceCache"]
 

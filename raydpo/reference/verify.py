@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from raydpo.data.index import as_bytes
 from raydpo.errors import CacheError
-from raydpo.reference.index import as_bytes
 from raydpo.reference.join import join
 from raydpo.reference.part import KEY_TYPE
 from raydpo.reference.score import Scorer

@@ -7,10 +7,10 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from raydpo.config import Config, is_uri
+from raydpo.config import Config
 from raydpo.config.load import files_of, named_inputs, template_file
-from raydpo.config.uri import carries_secret, hidden, redact, shown
 from raydpo.errors import ConfigError
+from raydpo.storage.uri import carries_secret, hidden, is_uri, redact, shown
 
 __all__ = ["check_files", "check_for_cluster", "check_words", "packed_name"]
 _INSTEAD = ("which everyone who can see the job could read; remove it, and give it to the nodes by their environment: a "

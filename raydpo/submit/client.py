@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-import raydpo
 from raydpo.errors import ConfigError, RaydpoError
-from raydpo.interrupt import EXIT_INTERRUPTED
+from raydpo.terminal.interrupt import EXIT_INTERRUPTED
+from raydpo.version import __version__
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -175,7 +175,7 @@ class Jobs:
                 return self.client.submit_job(
                     entrypoint=entrypoint, submission_id=f"{name}-{number}", entrypoint_num_gpus=gpus or None,
                     runtime_env={"working_dir": str(archive), "env_vars": job_env()},
-                    metadata={"raydpo": raydpo.__version__, "raydpo_run": name, "raydpo_verb": verb})
+                    metadata={"raydpo": __version__, "raydpo_run": name, "raydpo_verb": verb})
             except Exception as error:
                 if "No available agent" in str(error):
                     if time.monotonic() < deadline:

@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from raydpo.console import Console
-from raydpo.interrupt import EXIT_INTERRUPTED
 from raydpo.submit.client import STOP_SECONDS, Jobs, exit_code, job_env, stop_seconds
+from raydpo.terminal.console import Console
+from raydpo.terminal.interrupt import EXIT_INTERRUPTED
 
 if TYPE_CHECKING:
     from raydpo.config import Config
@@ -125,7 +125,7 @@ def submit(args: argparse.Namespace, console: Console, check: Callable[[Config, 
 def _program(verb: str, package: Package) -> list[str]:
     """Command of the job: the project's own jobs/VERB.py if it is packed with raydpo, else the installed raydpo."""
     file = f"jobs/{verb}.py"
-    if file in package.files and "raydpo/cli.py" in package.files:
+    if file in package.files and "raydpo/cli/entry.py" in package.files:
         return ["python", file]
     return ["python", "-m", "raydpo.benchmark.command"] if verb == "benchmark" else ["python", "-m", "raydpo.cli", verb]
 

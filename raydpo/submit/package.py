@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
-from raydpo.config.uri import KEYS
 from raydpo.errors import ConfigError
+from raydpo.storage.uri import KEYS
 
 __all__ = ["LEFT_OUT", "MOST_BYTES", "SECRET_FILES", "Package", "pack"]
 

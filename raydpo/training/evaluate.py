@@ -12,12 +12,12 @@ from torch import Tensor
 
 from raydpo.config import ObjectiveConfig
 from raydpo.data.plan import MicroBatch, split_over_ranks
-from raydpo.losses import Memory, Objective, PairLogps
+from raydpo.data.prefetch import prefetch
+from raydpo.losses import Objective, ObjectiveState, PairLogps
 from raydpo.model.layout import Layout
-from raydpo.prefetch import prefetch
 from raydpo.training.metrics import PairSums
 from raydpo.training.pairs import TrainingPairs
-from raydpo.training.protocols import StepEngine
+from raydpo.training.policy.engine import StepEngine
 
 __all__ = ["AllPairLogps", "Comparison", "compare", "evaluate", "pair_logps", "reference_logps"]
 
@@ -97,7 +97,7 @@ class AllPairLogps:
         with self._engine.evaluating():
             for batch, layout in batches:
                 logps = pair_logps(self._engine, layout, self._pairs, batch.pairs, self._config)
-                if batch.counts and self._engine.leads:
+                if batch.counts and self._engine.is_leader:
                     one = torch.ones_like(logps.chosen)
                     columns = [one if (value := getattr(logps, name)) is None else value for name in _OF_THE_POLICY]
                     place = torch.from_numpy(np.searchsorted(self._distinct, batch.pairs)).to(self._engine.device)
@@ -115,7 +115,7 @@ class AllPairLogps:
                                              if asked.get(name, True)})
 
 
-def evaluate(engine: StepEngine, pairs: TrainingPairs, objective: Objective, beta: float, memory: Memory,
+def evaluate(engine: StepEngine, pairs: TrainingPairs, objective: Objective, beta: float, memory: ObjectiveState,
              tokens_per_batch: int) -> dict[str, float]:
     """Metrics over all ``pairs``, with prefix ``eval_``; the same on every rank. A whole-step objective sees them as one
     step."""
@@ -136,7 +136,7 @@ def evaluate(engine: StepEngine, pairs: TrainingPairs, objective: Objective, bet
         with engine.evaluating():
             for batch, layout in batches:
                 logps = pair_logps(engine, layout, pairs, batch.pairs, config, mean_chosen_tokens)
-                if batch.counts and engine.leads:
+                if batch.counts and engine.is_leader:
                     add(logps, batch.pairs)
         engine.sum_over_ranks(sums.values)
     return {f"eval_{name}": value for name, value in sums.metrics().items()}
@@ -178,7 +178,7 @@ def compare(engine: StepEngine, pairs: TrainingPairs, rows: Sequence[int], token
         for batch, layout in _my_batches(engine, pairs, rows, tokens_per_batch):
             flat = engine.logps(layout).double().cpu().numpy()
             completions = iter(np.split(flat, np.cumsum(layout.lengths)[:-1]))
-            for row in batch.pairs if batch.counts and engine.leads else ():
+            for row in batch.pairs if batch.counts and engine.is_leader else ():
                 live = next(completions), next(completions)
                 gap_chosen, gap_rejected = (ours - stored for ours, stored in zip(live, pairs.reference(row), strict=True))
                 if not pairs.has_tokens(row):  # only sums were imported: spread their difference evenly over the tokens

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Hooks"]
+__all__ = ["TrainHooks"]
 
 
-class Hooks:
+class TrainHooks:
     """Base class whose callbacks do nothing. All ranks call all of them, with the same rows.
 
     Those marked collective are called by all ranks at the same step, and may wait for each other.

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from raydpo.config import TrainConfig
-from raydpo.data.shapes import POSITIONS_ONLY, Work
-from raydpo.training.engine import PolicySpec
+from raydpo.data.shapes import POSITIONS_ONLY, PositionCost
+from raydpo.training.policy.engine import PolicySpec
 
 __all__ = ["TrainJob", "TrainSummary"]
 
@@ -44,7 +44,7 @@ class TrainJob:
     starts_as_reference: bool
     coarser_dtype: str
     fingerprint: Mapping[str, Any]
-    work: Work = POSITIONS_ONLY
+    work: PositionCost = POSITIONS_ONLY
     tokens_per_batch: int | None = None
     memory_share: float = 1.0
     stop_after: int | None = None

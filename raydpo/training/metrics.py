@@ -10,17 +10,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from raydpo.evaluation.interval import effective_count
+from raydpo.data.interval import effective_count
 from raydpo.losses import PairLogps, PreferenceLoss
+from raydpo.losses.pairs import TIE
 
 __all__ = ["PairSums"]
 
 _FIELDS = ("pairs", "loss", "chosen_rewards", "rejected_rewards", "margins", "wins", "logp_wins", "chosen_logps",
            "rejected_logps", "chosen_tokens", "rejected_tokens", "fell", "chosen_logratio", "rejected_logratio",
            "differences", "differences_sq", "margins_sq", "margins_x_differences")
-TIE = 1e-5
-"""Smaller differences are ties: of rewards, and of log-ratios in nats a token. It is the rounding error of float32 sums in
-nats, and of rewards if beta is 1."""
 _AGAINST_REFERENCE = ("logps/chosen_fell", "logratio/chosen_per_token", "logratio/rejected_per_token")
 _SOURCE_FIELDS = ("pairs", "loss", "margins", "wins")
 

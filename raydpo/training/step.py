@@ -12,20 +12,20 @@ from torch import Tensor
 
 from raydpo.config import TrainConfig
 from raydpo.data.plan import BatchPlan, MicroBatch
+from raydpo.data.prefetch import prefetch
 from raydpo.errors import DeviceMemoryError
-from raydpo.losses import Memory, Objective, PairLogps, PreferenceLoss
+from raydpo.losses import Objective, ObjectiveState, PairLogps, PreferenceLoss
 from raydpo.model.budget import is_out_of_memory, used_memory
 from raydpo.model.layout import Layout
-from raydpo.prefetch import prefetch
 from raydpo.training.clock import StepClock
 from raydpo.training.evaluate import AllPairLogps, pair_logps
 from raydpo.training.metrics import PairSums
 from raydpo.training.pairs import TrainingPairs
-from raydpo.training.protocols import StepEngine
+from raydpo.training.policy.engine import StepEngine
 from raydpo.training.schedule import learning_rate, warmup_steps
 from raydpo.training.whole_step import WholeStep
 
-__all__ = ["Step", "StepResult", "Stepper", "Wishes"]
+__all__ = ["Step", "StepRequests", "StepResult", "Stepper"]
 
 
 @dataclass(frozen=True)
@@ -38,18 +38,18 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Wishes:
+class StepRequests:
     """Requests of one rank to all ranks after this step. They travel in the metrics' all-reduce.
 
     Attributes:
         stop: end the session, with a checkpoint.
         checkpoint: make a checkpoint.
-        storing: none; this rank is still uploading its share of the checkpoint before.
+        uploading: none; this rank is still uploading its share of the checkpoint before.
     """
 
     stop: bool = False
     checkpoint: bool = False
-    storing: bool = False
+    uploading: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,14 @@ class StepResult:
 
     Attributes:
         row: its metrics, averaged over its pairs on all ranks.
-        stop, checkpoint, storing: whether any rank requested it, see ``Wishes``.
+        stop, checkpoint, uploading: whether any rank requested it, see ``StepRequests``.
         skipped: why the weights were left unchanged (a loss or gradient that is not finite), or None.
     """
 
     row: dict[str, float]
     stop: bool
     checkpoint: bool
-    storing: bool
+    uploading: bool
     skipped: str | None
 
 
@@ -84,7 +84,7 @@ class Stepper:
     engine: StepEngine
     objective: Objective
     clock: StepClock
-    memory: Memory
+    memory: ObjectiveState
 
     def prepared(self, first: int = 0) -> Iterator[Step]:
         """All steps from number ``first``, counted from 0. Each is laid out in another thread while the one before it is
@@ -95,7 +95,7 @@ class Stepper:
         return Step(number, self.plan.pairs(number), [(batch, self.engine.lay_out(self.pairs.groups(batch.pairs)))
                                                       for batch in self.plan.micro_batches(number, self.engine.replica)])
 
-    def take(self, step: Step, wishes: Wishes | None = None) -> StepResult:
+    def take(self, step: Step, requests: StepRequests | None = None) -> StepResult:
         """Take one optimizer step. If its loss or gradient is not finite on any rank, no rank takes it.
 
         Raises:
@@ -105,7 +105,7 @@ class Stepper:
         beta = train.beta_at(number, plan.total_steps)
         whole = self._first_pass(step, beta)
         sums, losses = self._forward_and_backward(step, beta, whole)
-        metrics, (stop, checkpoint, storing), busy = _add_up(sums, wishes or Wishes(), clock.busy, engine)
+        metrics, (stop, checkpoint, uploading), busy = _add_up(sums, requests or StepRequests(), clock.busy, engine)
         rate = learning_rate(number, peak=train.lr, schedule=train.schedule, total_steps=plan.total_steps,
                              warmup=warmup_steps(train.warmup, plan.total_steps))
         with clock.phase("optimizer"):
@@ -119,7 +119,7 @@ class Stepper:
         facts, times = self._facts(step)
         row = metrics | {"grad_norm": grad_norm, "learning_rate": rate} | facts | {"skipped": float(skipped is not None)}
         row |= times | _slowest(busy) | ({"beta": beta} if train.beta_moves else {})
-        return StepResult(row, stop > 0, checkpoint > 0, storing > 0, skipped)
+        return StepResult(row, stop > 0, checkpoint > 0, uploading > 0, skipped)
 
     def _first_pass(self, step: Step, beta: float) -> WholeStep | None:
         """Compute the log-probs of the whole step without gradients, if the objective needs them. All ranks call it."""
@@ -130,7 +130,7 @@ class Stepper:
             with self.clock.phase("forward"):
                 everything.compute(step.batches)
             with self.clock.phase("wait"):
-                self.engine.meet()
+                self.engine.barrier()
             with self.clock.phase("forward"):
                 return WholeStep(self.objective, step.rows, everything.join(), beta, self.memory)
 
@@ -154,10 +154,10 @@ class Stepper:
                     share = share * (1 + 0 * (share + loss.losses.sum().float()).detach())
                 if last:
                     with clock.phase("wait"):
-                        engine.meet()
+                        engine.barrier()
                 with clock.phase("backward"):
                     engine.backward(share, last=last)
-            if batch.counts and engine.leads:
+            if batch.counts and engine.is_leader:
                 sums.add(loss, logps, pairs.source_of(batch.pairs, engine.device))
                 # In a whole step the pair to blame has such log-probs itself, not only a loss that another pair spoiled.
                 blamed = loss.losses if whole is None else logps.chosen_logratio + logps.rejected_logratio
@@ -206,12 +206,12 @@ class Stepper:
                                     "train.gradient_checkpointing=true") from error
 
 
-def _add_up(sums: PairSums, wishes: Wishes, busy: float, engine: StepEngine
+def _add_up(sums: PairSums, requests: StepRequests, busy: float, engine: StepEngine
             ) -> tuple[dict[str, float], list[float], list[float]]:
-    """Sum metrics and wishes over all ranks, and collect every rank's busy seconds of the step before, in one all-reduce."""
+    """Sum metrics and requests over all ranks and collect their busy seconds of the step before, in one all-reduce."""
     ranks, size = engine.world_size, sums.values.numel()
     rest = torch.zeros(3 + ranks, dtype=torch.float64)
-    rest[:3] = torch.tensor([wishes.stop, wishes.checkpoint, wishes.storing], dtype=torch.float64)
+    rest[:3] = torch.tensor([requests.stop, requests.checkpoint, requests.uploading], dtype=torch.float64)
     rest[3 + engine.rank] = busy
     everything = engine.sum_over_ranks(torch.cat((sums.values, rest.to(engine.device))))
     sums.values = everything[:size]

@@ -10,25 +10,25 @@ from pathlib import Path
 from raydpo.config import TrainConfig
 from raydpo.data.plan import BatchPlan
 from raydpo.errors import ConfigError, TrainError
-from raydpo.losses import Memory, Objective
-from raydpo.training.checkpoint import load_checkpoint
+from raydpo.losses import Objective, ObjectiveState
+from raydpo.rundir.watch import TrainingWatch
+from raydpo.training.checkpoint.files import load_checkpoint
+from raydpo.training.checkpoint.preemption import PreemptionGuard
+from raydpo.training.checkpoint.saver import CheckpointSaver
 from raydpo.training.clock import StepClock
 from raydpo.training.evaluate import compare, evaluate
 from raydpo.training.gate import expected_first_loss, gate_rows, judge
-from raydpo.training.hooks import Hooks
+from raydpo.training.hooks import TrainHooks
 from raydpo.training.job import TrainJob, TrainSummary
 from raydpo.training.pairs import TrainingPairs
-from raydpo.training.preemption import PreemptionGuard
-from raydpo.training.protocols import Engine
-from raydpo.training.sample import greedy_answers
-from raydpo.training.saver import CheckpointSaver
-from raydpo.training.step import Stepper, StepResult, Wishes
-from raydpo.training.watch import TrainingWatch
+from raydpo.training.policy.engine import Engine
+from raydpo.training.policy.sample import greedy_answers
+from raydpo.training.step import Stepper, StepRequests, StepResult
 
 __all__ = ["Trainer", "train_policy"]
 
 
-def train_policy(job: TrainJob, pairs: TrainingPairs, held_out: TrainingPairs | None, engine: Engine, hooks: Hooks,
+def train_policy(job: TrainJob, pairs: TrainingPairs, held_out: TrainingPairs | None, engine: Engine, hooks: TrainHooks,
                  checkpoint: Path | None, scratch: Path) -> TrainSummary:
     """Train ``engine``'s policy to the last step, or until ``hooks`` asks to stop; then there is a checkpoint.
 
@@ -61,7 +61,7 @@ def train_policy(job: TrainJob, pairs: TrainingPairs, held_out: TrainingPairs | 
     hooks.begin(summary.steps, plan.total_steps, {"pairs": len(pairs), "steps_per_epoch": plan.steps_per_epoch,
                                                   "world_size": engine.world_size,
                                                   "held_out": 0 if held_out is None else len(held_out)})
-    stepper = Stepper(train, plan, pairs, engine, objective, StepClock(engine.device), Memory(**summary.memory))
+    stepper = Stepper(train, plan, pairs, engine, objective, StepClock(engine.device), ObjectiveState(**summary.memory))
     saver = CheckpointSaver(engine, hooks, scratch, job.fingerprint)
     trainer = Trainer(job, stepper, engine, held_out, hooks, saver, TrainingWatch(summary.warned),
                       PreemptionGuard(engine, hooks, train.preemption_every), summary)
@@ -87,7 +87,7 @@ class Trainer:
     stepper: Stepper
     engine: Engine
     held_out: TrainingPairs | None
-    hooks: Hooks
+    hooks: TrainHooks
     saver: CheckpointSaver
     watch: TrainingWatch
     guard: PreemptionGuard
@@ -172,7 +172,7 @@ class Trainer:
             self._count_skipped(result.skipped)
 
             with clock.phase("checkpoint"):
-                self.saver.settle(all_stored=not result.storing)
+                self.saver.settle(all_stored=not result.uploading)
             last = done == total_steps
             if last or done % train.eval_every == 0:
                 with clock.phase("evaluation"):
@@ -188,9 +188,9 @@ class Trainer:
                 summary.interrupted = True
                 return
 
-    def _wishes(self) -> Wishes:
+    def _wishes(self) -> StepRequests:
         minutes = self.job.train.checkpoint_minutes
-        return Wishes(stop=self.hooks.stop_requested(), storing=self.saver.busy,
+        return StepRequests(stop=self.hooks.stop_requested(), uploading=self.saver.busy,
                       checkpoint=self.engine.rank == 0 and minutes is not None and self.saver.minutes_since >= minutes)
 
     def _checkpoint(self, result: StepResult, done: int, *, ends: bool) -> None:
@@ -239,7 +239,7 @@ class Trainer:
         self.hooks.note(f"warning: {skipped}. The step was not taken")
 
 
-def _resumed(job: TrainJob, engine: Engine, hooks: Hooks, checkpoint: Path) -> TrainSummary:
+def _resumed(job: TrainJob, engine: Engine, hooks: TrainHooks, checkpoint: Path) -> TrainSummary:
     """Load a checkpoint into ``engine``; returns the summary in it."""
     state = load_checkpoint(engine, checkpoint, job.fingerprint)
     if (state.world_size, state.zero) != (engine.world_size, engine.zero):
@@ -249,7 +249,7 @@ def _resumed(job: TrainJob, engine: Engine, hooks: Hooks, checkpoint: Path) -> T
     return TrainSummary(**state.summary)
 
 
-def _tokens_per_batch(job: TrainJob, engine: Engine, summary: TrainSummary, hooks: Hooks) -> int:
+def _tokens_per_batch(job: TrainJob, engine: Engine, summary: TrainSummary, hooks: TrainHooks) -> int:
     """Token positions of a micro-batch: as set, as in the checkpoint, or measured."""
     if job.tokens_per_batch is not None:
         return job.tokens_per_batch

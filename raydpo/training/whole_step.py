@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raydpo.losses import Memory, Objective, PairLogps, PreferenceLoss
+from raydpo.losses import Objective, ObjectiveState, PairLogps, PreferenceLoss
 
 __all__ = ["WholeStep"]
 
@@ -35,7 +35,8 @@ class WholeStep:
         memory: state of the objective after the step.
     """
 
-    def __init__(self, objective: Objective, rows: np.ndarray, logps: PairLogps, beta: float, memory: Memory) -> None:
+    def __init__(self, objective: Objective, rows: np.ndarray, logps: PairLogps, beta: float,
+                 memory: ObjectiveState) -> None:
         self.beta, self.memory = objective.remember(logps, beta, memory)
         inputs = {name: value.detach().requires_grad_() for name in _WITH_GRADIENT
                   if (value := getattr(logps, name)) is not None}

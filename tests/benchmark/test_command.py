@@ -6,7 +6,7 @@ import math
 import pytest
 from tiny import preferences, write_preferences
 
-from raydpo.benchmark.report import plot
+from raydpo.benchmark.tables import plot
 from raydpo.estimate.rate import known_peak
 
 RATIOS = [("reference_pass", "ratio"), ("train_step", "ratio_vs_cached"), ("train_step", "ratio_vs_online"),

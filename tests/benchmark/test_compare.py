@@ -8,8 +8,8 @@ import pytest
 
 from raydpo.benchmark.compare import BETAS, Measurement, disagreements, fastest, figures, median_ratio, ratios
 from raydpo.benchmark.job import Result
-from raydpo.cost import ModelCost
 from raydpo.data.shapes import Shapes
+from raydpo.model.cost import ModelCost
 
 GIB = 2.0**30
 

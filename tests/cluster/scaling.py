@@ -11,7 +11,7 @@ from ray.autoscaler.v2.utils import ResourceRequestUtil
 from ray.core.generated.autoscaler_pb2 import ClusterResourceConstraint
 from ray.core.generated.common_pb2 import LabelSelectorOperator
 
-from raydpo.ray_runtime import Resources
+from raydpo.cluster.resources import Resources
 
 
 def machines_for(config: dict[str, Any], asked: Resources) -> dict[str, int]:

@@ -12,8 +12,8 @@ import pytest
 import yaml
 from scaling import machines_for
 
-from raydpo.cli import _parser
-from raydpo.ray_runtime import Resources
+from raydpo.cli.entry import _parser
+from raydpo.cluster.resources import Resources
 from raydpo.submit.client import STOP_SECONDS
 
 ROOT = Path(__file__).parents[2]

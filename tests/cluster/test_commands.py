@@ -8,7 +8,7 @@ import pytest
 import yaml
 from documented import DOCUMENTS
 
-from raydpo.cli import _parser
+from raydpo.cli.entry import _parser
 from raydpo.config import load_config
 
 ROOT = Path(__file__).parents[2]

@@ -7,7 +7,7 @@ from pathlib import Path
 import promql_parser
 import pytest
 
-from raydpo.training.trackers import GAUGES, Gauges
+from raydpo.rundir.trackers import GAUGES, Gauges
 
 DASHBOARD = json.loads((Path(__file__).parents[2] / "cluster" / "grafana.json").read_text())
 EXPRESSIONS = [(panel["title"], target["expr"]) for panel in DASHBOARD["panels"] for target in panel["targets"]]

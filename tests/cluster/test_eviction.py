@@ -19,7 +19,7 @@ import time
 
 class Slow:
     def find_spec(self, name, path, target=None):
-        if name != "raydpo.storage":
+        if name != "raydpo.storage.files":
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)
         run = spec.loader.exec_module

@@ -10,7 +10,7 @@ import pytest
 from kustomize import build
 from scaling import machines_for
 
-from raydpo.ray_runtime import Resources
+from raydpo.cluster.resources import Resources
 
 ROOT = Path(__file__).parents[2]
 KUBERAY = ROOT / "cluster" / "kuberay"

@@ -5,8 +5,9 @@ import pyarrow as pa
 import pytest
 from kernel import tokenised
 
-from raydpo.data.facts import FACTS, pair_facts
-from raydpo.data.filter import PairFilter
+from raydpo.config.filter import FACTS, PairFilter
+from raydpo.data.facts import pair_facts
+from raydpo.data.filter import left_out, pairs_to_keep
 from raydpo.errors import ConfigError, DataError
 
 RECORDS = [
@@ -50,9 +51,9 @@ def test_truncation_counts_as_cut():
     ("source in ('tiny') and pair_id <> 'tiny:2'", [0, 2, 3, 4]), ("pair_id like '%:5'", [4])])
 def test_conditions(facts, expression, kept):
     condition = PairFilter(expression)
-    keep = condition.keep(facts)
+    keep = pairs_to_keep(condition, facts)
     assert np.flatnonzero(keep).tolist() == kept
-    assert f"{5 - len(kept)} of 5 pairs left out (tiny: {5 - len(kept)} of 5)" in condition.line(facts, keep)
+    assert f"{5 - len(kept)} of 5 pairs left out (tiny: {5 - len(kept)} of 5)" in left_out(condition, facts, keep)
     assert condition.needs_reference == ("ref_" in expression)
 
 
@@ -71,9 +72,9 @@ def test_what_is_no_condition_is_one_readable_error(expression, said):
 def test_neither_true_nor_false_and_nothing_left_are_errors(facts):
     unknown = pair_facts(tokenised(RECORDS), np.array([-4.0, np.nan, -4.0, -6.0, -1.0]), np.full(5, -3.0))
     with pytest.raises(DataError, match=r"neither true nor false for 1 pairs \(first: tiny:2\)"):
-        PairFilter("ref_margin > 0").keep(unknown)
+        pairs_to_keep(PairFilter("ref_margin > 0"), unknown)
     with pytest.raises(DataError, match="leaves none of 5 pairs"):
-        PairFilter("chosen_tokens > 1000").keep(facts)
+        pairs_to_keep(PairFilter("chosen_tokens > 1000"), facts)
 
 
 def test_facts_of_no_pairs():

@@ -3,7 +3,7 @@ import pytest
 
 from raydpo.data.balance import joint_cost, shares
 from raydpo.data.plan import BatchPlan, epoch_order, fill_batches, split_over_ranks
-from raydpo.data.shapes import POSITIONS_ONLY, Shapes, Work, cut_group
+from raydpo.data.shapes import POSITIONS_ONLY, PositionCost, Shapes, cut_group
 from raydpo.model.layout import Method, PromptGroup, lay_out, shapes_of
 
 LAYOUTS = ["tree", "packed", "padded"]
@@ -80,7 +80,7 @@ def test_positions_and_cost_of_a_pair_by_hand(layout):
     looks = {"tree": 4.5, "packed": 9, "padded": 9}[layout] + 3 * 7 + (4 + 25) / 2
     assert shapes.positions(layout).tolist() == [positions]
     assert shapes.cost(layout, POSITIONS_ONLY).tolist() == [positions]
-    assert shapes.cost(layout, Work(attention=0.5, head=10)).tolist() == [positions + 0.5 * looks + 10 * 7]
+    assert shapes.cost(layout, PositionCost(attention=0.5, head=10)).tolist() == [positions + 0.5 * looks + 10 * 7]
 
 
 def test_shared_prompt_tokens():
@@ -154,7 +154,7 @@ def rank_costs(shapes, world_size, layout, work=POSITIONS_ONLY):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("work", [POSITIONS_ONLY, Work(attention=0.01, head=1.0)])
+@pytest.mark.parametrize("work", [POSITIONS_ONLY, PositionCost(attention=0.01, head=1.0)])
 def test_work_is_even(layout, work):
     for shapes in (lengths(256, seed=1), shapes_of(dialogues(256))):
         costs = rank_costs(shapes, 8, layout, work)

@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 
-from raydpo.data.shapes import POSITIONS_ONLY, Shapes, Work
+from raydpo.data.shapes import POSITIONS_ONLY, PositionCost, Shapes
 from raydpo.data.simulate import amounts, deal, simulate, steps_of, training_order
 
-WORK = Work(attention=3e-4, head=0.27)
+WORK = PositionCost(attention=3e-4, head=0.27)
 
 
 def lengths(prompt, *completions):

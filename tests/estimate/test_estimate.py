@@ -5,13 +5,13 @@ import pytest
 from tiny import make_tokenizer, preferences, write_preferences
 
 from raydpo.config import TrainConfig, load_config
-from raydpo.cost import ModelCost
 from raydpo.data.pairs import load_pairs
 from raydpo.data.tokenise import Tokeniser
 from raydpo.errors import ConfigError
 from raydpo.estimate.anatomy import model_cost
 from raydpo.estimate.plan import Rates, Stage, make_plan, operations, training_factors
 from raydpo.estimate.rate import DEVICES, stated_rates
+from raydpo.model.cost import ModelCost
 
 RATES = Rates(score=1e9, train=1e9, origin="test")
 SIZES = ModelCost(parameters=1500, active=1000, hidden=10, vocabulary=50, layers=2, attention_width=8)

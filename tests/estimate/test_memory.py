@@ -66,7 +66,7 @@ def test_sizes_are_deepspeeds_defaults_where_the_engine_sets_none():
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     from raydpo.estimate.memory import PERSISTENT, PREFETCH, REUSE, SUB_GROUP
-    from raydpo.training.engine import _deepspeed_config
+    from raydpo.training.policy.deepspeed_engine import _deepspeed_config
 
     zero = DeepSpeedZeroConfig(**_deepspeed_config(TrainConfig(zero=3), "bfloat16")["zero_optimization"])
     assert (zero.reduce_bucket_size, zero.prefetch_bucket_size, zero.max_reuse_distance, zero.param_persistence_threshold,

@@ -22,11 +22,11 @@ from tiny import make_model, preferences, write_preferences
 
 import raydpo
 from raydpo.config import load_config
-from raydpo.console import Console
 from raydpo.data.split import held_out, prompt_digest
 from raydpo.errors import CacheMissError, ConfigError
-from raydpo.evaluation.run import _Evaluation
-from raydpo.storage import Storage
+from raydpo.pipeline.evaluate import _Evaluation
+from raydpo.storage.files import Storage
+from raydpo.terminal.console import Console
 
 SETTINGS = {"prompts": 6, "max_tokens": 10, "samples": 2}
 FIGURES = {"raydpo", "policy", "reference", "data", "beta", "preferences", "generation", "drift", "wins", "samples"}
@@ -161,7 +161,7 @@ def _other_tokens(directory):
 
 @pytest.mark.slow
 def test_any_number_of_workers_gives_the_same_answers(place, on_cluster, monkeypatch, tmp_path):
-    from raydpo.evaluation import run
+    from raydpo.pipeline import evaluate as run
 
     monkeypatch.setattr(run, "WORK_BLOCK", 4)
     found = [evaluated(place, f"score.workers={workers}", f"evaluate.batch={batch}", f"cache.uri={tmp_path / str(workers)}",

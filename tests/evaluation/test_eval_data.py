@@ -10,7 +10,7 @@ from raydpo.data.pairs import load_pairs
 from raydpo.data.preference import as_text
 from raydpo.data.tokenise import Tokeniser
 from raydpo.errors import ConfigError
-from raydpo.evaluation.prompts import choose_prompts, evaluation_data, reading, spoken, trained_on
+from raydpo.evaluation.prompts import choose_prompts, evaluation_data, prompt_texts, reading, trained_on
 
 
 def rewardbench(path, count=12):
@@ -92,7 +92,7 @@ def test_judges_are_shown_the_words_of_the_file(data, place, monkeypatch):
     pairs = loaded(config)
     tokenizer = make_tokenizer()
     prompts = choose_prompts(pairs, 5, seed=0)
-    for prompt, words in zip(prompts, spoken(prompts, config), strict=True):
+    for prompt, words in zip(prompts, prompt_texts(prompts, config), strict=True):
         rendered = tokenizer.apply_chat_template(words, tokenize=False, add_generation_prompt=True)
         assert rendered == tokenizer.decode(prompt.ids)
         assert as_text(words).startswith("system: Be kind.\n\nuser: Question ")
@@ -103,7 +103,7 @@ def test_prompts_of_a_ranking_record(place):
                                    + json.dumps({"prompt": "other", "chosen": "x", "rejected": "y"}) + "\n")
     config = configured(place, evaluate={"data": str(place / "a.jsonl")})
     prompts = choose_prompts(loaded(config), 5, seed=0)
-    assert sorted(spoken(prompts, config)) == ["other", "rank"], "the same prompt is answered once"
+    assert sorted(prompt_texts(prompts, config)) == ["other", "rank"], "the same prompt is answered once"
 
 
 def test_the_choice_of_prompts_does_not_depend_on_their_order(place):

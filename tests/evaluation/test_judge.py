@@ -10,7 +10,7 @@ from raydpo.answers.contests import Contest, count_wins
 from raydpo.answers.judge import Judge, judge_contests
 from raydpo.config import JudgeConfig
 from raydpo.errors import ConfigError, RaydpoError
-from raydpo.storage import Storage
+from raydpo.storage.files import Storage
 
 CONTESTS = [Contest("What is it?", "a long answer", "short"), Contest("And this?", "brief", "another long answer"),
             Contest([{"role": "user", "content": "Well?"}], "the longest answer", "tiny"), Contest("Same?", "yes", "yes")]

@@ -7,11 +7,11 @@ import torch
 from tiny import make_model, make_tokenizer, preferences, write_preferences
 
 from raydpo.config import load_config
-from raydpo.console import Console
 from raydpo.errors import ConfigError, ModelError
 from raydpo.evaluation.policy import find_policy, harness_arguments
-from raydpo.evaluation.run import _Evaluation
+from raydpo.pipeline.evaluate import _Evaluation
 from raydpo.reference.identity import identify
+from raydpo.terminal.console import Console
 
 
 def make_adapter(directory, model, base=None, seed=5):

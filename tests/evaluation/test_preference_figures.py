@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from raydpo.config import ObjectiveConfig
+from raydpo.data.interval import mean, mean_by_group, share, student95
 from raydpo.errors import RaydpoError
-from raydpo.evaluation.interval import mean, mean_by_group, share, student95
 from raydpo.evaluation.preferences import ScoredPairs, measure_preferences
 from raydpo.evaluation.style import length_growth, measure_style
 from raydpo.losses import PairLogps, preference_loss

@@ -9,7 +9,7 @@ import torch
 
 from raydpo.config import LOSSES, ObjectiveConfig
 from raydpo.errors import ConfigError
-from raydpo.losses import FUNCTIONS, Memory, Objective, PairLogps, preference_loss
+from raydpo.losses import FUNCTIONS, Objective, ObjectiveState, PairLogps, preference_loss
 
 LN2 = math.log(2)
 
@@ -106,7 +106,7 @@ def test_aot_compares_quantiles():
 
 def test_bco_is_shifted_by_the_mean_reward_of_all_steps():
     objective = Objective(ObjectiveConfig(loss="bco", beta=0.1))
-    beta, memory = objective.remember(pair(chosen=-6.0), 0.1, Memory())  # rewards 0.6, -0.2
+    beta, memory = objective.remember(pair(chosen=-6.0), 0.1, ObjectiveState())  # rewards 0.6, -0.2
     assert (beta, memory.rewards, memory.reward_mean) == (0.1, 2, pytest.approx(0.2))
     _, memory = objective.remember(pair(chosen=-8.0), 0.1, memory)  # rewards 0.4, -0.2
     assert (memory.rewards, memory.reward_mean) == (4, pytest.approx(0.15))
@@ -117,11 +117,11 @@ def test_bco_is_shifted_by_the_mean_reward_of_all_steps():
 def test_dynamic_beta_follows_the_margin():
     objective = Objective(ObjectiveConfig(beta=0.1, dynamic_beta=0.6))
     assert objective.whole_step
-    beta, memory = objective.remember(pair(), 0.1, Memory())  # a margin of 0.4, where 0 was usual
+    beta, memory = objective.remember(pair(), 0.1, ObjectiveState())  # a margin of 0.4, where 0 was usual
     assert (beta, memory.margin_mean) == (pytest.approx(0.1 * (1 + 0.6 * 0.4)), pytest.approx(0.04))
-    beta, _ = objective.remember(pair(), 0.1, Memory(margin_mean=0.4))
+    beta, _ = objective.remember(pair(), 0.1, ObjectiveState(margin_mean=0.4))
     assert beta == pytest.approx(0.1)
-    beta, _ = objective.remember(pair(), 0.1, Memory(margin_mean=100.0))  # the formula says -5.9
+    beta, _ = objective.remember(pair(), 0.1, ObjectiveState(margin_mean=100.0))  # the formula says -5.9
     assert beta == pytest.approx(0.001)
 
 
@@ -182,7 +182,7 @@ def test_rewards_prefer_what_the_loss_prefers(name, more):
 
         def of(chosen, rejected):
             return objective(PairLogps(chosen[0], rejected[0], chosen[1], rejected[1], chosen[2], rejected[2], chosen[3],
-                                       rejected[3], chosen[4], rejected[4]), settings["beta"], Memory())
+                                       rejected[3], chosen[4], rejected[4]), settings["beta"], ObjectiveState())
 
         loss, swapped = of(one, other), of(other, one)
         prefers = (loss.losses < swapped.losses).item()
@@ -249,7 +249,7 @@ def test_traits_tell_the_truth(name):
     objective = Objective(ObjectiveConfig(loss=name, **settings_of(name)))
 
     def losses(pairs):
-        _, memory = objective.remember(pairs, 0.1, Memory())
+        _, memory = objective.remember(pairs, 0.1, ObjectiveState())
         return objective(pairs, 0.1, memory).losses
 
     whole = losses(logps)

@@ -13,7 +13,7 @@ from trl_losses import (
 )
 
 from raydpo.config import ObjectiveConfig
-from raydpo.losses import Memory, Objective, PairLogps
+from raydpo.losses import Objective, ObjectiveState, PairLogps
 from raydpo.training.metrics import PairSums
 
 PAIRS = len(CHOSEN_TOKENS)
@@ -37,7 +37,7 @@ def objective_and_logps(policy, reference, mask, log_sum_sq=None, **settings):
         weights = aligned[:PAIRS] * aligned[PAIRS:]
     logps = PairLogps(*sides, *lengths.to(policy.dtype).chunk(2), *tails, weights=weights)
     config = ObjectiveConfig(**settings)
-    return Objective(config)(logps, config.beta, Memory()), logps
+    return Objective(config)(logps, config.beta, ObjectiveState()), logps
 
 
 def value_and_gradient(function, policy, *args, **settings):

@@ -208,7 +208,7 @@ def in_shares(directories):
     """Result of loading each directory under ZeRO-3: ``whole`` or the error."""
     from transformers.integrations import HfDeepSpeedConfig
 
-    from raydpo.training.engine import join_process_group
+    from raydpo.training.policy.deepspeed_engine import join_process_group
 
     join_process_group(torch.device("cpu"))
     partitioned = HfDeepSpeedConfig({"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3},

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from raydpo.config import load_config
-from raydpo.console import Console
 from raydpo.data.split import held_out, prompt_digest
 from raydpo.errors import ConfigError, ModelError
 from raydpo.quickstart import HERE, PREFERENCES, quickstart_config
 from raydpo.quickstart.effect import PROMPTS, Effect, is_bullet_list, measure_effect, print_effect
+from raydpo.terminal.console import Console
 
 ROOT = Path(__file__).parents[2]
 RECORDS = [json.loads(line) for line in PREFERENCES.read_text(encoding="utf-8").splitlines()]

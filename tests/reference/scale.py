@@ -21,10 +21,10 @@ import pyarrow as pa
 from raydpo.data.pairs import PAIR_SCHEMA
 from raydpo.data.spool import spooled
 from raydpo.reference.identity import ReferenceIdentity
+from raydpo.reference.pairs import reference_values
 from raydpo.reference.part import KEY_TYPE
 from raydpo.reference.shards import Wanted, missing_shards
 from raydpo.reference.store import ReferenceCache
-from raydpo.training.pairs import reference_values
 
 IDENTITY = ReferenceIdentity(weights="1" * 64, architecture="a" * 64, adapter=None, dtype="float32")
 ROWS_PER_PART, PAIRS_PER_TABLE = 25_000, 100_000

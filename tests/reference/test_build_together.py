@@ -15,7 +15,7 @@ from tiny import preferences, write_preferences
 
 from raydpo.reference.claims import Claims
 from raydpo.reference.store import ReferenceCache
-from raydpo.storage import Storage
+from raydpo.storage.files import Storage
 
 
 def configure(place, tiny_llama, count, part):

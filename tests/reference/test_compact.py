@@ -11,12 +11,12 @@ import pytest
 from killing import killed_at_every_line
 from rows import ONE, files, rows, same, values
 
-from raydpo import storage as storage_module
 from raydpo.reference import compact as compact_module
 from raydpo.reference import store as store_module
 from raydpo.reference.compact import compact, delete_garbage, find_garbage
 from raydpo.reference.part import builder_of
 from raydpo.reference.store import PARTS, SET_ASIDE, ReferenceCache
+from raydpo.storage import files as storage_module
 
 
 def fresh(uri):

@@ -11,10 +11,10 @@ import pytest
 from tiny import preferences, write_preferences
 
 from raydpo.config import load_config
-from raydpo.console import Console
-from raydpo.pipeline import Prepared
+from raydpo.pipeline.prepare import Prepared
 from raydpo.reference.score import Scorer
 from raydpo.reference.shards import Wanted, missing_shards, plan_shards
+from raydpo.terminal.console import Console
 
 COUNT = 12
 
@@ -205,7 +205,7 @@ def test_longer_max_length_scores_only_what_was_cut_again(tmp_path, tiny_llama):
 
 def test_missing_rows_are_named_before_training(place):
     from raydpo.errors import CacheMissError
-    from raydpo.training.pairs import join_reference
+    from raydpo.reference.pairs import join_reference
 
     prepared = prepare(place, change=one_weight)
     prepared.cache.storage.fs.delete_dir_contents(prepared.cache.storage.path(prepared.cache.directory), missing_dir_ok=True)

@@ -13,12 +13,12 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from killing import killed_once
 from rows import ONE, OTHER, values
 
-from raydpo import storage as storage_module
 from raydpo.reference import compact as compact_module
 from raydpo.reference import store as store_module
 from raydpo.reference.compact import compact, delete_garbage, find_garbage
 from raydpo.reference.part import KEY_TYPE, digest_is_sound, encode_part, ragged
 from raydpo.reference.store import PARTS, ReferenceCache
+from raydpo.storage import files as storage_module
 
 EXAMPLES, STEPS = 30, 40
 MODULES = [compact_module, store_module, storage_module]

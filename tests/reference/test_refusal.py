@@ -9,12 +9,12 @@ import pytest
 from tiny import preferences, write_preferences
 
 from raydpo.config import load_config
-from raydpo.console import Console
 from raydpo.errors import CacheMissError
-from raydpo.pipeline import Prepared
+from raydpo.pipeline.prepare import Prepared
+from raydpo.reference.pairs import join_reference
 from raydpo.reference.shards import Wanted
 from raydpo.reference.store import ReferenceCache
-from raydpo.training.pairs import join_reference
+from raydpo.terminal.console import Console
 
 OTHER = {"weights": "e" * 64, "architecture": "f" * 64, "adapter": "d" * 64, "dtype": "bfloat16", "quantisation": "nf4",
          "scoring_version": 1, "rope_length": 4096}

@@ -13,8 +13,8 @@ import pytest
 import transformers
 from rows import ONE
 
+from raydpo.cluster.resources import Resources
 from raydpo.data.pairs import PAIR_SCHEMA
-from raydpo.ray_runtime import Resources
 from raydpo.reference import build as module
 from raydpo.reference.build import build
 from raydpo.reference.claims import Claims

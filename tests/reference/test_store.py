@@ -13,7 +13,7 @@ from rows import ONE, OTHER, rows, values
 
 from raydpo.errors import CacheError
 from raydpo.reference.store import ReferenceCache
-from raydpo.storage import Storage
+from raydpo.storage.files import Storage
 
 
 def part_file(cache, index=0):

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from packaging.specifiers import SpecifierSet
 
-from raydpo.cli import main
+from raydpo.cli.entry import main
 from raydpo.config import load_config
 from raydpo.submit.client import exit_code
 from raydpo.submit.command import VERBS
@@ -215,7 +215,7 @@ def test_files_that_the_configuration_leads_to_are_packed_or_refused(project, ca
 
 def test_it_needs_neither_ray_nor_torch(project):
     blocked = "import sys\nfor name in ('ray', 'torch', 'transformers', 'pyarrow', 'numpy'): sys.modules[name] = None\n"
-    program = blocked + ("from raydpo.cli import main\n"
+    program = blocked + ("from raydpo.cli.entry import main\n"
                          "assert main(['submit', 'run', 'config.yaml', '--dry-run']) == 0\n"
                          "sys.exit(main(['submit', 'run', 'config.yaml']))")
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=project,

@@ -96,5 +96,5 @@ def test_this_project_is_packed_small_and_ray_leaves_out_the_same(tmp_path):
     assert [line for line in lines if not line.startswith("#")] == [*LEFT_OUT, "tests/"]
     assert set(SECRET_FILES) <= set(LEFT_OUT)
     done = pack(ROOT, tmp_path)
-    assert {"raydpo/cli.py", "jobs/run.py", "raydpo/reference/build.py"} <= set(done.files)
+    assert {"raydpo/cli/entry.py", "jobs/run.py", "raydpo/reference/build.py"} <= set(done.files)
     assert done.bytes < 2 << 20, done.line()

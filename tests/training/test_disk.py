@@ -14,7 +14,7 @@ from kernel import exact, tiny_pairs, train_here, with_reference
 from tiny import make_model
 
 from raydpo.errors import ModelError
-from raydpo.training.disk import PREFIX, disk_folder
+from raydpo.training.policy.offload import PREFIX, disk_folder
 
 FIELD = "train.offload_optimizer"
 

@@ -18,8 +18,8 @@ PROMPT, COMPLETION = np.arange(5, 15, dtype=np.int32), np.arange(15, 25, dtype=n
 
 def exported(model, scratch, directory, lora, zero):
     from raydpo.config import LoraSettings
-    from raydpo.training.engine import PolicySpec
-    from raydpo.training.export import export_policy
+    from raydpo.training.policy.engine import PolicySpec
+    from raydpo.training.policy.export import export_policy
 
     run = train_here(with_reference(tiny_pairs(17), model), model, scratch, steps=3, lora=lora, zero=zero)
     spec = PolicySpec(path=str(model), dtype="float32", lora=None if lora is None else LoraSettings(**lora))
@@ -78,8 +78,8 @@ def exported_kinds(model, folder):
 
     from raydpo.model.load import load_causal_lm
     from raydpo.model.logps import LogpModel
-    from raydpo.training.engine import PolicySpec
-    from raydpo.training.export import export_policy
+    from raydpo.training.policy.engine import PolicySpec
+    from raydpo.training.policy.export import export_policy
 
     group, found = [PromptGroup(PROMPT, (COMPLETION,))], {}
     for name, config in (("vera", peft.VeraConfig(r=4, target_modules=["q_proj"])),

@@ -16,7 +16,7 @@ import yaml
 from kernel import exact
 from tiny import preferences, write_preferences
 
-from raydpo.training.board import Board
+from raydpo.training.launch.board import Mailbox
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def test_a_worker_out_of_memory_is_started_again(job, undisturbed):
 
 
 def test_what_does_not_fit_twice_is_halved_once():
-    board = Board()
+    board = Mailbox()
     first, _ = board.enter()
     board.put("begin", {})
     assert board.back_off(100, first) and board.enter() == (2, 50), "no step was done with it: no second chance"
@@ -150,7 +150,7 @@ def test_what_does_not_fit_twice_is_halved_once():
 
 
 def test_ranks_out_of_memory_in_the_same_step_have_one_second_chance():
-    board, notes = Board(), []
+    board, notes = Mailbox(), []
 
     def ran_out_on_two_ranks(attempt, tokens):
         board.put("begin", {})
@@ -186,7 +186,7 @@ def one_fails(given):
     import torch.distributed as dist
 
     from raydpo.errors import TrainError
-    from raydpo.training.launch import _attempt
+    from raydpo.training.launch.launch import _attempt
 
     def work(tokens_per_batch):
         if dist.get_rank() == 1:
@@ -202,14 +202,15 @@ def test_an_error_of_one_worker_ends_all_at_once(on_cluster, tmp_path, max_failu
     """Without it, the other worker would wait for two minutes. The limit is half of that: other tests may run meanwhile."""
     import ray
 
+    from raydpo.cluster.resources import Resources
     from raydpo.config import TrainConfig
     from raydpo.errors import TrainError
-    from raydpo.ray_runtime import Resources
-    from raydpo.training.launch import _fit, _ray_trainer, new_board
+    from raydpo.training.launch.board import start_mailbox
+    from raydpo.training.launch.launch import _fit, _ray_trainer
 
     ray.init(address=os.environ["RAY_ADDRESS"], runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}})
     try:
-        train, board = TrainConfig(workers=2, collective_timeout=120, max_failures=max_failures), new_board()
+        train, board = TrainConfig(workers=2, collective_timeout=120, max_failures=max_failures), start_mailbox()
         given = {"board": board, "train": train, "raised": str(tmp_path / "raised")}
         trainer = _ray_trainer(one_fails, given, train, Resources(2, 0.0, 1), str(tmp_path / "run"))
         with pytest.raises(TrainError, match="this worker alone cannot go on"):

@@ -10,7 +10,7 @@ import torch
 from distributed import run_distributed
 from tiny import make_model
 
-from raydpo.training.host_memory import HostPeak
+from raydpo.training.policy.host_memory import HostPeak
 
 M_MMAP_THRESHOLD = -3
 
@@ -31,7 +31,7 @@ def loaded(model, zero):
     from transformers.integrations import HfDeepSpeedConfig
 
     from raydpo.model.load import load_causal_lm
-    from raydpo.training.engine import join_process_group
+    from raydpo.training.policy.deepspeed_engine import join_process_group
 
     # What is freed goes back at once: what is measured is what loading holds, not what the allocator keeps for later.
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)

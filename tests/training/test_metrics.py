@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from raydpo.evaluation.interval import effective_count
+from raydpo.data.interval import effective_count
 from raydpo.losses import PairLogps, preference_loss
 from raydpo.training.metrics import PairSums
 

@@ -8,7 +8,7 @@ from kernel import exact, tiny_pairs, train_here, with_reference
 from raydpo.config import TrainConfig
 from raydpo.errors import ModelError
 from raydpo.model.budget import reset_peak_memory, used_memory
-from raydpo.training.optimizer import RoundedAdamW, make_optimizer
+from raydpo.training.policy.optimizer import RoundedAdamW, make_optimizer
 
 # ZeRO-3 last: while its engine lives, transformers partitions every model it loads.
 KINDS = [dict(zero=2, offload_optimizer="cpu"), dict(zero=2, gradient_checkpointing=True, offload_activations=True),

@@ -14,14 +14,14 @@ from kernel import tiny_pairs, train_here, with_reference
 from safetensors.torch import load_file
 from tiny import preferences, write_preferences
 
-from raydpo.cli import main
+from raydpo.cli.entry import main
 from raydpo.config import load_config
-from raydpo.console import Console
 from raydpo.errors import ConfigError, ModelError
-from raydpo.pipeline import Prepared
+from raydpo.pipeline.prepare import Prepared
+from raydpo.reference.pairs import join_reference
 from raydpo.reference.shards import Wanted
 from raydpo.reference.store import ReferenceCache
-from raydpo.training.pairs import join_reference
+from raydpo.terminal.console import Console
 
 LORA = {"r": 4, "alpha": 8}
 

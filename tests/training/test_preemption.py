@@ -3,7 +3,7 @@
 from distributed import run_distributed
 from kernel import Record, tiny_pairs, train_here, with_reference
 
-from raydpo.training import preemption
+from raydpo.training.checkpoint import preemption
 
 
 class Spot(Record):

@@ -47,7 +47,8 @@ def models(tmp_path_factory):
 
 def differences(models, dtype, zero, adapts):
     """Differences of policy and scorer for each model, or the error that was raised."""
-    from raydpo.training.engine import PolicyEngine, PolicySpec, join_process_group
+    from raydpo.training.policy.deepspeed_engine import PolicyEngine, join_process_group
+    from raydpo.training.policy.engine import PolicySpec
 
     join_process_group(CPU)
     found = {}
@@ -89,7 +90,8 @@ def test_every_tensor_of_the_policy_is_the_scorers(zero, dtype, adapts, models, 
 
 
 def refused(directory):
-    from raydpo.training.engine import PolicyEngine, PolicySpec, join_process_group
+    from raydpo.training.policy.deepspeed_engine import PolicyEngine, join_process_group
+    from raydpo.training.policy.engine import PolicySpec
 
     join_process_group(CPU)
     with pytest.raises(ModelError) as caught:

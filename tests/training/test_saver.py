@@ -62,7 +62,7 @@ def test_a_store_that_is_away_is_tried_again_and_a_full_one_costs_one_checkpoint
 
 
 def full_at_the_end(table, model, place):
-    from raydpo.training import saver
+    from raydpo.training.checkpoint import saver
 
     saver.LAST_PAUSES = (0.1, 0.1)
     with pytest.raises(TrainError) as caught:
@@ -85,7 +85,7 @@ class Freed(Store):
 
 
 def freed(table, model, place):
-    from raydpo.training import saver
+    from raydpo.training.checkpoint import saver
 
     saver.LAST_PAUSES = (0.1, 0.1)
     record = Freed(keep=place / "keep")
@@ -100,7 +100,7 @@ def disk_full(table, model, place):
     """The local disk of one rank is full when step 4 is written."""
     import torch.distributed as dist
 
-    from raydpo.training import state
+    from raydpo.training.policy import state
 
     real = state.save_file
 

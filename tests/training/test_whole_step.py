@@ -9,7 +9,7 @@ from distributed import run_distributed
 from kernel import exact, tiny_pairs, train_here, with_reference
 
 from raydpo.config import LOSSES, ObjectiveConfig
-from raydpo.losses import Memory, Objective, PairLogps
+from raydpo.losses import Objective, ObjectiveState, PairLogps
 from raydpo.training.whole_step import WholeStep
 
 ROWS = np.array([3, 40, 7, 11, 40, 25, 2, 31])  # one pair is there twice
@@ -37,7 +37,7 @@ def summed(settings, split):
     objective = Objective(ObjectiveConfig(**settings))
     tails = objective.config.ld_alpha is not None
     names = ("chosen", "rejected", "chosen_tail", "rejected_tail")[: 4 if tails else 2]
-    memory = Memory(rewards=6, reward_mean=0.3, margin_mean=-0.2)
+    memory = ObjectiveState(rewards=6, reward_mean=0.3, margin_mean=-0.2)
     whole = WholeStep(objective, ROWS, made_up(ROWS, tails), 0.1, memory) if objective.whole_step else None
     total, gradients = 0.0, torch.zeros(len(names), 64, dtype=torch.float64)
     for rows in split:
@@ -71,7 +71,7 @@ def test_the_gradient_is_that_of_the_whole_step(settings):
     """Compare with autograd through the objective itself, with the beta and the mean of the step as constants."""
     objective = Objective(ObjectiveConfig(**settings))
     tails = objective.config.ld_alpha is not None
-    logps, memory = made_up(ROWS, tails), Memory(rewards=6, reward_mean=0.3, margin_mean=-0.2)
+    logps, memory = made_up(ROWS, tails), ObjectiveState(rewards=6, reward_mean=0.3, margin_mean=-0.2)
     beta, settled = objective.remember(logps, 0.1, memory)
     logps.chosen.requires_grad_()
     logps.rejected.requires_grad_()

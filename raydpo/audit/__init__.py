@@ -1,6 +1,0 @@
-"""Audits preference data from token lengths and cached log-probs. Needs no model and no GPU."""
-
-from raydpo.audit.audit import Audit, audit_pairs, summary_lines
-from raydpo.audit.write import write_audit
-
-__all__ = ["Audit", "audit_pairs", "summary_lines", "write_audit"]

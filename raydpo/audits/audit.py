@@ -1,0 +1,82 @@
+"""An audit: figures over all pairs and by source, advice, and the pairs worth reading."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+
+from raydpo.audits.advice import advise
+from raydpo.audits.extremes import extremes
+from raydpo.audits.measure import figures
+from raydpo.config import ObjectiveConfig
+from raydpo.data.facts import prompt_numbers
+from raydpo.pages.finding import Finding
+
+__all__ = ["Audit", "audit_pairs", "summary_lines"]
+
+
+@dataclass(frozen=True)
+class Audit:
+    """The result of an audit.
+
+    Attributes:
+        meta: name of the run, model, identity of the reference, version.
+        total, sources: figures of ``measure.figures``, over all pairs and by source.
+        identical: pairs left out at loading because chosen and rejected are the same, by source.
+        advice: the most important first. extremes: lists of pairs worth reading.
+        frame: the facts that the figures were computed from, for plots; not part of ``to_dict``.
+    """
+
+    meta: dict[str, Any]
+    total: dict[str, Any]
+    sources: dict[str, dict[str, Any]]
+    identical: dict[str, int]
+    advice: list[Finding]
+    extremes: list[dict[str, Any]]
+    frame: pl.DataFrame
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the content of audit.json."""
+        return {"meta": self.meta, "total": self.total, "sources": self.sources, "identical": self.identical,
+                "advice": [dataclasses.asdict(one) for one in self.advice], "extremes": self.extremes}
+
+
+def audit_pairs(facts: pa.Table, pairs: pa.Table, decode: Callable[[list[list[int]]], list[str]], *, meta: dict[str, Any],
+                identical: dict[str, int] | None = None, objective: ObjectiveConfig | None = None) -> Audit:
+    """Audit tokenised pairs and their reference log-probs.
+
+    Args:
+        facts: ``data.facts.pair_facts`` of ``pairs``. decode: turns the token ids of many completions into texts.
+        identical: see ``Audit``. objective: the objective that the pairs will be trained with.
+    """
+    frame = pl.from_arrow(facts.drop_columns(["pair_id"])).with_columns(prompt=prompt_numbers(pairs))
+    total = figures(frame)
+    sources = {str(name): figures(part) for (name,), part in frame.group_by("source", maintain_order=True)}
+    return Audit(meta, total, sources, identical or {}, advise(total, objective), extremes(facts, pairs, decode), frame)
+
+
+def summary_lines(audit: Audit) -> list[str]:
+    """Summarise an audit in a few lines for the terminal."""
+    total = audit.total
+    length, surprise, reference = total["length"], total["surprise"], total["reference"]
+    lines = [f"audit: the chosen answer is longer in {length['chosen_longer']['share']:.1%} of {total['pairs']:,} pairs, by "
+             f"{length['difference']['median']:+.0f} tokens in the median; '{length['rule']} is better' is right for "
+             f"{length['rule_accuracy']['share']:.1%}"]
+    if surprise["chosen"]:
+        lines.append(f"audit: the reference ranks {reference['right_by_sum']['share']:.1%} right "
+                     f"({reference['right_per_token']['share']:.1%} per token); chosen {surprise['chosen']['median']:.2f}, "
+                     f"rejected {surprise['rejected']['median']:.2f} nats a token in the median")
+    counts = [f"{count:,} {what}" for count, what in (
+        (total["duplicates"], "copies"), (total["shared_prompt"], "share a prompt"),
+        (total["shared_answer"], "share an answer"), (total["contradictory"], "contradict another pair"),
+        (sum(audit.identical.values()), "with chosen = rejected (left out)"),
+        (sum(total["empty"].values()), "empty answers"), (sum(total["truncated"].values()), "cut answers")) if count]
+    if counts:
+        lines.append(f"audit: {', '.join(counts)}")
+    return lines + [f"advice: {one.title.lower()}: {one.found}{f' ({one.setting})' if one.setting else ''}"
+                    for one in audit.advice]

@@ -1,0 +1,141 @@
+"""Computes the figures of an audit from token lengths and cached log-probs."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from raydpo.data.facts import LENGTH_BINS
+from raydpo.data.interval import Interval, mean_by_group, share, share_by_group
+
+__all__ = ["figures", "separation"]
+
+FAR_MARGIN = -150
+"""Reference margin, nats, below which a pair counts as far out."""
+FAR_SHARE = 0.01
+"""Largest share of pairs that the advised filter removes for their margin."""
+
+
+def figures(frame: pl.DataFrame) -> dict[str, Any]:
+    """Compute all figures of the pairs in ``frame``. Shares have 95 % intervals over prompts.
+
+    The columns of ``frame`` are ``config.filter.FACTS`` and ``prompt``, the number of the prompt. Log-probs are in nats;
+    surprise is -log-prob per token. A figure that needs more pairs than there are is None.
+    """
+    scored = frame.filter(pl.col("ref_margin").is_not_null())
+    even = frame["contradictory"] & (frame["opposites"] == frame["copies"])
+    return {
+        "pairs": frame.height, "not_scored": frame.height - scored.height,
+        "tokens": {name: _quantiles(frame[f"{name}_tokens"].to_numpy()) for name in ("prompt", "chosen", "rejected")},
+        "length": _length(frame),
+        "reference": _reference(scored),
+        "length_and_reference": _length_and_reference(scored),
+        "surprise": _surprise(scored),
+        "duplicates": int(((frame["copy"] > 0) & ~frame["contradictory"]).sum()),
+        "contradictory": int(frame["contradictory"].sum()), "contradictory_evenly": int(even.sum()),
+        "shared_prompt": int((frame["prompt_pairs"] > frame["copies"]).sum()),
+        "shared_answer": int((frame["answer_pairs"] > frame["copies"]).sum()),
+        "empty": {side: int((frame[f"{side}_tokens"] <= 1).sum()) for side in ("chosen", "rejected")},
+        "truncated": {side: int((frame[f"{side}_cut"] > 0).sum()) for side in ("chosen", "rejected")},
+    }
+
+
+def separation(one: np.ndarray, two: np.ndarray, prompts: np.ndarray) -> dict[str, Any]:
+    """Estimate the probability that a value of ``two`` exceeds one of ``one`` (Mann-Whitney); a tie counts one half.
+
+    Args:
+        one, two: values of the chosen and the rejected answers, [pairs].
+        prompts: number of the prompt of each pair, [pairs].
+    """
+    # For each value, the share of the other side's values that it is below or above. The estimate is the mean of their sum,
+    # except for terms that vanish with the number of pairs (DeLong et al. 1988, doi 10.2307/2531595).
+    above, below = 1 - _below(one, two), _below(two, one)
+    if not len(one):
+        return _named(share(0, 0), 0.0, 0)
+    auc = float(below.mean())
+    found = mean_by_group(above + below - auc, prompts)
+    if found["low"] == found["high"]:  # no variance: complete separation, all equal, or one prompt
+        found = share_by_group(below, prompts)
+    low, high = (bound if bound is None else min(1.0, max(0.0, bound)) for bound in (found["low"], found["high"]))
+    return _named({"value": auc, "low": low, "high": high}, auc * len(one), len(one))
+
+
+def _below(values: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Share of ``others`` that each of ``values`` exceeds; a tie counts one half."""
+    ordered = np.sort(others)
+    return (np.searchsorted(ordered, values, "left") + np.searchsorted(ordered, values, "right")) / 2 / max(1, len(ordered))
+
+
+def _share(values: np.ndarray, frame: pl.DataFrame) -> dict[str, Any]:
+    """Mean of ``values``, each from 0 to 1 and of one pair of ``frame``."""
+    values = values.astype(float)
+    return _named(share_by_group(values, frame["prompt"].to_numpy()), float(values.sum()), len(values))
+
+
+def _named(found: Interval, count: float, total: int) -> dict[str, Any]:
+    return {"share": found["value"], "low": found["low"], "high": found["high"], "count": count, "of": total}
+
+
+def _length(frame: pl.DataFrame) -> dict[str, Any]:
+    difference = frame["length_difference"].to_numpy()
+    longer, shorter = difference > 0, difference < 0
+    better = "longer" if longer.sum() >= shorter.sum() else "shorter"
+    return {
+        "chosen_longer": _share(longer, frame), "chosen_shorter": _share(shorter, frame),
+        "equal": int((difference == 0).sum()), "difference": _quantiles(difference),
+        # The accuracy of a judge that looks at lengths only; a tie counts one half.
+        "rule": better, "rule_accuracy": _share(_wins(difference if better == "longer" else -difference), frame),
+    }
+
+
+def _reference(scored: pl.DataFrame) -> dict[str, Any]:
+    margin = scored["ref_margin"].to_numpy()
+    per_token = (scored["ref_chosen_per_token"] - scored["ref_rejected_per_token"]).to_numpy()
+    bound = min(FAR_MARGIN, int(np.floor(np.quantile(margin, FAR_SHARE)))) if len(margin) else FAR_MARGIN
+    return {"right_by_sum": _share(_wins(margin), scored), "right_per_token": _share(_wins(per_token), scored),
+            "margin": _quantiles(margin), "far": {"bound": bound, "pairs": int((margin <= bound).sum())}}
+
+
+def _wins(values: np.ndarray) -> np.ndarray:
+    return (np.sign(values) + 1) / 2
+
+
+def _length_and_reference(scored: pl.DataFrame) -> dict[str, Any]:
+    difference, margin = scored["length_difference"].to_numpy().astype(float), scored["ref_margin"].to_numpy()
+    if len(margin) < 3 or not difference.std() or not margin.std():
+        return {"pearson": None, "spearman": None, "slope": None, "bins": _by_bin(scored)}
+    ranks = [scored[name].rank().to_numpy() for name in ("length_difference", "ref_margin")]
+    return {"pearson": float(np.corrcoef(difference, margin)[0, 1]), "spearman": float(np.corrcoef(*ranks)[0, 1]),
+            "slope": float(np.polyfit(difference, margin, 1)[0]), "bins": _by_bin(scored)}
+
+
+def _by_bin(scored: pl.DataFrame) -> list[dict[str, Any]]:
+    """How often the reference is right among pairs of about the same length difference."""
+    difference = scored["length_difference"].to_numpy()
+    bins = []
+    for low, high in pairwise([-np.inf, *LENGTH_BINS, np.inf]):
+        inside = scored.filter(pl.Series((difference >= low) & (difference < high), dtype=pl.Boolean))
+        bins.append({"from": None if np.isinf(low) else int(low), "to": None if np.isinf(high) else int(high) - 1,
+                     "pairs": inside.height, "right": _share(_wins(inside["ref_margin"].to_numpy()), inside)})
+    return bins
+
+
+def _surprise(scored: pl.DataFrame) -> dict[str, Any]:
+    values = {side: -scored[f"ref_{side}_per_token"].to_numpy() for side in ("chosen", "rejected")}
+    result: dict[str, Any] = {side: _quantiles(each) for side, each in values.items()}
+    for side in values:
+        tokens = int(scored[f"{side}_tokens"].sum())
+        nats = -float(scored[f"ref_{side}_logps"].sum())
+        result[f"{side}_perplexity"] = float(np.exp(min(nats / tokens, 700.0))) if tokens else None
+    return result | {"separation": separation(values["chosen"], values["rejected"], scored["prompt"].to_numpy())}
+
+
+def _quantiles(values: np.ndarray) -> dict[str, float] | None:
+    if not len(values):
+        return None
+    return {"mean": float(values.mean())} | {name: float(np.quantile(values, share)) for name, share in (
+        ("least", 0.0), ("p01", 0.01), ("p10", 0.1), ("p25", 0.25), ("median", 0.5), ("p75", 0.75), ("p90", 0.9),
+        ("p99", 0.99), ("most", 1.0))}

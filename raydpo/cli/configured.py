@@ -1,0 +1,47 @@
+"""What verbs with a configuration share."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from raydpo.errors import RaydpoError
+from raydpo.rundir.directory import DRIVER_LOG
+from raydpo.terminal.console import Console
+
+if TYPE_CHECKING:
+    from raydpo.config import Config
+    from raydpo.data.pairs import PairSets
+    from raydpo.data.tokenise import Tokeniser
+
+__all__ = ["load_training_pairs", "quietly"]
+
+
+def quietly(config: Config, console: Console, act: Callable[[], object]) -> None:
+    """Run ``act`` with all output but the console's in the run's logs, or in a temporary file if the run is at a URI."""
+    from raydpo.storage.files import Storage
+
+    storage = Storage(config.run_dir)
+    log = Path(storage.path(DRIVER_LOG) if storage.is_local else tempfile.mkdtemp(prefix="raydpo-logs-") + "/driver.log")
+    try:
+        with console.noise_to(log):
+            act()
+    except OSError as error:
+        if error.filename and str(log.parent) in str(error.filename):
+            raise RaydpoError(f"cannot write to {log.parent}: {error}") from None
+        raise
+
+
+def load_training_pairs(config: Config) -> tuple[PairSets, Tokeniser]:
+    """Tokenise the pairs of a configuration as score and train do, without Ray."""
+    from raydpo.data.filter import filtered_by_tokens
+    from raydpo.data.pairs import load_pairs
+    from raydpo.data.tokenise import Tokeniser, load_tokenizer
+    from raydpo.reference.identity import resolve_model
+
+    tokeniser = Tokeniser(load_tokenizer(resolve_model(config.model.tokenizer or config.model.path),
+                                         chat_template=config.data.chat_template,
+                                         trust_remote_code=config.model.trust_remote_code))
+    return filtered_by_tokens(load_pairs(config.data, tokeniser), config.data)[0], tokeniser

@@ -1,0 +1,234 @@
+"""The command line ``raydpo VERB``. Exit status: 0 done, 1 failed, 2 bad input, 130 interrupted."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raydpo.cli.cache import add_cache_verbs, with_json
+from raydpo.cli.configured import load_training_pairs, quietly
+from raydpo.errors import ConfigError, TrainError
+from raydpo.submit.command import add_jobs, add_submit, as_submit
+from raydpo.terminal.console import Console
+from raydpo.terminal.guard import guarded
+from raydpo.version import __version__
+
+if TYPE_CHECKING:
+    from raydpo.config import Config
+
+__all__ = ["job", "main", "parsed"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return its exit status."""
+    args = parsed(argv)
+    return guarded(lambda console: args.act(args, console))
+
+
+def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line. Settings (``key.sub=value``) may stand before and after options."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    settings = [word for word in rest if "=" in word and not word.startswith("-")]
+    if rest != (settings if hasattr(args, "overrides") else []):
+        from raydpo.storage.uri import hidden
+
+        parser.error(f"unrecognized arguments: {hidden(' '.join(rest))}")
+    if settings:
+        args.overrides = [*args.overrides, *settings]
+    return args
+
+
+def job(verb: str) -> int:
+    """Run a verb as the entry point of a Ray job (``jobs/VERB.py``). With --dry-run, print the command that submits it."""
+    if "--dry-run" in sys.argv[1:]:
+        print(as_submit(verb, sys.argv[1:]))
+        return 0
+    return main([verb, *sys.argv[1:]])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="raydpo", description="DPO on Ray. The frozen reference is scored once.")
+    parser.add_argument("--version", action="version", version=f"raydpo {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def add(name: str, act: Callable[[argparse.Namespace, Console], None], about: str) -> argparse.ArgumentParser:
+        verb = verbs.add_parser(name, help=about, description=about)
+        verb.set_defaults(act=act)
+        return verb
+
+    def configured(name: str, act: Callable[[argparse.Namespace, Console], None], about: str) -> argparse.ArgumentParser:
+        verb = add(name, act, about)
+        verb.add_argument("config", metavar="CONFIG", help="YAML file of the run")
+        verb.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace those of the file")
+        return verb
+
+    configured("score", _score, "score the pairs with the reference, once, and store the log-probs")
+    for name, about in (("train", "train the policy with stored log-probs, or continue an interrupted run"),
+                        ("run", "score, then train")):
+        verb = configured(name, _train, about)
+        verb.add_argument("--fresh", action="store_true", help="start again; rename an earlier run of this name")
+    sweep = configured("sweep", _sweep, "train with many settings and one cache, or continue an interrupted sweep")
+    sweep.add_argument("--fresh", action="store_true", help="start again; rename an earlier sweep of this name")
+    show = configured("show", _show, "print pairs as the model sees them")
+    show.add_argument("-n", "--count", type=int, default=3, help="number of pairs (default: %(default)s)")
+    audit = configured("audit", with_json(_audit), "write a page on what the pairs teach, by lengths and cached log-probs")
+    audit.add_argument("--json", action="store_true", help="print one JSON object")
+    evaluate = configured("eval", with_json(_eval), "compare a policy with the reference: preferences, answers, drift, wins")
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object")
+    plan = configured("plan", with_json(_plan), "estimate what a run takes: tokens, memory, GPU hours, dollars, idle time")
+    plan.add_argument("--workers", type=int, metavar="N", help="number of devices of both stages (default: as configured)")
+    plan.add_argument("--device", metavar="NAME", help="a GPU with a known peak rate, such as H100, A100-80GB or L4")
+    for stage in ("score", "train"):
+        plan.add_argument(f"--mfu-{stage}", type=float, metavar="X", help=f"share of the peak rate that {stage} reaches")
+    plan.add_argument("--memory", type=float, metavar="GIB", help="memory of a device in GiB (default: as --device)")
+    plan.add_argument("--price", type=float, metavar="D", help="dollars for a GPU hour")
+    plan.add_argument("--runs", type=int, metavar="K", help="number of trainings with this reference, as in a sweep")
+    plan.add_argument("--measure", action="store_true", help="measure the rate on this machine")
+    plan.add_argument("--json", action="store_true", help="print one JSON object")
+    report = add("report", _report, "write the page of a run or a sweep, or one that compares several of them")
+    report.add_argument("paths", nargs="+", metavar="PATH", help="run or sweep directory, local or URI")
+    report.add_argument("--out", metavar="FILE", help="the page of several runs (default: comparison.html)")
+    explain = add("explain", _explain, "write a page that derives the loss and shows what beta does")
+    explain.add_argument("--out", metavar="FILE", default="explain.html", help="the page (default: %(default)s)")
+    add_cache_verbs(verbs.add_parser("cache", help="list, show, verify, compare, compact, clean, export or import a cache"))
+    add_submit(verbs.add_parser("submit", help="run a verb as a job on a Ray cluster"), _check_before_submit)
+    add_jobs(verbs.add_parser("jobs", help="list, follow or stop the jobs of a Ray cluster"))
+    add("doctor", _doctor, "show versions, devices, compiler and Ray cluster of this machine")
+    quickstart = add("quickstart", _quickstart, "train a small model on the preference pairs that raydpo ships")
+    quickstart.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    return parser
+
+
+def _config(args: argparse.Namespace) -> Config:
+    """The configuration that the command line names, with its overrides."""
+    from raydpo.config import load_config
+
+    return load_config(args.config, args.overrides)
+
+
+def _check_before_submit(config: Config, verb: str) -> None:
+    """Refuse settings with which a job would end at once. Needs no torch."""
+    from raydpo.config import check_verb
+    from raydpo.sweeps.trials import trials_of
+
+    check_verb(config, verb)
+    if verb == "sweep":
+        trials_of(config, elsewhere=True)
+
+
+def _score(args: argparse.Namespace, console: Console) -> None:
+    config = _config(args)
+    from raydpo.pipeline.score import score
+
+    quietly(config, console, lambda: score(config, console))
+
+
+def _train(args: argparse.Namespace, console: Console) -> None:
+    config = _config(args)
+    from raydpo.pipeline.run import run
+    from raydpo.pipeline.train import train
+
+    verb = train if args.verb == "train" else run
+    quietly(config, console, lambda: verb(config, console, fresh=args.fresh))
+
+
+def _sweep(args: argparse.Namespace, console: Console) -> None:
+    config = _config(args)
+    from raydpo.sweeps.run import sweep
+
+    found: dict[str, Any] = {}
+    quietly(config, console, lambda: found.update(sweep(config, console, fresh=args.fresh)))
+    failed = [trial for trial in found["trials"] if trial["status"] == "failed"]
+    if failed:
+        raise TrainError(f"{len(failed)} of {len(found['trials'])} trials failed: "
+                         + "; ".join(f"{trial['name']}: {trial['error']}" for trial in failed)
+                         + ". Run the same command again to retry them")
+
+
+def _show(args: argparse.Namespace, console: Console) -> None:
+    from raydpo.data.show import render_pairs
+
+    sets, tokeniser = load_training_pairs(_config(args))
+    for line in sets.report.lines():
+        console.say(line)
+    for renderable in render_pairs(sets.train, tokeniser, args.count):
+        console.print(renderable)
+
+
+def _audit(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    config = _config(args)
+    from raydpo.pipeline.audit import audit
+
+    with console.quiet():
+        return audit(config, console).to_dict()
+
+
+def _eval(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    config = _config(args)
+    from raydpo.pipeline.evaluate import evaluate
+
+    with console.quiet():
+        return evaluate(config, console)
+
+
+def _plan(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    config = _config(args)
+    from raydpo.estimate.display import plan_run, print_plan
+
+    sets, _ = load_training_pairs(config)
+    with console.quiet():
+        plan = plan_run(config, sets, measure=args.measure, device=args.device, mfu_score=args.mfu_score,
+                        mfu_train=args.mfu_train, workers=args.workers, price=args.price, runs=args.runs,
+                        memory=args.memory)
+    for line in sets.report.lines():
+        console.say(line)
+    print_plan(plan, console)
+    return plan.to_dict()
+
+
+def _report(args: argparse.Namespace, console: Console) -> None:
+    from raydpo.reports import write_comparison, write_report
+
+    if len(args.paths) == 1:
+        if args.out is not None:
+            raise ConfigError(f"--out {args.out} is for a page of several runs; the page of one run is written into its "
+                              "directory. Drop --out, or give more run directories")
+        console.say(f"report: {write_report(args.paths[0])}")
+        return
+    out = Path(args.out or "comparison.html")
+    write_comparison(args.paths, out)
+    console.say(f"comparison: {out}")
+
+
+def _explain(args: argparse.Namespace, console: Console) -> None:
+    from raydpo.reports.explain import write_explanation
+
+    write_explanation(Path(args.out))
+    console.say(f"explanation: {args.out}")
+
+
+def _doctor(args: argparse.Namespace, console: Console) -> None:
+    from raydpo.cluster.doctor import report
+
+    report(console)
+
+
+def _quickstart(args: argparse.Namespace, console: Console) -> None:
+    from raydpo.pipeline.run import run
+    from raydpo.quickstart import quickstart_config
+    from raydpo.quickstart.effect import measure_effect, print_effect
+
+    config = quickstart_config(args.overrides, console)
+
+    def act() -> None:
+        run(config, console, fresh=True)
+        effect = measure_effect(config)
+        if effect is not None:
+            print_effect(effect, console)
+
+    quietly(config, console, act)
+

@@ -1,0 +1,1 @@
+"""Ray from the outside: sessions, resources, actors, nodes, waiting."""

@@ -1,0 +1,85 @@
+"""Run blocks of rows on Ray Data actors, and report the original error of a worker."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from raydpo import errors
+from raydpo.cluster.resources import Resources
+from raydpo.errors import RaydpoError
+
+__all__ = ["original_error", "over_actors"]
+
+
+_NO_MEMORY = re.compile(r"running low on memory\..*?\(IP: ([^,)]+).*? was ([\d.]+GB) used / ([\d.]+GB) limit")
+"""Ray 2.60's message when it kills workers for lack of memory: node, memory in use, limit."""
+
+
+def over_actors(actor: type, arguments: tuple[Any, ...], blocks: Sequence[Any], resources: Resources, doing: str,
+                calls_at_once: int = 1) -> Iterator[dict[str, Any]]:
+    """Process Arrow blocks of the object store with Ray Data actors, one block a call and one actor a team.
+
+    Args:
+        arguments: arguments of the actors' constructor.
+        doing: what is done, for messages, such as "scoring the reference".
+        calls_at_once: concurrent calls of one actor, each in its own thread.
+
+    Yields:
+        The rows that the actors return.
+
+    Raises:
+        RaydpoError: if an actor fails.
+    """
+    import ray
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    dataset = ray.data.from_arrow_refs(list(blocks)).map_batches(
+        actor, fn_constructor_args=arguments, batch_size=1, batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=min(resources.teams, len(blocks)),
+                                           max_concurrent_calls_per_actor=calls_at_once),
+        num_cpus=resources.together, num_gpus=resources.gpus_per_worker * resources.together,
+        accelerator_type=resources.accelerator, label_selector=dict(resources.labels) or None,
+        # By default Ray restarts an actor without limit, also one that a bad block kills each time.
+        # Ray deprecates passing these two here, but has no named arguments for them yet.
+        max_restarts=3, max_task_retries=3)
+    try:
+        yield from dataset.iter_rows()
+    except RaydpoError:
+        raise
+    except Exception as error:
+        raise original_error(error, doing) from error
+
+
+def original_error(error: BaseException, doing: str) -> RaydpoError:
+    """The error behind a Ray exception: raydpo's own if a worker raised one, else one sentence about its cause."""
+    seen: list[BaseException] = []
+    todo: list[BaseException | None] = [error]
+    while todo:
+        current = todo.pop(0)
+        if current is None or any(current is known for known in seen):
+            continue
+        if isinstance(current, RaydpoError):
+            return current
+        seen.append(current)
+        todo += [getattr(current, "cause", None), current.__cause__, *getattr(current, "worker_failures", {}).values()]
+    for known in seen:
+        # If the constructor of an actor fails, only the text of its error arrives.
+        match = re.search(r"raydpo\.errors\.(\w+): (.+)", str(known))
+        kind = getattr(errors, match[1], None) if match else None
+        if isinstance(kind, type) and issubclass(kind, RaydpoError):
+            return kind(match[2])
+        # The rest of this message is about settings of Ray, and does not help.
+        if memory := _NO_MEMORY.search(str(known)):
+            node, used, limit = memory.groups()
+            return RaydpoError(f"{doing} failed: node {node} ran low on memory ({used} of {limit} used by all that runs "
+                               "there), and Ray killed workers; use fewer workers on a node, fewer tokens_per_batch, or "
+                               "more memory")
+    # Ray adds exceptions without a message to the chain. The last one with a message is the origin.
+    told = [(type(known).__name__, lines[-1].strip()) for known in seen
+            if (lines := str(known).strip().splitlines()) and lines[-1].strip() != type(known).__name__]
+    kind, line = told[-1] if told else (type(error).__name__, "no message")
+    return RaydpoError(f"{doing} failed: {kind}: {line}")

@@ -1,0 +1,61 @@
+"""``raydpo doctor``: show what is installed on this machine and what a run would use."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+
+from raydpo.terminal.console import Console
+from raydpo.version import __version__
+
+__all__ = ["report"]
+
+_PACKAGES = ("torch", "transformers", "peft", "deepspeed", "ray", "pyarrow", "datasets", "pydantic")
+
+
+def report(console: Console) -> None:
+    """Print versions, devices, the C++ compiler, and the Ray cluster that a run would use."""
+    rows = [("raydpo", __version__), ("python", f"{platform.python_version()} ({sys.executable})")]
+    rows += [(name, _version(name)) for name in _PACKAGES]
+    console.table("versions", ("", "value"), rows)
+    console.table("this machine", ("", "value"), [*_devices(), ("C++ compiler", shutil.which("g++") or
+                                                                "none (not needed on the CPU)")])
+    address = os.environ.get("RAY_ADDRESS", "")
+    ray = "a local Ray, started by each command" if not address else f"the cluster at $RAY_ADDRESS {address}"
+    if address.startswith(("http://", "https://")):
+        ray = f"none: $RAY_ADDRESS is {address}, a job server; set $RAY_API_SERVER_ADDRESS to it instead"
+    console.table("what would be used", ("", "value"), [
+        ("Ray", ray),
+        ("precision (dtype: auto)", _auto_dtype()),
+        ("reference log-probs", "<output>/cache unless cache.uri says otherwise")])
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _devices() -> list[tuple[str, str]]:
+    rows = [("CPU cores", str(os.cpu_count()))]
+    try:
+        import torch
+    except ImportError:
+        return [*rows, ("GPUs", "unknown: torch is not installed")]
+    if not torch.cuda.is_available():
+        return [*rows, ("GPUs", "none")]
+    return rows + [(f"GPU {index}", f"{torch.cuda.get_device_name(index)}, "
+                    f"{torch.cuda.get_device_properties(index).total_memory / 2**30:.0f} GiB")
+                   for index in range(torch.cuda.device_count())]
+
+
+def _auto_dtype() -> str:
+    try:
+        from raydpo.cluster.resources import bfloat16_is_faster
+    except ImportError:
+        return "unknown: ray is not installed"
+    return "bfloat16" if bfloat16_is_faster() else "float32 (no GPU, and no matrix units for bfloat16 in this processor)"

@@ -1,0 +1,195 @@
+"""Checks of storage, resources and nodes before anything is computed. Each problem is one sentence with its fix."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import uuid
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from raydpo.cluster.nodes import grows_to, holds, nodes_with
+from raydpo.cluster.resources import resources_for
+from raydpo.cluster.waiting import check_reachable
+from raydpo.config import Config
+from raydpo.errors import ConfigError, RaydpoError
+from raydpo.storage.files import Storage
+from raydpo.terminal.console import Console
+from raydpo.version import __version__
+
+__all__ = ["check_cluster", "check_nodes"]
+
+Stage = Literal["score", "train"]
+PACKAGES = ("torch", "transformers", "deepspeed", "ray")
+"""Packages whose versions must be the same on all nodes: others fail, or compute other numbers."""
+ANSWER_SECONDS = 120.0
+"""Seconds for a node to start a process and answer."""
+
+
+def check_cluster(config: Config, stages: Sequence[Stage], console: Console, models: Sequence[str | None] = ()) -> None:
+    """Check storage, resources and nodes, before data is read and devices are used.
+
+    Args:
+        models: models that the stages load, besides those of sections ``model`` and ``reference``.
+
+    Raises:
+        ConfigError: with a line for each problem.
+    """
+    problems: list[str] = []
+    for key, uri in (("output", config.run_dir), *([("cache.uri", config.cache_uri)] if "score" in stages else [])):
+        try:
+            Storage(uri).probe()
+        except RaydpoError as error:
+            problems.append(f"{key!r} does not work: {error}")
+    for stage in stages:
+        try:
+            resources = resources_for(stage, config)
+            if config.ray.autoscaling:
+                check_reachable(stage, resources)
+        except ConfigError as error:
+            problems.append(str(error))
+    if config.ray.autoscaling and config.model.dtype == "auto" and not _gpus() and grows_to("GPU") is None:
+        problems.append("'model.dtype' is 'auto', and the cluster, which starts nodes on demand, has no GPU yet to "
+                        "decide by; set model.dtype to bfloat16 or float32")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    check_nodes(config, stages, console, models)
+
+
+def check_nodes(config: Config, stages: Sequence[Stage], console: Console, models: Sequence[str | None] = ()) -> None:
+    """Check every node that the stages may use: that torch finds its GPUs, and that it has the packages of this node, and
+    sees the same storage and models.
+
+    Raises:
+        ConfigError: with a line for each problem.
+    """
+    import ray
+
+    here = ray.get_runtime_context().get_node_id()
+    others, gpus = {}, {}
+    for stage in stages:
+        needs = resources_for(stage, config)
+        usable = {node["NodeID"]: node for node in nodes_with(needs.accelerator, needs.labels)
+                  if holds(node["Resources"], needs.bundle)}
+        others |= {node: told for node, told in usable.items() if node != here}
+        if needs.device == "cuda":
+            gpus |= {node: int(told["Resources"]["GPU"]) for node, told in usable.items()}
+    problems = [*_gpu_problems("this node", gpus[here], _torch_devices())] if here in gpus else []
+    if not others:
+        if problems:
+            raise ConfigError("\n".join(problems))
+        return
+    local = [str(Path(path).absolute()) for path in
+             (config.model.path, config.model.adapter, config.reference.path, config.reference.adapter, *models)
+             if path is not None and Path(path).is_dir()]
+    places = {key: storage for key, uri in (("output", config.run_dir), ("cache.uri", config.cache_uri))
+              if (storage := Storage(uri)).is_local}
+    marker = f".probe-{uuid.uuid4().hex}"
+    marked = {}
+    try:
+        for key, storage in places.items():
+            storage.write(marker, b"raydpo")
+            marked[key] = storage.path(marker)
+        answers = _ask(others, [*local, *marked.values()], gpus)
+    except OSError as error:
+        raise ConfigError(f"cannot write to {error.filename}: {error.strerror}; see output and cache.uri") from None
+    finally:
+        for key in marked:
+            places[key].delete(marker)
+    names = {path: f"model directory {path}" for path in local} | {
+        path: f"what the driver wrote to {key!r} ({places[key]})" for key, path in marked.items()}
+    problems += [problem for node, answer in answers.items()
+                 for problem in _problems(_named(others[node]), answer, names, gpus.get(node, 0))]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    console.note(f"cluster: {len(others) + 1} nodes, with the same packages and storage")
+
+
+def _gpus() -> float:
+    import ray
+
+    return ray.cluster_resources().get("GPU", 0)
+
+
+def _look(paths: Sequence[str], gpus: bool = False) -> dict[str, Any]:
+    """Runs on a node: its package versions, which paths are missing, and the GPUs that torch finds, if ``gpus``."""
+    versions = {"raydpo": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "none"
+    return {"versions": versions, "missing": [path for path in paths if not Path(path).exists()],
+            "devices": _torch_devices() if gpus else None}
+
+
+def _torch_devices() -> tuple[int, str]:
+    """(Number of GPUs that torch finds on this node, its error). Uses a new process, since Ray hides GPUs from this task."""
+    program = ("import json, torch\n"
+               "error = ''\n"
+               "try: torch.cuda.init()\n"
+               "except Exception as caught: error = f'{type(caught).__name__}: {caught}'\n"
+               "print(json.dumps([0 if error else torch.cuda.device_count(), error]))")
+    hiding = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+    try:
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=ANSWER_SECONDS * 0.8,
+                              env={key: value for key, value in os.environ.items() if key not in hiding})
+        count, error = json.loads(done.stdout.splitlines()[-1])
+    except (subprocess.TimeoutExpired, ValueError, IndexError):
+        return 0, "torch does not start"
+    return count, " ".join(error.split())[:300]
+
+
+def _gpu_problems(node: str, gpus: int, devices: tuple[int, str]) -> Iterator[str]:
+    found, error = devices
+    if found < gpus:
+        yield (f"{node} has {gpus} GPU(s) in Ray, and torch finds {found}{f' ({error})' if error else ''}; install a torch "
+               "for GPUs, a driver that is new enough for it, and the driver's libraries where the container looks "
+               "(LD_LIBRARY_PATH)")
+
+
+def _ask(nodes: dict[str, dict[str, Any]], paths: Sequence[str], gpus: Collection[str]) -> dict[str, Any]:
+    """The result of ``_look`` or its error, by id of the node. Nodes that have left the cluster are left out."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    look = ray.remote(num_cpus=0, max_retries=0)(_look)
+    asked = {node: look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
+        list(paths), node in gpus) for node in nodes}
+    ray.wait(list(asked.values()), num_returns=len(asked), timeout=ANSWER_SECONDS)
+    answers: dict[str, Any] = {}
+    for node, reference in asked.items():
+        try:
+            answers[node] = ray.get(reference, timeout=0)
+        except ray.exceptions.TaskUnschedulableError:  # an autoscaler has removed the node
+            continue
+        except Exception as error:  # a node without raydpo, a full one, a lost one
+            answers[node] = error
+    return answers
+
+
+def _problems(node: str, answer: Any, names: dict[str, str], gpus: int) -> Iterator[str]:
+    if isinstance(answer, Exception):
+        said = str(answer).strip().splitlines()
+        yield (f"{node} does not answer within {ANSWER_SECONDS:.0f} s, or cannot run raydpo ({type(answer).__name__}: "
+               f"{said[-1][:200] if said else ''}); start all nodes from the same image, with raydpo installed")
+        return
+    ours = _look(())["versions"]
+    for package, theirs in answer["versions"].items():
+        if theirs != ours[package]:
+            yield (f"{node} has {package} {theirs}, the driver's node {ours[package]}; start all nodes from the same image, "
+                   "or install the same constraints.txt on each")
+    if answer["devices"] is not None:
+        yield from _gpu_problems(node, gpus, answer["devices"])
+    for path in answer["missing"]:
+        yield (f"{node} does not see {names[path]}; mount one file system there on all nodes under the same path, or use a "
+               "URI (of models: a hub name)")
+
+
+def _named(node: dict[str, Any]) -> str:
+    return f"node {node['NodeManagerAddress']} ({node['NodeID'][:8]})"

@@ -1,0 +1,80 @@
+"""Connect to a Ray cluster, or start a local one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+
+from raydpo.config import Config
+from raydpo.errors import ConfigError, RaydpoError
+from raydpo.storage.uri import shown
+
+__all__ = ["session"]
+
+
+WORKER_ENV = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # or Ray Train prints every line twice
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # or relative paths change their meaning
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
+OBJECT_STORE_BYTES = 1 << 30
+"""Object store of a local Ray. Token ids and log-probs are small; Ray's default, 30 % of memory, is left to the models."""
+
+
+@contextlib.contextmanager
+def session(config: Config) -> Iterator[None]:
+    """Connect to Ray within the block: to the cluster at ``ray.address`` or $RAY_ADDRESS, else to a new local one.
+
+    If the calling program has initialised Ray, that session is used and left running.
+
+    Raises:
+        ConfigError: if the cluster cannot be reached, or a local Ray cannot start.
+    """
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    address = config.ray.address or os.environ.get("RAY_ADDRESS")
+    named = "ray.address" if config.ray.address else "$RAY_ADDRESS"
+    if address and address.startswith(("http://", "https://")):
+        raise ConfigError(f"{named} is {shown(address)}, the address of a job server, which only 'raydpo submit' and "
+                          "'raydpo jobs' use; unset it to run here, and set $RAY_API_SERVER_ADDRESS to it for those two")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
+    runtime_env = {"env_vars": WORKER_ENV}
+    try:
+        if address:
+            ray.init(address=address, runtime_env=runtime_env, log_to_driver=False, logging_level="warning")
+        else:
+            # These CPUs only limit scheduling. Each actor holds one, and Ray Data's own tasks need some more, or they
+            # would wait for the actors without end.
+            cpus = max(os.cpu_count() or 1, max(config.score.workers, config.train.most_workers) + 4)
+            # By default Ray starts a process for each CPU in advance, without our environment: each costs seconds of CPU
+            # time, and none is used.
+            os.environ |= {"RAY_prestart_worker_first_driver": "0", "RAY_enable_worker_prestart": "0"}
+            # "local", or it would join a Ray that another user has started on this machine.
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, runtime_env=runtime_env, log_to_driver=False,
+                     logging_level="warning", object_store_memory=_object_store_bytes())
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise ConfigError(f"cannot reach Ray at {named} {address!r}: {' '.join(str(error).split())[:300]}"
+                          if address else f"cannot start a local Ray: {error}") from None
+    except Exception as error:  # Ray has no exception type for this one
+        if "timed out during startup" not in str(error):
+            raise
+        raise RaydpoError("a local Ray did not start in time: this machine is too busy; run the command again, or use a "
+                          "cluster (ray.address)") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _object_store_bytes() -> int:
+    try:
+        return min(OBJECT_STORE_BYTES, shutil.disk_usage("/dev/shm").free // 2)
+    except OSError:
+        return OBJECT_STORE_BYTES

@@ -1,0 +1,132 @@
+"""Runs work on rows in Ray Data actors, block by block, and stores each block under a digest of everything it depends on.
+
+So no block is computed twice: not after a kill, not by the next evaluation, and not for a reference that many policies are
+compared with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raydpo.cluster.actors import over_actors
+from raydpo.cluster.resources import Resources
+from raydpo.errors import RaydpoError
+from raydpo.storage.files import Storage
+
+__all__ = ["FOLDER", "BlockTask", "do_work", "load", "store", "stored_name"]
+
+FOLDER = "evaluation"
+"""Folder of the results inside a cache."""
+
+
+class BlockTask(Protocol):
+    """What an actor does. It is sent to the actor, so it must be small.
+
+    ``open`` loads models in the actor. It must verify that they match ``identity``, since results are stored under it.
+    """
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Everything that the result depends on, beside the rows, as JSON."""
+
+    def open(self, device: str) -> Callable[[pa.Table], pa.Table]:
+        """Return a function from a block of rows to as many rows of results."""
+
+
+def do_work(work: BlockTask, tables: Sequence[pa.Table], storage: Storage, resources: Resources, *, block: int,
+            progress: Callable[[int, int], None], doing: str) -> list[pa.Table]:
+    """Return the results of each table, in the order of its rows.
+
+    Args:
+        tables: tables with equal columns; each is cut into blocks.
+        storage: storage of the cache.
+        block: number of rows that are computed and stored together.
+        progress: called with (rows done, rows to do) if there is something to do.
+        doing: word for messages, such as "answering".
+
+    Raises:
+        RaydpoError: if an actor fails. Finished blocks stay stored.
+    """
+    blocks = [[rows.slice(start, block).combine_chunks() for start in range(0, rows.num_rows, block)] for rows in tables]
+    names = [[stored_name(work.identity, one) for one in each] for each in blocks]
+    by_name = dict(zip(chain(*names), chain(*blocks), strict=True))
+    done = {name: load(storage, name) for name in by_name}
+    missing = {name: one for name, one in by_name.items() if done[name] is None}
+    if missing:
+        finished, total = 0, sum(one.num_rows for one in missing.values())
+        progress(0, total)
+        for name in _on_ray(work, missing, storage, resources, doing):
+            done[name] = load(storage, name)
+            if done[name] is None:
+                raise RaydpoError(f"{doing}: {storage}/{name} was written but cannot be read; run it again")
+            finished += missing[name].num_rows
+            progress(finished, total)
+    return [pa.concat_tables([done[name] for name in each]) for each in names]
+
+
+def _on_ray(work: BlockTask, blocks: dict[str, pa.Table], storage: Storage, resources: Resources, doing: str) -> Any:
+    """Yield the name of each block when it is done."""
+    import ray
+
+    refs = [ray.put(pa.table({"name": [name], "rows": pa.array([_encode(one)], pa.large_binary())}))
+            for name, one in blocks.items()]
+    alone = dataclasses.replace(resources, together=1)
+    for row in over_actors(_Actor, (work, storage.uri, resources), refs, alone, doing):
+        yield row["name"]
+
+
+class _Actor:
+    """A Ray Data actor. Each call computes one block and stores it before it returns its name."""
+
+    def __init__(self, work: BlockTask, uri: str, resources: Resources) -> None:
+        import torch
+
+        self.threads = resources.threads
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        self.storage = Storage(uri)
+        self.act = work.open(resources.device)
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        import torch
+
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)  # OpenMP sets its threads for each calling thread
+        name = block["name"][0].as_py()
+        store(self.storage, name, self.act(pq.read_table(pa.BufferReader(block["rows"][0].as_buffer()))))
+        return pa.table({"name": [name]})
+
+
+def stored_name(identity: dict[str, Any], rows: pa.Table) -> str:
+    """Return the name under which the result of ``rows`` is stored: a digest of its inputs."""
+    digest = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=16, person=b"raydpo-work-1")
+    digest.update(json.dumps(rows.to_pydict(), sort_keys=True).encode())
+    return f"{FOLDER}/{digest.hexdigest()}.parquet"
+
+
+def load(storage: Storage, name: str) -> pa.Table | None:
+    """Load a stored result; None if it is missing or damaged."""
+    try:
+        return pq.read_table(pa.BufferReader(storage.read(name)), page_checksum_verification=True)
+    except (FileNotFoundError, pa.ArrowException, OSError):
+        return None
+
+
+def store(storage: Storage, name: str, result: pa.Table) -> None:
+    """Store a result."""
+    storage.write(name, _encode(result))
+
+
+def _encode(table: pa.Table) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    return sink.getvalue()

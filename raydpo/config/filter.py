@@ -1,0 +1,101 @@
+"""The condition ``data.filter``: parse it, check it, and know what it needs. ``data.filter`` applies it to pairs."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import TYPE_CHECKING
+
+from raydpo.errors import ConfigError
+
+if TYPE_CHECKING:
+    import polars
+
+__all__ = ["FACTS", "REFERENCE_FACTS", "PairFilter"]
+
+FACTS: dict[str, tuple[str, str]] = {
+    "pair_id": ("string", "source:row"),
+    "source": ("string", "name of its source"),
+    "prompt_tokens": ("int64", "tokens of the prompt"),
+    "chosen_tokens": ("int64", "tokens of the chosen completion, as used"),
+    "rejected_tokens": ("int64", "tokens of the rejected completion, as used"),
+    "length_difference": ("int64", "chosen_tokens - rejected_tokens"),
+    "chosen_cut": ("int64", "tokens that truncation took from the chosen completion"),
+    "rejected_cut": ("int64", "tokens that truncation took from the rejected completion"),
+    "copies": ("int64", "pairs with exactly these tokens, this one included"),
+    "copy": ("int64", "number of this pair among its copies, from 0; 'copy = 0' keeps one of each"),
+    "prompt_pairs": ("int64", "pairs with exactly this prompt, this one included"),
+    "answer_pairs": ("int64", "pairs, with any prompt, in which the more frequent of its two answers occurs"),
+    "opposites": ("int64", "pairs that prefer its rejected completion to its chosen one: votes against it, as copies are "
+                             "votes for it"),
+    "contradictory": ("bool", "whether 'opposites' is above 0"),
+    "ref_chosen_logps": ("float64", "the reference's log-prob of the chosen completion, nats"),
+    "ref_rejected_logps": ("float64", "the reference's log-prob of the rejected completion, nats"),
+    "ref_margin": ("float64", "ref_chosen_logps - ref_rejected_logps"),
+    "ref_chosen_per_token": ("float64", "ref_chosen_logps / chosen_tokens"),
+    "ref_rejected_per_token": ("float64", "ref_rejected_logps / rejected_tokens"),
+}
+"""Name -> (type, meaning)."""
+REFERENCE_FACTS = frozenset(name for name in FACTS if name.startswith("ref_"))
+"""Facts that are known only after scoring."""
+_SAMPLES = {"bool": True, "float64": -1.0, "int64": 1, "string": "x"}
+
+
+class PairFilter:
+    """A condition that pairs must meet, such as ``chosen_tokens < 1024 and ref_margin > -20``.
+
+    One SQL expression, parsed and evaluated by polars over the facts of the pairs only: ``and``, ``or``, ``not``,
+    comparisons, ``between``, ``in (...)``, ``like``, arithmetic, ``abs``. It has no access to tables or files.
+
+    Attributes:
+        fields: the facts that it names.
+
+    Raises:
+        ConfigError: if it cannot be parsed, names an unknown fact, or is not true or false per pair.
+    """
+
+    def __init__(self, expression: str) -> None:
+        import polars
+
+        self.expression = expression
+        try:
+            self._condition = polars.sql_expr(expression)
+        except polars.exceptions.PolarsError as error:
+            raise self._wrong(_first_line(error)) from None
+        self.fields = frozenset(self._condition.meta.root_names())
+        for field in sorted(self.fields - FACTS.keys()):
+            near = difflib.get_close_matches(field, FACTS, n=1, cutoff=0.5)
+            raise self._wrong(f"there is no field {field!r}" + (f", did you mean {near[0]!r}?" if near else "") +
+                              f" Fields: {', '.join(FACTS)}")
+        if not self.fields:
+            raise self._wrong(f"it names no field of a pair. Fields: {', '.join(FACTS)}")
+        # Evaluate two made-up rows to learn the type of its result.
+        answer = self.evaluate(polars.DataFrame({name: [_SAMPLES[kind]] * 2 for name, (kind, _) in FACTS.items()}))
+        if answer.dtype != polars.Boolean or len(answer) != 2:
+            raise self._wrong("it does not give true or false for each pair" if len(answer) == 2 else
+                              "it gives one value for all pairs; write a condition on each pair")
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether it can be evaluated only after scoring."""
+        return bool(self.fields & REFERENCE_FACTS)
+
+    def evaluate(self, facts: polars.DataFrame) -> polars.Series:
+        """The value of the condition for each row of ``facts``, whose columns are those of ``FACTS`` or the ones it names.
+
+        Raises:
+            ConfigError: if polars cannot evaluate it.
+        """
+        import polars
+
+        try:
+            return facts.select(self._condition).to_series()
+        except polars.exceptions.PolarsError as error:
+            raise self._wrong(_first_line(error)) from None
+
+    def _wrong(self, why: str) -> ConfigError:
+        return ConfigError(f"'data.filter' is {self.expression!r}: {why}")
+
+
+def _first_line(error: Exception) -> str:
+    return re.split(r"\n|Resolved plan", str(error))[0].strip()

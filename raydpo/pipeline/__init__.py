@@ -1,0 +1,1 @@
+"""The verbs: what ``raydpo <verb>``, ``jobs/`` and Python callers run."""

@@ -1,0 +1,74 @@
+"""``raydpo audit``: what the training pairs will teach."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from raydpo.config import Config
+from raydpo.data.facts import pair_facts
+from raydpo.data.pairs import SAME
+from raydpo.errors import ConfigError
+from raydpo.pipeline.checks import check
+from raydpo.reference.pairs import reference_values
+from raydpo.rundir.directory import AUDIT_PAGE, RUN, RunDirectory
+from raydpo.rundir.fingerprint import changed_settings
+from raydpo.storage.files import Storage
+from raydpo.terminal.console import Console
+from raydpo.version import __version__
+
+if TYPE_CHECKING:
+    from raydpo.audits import Audit
+
+from raydpo.pipeline.prepare import Prepared
+
+__all__ = ["audit"]
+
+
+def audit(config: Config, console: Console | None = None) -> Audit:
+    """Measure what the training pairs teach, from their lengths and cached log-probs, and write it to the run directory.
+
+    Pairs without cached log-probs are counted, not refused.
+
+    Raises:
+        RaydpoError: if it fails.
+    """
+    console = console or Console()
+    check(config, "audit", console)
+    return audit_prepared(Prepared.of(config, console), console)
+
+
+def audit_prepared(prepared: Prepared, console: Console) -> Audit:
+    from raydpo.audits import audit_pairs, summary_lines, write_audit
+
+    storage = Storage(prepared.config.run_dir)
+    _refuse_other_pairs(storage, prepared)
+    pairs = prepared.sets.train
+    facts = pair_facts(pairs, *(found.sums for found in reference_values(pairs, prepared.cache)))
+    decode = prepared.tokeniser.tokenizer.batch_decode
+    done = audit_pairs(
+        facts, pairs, lambda ids: decode(ids, skip_special_tokens=False),
+        meta={"name": prepared.config.run_name, "model": prepared.config.reference_path, "raydpo": __version__,
+              "identity": prepared.reference.identity.digest, "cache": str(prepared.cache.storage)},
+        identical={source.name: source.dropped.counts[SAME] for source in prepared.sets.report.sources
+                   if source.dropped.counts[SAME]}, objective=prepared.config.train)
+    write_audit(done, storage)
+    for line in summary_lines(done):
+        console.say(line)
+    console.say(f"audit: {storage}/{AUDIT_PAGE}")
+    return done
+
+
+def _refuse_other_pairs(storage: Storage, prepared: Prepared) -> None:
+    """Refuse to replace the audit of a run by that of other pairs.
+
+    Raises:
+        ConfigError: if a run of this name has other pairs or another reference.
+    """
+    if not storage.exists(RUN):
+        return
+    earlier, now = RunDirectory(storage).fingerprint(), prepared.fingerprint()
+    changes = changed_settings(*({key: each.get(key) for key in ("data.train (pairs)", "reference identity")}
+                                 for each in (earlier, now)))
+    if changes:
+        raise ConfigError(f"{storage} is a run of other pairs or another reference ({'; '.join(changes)}), and its audit is "
+                          "kept. Give this one another name (name=...)")

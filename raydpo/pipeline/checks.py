@@ -1,0 +1,141 @@
+"""Checks that every verb makes before it starts Ray or any other process.
+
+They read settings, headers of model files, tokenizers and the user's own functions. They use no GPU, and no network but for
+what the configuration names on the hub or at a URI.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from raydpo.config import Config, SourceConfig, Verb, check_verb
+from raydpo.data.pairs import held_out_source
+from raydpo.data.records import read_records
+from raydpo.data.tokenise import load_tokenizer
+from raydpo.errors import ConfigError, FilesError, ModelError
+from raydpo.losses import Objective
+from raydpo.model.weights import check_weights
+from raydpo.reference.identity import resolve_model
+from raydpo.terminal.console import Console
+
+__all__ = ["check"]
+
+
+def check(config: Config, verb: Verb, console: Console, trials: Sequence[Config] = ()) -> None:
+    """Refuse a configuration with which ``verb`` would fail, as far as one process can tell.
+
+    Args:
+        console: for warnings.
+        trials: configurations of the trials of a sweep.
+
+    Raises:
+        ConfigError: if settings, local files or the user's functions are wrong.
+        DataError: if a local file of pairs cannot be read.
+        ModelError: if a model is not on the hub, or cannot be scored exactly.
+    """
+    check_verb(config, verb)
+    configs = trials or [config]
+    for each in configs:
+        Objective(each.train)  # imports a loss of the user's own and tries it on made-up rows
+        if verb != "eval":
+            _check_reference(each)
+    _check_data(configs, verb)
+    trusted = [each for each in configs if each.model.trust_remote_code]
+    for path in {path: None for each in trusted for path in (each.model.path, each.reference_path, *(
+            (each.evaluate.policy, each.evaluate.reward_model) if verb == "eval" else ())) if path is not None}:
+        console.warn(f"model.trust_remote_code is on: Python code in {path} runs with your rights")
+    _check_models(configs, console, policy=verb != "eval")
+    tokenizers = _check_tokenizers(configs)
+    if verb == "eval" or (verb == "sweep" and config.sweep is not None and config.sweep.evaluate):
+        _check_judges(configs, console)
+    if verb == "eval":
+        _check_policy(config, tokenizers[0], console)
+
+
+def _check_reference(config: Config) -> None:
+    for key, value, policy in (("reference.path", config.reference.path, config.model.path),
+                               ("reference.adapter", config.reference.adapter, config.model.adapter)):
+        if value not in (None, policy) and not config.needs_reference:
+            raise ConfigError(f"{key!r} is {value!r}, but nothing compares with a reference: train.loss is "
+                              f"{config.train.loss_text}. Drop it, or set a loss with a reference, such as sigmoid")
+
+
+def _check_data(configs: Sequence[Config], verb: Verb) -> None:
+    """Read the first record of each local source of pairs.
+
+    Raises:
+        DataError: if a file cannot be read, or holds no records.
+    """
+    sources: dict[str, SourceConfig] = {}
+    for config in configs:
+        evaluated, train = config.evaluate.data or (), config.data.train
+        own_file = config.data.eval is not None and config.data.eval.path is not None
+        held_out = (held_out_source(config.data),) if own_file else ()
+        for source in (evaluated or held_out or train) if verb == "eval" else (*train, *held_out):
+            sources[source.model_dump_json()] = source
+    for source in sources.values():
+        if Path(source.path).exists():
+            next(read_records(source))
+
+
+def _check_models(configs: Sequence[Config], console: Console, *, policy: bool) -> None:
+    """Check that the files of references, and of policies if asked, are complete. Reads their headers alone."""
+    wanted = {(path, adapter, config.model.trust_remote_code): None for config in configs for path, adapter in (
+        *([(config.model.path, config.model.adapter)] if policy else []),
+        (config.reference_path, config.reference_adapter))}
+    for path, adapter, trust_remote_code in wanted:
+        for line in check_weights(resolve_model(path), adapter=adapter and resolve_model(adapter),
+                                  trust_remote_code=trust_remote_code):
+            console.warn(line)
+
+
+def _check_tokenizers(configs: Sequence[Config]) -> list[Any]:
+    """Load each tokenizer with its chat template."""
+    wanted = {(config.model.tokenizer or config.model.path, config.data.chat_template, config.model.trust_remote_code): None
+              for config in configs}
+    try:
+        return [load_tokenizer(resolve_model(path), chat_template=template, trust_remote_code=trust_remote_code)
+                for path, template, trust_remote_code in wanted]
+    except ConfigError:
+        raise
+    except ModelError as error:  # a directory without tokenizer, or a template that is not Jinja
+        raise FilesError(str(error)) from None
+
+
+def _check_judges(configs: Sequence[Config], console: Console) -> None:
+    """Check what judges the answers of an evaluation: the user's function, the API key, the reward model."""
+    from raydpo.answers.contests import own_function
+    from raydpo.answers.judge import Judge
+
+    for path in {config.evaluate.score_with: None for config in configs}:
+        if path is not None:
+            own_function(path)
+    for judge in {config.evaluate.judge: None for config in configs}:
+        if judge is not None:
+            with Judge(judge):  # refuses to begin without its key; asks nothing
+                pass
+    for path, trust_remote_code in {(config.evaluate.reward_model, config.model.trust_remote_code): None
+                                    for config in configs}:
+        if path is not None:
+            for line in check_weights(resolve_model(path), trust_remote_code=trust_remote_code, classifier=True):
+                console.warn(line)
+
+
+def _check_policy(config: Config, tokenizer: Any, console: Console) -> None:
+    """Check that the policy to evaluate is complete, and has the vocabulary of ``tokenizer``: log-probs of the same tokens
+    are compared."""
+    from raydpo.evaluation.policy import policy_files
+
+    files, trust_remote_code = policy_files(config), config.model.trust_remote_code
+    for line in check_weights(files.base, adapter=files.adapter, trust_remote_code=trust_remote_code):
+        console.warn(line)
+    try:
+        own = load_tokenizer(files.adapter or files.base, trust_remote_code=trust_remote_code)
+    except ModelError:  # not every model directory has a tokenizer
+        return
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise ConfigError(f"the policy {files.name} has another vocabulary ({len(own.get_vocab()):,} tokens) than "
+                          f"model.tokenizer or model.path ({len(tokenizer.get_vocab()):,}); log-probs of the same tokens "
+                          "are compared, so set model.path to a model with its tokenizer")

@@ -1,0 +1,357 @@
+"""``raydpo eval``: scores pairs with policy and reference, lets both answer prompts, and writes the figures."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import yaml
+
+from raydpo.answers.answering import Answering
+from raydpo.answers.contests import by_scores, count_wins, own_scores
+from raydpo.answers.draws import ROWS
+from raydpo.answers.judge import Judge, judge_contests
+from raydpo.answers.reward import RewardModel
+from raydpo.cluster.preflight import check_cluster
+from raydpo.cluster.resources import bfloat16_is_faster, resources_for
+from raydpo.cluster.session import session
+from raydpo.cluster.work import BlockTask, do_work
+from raydpo.config import Config, ObjectiveConfig, load_config
+from raydpo.data.facts import prompt_numbers
+from raydpo.data.pairs import load_pairs
+from raydpo.data.tokenise import Tokeniser, load_tokenizer
+from raydpo.errors import CacheMissError, RaydpoError
+from raydpo.evaluation.display import print_evaluation
+from raydpo.evaluation.drift import ExactSteps, measure_drift
+from raydpo.evaluation.policy import Policy, find_policy, harness_arguments
+from raydpo.evaluation.preferences import ScoredPairs, measure_preferences
+from raydpo.evaluation.prompts import Prompt, choose_prompts, evaluation_data, prompt_texts, reading, trained_on
+from raydpo.evaluation.samples import Answers
+from raydpo.model.rotary import rope_line
+from raydpo.pipeline.checks import check
+from raydpo.pipeline.prepare import measured_pairs, open_reference, reference_line
+from raydpo.pipeline.score import fill_cache
+from raydpo.reference.identity import resolve_model
+from raydpo.reference.pairs import reference_values
+from raydpo.reference.score import ReferenceSpec
+from raydpo.reference.store import ReferenceCache
+from raydpo.reports.write import write_report_or_warn
+from raydpo.rundir.directory import CONFIG
+from raydpo.storage.files import Storage
+from raydpo.storage.uri import redacted
+from raydpo.terminal.console import Console
+from raydpo.version import __version__
+
+__all__ = ["evaluate", "pairs_to_evaluate", "protocol"]
+
+WORK_BLOCK = 64
+"""Rows that an actor computes and stores together; a kill loses at most this many for each actor."""
+_NOT_IN_PROTOCOL = dict.fromkeys(("policy", "base", "data", "subsets", "chat", "score_missing", "batch"), True) | {
+    "judge": {"key", "timeout", "retries", "parallel"}}
+"""Settings that do not change how a figure is measured. The pairs are in the protocol by their digest."""
+
+
+def evaluate(config: Config, console: Console | None = None) -> dict[str, Any]:
+    """Measure a policy against the reference of ``config``, as section ``evaluate`` says.
+
+    Log-probs, answers and verdicts are stored by content in the cache, so neither a second call nor another evaluation
+    computes them again.
+
+    Returns:
+        The content of evaluation.json.
+
+    Raises:
+        RaydpoError: a subclass that says what is wrong.
+    """
+    console = console or Console()
+    check(config, "eval", console)
+    settings = config.evaluate
+    with session(config):
+        check_cluster(config, ["score"], console, (settings.policy, settings.base, settings.reward_model))
+        evaluation = _Evaluation.of(config, console)
+        found, samples = evaluation.measure()
+    evaluation.write(found, samples)
+    print_evaluation(console, found)
+    console.say(f"evaluation: {evaluation.storage}/{evaluation.file('evaluation', 'json')}")
+    if evaluation.policy.run is not None:
+        write_report_or_warn(evaluation.policy.run.uri, console)  # now with the evaluation
+    console.say(f"harness: lm_eval --model hf --model_args {harness_arguments(evaluation.policy)} --apply_chat_template "
+                "--tasks ...")
+    return found
+
+
+def pairs_to_evaluate(config: Config, tokeniser: Tokeniser, console: Console) -> tuple[pa.Table, int | None]:
+    """Load the pairs to measure, and count those of data.eval that have a prompt of the training data.
+
+    The count is None for evaluate.data.
+
+    Raises:
+        ConfigError: if there is neither evaluate.data nor data.eval.
+        DataError: if they cannot be read.
+    """
+    data, on_training_side = evaluation_data(config)
+    sets = load_pairs(data, tokeniser, console.counter("reading", "records"), reading(config.evaluate))
+    for line in sets.report.lines():
+        console.say(line)
+    return (sets.train, None) if on_training_side else (sets.eval, sets.report.leaked)
+
+
+def protocol(config: Config, pairs: pa.Table, reference: ReferenceSpec) -> dict[str, Any]:
+    """Return how a policy is measured. The figures of two evaluations compare if their protocols are equal."""
+    settings = config.evaluate.model_dump(mode="json", exclude=_NOT_IN_PROTOCOL)
+    return redacted(settings) | {"pairs": measured_pairs(pairs), "reference": reference.identity.digest}
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """The inputs of an evaluation.
+
+    ``trained_on``: number of pairs whose prompt the policy was trained on, None if unknown.
+    """
+
+    config: Config
+    console: Console
+    policy: Policy
+    reference: ReferenceSpec
+    tokeniser: Tokeniser
+    pairs: pa.Table
+    trained_on: int | None
+
+    @classmethod
+    def of(cls, config: Config, console: Console) -> _Evaluation:
+        reference, _ = open_reference(config, "bfloat16" if bfloat16_is_faster() else "float32")
+        console.say(reference_line(config, reference))
+        if reference.identity.rope_length is not None:
+            console.say(rope_line(reference.identity.rope_length, config.data.max_length))
+        policy = find_policy(config, reference.identity.dtype)
+        identity = policy.spec.identity
+        console.say(f"policy: {policy.name} in {', '.join(filter(None, (identity.dtype, identity.quantisation)))}, identity "
+                    f"{identity.digest}")
+        against = policy.trained.get("reference identity")  # None for a loss without a reference
+        if against not in (None, reference.identity.digest):
+            console.warn(f"the policy was trained against reference {against}, and is compared with "
+                         f"{reference.identity.digest}")
+        tokeniser = Tokeniser(load_tokenizer(
+            resolve_model(config.model.tokenizer or config.model.path), chat_template=config.data.chat_template,
+            trust_remote_code=config.model.trust_remote_code))
+        pairs, seen = pairs_to_evaluate(config, tokeniser, console)
+        console.say(f"pairs to evaluate on: {pairs.num_rows:,}")
+        if seen is None or config.evaluate.policy is not None:  # what another run trained on is not data.train
+            seen = _trained_on(config, policy, pairs, console)
+        if seen:
+            console.warn(f"the policy was trained on the prompts of {seen:,} of {pairs.num_rows:,} pairs; they also measure "
+                         "memory")
+        return cls(config, console, policy, reference, tokeniser, pairs, seen)
+
+    @property
+    def storage(self) -> Storage:
+        """Run directory of the policy. For a model that no run made, the directory of this run."""
+        return self.policy.run or Storage(self.config.run_dir)
+
+    def file(self, name: str, ending: str) -> str:
+        """Name a file. A model that no run made gets its own names, so that they are not taken for those of this run."""
+        return f"{name}.{ending}" if self.policy.run is not None else f"{name}-{self.policy.slug}.{ending}"
+
+    def measure(self) -> tuple[dict[str, Any], pa.Table | None]:
+        """Return the content of evaluation.json and of samples.parquet."""
+        config, settings = self.config, self.config.evaluate
+        prompts = choose_prompts(self.pairs, settings.prompts, settings.seed)
+        modes = self._answers(prompts) if prompts else {}
+        drifting = modes.get("sampled") if settings.temperature == 1 else None
+        if "sampled" in modes and drifting is None:
+            self.console.say(f"drift: not measured, because evaluate.temperature is {settings.temperature:g}; it needs 1")
+        sampled = None if drifting is None else drifting.pairs()
+        self._score_missing(sampled)
+        beta, objective = self.policy.beta(config), self._objective()
+        found: dict[str, Any] = {
+            "raydpo": __version__, "policy": self.policy.name, "policy_identity": self.policy.spec.identity.digest,
+            "reference": {"path": config.reference_path, "adapter": config.reference_adapter,
+                          "identity": self.reference.identity.digest},
+            "data": list(dict.fromkeys(self.pairs["source"].to_pylist())), "held_out": settings.data is None,
+            "trained_on": self.trained_on, "beta": beta,
+            "rewards": "per_token" if objective.per_token else "sum", "reward_of": _reward_of(objective),
+            "protocol": protocol(config, self.pairs, self.reference),
+            "preferences": measure_preferences(self._scored_pairs(), beta, objective),
+            "generation": None, "drift": None, "wins": [], "samples": []}
+        if not modes:
+            return found, None
+        found["generation"] = {"prompts": len(prompts), "max_tokens": settings.max_tokens,
+                               "modes": {mode: answers.style() for mode, answers in modes.items()}}
+        ratios = steps = None
+        if drifting is not None:
+            policy, reference = self._log_probs(sampled)
+            ratios, steps = policy[0] - reference[0], self._exact_steps(sampled) if settings.exact_steps else None
+            lengths = np.array([len(answer) for answer in drifting.policy])
+            found["drift"] = measure_drift(ratios, lengths, drifting.places, steps)
+        found["wins"], verdicts = self._wins(prompts, modes)
+        found["samples"] = next(iter(modes.values())).shown()
+        return found, pa.concat_tables([
+            answers.table(*(ratios, steps) if answers is drifting else (None, None), verdicts.get(mode, {}))
+            for mode, answers in modes.items()])
+
+    def _objective(self) -> ObjectiveConfig:
+        """Return the objective that defines the rewards: evaluate.rewards, or else that of the policy's training."""
+        settings = self.config.evaluate
+        if settings.rewards is not None:
+            return ObjectiveConfig(loss="sigmoid_norm" if settings.rewards == "per_token" else "sigmoid")
+        trained = {name: self.policy.trained[f"train.{name}"] for name in ObjectiveConfig.model_fields
+                   if f"train.{name}" in self.policy.trained}
+        objective = ObjectiveConfig(**trained) if "loss" in trained else self.config.train
+        if objective.ld_alpha is not None:
+            self.console.warn(f"the policy was trained with ld_alpha {objective.ld_alpha:g}; its rewards are measured on "
+                              "whole completions here, with weight 1 for all tokens")
+        return objective
+
+    def write(self, found: dict[str, Any], samples: pa.Table | None) -> None:
+        if samples is not None:
+            sink = io.BytesIO()
+            pq.write_table(samples, sink, compression="zstd")
+            self.storage.write(self.file("samples", "parquet"), sink.getvalue())
+        self.storage.write(self.file("evaluation", "json"), json.dumps(found, indent=1, allow_nan=False).encode())
+
+    # ---- log-probs
+
+    @property
+    def _specs(self) -> tuple[tuple[str, ReferenceSpec], ...]:
+        return ("policy", self.policy.spec), ("reference", self.reference)
+
+    def _cache(self, spec: ReferenceSpec) -> ReferenceCache:
+        return ReferenceCache.open(self.config.cache_uri, spec.identity, unverified=self.config.cache.allow_unverified)
+
+    def _score_missing(self, sampled: pa.Table | None) -> None:
+        """Fill the caches for the pairs, if evaluate.score_missing is on, and for the samples that measure drift."""
+        tables = [self.pairs] * self.config.evaluate.score_missing + ([] if sampled is None else [sampled])
+        for name, spec in self._specs if tables else ():
+            self.console.say(f"log-probs of the {name}:")
+            fill_cache(tables, spec, self._cache(spec), self.config, self.console)
+
+    def _scored_pairs(self) -> ScoredPairs:
+        policy, reference = self._log_probs(self.pairs)
+        tokens = (pc.list_value_length(self.pairs[f"{side}_ids"]).to_numpy() for side in ("chosen", "rejected"))
+        return ScoredPairs(*policy, *reference, *tokens, np.array(self.pairs["source"].to_pylist(), object),
+                           prompt_numbers(self.pairs))
+
+    def _log_probs(self, pairs: pa.Table) -> list[list[np.ndarray]]:
+        """Return sums over chosen and rejected completions, by policy and by reference: float64 [pairs] each."""
+        found = []
+        for name, spec in self._specs:
+            cache = self._cache(spec)
+            sums = [side.sums for side in reference_values(pairs, cache)]
+            lacking = np.isnan(sums[0]) | np.isnan(sums[1])
+            if lacking.any():
+                raise CacheMissError(
+                    f"log-probs of the {name} are missing for {int(lacking.sum()):,} of {len(lacking):,} pairs (first: "
+                    f"{pairs['pair_id'][int(lacking.argmax())].as_py()}) in {cache.storage}, identity "
+                    f"{spec.identity.digest}; set evaluate.score_missing=true to score them")
+            found.append(sums)
+        return found
+
+    def _exact_steps(self, sampled: pa.Table) -> np.ndarray:
+        rows = pa.table({"prompt_ids": sampled["prompt_ids"], "answer_ids": sampled["chosen_ids"]})
+        work = ExactSteps(policy=self.policy.spec, reference=self.reference)
+        return self._do(work, [rows], "exact steps")[0]["divergence"].to_numpy()
+
+    # ---- answers
+
+    def _answers(self, prompts: Sequence[Prompt]) -> dict[str, Answers]:
+        """Let policy and reference answer ``prompts``; return the answers by mode."""
+        settings = self.config.evaluate
+        tables, places = [], []
+        for mode in settings.modes:
+            each = settings.samples if mode == "sampled" else 1
+            places.append(np.divmod(np.arange(len(prompts) * each), each))
+            drawn = {"seed": settings.seed, "temperature": settings.temperature} if mode == "sampled" else {}
+            tables.append(pa.Table.from_pylist([
+                {"prompt_ids": prompts[place].ids, **drawn, "sample": sample if drawn else None}
+                for place, sample in zip(*(each.tolist() for each in places[-1]), strict=True)], schema=ROWS))
+        sides = []
+        for name, spec in self._specs:
+            work = Answering(spec=spec, max_tokens=settings.max_tokens, stop=self.tokeniser.stop_ids, batch=settings.batch,
+                             engine=settings.engine)
+            sides.append([[np.array(ids, np.int32) for ids in one["answer_ids"].to_pylist()]
+                          for one in self._do(work, tables, f"answers of the {name}")])
+        return {mode: Answers(mode, [prompts[place] for place in place_of], place_of, samples, policy, reference,
+                              self.tokeniser)
+                for mode, (place_of, samples), policy, reference in zip(settings.modes, places, *sides, strict=True)}
+
+    def _wins(self, prompts: Sequence[Prompt],
+              modes: dict[str, Answers]) -> tuple[list[dict[str, Any]], dict[str, dict[str, np.ndarray]]]:
+        """Return the wins for evaluation.json, and the verdicts on the contests by mode and setting of the judge."""
+        settings = self.config.evaluate
+        found: list[dict[str, Any]] = []
+        verdicts: dict[str, dict[str, np.ndarray]] = {mode: {} for mode in modes}
+        if not (settings.judge or settings.reward_model or settings.score_with):
+            return found, verdicts
+        texts = prompt_texts(prompts, self.config)
+        contests = {mode: answers.contests(texts) for mode, answers in modes.items()}
+
+        def count(setting: str, name: str, mode: str, told: tuple[np.ndarray, dict[str, Any]]) -> None:
+            verdicts[mode][setting], more = told
+            found.append(count_wins(name, mode, contests[mode], verdicts[mode][setting], **more))
+
+        if settings.reward_model is not None:
+            work = RewardModel.at(resolve_model(settings.reward_model), self.reference.identity.dtype,
+                                  self.config.model.trust_remote_code)
+            tables = [pa.table({"prompt": [json.dumps(one.prompt, sort_keys=True) for one in each],
+                                "answer": [getattr(one, side) for one in each]})
+                      for each in contests.values() for side in ("policy", "reference")]
+            scores = iter([one["score"].to_numpy() for one in self._do(work, tables, "rewards")])
+            for mode in contests:
+                count("reward_model", settings.reward_model, mode, by_scores(next(scores), next(scores)))
+        for mode, each in contests.items():
+            if settings.score_with is not None:
+                count("score_with", settings.score_with, mode, by_scores(*own_scores(settings.score_with, each)))
+            if settings.judge is not None:
+                with Judge(settings.judge) as judge, _progress(self.console, "judging") as progress:
+                    count("judge", judge.name, mode, judge_contests(judge, each, Storage(self.config.cache_uri), progress))
+        return found, verdicts
+
+    def _do(self, work: BlockTask, tables: Sequence[pa.Table], doing: str) -> list[pa.Table]:
+        with _progress(self.console, doing) as progress:
+            return do_work(work, tables, Storage(self.config.cache_uri), resources_for("score", self.config),
+                           block=WORK_BLOCK, progress=progress, doing=doing)
+
+
+def _trained_on(config: Config, policy: Policy, pairs: pa.Table, console: Console) -> int | None:
+    """Return the number of ``pairs`` that the policy was trained on; None if no run made it or its data cannot be read."""
+    if policy.run is None:
+        return None
+    try:
+        training = config.data if config.evaluate.policy is None else \
+            load_config(yaml.safe_load(policy.run.read(CONFIG))).data
+        return trained_on(pairs, config, training)
+    except (RaydpoError, OSError, yaml.YAMLError) as error:
+        console.warn(f"the training data of {policy.name} cannot be read, so it is unknown whether the pairs are in it: "
+                     f"{error}")
+        return None
+
+
+def _reward_of(objective: ObjectiveConfig) -> str:
+    if not objective.needs_reference:
+        return "log-probs of the policy alone"
+    plain = objective.f_divergence_type == "reverse_kl"
+    return "log-ratios" if plain else f"log-ratios under {objective.f_divergence_type}"
+
+
+@contextlib.contextmanager
+def _progress(console: Console, doing: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a progress line from the first call on; if there is no call, say that everything was stored already."""
+    line = None
+    with contextlib.ExitStack() as stack:
+        def update(done: int, total: int) -> None:
+            nonlocal line
+            if line is None:
+                line = stack.enter_context(console.progress(doing, total, "rows"))
+            line.update(done)
+
+        yield update
+    if line is None:
+        console.say(f"  {doing}: all found in the cache")

@@ -1,0 +1,198 @@
+"""Pairs, policy, reference and cache of a configuration, found out once for all stages."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from raydpo.cluster.preflight import check_nodes
+from raydpo.cluster.resources import Resources, bfloat16_is_faster
+from raydpo.cluster.waiting import wait_for
+from raydpo.config import Config, is_hub_name
+from raydpo.config.filter import PairFilter
+from raydpo.data.filter import filtered_by_tokens
+from raydpo.data.index import as_bytes
+from raydpo.data.pairs import PAIR_MARGIN, PAIR_WEIGHT, PairSets, load_pairs
+from raydpo.data.tokenise import Tokeniser, load_tokenizer
+from raydpo.losses import own_sources
+from raydpo.model.rotary import ROTARY, rope_line
+from raydpo.reference.identity import ReferenceIdentity, earlier_identity, identify, resolve_model
+from raydpo.reference.score import ReferenceSpec
+from raydpo.reference.store import ReferenceCache
+from raydpo.terminal.console import Console
+
+__all__ = ["Prepared", "measured_pairs", "open_reference", "reference_line"]
+
+
+def wait_for_workers(stage: Literal["score", "train"], config: Config, resources: Resources, console: Console) -> None:
+    """Wait for the workers of a stage, and check the nodes that an autoscaler has added."""
+    wait_for(stage, resources, console, autoscaling=config.ray.autoscaling)
+    if config.ray.autoscaling:
+        check_nodes(config, [stage], console)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Inputs of both stages: pairs as token ids, the reference and its cache.
+
+    Attributes:
+        dtype: precision of the policy.
+        policy_dir: local directory of the policy as it starts.
+        pairs_digest: digest of the training pairs. Computed once; copies made with ``dataclasses.replace`` share it.
+    """
+
+    config: Config
+    dtype: str
+    policy_dir: str
+    tokeniser: Tokeniser
+    sets: PairSets
+    reference: ReferenceSpec
+    cache: ReferenceCache
+    pairs_digest: Callable[[], str]
+
+    @classmethod
+    def of(cls, config: Config, console: Console) -> Prepared:
+        """Tokenise the pairs of a configuration, identify its reference and open the cache, within the Ray session."""
+        model = config.model
+        native = "bfloat16" if bfloat16_is_faster() else "float32"
+        dtype = native if model.dtype == "auto" else model.dtype
+        policy_dir = resolve_model(model.path)
+        tokeniser = Tokeniser(load_tokenizer(resolve_model(model.tokenizer) if model.tokenizer else policy_dir,
+                                             chat_template=config.data.chat_template,
+                                             trust_remote_code=model.trust_remote_code))
+        started = time.perf_counter()
+        sets = load_pairs(config.data, tokeniser, console.counter("reading", "records"))
+        for line in sets.report.lines():
+            console.say(line)
+        sets, line = filtered_by_tokens(sets, config.data)
+        if line:
+            console.say(line)
+        held_out = 0 if sets.eval is None else sets.eval.num_rows
+        console.say(f"pairs: {sets.train.num_rows:,} to train on, {held_out:,} held out, tokenised in "
+                    f"{time.perf_counter() - started:.1f} s")
+        spec, cache = open_reference(config, native)
+        if config.needs_reference:
+            console.say(reference_line(config, spec))
+            earlier, change = earlier_identity(spec.identity)
+            if change and cache.storage.exists(f"{earlier.digest}/identity.json") \
+                    and not cache.storage.exists(f"{cache.directory}/identity.json"):
+                console.say(f"scored again, not read from {earlier.digest} of this cache: {change}; delete that directory "
+                            "to free its space")
+        if spec.identity.rope_length is not None:
+            console.say(rope_line(spec.identity.rope_length, config.data.max_length))
+        return cls(config, dtype, policy_dir, tokeniser, sets, spec, cache, functools.cache(lambda: _digest(sets.train)))
+
+    @property
+    def filter_by_reference(self) -> PairFilter | None:
+        """The condition on training pairs, if it reads log-probs of the reference."""
+        pair_filter = PairFilter(self.config.data.filter) if self.config.data.filter else None
+        return pair_filter if pair_filter is not None and pair_filter.needs_reference else None
+
+    @property
+    def tables(self) -> list[pa.Table]:
+        """The training pairs, and the held-out pairs if there are any."""
+        return [self.sets.train] + ([self.sets.eval] if self.sets.eval is not None else [])
+
+    def policy_identity(self) -> ReferenceIdentity:
+        """Identity of the policy as it starts. New adapters do not change it."""
+        model = self.config.model
+        return identify(self.policy_dir, self.dtype, self.policy_adapter, model.quantization, model.trust_remote_code,
+                        max_length=self.config.data.max_length)
+
+    @property
+    def policy_adapter(self) -> str | None:
+        """Local directory of the adapter that training starts from, or None."""
+        return self.config.model.adapter and resolve_model(self.config.model.adapter)
+
+    @property
+    def base_name(self) -> str:
+        """Name of the base model in an exported adapter: its hub name, else its directory."""
+        path = self.config.model.path
+        return path if is_hub_name(path) and not Path(path).is_dir() else self.policy_dir
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Everything that the trained policy depends on, by the name of the setting."""
+        config, policy = self.config, self.policy_identity()
+        train = config.train.model_dump(mode="json", include={
+            "pairs_per_step", "epochs", "steps", "lr", "schedule", "warmup", "weight_decay", "clip", "loss", "beta",
+            "label_smoothing", "seed", "optimizer", "optimizer_states"}) | config.train.shaped()
+        lora = config.model.lora.model_dump(mode="json") if config.model.lora else None
+        return {"model.path (weights)": policy.weights, "model.path (architecture)": policy.architecture,
+                "model.adapter": policy.adapter, "model.quantization": policy.quantisation,
+                "model.freeze": list(config.model.freeze), "model.dtype": self.dtype, "model.lora": lora,
+                "reference identity": self.reference.identity.digest if config.needs_reference else None,
+                "data.train (pairs)": self.pairs_digest(), "data.shuffle": config.data.shuffle,
+                } | ({ROTARY: policy.rope_length} if policy.rope_length else {}
+                     ) | ({"data.filter": config.data.filter} if self.filter_by_reference else {}
+                     ) | {f"train.{key}": value for key, value in train.items()} | {
+                         f"train.loss (source of {name})": digest for name, digest in own_sources(config.train).items()}
+
+
+def open_reference(config: Config, native: str) -> tuple[ReferenceSpec, ReferenceCache]:
+    """Find and identify the reference of a configuration, and open its cache.
+
+    Args:
+        native: precision for dtype ``auto``.
+    """
+    wish = config.model.dtype if config.score.dtype is None else config.score.dtype
+    dtype = native if wish == "auto" else wish
+    directory = resolve_model(config.reference_path)
+    adapter = config.reference_adapter and resolve_model(config.reference_adapter)
+    identity = identify(directory, dtype, adapter, config.reference_quantization, config.model.trust_remote_code,
+                        max_length=config.data.max_length)
+    spec = ReferenceSpec(path=directory, adapter=adapter, identity=identity, quantization=config.reference_quantization,
+                         trust_remote_code=config.model.trust_remote_code, layout=config.model.layout)
+    return spec, ReferenceCache.open(config.cache_uri, identity, unverified=config.cache.allow_unverified)
+
+
+def reference_line(config: Config, spec: ReferenceSpec) -> str:
+    """Describe the reference in one line."""
+    identity = spec.identity
+    return (f"reference: {' + '.join(filter(None, (config.reference_path, config.reference_adapter)))} in "
+            f"{', '.join(filter(None, (identity.dtype, identity.quantisation)))}, identity {identity.digest}")
+
+
+def measured_pairs(table: pa.Table | None) -> str | None:
+    """Digest of the keys and truncated lengths of held-out pairs, in any order; None without pairs."""
+    if table is None:
+        return None
+    pairs = np.empty((table.num_rows, 2), _KEY_AND_TOKENS)
+    for column, side in enumerate(("chosen", "rejected")):
+        pairs[:, column] = np.concatenate([pairs[:0, column], *_keys_and_tokens(table, side)])
+    return hashlib.sha256(np.sort(pairs.view(f"V{2 * _KEY_AND_TOKENS.itemsize}").ravel()).tobytes()).hexdigest()[:32]
+
+
+_KEY_AND_TOKENS = np.dtype([("key", "V16"), ("tokens", "<u4")])
+
+
+def _keys_and_tokens(table: pa.Table, side: str) -> Iterator[np.ndarray]:
+    """Keys and truncated lengths of the completions of one side, batch by batch: [batch] of ``_KEY_AND_TOKENS``."""
+    for batch in table.select([f"{side}_key", f"{side}_ids"]).to_batches():
+        rows = np.empty(batch.num_rows, _KEY_AND_TOKENS)
+        rows["key"] = as_bytes(batch[0]).view("V16").ravel()
+        rows["tokens"] = pc.list_value_length(batch[1]).to_numpy()
+        yield rows
+
+
+def _digest(table: pa.Table) -> str:
+    """Digest of the pairs in their order: keys, truncated lengths, sources and weights."""
+    digest = hashlib.sha256()
+    for side in ("chosen", "rejected"):
+        for rows in _keys_and_tokens(table, side):
+            digest.update(rows.tobytes())
+    for column in (PAIR_WEIGHT, PAIR_MARGIN):
+        if column in table.column_names:
+            digest.update(f"{column}\0".encode() + np.ascontiguousarray(table[column].to_numpy()).tobytes())
+    for batch in table.select(["source", "weight"]).to_batches():
+        for source, weight in zip(batch[0].to_pylist(), batch[1].to_pylist(), strict=True):
+            digest.update(f"{source}\0{weight}\0".encode())
+    return digest.hexdigest()[:32]

@@ -1,0 +1,84 @@
+"""``raydpo score``: fill the reference cache."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pyarrow as pa
+
+from raydpo.cluster.preflight import check_cluster
+from raydpo.cluster.resources import resources_for
+from raydpo.cluster.session import session
+from raydpo.config import Config
+from raydpo.pipeline.audit import audit_prepared
+from raydpo.pipeline.checks import check
+from raydpo.pipeline.prepare import Prepared, wait_for_workers
+from raydpo.reference.build import BuildReport, build
+from raydpo.reference.score import ReferenceSpec
+from raydpo.reference.store import ReferenceCache
+from raydpo.rundir.trackers import export_pass
+from raydpo.terminal.console import Console, ProgressLine
+
+__all__ = ["fill_cache", "score", "score_prepared"]
+
+
+def score(config: Config, console: Console | None = None) -> BuildReport:
+    """Score the pairs of a configuration that the reference cache lacks, and store their log-probs.
+
+    Raises:
+        RaydpoError: if it fails. Committed log-probs stay in the cache.
+    """
+    console = console or Console()
+    check(config, "score", console)
+    with session(config):
+        check_cluster(config, ["score"], console)
+        return score_prepared(Prepared.of(config, console), console)
+
+
+def score_prepared(prepared: Prepared, console: Console, tables: list[pa.Table] | None = None) -> BuildReport:
+    """Score what the cache lacks, then write the audit.
+
+    Args:
+        tables: pairs to score; None = those of ``prepared``.
+    """
+    config, cache = prepared.config, prepared.cache
+    if config.needs_reference:
+        report = fill_cache(tables or prepared.tables, prepared.reference, cache, config, console)
+    else:
+        console.say(f"reference: none; loss {config.train.loss_text} needs none, so nothing is scored")
+        report = BuildReport(cache.identity.digest, wanted=0, hits=0, scored=0, by_others=0, twice=0, tokens=0, seconds=0.0,
+                             parts=0, problems=())
+    try:
+        audit_prepared(prepared, console)
+    except Exception as error:  # the log-probs are stored, so scoring has succeeded
+        console.warn(f"the audit failed ({type(error).__name__}: {error}); 'raydpo audit' tries again")
+    return report
+
+
+def fill_cache(tables: list[pa.Table], spec: ReferenceSpec, cache: ReferenceCache, config: Config,
+               console: Console) -> BuildReport:
+    """Score what ``cache`` lacks of tokenised pairs, with the workers of section ``score``."""
+    resources = resources_for("score", config)
+    line: ProgressLine | None = None
+    with contextlib.ExitStack() as stack:  # the progress line begins once build knows what is missing
+        def progress(done: int, to_do: int) -> None:
+            nonlocal line
+            if line is None:
+                console.say(f"scoring {to_do:,} completions on {resources.workers} {resources.device} worker(s)")
+                wait_for_workers("score", config, resources, console)
+                line = stack.enter_context(console.progress("scoring", to_do, "completions"))
+            line.update(done)
+
+        report = build(tables, spec, cache, resources, progress=progress, note=console.note,
+                       tokens_per_batch=config.score.tokens_per_batch, tokens_per_part=config.score.tokens_per_part)
+    for problem in report.problems:
+        console.warn(problem)
+    rate = f", {report.tokens / report.seconds:,.0f} tokens/s" if report.scored else ""
+    console.say(f"cache: {report.hits:,} of {report.wanted:,} completions were there ({report.hit_rate:.0%} hits), "
+                f"{report.scored:,} scored in {report.parts} part(s){rate}; {cache.storage}")
+    export_pass(config.track, config.run_name, report.hit_rate, report.tokens / report.seconds if report.scored else 0.0,
+                console.warn)
+    if report.by_others or report.twice:
+        console.say(f"another build filled the same cache: {report.by_others:,} completions were left to it, "
+                    f"{report.twice:,} were scored twice")
+    return report

@@ -1,0 +1,243 @@
+"""``raydpo train``: train the policy against stored log-probs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from raydpo.cluster.preflight import check_cluster
+from raydpo.cluster.resources import Resources, resources_for
+from raydpo.cluster.session import session
+from raydpo.config import Config
+from raydpo.data.filter import filter_pairs
+from raydpo.model.cost import ModelCost
+from raydpo.pipeline.checks import check
+from raydpo.pipeline.prepare import Prepared, measured_pairs, wait_for_workers
+from raydpo.reference.pairs import join_reference
+from raydpo.reports.write import write_report_or_warn
+from raydpo.rundir.card import model_card
+from raydpo.rundir.directory import CONFIG, EVAL, METRICS, RUN, SUMMARY
+from raydpo.rundir.display import TrainingDisplay
+from raydpo.rundir.earlier import begin_again, finished_summary, neutral_changes
+from raydpo.rundir.records import finite, read_rows
+from raydpo.rundir.summary import print_summary
+from raydpo.storage.files import Storage
+from raydpo.storage.uri import redact
+from raydpo.terminal.console import Console
+from raydpo.training.job import TrainJob
+from raydpo.training.launch.hooks import WorkerInput
+from raydpo.training.launch.launch import launch
+from raydpo.training.policy.engine import PolicySpec
+from raydpo.version import __version__
+
+__all__ = ["Joined", "TrialContext", "join_sets", "train", "train_prepared"]
+
+
+def train(config: Config, console: Console | None = None, *, fresh: bool = False) -> dict[str, Any]:
+    """Train the policy with the stored log-probs, or continue an interrupted run of the same name.
+
+    Args:
+        fresh: start again; an earlier run of the same name is renamed to ``NAME~1``.
+
+    Returns:
+        The content of summary.json.
+
+    Raises:
+        CacheMissError: if log-probs are missing; ``score`` computes them.
+        RaydpoError: if anything else fails.
+    """
+    console = console or Console()
+    check(config, "train", console)
+    with session(config):
+        check_cluster(config, ["train"], console)
+        prepared = Prepared.of(config, console)
+        if fresh:
+            begin_again(Storage(config.run_dir), console)
+        return train_prepared(prepared, console)
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Pairs joined with the reference's log-probs, ready for training.
+
+    Attributes:
+        pairs, held_out: tables, or references to them in Ray's object store; ``held_out`` is None if nothing is held out.
+        training_pairs: number of ``pairs``.
+    """
+
+    pairs: Any
+    held_out: Any
+    training_pairs: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialContext:
+    """What a sweep gives to the training of one trial.
+
+    Attributes:
+        joined: result of ``join_sets``, in Ray's object store.
+        at_once: number of trainings that share the cluster.
+        board: result of ``launch.new_board``.
+        display: receives the events of the training.
+        until: step after which the training pauses; None = train to the end.
+    """
+
+    joined: Joined
+    at_once: int
+    board: Any
+    display: TrainingDisplay
+    until: int | None = None
+
+
+def join_sets(prepared: Prepared, console: Console) -> Joined:
+    """Join training and held-out pairs with the reference's log-probs, and filter the training pairs by them.
+
+    Raises:
+        CacheMissError: if log-probs are missing.
+    """
+    compares = prepared.config.needs_reference
+    pairs = join_reference(prepared.sets.train, prepared.cache, "training") if compares else prepared.sets.train
+    if prepared.filter_by_reference is not None:
+        sums = (pairs[f"ref_{side}_sum"].to_numpy() for side in ("chosen", "rejected"))
+        pairs, line = filter_pairs(prepared.filter_by_reference, pairs, *sums)
+        console.say(line)
+    held_out = prepared.sets.eval
+    if held_out is not None and compares:
+        held_out = join_reference(held_out, prepared.cache, "held-out")
+    return Joined(pairs, held_out, pairs.num_rows)
+
+
+def _finished_before(prepared: Prepared, console: Console) -> dict[str, Any] | None:
+    """The summary of this run if it is already finished, else None.
+
+    Raises:
+        ConfigError: if a run of this name has other settings.
+    """
+    config = prepared.config
+    finished = finished_summary(Storage(config.run_dir), prepared.fingerprint())
+    if finished is not None:
+        console.say(f"run {config.run_name} is already complete: {redact(config.run_dir)} (--fresh trains it again)")
+    return finished
+
+
+def _begin_run(prepared: Prepared, job: TrainJob, console: Console) -> None:
+    """Write config.yaml and run.json before the training."""
+    config, storage = prepared.config, Storage(prepared.config.run_dir)
+    storage.probe()
+    for line in neutral_changes(storage, config):
+        console.note(line)
+    if config.train.merge_adapter and config.model.quantization:
+        console.warn(f"train.merge_adapter merges into the unquantized weights of {config.model.path}, but training uses "
+                     f"model.quantization {config.model.quantization}: final/merged is not exactly the policy that is "
+                     "trained and measured. The adapter in final/ on the quantized model is")
+    storage.write(CONFIG, config.to_yaml().encode())
+    described = {"fingerprint": dict(job.fingerprint), "held_out": measured_pairs(prepared.sets.eval)}
+    storage.write(RUN, json.dumps(described, indent=2).encode())
+
+
+def _training_job(prepared: Prepared, resources: Resources, until: int | None = None) -> TrainJob:
+    """Describe the training to its workers.
+
+    Args:
+        until: step after which the training pauses; None = train to the end.
+    """
+    config = prepared.config
+    policy, reference = prepared.policy_identity(), prepared.reference.identity
+    return TrainJob(
+        train=config.train, shuffle=config.data.shuffle, fingerprint=prepared.fingerprint(),
+        policy=PolicySpec(path=prepared.policy_dir, dtype=prepared.dtype, lora=config.model.lora,
+                          adapter=prepared.policy_adapter, quantization=config.model.quantization,
+                          freeze=config.model.freeze, rope_length=policy.rope_length,
+                          trust_remote_code=config.model.trust_remote_code, layout=config.model.layout),
+        work=ModelCost.of(prepared.policy_dir).work, memory_share=resources.memory_share,
+        policy_identity=policy.digest, reference_identity=reference.digest,
+        starts_as_reference=policy.same_model(reference),
+        coarser_dtype="bfloat16" if "bfloat16" in (policy.dtype, reference.dtype) else "float32",
+        stop_after=until, sample_prompts=_sample_prompts(prepared), sample_stop=prepared.tokeniser.stop_ids)
+
+
+def _end_run(prepared: Prepared, job: TrainJob, trained: dict[str, Any], hit_rate: float | None,
+             training_pairs: int) -> dict[str, Any]:
+    """Write the model card and summary.json after the training; returns the content of summary.json."""
+    storage = Storage(prepared.config.run_dir)
+    summary = _summarise(prepared, storage, trained, hit_rate, job, training_pairs)
+    storage.write("final/README.md", model_card(prepared.config, summary).encode())
+    storage.write(SUMMARY, json.dumps(finite(summary), indent=2, allow_nan=False).encode())
+    return summary
+
+
+def train_prepared(prepared: Prepared, console: Console, hit_rate: float | None = None, *,
+                   shared: TrialContext | None = None) -> dict[str, Any] | None:
+    """Train, unless the run is already finished.
+
+    Args:
+        hit_rate: share of the completions that were cached when the run began, 0 to 1; None if unknown.
+        shared: given by a sweep to each of its trials.
+
+    Returns:
+        The content of summary.json, or None if the training paused at ``shared.until``.
+
+    Raises:
+        KeyboardInterrupt: if the training was stopped, after its checkpoint.
+        CacheMissError: if log-probs are missing.
+    """
+    config = prepared.config
+    summary = _finished_before(prepared, console)
+    if summary is None:
+        joined = join_sets(prepared, console) if shared is None else shared.joined
+        resources = resources_for("train", config, 1 if shared is None else shared.at_once)
+        if shared is None:
+            wait_for_workers("train", config, resources, console)
+        job = _training_job(prepared, resources, None if shared is None else shared.until)
+        _begin_run(prepared, job, console)
+        with TrainingDisplay(console) if shared is None else shared.display as display:
+            payload = WorkerInput(job=job, pairs=joined.pairs, held_out=joined.held_out, run_dir=config.run_dir,
+                              run_name=config.run_name, track=config.track, base_name=prepared.base_name,
+                              tokenizer=prepared.tokeniser.tokenizer, board=None if shared is None else shared.board)
+            trained = launch(payload, resources, display.listen)
+        if trained["interrupted"]:
+            if trained["steps"] == job.stop_after:
+                return None
+            console.say(f"stopped after step {trained['steps']:,}; its checkpoint is in {redact(config.run_dir)}")
+            raise KeyboardInterrupt
+        summary = _end_run(prepared, job, trained, hit_rate, joined.training_pairs)
+    print_summary(console, summary)
+    write_report_or_warn(config.run_dir, console)
+    return summary
+
+
+def _sample_prompts(prepared: Prepared) -> tuple[tuple[str, Any], ...]:
+    """(text, token ids) of the first held-out prompts; of training prompts if nothing is held out."""
+    count = prepared.config.train.sample_prompts
+    table = prepared.sets.eval if prepared.sets.eval is not None else prepared.sets.train
+    distinct = dict.fromkeys(tuple(ids) for ids in table["prompt_ids"].slice(0, 8 * count).to_pylist())
+    return tuple((prepared.tokeniser.tokenizer.decode(ids, skip_special_tokens=True), ids) for ids in list(distinct)[:count])
+
+
+def _summarise(prepared: Prepared, storage: Storage, trained: dict[str, Any], hit_rate: float | None,
+               job: TrainJob, training_pairs: int) -> dict[str, Any]:
+    """The content of summary.json."""
+    config, decode = prepared.config, prepared.tokeniser.tokenizer.decode
+    steps, evals = read_rows(storage, METRICS), read_rows(storage, EVAL)
+    answers = zip(job.sample_prompts, trained["samples_before"], trained["samples_after"], strict=False)
+    return {
+        "name": config.run_name, "run_dir": redact(config.run_dir), "raydpo": __version__,
+        "steps": trained["steps"], "pairs_seen": trained["pairs"], "train_seconds": trained["seconds"],
+        "load_seconds": trained["load_seconds"], "load_host_bytes": trained["load_bytes"],
+        "checkpoint_seconds": trained["checkpoint_seconds"],
+        "checkpoint_bytes": trained["checkpoint_bytes"], "skipped_steps": trained["skipped"],
+        "tokens_per_second": trained["tokens_per_second"], "gate": trained["gate"],
+        "first_loss": steps[0]["loss"], "last_loss": steps[-1]["loss"],
+        "training_pairs": training_pairs,
+        "held_out_pairs": 0 if prepared.sets.eval is None else prepared.sets.eval.num_rows,
+        "eval_before": evals[0] if evals else None, "eval_after": evals[-1] if evals else None,
+        "reference": {"path": config.reference_path, "adapter": config.reference_adapter,
+                      "identity": prepared.reference.identity.digest, "cache": redact(config.cache_uri)}
+        if config.needs_reference else dict.fromkeys(("path", "adapter", "identity", "cache")),
+        "cache_hit_rate": hit_rate,
+        "data": prepared.sets.report.to_dict(),
+        "samples": [{"prompt": text, "before": decode(before, skip_special_tokens=True),
+                     "after": decode(after, skip_special_tokens=True)} for (text, _), before, after in answers],
+        "fingerprint": dict(job.fingerprint),
+    }

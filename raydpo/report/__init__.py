@@ -1,5 +1,0 @@
-"""HTML pages of a run, of a sweep and of several runs side by side, and a page that explains the loss."""
-
-from raydpo.report.write import write_comparison, write_report
-
-__all__ = ["write_comparison", "write_report"]

@@ -1,0 +1,306 @@
+"""The trials of a sweep as points: accuracy on held-out pairs against drift and length, and the recommended trial."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from raydpo.config import ObjectiveConfig
+from raydpo.data.interval import Z95, share_error
+from raydpo.pages.plot import BAD, GOOD, INK, PALE, Picture, figure, svg
+from raydpo.reports.tables import setting
+from raydpo.rundir.read import SweepRecord, TrialRecord, length_growth
+
+__all__ = ["Point", "Recommendation", "drift_axis", "frontier_pictures", "length_axis", "measured_otherwise",
+           "on_same_pairs", "points_of", "recommend", "units_of_margin"]
+
+NAMED = 12
+"""Largest number of points that have labels in the pictures; more labels would overlap."""
+PROTOCOL = ("pairs", "prompts", "seed", "max_tokens", "modes", "samples", "temperature", "engine", "reference")
+"""Settings of an evaluation that change drift and length of the answers."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """An evaluated trial, by figures that compare across beta. None: not measured.
+
+    Attributes:
+        mark: gid that links pictures and table.
+        done: whether the training is complete.
+        beta: beta of the last evaluation; None if unknown.
+        accuracy, error: held-out accuracy and its standard error.
+        margin: held-out reward margin divided by beta, in ``unit``: nats, or nats a token for a loss per token.
+        kl: drift measured on the policy's own answers, nats a token.
+        moved: substitute for ``kl``: change of the log-prob per token of held-out answers, nats, mean of both sides.
+        length_growth: growth of the policy's own answers, a share.
+        length_pull: substitute for ``length_growth``: correlation of margin and length difference.
+        protocol: how ``kl`` and ``length_growth`` were measured. They compare only where it is equal.
+        held_out: digest of the held-out pairs. Accuracies compare only where it is equal.
+    """
+
+    mark: str
+    name: str
+    label: str
+    done: bool
+    beta: float | None
+    accuracy: float | None
+    error: float | None
+    margin: float | None
+    kl: float | None
+    moved: float | None
+    length_growth: float | None
+    length_pull: float | None
+    unit: str = ""
+    protocol: str | None = None
+    held_out: str | None = None
+
+
+@dataclass(frozen=True)
+class Axis:
+    """An axis of a picture: its label with the unit, and how to read the value of a point.
+
+    Attributes:
+        measured: whether the value is measured on the policy's own answers rather than on held-out log-probs.
+    """
+
+    label: str
+    read: Callable[[Point], float | None]
+    measured: bool = False
+
+
+ACCURACY = Axis("held-out accuracy", lambda point: point.accuracy)
+UNBEATEN = "Up and to the left is better. The line joins the trials that no other trial beats in both figures."
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """The recommended trial, None if there is none, and the reason in sentences."""
+
+    point: Point | None
+    reason: str
+
+
+def points_of(sweep: SweepRecord) -> list[Point]:
+    """Return the trials that have been evaluated, including unfinished ones."""
+    return [_point(f"trial-{number}", trial) for number, trial in enumerate(sweep.trials)
+            if trial.eval or trial.evaluation]
+
+
+def _point(mark: str, trial: TrialRecord) -> Point:
+    evaluation, scores, done = trial.evaluation or {}, trial.eval, trial.status == "done"
+    total = (evaluation.get("preferences") or {}).get("total") or {}
+    accuracy, error = _accuracy(trial, total.get("accuracy") or {})
+    objective = trial.run.objective if trial.run else None
+    beta = _last_beta(trial.settings.get("train.beta") if objective is None else objective.model_dump()["beta"], done)
+    margin = scores.get("rewards/margins", (total.get("margin") or {}).get("value"))
+    sides = [scores.get(f"logratio/{side}_per_token") for side in ("chosen", "rejected")]
+    return Point(
+        mark, trial.name, _label(trial.settings), done, beta, accuracy, error,
+        margin / beta if margin is not None and beta else None,
+        ((evaluation.get("drift") or {}).get("kl_per_token") or {}).get("value"),
+        None if None in sides else sum(abs(side) for side in sides) / 2,
+        (length_growth(evaluation) or {}).get("value"), scores.get("length/margin_correlation"),
+        "" if objective is None else _unit(objective), _protocol(evaluation),
+        (trial.run and trial.run.held_out_digest) if "rewards/accuracies" in scores else
+        (evaluation.get("protocol") or {}).get("pairs"))
+
+
+def _accuracy(trial: TrialRecord, evaluated: dict[str, float | None]) -> tuple[float | None, float | None]:
+    """Return the held-out accuracy and its standard error, from the last evaluation in training or from ``raydpo eval``."""
+    accuracy = trial.eval.get("rewards/accuracies")
+    if accuracy is None:
+        value, low, high = (evaluated.get(key) for key in ("value", "low", "high"))
+        return value, None if low is None else (high - low) / (2 * Z95)
+    # Pairs of one prompt are not independent; newer evaluations store the effective number.
+    pairs = trial.eval.get("effective_pairs") or ((trial.run and trial.run.summary) or {}).get("held_out_pairs")
+    return accuracy, share_error(accuracy, pairs) if pairs else None
+
+
+def _last_beta(beta: Any, done: bool) -> float | None:
+    """Return the beta of the last evaluation. For a schedule it is the end value, and known only if the trial is done."""
+    if isinstance(beta, dict):
+        return beta.get("end") if done else None
+    return beta
+
+
+def _unit(objective: ObjectiveConfig) -> str:
+    """Return the unit of the reward margin divided by beta. Margins compare only where it is equal."""
+    unit, (first, *others) = "nats a token" if objective.per_token else "nats", objective.traits.values()
+    if not others and "f_divergence_type" in first.heeds and objective.f_divergence_type != "reverse_kl":
+        unit = f"scores of {objective.f_divergence_type}"
+        unit += f" {objective.f_alpha_divergence_coef:g}" if objective.f_divergence_type == "alpha_divergence" else ""
+    if not objective.needs_reference:
+        unit += " without a reference"
+    return unit if objective.ld_alpha is None else f"{unit}, ld_alpha {objective.ld_alpha:g}"
+
+
+def _protocol(evaluation: dict[str, Any]) -> str | None:
+    if not evaluation:
+        return None
+    # Earlier versions stored only these two.
+    known = evaluation.get("protocol") or {key: (evaluation.get("generation") or {}).get(key)
+                                           for key in ("prompts", "max_tokens")}
+    return json.dumps({key: known.get(key) for key in PROTOCOL})
+
+
+def _label(settings: dict[str, object]) -> str:
+    """Format settings, such as ``beta 0.1, lr 1e-05``."""
+    return ", ".join(f"{key.rsplit('.', 1)[-1]} {setting(key, value).text}" for key, value in settings.items())
+
+
+def drift_axis(points: Sequence[Point]) -> Axis:
+    """Return the axis of drift: KL if all trials measured it alike, else the change of held-out log-probs."""
+    return _axis(points, "drift: KL, nats a token", lambda point: point.kl,
+                 "drift: change of log-probs, nats a token", lambda point: point.moved)
+
+
+def length_axis(points: Sequence[Point]) -> Axis:
+    """Return the axis of length: growth if all trials measured it alike, else the correlation with the margin."""
+    return _axis(points, "growth of the answers' length", lambda point: point.length_growth,
+                 "correlation of margin and length", lambda point: point.length_pull)
+
+
+def _axis(points: Sequence[Point], label: str, measured: Callable[[Point], float | None], other_label: str,
+          other: Callable[[Point], float | None]) -> Axis:
+    """Return the measured axis if all points have it by one protocol, or if nothing else is known; else the other axis."""
+    way, count = _usual_protocol(points, measured)
+    if count and (count == len(points) or all(other(point) is None for point in points)):
+        return Axis(label, lambda point: measured(point) if point.protocol == way else None, measured=True)
+    return Axis(other_label, other)
+
+
+def _usual_protocol(points: Sequence[Point], measured: Callable[[Point], float | None]) -> tuple[str | None, int]:
+    """Return the protocol that most points were measured by, and their number."""
+    ways = Counter(point.protocol for point in points if measured(point) is not None)
+    return ways.most_common(1)[0] if ways else (None, 0)
+
+
+def measured_otherwise(points: Sequence[Point]) -> list[Point]:
+    """Return the points without a measured drift, or with another protocol than most; empty if no drift is measured."""
+    way, count = _usual_protocol(points, lambda point: point.kl)
+    return [point for point in points if point.kl is None or point.protocol != way] if count else []
+
+
+def on_same_pairs(points: Sequence[Point]) -> bool:
+    """Whether all points with known held-out pairs have the same ones."""
+    return len({point.held_out for point in points} - {None}) < 2
+
+
+def units_of_margin(points: Sequence[Point]) -> list[str]:
+    """Return the units of the margins. Margins of different units do not compare."""
+    return list(dict.fromkeys(point.unit for point in points if point.margin is not None))
+
+
+def recommend(points: Sequence[Point], drift: Axis) -> Recommendation:
+    """Recommend the trial with the least drift among those whose accuracy is within one standard error of the best.
+
+    This is the one-standard-error rule (Breiman et al., Classification and Regression Trees, 1984, section 3.4.3), with
+    drift in place of tree size. Trials that are not better than a coin by more than chance are left out, since a policy
+    that has learnt nothing does not drift. Among equal drifts, the larger beta is taken.
+    """
+    known = [point for point in points if None not in (point.accuracy, point.error, drift.read(point))]
+    if not known:
+        return Recommendation(None, "No trial has both a held-out accuracy and a drift yet, so none can be recommended. A "
+                                    "sweep needs held-out pairs (data.eval).")
+    first = max(known, key=lambda point: (point.accuracy, -drift.read(point)))
+    if len(known) == 1:
+        return Recommendation(None, f"{first.label or first.name} is the only trial with an accuracy and a drift so far.")
+    if not on_same_pairs(known):
+        return Recommendation(None, "The trials are measured on different held-out pairs, so their accuracies do not "
+                                    "compare. Hold out the same pairs in all of them: a separate file (data.eval.path) that "
+                                    "no setting of section data changes. Or make two sweeps.")
+    learnt = [point for point in known if point.accuracy - 0.5 > Z95 * point.error]
+    if not learnt:
+        return Recommendation(None, f"No trial is better than a coin by more than chance: the best held-out accuracy is "
+                                    f"{first.accuracy:.3f} (standard error {first.error:.3f}), of "
+                                    f"{first.label or first.name}. Train longer, raise train.lr, or hold out more pairs.")
+    best = max(learnt, key=lambda point: (point.accuracy, -drift.read(point)))
+    bound = best.accuracy - best.error
+    close = [point for point in learnt if point.accuracy >= bound]
+    chosen = min(close, key=lambda point: (drift.read(point), -(point.beta or 0.0)))
+    if chosen is best:
+        reason = (f"{best.label or best.name} has the best held-out accuracy, {best.accuracy:.3f} (standard error "
+                  f"{best.error:.3f})")
+        reason += (f", and the least drift of the {len(close)} trials within one standard error of it: "
+                   f"{drift.read(best):.3g} nats a token." if len(close) > 1 else
+                   f"; no other trial is within one standard error of it. Its drift is {drift.read(best):.3g} nats a token.")
+    else:
+        reason = (f"{chosen.label or chosen.name} has a held-out accuracy of {chosen.accuracy:.3f}, within one standard "
+                  f"error ({best.error:.3f}) of the best, {best.accuracy:.3f} of {best.label or best.name}. It drifts "
+                  f"least of the {len(close)} trials within that range: {drift.read(chosen):.3g} against "
+                  f"{drift.read(best):.3g} nats a token.")
+    if len(learnt) < len(known):
+        reason += (f" {len(known) - len(learnt)} trial(s) are not better than a coin by more than chance and were not "
+                   "considered.")
+    left_out = len(points) - len(known)
+    if left_out:
+        reason += f" {left_out} trial(s) lack one of the two figures and were not considered."
+    return Recommendation(chosen, reason)
+
+
+def frontier_pictures(points: Sequence[Point], recommended: Point | None) -> list[Picture]:
+    """Draw accuracy and margin against drift and against length, one mark for each trial.
+
+    Margins in different units are not drawn. Nothing is drawn if the held-out pairs of the trials differ.
+    """
+    if not on_same_pairs(points):
+        return []
+    drift, length, units = drift_axis(points), length_axis(points), units_of_margin(points)
+    margin = Axis(", ".join(filter(None, ("margin / beta", *units))),
+                  lambda point: point.margin if len(units) == 1 else None)
+    pictures = [_picture(title, caption, points, x, y, recommended) for title, caption, x, y in (
+        ("Accuracy and drift", UNBEATEN, drift, ACCURACY),
+        ("Margin and drift", "The margin is divided by beta, so that trials compare. If it grows only with drift, the "
+                             "policy has moved without learning more.", drift, margin),
+        ("Accuracy and length", "If accuracy grows with length, it may only be a preference for length.", length, ACCURACY),
+        ("Margin and length", "The margin, divided by beta, against length.", length, margin))]
+    return [picture for picture in pictures if picture is not None]
+
+
+def _picture(title: str, caption: str, points: Sequence[Point], x: Axis, y: Axis,
+             recommended: Point | None) -> Picture | None:
+    known = sorted((point for point in points if None not in (x.read(point), y.read(point))), key=x.read)
+    if not known:
+        return None
+    joined = unbeaten(known, x, y) if caption == UNBEATEN else []
+    if len(known) < len(points):
+        caption += f" {len(points) - len(known)} of {len(points)} trials lack one of the two figures and are not shown."
+    middle = (x.read(known[0]) + x.read(known[-1])) / 2
+    marks = {}
+    with figure(4.4, 3.0, aligned=True) as (made, axes):
+        axes.plot([x.read(point) for point in joined], [y.read(point) for point in joined], color=PALE, linewidth=1.2)
+        for number, point in enumerate(known):
+            across, up = x.read(point), y.read(point)
+            chosen = recommended is not None and point.mark == recommended.mark
+            axes.plot([across], [up], "o", color=BAD if chosen else GOOD, markersize=9 if chosen else 6.5, gid=point.mark)
+            if y is ACCURACY and point.error is not None:
+                axes.errorbar([across], [up], [point.error], color=PALE, elinewidth=0.9, zorder=1)
+            if len(known) <= NAMED:  # labels point to the middle, alternately above and below
+                side, away = ("right", -6) if across > middle else ("left", 6)
+                axes.annotate(_short(point, known), (across, up), (away, -9 if number % 2 else 5), ha=side,
+                              textcoords="offset points", fontsize=7.5, color=INK)
+            marks[point.mark] = (f"{point.label or point.name}: {y.label} {up:.3f}, {x.label} {across:.3g}"
+                                 + (" (recommended)" if chosen else ""))
+        axes.margins(0.1, 0.14)
+        axes.locator_params(axis="x", nbins=5)
+        axes.set(xlabel=x.label, ylabel=y.label)
+        return Picture(title, svg(made, title, caption, marks), caption)
+
+
+def unbeaten(points: Sequence[Point], x: Axis, y: Axis) -> list[Point]:
+    """Return the points that no other point beats by less x and more y, in order of x."""
+    line: list[Point] = []
+    for point in sorted(points, key=lambda point: (x.read(point), -y.read(point))):
+        if not line or y.read(point) > y.read(line[-1]):
+            line.append(point)
+    return line
+
+
+def _short(point: Point, points: Sequence[Point]) -> str:
+    """Return the parts of the label in which the points differ, at most 24 characters."""
+    parts = [set(other.label.split(", ")) for other in points]
+    common = set.intersection(*parts) if len(parts) > 1 else set()
+    return ", ".join(part for part in point.label.split(", ") if part not in common)[:24]

@@ -1,0 +1,64 @@
+"""Writes the pages of run and sweep directories."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from raydpo.errors import ConfigError
+from raydpo.reports.compare import comparison_page
+from raydpo.reports.run import run_page
+from raydpo.reports.sweep import sweep_page
+from raydpo.rundir.directory import REPORT
+from raydpo.rundir.read import RunRecord, SweepRecord, is_sweep
+from raydpo.storage.files import Storage
+from raydpo.storage.uri import redact
+from raydpo.terminal.console import Console
+
+__all__ = ["write_comparison", "write_report", "write_report_or_warn"]
+
+
+
+def write_report(place: str) -> str:
+    """Write ``report.html`` into a run or sweep directory, from the files that exist so far.
+
+    Args:
+        place: local path or URI.
+
+    Returns:
+        Path or URI of the page, without secrets.
+
+    Raises:
+        ConfigError: if it is neither a run nor a sweep.
+        RaydpoError: if one of its files is damaged, naming it.
+    """
+    storage = Storage(place)
+    page = sweep_page(SweepRecord.read(storage)) if is_sweep(storage) else run_page(RunRecord.read(storage))
+    storage.write(REPORT, page.encode())
+    return f"{storage}/{REPORT}"
+
+
+def write_comparison(places: Sequence[str], out: Path) -> None:
+    """Write a page that compares runs. A sweep counts as all its trials that have begun.
+
+    Raises:
+        ConfigError: if one of the places is neither a run nor a sweep, or there are fewer than two runs in all.
+        RaydpoError: if a file is damaged, naming it.
+    """
+    runs: list[RunRecord] = []
+    for place in places:
+        storage = Storage(place)
+        runs += [trial.run for trial in SweepRecord.read(storage).trials if trial.run is not None] if is_sweep(storage) \
+            else [RunRecord.read(storage)]
+    if len(runs) < 2:
+        raise ConfigError(f"a comparison needs two runs, but {', '.join(map(redact, places))} hold {len(runs)} run(s) that "
+                          "have begun; name another")
+    Storage(str(out.absolute().parent)).write(out.name, comparison_page(runs).encode())
+
+
+def write_report_or_warn(place: str, console: Console) -> None:
+    """Write the page of a run or sweep that has ended. Failure is a warning: its results are stored."""
+    try:
+        console.say(f"report: {write_report(place)}")
+    except Exception as error:
+        console.warn(f"the report failed ({type(error).__name__}: {error}); 'raydpo report' tries again")

@@ -1,0 +1,1 @@
+"""A run directory: its file names, what is written to it and what is read back."""

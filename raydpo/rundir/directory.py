@@ -1,0 +1,71 @@
+"""Names of the files and folders in the directory of a run or a sweep, and what its JSON files say.
+
+A run directory is ``<output>/<name>``. Stored runs depend on these names: they never change.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from raydpo.storage.files import Storage
+
+__all__ = [
+    "AUDIT_JSON", "AUDIT_PAGE", "BEGUN_BY", "CHECKPOINTS", "CONFIG", "DRIVER_LOG", "EVAL", "EVALUATION", "FINAL", "LOGS",
+    "METRICS", "REPORT", "RUN", "SUMMARY", "SWEEP", "TENSORBOARD", "RunDirectory",
+]
+
+CONFIG = "config.yaml"
+"""The resolved configuration."""
+RUN = "run.json"
+"""Written before the first step: the settings that decide the result, and the digest of the held-out pairs."""
+METRICS = "metrics.parquet"
+"""One row per step."""
+EVAL = "eval.parquet"
+"""One row per evaluation on held-out pairs."""
+SUMMARY = "summary.json"
+"""Written when a training has finished."""
+EVALUATION = "evaluation.json"
+"""Written by ``raydpo eval``."""
+AUDIT_JSON = "audit.json"
+AUDIT_PAGE = "audit.html"
+REPORT = "report.html"
+SWEEP = "sweep.json"
+"""The record of a sweep: its trials and their state."""
+BEGUN_BY = "begun-by.json"
+"""The job that began this run with --fresh."""
+FINAL = "final"
+"""Folder of the exported policy."""
+CHECKPOINTS = "checkpoints"
+TENSORBOARD = "tensorboard"
+LOGS = "logs"
+DRIVER_LOG = f"{LOGS}/driver.log"
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The JSON files of a run directory. Each method returns None if its file does not exist (yet)."""
+
+    storage: Storage
+
+    def fingerprint(self) -> dict[str, Any] | None:
+        """The settings that decide the result, as the run began with them."""
+        run = self._read(RUN)
+        return None if run is None else run["fingerprint"]
+
+    def held_out(self) -> str | None:
+        """Digest of the held-out pairs; None also if nothing is held out, or the run is of an earlier version."""
+        return (self._read(RUN) or {}).get("held_out")
+
+    def summary(self) -> dict[str, Any] | None:
+        """What the finished run reports."""
+        return self._read(SUMMARY)
+
+    def evaluation(self) -> dict[str, Any] | None:
+        """What ``raydpo eval`` measured."""
+        return self._read(EVALUATION)
+
+    def _read(self, name: str) -> Any:
+        return json.loads(self.storage.read(name)) if self.storage.exists(name) else None

@@ -1,0 +1,55 @@
+"""Progress of a training, in the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+from raydpo.terminal.console import Console, ProgressLine
+
+__all__ = ["TrainingDisplay"]
+
+
+class TrainingDisplay:
+    """Shows the events of ``training.launch`` as a progress bar and lines."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._bar = contextlib.ExitStack()
+        self._line: ProgressLine | None = None
+        self._total = 0
+
+    def __enter__(self) -> TrainingDisplay:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def listen(self, kind: str, content: Any) -> None:
+        """Show an event, see ``training.board.Listener``."""
+        getattr(self, f"_{kind}")(content)
+
+    def _begin(self, facts: dict[str, Any]) -> None:
+        first, total = facts["first_step"], facts["total_steps"]
+        if self._total:
+            self.console.warn(f"workers were restarted; continuing after step {first}")
+            self._bar.close()
+        elif first:
+            self.console.say(f"continuing after step {first}")
+        self.console.say(f"training: {facts['pairs']:,} pairs, {total:,} steps ({facts['steps_per_epoch']:,} an epoch), "
+                         f"{facts['world_size']} worker(s)")
+        self._line, self._total = None, total
+
+    def _step(self, row: dict[str, float]) -> None:
+        if self._line is None:  # begins with the first step: gate and first evaluation would distort the rate
+            self._line = self._bar.enter_context(
+                self.console.progress("training", self._total, "steps", done=int(row["step"])))
+        self._line.update(int(row["step"]), f"loss {row['loss']:.4f}  accuracy {row['rewards/accuracies']:.2f}  "
+                                            f"{row['tokens_per_second']:,.0f} tokens/s")
+
+    def _evaluated(self, row: dict[str, float]) -> None:
+        self.console.say(f"  held out, step {int(row['step'])}: loss {row['eval_loss']:.4f}, accuracy "
+                         f"{row['eval_rewards/accuracies']:.3f}, margin {row['eval_rewards/margins']:.3f}")
+
+    def _note(self, line: str) -> None:
+        self.console.note(line)

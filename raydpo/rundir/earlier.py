@@ -1,0 +1,91 @@
+"""An earlier run in the same run directory: return its result, continue it, refuse it, or rename it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from raydpo.config import Config
+from raydpo.errors import ConfigError
+from raydpo.rundir.directory import BEGUN_BY, CONFIG, RUN, RunDirectory
+from raydpo.rundir.fingerprint import changed_settings, flatten_settings
+from raydpo.storage.files import Storage
+from raydpo.terminal.console import Console
+
+__all__ = ["archive_run", "begin_again", "finished_summary", "neutral_changes"]
+
+
+
+def finished_summary(storage: Storage, fingerprint: dict[str, Any]) -> dict[str, Any] | None:
+    """The summary of a finished run in this directory; None if there is no run, or it was interrupted.
+
+    Raises:
+        ConfigError: if the run there would have another result; names the settings that differ.
+    """
+    if not storage.exists(RUN):
+        return None
+    earlier = RunDirectory(storage).fingerprint()
+    changes = changed_settings(earlier, fingerprint)
+    if changes:
+        raise ConfigError(f"{storage} is a run with other settings ({'; '.join(changes)}). Give this one another name "
+                          "(name=...), or start again with --fresh, which renames the old one")
+    return RunDirectory(storage).summary()
+
+
+def neutral_changes(storage: Storage, config: Config) -> Iterator[str]:
+    """A line about settings that changed since the run started and do not affect its result."""
+    if not storage.exists(CONFIG):
+        return
+    earlier, now = (flatten_settings(yaml.safe_load(text)) for text in (storage.read(CONFIG), config.to_yaml()))
+    changes = changed_settings(earlier, now)
+    if changes:
+        yield f"changed since this run started, without effect on its result: {'; '.join(changes)}"
+
+
+def begin_again(storage: Storage, console: Console, mark: str = RUN) -> None:
+    """Do what --fresh asks for: ``archive_run``, once a job. When a scheduler repeats a job after the loss of a machine, it
+    repeats the same command, and that must continue what the first attempt started."""
+    job, may_be_repeated = _job()
+    if may_be_repeated and storage.exists(BEGUN_BY) and json.loads(storage.read(BEGUN_BY)) == job:
+        console.say(f"--fresh: {storage} was started by an earlier attempt of this job ({job}) and continues; to start "
+                    "again, use --fresh in a new job, or give another name (name=...)")
+        return
+    archive_run(storage, console, mark)
+    if job is not None:
+        storage.write(BEGUN_BY, json.dumps(job).encode())
+
+
+def _job() -> tuple[str | None, bool]:
+    """An id that all attempts of this process's job share, or None without a job; and whether this attempt may be a
+    repeated one."""
+    environ = os.environ
+    if job := environ.get("ANYSCALE_JOB_ID") or environ.get("SKYPILOT_TASK_ID"):
+        return job, True
+    ray_job = json.loads(environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    if submitted := (ray_job.get("metadata") or {}).get("job_submission_id"):
+        # KubeRay gives each attempt of a RayJob its own id and cluster, both named after the RayJob plus five letters.
+        name = submitted[:-6]
+        rayjob = re.fullmatch(r"-[a-z0-9]{5}", submitted[-6:]) and environ.get("RAY_CLUSTER_NAME", "").startswith(f"{name}-")
+        return (f"RayJob {name}" if rayjob else submitted), True
+    if slurm := environ.get("SLURM_JOB_ID"):  # also set in an interactive shell, where each command is a new one
+        return f"Slurm job {slurm}", int(environ.get("SLURM_RESTART_COUNT") or 0) > 0
+    return None, False
+
+
+def archive_run(storage: Storage, console: Console, mark: str = RUN) -> None:
+    """Rename the directory to ``NAME~1`` (or the next free number) if it has a file ``mark``."""
+    if not storage.exists(mark):
+        return
+    if not storage.is_local:
+        raise ConfigError(f"--fresh cannot rename {storage} on an object store; give the run another name (name=...)")
+    path = Path(storage.root)
+    aside = next(candidate for number in range(1, 1 << 20)
+                 if not (candidate := path.with_name(f"{path.name}~{number}")).exists())
+    path.rename(aside)
+    console.say(f"the earlier run of this name is now {aside}")

@@ -1,0 +1,188 @@
+"""Reads run and sweep directories. Files may be missing: a run may be unfinished, or hold nothing out."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import polars as pl
+import yaml
+
+from raydpo.config import ObjectiveConfig
+from raydpo.errors import ConfigError, RaydpoError
+from raydpo.rundir.directory import CONFIG, EVAL, EVALUATION, METRICS, RUN, SUMMARY, SWEEP
+from raydpo.storage.files import Storage
+from raydpo.storage.uri import redacted
+
+__all__ = ["RunRecord", "SweepRecord", "TrialRecord", "is_sweep", "length_growth"]
+
+T = TypeVar("T")
+RUN_FILES = (CONFIG, RUN, METRICS, EVAL, SUMMARY, EVALUATION)
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """The content of a run directory. What is missing there is empty or None.
+
+    Attributes:
+        place: local path or URI, without secrets.
+        config: the resolved configuration, without secrets; {} if there is none.
+        steps: metrics.parquet, one row a step. evals: eval.parquet, one row an evaluation, names without ``eval_``.
+        summary: summary.json, which only a finished run has. evaluation: evaluation.json, the result of ``raydpo eval``.
+        held_out_digest: digest of the held-out pairs; None if none are held out, or if it is not known.
+    """
+
+    place: str
+    name: str
+    config: dict[str, Any]
+    steps: pl.DataFrame
+    evals: pl.DataFrame
+    summary: dict[str, Any] | None
+    evaluation: dict[str, Any] | None
+    held_out_digest: str | None = None
+
+    @classmethod
+    def read(cls, storage: Storage) -> RunRecord:
+        """Read a run directory.
+
+        Raises:
+            ConfigError: if it is not a run directory.
+            RaydpoError: if one of its files is damaged, naming it.
+        """
+        if not any(storage.exists(name) for name in RUN_FILES):
+            below = [name for name in storage.list() if storage.exists(f"{name}/{CONFIG}")]
+            hint = f"; below it there are {', '.join(below[:5])}" if below else ""
+            raise ConfigError(f"there is no run at {storage}: it holds none of {', '.join(RUN_FILES)}{hint}. Give the path "
+                              f"of a run directory, <output>/<name>, or of a sweep's, which holds {SWEEP}")
+        config = _read(storage, CONFIG, yaml.safe_load) or {}
+        evals = _table(storage, EVAL)
+        name = config.get("name") or str(storage).rstrip("/").rsplit("/", 1)[-1]
+        return cls(str(storage), str(name), redacted(config), _table(storage, METRICS),
+                   evals.rename({column: column.removeprefix("eval_") for column in evals.columns}),
+                   _read(storage, SUMMARY, json.loads), _read(storage, EVALUATION, json.loads),
+                   (_read(storage, RUN, json.loads) or {}).get("held_out"))
+
+    @property
+    def done(self) -> int:
+        """Number of recorded steps."""
+        return int(self.steps["step"][-1]) if self.steps.height else 0
+
+    @property
+    def sources(self) -> list[str]:
+        """Names of the sources that metrics are split by; empty if there is one source."""
+        names = dict.fromkeys(column.removesuffix("/rewards/accuracies") for table in (self.evals, self.steps)
+                              for column in table.columns if column.endswith("/rewards/accuracies"))
+        return list(names)
+
+    def held_out(self, name: str) -> tuple[float | None, float | None]:
+        """Return a held-out metric at the first and at the last evaluation."""
+        if name not in self.evals.columns or not self.evals.height:
+            return None, None
+        return self.evals[name][0], self.evals[name][-1]
+
+    def setting(self, key: str) -> Any:
+        """Return the value of a key such as ``train.beta``, None if it is not set."""
+        tree: Any = self.config
+        for part in key.split("."):
+            tree = tree.get(part) if isinstance(tree, dict) else None
+        return tree
+
+    @property
+    def objective(self) -> ObjectiveConfig | None:
+        """The objective that was trained; None if it is unknown, or unknown to this version of raydpo."""
+        train = self.config.get("train") or {}
+        try:
+            return ObjectiveConfig(**{key: train[key] for key in ObjectiveConfig.model_fields if key in train}) if train \
+                else None
+        except ValueError:
+            return None
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """One run of a sweep: its entry in sweep.json and its run directory, None if there is none yet."""
+
+    name: str
+    settings: dict[str, Any]
+    status: str
+    error: str | None
+    seconds: float | None
+    eval: dict[str, float]
+    evaluation: dict[str, Any] | None
+    run: RunRecord | None
+
+
+@dataclass(frozen=True)
+class SweepRecord:
+    """The content of a sweep directory. ``cache``: uri, identity and hit rates; may be empty."""
+
+    place: str
+    name: str
+    parameters: list[str]
+    cache: dict[str, Any]
+    trials: list[TrialRecord]
+
+    @classmethod
+    def read(cls, storage: Storage) -> SweepRecord:
+        """Read a sweep directory.
+
+        Raises:
+            RaydpoError: if one of its files is damaged, naming it.
+        """
+        tree = _read(storage, SWEEP, json.loads)
+        try:
+            trials = [_trial(storage, entry) for entry in tree["trials"]]
+            return cls(str(storage), str(tree["name"]), list(tree.get("parameters") or ()),
+                       redacted(tree.get("cache") or {}), trials)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise RaydpoError(f"{storage}/{SWEEP} is not a record of a sweep ({type(error).__name__}: {error}); "
+                              "run 'raydpo sweep' to write it again") from None
+
+
+def is_sweep(storage: Storage) -> bool:
+    """Whether the directory holds a sweep."""
+    return storage.exists(SWEEP)
+
+
+def length_growth(evaluation: dict[str, Any]) -> dict[str, float | None] | None:
+    """Return the growth of the answers' length from an evaluation: of sampled answers, or else of greedy ones."""
+    modes = (evaluation.get("generation") or {}).get("modes") or {}
+    return next((modes[mode]["length_growth"] for mode in ("sampled", "greedy") if modes.get(mode)), None)
+
+
+def _trial(sweep: Storage, entry: dict[str, Any]) -> TrialRecord:
+    """Read a trial. The place below the sweep directory comes first: the sweep may have been moved."""
+    run = None
+    for place in (f"{sweep.uri.rstrip('/')}/{entry['name']}", entry.get("run_dir")):
+        if place and run is None:
+            try:
+                run = dataclasses.replace(RunRecord.read(Storage(place)), name=str(entry["name"]))
+            except ConfigError:  # a waiting trial has no directory
+                continue
+    scores = {name.removeprefix("eval_"): value for name, value in (entry.get("eval") or {}).items()
+              if value is not None and math.isfinite(value)}
+    return TrialRecord(str(entry["name"]), dict(entry.get("settings") or {}), str(entry.get("status", "?")),
+                       entry.get("error"), entry.get("seconds"), scores, (run and run.evaluation) or entry.get("evaluation"), run)
+
+
+def _read(storage: Storage, name: str, parse: Callable[[bytes], T]) -> T | None:
+    if not storage.exists(name):
+        return None
+    try:
+        return parse(storage.read(name))
+    except (ValueError, yaml.YAMLError, pl.exceptions.PolarsError) as error:
+        raise RaydpoError(f"{storage}/{name} cannot be read ({' '.join(str(error).split())[:200]}); move it away to make "
+                          "the page without it") from None
+
+
+def _table(storage: Storage, name: str) -> pl.DataFrame:
+    table = _read(storage, name, lambda data: pl.read_parquet(io.BytesIO(data)))
+    if table is None:
+        return pl.DataFrame({"step": []}, schema={"step": pl.Int64})
+    floats = pl.col(pl.Float64)
+    return table.with_columns(pl.when(floats.is_finite()).then(floats))  # a skipped step has no finite loss

@@ -1,0 +1,1 @@
+"""Files by local path or URI."""

@@ -1,0 +1,341 @@
+"""``raydpo sweep``: scores what all trials need in one pass, then trains the trials, in parallel where there is room."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import threading
+import traceback
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from raydpo.cluster.preflight import check_cluster
+from raydpo.cluster.session import session
+from raydpo.cluster.waiting import request_nodes
+from raydpo.config import Config, lower_is_better
+from raydpo.errors import ConfigError, RaydpoError
+from raydpo.pipeline.checks import check
+from raydpo.pipeline.evaluate import evaluate, pairs_to_evaluate, protocol
+from raydpo.pipeline.prepare import Prepared, measured_pairs
+from raydpo.pipeline.score import score_prepared
+from raydpo.pipeline.train import Joined, TrialContext, join_sets, train_prepared
+from raydpo.reference.shards import Wanted
+from raydpo.reports.sweep import recommendation_of
+from raydpo.reports.write import write_report_or_warn
+from raydpo.rundir.directory import CONFIG, DRIVER_LOG, EVAL, EVALUATION, RUN, SUMMARY, SWEEP, RunDirectory
+from raydpo.rundir.earlier import begin_again, finished_summary
+from raydpo.rundir.read import SweepRecord
+from raydpo.rundir.records import read_rows
+from raydpo.storage.files import Storage
+from raydpo.sweeps.halving import rungs, survivors
+from raydpo.sweeps.ledger import Ledger
+from raydpo.sweeps.packing import trials_at_once
+from raydpo.sweeps.table import SweepTable, TrialDisplay
+from raydpo.sweeps.trials import Trial, parameters_of, trials_of
+from raydpo.terminal.console import Console
+from raydpo.terminal.interrupt import interruptible
+from raydpo.training.launch.board import start_mailbox
+
+__all__ = ["sweep"]
+
+
+def sweep(config: Config, console: Console | None = None, *, fresh: bool = False) -> dict[str, Any]:
+    """Train every trial of ``config.sweep`` against one cache.
+
+    The same call continues a sweep: finished trials are kept, interrupted ones continue from their checkpoints, and new
+    trials are trained.
+
+    Args:
+        fresh: begin again, and rename an earlier sweep of the same name to ``NAME~1``.
+
+    Returns:
+        The content of sweep.json. A trial that failed has its error there; the others are trained.
+
+    Raises:
+        ConfigError: if the configuration of a trial is wrong, or an earlier trial of its name has other settings.
+        RaydpoError: a subclass that says what is wrong.
+        KeyboardInterrupt: if the user stopped it, after running trials have written their checkpoints.
+    """
+    console = console or Console()
+    trials = trials_of(config)
+    check(config, "sweep", console, [trial.config for trial in trials])
+    storage = Storage(config.run_dir)
+    if fresh:
+        begin_again(storage, console, SWEEP)
+    if storage.exists(RUN):
+        raise ConfigError(f"{storage} is the directory of a single run; give the sweep another name (name=...)")
+    largest = max((trial.config for trial in trials), key=lambda one: one.train.most_workers)
+    with session(largest):
+        check_cluster(config, ["score", "train"], console)
+        prepared = _prepare(trials, console)
+        for one in prepared.values():  # refuse trials whose earlier run had other settings
+            finished_summary(Storage(one.config.run_dir), one.fingerprint())
+        same_pairs = _on_same_pairs(config, prepared, console)
+        at_once = trials_at_once(config, trials)
+        storage.probe()
+        storage.write(CONFIG, config.to_yaml().encode())
+        ledger = Ledger(config, trials, same_pairs=same_pairs)
+        to_train = any(not Storage(trial.config.run_dir).exists(SUMMARY) for trial in trials)
+        with request_nodes(largest, wanted=to_train, trainings=at_once):
+            shared = _score(config, prepared, ledger, console)
+        console.say(f"sweep: {len(trials)} trials over {', '.join(parameters_of(trials))}; {at_once} at once")
+        with SweepTable(console, ledger) as table:
+            _Sweep(prepared, shared, ledger, table, at_once).run()
+    best, metric = ledger.best(), config.sweep.metric
+    if best is not None:
+        console.say(f"{'lowest' if lower_is_better(metric) else 'highest'} {metric}: {best.trial.name} "
+                    f"({best.eval[metric]:.4f})")
+    _say_which_to_take(storage, console)
+    console.say(f"sweep: {storage}/{SWEEP}")
+    write_report_or_warn(config.run_dir, console)
+    return ledger.to_dict()
+
+
+def _prepare(trials: list[Trial], console: Console) -> dict[str, Prepared]:
+    """Prepare all trials, by name. Trials with equal data and models share everything but their settings.
+
+    Raises:
+        ConfigError: if they do not share one reference.
+    """
+    groups: dict[str, Prepared] = {}
+    prepared: dict[str, Prepared] = {}
+    for trial in trials:
+        resolved = trial.config.model_dump(mode="json", include={"model", "reference", "data"})
+        for trains_only in ("lora", "freeze"):
+            del resolved["model"][trains_only]
+        key = json.dumps(resolved)
+        if key not in groups:
+            groups[key] = Prepared.of(trial.config, console)
+        prepared[trial.name] = dataclasses.replace(groups[key], config=trial.config)
+    first, *others = prepared.items()
+    ours = first[1].reference.identity
+    for name, other in others:
+        if other.reference.identity != ours:
+            raise ConfigError(f"trial {name} needs another reference than trial {first[0]} "
+                              f"({'; '.join(ours.differences(other.reference.identity))}), but a sweep scores one. Set "
+                              "reference.path, reference.quantization and score.dtype so that all trials share it, or make "
+                              "two sweeps")
+    return prepared
+
+
+def _on_same_pairs(config: Config, prepared: dict[str, Prepared], console: Console) -> bool:
+    """Whether all trials, including those trained by an earlier call, are measured on the same held-out pairs.
+
+    Raises:
+        ConfigError: if they are not, and sweep.stop_early is set.
+    """
+    now: dict[int, str | None] = {}
+    first: dict[str, str] = {}  # digest of the pairs -> a trial that is measured on them
+    for name, one in prepared.items():
+        storage = Storage(one.config.run_dir)
+        digests = [json.loads(storage.read(RUN)).get("held_out")] if storage.exists(RUN) else []
+        if not storage.exists(SUMMARY):
+            if id(one.sets) not in now:
+                now[id(one.sets)] = measured_pairs(one.sets.eval)
+            digests.append(now[id(one.sets)])
+        for digest in filter(None, digests):
+            first.setdefault(digest, name)
+    if len(first) < 2:
+        return True
+    (_, one), (_, other), *_ = first.items()
+    found = f"trials are measured on different held-out pairs (as {one} and {other} are), so their figures do not compare"
+    fix = ("Hold out the same pairs in all of them: a separate file (data.eval.path) that no setting of section data "
+           "changes. Or make two sweeps")
+    if config.sweep.stop_early is not None:
+        raise ConfigError(f"{found}, and sweep.stop_early would stop the wrong ones. {fix}, or set sweep.stop_early=null")
+    console.warn(f"{found}: none will be recommended. {fix}")
+    return False
+
+
+def _say_which_to_take(storage: Storage, console: Console) -> None:
+    """Print the recommendation of the sweep's page."""
+    try:
+        found = recommendation_of(SweepRecord.read(storage))
+    except Exception as error:  # the trials are stored
+        console.warn(f"no trial is recommended ({type(error).__name__}: {error}); 'raydpo report' tries again")
+        return
+    console.say(f"recommended: {found.point.name if found.point else 'none'}. {found.reason}")
+
+
+def _score(config: Config, prepared: dict[str, Prepared], ledger: Ledger, console: Console) -> dict[str, Joined]:
+    """Score what all trials need in one pass; return the pairs of each trial, in Ray's object store, each set once."""
+    import ray
+
+    sets = {_pairs_of(one): one for one in prepared.values()}
+    compare = [one for one in sets.values() if one.config.needs_reference]
+    first = next(iter([*compare, *prepared.values()]))
+    everything: list[pa.Table] = [table for one in compare for table in one.tables]
+    # The configuration of the sweep, since the audit belongs in its directory.
+    whole = config.model_copy(update={"train": first.config.train})
+    score_prepared(dataclasses.replace(first, config=whole), console, everything)
+    rates, joined = {}, {}
+    for key, one in sets.items():
+        wanted = Wanted(one.tables)
+        rates[key] = float(one.cache.covers(wanted.keys, wanted.tokens).mean()) if one.config.needs_reference else None
+        tables = join_sets(one, console)
+        joined[key] = dataclasses.replace(tables, pairs=ray.put(tables.pairs),
+                                          held_out=None if tables.held_out is None else ray.put(tables.held_out))
+    ledger.found_in_cache(first.reference.identity.digest, [rates[_pairs_of(one)] for one in prepared.values()])
+    return {name: joined[_pairs_of(one)] for name, one in prepared.items()}
+
+
+def _pairs_of(prepared: Prepared) -> tuple[int, bool]:
+    """Return a key that is equal for trials that train on the same pairs, joined alike."""
+    return id(prepared.sets), prepared.config.needs_reference
+
+
+class _Sweep:
+    """Runs the trials: one thread for each running trial waits for its Ray Train run.
+
+    Ray Tune is not used. It would start a process for each trial only to wait (4.2 s of CPU time and 408 MB for imports), it
+    cannot add trials when it resumes, and its schedulers stop trials depending on their order of arrival.
+    """
+
+    def __init__(self, prepared: dict[str, Prepared], shared: dict[str, Joined], ledger: Ledger,
+                 table: SweepTable, at_once: int) -> None:
+        self.prepared, self.shared, self.ledger, self.table, self.at_once = prepared, shared, ledger, table, at_once
+        self.config = ledger.config
+        self.hit_rates = dict(zip(prepared, ledger.cache["hit_rates"], strict=True))
+        self._boards: dict[str, Any] = {}
+        self._lock = threading.Lock()
+        self._stopping = False
+        self._loaded: dict[Any, pa.Table] = {}  # pairs of evaluate.data
+        self._loading = threading.Lock()
+
+    def run(self) -> None:
+        """Train all trials to their end, or until they are stopped early.
+
+        Raises:
+            KeyboardInterrupt: if the user stopped the sweep.
+        """
+        self.ledger.write()
+        interruptible(self._train_all, on_first=self._stop)
+        if self._stopping:
+            raise KeyboardInterrupt
+
+    def _train_all(self) -> None:
+        early, going = self.config.sweep.stop_early, list(self.prepared)
+        for step in rungs(early) if early is not None else ():
+            if len(going) < 2:
+                break
+            self._train(going, step)
+            if self._stopping:
+                return
+            going = self._choose(going, step)
+        self._train(going, None)
+
+    def _choose(self, going: list[str], step: int) -> list[str]:
+        """Return the trials of ``going`` that continue after ``step``.
+
+        Trials that have failed or were complete by then are not among them. A trial that completed later is compared too.
+        """
+        early, metric = self.config.sweep.stop_early, self.config.sweep.stop_metric
+        scores: dict[str, float] = {}
+        for name in going:
+            measured, result = self._measured(name, step), self._result(name)
+            if self.ledger.entries[name].status == "failed" or measured is None or (result and result["steps"] <= step):
+                continue
+            if metric not in measured:
+                raise ConfigError(f"sweep.stop_early compares by {metric!r}, which no evaluation measures; expected one of "
+                                  f"{', '.join(sorted(measured))}")
+            scores[name] = measured[metric]
+        better = survivors(scores, early.keep, lower_is_better=lower_is_better(metric))
+        for name in scores:
+            if name not in better and self.ledger.entries[name].status != "done":
+                self.ledger.set(name, "stopped")
+                self.table.ended(name)
+        return [name for name in scores if name in better]
+
+    def _train(self, names: list[str], until: int | None) -> None:
+        """Train trials to their end, or until a step."""
+        to_do = [name for name in names if self.ledger.entries[name].status not in ("done", "failed")
+                 and (until is None or self._result(name) is not None or self._measured(name, until) is None)]
+        with ThreadPoolExecutor(self.at_once, thread_name_prefix="raydpo-trial") as pool:
+            for done in [pool.submit(self._trial, name, until) for name in to_do]:
+                done.result()
+
+    def _trial(self, name: str, until: int | None) -> None:
+        if self._stopping:
+            return
+        config = self.prepared[name].config
+        with _log(config) as log:
+            try:
+                if self._result(name) is None and not self._trained(name, until, log):
+                    self.ledger.set(name, "waiting")
+                else:
+                    if self.config.sweep.evaluate and not self._evaluated(name, log):
+                        evaluate(config, log)
+                    self.ledger.set(name, "done")
+            except Exception as error:
+                log.say(traceback.format_exc())
+                self.ledger.set(name, "failed", str(error) if isinstance(error, RaydpoError) else
+                                f"unexpected {type(error).__name__}: {error}")
+        self.table.ended(name)
+
+    def _trained(self, name: str, until: int | None, log: Console) -> bool:
+        """Train a trial. Returns False if it paused at ``until`` or the user stopped the sweep."""
+        with self._lock:
+            if self._stopping:
+                return False
+            board = self._boards[name] = start_mailbox()
+        self.ledger.set(name, "running")
+        try:
+            return train_prepared(self.prepared[name], log, self.hit_rates[name], shared=TrialContext(
+                joined=self.shared[name], at_once=self.at_once, board=board, until=until,
+                display=TrialDisplay(log, self.table, name))) is not None
+        except KeyboardInterrupt:
+            return False
+        finally:
+            with self._lock:
+                del self._boards[name]
+
+    def _stop(self) -> None:
+        with self._lock:
+            self._stopping = True
+            for board in self._boards.values():
+                board.stop.remote()
+
+    def _evaluated(self, name: str, log: Console) -> bool:
+        """Whether the trial has an evaluation by the present settings and on the present pairs."""
+        prepared = self.prepared[name]
+        config, storage = prepared.config, Storage(prepared.config.run_dir)
+        if not storage.exists(EVALUATION):
+            return False
+        pairs = prepared.sets.eval
+        if config.evaluate.data is not None:
+            with self._loading:  # once for all trials that measure on them
+                key = (id(prepared.sets), config.evaluate.model_dump_json(include={"data", "subsets", "chat"}))
+                if key not in self._loaded:
+                    self._loaded[key], _ = pairs_to_evaluate(config, prepared.tokeniser, log)
+                pairs = self._loaded[key]
+        wanted = protocol(config, pairs, prepared.reference)
+        return json.loads(storage.read(EVALUATION)).get("protocol") == wanted
+
+    def _result(self, name: str) -> dict[str, Any] | None:
+        """Return the summary of a trial, None if it is not complete."""
+        storage = Storage(self.prepared[name].config.run_dir)
+        return RunDirectory(storage).summary()
+
+    def _measured(self, name: str, step: int) -> dict[str, float] | None:
+        """Return the held-out evaluation of a trial after ``step``, None if there is none."""
+        rows = read_rows(Storage(self.prepared[name].config.run_dir), EVAL)
+        return next((row for row in rows if row["step"] == step), None)
+
+
+@contextlib.contextmanager
+def _log(config: Config) -> Iterator[Console]:
+    """Open the driver.log of a trial. For a run at a URI the output is dropped, since objects cannot be appended to."""
+    storage = Storage(config.run_dir)
+    if not storage.is_local:
+        yield Console(io.StringIO())
+        return
+    path = Path(storage.path(DRIVER_LOG))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8", errors="replace", buffering=1) as stream:
+        yield Console(stream)

@@ -1,0 +1,186 @@
+"""Terminal output: lines, progress with rate and remaining time, tables. All other output goes to a file."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console as RichConsole
+    from rich.progress import Progress
+
+__all__ = ["Console", "ProgressLine", "plain_text"]
+
+FILE_WIDTH = 200
+"""Columns of a table when the output is not a terminal. rich would assume 80."""
+LINE_INTERVAL = 10.0
+"""Seconds between progress lines when the output is not a terminal."""
+
+
+class Console:
+    """Prints to standard output, or to the given stream."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self.stream = stream or sys.stdout
+
+    @cached_property
+    def rich(self) -> RichConsole:
+        """The rich console on the present stream. Made at first use: importing rich takes a tenth of a second."""
+        from rich.console import Console as RichConsole
+
+        return RichConsole(file=self.stream, highlight=False, soft_wrap=True,
+                           width=None if self.stream.isatty() else FILE_WIDTH)
+
+    def _use(self, stream: TextIO) -> None:
+        self.stream = stream
+        self.__dict__.pop("rich", None)
+
+    def say(self, line: str) -> None:
+        """Print a line."""
+        self.rich.print(line, markup=False)
+
+    def note(self, line: str) -> None:
+        """Print a line that a worker sent: as a warning if it begins with ``warning: ``."""
+        if line.startswith("warning: "):
+            self.warn(line.removeprefix("warning: "))
+        else:
+            self.say(line)
+
+    def warn(self, line: str) -> None:
+        """Print a line as a warning."""
+        self.rich.print(f"warning: {line}", markup=False, style="yellow")
+
+    def print(self, renderable: object) -> None:
+        """Print a rich renderable."""
+        self.rich.print(renderable)
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Print a table: the first column left-aligned; the others right-aligned if it has more than two."""
+        from rich.table import Table
+
+        table = Table(title=title, title_justify="left")
+        for index, column in enumerate(columns):
+            table.add_column(column, justify="right" if index and len(columns) > 2 else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        self.rich.print(table)
+
+    @contextlib.contextmanager
+    def progress(self, label: str, total: int, unit: str, done: int = 0) -> Iterator[ProgressLine]:
+        """Show progress: a bar on a terminal, else a line every ``LINE_INTERVAL``. Yields the object to ``update``."""
+        if self.rich.is_terminal:
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit),
+                           TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), TextColumn("{task.fields[extra]}"),
+                           console=self.rich)
+            with bar:
+                yield ProgressLine(self, label, total, unit, done, bar)
+        else:
+            line = ProgressLine(self, label, total, unit, done, None)
+            yield line
+            line.finish()
+
+    def counter(self, label: str, unit: str) -> Callable[[int], None]:
+        """Show progress towards an unknown end. Call the returned function with the number done so far."""
+        start = printed = time.monotonic()
+
+        def count(done: int) -> None:
+            nonlocal printed
+            now = time.monotonic()
+            if now - printed >= LINE_INTERVAL:
+                printed = now
+                self.say(f"  {label}  {done:,} {unit}  {done / (now - start):.3g} {unit}/s")
+
+        return count
+
+    @contextlib.contextmanager
+    def noise_to(self, log: Path) -> Iterator[None]:
+        """Within the block, send everything except this console's own output from standard output and error to ``log``.
+
+        File descriptors are redirected, which includes Ray's C++ threads and child processes.
+        """
+        log.parent.mkdir(parents=True, exist_ok=True)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        saved = [os.dup(1), os.dup(2)]
+        before = ours = self.stream
+        if before is sys.stdout:  # a console on another stream keeps it
+            ours = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8", errors="replace")
+            self._use(ours)
+        with open(log, "ab") as sink:
+            os.dup2(sink.fileno(), 1)
+            os.dup2(sink.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for descriptor, original in zip((1, 2), saved, strict=True):
+                os.dup2(original, descriptor)
+                os.close(original)
+            ours.flush()
+            if ours is not before:
+                self._use(before)
+                ours.close()
+
+    def quiet(self) -> contextlib.AbstractContextManager[None]:
+        """Within the block, drop all output but this console's own, such as what libraries print while a model loads."""
+        return self.noise_to(Path(os.devnull))
+
+
+class ProgressLine:
+    """Progress of one long part. Rates do not count what was done before it began."""
+
+    def __init__(self, console: Console, label: str, total: int, unit: str, done: int, bar: Progress | None) -> None:
+        self.console, self.label, self.total, self.unit = console, label, total, unit
+        self.first = self.done = done
+        self.start = self.printed = time.monotonic()
+        self.extra = ""
+        self._bar = bar
+        self._task = bar.add_task(label, total=total, completed=done, rate="", extra="") if bar else None
+
+    def update(self, done: int, extra: str = "") -> None:
+        """Show that ``done`` of ``total`` are finished, with ``extra`` behind the rate."""
+        self.done, self.extra = done, extra
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, rate=self._rate(), extra=extra)
+        elif time.monotonic() - self.printed >= LINE_INTERVAL and done < self.total:
+            self._print_line()
+
+    def finish(self) -> None:
+        """Print a last line with the time taken, if anything was done."""
+        if self.done > self.first:
+            self._print_line()
+
+    def _rate(self) -> str:
+        seconds = time.monotonic() - self.start
+        made = self.done - self.first
+        if not made or not seconds:
+            return ""
+        return f"{made / seconds:.3g} {self.unit}/s"
+
+    def _print_line(self) -> None:
+        self.printed = time.monotonic()
+        seconds, made = self.printed - self.start, self.done - self.first
+        left = _clock((self.total - self.done) * seconds / made) if made else "?"
+        tail = f"remaining {left}" if self.done < self.total else f"took {_clock(seconds)}"
+        extra = f"  {self.extra}" if self.extra else ""
+        self.console.say(f"  {self.label}  {self.done:,}/{self.total:,} {self.unit}  {self._rate()}  {tail}{extra}")
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def plain_text(text: str) -> str:
+    """``text`` without terminal control characters, which data and answers may contain."""
+    return "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text)

@@ -1,0 +1,43 @@
+"""Run a command and turn its errors into messages and exit statuses."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable
+
+from raydpo.errors import RaydpoError, exit_status
+from raydpo.terminal.console import Console
+from raydpo.terminal.interrupt import sigterm_as_interrupt
+
+__all__ = ["guarded"]
+
+
+def guarded(act: Callable[[Console], int | None]) -> int:
+    """Run ``act`` and return the exit status: its own if it returns one, else 0.
+
+    An error that raydpo explains is printed as one message; for any other the traceback is written to a file.
+    """
+    from raydpo.storage.uri import hidden
+
+    console = Console()
+    try:
+        with sigterm_as_interrupt():
+            return act(console) or 0
+    except RaydpoError as error:
+        print(f"error: {hidden(str(error))}", file=sys.stderr)
+        return exit_status(error)
+    except ModuleNotFoundError as error:
+        print(f"error: this needs the package {error.name!r}; run: pip install 'raydpo[run]'", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; what was committed is kept. Run the same command again to continue", file=sys.stderr)
+        return 130
+    except Exception as error:
+        with tempfile.NamedTemporaryFile("w", prefix="raydpo-", suffix=".log", delete=False) as log:
+            import traceback
+
+            log.write(hidden(traceback.format_exc()))
+        print(f"error: unexpected {type(error).__name__}: {hidden(str(error))[:500]} (traceback in {log.name})",
+              file=sys.stderr)
+        return 1

@@ -1,0 +1,1 @@
+"""Checkpoints: their files, their upload, and the notice of a preemption."""

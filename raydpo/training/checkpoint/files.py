@@ -1,0 +1,92 @@
+"""Checkpoint files: each rank's share of the trained state, and the facts by which a run continues or refuses them."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from raydpo.errors import ConfigError, TrainError
+from raydpo.rundir.fingerprint import changed_settings
+from raydpo.training.job import TrainSummary
+from raydpo.training.policy.engine import Engine
+
+__all__ = ["CheckpointState", "directory_size", "load_checkpoint", "save_checkpoint"]
+
+_FILE = "raydpo.json"
+FORMAT = 2
+
+
+@dataclass(frozen=True)
+class CheckpointState:
+    """Progress in a checkpoint: finished steps, number of workers, ZeRO stage, and the summary so far."""
+
+    step: int
+    world_size: int
+    zero: int
+    summary: dict[str, Any]
+
+
+def save_checkpoint(engine: Engine, directory: Path, step: int, fingerprint: Mapping[str, Any],
+                    summary: TrainSummary) -> None:
+    """Write this rank's share of a checkpoint into the new ``directory``.
+
+    Raises:
+        OSError: if the disk is full, or cannot be written.
+    """
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    try:
+        facts = engine.state.write(directory)
+    except SafetensorError as error:
+        raise _as_os_error(error) from None
+    if engine.rank == 0:
+        state = {"format": FORMAT, "step": step, "world_size": engine.world_size, "zero": engine.zero, "state": facts,
+                 "fingerprint": dict(fingerprint), "summary": dataclasses.asdict(summary)}
+        (directory / _FILE).write_text(json.dumps(state))
+
+
+def directory_size(directory: Path) -> int:
+    """Bytes of the files in ``directory``."""
+    return sum(path.stat().st_size for path in directory.iterdir())
+
+
+def load_checkpoint(engine: Engine, directory: Path, fingerprint: Mapping[str, Any]) -> CheckpointState:
+    """Load the checkpoint in ``directory`` into ``engine``.
+
+    Raises:
+        ConfigError: if it belongs to a run whose result would differ.
+        TrainError: if it is incomplete or damaged, or written by another version of raydpo.
+    """
+    state = _read(directory)
+    if state.get("format") != FORMAT:
+        raise TrainError(f"the checkpoint in {directory} has format {state.get('format', 1)}, this version of raydpo reads "
+                         f"format {FORMAT}; finish the run with the version that started it, or start again with --fresh")
+    changes = changed_settings(state["fingerprint"], fingerprint)
+    if changes:
+        raise ConfigError(f"the checkpoint belongs to a run with other settings ({'; '.join(changes)})")
+    engine.state.read(directory, state["state"], state["world_size"])
+    return CheckpointState(state["step"], state["world_size"], state["zero"], state["summary"])
+
+
+def _read(directory: Path) -> dict[str, Any]:
+    try:
+        return json.loads((directory / _FILE).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise TrainError(f"the checkpoint in {directory} is incomplete: {error}") from None
+
+
+def _as_os_error(error: SafetensorError) -> OSError:
+    """Turn an operating system's error, which safetensors reports as text (``... Os { code: 28, ...``), into OSError."""
+    code = re.search(r"code: (\d+)|os error (\d+)", str(error))
+    number = int(code[1] or code[2]) if code else errno.EIO
+    return OSError(number, os.strerror(number))

@@ -1,0 +1,186 @@
+"""Training on Ray: a TorchTrainer around ``trainer.train_policy``, with checkpoints that survive the workers."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from raydpo.cluster.actors import original_error
+from raydpo.cluster.resources import Resources
+from raydpo.config import TrainConfig, lower_is_better
+from raydpo.errors import DeviceMemoryError, RaydpoError
+from raydpo.reference.identity import on_this_machine
+from raydpo.rundir.directory import CHECKPOINTS, FINAL
+from raydpo.storage.files import Storage
+from raydpo.terminal.interrupt import interruptible
+from raydpo.training.launch.board import Listener, listening, start_mailbox
+from raydpo.training.launch.hooks import RayHooks, WorkerInput, log_to
+
+__all__ = ["launch"]
+
+RESIZE_SECONDS = 30.0
+"""Seconds between checks for new machines, if the number of workers may vary."""
+
+
+def launch(payload: WorkerInput, resources: Resources, listener: Listener) -> dict[str, Any]:
+    """Train to the end on Ray, continuing from the newest checkpoint in the run directory if there is one.
+
+    Returns:
+        The summary that rank 0 made: the fields of ``job.TrainSummary``.
+
+    Raises:
+        RaydpoError: what the workers raised; everything up to the newest checkpoint is kept.
+    """
+    import ray
+
+    storage, board = Storage(payload.run_dir), payload.board or start_mailbox()
+    pairs, held_out = (ray.put(table) if isinstance(table, pa.Table) else table
+                       for table in (payload.pairs, payload.held_out))
+    payload = dataclasses.replace(payload, pairs=pairs, held_out=held_out, board=board, threads=resources.threads,
+                                  run_dir=storage.root if storage.is_local else payload.run_dir)
+    trainer = _ray_trainer(_worker, {"payload": payload}, payload.job.train, resources, payload.run_dir)
+    return _fit(trainer, board, listener, payload.run_dir)
+
+
+def _fit(trainer: Any, board: Any, listener: Listener, run_dir: str) -> dict[str, Any]:
+    """Run a trainer of ``_ray_trainer`` to its end. Returns the summary that its workers gave to ``board``.
+
+    Raises:
+        RaydpoError: what the workers raised.
+    """
+    import ray
+
+    with listening(board, listener):
+        try:
+            interruptible(trainer.fit, on_first=lambda: board.stop.remote())
+        except Exception as error:
+            raise ray.get(board.error.remote()) or original_error(error, "training") from error
+    error, summary = ray.get([board.error.remote(), board.summary.remote()])
+    if error is not None:
+        raise error
+    if summary is None:
+        raise RaydpoError(f"training ended without a result; see the logs in {Storage(run_dir)}/logs")
+    return summary
+
+
+def _ray_trainer(worker: Callable[[dict[str, Any]], None], given: dict[str, Any], train: TrainConfig, resources: Resources,
+                 run_dir: str) -> Any:
+    """Make a TorchTrainer that calls ``worker(given)`` on every worker, and restarts them as often as ``train`` allows."""
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # reports wait for the controller's next check
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1800")  # an autoscaler may take its time
+    # A frozen process never answers, and Ray's barriers have no timeout.
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = f"{train.collective_timeout:g}"
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    return TorchTrainer(
+        worker,
+        train_loop_config=given,
+        torch_config=TorchConfig(backend="nccl" if resources.device == "cuda" else "gloo",
+                                 timeout_s=max(1, round(train.collective_timeout))),
+        scaling_config=ScalingConfig(
+            num_workers=resources.workers if resources.fewest in (None, resources.workers)
+            else (resources.fewest, resources.workers),
+            use_gpu=resources.device == "cuda", elastic_resize_monitor_interval_s=RESIZE_SECONDS,
+            accelerator_type=resources.accelerator, label_selector=dict(resources.labels) or None,
+            resources_per_worker={"CPU": 1} | ({"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {})),
+        run_config=RunConfig(
+            name=CHECKPOINTS, storage_path=run_dir,
+            failure_config=FailureConfig(max_failures=train.max_failures, max_preemption_failures=train.max_preemptions),
+            checkpoint_config=_checkpoint_config(train)),
+    )
+
+
+def _checkpoint_config(train: TrainConfig) -> Any:
+    """Which checkpoints to keep, as Ray's CheckpointConfig."""
+    from ray.train import CheckpointConfig
+
+    return CheckpointConfig(num_to_keep=train.keep_checkpoints, checkpoint_score_attribute=train.keep_best,
+                            checkpoint_score_order="min" if train.keep_best and lower_is_better(train.keep_best) else "max")
+
+
+def _attempt(board: Any, train: TrainConfig, work: Callable[[int | None], None]) -> None:
+    """Call ``work`` in one worker, with the positions of a micro-batch if the configured number did not fit, else None.
+
+    Ray Train restarts workers after any error. If the error would only repeat, the restarted workers do nothing.
+
+    Raises:
+        RaydpoError: that of ``work``, after ``board`` has it. It must be raised: the other workers wait for this one until
+            Ray ends them.
+    """
+    import ray
+    import ray.train
+    from ray.train.collective import broadcast_from_rank_zero
+
+    # Rank 0 asks, and all do the same.
+    first = ray.train.get_context().get_world_rank() == 0
+    entered = broadcast_from_rank_zero(ray.get(board.enter.remote()) if first else None)
+    if entered is None:
+        return
+    number, tokens_per_batch = entered
+    try:
+        work(tokens_per_batch)
+    except DeviceMemoryError as error:
+        # Some ranks have added part of the gradients: only new workers, from the last checkpoint, are certain to be right.
+        if not train.max_failures or not ray.get(board.back_off.remote(error.tokens, number)):
+            ray.get(board.fail.remote(error))
+        raise
+    except RaydpoError as error:
+        ray.get(board.fail.remote(error))
+        raise
+
+
+def _worker(config: dict[str, Any]) -> None:
+    """Train in a Ray Train worker."""
+    payload: WorkerInput = config["payload"]
+    _attempt(payload.board, payload.job.train, lambda tokens_per_batch: _train(payload, tokens_per_batch))
+
+
+def _train(payload: WorkerInput, tokens_per_batch: int | None) -> None:
+    import ray
+    import ray.train
+    import torch
+    from ray.train.torch import get_device
+
+    from raydpo.model.selfcheck import CHECK_ROWS
+    from raydpo.training.pairs import TrainingPairs
+    from raydpo.training.policy.deepspeed_engine import PolicyEngine, join_process_group
+    from raydpo.training.policy.export import export_policy
+    from raydpo.training.trainer import train_policy
+
+    rank = ray.train.get_context().get_world_rank()
+    job = dataclasses.replace(payload.job, policy=on_this_machine(payload.job.policy), tokens_per_batch=tokens_per_batch)
+    storage = Storage(payload.run_dir)
+    log_to(storage, rank)
+    if payload.threads is not None:
+        torch.set_num_threads(payload.threads)
+    device = get_device()
+    join_process_group(device)
+    pairs = TrainingPairs(ray.get(payload.pairs))
+    engine = PolicyEngine(job.policy, job.train, device, check_rows=pairs.groups(range(min(CHECK_ROWS, len(pairs)))))
+    held_out = None if payload.held_out is None else TrainingPairs(ray.get(payload.held_out))
+    hooks = RayHooks(payload, rank)
+    checkpoint = ray.train.get_checkpoint()
+    with (tempfile.TemporaryDirectory(prefix="raydpo-") as scratch,
+          checkpoint.as_directory() if checkpoint else contextlib.nullcontext() as directory):
+        summary = train_policy(job, pairs, held_out, engine, hooks, None if directory is None else Path(directory),
+                               Path(scratch))
+        final = Path(scratch) / "final"
+        if not summary.interrupted:
+            export_policy(engine, job.policy, payload.base_name, payload.tokenizer, final,
+                          merge=job.train.merge_adapter)
+        if rank == 0:
+            if not summary.interrupted:
+                storage.upload(final, FINAL)
+            hooks.records.close()
+            hooks.trackers.close()
+            ray.get(payload.board.finish.remote(dataclasses.asdict(summary)))
+
+

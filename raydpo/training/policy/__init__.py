@@ -1,0 +1,1 @@
+"""The policy and its engine: weights, optimizer, ranks, export."""

@@ -1,0 +1,275 @@
+"""The policy inside DeepSpeed, with all of DeepSpeed's configuration.
+
+Works on a GPU or CPU machine with torch and deepspeed, without Ray. Ranks find each other through torch.distributed's usual
+environment variables or an existing process group.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from raydpo.config import TrainConfig
+from raydpo.config.train import REDUCE_BUCKET
+from raydpo.errors import ModelError
+from raydpo.model.adapter import fuse_adapters
+from raydpo.model.budget import MOST_TRAINED, Budget, find_budget, probe_group
+from raydpo.model.layout import Layout, PromptGroup
+from raydpo.model.load import add_lora, freeze_matching, load_causal_lm
+from raydpo.model.logps import LogpModel
+from raydpo.model.selfcheck import check_training_mode, choose_layout, share_positions
+from raydpo.model.ulysses import SequenceGroup
+from raydpo.model.weights import ADAPTER_NAME
+from raydpo.training.policy.engine import PolicySpec
+from raydpo.training.policy.host_memory import HostPeak
+from raydpo.training.policy.offload import disk_folder
+from raydpo.training.policy.optimizer import make_optimizer
+from raydpo.training.policy.ranks import RankGroup
+from raydpo.training.policy.state import TrainedState
+
+__all__ = ["PolicyEngine", "join_process_group"]
+
+
+def join_process_group(device: torch.device) -> None:
+    """Set up DeepSpeed's communication: nccl on GPUs, gloo on CPUs."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")
+    with _without("mlflow"):  # only DeepSpeed's autotuner needs it, and importing it takes as long as DeepSpeed
+        import deepspeed
+
+    if device.type == "cpu":
+        # Otherwise DeepSpeed compiles a C++ op at start, which takes a minute, fails without a compiler, and is used only by
+        # its inference engine. Filling its table of compatible ops would also call compilers, so the table is set here.
+        vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
+    # Before any model is loaded: transformers partitions weights for ZeRO-3 while loading, over DeepSpeed's group.
+    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
+
+
+@contextlib.contextmanager
+def _without(package: str) -> Iterator[None]:
+    """Make imports of ``package`` fail within the block, unless it is already imported."""
+    if package in sys.modules:
+        yield
+        return
+    sys.modules[package] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[package]
+
+
+class PolicyEngine(RankGroup):
+    """A ``protocols.Engine`` that uses DeepSpeed.
+
+    Args:
+        check_rows: a few pairs of the data, for the self-check of the layout.
+
+    Attributes:
+        zero, adapts, layout_line, load_seconds, load_bytes, replica and others: see ``protocols.Engine``.
+        trainable: the parameters that train.
+        engine: DeepSpeed's engine.
+
+    Raises:
+        ModelError: if the model cannot be loaded, or cannot be computed exactly in the requested layout.
+    """
+
+    def __init__(self, spec: PolicySpec, train: TrainConfig, device: torch.device,
+                 check_rows: Sequence[PromptGroup] = ()) -> None:
+        import deepspeed
+        from transformers.integrations import HfDeepSpeedConfig
+
+        self.device, self.zero, self.adapts = device, train.zero, spec.adapts
+        self.sequence_parallel = train.sequence_parallel
+        self.replicas, self.replica = (number // train.sequence_parallel for number in (self.world_size, self.rank))
+        self.is_leader = self.rank % train.sequence_parallel == 0
+        self._offload_activations = train.offload_activations
+        settings = _deepspeed_config(train, spec.dtype)
+        # Kept alive while the model is loaded: transformers looks it up and partitions weights as it reads them.
+        self._partitioned_loading = HfDeepSpeedConfig(settings) if train.zero == 3 else None
+        with HostPeak() as loading:
+            model = load_causal_lm(spec.path, spec.dtype, adapter=spec.adapter, train_adapter=True,
+                                   quantization=spec.quantization, rope_length=spec.rope_length,
+                                   trust_remote_code=spec.trust_remote_code,
+                                   device="cpu" if train.zero == 3 else device)
+        most = torch.tensor([loading.seconds, loading.bytes], dtype=torch.float64, device=device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        self.load_seconds, self.load_bytes = most.tolist()
+        if spec.lora is not None:
+            model = add_lora(model, spec.lora, train.seed)
+        elif spec.adapter is not None:
+            model = fuse_adapters(model)
+        freeze_matching(model, spec.freeze)
+        module = LogpModel(model)
+        if train.gradient_checkpointing:
+            module.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        optimizer = make_optimizer(trainable, train, device)
+        exact = _float32_parameters(module, spec.dtype, train.zero)
+        self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+        for parameter, value in exact:
+            parameter.data = value
+        self.module = module
+        self.trainable = trainable
+        # Checked inside DeepSpeed, as it will run. Under ZeRO-3 all ranks must check the same rows.
+        with self.evaluating():
+            self.layout_line = choose_layout(module, device, spec.layout, check_rows).line
+            group = SequenceGroup.of_world(train.sequence_parallel)
+            if group is not None:
+                self.layout_line += f"; {share_positions(module, device, group, check_rows)}"
+            check_training_mode(module, device)
+
+    def lay_out(self, groups: Sequence[PromptGroup]) -> Layout:
+        layout = self.module.lay_out(groups)
+        return layout.pin() if self.device.type == "cuda" else layout
+
+    def logps(self, layout: Layout, *, log_sum_sq: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        asked = {"log_sum_sq": True} if log_sum_sq else {}
+        if self._offload_activations and torch.is_grad_enabled():
+            with torch.autograd.graph.save_on_cpu(pin_memory=self.device.type == "cuda"):
+                return self.engine(layout.to(self.device), **asked)
+        return self.engine(layout.to(self.device), **asked)
+
+    def find_budget(self, share: float = 1.0) -> Budget:
+        # A forward pass keeps what training keeps; a backward pass here would leave gradients in DeepSpeed.
+        def run(tokens: int) -> Tensor:
+            whole = probe_group(tokens * self.sequence_parallel, self.module.vocabulary)
+            return self.module(self.lay_out([whole]).to(self.device))
+
+        # Without ZeRO, AdamW makes its two moments at the first step.
+        moments = 8.0 * sum(parameter.numel() for parameter in self.trainable) if self.zero == 0 else 0.0
+        budget = find_budget(run, self.device, most=MOST_TRAINED, share=share, reserve=moments)
+        smallest = torch.tensor(budget.tokens, device=self.device)
+        dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
+        return dataclasses.replace(budget, tokens=int(smallest))
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        self.engine.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.engine.train()
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        # DeepSpeed averages gradients over ranks; times their number, the shares add up instead.
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
+
+    def step(self, learning_rate: float) -> float:
+        # If the norm is not finite, DeepSpeed leaves weights and moments unchanged, but only under ZeRO 1 to 3.
+        norm = self._plain_norm() if self.zero == 0 else None
+        if norm is not None and not math.isfinite(norm):
+            for parameter in self.trainable:
+                parameter.grad = None
+            return norm
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm()) if norm is None else norm
+
+    @property
+    def state(self) -> TrainedState:
+        named = {name.removeprefix("causal_lm."): parameter for name, parameter in self.module.named_parameters()
+                 if parameter.requires_grad}
+        return TrainedState(self.engine, named, self.zero)
+
+    def load_whole_models(self) -> None:
+        self._partitioned_loading = None
+
+    def gather(self) -> dict[str, Tensor]:
+        """See ``protocols.Engine``; with an adapter, the adapter's weights alone. Under ZeRO-3 weights are gathered one by
+        one, so that no GPU holds all of them."""
+        import deepspeed
+
+        gathered: dict[str, Tensor] = {}
+        # PEFT also stores adapter weights that do not train, and shared ones under each of their names.
+        for name, parameter in self.module.policy.named_parameters(remove_duplicate=not self.adapts):
+            if self.adapts and not parameter.requires_grad and ADAPTER_NAME not in name.split("."):
+                continue
+            with deepspeed.zero.GatheredParameters([parameter], enabled=self.zero == 3):
+                if self.rank == 0:
+                    gathered[name] = parameter.detach().to("cpu", copy=True)
+        return gathered
+
+    def _plain_norm(self) -> float:
+        """The gradient norm without ZeRO, where DeepSpeed does not report it. Every rank has all gradients."""
+        gradients = [parameter.grad for parameter in self.trainable if parameter.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+
+
+def _deepspeed_config(train: TrainConfig, dtype: str) -> dict[str, Any]:
+    return {
+        # raydpo makes the micro-batches, and their number varies. With a global batch size here, DeepSpeed's consistency
+        # check fails while transformers loads under ZeRO-3.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        # Without clipping, a bound that is never reached: DeepSpeed then still computes the norm.
+        "gradient_clipping": train.clip if train.clip is not None else 1e30,
+        "zero_optimization": {"stage": train.zero, "reduce_bucket_size": REDUCE_BUCKET} | _offload(train),
+        # Otherwise DeepSpeed demands its own Adam, which must be compiled.
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "steps_per_print": 1_000_000_000,
+        "wall_clock_breakdown": False,
+    }
+
+
+def _offload(train: TrainConfig) -> dict[str, Any]:
+    wishes = {"offload_optimizer": ("train.offload_optimizer", train.offload_optimizer),
+              "offload_param": ("train.offload_params", train.offload_params)}
+    return {key: {"device": "cpu", "pin_memory": torch.cuda.is_available()} if where == "cpu"
+            else {"device": "nvme", "nvme_path": disk_folder(field, where)}
+            for key, (field, where) in wishes.items() if where is not None}
+
+
+def _float32_parameters(module: LogpModel, dtype: str, zero: int) -> list[tuple[nn.Parameter, Tensor]]:
+    """Parameters of a bfloat16 model that transformers keeps in float32 (routers of some mixtures of experts), with their
+    values. DeepSpeed rounds them; the caller restores them, so that policy and reference are the same function.
+
+    Raises:
+        ModelError: if they cannot be restored: if they train, or under ZeRO-3, which rounds while loading.
+    """
+    if dtype == "float32":
+        return []
+    rounded = _float32_names(module.causal_lm) if zero == 3 else ()
+    # New adapters start in float32. Rounding them changes nothing, since their output is zero.
+    found = {name: parameter for name, parameter in module.causal_lm.named_parameters() if ".lora_" not in name
+             and (parameter.dtype == torch.float32 or name.replace("base_layer.", "") in rounded)}
+    trained = [name for name, parameter in found.items() if parameter.requires_grad]
+    if not trained and (not found or zero < 3):
+        return [(parameter, parameter.data) for parameter in found.values()]
+    fixes = ["train.zero=2"] if zero == 3 else []
+    if trained:
+        leaves = sorted({re.sub(r".*\.\d+\.", "", name) for name in trained})
+        fixes.append(f"model.freeze=[{', '.join(leaves)}] or model.lora")
+    raise ModelError(f"{type(module.causal_lm).__name__} keeps parameters in float32 ({', '.join(list(found)[:2])}"
+                     f"{', ...' if len(found) > 2 else ''}), but DeepSpeed trains in bfloat16 and would round them: the "
+                     "policy would not be what the reference was scored with. "
+                     f"Set {' and '.join(fixes)}, or model.dtype=float32")
+
+
+def _float32_names(causal_lm: nn.Module) -> set[str]:
+    """Names of the parameters that stay in float32 when the model is loaded in bfloat16 without ZeRO-3: those that its class
+    lists, and those that it creates in float32."""
+    listed = getattr(causal_lm, "_keep_in_fp32_modules_strict", None) or ()
+    pattern = re.compile("|".join(rf"(^|\.){re.escape(name)}($|\.)" for name in listed) or "(?!)")
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            empty = type(causal_lm)(causal_lm.config)
+    finally:
+        torch.set_default_dtype(before)
+    return {name for name, parameter in empty.named_parameters()
+            if parameter.dtype == torch.float32 or pattern.search(name)}

@@ -1,0 +1,79 @@
+"""--fresh takes effect once a job, whichever scheduler repeats the job."""
+
+import io
+import json
+import os
+
+import pytest
+
+from raydpo.errors import ConfigError
+from raydpo.rundir.earlier import begin_again
+from raydpo.storage.files import Storage
+from raydpo.terminal.console import Console
+
+
+def ray_job(submission, **more):
+    return {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"metadata": {"job_submission_id": submission}}), **more}
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SKYPILOT_TASK_ID", "ANYSCALE_JOB_ID",
+                 "RAY_JOB_CONFIG_JSON_ENV_VAR"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def attempt(place, environment, monkeypatch):
+    """Number of renamed runs after a command with --fresh has started to train."""
+    with monkeypatch.context() as told:
+        for name, value in environment.items():
+            told.setenv(name, value)
+        storage, stream = Storage(str(place / "run")), io.StringIO()
+        begin_again(storage, Console(stream))
+    assert ("was started by an earlier attempt of this job" in stream.getvalue()) == storage.exists("run.json")
+    storage.write("run.json", b"{}")
+    return len(os.listdir(place)) - 1
+
+
+REPEATED = {
+    "slurm": ({"SLURM_JOB_ID": "7"}, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}),
+    "skypilot": ({"SKYPILOT_TASK_ID": "sky-managed-7"},) * 2,
+    "anyscale": ({"ANYSCALE_JOB_ID": "prodjob_7"} | ray_job("raysubmit_a"),
+                 {"ANYSCALE_JOB_ID": "prodjob_7"} | ray_job("raysubmit_b")),
+    "kuberay": (ray_job("raydpo-x7k2p", RAY_CLUSTER_NAME="raydpo-b4m8w"),
+                ray_job("raydpo-9qzzt", RAY_CLUSTER_NAME="raydpo-h5v2c")),
+}
+OTHER = {
+    "slurm": ({"SLURM_JOB_ID": "7"}, {"SLURM_JOB_ID": "8"}),
+    "a shell in a job of slurm": ({"SLURM_JOB_ID": "7"}, {"SLURM_JOB_ID": "7"}),
+    "another job of slurm that was repeated": ({"SLURM_JOB_ID": "7"}, {"SLURM_JOB_ID": "8", "SLURM_RESTART_COUNT": "1"}),
+    "skypilot": ({"SKYPILOT_TASK_ID": "sky-managed-7"}, {"SKYPILOT_TASK_ID": "sky-managed-8"}),
+    "submitted again": (ray_job("one-1"), ray_job("one-2")),
+    "ids that look like KubeRay's": (ray_job("one-alpha"), ray_job("one-gamma")),
+    "no job": ({}, {}),
+}
+
+
+@pytest.mark.parametrize("kind", REPEATED)
+def test_a_repeated_job_goes_on_with_what_its_first_attempt_began(place, monkeypatch, kind):
+    (place / "run").mkdir()
+    (place / "run" / "run.json").write_text("{}")
+    first, second = REPEATED[kind]
+    assert [attempt(place, environment, monkeypatch) for environment in (first, second, second)] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("kind", OTHER)
+def test_another_job_begins_again(place, monkeypatch, kind):
+    assert [attempt(place, environment, monkeypatch) for environment in OTHER[kind]] == [0, 1]
+
+
+def test_on_an_object_store_a_repeated_job_goes_on_too(place, monkeypatch):
+    storage = Storage("memory://fresh/run")
+    monkeypatch.setenv("SKYPILOT_TASK_ID", "sky-managed-7")
+    begin_again(storage, Console(io.StringIO()))
+    storage.write("run.json", b"{}")
+    begin_again(storage, Console(io.StringIO()))
+    monkeypatch.setenv("SKYPILOT_TASK_ID", "sky-managed-8")
+    with pytest.raises(ConfigError, match="cannot rename memory://fresh/run on an object store"):
+        begin_again(storage, Console(io.StringIO()))

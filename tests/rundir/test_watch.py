@@ -1,0 +1,42 @@
+import math
+
+from raydpo.rundir.watch import WINDOW, TrainingWatch
+
+
+def row(loss=0.6, chosen=0.0, **more):
+    return {"loss": loss, "logratio/chosen_per_token": chosen} | more
+
+
+def said(rows, warned=None):
+    watch = TrainingWatch([] if warned is None else warned)
+    return [line for step, one in enumerate(rows, 1) for line in watch.look(step, one)]
+
+
+def test_a_quiet_run_says_nothing():
+    assert not said([row(0.69 - 0.001 * step + 0.02 * (step % 3), -0.001 * step) for step in range(200)])
+
+
+def test_a_spike_is_told_once_with_its_step_and_both_values():
+    lines = said([row()] * WINDOW + [row(5.0)] + [row()] * WINDOW + [row(5.0)])
+    assert len(lines) == 1 and f"step {WINDOW + 1} is 5.0000" in lines[0] and "0.6000 on average" in lines[0]
+
+
+def test_a_restart_does_not_repeat_it():
+    assert not said([row()] * WINDOW + [row(5.0)], warned=["spike"])
+
+
+def test_collapse_of_chosen_log_probs_is_told_in_probabilities():
+    lines = said([row(chosen=-1.0)] * (2 * WINDOW))
+    assert len(lines) == 1 and "0.37 of the probability" in lines[0] and "train.beta" in lines[0]
+
+
+def test_the_slow_rank_is_named():
+    slow = row(slowest_rank=3.0, slowest_lag=0.5)
+    lines = said([slow] * (2 * WINDOW))
+    assert len(lines) == 1 and "rank 3 has been the slowest" in lines[0] and "50%" in lines[0]
+    mixed = [slow if step % 2 else row(slowest_rank=1.0, slowest_lag=0.5) for step in range(100)]
+    assert not said(mixed), "not one and the same rank"
+
+
+def test_steps_that_were_not_taken_do_not_count():
+    assert not said([row(math.nan, math.nan)] * 100)
