@@ -24,9 +24,10 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 os.environ.setdefault("RAY_enable_worker_prestart", "0")
 
-LONGEST = ("test_soak", "test_jobs", "test_cli", "test_equalities", "test_eval_command", "test_same_function", "test_sweep",
-           "test_optimizer", "test_state", "test_launch", "test_cache_cli", "test_step", "test_command", "test_saver",
-           "test_policies", "test_build", "test_nodes", "test_compact", "test_trackers", "test_storage_s3", "test_budget")
+LONGEST = ("test_soak", "test_jobs", "test_verbs", "test_equalities", "test_eval_command", "test_same_function",
+           "test_sweep", "test_optimizer", "test_state", "test_launch", "test_cache", "test_step", "test_command",
+           "test_saver", "test_policies", "test_build", "test_nodes", "test_compact", "test_trackers", "test_storage_s3",
+           "test_budget")
 """Test files that take longest, the longest first. They start first, so that none of them is left for the end."""
 
 

@@ -122,22 +122,16 @@ def test_every_module_that_is_imported_exists():
            for module, line in imported(name, file, files) if module not in files], "import(s) of no module")
 
 
-MOVING = pytest.mark.xfail(strict=False, reason="the files are being moved")
-
-
-@MOVING
 def test_no_import_runs_upward():
     shown(upward(arrows(modules()), floors()), "import(s) of a room on the same floor or a higher one")
 
 
-@MOVING
 def test_every_room_has_a_floor():
     named, there = set().union(*floors()), {room(module) for module in modules()}
     shown([f"{name}: no floor in pyproject.toml" for name in sorted(there - named)] +
           [f"{name}: a floor in pyproject.toml, but no such room" for name in sorted(named - there)], "room(s)")
 
 
-@MOVING
 def test_no_files_import_each_other():
     imports = arrows(modules())
     shown([f"{', '.join(group)}:\n  " + "\n  ".join(f"{one} -> {other}" for one in group
@@ -145,7 +139,6 @@ def test_no_files_import_each_other():
            for group in circles(imports)], "circle(s) of imports")
 
 
-@MOVING
 def test_few_rooms_and_no_loose_file():
     loose = {file.name for file in PACKAGE.glob("*.py")} - ROOT_FILES
     rooms = {room(module) for module in modules()}
@@ -153,7 +146,6 @@ def test_few_rooms_and_no_loose_file():
     assert len(rooms) <= MOST_ROOMS, f"{len(rooms)} rooms, more than {MOST_ROOMS}: {sorted(rooms)}"
 
 
-@MOVING
 def test_no_docstring_begins_with_of():
     """In the package and in the tests; texts below a constant count."""
     problems = []
@@ -165,7 +157,6 @@ def test_no_docstring_begins_with_of():
     shown(problems, "docstring(s) that do not begin with what the thing is or does")
 
 
-@MOVING
 def test_the_readme_is_short_and_begins_with_a_command():
     lines = (ROOT / "README.md").read_text().splitlines()
     commands = (number for number, line in enumerate(lines, 1) if re.match(r"(cd|git|make|pip|raydpo) ", line))
@@ -182,7 +173,6 @@ def test_each_page_of_the_guide_is_short():
           "page(s) of more than 250 lines")
 
 
-@MOVING
 def test_files_of_a_run_directory_are_named_in_one_place():
     name = re.compile(rf"(^|/)({'|'.join(map(re.escape, RUN_FILES))})$")
     assert any(file for file in PACKAGE.glob(KNOWS_RUN_FILES[0])), "no raydpo/*/directory.py that names them"
@@ -198,7 +188,7 @@ def test_no_file_is_long():
           f"file(s) of more than {MOST_LINES} lines")
 
 
-@MOVING
+@pytest.mark.xfail(strict=False, reason="quickstart/__init__.py still holds code")
 def test_packages_begin_empty():
     problems = []
     for file in PACKAGE.rglob("__init__.py"):
