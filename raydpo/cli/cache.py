@@ -185,8 +185,8 @@ def _verify_scores(
     if theirs != ours:
         raise CacheError(
             f"the reference of {args.config[0]} is {ours.digest}, not {theirs.digest}: "
-            f"{'; '.join(ours.differences(theirs))}. Score with the same model, adapter and score.dtype, or verify the files "
-            "alone, without --config"
+            f"{'; '.join(ours.differences(theirs))}. Score with the same model, adapter and score.dtype, or verify the "
+            "files alone, without --config"
         )
     wanted, device = Wanted(prepared.tables), "cuda" if torch.cuda.is_available() else "cpu"
     with console.quiet():

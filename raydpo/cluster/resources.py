@@ -95,17 +95,8 @@ def resources_for(stage: Literal["score", "train"], config: Config, at_once: int
         # Workers of one node share its cores. More threads than cores would slow all of them down.
         on_one_node = -(-workers * at_once // max(1, len(nodes)))
         threads, memory_share = max(1, (os.cpu_count() or 1) // on_one_node), 1 / on_one_node
-    return Resources(
-        workers,
-        gpus,
-        threads,
-        fewest,
-        memory_share,
-        together,
-        section.accelerator,
-        dict(section.labels),
-        on_one_machine=stage == "score",
-    )
+    kind, labels = section.accelerator, dict(section.labels)
+    return Resources(workers, gpus, threads, fewest, memory_share, together, kind, labels, on_one_machine=stage == "score")
 
 
 def _gpus_per_worker(stage: str, config: Config, nodes: Sequence[dict[str, Any]]) -> float:

@@ -115,14 +115,8 @@ class Prepared:
     def policy_identity(self) -> ReferenceIdentity:
         """Identity of the policy as it starts. New adapters do not change it."""
         model = self.config.model
-        return identify(
-            self.policy_dir,
-            self.dtype,
-            self.policy_adapter,
-            model.quantization,
-            model.trust_remote_code,
-            max_length=self.config.data.max_length,
-        )
+        files, length = (self.policy_dir, self.dtype, self.policy_adapter), self.config.data.max_length
+        return identify(*files, model.quantization, model.trust_remote_code, max_length=length)
 
     @property
     def policy_adapter(self) -> str | None:
@@ -175,22 +169,15 @@ def open_reference(config: Config, native: str) -> tuple[ReferenceSpec, Referenc
     """
     wish = config.model.dtype if config.score.dtype is None else config.score.dtype
     dtype = native if wish == "auto" else wish
-    directory = resolve_model(config.reference_path)
-    adapter = config.reference_adapter and resolve_model(config.reference_adapter)
-    identity = identify(
-        directory,
-        dtype,
-        adapter,
-        config.reference_quantization,
-        config.model.trust_remote_code,
-        max_length=config.data.max_length,
-    )
+    directory, quantization = resolve_model(config.reference_path), config.reference_quantization
+    adapter, trusted = config.reference_adapter and resolve_model(config.reference_adapter), config.model.trust_remote_code
+    identity = identify(directory, dtype, adapter, quantization, trusted, max_length=config.data.max_length)
     spec = ReferenceSpec(
         path=directory,
         adapter=adapter,
         identity=identity,
-        quantization=config.reference_quantization,
-        trust_remote_code=config.model.trust_remote_code,
+        quantization=quantization,
+        trust_remote_code=trusted,
         layout=config.model.layout,
     )
     return spec, ReferenceCache.open(config.cache_uri, identity, unverified=config.cache.allow_unverified)

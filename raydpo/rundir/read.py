@@ -176,16 +176,10 @@ def _trial(sweep: Storage, entry: dict[str, Any]) -> TrialRecord:
             except ConfigError:  # a waiting trial has no directory
                 continue
     finite = {name: each for name, each in (entry.get("eval") or {}).items() if each is not None and math.isfinite(each)}
-    return TrialRecord(
-        str(entry["name"]),
-        dict(entry.get("settings") or {}),
-        str(entry.get("status", "?")),
-        entry.get("error"),
-        entry.get("seconds"),
-        {name.removeprefix("eval_"): value for name, value in finite.items()},
-        (run and run.evaluation) or entry.get("evaluation"),
-        run,
-    )
+    scores = {name.removeprefix("eval_"): value for name, value in finite.items()}
+    name, settings, status = str(entry["name"]), dict(entry.get("settings") or {}), str(entry.get("status", "?"))
+    evaluation = (run and run.evaluation) or entry.get("evaluation")
+    return TrialRecord(name, settings, status, entry.get("error"), entry.get("seconds"), scores, evaluation, run)
 
 
 def _read(storage: Storage, name: str, parse: Callable[[bytes], T]) -> T | None:

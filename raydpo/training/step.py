@@ -14,7 +14,7 @@ from raydpo.config import TrainConfig
 from raydpo.data.plan import BatchPlan, MicroBatch
 from raydpo.data.prefetch import prefetch
 from raydpo.errors import DeviceMemoryError
-from raydpo.losses import Objective, ObjectiveState, PairLogps, PreferenceLoss
+from raydpo.losses import Objective, ObjectiveState
 from raydpo.model.budget import is_out_of_memory, used_memory
 from raydpo.model.layout import Layout
 from raydpo.training.clock import StepClock
@@ -148,7 +148,11 @@ class Stepper:
             with self._explained_memory():
                 with clock.phase("forward"):
                     logps = pair_logps(engine, layout, pairs, batch.pairs, self.train, mean_chosen_tokens)
-                    loss, total = self._loss(batch, logps, beta, whole)
+                    if whole is None:
+                        loss = self.objective(logps, beta)
+                        total = loss.losses.sum()
+                    else:
+                        loss, total = whole.part(batch.pairs, logps)
                     # The mean over the step's pairs, whichever rank and micro-batch they are in; a stand-in weighs nothing.
                     share = (total / len(step.rows) * batch.counts).float()
                     # A factor 1 that is NaN where a loss is not finite: then every gradient is NaN, and no rank steps.
@@ -164,15 +168,6 @@ class Stepper:
                 blamed = loss.losses if whole is None else logps.chosen_logratio + logps.rejected_logratio
                 losses.append((batch, blamed.detach()))
         return sums, losses
-
-    def _loss(
-        self, batch: MicroBatch, logps: PairLogps, beta: float, whole: WholeStep | None
-    ) -> tuple[PreferenceLoss, Tensor]:
-        """Losses and rewards of a micro-batch, and a number whose gradient is that of the losses' sum."""
-        if whole is not None:
-            return whole.part(batch.pairs, logps)
-        loss = self.objective(logps, beta)
-        return loss, loss.losses.sum()
 
     def _facts(self, step: Step) -> tuple[dict[str, float], dict[str, float]]:
         """End the clock's lap. Returns size, rates and memory of the step, and the seconds of its phases."""

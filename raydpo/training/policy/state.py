@@ -129,12 +129,9 @@ class TrainedState:
         Raises:
             TrainError: if an element of a parameter is missing, or a file is damaged.
         """
-        if self._totals() != facts["parameters"]:
-            both = sorted(set(self._totals().items()) ^ set(facts["parameters"].items()))
-            raise TrainError(
-                f"the checkpoint in {directory} trains other parameters than this run, beginning with "
-                f"{both[0][0]} ({both[0][1]} elements)"
-            )
+        if differing := set(self._totals().items()) ^ set(facts["parameters"].items()):
+            first = "beginning with {} ({} elements)".format(*min(differing))
+            raise TrainError(f"the checkpoint in {directory} trains other parameters than this run, {first}")
         pieces = _Pieces(directory, ranks)
         for flat, parts in _by_flat(self.fragments()):
             with self._in_memory(flat, changed=True), torch.no_grad():
@@ -234,10 +231,8 @@ class _Pieces:
                 target.narrow(0, first - fragment.start, until - first).copy_(part)
                 first = until
         if first < end:
-            raise TrainError(
-                f"the checkpoint in {self._directory} is incomplete: {kind} of {fragment.name} lacks elements "
-                f"{first} to {end}"
-            )
+            lacking = f"{kind} of {fragment.name} lacks elements {first} to {end}"
+            raise TrainError(f"the checkpoint in {self._directory} is incomplete: {lacking}")
 
 
 def _file(rank: str, ranks: int, number: str) -> str:
