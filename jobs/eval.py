@@ -1,7 +1,7 @@
 """Entry point of ``raydpo eval`` as a Ray job:
 
-    raydpo submit eval CONFIG [key.sub=value ...]
-    raydpo submit eval CONFIG [key.sub=value ...] --dry-run      # prints the command for Ray's own client
+raydpo submit eval CONFIG [key.sub=value ...]
+raydpo submit eval CONFIG [key.sub=value ...] --dry-run      # prints the command for Ray's own client
 """
 
 import sys

@@ -1,7 +1,7 @@
 """Entry point of ``raydpo run`` as a Ray job:
 
-    raydpo submit run CONFIG [key.sub=value ...]
-    raydpo submit run CONFIG [key.sub=value ...] --dry-run      # prints the command for Ray's own client
+raydpo submit run CONFIG [key.sub=value ...]
+raydpo submit run CONFIG [key.sub=value ...] --dry-run      # prints the command for Ray's own client
 """
 
 import sys

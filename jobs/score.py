@@ -1,7 +1,7 @@
 """Entry point of ``raydpo score`` as a Ray job:
 
-    raydpo submit score CONFIG [key.sub=value ...]
-    raydpo submit score CONFIG [key.sub=value ...] --dry-run      # prints the command for Ray's own client
+raydpo submit score CONFIG [key.sub=value ...]
+raydpo submit score CONFIG [key.sub=value ...] --dry-run      # prints the command for Ray's own client
 """
 
 import sys

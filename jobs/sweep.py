@@ -1,7 +1,7 @@
 """Entry point of ``raydpo sweep`` as a Ray job:
 
-    raydpo submit sweep CONFIG [key.sub=value ...]
-    raydpo submit sweep CONFIG [key.sub=value ...] --dry-run      # prints the command for Ray's own client
+raydpo submit sweep CONFIG [key.sub=value ...]
+raydpo submit sweep CONFIG [key.sub=value ...] --dry-run      # prints the command for Ray's own client
 """
 
 import sys

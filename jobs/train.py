@@ -1,7 +1,7 @@
 """Entry point of ``raydpo train`` as a Ray job:
 
-    raydpo submit train CONFIG [key.sub=value ...]
-    raydpo submit train CONFIG [key.sub=value ...] --dry-run      # prints the command for Ray's own client
+raydpo submit train CONFIG [key.sub=value ...]
+raydpo submit train CONFIG [key.sub=value ...] --dry-run      # prints the command for Ray's own client
 """
 
 import sys

@@ -11,12 +11,23 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from raydpo.model.rotary import fix_rotary, rope_length
 
-COMMON = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-              max_position_embeddings=256)
+COMMON = dict(
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+)
 _EXPERTS = dict(num_local_experts=4, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
 _GPT2_LIKE = dict(n_embd=32, n_layer=2, n_head=4, n_positions=256)
-_LONGROPE = dict(rope_type="longrope", rope_theta=10000.0, short_factor=[1.0, 1.1, 1.2, 1.3],
-                 long_factor=[1.5, 3.0, 6.0, 12.0], original_max_position_embeddings=32)
+_LONGROPE = dict(
+    rope_type="longrope",
+    rope_theta=10000.0,
+    short_factor=[1.0, 1.1, 1.2, 1.3],
+    long_factor=[1.5, 3.0, 6.0, 12.0],
+    original_max_position_embeddings=32,
+)
 LONGEST = 256
 """Positions that every model supports."""
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -25,13 +36,17 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "qwen3": {"head_dim": 8},
     "mistral": {"sliding_window": 16},
-    "gemma2": dict(head_dim=8, query_pre_attn_scalar=8, attn_logit_softcapping=20.0, final_logit_softcapping=5.0,
-                   sliding_window=16),
+    "gemma2": dict(
+        head_dim=8, query_pre_attn_scalar=8, attn_logit_softcapping=20.0, final_logit_softcapping=5.0, sliding_window=16
+    ),
     "gemma3_text": dict(head_dim=8, query_pre_attn_scalar=8, sliding_window=16, num_hidden_layers=6),
     "phi3": {},
     "phi3-longrope": dict(model_type="phi3", original_max_position_embeddings=32, rope_parameters=_LONGROPE),
-    "llama-dynamic": dict(model_type="llama", max_position_embeddings=32,
-                          rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}),
+    "llama-dynamic": dict(
+        model_type="llama",
+        max_position_embeddings=32,
+        rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0},
+    ),
     "olmo2": {},
     "olmo3": dict(sliding_window=16, num_hidden_layers=4),
     "gpt_neox": {"num_key_value_heads": None},
@@ -46,14 +61,26 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "cohere2": dict(sliding_window=16, head_dim=8, num_hidden_layers=4),
     "mixtral": _EXPERTS,
     "mixtral-jitter": dict(model_type="mixtral", router_jitter_noise=0.05, **_EXPERTS),
-    "phimoe": dict(router_jitter_noise=0.05, input_jitter_noise=0.05,
-                   rope_parameters=_LONGROPE | {"short_mscale": 1.1, "long_mscale": 1.3}, **_EXPERTS),
+    "phimoe": dict(
+        router_jitter_noise=0.05,
+        input_jitter_noise=0.05,
+        rope_parameters=_LONGROPE | {"short_mscale": 1.1, "long_mscale": 1.3},
+        **_EXPERTS,
+    ),
     "ernie4_5_moe": dict(moe_num_experts=4, moe_k=2, moe_layer_start_index=0, **_EXPERTS),
     "qwen3_moe": {"head_dim": 8, **_EXPERTS},
     "gpt_oss": {"head_dim": 8, "sliding_window": 16, **_EXPERTS},
     "mamba": {"state_size": 8},
-    "qwen3_next": dict(head_dim=8, shared_expert_intermediate_size=32, linear_num_key_heads=2, linear_num_value_heads=4,
-                       linear_key_head_dim=8, linear_value_head_dim=8, num_hidden_layers=4, **_EXPERTS),
+    "qwen3_next": dict(
+        head_dim=8,
+        shared_expert_intermediate_size=32,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        num_hidden_layers=4,
+        **_EXPERTS,
+    ),
 }
 NO_TREE = {"gptj", "falcon", "falcon-alibi", "bloom", "mamba", "qwen3_next"}
 """Models with recurrent layers, ALiBi, or attention outside transformers' interface."""

@@ -13,17 +13,39 @@ from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 BROWSER = next((path for name in NAMES if (path := shutil.which(name))), None)
-QUIET = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-         "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
-         "--enable-logging=stderr", "--v=0"]
+QUIET = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--hide-scrollbars",
+    "--enable-logging=stderr",
+    "--v=0",
+]
 
 
 def look(page: Path, *flags: str, dark: bool = False) -> tuple[str, list[str]]:
     """(document after the scripts ran, console messages) of a local page."""
     with tempfile.TemporaryDirectory() as profile:
-        result = subprocess.run([BROWSER, *QUIET, f"--user-data-dir={profile}", "--dump-dom", "--virtual-time-budget=2000",
-                                 *(["--blink-settings=preferredColorScheme=0"] if dark else []), *flags, page.as_uri()],
-                                capture_output=True, text=True, timeout=120)
+        result = subprocess.run(
+            [
+                BROWSER,
+                *QUIET,
+                f"--user-data-dir={profile}",
+                "--dump-dom",
+                "--virtual-time-budget=2000",
+                *(["--blink-settings=preferredColorScheme=0"] if dark else []),
+                *flags,
+                page.as_uri(),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
     assert result.returncode == 0, result.stderr
     return result.stdout, re.findall(r"CONSOLE[^\n]*", result.stderr)
 

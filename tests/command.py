@@ -22,8 +22,9 @@ SECONDS = 400
 
 def as_a_user(*arguments: object) -> subprocess.CompletedProcess[str]:
     """Run ``raydpo ARGUMENTS`` in a new interpreter and wait for its end."""
-    return subprocess.run([sys.executable, "-m", "raydpo.cli", *map(str, arguments)], capture_output=True, text=True,
-                          timeout=SECONDS)
+    return subprocess.run(
+        [sys.executable, "-m", "raydpo.cli", *map(str, arguments)], capture_output=True, text=True, timeout=SECONDS
+    )
 
 
 def raydpo(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

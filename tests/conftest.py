@@ -24,16 +24,36 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 os.environ.setdefault("RAY_enable_worker_prestart", "0")
 
-LONGEST = ("test_soak", "test_jobs", "test_verbs", "test_equalities", "test_eval_command", "test_same_function",
-           "test_sweep", "test_optimizer", "test_state", "test_launch", "test_cache", "test_step", "test_command",
-           "test_saver", "test_policies", "test_build", "test_nodes", "test_compact", "test_trackers", "test_storage_s3",
-           "test_budget")
+LONGEST = (
+    "test_soak",
+    "test_jobs",
+    "test_verbs",
+    "test_equalities",
+    "test_eval_command",
+    "test_same_function",
+    "test_sweep",
+    "test_optimizer",
+    "test_state",
+    "test_launch",
+    "test_cache",
+    "test_step",
+    "test_command",
+    "test_saver",
+    "test_policies",
+    "test_build",
+    "test_nodes",
+    "test_compact",
+    "test_trackers",
+    "test_storage_s3",
+    "test_budget",
+)
 """Test files that take longest, the longest first. They start first, so that none of them is left for the end."""
 
 
 def pytest_collection_modifyitems(items):
     place = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def digests_of_this_session(tmp_path_factory):
@@ -61,8 +81,9 @@ def ray_cluster():
     from ray.cluster_utils import Cluster
 
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 8, "include_dashboard": False,
-                                                            "object_store_memory": 150 << 20})
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 8, "include_dashboard": False, "object_store_memory": 150 << 20}
+    )
     yield cluster.address
     cluster.shutdown()
 

@@ -10,9 +10,13 @@ VOCAB = 97
 
 def groups(seed=0, shapes=((7, 5, 9), (30, 1, 2), (1, 12, 3), (16, 16, 16))):
     rng = np.random.default_rng(seed)
-    return [PromptGroup(rng.integers(3, VOCAB, prompt).astype(np.int32),
-                        tuple(rng.integers(3, VOCAB, length).astype(np.int32) for length in lengths))
-            for prompt, *lengths in shapes]
+    return [
+        PromptGroup(
+            rng.integers(3, VOCAB, prompt).astype(np.int32),
+            tuple(rng.integers(3, VOCAB, length).astype(np.int32) for length in lengths),
+        )
+        for prompt, *lengths in shapes
+    ]
 
 
 def by_definition(model, group, completion):

@@ -13,8 +13,9 @@ def tree(seed=0, longest=40):
     rng = np.random.default_rng(seed)
     system = rng.integers(0, 50, 9)
     prompts = [np.concatenate([system, rng.integers(0, 50, length)]) for length in (5, longest)]
-    return PrefixTree.build([np.concatenate([prompt, rng.integers(0, 50, length)]) for prompt in prompts
-                             for length in (1, 7, 30)], min_saved=1)
+    return PrefixTree.build(
+        [np.concatenate([prompt, rng.integers(0, 50, length)]) for prompt in prompts for length in (1, 7, 30)], min_saved=1
+    )
 
 
 def tensors(tree, size=8):

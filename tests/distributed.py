@@ -24,8 +24,9 @@ from typing import Any
 SECONDS = 300
 
 
-def run_distributed(function: Callable[..., Any], world_size: int, directory: Path, *args: Any,
-                    fresh: bool = False) -> list[Any]:
+def run_distributed(
+    function: Callable[..., Any], world_size: int, directory: Path, *args: Any, fresh: bool = False
+) -> list[Any]:
     """``function(*args)`` on every rank; its results in order of rank. A failure carries the rank's traceback."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -34,8 +35,10 @@ def run_distributed(function: Callable[..., Any], world_size: int, directory: Pa
     context = _context(fresh)
     with environment(PYTHONWARNINGS="ignore"):  # DeepSpeed calls what torch has deprecated
         variables = dict(os.environ)
-        ranks = [context.Process(target=_rank, args=(function, rank, world_size, port, directory, variables, args))
-                 for rank in range(world_size)]
+        ranks = [
+            context.Process(target=_rank, args=(function, rank, world_size, port, directory, variables, args))
+            for rank in range(world_size)
+        ]
         for process in ranks:
             process.start()
     deadline = time.monotonic() + SECONDS
@@ -87,11 +90,24 @@ def environment(**changes: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _rank(function: Callable[..., Any], rank: int, world_size: int, port: int, directory: Path,
-          environment: dict[str, str], args: tuple) -> None:
+def _rank(
+    function: Callable[..., Any],
+    rank: int,
+    world_size: int,
+    port: int,
+    directory: Path,
+    environment: dict[str, str],
+    args: tuple,
+) -> None:
     os.environ.clear()
-    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size),
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        environment,
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
     import numpy as np
     import torch
 

@@ -36,15 +36,18 @@ def blocks(file: Path) -> list[tuple[str, str]]:
 
 def block(file: Path, language: str, holding: str) -> str:
     """The only code block of a language that contains these words."""
-    found, = (text for kind, text in blocks(file) if kind == language and holding in text)
+    (found,) = (text for kind, text in blocks(file) if kind == language and holding in text)
     return found
 
 
 def commands(text: str) -> list[str]:
     """Commands in a block, without comments and extra spaces."""
     lines = (re.split(r"\s+#\s", line)[0] for line in text.splitlines())
-    return [shlex.join(words) for line in lines if line.split()[:1] and line.split()[0] in PROGRAMS
-            and (words := shlex.split(line))]
+    return [
+        shlex.join(words)
+        for line in lines
+        if line.split()[:1] and line.split()[0] in PROGRAMS and (words := shlex.split(line))
+    ]
 
 
 def inline(file: Path) -> list[str]:

@@ -39,16 +39,18 @@ class World:
         def normal() -> Tensor:
             return torch.randn(X, Y, generator=random, dtype=torch.float64)
 
-        return cls(normal().log_softmax(1), normal(), normal().softmax(1),
-                   torch.randint(1, 6, (X, Y), generator=random).double())
+        return cls(
+            normal().log_softmax(1), normal(), normal().softmax(1), torch.randint(1, 6, (X, Y), generator=random).double()
+        )
 
     @property
     def preferences(self) -> Tensor:
         """Probability that the first response of a pair is preferred to the second, [X, Y, Y]: Bradley-Terry."""
         return torch.sigmoid(self.rewards[:, :, None] - self.rewards[:, None, :])
 
-    def expected_loss(self, policy: Tensor, settings: ObjectiveConfig, flipped: float = 0.0,
-                      margins_of: Tensor | None = None) -> Tensor:
+    def expected_loss(
+        self, policy: Tensor, settings: ObjectiveConfig, flipped: float = 0.0, margins_of: Tensor | None = None
+    ) -> Tensor:
         """The objective's expectation over prompts, drawn pairs and preferences.
 
         Args:
@@ -69,8 +71,14 @@ class World:
     def minimiser(self, settings: ObjectiveConfig, flipped: float = 0.0, margins_of: Tensor | None = None) -> Tensor:
         """Policy [X, Y] (probabilities) with the smallest expected loss, found from the reference as start."""
         logits = self.reference.clone().requires_grad_()
-        optimizer = torch.optim.LBFGS([logits], max_iter=2000, tolerance_grad=1e-13, tolerance_change=1e-18,
-                                      history_size=20, line_search_fn="strong_wolfe")
+        optimizer = torch.optim.LBFGS(
+            [logits],
+            max_iter=2000,
+            tolerance_grad=1e-13,
+            tolerance_change=1e-18,
+            history_size=20,
+            line_search_fn="strong_wolfe",
+        )
 
         def closure() -> Tensor:
             optimizer.zero_grad()

@@ -18,8 +18,12 @@ from kernel import Record, train_here
 STEPS = 2
 """The first step creates the optimizer's moments; the second is measured."""
 
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "1",
-             "MALLOC_TOP_PAD_": "0"}
+ALLOCATOR = {
+    "MALLOC_MMAP_THRESHOLD_": "131072",
+    "MALLOC_TRIM_THRESHOLD_": "131072",
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_TOP_PAD_": "0",
+}
 """Environment of the ranks: every tensor of 128 KiB or more is memory of its own, given back when it is freed. Else the C
 library keeps freed blocks of up to 32 MiB, and the peak would measure its heap."""
 
@@ -78,8 +82,10 @@ def random_pairs(count: int, prompt: int, completion: int, vocabulary: int = 200
             own = rng.integers(0, vocabulary, completion).astype(np.int32)
             row |= {f"{side}_ids": own, f"{side}_key": completion_key(ids, own), f"{side}_full": completion}
         rows.append(row)
-    table = pa.table([pa.array([row[name] for row in rows], PAIR_SCHEMA.field(name).type) for name in PAIR_SCHEMA.names],
-                     schema=PAIR_SCHEMA)
+    table = pa.table(
+        [pa.array([row[name] for row in rows], PAIR_SCHEMA.field(name).type) for name in PAIR_SCHEMA.names],
+        schema=PAIR_SCHEMA,
+    )
     scores = pa.array([[-5.0] * completion] * count, pa.list_(pa.float32()))
     return table.append_column("ref_chosen_logps", scores).append_column("ref_rejected_logps", scores)
 
@@ -134,9 +140,19 @@ def _train(case: Case, world: int, scratch: Path) -> float:
     record = Peak()
     record.device = case.device
     with contextlib.suppress(Enough):
-        train_here(random_pairs(pairs * STEPS, *case.lengths), case.model, scratch, dtype=case.dtype, device=case.device,
-                   lora=case.lora, policy=case.policy, starts_as_reference=False, record=record, shuffle=False,
-                   **{"pairs_per_step": pairs, "tokens_per_batch": case.tokens, "steps": STEPS} | case.train)
+        train_here(
+            random_pairs(pairs * STEPS, *case.lengths),
+            case.model,
+            scratch,
+            dtype=case.dtype,
+            device=case.device,
+            lora=case.lora,
+            policy=case.policy,
+            starts_as_reference=False,
+            record=record,
+            shuffle=False,
+            **{"pairs_per_step": pairs, "tokens_per_batch": case.tokens, "steps": STEPS} | case.train,
+        )
     return record.steps[-1]["peak_memory_bytes"]
 
 

@@ -29,27 +29,49 @@ def tokenised(records: list[dict[str, str]], max_length: int = MAX_LENGTH) -> pa
         row = {"pair_id": f"tiny:{number}", "source": "tiny", "weight": 1.0, "prompt_ids": prompt}
         for side in ("chosen", "rejected"):
             ids = np.array(tokenizer(record[side])["input_ids"] + [tokenizer.eos_token_id], np.int32)
-            row |= {f"{side}_ids": ids[: max_length - len(prompt)], f"{side}_key": completion_key(prompt, ids),
-                    f"{side}_full": len(ids)}
+            row |= {
+                f"{side}_ids": ids[: max_length - len(prompt)],
+                f"{side}_key": completion_key(prompt, ids),
+                f"{side}_full": len(ids),
+            }
         rows.append(row)
-    return pa.table([pa.array([row[name] for row in rows], PAIR_SCHEMA.field(name).type) for name in PAIR_SCHEMA.names],
-                    schema=PAIR_SCHEMA)
+    return pa.table(
+        [pa.array([row[name] for row in rows], PAIR_SCHEMA.field(name).type) for name in PAIR_SCHEMA.names],
+        schema=PAIR_SCHEMA,
+    )
 
 
-def with_reference(table: pa.Table, model: Path, dtype: str = "float32", tokens_per_batch: int = 4096,
-                   device: str = "cpu", adapter: Path | None = None, quantization: str | None = None) -> pa.Table:
+def with_reference(
+    table: pa.Table,
+    model: Path,
+    dtype: str = "float32",
+    tokens_per_batch: int = 4096,
+    device: str = "cpu",
+    adapter: Path | None = None,
+    quantization: str | None = None,
+) -> pa.Table:
     """``table`` with the reference log-probs of ``model``, scored in this process."""
     from raydpo.model.layout import PromptGroup
     from raydpo.reference.identity import identify
     from raydpo.reference.score import ReferenceSpec, Scorer
 
-    spec = ReferenceSpec(path=str(model), adapter=None if adapter is None else str(adapter), quantization=quantization,
-                         identity=identify(model, dtype, adapter, quantization, max_length=MAX_LENGTH))
+    spec = ReferenceSpec(
+        path=str(model),
+        adapter=None if adapter is None else str(adapter),
+        quantization=quantization,
+        identity=identify(model, dtype, adapter, quantization, max_length=MAX_LENGTH),
+    )
     scorer = Scorer(spec, device=device, tokens_per_batch=tokens_per_batch)
-    ids = {name: [np.array(row, np.int32) for row in table[name].to_pylist()] for name in
-           ("prompt_ids", "chosen_ids", "rejected_ids")}
-    scored = scorer.score([PromptGroup(*row[:1], row[1:]) for row in
-                           zip(ids["prompt_ids"], ids["chosen_ids"], ids["rejected_ids"], strict=True)])
+    ids = {
+        name: [np.array(row, np.int32) for row in table[name].to_pylist()]
+        for name in ("prompt_ids", "chosen_ids", "rejected_ids")
+    }
+    scored = scorer.score(
+        [
+            PromptGroup(*row[:1], row[1:])
+            for row in zip(ids["prompt_ids"], ids["chosen_ids"], ids["rejected_ids"], strict=True)
+        ]
+    )
     for side, column in enumerate(("ref_chosen_logps", "ref_rejected_logps")):
         table = table.append_column(column, pa.array([row[side] for row in scored], pa.list_(pa.float32())))
     return table
@@ -91,10 +113,23 @@ class Record(TrainHooks):
         return self.stop_after is not None and len(self.steps) + 1 >= self.stop_after
 
 
-def train_here(table: pa.Table, model: Path, scratch: Path, *, lora: dict[str, Any] | None = None, dtype: str = "float32",
-               shuffle: bool = True, checkpoint: Path | None = None, keep: Path | None = None,
-               starts_as_reference: bool = True, held_out: pa.Table | None = None, device: str = "cpu",
-               record: Record | None = None, policy: dict[str, Any] | None = None, **train: Any) -> Record:
+def train_here(
+    table: pa.Table,
+    model: Path,
+    scratch: Path,
+    *,
+    lora: dict[str, Any] | None = None,
+    dtype: str = "float32",
+    shuffle: bool = True,
+    checkpoint: Path | None = None,
+    keep: Path | None = None,
+    starts_as_reference: bool = True,
+    held_out: pa.Table | None = None,
+    device: str = "cpu",
+    record: Record | None = None,
+    policy: dict[str, Any] | None = None,
+    **train: Any,
+) -> Record:
     """Train in this process, and in the other ranks of its process group if there is one."""
     import torch
 
@@ -107,23 +142,43 @@ def train_here(table: pa.Table, model: Path, scratch: Path, *, lora: dict[str, A
     from raydpo.training.trainer import train_policy
 
     settings = TrainConfig(**{"lr": 1e-3, "pairs_per_step": 8, "tokens_per_batch": 1024} | train)
-    spec = PolicySpec(path=str(model), dtype=dtype, lora=None if lora is None else LoraSettings(**lora),
-                      rope_length=identify(model, dtype, max_length=MAX_LENGTH).rope_length, **(policy or {}))
+    spec = PolicySpec(
+        path=str(model),
+        dtype=dtype,
+        lora=None if lora is None else LoraSettings(**lora),
+        rope_length=identify(model, dtype, max_length=MAX_LENGTH).rope_length,
+        **(policy or {}),
+    )
     join_process_group(torch.device(device))
     engine = PolicyEngine(spec, settings, torch.device(device))
-    job = TrainJob(train=settings, shuffle=shuffle, policy=spec, policy_identity="policy", reference_identity="reference",
-                   starts_as_reference=starts_as_reference, coarser_dtype=dtype, fingerprint={"lr": settings.lr})
+    job = TrainJob(
+        train=settings,
+        shuffle=shuffle,
+        policy=spec,
+        policy_identity="policy",
+        reference_identity="reference",
+        starts_as_reference=starts_as_reference,
+        coarser_dtype=dtype,
+        fingerprint={"lr": settings.lr},
+    )
     record = record or Record(keep=keep)
-    record.summary = train_policy(job, TrainingPairs(table), None if held_out is None else TrainingPairs(held_out), engine,
-                                  record, checkpoint, scratch)
+    record.summary = train_policy(
+        job, TrainingPairs(table), None if held_out is None else TrainingPairs(held_out), engine, record, checkpoint, scratch
+    )
     record.engine = engine
     return record
 
 
 def exact(rows: list[dict[str, float]]) -> list[dict[str, float]]:
     """Metrics that must be equal when a step is repeated: all but seconds, memory and the slowest rank."""
-    return [{key: value for key, value in row.items()
-             if not any(word in key for word in ("second", "time/", "memory", "slowest"))} for row in rows]
+    return [
+        {
+            key: value
+            for key, value in row.items()
+            if not any(word in key for word in ("second", "time/", "memory", "slowest"))
+        }
+        for row in rows
+    ]
 
 
 def tiny_pairs(count: int = 33, seed: int = 0) -> pa.Table:

@@ -9,8 +9,13 @@ from collections.abc import Callable
 from types import ModuleType
 
 
-def killed_at_every_line(act: Callable[[], object], modules: list[ModuleType], prepare: Callable[[], object],
-                         check: Callable[[bool], object], stride: int = 1) -> int:
+def killed_at_every_line(
+    act: Callable[[], object],
+    modules: list[ModuleType],
+    prepare: Callable[[], object],
+    check: Callable[[bool], object],
+    stride: int = 1,
+) -> int:
     """Run ``act`` repeatedly, each time in a new process that is killed one line of ``modules`` later.
 
     Args:

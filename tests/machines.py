@@ -50,10 +50,16 @@ def other_host() -> Iterator[OtherHost]:
     if shutil.which("ip") is None:
         raise PermissionError("there is no 'ip' command to make network namespaces with")
     try:
-        for words in (f"netns add {name}", f"link add {name}a type veth peer name {name}b", f"link set {name}b netns {name}",
-                      f"addr add {host.here}/24 dev {name}a", f"link set {name}a up",
-                      f"-n {name} addr add {host.there}/24 dev {name}b", f"-n {name} link set {name}b up",
-                      f"-n {name} link set lo up"):
+        for words in (
+            f"netns add {name}",
+            f"link add {name}a type veth peer name {name}b",
+            f"link set {name}b netns {name}",
+            f"addr add {host.here}/24 dev {name}a",
+            f"link set {name}a up",
+            f"-n {name} addr add {host.there}/24 dev {name}b",
+            f"-n {name} link set {name}b up",
+            f"-n {name} link set lo up",
+        ):
             done = subprocess.run(["ip", *words.split()], capture_output=True, text=True)
             if done.returncode:
                 raise PermissionError(f"ip {words}: {done.stderr.strip()}")
@@ -75,8 +81,13 @@ class RayProcesses:
         env: environment variables to reach it: address and token.
     """
 
-    def __init__(self, cpus: int = 5, node_types: dict[str, dict] | None = None, idle_seconds: float = 10,
-                 host: OtherHost | None = None) -> None:
+    def __init__(
+        self,
+        cpus: int = 5,
+        node_types: dict[str, dict] | None = None,
+        idle_seconds: float = 10,
+        host: OtherHost | None = None,
+    ) -> None:
         self.host, self.address = host, host.here if host else "127.0.0.1"
         self.place = Path(tempfile.mkdtemp(prefix="rdc"))  # short, since paths of sockets have a length limit
         self._started: list[subprocess.Popen] = []
@@ -84,18 +95,33 @@ class RayProcesses:
         self.token = secrets.token_hex(16)
         # Without RAY_* of the calling environment. PYTHONPATH: as if this raydpo were installed on the nodes.
         self._env = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | {
-            "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token, "RAY_USAGE_STATS_ENABLED": "0",
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "HOME": str(self.place),
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": self.token,
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "HOME": str(self.place),
             "PYTHONPATH": str(Path(__file__).parents[1]),
-            "RAY_worker_niceness": "0", "RAY_enable_worker_prestart": "0", "RAY_prestart_worker_first_driver": "0",
+            "RAY_worker_niceness": "0",
+            "RAY_enable_worker_prestart": "0",
+            "RAY_prestart_worker_first_driver": "0",
             # A lost node is noticed in seconds.
-            "RAY_health_check_period_ms": "500", "RAY_health_check_failure_threshold": "4",
-            "RAY_health_check_initial_delay_ms": "1000"}
+            "RAY_health_check_period_ms": "500",
+            "RAY_health_check_failure_threshold": "4",
+            "RAY_health_check_initial_delay_ms": "1000",
+        }
         self.env = self._env | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{self.dashboard}"}
         scaling, more = self._autoscaler(node_types, idle_seconds) if node_types else ((), {})
-        self.head = self._start("--head", f"--port={self.gcs}", f"--dashboard-port={self.dashboard}",
-                                "--dashboard-host=127.0.0.1", f"--num-cpus={cpus}", f"--temp-dir={self.place}/h",
-                                *scaling, *self._at(self.address), env=more | self._by_cable(self.address))
+        self.head = self._start(
+            "--head",
+            f"--port={self.gcs}",
+            f"--dashboard-port={self.dashboard}",
+            "--dashboard-host=127.0.0.1",
+            f"--num-cpus={cpus}",
+            f"--temp-dir={self.place}/h",
+            *scaling,
+            *self._at(self.address),
+            env=more | self._by_cable(self.address),
+        )
         self._wait_for_server()
 
     def _autoscaler(self, node_types: dict[str, dict], idle_seconds: float) -> tuple[list[str], dict[str, str]]:
@@ -104,20 +130,49 @@ class RayProcesses:
         from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 
         file = self.place / "autoscaler.json"
-        file.write_text(json.dumps({
-            "cluster_name": "fake", "max_workers": 8, "upscaling_speed": 1.0, "idle_timeout_minutes": idle_seconds / 60,
-            "provider": {"type": "external", "module": FAKE_PROVIDER, "disable_node_updaters": True,
-                         "disable_launch_config_check": True, "foreground_node_launch": True, "launch_multiple": True,
-                         "head_node_id": FAKE_HEAD_NODE_ID, "gcs_address": f"127.0.0.1:{self.gcs}"},
-            "auth": {}, "docker": {}, "file_mounts": {}, "cluster_synced_files": [], "initialization_commands": [],
-            "setup_commands": [], "head_setup_commands": [], "worker_setup_commands": [], "head_start_ray_commands": [],
-            "worker_start_ray_commands": [], "file_mounts_sync_continuously": False, "rsync_exclude": [],
-            "rsync_filter": [], "head_node_type": "ray.head.default",
-            "available_node_types": node_types | {
-                "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}}}))
+        file.write_text(
+            json.dumps(
+                {
+                    "cluster_name": "fake",
+                    "max_workers": 8,
+                    "upscaling_speed": 1.0,
+                    "idle_timeout_minutes": idle_seconds / 60,
+                    "provider": {
+                        "type": "external",
+                        "module": FAKE_PROVIDER,
+                        "disable_node_updaters": True,
+                        "disable_launch_config_check": True,
+                        "foreground_node_launch": True,
+                        "launch_multiple": True,
+                        "head_node_id": FAKE_HEAD_NODE_ID,
+                        "gcs_address": f"127.0.0.1:{self.gcs}",
+                    },
+                    "auth": {},
+                    "docker": {},
+                    "file_mounts": {},
+                    "cluster_synced_files": [],
+                    "initialization_commands": [],
+                    "setup_commands": [],
+                    "head_setup_commands": [],
+                    "worker_setup_commands": [],
+                    "head_start_ray_commands": [],
+                    "worker_start_ray_commands": [],
+                    "file_mounts_sync_continuously": False,
+                    "rsync_exclude": [],
+                    "rsync_filter": [],
+                    "head_node_type": "ray.head.default",
+                    "available_node_types": node_types
+                    | {"ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}},
+                }
+            )
+        )
         return [f"--autoscaling-config={file}"], {
-            "RAY_FAKE_CLUSTER": "1", "RAY_enable_autoscaler_v2": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1",
-            "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID}
+            "RAY_FAKE_CLUSTER": "1",
+            "RAY_enable_autoscaler_v2": "1",
+            "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+            "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
+            "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
+        }
 
     def _at(self, address: str) -> list[str]:
         return [f"--node-ip-address={address}"] if self.host else []
@@ -126,37 +181,69 @@ class RayProcesses:
         """Gloo uses the host name, which is the same on both hosts here."""
         return {"GLOO_SOCKET_IFNAME": self.host.cable[address]} if self.host else {}
 
-    def add(self, cpus: int, before: Path | None = None, away: bool = False, env: dict[str, str] | None = None,
-            **labels: str) -> subprocess.Popen:
+    def add(
+        self, cpus: int, before: Path | None = None, away: bool = False, env: dict[str, str] | None = None, **labels: str
+    ) -> subprocess.Popen:
         """Add a node with its own directory, since two nodes in one directory overwrite each other's job files. ``before``
         is first on its PYTHONPATH. ``away``: on the other host. ``env``: environment of its processes."""
         address = self.host.there if away else self.address
-        return self._start(f"--address={self.address}:{self.gcs}", f"--num-cpus={cpus}",
-                           f"--temp-dir={self.place}/{len(self._started)}", *self._at(address),
-                           *([f"--labels={','.join(f'{key}={value}' for key, value in labels.items())}"] if labels else []),
-                           before=before, away=away, env=self._by_cable(address) | (env or {}))
+        return self._start(
+            f"--address={self.address}:{self.gcs}",
+            f"--num-cpus={cpus}",
+            f"--temp-dir={self.place}/{len(self._started)}",
+            *self._at(address),
+            *([f"--labels={','.join(f'{key}={value}' for key, value in labels.items())}"] if labels else []),
+            before=before,
+            away=away,
+            env=self._by_cable(address) | (env or {}),
+        )
 
-    def _start(self, *arguments: str, before: Path | None = None, away: bool = False,
-               env: dict[str, str] | None = None) -> subprocess.Popen:
+    def _start(
+        self, *arguments: str, before: Path | None = None, away: bool = False, env: dict[str, str] | None = None
+    ) -> subprocess.Popen:
         environment = self._env | (env or {})
         enter = ["ip", "netns", "exec", self.host.name] if away else []
         if before is not None:
             environment["PYTHONPATH"] = f"{before}{os.pathsep}{environment['PYTHONPATH']}"
-        ports = dict(zip(("--dashboard-agent-listen-port", "--dashboard-agent-grpc-port", "--runtime-env-agent-port",
-                          "--metrics-export-port", "--node-manager-port", "--object-manager-port"), _free_ports(6),
-                         strict=True))
+        ports = dict(
+            zip(
+                (
+                    "--dashboard-agent-listen-port",
+                    "--dashboard-agent-grpc-port",
+                    "--runtime-env-agent-port",
+                    "--metrics-export-port",
+                    "--node-manager-port",
+                    "--object-manager-port",
+                ),
+                _free_ports(6),
+                strict=True,
+            )
+        )
         with open(self.place / f"node{len(self._started)}.log", "wb") as log:
             process = subprocess.Popen(
-                [*enter, str(Path(sys.executable).parent / "ray"), "start", "--block", "--disable-usage-stats",
-                 "--object-store-memory=150000000", *(f"{name}={port}" for name, port in ports.items()), *arguments],
-                env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+                [
+                    *enter,
+                    str(Path(sys.executable).parent / "ray"),
+                    "start",
+                    "--block",
+                    "--disable-usage-stats",
+                    "--object-store-memory=150000000",
+                    *(f"{name}={port}" for name, port in ports.items()),
+                    *arguments,
+                ],
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
         self._started.append(process)
         return process
 
     def _wait_for_server(self, seconds: float = 90) -> None:
         deadline = time.monotonic() + seconds
-        request = urllib.request.Request(f"http://127.0.0.1:{self.dashboard}/api/version",
-                                         headers={"Authorization": f"Bearer {self.token}"})
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.dashboard}/api/version", headers={"Authorization": f"Bearer {self.token}"}
+        )
         while True:
             try:
                 with urllib.request.urlopen(request, timeout=2):

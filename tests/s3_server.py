@@ -35,8 +35,12 @@ FAULTS = {
     "deny": "answered with 403",
 }
 """Faults that a share of all requests can have."""
-CREDENTIALS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": "us-east-1",
-               "AWS_EC2_METADATA_DISABLED": "true"}
+CREDENTIALS = {
+    "AWS_ACCESS_KEY_ID": "testing",
+    "AWS_SECRET_ACCESS_KEY": "testing",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
 
 
 class Faults:
@@ -70,8 +74,10 @@ class Faults:
             return refuse(start_response, "403 Forbidden", "AccessDenied")
         if draws["fail"] or draws["lose"] or draws["drop"]:
             slow_down = self.counts["requests"] % 2
-            return refuse(start_response, *(("503 Slow Down", "SlowDown") if slow_down else
-                                            ("500 Internal Server Error", "InternalError")))
+            return refuse(
+                start_response,
+                *(("503 Slow Down", "SlowDown") if slow_down else ("500 Internal Server Error", "InternalError")),
+            )
         answer = self.app(environ, start_response)
         if draws["cut"] and environ["REQUEST_METHOD"] == "GET":
             body = b"".join(answer)
@@ -97,8 +103,11 @@ class S3:
     def put(self, path: str, data: bytes) -> None:
         """Store an object without raydpo."""
         # Without a content type urllib sends a form, and moto would read it as one.
-        urllib.request.urlopen(urllib.request.Request(f"{self.address}/bucket/{path}", data, method="PUT",
-                                                      headers={"Content-Type": "application/octet-stream"})).close()
+        urllib.request.urlopen(
+            urllib.request.Request(
+                f"{self.address}/bucket/{path}", data, method="PUT", headers={"Content-Type": "application/octet-stream"}
+            )
+        ).close()
 
     def heal(self) -> None:
         """Stop all faults."""
@@ -114,8 +123,9 @@ class S3:
 @contextlib.contextmanager
 def s3_server() -> Iterator[S3]:
     """A server with an empty bucket, for the length of the ``with`` block. This process can reach it, too."""
-    process = subprocess.Popen([sys.executable, Path(__file__)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                               text=True)
+    process = subprocess.Popen(
+        [sys.executable, Path(__file__)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
     before = dict(os.environ)
     try:
         server = S3(process.stdout.readline().strip())

@@ -52,15 +52,24 @@ class Machines:
 
     def __init__(self, cpus: int = 2, on_head: int = 0) -> None:
         self._cpus, self._on_head = cpus, on_head
-        os.environ.update({MARK: "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_health_check_period_ms": "500",
-                           "RAY_health_check_failure_threshold": "4", "RAY_health_check_initial_delay_ms": "1000"})
+        os.environ.update(
+            {
+                MARK: "1",
+                "RAY_USAGE_STATS_ENABLED": "0",
+                "RAY_health_check_period_ms": "500",
+                "RAY_health_check_failure_threshold": "4",
+                "RAY_health_check_initial_delay_ms": "1000",
+            }
+        )
         self.start()
 
     def start(self) -> None:
         from ray.cluster_utils import Cluster
 
-        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": self._on_head, "include_dashboard": False,
-                                                                     "object_store_memory": 150 << 20})
+        self.cluster = Cluster(
+            initialize_head=True,
+            head_node_args={"num_cpus": self._on_head, "include_dashboard": False, "object_store_memory": 150 << 20},
+        )
         self.nodes = [self._add() for _ in range(2)]
         self.address = self.cluster.address
 
@@ -89,7 +98,8 @@ class Machines:
         from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
         accepted, why = GcsClient(address=self.address).drain_node(
-            node.node_id, DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"), "soak", int((time.time() + seconds) * 1000))
+            node.node_id, DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"), "soak", int((time.time() + seconds) * 1000)
+        )
         assert accepted, why
 
     def of(self, process: int):
@@ -124,8 +134,12 @@ class Soak:
 
     def drive(self) -> None:
         with open(self.place / "driver.log", "ab") as log:
-            self.driver = subprocess.Popen(self.command("disturbed"), stdout=log, stderr=subprocess.STDOUT,
-                                           env=os.environ | {"RAY_ADDRESS": self.machines.address})
+            self.driver = subprocess.Popen(
+                self.command("disturbed"),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"RAY_ADDRESS": self.machines.address},
+            )
 
     def log(self) -> list[str]:
         path = self.run_dir / "logs" / "worker-0.log"
@@ -266,11 +280,16 @@ class Soak:
         for fault, begun in self.faults:
             if begun <= restarts:
                 redone.setdefault(fault, []).append(self._redone(begun))
-        return {"steps": self.steps, "seconds": round(self.seconds),
-                "faults": dict(Counter(name for name, _ in self.faults)),
-                "restarts": restarts, "steps_redone": len(done) - len(set(done)), "redone_after": redone,
-                "same_bits": weights(self.run_dir) == weights(self.place / "runs" / "undisturbed"),
-                "same_metrics": metrics(self.run_dir) == metrics(self.place / "runs" / "undisturbed")}
+        return {
+            "steps": self.steps,
+            "seconds": round(self.seconds),
+            "faults": dict(Counter(name for name, _ in self.faults)),
+            "restarts": restarts,
+            "steps_redone": len(done) - len(set(done)),
+            "redone_after": redone,
+            "same_bits": weights(self.run_dir) == weights(self.place / "runs" / "undisturbed"),
+            "same_metrics": metrics(self.run_dir) == metrics(self.place / "runs" / "undisturbed"),
+        }
 
     def _redone(self, number: int) -> int:
         """Steps that restart ``number`` repeated."""
@@ -288,8 +307,11 @@ class Soak:
 def within_bounds(redone: dict[str, list[int]]) -> bool:
     """A fault repeats at most one checkpoint interval of steps. After a notice or SIGTERM, which leave time for a
     checkpoint, none is repeated."""
-    return all(steps <= (0 if fault in ("preemption", "terminate") else CHECKPOINT_EVERY)
-               for fault, counts in redone.items() for steps in counts)
+    return all(
+        steps <= (0 if fault in ("preemption", "terminate") else CHECKPOINT_EVERY)
+        for fault, counts in redone.items()
+        for steps in counts
+    )
 
 
 def weights(run_dir: Path) -> str:
@@ -304,11 +326,25 @@ def metrics(run_dir: Path) -> list[dict[str, float]]:
 def prepare(place: Path, steps: int, **train: object) -> None:
     model = make_model(place / "model")
     write_preferences(place / "a.jsonl", preferences(200))
-    tree = {"output": str(place / "runs"), "model": {"path": str(model), "dtype": "float32"},
-            "data": {"train": str(place / "a.jsonl")}, "cache": {"uri": str(place / "cache")},
-            "train": {"workers": 2, "pairs_per_step": 48, "lr": 1e-3, "steps": steps, "checkpoint_every": CHECKPOINT_EVERY,
-                      "tokens_per_batch": 512, "max_failures": -1, "max_preemptions": -1, "collective_timeout": 8,
-                      "preemption_every": 1} | train}
+    tree = {
+        "output": str(place / "runs"),
+        "model": {"path": str(model), "dtype": "float32"},
+        "data": {"train": str(place / "a.jsonl")},
+        "cache": {"uri": str(place / "cache")},
+        "train": {
+            "workers": 2,
+            "pairs_per_step": 48,
+            "lr": 1e-3,
+            "steps": steps,
+            "checkpoint_every": CHECKPOINT_EVERY,
+            "tokens_per_batch": 512,
+            "max_failures": -1,
+            "max_preemptions": -1,
+            "collective_timeout": 8,
+            "preemption_every": 1,
+        }
+        | train,
+    }
     (place / "config.yaml").write_text(yaml.safe_dump(tree))
 
 
@@ -324,8 +360,13 @@ def soak(place: Path, steps: int, faults: list[str], minutes: float = 0, seed: i
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(place), os.environ.get("PYTHONPATH")]))
     run = Soak(place, steps)
     try:
-        quiet = subprocess.run(run.command("undisturbed"), env=os.environ | {"RAY_ADDRESS": run.machines.address},
-                               capture_output=True, text=True, timeout=1200)
+        quiet = subprocess.run(
+            run.command("undisturbed"),
+            env=os.environ | {"RAY_ADDRESS": run.machines.address},
+            capture_output=True,
+            text=True,
+            timeout=1200,
+        )
         assert quiet.returncode == 0, quiet.stdout + quiet.stderr
         (place / "pace").write_text(str(pace))
         run.disturb(faults, minutes, seed)

@@ -12,8 +12,14 @@ from raydpo.cli.entry import main
 from raydpo.config import load_config
 from raydpo.errors import ConfigError
 
-FUNCTIONS = {"score": raydpo.score, "train": raydpo.train, "run": raydpo.run, "audit": raydpo.audit, "sweep": raydpo.sweep,
-             "eval": raydpo.evaluate}
+FUNCTIONS = {
+    "score": raydpo.score,
+    "train": raydpo.train,
+    "run": raydpo.run,
+    "audit": raydpo.audit,
+    "sweep": raydpo.sweep,
+    "eval": raydpo.evaluate,
+}
 SWEEP = ["sweep={grid: {train.lr: [1.0e-3, 1.0e-4]}}"]
 
 
@@ -24,13 +30,18 @@ def place(tmp_path_factory, tiny_llama):
     write_preferences(place / "a.jsonl", preferences(12))
     shutil.copytree(tiny_llama, place / "bare", ignore=shutil.ignore_patterns("*token*"))
     (place / "bad_functions.py").write_text(
-        "def not_a_number(prompt, answer): ...\nvalue = 3\ndef scalar(logps, config, beta): return logps.chosen.mean()\n")
+        "def not_a_number(prompt, answer): ...\nvalue = 3\ndef scalar(logps, config, beta): return logps.chosen.mean()\n"
+    )
     (place / "empty.jsonl").write_text("")
     (place / "nothing").mkdir()
     (place / "broken.parquet").write_text("no parquet")
-    tree = {"output": str(place / "runs"), "name": "checked", "model": {"path": str(tiny_llama), "dtype": "float32"},
-            "data": {"train": str(place / "a.jsonl"), "eval": {"fraction": 0.3}},
-            "evaluate": {"policy": str(tiny_llama)}}
+    tree = {
+        "output": str(place / "runs"),
+        "name": "checked",
+        "model": {"path": str(tiny_llama), "dtype": "float32"},
+        "data": {"train": str(place / "a.jsonl"), "eval": {"fraction": 0.3}},
+        "evaluate": {"policy": str(tiny_llama)},
+    }
     (place / "config.yaml").write_text(yaml.safe_dump(tree))
     return place
 
@@ -84,8 +95,9 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("verb", "settings", "said"), [
-    (verb, settings, said) for verbs, settings, said in BAD for verb in verbs])
+@pytest.mark.parametrize(
+    ("verb", "settings", "said"), [(verb, settings, said) for verbs, settings, said in BAD for verb in verbs]
+)
 def test_bad_input_is_refused_before_ray(verb, settings, said, place, no_ray, monkeypatch, capsys):
     monkeypatch.chdir(place)
     (place / "empty").mkdir(exist_ok=True)
@@ -100,11 +112,15 @@ def test_bad_input_is_refused_before_ray(verb, settings, said, place, no_ray, mo
     assert not (place / "runs" / "checked" / "run.json").exists()
 
 
-@pytest.mark.parametrize(("words", "said"), [
-    (["--model", "/nowhere/model", "--synthetic"], "--model is '/nowhere/model', but there is no such directory"),
-    (["--model", "{place}/empty", "--synthetic"], "model.safetensors"),
-    (["--model", "random-1b", "--data", "/nowhere/b.jsonl"], "--data is '/nowhere/b.jsonl', but there is no such file"),
-    (["--model", "random-1b"], "one of --data FILE and --synthetic")])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--model", "/nowhere/model", "--synthetic"], "--model is '/nowhere/model', but there is no such directory"),
+        (["--model", "{place}/empty", "--synthetic"], "model.safetensors"),
+        (["--model", "random-1b", "--data", "/nowhere/b.jsonl"], "--data is '/nowhere/b.jsonl', but there is no such file"),
+        (["--model", "random-1b"], "one of --data FILE and --synthetic"),
+    ],
+)
 def test_the_benchmark_refuses_bad_input_before_it_starts_a_process(words, said, place, no_ray, monkeypatch, capsys):
     from raydpo.benchmark import command
 

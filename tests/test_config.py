@@ -20,8 +20,11 @@ from raydpo.terminal.guard import guarded
 def tree(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "a.jsonl").write_text("{}\n")
-    return {"output": str(tmp_path / "runs"), "model": {"path": str(tmp_path / "model")},
-            "data": {"train": str(tmp_path / "a.jsonl")}}
+    return {
+        "output": str(tmp_path / "runs"),
+        "model": {"path": str(tmp_path / "model")},
+        "data": {"train": str(tmp_path / "a.jsonl")},
+    }
 
 
 def test_model_data_and_output_are_enough(tree):
@@ -55,16 +58,23 @@ ray: {{address: null}}
     file.write_text(text)
     config = load_config(file, ["train.beta=0.05", "train.lr=1e-6", "data.train.0.weight=2"])
     assert (config.train.beta, config.train.lr, config.data.train[0].weight) == (0.05, 1e-6, 2.0)
-    assert load_config(yaml.safe_load(config.to_yaml())) == config.model_copy(update={
-        "cache": config.cache, "name": config.run_name})
+    assert load_config(yaml.safe_load(config.to_yaml())) == config.model_copy(
+        update={"cache": config.cache, "name": config.run_name}
+    )
 
 
-@pytest.mark.parametrize(("override", "name", "text"), [
-    ("train.loss=[{sigmoid: 0.8}, {bco_pair: 0.2}, {sft: 1}]", "model-sigmoid+bco_pair+sft-beta0.1",
-     "0.8 sigmoid + 0.2 bco_pair + 1 sft"),
-    ("train.loss=my_losses.mine:squared", "model-squared-beta0.1", "my_losses.mine:squared"),
-    ("train.beta={start: 0.2, end: 0.05, schedule: cosine}", "model-sigmoid-beta0.2-0.05", "sigmoid"),
-])
+@pytest.mark.parametrize(
+    ("override", "name", "text"),
+    [
+        (
+            "train.loss=[{sigmoid: 0.8}, {bco_pair: 0.2}, {sft: 1}]",
+            "model-sigmoid+bco_pair+sft-beta0.1",
+            "0.8 sigmoid + 0.2 bco_pair + 1 sft",
+        ),
+        ("train.loss=my_losses.mine:squared", "model-squared-beta0.1", "my_losses.mine:squared"),
+        ("train.beta={start: 0.2, end: 0.05, schedule: cosine}", "model-sigmoid-beta0.2-0.05", "sigmoid"),
+    ],
+)
 def test_losses_and_betas_of_all_kinds_have_a_name_and_survive_yaml(override, name, text, tree):
     config = load_config(tree, [override])
     assert (config.run_name, config.train.loss_text) == (name, text)
@@ -91,53 +101,56 @@ def test_it_is_frozen(tree):
         load_config(tree).train.beta = 1.0
 
 
-@pytest.mark.parametrize(("override", "said"), [
-    ("train.bata=1", ["train.bata", "1", "did you mean 'train.beta'"]),
-    ("beta=0.2", ["'beta'", "0.2", "did you mean 'train.beta'"]),
-    ("train.loss=sigmod", ["train.loss", "sigmod", "did you mean 'sigmoid'"]),
-    ("train.zero=5", ["train.zero", "5", "0, 1, 2 or 3"]),
-    ("train.beta=-1", ["train.beta", "-1", "greater than 0"]),
-    ("train.beta=.nan", ["train.beta", "nan"]),
-    ("train.zero=true", ["train.zero", "number", "not true or false"]),
-    ("train.epochs=1:30", ["train.epochs", "'1:30'", "integer"]),
-    ("train.seed=1:30", ["train.seed", "'1:30'", "integer"]),
-    ("train.warmup=1:30.5", ["train.warmup", "'1:30.5'", "number"]),
-    ("train.gpus_per_worker=1.5", ["gpus_per_worker 1.5", "1, or 2"]),
-    ("score.gpus_per_worker=2.5", ["gpus_per_worker 2.5", "1, or 3"]),
-    ("output=''", ["'output'", "empty", "variable"]),
-    ("output=//", ["'output'", "'//'", "root of the disk", "variable"]),
-    ("cache.uri=''", ["'cache.uri'", "empty"]),
-    ("data.train=''", ["data.train.0.path", "empty"]),
-    ("train.workers=true", ["train.workers", "number"]),
-    ("train.workers=two", ["train.workers", "two", "integer"]),
-    ("train=3", ["'train'", "3", "pairs_per_step"]),
-    ("train.label_smoothing=0.1 train.loss=ipo", ["label_smoothing 0.1", "ipo", "set it to 0", "robust"]),
-    ("train.loss=hinge train.label_smoothing=0.1", ["label_smoothing 0.1", "'hinge'"]),
-    ("train.discopop_tau=0.1", ["discopop_tau 0.1", "'sigmoid'", "uses it (discopop)"]),
-    ("train.loss=sft train.beta=0.3", ["beta 0.3", "'sft'"]),
-    ("train.loss=[{sigmoid: 1}, {bco_pair: 1}] train.f_divergence_type=forward_kl", ["forward_kl", "'bco_pair'"]),
-    ("train.f_alpha_divergence_coef=0.3", ["f_alpha_divergence_coef 0.3", "alpha_divergence"]),
-    ("train.loss=aot train.use_weighting=true", ["use_weighting True", "'aot'"]),
-    ("train.loss=exo_pair", ["label_smoothing", "0.001"]),
-    ("train.dynamic_beta_momentum=0.5", ["dynamic_beta_momentum 0.5", "dynamic_beta"]),
-    ("train.loss=[{sigmod: 1}]", ["train.loss", "did you mean 'sigmoid'"]),
-    ("train.loss=[{sigmoid: -1}]", ["train.loss", "-1", "above 0"]),
-    ("train.loss=[{sigmoid: 1}, {sigmoid: 2}]", ["train.loss", "'sigmoid'", "twice"]),
-    ("train.beta={start: 0.2, end: -1}", ["train.beta.end", "-1", "greater than 0"]),
-    ("train.beta={start: 0.2, end: 0.2}", ["beta: 0.2"]),
-    ("train.loss=aot data.weight_column=importance", ["weight_column", "importance", "'aot'"]),
-    ("train.loss=bco_pair data.margin_column=gap", ["margin_column", "gap", "'bco_pair'"]),
-    ("train.steps=5 train.epochs=3", ["steps (5)", "epochs (3)"]),
-    ("train.gpus_per_worker=0.5 train.workers=2", ["0.5", "whole GPU"]),
-    ("model.lora={dropout: 0.1}", ["dropout is 0.1", "set it to 0"]),
-    ("name=../elsewhere", ["'name'", "../elsewhere", "letters"]),
-    ("data.train=nowhere.jsonl", ["data.train.0.path", "nowhere.jsonl", "no such file"]),
-    ("data.train=[]", ["data.train", "at least one"]),
-    ("data.eval={path: x, fraction: 0.1}", ["x", "0.1", "keep one"]),
-    ("model.path=/nowhere/at/all", ["model.path", "/nowhere/at/all", "no such directory"]),
-    ("data.train.3.weight=2", ["data.train.3.weight", "entry 3"]),
-    ("train.beta", ["train.beta", "key.sub=value"]),
-])
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.bata=1", ["train.bata", "1", "did you mean 'train.beta'"]),
+        ("beta=0.2", ["'beta'", "0.2", "did you mean 'train.beta'"]),
+        ("train.loss=sigmod", ["train.loss", "sigmod", "did you mean 'sigmoid'"]),
+        ("train.zero=5", ["train.zero", "5", "0, 1, 2 or 3"]),
+        ("train.beta=-1", ["train.beta", "-1", "greater than 0"]),
+        ("train.beta=.nan", ["train.beta", "nan"]),
+        ("train.zero=true", ["train.zero", "number", "not true or false"]),
+        ("train.epochs=1:30", ["train.epochs", "'1:30'", "integer"]),
+        ("train.seed=1:30", ["train.seed", "'1:30'", "integer"]),
+        ("train.warmup=1:30.5", ["train.warmup", "'1:30.5'", "number"]),
+        ("train.gpus_per_worker=1.5", ["gpus_per_worker 1.5", "1, or 2"]),
+        ("score.gpus_per_worker=2.5", ["gpus_per_worker 2.5", "1, or 3"]),
+        ("output=''", ["'output'", "empty", "variable"]),
+        ("output=//", ["'output'", "'//'", "root of the disk", "variable"]),
+        ("cache.uri=''", ["'cache.uri'", "empty"]),
+        ("data.train=''", ["data.train.0.path", "empty"]),
+        ("train.workers=true", ["train.workers", "number"]),
+        ("train.workers=two", ["train.workers", "two", "integer"]),
+        ("train=3", ["'train'", "3", "pairs_per_step"]),
+        ("train.label_smoothing=0.1 train.loss=ipo", ["label_smoothing 0.1", "ipo", "set it to 0", "robust"]),
+        ("train.loss=hinge train.label_smoothing=0.1", ["label_smoothing 0.1", "'hinge'"]),
+        ("train.discopop_tau=0.1", ["discopop_tau 0.1", "'sigmoid'", "uses it (discopop)"]),
+        ("train.loss=sft train.beta=0.3", ["beta 0.3", "'sft'"]),
+        ("train.loss=[{sigmoid: 1}, {bco_pair: 1}] train.f_divergence_type=forward_kl", ["forward_kl", "'bco_pair'"]),
+        ("train.f_alpha_divergence_coef=0.3", ["f_alpha_divergence_coef 0.3", "alpha_divergence"]),
+        ("train.loss=aot train.use_weighting=true", ["use_weighting True", "'aot'"]),
+        ("train.loss=exo_pair", ["label_smoothing", "0.001"]),
+        ("train.dynamic_beta_momentum=0.5", ["dynamic_beta_momentum 0.5", "dynamic_beta"]),
+        ("train.loss=[{sigmod: 1}]", ["train.loss", "did you mean 'sigmoid'"]),
+        ("train.loss=[{sigmoid: -1}]", ["train.loss", "-1", "above 0"]),
+        ("train.loss=[{sigmoid: 1}, {sigmoid: 2}]", ["train.loss", "'sigmoid'", "twice"]),
+        ("train.beta={start: 0.2, end: -1}", ["train.beta.end", "-1", "greater than 0"]),
+        ("train.beta={start: 0.2, end: 0.2}", ["beta: 0.2"]),
+        ("train.loss=aot data.weight_column=importance", ["weight_column", "importance", "'aot'"]),
+        ("train.loss=bco_pair data.margin_column=gap", ["margin_column", "gap", "'bco_pair'"]),
+        ("train.steps=5 train.epochs=3", ["steps (5)", "epochs (3)"]),
+        ("train.gpus_per_worker=0.5 train.workers=2", ["0.5", "whole GPU"]),
+        ("model.lora={dropout: 0.1}", ["dropout is 0.1", "set it to 0"]),
+        ("name=../elsewhere", ["'name'", "../elsewhere", "letters"]),
+        ("data.train=nowhere.jsonl", ["data.train.0.path", "nowhere.jsonl", "no such file"]),
+        ("data.train=[]", ["data.train", "at least one"]),
+        ("data.eval={path: x, fraction: 0.1}", ["x", "0.1", "keep one"]),
+        ("model.path=/nowhere/at/all", ["model.path", "/nowhere/at/all", "no such directory"]),
+        ("data.train.3.weight=2", ["data.train.3.weight", "entry 3"]),
+        ("train.beta", ["train.beta", "key.sub=value"]),
+    ],
+)
 def test_bad_input_names_key_value_and_fix(override, said, tree):
     tree["data"]["train"] = [tree["data"]["train"]]
     with pytest.raises(ConfigError) as caught:
@@ -146,35 +159,62 @@ def test_bad_input_names_key_value_and_fix(override, said, tree):
         assert piece in str(caught.value), str(caught.value)
 
 
-@pytest.mark.parametrize("words", [
-    ["train", "c.yaml", "name=a", "--fresh", "train.beta=0.2"], ["train", "--fresh", "c.yaml", "name=a", "train.beta=0.2"],
-    ["submit", "run", "c.yaml", "name=a", "--no-wait", "train.beta=0.2", "--include", "a=b.jsonl"],
-    ["plan", "c.yaml", "name=a", "--workers", "2", "train.beta=0.2", "--json"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "c.yaml", "name=a", "--fresh", "train.beta=0.2"],
+        ["train", "--fresh", "c.yaml", "name=a", "train.beta=0.2"],
+        ["submit", "run", "c.yaml", "name=a", "--no-wait", "train.beta=0.2", "--include", "a=b.jsonl"],
+        ["plan", "c.yaml", "name=a", "--workers", "2", "train.beta=0.2", "--json"],
+    ],
+)
 def test_settings_may_stand_on_either_side_of_an_option(words):
     args = parsed(words)
     assert args.config == "c.yaml" and args.overrides == ["name=a", "train.beta=0.2"]
 
 
-@pytest.mark.parametrize("words", [
-    ["train", "c.yaml", "name=a", "--frsh"], ["train", "c.yaml", "--fresh", "train.beta"], ["jobs", "ls", "train.beta=0.2"],
-    ["train", "c.yaml", "--fresh", "train.beta=0.2", "--learning-rate=1"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "c.yaml", "name=a", "--frsh"],
+        ["train", "c.yaml", "--fresh", "train.beta"],
+        ["jobs", "ls", "train.beta=0.2"],
+        ["train", "c.yaml", "--fresh", "train.beta=0.2", "--learning-rate=1"],
+    ],
+)
 def test_what_is_neither_setting_nor_option_is_refused(words, capsys):
     with pytest.raises(SystemExit, match="2"):
         parsed(words)
     assert "unrecognized arguments: " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("overrides", [
-    ["cache=s3://AKIAEXAMPLE:SECRET@bucket/cache"],
-    ["data.eval.path=s3://AK:SECRET@b/x.jsonl", "data.eval.fraction=0.5"],
-    ["track.wandb.api_key=SECRET"], ["model.token=SECRET"], ["model.hf_token=SECRET"], ["secrets={wandb: SECRET}"],
-    ["name={password: SECRET}"], ["name=[{account_key: SECRET}]"], ["evaluate.judge.api_key=SECRET"],
-    ["evaluate.judge.key.file=SECRET", "evaluate.judge.key=SECRET", "evaluate.judge.key.file=other"],
-    ["track.wandb.token=SECRET", "track.wandb.token.of=me"], ["model.token=[SECRET"], ["wandb-api-key=SECRET"],
-    ["train.loss=s3://AK:SECRET@bucket/x"], ["train.zero=https://SECRET@host/x"], ["train.zero=https://host/x?SECRET"],
-    ["data.train.0.path=[https://host/x?sig=SECRET]"], ["model.adapter=hf_" + "SECRET" * 6],
-    ["model.path=hf_" + "SECRET" * 6], ["hf_" + "SECRET" * 6], ["train.loss=[{s3://AK:SECRET@b: 1}]"],
-], ids=lambda overrides: overrides[-1].partition("=")[0][:24])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["cache=s3://AKIAEXAMPLE:SECRET@bucket/cache"],
+        ["data.eval.path=s3://AK:SECRET@b/x.jsonl", "data.eval.fraction=0.5"],
+        ["track.wandb.api_key=SECRET"],
+        ["model.token=SECRET"],
+        ["model.hf_token=SECRET"],
+        ["secrets={wandb: SECRET}"],
+        ["name={password: SECRET}"],
+        ["name=[{account_key: SECRET}]"],
+        ["evaluate.judge.api_key=SECRET"],
+        ["evaluate.judge.key.file=SECRET", "evaluate.judge.key=SECRET", "evaluate.judge.key.file=other"],
+        ["track.wandb.token=SECRET", "track.wandb.token.of=me"],
+        ["model.token=[SECRET"],
+        ["wandb-api-key=SECRET"],
+        ["train.loss=s3://AK:SECRET@bucket/x"],
+        ["train.zero=https://SECRET@host/x"],
+        ["train.zero=https://host/x?SECRET"],
+        ["data.train.0.path=[https://host/x?sig=SECRET]"],
+        ["model.adapter=hf_" + "SECRET" * 6],
+        ["model.path=hf_" + "SECRET" * 6],
+        ["hf_" + "SECRET" * 6],
+        ["train.loss=[{s3://AK:SECRET@b: 1}]"],
+    ],
+    ids=lambda overrides: overrides[-1].partition("=")[0][:24],
+)
 def test_a_mistake_beside_a_secret_does_not_tell_it(tree, overrides):
     tree["data"]["train"] = [{"path": tree["data"]["train"]}]
     with pytest.raises(ConfigError) as caught:
@@ -212,9 +252,19 @@ def test_an_error_of_any_kind_is_told_without_the_secrets_in_it(capsys):
 
 def test_numbers_are_what_they_look_like(tree):
     """PyYAML follows YAML 1.1, in which 010 is 8."""
-    config = load_config(tree, ["train.epochs=010", "train.seed=-0_0", "train.pairs_per_step=0x10", "train.lr=1.0e-5",
-                                "train.weight_decay=1e-2", "name=2026-01-31", "score.gpus_per_worker=2.0",
-                                "train.gpus_per_worker=.5"])
+    config = load_config(
+        tree,
+        [
+            "train.epochs=010",
+            "train.seed=-0_0",
+            "train.pairs_per_step=0x10",
+            "train.lr=1.0e-5",
+            "train.weight_decay=1e-2",
+            "name=2026-01-31",
+            "score.gpus_per_worker=2.0",
+            "train.gpus_per_worker=.5",
+        ],
+    )
     train = config.train
     assert (train.epochs, train.seed, train.pairs_per_step, train.lr, train.weight_decay) == (10, 0, 16, 1e-5, 0.01)
     assert config.name == "2026-01-31" and config.score.gpus_per_worker == 2 and train.gpus_per_worker == 0.5
@@ -242,8 +292,11 @@ def write(place, **trees):
 
 def test_a_file_is_what_differs_from_its_base(tree, tmp_path):
     (tmp_path / "below").mkdir()
-    write(tmp_path, root=tree | {"train": {"beta": 0.3, "lr": 1e-6, "zero": 3, "clip": 2.0}},
-          middle={"base": "root.yaml", "train": {"beta": 0.2, "clip": None}, "model": {"freeze": ["embed", "norm"]}})
+    write(
+        tmp_path,
+        root=tree | {"train": {"beta": 0.3, "lr": 1e-6, "zero": 3, "clip": 2.0}},
+        middle={"base": "root.yaml", "train": {"beta": 0.2, "clip": None}, "model": {"freeze": ["embed", "norm"]}},
+    )
     write(tmp_path / "below", leaf={"base": "../middle.yaml", "train": {"zero": 1}, "model": {"freeze": ["head"]}})
     config = load_config(tmp_path / "below" / "leaf.yaml", ["train.lr=2e-6"])
     assert (config.train.beta, config.train.zero, config.train.lr, config.train.clip) == (0.2, 1, 2e-6, None)
@@ -253,8 +306,13 @@ def test_a_file_is_what_differs_from_its_base(tree, tmp_path):
 
 
 def test_a_base_in_a_circle_is_refused(tree, tmp_path):
-    write(tmp_path, a=tree | {"base": "b.yaml"}, b={"base": "c.yaml"}, c={"base": str(tmp_path / "b.yaml")},
-          me={"base": "./me.yaml"})
+    write(
+        tmp_path,
+        a=tree | {"base": "b.yaml"},
+        b={"base": "c.yaml"},
+        c={"base": str(tmp_path / "b.yaml")},
+        me={"base": "./me.yaml"},
+    )
     with pytest.raises(ConfigError, match=r"circular: \S*a\.yaml -> \S*b\.yaml -> \S*c\.yaml -> \S*b\.yaml"):
         load_config(tmp_path / "a.yaml")
     with pytest.raises(ConfigError, match=r"circular: \S*me\.yaml -> \S*me\.yaml"):
@@ -270,8 +328,12 @@ def test_a_base_that_is_not_there_is_named(tree, tmp_path):
 
 
 def test_a_section_may_replace_a_value_and_the_reverse(tree, tmp_path):
-    write(tmp_path, a=tree, b={"base": "a.yaml", "data": {"train": [{"path": tree["data"]["train"], "weight": 2.0}]}},
-          c={"base": "b.yaml", "model": tree["model"]["path"]})
+    write(
+        tmp_path,
+        a=tree,
+        b={"base": "a.yaml", "data": {"train": [{"path": tree["data"]["train"], "weight": 2.0}]}},
+        c={"base": "b.yaml", "model": tree["model"]["path"]},
+    )
     assert load_config(tmp_path / "b.yaml").data.train[0].weight == 2.0
     with pytest.raises(ConfigError, match=r"'model' is .* expected a section"):
         load_config(tmp_path / "c.yaml")
@@ -282,8 +344,11 @@ def test_every_field_is_documented():
     undocumented, documented = [], 0
     for file in Path(raydpo.config.__file__).parent.glob("*.py"):
         for section in ast.walk(ast.parse(file.read_text())):
-            if not isinstance(section, ast.ClassDef) or section.name == "Config" \
-                    or not {"Section", "ObjectiveConfig"} & set(map(ast.unparse, section.bases)):
+            if (
+                not isinstance(section, ast.ClassDef)
+                or section.name == "Config"
+                or not {"Section", "ObjectiveConfig"} & set(map(ast.unparse, section.bases))
+            ):
                 continue
             for field, below in itertools.pairwise([*section.body, ast.Pass()]):
                 if isinstance(field, ast.AnnAssign) and not field.target.id.startswith("_"):
@@ -299,23 +364,39 @@ def test_checks_in_a_bare_environment(tree, tmp_path):
 
     bare = tmp_path / "site"
     bare.mkdir()
-    light = ("pydantic", "pydantic_core", "annotated_types", "typing_extensions", "typing_inspection", "yaml", "rich",
-             "pygments", "markdown_it", "mdurl", "raydpo")
+    light = (
+        "pydantic",
+        "pydantic_core",
+        "annotated_types",
+        "typing_extensions",
+        "typing_inspection",
+        "yaml",
+        "rich",
+        "pygments",
+        "markdown_it",
+        "mdurl",
+        "raydpo",
+    )
     for name in light:
         origin = Path(importlib.util.find_spec(name).origin)
         source = origin.parent if origin.name == "__init__.py" else origin
         os.symlink(source, bare / source.name)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree | {"train": {"bata": 1}}))
-    program = ("import sys, raydpo, raydpo.cli.entry\n"
-               "assert not {'torch', 'ray', 'deepspeed', 'numpy', 'pyarrow'} & set(sys.modules)\n"
-               "for heavy in ('torch', 'ray', 'deepspeed'):\n"
-               "    try: __import__(heavy)\n"
-               "    except ImportError: continue\n"
-               "    raise SystemExit('not bare: ' + heavy)\n"
-               f"print(raydpo.load_config({tree!r}).run_name)\n"
-               f"raise SystemExit(raydpo.cli.entry.main(['train', {str(tmp_path / 'config.yaml')!r}]))\n")
-    result = subprocess.run([sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {str(bare)!r})\n{program}"],
-                            capture_output=True, text=True)
+    program = (
+        "import sys, raydpo, raydpo.cli.entry\n"
+        "assert not {'torch', 'ray', 'deepspeed', 'numpy', 'pyarrow'} & set(sys.modules)\n"
+        "for heavy in ('torch', 'ray', 'deepspeed'):\n"
+        "    try: __import__(heavy)\n"
+        "    except ImportError: continue\n"
+        "    raise SystemExit('not bare: ' + heavy)\n"
+        f"print(raydpo.load_config({tree!r}).run_name)\n"
+        f"raise SystemExit(raydpo.cli.entry.main(['train', {str(tmp_path / 'config.yaml')!r}]))\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {str(bare)!r})\n{program}"],
+        capture_output=True,
+        text=True,
+    )
     assert result.stdout.strip() == "model-sigmoid-beta0.1", result.stderr
     assert result.returncode == 2 and "did you mean 'train.beta'" in result.stderr
 
@@ -323,10 +404,14 @@ def test_checks_in_a_bare_environment(tree, tmp_path):
 def test_help_and_a_wrong_setting_import_little(tree, tmp_path):
     """So both answer in a fraction of a second."""
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree | {"train": {"bata": 1}}))
-    for words, status, unused in (("['--help']", 0, {"pydantic", "rich", "yaml", "asyncio"}),
-                                  (f"['run', {str(tmp_path / 'config.yaml')!r}]", 2, {"rich", "asyncio", "numpy"})):
-        program = ("import sys\nfrom raydpo.cli.entry import main\n"
-                   f"try: status = main({words})\nexcept SystemExit as ended: status = ended.code or 0\n"
-                   f"raise SystemExit(f'imported: {{found}}' if (found := {unused!r} & set(sys.modules)) else status)\n")
+    for words, status, unused in (
+        ("['--help']", 0, {"pydantic", "rich", "yaml", "asyncio"}),
+        (f"['run', {str(tmp_path / 'config.yaml')!r}]", 2, {"rich", "asyncio", "numpy"}),
+    ):
+        program = (
+            "import sys\nfrom raydpo.cli.entry import main\n"
+            f"try: status = main({words})\nexcept SystemExit as ended: status = ended.code or 0\n"
+            f"raise SystemExit(f'imported: {{found}}' if (found := {unused!r} & set(sys.modules)) else status)\n"
+        )
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
         assert done.returncode == status, done.stderr

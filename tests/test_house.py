@@ -19,14 +19,26 @@ PACKAGE = ROOT / "raydpo"
 ROOT_FILES = {"__init__.py", "errors.py", "version.py"}
 INIT_WITH_CODE = {"raydpo", "raydpo/audits", "raydpo/cli", "raydpo/config", "raydpo/losses", "raydpo/reports"}
 """Packages whose ``__init__.py`` may export names. All others hold a docstring only."""
-RUN_FILES = ("audit.html", "audit.json", "checkpoint_manager_snapshot.json", "eval.parquet", "evaluation.json",
-             "metrics.parquet", "report.html", "run.json", "samples.parquet", "summary.json", "sweep.json")
+RUN_FILES = (
+    "audit.html",
+    "audit.json",
+    "checkpoint_manager_snapshot.json",
+    "eval.parquet",
+    "evaluation.json",
+    "metrics.parquet",
+    "report.html",
+    "run.json",
+    "samples.parquet",
+    "summary.json",
+    "sweep.json",
+)
 """Names of files of a run directory. ``config.yaml`` is not among them: a user's own file has that name, too."""
 KNOWS_RUN_FILES = ("*/directory.py", "submit/package.py")
 MOST_ROOMS, MOST_LINES = 27, 600
 
 
 # -- what is there --------------------------------------------------------------------------------------------------------
+
 
 def modules(package: Path = PACKAGE) -> dict[str, Path]:
     """Dotted name -> file of every module."""
@@ -39,8 +51,10 @@ def modules(package: Path = PACKAGE) -> dict[str, Path]:
 
 def arrows(files: dict[str, Path]) -> dict[str, set[str]]:
     """Module -> modules that it imports anywhere in its file, by absolute or relative import."""
-    return {name: {target for target, _ in imported(name, file, files) if target in files and target != name}
-            for name, file in files.items()}
+    return {
+        name: {target for target, _ in imported(name, file, files) if target in files and target != name}
+        for name, file in files.items()
+    }
 
 
 def imported(name: str, file: Path, known: dict[str, Path]) -> Iterator[tuple[str, int]]:
@@ -80,13 +94,17 @@ def floors() -> list[set[str]]:
 def upward(imports: dict[str, set[str]], floors: list[set[str]]) -> list[str]:
     """Arrows to a room on the same floor or a higher one, one line each."""
     floor = {name: number for number, names in enumerate(floors, 1) for name in names}
-    return [f"{one} (floor {floor.get(room(one), '?')}) -> {other} (floor {floor.get(room(other), '?')})"
-            for one, others in sorted(imports.items()) for other in sorted(others)
-            if room(one) != room(other) and floor.get(room(other), 99) >= floor.get(room(one), 0)]
+    return [
+        f"{one} (floor {floor.get(room(one), '?')}) -> {other} (floor {floor.get(room(other), '?')})"
+        for one, others in sorted(imports.items())
+        for other in sorted(others)
+        if room(one) != room(other) and floor.get(room(other), 99) >= floor.get(room(one), 0)
+    ]
 
 
 def circles(imports: dict[str, set[str]]) -> list[list[str]]:
     """Groups of files that import each other directly or through others."""
+
     def reached(start: str) -> set[str]:
         seen, todo = set(), [start]
         while todo:
@@ -96,16 +114,22 @@ def circles(imports: dict[str, set[str]]) -> list[list[str]]:
         return seen
 
     reach = {name: reached(name) for name in imports}
-    groups = {tuple(sorted({other for other in reach[name] if name in reach[other]} | {name}))
-              for name in imports if name in reach[name]}
+    groups = {
+        tuple(sorted({other for other in reach[name] if name in reach[other]} | {name}))
+        for name in imports
+        if name in reach[name]
+    }
     return [list(group) for group in sorted(groups)]
 
 
 def texts(tree: ast.AST) -> Iterator[ast.Constant]:
     """String constants that are values: no docstrings."""
     prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
-    return (node for node in ast.walk(tree)
-            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose)
+    return (
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose
+    )
 
 
 def shown(problems: list[str], what: str) -> None:
@@ -114,12 +138,20 @@ def shown(problems: list[str], what: str) -> None:
 
 # -- the rules ------------------------------------------------------------------------------------------------------------
 
+
 def test_every_module_that_is_imported_exists():
     """In the package, the jobs and the tests; inside functions, too, where an error shows only when they are called."""
     files = modules()
     others = {str(file): file for place in ("jobs", "tests") for file in (ROOT / place).rglob("*.py")}
-    shown([f"{file.relative_to(ROOT)}:{line}: {module}" for name, file in (files | others).items()
-           for module, line in imported(name, file, files) if module not in files], "import(s) of no module")
+    shown(
+        [
+            f"{file.relative_to(ROOT)}:{line}: {module}"
+            for name, file in (files | others).items()
+            for module, line in imported(name, file, files)
+            if module not in files
+        ],
+        "import(s) of no module",
+    )
 
 
 def test_no_import_runs_upward():
@@ -128,15 +160,23 @@ def test_no_import_runs_upward():
 
 def test_every_room_has_a_floor():
     named, there = set().union(*floors()), {room(module) for module in modules()}
-    shown([f"{name}: no floor in pyproject.toml" for name in sorted(there - named)] +
-          [f"{name}: a floor in pyproject.toml, but no such room" for name in sorted(named - there)], "room(s)")
+    shown(
+        [f"{name}: no floor in pyproject.toml" for name in sorted(there - named)]
+        + [f"{name}: a floor in pyproject.toml, but no such room" for name in sorted(named - there)],
+        "room(s)",
+    )
 
 
 def test_no_files_import_each_other():
     imports = arrows(modules())
-    shown([f"{', '.join(group)}:\n  " + "\n  ".join(f"{one} -> {other}" for one in group
-                                                  for other in sorted(imports[one] & set(group)))
-           for group in circles(imports)], "circle(s) of imports")
+    shown(
+        [
+            f"{', '.join(group)}:\n  "
+            + "\n  ".join(f"{one} -> {other}" for one in group for other in sorted(imports[one] & set(group)))
+            for group in circles(imports)
+        ],
+        "circle(s) of imports",
+    )
 
 
 def test_few_rooms_and_no_loose_file():
@@ -151,8 +191,12 @@ def test_no_docstring_begins_with_of():
     problems = []
     for file in [*PACKAGE.rglob("*.py"), *(ROOT / "tests").rglob("*.py"), *(ROOT / "jobs").rglob("*.py")]:
         for node in ast.walk(ast.parse(file.read_text(), str(file))):
-            if (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
-                    and re.match(r"\s*Of\b", node.value.value)):
+            if (
+                isinstance(node, ast.Expr)
+                and isinstance(node.value, ast.Constant)
+                and isinstance(node.value.value, str)
+                and re.match(r"\s*Of\b", node.value.value)
+            ):
                 problems.append(f"{file.relative_to(ROOT)}:{node.lineno}: {node.value.value.strip().splitlines()[0]}")
     shown(problems, "docstring(s) that do not begin with what the thing is or does")
 
@@ -169,26 +213,35 @@ def test_the_readme_is_short_and_begins_with_a_command():
 def test_each_page_of_the_guide_is_short():
     lengths = {file.name: len(file.read_text().splitlines()) for file in (PACKAGE / "guide").rglob("*.md")}
     assert lengths
-    shown([f"{name}: {length} lines" for name, length in sorted(lengths.items()) if length > 250],
-          "page(s) of more than 250 lines")
+    shown(
+        [f"{name}: {length} lines" for name, length in sorted(lengths.items()) if length > 250],
+        "page(s) of more than 250 lines",
+    )
 
 
 def test_files_of_a_run_directory_are_named_in_one_place():
     name = re.compile(rf"(^|/)({'|'.join(map(re.escape, RUN_FILES))})$")
     assert any(file for file in PACKAGE.glob(KNOWS_RUN_FILES[0])), "no raydpo/*/directory.py that names them"
-    shown([f"{file.relative_to(ROOT)}:{text.lineno}: {text.value!r}" for file in modules().values()
-           if not any(file.relative_to(PACKAGE).match(pattern) for pattern in KNOWS_RUN_FILES)
-           for text in texts(ast.parse(file.read_text())) if name.search(text.value)],
-          "file name(s) of a run directory outside of raydpo/*/directory.py")
+    shown(
+        [
+            f"{file.relative_to(ROOT)}:{text.lineno}: {text.value!r}"
+            for file in modules().values()
+            if not any(file.relative_to(PACKAGE).match(pattern) for pattern in KNOWS_RUN_FILES)
+            for text in texts(ast.parse(file.read_text()))
+            if name.search(text.value)
+        ],
+        "file name(s) of a run directory outside of raydpo/*/directory.py",
+    )
 
 
 def test_no_file_is_long():
     lengths = {file: len(file.read_text().splitlines()) for file in modules().values()}
-    shown([f"{file.relative_to(ROOT)}: {length} lines" for file, length in lengths.items() if length > MOST_LINES],
-          f"file(s) of more than {MOST_LINES} lines")
+    shown(
+        [f"{file.relative_to(ROOT)}: {length} lines" for file, length in lengths.items() if length > MOST_LINES],
+        f"file(s) of more than {MOST_LINES} lines",
+    )
 
 
-@pytest.mark.xfail(strict=False, reason="quickstart/__init__.py still holds code")
 def test_packages_begin_empty():
     problems = []
     for file in PACKAGE.rglob("__init__.py"):
@@ -202,20 +255,30 @@ def test_packages_begin_empty():
 def test_the_files_that_start_first_are_there():
     there = {file.stem for file in (ROOT / "tests").rglob("test_*.py")}
     wanted = ast.parse((ROOT / "tests" / "conftest.py").read_text())
-    (longest,) = [ast.literal_eval(node.value) for node in wanted.body if isinstance(node, ast.Assign)
-                  and getattr(node.targets[0], "id", None) == "LONGEST"]
+    (longest,) = [
+        ast.literal_eval(node.value)
+        for node in wanted.body
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "LONGEST"
+    ]
     shown(sorted(set(longest) - there), "name(s) in LONGEST of tests/conftest.py without a file")
 
 
 # -- the rules can fail ---------------------------------------------------------------------------------------------------
 
+
 @pytest.fixture
 def house(tmp_path):
     """A package of two floors in which every kind of import is wrong."""
-    sources = {"__init__": "", "low/__init__": "", "high/__init__": "", "side": "import house.low.b\n",
-               "low/a": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from house.high import c\n",
-               "low/b": "def late():\n    from . import d\n", "low/d": "from .b import late\n",
-               "high/c": "from house import low\nfrom house.low.a import x\nimport house.high\n"}
+    sources = {
+        "__init__": "",
+        "low/__init__": "",
+        "high/__init__": "",
+        "side": "import house.low.b\n",
+        "low/a": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from house.high import c\n",
+        "low/b": "def late():\n    from . import d\n",
+        "low/d": "from .b import late\n",
+        "high/c": "from house import low\nfrom house.low.a import x\nimport house.high\n",
+    }
     for name, source in sources.items():
         file = tmp_path / "house" / f"{name}.py"
         file.parent.mkdir(parents=True, exist_ok=True)

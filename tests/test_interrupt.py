@@ -11,7 +11,7 @@ from raydpo.terminal.interrupt import interruptible, sigterm_as_interrupt
 
 SCRIPT = """
 import sys, threading, time
-from raydpo.interrupt import interruptible
+from raydpo.terminal.interrupt import interruptible
 stop = threading.Event()
 def act():
     print("begun", flush=True)
@@ -23,8 +23,9 @@ interruptible(act, stop.set)
 
 
 def run(after, signals, pause=0.3):
-    process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(after)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(after)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "begun\n"
     for number in signals:
         process.send_signal(number)

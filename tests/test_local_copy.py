@@ -59,8 +59,10 @@ def test_many_at_once_see_no_torn_file(tmp_path_factory):
     content = b"good" * 100_000
     storage.write("one", content)
     seen = []
-    threads = [threading.Thread(target=lambda: seen.append(copies_in(storage, tmp_path).fetch("one", content.__eq__)))
-               for _ in range(12)]
+    threads = [
+        threading.Thread(target=lambda: seen.append(copies_in(storage, tmp_path).fetch("one", content.__eq__)))
+        for _ in range(12)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -106,7 +108,9 @@ def test_each_machine_has_a_copy_of_a_remote_directory_of_its_own(run, tmp_path,
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
     places.append(final.here())
     assert held(places[1]) == WHOLE and [place.split("/raydpo/")[0] for place in places] == [
-        str(tmp_path / "node"), str(tmp_path / "other")]
+        str(tmp_path / "node"),
+        str(tmp_path / "other"),
+    ]
 
 
 def test_a_run_that_was_trained_again_is_not_the_one_that_was_meant(run, tmp_path, monkeypatch):

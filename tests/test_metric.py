@@ -31,9 +31,11 @@ def tree(tmp_path):
     (tmp_path / "model").mkdir()
     for name in ("helpful", "harmless"):
         (tmp_path / f"{name}.jsonl").write_text("{}\n")
-    return {"output": str(tmp_path), "model": {"path": str(tmp_path / "model")},
-            "data": {"train": [str(tmp_path / f"{name}.jsonl") for name in ("helpful", "harmless")],
-                     "eval": {"fraction": 0.1}}}
+    return {
+        "output": str(tmp_path),
+        "model": {"path": str(tmp_path / "model")},
+        "data": {"train": [str(tmp_path / f"{name}.jsonl") for name in ("helpful", "harmless")], "eval": {"fraction": 0.1}},
+    }
 
 
 @pytest.mark.parametrize("metric", measured(["helpful", "harmless"]))

@@ -11,17 +11,29 @@ from tiny import preferences, write_preferences
 
 
 def raydpo(place, *arguments):
-    return subprocess.run([sys.executable, "-m", "raydpo.cli", "run", "config.yaml", *arguments], capture_output=True,
-                          text=True, timeout=400, cwd=place)
+    return subprocess.run(
+        [sys.executable, "-m", "raydpo.cli", "run", "config.yaml", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        cwd=place,
+    )
 
 
 @pytest.fixture
 def place(tmp_path, tiny_llama):
     write_preferences(tmp_path / "a.jsonl", preferences(12))
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump({
-        "name": "one", "output": str(tmp_path / "runs"), "model": {"path": str(tiny_llama), "dtype": "float32"},
-        "data": {"train": str(tmp_path / "a.jsonl"), "eval": {"fraction": 0.2}},
-        "train": {"pairs_per_step": 4, "lr": 1e-3, "steps": 2, "tokens_per_batch": 1024}}))
+    (tmp_path / "config.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "name": "one",
+                "output": str(tmp_path / "runs"),
+                "model": {"path": str(tiny_llama), "dtype": "float32"},
+                "data": {"train": str(tmp_path / "a.jsonl"), "eval": {"fraction": 0.2}},
+                "train": {"pairs_per_step": 4, "lr": 1e-3, "steps": 2, "tokens_per_batch": 1024},
+            }
+        )
+    )
     return tmp_path
 
 
@@ -46,8 +58,10 @@ def test_an_objective_without_a_reference_scores_nothing(place, on_cluster):
 @pytest.mark.slow
 def test_a_loss_by_import_path_trains_and_its_source_is_part_of_the_run(place, on_cluster):
     module = place / "my_losses.py"
-    module.write_text("def squared(logps, settings, beta):\n"
-                      "    return (logps.chosen_logratio - logps.rejected_logratio - 1 / (2 * beta)) ** 2\n")
+    module.write_text(
+        "def squared(logps, settings, beta):\n"
+        "    return (logps.chosen_logratio - logps.rejected_logratio - 1 / (2 * beta)) ** 2\n"
+    )
     done = raydpo(place, "train.loss=my_losses:squared")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "first loss 25.000" in done.stdout and "warning" not in done.stdout

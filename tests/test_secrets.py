@@ -31,18 +31,29 @@ def test_a_run_on_a_store_with_planted_credentials_tells_them_nowhere(tiny_llama
     # Logs of a run on a URI lie among temporary files; the path is short for Ray's sockets.
     with s3_server() as s3, tempfile.TemporaryDirectory(prefix="rds") as temporary:
         uri = s3.uri("secrets").replace("s3://", f"s3://{KEY}:{SECRET.replace('/', '%2F')}@")
-        tree = {"name": "one", "output": uri, "model": {"path": str(tiny_llama), "dtype": "float32"},
-                "data": {"train": str(tmp_path / "a.jsonl"), "eval": {"fraction": 0.2}},
-                "train": {"pairs_per_step": 8, "steps": 2, "tokens_per_batch": 512}}
+        tree = {
+            "name": "one",
+            "output": uri,
+            "model": {"path": str(tiny_llama), "dtype": "float32"},
+            "data": {"train": str(tmp_path / "a.jsonl"), "eval": {"fraction": 0.2}},
+            "train": {"pairs_per_step": 8, "steps": 2, "tokens_per_batch": 512},
+        }
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
-        done = subprocess.run([sys.executable, "-m", "raydpo.cli", "run", str(tmp_path / "config.yaml")], text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=280,
-                              env=os.environ | {"TMPDIR": temporary})
+        done = subprocess.run(
+            [sys.executable, "-m", "raydpo.cli", "run", str(tmp_path / "config.yaml")],
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=280,
+            env=os.environ | {"TMPDIR": temporary},
+        )
         assert done.returncode == 0, done.stdout
-        files = everything(uri) | {str(path): path.read_bytes() for path in Path(temporary).glob("raydpo-*/**/*")
-                                   if path.is_file()}
+        files = everything(uri) | {
+            str(path): path.read_bytes() for path in Path(temporary).glob("raydpo-*/**/*") if path.is_file()
+        }
     assert {"config.yaml", "summary.json", "report.html", "README.md", "driver.log"} <= {
-        path.rsplit("/", 1)[1] for path in files}
+        path.rsplit("/", 1)[1] for path in files
+    }
     told = {"output": done.stdout.encode()} | files
     for secret in (KEY, SECRET, SECRET.replace("/", "%2F"), "planted"):
         assert [name for name, content in told.items() if secret.encode() in content] == []
@@ -54,7 +65,7 @@ def test_a_ray_of_our_own_asks_for_a_token_and_has_no_dashboard(tmp_path, tiny_l
     program = f"""
 import os, ray
 from raydpo.config import load_config
-from raydpo.ray_runtime import session
+from raydpo.cluster.session import session
 with session(load_config({{"output": "{tmp_path}/runs", "model": {{"path": "{tiny_llama}"}},
                           "data": {{"train": "{tmp_path}/a.jsonl"}}}})):
     print(os.environ["RAY_AUTH_MODE"], ray._private.worker.global_worker.node.address_info["webui_url"],
@@ -66,7 +77,12 @@ with session(load_config({{"output": "{tmp_path}/runs", "model": {{"path": "{tin
     print("refused" if other.returncode and "oken" in other.stderr else other.stderr[-500:])
 """
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200,
-                          env=environment | {"HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[1])})
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=environment | {"HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[1])},
+    )
     assert done.returncode == 0 and done.stdout.split()[:1] == ["token"], done.stdout + done.stderr[-2000:]
     assert "8265" not in done.stdout and "refused" in done.stdout, done.stdout

@@ -22,8 +22,11 @@ from raydpo.storage.uri import carries_secret, redact
 
 @pytest.fixture(params=["local", "file", "memory"])
 def storage(request, tmp_path):
-    return Storage({"local": str(tmp_path / "place"), "file": f"file://{tmp_path}/place",
-                    "memory": f"memory://place-{time.time_ns()}"}[request.param])
+    return Storage(
+        {"local": str(tmp_path / "place"), "file": f"file://{tmp_path}/place", "memory": f"memory://place-{time.time_ns()}"}[
+            request.param
+        ]
+    )
 
 
 def test_written_is_read_and_listed(storage):
@@ -280,41 +283,58 @@ def test_probe_needs_a_writable_place(tmp_path):
 # ---- addresses
 
 
-@pytest.mark.parametrize(("uri", "shown"), [
-    ("/plain/path", "/plain/path"),
-    ("s3://bucket/cache", "s3://bucket/cache"),
-    ("s3://key:secret@bucket/cache", "s3://***@bucket/cache"),
-    ("-----BEGIN RSA PRIVATE KEY-----\nSECRET\n-----END RSA PRIVATE KEY-----\nbelow", "***\nbelow"),
-    ("-----BEGIN PRIVATE KEY-----\nSECRET", "***"),
-    ("s3://key:sec/r+t@bucket/cache", "s3://***@bucket/cache"),
-    ("s3://bucket/c?access_key=AK&region=eu&endpoint_override=h:9000&scheme=http",
-     "s3://bucket/c?access_key=***&region=eu&endpoint_override=h:9000&scheme=http"),
-    ("abfss://container@account.dfs.core.windows.net/c", "abfss://container@account.dfs.core.windows.net/c"),
-    ("https://host/c?sig=secret", "https://host/c?sig=***"),
-    ("https://secret@host/c", "https://***@host/c"),
-    ("https://host/c?secret", "https://host/c?***"),
-    ("https://host/c?sig=", "https://host/c?sig="),
-    ("https://host/c?region=eu&secret&sig=secret", "https://host/c?region=eu&***&sig=***"),
-])
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("/plain/path", "/plain/path"),
+        ("s3://bucket/cache", "s3://bucket/cache"),
+        ("s3://key:secret@bucket/cache", "s3://***@bucket/cache"),
+        ("-----BEGIN RSA PRIVATE KEY-----\nSECRET\n-----END RSA PRIVATE KEY-----\nbelow", "***\nbelow"),
+        ("-----BEGIN PRIVATE KEY-----\nSECRET", "***"),
+        ("s3://key:sec/r+t@bucket/cache", "s3://***@bucket/cache"),
+        (
+            "s3://bucket/c?access_key=AK&region=eu&endpoint_override=h:9000&scheme=http",
+            "s3://bucket/c?access_key=***&region=eu&endpoint_override=h:9000&scheme=http",
+        ),
+        ("abfss://container@account.dfs.core.windows.net/c", "abfss://container@account.dfs.core.windows.net/c"),
+        ("https://host/c?sig=secret", "https://host/c?sig=***"),
+        ("https://secret@host/c", "https://***@host/c"),
+        ("https://host/c?secret", "https://host/c?***"),
+        ("https://host/c?sig=", "https://host/c?sig="),
+        ("https://host/c?region=eu&secret&sig=secret", "https://host/c?region=eu&***&sig=***"),
+    ],
+)
 def test_redact(uri, shown):
     assert redact(uri) == shown and carries_secret(uri) == (shown != uri)
 
 
-@pytest.mark.parametrize("uri", [
-    "s3://key:SECRET@bucket/x?nonsense=1", "s3://key:SEC/RET@bucket/x", "s3://bucket/x?secret_key=SECRET",
-    "nosuch://host/x?SECRET&y=1", "abfss://user:SECRET@/x?y=1", "nosuch://user:SECRET@host/x", "ftp://user:SECRET@localhost:1/x"])
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "s3://key:SECRET@bucket/x?nonsense=1",
+        "s3://key:SEC/RET@bucket/x",
+        "s3://bucket/x?secret_key=SECRET",
+        "nosuch://host/x?SECRET&y=1",
+        "abfss://user:SECRET@/x?y=1",
+        "nosuch://user:SECRET@host/x",
+        "ftp://user:SECRET@localhost:1/x",
+    ],
+)
 def test_no_secret_in_an_error(uri):
     with pytest.raises(RaydpoError, match=r"^cannot open .*\*\*\*") as caught:
         Storage(uri)
     assert not any(secret in str(caught.value) for secret in ("SECRET", "SEC/RET", "user", "key:"))
 
 
-@pytest.mark.parametrize(("uri", "told"), [
-    ("s3://", "names no bucket; it should look like s3://bucket/path"),
-    ("s3://bucket/x?colour=blue", "Unexpected query parameter"),
-    ("file://relative/path", "cannot open file://relative/path"),
-    ("nosuch://x", "cannot open nosuch://x"),
-])
+@pytest.mark.parametrize(
+    ("uri", "told"),
+    [
+        ("s3://", "names no bucket; it should look like s3://bucket/path"),
+        ("s3://bucket/x?colour=blue", "Unexpected query parameter"),
+        ("file://relative/path", "cannot open file://relative/path"),
+        ("nosuch://x", "cannot open nosuch://x"),
+    ],
+)
 def test_an_address_that_cannot_be_meant(uri, told):
     with pytest.raises(ConfigError, match=told) as caught:
         Storage(uri)
@@ -360,8 +380,16 @@ def flaky(monkeypatch):
     Flaky.errors, Flaky.torn = [], 0
 
 
-@pytest.mark.parametrize("error", [ConnectError("reset"), TimeoutError("timed out"), OSError("HTTP 503"),
-                                   ConnectionResetError(104, "reset"), OSError("AUTH of SIGNATURE ACCESS_DENIED in a name")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectError("reset"),
+        TimeoutError("timed out"),
+        OSError("HTTP 503"),
+        ConnectionResetError(104, "reset"),
+        OSError("AUTH of SIGNATURE ACCESS_DENIED in a name"),
+    ],
+)
 def test_what_may_pass_is_tried_again(flaky, error):
     Flaky.errors = [error] * 3
     flaky.write("file", b"data")
@@ -372,13 +400,16 @@ def test_what_may_pass_is_tried_again(flaky, error):
     assert flaky.read("file") == b"data"
 
 
-@pytest.mark.parametrize(("error", "told"), [
-    (PermissionError("Forbidden"), "the store refuses, Forbidden. Check the bucket's name"),
-    (OSError("AWS Error ACCESS_DENIED during PutObject operation: no"), "the store refuses"),
-    (OSError("google::cloud::Status(PERMISSION_DENIED: no)"), "the store refuses"),
-    (NotImplementedError("read only"), "cannot write .*: read only"),
-    (ValueError("bad name"), "cannot write .*: bad name"),
-])
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (PermissionError("Forbidden"), "the store refuses, Forbidden. Check the bucket's name"),
+        (OSError("AWS Error ACCESS_DENIED during PutObject operation: no"), "the store refuses"),
+        (OSError("google::cloud::Status(PERMISSION_DENIED: no)"), "the store refuses"),
+        (NotImplementedError("read only"), "cannot write .*: read only"),
+        (ValueError("bad name"), "cannot write .*: bad name"),
+    ],
+)
 def test_what_will_not_pass_is_told_at_once(flaky, error, told):
     Flaky.errors = [error]
     with pytest.raises(RaydpoError, match=told):

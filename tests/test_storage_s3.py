@@ -33,8 +33,9 @@ def storage(s3):
 @pytest.fixture
 def hasty(storage, s3, monkeypatch):
     """The same place through a client that makes one attempt of its own, with three immediate retries of ours."""
-    storage.fs = pafs.S3FileSystem(endpoint_override=s3.address,
-                                   retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=1))
+    storage.fs = pafs.S3FileSystem(
+        endpoint_override=s3.address, retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=1)
+    )
     monkeypatch.setattr(storage_module, "WAITS", (0.001,) * 3)
     return storage
 
@@ -89,7 +90,8 @@ def test_failing_and_slow_requests_cost_time_alone(storage, s3):
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda number: storage.write(f"file-{number}", str(number).encode()), range(200)))
         assert list(pool.map(lambda number: storage.read(f"file-{number}"), range(200))) == [
-            str(number).encode() for number in range(200)]
+            str(number).encode() for number in range(200)
+        ]
     assert len(storage.list()) == 200
     assert s3.faults()["failed"] - before["failed"] > 20
 
@@ -117,8 +119,11 @@ def test_a_store_that_keeps_failing_is_one_readable_error_and_keeps_the_old(hast
     hasty.write("old", b"old")
     s3.faults(fail=1)
     for name in ("old", "new"):
-        with pytest.raises(RaydpoError, match=rf"cannot write {hasty}/{name}: the store failed 4 times in \d+ s, last "
-                           r"with .*on purpose.*Nothing stored is lost") as caught:
+        with pytest.raises(
+            RaydpoError,
+            match=rf"cannot write {hasty}/{name}: the store failed 4 times in \d+ s, last "
+            r"with .*on purpose.*Nothing stored is lost",
+        ) as caught:
             hasty.write(name, b"x" * size)
         assert "\n" not in str(caught.value)
     s3.heal()
@@ -152,8 +157,16 @@ def test_refusals_are_told_at_once_and_not_as_missing_files(storage, s3):
     storage.write("file", b"1")
     before = s3.faults(deny=1)["requests"]
     told = rf"cannot [a-z ]+ {storage}.*the store refuses, .*ACCESS_DENIED.*credentials"
-    for act in (storage.probe, lambda: storage.read("file"), lambda: storage.exists("file"), storage.list, storage.entries,
-                lambda: storage.delete("file"), lambda: storage.write("file", b"2"), storage.clock):
+    for act in (
+        storage.probe,
+        lambda: storage.read("file"),
+        lambda: storage.exists("file"),
+        storage.list,
+        storage.entries,
+        lambda: storage.delete("file"),
+        lambda: storage.write("file", b"2"),
+        storage.clock,
+    ):
         with pytest.raises(RaydpoError, match=told):
             act()
     assert s3.faults()["requests"] - before < 20

@@ -37,8 +37,13 @@ class Answering:
 
     @property
     def identity(self) -> dict[str, Any]:
-        return {"answers": 1, "model": self.spec.identity.digest, "engine": self.engine, "max_tokens": self.max_tokens,
-                "stop": self.stop}
+        return {
+            "answers": 1,
+            "model": self.spec.identity.digest,
+            "engine": self.engine,
+            "max_tokens": self.max_tokens,
+            "stop": self.stop,
+        }
 
     def open(self, device: str) -> Callable[[pa.Table], pa.Table]:
         """Load the model and return a function that answers a table of ``ROWS``.
@@ -51,15 +56,23 @@ class Answering:
         else:
             spec = on_this_machine(self.spec)
             with proved_here(spec):
-                model = load_causal_lm(spec.path, spec.identity.dtype, adapter=spec.adapter, device=device,
-                                       quantization=spec.quantization, rope_length=spec.identity.rope_length,
-                                       trust_remote_code=spec.trust_remote_code)
+                model = load_causal_lm(
+                    spec.path,
+                    spec.identity.dtype,
+                    adapter=spec.adapter,
+                    device=device,
+                    quantization=spec.quantization,
+                    rope_length=spec.identity.rope_length,
+                    trust_remote_code=spec.trust_remote_code,
+                )
             answer = functools.partial(answer_all, model, max_tokens=self.max_tokens, stop=self.stop, batch=self.batch)
 
         def act(rows: pa.Table) -> pa.Table:
             prompts = [np.array(ids, np.int32) for ids in rows["prompt_ids"].to_pylist()]
-            draws = [None if row["sample"] is None else Draw(**row)
-                     for row in rows.select(["seed", "sample", "temperature"]).to_pylist()]
+            draws = [
+                None if row["sample"] is None else Draw(**row)
+                for row in rows.select(["seed", "sample", "temperature"]).to_pylist()
+            ]
             return pa.table({"answer_ids": pa.array(answer(prompts, draws), ROWS.field("prompt_ids").type)})
 
         return act

@@ -43,9 +43,16 @@ def count_wins(judge: str, mode: str, contests: Sequence[Contest], verdicts: np.
     judged = verdicts[known]
     longer = np.array([len(contest.policy) - len(contest.reference) for contest in contests], float)[known]
     wins, ties = int((judged == 1).sum()), int((judged == 0.5).sum())
-    return {"judge": judge, "mode": mode, "win_rate": share(wins + ties / 2, len(judged)),
-            "equal_length": win_rate_at_equal_length(judged, longer), "wins": wins, "ties": ties,
-            "losses": len(judged) - wins - ties, "not_judged": len(verdicts) - len(judged)} | more
+    return {
+        "judge": judge,
+        "mode": mode,
+        "win_rate": share(wins + ties / 2, len(judged)),
+        "equal_length": win_rate_at_equal_length(judged, longer),
+        "wins": wins,
+        "ties": ties,
+        "losses": len(judged) - wins - ties,
+        "not_judged": len(verdicts) - len(judged),
+    } | more
 
 
 def win_rate_at_equal_length(verdicts: np.ndarray, longer: np.ndarray) -> Interval:
@@ -89,15 +96,20 @@ def own_scores(path: str, contests: Sequence[Contest]) -> tuple[np.ndarray, np.n
         try:
             value = function(as_text(prompt), answer)
         except Exception as error:
-            raise RaydpoError(f"evaluate.score_with {path} failed on the answer {answer[:80]!r}: {type(error).__name__}: "
-                              f"{error}") from error
+            raise RaydpoError(
+                f"evaluate.score_with {path} failed on the answer {answer[:80]!r}: {type(error).__name__}: {error}"
+            ) from error
         if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not math.isfinite(value):
-            raise RaydpoError(f"evaluate.score_with {path} returned {str(value)[:80]!r} for the answer {answer[:80]!r}; "
-                              "expected a finite number")
+            raise RaydpoError(
+                f"evaluate.score_with {path} returned {str(value)[:80]!r} for the answer {answer[:80]!r}; "
+                "expected a finite number"
+            )
         return float(value)
 
-    return (np.array([score(one.prompt, one.policy) for one in contests]),
-            np.array([score(one.prompt, one.reference) for one in contests]))
+    return (
+        np.array([score(one.prompt, one.policy) for one in contests]),
+        np.array([score(one.prompt, one.reference) for one in contests]),
+    )
 
 
 def own_function(path: str) -> Callable[[str, str], Any]:
@@ -112,8 +124,9 @@ def own_function(path: str) -> Callable[[str, str], Any]:
     try:
         function = getattr(importlib.import_module(module), name)
     except Exception as error:  # a module of the user's may raise anything
-        raise ConfigError(f"evaluate.score_with is {path!r}, but {error}; the module must lie here or on "
-                          "PYTHONPATH") from None
+        raise ConfigError(
+            f"evaluate.score_with is {path!r}, but {error}; the module must lie here or on PYTHONPATH"
+        ) from None
     if not callable(function):
         raise ConfigError(f"evaluate.score_with is {path!r}, which is not a function but a {type(function).__name__}")
     return function

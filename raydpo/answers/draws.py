@@ -25,8 +25,9 @@ class Draw:
     temperature: float = 1.0
 
 
-ROWS = pa.schema([("prompt_ids", pa.list_(pa.int32())), ("seed", pa.int64()), ("sample", pa.int32()),
-                  ("temperature", pa.float64())])
+ROWS = pa.schema(
+    [("prompt_ids", pa.list_(pa.int32())), ("seed", pa.int64()), ("sample", pa.int32()), ("temperature", pa.float64())]
+)
 """Rows of prompts to answer. For a greedy answer, all columns but the prompt are null."""
 
 

@@ -43,9 +43,33 @@ QUESTION = """<conversation>
 Which answer is {criterion}: A, B, or tie?"""
 FIRST, SECOND, TIE, REFUSED, FAILED = "first", "second", "tie", "refused", "failed"
 _WORDS = {"A": FIRST, "B": SECOND, "tie": TIE}
-_AROUND = frozenset((
-    "answer", "best", "better", "choice", "choose", "decision", "final", "i", "is", "it", "it's", "my", "option", "overall",
-    "prefer", "preferred", "result", "so", "the", "therefore", "verdict", "winner", "wins"))
+_AROUND = frozenset(
+    (
+        "answer",
+        "best",
+        "better",
+        "choice",
+        "choose",
+        "decision",
+        "final",
+        "i",
+        "is",
+        "it",
+        "it's",
+        "my",
+        "option",
+        "overall",
+        "prefer",
+        "preferred",
+        "result",
+        "so",
+        "the",
+        "therefore",
+        "verdict",
+        "winner",
+        "wins",
+    )
+)
 """Words that a last line may contain beside the verdict and words of the criterion. Others might reverse its meaning."""
 _DENYING = frozenset(("cannot", "either", "neither", "no", "nor", "not", "or"))
 AGAIN = frozenset({408, 409, 429})
@@ -87,7 +111,8 @@ class Judge:
     def identity(self) -> dict[str, Any]:
         """Everything that a verdict depends on beside the contest."""
         return {"judge": 2, "instructions": INSTRUCTIONS + QUESTION} | self.config.model_dump(
-            mode="json", include={"url", "model", "max_tokens", "criterion"})
+            mode="json", include={"url", "model", "max_tokens", "criterion"}
+        )
 
     def ask(self, prompt: str, first: str, second: str) -> str:
         """Ask which answer is better: ``first``, ``second`` or ``tie``. Equal answers are a tie, without a question.
@@ -100,9 +125,15 @@ class Judge:
         if first == second:
             return TIE
         criterion = self.config.criterion
-        body = {"model": self.config.model, "temperature": 0, "max_tokens": self.config.max_tokens, "messages": [
-            {"role": "system", "content": INSTRUCTIONS.format(criterion=criterion)},
-            {"role": "user", "content": QUESTION.format(prompt=prompt, first=first, second=second, criterion=criterion)}]}
+        body = {
+            "model": self.config.model,
+            "temperature": 0,
+            "max_tokens": self.config.max_tokens,
+            "messages": [
+                {"role": "system", "content": INSTRUCTIONS.format(criterion=criterion)},
+                {"role": "user", "content": QUESTION.format(prompt=prompt, first=first, second=second, criterion=criterion)},
+            ],
+        }
         wait = 1.0
         for attempt in range(self.config.retries + 1):
             if attempt:
@@ -113,8 +144,10 @@ class Judge:
             except httpx.HTTPError:
                 continue
             if response.status_code in HOPELESS or response.is_redirect:
-                raise RaydpoError(f"the judge {self.name} answered with status {response.status_code}; check evaluate.judge "
-                                  "(url, model, key)")
+                raise RaydpoError(
+                    f"the judge {self.name} answered with status {response.status_code}; check evaluate.judge "
+                    "(url, model, key)"
+                )
             if response.status_code in AGAIN or response.status_code >= 500:
                 wait = max(wait, _seconds(response.headers.get("Retry-After")))
                 continue
@@ -122,8 +155,9 @@ class Judge:
         return FAILED
 
 
-def judge_contests(judge: Judge, contests: Sequence[Contest], storage: Storage,
-                   progress: Callable[[int, int], None]) -> tuple[np.ndarray, dict[str, Any]]:
+def judge_contests(
+    judge: Judge, contests: Sequence[Contest], storage: Storage, progress: Callable[[int, int], None]
+) -> tuple[np.ndarray, dict[str, Any]]:
     """Return the verdicts on all contests for ``contests.count_wins``, and figures about the judge.
 
     Verdicts are stored by content, so no question is asked twice. The figures: ``refused`` and ``failed`` replies,
@@ -141,19 +175,30 @@ def judge_contests(judge: Judge, contests: Sequence[Contest], storage: Storage,
     verdicts = np.array([_outcome(*pair) for pair in replies])
     every = [reply for pair in replies for reply in pair]
     if contests and np.isnan(verdicts).all():
-        raise RaydpoError(f"the judge {judge.name} gave no verdict on any of {len(contests):,} contests: "
-                          f"{every.count(REFUSED):,} replies held none, {every.count(FAILED):,} requests failed or timed "
-                          f"out ({judge.config.timeout:g} s, {judge.config.retries} retries)")
+        raise RaydpoError(
+            f"the judge {judge.name} gave no verdict on any of {len(contests):,} contests: "
+            f"{every.count(REFUSED):,} replies held none, {every.count(FAILED):,} requests failed or timed "
+            f"out ({judge.config.timeout:g} s, {judge.config.retries} retries)"
+        )
     favoured = every.count(FIRST) + every.count(SECOND)
-    return verdicts, {"refused": every.count(REFUSED), "failed": every.count(FAILED),
-                      "inconsistent": sum(pair in ((FIRST, FIRST), (SECOND, SECOND)) for pair in replies),
-                      "first_favoured": every.count(FIRST) / favoured if favoured else None}
+    return verdicts, {
+        "refused": every.count(REFUSED),
+        "failed": every.count(FAILED),
+        "inconsistent": sum(pair in ((FIRST, FIRST), (SECOND, SECOND)) for pair in replies),
+        "first_favoured": every.count(FIRST) / favoured if favoured else None,
+    }
 
 
-def _ask_block(judge: Judge, contests: Sequence[Contest], storage: Storage,
-               pool: ThreadPoolExecutor) -> list[tuple[str, str]]:
-    rows = pa.table({"prompt": [as_text(one.prompt) for one in contests], "policy": [one.policy for one in contests],
-                     "reference": [one.reference for one in contests]})
+def _ask_block(
+    judge: Judge, contests: Sequence[Contest], storage: Storage, pool: ThreadPoolExecutor
+) -> list[tuple[str, str]]:
+    rows = pa.table(
+        {
+            "prompt": [as_text(one.prompt) for one in contests],
+            "policy": [one.policy for one in contests],
+            "reference": [one.reference for one in contests],
+        }
+    )
     name = stored_name(judge.identity, rows)
     prompts, policy, reference = (rows[column].to_pylist() for column in rows.column_names)
     questions = list(chain(zip(prompts, policy, reference, strict=True), zip(prompts, reference, policy, strict=True)))

@@ -25,8 +25,15 @@ from raydpo.reference.score import ReferenceSpec
 
 __all__ = ["RewardModel"]
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
-                    "chat_template.jinja", "vocab.json", "merges.txt")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +55,12 @@ class RewardModel:
         Raises:
             ModelError: if it is not stored as safetensors.
         """
-        return cls(path=path, weights=identify(path, dtype, trust_remote_code=trust_remote_code),
-                   tokenizer=_tokenizer_digest(path), trust_remote_code=trust_remote_code)
+        return cls(
+            path=path,
+            weights=identify(path, dtype, trust_remote_code=trust_remote_code),
+            tokenizer=_tokenizer_digest(path),
+            trust_remote_code=trust_remote_code,
+        )
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -62,31 +73,48 @@ class RewardModel:
             ModelError: if it is not a classifier, has several outputs, or its head is not in the files; or if the files on
                 this machine are another model.
         """
-        spec = on_this_machine(ReferenceSpec(path=self.path, adapter=None, identity=self.weights,
-                                             trust_remote_code=self.trust_remote_code))
+        spec = on_this_machine(
+            ReferenceSpec(path=self.path, adapter=None, identity=self.weights, trust_remote_code=self.trust_remote_code)
+        )
         with proved_here(spec):
             model = self._load(spec.path).to(device)
         tokenizer = load_tokenizer(spec.path, trust_remote_code=self.trust_remote_code)
         if _tokenizer_digest(spec.path) != self.tokenizer:
-            raise ModelError(f"the reward model {spec.path} has another tokenizer on {platform.node()} than where the run "
-                             "was started")
+            raise ModelError(
+                f"the reward model {spec.path} has another tokenizer on {platform.node()} than where the run was started"
+            )
 
         def act(rows: pa.Table) -> pa.Table:
-            return pa.table({"score": pa.array([
-                _score(model, tokenizer, json.loads(prompt), answer) for prompt, answer in
-                zip(rows["prompt"].to_pylist(), rows["answer"].to_pylist(), strict=True)], pa.float64())})
+            return pa.table(
+                {
+                    "score": pa.array(
+                        [
+                            _score(model, tokenizer, json.loads(prompt), answer)
+                            for prompt, answer in zip(rows["prompt"].to_pylist(), rows["answer"].to_pylist(), strict=True)
+                        ],
+                        pa.float64(),
+                    )
+                }
+            )
 
         return act
 
     def _load(self, path: str) -> Any:
         try:
             model, loaded = AutoModelForSequenceClassification.from_pretrained(
-                path, dtype=torch_dtype(self.weights.dtype), use_safetensors=True, output_loading_info=True,
-                ignore_mismatched_sizes=True, trust_remote_code=self.trust_remote_code)
+                path,
+                dtype=torch_dtype(self.weights.dtype),
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                trust_remote_code=self.trust_remote_code,
+            )
             refuse_gaps(path, loaded)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise ModelError(f"cannot load the reward model {self.path!r}; evaluate.reward_model must be a sequence "
-                             f"classifier: {' '.join(str(error).split())[:600]}") from error
+            raise ModelError(
+                f"cannot load the reward model {self.path!r}; evaluate.reward_model must be a sequence "
+                f"classifier: {' '.join(str(error).split())[:600]}"
+            ) from error
         if model.config.num_labels != 1:
             raise ModelError(f"the reward model {self.path} has {model.config.num_labels} outputs; expected one")
         return model.eval()
@@ -107,16 +135,21 @@ def _score(model: Any, tokenizer: Any, prompt: Text, answer: str) -> float:
         ids = tokenizer(prompt + answer)["input_ids"]
     else:
         if not tokenizer.chat_template:
-            raise ModelError("the prompts are conversations, but the reward model has no chat template; add one to its "
-                             "tokenizer")
+            raise ModelError(
+                "the prompts are conversations, but the reward model has no chat template; add one to its tokenizer"
+            )
         text = tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": answer}], tokenize=False)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and len(ids) > limit:
-        raise ModelError(f"a prompt and its answer have {len(ids):,} tokens, but the reward model takes at most {limit:,}; "
-                         "lower evaluate.max_tokens or data.max_length")
+        raise ModelError(
+            f"a prompt and its answer have {len(ids):,} tokens, but the reward model takes at most {limit:,}; "
+            "lower evaluate.max_tokens or data.max_length"
+        )
     score = float(model(input_ids=torch.tensor([ids], device=model.device)).logits[0, 0].float())
     if not math.isfinite(score):
-        raise ModelError(f"the reward model gives the answer {answer[:80]!r} a score of {score}; score in float32 "
-                         "(score.dtype=float32) or check its weights")
+        raise ModelError(
+            f"the reward model gives the answer {answer[:80]!r} a score of {score}; score in float32 "
+            "(score.dtype=float32) or check its weights"
+        )
     return score

@@ -20,8 +20,15 @@ __all__ = ["answer_all"]
 
 
 @torch.no_grad()
-def answer_all(model: Any, prompts: Sequence[np.ndarray], draws: Sequence[Draw | None], *, max_tokens: int,
-               stop: Sequence[int], batch: int) -> list[np.ndarray]:
+def answer_all(
+    model: Any,
+    prompts: Sequence[np.ndarray],
+    draws: Sequence[Draw | None],
+    *,
+    max_tokens: int,
+    stop: Sequence[int],
+    batch: int,
+) -> list[np.ndarray]:
     """Answer each prompt: token ids, int32, including the end token; never empty.
 
     Args:
@@ -34,14 +41,21 @@ def answer_all(model: Any, prompts: Sequence[np.ndarray], draws: Sequence[Draw |
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     longest = max(map(len, prompts))
     for limit, which in (
-            (getattr(causal_lm.config.get_text_config(), "max_position_embeddings", None),
-             "of the model; lower it, or data.max_length"),
-            (getattr(causal_lm, "rope_limit", None),
-             "for which data.max_length sets the rotary frequencies of the model; lower evaluate.max_tokens, or raise "
-             "data.max_length for scoring, training and evaluation alike")):
+        (
+            getattr(causal_lm.config.get_text_config(), "max_position_embeddings", None),
+            "of the model; lower it, or data.max_length",
+        ),
+        (
+            getattr(causal_lm, "rope_limit", None),
+            "for which data.max_length sets the rotary frequencies of the model; lower evaluate.max_tokens, or raise "
+            "data.max_length for scoring, training and evaluation alike",
+        ),
+    ):
         if limit is not None and longest + max_tokens > limit:
-            raise ConfigError(f"evaluate.max_tokens {max_tokens} after a prompt of {longest} tokens is more than the "
-                              f"{limit} positions {which}")
+            raise ConfigError(
+                f"evaluate.max_tokens {max_tokens} after a prompt of {longest} tokens is more than the "
+                f"{limit} positions {which}"
+            )
     # The model's directory may hold settings such as a repetition penalty or top-k, which would change the distribution.
     causal_lm.generation_config = GenerationConfig()
     # Attention masks left padding, but a recurrent state would include it.
@@ -56,20 +70,24 @@ def answer_all(model: Any, prompts: Sequence[np.ndarray], draws: Sequence[Draw |
     return answers
 
 
-def _answer_batch(causal_lm: Any, prompts: list[np.ndarray], draws: list[Draw | None], max_tokens: int,
-                  stop: Sequence[int]) -> list[np.ndarray]:
+def _answer_batch(
+    causal_lm: Any, prompts: list[np.ndarray], draws: list[Draw | None], max_tokens: int, stop: Sequence[int]
+) -> list[np.ndarray]:
     width, pad = max(map(len, prompts)), stop[0] if stop else 0
     ids = torch.full((len(prompts), width), pad, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt):] = torch.from_numpy(prompt.astype(np.int64))
-        mask[row, width - len(prompt):] = 1
+        ids[row, width - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
+        mask[row, width - len(prompt) :] = 1
     device = causal_lm.device
     whole = causal_lm.generate(
-        input_ids=ids.to(device), attention_mask=mask.to(device),
+        input_ids=ids.to(device),
+        attention_mask=mask.to(device),
         logits_processor=[_ReadOff(prompts, draws, max_tokens, width, device)] if any(draws) else None,
-        generation_config=GenerationConfig(do_sample=False, max_new_tokens=max_tokens, pad_token_id=pad,
-                                           eos_token_id=list(stop) or None))
+        generation_config=GenerationConfig(
+            do_sample=False, max_new_tokens=max_tokens, pad_token_id=pad, eos_token_id=list(stop) or None
+        ),
+    )
     return [_until_stop(row, stop) for row in whole[:, width:].cpu().numpy()]
 
 
@@ -84,15 +102,19 @@ class _ReadOff(LogitsProcessor):
     Computes in float64: in a vocabulary of 150,000 most tokens are too unlikely for a sum in float32.
     """
 
-    def __init__(self, prompts: Sequence[np.ndarray], draws: Sequence[Draw | None], steps: int, width: int,
-                 device: torch.device) -> None:
+    def __init__(
+        self, prompts: Sequence[np.ndarray], draws: Sequence[Draw | None], steps: int, width: int, device: torch.device
+    ) -> None:
         self.width = width
-        numbers = [np.full(steps, np.nan) if draw is None else uniforms(draw, prompt, steps)
-                   for prompt, draw in zip(prompts, draws, strict=True)]
+        numbers = [
+            np.full(steps, np.nan) if draw is None else uniforms(draw, prompt, steps)
+            for prompt, draw in zip(prompts, draws, strict=True)
+        ]
         self.numbers = torch.from_numpy(np.stack(numbers)).to(device)  # [B, steps]
         self.greedy = torch.tensor([draw is None for draw in draws], device=device)[:, None]
-        self.temperatures = torch.tensor([1.0 if draw is None else draw.temperature for draw in draws],
-                                         dtype=torch.float64, device=device)[:, None]
+        self.temperatures = torch.tensor(
+            [1.0 if draw is None else draw.temperature for draw in draws], dtype=torch.float64, device=device
+        )[:, None]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         cumulative = (scores.double() / self.temperatures).softmax(-1).cumsum(-1)

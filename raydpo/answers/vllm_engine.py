@@ -16,8 +16,9 @@ from raydpo.reference.score import ReferenceSpec
 __all__ = ["open_vllm"]
 
 
-def open_vllm(spec: ReferenceSpec, max_tokens: int,
-              stop: Sequence[int]) -> Callable[[Sequence[np.ndarray], Sequence[Draw | None]], list[np.ndarray]]:
+def open_vllm(
+    spec: ReferenceSpec, max_tokens: int, stop: Sequence[int]
+) -> Callable[[Sequence[np.ndarray], Sequence[Draw | None]], list[np.ndarray]]:
     """Load the model and return a function that answers prompts as ``transformers_engine.answer_all`` does.
 
     Raises:
@@ -27,32 +28,45 @@ def open_vllm(spec: ReferenceSpec, max_tokens: int,
     """
     spec = on_this_machine(spec)
     if spec.quantization is not None:
-        raise ConfigError(f"evaluate.engine vllm cannot quantize as the training did ({spec.quantization}); set "
-                          "evaluate.engine=transformers")
+        raise ConfigError(
+            f"evaluate.engine vllm cannot quantize as the training did ({spec.quantization}); set "
+            "evaluate.engine=transformers"
+        )
     if spec.identity.rope_length is not None:
-        raise ConfigError("evaluate.engine vllm sets the rotary frequencies of this model by its own length limit, not by "
-                          "data.max_length; set evaluate.engine=transformers")
+        raise ConfigError(
+            "evaluate.engine vllm sets the rotary frequencies of this model by its own length limit, not by "
+            "data.max_length; set evaluate.engine=transformers"
+        )
     try:
         from vllm import LLM, SamplingParams
         from vllm.lora.request import LoRARequest
     except ImportError as error:
-        raise ConfigError(f"evaluate.engine is vllm, which cannot be imported here ({error}); install it, or set "
-                          "evaluate.engine=transformers") from None
+        raise ConfigError(
+            f"evaluate.engine is vllm, which cannot be imported here ({error}); install it, or set "
+            "evaluate.engine=transformers"
+        ) from None
     rank = {} if spec.adapter is None else {"enable_lora": True, "max_lora_rank": _rank(spec.adapter)}
     # generation_config="vllm" ignores settings in the model's directory, such as a repetition penalty.
     with proved_here(spec):
-        model = LLM(spec.path, dtype=spec.identity.dtype, trust_remote_code=spec.trust_remote_code,
-                    generation_config="vllm", **rank)
+        model = LLM(
+            spec.path, dtype=spec.identity.dtype, trust_remote_code=spec.trust_remote_code, generation_config="vllm", **rank
+        )
     lora = None if spec.adapter is None else LoRARequest("policy", 1, spec.adapter)
 
     def answer(prompts: Sequence[np.ndarray], draws: Sequence[Draw | None]) -> list[np.ndarray]:
-        settings = [SamplingParams(
-            max_tokens=max_tokens, stop_token_ids=list(stop), detokenize=False,
-            temperature=0.0 if draw is None else draw.temperature,
-            seed=None if draw is None else int(uniforms(draw, prompt, 1)[0] * 2**31))
-            for prompt, draw in zip(prompts, draws, strict=True)]
-        found = model.generate([{"prompt_token_ids": prompt.tolist()} for prompt in prompts], settings, lora_request=lora,
-                               use_tqdm=False)
+        settings = [
+            SamplingParams(
+                max_tokens=max_tokens,
+                stop_token_ids=list(stop),
+                detokenize=False,
+                temperature=0.0 if draw is None else draw.temperature,
+                seed=None if draw is None else int(uniforms(draw, prompt, 1)[0] * 2**31),
+            )
+            for prompt, draw in zip(prompts, draws, strict=True)
+        ]
+        found = model.generate(
+            [{"prompt_token_ids": prompt.tolist()} for prompt in prompts], settings, lora_request=lora, use_tqdm=False
+        )
         return [np.array(one.outputs[0].token_ids, np.int32) for one in found]
 
     return answer

@@ -37,59 +37,91 @@ def advise(figures: dict[str, Any], objective: ObjectiveConfig | None = None) ->
     if rule_low is not None and rule_low > 0.5 and rule >= LENGTH_RULE:
         strong = rule >= LENGTH_RULE_STRONG and not objective.per_token
         tokens = sum(figures["tokens"][side]["mean"] for side in ("chosen", "rejected")) / 2
-        found.append(Finding(
-            "Length-normalise" if strong else "Watch the length",
-            f"'The {length['rule']} answer is better' is right for {rule:.1%} of the pairs (95 % interval from "
-            f"{rule_low:.1%}); the chosen answer is longer in {length['chosen_longer']['share']:.1%} of them; the median "
-            f"difference is {length['difference']['median']:+.0f} tokens.",
-            f"The easiest thing to learn from these pairs is to write {length['rule']} answers." + (
-                f" A loss per token removes this incentive. Its beta is the present one, {objective.beta_text}, times the "
-                f"mean length of an answer, {tokens:.0f} tokens." if strong else
-                " Compare length/margin_correlation of the run with the correlation here."),
-            f"train: {{loss: sigmoid_norm, beta: {objective.beta_per_token(tokens)}}}" if strong else None))
+        found.append(
+            Finding(
+                "Length-normalise" if strong else "Watch the length",
+                f"'The {length['rule']} answer is better' is right for {rule:.1%} of the pairs (95 % interval from "
+                f"{rule_low:.1%}); the chosen answer is longer in {length['chosen_longer']['share']:.1%} of them; the median "
+                f"difference is {length['difference']['median']:+.0f} tokens.",
+                f"The easiest thing to learn from these pairs is to write {length['rule']} answers."
+                + (
+                    f" A loss per token removes this incentive. Its beta is the present one, {objective.beta_text}, times the "
+                    f"mean length of an answer, {tokens:.0f} tokens."
+                    if strong
+                    else " Compare length/margin_correlation of the run with the correlation here."
+                ),
+                f"train: {{loss: sigmoid_norm, beta: {objective.beta_per_token(tokens)}}}" if strong else None,
+            )
+        )
     chosen = surprise["chosen"]
     if chosen and chosen["median"] > FAR_SURPRISE:
         perplexity = surprise["chosen_perplexity"]
-        found.append(Finding(
-            "Fine-tune on the chosen answers first",
-            f"The surprise of the reference at the chosen answers is {chosen['median']:.2f} nats a token in the median, and "
-            f"{math.log(perplexity):.2f} over all their tokens (perplexity {perplexity:.0f}).",
-            "The model does not write text of this kind. DPO then mostly lowers the rejected answers, and the likelihood of "
-            "the chosen ones falls with them. Train one supervised epoch on the chosen answers first, and use the result as "
-            "policy and reference."))
+        found.append(
+            Finding(
+                "Fine-tune on the chosen answers first",
+                f"The surprise of the reference at the chosen answers is {chosen['median']:.2f} nats a token in the median, and "
+                f"{math.log(perplexity):.2f} over all their tokens (perplexity {perplexity:.0f}).",
+                "The model does not write text of this kind. DPO then mostly lowers the rejected answers, and the likelihood of "
+                "the chosen ones falls with them. Train one supervised epoch on the chosen answers first, and use the result as "
+                "policy and reference.",
+            )
+        )
     even = figures["contradictory_evenly"]
     if even:
-        found.append(Finding(
-            "Remove contradictions",
-            f"{even:,} of {pairs:,} pairs ({even / pairs:.1%}) prefer A to B exactly as often as others prefer B to A.",
-            "They cancel out and keep the loss high. The filter keeps pairs where one side has more votes: the loss fits "
-            "the share of votes.",
-            'data: {filter: "opposites != copies"}'))
+        found.append(
+            Finding(
+                "Remove contradictions",
+                f"{even:,} of {pairs:,} pairs ({even / pairs:.1%}) prefer A to B exactly as often as others prefer B to A.",
+                "They cancel out and keep the loss high. The filter keeps pairs where one side has more votes: the loss fits "
+                "the share of votes.",
+                'data: {filter: "opposites != copies"}',
+            )
+        )
     for kind, count, why, setting in (
-            ("Remove copies", figures["duplicates"], "Every copy counts, so a pair with copies has more weight. Pairs with "
-             "votes for both sides are not counted as copies.",
-             'data: {filter: "copy = 0 or contradictory"}'),
-            ("Look at empty answers", max(figures["empty"].values()), "Such an answer teaches the model to stop.",
-             'data: {filter: "chosen_tokens > 1 and rejected_tokens > 1"}'),
-            ("Cut less", max(figures["truncated"].values()), "A cut answer has no end token, so the policy learns not to "
-             "stop, and figures of length use the cut length.", "data: {max_length: ...}, or data: {truncation: drop}")):
+        (
+            "Remove copies",
+            figures["duplicates"],
+            "Every copy counts, so a pair with copies has more weight. Pairs with "
+            "votes for both sides are not counted as copies.",
+            'data: {filter: "copy = 0 or contradictory"}',
+        ),
+        (
+            "Look at empty answers",
+            max(figures["empty"].values()),
+            "Such an answer teaches the model to stop.",
+            'data: {filter: "chosen_tokens > 1 and rejected_tokens > 1"}',
+        ),
+        (
+            "Cut less",
+            max(figures["truncated"].values()),
+            "A cut answer has no end token, so the policy learns not to stop, and figures of length use the cut length.",
+            "data: {max_length: ...}, or data: {truncation: drop}",
+        ),
+    ):
         if count and count >= SOME * pairs:
             found.append(Finding(kind, f"{count:,} of {pairs:,} pairs ({count / pairs:.1%}).", why, setting))
     # Sums favour short answers, so the ranking per token must be right too.
     by_sum, per_token = reference["right_by_sum"], reference["right_per_token"]
     if by_sum["low"] is not None and min(by_sum["low"], per_token["low"]) > NOT_MUCH_TO_LEARN:
-        found.append(Finding(
-            "Little is left to learn", f"The reference already ranks {by_sum['share']:.1%} of the pairs right, and "
-            f"{per_token['share']:.1%} per token.",
-            "Most pairs reinforce what the model does already. It learns from the pairs that it ranks wrong.",
-            f'data: {{filter: "ref_margin < {reference["margin"]["median"]:.0f}"}}'))
+        found.append(
+            Finding(
+                "Little is left to learn",
+                f"The reference already ranks {by_sum['share']:.1%} of the pairs right, and "
+                f"{per_token['share']:.1%} per token.",
+                "Most pairs reinforce what the model does already. It learns from the pairs that it ranks wrong.",
+                f'data: {{filter: "ref_margin < {reference["margin"]["median"]:.0f}"}}',
+            )
+        )
     far = reference["far"]
     if far["pairs"]:
-        found.append(Finding(
-            "Read the pairs that the reference ranks most wrongly",
-            f"The lowest margin of the reference is {reference['margin']['least']:.0f} nats, the first percentile "
-            f"{reference['margin']['p01']:.0f}.",
-            "Such pairs are often broken, swapped or very long; the list below shows them. The filter removes "
-            f"{far['pairs']:,} of {pairs:,} pairs.",
-            f'data: {{filter: "ref_margin > {far["bound"]}"}}'))
+        found.append(
+            Finding(
+                "Read the pairs that the reference ranks most wrongly",
+                f"The lowest margin of the reference is {reference['margin']['least']:.0f} nats, the first percentile "
+                f"{reference['margin']['p01']:.0f}.",
+                "Such pairs are often broken, swapped or very long; the list below shows them. The filter removes "
+                f"{far['pairs']:,} of {pairs:,} pairs.",
+                f'data: {{filter: "ref_margin > {far["bound"]}"}}',
+            )
+        )
     return found

@@ -42,12 +42,25 @@ class Audit:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of audit.json."""
-        return {"meta": self.meta, "total": self.total, "sources": self.sources, "identical": self.identical,
-                "advice": [dataclasses.asdict(one) for one in self.advice], "extremes": self.extremes}
+        return {
+            "meta": self.meta,
+            "total": self.total,
+            "sources": self.sources,
+            "identical": self.identical,
+            "advice": [dataclasses.asdict(one) for one in self.advice],
+            "extremes": self.extremes,
+        }
 
 
-def audit_pairs(facts: pa.Table, pairs: pa.Table, decode: Callable[[list[list[int]]], list[str]], *, meta: dict[str, Any],
-                identical: dict[str, int] | None = None, objective: ObjectiveConfig | None = None) -> Audit:
+def audit_pairs(
+    facts: pa.Table,
+    pairs: pa.Table,
+    decode: Callable[[list[list[int]]], list[str]],
+    *,
+    meta: dict[str, Any],
+    identical: dict[str, int] | None = None,
+    objective: ObjectiveConfig | None = None,
+) -> Audit:
     """Audit tokenised pairs and their reference log-probs.
 
     Args:
@@ -64,19 +77,32 @@ def summary_lines(audit: Audit) -> list[str]:
     """Summarise an audit in a few lines for the terminal."""
     total = audit.total
     length, surprise, reference = total["length"], total["surprise"], total["reference"]
-    lines = [f"audit: the chosen answer is longer in {length['chosen_longer']['share']:.1%} of {total['pairs']:,} pairs, by "
-             f"{length['difference']['median']:+.0f} tokens in the median; '{length['rule']} is better' is right for "
-             f"{length['rule_accuracy']['share']:.1%}"]
+    lines = [
+        f"audit: the chosen answer is longer in {length['chosen_longer']['share']:.1%} of {total['pairs']:,} pairs, by "
+        f"{length['difference']['median']:+.0f} tokens in the median; '{length['rule']} is better' is right for "
+        f"{length['rule_accuracy']['share']:.1%}"
+    ]
     if surprise["chosen"]:
-        lines.append(f"audit: the reference ranks {reference['right_by_sum']['share']:.1%} right "
-                     f"({reference['right_per_token']['share']:.1%} per token); chosen {surprise['chosen']['median']:.2f}, "
-                     f"rejected {surprise['rejected']['median']:.2f} nats a token in the median")
-    counts = [f"{count:,} {what}" for count, what in (
-        (total["duplicates"], "copies"), (total["shared_prompt"], "share a prompt"),
-        (total["shared_answer"], "share an answer"), (total["contradictory"], "contradict another pair"),
-        (sum(audit.identical.values()), "with chosen = rejected (left out)"),
-        (sum(total["empty"].values()), "empty answers"), (sum(total["truncated"].values()), "cut answers")) if count]
+        lines.append(
+            f"audit: the reference ranks {reference['right_by_sum']['share']:.1%} right "
+            f"({reference['right_per_token']['share']:.1%} per token); chosen {surprise['chosen']['median']:.2f}, "
+            f"rejected {surprise['rejected']['median']:.2f} nats a token in the median"
+        )
+    counts = [
+        f"{count:,} {what}"
+        for count, what in (
+            (total["duplicates"], "copies"),
+            (total["shared_prompt"], "share a prompt"),
+            (total["shared_answer"], "share an answer"),
+            (total["contradictory"], "contradict another pair"),
+            (sum(audit.identical.values()), "with chosen = rejected (left out)"),
+            (sum(total["empty"].values()), "empty answers"),
+            (sum(total["truncated"].values()), "cut answers"),
+        )
+        if count
+    ]
     if counts:
         lines.append(f"audit: {', '.join(counts)}")
-    return lines + [f"advice: {one.title.lower()}: {one.found}{f' ({one.setting})' if one.setting else ''}"
-                    for one in audit.advice]
+    return lines + [
+        f"advice: {one.title.lower()}: {one.found}{f' ({one.setting})' if one.setting else ''}" for one in audit.advice
+    ]

@@ -18,26 +18,50 @@ COUNT = 20
 Rank = Callable[[dict[str, np.ndarray]], np.ndarray]
 KINDS: tuple[tuple[str, str, Rank], ...] = (
     ("The reference is most wrong, by sum", "lowest margin: swapped, broken or hard pairs", lambda f: f["ref_margin"]),
-    ("The reference is most wrong, per token", "lowest margin per token, which does not grow with length",
-     lambda f: f["ref_chosen_per_token"] - f["ref_rejected_per_token"]),
-    ("The reference is most sure", "highest margin: nothing to learn, or a rejected answer that is not text",
-     lambda f: -f["ref_margin"]),
+    (
+        "The reference is most wrong, per token",
+        "lowest margin per token, which does not grow with length",
+        lambda f: f["ref_chosen_per_token"] - f["ref_rejected_per_token"],
+    ),
+    (
+        "The reference is most sure",
+        "highest margin: nothing to learn, or a rejected answer that is not text",
+        lambda f: -f["ref_margin"],
+    ),
     ("Most surprising chosen", "least likely tokens: another language, code, noise", lambda f: f["ref_chosen_per_token"]),
-    ("Most surprising rejected", "least likely tokens: such an answer teaches little",
-     lambda f: f["ref_rejected_per_token"]),
+    (
+        "Most surprising rejected",
+        "least likely tokens: such an answer teaches little",
+        lambda f: f["ref_rejected_per_token"],
+    ),
     ("Chosen much longer", "largest length difference", lambda f: -f["length_difference"].astype(float)),
-    ("Chosen much shorter", "largest length difference in the other direction",
-     lambda f: f["length_difference"].astype(float)),
+    (
+        "Chosen much shorter",
+        "largest length difference in the other direction",
+        lambda f: f["length_difference"].astype(float),
+    ),
     ("Contradictory", "another pair has chosen and rejected swapped", lambda f: np.where(f["contradictory"], 0.0, np.nan)),
-    ("Copies", "the pairs that occur most often",
-     lambda f: np.where((f["copies"] > 1) & (f["copy"] == 0), -f["copies"], np.nan)),
+    (
+        "Copies",
+        "the pairs that occur most often",
+        lambda f: np.where((f["copies"] > 1) & (f["copy"] == 0), -f["copies"], np.nan),
+    ),
     ("Shared prompts", "prompts with the most pairs", lambda f: np.where(f["prompt_pairs"] > 1, -f["prompt_pairs"], np.nan)),
-    ("Shared answers", "the same answer in many pairs",
-     lambda f: np.where(f["answer_pairs"] > 1, -f["answer_pairs"], np.nan)),
-    ("Cut most", "answers that lost the most tokens to data.max_length",
-     lambda f: np.where((cut := np.maximum(f["chosen_cut"], f["rejected_cut"])) > 0, -cut, np.nan)),
-    ("Near empty", "answers of three tokens or fewer",
-     lambda f: np.where((short := np.minimum(f["chosen_tokens"], f["rejected_tokens"])) <= 3, short, np.nan)),
+    (
+        "Shared answers",
+        "the same answer in many pairs",
+        lambda f: np.where(f["answer_pairs"] > 1, -f["answer_pairs"], np.nan),
+    ),
+    (
+        "Cut most",
+        "answers that lost the most tokens to data.max_length",
+        lambda f: np.where((cut := np.maximum(f["chosen_cut"], f["rejected_cut"])) > 0, -cut, np.nan),
+    ),
+    (
+        "Near empty",
+        "answers of three tokens or fewer",
+        lambda f: np.where((short := np.minimum(f["chosen_tokens"], f["rejected_tokens"])) <= 3, short, np.nan),
+    ),
 )
 """(title, what it shows, rank of each pair: lowest first, NaN = not of this kind)"""
 
@@ -55,17 +79,24 @@ def extremes(facts: pa.Table, pairs: pa.Table, decode: Callable[[list[list[int]]
         rows = np.argsort(ranks, kind="stable")[:COUNT]  # NaN sorts last
         rows = rows[~np.isnan(ranks[rows])]
         if len(rows):
-            found.append({"title": title, "about": about, "of": int((~np.isnan(ranks)).sum()),
-                          "pairs": _texts(facts, pairs, rows, decode)})
+            found.append(
+                {
+                    "title": title,
+                    "about": about,
+                    "of": int((~np.isnan(ranks)).sum()),
+                    "pairs": _texts(facts, pairs, rows, decode),
+                }
+            )
     return found
 
 
-def _texts(facts: pa.Table, pairs: pa.Table, rows: np.ndarray,
-           decode: Callable[[list[list[int]]], list[str]]) -> list[dict[str, Any]]:
+def _texts(
+    facts: pa.Table, pairs: pa.Table, rows: np.ndarray, decode: Callable[[list[list[int]]], list[str]]
+) -> list[dict[str, Any]]:
     index = pa.array(rows)
     chosen = pairs.select(["prompt_ids", "chosen_ids", "rejected_ids"]).take(index)
     texts = {name: decode(chosen[f"{name}_ids"].to_pylist()) for name in ("prompt", "chosen", "rejected")}
-    return [row | {name: shown(texts[name][number], keep_end=name == "prompt") for name in texts}
-            for number, row in enumerate(facts.take(index).to_pylist())]
-
-
+    return [
+        row | {name: shown(texts[name][number], keep_end=name == "prompt") for name in texts}
+        for number, row in enumerate(facts.take(index).to_pylist())
+    ]

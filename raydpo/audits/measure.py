@@ -28,14 +28,16 @@ def figures(frame: pl.DataFrame) -> dict[str, Any]:
     scored = frame.filter(pl.col("ref_margin").is_not_null())
     even = frame["contradictory"] & (frame["opposites"] == frame["copies"])
     return {
-        "pairs": frame.height, "not_scored": frame.height - scored.height,
+        "pairs": frame.height,
+        "not_scored": frame.height - scored.height,
         "tokens": {name: _quantiles(frame[f"{name}_tokens"].to_numpy()) for name in ("prompt", "chosen", "rejected")},
         "length": _length(frame),
         "reference": _reference(scored),
         "length_and_reference": _length_and_reference(scored),
         "surprise": _surprise(scored),
         "duplicates": int(((frame["copy"] > 0) & ~frame["contradictory"]).sum()),
-        "contradictory": int(frame["contradictory"].sum()), "contradictory_evenly": int(even.sum()),
+        "contradictory": int(frame["contradictory"].sum()),
+        "contradictory_evenly": int(even.sum()),
         "shared_prompt": int((frame["prompt_pairs"] > frame["copies"]).sum()),
         "shared_answer": int((frame["answer_pairs"] > frame["copies"]).sum()),
         "empty": {side: int((frame[f"{side}_tokens"] <= 1).sum()) for side in ("chosen", "rejected")},
@@ -84,10 +86,13 @@ def _length(frame: pl.DataFrame) -> dict[str, Any]:
     longer, shorter = difference > 0, difference < 0
     better = "longer" if longer.sum() >= shorter.sum() else "shorter"
     return {
-        "chosen_longer": _share(longer, frame), "chosen_shorter": _share(shorter, frame),
-        "equal": int((difference == 0).sum()), "difference": _quantiles(difference),
+        "chosen_longer": _share(longer, frame),
+        "chosen_shorter": _share(shorter, frame),
+        "equal": int((difference == 0).sum()),
+        "difference": _quantiles(difference),
         # The accuracy of a judge that looks at lengths only; a tie counts one half.
-        "rule": better, "rule_accuracy": _share(_wins(difference if better == "longer" else -difference), frame),
+        "rule": better,
+        "rule_accuracy": _share(_wins(difference if better == "longer" else -difference), frame),
     }
 
 
@@ -95,8 +100,12 @@ def _reference(scored: pl.DataFrame) -> dict[str, Any]:
     margin = scored["ref_margin"].to_numpy()
     per_token = (scored["ref_chosen_per_token"] - scored["ref_rejected_per_token"]).to_numpy()
     bound = min(FAR_MARGIN, int(np.floor(np.quantile(margin, FAR_SHARE)))) if len(margin) else FAR_MARGIN
-    return {"right_by_sum": _share(_wins(margin), scored), "right_per_token": _share(_wins(per_token), scored),
-            "margin": _quantiles(margin), "far": {"bound": bound, "pairs": int((margin <= bound).sum())}}
+    return {
+        "right_by_sum": _share(_wins(margin), scored),
+        "right_per_token": _share(_wins(per_token), scored),
+        "margin": _quantiles(margin),
+        "far": {"bound": bound, "pairs": int((margin <= bound).sum())},
+    }
 
 
 def _wins(values: np.ndarray) -> np.ndarray:
@@ -108,8 +117,12 @@ def _length_and_reference(scored: pl.DataFrame) -> dict[str, Any]:
     if len(margin) < 3 or not difference.std() or not margin.std():
         return {"pearson": None, "spearman": None, "slope": None, "bins": _by_bin(scored)}
     ranks = [scored[name].rank().to_numpy() for name in ("length_difference", "ref_margin")]
-    return {"pearson": float(np.corrcoef(difference, margin)[0, 1]), "spearman": float(np.corrcoef(*ranks)[0, 1]),
-            "slope": float(np.polyfit(difference, margin, 1)[0]), "bins": _by_bin(scored)}
+    return {
+        "pearson": float(np.corrcoef(difference, margin)[0, 1]),
+        "spearman": float(np.corrcoef(*ranks)[0, 1]),
+        "slope": float(np.polyfit(difference, margin, 1)[0]),
+        "bins": _by_bin(scored),
+    }
 
 
 def _by_bin(scored: pl.DataFrame) -> list[dict[str, Any]]:
@@ -118,8 +131,14 @@ def _by_bin(scored: pl.DataFrame) -> list[dict[str, Any]]:
     bins = []
     for low, high in pairwise([-np.inf, *LENGTH_BINS, np.inf]):
         inside = scored.filter(pl.Series((difference >= low) & (difference < high), dtype=pl.Boolean))
-        bins.append({"from": None if np.isinf(low) else int(low), "to": None if np.isinf(high) else int(high) - 1,
-                     "pairs": inside.height, "right": _share(_wins(inside["ref_margin"].to_numpy()), inside)})
+        bins.append(
+            {
+                "from": None if np.isinf(low) else int(low),
+                "to": None if np.isinf(high) else int(high) - 1,
+                "pairs": inside.height,
+                "right": _share(_wins(inside["ref_margin"].to_numpy()), inside),
+            }
+        )
     return bins
 
 
@@ -136,6 +155,17 @@ def _surprise(scored: pl.DataFrame) -> dict[str, Any]:
 def _quantiles(values: np.ndarray) -> dict[str, float] | None:
     if not len(values):
         return None
-    return {"mean": float(values.mean())} | {name: float(np.quantile(values, share)) for name, share in (
-        ("least", 0.0), ("p01", 0.01), ("p10", 0.1), ("p25", 0.25), ("median", 0.5), ("p75", 0.75), ("p90", 0.9),
-        ("p99", 0.99), ("most", 1.0))}
+    return {"mean": float(values.mean())} | {
+        name: float(np.quantile(values, share))
+        for name, share in (
+            ("least", 0.0),
+            ("p01", 0.01),
+            ("p10", 0.1),
+            ("p25", 0.25),
+            ("median", 0.5),
+            ("p75", 0.75),
+            ("p90", 0.9),
+            ("p99", 0.99),
+            ("most", 1.0),
+        )
+    }

@@ -32,9 +32,11 @@ def _differences(difference: np.ndarray, figures: dict[str, Any]) -> Picture:
     centres = (edges[:-1] + edges[1:]) / 2
     length = figures["length"]
     title = "Length difference"
-    caption = (f"The chosen answer is longer in {length['chosen_longer']['share']:.1%} of the pairs, shorter in "
-               f"{length['chosen_shorter']['share']:.1%}; the median difference is {length['difference']['median']:+.0f} "
-               "tokens. Values beyond the edges are in the outermost bars.")
+    caption = (
+        f"The chosen answer is longer in {length['chosen_longer']['share']:.1%} of the pairs, shorter in "
+        f"{length['chosen_shorter']['share']:.1%}; the median difference is {length['difference']['median']:+.0f} "
+        "tokens. Values beyond the edges are in the outermost bars."
+    )
     with figure() as (made, axes):
         axes.bar(centres, counts, width, color=[BAD if centre < 0 else GOOD for centre in centres])
         axes.axvline(0, color=INK, linewidth=0.8)
@@ -49,10 +51,12 @@ def _surprises(scored: pl.DataFrame, figures: dict[str, Any]) -> Picture:
     edges = np.linspace(low, high if high > low else low + 1, BINS + 1)
     surprise = figures["surprise"]
     title = "Surprise of the reference"
-    caption = (f"Median {surprise['chosen']['median']:.2f} nats a token for chosen answers, "
-               f"{surprise['rejected']['median']:.2f} for rejected ones. Of two answers drawn at random, the "
-               f"rejected one surprises more in {surprise['separation']['share']:.0%} of the draws. The further right, the "
-               "less likely the model itself is to write such an answer.")
+    caption = (
+        f"Median {surprise['chosen']['median']:.2f} nats a token for chosen answers, "
+        f"{surprise['rejected']['median']:.2f} for rejected ones. Of two answers drawn at random, the "
+        f"rejected one surprises more in {surprise['separation']['share']:.0%} of the draws. The further right, the "
+        "less likely the model itself is to write such an answer."
+    )
     with figure() as (made, axes):
         for (side, each), colour in zip(values.items(), (GOOD, BAD), strict=True):
             density, _ = np.histogram(each, edges, density=True)
@@ -71,10 +75,15 @@ def _margin_by_length(scored: pl.DataFrame, figures: dict[str, Any]) -> Picture:
     low, middle, high = np.array([np.quantile(margin[each], [0.1, 0.5, 0.9]) for each in groups]).T
     both = figures["length_and_reference"]
     title = "Margin and length"
-    caption = ("A sum of log-probs falls with every token, so the reference's margin mostly shows which answer is shorter."
-               + ("" if both["slope"] is None else
-                  f" It changes by {both['slope']:+.2f} nats for each token that the chosen answer is longer: correlation "
-                  f"{both['pearson']:.2f}, rank correlation {both['spearman']:.2f}."))
+    caption = (
+        "A sum of log-probs falls with every token, so the reference's margin mostly shows which answer is shorter."
+        + (
+            ""
+            if both["slope"] is None
+            else f" It changes by {both['slope']:+.2f} nats for each token that the chosen answer is longer: correlation "
+            f"{both['pearson']:.2f}, rank correlation {both['spearman']:.2f}."
+        )
+    )
     with figure() as (made, axes):
         axes.fill_between(centres, low, high, color=PALE, alpha=0.45, linewidth=0, label="80 % of pairs")
         axes.plot(centres, middle, color=GOOD, linewidth=1.6, label="median")
@@ -88,6 +97,10 @@ def _margin_by_length(scored: pl.DataFrame, figures: dict[str, Any]) -> Picture:
 def _right_by_length(figures: dict[str, Any]) -> Picture:
     bins = [each for each in figures["length_and_reference"]["bins"] if each["pairs"]]
     return length_bars(
-        "Ranked right, by length", "Share of pairs whose chosen answer has the higher log-prob under the reference, by "
+        "Ranked right, by length",
+        "Share of pairs whose chosen answer has the higher log-prob under the reference, by "
         "difference in length, with 95 % intervals. If the outer bars differ from the middle ones, length decides.",
-        bins, [{**each["right"], "value": each["right"]["share"]} for each in bins], "ranked right")
+        bins,
+        [{**each["right"], "value": each["right"]["share"]} for each in bins],
+        "ranked right",
+    )

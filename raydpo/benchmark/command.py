@@ -63,10 +63,20 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", required=True, metavar="PATH", help=f"model directory, hub name, or {' or '.join(workload.SHAPES)}")
     add("--data", metavar="FILE", help="preference file, as in data.train of a run")
     add("--synthetic", action="store_true", help="random pairs, for each length and each ratio")
-    add("--lengths", type=_numbers, default=(512, 2048), metavar="N,N", help="mean tokens of a synthetic row, "
-        "prompt and one completion (default: 512,2048)")
-    add("--ratios", type=_ratios, default=((1, 4), (1, 1), (4, 1)), metavar="P:C,P:C", help="prompt to completion "
-        "tokens of synthetic rows (default: 1:4,1:1,4:1)")
+    add(
+        "--lengths",
+        type=_numbers,
+        default=(512, 2048),
+        metavar="N,N",
+        help="mean tokens of a synthetic row, prompt and one completion (default: 512,2048)",
+    )
+    add(
+        "--ratios",
+        type=_ratios,
+        default=((1, 4), (1, 1), (4, 1)),
+        metavar="P:C,P:C",
+        help="prompt to completion tokens of synthetic rows (default: 1:4,1:1,4:1)",
+    )
     add("--pairs", type=_positive, default=64, metavar="N", help="number of pairs (default: %(default)s)")
     add("--pairs-per-step", type=_positive, default=8, metavar="N", help="pairs of a step (default: %(default)s)")
     add("--steps", type=_positive, metavar="N", help="steps to take (default: all pairs once)")
@@ -76,12 +86,27 @@ def _parser() -> argparse.ArgumentParser:
     trained.add_argument("--lora", type=_positive, metavar="R", help="train adapters of this rank")
     trained.add_argument("--full", action="store_true", help="train all weights")
     add("--lr", type=_rate, metavar="X", help=f"learning rate (default: {ADAPTER_LR:g} with --lora, else that of a run)")
-    add("--max-length", type=_positive, default=DataConfig.model_fields["max_length"].default, metavar="N",
-        help="longest row in tokens; longer ones are cut (default: %(default)s)")
-    add("--tokens-per-batch", type=_budget, default="auto", metavar="N|auto", help="token positions of "
-        "raydpo's micro-batches (default: %(default)s)")
-    add("--baseline-batches", type=_numbers, metavar="N,N", help="pairs of one forward pass of TRL, which accumulates "
-        "gradients over a step; each is measured, the fastest is compared (default: 1, 2, 4 ... up to the step)")
+    add(
+        "--max-length",
+        type=_positive,
+        default=DataConfig.model_fields["max_length"].default,
+        metavar="N",
+        help="longest row in tokens; longer ones are cut (default: %(default)s)",
+    )
+    add(
+        "--tokens-per-batch",
+        type=_budget,
+        default="auto",
+        metavar="N|auto",
+        help="token positions of raydpo's micro-batches (default: %(default)s)",
+    )
+    add(
+        "--baseline-batches",
+        type=_numbers,
+        metavar="N,N",
+        help="pairs of one forward pass of TRL, which accumulates "
+        "gradients over a step; each is measured, the fastest is compared (default: 1, 2, 4 ... up to the step)",
+    )
     add("--skip-online", action="store_true", help="do not measure TRL with a reference scored at every step")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--threads", type=_positive, metavar="N", help="CPU threads of both sides (default: all physical cores)")
@@ -105,34 +130,66 @@ def _run(args: argparse.Namespace, console: Console) -> None:
     steps, per_epoch = args.steps, -(-args.pairs // args.pairs_per_step)
     steps = per_epoch if steps is None else steps
     if not 0 <= args.warmup < steps <= per_epoch:
-        raise ConfigError(f"--warmup {args.warmup} and --steps {steps} do not fit: {args.pairs} pairs are {per_epoch} steps "
-                          f"of {args.pairs_per_step}, and at least one step must be counted")
+        raise ConfigError(
+            f"--warmup {args.warmup} and --steps {steps} do not fit: {args.pairs} pairs are {per_epoch} steps "
+            f"of {args.pairs_per_step}, and at least one step must be counted"
+        )
     batches = _batches(args, steps)
     for package in ("trl", "deepspeed"):
         if importlib.util.find_spec(package) is None:
-            raise ConfigError(f"the benchmark needs the package {package!r}, which is not installed here; "
-                              "pip install 'raydpo[benchmark]'")
+            raise ConfigError(
+                f"the benchmark needs the package {package!r}, which is not installed here; pip install 'raydpo[benchmark]'"
+            )
     label = f"TRL {importlib.metadata.version('trl')}"
-    record: dict[str, Any] = {"command": args.command, "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "baseline": label,
-                              "device": _device_name(device), "versions": _versions()}
+    record: dict[str, Any] = {
+        "command": args.command,
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "baseline": label,
+        "device": _device_name(device),
+        "versions": _versions(),
+    }
     with _work(args.work) as work:
         model = _model(args, work, torch.device(device), console)
-        job = Job(stage="score", model=model, workload="", work=str(work), dtype=DTYPES[args.dtype], lora=args.lora,
-                  pairs_per_step=args.pairs_per_step, steps=steps, tokens_per_batch=args.tokens_per_batch,
-                  device=device, threads=args.threads, lr=_learning_rate(args), pairs_per_pass=args.pairs_per_step)
+        job = Job(
+            stage="score",
+            model=model,
+            workload="",
+            work=str(work),
+            dtype=DTYPES[args.dtype],
+            lora=args.lora,
+            pairs_per_step=args.pairs_per_step,
+            steps=steps,
+            tokens_per_batch=args.tokens_per_batch,
+            device=device,
+            threads=args.threads,
+            lr=_learning_rate(args),
+            pairs_per_pass=args.pairs_per_step,
+        )
         # As given on the command line, without folders of this machine.
-        given = {"model": args.model, "data": args.data, "warmup": args.warmup, "train": job.train.model_dump(mode="json"),
-                 "baseline_batches": batches}
-        record["settings"] = {key: value for key, value in dataclasses.asdict(job).items()
-                              if key not in ("stage", "work", "workload", "pairs_per_pass")} | given
-        console.say(f"raydpo {__version__} against {label} on {record['device']}, {args.dtype}, "
-                    + ("all weights" if args.lora is None else f"adapters of rank {args.lora}"))
+        given = {
+            "model": args.model,
+            "data": args.data,
+            "warmup": args.warmup,
+            "train": job.train.model_dump(mode="json"),
+            "baseline_batches": batches,
+        }
+        record["settings"] = {
+            key: value
+            for key, value in dataclasses.asdict(job).items()
+            if key not in ("stage", "work", "workload", "pairs_per_pass")
+        } | given
+        console.say(
+            f"raydpo {__version__} against {label} on {record['device']}, {args.dtype}, "
+            + ("all weights" if args.lora is None else f"adapters of rank {args.lora}")
+        )
         points: list[dict[str, Any]] = []
         for facts, table in _workloads(args, model):
             job = dataclasses.replace(job, workload=str(work / "pairs.parquet"))
             pq.write_table(table, job.workload)
-            points.append({"baseline": label, "workload": facts | workload.statistics(table, args.pairs_per_step)}
-                          | _measure(args, job, table, batches, console))
+            points.append(
+                {"baseline": label, "workload": facts | workload.statistics(table, args.pairs_per_step)}
+                | _measure(args, job, table, batches, console)
+            )
             print_point(points[-1], console)
             if args.json is not None:  # after each workload: the next may run out of memory
                 _write(record | ({"results": points} if args.synthetic else points[0]), Path(args.json))
@@ -156,36 +213,54 @@ def _check_inputs(args: argparse.Namespace, console: Console) -> None:
     if args.model in workload.SHAPES:
         return
     if not (is_hub_name(args.model) or Path(args.model).is_dir()):
-        raise ConfigError(f"--model is {args.model!r}, but there is no such directory; give a model directory, a hub name "
-                          f"or {' or '.join(workload.SHAPES)}")
+        raise ConfigError(
+            f"--model is {args.model!r}, but there is no such directory; give a model directory, a hub name "
+            f"or {' or '.join(workload.SHAPES)}"
+        )
     for line in check_weights(resolve_model(args.model)):
         console.warn(line)
 
 
 def _measure(args: argparse.Namespace, job: Job, table: Any, batches: Sequence[int], console: Console) -> dict[str, Any]:
     """Run every process and combine what they measured. There are ratios only if the sides agree."""
+
     def stage(name: Stage, module: str, about: str, pairs_per_pass: int = job.pairs_per_pass) -> Result:
         console.say(f"  running {about}")
         return start(module, dataclasses.replace(job, stage=name, pairs_per_pass=pairs_per_pass))
 
     _, shapes = pair_groups(table)
-    ours = {"score": stage("score", "raydpo_side", "raydpo's reference pass"),
-            "train": stage("train", "raydpo_side", "raydpo's training")}
+    ours = {
+        "score": stage("score", "raydpo_side", "raydpo's reference pass"),
+        "train": stage("train", "raydpo_side", "raydpo's training"),
+    }
     about = {"cached": "reference computed before"} | ({} if args.skip_online else {"online": "reference at every step"})
-    tried = {name: [stage(name, "trl_side", f"TRL, {what}, {size} pair(s) at a time", size) for size in batches]
-             for name, what in about.items()}
+    tried = {
+        name: [stage(name, "trl_side", f"TRL, {what}, {size} pair(s) at a time", size) for size in batches]
+        for name, what in about.items()
+    }
     best = {name: fastest(results, args.warmup) for name, results in tried.items()}
     measured = Measurement(
-        names=table["pair_id"].to_pylist(), shapes=shapes, **ours, cached=best["cached"], online=best.get("online"),
-        tried=tried, dtype=job.dtype, model=ModelCost.of(job.model), lora=job.lora is not None, peak=_peak(args, job.device),
-        pairs_per_step=job.pairs_per_step, warmup=args.warmup)
+        names=table["pair_id"].to_pylist(),
+        shapes=shapes,
+        **ours,
+        cached=best["cached"],
+        online=best.get("online"),
+        tried=tried,
+        dtype=job.dtype,
+        model=ModelCost.of(job.model),
+        lora=job.lora is not None,
+        peak=_peak(args, job.device),
+        pairs_per_step=job.pairs_per_step,
+        warmup=args.warmup,
+    )
     problems, gaps = disagreements(measured)
     point = {"equal": not problems, "problems": problems, "gaps": gaps} | figures(measured)
     if not problems:
         for part, values in ratios(measured).items():
             point[part] |= values
-    raw = {"raydpo_score": measured.score} | {"raydpo_train" if name == "raydpo" else name: result
-                                              for name, result in measured.sides.items()}
+    raw = {"raydpo_score": measured.score} | {
+        "raydpo_train" if name == "raydpo" else name: result for name, result in measured.sides.items()
+    }
     return point | {"raw": {name: dataclasses.asdict(result) for name, result in raw.items()}}
 
 
@@ -196,8 +271,10 @@ def _workloads(args: argparse.Namespace, model: str) -> Iterator[tuple[dict[str,
     vocabulary = ModelCost.of(model).vocabulary
     for length in args.lengths:
         for prompt, completion in args.ratios:
-            yield ({"name": f"{length} at {prompt}:{completion}", "length": length, "ratio": f"{prompt}:{completion}"},
-                   workload.synthetic(args.pairs, length, (prompt, completion), vocabulary, args.seed))
+            yield (
+                {"name": f"{length} at {prompt}:{completion}", "length": length, "ratio": f"{prompt}:{completion}"},
+                workload.synthetic(args.pairs, length, (prompt, completion), vocabulary, args.seed),
+            )
 
 
 def _batches(args: argparse.Namespace, steps: int) -> list[int]:
@@ -214,8 +291,10 @@ def _batches(args: argparse.Namespace, steps: int) -> list[int]:
         return sorted({size for size in (*powers, args.pairs_per_step) if fits(size)})
     odd = [size for size in args.baseline_batches if not fits(size)]
     if odd:
-        raise ConfigError(f"--baseline-batches {odd[0]} does not divide steps of {' and '.join(map(str, whole))} pairs; "
-                          "give numbers that do, or other --pairs")
+        raise ConfigError(
+            f"--baseline-batches {odd[0]} does not divide steps of {' and '.join(map(str, whole))} pairs; "
+            "give numbers that do, or other --pairs"
+        )
     return sorted(set(args.baseline_batches))
 
 

@@ -29,8 +29,10 @@ BFLOAT16_TOKEN_NATS = 0.05
 """bfloat16: mean difference allowed over the pairs, in nats a token."""
 BFLOAT16_LOSS = 0.02
 """bfloat16: tolerance of the first loss. Later losses are not compared, since the weights round differently by then."""
-WITHOUT_RAY = ("raydpo runs without Ray here: Ray's start, its worker processes with their imports, the gate, evaluations "
-               "and reports are not included")
+WITHOUT_RAY = (
+    "raydpo runs without Ray here: Ray's start, its worker processes with their imports, the gate, evaluations "
+    "and reports are not included"
+)
 """What a user's run of raydpo takes beyond the two measured processes. TRL's processes are what its user runs."""
 
 
@@ -103,16 +105,20 @@ def disagreements(measured: Measurement) -> tuple[list[str], dict[str, float]]:
             one, other = (getattr(side, f"{half}_logps")[0] for side in (measured.train, theirs))
             gaps[f"first_{half}_logps_{name}"] = abs(one - other)
             if not abs(one - other) <= allowed:
-                problems.append(f"the policy's log-probs of the {half} completions of the first step are {one:.6g} on "
-                                f"average with raydpo and {other:.6g} with TRL ({name}; tolerance {allowed:.2g})")
+                problems.append(
+                    f"the policy's log-probs of the {half} completions of the first step are {one:.6g} on "
+                    f"average with raydpo and {other:.6g} with TRL ({name}; tolerance {allowed:.2g})"
+                )
         pairs = list(zip(measured.train.losses, theirs.losses, strict=True))
         gaps[f"loss_{name}"] = max(abs(one - other) for one, other in pairs)
         gaps[f"first_loss_{name}"] = abs(pairs[0][0] - pairs[0][1])
         for number, (one, other) in enumerate(pairs if exact else pairs[:1]):
             allowed = BFLOAT16_LOSS if not exact else LATER_LOSS if number else LOSS
             if not abs(one - other) <= allowed:
-                problems.append(f"the loss of step {number + 1} is {one:.6g} with raydpo and {other:.6g} with TRL "
-                                f"({name}; tolerance {allowed:g})")
+                problems.append(
+                    f"the loss of step {number + 1} is {one:.6g} with raydpo and {other:.6g} with TRL "
+                    f"({name}; tolerance {allowed:g})"
+                )
                 break
     return problems, gaps
 
@@ -137,9 +143,11 @@ def _reference_problems(measured: Measurement, exact: bool) -> tuple[list[str], 
     side, row = np.unravel_index(worst.argmax(), worst.shape)
     wrong = int((worst > 1).any(0).sum())
     told = f"{wrong} pairs differ" if exact else f"pairs differ by {per_token:.2g} nats a token on average"
-    return [f"the reference's log-probs are not the same: {told}; of pair {measured.names[row]} the "
-            f"{('chosen', 'rejected')[side]} completion has {values[side][0][row]:.6g} with raydpo and "
-            f"{values[side][1][row]:.6g} with TRL"], gaps
+    return [
+        f"the reference's log-probs are not the same: {told}; of pair {measured.names[row]} the "
+        f"{('chosen', 'rejected')[side]} completion has {values[side][0][row]:.6g} with raydpo and "
+        f"{values[side][1][row]:.6g} with TRL"
+    ], gaps
 
 
 def fastest(tried: Sequence[Result], warmup: int) -> Result:
@@ -169,22 +177,32 @@ def figures(measured: Measurement) -> dict[str, Any]:
     rows = range(len(measured.names))
     factors = (2.0, 3.0, 2.0) if measured.lora else (3.0, 3.0, 3.0)
     found: dict[str, Any] = {
-        "reference_pass": {name: _rate(measured, rows, result.reference_seconds, FORWARD)
-                           for name, result in (("raydpo", measured.score), ("cached", measured.cached))},
-        "train_step": {}, "job": _jobs(measured), "sweep": {"betas": BETAS} | _sweeps(measured)}
+        "reference_pass": {
+            name: _rate(measured, rows, result.reference_seconds, FORWARD)
+            for name, result in (("raydpo", measured.score), ("cached", measured.cached))
+        },
+        "train_step": {},
+        "job": _jobs(measured),
+        "sweep": {"betas": BETAS} | _sweeps(measured),
+    }
     for name, result in measured.sides.items():
         counted = list(enumerate(result.step_seconds))[measured.warmup :]
         rates = [_rate(measured, measured.rows(step), seconds, factors) for step, seconds in counted]
-        found["train_step"][name] = {key: None if rates[0][key] is None else median(rate[key] for rate in rates)
-                                     for key in rates[0]}
+        found["train_step"][name] = {
+            key: None if rates[0][key] is None else median(rate[key] for rate in rates) for key in rates[0]
+        }
     found["memory"] = {name: {"bytes": result.peak_bytes} for name, result in measured.sides.items()}
-    found["memory"]["raydpo"] = {"bytes": max(measured.score.peak_bytes, measured.train.peak_bytes),
-                                 "scoring_bytes": measured.score.peak_bytes, "training_bytes": measured.train.peak_bytes}
+    found["memory"]["raydpo"] = {
+        "bytes": max(measured.score.peak_bytes, measured.train.peak_bytes),
+        "scoring_bytes": measured.score.peak_bytes,
+        "training_bytes": measured.train.peak_bytes,
+    }
     ours = measured.train.facts.get("largest_pass")
     found["memory_alike"] = {"raydpo": {"bytes": measured.train.peak_bytes, "largest_pass": ours}} | {
         name: {"bytes": near.peak_bytes, "largest_pass": near.facts["largest_pass"]}
         for name, tried in measured.tried.items()
-        for near in [min(tried, key=lambda result: abs(math.log(result.facts["largest_pass"] / ours)))]}
+        for near in [min(tried, key=lambda result: abs(math.log(result.facts["largest_pass"] / ours)))]
+    }
     found["tried"] = {name: [_of_try(result, measured.warmup) for result in tried] for name, tried in measured.tried.items()}
     return found
 
@@ -217,15 +235,22 @@ def ratios(measured: Measurement) -> dict[str, dict[str, float | None]]:
 
 def _of_try(result: Result, warmup: int) -> dict[str, Any]:
     shown = {key: result.facts[key] for key in ("pairs_per_pass", "forward_passes", "positions", "largest_pass")}
-    return shown | {"step_seconds": median(result.step_seconds[warmup:]), "reference_seconds": result.reference_seconds,
-                    "bytes": result.peak_bytes}
+    return shown | {
+        "step_seconds": median(result.step_seconds[warmup:]),
+        "reference_seconds": result.reference_seconds,
+        "bytes": result.peak_bytes,
+    }
 
 
 def _rate(measured: Measurement, rows: Sequence[int], seconds: float, factors: Sequence[float]) -> dict[str, float | None]:
     amount = measured.amount(rows)
     # In the tree layout the positions are the real tokens.
-    return {"seconds": seconds, "pairs_per_second": len(rows) / seconds, "tokens_per_second": float(amount[0]) / seconds,
-            "mfu": None if measured.peak is None else operations(amount, measured.model, factors) / seconds / measured.peak}
+    return {
+        "seconds": seconds,
+        "pairs_per_second": len(rows) / seconds,
+        "tokens_per_second": float(amount[0]) / seconds,
+        "mfu": None if measured.peak is None else operations(amount, measured.model, factors) / seconds / measured.peak,
+    }
 
 
 def _epochs(measured: Measurement) -> Iterator[tuple[str, float]]:
@@ -241,8 +266,7 @@ def _jobs(measured: Measurement) -> dict[str, Any]:
     composed = len(measured.train.step_seconds) < measured.steps_per_epoch
     how = f"wall clock of whole processes; no tokenising, evaluation, checkpoint or export on either side; {WITHOUT_RAY}"
     missing = "; steps of the epoch that were not taken count as the median step" if composed else ""
-    return {"composed": composed, "how": how + missing,
-            **{name: {"seconds": value} for name, value in seconds.items()}}
+    return {"composed": composed, "how": how + missing, **{name: {"seconds": value} for name, value in seconds.items()}}
 
 
 def _sweeps(measured: Measurement) -> dict[str, Any]:
@@ -251,6 +275,9 @@ def _sweeps(measured: Measurement) -> dict[str, Any]:
     seconds["raydpo"] += measured.score.wall_seconds
     # TRL finds its cached reference again for the same data and model, so the pass counts once.
     seconds["cached"] -= (BETAS - 1) * (measured.cached.reference_seconds or 0.0)
-    return {"composed": True, "how": f"raydpo: one scoring process and {BETAS} training processes; cached: {BETAS} "
-            f"processes, the reference pass only in the first; online: {BETAS} processes; {WITHOUT_RAY}",
-            **{name: {"seconds": value} for name, value in seconds.items()}}
+    return {
+        "composed": True,
+        "how": f"raydpo: one scoring process and {BETAS} training processes; cached: {BETAS} "
+        f"processes, the reference pass only in the first; online: {BETAS} processes; {WITHOUT_RAY}",
+        **{name: {"seconds": value} for name, value in seconds.items()},
+    }

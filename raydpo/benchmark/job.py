@@ -26,9 +26,12 @@ __all__ = ["Job", "Result", "Stage", "StepRecord", "now", "side", "start"]
 Stage = Literal["score", "train", "cached", "online"]
 """raydpo's two processes, and the two ways in which TRL gets its reference."""
 ENVIRONMENT = {
-    "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_OFFLINE": "1",  # the model is a local directory by now
-    "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore",
+    "TQDM_DISABLE": "1",
+    "PYTHONWARNINGS": "ignore",
 }
 LOG_LINES = 3
 """Last lines of a failed process's log that are shown."""
@@ -77,8 +80,14 @@ class Job:
     @property
     def train(self) -> TrainConfig:
         """Training settings of both sides. Beta, clipping and ZeRO stage are raydpo's defaults."""
-        return TrainConfig(pairs_per_step=self.pairs_per_step, steps=self.steps, tokens_per_batch=self.tokens_per_batch,
-                           lr=self.lr, schedule="constant", warmup=0.0)
+        return TrainConfig(
+            pairs_per_step=self.pairs_per_step,
+            steps=self.steps,
+            tokens_per_batch=self.tokens_per_batch,
+            lr=self.lr,
+            schedule="constant",
+            warmup=0.0,
+        )
 
     @property
     def peft_config(self) -> PeftConfig | None:
@@ -166,9 +175,13 @@ class StepRecord:
     def facts(self, optimizer: Any) -> dict[str, Any]:
         """Size of the forward passes, and whether the optimizer is torch's fused one."""
         passes = [each for step in self._steps for each in step]
-        return {"forward_passes": len(passes), "pairs_per_pass": max(pairs for pairs, _, _ in passes),
-                "positions": sum(positions for _, positions, _ in passes),
-                "largest_pass": max(positions for _, positions, _ in passes), "fused": bool(optimizer.defaults.get("fused"))}
+        return {
+            "forward_passes": len(passes),
+            "pairs_per_pass": max(pairs for pairs, _, _ in passes),
+            "positions": sum(positions for _, positions, _ in passes),
+            "largest_pass": max(positions for _, positions, _ in passes),
+            "fused": bool(optimizer.defaults.get("fused")),
+        }
 
 
 _Pass = tuple[int, int, tuple[Any, ...]]
@@ -176,8 +189,10 @@ _Pass = tuple[int, int, tuple[Any, ...]]
 
 def _over_passes(passes: Sequence[_Pass]) -> list[float]:
     total = sum(pairs for pairs, _, _ in passes)
-    return [sum(pairs * float(mean) for (pairs, _, _), mean in zip(passes, column, strict=True)) / total
-            for column in zip(*(means for _, _, means in passes), strict=True)]
+    return [
+        sum(pairs * float(mean) for (pairs, _, _), mean in zip(passes, column, strict=True)) / total
+        for column in zip(*(means for _, _, means in passes), strict=True)
+    ]
 
 
 def now(device: torch.device) -> float:
@@ -227,18 +242,28 @@ def start(module: str, job: Job) -> Result:
     paths = [str(Path(errors.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     threads = {} if job.threads is None else {"OMP_NUM_THREADS": str(job.threads)}
     # A new cache directory: in a shared one, a second run would find TRL's reference pass done.
-    environment = os.environ | ENVIRONMENT | threads | {"HF_DATASETS_CACHE": str(work / f"{job.name}.datasets"),
-                                                        "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    environment = (
+        os.environ
+        | ENVIRONMENT
+        | threads
+        | {"HF_DATASETS_CACHE": str(work / f"{job.name}.datasets"), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    )
     begin = time.perf_counter()
     with open(log, "wb") as sink:
-        status = subprocess.run([sys.executable, "-m", f"raydpo.benchmark.{module}", str(asked), str(out)],
-                                stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, env=environment).returncode
+        status = subprocess.run(
+            [sys.executable, "-m", f"raydpo.benchmark.{module}", str(asked), str(out)],
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=sink,
+            env=environment,
+        ).returncode
     wall = time.perf_counter() - begin
     found = json.loads(out.read_text()) if out.is_file() else {}
     if "error" in found:
         raise getattr(errors, found["error"])(found["message"])
     if status or not found:
         words = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()][-LOG_LINES:]
-        raise TrainError(f"the process of {module} ({job.stage}) ended with status {status}: {' | '.join(words)[-600:]} "
-                         f"(log: {log})")
+        raise TrainError(
+            f"the process of {module} ({job.stage}) ended with status {status}: {' | '.join(words)[-600:]} (log: {log})"
+        )
     return Result(**found | {"wall_seconds": wall})

@@ -38,9 +38,16 @@ def score(job: Job, device: torch.device) -> Result:
     # The budget is measured here and not in the scorer: measuring resets the peak that is reported below.
     scorer = Scorer(spec, device=job.device, tokens_per_batch=1, check_rows=groups[:CHECK_ROWS])
     peak = used_memory(device)
-    scorer.tokens_per_batch = _budget(job, lambda: find_budget(
-        lambda tokens: scorer.model.score([probe_group(tokens, scorer.model.vocabulary)], device), device,
-        most=MOST_SCORED).tokens)
+    scorer.tokens_per_batch = _budget(
+        job,
+        lambda: (
+            find_budget(
+                lambda tokens: scorer.model.score([probe_group(tokens, scorer.model.vocabulary)], device),
+                device,
+                most=MOST_SCORED,
+            ).tokens
+        ),
+    )
     ready = now(device)
     scored = scorer.score(groups)
     seconds = now(device) - ready
@@ -49,8 +56,14 @@ def score(job: Job, device: torch.device) -> Result:
         table = table.append_column(f"ref_{name}_logps", pa.array([row[index] for row in scored], pa.list_(pa.float32())))
     pq.write_table(table, job.scored)
     chosen, rejected = ([float(np.sum(row[index], dtype=np.float64)) for row in scored] for index in range(2))
-    return Result(load_seconds=ready - start, reference_seconds=seconds, ref_chosen=chosen, ref_rejected=rejected,
-                  peak_bytes=peak, facts={"notes": scorer.notes} | scorer.provenance)
+    return Result(
+        load_seconds=ready - start,
+        reference_seconds=seconds,
+        ref_chosen=chosen,
+        ref_rejected=rejected,
+        peak_bytes=peak,
+        facts={"notes": scorer.notes} | scorer.provenance,
+    )
 
 
 def train(job: Job, device: torch.device) -> Result:
@@ -64,9 +77,19 @@ def train(job: Job, device: torch.device) -> Result:
         engine.module.policy.peft_config["default"].save_pretrained(job.work)
     peak = used_memory(device)
     budget = _budget(job, lambda: engine.find_budget().tokens)
-    plan = BatchPlan(pairs.shapes, pairs.sources, pairs.weights, seed=settings.seed, pairs_per_step=job.pairs_per_step,
-                     tokens_per_batch=budget, world_size=1, shuffle=False, epochs=1, steps=job.steps,
-                     layout=engine.module.method.layout)
+    plan = BatchPlan(
+        pairs.shapes,
+        pairs.sources,
+        pairs.weights,
+        seed=settings.seed,
+        pairs_per_step=job.pairs_per_step,
+        tokens_per_batch=budget,
+        world_size=1,
+        shuffle=False,
+        epochs=1,
+        steps=job.steps,
+        layout=engine.module.method.layout,
+    )
 
     record = StepRecord(device)
     load_seconds = now(device) - start
@@ -77,11 +100,21 @@ def train(job: Job, device: torch.device) -> Result:
         for batch, layout in step.batches:
             record.add_pass(len(batch.pairs), layout.input_ids.numel())
         record.end_step()
-    return Result(load_seconds=load_seconds, step_seconds=record.seconds, losses=[row["loss"] for row in rows],
-                  chosen_logps=[row["logps/chosen"] for row in rows], rejected_logps=[row["logps/rejected"] for row in rows],
-                  peak_bytes=max(peak, used_memory(device)),
-                  facts={"raydpo": __version__, "layout": engine.layout_line, "tokens_per_batch": budget,
-                         "optimizer_master_weights": job.dtype == "bfloat16"} | record.facts(engine.state.optimizer))
+    return Result(
+        load_seconds=load_seconds,
+        step_seconds=record.seconds,
+        losses=[row["loss"] for row in rows],
+        chosen_logps=[row["logps/chosen"] for row in rows],
+        rejected_logps=[row["logps/rejected"] for row in rows],
+        peak_bytes=max(peak, used_memory(device)),
+        facts={
+            "raydpo": __version__,
+            "layout": engine.layout_line,
+            "tokens_per_batch": budget,
+            "optimizer_master_weights": job.dtype == "bfloat16",
+        }
+        | record.facts(engine.state.optimizer),
+    )
 
 
 def _load(file: str | Path) -> pa.Table:
@@ -95,8 +128,9 @@ def _budget(job: Job, measure: Callable[[], int]) -> int:
 def _engine(job: Job, spec: PolicySpec, device: torch.device, pairs: TrainingPairs) -> PolicyEngine:
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     # One process needs no port.
-    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=0, world_size=1,
-                                         store=torch.distributed.HashStore())
+    torch.distributed.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo", rank=0, world_size=1, store=torch.distributed.HashStore()
+    )
     join_process_group(device)
     return PolicyEngine(spec, job.train, device, pairs.groups(range(min(CHECK_ROWS, len(pairs)))))
 

@@ -44,8 +44,12 @@ class PinnedTrainer(DPOTrainer):
     def _compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super()._compute_loss(model, inputs, *args, **kwargs)
         rows, width = inputs["input_ids"].shape
-        self.record.add_pass(rows // 2, rows * width, loss.detach(), *(
-            self._metrics["train"][f"logps/{name}"][-1] for name in ("chosen", "rejected")))
+        self.record.add_pass(
+            rows // 2,
+            rows * width,
+            loss.detach(),
+            *(self._metrics["train"][f"logps/{name}"][-1] for name in ("chosen", "rejected")),
+        )
         return loss
 
 
@@ -68,15 +72,25 @@ def run(job: Job, device: torch.device) -> Result:
     scratch = Path(job.work) / job.name
     dataset = Dataset.from_parquet(job.workload, columns=list(workload.IDS), cache_dir=str(scratch / "datasets"))
     record = StepRecord(device)
-    trainer = PinnedTrainer(record, model=job.model, args=_settings(job, scratch), train_dataset=dataset,
-                            processing_class=_tokenizer(), peft_config=job.peft_config)
+    trainer = PinnedTrainer(
+        record,
+        model=job.model,
+        args=_settings(job, scratch),
+        train_dataset=dataset,
+        processing_class=_tokenizer(),
+        peft_config=job.peft_config,
+    )
     if job.lora is not None:
         _set_adapters(trainer.model, job.initial_adapters)
-    found = Result(load_seconds=now(device) - start - (trainer.reference_seconds or 0.0),
-                   reference_seconds=trainer.reference_seconds, facts={"trl": trl.__version__})
+    found = Result(
+        load_seconds=now(device) - start - (trainer.reference_seconds or 0.0),
+        reference_seconds=trainer.reference_seconds,
+        facts={"trl": trl.__version__},
+    )
     if job.stage == "cached":
         found.ref_chosen, found.ref_rejected = (
-            [float(value) for value in trainer.train_dataset[f"ref_{name}_logps"]] for name in ("chosen", "rejected"))
+            [float(value) for value in trainer.train_dataset[f"ref_{name}_logps"]] for name in ("chosen", "rejected")
+        )
     trainer.train()
     found.step_seconds = record.seconds
     found.losses, found.chosen_logps, found.rejected_logps = record.means()
@@ -88,16 +102,31 @@ def run(job: Job, device: torch.device) -> Result:
 def _settings(job: Job, scratch: Path) -> DPOConfig:
     train = job.train
     return DPOConfig(
-        output_dir=str(scratch), max_steps=job.steps, per_device_train_batch_size=job.pairs_per_pass,
+        output_dir=str(scratch),
+        max_steps=job.steps,
+        per_device_train_batch_size=job.pairs_per_pass,
         gradient_accumulation_steps=job.pairs_per_step // job.pairs_per_pass,
-        beta=train.beta, learning_rate=train.lr, weight_decay=train.weight_decay, lr_scheduler_type="constant",
-        warmup_steps=0, max_grad_norm=train.clip or 0.0,
+        beta=train.beta,
+        learning_rate=train.lr,
+        weight_decay=train.weight_decay,
+        lr_scheduler_type="constant",
+        warmup_steps=0,
+        max_grad_norm=train.clip or 0.0,
         optim="adamw_torch_fused",  # as on raydpo's side, and TRL's default
-        precompute_ref_log_probs=job.stage == "cached", precompute_ref_batch_size=job.pairs_per_pass,
+        precompute_ref_log_probs=job.stage == "cached",
+        precompute_ref_batch_size=job.pairs_per_pass,
         max_length=None,  # rows are cut already
-        model_init_kwargs={"dtype": job.dtype}, bf16=False,  # bfloat16 weights as on raydpo's side, no autocast
-        gradient_checkpointing=False, use_cpu=job.device == "cpu", dataloader_pin_memory=job.device == "cuda",
-        save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True, seed=train.seed)
+        model_init_kwargs={"dtype": job.dtype},
+        bf16=False,  # bfloat16 weights as on raydpo's side, no autocast
+        gradient_checkpointing=False,
+        use_cpu=job.device == "cpu",
+        dataloader_pin_memory=job.device == "cuda",
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=train.seed,
+    )
 
 
 def _set_adapters(model: torch.nn.Module, file: Path) -> None:
@@ -110,8 +139,9 @@ def _set_adapters(model: torch.nn.Module, file: Path) -> None:
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if stored.keys() != trainable.keys():
         odd = sorted(stored.keys() ^ trainable.keys())
-        raise ModelError(f"the two sides adapt different modules: {len(odd)} tensors are on one side only, such as "
-                         f"{', '.join(odd[:3])}")
+        raise ModelError(
+            f"the two sides adapt different modules: {len(odd)} tensors are on one side only, such as {', '.join(odd[:3])}"
+        )
     with torch.no_grad():
         for name, parameter in trainable.items():
             parameter.copy_(stored[name])
@@ -122,8 +152,9 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
 
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"<pad>": 0}, unk_token="<pad>")),
-                                   pad_token="<pad>", eos_token="<pad>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel({"<pad>": 0}, unk_token="<pad>")), pad_token="<pad>", eos_token="<pad>"
+    )
 
 
 if __name__ == "__main__":

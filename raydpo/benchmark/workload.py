@@ -24,12 +24,19 @@ IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 SPREAD = 0.25
 """Random lengths vary by up to this share of the mean. Rows of equal length would need no padding."""
 
-_LLAMA_3 = {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072,
-            "rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
-            "bos_token_id": 128000, "eos_token_id": 128001}
+_LLAMA_3 = {
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+}
 SHAPES = {
-    "random-1b": _LLAMA_3 | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64,
-                             "tie_word_embeddings": True},
+    "random-1b": _LLAMA_3
+    | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64, "tie_word_embeddings": True},
     "random-8b": _LLAMA_3 | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "head_dim": 128},
 }
 """Configurations of Llama 3.2 1B and Llama 3.1 8B."""
@@ -66,9 +73,20 @@ def synthetic(pairs: int, length: int, ratio: tuple[int, int], vocabulary: int, 
     rows = []
     for number, each in enumerate(sizes, 1):
         prompt, chosen, rejected = (rng.integers(0, vocabulary, size).astype(np.int32) for size in each)
-        rows.append({"pair_id": f"random:{number}", "source": "random", "weight": 1.0, "prompt_ids": prompt,
-                     "chosen_ids": chosen, "rejected_ids": rejected, "chosen_key": completion_key(prompt, chosen),
-                     "rejected_key": completion_key(prompt, rejected), "chosen_full": each[1], "rejected_full": each[2]})
+        rows.append(
+            {
+                "pair_id": f"random:{number}",
+                "source": "random",
+                "weight": 1.0,
+                "prompt_ids": prompt,
+                "chosen_ids": chosen,
+                "rejected_ids": rejected,
+                "chosen_key": completion_key(prompt, chosen),
+                "rejected_key": completion_key(prompt, rejected),
+                "chosen_full": each[1],
+                "rejected_full": each[2],
+            }
+        )
     return pa.Table.from_pylist(rows, schema=PAIR_SCHEMA)
 
 
@@ -83,10 +101,15 @@ def statistics(table: pa.Table, pairs_per_step: int) -> dict[str, Any]:
     _, shapes = pair_groups(table)
     in_steps = [list(rows) for rows in parts(table, pairs_per_step)]
     return {
-        "pairs": table.num_rows, "prompt_tokens": int(shapes.prompt.sum()), "completion_tokens": int(shapes.tokens.sum()),
+        "pairs": table.num_rows,
+        "prompt_tokens": int(shapes.prompt.sum()),
+        "completion_tokens": int(shapes.tokens.sum()),
         "longest": int(shapes.longest.max()),
-        "positions": {"padded": sum(int(shapes.rows[rows].sum() * shapes.longest[rows].max()) for rows in in_steps),
-                      "packed": int(shapes.positions("packed").sum()), "tree": int(shapes.positions("tree").sum())},
+        "positions": {
+            "padded": sum(int(shapes.rows[rows].sum() * shapes.longest[rows].max()) for rows in in_steps),
+            "packed": int(shapes.positions("packed").sum()),
+            "tree": int(shapes.positions("tree").sum()),
+        },
     }
 
 

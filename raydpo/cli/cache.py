@@ -32,25 +32,37 @@ def add_cache_verbs(cache: argparse.ArgumentParser) -> None:
         if uri:
             verb.add_argument("uri", metavar="URI", help="directory or URI of the cache")
             if identity:
-                verb.add_argument("identity", nargs="?", help="digest of the reference, or its first digits; needed if the "
-                                                              "cache holds several")
+                verb.add_argument(
+                    "identity",
+                    nargs="?",
+                    help="digest of the reference, or its first digits; needed if the cache holds several",
+                )
         verb.add_argument("--json", action="store_true", help="print one JSON object")
         return verb
 
     add("ls", _ls, "list the references in a cache", identity=False)
     add("show", _show, "show one reference: identity, origin, contents, lengths, log-probs")
     verify = add("verify", _verify, "check all files of a cache; with --config, score a sample again and compare")
-    verify.add_argument("--config", nargs="+", metavar=("CONFIG", "key.sub=value"),
-                        help="the run whose pairs were scored: a cache holds no token ids. Imported rows that pass are used "
-                        "by training from then on")
-    verify.add_argument("--sample", type=int, metavar="N", help="completions to score again, and as many of each import "
-                        "(default: 256)")
+    verify.add_argument(
+        "--config",
+        nargs="+",
+        metavar=("CONFIG", "key.sub=value"),
+        help="the run whose pairs were scored: a cache holds no token ids. Imported rows that pass are used "
+        "by training from then on",
+    )
+    verify.add_argument(
+        "--sample", type=int, metavar="N", help="completions to score again, and as many of each import (default: 256)"
+    )
     verify.add_argument("--all", action="store_true", help="score all completions again")
-    verify.add_argument("--tolerance", type=float, metavar="X",
-                        help="largest mean difference over the tokens of a completion, in nats (default: 0.001 in float32, "
-                        "0.1 in bfloat16)")
-    diff = add("diff", _diff, "compare the identities of two references, and the log-probs of their common completions",
-               uri=False)
+    verify.add_argument(
+        "--tolerance",
+        type=float,
+        metavar="X",
+        help="largest mean difference over the tokens of a completion, in nats (default: 0.001 in float32, 0.1 in bfloat16)",
+    )
+    diff = add(
+        "diff", _diff, "compare the identities of two references, and the log-probs of their common completions", uri=False
+    )
     for name in ("a", "b"):
         diff.add_argument(name, metavar=f"URI_{name.upper()}[#IDENTITY]")
     compact = add("compact", _compact, "merge many small parts into few, also while others read and write the cache")
@@ -58,16 +70,21 @@ def add_cache_verbs(cache: argparse.ArgumentParser) -> None:
     gc = add("gc", _gc, "list files that are no longer needed: temporary, merged and damaged ones", identity=False)
     gc.add_argument("--delete", action="store_true", help="delete them")
     for name, act, about in (
-            ("export", _export, "write the pairs of a configuration with their reference log-probs to a Parquet file"),
-            ("import", _import, "import reference log-probs from columns of the data; unverified until "
-                                "'raydpo cache verify' passes")):
+        ("export", _export, "write the pairs of a configuration with their reference log-probs to a Parquet file"),
+        (
+            "import",
+            _import,
+            "import reference log-probs from columns of the data; unverified until 'raydpo cache verify' passes",
+        ),
+    ):
         verb = add(name, act, about, uri=False)
         verb.add_argument("config", metavar="CONFIG", help="YAML file of the run")
         if name == "export":
             verb.add_argument("out", metavar="OUT.parquet")
         else:
-            verb.add_argument("--chosen", metavar="COLUMN", help="column of the chosen completions' sums (default: "
-                              "ref_chosen_logps)")
+            verb.add_argument(
+                "--chosen", metavar="COLUMN", help="column of the chosen completions' sums (default: ref_chosen_logps)"
+            )
             verb.add_argument("--rejected", metavar="COLUMN", help="column of the rejected completions' sums")
             verb.add_argument("--means", action="store_true", help="the columns hold means over tokens, not sums")
         verb.add_argument("overrides", nargs="*", metavar="key.sub=value")
@@ -75,6 +92,7 @@ def add_cache_verbs(cache: argparse.ArgumentParser) -> None:
 
 def with_json(act: Act) -> Act:
     """An act that, with --json, prints nothing but what ``act`` returns, as one JSON object."""
+
     def run(args: argparse.Namespace, console: Console) -> None:
         found = act(args, Console(io.StringIO()) if args.json else console)
         if args.json:
@@ -88,9 +106,23 @@ def _ls(args: argparse.Namespace, console: Console) -> Any:
     from raydpo.storage.uri import redact
 
     found = identities(args.uri)
-    console.table(redact(args.uri), ("identity", "model", "dtype", "rows", "unverified", "parts", "bytes", "newest"), [
-        (one["identity"], one["model"], one["dtype"], f"{one['rows']:,}", f"{one['unverified_rows']:,}", f"{one['parts']:,}",
-         f"{one['bytes']:,}", _ago(one["age_seconds"])) for one in found])
+    console.table(
+        redact(args.uri),
+        ("identity", "model", "dtype", "rows", "unverified", "parts", "bytes", "newest"),
+        [
+            (
+                one["identity"],
+                one["model"],
+                one["dtype"],
+                f"{one['rows']:,}",
+                f"{one['unverified_rows']:,}",
+                f"{one['parts']:,}",
+                f"{one['bytes']:,}",
+                _ago(one["age_seconds"]),
+            )
+            for one in found
+        ],
+    )
     return found
 
 
@@ -100,13 +132,22 @@ def _show(args: argparse.Namespace, console: Console) -> Any:
     found = describe(args.uri, args.identity)
     console.table("identity", ("", "value"), _rows(found["identity"]))
     made = found["made_by"]
-    console.table("what made it", ("", "value"), [
-        *_rows({name: value for name, value in made.items() if name != "provenance"}),
-        *((f"{one['parts']} part(s)", ", ".join(f"{name} {value}" for name, value in one.items() if name != "parts"))
-          for one in made["provenance"])])
+    console.table(
+        "what made it",
+        ("", "value"),
+        [
+            *_rows({name: value for name, value in made.items() if name != "provenance"}),
+            *(
+                (f"{one['parts']} part(s)", ", ".join(f"{name} {value}" for name, value in one.items() if name != "parts"))
+                for one in made["provenance"]
+            ),
+        ],
+    )
     console.table("contents", ("", "value"), _rows(found["contents"]))
-    for title, key in (("tokens of a completion", "tokens_of_a_completion"),
-                       ("mean log-prob of a token, by completion, nats", "logps_per_token")):
+    for title, key in (
+        ("tokens of a completion", "tokens_of_a_completion"),
+        ("mean log-prob of a token, by completion, nats", "logps_per_token"),
+    ):
         console.table(title, ("", "value"), _rows(found[key]))
     for problem in found["problems"]:
         console.warn(problem)
@@ -125,20 +166,36 @@ def _verify(args: argparse.Namespace, console: Console) -> None:
     cache = ReferenceCache.open(args.uri, identity, unverified=True)
     files = verify_files(cache)
     if not files.parts and not files.problems:
-        others = "; ".join(f"{one.digest} ({'; '.join(cache.identity.differences(one))})"
-                           for one in cache.identities(cache.storage))
-        raise CacheError(f"{cache.storage} holds nothing of reference {cache.identity.digest}" + (
-            f", only of others: {others}. Give the model, adapter and score.dtype that it was made with" if others else
-            "; build it with 'raydpo score'"))
+        others = "; ".join(
+            f"{one.digest} ({'; '.join(cache.identity.differences(one))})" for one in cache.identities(cache.storage)
+        )
+        raise CacheError(
+            f"{cache.storage} holds nothing of reference {cache.identity.digest}"
+            + (
+                f", only of others: {others}. Give the model, adapter and score.dtype that it was made with"
+                if others
+                else "; build it with 'raydpo score'"
+            )
+        )
     scores = promoted = None
     if prepared is not None:
         scores, promoted = _verify_scores(args, prepared, cache, console)
     if args.json:
-        print(json.dumps({"files": dataclasses.asdict(files), "scores": None if scores is None else scores.to_dict(),
-                          "promoted": promoted}, indent=2))
+        print(
+            json.dumps(
+                {
+                    "files": dataclasses.asdict(files),
+                    "scores": None if scores is None else scores.to_dict(),
+                    "promoted": promoted,
+                },
+                indent=2,
+            )
+        )
     else:
-        console.say(f"files: {files.parts:,} sound part(s), {files.rows:,} rows, {files.bytes:,} bytes, "
-                    f"{files.twice:,} rows stored twice, {len(files.problems):,} problem(s)")
+        console.say(
+            f"files: {files.parts:,} sound part(s), {files.rows:,} rows, {files.bytes:,} bytes, "
+            f"{files.twice:,} rows stored twice, {len(files.problems):,} problem(s)"
+        )
         for problem in files.problems:
             console.warn(problem)
         if scores is None:
@@ -146,17 +203,22 @@ def _verify(args: argparse.Namespace, console: Console) -> None:
         else:
             _print_scores(scores, promoted, console)
     if files.problems:
-        raise CacheError(f"{len(files.problems)} file(s) of {cache.storage} are damaged and not used; 'raydpo score' "
-                         "renames them and scores again what they held")
+        raise CacheError(
+            f"{len(files.problems)} file(s) of {cache.storage} are damaged and not used; 'raydpo score' "
+            "renames them and scores again what they held"
+        )
     if scores is not None and not scores.passed:
         again = "; if imported rows are wrong, import the right ones" if scores.imported else ""
-        raise CacheError(f"{scores.problem}: these log-probs are not of this model and data. Delete {cache.storage}/"
-                         f"{cache.directory} and score again{again}, or raise --tolerance if they were computed on very "
-                         "different devices")
+        raise CacheError(
+            f"{scores.problem}: these log-probs are not of this model and data. Delete {cache.storage}/"
+            f"{cache.directory} and score again{again}, or raise --tolerance if they were computed on very "
+            "different devices"
+        )
 
 
-def _verify_scores(args: argparse.Namespace, prepared: Prepared, cache: Any,
-                   console: Console) -> tuple[ScoresReport, int | None]:
+def _verify_scores(
+    args: argparse.Namespace, prepared: Prepared, cache: Any, console: Console
+) -> tuple[ScoresReport, int | None]:
     """Score a sample again; if it agrees, mark imported rows as verified. Returns their number, too."""
     import torch
 
@@ -166,28 +228,44 @@ def _verify_scores(args: argparse.Namespace, prepared: Prepared, cache: Any,
     from raydpo.reference.verify import SAMPLE, TOKENS_PER_BATCH, promote, verify_scores
 
     if cache.identity != prepared.reference.identity:
-        raise CacheError(f"the reference of {args.config[0]} is {prepared.reference.identity.digest}, not "
-                         f"{cache.identity.digest}: "
-                         f"{'; '.join(prepared.reference.identity.differences(cache.identity))}. Score with the same model, "
-                         "adapter and score.dtype, or verify the files alone, without --config")
+        raise CacheError(
+            f"the reference of {args.config[0]} is {prepared.reference.identity.digest}, not "
+            f"{cache.identity.digest}: "
+            f"{'; '.join(prepared.reference.identity.differences(cache.identity))}. Score with the same model, "
+            "adapter and score.dtype, or verify the files alone, without --config"
+        )
     wanted = Wanted(prepared.tables)
     with console.quiet():
-        scorer = Scorer(prepared.reference, device="cuda" if torch.cuda.is_available() else "cpu",
-                        tokens_per_batch=TOKENS_PER_BATCH, check_rows=())
-    scores = verify_scores(cache, wanted, dict(wanted_names(prepared.tables)), scorer, tolerance=args.tolerance,
-                           sample=None if args.all else SAMPLE if args.sample is None else args.sample)
+        scorer = Scorer(
+            prepared.reference,
+            device="cuda" if torch.cuda.is_available() else "cpu",
+            tokens_per_batch=TOKENS_PER_BATCH,
+            check_rows=(),
+        )
+    scores = verify_scores(
+        cache,
+        wanted,
+        dict(wanted_names(prepared.tables)),
+        scorer,
+        tolerance=args.tolerance,
+        sample=None if args.all else SAMPLE if args.sample is None else args.sample,
+    )
     promoted = promote(cache, wanted, scores) if scores.passed and scores.imported else None
     return scores, promoted
 
 
 def _print_scores(scores: ScoresReport, promoted: int | None, console: Console) -> None:
-    console.say(f"scores: {scores.checked:,} of {scores.stored:,} stored completions of this data scored again "
-                f"({scores.tokens:,} tokens{f', {scores.sums_only:,} as sums' if scores.sums_only else ''})")
+    console.say(
+        f"scores: {scores.checked:,} of {scores.stored:,} stored completions of this data scored again "
+        f"({scores.tokens:,} tokens{f', {scores.sums_only:,} as sums' if scores.sums_only else ''})"
+    )
     console.table("difference, nats a token", ("", "value"), _rows(scores.quantiles))
     worst = scores.worst
     token = "" if worst["token"] is None else f", most at token {worst['token'] + 1}"
-    console.say(f"worst: {worst['name']} (key {worst['key']}): {worst['mean']:.3g} nats a token{token}, stored "
-                f"{worst['stored']:.6g}, live {worst['live']:.6g}; tolerance {worst['tolerance']:.3g}")
+    console.say(
+        f"worst: {worst['name']} (key {worst['key']}): {worst['mean']:.3g} nats a token{token}, stored "
+        f"{worst['stored']:.6g}, live {worst['live']:.6g}; tolerance {worst['tolerance']:.3g}"
+    )
     if scores.shift is not None:
         console.say(f"sums: {scores.shift:+.3g} nats on average, stored minus live")
     if promoted is not None:
@@ -198,13 +276,18 @@ def _diff(args: argparse.Namespace, console: Console) -> Any:
     from raydpo.reference.inspect import difference
     from raydpo.reference.store import ReferenceCache
 
-    caches = [ReferenceCache.open(uri, identity or None) for uri, _, identity in
-              (name.partition("#") for name in (args.a, args.b))]
+    caches = [
+        ReferenceCache.open(uri, identity or None) for uri, _, identity in (name.partition("#") for name in (args.a, args.b))
+    ]
     found = difference(*caches)
-    console.table("identity", ("field", "A", "B"), [(name, *map(str, pair)) for name, pair in found["fields"].items()]
-                  or [("all fields", "equal", "equal")])
-    console.say(f"completions: {found['completions'][0]:,} in A, {found['completions'][1]:,} in B, {found['common']:,} in "
-                "both")
+    console.table(
+        "identity",
+        ("field", "A", "B"),
+        [(name, *map(str, pair)) for name, pair in found["fields"].items()] or [("all fields", "equal", "equal")],
+    )
+    console.say(
+        f"completions: {found['completions'][0]:,} in A, {found['completions'][1]:,} in B, {found['common']:,} in both"
+    )
     if found["common"]:
         console.table("difference on those in both, nats a token", ("", "value"), _rows(found["difference"]))
         console.say(f"worst: key {found['worst']['key']}, {found['worst']['mean']:.3g} nats a token")
@@ -217,8 +300,10 @@ def _compact(args: argparse.Namespace, console: Console) -> Any:
 
     cache = ReferenceCache.open(args.uri, args.identity)
     report = compact(cache, TARGET_BYTES if args.target_mb is None else int(args.target_mb * 2**20))
-    console.say(f"{report.before:,} part(s) before, {report.after:,} after: {report.merged:,} merged, {report.rows:,} rows, "
-                f"{report.dropped:,} left out, stored twice; 'raydpo cache gc' lists the files that are no longer needed")
+    console.say(
+        f"{report.before:,} part(s) before, {report.after:,} after: {report.merged:,} merged, {report.rows:,} rows, "
+        f"{report.dropped:,} left out, stored twice; 'raydpo cache gc' lists the files that are no longer needed"
+    )
     for problem in cache.problems:
         console.warn(problem)
     return dataclasses.asdict(report)
@@ -239,8 +324,9 @@ def _gc(args: argparse.Namespace, console: Console) -> Any:
     for one in garbage:
         console.say(f"{one.path}  {one.bytes:,} bytes  {one.reason}")
     size = sum(one.bytes for one in garbage)
-    console.say(f"{len(garbage):,} file(s), {size:,} bytes " + (
-        "deleted" if args.delete else "can be deleted, with --delete"))
+    console.say(
+        f"{len(garbage):,} file(s), {size:,} bytes " + ("deleted" if args.delete else "can be deleted, with --delete")
+    )
     return {"deleted": args.delete, "files": [dataclasses.asdict(one) for one in garbage]}
 
 
@@ -264,16 +350,26 @@ def _import(args: argparse.Namespace, console: Console) -> Any:
         raise ConfigError("--chosen and --rejected belong together; give both or neither")
     prepared = _prepare(args.config, [*args.overrides, "data.eval=null"], console)
     prepared.cache.prepare({"model": prepared.reference.path, "adapter": prepared.reference.adapter})
-    report = import_sums(prepared.config.data, prepared.sets.train, prepared.cache, means=args.means,
-                         columns=None if args.chosen is None else (args.chosen, args.rejected))
-    console.say(f"{report.pairs:,} pairs imported from {' and '.join(report.columns)} as {report.rows:,} unverified rows of "
-                f"{prepared.reference.identity.digest}"
-                + (f"; {report.without:,} pairs have none" if report.without else ""))
+    report = import_sums(
+        prepared.config.data,
+        prepared.sets.train,
+        prepared.cache,
+        means=args.means,
+        columns=None if args.chosen is None else (args.chosen, args.rejected),
+    )
+    console.say(
+        f"{report.pairs:,} pairs imported from {' and '.join(report.columns)} as {report.rows:,} unverified rows of "
+        f"{prepared.reference.identity.digest}" + (f"; {report.without:,} pairs have none" if report.without else "")
+    )
     if report.contradicts:
-        console.warn(f"{report.contradicts:,} of these rows differ by more than rounding from those imported before; the "
-                     "last import is used from now on. 'raydpo cache gc' lists imports that are no longer used")
-    console.say(f"training refuses them until this has verified them: raydpo cache verify {prepared.cache.storage} --config "
-                f"{' '.join([args.config, *args.overrides])}")
+        console.warn(
+            f"{report.contradicts:,} of these rows differ by more than rounding from those imported before; the "
+            "last import is used from now on. 'raydpo cache gc' lists imports that are no longer used"
+        )
+    console.say(
+        f"training refuses them until this has verified them: raydpo cache verify {prepared.cache.storage} --config "
+        f"{' '.join([args.config, *args.overrides])}"
+    )
     return dataclasses.asdict(report)
 
 
@@ -304,4 +400,3 @@ def _ago(seconds: float) -> str:
         if seconds >= size:
             return f"{seconds / size:.0f} {unit}(s) ago"
     return f"{seconds:.0f} s ago"
-

@@ -41,7 +41,11 @@ def load_training_pairs(config: Config) -> tuple[PairSets, Tokeniser]:
     from raydpo.data.tokenise import Tokeniser, load_tokenizer
     from raydpo.reference.identity import resolve_model
 
-    tokeniser = Tokeniser(load_tokenizer(resolve_model(config.model.tokenizer or config.model.path),
-                                         chat_template=config.data.chat_template,
-                                         trust_remote_code=config.model.trust_remote_code))
+    tokeniser = Tokeniser(
+        load_tokenizer(
+            resolve_model(config.model.tokenizer or config.model.path),
+            chat_template=config.data.chat_template,
+            trust_remote_code=config.model.trust_remote_code,
+        )
+    )
     return filtered_by_tokens(load_pairs(config.data, tokeniser), config.data)[0], tokeniser

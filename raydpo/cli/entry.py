@@ -67,8 +67,10 @@ def _parser() -> argparse.ArgumentParser:
         return verb
 
     configured("score", _score, "score the pairs with the reference, once, and store the log-probs")
-    for name, about in (("train", "train the policy with stored log-probs, or continue an interrupted run"),
-                        ("run", "score, then train")):
+    for name, about in (
+        ("train", "train the policy with stored log-probs, or continue an interrupted run"),
+        ("run", "score, then train"),
+    ):
         verb = configured(name, _train, about)
         verb.add_argument("--fresh", action="store_true", help="start again; rename an earlier run of this name")
     sweep = configured("sweep", _sweep, "train with many settings and one cache, or continue an interrupted sweep")
@@ -144,9 +146,11 @@ def _sweep(args: argparse.Namespace, console: Console) -> None:
     quietly(config, console, lambda: found.update(sweep(config, console, fresh=args.fresh)))
     failed = [trial for trial in found["trials"] if trial["status"] == "failed"]
     if failed:
-        raise TrainError(f"{len(failed)} of {len(found['trials'])} trials failed: "
-                         + "; ".join(f"{trial['name']}: {trial['error']}" for trial in failed)
-                         + ". Run the same command again to retry them")
+        raise TrainError(
+            f"{len(failed)} of {len(found['trials'])} trials failed: "
+            + "; ".join(f"{trial['name']}: {trial['error']}" for trial in failed)
+            + ". Run the same command again to retry them"
+        )
 
 
 def _show(args: argparse.Namespace, console: Console) -> None:
@@ -181,9 +185,18 @@ def _plan(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
     sets, _ = load_training_pairs(config)
     with console.quiet():
-        plan = plan_run(config, sets, measure=args.measure, device=args.device, mfu_score=args.mfu_score,
-                        mfu_train=args.mfu_train, workers=args.workers, price=args.price, runs=args.runs,
-                        memory=args.memory)
+        plan = plan_run(
+            config,
+            sets,
+            measure=args.measure,
+            device=args.device,
+            mfu_score=args.mfu_score,
+            mfu_train=args.mfu_train,
+            workers=args.workers,
+            price=args.price,
+            runs=args.runs,
+            memory=args.memory,
+        )
     for line in sets.report.lines():
         console.say(line)
     print_plan(plan, console)
@@ -195,8 +208,10 @@ def _report(args: argparse.Namespace, console: Console) -> None:
 
     if len(args.paths) == 1:
         if args.out is not None:
-            raise ConfigError(f"--out {args.out} is for a page of several runs; the page of one run is written into its "
-                              "directory. Drop --out, or give more run directories")
+            raise ConfigError(
+                f"--out {args.out} is for a page of several runs; the page of one run is written into its "
+                "directory. Drop --out, or give more run directories"
+            )
         console.say(f"report: {write_report(args.paths[0])}")
         return
     out = Path(args.out or "comparison.html")
@@ -219,7 +234,7 @@ def _doctor(args: argparse.Namespace, console: Console) -> None:
 
 def _quickstart(args: argparse.Namespace, console: Console) -> None:
     from raydpo.pipeline.run import run
-    from raydpo.quickstart import quickstart_config
+    from raydpo.quickstart.config import quickstart_config
     from raydpo.quickstart.effect import measure_effect, print_effect
 
     config = quickstart_config(args.overrides, console)
@@ -231,4 +246,3 @@ def _quickstart(args: argparse.Namespace, console: Console) -> None:
             print_effect(effect, console)
 
     quietly(config, console, act)
-

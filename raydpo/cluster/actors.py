@@ -17,8 +17,9 @@ _NO_MEMORY = re.compile(r"running low on memory\..*?\(IP: ([^,)]+).*? was ([\d.]
 """Ray 2.60's message when it kills workers for lack of memory: node, memory in use, limit."""
 
 
-def over_actors(actor: type, arguments: tuple[Any, ...], blocks: Sequence[Any], resources: Resources, doing: str,
-                calls_at_once: int = 1) -> Iterator[dict[str, Any]]:
+def over_actors(
+    actor: type, arguments: tuple[Any, ...], blocks: Sequence[Any], resources: Resources, doing: str, calls_at_once: int = 1
+) -> Iterator[dict[str, Any]]:
     """Process Arrow blocks of the object store with Ray Data actors, one block a call and one actor a team.
 
     Args:
@@ -38,14 +39,22 @@ def over_actors(actor: type, arguments: tuple[Any, ...], blocks: Sequence[Any], 
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     dataset = ray.data.from_arrow_refs(list(blocks)).map_batches(
-        actor, fn_constructor_args=arguments, batch_size=1, batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=min(resources.teams, len(blocks)),
-                                           max_concurrent_calls_per_actor=calls_at_once),
-        num_cpus=resources.together, num_gpus=resources.gpus_per_worker * resources.together,
-        accelerator_type=resources.accelerator, label_selector=dict(resources.labels) or None,
+        actor,
+        fn_constructor_args=arguments,
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(
+            size=min(resources.teams, len(blocks)), max_concurrent_calls_per_actor=calls_at_once
+        ),
+        num_cpus=resources.together,
+        num_gpus=resources.gpus_per_worker * resources.together,
+        accelerator_type=resources.accelerator,
+        label_selector=dict(resources.labels) or None,
         # By default Ray restarts an actor without limit, also one that a bad block kills each time.
         # Ray deprecates passing these two here, but has no named arguments for them yet.
-        max_restarts=3, max_task_retries=3)
+        max_restarts=3,
+        max_task_retries=3,
+    )
     try:
         yield from dataset.iter_rows()
     except RaydpoError:
@@ -75,11 +84,16 @@ def original_error(error: BaseException, doing: str) -> RaydpoError:
         # The rest of this message is about settings of Ray, and does not help.
         if memory := _NO_MEMORY.search(str(known)):
             node, used, limit = memory.groups()
-            return RaydpoError(f"{doing} failed: node {node} ran low on memory ({used} of {limit} used by all that runs "
-                               "there), and Ray killed workers; use fewer workers on a node, fewer tokens_per_batch, or "
-                               "more memory")
+            return RaydpoError(
+                f"{doing} failed: node {node} ran low on memory ({used} of {limit} used by all that runs "
+                "there), and Ray killed workers; use fewer workers on a node, fewer tokens_per_batch, or "
+                "more memory"
+            )
     # Ray adds exceptions without a message to the chain. The last one with a message is the origin.
-    told = [(type(known).__name__, lines[-1].strip()) for known in seen
-            if (lines := str(known).strip().splitlines()) and lines[-1].strip() != type(known).__name__]
+    told = [
+        (type(known).__name__, lines[-1].strip())
+        for known in seen
+        if (lines := str(known).strip().splitlines()) and lines[-1].strip() != type(known).__name__
+    ]
     kind, line = told[-1] if told else (type(error).__name__, "no message")
     return RaydpoError(f"{doing} failed: {kind}: {line}")

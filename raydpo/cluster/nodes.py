@@ -16,8 +16,13 @@ def nodes_with(accelerator: str | None, labels: Mapping[str, str]) -> list[dict[
     """Live nodes with this kind of GPU and these labels, as ``ray.nodes()`` describes them."""
     import ray
 
-    return [node for node in ray.nodes() if node["Alive"] and selected(node.get("Labels") or {}, labels)
-            and (accelerator is None or f"accelerator_type:{accelerator}" in node["Resources"])]
+    return [
+        node
+        for node in ray.nodes()
+        if node["Alive"]
+        and selected(node.get("Labels") or {}, labels)
+        and (accelerator is None or f"accelerator_type:{accelerator}" in node["Resources"])
+    ]
 
 
 def selected(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:
@@ -69,11 +74,15 @@ def never_comes(bundle: Mapping[str, float], labels: Mapping[str, str]) -> tuple
     try:
         told = GcsClient(ray.get_runtime_context().gcs_address).get_cluster_status()
         state = GetClusterStatusReply.FromString(told).autoscaling_state
-        requests = [one.request for constraint in state.infeasible_cluster_resource_constraints
-                    for one in constraint.resource_requests]
+        requests = [
+            one.request
+            for constraint in state.infeasible_cluster_resource_constraints
+            for one in constraint.resource_requests
+        ]
         return state.last_seen_cluster_resource_state_version, any(
-            dict(one.resources_bundle) == dict(bundle) and {
-                label.label_key for selector in one.label_selectors for label in selector.label_constraints} == set(labels)
-            for one in requests)
+            dict(one.resources_bundle) == dict(bundle)
+            and {label.label_key for selector in one.label_selectors for label in selector.label_constraints} == set(labels)
+            for one in requests
+        )
     except Exception:  # what Ray knows of its autoscaler differs by version and platform
         return 0, False

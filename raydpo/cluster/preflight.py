@@ -54,8 +54,10 @@ def check_cluster(config: Config, stages: Sequence[Stage], console: Console, mod
         except ConfigError as error:
             problems.append(str(error))
     if config.ray.autoscaling and config.model.dtype == "auto" and not _gpus() and grows_to("GPU") is None:
-        problems.append("'model.dtype' is 'auto', and the cluster, which starts nodes on demand, has no GPU yet to "
-                        "decide by; set model.dtype to bfloat16 or float32")
+        problems.append(
+            "'model.dtype' is 'auto', and the cluster, which starts nodes on demand, has no GPU yet to "
+            "decide by; set model.dtype to bfloat16 or float32"
+        )
     if problems:
         raise ConfigError("\n".join(problems))
     check_nodes(config, stages, console, models)
@@ -74,8 +76,11 @@ def check_nodes(config: Config, stages: Sequence[Stage], console: Console, model
     others, gpus = {}, {}
     for stage in stages:
         needs = resources_for(stage, config)
-        usable = {node["NodeID"]: node for node in nodes_with(needs.accelerator, needs.labels)
-                  if holds(node["Resources"], needs.bundle)}
+        usable = {
+            node["NodeID"]: node
+            for node in nodes_with(needs.accelerator, needs.labels)
+            if holds(node["Resources"], needs.bundle)
+        }
         others |= {node: told for node, told in usable.items() if node != here}
         if needs.device == "cuda":
             gpus |= {node: int(told["Resources"]["GPU"]) for node, told in usable.items()}
@@ -84,11 +89,16 @@ def check_nodes(config: Config, stages: Sequence[Stage], console: Console, model
         if problems:
             raise ConfigError("\n".join(problems))
         return
-    local = [str(Path(path).absolute()) for path in
-             (config.model.path, config.model.adapter, config.reference.path, config.reference.adapter, *models)
-             if path is not None and Path(path).is_dir()]
-    places = {key: storage for key, uri in (("output", config.run_dir), ("cache.uri", config.cache_uri))
-              if (storage := Storage(uri)).is_local}
+    local = [
+        str(Path(path).absolute())
+        for path in (config.model.path, config.model.adapter, config.reference.path, config.reference.adapter, *models)
+        if path is not None and Path(path).is_dir()
+    ]
+    places = {
+        key: storage
+        for key, uri in (("output", config.run_dir), ("cache.uri", config.cache_uri))
+        if (storage := Storage(uri)).is_local
+    }
     marker = f".probe-{uuid.uuid4().hex}"
     marked = {}
     try:
@@ -102,9 +112,13 @@ def check_nodes(config: Config, stages: Sequence[Stage], console: Console, model
         for key in marked:
             places[key].delete(marker)
     names = {path: f"model directory {path}" for path in local} | {
-        path: f"what the driver wrote to {key!r} ({places[key]})" for key, path in marked.items()}
-    problems += [problem for node, answer in answers.items()
-                 for problem in _problems(_named(others[node]), answer, names, gpus.get(node, 0))]
+        path: f"what the driver wrote to {key!r} ({places[key]})" for key, path in marked.items()
+    }
+    problems += [
+        problem
+        for node, answer in answers.items()
+        for problem in _problems(_named(others[node]), answer, names, gpus.get(node, 0))
+    ]
     if problems:
         raise ConfigError("\n".join(problems))
     console.note(f"cluster: {len(others) + 1} nodes, with the same packages and storage")
@@ -124,21 +138,31 @@ def _look(paths: Sequence[str], gpus: bool = False) -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "none"
-    return {"versions": versions, "missing": [path for path in paths if not Path(path).exists()],
-            "devices": _torch_devices() if gpus else None}
+    return {
+        "versions": versions,
+        "missing": [path for path in paths if not Path(path).exists()],
+        "devices": _torch_devices() if gpus else None,
+    }
 
 
 def _torch_devices() -> tuple[int, str]:
     """(Number of GPUs that torch finds on this node, its error). Uses a new process, since Ray hides GPUs from this task."""
-    program = ("import json, torch\n"
-               "error = ''\n"
-               "try: torch.cuda.init()\n"
-               "except Exception as caught: error = f'{type(caught).__name__}: {caught}'\n"
-               "print(json.dumps([0 if error else torch.cuda.device_count(), error]))")
+    program = (
+        "import json, torch\n"
+        "error = ''\n"
+        "try: torch.cuda.init()\n"
+        "except Exception as caught: error = f'{type(caught).__name__}: {caught}'\n"
+        "print(json.dumps([0 if error else torch.cuda.device_count(), error]))"
+    )
     hiding = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
     try:
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=ANSWER_SECONDS * 0.8,
-                              env={key: value for key, value in os.environ.items() if key not in hiding})
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            capture_output=True,
+            text=True,
+            timeout=ANSWER_SECONDS * 0.8,
+            env={key: value for key, value in os.environ.items() if key not in hiding},
+        )
         count, error = json.loads(done.stdout.splitlines()[-1])
     except (subprocess.TimeoutExpired, ValueError, IndexError):
         return 0, "torch does not start"
@@ -148,9 +172,11 @@ def _torch_devices() -> tuple[int, str]:
 def _gpu_problems(node: str, gpus: int, devices: tuple[int, str]) -> Iterator[str]:
     found, error = devices
     if found < gpus:
-        yield (f"{node} has {gpus} GPU(s) in Ray, and torch finds {found}{f' ({error})' if error else ''}; install a torch "
-               "for GPUs, a driver that is new enough for it, and the driver's libraries where the container looks "
-               "(LD_LIBRARY_PATH)")
+        yield (
+            f"{node} has {gpus} GPU(s) in Ray, and torch finds {found}{f' ({error})' if error else ''}; install a torch "
+            "for GPUs, a driver that is new enough for it, and the driver's libraries where the container looks "
+            "(LD_LIBRARY_PATH)"
+        )
 
 
 def _ask(nodes: dict[str, dict[str, Any]], paths: Sequence[str], gpus: Collection[str]) -> dict[str, Any]:
@@ -159,8 +185,12 @@ def _ask(nodes: dict[str, dict[str, Any]], paths: Sequence[str], gpus: Collectio
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     look = ray.remote(num_cpus=0, max_retries=0)(_look)
-    asked = {node: look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
-        list(paths), node in gpus) for node in nodes}
+    asked = {
+        node: look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
+            list(paths), node in gpus
+        )
+        for node in nodes
+    }
     ray.wait(list(asked.values()), num_returns=len(asked), timeout=ANSWER_SECONDS)
     answers: dict[str, Any] = {}
     for node, reference in asked.items():
@@ -176,19 +206,25 @@ def _ask(nodes: dict[str, dict[str, Any]], paths: Sequence[str], gpus: Collectio
 def _problems(node: str, answer: Any, names: dict[str, str], gpus: int) -> Iterator[str]:
     if isinstance(answer, Exception):
         said = str(answer).strip().splitlines()
-        yield (f"{node} does not answer within {ANSWER_SECONDS:.0f} s, or cannot run raydpo ({type(answer).__name__}: "
-               f"{said[-1][:200] if said else ''}); start all nodes from the same image, with raydpo installed")
+        yield (
+            f"{node} does not answer within {ANSWER_SECONDS:.0f} s, or cannot run raydpo ({type(answer).__name__}: "
+            f"{said[-1][:200] if said else ''}); start all nodes from the same image, with raydpo installed"
+        )
         return
     ours = _look(())["versions"]
     for package, theirs in answer["versions"].items():
         if theirs != ours[package]:
-            yield (f"{node} has {package} {theirs}, the driver's node {ours[package]}; start all nodes from the same image, "
-                   "or install the same constraints.txt on each")
+            yield (
+                f"{node} has {package} {theirs}, the driver's node {ours[package]}; start all nodes from the same image, "
+                "or install the same constraints.txt on each"
+            )
     if answer["devices"] is not None:
         yield from _gpu_problems(node, gpus, answer["devices"])
     for path in answer["missing"]:
-        yield (f"{node} does not see {names[path]}; mount one file system there on all nodes under the same path, or use a "
-               "URI (of models: a hub name)")
+        yield (
+            f"{node} does not see {names[path]}; mount one file system there on all nodes under the same path, or use a "
+            "URI (of models: a hub name)"
+        )
 
 
 def _named(node: dict[str, Any]) -> str:

@@ -43,8 +43,11 @@ class Resources:
     def bundle(self) -> dict[str, float]:
         """Ray resources of one worker; of one team if it is ``on_one_machine``."""
         size = self.together if self.on_one_machine else 1
-        return {"CPU": size} | ({"GPU": self.gpus_per_worker * size} if self.gpus_per_worker else {}) | (
-            {f"accelerator_type:{self.accelerator}": NODE_SHARE} if self.accelerator else {})
+        return (
+            {"CPU": size}
+            | ({"GPU": self.gpus_per_worker * size} if self.gpus_per_worker else {})
+            | ({f"accelerator_type:{self.accelerator}": NODE_SHARE} if self.accelerator else {})
+        )
 
     def asks(self) -> str:
         """Describe the request of one worker, for messages."""
@@ -69,31 +72,59 @@ def resources_for(stage: Literal["score", "train"], config: Config, at_once: int
     workers = config.score.workers if stage == "score" else config.train.most_workers
     fewest = workers if stage == "score" else config.train.fewest_workers
     nodes = nodes_with(section.accelerator, section.labels)
-    where = "".join([f" of kind {section.accelerator}" if section.accelerator else "",
-                     f" with labels {dict(section.labels)}" if section.labels else ""])
+    where = "".join(
+        [
+            f" of kind {section.accelerator}" if section.accelerator else "",
+            f" with labels {dict(section.labels)}" if section.labels else "",
+        ]
+    )
     if not nodes and not config.ray.autoscaling:
-        raise ConfigError(f"the Ray cluster has no node{where}, which {stage}.accelerator and {stage}.labels ask for; drop "
-                          "them, or set ray.autoscaling=true if the cluster starts nodes on demand")
+        raise ConfigError(
+            f"the Ray cluster has no node{where}, which {stage}.accelerator and {stage}.labels ask for; drop "
+            "them, or set ray.autoscaling=true if the cluster starts nodes on demand"
+        )
     gpus = _gpus_per_worker(stage, config, nodes)
-    _check_total("GPU", gpus * fewest, f"{stage}.workers {fewest} x {stage}.gpus_per_worker {gpus:g} needs "
-                 f"{gpus * fewest:g} GPUs{where}", f" ({stage}.gpus_per_worker=0 runs on the CPU)", config, nodes)
+    _check_total(
+        "GPU",
+        gpus * fewest,
+        f"{stage}.workers {fewest} x {stage}.gpus_per_worker {gpus:g} needs {gpus * fewest:g} GPUs{where}",
+        f" ({stage}.gpus_per_worker=0 runs on the CPU)",
+        config,
+        nodes,
+    )
     together = section.sequence_parallel
     largest = max((node["Resources"].get("GPU", 0) for node in nodes), default=0)
     if stage == "score" and together > 1 and gpus * together > largest and not config.ray.autoscaling:
-        raise ConfigError(f"score.sequence_parallel {together} needs one machine with {gpus * together:g} GPUs, but the "
-                          f"largest of the Ray cluster has {largest:g}; lower it, or set ray.autoscaling=true if the "
-                          "cluster starts nodes on demand")
+        raise ConfigError(
+            f"score.sequence_parallel {together} needs one machine with {gpus * together:g} GPUs, but the "
+            f"largest of the Ray cluster has {largest:g}; lower it, or set ray.autoscaling=true if the "
+            "cluster starts nodes on demand"
+        )
     needed = fewest + (2 if stage == "score" else 1)
-    _check_total("CPU", needed, f"{stage}.workers {fewest} needs {needed} CPUs of Ray (one each, and some more for "
-                 "Ray Data)", "", config,
-                 nodes if not section.labels and section.accelerator is None else nodes_with(None, {}))
+    _check_total(
+        "CPU",
+        needed,
+        f"{stage}.workers {fewest} needs {needed} CPUs of Ray (one each, and some more for Ray Data)",
+        "",
+        config,
+        nodes if not section.labels and section.accelerator is None else nodes_with(None, {}),
+    )
     threads, memory_share = None, min(1.0, gpus) if gpus else 1.0
     if not gpus:
         # Workers of one node share its cores. More threads than cores would slow all of them down.
         on_one_node = -(-workers * at_once // max(1, len(nodes)))
         threads, memory_share = max(1, (os.cpu_count() or 1) // on_one_node), 1 / on_one_node
-    return Resources(workers, gpus, threads, fewest, memory_share, together, section.accelerator, dict(section.labels),
-                     on_one_machine=stage == "score")
+    return Resources(
+        workers,
+        gpus,
+        threads,
+        fewest,
+        memory_share,
+        together,
+        section.accelerator,
+        dict(section.labels),
+        on_one_machine=stage == "score",
+    )
 
 
 def _gpus_per_worker(stage: str, config: Config, nodes: Sequence[dict[str, Any]]) -> float:
@@ -104,8 +135,10 @@ def _gpus_per_worker(stage: str, config: Config, nodes: Sequence[dict[str, Any]]
         return 1.0
     coming = grows_to("GPU") if config.ray.autoscaling else 0
     if coming is None:
-        raise ConfigError(f"{stage}.gpus_per_worker is null, and the cluster, which starts nodes on demand, has no GPU yet "
-                          f"to decide by; set {stage}.gpus_per_worker to 1, or to 0 for CPUs")
+        raise ConfigError(
+            f"{stage}.gpus_per_worker is null, and the cluster, which starts nodes on demand, has no GPU yet "
+            f"to decide by; set {stage}.gpus_per_worker to 1, or to 0 for CPUs"
+        )
     return 1.0 if coming >= 1 else 0.0
 
 
@@ -120,12 +153,17 @@ def _check_total(name: str, needed: float, needs: str, hint: str, config: Config
         return
     coming = grows_to(name)
     if not config.ray.autoscaling:
-        more = "set ray.autoscaling=true, since its autoscaler can add them" if coming is not None and coming >= needed \
+        more = (
+            "set ray.autoscaling=true, since its autoscaler can add them"
+            if coming is not None and coming >= needed
             else "set ray.autoscaling=true if it starts nodes on demand"
+        )
         raise ConfigError(f"{needs}, the Ray cluster has {has:g}; ask for fewer{hint}; or {more}")
     if coming is not None and coming < needed:
-        raise ConfigError(f"{needs}, the Ray cluster has {has:g}, and its autoscaler adds up to {coming:g} in all; ask for "
-                          f"fewer{hint}; or raise the limit of its node groups")
+        raise ConfigError(
+            f"{needs}, the Ray cluster has {has:g}, and its autoscaler adds up to {coming:g} in all; ask for "
+            f"fewer{hint}; or raise the limit of its node groups"
+        )
 
 
 def bfloat16_is_faster() -> bool:

@@ -42,8 +42,10 @@ def session(config: Config) -> Iterator[None]:
     address = config.ray.address or os.environ.get("RAY_ADDRESS")
     named = "ray.address" if config.ray.address else "$RAY_ADDRESS"
     if address and address.startswith(("http://", "https://")):
-        raise ConfigError(f"{named} is {shown(address)}, the address of a job server, which only 'raydpo submit' and "
-                          "'raydpo jobs' use; unset it to run here, and set $RAY_API_SERVER_ADDRESS to it for those two")
+        raise ConfigError(
+            f"{named} is {shown(address)}, the address of a job server, which only 'raydpo submit' and "
+            "'raydpo jobs' use; unset it to run here, and set $RAY_API_SERVER_ADDRESS to it for those two"
+        )
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
     runtime_env = {"env_vars": WORKER_ENV}
     try:
@@ -57,16 +59,28 @@ def session(config: Config) -> Iterator[None]:
             # time, and none is used.
             os.environ |= {"RAY_prestart_worker_first_driver": "0", "RAY_enable_worker_prestart": "0"}
             # "local", or it would join a Ray that another user has started on this machine.
-            ray.init(address="local", num_cpus=cpus, include_dashboard=False, runtime_env=runtime_env, log_to_driver=False,
-                     logging_level="warning", object_store_memory=_object_store_bytes())
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=False,
+                runtime_env=runtime_env,
+                log_to_driver=False,
+                logging_level="warning",
+                object_store_memory=_object_store_bytes(),
+            )
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        raise ConfigError(f"cannot reach Ray at {named} {address!r}: {' '.join(str(error).split())[:300]}"
-                          if address else f"cannot start a local Ray: {error}") from None
+        raise ConfigError(
+            f"cannot reach Ray at {named} {address!r}: {' '.join(str(error).split())[:300]}"
+            if address
+            else f"cannot start a local Ray: {error}"
+        ) from None
     except Exception as error:  # Ray has no exception type for this one
         if "timed out during startup" not in str(error):
             raise
-        raise RaydpoError("a local Ray did not start in time: this machine is too busy; run the command again, or use a "
-                          "cluster (ray.address)") from None
+        raise RaydpoError(
+            "a local Ray did not start in time: this machine is too busy; run the command again, or use a "
+            "cluster (ray.address)"
+        ) from None
     try:
         yield
     finally:

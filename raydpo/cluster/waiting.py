@@ -81,11 +81,18 @@ def check_reachable(stage: str, resources: Resources) -> None:
                 _ask()
             time.sleep(0.5)
     lines = [f'resources: {{"accelerator_type:{resources.accelerator}": 1}}'] * (resources.accelerator is not None) + [
-        f"labels: {{{', '.join(f'{key}: {value}' for key, value in resources.labels.items())}}}"] * bool(resources.labels)
-    fix = f"add '{' and '.join(lines)}' to the group whose machines are such (a worker group of KubeRay, a node type of " \
-        f"Ray's launcher), or drop {stage}.accelerator and {stage}.labels" if lines else "ask for less, or add such a group"
-    raise ConfigError(f"no node group that the cluster's autoscaler knows has a place for a {stage} worker, which asks for "
-                      f"{resources.asks()}; {fix}")
+        f"labels: {{{', '.join(f'{key}: {value}' for key, value in resources.labels.items())}}}"
+    ] * bool(resources.labels)
+    fix = (
+        f"add '{' and '.join(lines)}' to the group whose machines are such (a worker group of KubeRay, a node type of "
+        f"Ray's launcher), or drop {stage}.accelerator and {stage}.labels"
+        if lines
+        else "ask for less, or add such a group"
+    )
+    raise ConfigError(
+        f"no node group that the cluster's autoscaler knows has a place for a {stage} worker, which asks for "
+        f"{resources.asks()}; {fix}"
+    )
 
 
 def wait_for(stage: str, resources: Resources, console: Console, *, autoscaling: bool = False) -> None:
@@ -107,8 +114,10 @@ def wait_for(stage: str, resources: Resources, console: Console, *, autoscaling:
             now = time.monotonic()
             if now - said >= SAY_SECONDS:
                 said = now
-                console.say(f"  waiting {now - started:.0f} s for {needed - room} of {needed} {stage} worker(s), each "
-                            f"{resources.asks()}; others use them, or their nodes are not there yet")
+                console.say(
+                    f"  waiting {now - started:.0f} s for {needed - room} of {needed} {stage} worker(s), each "
+                    f"{resources.asks()}; others use them, or their nodes are not there yet"
+                )
             if autoscaling and now - asked >= ASK_SECONDS:
                 asked = now
                 _ask()
@@ -137,5 +146,7 @@ def _ask() -> None:
     from ray.autoscaler.sdk import request_resources
 
     requested = [resources for resources, places in list(_REQUESTS.values()) for _ in range(places)]
-    request_resources(bundles=[dict(resources.bundle) for resources in requested],
-                      bundle_label_selectors=[dict(resources.labels) for resources in requested])
+    request_resources(
+        bundles=[dict(resources.bundle) for resources in requested],
+        bundle_label_selectors=[dict(resources.labels) for resources in requested],
+    )

@@ -42,8 +42,16 @@ class BlockTask(Protocol):
         """Return a function from a block of rows to as many rows of results."""
 
 
-def do_work(work: BlockTask, tables: Sequence[pa.Table], storage: Storage, resources: Resources, *, block: int,
-            progress: Callable[[int, int], None], doing: str) -> list[pa.Table]:
+def do_work(
+    work: BlockTask,
+    tables: Sequence[pa.Table],
+    storage: Storage,
+    resources: Resources,
+    *,
+    block: int,
+    progress: Callable[[int, int], None],
+    doing: str,
+) -> list[pa.Table]:
     """Return the results of each table, in the order of its rows.
 
     Args:
@@ -77,8 +85,10 @@ def _on_ray(work: BlockTask, blocks: dict[str, pa.Table], storage: Storage, reso
     """Yield the name of each block when it is done."""
     import ray
 
-    refs = [ray.put(pa.table({"name": [name], "rows": pa.array([_encode(one)], pa.large_binary())}))
-            for name, one in blocks.items()]
+    refs = [
+        ray.put(pa.table({"name": [name], "rows": pa.array([_encode(one)], pa.large_binary())}))
+        for name, one in blocks.items()
+    ]
     alone = dataclasses.replace(resources, together=1)
     for row in over_actors(_Actor, (work, storage.uri, resources), refs, alone, doing):
         yield row["name"]

@@ -9,8 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from raydpo.config.section import Float, Int, PathOrUri, Section
 from raydpo.storage.uri import is_uri
 
-__all__ = ["COMPRESSION_SUFFIXES", "DATA_SUFFIXES", "DataConfig", "EvalConfig", "SourceConfig", "as_sources",
-           "source_name"]
+__all__ = ["COMPRESSION_SUFFIXES", "DATA_SUFFIXES", "DataConfig", "EvalConfig", "SourceConfig", "as_sources", "source_name"]
 
 DATA_SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet")
 """File suffixes that are read as preference data."""

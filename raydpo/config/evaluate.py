@@ -45,8 +45,10 @@ class JudgeConfig(Section):
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError("expected an address such as https://host/v1")
         if parts.username is not None or parts.password is not None:
-            raise ValueError("the address carries a user or password; set evaluate.judge.key to the name of an environment "
-                             "variable instead")
+            raise ValueError(
+                "the address carries a user or password; set evaluate.judge.key to the name of an environment "
+                "variable instead"
+            )
         return value.rstrip("/")
 
     @field_validator("key")
@@ -54,8 +56,9 @@ class JudgeConfig(Section):
     def _key(cls, value: str | None) -> str | None:
         # The value is not shown: it may be the key itself.
         if value is not None and not re.fullmatch(r"[A-Z][A-Z0-9_]*", value):
-            raise ValueError("expected the NAME of an environment variable, in capitals such as JUDGE_KEY, not the key "
-                             "itself")
+            raise ValueError(
+                "expected the NAME of an environment variable, in capitals such as JUDGE_KEY, not the key itself"
+            )
         return value
 
 
@@ -136,9 +139,11 @@ class EvaluateConfig(Section):
             if twice:
                 raise ValueError(f"two sources of data are both named {twice[0]!r}; give each its own name")
         if self.base is not None and self.policy is None:
-            raise ValueError(f"base ({self.base}) has no effect without policy: the model below this run's adapter is "
-                             "model.path")
+            raise ValueError(
+                f"base ({self.base}) has no effect without policy: the model below this run's adapter is model.path"
+            )
         if self.score_with is not None and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", self.score_with):
-            raise ValueError(f"score_with {self.score_with!r} does not have the form module:function, for example "
-                             "my_scores:politeness")
+            raise ValueError(
+                f"score_with {self.score_with!r} does not have the form module:function, for example my_scores:politeness"
+            )
         return self

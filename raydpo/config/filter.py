@@ -26,8 +26,10 @@ FACTS: dict[str, tuple[str, str]] = {
     "copy": ("int64", "number of this pair among its copies, from 0; 'copy = 0' keeps one of each"),
     "prompt_pairs": ("int64", "pairs with exactly this prompt, this one included"),
     "answer_pairs": ("int64", "pairs, with any prompt, in which the more frequent of its two answers occurs"),
-    "opposites": ("int64", "pairs that prefer its rejected completion to its chosen one: votes against it, as copies are "
-                             "votes for it"),
+    "opposites": (
+        "int64",
+        "pairs that prefer its rejected completion to its chosen one: votes against it, as copies are votes for it",
+    ),
     "contradictory": ("bool", "whether 'opposites' is above 0"),
     "ref_chosen_logps": ("float64", "the reference's log-prob of the chosen completion, nats"),
     "ref_rejected_logps": ("float64", "the reference's log-prob of the rejected completion, nats"),
@@ -65,15 +67,21 @@ class PairFilter:
         self.fields = frozenset(self._condition.meta.root_names())
         for field in sorted(self.fields - FACTS.keys()):
             near = difflib.get_close_matches(field, FACTS, n=1, cutoff=0.5)
-            raise self._wrong(f"there is no field {field!r}" + (f", did you mean {near[0]!r}?" if near else "") +
-                              f" Fields: {', '.join(FACTS)}")
+            raise self._wrong(
+                f"there is no field {field!r}"
+                + (f", did you mean {near[0]!r}?" if near else "")
+                + f" Fields: {', '.join(FACTS)}"
+            )
         if not self.fields:
             raise self._wrong(f"it names no field of a pair. Fields: {', '.join(FACTS)}")
         # Evaluate two made-up rows to learn the type of its result.
         answer = self.evaluate(polars.DataFrame({name: [_SAMPLES[kind]] * 2 for name, (kind, _) in FACTS.items()}))
         if answer.dtype != polars.Boolean or len(answer) != 2:
-            raise self._wrong("it does not give true or false for each pair" if len(answer) == 2 else
-                              "it gives one value for all pairs; write a condition on each pair")
+            raise self._wrong(
+                "it does not give true or false for each pair"
+                if len(answer) == 2
+                else "it gives one value for all pairs; write a condition on each pair"
+            )
 
     @property
     def needs_reference(self) -> bool:

@@ -92,8 +92,11 @@ def files_of(source: Path) -> list[Path]:
 
 
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    both = {key: _merged(base[key], value) for key, value in changes.items()
-            if isinstance(value, dict) and isinstance(base.get(key), dict)}
+    both = {
+        key: _merged(base[key], value)
+        for key, value in changes.items()
+        if isinstance(value, dict) and isinstance(base.get(key), dict)
+    }
     return base | changes | both
 
 
@@ -103,14 +106,21 @@ class _Loader(yaml.SafeLoader):
 
     yaml_implicit_resolvers: ClassVar = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INT, _FLOAT, _DATE)]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
-_Loader.add_implicit_resolver(_INT, re.compile(r"[-+]?(?:[0-9][0-9_]*|0x[0-9a-fA-F][0-9a-fA-F_]*|0b[01][01_]*)$"),
-                              list("-+0123456789"))
-_Loader.add_implicit_resolver(_FLOAT, re.compile(
-    r"[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+][0-9]+)?$|\.[0-9][0-9_]*(?:[eE][-+][0-9]+)?$|[-+]?\.(?:inf|Inf|INF)$|"
-    r"\.(?:nan|NaN|NAN)$"), list("-+0123456789."))
+_Loader.add_implicit_resolver(
+    _INT, re.compile(r"[-+]?(?:[0-9][0-9_]*|0x[0-9a-fA-F][0-9a-fA-F_]*|0b[01][01_]*)$"), list("-+0123456789")
+)
+_Loader.add_implicit_resolver(
+    _FLOAT,
+    re.compile(
+        r"[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+][0-9]+)?$|\.[0-9][0-9_]*(?:[eE][-+][0-9]+)?$|[-+]?\.(?:inf|Inf|INF)$|"
+        r"\.(?:nan|NaN|NAN)$"
+    ),
+    list("-+0123456789."),
+)
 _Loader.add_constructor(_INT, lambda loader, node: _whole(loader.construct_scalar(node)))
 
 
@@ -138,8 +148,10 @@ def _override(tree: dict[str, Any], override: str) -> dict[str, Any]:
     if not sign or not re.fullmatch(r"\w+(\.\w+)*", key):
         raise ConfigError(f"{what} does not have the form key.sub=value, for example train.beta=0.05")
     if not text.strip():
-        raise ConfigError(f"override '{key}=' has no value; a shell variable that is not set leaves none. Give a value, or "
-                          f"write {key}=null")
+        raise ConfigError(
+            f"override '{key}=' has no value; a shell variable that is not set leaves none. Give a value, or "
+            f"write {key}=null"
+        )
     try:
         value = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
@@ -178,7 +190,7 @@ def _replaced(node: Any, path: Sequence[str], value: Any, what: str, above: str 
             raise ConfigError(f"{what}: {above} has {len(node)} entries, there is no entry {head}")
         # A source may be a bare path, which stands for a section.
         entry = {"path": node[int(head)]} if rest and isinstance(node[int(head)], str) else node[int(head)]
-        return [*node[:int(head)], _replaced(entry, rest, value, what, head), *node[int(head) + 1:]]
+        return [*node[: int(head)], _replaced(entry, rest, value, what, head), *node[int(head) + 1 :]]
     if node is not None and not isinstance(node, dict):
         raise ConfigError(f"{what} sets a key below {above!r}, whose value is {shown(node, above)}, not a section")
     node = node or {}
@@ -258,10 +270,16 @@ def _is_data_file(path: str) -> bool:
 
 def named_inputs(config: Config) -> list[tuple[str, str, bool]]:
     """Every input that a configuration names: (key; path, hub name or URI; whether it is a model)."""
-    inputs = [("model.path", config.model.path, True), ("model.tokenizer", config.model.tokenizer, True),
-              ("reference.path", config.reference.path, True), ("reference.adapter", config.reference.adapter, True),
-              ("model.adapter", config.model.adapter, True), ("evaluate.policy", config.evaluate.policy, True),
-              ("evaluate.base", config.evaluate.base, True), ("evaluate.reward_model", config.evaluate.reward_model, True)]
+    inputs = [
+        ("model.path", config.model.path, True),
+        ("model.tokenizer", config.model.tokenizer, True),
+        ("reference.path", config.reference.path, True),
+        ("reference.adapter", config.reference.adapter, True),
+        ("model.adapter", config.model.adapter, True),
+        ("evaluate.policy", config.evaluate.policy, True),
+        ("evaluate.base", config.evaluate.base, True),
+        ("evaluate.reward_model", config.evaluate.reward_model, True),
+    ]
     inputs += [(f"data.train.{i}.path", source.path, False) for i, source in enumerate(config.data.train)]
     inputs += [(f"evaluate.data.{i}.path", source.path, False) for i, source in enumerate(config.evaluate.data or ())]
     if config.data.eval is not None:

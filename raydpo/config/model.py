@@ -33,8 +33,7 @@ class LoraSettings(Section):
     @model_validator(mode="after")
     def _check(self) -> LoraSettings:
         if self.dropout:
-            raise ValueError(f"dropout is {self.dropout}, but DPO compares policy and reference without noise; "
-                             "set it to 0")
+            raise ValueError(f"dropout is {self.dropout}, but DPO compares policy and reference without noise; set it to 0")
         return self
 
 
@@ -68,14 +67,20 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
         if self.lora is not None and self.adapter is not None:
-            raise ValueError(f"lora (r {self.lora.r}) and adapter ({self.adapter}) contradict each other: an existing "
-                             "adapter has its own settings; keep one")
+            raise ValueError(
+                f"lora (r {self.lora.r}) and adapter ({self.adapter}) contradict each other: an existing "
+                "adapter has its own settings; keep one"
+            )
         if self.quantization is not None and not self.adapts:
-            raise ValueError(f"quantization is {self.quantization}, but quantized weights cannot be trained; add lora, "
-                             "for example lora: {r: 16}")
+            raise ValueError(
+                f"quantization is {self.quantization}, but quantized weights cannot be trained; add lora, "
+                "for example lora: {r: 16}"
+            )
         if self.freeze and self.adapts:
-            raise ValueError(f"freeze ({', '.join(self.freeze)}) has no effect with lora or adapter, which do not train "
-                             "the model's own weights; drop one")
+            raise ValueError(
+                f"freeze ({', '.join(self.freeze)}) has no effect with lora or adapter, which do not train "
+                "the model's own weights; drop one"
+            )
         for pattern in self.freeze:
             try:
                 re.compile(pattern)

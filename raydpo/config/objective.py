@@ -60,16 +60,30 @@ LOSSES: dict[str, LossTraits] = {
     "kto": LossTraits(PER_PAIR | {"desirable_weight", "undesirable_weight"}, whole_step=True),
     "aot": LossTraits(SMOOTH | {"beta", "ld_alpha"}, whole_step=True),
     "aot_unpaired": LossTraits(SMOOTH | {"beta", "ld_alpha"}, whole_step=True),
-    "simpo": LossTraits(SMOOTH | {"beta", "use_weighting", "weight_column", "margin_column", "simpo_gamma"},
-                        reference=False, per_token=True),
+    "simpo": LossTraits(
+        SMOOTH | {"beta", "use_weighting", "weight_column", "margin_column", "simpo_gamma"}, reference=False, per_token=True
+    ),
     "cpo": LossTraits(SMOOTH | {"beta", "use_weighting", "weight_column", "margin_column", "cpo_alpha"}, reference=False),
     "orpo": LossTraits(frozenset({"beta", "use_weighting", "weight_column"}), reference=False, per_token=True),
     "sft": LossTraits(frozenset({"use_weighting", "weight_column"}), reference=False),
 }
 """Properties of each loss, by its name in ``train.loss``."""
-SETTINGS = ("beta", "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef", "length_penalty", "ld_alpha",
-            "use_weighting", "dynamic_beta", "discopop_tau", "dpop_lambda", "simpo_gamma", "cpo_alpha", "desirable_weight",
-            "undesirable_weight")
+SETTINGS = (
+    "beta",
+    "label_smoothing",
+    "f_divergence_type",
+    "f_alpha_divergence_coef",
+    "length_penalty",
+    "ld_alpha",
+    "use_weighting",
+    "dynamic_beta",
+    "discopop_tau",
+    "dpop_lambda",
+    "simpo_gamma",
+    "cpo_alpha",
+    "desirable_weight",
+    "undesirable_weight",
+)
 _OWN = LossTraits(frozenset({*SETTINGS, "weight_column", "margin_column"}))
 """Properties of a loss by import path: it receives every setting and may use any."""
 _IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -88,19 +102,28 @@ class BetaSchedule(Section):
     def at(self, step: int, total_steps: int) -> float:
         """Beta of the step with number ``step``, counted from 0."""
         done = min(1.0, step / max(1, total_steps - 1))
-        return self.end + (self.start - self.end) * (1 - done if self.schedule == "linear"
-                                                     else 0.5 * (1 + math.cos(math.pi * done)))
+        return self.end + (self.start - self.end) * (
+            1 - done if self.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+        )
 
 
 def _known_name(name: Any) -> str:
     if not isinstance(name, str):
-        raise ValueError(f"{name!r} is not the name of a loss; expected one of {', '.join(LOSSES)}, the import path "
-                         "module:function of your own, or a mixture such as [{sigmoid: 0.8}, {sft: 0.2}]")
+        raise ValueError(
+            f"{name!r} is not the name of a loss; expected one of {', '.join(LOSSES)}, the import path "
+            "module:function of your own, or a mixture such as [{sigmoid: 0.8}, {sft: 0.2}]"
+        )
     if name in LOSSES or _IMPORT_PATH.fullmatch(name):
         return name
     near = difflib.get_close_matches(name, LOSSES, n=1, cutoff=0.5)
-    raise ValueError(f"there is no loss {name!r}" + (f"; did you mean {near[0]!r}?" if near else
-                     f"; expected one of {', '.join(LOSSES)}, or the import path module:function of your own"))
+    raise ValueError(
+        f"there is no loss {name!r}"
+        + (
+            f"; did you mean {near[0]!r}?"
+            if near
+            else f"; expected one of {', '.join(LOSSES)}, or the import path module:function of your own"
+        )
+    )
 
 
 def _as_loss(value: Any) -> Any:
@@ -113,7 +136,7 @@ def _as_loss(value: Any) -> Any:
     for term in value:
         if not isinstance(term, Mapping) or len(term) != 1:
             raise ValueError(f"{term!r} is not a term of a mixture; write {{name: weight}}, such as {{sigmoid: 0.8}}")
-        (name, weight), = term.items()
+        ((name, weight),) = term.items()
         if _known_name(name) in weights:
             raise ValueError(f"{name!r} is in the mixture twice; give the sum of its weights")
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
@@ -132,8 +155,10 @@ class ObjectiveConfig(Section):
     loss: Annotated[str | tuple[dict[str, float], ...], BeforeValidator(_as_loss)] = "sigmoid"
     """The loss, see raydpo.losses: a name, a mixture such as [{sigmoid: 0.8}, {bco_pair: 0.2}, {sft: 1.0}], or the import
     path of your own function, my_module:my_loss."""
-    beta: Annotated[Annotated[Annotated[Float, Field(gt=0)], Tag("tagged-number")]
-                    | Annotated[BetaSchedule, Tag("tagged-schedule")], Discriminator(_kind_of_beta)] = 0.1
+    beta: Annotated[
+        Annotated[Annotated[Float, Field(gt=0)], Tag("tagged-number")] | Annotated[BetaSchedule, Tag("tagged-schedule")],
+        Discriminator(_kind_of_beta),
+    ] = 0.1
     """Strength of the pull towards the reference: the smaller, the further the policy may drift. A schedule such as
     {start: 0.2, end: 0.05, schedule: cosine} changes it from the first step to the last."""
     dynamic_beta: Float | None = Field(None, gt=0)
@@ -218,6 +243,7 @@ class ObjectiveConfig(Section):
 
     def beta_per_token(self, tokens: float) -> str:
         """Return, as YAML, the beta that pulls as strongly in a loss per token as this one on sums of ``tokens`` tokens."""
+
         def times(beta: Any) -> str:
             return beta if isinstance(beta, str) else f"{float(f'{beta * tokens:.2g}'):g}"  # 100, not 1e+02
 
@@ -232,8 +258,11 @@ class ObjectiveConfig(Section):
 
     def shaped(self) -> dict[str, Any]:
         """Settings that differ from their defaults, without loss, beta and label_smoothing, as JSON."""
-        return self.model_dump(mode="json", exclude_defaults=True, include=set(ObjectiveConfig.model_fields) - {
-            "loss", "beta", "label_smoothing"})
+        return self.model_dump(
+            mode="json",
+            exclude_defaults=True,
+            include=set(ObjectiveConfig.model_fields) - {"loss", "beta", "label_smoothing"},
+        )
 
     def check_heeded(self, setting: str, value: Any, fix: str) -> None:
         """Refuse a setting that has no effect on this loss.
@@ -247,8 +276,10 @@ class ObjectiveConfig(Section):
         if heeding and not (setting in OF_EVERY_TERM and ignoring):
             return
         known = [name for name, traits in LOSSES.items() if setting in traits.heeds]
-        raise ValueError(f"{setting} {value} has no effect on loss {' and '.join(map(repr, ignoring or self.terms))}; "
-                         f"{fix}, or loss to one that uses it ({', '.join(known)})")
+        raise ValueError(
+            f"{setting} {value} has no effect on loss {' and '.join(map(repr, ignoring or self.terms))}; "
+            f"{fix}, or loss to one that uses it ({', '.join(known)})"
+        )
 
     @model_validator(mode="after")
     def _check_objective(self) -> ObjectiveConfig:
@@ -257,14 +288,22 @@ class ObjectiveConfig(Section):
             if value != default:
                 told = self.beta_text if setting == "beta" else value
                 self.check_heeded(setting, told, f"set it to {'null' if default is None else str(default).lower()}")
-        if self.f_alpha_divergence_coef != ObjectiveConfig.model_fields["f_alpha_divergence_coef"].default \
-                and self.f_divergence_type != "alpha_divergence":
-            raise ValueError(f"f_alpha_divergence_coef {self.f_alpha_divergence_coef} has no effect on f_divergence_type "
-                             f"{self.f_divergence_type}; set that to alpha_divergence")
-        if self.dynamic_beta_momentum != ObjectiveConfig.model_fields["dynamic_beta_momentum"].default \
-                and self.dynamic_beta is None:
-            raise ValueError(f"dynamic_beta_momentum {self.dynamic_beta_momentum} has no effect without dynamic_beta; set "
-                             "that, for example to 0.6")
+        if (
+            self.f_alpha_divergence_coef != ObjectiveConfig.model_fields["f_alpha_divergence_coef"].default
+            and self.f_divergence_type != "alpha_divergence"
+        ):
+            raise ValueError(
+                f"f_alpha_divergence_coef {self.f_alpha_divergence_coef} has no effect on f_divergence_type "
+                f"{self.f_divergence_type}; set that to alpha_divergence"
+            )
+        if (
+            self.dynamic_beta_momentum != ObjectiveConfig.model_fields["dynamic_beta_momentum"].default
+            and self.dynamic_beta is None
+        ):
+            raise ValueError(
+                f"dynamic_beta_momentum {self.dynamic_beta_momentum} has no effect without dynamic_beta; set "
+                "that, for example to 0.6"
+            )
         if "exo_pair" in self.terms and not self.label_smoothing:
             raise ValueError("exo_pair divides by label_smoothing, which is 0; set it to 0.001, as its paper does")
         if isinstance(self.beta, BetaSchedule) and self.beta.start == self.beta.end:

@@ -69,34 +69,49 @@ class Config(Section):
     @model_validator(mode="after")
     def _check(self) -> Config:
         if self.model.quantization is not None and self.train.zero == 3:
-            raise ValueError("train.zero 3 cannot partition quantized weights (model.quantization "
-                             f"{self.model.quantization}); set train.zero=2, which partitions what trains")
+            raise ValueError(
+                "train.zero 3 cannot partition quantized weights (model.quantization "
+                f"{self.model.quantization}); set train.zero=2, which partitions what trains"
+            )
         if self.model.lora is not None and self.model.lora.dora and self.train.zero == 3:
             raise ValueError("model.lora.dora needs whole weights, which train.zero 3 partitions; set train.zero=2")
-        if self.reference_quantization != self.model.quantization and self.reference.path in (None, self.model.path) \
-                and not self.reference.allow_other_quantization:
-            raise ValueError(f"reference.quantization is {self.reference_quantization or 'none'}, model.quantization "
-                             f"{self.model.quantization or 'none'}: policy and reference would differ from the first step "
-                             "on, by the error of quantization. Set reference.quantization=model, or "
-                             "reference.allow_other_quantization=true to train nevertheless")
+        if (
+            self.reference_quantization != self.model.quantization
+            and self.reference.path in (None, self.model.path)
+            and not self.reference.allow_other_quantization
+        ):
+            raise ValueError(
+                f"reference.quantization is {self.reference_quantization or 'none'}, model.quantization "
+                f"{self.model.quantization or 'none'}: policy and reference would differ from the first step "
+                "on, by the error of quantization. Set reference.quantization=model, or "
+                "reference.allow_other_quantization=true to train nevertheless"
+            )
         if self.train.merge_adapter and self.model.lora is None and self.model.adapter is None:
-            raise ValueError("train.merge_adapter has no effect: model.lora and model.adapter are null, so all weights are "
-                             "trained and exported. Drop it, or set model.lora")
+            raise ValueError(
+                "train.merge_adapter has no effect: model.lora and model.adapter are null, so all weights are "
+                "trained and exported. Drop it, or set model.lora"
+            )
         for column in ("weight_column", "margin_column"):
             if getattr(self.data, column) is not None:
                 self.train.check_heeded(column, f"({getattr(self.data, column)!r} of data)", f"set data.{column} to null")
         if self.train.keep_best is not None and self.data.eval is None:
-            raise ValueError(f"train.keep_best is {self.train.keep_best}, but there are no held-out pairs to measure it on; "
-                             "set data.eval, for example data.eval.fraction=0.05")
+            raise ValueError(
+                f"train.keep_best is {self.train.keep_best}, but there are no held-out pairs to measure it on; "
+                "set data.eval, for example data.eval.fraction=0.05"
+            )
         if self.train.keep_best is not None:
             check_metric("train.keep_best", self.train.keep_best, self.held_out_metrics)
             if isinstance(self.train.beta, BetaSchedule) and depends_on_scale(self.train.keep_best):
-                raise ValueError(f"train.keep_best is {self.train.keep_best!r}, which cannot be compared between steps: "
-                                 f"train.beta changes ({self.train.beta_text}), and its scale with it. Set it to "
-                                 "eval_rewards/accuracies, or train.beta to a number")
+                raise ValueError(
+                    f"train.keep_best is {self.train.keep_best!r}, which cannot be compared between steps: "
+                    f"train.beta changes ({self.train.beta_text}), and its scale with it. Set it to "
+                    "eval_rewards/accuracies, or train.beta to a number"
+                )
         if self.sweep is not None and self.sweep.stop_early is not None and self.data.eval is None:
-            raise ValueError("sweep.stop_early is set, but there are no held-out pairs to compare trials on; set data.eval, "
-                             "for example data.eval.fraction=0.05")
+            raise ValueError(
+                "sweep.stop_early is set, but there are no held-out pairs to compare trials on; set data.eval, "
+                "for example data.eval.fraction=0.05"
+            )
         return self
 
     @property
@@ -105,8 +120,10 @@ class Config(Section):
         if self.data.eval is None:
             return []
         # Held-out pairs from a file are one source. A filter may need the reference even if the loss does not.
-        return held_out_metrics([source_name(source) for source in self.data.train] if self.data.eval.path is None else [],
-                                reference=self.train.needs_reference or self.data.filter is not None)
+        return held_out_metrics(
+            [source_name(source) for source in self.data.train] if self.data.eval.path is None else [],
+            reference=self.train.needs_reference or self.data.filter is not None,
+        )
 
     @property
     def needs_reference(self) -> bool:

@@ -35,8 +35,10 @@ def _path(value: Any) -> Any:
     if value == "":
         raise ValueError("the path is empty; was it made of a variable that is not set?")
     if isinstance(value, str) and (variable := re.search(r"\$(?:\{\w+\}|[A-Za-z_]\w*)", value)):
-        raise ValueError(f"{value!r} contains the variable {variable[0]}, which raydpo does not replace; write its "
-                         "value, or set the key on the command line, where the shell replaces it")
+        raise ValueError(
+            f"{value!r} contains the variable {variable[0]}, which raydpo does not replace; write its "
+            "value, or set the key on the command line, where the shell replaces it"
+        )
     return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~") else value
 
 

@@ -26,8 +26,10 @@ class DrawConfig(Section):
     def _check(self) -> DrawConfig:
         given = {name: value for name, value in self if value is not None}
         if len(given) != 1:
-            raise ValueError(f"{' and '.join(given) or 'nothing'} given, expected one of uniform: [low, high], "
-                             "log_uniform: [low, high], choice: [...]")
+            raise ValueError(
+                f"{' and '.join(given) or 'nothing'} given, expected one of uniform: [low, high], "
+                "log_uniform: [low, high], choice: [...]"
+            )
         name, value = next(iter(given.items()))
         if name != "choice" and value[0] >= value[1]:
             raise ValueError(f"{name} is [{value[0]:g}, {value[1]:g}]; the first number must be below the second")
@@ -102,8 +104,10 @@ class SweepConfig(Section):
     def _check(self) -> SweepConfig:
         given = [name for name in ("grid", "list", "random") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"{' and '.join(given) or 'neither grid, list nor random'} given; a sweep has one of "
-                             "grid, list and random, for example grid: {train.beta: [0.05, 0.1, 0.3]}")
+            raise ValueError(
+                f"{' and '.join(given) or 'neither grid, list nor random'} given; a sweep has one of "
+                "grid, list and random, for example grid: {train.beta: [0.05, 0.1, 0.3]}"
+            )
         if not (self.grid or self.list or (self.random and self.random.draws)):
             raise ValueError(f"{given[0]} varies nothing; name a key, for example train.beta")
         empty = [key for key, values in (self.grid or {}).items() if not values]

@@ -46,25 +46,33 @@ class ScoreConfig(Section):
         _whole_groups(self.workers, self.sequence_parallel)
         _gpus_of_a_kind(self.accelerator, self.gpus_per_worker)
         if self.sequence_parallel > 1 and self.gpus_per_worker is not None and 0 < self.gpus_per_worker < 1:
-            raise ValueError(f"gpus_per_worker {self.gpus_per_worker} is a fraction; sequence_parallel "
-                             f"({self.sequence_parallel}) needs a whole GPU for each worker")
+            raise ValueError(
+                f"gpus_per_worker {self.gpus_per_worker} is a fraction; sequence_parallel "
+                f"({self.sequence_parallel}) needs a whole GPU for each worker"
+            )
         return self
 
 
 def _gpus_of_a_kind(accelerator: str | None, gpus_per_worker: float | None) -> None:
     if gpus_per_worker is not None and gpus_per_worker > 1 and gpus_per_worker != int(gpus_per_worker):
-        raise ValueError(f"gpus_per_worker {gpus_per_worker:g} is neither a fraction of one GPU nor a whole number; set "
-                         f"it to 1, or {math.ceil(gpus_per_worker)}")
+        raise ValueError(
+            f"gpus_per_worker {gpus_per_worker:g} is neither a fraction of one GPU nor a whole number; set "
+            f"it to 1, or {math.ceil(gpus_per_worker)}"
+        )
     if accelerator is not None and gpus_per_worker == 0:
-        raise ValueError(f"accelerator {accelerator} has no effect on workers without GPUs; set gpus_per_worker to 1, or "
-                         "accelerator to null")
+        raise ValueError(
+            f"accelerator {accelerator} has no effect on workers without GPUs; set gpus_per_worker to 1, or "
+            "accelerator to null"
+        )
 
 
 def _whole_groups(workers: int, sequence_parallel: int) -> None:
     if workers % sequence_parallel:
-        raise ValueError(f"workers ({workers}) is not a multiple of sequence_parallel ({sequence_parallel}), the workers "
-                         "that compute together; set workers to "
-                         f"{sequence_parallel * (workers // sequence_parallel + 1)}, or sequence_parallel to a divisor")
+        raise ValueError(
+            f"workers ({workers}) is not a multiple of sequence_parallel ({sequence_parallel}), the workers "
+            "that compute together; set workers to "
+            f"{sequence_parallel * (workers // sequence_parallel + 1)}, or sequence_parallel to a divisor"
+        )
 
 
 class ElasticWorkers(Section):
@@ -180,8 +188,10 @@ class TrainConfig(ObjectiveConfig):
         _gpus_of_a_kind(self.accelerator, self.gpus_per_worker)
         if isinstance(self.workers, ElasticWorkers):
             if self.sequence_parallel > 1:
-                raise ValueError(f"sequence_parallel ({self.sequence_parallel}) needs a fixed number of workers, not "
-                                 f"{{min: {self.workers.min}, max: {self.workers.max}}}; set workers to a multiple of it")
+                raise ValueError(
+                    f"sequence_parallel ({self.sequence_parallel}) needs a fixed number of workers, not "
+                    f"{{min: {self.workers.min}, max: {self.workers.max}}}; set workers to a multiple of it"
+                )
         else:
             _whole_groups(self.workers, self.sequence_parallel)
         if self.steps is not None and "epochs" in self.model_fields_set and self.epochs != 1:
@@ -189,29 +199,38 @@ class TrainConfig(ObjectiveConfig):
         if self.warmup >= 1 and self.warmup != int(self.warmup):
             raise ValueError(f"warmup {self.warmup} is neither a share below 1 nor a whole number of steps")
         if self.checkpoint_minutes is not None and "checkpoint_every" in self.model_fields_set:
-            raise ValueError(f"checkpoint_minutes ({self.checkpoint_minutes:g}) and checkpoint_every "
-                             f"({self.checkpoint_every}) contradict each other; keep one")
+            raise ValueError(
+                f"checkpoint_minutes ({self.checkpoint_minutes:g}) and checkpoint_every "
+                f"({self.checkpoint_every}) contradict each other; keep one"
+            )
         if self.offload_params is not None and self.zero != 3:
-            raise ValueError(f"offload_params ({self.offload_params}) needs partitioned weights; set zero to 3, "
-                             f"not {self.zero}")
+            raise ValueError(
+                f"offload_params ({self.offload_params}) needs partitioned weights; set zero to 3, not {self.zero}"
+            )
         if self.offload_optimizer is not None and self.zero == 0:
-            raise ValueError(f"offload_optimizer ({self.offload_optimizer}) needs ZeRO; set zero to 1, 2 or 3, "
-                             "not 0")
+            raise ValueError(f"offload_optimizer ({self.offload_optimizer}) needs ZeRO; set zero to 1, 2 or 3, not 0")
         if self.offload_optimizer not in (None, "cpu") and self.zero != 3:
-            raise ValueError(f"offload_optimizer to a disk ({self.offload_optimizer}) needs zero 3, not {self.zero}; cpu "
-                             "works with 1 and 2 too")
+            raise ValueError(
+                f"offload_optimizer to a disk ({self.offload_optimizer}) needs zero 3, not {self.zero}; cpu "
+                "works with 1 and 2 too"
+            )
         if self.offload_optimizer not in (None, "cpu") and self.optimizer_states != "float32":
-            raise ValueError(f"optimizer_states {self.optimizer_states} cannot go to a disk, where DeepSpeed keeps moments "
-                             f"as it keeps weights; set it to float32, or offload_optimizer "
-                             f"({self.offload_optimizer}) to cpu")
+            raise ValueError(
+                f"optimizer_states {self.optimizer_states} cannot go to a disk, where DeepSpeed keeps moments "
+                f"as it keeps weights; set it to float32, or offload_optimizer "
+                f"({self.offload_optimizer}) to cpu"
+            )
         if self.offload_activations and not self.gradient_checkpointing:
             raise ValueError("offload_activations has no effect without gradient_checkpointing; set that to true")
         if self.optimizer_states != "float32" and self.optimizer != "adamw":
             raise ValueError(f"optimizer_states {self.optimizer_states} has no effect on optimizer {self.optimizer}")
         if self.optimizer != "adamw" and self.offload_optimizer is not None:
-            raise ValueError(f"optimizer {self.optimizer} keeps its moments on the GPU; drop offload_optimizer "
-                             f"({self.offload_optimizer})")
+            raise ValueError(
+                f"optimizer {self.optimizer} keeps its moments on the GPU; drop offload_optimizer ({self.offload_optimizer})"
+            )
         if self.gpus_per_worker is not None and 0 < self.gpus_per_worker < 1 and self.most_workers > 1:
-            raise ValueError(f"gpus_per_worker {self.gpus_per_worker} is a fraction; NCCL needs a whole GPU for each of the "
-                             f"{self.most_workers} training workers. Set workers=1 or a whole number of GPUs")
+            raise ValueError(
+                f"gpus_per_worker {self.gpus_per_worker} is a fraction; NCCL needs a whole GPU for each of the "
+                f"{self.most_workers} training workers. Set workers=1 or a whole number of GPUs"
+            )
         return self

@@ -20,11 +20,17 @@ def check_verb(config: Config, verb: Verb) -> None:
         ConfigError: naming the setting and the fix.
     """
     if verb in ("train", "run") and config.sweep is not None:
-        raise ConfigError(f"section 'sweep' has no effect on 'raydpo {verb}', which trains once; run 'raydpo sweep', or set "
-                          "sweep=null")
+        raise ConfigError(
+            f"section 'sweep' has no effect on 'raydpo {verb}', which trains once; run 'raydpo sweep', or set sweep=null"
+        )
     if verb == "sweep" and config.sweep is None:
-        raise ConfigError("there is nothing to sweep over; add a section, for example sweep: {grid: {train.beta: "
-                          "[0.03, 0.1, 0.3]}}, or override sweep.grid='{train.beta: [0.03, 0.1, 0.3]}'")
-    if verb == "eval" and config.evaluate.data is None and (
-            config.data.eval is None or (config.data.eval.path is None and config.data.eval.fraction is None)):
+        raise ConfigError(
+            "there is nothing to sweep over; add a section, for example sweep: {grid: {train.beta: "
+            "[0.03, 0.1, 0.3]}}, or override sweep.grid='{train.beta: [0.03, 0.1, 0.3]}'"
+        )
+    if (
+        verb == "eval"
+        and config.evaluate.data is None
+        and (config.data.eval is None or (config.data.eval.path is None and config.data.eval.fraction is None))
+    ):
         raise ConfigError("there are no pairs to evaluate on; set evaluate.data to a file of preferences, or data.eval")

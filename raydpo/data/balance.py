@@ -58,8 +58,9 @@ def shares(pairs: list[int], shapes: Shapes, world_size: int, layout: LayoutName
     return [pairs_of(mine) for mine in owned]
 
 
-def _units(pairs: list[int], shapes: Shapes, world_size: int, layout: LayoutName,
-           work: PositionCost) -> tuple[list[list[int]], np.ndarray]:
+def _units(
+    pairs: list[int], shapes: Shapes, world_size: int, layout: LayoutName, work: PositionCost
+) -> tuple[list[list[int]], np.ndarray]:
     """Runs of pairs that stay together because they share much, small enough to be balanced over ranks; and their costs.
 
     What all pairs of the step share, such as a system prompt, every rank computes once anyway. It is left out of the costs

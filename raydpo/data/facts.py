@@ -24,22 +24,39 @@ def pair_facts(pairs: pa.Table, ref_chosen: np.ndarray | None = None, ref_reject
         ref_chosen, ref_rejected: sums of the reference's log-probs, nats, float64 [pairs], NaN where unknown. Without them
             the columns of ``config.filter.REFERENCE_FACTS`` are null.
     """
-    prompt, chosen, rejected = (pc.list_value_length(pairs[f"{name}_ids"]).to_numpy().astype(np.int64)
-                                for name in ("prompt", "chosen", "rejected"))
+    prompt, chosen, rejected = (
+        pc.list_value_length(pairs[f"{name}_ids"]).to_numpy().astype(np.int64) for name in ("prompt", "chosen", "rejected")
+    )
     full = {side: pairs[f"{side}_full"].to_numpy().astype(np.int64) for side in ("chosen", "rejected")}
     copies, copy, opposites = _copies(pairs)
     columns = {
-        "pair_id": pairs["pair_id"], "source": pairs["source"], "prompt_tokens": prompt, "chosen_tokens": chosen,
-        "rejected_tokens": rejected, "length_difference": chosen - rejected, "chosen_cut": full["chosen"] - chosen,
-        "rejected_cut": full["rejected"] - rejected, "copies": copies, "copy": copy, "opposites": opposites,
+        "pair_id": pairs["pair_id"],
+        "source": pairs["source"],
+        "prompt_tokens": prompt,
+        "chosen_tokens": chosen,
+        "rejected_tokens": rejected,
+        "length_difference": chosen - rejected,
+        "chosen_cut": full["chosen"] - chosen,
+        "rejected_cut": full["rejected"] - rejected,
+        "copies": copies,
+        "copy": copy,
+        "opposites": opposites,
         "contradictory": opposites > 0,
-        "prompt_pairs": _uses(_digests(pairs["prompt_ids"])), "answer_pairs": _answer_pairs(pairs)}
+        "prompt_pairs": _uses(_digests(pairs["prompt_ids"])),
+        "answer_pairs": _answer_pairs(pairs),
+    }
     if ref_chosen is not None and ref_rejected is not None:
         known = np.isnan(ref_chosen) | np.isnan(ref_rejected)
-        columns |= {name: pa.array(values, mask=known) for name, values in (
-            ("ref_chosen_logps", ref_chosen), ("ref_rejected_logps", ref_rejected),
-            ("ref_margin", ref_chosen - ref_rejected),
-            ("ref_chosen_per_token", ref_chosen / chosen), ("ref_rejected_per_token", ref_rejected / rejected))}
+        columns |= {
+            name: pa.array(values, mask=known)
+            for name, values in (
+                ("ref_chosen_logps", ref_chosen),
+                ("ref_rejected_logps", ref_rejected),
+                ("ref_margin", ref_chosen - ref_rejected),
+                ("ref_chosen_per_token", ref_chosen / chosen),
+                ("ref_rejected_per_token", ref_rejected / rejected),
+            )
+        }
     schema = [(name, _TYPES[kind]) for name, (kind, _) in FACTS.items()]
     table = pa.table({name: columns.get(name, pa.nulls(pairs.num_rows, kind)) for name, kind in schema})
     return table.cast(pa.schema(schema))

@@ -31,16 +31,19 @@ def pairs_to_keep(condition: PairFilter, facts: pa.Table) -> np.ndarray:
     answer = condition.evaluate(polars.from_arrow(facts.select(sorted(condition.fields))))
     if answer.null_count():
         row = answer.is_null().arg_max()
-        raise DataError(f"data.filter {condition.expression!r} is neither true nor false for {answer.null_count():,} pairs "
-                        f"(first: {facts['pair_id'][row].as_py()}), because a field has no value there")
+        raise DataError(
+            f"data.filter {condition.expression!r} is neither true nor false for {answer.null_count():,} pairs "
+            f"(first: {facts['pair_id'][row].as_py()}), because a field has no value there"
+        )
     keep = answer.to_numpy()
     if not keep.any():
         raise DataError(f"data.filter {condition.expression!r} leaves none of {len(keep):,} pairs")
     return keep
 
 
-def filter_pairs(condition: PairFilter, pairs: pa.Table, ref_chosen: np.ndarray | None = None,
-                 ref_rejected: np.ndarray | None = None) -> tuple[pa.Table, str]:
+def filter_pairs(
+    condition: PairFilter, pairs: pa.Table, ref_chosen: np.ndarray | None = None, ref_rejected: np.ndarray | None = None
+) -> tuple[pa.Table, str]:
     """The pairs that meet ``condition``, and a line for the user.
 
     Args:
@@ -57,8 +60,9 @@ def filter_pairs(condition: PairFilter, pairs: pa.Table, ref_chosen: np.ndarray 
 def left_out(condition: PairFilter, facts: pa.Table, keep: np.ndarray) -> str:
     """How many pairs ``condition`` leaves out of each source, as a line for the user."""
     counts = {entry["values"]: entry["counts"] for entry in pc.value_counts(facts["source"]).to_pylist()}
-    left = {entry["values"]: entry["counts"] for entry in
-            pc.value_counts(facts["source"].filter(pa.array(~keep))).to_pylist()}
+    left = {
+        entry["values"]: entry["counts"] for entry in pc.value_counts(facts["source"].filter(pa.array(~keep))).to_pylist()
+    }
     sources = "; ".join(f"{source}: {left.get(source, 0):,} of {count:,}" for source, count in counts.items())
     return f"data.filter {condition.expression!r}: {int((~keep).sum()):,} of {len(keep):,} pairs left out ({sources})"
 

@@ -80,7 +80,7 @@ class KeyIndex:
             todo = todo[place[todo] < len(self._sorted)]
             todo = todo[self._sorted[place[todo]] == high[todo]]
             locators = self.winners[place[todo]]
-            same = (_half(self.keys, 1)[locators] == _half(wanted, 1)[todo])
+            same = _half(self.keys, 1)[locators] == _half(wanted, 1)[todo]
             found[todo[same]] = locators[same]
             todo = todo[~same]
             place[todo] += 1

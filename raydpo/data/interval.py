@@ -10,8 +10,21 @@ import math
 
 import numpy as np
 
-__all__ = ["Z95", "Interval", "around", "by_group", "effective_count", "mean", "mean_by_group", "ratio", "share",
-           "share_by_group", "share_error", "standard_error", "student95"]
+__all__ = [
+    "Z95",
+    "Interval",
+    "around",
+    "by_group",
+    "effective_count",
+    "mean",
+    "mean_by_group",
+    "ratio",
+    "share",
+    "share_by_group",
+    "share_error",
+    "standard_error",
+    "student95",
+]
 
 Z95 = 1.959964
 """Half-width of a 95 % interval, in standard errors, where the standard error is known."""
@@ -28,8 +41,9 @@ def student95(freedom: int) -> float:
     if freedom < len(_STUDENT):
         return _STUDENT[freedom]
     z, terms = Z95, ((1, 1, 4), (5, 16, 3, 96), (3, 19, 17, -15, 384), (79, 776, 1482, -1920, -945, 92160))
-    return z + sum(z * float(np.polyval(over, z * z)) / (under * freedom**power)
-                   for power, (*over, under) in enumerate(terms, 1))
+    return z + sum(
+        z * float(np.polyval(over, z * z)) / (under * freedom**power) for power, (*over, under) in enumerate(terms, 1)
+    )
 
 
 # ---- shares

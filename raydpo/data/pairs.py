@@ -23,14 +23,20 @@ from raydpo.storage.uri import redact
 __all__ = ["HELD_OUT", "PAIR_MARGIN", "PAIR_SCHEMA", "PAIR_WEIGHT", "PairSets", "held_out_source", "load_pairs"]
 
 _IDS, _KEY = pa.list_(pa.int32()), pa.binary(16)
-PAIR_SCHEMA = pa.schema([
-    ("pair_id", pa.string()),  # source:row, plus #n for further pairs of a record that ranks several completions
-    ("source", pa.string()),
-    ("weight", pa.float64()),  # weight of the source
-    ("prompt_ids", _IDS), ("chosen_ids", _IDS), ("rejected_ids", _IDS),  # truncated, as scored and trained on
-    ("chosen_key", _KEY), ("rejected_key", _KEY),  # keys.completion_key of the completions before truncation
-    ("chosen_full", pa.int32()), ("rejected_full", pa.int32()),  # their tokens before truncation
-])
+PAIR_SCHEMA = pa.schema(
+    [
+        ("pair_id", pa.string()),  # source:row, plus #n for further pairs of a record that ranks several completions
+        ("source", pa.string()),
+        ("weight", pa.float64()),  # weight of the source
+        ("prompt_ids", _IDS),
+        ("chosen_ids", _IDS),
+        ("rejected_ids", _IDS),  # truncated, as scored and trained on
+        ("chosen_key", _KEY),
+        ("rejected_key", _KEY),  # keys.completion_key of the completions before truncation
+        ("chosen_full", pa.int32()),
+        ("rejected_full", pa.int32()),  # their tokens before truncation
+    ]
+)
 """Columns of a table of tokenised pairs."""
 PAIR_WEIGHT = "pair_weight"
 """Additional column, float64, if ``data.weight_column`` is set."""
@@ -63,8 +69,9 @@ class _Place(NamedTuple):
     source: str
 
 
-def load_pairs(config: DataConfig, tokeniser: Tokeniser, progress: Callable[[int], None] | None = None,
-               reader: Reader = read_records) -> PairSets:
+def load_pairs(
+    config: DataConfig, tokeniser: Tokeniser, progress: Callable[[int], None] | None = None, reader: Reader = read_records
+) -> PairSets:
     """Read, check, tokenise, truncate and split all preferences of a configuration.
 
     Args:
@@ -77,8 +84,10 @@ def load_pairs(config: DataConfig, tokeniser: Tokeniser, progress: Callable[[int
     """
     report, schema = DataReport([]), _schema(config)
     seen: set[bytes] = set()
-    train, *others = [_load_source(source, source_name(source), config, tokeniser, report, seen, progress, reader)
-                      for source in config.train]
+    train, *others = [
+        _load_source(source, source_name(source), config, tokeniser, report, seen, progress, reader)
+        for source in config.train
+    ]
     if others:
         train = spooled([train, *others], schema)
     held = None
@@ -113,8 +122,16 @@ def _common_columns(config: DataConfig) -> dict[str, str]:
     return first if all(columns == first for columns in others) else {}
 
 
-def _load_source(source: SourceConfig, name: str, config: DataConfig, tokeniser: Tokeniser, report: DataReport,
-                 seen: set[bytes], progress: Callable[[int], None] | None, reader: Reader) -> pa.Table:
+def _load_source(
+    source: SourceConfig,
+    name: str,
+    config: DataConfig,
+    tokeniser: Tokeniser,
+    report: DataReport,
+    seen: set[bytes],
+    progress: Callable[[int], None] | None,
+    reader: Reader,
+) -> pa.Table:
     """All usable pairs of one source, columns as ``_schema``. Adds to ``report``, and to ``seen`` the keys of each pair."""
     account = SourceReport(name, redact(source.path))
     report.sources.append(account)
@@ -129,8 +146,14 @@ def _load_source(source: SourceConfig, name: str, config: DataConfig, tokeniser:
     return spool.finish()
 
 
-def _load_chunk(records: list[Record], source: SourceConfig, config: DataConfig, tokeniser: Tokeniser,
-                account: SourceReport, seen: set[bytes]) -> pa.Table:
+def _load_chunk(
+    records: list[Record],
+    source: SourceConfig,
+    config: DataConfig,
+    tokeniser: Tokeniser,
+    account: SourceReport,
+    seen: set[bytes],
+) -> pa.Table:
     bad_rows: set[int] = set()
     numbers = _numbers(config)
     places, preferences = _normalised(records, account, bad_rows, numbers)
@@ -169,8 +192,9 @@ def _schema(config: DataConfig) -> pa.Schema:
     return pa.schema([*PAIR_SCHEMA, *((name, pa.float64()) for name in _numbers(config)), (_PROMPT, _KEY)])
 
 
-def _normalised(records: list[Record], account: SourceReport, bad_rows: set[int],
-                numbers: Mapping[str, str]) -> tuple[list[_Place], list[Preference]]:
+def _normalised(
+    records: list[Record], account: SourceReport, bad_rows: set[int], numbers: Mapping[str, str]
+) -> tuple[list[_Place], list[Preference]]:
     places: list[_Place] = []
     preferences: list[Preference] = []
     for record in records:
@@ -185,9 +209,15 @@ def _normalised(records: list[Record], account: SourceReport, bad_rows: set[int]
             bad_rows.add(record.row)
             continue
         preferences += found
-        places += [_Place(f"{account.name}:{record.row}" + (f"#{number}" if number else ""), record.where, record.row,
-                          record.source or account.name)
-                   for number in range(len(found))]
+        places += [
+            _Place(
+                f"{account.name}:{record.row}" + (f"#{number}" if number else ""),
+                record.where,
+                record.row,
+                record.source or account.name,
+            )
+            for number in range(len(found))
+        ]
     return places, preferences
 
 
@@ -204,15 +234,29 @@ def _truncated(ids: TokenisedPair, max_length: int, truncation: str) -> Tokenise
 
 def _row(pair_id: str, weight: float, source: str, ids: TokenisedPair, used: TokenisedPair) -> dict[str, Any]:
     return {
-        "pair_id": pair_id, "source": source, "weight": weight,
-        "prompt_ids": used.prompt, "chosen_ids": used.chosen, "rejected_ids": used.rejected,
-        "chosen_key": completion_key(ids.prompt, ids.chosen), "rejected_key": completion_key(ids.prompt, ids.rejected),
-        "chosen_full": len(ids.chosen), "rejected_full": len(ids.rejected)}
+        "pair_id": pair_id,
+        "source": source,
+        "weight": weight,
+        "prompt_ids": used.prompt,
+        "chosen_ids": used.chosen,
+        "rejected_ids": used.rejected,
+        "chosen_key": completion_key(ids.prompt, ids.chosen),
+        "rejected_key": completion_key(ids.prompt, ids.rejected),
+        "chosen_full": len(ids.chosen),
+        "rejected_full": len(ids.rejected),
+    }
 
 
 def _table(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
-    return pa.table([_lists([row[column.name] for row in rows]) if column.type == _IDS else
-                     pa.array([row[column.name] for row in rows], column.type) for column in schema], schema=schema)
+    return pa.table(
+        [
+            _lists([row[column.name] for row in rows])
+            if column.type == _IDS
+            else pa.array([row[column.name] for row in rows], column.type)
+            for column in schema
+        ],
+        schema=schema,
+    )
 
 
 def _lists(arrays: Sequence[np.ndarray]) -> pa.ListArray:
@@ -222,5 +266,10 @@ def _lists(arrays: Sequence[np.ndarray]) -> pa.ListArray:
 
 def _where(table: pa.Table, mask: np.ndarray, schema: pa.Schema) -> pa.Table:
     """The rows where ``mask`` is true."""
-    return spooled((table.slice(start, CHUNK).filter(pa.array(mask[start : start + CHUNK]))
-                    for start in range(0, table.num_rows, CHUNK)), schema)
+    return spooled(
+        (
+            table.slice(start, CHUNK).filter(pa.array(mask[start : start + CHUNK]))
+            for start in range(0, table.num_rows, CHUNK)
+        ),
+        schema,
+    )

@@ -64,8 +64,9 @@ def fill_batches(items: Sequence[int], shapes: Shapes, tokens_per_batch: int, la
     return _fill(items, shapes, tokens_per_batch, layout, shapes.positions(layout))
 
 
-def _fill(items: Sequence[int], shapes: Shapes, tokens_per_batch: int, layout: LayoutName, alone: np.ndarray,
-          least: int = 1) -> list[list[int]]:
+def _fill(
+    items: Sequence[int], shapes: Shapes, tokens_per_batch: int, layout: LayoutName, alone: np.ndarray, least: int = 1
+) -> list[list[int]]:
     """``fill_batches``, given ``alone``, which is ``shapes.positions(layout)``, and the desired number ``least`` of
     batches."""
     batches: list[list[int]] = []
@@ -94,8 +95,15 @@ def _fill(items: Sequence[int], shapes: Shapes, tokens_per_batch: int, layout: L
     return batches
 
 
-def split_over_ranks(pairs: Sequence[int], shapes: Shapes, *, world_size: int, tokens_per_batch: int, layout: LayoutName,
-                     work: PositionCost = POSITIONS_ONLY) -> list[list[MicroBatch]]:
+def split_over_ranks(
+    pairs: Sequence[int],
+    shapes: Shapes,
+    *,
+    world_size: int,
+    tokens_per_batch: int,
+    layout: LayoutName,
+    work: PositionCost = POSITIONS_ONLY,
+) -> list[list[MicroBatch]]:
     """Assign pairs to ranks so that their work is equal, and cut each rank's share into micro-batches.
 
     Pairs that share much of their prompts stay together as far as balance allows.
@@ -108,10 +116,17 @@ def split_over_ranks(pairs: Sequence[int], shapes: Shapes, *, world_size: int, t
     ranks = [_fill(share, shapes, tokens_per_batch, layout, alone) for share in dealt]
     wanted = max(1, max(len(batches) for batches in ranks))
     # Ranks that synchronise after every micro-batch should finish it together: the same number, even sizes, largest first.
-    ranks = [again if len(again := _fill(share, shapes, tokens_per_batch, layout, alone, wanted)) <= wanted else batches
-             for share, batches in zip(dealt, ranks, strict=True)]
-    return [sorted(_exactly(batches, wanted, stand_in=int(pairs[0])),
-                   key=lambda batch: -batch.counts * alone[list(batch.pairs)].sum()) for batches in ranks]
+    ranks = [
+        again if len(again := _fill(share, shapes, tokens_per_batch, layout, alone, wanted)) <= wanted else batches
+        for share, batches in zip(dealt, ranks, strict=True)
+    ]
+    return [
+        sorted(
+            _exactly(batches, wanted, stand_in=int(pairs[0])),
+            key=lambda batch: -batch.counts * alone[list(batch.pairs)].sum(),
+        )
+        for batches in ranks
+    ]
 
 
 def _exactly(batches: list[list[int]], wanted: int, stand_in: int) -> list[MicroBatch]:
@@ -138,9 +153,22 @@ class BatchPlan:
         steps: total number of steps, or None for ``epochs`` whole epochs.
     """
 
-    def __init__(self, shapes: Shapes, sources: np.ndarray, weights: np.ndarray, *, seed: int, pairs_per_step: int,
-                 tokens_per_batch: int, world_size: int, shuffle: bool, epochs: int, steps: int | None,
-                 layout: LayoutName = "tree", work: PositionCost = POSITIONS_ONLY) -> None:
+    def __init__(
+        self,
+        shapes: Shapes,
+        sources: np.ndarray,
+        weights: np.ndarray,
+        *,
+        seed: int,
+        pairs_per_step: int,
+        tokens_per_batch: int,
+        world_size: int,
+        shuffle: bool,
+        epochs: int,
+        steps: int | None,
+        layout: LayoutName = "tree",
+        work: PositionCost = POSITIONS_ONLY,
+    ) -> None:
         self.shapes, self.layout, self.work = shapes, layout, work
         self.sources, self.weights = sources, weights
         self.seed, self.shuffle = seed, shuffle
@@ -154,14 +182,19 @@ class BatchPlan:
         """Row numbers of the pairs of ``step``, counted from 0."""
         epoch, index = divmod(step, self.steps_per_epoch)
         if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, epoch_order(self.sources, self.weights, seed=self.seed, epoch=epoch,
-                                              shuffle=self.shuffle))
+            self._order = (epoch, epoch_order(self.sources, self.weights, seed=self.seed, epoch=epoch, shuffle=self.shuffle))
         return self._order[1][index * self.pairs_per_step : (index + 1) * self.pairs_per_step]
 
     def micro_batches(self, step: int, rank: int) -> list[MicroBatch]:
         """Micro-batches of ``rank`` in ``step``; the same number for every rank."""
-        return split_over_ranks(self.pairs(step).tolist(), self.shapes, world_size=self.world_size,
-                                tokens_per_batch=self.tokens_per_batch, layout=self.layout, work=self.work)[rank]
+        return split_over_ranks(
+            self.pairs(step).tolist(),
+            self.shapes,
+            world_size=self.world_size,
+            tokens_per_batch=self.tokens_per_batch,
+            layout=self.layout,
+            work=self.work,
+        )[rank]
 
 
 def _hashes(count: int, seed: int, stream: int) -> np.ndarray:

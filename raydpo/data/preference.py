@@ -17,9 +17,25 @@ Text = str | list[Message]
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "environment")
 _TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 # A row must not decide how it is rendered and tokenised; 'chat_template' would even be code.
-_RESERVED = frozenset({"conversation", "messages", "tools", "chat_template", "add_generation_prompt",
-                       "continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors",
-                       "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs", "sanitize_control_tokens"})
+_RESERVED = frozenset(
+    {
+        "conversation",
+        "messages",
+        "tools",
+        "chat_template",
+        "add_generation_prompt",
+        "continue_final_message",
+        "tokenize",
+        "padding",
+        "truncation",
+        "max_length",
+        "return_tensors",
+        "return_dict",
+        "return_assistant_tokens_mask",
+        "tokenizer_kwargs",
+        "sanitize_control_tokens",
+    }
+)
 
 
 class Malformed(Exception):
@@ -49,7 +65,8 @@ class Preference:
     def several_turns(self) -> bool:
         """Whether a completion continues beyond the assistant's turn; its user or tool messages are then trained on, too."""
         return self.conversational and any(
-            message["role"] != "assistant" for answer in (self.chosen, self.rejected) for message in answer)
+            message["role"] != "assistant" for answer in (self.chosen, self.rejected) for message in answer
+        )
 
 
 def normalise(record: Mapping[str, Any], numbers: Sequence[str] = ()) -> list[Preference]:
@@ -108,7 +125,7 @@ def _parts(prompt: Any, chosen: Any, rejected: Any) -> tuple[Text, Text, Text]:
             raise Malformed("the last message of prompt is the assistant's")
         chosen, rejected = _answer(chosen, "chosen"), _answer(rejected, "rejected")
         if all(answer[: len(prompt)] == prompt for answer in (chosen, rejected)):
-            chosen, rejected = chosen[len(prompt):], rejected[len(prompt):]
+            chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
     for answer, name in ((chosen, "chosen"), (rejected, "rejected")):
         if not _says_something(answer):
             raise Malformed(f"{name} is empty")
@@ -156,8 +173,10 @@ def _text_beside_messages(prompt: str, chosen: Any, rejected: Any) -> tuple[Text
 def _transcript(text: str) -> list[Message]:
     """HH-RLHF's ``\\n\\nHuman: ...\\n\\nAssistant: ...`` as messages."""
     pieces = _TURN.split(text)[1:]
-    return [{"role": "user" if speaker == "Human" else "assistant", "content": said.strip()}
-            for speaker, said in zip(pieces[::2], pieces[1::2], strict=True)]
+    return [
+        {"role": "user" if speaker == "Human" else "assistant", "content": said.strip()}
+        for speaker, said in zip(pieces[::2], pieces[1::2], strict=True)
+    ]
 
 
 def _ranked(prompt: Any, record: Mapping[str, Any]) -> list[tuple[Any, Any, Any]]:
@@ -168,11 +187,18 @@ def _ranked(prompt: Any, record: Mapping[str, Any]) -> list[tuple[Any, Any, Any]
     if not isinstance(entries, list) or len(entries) < 2:
         raise Malformed("completions is not a list of two or more")
     places = _places(entries, record)
-    answers = [next((entry[key] for key in ("completion", "response", "content") if entry.get(key) is not None), None)
-               if isinstance(entry, Mapping) and "role" not in entry else entry for entry in entries]
+    answers = [
+        next((entry[key] for key in ("completion", "response", "content") if entry.get(key) is not None), None)
+        if isinstance(entry, Mapping) and "role" not in entry
+        else entry
+        for entry in entries
+    ]
     best_first = sorted(range(len(answers)), key=places.__getitem__)
-    pairs = [(prompt, answers[better], answers[worse]) for better, worse in combinations(best_first, 2)
-             if places[better] < places[worse] and answers[better] != answers[worse]]
+    pairs = [
+        (prompt, answers[better], answers[worse])
+        for better, worse in combinations(best_first, 2)
+        if places[better] < places[worse] and answers[better] != answers[worse]
+    ]
     if not pairs:
         raise Malformed("no completion is better than another")
     return pairs

@@ -78,16 +78,19 @@ def read_records(source: SourceConfig) -> Iterator[Record]:
 def _rename(value: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
     """Apply ``columns``, which maps our names to theirs. A mapped column of ours is never taken under its own name."""
     gone = {*columns, *columns.values()}
-    return ({key: entry for key, entry in value.items() if key not in gone}
-            | {ours: value[theirs] for ours, theirs in columns.items() if theirs in value})
+    return {key: entry for key, entry in value.items() if key not in gone} | {
+        ours: value[theirs] for ours, theirs in columns.items() if theirs in value
+    }
 
 
 def _missing_column(source: SourceConfig, theirs: str, present: list[str]) -> DataError:
     ours = next(ours for ours, name in source.columns.items() if name == theirs)
     near = difflib.get_close_matches(theirs, present, n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    return DataError(f"no record of {redact(source.path)} has the column {theirs!r} that its setting 'columns' maps to "
-                     f"{ours!r}; columns present: {', '.join(map(repr, present[:20]))}{hint}")
+    return DataError(
+        f"no record of {redact(source.path)} has the column {theirs!r} that its setting 'columns' maps to "
+        f"{ours!r}; columns present: {', '.join(map(repr, present[:20]))}{hint}"
+    )
 
 
 def _raw_records(source: SourceConfig) -> Iterator[Record]:
@@ -147,8 +150,9 @@ def _bare(name: str) -> str:
 def _file_records(filesystem: pafs.FileSystem, path: str, label: str) -> Iterator[Record]:
     kind = _bare(label)
     if not kind.endswith(DATA_SUFFIXES):
-        raise DataError(f"{label} has an unknown suffix; use {', '.join(DATA_SUFFIXES)}, also with "
-                        f"{', '.join(COMPRESSION_SUFFIXES)}")
+        raise DataError(
+            f"{label} has an unknown suffix; use {', '.join(DATA_SUFFIXES)}, also with {', '.join(COMPRESSION_SUFFIXES)}"
+        )
     with filesystem.open_input_file(path) as raw:
         if kind.endswith(".parquet"):
             yield from _parquet_records(raw if kind == label else pa.BufferReader(_bytes(raw, label).read()), label)
@@ -241,8 +245,10 @@ def _hub_records(source: SourceConfig) -> Iterator[Record]:
 
         dataset = load_dataset(source.path, split=source.split)
     except Exception as error:  # to the user every network, hub or format failure means the same: no data
-        raise DataError(f"there is no file {source.path!r}, and the hub does not give split {source.split!r} of a data set "
-                        f"of that name: {_said(error)}") from None
+        raise DataError(
+            f"there is no file {source.path!r}, and the hub does not give split {source.split!r} of a data set "
+            f"of that name: {_said(error)}"
+        ) from None
     label = f"{source.path}[{source.split}]"
     for row, value in enumerate(_explained(dataset, label), 1):
         yield Record(f"{label}:{row}", row, _without_nulls(value))

@@ -73,18 +73,30 @@ class Shapes:
         for index in range(1, count):
             common[index] = common_prefix(prompts[order[index - 1]], prompts[order[index]])
         prompt = np.array([len(prompt) for prompt in prompts], np.int64)
-        return cls(prompt, np.array([sum(lengths) for lengths in completions], np.int64),
-                   np.array([sum(length * length for length in lengths) for lengths in completions], np.int64),
-                   prompt + np.array([max(lengths) for lengths in completions], np.int64),
-                   np.array([len(lengths) for lengths in completions], np.int64), place, common)
+        return cls(
+            prompt,
+            np.array([sum(lengths) for lengths in completions], np.int64),
+            np.array([sum(length * length for length in lengths) for lengths in completions], np.int64),
+            prompt + np.array([max(lengths) for lengths in completions], np.int64),
+            np.array([len(lengths) for lengths in completions], np.int64),
+            place,
+            common,
+        )
 
     @classmethod
     def of_lengths(cls, prompt: np.ndarray, *completions: np.ndarray) -> Shapes:
         """Shapes of groups that share nothing, from the lengths of prompts and of each completion: int arrays [groups]."""
         stacked = np.stack(completions).astype(np.int64)
         count = len(prompt)
-        return cls(prompt.astype(np.int64), stacked.sum(0), (stacked**2).sum(0), prompt + stacked.max(0),
-                   np.full(count, len(completions)), np.arange(count), np.zeros(count, np.int64))
+        return cls(
+            prompt.astype(np.int64),
+            stacked.sum(0),
+            (stacked**2).sum(0),
+            prompt + stacked.max(0),
+            np.full(count, len(completions)),
+            np.arange(count),
+            np.zeros(count, np.int64),
+        )
 
     def __len__(self) -> int:
         return len(self.prompt)

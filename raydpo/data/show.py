@@ -64,7 +64,7 @@ def _decoded(tokenizer: Any, before: list[int], ids: list[int]) -> str:
         return tokenizer.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     context, whole = decode(before), decode(before + ids)
-    return whole[len(context):] if before and whole.startswith(context) else decode(ids)
+    return whole[len(context) :] if before and whole.startswith(context) else decode(ids)
 
 
 def _visible(text: str) -> str:

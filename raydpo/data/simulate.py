@@ -52,8 +52,17 @@ class Simulation:
     naive_time: float
 
 
-def simulate(order: np.ndarray, shapes: Shapes, *, world_size: int, pairs_per_step: int, tokens_per_batch: int,
-             layout: LayoutName, work: PositionCost, steps: int = STEPS) -> Simulation:
+def simulate(
+    order: np.ndarray,
+    shapes: Shapes,
+    *,
+    world_size: int,
+    pairs_per_step: int,
+    tokens_per_batch: int,
+    layout: LayoutName,
+    work: PositionCost,
+    steps: int = STEPS,
+) -> Simulation:
     """Plan steps as a run would, and add up the time of each rank.
 
     Args:
@@ -63,23 +72,44 @@ def simulate(order: np.ndarray, shapes: Shapes, *, world_size: int, pairs_per_st
     alone, padded = shapes.cost(layout, work), shapes.cost("padded", work)
     rows: list[tuple[float, ...]] = []
     for pairs in steps_of(order, pairs_per_step, steps):
+
         def plan(world_size: int, pairs: list[int] = pairs) -> list[list[MicroBatch]]:
-            return split_over_ranks(pairs, shapes, world_size=world_size, tokens_per_batch=tokens_per_batch, layout=layout,
-                                    work=work)
+            return split_over_ranks(
+                pairs, shapes, world_size=world_size, tokens_per_batch=tokens_per_batch, layout=layout, work=work
+            )
 
         ranks = plan(world_size)
         costs = np.array([[_batch_cost(batch.pairs, shapes, alone, layout, work) for batch in rank] for rank in ranks])
         useful = float((costs * [[batch.counts for batch in rank] for rank in ranks]).sum())
         whole = [_batch_cost(batch.pairs, shapes, alone, layout, work) for batch in plan(1)[0]]
         time, even = float(costs.sum(1).max()), useful / world_size
-        naive = [sum(_batch_cost(batch, shapes, padded, "padded", work) for batch in batches)
-                 for batches in deal(pairs, world_size)]
-        rows.append((1 - even / time, 1 - even / max(even, alone[pairs].max()), 1 - even / costs.max(0).sum(),
-                     max(0.0, 1 - sum(whole) / useful), 1 - sum(naive) / world_size / max(naive), max(naive) / time))
+        naive = [
+            sum(_batch_cost(batch, shapes, padded, "padded", work) for batch in batches)
+            for batches in deal(pairs, world_size)
+        ]
+        rows.append(
+            (
+                1 - even / time,
+                1 - even / max(even, alone[pairs].max()),
+                1 - even / costs.max(0).sum(),
+                max(0.0, 1 - sum(whole) / useful),
+                1 - sum(naive) / world_size / max(naive),
+                max(naive) / time,
+            )
+        )
     imbalance, bound, lockstep, repeated, naive_share, naive_time = np.mean(rows, axis=0).tolist()
-    return Simulation(world_size=world_size, pairs_per_step=pairs_per_step, steps=len(rows), imbalance=imbalance,
-                      worst=max(row[0] for row in rows), bound=bound, lockstep=lockstep, repeated=repeated,
-                      naive=naive_share, naive_time=naive_time)
+    return Simulation(
+        world_size=world_size,
+        pairs_per_step=pairs_per_step,
+        steps=len(rows),
+        imbalance=imbalance,
+        worst=max(row[0] for row in rows),
+        bound=bound,
+        lockstep=lockstep,
+        repeated=repeated,
+        naive=naive_share,
+        naive_time=naive_time,
+    )
 
 
 def training_order(sources: np.ndarray, weights: np.ndarray, *, seed: int, shuffle: bool, count: int) -> np.ndarray:
@@ -102,8 +132,10 @@ def deal(pairs: Sequence[int], world_size: int) -> list[list[list[int]]]:
 
     A rank without pairs has no micro-batch: it waits.
     """
-    return [[mine[start : start + NAIVE_PAIRS] for start in range(0, len(mine), NAIVE_PAIRS)]
-            for mine in (list(pairs[rank::world_size]) for rank in range(world_size))]
+    return [
+        [mine[start : start + NAIVE_PAIRS] for start in range(0, len(mine), NAIVE_PAIRS)]
+        for mine in (list(pairs[rank::world_size]) for rank in range(world_size))
+    ]
 
 
 def amounts(batches: Iterable[Sequence[int]], shapes: Shapes, layout: LayoutName) -> np.ndarray:

@@ -35,8 +35,10 @@ def held_out(digests: Sequence[bytes], fraction: float) -> np.ndarray:
     """
     places = {digest: int.from_bytes(digest[:8], "big") / 2**64 for digest in set(digests)}
     if len(places) < 2:
-        raise DataError(f"data.eval.fraction {fraction:g} cannot split pairs that all have the same prompt; set "
-                        "data.eval.path instead, or remove data.eval")
+        raise DataError(
+            f"data.eval.fraction {fraction:g} cannot split pairs that all have the same prompt; set "
+            "data.eval.path instead, or remove data.eval"
+        )
     ordered = sorted(places.values())
     # Between just above the lowest place and the highest, so that neither side is empty.
     bound = min(max(fraction, np.nextafter(ordered[0], 1)), ordered[-1])
@@ -49,8 +51,12 @@ def kept(digests: Sequence[bytes], fraction: float, seed: int) -> np.ndarray:
     Like ``held_out``, but a prompt's number in [0, 1) depends on its digest and the seed. So smaller fractions are subsets
     of larger ones, independent of what is held out. At least the prompt with the lowest number stays.
     """
-    places = {digest: int.from_bytes(hashlib.blake2b(digest, digest_size=8, salt=seed.to_bytes(16, "big"),
-                                                     person=b"raydpo-thin-1").digest(), "big") / 2**64
-              for digest in set(digests)}
+    places = {
+        digest: int.from_bytes(
+            hashlib.blake2b(digest, digest_size=8, salt=seed.to_bytes(16, "big"), person=b"raydpo-thin-1").digest(), "big"
+        )
+        / 2**64
+        for digest in set(digests)
+    }
     bound = max(fraction, np.nextafter(min(places.values()), 1)) if places else fraction
     return np.array([places[digest] < bound for digest in digests], dtype=bool)

@@ -123,9 +123,11 @@ def room_for(what: str) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        raise RaydpoError(f"there is no room for {what} in {tempfile.gettempdir()} "
-                          f"({error.strerror}); nothing stored is lost. Free some space there, or set TMPDIR to a "
-                          "directory on a larger disk") from None
+        raise RaydpoError(
+            f"there is no room for {what} in {tempfile.gettempdir()} "
+            f"({error.strerror}); nothing stored is lost. Free some space there, or set TMPDIR to a "
+            "directory on a larger disk"
+        ) from None
 
 
 def _mapped(file: BinaryIO) -> pa.Buffer:

@@ -35,7 +35,8 @@ class Faults:
         """``12 missing column 'chosen' (a.jsonl:3, a.jsonl:8, a.jsonl:9, ...); ...``, most frequent first."""
         return "; ".join(
             f"{count:,} {reason} ({', '.join(self.places[reason])}{', ...' if count > len(self.places[reason]) else ''})"
-            for reason, count in self.counts.most_common())
+            for reason, count in self.counts.most_common()
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return {reason: {"count": count, "first": self.places[reason]} for reason, count in self.counts.most_common()}
@@ -72,20 +73,27 @@ class SourceReport:
 
     def lines(self) -> list[str]:
         parts = [f"{self.records:,} records", f"{self.kept:,} pairs kept"]
-        parts += [f"{count:,} {what}" for count, what in (
-            (self.truncated, "completions truncated"), (self.duplicates, "exact duplicates kept")) if count]
+        parts += [
+            f"{count:,} {what}"
+            for count, what in ((self.truncated, "completions truncated"), (self.duplicates, "exact duplicates kept"))
+            if count
+        ]
         lines = [f"data {self.name}: {', '.join(parts)}"]
         if self.dropped.total:
             lines.append(f"data {self.name}: {self.dropped.total:,} pairs dropped: {self.dropped}")
         if self.malformed.total:
             lines.append(f"warning: data {self.name}: {self.malformed_records:,} malformed records: {self.malformed}")
         if self.merged:
-            lines.append(f"warning: data {self.name}: in {self.merged:,} pairs the prompt is tokenised differently alone "
-                         "and with its completion (tokens merge across the boundary, or the template differs); "
-                         "the completion starts where they differ")
+            lines.append(
+                f"warning: data {self.name}: in {self.merged:,} pairs the prompt is tokenised differently alone "
+                "and with its completion (tokens merge across the boundary, or the template differs); "
+                "the completion starts where they differ"
+            )
         if self.several_turns:
-            lines.append(f"warning: data {self.name}: in {self.several_turns:,} pairs a completion continues with user or "
-                         "tool messages, and their tokens also count in the loss")
+            lines.append(
+                f"warning: data {self.name}: in {self.several_turns:,} pairs a completion continues with user or "
+                "tool messages, and their tokens also count in the loss"
+            )
         return lines
 
     def check(self, config: DataConfig) -> None:
@@ -95,17 +103,23 @@ class SourceReport:
             DataError: if a larger share is malformed or dropped than ``config`` allows, or no pair is left.
         """
         if self.malformed_records > config.max_malformed * self.records:
-            raise DataError(f"data {self.name}: {self.malformed_records:,} of {self.records:,} records are malformed, more "
-                            f"than data.max_malformed ({config.max_malformed:g}) allows: {self.malformed}; correct them, "
-                            "map columns with the source's 'columns', or raise data.max_malformed")
+            raise DataError(
+                f"data {self.name}: {self.malformed_records:,} of {self.records:,} records are malformed, more "
+                f"than data.max_malformed ({config.max_malformed:g}) allows: {self.malformed}; correct them, "
+                "map columns with the source's 'columns', or raise data.max_malformed"
+            )
         if self.dropped.total > config.max_dropped * self.pairs:
-            raise DataError(f"data {self.name}: {self.dropped.total:,} of {self.pairs:,} pairs would be dropped at "
-                            f"data.max_length {config.max_length}, more than data.max_dropped ({config.max_dropped:g}) "
-                            f"allows: {self.dropped}; raise data.max_length, or data.max_dropped if that is intended")
+            raise DataError(
+                f"data {self.name}: {self.dropped.total:,} of {self.pairs:,} pairs would be dropped at "
+                f"data.max_length {config.max_length}, more than data.max_dropped ({config.max_dropped:g}) "
+                f"allows: {self.dropped}; raise data.max_length, or data.max_dropped if that is intended"
+            )
         if not self.kept:
-            raise DataError(f"data {self.name}: none of the {self.records:,} records of {self.path} gives a usable pair"
-                            + (f": {self.malformed}" if self.malformed.total else "")
-                            + (f"; dropped: {self.dropped}" if self.dropped.total else ""))
+            raise DataError(
+                f"data {self.name}: none of the {self.records:,} records of {self.path} gives a usable pair"
+                + (f": {self.malformed}" if self.malformed.total else "")
+                + (f"; dropped: {self.dropped}" if self.dropped.total else "")
+            )
 
     def to_dict(self) -> dict[str, Any]:
         return vars(self) | {"malformed": self.malformed.to_dict(), "dropped": self.dropped.to_dict()}
@@ -128,8 +142,10 @@ class DataReport:
         """A summary for people; lines that begin with ``warning:`` need attention."""
         lines = [line for source in self.sources for line in source.lines()]
         if self.leaked:
-            lines.append(f"warning: the prompts of {self.leaked:,} held-out pairs are also in the training data; held-out "
-                         "figures flatter the policy")
+            lines.append(
+                f"warning: the prompts of {self.leaked:,} held-out pairs are also in the training data; held-out "
+                "figures flatter the policy"
+            )
         if self.thinned is not None:
             lines.append(f"data.fraction: {self.thinned[0]:,} of {self.thinned[1]:,} training pairs are used")
         return lines

@@ -38,8 +38,10 @@ def load_tokenizer(path: str, *, chat_template: str | None = None, trust_remote_
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raise what their backends raise
-        raise ModelError(f"cannot load a tokenizer from {path!r}: {_said(error, 300)}; set model.tokenizer to a directory "
-                         "with tokenizer.json, or a hub name") from None
+        raise ModelError(
+            f"cannot load a tokenizer from {path!r}: {_said(error, 300)}; set model.tokenizer to a directory "
+            "with tokenizer.json, or a hub name"
+        ) from None
     if chat_template is not None:
         tokenizer.chat_template = _template_text(chat_template)
         _check_syntax(tokenizer, chat_template)
@@ -52,8 +54,9 @@ def _template_text(template: str) -> str:
     try:
         return Path(template).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise ModelError(f"data.chat_template {template!r} is neither Jinja text nor a file that can be read: "
-                         f"{_said(error, 200)}") from None
+        raise ModelError(
+            f"data.chat_template {template!r} is neither Jinja text nor a file that can be read: {_said(error, 200)}"
+        ) from None
 
 
 def _check_syntax(tokenizer: Any, name: str) -> None:
@@ -63,8 +66,9 @@ def _check_syntax(tokenizer: Any, name: str) -> None:
         tokenizer.apply_chat_template(_PROBE[:1], tokenize=False)
     except TemplateSyntaxError as error:
         shown = name if len(name) <= 80 else name[:77] + "..."
-        raise ModelError(f"data.chat_template {shown!r} is not valid Jinja: line {error.lineno}: "
-                         f"{_said(error, 200)}") from None
+        raise ModelError(
+            f"data.chat_template {shown!r} is not valid Jinja: line {error.lineno}: {_said(error, 200)}"
+        ) from None
     except Exception:  # a template may refuse this conversation and accept those of the data
         return
 
@@ -87,13 +91,17 @@ class Tokeniser:
         ids = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
         if self.tokenizer.chat_template:
             try:
-                prompt, whole = self._ids([
-                    self.tokenizer.apply_chat_template(_PROBE[:1], tokenize=False, add_generation_prompt=True),
-                    self.tokenizer.apply_chat_template(_PROBE, tokenize=False)], add_special_tokens=False)
+                prompt, whole = self._ids(
+                    [
+                        self.tokenizer.apply_chat_template(_PROBE[:1], tokenize=False, add_generation_prompt=True),
+                        self.tokenizer.apply_chat_template(_PROBE, tokenize=False),
+                    ],
+                    add_special_tokens=False,
+                )
             except Exception:  # a template that refuses the probe
                 return tuple(ids)
             special = set(self.tokenizer.all_special_ids)
-            ids += [token for token in whole[common_prefix(np.array(prompt), np.array(whole)):] if token in special][-1:]
+            ids += [token for token in whole[common_prefix(np.array(prompt), np.array(whole)) :] if token in special][-1:]
         return tuple(dict.fromkeys(ids))
 
     def encode(self, preferences: Sequence[Preference]) -> list[TokenisedPair | Malformed]:
@@ -130,8 +138,9 @@ class Tokeniser:
     def _ids(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
         if not texts:
             return []
-        return self.tokenizer(texts, add_special_tokens=add_special_tokens, return_attention_mask=False,
-                              verbose=False)["input_ids"]
+        return self.tokenizer(texts, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False)[
+            "input_ids"
+        ]
 
     @cached_property
     def _adds_eos(self) -> bool:
@@ -141,24 +150,32 @@ class Tokeniser:
     def _texts(self, preference: Preference) -> tuple[str, str, str]:
         eos = self.tokenizer.eos_token
         if eos is None:
-            raise ModelError("the tokenizer has no EOS token, so the end of a text completion cannot be learned; set "
-                             "eos_token in its tokenizer_config.json")
+            raise ModelError(
+                "the tokenizer has no EOS token, so the end of a text completion cannot be learned; set "
+                "eos_token in its tokenizer_config.json"
+            )
         end = "" if self._adds_eos else eos
         prompt = preference.prompt
         return prompt, *(prompt + answer.removesuffix(eos) + end for answer in (preference.chosen, preference.rejected))
 
     def _render(self, preference: Preference) -> tuple[str, str, str]:
         if not self.tokenizer.chat_template:
-            raise ModelError("the data are conversations, but the tokenizer has no chat template; set data.chat_template "
-                             "to one, or use prompt, chosen and rejected as text")
+            raise ModelError(
+                "the data are conversations, but the tokenizer has no chat template; set data.chat_template "
+                "to one, or use prompt, chosen and rejected as text"
+            )
 
         def render(messages: list[dict[str, Any]], **kwargs: Any) -> str:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, tools=preference.tools, **kwargs,
-                                                      **preference.template_kwargs)
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=False, tools=preference.tools, **kwargs, **preference.template_kwargs
+            )
 
         try:
-            return (render(preference.prompt, add_generation_prompt=True), render(preference.prompt + preference.chosen),
-                    render(preference.prompt + preference.rejected))
+            return (
+                render(preference.prompt, add_generation_prompt=True),
+                render(preference.prompt + preference.chosen),
+                render(preference.prompt + preference.rejected),
+            )
         except Exception as error:  # templates raise what their authors wrote
             raise Malformed(f"the chat template refuses it: {_said(error, 100)}") from None
 

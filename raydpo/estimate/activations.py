@@ -59,8 +59,15 @@ class Batch:
                 masked += tokens * (depth + tokens) if depth else 0
                 queries += -(-tokens // WHOLE_BLOCKS[0]) * WHOLE_BLOCKS[0]
                 blocks += -(-(depth + tokens) // WHOLE_BLOCKS[1]) * WHOLE_BLOCKS[1]
-        return cls(positions=positions, keys=keys, predictions=predictions, masked=masked, padded_queries=queries,
-                   padded_keys=blocks, micro_batches=micro_batches)
+        return cls(
+            positions=positions,
+            keys=keys,
+            predictions=predictions,
+            masked=masked,
+            padded_queries=queries,
+            padded_keys=blocks,
+            micro_batches=micro_batches,
+        )
 
     def scaled(self, positions: int) -> Batch:
         """A micro-batch of the same proportions with ``positions`` positions."""
@@ -84,8 +91,18 @@ class Layer:
     working: float
 
 
-def layer_memory(anatomy: Anatomy, batch: Batch, *, width: int, device: str, trained: bool, adapted: Collection[Weight],
-                 rank: int = 0, dora: bool = False, dense: float = 0.0) -> Layer:
+def layer_memory(
+    anatomy: Anatomy,
+    batch: Batch,
+    *,
+    width: int,
+    device: str,
+    trained: bool,
+    adapted: Collection[Weight],
+    rank: int = 0,
+    dora: bool = False,
+    dense: float = 0.0,
+) -> Layer:
     """Memory of one decoder layer that is neither the first nor the last.
 
     Args:
@@ -141,8 +158,11 @@ def head_backward(anatomy: Anatomy, batch: Batch, *, width: int, device: str) ->
     product (in bfloat16 with a float32 copy)."""
     chunk = min(CHUNK_BYTES[device], 4.0 * batch.predictions * anatomy.vocabulary)
     size = anatomy.hidden * anatomy.vocabulary
-    return (chunk * (1 + anatomy.softcap + (width == 2) / 2) + STREAM * anatomy.hidden * batch.predictions
-            + size * (8 if width == 4 else 10))
+    return (
+        chunk * (1 + anatomy.softcap + (width == 2) / 2)
+        + STREAM * anatomy.hidden * batch.predictions
+        + size * (8 if width == 4 else 10)
+    )
 
 
 _FIRST = ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "Wqkv", "c_attn")

@@ -99,14 +99,18 @@ class Anatomy:
     @classmethod
     def of_model(cls, model: Any) -> Anatomy:
         """Read from a transformers causal LM, on any device."""
+
         def read(*names: str, default: int | None = None) -> int:
             return first(lambda name: getattr(config, name, None), *names, default=default)
 
         config = model.config.get_text_config()
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         tied = head is not None and (head.weight is embedding.weight or bool(getattr(config, "tie_word_embeddings", False)))
-        linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)
-                  and module is not head}
+        linear = {
+            f"{name}.weight"
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and module is not head
+        }
         weights = []
         for name, parameter in model.named_parameters():
             owner = model.get_submodule(name.rpartition(".")[0])
@@ -117,15 +121,23 @@ class Anatomy:
         heads = read("num_attention_heads", "n_head", "n_heads")
         hidden = read("hidden_size", "n_embd", "d_model")
         size = getattr(config, "head_dim", None) or hidden // heads
-        inner = read("moe_intermediate_size", "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size",
-                     default=4 * hidden)
+        inner = read(
+            "moe_intermediate_size", "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", default=4 * hidden
+        )
         if any(".experts." in weight.name for weight in weights):
             inner *= read("num_experts_per_tok", "top_k", default=1)
-        return cls(weights=tuple(weights), layers=1 + max((weight.place for weight in weights), default=-1), hidden=hidden,
-                   vocabulary=config.vocab_size, query_width=heads * size,
-                   key_width=read("num_key_value_heads", default=heads) * size, inner=inner,
-                   gated=any(re.search(r"gate_proj|gate_up|\.w3\.", weight.name) for weight in weights), tied=tied,
-                   softcap=bool(getattr(config, "final_logit_softcapping", None)))
+        return cls(
+            weights=tuple(weights),
+            layers=1 + max((weight.place for weight in weights), default=-1),
+            hidden=hidden,
+            vocabulary=config.vocab_size,
+            query_width=heads * size,
+            key_width=read("num_key_value_heads", default=heads) * size,
+            inner=inner,
+            gated=any(re.search(r"gate_proj|gate_up|\.w3\.", weight.name) for weight in weights),
+            tied=tied,
+            softcap=bool(getattr(config, "final_logit_softcapping", None)),
+        )
 
     def targets(self, modules: str | Sequence[str]) -> list[Weight]:
         """Matrices that get adapters, by PEFT's rules for ``target_modules``: ``all-linear``, a regular expression for the
@@ -134,8 +146,12 @@ class Anatomy:
             return [weight for weight in self.weights if weight.linear]
         if isinstance(modules, str):
             return [weight for weight in self.weights if len(weight.shape) == 2 and re.fullmatch(modules, weight.module)]
-        return [weight for weight in self.weights if len(weight.shape) == 2 and any(
-            weight.module == name or weight.module.endswith(f".{name}") for name in modules)]
+        return [
+            weight
+            for weight in self.weights
+            if len(weight.shape) == 2
+            and any(weight.module == name or weight.module.endswith(f".{name}") for name in modules)
+        ]
 
 
 def model_cost(directory: str | Path, trust_remote_code: bool = False) -> ModelCost:

@@ -23,9 +23,19 @@ from raydpo.terminal.console import Console
 __all__ = ["plan_run", "print_plan"]
 
 
-def plan_run(config: Config, sets: PairSets, *, measure: bool = False, device: str | None = None,
-             mfu_score: float | None = None, mfu_train: float | None = None, workers: int | None = None,
-             price: float | None = None, runs: int | None = None, memory: float | None = None) -> Plan:
+def plan_run(
+    config: Config,
+    sets: PairSets,
+    *,
+    measure: bool = False,
+    device: str | None = None,
+    mfu_score: float | None = None,
+    mfu_train: float | None = None,
+    workers: int | None = None,
+    price: float | None = None,
+    runs: int | None = None,
+    memory: float | None = None,
+) -> Plan:
     """Estimate ``config`` on its pairs. Arguments that are None have the defaults of ``stated_rates`` and ``make_plan``.
 
     Args:
@@ -36,10 +46,15 @@ def plan_run(config: Config, sets: PairSets, *, measure: bool = False, device: s
         ConfigError: if an argument is out of range or a device is unknown.
         ModelError: if a model's files do not tell its sizes.
     """
-    model, reference = (model_cost(resolve_model(path), config.model.trust_remote_code)
-                        for path in (config.model.path, config.reference_path))
-    rates = (measured_rates(config, sample_pairs(config, sets.train), model, reference) if measure else
-             stated_rates(**_given(device=device, mfu_score=mfu_score, mfu_train=mfu_train)))
+    model, reference = (
+        model_cost(resolve_model(path), config.model.trust_remote_code)
+        for path in (config.model.path, config.reference_path)
+    )
+    rates = (
+        measured_rates(config, sample_pairs(config, sets.train), model, reference)
+        if measure
+        else stated_rates(**_given(device=device, mfu_score=mfu_score, mfu_train=mfu_train))
+    )
     plan = make_plan(config, sets, model, reference, rates, **_given(workers=workers, price=price, runs=runs))
     named = device or (DEVICE if memory is None else "device")
     return dataclasses.replace(plan, memory=_modes(config, sets, plan, named, memory))
@@ -63,11 +78,16 @@ def _modes(config: Config, sets: PairSets, plan: Plan, device: str, memory: floa
     step = plan.data["positions"][layout] / plan.steps / plan.train_workers
     batch = Batch.of_pairs(map(tuple, pairs), layout, micro_batches=1 if step <= plan.data["tokens_per_batch"] else 2)
     question = Question(
-        anatomy=Anatomy.of(resolve_model(config.model.path), config.model.trust_remote_code), model=model,
-        train=config.train, workers=plan.train_workers, memory=(MEMORY[device] if memory is None else memory) * 2**30,
-        dtype="bfloat16" if config.model.dtype == "auto" else config.model.dtype, batch=batch,
+        anatomy=Anatomy.of(resolve_model(config.model.path), config.model.trust_remote_code),
+        model=model,
+        train=config.train,
+        workers=plan.train_workers,
+        memory=(MEMORY[device] if memory is None else memory) * 2**30,
+        dtype="bfloat16" if config.model.dtype == "auto" else config.model.dtype,
+        batch=batch,
         longest=-(-int(Shapes.of_lengths(*lengths).positions(layout).max()) // config.train.sequence_parallel),
-        budget=None if budget == "auto" else budget)
+        budget=None if budget == "auto" else budget,
+    )
     return compare_modes(question, device)
 
 
@@ -78,56 +98,97 @@ SAMPLE = 4096
 def print_plan(plan: Plan, console: Console) -> None:
     """Print the estimate as lines and tables."""
     data, model = plan.data, plan.model
-    console.say(f"pairs: {data['training_pairs']:,} to train on, {data['held_out_pairs']:,} held out, "
-                f"{data['completions']:,} distinct completions to score")
-    console.say(f"tokens of the training pairs: {data['prompt_tokens']:,} of prompts, {data['completion_tokens']:,} of "
-                f"completions, longest row {data['longest']:,}")
-    console.say(f"policy: {model['parameters']:,} parameters, {model['active']:,} of them multiply every token; the "
-                f"vocabulary projection is {model['head_share']:.0%} of a forward pass")
-    console.say(f"training: {plan.steps:,} steps, {plan.epochs:.3g} epochs, {data['pairs_per_step']:,} pairs a step, "
-                f"{data['layout']} layout, {data['tokens_per_batch']:,} positions a micro-batch, "
-                f"{plan.imbalance.imbalance:.2%} of the time waiting ({plan.imbalance.lockstep:.2%} if ranks wait for "
-                "each other after every micro-batch)")
-    console.say(f"rate of a device: {plan.rates.score / 1e12:.4g} TFLOP/s scoring, {plan.rates.train / 1e12:.4g} training "
-                f"({plan.rates.origin})")
+    console.say(
+        f"pairs: {data['training_pairs']:,} to train on, {data['held_out_pairs']:,} held out, "
+        f"{data['completions']:,} distinct completions to score"
+    )
+    console.say(
+        f"tokens of the training pairs: {data['prompt_tokens']:,} of prompts, {data['completion_tokens']:,} of "
+        f"completions, longest row {data['longest']:,}"
+    )
+    console.say(
+        f"policy: {model['parameters']:,} parameters, {model['active']:,} of them multiply every token; the "
+        f"vocabulary projection is {model['head_share']:.0%} of a forward pass"
+    )
+    console.say(
+        f"training: {plan.steps:,} steps, {plan.epochs:.3g} epochs, {data['pairs_per_step']:,} pairs a step, "
+        f"{data['layout']} layout, {data['tokens_per_batch']:,} positions a micro-batch, "
+        f"{plan.imbalance.imbalance:.2%} of the time waiting ({plan.imbalance.lockstep:.2%} if ranks wait for "
+        "each other after every micro-batch)"
+    )
+    console.say(
+        f"rate of a device: {plan.rates.score / 1e12:.4g} TFLOP/s scoring, {plan.rates.train / 1e12:.4g} training "
+        f"({plan.rates.origin})"
+    )
     dealt = data["positions"]["dealt"]
-    console.table("token positions that a training computes", ("layout", "positions", "saved"), [
-        (name, f"{data['positions'][kind]:,}", f"{1 - data['positions'][kind] / dealt:.1%}")
-        for name, kind in ((f"padded, {NAIVE_PAIRS} pairs at a time as they come", "dealt"),
-                           ("padded, sorted by length", "padded"), ("packed", "packed"), ("prefix tree", "tree"))])
-    console.table("estimate", ("part", "GPUs", "PFLOP", "time", "GPU hours", "dollars"), [
-        _stage("reference pass, once", plan.score_workers, plan.score),
-        _stage("one training", plan.train_workers, plan.training),
-        _stage("its held-out evaluations", plan.train_workers, plan.evaluation),
-        _stage(f"pass and {plan.runs:,} training(s)", "", plan.total),
-        _stage(f"{plan.runs:,} with an online reference, padded", plan.train_workers, plan.online),
-        _stage(f"{plan.runs:,} with an online reference, packed", plan.train_workers, plan.online_packed)])
+    console.table(
+        "token positions that a training computes",
+        ("layout", "positions", "saved"),
+        [
+            (name, f"{data['positions'][kind]:,}", f"{1 - data['positions'][kind] / dealt:.1%}")
+            for name, kind in (
+                (f"padded, {NAIVE_PAIRS} pairs at a time as they come", "dealt"),
+                ("padded, sorted by length", "padded"),
+                ("packed", "packed"),
+                ("prefix tree", "tree"),
+            )
+        ],
+    )
+    console.table(
+        "estimate",
+        ("part", "GPUs", "PFLOP", "time", "GPU hours", "dollars"),
+        [
+            _stage("reference pass, once", plan.score_workers, plan.score),
+            _stage("one training", plan.train_workers, plan.training),
+            _stage("its held-out evaluations", plan.train_workers, plan.evaluation),
+            _stage(f"pass and {plan.runs:,} training(s)", "", plan.total),
+            _stage(f"{plan.runs:,} with an online reference, padded", plan.train_workers, plan.online),
+            _stage(f"{plan.runs:,} with an online reference, packed", plan.train_workers, plan.online_packed),
+        ],
+    )
     if plan.memory is not None:
         _print_memory(plan.memory, console)
-    console.say("online reference: forward passes of reference and policy in every step, in padded rows of "
-                f"{NAIVE_PAIRS} pairs at a time as they come")
-    console.table(f"share of time lost to imbalance, {data['pairs_per_step']:,} pairs a step", _COLUMNS,
-                  [_simulation(one) for one in plan.fixed])
+    console.say(
+        "online reference: forward passes of reference and policy in every step, in padded rows of "
+        f"{NAIVE_PAIRS} pairs at a time as they come"
+    )
+    console.table(
+        f"share of time lost to imbalance, {data['pairs_per_step']:,} pairs a step",
+        _COLUMNS,
+        [_simulation(one) for one in plan.fixed],
+    )
     console.table(f"the same with {PAIRS_PER_RANK} pairs a rank", _COLUMNS, [_simulation(one) for one in plan.scaled])
-    console.say("bound: the least that any plan loses, since a pair is never split. Ranks without pairs count as lost. "
-                "lockstep: ranks wait for each other after every micro-batch (ZeRO 2, 3). repeated: share of the work that "
-                "is a prefix computed on several ranks. If a step has more pairs than the data, pairs repeat.")
+    console.say(
+        "bound: the least that any plan loses, since a pair is never split. Ranks without pairs count as lost. "
+        "lockstep: ranks wait for each other after every micro-batch (ZeRO 2, 3). repeated: share of the work that "
+        "is a prefix computed on several ranks. If a step has more pairs than the data, pairs repeat."
+    )
 
 
 def _print_memory(modes: Modes, console: Console) -> None:
     columns = ("mode", "weights", "grads", "optimizer", "activ.", "head", "comm.", "total", "host", "fits", "positions")
-    console.table(f"GiB on one of {modes.workers:,} x {modes.device} ({modes.memory / 2**30:g}), {modes.dtype}; the fastest "
-                  "mode first, * = as configured", columns, [_fit(row) for row in modes.rows])
-    console.say("total: at the peak, with 1.5 GiB of CUDA context and NCCL. comm.: buckets, and weights gathered under "
-                "ZeRO 3. host: host memory of one worker. positions: the largest train.tokens_per_batch that fits")
+    console.table(
+        f"GiB on one of {modes.workers:,} x {modes.device} ({modes.memory / 2**30:g}), {modes.dtype}; the fastest "
+        "mode first, * = as configured",
+        columns,
+        [_fit(row) for row in modes.rows],
+    )
+    console.say(
+        "total: at the peak, with 1.5 GiB of CUDA context and NCCL. comm.: buckets, and weights gathered under "
+        "ZeRO 3. host: host memory of one worker. positions: the largest train.tokens_per_batch that fits"
+    )
     for line in modes.lines():
         console.say(line)
 
 
 def _fit(row: Fit) -> tuple[str, ...]:
     sizes = (*row.parts.values(), row.total, row.host)
-    return (("* " if row.configured else "") + row.name, *(f"{size / 2**30:,.1f}" for size in sizes),
-            "fits" if row.fits else "no", f"{row.largest:,}" if row.largest else "-")
+    return (
+        ("* " if row.configured else "") + row.name,
+        *(f"{size / 2**30:,.1f}" for size in sizes),
+        "fits" if row.fits else "no",
+        f"{row.largest:,}" if row.largest else "-",
+    )
 
 
 _COLUMNS = ("ranks", "pairs", "mean", "worst step", "bound", "lockstep", "repeated", "dealt in turn", "its time")
@@ -139,8 +200,14 @@ def _simulation(one: Simulation) -> tuple[str, ...]:
 
 
 def _stage(name: str, workers: int | str, stage: Stage) -> tuple[str, ...]:
-    return (name, str(workers), f"{stage.flops / 1e15:,.4g}", _duration(stage.seconds), f"{stage.gpu_hours:,.4g}",
-            "no --price" if stage.dollars is None else f"{stage.dollars:,.2f}")
+    return (
+        name,
+        str(workers),
+        f"{stage.flops / 1e15:,.4g}",
+        _duration(stage.seconds),
+        f"{stage.gpu_hours:,.4g}",
+        "no --price" if stage.dollars is None else f"{stage.dollars:,.2f}",
+    )
 
 
 def _duration(seconds: float) -> str:

@@ -113,8 +113,16 @@ class _Policy:
         return sum(numel for _, numel in self.trained)
 
 
-def estimate_memory(anatomy: Anatomy, model: ModelConfig, train: TrainConfig, batch: Batch, *, workers: int, dtype: str,
-                    device: Device = "cuda") -> MemoryEstimate:
+def estimate_memory(
+    anatomy: Anatomy,
+    model: ModelConfig,
+    train: TrainConfig,
+    batch: Batch,
+    *,
+    workers: int,
+    dtype: str,
+    device: Device = "cuda",
+) -> MemoryEstimate:
     """Memory of a training step after the first one.
 
     Args:
@@ -129,8 +137,9 @@ def estimate_memory(anatomy: Anatomy, model: ModelConfig, train: TrainConfig, ba
     policy = _policy(anatomy, model, width)
     ledger = _Ledger(anatomy, policy, train, batch, workers, width, device, model.quantization is not None)
     moments = tuple(ledger.moments())
-    return MemoryEstimate(peak=max(moments, key=lambda moment: moment.total), host=ledger.host, host_peak=ledger.host_peak,
-                  moments=moments)
+    return MemoryEstimate(
+        peak=max(moments, key=lambda moment: moment.total), host=ledger.host, host_peak=ledger.host_peak, moments=moments
+    )
 
 
 @lru_cache(maxsize=8)
@@ -146,14 +155,26 @@ def _policy(anatomy: Anatomy, model: ModelConfig, width: int) -> _Policy:
     rank, dora, targets = _adapters(model)
     if not model.adapts:
         frozen = [weight for weight in anatomy.weights if any(re.search(one, weight.name) for one in model.freeze)]
-        return _Policy(trained=tuple((weight.place, weight.numel) for weight in anatomy.weights if weight not in frozen),
-                       frozen=tuple((weight.place, stored(weight), weight.numel) for weight in frozen), rank=0, dora=False,
-                       adapted=())
+        return _Policy(
+            trained=tuple((weight.place, weight.numel) for weight in anatomy.weights if weight not in frozen),
+            frozen=tuple((weight.place, stored(weight), weight.numel) for weight in frozen),
+            rank=0,
+            dora=False,
+            adapted=(),
+        )
     adapted = tuple(anatomy.targets(targets))
-    trained = [(weight.place, numel) for weight in adapted
-               for numel in (rank * weight.shape[1], rank * weight.shape[0], *([weight.shape[0]] if dora else []))]
-    return _Policy(trained=tuple(trained), rank=rank, dora=dora, adapted=adapted,
-                   frozen=tuple((weight.place, stored(weight), weight.numel) for weight in anatomy.weights))
+    trained = [
+        (weight.place, numel)
+        for weight in adapted
+        for numel in (rank * weight.shape[1], rank * weight.shape[0], *([weight.shape[0]] if dora else []))
+    ]
+    return _Policy(
+        trained=tuple(trained),
+        rank=rank,
+        dora=dora,
+        adapted=adapted,
+        frozen=tuple((weight.place, stored(weight), weight.numel) for weight in anatomy.weights),
+    )
 
 
 def _adapters(model: ModelConfig) -> tuple[int, bool, str | tuple[str, ...]]:
@@ -165,8 +186,10 @@ def _adapters(model: ModelConfig) -> tuple[int, bool, str | tuple[str, ...]]:
         settings = json.loads((Path(model.adapter) / "adapter_config.json").read_text())
         return settings["r"], settings.get("use_dora", False), settings["target_modules"]
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"model.adapter {model.adapter!r} has no adapter_config.json with its rank (r) and "
-                          f"target_modules, which the memory depends on: {error}") from None
+        raise ConfigError(
+            f"model.adapter {model.adapter!r} has no adapter_config.json with its rank (r) and "
+            f"target_modules, which the memory depends on: {error}"
+        ) from None
 
 
 @lru_cache(maxsize=64)
@@ -187,8 +210,17 @@ def _whole_parameters(policy: _Policy, share: int, workers: int) -> int:
 class _Ledger:
     """Memory of one rank. P = trained numbers, p = a rank's share of them, W = bytes of a number."""
 
-    def __init__(self, anatomy: Anatomy, policy: _Policy, train: TrainConfig, batch: Batch, workers: int, width: int,
-                 device: Device, quantized: bool) -> None:
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        policy: _Policy,
+        train: TrainConfig,
+        batch: Batch,
+        workers: int,
+        width: int,
+        device: Device,
+        quantized: bool,
+    ) -> None:
         self.anatomy, self.policy, self.train, self.batch = anatomy, policy, train, batch
         self.workers, self.width, self.device, self.zero = workers, width, device, train.zero
         self.P = policy.numbers
@@ -220,9 +252,13 @@ class _Ledger:
         """Device bytes of master weights and moments. Offloaded ones, and their gradients, are added to the host's."""
         train, numbers = self.train, self.p
         masters = 4.0 * numbers if self.zero or self.width == 2 else 0.0
-        moments = {"adamw": 4.0 if train.optimizer_states == "bfloat16" else 8.0, "paged_adamw": 8.0,
-                   # One byte each, and a float32 per 256 of them.
-                   "adamw_8bit": 2 + 8 / 256, "paged_adamw_8bit": 2 + 8 / 256}[train.optimizer] * numbers
+        moments = {
+            "adamw": 4.0 if train.optimizer_states == "bfloat16" else 8.0,
+            "paged_adamw": 8.0,
+            # One byte each, and a float32 per 256 of them.
+            "adamw_8bit": 2 + 8 / 256,
+            "paged_adamw_8bit": 2 + 8 / 256,
+        }[train.optimizer] * numbers
         if self.offloads:
             gradients = 4.0 * numbers
             if self.zero == 3:
@@ -275,9 +311,17 @@ class _Ledger:
             adapted = by_layer.get(number, [])
             kind = tuple(weight.module.rpartition(".")[2] for weight in adapted)
             if kind not in alike:
-                alike[kind] = layer_memory(self.anatomy, self.batch, width=self.width, device=self.device,
-                                           trained=not self.policy.adapted, adapted=adapted, rank=self.policy.rank,
-                                           dora=self.policy.dora, dense=dense if self.quantized else 0.0)
+                alike[kind] = layer_memory(
+                    self.anatomy,
+                    self.batch,
+                    width=self.width,
+                    device=self.device,
+                    trained=not self.policy.adapted,
+                    adapted=adapted,
+                    rank=self.policy.rank,
+                    dora=self.policy.dora,
+                    dense=dense if self.quantized else 0.0,
+                )
             layer = alike[kind]
             # Layers below the lowest trained one have no gradient.
             yield layer if number >= first else replace(layer, kept=0.0, entry=0.0, working=0.0)
@@ -302,13 +346,21 @@ class _Ledger:
         new = self._new_gradients()
         old = self._old_gradients()
         gathered = self._gathered()
-        yield self._moment("forward", activations=sum(kept) + around + stream, gradients=old,
-                           head=head_forward(anatomy, batch, width=width, device=self.device, trained=self.trains_head),
-                           communication=gathered[HEAD] + self._bucket(0.0))
+        yield self._moment(
+            "forward",
+            activations=sum(kept) + around + stream,
+            gradients=old,
+            head=head_forward(anatomy, batch, width=width, device=self.device, trained=self.trains_head),
+            communication=gathered[HEAD] + self._bucket(0.0),
+        )
         if self.trains_head:
-            yield self._moment("head's backward", activations=sum(kept) + around, gradients=old,
-                               head=head_backward(anatomy, batch, width=width, device=self.device),
-                               communication=gathered[HEAD] + self._bucket(0.0))
+            yield self._moment(
+                "head's backward",
+                activations=sum(kept) + around,
+                gradients=old,
+                head=head_backward(anatomy, batch, width=width, device=self.device),
+                communication=gathered[HEAD] + self._bucket(0.0),
+            )
         done = new.get(HEAD, 0.0)
         if anatomy.tied and self.trains_head:  # kept until the embedding's gradient is there
             done = width * anatomy.hidden * anatomy.vocabulary
@@ -319,13 +371,20 @@ class _Ledger:
                 live += layer.kept - layer.entry
             if self.train.offload_activations:
                 live += layer.entry
-            yield self._moment(f"backward of layer {number}", activations=live, **self._held(done, old, new, number),
-                               communication=gathered[number] + self._bucket(done))
+            yield self._moment(
+                f"backward of layer {number}",
+                activations=live,
+                **self._held(done, old, new, number),
+                communication=gathered[number] + self._bucket(done),
+            )
             done += new.get(number, 0.0)
         if new.get(EMBEDDING):
-            yield self._moment("embedding's backward", activations=2 * stream,
-                               **self._held(done + new[EMBEDDING], old, new, EMBEDDING),
-                               communication=gathered[EMBEDDING] + self._bucket(done + new[EMBEDDING]))
+            yield self._moment(
+                "embedding's backward",
+                activations=2 * stream,
+                **self._held(done + new[EMBEDDING], old, new, EMBEDDING),
+                communication=gathered[EMBEDDING] + self._bucket(done + new[EMBEDDING]),
+            )
 
     def _new_gradients(self) -> dict[int, float]:
         """Bytes of the gradients that one backward pass computes, by place."""
@@ -396,8 +455,11 @@ class _Ledger:
             # Each rank's pieces are concatenated first; gloo reduces a copy of that. The embedding is still gathered:
             # DeepSpeed releases a module when a gradient leaves it, and none leaves the embedding.
             copies = 1 + (copied and self.device == "cpu")
-            yield self._moment("reduction", gradients=self._old_gradients(), communication=self._bucket(P * width)
-                               + copies * self.bucket_used + self._gathered()[EMBEDDING])
+            yield self._moment(
+                "reduction",
+                gradients=self._old_gradients(),
+                communication=self._bucket(P * width) + copies * self.bucket_used + self._gathered()[EMBEDDING],
+            )
             return
         if self.zero == 0:
             yield self._moment("reduction", gradients=P * width, communication=min(P, REDUCE_BUCKET + self.largest) * width)
@@ -405,8 +467,9 @@ class _Ledger:
         own = 0.0 if self.offloads else float(width * self.whole)
         if self.zero == 1:
             moved = self.bucket_used
-            yield self._moment("reduction", gradients=P * width - moved,
-                               communication=self.bucket + (moved if copied else 0))
+            yield self._moment(
+                "reduction", gradients=P * width - moved, communication=self.bucket + (moved if copied else 0)
+            )
             yield self._moment("own gradients", gradients=P * width - moved + own, communication=self.bucket)
             return
         old = self._old_gradients()
@@ -417,8 +480,7 @@ class _Ledger:
         width, p = self.width, self.p
         if self.zero == 0:
             widened = 4.0 * p if width == 2 else 0.0
-            yield self._moment("update", gradients=p * width + widened,
-                               optimizer=self._update_bytes(self.largest))
+            yield self._moment("update", gradients=p * width + widened, optimizer=self._update_bytes(self.largest))
             if width == 2:
                 yield self._moment("gradient norm", gradients=p * width + widened, optimizer=8.0 * self.largest)
             return
@@ -434,5 +496,6 @@ class _Ledger:
         yield self._moment("gradient norm", gradients=own, optimizer=norm, communication=lasting)
         yield self._moment("flat gradients", gradients=own + width * at_once + widened, communication=lasting)
         stays = own if self.zero == 3 else 0.0
-        yield self._moment("update", gradients=stays + 4.0 * at_once, communication=lasting,
-                           optimizer=self._update_bytes(at_once))
+        yield self._moment(
+            "update", gradients=stays + 4.0 * at_once, communication=lasting, optimizer=self._update_bytes(at_once)
+        )

@@ -29,7 +29,10 @@ MOST_WORKERS = 4096
 _CHANGES: tuple[dict[str, Any], ...] = (
     # The fastest first. ZeRO 1 and 2 send as much as ZeRO 0 (ZeRO 2 after every micro-batch); ZeRO 3 also gathers all
     # weights twice per micro-batch.
-    {"zero": 0}, {"zero": 1}, {"zero": 2}, {"zero": 3},
+    {"zero": 0},
+    {"zero": 1},
+    {"zero": 2},
+    {"zero": 3},
     # Recomputing costs a third more FLOPs.
     *({"zero": zero, "gradient_checkpointing": True} for zero in range(4)),
     # Copies between host and device: inputs of layers; gradients and weights once a step (AdamW on the host); all weights.
@@ -38,10 +41,21 @@ _CHANGES: tuple[dict[str, Any], ...] = (
     {"zero": 3, "gradient_checkpointing": True, "offload_optimizer": "cpu"},
     {"zero": 2, "gradient_checkpointing": True, "offload_activations": True, "offload_optimizer": "cpu"},
     {"zero": 3, "gradient_checkpointing": True, "offload_activations": True, "offload_optimizer": "cpu"},
-    {"zero": 3, "gradient_checkpointing": True, "offload_activations": True, "offload_optimizer": "cpu",
-     "offload_params": "cpu"})
-_KEYS = {"zero": 2, "gradient_checkpointing": False, "offload_activations": False, "offload_optimizer": None,
-         "offload_params": None}
+    {
+        "zero": 3,
+        "gradient_checkpointing": True,
+        "offload_activations": True,
+        "offload_optimizer": "cpu",
+        "offload_params": "cpu",
+    },
+)
+_KEYS = {
+    "zero": 2,
+    "gradient_checkpointing": False,
+    "offload_activations": False,
+    "offload_optimizer": None,
+    "offload_params": None,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +85,9 @@ class Question:
         return max(self.longest, ENOUGH if self.budget is None else self.budget)
 
     def memory_at(self, positions: int) -> MemoryEstimate:
-        return estimate_memory(self.anatomy, self.model, self.train, self.batch.scaled(positions), workers=self.workers,
-                               dtype=self.dtype)
+        return estimate_memory(
+            self.anatomy, self.model, self.train, self.batch.scaled(positions), workers=self.workers, dtype=self.dtype
+        )
 
     def fits(self, positions: int) -> bool:
         return self.memory_at(positions).device + BASE_BYTES <= USABLE * self.memory
@@ -107,9 +122,18 @@ class Fit:
         # With auto the budget is what fits. A mode that does not fit is shown at the least positions that would do.
         positions = question.least if question.budget is not None else max(question.least, min(largest, 4 * ENOUGH))
         memory = question.memory_at(positions)
-        return cls(name=name, overrides=overrides, configured=configured, fits=largest >= question.least,
-                   positions=positions, largest=largest, parts=memory.peak.parts, at=memory.peak.name,
-                   total=memory.device + BASE_BYTES, host=memory.host_peak)
+        return cls(
+            name=name,
+            overrides=overrides,
+            configured=configured,
+            fits=largest >= question.least,
+            positions=positions,
+            largest=largest,
+            parts=memory.peak.parts,
+            at=memory.peak.name,
+            total=memory.device + BASE_BYTES,
+            host=memory.host_peak,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,30 +164,43 @@ class Modes:
         """Sentences that say whether it fits and what to change."""
         gib = self.memory / 2**30
         where = f"{self.workers:,} x {self.device} of {gib:g} GiB, {self.dtype}"
-        room = (f"more than train.tokens_per_batch {self.budget:,}: it is a micro-batch alone, and that must fit"
-                if self.budget is not None and self.longest > self.budget else
-                f"of a budget of {self.budget:,}" if self.budget is not None else "which is never cut; the budget is auto")
+        room = (
+            f"more than train.tokens_per_batch {self.budget:,}: it is a micro-batch alone, and that must fit"
+            if self.budget is not None and self.longest > self.budget
+            else f"of a budget of {self.budget:,}"
+            if self.budget is not None
+            else "which is never cut; the budget is auto"
+        )
         part = f", {self.longest:,} of them for each of {self.together} workers" if self.together > 1 else ""
         said = [f"longest pair: {self.longest * self.together:,} positions{part}, {room}"]
         configured = next(row for row in self.rows if row.configured)
         if configured.fits:
-            said.append(f"fits: the configuration, on {where}: {_gib(configured.total)} GiB at {configured.positions:,} "
-                        f"positions, {configured.largest:,} would fit")
+            said.append(
+                f"fits: the configuration, on {where}: {_gib(configured.total)} GiB at {configured.positions:,} "
+                f"positions, {configured.largest:,} would fit"
+            )
         else:
-            said.append(f"does not fit: the configuration, on {where}: {_gib(configured.total)} GiB at "
-                        f"{configured.positions:,} positions, and a plan may use {USABLE:.0%} of the memory")
+            said.append(
+                f"does not fit: the configuration, on {where}: {_gib(configured.total)} GiB at "
+                f"{configured.positions:,} positions, and a plan may use {USABLE:.0%} of the memory"
+            )
         if self.proposed is None:
-            more = ("more GPUs do not help, since one worker alone needs too much for the longest pair. Set "
-                    f"train.sequence_parallel higher than {self.together}, or data.max_length lower"
-                    if self.workers_needed is None else f"{self.workers_needed:,} GPUs would be enough")
+            more = (
+                "more GPUs do not help, since one worker alone needs too much for the longest pair. Set "
+                f"train.sequence_parallel higher than {self.together}, or data.max_length lower"
+                if self.workers_needed is None
+                else f"{self.workers_needed:,} GPUs would be enough"
+            )
             said.append(f"no mode that trains the same parameters fits on {where}; {more}")
         elif self.proposed.configured:
             said.append("cheapest mode that fits: the configuration as it is")
         else:
             said.append(f"cheapest mode that fits: {' '.join(self.proposed.overrides)}")
         for row in self.adapters:
-            said.append(f"{row.name}, which trains adapters only: "
-                        + (f"{' '.join(row.overrides)} ({_gib(row.total)} GiB)" if row.fits else "does not fit either"))
+            said.append(
+                f"{row.name}, which trains adapters only: "
+                + (f"{' '.join(row.overrides)} ({_gib(row.total)} GiB)" if row.fits else "does not fit either")
+            )
         return said
 
 
@@ -180,10 +217,19 @@ def compare_modes(question: Question, device: str) -> Modes:
         raise ConfigError(f"--memory is {question.memory / 2**30:g}; the GiB of a device are expected, above 0")
     rows = tuple(_rows(question))
     proposed = next((row for row in rows if row.fits), None)
-    return Modes(device=device, memory=question.memory, workers=question.workers, dtype=question.dtype,
-                 together=question.train.sequence_parallel, longest=question.longest, budget=question.budget, rows=rows,
-                 proposed=proposed, adapters=tuple(_adapters(question)),
-                 workers_needed=question.workers if proposed else _needed(question))
+    return Modes(
+        device=device,
+        memory=question.memory,
+        workers=question.workers,
+        dtype=question.dtype,
+        together=question.train.sequence_parallel,
+        longest=question.longest,
+        budget=question.budget,
+        rows=rows,
+        proposed=proposed,
+        adapters=tuple(_adapters(question)),
+        workers_needed=question.workers if proposed else _needed(question),
+    )
 
 
 def _rows(question: Question) -> Iterator[Fit]:
@@ -223,8 +269,11 @@ def _adapters(question: Question) -> Iterator[Fit]:
     if lora is None:
         return
     plain = {"lora": lora, "freeze": ()}
-    kinds = {"QLoRA": plain | {"quantization": "4bit"}} if model.adapts else \
-        {"LoRA": plain, "QLoRA": plain | {"quantization": "4bit"}}
+    kinds = (
+        {"QLoRA": plain | {"quantization": "4bit"}}
+        if model.adapts
+        else {"LoRA": plain, "QLoRA": plain | {"quantization": "4bit"}}
+    )
     for name, change in kinds.items():
         other = replace(question, model=model.model_copy(update=change))
         rows = list(_rows(other))
@@ -238,8 +287,10 @@ def _adapters(question: Question) -> Iterator[Fit]:
 def _needed(question: Question) -> int | None:
     def fits(workers: int) -> bool:
         more = replace(question, workers=workers)
-        return any(changed is not None and changed.fits(question.least) for changed in (
-            _changed(more, dict(_KEYS) | change) for change in _CHANGES))
+        return any(
+            changed is not None and changed.fits(question.least)
+            for changed in (_changed(more, dict(_KEYS) | change) for change in _CHANGES)
+        )
 
     few, many = question.workers, question.workers
     while not fits(many):
@@ -265,16 +316,22 @@ def _largest(question: Question) -> int:
 
 
 def _slowness(mode: dict[str, Any]) -> tuple[int, ...]:
-    return (sum(mode[key] is not None for key in ("offload_params", "offload_optimizer")), mode["offload_activations"],
-            mode["gradient_checkpointing"], mode["zero"])
+    return (
+        sum(mode[key] is not None for key in ("offload_params", "offload_optimizer")),
+        mode["offload_activations"],
+        mode["gradient_checkpointing"],
+        mode["zero"],
+    )
 
 
 def _name(mode: dict[str, Any]) -> str:
     words = [f"ZeRO {mode['zero']}"]
     words += ["recompute"] if mode["gradient_checkpointing"] else []
     moved = {key: mode[f"offload_{key}"] for key in ("activations", "optimizer", "params")}
-    for place, keys in (("host", [key for key, where in moved.items() if where in (True, "cpu")]),
-                        ("disk", [key for key, where in moved.items() if where not in (True, False, None, "cpu")])):
+    for place, keys in (
+        ("host", [key for key, where in moved.items() if where in (True, "cpu")]),
+        ("disk", [key for key, where in moved.items() if where not in (True, False, None, "cpu")]),
+    ):
         words += [f"{' + '.join(keys)} on {place}"] if keys else []
     return ", ".join(words)
 

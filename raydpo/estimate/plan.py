@@ -25,8 +25,18 @@ from raydpo.model.cost import ModelCost
 from raydpo.model.layout import PromptGroup, shapes_of
 from raydpo.reference.shards import Wanted, plan_shards
 
-__all__ = ["FORWARD", "PAIRS_PER_RANK", "Plan", "Rates", "Stage", "make_plan", "operations", "pair_groups", "sample_pairs",
-           "training_factors"]
+__all__ = [
+    "FORWARD",
+    "PAIRS_PER_RANK",
+    "Plan",
+    "Rates",
+    "Stage",
+    "make_plan",
+    "operations",
+    "pair_groups",
+    "sample_pairs",
+    "training_factors",
+]
 
 TOKENS_PER_BATCH = 16384
 """Positions of a micro-batch assumed for ``auto``, which a run measures on its device."""
@@ -66,13 +76,20 @@ class Stage:
 
     def __add__(self, other: Stage) -> Stage:
         """Both stages, one after the other."""
-        return Stage(flops=self.flops + other.flops, seconds=self.seconds + other.seconds,
-                     gpu_hours=self.gpu_hours + other.gpu_hours,
-                     dollars=None if self.dollars is None or other.dollars is None else self.dollars + other.dollars)
+        return Stage(
+            flops=self.flops + other.flops,
+            seconds=self.seconds + other.seconds,
+            gpu_hours=self.gpu_hours + other.gpu_hours,
+            dollars=None if self.dollars is None or other.dollars is None else self.dollars + other.dollars,
+        )
 
     def __mul__(self, times: int) -> Stage:
-        return Stage(flops=self.flops * times, seconds=self.seconds * times, gpu_hours=self.gpu_hours * times,
-                     dollars=None if self.dollars is None else self.dollars * times)
+        return Stage(
+            flops=self.flops * times,
+            seconds=self.seconds * times,
+            gpu_hours=self.gpu_hours * times,
+            dollars=None if self.dollars is None else self.dollars * times,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,9 +153,18 @@ def training_factors(train: TrainConfig, lora: bool) -> tuple[float, float, floa
     return (2.0 if lora else 3.0) + again + before, 3.0 + again + before, (2.0 if lora else 4.0) + before
 
 
-def make_plan(config: Config, sets: PairSets, model: ModelCost, reference: ModelCost, rates: Rates, *,
-              workers: int | None = None, price: float | None = None, runs: int = 1,
-              world_sizes: Sequence[int] = WORLD_SIZES) -> Plan:
+def make_plan(
+    config: Config,
+    sets: PairSets,
+    model: ModelCost,
+    reference: ModelCost,
+    rates: Rates,
+    *,
+    workers: int | None = None,
+    price: float | None = None,
+    runs: int = 1,
+    world_sizes: Sequence[int] = WORLD_SIZES,
+) -> Plan:
     """Estimate ``runs`` runs of ``config`` on its pairs.
 
     Args:
@@ -171,8 +197,16 @@ def make_plan(config: Config, sets: PairSets, model: ModelCost, reference: Model
 
     def simulated(world_size: int, pairs_per_step: int) -> Simulation:
         count = max(1, min(STEPS, PAIRS_SIMULATED // pairs_per_step))
-        found = simulate(rows(max(per_epoch, count * pairs_per_step)), shapes, world_size=max(1, world_size // together),
-                         steps=count, pairs_per_step=pairs_per_step, tokens_per_batch=budget, layout=layout, work=model.work)
+        found = simulate(
+            rows(max(per_epoch, count * pairs_per_step)),
+            shapes,
+            world_size=max(1, world_size // together),
+            steps=count,
+            pairs_per_step=pairs_per_step,
+            tokens_per_batch=budget,
+            layout=layout,
+            work=model.work,
+        )
         return replace(found, world_size=world_size)
 
     sampled = steps_of(rows(per_epoch), train.pairs_per_step, STEPS)
@@ -181,9 +215,21 @@ def make_plan(config: Config, sets: PairSets, model: ModelCost, reference: Model
         """Amounts [3] of all steps, extrapolated from the micro-batches of the sampled steps."""
         return trained / sum(map(len, sampled)) * amounts(batches, shapes, kind)
 
-    computed = {kind: of_a_run([batch.pairs for step in sampled for rank in split_over_ranks(
-        step, shapes, world_size=train_workers // together, tokens_per_batch=budget, layout=kind, work=model.work)
-        for batch in rank if batch.counts], kind) for kind in LAYOUTS}
+    computed = {
+        kind: of_a_run(
+            [
+                batch.pairs
+                for step in sampled
+                for rank in split_over_ranks(
+                    step, shapes, world_size=train_workers // together, tokens_per_batch=budget, layout=kind, work=model.work
+                )
+                for batch in rank
+                if batch.counts
+            ],
+            kind,
+        )
+        for kind in LAYOUTS
+    }
     dealt = of_a_run([batch for step in sampled for rank in deal(step, train_workers) for batch in rank], "padded")
     imbalance = simulated(train_workers, train.pairs_per_step)
     completions, scored = _reference_pass(config, sets, layout) if train.needs_reference else (0, np.zeros(3))
@@ -200,43 +246,80 @@ def make_plan(config: Config, sets: PairSets, model: ModelCost, reference: Model
     score = Stage.of(operations(scored, reference), score_workers, rates.score, price)
     evaluation = of_training(operations(held_out, model), rates.score, 0.0)
     # ZeRO 2 and 3 reduce gradients after every micro-batch.
-    training = of_training(operations(computed[layout], model, factors), rates.train,
-                           imbalance.lockstep if train.zero >= 2 else imbalance.imbalance)
-    online = (of_training(operations(dealt * train.needs_reference, reference), rates.score, imbalance.naive)
-              + of_training(operations(dealt, model, factors), rates.train, imbalance.naive) + evaluation)
+    training = of_training(
+        operations(computed[layout], model, factors),
+        rates.train,
+        imbalance.lockstep if train.zero >= 2 else imbalance.imbalance,
+    )
+    online = (
+        of_training(operations(dealt * train.needs_reference, reference), rates.score, imbalance.naive)
+        + of_training(operations(dealt, model, factors), rates.train, imbalance.naive)
+        + evaluation
+    )
     packed = computed["packed"]
-    online_packed = (of_training(operations(packed * train.needs_reference, reference), rates.score, 0.0)
-                     + of_training(operations(packed, model, factors), rates.train, 0.0) + evaluation)
+    online_packed = (
+        of_training(operations(packed * train.needs_reference, reference), rates.score, 0.0)
+        + of_training(operations(packed, model, factors), rates.train, 0.0)
+        + evaluation
+    )
     return Plan(
-        data={"training_pairs": len(shapes), "held_out_pairs": 0 if sets.eval is None else sets.eval.num_rows,
-              "pairs_per_step": train.pairs_per_step, "pairs_trained_on": trained, "completions": completions,
-              "prompt_tokens": int(shapes.prompt.sum()), "completion_tokens": int(shapes.tokens.sum()),
-              "longest": int(shapes.longest.max()), "layout": layout, "tokens_per_batch": budget // together,
-              "positions": {kind: round(amount[0]) for kind, amount in (computed | {"dealt": dealt}).items()},
-              "report": sets.report.to_dict()},
-        model=asdict(model) | {"head_share": float(computed[layout][2] * model.prediction_flops
-                                                   / operations(computed[layout], model)), "training_factors": factors},
-        rates=rates, score_workers=score_workers, train_workers=train_workers, steps=steps, epochs=trained / per_epoch,
-        runs=runs, score=score, training=training, evaluation=evaluation, total=score + (training + evaluation) * runs,
-        online=online * runs, online_packed=online_packed * runs, imbalance=imbalance,
+        data={
+            "training_pairs": len(shapes),
+            "held_out_pairs": 0 if sets.eval is None else sets.eval.num_rows,
+            "pairs_per_step": train.pairs_per_step,
+            "pairs_trained_on": trained,
+            "completions": completions,
+            "prompt_tokens": int(shapes.prompt.sum()),
+            "completion_tokens": int(shapes.tokens.sum()),
+            "longest": int(shapes.longest.max()),
+            "layout": layout,
+            "tokens_per_batch": budget // together,
+            "positions": {kind: round(amount[0]) for kind, amount in (computed | {"dealt": dealt}).items()},
+            "report": sets.report.to_dict(),
+        },
+        model=asdict(model)
+        | {
+            "head_share": float(computed[layout][2] * model.prediction_flops / operations(computed[layout], model)),
+            "training_factors": factors,
+        },
+        rates=rates,
+        score_workers=score_workers,
+        train_workers=train_workers,
+        steps=steps,
+        epochs=trained / per_epoch,
+        runs=runs,
+        score=score,
+        training=training,
+        evaluation=evaluation,
+        total=score + (training + evaluation) * runs,
+        online=online * runs,
+        online_packed=online_packed * runs,
+        imbalance=imbalance,
         fixed=tuple(simulated(size, train.pairs_per_step) for size in world_sizes),
-        scaled=tuple(simulated(size, PAIRS_PER_RANK * size) for size in world_sizes))
+        scaled=tuple(simulated(size, PAIRS_PER_RANK * size) for size in world_sizes),
+    )
 
 
 def sample_pairs(config: Config, table: pa.Table, count: int = 32) -> pa.Table:
     """The first ``count`` pairs of a run, for a measurement."""
-    return table.take(pa.array(training_order(*_sources(table), seed=config.train.seed, shuffle=config.data.shuffle,
-                                              count=count)))
+    return table.take(
+        pa.array(training_order(*_sources(table), seed=config.train.seed, shuffle=config.data.shuffle, count=count))
+    )
 
 
 def pair_groups(table: pa.Table) -> tuple[list[PromptGroup], Shapes]:
     """The pairs of a table of ``data.pairs.PAIR_SCHEMA`` as groups (chosen, rejected), and their shapes."""
+
     def rows(column: pa.ChunkedArray) -> list[np.ndarray]:
         ends = np.cumsum(pc.list_value_length(column).to_numpy())
         return np.split(pc.list_flatten(column).to_numpy(), ends[:-1])
 
-    groups = [PromptGroup(prompt, tuple(completions)) for prompt, *completions in zip(
-        *(rows(table[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")), strict=True)]
+    groups = [
+        PromptGroup(prompt, tuple(completions))
+        for prompt, *completions in zip(
+            *(rows(table[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")), strict=True
+        )
+    ]
     return groups, shapes_of(groups)
 
 

@@ -29,14 +29,32 @@ from raydpo.reference.score import ReferenceSpec, Scorer
 
 __all__ = ["DEVICES", "MEMORY", "known_peak", "measured_rates", "stated_rates"]
 
-DEVICES = {"H100": 989.4, "H200": 989.4, "A100-80GB": 311.8, "A100-40GB": 311.8, "L40S": 362.1, "A10G": 70.0, "L4": 121.0,
-           "T4": 65.1, "MI300X": 1307.4}
+DEVICES = {
+    "H100": 989.4,
+    "H200": 989.4,
+    "A100-80GB": 311.8,
+    "A100-40GB": 311.8,
+    "L40S": 362.1,
+    "A10G": 70.0,
+    "L4": 121.0,
+    "T4": 65.1,
+    "MI300X": 1307.4,
+}
 """Peak TFLOP/s of dense bfloat16 products (float16 on a T4, which has no bfloat16). Source: the vendors' data sheets. NVIDIA
 H100 SXM, H200 SXM, A100 SXM, L40S, A10G, L4 and T4, whose figures with sparsity are halved; AMD Instinct MI300X."""
 CARDS = {"H100 PCIe": 756.0, "H100 NVL": 835.0, "H200 NVL": 835.0}
 """The same for cards whose name begins like one of ``DEVICES``, from NVIDIA's data sheets."""
-MEMORY = {"H100": 80, "H200": 141, "A100-80GB": 80, "A100-40GB": 40, "L40S": 48, "A10G": 24, "L4": 24, "T4": 16,
-          "MI300X": 192}
+MEMORY = {
+    "H100": 80,
+    "H200": 141,
+    "A100-80GB": 80,
+    "A100-40GB": 40,
+    "L40S": 48,
+    "A10G": 24,
+    "L4": 24,
+    "T4": 16,
+    "MI300X": 192,
+}
 """GiB of memory, from the same data sheets. A program gets less of it (``modes.USABLE``)."""
 
 
@@ -45,7 +63,8 @@ def known_peak(name: str) -> float | None:
     if "MIG" in name.split():
         return None
     fitting = [peak for card, peak in CARDS.items() if card in name] or [
-        peak for known, peak in DEVICES.items() if all(re.search(rf"\b{part}\b", name) for part in known.split("-"))]
+        peak for known, peak in DEVICES.items() if all(re.search(rf"\b{part}\b", name) for part in known.split("-"))
+    ]
     return fitting[0] * 1e12 if fitting else None
 
 
@@ -60,14 +79,19 @@ def stated_rates(device: str = "H100", mfu_score: float = 0.45, mfu_train: float
         ConfigError: if the device is unknown, or a share is not above 0 and at most 1.
     """
     if device not in DEVICES:
-        raise ConfigError(f"--device {device!r} is not known; name one of {', '.join(DEVICES)}, or measure on this machine "
-                          "with --measure")
+        raise ConfigError(
+            f"--device {device!r} is not known; name one of {', '.join(DEVICES)}, or measure on this machine with --measure"
+        )
     for name, share in (("--mfu-score", mfu_score), ("--mfu-train", mfu_train)):
         if not 0 < share <= 1:
             raise ConfigError(f"{name} is {share:g}; a share of the device's peak is expected, above 0 and at most 1")
     peak = DEVICES[device] * 1e12
-    return Rates(score=peak * mfu_score, train=peak * mfu_train, origin=f"{device}, {DEVICES[device]:g} TFLOP/s at an "
-                 f"assumed MFU of {mfu_score:g} scoring and {mfu_train:g} training")
+    return Rates(
+        score=peak * mfu_score,
+        train=peak * mfu_train,
+        origin=f"{device}, {DEVICES[device]:g} TFLOP/s at an "
+        f"assumed MFU of {mfu_score:g} scoring and {mfu_train:g} training",
+    )
 
 
 def measured_rates(config: Config, sample: pa.Table, model: ModelCost, reference: ModelCost) -> Rates:
@@ -85,8 +109,13 @@ def measured_rates(config: Config, sample: pa.Table, model: ModelCost, reference
     score_dtype = {None: dtype, "auto": native}.get(config.score.dtype, config.score.dtype)
     groups, shapes = pair_groups(sample)
 
-    def operations_per_second(run: Callable[[], object], batches: Sequence[Sequence[int]], layout: LayoutName,
-                              sizes: ModelCost, factors: tuple[float, float, float]) -> float:
+    def operations_per_second(
+        run: Callable[[], object],
+        batches: Sequence[Sequence[int]],
+        layout: LayoutName,
+        sizes: ModelCost,
+        factors: tuple[float, float, float],
+    ) -> float:
         run()
         _wait(device)
         start = time.perf_counter()
@@ -109,8 +138,11 @@ def measured_rates(config: Config, sample: pa.Table, model: ModelCost, reference
 
     rate = operations_per_second(train, batches, layout, model, training_factors(config.train, config.model.adapts))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"this CPU, {torch.get_num_threads()} threads"
-    return Rates(score=score, train=rate, origin=f"measured on {name}: {len(groups)} pairs, {layout} layout, {score_dtype} "
-                 f"scoring and {dtype} training")
+    return Rates(
+        score=score,
+        train=rate,
+        origin=f"measured on {name}: {len(groups)} pairs, {layout} layout, {score_dtype} scoring and {dtype} training",
+    )
 
 
 def _scorer(config: Config, dtype: str, device: str) -> Scorer:
@@ -119,8 +151,14 @@ def _scorer(config: Config, dtype: str, device: str) -> Scorer:
     quantization = config.reference_quantization
     trust = config.model.trust_remote_code
     identity = identify(path, dtype, adapter, quantization, trust, max_length=config.data.max_length)
-    spec = ReferenceSpec(path=path, adapter=adapter, identity=identity, quantization=quantization, trust_remote_code=trust,
-                         layout=config.model.layout)
+    spec = ReferenceSpec(
+        path=path,
+        adapter=adapter,
+        identity=identity,
+        quantization=quantization,
+        trust_remote_code=trust,
+        layout=config.model.layout,
+    )
     return Scorer(spec, device=device, tokens_per_batch=config.score.tokens_per_batch)
 
 
@@ -128,10 +166,16 @@ def _policy(config: Config, dtype: str, device: torch.device) -> tuple[LogpModel
     """The policy in training mode, without DeepSpeed, and the token positions of its micro-batches."""
     adapter = config.model.adapter and resolve_model(config.model.adapter)
     path = resolve_model(config.model.path)
-    causal_lm = load_causal_lm(path, dtype, device=device, adapter=adapter, train_adapter=True,
-                               quantization=config.model.quantization,
-                               rope_length=rope_length(model_files(path).config, config.data.max_length),
-                               trust_remote_code=config.model.trust_remote_code)
+    causal_lm = load_causal_lm(
+        path,
+        dtype,
+        device=device,
+        adapter=adapter,
+        train_adapter=True,
+        quantization=config.model.quantization,
+        rope_length=rope_length(model_files(path).config, config.data.max_length),
+        trust_remote_code=config.model.trust_remote_code,
+    )
     policy = LogpModel(causal_lm if config.model.lora is None else add_lora(causal_lm, config.model.lora, config.train.seed))
     choose_layout(policy, device, config.model.layout)
     if config.train.gradient_checkpointing:

@@ -20,11 +20,19 @@ def print_evaluation(console: Console, found: dict[str, Any]) -> None:
     """Print ``found``, the content of evaluation.json."""
     preferences, *others = evaluation_tables(found)
     total, *groups = preferences.rows
-    _print(console, f"{preferences.label}: beta {found['beta']:g}, rewards of {found['reward_of']} "
-                    f"({found['rewards'].replace('_', ' ')})", ("all pairs", "value"),
-           [(name, cell.text) for name, cell in zip(preferences.columns[1:], total.cells, strict=True)])
-    _print(console, "By source and by length, tokens", preferences.columns[:4],
-           [(row.head, *(cell.text for cell in row.cells[:3])) for row in groups[:MOST_GROUPS]])
+    _print(
+        console,
+        f"{preferences.label}: beta {found['beta']:g}, rewards of {found['reward_of']} "
+        f"({found['rewards'].replace('_', ' ')})",
+        ("all pairs", "value"),
+        [(name, cell.text) for name, cell in zip(preferences.columns[1:], total.cells, strict=True)],
+    )
+    _print(
+        console,
+        "By source and by length, tokens",
+        preferences.columns[:4],
+        [(row.head, *(cell.text for cell in row.cells[:3])) for row in groups[:MOST_GROUPS]],
+    )
     for table in others:
         _print(console, table.label, table.columns, [(row.head, *(cell.text for cell in row.cells)) for row in table.rows])
 

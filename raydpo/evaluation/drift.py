@@ -31,8 +31,9 @@ TOKENS_PER_BATCH = 4096
 """Number of positions in a forward pass of the exact steps."""
 
 
-def measure_drift(log_ratios: np.ndarray, tokens: np.ndarray, prompts: np.ndarray,
-                  steps: np.ndarray | None) -> dict[str, Any]:
+def measure_drift(
+    log_ratios: np.ndarray, tokens: np.ndarray, prompts: np.ndarray, steps: np.ndarray | None
+) -> dict[str, Any]:
     """Estimate KL(policy || reference) of an answer and of a token, in nats.
 
     The standard error is that of the mean over prompts; for a single prompt, that of the mean over its samples.
@@ -42,6 +43,7 @@ def measure_drift(log_ratios: np.ndarray, tokens: np.ndarray, prompts: np.ndarra
         tokens: number of tokens of each answer, [samples]. prompts: number of its prompt, [samples].
         steps: sum of the exact divergences at the positions of each answer, [samples], or None.
     """
+
     def by_prompt(values: np.ndarray) -> np.ndarray:
         numbers, inverse = np.unique(prompts, return_inverse=True)
         if len(numbers) == 1:
@@ -49,12 +51,20 @@ def measure_drift(log_ratios: np.ndarray, tokens: np.ndarray, prompts: np.ndarra
         return np.bincount(inverse, values) / np.bincount(inverse)
 
     ratios, lengths = by_prompt(log_ratios.astype(np.float64)), by_prompt(tokens.astype(np.float64))
-    found = {"kl": mean(ratios), "std_error": standard_error(ratios), "kl_per_token": ratio(ratios, lengths),
-             "samples": len(log_ratios), "rao_blackwell": None}
+    found = {
+        "kl": mean(ratios),
+        "std_error": standard_error(ratios),
+        "kl_per_token": ratio(ratios, lengths),
+        "samples": len(log_ratios),
+        "rao_blackwell": None,
+    }
     if steps is not None:
         exact = by_prompt(steps.astype(np.float64))
-        found["rao_blackwell"] = {"kl": mean(exact), "std_error": standard_error(exact),
-                                  "kl_per_token": ratio(exact, lengths)}
+        found["rao_blackwell"] = {
+            "kl": mean(exact),
+            "std_error": standard_error(exact),
+            "kl_per_token": ratio(exact, lengths),
+        }
     return found
 
 
@@ -70,14 +80,19 @@ class ExactSteps:
         return {"exact steps": 1, "policy": self.policy.identity.digest, "reference": self.reference.identity.digest}
 
     def open(self, device: str) -> Callable[[pa.Table], pa.Table]:
-        policy, reference = (Scorer(on_this_machine(spec), device=device, tokens_per_batch=TOKENS_PER_BATCH).model
-                             for spec in (self.policy, self.reference))
+        policy, reference = (
+            Scorer(on_this_machine(spec), device=device, tokens_per_batch=TOKENS_PER_BATCH).model
+            for spec in (self.policy, self.reference)
+        )
 
         def act(rows: pa.Table) -> pa.Table:
-            groups = [PromptGroup(np.array(prompt, np.int32), (np.array(answer, np.int32),)) for prompt, answer in
-                      zip(rows["prompt_ids"].to_pylist(), rows["answer_ids"].to_pylist(), strict=True)]
-            return pa.table({"divergence": [exact_steps(policy, reference, group, torch.device(device))
-                                            for group in groups]})
+            groups = [
+                PromptGroup(np.array(prompt, np.int32), (np.array(answer, np.int32),))
+                for prompt, answer in zip(rows["prompt_ids"].to_pylist(), rows["answer_ids"].to_pylist(), strict=True)
+            ]
+            return pa.table(
+                {"divergence": [exact_steps(policy, reference, group, torch.device(device)) for group in groups]}
+            )
 
         return act
 
@@ -89,8 +104,10 @@ def exact_steps(policy: LogpModel, reference: LogpModel, group: PromptGroup, dev
     size = max(1, CHUNK_BYTES[device.type] // (4 * policy.vocabulary))
     total = 0.0
     for start in range(0, len(hidden[0]), size):
-        log_pi, log_ref = (model.log_distribution(states[start : start + size]).double()
-                           for model, states in zip((policy, reference), hidden, strict=True))
+        log_pi, log_ref = (
+            model.log_distribution(states[start : start + size]).double()
+            for model, states in zip((policy, reference), hidden, strict=True)
+        )
         # A token of probability 0 under the policy adds 0; the product would be NaN.
         total += float(torch.where(log_pi == -torch.inf, 0.0, log_pi.exp() * (log_pi - log_ref)).sum())
     return total

@@ -73,8 +73,10 @@ def policy_files(config: Config) -> PolicyFiles:
     origin = None if run is None or run.is_local else RemoteDirectory.now(run, FINAL)
     if run is None:
         if wish is None:
-            raise ConfigError(f"there is no trained policy in {redact(given)}/final; run 'raydpo run' first, or set "
-                              "evaluate.policy to a run directory, a model, an adapter or a hub name")
+            raise ConfigError(
+                f"there is no trained policy in {redact(given)}/final; run 'raydpo run' first, or set "
+                "evaluate.policy to a run directory, a model, an adapter or a hub name"
+            )
         directory = resolve_model(wish)
     else:
         directory = run.path(FINAL) if origin is None else origin.here()
@@ -84,9 +86,11 @@ def policy_files(config: Config) -> PolicyFiles:
     now = rope_length(model_files(base, config.model.trust_remote_code).config, config.data.max_length)
     length = trained.get(ROTARY, now)
     if length != now:
-        raise ConfigError(f"{redact(given)} was trained with rotary frequencies for {length:,} positions, but "
-                          f"data.max_length {config.data.max_length} makes them for {now:,}; set "
-                          "data.max_length as it was in the training")
+        raise ConfigError(
+            f"{redact(given)} was trained with rotary frequencies for {length:,} positions, but "
+            f"data.max_length {config.data.max_length} makes them for {now:,}; set "
+            "data.max_length as it was in the training"
+        )
     return PolicyFiles(name=redact(given), base=base, adapter=adapter, run=run, origin=origin, trained=trained)
 
 
@@ -99,8 +103,15 @@ def find_policy(config: Config, dtype: str) -> Policy:
     files, trust = policy_files(config), config.model.trust_remote_code
     quantization = None if files.adapter is None else config.model.quantization
     identity = identify(files.base, dtype, files.adapter, quantization, trust, max_length=config.data.max_length)
-    spec = ReferenceSpec(path=files.base, adapter=files.adapter, identity=identity, quantization=quantization,
-                         trust_remote_code=trust, layout=config.model.layout, origin=files.origin)
+    spec = ReferenceSpec(
+        path=files.base,
+        adapter=files.adapter,
+        identity=identity,
+        quantization=quantization,
+        trust_remote_code=trust,
+        layout=config.model.layout,
+        origin=files.origin,
+    )
     return Policy(**vars(files), spec=spec)
 
 
@@ -112,11 +123,14 @@ def _run_at(path: str) -> Storage | None:
     if any(storage.exists(f"final/{name}") for name in ("config.json", "adapter_config.json")):
         return storage
     if storage.exists(RUN):
-        raise ConfigError(f"the run in {storage} has no final/ yet: it was not trained to its end; continue it with 'raydpo "
-                          "train'")
+        raise ConfigError(
+            f"the run in {storage} has no final/ yet: it was not trained to its end; continue it with 'raydpo train'"
+        )
     if is_uri(path):
-        raise ConfigError(f"evaluate.policy {storage} is not a run directory with a trained policy; a model must be on a "
-                          "local disk or on the hub")
+        raise ConfigError(
+            f"evaluate.policy {storage} is not a run directory with a trained policy; a model must be on a "
+            "local disk or on the hub"
+        )
     return None
 
 
@@ -129,17 +143,19 @@ def _base(config: Config, adapter: Path, *, own: bool) -> str:
         try:
             named = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
         except (OSError, ValueError, KeyError) as error:
-            raise FilesError(f"cannot read the model's name in {adapter}/adapter_config.json: {error!r}; set evaluate.base "
-                             "to where it is") from None
+            raise FilesError(
+                f"cannot read the model's name in {adapter}/adapter_config.json: {error!r}; set evaluate.base to where it is"
+            ) from None
     if not named or not (Path(named).is_dir() or is_hub_name(named)):
-        raise FilesError(f"the adapter {adapter} belongs to the model {named!r}, which is not here; set evaluate.base to "
-                         "where it is")
+        raise FilesError(
+            f"the adapter {adapter} belongs to the model {named!r}, which is not here; set evaluate.base to where it is"
+        )
     return resolve_model(named)
 
 
 def _fingerprint(run: Storage) -> dict[str, Any]:
     try:
-        return RunDirectory(run).fingerprint()
+        return RunDirectory(run).fingerprint() or {}
     except (OSError, ValueError, KeyError):
         return {}
 

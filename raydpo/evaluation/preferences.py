@@ -47,14 +47,27 @@ class ScoredPairs:
         Raises:
             RaydpoError: if a margin is not finite, for example the exponential of a divergence.
         """
-        logps = PairLogps(*(torch.from_numpy(np.asarray(each, np.float64)) for each in (
-            self.chosen, self.rejected, self.ref_chosen, self.ref_rejected, self.chosen_tokens, self.rejected_tokens)))
+        logps = PairLogps(
+            *(
+                torch.from_numpy(np.asarray(each, np.float64))
+                for each in (
+                    self.chosen,
+                    self.rejected,
+                    self.ref_chosen,
+                    self.ref_rejected,
+                    self.chosen_tokens,
+                    self.rejected_tokens,
+                )
+            )
+        )
         chosen, rejected = implicit_rewards(objective, logps, beta)
         margins = (chosen - rejected).numpy()
         if not np.isfinite(margins).all():
-            raise RaydpoError(f"the rewards of {np.count_nonzero(~np.isfinite(margins)):,} pairs are not finite under "
-                              f"{objective.f_divergence_type}, because the policy is too far from the reference; set "
-                              "evaluate.rewards=sum")
+            raise RaydpoError(
+                f"the rewards of {np.count_nonzero(~np.isfinite(margins)):,} pairs are not finite under "
+                f"{objective.f_divergence_type}, because the policy is too far from the reference; set "
+                "evaluate.rewards=sum"
+            )
         return margins
 
     def wins(self, margins: np.ndarray, objective: ObjectiveConfig) -> np.ndarray:
@@ -93,26 +106,32 @@ def measure_preferences(pairs: ScoredPairs, beta: float, objective: ObjectiveCon
     for low, high in pairwise((-np.inf, *LENGTH_BINS, np.inf)):
         edges = {"from": None if np.isinf(low) else int(low), "to": None if np.isinf(high) else int(high) - 1}
         by_length.append(edges | figures((difference >= low) & (difference < high)))
-    return {"total": figures(np.ones(len(margins), bool)),
-            "by_source": {name: figures(pairs.sources == name) for name in dict.fromkeys(pairs.sources.tolist())},
-            "by_length": by_length}
+    return {
+        "total": figures(np.ones(len(margins), bool)),
+        "by_source": {name: figures(pairs.sources == name) for name in dict.fromkeys(pairs.sources.tolist())},
+        "by_length": by_length,
+    }
 
 
-def _figures(pairs: ScoredPairs, margins: np.ndarray, wins: np.ndarray, difference: np.ndarray,
-             mask: np.ndarray) -> dict[str, Any]:
+def _figures(
+    pairs: ScoredPairs, margins: np.ndarray, wins: np.ndarray, difference: np.ndarray, mask: np.ndarray
+) -> dict[str, Any]:
     count, margin = int(mask.sum()), margins[mask]
     alone = (pairs.chosen - pairs.rejected)[mask]
     fell = (pairs.chosen - pairs.ref_chosen)[mask] < -TIE * pairs.chosen_tokens[mask]
     prompts = pairs.prompts[mask]
     return {
-        "pairs": count, "prompts": len(np.unique(prompts)), "accuracy": share_by_group(wins[mask], prompts),
+        "pairs": count,
+        "prompts": len(np.unique(prompts)),
+        "accuracy": share_by_group(wins[mask], prompts),
         "margin": mean_by_group(margin, prompts),
         "loss": float(np.logaddexp(0, -margin).mean()) if count else None,
         "log_likelihood_accuracy": share_by_group(_wins(alone), prompts),
         **_calibration(margin, wins[mask], prompts),
         "longer_is_wrong": _accuracy(wins, pairs.prompts, mask & (difference < 0)),
         "longer_is_right": _accuracy(wins, pairs.prompts, mask & (difference > 0)),
-        "chosen_fell": share_by_group(fell.astype(float), prompts)}
+        "chosen_fell": share_by_group(fell.astype(float), prompts),
+    }
 
 
 def _accuracy(wins: np.ndarray, prompts: np.ndarray, mask: np.ndarray) -> dict[str, Any]:
@@ -134,13 +153,24 @@ def _calibration(margins: np.ndarray, wins: np.ndarray, prompts: np.ndarray) -> 
         count = int(inside.sum())
         observed = share_by_group(wins[inside], prompts[inside])
         predicted = float(confidence[inside].mean()) if count else None
-        bins.append({"from": low, "to": high, "pairs": count, "predicted": predicted, "observed": observed["value"],
-                     "low": observed["low"], "high": observed["high"]})
+        bins.append(
+            {
+                "from": low,
+                "to": high,
+                "pairs": count,
+                "predicted": predicted,
+                "observed": observed["value"],
+                "low": observed["low"],
+                "high": observed["high"],
+            }
+        )
         if count:
             error += count / len(margins) * abs(predicted - observed["value"])
-    return {"calibration_error": error if len(margins) else None, "calibration": bins,
-            "calibration_chance":
-                _chance(bins, wins - confidence, prompts * CALIBRATION_BINS + place) if len(margins) else None}
+    return {
+        "calibration_error": error if len(margins) else None,
+        "calibration": bins,
+        "calibration_chance": _chance(bins, wins - confidence, prompts * CALIBRATION_BINS + place) if len(margins) else None,
+    }
 
 
 def _chance(bins: list[dict[str, Any]], residuals: np.ndarray, groups: np.ndarray) -> float:

@@ -73,8 +73,11 @@ def reading(evaluate: EvaluateConfig) -> Any:
 def _as_conversation(value: dict[str, Any]) -> dict[str, Any]:
     if not all(isinstance(value.get(name), str) for name in ("prompt", "chosen", "rejected")):
         return value
-    return value | {"prompt": [{"role": "user", "content": value["prompt"]}]} | {
-        name: [{"role": "assistant", "content": value[name]}] for name in ("chosen", "rejected")}
+    return (
+        value
+        | {"prompt": [{"role": "user", "content": value["prompt"]}]}
+        | {name: [{"role": "assistant", "content": value[name]}] for name in ("chosen", "rejected")}
+    )
 
 
 def choose_prompts(pairs: pa.Table, count: int, seed: int) -> list[Prompt]:
@@ -88,8 +91,9 @@ def choose_prompts(pairs: pa.Table, count: int, seed: int) -> list[Prompt]:
         distinct.setdefault(tuple(ids), pair_id)
 
     def digest(ids: tuple[int, ...]) -> bytes:
-        return hashlib.blake2b(struct.pack("<Q", seed) + np.array(ids, "<u4").tobytes(), digest_size=16,
-                               person=b"raydpo-prompts-1").digest()
+        return hashlib.blake2b(
+            struct.pack("<Q", seed) + np.array(ids, "<u4").tobytes(), digest_size=16, person=b"raydpo-prompts-1"
+        ).digest()
 
     chosen = sorted(distinct, key=digest)[:count]
     return [Prompt(np.array(ids, np.int32), distinct[ids]) for ids in chosen]
@@ -135,9 +139,13 @@ def trained_on(pairs: pa.Table, config: Config, training: DataConfig) -> int:
     if training.fraction < 1:
         stay &= kept(digests, training.fraction, training.fraction_seed)
     known = {questions[digest] for digest, stays in zip(digests, stay, strict=True) if stays}
-    asked = {f"{name}:{record.row}" + (f"#{number}" if number else "") for name, source in sources_of(config).items()
-             for record in read_records(source) for number, prompt in enumerate(_prompts(record))
-             if _question(prompt) in known}
+    asked = {
+        f"{name}:{record.row}" + (f"#{number}" if number else "")
+        for name, source in sources_of(config).items()
+        for record in read_records(source)
+        for number, prompt in enumerate(_prompts(record))
+        if _question(prompt) in known
+    }
     return sum(pair_id in asked for pair_id in pairs["pair_id"].to_pylist())
 
 

@@ -47,10 +47,14 @@ class Answers:
 
     def style(self) -> dict[str, Any]:
         """Return the entry of this mode in evaluation.json."""
-        policy, reference = (measure_style(side, self.tokeniser.stop_ids, self.places)
-                             for side in (self.policy, self.reference))
-        return {"policy": policy, "reference": reference,
-                "length_growth": length_growth(self.policy, self.reference, self.places)}
+        policy, reference = (
+            measure_style(side, self.tokeniser.stop_ids, self.places) for side in (self.policy, self.reference)
+        )
+        return {
+            "policy": policy,
+            "reference": reference,
+            "length_growth": length_growth(self.policy, self.reference, self.places),
+        }
 
     def pairs(self) -> pa.Table:
         """Return the policy's answers as rows of ``data.pairs.PAIR_SCHEMA``, with which a cache is filled.
@@ -60,15 +64,25 @@ class Answers:
         prompts = [prompt.ids for prompt in self.prompts]
         keys = [completion_key(*pair) for pair in zip(prompts, self.policy, strict=True)]
         columns: dict[str, Any] = {
-            f"{side}_{name}": values for side in ("chosen", "rejected") for name, values in (
-                ("ids", pa.array(self.policy, _IDS)), ("key", pa.array(keys, pa.binary(16))),
-                ("full", pa.array([len(one) for one in self.policy], pa.int32())))}
-        columns |= {"prompt_ids": pa.array(prompts, _IDS), "source": ["answers"] * len(keys), "weight": np.ones(len(keys)),
-                    "pair_id": [f"answers:{number}" for number in range(1, len(keys) + 1)]}
+            f"{side}_{name}": values
+            for side in ("chosen", "rejected")
+            for name, values in (
+                ("ids", pa.array(self.policy, _IDS)),
+                ("key", pa.array(keys, pa.binary(16))),
+                ("full", pa.array([len(one) for one in self.policy], pa.int32())),
+            )
+        }
+        columns |= {
+            "prompt_ids": pa.array(prompts, _IDS),
+            "source": ["answers"] * len(keys),
+            "weight": np.ones(len(keys)),
+            "pair_id": [f"answers:{number}" for number in range(1, len(keys) + 1)],
+        }
         return pa.table({name: columns[name] for name in PAIR_SCHEMA.names}, schema=PAIR_SCHEMA)
 
-    def table(self, log_ratios: np.ndarray | None, exact_steps: np.ndarray | None,
-              verdicts: Mapping[str, np.ndarray]) -> pa.Table:
+    def table(
+        self, log_ratios: np.ndarray | None, exact_steps: np.ndarray | None, verdicts: Mapping[str, np.ndarray]
+    ) -> pa.Table:
         """Return the rows of samples.parquet.
 
         Args:
@@ -77,14 +91,21 @@ class Answers:
                 reference won, NaN = not judged. They are in columns ``verdict_NAME``, null where there was no contest.
         """
         sides = (("policy", self.policy), ("reference", self.reference))
-        return pa.table({
-            "mode": [self.mode] * len(self.policy), "pair_id": [prompt.pair_id for prompt in self.prompts],
-            "sample": pa.array(self.samples, pa.int32()), "prompt": self._decode([prompt.ids for prompt in self.prompts]),
-            **{side: self._words(answers) for side, answers in sides},
-            **{f"{side}_ids": pa.array(answers, _IDS) for side, answers in sides},
-            **{name: pa.nulls(len(self.policy), pa.float64()) if values is None else pa.array(values) for name, values in (
-                ("log_ratio", log_ratios), ("exact_steps", exact_steps))},
-            **{f"verdict_{name}": self._on_firsts(verdicts.get(name)) for name in JUDGES}})
+        return pa.table(
+            {
+                "mode": [self.mode] * len(self.policy),
+                "pair_id": [prompt.pair_id for prompt in self.prompts],
+                "sample": pa.array(self.samples, pa.int32()),
+                "prompt": self._decode([prompt.ids for prompt in self.prompts]),
+                **{side: self._words(answers) for side, answers in sides},
+                **{f"{side}_ids": pa.array(answers, _IDS) for side, answers in sides},
+                **{
+                    name: pa.nulls(len(self.policy), pa.float64()) if values is None else pa.array(values)
+                    for name, values in (("log_ratio", log_ratios), ("exact_steps", exact_steps))
+                },
+                **{f"verdict_{name}": self._on_firsts(verdicts.get(name)) for name in JUDGES},
+            }
+        )
 
     def _on_firsts(self, verdicts: np.ndarray | None) -> pa.Array:
         values = np.full(len(self.policy), np.nan)
@@ -98,8 +119,10 @@ class Answers:
 
     def shown(self) -> list[dict[str, str]]:
         """Return the first few answers, as text."""
-        return [{"prompt": self._decode([self.prompts[row].ids])[0], "policy": policy, "reference": reference}
-                for row, policy, reference in self._firsts()[:SHOWN]]
+        return [
+            {"prompt": self._decode([self.prompts[row].ids])[0], "policy": policy, "reference": reference}
+            for row, policy, reference in self._firsts()[:SHOWN]
+        ]
 
     def _firsts(self) -> list[tuple[int, str, str]]:
         rows = np.flatnonzero(self.samples == 0).tolist()

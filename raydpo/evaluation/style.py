@@ -28,8 +28,10 @@ def measure_style(answers: Sequence[np.ndarray], stop: Sequence[int], prompts: n
     return {
         "tokens": mean_by_group(np.array([len(answer) for answer in answers], float), prompts),
         "repetition": float(np.mean([1 - len(set(each)) / len(each) for each in grams])) if grams else None,
-        "distinct_1": _distinct(answers, 1), "distinct_2": _distinct(answers, 2),
-        "cut": float(np.mean([is_cut(answer, stop) for answer in answers])) if answers else None}
+        "distinct_1": _distinct(answers, 1),
+        "distinct_2": _distinct(answers, 2),
+        "cut": float(np.mean([is_cut(answer, stop) for answer in answers])) if answers else None,
+    }
 
 
 def length_growth(policy: Sequence[np.ndarray], reference: Sequence[np.ndarray], prompts: np.ndarray) -> Interval:
@@ -38,6 +40,7 @@ def length_growth(policy: Sequence[np.ndarray], reference: Sequence[np.ndarray],
     It is not a mean of ratios. The lengths of two answers to a prompt are nearly independent, so the mean of their ratio is
     above 1 even if nothing has grown.
     """
+
     def lengths(answers: Sequence[np.ndarray]) -> np.ndarray:
         sums, sizes = by_group(np.array([len(answer) for answer in answers], float), prompts)
         return sums / sizes

@@ -50,8 +50,9 @@ def build_pages(directory: Path) -> int:
         importlib.import_module(name)
     for name in raydpo.__all__:  # while ``raydpo.audit`` is not looked up yet, pdoc would take the package for it
         getattr(raydpo, name)
-    pdoc.render.configure(docformat="google", show_source=False, template_directory=GUIDE,
-                          footer_text=f"raydpo {raydpo.__version__}")
+    pdoc.render.configure(
+        docformat="google", show_source=False, template_directory=GUIDE, footer_text=f"raydpo {raydpo.__version__}"
+    )
     modules = {name: pdoc.doc.Module(sys.modules[name]) for name in module_names()}
     broken: list[str] = []
     for file in sorted(GUIDE.glob("*.md")):
@@ -138,8 +139,11 @@ def _undocumented(modules: Mapping[str, pdoc.doc.Module]) -> Iterator[str]:
     public = [(module, name) for module in modules.values() for name in getattr(module.obj, "__all__", ())]
     explained = {(name, id(getattr(module.obj, name))) for module, name in public if module.members[name].docstring}
     yield from (f"{name} has no docstring" for name, module in modules.items() if not module.docstring)
-    yield from (f"{module.modulename}.{name} has no docstring" for module, name in public
-                if (name, id(getattr(module.obj, name))) not in explained)
+    yield from (
+        f"{module.modulename}.{name} has no docstring"
+        for module, name in public
+        if (name, id(getattr(module.obj, name))) not in explained
+    )
 
 
 if __name__ == "__main__":

@@ -7,12 +7,12 @@ from raydpo.losses.objective import FUNCTIONS, Objective, ObjectiveState, implic
 from raydpo.losses.pairs import PairLogps, PreferenceLoss
 
 __all__ = [
-           "FUNCTIONS",
-           "Objective",
-           "ObjectiveState",
-           "PairLogps",
-           "PreferenceLoss",
-           "implicit_rewards",
-           "own_sources",
-           "preference_loss",
+    "FUNCTIONS",
+    "Objective",
+    "ObjectiveState",
+    "PairLogps",
+    "PreferenceLoss",
+    "implicit_rewards",
+    "own_sources",
+    "preference_loss",
 ]

@@ -14,8 +14,20 @@ from torch import Tensor
 from raydpo.config import ObjectiveConfig
 from raydpo.losses.pairs import PairLogps
 
-__all__ = ["discopop", "divergence_scores", "dpop", "exo_pair", "hinge", "ipo", "ipo_sum", "margin", "robust", "sigmoid",
-           "sigmoid_norm", "smoothed_logistic"]
+__all__ = [
+    "discopop",
+    "divergence_scores",
+    "dpop",
+    "exo_pair",
+    "hinge",
+    "ipo",
+    "ipo_sum",
+    "margin",
+    "robust",
+    "sigmoid",
+    "sigmoid_norm",
+    "smoothed_logistic",
+]
 
 LARGEST_EXPONENT = 80.0
 """Largest exponent of the alpha-divergence; float32 overflows beyond it. TRL has the same bound."""
@@ -97,8 +109,9 @@ def exo_pair(logps: PairLogps, s: ObjectiveConfig, beta: float) -> Tensor:
     """EXO (Ji et al., arXiv 2402.00856, eq. 16): the KL divergence of (q, 1 - q) from the smoothed label (1 - e, e), where
     q = ``sigmoid(beta * margin)`` and e is ``label_smoothing``."""
     logits, epsilon = beta * margin(logps, s, beta), s.label_smoothing
-    return (torch.sigmoid(logits) * (F.logsigmoid(logits) - math.log1p(-epsilon))
-            + torch.sigmoid(-logits) * (F.logsigmoid(-logits) - math.log(epsilon)))
+    return torch.sigmoid(logits) * (F.logsigmoid(logits) - math.log1p(-epsilon)) + torch.sigmoid(-logits) * (
+        F.logsigmoid(-logits) - math.log(epsilon)
+    )
 
 
 def discopop(logps: PairLogps, s: ObjectiveConfig, beta: float) -> Tensor:

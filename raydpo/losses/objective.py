@@ -27,7 +27,8 @@ LossFunction = Callable[[PairLogps, ObjectiveConfig, float], Tensor]
 """Function from log-probs of B pairs, settings and beta to losses, [B]. A loss by import path is such a function, too."""
 FUNCTIONS: dict[str, LossFunction] = {
     name: next(getattr(module, name) for module in (margin, pointwise, transport, reference_free) if hasattr(module, name))
-    for name in LOSSES}
+    for name in LOSSES
+}
 """The function of each loss in ``config.LOSSES``, by name."""
 LEAST_DYNAMIC = 0.01
 """Lower bound of beta under ``dynamic_beta``, as a share of beta. The formula has no bound, and a negative beta would prefer
@@ -105,8 +106,9 @@ class Objective:
 def implicit_rewards(config: ObjectiveConfig, logps: PairLogps, beta: float) -> tuple[Tensor, Tensor]:
     """Rewards of the chosen and the rejected completions, [B] each. For a single loss, the quantities that it compares; for
     a mixture, beta times the log-ratios, as in TRL."""
-    chosen, rejected = (logps.chosen_logratio, logps.rejected_logratio) if config.needs_reference else \
-        (logps.chosen, logps.rejected)
+    chosen, rejected = (
+        (logps.chosen_logratio, logps.rejected_logratio) if config.needs_reference else (logps.chosen, logps.rejected)
+    )
     if len(config.terms) == 1:
         (traits,) = config.traits.values()
         if "f_divergence_type" in traits.heeds:
@@ -116,16 +118,20 @@ def implicit_rewards(config: ObjectiveConfig, logps: PairLogps, beta: float) -> 
     return beta * chosen.detach(), beta * rejected.detach()
 
 
-def preference_loss(loss: str | list[Mapping[str, float]], logps: PairLogps, *, beta: float, **settings: Any
-                    ) -> PreferenceLoss:
+def preference_loss(
+    loss: str | list[Mapping[str, float]], logps: PairLogps, *, beta: float, **settings: Any
+) -> PreferenceLoss:
     """Loss and rewards of each of B pairs for the given settings of ``config.ObjectiveConfig``."""
     return Objective(ObjectiveConfig(loss=loss, beta=beta, **settings))(logps, beta)
 
 
 def own_sources(config: ObjectiveConfig) -> dict[str, str]:
     """Digest of the source file of each loss given by import path, because its name does not tell what it computes."""
-    return {name: hashlib.sha256(Path(inspect.getfile(_imported(name))).read_bytes()).hexdigest()[:32]
-            for name in config.terms if name not in FUNCTIONS}
+    return {
+        name: hashlib.sha256(Path(inspect.getfile(_imported(name))).read_bytes()).hexdigest()[:32]
+        for name in config.terms
+        if name not in FUNCTIONS
+    }
 
 
 def _imported(path: str) -> LossFunction:
@@ -136,8 +142,10 @@ def _imported(path: str) -> LossFunction:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
-        raise ConfigError(f"'train.loss' is {path!r}, but {module_name} cannot be imported ({type(error).__name__}: "
-                          f"{error}); install it, or start in the directory of {module_name.split('.')[0]}.py") from None
+        raise ConfigError(
+            f"'train.loss' is {path!r}, but {module_name} cannot be imported ({type(error).__name__}: "
+            f"{error}); install it, or start in the directory of {module_name.split('.')[0]}.py"
+        ) from None
     function = getattr(module, name, None)
     if not callable(function):
         raise ConfigError(f"'train.loss' is {path!r}, but {module.__file__} has no function {name!r}")
@@ -148,8 +156,10 @@ def _mixes_pairs(function: LossFunction, config: ObjectiveConfig) -> bool:
     """Whether a user's own loss gives a pair another value when it is alone; found by calling it on made-up pairs."""
     random = torch.Generator().manual_seed(0)
     fields = [-20 - 10 * torch.rand(4, generator=random, dtype=torch.float64) for _ in range(4)]
-    tokens = [torch.tensor([5.0, 8.0, 13.0, 21.0], dtype=torch.float64), torch.tensor([8.0, 5.0, 21.0, 13.0],
-                                                                                    dtype=torch.float64)]
+    tokens = [
+        torch.tensor([5.0, 8.0, 13.0, 21.0], dtype=torch.float64),
+        torch.tensor([8.0, 5.0, 21.0, 13.0], dtype=torch.float64),
+    ]
     pairs = PairLogps(*fields, *tokens, margins=torch.ones(4, dtype=torch.float64), mean_chosen_tokens=10.0)
     beta = config.beta_at(0, 1)
     try:
@@ -157,14 +167,22 @@ def _mixes_pairs(function: LossFunction, config: ObjectiveConfig) -> bool:
         good = together.shape == (4,) and bool(torch.isfinite(together).all())
         alone = [function(_one(pairs, row), config, beta) for row in range(4)]
     except Exception as error:
-        raise ConfigError(f"'train.loss' {config.loss_text} failed on four made-up pairs ({type(error).__name__}: {error}); "
-                          "it is called with (raydpo.losses.PairLogps, the settings of train, beta)") from error
+        raise ConfigError(
+            f"'train.loss' {config.loss_text} failed on four made-up pairs ({type(error).__name__}: {error}); "
+            "it is called with (raydpo.losses.PairLogps, the settings of train, beta)"
+        ) from error
     if not good:
-        raise ConfigError(f"'train.loss' {config.loss_text} does not give one finite number for each of four made-up pairs, "
-                          f"but {together}")
+        raise ConfigError(
+            f"'train.loss' {config.loss_text} does not give one finite number for each of four made-up pairs, but {together}"
+        )
     return not torch.allclose(together, torch.cat(alone), rtol=1e-9, atol=1e-12)
 
 
 def _one(pairs: PairLogps, row: int) -> PairLogps:
-    return PairLogps(**{field.name: value[row : row + 1] if isinstance(value, Tensor) else value
-                        for field in dataclasses.fields(pairs) for value in [getattr(pairs, field.name)]})
+    return PairLogps(
+        **{
+            field.name: value[row : row + 1] if isinstance(value, Tensor) else value
+            for field in dataclasses.fields(pairs)
+            for value in [getattr(pairs, field.name)]
+        }
+    )

@@ -54,10 +54,13 @@ class PairLogps:
     def with_light_tails(self, alpha: float) -> PairLogps:
         """LD-DPO (arXiv 2409.06411): weight ``alpha`` for tokens beyond the length of the shorter completion."""
         lost = 1 - alpha
-        return replace(self, chosen=self.chosen - lost * self.chosen_tail,
-                       rejected=self.rejected - lost * self.rejected_tail,
-                       ref_chosen=self.ref_chosen - lost * self.ref_chosen_tail,
-                       ref_rejected=self.ref_rejected - lost * self.ref_rejected_tail)
+        return replace(
+            self,
+            chosen=self.chosen - lost * self.chosen_tail,
+            rejected=self.rejected - lost * self.rejected_tail,
+            ref_chosen=self.ref_chosen - lost * self.ref_chosen_tail,
+            ref_rejected=self.ref_rejected - lost * self.ref_rejected_tail,
+        )
 
 
 @dataclass(frozen=True)

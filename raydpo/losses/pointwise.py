@@ -64,5 +64,7 @@ def kto(logps: PairLogps, s: ObjectiveConfig, beta: float) -> Tensor:
     """
     chosen, rejected = logps.chosen_logratio, logps.rejected_logratio
     drift = torch.cat((chosen, rejected)).detach().mean().clamp(min=0)
-    return (s.desirable_weight * (1 - torch.sigmoid(beta * (chosen - drift)))
-            + s.undesirable_weight * (1 - torch.sigmoid(beta * (drift - rejected)))) / 2
+    return (
+        s.desirable_weight * (1 - torch.sigmoid(beta * (chosen - drift)))
+        + s.undesirable_weight * (1 - torch.sigmoid(beta * (drift - rejected)))
+    ) / 2

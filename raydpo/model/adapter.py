@@ -73,8 +73,9 @@ class _LoraProduct(torch.autograd.Function):
     """x @ weight.T + bias + (x @ down.T) @ up.T * scaling, with a frozen weight; [..., I] -> [..., O]."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor,
-                scaling: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float
+    ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         with torch.autocast(x.device.type, enabled=False):
             low = F.linear(rows, down)  # [T, r]

@@ -81,12 +81,21 @@ class Segments:
                 open_nodes.append(number)
             ends[open_nodes] = len(nodes)
             node_of = np.repeat(np.arange(len(nodes)), [node.length for node in nodes])
-            return cls(nodes, body, node_of=torch.from_numpy(node_of), subtree_end=torch.from_numpy(ends),
-                       depths=torch.from_numpy(tree.depths))
+            return cls(
+                nodes,
+                body,
+                node_of=torch.from_numpy(node_of),
+                subtree_end=torch.from_numpy(ends),
+                depths=torch.from_numpy(tree.depths),
+            )
         index = np.concatenate([np.arange(start, start + length) for node in nodes for start, length in node.with_path])
-        return cls(nodes, body, index=torch.from_numpy(index),
-                   query_ends=_ends([node.length for node in nodes]),
-                   key_ends=_ends([node.depth + node.length for node in nodes]))
+        return cls(
+            nodes,
+            body,
+            index=torch.from_numpy(index),
+            query_ends=_ends([node.length for node in nodes]),
+            key_ends=_ends([node.depth + node.length for node in nodes]),
+        )
 
     def to(self, device: torch.device) -> Segments:
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
@@ -132,10 +141,20 @@ def register() -> None:
     AttentionInterface.register(ATTENTION, tree_attention)
 
 
-def tree_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-                   scaling: float | None = None, dropout: float = 0.0, segments: Segments | None = None,
-                   sliding_window: int | None = None, softcap: float | None = None, s_aux: Tensor | None = None,
-                   **_: Any) -> tuple[Tensor, None]:
+def tree_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    segments: Segments | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
     """Attention function that transformers calls in each layer.
 
     Args:
@@ -177,27 +196,55 @@ def tree_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
     return (out if group is None else group.to_positions(out, query_heads, key_heads)), None
 
 
-def _by_node(attend: Any, query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float,
-             window: int | None, softcap: float | None, sinks: Tensor | None) -> Tensor:
+def _by_node(
+    attend: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
     dtype = query.dtype
     whole = query.device.type == "cpu" and dtype == torch.bfloat16
     if whole:  # see WHOLE_BLOCKS
         query, key, value = query.float(), key.float(), value.float()
-    blocks = [(number, first, min(first + QUERY_BLOCK, node.length)) for number, node in enumerate(segments.nodes)
-              for first in range(0, node.length, QUERY_BLOCK)]
+    blocks = [
+        (number, first, min(first + QUERY_BLOCK, node.length))
+        for number, node in enumerate(segments.nodes)
+        for first in range(0, node.length, QUERY_BLOCK)
+    ]
     # Split once: with slices, each node's gradient would be a tensor of all T positions.
     queries = query.split([last - first for _, first, last in blocks], dim=2)
-    keys, values = (dict(zip((node.start for node in segments.nodes),
-                             tensor.split([node.length for node in segments.nodes], dim=2), strict=True))
-                    for tensor in (key, value))
+    keys, values = (
+        dict(
+            zip(
+                (node.start for node in segments.nodes),
+                tensor.split([node.length for node in segments.nodes], dim=2),
+                strict=True,
+            )
+        )
+        for tensor in (key, value)
+    )
     outputs = []
     for own, (number, first, last) in zip(queries, blocks, strict=True):
         node = segments.nodes[number]
-        pad_queries, pad_keys = ((-size % multiple if whole else 0) for size, multiple in
-                                 zip((last - first, node.depth + last), WHOLE_BLOCKS, strict=True))
+        pad_queries, pad_keys = (
+            (-size % multiple if whole else 0)
+            for size, multiple in zip((last - first, node.depth + last), WHOLE_BLOCKS, strict=True)
+        )
         mask = _mask(segments, number, first, last, window, pad_queries, pad_keys, query)
-        out = attend(F.pad(own, (0, 0, 0, pad_queries)) if pad_queries else own, _along(keys, node, last, pad_keys),
-                     _along(values, node, last, pad_keys), mask, scaling, softcap, sinks)
+        out = attend(
+            F.pad(own, (0, 0, 0, pad_queries)) if pad_queries else own,
+            _along(keys, node, last, pad_keys),
+            _along(values, node, last, pad_keys),
+            mask,
+            scaling,
+            softcap,
+            sinks,
+        )
         outputs.append(out[:, :, : last - first])
     return torch.cat(outputs, dim=2).transpose(1, 2).to(dtype)
 
@@ -216,8 +263,16 @@ def _along(pieces: dict[int, Tensor], node: TreeNode, last: int, pad: int) -> Te
     return seen[0] if len(seen) == 1 else torch.cat(seen, dim=2)
 
 
-def _mask(segments: Segments, number: int, first: int, last: int, window: int | None, pad_queries: int, pad_keys: int,
-          query: Tensor) -> Tensor | None:
+def _mask(
+    segments: Segments,
+    number: int,
+    first: int,
+    last: int,
+    window: int | None,
+    pad_queries: int,
+    pad_keys: int,
+    query: Tensor,
+) -> Tensor | None:
     """Mask of queries ``first`` to ``last`` of a node: 0 or minus infinity in the dtype of ``query``, with padding,
     [last - first + pad_queries, depth + last + pad_keys]. None means plain causal."""
     node = segments.nodes[number]
@@ -228,8 +283,9 @@ def _mask(segments: Segments, number: int, first: int, last: int, window: int | 
         return None
     key = (number, first, window)
     if key not in segments.memo:  # computed once for all layers
-        back = (torch.arange(start, stop + pad_queries, device=query.device)[:, None]
-                - torch.arange(stop + pad_keys, device=query.device))
+        back = torch.arange(start, stop + pad_queries, device=query.device)[:, None] - torch.arange(
+            stop + pad_keys, device=query.device
+        )
         hidden = back < 0 if window is None else (back < 0) | (back >= window)
         hidden[last - first :] = False  # a padded query with no key would give NaN, also in the backward pass
         segments.memo[key] = torch.where(hidden, -math.inf, 0.0).to(query.dtype)
@@ -242,12 +298,20 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scalin
         # With a mask, CUDA's fused kernels need as many key heads as query heads.
         repeats = query.shape[1] // key.shape[1]
         key, value, grouped = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1), False
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling,
-                                          enable_gqa=grouped)
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
+    )
 
 
-def _scores_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float,
-                      softcap: float | None, sinks: Tensor | None) -> Tensor:
+def _scores_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
     """Attention in plain torch with float32 scores, for soft caps, sinks and values of another head size."""
     repeats = query.shape[1] // key.shape[1]
     key, values = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
@@ -282,25 +346,40 @@ class _Gather(torch.autograd.Function):
         return total.index_add_(0, index, grad.float()).to(dtype), None
 
 
-def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float, window: int | None,
-            softcap: float | None) -> Tensor:
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float, window: int | None, softcap: float | None
+) -> Tensor:
     """All nodes in one call. The kernels align the causal mask to the last key, so queries see the whole path."""
     rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
     keys, values = (_Gather.apply(tensor, segments.index) for tensor in rows[1:])
     window_left = -1 if window is None else window - 1
-    arguments = (rows[0].contiguous(), keys, values, segments.query_ends, segments.key_ends, segments.longest_query,
-                 segments.longest_key)
+    arguments = (
+        rows[0].contiguous(),
+        keys,
+        values,
+        segments.query_ends,
+        segments.key_ends,
+        segments.longest_query,
+        segments.longest_key,
+    )
     if segments.body == "flash":
-        out = _flash_varlen()(*arguments, softmax_scale=scaling, causal=True, window_size=(window_left, 0),
-                              **({} if softcap is None else {"softcap": softcap}))
+        out = _flash_varlen()(
+            *arguments,
+            softmax_scale=scaling,
+            causal=True,
+            window_size=(window_left, 0),
+            **({} if softcap is None else {"softcap": softcap}),
+        )
     else:
-        out = _torch_varlen()(*arguments, scale=scaling, window_size=(window_left, 0),
-                              enable_gqa=query.shape[1] != key.shape[1])
+        out = _torch_varlen()(
+            *arguments, scale=scaling, window_size=(window_left, 0), enable_gqa=query.shape[1] != key.shape[1]
+        )
     return out[None]
 
 
-def _flex(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float, window: int | None,
-          softcap: float | None) -> Tensor:
+def _flex(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float, window: int | None, softcap: float | None
+) -> Tensor:
     from torch.nn.attention.flex_attention import create_block_mask
 
     node_of, subtree_end, depths = segments.node_of, segments.subtree_end, segments.depths
@@ -315,8 +394,15 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling
     if window not in segments.memo:
         positions = query.shape[2]
         segments.memo[window] = create_block_mask(visible, None, None, positions, positions, device=query.device)
-    out = _compiled_flex()(query, key, value, block_mask=segments.memo[window], scale=scaling,
-                           score_mod=None if softcap is None else capped, enable_gqa=query.shape[1] != key.shape[1])
+    out = _compiled_flex()(
+        query,
+        key,
+        value,
+        block_mask=segments.memo[window],
+        scale=scaling,
+        score_mod=None if softcap is None else capped,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
     return out.transpose(1, 2)
 
 

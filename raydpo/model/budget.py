@@ -13,8 +13,16 @@ import torch
 
 from raydpo.model.layout import PromptGroup
 
-__all__ = ["MOST_SCORED", "MOST_TRAINED", "Budget", "find_budget", "is_out_of_memory", "probe_group", "reset_peak_memory",
-           "used_memory"]
+__all__ = [
+    "MOST_SCORED",
+    "MOST_TRAINED",
+    "Budget",
+    "find_budget",
+    "is_out_of_memory",
+    "probe_group",
+    "reset_peak_memory",
+    "used_memory",
+]
 
 MOST_SCORED = {"cuda": 65536, "cpu": 4096}
 """Most positions of a scoring pass, by device. More are not faster: the matrix products are large enough."""
@@ -39,12 +47,15 @@ class Budget:
 
     def line(self) -> str:
         """One line for the log."""
-        return (f"tokens_per_batch: auto = {self.tokens} positions ({self.bytes_per_token / 2**20:.2f} MiB each measured, "
-                f"{self.free_bytes / 2**30:.1f} GiB free)")
+        return (
+            f"tokens_per_batch: auto = {self.tokens} positions ({self.bytes_per_token / 2**20:.2f} MiB each measured, "
+            f"{self.free_bytes / 2**30:.1f} GiB free)"
+        )
 
 
-def find_budget(run: Callable[[int], object], device: torch.device, *, most: Mapping[str, int], share: float = 1.0,
-                reserve: float = 0.0) -> Budget:
+def find_budget(
+    run: Callable[[int], object], device: torch.device, *, most: Mapping[str, int], share: float = 1.0, reserve: float = 0.0
+) -> Budget:
     """Find the largest budget that fits. Memory grows linearly with positions, so two short passes are enough.
 
     Args:

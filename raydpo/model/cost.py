@@ -44,8 +44,10 @@ class ModelCost:
         tensors: dict[str, Any] = {}
         for file in files.weights:
             tensors |= read_header(file)[1]
-        return cls.of_sizes({name: math.prod(tensor["shape"]) for name, tensor in tensors.items()},
-                            files.config.get("text_config", files.config))
+        return cls.of_sizes(
+            {name: math.prod(tensor["shape"]) for name, tensor in tensors.items()},
+            files.config.get("text_config", files.config),
+        )
 
     @classmethod
     def of_sizes(cls, sizes: dict[str, int], config: dict[str, Any]) -> ModelCost:
@@ -58,15 +60,21 @@ class ModelCost:
         count = config.get("num_local_experts") or config.get("num_experts") or config.get("n_routed_experts") or 1
         idle = experts * (1 - min(config.get("num_experts_per_tok") or count, count) / count)
         total = sum(sizes.values())
-        return cls(parameters=total, active=int(total - tables - idle), hidden=hidden, vocabulary=vocabulary,
-                   layers=first(config.get, "num_hidden_layers", "n_layer", "n_layers"),
-                   attention_width=heads * (config.get("head_dim") or hidden // heads))
+        return cls(
+            parameters=total,
+            active=int(total - tables - idle),
+            hidden=hidden,
+            vocabulary=vocabulary,
+            layers=first(config.get, "num_hidden_layers", "n_layer", "n_layers"),
+            attention_width=heads * (config.get("head_dim") or hidden // heads),
+        )
 
     @property
     def work(self) -> PositionCost:
         """Costs relative to those of one token position."""
-        return PositionCost(attention=self.look_flops / self.position_flops,
-                            head=self.prediction_flops / self.position_flops)
+        return PositionCost(
+            attention=self.look_flops / self.position_flops, head=self.prediction_flops / self.position_flops
+        )
 
     @property
     def position_flops(self) -> float:
@@ -84,8 +92,17 @@ class ModelCost:
         return 2.0 * self.vocabulary * self.hidden
 
 
-_TABLES = ("embed_tokens.", "wte.", "wpe.", "word_embeddings.", "embed_in.", "embed_positions.", "lm_head.", "embed_out.",
-           "output_embeddings.")
+_TABLES = (
+    "embed_tokens.",
+    "wte.",
+    "wpe.",
+    "word_embeddings.",
+    "embed_in.",
+    "embed_positions.",
+    "lm_head.",
+    "embed_out.",
+    "output_embeddings.",
+)
 
 
 def first(read: Callable[[str], Any], *names: str, default: int | None = None) -> int:

@@ -20,10 +20,35 @@ __all__ = ["AdapterFiles", "ModelFiles", "adapter_files", "model_files", "read_h
 
 SINGLE, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
 
-_IN_LAYERS = frozenset({
-    "LORA", "ADALORA", "LOHA", "LOKR", "OFT", "BOFT", "IA3", "LN_TUNING", "VERA", "PVERA", "VBLORA", "FOURIERFT", "HRA",
-    "MISS", "BONE", "RANDLORA", "ROAD", "TRAINABLE_TOKENS", "HIRA", "SHIRA", "C3A", "WAVEFT", "OSF", "DELORA", "GRALORA",
-})
+_IN_LAYERS = frozenset(
+    {
+        "LORA",
+        "ADALORA",
+        "LOHA",
+        "LOKR",
+        "OFT",
+        "BOFT",
+        "IA3",
+        "LN_TUNING",
+        "VERA",
+        "PVERA",
+        "VBLORA",
+        "FOURIERFT",
+        "HRA",
+        "MISS",
+        "BONE",
+        "RANDLORA",
+        "ROAD",
+        "TRAINABLE_TOKENS",
+        "HIRA",
+        "SHIRA",
+        "C3A",
+        "WAVEFT",
+        "OSF",
+        "DELORA",
+        "GRALORA",
+    }
+)
 """Kinds of PEFT adapters that only change layers of the model."""
 
 
@@ -64,31 +89,53 @@ def model_files(path: str | Path, trust_remote_code: bool = False) -> ModelFiles
     directory = Path(path)
     has_adapter = (directory / "adapter_config.json").is_file()
     if has_adapter and not any((directory / name).is_file() for name in (SINGLE, INDEX)):
-        raise FilesError(f"{directory} holds an adapter, and a model is expected; name the adapter's base model as path "
-                         "(model.path, reference.path) and this directory as adapter (model.adapter, reference.adapter)")
+        raise FilesError(
+            f"{directory} holds an adapter, and a model is expected; name the adapter's base model as path "
+            "(model.path, reference.path) and this directory as adapter (model.adapter, reference.adapter)"
+        )
     if has_adapter:
-        raise FilesError(f"{directory} holds a model and an adapter (adapter_config.json), and transformers would load "
-                         "both; move the adapter to a directory of its own and name the adapter in model.adapter (or "
-                         "reference.adapter)")
+        raise FilesError(
+            f"{directory} holds a model and an adapter (adapter_config.json), and transformers would load "
+            "both; move the adapter to a directory of its own and name the adapter in model.adapter (or "
+            "reference.adapter)"
+        )
     if not (directory / "config.json").is_file():
-        raise FilesError(f"{directory} has no config.json; a Hugging Face model directory is expected, with config.json and "
-                         f"{SINGLE} (or {INDEX})")
+        raise FilesError(
+            f"{directory} has no config.json; a Hugging Face model directory is expected, with config.json and "
+            f"{SINGLE} (or {INDEX})"
+        )
     config = _read_json(directory / "config.json")
     if "configuration_files" in config:
-        raise FilesError(f"{directory}/config.json names other files (configuration_files), and each version of "
-                         "transformers chooses another one; keep one config.json")
-    strange = next((file for file in directory.glob("shard-*.safetensors")
-                    if re.fullmatch(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors", file.name)), None)
+        raise FilesError(
+            f"{directory}/config.json names other files (configuration_files), and each version of "
+            "transformers chooses another one; keep one config.json"
+        )
+    strange = next(
+        (
+            file
+            for file in directory.glob("shard-*.safetensors")
+            if re.fullmatch(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors", file.name)
+        ),
+        None,
+    )
     if strange is not None:
-        raise FilesError(f"{directory} holds a distributed checkpoint ({strange.name}), which transformers would load in "
-                         f"place of {SINGLE}; save the model with save_pretrained to a directory of its own")
+        raise FilesError(
+            f"{directory} holds a distributed checkpoint ({strange.name}), which transformers would load in "
+            f"place of {SINGLE}; save the model with save_pretrained to a directory of its own"
+        )
     weights, passed_over = _weights(directory, config)
     auto_map = config.get("auto_map") or {}
     if trust_remote_code:
         _refuse_foreign_code(directory, auto_map)
     runs_code = trust_remote_code and bool(auto_map)
-    return ModelFiles(directory=directory, config=config, weights=weights, passed_over=passed_over,
-                      code=_code(directory, nested=runs_code), runs_code=runs_code)
+    return ModelFiles(
+        directory=directory,
+        config=config,
+        weights=weights,
+        passed_over=passed_over,
+        code=_code(directory, nested=runs_code),
+        runs_code=runs_code,
+    )
 
 
 def adapter_files(path: str | Path) -> AdapterFiles:
@@ -99,16 +146,20 @@ def adapter_files(path: str | Path) -> AdapterFiles:
     """
     directory = Path(path)
     if not (directory / "adapter_config.json").is_file() and (directory / "config.json").is_file():
-        raise FilesError(f"{directory} holds a model, and an adapter is expected; name it as path (model.path, "
-                         "reference.path), not as adapter")
+        raise FilesError(
+            f"{directory} holds a model, and an adapter is expected; name it as path (model.path, "
+            "reference.path), not as adapter"
+        )
     config = _read_json(directory / "adapter_config.json")
     if not (directory / ADAPTER).is_file():
         raise FilesError(f"{directory} has no {ADAPTER}; raydpo reads PEFT adapters saved as safetensors")
     kind = config.get("peft_type")
     if kind not in _IN_LAYERS or config.get("alora_invocation_tokens"):
-        raise FilesError(f"{directory} is an adapter of kind {kind}{' (aLoRA)' if kind == 'LORA' else ''}, which changes "
-                         "more than the model's layers or is not known to raydpo: it would be left out of the log-probs. "
-                         "Use an adapter of layers, such as LoRA")
+        raise FilesError(
+            f"{directory} is an adapter of kind {kind}{' (aLoRA)' if kind == 'LORA' else ''}, which changes "
+            "more than the model's layers or is not known to raydpo: it would be left out of the log-probs. "
+            "Use an adapter of layers, such as LoRA"
+        )
     return AdapterFiles(config=config, weights=directory / ADAPTER)
 
 
@@ -163,15 +214,19 @@ def _weights(directory: Path, config: dict[str, Any]) -> tuple[tuple[Path, ...],
     named = config.get("transformers_weights")
     parts = [part for part in config.values() if isinstance(part, dict)]
     if any("transformers_weights" in part for part in parts) or (named and "text_config" in config):
-        raise FilesError(f"{directory}/config.json names the weights of a part of the model (transformers_weights), so it "
-                         f"is unclear which file is loaded; save the model with save_pretrained, as {SINGLE}")
+        raise FilesError(
+            f"{directory}/config.json names the weights of a part of the model (transformers_weights), so it "
+            f"is unclear which file is loaded; save the model with save_pretrained, as {SINGLE}"
+        )
     if named is not None:
         file = directory / str(named)
         # Compared as text, since files in the hub's cache are links to other directories.
         inside = Path(os.path.abspath(file)).is_relative_to(os.path.abspath(directory))
         if not inside or not str(named).endswith((".safetensors", ".safetensors.index.json")):
-            raise FilesError(f"transformers_weights in {directory}/config.json is {named!r}; a safetensors file or an index "
-                             "in that directory is expected")
+            raise FilesError(
+                f"transformers_weights in {directory}/config.json is {named!r}; a safetensors file or an index "
+                "in that directory is expected"
+            )
         return _there(directory, _shards(file) if file.suffix == ".json" else [str(named)]), ()
     single, index = directory / SINGLE, directory / INDEX
     if not index.is_file():
@@ -181,8 +236,10 @@ def _weights(directory: Path, config: dict[str, Any]) -> tuple[tuple[Path, ...],
         return _there(directory, shards), ()
     ours, theirs = set(read_header(single)[1]), set(_weight_map(index))
     if ours != theirs:
-        raise FilesError(f"{directory} has {SINGLE} and {INDEX}, which name different tensors (such as "
-                         f"{min(ours ^ theirs)}), so it is unclear which is meant; delete the wrong one")
+        raise FilesError(
+            f"{directory} has {SINGLE} and {INDEX}, which name different tensors (such as "
+            f"{min(ours ^ theirs)}), so it is unclear which is meant; delete the wrong one"
+        )
     files = [directory / name for name in shards]
     return (single,), tuple(files) if all(file.is_file() for file in files) else ()
 
@@ -192,9 +249,15 @@ def _there(directory: Path, names: list[str]) -> tuple[Path, ...]:
     for file in files:
         if not file.is_file():
             pickled = any(directory.glob("pytorch_model*.bin"))
-            raise FilesError(f"{directory} has no {file.name}" + (
-                "; its weights are pickled (pytorch_model.bin), which can run code when loaded: convert them with "
-                "save_pretrained of a recent transformers" if pickled else "; a Hugging Face model directory is expected"))
+            raise FilesError(
+                f"{directory} has no {file.name}"
+                + (
+                    "; its weights are pickled (pytorch_model.bin), which can run code when loaded: convert them with "
+                    "save_pretrained of a recent transformers"
+                    if pickled
+                    else "; a Hugging Face model directory is expected"
+                )
+            )
     return files
 
 
@@ -212,8 +275,11 @@ def _weight_map(index: Path) -> dict[str, str]:
 def _code(directory: Path, nested: bool) -> tuple[Path, ...]:
     files = sorted(directory.glob("*.py"))
     if nested:  # code that runs may import from subfolders
-        files += sorted(file for file in directory.glob("*/**/*.py")
-                        if not any(part.startswith(".") for part in file.relative_to(directory).parts))
+        files += sorted(
+            file
+            for file in directory.glob("*/**/*.py")
+            if not any(part.startswith(".") for part in file.relative_to(directory).parts)
+        )
     return tuple(files)
 
 
@@ -222,9 +288,11 @@ def _refuse_foreign_code(directory: Path, auto_map: dict[str, Any]) -> None:
         for name in value if isinstance(value, list) else [value]:
             if name and "--" in name:
                 repository = name.partition("--")[0]
-                raise FilesError(f"{directory}/config.json would run code of another repository, in its current version "
-                                 f"(auto_map: {name!r}); copy the .py files of {repository} into {directory} and take "
-                                 f"'{repository}--' out of auto_map, or set model.trust_remote_code=false")
+                raise FilesError(
+                    f"{directory}/config.json would run code of another repository, in its current version "
+                    f"(auto_map: {name!r}); copy the .py files of {repository} into {directory} and take "
+                    f"'{repository}--' out of auto_map, or set model.trust_remote_code=false"
+                )
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -114,8 +114,12 @@ class _ChunkedLogps(torch.autograd.Function):
                 grad_hidden[rows] = grad @ weight
             if grad_weight is not None:
                 grad_weight += (grad.T @ hidden[rows].to(weight.dtype)).float()
-        return (grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype),
-                None if grad_bias is None else grad_bias.to(bias.dtype), *[None] * 4)
+        return (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+            *[None] * 4,
+        )
 
 
 def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -172,12 +176,14 @@ class _LogpLinear(nn.Linear):
     def weight_dtype(self) -> torch.dtype:
         return self.weight.dtype
 
-    def forward(self, hidden: Tensor, targets: Tensor | None = None, log_sum_sq: bool = False
-                ) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self, hidden: Tensor, targets: Tensor | None = None, log_sum_sq: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
         if targets is None:
             return super().forward(hidden)
-        return _ChunkedLogps.apply(hidden, self.weight, self.bias, targets, self.logit_transform, torch.is_grad_enabled(),
-                                   log_sum_sq)
+        return _ChunkedLogps.apply(
+            hidden, self.weight, self.bias, targets, self.logit_transform, torch.is_grad_enabled(), log_sum_sq
+        )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits [C, V] after the architecture's transform, without gradient."""
@@ -207,10 +213,11 @@ class _AnyHead(nn.Module):
                 return logps
             return torch.stack((logps, torch.logsumexp(2 * logits, dim=-1) - 2 * normalisers))
 
-        pieces = [checkpoint(rows_logps, hidden[rows], targets[rows], use_reentrant=False)
-                  for rows in _chunks(len(targets), self.vocabulary, hidden.device)]
-        found = torch.cat(pieces, dim=-1) if pieces else \
-            hidden.new_zeros((2, 0) if log_sum_sq else 0, dtype=torch.float32)
+        pieces = [
+            checkpoint(rows_logps, hidden[rows], targets[rows], use_reentrant=False)
+            for rows in _chunks(len(targets), self.vocabulary, hidden.device)
+        ]
+        found = torch.cat(pieces, dim=-1) if pieces else hidden.new_zeros((2, 0) if log_sum_sq else 0, dtype=torch.float32)
         return (found[0], found[1].detach()) if log_sum_sq else found
 
     def logits(self, hidden: Tensor) -> Tensor:

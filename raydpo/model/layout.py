@@ -97,8 +97,15 @@ class Layout:
         positions, targets = self.positions[places] - start, self.targets[places]
         if not len(places):
             places, positions, targets = torch.tensor([sum(self.lengths)]), torch.tensor([0]), torch.tensor([0])
-        return replace(self, input_ids=cut(self.input_ids), position_ids=cut(self.position_ids), positions=positions,
-                       targets=targets, segments=replace(self.segments, group=group), places=places)
+        return replace(
+            self,
+            input_ids=cut(self.input_ids),
+            position_ids=cut(self.position_ids),
+            positions=positions,
+            targets=targets,
+            segments=replace(self.segments, group=group),
+            places=places,
+        )
 
     def to(self, device: torch.device) -> Layout:
         """The layout on ``device``; the copy may still be running."""
@@ -123,14 +130,18 @@ def lay_out(groups: Sequence[PromptGroup], method: Method = PADDED, min_saved: i
         input_ids = _padded(sequences)
         width = input_ids.shape[1]
         # The last prompt token predicts the first completion token; the last completion token predicts none.
-        positions = [row * width + np.arange(len(sequence) - length - 1, len(sequence) - 1)
-                     for row, (sequence, length) in enumerate(zip(sequences, lengths, strict=True))]
+        positions = [
+            row * width + np.arange(len(sequence) - length - 1, len(sequence) - 1)
+            for row, (sequence, length) in enumerate(zip(sequences, lengths, strict=True))
+        ]
         position_ids = segments = None
     else:
         tree = PrefixTree.build(sequences, min_saved if method.layout == "tree" else None)
         input_ids, position_ids = torch.from_numpy(tree.token_ids)[None], torch.from_numpy(tree.depths)[None]
-        positions = [tree.positions(number, len(sequence) - length - 1, len(sequence) - 1)
-                     for number, (sequence, length) in enumerate(zip(sequences, lengths, strict=True))]
+        positions = [
+            tree.positions(number, len(sequence) - length - 1, len(sequence) - 1)
+            for number, (sequence, length) in enumerate(zip(sequences, lengths, strict=True))
+        ]
         segments = Segments.of(tree, method.body)
     return Layout(input_ids, position_ids, torch.from_numpy(np.concatenate(positions)), targets, lengths, segments)
 

@@ -28,9 +28,17 @@ def torch_dtype(name: str) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
-def load_causal_lm(path: str | Path, dtype: str, *, rope_length: int | None, adapter: str | None = None,
-                   quantization: str | None = None, train_adapter: bool = False, trust_remote_code: bool = False,
-                   device: torch.device | str = "cpu") -> nn.Module:
+def load_causal_lm(
+    path: str | Path,
+    dtype: str,
+    *,
+    rope_length: int | None,
+    adapter: str | None = None,
+    quantization: str | None = None,
+    train_adapter: bool = False,
+    trust_remote_code: bool = False,
+    device: torch.device | str = "cpu",
+) -> nn.Module:
     """Load a causal LM in evaluation mode, without dropout. An adapter is not merged: the result is then a PEFT model.
 
     Args:
@@ -54,11 +62,21 @@ def load_causal_lm(path: str | Path, dtype: str, *, rope_length: int | None, ada
             raise ModelError(f"{path} is an encoder-decoder model; raydpo trains decoder-only (causal) language models")
         for key in dropout_settings(config.to_dict()):
             setattr(config, key, 0.0)
-        quantized = {} if quantization is None else {
-            "quantization_config": _quantized(quantization, dtype), "device_map": {"": torch.device(device)}}
+        quantized = (
+            {}
+            if quantization is None
+            else {"quantization_config": _quantized(quantization, dtype), "device_map": {"": torch.device(device)}}
+        )
         model, found = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=torch_dtype(dtype), use_safetensors=True, trust_remote_code=trust_remote_code,
-            output_loading_info=True, ignore_mismatched_sizes=True, **quantized)
+            path,
+            config=config,
+            dtype=torch_dtype(dtype),
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **quantized,
+        )
         refuse_gaps(path, found)
         fix_rotary(model, rope_length)
         if adapter is not None:
@@ -72,8 +90,10 @@ def load_causal_lm(path: str | Path, dtype: str, *, rope_length: int | None, ada
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         if isinstance(error, ModelError) or (isinstance(error, RuntimeError) and not _of_weights(error)):
             raise
-        raise ModelError(f"cannot load the model {path!r}"
-                         f"{f' with adapter {adapter!r}' if adapter else ''}: {' '.join(str(error).split())}") from error
+        raise ModelError(
+            f"cannot load the model {path!r}"
+            f"{f' with adapter {adapter!r}' if adapter else ''}: {' '.join(str(error).split())}"
+        ) from error
     for module in model.modules():  # modules may have a probability that is not in the configuration
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -84,8 +104,9 @@ def load_causal_lm(path: str | Path, dtype: str, *, rope_length: int | None, ada
 @contextlib.contextmanager
 def _whole_biases(model: nn.Module) -> Iterator[None]:
     """Gather biases under ZeRO-3 while an adapter is loaded, since PEFT may copy biases into the model's."""
-    shared = [parameter for name, parameter in model.named_parameters()
-              if name.endswith("bias") and hasattr(parameter, "ds_id")]
+    shared = [
+        parameter for name, parameter in model.named_parameters() if name.endswith("bias") and hasattr(parameter, "ds_id")
+    ]
     if not shared:
         yield
         return
@@ -104,8 +125,12 @@ def _quantized(quantization: str, dtype: str) -> Any:
     from transformers import BitsAndBytesConfig
 
     if quantization == "4bit":
-        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                                  bnb_4bit_compute_dtype=torch_dtype(dtype))
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch_dtype(dtype),
+        )
     # With a threshold, int8 computes some columns in 16 bits, chosen by all tokens of the batch. Rows would depend on
     # other rows.
     return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
@@ -121,8 +146,9 @@ def freeze_matching(model: nn.Module, patterns: Sequence[str]) -> None:
     for pattern in patterns:
         found = [name for name in names if re.search(pattern, name)]
         if not found:
-            raise ModelError(f"model.freeze: {pattern!r} matches no parameter; the names look like "
-                             f"{', '.join(list(names)[:3])}")
+            raise ModelError(
+                f"model.freeze: {pattern!r} matches no parameter; the names look like {', '.join(list(names)[:3])}"
+            )
         for name in found:
             names[name].requires_grad_(False)
     if not any(parameter.requires_grad for parameter in names.values()):
@@ -142,18 +168,33 @@ def add_lora(model: nn.Module, lora: LoraSettings, seed: int) -> nn.Module:
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
     torch.manual_seed(seed)
     try:
-        return fuse_adapters(get_peft_model(model, LoraConfig(
-            r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM",
-            use_dora=lora.dora, use_rslora=lora.rslora)))
+        return fuse_adapters(
+            get_peft_model(
+                model,
+                LoraConfig(
+                    r=lora.r,
+                    lora_alpha=lora.alpha,
+                    lora_dropout=lora.dropout,
+                    target_modules=targets,
+                    task_type="CAUSAL_LM",
+                    use_dora=lora.dora,
+                    use_rslora=lora.rslora,
+                ),
+            )
+        )
     except ValueError as error:
-        raise ModelError(f"model.lora.target_modules {lora.target_modules!r} does not fit this model: "
-                         f"{' '.join(str(error).split())}") from error
+        raise ModelError(
+            f"model.lora.target_modules {lora.target_modules!r} does not fit this model: {' '.join(str(error).split())}"
+        ) from error
 
 
 def dropout_settings(config: dict[str, Any]) -> dict[str, float]:
     """Dropout probabilities above 0 in a model configuration, such as resid_pdrop and attention_dropout."""
-    return {key: value for key, value in config.items()
-            if "drop" in key and isinstance(value, float) and value > 0 and not key.startswith("_")}
+    return {
+        key: value
+        for key, value in config.items()
+        if "drop" in key and isinstance(value, float) and value > 0 and not key.startswith("_")
+    }
 
 
 def restore_dropout(config_file: Path, original: dict[str, float]) -> None:

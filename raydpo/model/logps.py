@@ -56,7 +56,8 @@ class LogpModel(nn.Module):
         for module in self.modules():
             # On a CPU, bitsandbytes in evaluation mode packs 4-bit weights permanently and then has no gradient.
             module.training = type(module).__name__ == "Linear4bit" or (
-                mode and (module is self or hasattr(module, "gradient_checkpointing")))
+                mode and (module is self or hasattr(module, "gradient_checkpointing"))
+            )
         return self
 
     @property

@@ -45,8 +45,10 @@ def rope_length(settings: Mapping[str, Any], longest: int) -> int | None:
 
 def rope_line(length: int, longest: int) -> str:
     """One line for the log about ``rope_length``."""
-    return (f"rotary frequencies: this model's depend on the sequence length; all sequences (data.max_length {longest:,}) "
-            f"are computed with those for {length:,} positions")
+    return (
+        f"rotary frequencies: this model's depend on the sequence length; all sequences (data.max_length {longest:,}) "
+        f"are computed with those for {length:,} positions"
+    )
 
 
 def _dependent(settings: Mapping[str, Any]) -> Iterator[tuple[str, int | None]]:
@@ -80,20 +82,27 @@ def fix_rotary(causal_lm: nn.Module, length: int | None) -> None:
     name, places = type(causal_lm).__name__, list(_places(causal_lm))
     if length is None:
         if places:
-            raise ModelError(f"the rotary frequencies of {name} depend on the sequence length (rope_type {places[0][2]}), "
-                             "and no length is known: this command does not support such models, or config.json has neither "
-                             "rope_scaling nor rope_parameters")
+            raise ModelError(
+                f"the rotary frequencies of {name} depend on the sequence length (rope_type {places[0][2]}), "
+                "and no length is known: this command does not support such models, or config.json has neither "
+                "rope_scaling nor rope_parameters"
+            )
         return
     # Longer sequences would need other frequencies.
-    causal_lm.rope_limit = length if any(kind != "longrope" or length <= _settings(module, layer)[ORIGINAL]
-                                         for module, layer, kind in places) else None
+    causal_lm.rope_limit = (
+        length
+        if any(kind != "longrope" or length <= _settings(module, layer)[ORIGINAL] for module, layer, kind in places)
+        else None
+    )
     for module, layer, kind in places:
         _set(module, layer, kind, length)
     if not places or not all(_is_fixed(module, layer, length) for module, layer, _ in places):
-        raise ModelError(f"config.json gives {name} rotary frequencies that depend on the longest sequence of a batch "
-                         "(rope_scaling longrope or dynamic), and its code chooses them in a way that raydpo cannot fix: "
-                         "log-probs would depend on the other rows. Set model.trust_remote_code=false if transformers "
-                         "knows the architecture, or remove rope_scaling from config.json")
+        raise ModelError(
+            f"config.json gives {name} rotary frequencies that depend on the longest sequence of a batch "
+            "(rope_scaling longrope or dynamic), and its code chooses them in a way that raydpo cannot fix: "
+            "log-probs would depend on the other rows. Set model.trust_remote_code=false if transformers "
+            "knows the architecture, or remove rope_scaling from config.json"
+        )
 
 
 def _places(causal_lm: nn.Module) -> Iterator[tuple[Any, str | None, str]]:

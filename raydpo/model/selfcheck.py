@@ -53,8 +53,9 @@ class CheckReport:
 
 
 @torch.no_grad()
-def choose_layout(model: LogpModel, device: torch.device, wish: Wish = "auto",
-                  rows: Sequence[PromptGroup] = ()) -> CheckReport:
+def choose_layout(
+    model: LogpModel, device: torch.device, wish: Wish = "auto", rows: Sequence[PromptGroup] = ()
+) -> CheckReport:
     """Check the layouts and make ``model`` use the fastest exact one.
 
     Args:
@@ -71,8 +72,11 @@ def choose_layout(model: LogpModel, device: torch.device, wish: Wish = "auto",
     config = model.causal_lm.config.get_text_config()
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     bodies = available_bodies(device, dtype, head_size) if hasattr(config, "num_attention_heads") else ()
-    methods = {"tree": [Method("tree", body) for body in bodies], "packed": [Method("packed", body) for body in bodies],
-               "padded": [PADDED]}
+    methods = {
+        "tree": [Method("tree", body) for body in bodies],
+        "packed": [Method("packed", body) for body in bodies],
+        "padded": [PADDED],
+    }
     order = [method for kind in methods.values() for method in kind] if wish == "auto" else methods[wish]
     gaps: dict[str, float | str] = {}
     oracle = _Oracle(model, _cases(model.vocabulary, rows), device)
@@ -93,10 +97,14 @@ def choose_layout(model: LogpModel, device: torch.device, wish: Wish = "auto",
     model.use(PADDED)
     told = "; ".join(f"{name}: {_say(gap)}" for name, gap in gaps.items())
     if wish in ("auto", "padded"):
-        raise ModelError(f"{type(model.causal_lm).__name__} cannot be scored exactly: log-probs from its hidden states and "
-                         f"head differ from its own logits ({told}; tolerance {tolerance:g}). Please report it")
-    raise ModelError(f"model.layout={wish} is wrong for {type(model.causal_lm).__name__}: {told} (tolerance {tolerance:g} "
-                     "nats a token against one completion at a time). Use model.layout=auto")
+        raise ModelError(
+            f"{type(model.causal_lm).__name__} cannot be scored exactly: log-probs from its hidden states and "
+            f"head differ from its own logits ({told}; tolerance {tolerance:g}). Please report it"
+        )
+    raise ModelError(
+        f"model.layout={wish} is wrong for {type(model.causal_lm).__name__}: {told} (tolerance {tolerance:g} "
+        "nats a token against one completion at a time). Use model.layout=auto"
+    )
 
 
 @torch.no_grad()
@@ -112,9 +120,11 @@ def share_positions(model: LogpModel, device: torch.device, group: SequenceGroup
         ModelError: if the layout cannot be divided, or the log-probs differ from those of one device.
     """
     if model.method.layout == "padded":
-        raise ModelError(f"sequence_parallel {group.size} divides the positions of a prefix tree or a pack, but this model "
-                         "is computed in padded rows, because it mixes positions outside attention or because of "
-                         "model.layout; set sequence_parallel to 1")
+        raise ModelError(
+            f"sequence_parallel {group.size} divides the positions of a prefix tree or a pack, but this model "
+            "is computed in padded rows, because it mixes positions outside attention or because of "
+            "model.layout; set sequence_parallel to 1"
+        )
     gap = 0.0
     with _narrow_windows(model.causal_lm):
         for groups in _cases(model.vocabulary, rows).values():
@@ -125,8 +135,10 @@ def share_positions(model: LogpModel, device: torch.device, group: SequenceGroup
             gap = max(gap, float(np.abs(_flat(together) - _flat(alone)).mean()))
     tolerance = TOLERANCES[next(one.dtype for one in model.parameters() if one.is_floating_point())]
     if not gap <= tolerance:
-        raise ModelError(f"sequence_parallel {group.size} is wrong for {type(model.causal_lm).__name__}: its log-probs "
-                         f"differ by {gap:.2g} nats a token from those of one device (tolerance {tolerance:g}); set it to 1")
+        raise ModelError(
+            f"sequence_parallel {group.size} is wrong for {type(model.causal_lm).__name__}: its log-probs "
+            f"differ by {gap:.2g} nats a token from those of one device (tolerance {tolerance:g}); set it to 1"
+        )
     return f"sequence parallel: {group.size} devices compute each micro-batch together, {_say(gap)} from one alone"
 
 
@@ -160,11 +172,16 @@ def check_training_mode(model: LogpModel, device: torch.device) -> None:
         for name, module in model.named_modules():
             if module is not model and module.training:
                 kinds.setdefault(type(module), {})[name] = module
-        found = [f"{kind.__name__} ({next(iter(modules))})" for kind, modules in kinds.items()
-                 if gap(True, tuple(modules.values())) < 0.1 * differs]
-        raise ModelError(f"{type(model.causal_lm).__name__} computes other log-probs in training mode than in evaluation "
-                         f"mode, in which the reference is scored: {found[0] if found else 'one of its modules'} adds noise "
-                         "or dropout; set that to 0 in config.json")
+        found = [
+            f"{kind.__name__} ({next(iter(modules))})"
+            for kind, modules in kinds.items()
+            if gap(True, tuple(modules.values())) < 0.1 * differs
+        ]
+        raise ModelError(
+            f"{type(model.causal_lm).__name__} computes other log-probs in training mode than in evaluation "
+            f"mode, in which the reference is scored: {found[0] if found else 'one of its modules'} adds noise "
+            "or dropout; set that to 0 in config.json"
+        )
     model.train()
 
 
@@ -174,8 +191,10 @@ def _flat(scored: Sequence[tuple[np.ndarray, ...]]) -> np.ndarray:
 
 def _line(method: Method, gaps: dict[str, float | str], tolerance: float) -> str:
     refused = [f"{name} refused, {_say(gap)}" for name, gap in gaps.items() if name != str(method)]
-    return (f"layout: {method}, {_say(gaps[str(method)])} from one completion at a time"
-            f"{'; ' + '; '.join(refused) + f' (tolerance {tolerance:g})' if refused else ''}")
+    return (
+        f"layout: {method}, {_say(gaps[str(method)])} from one completion at a time"
+        f"{'; ' + '; '.join(refused) + f' (tolerance {tolerance:g})' if refused else ''}"
+    )
 
 
 def _say(gap: float | str) -> str:
@@ -189,9 +208,14 @@ class _Oracle:
         self.model, self.cases, self.device = model, cases, device
         model.use(PADDED)
         with _narrow_windows(model.causal_lm):
-            self.expected = {case: [_by_definition(model.causal_lm, group.prompt, completion, device)
-                                    for group in groups for completion in group.completions]
-                             for case, groups in cases.items()}
+            self.expected = {
+                case: [
+                    _by_definition(model.causal_lm, group.prompt, completion, device)
+                    for group in groups
+                    for completion in group.completions
+                ]
+                for case, groups in cases.items()
+            }
 
     def worst_gap(self, method: Method) -> float | str:
         """Largest mean absolute difference of a case, in nats a token; or the error, if the layout cannot run."""
@@ -257,14 +281,18 @@ def _cases(vocabulary: int, rows: Sequence[PromptGroup]) -> dict[str, list[Promp
     cases = {
         "a long prompt": [PromptGroup(tokens(64), (tokens(9), tokens(5)))],
         "completions of one token": [PromptGroup(tokens(20), (tokens(1), tokens(1)))],
-        "two prompts in a row": [PromptGroup(tokens(11), (tokens(7), tokens(12))),
-                                 PromptGroup(tokens(23), (tokens(14), tokens(3)))],
-        "a shared system prompt": [PromptGroup(np.concatenate([system, tokens(8)]), (tokens(10), tokens(6)))
-                                   for _ in range(2)],
+        "two prompts in a row": [
+            PromptGroup(tokens(11), (tokens(7), tokens(12))),
+            PromptGroup(tokens(23), (tokens(14), tokens(3))),
+        ],
+        "a shared system prompt": [
+            PromptGroup(np.concatenate([system, tokens(8)]), (tokens(10), tokens(6))) for _ in range(2)
+        ],
     }
     if rows:
-        cases["rows of the data"] = [PromptGroup(group.prompt[-96:], tuple(one[:48] for one in group.completions))
-                                     for group in rows[:CHECK_ROWS]]
+        cases["rows of the data"] = [
+            PromptGroup(group.prompt[-96:], tuple(one[:48] for one in group.completions)) for group in rows[:CHECK_ROWS]
+        ]
     return cases
 
 

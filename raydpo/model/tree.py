@@ -72,8 +72,7 @@ class PrefixTree:
             keys = [np.asarray(sequence, ">u4").tobytes() for sequence in sequences]
             order = sorted(range(len(sequences)), key=keys.__getitem__)
             # common[i]: tokens that the i-th sequence in sorted order shares with the one before it.
-            common = [0] + [common_prefix(sequences[before], sequences[after])
-                            for before, after in pairwise(order)]
+            common = [0] + [common_prefix(sequences[before], sequences[after]) for before, after in pairwise(order)]
         nodes: list[TreeNode] = []
         pieces: list[np.ndarray] = []
         owner = [0] * len(sequences)

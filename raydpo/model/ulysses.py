@@ -48,8 +48,10 @@ def head_shares(query_heads: int, key_heads: int, ranks: int) -> tuple[HeadShare
         ModelError: if there are more ranks than query heads.
     """
     if ranks > query_heads:
-        raise ModelError(f"sequence_parallel {ranks} is more than the {query_heads} attention heads of this model; set it "
-                         f"to {query_heads} at most")
+        raise ModelError(
+            f"sequence_parallel {ranks} is more than the {query_heads} attention heads of this model; set it "
+            f"to {query_heads} at most"
+        )
     repeats = query_heads // key_heads
     unit, units = (repeats, key_heads) if key_heads >= ranks else (1, query_heads)
     ends = [unit * (units * rank // ranks) for rank in range(ranks + 1)]
@@ -108,8 +110,16 @@ class SequenceGroup:
         tensors = query, key, value
         shares = head_shares(query.shape[1], key.shape[1], self.size)
         rows = query.shape[2]
-        parts = [torch.cat([tensor[0, _index(heads, tensor)].transpose(0, 1).flatten(1) for tensor, heads in
-                            zip(tensors, (share.queries, share.keys, share.keys), strict=True)], dim=1) for share in shares]
+        parts = [
+            torch.cat(
+                [
+                    tensor[0, _index(heads, tensor)].transpose(0, 1).flatten(1)
+                    for tensor, heads in zip(tensors, (share.queries, share.keys, share.keys), strict=True)
+                ],
+                dim=1,
+            )
+            for share in shares
+        ]
         mine = shares[self.rank]
         heads = len(mine.queries), len(mine.keys), len(mine.keys)
         widths = [count * tensor.shape[3] for count, tensor in zip(heads, tensors, strict=True)]

@@ -28,13 +28,25 @@ ADAPTER_NAME = "default"
 # PEFT imports bitsandbytes where it is installed, which then warns of missing kernels even if nothing is quantized.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-           "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
-           "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
-def check_weights(path: str | Path, *, adapter: str | None = None, trust_remote_code: bool = False,
-                  classifier: bool = False) -> list[str]:
+def check_weights(
+    path: str | Path, *, adapter: str | None = None, trust_remote_code: bool = False, classifier: bool = False
+) -> list[str]:
     """Check that the files of a model, and of its adapter, hold all weights of the architecture. Reads no weights.
 
     Weights stored quantized are only checked when they are loaded, since that needs the packages of the device.
@@ -60,8 +72,9 @@ def check_weights(path: str | Path, *, adapter: str | None = None, trust_remote_
         headers |= read_header(file)[1]
     if any(tensor["dtype"] not in _DTYPES for tensor in headers.values()):
         return []
-    stored = {name: torch.empty(tensor["shape"], dtype=_DTYPES[tensor["dtype"]], device="meta")
-              for name, tensor in headers.items()}
+    stored = {
+        name: torch.empty(tensor["shape"], dtype=_DTYPES[tensor["dtype"]], device="meta") for name, tensor in headers.items()
+    }
     auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     try:
         config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
@@ -69,8 +82,14 @@ def check_weights(path: str | Path, *, adapter: str | None = None, trust_remote_
             empty = auto.from_config(config, trust_remote_code=trust_remote_code)
         with _without_report():  # transformers' loader, for its renamed, converted and tied weights
             model, found = type(empty).from_pretrained(
-                None, config=empty.config, state_dict=stored, dtype=torch.float32, device_map={"": "meta"},
-                output_loading_info=True, ignore_mismatched_sizes=True)
+                None,
+                config=empty.config,
+                state_dict=stored,
+                dtype=torch.float32,
+                device_map={"": "meta"},
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
     except Exception:  # custom code may need real weights or packages of the workers; loading checks again
         return []
     refuse_gaps(path, found)
@@ -96,14 +115,23 @@ def refuse_gaps(path: str | Path, found: Mapping[str, Any]) -> None:
     """
     if found["mismatched_keys"]:
         name, stored, wanted = min(found["mismatched_keys"])
-        raise FilesError(f"{path} has weights of another shape than its config.json describes: {name} is {list(stored)} in "
-                         f"its files and {list(wanted)} in the model"
-                         + _more(len(found["mismatched_keys"]) - 1) + "; give the config.json that belongs to the weights")
+        raise FilesError(
+            f"{path} has weights of another shape than its config.json describes: {name} is {list(stored)} in "
+            f"its files and {list(wanted)} in the model"
+            + _more(len(found["mismatched_keys"]) - 1)
+            + "; give the config.json that belongs to the weights"
+        )
     missing, unused = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
     if missing:
-        raise FilesError(f"the files of {path} lack {_some(missing)}, which would be random numbers" + (
-            f"; they hold {_some(unused)}, which no part of the model takes: if these are the same weights under other "
-            "names, save the model again with save_pretrained" if unused else "; fetch or save the model again"))
+        raise FilesError(
+            f"the files of {path} lack {_some(missing)}, which would be random numbers"
+            + (
+                f"; they hold {_some(unused)}, which no part of the model takes: if these are the same weights under other "
+                "names, save the model again with save_pretrained"
+                if unused
+                else "; fetch or save the model again"
+            )
+        )
 
 
 def load_adapter(model: nn.Module, adapter: str, *, train: bool = False, low_cpu_mem_usage: bool = False) -> nn.Module:
@@ -126,26 +154,49 @@ def load_adapter(model: nn.Module, adapter: str, *, train: bool = False, low_cpu
         config.inference_mode = not train
         kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
         adapted = kind(model, config, ADAPTER_NAME, autocast_adapter_dtype=False, low_cpu_mem_usage=low_cpu_mem_usage)
-        found = adapted.load_adapter(adapter, ADAPTER_NAME, is_trainable=train, autocast_adapter_dtype=False,
-                                     torch_device="cpu", low_cpu_mem_usage=low_cpu_mem_usage,
-                                     key_mapping=getattr(model, "_checkpoint_conversion_mapping", {}))
+        found = adapted.load_adapter(
+            adapter,
+            ADAPTER_NAME,
+            is_trainable=train,
+            autocast_adapter_dtype=False,
+            torch_device="cpu",
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            key_mapping=getattr(model, "_checkpoint_conversion_mapping", {}),
+        )
     except KeyError as error:  # a weight of modules_to_save
         raise FilesError(f"the adapter {adapter} does not fit the model: its files lack {error}") from error
     except RuntimeError as error:
         if "Error(s) in loading state_dict" not in str(error):
             raise
-        shapes = re.search(r"size mismatch for (\S+): copying a param with shape torch\.Size\((.*?)\) from checkpoint, the "
-                           r"shape in current model is torch\.Size\((.*?)\)", str(error))
-        raise FilesError(f"the adapter {adapter} does not fit the model: " + (
-            f"{shapes[1]} is {shapes[2]} in its files and {shapes[3]} in the model" if shapes else
-            " ".join(str(error).split())[:300])) from error
+        shapes = re.search(
+            r"size mismatch for (\S+): copying a param with shape torch\.Size\((.*?)\) from checkpoint, the "
+            r"shape in current model is torch\.Size\((.*?)\)",
+            str(error),
+        )
+        raise FilesError(
+            f"the adapter {adapter} does not fit the model: "
+            + (
+                f"{shapes[1]} is {shapes[2]} in its files and {shapes[3]} in the model"
+                if shapes
+                else " ".join(str(error).split())[:300]
+            )
+        ) from error
     # VB-LoRA's bank is stored once, and each layer has it under another name.
     missing = sorted(name for name in found.missing_keys if ".layers." not in name or "vblora_vector_bank" not in name)
     unused = sorted(found.unexpected_keys)
     if missing or unused:
-        raise FilesError(f"the adapter {adapter} does not fit the model: " + " and ".join(filter(None, (
-            missing and f"its files lack {_some(missing)}, which would be random numbers",
-            unused and f"they hold {_some(unused)}, which no part of the model takes"))))
+        raise FilesError(
+            f"the adapter {adapter} does not fit the model: "
+            + " and ".join(
+                filter(
+                    None,
+                    (
+                        missing and f"its files lack {_some(missing)}, which would be random numbers",
+                        unused and f"they hold {_some(unused)}, which no part of the model takes",
+                    ),
+                )
+            )
+        )
     return adapted
 
 

@@ -33,12 +33,28 @@ PALE = "#050505"
 SERIES = tuple(f"#0601{number:02x}" for number in range(1, 9))
 """Placeholders for the colours of series of equal rank."""
 _VARIABLES = {INK: "--ink", GRID: "--line", GOOD: "--good", BAD: "--bad", PALE: "--pale"} | {
-    colour: f"--series-{number}" for number, colour in enumerate(SERIES, 1)}
+    colour: f"--series-{number}" for number, colour in enumerate(SERIES, 1)
+}
 _STYLE = {
-    "svg.fonttype": "none", "svg.hashsalt": "raydpo", "font.family": "sans-serif", "font.size": 9.0, "axes.titlesize": 10.0,
-    "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": GRID, "xtick.color": INK, "ytick.color": INK,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.color": GRID,
-    "grid.linewidth": 0.5, "figure.facecolor": "none", "axes.facecolor": "none", "legend.frameon": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "raydpo",
+    "font.family": "sans-serif",
+    "font.size": 9.0,
+    "axes.titlesize": 10.0,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": GRID,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.5,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "legend.frameon": False,
     # Names come from users: a dollar sign in a name does not start a formula.
     "text.parse_math": False,
 }
@@ -109,10 +125,16 @@ def svg(made: Figure, title: str, about: str, marks: Mapping[str, str] | None = 
     text = re.sub(r'id="([^"]+)"', rf'id="{prefix}-\1"', text)
     text = re.sub(r'(href="#|url\(#)', rf"\1{prefix}-", text)
     for gid, said in (marks or {}).items():
-        text = text.replace(f'<g id="{prefix}-{gid}">', f'<g class="mark" data-mark="{gid}" tabindex="0" role="img" '
-                            f'aria-label="{escape(said)}"><title>{escape(said)}</title>')
-    text = re.sub(rf'<g id="{prefix}-frame-(\d+)[^"]*"', lambda found: f'<g data-frame="{found[1]}"' + (
-        "" if int(found[1]) == frame else ' display="none"'), text)
+        text = text.replace(
+            f'<g id="{prefix}-{gid}">',
+            f'<g class="mark" data-mark="{gid}" tabindex="0" role="img" '
+            f'aria-label="{escape(said)}"><title>{escape(said)}</title>',
+        )
+    text = re.sub(
+        rf'<g id="{prefix}-frame-(\d+)[^"]*"',
+        lambda found: f'<g data-frame="{found[1]}"' + ("" if int(found[1]) == frame else ' display="none"'),
+        text,
+    )
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     # A screen reader sees no parts of an image, but marks must be visible to it.
     role = "group" if marks else "img"
@@ -127,8 +149,9 @@ def variable(colour: str) -> str:
     return f"var({_VARIABLES[colour]})"
 
 
-def length_bars(title: str, caption: str, bins: Sequence[dict[str, Any]], shares: Sequence[dict[str, float]],
-                ylabel: str) -> Picture:
+def length_bars(
+    title: str, caption: str, bins: Sequence[dict[str, Any]], shares: Sequence[dict[str, float]], ylabel: str
+) -> Picture:
     """Draw a share of pairs by how many tokens longer the chosen answer is, with 95 % intervals.
 
     Args:
@@ -136,8 +159,14 @@ def length_bars(title: str, caption: str, bins: Sequence[dict[str, Any]], shares
     """
     values, low, high = (np.array([each[name] for each in shares]) for name in ("value", "low", "high"))
     with figure() as (made, axes):
-        axes.bar(range(len(bins)), values, 0.7, color=PALE, yerr=np.abs([low - values, high - values]),
-                 error_kw={"ecolor": INK, "elinewidth": 1.0})
+        axes.bar(
+            range(len(bins)),
+            values,
+            0.7,
+            color=PALE,
+            yerr=np.abs([low - values, high - values]),
+            error_kw={"ecolor": INK, "elinewidth": 1.0},
+        )
         axes.axhline(0.5, color=INK, linewidth=0.8, linestyle="--")
         axes.set(ylim=(0, 1), xlabel="chosen longer by, tokens", ylabel=ylabel)
         axes.set_xticks(range(len(bins)), [bin_name(each, "\n… ") for each in bins], fontsize=7.5)

@@ -46,11 +46,23 @@ def audit_prepared(prepared: Prepared, console: Console) -> Audit:
     facts = pair_facts(pairs, *(found.sums for found in reference_values(pairs, prepared.cache)))
     decode = prepared.tokeniser.tokenizer.batch_decode
     done = audit_pairs(
-        facts, pairs, lambda ids: decode(ids, skip_special_tokens=False),
-        meta={"name": prepared.config.run_name, "model": prepared.config.reference_path, "raydpo": __version__,
-              "identity": prepared.reference.identity.digest, "cache": str(prepared.cache.storage)},
-        identical={source.name: source.dropped.counts[SAME] for source in prepared.sets.report.sources
-                   if source.dropped.counts[SAME]}, objective=prepared.config.train)
+        facts,
+        pairs,
+        lambda ids: decode(ids, skip_special_tokens=False),
+        meta={
+            "name": prepared.config.run_name,
+            "model": prepared.config.reference_path,
+            "raydpo": __version__,
+            "identity": prepared.reference.identity.digest,
+            "cache": str(prepared.cache.storage),
+        },
+        identical={
+            source.name: source.dropped.counts[SAME]
+            for source in prepared.sets.report.sources
+            if source.dropped.counts[SAME]
+        },
+        objective=prepared.config.train,
+    )
     write_audit(done, storage)
     for line in summary_lines(done):
         console.say(line)
@@ -67,8 +79,11 @@ def _refuse_other_pairs(storage: Storage, prepared: Prepared) -> None:
     if not storage.exists(RUN):
         return
     earlier, now = RunDirectory(storage).fingerprint(), prepared.fingerprint()
-    changes = changed_settings(*({key: each.get(key) for key in ("data.train (pairs)", "reference identity")}
-                                 for each in (earlier, now)))
+    changes = changed_settings(
+        *({key: each.get(key) for key in ("data.train (pairs)", "reference identity")} for each in (earlier, now))
+    )
     if changes:
-        raise ConfigError(f"{storage} is a run of other pairs or another reference ({'; '.join(changes)}), and its audit is "
-                          "kept. Give this one another name (name=...)")
+        raise ConfigError(
+            f"{storage} is a run of other pairs or another reference ({'; '.join(changes)}), and its audit is "
+            "kept. Give this one another name (name=...)"
+        )

@@ -43,8 +43,16 @@ def check(config: Config, verb: Verb, console: Console, trials: Sequence[Config]
             _check_reference(each)
     _check_data(configs, verb)
     trusted = [each for each in configs if each.model.trust_remote_code]
-    for path in {path: None for each in trusted for path in (each.model.path, each.reference_path, *(
-            (each.evaluate.policy, each.evaluate.reward_model) if verb == "eval" else ())) if path is not None}:
+    for path in {
+        path: None
+        for each in trusted
+        for path in (
+            each.model.path,
+            each.reference_path,
+            *((each.evaluate.policy, each.evaluate.reward_model) if verb == "eval" else ()),
+        )
+        if path is not None
+    }:
         console.warn(f"model.trust_remote_code is on: Python code in {path} runs with your rights")
     _check_models(configs, console, policy=verb != "eval")
     tokenizers = _check_tokenizers(configs)
@@ -55,11 +63,15 @@ def check(config: Config, verb: Verb, console: Console, trials: Sequence[Config]
 
 
 def _check_reference(config: Config) -> None:
-    for key, value, policy in (("reference.path", config.reference.path, config.model.path),
-                               ("reference.adapter", config.reference.adapter, config.model.adapter)):
+    for key, value, policy in (
+        ("reference.path", config.reference.path, config.model.path),
+        ("reference.adapter", config.reference.adapter, config.model.adapter),
+    ):
         if value not in (None, policy) and not config.needs_reference:
-            raise ConfigError(f"{key!r} is {value!r}, but nothing compares with a reference: train.loss is "
-                              f"{config.train.loss_text}. Drop it, or set a loss with a reference, such as sigmoid")
+            raise ConfigError(
+                f"{key!r} is {value!r}, but nothing compares with a reference: train.loss is "
+                f"{config.train.loss_text}. Drop it, or set a loss with a reference, such as sigmoid"
+            )
 
 
 def _check_data(configs: Sequence[Config], verb: Verb) -> None:
@@ -82,22 +94,32 @@ def _check_data(configs: Sequence[Config], verb: Verb) -> None:
 
 def _check_models(configs: Sequence[Config], console: Console, *, policy: bool) -> None:
     """Check that the files of references, and of policies if asked, are complete. Reads their headers alone."""
-    wanted = {(path, adapter, config.model.trust_remote_code): None for config in configs for path, adapter in (
-        *([(config.model.path, config.model.adapter)] if policy else []),
-        (config.reference_path, config.reference_adapter))}
+    wanted = {
+        (path, adapter, config.model.trust_remote_code): None
+        for config in configs
+        for path, adapter in (
+            *([(config.model.path, config.model.adapter)] if policy else []),
+            (config.reference_path, config.reference_adapter),
+        )
+    }
     for path, adapter, trust_remote_code in wanted:
-        for line in check_weights(resolve_model(path), adapter=adapter and resolve_model(adapter),
-                                  trust_remote_code=trust_remote_code):
+        for line in check_weights(
+            resolve_model(path), adapter=adapter and resolve_model(adapter), trust_remote_code=trust_remote_code
+        ):
             console.warn(line)
 
 
 def _check_tokenizers(configs: Sequence[Config]) -> list[Any]:
     """Load each tokenizer with its chat template."""
-    wanted = {(config.model.tokenizer or config.model.path, config.data.chat_template, config.model.trust_remote_code): None
-              for config in configs}
+    wanted = {
+        (config.model.tokenizer or config.model.path, config.data.chat_template, config.model.trust_remote_code): None
+        for config in configs
+    }
     try:
-        return [load_tokenizer(resolve_model(path), chat_template=template, trust_remote_code=trust_remote_code)
-                for path, template, trust_remote_code in wanted]
+        return [
+            load_tokenizer(resolve_model(path), chat_template=template, trust_remote_code=trust_remote_code)
+            for path, template, trust_remote_code in wanted
+        ]
     except ConfigError:
         raise
     except ModelError as error:  # a directory without tokenizer, or a template that is not Jinja
@@ -116,8 +138,9 @@ def _check_judges(configs: Sequence[Config], console: Console) -> None:
         if judge is not None:
             with Judge(judge):  # refuses to begin without its key; asks nothing
                 pass
-    for path, trust_remote_code in {(config.evaluate.reward_model, config.model.trust_remote_code): None
-                                    for config in configs}:
+    for path, trust_remote_code in {
+        (config.evaluate.reward_model, config.model.trust_remote_code): None for config in configs
+    }:
         if path is not None:
             for line in check_weights(resolve_model(path), trust_remote_code=trust_remote_code, classifier=True):
                 console.warn(line)
@@ -136,6 +159,8 @@ def _check_policy(config: Config, tokenizer: Any, console: Console) -> None:
     except ModelError:  # not every model directory has a tokenizer
         return
     if own.get_vocab() != tokenizer.get_vocab():
-        raise ConfigError(f"the policy {files.name} has another vocabulary ({len(own.get_vocab()):,} tokens) than "
-                          f"model.tokenizer or model.path ({len(tokenizer.get_vocab()):,}); log-probs of the same tokens "
-                          "are compared, so set model.path to a model with its tokenizer")
+        raise ConfigError(
+            f"the policy {files.name} has another vocabulary ({len(own.get_vocab()):,} tokens) than "
+            f"model.tokenizer or model.path ({len(tokenizer.get_vocab()):,}); log-probs of the same tokens "
+            "are compared, so set model.path to a model with its tokenizer"
+        )

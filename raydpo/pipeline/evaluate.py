@@ -55,7 +55,8 @@ __all__ = ["evaluate", "pairs_to_evaluate", "protocol"]
 WORK_BLOCK = 64
 """Rows that an actor computes and stores together; a kill loses at most this many for each actor."""
 _NOT_IN_PROTOCOL = dict.fromkeys(("policy", "base", "data", "subsets", "chat", "score_missing", "batch"), True) | {
-    "judge": {"key", "timeout", "retries", "parallel"}}
+    "judge": {"key", "timeout", "retries", "parallel"}
+}
 """Settings that do not change how a figure is measured. The pairs are in the protocol by their digest."""
 
 
@@ -83,8 +84,9 @@ def evaluate(config: Config, console: Console | None = None) -> dict[str, Any]:
     console.say(f"evaluation: {evaluation.storage}/{evaluation.file('evaluation', 'json')}")
     if evaluation.policy.run is not None:
         write_report_or_warn(evaluation.policy.run.uri, console)  # now with the evaluation
-    console.say(f"harness: lm_eval --model hf --model_args {harness_arguments(evaluation.policy)} --apply_chat_template "
-                "--tasks ...")
+    console.say(
+        f"harness: lm_eval --model hf --model_args {harness_arguments(evaluation.policy)} --apply_chat_template --tasks ..."
+    )
     return found
 
 
@@ -133,22 +135,30 @@ class _Evaluation:
             console.say(rope_line(reference.identity.rope_length, config.data.max_length))
         policy = find_policy(config, reference.identity.dtype)
         identity = policy.spec.identity
-        console.say(f"policy: {policy.name} in {', '.join(filter(None, (identity.dtype, identity.quantisation)))}, identity "
-                    f"{identity.digest}")
+        console.say(
+            f"policy: {policy.name} in {', '.join(filter(None, (identity.dtype, identity.quantisation)))}, identity "
+            f"{identity.digest}"
+        )
         against = policy.trained.get("reference identity")  # None for a loss without a reference
         if against not in (None, reference.identity.digest):
-            console.warn(f"the policy was trained against reference {against}, and is compared with "
-                         f"{reference.identity.digest}")
-        tokeniser = Tokeniser(load_tokenizer(
-            resolve_model(config.model.tokenizer or config.model.path), chat_template=config.data.chat_template,
-            trust_remote_code=config.model.trust_remote_code))
+            console.warn(
+                f"the policy was trained against reference {against}, and is compared with {reference.identity.digest}"
+            )
+        tokeniser = Tokeniser(
+            load_tokenizer(
+                resolve_model(config.model.tokenizer or config.model.path),
+                chat_template=config.data.chat_template,
+                trust_remote_code=config.model.trust_remote_code,
+            )
+        )
         pairs, seen = pairs_to_evaluate(config, tokeniser, console)
         console.say(f"pairs to evaluate on: {pairs.num_rows:,}")
         if seen is None or config.evaluate.policy is not None:  # what another run trained on is not data.train
             seen = _trained_on(config, policy, pairs, console)
         if seen:
-            console.warn(f"the policy was trained on the prompts of {seen:,} of {pairs.num_rows:,} pairs; they also measure "
-                         "memory")
+            console.warn(
+                f"the policy was trained on the prompts of {seen:,} of {pairs.num_rows:,} pairs; they also measure memory"
+            )
         return cls(config, console, policy, reference, tokeniser, pairs, seen)
 
     @property
@@ -172,19 +182,34 @@ class _Evaluation:
         self._score_missing(sampled)
         beta, objective = self.policy.beta(config), self._objective()
         found: dict[str, Any] = {
-            "raydpo": __version__, "policy": self.policy.name, "policy_identity": self.policy.spec.identity.digest,
-            "reference": {"path": config.reference_path, "adapter": config.reference_adapter,
-                          "identity": self.reference.identity.digest},
-            "data": list(dict.fromkeys(self.pairs["source"].to_pylist())), "held_out": settings.data is None,
-            "trained_on": self.trained_on, "beta": beta,
-            "rewards": "per_token" if objective.per_token else "sum", "reward_of": _reward_of(objective),
+            "raydpo": __version__,
+            "policy": self.policy.name,
+            "policy_identity": self.policy.spec.identity.digest,
+            "reference": {
+                "path": config.reference_path,
+                "adapter": config.reference_adapter,
+                "identity": self.reference.identity.digest,
+            },
+            "data": list(dict.fromkeys(self.pairs["source"].to_pylist())),
+            "held_out": settings.data is None,
+            "trained_on": self.trained_on,
+            "beta": beta,
+            "rewards": "per_token" if objective.per_token else "sum",
+            "reward_of": _reward_of(objective),
             "protocol": protocol(config, self.pairs, self.reference),
             "preferences": measure_preferences(self._scored_pairs(), beta, objective),
-            "generation": None, "drift": None, "wins": [], "samples": []}
+            "generation": None,
+            "drift": None,
+            "wins": [],
+            "samples": [],
+        }
         if not modes:
             return found, None
-        found["generation"] = {"prompts": len(prompts), "max_tokens": settings.max_tokens,
-                               "modes": {mode: answers.style() for mode, answers in modes.items()}}
+        found["generation"] = {
+            "prompts": len(prompts),
+            "max_tokens": settings.max_tokens,
+            "modes": {mode: answers.style() for mode, answers in modes.items()},
+        }
         ratios = steps = None
         if drifting is not None:
             policy, reference = self._log_probs(sampled)
@@ -193,21 +218,29 @@ class _Evaluation:
             found["drift"] = measure_drift(ratios, lengths, drifting.places, steps)
         found["wins"], verdicts = self._wins(prompts, modes)
         found["samples"] = next(iter(modes.values())).shown()
-        return found, pa.concat_tables([
-            answers.table(*(ratios, steps) if answers is drifting else (None, None), verdicts.get(mode, {}))
-            for mode, answers in modes.items()])
+        return found, pa.concat_tables(
+            [
+                answers.table(*(ratios, steps) if answers is drifting else (None, None), verdicts.get(mode, {}))
+                for mode, answers in modes.items()
+            ]
+        )
 
     def _objective(self) -> ObjectiveConfig:
         """Return the objective that defines the rewards: evaluate.rewards, or else that of the policy's training."""
         settings = self.config.evaluate
         if settings.rewards is not None:
             return ObjectiveConfig(loss="sigmoid_norm" if settings.rewards == "per_token" else "sigmoid")
-        trained = {name: self.policy.trained[f"train.{name}"] for name in ObjectiveConfig.model_fields
-                   if f"train.{name}" in self.policy.trained}
+        trained = {
+            name: self.policy.trained[f"train.{name}"]
+            for name in ObjectiveConfig.model_fields
+            if f"train.{name}" in self.policy.trained
+        }
         objective = ObjectiveConfig(**trained) if "loss" in trained else self.config.train
         if objective.ld_alpha is not None:
-            self.console.warn(f"the policy was trained with ld_alpha {objective.ld_alpha:g}; its rewards are measured on "
-                              "whole completions here, with weight 1 for all tokens")
+            self.console.warn(
+                f"the policy was trained with ld_alpha {objective.ld_alpha:g}; its rewards are measured on "
+                "whole completions here, with weight 1 for all tokens"
+            )
         return objective
 
     def write(self, found: dict[str, Any], samples: pa.Table | None) -> None:
@@ -236,8 +269,9 @@ class _Evaluation:
     def _scored_pairs(self) -> ScoredPairs:
         policy, reference = self._log_probs(self.pairs)
         tokens = (pc.list_value_length(self.pairs[f"{side}_ids"]).to_numpy() for side in ("chosen", "rejected"))
-        return ScoredPairs(*policy, *reference, *tokens, np.array(self.pairs["source"].to_pylist(), object),
-                           prompt_numbers(self.pairs))
+        return ScoredPairs(
+            *policy, *reference, *tokens, np.array(self.pairs["source"].to_pylist(), object), prompt_numbers(self.pairs)
+        )
 
     def _log_probs(self, pairs: pa.Table) -> list[list[np.ndarray]]:
         """Return sums over chosen and rejected completions, by policy and by reference: float64 [pairs] each."""
@@ -250,7 +284,8 @@ class _Evaluation:
                 raise CacheMissError(
                     f"log-probs of the {name} are missing for {int(lacking.sum()):,} of {len(lacking):,} pairs (first: "
                     f"{pairs['pair_id'][int(lacking.argmax())].as_py()}) in {cache.storage}, identity "
-                    f"{spec.identity.digest}; set evaluate.score_missing=true to score them")
+                    f"{spec.identity.digest}; set evaluate.score_missing=true to score them"
+                )
             found.append(sums)
         return found
 
@@ -269,21 +304,38 @@ class _Evaluation:
             each = settings.samples if mode == "sampled" else 1
             places.append(np.divmod(np.arange(len(prompts) * each), each))
             drawn = {"seed": settings.seed, "temperature": settings.temperature} if mode == "sampled" else {}
-            tables.append(pa.Table.from_pylist([
-                {"prompt_ids": prompts[place].ids, **drawn, "sample": sample if drawn else None}
-                for place, sample in zip(*(each.tolist() for each in places[-1]), strict=True)], schema=ROWS))
+            tables.append(
+                pa.Table.from_pylist(
+                    [
+                        {"prompt_ids": prompts[place].ids, **drawn, "sample": sample if drawn else None}
+                        for place, sample in zip(*(each.tolist() for each in places[-1]), strict=True)
+                    ],
+                    schema=ROWS,
+                )
+            )
         sides = []
         for name, spec in self._specs:
-            work = Answering(spec=spec, max_tokens=settings.max_tokens, stop=self.tokeniser.stop_ids, batch=settings.batch,
-                             engine=settings.engine)
-            sides.append([[np.array(ids, np.int32) for ids in one["answer_ids"].to_pylist()]
-                          for one in self._do(work, tables, f"answers of the {name}")])
-        return {mode: Answers(mode, [prompts[place] for place in place_of], place_of, samples, policy, reference,
-                              self.tokeniser)
-                for mode, (place_of, samples), policy, reference in zip(settings.modes, places, *sides, strict=True)}
+            work = Answering(
+                spec=spec,
+                max_tokens=settings.max_tokens,
+                stop=self.tokeniser.stop_ids,
+                batch=settings.batch,
+                engine=settings.engine,
+            )
+            sides.append(
+                [
+                    [np.array(ids, np.int32) for ids in one["answer_ids"].to_pylist()]
+                    for one in self._do(work, tables, f"answers of the {name}")
+                ]
+            )
+        return {
+            mode: Answers(mode, [prompts[place] for place in place_of], place_of, samples, policy, reference, self.tokeniser)
+            for mode, (place_of, samples), policy, reference in zip(settings.modes, places, *sides, strict=True)
+        }
 
-    def _wins(self, prompts: Sequence[Prompt],
-              modes: dict[str, Answers]) -> tuple[list[dict[str, Any]], dict[str, dict[str, np.ndarray]]]:
+    def _wins(
+        self, prompts: Sequence[Prompt], modes: dict[str, Answers]
+    ) -> tuple[list[dict[str, Any]], dict[str, dict[str, np.ndarray]]]:
         """Return the wins for evaluation.json, and the verdicts on the contests by mode and setting of the judge."""
         settings = self.config.evaluate
         found: list[dict[str, Any]] = []
@@ -298,11 +350,19 @@ class _Evaluation:
             found.append(count_wins(name, mode, contests[mode], verdicts[mode][setting], **more))
 
         if settings.reward_model is not None:
-            work = RewardModel.at(resolve_model(settings.reward_model), self.reference.identity.dtype,
-                                  self.config.model.trust_remote_code)
-            tables = [pa.table({"prompt": [json.dumps(one.prompt, sort_keys=True) for one in each],
-                                "answer": [getattr(one, side) for one in each]})
-                      for each in contests.values() for side in ("policy", "reference")]
+            work = RewardModel.at(
+                resolve_model(settings.reward_model), self.reference.identity.dtype, self.config.model.trust_remote_code
+            )
+            tables = [
+                pa.table(
+                    {
+                        "prompt": [json.dumps(one.prompt, sort_keys=True) for one in each],
+                        "answer": [getattr(one, side) for one in each],
+                    }
+                )
+                for each in contests.values()
+                for side in ("policy", "reference")
+            ]
             scores = iter([one["score"].to_numpy() for one in self._do(work, tables, "rewards")])
             for mode in contests:
                 count("reward_model", settings.reward_model, mode, by_scores(next(scores), next(scores)))
@@ -316,8 +376,15 @@ class _Evaluation:
 
     def _do(self, work: BlockTask, tables: Sequence[pa.Table], doing: str) -> list[pa.Table]:
         with _progress(self.console, doing) as progress:
-            return do_work(work, tables, Storage(self.config.cache_uri), resources_for("score", self.config),
-                           block=WORK_BLOCK, progress=progress, doing=doing)
+            return do_work(
+                work,
+                tables,
+                Storage(self.config.cache_uri),
+                resources_for("score", self.config),
+                block=WORK_BLOCK,
+                progress=progress,
+                doing=doing,
+            )
 
 
 def _trained_on(config: Config, policy: Policy, pairs: pa.Table, console: Console) -> int | None:
@@ -325,12 +392,14 @@ def _trained_on(config: Config, policy: Policy, pairs: pa.Table, console: Consol
     if policy.run is None:
         return None
     try:
-        training = config.data if config.evaluate.policy is None else \
-            load_config(yaml.safe_load(policy.run.read(CONFIG))).data
+        training = (
+            config.data if config.evaluate.policy is None else load_config(yaml.safe_load(policy.run.read(CONFIG))).data
+        )
         return trained_on(pairs, config, training)
     except (RaydpoError, OSError, yaml.YAMLError) as error:
-        console.warn(f"the training data of {policy.name} cannot be read, so it is unknown whether the pairs are in it: "
-                     f"{error}")
+        console.warn(
+            f"the training data of {policy.name} cannot be read, so it is unknown whether the pairs are in it: {error}"
+        )
         return None
 
 
@@ -346,6 +415,7 @@ def _progress(console: Console, doing: str) -> Iterator[Callable[[int, int], Non
     """Show a progress line from the first call on; if there is no call, say that everything was stored already."""
     line = None
     with contextlib.ExitStack() as stack:
+
         def update(done: int, total: int) -> None:
             nonlocal line
             if line is None:

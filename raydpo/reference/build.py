@@ -65,9 +65,17 @@ class BuildReport:
         return self.hits / self.wanted if self.wanted else 1.0
 
 
-def build(pairs: list[pa.Table], spec: ReferenceSpec, cache: ReferenceCache, resources: Resources, *,
-          tokens_per_batch: int | Literal["auto"], tokens_per_part: int, progress: Callable[[int, int], None],
-          note: Callable[[str], None] = lambda line: None) -> BuildReport:
+def build(
+    pairs: list[pa.Table],
+    spec: ReferenceSpec,
+    cache: ReferenceCache,
+    resources: Resources,
+    *,
+    tokens_per_batch: int | Literal["auto"],
+    tokens_per_part: int,
+    progress: Callable[[int, int], None],
+    note: Callable[[str], None] = lambda line: None,
+) -> BuildReport:
     """Score the completions of ``pairs`` that ``cache`` lacks.
 
     A build may be killed at any moment; only uncommitted parts are scored again. Any number of builds may fill the same
@@ -96,8 +104,10 @@ def build(pairs: list[pa.Table], spec: ReferenceSpec, cache: ReferenceCache, res
     here = version("transformers")
     others = sorted(one for one in cache.transformers if one.split(".")[:2] != here.split(".")[:2])
     if hits and others:
-        note(f"stored log-probs were computed with transformers {', '.join(others)}, here is {here}: a release may change "
-             f"what a model computes, and 'raydpo cache verify {cache.storage} --config CONFIG' scores a sample again")
+        note(
+            f"stored log-probs were computed with transformers {', '.join(others)}, here is {here}: a release may change "
+            f"what a model computes, and 'raydpo cache verify {cache.storage} --config CONFIG' scores a sample again"
+        )
     to_do = len(wanted) - hits
     tokens = parts = scored = found = 0  # found: scored by other builds
     told: set[str] = set()
@@ -108,8 +118,9 @@ def build(pairs: list[pa.Table], spec: ReferenceSpec, cache: ReferenceCache, res
             left, longest = 0, 0.0
             known = _parts(cache) | {*Claims.names(cache)}
             # Completions of one prompt are only split where they exceed a part, even if shards are smaller.
-            shards = missing_shards(wanted, covered, _shard_tokens(wanted, tokens_per_part, resources.teams),
-                                    tokens_per_part)
+            shards = missing_shards(
+                wanted, covered, _shard_tokens(wanted, tokens_per_part, resources.teams), tokens_per_part
+            )
             for row in _score_on_ray(shards, spec, cache, known, resources, tokens_per_batch):
                 scored += row["completions"]
                 found += row["by_others"]
@@ -126,9 +137,11 @@ def build(pairs: list[pa.Table], spec: ReferenceSpec, cache: ReferenceCache, res
             if not covered.all():
                 lacking = np.flatnonzero(~covered)
                 if not left:
-                    raise CacheError(f"after scoring, {len(lacking):,} completions are still missing from {cache.storage} "
-                                     f"(first key {wanted.keys[int(lacking[0])].as_py().hex()}); "
-                                     f"{'; '.join(cache.problems)}. Run it again")
+                    raise CacheError(
+                        f"after scoring, {len(lacking):,} completions are still missing from {cache.storage} "
+                        f"(first key {wanted.keys[int(lacking[0])].as_py().hex()}); "
+                        f"{'; '.join(cache.problems)}. Run it again"
+                    )
                 note(f"waiting for another build that is scoring {len(lacking):,} of the completions")
                 covered = _wait_for_others(cache, wanted, covered, max(PATIENCE_SECONDS, PATIENCE_SHARDS * longest))
             found = int(covered.sum()) - hits - scored
@@ -137,8 +150,18 @@ def build(pairs: list[pa.Table], spec: ReferenceSpec, cache: ReferenceCache, res
         if to_do:
             Claims(cache, frozenset()).clear()
     twice = cache.stored_twice(cache.builder, since=before)
-    return BuildReport(cache.identity.digest, len(wanted), hits, scored, to_do - scored, twice, tokens,
-                       time.perf_counter() - start, parts, problems)
+    return BuildReport(
+        cache.identity.digest,
+        len(wanted),
+        hits,
+        scored,
+        to_do - scored,
+        twice,
+        tokens,
+        time.perf_counter() - start,
+        parts,
+        problems,
+    )
 
 
 def _parts(cache: ReferenceCache) -> set[str]:
@@ -167,8 +190,14 @@ def _shard_tokens(wanted: Wanted, tokens_per_part: int, actors: int) -> int:
     return min(tokens_per_part, max(MIN_SHARD_TOKENS, total // (SHARDS_PER_WORKER * actors)))
 
 
-def _score_on_ray(shards: Iterable[Shard], spec: ReferenceSpec, cache: ReferenceCache, known: set[str],
-                  resources: Resources, tokens_per_batch: int | Literal["auto"]) -> Any:
+def _score_on_ray(
+    shards: Iterable[Shard],
+    spec: ReferenceSpec,
+    cache: ReferenceCache,
+    known: set[str],
+    resources: Resources,
+    tokens_per_batch: int | Literal["auto"],
+) -> Any:
     import ray
 
     # One row per shard and one block per row, so that a task is exactly one shard. Blocks go to the object store one by one,
@@ -192,8 +221,16 @@ class _ScoreShard:
     """Ray Data actor that holds the reference, alone or as one of a team. Each call scores one shard and commits one
     part."""
 
-    def __init__(self, spec: ReferenceSpec, cache_uri: str, builder: str, known: frozenset[str],
-                 resources: Resources, tokens_per_batch: int | Literal["auto"], check_rows: Sequence[PromptGroup]) -> None:
+    def __init__(
+        self,
+        spec: ReferenceSpec,
+        cache_uri: str,
+        builder: str,
+        known: frozenset[str],
+        resources: Resources,
+        tokens_per_batch: int | Literal["auto"],
+        check_rows: Sequence[PromptGroup],
+    ) -> None:
         import torch
 
         if resources.threads is not None:
@@ -204,10 +241,17 @@ class _ScoreShard:
         self.known = known  # claims and parts that existed when the shards were planned
         self.claims = Claims(self.cache, known)
         spec = on_this_machine(spec)
-        settings = {"device": resources.device, "tokens_per_batch": tokens_per_batch,
-                    "memory_share": resources.memory_share, "check_rows": check_rows}
-        self.scorer = (Scorer(spec, **settings) if resources.together == 1 else
-                       TeamScorer(spec, size=resources.together, threads=resources.threads, **settings))
+        settings = {
+            "device": resources.device,
+            "tokens_per_batch": tokens_per_batch,
+            "memory_share": resources.memory_share,
+            "check_rows": check_rows,
+        }
+        self.scorer = (
+            Scorer(spec, **settings)
+            if resources.together == 1
+            else TeamScorer(spec, size=resources.together, threads=resources.threads, **settings)
+        )
         self.computing = threading.Lock()
 
     def __call__(self, block: pa.Table) -> pa.Table:
@@ -216,8 +260,9 @@ class _ScoreShard:
         planned: Shard = pickle.loads(block["shard"][0].as_buffer())
         with self.computing:
             # Another build may have scored it meanwhile. Parts of this build cannot contain it, so they are skipped.
-            open_ = still_missing(planned, self.cache, skip=lambda name: (
-                name in self.known or builder_of(name) == self.cache.builder))
+            open_ = still_missing(
+                planned, self.cache, skip=lambda name: name in self.known or builder_of(name) == self.cache.builder
+            )
             shard, claim = self.claims.take(open_)
             if self.threads is not None:
                 torch.set_num_threads(self.threads)  # OpenMP keeps this number per calling thread
@@ -228,7 +273,14 @@ class _ScoreShard:
         name = self.cache.commit([one.key for one in shard.completions], logps, self.scorer.provenance) if logps else None
         if claim is not None:
             self.claims.release(claim)
-        return pa.table({"part": pa.array([name], pa.string()), "completions": [len(logps)],
-                         "by_others": [len(planned.completions) - len(open_.completions)],
-                         "left": [len(open_.completions) - len(logps)], "tokens": [shard.tokens], "seconds": [seconds],
-                         "notes": pa.array([self.scorer.notes], pa.list_(pa.string()))})
+        return pa.table(
+            {
+                "part": pa.array([name], pa.string()),
+                "completions": [len(logps)],
+                "by_others": [len(planned.completions) - len(open_.completions)],
+                "left": [len(open_.completions) - len(logps)],
+                "tokens": [shard.tokens],
+                "seconds": [seconds],
+                "notes": pa.array([self.scorer.notes], pa.list_(pa.string())),
+            }
+        )

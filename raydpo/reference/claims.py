@@ -85,7 +85,8 @@ class Claims:
         names = [name for name in self.names(self.cache) if _builder(name) != self.cache.builder]
         parts = [path.rsplit("/", 1)[-1] for path in self.cache.paths()]
         living = {_builder(name) for name in names if name not in self.known} | {
-            builder_of(name) for name in parts if name not in self.known}
+            builder_of(name) for name in parts if name not in self.known
+        }
         claimed: dict[bytes, int] = {}
         for name in names:
             if _builder(name) in living and (before is None or name < before):

@@ -61,8 +61,11 @@ def compact(cache: ReferenceCache, target_bytes: int = TARGET_BYTES) -> CompactR
     needed = ~cache.superseded() | np.isin(np.arange(len(paths)), winning_part)
     by_name = {entry.name: entry.size for entry in cache.storage.entries(f"{cache.directory}/{PARTS}")}
     sizes = [by_name.get(path.rsplit("/", 1)[-1], target_bytes) for path in paths]
-    small = [number for number in np.flatnonzero(needed).tolist() if cache.holds_tokens(number)
-             and sizes[number] < target_bytes / 2]
+    small = [
+        number
+        for number in np.flatnonzero(needed).tolist()
+        if cache.holds_tokens(number) and sizes[number] < target_bytes / 2
+    ]
     merged = rows = dropped = written = 0
     for group in _groups(small, sizes, target_bytes):
         parts = [cache.read(paths[number]) for number in group]
@@ -102,11 +105,15 @@ def _merged(cache: ReferenceCache, parts: list[Part], kept: list[np.ndarray], pr
     supersedes |= {name for part in parts for name in part.info.supersedes if name in present}
     # The time of the first part, not the current time: two compactions of the same parts write the same file.
     return encode_part(
-        cache.identity, pa.concat_arrays([part.keys.take(take) for part, take in zip(parts, takes, strict=True)]),
+        cache.identity,
+        pa.concat_arrays([part.keys.take(take) for part, take in zip(parts, takes, strict=True)]),
         np.concatenate([part.tokens[rows] for part, rows in zip(parts, kept, strict=True)]),
         pa.concat_arrays([part.logps.take(take) for part, take in zip(parts, takes, strict=True)]),
         {"parts": [{"count": count, "of": json.loads(text)} for text, count in sorted(provenance.items())]},
-        builder=COMPACTED, time_ns=min(part_time(part.info.name) for part in parts), supersedes=sorted(supersedes))
+        builder=COMPACTED,
+        time_ns=min(part_time(part.info.name) for part in parts),
+        supersedes=sorted(supersedes),
+    )
 
 
 @dataclass(frozen=True)
@@ -125,28 +132,38 @@ def find_garbage(cache: ReferenceCache) -> list[Garbage]:
     found = []
     for folder in ("", PARTS, UNVERIFIED, SET_ASIDE, CLAIMS):
         place = f"{directory}/{folder}".rstrip("/")
-        found += [Garbage(f"{place}/{entry.name}", entry.size, "left half-written")
-                  for entry in stale_temporaries(storage, place, older_than=ABANDONED_SECONDS)]
+        found += [
+            Garbage(f"{place}/{entry.name}", entry.size, "left half-written")
+            for entry in stale_temporaries(storage, place, older_than=ABANDONED_SECONDS)
+        ]
     claims = [entry for entry in storage.entries(f"{directory}/{CLAIMS}") if not entry.name.startswith(".")]
     if claims:
         now = storage.clock()
-        found += [Garbage(f"{directory}/{CLAIMS}/{entry.name}", entry.size, "a claim that its build did not take back")
-                  for entry in claims if now - entry.modified > ABANDONED_SECONDS]
-    imported = {f"{directory}/{UNVERIFIED}/{entry.name}": entry.size
-                for entry in storage.entries(f"{directory}/{UNVERIFIED}")}
+        found += [
+            Garbage(f"{directory}/{CLAIMS}/{entry.name}", entry.size, "a claim that its build did not take back")
+            for entry in claims
+            if now - entry.modified > ABANDONED_SECONDS
+        ]
+    imported = {
+        f"{directory}/{UNVERIFIED}/{entry.name}": entry.size for entry in storage.entries(f"{directory}/{UNVERIFIED}")
+    }
     if imported:  # only a cache opened with unverified=True reads these
         imports = ReferenceCache(storage, cache.identity, unverified=True)
         imports.refresh()
-        found += [Garbage(path, imported.get(path, 0), "imported, and answered by later rows")
-                  for path in imports.passed_over()]
+        found += [
+            Garbage(path, imported.get(path, 0), "imported, and answered by later rows") for path in imports.passed_over()
+        ]
     by_name = {entry.name: entry.size for entry in storage.entries(f"{directory}/{PARTS}")}
     superseded = cache.superseded()
     for number in np.flatnonzero(superseded).tolist():
         path = cache.paths()[number]
         if _is_answered_elsewhere(cache, number, superseded):
             found.append(Garbage(path, by_name.get(path.rsplit("/", 1)[-1], 0), "superseded by a compacted part"))
-    found += [Garbage(f"{directory}/{SET_ASIDE}/{entry.name}", entry.size, "damaged or foreign, set aside")
-              for entry in storage.entries(f"{directory}/{SET_ASIDE}") if not entry.name.startswith(".")]
+    found += [
+        Garbage(f"{directory}/{SET_ASIDE}/{entry.name}", entry.size, "damaged or foreign, set aside")
+        for entry in storage.entries(f"{directory}/{SET_ASIDE}")
+        if not entry.name.startswith(".")
+    ]
     return sorted(found, key=lambda one: one.path)
 
 

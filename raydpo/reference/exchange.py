@@ -22,8 +22,11 @@ from raydpo.reference.verify import TOLERANCES, sum_tolerance
 
 __all__ = ["COLUMN_NAMES", "ImportReport", "export_pairs", "import_sums", "wanted_names"]
 
-COLUMN_NAMES = (("ref_chosen_logps", "ref_rejected_logps"), ("reference_chosen_logps", "reference_rejected_logps"),
-                ("chosen_logps", "rejected_logps"))
+COLUMN_NAMES = (
+    ("ref_chosen_logps", "ref_rejected_logps"),
+    ("reference_chosen_logps", "reference_rejected_logps"),
+    ("chosen_logps", "rejected_logps"),
+)
 """Column names of sums in other trainers' data: TRL's, those of older trainers, those of open-instruct's cache."""
 EXPORT_ROWS = 4096
 
@@ -85,8 +88,14 @@ class ImportReport:
     contradicts: int
 
 
-def import_sums(config: DataConfig, pairs: pa.Table, cache: ReferenceCache, *, columns: tuple[str, str] | None = None,
-                means: bool = False) -> ImportReport:
+def import_sums(
+    config: DataConfig,
+    pairs: pa.Table,
+    cache: ReferenceCache,
+    *,
+    columns: tuple[str, str] | None = None,
+    means: bool = False,
+) -> ImportReport:
     """Store the sums in the records of ``config.train`` as unverified rows.
 
     Args:
@@ -102,21 +111,30 @@ def import_sums(config: DataConfig, pairs: pa.Table, cache: ReferenceCache, *, c
     values = np.array([found.get(pair_id, (np.nan, np.nan)) for pair_id in ids], np.float64).reshape(-1, 2)
     there = np.isfinite(values).all(axis=1)
     if not there.any():
-        raise DataError(f"no pair of the data has numbers in both {names[0]!r} and {names[1]!r}; name the columns with "
-                        "--chosen and --rejected")
+        raise DataError(
+            f"no pair of the data has numbers in both {names[0]!r} and {names[1]!r}; name the columns with "
+            "--chosen and --rejected"
+        )
     rows = pairs.filter(pa.array(there))
     keys = np.concatenate([as_bytes(rows[f"{side}_key"]) for side in ("chosen", "rejected")])
     tokens = np.concatenate([pc.list_value_length(rows[f"{side}_ids"]).to_numpy() for side in ("chosen", "rejected")])
     sums = np.concatenate([values[there, side] for side in range(2)]) * (tokens if means else 1)
     if sums.max() > HIGHEST:
         side, row = divmod(int(sums.argmax()), rows.num_rows)
-        raise DataError(f"pair {rows['pair_id'][row].as_py()} has {sums.max():.6g} in {names[side]!r}; log-probs are "
-                        "negative. Does the column hold losses or rewards?")
+        raise DataError(
+            f"pair {rows['pair_id'][row].as_py()} has {sums.max():.6g} in {names[side]!r}; log-probs are "
+            "negative. Does the column hold losses or rewards?"
+        )
     tokens = tokens.astype(np.int32)
     contradicts = _contradicted(cache, keys, tokens, sums)
     provenance = {"imported": [one.path for one in config.train], "columns": list(names), "means": means}
-    part = cache.commit_rows(pa.FixedSizeBinaryArray.from_buffers(KEY_TYPE, len(keys), [None, pa.py_buffer(keys)]),
-                             tokens, sums, provenance, verified=False)
+    part = cache.commit_rows(
+        pa.FixedSizeBinaryArray.from_buffers(KEY_TYPE, len(keys), [None, pa.py_buffer(keys)]),
+        tokens,
+        sums,
+        provenance,
+        verified=False,
+    )
     return ImportReport(int(there.sum()), len(keys), int((~there).sum()), names, part, contradicts)
 
 
@@ -134,8 +152,9 @@ def _contradicted(cache: ReferenceCache, keys: np.ndarray, tokens: np.ndarray, s
     return count
 
 
-def _sums_by_pair(config: DataConfig,
-                  columns: tuple[str, str] | None) -> tuple[dict[str, tuple[float, float]], tuple[str, str]]:
+def _sums_by_pair(
+    config: DataConfig, columns: tuple[str, str] | None
+) -> tuple[dict[str, tuple[float, float]], tuple[str, str]]:
     """Both sums of each record that has them, by pair id; and the names of the two columns."""
     found: dict[str, tuple[float, float]] = {}
     present: dict[str, None] = {}
@@ -151,8 +170,10 @@ def _sums_by_pair(config: DataConfig,
                     break
     if columns is None or not found:
         wanted = " or ".join(" and ".join(map(repr, names)) for names in ([columns] if columns else COLUMN_NAMES))
-        raise DataError(f"the records have no numbers in {wanted}; columns present: {', '.join(list(present)[:20])}. Name "
-                        "them with --chosen and --rejected")
+        raise DataError(
+            f"the records have no numbers in {wanted}; columns present: {', '.join(list(present)[:20])}. Name "
+            "them with --chosen and --rejected"
+        )
     return found, columns
 
 

@@ -27,8 +27,16 @@ from raydpo.model.files import AdapterFiles, ModelFiles, adapter_files, model_fi
 from raydpo.model.rotary import rope_length
 from raydpo.storage.local_copy import local_home
 
-__all__ = ["QUANTIZED", "SCORING_VERSION", "ReferenceIdentity", "earlier_identity", "identify", "on_this_machine",
-           "proved_here", "resolve_model"]
+__all__ = [
+    "QUANTIZED",
+    "SCORING_VERSION",
+    "ReferenceIdentity",
+    "earlier_identity",
+    "identify",
+    "on_this_machine",
+    "proved_here",
+    "resolve_model",
+]
 
 SCORING_VERSION = 2
 """Version of raydpo's own arithmetic, raised whenever a change alters the numbers it would store."""
@@ -36,12 +44,23 @@ _ADAPTER_VERSION = 3
 """Scoring version of adapters in bfloat16, the only ones whose numbers changed since; on quantized weights, only of adapters
 on the head."""
 
-_NOT_ARCHITECTURE = frozenset({
-    "_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "_attn_implementation",
-    "_attn_implementation_autoset", "id2label", "label2id", "transformers_weights",
-})
-_NOT_ADAPTER = frozenset({"base_model_name_or_path", "inference_mode", "revision", "auto_mapping", "task_type",
-                          "peft_version", "lora_dropout"})
+_NOT_ARCHITECTURE = frozenset(
+    {
+        "_name_or_path",
+        "transformers_version",
+        "torch_dtype",
+        "dtype",
+        "use_cache",
+        "_attn_implementation",
+        "_attn_implementation_autoset",
+        "id2label",
+        "label2id",
+        "transformers_weights",
+    }
+)
+_NOT_ADAPTER = frozenset(
+    {"base_model_name_or_path", "inference_mode", "revision", "auto_mapping", "task_type", "peft_version", "lora_dropout"}
+)
 _FIRST_MATCH = ("rank_pattern", "alpha_pattern")
 """Entries of adapter_config.json in which the first matching pattern wins, so their order matters."""
 
@@ -74,8 +93,9 @@ class ReferenceIdentity:
     def to_dict(self) -> dict[str, Any]:
         """The fields by name. Fields added in later versions appear only where they have a value, so that older digests stay
         valid."""
-        return {name: value for name, value in dataclasses.asdict(self).items()
-                if name != "rope_length" or value is not None}
+        return {
+            name: value for name, value in dataclasses.asdict(self).items() if name != "rope_length" or value is not None
+        }
 
     @classmethod
     def from_json(cls, text: str | bytes) -> ReferenceIdentity:
@@ -84,8 +104,11 @@ class ReferenceIdentity:
     def differences(self, other: ReferenceIdentity) -> list[str]:
         """``field: mine here, theirs there`` for each field that differs."""
         mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
-        return [f"{field}: {_short(mine[field])} here, {_short(theirs[field])} there" for field in mine
-                if mine[field] != theirs[field]]
+        return [
+            f"{field}: {_short(mine[field])} here, {_short(theirs[field])} there"
+            for field in mine
+            if mine[field] != theirs[field]
+        ]
 
     def same_model(self, other: ReferenceIdentity) -> bool:
         """Whether the two agree in all fields but the precision and its scoring version: the same function up to
@@ -97,8 +120,15 @@ QUANTIZED = {"4bit": "bitsandbytes nf4, double", "8bit": "bitsandbytes int8, thr
 """What ``model.load`` makes of each quantization. Part of the identity: change the text if the loading changes."""
 
 
-def identify(path: str | Path, dtype: str, adapter: str | Path | None = None, quantization: str | None = None,
-             trust_remote_code: bool = False, *, max_length: int | None = None) -> ReferenceIdentity:
+def identify(
+    path: str | Path,
+    dtype: str,
+    adapter: str | Path | None = None,
+    quantization: str | None = None,
+    trust_remote_code: bool = False,
+    *,
+    max_length: int | None = None,
+) -> ReferenceIdentity:
     """Compute the identity of the model in directory ``path``, with the adapter in directory ``adapter`` on top.
 
     Reads every weight once. Digests of files are remembered by path, inode, size and times.
@@ -119,8 +149,9 @@ def identify(path: str | Path, dtype: str, adapter: str | Path | None = None, qu
         adapter=None if adapter is None else _adapter_digest(adapter_files(adapter)),
         dtype=dtype,
         quantisation=None if quantization is None else QUANTIZED[quantization],
-        scoring_version=_ADAPTER_VERSION if adapter is not None and dtype == "bfloat16"
-        and (quantization is None or _is_on_the_head(adapter_files(adapter))) else SCORING_VERSION,
+        scoring_version=_ADAPTER_VERSION
+        if adapter is not None and dtype == "bfloat16" and (quantization is None or _is_on_the_head(adapter_files(adapter)))
+        else SCORING_VERSION,
         rope_length=None if max_length is None else rope_length(model.config, max_length),
     )
 
@@ -130,8 +161,10 @@ def earlier_identity(identity: ReferenceIdentity) -> tuple[ReferenceIdentity, st
     an empty text if nothing has."""
     changed = []
     if identity.scoring_version == _ADAPTER_VERSION:
-        changed.append("a model with an adapter now keeps its rotary frequencies, and the input of an adapted head, in "
-                       "float32; before, both were rounded to bfloat16")
+        changed.append(
+            "a model with an adapter now keeps its rotary frequencies, and the input of an adapted head, in "
+            "float32; before, both were rounded to bfloat16"
+        )
     if identity.rope_length is not None:
         changed.append("its rotary frequencies no longer depend on the longest sequence of a batch")
     return dataclasses.replace(identity, scoring_version=SCORING_VERSION, rope_length=None), "; ".join(changed)
@@ -146,8 +179,10 @@ def resolve_model(path: str) -> str:
     if Path(path).is_dir():
         return str(Path(path).absolute())
     if not is_hub_name(path):
-        raise ModelError(f"there is no model directory {path!r} on this machine; put it on storage that every node "
-                         "mounts under the same path, or use a hub name")
+        raise ModelError(
+            f"there is no model directory {path!r} on this machine; put it on storage that every node "
+            "mounts under the same path, or use a hub name"
+        )
     return _from_hub(path)
 
 
@@ -204,28 +239,39 @@ def proved_here(spec: Any) -> Iterator[None]:
     # Again, from remembered digests: files may have been replaced while they were loaded.
     here = _identity_here(spec)
     if here != spec.identity:
-        raise ModelError(f"{spec.path} on {platform.node()} is another model than where the run was started: "
-                         f"{'; '.join(here.differences(spec.identity))}")
+        raise ModelError(
+            f"{spec.path} on {platform.node()} is another model than where the run was started: "
+            f"{'; '.join(here.differences(spec.identity))}"
+        )
 
 
 def _identity_here(spec: Any) -> ReferenceIdentity:
-    return identify(spec.path, spec.identity.dtype, spec.adapter, spec.quantization, spec.trust_remote_code,
-                    max_length=spec.identity.rope_length)
+    return identify(
+        spec.path,
+        spec.identity.dtype,
+        spec.adapter,
+        spec.quantization,
+        spec.trust_remote_code,
+        max_length=spec.identity.rope_length,
+    )
 
 
 def _from_hub(path: str, revision: str | None = None) -> str:
     from huggingface_hub import snapshot_download
 
     try:
-        directory = snapshot_download(path, revision=revision,
-                                      allow_patterns=["*.json", "*.jinja", "*.model", "*.txt", "*.py"])
+        directory = snapshot_download(
+            path, revision=revision, allow_patterns=["*.json", "*.jinja", "*.model", "*.txt", "*.py"]
+        )
         # Only the weights that are read: a repository may also hold them in other formats.
         if lacking := weights_lacking(directory):
             snapshot_download(path, revision=Path(directory).name, allow_patterns=lacking)
         return directory
     except Exception as error:  # to the user every network or hub failure means the same: no model
-        raise ModelError(f"there is no directory {path!r}, and the hub does not give a model of that name: "
-                         f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from None
+        raise ModelError(
+            f"there is no directory {path!r}, and the hub does not give a model of that name: "
+            f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        ) from None
 
 
 def _short(value: Any) -> str:
@@ -235,8 +281,10 @@ def _short(value: Any) -> str:
 def _weights_digest(model: ModelFiles) -> str:
     digest = _tensors_digest(model.weights)
     if model.passed_over and _tensors_digest(model.passed_over) != digest:
-        raise FilesError(f"{model.directory} has {model.weights[0].name} and an index whose files hold other weights; "
-                         "delete the one that is not meant")
+        raise FilesError(
+            f"{model.directory} has {model.weights[0].name} and an index whose files hold other weights; "
+            "delete the one that is not meant"
+        )
     return digest
 
 
@@ -250,8 +298,10 @@ def _architecture_digest(model: ModelFiles) -> str:
 
 
 def _adapter_digest(adapter: AdapterFiles) -> str:
-    settings = {key: list(value.items()) if key in _FIRST_MATCH and value and list(value) != sorted(value) else value
-                for key, value in adapter.config.items()}
+    settings = {
+        key: list(value.items()) if key in _FIRST_MATCH and value and list(value) != sorted(value) else value
+        for key, value in adapter.config.items()
+    }
     digest = hashlib.sha256(json.dumps(_without(settings, _NOT_ADAPTER, sets=True), sort_keys=True).encode()).hexdigest()
     return hashlib.sha256(f"{_tensors_digest([adapter.weights])}{digest}".encode()).hexdigest()
 

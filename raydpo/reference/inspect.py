@@ -35,14 +35,23 @@ def identities(uri: str) -> list[dict[str, Any]]:
     for identity in ReferenceCache.identities(storage):
         cache = ReferenceCache(storage, identity)
         parts = _current(cache.parts())
-        newest = max((entry.modified for folder in (PARTS, UNVERIFIED)
-                      for entry in storage.entries(f"{identity.digest}/{folder}")), default=0.0)
+        newest = max(
+            (entry.modified for folder in (PARTS, UNVERIFIED) for entry in storage.entries(f"{identity.digest}/{folder}")),
+            default=0.0,
+        )
         now = _now(storage) if now is None else now
-        found.append({"identity": identity.digest, "model": str(cache.description().get("model", "?")),
-                      "dtype": identity.dtype, "rows": sum(part.rows for part in parts), "parts": len(parts),
-                      "bytes": sum(part.bytes for part in parts),
-                      "unverified_rows": sum(part.rows for part in cache.parts(UNVERIFIED)),
-                      "age_seconds": max(0.0, now - newest)})
+        found.append(
+            {
+                "identity": identity.digest,
+                "model": str(cache.description().get("model", "?")),
+                "dtype": identity.dtype,
+                "rows": sum(part.rows for part in parts),
+                "parts": len(parts),
+                "bytes": sum(part.bytes for part in parts),
+                "unverified_rows": sum(part.rows for part in cache.parts(UNVERIFIED)),
+                "age_seconds": max(0.0, now - newest),
+            }
+        )
     if not found:
         raise CacheError(f"there is no reference cache at {storage}; 'raydpo score' makes one")
     return found
@@ -68,12 +77,18 @@ def describe(uri: str, identity: str | None) -> dict[str, Any]:
         "identity": {"digest": cache.identity.digest} | cache.identity.to_dict(),
         "made_by": description | {"provenance": _provenance(parts)},
         "contents": {
-            "parts": len(parts), "superseded_parts": len(infos) - len(parts), "completions": len(tokens),
-            "rows": sum(part.rows for part in parts), "tokens": int(tokens.sum()), "bytes": size,
+            "parts": len(parts),
+            "superseded_parts": len(infos) - len(parts),
+            "completions": len(tokens),
+            "rows": sum(part.rows for part in parts),
+            "tokens": int(tokens.sum()),
+            "bytes": size,
             "bytes_per_token": size / max(1, int(tokens.sum())),
             "unverified_rows": sum(part.rows for part in cache.parts(UNVERIFIED)),
-            "set_aside_files": len(cache.storage.entries(f"{cache.directory}/{SET_ASIDE}"))},
-        "tokens_of_a_completion": _quantiles(tokens), "logps_per_token": _quantiles(_per_token(cache)),
+            "set_aside_files": len(cache.storage.entries(f"{cache.directory}/{SET_ASIDE}")),
+        },
+        "tokens_of_a_completion": _quantiles(tokens),
+        "logps_per_token": _quantiles(_per_token(cache)),
         "problems": cache.problems,
     }
 
@@ -98,8 +113,13 @@ def difference(one: ReferenceCache, two: ReferenceCache) -> dict[str, Any]:
             gaps.append(gap)
             if gap > worst["mean"] or worst["key"] is None:
                 worst = {"key": key.as_py().hex(), "mean": gap}
-    return {"fields": fields, "completions": [len(keys), len(others)], "common": len(common),
-            "difference": _quantiles(np.array(gaps)), "worst": worst}
+    return {
+        "fields": fields,
+        "completions": [len(keys), len(others)],
+        "common": len(common),
+        "difference": _quantiles(np.array(gaps)),
+        "worst": worst,
+    }
 
 
 def _now(storage: Storage) -> float:
@@ -137,5 +157,7 @@ def _per_token(cache: ReferenceCache) -> np.ndarray:
 def _quantiles(values: np.ndarray) -> dict[str, float]:
     if not len(values):
         return {}
-    return {"mean": float(values.mean())} | {name: float(np.quantile(values, share)) for name, share in (
-        ("least", 0.0), ("p10", 0.1), ("median", 0.5), ("p90", 0.9), ("p99", 0.99), ("most", 1.0))}
+    return {"mean": float(values.mean())} | {
+        name: float(np.quantile(values, share))
+        for name, share in (("least", 0.0), ("p10", 0.1), ("median", 0.5), ("p90", 0.9), ("p99", 0.99), ("most", 1.0))
+    }

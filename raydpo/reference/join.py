@@ -76,8 +76,15 @@ def join(cache: ReferenceCache, keys: np.ndarray, needed: np.ndarray) -> Joined:
     return Joined(values, offsets, sums)
 
 
-def _move(part: Part, rows: np.ndarray, places: np.ndarray, needed: np.ndarray, offsets: np.ndarray, values: np.ndarray,
-          sums: np.ndarray) -> None:
+def _move(
+    part: Part,
+    rows: np.ndarray,
+    places: np.ndarray,
+    needed: np.ndarray,
+    offsets: np.ndarray,
+    values: np.ndarray,
+    sums: np.ndarray,
+) -> None:
     lengths = needed[places].astype(np.int64)
     ends = np.cumsum(lengths)
     within = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
@@ -102,8 +109,10 @@ def _file_of(count: int) -> tuple[np.ndarray, Callable[[int], None]]:
     """
     if not count:
         return np.empty(0, np.float32), lambda rows: None
-    with room_for(f"the reference's log-probs of this data, {4 * count:,} bytes,"), \
-            tempfile.TemporaryFile(prefix="raydpo-") as file:
+    with (
+        room_for(f"the reference's log-probs of this data, {4 * count:,} bytes,"),
+        tempfile.TemporaryFile(prefix="raydpo-") as file,
+    ):
         try:  # writing into a sparse file on a full disk would kill the process with SIGBUS
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, 4 * count)

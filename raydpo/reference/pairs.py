@@ -43,8 +43,13 @@ def join_reference(table: pa.Table, cache: ReferenceCache, what: str) -> pa.Tabl
 def reference_values(table: pa.Table, cache: ReferenceCache) -> tuple[Joined, Joined]:
     """Cached values of the chosen and of the rejected completions of pairs."""
     chosen, rejected = (
-        join(cache, np.concatenate([np.empty((0, 16), np.uint8), *map(as_bytes, table[f"{side}_key"].chunks)]),
-             pc.list_value_length(table[f"{side}_ids"]).to_numpy().astype(np.int32)) for side in SIDES)
+        join(
+            cache,
+            np.concatenate([np.empty((0, 16), np.uint8), *map(as_bytes, table[f"{side}_key"].chunks)]),
+            pc.list_value_length(table[f"{side}_ids"]).to_numpy().astype(np.int32),
+        )
+        for side in SIDES
+    )
     return chosen, rejected
 
 
@@ -52,25 +57,33 @@ def _miss(table: pa.Table, lacking: np.ndarray, cache: ReferenceCache, what: str
     rows = table.filter(pa.array(lacking))
     sources = ", ".join(f"{entry['values']}: {entry['counts']}" for entry in pc.value_counts(rows["source"]).to_pylist())
     first = ", ".join(rows["pair_id"].slice(0, 3).to_pylist())
-    parts = [f"reference log-probs are missing for {rows.num_rows} of {table.num_rows} {what} pairs ({sources}; first: "
-             f"{first}) in {cache.storage}, identity {cache.identity.digest}"]
+    parts = [
+        f"reference log-probs are missing for {rows.num_rows} of {table.num_rows} {what} pairs ({sources}; first: "
+        f"{first}) in {cache.storage}, identity {cache.identity.digest}"
+    ]
     others = [other for other in cache.identities(cache.storage) if other != cache.identity]
     if rows.num_rows == table.num_rows and others:
-        parts += [f"the cache holds identity {other.digest}, which is another reference "
-                  f"({'; '.join(cache.identity.differences(other))}){_as_it_is(cache.identity, other)}"
-                  for other in others[:3]]
+        parts += [
+            f"the cache holds identity {other.digest}, which is another reference "
+            f"({'; '.join(cache.identity.differences(other))}){_as_it_is(cache.identity, other)}"
+            for other in others[:3]
+        ]
     imported = sum(part.rows for part in cache.parts(UNVERIFIED))
     if imported and not cache.unverified:
-        parts.append(f"it holds {imported:,} imported rows that are not verified: run 'raydpo cache verify {cache.storage} "
-                     "--config CONFIG', or set cache.allow_unverified=true to train on them")
+        parts.append(
+            f"it holds {imported:,} imported rows that are not verified: run 'raydpo cache verify {cache.storage} "
+            "--config CONFIG', or set cache.allow_unverified=true to train on them"
+        )
     parts += cache.problems
     return CacheMissError("; ".join(parts) + ". Run 'raydpo score' (or 'raydpo run') with this configuration to fill it")
 
 
 def _as_it_is(mine: ReferenceIdentity, other: ReferenceIdentity) -> str:
     """The settings that train against ``other``, if it differs only in the precision of the weights."""
-    if mine.quantisation == other.quantisation or \
-            dataclasses.replace(mine, quantisation=other.quantisation, dtype=other.dtype) != other:
+    if (
+        mine.quantisation == other.quantisation
+        or dataclasses.replace(mine, quantisation=other.quantisation, dtype=other.dtype) != other
+    ):
         return ""
     name = next((name for name, made in QUANTIZED.items() if made == other.quantisation), "none")
     settings = [f"reference.quantization={name}", "reference.allow_other_quantization=true"]

@@ -20,22 +20,45 @@ import pyarrow.parquet as pq
 from raydpo.errors import CacheError, RaydpoError
 from raydpo.reference.identity import ReferenceIdentity
 
-__all__ = ["COMPACTED", "HIGHEST", "KEY_TYPE", "PART_SCHEMA", "SUM_SCHEMA", "DamagedPart", "Part", "PartInfo", "builder_of",
-           "decode_part", "digest_is_sound", "encode_part", "is_part", "part_time", "ragged", "read_footer"]
+__all__ = [
+    "COMPACTED",
+    "HIGHEST",
+    "KEY_TYPE",
+    "PART_SCHEMA",
+    "SUM_SCHEMA",
+    "DamagedPart",
+    "Part",
+    "PartInfo",
+    "builder_of",
+    "decode_part",
+    "digest_is_sound",
+    "encode_part",
+    "is_part",
+    "part_time",
+    "ragged",
+    "read_footer",
+]
 
 KEY_TYPE = pa.binary(16)
 """Type of the key of a completion, see ``data.keys.completion_key``."""
-PART_SCHEMA = pa.schema([
-    pa.field("key", KEY_TYPE, nullable=False),  # data.keys.completion_key of the completion before truncation
-    pa.field("tokens", pa.int32(), nullable=False),  # number of its first tokens that were scored
-    pa.field("logps", pa.list_(pa.float32()), nullable=False),  # natural-log probability of each of them
-])
+PART_SCHEMA = pa.schema(
+    [
+        pa.field("key", KEY_TYPE, nullable=False),  # data.keys.completion_key of the completion before truncation
+        pa.field("tokens", pa.int32(), nullable=False),  # number of its first tokens that were scored
+        pa.field("logps", pa.list_(pa.float32()), nullable=False),  # natural-log probability of each of them
+    ]
+)
 """Columns of a part that was scored."""
-SUM_SCHEMA = pa.schema([PART_SCHEMA.field("key"), PART_SCHEMA.field("tokens"),
-                        pa.field("sum", pa.float64(), nullable=False)])  # over exactly this many tokens
+SUM_SCHEMA = pa.schema(
+    [PART_SCHEMA.field("key"), PART_SCHEMA.field("tokens"), pa.field("sum", pa.float64(), nullable=False)]
+)  # over exactly this many tokens
 """Columns of a part of imported sums."""
-_IDENTITY, _PROVENANCE, _FORMAT, _SUPERSEDES = (b"raydpo.identity", b"raydpo.provenance", b"raydpo.format",
-                                                b"raydpo.supersedes")
+_IDENTITY, _PROVENANCE, _FORMAT, _SUPERSEDES = (
+    b"raydpo.identity",
+    b"raydpo.provenance",
+    b"raydpo.format",
+    b"raydpo.supersedes",
+)
 FORMAT_VERSION = b"1"
 COMPACTED = "compact0"
 """Takes the place of the builder in the name of a part that was merged from others."""
@@ -99,9 +122,17 @@ def digest_is_sound(name: str, data: bytes) -> bool:
     return match is not None and match["digest"] == _checksum(data)
 
 
-def encode_part(identity: ReferenceIdentity, keys: pa.Array, tokens: np.ndarray, values: pa.ListArray | np.ndarray,
-                provenance: dict[str, object], *, builder: str, time_ns: int,
-                supersedes: Sequence[str] = ()) -> tuple[str, bytes]:
+def encode_part(
+    identity: ReferenceIdentity,
+    keys: pa.Array,
+    tokens: np.ndarray,
+    values: pa.ListArray | np.ndarray,
+    provenance: dict[str, object],
+    *,
+    builder: str,
+    time_ns: int,
+    supersedes: Sequence[str] = (),
+) -> tuple[str, bytes]:
     """Encode rows as a part.
 
     Args:
@@ -115,21 +146,34 @@ def encode_part(identity: ReferenceIdentity, keys: pa.Array, tokens: np.ndarray,
     """
     per_token = not isinstance(values, np.ndarray)
     schema = PART_SCHEMA if per_token else SUM_SCHEMA
-    table = pa.table([keys, pa.array(tokens, pa.int32()), values if per_token else pa.array(values, pa.float64())],
-                     schema=schema.with_metadata({
-                         _FORMAT: FORMAT_VERSION, _IDENTITY: identity.to_json().encode(),
-                         _PROVENANCE: json.dumps(provenance, sort_keys=True).encode(),
-                         _SUPERSEDES: json.dumps(sorted(supersedes)).encode()}))
+    table = pa.table(
+        [keys, pa.array(tokens, pa.int32()), values if per_token else pa.array(values, pa.float64())],
+        schema=schema.with_metadata(
+            {
+                _FORMAT: FORMAT_VERSION,
+                _IDENTITY: identity.to_json().encode(),
+                _PROVENANCE: json.dumps(provenance, sort_keys=True).encode(),
+                _SUPERSEDES: json.dumps(sorted(supersedes)).encode(),
+            }
+        ),
+    )
     problem = _wrong_value(table)
     if problem:
-        raise CacheError(f"{problem}; nothing of this part was stored. Score in float32 (score.dtype=float32) or check the "
-                         "weights")
+        raise CacheError(
+            f"{problem}; nothing of this part was stored. Score in float32 (score.dtype=float32) or check the weights"
+        )
     sink = io.BytesIO()
     # Byte-stream split stores the exponents of all floats together, which zstd compresses well. Page checksums tell where
     # a damaged file is damaged.
     column = "logps.list.element" if per_token else "sum"
-    pq.write_table(table, sink, compression="zstd", use_dictionary=False, write_page_checksum=True,
-                   column_encoding={column: "BYTE_STREAM_SPLIT", "tokens": "PLAIN", "key": "PLAIN"})
+    pq.write_table(
+        table,
+        sink,
+        compression="zstd",
+        use_dictionary=False,
+        write_page_checksum=True,
+        column_encoding={column: "BYTE_STREAM_SPLIT", "tokens": "PLAIN", "key": "PLAIN"},
+    )
     data = sink.getvalue()
     return f"part-{time_ns:020d}-{builder}-{_checksum(data)}.parquet", data
 
@@ -175,9 +219,15 @@ def read_footer(name: str, stream: object, size: int) -> PartInfo:
         metadata = parquet.schema_arrow.metadata or {}
         if metadata.get(_FORMAT) != FORMAT_VERSION:
             raise CacheError(f"part {name} has format {metadata.get(_FORMAT)!r}, this raydpo reads {FORMAT_VERSION!r}")
-        return PartInfo(name, parquet.metadata.num_rows, size, ReferenceIdentity.from_json(metadata[_IDENTITY]),
-                        json.loads(metadata.get(_PROVENANCE, b"{}")), tuple(json.loads(metadata.get(_SUPERSEDES, b"[]"))),
-                        "logps" in parquet.schema_arrow.names)
+        return PartInfo(
+            name,
+            parquet.metadata.num_rows,
+            size,
+            ReferenceIdentity.from_json(metadata[_IDENTITY]),
+            json.loads(metadata.get(_PROVENANCE, b"{}")),
+            tuple(json.loads(metadata.get(_SUPERSEDES, b"[]"))),
+            "logps" in parquet.schema_arrow.names,
+        )
     except (RaydpoError, MemoryError):
         raise
     except (OSError, pa.ArrowException, KeyError, ValueError, TypeError) as error:
@@ -213,8 +263,13 @@ def _wrong_value(table: pa.Table) -> str | None:
 
 
 def _one_array(column: pa.ChunkedArray) -> pa.Array:
-    return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks) if column.num_chunks else (
-        pa.array([], column.type))
+    return (
+        column.chunk(0)
+        if column.num_chunks == 1
+        else pa.concat_arrays(column.chunks)
+        if column.num_chunks
+        else (pa.array([], column.type))
+    )
 
 
 def _one_line(error: Exception) -> str:

@@ -59,14 +59,29 @@ class Scorer:
         ModelError: if the files here are another model than ``spec.identity``, or cannot be scored exactly.
     """
 
-    def __init__(self, spec: ReferenceSpec, *, device: str, tokens_per_batch: int | Literal["auto"],
-                 memory_share: float = 1.0, check_rows: Sequence[PromptGroup] = (),
-                 group: SequenceGroup | None = None) -> None:
+    def __init__(
+        self,
+        spec: ReferenceSpec,
+        *,
+        device: str,
+        tokens_per_batch: int | Literal["auto"],
+        memory_share: float = 1.0,
+        check_rows: Sequence[PromptGroup] = (),
+        group: SequenceGroup | None = None,
+    ) -> None:
         self.device = torch.device(device)
         with proved_here(spec):
-            self.model = LogpModel(load_causal_lm(spec.path, spec.identity.dtype, adapter=spec.adapter, device=self.device,
-                                                  quantization=spec.quantization, rope_length=spec.identity.rope_length,
-                                                  trust_remote_code=spec.trust_remote_code))
+            self.model = LogpModel(
+                load_causal_lm(
+                    spec.path,
+                    spec.identity.dtype,
+                    adapter=spec.adapter,
+                    device=self.device,
+                    quantization=spec.quantization,
+                    rope_length=spec.identity.rope_length,
+                    trust_remote_code=spec.trust_remote_code,
+                )
+            )
         self.model.eval().requires_grad_(False)
         self.notes = [choose_layout(self.model, self.device, spec.layout, check_rows).line]
         if group is not None:
@@ -95,10 +110,15 @@ class Scorer:
         return [tuple(logps for _ in each for logps in next(scored)) for each in pieces]
 
     def _pieces(self, group: PromptGroup) -> list[PromptGroup]:
-        runs = cut_group(len(group.prompt), [len(one) for one in group.completions], self.tokens_per_batch * self._size,
-                         self.model.method.layout)
-        return [group] if len(runs) == 1 else [PromptGroup(group.prompt, group.completions[start:stop])
-                                               for start, stop in runs]
+        runs = cut_group(
+            len(group.prompt),
+            [len(one) for one in group.completions],
+            self.tokens_per_batch * self._size,
+            self.model.method.layout,
+        )
+        return (
+            [group] if len(runs) == 1 else [PromptGroup(group.prompt, group.completions[start:stop]) for start, stop in runs]
+        )
 
     def _score_pieces(self, groups: Sequence[PromptGroup]) -> list[tuple[np.ndarray, ...]]:
         scored: list[tuple[np.ndarray, ...]] = [()] * len(groups)
@@ -119,8 +139,9 @@ class Scorer:
         return scored
 
     def _laid_out(self, groups: Sequence[PromptGroup]) -> Iterator[tuple[list[int], Layout]]:
-        batches = fill_batches(range(len(groups)), shapes_of(groups), self.tokens_per_batch * self._size,
-                               self.model.method.layout)
+        batches = fill_batches(
+            range(len(groups)), shapes_of(groups), self.tokens_per_batch * self._size, self.model.method.layout
+        )
 
         def prepare(batch: list[int]) -> tuple[list[int], Layout]:
             layout = self.model.lay_out([groups[index] for index in batch])
@@ -131,8 +152,10 @@ class Scorer:
     def _back_off(self) -> None:
         self._backed_off = True
         halved = max(1, self.tokens_per_batch // 2)
-        self.notes.append(f"warning: out of memory with {self.tokens_per_batch} positions a batch; continuing with "
-                          f"{halved}. Set score.tokens_per_batch={halved} to start with that")
+        self.notes.append(
+            f"warning: out of memory with {self.tokens_per_batch} positions a batch; continuing with "
+            f"{halved}. Set score.tokens_per_batch={halved} to start with that"
+        )
         self.tokens_per_batch = halved
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -146,7 +169,11 @@ class Scorer:
         """What made the numbers, for people; not part of the identity."""
         cuda = self.device.type == "cuda"
         return {
-            "raydpo": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
+            "raydpo": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
             "device": torch.cuda.get_device_name(self.device) if cuda else platform.processor() or platform.machine(),
-            "layout": str(self.model.method), "tokens_per_batch": self.tokens_per_batch, "threads": torch.get_num_threads(),
+            "layout": str(self.model.method),
+            "tokens_per_batch": self.tokens_per_batch,
+            "threads": torch.get_num_threads(),
         }

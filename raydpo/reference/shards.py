@@ -82,8 +82,9 @@ class Wanted(Sequence[Completion]):
         index.add((keys, lengths, 0))
         self._places = np.sort(index.row[index.winners])
         self.tokens = lengths[self._places]
-        self.keys = pa.FixedSizeBinaryArray.from_buffers(KEY_TYPE, len(self._places), [
-            None, pa.py_buffer(keys[self._places])])
+        self.keys = pa.FixedSizeBinaryArray.from_buffers(
+            KEY_TYPE, len(self._places), [None, pa.py_buffer(keys[self._places])]
+        )
         self.prompt_tokens = _lengths(self._table["prompt_ids"])[self._places // 2]
 
     def __len__(self) -> int:
@@ -107,8 +108,10 @@ class Wanted(Sequence[Completion]):
         table = self._table.slice(first, int(places[-1]) // 2 - first + 1)
         rows = [_rows(table, f"{side}_ids") for side in SIDES]
         prompts = _rows(table, "prompt_ids")
-        return [Completion(key, prompts[place // 2 - first], rows[place % 2][place // 2 - first])
-                for key, place in zip(self.keys[start:stop].to_pylist(), places.tolist(), strict=True)]
+        return [
+            Completion(key, prompts[place // 2 - first], rows[place % 2][place // 2 - first])
+            for key, place in zip(self.keys[start:stop].to_pylist(), places.tolist(), strict=True)
+        ]
 
 
 FAMILY_SHARE = 0.5
@@ -128,8 +131,10 @@ def plan_shards(wanted: Sequence[Completion], tokens_per_shard: int, most: int |
     groups: dict[bytes, list[Completion]] = {}
     for completion in wanted:
         groups.setdefault(completion.prompt.tobytes(), []).append(completion)
-    families = sorted(_families(list(groups.values()), tokens_per_shard),
-                      key=lambda family: (-max(_length(group) for group in family), min(one.key for one in family[0])))
+    families = sorted(
+        _families(list(groups.values()), tokens_per_shard),
+        key=lambda family: (-max(_length(group) for group in family), min(one.key for one in family[0])),
+    )
     shards: list[list[tuple[Completion, ...]]] = []
     size = 0
     for family in families:

@@ -93,9 +93,10 @@ class ReferenceCache:
         found = [one for one in cls.identities(storage) if one.digest.startswith(identity or "")]
         if len(found) != 1:
             wanted = f"that begin with {identity!r}" if identity else ""
-            raise CacheError(f"the cache at {storage} holds {len(found)} identities {wanted}".rstrip() + (
-                f" ({', '.join(one.digest for one in found)}); choose one" if found else
-                "; build it with 'raydpo score'"))
+            raise CacheError(
+                f"the cache at {storage} holds {len(found)} identities {wanted}".rstrip()
+                + (f" ({', '.join(one.digest for one in found)}); choose one" if found else "; build it with 'raydpo score'")
+            )
         return cls(storage, found[0], unverified=unverified)
 
     @staticmethod
@@ -103,8 +104,16 @@ class ReferenceCache:
         """All identities of which the cache holds at least one readable part."""
         found = []
         for name in storage.list():
-            paths = [f"{name}/{folder}/{part}" for folder in (PARTS, UNVERIFIED)
-                     for part in storage.list(f"{name}/{folder}") if is_part(part)] if len(name) == 32 else ()
+            paths = (
+                [
+                    f"{name}/{folder}/{part}"
+                    for folder in (PARTS, UNVERIFIED)
+                    for part in storage.list(f"{name}/{folder}")
+                    if is_part(part)
+                ]
+                if len(name) == 32
+                else ()
+            )
             for path in paths:
                 try:
                     identity = _footer(storage, path).identity
@@ -162,12 +171,20 @@ class ReferenceCache:
         tokens = np.array([len(values) for values in logps], np.int32)
         return self.commit_rows(pa.array([bytes(key) for key in keys], KEY_TYPE), tokens, ragged(logps), provenance)
 
-    def commit_rows(self, keys: pa.Array, tokens: np.ndarray, values: pa.ListArray | np.ndarray,
-                    provenance: dict[str, object], *, verified: bool = True) -> str:
+    def commit_rows(
+        self,
+        keys: pa.Array,
+        tokens: np.ndarray,
+        values: pa.ListArray | np.ndarray,
+        provenance: dict[str, object],
+        *,
+        verified: bool = True,
+    ) -> str:
         """``commit`` from columns: ``values`` are log-probs per token, list<float32>, or sums over ``tokens`` tokens,
         float64."""
-        name, data = encode_part(self.identity, keys, tokens, values, provenance, builder=self.builder,
-                                 time_ns=time.time_ns())
+        name, data = encode_part(
+            self.identity, keys, tokens, values, provenance, builder=self.builder, time_ns=time.time_ns()
+        )
         self.storage.write(f"{self.directory}/{PARTS if verified else UNVERIFIED}/{name}", data)
         return name
 
@@ -257,8 +274,10 @@ class ReferenceCache:
                 yield open_[mine], part, rows[mine]
             else:
                 return
-        raise CacheError(f"the parts in {self.storage}/{self.directory} change faster than they can be read; wait until "
-                         "compactions and gc are done")
+        raise CacheError(
+            f"the parts in {self.storage}/{self.directory} change faster than they can be read; wait until "
+            "compactions and gc are done"
+        )
 
     def locate(self, keys: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Number of the part, and row in it, that answers each completion with at least ``tokens`` tokens, or -1; as of the
@@ -358,7 +377,8 @@ class ReferenceCache:
                     listed.append(f"{self.directory}/{folder}/{name}")
                 elif name.endswith(".parquet") and not name.startswith("."):
                     self._problems[f"{self.directory}/{folder}/{name}"] = (
-                        f"{name} in {self.directory} has no valid name of a part; it is not used")
+                        f"{name} in {self.directory} has no valid name of a part; it is not used"
+                    )
         imports = {path for path in listed if _is_unverified(path)}
         # The index prefers rows added first, but a later import must win: start again.
         if not self._known <= set(listed) or (imports & self._known and imports - self._known):
@@ -370,7 +390,10 @@ class ReferenceCache:
         # Compacted parts first. Superseded parts come last: they answer only what no other part does.
         ordered = sorted(fresh, key=lambda path: (_short(path) in self._superseded, path not in parts, path))
         added: dict[KeyIndex, list[tuple[np.ndarray, np.ndarray, int]]] = {
-            self._tokens: [], self._sums: [], self._imported: []}
+            self._tokens: [],
+            self._sums: [],
+            self._imported: [],
+        }
         try:
             for path in [*(path for path in ordered if path not in imports), *sorted(imports & set(fresh), reverse=True)]:
                 part = parts.get(path) or (None if path in compacted else self._read(path, values=False))
@@ -408,16 +431,21 @@ class ReferenceCache:
         """
         name = _short(path)
         try:
-            data = (self.storage.read(path) if self._copies is None else
-                    self._copies.fetch(path, lambda data: digest_is_sound(name, data)))
+            data = (
+                self.storage.read(path)
+                if self._copies is None
+                else self._copies.fetch(path, lambda data: digest_is_sound(name, data))
+            )
             if not digest_is_sound(name, data):
                 data = self.storage.read(path)  # one bad read over a network does not prove damage
             part = decode_part(name, data, values=values)
         except FileNotFoundError:
             return None
         except MemoryError as error:
-            raise RaydpoError(f"there is not enough memory to read part {name} in {self.storage}/{self.directory} "
-                              f"({error}); it stays where it is. Give the process more memory, and run it again") from None
+            raise RaydpoError(
+                f"there is not enough memory to read part {name} in {self.storage}/{self.directory} "
+                f"({error}); it stays where it is. Give the process more memory, and run it again"
+            ) from None
         except (CacheError, OSError) as error:
             self._problems[path] = _not_used(name, error)
             if isinstance(error, DamagedPart):
@@ -430,7 +458,8 @@ class ReferenceCache:
             return True
         self._problems[path] = (
             f"part {info.name} in {self.directory} was made by another reference, {info.identity.digest} "
-            f"({'; '.join(self.identity.differences(info.identity))}); it is not used")
+            f"({'; '.join(self.identity.differences(info.identity))}); it is not used"
+        )
         self._damaged.append(path)
         return False
 

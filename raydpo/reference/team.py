@@ -52,9 +52,13 @@ class _Setup:
             torch.set_num_threads(self.threads)
         if device != "cpu":
             torch.cuda.set_device(device)
-        dist.init_process_group("gloo" if device == "cpu" else "nccl", rank=self.rank, world_size=self.size,
-                                store=store or dist.TCPStore("127.0.0.1", self.port, self.size, is_master=False),
-                                timeout=PATIENCE)
+        dist.init_process_group(
+            "gloo" if device == "cpu" else "nccl",
+            rank=self.rank,
+            world_size=self.size,
+            store=store or dist.TCPStore("127.0.0.1", self.port, self.size, is_master=False),
+            timeout=PATIENCE,
+        )
         return Scorer(device=device, group=SequenceGroup.of_world(self.size), **self.scorer)
 
 
@@ -73,12 +77,24 @@ class TeamScorer:
         RaydpoError: what ``Scorer`` raises, here or in another process of the team.
     """
 
-    def __init__(self, spec: ReferenceSpec, *, size: int, device: Literal["cuda", "cpu"], threads: int | None = None,
-                 tokens_per_batch: int | Literal["auto"], memory_share: float = 1.0,
-                 check_rows: Sequence[PromptGroup] = ()) -> None:
+    def __init__(
+        self,
+        spec: ReferenceSpec,
+        *,
+        size: int,
+        device: Literal["cuda", "cpu"],
+        threads: int | None = None,
+        tokens_per_batch: int | Literal["auto"],
+        memory_share: float = 1.0,
+        check_rows: Sequence[PromptGroup] = (),
+    ) -> None:
         store = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)
-        settings = {"spec": spec, "tokens_per_batch": tokens_per_batch, "memory_share": memory_share,
-                    "check_rows": list(check_rows)}
+        settings = {
+            "spec": spec,
+            "tokens_per_batch": tokens_per_batch,
+            "memory_share": memory_share,
+            "check_rows": list(check_rows),
+        }
         setups = [_Setup(rank, size, store.port, device, threads, settings) for rank in range(size)]
         self.members = [_start() for _ in setups[1:]]
         with self._explained():
@@ -133,17 +149,20 @@ class TeamScorer:
                 if isinstance(cause, RaydpoError):
                     raise cause from None
                 if is_out_of_memory(cause):
-                    raise RaydpoError("a forward pass does not fit on one of the devices that compute it together: "
-                                      f"{str(cause).splitlines()[0][:200]}. Set score.tokens_per_batch lower, or "
-                                      "score.sequence_parallel higher") from error
+                    raise RaydpoError(
+                        "a forward pass does not fit on one of the devices that compute it together: "
+                        f"{str(cause).splitlines()[0][:200]}. Set score.tokens_per_batch lower, or "
+                        "score.sequence_parallel higher"
+                    ) from error
             told = [f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}" for cause in causes[1:] or causes]
             raise RaydpoError(f"a process of the scoring team failed: {'; '.join(told)}") from error
 
 
 def _start() -> subprocess.Popen:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    return subprocess.Popen([sys.executable, "-m", "raydpo.reference.team"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                            env=environment)
+    return subprocess.Popen(
+        [sys.executable, "-m", "raydpo.reference.team"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+    )
 
 
 def _last_words(member: subprocess.Popen) -> BaseException | None:

@@ -18,8 +18,16 @@ from raydpo.reference.score import Scorer
 from raydpo.reference.shards import Completion, plan_shards
 from raydpo.reference.store import PARTS, UNVERIFIED, ReferenceCache
 
-__all__ = ["SAMPLE", "TOLERANCES", "FilesReport", "ScoresReport", "promote", "sum_tolerance", "verify_files",
-           "verify_scores"]
+__all__ = [
+    "SAMPLE",
+    "TOLERANCES",
+    "FilesReport",
+    "ScoresReport",
+    "promote",
+    "sum_tolerance",
+    "verify_files",
+    "verify_scores",
+]
 
 SAMPLE = 256
 """Completions that are scored again by default."""
@@ -113,8 +121,16 @@ class ScoresReport:
         return dataclasses.asdict(self) | {"passed": self.passed}
 
 
-def verify_scores(cache: ReferenceCache, wanted: Sequence[Completion], names: dict[bytes, str], scorer: Scorer, *,
-                  sample: int | None, seed: int = 0, tolerance: float | None = None) -> ScoresReport:
+def verify_scores(
+    cache: ReferenceCache,
+    wanted: Sequence[Completion],
+    names: dict[bytes, str],
+    scorer: Scorer,
+    *,
+    sample: int | None,
+    seed: int = 0,
+    tolerance: float | None = None,
+) -> ScoresReport:
     """Score stored completions again: all of them, or random samples.
 
     One sample is drawn from the verified rows and one from each part of imported rows: a common sample would rarely contain
@@ -132,11 +148,15 @@ def verify_scores(cache: ReferenceCache, wanted: Sequence[Completion], names: di
     parts, _ = _answers(cache, wanted)
     stored = np.flatnonzero(parts >= 0)
     if not len(stored):
-        raise CacheError(f"the cache holds none of the {len(wanted):,} completions of this configuration, so none can be "
-                         "scored again; give the configuration whose data it was built from")
+        raise CacheError(
+            f"the cache holds none of the {len(wanted):,} completions of this configuration, so none can be "
+            "scored again; give the configuration whose data it was built from"
+        )
     imports = [number for number in np.unique(parts[stored]).tolist() if cache.is_unverified(number)]
-    drawn = [_drawn(stored[~np.isin(parts[stored], imports)], sample, seed),
-             *(_drawn(np.flatnonzero(parts == number), sample, seed) for number in imports)]
+    drawn = [
+        _drawn(stored[~np.isin(parts[stored], imports)], sample, seed),
+        *(_drawn(np.flatnonzero(parts == number), sample, seed) for number in imports),
+    ]
     paths = cache.paths()
     imported = {paths[number]: len(rows) for number, rows in zip(imports, drawn[1:], strict=True)}
     tolerance = TOLERANCES[cache.identity.dtype] if tolerance is None else tolerance
@@ -145,12 +165,24 @@ def verify_scores(cache: ReferenceCache, wanted: Sequence[Completion], names: di
     beyond = np.array([row["mean"] / row["tolerance"] for row in rows])
     worst = rows[int(np.argmax(np.where(np.isnan(beyond), np.inf, beyond)))]
     worst = {"name": names.get(bytes.fromhex(worst["key"]), "?")} | worst
-    quantiles = {name: float(np.quantile(gaps, share)) for name, share in
-                 (("median", 0.5), ("p90", 0.9), ("p99", 0.99), ("max", 1.0))} | {"mean": float(gaps.mean())}
+    quantiles = {
+        name: float(np.quantile(gaps, share)) for name, share in (("median", 0.5), ("p90", 0.9), ("p99", 0.99), ("max", 1.0))
+    } | {"mean": float(gaps.mean())}
     sums = [row for row in rows if row["token"] is None]
     shift, shifted = _shift(sums, tolerance)
-    return ScoresReport(len(wanted), len(stored), len(rows), sum(row["tokens"] for row in rows), len(sums), imported,
-                        quantiles, worst, tolerance, shift, _problem(worst) or shifted)
+    return ScoresReport(
+        len(wanted),
+        len(stored),
+        len(rows),
+        sum(row["tokens"] for row in rows),
+        len(sums),
+        imported,
+        quantiles,
+        worst,
+        tolerance,
+        shift,
+        _problem(worst) or shifted,
+    )
 
 
 def _answers(cache: ReferenceCache, wanted: Sequence[Completion]) -> tuple[np.ndarray, np.ndarray]:
@@ -163,8 +195,9 @@ def _drawn(rows: np.ndarray, count: int | None, seed: int) -> np.ndarray:
     return rows if count is None else np.random.default_rng(seed).permutation(rows)[:count]
 
 
-def _compare(cache: ReferenceCache, completions: Sequence[Completion], scorer: Scorer,
-             tolerance: float) -> list[dict[str, Any]]:
+def _compare(
+    cache: ReferenceCache, completions: Sequence[Completion], scorer: Scorer, tolerance: float
+) -> list[dict[str, Any]]:
     """Key, tokens, mean difference, its tolerance, and most different token with both values, of each completion."""
     rows: list[dict[str, Any]] = []
     for shard in plan_shards(completions, 8 * TOKENS_PER_BATCH):
@@ -193,13 +226,16 @@ def _problem(worst: dict[str, Any]) -> str | None:
     if worst["mean"] <= worst["tolerance"]:
         return None
     if not np.isfinite(worst["live"]):
-        return (f"scored again, {worst['name']} has a log-prob of {worst['live']}, which is invalid; score in float32 "
-                "(score.dtype=float32) or check the weights")
+        return (
+            f"scored again, {worst['name']} has a log-prob of {worst['live']}, which is invalid; score in float32 "
+            "(score.dtype=float32) or check the weights"
+        )
     if worst["token"] is None:
-        return (f"scored again, the sum of {worst['name']} differs by {abs(worst['stored'] - worst['live']):.3g} nats, more "
-                f"than the {worst['tolerance'] * worst['tokens']:.3g} of a sum over {worst['tokens']:,} tokens")
-    return (f"scored again, {worst['name']} differs by {worst['mean']:.3g} nats a token, more than "
-            f"{worst['tolerance']:g}")
+        return (
+            f"scored again, the sum of {worst['name']} differs by {abs(worst['stored'] - worst['live']):.3g} nats, more "
+            f"than the {worst['tolerance'] * worst['tokens']:.3g} of a sum over {worst['tokens']:,} tokens"
+        )
+    return f"scored again, {worst['name']} differs by {worst['mean']:.3g} nats a token, more than {worst['tolerance']:g}"
 
 
 def _shift(sums: Sequence[dict[str, Any]], tolerance: float) -> tuple[float | None, str | None]:
@@ -216,8 +252,10 @@ def _shift(sums: Sequence[dict[str, Any]], tolerance: float) -> tuple[float | No
     if abs(shift) <= max(allowed, chance):
         return shift, None
     side = "high" if shift > 0 else "low"
-    return shift, (f"scored again, the {len(sums):,} sums are {abs(shift):.3g} nats too {side} on average, more than "
-                   f"{max(allowed, chance):.3g}: the other trainer probably summed other tokens, such as all but the last")
+    return shift, (
+        f"scored again, the {len(sums):,} sums are {abs(shift):.3g} nats too {side} on average, more than "
+        f"{max(allowed, chance):.3g}: the other trainer probably summed other tokens, such as all but the last"
+    )
 
 
 def promote(cache: ReferenceCache, wanted: Sequence[Completion], report: ScoresReport) -> int:

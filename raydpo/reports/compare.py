@@ -27,8 +27,13 @@ CURVES = (
     ("rewards/accuracies", "accuracy", "accuracy", 0.5, ""),
     ("loss", "loss", "loss", None, SAME_ONLY),
     ("rewards/margins", "margin", "reward margin", 0.0, SAME_ONLY),
-    ("logps/chosen_fell", "chosen fell", "share of pairs", None, "Pairs whose chosen answer is less likely than under the "
-                                                                  "reference."),
+    (
+        "logps/chosen_fell",
+        "chosen fell",
+        "share of pairs",
+        None,
+        "Pairs whose chosen answer is less likely than under the reference.",
+    ),
     ("logratio/chosen_per_token", "drift of chosen", "nats a token", 0.0, ""),
     ("logratio/rejected_per_token", "drift of rejected", "nats a token", 0.0, ""),
     ("length/margin_correlation", "margin and length", "correlation", 0.0, "Near 1 the policy prefers the longer answer."),
@@ -40,10 +45,19 @@ def comparison_page(runs: Sequence[RunRecord]) -> str:
     runs = _told_apart(runs)
     different = differences(runs)
     incomparable = any(row.head == key or row.head.startswith(f"{key}.") for row in different.rows for key in SCALE_KEYS)
-    return render("reports/compare.html", scripts=SCRIPTS, version=__version__, runs=runs, differences=different,
-                  finals=_finals(runs), curves=overlaid(runs), incomparable=incomparable, most=MOST,
-                  same_pairs=len({run.held_out_digest for run in runs} - {None}) < 2,
-                  states=[(run.name, status_of(run)) for run in runs if run.summary is None])
+    return render(
+        "reports/compare.html",
+        scripts=SCRIPTS,
+        version=__version__,
+        runs=runs,
+        differences=different,
+        finals=_finals(runs),
+        curves=overlaid(runs),
+        incomparable=incomparable,
+        most=MOST,
+        same_pairs=len({run.held_out_digest for run in runs} - {None}) < 2,
+        states=[(run.name, status_of(run)) for run in runs if run.summary is None],
+    )
 
 
 def differences(runs: Sequence[RunRecord]) -> Table:
@@ -51,8 +65,11 @@ def differences(runs: Sequence[RunRecord]) -> Table:
     settings = [flatten_settings(run.config, lists=True) for run in runs]
     keys = [key for key in dict.fromkeys(key for each in settings for key in each) if key not in OURS]
     columns = {key: [each.get(key) for each in settings] for key in keys}
-    rows = [Row(key, [text(value) for value in values]) for key, values in columns.items()
-            if any(value != values[0] for value in values)]
+    rows = [
+        Row(key, [text(value) for value in values])
+        for key, values in columns.items()
+        if any(value != values[0] for value in values)
+    ]
     return Table("Settings that differ", ("setting", *(run.name for run in runs)), rows)
 
 
@@ -63,10 +80,21 @@ def overlaid(runs: Sequence[RunRecord], kinds: Sequence[str] = ("held out", "tra
     for kind in kinds:
         extra = (("grad_norm", "gradient norm", "norm", None, ""),) if kind == "training" else ()
         for metric, title, ylabel, level, caption in CURVES + extra:
-            curves = [curve(run.evals if kind == "held out" else run.steps, metric, run.name, SERIES[number % len(SERIES)],
-                            dashed=number >= len(SERIES)) for number, run in enumerate(shown)]
-            pictures.append(curves_picture(f"{title[0].upper()}{title[1:]}, {kind}", caption, curves, ylabel, level=level,
-                                           log=metric == "grad_norm"))
+            curves = [
+                curve(
+                    run.evals if kind == "held out" else run.steps,
+                    metric,
+                    run.name,
+                    SERIES[number % len(SERIES)],
+                    dashed=number >= len(SERIES),
+                )
+                for number, run in enumerate(shown)
+            ]
+            pictures.append(
+                curves_picture(
+                    f"{title[0].upper()}{title[1:]}, {kind}", caption, curves, ylabel, level=level, log=metric == "grad_norm"
+                )
+            )
     return [picture for picture in pictures if picture is not None]
 
 
@@ -74,23 +102,41 @@ def _finals(runs: Sequence[RunRecord]) -> Table:
     rows = []
     for run in runs:
         summary, evaluation = run.summary or {}, run.evaluation or {}
-        rows.append(Row(run.name, [
-            number(run.done, ",.0f"), number(summary.get("train_seconds"), ",.0f"),
-            number(summary.get("tokens_per_second"), ",.0f"),
-            *(number(run.held_out(key.removeprefix("eval_"))[1]) for key, _ in EVALUATION_TABLE),
-            interval((evaluation.get("drift") or {}).get("kl_per_token")),
-            interval(length_growth(evaluation), "+.0%")]))
-    columns = ("run", "steps", "seconds", "tokens a second", *(label for _, label in EVALUATION_TABLE), "KL, nats a token",
-               "length growth")
+        rows.append(
+            Row(
+                run.name,
+                [
+                    number(run.done, ",.0f"),
+                    number(summary.get("train_seconds"), ",.0f"),
+                    number(summary.get("tokens_per_second"), ",.0f"),
+                    *(number(run.held_out(key.removeprefix("eval_"))[1]) for key, _ in EVALUATION_TABLE),
+                    interval((evaluation.get("drift") or {}).get("kl_per_token")),
+                    interval(length_growth(evaluation), "+.0%"),
+                ],
+            )
+        )
+    columns = (
+        "run",
+        "steps",
+        "seconds",
+        "tokens a second",
+        *(label for _, label in EVALUATION_TABLE),
+        "KL, nats a token",
+        "length growth",
+    )
     return _without_empty(Table("Final figures, held-out pairs", columns, rows))
 
 
 def _without_empty(table: Table) -> Table:
     """Drop the columns in which no row has a value."""
-    kept = [index for index in range(len(table.columns) - 1)
-            if any(row.cells[index].value is not None for row in table.rows)]
-    return Table(table.label, (table.columns[0], *(table.columns[index + 1] for index in kept)),
-                 [Row(row.head, [row.cells[index] for index in kept], row.mark) for row in table.rows])
+    kept = [
+        index for index in range(len(table.columns) - 1) if any(row.cells[index].value is not None for row in table.rows)
+    ]
+    return Table(
+        table.label,
+        (table.columns[0], *(table.columns[index + 1] for index in kept)),
+        [Row(row.head, [row.cells[index] for index in kept], row.mark) for row in table.rows],
+    )
 
 
 def _told_apart(runs: Sequence[RunRecord]) -> list[RunRecord]:

@@ -54,15 +54,26 @@ def curve(table: pl.DataFrame, metric: str, name: str, colour: str, *, dashed: b
         return None
     each = -(-table.height // POINTS)
     value = pl.col(metric)
-    thin = (table.select("step", value.cast(pl.Float64)).with_row_index("row")
-            .group_by(pl.col("row") // each, maintain_order=True)
-            .agg(pl.col("step").last(), value.mean().alias("mean"), value.min().alias("low"), value.max().alias("high")))
+    thin = (
+        table.select("step", value.cast(pl.Float64))
+        .with_row_index("row")
+        .group_by(pl.col("row") // each, maintain_order=True)
+        .agg(pl.col("step").last(), value.mean().alias("mean"), value.min().alias("low"), value.max().alias("high"))
+    )
     mean, low, high = (thin[column].to_numpy().astype(float) for column in ("mean", "low", "high"))
     return Curve(name, colour, thin["step"].to_numpy(), mean, low, high, each, len(mean) >= SMOOTH_FROM, dashed)
 
 
-def curves_picture(title: str, caption: str, curves: Sequence[Curve | None], ylabel: str, *,
-                   ylim: tuple[float, float] | None = None, level: float | None = None, log: bool = False) -> Picture | None:
+def curves_picture(
+    title: str,
+    caption: str,
+    curves: Sequence[Curve | None],
+    ylabel: str,
+    *,
+    ylim: tuple[float, float] | None = None,
+    level: float | None = None,
+    log: bool = False,
+) -> Picture | None:
     """Draw curves over one another; return None if there are none.
 
     Args:
@@ -110,8 +121,9 @@ def phases_picture(table: pl.DataFrame, phases: dict[str, str]) -> Picture | Non
         base = np.zeros(len(curves[0].steps))
         for one in curves:
             top = base + np.nan_to_num(one.mean)
-            axes.fill_between(one.steps, base, top, color=one.colour, alpha=0.8, linewidth=0,
-                              step="mid" if len(base) > 1 else None)
+            axes.fill_between(
+                one.steps, base, top, color=one.colour, alpha=0.8, linewidth=0, step="mid" if len(base) > 1 else None
+            )
             base = top
         axes.set(xlabel="step", ylabel="seconds")
         _count_steps(axes)
@@ -126,9 +138,11 @@ def phases_picture(table: pl.DataFrame, phases: dict[str, str]) -> Picture | Non
 
 def _range(curves: Sequence[Curve], level: float | None) -> tuple[float, float]:
     """Range of the y axis: all means and most values. A single outlier among thousands must not flatten the rest."""
-    values = np.concatenate([one.mean for one in curves] + [np.quantile(side[np.isfinite(side)], [0.02, 0.98])
-                                                             for one in curves for side in (one.low, one.high)]
-                            + ([] if level is None else [np.array([level])]))
+    values = np.concatenate(
+        [one.mean for one in curves]
+        + [np.quantile(side[np.isfinite(side)], [0.02, 0.98]) for one in curves for side in (one.low, one.high)]
+        + ([] if level is None else [np.array([level])])
+    )
     low, high = float(np.nanmin(values)), float(np.nanmax(values))
     margin = 0.05 * (high - low) or 0.05 * abs(high) or 0.05
     return low - margin, high + margin
@@ -153,9 +167,13 @@ def _readout(made: Figure, axes: Axes, curves: Sequence[Curve]) -> dict[str, Any
     width, height = made.get_size_inches() * 72
     place = axes.get_position()
     box = (place.x0 * width, (1 - place.y1) * height, place.x1 * width, (1 - place.y0) * height)
-    return {"box": [round(float(edge), 2) for edge in box], "xlim": [float(edge) for edge in axes.get_xlim()],
-            "curves": [{"name": one.name, "x": one.steps.tolist(), "y": [_rounded(value) for value in one.mean]}
-                       for one in curves]}
+    return {
+        "box": [round(float(edge), 2) for edge in box],
+        "xlim": [float(edge) for edge in axes.get_xlim()],
+        "curves": [
+            {"name": one.name, "x": one.steps.tolist(), "y": [_rounded(value) for value in one.mean]} for one in curves
+        ],
+    }
 
 
 def _rounded(value: float) -> float | None:

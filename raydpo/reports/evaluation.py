@@ -36,14 +36,24 @@ def evaluation_part(evaluation: dict[str, Any]) -> EvaluationPart:
     if bins := [each for each in total.get("calibration") or [] if each["pairs"]]:
         pictures.append(_calibration(bins, total))
     if known := [each for each in preferences.get("by_length") or [] if each["pairs"]]:
-        pictures.append(length_bars(
-            "Accuracy by length", "Accuracy by the difference in length of the two answers, with 95 % intervals. A slope "
-            "means that the policy ranks by length.", known, [each["accuracy"] for each in known], "accuracy"))
-    about = (f"{total['pairs']:,} pairs of {', '.join(evaluation['data'])}, beta {evaluation['beta']:g}, reference "
-             f"{evaluation['reference']['path']}.")
+        pictures.append(
+            length_bars(
+                "Accuracy by length",
+                "Accuracy by the difference in length of the two answers, with 95 % intervals. A slope "
+                "means that the policy ranks by length.",
+                known,
+                [each["accuracy"] for each in known],
+                "accuracy",
+            )
+        )
+    about = (
+        f"{total['pairs']:,} pairs of {', '.join(evaluation['data'])}, beta {evaluation['beta']:g}, reference "
+        f"{evaluation['reference']['path']}."
+    )
     if evaluation.get("trained_on"):
-        about += (f" The policy was trained on the prompts of {evaluation['trained_on']:,} of them, so they also measure "
-                  "memory.")
+        about += (
+            f" The policy was trained on the prompts of {evaluation['trained_on']:,} of them, so they also measure memory."
+        )
     if (of := evaluation.get("reward_of", "log-ratios")) != "log-ratios":
         about += f" Rewards are computed from {of}, as in the loss that trained the policy."
     return EvaluationPart(about, evaluation_tables(evaluation), pictures, shown_samples(evaluation.get("samples")))
@@ -74,15 +84,45 @@ def _preferences(evaluation: dict[str, Any]) -> Table:
     if len(sources) > 1:
         groups += list(sources.items())
     groups += [(f"chosen longer by {bin_name(each)}", each) for each in preferences.get("by_length") or [] if each["pairs"]]
-    groups += [(name, total[key]) for key, name in (("longer_is_right", "the chosen answer is longer"),
-                                                    ("longer_is_wrong", "the rejected answer is longer")) if total.get(key)]
-    rows = [Row(name, [number(each["pairs"], ",.0f"), interval(each.get("accuracy")), interval(each.get("margin"), ".2f"),
-                       number(each.get("loss")), interval(each.get("log_likelihood_accuracy")),
-                       number(each.get("calibration_error")), number(each.get("calibration_chance")),
-                       interval(each.get("chosen_fell"))]) for name, each in groups]
-    return Table(f"Preferences of {'held-out pairs' if evaluation.get('held_out') else 'the pairs that were measured'}",
-                 ("pairs of", "pairs", "accuracy", "reward margin", "loss (sigmoid)", "chosen more likely than rejected",
-                  "calibration error", "calibration error by chance, up to", "pairs whose chosen fell"), rows)
+    groups += [
+        (name, total[key])
+        for key, name in (
+            ("longer_is_right", "the chosen answer is longer"),
+            ("longer_is_wrong", "the rejected answer is longer"),
+        )
+        if total.get(key)
+    ]
+    rows = [
+        Row(
+            name,
+            [
+                number(each["pairs"], ",.0f"),
+                interval(each.get("accuracy")),
+                interval(each.get("margin"), ".2f"),
+                number(each.get("loss")),
+                interval(each.get("log_likelihood_accuracy")),
+                number(each.get("calibration_error")),
+                number(each.get("calibration_chance")),
+                interval(each.get("chosen_fell")),
+            ],
+        )
+        for name, each in groups
+    ]
+    return Table(
+        f"Preferences of {'held-out pairs' if evaluation.get('held_out') else 'the pairs that were measured'}",
+        (
+            "pairs of",
+            "pairs",
+            "accuracy",
+            "reward margin",
+            "loss (sigmoid)",
+            "chosen more likely than rejected",
+            "calibration error",
+            "calibration error by chance, up to",
+            "pairs whose chosen fell",
+        ),
+        rows,
+    )
 
 
 def _generation(generation: dict[str, Any]) -> Table:
@@ -91,40 +131,79 @@ def _generation(generation: dict[str, Any]) -> Table:
         for side in ("policy", "reference"):
             each = measured[side]
             growth = interval(measured["length_growth"], "+.0%") if side == "policy" else number(None)
-            rows.append(Row(f"{side}, {mode}", [
-                interval(each["tokens"], ".0f"), growth, number(each["repetition"], ".1%"), number(each["distinct_1"]),
-                number(each["distinct_2"]), number(each["cut"], ".1%")]))
-    return Table(f"Answers to {generation['prompts']:,} prompts, at most {generation['max_tokens']:,} tokens each",
-                 ("answers", "tokens", "length growth", "repeated 4-grams", "distinct 1-grams", "distinct 2-grams",
-                  "cut"), rows)
+            rows.append(
+                Row(
+                    f"{side}, {mode}",
+                    [
+                        interval(each["tokens"], ".0f"),
+                        growth,
+                        number(each["repetition"], ".1%"),
+                        number(each["distinct_1"]),
+                        number(each["distinct_2"]),
+                        number(each["cut"], ".1%"),
+                    ],
+                )
+            )
+    return Table(
+        f"Answers to {generation['prompts']:,} prompts, at most {generation['max_tokens']:,} tokens each",
+        ("answers", "tokens", "length growth", "repeated 4-grams", "distinct 1-grams", "distinct 2-grams", "cut"),
+        rows,
+    )
 
 
 def _drift(drift: dict[str, Any]) -> Table:
     kinds = (("log-probs of the samples", drift), ("exact at each position of the samples", drift.get("rao_blackwell")))
-    return Table(f"Drift KL(policy || reference) from {drift['samples']:,} samples of the policy, nats",
-                 ("estimated from", "an answer", "standard error", "a token"), [
-                     Row(name, [interval(each["kl"]), number(each.get("std_error")), interval(each["kl_per_token"])])
-                     for name, each in kinds if each])
+    return Table(
+        f"Drift KL(policy || reference) from {drift['samples']:,} samples of the policy, nats",
+        ("estimated from", "an answer", "standard error", "a token"),
+        [
+            Row(name, [interval(each["kl"]), number(each.get("std_error")), interval(each["kl_per_token"])])
+            for name, each in kinds
+            if each
+        ],
+    )
 
 
 def _wins(wins: list[dict[str, Any]]) -> Table:
-    return Table("Wins of the policy over the reference; a tie counts one half", (
-        "judge", "answers", "win rate", "at equal length", "wins", "ties", "losses", "not judged"), [
-        Row(each["judge"], [text(each["mode"]), interval(each["win_rate"]), interval(each.get("equal_length")),
-                            *(number(each.get(name), ",.0f") for name in ("wins", "ties", "losses", "not_judged"))])
-        for each in wins])
+    return Table(
+        "Wins of the policy over the reference; a tie counts one half",
+        ("judge", "answers", "win rate", "at equal length", "wins", "ties", "losses", "not judged"),
+        [
+            Row(
+                each["judge"],
+                [
+                    text(each["mode"]),
+                    interval(each["win_rate"]),
+                    interval(each.get("equal_length")),
+                    *(number(each.get(name), ",.0f") for name in ("wins", "ties", "losses", "not_judged")),
+                ],
+            )
+            for each in wins
+        ],
+    )
 
 
 def _calibration(bins: list[dict[str, Any]], total: dict[str, Any]) -> Picture:
-    predicted, observed, low, high = (np.array([each[name] for each in bins], float)
-                                      for name in ("predicted", "observed", "low", "high"))
+    predicted, observed, low, high = (
+        np.array([each[name] for each in bins], float) for name in ("predicted", "observed", "low", "high")
+    )
     chance = total.get("calibration_chance")
-    caption = ("How often the rewards rank a pair right, against how confident they are, with 95 % intervals. On the dashed "
-               f"line confidence is probability. The mean distance from it is {total['calibration_error']:.3f}"
-               + ("." if chance is None else f"; for perfectly calibrated rewards chance gives up to {chance:.3f}."))
+    caption = (
+        "How often the rewards rank a pair right, against how confident they are, with 95 % intervals. On the dashed "
+        f"line confidence is probability. The mean distance from it is {total['calibration_error']:.3f}"
+        + ("." if chance is None else f"; for perfectly calibrated rewards chance gives up to {chance:.3f}.")
+    )
     with figure() as (made, axes):
         axes.plot([0.5, 1], [0.5, 1], color=INK, linewidth=0.8, linestyle="--")
-        axes.errorbar(predicted, observed, np.abs([low - observed, high - observed]), color=GOOD, fmt="o-", markersize=4,
-                      linewidth=1.4, elinewidth=1.0)
+        axes.errorbar(
+            predicted,
+            observed,
+            np.abs([low - observed, high - observed]),
+            color=GOOD,
+            fmt="o-",
+            markersize=4,
+            linewidth=1.4,
+            elinewidth=1.0,
+        )
         axes.set(xlim=(0.49, 1.01), ylim=(0, 1.02), xlabel="confidence: sigmoid of the margin", ylabel="ranked right")
         return Picture("Calibration", svg(made, "Calibration", caption), caption)

@@ -36,9 +36,17 @@ class World:
 
 
 WORLD = World(
-    ("The capital of France is Paris.", "Paris.", "Paris! A city of light and of a thousand stories, in which ...",
-     "I would have to look that up.", "It is Lyon.", "Capital capital capital"),
-    np.array([0.16, 0.24, 0.30, 0.12, 0.13, 0.05]), np.array([2.0, 1.5, 0.6, -0.3, -1.5, -3.0]))
+    (
+        "The capital of France is Paris.",
+        "Paris.",
+        "Paris! A city of light and of a thousand stories, in which ...",
+        "I would have to look that up.",
+        "It is Lyon.",
+        "Capital capital capital",
+    ),
+    np.array([0.16, 0.24, 0.30, 0.12, 0.13, 0.05]),
+    np.array([2.0, 1.5, 0.6, -0.3, -1.5, -3.0]),
+)
 
 
 def closed_form(world: World, beta: float) -> np.ndarray:
@@ -61,8 +69,9 @@ def trained_policy(world: World, beta: float) -> np.ndarray:
     tokens = torch.ones(len(chosen), dtype=_FLOAT)
     # In units of 1 / beta the loss surface is equally steep for every beta.
     moved = torch.zeros(count, dtype=_FLOAT, requires_grad=True)
-    optimizer = torch.optim.LBFGS([moved], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-16,
-                                  line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [moved], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe"
+    )
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
@@ -83,14 +92,33 @@ def explanation_page() -> str:
     rewards = policies @ WORLD.rewards
     with np.errstate(divide="ignore", invalid="ignore"):
         drifts = np.nansum(policies * np.log(policies / WORLD.reference), 1)
-    frames = [{"beta": float(f"{beta:.3g}"), "policy": [round(float(value), 4) for value in policy],
-               "reward": round(float(reward), 3), "drift": round(float(drift), 3)}
-              for beta, policy, reward, drift in zip(BETAS, policies, rewards, drifts, strict=True)]
-    return render("reports/explain.html", scripts=("reports/explain.js",), version=__version__, frames=frames,
-                  shown=SHOWN, world=list(zip(LETTERS, WORLD.answers, (f"{reward:+.1f}" for reward in WORLD.rewards),
-                                              (f"{probability:.2f}" for probability in WORLD.reference), strict=True)),
-                  gap=f"{np.abs(policies - trained).max():.0e}",
-                  pictures=[_policies(policies, trained), _trade(rewards, drifts), _loss(), _pull()])
+    frames = [
+        {
+            "beta": float(f"{beta:.3g}"),
+            "policy": [round(float(value), 4) for value in policy],
+            "reward": round(float(reward), 3),
+            "drift": round(float(drift), 3),
+        }
+        for beta, policy, reward, drift in zip(BETAS, policies, rewards, drifts, strict=True)
+    ]
+    return render(
+        "reports/explain.html",
+        scripts=("reports/explain.js",),
+        version=__version__,
+        frames=frames,
+        shown=SHOWN,
+        world=list(
+            zip(
+                LETTERS,
+                WORLD.answers,
+                (f"{reward:+.1f}" for reward in WORLD.rewards),
+                (f"{probability:.2f}" for probability in WORLD.reference),
+                strict=True,
+            )
+        ),
+        gap=f"{np.abs(policies - trained).max():.0e}",
+        pictures=[_policies(policies, trained), _trade(rewards, drifts), _loss(), _pull()],
+    )
 
 
 def write_explanation(out: Path) -> None:
@@ -100,8 +128,10 @@ def write_explanation(out: Path) -> None:
 
 def _policies(policies: np.ndarray, trained: np.ndarray) -> Picture:
     title = "What the policy answers"
-    caption = ("Bars: the closed form at this beta. Crosses: the result of training with raydpo's loss on preferences "
-               "alone. Outlined: the reference.")
+    caption = (
+        "Bars: the closed form at this beta. Crosses: the result of training with raydpo's loss on preferences "
+        "alone. Outlined: the reference."
+    )
     count = policies.shape[1]
     edges = np.concatenate([[index - 0.36, index + 0.36] for index in range(count)])
     with figure(aligned=True) as (made, axes):
@@ -123,8 +153,10 @@ def _with_gaps(values: np.ndarray) -> np.ndarray:
 
 def _trade(rewards: np.ndarray, drifts: np.ndarray) -> Picture:
     title = "What beta trades"
-    caption = ("Each beta is a point on this line: more reward costs more drift. The page of a sweep shows the same "
-               "picture, measured.")
+    caption = (
+        "Each beta is a point on this line: more reward costs more drift. The page of a sweep shows the same "
+        "picture, measured."
+    )
     with figure(aligned=True) as (made, axes):
         axes.plot(drifts, rewards, color=PALE, linewidth=1.6)
         for number, place in enumerate(zip(drifts, rewards, strict=True)):
@@ -138,25 +170,31 @@ def _losses(margin: np.ndarray, beta: float) -> tuple[np.ndarray, np.ndarray]:
     chosen = torch.from_numpy(margin).requires_grad_()
     zero, one = torch.zeros_like(chosen), torch.ones_like(chosen)
     losses = preference_loss("sigmoid", PairLogps(chosen, zero, zero, zero, one, one), beta=beta).losses
-    slope, = torch.autograd.grad(losses.sum(), chosen)
+    (slope,) = torch.autograd.grad(losses.sum(), chosen)
     return losses.detach().numpy(), slope.numpy()
 
 
 def _loss() -> Picture:
-    caption = ("At margin 0, where training begins, the loss is ln 2 for every beta (dotted). Pale: the smallest and the "
-               "largest beta.")
+    caption = (
+        "At margin 0, where training begins, the loss is ln 2 for every beta (dotted). Pale: the smallest and the "
+        "largest beta."
+    )
     return _of_margin("The loss", caption, "loss", lambda beta: _losses(MARGINS, beta)[0], (0.0, 4.0), np.log(2.0))
 
 
 def _pull() -> Picture:
-    caption = ("The slope of the loss: how strongly a pair is pulled apart. With a large beta the pull ends early, once "
-               "beta times the margin is a few units. With a small one it lasts, so the policy moves far.")
-    return _of_margin("The pull on a pair", caption, "pull / beta", lambda beta: -_losses(MARGINS, beta)[1] / beta,
-                      (0.0, 1.05), 0.5)
+    caption = (
+        "The slope of the loss: how strongly a pair is pulled apart. With a large beta the pull ends early, once "
+        "beta times the margin is a few units. With a small one it lasts, so the policy moves far."
+    )
+    return _of_margin(
+        "The pull on a pair", caption, "pull / beta", lambda beta: -_losses(MARGINS, beta)[1] / beta, (0.0, 1.05), 0.5
+    )
 
 
-def _of_margin(title: str, caption: str, ylabel: str, values: Callable[[float], np.ndarray], ylim: tuple[float, float],
-               level: float) -> Picture:
+def _of_margin(
+    title: str, caption: str, ylabel: str, values: Callable[[float], np.ndarray], ylim: tuple[float, float], level: float
+) -> Picture:
     with figure(aligned=True) as (made, axes):
         for beta in (BETAS[0], BETAS[-1]):
             axes.plot(MARGINS, values(beta), color=PALE, linewidth=1.0)

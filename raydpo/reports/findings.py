@@ -33,13 +33,25 @@ becoming better (Park et al., arXiv 2403.19159)."""
 CALIBRATION = 0.1
 """Expected calibration error above which it is reported, if chance does not explain it."""
 TIMES = (
-    ("checkpoint", CHECKPOINT_SHARE, "Checkpoints take long",
-     "Make fewer: train.checkpoint_every or train.checkpoint_minutes."),
+    (
+        "checkpoint",
+        CHECKPOINT_SHARE,
+        "Checkpoints take long",
+        "Make fewer: train.checkpoint_every or train.checkpoint_minutes.",
+    ),
     ("evaluation", EVALUATION_SHARE, "Evaluations take long", "Make fewer (train.eval_every), or hold out fewer pairs."),
-    ("data", WAIT_SHARE, "Workers wait for data",
-     "One thread of each worker prepares micro-batches; give each worker more CPUs."),
-    ("wait", WAIT_SHARE, "Workers wait for one another",
-     "Ranks have unequal work in a step. 'raydpo plan' shows how equal it can be; more pairs a step help."),
+    (
+        "data",
+        WAIT_SHARE,
+        "Workers wait for data",
+        "One thread of each worker prepares micro-batches; give each worker more CPUs.",
+    ),
+    (
+        "wait",
+        WAIT_SHARE,
+        "Workers wait for one another",
+        "Ranks have unequal work in a step. 'raydpo plan' shows how equal it can be; more pairs a step help.",
+    ),
 )
 
 
@@ -56,14 +68,16 @@ def _policy(run: RunRecord) -> Iterator[Finding]:
             f"Over the last {min(WINDOW, run.done)} steps the policy gives the tokens of the chosen answers "
             f"{math.exp(drift):.2g} of the probability that the reference gives them ({drift:.2f} nats a token).",
             "DPO only increases the difference of the two sides, and both may fall. Raise train.beta, lower train.lr, or "
-            "train fewer steps.")
+            "train fewer steps.",
+        )
     fell = run.held_out("logps/chosen_fell")[1]
     if fell is not None and fell > FELL:
         yield Finding(
             "Chosen answers became less likely",
             f"In {fell:.0%} of the held-out pairs the chosen answer is less likely than under the reference.",
             "The margin grows because the rejected answers fall faster. That is usual for DPO, and a fault only if the "
-            "answers get worse: read the samples, and compare with a larger train.beta or a lower train.lr.")
+            "answers get worse: read the samples, and compare with a larger train.beta or a lower train.lr.",
+        )
     correlation = run.held_out("length/margin_correlation")[1]
     where = "held-out"
     if correlation is None:
@@ -75,13 +89,17 @@ def _policy(run: RunRecord) -> Iterator[Finding]:
             f"Over {where} pairs the margin correlates with the difference in length at {correlation:+.2f}: the policy "
             f"prefers {kind} answers, which explains {correlation**2:.0%} of the variance of the margins.",
             "Length is the easiest thing to learn. 'raydpo audit' shows how much of it is in the data"
-            + ("." if run.objective and run.objective.per_token else f"; {_normalised(run)} takes it out of the loss."))
+            + ("." if run.objective and run.objective.per_token else f"; {_normalised(run)} takes it out of the loss."),
+        )
 
 
 def _normalised(run: RunRecord) -> str:
     """Return the settings of the loss per token, with its own beta."""
-    lengths = [value for side in ("chosen", "rejected") if (value := run.held_out(f"length/{side}")[1]
-                                                            or _recent(run.steps, f"length/{side}")) is not None]
+    lengths = [
+        value
+        for side in ("chosen", "rejected")
+        if (value := run.held_out(f"length/{side}")[1] or _recent(run.steps, f"length/{side}")) is not None
+    ]
     if run.objective is None or not lengths:
         return "train.loss=sigmoid_norm, with train.beta times the mean length of an answer,"
     return f"train.loss=sigmoid_norm train.beta={run.objective.beta_per_token(sum(lengths) / len(lengths))}"
@@ -96,24 +114,31 @@ def _held_out(run: RunRecord) -> Iterator[Finding]:
         # Older runs do not store how many of their pairs are independent.
         count = run.held_out("effective_pairs")[1] or pairs
         within = share(accuracy * count, count)
-        said = (f"The held-out accuracy is {accuracy:.3f} of {pairs:,.0f} pairs (95 % interval from {within['low']:.3f} to "
-                f"{within['high']:.3f}).")
+        said = (
+            f"The held-out accuracy is {accuracy:.3f} of {pairs:,.0f} pairs (95 % interval from {within['low']:.3f} to "
+            f"{within['high']:.3f})."
+        )
         if within["high"] < 0.5:
             yield Finding(
-                "Ranks held-out pairs the wrong way round", said,
+                "Ranks held-out pairs the wrong way round",
+                said,
                 "Chosen and rejected are most likely swapped in the training pairs or in the held-out pairs. Look at both "
-                "with 'raydpo show', and check data.train.columns and data.eval.columns.")
+                "with 'raydpo show', and check data.train.columns and data.eval.columns.",
+            )
         elif within["low"] <= 0.5:
             yield Finding(
-                "Not yet better than a coin", said,
-                "Train longer, raise train.lr, or hold out more pairs if the interval is wide.")
+                "Not yet better than a coin",
+                said,
+                "Train longer, raise train.lr, or hold out more pairs if the interval is wide.",
+            )
         training = _recent(run.steps, "rewards/accuracies")
         if training is not None and training > max(accuracy + MEMORISED, within["high"]):
             yield Finding(
                 "Better on training pairs than on others",
                 f"Over the last {min(WINDOW, run.done)} steps the accuracy was {training:.3f} on training pairs, and is "
                 f"{accuracy:.3f} on held-out ones.",
-                "The policy memorises pairs. Train fewer epochs, raise train.beta, or add data.")
+                "The policy memorises pairs. Train fewer epochs, raise train.beta, or add data.",
+            )
     losses = run.evals.select("step", "loss").drop_nulls()
     if losses.height > 2:
         best = losses.row(int(losses["loss"].arg_min()), named=True)
@@ -122,7 +147,8 @@ def _held_out(run: RunRecord) -> Iterator[Finding]:
             yield Finding(
                 "The held-out loss has risen again",
                 f"It was lowest at step {best['step']:,} ({best['loss']:.4f}) and ended at {last['loss']:.4f}.",
-                "Train fewer steps, or keep the best checkpoint: train.keep_best=eval_loss.")
+                "Train fewer steps, or keep the best checkpoint: train.keep_best=eval_loss.",
+            )
 
 
 def _evaluation(run: RunRecord) -> Iterator[Finding]:
@@ -135,7 +161,8 @@ def _evaluation(run: RunRecord) -> Iterator[Finding]:
                 "Answers have grown longer",
                 f"{mode.capitalize()} answers have {growth['value']:.0%} more tokens than the reference's (95 % interval "
                 f"from {growth['low']:.0%}).",
-                f"Judges and people tend to prefer longer answers. {_at_equal_length(evaluation.get('wins'), mode)}")
+                f"Judges and people tend to prefer longer answers. {_at_equal_length(evaluation.get('wins'), mode)}",
+            )
             break
     total = (evaluation.get("preferences") or {}).get("total") or {}
     error, chance = total.get("calibration_error"), total.get("calibration_chance")
@@ -144,13 +171,17 @@ def _evaluation(run: RunRecord) -> Iterator[Finding]:
             "The rewards are not calibrated",
             f"The confidence of the rewards and the share of pairs that they rank right differ by {error:.2f} on average. "
             f"For calibrated rewards and as many pairs, chance alone gives up to {chance:.2f}.",
-            "sigmoid(margin) is then not the probability of being preferred. The ranking can still be right.")
+            "sigmoid(margin) is then not the probability of being preferred. The ranking can still be right.",
+        )
 
 
 def _at_equal_length(wins: list[dict[str, Any]] | None, mode: str) -> str:
     """Tell the win rates at equal length, or how to measure them."""
-    told = [f"{each['equal_length']['value']:.0%} by {each['judge']}" for each in wins or ()
-            if each["mode"] == mode and (each.get("equal_length") or {}).get("value") is not None]
+    told = [
+        f"{each['equal_length']['value']:.0%} by {each['judge']}"
+        for each in wins or ()
+        if each["mode"] == mode and (each.get("equal_length") or {}).get("value") is not None
+    ]
     if told:
         return f"The estimated win rate at equal length is {', '.join(told)}."
     return "With evaluate.judge, reward_model or score_with, 'raydpo eval' also estimates the win rate at equal length."
@@ -164,14 +195,16 @@ def _steps(run: RunRecord) -> Iterator[Finding]:
             "Steps were skipped",
             f"{skipped:,} of {run.done:,} steps, the first of them step {first:,}, had a loss or gradient that was not "
             "finite.",
-            "The output of the run names their pairs. Lower train.lr, or look at the pairs with 'raydpo show'.")
+            "The output of the run names their pairs. Lower train.lr, or look at the pairs with 'raydpo show'.",
+        )
     spike = _spike(steps)
     if spike is not None:
         yield Finding(
             "The loss has spiked",
             f"The loss of step {spike['step']:,} is {spike['loss']:.4f}, the {WINDOW} steps before it had "
             f"{spike['usual']:.4f} on average.",
-            "If it stayed high, lower train.lr or train.clip, or look for outliers in the data with 'raydpo audit'.")
+            "If it stayed high, lower train.lr or train.clip, or look for outliers in the data with 'raydpo audit'.",
+        )
     if "slowest_rank" in steps.columns and steps.height >= WINDOW:
         last = steps.tail(WINDOW).drop_nulls(["slowest_rank"])
         lag = last["slowest_lag"].median() if last.height else None
@@ -180,7 +213,8 @@ def _steps(run: RunRecord) -> Iterator[Finding]:
                 "One worker is slow",
                 f"Rank {last['slowest_rank'][0]:.0f} has been the slowest of the last {WINDOW} steps, by {lag:.0%} over the "
                 "median rank; all others wait for it.",
-                "Check its node for another job, a throttled device or a slow network link.")
+                "Check its node for another job, a throttled device or a slow network link.",
+            )
 
 
 def _spike(steps: pl.DataFrame) -> dict[str, Any] | None:
@@ -190,8 +224,9 @@ def _spike(steps: pl.DataFrame) -> dict[str, Any] | None:
     known = steps.select("step", "loss").drop_nulls()
     usual = pl.col("loss").shift(1).rolling_mean(WINDOW)
     spread = pl.max_horizontal(pl.col("loss").shift(1).rolling_std(WINDOW, ddof=0), 0.02 * usual.abs())
-    found = (known.with_columns(usual=usual, spread=spread)
-             .filter(pl.col("loss") > pl.col("usual") + SPIKE_DEVIATIONS * pl.col("spread")))
+    found = known.with_columns(usual=usual, spread=spread).filter(
+        pl.col("loss") > pl.col("usual") + SPIKE_DEVIATIONS * pl.col("spread")
+    )
     return found.row(0, named=True) if found.height else None
 
 
@@ -202,8 +237,11 @@ def _time(run: RunRecord) -> Iterator[Finding]:
     summary = run.summary or {}
     if not total:
         return
-    shares = {name: run.steps[f"time/{name}"].sum() / total for name in ("checkpoint", "evaluation", "data", "wait")
-              if f"time/{name}" in run.steps.columns}
+    shares = {
+        name: run.steps[f"time/{name}"].sum() / total
+        for name in ("checkpoint", "evaluation", "data", "wait")
+        if f"time/{name}" in run.steps.columns
+    }
     if summary.get("checkpoint_seconds"):  # includes the last checkpoint, after the last recorded step
         later = max(0.0, summary["checkpoint_seconds"] - shares.get("checkpoint", 0.0) * total)
         shares["checkpoint"] = summary["checkpoint_seconds"] / (total + later)

@@ -14,8 +14,18 @@ from raydpo.pages.plot import BAD, GOOD, INK, PALE, Picture, figure, svg
 from raydpo.reports.tables import setting
 from raydpo.rundir.read import SweepRecord, TrialRecord, length_growth
 
-__all__ = ["Point", "Recommendation", "drift_axis", "frontier_pictures", "length_axis", "measured_otherwise",
-           "on_same_pairs", "points_of", "recommend", "units_of_margin"]
+__all__ = [
+    "Point",
+    "Recommendation",
+    "drift_axis",
+    "frontier_pictures",
+    "length_axis",
+    "measured_otherwise",
+    "on_same_pairs",
+    "points_of",
+    "recommend",
+    "units_of_margin",
+]
 
 NAMED = 12
 """Largest number of points that have labels in the pictures; more labels would overlap."""
@@ -85,8 +95,7 @@ class Recommendation:
 
 def points_of(sweep: SweepRecord) -> list[Point]:
     """Return the trials that have been evaluated, including unfinished ones."""
-    return [_point(f"trial-{number}", trial) for number, trial in enumerate(sweep.trials)
-            if trial.eval or trial.evaluation]
+    return [_point(f"trial-{number}", trial) for number, trial in enumerate(sweep.trials) if trial.eval or trial.evaluation]
 
 
 def _point(mark: str, trial: TrialRecord) -> Point:
@@ -98,14 +107,24 @@ def _point(mark: str, trial: TrialRecord) -> Point:
     margin = scores.get("rewards/margins", (total.get("margin") or {}).get("value"))
     sides = [scores.get(f"logratio/{side}_per_token") for side in ("chosen", "rejected")]
     return Point(
-        mark, trial.name, _label(trial.settings), done, beta, accuracy, error,
+        mark,
+        trial.name,
+        _label(trial.settings),
+        done,
+        beta,
+        accuracy,
+        error,
         margin / beta if margin is not None and beta else None,
         ((evaluation.get("drift") or {}).get("kl_per_token") or {}).get("value"),
         None if None in sides else sum(abs(side) for side in sides) / 2,
-        (length_growth(evaluation) or {}).get("value"), scores.get("length/margin_correlation"),
-        "" if objective is None else _unit(objective), _protocol(evaluation),
-        (trial.run and trial.run.held_out_digest) if "rewards/accuracies" in scores else
-        (evaluation.get("protocol") or {}).get("pairs"))
+        (length_growth(evaluation) or {}).get("value"),
+        scores.get("length/margin_correlation"),
+        "" if objective is None else _unit(objective),
+        _protocol(evaluation),
+        (trial.run and trial.run.held_out_digest)
+        if "rewards/accuracies" in scores
+        else (evaluation.get("protocol") or {}).get("pairs"),
+    )
 
 
 def _accuracy(trial: TrialRecord, evaluated: dict[str, float | None]) -> tuple[float | None, float | None]:
@@ -141,8 +160,9 @@ def _protocol(evaluation: dict[str, Any]) -> str | None:
     if not evaluation:
         return None
     # Earlier versions stored only these two.
-    known = evaluation.get("protocol") or {key: (evaluation.get("generation") or {}).get(key)
-                                           for key in ("prompts", "max_tokens")}
+    known = evaluation.get("protocol") or {
+        key: (evaluation.get("generation") or {}).get(key) for key in ("prompts", "max_tokens")
+    }
     return json.dumps({key: known.get(key) for key in PROTOCOL})
 
 
@@ -153,18 +173,33 @@ def _label(settings: dict[str, object]) -> str:
 
 def drift_axis(points: Sequence[Point]) -> Axis:
     """Return the axis of drift: KL if all trials measured it alike, else the change of held-out log-probs."""
-    return _axis(points, "drift: KL, nats a token", lambda point: point.kl,
-                 "drift: change of log-probs, nats a token", lambda point: point.moved)
+    return _axis(
+        points,
+        "drift: KL, nats a token",
+        lambda point: point.kl,
+        "drift: change of log-probs, nats a token",
+        lambda point: point.moved,
+    )
 
 
 def length_axis(points: Sequence[Point]) -> Axis:
     """Return the axis of length: growth if all trials measured it alike, else the correlation with the margin."""
-    return _axis(points, "growth of the answers' length", lambda point: point.length_growth,
-                 "correlation of margin and length", lambda point: point.length_pull)
+    return _axis(
+        points,
+        "growth of the answers' length",
+        lambda point: point.length_growth,
+        "correlation of margin and length",
+        lambda point: point.length_pull,
+    )
 
 
-def _axis(points: Sequence[Point], label: str, measured: Callable[[Point], float | None], other_label: str,
-          other: Callable[[Point], float | None]) -> Axis:
+def _axis(
+    points: Sequence[Point],
+    label: str,
+    measured: Callable[[Point], float | None],
+    other_label: str,
+    other: Callable[[Point], float | None],
+) -> Axis:
     """Return the measured axis if all points have it by one protocol, or if nothing else is known; else the other axis."""
     way, count = _usual_protocol(points, measured)
     if count and (count == len(points) or all(other(point) is None for point in points)):
@@ -203,38 +238,55 @@ def recommend(points: Sequence[Point], drift: Axis) -> Recommendation:
     """
     known = [point for point in points if None not in (point.accuracy, point.error, drift.read(point))]
     if not known:
-        return Recommendation(None, "No trial has both a held-out accuracy and a drift yet, so none can be recommended. A "
-                                    "sweep needs held-out pairs (data.eval).")
+        return Recommendation(
+            None,
+            "No trial has both a held-out accuracy and a drift yet, so none can be recommended. A "
+            "sweep needs held-out pairs (data.eval).",
+        )
     first = max(known, key=lambda point: (point.accuracy, -drift.read(point)))
     if len(known) == 1:
         return Recommendation(None, f"{first.label or first.name} is the only trial with an accuracy and a drift so far.")
     if not on_same_pairs(known):
-        return Recommendation(None, "The trials are measured on different held-out pairs, so their accuracies do not "
-                                    "compare. Hold out the same pairs in all of them: a separate file (data.eval.path) that "
-                                    "no setting of section data changes. Or make two sweeps.")
+        return Recommendation(
+            None,
+            "The trials are measured on different held-out pairs, so their accuracies do not "
+            "compare. Hold out the same pairs in all of them: a separate file (data.eval.path) that "
+            "no setting of section data changes. Or make two sweeps.",
+        )
     learnt = [point for point in known if point.accuracy - 0.5 > Z95 * point.error]
     if not learnt:
-        return Recommendation(None, f"No trial is better than a coin by more than chance: the best held-out accuracy is "
-                                    f"{first.accuracy:.3f} (standard error {first.error:.3f}), of "
-                                    f"{first.label or first.name}. Train longer, raise train.lr, or hold out more pairs.")
+        return Recommendation(
+            None,
+            f"No trial is better than a coin by more than chance: the best held-out accuracy is "
+            f"{first.accuracy:.3f} (standard error {first.error:.3f}), of "
+            f"{first.label or first.name}. Train longer, raise train.lr, or hold out more pairs.",
+        )
     best = max(learnt, key=lambda point: (point.accuracy, -drift.read(point)))
     bound = best.accuracy - best.error
     close = [point for point in learnt if point.accuracy >= bound]
     chosen = min(close, key=lambda point: (drift.read(point), -(point.beta or 0.0)))
     if chosen is best:
-        reason = (f"{best.label or best.name} has the best held-out accuracy, {best.accuracy:.3f} (standard error "
-                  f"{best.error:.3f})")
-        reason += (f", and the least drift of the {len(close)} trials within one standard error of it: "
-                   f"{drift.read(best):.3g} nats a token." if len(close) > 1 else
-                   f"; no other trial is within one standard error of it. Its drift is {drift.read(best):.3g} nats a token.")
+        reason = (
+            f"{best.label or best.name} has the best held-out accuracy, {best.accuracy:.3f} (standard error "
+            f"{best.error:.3f})"
+        )
+        reason += (
+            f", and the least drift of the {len(close)} trials within one standard error of it: "
+            f"{drift.read(best):.3g} nats a token."
+            if len(close) > 1
+            else f"; no other trial is within one standard error of it. Its drift is {drift.read(best):.3g} nats a token."
+        )
     else:
-        reason = (f"{chosen.label or chosen.name} has a held-out accuracy of {chosen.accuracy:.3f}, within one standard "
-                  f"error ({best.error:.3f}) of the best, {best.accuracy:.3f} of {best.label or best.name}. It drifts "
-                  f"least of the {len(close)} trials within that range: {drift.read(chosen):.3g} against "
-                  f"{drift.read(best):.3g} nats a token.")
+        reason = (
+            f"{chosen.label or chosen.name} has a held-out accuracy of {chosen.accuracy:.3f}, within one standard "
+            f"error ({best.error:.3f}) of the best, {best.accuracy:.3f} of {best.label or best.name}. It drifts "
+            f"least of the {len(close)} trials within that range: {drift.read(chosen):.3g} against "
+            f"{drift.read(best):.3g} nats a token."
+        )
     if len(learnt) < len(known):
-        reason += (f" {len(known) - len(learnt)} trial(s) are not better than a coin by more than chance and were not "
-                   "considered.")
+        reason += (
+            f" {len(known) - len(learnt)} trial(s) are not better than a coin by more than chance and were not considered."
+        )
     left_out = len(points) - len(known)
     if left_out:
         reason += f" {left_out} trial(s) lack one of the two figures and were not considered."
@@ -249,19 +301,35 @@ def frontier_pictures(points: Sequence[Point], recommended: Point | None) -> lis
     if not on_same_pairs(points):
         return []
     drift, length, units = drift_axis(points), length_axis(points), units_of_margin(points)
-    margin = Axis(", ".join(filter(None, ("margin / beta", *units))),
-                  lambda point: point.margin if len(units) == 1 else None)
-    pictures = [_picture(title, caption, points, x, y, recommended) for title, caption, x, y in (
-        ("Accuracy and drift", UNBEATEN, drift, ACCURACY),
-        ("Margin and drift", "The margin is divided by beta, so that trials compare. If it grows only with drift, the "
-                             "policy has moved without learning more.", drift, margin),
-        ("Accuracy and length", "If accuracy grows with length, it may only be a preference for length.", length, ACCURACY),
-        ("Margin and length", "The margin, divided by beta, against length.", length, margin))]
+    margin = Axis(
+        ", ".join(filter(None, ("margin / beta", *units))), lambda point: point.margin if len(units) == 1 else None
+    )
+    pictures = [
+        _picture(title, caption, points, x, y, recommended)
+        for title, caption, x, y in (
+            ("Accuracy and drift", UNBEATEN, drift, ACCURACY),
+            (
+                "Margin and drift",
+                "The margin is divided by beta, so that trials compare. If it grows only with drift, the "
+                "policy has moved without learning more.",
+                drift,
+                margin,
+            ),
+            (
+                "Accuracy and length",
+                "If accuracy grows with length, it may only be a preference for length.",
+                length,
+                ACCURACY,
+            ),
+            ("Margin and length", "The margin, divided by beta, against length.", length, margin),
+        )
+    ]
     return [picture for picture in pictures if picture is not None]
 
 
-def _picture(title: str, caption: str, points: Sequence[Point], x: Axis, y: Axis,
-             recommended: Point | None) -> Picture | None:
+def _picture(
+    title: str, caption: str, points: Sequence[Point], x: Axis, y: Axis, recommended: Point | None
+) -> Picture | None:
     known = sorted((point for point in points if None not in (x.read(point), y.read(point))), key=x.read)
     if not known:
         return None
@@ -280,10 +348,18 @@ def _picture(title: str, caption: str, points: Sequence[Point], x: Axis, y: Axis
                 axes.errorbar([across], [up], [point.error], color=PALE, elinewidth=0.9, zorder=1)
             if len(known) <= NAMED:  # labels point to the middle, alternately above and below
                 side, away = ("right", -6) if across > middle else ("left", 6)
-                axes.annotate(_short(point, known), (across, up), (away, -9 if number % 2 else 5), ha=side,
-                              textcoords="offset points", fontsize=7.5, color=INK)
-            marks[point.mark] = (f"{point.label or point.name}: {y.label} {up:.3f}, {x.label} {across:.3g}"
-                                 + (" (recommended)" if chosen else ""))
+                axes.annotate(
+                    _short(point, known),
+                    (across, up),
+                    (away, -9 if number % 2 else 5),
+                    ha=side,
+                    textcoords="offset points",
+                    fontsize=7.5,
+                    color=INK,
+                )
+            marks[point.mark] = f"{point.label or point.name}: {y.label} {up:.3f}, {x.label} {across:.3g}" + (
+                " (recommended)" if chosen else ""
+            )
         axes.margins(0.1, 0.14)
         axes.locator_params(axis="x", nbins=5)
         axes.set(xlabel=x.label, ylabel=y.label)

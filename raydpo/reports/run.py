@@ -18,30 +18,73 @@ from raydpo.version import __version__
 
 __all__ = ["run_page", "status_of"]
 
-PHASES = {"forward": SERIES[0], "backward": SERIES[5], "optimizer": SERIES[2], "data": SERIES[4], "wait": SERIES[1],
-          "checkpoint": SERIES[3], "evaluation": SERIES[6], "other": PALE}
+PHASES = {
+    "forward": SERIES[0],
+    "backward": SERIES[5],
+    "optimizer": SERIES[2],
+    "data": SERIES[4],
+    "wait": SERIES[1],
+    "checkpoint": SERIES[3],
+    "evaluation": SERIES[6],
+    "other": PALE,
+}
 SCRIPTS = ("pages/plots.js", "pages/tables.js")
 CURVES: tuple[tuple[str, str, str, dict[str, Any], str], ...] = (
     ("Loss", "loss", "loss", {}, "Compare it only between runs with the same loss and beta."),
-    ("Accuracy", "rewards/accuracies", "accuracy", {"level": 0.5},
-     "Share of pairs whose chosen answer has the higher reward; a tie counts one half."),
-    ("Margin", "rewards/margins", "reward margin", {"level": 0.0},
-     "Reward of the chosen answer minus reward of the rejected one."),
-    ("Rewards", "rewards/{}", "reward", {"level": 0.0},
-     "beta times the change of each side's log-prob against the reference. Where both fall, the chosen answers become less "
-     "likely while the margin grows."),
-    ("Drift", "logratio/{}_per_token", "nats a token", {"level": 0.0},
-     "Change of the log-prob per token against the reference."),
+    (
+        "Accuracy",
+        "rewards/accuracies",
+        "accuracy",
+        {"level": 0.5},
+        "Share of pairs whose chosen answer has the higher reward; a tie counts one half.",
+    ),
+    (
+        "Margin",
+        "rewards/margins",
+        "reward margin",
+        {"level": 0.0},
+        "Reward of the chosen answer minus reward of the rejected one.",
+    ),
+    (
+        "Rewards",
+        "rewards/{}",
+        "reward",
+        {"level": 0.0},
+        "beta times the change of each side's log-prob against the reference. Where both fall, the chosen answers become less "
+        "likely while the margin grows.",
+    ),
+    (
+        "Drift",
+        "logratio/{}_per_token",
+        "nats a token",
+        {"level": 0.0},
+        "Change of the log-prob per token against the reference.",
+    ),
     ("Log-probs", "logps/{}", "nats", {}, "Sums over an answer. Training steps vary with the lengths of their answers."),
-    ("Chosen fell", "logps/chosen_fell", "share of pairs", {"ylim": (-0.02, 1.02)},
-     "Share of pairs whose chosen answer is less likely than under the reference."),
-    ("Margin and length", "length/margin_correlation", "correlation", {"level": 0.0},
-     "Correlation of the margin with the difference in length. Near 1 the policy prefers the longer answer, near -1 the "
-     "shorter one."),
+    (
+        "Chosen fell",
+        "logps/chosen_fell",
+        "share of pairs",
+        {"ylim": (-0.02, 1.02)},
+        "Share of pairs whose chosen answer is less likely than under the reference.",
+    ),
+    (
+        "Margin and length",
+        "length/margin_correlation",
+        "correlation",
+        {"level": 0.0},
+        "Correlation of the margin with the difference in length. Near 1 the policy prefers the longer answer, near -1 the "
+        "shorter one.",
+    ),
     ("Lengths", "length/{}", "tokens", {}, "Lengths of the answers in the data."),
     ("Learning rate", "learning_rate", "learning rate", {}, "As scheduled, by step."),
-    ("Speed", "tokens_per_second", "tokens a second", {},
-     "Prompts count once a pair; checkpoints and evaluations are not included."),
+    (
+        "Speed",
+        "tokens_per_second",
+        "tokens a second",
+        {},
+        "Prompts count once a pair; checkpoints and evaluations are not included.",
+    ),
 )
 """(title, metric, label of the y axis, options of ``curves_picture``, caption) of each picture of a run."""
 
@@ -50,11 +93,24 @@ def run_page(run: RunRecord) -> str:
     """Render the page. Where something is missing, because the run is unfinished or holds nothing out, the page says so."""
     summary = run.summary or {}
     part = evaluation_part(run.evaluation) if run.evaluation else None
-    return render("reports/run.html", scripts=SCRIPTS, run=run, version=__version__, status=status_of(run),
-                  facts=_facts(run), findings=findings(run), curves=_curves(run), before_after=_before_after(run),
-                  sources=_sources(run), times=_times(run), phases=phases_picture(run.steps, PHASES), evaluation=part,
-                  samples=shown_samples(summary.get("samples")), cache=_cache(run),
-                  settings=_settings(run))
+    return render(
+        "reports/run.html",
+        scripts=SCRIPTS,
+        run=run,
+        version=__version__,
+        status=status_of(run),
+        facts=_facts(run),
+        findings=findings(run),
+        curves=_curves(run),
+        before_after=_before_after(run),
+        sources=_sources(run),
+        times=_times(run),
+        phases=phases_picture(run.steps, PHASES),
+        evaluation=part,
+        samples=shown_samples(summary.get("samples")),
+        cache=_cache(run),
+        settings=_settings(run),
+    )
 
 
 def _settings(run: RunRecord) -> str | None:
@@ -71,8 +127,10 @@ def status_of(run: RunRecord) -> str:
     where = f" of {wanted:,} are recorded" if wanted else " are recorded"
     if not wanted and "epoch" in run.steps.columns:
         where += f", epoch {run.steps['epoch'][-1]:.2f} of {run.setting('train.epochs') or 1}"
-    return (f"Not finished: {run.done:,} steps{where}. The run is in progress or was stopped; the same command continues "
-            "it. Records are written with each checkpoint.")
+    return (
+        f"Not finished: {run.done:,} steps{where}. The run is in progress or was stopped; the same command continues "
+        "it. Records are written with each checkpoint."
+    )
 
 
 def _facts(run: RunRecord) -> list[tuple[str, str]]:
@@ -80,21 +138,49 @@ def _facts(run: RunRecord) -> list[tuple[str, str]]:
     steps = run.steps
     lora = run.setting("model.lora")
     path = run.setting("model.path")
-    facts = [("model", path and path.rstrip("/").rsplit("/", 1)[-1]),
-             ("what trains", "an adapter" if run.setting("model.adapter") else
-              f"LoRA, r {lora['r']}" if lora else "all weights" if run.config else None),
-             *((name, setting(f"train.{name}", value).text) for name in ("loss", "beta")
-               if (value := run.setting(f"train.{name}")) is not None),
-             ("learning rate", _form(run.setting("train.lr"), "g")), ("pairs a step", run.setting("train.pairs_per_step")),
-             ("steps", f"{run.done:,}" if steps.height else None),
-             ("pairs seen", _form(steps["pairs"].sum(), ",.0f") if "pairs" in steps.columns else None),
-             ("training time", duration(summary["train_seconds"]) if summary else
-              duration(steps["time/step"].sum()) if "time/step" in steps.columns else None),
-             ("tokens a second", _form(summary.get("tokens_per_second"), ",.0f")),
-             ("peak memory of a worker", f"{steps['peak_memory_bytes'].max() / 2**30:.2f} GiB"
-              if "peak_memory_bytes" in steps.columns and steps.height else None),
-             ("first loss, last loss", f"{steps['loss'][0]:.4f}, {steps['loss'][-1]:.4f}"
-              if steps.height and None not in (steps["loss"][0], steps["loss"][-1]) else None)]
+    facts = [
+        ("model", path and path.rstrip("/").rsplit("/", 1)[-1]),
+        (
+            "what trains",
+            "an adapter"
+            if run.setting("model.adapter")
+            else f"LoRA, r {lora['r']}"
+            if lora
+            else "all weights"
+            if run.config
+            else None,
+        ),
+        *(
+            (name, setting(f"train.{name}", value).text)
+            for name in ("loss", "beta")
+            if (value := run.setting(f"train.{name}")) is not None
+        ),
+        ("learning rate", _form(run.setting("train.lr"), "g")),
+        ("pairs a step", run.setting("train.pairs_per_step")),
+        ("steps", f"{run.done:,}" if steps.height else None),
+        ("pairs seen", _form(steps["pairs"].sum(), ",.0f") if "pairs" in steps.columns else None),
+        (
+            "training time",
+            duration(summary["train_seconds"])
+            if summary
+            else duration(steps["time/step"].sum())
+            if "time/step" in steps.columns
+            else None,
+        ),
+        ("tokens a second", _form(summary.get("tokens_per_second"), ",.0f")),
+        (
+            "peak memory of a worker",
+            f"{steps['peak_memory_bytes'].max() / 2**30:.2f} GiB"
+            if "peak_memory_bytes" in steps.columns and steps.height
+            else None,
+        ),
+        (
+            "first loss, last loss",
+            f"{steps['loss'][0]:.4f}, {steps['loss'][-1]:.4f}"
+            if steps.height and None not in (steps["loss"][0], steps["loss"][-1])
+            else None,
+        ),
+    ]
     return [(name, str(value)) for name, value in facts if value is not None]
 
 
@@ -103,14 +189,21 @@ def _curves(run: RunRecord) -> list[Picture]:
         """Curves of training and held-out pairs; with ``{}`` in the metric, of chosen and rejected answers."""
         if "{}" not in metric:
             return [curve(run.steps, metric, "training", GOOD), curve(run.evals, metric, "held out", BAD, dashed=True)]
-        return [curve(table, metric.format(side), f"{side}{kind}", colour, dashed=bool(kind))
-                for table, kind in ((run.steps, ""), (run.evals, ", held out"))
-                for side, colour in (("chosen", GOOD), ("rejected", BAD))]
+        return [
+            curve(table, metric.format(side), f"{side}{kind}", colour, dashed=bool(kind))
+            for table, kind in ((run.steps, ""), (run.evals, ", held out"))
+            for side, colour in (("chosen", GOOD), ("rejected", BAD))
+        ]
 
-    pictures = [curves_picture(title, caption, curves(metric), ylabel, **options)
-                for title, metric, ylabel, options, caption in CURVES]
-    pictures.append(curves_picture("Gradient norm", _clipping(run), curves("grad_norm"), "norm",
-                                   level=run.setting("train.clip"), log=True))
+    pictures = [
+        curves_picture(title, caption, curves(metric), ylabel, **options)
+        for title, metric, ylabel, options, caption in CURVES
+    ]
+    pictures.append(
+        curves_picture(
+            "Gradient norm", _clipping(run), curves("grad_norm"), "norm", level=run.setting("train.clip"), log=True
+        )
+    )
     return [picture for picture in pictures if picture is not None]
 
 
@@ -129,18 +222,32 @@ def _before_after(run: RunRecord) -> Table | None:
         if before is not None or after is not None:
             rows.append(Row(label, [number(before), number(after)]))
     first, last = (run.evals["step"][0], run.evals["step"][-1]) if run.evals.height else (0, 0)
-    return Table("Held-out pairs before and after", ("held-out pairs", f"step {first:,}", f"step {last:,}"), rows) if rows \
+    return (
+        Table("Held-out pairs before and after", ("held-out pairs", f"step {first:,}", f"step {last:,}"), rows)
+        if rows
         else None
+    )
 
 
 def _sources(run: RunRecord) -> Table | None:
     """Metrics by source: of the held-out pairs, or of the last training steps if nothing is held out."""
     if not run.sources:
         return None
-    table, where = (run.evals.tail(1), "held-out pairs, last evaluation") if run.evals.height else \
-        (run.steps.tail(50), f"training pairs, last {min(50, run.done)} steps")
-    rows = [Row(name, [number(table[f"{name}/{metric}"].mean() if f"{name}/{metric}" in table.columns else None)
-                       for metric in ("loss", "rewards/accuracies", "rewards/margins")]) for name in run.sources]
+    table, where = (
+        (run.evals.tail(1), "held-out pairs, last evaluation")
+        if run.evals.height
+        else (run.steps.tail(50), f"training pairs, last {min(50, run.done)} steps")
+    )
+    rows = [
+        Row(
+            name,
+            [
+                number(table[f"{name}/{metric}"].mean() if f"{name}/{metric}" in table.columns else None)
+                for metric in ("loss", "rewards/accuracies", "rewards/margins")
+            ],
+        )
+        for name in run.sources
+    ]
     return Table(f"By source: {where}", ("source", "loss", "accuracy", "margin"), rows)
 
 
@@ -148,9 +255,14 @@ def _times(run: RunRecord) -> Table | None:
     if "time/step" not in run.steps.columns or not (total := run.steps["time/step"].sum()):
         return None
     spent = [(name, run.steps[f"time/{name}"].sum()) for name in PHASES if f"time/{name}" in run.steps.columns]
-    return Table("Where the time went", ("phase", "time", "share"), [
-        Row(name, [Cell(duration(seconds), seconds), number(seconds / total, ".1%")])
-        for name, seconds in sorted(spent, key=lambda one: -one[1])])
+    return Table(
+        "Where the time went",
+        ("phase", "time", "share"),
+        [
+            Row(name, [Cell(duration(seconds), seconds), number(seconds / total, ".1%")])
+            for name, seconds in sorted(spent, key=lambda one: -one[1])
+        ],
+    )
 
 
 def _cache(run: RunRecord) -> list[tuple[str, str]]:
@@ -158,11 +270,24 @@ def _cache(run: RunRecord) -> list[tuple[str, str]]:
     summary = run.summary or {}
     reference = summary.get("reference") or {}
     hits = summary.get("cache_hit_rate")
-    facts = [("reference", " + ".join(filter(None, (reference.get("path") or run.setting("reference.path"),
-                                                    reference.get("adapter") or run.setting("reference.adapter"))))),
-             ("identity", reference.get("identity")), ("cache", run.setting("cache.uri")),
-             ("in the cache before scoring", None if hits is None else f"{hits:.0%} of the completions"),
-             ("step-0 gate", (summary.get("gate") or "").removeprefix("step-0 gate: "))]
+    facts = [
+        (
+            "reference",
+            " + ".join(
+                filter(
+                    None,
+                    (
+                        reference.get("path") or run.setting("reference.path"),
+                        reference.get("adapter") or run.setting("reference.adapter"),
+                    ),
+                )
+            ),
+        ),
+        ("identity", reference.get("identity")),
+        ("cache", run.setting("cache.uri")),
+        ("in the cache before scoring", None if hits is None else f"{hits:.0%} of the completions"),
+        ("step-0 gate", (summary.get("gate") or "").removeprefix("step-0 gate: ")),
+    ]
     return [(name, str(value)) for name, value in facts if value]
 
 

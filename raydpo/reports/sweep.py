@@ -36,13 +36,26 @@ def sweep_page(sweep: SweepRecord) -> str:
     points = [point for point in evaluated if point.done]
     recommendation, units = recommendation_of(sweep), units_of_margin(evaluated)
     drawn, left_out = _drawn(sweep, recommendation.point)
-    return render("reports/sweep.html", scripts=SCRIPTS, version=__version__, sweep=sweep, facts=_facts(sweep),
-                  recommendation=recommendation, points=points, frontier=frontier_pictures(points, recommendation.point),
-                  measured=drift_axis(points).measured, grown=length_axis(points).measured,
-                  otherwise=measured_otherwise(points), same_pairs=on_same_pairs(points),
-                  units=units, table=_table(sweep, evaluated, tell_unit=len(units) > 1),
-                  failed=[trial for trial in sweep.trials if trial.error], drawn=len(drawn), left_out=left_out,
-                  curves=overlaid(drawn, ["held out"]) or overlaid(drawn, ["training"]))
+    return render(
+        "reports/sweep.html",
+        scripts=SCRIPTS,
+        version=__version__,
+        sweep=sweep,
+        facts=_facts(sweep),
+        recommendation=recommendation,
+        points=points,
+        frontier=frontier_pictures(points, recommendation.point),
+        measured=drift_axis(points).measured,
+        grown=length_axis(points).measured,
+        otherwise=measured_otherwise(points),
+        same_pairs=on_same_pairs(points),
+        units=units,
+        table=_table(sweep, evaluated, tell_unit=len(units) > 1),
+        failed=[trial for trial in sweep.trials if trial.error],
+        drawn=len(drawn),
+        left_out=left_out,
+        curves=overlaid(drawn, ["held out"]) or overlaid(drawn, ["training"]),
+    )
 
 
 def _drawn(sweep: SweepRecord, recommended: Point | None) -> tuple[list[RunRecord], int]:
@@ -57,23 +70,53 @@ def _facts(sweep: SweepRecord) -> list[tuple[str, str]]:
     states = [trial.status for trial in sweep.trials]
     rates = [f"{rate:.0%}" for rate in sweep.cache.get("hit_rates") or [] if rate is not None]
     seconds = max((trial.seconds or 0.0 for trial in sweep.trials), default=0.0)  # not the sum: trials run in parallel
-    facts = [("trials", ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))),
-             ("varied", ", ".join(sweep.parameters)), ("longest trial", duration(seconds) if seconds else None),
-             ("reference identity", sweep.cache.get("identity")), ("cache", sweep.cache.get("uri")),
-             ("found in the cache", f"{rates[0]} in each trial" if len(set(rates)) == 1 else ", ".join(rates))]
+    facts = [
+        ("trials", ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))),
+        ("varied", ", ".join(sweep.parameters)),
+        ("longest trial", duration(seconds) if seconds else None),
+        ("reference identity", sweep.cache.get("identity")),
+        ("cache", sweep.cache.get("uri")),
+        ("found in the cache", f"{rates[0]} in each trial" if len(set(rates)) == 1 else ", ".join(rates)),
+    ]
     return [(name, value) for name, value in facts if value]
 
 
 def _table(sweep: SweepRecord, points: list[Point], *, tell_unit: bool) -> Table:
     by_name = {point.name: point for point in points}
-    rows = [Row(trial.name, [*(setting(key, trial.settings.get(key)) for key in sweep.parameters), Cell(trial.status),
-                             number(trial.run.done if trial.run else None, ",.0f"),
-                             *_figures(by_name.get(trial.name), tell_unit),
-                             number(trial.eval.get("loss")), number(trial.seconds, ",.0f")],
-                f"trial-{number_}") for number_, trial in enumerate(sweep.trials)]
-    return Table("Trials", ("trial", *sweep.parameters, "state", "steps", "accuracy", "standard error", "margin / beta",
-                            "KL, nats a token", "change of log-probs", "length growth", "margin ~ length", "loss",
-                            "seconds"), rows)
+    rows = [
+        Row(
+            trial.name,
+            [
+                *(setting(key, trial.settings.get(key)) for key in sweep.parameters),
+                Cell(trial.status),
+                number(trial.run.done if trial.run else None, ",.0f"),
+                *_figures(by_name.get(trial.name), tell_unit),
+                number(trial.eval.get("loss")),
+                number(trial.seconds, ",.0f"),
+            ],
+            f"trial-{number_}",
+        )
+        for number_, trial in enumerate(sweep.trials)
+    ]
+    return Table(
+        "Trials",
+        (
+            "trial",
+            *sweep.parameters,
+            "state",
+            "steps",
+            "accuracy",
+            "standard error",
+            "margin / beta",
+            "KL, nats a token",
+            "change of log-probs",
+            "length growth",
+            "margin ~ length",
+            "loss",
+            "seconds",
+        ),
+        rows,
+    )
 
 
 def _figures(point: Point | None, tell_unit: bool) -> list[Cell]:
@@ -82,5 +125,12 @@ def _figures(point: Point | None, tell_unit: bool) -> list[Cell]:
     margin = number(point.margin, ".2f")
     if tell_unit and point.margin is not None:  # no value to sort by: the units do not compare
         margin = Cell(f"{margin.text} {point.unit}")
-    return [number(point.accuracy), number(point.error), margin, number(point.kl), number(point.moved),
-            number(point.length_growth, ".1%"), number(point.length_pull, "+.2f")]
+    return [
+        number(point.accuracy),
+        number(point.error),
+        margin,
+        number(point.kl),
+        number(point.moved),
+        number(point.length_growth, ".1%"),
+        number(point.length_pull, "+.2f"),
+    ]

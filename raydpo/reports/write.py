@@ -18,7 +18,6 @@ from raydpo.terminal.console import Console
 __all__ = ["write_comparison", "write_report", "write_report_or_warn"]
 
 
-
 def write_report(place: str) -> str:
     """Write ``report.html`` into a run or sweep directory, from the files that exist so far.
 
@@ -48,11 +47,16 @@ def write_comparison(places: Sequence[str], out: Path) -> None:
     runs: list[RunRecord] = []
     for place in places:
         storage = Storage(place)
-        runs += [trial.run for trial in SweepRecord.read(storage).trials if trial.run is not None] if is_sweep(storage) \
+        runs += (
+            [trial.run for trial in SweepRecord.read(storage).trials if trial.run is not None]
+            if is_sweep(storage)
             else [RunRecord.read(storage)]
+        )
     if len(runs) < 2:
-        raise ConfigError(f"a comparison needs two runs, but {', '.join(map(redact, places))} hold {len(runs)} run(s) that "
-                          "have begun; name another")
+        raise ConfigError(
+            f"a comparison needs two runs, but {', '.join(map(redact, places))} hold {len(runs)} run(s) that "
+            "have begun; name another"
+        )
     Storage(str(out.absolute().parent)).write(out.name, comparison_page(runs).encode())
 
 

@@ -20,39 +20,69 @@ def model_card(config: Config, summary: dict[str, Any]) -> str:
         summary: what summary.json holds.
     """
     adapts = config.model.adapts
-    front: dict[str, Any] = {"library_name": "peft" if adapts else "transformers", "tags": ["dpo", "raydpo"],
-                             "pipeline_tag": "text-generation"}
+    front: dict[str, Any] = {
+        "library_name": "peft" if adapts else "transformers",
+        "tags": ["dpo", "raydpo"],
+        "pipeline_tag": "text-generation",
+    }
     if is_hub_name(config.model.path):
         front["base_model"] = config.model.path
     train, reference = config.train, summary["reference"]
     method = "direct preference optimization (arXiv 2305.18290)" if train.loss == "sigmoid" else "preference optimization"
-    lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# {config.run_name}", "",
-             f"Trained from `{_last(config.model.path)}`"
-             + (f" with adapter `{_last(config.model.adapter)}`" if config.model.adapter else "")
-             + f" by {method} with raydpo {summary['raydpo']}.", "",
-             "| | |", "|---|---|"]
-    how = "the adapter that it began with" if config.model.adapter else \
-        f"LoRA, r {config.model.lora.r}, alpha {config.model.lora.alpha:g}" if config.model.lora else "all weights"
-    rows = [("what trained", how), ("quantization of frozen weights", config.model.quantization or "none"),
-            ("loss", train.loss_text), ("beta", train.beta_text), ("label smoothing", f"{train.label_smoothing:g}"),
-            *((name.replace("_", " "), str(value)) for name, value in train.shaped().items()),
-            ("learning rate", f"{train.lr:g}, {train.schedule}"), ("steps", f"{summary['steps']:,}"),
-            ("pairs a step", f"{train.pairs_per_step:,}"), ("pairs seen", f"{summary['pairs_seen']:,}"),
-            ("seed", f"{train.seed}"),
-            ("data", ", ".join(f"`{_last(source.path)}`" for source in config.data.train)
-             + f", {summary['training_pairs']:,} pairs"),
-            ("reference", "none" if reference["path"] is None else
-             f"`{_last(reference['path'])}`, identity `{reference['identity']}`"),
-            ("step-0 gate", summary["gate"] or "not run")]
+    lines = [
+        "---",
+        yaml.safe_dump(front, sort_keys=False).strip(),
+        "---",
+        "",
+        f"# {config.run_name}",
+        "",
+        f"Trained from `{_last(config.model.path)}`"
+        + (f" with adapter `{_last(config.model.adapter)}`" if config.model.adapter else "")
+        + f" by {method} with raydpo {summary['raydpo']}.",
+        "",
+        "| | |",
+        "|---|---|",
+    ]
+    how = (
+        "the adapter that it began with"
+        if config.model.adapter
+        else f"LoRA, r {config.model.lora.r}, alpha {config.model.lora.alpha:g}"
+        if config.model.lora
+        else "all weights"
+    )
+    rows = [
+        ("what trained", how),
+        ("quantization of frozen weights", config.model.quantization or "none"),
+        ("loss", train.loss_text),
+        ("beta", train.beta_text),
+        ("label smoothing", f"{train.label_smoothing:g}"),
+        *((name.replace("_", " "), str(value)) for name, value in train.shaped().items()),
+        ("learning rate", f"{train.lr:g}, {train.schedule}"),
+        ("steps", f"{summary['steps']:,}"),
+        ("pairs a step", f"{train.pairs_per_step:,}"),
+        ("pairs seen", f"{summary['pairs_seen']:,}"),
+        ("seed", f"{train.seed}"),
+        (
+            "data",
+            ", ".join(f"`{_last(source.path)}`" for source in config.data.train) + f", {summary['training_pairs']:,} pairs",
+        ),
+        (
+            "reference",
+            "none" if reference["path"] is None else f"`{_last(reference['path'])}`, identity `{reference['identity']}`",
+        ),
+        ("step-0 gate", summary["gate"] or "not run"),
+    ]
     lines += [f"| {name} | {_cell(value)} |" for name, value in rows]
     before, after = summary["eval_before"], summary["eval_after"]
     if before and after:
-        lines += ["", f"## Held-out pairs ({summary['held_out_pairs']:,})", "", "| | before | after |",
-                  "|---|---|---|"]
-        lines += [f"| {label} | {before[key]:.3f} | {after[key]:.3f} |" for key, label in EVALUATION_TABLE
-                  if key in after]
-    lines += ["", "Preference tuning on a fixed set of pairs takes over that set's biases, favours length where the set "
-              "does, and does not explore beyond it; the figures above are of pairs of the same origin.", ""]
+        lines += ["", f"## Held-out pairs ({summary['held_out_pairs']:,})", "", "| | before | after |", "|---|---|---|"]
+        lines += [f"| {label} | {before[key]:.3f} | {after[key]:.3f} |" for key, label in EVALUATION_TABLE if key in after]
+    lines += [
+        "",
+        "Preference tuning on a fixed set of pairs takes over that set's biases, favours length where the set "
+        "does, and does not explore beyond it; the figures above are of pairs of the same origin.",
+        "",
+    ]
     return "\n".join(lines)
 
 

@@ -13,8 +13,23 @@ if TYPE_CHECKING:
     from raydpo.storage.files import Storage
 
 __all__ = [
-    "AUDIT_JSON", "AUDIT_PAGE", "BEGUN_BY", "CHECKPOINTS", "CONFIG", "DRIVER_LOG", "EVAL", "EVALUATION", "FINAL", "LOGS",
-    "METRICS", "REPORT", "RUN", "SUMMARY", "SWEEP", "TENSORBOARD", "RunDirectory",
+    "AUDIT_JSON",
+    "AUDIT_PAGE",
+    "BEGUN_BY",
+    "CHECKPOINTS",
+    "CONFIG",
+    "DRIVER_LOG",
+    "EVAL",
+    "EVALUATION",
+    "FINAL",
+    "LOGS",
+    "METRICS",
+    "REPORT",
+    "RUN",
+    "SUMMARY",
+    "SWEEP",
+    "TENSORBOARD",
+    "RunDirectory",
 ]
 
 CONFIG = "config.yaml"

@@ -36,20 +36,27 @@ class TrainingDisplay:
             self._bar.close()
         elif first:
             self.console.say(f"continuing after step {first}")
-        self.console.say(f"training: {facts['pairs']:,} pairs, {total:,} steps ({facts['steps_per_epoch']:,} an epoch), "
-                         f"{facts['world_size']} worker(s)")
+        self.console.say(
+            f"training: {facts['pairs']:,} pairs, {total:,} steps ({facts['steps_per_epoch']:,} an epoch), "
+            f"{facts['world_size']} worker(s)"
+        )
         self._line, self._total = None, total
 
     def _step(self, row: dict[str, float]) -> None:
         if self._line is None:  # begins with the first step: gate and first evaluation would distort the rate
             self._line = self._bar.enter_context(
-                self.console.progress("training", self._total, "steps", done=int(row["step"])))
-        self._line.update(int(row["step"]), f"loss {row['loss']:.4f}  accuracy {row['rewards/accuracies']:.2f}  "
-                                            f"{row['tokens_per_second']:,.0f} tokens/s")
+                self.console.progress("training", self._total, "steps", done=int(row["step"]))
+            )
+        self._line.update(
+            int(row["step"]),
+            f"loss {row['loss']:.4f}  accuracy {row['rewards/accuracies']:.2f}  {row['tokens_per_second']:,.0f} tokens/s",
+        )
 
     def _evaluated(self, row: dict[str, float]) -> None:
-        self.console.say(f"  held out, step {int(row['step'])}: loss {row['eval_loss']:.4f}, accuracy "
-                         f"{row['eval_rewards/accuracies']:.3f}, margin {row['eval_rewards/margins']:.3f}")
+        self.console.say(
+            f"  held out, step {int(row['step'])}: loss {row['eval_loss']:.4f}, accuracy "
+            f"{row['eval_rewards/accuracies']:.3f}, margin {row['eval_rewards/margins']:.3f}"
+        )
 
     def _note(self, line: str) -> None:
         self.console.note(line)

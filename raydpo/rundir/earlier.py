@@ -21,7 +21,6 @@ from raydpo.terminal.console import Console
 __all__ = ["archive_run", "begin_again", "finished_summary", "neutral_changes"]
 
 
-
 def finished_summary(storage: Storage, fingerprint: dict[str, Any]) -> dict[str, Any] | None:
     """The summary of a finished run in this directory; None if there is no run, or it was interrupted.
 
@@ -33,8 +32,10 @@ def finished_summary(storage: Storage, fingerprint: dict[str, Any]) -> dict[str,
     earlier = RunDirectory(storage).fingerprint()
     changes = changed_settings(earlier, fingerprint)
     if changes:
-        raise ConfigError(f"{storage} is a run with other settings ({'; '.join(changes)}). Give this one another name "
-                          "(name=...), or start again with --fresh, which renames the old one")
+        raise ConfigError(
+            f"{storage} is a run with other settings ({'; '.join(changes)}). Give this one another name "
+            "(name=...), or start again with --fresh, which renames the old one"
+        )
     return RunDirectory(storage).summary()
 
 
@@ -53,8 +54,10 @@ def begin_again(storage: Storage, console: Console, mark: str = RUN) -> None:
     repeats the same command, and that must continue what the first attempt started."""
     job, may_be_repeated = _job()
     if may_be_repeated and storage.exists(BEGUN_BY) and json.loads(storage.read(BEGUN_BY)) == job:
-        console.say(f"--fresh: {storage} was started by an earlier attempt of this job ({job}) and continues; to start "
-                    "again, use --fresh in a new job, or give another name (name=...)")
+        console.say(
+            f"--fresh: {storage} was started by an earlier attempt of this job ({job}) and continues; to start "
+            "again, use --fresh in a new job, or give another name (name=...)"
+        )
         return
     archive_run(storage, console, mark)
     if job is not None:
@@ -85,7 +88,8 @@ def archive_run(storage: Storage, console: Console, mark: str = RUN) -> None:
     if not storage.is_local:
         raise ConfigError(f"--fresh cannot rename {storage} on an object store; give the run another name (name=...)")
     path = Path(storage.root)
-    aside = next(candidate for number in range(1, 1 << 20)
-                 if not (candidate := path.with_name(f"{path.name}~{number}")).exists())
+    aside = next(
+        candidate for number in range(1, 1 << 20) if not (candidate := path.with_name(f"{path.name}~{number}")).exists()
+    )
     path.rename(aside)
     console.say(f"the earlier run of this name is now {aside}")

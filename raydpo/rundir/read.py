@@ -57,15 +57,23 @@ class RunRecord:
         if not any(storage.exists(name) for name in RUN_FILES):
             below = [name for name in storage.list() if storage.exists(f"{name}/{CONFIG}")]
             hint = f"; below it there are {', '.join(below[:5])}" if below else ""
-            raise ConfigError(f"there is no run at {storage}: it holds none of {', '.join(RUN_FILES)}{hint}. Give the path "
-                              f"of a run directory, <output>/<name>, or of a sweep's, which holds {SWEEP}")
+            raise ConfigError(
+                f"there is no run at {storage}: it holds none of {', '.join(RUN_FILES)}{hint}. Give the path "
+                f"of a run directory, <output>/<name>, or of a sweep's, which holds {SWEEP}"
+            )
         config = _read(storage, CONFIG, yaml.safe_load) or {}
         evals = _table(storage, EVAL)
         name = config.get("name") or str(storage).rstrip("/").rsplit("/", 1)[-1]
-        return cls(str(storage), str(name), redacted(config), _table(storage, METRICS),
-                   evals.rename({column: column.removeprefix("eval_") for column in evals.columns}),
-                   _read(storage, SUMMARY, json.loads), _read(storage, EVALUATION, json.loads),
-                   (_read(storage, RUN, json.loads) or {}).get("held_out"))
+        return cls(
+            str(storage),
+            str(name),
+            redacted(config),
+            _table(storage, METRICS),
+            evals.rename({column: column.removeprefix("eval_") for column in evals.columns}),
+            _read(storage, SUMMARY, json.loads),
+            _read(storage, EVALUATION, json.loads),
+            (_read(storage, RUN, json.loads) or {}).get("held_out"),
+        )
 
     @property
     def done(self) -> int:
@@ -75,8 +83,12 @@ class RunRecord:
     @property
     def sources(self) -> list[str]:
         """Names of the sources that metrics are split by; empty if there is one source."""
-        names = dict.fromkeys(column.removesuffix("/rewards/accuracies") for table in (self.evals, self.steps)
-                              for column in table.columns if column.endswith("/rewards/accuracies"))
+        names = dict.fromkeys(
+            column.removesuffix("/rewards/accuracies")
+            for table in (self.evals, self.steps)
+            for column in table.columns
+            if column.endswith("/rewards/accuracies")
+        )
         return list(names)
 
     def held_out(self, name: str) -> tuple[float | None, float | None]:
@@ -97,8 +109,11 @@ class RunRecord:
         """The objective that was trained; None if it is unknown, or unknown to this version of raydpo."""
         train = self.config.get("train") or {}
         try:
-            return ObjectiveConfig(**{key: train[key] for key in ObjectiveConfig.model_fields if key in train}) if train \
+            return (
+                ObjectiveConfig(**{key: train[key] for key in ObjectiveConfig.model_fields if key in train})
+                if train
                 else None
+            )
         except ValueError:
             return None
 
@@ -137,11 +152,18 @@ class SweepRecord:
         tree = _read(storage, SWEEP, json.loads)
         try:
             trials = [_trial(storage, entry) for entry in tree["trials"]]
-            return cls(str(storage), str(tree["name"]), list(tree.get("parameters") or ()),
-                       redacted(tree.get("cache") or {}), trials)
+            return cls(
+                str(storage),
+                str(tree["name"]),
+                list(tree.get("parameters") or ()),
+                redacted(tree.get("cache") or {}),
+                trials,
+            )
         except (KeyError, TypeError, AttributeError) as error:
-            raise RaydpoError(f"{storage}/{SWEEP} is not a record of a sweep ({type(error).__name__}: {error}); "
-                              "run 'raydpo sweep' to write it again") from None
+            raise RaydpoError(
+                f"{storage}/{SWEEP} is not a record of a sweep ({type(error).__name__}: {error}); "
+                "run 'raydpo sweep' to write it again"
+            ) from None
 
 
 def is_sweep(storage: Storage) -> bool:
@@ -164,10 +186,21 @@ def _trial(sweep: Storage, entry: dict[str, Any]) -> TrialRecord:
                 run = dataclasses.replace(RunRecord.read(Storage(place)), name=str(entry["name"]))
             except ConfigError:  # a waiting trial has no directory
                 continue
-    scores = {name.removeprefix("eval_"): value for name, value in (entry.get("eval") or {}).items()
-              if value is not None and math.isfinite(value)}
-    return TrialRecord(str(entry["name"]), dict(entry.get("settings") or {}), str(entry.get("status", "?")),
-                       entry.get("error"), entry.get("seconds"), scores, (run and run.evaluation) or entry.get("evaluation"), run)
+    scores = {
+        name.removeprefix("eval_"): value
+        for name, value in (entry.get("eval") or {}).items()
+        if value is not None and math.isfinite(value)
+    }
+    return TrialRecord(
+        str(entry["name"]),
+        dict(entry.get("settings") or {}),
+        str(entry.get("status", "?")),
+        entry.get("error"),
+        entry.get("seconds"),
+        scores,
+        (run and run.evaluation) or entry.get("evaluation"),
+        run,
+    )
 
 
 def _read(storage: Storage, name: str, parse: Callable[[bytes], T]) -> T | None:
@@ -176,8 +209,10 @@ def _read(storage: Storage, name: str, parse: Callable[[bytes], T]) -> T | None:
     try:
         return parse(storage.read(name))
     except (ValueError, yaml.YAMLError, pl.exceptions.PolarsError) as error:
-        raise RaydpoError(f"{storage}/{name} cannot be read ({' '.join(str(error).split())[:200]}); move it away to make "
-                          "the page without it") from None
+        raise RaydpoError(
+            f"{storage}/{name} cannot be read ({' '.join(str(error).split())[:200]}); move it away to make "
+            "the page without it"
+        ) from None
 
 
 def _table(storage: Storage, name: str) -> pl.DataFrame:

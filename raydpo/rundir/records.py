@@ -52,8 +52,9 @@ class RunRecords:
 
         self.storage = storage
         # A run that starts again from step 0 repeats the evaluation before its first step.
-        self.steps, self.evals = ([row for row in read_rows(storage, name) if from_step and row["step"] <= from_step]
-                                  for name in (METRICS, EVAL))
+        self.steps, self.evals = (
+            [row for row in read_rows(storage, name) if from_step and row["step"] <= from_step] for name in (METRICS, EVAL)
+        )
         # TensorBoard appends to its files. An object store cannot, so they are uploaded at the end.
         self._board_dir = Path(storage.path(TENSORBOARD)) if storage.is_local else Path(tempfile.mkdtemp())
         self._board: SummaryWriter | None = None
@@ -101,15 +102,18 @@ class RunRecords:
             yield
         except OSError as error:
             self._board = None
-            self._warn(f"warning: TensorBoard's files cannot be written ({error}) and are left out until the run is "
-                       "restarted; metrics.parquet has all metrics")
+            self._warn(
+                f"warning: TensorBoard's files cannot be written ({error}) and are left out until the run is "
+                "restarted; metrics.parquet has all metrics"
+            )
 
 
 def to_parquet(rows: list[dict[str, float]]) -> bytes:
     """Encode rows as Parquet, with a column for each name in any row."""
     names = list(dict.fromkeys(name for row in rows for name in row))  # a source may first appear in a later step
-    columns = {name: pa.array([row.get(name) for row in rows], pa.int64() if name == "step" else pa.float64())
-               for name in names}
+    columns = {
+        name: pa.array([row.get(name) for row in rows], pa.int64() if name == "step" else pa.float64()) for name in names
+    }
     sink = io.BytesIO()
     pq.write_table(pa.table(columns), sink, compression="zstd")
     return sink.getvalue()

@@ -29,19 +29,25 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
     """Print the end of a run. ``summary``: content of summary.json."""
     before, after = summary["eval_before"], summary["eval_after"]
     if before and after:
-        console.table(f"held-out pairs: {summary['held_out_pairs']:,}", ("", "before", "after"),
-                      [(label, _figure(before[key]), _figure(after[key])) for key, label in EVALUATION_TABLE
-                       if key in after])
+        console.table(
+            f"held-out pairs: {summary['held_out_pairs']:,}",
+            ("", "before", "after"),
+            [(label, _figure(before[key]), _figure(after[key])) for key, label in EVALUATION_TABLE if key in after],
+        )
     for sample in summary["samples"]:
         console.print(f"[bold]prompt[/bold]  {escape(_end(plain_text(sample['prompt'])))}")
         console.print(f"[bold]before[/bold]  {escape(plain_text(sample['before']))}")
         console.print(f"[bold]after[/bold]   {escape(plain_text(sample['after']))}\n")
-    console.say(f"trained {summary['steps']:,} steps on {summary['pairs_seen']:,} pairs in {summary['train_seconds']:.0f} s "
-                f"({summary['tokens_per_second']:,.0f} tokens/s); first loss {_loss(summary['first_loss'])}, last "
-                f"{_loss(summary['last_loss'])}")
+    console.say(
+        f"trained {summary['steps']:,} steps on {summary['pairs_seen']:,} pairs in {summary['train_seconds']:.0f} s "
+        f"({summary['tokens_per_second']:,.0f} tokens/s); first loss {_loss(summary['first_loss'])}, last "
+        f"{_loss(summary['last_loss'])}"
+    )
     seconds = summary["checkpoint_seconds"]
-    console.say(f"checkpoints: {summary['checkpoint_bytes'] / 1e6:,.1f} MB each; training stood still for them for "
-                f"{seconds:.1f} s, {seconds / max(summary['train_seconds'], 1e-9):.1%} of its time")
+    console.say(
+        f"checkpoints: {summary['checkpoint_bytes'] / 1e6:,.1f} MB each; training stood still for them for "
+        f"{seconds:.1f} s, {seconds / max(summary['train_seconds'], 1e-9):.1%} of its time"
+    )
     console.say(f"run directory: {summary['run_dir']}  (model in final/, metrics.parquet, eval.parquet, tensorboard/)")
 
 

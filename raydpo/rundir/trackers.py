@@ -17,10 +17,34 @@ from raydpo.storage.files import Storage
 __all__ = ["GAUGES", "Gauges", "Trackers", "export_pass"]
 
 T = TypeVar("T")
-GAUGES = ("loss", "rewards/margins", "rewards/accuracies", "rewards/chosen", "rewards/rejected", "logps/chosen",
-          "logps/rejected", "grad_norm", "learning_rate", "tokens_per_second", "pairs_per_second", "peak_memory_bytes",
-          "skipped", "cache_hits", "score_tokens_per_second", "slowest_rank", "slowest_lag", "time/data", "time/forward",
-          "time/backward", "time/optimizer", "time/checkpoint", "time/evaluation", "time/wait", "time/other", "time/step")
+GAUGES = (
+    "loss",
+    "rewards/margins",
+    "rewards/accuracies",
+    "rewards/chosen",
+    "rewards/rejected",
+    "logps/chosen",
+    "logps/rejected",
+    "grad_norm",
+    "learning_rate",
+    "tokens_per_second",
+    "pairs_per_second",
+    "peak_memory_bytes",
+    "skipped",
+    "cache_hits",
+    "score_tokens_per_second",
+    "slowest_rank",
+    "slowest_lag",
+    "time/data",
+    "time/forward",
+    "time/backward",
+    "time/optimizer",
+    "time/checkpoint",
+    "time/evaluation",
+    "time/wait",
+    "time/other",
+    "time/step",
+)
 """Metrics of a step or of the reference pass that become gauges, named ``raydpo_<name>`` with ``_`` for ``/``. Metrics of
 evaluations all do."""
 
@@ -32,9 +56,17 @@ class WandbTracker:
         import wandb
 
         local = Storage(run_dir)
-        self._run = wandb.init(project=config.project, entity=config.entity, mode=config.mode, name=run, id=_run_id(run_dir),
-                               resume="allow", config=dict(settings), dir=local.path() if local.is_local else None,
-                               settings=wandb.Settings(console="off", silent=True))
+        self._run = wandb.init(
+            project=config.project,
+            entity=config.entity,
+            mode=config.mode,
+            name=run,
+            id=_run_id(run_dir),
+            resume="allow",
+            config=dict(settings),
+            dir=local.path() if local.is_local else None,
+            settings=wandb.Settings(console="off", silent=True),
+        )
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
@@ -76,8 +108,9 @@ class MlflowTracker:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        self._client.log_batch(self._run, [Metric(name, float(value), now, step) for name, value in row.items()
-                                           if math.isfinite(value)])
+        self._client.log_batch(
+            self._run, [Metric(name, float(value), now, step) for name, value in row.items() if math.isfinite(value)]
+        )
 
     def close(self) -> None:
         self._client.set_terminated(self._run)
@@ -105,8 +138,11 @@ class Gauges:
             shown |= {"step": float(step), "began_seconds": self._began}
         for name, value in shown.items():
             if name not in self._gauges:
-                self._gauges[name] = Gauge("raydpo_" + "".join(c if c.isalnum() else "_" for c in name),
-                                           description=f"raydpo: {name} of the newest step", tag_keys=("run",))
+                self._gauges[name] = Gauge(
+                    "raydpo_" + "".join(c if c.isalnum() else "_" for c in name),
+                    description=f"raydpo: {name} of the newest step",
+                    tag_keys=("run",),
+                )
             self._gauges[name].set(value, tags={"run": self._run})
 
     def close(self) -> None:
@@ -124,13 +160,15 @@ class Trackers:
         warn: called once for each tracker that fails; the tracker is left out from then on.
     """
 
-    def __init__(self, config: TrackConfig, run: str, run_dir: str, settings: Mapping[str, Any],
-                 warn: Callable[[str], None]) -> None:
+    def __init__(
+        self, config: TrackConfig, run: str, run_dir: str, settings: Mapping[str, Any], warn: Callable[[str], None]
+    ) -> None:
         self._warn = warn
         makers: dict[str, Callable[[], _Tracker]] = {
             "wandb": lambda: WandbTracker(config.wandb, run, run_dir, settings),
             "mlflow": lambda: MlflowTracker(config.mlflow, run, run_dir, settings),
-            "prometheus": lambda: Gauges(run, asked="prometheus" in config.model_fields_set)}
+            "prometheus": lambda: Gauges(run, asked="prometheus" in config.model_fields_set),
+        }
         self._trackers: dict[str, _Tracker] = {}
         for name, make in makers.items():
             if getattr(config, name) and (made := self._try(name, make)) is not None:
@@ -154,14 +192,18 @@ class Trackers:
             self._trackers.pop(name, None)
             missing = isinstance(error, ModuleNotFoundError)
             extra = "cluster" if name == "prometheus" else "track"
-            why = f"the package {error.name!r} is missing; pip install 'raydpo[{extra}]'" if missing else \
-                f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            why = (
+                f"the package {error.name!r} is missing; pip install 'raydpo[{extra}]'"
+                if missing
+                else f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            )
             self._warn(f"warning: track.{name} is left out from here on: {why}. metrics.parquet has everything")
             return None
 
 
-def export_pass(config: TrackConfig, run: str, hit_rate: float, tokens_per_second: float,
-                warn: Callable[[str], None]) -> None:
+def export_pass(
+    config: TrackConfig, run: str, hit_rate: float, tokens_per_second: float, warn: Callable[[str], None]
+) -> None:
     """Set the gauges of the reference pass. The driver serves them until it ends.
 
     Args:

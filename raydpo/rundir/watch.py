@@ -31,8 +31,11 @@ class TrainingWatch:
 
     def look(self, step: int, row: Mapping[str, float]) -> Iterator[str]:
         """Warnings about this step. Each kind is given at most once a run."""
-        for kind, line in (("spike", self._spike(step, row["loss"])), ("collapse", self._collapse(step, row)),
-                           ("slow rank", self._slow(row))):
+        for kind, line in (
+            ("spike", self._spike(step, row["loss"])),
+            ("collapse", self._collapse(step, row)),
+            ("slow rank", self._slow(row)),
+        ):
             if line and kind not in self._warned:
                 self._warned.append(kind)
                 yield f"warning: {line}"
@@ -47,9 +50,11 @@ class TrainingWatch:
         usual, spread = fmean(earlier), max(pstdev(earlier), 0.02 * abs(fmean(earlier)))
         if loss <= usual + SPIKE_DEVIATIONS * spread:
             return None
-        return (f"the loss of step {step} is {loss:.4f}, the {WINDOW} steps before it had {usual:.4f} on average (standard "
-                f"deviation {spread:.4f}). If it stays up, lower train.lr or train.clip, or look for outliers in the data "
-                "with 'raydpo audit'")
+        return (
+            f"the loss of step {step} is {loss:.4f}, the {WINDOW} steps before it had {usual:.4f} on average (standard "
+            f"deviation {spread:.4f}). If it stays up, lower train.lr or train.clip, or look for outliers in the data "
+            "with 'raydpo audit'"
+        )
 
     def _collapse(self, step: int, row: Mapping[str, float]) -> str | None:
         value = row.get("logratio/chosen_per_token", math.nan)  # missing without a reference
@@ -59,10 +64,12 @@ class TrainingWatch:
         mean = fmean(self._chosen)
         if len(self._chosen) < WINDOW or mean > COLLAPSE:
             return None
-        return (f"the policy forgets the chosen completions: over the {WINDOW} steps up to {step} it gives their tokens "
-                f"{math.exp(mean):.2g} of the probability that the reference gives them ({mean:.2f} nats a token). DPO only "
-                "increases the difference of chosen and rejected, and both may fall; raise train.beta, lower train.lr, or "
-                "train fewer steps")
+        return (
+            f"the policy forgets the chosen completions: over the {WINDOW} steps up to {step} it gives their tokens "
+            f"{math.exp(mean):.2g} of the probability that the reference gives them ({mean:.2f} nats a token). DPO only "
+            "increases the difference of chosen and rejected, and both may fall; raise train.beta, lower train.lr, or "
+            "train fewer steps"
+        )
 
     def _slow(self, row: Mapping[str, float]) -> str | None:
         if "slowest_rank" not in row:
@@ -72,5 +79,7 @@ class TrainingWatch:
         lag = median(lag for _, lag in self._laggards)
         if len(self._laggards) < WINDOW or len(ranks) > 1 or lag < LAG:
             return None
-        return (f"rank {ranks.pop()} has been the slowest for {WINDOW} steps, by {lag:.0%} over the median rank; all others "
-                "wait for it. Look at its node: another job, a throttled device, a slower link")
+        return (
+            f"rank {ranks.pop()} has been the slowest for {WINDOW} steps, by {lag:.0%} over the median rank; all others "
+            "wait for it. Look at its node: another job, a throttled device, a slower link"
+        )

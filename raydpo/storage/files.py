@@ -43,9 +43,17 @@ _REFUSALS = re.compile(
     r"SIGNATURE_DOES_NOT_MATCH|UNRECOGNIZED_CLIENT|MISSING_AUTHENTICATION_TOKEN|OPT_IN_REQUIRED|VALIDATION)\b|"
     r"\(HTTP status (301|307|400|401|403|404)\)|Bucket '.*' not found|"
     r"\b(PERMISSION_DENIED|UNAUTHENTICATED|AuthorizationFailure|AuthenticationFailed|AuthorizationPermissionMismatch|"
-    r"InvalidAuthenticationInfo|ContainerNotFound|AccountIsDisabled|ClientAuthenticationError)\b")
-_DRIVERS = {"az": "adlfs", "abfs": "adlfs", "abfss": "adlfs", "gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs",
-            "hf": "huggingface_hub"}
+    r"InvalidAuthenticationInfo|ContainerNotFound|AccountIsDisabled|ClientAuthenticationError)\b"
+)
+_DRIVERS = {
+    "az": "adlfs",
+    "abfs": "adlfs",
+    "abfss": "adlfs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "s3": "s3fs",
+    "hf": "huggingface_hub",
+}
 
 
 @dataclass(frozen=True)
@@ -104,16 +112,23 @@ class Storage:
 
     def entries(self, name: str = "") -> Sequence[FileInfo]:
         """The files directly in ``name``, in order of name; empty if it does not exist."""
-        return sorted((FileInfo(info.base_name, info.size, self._modified(info))
-                       for info in self._infos(name) if info.type == pafs.FileType.File), key=lambda entry: entry.name)
+        return sorted(
+            (
+                FileInfo(info.base_name, info.size, self._modified(info))
+                for info in self._infos(name)
+                if info.type == pafs.FileType.File
+            ),
+            key=lambda entry: entry.name,
+        )
 
     def _info(self, name: str) -> pafs.FileInfo:
         return self._persist("look at", name, lambda: self._ask(self.path(name)))
 
     def _infos(self, name: str, *, recursive: bool = False) -> list[pafs.FileInfo]:
         path = self.path(name)
-        infos = self._persist("list", name, lambda: self._ask(path, pafs.FileSelector(
-            path, allow_not_found=True, recursive=recursive)))
+        infos = self._persist(
+            "list", name, lambda: self._ask(path, pafs.FileSelector(path, allow_not_found=True, recursive=recursive))
+        )
         if recursive or self._driver is None:
             return infos
         # Some drivers list recursively even if not asked to.
@@ -149,6 +164,7 @@ class Storage:
         Raises:
             FileNotFoundError: if it does not exist.
         """
+
         def read() -> bytes:
             with self.fs.open_input_stream(self.path(name)) as stream:
                 return stream.read()
@@ -161,6 +177,7 @@ class Storage:
         Raises:
             FileNotFoundError: if it does not exist.
         """
+
         def look() -> T:
             with self.fs.open_input_file(self.path(name)) as stream:
                 return act(stream)
@@ -242,15 +259,19 @@ class Storage:
             except Exception as error:  # drivers raise whatever their HTTP libraries raise
                 reason = _said(error, self.uri)
                 if isinstance(error, PermissionError) or _REFUSALS.search(f"{type(error).__name__} {reason}"):
-                    raise RaydpoError(f"cannot {verb} {place}: the store refuses, {reason}. Check the bucket's name and "
-                                      "region, the credentials, and that they may list, read, write and delete") from None
+                    raise RaydpoError(
+                        f"cannot {verb} {place}: the store refuses, {reason}. Check the bucket's name and "
+                        "region, the credentials, and that they may list, read, write and delete"
+                    ) from None
                 if not _may_pass(error):
                     raise RaydpoError(f"cannot {verb} {place}: {reason}") from None
                 elapsed = time.monotonic() - started
                 if wait is None or elapsed > PATIENCE:
-                    raise RaydpoError(f"cannot {verb} {place}: the store failed {attempt} times in {elapsed:.0f} s, last "
-                                      f"with {reason}. Nothing stored is lost; run it again when the store is "
-                                      "back") from None
+                    raise RaydpoError(
+                        f"cannot {verb} {place}: the store failed {attempt} times in {elapsed:.0f} s, last "
+                        f"with {reason}. Nothing stored is lost; run it again when the store is "
+                        "back"
+                    ) from None
                 time.sleep(wait * random.uniform(0.5, 1.0))  # spread the retries of many workers
         raise AssertionError
 
@@ -266,8 +287,13 @@ class Storage:
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
             return
-        self._persist("write", name, lambda: pafs.copy_files(
-            str(directory), self.path(name), source_filesystem=pafs.LocalFileSystem(), destination_filesystem=self.fs))
+        self._persist(
+            "write",
+            name,
+            lambda: pafs.copy_files(
+                str(directory), self.path(name), source_filesystem=pafs.LocalFileSystem(), destination_filesystem=self.fs
+            ),
+        )
         for info in self._infos(name, recursive=True):
             below = info.path[len(self.path(name)) :].lstrip("/")
             if info.type == pafs.FileType.File and not (directory / below).exists():
@@ -286,16 +312,28 @@ class Storage:
                 finally:
                     temporary.unlink(missing_ok=True)
             else:
-                self._persist("write", f"{name}/{path.name}", lambda path=path: pafs.copy_files(
-                    str(path), self.path(f"{name}/{path.name}"), source_filesystem=pafs.LocalFileSystem(),
-                    destination_filesystem=self.fs))
+                self._persist(
+                    "write",
+                    f"{name}/{path.name}",
+                    lambda path=path: pafs.copy_files(
+                        str(path),
+                        self.path(f"{name}/{path.name}"),
+                        source_filesystem=pafs.LocalFileSystem(),
+                        destination_filesystem=self.fs,
+                    ),
+                )
 
     def download(self, name: str, directory: Path) -> None:
         """Copy the files directly in ``name`` into a local directory."""
+
         def copy(file: FileInfo) -> None:
             target = directory / file.name
-            pafs.copy_files(self.path(f"{name}/{file.name}"), str(target), source_filesystem=self.fs,
-                            destination_filesystem=pafs.LocalFileSystem())
+            pafs.copy_files(
+                self.path(f"{name}/{file.name}"),
+                str(target),
+                source_filesystem=self.fs,
+                destination_filesystem=pafs.LocalFileSystem(),
+            )
             if target.stat().st_size != file.size:
                 raise OSError(f"{target.stat().st_size} of {file.size} bytes arrived")
 
@@ -424,8 +462,12 @@ def _sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-_FIXES = {errno.ENOSPC: "free some space", errno.EDQUOT: "free some of your quota",
-          errno.EACCES: "check who may write there", errno.EROFS: "choose a place that can be written"}
+_FIXES = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some of your quota",
+    errno.EACCES: "check who may write there",
+    errno.EROFS: "choose a place that can be written",
+}
 
 
 def _explained(error: OSError, place: str) -> OSError:

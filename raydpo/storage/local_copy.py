@@ -58,8 +58,10 @@ class LocalCopy:
             try:
                 self.local.write(name, data)
             except OSError as error:
-                self.problems.append(f"parts are read over the network each time, because their copies cannot be kept in "
-                                     f"{self.local}: {error.strerror or error}; set XDG_CACHE_HOME to a disk with room")
+                self.problems.append(
+                    f"parts are read over the network each time, because their copies cannot be kept in "
+                    f"{self.local}: {error.strerror or error}; set XDG_CACHE_HOME to a disk with room"
+                )
         return data
 
     def prune(self, name: str, keep: set[str]) -> None:
@@ -108,8 +110,10 @@ class RemoteDirectory:
                     self._fetch(storage, kept)
                 os.utime(kept)
         except OSError as error:
-            raise RaydpoError(f"cannot keep a copy of {storage}/{self.name} in {kept}: {error.strerror or error}; set "
-                              "XDG_CACHE_HOME to a disk with room") from None
+            raise RaydpoError(
+                f"cannot keep a copy of {storage}/{self.name} in {kept}: {error.strerror or error}; set "
+                "XDG_CACHE_HOME to a disk with room"
+            ) from None
         return str(kept)
 
     def _fetch(self, storage: Storage, kept: Path) -> None:
@@ -121,8 +125,10 @@ class RemoteDirectory:
             whole.mkdir()
             storage.download(self.name, whole)
             if _stamp(storage, self.name) not in (None, self.stamp):
-                raise ModelError(f"{storage}/{self.name} has changed since this command began: it was trained again; run "
-                                 "the command again")
+                raise ModelError(
+                    f"{storage}/{self.name} has changed since this command began: it was trained again; run "
+                    "the command again"
+                )
             whole.rename(kept)
 
 

@@ -9,9 +9,11 @@ __all__ = ["HARMLESS", "KEYS", "carries_secret", "hidden", "is_uri", "redact", "
 
 HARMLESS = ("endpoint_override", "scheme", "region", "allow_bucket_creation", "allow_bucket_deletion")
 """Options of a URI whose values may be shown."""
-KEYS = (r"-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)|"
-        r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\bhf_[A-Za-z0-9]{30,}\b|"
-        r"\bgh[pousr]_[A-Za-z0-9]{36,}\b|\bsk-[A-Za-z0-9_-]{40,}|\bAIza[0-9A-Za-z_-]{35}\b")
+KEYS = (
+    r"-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)|"
+    r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\bhf_[A-Za-z0-9]{30,}\b|"
+    r"\bgh[pousr]_[A-Za-z0-9]{36,}\b|\bsk-[A-Za-z0-9_-]{40,}|\bAIza[0-9A-Za-z_-]{35}\b"
+)
 """Pattern of texts that can only be keys."""
 _CREDENTIALS = re.compile(r"^(?P<scheme>[^:/]+)://(?P<secret>[^/?#]*:[^?#]*|[^/?#:]+)@")  # an unquoted key may hold slashes
 _NAMED_BEFORE_AT = ("abfs", "abfss", "adl", "az", "hdfs", "sftp", "ssh", "wasb", "wasbs")
@@ -33,8 +35,11 @@ def secrets_of(text: str) -> list[str]:
         return found
     credentials = _credentials(text)
     options = [option.partition("=") for option in text.partition("?")[2].split("&")]
-    return found + ([] if credentials is None else [credentials["secret"]]) + [
-        secret for name, sign, value in options if name not in HARMLESS and (secret := value if sign else name)]
+    return (
+        found
+        + ([] if credentials is None else [credentials["secret"]])
+        + [secret for name, sign, value in options if name not in HARMLESS and (secret := value if sign else name)]
+    )
 
 
 def _credentials(uri: str) -> re.Match[str] | None:
@@ -47,12 +52,17 @@ def redact(text: str) -> str:
     """Replace each of ``secrets_of(text)`` by ``***``."""
     if is_uri(text):
         if (credentials := _credentials(text)) is not None:
-            text = f"{credentials['scheme']}://***@{text[credentials.end():]}"
+            text = f"{credentials['scheme']}://***@{text[credentials.end() :]}"
         place, mark, query = text.partition("?")
         options = [option.partition("=") for option in query.split("&") if option]
-        text = place + mark * bool(options) + "&".join(
-            name + sign + value if name in HARMLESS else f"{name}={'***' if value else ''}" if sign else "***"
-            for name, sign, value in options)
+        text = (
+            place
+            + mark * bool(options)
+            + "&".join(
+                name + sign + value if name in HARMLESS else f"{name}={'***' if value else ''}" if sign else "***"
+                for name, sign, value in options
+            )
+        )
     return re.sub(KEYS, "***", text)
 
 

@@ -13,8 +13,10 @@ from raydpo.errors import ConfigError
 from raydpo.storage.uri import carries_secret, hidden, is_uri, redact, shown
 
 __all__ = ["check_files", "check_for_cluster", "check_words", "packed_name"]
-_INSTEAD = ("which everyone who can see the job could read; remove it, and give it to the nodes by their environment: a "
-            "service account, or a secret of the cluster")
+_INSTEAD = (
+    "which everyone who can see the job could read; remove it, and give it to the nodes by their environment: a "
+    "service account, or a secret of the cluster"
+)
 
 
 def packed_name(file: str, packed: Collection[str]) -> str:
@@ -25,12 +27,16 @@ def packed_name(file: str, packed: Collection[str]) -> str:
     """
     path = Path(file).resolve()
     if not path.is_relative_to(Path.cwd()):
-        raise ConfigError(f"{file} lies outside of the working directory {Path.cwd()}, which is all that the job gets; run "
-                          "the command in the project's directory, or move the file there")
+        raise ConfigError(
+            f"{file} lies outside of the working directory {Path.cwd()}, which is all that the job gets; run "
+            "the command in the project's directory, or move the file there"
+        )
     name = path.relative_to(Path.cwd()).as_posix()
     if name not in packed:
-        raise ConfigError(f"{name} is not packed, since .gitignore, .rayignore or raydpo excludes it; move it to a "
-                          f"directory that they do not exclude, or add --include {name}")
+        raise ConfigError(
+            f"{name} is not packed, since .gitignore, .rayignore or raydpo excludes it; move it to a "
+            f"directory that they do not exclude, or add --include {name}"
+        )
     return name
 
 
@@ -45,7 +51,8 @@ def check_files(file: str, config: Config, packed: Collection[str]) -> None:
     if (template := template_file(config)) is not None:
         needed.append(("data.chat_template", template))
     for key, name in [("train.loss", name) for name in config.train.terms] + [
-            ("evaluate.score_with", config.evaluate.score_with or "")]:
+        ("evaluate.score_with", config.evaluate.score_with or "")
+    ]:
         module, colon, _ = name.partition(":")
         place = module.replace(".", "/")
         if colon:  # other modules are installed packages
@@ -103,9 +110,11 @@ def _capitals(config: Config) -> Iterator[str]:
 def _places(config: Config) -> Iterator[str]:
     for key, value in (("output", config.output), ("cache.uri", config.cache.uri)):
         if value is not None and not is_uri(value) and not Path(value).is_absolute():
-            yield (f"{key!r} is {shown(value)}, a relative path: on the cluster that is a temporary directory of one node, "
-                   f"deleted with the job; give a URI ({key}=s3://bucket/{PurePosixPath(value).name}) or the absolute path "
-                   "of a file system that all nodes mount")
+            yield (
+                f"{key!r} is {shown(value)}, a relative path: on the cluster that is a temporary directory of one node, "
+                f"deleted with the job; give a URI ({key}=s3://bucket/{PurePosixPath(value).name}) or the absolute path "
+                "of a file system that all nodes mount"
+            )
 
 
 def _inputs(config: Config, packed: Collection[str]) -> Iterator[str]:
@@ -113,11 +122,15 @@ def _inputs(config: Config, packed: Collection[str]) -> Iterator[str]:
         if is_uri(value) or Path(value).is_absolute() or not Path(value).exists():
             continue  # load_config has refused what neither exists nor is a hub name
         if is_model:
-            yield (f"{key!r} is {shown(value)}, a directory of this machine, and weights are not packed; give a hub name, "
-                   "or the absolute path under which all nodes see it")
+            yield (
+                f"{key!r} is {shown(value)}, a directory of this machine, and weights are not packed; give a hub name, "
+                "or the absolute path under which all nodes see it"
+            )
         elif PurePosixPath(value).as_posix() not in packed:
-            yield (f"{key!r} is {shown(value)}, and data is not packed; give a URI or the absolute path under which the "
-                   f"nodes see it, or pack it with --include {value}")
+            yield (
+                f"{key!r} is {shown(value)}, and data is not packed; give a URI or the absolute path under which the "
+                f"nodes see it, or pack it with --include {value}"
+            )
 
 
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -108,9 +108,10 @@ class Jobs:
         except Exception as error:  # connection, proxy, TLS, version
             if "ray[default]" in str(error):
                 raise _without_client() from None
-            raise ConfigError(f"no Ray job server answers at {wished} ({_said(error)}); give --address http://host:8265 or "
-                              "set RAY_API_SERVER_ADDRESS, for example to the near end of 'kubectl port-forward' or 'ssh -L'"
-                              ) from None
+            raise ConfigError(
+                f"no Ray job server answers at {wished} ({_said(error)}); give --address http://host:8265 or "
+                "set RAY_API_SERVER_ADDRESS, for example to the near end of 'kubectl port-forward' or 'ssh -L'"
+            ) from None
 
     def warnings(self) -> Iterator[str]:
         """Warnings about an unsafe connection to this cluster."""
@@ -123,16 +124,23 @@ class Jobs:
         except (requests.RequestException, ValueError):
             mode = ""
         if mode and "token" not in mode.lower() and "k8s" not in mode.lower():
-            yield (f"the cluster at {self.address} runs code of anyone who can reach this port; start its nodes with "
-                   "RAY_AUTH_MODE=token and one RAY_AUTH_TOKEN")
+            yield (
+                f"the cluster at {self.address} runs code of anyone who can reach this port; start its nodes with "
+                "RAY_AUTH_MODE=token and one RAY_AUTH_TOKEN"
+            )
         elif url.scheme == "http" and url.hostname not in LOOPBACK:
-            yield (f"the token is sent to {url.hostname} unencrypted; use https, or a port of this machine that "
-                   "'kubectl port-forward' or 'ssh -L' forwards to it")
+            yield (
+                f"the token is sent to {url.hostname} unencrypted; use https, or a port of this machine that "
+                "'kubectl port-forward' or 'ssh -L' forwards to it"
+            )
 
     def of_run(self, name: str) -> Sequence[JobDetails]:
         """Jobs of a run, oldest first."""
-        found = [(int(match[1]), job) for job in self.list()
-                 if (match := re.fullmatch(rf"{re.escape(name)}-(\d+)", job.submission_id))]
+        found = [
+            (int(match[1]), job)
+            for job in self.list()
+            if (match := re.fullmatch(rf"{re.escape(name)}-(\d+)", job.submission_id))
+        ]
         return [job for _, job in sorted(found, key=lambda entry: entry[0])]
 
     def list(self) -> Sequence[JobDetails]:
@@ -167,15 +175,19 @@ class Jobs:
                 raise RunningJobError(
                     f"job {job.submission_id} of this run is {job.status.value.lower()}, and two would write the same "
                     f"directory; follow it with 'raydpo jobs logs -f {job.submission_id}', end it with 'raydpo jobs stop "
-                    f"{job.submission_id}' and submit again, which continues it, or give this run another name (name=...)")
+                    f"{job.submission_id}' and submit again, which continues it, or give this run another name (name=...)"
+                )
         number = 1 + max((int(job.submission_id.rsplit("-", 1)[1]) for job in earlier), default=0)
         deadline = time.monotonic() + BEGINNING_SECONDS
         while True:
             try:
                 return self.client.submit_job(
-                    entrypoint=entrypoint, submission_id=f"{name}-{number}", entrypoint_num_gpus=gpus or None,
+                    entrypoint=entrypoint,
+                    submission_id=f"{name}-{number}",
+                    entrypoint_num_gpus=gpus or None,
                     runtime_env={"working_dir": str(archive), "env_vars": job_env()},
-                    metadata={"raydpo": __version__, "raydpo_run": name, "raydpo_verb": verb})
+                    metadata={"raydpo": __version__, "raydpo_run": name, "raydpo_verb": verb},
+                )
             except Exception as error:
                 if "No available agent" in str(error):
                     if time.monotonic() < deadline:
@@ -212,8 +224,10 @@ class Jobs:
                 printed = broken.printed
             except Exception as error:  # server or network may come back
                 if time.monotonic() - answered > LOST_SECONDS:
-                    raise RaydpoError(f"the job server at {self.address} has not answered for {LOST_SECONDS:.0f} s "
-                                      f"({_said(error)}); job {job} may go on all the same") from None
+                    raise RaydpoError(
+                        f"the job server at {self.address} has not answered for {LOST_SECONDS:.0f} s "
+                        f"({_said(error)}); job {job} may go on all the same"
+                    ) from None
             time.sleep(1)
 
     async def _print(self, job: str, printed: int) -> int:
@@ -221,7 +235,7 @@ class Jobs:
         seen = 0
         try:
             async for text in self.client.tail_job_logs(job):
-                new = text[max(0, printed - seen):]
+                new = text[max(0, printed - seen) :]
                 seen += len(text)
                 if new:
                     sys.stdout.write(new)
@@ -237,8 +251,10 @@ class Jobs:
         deadline = time.monotonic() + seconds + 30
         while (details := self.client.get_job_info(job)).status.value not in ENDED:
             if time.monotonic() > deadline:
-                raise RaydpoError(f"job {job} was told to stop {seconds + 30} s ago and is still "
-                                  f"{details.status.value.lower()}; look at 'raydpo jobs logs {job}'")
+                raise RaydpoError(
+                    f"job {job} was told to stop {seconds + 30} s ago and is still "
+                    f"{details.status.value.lower()}; look at 'raydpo jobs logs {job}'"
+                )
             time.sleep(0.5)
         return details
 
@@ -259,8 +275,10 @@ def _has_token() -> bool:
 
 
 def _without_client() -> ConfigError:
-    return ConfigError("submitting a job needs Ray's job client, which is not installed here; run: pip install "
-                       "'ray[default]' in the cluster's version, or let --dry-run print the command")
+    return ConfigError(
+        "submitting a job needs Ray's job client, which is not installed here; run: pip install "
+        "'ray[default]' in the cluster's version, or let --dry-run print the command"
+    )
 
 
 def _said(error: Any) -> str:

@@ -41,13 +41,24 @@ def add_submit(parser: argparse.ArgumentParser, check: Callable[[Config, str], o
         verb.set_defaults(act=lambda args, console: submit(args, console, check))
         verb.add_argument("--address", metavar="URL", help=_SERVER)
         verb.add_argument("--no-wait", action="store_true", help="do not print the log")
-        verb.add_argument("--dry-run", action="store_true",
-                          help="check and pack, then print the command of Ray that submits the archive")
-        verb.add_argument("--include", action="append", default=[], metavar="PATTERN",
-                          help="also pack files that match, such as a small data file (repeatable)")
+        verb.add_argument(
+            "--dry-run", action="store_true", help="check and pack, then print the command of Ray that submits the archive"
+        )
+        verb.add_argument(
+            "--include",
+            action="append",
+            default=[],
+            metavar="PATTERN",
+            help="also pack files that match, such as a small data file (repeatable)",
+        )
         if name == "benchmark":
-            verb.add_argument("--gpus", type=int, default=0, metavar="N",
-                              help="GPUs of the node that runs it (default: %(default)s, on the CPU of the head node)")
+            verb.add_argument(
+                "--gpus",
+                type=int,
+                default=0,
+                metavar="N",
+                help="GPUs of the node that runs it (default: %(default)s, on the CPU of the head node)",
+            )
             verb.add_argument("arguments", nargs="*", metavar="-- ...", help="arguments of jobs/benchmark.py")
             continue
         verb.add_argument("config", metavar="CONFIG", help="YAML file of the run, below the current directory")
@@ -59,23 +70,36 @@ def add_submit(parser: argparse.ArgumentParser, check: Callable[[Config, str], o
 def add_jobs(parser: argparse.ArgumentParser) -> None:
     """Fill the parser of ``raydpo jobs``."""
     acts = parser.add_subparsers(dest="what", required=True, metavar="ls|logs|stop")
-    for name, act, about in (("ls", _ls, "list the jobs of a cluster, and how they ended"),
-                             ("logs", _logs, "print the log of a job"),
-                             ("stop", _stop, "stop a job, after its next checkpoint")):
+    for name, act, about in (
+        ("ls", _ls, "list the jobs of a cluster, and how they ended"),
+        ("logs", _logs, "print the log of a job"),
+        ("stop", _stop, "stop a job, after its next checkpoint"),
+    ):
         sub = acts.add_parser(name, help=about, description=about)
         sub.set_defaults(act=act)
         sub.add_argument("--address", metavar="URL", help=_SERVER)
         if name != "ls":
             sub.add_argument("job", metavar="JOB", help="id of a job, or name of a run (its newest job)")
         if name == "logs":
-            sub.add_argument("-f", "--follow", action="store_true",
-                             help="print the log until the job ends, and exit with its status; Ctrl-C does not stop the job")
+            sub.add_argument(
+                "-f",
+                "--follow",
+                action="store_true",
+                help="print the log until the job ends, and exit with its status; Ctrl-C does not stop the job",
+            )
 
 
 def as_submit(verb: str, arguments: Sequence[str]) -> str:
     """The command that submits ``jobs/VERB.py`` with these arguments."""
-    return shlex.join(["raydpo", "submit", verb, *(["--"] if verb == "benchmark" else []),
-                       *(word for word in arguments if word != "--dry-run")])
+    return shlex.join(
+        [
+            "raydpo",
+            "submit",
+            verb,
+            *(["--"] if verb == "benchmark" else []),
+            *(word for word in arguments if word != "--dry-run"),
+        ]
+    )
 
 
 def submit(args: argparse.Namespace, console: Console, check: Callable[[Config, str], object]) -> int:
@@ -95,8 +119,10 @@ def submit(args: argparse.Namespace, console: Console, check: Callable[[Config, 
             check_files(args.config, config, package.files)
             name = config.run_name
             if config.model.trust_remote_code:
-                console.warn(f"model.trust_remote_code is on: Python code in {config.model.path} runs on every node, with "
-                             "all rights of the cluster")
+                console.warn(
+                    f"model.trust_remote_code is on: Python code in {config.model.path} runs on every node, with "
+                    "all rights of the cluster"
+                )
             words = [packed_name(args.config, package.files), *args.overrides]
             words += ["--fresh"] if getattr(args, "fresh", False) else []
         check_words(words)
@@ -137,8 +163,9 @@ def _by_ray(entrypoint: str, gpus: int, archive: Path) -> str:
     """
     environment = shlex.quote(json.dumps({"env_vars": job_env()}))
     devices = f" --entrypoint-num-gpus {gpus}" if gpus else ""
-    return (f"ray job submit --working-dir {shlex.quote(str(archive))}{devices} --runtime-env-json {environment} -- "
-            f"{entrypoint}")
+    return (
+        f"ray job submit --working-dir {shlex.quote(str(archive))}{devices} --runtime-env-json {environment} -- {entrypoint}"
+    )
 
 
 def _follow(jobs: Jobs, job: str, console: Console) -> int:
@@ -146,8 +173,10 @@ def _follow(jobs: Jobs, job: str, console: Console) -> int:
     try:
         details = jobs.follow(job)
     except KeyboardInterrupt:
-        print(f"\ndetached; job {job} continues. 'raydpo jobs logs -f {job}' follows it, 'raydpo jobs stop {job}' stops it",
-              file=sys.stderr)
+        print(
+            f"\ndetached; job {job} continues. 'raydpo jobs logs -f {job}' follows it, 'raydpo jobs stop {job}' stops it",
+            file=sys.stderr,
+        )
         return EXIT_INTERRUPTED
     code, status = exit_code(details), details.status.value
     if status == "STOPPED":
@@ -167,8 +196,16 @@ def _ls(args: argparse.Namespace, console: Console) -> None:
         ended = status in ("SUCCEEDED", "FAILED", "STOPPED")
         began = (job.start_time or 0) / 1000
         seconds = (job.end_time / 1000 if job.end_time else time.time()) - began
-        rows.append((job.submission_id, status.lower(), str(exit_code(job)) if ended else "",
-                     time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(began)), f"{seconds:,.0f}", job.entrypoint))
+        rows.append(
+            (
+                job.submission_id,
+                status.lower(),
+                str(exit_code(job)) if ended else "",
+                time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(began)),
+                f"{seconds:,.0f}",
+                job.entrypoint,
+            )
+        )
     console.table("jobs", ("job", "status", "exit", "began", "seconds", "entry point"), rows)
 
 
@@ -189,9 +226,11 @@ def _stop(args: argparse.Namespace, console: Console) -> None:
         return
     seconds = stop_seconds(job)
     if seconds is None:
-        console.warn(f"job {job.submission_id} was started without RAY_JOB_STOP_WAIT_TIME_S in its runtime_env: the "
-                     "head node kills it after the seconds of that variable there, 3 by default. If that is too short for a "
-                     f"checkpoint, all work since the last one is lost. Jobs of 'raydpo submit' have {STOP_SECONDS} s")
+        console.warn(
+            f"job {job.submission_id} was started without RAY_JOB_STOP_WAIT_TIME_S in its runtime_env: the "
+            "head node kills it after the seconds of that variable there, 3 by default. If that is too short for a "
+            f"checkpoint, all work since the last one is lost. Jobs of 'raydpo submit' have {STOP_SECONDS} s"
+        )
     console.say(f"stopping {job.submission_id}" + ("" if seconds is None else f", which has {seconds} s for a checkpoint"))
     ended = jobs.stop(job.submission_id, STOP_SECONDS if seconds is None else seconds)
     console.say(f"job {job.submission_id} is {ended.status.value.lower()}; submit it again to continue")

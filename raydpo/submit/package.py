@@ -21,21 +21,87 @@ __all__ = ["LEFT_OUT", "MOST_BYTES", "SECRET_FILES", "Package", "pack"]
 MOST_BYTES = 64 << 20
 """Largest archive that is uploaded. Ray's job server accepts 100 MiB and keeps every archive in the head node's memory."""
 SECRET_FILES = (
-    ".env", ".env.*", "*.pem", "*.key", "*.p12", "*.pfx", "*.jks", "*.kubeconfig", "kubeconfig", "id_rsa*", "id_dsa*",
-    "id_ecdsa*", "id_ed25519*", ".netrc", "_netrc", ".pypirc", ".npmrc", ".git-credentials", "credentials",
-    "credentials.*", "*service-account*.json", "*service_account*.json", "secrets.*", "auth_token", ".aws/", ".azure/",
-    ".config/", ".docker/", ".gnupg/", ".huggingface/", ".kube/", ".ssh/", ".vault-token",
+    ".env",
+    ".env.*",
+    "*.pem",
+    "*.key",
+    "*.p12",
+    "*.pfx",
+    "*.jks",
+    "*.kubeconfig",
+    "kubeconfig",
+    "id_rsa*",
+    "id_dsa*",
+    "id_ecdsa*",
+    "id_ed25519*",
+    ".netrc",
+    "_netrc",
+    ".pypirc",
+    ".npmrc",
+    ".git-credentials",
+    "credentials",
+    "credentials.*",
+    "*service-account*.json",
+    "*service_account*.json",
+    "secrets.*",
+    "auth_token",
+    ".aws/",
+    ".azure/",
+    ".config/",
+    ".docker/",
+    ".gnupg/",
+    ".huggingface/",
+    ".kube/",
+    ".ssh/",
+    ".vault-token",
 )
 """Patterns, as in .gitignore, of files with secrets. They are never packed, whatever --include says."""
 LEFT_OUT = (
     *SECRET_FILES,
     # Results, weights and data belong on storage that every node can reach.
-    "runs/", "checkpoints/", "tensorboard/", "wandb/", "mlruns/", "mlflow.db", "*.safetensors", "*.bin", "*.pt", "*.pth",
-    "*.ckpt", "*.gguf", "*.onnx", "*.npy", "*.npz", "*.pkl", "*.parquet", "*.arrow", "*.jsonl", "*.jsonl.*", "*.csv",
-    "*.csv.*", "*.zst", "*.gz", "*.tar", "*.zip",
+    "runs/",
+    "checkpoints/",
+    "tensorboard/",
+    "wandb/",
+    "mlruns/",
+    "mlflow.db",
+    "*.safetensors",
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.ckpt",
+    "*.gguf",
+    "*.onnx",
+    "*.npy",
+    "*.npz",
+    "*.pkl",
+    "*.parquet",
+    "*.arrow",
+    "*.jsonl",
+    "*.jsonl.*",
+    "*.csv",
+    "*.csv.*",
+    "*.zst",
+    "*.gz",
+    "*.tar",
+    "*.zip",
     # Files of tools.
-    ".git", ".venv/", "venv/", "node_modules/", "__pycache__/", "*.pyc", ".cache/", ".pytest_cache/", ".ruff_cache/",
-    ".mypy_cache/", ".hypothesis/", ".ipynb_checkpoints/", "*.egg-info/", "build/", "dist/", "*.log",
+    ".git",
+    ".venv/",
+    "venv/",
+    "node_modules/",
+    "__pycache__/",
+    "*.pyc",
+    ".cache/",
+    ".pytest_cache/",
+    ".ruff_cache/",
+    ".mypy_cache/",
+    ".hypothesis/",
+    ".ipynb_checkpoints/",
+    "*.egg-info/",
+    "build/",
+    "dist/",
+    "*.log",
 )
 """Patterns, as in .gitignore, of files that are not packed. The project's .rayignore has them for ``ray job submit``."""
 _KEYS = re.compile(KEYS.encode())
@@ -70,12 +136,17 @@ def pack(directory: Path, place: Path, include: Sequence[str] = ()) -> Package:
         ConfigError: if a file contains what looks like a key, the archive is too large, or ``include`` matches no file.
     """
     candidates, notes = _not_ignored(directory, include)
-    files = [name for name in candidates if not _matches(name, SECRET_FILES)
-             and (not _matches(name, LEFT_OUT) or _matches(name, include))]
+    files = [
+        name
+        for name in candidates
+        if not _matches(name, SECRET_FILES) and (not _matches(name, LEFT_OUT) or _matches(name, include))
+    ]
     for pattern in include:
         if not any(_matches(name, [pattern]) for name in files):
-            raise ConfigError(f"--include {pattern} matches no file of {directory} that may be packed; files with secrets, "
-                              "and those in a directory that .gitignore or .rayignore excludes, cannot be packed")
+            raise ConfigError(
+                f"--include {pattern} matches no file of {directory} that may be packed; files with secrets, "
+                "and those in a directory that .gitignore or .rayignore excludes, cannot be packed"
+            )
     for name in files:
         _refuse_keys(directory / name, name)
     archive = place / "working_dir.zip"
@@ -90,9 +161,11 @@ def pack(directory: Path, place: Path, include: Sequence[str] = ()) -> Package:
     if size > MOST_BYTES:
         largest = sorted(files, key=lambda name: (directory / name).stat().st_size, reverse=True)[:5]
         told = ", ".join(f"{name} ({(directory / name).stat().st_size / 2**20:.1f} MiB)" for name in largest)
-        raise ConfigError(f"the working directory {directory} packs to {size / 2**20:.0f} MiB, more than "
-                          f"{MOST_BYTES / 2**20:.0f} MiB; the largest files are {told}. List in .rayignore what the job "
-                          "does not need, and put data and models on storage that every node can reach")
+        raise ConfigError(
+            f"the working directory {directory} packs to {size / 2**20:.0f} MiB, more than "
+            f"{MOST_BYTES / 2**20:.0f} MiB; the largest files are {told}. List in .rayignore what the job "
+            "does not need, and put data and models on storage that every node can reach"
+        )
     return Package(archive, tuple(files), size, tuple(notes))
 
 
@@ -114,14 +187,27 @@ def _not_ignored(directory: Path, include: Sequence[str]) -> tuple[list[str], li
         rayignore = directory / ".rayignore"
         subprocess.run(["git", "init", "--quiet", "--bare", empty], check=True, capture_output=True)
         listed = subprocess.run(
-            ["git", f"--git-dir={empty}", f"--work-tree={directory}", "ls-files", "-z", "--others",
-             "--exclude-per-directory=.gitignore", *([f"--exclude-from={rayignore}"] if rayignore.is_file() else []),
-             *(f"--exclude=!{pattern}" for pattern in include)],
-            cwd=directory, check=True, capture_output=True).stdout
+            [
+                "git",
+                f"--git-dir={empty}",
+                f"--work-tree={directory}",
+                "ls-files",
+                "-z",
+                "--others",
+                "--exclude-per-directory=.gitignore",
+                *([f"--exclude-from={rayignore}"] if rayignore.is_file() else []),
+                *(f"--exclude=!{pattern}" for pattern in include),
+            ],
+            cwd=directory,
+            check=True,
+            capture_output=True,
+        ).stdout
     names = sorted(os.fsdecode(name) for name in listed.split(b"\0") if name)
     repositories = [name for name in names if name.endswith("/")]  # git lists each as one entry
-    return ([name for name in names if not name.endswith("/") and own(name)],
-            [f"{name} is a repository of its own and is not packed" for name in repositories])
+    return (
+        [name for name in names if not name.endswith("/") and own(name)],
+        [f"{name} is a repository of its own and is not packed" for name in repositories],
+    )
 
 
 def _walk(directory: Path) -> list[Path]:
@@ -152,6 +238,8 @@ def _refuse_keys(path: Path, name: str) -> None:
     content = path.read_bytes()
     found = _KEYS.search(content)
     if found is not None:
-        raise ConfigError(f"{name}:{content.count(bytes([10]), 0, found.start()) + 1} holds what looks like a key "
-                          f"({found[0][:8].decode()}...), which would be copied to every node. Move it out of the working "
-                          "directory, or list the file in .rayignore")
+        raise ConfigError(
+            f"{name}:{content.count(bytes([10]), 0, found.start()) + 1} holds what looks like a key "
+            f"({found[0][:8].decode()}...), which would be copied to every node. Move it out of the working "
+            "directory, or list the file in .rayignore"
+        )

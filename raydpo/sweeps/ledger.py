@@ -79,8 +79,11 @@ class Ledger:
     def best(self) -> TrialStatus | None:
         """Return the trial with the best ``sweep.metric`` among those that are done."""
         metric = self.config.sweep.metric
-        scores = {name: entry.eval[metric] for name, entry in self.entries.items()
-                  if entry.status == "done" and entry.eval and metric in entry.eval}
+        scores = {
+            name: entry.eval[metric]
+            for name, entry in self.entries.items()
+            if entry.status == "done" and entry.eval and metric in entry.eval
+        }
         if not scores or not self.same_pairs:
             return None
         return self.entries[best_first(scores, lower_is_better=lower_is_better(metric))[0]]
@@ -90,12 +93,26 @@ class Ledger:
         trials = [entry.trial for entry in self.entries.values()]
         parameters = parameters_of(trials)
         return {
-            "raydpo": __version__, "name": self.config.run_name, "metric": self.config.sweep.metric,
-            "parameters": parameters, "cache": self.cache,
-            "trials": [{"name": entry.trial.name, "run_dir": redact(entry.trial.config.run_dir),
-                        "settings": {key: entry.trial.value(key) for key in parameters},
-                        "status": entry.status, "error": entry.error, "steps": entry.steps, "seconds": entry.seconds,
-                        "eval": entry.eval, "evaluation": entry.evaluation} for entry in self.entries.values()]}
+            "raydpo": __version__,
+            "name": self.config.run_name,
+            "metric": self.config.sweep.metric,
+            "parameters": parameters,
+            "cache": self.cache,
+            "trials": [
+                {
+                    "name": entry.trial.name,
+                    "run_dir": redact(entry.trial.config.run_dir),
+                    "settings": {key: entry.trial.value(key) for key in parameters},
+                    "status": entry.status,
+                    "error": entry.error,
+                    "steps": entry.steps,
+                    "seconds": entry.seconds,
+                    "eval": entry.eval,
+                    "evaluation": entry.evaluation,
+                }
+                for entry in self.entries.values()
+            ],
+        }
 
     def write(self) -> None:
         with self._lock:

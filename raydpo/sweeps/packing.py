@@ -68,6 +68,8 @@ def trials_at_once(config: Config, trials: Sequence[Trial]) -> int:
         nodes.append(FreeNode(cpus, node["Resources"].get("GPU", 0)))
     fit, wish = max(1, places(nodes, workers, gpus)), config.sweep.at_once
     if wish is not None and wish > fit and not config.ray.autoscaling:
-        raise ConfigError(f"sweep.at_once is {wish}, but the cluster holds {fit} trial(s) of {workers} worker(s) with "
-                          f"{gpus:g} GPU(s) each; lower it, or leave it out")
+        raise ConfigError(
+            f"sweep.at_once is {wish}, but the cluster holds {fit} trial(s) of {workers} worker(s) with "
+            f"{gpus:g} GPU(s) each; lower it, or leave it out"
+        )
     return min(wish or fit, len(trials))

@@ -89,8 +89,9 @@ def sweep(config: Config, console: Console | None = None, *, fresh: bool = False
             _Sweep(prepared, shared, ledger, table, at_once).run()
     best, metric = ledger.best(), config.sweep.metric
     if best is not None:
-        console.say(f"{'lowest' if lower_is_better(metric) else 'highest'} {metric}: {best.trial.name} "
-                    f"({best.eval[metric]:.4f})")
+        console.say(
+            f"{'lowest' if lower_is_better(metric) else 'highest'} {metric}: {best.trial.name} ({best.eval[metric]:.4f})"
+        )
     _say_which_to_take(storage, console)
     console.say(f"sweep: {storage}/{SWEEP}")
     write_report_or_warn(config.run_dir, console)
@@ -117,10 +118,12 @@ def _prepare(trials: list[Trial], console: Console) -> dict[str, Prepared]:
     ours = first[1].reference.identity
     for name, other in others:
         if other.reference.identity != ours:
-            raise ConfigError(f"trial {name} needs another reference than trial {first[0]} "
-                              f"({'; '.join(ours.differences(other.reference.identity))}), but a sweep scores one. Set "
-                              "reference.path, reference.quantization and score.dtype so that all trials share it, or make "
-                              "two sweeps")
+            raise ConfigError(
+                f"trial {name} needs another reference than trial {first[0]} "
+                f"({'; '.join(ours.differences(other.reference.identity))}), but a sweep scores one. Set "
+                "reference.path, reference.quantization and score.dtype so that all trials share it, or make "
+                "two sweeps"
+            )
     return prepared
 
 
@@ -145,8 +148,10 @@ def _on_same_pairs(config: Config, prepared: dict[str, Prepared], console: Conso
         return True
     (_, one), (_, other), *_ = first.items()
     found = f"trials are measured on different held-out pairs (as {one} and {other} are), so their figures do not compare"
-    fix = ("Hold out the same pairs in all of them: a separate file (data.eval.path) that no setting of section data "
-           "changes. Or make two sweeps")
+    fix = (
+        "Hold out the same pairs in all of them: a separate file (data.eval.path) that no setting of section data "
+        "changes. Or make two sweeps"
+    )
     if config.sweep.stop_early is not None:
         raise ConfigError(f"{found}, and sweep.stop_early would stop the wrong ones. {fix}, or set sweep.stop_early=null")
     console.warn(f"{found}: none will be recommended. {fix}")
@@ -179,8 +184,9 @@ def _score(config: Config, prepared: dict[str, Prepared], ledger: Ledger, consol
         wanted = Wanted(one.tables)
         rates[key] = float(one.cache.covers(wanted.keys, wanted.tokens).mean()) if one.config.needs_reference else None
         tables = join_sets(one, console)
-        joined[key] = dataclasses.replace(tables, pairs=ray.put(tables.pairs),
-                                          held_out=None if tables.held_out is None else ray.put(tables.held_out))
+        joined[key] = dataclasses.replace(
+            tables, pairs=ray.put(tables.pairs), held_out=None if tables.held_out is None else ray.put(tables.held_out)
+        )
     ledger.found_in_cache(first.reference.identity.digest, [rates[_pairs_of(one)] for one in prepared.values()])
     return {name: joined[_pairs_of(one)] for name, one in prepared.items()}
 
@@ -197,8 +203,9 @@ class _Sweep:
     cannot add trials when it resumes, and its schedulers stop trials depending on their order of arrival.
     """
 
-    def __init__(self, prepared: dict[str, Prepared], shared: dict[str, Joined], ledger: Ledger,
-                 table: SweepTable, at_once: int) -> None:
+    def __init__(
+        self, prepared: dict[str, Prepared], shared: dict[str, Joined], ledger: Ledger, table: SweepTable, at_once: int
+    ) -> None:
         self.prepared, self.shared, self.ledger, self.table, self.at_once = prepared, shared, ledger, table, at_once
         self.config = ledger.config
         self.hit_rates = dict(zip(prepared, ledger.cache["hit_rates"], strict=True))
@@ -242,8 +249,10 @@ class _Sweep:
             if self.ledger.entries[name].status == "failed" or measured is None or (result and result["steps"] <= step):
                 continue
             if metric not in measured:
-                raise ConfigError(f"sweep.stop_early compares by {metric!r}, which no evaluation measures; expected one of "
-                                  f"{', '.join(sorted(measured))}")
+                raise ConfigError(
+                    f"sweep.stop_early compares by {metric!r}, which no evaluation measures; expected one of "
+                    f"{', '.join(sorted(measured))}"
+                )
             scores[name] = measured[metric]
         better = survivors(scores, early.keep, lower_is_better=lower_is_better(metric))
         for name in scores:
@@ -254,8 +263,12 @@ class _Sweep:
 
     def _train(self, names: list[str], until: int | None) -> None:
         """Train trials to their end, or until a step."""
-        to_do = [name for name in names if self.ledger.entries[name].status not in ("done", "failed")
-                 and (until is None or self._result(name) is not None or self._measured(name, until) is None)]
+        to_do = [
+            name
+            for name in names
+            if self.ledger.entries[name].status not in ("done", "failed")
+            and (until is None or self._result(name) is not None or self._measured(name, until) is None)
+        ]
         with ThreadPoolExecutor(self.at_once, thread_name_prefix="raydpo-trial") as pool:
             for done in [pool.submit(self._trial, name, until) for name in to_do]:
                 done.result()
@@ -274,8 +287,11 @@ class _Sweep:
                     self.ledger.set(name, "done")
             except Exception as error:
                 log.say(traceback.format_exc())
-                self.ledger.set(name, "failed", str(error) if isinstance(error, RaydpoError) else
-                                f"unexpected {type(error).__name__}: {error}")
+                self.ledger.set(
+                    name,
+                    "failed",
+                    str(error) if isinstance(error, RaydpoError) else f"unexpected {type(error).__name__}: {error}",
+                )
         self.table.ended(name)
 
     def _trained(self, name: str, until: int | None, log: Console) -> bool:
@@ -286,9 +302,21 @@ class _Sweep:
             board = self._boards[name] = start_mailbox()
         self.ledger.set(name, "running")
         try:
-            return train_prepared(self.prepared[name], log, self.hit_rates[name], shared=TrialContext(
-                joined=self.shared[name], at_once=self.at_once, board=board, until=until,
-                display=TrialDisplay(log, self.table, name))) is not None
+            return (
+                train_prepared(
+                    self.prepared[name],
+                    log,
+                    self.hit_rates[name],
+                    shared=TrialContext(
+                        joined=self.shared[name],
+                        at_once=self.at_once,
+                        board=board,
+                        until=until,
+                        display=TrialDisplay(log, self.table, name),
+                    ),
+                )
+                is not None
+            )
         except KeyboardInterrupt:
             return False
         finally:

@@ -64,8 +64,10 @@ class SweepTable:
         self.live.pop(name, None)
         entry = self.ledger.entries[name]
         told = entry.error if entry.status == "failed" else self._figures(entry.eval or {})
-        self.say(f"{'warning: ' if entry.status == 'failed' else '  '}{name}: {entry.status} after {entry.steps:,} steps"
-                 + (f": {told}" if told else ""))
+        self.say(
+            f"{'warning: ' if entry.status == 'failed' else '  '}{name}: {entry.status} after {entry.steps:,} steps"
+            + (f": {told}" if told else "")
+        )
 
     def _figures(self, row: Mapping[str, float]) -> str:
         return ", ".join(f"{LABELS.get(key, key)} {row[key]:.3f}" for key in self._columns if key in row)
@@ -82,11 +84,13 @@ class SweepTable:
             row = self.live.get(name, {}) if entry.status == "running" else {}
             evals = (entry.eval or {}) | row
             # Text objects, since printing a line without markup above the table also turns off markup in it.
-            table.add_row(Text(f"{name} *", "bold") if entry is best else name,
-                          Text(entry.status, STYLES.get(entry.status, "")),
-                          f"{int(row.get('step', entry.steps)):,}",
-                          *(f"{evals[key]:.3f}" if key in evals else "" for key in self._columns),
-                          f"{entry.seconds:,.0f}")
+            table.add_row(
+                Text(f"{name} *", "bold") if entry is best else name,
+                Text(entry.status, STYLES.get(entry.status, "")),
+                f"{int(row.get('step', entry.steps)):,}",
+                *(f"{evals[key]:.3f}" if key in evals else "" for key in self._columns),
+                f"{entry.seconds:,.0f}",
+            )
         return table
 
 

@@ -123,16 +123,19 @@ def _drawn(search: RandomConfig) -> Iterator[dict[str, Any]]:
     """
     seen = set()
     for number in range(DRAWS_PER_SAMPLE * search.samples):
-        settings = {key: draw.at(random.Random(f"{search.seed}/{key}/{number}").random())
-                    for key, draw in search.draws.items()}
+        settings = {
+            key: draw.at(random.Random(f"{search.seed}/{key}/{number}").random()) for key, draw in search.draws.items()
+        }
         told = json.dumps(settings, default=str)
         if told not in seen:
             seen.add(told)
             yield settings
         if len(seen) == search.samples:
             return
-    raise ConfigError(f"sweep.random.samples is {search.samples}, but only {len(seen)} different trial(s) can be drawn; "
-                      "lower it, or give more values to choose from")
+    raise ConfigError(
+        f"sweep.random.samples is {search.samples}, but only {len(seen)} different trial(s) can be drawn; "
+        "lower it, or give more values to choose from"
+    )
 
 
 def _trial(base: dict[str, Any], chosen: dict[str, Any], elsewhere: bool) -> Trial:
@@ -168,14 +171,20 @@ def _at(tree: Any, key: str) -> Any:
 def _check(trial: Trial, sweep: SweepConfig) -> None:
     early, every = sweep.stop_early, trial.config.train.eval_every
     if early is not None and early.grace % every:
-        raise ConfigError(f"sweep.stop_early.grace is {early.grace}, but trials are measured every {every} steps "
-                          "(train.eval_every); set one to a multiple of the other")
+        raise ConfigError(
+            f"sweep.stop_early.grace is {early.grace}, but trials are measured every {every} steps "
+            "(train.eval_every); set one to a multiple of the other"
+        )
     if sweep.evaluate and trial.config.evaluate.policy is not None:
-        raise ConfigError(f"evaluate.policy is {trial.config.evaluate.policy}, but sweep.evaluate measures the policies of "
-                          "the trials; set evaluate.policy=null")
+        raise ConfigError(
+            f"evaluate.policy is {trial.config.evaluate.policy}, but sweep.evaluate measures the policies of "
+            "the trials; set evaluate.policy=null"
+        )
     if sweep.evaluate and trial.config.data.eval is None and trial.config.evaluate.data is None:
-        raise ConfigError("sweep.evaluate has no pairs to measure trials on; set data.eval, for example "
-                          "data.eval.fraction=0.05, or evaluate.data")
+        raise ConfigError(
+            "sweep.evaluate has no pairs to measure trials on; set data.eval, for example "
+            "data.eval.fraction=0.05, or evaluate.data"
+        )
     if trial.config.data.eval is None:
         return
     for key, metric in _metrics(sweep):
@@ -187,8 +196,9 @@ def _check(trial: Trial, sweep: SweepConfig) -> None:
 
 def _metrics(sweep: SweepConfig) -> list[tuple[str, str]]:
     """Return (setting, metric) for each metric by which trials are compared."""
-    return [("sweep.metric", sweep.metric)] + ([] if sweep.stop_metric is None else [
-        ("sweep.stop_early.metric", sweep.stop_metric)])
+    return [("sweep.metric", sweep.metric)] + (
+        [] if sweep.stop_metric is None else [("sweep.stop_early.metric", sweep.stop_metric)]
+    )
 
 
 def _check_that_metrics_compare(sweep: SweepConfig, trials: list[Trial]) -> None:
@@ -196,8 +206,10 @@ def _check_that_metrics_compare(sweep: SweepConfig, trials: list[Trial]) -> None
     scales = [key for key in SCALE_KEYS if any(_at(tree, key) != _at(trees[0], key) for tree in trees)]
     for key, metric in _metrics(sweep):
         if depends_on_scale(metric) and scales:
-            raise ConfigError(f"{key} is {metric!r}, which does not compare between trials with different "
-                              f"{' and '.join(scales)}; use eval_rewards/accuracies")
+            raise ConfigError(
+                f"{key} is {metric!r}, which does not compare between trials with different "
+                f"{' and '.join(scales)}; use eval_rewards/accuracies"
+            )
 
 
 def _short(key: str, keys: list[str]) -> str:

@@ -34,8 +34,9 @@ class Console:
         """The rich console on the present stream. Made at first use: importing rich takes a tenth of a second."""
         from rich.console import Console as RichConsole
 
-        return RichConsole(file=self.stream, highlight=False, soft_wrap=True,
-                           width=None if self.stream.isatty() else FILE_WIDTH)
+        return RichConsole(
+            file=self.stream, highlight=False, soft_wrap=True, width=None if self.stream.isatty() else FILE_WIDTH
+        )
 
     def _use(self, stream: TextIO) -> None:
         self.stream = stream
@@ -77,9 +78,16 @@ class Console:
         if self.rich.is_terminal:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-            bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit),
-                           TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), TextColumn("{task.fields[extra]}"),
-                           console=self.rich)
+            bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn(unit),
+                TextColumn("{task.fields[rate]}"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[extra]}"),
+                console=self.rich,
+            )
             with bar:
                 yield ProgressLine(self, label, total, unit, done, bar)
         else:

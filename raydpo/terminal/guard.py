@@ -38,6 +38,8 @@ def guarded(act: Callable[[Console], int | None]) -> int:
             import traceback
 
             log.write(hidden(traceback.format_exc()))
-        print(f"error: unexpected {type(error).__name__}: {hidden(str(error))[:500]} (traceback in {log.name})",
-              file=sys.stderr)
+        print(
+            f"error: unexpected {type(error).__name__}: {hidden(str(error))[:500]} (traceback in {log.name})",
+            file=sys.stderr,
+        )
         return 1

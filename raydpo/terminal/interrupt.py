@@ -63,8 +63,11 @@ def interruptible(act: Callable[[], Any], on_first: Callable[[], object]) -> Non
         if asked:
             os._exit(EXIT_INTERRUPTED)
         asked = True
-        print(f"\n{signal.Signals(number).name}: stopping after this step, with a checkpoint; again to stop at once",
-              file=sys.stderr, flush=True)
+        print(
+            f"\n{signal.Signals(number).name}: stopping after this step, with a checkpoint; again to stop at once",
+            file=sys.stderr,
+            flush=True,
+        )
         on_first()
 
     thread = threading.Thread(target=run, name="raydpo-act", daemon=True)

@@ -25,8 +25,13 @@ _OF_THE_POLICY = ("chosen", "rejected", "chosen_tail", "rejected_tail", "weights
 """Fields of ``PairLogps`` that only the rank that computes a pair knows. The weights are WPO's times the data's."""
 
 
-def reference_logps(pairs: TrainingPairs, rows: Sequence[int] | np.ndarray, config: ObjectiveConfig,
-                    device: torch.device | str = "cpu", mean_chosen_tokens: float | None = None) -> PairLogps:
+def reference_logps(
+    pairs: TrainingPairs,
+    rows: Sequence[int] | np.ndarray,
+    config: ObjectiveConfig,
+    device: torch.device | str = "cpu",
+    mean_chosen_tokens: float | None = None,
+) -> PairLogps:
     """Log-probs of ``rows`` under a policy that equals the reference, with the fields that the objective needs.
 
     Args:
@@ -38,24 +43,43 @@ def reference_logps(pairs: TrainingPairs, rows: Sequence[int] | np.ndarray, conf
         return None if values is None else torch.from_numpy(np.asarray(values, np.float64)[index]).to(device)
 
     chosen, rejected = at(pairs.ref_chosen), at(pairs.ref_rejected)
-    tails = (None, None) if config.ld_alpha is None else \
-        tuple(torch.from_numpy(side).to(device) for side in pairs.reference_tails(index))
-    return PairLogps(chosen, rejected, chosen, rejected, at(pairs.chosen_tokens), at(pairs.rejected_tokens), *tails, *tails,
-                     weights=at(pairs.pair_weights), margins=at(pairs.pair_margins),
-                     mean_chosen_tokens=float(pairs.chosen_tokens[index].mean()) if mean_chosen_tokens is None
-                     else mean_chosen_tokens)
+    tails = (
+        (None, None)
+        if config.ld_alpha is None
+        else tuple(torch.from_numpy(side).to(device) for side in pairs.reference_tails(index))
+    )
+    return PairLogps(
+        chosen,
+        rejected,
+        chosen,
+        rejected,
+        at(pairs.chosen_tokens),
+        at(pairs.rejected_tokens),
+        *tails,
+        *tails,
+        weights=at(pairs.pair_weights),
+        margins=at(pairs.pair_margins),
+        mean_chosen_tokens=float(pairs.chosen_tokens[index].mean()) if mean_chosen_tokens is None else mean_chosen_tokens,
+    )
 
 
-def pair_logps(engine: StepEngine, layout: Layout, pairs: TrainingPairs, rows: Sequence[int], config: ObjectiveConfig,
-               mean_chosen_tokens: float | None = None) -> PairLogps:
+def pair_logps(
+    engine: StepEngine,
+    layout: Layout,
+    pairs: TrainingPairs,
+    rows: Sequence[int],
+    config: ObjectiveConfig,
+    mean_chosen_tokens: float | None = None,
+) -> PairLogps:
     """Log-probs of ``rows`` under the policy, with gradient in training mode. ``layout`` is the micro-batch of these rows.
 
     Shapes: N = completion tokens, chosen and rejected of each pair in turn.
     """
     logps_N, *more = engine.logps(layout, log_sum_sq=True) if config.use_weighting else (engine.logps(layout),)
     device, index = logps_N.device, np.asarray(rows)
-    lengths = torch.from_numpy(np.stack([pairs.chosen_tokens[index], pairs.rejected_tokens[index]], 1).ravel()
-                               .astype(np.int64)).to(device, non_blocking=True)
+    lengths = torch.from_numpy(
+        np.stack([pairs.chosen_tokens[index], pairs.rejected_tokens[index]], 1).ravel().astype(np.int64)
+    ).to(device, non_blocking=True)
     owner_N = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths, output_size=len(logps_N))
 
     def sums(values_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,8 +110,9 @@ class AllPairLogps:
     A row that occurs twice is computed twice, and gets the mean of both.
     """
 
-    def __init__(self, engine: StepEngine, pairs: TrainingPairs, rows: Sequence[int] | np.ndarray,
-                 config: ObjectiveConfig) -> None:
+    def __init__(
+        self, engine: StepEngine, pairs: TrainingPairs, rows: Sequence[int] | np.ndarray, config: ObjectiveConfig
+    ) -> None:
         self._engine, self._pairs, self._config, self._rows = engine, pairs, config, rows
         self._distinct, self._places = np.unique(rows, return_inverse=True)
         self._found = torch.zeros(len(_OF_THE_POLICY) + 1, len(self._distinct), dtype=torch.float64, device=engine.device)
@@ -109,14 +134,24 @@ class AllPairLogps:
         found = self._engine.sum_over_ranks(self._found)
         values = (found[:-1] / found[-1])[:, torch.from_numpy(self._places).to(self._engine.device)]
         tails = self._config.ld_alpha is not None
-        asked = {"chosen_tail": tails, "rejected_tail": tails,
-                 "weights": self._config.use_weighting or known.weights is not None}
-        return dataclasses.replace(known, **{name: value for name, value in zip(_OF_THE_POLICY, values, strict=True)
-                                             if asked.get(name, True)})
+        asked = {
+            "chosen_tail": tails,
+            "rejected_tail": tails,
+            "weights": self._config.use_weighting or known.weights is not None,
+        }
+        return dataclasses.replace(
+            known, **{name: value for name, value in zip(_OF_THE_POLICY, values, strict=True) if asked.get(name, True)}
+        )
 
 
-def evaluate(engine: StepEngine, pairs: TrainingPairs, objective: Objective, beta: float, memory: ObjectiveState,
-             tokens_per_batch: int) -> dict[str, float]:
+def evaluate(
+    engine: StepEngine,
+    pairs: TrainingPairs,
+    objective: Objective,
+    beta: float,
+    memory: ObjectiveState,
+    tokens_per_batch: int,
+) -> dict[str, float]:
     """Metrics over all ``pairs``, with prefix ``eval_``; the same on every rank. A whole-step objective sees them as one
     step."""
     sums = PairSums(pairs.source_names, engine.device, reference=pairs.has_reference, prompts=int(pairs.prompts.max()) + 1)
@@ -142,10 +177,12 @@ def evaluate(engine: StepEngine, pairs: TrainingPairs, objective: Objective, bet
     return {f"eval_{name}": value for name, value in sums.metrics().items()}
 
 
-def _my_batches(engine: StepEngine, pairs: TrainingPairs, rows: Sequence[int],
-                tokens_per_batch: int) -> Iterator[tuple[MicroBatch, Layout]]:
-    plan = split_over_ranks(rows, pairs.shapes, world_size=engine.replicas, tokens_per_batch=tokens_per_batch,
-                            layout=engine.module.method.layout)
+def _my_batches(
+    engine: StepEngine, pairs: TrainingPairs, rows: Sequence[int], tokens_per_batch: int
+) -> Iterator[tuple[MicroBatch, Layout]]:
+    plan = split_over_ranks(
+        rows, pairs.shapes, world_size=engine.replicas, tokens_per_batch=tokens_per_batch, layout=engine.module.method.layout
+    )
     return prefetch(plan[engine.replica], lambda batch: (batch, engine.lay_out(pairs.groups(batch.pairs))))
 
 
@@ -183,12 +220,20 @@ def compare(engine: StepEngine, pairs: TrainingPairs, rows: Sequence[int], token
                 gap_chosen, gap_rejected = (ours - stored for ours, stored in zip(live, pairs.reference(row), strict=True))
                 if not pairs.has_tokens(row):  # only sums were imported: spread their difference evenly over the tokens
                     gap_chosen, gap_rejected = (
-                        np.full(len(ours), (ours.sum() - total) / len(ours)) for ours, total in
-                        zip(live, (pairs.ref_chosen[row], pairs.ref_rejected[row]), strict=True))
+                        np.full(len(ours), (ours.sum() - total) / len(ours))
+                        for ours, total in zip(live, (pairs.ref_chosen[row], pairs.ref_rejected[row]), strict=True)
+                    )
                 every = np.abs(np.concatenate([gap_chosen, gap_rejected]))
                 # Only the rank that computes the pair writes it; the sum over ranks below gives it to all.
                 shared = min(len(gap_chosen), len(gap_rejected))
-                gaps[:, place[row]] = torch.tensor([
-                    every.max(), every.mean(), gap_chosen.sum(), gap_rejected.sum(), gap_chosen[shared:].sum(),
-                    gap_rejected[shared:].sum()])
+                gaps[:, place[row]] = torch.tensor(
+                    [
+                        every.max(),
+                        every.mean(),
+                        gap_chosen.sum(),
+                        gap_rejected.sum(),
+                        gap_chosen[shared:].sum(),
+                        gap_rejected[shared:].sum(),
+                    ]
+                )
     return Comparison(np.array(rows), *engine.sum_over_ranks(gaps).cpu().numpy())

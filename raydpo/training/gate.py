@@ -36,9 +36,11 @@ class GateReport:
     first_loss: float
 
     def line(self) -> str:
-        return (f"step-0 gate: {self.pairs} pairs scored again, cached and live log-probs differ by {self.mean_gap:.2g} "
-                f"nats a token on average, {self.worst_gap:.2g} at most (pair {self.worst_pair}); "
-                f"loss {self.first_loss:.6f}")
+        return (
+            f"step-0 gate: {self.pairs} pairs scored again, cached and live log-probs differ by {self.mean_gap:.2g} "
+            f"nats a token on average, {self.worst_gap:.2g} at most (pair {self.worst_pair}); "
+            f"loss {self.first_loss:.6f}"
+        )
 
 
 def gate_rows(pairs: TrainingPairs, first_step: np.ndarray, *, count: int, seed: int) -> list[int]:
@@ -66,8 +68,16 @@ def expected_first_loss(objective: Objective, pairs: TrainingPairs, rows: np.nda
     return float(objective(reference_logps(pairs, rows, objective.config), beta).losses.mean())
 
 
-def judge(comparison: Comparison, pairs: TrainingPairs, objective: Objective, beta: float, *, dtype: str, policy: str,
-          reference: str) -> GateReport:
+def judge(
+    comparison: Comparison,
+    pairs: TrainingPairs,
+    objective: Objective,
+    beta: float,
+    *,
+    dtype: str,
+    policy: str,
+    reference: str,
+) -> GateReport:
     """Accept a comparison, or stop the run.
 
     Args:
@@ -79,14 +89,21 @@ def judge(comparison: Comparison, pairs: TrainingPairs, objective: Objective, be
         GateError: if a gap is above its tolerance; names both identities and the worst pair.
     """
     known = reference_logps(pairs, comparison.rows, objective.config)
-    live = {name: value + torch.from_numpy(getattr(comparison, f"{name}_gap"))
-            for name in ("chosen", "rejected", "chosen_tail", "rejected_tail")
-            if (value := getattr(known, name)) is not None}
+    live = {
+        name: value + torch.from_numpy(getattr(comparison, f"{name}_gap"))
+        for name in ("chosen", "rejected", "chosen_tail", "rejected_tail")
+        if (value := getattr(known, name)) is not None
+    }
     losses = objective(dataclasses.replace(known, **live), beta).losses
     pair_ids = [pairs.ids[int(row)].as_py() for row in comparison.rows]
     worst = int(np.argmax(comparison.token_gap))
-    report = GateReport(len(comparison.rows), float(comparison.mean_gap.mean()), float(comparison.token_gap.max()),
-                        pair_ids[worst], float(losses.mean()))
+    report = GateReport(
+        len(comparison.rows),
+        float(comparison.mean_gap.mean()),
+        float(comparison.token_gap.max()),
+        pair_ids[worst],
+        float(losses.mean()),
+    )
     mean_tolerance, token_tolerance = TOLERANCES[dtype]
     over_mean = comparison.mean_gap.max() > mean_tolerance
     if over_mean or report.worst_gap > token_tolerance or not np.isfinite(report.worst_gap):
@@ -98,7 +115,8 @@ def judge(comparison: Comparison, pairs: TrainingPairs, objective: Objective, be
             f"(tolerance {mean_tolerance:g} and {token_tolerance:g} in {dtype}); {report.pairs} pairs were compared, the "
             f"first loss would be {report.first_loss:.6f} instead of "
             f"{expected_first_loss(objective, pairs, comparison.rows, beta):.6f}. Policy identity {policy}, cache identity "
-            f"{reference}. " + _advice(policy, reference))
+            f"{reference}. " + _advice(policy, reference)
+        )
     return report
 
 
@@ -106,6 +124,8 @@ def _advice(policy: str, reference: str) -> str:
     again = f"delete the directory {reference} of the cache and run 'raydpo score' again"
     if policy != reference:
         return f"The cache was made by other weights or altered: {again}"
-    return (f"Both are the same model, so the cache was altered: {again}. If this error comes again, the model's "
-            "log-probs do not follow from its files alone (its own code may draw random numbers), and it cannot be trained "
-            "against stored ones")
+    return (
+        f"Both are the same model, so the cache was altered: {again}. If this error comes again, the model's "
+        "log-probs do not follow from its files alone (its own code may draw random numbers), and it cannot be trained "
+        "against stored ones"
+    )

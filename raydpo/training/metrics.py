@@ -16,9 +16,26 @@ from raydpo.losses.pairs import TIE
 
 __all__ = ["PairSums"]
 
-_FIELDS = ("pairs", "loss", "chosen_rewards", "rejected_rewards", "margins", "wins", "logp_wins", "chosen_logps",
-           "rejected_logps", "chosen_tokens", "rejected_tokens", "fell", "chosen_logratio", "rejected_logratio",
-           "differences", "differences_sq", "margins_sq", "margins_x_differences")
+_FIELDS = (
+    "pairs",
+    "loss",
+    "chosen_rewards",
+    "rejected_rewards",
+    "margins",
+    "wins",
+    "logp_wins",
+    "chosen_logps",
+    "rejected_logps",
+    "chosen_tokens",
+    "rejected_tokens",
+    "fell",
+    "chosen_logratio",
+    "rejected_logratio",
+    "differences",
+    "differences_sq",
+    "margins_sq",
+    "margins_x_differences",
+)
 _AGAINST_REFERENCE = ("logps/chosen_fell", "logratio/chosen_per_token", "logratio/rejected_per_token")
 _SOURCE_FIELDS = ("pairs", "loss", "margins", "wins")
 
@@ -33,8 +50,9 @@ class PairSums:
             measured too, which a standard error of the accuracy needs.
     """
 
-    def __init__(self, source_names: Sequence[str], device: torch.device, *, reference: bool = True,
-                 prompts: int = 0) -> None:
+    def __init__(
+        self, source_names: Sequence[str], device: torch.device, *, reference: bool = True, prompts: int = 0
+    ) -> None:
         self.reference, self.prompts = reference, prompts
         self.source_names = list(source_names)
         self._end = len(_FIELDS) + len(_SOURCE_FIELDS) * len(self.source_names)
@@ -49,10 +67,26 @@ class PairSums:
         alike = (chosen_logratio - rejected_logratio).abs() <= TIE * (logps.chosen_tokens + logps.rejected_tokens)
         wins = torch.where(alike, 0.5, _wins(margins))
         fell = (chosen_logratio < -TIE * logps.chosen_tokens).double()
-        columns = (torch.ones_like(margins), loss.losses.detach().double(), loss.chosen_rewards.double(),
-                   loss.rejected_rewards.double(), margins, wins, _wins(chosen - rejected), chosen, rejected,
-                   logps.chosen_tokens.double(), logps.rejected_tokens.double(), fell,
-                   chosen_logratio, rejected_logratio, difference, difference**2, margins**2, margins * difference)
+        columns = (
+            torch.ones_like(margins),
+            loss.losses.detach().double(),
+            loss.chosen_rewards.double(),
+            loss.rejected_rewards.double(),
+            margins,
+            wins,
+            _wins(chosen - rejected),
+            chosen,
+            rejected,
+            logps.chosen_tokens.double(),
+            logps.rejected_tokens.double(),
+            fell,
+            chosen_logratio,
+            rejected_logratio,
+            difference,
+            difference**2,
+            margins**2,
+            margins * difference,
+        )
         self.values[: len(_FIELDS)] += torch.stack([column.sum() for column in columns])
         by_source = self.values[len(_FIELDS) : self._end].view(len(_SOURCE_FIELDS), -1)
         for row, column in enumerate((columns[0], columns[1], margins, wins)):
@@ -99,13 +133,19 @@ class PairSums:
             for index, name in enumerate(self.source_names):
                 count, loss, margins, wins = (column[index] for column in by_source)
                 if count:
-                    row |= {f"{name}/loss": loss / count, f"{name}/rewards/margins": margins / count,
-                            f"{name}/rewards/accuracies": wins / count}
+                    row |= {
+                        f"{name}/loss": loss / count,
+                        f"{name}/rewards/margins": margins / count,
+                        f"{name}/rewards/accuracies": wins / count,
+                    }
         if self.prompts:
             sizes, wins = self.values[self._end :].view(2, -1).cpu().numpy()
             seen = sizes > 0
-            row |= {"pairs": pairs, "prompts": float(seen.sum()),
-                    "effective_pairs": effective_count(wins[seen], sizes[seen])}
+            row |= {
+                "pairs": pairs,
+                "prompts": float(seen.sum()),
+                "effective_pairs": effective_count(wins[seen], sizes[seen]),
+            }
         return row
 
 

@@ -35,9 +35,15 @@ class TrainingPairs:
     def __init__(self, table: pa.Table) -> None:
         table = table.combine_chunks()
         self.has_reference = "ref_chosen_logps" in table.column_names
-        self._lists = {name: _Ragged(table[name]) for name in (
-            "prompt_ids", "chosen_ids", "rejected_ids", *(("ref_chosen_logps", "ref_rejected_logps") if self.has_reference
-                                                          else ()))}
+        self._lists = {
+            name: _Ragged(table[name])
+            for name in (
+                "prompt_ids",
+                "chosen_ids",
+                "rejected_ids",
+                *(("ref_chosen_logps", "ref_rejected_logps") if self.has_reference else ()),
+            )
+        }
         self._prompts = table.select(["prompt_ids"])
         self.ids = table["pair_id"]
         encoded = table["source"].combine_chunks().dictionary_encode()
@@ -48,15 +54,20 @@ class TrainingPairs:
         weights = table["weight"].to_numpy()
         self.weights = np.array([weights[self.sources == source][0] for source in range(len(self.source_names))])
         self.prompt_tokens, self.chosen_tokens, self.rejected_tokens = (
-            self._lists[name].lengths for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
-        self.pair_weights, self.pair_margins = (table[name].to_numpy() if name in table.column_names else None
-                                                for name in (PAIR_WEIGHT, PAIR_MARGIN))
+            self._lists[name].lengths for name in ("prompt_ids", "chosen_ids", "rejected_ids")
+        )
+        self.pair_weights, self.pair_margins = (
+            table[name].to_numpy() if name in table.column_names else None for name in (PAIR_WEIGHT, PAIR_MARGIN)
+        )
         if not self.has_reference:
             self.ref_chosen, self.ref_rejected = np.zeros(len(self.ids)), np.zeros(len(self.ids))
             return
         self.ref_chosen, self.ref_rejected = (
-            table[f"ref_{side}_sum"].to_numpy() if f"ref_{side}_sum" in table.column_names else
-            self._lists[f"ref_{side}_logps"].sums() for side in SIDES)
+            table[f"ref_{side}_sum"].to_numpy()
+            if f"ref_{side}_sum" in table.column_names
+            else self._lists[f"ref_{side}_logps"].sums()
+            for side in SIDES
+        )
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -65,8 +76,9 @@ class TrainingPairs:
     def shapes(self) -> Shapes:
         """Lengths and shared tokens of the pairs, for the batch plan."""
         prompts = self._lists["prompt_ids"]
-        return Shapes.of([prompts[row] for row in range(len(self))],
-                         np.stack([self.chosen_tokens, self.rejected_tokens], axis=1).tolist())
+        return Shapes.of(
+            [prompts[row] for row in range(len(self))], np.stack([self.chosen_tokens, self.rejected_tokens], axis=1).tolist()
+        )
 
     @cached_property
     def prompts(self) -> np.ndarray:
@@ -76,8 +88,9 @@ class TrainingPairs:
     def groups(self, rows: Sequence[int]) -> list[PromptGroup]:
         """The pairs in ``rows``, each as a group (chosen, rejected)."""
         lists = self._lists
-        return [PromptGroup(lists["prompt_ids"][row], (lists["chosen_ids"][row], lists["rejected_ids"][row]))
-                for row in rows]
+        return [
+            PromptGroup(lists["prompt_ids"][row], (lists["chosen_ids"][row], lists["rejected_ids"][row])) for row in rows
+        ]
 
     def source_of(self, rows: Sequence[int] | np.ndarray, device: torch.device) -> torch.Tensor:
         """Source numbers of ``rows``, int64 [rows]."""
@@ -89,8 +102,9 @@ class TrainingPairs:
 
     def reference_tails(self, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Sums of the reference log-probs of tokens beyond the length of the shorter completion, float64 [rows]."""
-        tails = np.array([[side[min(map(len, sides)):].sum(dtype=np.float64) for side in sides]
-                          for sides in map(self.reference, rows)])
+        tails = np.array(
+            [[side[min(map(len, sides)) :].sum(dtype=np.float64) for side in sides] for sides in map(self.reference, rows)]
+        )
         return tails[:, 0], tails[:, 1]
 
     def sums_only(self) -> np.ndarray:

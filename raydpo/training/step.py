@@ -92,8 +92,14 @@ class Stepper:
         return iter(prefetch(range(first, self.plan.total_steps), self._prepare, ahead=1))
 
     def _prepare(self, number: int) -> Step:
-        return Step(number, self.plan.pairs(number), [(batch, self.engine.lay_out(self.pairs.groups(batch.pairs)))
-                                                      for batch in self.plan.micro_batches(number, self.engine.replica)])
+        return Step(
+            number,
+            self.plan.pairs(number),
+            [
+                (batch, self.engine.lay_out(self.pairs.groups(batch.pairs)))
+                for batch in self.plan.micro_batches(number, self.engine.replica)
+            ],
+        )
 
     def take(self, step: Step, requests: StepRequests | None = None) -> StepResult:
         """Take one optimizer step. If its loss or gradient is not finite on any rank, no rank takes it.
@@ -106,13 +112,17 @@ class Stepper:
         whole = self._first_pass(step, beta)
         sums, losses = self._forward_and_backward(step, beta, whole)
         metrics, (stop, checkpoint, uploading), busy = _add_up(sums, requests or StepRequests(), clock.busy, engine)
-        rate = learning_rate(number, peak=train.lr, schedule=train.schedule, total_steps=plan.total_steps,
-                             warmup=warmup_steps(train.warmup, plan.total_steps))
+        rate = learning_rate(
+            number,
+            peak=train.lr,
+            schedule=train.schedule,
+            total_steps=plan.total_steps,
+            warmup=warmup_steps(train.warmup, plan.total_steps),
+        )
         with clock.phase("optimizer"):
             grad_norm = engine.step(rate)
         what = "loss" if not np.isfinite(metrics["loss"]) else "gradient norm" if not np.isfinite(grad_norm) else None
-        skipped = None if what is None else \
-            f"the {what} of step {number + 1} is not finite; {self._culprits(losses, what)}"
+        skipped = None if what is None else f"the {what} of step {number + 1} is not finite; {self._culprits(losses, what)}"
         if whole is not None:
             beta = whole.beta
             self.memory = self.memory if skipped else whole.memory
@@ -134,8 +144,9 @@ class Stepper:
             with self.clock.phase("forward"):
                 return WholeStep(self.objective, step.rows, everything.join(), beta, self.memory)
 
-    def _forward_and_backward(self, step: Step, beta: float, whole: WholeStep | None
-                              ) -> tuple[PairSums, list[tuple[MicroBatch, Tensor]]]:
+    def _forward_and_backward(
+        self, step: Step, beta: float, whole: WholeStep | None
+    ) -> tuple[PairSums, list[tuple[MicroBatch, Tensor]]]:
         """Add the gradients of this rank's micro-batches. Returns the sums of the metrics, and by micro-batch a value of
         each pair that is not finite if the pair spoils the step."""
         pairs, engine, clock = self.pairs, self.engine, self.clock
@@ -164,8 +175,9 @@ class Stepper:
                 losses.append((batch, blamed.detach()))
         return sums, losses
 
-    def _loss(self, batch: MicroBatch, logps: PairLogps, beta: float, whole: WholeStep | None
-              ) -> tuple[PreferenceLoss, Tensor]:
+    def _loss(
+        self, batch: MicroBatch, logps: PairLogps, beta: float, whole: WholeStep | None
+    ) -> tuple[PreferenceLoss, Tensor]:
         """Losses and rewards of a micro-batch, and a number whose gradient is that of the losses' sum."""
         if whole is not None:
             return whole.part(batch.pairs, logps)
@@ -179,15 +191,25 @@ class Stepper:
         tokens = float((pairs.prompt_tokens[rows] + pairs.chosen_tokens[rows] + pairs.rejected_tokens[rows]).sum())
         times = self.clock.lap()
         seconds = sum(times[f"time/{phase}"] for phase in ("data", "forward", "backward", "optimizer", "wait", "other"))
-        return {"epoch": (step.number + 1) / self.plan.steps_per_epoch, "pairs": float(len(rows)), "tokens": tokens,
-                "seconds": seconds, "tokens_per_second": tokens / seconds, "pairs_per_second": len(rows) / seconds,
-                "peak_memory_bytes": used_memory(self.engine.device)}, times
+        return {
+            "epoch": (step.number + 1) / self.plan.steps_per_epoch,
+            "pairs": float(len(rows)),
+            "tokens": tokens,
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+            "pairs_per_second": len(rows) / seconds,
+            "peak_memory_bytes": used_memory(self.engine.device),
+        }, times
 
     def _culprits(self, losses: Sequence[tuple[MicroBatch, Tensor]], what: str) -> str:
         """Name the pairs and ranks of a step that was not taken: pairs whose loss is not finite, or all of them if only the
         gradient is not. All ranks call it."""
-        mine = [row for batch, values in losses for row, value in zip(batch.pairs, values.tolist(), strict=True)
-                if what != "loss" or not np.isfinite(value)]
+        mine = [
+            row
+            for batch, values in losses
+            for row, value in zip(batch.pairs, values.tolist(), strict=True)
+            if what != "loss" or not np.isfinite(value)
+        ]
         everyone = self.engine.gather_objects(_names(self.pairs, mine) if mine else None)
         told = "; ".join(f"rank {rank}: {names}" for rank, names in enumerate(everyone) if names)
         return f"its pairs are {told}" if told else "no pair has such a loss by itself: their sum overflowed"
@@ -201,13 +223,16 @@ class Stepper:
             if not is_out_of_memory(error):
                 raise
             positions = self.plan.tokens_per_batch // self.engine.sequence_parallel
-            raise DeviceMemoryError(f"{positions} token positions a micro-batch do not fit in memory: "
-                                    f"{str(error).splitlines()[0][:200]}. Set train.tokens_per_batch lower, or "
-                                    "train.gradient_checkpointing=true") from error
+            raise DeviceMemoryError(
+                f"{positions} token positions a micro-batch do not fit in memory: "
+                f"{str(error).splitlines()[0][:200]}. Set train.tokens_per_batch lower, or "
+                "train.gradient_checkpointing=true"
+            ) from error
 
 
-def _add_up(sums: PairSums, requests: StepRequests, busy: float, engine: StepEngine
-            ) -> tuple[dict[str, float], list[float], list[float]]:
+def _add_up(
+    sums: PairSums, requests: StepRequests, busy: float, engine: StepEngine
+) -> tuple[dict[str, float], list[float], list[float]]:
     """Sum metrics and requests over all ranks and collect their busy seconds of the step before, in one all-reduce."""
     ranks, size = engine.world_size, sums.values.numel()
     rest = torch.zeros(3 + ranks, dtype=torch.float64)

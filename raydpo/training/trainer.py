@@ -28,8 +28,15 @@ from raydpo.training.step import Stepper, StepRequests, StepResult
 __all__ = ["Trainer", "train_policy"]
 
 
-def train_policy(job: TrainJob, pairs: TrainingPairs, held_out: TrainingPairs | None, engine: Engine, hooks: TrainHooks,
-                 checkpoint: Path | None, scratch: Path) -> TrainSummary:
+def train_policy(
+    job: TrainJob,
+    pairs: TrainingPairs,
+    held_out: TrainingPairs | None,
+    engine: Engine,
+    hooks: TrainHooks,
+    checkpoint: Path | None,
+    scratch: Path,
+) -> TrainSummary:
     """Train ``engine``'s policy to the last step, or until ``hooks`` asks to stop; then there is a checkpoint.
 
     Args:
@@ -50,21 +57,49 @@ def train_policy(job: TrainJob, pairs: TrainingPairs, held_out: TrainingPairs | 
     hooks.note(engine.layout_line)
     summary = TrainSummary() if checkpoint is None else _resumed(job, engine, hooks, checkpoint)
     summary.load_seconds, summary.load_bytes = engine.load_seconds, engine.load_bytes
-    hooks.note(f"policy loaded in {engine.load_seconds:.1f} s{', in shares' if engine.zero == 3 else ''}; at most "
-               f"{engine.load_bytes / 1e9:.2f} GB of host memory a worker")
+    hooks.note(
+        f"policy loaded in {engine.load_seconds:.1f} s{', in shares' if engine.zero == 3 else ''}; at most "
+        f"{engine.load_bytes / 1e9:.2f} GB of host memory a worker"
+    )
     # A resumed run keeps the budget it began with: the same micro-batches, hence the same bits.
     summary.tokens_per_batch = _tokens_per_batch(job, engine, summary, hooks)
-    plan = BatchPlan(pairs.shapes, pairs.sources, pairs.weights, seed=train.seed, pairs_per_step=train.pairs_per_step,
-                     tokens_per_batch=summary.tokens_per_batch * engine.sequence_parallel, world_size=engine.replicas,
-                     shuffle=job.shuffle, epochs=train.epochs, steps=train.steps, layout=engine.module.method.layout,
-                     work=job.work)
-    hooks.begin(summary.steps, plan.total_steps, {"pairs": len(pairs), "steps_per_epoch": plan.steps_per_epoch,
-                                                  "world_size": engine.world_size,
-                                                  "held_out": 0 if held_out is None else len(held_out)})
+    plan = BatchPlan(
+        pairs.shapes,
+        pairs.sources,
+        pairs.weights,
+        seed=train.seed,
+        pairs_per_step=train.pairs_per_step,
+        tokens_per_batch=summary.tokens_per_batch * engine.sequence_parallel,
+        world_size=engine.replicas,
+        shuffle=job.shuffle,
+        epochs=train.epochs,
+        steps=train.steps,
+        layout=engine.module.method.layout,
+        work=job.work,
+    )
+    hooks.begin(
+        summary.steps,
+        plan.total_steps,
+        {
+            "pairs": len(pairs),
+            "steps_per_epoch": plan.steps_per_epoch,
+            "world_size": engine.world_size,
+            "held_out": 0 if held_out is None else len(held_out),
+        },
+    )
     stepper = Stepper(train, plan, pairs, engine, objective, StepClock(engine.device), ObjectiveState(**summary.memory))
     saver = CheckpointSaver(engine, hooks, scratch, job.fingerprint)
-    trainer = Trainer(job, stepper, engine, held_out, hooks, saver, TrainingWatch(summary.warned),
-                      PreemptionGuard(engine, hooks, train.preemption_every), summary)
+    trainer = Trainer(
+        job,
+        stepper,
+        engine,
+        held_out,
+        hooks,
+        saver,
+        TrainingWatch(summary.warned),
+        PreemptionGuard(engine, hooks, train.preemption_every),
+        summary,
+    )
     try:
         trainer.run(begins=checkpoint is None)
     finally:
@@ -115,13 +150,22 @@ class Trainer:
         if not pairs.has_reference:
             line = f"step-0 gate: loss {job.train.loss_text} has no reference, so there is nothing to compare"
         elif not job.starts_as_reference:
-            line = (f"step-0 gate: the policy starts from another model than the reference {job.reference_identity}, so "
-                    "cached and live log-probs are not compared")
+            line = (
+                f"step-0 gate: the policy starts from another model than the reference {job.reference_identity}, so "
+                "cached and live log-probs are not compared"
+            )
         else:
             rows = gate_rows(pairs, plan.pairs(0), count=job.train.gate_pairs, seed=job.train.seed)
             comparison = compare(self.engine, pairs, rows, plan.tokens_per_batch)
-            line = judge(comparison, pairs, self.stepper.objective, job.train.beta_at(0, plan.total_steps),
-                         dtype=job.coarser_dtype, policy=job.policy_identity, reference=job.reference_identity).line()
+            line = judge(
+                comparison,
+                pairs,
+                self.stepper.objective,
+                job.train.beta_at(0, plan.total_steps),
+                dtype=job.coarser_dtype,
+                policy=job.policy_identity,
+                reference=job.reference_identity,
+            ).line()
         self.hooks.note(line)
         return line
 
@@ -139,13 +183,19 @@ class Trainer:
         self.summary.scores = {name: value for name, value in row.items() if name.startswith("eval_")}
         wanted = self.job.train.keep_best
         if wanted is not None and wanted not in self.summary.scores:
-            raise ConfigError(f"train.keep_best is {wanted!r}, which no evaluation measures; choose one of "
-                              f"{', '.join(sorted(self.summary.scores))}")
+            raise ConfigError(
+                f"train.keep_best is {wanted!r}, which no evaluation measures; choose one of "
+                f"{', '.join(sorted(self.summary.scores))}"
+            )
         self.hooks.evaluated({"step": step} | row)
 
     def _samples(self) -> list[list[int]]:
-        return greedy_answers(self.engine, [prompt for _, prompt in self.job.sample_prompts], self.job.train.sample_tokens,
-                              self.job.sample_stop)
+        return greedy_answers(
+            self.engine,
+            [prompt for _, prompt in self.job.sample_prompts],
+            self.job.train.sample_tokens,
+            self.job.sample_stop,
+        )
 
     def _take_steps(self) -> None:
         train, summary, clock, total_steps = self.job.train, self.summary, self.stepper.clock, self.stepper.plan.total_steps
@@ -190,8 +240,11 @@ class Trainer:
 
     def _wishes(self) -> StepRequests:
         minutes = self.job.train.checkpoint_minutes
-        return StepRequests(stop=self.hooks.stop_requested(), uploading=self.saver.busy,
-                      checkpoint=self.engine.rank == 0 and minutes is not None and self.saver.minutes_since >= minutes)
+        return StepRequests(
+            stop=self.hooks.stop_requested(),
+            uploading=self.saver.busy,
+            checkpoint=self.engine.rank == 0 and minutes is not None and self.saver.minutes_since >= minutes,
+        )
 
     def _checkpoint(self, result: StepResult, done: int, *, ends: bool) -> None:
         """Make a checkpoint after ``done`` steps, if one is due; it must succeed where the session ``ends`` with it."""
@@ -216,8 +269,12 @@ class Trainer:
         tolerance = max(1.0, abs(expected)) * (1e-5 if job.coarser_dtype == "float32" else 1e-3)
         gap = abs(loss - expected)
         line = f"first loss {loss:.6f}, {gap:.1e} from {expected:.6f}, the loss of a policy that is the reference"
-        self.hooks.note(line if gap <= tolerance else f"warning: {line} (expected within {tolerance:.0e}): policy and "
-                        "reference round differently; score.dtype=float32 and model.dtype=float32 remove it")
+        self.hooks.note(
+            line
+            if gap <= tolerance
+            else f"warning: {line} (expected within {tolerance:.0e}): policy and "
+            "reference round differently; score.dtype=float32 and model.dtype=float32 remove it"
+        )
 
     def _count_skipped(self, skipped: str | None) -> None:
         """Warn about a step that was not taken.
@@ -233,9 +290,11 @@ class Trainer:
         summary.skipped_in_a_row += 1
         if summary.skipped_in_a_row > most:
             self.saver.finish()  # the checkpoint under way is of a step that was taken
-            raise TrainError(f"{skipped}. That was {summary.skipped_in_a_row} such step(s) in a row, more than "
-                             f"train.max_skipped {most}; none of them was taken, and the last checkpoint is good. Lower "
-                             "train.lr, or look at these pairs with 'raydpo show'")
+            raise TrainError(
+                f"{skipped}. That was {summary.skipped_in_a_row} such step(s) in a row, more than "
+                f"train.max_skipped {most}; none of them was taken, and the last checkpoint is good. Lower "
+                "train.lr, or look at these pairs with 'raydpo show'"
+            )
         self.hooks.note(f"warning: {skipped}. The step was not taken")
 
 
@@ -243,9 +302,11 @@ def _resumed(job: TrainJob, engine: Engine, hooks: TrainHooks, checkpoint: Path)
     """Load a checkpoint into ``engine``; returns the summary in it."""
     state = load_checkpoint(engine, checkpoint, job.fingerprint)
     if (state.world_size, state.zero) != (engine.world_size, engine.zero):
-        hooks.note(f"the checkpoint of step {state.step} was made by {state.world_size} worker(s) under ZeRO {state.zero}, "
-                   f"now {engine.world_size} under ZeRO {engine.zero} continue: the same pairs in every step, losses equal "
-                   "up to the order of sums")
+        hooks.note(
+            f"the checkpoint of step {state.step} was made by {state.world_size} worker(s) under ZeRO {state.zero}, "
+            f"now {engine.world_size} under ZeRO {engine.zero} continue: the same pairs in every step, losses equal "
+            "up to the order of sums"
+        )
     return TrainSummary(**state.summary)
 
 
@@ -273,6 +334,8 @@ def _check_tokens(pairs: TrainingPairs | None, train: TrainConfig) -> None:
     lacking = pairs.sums_only()
     if len(lacking):
         first = ", ".join(pairs.ids[int(row)].as_py() for row in lacking[:3])
-        raise ConfigError(f"train.ld_alpha is {train.ld_alpha:g}, but of {len(lacking):,} of {len(pairs):,} pairs only the "
-                          f"sum of the reference's log-probs was imported (first: {first}); set it to null, or score them "
-                          "with 'raydpo score' into another cache (cache.uri)")
+        raise ConfigError(
+            f"train.ld_alpha is {train.ld_alpha:g}, but of {len(lacking):,} of {len(pairs):,} pairs only the "
+            f"sum of the reference's log-probs was imported (first: {first}); set it to null, or score them "
+            "with 'raydpo score' into another cache (cache.uri)"
+        )

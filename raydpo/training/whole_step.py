@@ -35,11 +35,13 @@ class WholeStep:
         memory: state of the objective after the step.
     """
 
-    def __init__(self, objective: Objective, rows: np.ndarray, logps: PairLogps, beta: float,
-                 memory: ObjectiveState) -> None:
+    def __init__(
+        self, objective: Objective, rows: np.ndarray, logps: PairLogps, beta: float, memory: ObjectiveState
+    ) -> None:
         self.beta, self.memory = objective.remember(logps, beta, memory)
-        inputs = {name: value.detach().requires_grad_() for name in _WITH_GRADIENT
-                  if (value := getattr(logps, name)) is not None}
+        inputs = {
+            name: value.detach().requires_grad_() for name in _WITH_GRADIENT if (value := getattr(logps, name)) is not None
+        }
         with torch.enable_grad():
             loss = objective(dataclasses.replace(logps, **inputs), self.beta, self.memory)
             slopes = torch.autograd.grad(loss.losses.sum(), list(inputs.values()), allow_unused=True)

@@ -28,8 +28,10 @@ def audited(records, chosen=None, rejected=None, max_length=512, seed=0):
     table = tokenised(records, max_length=max_length)
     facts = pair_facts(table)
     noise = np.random.default_rng(seed).normal(0, 0.05, (2, len(records)))
-    sums = [given if given is not None else -facts[f"{side}_tokens"].to_numpy() * (1 + each)
-            for side, given, each in (("chosen", chosen, noise[0]), ("rejected", rejected, noise[1]))]
+    sums = [
+        given if given is not None else -facts[f"{side}_tokens"].to_numpy() * (1 + each)
+        for side, given, each in (("chosen", chosen, noise[0]), ("rejected", rejected, noise[1]))
+    ]
     decode = make_tokenizer().batch_decode
     return audit_pairs(pair_facts(table, *sums), table, decode, meta=META, identical={"tiny": 2})
 
@@ -38,16 +40,33 @@ def frame(difference, margin, chosen_tokens=50):
     """Facts with these length differences and margins and nothing else of note."""
     difference, margin = np.array(difference), np.array(margin, float)
     rejected = chosen_tokens - difference
-    columns = {"length_difference": difference, "rejected_tokens": rejected,
-               "chosen_tokens": np.full(len(margin), chosen_tokens), "prompt_tokens": np.full(len(margin), 9),
-               "ref_margin": margin, "ref_chosen_logps": margin - 100.0,
-               "ref_rejected_logps": np.full(len(margin), -100.0), "ref_chosen_per_token": (margin - 100) / chosen_tokens,
-               "ref_rejected_per_token": -100.0 / rejected}
+    columns = {
+        "length_difference": difference,
+        "rejected_tokens": rejected,
+        "chosen_tokens": np.full(len(margin), chosen_tokens),
+        "prompt_tokens": np.full(len(margin), 9),
+        "ref_margin": margin,
+        "ref_chosen_logps": margin - 100.0,
+        "ref_rejected_logps": np.full(len(margin), -100.0),
+        "ref_chosen_per_token": (margin - 100) / chosen_tokens,
+        "ref_rejected_per_token": -100.0 / rejected,
+    }
     zero = np.zeros(len(margin), np.int64)
     one = zero + 1
-    return pl.DataFrame(columns | {"copy": zero, "copies": one, "prompt_pairs": one, "answer_pairs": one, "chosen_cut": zero,
-                                   "rejected_cut": zero, "opposites": zero, "contradictory": zero.astype(bool),
-                                   "prompt": np.arange(len(margin))})
+    return pl.DataFrame(
+        columns
+        | {
+            "copy": zero,
+            "copies": one,
+            "prompt_pairs": one,
+            "answer_pairs": one,
+            "chosen_cut": zero,
+            "rejected_cut": zero,
+            "opposites": zero,
+            "contradictory": zero.astype(bool),
+            "prompt": np.arange(len(margin)),
+        }
+    )
 
 
 def test_figures_by_hand():
@@ -81,7 +100,8 @@ def test_separation():
     assert separation(one[:0], one[:0], alone[:0])["share"] is None
     # Six pairs of each of ten prompts prove no more than ten do; nor do those of a single prompt.
     assert separation(np.zeros(60), np.ones(60), np.arange(60) // 6)["low"] == pytest.approx(
-        separation(np.zeros(10), np.ones(10), alone[:10])["low"])
+        separation(np.zeros(10), np.ones(10), alone[:10])["low"]
+    )
     assert separation(alone[:6], alone[:6] + 0.5, np.zeros(6))["high"] > 0.9
 
 
@@ -106,7 +126,8 @@ def test_shares_count_prompts():
     alone, double = figures(one), figures(pl.concat([one, one]))
     for name in ("chosen_longer", "rule_accuracy"):
         assert double["length"][name]["of"] == 60 and double["length"][name]["low"] == pytest.approx(
-            alone["length"][name]["low"], abs=0.01)
+            alone["length"][name]["low"], abs=0.01
+        )
     assert double["reference"]["right_by_sum"]["high"] == pytest.approx(alone["reference"]["right_by_sum"]["high"], abs=0.01)
 
 
@@ -128,9 +149,14 @@ def test_short_answers_are_not_answers_ranked_right():
     assert "Little is left to learn" in [one.title for one in advise(better)]
 
 
-@pytest.mark.parametrize("margins", [
-    np.append(np.random.default_rng(4).normal(2, 1.6, 1999), -400.0),  # a tenth of them is below -0.05 or so
-    np.random.default_rng(5).normal(-300, 100, 2000), np.append(np.full(1999, 5.0), -151.0)])
+@pytest.mark.parametrize(
+    "margins",
+    [
+        np.append(np.random.default_rng(4).normal(2, 1.6, 1999), -400.0),  # a tenth of them is below -0.05 or so
+        np.random.default_rng(5).normal(-300, 100, 2000),
+        np.append(np.full(1999, 5.0), -151.0),
+    ],
+)
 def test_the_filter_of_far_pairs_leaves_far_pairs_out(margins):
     told = figures(frame(np.zeros(len(margins), int), margins))
     rule = setting(advise(told), "Read the pairs that the reference ranks most wrongly")
@@ -146,14 +172,17 @@ def test_a_loss_per_token_has_a_beta_of_its_own():
     longer = figures(frame([20] * 90 + [-20] * 10, np.zeros(100), chosen_tokens=108))
     assert setting(advise(longer), "Length-normalise") == "train: {loss: sigmoid_norm, beta: 10}"
     moving = ObjectiveConfig(beta={"start": 0.2, "end": 0.05, "schedule": "cosine"})
-    assert setting(advise(longer, moving), "Length-normalise") == \
-        "train: {loss: sigmoid_norm, beta: {start: 20, end: 5, schedule: cosine}}"
+    assert (
+        setting(advise(longer, moving), "Length-normalise")
+        == "train: {loss: sigmoid_norm, beta: {start: 20, end: 5, schedule: cosine}}"
+    )
     assert setting(advise(longer, ObjectiveConfig(loss="sigmoid_norm", beta=5.0)), "Watch the length") is None
 
 
 def test_the_perplexity_is_of_what_is_told_beside_it():
-    table = frame([0, 0, 0], [0, 0, 0]).with_columns(ref_chosen_per_token=pl.Series([-4.0, -4.0, -1.0]),
-                                                     ref_chosen_logps=pl.Series([-200.0, -200.0, -50.0]))
+    table = frame([0, 0, 0], [0, 0, 0]).with_columns(
+        ref_chosen_per_token=pl.Series([-4.0, -4.0, -1.0]), ref_chosen_logps=pl.Series([-200.0, -200.0, -50.0])
+    )
     (told,) = [one.found for one in advise(figures(table)) if one.title.startswith("Fine-tune")]
     assert "4.00 nats a token in the median, and 3.00 over all their tokens (perplexity 20)" in told
 
@@ -231,9 +260,14 @@ def test_pairs_that_are_not_scored_count_in_lengths_alone():
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     place = tmp_path_factory.mktemp("page")
-    evil = [{"prompt": "p <img src=x onerror=alert(1)>", "chosen": f" "
-                                                                   f"<script>alert({number})</script></div></details>\u202e",
-             "rejected": f" {'long ' * number} & \"quoted\" https://example.com/{'w' * 200}"} for number in range(1, 60)]
+    evil = [
+        {
+            "prompt": "p <img src=x onerror=alert(1)>",
+            "chosen": f" <script>alert({number})</script></div></details>\u202e",
+            "rejected": f' {"long " * number} & "quoted" https://example.com/{"w" * 200}',
+        }
+        for number in range(1, 60)
+    ]
     write_audit(audited(evil), Storage(str(place)))
     return place / "audit.html"
 

@@ -9,9 +9,17 @@ from tiny import preferences, write_preferences
 from raydpo.benchmark.tables import plot
 from raydpo.estimate.rate import known_peak
 
-RATIOS = [("reference_pass", "ratio"), ("train_step", "ratio_vs_cached"), ("train_step", "ratio_vs_online"),
-          ("job", "ratio_vs_cached"), ("sweep", "ratio"), ("sweep", "ratio_vs_cached"), ("memory", "ratio"),
-          ("memory_alike", "ratio"), ("memory_alike", "ratio_vs_cached")]
+RATIOS = [
+    ("reference_pass", "ratio"),
+    ("train_step", "ratio_vs_cached"),
+    ("train_step", "ratio_vs_online"),
+    ("job", "ratio_vs_cached"),
+    ("sweep", "ratio"),
+    ("sweep", "ratio_vs_cached"),
+    ("memory", "ratio"),
+    ("memory_alike", "ratio"),
+    ("memory_alike", "ratio_vs_cached"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +35,34 @@ def test_against_trl(tiny_llama, data, tmp_path, capsys):
 
     out = tmp_path / "out.json"
     # Called in this process: each side starts a process of its own.
-    status = main(["--model", str(tiny_llama), "--data", str(data), "--pairs", "14", "--pairs-per-step", "4",
-                   "--threads", "1", "--dtype", "fp32", "--lora", "4", "--lr", "1e-3", "--work", str(tmp_path / "work"),
-                   "--tokens-per-batch", "200", "--baseline-batches", "1,4", "--json", str(out)])
+    status = main(
+        [
+            "--model",
+            str(tiny_llama),
+            "--data",
+            str(data),
+            "--pairs",
+            "14",
+            "--pairs-per-step",
+            "4",
+            "--threads",
+            "1",
+            "--dtype",
+            "fp32",
+            "--lora",
+            "4",
+            "--lr",
+            "1e-3",
+            "--work",
+            str(tmp_path / "work"),
+            "--tokens-per-batch",
+            "200",
+            "--baseline-batches",
+            "1,4",
+            "--json",
+            str(out),
+        ]
+    )
     said = capsys.readouterr()
     assert status == 0, said.err
     found = json.loads(out.read_text())
@@ -61,9 +94,36 @@ def test_random_pairs_and_all_weights(tiny_llama, tmp_path):
     from raydpo.benchmark.command import main
 
     out = tmp_path / "out.json"
-    assert main(["--model", str(tiny_llama), "--synthetic", "--lengths", "60", "--ratios", "1:4", "--full", "--pairs", "4",
-                 "--pairs-per-step", "2", "--dtype", "fp32", "--skip-online", "--threads", "1", "--baseline-batches", "2",
-                 "--work", str(tmp_path / "work"), "--json", str(out)]) == 0
+    assert (
+        main(
+            [
+                "--model",
+                str(tiny_llama),
+                "--synthetic",
+                "--lengths",
+                "60",
+                "--ratios",
+                "1:4",
+                "--full",
+                "--pairs",
+                "4",
+                "--pairs-per-step",
+                "2",
+                "--dtype",
+                "fp32",
+                "--skip-online",
+                "--threads",
+                "1",
+                "--baseline-batches",
+                "2",
+                "--work",
+                str(tmp_path / "work"),
+                "--json",
+                str(out),
+            ]
+        )
+        == 0
+    )
     found = json.loads(out.read_text())
     assert [point["workload"]["ratio"] for point in found["results"]] == ["1:4"]
     assert all(point["equal"] and point["train_step"]["ratio_vs_cached"] > 0 for point in found["results"])
@@ -85,33 +145,71 @@ def test_sides_that_differ_are_not_compared(tiny_llama, data, tmp_path, monkeypa
     from raydpo.benchmark.job import Result
 
     def pretended(module, job):
-        steps = {} if job.stage == "score" else {
-            "step_seconds": [1.0, 1.0], "losses": [0.69, 0.69], "chosen_logps": [-9.0] * 2, "rejected_logps": [-9.0] * 2}
-        reference = {"reference_seconds": 1.0, "ref_chosen": [-9.0] * 4,
-                     "ref_rejected": [-9.0, -9.0, -9.0, -8.0 if job.stage == "cached" else -9.0]}
+        steps = (
+            {}
+            if job.stage == "score"
+            else {
+                "step_seconds": [1.0, 1.0],
+                "losses": [0.69, 0.69],
+                "chosen_logps": [-9.0] * 2,
+                "rejected_logps": [-9.0] * 2,
+            }
+        )
+        reference = {
+            "reference_seconds": 1.0,
+            "ref_chosen": [-9.0] * 4,
+            "ref_rejected": [-9.0, -9.0, -9.0, -8.0 if job.stage == "cached" else -9.0],
+        }
         facts = dict.fromkeys(("pairs_per_pass", "forward_passes", "positions", "largest_pass"), 2)
-        return Result(load_seconds=1.0, peak_bytes=1.0, wall_seconds=9.0, facts=facts, **steps,
-                      **(reference if job.stage in ("score", "cached") else {}))
+        return Result(
+            load_seconds=1.0,
+            peak_bytes=1.0,
+            wall_seconds=9.0,
+            facts=facts,
+            **steps,
+            **(reference if job.stage in ("score", "cached") else {}),
+        )
 
     monkeypatch.setattr(command, "start", pretended)
     out = tmp_path / "out.json"
-    status = command.main(["--model", str(tiny_llama), "--data", str(data), "--pairs", "4", "--pairs-per-step", "2",
-                           "--dtype", "fp32", "--full", "--json", str(out)])
+    status = command.main(
+        [
+            "--model",
+            str(tiny_llama),
+            "--data",
+            str(data),
+            "--pairs",
+            "4",
+            "--pairs-per-step",
+            "2",
+            "--dtype",
+            "fp32",
+            "--full",
+            "--json",
+            str(out),
+        ]
+    )
     assert status == 1
     assert capsys.readouterr().err.count("pairs:4") == 1
     found = json.loads(out.read_text())
     assert not found["equal"] and found["train_step"]["cached"]["seconds"] == 1.0
-    assert not any(key.startswith("ratio") for part in ("reference_pass", "train_step", "job", "sweep", "memory")
-                   for key in found[part])
+    assert not any(
+        key.startswith("ratio") for part in ("reference_pass", "train_step", "job", "sweep", "memory") for key in found[part]
+    )
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    (["--lora", "4"], "--data FILE and --synthetic"),
-    (["--lora", "4", "--synthetic", "--pairs", "8", "--pairs-per-step", "8"], "8 pairs are 1 steps"),
-    (["--full", "--synthetic", "--device", "cuda"], "no CUDA device"),
-    (["--full", "--synthetic", "--pairs", "14", "--pairs-per-step", "4", "--baseline-batches", "1,3"],
-     "--baseline-batches 3 does not divide steps of 4 and 2 pairs"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--lora", "4"], "--data FILE and --synthetic"),
+        (["--lora", "4", "--synthetic", "--pairs", "8", "--pairs-per-step", "8"], "8 pairs are 1 steps"),
+        (["--full", "--synthetic", "--device", "cuda"], "no CUDA device"),
+        (
+            ["--full", "--synthetic", "--pairs", "14", "--pairs-per-step", "4", "--baseline-batches", "1,3"],
+            "--baseline-batches 3 does not divide steps of 4 and 2 pairs",
+        ),
+    ],
+)
 def test_bad_input_costs_one_message(tiny_llama, arguments, words, capsys, monkeypatch):
     from raydpo.benchmark.command import main
 
@@ -123,18 +221,33 @@ def test_bad_input_costs_one_message(tiny_llama, arguments, words, capsys, monke
 def test_plot(tmp_path):
     rates = {"raydpo": {"pairs_per_second": 2.0}, "cached": {"pairs_per_second": 1.0}}
     tried = [{"pairs_per_pass": size, "step_seconds": 1.0 / size} for size in (1, 8)]
-    point = {"baseline": "TRL 1.16.0", "workload": {"name": "512 at 1:4"}, "reference_pass": rates | {"ratio": 2.0},
-             "tried": {"cached": tried, "online": tried},
-             "train_step": rates | {"online": {"pairs_per_second": 0.5}}}
+    point = {
+        "baseline": "TRL 1.16.0",
+        "workload": {"name": "512 at 1:4"},
+        "reference_pass": rates | {"ratio": 2.0},
+        "tried": {"cached": tried, "online": tried},
+        "train_step": rates | {"online": {"pairs_per_second": 0.5}},
+    }
     plot([point, point], tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize(("name", "tflops"), [
-    ("NVIDIA H100 80GB HBM3", 989.4), ("NVIDIA A100-SXM4-80GB", 311.8), ("NVIDIA L40S", 362.1), ("NVIDIA L4", 121.0),
-    ("NVIDIA L40", None), ("AMD EPYC", None), ("NVIDIA H200", 989.4), ("NVIDIA H100 PCIe", 756.0),
-    ("NVIDIA H100 NVL", 835.0), ("NVIDIA H200 NVL", 835.0), ("NVIDIA A100 80GB PCIe", 311.8),
-    ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
-])
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA A100-SXM4-80GB", 311.8),
+        ("NVIDIA L40S", 362.1),
+        ("NVIDIA L4", 121.0),
+        ("NVIDIA L40", None),
+        ("AMD EPYC", None),
+        ("NVIDIA H200", 989.4),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA H100 NVL", 835.0),
+        ("NVIDIA H200 NVL", 835.0),
+        ("NVIDIA A100 80GB PCIe", 311.8),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+    ],
+)
 def test_peak_is_known_by_name(name, tflops):
     assert known_peak(name) == (None if tflops is None else tflops * 1e12)

@@ -28,11 +28,17 @@ def measured():
         shapes=Shapes.of_lengths(np.full(8, 10), np.full(8, 20), np.full(8, 30)),
         score=result(reference_seconds=4.0, peak_bytes=1 * GIB, wall_seconds=10.0, **reference),
         train=result(step_seconds=[9.0, 2.0, 4.0], peak_bytes=2 * GIB, wall_seconds=20.0),
-        cached=result(reference_seconds=6.0, step_seconds=[1.0, 3.0, 8.0], peak_bytes=4 * GIB, wall_seconds=30.0,
-                      **reference),
+        cached=result(
+            reference_seconds=6.0, step_seconds=[1.0, 3.0, 8.0], peak_bytes=4 * GIB, wall_seconds=30.0, **reference
+        ),
         online=result(step_seconds=[1.0, 6.0, 10.0], peak_bytes=5 * GIB, wall_seconds=40.0),
-        dtype="float32", model=ModelCost(parameters=10, active=3, hidden=1, vocabulary=5, layers=1, attention_width=1),
-        lora=True, peak=1000.0, pairs_per_step=2, warmup=1)
+        dtype="float32",
+        model=ModelCost(parameters=10, active=3, hidden=1, vocabulary=5, layers=1, attention_width=1),
+        lora=True,
+        peak=1000.0,
+        pairs_per_step=2,
+        warmup=1,
+    )
 
 
 def test_ratios(measured):
@@ -50,8 +56,13 @@ def test_ratios(measured):
 def of_batch(size, positions, seconds, gib, reference=None, wall=30.0):
     passes = 8 // size
     facts = {"pairs_per_pass": size, "forward_passes": passes, "positions": passes * positions, "largest_pass": positions}
-    return result(step_seconds=[9.0, seconds, seconds], reference_seconds=reference, peak_bytes=gib * GIB, wall_seconds=wall,
-                  facts=facts)
+    return result(
+        step_seconds=[9.0, seconds, seconds],
+        reference_seconds=reference,
+        peak_bytes=gib * GIB,
+        wall_seconds=wall,
+        facts=facts,
+    )
 
 
 def test_the_fastest_batch_is_compared_and_memory_at_positions_alike():
@@ -64,8 +75,10 @@ def test_the_fastest_batch_is_compared_and_memory_at_positions_alike():
 
 
 def test_memory_is_compared_at_positions_alike(measured):
-    tried = {"cached": [of_batch(1, 1000, 4.0, 4.0), of_batch(8, 8000, 3.0, 9.0)],
-             "online": [of_batch(1, 1000, 4.0, 8.0), of_batch(8, 8000, 3.0, 18.0)]}
+    tried = {
+        "cached": [of_batch(1, 1000, 4.0, 4.0), of_batch(8, 8000, 3.0, 9.0)],
+        "online": [of_batch(1, 1000, 4.0, 8.0), of_batch(8, 8000, 3.0, 18.0)],
+    }
     train = dataclasses.replace(measured.train, facts={"largest_pass": 1200})
     measured = dataclasses.replace(measured, train=train, tried=tried)
     found = figures(measured)
@@ -84,12 +97,20 @@ def test_figures(measured):
     found = figures(measured)
     # 60 real tokens a pair; 10*10/2 + 10*50 + (20*20 + 30*30)/2 = 1200 looks; 50 predictions.
     flops = 60 * 6 + 1200 * 4 + 50 * 10
-    assert found["reference_pass"]["raydpo"] == {"seconds": 4.0, "pairs_per_second": 2.0, "tokens_per_second": 120.0,
-                                                 "mfu": pytest.approx(8 * flops / 4 / 1000)}
+    assert found["reference_pass"]["raydpo"] == {
+        "seconds": 4.0,
+        "pairs_per_second": 2.0,
+        "tokens_per_second": 120.0,
+        "mfu": pytest.approx(8 * flops / 4 / 1000),
+    }
     # Of two counted steps of 2 and 4 seconds; adapters: twice the products of the layers, three times attention's.
     trained = 60 * 6 * 2 + 1200 * 4 * 3 + 50 * 10 * 2
-    assert found["train_step"]["raydpo"] == {"seconds": 3.0, "pairs_per_second": 0.75, "tokens_per_second": 45.0,
-                                             "mfu": pytest.approx((2 * trained / 2 + 2 * trained / 4) / 2 / 1000)}
+    assert found["train_step"]["raydpo"] == {
+        "seconds": 3.0,
+        "pairs_per_second": 0.75,
+        "tokens_per_second": 45.0,
+        "mfu": pytest.approx((2 * trained / 2 + 2 * trained / 4) / 2 / 1000),
+    }
     assert found["job"]["composed"] and found["job"]["raydpo"] == {"seconds": 33.0}
     assert found["sweep"]["betas"] == BETAS
     assert found["memory"]["raydpo"] == {"bytes": 2 * GIB, "scoring_bytes": 1 * GIB, "training_bytes": 2 * GIB}
@@ -133,10 +154,15 @@ def test_bfloat16_rounds_more_but_not_any_more(measured):
     assert len(problems(3.0)) == 1
 
 
-@pytest.mark.parametrize(("field", "values", "words"), [
-    ("losses", [0.6935, 0.68, 0.67], "loss of step 1"), ("losses", [0.6931, 0.68, 0.672], "loss of step 3"),
-    ("losses", [0.6931, math.nan, 0.67], "loss of step 2"), ("chosen_logps", [-50.1] * 3, "chosen completions of the first"),
-])
+@pytest.mark.parametrize(
+    ("field", "values", "words"),
+    [
+        ("losses", [0.6935, 0.68, 0.67], "loss of step 1"),
+        ("losses", [0.6931, 0.68, 0.672], "loss of step 3"),
+        ("losses", [0.6931, math.nan, 0.67], "loss of step 2"),
+        ("chosen_logps", [-50.1] * 3, "chosen completions of the first"),
+    ],
+)
 def test_training_that_differs_is_refused(measured, field, values, words):
     online = dataclasses.replace(measured.online, **{field: values})
     problems, _ = disagreements(dataclasses.replace(measured, online=online))

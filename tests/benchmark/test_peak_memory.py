@@ -23,9 +23,21 @@ def peaks(tmp_path_factory):
     model = make_model(place / "model", vocab_size=VOCABULARY)
     table = workload.synthetic(STEPS * PAIRS, LENGTH, (1, 1), VOCABULARY, seed=0)
     # Positions of all pairs at once: neither side cuts a step into parts.
-    job = Job(stage="train", model=str(model), workload=str(place / "pairs.parquet"), work=str(place), dtype="float32",
-              lora=None, pairs_per_step=PAIRS, steps=STEPS, tokens_per_batch=4 * PAIRS * LENGTH,
-              device="cpu", threads=None, lr=1e-3, pairs_per_pass=PAIRS)
+    job = Job(
+        stage="train",
+        model=str(model),
+        workload=str(place / "pairs.parquet"),
+        work=str(place),
+        dtype="float32",
+        lora=None,
+        pairs_per_step=PAIRS,
+        steps=STEPS,
+        tokens_per_batch=4 * PAIRS * LENGTH,
+        device="cpu",
+        threads=None,
+        lr=1e-3,
+        pairs_per_pass=PAIRS,
+    )
     pq.write_table(table, job.workload)
     pq.write_table(with_reference(table, model), job.scored)
     ours, theirs = start("raydpo_side", job), start("trl_side", dataclasses.replace(job, stage="online"))

@@ -30,9 +30,11 @@ def test_statistics():
     prompts, chosen, rejected = (np.array(each) for each in lengths)
     found = workload.statistics(table, 2)
     longest = prompts + np.maximum(chosen, rejected)
-    assert found["positions"] == {"tree": (prompts + chosen + rejected).sum(),
-                                  "packed": (2 * prompts + chosen + rejected).sum(),
-                                  "padded": 4 * max(longest[:2]) + 4 * max(longest[2:4]) + 2 * longest[4]}
+    assert found["positions"] == {
+        "tree": (prompts + chosen + rejected).sum(),
+        "packed": (2 * prompts + chosen + rejected).sum(),
+        "padded": 4 * max(longest[:2]) + 4 * max(longest[2:4]) + 2 * longest[4],
+    }
     assert found["longest"] == longest.max()
 
 
@@ -50,8 +52,15 @@ def test_file_gives_the_first_pairs_in_order(tmp_path, tiny_llama):
 def test_random_model_loads_and_is_made_once(tmp_path, tied):
     from raydpo.model.load import load_causal_lm
 
-    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-             "num_key_value_heads": 2, "vocab_size": 300, "tie_word_embeddings": tied}
+    shape = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 300,
+        "tie_word_embeddings": tied,
+    }
     directory, state = tmp_path / "model", torch.get_rng_state()
     workload.write_random_llama(directory, shape, torch.device("cpu"))
     stamp = (directory / "model.safetensors").stat().st_mtime_ns

@@ -32,9 +32,13 @@ def place(tmp_path_factory, tiny_llama):
 
     place = tmp_path_factory.mktemp("cache-cli")
     write_preferences(place / "a.jsonl", preferences(30))
-    tree = {"name": "run", "output": str(place / "runs"), "model": {"path": str(tiny_llama), "dtype": "float32"},
-            "data": {"train": str(place / "a.jsonl"), "eval": {"fraction": 0.2}},
-            "train": {"workers": 1, "pairs_per_step": 4, "steps": 2}}
+    tree = {
+        "name": "run",
+        "output": str(place / "runs"),
+        "model": {"path": str(tiny_llama), "dtype": "float32"},
+        "data": {"train": str(place / "a.jsonl"), "eval": {"fraction": 0.2}},
+        "train": {"workers": 1, "pairs_per_step": 4, "steps": 2},
+    }
     (place / "config.yaml").write_text(yaml.safe_dump(tree))
     prepared = Prepared.of(load_config(place / "config.yaml"), Console(io.StringIO()))
     prepared.cache.prepare({"model": str(tiny_llama)})
@@ -159,8 +163,13 @@ def test_import_counts_only_when_verified(place, tmp_path, means, on_cluster):
         record |= {"mine": -500.0, "theirs": -600.0}
     write_preferences(tmp_path / "with.jsonl", records)
     cache = tmp_path / "cache"
-    run = [place / "config.yaml", f"data.train={[{'path': str(tmp_path / 'with.jsonl'), 'name': 'a'}]}",
-           f"cache.uri={cache}", f"output={tmp_path / 'runs'}", "data.eval=null"]
+    run = [
+        place / "config.yaml",
+        f"data.train={[{'path': str(tmp_path / 'with.jsonl'), 'name': 'a'}]}",
+        f"cache.uri={cache}",
+        f"output={tmp_path / 'runs'}",
+        "data.eval=null",
+    ]
     assert answer("cache", "import", *run, "--chosen", "mine", "--rejected", "theirs")["contradicts"] == 0
     report = answer("cache", "import", *run, *(["--means"] if means else []))
     assert report["pairs"] == 30 and report["columns"] == ["ref_chosen_logps", "ref_rejected_logps"]

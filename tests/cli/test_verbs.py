@@ -23,12 +23,25 @@ def place(tmp_path_factory, tiny_llama):
     place = tmp_path_factory.mktemp("cli")
     write_preferences(place / "a.jsonl", preferences(40))
     write_preferences(place / "b.jsonl", preferences(20, seed=1))
-    tree = {"name": "first", "output": str(place / "runs"), "model": {"path": str(tiny_llama), "dtype": "float32"},
-            "data": {"train": [{"path": str(place / "a.jsonl")}, {"path": str(place / "b.jsonl"), "weight": 0.5}],
-                     "eval": {"fraction": 0.2}},
-            "score": {"workers": 2},
-            "train": {"workers": 2, "pairs_per_step": 8, "lr": 1e-3, "steps": 10, "eval_every": 5, "sample_prompts": 1,
-                      "sample_tokens": 8}}
+    tree = {
+        "name": "first",
+        "output": str(place / "runs"),
+        "model": {"path": str(tiny_llama), "dtype": "float32"},
+        "data": {
+            "train": [{"path": str(place / "a.jsonl")}, {"path": str(place / "b.jsonl"), "weight": 0.5}],
+            "eval": {"fraction": 0.2},
+        },
+        "score": {"workers": 2},
+        "train": {
+            "workers": 2,
+            "pairs_per_step": 8,
+            "lr": 1e-3,
+            "steps": 10,
+            "eval_every": 5,
+            "sample_prompts": 1,
+            "sample_tokens": 8,
+        },
+    }
     (place / "config.yaml").write_text(yaml.safe_dump(tree))
     return place
 
@@ -41,8 +54,18 @@ def first(place):
 
 
 def test_run_says_what_happened(first):
-    for piece in ("(0% hits)", "step-0 gate:", "loss 0.693147", "first loss 0.693147", "held-out pairs:", "before", "after",
-                  "run directory:", "final/", "report.html"):
+    for piece in (
+        "(0% hits)",
+        "step-0 gate:",
+        "loss 0.693147",
+        "first loss 0.693147",
+        "held-out pairs:",
+        "before",
+        "after",
+        "run directory:",
+        "final/",
+        "report.html",
+    ):
         assert piece in first.stdout, first.stdout
     assert first.stderr == ""
     assert not any(noise in first.stdout for noise in ("INFO", "WARNING", "(pid=", "DeepSpeed", "ray::"))
@@ -50,13 +73,34 @@ def test_run_says_what_happened(first):
 
 def test_run_directory(first, place):
     run = place / "runs" / "first"
-    assert {"config.yaml", "metrics.parquet", "eval.parquet", "final", "checkpoints", "tensorboard", "logs",
-            "summary.json", "report.html"} <= set(os.listdir(run))
+    assert {
+        "config.yaml",
+        "metrics.parquet",
+        "eval.parquet",
+        "final",
+        "checkpoints",
+        "tensorboard",
+        "logs",
+        "summary.json",
+        "report.html",
+    } <= set(os.listdir(run))
     steps = pq.read_table(run / "metrics.parquet").to_pylist()
     assert [row["step"] for row in steps] == list(range(1, 11))
     assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
-    assert {"loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
-            "logps/rejected", "grad_norm", "learning_rate", "epoch", "a/loss", "b/loss"} <= set(steps[0])
+    assert {
+        "loss",
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/margins",
+        "rewards/accuracies",
+        "logps/chosen",
+        "logps/rejected",
+        "grad_norm",
+        "learning_rate",
+        "epoch",
+        "a/loss",
+        "b/loss",
+    } <= set(steps[0])
     evals = pq.read_table(run / "eval.parquet").to_pylist()
     assert [row["step"] for row in evals] == [0, 5, 10]
     assert evals[0]["eval_rewards/accuracies"] == 0.5
@@ -89,7 +133,8 @@ def test_final_loads_without_us_and_is_the_policy(first, place):
 
 
 def test_second_run_hits_everything_lora_saves_an_adapter_and_fresh_sets_the_earlier_run_aside(
-        first, place, tiny_llama, on_cluster):
+    first, place, tiny_llama, on_cluster
+):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -97,14 +142,21 @@ def test_second_run_hits_everything_lora_saves_an_adapter_and_fresh_sets_the_ear
     old.mkdir()
     (old / "run.json").write_text(json.dumps({"fingerprint": {"train.beta": 7}}))
     (old / "audit.html").write_text("of the old run")
-    result = raydpo("run", place / "config.yaml", "name=second", "model.lora={r: 4}", "train.beta=0.3", "train.zero=3",
-                    "train.workers=1", "--fresh")
+    result = raydpo(
+        "run",
+        place / "config.yaml",
+        "name=second",
+        "model.lora={r: 4}",
+        "train.beta=0.3",
+        "train.zero=3",
+        "train.workers=1",
+        "--fresh",
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     assert (place / "runs" / "second~1" / "audit.html").read_text() == "of the old run"
     assert (old / "audit.html").stat().st_size > 10_000 and f"audit: {old}/audit.html" in result.stdout
     assert "(100% hits), 0 scored" in result.stdout
-    policy = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama),
-                                       place / "runs" / "second" / "final")
+    policy = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), place / "runs" / "second" / "final")
     assert any(value.abs().max() > 0 for name, value in policy.named_parameters() if "lora_B" in name)
 
 
@@ -127,8 +179,11 @@ def test_a_model_that_lacks_weights_is_refused_before_ray(verb, place, tiny_llam
     """No Ray cluster is at that address: a command that connected first would fail with another message."""
     model = shutil.copytree(tiny_llama, tmp_path / "model")
     tensors = load_file(model / "model.safetensors")
-    save_file({name: value for name, value in tensors.items() if ".layers.1." not in name}, model / "model.safetensors",
-              {"format": "pt"})
+    save_file(
+        {name: value for name, value in tensors.items() if ".layers.1." not in name},
+        model / "model.safetensors",
+        {"format": "pt"},
+    )
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     more = ["sweep={grid: {train.lr: [1.0e-3, 1.0e-4]}}"] if verb == "sweep" else []
     result = raydpo(verb, place / "config.yaml", f"name=lacking-{verb}", f"model.path={model}", *more)
@@ -151,20 +206,56 @@ def test_show_prints_pairs_as_the_model_sees_them(place):
 
 
 def test_plan_estimates_without_ray(place):
-    program = ("import sys; from raydpo.cli.entry import main; status = main(sys.argv[1:]); "
-               "assert 'ray' not in sys.modules and 'deepspeed' not in sys.modules; sys.exit(status)")
-    result = subprocess.run([sys.executable, "-c", program, "plan", place / "config.yaml", "train.steps=4", "--workers", "2",
-                             "--price", "3", "--runs", "5"], capture_output=True, text=True, timeout=100)
+    program = (
+        "import sys; from raydpo.cli.entry import main; status = main(sys.argv[1:]); "
+        "assert 'ray' not in sys.modules and 'deepspeed' not in sys.modules; sys.exit(status)"
+    )
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            program,
+            "plan",
+            place / "config.yaml",
+            "train.steps=4",
+            "--workers",
+            "2",
+            "--price",
+            "3",
+            "--runs",
+            "5",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
     assert result.returncode == 0, result.stderr
-    for piece in ("data a: 40 records", "reference pass", "5 training(s)", "H100", "prefix tree", "4,096", "bound",
-                  "longest pair", "cheapest mode that fits: train.zero=0", "QLoRA, which trains adapters only"):
+    for piece in (
+        "data a: 40 records",
+        "reference pass",
+        "5 training(s)",
+        "H100",
+        "prefix tree",
+        "4,096",
+        "bound",
+        "longest pair",
+        "cheapest mode that fits: train.zero=0",
+        "QLoRA, which trains adapters only",
+    ):
         assert piece in result.stdout, result.stdout
 
 
 @pytest.mark.slow
 def test_plan_measures_here_and_prints_json(place):
-    result = raydpo("plan", place / "config.yaml", "train.tokens_per_batch=1000", "score.tokens_per_batch=1000",
-                    "model.lora={}", "--measure", "--json")
+    result = raydpo(
+        "plan",
+        place / "config.yaml",
+        "train.tokens_per_batch=1000",
+        "score.tokens_per_batch=1000",
+        "model.lora={}",
+        "--measure",
+        "--json",
+    )
     assert result.returncode == 0, result.stderr
     plan = json.loads(result.stdout)
     assert plan["rates"]["origin"].startswith("measured on ") and plan["rates"]["train"] > 0
@@ -200,21 +291,24 @@ def test_doctor():
 
 def test_jobs_are_the_same_commands(place, on_cluster):
     script = Path(__file__).parents[1] / "jobs" / "score.py"
-    result = subprocess.run([sys.executable, str(script), str(place / "config.yaml")], capture_output=True, text=True,
-                            timeout=300)
+    result = subprocess.run(
+        [sys.executable, str(script), str(place / "config.yaml")], capture_output=True, text=True, timeout=300
+    )
     assert result.returncode == 0 and "hits" in result.stdout
     assert subprocess.run([sys.executable, str(script), str(place / "none.yaml")], capture_output=True).returncode == 2
 
 
 def test_python_api(first, place, on_cluster):
-    program = ("import raydpo\n"
-               f"config = raydpo.load_config({str(place / 'config.yaml')!r},\n"
-               "                            ['name=api', 'train.steps=2', 'train.workers=1'])\n"
-               "report = raydpo.score(config)\n"
-               "assert report.hit_rate == 1.0\n"
-               "assert raydpo.train(config)['steps'] == 2\n"
-               "cache = raydpo.ReferenceCache.open(config.cache_uri)\n"
-               "assert cache.lookup([b'x' * 16])['tokens'].to_pylist() == [0]\n")
+    program = (
+        "import raydpo\n"
+        f"config = raydpo.load_config({str(place / 'config.yaml')!r},\n"
+        "                            ['name=api', 'train.steps=2', 'train.workers=1'])\n"
+        "report = raydpo.score(config)\n"
+        "assert report.hit_rate == 1.0\n"
+        "assert raydpo.train(config)['steps'] == 2\n"
+        "cache = raydpo.ReferenceCache.open(config.cache_uri)\n"
+        "assert cache.lookup([b'x' * 16])['tokens'].to_pylist() == [0]\n"
+    )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
 
@@ -222,8 +316,14 @@ def test_python_api(first, place, on_cluster):
 def test_filter_and_audit(first, place, on_cluster):
     short = raydpo("audit", place / "config.yaml", "data.filter=chosen_tokens < 20", "name=short")
     assert short.returncode == 0 and "pairs left out (a: " in short.stdout, short.stdout + short.stderr
-    sure = raydpo("train", place / "config.yaml", "name=sure", "data.filter=ref_margin > 0 and copy = 0", "train.steps=1",
-                  "train.workers=1")
+    sure = raydpo(
+        "train",
+        place / "config.yaml",
+        "name=sure",
+        "data.filter=ref_margin > 0 and copy = 0",
+        "train.steps=1",
+        "train.workers=1",
+    )
     assert sure.returncode == 0 and "pairs left out (a: " in sure.stdout and "b: " in sure.stdout, sure.stdout + sure.stderr
     trained = int(re.search(r"training: (\d+) pairs", sure.stdout)[1])
     assert trained < int(re.search(r"pairs: (\d+) to train on", sure.stdout)[1])

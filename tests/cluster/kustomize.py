@@ -35,8 +35,11 @@ def build(directory: Path) -> list[dict[str, Any]]:
             one["metadata"]["namespace"] = settings["namespace"]
     for patch in settings.get("patches", []):
         target = patch["target"]
-        met = [one for one in found if one["kind"] == target["kind"]
-               and target.get("name", one["metadata"]["name"]) == one["metadata"]["name"]]
+        met = [
+            one
+            for one in found
+            if one["kind"] == target["kind"] and target.get("name", one["metadata"]["name"]) == one["metadata"]["name"]
+        ]
         if not met:
             raise ValueError(f"{directory}: no resource for the patch of {target}")
         text = patch["patch"] if "patch" in patch else (directory / patch["path"]).read_text()

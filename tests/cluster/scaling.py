@@ -23,10 +23,16 @@ def machines_for(config: dict[str, Any], asked: Resources) -> dict[str, int]:
     types = AutoscalingConfig(config, skip_content_hash=True)
     selector = [[(key, LabelSelectorOperator.LABEL_OPERATOR_IN, [value]) for key, value in asked.labels.items()]]
     wish = ResourceRequestUtil.make(asked.bundle, label_selectors=selector if asked.labels else None)
-    reply = ResourceDemandScheduler().schedule(SchedulingRequest(
-        disable_launch_config_check=True, node_type_configs=types.get_node_type_configs(),
-        max_num_nodes=types.get_max_num_worker_nodes(), cluster_resource_constraints=[ClusterResourceConstraint(
-            resource_requests=ResourceRequestUtil.group_by_count([wish] * asked.workers))]))
+    reply = ResourceDemandScheduler().schedule(
+        SchedulingRequest(
+            disable_launch_config_check=True,
+            node_type_configs=types.get_node_type_configs(),
+            max_num_nodes=types.get_max_num_worker_nodes(),
+            cluster_resource_constraints=[
+                ClusterResourceConstraint(resource_requests=ResourceRequestUtil.group_by_count([wish] * asked.workers))
+            ],
+        )
+    )
     came = Counter({launch.instance_type: launch.count for launch in reply.to_launch})
     came.pop(types.get_head_node_type(), None)  # which is there already
     return dict(came)

@@ -35,6 +35,7 @@ TEXT, NUMBER, ANY = {"type": "string"}, {"type": "integer", "minimum": 0}, {}
 
 # -- image
 
+
 def test_the_dockerfile_is_free_of_lint():
     result = subprocess.run([TOOLS / "hadolint", CLUSTER / "Dockerfile"], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
@@ -48,14 +49,20 @@ def dockerfile():
 
 def test_the_image_is_pinned_and_not_roots():
     lines = dockerfile()
-    installs = {part.strip().removeprefix("pip install ") for line in lines if line.startswith("RUN")
-                for part in line.removeprefix("RUN ").split("&&") if "pip install" in part}
+    installs = {
+        part.strip().removeprefix("pip install ")
+        for line in lines
+        if line.startswith("RUN")
+        for part in line.removeprefix("RUN ").split("&&")
+        if "pip install" in part
+    }
     assert installs == {
         "--only-binary=:all: --require-hashes -r build.lock",
         "--require-hashes --no-build-isolation -r requirements.lock",  # of CUDA
         "--only-binary=:all: --no-deps -c constraints.txt --index-url https://download.pytorch.org/whl/cpu torch",
         '--no-build-isolation -c constraints.txt ".[cluster,gpu,launcher,quantization,track]"',
-        "--no-deps --no-build-isolation ."}
+        "--no-deps --no-build-isolation .",
+    }
     # The lock was made from these extras, and it has the packages that build raydpo.
     lock = (ROOT / "requirements.lock").read_text()
     assert set(re.findall(r"--extra (\w+)", lock)) == {"cluster", "gpu", "launcher", "quantization", "track"}
@@ -88,8 +95,15 @@ def test_the_driver_is_found_where_gke_puts_it_and_its_version_is_said():
     assert "/usr/local/nvidia/lib64" in variables["LD_LIBRARY_PATH"].split(":")
     assert variables["PATH"].split(":")[::2] == ["/opt/venv/bin", "/usr/local/nvidia/bin"]
     assert "\nnvidia-cudnn-cu13==" in (ROOT / "requirements.lock").read_text(), "a build for CUDA 13, which wants driver 580"
-    for name in ("Dockerfile", "README.md", "aws.yaml", "gcp.yaml", "skypilot.yaml", "slurm.sbatch",
-                 *(f"kuberay/overlays/{cloud}/kustomization.yaml" for cloud in ("aks", "eks", "gke"))):
+    for name in (
+        "Dockerfile",
+        "README.md",
+        "aws.yaml",
+        "gcp.yaml",
+        "skypilot.yaml",
+        "slurm.sbatch",
+        *(f"kuberay/overlays/{cloud}/kustomization.yaml" for cloud in ("aks", "eks", "gke")),
+    ):
         assert re.search(r"\b580\b", (CLUSTER / name).read_text()), name
 
 
@@ -126,6 +140,7 @@ def test_what_the_image_copies_is_there_and_not_ignored():
 
 # -- Ray's cluster launcher
 
+
 @pytest.mark.parametrize("name", ["aws", "gcp"])
 def test_ray_takes_the_launchers_file(name):
     from ray.autoscaler._private.util import prepare_config, validate_config
@@ -139,8 +154,12 @@ def test_ray_takes_the_launchers_file(name):
     assert market not in head["node_config"] and "spot" in str(workers["node_config"][market]).lower()
     role = "IamInstanceProfile" if name == "aws" else "serviceAccounts"
     assert head["node_config"][role] != workers["node_config"][role]
-    starts = [command for key in ("head_start_ray_commands", "worker_start_ray_commands") for command in config[key]
-              if "ray start" in command]
+    starts = [
+        command
+        for key in ("head_start_ray_commands", "worker_start_ray_commands")
+        for command in config[key]
+        if "ray start" in command
+    ]
     assert len(starts) == 2 and all("RAY_AUTH_MODE=token" in command for command in starts)
     assert "--dashboard-host=127.0.0.1" in starts[0]
     with pytest.raises(jsonschema.ValidationError):
@@ -155,6 +174,7 @@ def test_the_launcher_brings_the_accelerator_that_a_stage_asks_for():
 
 # -- Slurm
 
+
 def test_the_slurm_script_is_free_of_lint():
     result = subprocess.run([TOOLS / "shellcheck", CLUSTER / "slurm.sbatch"], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
@@ -167,7 +187,7 @@ def slurm(tmp_path):
         "srun": 'while [[ $1 == --* ]]; do shift; done\nexec "$@"',
         "scontrol": 'if [[ $1 == show ]]; then printf "node1\\nnode2\\n"; else echo "$@" >> requeued; fi',
     }
-    started = 'if [[ $1 == start ]]; then exec sleep 60; fi'
+    started = "if [[ $1 == start ]]; then exec sleep 60; fi"
 
     def run(raydpo, *arguments, ray=started, **environment):
         commands["ray"] = f'echo "$RAY_AUTH_MODE ${{#RAY_AUTH_TOKEN}} $*" >> ray.log\n{ray}'
@@ -177,9 +197,15 @@ def slurm(tmp_path):
             (tmp_path / "bin" / name).chmod(0o755)
         with open(tmp_path / "log", "w") as log:
             return subprocess.Popen(
-                ["bash", str(CLUSTER / "slurm.sbatch"), *arguments], cwd=tmp_path, stdout=log, stderr=log,
-                start_new_session=True, env={"PATH": "/usr/bin:/bin", "VENV": str(tmp_path), "SLURM_JOB_ID": "7",
-                                             "SLURM_JOB_NODELIST": "node[1-2]"} | environment)
+                ["bash", str(CLUSTER / "slurm.sbatch"), *arguments],
+                cwd=tmp_path,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                env={"PATH": "/usr/bin:/bin", "VENV": str(tmp_path), "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]"}
+                | environment,
+            )
+
     yield run
     for pid in _session(tmp_path):
         subprocess.run(["kill", str(pid)], check=False, stderr=subprocess.DEVNULL)
@@ -215,8 +241,9 @@ def test_slurm_starts_ray_on_every_node_and_runs_once(slurm, tmp_path):
 
 def test_slurm_hands_a_preemption_on_and_queues_again(slurm, tmp_path):
     """The driver ends with status 130 after its checkpoint, and the script waits for it without a limit."""
-    process = slurm('trap "sleep 1; echo saved > checkpoint; exit 130" TERM\necho > begun\nwhile :; do sleep 0.1; done',
-                    "config.yaml")
+    process = slurm(
+        'trap "sleep 1; echo saved > checkpoint; exit 130" TERM\necho > begun\nwhile :; do sleep 0.1; done', "config.yaml"
+    )
     until((tmp_path / "begun").exists)
     process.terminate()
     assert process.wait(20) == 130
@@ -248,8 +275,12 @@ def test_slurm_ends_where_ray_does_not_begin(slurm, tmp_path):
 
 
 def test_slurm_does_not_wait_for_ray_without_end(slurm, tmp_path):
-    process = slurm("echo > begun", "c.yaml", START_SECONDS="1",
-                    ray='if [[ $1 == start ]]; then exec sleep 60; fi\necho not yet healthy; exit 1')
+    process = slurm(
+        "echo > begun",
+        "c.yaml",
+        START_SECONDS="1",
+        ray="if [[ $1 == start ]]; then exec sleep 60; fi\necho not yet healthy; exit 1",
+    )
     assert process.wait(20) == 1
     log = (tmp_path / "log").read_text()
     assert "Ray on node1 has not begun within 1 seconds" in log and "not yet healthy" in log
@@ -258,9 +289,12 @@ def test_slurm_does_not_wait_for_ray_without_end(slurm, tmp_path):
 
 def test_slurm_ends_when_a_node_is_lost_with_a_checkpoint(slurm, tmp_path):
     """Its Ray does not come back, so the driver would wait for its GPUs."""
-    process = slurm('trap "echo saved > checkpoint; exit 130" TERM\necho > begun\nwhile :; do sleep 0.1; done', "c.yaml",
-                    ray='case "$*" in *--address=node1*) until [[ -e begun ]]; do sleep 0.1; done; exit 9;; '
-                        'start*) exec sleep 60;; esac')
+    process = slurm(
+        'trap "echo saved > checkpoint; exit 130" TERM\necho > begun\nwhile :; do sleep 0.1; done',
+        "c.yaml",
+        ray='case "$*" in *--address=node1*) until [[ -e begun ]]; do sleep 0.1; done; exit 9;; '
+        "start*) exec sleep 60;; esac",
+    )
     assert process.wait(20) == 9
     assert "Ray on node2 has ended with status 9" in (tmp_path / "log").read_text()
     assert (tmp_path / "checkpoint").exists() and not (tmp_path / "requeued").exists()
@@ -282,43 +316,114 @@ def test_slurm_asks_for_the_whole_machine():
 
 # -- SkyPilot, Anyscale, Prometheus
 
+
 def test_skypilot_and_anyscale_have_the_fields_of_their_schemas():
     """Fields of skypilot 0.14.1 and anyscale's JobConfig, which accepted the files. Both are too large to install here."""
-    jsonschema.validate(loaded("skypilot.yaml"), closed(
-        ("resources", "run"), name=TEXT, num_nodes=NUMBER, workdir=TEXT, setup=TEXT, run=TEXT, envs=ANY, secrets=ANY,
-        resources=closed(accelerators=TEXT, use_spot={"const": True}, cpus=TEXT, memory=TEXT, disk_size=NUMBER,
-                         job_recovery=closed(("strategy",), strategy=TEXT, max_restarts_on_errors=NUMBER))))
-    jsonschema.validate(loaded("anyscale.yaml"), closed(
-        ("entrypoint",), name=TEXT, image_uri=TEXT, env_vars=ANY, working_dir=TEXT, requirements=ANY, entrypoint=TEXT,
-        max_retries=NUMBER, compute_config=closed(cloud=TEXT, head_node=ANY, worker_nodes={"type": "array", "items": closed(
-            ("instance_type",), name=TEXT, instance_type=TEXT, min_nodes=NUMBER, max_nodes=NUMBER,
-            market_type={"enum": ["SPOT", "ON_DEMAND", "PREFER_SPOT"]})})))
+    jsonschema.validate(
+        loaded("skypilot.yaml"),
+        closed(
+            ("resources", "run"),
+            name=TEXT,
+            num_nodes=NUMBER,
+            workdir=TEXT,
+            setup=TEXT,
+            run=TEXT,
+            envs=ANY,
+            secrets=ANY,
+            resources=closed(
+                accelerators=TEXT,
+                use_spot={"const": True},
+                cpus=TEXT,
+                memory=TEXT,
+                disk_size=NUMBER,
+                job_recovery=closed(("strategy",), strategy=TEXT, max_restarts_on_errors=NUMBER),
+            ),
+        ),
+    )
+    jsonschema.validate(
+        loaded("anyscale.yaml"),
+        closed(
+            ("entrypoint",),
+            name=TEXT,
+            image_uri=TEXT,
+            env_vars=ANY,
+            working_dir=TEXT,
+            requirements=ANY,
+            entrypoint=TEXT,
+            max_retries=NUMBER,
+            compute_config=closed(
+                cloud=TEXT,
+                head_node=ANY,
+                worker_nodes={
+                    "type": "array",
+                    "items": closed(
+                        ("instance_type",),
+                        name=TEXT,
+                        instance_type=TEXT,
+                        min_nodes=NUMBER,
+                        max_nodes=NUMBER,
+                        market_type={"enum": ["SPOT", "ON_DEMAND", "PREFER_SPOT"]},
+                    ),
+                },
+            ),
+        ),
+    )
 
 
 def test_skypilots_script_is_free_of_lint():
     task = loaded("skypilot.yaml")
     for script in (task["setup"], task["run"]):
         # Variables of the task are defined; SC1090: the environment is on the machine.
-        given = "".join(f"export {name}=given\n" for name in (
-            *task["envs"], *task["secrets"], "SKYPILOT_NODE_IPS", "SKYPILOT_NODE_RANK"))
-        result = subprocess.run([TOOLS / "shellcheck", "--shell=bash", "--exclude=SC1090,SC1091", "-"], input=given + script,
-                                capture_output=True, text=True)
+        given = "".join(
+            f"export {name}=given\n" for name in (*task["envs"], *task["secrets"], "SKYPILOT_NODE_IPS", "SKYPILOT_NODE_RANK")
+        )
+        result = subprocess.run(
+            [TOOLS / "shellcheck", "--shell=bash", "--exclude=SC1090,SC1091", "-"],
+            input=given + script,
+            capture_output=True,
+            text=True,
+        )
         assert result.returncode == 0, result.stdout
 
 
 def test_prometheus_looks_where_ray_and_the_pods_say():
     config = loaded("prometheus.yml")
-    jsonschema.validate(config, closed(("scrape_configs",), **{"global": closed(scrape_interval=TEXT, scrape_timeout=TEXT)},
-                                       scrape_configs={"type": "array", "items": closed(
-        ("job_name",), job_name=TEXT, relabel_configs={"type": "array", "items": closed(
-            source_labels={"type": "array", "items": TEXT}, regex=TEXT, target_label=TEXT, action={"enum": ["keep"]})},
-        file_sd_configs={"type": "array", "items": closed(files=ANY, refresh_interval=TEXT)},
-        kubernetes_sd_configs={"type": "array", "items": closed(role={"enum": ["pod"]}, namespaces=closed(names=ANY))})}))
+    jsonschema.validate(
+        config,
+        closed(
+            ("scrape_configs",),
+            **{"global": closed(scrape_interval=TEXT, scrape_timeout=TEXT)},
+            scrape_configs={
+                "type": "array",
+                "items": closed(
+                    ("job_name",),
+                    job_name=TEXT,
+                    relabel_configs={
+                        "type": "array",
+                        "items": closed(
+                            source_labels={"type": "array", "items": TEXT},
+                            regex=TEXT,
+                            target_label=TEXT,
+                            action={"enum": ["keep"]},
+                        ),
+                    },
+                    file_sd_configs={"type": "array", "items": closed(files=ANY, refresh_interval=TEXT)},
+                    kubernetes_sd_configs={
+                        "type": "array",
+                        "items": closed(role={"enum": ["pod"]}, namespaces=closed(names=ANY)),
+                    },
+                ),
+            },
+        ),
+    )
     files, pods = config["scrape_configs"]
     assert files["file_sd_configs"][0]["files"] == ["/tmp/ray/prom_metrics_service_discovery.json"]
     base = loaded("kuberay/base/raycluster.yaml")["spec"]["headGroupSpec"]["template"]
-    (policy,) = [rule for rule in loaded("kuberay/base/networkpolicy.yaml")["spec"]["ingress"]
-                 if {"protocol": "TCP", "port": 8080} in rule.get("ports", [])]
+    (policy,) = [
+        rule
+        for rule in loaded("kuberay/base/networkpolicy.yaml")["spec"]["ingress"]
+        if {"protocol": "TCP", "port": 8080} in rule.get("ports", [])
+    ]
     assert base["metadata"]["annotations"]["prometheus.io/scrape"] == "true"
     assert {"name": "metrics", "containerPort": 8080} in base["spec"]["containers"][0]["ports"]
     assert [one["regex"] for one in pods["relabel_configs"] if "regex" in one] == ["true", "metrics"]
@@ -328,9 +433,11 @@ def test_prometheus_looks_where_ray_and_the_pods_say():
 # -- all of them
 
 FILES = [file for file in sorted(CLUSTER.rglob("*")) + sorted((ROOT / "jobs").glob("*")) if file.is_file()]
-SECRETS = re.compile(r"A[KS]IA[0-9A-Z]{16}|hf_[A-Za-z0-9]{20}|gh[pousr]_[A-Za-z0-9]{20}|sk-[A-Za-z0-9]{20}|-----BEGIN"
-                     r"|AIza[0-9A-Za-z_-]{30}|eyJ[A-Za-z0-9_-]{20}"
-                     r"|(?i:(?:password|secret|token|api_?key|account_?key)\s*[=:]\s*[\"']?[A-Za-z0-9+/_-]{20,})")
+SECRETS = re.compile(
+    r"A[KS]IA[0-9A-Z]{16}|hf_[A-Za-z0-9]{20}|gh[pousr]_[A-Za-z0-9]{20}|sk-[A-Za-z0-9]{20}|-----BEGIN"
+    r"|AIza[0-9A-Za-z_-]{30}|eyJ[A-Za-z0-9_-]{20}"
+    r"|(?i:(?:password|secret|token|api_?key|account_?key)\s*[=:]\s*[\"']?[A-Za-z0-9+/_-]{20,})"
+)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))

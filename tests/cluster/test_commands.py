@@ -12,11 +12,19 @@ from raydpo.cli.entry import _parser
 from raydpo.config import load_config
 
 ROOT = Path(__file__).parents[2]
-COMMAND = re.compile(r"(?:^|[\s'\"(])(?:raydpo (?=[a-z])|"
-                     r"python (?:/opt/raydpo/)?jobs/(?P<job>score|train|run|sweep|eval)\.py |"
-                     r"sbatch (?:--\S+ )*cluster/(?P<slurm>slurm)\.sbatch )(?P<rest>[^|;]*)")
-FILES = [*DOCUMENTS, *(file for file in sorted((ROOT / "cluster").rglob("*"))
-                       if file.is_file() and file.suffix in (".md", ".yaml", ".sbatch"))]
+COMMAND = re.compile(
+    r"(?:^|[\s'\"(])(?:raydpo (?=[a-z])|"
+    r"python (?:/opt/raydpo/)?jobs/(?P<job>score|train|run|sweep|eval)\.py |"
+    r"sbatch (?:--\S+ )*cluster/(?P<slurm>slurm)\.sbatch )(?P<rest>[^|;]*)"
+)
+FILES = [
+    *DOCUMENTS,
+    *(
+        file
+        for file in sorted((ROOT / "cluster").rglob("*"))
+        if file.is_file() and file.suffix in (".md", ".yaml", ".sbatch")
+    ),
+]
 
 
 def strings(node):
@@ -45,7 +53,7 @@ def commands(file):
     for line in lines(file):
         for match in COMMAND.finditer(re.split(r"\s#\s", line)[0]):
             words = shlex.split(match["rest"])
-            words = words[:words.index("&&")] if "&&" in words else words
+            words = words[: words.index("&&")] if "&&" in words else words
             yield [verb, *words] if (verb := "run" if match["slurm"] else match["job"]) else words
 
 
@@ -54,9 +62,17 @@ ALL = [(str(file.relative_to(ROOT)), words) for file in FILES for words in comma
 
 def test_commands_were_found_where_they_are():
     places = {place for place, _ in ALL}
-    assert {"README.md", "cluster/README.md", "cluster/aws.yaml", "cluster/gcp.yaml", "cluster/anyscale.yaml",
-            "cluster/skypilot.yaml", "cluster/slurm.sbatch", "cluster/kuberay/base/rayjob.yaml",
-            "cluster/kuberay/overlays/gke/rayjob.yaml"} <= places
+    assert {
+        "README.md",
+        "cluster/README.md",
+        "cluster/aws.yaml",
+        "cluster/gcp.yaml",
+        "cluster/anyscale.yaml",
+        "cluster/skypilot.yaml",
+        "cluster/slurm.sbatch",
+        "cluster/kuberay/base/rayjob.yaml",
+        "cluster/kuberay/overlays/gke/rayjob.yaml",
+    } <= places
     assert len(ALL) >= 35
 
 

@@ -12,7 +12,8 @@ from raydpo.rundir.trackers import GAUGES, Gauges
 DASHBOARD = json.loads((Path(__file__).parents[2] / "cluster" / "grafana.json").read_text())
 EXPRESSIONS = [(panel["title"], target["expr"]) for panel in DASHBOARD["panels"] for target in panel["targets"]]
 VARIABLES = {"run": "all", "__range": "6h"} | {
-    one["name"]: one["current"]["value"] for one in DASHBOARD["templating"]["list"] if one["type"] == "textbox"}
+    one["name"]: one["current"]["value"] for one in DASHBOARD["templating"]["list"] if one["type"] == "textbox"
+}
 
 
 @pytest.fixture(scope="module")

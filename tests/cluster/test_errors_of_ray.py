@@ -21,10 +21,14 @@ def test_a_node_without_memory_is_named_with_what_it_had():
     assert "tokens_per_batch" in told and "docs.ray.io" not in told
 
 
-@pytest.mark.parametrize("wrapped", [
-    lambda cause: cause,
-    lambda cause: _caused(RuntimeError("the actor died"), cause),
-    lambda cause: RuntimeError(f"The actor died in its constructor:\nraydpo.errors.CacheError: {cause}")])
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda cause: cause,
+        lambda cause: _caused(RuntimeError("the actor died"), cause),
+        lambda cause: RuntimeError(f"The actor died in its constructor:\nraydpo.errors.CacheError: {cause}"),
+    ],
+)
 def test_an_error_of_ours_arrives_as_it_was(wrapped):
     told = original_error(wrapped(CacheError("part x is damaged")), "scoring")
     assert type(told) is CacheError and str(told) == "part x is damaged"

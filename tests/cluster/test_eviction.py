@@ -42,11 +42,27 @@ def test_no_step_is_done_twice_though_a_checkpoint_takes_longer_than_rays_own_dr
     (tmp_path / "slow").mkdir()
     (tmp_path / "slow" / "sitecustomize.py").write_text(SLOW_STORAGE)
     write_preferences(tmp_path / "a.jsonl", preferences(45))
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump({
-        "name": "run", "output": str(tmp_path / "runs"), "model": {"path": str(tiny_llama), "dtype": "float32"},
-        "data": {"train": str(tmp_path / "a.jsonl")}, "score": {"gpus_per_worker": 0}, "ray": {"autoscaling": True},
-        "train": {"pairs_per_step": 8, "steps": 100_000, "checkpoint_every": 50_000, "tokens_per_batch": 512,
-                  "gpus_per_worker": 0, "workers": 2, "labels": {"pool": "spot"}}}))
+    (tmp_path / "config.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "name": "run",
+                "output": str(tmp_path / "runs"),
+                "model": {"path": str(tiny_llama), "dtype": "float32"},
+                "data": {"train": str(tmp_path / "a.jsonl")},
+                "score": {"gpus_per_worker": 0},
+                "ray": {"autoscaling": True},
+                "train": {
+                    "pairs_per_step": 8,
+                    "steps": 100_000,
+                    "checkpoint_every": 50_000,
+                    "tokens_per_batch": 512,
+                    "gpus_per_worker": 0,
+                    "workers": 2,
+                    "labels": {"pool": "spot"},
+                },
+            }
+        )
+    )
     log = tmp_path / "runs" / "run" / "logs" / "worker-0.log"
 
     def steps():
@@ -62,8 +78,13 @@ def test_no_step_is_done_twice_though_a_checkpoint_takes_longer_than_rays_own_dr
     try:
         node = cluster.add(3, before=tmp_path / "slow", pool="spot", env=variables(pods(spec("eks"))[1]))
         with open(tmp_path / "said", "w") as said:
-            job = subprocess.Popen([sys.executable, "-m", "raydpo.cli", "run", "config.yaml"], cwd=tmp_path, stdout=said,
-                                   stderr=said, env=cluster.env | {"RAY_ADDRESS": f"127.0.0.1:{cluster.gcs}"})
+            job = subprocess.Popen(
+                [sys.executable, "-m", "raydpo.cli", "run", "config.yaml"],
+                cwd=tmp_path,
+                stdout=said,
+                stderr=said,
+                env=cluster.env | {"RAY_ADDRESS": f"127.0.0.1:{cluster.gcs}"},
+            )
         until(lambda: len(steps()) > 15, 180)
         node.terminate()
         assert node.wait(150) and job.poll() is None, (tmp_path / "said").read_text()

@@ -18,9 +18,14 @@ README = (ROOT / "cluster" / "README.md").read_text()
 CLOUDS = ("aks", "eks", "gke")
 SCHEMA = json.loads((Path(__file__).parent / "kuberay.schema.json").read_text())
 MACHINES = {  # vCPUs, GiB of memory, from the clouds' tables
-    "Standard_D16s_v5": (16, 64), "Standard_ND96isr_H100_v5": (96, 1900), "a3-highgpu-8g": (208, 1872),
-    "m7i.4xlarge": (16, 64), "n2-standard-16": (16, 64), "p5.48xlarge": (192, 2048)}
-UNITS = {"Gi": 1, "Mi": 2 ** -10}
+    "Standard_D16s_v5": (16, 64),
+    "Standard_ND96isr_H100_v5": (96, 1900),
+    "a3-highgpu-8g": (208, 1872),
+    "m7i.4xlarge": (16, 64),
+    "n2-standard-16": (16, 64),
+    "p5.48xlarge": (192, 2048),
+}
+UNITS = {"Gi": 1, "Mi": 2**-10}
 
 
 @pytest.fixture(params=CLOUDS)
@@ -59,11 +64,16 @@ def test_resources_have_the_fields_of_the_crds(cloud):
         jsonschema.validate(resources(cloud)[kind], SCHEMA)
 
 
-@pytest.mark.parametrize(("path", "wrong"), [
-    ("spec.enableInTreeAutoscalling", True), ("spec.authOptions.mode", "tokens"),
-    ("spec.workerGroupSpecs.0.maxReplicas", "2"), ("spec.workerGroupSpecs.1.priorty", 3),
-    ("spec.headGroupSpec.template.spec.containers.0.resources.limits.memory", "64 GB"),
-])
+@pytest.mark.parametrize(
+    ("path", "wrong"),
+    [
+        ("spec.enableInTreeAutoscalling", True),
+        ("spec.authOptions.mode", "tokens"),
+        ("spec.workerGroupSpecs.0.maxReplicas", "2"),
+        ("spec.workerGroupSpecs.1.priorty", 3),
+        ("spec.headGroupSpec.template.spec.containers.0.resources.limits.memory", "64 GB"),
+    ],
+)
 def test_the_schema_sees_a_slip(path, wrong):
     cluster = copy.deepcopy(resources("eks")["RayCluster"])
     node, (*steps, last) = cluster, path.split(".")
@@ -109,14 +119,16 @@ def test_pods_fit_the_machines_and_disks_that_the_overlay_names(cloud):
         together = [container["resources"]["requests"] for container in pod["containers"]]
         if group == "head":  # the operator adds the autoscaler here
             together.append(cluster["autoscalerOptions"]["resources"]["requests"])
-        cpus, memory, storage = (sum(quantity(one.get(name, "0")) for one in together)
-                                 for name in ("cpu", "memory", "ephemeral-storage"))
-        gib = int(disk) * 1e9 / 2 ** 30
+        cpus, memory, storage = (
+            sum(quantity(one.get(name, "0")) for one in together) for name in ("cpu", "memory", "ephemeral-storage")
+        )
+        gib = int(disk) * 1e9 / 2**30
         assert cpus <= 0.85 * MACHINES[machine][0] and memory <= 0.85 * MACHINES[machine][1]
         assert storage <= (0.9 * gib - 100 if cloud == "gke" else 0.85 * gib)
         assert pod["nodeSelector"].get("node.kubernetes.io/instance-type", machine) == machine
-        limits = {volume["name"]: quantity(volume["emptyDir"]["sizeLimit"]) for volume in pod["volumes"]
-                  if "emptyDir" in volume}
+        limits = {
+            volume["name"]: quantity(volume["emptyDir"]["sizeLimit"]) for volume in pod["volumes"] if "emptyDir" in volume
+        }
         assert limits.pop("shm") < memory and sum(limits.values()) < storage
 
 
@@ -148,17 +160,25 @@ def test_the_network_policy_meets_our_pods_and_lets_in_whom_it_must(cloud):
     assert all("from" in rule for rule in built["NetworkPolicy"]["spec"]["ingress"])
     # Any pod can have the operator's label, so its namespace is checked too: the one in README.md.
     (installed,) = re.findall(r"helm install .* --namespace (\S+)", README)
-    (operator,) = [source for rule in built["NetworkPolicy"]["spec"]["ingress"] for source in rule["from"]
-                   if "kuberay-operator" in json.dumps(source) and "namespaceSelector" in source]
+    (operator,) = [
+        source
+        for rule in built["NetworkPolicy"]["spec"]["ingress"]
+        for source in rule["from"]
+        if "kuberay-operator" in json.dumps(source) and "namespaceSelector" in source
+    ]
     assert operator["namespaceSelector"] == {"matchLabels": {"kubernetes.io/metadata.name": installed}}
 
 
 def test_pods_get_rights_from_their_account_alone(cloud):
     every = build(KUBERAY / "overlays" / cloud)
-    accounts = {one["metadata"]["name"]: list(one["metadata"]["annotations"]) for one in every
-                if one["kind"] == "ServiceAccount"}
-    annotation = {"aks": "azure.workload.identity/client-id", "eks": "eks.amazonaws.com/role-arn",
-                  "gke": "iam.gke.io/gcp-service-account"}[cloud]
+    accounts = {
+        one["metadata"]["name"]: list(one["metadata"]["annotations"]) for one in every if one["kind"] == "ServiceAccount"
+    }
+    annotation = {
+        "aks": "azure.workload.identity/client-id",
+        "eks": "eks.amazonaws.com/role-arn",
+        "gke": "iam.gke.io/gcp-service-account",
+    }[cloud]
     assert accounts == {"raydpo-head": [annotation], "raydpo": [annotation]}
     assert {one["metadata"]["namespace"] for one in every} == {"raydpo"}
     built = resources(cloud)
@@ -201,9 +221,16 @@ def test_what_is_mounted_can_be_written_around(cloud):
     assert any(Path(mount) in Path(home).parents for mount in mounts), "models of the hub lie on the volume"
 
 
-@pytest.mark.parametrize(("accelerator", "labels", "group"), [
-    (None, {}, "spot"), ("H100", {}, "spot"), ("H100", {"ray.io/market-type": "on-demand"}, "on-demand"),
-    (None, {"ray.io/market-type": "spot"}, "spot"), ("L4", {}, None)])
+@pytest.mark.parametrize(
+    ("accelerator", "labels", "group"),
+    [
+        (None, {}, "spot"),
+        ("H100", {}, "spot"),
+        ("H100", {"ray.io/market-type": "on-demand"}, "on-demand"),
+        (None, {"ray.io/market-type": "spot"}, "spot"),
+        ("L4", {}, None),
+    ],
+)
 def test_rays_autoscaler_brings_what_a_stage_asks_for(cloud, accelerator, labels, group):
     from ray.autoscaler._private.kuberay.autoscaling_config import AutoscalingConfigProducer
 
@@ -234,6 +261,7 @@ def test_a_job_resumes_and_ends(cloud):
 
 def test_a_patch_without_a_target_is_an_error(tmp_path):
     (tmp_path / "kustomization.yaml").write_text(
-        f"resources: [{KUBERAY / 'base'}]\npatches: [{{target: {{kind: RayCluster, name: other}}, patch: '[]'}}]\n")
+        f"resources: [{KUBERAY / 'base'}]\npatches: [{{target: {{kind: RayCluster, name: other}}, patch: '[]'}}]\n"
+    )
     with pytest.raises(ValueError, match="no resource for the patch"):
         build(tmp_path)

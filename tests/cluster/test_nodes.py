@@ -14,9 +14,18 @@ from raydpo.errors import ConfigError
 from raydpo.terminal.console import Console
 
 
-@pytest.mark.parametrize(("wish", "fits"), [
-    ("spot", True), ("!spot", False), ("in(spot, on-demand)", True), ("!in(spot,on-demand)", False), ("on-demand", False),
-    ("!on-demand", True), ("in(on-demand)", False)])
+@pytest.mark.parametrize(
+    ("wish", "fits"),
+    [
+        ("spot", True),
+        ("!spot", False),
+        ("in(spot, on-demand)", True),
+        ("!in(spot,on-demand)", False),
+        ("on-demand", False),
+        ("!on-demand", True),
+        ("in(on-demand)", False),
+    ],
+)
 def test_labels_by_the_rules_of_ray(wish, fits):
     assert selected({"ray.io/market-type": "spot"}, {"ray.io/market-type": wish}) is fits
     assert not selected({}, {"ray.io/market-type": "spot"}) and selected({"any": "thing"}, {})
@@ -36,8 +45,11 @@ def configured(tiny_llama, tmp_path, ray_cluster):
     import ray
 
     write_preferences(tmp_path / "a.jsonl", preferences(8))
-    tree = {"output": str(tmp_path / "runs"), "model": {"path": str(tiny_llama), "dtype": "float32"},
-            "data": {"train": str(tmp_path / "a.jsonl")}}
+    tree = {
+        "output": str(tmp_path / "runs"),
+        "model": {"path": str(tiny_llama), "dtype": "float32"},
+        "data": {"train": str(tmp_path / "a.jsonl")},
+    }
     ray.init(address=ray_cluster, log_to_driver=False)
     yield lambda *overrides: load_config(tree, overrides)
     ray.shutdown()
@@ -73,14 +85,18 @@ def test_a_stage_that_waits_asks_for_its_own_nodes_beside_those_of_the_training(
     from raydpo.cluster import waiting
     from raydpo.cluster.resources import resources_for
 
-    config = configured("train.workers=2", "train.gpus_per_worker=1", "score.workers=3", "score.gpus_per_worker=0",
-                        "ray.autoscaling=true")
+    config = configured(
+        "train.workers=2", "train.gpus_per_worker=1", "score.workers=3", "score.gpus_per_worker=0", "ray.autoscaling=true"
+    )
     hog = ray.remote(num_cpus=int(ray.cluster_resources()["CPU"]))(type("Hog", (), {})).remote()
     ray.get(hog.__ray_ready__.remote())
-    waiter = threading.Thread(target=waiting.wait_for, kwargs={"autoscaling": True},
-                              args=("score", resources_for("score", config), Console(io.StringIO())))
+    waiter = threading.Thread(
+        target=waiting.wait_for,
+        kwargs={"autoscaling": True},
+        args=("score", resources_for("score", config), Console(io.StringIO())),
+    )
     training, scoring = {"CPU": 1, "GPU": 1.0}, {"CPU": 1}
-    with waiting.coming_up(config):
+    with waiting.request_nodes(config):
         waiter.start()
         deadline = time.monotonic() + 20
         while len(demands()) < 5 and time.monotonic() < deadline:
@@ -144,8 +160,14 @@ def test_gpus_that_torch_does_not_find_are_told_before_one_is_held(tiny_llama, t
     if torch.cuda.is_available():
         pytest.skip("torch finds GPUs here")
     write_preferences(tmp_path / "a.jsonl", preferences(8))
-    config = load_config({"output": str(tmp_path / "runs"), "model": {"path": str(tiny_llama), "dtype": "float32"},
-                          "data": {"train": str(tmp_path / "a.jsonl")}, "train": {"workers": 2}})
+    config = load_config(
+        {
+            "output": str(tmp_path / "runs"),
+            "model": {"path": str(tiny_llama), "dtype": "float32"},
+            "data": {"train": str(tmp_path / "a.jsonl")},
+            "train": {"workers": 2},
+        }
+    )
     small = {"include_dashboard": False, "object_store_memory": 100 << 20}
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 1, **small})
     try:
@@ -163,14 +185,17 @@ def test_gpus_that_torch_does_not_find_are_told_before_one_is_held(tiny_llama, t
     assert there.startswith("node ") and " has 2 GPU(s) in Ray, and torch finds 0 (" in there
 
 
-@pytest.mark.parametrize(("overrides", "sentence"), [
-    (["train.accelerator=H100"], "has no node of kind H100, which train.accelerator"),
-    (["train.labels={zone: x}"], "has no node with labels {'zone': 'x'}"),
-    (["train.workers=2", "train.gpus_per_worker=1"], "needs 2 GPUs, the Ray cluster has 0; ask for fewer"),
-    (["train.workers=20"], "needs 21 CPUs of Ray"),
-    (["ray.autoscaling=true"], "score.gpus_per_worker is null, and the cluster, which starts nodes on demand"),
-    (["output=/proc/nowhere"], "'output' does not work: cannot write to /proc/nowhere"),
-])
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["train.accelerator=H100"], "has no node of kind H100, which train.accelerator"),
+        (["train.labels={zone: x}"], "has no node with labels {'zone': 'x'}"),
+        (["train.workers=2", "train.gpus_per_worker=1"], "needs 2 GPUs, the Ray cluster has 0; ask for fewer"),
+        (["train.workers=20"], "needs 21 CPUs of Ray"),
+        (["ray.autoscaling=true"], "score.gpus_per_worker is null, and the cluster, which starts nodes on demand"),
+        (["output=/proc/nowhere"], "'output' does not work: cannot write to /proc/nowhere"),
+    ],
+)
 def test_preflight_is_one_sentence_for_each_problem(configured, overrides, sentence):
     from raydpo.cluster.preflight import check_cluster
 

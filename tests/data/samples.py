@@ -7,9 +7,18 @@ CHAT_TEMPLATE = (
     "{% if tools %}<s>tools\n{{ tools | tojson }}</s>\n{% endif %}"
     "{% for message in messages %}<s>{{ message.role }}\n{{ message.content }}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant\n{% if thinking is defined and not thinking %}(no thought){% endif %}"
-    "{% endif %}")
-SENTENCES = ["the sky is blue because of scattering", "grass is green", "what colour is the sky?", "ab ab ab abab abab",
-             "system You are polite.", "user assistant", "no, the answer is four", "yes, the answer is five"]
+    "{% endif %}"
+)
+SENTENCES = [
+    "the sky is blue because of scattering",
+    "grass is green",
+    "what colour is the sky?",
+    "ab ab ab abab abab",
+    "system You are polite.",
+    "user assistant",
+    "no, the answer is four",
+    "yes, the answer is five",
+]
 
 
 def make_tokenizer(chat_template: str | None = CHAT_TEMPLATE):
@@ -19,13 +28,21 @@ def make_tokenizer(chat_template: str | None = CHAT_TEMPLATE):
     tokenizer = Tokenizer(models.BPE(unk_token=None))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<pad>", "<s>", "</s>"], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator(SENTENCES * 4, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
-                                   chat_template=chat_template)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", chat_template=chat_template
+    )
 
 
 def text(number: int, **changes) -> dict:
-    return {"prompt": f"Question {number}: what colour is the sky?", "chosen": f" the sky is blue {number}",
-            "rejected": f" grass is green {number}"} | changes
+    return {
+        "prompt": f"Question {number}: what colour is the sky?",
+        "chosen": f" the sky is blue {number}",
+        "rejected": f" grass is green {number}",
+    } | changes

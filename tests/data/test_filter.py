@@ -45,10 +45,18 @@ def test_truncation_counts_as_cut():
     assert max(facts["chosen_cut"].to_pylist()) > 0 and facts["ref_margin"].null_count == 5
 
 
-@pytest.mark.parametrize("expression, kept", [
-    ("ref_margin > 0", [1, 3, 4]), ("ref_margin > 0 and copies = 1", [1, 3, 4]), ("copy == 0 and not contradictory", [3, 4]),
-    ("length_difference between -10 and -1", [1, 4]), ("abs(ref_margin) >= 3 or contradictory", [0, 1, 2, 4]),
-    ("source in ('tiny') and pair_id <> 'tiny:2'", [0, 2, 3, 4]), ("pair_id like '%:5'", [4])])
+@pytest.mark.parametrize(
+    "expression, kept",
+    [
+        ("ref_margin > 0", [1, 3, 4]),
+        ("ref_margin > 0 and copies = 1", [1, 3, 4]),
+        ("copy == 0 and not contradictory", [3, 4]),
+        ("length_difference between -10 and -1", [1, 4]),
+        ("abs(ref_margin) >= 3 or contradictory", [0, 1, 2, 4]),
+        ("source in ('tiny') and pair_id <> 'tiny:2'", [0, 2, 3, 4]),
+        ("pair_id like '%:5'", [4]),
+    ],
+)
 def test_conditions(facts, expression, kept):
     condition = PairFilter(expression)
     keep = pairs_to_keep(condition, facts)
@@ -57,12 +65,21 @@ def test_conditions(facts, expression, kept):
     assert condition.needs_reference == ("ref_" in expression)
 
 
-@pytest.mark.parametrize("expression, said", [
-    ("chosen_token < 5", "did you mean 'chosen_tokens'"), ("chosen_tokens <", "parse"), ("chosen_tokens + "
-                                                                                         "1", "true or false"),
-    ("1 < 2", "names no field"), ("sum(chosen_tokens) > 2", "one value for all pairs"), ("source > 3", "data.filter"),
-    ("__import__('os').system('true')", "data.filter"), ("copies > (select max(copies) from facts)", "data.filter"),
-    ("read_csv('/etc/passwd')", "data.filter"), ("copies = 1; drop table x", "data.filter")])
+@pytest.mark.parametrize(
+    "expression, said",
+    [
+        ("chosen_token < 5", "did you mean 'chosen_tokens'"),
+        ("chosen_tokens <", "parse"),
+        ("chosen_tokens + 1", "true or false"),
+        ("1 < 2", "names no field"),
+        ("sum(chosen_tokens) > 2", "one value for all pairs"),
+        ("source > 3", "data.filter"),
+        ("__import__('os').system('true')", "data.filter"),
+        ("copies > (select max(copies) from facts)", "data.filter"),
+        ("read_csv('/etc/passwd')", "data.filter"),
+        ("copies = 1; drop table x", "data.filter"),
+    ],
+)
 def test_what_is_no_condition_is_one_readable_error(expression, said):
     with pytest.raises(ConfigError, match=r"data\.filter") as caught:
         PairFilter(expression)

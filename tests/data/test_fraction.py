@@ -58,7 +58,9 @@ def test_one_prompt_stays_and_the_report_tells(load):
 
 def test_new_data_moves_no_prompt(tokeniser, write):
     few, more = ([text(number) for number in range(count)] for count in (100, 200))
-    small, large = (load_pairs(DataConfig(train=write(records, f"{len(records)}.jsonl"), fraction=0.4), tokeniser).train
-                    for records in (few, more))
+    small, large = (
+        load_pairs(DataConfig(train=write(records, f"{len(records)}.jsonl"), fraction=0.4), tokeniser).train
+        for records in (few, more)
+    )
     assert prompts(small) == [prompt for prompt in prompts(large) if prompt in set(prompts(small))]
     assert prompts(large)[: small.num_rows] == prompts(small)

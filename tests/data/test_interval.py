@@ -104,5 +104,8 @@ def test_a_mean_over_groups_of_many_sizes():
 def test_a_ratio_by_hand():
     """(3 + 5) / (1 + 3) = 2; the residuals are 1 and -1, with standard error 1, divided by the mean 2."""
     assert ratio(np.array([3.0, 5.0]), np.array([1.0, 3.0])) == {
-        "value": 2.0, "low": pytest.approx(2 - student95(1) / 2), "high": pytest.approx(2 + student95(1) / 2)}
+        "value": 2.0,
+        "low": pytest.approx(2 - student95(1) / 2),
+        "high": pytest.approx(2 + student95(1) / 2),
+    }
     assert student95(10**9) == pytest.approx(Z95)

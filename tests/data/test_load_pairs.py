@@ -44,8 +44,10 @@ def test_more_tokens_than_32_bits_count(tokeniser, write, monkeypatch):
     """Two sources with more than 2^31 tokens, a small held-out file, and the completions wanted of both."""
     from raydpo.reference.shards import Wanted
 
-    train = [{"path": write([text(number) for number in range(4)], "a.jsonl")},
-             {"path": write([text(number) for number in range(4, 9)], "b.jsonl")}]
+    train = [
+        {"path": write([text(number) for number in range(4)], "a.jsonl")},
+        {"path": write([text(number) for number in range(4, 9)], "b.jsonl")},
+    ]
     config = DataConfig(train=train, eval={"path": write([text(9)], "c.jsonl")})
     usual = load_pairs(config, tokeniser)
     monkeypatch.setattr("raydpo.data.spool.MOST_SMALL", 60)
@@ -77,13 +79,17 @@ def test_keep_start_cuts_each_completion_by_itself(tokeniser, write):
 
 def test_drop_and_its_share(tokeniser, write):
     path = write([text(1), text(2, chosen=" the sky is blue" * 20), text(3)])
-    with pytest.raises(DataError, match=r"1 of 3 pairs .* data\.max_length 40, .*data\.max_dropped \(0\.1\) .*"
-                                        r"1 longer than max_length \(prefs\.jsonl:2\)"):
+    with pytest.raises(
+        DataError,
+        match=r"1 of 3 pairs .* data\.max_length 40, .*data\.max_dropped \(0\.1\) .*"
+        r"1 longer than max_length \(prefs\.jsonl:2\)",
+    ):
         load(tokeniser, path, max_length=40, truncation="drop")
     sets = load(tokeniser, path, max_length=40, truncation="drop", max_dropped=0.5)
     assert sets.train["pair_id"].to_pylist() == ["prefs:1", "prefs:3"]
     assert sets.report.to_dict()["sources"][0]["dropped"] == {
-        "longer than max_length": {"count": 1, "first": ["prefs.jsonl:2"]}}
+        "longer than max_length": {"count": 1, "first": ["prefs.jsonl:2"]}
+    }
     assert "data prefs: 1 pairs dropped: 1 longer than max_length (prefs.jsonl:2)" in sets.report.lines()
 
 
@@ -97,8 +103,11 @@ def test_difference_that_is_cut_off(tokeniser, write):
 def test_malformed_records_are_counted_with_their_lines(tokeniser, write):
     lines = [text(number) for number in range(96)] + ["{", text(97, chosen=""), text(98, chosen=" "), "[]"]
     path = write(lines)
-    with pytest.raises(DataError, match=r"4 of 100 records are malformed, .*data\.max_malformed \(0\.01\).*"
-                                        r"2 chosen is empty \(prefs\.jsonl:98, prefs\.jsonl:99\).*prefs\.jsonl:97"):
+    with pytest.raises(
+        DataError,
+        match=r"4 of 100 records are malformed, .*data\.max_malformed \(0\.01\).*"
+        r"2 chosen is empty \(prefs\.jsonl:98, prefs\.jsonl:99\).*prefs\.jsonl:97",
+    ):
         load(tokeniser, path)
     sets = load(tokeniser, path, max_malformed=0.04)
     assert sets.train.num_rows == 96
@@ -126,7 +135,15 @@ def test_ranked_records_expand_and_a_faulty_pair_counts_its_record_once(tokenise
     same = {"prompt": "the sky", "completions": [" is", " is</s>", " was", " was</s>"], "scores": [4, 3, 2, 1]}
     sets = load(tokeniser, write([good, same, text(3)]), max_malformed=0.34)
     assert sets.train["pair_id"].to_pylist() == [
-        "prefs:1", "prefs:1#1", "prefs:1#2", "prefs:2#1", "prefs:2#2", "prefs:2#3", "prefs:2#4", "prefs:3"]
+        "prefs:1",
+        "prefs:1#1",
+        "prefs:1#2",
+        "prefs:2#1",
+        "prefs:2#2",
+        "prefs:2#3",
+        "prefs:2#4",
+        "prefs:3",
+    ]
     report = sets.report.sources[0]
     assert (report.malformed.counts, report.malformed_records) == ({"chosen and rejected have the same tokens": 2}, 1)
 
@@ -139,14 +156,17 @@ def test_duplicates_are_kept_and_counted_across_sources(tokeniser, write):
 
 
 def test_boundary_and_turns_are_warned_of(tokeniser, write):
-    chat = [{"role": role, "content": content} for role, content in
-            (("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))]
+    chat = [
+        {"role": role, "content": content}
+        for role, content in (("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
+    ]
     other = [chat[0], {"role": "assistant", "content": "other"}]
     sets = load(tokeniser, write([text(1, prompt="the a", chosen="b", rejected="c"), {"chosen": chat, "rejected": other}]))
     assert [line.split(",")[0] for line in sets.report.lines()[1:]] == [
         "warning: data prefs: in 1 pairs the prompt is tokenised differently alone and with its completion (tokens merge "
         "across the boundary",
-        "warning: data prefs: in 1 pairs a completion continues with user or tool messages"]
+        "warning: data prefs: in 1 pairs a completion continues with user or tool messages",
+    ]
 
 
 def prompts(table):
@@ -165,8 +185,9 @@ def test_split_is_by_prompt_and_survives_more_data(tokeniser, write):
 
 
 def test_split_takes_a_prompt_whose_tokens_depend_on_the_completion_as_one(tokeniser, write):
-    records = [text(1, prompt=f"the {number} a", chosen=chosen, rejected=" sky")
-               for number in range(20) for chosen in ("b", " no")]
+    records = [
+        text(1, prompt=f"the {number} a", chosen=chosen, rejected=" sky") for number in range(20) for chosen in ("b", " no")
+    ]
     sets = load(tokeniser, write(records), eval={"fraction": 0.3})
     lines = {int(pair_id.split(":")[1]) for pair_id in sets.eval["pair_id"].to_pylist()}
     assert lines == {line for line in lines for line in (line - (line + 1) % 2, line + line % 2)}
@@ -206,7 +227,8 @@ def test_weights_and_margins_of_pairs(tokeniser, write):
     sets = load(tokeniser, write(records), eval={"fraction": 0.3}, **settings)
     rows = sets.train.to_pylist() + sets.eval.to_pylist()
     assert sorted((row["pair_id"], row["pair_weight"], row["pair_margin"]) for row in rows) == [
-        (f"prefs:{number + 1}", number / 2, -1.0) for number in range(6)]
+        (f"prefs:{number + 1}", number / 2, -1.0) for number in range(6)
+    ]
     told = " ".join(sets.report.lines())
     assert "'importance' is below 0" in told and "'gap' is missing or no number" in told
     assert sets.train.column_names == [*PAIR_SCHEMA.names, "pair_weight", "pair_margin"]

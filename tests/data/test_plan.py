@@ -29,9 +29,13 @@ def dialogues(count, seed=0):
 
 def plan(count=37, world_size=1, weights=(1.0,), sources=None, **settings):
     sources = np.zeros(count, dtype=int) if sources is None else sources
-    return BatchPlan(lengths(count), sources, np.array(weights), world_size=world_size,
-                     **{"seed": 0, "pairs_per_step": 8, "tokens_per_batch": 1000, "shuffle": True, "epochs": 2,
-                        "steps": None} | settings)
+    return BatchPlan(
+        lengths(count),
+        sources,
+        np.array(weights),
+        world_size=world_size,
+        **{"seed": 0, "pairs_per_step": 8, "tokens_per_batch": 1000, "shuffle": True, "epochs": 2, "steps": None} | settings,
+    )
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8, 64])
@@ -39,8 +43,13 @@ def test_pairs_of_a_step_do_not_depend_on_world_size(world_size):
     alone, many = plan(), plan(world_size=world_size)
     for step in range(alone.total_steps):
         wanted = sorted(alone.pairs(step))
-        given = [pair for rank in range(world_size) for batch in many.micro_batches(step, rank) if batch.counts
-                 for pair in batch.pairs]
+        given = [
+            pair
+            for rank in range(world_size)
+            for batch in many.micro_batches(step, rank)
+            if batch.counts
+            for pair in batch.pairs
+        ]
         assert sorted(given) == wanted
         assert len({len(many.micro_batches(step, rank)) for rank in range(world_size)}) == 1
 
@@ -52,8 +61,10 @@ def test_an_epoch_that_does_not_divide_ends_with_a_smaller_step():
 
 
 def test_order_differs_by_epoch_and_seed_and_is_pinned():
-    order = [epoch_order(np.zeros(8, int), np.ones(1), seed=seed, epoch=epoch, shuffle=True).tolist()
-             for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    order = [
+        epoch_order(np.zeros(8, int), np.ones(1), seed=seed, epoch=epoch, shuffle=True).tolist()
+        for seed, epoch in ((0, 0), (0, 1), (1, 0))
+    ]
     assert len({tuple(one) for one in order}) == 3
     # Pinned: a resumed run must have the same order with all versions of all libraries.
     assert order[0] == [0, 5, 7, 2, 3, 1, 4, 6]
@@ -99,8 +110,9 @@ def test_micro_batches_keep_the_budget_as_laid_out(layout):
     batches = fill_batches(range(60), shapes, 1000, layout)
     assert sorted(item for batch in batches for item in batch) == list(range(60))
     for batch in batches:
-        laid_out = lay_out([groups[item] for item in batch], Method(layout, None if layout == "padded" else "sdpa"),
-                           min_saved=1)
+        laid_out = lay_out(
+            [groups[item] for item in batch], Method(layout, None if layout == "padded" else "sdpa"), min_saved=1
+        )
         assert laid_out.input_ids.numel() <= 1000
 
 
@@ -149,8 +161,12 @@ def test_ranks_without_pairs_get_a_stand_in_that_does_not_count():
 def rank_costs(shapes, world_size, layout, work=POSITIONS_ONLY):
     """Work of each rank in a step of all pairs, token positions [ranks]: what the plan evens out."""
     alone = shapes.cost(layout, work)
-    return np.array([joint_cost(share, shapes, alone, layout, work)
-                     for share in shares(list(range(256)), shapes, world_size, layout, work)])
+    return np.array(
+        [
+            joint_cost(share, shapes, alone, layout, work)
+            for share in shares(list(range(256)), shapes, world_size, layout, work)
+        ]
+    )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

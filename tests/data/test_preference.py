@@ -14,20 +14,27 @@ def bot(content):
 CHAT = {"prompt": [user("q")], "chosen": [bot("good")], "rejected": [bot("bad")]}
 
 
-@pytest.mark.parametrize("record", [
-    CHAT,
-    {"prompt": [user("q")], "chosen": "good", "rejected": "bad"},
-    {"chosen": [user("q"), bot("good")], "rejected": [user("q"), bot("bad")]},
-    {"prompt": "q", "chosen": [user("q"), bot("good")], "rejected": [user("q"), bot("bad")]},
-    {"prompt": "q", "chosen": [bot("good")], "rejected": [bot("bad")]},
-    {"prompt": [user("q")], "chosen": [user("q"), bot("good")], "rejected": [user("q"), bot("bad")]},
-    {"chosen": "\n\nHuman: q\n\nAssistant: good", "rejected": "\n\nHuman: q\n\nAssistant: bad"},
-    {"prompt": [user("q") | {"name": None, "tool_calls": None}], "chosen": "good", "rejected": "bad", "tools": None},
-    {"context": [user("q")], "completions": [{"completion": [bot("bad")], "rank": 1}, {"completion": "good", "rank": 0}]},
-    {"prompt": [user("q")], "completions": ["bad", "good"], "scores": [0.1, 0.9]},
-    {"prompt": [user("q")], "completions": [bot("bad"), bot("good")], "ranks": [2, 1]},
-    {"prompt": [user("q")], "completions": [{"response": "bad", "score": -3}, {"response": "good", "score": "4.5"}]},
-], ids=lambda record: "+".join(record))
+@pytest.mark.parametrize(
+    "record",
+    [
+        CHAT,
+        {"prompt": [user("q")], "chosen": "good", "rejected": "bad"},
+        {"chosen": [user("q"), bot("good")], "rejected": [user("q"), bot("bad")]},
+        {"prompt": "q", "chosen": [user("q"), bot("good")], "rejected": [user("q"), bot("bad")]},
+        {"prompt": "q", "chosen": [bot("good")], "rejected": [bot("bad")]},
+        {"prompt": [user("q")], "chosen": [user("q"), bot("good")], "rejected": [user("q"), bot("bad")]},
+        {"chosen": "\n\nHuman: q\n\nAssistant: good", "rejected": "\n\nHuman: q\n\nAssistant: bad"},
+        {"prompt": [user("q") | {"name": None, "tool_calls": None}], "chosen": "good", "rejected": "bad", "tools": None},
+        {
+            "context": [user("q")],
+            "completions": [{"completion": [bot("bad")], "rank": 1}, {"completion": "good", "rank": 0}],
+        },
+        {"prompt": [user("q")], "completions": ["bad", "good"], "scores": [0.1, 0.9]},
+        {"prompt": [user("q")], "completions": [bot("bad"), bot("good")], "ranks": [2, 1]},
+        {"prompt": [user("q")], "completions": [{"response": "bad", "score": -3}, {"response": "good", "score": "4.5"}]},
+    ],
+    ids=lambda record: "+".join(record),
+)
 def test_every_format_says_the_same(record):
     (preference,) = normalise(record)
     assert (preference.prompt, preference.chosen, preference.rejected) == (CHAT["prompt"], CHAT["chosen"], CHAT["rejected"])
@@ -76,39 +83,49 @@ def test_tools_and_template_arguments(tools):
     assert preference.template_kwargs == {"thinking": False}
 
 
-@pytest.mark.parametrize("change, reason", [
-    ({"rejected": None}, "missing column 'rejected'"),
-    ({"chosen": None}, "missing column 'chosen'"),
-    ({"chosen": ""}, "chosen is empty"),
-    ({"rejected": " \n"}, "rejected is empty"),
-    ({"chosen": []}, "chosen is empty"),
-    ({"chosen": [bot("bad")]}, "chosen equals rejected"),
-    ({"prompt": 5}, "prompt is neither text nor messages"),
-    ({"chosen": 5}, "chosen is neither text nor messages"),
-    ({"prompt": ["q"]}, "prompt is neither text nor messages"),
-    ({"prompt": []}, "prompt is empty"),
-    ({"prompt": [user("q"), bot("a")]}, "the last message of prompt is the assistant's"),
-    ({"prompt": [{"from": "human", "value": "q"}]}, "whose role is none of system, developer, user"),
-    ({"prompt": [{"role": "user"}]}, "prompt has a message without content"),
-    ({"prompt": [user({"text": "q"})]}, "prompt has a message without content"),
-    ({"chosen": [user("a"), bot("b")]}, "do not begin with the assistant"),
-    ({"tools": "[1"}, "tools is not valid JSON"),
-    ({"tools": '{"a": 1}'}, "tools is not a JSON list"),
-    ({"chat_template_kwargs": {"chat_template": "x"}}, "must not set 'chat_template'"),
-    ({"prompt": None}, "have no prompt in common"),
-    ({"prompt": None, "chosen": "c", "rejected": "r"}, "missing column 'prompt'"),
-    ({"prompt": "other", "chosen": [user("q"), bot("a")], "rejected": [user("q"), bot("b")]}, "do not share"),
-    ({"prompt": None, "chosen": "\n\nHuman: a\n\nAssistant:", "rejected": "\n\nHuman: a\n\nAssistant: b"}, "chosen is e"),
-    ({"prompt": None, "chosen": "\n\nHuman: a\n\nAssistant: x", "rejected": "\n\nHuman: b\n\nAssistant: y"}, "in common"),
-    ({"completions": 5}, "not a list of two"), ({"completions": ["a"]}, "not a list of two"),
-    ({"completions": ["a", "b"]}, "neither ranks nor scores"),
-    ({"completions": ["a", "b"], "scores": [1]}, "completions and scores differ in number"),
-    ({"completions": ["a", "b"], "scores": [1, None]}, "scores are not all numbers"),
-    ({"completions": ["a", "b"], "scores": [1, float("nan")]}, "scores are not all numbers"),
-    ({"completions": ["a", "b"], "ranks": [1, 1]}, "no completion is better"),
-    ({"completions": [{"rank": 1}, {"completion": "b", "rank": 2}]}, "chosen is neither text nor messages"),
-    ({"completions": ["a", "b"], "ranks": [1, 2], "prompt": None}, "missing column 'prompt'"),
-])
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"rejected": None}, "missing column 'rejected'"),
+        ({"chosen": None}, "missing column 'chosen'"),
+        ({"chosen": ""}, "chosen is empty"),
+        ({"rejected": " \n"}, "rejected is empty"),
+        ({"chosen": []}, "chosen is empty"),
+        ({"chosen": [bot("bad")]}, "chosen equals rejected"),
+        ({"prompt": 5}, "prompt is neither text nor messages"),
+        ({"chosen": 5}, "chosen is neither text nor messages"),
+        ({"prompt": ["q"]}, "prompt is neither text nor messages"),
+        ({"prompt": []}, "prompt is empty"),
+        ({"prompt": [user("q"), bot("a")]}, "the last message of prompt is the assistant's"),
+        ({"prompt": [{"from": "human", "value": "q"}]}, "whose role is none of system, developer, user"),
+        ({"prompt": [{"role": "user"}]}, "prompt has a message without content"),
+        ({"prompt": [user({"text": "q"})]}, "prompt has a message without content"),
+        ({"chosen": [user("a"), bot("b")]}, "do not begin with the assistant"),
+        ({"tools": "[1"}, "tools is not valid JSON"),
+        ({"tools": '{"a": 1}'}, "tools is not a JSON list"),
+        ({"chat_template_kwargs": {"chat_template": "x"}}, "must not set 'chat_template'"),
+        ({"prompt": None}, "have no prompt in common"),
+        ({"prompt": None, "chosen": "c", "rejected": "r"}, "missing column 'prompt'"),
+        ({"prompt": "other", "chosen": [user("q"), bot("a")], "rejected": [user("q"), bot("b")]}, "do not share"),
+        (
+            {"prompt": None, "chosen": "\n\nHuman: a\n\nAssistant:", "rejected": "\n\nHuman: a\n\nAssistant: b"},
+            "chosen is e",
+        ),
+        (
+            {"prompt": None, "chosen": "\n\nHuman: a\n\nAssistant: x", "rejected": "\n\nHuman: b\n\nAssistant: y"},
+            "in common",
+        ),
+        ({"completions": 5}, "not a list of two"),
+        ({"completions": ["a"]}, "not a list of two"),
+        ({"completions": ["a", "b"]}, "neither ranks nor scores"),
+        ({"completions": ["a", "b"], "scores": [1]}, "completions and scores differ in number"),
+        ({"completions": ["a", "b"], "scores": [1, None]}, "scores are not all numbers"),
+        ({"completions": ["a", "b"], "scores": [1, float("nan")]}, "scores are not all numbers"),
+        ({"completions": ["a", "b"], "ranks": [1, 1]}, "no completion is better"),
+        ({"completions": [{"rank": 1}, {"completion": "b", "rank": 2}]}, "chosen is neither text nor messages"),
+        ({"completions": ["a", "b"], "ranks": [1, 2], "prompt": None}, "missing column 'prompt'"),
+    ],
+)
 def test_malformed_records_say_why(change, reason):
     with pytest.raises(Malformed, match=reason):
         normalise(CHAT | change)

@@ -25,9 +25,16 @@ def values(path, **settings):
     return [record.value for record in read(path, **settings)]
 
 
-@pytest.mark.parametrize("suffix, compress", [
-    ("", bytes), (".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress),
-    (".zst", zstandard.ZstdCompressor().compress)])
+@pytest.mark.parametrize(
+    "suffix, compress",
+    [
+        ("", bytes),
+        (".gz", gzip.compress),
+        (".bz2", bz2.compress),
+        (".xz", lzma.compress),
+        (".zst", zstandard.ZstdCompressor().compress),
+    ],
+)
 @pytest.mark.parametrize("kind", [".jsonl", ".ndjson", ".json", ".parquet"])
 def test_kinds_and_compressions(tmp_path, suffix, compress, kind):
     content = json.dumps(RECORDS, indent=1).encode() if kind == ".json" else LINES
@@ -86,23 +93,32 @@ def test_bad_lines_are_records_with_a_problem(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"a": 1}\n\n{"a": \n[1]\n{"a": "\xff"}\n{"a": "\\ud800"}\n{"a": "\\ud83d\\ude00"}\n' + b"[" * 100_000)
     assert [(record.row, record.problem) for record in read(path)] == [
-        (1, None), (3, "not valid JSON"), (4, "not a JSON object"), (5, "not valid UTF-8"),
-        (6, "text with half a surrogate pair"), (7, None), (8, "not valid JSON")]
+        (1, None),
+        (3, "not valid JSON"),
+        (4, "not a JSON object"),
+        (5, "not valid UTF-8"),
+        (6, "text with half a surrogate pair"),
+        (7, None),
+        (8, "not valid JSON"),
+    ]
     assert read(path)[1].where == "a.jsonl:3"
 
 
-@pytest.mark.parametrize("name, content, message", [
-    ("none.jsonl", None, "there is no file"),
-    ("empty.jsonl", b"\n\n", "holds no records"),
-    ("empty.json", b"[]", "holds no records"),
-    ("cut.json", b'[{"a": 1}', "cut.json is not valid JSON"),
-    ("bad.jsonl.gz", b"plain", "cannot read bad.jsonl.gz: .*gzip"),
-    ("cut.jsonl.gz", gzip.compress(LINES, mtime=0)[:-12], "cannot read cut.jsonl.gz"),
-    ("bad.jsonl.zst", b"plain", "cannot read bad.jsonl.zst"),
-    ("bad.jsonl.xz", b"plain", "cannot read bad.jsonl.xz"),
-    ("bad.parquet", b"plain text, no Parquet", "cannot read bad.parquet"),
-    ("prefs.csv", b"a,b", "prefs.csv has an unknown suffix"),
-])
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("none.jsonl", None, "there is no file"),
+        ("empty.jsonl", b"\n\n", "holds no records"),
+        ("empty.json", b"[]", "holds no records"),
+        ("cut.json", b'[{"a": 1}', "cut.json is not valid JSON"),
+        ("bad.jsonl.gz", b"plain", "cannot read bad.jsonl.gz: .*gzip"),
+        ("cut.jsonl.gz", gzip.compress(LINES, mtime=0)[:-12], "cannot read cut.jsonl.gz"),
+        ("bad.jsonl.zst", b"plain", "cannot read bad.jsonl.zst"),
+        ("bad.jsonl.xz", b"plain", "cannot read bad.jsonl.xz"),
+        ("bad.parquet", b"plain text, no Parquet", "cannot read bad.parquet"),
+        ("prefs.csv", b"a,b", "prefs.csv has an unknown suffix"),
+    ],
+)
 def test_unreadable_files_are_one_sentence(tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_bytes(content)
@@ -140,8 +156,10 @@ def test_columns_are_mapped_and_the_others_kept(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"q": "p", "chosen": "x", "rejected": "y", "good": "g", "extra": 1}\n{"q": "p", "chosen": "x"}\n')
     columns = {"prompt": "q", "chosen": "good", "rejected": "chosen"}
-    assert values(path, columns=columns) == [{"prompt": "p", "chosen": "g", "rejected": "x", "extra": 1},
-                                             {"prompt": "p", "rejected": "x"}]
+    assert values(path, columns=columns) == [
+        {"prompt": "p", "chosen": "g", "rejected": "x", "extra": 1},
+        {"prompt": "p", "rejected": "x"},
+    ]
     with pytest.raises(DataError, match=r"no record of .* has the column 'god'.* 'chosen'; .*did you mean 'good'"):
         read(path, columns={"chosen": "god"})
     with pytest.raises(DataError, match=r"no record of .* has the column 'god'"):
@@ -151,23 +169,41 @@ def test_columns_are_mapped_and_the_others_kept(tmp_path):
 def test_parquet_fields_that_other_rows_have_are_absent(tmp_path):
     path = tmp_path / "a.parquet"
     rows = [{"prompt": [{"role": "user", "content": "q"}]}, {"prompt": [{"role": "user", "content": "q", "name": "n"}]}]
-    pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema([("prompt", pa.list_(pa.struct(
-        [("role", pa.string()), ("content", pa.string()), ("name", pa.string())])))])), path)
+    pq.write_table(
+        pa.Table.from_pylist(
+            rows,
+            schema=pa.schema(
+                [("prompt", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string()), ("name", pa.string())])))]
+            ),
+        ),
+        path,
+    )
     assert values(path) == rows
 
 
 def test_bytes_that_are_no_text_spoil_their_record_under_either_name(tmp_path):
     """Half a surrogate pair as raw bytes, which Python's JSON accepts and no tokenizer does; and other invalid bytes."""
-    lines = [b'{"a": "x"}', b'{"a": "\xed\xa0\x80"}',
-             '{"a": "ä"}'.encode(), b'{"a": ["\xff"]}', b'{"a": "\\ud83d\\ude00"}']
+    lines = [b'{"a": "x"}', b'{"a": "\xed\xa0\x80"}', '{"a": "ä"}'.encode(), b'{"a": ["\xff"]}', b'{"a": "\\ud83d\\ude00"}']
     found = {}
-    for name, content in (("a.jsonl", b"\n".join(lines)), ("a.json", b"[" + b",".join(lines) + b"]"),
-                          ("b.json", b"\xef\xbb\xbf[" + b",".join(lines) + b"]")):
+    for name, content in (
+        ("a.jsonl", b"\n".join(lines)),
+        ("a.json", b"[" + b",".join(lines) + b"]"),
+        ("b.json", b"\xef\xbb\xbf[" + b",".join(lines) + b"]"),
+    ):
         (tmp_path / name).write_bytes(content)
         found[name] = [(record.row, record.value, record.problem) for record in read(tmp_path / name)]
-    assert found["a.jsonl"] == found["a.json"] == found["b.json"] == [
-        (1, {"a": "x"}, None), (2, None, "not valid UTF-8"), (3, {"a": "ä"}, None), (4, None, "not valid UTF-8"),
-        (5, {"a": "😀"}, None)]
+    assert (
+        found["a.jsonl"]
+        == found["a.json"]
+        == found["b.json"]
+        == [
+            (1, {"a": "x"}, None),
+            (2, None, "not valid UTF-8"),
+            (3, {"a": "ä"}, None),
+            (4, None, "not valid UTF-8"),
+            (5, {"a": "😀"}, None),
+        ]
+    )
 
 
 def test_a_long_list_is_read_in_linear_time(tmp_path):

@@ -27,8 +27,16 @@ def hh_like(count, seed=0, system=0):
 
 def run(shapes, world_size, pairs_per_step=256, tokens_per_batch=16384, layout="tree", work=WORK, steps=4):
     order = training_order(np.zeros(len(shapes), int), np.ones(1), seed=0, shuffle=True, count=len(shapes))
-    return simulate(order, shapes, world_size=world_size, pairs_per_step=pairs_per_step, tokens_per_batch=tokens_per_batch,
-                    layout=layout, work=work, steps=steps)
+    return simulate(
+        order,
+        shapes,
+        world_size=world_size,
+        pairs_per_step=pairs_per_step,
+        tokens_per_batch=tokens_per_batch,
+        layout=layout,
+        work=work,
+        steps=steps,
+    )
 
 
 @pytest.mark.parametrize("system", [0, 30])
@@ -50,8 +58,9 @@ def test_ranks_that_meet_after_every_micro_batch_wait_little():
 def test_a_step_by_hand():
     """Pairs of 6, 3 and 3 positions on two ranks: 6 against 3 + 3."""
     shapes = lengths([4, 1, 1], [1, 1, 1], [1, 1, 1])
-    found = simulate(np.arange(3), shapes, world_size=2, pairs_per_step=3, tokens_per_batch=100, layout="tree",
-                     work=POSITIONS_ONLY)
+    found = simulate(
+        np.arange(3), shapes, world_size=2, pairs_per_step=3, tokens_per_batch=100, layout="tree", work=POSITIONS_ONLY
+    )
     assert (found.imbalance, found.worst, found.bound, found.lockstep, found.repeated) == (0, 0, 0, 0, 0)
     # Dealt: pairs 0 and 2 in four rows of 16, pair 1 in two rows of 16; 64 against 32 positions, and 64 against our 6.
     assert found.naive == pytest.approx(1 - 48 / 64)
@@ -62,16 +71,18 @@ def test_a_step_by_hand():
 def test_stand_ins_and_the_longest_pair_are_lost_time():
     """Pairs of 10 and 3 positions on four ranks: 13 of 4 x 10 positions are useful under any plan."""
     shapes = lengths([8, 1], [1, 1], [1, 1])
-    found = simulate(np.arange(2), shapes, world_size=4, pairs_per_step=2, tokens_per_batch=100, layout="tree",
-                     work=POSITIONS_ONLY)
+    found = simulate(
+        np.arange(2), shapes, world_size=4, pairs_per_step=2, tokens_per_batch=100, layout="tree", work=POSITIONS_ONLY
+    )
     assert found.imbalance == found.bound == pytest.approx(1 - 13 / 40)
 
 
 def test_a_prefix_on_two_ranks_is_repeated_work():
     """Two pairs of 10 prompt tokens, all shared, and 2 completion tokens: 14 positions on one rank, 12 on each of two."""
     shapes = Shapes.of([np.arange(10)] * 2, [[1, 1]] * 2)
-    found = simulate(np.arange(2), shapes, world_size=2, pairs_per_step=2, tokens_per_batch=100, layout="tree",
-                     work=POSITIONS_ONLY)
+    found = simulate(
+        np.arange(2), shapes, world_size=2, pairs_per_step=2, tokens_per_batch=100, layout="tree", work=POSITIONS_ONLY
+    )
     assert found.repeated == pytest.approx(1 - 14 / 24)
 
 

@@ -6,8 +6,14 @@ from raydpo.data.preference import Malformed, Preference
 from raydpo.data.tokenise import Tokeniser, load_tokenizer
 from raydpo.errors import ModelError
 
-USER, GOOD, BAD = ([{"role": role, "content": content}] for role, content in (
-    ("user", "what colour is the sky?"), ("assistant", "the sky is blue"), ("assistant", "grass is green")))
+USER, GOOD, BAD = (
+    [{"role": role, "content": content}]
+    for role, content in (
+        ("user", "what colour is the sky?"),
+        ("assistant", "the sky is blue"),
+        ("assistant", "grass is green"),
+    )
+)
 
 
 def test_text(tokeniser, tokenizer):
@@ -31,7 +37,8 @@ def test_tokenizer_that_adds_special_tokens_itself():
 
     tokenizer = make_tokenizer()
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
     tokeniser = Tokeniser(tokenizer)
     (text, chat) = tokeniser.encode([Preference("the", " b", " c</s>"), Preference(USER, GOOD, BAD)])
     assert [tokenizer.decode(ids) for ids in text] == ["<s>the", " b</s>", " c</s>"]
@@ -55,8 +62,9 @@ def test_nothing_before_the_completion(tokeniser):
 
 def test_conversation(tokeniser, tokenizer):
     (pair,) = tokeniser.encode([Preference(USER, GOOD, BAD)])
-    assert tokenizer.decode(pair.prompt) == ("<s>system\nYou are polite.</s>\n<s>user\nwhat colour is the sky?</s>\n"
-                                             "<s>assistant\n")
+    assert tokenizer.decode(pair.prompt) == (
+        "<s>system\nYou are polite.</s>\n<s>user\nwhat colour is the sky?</s>\n<s>assistant\n"
+    )
     assert tokenizer.decode(pair.chosen) == "the sky is blue</s>\n"
 
 

@@ -13,12 +13,19 @@ def chat(*turns):
     return [{"role": role, "content": content} for role, content in turns]
 
 
-TEXT = [{"prompt": "what colour is the sky?", "chosen": " the sky is blue", "rejected": " grass is green</s>"},
-        {"prompt": "the a", "chosen": "b ab", "rejected": "b aba"},
-        {"prompt": "the answer is", "chosen": " four\n\n", "rejected": " five \u20ac"}]
-CHAT = [{"prompt": chat((U, "what colour?")), "chosen": chat((A, "blue")), "rejected": chat((A, "green"))},
-        {"prompt": chat((S, "Be rude."), (U, "a"), (A, "b"), (U, "c")), "chosen": chat((A, "the sky")),
-         "rejected": chat((A, "the sky is"))}]
+TEXT = [
+    {"prompt": "what colour is the sky?", "chosen": " the sky is blue", "rejected": " grass is green</s>"},
+    {"prompt": "the a", "chosen": "b ab", "rejected": "b aba"},
+    {"prompt": "the answer is", "chosen": " four\n\n", "rejected": " five \u20ac"},
+]
+CHAT = [
+    {"prompt": chat((U, "what colour?")), "chosen": chat((A, "blue")), "rejected": chat((A, "green"))},
+    {
+        "prompt": chat((S, "Be rude."), (U, "a"), (A, "b"), (U, "c")),
+        "chosen": chat((A, "the sky")),
+        "rejected": chat((A, "the sky is")),
+    },
+]
 IMPLICIT = [{side: row["prompt"] + row[side] for side in ("chosen", "rejected")} for row in CHAT]
 EXTRAS = [row | {"tools": '[{"name": "f"}]', "chat_template_kwargs": {"thinking": False}} for row in CHAT]
 
@@ -33,8 +40,10 @@ def test_same_ids_as_trl(tokeniser, rows):
     PartialState(cpu=True)
     tokenizer = tokeniser.tokenizer
     settings = SimpleNamespace(dataset_num_proc=None, max_length=1024, truncation_mode="keep_start")
-    theirs = DPOTrainer._prepare_dataset(SimpleNamespace(_tokenizer=tokenizer), Dataset.from_list(rows), tokenizer, settings,
-                                         "train")
+    theirs = DPOTrainer._prepare_dataset(
+        SimpleNamespace(_tokenizer=tokenizer), Dataset.from_list(rows), tokenizer, settings, "train"
+    )
     ours = tokeniser.encode([preference for row in rows for preference in normalise(row)])
     assert [[ids.tolist() for ids in pair] for pair in ours] == [
-        [row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]] for row in theirs]
+        [row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]] for row in theirs
+    ]

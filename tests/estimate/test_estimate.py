@@ -21,9 +21,14 @@ SIZES = ModelCost(parameters=1500, active=1000, hidden=10, vocabulary=50, layers
 def data(tmp_path_factory, tiny_llama):
     """A configuration with 40 training pairs and 8 held-out pairs, and these pairs."""
     file = write_preferences(tmp_path_factory.mktemp("plan") / "a.jsonl", preferences(48))
-    config = load_config({"output": "runs", "model": {"path": str(tiny_llama), "layout": "packed"},
-                          "data": {"train": str(file), "eval": {"fraction": 0.2}},
-                          "train": {"pairs_per_step": 16, "epochs": 2, "eval_every": 2, "zero": 1}})
+    config = load_config(
+        {
+            "output": "runs",
+            "model": {"path": str(tiny_llama), "layout": "packed"},
+            "data": {"train": str(file), "eval": {"fraction": 0.2}},
+            "train": {"pairs_per_step": 16, "epochs": 2, "eval_every": 2, "zero": 1},
+        }
+    )
     return config, load_pairs(config.data, Tokeniser(make_tokenizer()))
 
 
@@ -118,27 +123,48 @@ def test_workers_share_the_time_and_cost_dollars(data):
 
 def test_steps_instead_of_epochs(data):
     config, sets = data
-    found = make_plan(load_config(config.model_dump(exclude_unset=True) | {"train": {"steps": 3, "pairs_per_step": 16}}),
-                      sets, SIZES, SIZES, RATES, world_sizes=())
+    found = make_plan(
+        load_config(config.model_dump(exclude_unset=True) | {"train": {"steps": 3, "pairs_per_step": 16}}),
+        sets,
+        SIZES,
+        SIZES,
+        RATES,
+        world_sizes=(),
+    )
     assert found.steps == 3 and found.data["pairs_trained_on"] == min(48, sets.train.num_rows)
 
 
 def test_an_objective_without_a_reference_has_no_reference_pass(data):
     config, sets = data
-    found = make_plan(load_config(config.model_dump(exclude_unset=True) | {"train": {"loss": "simpo"}}),
-                      sets, SIZES, SIZES, RATES, world_sizes=())
+    found = make_plan(
+        load_config(config.model_dump(exclude_unset=True) | {"train": {"loss": "simpo"}}),
+        sets,
+        SIZES,
+        SIZES,
+        RATES,
+        world_sizes=(),
+    )
     assert found.score.flops == 0 and found.data["completions"] == 0 and found.training.flops > 0
 
 
-@pytest.mark.parametrize(("settings", "named"), [({"workers": 0}, "--workers"), ({"runs": 0}, "--runs"),
-                                                 ({"price": -1.0}, "--price"), ({"price": float("nan")}, "--price")])
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"workers": 0}, "--workers"),
+        ({"runs": 0}, "--runs"),
+        ({"price": -1.0}, "--price"),
+        ({"price": float("nan")}, "--price"),
+    ],
+)
 def test_numbers_out_of_range(data, settings, named):
     with pytest.raises(ConfigError, match=named):
         plan(data, **settings)
 
 
-@pytest.mark.parametrize(("settings", "named"), [({"device": "H1000"}, "H100, H200"), ({"mfu_score": 45.0}, "--mfu-score"),
-                                                 ({"mfu_train": 0.0}, "--mfu-train")])
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [({"device": "H1000"}, "H100, H200"), ({"mfu_score": 45.0}, "--mfu-score"), ({"mfu_train": 0.0}, "--mfu-train")],
+)
 def test_rates_out_of_range(settings, named):
     with pytest.raises(ConfigError, match=named):
         stated_rates(**settings)

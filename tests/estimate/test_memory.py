@@ -39,10 +39,15 @@ def test_anatomy_of_llama(llama):
     assert len(llama.targets(r".*layers\.3\..*proj")) == 7
 
 
-@pytest.mark.parametrize(("kind", "settings", "wanted"), [
-    ("qwen3", {"tie_word_embeddings": True}, {"tied": True, "gated": True}),
-    ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}, {"inner": 2 * 128, "gated": True}),
-    ("gpt_neox", {}, {"gated": False, "inner": 128}), ("gemma2", {"final_logit_softcapping": 30.0}, {"softcap": True})])
+@pytest.mark.parametrize(
+    ("kind", "settings", "wanted"),
+    [
+        ("qwen3", {"tie_word_embeddings": True}, {"tied": True, "gated": True}),
+        ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}, {"inner": 2 * 128, "gated": True}),
+        ("gpt_neox", {}, {"gated": False, "inner": 128}),
+        ("gemma2", {"final_logit_softcapping": 30.0}, {"softcap": True}),
+    ],
+)
 def test_anatomy_is_what_transformers_builds(tmp_path, kind, settings, wanted):
     """Sizes from config.json equal those of the loaded model; the weights' file is not read."""
     from transformers import AutoModelForCausalLM
@@ -69,8 +74,13 @@ def test_sizes_are_deepspeeds_defaults_where_the_engine_sets_none():
     from raydpo.training.policy.deepspeed_engine import _deepspeed_config
 
     zero = DeepSpeedZeroConfig(**_deepspeed_config(TrainConfig(zero=3), "bfloat16")["zero_optimization"])
-    assert (zero.reduce_bucket_size, zero.prefetch_bucket_size, zero.max_reuse_distance, zero.param_persistence_threshold,
-            zero.sub_group_size) == (REDUCE_BUCKET, PREFETCH, REUSE, PERSISTENT, SUB_GROUP)
+    assert (
+        zero.reduce_bucket_size,
+        zero.prefetch_bucket_size,
+        zero.max_reuse_distance,
+        zero.param_persistence_threshold,
+        zero.sub_group_size,
+    ) == (REDUCE_BUCKET, PREFETCH, REUSE, PERSISTENT, SUB_GROUP)
 
 
 def test_a_batch_by_hand():
@@ -163,7 +173,7 @@ def test_an_offloaded_optimizer_is_on_the_host(llama):
     share, largest = P // 8, 128256 * 4096
     assert at(memory, "update").optimizer == 0
     assert memory.host == pytest.approx(18 * share + 2 * largest + 2 * share, rel=0.08)
-    assert memory.host_peak == memory.host, 'its update works in place'
+    assert memory.host_peak == memory.host, "its update works in place"
     three = estimate(llama, zero=3, offload_optimizer="cpu", offload_params="cpu")
     assert three.peak.weights == 0 and three.host == pytest.approx((18 + 2) * share)
 

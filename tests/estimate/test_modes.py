@@ -1,4 +1,3 @@
-
 import pytest
 
 from raydpo.config import LoraSettings, ModelConfig, TrainConfig, load_config
@@ -12,10 +11,20 @@ GIB = 2**30
 
 
 def ask(anatomy, memory, workers=8, budget=8192, longest=2000, model=None, **train):
-    return compare_modes(Question(
-        anatomy=anatomy, model=ModelConfig(path="m", **(model or {})), train=TrainConfig(workers=workers, **train),
-        workers=workers, memory=memory * GIB, dtype="bfloat16", batch=Batch.of_pairs([(1000, 300, 500)]), longest=longest,
-        budget=budget), "GPU")
+    return compare_modes(
+        Question(
+            anatomy=anatomy,
+            model=ModelConfig(path="m", **(model or {})),
+            train=TrainConfig(workers=workers, **train),
+            workers=workers,
+            memory=memory * GIB,
+            dtype="bfloat16",
+            batch=Batch.of_pairs([(1000, 300, 500)]),
+            longest=longest,
+            budget=budget,
+        ),
+        "GPU",
+    )
 
 
 def test_workers_that_compute_together_share_the_longest_pair(llama):
@@ -59,8 +68,10 @@ def test_nothing_fits_and_how_many_would(llama):
     """With an optimizer that must stay in GPU memory (bitsandbytes)."""
     modes = ask(llama, 16, workers=2, optimizer="adamw_8bit")
     assert modes.proposed is None and modes.workers_needed > 2
-    assert ("no mode that trains the same parameters fits on 2 x GPU of 16 GiB, bfloat16; "
-            f"{modes.workers_needed:,} GPUs would be enough") in modes.lines()
+    assert (
+        "no mode that trains the same parameters fits on 2 x GPU of 16 GiB, bfloat16; "
+        f"{modes.workers_needed:,} GPUs would be enough"
+    ) in modes.lines()
     assert ask(llama, 16, workers=modes.workers_needed, optimizer="adamw_8bit").proposed is not None
     assert ask(llama, 16, workers=modes.workers_needed - 1, optimizer="adamw_8bit").proposed is None
 
@@ -132,9 +143,17 @@ def test_quantized_weights_may_have_activations_and_optimizer_on_the_host(llama)
 
 
 def test_the_largest_micro_batch_is_the_largest(llama):
-    question = Question(anatomy=llama, model=ModelConfig(path="m"), train=TrainConfig(zero=3, gradient_checkpointing=True),
-                        workers=8, memory=80 * GIB, dtype="bfloat16", batch=Batch.of_pairs([(1000, 300, 500)]), longest=2000,
-                        budget=None)
+    question = Question(
+        anatomy=llama,
+        model=ModelConfig(path="m"),
+        train=TrainConfig(zero=3, gradient_checkpointing=True),
+        workers=8,
+        memory=80 * GIB,
+        dtype="bfloat16",
+        batch=Batch.of_pairs([(1000, 300, 500)]),
+        longest=2000,
+        budget=None,
+    )
     row = next(row for row in compare_modes(question, "GPU").rows if row.configured)
     assert question.fits(row.largest) and (row.largest == 65536 or not question.fits(row.largest + 256))
     assert row.total == question.memory_at(row.positions).device + BASE_BYTES

@@ -49,7 +49,7 @@ def test_a_sample_depends_on_seed_prompt_and_number_alone(world):
     assert together == backwards[::-1]
     assert together != answer(world, PROMPTS, [Draw(seed=2, sample=number) for number in range(len(PROMPTS))])
     mixed = answer(world, PROMPTS + PROMPTS, [None] * len(PROMPTS) + draws, batch=7)
-    assert mixed[len(PROMPTS):] == together and mixed[: len(PROMPTS)] == answer(world, PROMPTS, [None] * len(PROMPTS))
+    assert mixed[len(PROMPTS) :] == together and mixed[: len(PROMPTS)] == answer(world, PROMPTS, [None] * len(PROMPTS))
 
 
 def test_samples_are_distributed_as_the_model_says(world):
@@ -80,8 +80,9 @@ def test_settings_that_a_model_carries_are_not_the_model(world):
 
     draws = [Draw(seed=3, sample=0)] * len(PROMPTS) + [None] * len(PROMPTS)
     plain = answer(world, PROMPTS * 2, draws)
-    world.generation_config = GenerationConfig(do_sample=True, top_k=1, repetition_penalty=5.0, max_new_tokens=1,
-                                               suppress_tokens=[1, 2])
+    world.generation_config = GenerationConfig(
+        do_sample=True, top_k=1, repetition_penalty=5.0, max_new_tokens=1, suppress_tokens=[1, 2]
+    )
     assert answer(world, PROMPTS * 2, draws) == plain
 
 
@@ -105,8 +106,13 @@ def test_answers_are_never_stored_under_the_name_of_another_model(engine, tiny_l
     for name, module in (("vllm", package), ("vllm.lora", types.ModuleType("vllm.lora")), ("vllm.lora.request", lora)):
         monkeypatch.setitem(sys.modules, name, module)
     model = shutil.copytree(tiny_llama, tmp_path / "model")
-    work = Answering(spec=ReferenceSpec(path=str(model), adapter=None, identity=identify(model, "float32")), max_tokens=2,
-                     stop=(0,), batch=2, engine=engine)
+    work = Answering(
+        spec=ReferenceSpec(path=str(model), adapter=None, identity=identify(model, "float32")),
+        max_tokens=2,
+        stop=(0,),
+        batch=2,
+        engine=engine,
+    )
     work.open("cpu")
     shutil.copy(make_model(tmp_path / "other", seed=1) / "model.safetensors", model / "model.safetensors")
     with pytest.raises(ModelError, match=r"is another model than where the run was started: weights"):

@@ -34,8 +34,12 @@ def world():
         group = PromptGroup(PROMPT, tuple(np.array(ids, np.int32) for ids in every))
         scored = scorers[side].score([group], CPU)[0]
         found[f"scored {side}"] = np.array([float(each.astype(float).sum()) for each in scored])
-    found["steps"] = np.array([exact_steps(scorers["policy"], scorers["reference"],
-                                           PromptGroup(PROMPT, (np.array(ids, np.int32),)), CPU) for ids in every])
+    found["steps"] = np.array(
+        [
+            exact_steps(scorers["policy"], scorers["reference"], PromptGroup(PROMPT, (np.array(ids, np.int32),)), CPU)
+            for ids in every
+        ]
+    )
     found["exact"] = float((np.exp(found["policy"]) * (found["policy"] - found["reference"])).sum())
     found["scorers"] = scorers
     return found
@@ -62,9 +66,14 @@ def test_the_estimate_agrees_within_its_error(world):
     ratios = world["scored policy"] - world["scored reference"]
     found = []
     for seed in range(SEEDS):
-        answers = answer_all(world["models"].policy, [PROMPT] * SAMPLES, [Draw(seed=seed, sample=number) for number in
-                                                                          range(SAMPLES)],
-                             max_tokens=LONGEST, stop=[STOP], batch=SAMPLES)
+        answers = answer_all(
+            world["models"].policy,
+            [PROMPT] * SAMPLES,
+            [Draw(seed=seed, sample=number) for number in range(SAMPLES)],
+            max_tokens=LONGEST,
+            stop=[STOP],
+            batch=SAMPLES,
+        )
         numbers = np.array([place[tuple(ids.tolist())] for ids in answers])
         lengths = np.array([len(ids) for ids in answers])
         found.append(measure_drift(ratios[numbers], lengths, np.zeros(SAMPLES, int), world["steps"][numbers]))

@@ -37,8 +37,13 @@ def place(tmp_path_factory, tiny_llama):
     """A run whose final/ is an adapter, without the training."""
     place = tmp_path_factory.mktemp("eval")
     write_preferences(place / "a.jsonl", preferences(60, high=20))
-    tree = {"name": "run", "output": str(place / "runs"), "model": {"path": str(tiny_llama), "dtype": "float32"},
-            "data": {"train": str(place / "a.jsonl"), "eval": {"fraction": 0.3}}, "evaluate": SETTINGS}
+    tree = {
+        "name": "run",
+        "output": str(place / "runs"),
+        "model": {"path": str(tiny_llama), "dtype": "float32"},
+        "data": {"train": str(place / "a.jsonl"), "eval": {"fraction": 0.3}},
+        "evaluate": SETTINGS,
+    }
     (place / "config.yaml").write_text(yaml.safe_dump(tree))
     make_adapter(place / "runs" / "run" / "final", tiny_llama)
     (place / "runs" / "run" / "run.json").write_text(json.dumps({"fingerprint": {"train.beta": 0.4, "train.loss": "hinge"}}))
@@ -106,8 +111,12 @@ def check_figures(place, found, said):
     assert set(found) >= FIGURES and found["beta"] == 0.4 and found["data"] == ["a"]
     told = found["protocol"]
     assert {name: told[name] for name in SETTINGS} == SETTINGS and told["reference"] == found["reference"]["identity"]
-    assert told["judge"] == {"url": told["judge"]["url"], "model": "tiny", "max_tokens": 16,
-                             "criterion": "more helpful, honest and harmless"}
+    assert told["judge"] == {
+        "url": told["judge"]["url"],
+        "model": "tiny",
+        "max_tokens": 16,
+        "criterion": "more helpful, honest and harmless",
+    }
     run = place / "runs" / "run"
     assert json.loads((run / "evaluation.json").read_text()) == found
     total = found["preferences"]["total"]
@@ -131,11 +140,16 @@ def check_figures(place, found, said):
     assert all(row["verdict_score_with"] == (np.sign(len(row["policy"]) - len(row["reference"])) + 1) / 2 for row in firsts)
     assert [row["verdict_judge"] for row in firsts] == [row["verdict_score_with"] for row in firsts]
     assert {row["verdict_judge"] for row in rows if row["sample"]} == {row["verdict_reward_model"] for row in rows} == {None}
-    assert all(one["equal_length"]["low"] < one["equal_length"]["value"] < one["equal_length"]["high"] for one in
-               found["wins"])
+    assert all(
+        one["equal_length"]["low"] < one["equal_length"]["value"] < one["equal_length"]["high"] for one in found["wins"]
+    )
     assert found["samples"][0]["policy"] == rows[0]["policy"] and len(found["samples"]) == 5
-    for piece in ("Preferences of held-out pairs: beta 0.4", "Drift KL(policy || reference) from 12 samples",
-                  "Wins of the policy", "peft="):
+    for piece in (
+        "Preferences of held-out pairs: beta 0.4",
+        "Drift KL(policy || reference) from 12 samples",
+        "Wins of the policy",
+        "peft=",
+    ):
         assert piece in said, said
 
 
@@ -164,8 +178,16 @@ def test_any_number_of_workers_gives_the_same_answers(place, on_cluster, monkeyp
     from raydpo.pipeline import evaluate as run
 
     monkeypatch.setattr(run, "WORK_BLOCK", 4)
-    found = [evaluated(place, f"score.workers={workers}", f"evaluate.batch={batch}", f"cache.uri={tmp_path / str(workers)}",
-                       f"evaluate.reward_model={place / 'reward'}")[0] for workers, batch in ((1, 16), (2, 3))]
+    found = [
+        evaluated(
+            place,
+            f"score.workers={workers}",
+            f"evaluate.batch={batch}",
+            f"cache.uri={tmp_path / str(workers)}",
+            f"evaluate.reward_model={place / 'reward'}",
+        )[0]
+        for workers, batch in ((1, 16), (2, 3))
+    ]
     assert found[0]["samples"] == found[1]["samples"] and found[0]["generation"] == found[1]["generation"]
     assert found[0]["wins"][0]["judge"] == str(place / "reward")
     assert [one["wins"] for one in found[0]["wins"]] == [one["wins"] for one in found[1]["wins"]]
@@ -175,8 +197,17 @@ def test_any_number_of_workers_gives_the_same_answers(place, on_cluster, monkeyp
 @pytest.mark.slow
 def test_a_kill_loses_nothing_that_was_stored(place, tmp_path):
     cache = tmp_path / "cache"
-    command = [sys.executable, "-m", "raydpo.cli", "eval", str(place / "config.yaml"), f"cache.uri={cache}",
-               "data.eval.fraction=0.9", "evaluate.prompts=60", "evaluate.samples=4"]
+    command = [
+        sys.executable,
+        "-m",
+        "raydpo.cli",
+        "eval",
+        str(place / "config.yaml"),
+        f"cache.uri={cache}",
+        "data.eval.fraction=0.9",
+        "evaluate.prompts=60",
+        "evaluate.samples=4",
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
     deadline = time.time() + 300
     while len(list(cache.glob("evaluation/*.parquet"))) < 2 and process.poll() is None and time.time() < deadline:
@@ -201,11 +232,27 @@ def test_nodes_fetch_a_run_from_a_bucket_themselves(place, tmp_path, tiny_llama)
         try:
             cluster.add(5, env={"HOME": str(tmp_path / "home"), "XDG_CACHE_HOME": ""}, pool="away")
             done = subprocess.run(
-                [sys.executable, "-m", "raydpo.cli", "eval", str(place / "config.yaml"), f"output={s3.uri('runs')}",
-                 "--json", "score={labels: {pool: away}, gpus_per_worker: 0}", "ray.autoscaling=true",
-                 f"ray.address=127.0.0.1:{cluster.gcs}", "evaluate.exact_steps=false",
-                 "evaluate.prompts=2", "evaluate.samples=1", "evaluate.max_tokens=4"],
-                env=cluster.env | {"XDG_CACHE_HOME": str(tmp_path / "driver")}, capture_output=True, text=True, timeout=300)
+                [
+                    sys.executable,
+                    "-m",
+                    "raydpo.cli",
+                    "eval",
+                    str(place / "config.yaml"),
+                    f"output={s3.uri('runs')}",
+                    "--json",
+                    "score={labels: {pool: away}, gpus_per_worker: 0}",
+                    "ray.autoscaling=true",
+                    f"ray.address=127.0.0.1:{cluster.gcs}",
+                    "evaluate.exact_steps=false",
+                    "evaluate.prompts=2",
+                    "evaluate.samples=1",
+                    "evaluate.max_tokens=4",
+                ],
+                env=cluster.env | {"XDG_CACHE_HOME": str(tmp_path / "driver")},
+                capture_output=True,
+                text=True,
+                timeout=300,
+            )
         finally:
             cluster.stop()
         assert done.returncode == 0, done.stdout + done.stderr

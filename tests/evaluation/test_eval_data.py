@@ -15,9 +15,18 @@ from raydpo.evaluation.prompts import choose_prompts, evaluation_data, prompt_te
 
 def rewardbench(path, count=12):
     """Columns as RewardBench has them, two subsets."""
-    rows = [{"prompt": record["prompt"], "chosen": record["chosen"], "chosen_model": "x", "rejected": record["rejected"],
-             "rejected_model": "y", "subset": ("alpaca", "math")[number % 2], "id": number}
-            for number, record in enumerate(preferences(count, seed=4))]
+    rows = [
+        {
+            "prompt": record["prompt"],
+            "chosen": record["chosen"],
+            "chosen_model": "x",
+            "rejected": record["rejected"],
+            "rejected_model": "y",
+            "subset": ("alpaca", "math")[number % 2],
+            "id": number,
+        }
+        for number, record in enumerate(preferences(count, seed=4))
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return rows
 
@@ -30,8 +39,14 @@ def place(tmp_path):
 
 
 def configured(place, data=None, evaluate=None):
-    return load_config({"output": str(place / "runs"), "model": {"path": str(place / "model")},
-                        "data": {"train": str(place / "a.jsonl")} | (data or {}), "evaluate": evaluate or {}})
+    return load_config(
+        {
+            "output": str(place / "runs"),
+            "model": {"path": str(place / "model")},
+            "data": {"train": str(place / "a.jsonl")} | (data or {}),
+            "evaluate": evaluate or {},
+        }
+    )
 
 
 def loaded(config):
@@ -52,12 +67,19 @@ def test_subsets_are_sources(place):
 def test_pairs_that_were_trained_on_are_noticed(place):
     """The training file itself counts, as text and as messages, except for what is held out of it."""
     rows = [json.loads(line) for line in (place / "a.jsonl").read_text().splitlines()]
-    said = [{"prompt": [{"role": "user", "content": row["prompt"]}]} | {
-        side: [{"role": "assistant", "content": row[side]}] for side in ("chosen", "rejected")} for row in rows[:5]]
+    said = [
+        {"prompt": [{"role": "user", "content": row["prompt"]}]}
+        | {side: [{"role": "assistant", "content": row[side]}] for side in ("chosen", "rejected")}
+        for row in rows[:5]
+    ]
     other = [row | {"prompt": f"{row['prompt']} Really?"} for row in rows[5:8]]
     (place / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in said + other))
-    for data, path, count in (({}, "mixed", 5), ({}, "a", 20), ({"eval": {"fraction": 0.4}}, "a", None),
-                              ({"fraction": 0.5}, "a", None)):
+    for data, path, count in (
+        ({}, "mixed", 5),
+        ({}, "a", 20),
+        ({"eval": {"fraction": 0.4}}, "a", None),
+        ({"fraction": 0.5}, "a", None),
+    ):
         config = configured(place, data, {"data": str(place / f"{path}.jsonl")})
         trained = load_pairs(config.data, Tokeniser(make_tokenizer())).train.num_rows if count is None else count
         assert trained_on(loaded(config), config, config.data) == trained
@@ -84,8 +106,14 @@ def test_text_as_conversation(place):
 @pytest.mark.parametrize("data", [{"eval": {"fraction": 0.4}}, {"eval": "held.jsonl"}])
 def test_judges_are_shown_the_words_of_the_file(data, place, monkeypatch):
     monkeypatch.chdir(place)
-    records = [{"prompt": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": f"Question {number}"}],
-                "chosen": "yes", "rejected": f"no {number}"} for number in range(20)]
+    records = [
+        {
+            "prompt": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": f"Question {number}"}],
+            "chosen": "yes",
+            "rejected": f"no {number}",
+        }
+        for number in range(20)
+    ]
     for name in ("a", "held"):
         (place / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     config = configured(place, data)
@@ -99,8 +127,12 @@ def test_judges_are_shown_the_words_of_the_file(data, place, monkeypatch):
 
 
 def test_prompts_of_a_ranking_record(place):
-    (place / "a.jsonl").write_text(json.dumps({"prompt": "rank", "completions": ["a", "b", "c"], "ranks": [1, 2, 3]}) + "\n"
-                                   + json.dumps({"prompt": "other", "chosen": "x", "rejected": "y"}) + "\n")
+    (place / "a.jsonl").write_text(
+        json.dumps({"prompt": "rank", "completions": ["a", "b", "c"], "ranks": [1, 2, 3]})
+        + "\n"
+        + json.dumps({"prompt": "other", "chosen": "x", "rejected": "y"})
+        + "\n"
+    )
     config = configured(place, evaluate={"data": str(place / "a.jsonl")})
     prompts = choose_prompts(loaded(config), 5, seed=0)
     assert sorted(prompt_texts(prompts, config)) == ["other", "rank"], "the same prompt is answered once"
@@ -116,25 +148,28 @@ def test_the_choice_of_prompts_does_not_depend_on_their_order(place):
     assert len(choose_prompts(pairs, 1000, seed=0)) == 20
 
 
-@pytest.mark.parametrize(("evaluate", "said"), [
-    ({"policy": "/nowhere/at/all"}, "evaluate.policy"),
-    ({"data": "nowhere.jsonl"}, "evaluate.data.0.path"),
-    ({"modes": []}, "modes [] is empty"),
-    ({"modes": ["greedy", "greedy"]}, "names one twice"),
-    ({"modes": ["greedy"], "temperature": 0.7}, "temperature 0.7 has no effect"),
-    ({"modes": ["greedy"], "samples": 3}, "samples 3 has no effect"),
-    ({"chat": True}, "chat True has no effect without evaluate.data"),
-    ({"prompts": 0, "score_with": "a:b"}, "score_with has no answers to judge"),
-    ({"score_with": "a.b"}, "module:function"),
-    ({"base": "."}, "no effect without policy"),
-    ({"beta": 0}, "evaluate.beta"),
-    ({"judge": {"url": "ftp://x", "model": "m"}}, "https://host/v1"),
-    ({"judge": {"url": "http://me:hunter2@x/v1", "model": "m"}}, "name of an environment variable"),
-    ({"judge": {"url": "http://x/v1", "model": "m", "key": "sk-live-123"}}, "NAME of an environment variable"),
-    ({"judge": {"url": "http://x/v1"}}, "evaluate.judge.model"),
-    ({"judge": {"url": "http://x/v1", "model": "m", "api_key": "sk-live-123"}}, "did you mean 'evaluate.judge.key'"),
-    ({"promts": 3}, "did you mean 'evaluate.prompts'"),
-])
+@pytest.mark.parametrize(
+    ("evaluate", "said"),
+    [
+        ({"policy": "/nowhere/at/all"}, "evaluate.policy"),
+        ({"data": "nowhere.jsonl"}, "evaluate.data.0.path"),
+        ({"modes": []}, "modes [] is empty"),
+        ({"modes": ["greedy", "greedy"]}, "names one twice"),
+        ({"modes": ["greedy"], "temperature": 0.7}, "temperature 0.7 has no effect"),
+        ({"modes": ["greedy"], "samples": 3}, "samples 3 has no effect"),
+        ({"chat": True}, "chat True has no effect without evaluate.data"),
+        ({"prompts": 0, "score_with": "a:b"}, "score_with has no answers to judge"),
+        ({"score_with": "a.b"}, "module:function"),
+        ({"base": "."}, "no effect without policy"),
+        ({"beta": 0}, "evaluate.beta"),
+        ({"judge": {"url": "ftp://x", "model": "m"}}, "https://host/v1"),
+        ({"judge": {"url": "http://me:hunter2@x/v1", "model": "m"}}, "name of an environment variable"),
+        ({"judge": {"url": "http://x/v1", "model": "m", "key": "sk-live-123"}}, "NAME of an environment variable"),
+        ({"judge": {"url": "http://x/v1"}}, "evaluate.judge.model"),
+        ({"judge": {"url": "http://x/v1", "model": "m", "api_key": "sk-live-123"}}, "did you mean 'evaluate.judge.key'"),
+        ({"promts": 3}, "did you mean 'evaluate.prompts'"),
+    ],
+)
 def test_settings_that_cannot_be_meant(evaluate, said, place):
     with pytest.raises(ConfigError) as caught:
         configured(place, evaluate=evaluate)

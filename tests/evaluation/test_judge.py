@@ -12,8 +12,12 @@ from raydpo.config import JudgeConfig
 from raydpo.errors import ConfigError, RaydpoError
 from raydpo.storage.files import Storage
 
-CONTESTS = [Contest("What is it?", "a long answer", "short"), Contest("And this?", "brief", "another long answer"),
-            Contest([{"role": "user", "content": "Well?"}], "the longest answer", "tiny"), Contest("Same?", "yes", "yes")]
+CONTESTS = [
+    Contest("What is it?", "a long answer", "short"),
+    Contest("And this?", "brief", "another long answer"),
+    Contest([{"role": "user", "content": "Well?"}], "the longest answer", "tiny"),
+    Contest("Same?", "yes", "yes"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -49,13 +53,35 @@ def test_a_judge_that_favours_a_place_decides_nothing(tmp_path):
     assert found["inconsistent"] == 3 and found["first_favoured"] == 1.0 and found["win_rate"]["value"] == 0.5
 
 
-@pytest.mark.parametrize(("said", "counts"), [
-    ("**A**", True), ("Because it says more.\n\nVerdict: B", True), ("tie", True), ("a.", True),
-    ("answer_A", True), ("<answer_A>", True), ("Final verdict: tie", True), ("Answer A is better.", True),
-    ("Overall, the better answer is **answer_B**", True), ("It's a tie.", True), ("A is more helpful.", True),
-    ("answer a", True), ("Not A", False), ("A is not better", False), ("Neither A nor B", False), ("A is worse", False),
-    ("A better answer is B", False), ("A tie between A and B", False), ("Answer", False), ("I prefer neither", False),
-    ("A or B, who knows", False), ("I cannot compare these.", False), ("", False), ("AB", False)])
+@pytest.mark.parametrize(
+    ("said", "counts"),
+    [
+        ("**A**", True),
+        ("Because it says more.\n\nVerdict: B", True),
+        ("tie", True),
+        ("a.", True),
+        ("answer_A", True),
+        ("<answer_A>", True),
+        ("Final verdict: tie", True),
+        ("Answer A is better.", True),
+        ("Overall, the better answer is **answer_B**", True),
+        ("It's a tie.", True),
+        ("A is more helpful.", True),
+        ("answer a", True),
+        ("Not A", False),
+        ("A is not better", False),
+        ("Neither A nor B", False),
+        ("A is worse", False),
+        ("A better answer is B", False),
+        ("A tie between A and B", False),
+        ("Answer", False),
+        ("I prefer neither", False),
+        ("A or B, who knows", False),
+        ("I cannot compare these.", False),
+        ("", False),
+        ("AB", False),
+    ],
+)
 def test_replies_are_read_strictly(said, counts, tmp_path):
     with serving(lambda first, second: said) as server:
         if counts:
@@ -74,9 +100,19 @@ def test_what_passes_is_tried_again(tmp_path):
         assert found["wins"] == 2 and found["failed"] == 0 and len(server.requests) == 9
 
 
-@pytest.mark.parametrize(("said", "verdict"), [
-    ("answer_B", "second"), ("Final verdict: tie", "tie"), ("Answer A is better.", "first"), ("The answer is a tie", "tie"),
-    ("a", "first"), ("b is better", "refused"), ("B is less harmful", "second"), ("not B", "refused")])
+@pytest.mark.parametrize(
+    ("said", "verdict"),
+    [
+        ("answer_B", "second"),
+        ("Final verdict: tie", "tie"),
+        ("Answer A is better.", "first"),
+        ("The answer is a tie", "tie"),
+        ("a", "first"),
+        ("b is better", "refused"),
+        ("B is less harmful", "second"),
+        ("not B", "refused"),
+    ],
+)
 def test_which_verdict_a_reply_is(said, verdict):
     assert judging._read_verdict(said, "less harmful, not rude") == verdict
 

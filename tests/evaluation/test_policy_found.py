@@ -20,8 +20,9 @@ def make_adapter(directory, model, base=None, seed=5):
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    policy = get_peft_model(AutoModelForCausalLM.from_pretrained(model),
-                            LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    policy = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(model), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
@@ -40,8 +41,15 @@ def place(tmp_path_factory, tiny_llama):
 
 
 def configured(place, tiny_llama, **evaluate):
-    return load_config({"name": "run", "output": str(place / "runs"), "model": {"path": str(tiny_llama)},
-                        "data": {"train": str(place / "a.jsonl")}, "evaluate": evaluate})
+    return load_config(
+        {
+            "name": "run",
+            "output": str(place / "runs"),
+            "model": {"path": str(tiny_llama)},
+            "data": {"train": str(place / "a.jsonl")},
+            "evaluate": evaluate,
+        }
+    )
 
 
 def test_a_model_and_an_adapter(place, tiny_llama):
@@ -103,15 +111,17 @@ def test_the_harness_loads_it(kind, place, tiny_llama):
 
     from raydpo.reference.score import Scorer
 
-    policy = find_policy(configured(place, tiny_llama, policy=str(tiny_llama if kind == "whole" else place / "adapter")),
-                         "float32")
+    policy = find_policy(
+        configured(place, tiny_llama, policy=str(tiny_llama if kind == "whole" else place / "adapter")), "float32"
+    )
     arguments = dict(pair.split("=", 1) for pair in harness_arguments(policy).split(","))
     model = AutoModelForCausalLM.from_pretrained(arguments["pretrained"], dtype=arguments["dtype"])
     if kind == "adapter":
         model = PeftModel.from_pretrained(model, arguments["peft"])
     tokenizer = AutoTokenizer.from_pretrained(arguments.get("tokenizer", arguments["pretrained"]))
-    context = tokenizer.apply_chat_template([{"role": "user", "content": "why is the sky blue"}], tokenize=False,
-                                            add_generation_prompt=True)
+    context = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "why is the sky blue"}], tokenize=False, add_generation_prompt=True
+    )
     ids = tokenizer(context, add_special_tokens=False)["input_ids"]
     answer = tokenizer(" because", add_special_tokens=False)["input_ids"]
     with torch.no_grad():
@@ -133,10 +143,10 @@ def test_the_harness_itself(place, tiny_llama):
     harness = HFLM(**arguments, device="cpu", batch_size=1)
     assert harness.apply_chat_template([{"role": "user", "content": "why"}])
     context, answer = "why is the sky", " blue"
-    (found, _), = harness.loglikelihood([Instance("loglikelihood", {}, (context, answer), 0)])
+    ((found, _),) = harness.loglikelihood([Instance("loglikelihood", {}, (context, answer), 0)])
     ids = harness.tok_encode(context)
     whole = harness.tok_encode(context + answer)
-    assert _ours(policy, ids, whole[len(ids):], Scorer) == pytest.approx(found, abs=1e-4)
+    assert _ours(policy, ids, whole[len(ids) :], Scorer) == pytest.approx(found, abs=1e-4)
 
 
 def _ours(policy, prompt, answer, scorer):

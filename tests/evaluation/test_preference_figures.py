@@ -21,11 +21,16 @@ def scored(margins, difference, sources=None, chosen_logratio=0.0, prompts=None)
     """Pairs of these margins in nats; the reference gives every completion -50. Each is of a prompt of its own."""
     margins, difference = np.array(margins, float), np.array(difference)
     reference = np.full(len(margins), -50.0)
-    return ScoredPairs(chosen=reference + chosen_logratio, rejected=reference + chosen_logratio - margins,
-                       ref_chosen=reference, ref_rejected=reference, chosen_tokens=100 + difference,
-                       rejected_tokens=np.full(len(margins), 100),
-                       sources=np.array(sources or ["all"] * len(margins), object),
-                       prompts=np.arange(len(margins)) if prompts is None else prompts)
+    return ScoredPairs(
+        chosen=reference + chosen_logratio,
+        rejected=reference + chosen_logratio - margins,
+        ref_chosen=reference,
+        ref_rejected=reference,
+        chosen_tokens=100 + difference,
+        rejected_tokens=np.full(len(margins), 100),
+        sources=np.array(sources or ["all"] * len(margins), object),
+        prompts=np.arange(len(margins)) if prompts is None else prompts,
+    )
 
 
 def sigmoid(value):
@@ -98,9 +103,12 @@ def test_intervals_are_over_prompts():
     one = measure_preferences(scored(margins[::6], np.full(40, 10)), 1.0, DPO)["total"]
     six = measure_preferences(scored(margins, np.full(240, 10), prompts=prompts), 1.0, DPO)["total"]
     assert (six["pairs"], six["prompts"], one["prompts"]) == (240, 40, 40)
-    for found, alone in ((six["accuracy"], one["accuracy"]), (six["margin"], one["margin"]),
-                         (six["log_likelihood_accuracy"], one["log_likelihood_accuracy"]),
-                         (six["longer_is_right"]["accuracy"], one["longer_is_right"]["accuracy"])):
+    for found, alone in (
+        (six["accuracy"], one["accuracy"]),
+        (six["margin"], one["margin"]),
+        (six["log_likelihood_accuracy"], one["log_likelihood_accuracy"]),
+        (six["longer_is_right"]["accuracy"], one["longer_is_right"]["accuracy"]),
+    ):
         assert found == pytest.approx(alone, abs=0.01) and found["low"] < found["value"]
 
 
@@ -118,15 +126,25 @@ def test_the_reference_itself_knows_nothing():
 
 
 def test_rewards_per_token():
-    pairs = ScoredPairs(*(np.array([value], float) for value in (-40, -90, -50, -100, 10, 40)), np.array(["a"], object),
-                        np.array([0]))
+    pairs = ScoredPairs(
+        *(np.array([value], float) for value in (-40, -90, -50, -100, 10, 40)), np.array(["a"], object), np.array([0])
+    )
     assert pairs.margins(0.5, DPO) == pytest.approx(0.0)
     assert pairs.margins(0.5, ObjectiveConfig(loss="sigmoid_norm")) == pytest.approx(0.5 * (10 / 10 - 10 / 40))
 
 
-@pytest.mark.parametrize("settings", [
-    {"loss": "simpo"}, {"loss": "cpo"}, {"loss": "orpo"}, {"f_divergence_type": "forward_kl"}, {"loss": "ipo"},
-    {"f_divergence_type": "js_divergence"}, {"loss": "sigmoid_norm", "f_divergence_type": "alpha_divergence"}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"loss": "simpo"},
+        {"loss": "cpo"},
+        {"loss": "orpo"},
+        {"f_divergence_type": "forward_kl"},
+        {"loss": "ipo"},
+        {"f_divergence_type": "js_divergence"},
+        {"loss": "sigmoid_norm", "f_divergence_type": "alpha_divergence"},
+    ],
+)
 def test_rewards_are_those_of_the_training(settings):
     """Accuracy and margin equal those of the evaluation in training, from the same log-probs."""
     random = np.random.default_rng(8)
@@ -137,8 +155,11 @@ def test_rewards_are_those_of_the_training(settings):
     total = measure_preferences(pairs, 0.3, ObjectiveConfig(**settings))["total"]
     logps = PairLogps(*(torch.from_numpy(np.asarray(each, float)) for each in (chosen, rejected, *reference, *tokens)))
     sums = PairSums(["a"], torch.device("cpu"))
-    sums.add(preference_loss(settings.pop("loss", "sigmoid"), logps, beta=0.3, **settings), logps,
-             torch.zeros(40, dtype=torch.long))
+    sums.add(
+        preference_loss(settings.pop("loss", "sigmoid"), logps, beta=0.3, **settings),
+        logps,
+        torch.zeros(40, dtype=torch.long),
+    )
     assert total["margin"]["value"] == pytest.approx(sums.metrics()["rewards/margins"])
     assert total["accuracy"]["value"] == pytest.approx(sums.metrics()["rewards/accuracies"])
     assert total["margin"]["value"] != pytest.approx(measure_preferences(pairs, 0.3, DPO)["total"]["margin"]["value"])
@@ -172,7 +193,8 @@ def test_length_growth_by_hand():
 LENGTHS = {
     "uniform": lambda random, count: random.integers(10, 129, count),
     "lognormal": lambda random, count: np.minimum(np.exp(random.normal(np.log(60), 0.6, count)).astype(int) + 1, 128),
-    "geometric": lambda random, count: np.minimum(random.geometric(1 / 60, count), 128)}
+    "geometric": lambda random, count: np.minimum(random.geometric(1 / 60, count), 128),
+}
 
 
 @pytest.mark.parametrize("kind", LENGTHS)
@@ -190,5 +212,8 @@ def test_answers_of_equal_lengths_have_not_grown(kind):
 
 def test_rewards_that_overflow_are_an_error_with_a_way_out():
     with pytest.raises(RaydpoError, match=r"rewards of 1 pairs are not finite under forward_kl.*evaluate\.rewards=sum"):
-        measure_preferences(scored([10, 5], [0, 0], chosen_logratio=np.array([-800.0, 1.0])), 0.1,
-                            ObjectiveConfig(f_divergence_type="forward_kl"))
+        measure_preferences(
+            scored([10, 5], [0, 0], chosen_logratio=np.array([-800.0, 1.0])),
+            0.1,
+            ObjectiveConfig(f_divergence_type="forward_kl"),
+        )

@@ -38,8 +38,9 @@ def test_own_function(module):
     assert found["score_difference"]["value"] == pytest.approx((8 - 5 + 0) / 3)
 
 
-@pytest.mark.parametrize(("left", "by_length", "longer"), [
-    (0.0, 2.0, 250.0), (0.6, 1.5, -150.0), (0.0, 0.0, 0.0), (1.5, 0.0, 100.0)])
+@pytest.mark.parametrize(
+    ("left", "by_length", "longer"), [(0.0, 2.0, 250.0), (0.6, 1.5, -150.0), (0.0, 0.0, 0.0), (1.5, 0.0, 100.0)]
+)
 def test_what_is_left_of_wins_at_equal_length(left, by_length, longer):
     """The judge prefers length and the answers have grown, so half of the gain in win rate comes from length."""
     random, truth = np.random.default_rng(6), 1 / (1 + np.exp(-left))
@@ -61,9 +62,16 @@ def test_length_alone_that_tells_all_is_no_proof():
     assert win_rate_at_equal_length(wins[:1], np.zeros(1)) == {"value": None, "low": None, "high": None}
 
 
-@pytest.mark.parametrize(("body", "said"), [
-    ("raise ValueError('no')", "ValueError: no"), ("return float('nan')", "finite number"), ("return 'high'", "'high'"),
-    ("return None", "finite number"), ("return True", "finite number")])
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("raise ValueError('no')", "ValueError: no"),
+        ("return float('nan')", "finite number"),
+        ("return 'high'", "'high'"),
+        ("return None", "finite number"),
+        ("return True", "finite number"),
+    ],
+)
 def test_a_function_that_gives_no_number_is_an_error(body, said, module):
     name = module(f"def score(prompt, answer):\n    {body}\n")
     with pytest.raises(RaydpoError, match=said):
@@ -87,9 +95,18 @@ def make_classifier(directory, labels):
 
     tokenizer = make_tokenizer()
     torch.manual_seed(3)
-    config = AutoConfig.for_model("llama", vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64,
-                                  num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-                                  max_position_embeddings=128, num_labels=labels, pad_token_id=tokenizer.pad_token_id)
+    config = AutoConfig.for_model(
+        "llama",
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        num_labels=labels,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     AutoModelForSequenceClassification.from_config(config).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
@@ -126,8 +143,13 @@ def test_what_is_no_reward_model_is_refused(tiny_llama, tmp_path):
         RewardModel.at(str(two), "float32", False)
 
 
-@pytest.mark.parametrize(("file", "told"), [("model.safetensors", "is another model than where the run was started"),
-                                            ("chat_template.jinja", "has another tokenizer on")])
+@pytest.mark.parametrize(
+    ("file", "told"),
+    [
+        ("model.safetensors", "is another model than where the run was started"),
+        ("chat_template.jinja", "has another tokenizer on"),
+    ],
+)
 def test_rewards_are_never_stored_under_the_name_of_another_model(file, told, classifier, tmp_path):
     ours = shutil.copytree(classifier, tmp_path / "ours")
     work = RewardModel.at(str(ours), "float32", False)
@@ -144,8 +166,9 @@ def test_code_of_a_reward_model_belongs_to_the_identity(classifier, tmp_path):
     ours = shutil.copytree(classifier, tmp_path / "ours")
     assert RewardModel.at(str(ours), "float32", True).identity == RewardModel.at(str(ours), "float32", False).identity
     config = json.loads((ours / "config.json").read_text())
-    (ours / "config.json").write_text(json.dumps(config | {
-        "auto_map": {"AutoModelForSequenceClassification": "modeling_x.X"}}))
+    (ours / "config.json").write_text(
+        json.dumps(config | {"auto_map": {"AutoModelForSequenceClassification": "modeling_x.X"}})
+    )
     assert RewardModel.at(str(ours), "float32", True).identity != RewardModel.at(str(ours), "float32", False).identity
 
 

@@ -23,9 +23,19 @@ def make_world(seed: int, distance: float = 0.5) -> World:
     """A random model and another whose weights differ by noise of that share."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model("llama", vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-                                  num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=32,
-                                  bos_token_id=None, eos_token_id=STOP, pad_token_id=STOP)
+    config = AutoConfig.for_model(
+        "llama",
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        bos_token_id=None,
+        eos_token_id=STOP,
+        pad_token_id=STOP,
+    )
     torch.manual_seed(seed)
     models = [AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval() for _ in range(2)]
     with torch.no_grad():

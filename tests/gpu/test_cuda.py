@@ -12,8 +12,10 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 def curves(jobs):
     torch.backends.cuda.matmul.allow_tf32 = False
-    return [[(row["loss"], row["grad_norm"]) for row in train_here(*args, device="cuda", **kwargs).steps]
-            for args, kwargs in jobs]
+    return [
+        [(row["loss"], row["grad_norm"]) for row in train_here(*args, device="cuda", **kwargs).steps]
+        for args, kwargs in jobs
+    ]
 
 
 def test_float32_on_cuda_equals_cpu(tiny_llama):
@@ -26,8 +28,11 @@ def test_float32_on_cuda_equals_cpu(tiny_llama):
 
 def test_zero_stages_agree_and_begin_at_ln_2(tiny_llama, tmp_path):
     table = with_reference(tiny_pairs(33), tiny_llama, device="cuda")
-    jobs = [((table, tiny_llama, tmp_path / "scratch"), dict(zero=zero, steps=9, lora=lora)) for lora in
-            (None, {"r": 4, "alpha": 8}) for zero in (0, 1, 2, 3)]
+    jobs = [
+        ((table, tiny_llama, tmp_path / "scratch"), dict(zero=zero, steps=9, lora=lora))
+        for lora in (None, {"r": 4, "alpha": 8})
+        for zero in (0, 1, 2, 3)
+    ]
     (found,) = run_distributed(curves, 1, tmp_path / "ranks", jobs)
     for group in (found[:4], found[4:]):
         assert group[0][0][0] == pytest.approx(math.log(2), abs=1e-5)
@@ -36,9 +41,15 @@ def test_zero_stages_agree_and_begin_at_ln_2(tiny_llama, tmp_path):
 
 
 def test_bfloat16_begins_near_ln_2(tiny_llama, tiny_qwen3, tmp_path):
-    jobs = [((with_reference(tiny_pairs(64), model, "bfloat16", device="cuda"), model, tmp_path / "scratch"),
-             dict(zero=zero, steps=1, dtype="bfloat16", lora=lora, pairs_per_step=64))
-            for model in (tiny_llama, tiny_qwen3) for zero in (1, 2) for lora in (None, {"r": 4, "alpha": 8})]
+    jobs = [
+        (
+            (with_reference(tiny_pairs(64), model, "bfloat16", device="cuda"), model, tmp_path / "scratch"),
+            dict(zero=zero, steps=1, dtype="bfloat16", lora=lora, pairs_per_step=64),
+        )
+        for model in (tiny_llama, tiny_qwen3)
+        for zero in (1, 2)
+        for lora in (None, {"r": 4, "alpha": 8})
+    ]
     (found,) = run_distributed(curves, 1, tmp_path / "ranks", jobs)
     for curve in found:
         assert curve[0][0] == pytest.approx(math.log(2), abs=1e-3)

@@ -27,8 +27,9 @@ def test_bodies_are_the_definition_in_values_and_gradients(body, window):
     arguments = [tensor.detach().to(CUDA, torch.bfloat16).requires_grad_() for tensor in tensors(pack, size=64)]
     exact = [tensor.detach().cpu().float().requires_grad_() for tensor in arguments]
     expected = by_definition(pack, *exact, window=window)
-    found, _ = tree_attention(torch.nn.Module(), *arguments, None, segments=Segments.of(pack, body).to(CUDA),
-                              sliding_window=window)
+    found, _ = tree_attention(
+        torch.nn.Module(), *arguments, None, segments=Segments.of(pack, body).to(CUDA), sliding_window=window
+    )
     assert (found.cpu().float() - expected).norm() < 0.01 * expected.norm()
     weights = torch.randn_like(expected)
     gradients = torch.autograd.grad((found.cpu().float() * weights).sum(), arguments)
@@ -59,8 +60,15 @@ def test_logits_take_little_memory():
     """At 4,096 tokens and a vocabulary of 150,000: at most 1.3 times the forward pass without any logits."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(vocab_size=150_000, hidden_size=1024, intermediate_size=4096, num_hidden_layers=16,
-                         num_attention_heads=16, max_position_embeddings=4096, tie_word_embeddings=True)
+    config = LlamaConfig(
+        vocab_size=150_000,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=16,
+        num_attention_heads=16,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+    )
     model = LogpModel(LlamaForCausalLM(config).to(CUDA, torch.bfloat16).eval())
     choose_layout(model, CUDA)
     layout = model.lay_out([PromptGroup(np.arange(1), (np.arange(1, 4096),))]).to(CUDA)

@@ -24,14 +24,22 @@ from raydpo.reference.store import ReferenceCache
 
 README = ROOT / "README.md"
 SWITCHING, OBJECTIVES = GUIDE["switching"], GUIDE["objectives"]
-CONFIG = {"output": "runs", "model": {"path": "./model", "dtype": "float32"},
-          "data": {"train": "a.jsonl", "eval": {"fraction": 0.3}},
-          "train": {"pairs_per_step": 8, "lr": 1e-3, "steps": 2}, "evaluate": {"prompts": 2, "max_tokens": 4}}
+CONFIG = {
+    "output": "runs",
+    "model": {"path": "./model", "dtype": "float32"},
+    "data": {"train": "a.jsonl", "eval": {"fraction": 0.3}},
+    "train": {"pairs_per_step": 8, "lr": 1e-3, "steps": 2},
+    "evaluate": {"prompts": 2, "max_tokens": 4},
+}
 TEAM = commands(block(GUIDE["cache"], "", "raydpo cache compact"))
 USE = commands(block(README, "", "raydpo doctor"))
 OWN_LOSS = commands(block(OBJECTIVES, "", "my_module:my_loss"))
-PAGES = [command for name in ("data", "evaluation", "runs", "sweeps") for _, text in blocks(GUIDE[name])
-         for command in commands(text)]
+PAGES = [
+    command
+    for name in ("data", "evaluation", "runs", "sweeps")
+    for _, text in blocks(GUIDE[name])
+    for command in commands(text)
+]
 """Commands that make sense after those of README's block, in the same directory."""
 
 
@@ -56,7 +64,7 @@ def run(place, command, **replaced):
 
 
 def digest(place):
-    identity, = ReferenceCache.identities(ReferenceCache.open(str(place / "runs/cache")).storage)
+    (identity,) = ReferenceCache.identities(ReferenceCache.open(str(place / "runs/cache")).storage)
     return identity.digest
 
 
@@ -71,8 +79,9 @@ def test_commands_are_found():
 def test_each_block_with_commands_has_a_test_here():
     """One that is new needs a place in which it makes sense."""
     known = {*USE, *TEAM, *OWN_LOSS, *PAGES, *(command for _, text in blocks(SWITCHING) for command in commands(text))}
-    assert {command for file in DOCUMENTS for _, text in blocks(file) for command in commands(text)
-            if not not_run(command)} <= known
+    assert {
+        command for file in DOCUMENTS for _, text in blocks(file) for command in commands(text) if not not_run(command)
+    } <= known
 
 
 @pytest.mark.slow
@@ -88,8 +97,12 @@ def test_use_it(place):
         if command in TEAM:
             continue  # where two caches are
         run(place, command)
-    for page in ("runs/mine/report.html", "runs/model-sweep/report.html", "explain.html",
-                 "runs/model-sigmoid-beta0.1/audit.html"):
+    for page in (
+        "runs/mine/report.html",
+        "runs/model-sweep/report.html",
+        "explain.html",
+        "runs/model-sigmoid-beta0.1/audit.html",
+    ):
         assert (place / page).stat().st_size > 10_000
     assert {"final", "evaluation.json"} <= set(os.listdir(place / "runs/model-sigmoid-beta0.1"))
 
@@ -130,8 +143,14 @@ def test_the_loss_of_your_own_is_a_loss(tmp_path, monkeypatch):
 def test_the_python_of_the_guide(place):
     code = block(GUIDE["runs"], "python", "import raydpo")
     (place / "readme.py").write_text(f"keys = []\n{code}\nprint(len(summary['samples']), cache.lookup(keys).num_rows)\n")
-    done = subprocess.run([sys.executable, "readme.py"], cwd=place, capture_output=True, text=True, timeout=300,
-                          env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])})
+    done = subprocess.run(
+        [sys.executable, "readme.py"],
+        cwd=place,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert (place / "runs/model-sigmoid-beta0.05/final").is_dir() and (place / "runs/model-sweep/sweep.json").is_file()
 
@@ -145,8 +164,13 @@ def test_switching(place, monkeypatch):
     import torch
 
     monkeypatch.chdir(place)
-    monkeypatch.setattr(trl, "DPOConfig", functools.partial(  # this machine has no GPU, and no trackers
-        trl.DPOConfig, use_cpu=True, bf16=False, report_to=[], disable_tqdm=True, save_strategy="no"))
+    monkeypatch.setattr(
+        trl,
+        "DPOConfig",
+        functools.partial(  # this machine has no GPU, and no trackers
+            trl.DPOConfig, use_cpu=True, bf16=False, report_to=[], disable_tqdm=True, save_strategy="no"
+        ),
+    )
     names = {}
     for language, text in blocks(SWITCHING):
         if language == "yaml":
@@ -155,9 +179,13 @@ def test_switching(place, monkeypatch):
             if "torch.load" in text:
                 run(place, "raydpo cache export config.yaml out.parquet data.train=trl.parquet")
                 rows = pq.read_table("out.parquet").to_pylist()
-                torch.save({f"{side}_logps": torch.tensor([row[f"ref_{side}_logps"] / len(row[f"{side}_ids"])
-                                                           for row in rows]) for side in ("chosen", "rejected")},
-                           "0123456789abcdef.pt")
+                torch.save(
+                    {
+                        f"{side}_logps": torch.tensor([row[f"ref_{side}_logps"] / len(row[f"{side}_ids"]) for row in rows])
+                        for side in ("chosen", "rejected")
+                    },
+                    "0123456789abcdef.pt",
+                )
             exec(compile(text, SWITCHING.name, "exec"), names)
         for command in commands(text):
             told = run(place, command)

@@ -36,8 +36,12 @@ def quoted(text):
 
 
 def test_every_setting_that_is_named_exists():
-    named = {text.split("=")[0].split(":")[0] for file in DOCUMENTS for text in quoted(prose(file))
-             if re.match(rf"({'|'.join(Config.model_fields)})\.[a-z_.]+([=:]|$)", text)}
+    named = {
+        text.split("=")[0].split(":")[0]
+        for file in DOCUMENTS
+        for text in quoted(prose(file))
+        if re.match(rf"({'|'.join(Config.model_fields)})\.[a-z_.]+([=:]|$)", text)
+    }
     assert len(named) > 80
     assert {name for name in named - KEYS if not name.endswith((".json", ".yaml", ".py"))} == set()
 
@@ -60,7 +64,8 @@ def test_trls_options_are_all_there_and_exist():
     assert set(named) <= known and len(named) == len(set(named))
     assert set(inspect.get_annotations(trl.DPOConfig)) <= set(named), "those that DPOConfig has of its own"
     assert {"per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "seed"} <= set(named) & {
-        field.name for field in dataclasses.fields(TrainingArguments)}
+        field.name for field in dataclasses.fields(TrainingArguments)
+    }
 
 
 def test_metrics_of_ours_exist():
@@ -75,8 +80,11 @@ def strings(directory):
     for file in directory.rglob("*.py"):
         nodes = list(ast.walk(ast.parse(file.read_text())))
         docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
-        found |= {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)
-                  and id(node) not in docstrings}
+        found |= {
+            node.value
+            for node in nodes
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings
+        }
     return found
 
 
@@ -93,9 +101,16 @@ def test_messages_are_those_of_the_code():
 
 EXAMPLE = ("prompt ", "before ", "after ", "- ", "job ", "data ")
 """Beginnings of printed lines that hold the text of a model or names of an example."""
-INTERPOLATED = {"nats a token from one completion at a time", "optimizer on host", "sdpa attention", "shorter is better",
-                "The shorter answer is better", "train.gradient_checkpointing=true train.offload_optimizer=cpu",
-                "tree layout", "watch the length"}
+INTERPOLATED = {
+    "nats a token from one completion at a time",
+    "optimizer on host",
+    "sdpa attention",
+    "shorter is better",
+    "The shorter answer is better",
+    "train.gradient_checkpointing=true train.offload_optimizer=cpu",
+    "tree layout",
+    "watch the length",
+}
 """Phrases that the code puts together."""
 
 
@@ -133,8 +148,11 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-CONFIGURATIONS = [(f"{file.name} {number}", text) for file in DOCUMENTS for number, text in enumerate(
-    text for language, text in blocks(file) if language == "yaml")]
+CONFIGURATIONS = [
+    (f"{file.name} {number}", text)
+    for file in DOCUMENTS
+    for number, text in enumerate(text for language, text in blocks(file) if language == "yaml")
+]
 LEAST = {"output": "runs/", "model": {"path": "./model"}, "data": {"train": "a.jsonl", "eval": {"fraction": 0.1}}}
 
 
@@ -150,7 +168,8 @@ def test_every_configuration_loads(place, text):
 
 def test_configurations_are_found():
     assert {"README.md 0", "sweeps.md 0", "switching.md 0", "clusters.md 0", "configuration.md 2"} <= {
-        name for name, _ in CONFIGURATIONS}
+        name for name, _ in CONFIGURATIONS
+    }
 
 
 def test_a_whole_configuration_has_every_section_and_the_defaults(place):
@@ -165,8 +184,11 @@ def test_a_whole_configuration_has_every_section_and_the_defaults(place):
 def test_the_commented_sweeps_load_too(place):
     text = block(GUIDE["sweeps"], "yaml", "log_uniform")
     for kind in ("grid", "list", "random"):
-        lines = [line.replace("# ", "", 1) if line.strip().startswith(f"# {kind}:") else line for line in text.splitlines()
-                 if line.strip().startswith((f"{kind}:", f"# {kind}:", "sweep:", "metric:"))]
+        lines = [
+            line.replace("# ", "", 1) if line.strip().startswith(f"# {kind}:") else line
+            for line in text.splitlines()
+            if line.strip().startswith((f"{kind}:", f"# {kind}:", "sweep:", "metric:"))
+        ]
         assert getattr(load_config(LEAST | yaml.safe_load("\n".join(lines))).sweep, kind)
 
 
@@ -179,8 +201,9 @@ def test_names_of_the_guide_are_those_of_the_code():
     theirs = set(quoted(rest.split("settings: ")[1].split(". `kto`")[0]))
     trl = pytest.importorskip("trl")
     documented = next(field for field in dataclasses.fields(trl.DPOConfig) if field.name == "loss_type")
-    assert len(theirs) == 15 and all(f'"{name}"' in documented.metadata["help"] or f"'{name}'" in documented.metadata["help"]
-                                     for name in theirs)
+    assert len(theirs) == 15 and all(
+        f'"{name}"' in documented.metadata["help"] or f"'{name}'" in documented.metadata["help"] for name in theirs
+    )
     assert set(re.findall(r"`([a-z_]+)`", rest.split("Not from TRL are ")[1].split(".")[0])) == {"ipo_sum", "dpop", "bco"}
     assert theirs | {"kto", "simpo", "cpo", "orpo", "ipo_sum", "dpop", "bco"} == set(LOSSES)
 
@@ -213,9 +236,11 @@ def test_the_picture_shows_the_table():
 
 def test_the_benchmark_table_is_of_the_stored_results():
     """Figures of tests/benchmarks/results, rounded."""
-    found = [json.loads((ROOT / "tests" / "benchmarks" / "results" / f"{name}.json").read_text())
-             for name in ("hh-rlhf-fp32", "hh-rlhf-bf16", "politeness-fp32")]
-    head, = (name for name in tables(GUIDE["measurements"]) if "one padded batch" in name)
+    found = [
+        json.loads((ROOT / "tests" / "benchmarks" / "results" / f"{name}.json").read_text())
+        for name in ("hh-rlhf-fp32", "hh-rlhf-bf16", "politeness-fp32")
+    ]
+    (head,) = (name for name in tables(GUIDE["measurements"]) if "one padded batch" in name)
     shown = {row[0].split(",")[0]: row[1:] for row in tables(GUIDE["measurements"])[head]}
     assert all(one["date"].startswith("2026-11-24") for one in found) and "24 November 2026" in head
 
@@ -232,11 +257,13 @@ def test_the_benchmark_table_is_of_the_stored_results():
     assert shown["peak memory of raydpo"] == told("memory", "raydpo", "bytes", unit=gib)
     cached, online = (told("memory", side, "bytes", unit=gib) for side in ("cached", "online"))
     assert shown["peak memory of TRL with a cached reference / an online reference"] == [
-        f"{one} / {other}" for one, other in zip(cached, online, strict=True)]
+        f"{one} / {other}" for one, other in zip(cached, online, strict=True)
+    ]
     steps = [row[1:] for row in tables(GUIDE["measurements"])[head] if row[0].startswith("training step")]
     assert steps == [told("train_step", "ratio_vs_cached"), told("train_step", "ratio_vs_online")]
-    positions = [", ".join(f"{one['workload']['positions'][kind]:,}" for kind in ("padded", "packed", "tree"))
-                 for one in found]
+    positions = [
+        ", ".join(f"{one['workload']['positions'][kind]:,}" for kind in ("padded", "packed", "tree")) for one in found
+    ]
     assert shown["token positions computed: padded"] == [positions[0], "the same", positions[2]]
 
 

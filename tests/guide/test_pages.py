@@ -19,8 +19,9 @@ def _build(place):
     except Exception as error:
         (place / "problems").write_text(str(error))
         raise
-    (place / "names.json").write_text(json.dumps({name: list(getattr(sys.modules[name], "__all__", ()))
-                                                  for name in module_names()}))
+    (place / "names.json").write_text(
+        json.dumps({name: list(getattr(sys.modules[name], "__all__", ())) for name in module_names()})
+    )
 
 
 @pytest.fixture(scope="module")

@@ -83,8 +83,9 @@ def test_other_divergences_find_their_own_optimum(world, divergence, beta):
     """f'(pi / ref) = (r - c) / beta, where c makes the policy add up to 1 (arXiv 2309.16240, theorem 1)."""
     ratio, limit = RATIO[divergence]
     best = world.rewards.max(1, keepdim=True).values
-    wanted = world.normalised(lambda c: world.reference.exp() * ratio((world.rewards + c) / beta),
-                              beta * limit - best - 1e-12)
+    wanted = world.normalised(
+        lambda c: world.reference.exp() * ratio((world.rewards + c) / beta), beta * limit - best - 1e-12
+    )
     assert wanted.sum(1).tolist() == pytest.approx([1.0] * X)
     found = world.minimiser(ObjectiveConfig(beta=beta, f_divergence_type=divergence))
     assert total_variation(found, wanted) < CLOSE
@@ -101,8 +102,10 @@ def test_a_length_penalty_is_taken_off_the_reward(world, beta):
 def test_length_normalised_dpo_finds_the_reward_of_each_token(world):
     """log(pi / ref) / tokens = (r + c) / beta."""
     beta = 3.0
-    wanted = world.normalised(lambda c: torch.exp(world.reference + world.lengths * (world.rewards + c) / beta),
-                              torch.full((X, 1), 50.0, dtype=torch.float64))
+    wanted = world.normalised(
+        lambda c: torch.exp(world.reference + world.lengths * (world.rewards + c) / beta),
+        torch.full((X, 1), 50.0, dtype=torch.float64),
+    )
     assert total_variation(world.minimiser(ObjectiveConfig(loss="sigmoid_norm", beta=beta)), wanted) < CLOSE
 
 

@@ -27,37 +27,40 @@ def sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x))
 
 
-@pytest.mark.parametrize(("name", "beta", "settings", "expected"), [
-    ("sigmoid", 0.1, {}, -log_sigmoid(0.4)),
-    ("sigmoid", 0.5, {}, -log_sigmoid(2.0)),
-    ("sigmoid", 0.1, {"label_smoothing": 0.3}, -0.7 * log_sigmoid(0.4) - 0.3 * log_sigmoid(-0.4)),
-    ("hinge", 0.1, {}, 0.6),
-    ("hinge", 0.5, {}, 0.0),
-    # per token: 2/5 + 2/10 = 0.6, target 1/(2*0.1) = 5
-    ("ipo", 0.1, {}, (0.6 - 5.0) ** 2),
-    ("ipo_sum", 0.1, {}, (4.0 - 5.0) ** 2),
-    ("sigmoid_norm", 2.0, {}, -log_sigmoid(1.2)),
-    ("sigmoid_norm", 2.0, {"label_smoothing": 0.1}, -0.9 * log_sigmoid(1.2) - 0.1 * log_sigmoid(-1.2)),
-    ("robust", 0.1, {"label_smoothing": 0.1}, (-0.9 * log_sigmoid(0.4) + 0.1 * log_sigmoid(-0.4)) / 0.8),
-    ("nca_pair", 0.1, {}, -log_sigmoid(0.2) - 0.5 * log_sigmoid(-0.2) - 0.5 * log_sigmoid(0.2)),
-    ("bco_pair", 0.1, {}, -2 * log_sigmoid(0.2)),
-    ("sppo_hard", 0.1, {}, 9.0 + 9.0),  # log-ratios of 2 and -2, drawn to 5 and -5
-    ("apo_zero", 0.1, {}, 2 * sigmoid(-0.2)),
-    ("apo_down", 0.1, {}, sigmoid(0.2) + sigmoid(-0.4)),
-    # g = sigmoid(0.4 / 0.05) = sigmoid(8)
-    ("discopop", 0.1, {}, -log_sigmoid(0.4) * sigmoid(-8) + math.exp(-0.4) * sigmoid(8)),
-    # The mean log-ratio is 0: no drift.
-    ("kto", 0.1, {"undesirable_weight": 3.0}, (sigmoid(-0.2) + 3 * sigmoid(-0.2)) / 2),
-    # R-DPO: the chosen one is 5 tokens shorter.
-    ("sigmoid", 0.1, {"length_penalty": 0.01}, -log_sigmoid(0.4 - 0.05)),
-    # Mean log-probs are -2 and -2: nothing but gamma is left.
-    ("simpo", 2.5, {"simpo_gamma": 1.5}, -log_sigmoid(-1.5)),
-    ("cpo", 0.1, {"cpo_alpha": 0.5}, -log_sigmoid(1.0) + 0.5 * 2.0),
-    ("orpo", 0.1, {}, 2.0 + 0.1 * LN2),  # equal odds
-    ("sft", 0.1, {}, 2.0),
-    ([{"sigmoid": 0.5}, {"sft": 2.0}], 0.1, {}, -0.5 * log_sigmoid(0.4) + 4.0),
-    ("sigmoid", 0.1, {"f_divergence_type": "forward_kl"}, -log_sigmoid(0.1 * (math.exp(2) - math.exp(-2)))),
-])
+@pytest.mark.parametrize(
+    ("name", "beta", "settings", "expected"),
+    [
+        ("sigmoid", 0.1, {}, -log_sigmoid(0.4)),
+        ("sigmoid", 0.5, {}, -log_sigmoid(2.0)),
+        ("sigmoid", 0.1, {"label_smoothing": 0.3}, -0.7 * log_sigmoid(0.4) - 0.3 * log_sigmoid(-0.4)),
+        ("hinge", 0.1, {}, 0.6),
+        ("hinge", 0.5, {}, 0.0),
+        # per token: 2/5 + 2/10 = 0.6, target 1/(2*0.1) = 5
+        ("ipo", 0.1, {}, (0.6 - 5.0) ** 2),
+        ("ipo_sum", 0.1, {}, (4.0 - 5.0) ** 2),
+        ("sigmoid_norm", 2.0, {}, -log_sigmoid(1.2)),
+        ("sigmoid_norm", 2.0, {"label_smoothing": 0.1}, -0.9 * log_sigmoid(1.2) - 0.1 * log_sigmoid(-1.2)),
+        ("robust", 0.1, {"label_smoothing": 0.1}, (-0.9 * log_sigmoid(0.4) + 0.1 * log_sigmoid(-0.4)) / 0.8),
+        ("nca_pair", 0.1, {}, -log_sigmoid(0.2) - 0.5 * log_sigmoid(-0.2) - 0.5 * log_sigmoid(0.2)),
+        ("bco_pair", 0.1, {}, -2 * log_sigmoid(0.2)),
+        ("sppo_hard", 0.1, {}, 9.0 + 9.0),  # log-ratios of 2 and -2, drawn to 5 and -5
+        ("apo_zero", 0.1, {}, 2 * sigmoid(-0.2)),
+        ("apo_down", 0.1, {}, sigmoid(0.2) + sigmoid(-0.4)),
+        # g = sigmoid(0.4 / 0.05) = sigmoid(8)
+        ("discopop", 0.1, {}, -log_sigmoid(0.4) * sigmoid(-8) + math.exp(-0.4) * sigmoid(8)),
+        # The mean log-ratio is 0: no drift.
+        ("kto", 0.1, {"undesirable_weight": 3.0}, (sigmoid(-0.2) + 3 * sigmoid(-0.2)) / 2),
+        # R-DPO: the chosen one is 5 tokens shorter.
+        ("sigmoid", 0.1, {"length_penalty": 0.01}, -log_sigmoid(0.4 - 0.05)),
+        # Mean log-probs are -2 and -2: nothing but gamma is left.
+        ("simpo", 2.5, {"simpo_gamma": 1.5}, -log_sigmoid(-1.5)),
+        ("cpo", 0.1, {"cpo_alpha": 0.5}, -log_sigmoid(1.0) + 0.5 * 2.0),
+        ("orpo", 0.1, {}, 2.0 + 0.1 * LN2),  # equal odds
+        ("sft", 0.1, {}, 2.0),
+        ([{"sigmoid": 0.5}, {"sft": 2.0}], 0.1, {}, -0.5 * log_sigmoid(0.4) + 4.0),
+        ("sigmoid", 0.1, {"f_divergence_type": "forward_kl"}, -log_sigmoid(0.1 * (math.exp(2) - math.exp(-2)))),
+    ],
+)
 def test_value(name, beta, settings, expected):
     loss = preference_loss(name, pair(), beta=beta, **settings)
     assert loss.losses.item() == pytest.approx(expected, abs=1e-12)
@@ -74,8 +77,9 @@ def test_tails_weigh_less():
     """Five of the rejected completion's ten tokens lie beyond the chosen one's length: 6 nats under the policy, 5 under the
     reference."""
     tails = [torch.tensor([value], dtype=torch.float64) for value in (0.0, -6.0, 0.0, -5.0)]
-    logps = dataclasses.replace(pair(), chosen_tail=tails[0], rejected_tail=tails[1], ref_chosen_tail=tails[2],
-                                ref_rejected_tail=tails[3])
+    logps = dataclasses.replace(
+        pair(), chosen_tail=tails[0], rejected_tail=tails[1], ref_chosen_tail=tails[2], ref_rejected_tail=tails[3]
+    )
     # rejected: -20 + 0.75 * 6 = -15.5, reference -18 + 0.75 * 5 = -14.25: ratio -1.25
     loss = preference_loss("sigmoid", logps, beta=0.1, ld_alpha=0.25)
     assert loss.losses.item() == pytest.approx(-log_sigmoid(0.1 * 3.25))
@@ -85,23 +89,28 @@ def test_tails_weigh_less():
 def test_weights_and_margins_of_the_data():
     one = torch.ones(1, dtype=torch.float64)
     logps = dataclasses.replace(pair(), weights=3 * one, margins=0.5 * one)
-    for name, beta, expected in (("sigmoid", 0.1, -log_sigmoid(0.4 - 0.5)), ("hinge", 0.1, 1.1),
-                                 ("ipo_sum", 0.1, (4 - 5 - 5) ** 2), ("simpo", 2.5, -log_sigmoid(-0.5 - 0.5)),
-                                 ("cpo", 0.1, -log_sigmoid(0.5) + 2.0)):
+    for name, beta, expected in (
+        ("sigmoid", 0.1, -log_sigmoid(0.4 - 0.5)),
+        ("hinge", 0.1, 1.1),
+        ("ipo_sum", 0.1, (4 - 5 - 5) ** 2),
+        ("simpo", 2.5, -log_sigmoid(-0.5 - 0.5)),
+        ("cpo", 0.1, -log_sigmoid(0.5) + 2.0),
+    ):
         assert preference_loss(name, logps, beta=beta).losses.item() == pytest.approx(3 * expected), name
 
 
 def test_aot_compares_quantiles():
     """Two pairs. log pi(y_w) - log pi(y_l): 1 and 5; of the reference: 4 and 3. Quantiles: 1 to 3 and 5 to 4."""
+
     def tensor(*values):
         return torch.tensor(values, dtype=torch.float64)
 
     logps = PairLogps(tensor(-9, -5), tensor(-10, -10), tensor(-6, -7), tensor(-10, -10), *[tensor(1, 1)] * 2)
-    assert preference_loss("aot", logps, beta=0.1).losses.tolist() == pytest.approx(
-        [-log_sigmoid(-0.2), -log_sigmoid(0.1)])
+    assert preference_loss("aot", logps, beta=0.1).losses.tolist() == pytest.approx([-log_sigmoid(-0.2), -log_sigmoid(0.1)])
     # Log-ratios -3 and 2 of the chosen, 0 and 0 of the rejected; the losses stay with their pairs in any order.
     assert preference_loss("aot_unpaired", logps, beta=0.1).losses.tolist() == pytest.approx(
-        [-log_sigmoid(-0.3), -log_sigmoid(0.2)])
+        [-log_sigmoid(-0.3), -log_sigmoid(0.2)]
+    )
 
 
 def test_bco_is_shifted_by_the_mean_reward_of_all_steps():
@@ -142,15 +151,23 @@ def test_rewards_are_those_of_the_loss():
     assert rewards("simpo", beta=0.1) == pytest.approx((-0.2, -0.2))
     assert rewards("orpo", beta=0.1) == pytest.approx((-0.2, -0.2))
     assert rewards("sigmoid", beta=0.1, f_divergence_type="forward_kl") == pytest.approx(
-        (0.1 * (1 - math.exp(-2)), 0.1 * (1 - math.exp(2))))
+        (0.1 * (1 - math.exp(-2)), 0.1 * (1 - math.exp(2)))
+    )
     # A mixture has TRL's: beta times the log-ratios.
     assert rewards([{"sigmoid_norm": 1.0}, {"sft": 0.1}], beta=0.1) == pytest.approx((0.2, -0.2))
 
 
 COMPARED = {
     # What else is needed so that a loss falls with what it compares, and with nothing else.
-    "discopop": {"beta": 1.0}, "dpop": {"dpop_lambda": 1e-9}, "cpo": {"cpo_alpha": 0.0}, "orpo": {"beta": 1e6},
-    "exo_pair": {"label_smoothing": 1e-3}, "simpo": {"beta": 2.0}, "sigmoid_norm": {"beta": 2.0}, "kto": {"beta": 0.01}}
+    "discopop": {"beta": 1.0},
+    "dpop": {"dpop_lambda": 1e-9},
+    "cpo": {"cpo_alpha": 0.0},
+    "orpo": {"beta": 1e6},
+    "exo_pair": {"label_smoothing": 1e-3},
+    "simpo": {"beta": 2.0},
+    "sigmoid_norm": {"beta": 2.0},
+    "kto": {"beta": 0.01},
+}
 
 
 def of_each_loss():
@@ -177,12 +194,27 @@ def test_rewards_prefer_what_the_loss_prefers(name, more):
         tokens = torch.randint(4, 40, (2,), generator=random).double()
         policy, reference = -tokens * (0.5 + 0.1 * torch.rand(2, 2, generator=random, dtype=torch.float64))
         tails = (tokens - tokens.min()).clamp(min=0) / tokens
-        one, other = ([side[[index]] for side in (policy, reference, tokens, policy * tails, reference * tails)]
-                      for index in (0, 1))
+        one, other = (
+            [side[[index]] for side in (policy, reference, tokens, policy * tails, reference * tails)] for index in (0, 1)
+        )
 
         def of(chosen, rejected):
-            return objective(PairLogps(chosen[0], rejected[0], chosen[1], rejected[1], chosen[2], rejected[2], chosen[3],
-                                       rejected[3], chosen[4], rejected[4]), settings["beta"], ObjectiveState())
+            return objective(
+                PairLogps(
+                    chosen[0],
+                    rejected[0],
+                    chosen[1],
+                    rejected[1],
+                    chosen[2],
+                    rejected[2],
+                    chosen[3],
+                    rejected[3],
+                    chosen[4],
+                    rejected[4],
+                ),
+                settings["beta"],
+                ObjectiveState(),
+            )
 
         loss, swapped = of(one, other), of(other, one)
         prefers = (loss.losses < swapped.losses).item()
@@ -190,8 +222,9 @@ def test_rewards_prefer_what_the_loss_prefers(name, more):
             continue  # where it is not monotone
         assert (loss.chosen_rewards > loss.rejected_rewards).item() == prefers
         outcomes.add(prefers)
-        by_sum = (policy[0] > policy[1] if not LOSSES[name].reference else
-                  policy[0] - reference[0] > policy[1] - reference[1]).item()
+        by_sum = (
+            policy[0] > policy[1] if not LOSSES[name].reference else policy[0] - reference[0] > policy[1] - reference[1]
+        ).item()
         sums.add(by_sum == prefers)
     assert outcomes == {True, False}
     assert (False in sums) >= LOSSES[name].per_token, "sums would have told the same"
@@ -205,8 +238,11 @@ def test_orpo_of_a_completion_of_probability_1_is_finite(certain):
         side.requires_grad_()
     zero, tokens = torch.zeros(1), torch.full((1,), 3.0)
     loss = preference_loss("orpo", PairLogps(*sides.values(), zero, zero, tokens, tokens), beta=0.1).losses
-    assert loss.item() == pytest.approx((0.0 if certain == "chosen" else 1.0) + 0.1 * (
-        0.0 if certain == "chosen" else math.log(1e7) - math.log(1 / (1 - math.exp(-1)) - 1)), abs=1e-3)
+    assert loss.item() == pytest.approx(
+        (0.0 if certain == "chosen" else 1.0)
+        + 0.1 * (0.0 if certain == "chosen" else math.log(1e7) - math.log(1 / (1 - math.exp(-1)) - 1)),
+        abs=1e-3,
+    )
     assert all(torch.isfinite(gradient).all() for gradient in torch.autograd.grad(loss.sum(), list(sides.values())))
 
 

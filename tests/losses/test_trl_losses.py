@@ -54,18 +54,39 @@ def assert_equal(mine, theirs, tolerance=1e-6):
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.7])
-@pytest.mark.parametrize(("name", "settings"), [
-    ("sigmoid", {}), ("hinge", {}), ("ipo", {}), ("exo_pair", {"label_smoothing": 1e-3}), ("nca_pair", {}),
-    ("robust", {"label_smoothing": 0.1}), ("bco_pair", {}), ("sppo_hard", {}), ("aot", {"label_smoothing": 0.1}),
-    ("aot_unpaired", {}), ("apo_zero", {}), ("apo_down", {}), ("discopop", {}), ("discopop", {"discopop_tau": 0.4}),
-    ("sigmoid_norm", {}), ("sigmoid", {"f_divergence_type": "forward_kl"}),
-    ("hinge", {"f_divergence_type": "js_divergence"}), ("sigmoid_norm", {"f_divergence_type": "js_divergence"}),
-    ("sigmoid", {"ld_alpha": 0.3}), ("bco_pair", {"ld_alpha": 0.0}), ("sigmoid_norm", {"ld_alpha": 0.5}),
-], ids=str)
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("sigmoid", {}),
+        ("hinge", {}),
+        ("ipo", {}),
+        ("exo_pair", {"label_smoothing": 1e-3}),
+        ("nca_pair", {}),
+        ("robust", {"label_smoothing": 0.1}),
+        ("bco_pair", {}),
+        ("sppo_hard", {}),
+        ("aot", {"label_smoothing": 0.1}),
+        ("aot_unpaired", {}),
+        ("apo_zero", {}),
+        ("apo_down", {}),
+        ("discopop", {}),
+        ("discopop", {"discopop_tau": 0.4}),
+        ("sigmoid_norm", {}),
+        ("sigmoid", {"f_divergence_type": "forward_kl"}),
+        ("hinge", {"f_divergence_type": "js_divergence"}),
+        ("sigmoid_norm", {"f_divergence_type": "js_divergence"}),
+        ("sigmoid", {"ld_alpha": 0.3}),
+        ("bco_pair", {"ld_alpha": 0.0}),
+        ("sigmoid_norm", {"ld_alpha": 0.5}),
+    ],
+    ids=str,
+)
 def test_dpo_losses(name, settings, beta):
     policy, reference, mask = token_logps()
-    assert_equal(value_and_gradient(ours, policy, reference, mask, loss=name, beta=beta, **settings),
-                 value_and_gradient(dpo_loss, policy, reference, mask, [name], beta=beta, **settings))
+    assert_equal(
+        value_and_gradient(ours, policy, reference, mask, loss=name, beta=beta, **settings),
+        value_and_gradient(dpo_loss, policy, reference, mask, [name], beta=beta, **settings),
+    )
 
 
 @pytest.mark.parametrize("coefficient", [0.5, 1.0, 2.0])
@@ -79,24 +100,30 @@ def test_alpha_divergence(coefficient):
 
 def test_sft_term_and_mixture():
     policy, reference, mask = token_logps()
-    assert_equal(value_and_gradient(ours, policy, reference, mask, loss="sft"),
-                 value_and_gradient(dpo_loss, policy, reference, mask, ["sft"]))
+    assert_equal(
+        value_and_gradient(ours, policy, reference, mask, loss="sft"),
+        value_and_gradient(dpo_loss, policy, reference, mask, ["sft"]),
+    )
     mixture = {"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.0}
     for alpha in (None, 0.4):  # the likelihood is of whole completions
         assert_equal(
-            value_and_gradient(ours, policy, reference, mask, loss=[{name: weight} for name, weight in mixture.items()],
-                               ld_alpha=alpha),
-            value_and_gradient(dpo_loss, policy, reference, mask, list(mixture), loss_weights=list(mixture.values()),
-                               ld_alpha=alpha))
+            value_and_gradient(
+                ours, policy, reference, mask, loss=[{name: weight} for name, weight in mixture.items()], ld_alpha=alpha
+            ),
+            value_and_gradient(
+                dpo_loss, policy, reference, mask, list(mixture), loss_weights=list(mixture.values()), ld_alpha=alpha
+            ),
+        )
 
 
 def test_wpo_weights():
     policy, reference, mask = token_logps()
     log_sum_sq = -torch.rand(mask.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     for loss in ("sigmoid", "apo_zero"):
-        assert_equal(value_and_gradient(ours, policy, reference, mask, log_sum_sq, loss=loss, use_weighting=True),
-                     value_and_gradient(dpo_loss, policy, reference, mask, [loss], use_weighting=True,
-                                        log_sum_sq=log_sum_sq))
+        assert_equal(
+            value_and_gradient(ours, policy, reference, mask, log_sum_sq, loss=loss, use_weighting=True),
+            value_and_gradient(dpo_loss, policy, reference, mask, [loss], use_weighting=True, log_sum_sq=log_sum_sq),
+        )
 
 
 @pytest.mark.parametrize("shift", [-1.0, 2.0])
@@ -107,8 +134,10 @@ def test_kto(shift):
     drift = (policy.sum(1) - reference.sum(1)).mean().clamp(min=0)
     assert (drift > 0) == (shift > 0)
     settings = dict(beta=0.2, desirable_weight=1.5, undesirable_weight=0.7)
-    assert_equal(value_and_gradient(ours, policy, reference, mask, loss="kto", **settings),
-                 value_and_gradient(kto_loss, policy, reference, mask, drift, **settings))
+    assert_equal(
+        value_and_gradient(ours, policy, reference, mask, loss="kto", **settings),
+        value_and_gradient(kto_loss, policy, reference, mask, drift, **settings),
+    )
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
@@ -117,8 +146,10 @@ def test_cpo_and_simpo(smoothing):
     for alpha in (0.5, 1.0):
         assert_equal(
             value_and_gradient(ours, policy, reference, mask, loss="cpo", cpo_alpha=alpha, label_smoothing=smoothing),
-            value_and_gradient(cpo_loss, policy, mask, loss_type="sigmoid", beta=0.1, cpo_alpha=alpha,
-                               label_smoothing=smoothing))
+            value_and_gradient(
+                cpo_loss, policy, mask, loss_type="sigmoid", beta=0.1, cpo_alpha=alpha, label_smoothing=smoothing
+            ),
+        )
     # SimPO's authors train without the likelihood; TRL's default adds it.
     settings = dict(beta=2.0, simpo_gamma=1.0, label_smoothing=smoothing)
     theirs = value_and_gradient(cpo_loss, policy, mask, loss_type="simpo", cpo_alpha=0.0, **settings)
@@ -129,8 +160,10 @@ def test_cpo_and_simpo(smoothing):
 
 def test_orpo():
     policy, reference, mask = token_logps()
-    assert_equal(value_and_gradient(ours, policy, reference, mask, loss="orpo", beta=0.3),
-                 value_and_gradient(orpo_loss, policy, mask, beta=0.3))
+    assert_equal(
+        value_and_gradient(ours, policy, reference, mask, loss="orpo", beta=0.3),
+        value_and_gradient(orpo_loss, policy, mask, beta=0.3),
+    )
 
 
 def test_rewards_of_orpo():

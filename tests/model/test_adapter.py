@@ -69,9 +69,16 @@ def test_what_is_not_plain_stays_pefts(settings, monkeypatch):
 TARGETS = ["q_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn", "x_proj"]
 
 
-@pytest.mark.parametrize("settings", [
-    {"bias": "none"}, {"bias": "lora_only"}, {"bias": "all", "modules_to_save": ["embed_tokens"]},
-    {"modules_to_save": ["lm_head"]}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"bias": "none"},
+        {"bias": "lora_only"},
+        {"bias": "all", "modules_to_save": ["embed_tokens"]},
+        {"modules_to_save": ["lm_head"]},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_gradient_is_that_of_peft_and_the_definition(name, settings):
     """Gradients of factors, biases and whole modules, by architecture: fused layers and raydpo's head against PEFT's layers

@@ -16,9 +16,14 @@ def varlen(query, key, value, query_ends, key_ends, longest_query, longest_key, 
     for (q0, q1), (k0, k1) in zip(query_ends.unfold(0, 2, 1).tolist(), key_ends.unfold(0, 2, 1).tolist(), strict=True):
         back = torch.arange(k1 - k0 - (q1 - q0), k1 - k0)[:, None] - torch.arange(k1 - k0)
         sees = (back >= 0) & ((back <= window_size[0]) | (window_size[0] < 0))
-        outputs.append(F.scaled_dot_product_attention(
-            *(rows[None].transpose(1, 2) for rows in (query[q0:q1], key[k0:k1], value[k0:k1])), attn_mask=sees, scale=scale,
-            enable_gqa=enable_gqa)[0].transpose(0, 1))
+        outputs.append(
+            F.scaled_dot_product_attention(
+                *(rows[None].transpose(1, 2) for rows in (query[q0:q1], key[k0:k1], value[k0:k1])),
+                attn_mask=sees,
+                scale=scale,
+                enable_gqa=enable_gqa,
+            )[0].transpose(0, 1)
+        )
     return torch.cat(outputs)
 
 

@@ -64,8 +64,9 @@ def starved_scoring(model):
 
     rng = np.random.default_rng(0)
     groups = [PromptGroup(rng.integers(0, 99, 400), (rng.integers(0, 99, 40), rng.integers(0, 99, 60))) for _ in range(256)]
-    scorer = Scorer(ReferenceSpec(path=model, adapter=None, identity=identify(model, "float32")), device="cpu",
-                    tokens_per_batch=2000)
+    scorer = Scorer(
+        ReferenceSpec(path=model, adapter=None, identity=identify(model, "float32")), device="cpu", tokens_per_batch=2000
+    )
     wanted = np.concatenate([logps for group in scorer.score(groups) for logps in group])
     assert len(scorer.notes) == 1
     scorer.tokens_per_batch = 128_000
@@ -80,8 +81,10 @@ def test_scoring_goes_on_with_half_of_what_does_not_fit(tiny_llama, tmp_path, mo
     monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
     ((gap, notes, tokens),) = run_distributed(starved_scoring, 1, tmp_path, str(tiny_llama), fresh=True)
     assert gap < 1e-4 and tokens == 64_000
-    assert notes == ["warning: out of memory with 128000 positions a batch; continuing with 64000. Set "
-                     "score.tokens_per_batch=64000 to start with that"]
+    assert notes == [
+        "warning: out of memory with 128000 positions a batch; continuing with 64000. Set "
+        "score.tokens_per_batch=64000 to start with that"
+    ]
 
 
 def starved_training(model, scratch):

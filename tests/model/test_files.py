@@ -68,13 +68,16 @@ def test_a_file_and_an_index_of_different_tensors(model):
         model_files(model)
 
 
-@pytest.mark.parametrize(("entries", "told"), [
-    ({"transformers_weights": "../adapter/adapter_model.safetensors"}, "in that directory is expected"),
-    ({"transformers_weights": "pytorch_model.bin"}, "in that directory is expected"),
-    ({"transformers_weights": "other.safetensors"}, r"has no other\.safetensors"),
-    ({"text_config": {"transformers_weights": "other.safetensors"}}, "unclear which file is loaded"),
-    ({"configuration_files": ["config.4.0.0.json"]}, "keep one"),
-])
+@pytest.mark.parametrize(
+    ("entries", "told"),
+    [
+        ({"transformers_weights": "../adapter/adapter_model.safetensors"}, "in that directory is expected"),
+        ({"transformers_weights": "pytorch_model.bin"}, "in that directory is expected"),
+        ({"transformers_weights": "other.safetensors"}, r"has no other\.safetensors"),
+        ({"text_config": {"transformers_weights": "other.safetensors"}}, "unclear which file is loaded"),
+        ({"configuration_files": ["config.4.0.0.json"]}, "keep one"),
+    ],
+)
 def test_settings_that_lead_elsewhere(model, adapter, entries, told):
     with pytest.raises(ModelError, match=told):
         model_files(configured(model, **entries))
@@ -100,8 +103,16 @@ def test_a_model_and_an_adapter_are_told_apart(model, adapter):
         model_files(model)
 
 
-@pytest.mark.parametrize("settings", [{"peft_type": "PREFIX_TUNING"}, {"peft_type": "P_TUNING"}, {"peft_type": "XLORA"},
-                                      {"peft_type": "OF_TOMORROW"}, {"alora_invocation_tokens": [5, 6]}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"peft_type": "PREFIX_TUNING"},
+        {"peft_type": "P_TUNING"},
+        {"peft_type": "XLORA"},
+        {"peft_type": "OF_TOMORROW"},
+        {"alora_invocation_tokens": [5, 6]},
+    ],
+)
 def test_adapters_that_are_no_layers(adapter, settings):
     file = adapter / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | settings))
@@ -131,8 +142,11 @@ def test_what_is_still_to_be_fetched_of_the_hub(model, adapter, tmp_path):
     in_shards(model)
     assert weights_lacking(model) == []
     (model / "model-00001-of-00002.safetensors").unlink()
-    assert set(weights_lacking(model)) == {"model.safetensors", "model-00001-of-00002.safetensors",
-                                           "model-00002-of-00002.safetensors"}
+    assert set(weights_lacking(model)) == {
+        "model.safetensors",
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    }
     assert "other.safetensors" in weights_lacking(configured(model, transformers_weights="other.safetensors"))
     (adapter / "adapter_model.safetensors").unlink()
     assert set(weights_lacking(adapter)) == {"adapter_model.safetensors"}

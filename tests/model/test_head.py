@@ -23,8 +23,10 @@ def make(name):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("transform", [head.LogitTransform(), head.LogitTransform(0.3), head.LogitTransform(1.0, 2.0),
-                                       head.LogitTransform(0.7, 3.0)])
+@pytest.mark.parametrize(
+    "transform",
+    [head.LogitTransform(), head.LogitTransform(0.3), head.LogitTransform(1.0, 2.0), head.LogitTransform(0.7, 3.0)],
+)
 def test_gradients_are_autograds_whether_the_head_learns_or_not(transform, bias, monkeypatch):
     monkeypatch.setattr(head, "CHUNK_BYTES", {"cpu": 4 * 50 * 3})
     torch.manual_seed(0)
@@ -45,8 +47,9 @@ def test_gradients_are_autograds_whether_the_head_learns_or_not(transform, bias,
 
     for learns in (True, False):
         linear.requires_grad_(learns)
-        found = logps_and_gradients(lambda hidden: head._ChunkedLogps.apply(
-            hidden, linear.weight, linear.bias, targets, transform, True))
+        found = logps_and_gradients(
+            lambda hidden: head._ChunkedLogps.apply(hidden, linear.weight, linear.bias, targets, transform, True)
+        )
         expected = logps_and_gradients(by_definition)
         assert len(found) == (2 + learns + learns * bias)
         for one, other in zip(found, expected, strict=True):
@@ -65,8 +68,9 @@ def test_the_sum_of_squares_is_told_beside_and_has_no_gradient(name, adapted, mo
     for asked in (False, True):
         found = module(lay_out(groups()), **({"log_sum_sq": True} if asked else {}))
         logps = found[0] if asked else found
-        gradients.append(torch.autograd.grad(logps.sum(), [one for one in module.parameters() if one.requires_grad],
-                                             allow_unused=True))
+        gradients.append(
+            torch.autograd.grad(logps.sum(), [one for one in module.parameters() if one.requires_grad], allow_unused=True)
+        )
     assert not found[1].requires_grad and torch.equal(logps, module(lay_out(groups())))
     for one, other in zip(*gradients, strict=True):
         assert torch.equal(one, other) if one is not None else other is None
@@ -136,12 +140,16 @@ def test_lora_on_the_head_gets_its_gradient():
             assert torch.allclose(value.grad, gradients[key], atol=1e-4), key
 
 
-@pytest.mark.parametrize("settings", [{"target_modules": ["q_proj", "lm_head"]},
-                                      {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{"target_modules": ["q_proj", "lm_head"]}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}],
+    ids=str,
+)
 def test_an_adapter_on_the_head_keeps_the_float32_stream(settings):
     """Otherwise its hidden states would be rounded, unlike those of a model without an adapter on the head."""
-    plain, adapted = (LogpModel(model.bfloat16()) for model in (make("llama"), get_peft_model(
-        make("llama"), LoraConfig(r=4, **settings))))
+    plain, adapted = (
+        LogpModel(model.bfloat16()) for model in (make("llama"), get_peft_model(make("llama"), LoraConfig(r=4, **settings)))
+    )
     for model in (plain, adapted):
         choose_layout(model, torch.device("cpu"))
     layout = plain.lay_out(groups())
@@ -180,6 +188,8 @@ with torch.no_grad():
 @pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_scoring_needs_little_more_memory_than_the_forward_without_logits(dtype):
     """At 4,096 tokens and a vocabulary of 150,000, where all logits at once would be 2.5 GB."""
-    peaks = [float(subprocess.run([sys.executable, "-c", PEAK, dtype, what], capture_output=True, text=True,
-                                  check=True).stdout) for what in ("scoring", "no logits")]
+    peaks = [
+        float(subprocess.run([sys.executable, "-c", PEAK, dtype, what], capture_output=True, text=True, check=True).stdout)
+        for what in ("scoring", "no logits")
+    ]
     assert peaks[0] < 1.3 * peaks[1], [f"{peak / 2**20:.0f} MiB" for peak in peaks]

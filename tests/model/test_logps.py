@@ -79,8 +79,9 @@ def test_a_window_outside_the_attention_function_is_found_out():
     model = make("mistral")
     for layer in model.model.layers:
         forward = layer.self_attn.forward
-        layer.self_attn.forward = lambda *args, forward=forward, attention=layer.self_attn, **kwargs: (
-            without_window(attention, forward, *args, **kwargs))
+        layer.self_attn.forward = lambda *args, forward=forward, attention=layer.self_attn, **kwargs: without_window(
+            attention, forward, *args, **kwargs
+        )
     report = choose_layout(LogpModel(model), CPU)
     assert report.method.layout == "padded" and "tree (sdpa attention) refused" in report.line
 
@@ -152,8 +153,16 @@ def test_a_log_prob_does_not_depend_on_its_batch(dtype):
     for method, batch in ((TREE, 7), (TREE, 1), (PACKED, 7), (PACKED, 2)):
         ours = LogpModel(model)
         ours.use(method)
-        scores.append(np.concatenate([logps for start in range(0, 7, batch)
-                                      for group in ours.score(many[start : start + batch], CPU) for logps in group]))
+        scores.append(
+            np.concatenate(
+                [
+                    logps
+                    for start in range(0, 7, batch)
+                    for group in ours.score(many[start : start + batch], CPU)
+                    for logps in group
+                ]
+            )
+        )
     for other in scores[1:]:
         assert np.abs(scores[0] - other).max() <= (1e-5 if dtype == torch.float32 else 0.0)
 
@@ -165,8 +174,9 @@ def test_bfloat16_keeps_its_stream_and_logits_in_float32():
         for value in model.parameters():
             value.mul_(3.0)
             value.copy_(value.bfloat16())  # so that rounding of the weights does not count
-    exact = np.concatenate([by_definition(model, group, one).detach().numpy()
-                            for group in groups() for one in group.completions])
+    exact = np.concatenate(
+        [by_definition(model, group, one).detach().numpy() for group in groups() for one in group.completions]
+    )
     ours = LogpModel(model.bfloat16())
     ours.use(TREE)
     gaps = []

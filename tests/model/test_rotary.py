@@ -1,6 +1,5 @@
 """Length-dependent rotary frequencies are the same for all rows, whatever the other rows and earlier batches are."""
 
-
 import numpy as np
 import pytest
 import torch
@@ -66,18 +65,27 @@ def test_phimoe_has_the_frequencies_and_the_scale_of_the_length(long):
     assert torch.allclose(cos[0, :, :4], angles.cos() * rope["long_mscale" if long else "short_mscale"], atol=1e-6)
 
 
-@pytest.mark.parametrize(("settings", "longest", "length"), [
-    ({"rope_scaling": LONGROPE}, 4096, 4096), ({"rope_scaling": LONGROPE}, 100, 4096),
-    ({"rope_scaling": LONGROPE}, 4097, 4097), ({"rope_scaling": LONGROPE}, 99_999, 4097),
-    ({"rope_scaling": {"type": "su"}, "original_max_position_embeddings": 8}, 9, 9),
-    ({"rope_scaling": {"type": "longrope"}}, 9, 9), ({"rope_scaling": DYNAMIC, "max_position_embeddings": 64}, 65, 65),
-    ({"rope_scaling": DYNAMIC, "max_position_embeddings": 64}, 64, 64), ({"rope_scaling": DYNAMIC}, 10, 10),
-    ({"rope_scaling": DYNAMIC, "max_position_embeddings": 64}, 3, 64),
-    ({"text_config": {"rope_parameters": {"full": LONGROPE, "sliding": {"rope_type": "default"}}}}, 9, 4096),
-    ({"rope_scaling": DYNAMIC | {"alpha": 1000.0}, "max_position_embeddings": 64}, 65, None),
-    ({"rope_scaling": None}, 9, None),
-    ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, 9, None), ({}, 9, None),
-], ids=str)
+@pytest.mark.parametrize(
+    ("settings", "longest", "length"),
+    [
+        ({"rope_scaling": LONGROPE}, 4096, 4096),
+        ({"rope_scaling": LONGROPE}, 100, 4096),
+        ({"rope_scaling": LONGROPE}, 4097, 4097),
+        ({"rope_scaling": LONGROPE}, 99_999, 4097),
+        ({"rope_scaling": {"type": "su"}, "original_max_position_embeddings": 8}, 9, 9),
+        ({"rope_scaling": {"type": "longrope"}}, 9, 9),
+        ({"rope_scaling": DYNAMIC, "max_position_embeddings": 64}, 65, 65),
+        ({"rope_scaling": DYNAMIC, "max_position_embeddings": 64}, 64, 64),
+        ({"rope_scaling": DYNAMIC}, 10, 10),
+        ({"rope_scaling": DYNAMIC, "max_position_embeddings": 64}, 3, 64),
+        ({"text_config": {"rope_parameters": {"full": LONGROPE, "sliding": {"rope_type": "default"}}}}, 9, 4096),
+        ({"rope_scaling": DYNAMIC | {"alpha": 1000.0}, "max_position_embeddings": 64}, 65, None),
+        ({"rope_scaling": None}, 9, None),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, 9, None),
+        ({}, 9, None),
+    ],
+    ids=str,
+)
 def test_the_length_is_read_from_the_configuration(settings, longest, length):
     assert rope_length(settings, longest) == length
     if length is not None:  # a worker computes it from its settings
@@ -121,7 +129,7 @@ def trained(model, scratch):
 def test_a_policy_starts_as_its_reference_however_both_were_batched(tmp_path):
     rope = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
     model = make_model(tmp_path / "model", "phi3", original_max_position_embeddings=48, rope_parameters=rope)
-    (loss, gate), = run_distributed(trained, 1, tmp_path / "run", model, tmp_path / "s")
+    ((loss, gate),) = run_distributed(trained, 1, tmp_path / "run", model, tmp_path / "s")
     assert loss == pytest.approx(np.log(2), abs=1e-6), gate
 
 
@@ -139,6 +147,6 @@ def shared_scores(directory, length, ranks):
 @pytest.mark.parametrize("name", ["phi3-longrope", "llama-dynamic"])
 def test_ranks_that_share_positions_use_the_same_frequencies(name, tmp_path):
     make_random(name, VOCAB).save_pretrained(tmp_path / "model")
-    alone, = run_distributed(shared_scores, 1, tmp_path / "1", tmp_path / "model", 64, 1)
+    (alone,) = run_distributed(shared_scores, 1, tmp_path / "1", tmp_path / "model", 64, 1)
     for together in run_distributed(shared_scores, 2, tmp_path / "2", tmp_path / "model", 64, 2):
         assert np.abs(alone - together).max() < 1e-5

@@ -40,7 +40,7 @@ def test_parts_are_all_positions_once():
     parts = [whole.part(SequenceGroup(None, rank, size)) for rank in range(size)]
     width = -(-whole.input_ids.shape[1] // size)
     assert {part.input_ids.shape for part in parts} == {(1, width)} and width < whole.input_ids.shape[1] / 2
-    assert torch.cat([part.input_ids for part in parts], 1)[:, :whole.input_ids.shape[1]].equal(whole.input_ids)
+    assert torch.cat([part.input_ids for part in parts], 1)[:, : whole.input_ids.shape[1]].equal(whole.input_ids)
     places = torch.cat([part.places for part in parts])
     assert sorted(places[places < total].tolist()) == list(range(total))
     for part in parts:
@@ -144,8 +144,11 @@ def test_what_cannot_be_shared_is_refused(tmp_path):
 def memory_of(size, positions):
     """Bytes of the autograd graph of one pair with ``positions`` positions on this rank."""
     torch.distributed.init_process_group("gloo")
-    model = LogpModel(make_random("llama", VOCAB, hidden_size=128, intermediate_size=512, num_hidden_layers=4,
-                                  max_position_embeddings=positions))
+    model = LogpModel(
+        make_random(
+            "llama", VOCAB, hidden_size=128, intermediate_size=512, num_hidden_layers=4, max_position_embeddings=positions
+        )
+    )
     model.use(Method("tree", "sdpa"))
     model.group = SequenceGroup.of_world(size)
     model.train()

@@ -84,8 +84,9 @@ def test_names_that_another_tool_prefixed(model):
 def test_weights_of_another_shape(model):
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"intermediate_size": 48}))
-    refused_by_both(r"another shape .*down_proj\.weight is \[32, 64\] in its files and \[32, 48\] in the model and 5 more",
-                    model)
+    refused_by_both(
+        r"another shape .*down_proj\.weight is \[32, 64\] in its files and \[32, 48\] in the model and 5 more", model
+    )
 
 
 def test_an_expert_that_is_missing(tmp_path):
@@ -100,8 +101,9 @@ def test_a_head_of_another_task(model, tmp_path):
     """A classifier has no vocabulary head, and a language model has no score head."""
     from transformers import AutoModelForSequenceClassification
 
-    classifier = save(AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, pad_token_id=0),
-                      tmp_path / "classifier")
+    classifier = save(
+        AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, pad_token_id=0), tmp_path / "classifier"
+    )
     assert check_weights(classifier, classifier=True) == []
     with pytest.raises(ModelError, match=r"lack score\.weight"):
         check_weights(model, classifier=True)
@@ -119,14 +121,35 @@ def test_a_vision_language_model(tmp_path):
     """Its weights are saved under other names than in the model, and only its text part is computed."""
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
-    text = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                num_key_value_heads=2, head_dim=8, max_position_embeddings=128, pad_token_id=0, bos_token_id=1,
-                eos_token_id=2)
-    vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=28,
-                  patch_size=14)
-    directory = save(Gemma3ForConditionalGeneration(Gemma3Config(
-        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=80, boi_token_index=81,
-        eoi_token_index=82)), tmp_path / "model")
+    text = dict(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=128,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    vision = dict(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    directory = save(
+        Gemma3ForConditionalGeneration(
+            Gemma3Config(
+                text_config=text,
+                vision_config=vision,
+                mm_tokens_per_image=4,
+                image_token_index=80,
+                boi_token_index=81,
+                eoi_token_index=82,
+            )
+        ),
+        tmp_path / "model",
+    )
     assert check_weights(directory) == []
     load(directory)
     with_tensors(directory, without("mlp.up_proj"))
@@ -146,11 +169,15 @@ def adapter_settings():
     from peft import LoHaConfig, LoraConfig, VBLoRAConfig
 
     lora = dict(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    return {"lora": LoraConfig(**lora), "dora": LoraConfig(**lora, use_dora=True),
-            "head": LoraConfig(**lora, modules_to_save=["lm_head"]),
-            "tokens": LoraConfig(**lora, trainable_token_indices={"embed_tokens": [5, 6]}),
-            "embedding": LoraConfig(**lora | {"target_modules": ["embed_tokens", "lm_head"]}),
-            "loha": LoHaConfig(**lora), "bank": VBLoRAConfig(**lora | {"r": 2}, num_vectors=16, vector_length=8)}
+    return {
+        "lora": LoraConfig(**lora),
+        "dora": LoraConfig(**lora, use_dora=True),
+        "head": LoraConfig(**lora, modules_to_save=["lm_head"]),
+        "tokens": LoraConfig(**lora, trainable_token_indices={"embed_tokens": [5, 6]}),
+        "embedding": LoraConfig(**lora | {"target_modules": ["embed_tokens", "lm_head"]}),
+        "loha": LoHaConfig(**lora),
+        "bank": VBLoRAConfig(**lora | {"r": 2}, num_vectors=16, vector_length=8),
+    }
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "head", "tokens", "embedding", "loha", "bank"])
@@ -173,11 +200,15 @@ def test_adapters_are_whole_as_they_are_saved(kind, llama, tmp_path, monkeypatch
 
 ADAPTER_FAULTS = {
     "missing": (without("layers.1.self_attn.v_proj"), r"lack .*layers\.1\.self_attn\.v_proj.*random numbers"),
-    "of a larger model": (lambda tensors: tensors | renamed("layers.1.", "layers.7.")(tensors),
-                          r"hold .*layers\.7\..*which no part of the model takes"),
+    "of a larger model": (
+        lambda tensors: tensors | renamed("layers.1.", "layers.7.")(tensors),
+        r"hold .*layers\.7\..*which no part of the model takes",
+    ),
     "renamed": (renamed("base_model.model.model.", "base_model.model.module.model."), "lack .* and they hold .*module"),
-    "another rank": (lambda tensors: {name: value[:2] if "lora_A" in name else value for name, value in tensors.items()},
-                     r"lora_A\.default\.weight is \[2, 32\] in its files and \[4, 32\] in the model"),
+    "another rank": (
+        lambda tensors: {name: value[:2] if "lora_A" in name else value for name, value in tensors.items()},
+        r"lora_A\.default\.weight is \[2, 32\] in its files and \[4, 32\] in the model",
+    ),
 }
 
 
@@ -211,8 +242,9 @@ def in_shares(directories):
     from raydpo.training.policy.deepspeed_engine import join_process_group
 
     join_process_group(torch.device("cpu"))
-    partitioned = HfDeepSpeedConfig({"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3},
-                                     "bf16": {"enabled": True}})
+    partitioned = HfDeepSpeedConfig(
+        {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}
+    )
     said = []
     for directory in directories:
         try:

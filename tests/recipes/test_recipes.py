@@ -100,13 +100,24 @@ def test_a_recipe_is_planned_and_fits(name, pairs):
     model = facts(config)
     config = recipe(name, f"model.path={model}", f"data.train=[{pairs}]", "data.eval=null")
     cost = model_cost(model)
-    plan = make_plan(config, load_pairs(config.data, Tokeniser(make_tokenizer())), cost, cost, stated_rates(device),
-                     world_sizes=())
+    plan = make_plan(
+        config, load_pairs(config.data, Tokeniser(make_tokenizer())), cost, cost, stated_rates(device), world_sizes=()
+    )
     assert (plan.score_workers, plan.train_workers) == (number, number) and plan.training.gpu_hours > 0
-    modes = compare_modes(Question(
-        anatomy=Anatomy.of(model), model=config.model, train=config.train, workers=number, memory=MEMORY[device] * GIB,
-        dtype=config.model.dtype, batch=Batch.of_pairs([(200, 300, 300)]), longest=2 * config.data.max_length, budget=None),
-        device)
+    modes = compare_modes(
+        Question(
+            anatomy=Anatomy.of(model),
+            model=config.model,
+            train=config.train,
+            workers=number,
+            memory=MEMORY[device] * GIB,
+            dtype=config.model.dtype,
+            batch=Batch.of_pairs([(200, 300, 300)]),
+            longest=2 * config.data.max_length,
+            budget=None,
+        ),
+        device,
+    )
     (row,) = [row for row in modes.rows if row.configured]
     assert row.fits, "\n".join(modes.lines())
 
@@ -128,8 +139,9 @@ def test_the_laptops_recipe_fits_a_laptop():
     config = recipe("smollm2-135m-lora-cpu")
     assert config.train.workers == cores and config.train.gpus_per_worker == config.score.gpus_per_worker == 0
     batch = Batch.of_pairs([(1, config.data.max_length, config.data.max_length)])
-    memory = estimate_memory(Anatomy.of(facts(config)), config.model, config.train, batch, workers=cores, dtype="float32",
-                             device="cpu")
+    memory = estimate_memory(
+        Anatomy.of(facts(config)), config.model, config.train, batch, workers=cores, dtype="float32", device="cpu"
+    )
     assert cores * memory.together < gib * GIB / 2, "the other half is Python's, torch's and Ray's"
 
 

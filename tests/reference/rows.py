@@ -25,7 +25,8 @@ def values(cache, keys):
 def same(found, wanted):
     return len(found) == len(wanted) and all(
         (one is None) == (two is None) and (one is None or np.array_equal(one, two))
-        for one, two in zip(found, wanted, strict=True))
+        for one, two in zip(found, wanted, strict=True)
+    )
 
 
 def files(cache: ReferenceCache, folder: str = PARTS) -> list[str]:

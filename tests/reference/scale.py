@@ -63,11 +63,23 @@ def make(place: Path, pairs: int) -> None:
         for start in range(0, pairs, PAIRS_PER_TABLE):
             count = min(PAIRS_PER_TABLE, pairs - start)
             chosen, rejected = (slice(start + side * pairs, start + side * pairs + count) for side in (0, 1))
-            writer.write_table(pa.table([
-                pa.array([f"made-up:{row}" for row in range(start, start + count)]), pa.array(["made-up"] * count),
-                pa.array(np.ones(count)), ids(np.full(count, PROMPT_TOKENS), rng), ids(tokens[chosen], rng),
-                ids(tokens[rejected], rng), binary(keys[chosen]), binary(keys[rejected]), pa.array(tokens[chosen]),
-                pa.array(tokens[rejected])], schema=PAIR_SCHEMA))
+            writer.write_table(
+                pa.table(
+                    [
+                        pa.array([f"made-up:{row}" for row in range(start, start + count)]),
+                        pa.array(["made-up"] * count),
+                        pa.array(np.ones(count)),
+                        ids(np.full(count, PROMPT_TOKENS), rng),
+                        ids(tokens[chosen], rng),
+                        ids(tokens[rejected], rng),
+                        binary(keys[chosen]),
+                        binary(keys[rejected]),
+                        pa.array(tokens[chosen]),
+                        pa.array(tokens[rejected]),
+                    ],
+                    schema=PAIR_SCHEMA,
+                )
+            )
 
 
 def measure(place: Path, missing: float) -> None:
@@ -102,9 +114,11 @@ def measure(place: Path, missing: float) -> None:
     print(f"wanted minus present: {planned - start:.1f} s for {len(wanted):,} completions")
     print(f"shards of the missing: {sharded - planned:.1f} s for {completions:,} completions in {shards:,} shards")
     print(f"join: {done - sharded:.1f} s for {len(chosen.values) + len(rejected.values):,} log-probs")
-    print(f"all: {done - start:.1f} s; peak memory {peak['VmRSS'] / 2**20:.2f} GiB, of which at most "
-          f"{peak['RssAnon'] / 2**20:.2f} GiB "
-          f"are the process's own and {peak['RssFile'] / 2**20:.2f} GiB pages of files")
+    print(
+        f"all: {done - start:.1f} s; peak memory {peak['VmRSS'] / 2**20:.2f} GiB, of which at most "
+        f"{peak['RssAnon'] / 2**20:.2f} GiB "
+        f"are the process's own and {peak['RssFile'] / 2**20:.2f} GiB pages of files"
+    )
 
 
 def main() -> None:

@@ -17,16 +17,24 @@ from tiny import preferences, write_preferences
 def job(tmp_path_factory, tiny_llama):
     place = tmp_path_factory.mktemp("build")
     write_preferences(place / "a.jsonl", preferences(400, low=20, high=60))
-    tree = {"output": str(place / "runs"), "name": "build", "model": {"path": str(tiny_llama), "dtype": "float32"},
-            "data": {"train": str(place / "a.jsonl")},
-            "score": {"workers": 2, "tokens_per_batch": 256, "tokens_per_part": 2500}}
+    tree = {
+        "output": str(place / "runs"),
+        "name": "build",
+        "model": {"path": str(tiny_llama), "dtype": "float32"},
+        "data": {"train": str(place / "a.jsonl")},
+        "score": {"workers": 2, "tokens_per_batch": 256, "tokens_per_part": 2500},
+    }
     (place / "config.yaml").write_text(yaml.safe_dump(tree))
     return place
 
 
 def start(job, cache):
-    return subprocess.Popen([sys.executable, "-m", "raydpo.cli", "score", str(job / "config.yaml"), f"cache.uri={cache}"],
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-m", "raydpo.cli", "score", str(job / "config.yaml"), f"cache.uri={cache}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def parts(cache: Path) -> set[str]:
@@ -105,8 +113,9 @@ def test_a_failing_actor_says_why(job, tmp_path, tiny_llama):
     tensors = load_file(model / "model.safetensors")
     tensors["model.norm.weight"][0] = float("nan")
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    result = as_a_user("score", job / "config.yaml", f"model.path={model}", f"cache.uri={tmp_path / 'cache'}",
-                       "score.workers=1")
+    result = as_a_user(
+        "score", job / "config.yaml", f"model.path={model}", f"cache.uri={tmp_path / 'cache'}", "score.workers=1"
+    )
     assert result.returncode == 1
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
     assert "log-prob" in result.stderr

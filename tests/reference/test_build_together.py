@@ -20,24 +20,37 @@ from raydpo.storage.files import Storage
 
 def configure(place, tiny_llama, count, part):
     write_preferences(place / "a.jsonl", preferences(count, low=5, high=15))
-    tree = {"output": str(place / "runs"), "name": "build", "model": {"path": str(tiny_llama), "dtype": "float32"},
-            "data": {"train": str(place / "a.jsonl")},
-            "score": {"workers": 1, "tokens_per_batch": 2048, "tokens_per_part": part}}
+    tree = {
+        "output": str(place / "runs"),
+        "name": "build",
+        "model": {"path": str(tiny_llama), "dtype": "float32"},
+        "data": {"train": str(place / "a.jsonl")},
+        "score": {"workers": 1, "tokens_per_batch": 2048, "tokens_per_part": part},
+    }
     (place / "config.yaml").write_text(yaml.safe_dump(tree))
     return place / "config.yaml"
 
 
 def start(config, cache, home, **environment):
     """Start ``raydpo score`` in its own process, with local copies in ``home``."""
-    return subprocess.Popen([sys.executable, "-m", "raydpo.cli", "score", str(config), f"cache.uri={cache}",
-                             f"output={home}/runs"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env=os.environ | {"XDG_CACHE_HOME": str(home)} | environment)
+    return subprocess.Popen(
+        [sys.executable, "-m", "raydpo.cli", "score", str(config), f"cache.uri={cache}", f"output={home}/runs"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"XDG_CACHE_HOME": str(home)} | environment,
+    )
 
 
 def parts(uri):
     storage = Storage(str(uri))
-    return [f"{identity}/parts/{name}" for identity in storage.list() if len(identity) == 32
-            for name in storage.list(f"{identity}/parts") if name.endswith(".parquet")]
+    return [
+        f"{identity}/parts/{name}"
+        for identity in storage.list()
+        if len(identity) == 32
+        for name in storage.list(f"{identity}/parts")
+        if name.endswith(".parquet")
+    ]
 
 
 def contents(uri):

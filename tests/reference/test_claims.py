@@ -27,10 +27,12 @@ def taken(found):
 @pytest.fixture
 def builder(tmp_path):
     """Makes builders of one cache, each knowing what exists when it starts."""
+
     def begin():
         cache = ReferenceCache.open(str(tmp_path / "cache"), ONE)
         cache.refresh()
         return Claims(cache, frozenset([*Claims.names(cache), *(path.rsplit("/", 1)[-1] for path in cache.paths())]))
+
     return begin
 
 

@@ -122,8 +122,16 @@ def test_superseded_rows_that_nobody_else_answers_are_kept(tmp_path):
     cache = fresh(tmp_path)
     cache.refresh()
     part = cache.read(cache.paths()[0])
-    name, data = store_module.encode_part(ONE, part.keys.slice(0, 2), part.tokens[:2], part.logps.slice(0, 2), {},
-                                          builder="compact0", time_ns=1, supersedes=[part.info.name])
+    name, data = store_module.encode_part(
+        ONE,
+        part.keys.slice(0, 2),
+        part.tokens[:2],
+        part.logps.slice(0, 2),
+        {},
+        builder="compact0",
+        time_ns=1,
+        supersedes=[part.info.name],
+    )
     cache.storage.write(f"{ONE.digest}/{PARTS}/{name}", data)
     assert find_garbage(fresh(tmp_path)) == []
     assert same(values(fresh(tmp_path), keys), logps)

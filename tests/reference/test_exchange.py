@@ -27,13 +27,28 @@ def test_trl_trains_against_exported_values(tiny_llama, tmp_path):
             return dataset
 
     dataset = Dataset.from_parquet(str(tmp_path / "out.parquet"), cache_dir=str(tmp_path / "datasets"))
-    settings = DPOConfig(output_dir=str(tmp_path / "trl"), precompute_ref_log_probs=True, per_device_train_batch_size=4,
-                         max_steps=2, logging_steps=1, report_to=[], use_cpu=True, bf16=False, learning_rate=1e-3,
-                         max_length=512, save_strategy="no", disable_tqdm=True)
+    settings = DPOConfig(
+        output_dir=str(tmp_path / "trl"),
+        precompute_ref_log_probs=True,
+        per_device_train_batch_size=4,
+        max_steps=2,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        learning_rate=1e-3,
+        max_length=512,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    trainer = Trainer(model=AutoModelForCausalLM.from_pretrained(tiny_llama), args=settings, train_dataset=dataset,
-                      processing_class=AutoTokenizer.from_pretrained(tiny_llama))
+    trainer = Trainer(
+        model=AutoModelForCausalLM.from_pretrained(tiny_llama),
+        args=settings,
+        train_dataset=dataset,
+        processing_class=AutoTokenizer.from_pretrained(tiny_llama),
+    )
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[0] == pytest.approx(math.log(2), abs=1e-4) and losses[1] != pytest.approx(losses[0], abs=1e-3)

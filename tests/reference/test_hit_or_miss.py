@@ -30,10 +30,17 @@ def place(tmp_path_factory, tiny_llama):
 
 
 def settings(place):
-    return {"output": str(place / "runs"), "cache": {"uri": str(place / "cache")},
-            "model": {"path": str(place / "model"), "dtype": "float32"},
-            "data": {"train": [{"path": str(place / "a.jsonl")}], "eval": {"fraction": 0.2}, "max_length": 200,
-                     "max_dropped": 1.0}}
+    return {
+        "output": str(place / "runs"),
+        "cache": {"uri": str(place / "cache")},
+        "model": {"path": str(place / "model"), "dtype": "float32"},
+        "data": {
+            "train": [{"path": str(place / "a.jsonl")}],
+            "eval": {"fraction": 0.2},
+            "max_length": 200,
+            "max_dropped": 1.0,
+        },
+    }
 
 
 def prepare(place, overrides=(), change=None):
@@ -150,8 +157,10 @@ def reference_adapter(place, tree):
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    policy = get_peft_model(AutoModelForCausalLM.from_pretrained(place / "model"),
-                            LoraConfig(r=4, task_type="CAUSAL_LM", init_lora_weights=False))
+    policy = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(place / "model"),
+        LoraConfig(r=4, task_type="CAUSAL_LM", init_lora_weights=False),
+    )
     policy.save_pretrained(place / "adapter")
     tree["reference"] = {"adapter": str(place / "adapter")}
 
@@ -171,8 +180,14 @@ def test_matters_and_misses(change, place):
 
 
 def conversations(place, tree):
-    records = [{"prompt": [{"role": "user", "content": record["prompt"]}], "chosen": record["chosen"],
-                "rejected": record["rejected"]} for record in preferences(COUNT)]
+    records = [
+        {
+            "prompt": [{"role": "user", "content": record["prompt"]}],
+            "chosen": record["chosen"],
+            "rejected": record["rejected"],
+        }
+        for record in preferences(COUNT)
+    ]
     tree["data"]["train"] = [{"path": str(write_preferences(place / "chat.jsonl", records))}]
 
 
@@ -182,8 +197,10 @@ def test_chat_template_matters(place):
 
     def other_template(place, tree):
         conversations(place, tree)
-        tree["data"]["chat_template"] = ("{% for message in messages %}<s>{{ message['content'] }}</s>{% endfor %}"
-                                         "{% if add_generation_prompt %}<s>{% endif %}")
+        tree["data"]["chat_template"] = (
+            "{% for message in messages %}<s>{{ message['content'] }}</s>{% endfor %}"
+            "{% if add_generation_prompt %}<s>{% endif %}"
+        )
 
     assert share_of_hits(prepare(place, change=other_template)) == 0.0
 
@@ -194,8 +211,13 @@ def test_longer_max_length_scores_only_what_was_cut_again(tmp_path, tiny_llama):
     short = prepare(tmp_path, ["data.max_length=45"])
     fill(short)
     longer = prepare(tmp_path)
-    cut = {key for side in ("chosen", "rejected") for table in short.tables for key, used, full in
-           zip(*(table[f"{side}_{name}"].to_pylist() for name in ("key", "ids", "full")), strict=True) if len(used) < full}
+    cut = {
+        key
+        for side in ("chosen", "rejected")
+        for table in short.tables
+        for key, used, full in zip(*(table[f"{side}_{name}"].to_pylist() for name in ("key", "ids", "full")), strict=True)
+        if len(used) < full
+    }
     missing = missing_keys(longer)
     kept = {key for table in short.tables for side in ("chosen", "rejected") for key in table[f"{side}_key"].to_pylist()}
     assert cut and missing & kept == cut

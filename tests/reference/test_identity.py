@@ -38,10 +38,12 @@ def logits(model):
         return model(torch.arange(3, 40)[None]).logits[0]
 
 
-PINNED = {"float32": ("float32", None, None, "4afbb8ad53535d6e659b1e9ba82b639f"),
-          "bfloat16": ("bfloat16", None, None, "230edf906a25e7db648fd3de28a47f7a"),
-          "4bit": ("bfloat16", None, "4bit", "f5d986512f0d8472bc0cf05c97cd71e9"),
-          "adapter": ("float32", "adapter", None, "e0dd30830e51a4ffce09accc1c42d69a")}
+PINNED = {
+    "float32": ("float32", None, None, "4afbb8ad53535d6e659b1e9ba82b639f"),
+    "bfloat16": ("bfloat16", None, None, "230edf906a25e7db648fd3de28a47f7a"),
+    "4bit": ("bfloat16", None, "4bit", "f5d986512f0d8472bc0cf05c97cd71e9"),
+    "adapter": ("float32", "adapter", None, "e0dd30830e51a4ffce09accc1c42d69a"),
+}
 
 
 @pytest.mark.parametrize("kind", PINNED)
@@ -163,8 +165,9 @@ def test_whether_code_runs_matters(model):
     assert identify(model, "float32", trust_remote_code=True) == plain
     edit_config(model, auto_map={"AutoModelForCausalLM": "modeling_ours.Ours"})
     (model / "modeling_ours.py").write_text(CODE.format(factor=2))
-    ours, theirs = (logits(load_causal_lm(model, "float32", rope_length=None, trust_remote_code=trust))
-                    for trust in (True, False))
+    ours, theirs = (
+        logits(load_causal_lm(model, "float32", rope_length=None, trust_remote_code=trust)) for trust in (True, False)
+    )
     torch.testing.assert_close(ours, 2 * theirs)
     assert identify(model, "float32", trust_remote_code=True) != identify(model, "float32")
 
@@ -215,8 +218,10 @@ def test_adapter_matters(model, tmp_path):
 
 def test_identities_whose_numbers_have_not_changed_stay_what_they_were(model):
     plain = ReferenceIdentity(weights="1" * 64, architecture="a" * 64, adapter=None, dtype="bfloat16")
-    assert plain.to_json() == ('{"adapter": null, "architecture": "' + "a" * 64 + '", "dtype": "bfloat16", "quantisation": '
-                               'null, "scoring_version": 2, "weights": "' + "1" * 64 + '"}')
+    assert plain.to_json() == (
+        '{"adapter": null, "architecture": "' + "a" * 64 + '", "dtype": "bfloat16", "quantisation": '
+        'null, "scoring_version": 2, "weights": "' + "1" * 64 + '"}'
+    )
     assert plain.digest == "b7c1d087473ebfb21c676473f6b2ca23"
     assert ReferenceIdentity.from_json(plain.to_json()) == plain
     assert identify(model, "float32", max_length=7) == identify(model, "float32", max_length=9999)
@@ -225,13 +230,19 @@ def test_identities_whose_numbers_have_not_changed_stay_what_they_were(model):
 
 def test_an_adapter_in_bfloat16_is_scored_again(model, tmp_path):
     adapter = write_plain_adapter(tmp_path / "adapter")
-    versions = {(dtype, quantization): identify(model, dtype, adapter, quantization).scoring_version
-                for dtype in ("float32", "bfloat16") for quantization in (None, "4bit")}
+    versions = {
+        (dtype, quantization): identify(model, dtype, adapter, quantization).scoring_version
+        for dtype in ("float32", "bfloat16")
+        for quantization in (None, "4bit")
+    }
     assert versions == {("float32", None): 2, ("float32", "4bit"): 2, ("bfloat16", None): 3, ("bfloat16", "4bit"): 2}
     on_the_head = write_plain_adapter(tmp_path / "on-the-head")
     tensors = load_file(on_the_head / "adapter_model.safetensors")
-    save_file({name.replace("model.layers.1.self_attn.q_proj", "lm_head"): value for name, value in tensors.items()},
-              on_the_head / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {name.replace("model.layers.1.self_attn.q_proj", "lm_head"): value for name, value in tensors.items()},
+        on_the_head / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
     assert identify(model, "bfloat16", on_the_head, "4bit").scoring_version == 3
     assert identify(model, "float32", on_the_head, "4bit").scoring_version == 2
     now, exact = (identify(model, dtype, adapter) for dtype in ("bfloat16", "float32"))

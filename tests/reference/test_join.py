@@ -37,8 +37,9 @@ def test_values_come_in_the_order_asked_for_cut_and_repeated(cache, block, monke
         values = joined.values[joined.offsets[place] : joined.offsets[place + 1]]
         assert np.array_equal(values, logps[index][:count])
         assert joined.sums[place] == pytest.approx(float(logps[index][:count].astype(np.float64).sum()), abs=1e-12)
-    assert joined.lists(10, 20).to_pylist() == [logps[index][:count].tolist() for index, count in
-                                                zip(asked[10:20], needed[10:20], strict=True)]
+    assert joined.lists(10, 20).to_pylist() == [
+        logps[index][:count].tolist() for index, count in zip(asked[10:20], needed[10:20], strict=True)
+    ]
 
 
 def test_what_is_missing_is_not_a_number_and_never_zero(cache):
@@ -80,8 +81,9 @@ except RaydpoError as error:
     print(error)
 """
     try:
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
-                              env=os.environ | {"TMPDIR": str(small)})
+        done = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | {"TMPDIR": str(small)}
+        )
     finally:
         subprocess.run(["umount", small], check=True)
     assert done.returncode == 0, (done.returncode, done.stderr)

@@ -102,8 +102,15 @@ class History(RuleBasedStateMachine):
         path = parts[choice % len(parts)]
         data = bytearray(path.read_bytes())
         if how == "foreign":
-            name, data = encode_part(OTHER, pa.array([key(0)], KEY_TYPE), np.array([1], np.int32),
-                                     ragged([np.array([-9.0], np.float32)]), {}, builder="00000000", time_ns=choice)
+            name, data = encode_part(
+                OTHER,
+                pa.array([key(0)], KEY_TYPE),
+                np.array([1], np.int32),
+                ragged([np.array([-9.0], np.float32)]),
+                {},
+                builder="00000000",
+                time_ns=choice,
+            )
             path = self.parts / name
         elif how == "truncate":
             data = data[: choice % max(1, len(data))]
@@ -159,7 +166,13 @@ def test_random_histories():
     steps_taken[0] = 0
     history = History.TestCase
     # Without shrinking: a failure prints its history, and shrinking one of forked processes takes minutes.
-    history.settings = settings(max_examples=EXAMPLES, stateful_step_count=STEPS, deadline=None, database=None,
-                                suppress_health_check=list(HealthCheck), phases=[Phase.generate])
+    history.settings = settings(
+        max_examples=EXAMPLES,
+        stateful_step_count=STEPS,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate],
+    )
     history().runTest()
     assert steps_taken[0] >= 500, steps_taken

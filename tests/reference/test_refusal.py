@@ -16,16 +16,28 @@ from raydpo.reference.shards import Wanted
 from raydpo.reference.store import ReferenceCache
 from raydpo.terminal.console import Console
 
-OTHER = {"weights": "e" * 64, "architecture": "f" * 64, "adapter": "d" * 64, "dtype": "bfloat16", "quantisation": "nf4",
-         "scoring_version": 1, "rope_length": 4096}
+OTHER = {
+    "weights": "e" * 64,
+    "architecture": "f" * 64,
+    "adapter": "d" * 64,
+    "dtype": "bfloat16",
+    "quantisation": "nf4",
+    "scoring_version": 1,
+    "rope_length": 4096,
+}
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory, tiny_llama):
     place = tmp_path_factory.mktemp("refusal")
     write_preferences(place / "a.jsonl", preferences(6))
-    config = load_config({"output": str(place / "runs"), "model": {"path": str(tiny_llama), "dtype": "float32"},
-                          "data": {"train": str(place / "a.jsonl")}})
+    config = load_config(
+        {
+            "output": str(place / "runs"),
+            "model": {"path": str(tiny_llama), "dtype": "float32"},
+            "data": {"train": str(place / "a.jsonl")},
+        }
+    )
     return Prepared.of(config, Console(io.StringIO()))
 
 

@@ -18,15 +18,17 @@ def completions(prompt, count, tokens, seed=0):
 def test_a_prompt_with_two_thousand_completions_is_cut_into_shards():
     many, few = completions(50, 2000, 100), completions(60, 3, 200, seed=1)
     shards = plan_shards([*few, *many], 65_536)
-    assert all(len(group[0].prompt) + sum(len(one.tokens) for one in group) <= 65_536
-               for shard in shards for group in shard.groups)
+    assert all(
+        len(group[0].prompt) + sum(len(one.tokens) for one in group) <= 65_536 for shard in shards for group in shard.groups
+    )
     assert sorted(one.key for shard in shards for one in shard.completions) == sorted(one.key for one in [*many, *few])
     assert [len(shard.completions) for shard in shards] == [3 + 654, 654, 654, 38], "of the small group nothing is cut"
     # What is there already changes no shard: the rest of each is scored as it would have been.
     present = {one.key for one in many[::3]}
     left = [shard.without(present) for shard in shards]
-    assert [shard.completions for shard in left] == [[one for one in shard.completions if one.key not in present]
-                                                     for shard in shards]
+    assert [shard.completions for shard in left] == [
+        [one for one in shard.completions if one.key not in present] for shard in shards
+    ]
 
 
 def test_what_shares_a_prompt_is_not_cut_finer_than_parts_are():
@@ -39,9 +41,15 @@ def test_what_shares_a_prompt_is_not_cut_finer_than_parts_are():
 def test_no_batch_is_larger_than_the_budget(tiny_llama, layout, monkeypatch):
     """Except for a single completion, here the longest one."""
     spec = ReferenceSpec(path=str(tiny_llama), adapter=None, identity=identify(tiny_llama, "float32"), layout=layout)
-    groups = [PromptGroup(one[0].prompt, tuple(each.tokens for each in one)) for one in (
-        completions(50, 40, 20), completions(30, 2, 40, seed=1), completions(20, 1, 500, seed=2),
-        completions(50, 7, 90, seed=3))]
+    groups = [
+        PromptGroup(one[0].prompt, tuple(each.tokens for each in one))
+        for one in (
+            completions(50, 40, 20),
+            completions(30, 2, 40, seed=1),
+            completions(20, 1, 500, seed=2),
+            completions(50, 7, 90, seed=3),
+        )
+    ]
     whole = Scorer(spec, device="cpu", tokens_per_batch=1 << 16).score(groups)
     scorer = Scorer(spec, device="cpu", tokens_per_batch=300)
     sizes, real = [], scorer.model.lay_out
@@ -61,8 +69,10 @@ def test_no_batch_is_larger_than_the_budget(tiny_llama, layout, monkeypatch):
 
 def test_a_batch_that_does_not_fit_is_cut_where_its_prompt_has_many_completions(tiny_llama, monkeypatch):
     spec = ReferenceSpec(path=str(tiny_llama), adapter=None, identity=identify(tiny_llama, "float32"))
-    groups = [PromptGroup(one[0].prompt, tuple(each.tokens for each in one)) for one in (
-        completions(30, 2, 40, seed=1), completions(50, 40, 20))]
+    groups = [
+        PromptGroup(one[0].prompt, tuple(each.tokens for each in one))
+        for one in (completions(30, 2, 40, seed=1), completions(50, 40, 20))
+    ]
     scorer = Scorer(spec, device="cpu", tokens_per_batch=1000)
     whole, real = scorer.score(groups), scorer.model.score_layout
 

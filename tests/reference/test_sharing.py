@@ -30,13 +30,21 @@ SECONDS = 0.02
 
 def pairs(count):
     rng = np.random.default_rng(0)
-    return pa.table({"pair_id": [f"a:{number}" for number in range(count)], "source": ["a"] * count, "weight": [1.0] * count,
-                     "prompt_ids": [rng.integers(1, 99, 10).tolist() for _ in range(count)],
-                     "chosen_ids": [rng.integers(1, 99, 10).tolist() for _ in range(count)],
-                     "rejected_ids": [rng.integers(1, 99, 10).tolist() for _ in range(count)],
-                     "chosen_key": [rng.bytes(16) for _ in range(count)],
-                     "rejected_key": [rng.bytes(16) for _ in range(count)],
-                     "chosen_full": [10] * count, "rejected_full": [10] * count}, schema=PAIR_SCHEMA)
+    return pa.table(
+        {
+            "pair_id": [f"a:{number}" for number in range(count)],
+            "source": ["a"] * count,
+            "weight": [1.0] * count,
+            "prompt_ids": [rng.integers(1, 99, 10).tolist() for _ in range(count)],
+            "chosen_ids": [rng.integers(1, 99, 10).tolist() for _ in range(count)],
+            "rejected_ids": [rng.integers(1, 99, 10).tolist() for _ in range(count)],
+            "chosen_key": [rng.bytes(16) for _ in range(count)],
+            "rejected_key": [rng.bytes(16) for _ in range(count)],
+            "chosen_full": [10] * count,
+            "rejected_full": [10] * count,
+        },
+        schema=PAIR_SCHEMA,
+    )
 
 
 class SlowScorer:
@@ -53,6 +61,7 @@ class SlowScorer:
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch):
     """One actor per build, called in its own thread."""
+
     def score(shards, spec, cache, known, resources, tokens_per_batch):
         blocks = [module._to_block(shard) for shard in shards]
         random.Random(cache.builder).shuffle(blocks)
@@ -69,9 +78,16 @@ def in_this_process(monkeypatch):
 
 def one_build(uri, table, told=None):
     cache = ReferenceCache.open(str(uri), ONE)
-    return build([table], ReferenceSpec(path="model", adapter=None, identity=ONE), cache, Resources(1, 0, None),
-                 tokens_per_batch=100, tokens_per_part=SHARD_TOKENS, progress=lambda done, to_do: None,
-                 note=(told.append if told is not None else lambda line: None))
+    return build(
+        [table],
+        ReferenceSpec(path="model", adapter=None, identity=ONE),
+        cache,
+        Resources(1, 0, None),
+        tokens_per_batch=100,
+        tokens_per_part=SHARD_TOKENS,
+        progress=lambda done, to_do: None,
+        note=(told.append if told is not None else lambda line: None),
+    )
 
 
 @pytest.mark.parametrize(("pairs_wanted", "builders"), [(20, 2), (200, 2), (200, 4)])

@@ -19,9 +19,13 @@ from raydpo.reference.team import TeamScorer
 
 def groups(vocabulary=250):
     rng = np.random.default_rng(0)
-    return [PromptGroup(rng.integers(0, vocabulary, prompt).astype(np.int32),
-                        tuple(rng.integers(0, vocabulary, length).astype(np.int32) for length in lengths))
-            for prompt, *lengths in ((100, 30, 20), (5, 200, 7), (1, 1, 1), (50, 60, 61))]
+    return [
+        PromptGroup(
+            rng.integers(0, vocabulary, prompt).astype(np.int32),
+            tuple(rng.integers(0, vocabulary, length).astype(np.int32) for length in lengths),
+        )
+        for prompt, *lengths in ((100, 30, 20), (5, 200, 7), (1, 1, 1), (50, 60, 61))
+    ]
 
 
 def test_a_team_scores_what_one_process_does_and_names_what_ended_it(tiny_llama, tiny_qwen3):
@@ -49,12 +53,21 @@ def test_a_team_scores_what_one_process_does_and_names_what_ended_it(tiny_llama,
 def test_a_run_scores_and_trains_in_teams(tiny_llama, tmp_path):
     """The rows hit with any number of devices, and the first loss is ln 2."""
     data = write_preferences(tmp_path / "a.jsonl", preferences(12, low=60, high=90))
-    config = {"output": str(tmp_path / "runs"), "name": "team", "model": {"path": str(tiny_llama), "dtype": "float32"},
-              "data": {"train": str(data)}, "score": {"workers": 2, "sequence_parallel": 2, "tokens_per_batch": 64},
-              "train": {"workers": 2, "sequence_parallel": 2, "pairs_per_step": 6, "steps": 3, "tokens_per_batch": 64}}
+    config = {
+        "output": str(tmp_path / "runs"),
+        "name": "team",
+        "model": {"path": str(tiny_llama), "dtype": "float32"},
+        "data": {"train": str(data)},
+        "score": {"workers": 2, "sequence_parallel": 2, "tokens_per_batch": 64},
+        "train": {"workers": 2, "sequence_parallel": 2, "pairs_per_step": 6, "steps": 3, "tokens_per_batch": 64},
+    }
     (tmp_path / "config.yaml").write_text(json.dumps(config))
-    done = subprocess.run([sys.executable, "-m", "raydpo.cli", "run", str(tmp_path / "config.yaml")], capture_output=True,
-                          text=True, timeout=400)
+    done = subprocess.run(
+        [sys.executable, "-m", "raydpo.cli", "run", str(tmp_path / "config.yaml")],
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("sequence parallel: 2 devices compute each micro-batch together") == 2
     assert "first loss 0.69314" in done.stdout

@@ -24,9 +24,12 @@ def scorer_of(model, dtype="float32", layout="auto", tokens_per_batch=4096):
 
 def scored(scorer, wanted):
     """Log-probs of each completion, by key."""
-    return {one.key: logps for shard in plan_shards(wanted, 1 << 20) for group, each in
-            zip(shard.groups, scorer.score(shard.prompt_groups()), strict=True)
-            for one, logps in zip(group, each, strict=True)}
+    return {
+        one.key: logps
+        for shard in plan_shards(wanted, 1 << 20)
+        for group, each in zip(shard.groups, scorer.score(shard.prompt_groups()), strict=True)
+        for one, logps in zip(group, each, strict=True)
+    }
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +50,9 @@ def cache(tmp_path, scorer, tiny_llama):
 def bring(cache, completions, sums, tokens=None):
     """Import the sums of completions as another trainer's."""
     tokens = np.array([len(one.tokens) for one in completions] if tokens is None else tokens, np.int32)
-    return cache.commit_rows(pa.array([one.key for one in completions], KEY_TYPE), tokens, np.array(sums, np.float64), {},
-                             verified=False)
+    return cache.commit_rows(
+        pa.array([one.key for one in completions], KEY_TYPE), tokens, np.array(sums, np.float64), {}, verified=False
+    )
 
 
 def verify(cache, wanted, scorer, sample=None, **settings):
@@ -105,7 +109,11 @@ def test_only_rows_of_the_very_length_that_was_checked_are_promoted(cache, score
     strict = ReferenceCache(cache.storage, cache.identity)
     keys = pa.array([one.key for one in [*right, *cut]], KEY_TYPE)
     assert strict.covers(keys, np.array([len(one.tokens) for one in [*right, *cut]], np.int32)).tolist() == [
-        True, True, False, False]
+        True,
+        True,
+        False,
+        False,
+    ]
     assert not verify(cache, cut, scorer).passed
 
 
@@ -136,8 +144,10 @@ def test_the_last_import_answers_and_can_be_promoted(cache, scorer, short):
     assert {one.path.rsplit("/", 1)[-1] for one in find_garbage(reader)} > {first}
     assert promote(reader, short, verify(reader, short, scorer)) == len(short)
     strict = ReferenceCache(cache.storage, cache.identity)
-    (places, part, rows), = strict.answers(np.frombuffer(b"".join(one.key for one in short), np.uint8).reshape(-1, 16),
-                                           np.array([len(one.tokens) for one in short], np.int32))
+    ((places, part, rows),) = strict.answers(
+        np.frombuffer(b"".join(one.key for one in short), np.uint8).reshape(-1, 16),
+        np.array([len(one.tokens) for one in short], np.int32),
+    )
     assert part.sums[rows].tolist() == [sums_of(live, short)[place] for place in places]
     assert cache.storage.list(f"{cache.directory}/{UNVERIFIED}") == []
 

@@ -10,8 +10,15 @@ from raydpo.reports.findings import findings
 from raydpo.rundir.read import RunRecord
 from raydpo.rundir.watch import TrainingWatch
 
-EMPTY = RunRecord("place", "run", {}, pl.DataFrame({"step": []}, schema={"step": pl.Int64}),
-                  pl.DataFrame({"step": []}, schema={"step": pl.Int64}), None, None)
+EMPTY = RunRecord(
+    "place",
+    "run",
+    {},
+    pl.DataFrame({"step": []}, schema={"step": pl.Int64}),
+    pl.DataFrame({"step": []}, schema={"step": pl.Int64}),
+    None,
+    None,
+)
 
 
 def titles(steps=None, evals=None, **fields):
@@ -26,29 +33,50 @@ def titles(steps=None, evals=None, **fields):
 
 def test_nothing_stands_out_in_an_empty_or_a_good_run():
     assert titles() == []
-    assert titles({"loss": np.linspace(0.69, 0.4, 50), "rewards/accuracies": np.full(50, 0.8),
-                   "logratio/chosen_per_token": np.full(50, -0.1), "skipped": np.zeros(50), "time/step": np.ones(50),
-                   "time/checkpoint": np.full(50, 0.01)},
-                  {"step": [0, 25, 50], "loss": [0.69, 0.5, 0.45], "rewards/accuracies": [0.5, 0.7, 0.78],
-                   "logps/chosen_fell": [0.0, 0.2, 0.3], "length/margin_correlation": [0.0, 0.1, 0.1]},
-                  summary={"held_out_pairs": 200}) == []
+    assert (
+        titles(
+            {
+                "loss": np.linspace(0.69, 0.4, 50),
+                "rewards/accuracies": np.full(50, 0.8),
+                "logratio/chosen_per_token": np.full(50, -0.1),
+                "skipped": np.zeros(50),
+                "time/step": np.ones(50),
+                "time/checkpoint": np.full(50, 0.01),
+            },
+            {
+                "step": [0, 25, 50],
+                "loss": [0.69, 0.5, 0.45],
+                "rewards/accuracies": [0.5, 0.7, 0.78],
+                "logps/chosen_fell": [0.0, 0.2, 0.3],
+                "length/margin_correlation": [0.0, 0.1, 0.1],
+            },
+            summary={"held_out_pairs": 200},
+        )
+        == []
+    )
 
 
-@pytest.mark.parametrize(("steps", "evals", "title"), [
-    ({"logratio/chosen_per_token": np.linspace(0, -1.5, 100)}, None, "The chosen answers have collapsed"),
-    (None, {"step": [0, 9], "logps/chosen_fell": [0.0, 0.85]}, "Chosen answers became less likely"),
-    (None, {"step": [0, 9], "length/margin_correlation": [0.0, -0.4]}, "The margin follows length"),
-    ({"length/margin_correlation": np.full(30, 0.5)}, None, "The margin follows length"),
-    (None, {"step": [0, 9], "loss": [0.69, 0.68], "rewards/accuracies": [0.5, 0.53]}, "Not yet better than a coin"),
-    ({"rewards/accuracies": np.full(30, 1.0)}, {"step": [0, 9], "loss": [0.69, 0.5], "rewards/accuracies": [0.5, 0.7]},
-     "Better on training pairs than on others"),
-    (None, {"step": [0, 9, 18], "loss": [0.69, 0.5, 0.6]}, "The held-out loss has risen again"),
-    ({"skipped": np.array([0.0, 1.0, 0.0])}, None, "Steps were skipped"),
-    ({"time/step": np.ones(10), "time/checkpoint": np.full(10, 0.06)}, None, "Checkpoints take long"),
-    ({"time/step": np.ones(10), "time/evaluation": np.full(10, 0.3)}, None, "Evaluations take long"),
-    ({"time/step": np.ones(10), "time/wait": np.full(10, 0.2)}, None, "Workers wait for one another"),
-    ({"slowest_rank": np.ones(30), "slowest_lag": np.full(30, 0.5)}, None, "One worker is slow"),
-])
+@pytest.mark.parametrize(
+    ("steps", "evals", "title"),
+    [
+        ({"logratio/chosen_per_token": np.linspace(0, -1.5, 100)}, None, "The chosen answers have collapsed"),
+        (None, {"step": [0, 9], "logps/chosen_fell": [0.0, 0.85]}, "Chosen answers became less likely"),
+        (None, {"step": [0, 9], "length/margin_correlation": [0.0, -0.4]}, "The margin follows length"),
+        ({"length/margin_correlation": np.full(30, 0.5)}, None, "The margin follows length"),
+        (None, {"step": [0, 9], "loss": [0.69, 0.68], "rewards/accuracies": [0.5, 0.53]}, "Not yet better than a coin"),
+        (
+            {"rewards/accuracies": np.full(30, 1.0)},
+            {"step": [0, 9], "loss": [0.69, 0.5], "rewards/accuracies": [0.5, 0.7]},
+            "Better on training pairs than on others",
+        ),
+        (None, {"step": [0, 9, 18], "loss": [0.69, 0.5, 0.6]}, "The held-out loss has risen again"),
+        ({"skipped": np.array([0.0, 1.0, 0.0])}, None, "Steps were skipped"),
+        ({"time/step": np.ones(10), "time/checkpoint": np.full(10, 0.06)}, None, "Checkpoints take long"),
+        ({"time/step": np.ones(10), "time/evaluation": np.full(10, 0.3)}, None, "Evaluations take long"),
+        ({"time/step": np.ones(10), "time/wait": np.full(10, 0.2)}, None, "Workers wait for one another"),
+        ({"slowest_rank": np.ones(30), "slowest_lag": np.full(30, 0.5)}, None, "One worker is slow"),
+    ],
+)
 def test_a_finding(steps, evals, title):
     assert titles(steps, evals, summary={"held_out_pairs": 300, "train_seconds": 0}) == [title]
 
@@ -65,8 +93,11 @@ def test_the_last_checkpoint_counts_and_so_does_its_time():
     """The last checkpoint comes after the last recorded step, so its seconds are in the summary only."""
     steps = {"time/step": np.ones(10), "time/checkpoint": np.full(10, 0.01)}
     assert titles(steps, summary={"checkpoint_seconds": 0.4, "train_seconds": 10.0}) == []
-    run = dataclasses.replace(EMPTY, steps=pl.DataFrame({"step": np.arange(1, 11)} | steps),
-                              summary={"checkpoint_seconds": 30.1, "train_seconds": 10.0})
+    run = dataclasses.replace(
+        EMPTY,
+        steps=pl.DataFrame({"step": np.arange(1, 11)} | steps),
+        summary={"checkpoint_seconds": 30.1, "train_seconds": 10.0},
+    )
     assert [(one.title, one.found) for one in findings(run)] == [("Checkpoints take long", "75% of the training's time.")]
 
 
@@ -86,9 +117,18 @@ def test_a_spike_is_one_that_the_training_would_have_called_so():
 WRONG, COIN = "Ranks held-out pairs the wrong way round", "Not yet better than a coin"
 
 
-@pytest.mark.parametrize(("accuracy", "pairs", "effective", "title"), [
-    (0.3, 500, None, WRONG), (0.3, 500, 12.0, COIN), (0.0, 3, None, COIN), (1.0, 3, None, COIN), (1.0, 4, None, None),
-    (0.55, 500, None, None), (0.55, 500, 180.0, COIN)])
+@pytest.mark.parametrize(
+    ("accuracy", "pairs", "effective", "title"),
+    [
+        (0.3, 500, None, WRONG),
+        (0.3, 500, 12.0, COIN),
+        (0.0, 3, None, COIN),
+        (1.0, 3, None, COIN),
+        (1.0, 4, None, None),
+        (0.55, 500, None, None),
+        (0.55, 500, 180.0, COIN),
+    ],
+)
 def test_an_accuracy_is_judged_by_its_interval(accuracy, pairs, effective, title):
     """A share of 1 has an interval too, and pairs of the same prompt count for less."""
     row = {"step": [0, 9], "loss": [0.69, 0.5], "rewards/accuracies": [0.5, accuracy]}
@@ -108,11 +148,15 @@ def test_rewards_are_not_calibrated_where_chance_does_not_tell_it():
     assert titles(evaluation=evaluation(0.14, None)) == [], "an evaluation of before says nothing of chance"
 
 
-@pytest.mark.parametrize(("config", "lengths", "told"), [
-    ({"beta": 0.1}, True, "train.loss=sigmoid_norm train.beta=15 takes"),
-    ({"beta": {"start": 0.2, "end": 0.1}}, True, "train.loss=sigmoid_norm train.beta={start: 30, end: 15} takes"),
-    ({"beta": 0.1}, False, "train.loss=sigmoid_norm, with train.beta times the mean length of an answer, takes"),
-    ({"beta": 5, "loss": "sigmoid_norm"}, True, "how much of it is in the data.")])
+@pytest.mark.parametrize(
+    ("config", "lengths", "told"),
+    [
+        ({"beta": 0.1}, True, "train.loss=sigmoid_norm train.beta=15 takes"),
+        ({"beta": {"start": 0.2, "end": 0.1}}, True, "train.loss=sigmoid_norm train.beta={start: 30, end: 15} takes"),
+        ({"beta": 0.1}, False, "train.loss=sigmoid_norm, with train.beta times the mean length of an answer, takes"),
+        ({"beta": 5, "loss": "sigmoid_norm"}, True, "how much of it is in the data."),
+    ],
+)
 def test_the_loss_per_token_is_told_with_its_beta(config, lengths, told):
     steps = {"length/margin_correlation": np.full(30, 0.5)}
     steps |= {"length/chosen": np.full(30, 100.0), "length/rejected": np.full(30, 200.0)} if lengths else {}
@@ -122,8 +166,9 @@ def test_the_loss_per_token_is_told_with_its_beta(config, lengths, told):
 
 @pytest.mark.parametrize(("loss", "advised"), [("sigmoid", True), ("ipo", False), ("simpo", False)])
 def test_a_loss_per_token_is_not_advised_where_there_is_one(loss, advised):
-    evals = pl.DataFrame({"step": [9], "length/margin_correlation": [0.5], "length/chosen": [2000.0],
-                          "length/rejected": [1000.0]})
+    evals = pl.DataFrame(
+        {"step": [9], "length/margin_correlation": [0.5], "length/chosen": [2000.0], "length/rejected": [1000.0]}
+    )
     run = dataclasses.replace(EMPTY, evals=evals, config={"train": {"loss": loss, "beta": 0.1}})
     (found,) = findings(run)
     assert ("train.loss=sigmoid_norm train.beta=150 takes" in found.why) == advised

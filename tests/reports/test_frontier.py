@@ -35,8 +35,12 @@ DRIFT = Axis("drift", lambda one: one.moved)
 
 
 def test_recommended_is_the_least_drift_within_one_standard_error_of_the_best():
-    points = [point(0, 0.80, 0.5, beta=0.01), point(1, 0.79, 0.2, beta=0.05), point(2, 0.785, 0.1, beta=0.1),
-              point(3, 0.77, 0.01, beta=1.0)]
+    points = [
+        point(0, 0.80, 0.5, beta=0.01),
+        point(1, 0.79, 0.2, beta=0.05),
+        point(2, 0.785, 0.1, beta=0.1),
+        point(3, 0.77, 0.01, beta=1.0),
+    ]
     taken = recommend(points, DRIFT)
     assert taken.point is points[2] and "within one standard error (0.020) of the best, 0.800" in taken.reason
     assert recommend([points[0], points[3]], DRIFT).point is points[0]
@@ -53,11 +57,12 @@ def test_the_line_joins_the_trials_that_no_other_beats():
     assert [one.name for one in unbeaten(points, DRIFT, Axis("accuracy", lambda one: one.accuracy))] == ["t0", "t2"]
 
 
-
 def test_what_has_learnt_nothing_is_not_recommended():
     """With 100 pairs these accuracies are within chance of 0.5. Such trials drift least, because they have not learnt."""
-    points = [point(number, accuracy, drift, error=share_error(accuracy, 100), beta=beta)
-              for number, (accuracy, drift, beta) in enumerate([(0.5, 0.0, 1.0), (0.53, 0.02, 0.3), (0.545, 0.1, 0.1)])]
+    points = [
+        point(number, accuracy, drift, error=share_error(accuracy, 100), beta=beta)
+        for number, (accuracy, drift, beta) in enumerate([(0.5, 0.0, 1.0), (0.53, 0.02, 0.3), (0.545, 0.1, 0.1)])
+    ]
     taken = recommend(points, DRIFT)
     assert taken.point is None and "better than a coin by more than chance" in taken.reason and "0.545" in taken.reason
     # Beside one that has learnt, those that have not drop out, though they are within one standard error of it.
@@ -79,11 +84,15 @@ def test_accuracies_of_other_pairs_do_not_compare():
 
 def test_all_right_of_twenty_is_no_certainty(tmp_path):
     """20 of 20 at a drift of 5, 19 of 20 at 0.01: the error of a share of 1 is not 0."""
-    trials = made_trials(tmp_path, {name: ({"train.lr": lr}, {"lr": lr, "held_out": 20})
-                                    for name, lr in (("far", 1e-5), ("near", 1e-6))})
+    trials = made_trials(
+        tmp_path, {name: ({"train.lr": lr}, {"lr": lr, "held_out": 20}) for name, lr in (("far", 1e-5), ("near", 1e-6))}
+    )
     for trial, accuracy, drift in zip(trials, (1.0, 0.95), (5.0, 0.01), strict=True):
-        trial["eval"] |= {"eval_rewards/accuracies": accuracy, "eval_logratio/chosen_per_token": drift,
-                          "eval_logratio/rejected_per_token": -drift}
+        trial["eval"] |= {
+            "eval_rewards/accuracies": accuracy,
+            "eval_logratio/chosen_per_token": drift,
+            "eval_logratio/rejected_per_token": -drift,
+        }
     write_sweep(tmp_path, trials)
     taken = recommendation_of(read(tmp_path))
     assert taken.point.name == "near" and points_of(read(tmp_path))[0].error == pytest.approx(share_error(1.0, 20))
@@ -94,8 +103,9 @@ def test_pairs_that_share_prompts_count_as_fewer(tmp_path):
     trials[1]["eval"] |= {"eval_effective_pairs": 100.0}
     write_sweep(tmp_path, trials)
     points = points_of(read(tmp_path))
-    assert [one.error for one in points] == [pytest.approx(share_error(one.accuracy, pairs))
-                                             for one, pairs in zip(points, (400, 100), strict=True)]
+    assert [one.error for one in points] == [
+        pytest.approx(share_error(one.accuracy, pairs)) for one, pairs in zip(points, (400, 100), strict=True)
+    ]
 
 
 def test_an_evaluation_of_one_trial_leaves_the_others_comparable(tmp_path):
@@ -132,9 +142,12 @@ def test_drift_by_other_settings_of_the_evaluation_is_not_on_one_axis(tmp_path):
 
 def test_without_log_probs_the_trials_that_are_measured_alike_compare():
     """No held-out pairs while training: evaluations of evaluate.data alone."""
-    points = [Point(f"trial-{number}", f"t{number}", "", True, 0.1, accuracy, 0.02, None, kl, None, None, None,
-                    protocol=protocol) for number, (accuracy, kl, protocol) in enumerate([
-                        (0.8, 0.3, "a"), (0.79, 0.1, "a"), (0.79, 0.01, "b"), (0.7, None, None)])]
+    points = [
+        Point(f"trial-{number}", f"t{number}", "", True, 0.1, accuracy, 0.02, None, kl, None, None, None, protocol=protocol)
+        for number, (accuracy, kl, protocol) in enumerate(
+            [(0.8, 0.3, "a"), (0.79, 0.1, "a"), (0.79, 0.01, "b"), (0.7, None, None)]
+        )
+    ]
     axis = drift_axis(points)
     assert axis.measured and [axis.read(one) for one in points] == [0.3, 0.1, None, None]
     assert recommend(points, axis).point is points[1]
@@ -143,8 +156,9 @@ def test_without_log_probs_the_trials_that_are_measured_alike_compare():
 def test_a_sweep_over_schedules_of_beta_has_a_page(tmp_path):
     """The last evaluation uses the end of the schedule. If a trial stopped earlier, its beta is unknown."""
     schedule = {"start": 0.2, "end": 0.05, "schedule": "linear"}
-    trials = made_trials(tmp_path, {"moves": ({"train.beta": schedule}, {"beta": schedule}),
-                                    "stays": ({"train.beta": 0.1}, {"beta": 0.1})})
+    trials = made_trials(
+        tmp_path, {"moves": ({"train.beta": schedule}, {"beta": schedule}), "stays": ({"train.beta": 0.1}, {"beta": 0.1})}
+    )
     write_sweep(tmp_path, [*trials, trials[0] | {"status": "stopped"}])
     points = points_of(read(tmp_path))
     assert [(one.label, one.beta) for one in points] == [("beta 0.2-0.05", 0.05), ("beta 0.1", 0.1), ("beta 0.2-0.05", None)]
@@ -153,17 +167,25 @@ def test_a_sweep_over_schedules_of_beta_has_a_page(tmp_path):
     assert ">0.2-0.05</td>" in page and "{&#39;start" not in page and page.count('class="mark"') == 8
 
 
-@pytest.mark.parametrize(("losses", "units"), [
-    (("sigmoid", "hinge"), ["nats"]), (("sigmoid_norm", "ipo"), ["nats a token"]),
-    (("sigmoid", "sigmoid_norm"), ["nats", "nats a token"]), (("sigmoid", "cpo"), ["nats", "nats without a reference"]),
-])
+@pytest.mark.parametrize(
+    ("losses", "units"),
+    [
+        (("sigmoid", "hinge"), ["nats"]),
+        (("sigmoid_norm", "ipo"), ["nats a token"]),
+        (("sigmoid", "sigmoid_norm"), ["nats", "nats a token"]),
+        (("sigmoid", "cpo"), ["nats", "nats without a reference"]),
+    ],
+)
 def test_margins_of_different_units_are_not_on_one_axis(losses, units, tmp_path):
     write_sweep(tmp_path, made_trials(tmp_path, {loss: ({"train.loss": loss}, {"loss": loss}) for loss in losses}))
     points = points_of(read(tmp_path))
     assert units_of_margin(points) == units
     titles = [picture.title for picture in frontier_pictures(points, None)]
-    assert titles == (["Accuracy and drift", "Margin and drift", "Accuracy and length", "Margin and length"]
-                      if len(units) == 1 else ["Accuracy and drift", "Accuracy and length"])
+    assert titles == (
+        ["Accuracy and drift", "Margin and drift", "Accuracy and length", "Margin and length"]
+        if len(units) == 1
+        else ["Accuracy and drift", "Accuracy and length"]
+    )
     page = sweep_page(read(tmp_path))
     assert f"margin / beta, {units[0]} " in page if len(units) == 1 else "Margins are left out" in page
     assert (f"{points[1].margin:.2f} {units[-1]}</td>" in page) == (len(units) > 1)
@@ -171,8 +193,9 @@ def test_margins_of_different_units_are_not_on_one_axis(losses, units, tmp_path)
 
 def test_the_recommended_trial_is_among_the_curves_that_are_drawn(tmp_path):
     """16 of 18 trials are drawn."""
-    trials = made_trials(tmp_path, {f"t{number:02}": ({"train.lr": number * 1e-7}, {"lr": number * 1e-7})
-                                    for number in range(1, 19)}, steps=6)
+    trials = made_trials(
+        tmp_path, {f"t{number:02}": ({"train.lr": number * 1e-7}, {"lr": number * 1e-7}) for number in range(1, 19)}, steps=6
+    )
     for number, trial in enumerate(trials):
         trial["eval"]["eval_rewards/accuracies"] = 0.9 if number == 17 else 0.7
     write_sweep(tmp_path, trials)
@@ -193,8 +216,9 @@ def test_the_best_is_one_that_has_learnt():
 
 def test_accuracies_of_evaluations_on_other_pairs_do_not_compare(tmp_path):
     """Without held-out pairs in training, the accuracy is that of ``raydpo eval``."""
-    trials = made_trials(tmp_path, {name: ({"data.max_length": length}, {})
-                                    for name, length in (("long", 512), ("short", 64))})
+    trials = made_trials(
+        tmp_path, {name: ({"data.max_length": length}, {}) for name, length in (("long", 512), ("short", 64))}
+    )
     for trial, pairs in zip(trials, ("a", "b"), strict=True):
         trial["eval"] = {}
         found = made_evaluation() | {"protocol": {"pairs": pairs}}

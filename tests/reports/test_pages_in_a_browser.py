@@ -12,15 +12,19 @@ from raydpo.reports.explain import SHOWN, WORLD, closed_form, write_explanation
 
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
 KINDS = ("run", "sweep", "comparison", "explain")
-POINT = "const at = (target, kind, x, y) => target.dispatchEvent(new w.PointerEvent(kind, {clientX: x, clientY: y, " \
-        "bubbles: true, pointerType: 'mouse'}));"
+POINT = (
+    "const at = (target, kind, x, y) => target.dispatchEvent(new w.PointerEvent(kind, {clientX: x, clientY: y, "
+    "bubbles: true, pointerType: 'mouse'}));"
+)
 
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
     place = tmp_path_factory.mktemp("pages")
-    runs = [made_run(place, "one", steps=60, sources=("helpful", "harmless"), evaluation=True, prompt=HOSTILE),
-            made_run(place, "two", beta=0.5, steps=20)]
+    runs = [
+        made_run(place, "one", steps=60, sources=("helpful", "harmless"), evaluation=True, prompt=HOSTILE),
+        made_run(place, "two", beta=0.5, steps=20),
+    ]
     found = {"run": write_report(str(runs[0])), "sweep": write_report(str(made_sweep(place, (0.03, 0.1, 0.3), steps=20)))}
     for kind, page in found.items():
         shutil.copy(page, place / f"{kind}.html")
@@ -31,7 +35,9 @@ def pages(tmp_path_factory):
 
 @pytest.mark.parametrize(("kind", "dark"), [("run", False), ("sweep", True), ("comparison", False), ("explain", True)])
 def test_opens_without_complaint_and_fits_a_phone(pages, kind, dark):
-    found, complaints = drive(pages / f"{kind}.html", """
+    found, complaints = drive(
+        pages / f"{kind}.html",
+        """
         const e = d.documentElement, s = w.getComputedStyle(d.body);
         const late = d.createElement("script");
         late.textContent = "window.ran = true";
@@ -40,7 +46,10 @@ def test_opens_without_complaint_and_fits_a_phone(pages, kind, dark):
                                                               && !one.closest(".scroll")).map(one => one.tagName);
         return { content: e.scrollWidth, window: e.clientWidth, ran: w.ran === true, svgs: d.querySelectorAll("svg").length,
                  images: d.querySelectorAll("img").length, paper: s.backgroundColor, wide };
-        """, width=360, dark=dark)
+        """,
+        width=360,
+        dark=dark,
+    )
     assert found["content"] <= found["window"] <= 360 and found["wide"] == []
     assert found["svgs"] >= 4 and found["images"] == 0
     assert found["paper"] == ("rgb(20, 23, 26)" if dark else "rgb(255, 255, 255)")
@@ -49,7 +58,10 @@ def test_opens_without_complaint_and_fits_a_phone(pages, kind, dark):
 
 
 def test_curves_tell_their_values_to_pointer_and_keys(pages):
-    found, complaints = drive(pages / "run.html", POINT + """
+    found, complaints = drive(
+        pages / "run.html",
+        POINT
+        + """
         const figure = [...d.querySelectorAll("figure")].find(one => one.querySelector("h3").textContent === "Loss");
         const svg = figure.querySelector("svg"), out = figure.querySelector("output"), told = [];
         svg.scrollIntoView();
@@ -62,7 +74,8 @@ def test_curves_tell_their_values_to_pointer_and_keys(pages):
           svg.dispatchEvent(new w.KeyboardEvent("keydown", { key }));
           told.push(out.textContent);
         }
-        return told;""")
+        return told;""",
+    )
     loss = pl.read_parquet(pages / "one" / "metrics.parquet")["loss"]
     held_out = pl.read_parquet(pages / "one" / "eval.parquet")["eval_loss"]
 
@@ -77,7 +90,9 @@ def test_curves_tell_their_values_to_pointer_and_keys(pages):
 
 
 def test_tables_sort_and_marks_tell_their_trial(pages):
-    found, complaints = drive(pages / "sweep.html", """
+    found, complaints = drive(
+        pages / "sweep.html",
+        """
         const table = d.querySelector("table.sortable"), heads = [...table.tHead.rows[0].cells];
         const column = name => heads.findIndex(head => head.textContent.startsWith(name));
         const names = () => [...table.tBodies[0].rows].map(row => row.cells[0].textContent);
@@ -91,10 +106,13 @@ def test_tables_sort_and_marks_tell_their_trial(pages):
         const figure = mark.closest("figure");
         return { sorted, told: figure.querySelector("output").textContent, label: mark.getAttribute("aria-label"),
                  on: [...d.querySelectorAll("tr.on")].map(row => row.cells[0].textContent),
-                 marks: d.querySelectorAll(".mark.on").length, focusable: mark.tabIndex };""")
+                 marks: d.querySelectorAll(".mark.on").length, focusable: mark.tabIndex };""",
+    )
     assert complaints == []
-    accuracy = {name: pl.read_parquet(pages / "betas" / name / "eval.parquet")["eval_rewards/accuracies"][-1]
-                for name in ("beta0.03", "beta0.1", "beta0.3")}
+    accuracy = {
+        name: pl.read_parquet(pages / "betas" / name / "eval.parquet")["eval_rewards/accuracies"][-1]
+        for name in ("beta0.03", "beta0.1", "beta0.3")
+    }
     rising = sorted(accuracy, key=accuracy.get)
     (first, up), (second, down), (by_beta, _), (by_name, _) = found["sorted"]
     assert (up, down) == ("ascending", "descending")
@@ -107,7 +125,9 @@ def test_tables_sort_and_marks_tell_their_trial(pages):
 
 
 def test_the_slider_shows_what_beta_does(pages):
-    found, complaints = drive(pages / "explain.html", """
+    found, complaints = drive(
+        pages / "explain.html",
+        """
         const slider = d.getElementById("beta"), seen = [];
         for (const value of [slider.value, "0", "20"]) {
           slider.value = value;
@@ -120,7 +140,8 @@ def test_the_slider_shows_what_beta_does(pages):
         }
         const formulas = [...d.querySelectorAll("math[display=block]")];
         return { seen, strokes: d.querySelectorAll(".gone").length,
-                 heights: formulas.map(one => one.getBoundingClientRect().height) };""")
+                 heights: formulas.map(one => one.getBoundingClientRect().height) };""",
+    )
     assert complaints == []
     for seen, beta, frame in zip(found["seen"], (1.0, 0.1, 10.0), (SHOWN, 0, 20), strict=True):
         assert seen["told"].startswith(f"beta {beta:g}: expected reward ") and seen["aria"] == f"beta {beta:g}"

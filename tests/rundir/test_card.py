@@ -8,16 +8,41 @@ from raydpo.rundir.summary import EVALUATION_TABLE
 def test_the_card_tells_what_it_was_made_from_and_nothing_of_the_machine(tiny_llama, tmp_path):
     (tmp_path / "secret-place").mkdir()
     (tmp_path / "secret-place" / "mine.jsonl").write_text("")
-    config = load_config({"output": str(tmp_path), "name": "trial", "model": {"path": str(tiny_llama), "lora": {"r": 8}},
-                          "data": {"train": str(tmp_path / "secret-place" / "mine.jsonl")}, "train": {"beta": 0.3}})
+    config = load_config(
+        {
+            "output": str(tmp_path),
+            "name": "trial",
+            "model": {"path": str(tiny_llama), "lora": {"r": 8}},
+            "data": {"train": str(tmp_path / "secret-place" / "mine.jsonl")},
+            "train": {"beta": 0.3},
+        }
+    )
     scores = {key: 0.25 for key, _ in EVALUATION_TABLE}
-    card = model_card(config, {
-        "raydpo": "1.0", "steps": 1200, "pairs_seen": 9600, "training_pairs": 4800, "gate": "step-0 gate: a | b",
-        "reference": {"path": str(tiny_llama), "identity": "abc123"}, "held_out_pairs": 50,
-        "eval_before": scores, "eval_after": scores})
+    card = model_card(
+        config,
+        {
+            "raydpo": "1.0",
+            "steps": 1200,
+            "pairs_seen": 9600,
+            "training_pairs": 4800,
+            "gate": "step-0 gate: a | b",
+            "reference": {"path": str(tiny_llama), "identity": "abc123"},
+            "held_out_pairs": 50,
+            "eval_before": scores,
+            "eval_after": scores,
+        },
+    )
     front = yaml.safe_load(card.split("---")[1])
     assert front["library_name"] == "peft" and "dpo" in front["tags"] and "base_model" not in front
-    for told in ("# trial", "| beta | 0.3 |", "LoRA, r 8", "`mine.jsonl`, 4,800 pairs", "identity `abc123`", "1,200",
-                 "a \\| b", "| loss | 0.250 | 0.250 |"):
+    for told in (
+        "# trial",
+        "| beta | 0.3 |",
+        "LoRA, r 8",
+        "`mine.jsonl`, 4,800 pairs",
+        "identity `abc123`",
+        "1,200",
+        "a \\| b",
+        "| loss | 0.250 | 0.250 |",
+    ):
         assert told in card, told
     assert str(tmp_path) not in card and "secret-place" not in card

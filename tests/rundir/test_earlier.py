@@ -18,8 +18,13 @@ def ray_job(submission, **more):
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SKYPILOT_TASK_ID", "ANYSCALE_JOB_ID",
-                 "RAY_JOB_CONFIG_JSON_ENV_VAR"):
+    for name in (
+        "SLURM_JOB_ID",
+        "SLURM_RESTART_COUNT",
+        "SKYPILOT_TASK_ID",
+        "ANYSCALE_JOB_ID",
+        "RAY_JOB_CONFIG_JSON_ENV_VAR",
+    ):
         monkeypatch.delenv(name, raising=False)
     return tmp_path
 
@@ -39,10 +44,14 @@ def attempt(place, environment, monkeypatch):
 REPEATED = {
     "slurm": ({"SLURM_JOB_ID": "7"}, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}),
     "skypilot": ({"SKYPILOT_TASK_ID": "sky-managed-7"},) * 2,
-    "anyscale": ({"ANYSCALE_JOB_ID": "prodjob_7"} | ray_job("raysubmit_a"),
-                 {"ANYSCALE_JOB_ID": "prodjob_7"} | ray_job("raysubmit_b")),
-    "kuberay": (ray_job("raydpo-x7k2p", RAY_CLUSTER_NAME="raydpo-b4m8w"),
-                ray_job("raydpo-9qzzt", RAY_CLUSTER_NAME="raydpo-h5v2c")),
+    "anyscale": (
+        {"ANYSCALE_JOB_ID": "prodjob_7"} | ray_job("raysubmit_a"),
+        {"ANYSCALE_JOB_ID": "prodjob_7"} | ray_job("raysubmit_b"),
+    ),
+    "kuberay": (
+        ray_job("raydpo-x7k2p", RAY_CLUSTER_NAME="raydpo-b4m8w"),
+        ray_job("raydpo-9qzzt", RAY_CLUSTER_NAME="raydpo-h5v2c"),
+    ),
 }
 OTHER = {
     "slurm": ({"SLURM_JOB_ID": "7"}, {"SLURM_JOB_ID": "8"}),

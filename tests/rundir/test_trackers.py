@@ -37,7 +37,9 @@ def test_mlflow_keeps_a_run_and_a_restart_continues_it(tmp_path):
     assert run.data.metrics["loss"] == 0.5 and run.data.params["train.beta"] == "0.1"
     assert run.info.run_name == "run" and run.info.status == "FINISHED"
     assert [(entry.step, entry.value) for entry in client.get_metric_history(run.info.run_id, "rewards/margins")] == [
-        (1, 0.0), (2, 0.3)] * 2
+        (1, 0.0),
+        (2, 0.3),
+    ] * 2
 
 
 def test_wandb_offline_writes_what_sync_will_send(tmp_path):
@@ -85,8 +87,9 @@ def test_gauges_come_out_of_rays_metrics_port_under_the_names_of_the_dashboard(t
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    ray.init(num_cpus=1, include_dashboard=False, _metrics_export_port=port, log_to_driver=False,
-             object_store_memory=100 << 20)
+    ray.init(
+        num_cpus=1, include_dashboard=False, _metrics_export_port=port, log_to_driver=False, object_store_memory=100 << 20
+    )
     try:
         log(TrackConfig(), tmp_path, warnings)
         export_pass(TrackConfig(), "run", 0.25, 900.0, warnings.append)

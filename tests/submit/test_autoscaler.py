@@ -13,9 +13,15 @@ from machines import RayProcesses
 from tiny import preferences, write_preferences
 
 NODE_TYPES = {
-    name: {"resources": {"CPU": cpus, "object_store_memory": 100_000_000}, "labels": {"pool": name}, "node_config": {},
-           "min_workers": 0, "max_workers": 2}
-    for name, cpus in (("scorers", 4), ("trainers", 2))}
+    name: {
+        "resources": {"CPU": cpus, "object_store_memory": 100_000_000},
+        "labels": {"pool": name},
+        "node_config": {},
+        "min_workers": 0,
+        "max_workers": 2,
+    }
+    for name, cpus in (("scorers", 4), ("trainers", 2))
+}
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +33,16 @@ def cluster():
 
 def nodes(cluster):
     """All nodes of the cluster so far, oldest first: (pool, alive, start time)."""
-    answer = requests.get(f"{cluster.env['RAY_API_SERVER_ADDRESS']}/api/v0/nodes", timeout=20, params={"detail": True},
-                          headers={"Authorization": f"Bearer {cluster.token}"})
-    found = [((node["labels"] or {}).get("pool"), node["state"] == "ALIVE", node["start_time_ms"] / 1000)
-             for node in answer.json()["data"]["result"]["result"]]
+    answer = requests.get(
+        f"{cluster.env['RAY_API_SERVER_ADDRESS']}/api/v0/nodes",
+        timeout=20,
+        params={"detail": True},
+        headers={"Authorization": f"Bearer {cluster.token}"},
+    )
+    found = [
+        ((node["labels"] or {}).get("pool"), node["state"] == "ALIVE", node["start_time_ms"] / 1000)
+        for node in answer.json()["data"]["result"]["result"]
+    ]
     return sorted(found, key=lambda node: node[2])
 
 
@@ -45,15 +57,19 @@ def wait_until_all_are_gone(cluster):
 def test_nodes_go_when_the_driver_that_wished_for_them_is_killed(cluster, tmp_path, tiny_llama):
     """The first job of a cluster while it reads its data, before any work of Ray Data or Ray Train."""
     write_preferences(tmp_path / "a.jsonl", preferences(8))
-    tree = {"output": str(tmp_path / "runs"), "model": {"path": str(tiny_llama)},
-            "data": {"train": str(tmp_path / "a.jsonl")}, "ray": {"autoscaling": True},
-            "train": {"workers": 4, "gpus_per_worker": 0, "labels": {"pool": "trainers"}}}
+    tree = {
+        "output": str(tmp_path / "runs"),
+        "model": {"path": str(tiny_llama)},
+        "data": {"train": str(tmp_path / "a.jsonl")},
+        "ray": {"autoscaling": True},
+        "train": {"workers": 4, "gpus_per_worker": 0, "labels": {"pool": "trainers"}},
+    }
     program = f"""
 import ray, time
 from raydpo.config import load_config
-from raydpo.waiting import coming_up
+from raydpo.cluster.waiting import request_nodes
 ray.init(address="127.0.0.1:{cluster.gcs}", log_to_driver=False)
-with coming_up(load_config({tree!r})):
+with request_nodes(load_config({tree!r})):
     time.sleep(600)
 """
     driver = subprocess.Popen([sys.executable, "-c", program], env=cluster.env)
@@ -67,19 +83,32 @@ with coming_up(load_config({tree!r})):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("setting", "line"), [
-    ("score.labels={pool: nowhere}", "add 'labels: {pool: nowhere}' to the group"),
-    ("score={accelerator: H100, gpus_per_worker: 1}", "add 'resources: {\"accelerator_type:H100\": 1}' to the group"),
-])
+@pytest.mark.parametrize(
+    ("setting", "line"),
+    [
+        ("score.labels={pool: nowhere}", "add 'labels: {pool: nowhere}' to the group"),
+        ("score={accelerator: H100, gpus_per_worker: 1}", "add 'resources: {\"accelerator_type:H100\": 1}' to the group"),
+    ],
+)
 def test_nodes_that_no_group_has_are_refused_at_once(cluster, tmp_path, tiny_llama, setting, line):
     write_preferences(tmp_path / "a.jsonl", preferences(8))
-    tree = {"output": str(tmp_path / "runs"), "model": {"path": str(tiny_llama), "dtype": "float32"},
-            "data": {"train": str(tmp_path / "a.jsonl")}, "score": {"gpus_per_worker": 0},
-            "ray": {"autoscaling": True, "address": f"127.0.0.1:{cluster.gcs}"}}
+    tree = {
+        "output": str(tmp_path / "runs"),
+        "model": {"path": str(tiny_llama), "dtype": "float32"},
+        "data": {"train": str(tmp_path / "a.jsonl")},
+        "score": {"gpus_per_worker": 0},
+        "ray": {"autoscaling": True, "address": f"127.0.0.1:{cluster.gcs}"},
+    }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
     began = time.monotonic()
-    done = subprocess.run([sys.executable, "-m", "raydpo.cli", "score", "config.yaml", setting], cwd=tmp_path, text=True,
-                          env=cluster.env, capture_output=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-m", "raydpo.cli", "score", "config.yaml", setting],
+        cwd=tmp_path,
+        text=True,
+        env=cluster.env,
+        capture_output=True,
+        timeout=120,
+    )
     assert done.returncode == 2 and line in done.stderr, done.stdout + done.stderr
     assert "waiting" not in done.stdout and time.monotonic() - began < 60
 
@@ -90,17 +119,33 @@ def test_nodes_come_for_scoring_and_meanwhile_for_training_and_go_after_it(clust
     """A head node without CPUs and two labelled pools: nodes for training start while the reference is scored."""
     write_preferences(tmp_path / "a.jsonl", preferences(1500))
     trials = 2 if verb == "sweep" else 1
-    tree = {"name": verb, "output": str(tmp_path / "runs"), "model": {"path": str(tiny_llama), "dtype": "float32"},
-            "data": {"train": str(tmp_path / "a.jsonl")},
-            "score": {"workers": 2, "gpus_per_worker": 0, "labels": {"pool": "scorers"}},
-            "train": {"workers": 2, "gpus_per_worker": 0, "labels": {"pool": "trainers"}, "pairs_per_step": 8, "steps": 3,
-                      "tokens_per_batch": 512},
-            "sweep": {"grid": {"train.beta": [0.1, 0.3]}, "at_once": trials} if verb == "sweep" else None,
-            "ray": {"autoscaling": True, "address": f"127.0.0.1:{cluster.gcs}"}}
+    tree = {
+        "name": verb,
+        "output": str(tmp_path / "runs"),
+        "model": {"path": str(tiny_llama), "dtype": "float32"},
+        "data": {"train": str(tmp_path / "a.jsonl")},
+        "score": {"workers": 2, "gpus_per_worker": 0, "labels": {"pool": "scorers"}},
+        "train": {
+            "workers": 2,
+            "gpus_per_worker": 0,
+            "labels": {"pool": "trainers"},
+            "pairs_per_step": 8,
+            "steps": 3,
+            "tokens_per_batch": 512,
+        },
+        "sweep": {"grid": {"train.beta": [0.1, 0.3]}, "at_once": trials} if verb == "sweep" else None,
+        "ray": {"autoscaling": True, "address": f"127.0.0.1:{cluster.gcs}"},
+    }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
     began = time.time()
-    job = subprocess.Popen([sys.executable, "-m", "raydpo.cli", verb, "config.yaml"], cwd=tmp_path, env=cluster.env,
-                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    job = subprocess.Popen(
+        [sys.executable, "-m", "raydpo.cli", verb, "config.yaml"],
+        cwd=tmp_path,
+        env=cluster.env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     said, scored = "", 0.0
     for line in job.stdout:
         said += line

@@ -36,8 +36,12 @@ def archives(tmp_path_factory, monkeypatch):
 def project(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prefs.jsonl").write_text("{}\n")
-    tree = {"name": "one", "output": "s3://bucket/runs", "model": {"path": "/models/llama"},
-            "data": {"train": "/data/prefs.jsonl"}}
+    tree = {
+        "name": "one",
+        "output": "s3://bucket/runs",
+        "model": {"path": "/models/llama"},
+        "data": {"train": "/data/prefs.jsonl"},
+    }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
     return tmp_path
 
@@ -48,8 +52,16 @@ def test_paths_of_the_cluster_need_not_exist_here_and_the_command_of_ray_is_prin
     assert re.search(r"packed 1 file\(s\), \d+ KiB, without data", said)
     command = shlex.split(said.splitlines()[-1])
     assert command[:3] == ["ray", "job", "submit"]
-    assert command[command.index("--") + 1:] == ["python", "-m", "raydpo.cli", "run", "config.yaml", "train.beta=0.2",
-                                                 "name=a", "--fresh"]
+    assert command[command.index("--") + 1 :] == [
+        "python",
+        "-m",
+        "raydpo.cli",
+        "run",
+        "config.yaml",
+        "train.beta=0.2",
+        "name=a",
+        "--fresh",
+    ]
 
 
 @pytest.mark.parametrize("include", [[], ["data.jsonl"]])
@@ -90,21 +102,34 @@ def test_overrides_are_quoted_for_the_shell_of_the_cluster(project, capsys):
 @pytest.mark.parametrize("verb", VERBS)
 def test_in_this_project_the_files_of_jobs_are_the_entry_points_and_each_prints_the_other(verb, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    words = (["--", "--model", "random-1b", "--synthetic", "--full"] if verb == "benchmark" else
-             ["jobs/qwen3-4b-lora-1xa10g.yaml", "output=s3://b/runs", *NEEDED.get(verb, [])])
+    words = (
+        ["--", "--model", "random-1b", "--synthetic", "--full"]
+        if verb == "benchmark"
+        else ["jobs/qwen3-4b-lora-1xa10g.yaml", "output=s3://b/runs", *NEEDED.get(verb, [])]
+    )
     assert main(["submit", verb, "--dry-run", *words]) == 0
     program = shlex.split(capsys.readouterr().out.splitlines()[-1])
-    program = program[program.index("--") + 1:]
+    program = program[program.index("--") + 1 :]
     assert program == ["python", f"jobs/{verb}.py", *(word for word in words if word != "--")]
-    done = subprocess.run([sys.executable, *program[1:], "--dry-run"], capture_output=True, text=True, check=True,
-                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        [sys.executable, *program[1:], "--dry-run"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
     assert done.stdout.strip() == shlex.join(["raydpo", "submit", verb, *words])
 
 
-@pytest.mark.parametrize(("verb", "settings", "said"), [
-    ("train", ["sweep={grid: {train.lr: [1.0e-6]}}"], "section 'sweep' has no effect on 'raydpo train'"),
-    ("sweep", [], "nothing to sweep over"), ("sweep", ["sweep={grid: {train.lr: [fast]}}"], "trial train.lr=fast"),
-    ("eval", [], "no pairs to evaluate on")])
+@pytest.mark.parametrize(
+    ("verb", "settings", "said"),
+    [
+        ("train", ["sweep={grid: {train.lr: [1.0e-6]}}"], "section 'sweep' has no effect on 'raydpo train'"),
+        ("sweep", [], "nothing to sweep over"),
+        ("sweep", ["sweep={grid: {train.lr: [fast]}}"], "trial train.lr=fast"),
+        ("eval", [], "no pairs to evaluate on"),
+    ],
+)
 def test_what_no_machine_could_run_is_not_submitted(verb, settings, said, project, capsys):
     assert main(["submit", verb, "config.yaml", "--dry-run", *settings]) == 2
     assert said in capsys.readouterr().err
@@ -115,37 +140,43 @@ def test_the_benchmark_has_arguments_of_its_own(monkeypatch, capsys):
     words = ["--model", "random-1b", "--synthetic", "--full"]
     assert main(["submit", "benchmark", "--gpus", "1", "--dry-run", "--", *words]) == 0
     command = shlex.split(capsys.readouterr().out.splitlines()[-1])
-    assert command[command.index("--") + 1:] == ["python", "jobs/benchmark.py", *words]
+    assert command[command.index("--") + 1 :] == ["python", "jobs/benchmark.py", *words]
     assert command[command.index("--entrypoint-num-gpus") + 1] == "1"
 
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_elsewhere_the_installed_program_is_the_entry_point_and_takes_what_it_is_given(verb, project, capsys):
-    words = ["--", "--model", "random-1b", "--synthetic", "--full"] if verb == "benchmark" else \
-        ["config.yaml", *NEEDED.get(verb, [])]
+    words = (
+        ["--", "--model", "random-1b", "--synthetic", "--full"]
+        if verb == "benchmark"
+        else ["config.yaml", *NEEDED.get(verb, [])]
+    )
     assert main(["submit", verb, "--dry-run", *words]) == 0
     program = shlex.split(capsys.readouterr().out.splitlines()[-1])
-    program = program[program.index("--") + 1:]
+    program = program[program.index("--") + 1 :]
     done = subprocess.run([sys.executable, *program[1:], "--nonsense"], capture_output=True, text=True)
     assert done.returncode == 2 and "--nonsense" in done.stderr
 
 
-@pytest.mark.parametrize(("override", "sentence"), [
-    ("output=runs/", "'output' is 'runs/', a relative path"),
-    ("cache.uri=cache", "'cache.uri' is 'cache', a relative path"),
-    ("data.train=prefs.jsonl", "'data.train.0.path' is 'prefs.jsonl', and data is not packed"),
-    ("model.path=here", "'model.path' is 'here', a directory of this machine"),
-    ("output=s3://me:secret@bucket/runs", r"'output' carries a credential \(s3://\*\*\*@bucket/runs\)"),
-    ("cache.uri=abfs://c@a/x?account_key=secret", r"'cache.uri' carries a credential"),
-    ("cache.uri=https://secret@host/x", r"'cache.uri' carries a credential \(https://\*\*\*@host/x\)"),
-    ("cache.uri=https://host/x?secret", r"'cache.uri' carries a credential \(https://host/x\?\*\*\*\)"),
-    ("output=s3://me:secret@YOUR-BUCKET/runs", r"'output' is 's3://\*\*\*@YOUR-BUCKET/runs'; replace YOUR-BUCKET"),
-    ("track.wandb={project: hf_" + "secret" * 5 + "}", "'track.wandb.project' carries a credential"),
-    ("output=s3://YOUR-BUCKET/runs", "'output' is 's3://YOUR-BUCKET/runs'; replace YOUR-BUCKET by your own"),
-    ("train.betta=1", "did you mean 'train.beta'"),
-    ("name=../../etc", "use letters, digits"),
-    ("score={accelerator: H100, gpus_per_worker: 0}", "accelerator H100 has no effect on workers without GPUs"),
-])
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("output=runs/", "'output' is 'runs/', a relative path"),
+        ("cache.uri=cache", "'cache.uri' is 'cache', a relative path"),
+        ("data.train=prefs.jsonl", "'data.train.0.path' is 'prefs.jsonl', and data is not packed"),
+        ("model.path=here", "'model.path' is 'here', a directory of this machine"),
+        ("output=s3://me:secret@bucket/runs", r"'output' carries a credential \(s3://\*\*\*@bucket/runs\)"),
+        ("cache.uri=abfs://c@a/x?account_key=secret", r"'cache.uri' carries a credential"),
+        ("cache.uri=https://secret@host/x", r"'cache.uri' carries a credential \(https://\*\*\*@host/x\)"),
+        ("cache.uri=https://host/x?secret", r"'cache.uri' carries a credential \(https://host/x\?\*\*\*\)"),
+        ("output=s3://me:secret@YOUR-BUCKET/runs", r"'output' is 's3://\*\*\*@YOUR-BUCKET/runs'; replace YOUR-BUCKET"),
+        ("track.wandb={project: hf_" + "secret" * 5 + "}", "'track.wandb.project' carries a credential"),
+        ("output=s3://YOUR-BUCKET/runs", "'output' is 's3://YOUR-BUCKET/runs'; replace YOUR-BUCKET by your own"),
+        ("train.betta=1", "did you mean 'train.beta'"),
+        ("name=../../etc", "use letters, digits"),
+        ("score={accelerator: H100, gpus_per_worker: 0}", "accelerator H100 has no effect on workers without GPUs"),
+    ],
+)
 def test_what_would_fail_or_be_lost_on_the_cluster_is_refused_here(project, capsys, override, sentence):
     (project / "here").mkdir()
     assert main(["submit", "run", "config.yaml", override, "--dry-run"]) == 2
@@ -154,9 +185,14 @@ def test_what_would_fail_or_be_lost_on_the_cluster_is_refused_here(project, caps
     assert "secret" not in said.replace("a secret of the cluster", "")
 
 
-@pytest.mark.parametrize("words", [
-    ["run", "config.yaml", "output=s3://me:secret@bucket/runs", "output=s3://bucket/runs"],
-    ["benchmark", "--", "--data", "https://host/a.jsonl?sig=secret"], ["benchmark", "--", "--data=s3://me:secret@bucket/a"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["run", "config.yaml", "output=s3://me:secret@bucket/runs", "output=s3://bucket/runs"],
+        ["benchmark", "--", "--data", "https://host/a.jsonl?sig=secret"],
+        ["benchmark", "--", "--data=s3://me:secret@bucket/a"],
+    ],
+)
 def test_no_secret_is_in_the_jobs_command(project, capsys, words):
     assert main(["submit", *words[:1], "--dry-run", *words[1:]]) == 2
     said = "".join(capsys.readouterr())
@@ -176,8 +212,7 @@ def test_a_configuration_elsewhere_is_refused(project, tmp_path_factory, capsys)
 
 
 def test_files_that_the_configuration_leads_to_are_packed_or_refused(project, capsys):
-    """Bases of the configuration, a chat template and the user's loss, outside of the project or not packed.
-    """
+    """Bases of the configuration, a chat template and the user's loss, outside of the project or not packed."""
     config = yaml.safe_load((project / "config.yaml").read_text())
     inside = project / "inside"
     (inside / "deep").mkdir(parents=True)
@@ -215,11 +250,18 @@ def test_files_that_the_configuration_leads_to_are_packed_or_refused(project, ca
 
 def test_it_needs_neither_ray_nor_torch(project):
     blocked = "import sys\nfor name in ('ray', 'torch', 'transformers', 'pyarrow', 'numpy'): sys.modules[name] = None\n"
-    program = blocked + ("from raydpo.cli.entry import main\n"
-                         "assert main(['submit', 'run', 'config.yaml', '--dry-run']) == 0\n"
-                         "sys.exit(main(['submit', 'run', 'config.yaml']))")
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=project,
-                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+    program = blocked + (
+        "from raydpo.cli.entry import main\n"
+        "assert main(['submit', 'run', 'config.yaml', '--dry-run']) == 0\n"
+        "sys.exit(main(['submit', 'run', 'config.yaml']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        cwd=project,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == 2 and "pip install 'ray[default]'" in done.stderr, done.stderr
 
 
@@ -230,15 +272,26 @@ def test_exit_statuses_of_jobs():
         return exit_code(JobDetails(type="SUBMISSION", status=JobStatus(status), entrypoint="", driver_exit_code=code))
 
     assert [ended("SUCCEEDED", 0), ended("FAILED", 1), ended("FAILED", 2), ended("FAILED", 130), ended("STOPPED")] == [
-        0, 1, 2, 130, 130]
+        0,
+        1,
+        2,
+        130,
+        130,
+    ]
     assert ended("FAILED") == 1, "Ray could not run it"
     assert ended("FAILED", -9) == 137
 
 
 def test_no_secret_in_the_resolved_configuration(project):
-    config = load_config("config.yaml", [
-        "output=s3://me:planted@bucket/runs", "cache.uri=abfs://c@a/x?account_key=planted",
-        "data.train=https://host/a.jsonl?token=planted"], elsewhere=True)
+    config = load_config(
+        "config.yaml",
+        [
+            "output=s3://me:planted@bucket/runs",
+            "cache.uri=abfs://c@a/x?account_key=planted",
+            "data.train=https://host/a.jsonl?token=planted",
+        ],
+        elsewhere=True,
+    )
     text = config.to_yaml()
     assert "planted" not in text and "s3://***@bucket/runs" in text
     assert "planted" in config.run_dir, "the run itself still has it"
@@ -248,8 +301,10 @@ def test_every_pinned_version_takes_the_oldest_python_that_is_promised():
     """Checked with the metadata of the installed packages, which have the pinned versions."""
     (oldest,) = re.findall(r'^requires-python = ">=([\d.]+)"$', (ROOT / "pyproject.toml").read_text(), re.M)
     for file in ("README.md", "cluster/README.md", "Makefile"):
-        assert {found.replace(", ", ".") for found in re.findall(r"(?:[Pp]ython |version_info < \()(3[., ]+\d+)",
-                                                                 (ROOT / file).read_text())} <= {oldest}, file
+        assert {
+            found.replace(", ", ".")
+            for found in re.findall(r"(?:[Pp]ython |version_info < \()(3[., ]+\d+)", (ROOT / file).read_text())
+        } <= {oldest}, file
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split())
     pins |= dict(re.findall(r"^(\S+)==(\S+) ", (ROOT / "requirements.lock").read_text(), re.M))
     here = {}
@@ -265,15 +320,19 @@ def test_every_pinned_version_takes_the_oldest_python_that_is_promised():
 def test_what_begins_a_job_gives_it_time_to_stop(project, capsys):
     assert main(["submit", "run", "config.yaml", "--dry-run"]) == 0
     commands = [capsys.readouterr().out] + [
-        line for file in (ROOT / "README.md", *(ROOT / "cluster").rglob("*.*"), *(ROOT / "jobs").glob("*.py"))
-        for line in file.read_text().splitlines() if re.search(r"\bray job submit .*-- ", line)]
+        line
+        for file in (ROOT / "README.md", *(ROOT / "cluster").rglob("*.*"), *(ROOT / "jobs").glob("*.py"))
+        for line in file.read_text().splitlines()
+        if re.search(r"\bray job submit .*-- ", line)
+    ]
     assert len(commands) > 1 and all('"RAY_JOB_STOP_WAIT_TIME_S": "120"' in line for line in commands), commands
 
 
 def test_every_package_of_the_lock_has_hashes_and_the_pinned_version():
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().lower().split())
-    blocks = re.findall(r"^(\S+)==(\S+) \\\n((?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)",
-                        (ROOT / "requirements.lock").read_text(), re.M)
+    blocks = re.findall(
+        r"^(\S+)==(\S+) \\\n((?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)", (ROOT / "requirements.lock").read_text(), re.M
+    )
     text = (ROOT / "requirements.lock").read_text()
     assert len(blocks) == len(re.findall(r"^[^\s#]", text, re.M)) > 100
     plain = {name.replace("_", "-").replace(".", "-"): version for name, version in pins.items()}

@@ -29,9 +29,13 @@ def project(tmp_path_factory, tiny_llama):
     place = tmp_path_factory.mktemp("project")
     data = tmp_path_factory.mktemp("shared")  # that all nodes see
     write_preferences(data / "a.jsonl", preferences(45))
-    tree = {"name": "one", "output": str(data / "runs"), "model": {"path": str(tiny_llama), "dtype": "float32"},
-            "data": {"train": str(data / "a.jsonl")},
-            "train": {"pairs_per_step": 8, "lr": 1e-3, "steps": STEPS, "checkpoint_every": 100, "tokens_per_batch": 512}}
+    tree = {
+        "name": "one",
+        "output": str(data / "runs"),
+        "model": {"path": str(tiny_llama), "dtype": "float32"},
+        "data": {"train": str(data / "a.jsonl")},
+        "train": {"pairs_per_step": 8, "lr": 1e-3, "steps": STEPS, "checkpoint_every": 100, "tokens_per_batch": 512},
+    }
     (place / "config.yaml").write_text(yaml.safe_dump(tree))
     (place / ".env").write_text(f"WANDB_API_KEY={PLANTED}\n")
     place.joinpath("data").symlink_to(data)
@@ -39,8 +43,14 @@ def project(tmp_path_factory, tiny_llama):
 
 
 def start(cluster, project, *words, **env):
-    return subprocess.Popen([sys.executable, "-m", "raydpo.cli", *words], cwd=project, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, env=cluster.env | {"WANDB_API_KEY": PLANTED} | env)
+    return subprocess.Popen(
+        [sys.executable, "-m", "raydpo.cli", *words],
+        cwd=project,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=cluster.env | {"WANDB_API_KEY": PLANTED} | env,
+    )
 
 
 def raydpo(cluster, project, *words, **env):
@@ -50,8 +60,11 @@ def raydpo(cluster, project, *words, **env):
 
 
 def jobs(cluster):
-    answer = requests.get(f"{cluster.env['RAY_API_SERVER_ADDRESS']}/api/jobs/", timeout=20,
-                          headers={"Authorization": f"Bearer {cluster.token}"})
+    answer = requests.get(
+        f"{cluster.env['RAY_API_SERVER_ADDRESS']}/api/jobs/",
+        timeout=20,
+        headers={"Authorization": f"Bearer {cluster.token}"},
+    )
     return {job["submission_id"]: job for job in answer.json()}
 
 
@@ -59,8 +72,10 @@ def steps(project, name="one"):
     """(First step after each start of the training, steps done)."""
     log = project / "data" / "runs" / name / "logs" / "worker-0.log"
     text = log.read_text(errors="replace") if log.is_file() else ""
-    return ([int(step) for step in re.findall(r"beginning after step (\d+)", text)],
-            [int(step) for step in re.findall(r"^step (\d+)  loss", text, re.M)])
+    return (
+        [int(step) for step in re.findall(r"beginning after step (\d+)", text)],
+        [int(step) for step in re.findall(r"^step (\d+)  loss", text, re.M)],
+    )
 
 
 def wait_until(condition, process, seconds=240):
@@ -75,8 +90,17 @@ def wait_until(condition, process, seconds=240):
 def test_it_waits_aloud_is_refused_twice_left_alone_and_stopped(cluster, project):
     """A job that waits for a GPU says so; a second job of the run is refused; Ctrl-C does not stop it; once stopped, its
     exit status is 130."""
-    status, said = raydpo(cluster, project, "submit", "score", "config.yaml", "name=waiting", "score.gpus_per_worker=1",
-                          "ray.autoscaling=true", "--no-wait")
+    status, said = raydpo(
+        cluster,
+        project,
+        "submit",
+        "score",
+        "config.yaml",
+        "name=waiting",
+        "score.gpus_per_worker=1",
+        "ray.autoscaling=true",
+        "--no-wait",
+    )
     assert status == 0 and "raydpo jobs logs -f waiting-1" in said, said
     first = start(cluster, project, "jobs", "logs", "-f", "waiting")
     said = ""
@@ -100,9 +124,12 @@ def test_it_waits_aloud_is_refused_twice_left_alone_and_stopped(cluster, project
 
 
 def test_a_job_that_others_began_may_have_no_time_to_stop(cluster, project):
-    begun = requests.post(f"{cluster.env['RAY_API_SERVER_ADDRESS']}/api/jobs/", timeout=60,
-                          json={"entrypoint": "sleep 600", "submission_id": "bare"},
-                          headers={"Authorization": f"Bearer {cluster.token}"})
+    begun = requests.post(
+        f"{cluster.env['RAY_API_SERVER_ADDRESS']}/api/jobs/",
+        timeout=60,
+        json={"entrypoint": "sleep 600", "submission_id": "bare"},
+        headers={"Authorization": f"Bearer {cluster.token}"},
+    )
     assert begun.ok, begun.text
     wait_until(lambda: jobs(cluster)["bare"]["status"] == "RUNNING", cluster.head)
     status, said = raydpo(cluster, project, "jobs", "stop", "bare")
@@ -133,9 +160,17 @@ def test_two_workers_on_two_nodes_stopped_submitted_again_and_finished(cluster, 
 def test_every_verb_is_a_job_and_leaves_what_it_leaves_anywhere(cluster, project):
     cluster.add(4)
     runs = project / "data" / "runs"
-    settings = ("config.yaml", "name=verbs", "train.steps=4", "score.workers=2", "train.workers=2",
-                "data.eval={fraction: 0.2}", f"cache.uri={project}/data/cache-verbs", "evaluate.prompts=4",
-                "evaluate.max_tokens=4")
+    settings = (
+        "config.yaml",
+        "name=verbs",
+        "train.steps=4",
+        "score.workers=2",
+        "train.workers=2",
+        "data.eval={fraction: 0.2}",
+        f"cache.uri={project}/data/cache-verbs",
+        "evaluate.prompts=4",
+        "evaluate.max_tokens=4",
+    )
 
     def done(verb, *words):
         status, said = raydpo(cluster, project, "submit", verb, *words)
@@ -152,8 +187,26 @@ def test_every_verb_is_a_job_and_leaves_what_it_leaves_anywhere(cluster, project
     trials = json.loads((runs / "verbs-sweep" / "sweep.json").read_text())["trials"]
     assert [(trial["status"], trial["steps"]) for trial in trials] == [("done", 4), ("done", 4)]
     model, out = yaml.safe_load((project / "config.yaml").read_text())["model"]["path"], project / "data" / "benchmark.json"
-    done("benchmark", "--", "--model", model, "--data", f"{project}/data/a.jsonl", "--pairs", "16", "--dtype", "fp32",
-         "--full", "--baseline-batches", "8", "--skip-online", "--device", "cpu", "--json", str(out))
+    done(
+        "benchmark",
+        "--",
+        "--model",
+        model,
+        "--data",
+        f"{project}/data/a.jsonl",
+        "--pairs",
+        "16",
+        "--dtype",
+        "fp32",
+        "--full",
+        "--baseline-batches",
+        "8",
+        "--skip-online",
+        "--device",
+        "cpu",
+        "--json",
+        str(out),
+    )
     assert json.loads(out.read_text())["equal"]
 
 
@@ -161,8 +214,17 @@ def test_every_verb_is_a_job_and_leaves_what_it_leaves_anywhere(cluster, project
 def test_the_node_of_a_training_is_lost_and_another_one_comes(cluster, project):
     """The workers need a label that one node has; when that node is lost they wait for the next one and continue there."""
     node = cluster.add(3, zone="training")
-    job = start(cluster, project, "submit", "run", "config.yaml", "name=lost", "train.workers=2",
-                "train.labels={zone: training}", "train.checkpoint_every=10")
+    job = start(
+        cluster,
+        project,
+        "submit",
+        "run",
+        "config.yaml",
+        "name=lost",
+        "train.workers=2",
+        "train.labels={zone: training}",
+        "train.checkpoint_every=10",
+    )
     wait_until(lambda: len(steps(project, "lost")[1]) > 25, job)
     cluster.lose(node)
     cluster.add(3, zone="training")
@@ -178,9 +240,19 @@ def test_the_node_that_scores_is_lost_and_another_one_comes(cluster, project, no
     write_preferences(project / "data" / "many.jsonl", preferences(6000))
     zone = "noticed" if notice else "lost"
     node = cluster.add(3, zone=zone)
-    job = start(cluster, project, "submit", "score", "config.yaml", f"name=score-{zone}", "score.workers=2",
-                f"score.labels={{zone: {zone}}}", f"data.train={project}/data/many.jsonl",
-                f"cache.uri={project}/data/cache-{zone}", "score.tokens_per_part=8192")
+    job = start(
+        cluster,
+        project,
+        "submit",
+        "score",
+        "config.yaml",
+        f"name=score-{zone}",
+        "score.workers=2",
+        f"score.labels={{zone: {zone}}}",
+        f"data.train={project}/data/many.jsonl",
+        f"cache.uri={project}/data/cache-{zone}",
+        "score.tokens_per_part=8192",
+    )
     wait_until(lambda: any((project / "data" / f"cache-{zone}").rglob("*.parquet")), job)
     if notice:
         cluster.give_notice("zone", zone, 5)
@@ -199,8 +271,17 @@ def test_a_node_with_other_packages_is_named_before_anything_is_scored(cluster, 
     (tmp_path / "transformers-0.0.1.dist-info").mkdir()
     (tmp_path / "transformers-0.0.1.dist-info" / "METADATA").write_text("Name: transformers\nVersion: 0.0.1\n")
     node = cluster.add(3, before=tmp_path, zone="odd")
-    status, said = raydpo(cluster, project, "submit", "score", "config.yaml", "name=odd", "score.labels={zone: odd}",
-                          "score.gpus_per_worker=0", "ray.autoscaling=true")
+    status, said = raydpo(
+        cluster,
+        project,
+        "submit",
+        "score",
+        "config.yaml",
+        "name=odd",
+        "score.labels={zone: odd}",
+        "score.gpus_per_worker=0",
+        "ray.autoscaling=true",
+    )
     cluster.lose(node)
     assert status == 2 and re.search(r"error: node \S+ \(\w+\) has transformers 0.0.1, the driver's node \d", said), said
     assert "scoring" not in said

@@ -18,9 +18,22 @@ KEY = "AKIA" + "ABCDEFGHIJKLMNOP"
 @pytest.fixture
 def project(tmp_path):
     place = tmp_path / "project"
-    for name in ("config.yaml", "jobs/a.yaml", "code/own_loss.py", "data/prefs.jsonl", "model/model.safetensors",
-                 "runs/one/config.yaml", ".env", "deep/below/.env.local", "deep/id_rsa", ".ssh/known", "deep/cloud.pem",
-                 "code/__pycache__/own_loss.pyc", "notes/later.txt", "service-account-prod.json"):
+    for name in (
+        "config.yaml",
+        "jobs/a.yaml",
+        "code/own_loss.py",
+        "data/prefs.jsonl",
+        "model/model.safetensors",
+        "runs/one/config.yaml",
+        ".env",
+        "deep/below/.env.local",
+        "deep/id_rsa",
+        ".ssh/known",
+        "deep/cloud.pem",
+        "code/__pycache__/own_loss.pyc",
+        "notes/later.txt",
+        "service-account-prod.json",
+    ):
         path = place / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("nothing\n")

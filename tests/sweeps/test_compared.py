@@ -23,9 +23,15 @@ from raydpo.terminal.console import Console
 def place(tmp_path, tiny_llama):
     for number, name in enumerate(("a", "b", "held_out", "others")):
         write_preferences(tmp_path / f"{name}.jsonl", preferences(30, seed=number))
-    tree = {"output": str(tmp_path / "runs"), "name": "s", "model": {"path": str(tiny_llama), "dtype": "float32"},
-            "data": {"train": [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")],
-                     "eval": {"path": str(tmp_path / "held_out.jsonl")}}}
+    tree = {
+        "output": str(tmp_path / "runs"),
+        "name": "s",
+        "model": {"path": str(tiny_llama), "dtype": "float32"},
+        "data": {
+            "train": [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")],
+            "eval": {"path": str(tmp_path / "held_out.jsonl")},
+        },
+    }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
     return tmp_path
 
@@ -45,9 +51,14 @@ SILENT = Console(io.StringIO())
 EARLY = "sweep.stop_early={grace: 50}"
 
 
-@pytest.mark.parametrize("varied", [
-    "sweep.grid={data.eval.fraction: [0.2, 0.4]}", "sweep.grid={data.max_length: [20, 1024]}",
-    "sweep.list=[{data.eval.path: PLACE/held_out.jsonl}, {data.eval.path: PLACE/others.jsonl}]"])
+@pytest.mark.parametrize(
+    "varied",
+    [
+        "sweep.grid={data.eval.fraction: [0.2, 0.4]}",
+        "sweep.grid={data.max_length: [20, 1024]}",
+        "sweep.list=[{data.eval.path: PLACE/held_out.jsonl}, {data.eval.path: PLACE/others.jsonl}]",
+    ],
+)
 def test_other_held_out_pairs_do_not_compare(varied, place):
     varied = varied.replace("PLACE", str(place))
     more = ("data.eval={fraction: 0.3}",) if "fraction" in varied else ()
@@ -57,10 +68,16 @@ def test_other_held_out_pairs_do_not_compare(varied, place):
         compared(place, varied, "data.max_dropped=1.0", EARLY, *more)
 
 
-@pytest.mark.parametrize("varied", [
-    "sweep.grid={train.beta: [0.1, 0.3]}", "sweep.grid={data.fraction: [0.5, 1.0]}",
-    "sweep.grid={data.train.0.weight: [0.5, 1.0]}", "sweep.grid={data.filter: [null, chosen_tokens < 30]}",
-    "sweep.list=[{data.train: [PLACE/a.jsonl]}, {data.train: [PLACE/b.jsonl]}]"])
+@pytest.mark.parametrize(
+    "varied",
+    [
+        "sweep.grid={train.beta: [0.1, 0.3]}",
+        "sweep.grid={data.fraction: [0.5, 1.0]}",
+        "sweep.grid={data.train.0.weight: [0.5, 1.0]}",
+        "sweep.grid={data.filter: [null, chosen_tokens < 30]}",
+        "sweep.list=[{data.train: [PLACE/a.jsonl]}, {data.train: [PLACE/b.jsonl]}]",
+    ],
+)
 def test_trials_that_differ_in_what_they_train_on_compare(varied, place):
     assert compared(place, varied.replace("PLACE", str(place)), EARLY) == (True, "")
 
@@ -96,7 +113,7 @@ def test_a_trial_is_measured_again_where_settings_or_pairs_have_changed(place):
         config, trials = prepared(place, grid, "sweep.evaluate=true", *overrides)
         ledger = Ledger(config, trials_of(config))
         ledger.found_in_cache("", [None])
-        (name, one), = trials.items()
+        ((name, one),) = trials.items()
         sweep = _Sweep(trials, {}, ledger, None, 1)
         if measure:
             told = protocol(one.config, pairs_to_evaluate(one.config, one.tokeniser, SILENT)[0], one.reference)
@@ -105,8 +122,17 @@ def test_a_trial_is_measured_again_where_settings_or_pairs_have_changed(place):
 
     assert not is_there(), "nothing is measured yet"
     assert is_there(measure=True) and is_there() and is_there("evaluate.batch=3", "evaluate.score_missing=false")
-    for changed in ("max_tokens=512", "prompts=8", "seed=1", "temperature=0.7", "modes=[sampled]", "samples=2",
-                    "engine=vllm", "score_with=a:b", "judge={url: 'http://host/v1', model: m}"):
+    for changed in (
+        "max_tokens=512",
+        "prompts=8",
+        "seed=1",
+        "temperature=0.7",
+        "modes=[sampled]",
+        "samples=2",
+        "engine=vllm",
+        "score_with=a:b",
+        "judge={url: 'http://host/v1', model: m}",
+    ):
         assert not is_there(f"evaluate.{changed}"), changed
     assert not is_there(f"data.eval.path={place / 'others.jsonl'}") and not is_there("score.dtype=bfloat16")
     data = f"evaluate.data={place / 'others.jsonl'}"
@@ -119,8 +145,12 @@ def test_a_trial_that_diverged_leaves_a_record_that_every_reader_can_read(place)
     config = load_config(place / "config.yaml", ["sweep.grid={train.beta: [0.1, 0.3]}"])
     trials = trials_of(config)
     for trial, accuracy in zip(trials, (float("nan"), 0.7), strict=True):
-        Storage(trial.config.run_dir).write("eval.parquet", to_parquet([{
-            "step": 4, "eval_rewards/accuracies": accuracy, "eval_loss": float("inf") if accuracy != 0.7 else 0.5}]))
+        Storage(trial.config.run_dir).write(
+            "eval.parquet",
+            to_parquet(
+                [{"step": 4, "eval_rewards/accuracies": accuracy, "eval_loss": float("inf") if accuracy != 0.7 else 0.5}]
+            ),
+        )
     ledger = Ledger(config, trials)
     for trial in trials:
         ledger.set(trial.name, "done")

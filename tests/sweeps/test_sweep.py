@@ -26,10 +26,19 @@ DIVERGED = "lr=1e+30,max_skipped=0"
 def place(tmp_path_factory, tiny_llama):
     place = tmp_path_factory.mktemp("sweep")
     write_preferences(place / "a.jsonl", preferences(45))
-    tree = {"output": str(place / "runs"), "model": {"path": str(tiny_llama), "dtype": "float32"},
-            "data": {"train": str(place / "a.jsonl"), "eval": {"fraction": 0.2}},
-            "train": {"pairs_per_step": 8, "lr": 1e-3, "steps": 12, "eval_every": 4, "tokens_per_batch": 512,
-                      "checkpoint_every": CHECKPOINT_EVERY}}
+    tree = {
+        "output": str(place / "runs"),
+        "model": {"path": str(tiny_llama), "dtype": "float32"},
+        "data": {"train": str(place / "a.jsonl"), "eval": {"fraction": 0.2}},
+        "train": {
+            "pairs_per_step": 8,
+            "lr": 1e-3,
+            "steps": 12,
+            "eval_every": 4,
+            "tokens_per_batch": 512,
+            "checkpoint_every": CHECKPOINT_EVERY,
+        },
+    }
     (place / "config.yaml").write_text(yaml.safe_dump(tree))
     return place
 
@@ -71,8 +80,7 @@ def test_one_pass_then_every_trial_and_those_that_failed_are_told(place, on_clus
     assert result.returncode == 1, result.stdout + result.stderr
     assert f"1 of 2 trials failed: {DIVERGED}: " in result.stderr and "more than train.max_skipped 0" in result.stderr
     found, trials = record(place, "betas")
-    assert [(name, trial["status"]) for name, trial in trials.items()] == [
-        ("beta=0.3", "done"), (DIVERGED, "failed")]
+    assert [(name, trial["status"]) for name, trial in trials.items()] == [("beta=0.3", "done"), (DIVERGED, "failed")]
     assert found["parameters"] == ["train.beta", "train.lr", "train.max_skipped"]
     assert found["metric"] == "eval_rewards/accuracies"
     assert trials["beta=0.3"]["settings"] == {"train.beta": 0.3, "train.lr": 1e-3, "train.max_skipped": 3}
@@ -101,8 +109,10 @@ def test_what_cannot_be_swept_is_said_before_anything_starts(place, capsys):
     assert "trial train.beta=-1: 'train.beta' is -1" in fails("sweep", "sweep.grid={train.beta: [0.1, -1]}")
     assert "nothing to sweep over" in fails("sweep")
     removed = fails("sweep", "sweep.grid={train.beta: [0.1]}", "sweep.together=true")
-    assert removed == ("error: 'sweep.together' was removed: trials no longer share a process; drop the key, and each "
-                       "trial trains in workers of its own\n")
+    assert removed == (
+        "error: 'sweep.together' was removed: trials no longer share a process; drop the key, and each "
+        "trial trains in workers of its own\n"
+    )
     assert "run 'raydpo sweep'" in fails("train", "sweep.grid={train.beta: [0.1]}")
 
 
@@ -153,8 +163,12 @@ def test_trials_need_one_reference(place, on_cluster):
 def test_a_trial_is_the_run_that_it_would_be_alone(place, on_cluster):
     swept = run(place, "swept", "sweep.grid={train.beta: [0.2, 0.4]}", "sweep.at_once=1")
     assert swept.returncode == 0, swept.stdout + swept.stderr
-    alone = subprocess.run([sys.executable, "-m", "raydpo.cli", "run", str(place / "config.yaml"), "name=alone",
-                            "train.beta=0.4"], capture_output=True, text=True, timeout=300)
+    alone = subprocess.run(
+        [sys.executable, "-m", "raydpo.cli", "run", str(place / "config.yaml"), "name=alone", "train.beta=0.4"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert alone.returncode == 0 and "(100% hits)" in alone.stdout
     same(place / "runs" / "swept" / "beta=0.4", place / "runs" / "alone")
 
@@ -196,12 +210,16 @@ def test_a_sweep_killed_three_times_ends_as_an_undisturbed_one(place):
     assert undisturbed.returncode == 0, undisturbed.stdout + undisturbed.stderr
     theirs = sorted(path for path in (place / "runs" / "undisturbed").glob("beta=*"))
     ours = [place / "runs" / "killed" / path.name for path in theirs]
-    ready = (lambda: any(registered(path) >= 10 for path in ours), lambda: any(registered(path) >= 25 for path in ours),
-             lambda: any((path / "summary.json").is_file() for path in ours))
+    ready = (
+        lambda: any(registered(path) >= 10 for path in ours),
+        lambda: any(registered(path) >= 25 for path in ours),
+        lambda: any((path / "summary.json").is_file() for path in ours),
+    )
     stored: list[dict[str, tuple[int, int]]] = []  # at each kill: the newest checkpoint, and how often training had begun
     for moment in ready:
-        process = subprocess.Popen(command(place, "killed", *BETAS), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                   text=True)
+        process = subprocess.Popen(
+            command(place, "killed", *BETAS), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
         killed_when(process, moment)
         stored.append({path.name: (registered(path), len(logged(path, BEGINS))) for path in ours})
     done_before = {path.name for path in ours if (path / "summary.json").is_file()}
@@ -222,8 +240,12 @@ def test_a_sweep_killed_three_times_ends_as_an_undisturbed_one(place):
     assert "(100% hits)" in last.stdout
 
 
-HALVING = ("sweep.grid={train.lr: [1.0e-3, 1.0e-4, 1.0e-5, 1.0e-6]}", "train.steps=32", "train.eval_every=8",
-           "sweep.stop_early={grace: 8, metric: eval_rewards/margins}")
+HALVING = (
+    "sweep.grid={train.lr: [1.0e-3, 1.0e-4, 1.0e-5, 1.0e-6]}",
+    "train.steps=32",
+    "train.eval_every=8",
+    "sweep.stop_early={grace: 8, metric: eval_rewards/margins}",
+)
 
 
 @pytest.mark.slow
@@ -234,24 +256,31 @@ def test_what_is_behind_stops_early_and_a_kill_changes_nothing(place):
     _, trials = record(place, "halved")
 
     def margins(step):
-        return {name: row["eval_rewards/margins"] for name in trials for row in rows(directory / name, "eval.parquet")
-                if row["step"] == step}
+        return {
+            name: row["eval_rewards/margins"]
+            for name in trials
+            for row in rows(directory / name, "eval.parquet")
+            if row["step"] == step
+        }
 
     at_8, at_16 = margins(8), margins(16)
     assert len(at_8) == 4 and set(at_16) == set(sorted(at_8, key=at_8.get)[2:])
     winner = max(at_16, key=at_16.get)
     assert {name: (trial["status"], trial["steps"]) for name, trial in trials.items()} == {
-        name: ("done", 32) if name == winner else ("stopped", 16 if name in at_16 else 8) for name in trials}
+        name: ("done", 32) if name == winner else ("stopped", 16 if name in at_16 else 8) for name in trials
+    }
     assert not any((directory / name / "final").exists() for name in trials if name != winner)
 
-    process = subprocess.Popen(command(place, "halved-killed", *HALVING), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               text=True)
+    process = subprocess.Popen(
+        command(place, "halved-killed", *HALVING), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     killed_when(process, lambda: any(registered(place / "runs" / "halved-killed" / name) >= 10 for name in trials))
     again = run(place, "halved-killed", *HALVING)
     assert again.returncode == 0, again.stdout + again.stderr
     _, ours = record(place, "halved-killed")
     assert [(trial["name"], trial["status"], trial["steps"], exact([trial["eval"]])) for trial in ours.values()] == [
-        (trial["name"], trial["status"], trial["steps"], exact([trial["eval"]])) for trial in trials.values()]
+        (trial["name"], trial["status"], trial["steps"], exact([trial["eval"]])) for trial in trials.values()
+    ]
     same(place / "runs" / "halved-killed" / winner, directory / winner)
 
 

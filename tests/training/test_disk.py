@@ -58,9 +58,14 @@ time.sleep(60)
 
 def test_every_process_has_a_folder_of_its_own_and_those_of_the_dead_go(tmp_path):
     """Skip the check for libaio."""
+
     def begin():
-        process = subprocess.Popen([sys.executable, "-c", MAKE, str(tmp_path)], stdout=subprocess.PIPE, text=True,
-                                   env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+        process = subprocess.Popen(
+            [sys.executable, "-c", MAKE, str(tmp_path)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        )
         return process, process.stdout.readline().strip()
 
     (first, one), (second, two) = begin(), begin()
@@ -122,8 +127,17 @@ def trained(table, model, scratch, keep, jobs):
         AsyncIOBuilder.load = lambda self, verbose=False: SimpleNamespace(aio_handle=PythonFiles)
     found = []
     for name, kind, checkpoint in jobs:
-        run = train_here(table, model, scratch, steps=6, checkpoint_every=3, keep=keep / name, zero=3,
-                         checkpoint=None if checkpoint is None else keep / checkpoint / "step-3", **kind)
+        run = train_here(
+            table,
+            model,
+            scratch,
+            steps=6,
+            checkpoint_every=3,
+            keep=keep / name,
+            zero=3,
+            checkpoint=None if checkpoint is None else keep / checkpoint / "step-3",
+            **kind,
+        )
         weights = {key: value.double().sum().item() for key, value in run.engine.gather().items()}
         found.append((exact(run.steps), weights, PythonFiles.written))
     return found
@@ -137,8 +151,16 @@ def test_a_disk_changes_nothing_and_its_checkpoints_fit_everywhere(tmp_path):
     everything = moments | {"offload_params": disk}
     whole = [("memory", memory, None), ("moments", moments, None), ("all", everything, None)]
     rest = [("x", memory, "all"), ("y", moments, "memory"), ("z", everything, "moments")]
-    found = run_distributed(trained, 2, tmp_path / "run", with_reference(tiny_pairs(17), model), model, tmp_path / "s",
-                            tmp_path / "keep", whole + rest)
+    found = run_distributed(
+        trained,
+        2,
+        tmp_path / "run",
+        with_reference(tiny_pairs(17), model),
+        model,
+        tmp_path / "s",
+        tmp_path / "keep",
+        whole + rest,
+    )
     for (steps, weights, before), *others in found:
         assert len(steps) == 6 and steps[-1]["loss"] != steps[0]["loss"]
         assert [other for other, _, _ in others] == [steps, steps, steps[3:], steps[3:], steps[3:]]

@@ -27,8 +27,14 @@ def table(tiny_llama):
 @pytest.mark.parametrize("lora", [None, pytest.param({"r": 4, "alpha": 8}, marks=pytest.mark.slow)], ids=["full", "lora"])
 def test_one_worker_equals_two_for_every_zero_stage(lora, table, tiny_llama, tmp_path):
     # ZeRO-3 last: while its engine lives, transformers partitions every model it loads.
-    settings = [dict(zero=0), dict(zero=1), dict(zero=2), dict(zero=2, tokens_per_batch=200),
-                dict(zero=2, gradient_checkpointing=True), dict(zero=3)]
+    settings = [
+        dict(zero=0),
+        dict(zero=1),
+        dict(zero=2),
+        dict(zero=2, tokens_per_batch=200),
+        dict(zero=2, gradient_checkpointing=True),
+        dict(zero=3),
+    ]
     jobs = [((table, tiny_llama, tmp_path / "scratch"), dict(lora=lora, steps=STEPS, **one)) for one in settings]
     (alone,) = run_distributed(curves, 1, tmp_path / "one", jobs)
     two = run_distributed(curves, 2, tmp_path / "two", jobs, fresh=lora is None)
@@ -44,10 +50,15 @@ def first_losses(jobs):
 
 
 def test_first_loss_is_ln_2(tiny_llama, tiny_qwen3, tmp_path):
-    jobs = [((with_reference(tiny_pairs(PAIRS), model, dtype), model, tmp_path / "scratch"),
-             dict(dtype=dtype, steps=1, zero=zero, lora=lora))
-            for model in (tiny_llama, tiny_qwen3) for dtype in ("float32", "bfloat16") for zero, lora in
-            ((2, None), (2, {"r": 4, "alpha": 8}), (1, None))]
+    jobs = [
+        (
+            (with_reference(tiny_pairs(PAIRS), model, dtype), model, tmp_path / "scratch"),
+            dict(dtype=dtype, steps=1, zero=zero, lora=lora),
+        )
+        for model in (tiny_llama, tiny_qwen3)
+        for dtype in ("float32", "bfloat16")
+        for zero, lora in ((2, None), (2, {"r": 4, "alpha": 8}), (1, None))
+    ]
     (losses,) = run_distributed(first_losses, 1, tmp_path / "ranks", jobs)
     for loss, (_, settings) in zip(losses, jobs, strict=True):
         assert abs(loss - math.log(2)) < (1e-5 if settings["dtype"] == "float32" else 1e-3), settings
@@ -74,8 +85,14 @@ def with_live_reference(table, model):
 def test_cached_equals_live_reference_for_every_loss(table, tiny_llama, tmp_path):
     live = with_live_reference(table, tiny_llama)
     names = [name for name, traits in LOSSES.items() if traits.reference]
-    jobs = [((data, tiny_llama, tmp_path / "scratch"), dict(loss=name, steps=2, **({"label_smoothing": 1e-3} if name ==
-            "exo_pair" else {}))) for name in names for data in (table, live)]
+    jobs = [
+        (
+            (data, tiny_llama, tmp_path / "scratch"),
+            dict(loss=name, steps=2, **({"label_smoothing": 1e-3} if name == "exo_pair" else {})),
+        )
+        for name in names
+        for data in (table, live)
+    ]
     (losses,) = run_distributed(curves, 1, tmp_path / "ranks", jobs)
     for name, cached, lived in zip(names, losses[::2], losses[1::2], strict=True):
         if name == "dpop":  # it has a kink where the policy is the reference: rounding decides the first gradient
@@ -97,17 +114,39 @@ def continued(table, model, scratch, checkpoint, settings):
 LORA_IN_BFLOAT16 = dict(dtype="bfloat16", lora={"r": 4, "alpha": 8})
 
 
-@pytest.mark.parametrize("settings", [
-    dict(zero=2), *(pytest.param(each, marks=pytest.mark.slow) for each in (  # test_optimizer has ZeRO-3, too
-        dict(zero=3), dict(zero=3) | LORA_IN_BFLOAT16, dict(zero=1) | LORA_IN_BFLOAT16, dict(zero=0),
-        dict(zero=0, dtype="bfloat16")))], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(zero=2),
+        *(
+            pytest.param(each, marks=pytest.mark.slow)
+            for each in (  # test_optimizer has ZeRO-3, too
+                dict(zero=3),
+                dict(zero=3) | LORA_IN_BFLOAT16,
+                dict(zero=1) | LORA_IN_BFLOAT16,
+                dict(zero=0),
+                dict(zero=0, dtype="bfloat16"),
+            )
+        ),
+    ],
+    ids=str,
+)
 def test_interrupted_equals_uninterrupted_exactly(settings, table, tiny_llama, tmp_path):
     """The runs cross the end of an epoch: step 5 is short, step 8 is in the second epoch."""
-    (steps, evals), _ = run_distributed(interrupted, 2, tmp_path / "a", table, tiny_llama, tmp_path / "s", tmp_path / "keep",
-                                        settings)
+    (steps, evals), _ = run_distributed(
+        interrupted, 2, tmp_path / "a", table, tiny_llama, tmp_path / "s", tmp_path / "keep", settings
+    )
     for step in (4, 8):
-        (rest, late), _ = run_distributed(continued, 2, tmp_path / f"b{step}", table, tiny_llama, tmp_path / "s",
-                                          tmp_path / "keep" / f"step-{step}", settings)
+        (rest, late), _ = run_distributed(
+            continued,
+            2,
+            tmp_path / f"b{step}",
+            table,
+            tiny_llama,
+            tmp_path / "s",
+            tmp_path / "keep" / f"step-{step}",
+            settings,
+        )
         assert exact(rest) == exact(steps)[step:]
         assert exact(late) == exact(evals)[-1:]
 
@@ -115,7 +154,9 @@ def test_interrupted_equals_uninterrupted_exactly(settings, table, tiny_llama, t
 def test_gradient_and_loss_do_not_depend_on_the_order_of_a_step(table, tiny_llama, tmp_path):
     order = np.arange(8)[::-1]
     first = table.slice(0, 8)
-    jobs = [((data, tiny_llama, tmp_path / "scratch"), dict(steps=3, shuffle=False)) for data in
-            (first, first.take(pa.array(order)))]
+    jobs = [
+        ((data, tiny_llama, tmp_path / "scratch"), dict(steps=3, shuffle=False))
+        for data in (first, first.take(pa.array(order)))
+    ]
     (losses,) = run_distributed(curves, 1, tmp_path / "ranks", jobs)
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)

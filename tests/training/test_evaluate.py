@@ -16,8 +16,11 @@ def test_pairs_that_share_prompts_count_for_less(world_size, tiny_llama, tmp_pat
     objectives."""
     table, once = (with_reference(tokenised(preferences(9, seed=seed)), tiny_llama) for seed in (0, 7))
     thrice = once.take([row for row in range(9) for _ in range(3)])
-    jobs = [((table, tiny_llama, tmp_path / f"{loss}-{len(held)}"), dict(steps=1, loss=loss, held_out=held))
-            for loss in ("sigmoid", "aot") for held in (once, thrice)]
+    jobs = [
+        ((table, tiny_llama, tmp_path / f"{loss}-{len(held)}"), dict(steps=1, loss=loss, held_out=held))
+        for loss in ("sigmoid", "aot")
+        for held in (once, thrice)
+    ]
     for records in run_distributed(evaluations, world_size, tmp_path / "ranks", jobs):
         for single, triple in zip(records[::2], records[1::2], strict=True):
             alone, together = single[-1], triple[-1]

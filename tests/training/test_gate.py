@@ -61,8 +61,17 @@ def test_the_gate(tiny_llama, tmp_path):
 
 
 def tails_at_the_gate(table, model, scratch):
-    run = train_here(table, model, scratch, steps=1, loss="sigmoid", beta=5.0, ld_alpha=0.25, pairs_per_step=len(table),
-                     gate_pairs=len(table))
+    run = train_here(
+        table,
+        model,
+        scratch,
+        steps=1,
+        loss="sigmoid",
+        beta=5.0,
+        ld_alpha=0.25,
+        pairs_per_step=len(table),
+        gate_pairs=len(table),
+    )
     (line,) = [note for note in run.notes if note.startswith("step-0 gate")]
     return float(line.rpartition("loss ")[2]), run.steps[0]["loss"]
 
@@ -72,8 +81,10 @@ def test_the_gate_tells_the_first_loss_with_light_tails(tiny_llama, tmp_path):
     table = with_reference(tiny_pairs(8), tiny_llama)
     for column in ("chosen", "rejected"):
         name, other = (f"{side}_logps" for side in (f"ref_{column}", "ref_rejected" if column == "chosen" else "ref_chosen"))
-        rows = [[*row[:-1], row[-1] + 0.01 * (len(row) > len(than))] for row, than in
-                zip(table[name].to_pylist(), table[other].to_pylist(), strict=True)]
+        rows = [
+            [*row[:-1], row[-1] + 0.01 * (len(row) > len(than))]
+            for row, than in zip(table[name].to_pylist(), table[other].to_pylist(), strict=True)
+        ]
         table = table.set_column(table.column_names.index(name), name, pa.array(rows, pa.list_(pa.float32())))
     ((told, first),) = run_distributed(tails_at_the_gate, 1, tmp_path / "ranks", table, tiny_llama, tmp_path / "scratch")
     assert abs(first - LN2) > 1e-4
@@ -88,23 +99,46 @@ def test_rows_hold_first_step_extremes_and_others(tiny_llama):
     assert gate_rows(pairs, np.array([7]), count=100, seed=0) == list(range(60))
 
 
-@pytest.mark.parametrize(("reference", "told"), [("another", "made by other weights or altered"),
-                                                 ("same", "do not follow from its files")])
+@pytest.mark.parametrize(
+    ("reference", "told"), [("another", "made by other weights or altered"), ("same", "do not follow from its files")]
+)
 def test_what_helps_depends_on_whether_the_models_are_one(reference, told, tiny_llama):
     """A model whose log-probs change at each load cannot be scored correctly, and the advice says so."""
     pairs, gaps = TrainingPairs(with_reference(tiny_pairs(4), tiny_llama)), np.full(4, 0.5)
-    comparison = Comparison(rows=np.arange(4), token_gap=gaps, mean_gap=gaps, chosen_gap=gaps, rejected_gap=-gaps,
-                            chosen_tail_gap=0 * gaps, rejected_tail_gap=0 * gaps)
+    comparison = Comparison(
+        rows=np.arange(4),
+        token_gap=gaps,
+        mean_gap=gaps,
+        chosen_gap=gaps,
+        rejected_gap=-gaps,
+        chosen_tail_gap=0 * gaps,
+        rejected_tail_gap=0 * gaps,
+    )
     with pytest.raises(GateError, match=told):
         judge(comparison, pairs, Objective(ObjectiveConfig()), 0.1, dtype="float32", policy="same", reference=reference)
 
 
 LN2 = math.log(2)
 AT_THE_REFERENCE = {
-    "sigmoid": LN2, "robust": LN2, "hinge": 1.0, "ipo": 25.0, "ipo_sum": 25.0, "sigmoid_norm": LN2,
-    "exo_pair": -LN2 - (math.log(0.9) + math.log(0.1)) / 2, "discopop": (LN2 + 1) / 2, "dpop": LN2, "nca_pair": 2 * LN2,
-    "bco_pair": 2 * LN2, "bco": 2 * LN2, "sppo_hard": 50.0, "apo_zero": 1.0, "apo_down": 1.0, "kto": 0.5, "aot": LN2,
-    "aot_unpaired": LN2}
+    "sigmoid": LN2,
+    "robust": LN2,
+    "hinge": 1.0,
+    "ipo": 25.0,
+    "ipo_sum": 25.0,
+    "sigmoid_norm": LN2,
+    "exo_pair": -LN2 - (math.log(0.9) + math.log(0.1)) / 2,
+    "discopop": (LN2 + 1) / 2,
+    "dpop": LN2,
+    "nca_pair": 2 * LN2,
+    "bco_pair": 2 * LN2,
+    "bco": 2 * LN2,
+    "sppo_hard": 50.0,
+    "apo_zero": 1.0,
+    "apo_down": 1.0,
+    "kto": 0.5,
+    "aot": LN2,
+    "aot_unpaired": LN2,
+}
 
 
 def test_the_first_loss_is_foretold_for_every_objective(tiny_llama):

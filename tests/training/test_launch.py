@@ -24,10 +24,20 @@ def job(tmp_path_factory, tiny_llama):
     """37 pairs in steps of 8: the last step of an epoch has 5."""
     place = tmp_path_factory.mktemp("train")
     write_preferences(place / "a.jsonl", preferences(45))
-    tree = {"output": str(place / "runs"), "model": {"path": str(tiny_llama), "dtype": "float32"},
-            "data": {"train": str(place / "a.jsonl"), "eval": {"fraction": 0.2}},
-            "train": {"workers": 2, "pairs_per_step": 8, "lr": 1e-3, "steps": 60, "checkpoint_every": 7, "eval_every": 20,
-                      "tokens_per_batch": 512}}
+    tree = {
+        "output": str(place / "runs"),
+        "model": {"path": str(tiny_llama), "dtype": "float32"},
+        "data": {"train": str(place / "a.jsonl"), "eval": {"fraction": 0.2}},
+        "train": {
+            "workers": 2,
+            "pairs_per_step": 8,
+            "lr": 1e-3,
+            "steps": 60,
+            "checkpoint_every": 7,
+            "eval_every": 20,
+            "tokens_per_batch": 512,
+        },
+    }
     (place / "config.yaml").write_text(yaml.safe_dump(tree))
     return place
 
@@ -92,8 +102,9 @@ def wait_for_checkpoint(job, name, step, process):
 @pytest.mark.slow  # the short soak has this fault, too
 def test_a_killed_worker_changes_nothing(job, undisturbed):
     environment = os.environ | {"RAYDPO_TEST_DRIVER": "w"}
-    process = subprocess.Popen(command(job, "train", "worker-killed"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               text=True, env=environment)
+    process = subprocess.Popen(
+        command(job, "train", "worker-killed"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
     wait_for_checkpoint(job, "worker-killed", 7, process)
     victims = workers_of("w")
     assert len(victims) == 2
@@ -106,13 +117,15 @@ def test_a_killed_worker_changes_nothing(job, undisturbed):
 
 @pytest.mark.slow  # the run below is stopped by SIGTERM and continued
 def test_a_killed_driver_is_continued_by_the_same_command(job, undisturbed):
-    process = subprocess.Popen(command(job, "train", "driver-killed"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               text=True)
+    process = subprocess.Popen(
+        command(job, "train", "driver-killed"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     wait_for_checkpoint(job, "driver-killed", 7, process)
     process.kill()
     process.communicate()
-    changed = subprocess.run(command(job, "train", "driver-killed", "train.beta=0.3"), capture_output=True, text=True,
-                             timeout=300)
+    changed = subprocess.run(
+        command(job, "train", "driver-killed", "train.beta=0.3"), capture_output=True, text=True, timeout=300
+    )
     assert changed.returncode == 2
     assert "train.beta: 0.1 -> 0.3" in changed.stderr
     result = subprocess.run(command(job, "train", "driver-killed"), capture_output=True, text=True, timeout=300)
@@ -126,9 +139,13 @@ def test_a_killed_driver_is_continued_by_the_same_command(job, undisturbed):
 @pytest.mark.slow  # make soak has this fault, too
 def test_a_worker_out_of_memory_is_started_again(job, undisturbed):
     """Limit the memory of this run's workers to what they use after the first steps."""
-    process = subprocess.Popen(command(job, "train", "starved", "train.tokens_per_batch=100000", "train.pairs_per_step=37"),
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                               env=os.environ | {"RAYDPO_TEST_DRIVER": "m"})
+    process = subprocess.Popen(
+        command(job, "train", "starved", "train.tokens_per_batch=100000", "train.pairs_per_step=37"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"RAYDPO_TEST_DRIVER": "m"},
+    )
     wait_for_checkpoint(job, "starved", 7, process)
     for worker in workers_of("m"):
         taken = int(re.search(r"VmSize:\s+(\d+)", Path(f"/proc/{worker}/status").read_text())[1]) * 1024
@@ -225,8 +242,19 @@ def test_an_error_of_one_worker_ends_all_at_once(on_cluster, tmp_path, max_failu
 def test_a_run_whose_second_worker_fails_says_why(job, tmp_path, max_failures):
     (tmp_path / "my_losses.py").write_text(LOSS)
     process = subprocess.run(
-        command(job, "run", f"one-fails-{max_failures}", "train.loss=my_losses:mine", f"train.max_failures={max_failures}",
-                "train.collective_timeout=120"), capture_output=True, text=True, timeout=300, cwd=tmp_path)
+        command(
+            job,
+            "run",
+            f"one-fails-{max_failures}",
+            "train.loss=my_losses:mine",
+            f"train.max_failures={max_failures}",
+            "train.collective_timeout=120",
+        ),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=tmp_path,
+    )
     seconds = time.time() - float((tmp_path / "raised").read_text())
     assert process.returncode == 1, process.stdout + process.stderr
     assert process.stderr.strip().endswith("this worker alone cannot go on; it was asked not to"), process.stderr
@@ -238,20 +266,31 @@ def test_a_run_whose_second_worker_fails_says_why(job, tmp_path, max_failures):
 @pytest.mark.slow  # the short soak has SIGTERM, too
 def test_sigterm_then_one_worker_with_the_best_checkpoint_kept(job):
     """LoRA with a tracker and a merged export, stopped by SIGTERM, continued by one worker instead of two."""
-    more = ["model.lora={r: 4}", "train.keep_best=eval_loss", "train.keep_checkpoints=1", "train.eval_every=5",
-            "train.checkpoint_every=5", "train.merge_adapter=true", "track.mlflow={}", "train.steps=40"]
-    process = subprocess.Popen(command(job, "run", "terminated", *more), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               text=True)
+    more = [
+        "model.lora={r: 4}",
+        "train.keep_best=eval_loss",
+        "train.keep_checkpoints=1",
+        "train.eval_every=5",
+        "train.checkpoint_every=5",
+        "train.merge_adapter=true",
+        "track.mlflow={}",
+        "train.steps=40",
+    ]
+    process = subprocess.Popen(
+        command(job, "run", "terminated", *more), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     wait_for_checkpoint(job, "terminated", 10, process)
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 130, output
     stopped = int(re.search(r"stopped after step (\d+)", output)[1])
-    changed = subprocess.run(command(job, "run", "terminated", *more, "train.beta=0.3"), capture_output=True, text=True,
-                             timeout=300)
+    changed = subprocess.run(
+        command(job, "run", "terminated", *more, "train.beta=0.3"), capture_output=True, text=True, timeout=300
+    )
     assert changed.returncode == 2 and "train.beta: 0.1 -> 0.3" in changed.stderr
-    result = subprocess.run(command(job, "run", "terminated", *more, "train.workers=1"), capture_output=True, text=True,
-                            timeout=300)
+    result = subprocess.run(
+        command(job, "run", "terminated", *more, "train.workers=1"), capture_output=True, text=True, timeout=300
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "is left out" not in output + result.stdout, "MLflow took everything"
     assert f"continuing after step {stopped}" in result.stdout, "no step is done again"

@@ -36,8 +36,13 @@ def loaded(model, zero):
     # What is freed goes back at once: what is measured is what loading holds, not what the allocator keeps for later.
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
     join_process_group(torch.device("cpu"))
-    partitioned = HfDeepSpeedConfig({"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": zero},
-                                     "bf16": {"enabled": True}}) if zero == 3 else None
+    partitioned = (
+        HfDeepSpeedConfig(
+            {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": zero}, "bf16": {"enabled": True}}
+        )
+        if zero == 3
+        else None
+    )
     with HostPeak() as peak:
         policy = load_causal_lm(model, "bfloat16", rope_length=None)
     del partitioned

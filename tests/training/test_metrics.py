@@ -10,8 +10,12 @@ from raydpo.training.metrics import PairSums
 
 
 def metrics(chosen, rejected, ref_chosen, ref_rejected, chosen_tokens, rejected_tokens, beta=0.5):
-    logps = PairLogps(*(torch.tensor(values, dtype=torch.float32) for values in (
-        chosen, rejected, ref_chosen, ref_rejected, chosen_tokens, rejected_tokens)))
+    logps = PairLogps(
+        *(
+            torch.tensor(values, dtype=torch.float32)
+            for values in (chosen, rejected, ref_chosen, ref_rejected, chosen_tokens, rejected_tokens)
+        )
+    )
     sums = PairSums(["a"], torch.device("cpu"))
     loss = preference_loss("sigmoid", logps, beta=beta, label_smoothing=0.0)
     sums.add(loss, logps, torch.zeros(len(chosen), dtype=torch.long))
@@ -53,10 +57,18 @@ def test_pairs_of_one_prompt_tell_less():
         # Halves on two ranks, added up as the all-reduce does.
         halves = [PairSums(["a"], torch.device("cpu"), prompts=6) for _ in range(2)]
         for sums, rows in zip(halves, ([0, 2, 4], [1, 3, 5]), strict=True):
-            part = PairLogps(*(getattr(logps, field)[rows] for field in (
-                "chosen", "rejected", "ref_chosen", "ref_rejected", "chosen_tokens", "rejected_tokens")))
-            sums.add(preference_loss("sigmoid", part, beta=0.5), part, torch.zeros(3, dtype=torch.long),
-                     torch.tensor(prompts)[rows])
+            part = PairLogps(
+                *(
+                    getattr(logps, field)[rows]
+                    for field in ("chosen", "rejected", "ref_chosen", "ref_rejected", "chosen_tokens", "rejected_tokens")
+                )
+            )
+            sums.add(
+                preference_loss("sigmoid", part, beta=0.5),
+                part,
+                torch.zeros(3, dtype=torch.long),
+                torch.tensor(prompts)[rows],
+            )
         halves[0].values += halves[1].values
         found[name] = halves[0].metrics()
     assert found["two"]["rewards/accuracies"] == found["six"]["rewards/accuracies"] == 0.5

@@ -11,10 +11,15 @@ from raydpo.model.budget import reset_peak_memory, used_memory
 from raydpo.training.policy.optimizer import RoundedAdamW, make_optimizer
 
 # ZeRO-3 last: while its engine lives, transformers partitions every model it loads.
-KINDS = [dict(zero=2, offload_optimizer="cpu"), dict(zero=2, gradient_checkpointing=True, offload_activations=True),
-         dict(zero=1, offload_optimizer="cpu"), dict(zero=2, optimizer_states="bfloat16"),
-         dict(zero=3, offload_optimizer="cpu"), dict(zero=3, offload_optimizer="cpu", offload_params="cpu"),
-         dict(zero=3, optimizer_states="bfloat16")]
+KINDS = [
+    dict(zero=2, offload_optimizer="cpu"),
+    dict(zero=2, gradient_checkpointing=True, offload_activations=True),
+    dict(zero=1, offload_optimizer="cpu"),
+    dict(zero=2, optimizer_states="bfloat16"),
+    dict(zero=3, offload_optimizer="cpu"),
+    dict(zero=3, offload_optimizer="cpu", offload_params="cpu"),
+    dict(zero=3, optimizer_states="bfloat16"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +35,10 @@ def curves(table, model, scratch, keep):
 
 
 def continued(table, model, scratch, keep):
-    return [train_here(table, model, scratch, steps=9, checkpoint=keep / str(number) / "step-4", **kind).steps
-            for number, kind in enumerate(KINDS)]
+    return [
+        train_here(table, model, scratch, steps=9, checkpoint=keep / str(number) / "step-4", **kind).steps
+        for number, kind in enumerate(KINDS)
+    ]
 
 
 def test_offloaded_and_rounded_states_train_alike_and_resume_exactly(table, tiny_llama, tmp_path):
@@ -82,12 +89,14 @@ def test_what_needs_a_gpu_is_refused_on_a_cpu():
 
 
 def test_combinations_without_effect_are_refused():
-    for settings, fix in ((dict(zero=2, offload_params="cpu"), "set zero to 3"),
-                          (dict(zero=0, offload_optimizer="cpu"), "set zero to 1"),
-                          (dict(zero=2, offload_optimizer="/nvme"), "needs zero 3"),
-                          (dict(zero=3, offload_optimizer="/nvme", optimizer_states="bfloat16"), "cannot go to a disk"),
-                          (dict(offload_activations=True), "gradient_checkpointing"),
-                          (dict(optimizer="adamw_8bit", optimizer_states="bfloat16"), "has no effect"),
-                          (dict(optimizer="adamw_8bit", offload_optimizer="cpu"), "drop offload_optimizer")):
+    for settings, fix in (
+        (dict(zero=2, offload_params="cpu"), "set zero to 3"),
+        (dict(zero=0, offload_optimizer="cpu"), "set zero to 1"),
+        (dict(zero=2, offload_optimizer="/nvme"), "needs zero 3"),
+        (dict(zero=3, offload_optimizer="/nvme", optimizer_states="bfloat16"), "cannot go to a disk"),
+        (dict(offload_activations=True), "gradient_checkpointing"),
+        (dict(optimizer="adamw_8bit", optimizer_states="bfloat16"), "has no effect"),
+        (dict(optimizer="adamw_8bit", offload_optimizer="cpu"), "drop offload_optimizer"),
+    ):
         with pytest.raises(ValueError, match=fix):
             TrainConfig(**settings)

@@ -37,7 +37,7 @@ def test_against_the_definition(pairs, tiny_llama):
             ids = torch.from_numpy(np.concatenate([group.prompt, completion]).astype(np.int64))[None]
             with torch.no_grad():
                 logps = model(input_ids=ids).logits[0, len(group.prompt) - 1 : -1].double().log_softmax(-1)
-            tokens = logps.gather(1, ids[0, len(group.prompt):, None])[:, 0]
+            tokens = logps.gather(1, ids[0, len(group.prompt) :, None])[:, 0]
             for values in (found, known):  # the model is the reference
                 assert getattr(values, side)[place].item() == pytest.approx(tokens.sum().item(), abs=1e-4)
                 assert getattr(values, f"{side}_tail")[place].item() == pytest.approx(tokens[shared:].sum().item(), abs=1e-4)

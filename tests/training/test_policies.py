@@ -32,8 +32,10 @@ def sft_adapter(model, directory):
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(1)
-    policy = get_peft_model(AutoModelForCausalLM.from_pretrained(str(model)), LoraConfig(
-        r=4, lora_alpha=8, lora_dropout=0.1, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    policy = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(str(model)),
+        LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
+    )
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.2)
@@ -62,8 +64,9 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_starts_as_its_reference_and_learns(kind, tiny_llama, tmp_path):
     reference, settings = KINDS[kind]
-    losses, gate, notes, weights = run_distributed(learns, 2, tmp_path, tiny_llama, tmp_path / "s", reference,
-                                                   dict(settings))[0]
+    losses, gate, notes, weights = run_distributed(
+        learns, 2, tmp_path, tiny_llama, tmp_path / "s", reference, dict(settings)
+    )[0]
     # int8 rounds activations too: what float32 rounds in its last bit may there fall to another of 255 values.
     assert losses[0] == pytest.approx(math.log(2), abs=2e-4 if kind == "8bit" else 1e-5), notes
     assert "17 pairs scored again" in gate
@@ -94,23 +97,40 @@ def test_an_existing_adapter_is_trained_further_against_itself(tiny_llama, tmp_p
 def test_what_cannot_be_is_refused_with_the_fix(tiny_llama, tmp_path):
     (tmp_path / "a.jsonl").write_text("{}")
     base = {"output": str(tmp_path / "o"), "model": {"path": str(tiny_llama)}, "data": {"train": str(tmp_path / "a.jsonl")}}
-    cases = {("model.quantization=4bit",): "add lora", ("train.merge_adapter=true",): "train.merge_adapter has no effect",
-             ("model.quantization=4bit", "model.lora={r: 4}", "train.zero=3"): "train.zero=2",
-             ("model.quantization=4bit", "model.lora={r: 4}", "reference.quantization=none"):
-                 "reference.allow_other_quantization=true",
-             ("model.quantization=4bit", "model.lora={r: 4}", f"reference.path={tiny_llama}", "reference.quantization=none"):
-                 "reference.allow_other_quantization=true",
-             ("model.lora={r: 4, dora: true}", "train.zero=3"): "train.zero=2",
-             ("model.lora={r: 4}", "model.freeze=[embed]"): "drop one",
-             ("model.freeze=['(']",): "no regular expression",
-             ("train.keep_best=eval_loss",): "data.eval",
-             ("train.workers={min: 4, max: 2}",): "min 4 is more than max 2"}
+    cases = {
+        ("model.quantization=4bit",): "add lora",
+        ("train.merge_adapter=true",): "train.merge_adapter has no effect",
+        ("model.quantization=4bit", "model.lora={r: 4}", "train.zero=3"): "train.zero=2",
+        (
+            "model.quantization=4bit",
+            "model.lora={r: 4}",
+            "reference.quantization=none",
+        ): "reference.allow_other_quantization=true",
+        (
+            "model.quantization=4bit",
+            "model.lora={r: 4}",
+            f"reference.path={tiny_llama}",
+            "reference.quantization=none",
+        ): "reference.allow_other_quantization=true",
+        ("model.lora={r: 4, dora: true}", "train.zero=3"): "train.zero=2",
+        ("model.lora={r: 4}", "model.freeze=[embed]"): "drop one",
+        ("model.freeze=['(']",): "no regular expression",
+        ("train.keep_best=eval_loss",): "data.eval",
+        ("train.workers={min: 4, max: 2}",): "min 4 is more than max 2",
+    }
     for overrides, fix in cases.items():
         with pytest.raises(ConfigError) as caught:
             load_config(base, overrides)
         assert fix in str(caught.value), overrides
-    allowed = load_config(base, ["model.quantization=4bit", "model.lora={r: 4}", "reference.quantization=none",
-                                 "reference.allow_other_quantization=true"])
+    allowed = load_config(
+        base,
+        [
+            "model.quantization=4bit",
+            "model.lora={r: 4}",
+            "reference.quantization=none",
+            "reference.allow_other_quantization=true",
+        ],
+    )
     assert allowed.reference_quantization is None
     same = load_config(base, ["model.quantization=8bit", "model.lora={r: 4}"])
     assert same.reference_quantization == "8bit"
@@ -130,16 +150,28 @@ def test_a_reference_of_other_precision_does_not_pass_the_gate(tiny_llama, tmp_p
 
 def allowed(model, scratch):
     """Log-probs of the stored model, and a policy in 4 bits."""
-    run = train_here(with_reference(tiny_pairs(17), model), model, scratch, steps=6, lr=2e-3, lora=LORA,
-                     policy={"quantization": "4bit"}, starts_as_reference=False)
+    run = train_here(
+        with_reference(tiny_pairs(17), model),
+        model,
+        scratch,
+        steps=6,
+        lr=2e-3,
+        lora=LORA,
+        policy={"quantization": "4bit"},
+        starts_as_reference=False,
+    )
     return [row["loss"] for row in run.steps], run.summary.gate
 
 
 def test_a_cache_of_other_quantization_is_refused_unless_allowed(tiny_llama, tmp_path, capsys):
     """Run the command, without the training itself."""
     data = write_preferences(tmp_path / "a.jsonl", preferences(6))
-    tree = {"output": str(tmp_path / "runs"), "data": {"train": str(data)},
-            "model": {"path": str(tiny_llama), "dtype": "float32"}, "score": {"dtype": "bfloat16"}}
+    tree = {
+        "output": str(tmp_path / "runs"),
+        "data": {"train": str(data)},
+        "model": {"path": str(tiny_llama), "dtype": "float32"},
+        "score": {"dtype": "bfloat16"},
+    }
     config = load_config(tree)
     whole = Prepared.of(config, Console(io.StringIO()))
     wanted = list(Wanted(whole.tables))
@@ -160,8 +192,11 @@ def test_a_cache_of_other_quantization_is_refused_unless_allowed(tiny_llama, tmp
 def test_a_cache_that_is_scored_again_is_named_with_the_reason(tiny_llama, tmp_path):
     adapter = sft_adapter(tiny_llama, tmp_path / "sft")
     data = write_preferences(tmp_path / "a.jsonl", preferences(6))
-    tree = {"output": str(tmp_path / "runs"), "data": {"train": str(data)},
-            "model": {"path": str(tiny_llama), "adapter": str(adapter)}}
+    tree = {
+        "output": str(tmp_path / "runs"),
+        "data": {"train": str(data)},
+        "model": {"path": str(tiny_llama), "adapter": str(adapter)},
+    }
     for dtype, told in (("bfloat16", True), ("float32", False)):
         config, said = load_config(tree, [f"model.dtype={dtype}"]), io.StringIO()
         prepared = Prepared.of(config, Console(said))
@@ -169,8 +204,9 @@ def test_a_cache_that_is_scored_again_is_named_with_the_reason(tiny_llama, tmp_p
         before = dataclasses.replace(prepared.reference.identity, scoring_version=2)
         ReferenceCache.open(config.cache_uri, before).prepare({})
         Prepared.of(config, Console(said))
-        assert (f"scored again, not read from {before.digest} of this cache: a model with an adapter" in
-                said.getvalue()) == told
+        assert (
+            f"scored again, not read from {before.digest} of this cache: a model with an adapter" in said.getvalue()
+        ) == told
 
 
 def bad_patterns(model, scratch):

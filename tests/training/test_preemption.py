@@ -29,9 +29,11 @@ def test_a_checkpoint_at_once_and_one_at_the_end(tiny_llama, tmp_path):
     table = with_reference(tiny_pairs(33), tiny_llama)
     for checkpoints, notes, steps in run_distributed(train, 2, tmp_path / "run", table, tiny_llama, tmp_path):
         assert checkpoints == [4, 10, 14] and steps == 14
-        assert [("3600 s" in note, "step 10 is stored" in note, "still there" in note) for note in notes
-                if "machine" in note or "elsewhere" in note] == [
-            (True, False, False), (False, True, False), (False, False, True)]
+        assert [
+            ("3600 s" in note, "step 10 is stored" in note, "still there" in note)
+            for note in notes
+            if "machine" in note or "elsewhere" in note
+        ] == [(True, False, False), (False, True, False), (False, False, True)]
 
 
 def test_a_notice_without_a_time_is_acted_on_at_once(tiny_llama, tmp_path, monkeypatch):

@@ -41,8 +41,10 @@ def make_adapter(directory, folder, scale):
 def models(tmp_path_factory):
     """(directory, directory of an adapter) by architecture."""
     folder = tmp_path_factory.mktemp("architectures")
-    return {name: (directory, make_adapter(directory, folder / f"{name}-adapter", 0.2))
-            for name, directory in make_directories(ARCHITECTURES, folder, VOCAB).items()}
+    return {
+        name: (directory, make_adapter(directory, folder / f"{name}-adapter", 0.2))
+        for name, directory in make_directories(ARCHITECTURES, folder, VOCAB).items()
+    }
 
 
 def differences(models, dtype, zero, adapts):
@@ -56,8 +58,14 @@ def differences(models, dtype, zero, adapts):
         adapter = str(adapter) if adapts else None
         length = identify(directory, dtype, max_length=LONGEST).rope_length
         scorer = load_causal_lm(directory, dtype, adapter=adapter, rope_length=length)
-        spec = PolicySpec(path=str(directory), dtype=dtype, lora=None, adapter=adapter, rope_length=length,
-                          freeze=("mlp.gate",) if name == "ernie4_5_moe" and not adapts else ())
+        spec = PolicySpec(
+            path=str(directory),
+            dtype=dtype,
+            lora=None,
+            adapter=adapter,
+            rope_length=length,
+            freeze=("mlp.gate",) if name == "ernie4_5_moe" and not adapts else (),
+        )
         try:
             engine = PolicyEngine(spec, TrainConfig(zero=zero), CPU)
         except ModelError as error:
@@ -82,7 +90,7 @@ def differences(models, dtype, zero, adapts):
 @pytest.mark.parametrize("zero", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_every_tensor_of_the_policy_is_the_scorers(zero, dtype, adapts, models, tmp_path):
     chosen = {name: model for name, model in models.items() if zero < 3 or name not in NO_ZERO_3}
-    found, = run_distributed(differences, 1, tmp_path, chosen, dtype, zero, adapts)
+    (found,) = run_distributed(differences, 1, tmp_path, chosen, dtype, zero, adapts)
     if zero == 3 and dtype == "bfloat16":
         refused = found.pop("ernie4_5_moe")
         assert "keeps parameters in float32 " in refused and "Set train.zero=2, or model.dtype=float32" in refused
@@ -100,7 +108,7 @@ def refused(directory):
 
 
 def test_a_float32_router_that_bfloat16_would_round_is_not_trained(models, tmp_path):
-    said, = run_distributed(refused, 1, tmp_path, models["ernie4_5_moe"][0])
+    (said,) = run_distributed(refused, 1, tmp_path, models["ernie4_5_moe"][0])
     assert "model.layers.0.mlp.gate.weight" in said and "model.freeze=[" in said and "model.dtype=float32" in said
 
 
@@ -145,22 +153,35 @@ def test_a_layer_with_noise_of_its_own_is_named():
 def trained_with_biases(model, adapter, scratch, zero):
     """Trainable weights before and after three steps."""
     table = with_reference(tiny_pairs(17), model, adapter=adapter)
-    before = {name: parameter.detach().clone() for name, parameter in load_causal_lm(
-        model, "float32", adapter=str(adapter), train_adapter=True, rope_length=None).named_parameters()
-        if parameter.requires_grad}
+    before = {
+        name: parameter.detach().clone()
+        for name, parameter in load_causal_lm(
+            model, "float32", adapter=str(adapter), train_adapter=True, rope_length=None
+        ).named_parameters()
+        if parameter.requires_grad
+    }
     run = train_here(table, model, scratch, steps=3, zero=zero, policy={"adapter": str(adapter)})
     return before, run.engine.gather()
 
 
-@pytest.mark.parametrize(("settings", "count", "ranks"), [
-    pytest.param({"bias": "none"}, 8, 1, marks=pytest.mark.slow), ({"bias": "lora_only"}, 12, 2),
-    pytest.param({"bias": "all"}, 14, 1, marks=pytest.mark.slow), ({"modules_to_save": ["lm_head"]}, 9, 1)], ids=str)
+@pytest.mark.parametrize(
+    ("settings", "count", "ranks"),
+    [
+        pytest.param({"bias": "none"}, 8, 1, marks=pytest.mark.slow),
+        ({"bias": "lora_only"}, 12, 2),
+        pytest.param({"bias": "all"}, 14, 1, marks=pytest.mark.slow),
+        ({"modules_to_save": ["lm_head"]}, 9, 1),
+    ],
+    ids=str,
+)
 def test_all_that_an_adapter_trains_moves_under_every_zero(settings, count, ranks, tmp_path):
     """Biases and whole modules train too, with the same result under every ZeRO stage."""
     model = make_model(tmp_path / "model", "qwen2")
     adapter = tmp_path / "adapter"
-    policy = get_peft_model(load_causal_lm(model, "float32", rope_length=None), LoraConfig(
-        r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **settings))
+    policy = get_peft_model(
+        load_causal_lm(model, "float32", rope_length=None),
+        LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **settings),
+    )
     torch.manual_seed(1)
     for parameter in policy.parameters():
         if parameter.requires_grad:
@@ -168,8 +189,9 @@ def test_all_that_an_adapter_trains_moves_under_every_zero(settings, count, rank
     policy.save_pretrained(str(adapter))
     expected = None
     for zero in range(4):
-        before, after = run_distributed(trained_with_biases, ranks if zero == 3 else 1, tmp_path / f"zero-{zero}", model,
-                                        adapter, tmp_path / "s", zero)[0]
+        before, after = run_distributed(
+            trained_with_biases, ranks if zero == 3 else 1, tmp_path / f"zero-{zero}", model, adapter, tmp_path / "s", zero
+        )[0]
         assert after.keys() == before.keys() and len(after) == count
         assert not [name for name, value in after.items() if torch.equal(value, before[name])]
         expected = expected or after

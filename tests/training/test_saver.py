@@ -109,7 +109,7 @@ def disk_full(table, model, place):
         if "step-00000004" in str(path) and dist.get_rank() == 1:
             from safetensors import SafetensorError
 
-            raise SafetensorError('Error while serializing: I/O error: No space left on device (os error 28)')
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     state.save_file = save_file
     found = train(table, model, place, checkpoint_every=2)
@@ -187,8 +187,10 @@ def test_a_metric_that_nothing_measures_is_refused_before_the_first_step(table, 
 def ended(table, model, place):
     whole = train(table, model, place, checkpoint_every=4)
     again = train_here(table, model, place / "again", steps=9, checkpoint=place / "keep" / "step-9")
-    same = [torch.equal(one, other) for one, other in zip(whole.engine.gather().values(), again.engine.gather().values(),
-                                                          strict=True)]
+    same = [
+        torch.equal(one, other)
+        for one, other in zip(whole.engine.gather().values(), again.engine.gather().values(), strict=True)
+    ]
     return whole.summary, again.summary, again.steps, all(same)
 
 

@@ -12,8 +12,11 @@ from raydpo.errors import TrainError
 STEPS, AT = 9, 4
 LORA = {"r": 4, "alpha": 8}
 # ZeRO-3 last: while its engine lives, transformers partitions every model it loads.
-KINDS = {f"zero{zero}-{name}": dict(zero=zero, lora=lora)
-         for zero in (0, 1, 2, 3) for name, lora in (("full", None), ("lora", LORA))}
+KINDS = {
+    f"zero{zero}-{name}": dict(zero=zero, lora=lora)
+    for zero in (0, 1, 2, 3)
+    for name, lora in (("full", None), ("lora", LORA))
+}
 
 
 @pytest.fixture(scope="module")
@@ -23,14 +26,18 @@ def table(tiny_llama):
 
 def trained(table, model, scratch, keep, names):
     """Metrics of whole runs, each with its checkpoint of step AT in its own folder."""
-    return [train_here(table, model, scratch, steps=STEPS, checkpoint_every=AT, keep=keep / name, **KINDS[name]).steps
-            for name in names]
+    return [
+        train_here(table, model, scratch, steps=STEPS, checkpoint_every=AT, keep=keep / name, **KINDS[name]).steps
+        for name in names
+    ]
 
 
 def resumed(table, model, scratch, keep, names):
     """Metrics of the rest of each run; names are (run of the checkpoint, run to train as)."""
-    runs = [train_here(table, model, scratch, steps=STEPS, checkpoint=keep / old / f"step-{AT}", **KINDS[new])
-            for old, new in names]
+    runs = [
+        train_here(table, model, scratch, steps=STEPS, checkpoint=keep / old / f"step-{AT}", **KINDS[new])
+        for old, new in names
+    ]
     return [(run.steps, run.notes) for run in runs]
 
 
@@ -41,15 +48,19 @@ def losses(rows):
 @pytest.fixture(scope="module", params=[pytest.param(1, marks=pytest.mark.slow), 2])
 def written(request, table, tiny_llama, tmp_path_factory):
     place = tmp_path_factory.mktemp("written")
-    ranks = run_distributed(trained, request.param, place / "run", table, tiny_llama, place / "scratch", place / "keep",
-                            KINDS)
+    ranks = run_distributed(
+        trained, request.param, place / "run", table, tiny_llama, place / "scratch", place / "keep", KINDS
+    )
     return request.param, place / "keep", dict(zip(KINDS, ranks[0], strict=True))
 
 
 def test_any_stage_continues_on_another_number_of_workers(written, table, tiny_llama, tmp_path):
     world, keep, whole = written
-    names = [(name, name) for name in KINDS] + [("zero3-full", "zero2-full"), ("zero3-lora", "zero0-lora"),
-                                                ("zero1-full", "zero3-full")]
+    names = [(name, name) for name in KINDS] + [
+        ("zero3-full", "zero2-full"),
+        ("zero3-lora", "zero0-lora"),
+        ("zero1-full", "zero3-full"),
+    ]
     names.sort(key=lambda pair: KINDS[pair[1]]["zero"])
     ranks = run_distributed(resumed, 3 - world, tmp_path, table, tiny_llama, tmp_path / "scratch", keep, names)
     for (old, new), (rest, notes) in zip(names, ranks[0], strict=True):
@@ -62,18 +73,29 @@ def test_any_stage_continues_on_another_number_of_workers(written, table, tiny_l
 @pytest.mark.slow
 def test_four_workers_to_two(table, tiny_llama, tmp_path):
     names = ["zero2-full", "zero3-full"]
-    whole, *_ = run_distributed(trained, 4, tmp_path / "four", table, tiny_llama, tmp_path / "scratch", tmp_path / "keep",
-                                names)
-    ranks = run_distributed(resumed, 2, tmp_path / "two", table, tiny_llama, tmp_path / "scratch", tmp_path / "keep",
-                            [(name, name) for name in names])
+    whole, *_ = run_distributed(
+        trained, 4, tmp_path / "four", table, tiny_llama, tmp_path / "scratch", tmp_path / "keep", names
+    )
+    ranks = run_distributed(
+        resumed,
+        2,
+        tmp_path / "two",
+        table,
+        tiny_llama,
+        tmp_path / "scratch",
+        tmp_path / "keep",
+        [(name, name) for name in names],
+    )
     for before, (rest, _) in zip(whole, ranks[0], strict=True):
         assert losses(rest) == pytest.approx(losses(before)[AT:], abs=1e-5)
 
 
 def test_lora_holds_the_adapter_and_its_moments_only(written):
     _, keep, _ = written
-    full, lora = (sum(path.stat().st_size for path in (keep / f"zero2-{kind}" / f"step-{AT}").rglob("*.safetensors"))
-                  for kind in ("full", "lora"))
+    full, lora = (
+        sum(path.stat().st_size for path in (keep / f"zero2-{kind}" / f"step-{AT}").rglob("*.safetensors"))
+        for kind in ("full", "lora")
+    )
     state = json.loads((keep / "zero2-lora" / f"step-{AT}" / "raydpo.json").read_text())["state"]
     numbers = sum(state["parameters"].values())
     assert all("lora_" in name for name in state["parameters"])

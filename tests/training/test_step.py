@@ -36,15 +36,26 @@ def runs(table, model, scratch):
     for kind in KINDS:
         # File order: the third step of eight pairs holds the bad one.
         run = train_here(spoiled(table, [BAD]), model, scratch, shuffle=False, steps=4, starts_as_reference=False, **kind)
-        found.append(([note for note in run.notes if "not finite" in note], run.steps, run.summary,
-                      {name: tensor.float().sum().item() for name, tensor in run.engine.gather().items()}))
+        found.append(
+            (
+                [note for note in run.notes if "not finite" in note],
+                run.steps,
+                run.summary,
+                {name: tensor.float().sum().item() for name, tensor in run.engine.gather().items()},
+            )
+        )
     return found
 
 
 def clean(table, model, scratch):
     """Losses without spoiled pairs, for every kind. Only the first two steps can be compared: the third is not taken."""
-    return [[row["loss"] for row in train_here(table, model, scratch, shuffle=False, steps=4, starts_as_reference=False,
-                                                **kind).steps] for kind in KINDS]
+    return [
+        [
+            row["loss"]
+            for row in train_here(table, model, scratch, shuffle=False, steps=4, starts_as_reference=False, **kind).steps
+        ]
+        for kind in KINDS
+    ]
 
 
 def test_the_step_is_not_taken_and_pair_and_rank_are_named(table, tiny_llama, tmp_path):
@@ -81,8 +92,9 @@ def test_a_run_goes_on_exactly_from_a_checkpoint_of_a_step_that_was_not_taken(ta
 
 def too_many(table, model, scratch):
     with pytest.raises(TrainError) as caught:
-        train_here(spoiled(table, range(16, 33)), model, scratch, shuffle=False, starts_as_reference=False, steps=9,
-                   max_skipped=1)
+        train_here(
+            spoiled(table, range(16, 33)), model, scratch, shuffle=False, starts_as_reference=False, steps=9, max_skipped=1
+        )
     return str(caught.value)
 
 

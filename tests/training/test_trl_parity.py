@@ -20,10 +20,24 @@ def train_case(model, data, scratch, lora, max_length):
     config = DataConfig(train=[str(data)], max_length=max_length, max_dropped=1.0)
     sets = load_pairs(config, Tokeniser(load_tokenizer(str(model))))
     table = with_reference(sets.train, model)
-    record = train_here(table, model, scratch, lora=LORA if lora else None, shuffle=False, pairs_per_step=BATCH,
-                        steps=STEPS, lr=LR, beta=BETA, schedule="constant", warmup=0.0, zero=2)
-    sums = [[float(np.sum(row, dtype=np.float64)) for row in table[f"ref_{side}_logps"].to_pylist()]
-            for side in ("chosen", "rejected")]
+    record = train_here(
+        table,
+        model,
+        scratch,
+        lora=LORA if lora else None,
+        shuffle=False,
+        pairs_per_step=BATCH,
+        steps=STEPS,
+        lr=LR,
+        beta=BETA,
+        schedule="constant",
+        warmup=0.0,
+        zero=2,
+    )
+    sums = [
+        [float(np.sum(row, dtype=np.float64)) for row in table[f"ref_{side}_logps"].to_pylist()]
+        for side in ("chosen", "rejected")
+    ]
     return record.steps, sums
 
 
@@ -36,8 +50,10 @@ def results(tmp_path_factory, tiny_llama, tiny_qwen3):
     scratch = tmp_path_factory.mktemp("parity")
     data = write_preferences(scratch / "pairs.jsonl", preferences(STEPS * BATCH + 8))
     models = {"llama": tiny_llama, "qwen3": tiny_qwen3}
-    jobs = [(models[architecture], data, scratch / case_name(architecture, lora, max_length), lora, max_length)
-            for architecture, lora, max_length in CASES]
+    jobs = [
+        (models[architecture], data, scratch / case_name(architecture, lora, max_length), lora, max_length)
+        for architecture, lora, max_length in CASES
+    ]
     (ours,) = run_distributed(train_all, 1, scratch / "ranks", jobs)
     return dict(zip((case_name(*case) for case in CASES), ours, strict=True))
 
@@ -49,7 +65,8 @@ def test_same_numbers_as_trl(name, results, tiny_llama, tiny_qwen3):
     recorded = json.loads(FILE.read_text())["cases"][name]
     model = tiny_llama if name.startswith("llama") else tiny_qwen3
     assert identify(model, "float32").weights == recorded["weights"], (
-        "this torch initialises the tiny models otherwise than the recorded run: python tests/training/trl_reference.py")
+        "this torch initialises the tiny models otherwise than the recorded run: python tests/training/trl_reference.py"
+    )
     steps, (ref_chosen, ref_rejected) = results[name]
     for number, (ours, theirs) in enumerate(zip(steps, recorded["steps"], strict=True)):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5), number

@@ -15,21 +15,27 @@ from raydpo.training.whole_step import WholeStep
 ROWS = np.array([3, 40, 7, 11, 40, 25, 2, 31])  # one pair is there twice
 SPLITS = [[ROWS], [ROWS[:3], ROWS[3:]], [ROWS[row : row + 1] for row in (7, 2, 0, 5, 1, 4, 3, 6)]]
 OBJECTIVES = [{"loss": name} | ({"label_smoothing": 1e-3} if name == "exo_pair" else {}) for name in LOSSES] + [
-    {"loss": "sigmoid", "dynamic_beta": 0.6}, {"loss": "aot", "label_smoothing": 0.1}, {"loss": "kto", "ld_alpha": 0.3},
-    {"loss": [{"sigmoid": 0.8}, {"bco": 0.2}, {"sft": 1.0}]}, {"loss": [{"aot_unpaired": 1.0}, {"cpo": 0.5}]},
-    {"loss": [{"sigmoid": 0.8}, {"bco_pair": 0.2}, {"sft": 1.0}], "ld_alpha": 0.5}]
+    {"loss": "sigmoid", "dynamic_beta": 0.6},
+    {"loss": "aot", "label_smoothing": 0.1},
+    {"loss": "kto", "ld_alpha": 0.3},
+    {"loss": [{"sigmoid": 0.8}, {"bco": 0.2}, {"sft": 1.0}]},
+    {"loss": [{"aot_unpaired": 1.0}, {"cpo": 0.5}]},
+    {"loss": [{"sigmoid": 0.8}, {"bco_pair": 0.2}, {"sft": 1.0}], "ld_alpha": 0.5},
+]
 
 
 def made_up(rows, tails):
     """Log-probs computed from the row number, so that a row has the same ones in every split."""
+
     def column(seed, low, high):
         values = torch.rand(64, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         return low + (high - low) * values[torch.from_numpy(rows)]
 
     sides = [column(seed, -60, -20) for seed in range(4)]
     tokens = [column(seed, 5, 30).round() for seed in (4, 5)]
-    return PairLogps(*sides, *tokens, *([column(seed, -15, 0) for seed in range(6, 10)] if tails else ()),
-                     mean_chosen_tokens=14.0)
+    return PairLogps(
+        *sides, *tokens, *([column(seed, -15, 0) for seed in range(6, 10)] if tails else ()), mean_chosen_tokens=14.0
+    )
 
 
 def summed(settings, split):
@@ -84,8 +90,11 @@ def test_the_gradient_is_that_of_the_whole_step(settings):
     torch.testing.assert_close(found[:2], wanted, rtol=1e-9, atol=1e-12)
 
 
-REAL = [{"loss": "aot"}, {"loss": [{"sigmoid": 0.8}, {"bco": 0.2}, {"sft": 1.0}], "dynamic_beta": 0.6},
-        {"loss": [{"sigmoid": 1.0}, {"sft": 0.5}], "ld_alpha": 0.3, "use_weighting": True}]
+REAL = [
+    {"loss": "aot"},
+    {"loss": [{"sigmoid": 0.8}, {"bco": 0.2}, {"sft": 1.0}], "dynamic_beta": 0.6},
+    {"loss": [{"sigmoid": 1.0}, {"sft": 0.5}], "ld_alpha": 0.3, "use_weighting": True},
+]
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +108,10 @@ def rows_of(jobs):
 
 def test_a_real_model_takes_the_same_steps_on_one_rank_and_on_two(table, tiny_llama, tmp_path):
     def jobs(**more):
-        return [((table, tiny_llama, tmp_path / "scratch"), dict(steps=4, held_out=table.slice(0, 9)) | settings | more)
-                for settings in REAL]
+        return [
+            ((table, tiny_llama, tmp_path / "scratch"), dict(steps=4, held_out=table.slice(0, 9)) | settings | more)
+            for settings in REAL
+        ]
 
     (alone,) = run_distributed(rows_of, 1, tmp_path / "one", jobs())
     two, other = run_distributed(rows_of, 2, tmp_path / "two", jobs(tokens_per_batch=200))
@@ -126,8 +137,16 @@ def whole_run(*args):
 
 
 def rest_of_run(table, model, scratch, keep, settings):
-    run = train_here(table, model, scratch, steps=6, checkpoint_every=3, checkpoint=keep / "step-3",
-                     held_out=table.slice(0, 9), **settings)
+    run = train_here(
+        table,
+        model,
+        scratch,
+        steps=6,
+        checkpoint_every=3,
+        checkpoint=keep / "step-3",
+        held_out=table.slice(0, 9),
+        **settings,
+    )
     return run.steps, run.evals, run.summary.memory
 
 

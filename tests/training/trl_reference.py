@@ -18,8 +18,12 @@ HERE = Path(__file__).parent
 FILE = HERE / "trl_reference.json"
 STEPS, BATCH, BETA, LR = 8, 4, 0.1, 1e-3
 LORA = {"r": 8, "alpha": 16}
-CASES = [(architecture, lora, max_length) for architecture in ("llama", "qwen3") for lora in (False, True)
-         for max_length in (512, 40)]
+CASES = [
+    (architecture, lora, max_length)
+    for architecture in ("llama", "qwen3")
+    for lora in (False, True)
+    for max_length in (512, 40)
+]
 
 
 def case_name(architecture: str, lora: bool, max_length: int) -> str:
@@ -55,8 +59,14 @@ def trl_run(model_dir: Path, data_file: Path, out: Path, *, lora: bool, max_leng
                 policy = (tokens * mask).sum(1).tolist()
                 reference = [part.tolist() for part in self.compute_ref_log_probs(self.ref_model or self.model, inputs)]
             half = len(policy) // 2
-            rows.append({"chosen_logps": policy[:half], "rejected_logps": policy[half:],
-                         "ref_chosen_logps": reference[0], "ref_rejected_logps": reference[1]})
+            rows.append(
+                {
+                    "chosen_logps": policy[:half],
+                    "rejected_logps": policy[half:],
+                    "ref_chosen_logps": reference[0],
+                    "ref_rejected_logps": reference[1],
+                }
+            )
             return loss
 
     class Log(TrainerCallback):
@@ -65,13 +75,32 @@ def trl_run(model_dir: Path, data_file: Path, out: Path, *, lora: bool, max_leng
                 rows[state.global_step - 1] |= {"loss": float(logs["loss"]), "grad_norm": float(logs["grad_norm"])}
 
     config = DPOConfig(
-        output_dir=str(out), max_steps=STEPS, per_device_train_batch_size=BATCH, beta=BETA, max_length=max_length,
-        learning_rate=LR, lr_scheduler_type="constant", warmup_steps=0, logging_steps=1, save_strategy="no",
-        report_to="none", seed=0, bf16=False, use_cpu=True, gradient_checkpointing=False, disable_tqdm=True,
-        dataloader_pin_memory=False)
+        output_dir=str(out),
+        max_steps=STEPS,
+        per_device_train_batch_size=BATCH,
+        beta=BETA,
+        max_length=max_length,
+        learning_rate=LR,
+        lr_scheduler_type="constant",
+        warmup_steps=0,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        seed=0,
+        bf16=False,
+        use_cpu=True,
+        gradient_checkpointing=False,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
     dataset = load_dataset("json", data_files=str(data_file), split="train", cache_dir=str(out / "cache"))
-    Pinned(model=model, args=config, train_dataset=dataset, processing_class=AutoTokenizer.from_pretrained(model_dir),
-           callbacks=[Log()]).train()
+    Pinned(
+        model=model,
+        args=config,
+        train_dataset=dataset,
+        processing_class=AutoTokenizer.from_pretrained(model_dir),
+        callbacks=[Log()],
+    ).train()
     return rows
 
 
@@ -91,8 +120,10 @@ def main() -> None:
         for architecture, lora, max_length in CASES:
             model_dir = make_model(Path(scratch) / architecture, architecture)
             name = case_name(architecture, lora, max_length)
-            cases[name] = {"weights": identify(model_dir, "float32").weights,
-                           "steps": trl_run(model_dir, data_file, Path(scratch) / name, lora=lora, max_length=max_length)}
+            cases[name] = {
+                "weights": identify(model_dir, "float32").weights,
+                "steps": trl_run(model_dir, data_file, Path(scratch) / name, lora=lora, max_length=max_length),
+            }
             print(name, [round(step["loss"], 6) for step in cases[name]["steps"]])
     FILE.write_text(json.dumps({"trl": trl.__version__, "torch": torch.__version__, "cases": cases}, indent=1) + "\n")
 

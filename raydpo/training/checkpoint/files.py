@@ -36,8 +36,9 @@ class CheckpointState:
     summary: dict[str, Any]
 
 
-def save_checkpoint(engine: Engine, directory: Path, step: int, fingerprint: Mapping[str, Any],
-                    summary: TrainSummary) -> None:
+def save_checkpoint(
+    engine: Engine, directory: Path, step: int, fingerprint: Mapping[str, Any], summary: TrainSummary
+) -> None:
     """Write this rank's share of a checkpoint into the new ``directory``.
 
     Raises:
@@ -50,8 +51,15 @@ def save_checkpoint(engine: Engine, directory: Path, step: int, fingerprint: Map
     except SafetensorError as error:
         raise _as_os_error(error) from None
     if engine.rank == 0:
-        state = {"format": FORMAT, "step": step, "world_size": engine.world_size, "zero": engine.zero, "state": facts,
-                 "fingerprint": dict(fingerprint), "summary": dataclasses.asdict(summary)}
+        state = {
+            "format": FORMAT,
+            "step": step,
+            "world_size": engine.world_size,
+            "zero": engine.zero,
+            "state": facts,
+            "fingerprint": dict(fingerprint),
+            "summary": dataclasses.asdict(summary),
+        }
         (directory / _FILE).write_text(json.dumps(state))
 
 
@@ -69,8 +77,10 @@ def load_checkpoint(engine: Engine, directory: Path, fingerprint: Mapping[str, A
     """
     state = _read(directory)
     if state.get("format") != FORMAT:
-        raise TrainError(f"the checkpoint in {directory} has format {state.get('format', 1)}, this version of raydpo reads "
-                         f"format {FORMAT}; finish the run with the version that started it, or start again with --fresh")
+        raise TrainError(
+            f"the checkpoint in {directory} has format {state.get('format', 1)}, this version of raydpo reads "
+            f"format {FORMAT}; finish the run with the version that started it, or start again with --fresh"
+        )
     changes = changed_settings(state["fingerprint"], fingerprint)
     if changes:
         raise ConfigError(f"the checkpoint belongs to a run with other settings ({'; '.join(changes)})")

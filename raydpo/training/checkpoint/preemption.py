@@ -44,8 +44,9 @@ class PreemptionGuard:
             return False
         # Clocks differ between machines, so rank 0 decides.
         margin = SLACK + 2 * (self._every * step_seconds + save_seconds)
-        agreed = torch.tensor([left, left <= margin] if self._engine.rank == 0 else [0, 0], dtype=torch.float64,
-                              device=self._engine.device)
+        agreed = torch.tensor(
+            [left, left <= margin] if self._engine.rank == 0 else [0, 0], dtype=torch.float64, device=self._engine.device
+        )
         left, near = self._engine.sum_over_ranks(agreed).tolist()
         self._end = time.monotonic() + left if near else 0.0
         if not self._noticed:
@@ -57,9 +58,13 @@ class PreemptionGuard:
         """Wait for the end after the checkpoint of ``step``, if the end is near."""
         if not self._end:
             return
-        self._hooks.note(f"the checkpoint of step {step} is stored; training waits for the machine to be taken away, and "
-                         "continues on others")
+        self._hooks.note(
+            f"the checkpoint of step {step} is stored; training waits for the machine to be taken away, and "
+            "continues on others"
+        )
         time.sleep(max(0.0, self._end - time.monotonic()) + AFTER)
         self._end, self._outlived = 0.0, True
-        self._hooks.note(f"warning: the machine is still there {AFTER:.0f} s after its announced end; training continues, "
-                         "and ignores further notices")
+        self._hooks.note(
+            f"warning: the machine is still there {AFTER:.0f} s after its announced end; training continues, "
+            "and ignores further notices"
+        )

@@ -90,8 +90,10 @@ class CheckpointSaver:
                 return
             if pause is not None:
                 time.sleep(pause)
-        raise TrainError(f"{self._problem}. It was the last one, tried {len(LAST_PAUSES) + 1} times. Free disk space or "
-                         "repair the storage, and start the run again")
+        raise TrainError(
+            f"{self._problem}. It was the last one, tried {len(LAST_PAUSES) + 1} times. Free disk space or "
+            "repair the storage, and start the run again"
+        )
 
     def begin(self, step: int, summary: Any, metrics: Mapping[str, float]) -> None:
         """Write the state after ``step`` and start its upload. Waits for the upload before, and ``BRIEFLY`` for this one."""

@@ -68,13 +68,19 @@ class Mailbox:
             return False
         if self._stepped and not self._tried_again:
             self._tried_again, self._stepped = True, False
-            self.put("note", f"warning: a micro-batch of {tokens_per_batch} positions did not fit in memory, though others "
-                             "of this run did; starting the workers again with the same")
+            self.put(
+                "note",
+                f"warning: a micro-batch of {tokens_per_batch} positions did not fit in memory, though others "
+                "of this run did; starting the workers again with the same",
+            )
             return True
         self._tokens_per_batch = max(1, tokens_per_batch // 2)
-        self.put("note", f"warning: a micro-batch of {tokens_per_batch} positions does not fit in memory; starting the "
-                         f"workers again with {self._tokens_per_batch}. Set train.tokens_per_batch={self._tokens_per_batch} "
-                         "to begin so")
+        self.put(
+            "note",
+            f"warning: a micro-batch of {tokens_per_batch} positions does not fit in memory; starting the "
+            f"workers again with {self._tokens_per_batch}. Set train.tokens_per_batch={self._tokens_per_batch} "
+            "to begin so",
+        )
         return True
 
     def stop(self) -> None:

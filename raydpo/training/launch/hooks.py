@@ -19,8 +19,6 @@ from raydpo.training.job import TrainJob
 __all__ = ["RayHooks", "WorkerInput"]
 
 
-
-
 @dataclass(frozen=True, kw_only=True)
 class WorkerInput:
     """What every worker receives.
@@ -30,7 +28,7 @@ class WorkerInput:
             travel once a node. ``held_out`` may be None.
         run_dir: local path or URI.
         base_name: how an exported adapter names its base model.
-        board: of ``new_board``, for a caller that may stop the training; None = ``launch`` makes one.
+        board: made by ``start_mailbox``, for a caller that may stop the training; None = ``launch`` makes one.
         threads: CPU threads of a worker, None = torch's choice; ``launch`` sets it.
     """
 
@@ -62,8 +60,9 @@ class RayHooks(TrainHooks):
             from raydpo.rundir.trackers import Trackers
 
             self.records = RunRecords(self.storage, first_step, self.note)
-            self.trackers = Trackers(self.payload.track, self.payload.run_name, self.payload.run_dir,
-                                     self.payload.job.fingerprint, self.note)
+            self.trackers = Trackers(
+                self.payload.track, self.payload.run_name, self.payload.run_dir, self.payload.job.fingerprint, self.note
+            )
             self._log(f"beginning after step {first_step} of {total_steps} with {facts['world_size']} worker(s)")
             self._tell("begin", {"first_step": first_step, "total_steps": total_steps} | dict(facts))
 
@@ -71,8 +70,9 @@ class RayHooks(TrainHooks):
         if self.rank == 0:
             self.records.add_step(row)
             self.trackers.log(int(row["step"]), row)
-            self._log(f"step {row['step']:.0f}  loss {row['loss']:.6f}  grad norm {row['grad_norm']:.4f}  "
-                      f"{row['seconds']:.3f} s")
+            self._log(
+                f"step {row['step']:.0f}  loss {row['loss']:.6f}  grad norm {row['grad_norm']:.4f}  {row['seconds']:.3f} s"
+            )
             self._tell("step", dict(row))
 
     def evaluated(self, row: Mapping[str, float]) -> None:
@@ -96,8 +96,11 @@ class RayHooks(TrainHooks):
         import ray.train
         from ray.train import Checkpoint, CheckpointUploadMode
 
-        ray.train.report({"step": step} | dict(metrics), checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
-                         checkpoint=Checkpoint(self.storage.path(_checkpoint_place(step)), self.storage.fs))
+        ray.train.report(
+            {"step": step} | dict(metrics),
+            checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
+            checkpoint=Checkpoint(self.storage.path(_checkpoint_place(step)), self.storage.fs),
+        )
         if wait:
             # report returns before the controller has registered the checkpoint; a worker that dies in between loses it.
             ray.train.get_all_reported_checkpoints()

@@ -41,10 +41,17 @@ def launch(payload: WorkerInput, resources: Resources, listener: Listener) -> di
     import ray
 
     storage, board = Storage(payload.run_dir), payload.board or start_mailbox()
-    pairs, held_out = (ray.put(table) if isinstance(table, pa.Table) else table
-                       for table in (payload.pairs, payload.held_out))
-    payload = dataclasses.replace(payload, pairs=pairs, held_out=held_out, board=board, threads=resources.threads,
-                                  run_dir=storage.root if storage.is_local else payload.run_dir)
+    pairs, held_out = (
+        ray.put(table) if isinstance(table, pa.Table) else table for table in (payload.pairs, payload.held_out)
+    )
+    payload = dataclasses.replace(
+        payload,
+        pairs=pairs,
+        held_out=held_out,
+        board=board,
+        threads=resources.threads,
+        run_dir=storage.root if storage.is_local else payload.run_dir,
+    )
     trainer = _ray_trainer(_worker, {"payload": payload}, payload.job.train, resources, payload.run_dir)
     return _fit(trainer, board, listener, payload.run_dir)
 
@@ -70,8 +77,9 @@ def _fit(trainer: Any, board: Any, listener: Listener, run_dir: str) -> dict[str
     return summary
 
 
-def _ray_trainer(worker: Callable[[dict[str, Any]], None], given: dict[str, Any], train: TrainConfig, resources: Resources,
-                 run_dir: str) -> Any:
+def _ray_trainer(
+    worker: Callable[[dict[str, Any]], None], given: dict[str, Any], train: TrainConfig, resources: Resources, run_dir: str
+) -> Any:
     """Make a TorchTrainer that calls ``worker(given)`` on every worker, and restarts them as often as ``train`` allows."""
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # reports wait for the controller's next check
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1800")  # an autoscaler may take its time
@@ -83,18 +91,25 @@ def _ray_trainer(worker: Callable[[dict[str, Any]], None], given: dict[str, Any]
     return TorchTrainer(
         worker,
         train_loop_config=given,
-        torch_config=TorchConfig(backend="nccl" if resources.device == "cuda" else "gloo",
-                                 timeout_s=max(1, round(train.collective_timeout))),
+        torch_config=TorchConfig(
+            backend="nccl" if resources.device == "cuda" else "gloo", timeout_s=max(1, round(train.collective_timeout))
+        ),
         scaling_config=ScalingConfig(
-            num_workers=resources.workers if resources.fewest in (None, resources.workers)
+            num_workers=resources.workers
+            if resources.fewest in (None, resources.workers)
             else (resources.fewest, resources.workers),
-            use_gpu=resources.device == "cuda", elastic_resize_monitor_interval_s=RESIZE_SECONDS,
-            accelerator_type=resources.accelerator, label_selector=dict(resources.labels) or None,
-            resources_per_worker={"CPU": 1} | ({"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {})),
+            use_gpu=resources.device == "cuda",
+            elastic_resize_monitor_interval_s=RESIZE_SECONDS,
+            accelerator_type=resources.accelerator,
+            label_selector=dict(resources.labels) or None,
+            resources_per_worker={"CPU": 1} | ({"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {}),
+        ),
         run_config=RunConfig(
-            name=CHECKPOINTS, storage_path=run_dir,
+            name=CHECKPOINTS,
+            storage_path=run_dir,
             failure_config=FailureConfig(max_failures=train.max_failures, max_preemption_failures=train.max_preemptions),
-            checkpoint_config=_checkpoint_config(train)),
+            checkpoint_config=_checkpoint_config(train),
+        ),
     )
 
 
@@ -102,8 +117,11 @@ def _checkpoint_config(train: TrainConfig) -> Any:
     """Which checkpoints to keep, as Ray's CheckpointConfig."""
     from ray.train import CheckpointConfig
 
-    return CheckpointConfig(num_to_keep=train.keep_checkpoints, checkpoint_score_attribute=train.keep_best,
-                            checkpoint_score_order="min" if train.keep_best and lower_is_better(train.keep_best) else "max")
+    return CheckpointConfig(
+        num_to_keep=train.keep_checkpoints,
+        checkpoint_score_attribute=train.keep_best,
+        checkpoint_score_order="min" if train.keep_best and lower_is_better(train.keep_best) else "max",
+    )
 
 
 def _attempt(board: Any, train: TrainConfig, work: Callable[[int | None], None]) -> None:
@@ -168,19 +186,19 @@ def _train(payload: WorkerInput, tokens_per_batch: int | None) -> None:
     held_out = None if payload.held_out is None else TrainingPairs(ray.get(payload.held_out))
     hooks = RayHooks(payload, rank)
     checkpoint = ray.train.get_checkpoint()
-    with (tempfile.TemporaryDirectory(prefix="raydpo-") as scratch,
-          checkpoint.as_directory() if checkpoint else contextlib.nullcontext() as directory):
-        summary = train_policy(job, pairs, held_out, engine, hooks, None if directory is None else Path(directory),
-                               Path(scratch))
+    with (
+        tempfile.TemporaryDirectory(prefix="raydpo-") as scratch,
+        checkpoint.as_directory() if checkpoint else contextlib.nullcontext() as directory,
+    ):
+        summary = train_policy(
+            job, pairs, held_out, engine, hooks, None if directory is None else Path(directory), Path(scratch)
+        )
         final = Path(scratch) / "final"
         if not summary.interrupted:
-            export_policy(engine, job.policy, payload.base_name, payload.tokenizer, final,
-                          merge=job.train.merge_adapter)
+            export_policy(engine, job.policy, payload.base_name, payload.tokenizer, final, merge=job.train.merge_adapter)
         if rank == 0:
             if not summary.interrupted:
                 storage.upload(final, FINAL)
             hooks.records.close()
             hooks.trackers.close()
             ray.get(payload.board.finish.remote(dataclasses.asdict(summary)))
-
-

@@ -82,8 +82,9 @@ class PolicyEngine(RankGroup):
         ModelError: if the model cannot be loaded, or cannot be computed exactly in the requested layout.
     """
 
-    def __init__(self, spec: PolicySpec, train: TrainConfig, device: torch.device,
-                 check_rows: Sequence[PromptGroup] = ()) -> None:
+    def __init__(
+        self, spec: PolicySpec, train: TrainConfig, device: torch.device, check_rows: Sequence[PromptGroup] = ()
+    ) -> None:
         import deepspeed
         from transformers.integrations import HfDeepSpeedConfig
 
@@ -96,10 +97,16 @@ class PolicyEngine(RankGroup):
         # Kept alive while the model is loaded: transformers looks it up and partitions weights as it reads them.
         self._partitioned_loading = HfDeepSpeedConfig(settings) if train.zero == 3 else None
         with HostPeak() as loading:
-            model = load_causal_lm(spec.path, spec.dtype, adapter=spec.adapter, train_adapter=True,
-                                   quantization=spec.quantization, rope_length=spec.rope_length,
-                                   trust_remote_code=spec.trust_remote_code,
-                                   device="cpu" if train.zero == 3 else device)
+            model = load_causal_lm(
+                spec.path,
+                spec.dtype,
+                adapter=spec.adapter,
+                train_adapter=True,
+                quantization=spec.quantization,
+                rope_length=spec.rope_length,
+                trust_remote_code=spec.trust_remote_code,
+                device="cpu" if train.zero == 3 else device,
+            )
         most = torch.tensor([loading.seconds, loading.bytes], dtype=torch.float64, device=device)
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         self.load_seconds, self.load_bytes = most.tolist()
@@ -179,8 +186,11 @@ class PolicyEngine(RankGroup):
 
     @property
     def state(self) -> TrainedState:
-        named = {name.removeprefix("causal_lm."): parameter for name, parameter in self.module.named_parameters()
-                 if parameter.requires_grad}
+        named = {
+            name.removeprefix("causal_lm."): parameter
+            for name, parameter in self.module.named_parameters()
+            if parameter.requires_grad
+        }
         return TrainedState(self.engine, named, self.zero)
 
     def load_whole_models(self) -> None:
@@ -226,11 +236,17 @@ def _deepspeed_config(train: TrainConfig, dtype: str) -> dict[str, Any]:
 
 
 def _offload(train: TrainConfig) -> dict[str, Any]:
-    wishes = {"offload_optimizer": ("train.offload_optimizer", train.offload_optimizer),
-              "offload_param": ("train.offload_params", train.offload_params)}
-    return {key: {"device": "cpu", "pin_memory": torch.cuda.is_available()} if where == "cpu"
-            else {"device": "nvme", "nvme_path": disk_folder(field, where)}
-            for key, (field, where) in wishes.items() if where is not None}
+    wishes = {
+        "offload_optimizer": ("train.offload_optimizer", train.offload_optimizer),
+        "offload_param": ("train.offload_params", train.offload_params),
+    }
+    return {
+        key: {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        if where == "cpu"
+        else {"device": "nvme", "nvme_path": disk_folder(field, where)}
+        for key, (field, where) in wishes.items()
+        if where is not None
+    }
 
 
 def _float32_parameters(module: LogpModel, dtype: str, zero: int) -> list[tuple[nn.Parameter, Tensor]]:
@@ -244,8 +260,11 @@ def _float32_parameters(module: LogpModel, dtype: str, zero: int) -> list[tuple[
         return []
     rounded = _float32_names(module.causal_lm) if zero == 3 else ()
     # New adapters start in float32. Rounding them changes nothing, since their output is zero.
-    found = {name: parameter for name, parameter in module.causal_lm.named_parameters() if ".lora_" not in name
-             and (parameter.dtype == torch.float32 or name.replace("base_layer.", "") in rounded)}
+    found = {
+        name: parameter
+        for name, parameter in module.causal_lm.named_parameters()
+        if ".lora_" not in name and (parameter.dtype == torch.float32 or name.replace("base_layer.", "") in rounded)
+    }
     trained = [name for name, parameter in found.items() if parameter.requires_grad]
     if not trained and (not found or zero < 3):
         return [(parameter, parameter.data) for parameter in found.values()]
@@ -253,10 +272,12 @@ def _float32_parameters(module: LogpModel, dtype: str, zero: int) -> list[tuple[
     if trained:
         leaves = sorted({re.sub(r".*\.\d+\.", "", name) for name in trained})
         fixes.append(f"model.freeze=[{', '.join(leaves)}] or model.lora")
-    raise ModelError(f"{type(module.causal_lm).__name__} keeps parameters in float32 ({', '.join(list(found)[:2])}"
-                     f"{', ...' if len(found) > 2 else ''}), but DeepSpeed trains in bfloat16 and would round them: the "
-                     "policy would not be what the reference was scored with. "
-                     f"Set {' and '.join(fixes)}, or model.dtype=float32")
+    raise ModelError(
+        f"{type(module.causal_lm).__name__} keeps parameters in float32 ({', '.join(list(found)[:2])}"
+        f"{', ...' if len(found) > 2 else ''}), but DeepSpeed trains in bfloat16 and would round them: the "
+        "policy would not be what the reference was scored with. "
+        f"Set {' and '.join(fixes)}, or model.dtype=float32"
+    )
 
 
 def _float32_names(causal_lm: nn.Module) -> set[str]:
@@ -271,5 +292,4 @@ def _float32_names(causal_lm: nn.Module) -> set[str]:
             empty = type(causal_lm)(causal_lm.config)
     finally:
         torch.set_default_dtype(before)
-    return {name for name, parameter in empty.named_parameters()
-            if parameter.dtype == torch.float32 or pattern.search(name)}
+    return {name for name, parameter in empty.named_parameters() if parameter.dtype == torch.float32 or pattern.search(name)}

@@ -14,8 +14,9 @@ from raydpo.training.policy.engine import Engine, PolicySpec
 __all__ = ["export_policy"]
 
 
-def export_policy(engine: Engine, spec: PolicySpec, base_name: str, tokenizer: Any, directory: Path,
-                  merge: bool = False) -> None:
+def export_policy(
+    engine: Engine, spec: PolicySpec, base_name: str, tokenizer: Any, directory: Path, merge: bool = False
+) -> None:
     """Write model or adapter and tokenizer to ``directory`` on rank 0. All ranks must call it.
 
     Args:
@@ -42,8 +43,13 @@ def export_policy(engine: Engine, spec: PolicySpec, base_name: str, tokenizer: A
     if merge and spec.adapts:
         engine.load_whole_models()
         # Merge into the stored weights, not into those that were quantized for training.
-        merged = load_causal_lm(spec.path, spec.dtype, adapter=str(directory), rope_length=spec.rope_length,
-                                trust_remote_code=spec.trust_remote_code)
+        merged = load_causal_lm(
+            spec.path,
+            spec.dtype,
+            adapter=str(directory),
+            rope_length=spec.rope_length,
+            trust_remote_code=spec.trust_remote_code,
+        )
         _untie(merged.get_base_model())
         merged.merge_and_unload().save_pretrained(str(directory / "merged"), safe_serialization=True)
         _restore_dropout(spec, directory / "merged")

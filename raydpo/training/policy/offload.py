@@ -41,8 +41,10 @@ def disk_folder(field: str, where: str) -> str:
             lock = open(folder / "lock", "w")  # noqa: SIM115 - held until the process ends
             fcntl.flock(lock, fcntl.LOCK_EX)
     except OSError as error:
-        raise ModelError(f"{field} is {where!r}, where this worker cannot write: {error.strerror or error}. Name a "
-                         "directory of a local disk that every machine has, or set it to cpu") from None
+        raise ModelError(
+            f"{field} is {where!r}, where this worker cannot write: {error.strerror or error}. Name a "
+            "directory of a local disk that every machine has, or set it to cpu"
+        ) from None
     _HELD.append(lock)
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     try:
@@ -56,15 +58,19 @@ def disk_folder(field: str, where: str) -> str:
 def _require_asynchronous_files(field: str, where: str) -> None:
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
-    fix = (f"DeepSpeed compiles its access to disks where it runs: install libaio-dev (libaio-devel on Red Hat), a C++ "
-           f"compiler and ninja on every machine, or set {field}=cpu")
+    fix = (
+        f"DeepSpeed compiles its access to disks where it runs: install libaio-dev (libaio-devel on Red Hat), a C++ "
+        f"compiler and ninja on every machine, or set {field}=cpu"
+    )
     if not AsyncIOBuilder().is_compatible():
         raise ModelError(f"{field} is {where!r}, but libaio is not installed here. {fix}")
     try:
         AsyncIOBuilder().load(verbose=False)
     except Exception as error:  # compilation can fail with any exception
-        raise ModelError(f"{field} is {where!r}, but DeepSpeed's async_io does not compile here: "
-                         f"{' '.join(str(error).split())[:300]}. {fix}") from error
+        raise ModelError(
+            f"{field} is {where!r}, but DeepSpeed's async_io does not compile here: "
+            f"{' '.join(str(error).split())[:300]}. {fix}"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -27,13 +27,16 @@ def make_optimizer(trainable: Sequence[Tensor], train: TrainConfig, device: torc
         # DeepSpeed updates one flat tensor of all weights. Without ``fused``, AdamW allocates two more of that size a step.
         return torch.optim.AdamW(trainable, fused=True, **common)
     if device.type != "cuda":
-        raise ModelError(f"train.optimizer {train.optimizer} runs on GPUs only, this worker has none; set "
-                         "train.optimizer=adamw, and train.optimizer_states=bfloat16 for smaller moments")
+        raise ModelError(
+            f"train.optimizer {train.optimizer} runs on GPUs only, this worker has none; set "
+            "train.optimizer=adamw, and train.optimizer_states=bfloat16 for smaller moments"
+        )
     try:
         import bitsandbytes.optim as theirs
     except ImportError as error:
-        raise ModelError(f"train.optimizer {train.optimizer} needs bitsandbytes: {error}; pip install "
-                         "'raydpo[quantization]'") from None
+        raise ModelError(
+            f"train.optimizer {train.optimizer} needs bitsandbytes: {error}; pip install 'raydpo[quantization]'"
+        ) from None
     kind = {"adamw_8bit": theirs.AdamW8bit, "paged_adamw": theirs.PagedAdamW, "paged_adamw_8bit": theirs.PagedAdamW8bit}
     return kind[train.optimizer](trainable, **common)
 
@@ -61,8 +64,13 @@ class RoundedAdamW(torch.optim.AdamW):
                         state[kind] = torch.zeros_like(parameter, dtype=torch.bfloat16)
                 state["step"] += 1
                 count = float(state["step"])
-                parts = zip(*(tensor.view(-1).split(ROUNDED_PIECE) for tensor in
-                              (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])), strict=True)
+                parts = zip(
+                    *(
+                        tensor.view(-1).split(ROUNDED_PIECE)
+                        for tensor in (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
+                    ),
+                    strict=True,
+                )
                 for weight, gradient, exp_avg, exp_avg_sq in parts:
                     gradient = gradient.float()
                     first = exp_avg.float().lerp_(gradient, 1 - beta1)

@@ -102,7 +102,7 @@ class TrainedState:
         """Write this rank's share into ``directory``. Returns the facts that ``read`` needs."""
         fragments = self.fragments()
         if not self._zero:  # every rank has everything
-            fragments = fragments[dist.get_rank()::dist.get_world_size()]
+            fragments = fragments[dist.get_rank() :: dist.get_world_size()]
         tensors: dict[str, Tensor] = {}
         size = number = 0
         for flat, parts in _by_flat(fragments):
@@ -131,8 +131,10 @@ class TrainedState:
         """
         if self._totals() != facts["parameters"]:
             both = sorted(set(self._totals().items()) ^ set(facts["parameters"].items()))
-            raise TrainError(f"the checkpoint in {directory} trains other parameters than this run, beginning with "
-                             f"{both[0][0]} ({both[0][1]} elements)")
+            raise TrainError(
+                f"the checkpoint in {directory} trains other parameters than this run, beginning with "
+                f"{both[0][0]} ({both[0][1]} elements)"
+            )
         pieces = _Pieces(directory, ranks)
         for flat, parts in _by_flat(self.fragments()):
             with self._in_memory(flat, changed=True), torch.no_grad():
@@ -163,12 +165,16 @@ class TrainedState:
             (wrapper._optimizer_states_and_gradient_swap_out if changed else wrapper._release_swap_buffers)(group)
 
     def _totals(self) -> dict[str, int]:
-        return {name: getattr(parameter, "ds_numel", None) or parameter.numel()
-                for name, parameter in self._parameters.items()}
+        return {
+            name: getattr(parameter, "ds_numel", None) or parameter.numel() for name, parameter in self._parameters.items()
+        }
 
     def _elementwise(self, flat: Tensor) -> dict[str, Tensor]:
-        return {kind: value for kind, value in self.optimizer.state.get(flat, {}).items()
-                if torch.is_tensor(value) and value.shape == flat.shape and value.dim()}
+        return {
+            kind: value
+            for kind, value in self.optimizer.state.get(flat, {}).items()
+            if torch.is_tensor(value) and value.shape == flat.shape and value.dim()
+        }
 
     def _steps(self) -> int:
         steps = [int(state["step"]) for state in self.optimizer.state.values() if "step" in state]
@@ -182,8 +188,10 @@ class TrainedState:
         if not state:
             fused = self.optimizer.defaults.get("fused")
             state["step"] = torch.tensor(float(steps), device=flat.device if fused else "cpu")
-            state |= {kind: torch.zeros_like(flat, dtype=self._moment_dtype(), requires_grad=False)
-                      for kind in ("exp_avg", "exp_avg_sq")}
+            state |= {
+                kind: torch.zeros_like(flat, dtype=self._moment_dtype(), requires_grad=False)
+                for kind in ("exp_avg", "exp_avg_sq")
+            }
         state["step"].fill_(float(steps))
         return self._elementwise(flat)
 
@@ -229,12 +237,14 @@ class _Pieces:
         for start, numel, file, key in sorted(self._found.get((kind, fragment.name), []), key=lambda piece: piece[:2]):
             until = min(end, start + numel)
             if start <= first < until:
-                part = file.get_slice(key)[first - start:until - start]
+                part = file.get_slice(key)[first - start : until - start]
                 target.narrow(0, first - fragment.start, until - first).copy_(part)
                 first = until
         if first < end:
-            raise TrainError(f"the checkpoint in {self._directory} is incomplete: {kind} of {fragment.name} lacks elements "
-                             f"{first} to {end}")
+            raise TrainError(
+                f"the checkpoint in {self._directory} is incomplete: {kind} of {fragment.name} lacks elements "
+                f"{first} to {end}"
+            )
 
 
 def _file(rank: str, ranks: int, number: str) -> str:
