@@ -126,11 +126,8 @@ def _check_total(name: str, needed: float, needs: str, hint: str, config: Config
     coming = grows_to(name)
     if not config.ray.autoscaling:
         known = coming is not None and coming >= needed
-        more = "since its autoscaler can add them" if known else "if it starts nodes on demand"
-        comma = "," if known else ""
-        raise ConfigError(
-            f"{needs}, the Ray cluster has {has:g}; ask for fewer{hint}; or set ray.autoscaling=true{comma} {more}"
-        )
+        why = ", since its autoscaler can add them" if known else " if it starts nodes on demand"
+        raise ConfigError(f"{needs}, the Ray cluster has {has:g}; ask for fewer{hint}; or set ray.autoscaling=true{why}")
     if coming is not None and coming < needed:
         raise ConfigError(
             f"{needs}, the Ray cluster has {has:g}, and its autoscaler adds up to {coming:g} in all; ask for "

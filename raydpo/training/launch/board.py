@@ -71,8 +71,10 @@ class Mailbox:
             told = "did not fit in memory, though others of this run did; starting the workers again with the same"
         else:
             half = self._tokens_per_batch = max(1, tokens_per_batch // 2)
-            told = f"does not fit in memory; starting the workers again with {half}. Set train.tokens_per_batch={half} to"
-            told += " begin so"
+            told = (
+                f"does not fit in memory; starting the workers again with {half}. "
+                f"Set train.tokens_per_batch={half} to begin so"
+            )
         self.put("note", f"warning: a micro-batch of {tokens_per_batch} positions {told}")
         return True
 

@@ -130,8 +130,11 @@ class TrainedState:
             TrainError: if an element of a parameter is missing, or a file is damaged.
         """
         if differing := set(self._totals().items()) ^ set(facts["parameters"].items()):
-            first = "beginning with {} ({} elements)".format(*min(differing))
-            raise TrainError(f"the checkpoint in {directory} trains other parameters than this run, {first}")
+            name, elements = min(differing)
+            raise TrainError(
+                f"the checkpoint in {directory} trains other parameters than this run, beginning with {name} "
+                f"({elements} elements)"
+            )
         pieces = _Pieces(directory, ranks)
         for flat, parts in _by_flat(self.fragments()):
             with self._in_memory(flat, changed=True), torch.no_grad():
