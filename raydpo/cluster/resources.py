@@ -115,11 +115,7 @@ def _gpus_per_worker(stage: str, config: Config, nodes: Sequence[dict[str, Any]]
 
 
 def _check_total(name: str, needed: float, needs: str, hint: str, config: Config, nodes: Sequence[dict[str, Any]]) -> None:
-    """Check that the nodes have enough of a resource, or can get it by autoscaling.
-
-    Raises:
-        ConfigError: with ``needs`` and ``hint`` in the message, if not.
-    """
+    """Refuse a request for more than the nodes have, or get by autoscaling. ``needs`` and ``hint`` stand in the message."""
     has = sum(node["Resources"].get(name, 0) for node in nodes)
     if needed <= has:
         return

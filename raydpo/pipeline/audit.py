@@ -67,11 +67,7 @@ def audit_prepared(prepared: Prepared, console: Console) -> Audit:
 
 
 def _refuse_other_pairs(storage: Storage, prepared: Prepared) -> None:
-    """Refuse to replace the audit of a run by that of other pairs.
-
-    Raises:
-        ConfigError: if a run of this name has other pairs or another reference.
-    """
+    """Refuse to replace the audit of a run by that of other pairs, or of another reference."""
     if not storage.exists(RUN):
         return
     both = RunDirectory(storage).fingerprint(), prepared.fingerprint()

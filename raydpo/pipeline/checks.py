@@ -69,11 +69,7 @@ def _check_reference(config: Config) -> None:
 
 
 def _check_data(configs: Sequence[Config], verb: Verb) -> None:
-    """Read the first record of each local source of pairs.
-
-    Raises:
-        DataError: if a file cannot be read, or holds no records.
-    """
+    """Read the first record of each local source of pairs."""
     sources: dict[str, SourceConfig] = {}
     for config in configs:
         evaluated, train = config.evaluate.data or (), config.data.train

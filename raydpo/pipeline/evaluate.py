@@ -114,10 +114,7 @@ def protocol(config: Config, pairs: pa.Table, reference: ReferenceSpec) -> dict[
 
 @dataclass(frozen=True)
 class _Evaluation:
-    """The inputs of an evaluation.
-
-    ``trained_on``: number of pairs whose prompt the policy was trained on, None if unknown.
-    """
+    """The inputs of an evaluation. ``trained_on``: pairs whose prompt the policy was trained on, None if unknown."""
 
     config: Config
     console: Console
@@ -348,7 +345,7 @@ class _Evaluation:
 
 
 def _trained_on(config: Config, policy: Policy, pairs: pa.Table, console: Console) -> int | None:
-    """Return the number of ``pairs`` that the policy was trained on; None if no run made it or its data cannot be read."""
+    """Number of ``pairs`` that the policy was trained on; None if no run made it or its data cannot be read."""
     if policy.run is None:
         return None
     try:

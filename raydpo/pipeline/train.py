@@ -126,11 +126,7 @@ def _begin_run(prepared: Prepared, job: TrainJob, console: Console) -> None:
 
 
 def _training_job(prepared: Prepared, resources: Resources, until: int | None = None) -> TrainJob:
-    """Describe the training to its workers.
-
-    Args:
-        until: step after which the training pauses; None = train to the end.
-    """
+    """Describe the training to its workers. It pauses after step ``until``, if that is given."""
     config = prepared.config
     policy, reference = prepared.policy_identity(), prepared.reference.identity
     return TrainJob(

@@ -151,10 +151,7 @@ def _program(verb: str, package: Package) -> list[str]:
 
 
 def _by_ray(entrypoint: str, gpus: int, archive: Path) -> str:
-    """Ray's own command for the same job. Its exit status is 1 for every failure.
-
-    It submits the checked archive: from a directory Ray would also upload secrets that no ignore file lists.
-    """
+    """Ray's own command for the same job. From a directory it would also upload secrets that no ignore file lists."""
     environment, packed = shlex.quote(json.dumps({"env_vars": job_env()})), shlex.quote(str(archive))
     devices = f" --entrypoint-num-gpus {gpus}" if gpus else ""
     return f"ray job submit --working-dir {packed}{devices} --runtime-env-json {environment} -- {entrypoint}"

@@ -249,11 +249,7 @@ class Trainer:
         self.hooks.note(line)
 
     def _count_skipped(self, skipped: str | None) -> None:
-        """Warn about a step that was not taken.
-
-        Raises:
-            TrainError: after more than ``train.max_skipped`` such steps in a row.
-        """
+        """Warn about a step that was not taken; end the run after more than ``train.max_skipped`` in a row."""
         summary, most = self.summary, self.job.train.max_skipped
         if skipped is None:
             summary.skipped_in_a_row = 0
@@ -296,11 +292,7 @@ def _tokens_per_batch(job: TrainJob, engine: Engine, summary: TrainSummary, hook
 
 
 def _check_tokens(pairs: TrainingPairs | None, train: TrainConfig) -> None:
-    """Check that the reference's log-prob of each token is known if LD-DPO needs it.
-
-    Raises:
-        ConfigError: if only sums are known of some pairs.
-    """
+    """Refuse pairs of which only the sums of the reference's log-probs are known, if LD-DPO needs those of tokens."""
     if train.ld_alpha is None or pairs is None:
         return
     lacking = pairs.sums_only()

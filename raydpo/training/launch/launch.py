@@ -50,11 +50,7 @@ def launch(payload: WorkerInput, resources: Resources, listener: Listener) -> di
 
 
 def _fit(trainer: Any, board: Any, listener: Listener, run_dir: str) -> dict[str, Any]:
-    """Run a trainer of ``_ray_trainer`` to its end. Returns the summary that its workers gave to ``board``.
-
-    Raises:
-        RaydpoError: what the workers raised.
-    """
+    """Run ``trainer`` to its end. Returns the summary that its workers gave to ``board``, or raises what they raised."""
     import ray
 
     with listening(board, listener):
@@ -117,11 +113,8 @@ def _checkpoint_config(train: TrainConfig) -> Any:
 def _attempt(board: Any, train: TrainConfig, work: Callable[[int | None], None]) -> None:
     """Call ``work`` in one worker, with the positions of a micro-batch if the configured number did not fit, else None.
 
-    Ray Train restarts workers after any error. If the error would only repeat, the restarted workers do nothing.
-
-    Raises:
-        RaydpoError: that of ``work``, after ``board`` has it. It must be raised: the other workers wait for this one until
-            Ray ends them.
+    Ray Train restarts workers after any error. If the error would only repeat, the restarted workers do nothing. It is
+    raised all the same: the other workers wait for this one until Ray ends them.
     """
     import ray
     import ray.train
