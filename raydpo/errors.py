@@ -16,6 +16,7 @@ __all__ = [
     "RaydpoError",
     "TrainError",
     "exit_status",
+    "one_line",
 ]
 
 
@@ -74,3 +75,8 @@ class DeviceMemoryError(TrainError, MemoryError):
 def exit_status(error: BaseException) -> int:
     """Exit status of a command that ended with ``error``: 2 for bad input, 1 for any other error."""
     return 2 if isinstance(error, (ConfigError, DataError)) else 1
+
+
+def one_line(error: object, most: int | None = None) -> str:
+    """The text of ``error`` on one line, at most ``most`` characters of it."""
+    return " ".join(str(error).split())[:most]

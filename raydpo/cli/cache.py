@@ -32,11 +32,8 @@ def add_cache_verbs(cache: argparse.ArgumentParser) -> None:
         if uri:
             verb.add_argument("uri", metavar="URI", help="directory or URI of the cache")
             if identity:
-                verb.add_argument(
-                    "identity",
-                    nargs="?",
-                    help="digest of the reference, or its first digits; needed if the cache holds several",
-                )
+                about = "digest of the reference, or its first digits; needed if the cache holds several"
+                verb.add_argument("identity", nargs="?", help=about)
         verb.add_argument("--json", action="store_true", help="print one JSON object")
         return verb
 
@@ -69,24 +66,18 @@ def add_cache_verbs(cache: argparse.ArgumentParser) -> None:
     compact.add_argument("--target-mb", type=float, metavar="M", help="size of a merged part (default: 128)")
     gc = add("gc", _gc, "list files that are no longer needed: temporary, merged and damaged ones", identity=False)
     gc.add_argument("--delete", action="store_true", help="delete them")
-    for name, act, about in (
-        ("export", _export, "write the pairs of a configuration with their reference log-probs to a Parquet file"),
-        (
-            "import",
-            _import,
-            "import reference log-probs from columns of the data; unverified until 'raydpo cache verify' passes",
-        ),
-    ):
-        verb = add(name, act, about, uri=False)
-        verb.add_argument("config", metavar="CONFIG", help="YAML file of the run")
-        if name == "export":
-            verb.add_argument("out", metavar="OUT.parquet")
-        else:
-            verb.add_argument(
-                "--chosen", metavar="COLUMN", help="column of the chosen completions' sums (default: ref_chosen_logps)"
-            )
-            verb.add_argument("--rejected", metavar="COLUMN", help="column of the rejected completions' sums")
-            verb.add_argument("--means", action="store_true", help="the columns hold means over tokens, not sums")
+    about = "write the pairs of a configuration with their reference log-probs to a Parquet file"
+    export = add("export", _export, about, uri=False)
+    export.add_argument("config", metavar="CONFIG", help="YAML file of the run")
+    export.add_argument("out", metavar="OUT.parquet")
+    about = "import reference log-probs from columns of the data; unverified until 'raydpo cache verify' passes"
+    imports = add("import", _import, about, uri=False)
+    imports.add_argument("config", metavar="CONFIG", help="YAML file of the run")
+    about = "column of the chosen completions' sums (default: ref_chosen_logps)"
+    imports.add_argument("--chosen", metavar="COLUMN", help=about)
+    imports.add_argument("--rejected", metavar="COLUMN", help="column of the rejected completions' sums")
+    imports.add_argument("--means", action="store_true", help="the columns hold means over tokens, not sums")
+    for verb in (export, imports):
         verb.add_argument("overrides", nargs="*", metavar="key.sub=value")
 
 
@@ -106,23 +97,10 @@ def _ls(args: argparse.Namespace, console: Console) -> Any:
     from raydpo.storage.uri import redact
 
     found = identities(args.uri)
-    console.table(
-        redact(args.uri),
-        ("identity", "model", "dtype", "rows", "unverified", "parts", "bytes", "newest"),
-        [
-            (
-                one["identity"],
-                one["model"],
-                one["dtype"],
-                f"{one['rows']:,}",
-                f"{one['unverified_rows']:,}",
-                f"{one['parts']:,}",
-                f"{one['bytes']:,}",
-                _ago(one["age_seconds"]),
-            )
-            for one in found
-        ],
-    )
+    texts, numbers = ("identity", "model", "dtype"), ("rows", "unverified_rows", "parts", "bytes")
+    columns = (*texts, "rows", "unverified", "parts", "bytes", "newest")
+    rows = [(*(one[key] for key in texts), *(f"{one[key]:,}" for key in numbers), _ago(one["age_seconds"])) for one in found]
+    console.table(redact(args.uri), columns, rows)
     return found
 
 
@@ -131,24 +109,14 @@ def _show(args: argparse.Namespace, console: Console) -> Any:
 
     found = describe(args.uri, args.identity)
     console.table("identity", ("", "value"), _rows(found["identity"]))
-    made = found["made_by"]
-    console.table(
-        "what made it",
-        ("", "value"),
-        [
-            *_rows({name: value for name, value in made.items() if name != "provenance"}),
-            *(
-                (f"{one['parts']} part(s)", ", ".join(f"{name} {value}" for name, value in one.items() if name != "parts"))
-                for one in made["provenance"]
-            ),
-        ],
-    )
+    made = _rows({name: value for name, value in found["made_by"].items() if name != "provenance"})
+    for one in found["made_by"]["provenance"]:
+        told = ", ".join(f"{name} {value}" for name, value in one.items() if name != "parts")
+        made.append((f"{one['parts']} part(s)", told))
+    console.table("what made it", ("", "value"), made)
     console.table("contents", ("", "value"), _rows(found["contents"]))
-    for title, key in (
-        ("tokens of a completion", "tokens_of_a_completion"),
-        ("mean log-prob of a token, by completion, nats", "logps_per_token"),
-    ):
-        console.table(title, ("", "value"), _rows(found[key]))
+    console.table("tokens of a completion", ("", "value"), _rows(found["tokens_of_a_completion"]))
+    console.table("mean log-prob of a token, by completion, nats", ("", "value"), _rows(found["logps_per_token"]))
     for problem in found["problems"]:
         console.warn(problem)
     return found
@@ -166,31 +134,18 @@ def _verify(args: argparse.Namespace, console: Console) -> None:
     cache = ReferenceCache.open(args.uri, identity, unverified=True)
     files = verify_files(cache)
     if not files.parts and not files.problems:
-        others = "; ".join(
-            f"{one.digest} ({'; '.join(cache.identity.differences(one))})" for one in cache.identities(cache.storage)
-        )
-        raise CacheError(
-            f"{cache.storage} holds nothing of reference {cache.identity.digest}"
-            + (
-                f", only of others: {others}. Give the model, adapter and score.dtype that it was made with"
-                if others
-                else "; build it with 'raydpo score'"
-            )
-        )
+        others = cache.identities(cache.storage)
+        told = "; ".join(f"{one.digest} ({'; '.join(cache.identity.differences(one))})" for one in others)
+        fix = "; build it with 'raydpo score'"
+        if others:
+            fix = f", only of others: {told}. Give the model, adapter and score.dtype that it was made with"
+        raise CacheError(f"{cache.storage} holds nothing of reference {cache.identity.digest}{fix}")
     scores = promoted = None
     if prepared is not None:
         scores, promoted = _verify_scores(args, prepared, cache, console)
     if args.json:
-        print(
-            json.dumps(
-                {
-                    "files": dataclasses.asdict(files),
-                    "scores": None if scores is None else scores.to_dict(),
-                    "promoted": promoted,
-                },
-                indent=2,
-            )
-        )
+        found = {"files": dataclasses.asdict(files), "scores": None if scores is None else scores.to_dict()}
+        print(json.dumps(found | {"promoted": promoted}, indent=2))
     else:
         console.say(
             f"files: {files.parts:,} sound part(s), {files.rows:,} rows, {files.bytes:,} bytes, "
@@ -210,9 +165,8 @@ def _verify(args: argparse.Namespace, console: Console) -> None:
     if scores is not None and not scores.passed:
         again = "; if imported rows are wrong, import the right ones" if scores.imported else ""
         raise CacheError(
-            f"{scores.problem}: these log-probs are not of this model and data. Delete {cache.storage}/"
-            f"{cache.directory} and score again{again}, or raise --tolerance if they were computed on very "
-            "different devices"
+            f"{scores.problem}: these log-probs are not of this model and data. Delete {cache.storage}/{cache.directory} "
+            f"and score again{again}, or raise --tolerance if they were computed on very different devices"
         )
 
 
@@ -227,29 +181,19 @@ def _verify_scores(
     from raydpo.reference.shards import Wanted
     from raydpo.reference.verify import SAMPLE, TOKENS_PER_BATCH, promote, verify_scores
 
-    if cache.identity != prepared.reference.identity:
+    ours, theirs = prepared.reference.identity, cache.identity
+    if theirs != ours:
         raise CacheError(
-            f"the reference of {args.config[0]} is {prepared.reference.identity.digest}, not "
-            f"{cache.identity.digest}: "
-            f"{'; '.join(prepared.reference.identity.differences(cache.identity))}. Score with the same model, "
-            "adapter and score.dtype, or verify the files alone, without --config"
+            f"the reference of {args.config[0]} is {ours.digest}, not {theirs.digest}: "
+            f"{'; '.join(ours.differences(theirs))}. Score with the same model, adapter and score.dtype, or verify the "
+            "files alone, without --config"
         )
-    wanted = Wanted(prepared.tables)
+    wanted, device = Wanted(prepared.tables), "cuda" if torch.cuda.is_available() else "cpu"
     with console.quiet():
-        scorer = Scorer(
-            prepared.reference,
-            device="cuda" if torch.cuda.is_available() else "cpu",
-            tokens_per_batch=TOKENS_PER_BATCH,
-            check_rows=(),
-        )
-    scores = verify_scores(
-        cache,
-        wanted,
-        dict(wanted_names(prepared.tables)),
-        scorer,
-        tolerance=args.tolerance,
-        sample=None if args.all else SAMPLE if args.sample is None else args.sample,
-    )
+        scorer = Scorer(prepared.reference, device=device, tokens_per_batch=TOKENS_PER_BATCH, check_rows=())
+    sample = None if args.all else SAMPLE if args.sample is None else args.sample
+    names = dict(wanted_names(prepared.tables))
+    scores = verify_scores(cache, wanted, names, scorer, tolerance=args.tolerance, sample=sample)
     promoted = promote(cache, wanted, scores) if scores.passed and scores.imported else None
     return scores, promoted
 
@@ -276,15 +220,10 @@ def _diff(args: argparse.Namespace, console: Console) -> Any:
     from raydpo.reference.inspect import difference
     from raydpo.reference.store import ReferenceCache
 
-    caches = [
-        ReferenceCache.open(uri, identity or None) for uri, _, identity in (name.partition("#") for name in (args.a, args.b))
-    ]
-    found = difference(*caches)
-    console.table(
-        "identity",
-        ("field", "A", "B"),
-        [(name, *map(str, pair)) for name, pair in found["fields"].items()] or [("all fields", "equal", "equal")],
-    )
+    parts = [name.partition("#") for name in (args.a, args.b)]
+    found = difference(*(ReferenceCache.open(uri, identity or None) for uri, _, identity in parts))
+    fields = [(name, *map(str, pair)) for name, pair in found["fields"].items()]
+    console.table("identity", ("field", "A", "B"), fields or [("all fields", "equal", "equal")])
     console.say(
         f"completions: {found['completions'][0]:,} in A, {found['completions'][1]:,} in B, {found['common']:,} in both"
     )
@@ -323,10 +262,8 @@ def _gc(args: argparse.Namespace, console: Console) -> Any:
             delete_garbage(cache, each)
     for one in garbage:
         console.say(f"{one.path}  {one.bytes:,} bytes  {one.reason}")
-    size = sum(one.bytes for one in garbage)
-    console.say(
-        f"{len(garbage):,} file(s), {size:,} bytes " + ("deleted" if args.delete else "can be deleted, with --delete")
-    )
+    size, done = sum(one.bytes for one in garbage), "deleted" if args.delete else "can be deleted, with --delete"
+    console.say(f"{len(garbage):,} file(s), {size:,} bytes {done}")
     return {"deleted": args.delete, "files": [dataclasses.asdict(one) for one in garbage]}
 
 
@@ -350,13 +287,8 @@ def _import(args: argparse.Namespace, console: Console) -> Any:
         raise ConfigError("--chosen and --rejected belong together; give both or neither")
     prepared = _prepare(args.config, [*args.overrides, "data.eval=null"], console)
     prepared.cache.prepare({"model": prepared.reference.path, "adapter": prepared.reference.adapter})
-    report = import_sums(
-        prepared.config.data,
-        prepared.sets.train,
-        prepared.cache,
-        means=args.means,
-        columns=None if args.chosen is None else (args.chosen, args.rejected),
-    )
+    columns, pairs = None if args.chosen is None else (args.chosen, args.rejected), prepared.sets.train
+    report = import_sums(prepared.config.data, pairs, prepared.cache, means=args.means, columns=columns)
     console.say(
         f"{report.pairs:,} pairs imported from {' and '.join(report.columns)} as {report.rows:,} unverified rows of "
         f"{prepared.reference.identity.digest}" + (f"; {report.without:,} pairs have none" if report.without else "")

@@ -38,14 +38,7 @@ def load_training_pairs(config: Config) -> tuple[PairSets, Tokeniser]:
     """Tokenise the pairs of a configuration as score and train do, without Ray."""
     from raydpo.data.filter import filtered_by_tokens
     from raydpo.data.pairs import load_pairs
-    from raydpo.data.tokenise import Tokeniser, load_tokenizer
-    from raydpo.reference.identity import resolve_model
+    from raydpo.pipeline.prepare import open_tokeniser
 
-    tokeniser = Tokeniser(
-        load_tokenizer(
-            resolve_model(config.model.tokenizer or config.model.path),
-            chat_template=config.data.chat_template,
-            trust_remote_code=config.model.trust_remote_code,
-        )
-    )
+    tokeniser = open_tokeniser(config)
     return filtered_by_tokens(load_pairs(config.data, tokeniser), config.data)[0], tokeniser

@@ -78,9 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     show = configured("show", _show, "print pairs as the model sees them")
     show.add_argument("-n", "--count", type=int, default=3, help="number of pairs (default: %(default)s)")
     audit = configured("audit", with_json(_audit), "write a page on what the pairs teach, by lengths and cached log-probs")
-    audit.add_argument("--json", action="store_true", help="print one JSON object")
     evaluate = configured("eval", with_json(_eval), "compare a policy with the reference: preferences, answers, drift, wins")
-    evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     plan = configured("plan", with_json(_plan), "estimate what a run takes: tokens, memory, GPU hours, dollars, idle time")
     plan.add_argument("--workers", type=int, metavar="N", help="number of devices of both stages (default: as configured)")
     plan.add_argument("--device", metavar="NAME", help="a GPU with a known peak rate, such as H100, A100-80GB or L4")
@@ -90,7 +88,8 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--price", type=float, metavar="D", help="dollars for a GPU hour")
     plan.add_argument("--runs", type=int, metavar="K", help="number of trainings with this reference, as in a sweep")
     plan.add_argument("--measure", action="store_true", help="measure the rate on this machine")
-    plan.add_argument("--json", action="store_true", help="print one JSON object")
+    for verb in (audit, evaluate, plan):
+        verb.add_argument("--json", action="store_true", help="print one JSON object")
     report = add("report", _report, "write the page of a run or a sweep, or one that compares several of them")
     report.add_argument("paths", nargs="+", metavar="PATH", help="run or sweep directory, local or URI")
     report.add_argument("--out", metavar="FILE", help="the page of several runs (default: comparison.html)")
@@ -146,10 +145,9 @@ def _sweep(args: argparse.Namespace, console: Console) -> None:
     quietly(config, console, lambda: found.update(sweep(config, console, fresh=args.fresh)))
     failed = [trial for trial in found["trials"] if trial["status"] == "failed"]
     if failed:
+        told = "; ".join(f"{trial['name']}: {trial['error']}" for trial in failed)
         raise TrainError(
-            f"{len(failed)} of {len(found['trials'])} trials failed: "
-            + "; ".join(f"{trial['name']}: {trial['error']}" for trial in failed)
-            + ". Run the same command again to retry them"
+            f"{len(failed)} of {len(found['trials'])} trials failed: {told}. Run the same command again to retry them"
         )
 
 
@@ -185,18 +183,8 @@ def _plan(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
     sets, _ = load_training_pairs(config)
     with console.quiet():
-        plan = plan_run(
-            config,
-            sets,
-            measure=args.measure,
-            device=args.device,
-            mfu_score=args.mfu_score,
-            mfu_train=args.mfu_train,
-            workers=args.workers,
-            price=args.price,
-            runs=args.runs,
-            memory=args.memory,
-        )
+        asked = ("measure", "device", "mfu_score", "mfu_train", "workers", "price", "runs", "memory")
+        plan = plan_run(config, sets, **{name: getattr(args, name) for name in asked})
     for line in sets.report.lines():
         console.say(line)
     print_plan(plan, console)

@@ -12,7 +12,6 @@ from raydpo.errors import RaydpoError
 
 __all__ = ["original_error", "over_actors"]
 
-
 _NO_MEMORY = re.compile(r"running low on memory\..*?\(IP: ([^,)]+).*? was ([\d.]+GB) used / ([\d.]+GB) limit")
 """Ray 2.60's message when it kills workers for lack of memory: node, memory in use, limit."""
 
@@ -85,9 +84,8 @@ def original_error(error: BaseException, doing: str) -> RaydpoError:
         if memory := _NO_MEMORY.search(str(known)):
             node, used, limit = memory.groups()
             return RaydpoError(
-                f"{doing} failed: node {node} ran low on memory ({used} of {limit} used by all that runs "
-                "there), and Ray killed workers; use fewer workers on a node, fewer tokens_per_batch, or "
-                "more memory"
+                f"{doing} failed: node {node} ran low on memory ({used} of {limit} used by all that runs there), and Ray "
+                "killed workers; use fewer workers on a node, fewer tokens_per_batch, or more memory"
             )
     # Ray adds exceptions without a message to the chain. The last one with a message is the origin.
     told = [

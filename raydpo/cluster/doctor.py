@@ -21,22 +21,15 @@ def report(console: Console) -> None:
     rows = [("raydpo", __version__), ("python", f"{platform.python_version()} ({sys.executable})")]
     rows += [(name, _version(name)) for name in _PACKAGES]
     console.table("versions", ("", "value"), rows)
-    console.table(
-        "this machine", ("", "value"), [*_devices(), ("C++ compiler", shutil.which("g++") or "none (not needed on the CPU)")]
-    )
+    compiler = shutil.which("g++") or "none (not needed on the CPU)"
+    console.table("this machine", ("", "value"), [*_devices(), ("C++ compiler", compiler)])
     address = os.environ.get("RAY_ADDRESS", "")
     ray = "a local Ray, started by each command" if not address else f"the cluster at $RAY_ADDRESS {address}"
     if address.startswith(("http://", "https://")):
         ray = f"none: $RAY_ADDRESS is {address}, a job server; set $RAY_API_SERVER_ADDRESS to it instead"
-    console.table(
-        "what would be used",
-        ("", "value"),
-        [
-            ("Ray", ray),
-            ("precision (dtype: auto)", _auto_dtype()),
-            ("reference log-probs", "<output>/cache unless cache.uri says otherwise"),
-        ],
-    )
+    used = [("Ray", ray), ("precision (dtype: auto)", _auto_dtype())]
+    used.append(("reference log-probs", "<output>/cache unless cache.uri says otherwise"))
+    console.table("what would be used", ("", "value"), used)
 
 
 def _version(package: str) -> str:
@@ -54,13 +47,10 @@ def _devices() -> list[tuple[str, str]]:
         return [*rows, ("GPUs", "unknown: torch is not installed")]
     if not torch.cuda.is_available():
         return [*rows, ("GPUs", "none")]
-    return rows + [
-        (
-            f"GPU {index}",
-            f"{torch.cuda.get_device_name(index)}, {torch.cuda.get_device_properties(index).total_memory / 2**30:.0f} GiB",
-        )
-        for index in range(torch.cuda.device_count())
-    ]
+    for index in range(torch.cuda.device_count()):
+        gib = torch.cuda.get_device_properties(index).total_memory / 2**30
+        rows.append((f"GPU {index}", f"{torch.cuda.get_device_name(index)}, {gib:.0f} GiB"))
+    return rows
 
 
 def _auto_dtype() -> str:

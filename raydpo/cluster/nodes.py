@@ -74,15 +74,12 @@ def never_comes(bundle: Mapping[str, float], labels: Mapping[str, str]) -> tuple
     try:
         told = GcsClient(ray.get_runtime_context().gcs_address).get_cluster_status()
         state = GetClusterStatusReply.FromString(told).autoscaling_state
-        requests = [
-            one.request
+        refused = any(
+            dict(one.request.resources_bundle) == dict(bundle)
+            and {label.label_key for each in one.request.label_selectors for label in each.label_constraints} == set(labels)
             for constraint in state.infeasible_cluster_resource_constraints
             for one in constraint.resource_requests
-        ]
-        return state.last_seen_cluster_resource_state_version, any(
-            dict(one.resources_bundle) == dict(bundle)
-            and {label.label_key for selector in one.label_selectors for label in selector.label_constraints} == set(labels)
-            for one in requests
         )
+        return state.last_seen_cluster_resource_state_version, refused
     except Exception:  # what Ray knows of its autoscaler differs by version and platform
         return 0, False

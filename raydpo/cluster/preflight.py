@@ -76,11 +76,8 @@ def check_nodes(config: Config, stages: Sequence[Stage], console: Console, model
     others, gpus = {}, {}
     for stage in stages:
         needs = resources_for(stage, config)
-        usable = {
-            node["NodeID"]: node
-            for node in nodes_with(needs.accelerator, needs.labels)
-            if holds(node["Resources"], needs.bundle)
-        }
+        allowed = nodes_with(needs.accelerator, needs.labels)
+        usable = {node["NodeID"]: node for node in allowed if holds(node["Resources"], needs.bundle)}
         others |= {node: told for node, told in usable.items() if node != here}
         if needs.device == "cuda":
             gpus |= {node: int(told["Resources"]["GPU"]) for node, told in usable.items()}
@@ -89,16 +86,10 @@ def check_nodes(config: Config, stages: Sequence[Stage], console: Console, model
         if problems:
             raise ConfigError("\n".join(problems))
         return
-    local = [
-        str(Path(path).absolute())
-        for path in (config.model.path, config.model.adapter, config.reference.path, config.reference.adapter, *models)
-        if path is not None and Path(path).is_dir()
-    ]
-    places = {
-        key: storage
-        for key, uri in (("output", config.run_dir), ("cache.uri", config.cache_uri))
-        if (storage := Storage(uri)).is_local
-    }
+    paths = (config.model.path, config.model.adapter, config.reference.path, config.reference.adapter, *models)
+    local = [str(Path(path).absolute()) for path in paths if path is not None and Path(path).is_dir()]
+    places = {"output": Storage(config.run_dir), "cache.uri": Storage(config.cache_uri)}
+    places = {key: storage for key, storage in places.items() if storage.is_local}
     marker = f".probe-{uuid.uuid4().hex}"
     marked = {}
     try:
@@ -114,11 +105,8 @@ def check_nodes(config: Config, stages: Sequence[Stage], console: Console, model
     names = {path: f"model directory {path}" for path in local} | {
         path: f"what the driver wrote to {key!r} ({places[key]})" for key, path in marked.items()
     }
-    problems += [
-        problem
-        for node, answer in answers.items()
-        for problem in _problems(_named(others[node]), answer, names, gpus.get(node, 0))
-    ]
+    for node, answer in answers.items():
+        problems += _problems(_named(others[node]), answer, names, gpus.get(node, 0))
     if problems:
         raise ConfigError("\n".join(problems))
     console.note(f"cluster: {len(others) + 1} nodes, with the same packages and storage")
@@ -148,11 +136,8 @@ def _look(paths: Sequence[str], gpus: bool = False) -> dict[str, Any]:
 def _torch_devices() -> tuple[int, str]:
     """(Number of GPUs that torch finds on this node, its error). Uses a new process, since Ray hides GPUs from this task."""
     program = (
-        "import json, torch\n"
-        "error = ''\n"
-        "try: torch.cuda.init()\n"
-        "except Exception as caught: error = f'{type(caught).__name__}: {caught}'\n"
-        "print(json.dumps([0 if error else torch.cuda.device_count(), error]))"
+        "import json, torch\nerror = ''\ntry: torch.cuda.init()\nexcept Exception as caught: error = "
+        "f'{type(caught).__name__}: {caught}'\nprint(json.dumps([0 if error else torch.cuda.device_count(), error]))"
     )
     hiding = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
     try:

@@ -43,11 +43,9 @@ class Resources:
     def bundle(self) -> dict[str, float]:
         """Ray resources of one worker; of one team if it is ``on_one_machine``."""
         size = self.together if self.on_one_machine else 1
-        return (
-            {"CPU": size}
-            | ({"GPU": self.gpus_per_worker * size} if self.gpus_per_worker else {})
-            | ({f"accelerator_type:{self.accelerator}": NODE_SHARE} if self.accelerator else {})
-        )
+        gpus = {"GPU": self.gpus_per_worker * size} if self.gpus_per_worker else {}
+        kind = {f"accelerator_type:{self.accelerator}": NODE_SHARE} if self.accelerator else {}
+        return {"CPU": size} | gpus | kind
 
     def asks(self) -> str:
         """Describe the request of one worker, for messages."""
@@ -72,59 +70,33 @@ def resources_for(stage: Literal["score", "train"], config: Config, at_once: int
     workers = config.score.workers if stage == "score" else config.train.most_workers
     fewest = workers if stage == "score" else config.train.fewest_workers
     nodes = nodes_with(section.accelerator, section.labels)
-    where = "".join(
-        [
-            f" of kind {section.accelerator}" if section.accelerator else "",
-            f" with labels {dict(section.labels)}" if section.labels else "",
-        ]
-    )
+    where = f" of kind {section.accelerator}" if section.accelerator else ""
+    where += f" with labels {dict(section.labels)}" if section.labels else ""
     if not nodes and not config.ray.autoscaling:
         raise ConfigError(
             f"the Ray cluster has no node{where}, which {stage}.accelerator and {stage}.labels ask for; drop "
             "them, or set ray.autoscaling=true if the cluster starts nodes on demand"
         )
     gpus = _gpus_per_worker(stage, config, nodes)
-    _check_total(
-        "GPU",
-        gpus * fewest,
-        f"{stage}.workers {fewest} x {stage}.gpus_per_worker {gpus:g} needs {gpus * fewest:g} GPUs{where}",
-        f" ({stage}.gpus_per_worker=0 runs on the CPU)",
-        config,
-        nodes,
-    )
+    needs = f"{stage}.workers {fewest} x {stage}.gpus_per_worker {gpus:g} needs {gpus * fewest:g} GPUs{where}"
+    _check_total("GPU", gpus * fewest, needs, f" ({stage}.gpus_per_worker=0 runs on the CPU)", config, nodes)
     together = section.sequence_parallel
     largest = max((node["Resources"].get("GPU", 0) for node in nodes), default=0)
     if stage == "score" and together > 1 and gpus * together > largest and not config.ray.autoscaling:
         raise ConfigError(
-            f"score.sequence_parallel {together} needs one machine with {gpus * together:g} GPUs, but the "
-            f"largest of the Ray cluster has {largest:g}; lower it, or set ray.autoscaling=true if the "
-            "cluster starts nodes on demand"
+            f"score.sequence_parallel {together} needs one machine with {gpus * together:g} GPUs, but the largest of the "
+            f"Ray cluster has {largest:g}; lower it, or set ray.autoscaling=true if the cluster starts nodes on demand"
         )
     needed = fewest + (2 if stage == "score" else 1)
-    _check_total(
-        "CPU",
-        needed,
-        f"{stage}.workers {fewest} needs {needed} CPUs of Ray (one each, and some more for Ray Data)",
-        "",
-        config,
-        nodes if not section.labels and section.accelerator is None else nodes_with(None, {}),
-    )
+    needs = f"{stage}.workers {fewest} needs {needed} CPUs of Ray (one each, and some more for Ray Data)"
+    _check_total("CPU", needed, needs, "", config, nodes_with(None, {}))
     threads, memory_share = None, min(1.0, gpus) if gpus else 1.0
     if not gpus:
         # Workers of one node share its cores. More threads than cores would slow all of them down.
         on_one_node = -(-workers * at_once // max(1, len(nodes)))
         threads, memory_share = max(1, (os.cpu_count() or 1) // on_one_node), 1 / on_one_node
-    return Resources(
-        workers,
-        gpus,
-        threads,
-        fewest,
-        memory_share,
-        together,
-        section.accelerator,
-        dict(section.labels),
-        on_one_machine=stage == "score",
-    )
+    kind, labels = section.accelerator, dict(section.labels)
+    return Resources(workers, gpus, threads, fewest, memory_share, together, kind, labels, on_one_machine=stage == "score")
 
 
 def _gpus_per_worker(stage: str, config: Config, nodes: Sequence[dict[str, Any]]) -> float:
@@ -143,22 +115,15 @@ def _gpus_per_worker(stage: str, config: Config, nodes: Sequence[dict[str, Any]]
 
 
 def _check_total(name: str, needed: float, needs: str, hint: str, config: Config, nodes: Sequence[dict[str, Any]]) -> None:
-    """Check that the nodes have enough of a resource, or can get it by autoscaling.
-
-    Raises:
-        ConfigError: with ``needs`` and ``hint`` in the message, if not.
-    """
+    """Refuse a request for more than the nodes have, or get by autoscaling. ``needs`` and ``hint`` stand in the message."""
     has = sum(node["Resources"].get(name, 0) for node in nodes)
     if needed <= has:
         return
     coming = grows_to(name)
     if not config.ray.autoscaling:
-        more = (
-            "set ray.autoscaling=true, since its autoscaler can add them"
-            if coming is not None and coming >= needed
-            else "set ray.autoscaling=true if it starts nodes on demand"
-        )
-        raise ConfigError(f"{needs}, the Ray cluster has {has:g}; ask for fewer{hint}; or {more}")
+        known = coming is not None and coming >= needed
+        why = ", since its autoscaler can add them" if known else " if it starts nodes on demand"
+        raise ConfigError(f"{needs}, the Ray cluster has {has:g}; ask for fewer{hint}; or set ray.autoscaling=true{why}")
     if coming is not None and coming < needed:
         raise ConfigError(
             f"{needs}, the Ray cluster has {has:g}, and its autoscaler adds up to {coming:g} in all; ask for "

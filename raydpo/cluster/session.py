@@ -8,11 +8,10 @@ import shutil
 from collections.abc import Iterator
 
 from raydpo.config import Config
-from raydpo.errors import ConfigError, RaydpoError
+from raydpo.errors import ConfigError, RaydpoError, one_line
 from raydpo.storage.uri import shown
 
 __all__ = ["session"]
-
 
 WORKER_ENV = {
     "TOKENIZERS_PARALLELISM": "false",
@@ -47,10 +46,10 @@ def session(config: Config) -> Iterator[None]:
             "'raydpo jobs' use; unset it to run here, and set $RAY_API_SERVER_ADDRESS to it for those two"
         )
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
-    runtime_env = {"env_vars": WORKER_ENV}
+    common = {"runtime_env": {"env_vars": WORKER_ENV}, "log_to_driver": False, "logging_level": "warning"}
     try:
         if address:
-            ray.init(address=address, runtime_env=runtime_env, log_to_driver=False, logging_level="warning")
+            ray.init(address=address, **common)
         else:
             # These CPUs only limit scheduling. Each actor holds one, and Ray Data's own tasks need some more, or they
             # would wait for the actors without end.
@@ -59,18 +58,11 @@ def session(config: Config) -> Iterator[None]:
             # time, and none is used.
             os.environ |= {"RAY_prestart_worker_first_driver": "0", "RAY_enable_worker_prestart": "0"}
             # "local", or it would join a Ray that another user has started on this machine.
-            ray.init(
-                address="local",
-                num_cpus=cpus,
-                include_dashboard=False,
-                runtime_env=runtime_env,
-                log_to_driver=False,
-                logging_level="warning",
-                object_store_memory=_object_store_bytes(),
-            )
+            store = _object_store_bytes()
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=store, **common)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise ConfigError(
-            f"cannot reach Ray at {named} {address!r}: {' '.join(str(error).split())[:300]}"
+            f"cannot reach Ray at {named} {address!r}: {one_line(error, 300)}"
             if address
             else f"cannot start a local Ray: {error}"
         ) from None

@@ -80,9 +80,11 @@ def check_reachable(stage: str, resources: Resources) -> None:
                 asked = now
                 _ask()
             time.sleep(0.5)
-    lines = [f'resources: {{"accelerator_type:{resources.accelerator}": 1}}'] * (resources.accelerator is not None) + [
-        f"labels: {{{', '.join(f'{key}: {value}' for key, value in resources.labels.items())}}}"
-    ] * bool(resources.labels)
+    lines = []
+    if resources.accelerator is not None:
+        lines.append(f'resources: {{"accelerator_type:{resources.accelerator}": 1}}')
+    if resources.labels:
+        lines.append(f"labels: {{{', '.join(f'{key}: {value}' for key, value in resources.labels.items())}}}")
     fix = (
         f"add '{' and '.join(lines)}' to the group whose machines are such (a worker group of KubeRay, a node type of "
         f"Ray's launcher), or drop {stage}.accelerator and {stage}.labels"
@@ -106,10 +108,7 @@ def wait_for(stage: str, resources: Resources, console: Console, *, autoscaling:
     needed = 1 if stage == "score" else resources.fewest or resources.workers
     places = resources.teams if resources.on_one_machine else resources.workers
     started = said = asked = time.monotonic()
-    request: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-    if autoscaling:
-        request = _requesting(resources, places)
-    with request:
+    with _requesting(resources, places) if autoscaling else contextlib.nullcontext():
         while (room := room_for(resources.bundle, resources.accelerator, resources.labels)) < needed:
             now = time.monotonic()
             if now - said >= SAY_SECONDS:

@@ -22,7 +22,7 @@ from raydpo.cluster.resources import Resources
 from raydpo.errors import RaydpoError
 from raydpo.storage.files import Storage
 
-__all__ = ["FOLDER", "BlockTask", "do_work", "load", "store", "stored_name"]
+__all__ = ["BlockTask", "do_work", "load", "store", "stored_name"]
 
 FOLDER = "evaluation"
 """Folder of the results inside a cache."""
@@ -85,10 +85,8 @@ def _on_ray(work: BlockTask, blocks: dict[str, pa.Table], storage: Storage, reso
     """Yield the name of each block when it is done."""
     import ray
 
-    refs = [
-        ray.put(pa.table({"name": [name], "rows": pa.array([_encode(one)], pa.large_binary())}))
-        for name, one in blocks.items()
-    ]
+    encoded = ((name, pa.array([_encode(one)], pa.large_binary())) for name, one in blocks.items())
+    refs = [ray.put(pa.table({"name": [name], "rows": rows})) for name, rows in encoded]
     alone = dataclasses.replace(resources, together=1)
     for row in over_actors(_Actor, (work, storage.uri, resources), refs, alone, doing):
         yield row["name"]

@@ -119,21 +119,20 @@ class EvaluateConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> EvaluateConfig:
-        given = self.model_fields_set
         if not self.modes or len(set(self.modes)) != len(self.modes):
             raise ValueError(f"modes {list(self.modes)} is empty or names one twice; use greedy, sampled or both")
         for name in ("judge", "reward_model", "score_with"):
             if not self.prompts and getattr(self, name) is not None:
                 raise ValueError(f"{name} has no answers to judge, since prompts is 0; set prompts")
+        idle: dict[str, str] = {}
         if "sampled" not in self.modes:
-            for name in ("samples", "temperature", "exact_steps"):
-                if name in given and getattr(self, name) != type(self).model_fields[name].default:
-                    raise ValueError(f"{name} {getattr(self, name)} has no effect on modes {list(self.modes)}; add sampled")
+            idle |= dict.fromkeys(("samples", "temperature", "exact_steps"), f"on modes {list(self.modes)}; add sampled")
         if self.data is None:
-            for name in ("subsets", "chat"):
-                if name in given and getattr(self, name) != type(self).model_fields[name].default:
-                    raise ValueError(f"{name} {getattr(self, name)} has no effect without evaluate.data")
-        else:
+            idle |= dict.fromkeys(("subsets", "chat"), "without evaluate.data")
+        for name, why in idle.items():
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} {getattr(self, name)} has no effect {why}")
+        if self.data is not None:
             names = [source_name(source) for source in self.data]
             twice = sorted({name for name in names if names.count(name) > 1})
             if twice:

@@ -9,17 +9,9 @@ __all__ = ["check_metric", "depends_on_scale", "held_out_metrics", "lower_is_bet
 _LOWER_IS_BETTER = {"loss": True, "chosen_fell": True, "accuracies": False, "margins": False}
 """By the last part of a metric's name. Rewards, log-probs and lengths of one side are left out: neither way is better."""
 _OF_ALL_PAIRS = (
-    "loss",
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/margins",
-    "rewards/accuracies",
-    "logps/chosen",
-    "logps/rejected",
-    "logps/accuracies",
-    "length/chosen",
-    "length/rejected",
-    "length/margin_correlation",
+    *("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"),
+    *("logps/chosen", "logps/rejected", "logps/accuracies"),
+    *("length/chosen", "length/rejected", "length/margin_correlation"),
 )
 _AGAINST_REFERENCE = ("logps/chosen_fell", "logratio/chosen_per_token", "logratio/rejected_per_token")
 _OF_A_SOURCE = ("loss", "rewards/margins", "rewards/accuracies")

@@ -216,9 +216,8 @@ class TrainConfig(ObjectiveConfig):
             )
         if self.offload_optimizer not in (None, "cpu") and self.optimizer_states != "float32":
             raise ValueError(
-                f"optimizer_states {self.optimizer_states} cannot go to a disk, where DeepSpeed keeps moments "
-                f"as it keeps weights; set it to float32, or offload_optimizer "
-                f"({self.offload_optimizer}) to cpu"
+                f"optimizer_states {self.optimizer_states} cannot go to a disk, where DeepSpeed keeps moments as it keeps "
+                f"weights; set it to float32, or offload_optimizer ({self.offload_optimizer}) to cpu"
             )
         if self.offload_activations and not self.gradient_checkpointing:
             raise ValueError("offload_activations has no effect without gradient_checkpointing; set that to true")

@@ -9,6 +9,7 @@ from raydpo.data.facts import pair_facts
 from raydpo.data.pairs import SAME
 from raydpo.errors import ConfigError
 from raydpo.pipeline.checks import check
+from raydpo.pipeline.prepare import Prepared
 from raydpo.reference.pairs import reference_values
 from raydpo.rundir.directory import AUDIT_PAGE, RUN, RunDirectory
 from raydpo.rundir.fingerprint import changed_settings
@@ -19,9 +20,7 @@ from raydpo.version import __version__
 if TYPE_CHECKING:
     from raydpo.audits import Audit
 
-from raydpo.pipeline.prepare import Prepared
-
-__all__ = ["audit"]
+__all__ = ["audit", "audit_prepared"]
 
 
 def audit(config: Config, console: Console | None = None) -> Audit:
@@ -44,6 +43,7 @@ def audit_prepared(prepared: Prepared, console: Console) -> Audit:
     _refuse_other_pairs(storage, prepared)
     pairs = prepared.sets.train
     facts = pair_facts(pairs, *(found.sums for found in reference_values(pairs, prepared.cache)))
+    identical = {source.name: source.dropped.counts[SAME] for source in prepared.sets.report.sources}
     decode = prepared.tokeniser.tokenizer.batch_decode
     done = audit_pairs(
         facts,
@@ -56,11 +56,7 @@ def audit_prepared(prepared: Prepared, console: Console) -> Audit:
             "identity": prepared.reference.identity.digest,
             "cache": str(prepared.cache.storage),
         },
-        identical={
-            source.name: source.dropped.counts[SAME]
-            for source in prepared.sets.report.sources
-            if source.dropped.counts[SAME]
-        },
+        identical={name: count for name, count in identical.items() if count},
         objective=prepared.config.train,
     )
     write_audit(done, storage)
@@ -71,17 +67,12 @@ def audit_prepared(prepared: Prepared, console: Console) -> Audit:
 
 
 def _refuse_other_pairs(storage: Storage, prepared: Prepared) -> None:
-    """Refuse to replace the audit of a run by that of other pairs.
-
-    Raises:
-        ConfigError: if a run of this name has other pairs or another reference.
-    """
+    """Refuse to replace the audit of a run by that of other pairs, or of another reference."""
     if not storage.exists(RUN):
         return
-    earlier, now = RunDirectory(storage).fingerprint(), prepared.fingerprint()
-    changes = changed_settings(
-        *({key: each.get(key) for key in ("data.train (pairs)", "reference identity")} for each in (earlier, now))
-    )
+    both = RunDirectory(storage).fingerprint(), prepared.fingerprint()
+    compared = ("data.train (pairs)", "reference identity")
+    changes = changed_settings(*({key: each.get(key) for key in compared} for each in both))
     if changes:
         raise ConfigError(
             f"{storage} is a run of other pairs or another reference ({'; '.join(changes)}), and its audit is "

@@ -43,16 +43,10 @@ def check(config: Config, verb: Verb, console: Console, trials: Sequence[Config]
             _check_reference(each)
     _check_data(configs, verb)
     trusted = [each for each in configs if each.model.trust_remote_code]
-    for path in {
-        path: None
-        for each in trusted
-        for path in (
-            each.model.path,
-            each.reference_path,
-            *((each.evaluate.policy, each.evaluate.reward_model) if verb == "eval" else ()),
-        )
-        if path is not None
-    }:
+    models = [path for each in trusted for path in (each.model.path, each.reference_path)]
+    if verb == "eval":
+        models += [path for each in trusted for path in (each.evaluate.policy, each.evaluate.reward_model)]
+    for path in dict.fromkeys(filter(None, models)):
         console.warn(f"model.trust_remote_code is on: Python code in {path} runs with your rights")
     _check_models(configs, console, policy=verb != "eval")
     tokenizers = _check_tokenizers(configs)
@@ -75,11 +69,7 @@ def _check_reference(config: Config) -> None:
 
 
 def _check_data(configs: Sequence[Config], verb: Verb) -> None:
-    """Read the first record of each local source of pairs.
-
-    Raises:
-        DataError: if a file cannot be read, or holds no records.
-    """
+    """Read the first record of each local source of pairs."""
     sources: dict[str, SourceConfig] = {}
     for config in configs:
         evaluated, train = config.evaluate.data or (), config.data.train
@@ -94,18 +84,14 @@ def _check_data(configs: Sequence[Config], verb: Verb) -> None:
 
 def _check_models(configs: Sequence[Config], console: Console, *, policy: bool) -> None:
     """Check that the files of references, and of policies if asked, are complete. Reads their headers alone."""
-    wanted = {
-        (path, adapter, config.model.trust_remote_code): None
-        for config in configs
-        for path, adapter in (
-            *([(config.model.path, config.model.adapter)] if policy else []),
-            (config.reference_path, config.reference_adapter),
-        )
-    }
+    wanted: dict[tuple[str, str | None, bool], None] = {}
+    for config in configs:
+        if policy:
+            wanted[config.model.path, config.model.adapter, config.model.trust_remote_code] = None
+        wanted[config.reference_path, config.reference_adapter, config.model.trust_remote_code] = None
     for path, adapter, trust_remote_code in wanted:
-        for line in check_weights(
-            resolve_model(path), adapter=adapter and resolve_model(adapter), trust_remote_code=trust_remote_code
-        ):
+        adapter = adapter and resolve_model(adapter)
+        for line in check_weights(resolve_model(path), adapter=adapter, trust_remote_code=trust_remote_code):
             console.warn(line)
 
 
@@ -131,19 +117,15 @@ def _check_judges(configs: Sequence[Config], console: Console) -> None:
     from raydpo.answers.contests import own_function
     from raydpo.answers.judge import Judge
 
-    for path in {config.evaluate.score_with: None for config in configs}:
-        if path is not None:
-            own_function(path)
-    for judge in {config.evaluate.judge: None for config in configs}:
-        if judge is not None:
-            with Judge(judge):  # refuses to begin without its key; asks nothing
-                pass
-    for path, trust_remote_code in {
-        (config.evaluate.reward_model, config.model.trust_remote_code): None for config in configs
-    }:
-        if path is not None:
-            for line in check_weights(resolve_model(path), trust_remote_code=trust_remote_code, classifier=True):
-                console.warn(line)
+    for path in dict.fromkeys(filter(None, (config.evaluate.score_with for config in configs))):
+        own_function(path)
+    for judge in dict.fromkeys(filter(None, (config.evaluate.judge for config in configs))):
+        with Judge(judge):  # refuses to begin without its key; asks nothing
+            pass
+    rewards = [(each.evaluate.reward_model, each.model.trust_remote_code) for each in configs if each.evaluate.reward_model]
+    for path, trust_remote_code in dict.fromkeys(rewards):
+        for line in check_weights(resolve_model(path), trust_remote_code=trust_remote_code, classifier=True):
+            console.warn(line)
 
 
 def _check_policy(config: Config, tokenizer: Any, console: Console) -> None:

@@ -27,7 +27,7 @@ from raydpo.cluster.work import BlockTask, do_work
 from raydpo.config import Config, ObjectiveConfig, load_config
 from raydpo.data.facts import prompt_numbers
 from raydpo.data.pairs import load_pairs
-from raydpo.data.tokenise import Tokeniser, load_tokenizer
+from raydpo.data.tokenise import Tokeniser
 from raydpo.errors import CacheMissError, RaydpoError
 from raydpo.evaluation.display import print_evaluation
 from raydpo.evaluation.drift import ExactSteps, measure_drift
@@ -37,7 +37,7 @@ from raydpo.evaluation.prompts import Prompt, choose_prompts, evaluation_data, p
 from raydpo.evaluation.samples import Answers
 from raydpo.model.rotary import rope_line
 from raydpo.pipeline.checks import check
-from raydpo.pipeline.prepare import measured_pairs, open_reference, reference_line
+from raydpo.pipeline.prepare import measured_pairs, open_reference, open_tokeniser, reference_line
 from raydpo.pipeline.score import fill_cache
 from raydpo.reference.identity import resolve_model
 from raydpo.reference.pairs import reference_values
@@ -114,10 +114,7 @@ def protocol(config: Config, pairs: pa.Table, reference: ReferenceSpec) -> dict[
 
 @dataclass(frozen=True)
 class _Evaluation:
-    """The inputs of an evaluation.
-
-    ``trained_on``: number of pairs whose prompt the policy was trained on, None if unknown.
-    """
+    """The inputs of an evaluation. ``trained_on``: pairs whose prompt the policy was trained on, None if unknown."""
 
     config: Config
     console: Console
@@ -135,22 +132,14 @@ class _Evaluation:
             console.say(rope_line(reference.identity.rope_length, config.data.max_length))
         policy = find_policy(config, reference.identity.dtype)
         identity = policy.spec.identity
-        console.say(
-            f"policy: {policy.name} in {', '.join(filter(None, (identity.dtype, identity.quantisation)))}, identity "
-            f"{identity.digest}"
-        )
+        precision = ", ".join(filter(None, (identity.dtype, identity.quantisation)))
+        console.say(f"policy: {policy.name} in {precision}, identity {identity.digest}")
         against = policy.trained.get("reference identity")  # None for a loss without a reference
         if against not in (None, reference.identity.digest):
             console.warn(
                 f"the policy was trained against reference {against}, and is compared with {reference.identity.digest}"
             )
-        tokeniser = Tokeniser(
-            load_tokenizer(
-                resolve_model(config.model.tokenizer or config.model.path),
-                chat_template=config.data.chat_template,
-                trust_remote_code=config.model.trust_remote_code,
-            )
-        )
+        tokeniser = open_tokeniser(config)
         pairs, seen = pairs_to_evaluate(config, tokeniser, console)
         console.say(f"pairs to evaluate on: {pairs.num_rows:,}")
         if seen is None or config.evaluate.policy is not None:  # what another run trained on is not data.train
@@ -181,15 +170,13 @@ class _Evaluation:
         sampled = None if drifting is None else drifting.pairs()
         self._score_missing(sampled)
         beta, objective = self.policy.beta(config), self._objective()
+        reference = {"path": config.reference_path, "adapter": config.reference_adapter}
+        reference["identity"] = self.reference.identity.digest
         found: dict[str, Any] = {
             "raydpo": __version__,
             "policy": self.policy.name,
             "policy_identity": self.policy.spec.identity.digest,
-            "reference": {
-                "path": config.reference_path,
-                "adapter": config.reference_adapter,
-                "identity": self.reference.identity.digest,
-            },
+            "reference": reference,
             "data": list(dict.fromkeys(self.pairs["source"].to_pylist())),
             "held_out": settings.data is None,
             "trained_on": self.trained_on,
@@ -212,29 +199,24 @@ class _Evaluation:
         }
         ratios = steps = None
         if drifting is not None:
-            policy, reference = self._log_probs(sampled)
-            ratios, steps = policy[0] - reference[0], self._exact_steps(sampled) if settings.exact_steps else None
+            (policy, _), (base, _) = self._log_probs(sampled)
+            ratios, steps = policy - base, self._exact_steps(sampled) if settings.exact_steps else None
             lengths = np.array([len(answer) for answer in drifting.policy])
             found["drift"] = measure_drift(ratios, lengths, drifting.places, steps)
         found["wins"], verdicts = self._wins(prompts, modes)
         found["samples"] = next(iter(modes.values())).shown()
-        return found, pa.concat_tables(
-            [
-                answers.table(*(ratios, steps) if answers is drifting else (None, None), verdicts.get(mode, {}))
-                for mode, answers in modes.items()
-            ]
-        )
+        samples = []
+        for mode, answers in modes.items():
+            samples.append(answers.table(*(ratios, steps) if answers is drifting else (None, None), verdicts.get(mode, {})))
+        return found, pa.concat_tables(samples)
 
     def _objective(self) -> ObjectiveConfig:
         """Return the objective that defines the rewards: evaluate.rewards, or else that of the policy's training."""
         settings = self.config.evaluate
         if settings.rewards is not None:
             return ObjectiveConfig(loss="sigmoid_norm" if settings.rewards == "per_token" else "sigmoid")
-        trained = {
-            name: self.policy.trained[f"train.{name}"]
-            for name in ObjectiveConfig.model_fields
-            if f"train.{name}" in self.policy.trained
-        }
+        settled = self.policy.trained
+        trained = {name: settled[f"train.{name}"] for name in ObjectiveConfig.model_fields if f"train.{name}" in settled}
         objective = ObjectiveConfig(**trained) if "loss" in trained else self.config.train
         if objective.ld_alpha is not None:
             self.console.warn(
@@ -304,30 +286,17 @@ class _Evaluation:
             each = settings.samples if mode == "sampled" else 1
             places.append(np.divmod(np.arange(len(prompts) * each), each))
             drawn = {"seed": settings.seed, "temperature": settings.temperature} if mode == "sampled" else {}
-            tables.append(
-                pa.Table.from_pylist(
-                    [
-                        {"prompt_ids": prompts[place].ids, **drawn, "sample": sample if drawn else None}
-                        for place, sample in zip(*(each.tolist() for each in places[-1]), strict=True)
-                    ],
-                    schema=ROWS,
-                )
-            )
+            rows = [
+                {"prompt_ids": prompts[place].ids, **drawn, "sample": sample if drawn else None}
+                for place, sample in zip(*(each.tolist() for each in places[-1]), strict=True)
+            ]
+            tables.append(pa.Table.from_pylist(rows, schema=ROWS))
+        how = {"max_tokens": settings.max_tokens, "batch": settings.batch, "engine": settings.engine}
         sides = []
         for name, spec in self._specs:
-            work = Answering(
-                spec=spec,
-                max_tokens=settings.max_tokens,
-                stop=self.tokeniser.stop_ids,
-                batch=settings.batch,
-                engine=settings.engine,
-            )
-            sides.append(
-                [
-                    [np.array(ids, np.int32) for ids in one["answer_ids"].to_pylist()]
-                    for one in self._do(work, tables, f"answers of the {name}")
-                ]
-            )
+            work = Answering(spec=spec, stop=self.tokeniser.stop_ids, **how)
+            done = [one["answer_ids"].to_pylist() for one in self._do(work, tables, f"answers of the {name}")]
+            sides.append([[np.array(ids, np.int32) for ids in answers] for answers in done])
         return {
             mode: Answers(mode, [prompts[place] for place in place_of], place_of, samples, policy, reference, self.tokeniser)
             for mode, (place_of, samples), policy, reference in zip(settings.modes, places, *sides, strict=True)
@@ -353,16 +322,11 @@ class _Evaluation:
             work = RewardModel.at(
                 resolve_model(settings.reward_model), self.reference.identity.dtype, self.config.model.trust_remote_code
             )
-            tables = [
-                pa.table(
-                    {
-                        "prompt": [json.dumps(one.prompt, sort_keys=True) for one in each],
-                        "answer": [getattr(one, side) for one in each],
-                    }
-                )
-                for each in contests.values()
-                for side in ("policy", "reference")
-            ]
+            tables = []
+            for each in contests.values():
+                asked = [json.dumps(one.prompt, sort_keys=True) for one in each]
+                for side in ("policy", "reference"):
+                    tables.append(pa.table({"prompt": asked, "answer": [getattr(one, side) for one in each]}))
             scores = iter([one["score"].to_numpy() for one in self._do(work, tables, "rewards")])
             for mode in contests:
                 count("reward_model", settings.reward_model, mode, by_scores(next(scores), next(scores)))
@@ -375,27 +339,18 @@ class _Evaluation:
         return found, verdicts
 
     def _do(self, work: BlockTask, tables: Sequence[pa.Table], doing: str) -> list[pa.Table]:
+        storage, resources = Storage(self.config.cache_uri), resources_for("score", self.config)
         with _progress(self.console, doing) as progress:
-            return do_work(
-                work,
-                tables,
-                Storage(self.config.cache_uri),
-                resources_for("score", self.config),
-                block=WORK_BLOCK,
-                progress=progress,
-                doing=doing,
-            )
+            return do_work(work, tables, storage, resources, block=WORK_BLOCK, progress=progress, doing=doing)
 
 
 def _trained_on(config: Config, policy: Policy, pairs: pa.Table, console: Console) -> int | None:
-    """Return the number of ``pairs`` that the policy was trained on; None if no run made it or its data cannot be read."""
+    """Number of ``pairs`` that the policy was trained on; None if no run made it or its data cannot be read."""
     if policy.run is None:
         return None
     try:
-        training = (
-            config.data if config.evaluate.policy is None else load_config(yaml.safe_load(policy.run.read(CONFIG))).data
-        )
-        return trained_on(pairs, config, training)
+        trained = config if config.evaluate.policy is None else load_config(yaml.safe_load(policy.run.read(CONFIG)))
+        return trained_on(pairs, config, trained.data)
     except (RaydpoError, OSError, yaml.YAMLError) as error:
         console.warn(
             f"the training data of {policy.name} cannot be read, so it is unknown whether the pairs are in it: {error}"

@@ -30,7 +30,13 @@ from raydpo.reference.score import ReferenceSpec
 from raydpo.reference.store import ReferenceCache
 from raydpo.terminal.console import Console
 
-__all__ = ["Prepared", "measured_pairs", "open_reference", "reference_line"]
+__all__ = ["Prepared", "measured_pairs", "open_reference", "open_tokeniser", "reference_line", "wait_for_workers"]
+
+_DECIDING = {
+    *("pairs_per_step", "epochs", "steps", "lr", "schedule", "warmup", "weight_decay", "clip", "loss", "beta"),
+    *("label_smoothing", "seed", "optimizer", "optimizer_states"),
+}
+"""Settings of section ``train`` that decide the result of every training; those of some losses come on top."""
 
 
 def wait_for_workers(stage: Literal["score", "train"], config: Config, resources: Resources, console: Console) -> None:
@@ -66,13 +72,7 @@ class Prepared:
         native = "bfloat16" if bfloat16_is_faster() else "float32"
         dtype = native if model.dtype == "auto" else model.dtype
         policy_dir = resolve_model(model.path)
-        tokeniser = Tokeniser(
-            load_tokenizer(
-                resolve_model(model.tokenizer) if model.tokenizer else policy_dir,
-                chat_template=config.data.chat_template,
-                trust_remote_code=model.trust_remote_code,
-            )
-        )
+        tokeniser = open_tokeniser(config)
         started = time.perf_counter()
         sets = load_pairs(config.data, tokeniser, console.counter("reading", "records"))
         for line in sets.report.lines():
@@ -89,11 +89,8 @@ class Prepared:
         if config.needs_reference:
             console.say(reference_line(config, spec))
             earlier, change = earlier_identity(spec.identity)
-            if (
-                change
-                and cache.storage.exists(f"{earlier.digest}/identity.json")
-                and not cache.storage.exists(f"{cache.directory}/identity.json")
-            ):
+            old, new = (f"{directory}/identity.json" for directory in (earlier.digest, cache.directory))
+            if change and cache.storage.exists(old) and not cache.storage.exists(new):
                 console.say(
                     f"scored again, not read from {earlier.digest} of this cache: {change}; delete that directory "
                     "to free its space"
@@ -105,8 +102,10 @@ class Prepared:
     @property
     def filter_by_reference(self) -> PairFilter | None:
         """The condition on training pairs, if it reads log-probs of the reference."""
-        pair_filter = PairFilter(self.config.data.filter) if self.config.data.filter else None
-        return pair_filter if pair_filter is not None and pair_filter.needs_reference else None
+        if not self.config.data.filter:
+            return None
+        pair_filter = PairFilter(self.config.data.filter)
+        return pair_filter if pair_filter.needs_reference else None
 
     @property
     def tables(self) -> list[pa.Table]:
@@ -116,14 +115,8 @@ class Prepared:
     def policy_identity(self) -> ReferenceIdentity:
         """Identity of the policy as it starts. New adapters do not change it."""
         model = self.config.model
-        return identify(
-            self.policy_dir,
-            self.dtype,
-            self.policy_adapter,
-            model.quantization,
-            model.trust_remote_code,
-            max_length=self.config.data.max_length,
-        )
+        files, length = (self.policy_dir, self.dtype, self.policy_adapter), self.config.data.max_length
+        return identify(*files, model.quantization, model.trust_remote_code, max_length=length)
 
     @property
     def policy_adapter(self) -> str | None:
@@ -139,28 +132,7 @@ class Prepared:
     def fingerprint(self) -> dict[str, Any]:
         """Everything that the trained policy depends on, by the name of the setting."""
         config, policy = self.config, self.policy_identity()
-        train = (
-            config.train.model_dump(
-                mode="json",
-                include={
-                    "pairs_per_step",
-                    "epochs",
-                    "steps",
-                    "lr",
-                    "schedule",
-                    "warmup",
-                    "weight_decay",
-                    "clip",
-                    "loss",
-                    "beta",
-                    "label_smoothing",
-                    "seed",
-                    "optimizer",
-                    "optimizer_states",
-                },
-            )
-            | config.train.shaped()
-        )
+        train = config.train.model_dump(mode="json", include=_DECIDING) | config.train.shaped()
         lora = config.model.lora.model_dump(mode="json") if config.model.lora else None
         return (
             {
@@ -182,6 +154,13 @@ class Prepared:
         )
 
 
+def open_tokeniser(config: Config) -> Tokeniser:
+    """Load the tokenizer of a configuration, with its chat template."""
+    path, template = config.model.tokenizer or config.model.path, config.data.chat_template
+    trusted = config.model.trust_remote_code
+    return Tokeniser(load_tokenizer(resolve_model(path), chat_template=template, trust_remote_code=trusted))
+
+
 def open_reference(config: Config, native: str) -> tuple[ReferenceSpec, ReferenceCache]:
     """Find and identify the reference of a configuration, and open its cache.
 
@@ -190,22 +169,15 @@ def open_reference(config: Config, native: str) -> tuple[ReferenceSpec, Referenc
     """
     wish = config.model.dtype if config.score.dtype is None else config.score.dtype
     dtype = native if wish == "auto" else wish
-    directory = resolve_model(config.reference_path)
-    adapter = config.reference_adapter and resolve_model(config.reference_adapter)
-    identity = identify(
-        directory,
-        dtype,
-        adapter,
-        config.reference_quantization,
-        config.model.trust_remote_code,
-        max_length=config.data.max_length,
-    )
+    directory, quantization = resolve_model(config.reference_path), config.reference_quantization
+    adapter, trusted = config.reference_adapter and resolve_model(config.reference_adapter), config.model.trust_remote_code
+    identity = identify(directory, dtype, adapter, quantization, trusted, max_length=config.data.max_length)
     spec = ReferenceSpec(
         path=directory,
         adapter=adapter,
         identity=identity,
-        quantization=config.reference_quantization,
-        trust_remote_code=config.model.trust_remote_code,
+        quantization=quantization,
+        trust_remote_code=trusted,
         layout=config.model.layout,
     )
     return spec, ReferenceCache.open(config.cache_uri, identity, unverified=config.cache.allow_unverified)

@@ -46,18 +46,8 @@ def score_prepared(prepared: Prepared, console: Console, tables: list[pa.Table] 
         report = fill_cache(tables or prepared.tables, prepared.reference, cache, config, console)
     else:
         console.say(f"reference: none; loss {config.train.loss_text} needs none, so nothing is scored")
-        report = BuildReport(
-            cache.identity.digest,
-            wanted=0,
-            hits=0,
-            scored=0,
-            by_others=0,
-            twice=0,
-            tokens=0,
-            seconds=0.0,
-            parts=0,
-            problems=(),
-        )
+        nothing = dict.fromkeys(("wanted", "hits", "scored", "by_others", "twice", "tokens", "parts"), 0)
+        report = BuildReport(cache.identity.digest, **nothing, seconds=0.0, problems=())
     try:
         audit_prepared(prepared, console)
     except Exception as error:  # the log-probs are stored, so scoring has succeeded
@@ -93,18 +83,13 @@ def fill_cache(
         )
     for problem in report.problems:
         console.warn(problem)
-    rate = f", {report.tokens / report.seconds:,.0f} tokens/s" if report.scored else ""
+    rate = report.tokens / report.seconds if report.scored else 0.0
+    told = f", {rate:,.0f} tokens/s" if report.scored else ""
     console.say(
         f"cache: {report.hits:,} of {report.wanted:,} completions were there ({report.hit_rate:.0%} hits), "
-        f"{report.scored:,} scored in {report.parts} part(s){rate}; {cache.storage}"
+        f"{report.scored:,} scored in {report.parts} part(s){told}; {cache.storage}"
     )
-    export_pass(
-        config.track,
-        config.run_name,
-        report.hit_rate,
-        report.tokens / report.seconds if report.scored else 0.0,
-        console.warn,
-    )
+    export_pass(config.track, config.run_name, report.hit_rate, rate, console.warn)
     if report.by_others or report.twice:
         console.say(
             f"another build filled the same cache: {report.by_others:,} completions were left to it, "

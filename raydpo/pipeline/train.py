@@ -108,19 +108,6 @@ def join_sets(prepared: Prepared, console: Console) -> Joined:
     return Joined(pairs, held_out, pairs.num_rows)
 
 
-def _finished_before(prepared: Prepared, console: Console) -> dict[str, Any] | None:
-    """The summary of this run if it is already finished, else None.
-
-    Raises:
-        ConfigError: if a run of this name has other settings.
-    """
-    config = prepared.config
-    finished = finished_summary(Storage(config.run_dir), prepared.fingerprint())
-    if finished is not None:
-        console.say(f"run {config.run_name} is already complete: {redact(config.run_dir)} (--fresh trains it again)")
-    return finished
-
-
 def _begin_run(prepared: Prepared, job: TrainJob, console: Console) -> None:
     """Write config.yaml and run.json before the training."""
     config, storage = prepared.config, Storage(prepared.config.run_dir)
@@ -139,11 +126,7 @@ def _begin_run(prepared: Prepared, job: TrainJob, console: Console) -> None:
 
 
 def _training_job(prepared: Prepared, resources: Resources, until: int | None = None) -> TrainJob:
-    """Describe the training to its workers.
-
-    Args:
-        until: step after which the training pauses; None = train to the end.
-    """
+    """Describe the training to its workers. It pauses after step ``until``, if that is given."""
     config = prepared.config
     policy, reference = prepared.policy_identity(), prepared.reference.identity
     return TrainJob(
@@ -173,17 +156,6 @@ def _training_job(prepared: Prepared, resources: Resources, until: int | None = 
     )
 
 
-def _end_run(
-    prepared: Prepared, job: TrainJob, trained: dict[str, Any], hit_rate: float | None, training_pairs: int
-) -> dict[str, Any]:
-    """Write the model card and summary.json after the training; returns the content of summary.json."""
-    storage = Storage(prepared.config.run_dir)
-    summary = _summarise(prepared, storage, trained, hit_rate, job, training_pairs)
-    storage.write("final/README.md", model_card(prepared.config, summary).encode())
-    storage.write(SUMMARY, json.dumps(finite(summary), indent=2, allow_nan=False).encode())
-    return summary
-
-
 def train_prepared(
     prepared: Prepared, console: Console, hit_rate: float | None = None, *, shared: TrialContext | None = None
 ) -> dict[str, Any] | None:
@@ -199,10 +171,13 @@ def train_prepared(
     Raises:
         KeyboardInterrupt: if the training was stopped, after its checkpoint.
         CacheMissError: if log-probs are missing.
+        ConfigError: if a run of this name has other settings.
     """
-    config = prepared.config
-    summary = _finished_before(prepared, console)
-    if summary is None:
+    config, storage = prepared.config, Storage(prepared.config.run_dir)
+    summary = finished_summary(storage, prepared.fingerprint())
+    if summary is not None:
+        console.say(f"run {config.run_name} is already complete: {redact(config.run_dir)} (--fresh trains it again)")
+    else:
         joined = join_sets(prepared, console) if shared is None else shared.joined
         resources = resources_for("train", config, 1 if shared is None else shared.at_once)
         if shared is None:
@@ -227,7 +202,9 @@ def train_prepared(
                 return None
             console.say(f"stopped after step {trained['steps']:,}; its checkpoint is in {redact(config.run_dir)}")
             raise KeyboardInterrupt
-        summary = _end_run(prepared, job, trained, hit_rate, joined.training_pairs)
+        summary = _summarise(prepared, storage, trained, hit_rate, job, joined.training_pairs)
+        storage.write("final/README.md", model_card(config, summary).encode())
+        storage.write(SUMMARY, json.dumps(finite(summary), indent=2, allow_nan=False).encode())
     print_summary(console, summary)
     write_report_or_warn(config.run_dir, console)
     return summary
@@ -247,7 +224,12 @@ def _summarise(
     """The content of summary.json."""
     config, decode = prepared.config, prepared.tokeniser.tokenizer.decode
     steps, evals = read_rows(storage, METRICS), read_rows(storage, EVAL)
-    answers = zip(job.sample_prompts, trained["samples_before"], trained["samples_after"], strict=False)
+    reference: tuple[str | None, ...] = (None,) * 4
+    if config.needs_reference:
+        identity = prepared.reference.identity.digest
+        reference = config.reference_path, config.reference_adapter, identity, redact(config.cache_uri)
+    prompts = [text for text, _ in job.sample_prompts]
+    answers = ([decode(ids, skip_special_tokens=True) for ids in trained[f"samples_{when}"]] for when in ("before", "after"))
     return {
         "name": config.run_name,
         "run_dir": redact(config.run_dir),
@@ -268,23 +250,12 @@ def _summarise(
         "held_out_pairs": 0 if prepared.sets.eval is None else prepared.sets.eval.num_rows,
         "eval_before": evals[0] if evals else None,
         "eval_after": evals[-1] if evals else None,
-        "reference": {
-            "path": config.reference_path,
-            "adapter": config.reference_adapter,
-            "identity": prepared.reference.identity.digest,
-            "cache": redact(config.cache_uri),
-        }
-        if config.needs_reference
-        else dict.fromkeys(("path", "adapter", "identity", "cache")),
+        "reference": dict(zip(("path", "adapter", "identity", "cache"), reference, strict=True)),
         "cache_hit_rate": hit_rate,
         "data": prepared.sets.report.to_dict(),
         "samples": [
-            {
-                "prompt": text,
-                "before": decode(before, skip_special_tokens=True),
-                "after": decode(after, skip_special_tokens=True),
-            }
-            for (text, _), before, after in answers
+            {"prompt": text, "before": before, "after": after}
+            for text, before, after in zip(prompts, *answers, strict=False)
         ],
         "fingerprint": dict(job.fingerprint),
     }

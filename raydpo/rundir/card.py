@@ -29,20 +29,11 @@ def model_card(config: Config, summary: dict[str, Any]) -> str:
         front["base_model"] = config.model.path
     train, reference = config.train, summary["reference"]
     method = "direct preference optimization (arXiv 2305.18290)" if train.loss == "sigmoid" else "preference optimization"
-    lines = [
-        "---",
-        yaml.safe_dump(front, sort_keys=False).strip(),
-        "---",
-        "",
-        f"# {config.run_name}",
-        "",
-        f"Trained from `{_last(config.model.path)}`"
-        + (f" with adapter `{_last(config.model.adapter)}`" if config.model.adapter else "")
-        + f" by {method} with raydpo {summary['raydpo']}.",
-        "",
-        "| | |",
-        "|---|---|",
-    ]
+    start = f"`{_last(config.model.path)}`"
+    if config.model.adapter:
+        start += f" with adapter `{_last(config.model.adapter)}`"
+    lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# {config.run_name}", ""]
+    lines += [f"Trained from {start} by {method} with raydpo {summary['raydpo']}.", "", "| | |", "|---|---|"]
     how = (
         "the adapter that it began with"
         if config.model.adapter
@@ -50,6 +41,8 @@ def model_card(config: Config, summary: dict[str, Any]) -> str:
         if config.model.lora
         else "all weights"
     )
+    data = ", ".join(f"`{_last(source.path)}`" for source in config.data.train)
+    compared = reference["path"] and f"`{_last(reference['path'])}`, identity `{reference['identity']}`"
     rows = [
         ("what trained", how),
         ("quantization of frozen weights", config.model.quantization or "none"),
@@ -62,14 +55,8 @@ def model_card(config: Config, summary: dict[str, Any]) -> str:
         ("pairs a step", f"{train.pairs_per_step:,}"),
         ("pairs seen", f"{summary['pairs_seen']:,}"),
         ("seed", f"{train.seed}"),
-        (
-            "data",
-            ", ".join(f"`{_last(source.path)}`" for source in config.data.train) + f", {summary['training_pairs']:,} pairs",
-        ),
-        (
-            "reference",
-            "none" if reference["path"] is None else f"`{_last(reference['path'])}`, identity `{reference['identity']}`",
-        ),
+        ("data", f"{data}, {summary['training_pairs']:,} pairs"),
+        ("reference", compared or "none"),
         ("step-0 gate", summary["gate"] or "not run"),
     ]
     lines += [f"| {name} | {_cell(value)} |" for name, value in rows]

@@ -26,7 +26,7 @@ class TrainingDisplay:
         self._bar.close()
 
     def listen(self, kind: str, content: Any) -> None:
-        """Show an event, see ``training.board.Listener``."""
+        """Show an event, see ``training.launch.board.Listener``."""
         getattr(self, f"_{kind}")(content)
 
     def _begin(self, facts: dict[str, Any]) -> None:
@@ -44,9 +44,8 @@ class TrainingDisplay:
 
     def _step(self, row: dict[str, float]) -> None:
         if self._line is None:  # begins with the first step: gate and first evaluation would distort the rate
-            self._line = self._bar.enter_context(
-                self.console.progress("training", self._total, "steps", done=int(row["step"]))
-            )
+            progress = self.console.progress("training", self._total, "steps", done=int(row["step"]))
+            self._line = self._bar.enter_context(progress)
         self._line.update(
             int(row["step"]),
             f"loss {row['loss']:.4f}  accuracy {row['rewards/accuracies']:.2f}  {row['tokens_per_second']:,.0f} tokens/s",

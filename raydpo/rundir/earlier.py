@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from raydpo.rundir.fingerprint import changed_settings, flatten_settings
 from raydpo.storage.files import Storage
 from raydpo.terminal.console import Console
 
-__all__ = ["archive_run", "begin_again", "finished_summary", "neutral_changes"]
+__all__ = ["begin_again", "finished_summary", "neutral_changes"]
 
 
 def finished_summary(storage: Storage, fingerprint: dict[str, Any]) -> dict[str, Any] | None:
@@ -50,8 +51,10 @@ def neutral_changes(storage: Storage, config: Config) -> Iterator[str]:
 
 
 def begin_again(storage: Storage, console: Console, mark: str = RUN) -> None:
-    """Do what --fresh asks for: ``archive_run``, once a job. When a scheduler repeats a job after the loss of a machine, it
-    repeats the same command, and that must continue what the first attempt started."""
+    """Do what --fresh asks for, once a job: rename the directory if it has a file ``mark``.
+
+    A scheduler that repeats a job after the loss of a machine repeats the same command, which must then continue.
+    """
     job, may_be_repeated = _job()
     if may_be_repeated and storage.exists(BEGUN_BY) and json.loads(storage.read(BEGUN_BY)) == job:
         console.say(
@@ -59,7 +62,7 @@ def begin_again(storage: Storage, console: Console, mark: str = RUN) -> None:
             "again, use --fresh in a new job, or give another name (name=...)"
         )
         return
-    archive_run(storage, console, mark)
+    _set_aside(storage, console, mark)
     if job is not None:
         storage.write(BEGUN_BY, json.dumps(job).encode())
 
@@ -81,15 +84,14 @@ def _job() -> tuple[str | None, bool]:
     return None, False
 
 
-def archive_run(storage: Storage, console: Console, mark: str = RUN) -> None:
+def _set_aside(storage: Storage, console: Console, mark: str) -> None:
     """Rename the directory to ``NAME~1`` (or the next free number) if it has a file ``mark``."""
     if not storage.exists(mark):
         return
     if not storage.is_local:
         raise ConfigError(f"--fresh cannot rename {storage} on an object store; give the run another name (name=...)")
     path = Path(storage.root)
-    aside = next(
-        candidate for number in range(1, 1 << 20) if not (candidate := path.with_name(f"{path.name}~{number}")).exists()
-    )
+    candidates = (path.with_name(f"{path.name}~{number}") for number in itertools.count(1))
+    aside = next(candidate for candidate in candidates if not candidate.exists())
     path.rename(aside)
     console.say(f"the earlier run of this name is now {aside}")

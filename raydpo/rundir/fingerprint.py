@@ -13,11 +13,8 @@ def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
     """Settings that differ, as ``key: old -> new``."""
     # Through JSON, as the stored side was.
     now = json.loads(json.dumps(dict(now)))
-    return [
-        f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
-        for key in sorted({*before, *now})
-        if before.get(key) != now.get(key)
-    ]
+    changed = (key for key in sorted({*before, *now}) if before.get(key) != now.get(key))
+    return [f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed]
 
 
 def flatten_settings(tree: Mapping[str, Any], prefix: str = "", *, lists: bool = False) -> dict[str, Any]:
@@ -26,9 +23,6 @@ def flatten_settings(tree: Mapping[str, Any], prefix: str = "", *, lists: bool =
     for name, below in tree.items():
         if lists and isinstance(below, list) and below and isinstance(below[0], dict):
             below = {str(index): each for index, each in enumerate(below)}
-        found |= (
-            flatten_settings(below, f"{prefix}{name}.", lists=lists)
-            if isinstance(below, dict) and below
-            else {f"{prefix}{name}": below}
-        )
+        nested = isinstance(below, dict) and below
+        found |= flatten_settings(below, f"{prefix}{name}.", lists=lists) if nested else {f"{prefix}{name}": below}
     return found

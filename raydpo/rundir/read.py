@@ -14,7 +14,7 @@ import polars as pl
 import yaml
 
 from raydpo.config import ObjectiveConfig
-from raydpo.errors import ConfigError, RaydpoError
+from raydpo.errors import ConfigError, RaydpoError, one_line
 from raydpo.rundir.directory import CONFIG, EVAL, EVALUATION, METRICS, RUN, SUMMARY, SWEEP
 from raydpo.storage.files import Storage
 from raydpo.storage.uri import redacted
@@ -83,13 +83,9 @@ class RunRecord:
     @property
     def sources(self) -> list[str]:
         """Names of the sources that metrics are split by; empty if there is one source."""
-        names = dict.fromkeys(
-            column.removesuffix("/rewards/accuracies")
-            for table in (self.evals, self.steps)
-            for column in table.columns
-            if column.endswith("/rewards/accuracies")
-        )
-        return list(names)
+        tail = "/rewards/accuracies"
+        columns = dict.fromkeys([*self.evals.columns, *self.steps.columns])
+        return [column.removesuffix(tail) for column in columns if column.endswith(tail)]
 
     def held_out(self, name: str) -> tuple[float | None, float | None]:
         """Return a held-out metric at the first and at the last evaluation."""
@@ -107,13 +103,11 @@ class RunRecord:
     @property
     def objective(self) -> ObjectiveConfig | None:
         """The objective that was trained; None if it is unknown, or unknown to this version of raydpo."""
-        train = self.config.get("train") or {}
+        train = self.config.get("train")
+        if not train:
+            return None
         try:
-            return (
-                ObjectiveConfig(**{key: train[key] for key in ObjectiveConfig.model_fields if key in train})
-                if train
-                else None
-            )
+            return ObjectiveConfig(**{key: train[key] for key in ObjectiveConfig.model_fields if key in train})
         except ValueError:
             return None
 
@@ -152,13 +146,8 @@ class SweepRecord:
         tree = _read(storage, SWEEP, json.loads)
         try:
             trials = [_trial(storage, entry) for entry in tree["trials"]]
-            return cls(
-                str(storage),
-                str(tree["name"]),
-                list(tree.get("parameters") or ()),
-                redacted(tree.get("cache") or {}),
-                trials,
-            )
+            parameters, cache = list(tree.get("parameters") or ()), redacted(tree.get("cache") or {})
+            return cls(str(storage), str(tree["name"]), parameters, cache, trials)
         except (KeyError, TypeError, AttributeError) as error:
             raise RaydpoError(
                 f"{storage}/{SWEEP} is not a record of a sweep ({type(error).__name__}: {error}); "
@@ -186,21 +175,11 @@ def _trial(sweep: Storage, entry: dict[str, Any]) -> TrialRecord:
                 run = dataclasses.replace(RunRecord.read(Storage(place)), name=str(entry["name"]))
             except ConfigError:  # a waiting trial has no directory
                 continue
-    scores = {
-        name.removeprefix("eval_"): value
-        for name, value in (entry.get("eval") or {}).items()
-        if value is not None and math.isfinite(value)
-    }
-    return TrialRecord(
-        str(entry["name"]),
-        dict(entry.get("settings") or {}),
-        str(entry.get("status", "?")),
-        entry.get("error"),
-        entry.get("seconds"),
-        scores,
-        (run and run.evaluation) or entry.get("evaluation"),
-        run,
-    )
+    finite = {name: each for name, each in (entry.get("eval") or {}).items() if each is not None and math.isfinite(each)}
+    scores = {name.removeprefix("eval_"): value for name, value in finite.items()}
+    name, settings, status = str(entry["name"]), dict(entry.get("settings") or {}), str(entry.get("status", "?"))
+    evaluation = (run and run.evaluation) or entry.get("evaluation")
+    return TrialRecord(name, settings, status, entry.get("error"), entry.get("seconds"), scores, evaluation, run)
 
 
 def _read(storage: Storage, name: str, parse: Callable[[bytes], T]) -> T | None:
@@ -210,8 +189,7 @@ def _read(storage: Storage, name: str, parse: Callable[[bytes], T]) -> T | None:
         return parse(storage.read(name))
     except (ValueError, yaml.YAMLError, pl.exceptions.PolarsError) as error:
         raise RaydpoError(
-            f"{storage}/{name} cannot be read ({' '.join(str(error).split())[:200]}); move it away to make "
-            "the page without it"
+            f"{storage}/{name} cannot be read ({one_line(error, 200)}); move it away to make the page without it"
         ) from None
 
 

@@ -111,9 +111,8 @@ class RunRecords:
 def to_parquet(rows: list[dict[str, float]]) -> bytes:
     """Encode rows as Parquet, with a column for each name in any row."""
     names = list(dict.fromkeys(name for row in rows for name in row))  # a source may first appear in a later step
-    columns = {
-        name: pa.array([row.get(name) for row in rows], pa.int64() if name == "step" else pa.float64()) for name in names
-    }
+    kinds = {name: pa.int64() if name == "step" else pa.float64() for name in names}
+    columns = {name: pa.array([row.get(name) for row in rows], kind) for name, kind in kinds.items()}
     sink = io.BytesIO()
     pq.write_table(pa.table(columns), sink, compression="zstd")
     return sink.getvalue()

@@ -6,10 +6,10 @@ from typing import Any
 
 from rich.markup import escape
 
+from raydpo.errors import one_line
 from raydpo.terminal.console import Console, plain_text
 
 __all__ = ["EVALUATION_TABLE", "print_summary"]
-
 
 PROMPT_CHARACTERS = 120
 EVALUATION_TABLE = (
@@ -44,16 +44,15 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
         f"{_loss(summary['last_loss'])}"
     )
     seconds = summary["checkpoint_seconds"]
-    console.say(
-        f"checkpoints: {summary['checkpoint_bytes'] / 1e6:,.1f} MB each; training stood still for them for "
-        f"{seconds:.1f} s, {seconds / max(summary['train_seconds'], 1e-9):.1%} of its time"
-    )
+    share = seconds / max(summary["train_seconds"], 1e-9)
+    size = f"{summary['checkpoint_bytes'] / 1e6:,.1f} MB"
+    console.say(f"checkpoints: {size} each; training stood still for them for {seconds:.1f} s, {share:.1%} of its time")
     console.say(f"run directory: {summary['run_dir']}  (model in final/, metrics.parquet, eval.parquet, tensorboard/)")
 
 
 def _end(prompt: str) -> str:
     """The end of a prompt on one line. Its start, the system prompt, is often the same for all."""
-    line = " ".join(prompt.split())
+    line = one_line(prompt)
     return line if len(line) <= PROMPT_CHARACTERS else f"... {line[-PROMPT_CHARACTERS:]}"
 
 

@@ -12,38 +12,19 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from raydpo.config.track import MlflowConfig, TrackConfig, WandbConfig
+from raydpo.errors import one_line
 from raydpo.storage.files import Storage
 
 __all__ = ["GAUGES", "Gauges", "Trackers", "export_pass"]
 
 T = TypeVar("T")
 GAUGES = (
-    "loss",
-    "rewards/margins",
-    "rewards/accuracies",
-    "rewards/chosen",
-    "rewards/rejected",
-    "logps/chosen",
-    "logps/rejected",
-    "grad_norm",
-    "learning_rate",
-    "tokens_per_second",
-    "pairs_per_second",
-    "peak_memory_bytes",
-    "skipped",
-    "cache_hits",
-    "score_tokens_per_second",
-    "slowest_rank",
-    "slowest_lag",
-    "time/data",
-    "time/forward",
-    "time/backward",
-    "time/optimizer",
-    "time/checkpoint",
-    "time/evaluation",
-    "time/wait",
-    "time/other",
-    "time/step",
+    *("loss", "rewards/margins", "rewards/accuracies", "rewards/chosen", "rewards/rejected"),
+    *("logps/chosen", "logps/rejected", "grad_norm", "learning_rate", "skipped"),
+    *("tokens_per_second", "pairs_per_second", "peak_memory_bytes", "slowest_rank", "slowest_lag"),
+    *("cache_hits", "score_tokens_per_second"),
+    *("time/data", "time/forward", "time/backward", "time/optimizer", "time/checkpoint", "time/evaluation"),
+    *("time/wait", "time/other", "time/step"),
 )
 """Metrics of a step or of the reference pass that become gauges, named ``raydpo_<name>`` with ``_`` for ``/``. Metrics of
 evaluations all do."""
@@ -190,13 +171,10 @@ class Trackers:
             return act()
         except Exception as error:  # trackers may raise anything, and must not end the run
             self._trackers.pop(name, None)
-            missing = isinstance(error, ModuleNotFoundError)
-            extra = "cluster" if name == "prometheus" else "track"
-            why = (
-                f"the package {error.name!r} is missing; pip install 'raydpo[{extra}]'"
-                if missing
-                else f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            )
+            why = f"{type(error).__name__}: {one_line(error, 300)}"
+            if isinstance(error, ModuleNotFoundError):
+                extra = "cluster" if name == "prometheus" else "track"
+                why = f"the package {error.name!r} is missing; pip install 'raydpo[{extra}]'"
             self._warn(f"warning: track.{name} is left out from here on: {why}. metrics.parquet has everything")
             return None
 

@@ -13,6 +13,7 @@ from raydpo.errors import ConfigError
 from raydpo.storage.uri import carries_secret, hidden, is_uri, redact, shown
 
 __all__ = ["check_files", "check_for_cluster", "check_words", "packed_name"]
+
 _INSTEAD = (
     "which everyone who can see the job could read; remove it, and give it to the nodes by their environment: a "
     "service account, or a secret of the cluster"
@@ -50,9 +51,8 @@ def check_files(file: str, config: Config, packed: Collection[str]) -> None:
     needed = [("base", path.as_posix()) for path in files_of(Path(file))[1:]]
     if (template := template_file(config)) is not None:
         needed.append(("data.chat_template", template))
-    for key, name in [("train.loss", name) for name in config.train.terms] + [
-        ("evaluate.score_with", config.evaluate.score_with or "")
-    ]:
+    functions = [("train.loss", name) for name in config.train.terms]
+    for key, name in [*functions, ("evaluate.score_with", config.evaluate.score_with or "")]:
         module, colon, _ = name.partition(":")
         place = module.replace(".", "/")
         if colon:  # other modules are installed packages

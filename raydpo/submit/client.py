@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from raydpo.version import __version__
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
 
-__all__ = ["STOP_SECONDS", "Jobs", "RunningJobError", "exit_code", "job_env", "stop_seconds"]
+__all__ = ["ENDED", "STOP_SECONDS", "Jobs", "RunningJobError", "exit_code", "job_env", "stop_seconds"]
 
 STOP_SECONDS = 120
 """Seconds between SIGTERM and SIGKILL when a job is stopped, for its checkpoint. Ray's default is 3."""
@@ -34,8 +33,6 @@ BEGINNING_SECONDS = 120.0
 """Seconds to wait for a new head node: its job server answers before it can start jobs."""
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-
-
 _PUT_TOKEN = "put the cluster's into $RAY_AUTH_TOKEN, a file named by $RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token"
 
 
@@ -136,12 +133,9 @@ class Jobs:
 
     def of_run(self, name: str) -> Sequence[JobDetails]:
         """Jobs of a run, oldest first."""
-        found = [
-            (int(match[1]), job)
-            for job in self.list()
-            if (match := re.fullmatch(rf"{re.escape(name)}-(\d+)", job.submission_id))
-        ]
-        return [job for _, job in sorted(found, key=lambda entry: entry[0])]
+        pattern = re.compile(rf"{re.escape(name)}-\d+")
+        found = [job for job in self.list() if pattern.fullmatch(job.submission_id)]
+        return sorted(found, key=_number)
 
     def list(self) -> Sequence[JobDetails]:
         """Submitted jobs, oldest first."""
@@ -177,7 +171,7 @@ class Jobs:
                     f"directory; follow it with 'raydpo jobs logs -f {job.submission_id}', end it with 'raydpo jobs stop "
                     f"{job.submission_id}' and submit again, which continues it, or give this run another name (name=...)"
                 )
-        number = 1 + max((int(job.submission_id.rsplit("-", 1)[1]) for job in earlier), default=0)
+        number = 1 + max(map(_number, earlier), default=0)
         deadline = time.monotonic() + BEGINNING_SECONDS
         while True:
             try:
@@ -238,8 +232,7 @@ class Jobs:
                 new = text[max(0, printed - seen) :]
                 seen += len(text)
                 if new:
-                    sys.stdout.write(new)
-                    sys.stdout.flush()
+                    print(new, end="", flush=True)
                     printed = seen
         except Exception as error:
             raise _TailBrokenError(printed) from error
@@ -265,6 +258,11 @@ class _TailBrokenError(Exception):
     def __init__(self, printed: int) -> None:
         super().__init__(printed)
         self.printed = printed
+
+
+def _number(job: JobDetails) -> int:
+    """The number at the end of the id of a run's job."""
+    return int(job.submission_id.rsplit("-", 1)[1])
 
 
 def _has_token() -> bool:

@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from raydpo.submit.client import STOP_SECONDS, Jobs, exit_code, job_env, stop_seconds
+from raydpo.errors import one_line
+from raydpo.submit.client import ENDED, STOP_SECONDS, Jobs, exit_code, job_env, stop_seconds
 from raydpo.terminal.console import Console
 from raydpo.terminal.interrupt import EXIT_INTERRUPTED
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from raydpo.config import Config
     from raydpo.submit.package import Package
 
-__all__ = ["VERBS", "add_jobs", "add_submit", "as_submit"]
+__all__ = ["add_jobs", "add_submit", "as_submit"]
 
 VERBS = ("score", "train", "run", "sweep", "eval", "benchmark")
 """Verbs that can be jobs. Each has a file in jobs/."""
@@ -91,15 +92,8 @@ def add_jobs(parser: argparse.ArgumentParser) -> None:
 
 def as_submit(verb: str, arguments: Sequence[str]) -> str:
     """The command that submits ``jobs/VERB.py`` with these arguments."""
-    return shlex.join(
-        [
-            "raydpo",
-            "submit",
-            verb,
-            *(["--"] if verb == "benchmark" else []),
-            *(word for word in arguments if word != "--dry-run"),
-        ]
-    )
+    words = [word for word in arguments if word != "--dry-run"]
+    return shlex.join(["raydpo", "submit", verb, *(["--"] if verb == "benchmark" else []), *words])
 
 
 def submit(args: argparse.Namespace, console: Console, check: Callable[[Config, str], object]) -> int:
@@ -157,15 +151,10 @@ def _program(verb: str, package: Package) -> list[str]:
 
 
 def _by_ray(entrypoint: str, gpus: int, archive: Path) -> str:
-    """Ray's own command for the same job. Its exit status is 1 for every failure.
-
-    It submits the checked archive: from a directory Ray would also upload secrets that no ignore file lists.
-    """
-    environment = shlex.quote(json.dumps({"env_vars": job_env()}))
+    """Ray's own command for the same job. From a directory it would also upload secrets that no ignore file lists."""
+    environment, packed = shlex.quote(json.dumps({"env_vars": job_env()})), shlex.quote(str(archive))
     devices = f" --entrypoint-num-gpus {gpus}" if gpus else ""
-    return (
-        f"ray job submit --working-dir {shlex.quote(str(archive))}{devices} --runtime-env-json {environment} -- {entrypoint}"
-    )
+    return f"ray job submit --working-dir {packed}{devices} --runtime-env-json {environment} -- {entrypoint}"
 
 
 def _follow(jobs: Jobs, job: str, console: Console) -> int:
@@ -182,7 +171,7 @@ def _follow(jobs: Jobs, job: str, console: Console) -> int:
     if status == "STOPPED":
         console.say(f"job {job} was stopped; submit it again to continue")
     elif status == "FAILED":
-        reason = "" if details.driver_exit_code is not None else f": {' '.join((details.message or '').split())[:500]}"
+        reason = "" if details.driver_exit_code is not None else f": {one_line(details.message or '', 500)}"
         console.say(f"job {job} failed with exit status {code}{reason}")
     else:
         console.say(f"job {job} is done")
@@ -192,20 +181,11 @@ def _follow(jobs: Jobs, job: str, console: Console) -> int:
 def _ls(args: argparse.Namespace, console: Console) -> None:
     rows = []
     for job in Jobs.at(args.address).list():
-        status = job.status.value
-        ended = status in ("SUCCEEDED", "FAILED", "STOPPED")
-        began = (job.start_time or 0) / 1000
+        status, began = job.status.value, (job.start_time or 0) / 1000
+        code = str(exit_code(job)) if status in ENDED else ""
         seconds = (job.end_time / 1000 if job.end_time else time.time()) - began
-        rows.append(
-            (
-                job.submission_id,
-                status.lower(),
-                str(exit_code(job)) if ended else "",
-                time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(began)),
-                f"{seconds:,.0f}",
-                job.entrypoint,
-            )
-        )
+        start = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(began))
+        rows.append((job.submission_id, status.lower(), code, start, f"{seconds:,.0f}", job.entrypoint))
     console.table("jobs", ("job", "status", "exit", "began", "seconds", "entry point"), rows)
 
 
@@ -221,7 +201,7 @@ def _logs(args: argparse.Namespace, console: Console) -> int | None:
 def _stop(args: argparse.Namespace, console: Console) -> None:
     jobs = Jobs.at(args.address)
     job = jobs.find(args.job)
-    if job.status.value in ("SUCCEEDED", "FAILED", "STOPPED"):
+    if job.status.value in ENDED:
         console.say(f"job {job.submission_id} is over: {job.status.value.lower()}")
         return
     seconds = stop_seconds(job)

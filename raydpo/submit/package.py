@@ -21,87 +21,21 @@ __all__ = ["LEFT_OUT", "MOST_BYTES", "SECRET_FILES", "Package", "pack"]
 MOST_BYTES = 64 << 20
 """Largest archive that is uploaded. Ray's job server accepts 100 MiB and keeps every archive in the head node's memory."""
 SECRET_FILES = (
-    ".env",
-    ".env.*",
-    "*.pem",
-    "*.key",
-    "*.p12",
-    "*.pfx",
-    "*.jks",
-    "*.kubeconfig",
-    "kubeconfig",
-    "id_rsa*",
-    "id_dsa*",
-    "id_ecdsa*",
-    "id_ed25519*",
-    ".netrc",
-    "_netrc",
-    ".pypirc",
-    ".npmrc",
-    ".git-credentials",
-    "credentials",
-    "credentials.*",
-    "*service-account*.json",
-    "*service_account*.json",
-    "secrets.*",
-    "auth_token",
-    ".aws/",
-    ".azure/",
-    ".config/",
-    ".docker/",
-    ".gnupg/",
-    ".huggingface/",
-    ".kube/",
-    ".ssh/",
-    ".vault-token",
+    *(".env", ".env.*", "*.pem", "*.key", "*.p12", "*.pfx", "*.jks", "*.kubeconfig", "kubeconfig"),
+    *("id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", ".netrc", "_netrc", ".pypirc", ".npmrc", ".git-credentials"),
+    *("credentials", "credentials.*", "*service-account*.json", "*service_account*.json", "secrets.*", "auth_token"),
+    *(".aws/", ".azure/", ".config/", ".docker/", ".gnupg/", ".huggingface/", ".kube/", ".ssh/", ".vault-token"),
 )
 """Patterns, as in .gitignore, of files with secrets. They are never packed, whatever --include says."""
 LEFT_OUT = (
     *SECRET_FILES,
     # Results, weights and data belong on storage that every node can reach.
-    "runs/",
-    "checkpoints/",
-    "tensorboard/",
-    "wandb/",
-    "mlruns/",
-    "mlflow.db",
-    "*.safetensors",
-    "*.bin",
-    "*.pt",
-    "*.pth",
-    "*.ckpt",
-    "*.gguf",
-    "*.onnx",
-    "*.npy",
-    "*.npz",
-    "*.pkl",
-    "*.parquet",
-    "*.arrow",
-    "*.jsonl",
-    "*.jsonl.*",
-    "*.csv",
-    "*.csv.*",
-    "*.zst",
-    "*.gz",
-    "*.tar",
-    "*.zip",
+    *("runs/", "checkpoints/", "tensorboard/", "wandb/", "mlruns/", "mlflow.db"),
+    *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.onnx", "*.npy", "*.npz", "*.pkl"),
+    *("*.parquet", "*.arrow", "*.jsonl", "*.jsonl.*", "*.csv", "*.csv.*", "*.zst", "*.gz", "*.tar", "*.zip"),
     # Files of tools.
-    ".git",
-    ".venv/",
-    "venv/",
-    "node_modules/",
-    "__pycache__/",
-    "*.pyc",
-    ".cache/",
-    ".pytest_cache/",
-    ".ruff_cache/",
-    ".mypy_cache/",
-    ".hypothesis/",
-    ".ipynb_checkpoints/",
-    "*.egg-info/",
-    "build/",
-    "dist/",
-    "*.log",
+    *(".git", ".venv/", "venv/", "node_modules/", "__pycache__/", "*.pyc", ".cache/", ".pytest_cache/", ".ruff_cache/"),
+    *(".mypy_cache/", ".hypothesis/", ".ipynb_checkpoints/", "*.egg-info/", "build/", "dist/", "*.log"),
 )
 """Patterns, as in .gitignore, of files that are not packed. The project's .rayignore has them for ``ray job submit``."""
 _KEYS = re.compile(KEYS.encode())
@@ -136,11 +70,8 @@ def pack(directory: Path, place: Path, include: Sequence[str] = ()) -> Package:
         ConfigError: if a file contains what looks like a key, the archive is too large, or ``include`` matches no file.
     """
     candidates, notes = _not_ignored(directory, include)
-    files = [
-        name
-        for name in candidates
-        if not _matches(name, SECRET_FILES) and (not _matches(name, LEFT_OUT) or _matches(name, include))
-    ]
+    candidates = [name for name in candidates if not _matches(name, SECRET_FILES)]
+    files = [name for name in candidates if not _matches(name, LEFT_OUT) or _matches(name, include)]
     for pattern in include:
         if not any(_matches(name, [pattern]) for name in files):
             raise ConfigError(
@@ -186,28 +117,14 @@ def _not_ignored(directory: Path, include: Sequence[str]) -> tuple[list[str], li
         # An empty repository: git only matches names with patterns, and this directory need not be a repository.
         rayignore = directory / ".rayignore"
         subprocess.run(["git", "init", "--quiet", "--bare", empty], check=True, capture_output=True)
-        listed = subprocess.run(
-            [
-                "git",
-                f"--git-dir={empty}",
-                f"--work-tree={directory}",
-                "ls-files",
-                "-z",
-                "--others",
-                "--exclude-per-directory=.gitignore",
-                *([f"--exclude-from={rayignore}"] if rayignore.is_file() else []),
-                *(f"--exclude=!{pattern}" for pattern in include),
-            ],
-            cwd=directory,
-            check=True,
-            capture_output=True,
-        ).stdout
+        command = ["git", f"--git-dir={empty}", f"--work-tree={directory}", "ls-files", "-z", "--others"]
+        command += ["--exclude-per-directory=.gitignore", *([f"--exclude-from={rayignore}"] if rayignore.is_file() else [])]
+        command += [f"--exclude=!{pattern}" for pattern in include]
+        listed = subprocess.run(command, cwd=directory, check=True, capture_output=True).stdout
     names = sorted(os.fsdecode(name) for name in listed.split(b"\0") if name)
     repositories = [name for name in names if name.endswith("/")]  # git lists each as one entry
-    return (
-        [name for name in names if not name.endswith("/") and own(name)],
-        [f"{name} is a repository of its own and is not packed" for name in repositories],
-    )
+    notes = [f"{name} is a repository of its own and is not packed" for name in repositories]
+    return [name for name in names if not name.endswith("/") and own(name)], notes
 
 
 def _walk(directory: Path) -> list[Path]:

@@ -78,17 +78,9 @@ class Console:
         if self.rich.is_terminal:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-            bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn(unit),
-                TextColumn("{task.fields[rate]}"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[extra]}"),
-                console=self.rich,
-            )
-            with bar:
+            label_text, rate, extra = map(TextColumn, ("{task.description}", "{task.fields[rate]}", "{task.fields[extra]}"))
+            columns = (label_text, BarColumn(), MofNCompleteColumn(), TextColumn(unit), rate, TimeRemainingColumn(), extra)
+            with Progress(*columns, console=self.rich) as bar:
                 yield ProgressLine(self, label, total, unit, done, bar)
         else:
             line = ProgressLine(self, label, total, unit, done, None)
@@ -170,9 +162,7 @@ class ProgressLine:
     def _rate(self) -> str:
         seconds = time.monotonic() - self.start
         made = self.done - self.first
-        if not made or not seconds:
-            return ""
-        return f"{made / seconds:.3g} {self.unit}/s"
+        return f"{made / seconds:.3g} {self.unit}/s" if made and seconds else ""
 
     def _print_line(self) -> None:
         self.printed = time.monotonic()

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-__all__ = ["HOST_PHASES", "PHASES", "StepClock"]
+__all__ = ["PHASES", "StepClock"]
 
 PHASES = ("data", "forward", "backward", "optimizer", "checkpoint", "evaluation", "wait")
 """``wait``: until the slowest rank is ready to sum gradients. ``other`` is the rest of the wall time."""

@@ -43,11 +43,9 @@ def reference_logps(
         return None if values is None else torch.from_numpy(np.asarray(values, np.float64)[index]).to(device)
 
     chosen, rejected = at(pairs.ref_chosen), at(pairs.ref_rejected)
-    tails = (
-        (None, None)
-        if config.ld_alpha is None
-        else tuple(torch.from_numpy(side).to(device) for side in pairs.reference_tails(index))
-    )
+    tails: Sequence[Tensor | None] = (None, None)
+    if config.ld_alpha is not None:
+        tails = [torch.from_numpy(side).to(device) for side in pairs.reference_tails(index)]
     return PairLogps(
         chosen,
         rejected,
@@ -77,9 +75,8 @@ def pair_logps(
     """
     logps_N, *more = engine.logps(layout, log_sum_sq=True) if config.use_weighting else (engine.logps(layout),)
     device, index = logps_N.device, np.asarray(rows)
-    lengths = torch.from_numpy(
-        np.stack([pairs.chosen_tokens[index], pairs.rejected_tokens[index]], 1).ravel().astype(np.int64)
-    ).to(device, non_blocking=True)
+    both = np.stack([pairs.chosen_tokens[index], pairs.rejected_tokens[index]], 1).ravel().astype(np.int64)
+    lengths = torch.from_numpy(both).to(device, non_blocking=True)
     owner_N = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths, output_size=len(logps_N))
 
     def sums(values_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,15 +130,11 @@ class AllPairLogps:
         known = reference_logps(self._pairs, self._rows, self._config, self._engine.device)
         found = self._engine.sum_over_ranks(self._found)
         values = (found[:-1] / found[-1])[:, torch.from_numpy(self._places).to(self._engine.device)]
-        tails = self._config.ld_alpha is not None
-        asked = {
-            "chosen_tail": tails,
-            "rejected_tail": tails,
-            "weights": self._config.use_weighting or known.weights is not None,
-        }
-        return dataclasses.replace(
-            known, **{name: value for name, value in zip(_OF_THE_POLICY, values, strict=True) if asked.get(name, True)}
-        )
+        unknown = () if self._config.ld_alpha is not None else ("chosen_tail", "rejected_tail")
+        if not self._config.use_weighting and known.weights is None:
+            unknown += ("weights",)
+        fields = {name: value for name, value in zip(_OF_THE_POLICY, values, strict=True) if name not in unknown}
+        return dataclasses.replace(known, **fields)
 
 
 def evaluate(
@@ -226,14 +219,6 @@ def compare(engine: StepEngine, pairs: TrainingPairs, rows: Sequence[int], token
                 every = np.abs(np.concatenate([gap_chosen, gap_rejected]))
                 # Only the rank that computes the pair writes it; the sum over ranks below gives it to all.
                 shared = min(len(gap_chosen), len(gap_rejected))
-                gaps[:, place[row]] = torch.tensor(
-                    [
-                        every.max(),
-                        every.mean(),
-                        gap_chosen.sum(),
-                        gap_rejected.sum(),
-                        gap_chosen[shared:].sum(),
-                        gap_rejected[shared:].sum(),
-                    ]
-                )
+                sums = [each.sum() for each in (gap_chosen, gap_rejected, gap_chosen[shared:], gap_rejected[shared:])]
+                gaps[:, place[row]] = torch.tensor([every.max(), every.mean(), *sums])
     return Comparison(np.array(rows), *engine.sum_over_ranks(gaps).cpu().numpy())

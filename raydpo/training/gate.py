@@ -18,7 +18,7 @@ from raydpo.losses import Objective
 from raydpo.training.evaluate import Comparison, reference_logps
 from raydpo.training.pairs import TrainingPairs
 
-__all__ = ["GateReport", "expected_first_loss", "gate_rows", "judge"]
+__all__ = ["expected_first_loss", "gate_rows", "judge"]
 
 TOLERANCES = {"float32": (1e-3, 2e-2), "bfloat16": (0.1, 3.0)}
 """By the coarser of the two precisions: largest mean gap of a pair's tokens, and largest gap of a token, in nats. Rounding
@@ -37,9 +37,8 @@ class GateReport:
 
     def line(self) -> str:
         return (
-            f"step-0 gate: {self.pairs} pairs scored again, cached and live log-probs differ by {self.mean_gap:.2g} "
-            f"nats a token on average, {self.worst_gap:.2g} at most (pair {self.worst_pair}); "
-            f"loss {self.first_loss:.6f}"
+            f"step-0 gate: {self.pairs} pairs scored again, cached and live log-probs differ by {self.mean_gap:.2g} nats a "
+            f"token on average, {self.worst_gap:.2g} at most (pair {self.worst_pair}); loss {self.first_loss:.6f}"
         )
 
 
@@ -73,7 +72,6 @@ def judge(
     pairs: TrainingPairs,
     objective: Objective,
     beta: float,
-    *,
     dtype: str,
     policy: str,
     reference: str,
@@ -97,13 +95,8 @@ def judge(
     losses = objective(dataclasses.replace(known, **live), beta).losses
     pair_ids = [pairs.ids[int(row)].as_py() for row in comparison.rows]
     worst = int(np.argmax(comparison.token_gap))
-    report = GateReport(
-        len(comparison.rows),
-        float(comparison.mean_gap.mean()),
-        float(comparison.token_gap.max()),
-        pair_ids[worst],
-        float(losses.mean()),
-    )
+    mean_gap, worst_gap = float(comparison.mean_gap.mean()), float(comparison.token_gap.max())
+    report = GateReport(len(comparison.rows), mean_gap, worst_gap, pair_ids[worst], float(losses.mean()))
     mean_tolerance, token_tolerance = TOLERANCES[dtype]
     over_mean = comparison.mean_gap.max() > mean_tolerance
     if over_mean or report.worst_gap > token_tolerance or not np.isfinite(report.worst_gap):

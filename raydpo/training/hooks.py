@@ -10,10 +10,8 @@ __all__ = ["TrainHooks"]
 
 
 class TrainHooks:
-    """Base class whose callbacks do nothing. All ranks call all of them, with the same rows.
-
-    Those marked collective are called by all ranks at the same step, and may wait for each other.
-    """
+    """Base class whose callbacks do nothing. All ranks call all of them, with the same rows; those marked collective at the
+    same step, where ranks may wait for each other."""
 
     def begin(self, first_step: int, total_steps: int, facts: Mapping[str, Any]) -> None:
         """Training starts, or restarts, after ``first_step`` finished steps."""

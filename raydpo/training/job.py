@@ -59,14 +59,14 @@ class TrainSummary:
     Attributes:
         steps, pairs: finished steps, and the pairs in them.
         seconds: time of training, over all sessions.
-        load_seconds, load_bytes: see ``protocols.Engine``; of the newest session.
+        load_seconds, load_bytes: see ``engine.Engine``; of the newest session.
         interrupted: whether training was stopped before its last step.
         skipped: steps not taken because a loss or gradient was not finite.
         checkpoint_seconds: time during which training waited for checkpoints.
         checkpoint_bytes: size of the newest checkpoint, over all workers.
         scores: the newest evaluation.
         warned: kinds of warnings given so far.
-        memory: fields of ``losses.Memory``.
+        memory: fields of ``losses.ObjectiveState``.
     """
 
     steps: int = 0

@@ -16,28 +16,27 @@ from raydpo.losses.pairs import TIE
 
 __all__ = ["PairSums"]
 
+_MEANS = (
+    "loss",
+    *("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"),
+    *("logps/chosen", "logps/rejected", "logps/accuracies", "logps/chosen_fell"),
+)
+"""Metrics that are means over pairs."""
+_LENGTHS = ("length/chosen", "length/rejected")
 _FIELDS = (
     "pairs",
-    "loss",
-    "chosen_rewards",
-    "rejected_rewards",
-    "margins",
-    "wins",
-    "logp_wins",
-    "chosen_logps",
-    "rejected_logps",
-    "chosen_tokens",
-    "rejected_tokens",
-    "fell",
-    "chosen_logratio",
-    "rejected_logratio",
-    "differences",
-    "differences_sq",
-    "margins_sq",
-    "margins_x_differences",
+    *_MEANS,
+    *_LENGTHS,
+    "logratio/chosen",
+    "logratio/rejected",
+    "difference",
+    "difference_sq",
+    "margin_sq",
+    "product",
 )
+"""Names of the sums; ``product`` is margin times difference of lengths."""
 _AGAINST_REFERENCE = ("logps/chosen_fell", "logratio/chosen_per_token", "logratio/rejected_per_token")
-_SOURCE_FIELDS = ("pairs", "loss", "margins", "wins")
+_SOURCE_FIELDS = ("pairs", "loss", "rewards/margins", "rewards/accuracies")
 
 
 class PairSums:
@@ -66,34 +65,33 @@ class PairSums:
         chosen_logratio, rejected_logratio = chosen - logps.ref_chosen.double(), rejected - logps.ref_rejected.double()
         alike = (chosen_logratio - rejected_logratio).abs() <= TIE * (logps.chosen_tokens + logps.rejected_tokens)
         wins = torch.where(alike, 0.5, _wins(margins))
-        fell = (chosen_logratio < -TIE * logps.chosen_tokens).double()
-        columns = (
-            torch.ones_like(margins),
-            loss.losses.detach().double(),
-            loss.chosen_rewards.double(),
-            loss.rejected_rewards.double(),
-            margins,
-            wins,
-            _wins(chosen - rejected),
-            chosen,
-            rejected,
-            logps.chosen_tokens.double(),
-            logps.rejected_tokens.double(),
-            fell,
-            chosen_logratio,
-            rejected_logratio,
-            difference,
-            difference**2,
-            margins**2,
-            margins * difference,
-        )
-        self.values[: len(_FIELDS)] += torch.stack([column.sum() for column in columns])
+        columns = {
+            "pairs": torch.ones_like(margins),
+            "loss": loss.losses.detach().double(),
+            "rewards/chosen": loss.chosen_rewards.double(),
+            "rewards/rejected": loss.rejected_rewards.double(),
+            "rewards/margins": margins,
+            "rewards/accuracies": wins,
+            "logps/chosen": chosen,
+            "logps/rejected": rejected,
+            "logps/accuracies": _wins(chosen - rejected),
+            "logps/chosen_fell": (chosen_logratio < -TIE * logps.chosen_tokens).double(),
+            "length/chosen": logps.chosen_tokens.double(),
+            "length/rejected": logps.rejected_tokens.double(),
+            "logratio/chosen": chosen_logratio,
+            "logratio/rejected": rejected_logratio,
+            "difference": difference,
+            "difference_sq": difference**2,
+            "margin_sq": margins**2,
+            "product": margins * difference,
+        }
+        self.values[: len(_FIELDS)] += torch.stack([columns[name].sum() for name in _FIELDS])
         by_source = self.values[len(_FIELDS) : self._end].view(len(_SOURCE_FIELDS), -1)
-        for row, column in enumerate((columns[0], columns[1], margins, wins)):
-            by_source[row].index_add_(0, sources, column)
+        for row, name in enumerate(_SOURCE_FIELDS):
+            by_source[row].index_add_(0, sources, columns[name])
         if prompts is not None:
             by_prompt = self.values[self._end :].view(2, -1)
-            by_prompt[0].index_add_(0, prompts, columns[0])
+            by_prompt[0].index_add_(0, prompts, columns["pairs"])
             by_prompt[1].index_add_(0, prompts, wins)
 
     def metrics(self) -> dict[str, float]:
@@ -106,46 +104,28 @@ class PairSums:
         tokens.
 
         With prompts also: numbers of ``pairs`` and ``prompts``, and ``effective_pairs``, how many independent pairs
-        would measure the accuracy as precisely (``evaluation.interval.effective_count``).
+        would measure the accuracy as precisely (``data.interval.effective_count``).
         """
         total = dict(zip(_FIELDS, self.values[: len(_FIELDS)].tolist(), strict=True))
         pairs = total["pairs"]
-        row = {
-            "loss": total["loss"] / pairs,
-            "rewards/chosen": total["chosen_rewards"] / pairs,
-            "rewards/rejected": total["rejected_rewards"] / pairs,
-            "rewards/margins": total["margins"] / pairs,
-            "rewards/accuracies": total["wins"] / pairs,
-            "logps/chosen": total["chosen_logps"] / pairs,
-            "logps/rejected": total["rejected_logps"] / pairs,
-            "logps/accuracies": total["logp_wins"] / pairs,
-            "logps/chosen_fell": total["fell"] / pairs,
-            "logratio/chosen_per_token": total["chosen_logratio"] / total["chosen_tokens"],
-            "logratio/rejected_per_token": total["rejected_logratio"] / total["rejected_tokens"],
-            "length/chosen": total["chosen_tokens"] / pairs,
-            "length/rejected": total["rejected_tokens"] / pairs,
-            "length/margin_correlation": _correlation(total),
-        }
+        row = {name: total[name] / pairs for name in _MEANS}
+        for side in ("chosen", "rejected"):
+            row[f"logratio/{side}_per_token"] = total[f"logratio/{side}"] / total[f"length/{side}"]
+        row |= {name: total[name] / pairs for name in _LENGTHS}
+        row["length/margin_correlation"] = _correlation(total)
         if not self.reference:
             row = {name: value for name, value in row.items() if name not in _AGAINST_REFERENCE}
         if len(self.source_names) > 1:
             by_source = self.values[len(_FIELDS) : self._end].view(len(_SOURCE_FIELDS), -1).tolist()
             for index, name in enumerate(self.source_names):
-                count, loss, margins, wins = (column[index] for column in by_source)
+                count, *sums = (column[index] for column in by_source)
                 if count:
-                    row |= {
-                        f"{name}/loss": loss / count,
-                        f"{name}/rewards/margins": margins / count,
-                        f"{name}/rewards/accuracies": wins / count,
-                    }
+                    row |= {f"{name}/{metric}": each / count for metric, each in zip(_SOURCE_FIELDS[1:], sums, strict=True)}
         if self.prompts:
             sizes, wins = self.values[self._end :].view(2, -1).cpu().numpy()
             seen = sizes > 0
-            row |= {
-                "pairs": pairs,
-                "prompts": float(seen.sum()),
-                "effective_pairs": effective_count(wins[seen], sizes[seen]),
-            }
+            row |= {"pairs": pairs, "prompts": float(seen.sum())}
+            row["effective_pairs"] = effective_count(wins[seen], sizes[seen])
         return row
 
 
@@ -156,10 +136,10 @@ def _wins(margins: Tensor) -> Tensor:
 
 def _correlation(total: dict[str, float]) -> float:
     """Pearson's correlation of margin and length difference; 0 if one of them varies by no more than rounding."""
-    n = total["pairs"]
-    covariance = total["margins_x_differences"] - total["margins"] * total["differences"] / n
-    margin_variance = total["margins_sq"] - total["margins"] ** 2 / n
-    difference_variance = total["differences_sq"] - total["differences"] ** 2 / n
+    n, margins = total["pairs"], total["rewards/margins"]
+    covariance = total["product"] - margins * total["difference"] / n
+    margin_variance = total["margin_sq"] - margins**2 / n
+    difference_variance = total["difference_sq"] - total["difference"] ** 2 / n
     if margin_variance <= n * TIE**2 or difference_variance <= 1e-12:
         return 0.0
     return covariance / (margin_variance * difference_variance) ** 0.5

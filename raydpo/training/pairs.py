@@ -35,15 +35,9 @@ class TrainingPairs:
     def __init__(self, table: pa.Table) -> None:
         table = table.combine_chunks()
         self.has_reference = "ref_chosen_logps" in table.column_names
-        self._lists = {
-            name: _Ragged(table[name])
-            for name in (
-                "prompt_ids",
-                "chosen_ids",
-                "rejected_ids",
-                *(("ref_chosen_logps", "ref_rejected_logps") if self.has_reference else ()),
-            )
-        }
+        lists = ("prompt_ids", "chosen_ids", "rejected_ids")
+        logps = ("ref_chosen_logps", "ref_rejected_logps") if self.has_reference else ()
+        self._lists = {name: _Ragged(table[name]) for name in (*lists, *logps)}
         self._prompts = table.select(["prompt_ids"])
         self.ids = table["pair_id"]
         encoded = table["source"].combine_chunks().dictionary_encode()
@@ -53,9 +47,7 @@ class TrainingPairs:
         self.sources = encoded.indices.to_numpy()
         weights = table["weight"].to_numpy()
         self.weights = np.array([weights[self.sources == source][0] for source in range(len(self.source_names))])
-        self.prompt_tokens, self.chosen_tokens, self.rejected_tokens = (
-            self._lists[name].lengths for name in ("prompt_ids", "chosen_ids", "rejected_ids")
-        )
+        self.prompt_tokens, self.chosen_tokens, self.rejected_tokens = (self._lists[name].lengths for name in lists)
         self.pair_weights, self.pair_margins = (
             table[name].to_numpy() if name in table.column_names else None for name in (PAIR_WEIGHT, PAIR_MARGIN)
         )
@@ -76,9 +68,8 @@ class TrainingPairs:
     def shapes(self) -> Shapes:
         """Lengths and shared tokens of the pairs, for the batch plan."""
         prompts = self._lists["prompt_ids"]
-        return Shapes.of(
-            [prompts[row] for row in range(len(self))], np.stack([self.chosen_tokens, self.rejected_tokens], axis=1).tolist()
-        )
+        completions = np.stack([self.chosen_tokens, self.rejected_tokens], axis=1).tolist()
+        return Shapes.of([prompts[row] for row in range(len(self))], completions)
 
     @cached_property
     def prompts(self) -> np.ndarray:
@@ -87,10 +78,8 @@ class TrainingPairs:
 
     def groups(self, rows: Sequence[int]) -> list[PromptGroup]:
         """The pairs in ``rows``, each as a group (chosen, rejected)."""
-        lists = self._lists
-        return [
-            PromptGroup(lists["prompt_ids"][row], (lists["chosen_ids"][row], lists["rejected_ids"][row])) for row in rows
-        ]
+        prompts, chosen, rejected = (self._lists[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+        return [PromptGroup(prompts[row], (chosen[row], rejected[row])) for row in rows]
 
     def source_of(self, rows: Sequence[int] | np.ndarray, device: torch.device) -> torch.Tensor:
         """Source numbers of ``rows``, int64 [rows]."""

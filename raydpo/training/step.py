@@ -14,7 +14,7 @@ from raydpo.config import TrainConfig
 from raydpo.data.plan import BatchPlan, MicroBatch
 from raydpo.data.prefetch import prefetch
 from raydpo.errors import DeviceMemoryError
-from raydpo.losses import Objective, ObjectiveState, PairLogps, PreferenceLoss
+from raydpo.losses import Objective, ObjectiveState
 from raydpo.model.budget import is_out_of_memory, used_memory
 from raydpo.model.layout import Layout
 from raydpo.training.clock import StepClock
@@ -92,14 +92,9 @@ class Stepper:
         return iter(prefetch(range(first, self.plan.total_steps), self._prepare, ahead=1))
 
     def _prepare(self, number: int) -> Step:
-        return Step(
-            number,
-            self.plan.pairs(number),
-            [
-                (batch, self.engine.lay_out(self.pairs.groups(batch.pairs)))
-                for batch in self.plan.micro_batches(number, self.engine.replica)
-            ],
-        )
+        batches = self.plan.micro_batches(number, self.engine.replica)
+        laid_out = [(batch, self.engine.lay_out(self.pairs.groups(batch.pairs))) for batch in batches]
+        return Step(number, self.plan.pairs(number), laid_out)
 
     def take(self, step: Step, requests: StepRequests | None = None) -> StepResult:
         """Take one optimizer step. If its loss or gradient is not finite on any rank, no rank takes it.
@@ -112,13 +107,8 @@ class Stepper:
         whole = self._first_pass(step, beta)
         sums, losses = self._forward_and_backward(step, beta, whole)
         metrics, (stop, checkpoint, uploading), busy = _add_up(sums, requests or StepRequests(), clock.busy, engine)
-        rate = learning_rate(
-            number,
-            peak=train.lr,
-            schedule=train.schedule,
-            total_steps=plan.total_steps,
-            warmup=warmup_steps(train.warmup, plan.total_steps),
-        )
+        warmup = warmup_steps(train.warmup, plan.total_steps)
+        rate = learning_rate(number, peak=train.lr, schedule=train.schedule, warmup=warmup, total_steps=plan.total_steps)
         with clock.phase("optimizer"):
             grad_norm = engine.step(rate)
         what = "loss" if not np.isfinite(metrics["loss"]) else "gradient norm" if not np.isfinite(grad_norm) else None
@@ -158,7 +148,11 @@ class Stepper:
             with self._explained_memory():
                 with clock.phase("forward"):
                     logps = pair_logps(engine, layout, pairs, batch.pairs, self.train, mean_chosen_tokens)
-                    loss, total = self._loss(batch, logps, beta, whole)
+                    if whole is None:
+                        loss = self.objective(logps, beta)
+                        total = loss.losses.sum()
+                    else:
+                        loss, total = whole.part(batch.pairs, logps)
                     # The mean over the step's pairs, whichever rank and micro-batch they are in; a stand-in weighs nothing.
                     share = (total / len(step.rows) * batch.counts).float()
                     # A factor 1 that is NaN where a loss is not finite: then every gradient is NaN, and no rank steps.
@@ -174,15 +168,6 @@ class Stepper:
                 blamed = loss.losses if whole is None else logps.chosen_logratio + logps.rejected_logratio
                 losses.append((batch, blamed.detach()))
         return sums, losses
-
-    def _loss(
-        self, batch: MicroBatch, logps: PairLogps, beta: float, whole: WholeStep | None
-    ) -> tuple[PreferenceLoss, Tensor]:
-        """Losses and rewards of a micro-batch, and a number whose gradient is that of the losses' sum."""
-        if whole is not None:
-            return whole.part(batch.pairs, logps)
-        loss = self.objective(logps, beta)
-        return loss, loss.losses.sum()
 
     def _facts(self, step: Step) -> tuple[dict[str, float], dict[str, float]]:
         """End the clock's lap. Returns size, rates and memory of the step, and the seconds of its phases."""
@@ -224,9 +209,8 @@ class Stepper:
                 raise
             positions = self.plan.tokens_per_batch // self.engine.sequence_parallel
             raise DeviceMemoryError(
-                f"{positions} token positions a micro-batch do not fit in memory: "
-                f"{str(error).splitlines()[0][:200]}. Set train.tokens_per_batch lower, or "
-                "train.gradient_checkpointing=true"
+                f"{positions} token positions a micro-batch do not fit in memory: {str(error).splitlines()[0][:200]}. Set "
+                "train.tokens_per_batch lower, or train.gradient_checkpointing=true"
             ) from error
 
 

@@ -77,31 +77,14 @@ def train_policy(
         layout=engine.module.method.layout,
         work=job.work,
     )
-    hooks.begin(
-        summary.steps,
-        plan.total_steps,
-        {
-            "pairs": len(pairs),
-            "steps_per_epoch": plan.steps_per_epoch,
-            "world_size": engine.world_size,
-            "held_out": 0 if held_out is None else len(held_out),
-        },
-    )
+    facts = {"pairs": len(pairs), "steps_per_epoch": plan.steps_per_epoch, "world_size": engine.world_size}
+    facts["held_out"] = 0 if held_out is None else len(held_out)
+    hooks.begin(summary.steps, plan.total_steps, facts)
     stepper = Stepper(train, plan, pairs, engine, objective, StepClock(engine.device), ObjectiveState(**summary.memory))
     saver = CheckpointSaver(engine, hooks, scratch, job.fingerprint)
-    trainer = Trainer(
-        job,
-        stepper,
-        engine,
-        held_out,
-        hooks,
-        saver,
-        TrainingWatch(summary.warned),
-        PreemptionGuard(engine, hooks, train.preemption_every),
-        summary,
-    )
+    watch, guard = TrainingWatch(summary.warned), PreemptionGuard(engine, hooks, train.preemption_every)
     try:
-        trainer.run(begins=checkpoint is None)
+        Trainer(job, stepper, engine, held_out, hooks, saver, watch, guard, summary).run(begins=checkpoint is None)
     finally:
         saver.close()
     return summary
@@ -157,15 +140,8 @@ class Trainer:
         else:
             rows = gate_rows(pairs, plan.pairs(0), count=job.train.gate_pairs, seed=job.train.seed)
             comparison = compare(self.engine, pairs, rows, plan.tokens_per_batch)
-            line = judge(
-                comparison,
-                pairs,
-                self.stepper.objective,
-                job.train.beta_at(0, plan.total_steps),
-                dtype=job.coarser_dtype,
-                policy=job.policy_identity,
-                reference=job.reference_identity,
-            ).line()
+            beta, identities = job.train.beta_at(0, plan.total_steps), (job.policy_identity, job.reference_identity)
+            line = judge(comparison, pairs, self.stepper.objective, beta, job.coarser_dtype, *identities).line()
         self.hooks.note(line)
         return line
 
@@ -190,12 +166,8 @@ class Trainer:
         self.hooks.evaluated({"step": step} | row)
 
     def _samples(self) -> list[list[int]]:
-        return greedy_answers(
-            self.engine,
-            [prompt for _, prompt in self.job.sample_prompts],
-            self.job.train.sample_tokens,
-            self.job.sample_stop,
-        )
+        prompts = [ids for _, ids in self.job.sample_prompts]
+        return greedy_answers(self.engine, prompts, self.job.train.sample_tokens, self.job.sample_stop)
 
     def _take_steps(self) -> None:
         train, summary, clock, total_steps = self.job.train, self.summary, self.stepper.clock, self.stepper.plan.total_steps
@@ -269,19 +241,15 @@ class Trainer:
         tolerance = max(1.0, abs(expected)) * (1e-5 if job.coarser_dtype == "float32" else 1e-3)
         gap = abs(loss - expected)
         line = f"first loss {loss:.6f}, {gap:.1e} from {expected:.6f}, the loss of a policy that is the reference"
-        self.hooks.note(
-            line
-            if gap <= tolerance
-            else f"warning: {line} (expected within {tolerance:.0e}): policy and "
-            "reference round differently; score.dtype=float32 and model.dtype=float32 remove it"
-        )
+        if gap > tolerance:
+            line = (
+                f"warning: {line} (expected within {tolerance:.0e}): policy and reference round differently; "
+                "score.dtype=float32 and model.dtype=float32 remove it"
+            )
+        self.hooks.note(line)
 
     def _count_skipped(self, skipped: str | None) -> None:
-        """Warn about a step that was not taken.
-
-        Raises:
-            TrainError: after more than ``train.max_skipped`` such steps in a row.
-        """
+        """Warn about a step that was not taken; end the run after more than ``train.max_skipped`` in a row."""
         summary, most = self.summary, self.job.train.max_skipped
         if skipped is None:
             summary.skipped_in_a_row = 0
@@ -324,11 +292,7 @@ def _tokens_per_batch(job: TrainJob, engine: Engine, summary: TrainSummary, hook
 
 
 def _check_tokens(pairs: TrainingPairs | None, train: TrainConfig) -> None:
-    """Check that the reference's log-prob of each token is known if LD-DPO needs it.
-
-    Raises:
-        ConfigError: if only sums are known of some pairs.
-    """
+    """Refuse pairs of which only the sums of the reference's log-probs are known, if LD-DPO needs those of tokens."""
     if train.ld_alpha is None or pairs is None:
         return
     lacking = pairs.sums_only()

@@ -3,13 +3,17 @@
 import errno
 import shutil
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from distributed import run_distributed
 from kernel import Record, tiny_pairs, train_here, with_reference
 
-from raydpo.errors import ConfigError, TrainError
+from raydpo.errors import ConfigError, RaydpoError, TrainError
+from raydpo.training.checkpoint import saver
+from raydpo.training.hooks import TrainHooks
+from raydpo.training.job import TrainSummary
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +66,6 @@ def test_a_store_that_is_away_is_tried_again_and_a_full_one_costs_one_checkpoint
 
 
 def full_at_the_end(table, model, place):
-    from raydpo.training.checkpoint import saver
-
     saver.LAST_PAUSES = (0.1, 0.1)
     with pytest.raises(TrainError) as caught:
         train(table, model, place, full=9, checkpoint_every=2)
@@ -76,6 +78,63 @@ def test_the_last_checkpoint_must_be_stored(table, tiny_llama, tmp_path):
         assert "tried 3 times" in message
 
 
+class Clock:
+    """Stands for module ``time``: sleeping advances it, and nothing waits."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def monotonic(self):
+        return self.now
+
+    perf_counter = monotonic
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
+class Down(TrainHooks):
+    """Storage that fails each attempt after its own retries have taken ``seconds``."""
+
+    def __init__(self, clock, seconds, error):
+        self.clock, self.seconds, self.error, self.notes = clock, seconds, error, []
+
+    def upload(self, directory, step):
+        self.clock.sleep(self.seconds)
+        raise self.error
+
+    def note(self, line):
+        self.notes.append(line)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "error", "most_seconds", "attempts"),
+    [
+        (290.0, RaydpoError("the store failed 8 times in 290 s"), 600, 1),  # a remote store that is down
+        (0.0, OSError(errno.ENOSPC, "No space left on device"), 300, 23),  # a full disk
+    ],
+)
+def test_attempts_at_the_last_checkpoint_end_after_minutes(monkeypatch, tmp_path, seconds, error, most_seconds, attempts):
+    clock, place = Clock(), tmp_path / "scratch"
+    place.mkdir()
+    engine = SimpleNamespace(
+        rank=0,
+        world_size=1,
+        zero=2,
+        device=torch.device("cpu"),
+        state=SimpleNamespace(write=lambda directory: {}),
+        sum_over_ranks=lambda values: values,
+    )
+    monkeypatch.setattr(saver, "time", clock)
+    hooks = Down(clock, seconds, error)
+    one = saver.CheckpointSaver(engine, hooks, place, {})
+    with pytest.raises(TrainError, match=f"tried {attempts} times"):
+        one.save_last(9, TrainSummary(), {})
+    one.close()
+    assert saver.PATIENCE * 0.9 < clock.now < most_seconds
+    assert len(hooks.notes) == attempts and not list(place.iterdir())
+
+
 class Freed(Store):
     """The disk has room again after the second attempt at the last checkpoint."""
 
@@ -85,8 +144,6 @@ class Freed(Store):
 
 
 def freed(table, model, place):
-    from raydpo.training.checkpoint import saver
-
     saver.LAST_PAUSES = (0.1, 0.1)
     record = Freed(keep=place / "keep")
     return list(train_here(table, model, place / "scratch", record=record, steps=9, checkpoint_every=2).checkpoints)

@@ -20,7 +20,7 @@ from raydpo.rundir.fingerprint import changed_settings
 from raydpo.training.job import TrainSummary
 from raydpo.training.policy.engine import Engine
 
-__all__ = ["CheckpointState", "directory_size", "load_checkpoint", "save_checkpoint"]
+__all__ = ["directory_size", "load_checkpoint", "save_checkpoint"]
 
 _FILE = "raydpo.json"
 FORMAT = 2
@@ -51,15 +51,8 @@ def save_checkpoint(
     except SafetensorError as error:
         raise _as_os_error(error) from None
     if engine.rank == 0:
-        state = {
-            "format": FORMAT,
-            "step": step,
-            "world_size": engine.world_size,
-            "zero": engine.zero,
-            "state": facts,
-            "fingerprint": dict(fingerprint),
-            "summary": dataclasses.asdict(summary),
-        }
+        state = {"format": FORMAT, "step": step, "world_size": engine.world_size, "zero": engine.zero, "state": facts}
+        state |= {"fingerprint": dict(fingerprint), "summary": dataclasses.asdict(summary)}
         (directory / _FILE).write_text(json.dumps(state))
 
 

@@ -30,7 +30,7 @@ BRIEFLY = 1.0
 """Seconds for which training waits for an upload. If it is quick, a kill costs one interval and no step more; if it takes
 longer, it continues beside the next steps."""
 LAST_PAUSES = (1.0, 2.0, 5.0, 10.0, *[15.0] * 18)
-"""Seconds between attempts to store the last checkpoint of a run, five minutes in all."""
+"""Seconds between attempts to store the last checkpoint of a run. No attempt begins more than PATIENCE after the first."""
 
 
 @dataclass
@@ -85,15 +85,18 @@ class CheckpointSaver:
         Raises:
             TrainError: if it cannot be stored.
         """
-        for pause in (*LAST_PAUSES, None):
+        started = time.monotonic()
+        for attempt, pause in enumerate((*LAST_PAUSES, None), 1):
             if self.save(step, summary, metrics):
                 return
-            if pause is not None:
-                time.sleep(pause)
-        raise TrainError(
-            f"{self._problem}. It was the last one, tried {len(LAST_PAUSES) + 1} times. Free disk space or "
-            "repair the storage, and start the run again"
-        )
+            # The clocks of ranks differ. Where the storage is down, the first attempt has taken all of the time.
+            (late,) = self._sum_over_ranks(time.monotonic() - started + (pause or 0) > PATIENCE)
+            if pause is None or late:
+                raise TrainError(
+                    f"{self._problem}. It was the last one, tried {attempt} times. Free disk space or repair the storage, "
+                    "and start the run again"
+                )
+            time.sleep(pause)
 
     def begin(self, step: int, summary: Any, metrics: Mapping[str, float]) -> None:
         """Write the state after ``step`` and start its upload. Waits for the upload before, and ``BRIEFLY`` for this one."""

@@ -14,7 +14,7 @@ __all__ = ["Listener", "Mailbox", "listening", "start_mailbox"]
 POLL_SECONDS = 0.3
 
 Listener = Callable[[str, Any], None]
-"""Called in the driver with (kind, content). Kinds are those of ``hooks.Hooks``: begin, step, evaluated, note."""
+"""Called in the driver with (kind, content). Kinds: begin, step, evaluated, note, as in ``TrainHooks``."""
 
 
 class Mailbox:
@@ -68,19 +68,14 @@ class Mailbox:
             return False
         if self._stepped and not self._tried_again:
             self._tried_again, self._stepped = True, False
-            self.put(
-                "note",
-                f"warning: a micro-batch of {tokens_per_batch} positions did not fit in memory, though others "
-                "of this run did; starting the workers again with the same",
+            told = "did not fit in memory, though others of this run did; starting the workers again with the same"
+        else:
+            half = self._tokens_per_batch = max(1, tokens_per_batch // 2)
+            told = (
+                f"does not fit in memory; starting the workers again with {half}. "
+                f"Set train.tokens_per_batch={half} to begin so"
             )
-            return True
-        self._tokens_per_batch = max(1, tokens_per_batch // 2)
-        self.put(
-            "note",
-            f"warning: a micro-batch of {tokens_per_batch} positions does not fit in memory; starting the "
-            f"workers again with {self._tokens_per_batch}. Set train.tokens_per_batch={self._tokens_per_batch} "
-            "to begin so",
-        )
+        self.put("note", f"warning: a micro-batch of {tokens_per_batch} positions {told}")
         return True
 
     def stop(self) -> None:

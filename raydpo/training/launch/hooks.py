@@ -59,10 +59,9 @@ class RayHooks(TrainHooks):
             from raydpo.rundir.records import RunRecords
             from raydpo.rundir.trackers import Trackers
 
+            given = self.payload
             self.records = RunRecords(self.storage, first_step, self.note)
-            self.trackers = Trackers(
-                self.payload.track, self.payload.run_name, self.payload.run_dir, self.payload.job.fingerprint, self.note
-            )
+            self.trackers = Trackers(given.track, given.run_name, given.run_dir, given.job.fingerprint, self.note)
             self._log(f"beginning after step {first_step} of {total_steps} with {facts['world_size']} worker(s)")
             self._tell("begin", {"first_step": first_step, "total_steps": total_steps} | dict(facts))
 
@@ -70,9 +69,8 @@ class RayHooks(TrainHooks):
         if self.rank == 0:
             self.records.add_step(row)
             self.trackers.log(int(row["step"]), row)
-            self._log(
-                f"step {row['step']:.0f}  loss {row['loss']:.6f}  grad norm {row['grad_norm']:.4f}  {row['seconds']:.3f} s"
-            )
+            figures = f"loss {row['loss']:.6f}  grad norm {row['grad_norm']:.4f}  {row['seconds']:.3f} s"
+            self._log(f"step {row['step']:.0f}  {figures}")
             self._tell("step", dict(row))
 
     def evaluated(self, row: Mapping[str, float]) -> None:

@@ -41,27 +41,16 @@ def launch(payload: WorkerInput, resources: Resources, listener: Listener) -> di
     import ray
 
     storage, board = Storage(payload.run_dir), payload.board or start_mailbox()
-    pairs, held_out = (
-        ray.put(table) if isinstance(table, pa.Table) else table for table in (payload.pairs, payload.held_out)
-    )
-    payload = dataclasses.replace(
-        payload,
-        pairs=pairs,
-        held_out=held_out,
-        board=board,
-        threads=resources.threads,
-        run_dir=storage.root if storage.is_local else payload.run_dir,
-    )
+    tables = {"pairs": payload.pairs, "held_out": payload.held_out}
+    stored = {name: ray.put(table) for name, table in tables.items() if isinstance(table, pa.Table)}
+    run_dir = storage.root if storage.is_local else payload.run_dir
+    payload = dataclasses.replace(payload, **stored, board=board, threads=resources.threads, run_dir=run_dir)
     trainer = _ray_trainer(_worker, {"payload": payload}, payload.job.train, resources, payload.run_dir)
     return _fit(trainer, board, listener, payload.run_dir)
 
 
 def _fit(trainer: Any, board: Any, listener: Listener, run_dir: str) -> dict[str, Any]:
-    """Run a trainer of ``_ray_trainer`` to its end. Returns the summary that its workers gave to ``board``.
-
-    Raises:
-        RaydpoError: what the workers raised.
-    """
+    """Run ``trainer`` to its end. Returns the summary that its workers gave to ``board``, or raises what they raised."""
     import ray
 
     with listening(board, listener):
@@ -88,17 +77,14 @@ def _ray_trainer(
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    on_gpus, varies = resources.device == "cuda", resources.fewest not in (None, resources.workers)
     return TorchTrainer(
         worker,
         train_loop_config=given,
-        torch_config=TorchConfig(
-            backend="nccl" if resources.device == "cuda" else "gloo", timeout_s=max(1, round(train.collective_timeout))
-        ),
+        torch_config=TorchConfig(backend="nccl" if on_gpus else "gloo", timeout_s=max(1, round(train.collective_timeout))),
         scaling_config=ScalingConfig(
-            num_workers=resources.workers
-            if resources.fewest in (None, resources.workers)
-            else (resources.fewest, resources.workers),
-            use_gpu=resources.device == "cuda",
+            num_workers=(resources.fewest, resources.workers) if varies else resources.workers,
+            use_gpu=on_gpus,
             elastic_resize_monitor_interval_s=RESIZE_SECONDS,
             accelerator_type=resources.accelerator,
             label_selector=dict(resources.labels) or None,
@@ -127,11 +113,8 @@ def _checkpoint_config(train: TrainConfig) -> Any:
 def _attempt(board: Any, train: TrainConfig, work: Callable[[int | None], None]) -> None:
     """Call ``work`` in one worker, with the positions of a micro-batch if the configured number did not fit, else None.
 
-    Ray Train restarts workers after any error. If the error would only repeat, the restarted workers do nothing.
-
-    Raises:
-        RaydpoError: that of ``work``, after ``board`` has it. It must be raised: the other workers wait for this one until
-            Ray ends them.
+    Ray Train restarts workers after any error. If the error would only repeat, the restarted workers do nothing. It is
+    raised all the same: the other workers wait for this one until Ray ends them.
     """
     import ray
     import ray.train
@@ -156,7 +139,6 @@ def _attempt(board: Any, train: TrainConfig, work: Callable[[int | None], None])
 
 
 def _worker(config: dict[str, Any]) -> None:
-    """Train in a Ray Train worker."""
     payload: WorkerInput = config["payload"]
     _attempt(payload.board, payload.job.train, lambda tokens_per_batch: _train(payload, tokens_per_batch))
 

@@ -68,13 +68,12 @@ def _without(package: str) -> Iterator[None]:
 
 
 class PolicyEngine(RankGroup):
-    """A ``protocols.Engine`` that uses DeepSpeed.
+    """An ``engine.Engine`` that uses DeepSpeed.
 
     Args:
         check_rows: a few pairs of the data, for the self-check of the layout.
 
     Attributes:
-        zero, adapts, layout_line, load_seconds, load_bytes, replica and others: see ``protocols.Engine``.
         trainable: the parameters that train.
         engine: DeepSpeed's engine.
 
@@ -186,19 +185,15 @@ class PolicyEngine(RankGroup):
 
     @property
     def state(self) -> TrainedState:
-        named = {
-            name.removeprefix("causal_lm."): parameter
-            for name, parameter in self.module.named_parameters()
-            if parameter.requires_grad
-        }
+        named = {name: each for name, each in self.module.named_parameters() if each.requires_grad}
         return TrainedState(self.engine, named, self.zero)
 
     def load_whole_models(self) -> None:
         self._partitioned_loading = None
 
     def gather(self) -> dict[str, Tensor]:
-        """See ``protocols.Engine``; with an adapter, the adapter's weights alone. Under ZeRO-3 weights are gathered one by
-        one, so that no GPU holds all of them."""
+        """See ``engine.Engine``; with an adapter, the adapter's weights alone. Under ZeRO-3 they are gathered one by one, so
+        that no GPU holds all of them."""
         import deepspeed
 
         gathered: dict[str, Tensor] = {}
@@ -212,7 +207,7 @@ class PolicyEngine(RankGroup):
         return gathered
 
     def _plain_norm(self) -> float:
-        """The gradient norm without ZeRO, where DeepSpeed does not report it. Every rank has all gradients."""
+        """The gradient norm, which DeepSpeed does not report without ZeRO. Every rank has all gradients."""
         gradients = [parameter.grad for parameter in self.trainable if parameter.grad is not None]
         return float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
 

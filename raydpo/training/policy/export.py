@@ -43,13 +43,8 @@ def export_policy(
     if merge and spec.adapts:
         engine.load_whole_models()
         # Merge into the stored weights, not into those that were quantized for training.
-        merged = load_causal_lm(
-            spec.path,
-            spec.dtype,
-            adapter=str(directory),
-            rope_length=spec.rope_length,
-            trust_remote_code=spec.trust_remote_code,
-        )
+        how = {"rope_length": spec.rope_length, "trust_remote_code": spec.trust_remote_code}
+        merged = load_causal_lm(spec.path, spec.dtype, adapter=str(directory), **how)
         _untie(merged.get_base_model())
         merged.merge_and_unload().save_pretrained(str(directory / "merged"), safe_serialization=True)
         _restore_dropout(spec, directory / "merged")

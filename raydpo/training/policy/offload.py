@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from raydpo.errors import ModelError
+from raydpo.errors import ModelError, one_line
 
 __all__ = ["disk_folder"]
 
@@ -68,8 +68,7 @@ def _require_asynchronous_files(field: str, where: str) -> None:
         AsyncIOBuilder().load(verbose=False)
     except Exception as error:  # compilation can fail with any exception
         raise ModelError(
-            f"{field} is {where!r}, but DeepSpeed's async_io does not compile here: "
-            f"{' '.join(str(error).split())[:300]}. {fix}"
+            f"{field} is {where!r}, but DeepSpeed's async_io does not compile here: {one_line(error, 300)}. {fix}"
         ) from error
 
 

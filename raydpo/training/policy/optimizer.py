@@ -64,14 +64,9 @@ class RoundedAdamW(torch.optim.AdamW):
                         state[kind] = torch.zeros_like(parameter, dtype=torch.bfloat16)
                 state["step"] += 1
                 count = float(state["step"])
-                parts = zip(
-                    *(
-                        tensor.view(-1).split(ROUNDED_PIECE)
-                        for tensor in (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
-                    ),
-                    strict=True,
-                )
-                for weight, gradient, exp_avg, exp_avg_sq in parts:
+                tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
+                parts = (tensor.view(-1).split(ROUNDED_PIECE) for tensor in tensors)
+                for weight, gradient, exp_avg, exp_avg_sq in zip(*parts, strict=True):
                     gradient = gradient.float()
                     first = exp_avg.float().lerp_(gradient, 1 - beta1)
                     second = exp_avg_sq.float().mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)

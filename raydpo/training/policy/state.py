@@ -24,7 +24,7 @@ from torch import Tensor
 from raydpo.errors import TrainError
 from raydpo.training.policy.optimizer import RoundedAdamW
 
-__all__ = ["Fragment", "TrainedState"]
+__all__ = ["TrainedState"]
 
 _FILE_BYTES = 2 << 30
 _WEIGHT = "weight"
@@ -129,11 +129,11 @@ class TrainedState:
         Raises:
             TrainError: if an element of a parameter is missing, or a file is damaged.
         """
-        if self._totals() != facts["parameters"]:
-            both = sorted(set(self._totals().items()) ^ set(facts["parameters"].items()))
+        if differing := set(self._totals().items()) ^ set(facts["parameters"].items()):
+            name, elements = min(differing)
             raise TrainError(
-                f"the checkpoint in {directory} trains other parameters than this run, beginning with "
-                f"{both[0][0]} ({both[0][1]} elements)"
+                f"the checkpoint in {directory} trains other parameters than this run, beginning with {name} "
+                f"({elements} elements)"
             )
         pieces = _Pieces(directory, ranks)
         for flat, parts in _by_flat(self.fragments()):
@@ -165,9 +165,7 @@ class TrainedState:
             (wrapper._optimizer_states_and_gradient_swap_out if changed else wrapper._release_swap_buffers)(group)
 
     def _totals(self) -> dict[str, int]:
-        return {
-            name: getattr(parameter, "ds_numel", None) or parameter.numel() for name, parameter in self._parameters.items()
-        }
+        return {name: getattr(each, "ds_numel", None) or each.numel() for name, each in self._parameters.items()}
 
     def _elementwise(self, flat: Tensor) -> dict[str, Tensor]:
         return {
@@ -177,8 +175,7 @@ class TrainedState:
         }
 
     def _steps(self) -> int:
-        steps = [int(state["step"]) for state in self.optimizer.state.values() if "step" in state]
-        return max(steps, default=0)
+        return max((int(state["step"]) for state in self.optimizer.state.values() if "step" in state), default=0)
 
     def _begin(self, flat: Tensor, steps: int) -> dict[str, Tensor]:
         """Make the optimizer state of ``flat`` after ``steps`` steps; the caller fills the moments."""
@@ -187,16 +184,12 @@ class TrainedState:
         state = self.optimizer.state[flat]
         if not state:
             fused = self.optimizer.defaults.get("fused")
+            dtype = torch.bfloat16 if isinstance(self.optimizer, RoundedAdamW) else torch.float32
             state["step"] = torch.tensor(float(steps), device=flat.device if fused else "cpu")
-            state |= {
-                kind: torch.zeros_like(flat, dtype=self._moment_dtype(), requires_grad=False)
-                for kind in ("exp_avg", "exp_avg_sq")
-            }
+            for kind in ("exp_avg", "exp_avg_sq"):
+                state[kind] = torch.zeros_like(flat, dtype=dtype, requires_grad=False)
         state["step"].fill_(float(steps))
         return self._elementwise(flat)
-
-    def _moment_dtype(self) -> torch.dtype:
-        return torch.bfloat16 if isinstance(self.optimizer, RoundedAdamW) else torch.float32
 
     def _publish(self) -> None:
         """Copy the optimizer's weights to the model. Under ZeRO-3 only those that every rank has whole are left."""
@@ -241,10 +234,8 @@ class _Pieces:
                 target.narrow(0, first - fragment.start, until - first).copy_(part)
                 first = until
         if first < end:
-            raise TrainError(
-                f"the checkpoint in {self._directory} is incomplete: {kind} of {fragment.name} lacks elements "
-                f"{first} to {end}"
-            )
+            lacking = f"{kind} of {fragment.name} lacks elements {first} to {end}"
+            raise TrainError(f"the checkpoint in {self._directory} is incomplete: {lacking}")
 
 
 def _file(rank: str, ranks: int, number: str) -> str:
