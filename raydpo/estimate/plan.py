@@ -180,23 +180,16 @@ def make_plan(
     steps_per_epoch = -(-per_epoch // train.pairs_per_step)
     steps = train.steps if train.steps is not None else train.epochs * steps_per_epoch
     trained = steps // steps_per_epoch * per_epoch + min(steps % steps_per_epoch * train.pairs_per_step, per_epoch)
+    costs: dict[str, Any] = {"tokens_per_batch": budget, "work": model.work}
 
     def rows(count: int) -> np.ndarray:
         return training_order(*sources, seed=train.seed, shuffle=config.data.shuffle, count=count)
 
     def simulated(world_size: int, pairs_per_step: int) -> Simulation:
-        count = max(1, min(STEPS, PAIRS_SIMULATED // pairs_per_step))
-        found = simulate(
-            rows(max(per_epoch, count * pairs_per_step)),
-            shapes,
-            world_size=max(1, world_size // together),
-            steps=count,
-            pairs_per_step=pairs_per_step,
-            tokens_per_batch=budget,
-            layout=layout,
-            work=model.work,
-        )
-        return replace(found, world_size=world_size)
+        count, ranks = max(1, min(STEPS, PAIRS_SIMULATED // pairs_per_step)), max(1, world_size // together)
+        order = rows(max(per_epoch, count * pairs_per_step))
+        wanted = {"world_size": ranks, "pairs_per_step": pairs_per_step, "steps": count, "layout": layout}
+        return replace(simulate(order, shapes, **wanted, **costs), world_size=world_size)
 
     sampled = steps_of(rows(per_epoch), train.pairs_per_step, STEPS)
 
@@ -204,9 +197,7 @@ def make_plan(
         """Amounts [3] of all steps, extrapolated from the micro-batches of the sampled steps."""
         return trained / sum(map(len, sampled)) * amounts(batches, shapes, kind)
 
-    split = partial(
-        split_over_ranks, shapes=shapes, world_size=train_workers // together, tokens_per_batch=budget, work=model.work
-    )
+    split = partial(split_over_ranks, shapes=shapes, world_size=train_workers // together, **costs)
     computed = {
         kind: of_a_run(
             [batch.pairs for step in sampled for rank in split(step, layout=kind) for batch in rank if batch.counts], kind
@@ -229,11 +220,9 @@ def make_plan(
     score = Stage.of(operations(scored, reference), score_workers, rates.score, price)
     evaluation = of_training(operations(held_out, model), rates.score, 0.0)
     # ZeRO 2 and 3 reduce gradients after every micro-batch.
-    training = of_training(
-        operations(computed[layout], model, factors),
-        rates.train,
-        imbalance.lockstep if train.zero >= 2 else imbalance.imbalance,
-    )
+    waiting = imbalance.lockstep if train.zero >= 2 else imbalance.imbalance
+    training = of_training(operations(computed[layout], model, factors), rates.train, waiting)
+    head_share = computed[layout][2] * model.prediction_flops / operations(computed[layout], model)
 
     def online(amount: np.ndarray, lost: float) -> Stage:
         passes = of_training(operations(amount * train.needs_reference, reference), rates.score, lost)
@@ -254,11 +243,7 @@ def make_plan(
             "positions": {kind: round(amount[0]) for kind, amount in (computed | {"dealt": dealt}).items()},
             "report": sets.report.to_dict(),
         },
-        model=asdict(model)
-        | {
-            "head_share": float(computed[layout][2] * model.prediction_flops / operations(computed[layout], model)),
-            "training_factors": factors,
-        },
+        model=asdict(model) | {"head_share": float(head_share), "training_factors": factors},
         rates=rates,
         score_workers=score_workers,
         train_workers=train_workers,
@@ -279,9 +264,8 @@ def make_plan(
 
 def sample_pairs(config: Config, table: pa.Table, count: int = 32) -> pa.Table:
     """The first ``count`` pairs of a run, for a measurement."""
-    return table.take(
-        pa.array(training_order(*_sources(table), seed=config.train.seed, shuffle=config.data.shuffle, count=count))
-    )
+    order = training_order(*_sources(table), seed=config.train.seed, shuffle=config.data.shuffle, count=count)
+    return table.take(pa.array(order))
 
 
 def pair_groups(table: pa.Table) -> tuple[list[PromptGroup], Shapes]:
