@@ -45,15 +45,8 @@ _REFUSALS = re.compile(
     r"\b(PERMISSION_DENIED|UNAUTHENTICATED|AuthorizationFailure|AuthenticationFailed|AuthorizationPermissionMismatch|"
     r"InvalidAuthenticationInfo|ContainerNotFound|AccountIsDisabled|ClientAuthenticationError)\b"
 )
-_DRIVERS = {
-    "az": "adlfs",
-    "abfs": "adlfs",
-    "abfss": "adlfs",
-    "gs": "gcsfs",
-    "gcs": "gcsfs",
-    "s3": "s3fs",
-    "hf": "huggingface_hub",
-}
+_DRIVERS = dict.fromkeys(("az", "abfs", "abfss"), "adlfs") | dict.fromkeys(("gs", "gcs"), "gcsfs")
+_DRIVERS |= {"s3": "s3fs", "hf": "huggingface_hub"}
 
 
 @dataclass(frozen=True)
@@ -112,14 +105,9 @@ class Storage:
 
     def entries(self, name: str = "") -> Sequence[FileInfo]:
         """The files directly in ``name``, in order of name; empty if it does not exist."""
-        return sorted(
-            (
-                FileInfo(info.base_name, info.size, self._modified(info))
-                for info in self._infos(name)
-                if info.type == pafs.FileType.File
-            ),
-            key=lambda entry: entry.name,
-        )
+        files = (info for info in self._infos(name) if info.type == pafs.FileType.File)
+        found = (FileInfo(info.base_name, info.size, self._modified(info)) for info in files)
+        return sorted(found, key=lambda entry: entry.name)
 
     def _info(self, name: str) -> pafs.FileInfo:
         return self._persist("look at", name, lambda: self._ask(self.path(name)))
@@ -287,13 +275,7 @@ class Storage:
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
             return
-        self._persist(
-            "write",
-            name,
-            lambda: pafs.copy_files(
-                str(directory), self.path(name), source_filesystem=pafs.LocalFileSystem(), destination_filesystem=self.fs
-            ),
-        )
+        self._send(directory, name)
         for info in self._infos(name, recursive=True):
             below = info.path[len(self.path(name)) :].lstrip("/")
             if info.type == pafs.FileType.File and not (directory / below).exists():
@@ -312,28 +294,19 @@ class Storage:
                 finally:
                     temporary.unlink(missing_ok=True)
             else:
-                self._persist(
-                    "write",
-                    f"{name}/{path.name}",
-                    lambda path=path: pafs.copy_files(
-                        str(path),
-                        self.path(f"{name}/{path.name}"),
-                        source_filesystem=pafs.LocalFileSystem(),
-                        destination_filesystem=self.fs,
-                    ),
-                )
+                self._send(path, f"{name}/{path.name}")
+
+    def _send(self, local: Path, name: str) -> None:
+        """Copy a local file or directory to a remote file system."""
+        target = self.path(name)
+        self._persist("write", name, lambda: pafs.copy_files(str(local), target, pafs.LocalFileSystem(), self.fs))
 
     def download(self, name: str, directory: Path) -> None:
         """Copy the files directly in ``name`` into a local directory."""
 
         def copy(file: FileInfo) -> None:
             target = directory / file.name
-            pafs.copy_files(
-                self.path(f"{name}/{file.name}"),
-                str(target),
-                source_filesystem=self.fs,
-                destination_filesystem=pafs.LocalFileSystem(),
-            )
+            pafs.copy_files(self.path(f"{name}/{file.name}"), str(target), self.fs, pafs.LocalFileSystem())
             if target.stat().st_size != file.size:
                 raise OSError(f"{target.stat().st_size} of {file.size} bytes arrived")
 
