@@ -169,7 +169,7 @@ def test_a_temporary_that_another_machine_of_this_name_removed_is_written_again(
 def test_a_kill_before_any_line_leaves_the_old_content_or_the_new(tmp_path):
     script = f"""
 import os, signal, sys
-from raydpo.storage import Storage, remove_stale_temporaries
+from raydpo.storage.files import Storage, remove_stale_temporaries
 storage = Storage({str(tmp_path)!r})
 for lines in range(1000):
     storage.write("file", b"old")

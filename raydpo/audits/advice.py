@@ -41,12 +41,12 @@ def advise(figures: dict[str, Any], objective: ObjectiveConfig | None = None) ->
             Finding(
                 "Length-normalise" if strong else "Watch the length",
                 f"'The {length['rule']} answer is better' is right for {rule:.1%} of the pairs (95 % interval from "
-                f"{rule_low:.1%}); the chosen answer is longer in {length['chosen_longer']['share']:.1%} of them; the median "
-                f"difference is {length['difference']['median']:+.0f} tokens.",
+                f"{rule_low:.1%}); the chosen answer is longer in {length['chosen_longer']['share']:.1%} of them; the "
+                f"median difference is {length['difference']['median']:+.0f} tokens.",
                 f"The easiest thing to learn from these pairs is to write {length['rule']} answers."
                 + (
-                    f" A loss per token removes this incentive. Its beta is the present one, {objective.beta_text}, times the "
-                    f"mean length of an answer, {tokens:.0f} tokens."
+                    f" A loss per token removes this incentive. Its beta is the present one, {objective.beta_text}, times "
+                    f"the mean length of an answer, {tokens:.0f} tokens."
                     if strong
                     else " Compare length/margin_correlation of the run with the correlation here."
                 ),
@@ -59,11 +59,11 @@ def advise(figures: dict[str, Any], objective: ObjectiveConfig | None = None) ->
         found.append(
             Finding(
                 "Fine-tune on the chosen answers first",
-                f"The surprise of the reference at the chosen answers is {chosen['median']:.2f} nats a token in the median, and "
-                f"{math.log(perplexity):.2f} over all their tokens (perplexity {perplexity:.0f}).",
-                "The model does not write text of this kind. DPO then mostly lowers the rejected answers, and the likelihood of "
-                "the chosen ones falls with them. Train one supervised epoch on the chosen answers first, and use the result as "
-                "policy and reference.",
+                f"The surprise of the reference at the chosen answers is {chosen['median']:.2f} nats a token in the median, "
+                f"and {math.log(perplexity):.2f} over all their tokens (perplexity {perplexity:.0f}).",
+                "The model does not write text of this kind. DPO then mostly lowers the rejected answers, and the "
+                "likelihood of the chosen ones falls with them. Train one supervised epoch on the chosen answers first, and "
+                "use the result as policy and reference.",
             )
         )
     even = figures["contradictory_evenly"]
@@ -72,8 +72,8 @@ def advise(figures: dict[str, Any], objective: ObjectiveConfig | None = None) ->
             Finding(
                 "Remove contradictions",
                 f"{even:,} of {pairs:,} pairs ({even / pairs:.1%}) prefer A to B exactly as often as others prefer B to A.",
-                "They cancel out and keep the loss high. The filter keeps pairs where one side has more votes: the loss fits "
-                "the share of votes.",
+                "They cancel out and keep the loss high. The filter keeps pairs where one side has more votes: the loss "
+                "fits the share of votes.",
                 'data: {filter: "opposites != copies"}',
             )
         )

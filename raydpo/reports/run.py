@@ -50,8 +50,8 @@ CURVES: tuple[tuple[str, str, str, dict[str, Any], str], ...] = (
         "rewards/{}",
         "reward",
         {"level": 0.0},
-        "beta times the change of each side's log-prob against the reference. Where both fall, the chosen answers become less "
-        "likely while the margin grows.",
+        "beta times the change of each side's log-prob against the reference. Where both fall, the chosen answers become "
+        "less likely while the margin grows.",
     ),
     (
         "Drift",
