@@ -27,7 +27,7 @@ os.environ.setdefault("RAY_enable_worker_prestart", "0")
 LONGEST = (
     "test_soak",
     "test_jobs",
-    "test_cli",
+    "test_verbs",
     "test_equalities",
     "test_eval_command",
     "test_same_function",
@@ -35,7 +35,7 @@ LONGEST = (
     "test_optimizer",
     "test_state",
     "test_launch",
-    "test_cache_cli",
+    "test_cache",
     "test_step",
     "test_command",
     "test_saver",

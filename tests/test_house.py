@@ -51,10 +51,14 @@ def modules(package: Path = PACKAGE) -> dict[str, Path]:
 
 def arrows(files: dict[str, Path]) -> dict[str, set[str]]:
     """Module -> modules that it imports anywhere in its file, by absolute or relative import."""
-    return {name: {target for target in _imported(name, file, files) if target != name} for name, file in files.items()}
+    return {
+        name: {target for target, _ in imported(name, file, files) if target in files and target != name}
+        for name, file in files.items()
+    }
 
 
-def _imported(name: str, file: Path, known: dict[str, Path]) -> Iterator[str]:
+def imported(name: str, file: Path, known: dict[str, Path]) -> Iterator[tuple[str, int]]:
+    """(module of the package, line) of every import of a file; the module may not exist."""
     top = next(iter(known)).partition(".")[0]
     for node in ast.walk(ast.parse(file.read_text(), str(file))):
         if isinstance(node, ast.Import):
@@ -69,8 +73,7 @@ def _imported(name: str, file: Path, known: dict[str, Path]) -> Iterator[str]:
             continue
         for module in wanted:
             if module.partition(".")[0] == top:
-                assert module in known, f"{file}:{node.lineno} imports {module}, which does not exist"
-                yield module
+                yield module, node.lineno
 
 
 def room(module: str) -> str:
@@ -135,15 +138,26 @@ def shown(problems: list[str], what: str) -> None:
 
 # -- the rules ------------------------------------------------------------------------------------------------------------
 
-MOVING = pytest.mark.xfail(strict=False, reason="the files are being moved")
+
+def test_every_module_that_is_imported_exists():
+    """In the package, the jobs and the tests; inside functions, too, where an error shows only when they are called."""
+    files = modules()
+    others = {str(file): file for place in ("jobs", "tests") for file in (ROOT / place).rglob("*.py")}
+    shown(
+        [
+            f"{file.relative_to(ROOT)}:{line}: {module}"
+            for name, file in (files | others).items()
+            for module, line in imported(name, file, files)
+            if module not in files
+        ],
+        "import(s) of no module",
+    )
 
 
-@MOVING
 def test_no_import_runs_upward():
     shown(upward(arrows(modules()), floors()), "import(s) of a room on the same floor or a higher one")
 
 
-@MOVING
 def test_every_room_has_a_floor():
     named, there = set().union(*floors()), {room(module) for module in modules()}
     shown(
@@ -153,7 +167,6 @@ def test_every_room_has_a_floor():
     )
 
 
-@MOVING
 def test_no_files_import_each_other():
     imports = arrows(modules())
     shown(
@@ -166,7 +179,6 @@ def test_no_files_import_each_other():
     )
 
 
-@MOVING
 def test_few_rooms_and_no_loose_file():
     loose = {file.name for file in PACKAGE.glob("*.py")} - ROOT_FILES
     rooms = {room(module) for module in modules()}
@@ -174,7 +186,6 @@ def test_few_rooms_and_no_loose_file():
     assert len(rooms) <= MOST_ROOMS, f"{len(rooms)} rooms, more than {MOST_ROOMS}: {sorted(rooms)}"
 
 
-@MOVING
 def test_no_docstring_begins_with_of():
     """In the package and in the tests; texts below a constant count."""
     problems = []
@@ -190,7 +201,6 @@ def test_no_docstring_begins_with_of():
     shown(problems, "docstring(s) that do not begin with what the thing is or does")
 
 
-@MOVING
 def test_the_readme_is_short_and_begins_with_a_command():
     lines = (ROOT / "README.md").read_text().splitlines()
     commands = (number for number, line in enumerate(lines, 1) if re.match(r"(cd|git|make|pip|raydpo) ", line))
@@ -209,7 +219,6 @@ def test_each_page_of_the_guide_is_short():
     )
 
 
-@MOVING
 def test_files_of_a_run_directory_are_named_in_one_place():
     name = re.compile(rf"(^|/)({'|'.join(map(re.escape, RUN_FILES))})$")
     assert any(file for file in PACKAGE.glob(KNOWS_RUN_FILES[0])), "no raydpo/*/directory.py that names them"
@@ -233,7 +242,6 @@ def test_no_file_is_long():
     )
 
 
-@MOVING
 def test_packages_begin_empty():
     problems = []
     for file in PACKAGE.rglob("__init__.py"):
@@ -286,6 +294,12 @@ def test_an_import_under_type_checking_and_one_within_a_floor_are_found(house):
 
 def test_a_circle_through_a_function_and_a_relative_import_is_found(house):
     assert circles(arrows(house)) == [["house.high.c", "house.low.a"], ["house.low.b", "house.low.d"]]
+
+
+def test_an_import_of_nothing_is_found(house):
+    file = house["house.low.a"]
+    file.write_text("def late():\n    from house.low.gone import x\n    from . import x, b\n")
+    assert list(imported("house.low.a", file, house)) == [("house.low.gone", 2), ("house.low", 3), ("house.low.b", 3)]
 
 
 def test_docstrings_are_no_file_names():

@@ -11,7 +11,7 @@ from raydpo.terminal.interrupt import interruptible, sigterm_as_interrupt
 
 SCRIPT = """
 import sys, threading, time
-from raydpo.interrupt import interruptible
+from raydpo.terminal.interrupt import interruptible
 stop = threading.Event()
 def act():
     print("begun", flush=True)

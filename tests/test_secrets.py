@@ -65,7 +65,7 @@ def test_a_ray_of_our_own_asks_for_a_token_and_has_no_dashboard(tmp_path, tiny_l
     program = f"""
 import os, ray
 from raydpo.config import load_config
-from raydpo.ray_runtime import session
+from raydpo.cluster.session import session
 with session(load_config({{"output": "{tmp_path}/runs", "model": {{"path": "{tiny_llama}"}},
                           "data": {{"train": "{tmp_path}/a.jsonl"}}}})):
     print(os.environ["RAY_AUTH_MODE"], ray._private.worker.global_worker.node.address_info["webui_url"],

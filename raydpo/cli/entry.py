@@ -234,7 +234,7 @@ def _doctor(args: argparse.Namespace, console: Console) -> None:
 
 def _quickstart(args: argparse.Namespace, console: Console) -> None:
     from raydpo.pipeline.run import run
-    from raydpo.quickstart import quickstart_config
+    from raydpo.quickstart.config import quickstart_config
     from raydpo.quickstart.effect import measure_effect, print_effect
 
     config = quickstart_config(args.overrides, console)

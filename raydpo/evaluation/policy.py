@@ -155,7 +155,7 @@ def _base(config: Config, adapter: Path, *, own: bool) -> str:
 
 def _fingerprint(run: Storage) -> dict[str, Any]:
     try:
-        return RunDirectory(run).fingerprint()
+        return RunDirectory(run).fingerprint() or {}
     except (OSError, ValueError, KeyError):
         return {}
 

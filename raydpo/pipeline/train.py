@@ -78,7 +78,7 @@ class TrialContext:
     Attributes:
         joined: result of ``join_sets``, in Ray's object store.
         at_once: number of trainings that share the cluster.
-        board: result of ``launch.new_board``.
+        board: result of ``launch.board.start_mailbox``.
         display: receives the events of the training.
         until: step after which the training pauses; None = train to the end.
     """

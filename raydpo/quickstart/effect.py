@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from raydpo.config import Config
-from raydpo.quickstart import PREFERENCES
+from raydpo.quickstart.config import PREFERENCES
 from raydpo.terminal.console import Console
 
 if TYPE_CHECKING:

@@ -96,7 +96,7 @@ def test_a_stage_that_waits_asks_for_its_own_nodes_beside_those_of_the_training(
         args=("score", resources_for("score", config), Console(io.StringIO())),
     )
     training, scoring = {"CPU": 1, "GPU": 1.0}, {"CPU": 1}
-    with waiting.coming_up(config):
+    with waiting.request_nodes(config):
         waiter.start()
         deadline = time.monotonic() + 20
         while len(demands()) < 5 and time.monotonic() < deadline:

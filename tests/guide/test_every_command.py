@@ -188,6 +188,8 @@ def test_switching(place, monkeypatch):
                 )
             exec(compile(text, SWITCHING.name, "exec"), names)
         for command in commands(text):
+            if "--means" in command:
+                shutil.rmtree(place / "runs/cache")  # verified rows would answer before the new import
             told = run(place, command)
             if "cache import" in command:
                 assert "40 pairs imported from" in told

@@ -16,7 +16,7 @@ import pytest
 from raydpo.config import load_config
 from raydpo.data.split import held_out, prompt_digest
 from raydpo.errors import ConfigError, ModelError
-from raydpo.quickstart import HERE, PREFERENCES, quickstart_config
+from raydpo.quickstart.config import HERE, PREFERENCES, quickstart_config
 from raydpo.quickstart.effect import PROMPTS, Effect, is_bullet_list, measure_effect, print_effect
 from raydpo.terminal.console import Console
 

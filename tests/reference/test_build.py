@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from command import raydpo
+from command import as_a_user
 from tiny import preferences, write_preferences
 
 
@@ -113,7 +113,7 @@ def test_a_failing_actor_says_why(job, tmp_path, tiny_llama):
     tensors = load_file(model / "model.safetensors")
     tensors["model.norm.weight"][0] = float("nan")
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    result = raydpo(
+    result = as_a_user(
         "score", job / "config.yaml", f"model.path={model}", f"cache.uri={tmp_path / 'cache'}", "score.workers=1"
     )
     assert result.returncode == 1

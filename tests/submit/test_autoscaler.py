@@ -67,9 +67,9 @@ def test_nodes_go_when_the_driver_that_wished_for_them_is_killed(cluster, tmp_pa
     program = f"""
 import ray, time
 from raydpo.config import load_config
-from raydpo.waiting import coming_up
+from raydpo.cluster.waiting import request_nodes
 ray.init(address="127.0.0.1:{cluster.gcs}", log_to_driver=False)
-with coming_up(load_config({tree!r})):
+with request_nodes(load_config({tree!r})):
     time.sleep(600)
 """
     driver = subprocess.Popen([sys.executable, "-c", program], env=cluster.env)

@@ -28,7 +28,7 @@ class WorkerInput:
             travel once a node. ``held_out`` may be None.
         run_dir: local path or URI.
         base_name: how an exported adapter names its base model.
-        board: of ``new_board``, for a caller that may stop the training; None = ``launch`` makes one.
+        board: made by ``start_mailbox``, for a caller that may stop the training; None = ``launch`` makes one.
         threads: CPU threads of a worker, None = torch's choice; ``launch`` sets it.
     """
 

