@@ -71,7 +71,7 @@ BAD = [
     (ALL, "data.eval.path={place}/b.jsonl; data.eval.fraction=null", "'data.eval.path'"),
     (("score", *TRAINING, "audit"), "data.train={place}/empty.jsonl", "holds no records"),
     (("score", *TRAINING, "audit"), "data.train={place}/nothing", "holds no .jsonl"),
-    (("run", "eval"), "data.eval={path: '{place}/config.yaml'}", "is of an unknown kind"),
+    (("run", "eval"), "data.eval={path: '{place}/config.yaml'}", "has an unknown suffix"),
     (("eval",), "evaluate.data={place}/broken.parquet", "cannot read broken.parquet"),
     (ALL, "data.chat_template='{% if %}'", "is not valid Jinja"),
     (ALL, "data.filter=chosen_token<3", "did you mean 'chosen_tokens'"),

@@ -13,6 +13,7 @@ __all__ = ["PREFERENCES", "quickstart_config"]
 
 HERE = Path(__file__).parent
 PREFERENCES = HERE / "prefs.jsonl"
+"""The pairs, described in PREFS.md beside them."""
 
 
 def quickstart_config(overrides: Sequence[str], console: Console) -> Config:

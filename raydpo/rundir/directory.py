@@ -22,7 +22,6 @@ __all__ = [
     "EVAL",
     "EVALUATION",
     "FINAL",
-    "LOGS",
     "METRICS",
     "REPORT",
     "RUN",
@@ -45,8 +44,11 @@ SUMMARY = "summary.json"
 EVALUATION = "evaluation.json"
 """Written by ``raydpo eval``."""
 AUDIT_JSON = "audit.json"
+"""The figures of the audit."""
 AUDIT_PAGE = "audit.html"
+"""The audit as a page."""
 REPORT = "report.html"
+"""The page of a run or a sweep."""
 SWEEP = "sweep.json"
 """The record of a sweep: its trials and their state."""
 BEGUN_BY = "begun-by.json"
@@ -54,9 +56,11 @@ BEGUN_BY = "begun-by.json"
 FINAL = "final"
 """Folder of the exported policy."""
 CHECKPOINTS = "checkpoints"
+"""Folder of the checkpoints, in Ray Train's layout."""
 TENSORBOARD = "tensorboard"
-LOGS = "logs"
-DRIVER_LOG = f"{LOGS}/driver.log"
+"""Folder of TensorBoard's event files."""
+DRIVER_LOG = "logs/driver.log"
+"""Output of libraries in the driver process; a run at a URI has none."""
 
 
 @dataclass(frozen=True)

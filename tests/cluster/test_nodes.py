@@ -142,7 +142,7 @@ def test_the_address_of_a_job_server_is_none_to_run_on(tiny_llama, tmp_path, mon
     else:
         tree["ray"] = {"address": server}
     named = r"\$RAY_ADDRESS" if variable else "ray.address"
-    told = rf"^{named} is '{server}', the address of a job server.* \$RAY_API_SERVER_ADDRESS$"
+    told = rf"^{named} is '{server}', the address of a job server.* \$RAY_API_SERVER_ADDRESS"
     with pytest.raises(ConfigError, match=told), session(load_config(tree)):
         pass
     report(Console(stream))
