@@ -46,7 +46,7 @@ format: $(VENV)/.test
 	$(BIN)/ruff format raydpo jobs tests
 
 types: $(VENV)/.test
-	$(BIN)/basedpyright --pythonpath $(BIN)/python
+	$(BIN)/basedpyright
 
 floors: $(VENV)/.test
 	$(BIN)/lint-imports
