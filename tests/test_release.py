@@ -73,6 +73,7 @@ def test_the_archives_hold_what_they_must(dist):
         in_source = {name.partition("/")[2] for name in archive.getnames()}
     needed = package | {"CHANGELOG.md", "LICENSE", "README.md", "constraints.txt", "pyproject.toml"}
     assert needed <= in_source, f"missing: {sorted(needed - in_source)}"
+    assert not any(name.startswith("tests/") for name in in_source)
 
 
 @pytest.mark.slow
