@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -80,7 +81,7 @@ class PartInfo:
     rows: int
     bytes: int
     identity: ReferenceIdentity
-    provenance: dict[str, object]
+    provenance: dict[str, Any]
     supersedes: tuple[str, ...] = ()
     per_token: bool = True
 

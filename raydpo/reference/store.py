@@ -468,7 +468,7 @@ def _short(path: str) -> str:
     return path.rsplit("/", 1)[-1]
 
 
-def _not_used(name: str, error: Exception) -> str:
+def _not_used(name: str, error: CacheError | OSError) -> str:
     if isinstance(error, CacheError):
         return f"{error}; it is not used"
     return f"part {name} cannot be read ({error.strerror or error}) and is not used; its rows count as missing"

@@ -466,13 +466,15 @@ def _open(uri: str) -> tuple[pafs.FileSystem, str]:
     except (pa.ArrowNotImplementedError, ImportError):
         pass  # this pyarrow does not know the scheme
     try:
-        import fsspec
+        from fsspec.core import url_to_fs
 
-        driver, root = fsspec.core.url_to_fs(uri)
+        driver, root = url_to_fs(uri)
     except ImportError as error:
         package = _DRIVERS.get(scheme) or getattr(error.__cause__, "name", None) or "fsspec"
         raise RaydpoError(f"cannot open {redact(uri)}: its driver is not installed; run: pip install {package}") from None
     except Exception as error:  # each driver has its own errors
-        kind = RaydpoError if scheme in fsspec.available_protocols() else ConfigError
+        from fsspec import available_protocols
+
+        kind = RaydpoError if scheme in available_protocols() else ConfigError
         raise kind(f"cannot open {redact(uri)}: {_said(error, uri)}") from None
     return pafs.PyFileSystem(pafs.FSSpecHandler(driver)), root.rstrip("/")

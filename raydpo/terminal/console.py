@@ -149,7 +149,7 @@ class ProgressLine:
     def update(self, done: int, extra: str = "") -> None:
         """Show that ``done`` of ``total`` are finished, with ``extra`` behind the rate."""
         self.done, self.extra = done, extra
-        if self._bar is not None:
+        if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=done, rate=self._rate(), extra=extra)
         elif time.monotonic() - self.printed >= LINE_INTERVAL and done < self.total:
             self._print_line()
