@@ -45,8 +45,15 @@ _REFUSALS = re.compile(
     r"\b(PERMISSION_DENIED|UNAUTHENTICATED|AuthorizationFailure|AuthenticationFailed|AuthorizationPermissionMismatch|"
     r"InvalidAuthenticationInfo|ContainerNotFound|AccountIsDisabled|ClientAuthenticationError)\b"
 )
-_DRIVERS = dict.fromkeys(("az", "abfs", "abfss"), "adlfs") | dict.fromkeys(("gs", "gcs"), "gcsfs")
-_DRIVERS |= {"s3": "s3fs", "hf": "huggingface_hub"}
+_DRIVERS = {
+    "az": "adlfs",
+    "abfs": "adlfs",
+    "abfss": "adlfs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "s3": "s3fs",
+    "hf": "huggingface_hub",
+}
 
 
 @dataclass(frozen=True)

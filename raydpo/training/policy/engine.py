@@ -39,6 +39,7 @@ class StepEngine(Protocol):
     @property
     def replica(self) -> int:
         """Number of the replica that this rank belongs to."""
+        ...
 
     @property
     def replicas(self) -> int: ...
@@ -46,37 +47,47 @@ class StepEngine(Protocol):
     @property
     def sequence_parallel(self) -> int:
         """Ranks of a replica."""
+        ...
 
     @property
     def is_leader(self) -> bool:
         """Whether this rank counts the pairs of its replica."""
+        ...
 
     @property
     def module(self) -> LogpModel: ...
 
     def lay_out(self, groups: Sequence[PromptGroup]) -> Layout:
         """Lay out a micro-batch on the CPU. May run in another thread than the one that computes."""
+        ...
 
     def logps(self, layout: Layout, *, log_sum_sq: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """float32 log-probs [N], with gradient in training mode; if ``log_sum_sq``, also the second [N] of ``LogpModel``."""
+        ...
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradient of this rank's share of the step's mean loss. ``last``: it is the step's last micro-batch."""
+        ...
 
     def step(self, learning_rate: float) -> float:
         """Clip and apply the gradients. Returns their norm before clipping; one that is not finite changes nothing."""
+        ...
 
     def evaluating(self) -> AbstractContextManager[None]:
         """Compute without gradients and in evaluation mode within the block."""
+        ...
 
     def barrier(self) -> None:
         """Wait until all ranks have called this."""
+        ...
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """Sum ``values`` over all ranks, in place."""
+        ...
 
     def gather_objects(self, value: Any) -> list[Any]:
         """``value`` of every rank, in order of ranks."""
+        ...
 
 
 class Engine(StepEngine, Protocol):
@@ -85,35 +96,44 @@ class Engine(StepEngine, Protocol):
     @property
     def zero(self) -> int:
         """ZeRO stage."""
+        ...
 
     @property
     def adapts(self) -> bool:
         """Whether adapters train, not the model's own weights."""
+        ...
 
     @property
     def layout_line(self) -> str:
         """The layout that was chosen, and why, in one line for the log."""
+        ...
 
     @property
     def load_seconds(self) -> float:
         """Seconds until the slowest rank had loaded the model."""
+        ...
 
     @property
     def load_bytes(self) -> float:
         """Peak host memory while loading, of the rank with the highest peak."""
+        ...
 
     @property
     def state(self) -> TrainedState:
         """Weights and optimizer state, to be written to a checkpoint or read from one."""
+        ...
 
     def find_budget(self, share: float = 1.0) -> Budget:
         """Measure how many token positions of a micro-batch fit into ``share`` of a device's memory; equal on all ranks."""
+        ...
 
     def gather(self) -> dict[str, Tensor]:
         """The trained weights on the CPU of rank 0, elsewhere an empty dict. All ranks must call it."""
+        ...
 
     def load_whole_models(self) -> None:
         """Stop partitioning the models that transformers loads in this process from here on."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
