@@ -404,14 +404,24 @@ def test_checks_in_a_bare_environment(tree, tmp_path):
 def test_help_and_a_wrong_setting_import_little(tree, tmp_path):
     """So both answer in a fraction of a second."""
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree | {"train": {"bata": 1}}))
-    for words, status, unused in (
-        ("['--help']", 0, {"pydantic", "rich", "yaml", "asyncio"}),
-        (f"['run', {str(tmp_path / 'config.yaml')!r}]", 2, {"rich", "asyncio", "numpy"}),
-    ):
+    config = str(tmp_path / "config.yaml")
+    wrong = [[verb, config] for verb in ("score", "train", "run", "sweep", "show", "audit", "eval", "plan")]
+    wrong += [["cache", "export", config, "out.parquet"], ["cache", "import", config]]
+    wrong += [["cache", "verify", "cache", "--config", config], ["quickstart", "train.bata=1"]]
+    commands = [
+        ([["--help"]], 0, {"pydantic", "rich", "yaml", "asyncio"}),
+        (wrong, 2, {"rich", "asyncio", "numpy", "pyarrow", "ray", "torch"}),
+    ]
+    for words, status, unused in commands:
         program = (
             "import sys\nfrom raydpo.cli.entry import main\n"
-            f"try: status = main({words})\nexcept SystemExit as ended: status = ended.code or 0\n"
-            f"raise SystemExit(f'imported: {{found}}' if (found := {unused!r} & set(sys.modules)) else status)\n"
+            f"for words in {words!r}:\n"
+            "    try: status = main(words)\n"
+            "    except SystemExit as ended: status = ended.code or 0\n"
+            f"    if status != {status}: raise SystemExit(f'{{words}} ended with {{status}}')\n"
+            f"    if found := {unused!r} & set(sys.modules): raise SystemExit(f'{{words}} imported {{found}}')\n"
         )
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-        assert done.returncode == status, done.stderr
+        done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("did you mean 'train.beta'") == (len(words) if status else 0)
+    assert not (tmp_path / "runs").exists()

@@ -106,10 +106,8 @@ def own_scores(path: str, contests: Sequence[Contest]) -> tuple[np.ndarray, np.n
             )
         return float(value)
 
-    return (
-        np.array([score(one.prompt, one.policy) for one in contests]),
-        np.array([score(one.prompt, one.reference) for one in contests]),
-    )
+    policy, reference = ([score(one.prompt, getattr(one, side)) for one in contests] for side in ("policy", "reference"))
+    return np.array(policy), np.array(reference)
 
 
 def own_function(path: str) -> Callable[[str, str], Any]:

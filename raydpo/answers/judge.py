@@ -43,33 +43,8 @@ QUESTION = """<conversation>
 Which answer is {criterion}: A, B, or tie?"""
 FIRST, SECOND, TIE, REFUSED, FAILED = "first", "second", "tie", "refused", "failed"
 _WORDS = {"A": FIRST, "B": SECOND, "tie": TIE}
-_AROUND = frozenset(
-    (
-        "answer",
-        "best",
-        "better",
-        "choice",
-        "choose",
-        "decision",
-        "final",
-        "i",
-        "is",
-        "it",
-        "it's",
-        "my",
-        "option",
-        "overall",
-        "prefer",
-        "preferred",
-        "result",
-        "so",
-        "the",
-        "therefore",
-        "verdict",
-        "winner",
-        "wins",
-    )
-)
+_AROUND = """answer best better choice choose decision final i is it it's my option overall prefer preferred result so the
+therefore verdict winner wins"""
 """Words that a last line may contain beside the verdict and words of the criterion. Others might reverse its meaning."""
 _DENYING = frozenset(("cannot", "either", "neither", "no", "nor", "not", "or"))
 AGAIN = frozenset({408, 409, 429})
@@ -192,15 +167,9 @@ def judge_contests(
 def _ask_block(
     judge: Judge, contests: Sequence[Contest], storage: Storage, pool: ThreadPoolExecutor
 ) -> list[tuple[str, str]]:
-    rows = pa.table(
-        {
-            "prompt": [as_text(one.prompt) for one in contests],
-            "policy": [one.policy for one in contests],
-            "reference": [one.reference for one in contests],
-        }
-    )
-    name = stored_name(judge.identity, rows)
-    prompts, policy, reference = (rows[column].to_pylist() for column in rows.column_names)
+    prompts = [as_text(one.prompt) for one in contests]
+    policy, reference = [one.policy for one in contests], [one.reference for one in contests]
+    name = stored_name(judge.identity, pa.table({"prompt": prompts, "policy": policy, "reference": reference}))
     questions = list(chain(zip(prompts, policy, reference, strict=True), zip(prompts, reference, policy, strict=True)))
     stored = load(storage, name)
     replies = [FAILED] * len(questions) if stored is None else list(chain(*(each.to_pylist() for each in stored.columns)))
@@ -234,7 +203,7 @@ def _verdict(response: httpx.Response, criterion: str) -> str:
 def _read_verdict(line: str, criterion: str) -> str:
     """Return the verdict of a line that says nothing else, such as ``B``, ``answer_A`` or ``Final verdict: tie``."""
     words = re.findall(r"[^\W_]+(?:'[^\W_]+)?", line)
-    around = _AROUND | set(re.findall(r"[^\W_]+", criterion.lower())) - _DENYING
+    around = {*_AROUND.split()} | set(re.findall(r"[^\W_]+", criterion.lower())) - _DENYING
     named = set()
     for number, word in enumerate(words):
         low, before = word.lower(), words[number - 1].lower() if number else ""

@@ -55,12 +55,8 @@ class RewardModel:
         Raises:
             ModelError: if it is not stored as safetensors.
         """
-        return cls(
-            path=path,
-            weights=identify(path, dtype, trust_remote_code=trust_remote_code),
-            tokenizer=_tokenizer_digest(path),
-            trust_remote_code=trust_remote_code,
-        )
+        weights, tokenizer = identify(path, dtype, trust_remote_code=trust_remote_code), _tokenizer_digest(path)
+        return cls(path=path, weights=weights, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -85,17 +81,9 @@ class RewardModel:
             )
 
         def act(rows: pa.Table) -> pa.Table:
-            return pa.table(
-                {
-                    "score": pa.array(
-                        [
-                            _score(model, tokenizer, json.loads(prompt), answer)
-                            for prompt, answer in zip(rows["prompt"].to_pylist(), rows["answer"].to_pylist(), strict=True)
-                        ],
-                        pa.float64(),
-                    )
-                }
-            )
+            asked = zip(rows["prompt"].to_pylist(), rows["answer"].to_pylist(), strict=True)
+            scores = [_score(model, tokenizer, json.loads(prompt), answer) for prompt, answer in asked]
+            return pa.table({"score": pa.array(scores, pa.float64())})
 
         return act
 

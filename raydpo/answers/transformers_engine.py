@@ -80,13 +80,12 @@ def _answer_batch(
         ids[row, width - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
         mask[row, width - len(prompt) :] = 1
     device = causal_lm.device
+    end = list(stop) or None
     whole = causal_lm.generate(
         input_ids=ids.to(device),
         attention_mask=mask.to(device),
         logits_processor=[_ReadOff(prompts, draws, max_tokens, width, device)] if any(draws) else None,
-        generation_config=GenerationConfig(
-            do_sample=False, max_new_tokens=max_tokens, pad_token_id=pad, eos_token_id=list(stop) or None
-        ),
+        generation_config=GenerationConfig(do_sample=False, max_new_tokens=max_tokens, pad_token_id=pad, eos_token_id=end),
     )
     return [_until_stop(row, stop) for row in whole[:, width:].cpu().numpy()]
 
@@ -106,15 +105,12 @@ class _ReadOff(LogitsProcessor):
         self, prompts: Sequence[np.ndarray], draws: Sequence[Draw | None], steps: int, width: int, device: torch.device
     ) -> None:
         self.width = width
-        numbers = [
-            np.full(steps, np.nan) if draw is None else uniforms(draw, prompt, steps)
-            for prompt, draw in zip(prompts, draws, strict=True)
-        ]
+        drawn = zip(prompts, draws, strict=True)
+        numbers = [np.full(steps, np.nan) if draw is None else uniforms(draw, prompt, steps) for prompt, draw in drawn]
         self.numbers = torch.from_numpy(np.stack(numbers)).to(device)  # [B, steps]
         self.greedy = torch.tensor([draw is None for draw in draws], device=device)[:, None]
-        self.temperatures = torch.tensor(
-            [1.0 if draw is None else draw.temperature for draw in draws], dtype=torch.float64, device=device
-        )[:, None]
+        temperatures = [1.0 if draw is None else draw.temperature for draw in draws]
+        self.temperatures = torch.tensor(temperatures, dtype=torch.float64, device=device)[:, None]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         cumulative = (scores.double() / self.temperatures).softmax(-1).cumsum(-1)

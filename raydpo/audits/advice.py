@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from raydpo.config import ObjectiveConfig
@@ -29,53 +30,49 @@ def advise(figures: dict[str, Any], objective: ObjectiveConfig | None = None) ->
     Args:
         figures: of ``measure.figures``. objective: what the pairs will be trained with; None = the default objective.
     """
-    objective = objective or ObjectiveConfig()
-    found: list[Finding] = []
+    return list(_advice(figures, objective or ObjectiveConfig()))
+
+
+def _advice(figures: dict[str, Any], objective: ObjectiveConfig) -> Iterator[Finding]:
     pairs = figures["pairs"]
     length, reference, surprise = figures["length"], figures["reference"], figures["surprise"]
     rule, rule_low = length["rule_accuracy"]["share"], length["rule_accuracy"]["low"]
     if rule_low is not None and rule_low > 0.5 and rule >= LENGTH_RULE:
         strong = rule >= LENGTH_RULE_STRONG and not objective.per_token
         tokens = sum(figures["tokens"][side]["mean"] for side in ("chosen", "rejected")) / 2
-        found.append(
-            Finding(
-                "Length-normalise" if strong else "Watch the length",
-                f"'The {length['rule']} answer is better' is right for {rule:.1%} of the pairs (95 % interval from "
-                f"{rule_low:.1%}); the chosen answer is longer in {length['chosen_longer']['share']:.1%} of them; the median "
-                f"difference is {length['difference']['median']:+.0f} tokens.",
-                f"The easiest thing to learn from these pairs is to write {length['rule']} answers."
-                + (
-                    f" A loss per token removes this incentive. Its beta is the present one, {objective.beta_text}, times the "
-                    f"mean length of an answer, {tokens:.0f} tokens."
-                    if strong
-                    else " Compare length/margin_correlation of the run with the correlation here."
-                ),
-                f"train: {{loss: sigmoid_norm, beta: {objective.beta_per_token(tokens)}}}" if strong else None,
-            )
+        yield Finding(
+            "Length-normalise" if strong else "Watch the length",
+            f"'The {length['rule']} answer is better' is right for {rule:.1%} of the pairs (95 % interval from "
+            f"{rule_low:.1%}); the chosen answer is longer in {length['chosen_longer']['share']:.1%} of them; the median "
+            f"difference is {length['difference']['median']:+.0f} tokens.",
+            f"The easiest thing to learn from these pairs is to write {length['rule']} answers."
+            + (
+                f" A loss per token removes this incentive. Its beta is the present one, {objective.beta_text}, times the "
+                f"mean length of an answer, {tokens:.0f} tokens."
+                if strong
+                else " Compare length/margin_correlation of the run with the correlation here."
+            ),
+            f"train: {{loss: sigmoid_norm, beta: {objective.beta_per_token(tokens)}}}" if strong else None,
         )
     chosen = surprise["chosen"]
     if chosen and chosen["median"] > FAR_SURPRISE:
         perplexity = surprise["chosen_perplexity"]
-        found.append(
-            Finding(
-                "Fine-tune on the chosen answers first",
-                f"The surprise of the reference at the chosen answers is {chosen['median']:.2f} nats a token in the median, and "
-                f"{math.log(perplexity):.2f} over all their tokens (perplexity {perplexity:.0f}).",
-                "The model does not write text of this kind. DPO then mostly lowers the rejected answers, and the likelihood of "
-                "the chosen ones falls with them. Train one supervised epoch on the chosen answers first, and use the result as "
-                "policy and reference.",
-            )
+        yield Finding(
+            "Fine-tune on the chosen answers first",
+            f"The surprise of the reference at the chosen answers is {chosen['median']:.2f} nats a token in the median, and "
+            f"{math.log(perplexity):.2f} over all their tokens (perplexity {perplexity:.0f}).",
+            "The model does not write text of this kind. DPO then mostly lowers the rejected answers, and the likelihood of "
+            "the chosen ones falls with them. Train one supervised epoch on the chosen answers first, and use the result as "
+            "policy and reference.",
         )
     even = figures["contradictory_evenly"]
     if even:
-        found.append(
-            Finding(
-                "Remove contradictions",
-                f"{even:,} of {pairs:,} pairs ({even / pairs:.1%}) prefer A to B exactly as often as others prefer B to A.",
-                "They cancel out and keep the loss high. The filter keeps pairs where one side has more votes: the loss fits "
-                "the share of votes.",
-                'data: {filter: "opposites != copies"}',
-            )
+        yield Finding(
+            "Remove contradictions",
+            f"{even:,} of {pairs:,} pairs ({even / pairs:.1%}) prefer A to B exactly as often as others prefer B to A.",
+            "They cancel out and keep the loss high. The filter keeps pairs where one side has more votes: the loss fits "
+            "the share of votes.",
+            'data: {filter: "opposites != copies"}',
         )
     for kind, count, why, setting in (
         (
@@ -99,29 +96,23 @@ def advise(figures: dict[str, Any], objective: ObjectiveConfig | None = None) ->
         ),
     ):
         if count and count >= SOME * pairs:
-            found.append(Finding(kind, f"{count:,} of {pairs:,} pairs ({count / pairs:.1%}).", why, setting))
+            yield Finding(kind, f"{count:,} of {pairs:,} pairs ({count / pairs:.1%}).", why, setting)
     # Sums favour short answers, so the ranking per token must be right too.
     by_sum, per_token = reference["right_by_sum"], reference["right_per_token"]
     if by_sum["low"] is not None and min(by_sum["low"], per_token["low"]) > NOT_MUCH_TO_LEARN:
-        found.append(
-            Finding(
-                "Little is left to learn",
-                f"The reference already ranks {by_sum['share']:.1%} of the pairs right, and "
-                f"{per_token['share']:.1%} per token.",
-                "Most pairs reinforce what the model does already. It learns from the pairs that it ranks wrong.",
-                f'data: {{filter: "ref_margin < {reference["margin"]["median"]:.0f}"}}',
-            )
+        yield Finding(
+            "Little is left to learn",
+            f"The reference already ranks {by_sum['share']:.1%} of the pairs right, and {per_token['share']:.1%} per token.",
+            "Most pairs reinforce what the model does already. It learns from the pairs that it ranks wrong.",
+            f'data: {{filter: "ref_margin < {reference["margin"]["median"]:.0f}"}}',
         )
     far = reference["far"]
     if far["pairs"]:
-        found.append(
-            Finding(
-                "Read the pairs that the reference ranks most wrongly",
-                f"The lowest margin of the reference is {reference['margin']['least']:.0f} nats, the first percentile "
-                f"{reference['margin']['p01']:.0f}.",
-                "Such pairs are often broken, swapped or very long; the list below shows them. The filter removes "
-                f"{far['pairs']:,} of {pairs:,} pairs.",
-                f'data: {{filter: "ref_margin > {far["bound"]}"}}',
-            )
+        yield Finding(
+            "Read the pairs that the reference ranks most wrongly",
+            f"The lowest margin of the reference is {reference['margin']['least']:.0f} nats, the first percentile "
+            f"{reference['margin']['p01']:.0f}.",
+            "Such pairs are often broken, swapped or very long; the list below shows them. The filter removes "
+            f"{far['pairs']:,} of {pairs:,} pairs.",
+            f'data: {{filter: "ref_margin > {far["bound"]}"}}',
         )
-    return found

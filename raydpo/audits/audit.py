@@ -42,14 +42,8 @@ class Audit:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of audit.json."""
-        return {
-            "meta": self.meta,
-            "total": self.total,
-            "sources": self.sources,
-            "identical": self.identical,
-            "advice": [dataclasses.asdict(one) for one in self.advice],
-            "extremes": self.extremes,
-        }
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "frame"}
+        return fields | {"advice": [dataclasses.asdict(one) for one in self.advice]}
 
 
 def audit_pairs(
@@ -88,21 +82,17 @@ def summary_lines(audit: Audit) -> list[str]:
             f"({reference['right_per_token']['share']:.1%} per token); chosen {surprise['chosen']['median']:.2f}, "
             f"rejected {surprise['rejected']['median']:.2f} nats a token in the median"
         )
-    counts = [
-        f"{count:,} {what}"
-        for count, what in (
-            (total["duplicates"], "copies"),
-            (total["shared_prompt"], "share a prompt"),
-            (total["shared_answer"], "share an answer"),
-            (total["contradictory"], "contradict another pair"),
-            (sum(audit.identical.values()), "with chosen = rejected (left out)"),
-            (sum(total["empty"].values()), "empty answers"),
-            (sum(total["truncated"].values()), "cut answers"),
-        )
-        if count
-    ]
-    if counts:
-        lines.append(f"audit: {', '.join(counts)}")
+    counts = {
+        "copies": total["duplicates"],
+        "share a prompt": total["shared_prompt"],
+        "share an answer": total["shared_answer"],
+        "contradict another pair": total["contradictory"],
+        "with chosen = rejected (left out)": sum(audit.identical.values()),
+        "empty answers": sum(total["empty"].values()),
+        "cut answers": sum(total["truncated"].values()),
+    }
+    if any(counts.values()):
+        lines.append(f"audit: {', '.join(f'{count:,} {what}' for what, count in counts.items() if count)}")
     return lines + [
         f"advice: {one.title.lower()}: {one.found}{f' ({one.setting})' if one.setting else ''}" for one in audit.advice
     ]

@@ -15,55 +15,43 @@ __all__ = ["COUNT", "extremes"]
 COUNT = 20
 """Number of pairs shown of each kind, at most."""
 
-Rank = Callable[[dict[str, np.ndarray]], np.ndarray]
-KINDS: tuple[tuple[str, str, Rank], ...] = (
-    ("The reference is most wrong, by sum", "lowest margin: swapped, broken or hard pairs", lambda f: f["ref_margin"]),
-    (
-        "The reference is most wrong, per token",
-        "lowest margin per token, which does not grow with length",
-        lambda f: f["ref_chosen_per_token"] - f["ref_rejected_per_token"],
-    ),
-    (
-        "The reference is most sure",
-        "highest margin: nothing to learn, or a rejected answer that is not text",
-        lambda f: -f["ref_margin"],
-    ),
-    ("Most surprising chosen", "least likely tokens: another language, code, noise", lambda f: f["ref_chosen_per_token"]),
-    (
-        "Most surprising rejected",
-        "least likely tokens: such an answer teaches little",
-        lambda f: f["ref_rejected_per_token"],
-    ),
-    ("Chosen much longer", "largest length difference", lambda f: -f["length_difference"].astype(float)),
-    (
-        "Chosen much shorter",
-        "largest length difference in the other direction",
-        lambda f: f["length_difference"].astype(float),
-    ),
-    ("Contradictory", "another pair has chosen and rejected swapped", lambda f: np.where(f["contradictory"], 0.0, np.nan)),
-    (
-        "Copies",
-        "the pairs that occur most often",
-        lambda f: np.where((f["copies"] > 1) & (f["copy"] == 0), -f["copies"], np.nan),
-    ),
-    ("Shared prompts", "prompts with the most pairs", lambda f: np.where(f["prompt_pairs"] > 1, -f["prompt_pairs"], np.nan)),
-    (
-        "Shared answers",
-        "the same answer in many pairs",
-        lambda f: np.where(f["answer_pairs"] > 1, -f["answer_pairs"], np.nan),
-    ),
-    (
-        "Cut most",
-        "answers that lost the most tokens to data.max_length",
-        lambda f: np.where((cut := np.maximum(f["chosen_cut"], f["rejected_cut"])) > 0, -cut, np.nan),
-    ),
-    (
-        "Near empty",
-        "answers of three tokens or fewer",
-        lambda f: np.where((short := np.minimum(f["chosen_tokens"], f["rejected_tokens"])) <= 3, short, np.nan),
-    ),
-)
-"""(title, what it shows, rank of each pair: lowest first, NaN = not of this kind)"""
+KINDS = {
+    "The reference is most wrong, by sum": "lowest margin: swapped, broken or hard pairs",
+    "The reference is most wrong, per token": "lowest margin per token, which does not grow with length",
+    "The reference is most sure": "highest margin: nothing to learn, or a rejected answer that is not text",
+    "Most surprising chosen": "least likely tokens: another language, code, noise",
+    "Most surprising rejected": "least likely tokens: such an answer teaches little",
+    "Chosen much longer": "largest length difference",
+    "Chosen much shorter": "largest length difference in the other direction",
+    "Contradictory": "another pair has chosen and rejected swapped",
+    "Copies": "the pairs that occur most often",
+    "Shared prompts": "prompts with the most pairs",
+    "Shared answers": "the same answer in many pairs",
+    "Cut most": "answers that lost the most tokens to data.max_length",
+    "Near empty": "answers of three tokens or fewer",
+}
+"""The kinds of pairs, and what each of them shows."""
+
+
+def _ranks(f: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Rank of each pair, [pairs], by kind: the lowest is shown first, NaN = not of this kind."""
+    longer = f["length_difference"].astype(float)
+    cut, short = np.maximum(f["chosen_cut"], f["rejected_cut"]), np.minimum(f["chosen_tokens"], f["rejected_tokens"])
+    return {
+        "The reference is most wrong, by sum": f["ref_margin"],
+        "The reference is most wrong, per token": f["ref_chosen_per_token"] - f["ref_rejected_per_token"],
+        "The reference is most sure": -f["ref_margin"],
+        "Most surprising chosen": f["ref_chosen_per_token"],
+        "Most surprising rejected": f["ref_rejected_per_token"],
+        "Chosen much longer": -longer,
+        "Chosen much shorter": longer,
+        "Contradictory": np.where(f["contradictory"], 0.0, np.nan),
+        "Copies": np.where((f["copies"] > 1) & (f["copy"] == 0), -f["copies"], np.nan),
+        "Shared prompts": np.where(f["prompt_pairs"] > 1, -f["prompt_pairs"], np.nan),
+        "Shared answers": np.where(f["answer_pairs"] > 1, -f["answer_pairs"], np.nan),
+        "Cut most": np.where(cut > 0, -cut, np.nan),
+        "Near empty": np.where(short <= 3, short, np.nan),
+    }
 
 
 def extremes(facts: pa.Table, pairs: pa.Table, decode: Callable[[list[list[int]]], list[str]]) -> list[dict[str, Any]]:
@@ -74,19 +62,13 @@ def extremes(facts: pa.Table, pairs: pa.Table, decode: Callable[[list[list[int]]
     """
     columns = {name: facts[name].to_numpy() for name in facts.column_names if name not in ("pair_id", "source")}
     found = []
-    for title, about, rank in KINDS:
-        ranks = np.asarray(rank(columns), float)
+    for title, ranks in _ranks(columns).items():
+        ranks = np.asarray(ranks, float)
         rows = np.argsort(ranks, kind="stable")[:COUNT]  # NaN sorts last
         rows = rows[~np.isnan(ranks[rows])]
         if len(rows):
-            found.append(
-                {
-                    "title": title,
-                    "about": about,
-                    "of": int((~np.isnan(ranks)).sum()),
-                    "pairs": _texts(facts, pairs, rows, decode),
-                }
-            )
+            of, shown_pairs = int((~np.isnan(ranks)).sum()), _texts(facts, pairs, rows, decode)
+            found.append({"title": title, "about": KINDS[title], "of": of, "pairs": shown_pairs})
     return found
 
 

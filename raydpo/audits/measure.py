@@ -13,6 +13,17 @@ from raydpo.data.interval import Interval, mean_by_group, share, share_by_group
 
 __all__ = ["figures", "separation"]
 
+QUANTILES = {
+    "least": 0,
+    "p01": 0.01,
+    "p10": 0.1,
+    "p25": 0.25,
+    "median": 0.5,
+    "p75": 0.75,
+    "p90": 0.9,
+    "p99": 0.99,
+    "most": 1,
+}
 FAR_MARGIN = -150
 """Reference margin, nats, below which a pair counts as far out."""
 FAR_SHARE = 0.01
@@ -155,17 +166,4 @@ def _surprise(scored: pl.DataFrame) -> dict[str, Any]:
 def _quantiles(values: np.ndarray) -> dict[str, float] | None:
     if not len(values):
         return None
-    return {"mean": float(values.mean())} | {
-        name: float(np.quantile(values, share))
-        for name, share in (
-            ("least", 0.0),
-            ("p01", 0.01),
-            ("p10", 0.1),
-            ("p25", 0.25),
-            ("median", 0.5),
-            ("p75", 0.75),
-            ("p90", 0.9),
-            ("p99", 0.99),
-            ("most", 1.0),
-        )
-    }
+    return {"mean": float(values.mean())} | {name: float(np.quantile(values, at)) for name, at in QUANTILES.items()}

@@ -20,23 +20,16 @@ def render_page(audit: Audit) -> str:
     """Render the page. Text from the data is escaped; the page has no scripts, and its security policy blocks any."""
     pictures = [("All pairs", plots(audit.frame, audit.total))]
     if len(audit.sources) > 1:
-        pictures += [
-            (name, plots(audit.frame.filter(pl.col("source") == name), figures))
-            for name, figures in list(audit.sources.items())[:MOST_SOURCES]
-        ]
-    columns = list(audit.sources.items())
-    identical = [audit.identical.get(name, 0) for name, _ in columns]
+        for name, figures in list(audit.sources.items())[:MOST_SOURCES]:
+            pictures.append((name, plots(audit.frame.filter(pl.col("source") == name), figures)))
+    columns = {name: _column(figures, audit.identical.get(name, 0)) for name, figures in audit.sources.items()}
     if len(columns) > 1:
-        columns, identical = [("all", audit.total), *columns], [sum(audit.identical.values()), *identical]
+        columns = {"all": _column(audit.total, sum(audit.identical.values()))} | columns
     rows = [
-        {
-            "title": title,
-            "about": about,
-            "values": [read(figures, same) for (_, figures), same in zip(columns, identical, strict=True)],
-        }
-        for title, about, read in ROWS
+        {"title": title, "about": about, "values": [column[title] for column in columns.values()]}
+        for title, about in ABOUT.items()
     ]
-    return render("audits/page.html", audit=audit, plots=pictures, rows=rows, names=[name for name, _ in columns])
+    return render("audits/page.html", audit=audit, plots=pictures, rows=rows, names=list(columns))
 
 
 def _share(value: dict[str, Any]) -> str:
@@ -51,79 +44,48 @@ def _median(value: dict[str, float] | None, form: str) -> str:
     return "-" if value is None else format(value["median"], form)
 
 
-ROWS = (
-    ("pairs", "usable pairs of this source", lambda f, _: f"{f['pairs']:,}"),
-    (
-        "reference right, sum",
-        "pairs whose chosen answer has the higher log-prob under the reference",
-        lambda f, _: _share(f["reference"]["right_by_sum"]),
-    ),
-    (
-        "reference right, per token",
-        "the same by the mean log-prob per token, which does not favour short answers",
-        lambda f, _: _share(f["reference"]["right_per_token"]),
-    ),
-    ("chosen longer", "pairs whose chosen answer has more tokens", lambda f, _: _share(f["length"]["chosen_longer"])),
-    (
-        "length rule",
-        "accuracy of always preferring the longer (or always the shorter) answer; a tie counts one half",
-        lambda f, _: f"{f['length']['rule']}: {_share(f['length']['rule_accuracy'])}",
-    ),
-    (
-        "length difference",
-        "median of chosen minus rejected, tokens",
-        lambda f, _: _median(f["length"]["difference"], "+.0f"),
-    ),
-    (
-        "margin by length",
-        "correlation of the reference's margin with the length difference",
-        lambda f, _: _number(f["length_and_reference"]["pearson"]),
-    ),
-    (
-        "surprise chosen",
-        "median surprise of the chosen answers, nats a token",
-        lambda f, _: _median(f["surprise"]["chosen"], ".2f"),
-    ),
-    (
-        "surprise rejected",
-        "median surprise of the rejected answers, nats a token",
-        lambda f, _: _median(f["surprise"]["rejected"], ".2f"),
-    ),
-    (
-        "rejected surprises more",
-        "probability that a random rejected answer surprises the reference more, per token, than a "
-        "random chosen one: 50 % if the reference cannot tell them apart",
-        lambda f, _: _share(f["surprise"]["separation"]),
-    ),
-    (
-        "copies",
-        "pairs that equal an earlier pair token by token and that no pair contradicts",
-        lambda f, _: f"{f['duplicates']:,}",
-    ),
-    (
-        "shared prompts",
-        "pairs whose prompt another pair has too, copies not counted",
-        lambda f, _: f"{f['shared_prompt']:,}",
-    ),
-    (
-        "shared answers",
-        "pairs with an answer that occurs in another pair, under any prompt, copies not counted",
-        lambda f, _: f"{f['shared_answer']:,}",
-    ),
-    (
-        "contradictory",
-        "pairs that also occur with chosen and rejected swapped; those where both orders are equally frequent",
-        lambda f, _: f"{f['contradictory']:,}, {f['contradictory_evenly']:,}",
-    ),
-    ("identical", "pairs left out because chosen and rejected are the same", lambda f, identical: f"{identical:,}"),
-    (
-        "empty",
-        "chosen and rejected answers that consist of an end token alone",
-        lambda f, _: f"{sum(f['empty'].values()):,}",
-    ),
-    (
-        "cut",
-        "chosen and rejected answers that were cut to data.max_length",
-        lambda f, _: f"{sum(f['truncated'].values()):,}",
-    ),
-)
+ABOUT = {
+    "pairs": "usable pairs of this source",
+    "reference right, sum": "pairs whose chosen answer has the higher log-prob under the reference",
+    "reference right, per token": "the same by the mean log-prob per token, which does not favour short answers",
+    "chosen longer": "pairs whose chosen answer has more tokens",
+    "length rule": "accuracy of always preferring the longer (or always the shorter) answer; a tie counts one half",
+    "length difference": "median of chosen minus rejected, tokens",
+    "margin by length": "correlation of the reference's margin with the length difference",
+    "surprise chosen": "median surprise of the chosen answers, nats a token",
+    "surprise rejected": "median surprise of the rejected answers, nats a token",
+    "rejected surprises more": "probability that a random rejected answer surprises the reference more, per token, than a "
+    "random chosen one: 50 % if the reference cannot tell them apart",
+    "copies": "pairs that equal an earlier pair token by token and that no pair contradicts",
+    "shared prompts": "pairs whose prompt another pair has too, copies not counted",
+    "shared answers": "pairs with an answer that occurs in another pair, under any prompt, copies not counted",
+    "contradictory": "pairs that also occur with chosen and rejected swapped; those where both orders are equally frequent",
+    "identical": "pairs left out because chosen and rejected are the same",
+    "empty": "chosen and rejected answers that consist of an end token alone",
+    "cut": "chosen and rejected answers that were cut to data.max_length",
+}
+"""The rows of the table, and what each of them shows."""
+
+
+def _column(figures: dict[str, Any], identical: int) -> dict[str, str]:
+    """The figures of one source as text, by row of the table."""
+    length, reference, surprise = figures["length"], figures["reference"], figures["surprise"]
+    return {
+        "pairs": f"{figures['pairs']:,}",
+        "reference right, sum": _share(reference["right_by_sum"]),
+        "reference right, per token": _share(reference["right_per_token"]),
+        "chosen longer": _share(length["chosen_longer"]),
+        "length rule": f"{length['rule']}: {_share(length['rule_accuracy'])}",
+        "length difference": _median(length["difference"], "+.0f"),
+        "margin by length": _number(figures["length_and_reference"]["pearson"]),
+        "surprise chosen": _median(surprise["chosen"], ".2f"),
+        "surprise rejected": _median(surprise["rejected"], ".2f"),
+        "rejected surprises more": _share(surprise["separation"]),
+        "copies": f"{figures['duplicates']:,}",
+        "shared prompts": f"{figures['shared_prompt']:,}",
+        "shared answers": f"{figures['shared_answer']:,}",
+        "contradictory": f"{figures['contradictory']:,}, {figures['contradictory_evenly']:,}",
+        "identical": f"{identical:,}",
+        "empty": f"{sum(figures['empty'].values()):,}",
+        "cut": f"{sum(figures['truncated'].values()):,}",
+    }

@@ -75,15 +75,12 @@ def _margin_by_length(scored: pl.DataFrame, figures: dict[str, Any]) -> Picture:
     low, middle, high = np.array([np.quantile(margin[each], [0.1, 0.5, 0.9]) for each in groups]).T
     both = figures["length_and_reference"]
     title = "Margin and length"
-    caption = (
-        "A sum of log-probs falls with every token, so the reference's margin mostly shows which answer is shorter."
-        + (
-            ""
-            if both["slope"] is None
-            else f" It changes by {both['slope']:+.2f} nats for each token that the chosen answer is longer: correlation "
+    caption = "A sum of log-probs falls with every token, so the reference's margin mostly shows which answer is shorter."
+    if both["slope"] is not None:
+        caption += (
+            f" It changes by {both['slope']:+.2f} nats for each token that the chosen answer is longer: correlation "
             f"{both['pearson']:.2f}, rank correlation {both['spearman']:.2f}."
         )
-    )
     with figure() as (made, axes):
         axes.fill_between(centres, low, high, color=PALE, alpha=0.45, linewidth=0, label="80 % of pairs")
         axes.plot(centres, middle, color=GOOD, linewidth=1.6, label="median")

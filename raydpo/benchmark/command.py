@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import platform
 import shlex
@@ -23,7 +24,7 @@ import pyarrow.parquet as pq
 from raydpo.benchmark import workload
 from raydpo.benchmark.compare import Measurement, disagreements, fastest, figures, ratios
 from raydpo.benchmark.job import Job, Result, Stage, start
-from raydpo.benchmark.tables import plot, print_point
+from raydpo.benchmark.tables import print_point
 from raydpo.config import DataConfig, TrainConfig, is_hub_name
 from raydpo.errors import ConfigError, TrainError
 from raydpo.estimate.plan import pair_groups
@@ -41,7 +42,7 @@ __all__ = ["main"]
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 ADAPTER_LR = 1e-4
-"""Default learning rate with ``--lora``. Fresh adapters need a higher one than trained weights."""
+"""Learning rate with ``--lora``. Fresh adapters need a higher one than trained weights."""
 PACKAGES = ("torch", "transformers", "peft", "trl", "deepspeed", "accelerate", "datasets", "numpy")
 """Packages whose versions are recorded."""
 
@@ -63,19 +64,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", required=True, metavar="PATH", help=f"model directory, hub name, or {' or '.join(workload.SHAPES)}")
     add("--data", metavar="FILE", help="preference file, as in data.train of a run")
     add("--synthetic", action="store_true", help="random pairs, for each length and each ratio")
-    add(
-        "--lengths",
-        type=_numbers,
-        default=(512, 2048),
-        metavar="N,N",
-        help="mean tokens of a synthetic row, prompt and one completion (default: 512,2048)",
-    )
+    add("--lengths", type=_numbers, default="512,2048", metavar="N,N", help="tokens of a random row (default: %(default)s)")
     add(
         "--ratios",
         type=_ratios,
-        default=((1, 4), (1, 1), (4, 1)),
-        metavar="P:C,P:C",
-        help="prompt to completion tokens of synthetic rows (default: 1:4,1:1,4:1)",
+        default="1:4,1:1,4:1",
+        metavar="P:C",
+        help="its prompt to completion (default: %(default)s)",
     )
     add("--pairs", type=_positive, default=64, metavar="N", help="number of pairs (default: %(default)s)")
     add("--pairs-per-step", type=_positive, default=8, metavar="N", help="pairs of a step (default: %(default)s)")
@@ -85,35 +80,17 @@ def _parser() -> argparse.ArgumentParser:
     trained = parser.add_mutually_exclusive_group(required=True)
     trained.add_argument("--lora", type=_positive, metavar="R", help="train adapters of this rank")
     trained.add_argument("--full", action="store_true", help="train all weights")
-    add("--lr", type=_rate, metavar="X", help=f"learning rate (default: {ADAPTER_LR:g} with --lora, else that of a run)")
-    add(
-        "--max-length",
-        type=_positive,
-        default=DataConfig.model_fields["max_length"].default,
-        metavar="N",
-        help="longest row in tokens; longer ones are cut (default: %(default)s)",
-    )
-    add(
-        "--tokens-per-batch",
-        type=_budget,
-        default="auto",
-        metavar="N|auto",
-        help="token positions of raydpo's micro-batches (default: %(default)s)",
-    )
-    add(
-        "--baseline-batches",
-        type=_numbers,
-        metavar="N,N",
-        help="pairs of one forward pass of TRL, which accumulates "
-        "gradients over a step; each is measured, the fastest is compared (default: 1, 2, 4 ... up to the step)",
-    )
+    longest = DataConfig.model_fields["max_length"].default
+    add("--max-length", type=_positive, default=longest, metavar="N", help="tokens of a row (default: %(default)s)")
+    add("--tokens-per-batch", type=_budget, default="auto", metavar="N", help="positions of raydpo's micro-batches")
+    tried = "pairs of a forward pass of TRL; the fastest is compared (default: 1, 2, 4 ... up to the step)"
+    add("--baseline-batches", type=_numbers, metavar="N,N", help=tried)
     add("--skip-online", action="store_true", help="do not measure TRL with a reference scored at every step")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--threads", type=_positive, metavar="N", help="CPU threads of both sides (default: all physical cores)")
-    add("--peak-tflops", type=float, metavar="X", help="peak of the GPU, for MFU (default: known for some, in bf16)")
     add("--seed", type=int, default=0, help="seed of synthetic pairs and random weights (default: %(default)s)")
     add("--work", metavar="DIR", help="keep intermediate files and random models here")
-    add("--json", metavar="OUT", help="write everything measured, and beside it a plot")
+    add("--json", metavar="OUT", help="write everything measured")
     add("--dry-run", action="store_true", help="print the command that submits this as a job of a Ray cluster")
     return parser
 
@@ -127,8 +104,8 @@ def _run(args: argparse.Namespace, console: Console) -> None:
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch sees no CUDA device here; use --device cpu")
-    steps, per_epoch = args.steps, -(-args.pairs // args.pairs_per_step)
-    steps = per_epoch if steps is None else steps
+    per_epoch = -(-args.pairs // args.pairs_per_step)
+    steps = args.steps or per_epoch
     if not 0 <= args.warmup < steps <= per_epoch:
         raise ConfigError(
             f"--warmup {args.warmup} and --steps {steps} do not fit: {args.pairs} pairs are {per_epoch} steps "
@@ -162,22 +139,14 @@ def _run(args: argparse.Namespace, console: Console) -> None:
             tokens_per_batch=args.tokens_per_batch,
             device=device,
             threads=args.threads,
-            lr=_learning_rate(args),
+            lr=TrainConfig.model_fields["lr"].default if args.lora is None else ADAPTER_LR,
             pairs_per_pass=args.pairs_per_step,
         )
         # As given on the command line, without folders of this machine.
-        given = {
-            "model": args.model,
-            "data": args.data,
-            "warmup": args.warmup,
-            "train": job.train.model_dump(mode="json"),
-            "baseline_batches": batches,
-        }
-        record["settings"] = {
-            key: value
-            for key, value in dataclasses.asdict(job).items()
-            if key not in ("stage", "work", "workload", "pairs_per_pass")
-        } | given
+        given = {"model": args.model, "data": args.data, "warmup": args.warmup, "baseline_batches": batches}
+        record["settings"] = dataclasses.asdict(job) | given | {"train": job.train.model_dump(mode="json")}
+        for name in ("stage", "work", "workload", "pairs_per_pass"):
+            del record["settings"][name]
         console.say(
             f"raydpo {__version__} against {label} on {record['device']}, {args.dtype}, "
             + ("all weights" if args.lora is None else f"adapters of rank {args.lora}")
@@ -186,17 +155,15 @@ def _run(args: argparse.Namespace, console: Console) -> None:
         for facts, table in _workloads(args, model):
             job = dataclasses.replace(job, workload=str(work / "pairs.parquet"))
             pq.write_table(table, job.workload)
-            points.append(
-                {"baseline": label, "workload": facts | workload.statistics(table, args.pairs_per_step)}
-                | _measure(args, job, table, batches, console)
-            )
+            about = {"baseline": label, "workload": facts | workload.statistics(table, args.pairs_per_step)}
+            points.append(about | _measure(args, job, table, batches, console))
             print_point(points[-1], console)
             if args.json is not None:  # after each workload: the next may run out of memory
-                _write(record | ({"results": points} if args.synthetic else points[0]), Path(args.json))
+                found = record | ({"results": points} if args.synthetic else points[0])
+                Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+                Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
     if args.json is not None:
-        picture = Path(f"{args.json}.png")
-        plot(points, picture)
-        console.say(f"written: {args.json} and {picture}")
+        console.say(f"written: {args.json}")
     wrong = [f"{point['workload']['name']}: {problem}" for point in points for problem in point["problems"][:1]]
     if wrong:
         raise TrainError(f"the two sides compute different numbers, so their speeds are not compared: {'; '.join(wrong)}")
@@ -229,10 +196,8 @@ def _measure(args: argparse.Namespace, job: Job, table: Any, batches: Sequence[i
         return start(module, dataclasses.replace(job, stage=name, pairs_per_pass=pairs_per_pass))
 
     _, shapes = pair_groups(table)
-    ours = {
-        "score": stage("score", "raydpo_side", "raydpo's reference pass"),
-        "train": stage("train", "raydpo_side", "raydpo's training"),
-    }
+    score = stage("score", "raydpo_side", "raydpo's reference pass")
+    train = stage("train", "raydpo_side", "raydpo's training")
     about = {"cached": "reference computed before"} | ({} if args.skip_online else {"online": "reference at every step"})
     tried = {
         name: [stage(name, "trl_side", f"TRL, {what}, {size} pair(s) at a time", size) for size in batches]
@@ -242,14 +207,14 @@ def _measure(args: argparse.Namespace, job: Job, table: Any, batches: Sequence[i
     measured = Measurement(
         names=table["pair_id"].to_pylist(),
         shapes=shapes,
-        **ours,
-        cached=best["cached"],
-        online=best.get("online"),
+        score=score,
+        train=train,
+        **best,
         tried=tried,
         dtype=job.dtype,
         model=ModelCost.of(job.model),
         lora=job.lora is not None,
-        peak=_peak(args, job.device),
+        peak=known_peak(_device_name(job.device)) if job.device == "cuda" and args.dtype == "bf16" else None,
         pairs_per_step=job.pairs_per_step,
         warmup=args.warmup,
     )
@@ -258,9 +223,7 @@ def _measure(args: argparse.Namespace, job: Job, table: Any, batches: Sequence[i
     if not problems:
         for part, values in ratios(measured).items():
             point[part] |= values
-    raw = {"raydpo_score": measured.score} | {
-        "raydpo_train" if name == "raydpo" else name: result for name, result in measured.sides.items()
-    }
+    raw = {"raydpo_score": measured.score, "raydpo_train": measured.train} | best
     return point | {"raw": {name: dataclasses.asdict(result) for name, result in raw.items()}}
 
 
@@ -269,12 +232,10 @@ def _workloads(args: argparse.Namespace, model: str) -> Iterator[tuple[dict[str,
         yield {"name": Path(args.data).stem}, workload.of_file(args.data, args.pairs, model, args.max_length)
         return
     vocabulary = ModelCost.of(model).vocabulary
-    for length in args.lengths:
-        for prompt, completion in args.ratios:
-            yield (
-                {"name": f"{length} at {prompt}:{completion}", "length": length, "ratio": f"{prompt}:{completion}"},
-                workload.synthetic(args.pairs, length, (prompt, completion), vocabulary, args.seed),
-            )
+    for length, (prompt, completion) in itertools.product(args.lengths, args.ratios):
+        ratio = f"{prompt}:{completion}"
+        table = workload.synthetic(args.pairs, length, (prompt, completion), vocabulary, args.seed)
+        yield {"name": f"{length} at {ratio}", "length": length, "ratio": ratio}, table
 
 
 def _batches(args: argparse.Namespace, steps: int) -> list[int]:
@@ -307,21 +268,6 @@ def _model(args: argparse.Namespace, work: Path, device: Any, console: Console) 
     return str(directory)
 
 
-def _learning_rate(args: argparse.Namespace) -> float:
-    if args.lr is not None:
-        return args.lr
-    return TrainConfig.model_fields["lr"].default if args.lora is None else ADAPTER_LR
-
-
-def _peak(args: argparse.Namespace, device: str) -> float | None:
-    """Peak operations a second of the GPU, or None if unknown."""
-    if args.peak_tflops is not None:
-        return args.peak_tflops * 1e12
-    if device == "cpu" or args.dtype != "bf16":
-        return None
-    return known_peak(_device_name(device))
-
-
 def _device_name(device: str) -> str:
     """Name of the GPU or the processor."""
     if device == "cuda":
@@ -334,7 +280,6 @@ def _device_name(device: str) -> str:
 
 
 def _versions() -> dict[str, str]:
-    """Versions of Python, raydpo and those of ``PACKAGES`` that are installed."""
     found = {"python": platform.python_version(), "raydpo": __version__}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -358,22 +303,10 @@ def _work(directory: str | None) -> Iterator[Path]:
             shutil.rmtree(work, ignore_errors=True)
 
 
-def _write(record: dict[str, Any], out: Path) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(record, indent=1) + "\n")
-
-
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
-
-
-def _rate(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if 0 < float(text) < 1:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1")
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
@@ -16,10 +16,8 @@ from raydpo.data.simulate import amounts
 from raydpo.estimate.plan import FORWARD, operations
 from raydpo.model.cost import ModelCost
 
-__all__ = ["BETAS", "WITHOUT_RAY", "Measurement", "disagreements", "fastest", "figures", "median_ratio", "ratios"]
+__all__ = ["Measurement", "disagreements", "fastest", "figures", "median_ratio", "ratios"]
 
-BETAS = 5
-"""Trainings of the sweep, which is composed from one measured training."""
 PAIR_NATS, TOKEN_NATS = 1e-3, 1e-5
 """float32: the log-probs of a completion may differ by the first number (nats), or by the second times the completion tokens
 of its pair, whichever is larger. Rounding was a tenth of the first with a trained model of 30 layers."""
@@ -29,11 +27,6 @@ BFLOAT16_TOKEN_NATS = 0.05
 """bfloat16: mean difference allowed over the pairs, in nats a token."""
 BFLOAT16_LOSS = 0.02
 """bfloat16: tolerance of the first loss. Later losses are not compared, since the weights round differently by then."""
-WITHOUT_RAY = (
-    "raydpo runs without Ray here: Ray's start, its worker processes with their imports, the gate, evaluations "
-    "and reports are not included"
-)
-"""What a user's run of raydpo takes beyond the two measured processes. TRL's processes are what its user runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +49,7 @@ class Measurement:
     score: Result
     train: Result
     cached: Result
-    online: Result | None
+    online: Result | None = None
     dtype: str
     model: ModelCost
     lora: bool
@@ -71,10 +64,6 @@ class Measurement:
         sides = {"raydpo": self.train, "cached": self.cached, "online": self.online}
         return {name: result for name, result in sides.items() if result is not None}
 
-    @property
-    def steps_per_epoch(self) -> int:
-        return -(-len(self.names) // self.pairs_per_step)
-
     def rows(self, step: int) -> range:
         """Row numbers of a step's pairs."""
         return range(step * self.pairs_per_step, min((step + 1) * self.pairs_per_step, len(self.names)))
@@ -85,10 +74,8 @@ class Measurement:
 
 
 def disagreements(measured: Measurement) -> tuple[list[str], dict[str, float]]:
-    """Compare the two sides.
-
-    Compared are the reference's log-probs of every pair, the policy's log-probs in the first step, and the losses: of all
-    steps in float32, of the first step in bfloat16.
+    """Compare the reference's log-probs of every pair, the policy's in the first step, and the losses: of all steps in
+    float32, of the first step in bfloat16.
 
     Returns:
         One sentence for each difference larger than rounding; and the largest difference of each kind, by name.
@@ -158,8 +145,7 @@ def fastest(tried: Sequence[Result], warmup: int) -> Result:
     best = min(tried, key=lambda result: median(result.step_seconds[warmup:]))
     if best.reference_seconds is None:
         return best
-    seconds = min(result.reference_seconds for result in tried)
-    return replace(best, reference_seconds=seconds, wall_seconds=best.wall_seconds - best.reference_seconds + seconds)
+    return replace(best, reference_seconds=min(result.reference_seconds for result in tried))
 
 
 def median_ratio(theirs: Sequence[float], ours: Sequence[float], warmup: int) -> float:
@@ -182,8 +168,6 @@ def figures(measured: Measurement) -> dict[str, Any]:
             for name, result in (("raydpo", measured.score), ("cached", measured.cached))
         },
         "train_step": {},
-        "job": _jobs(measured),
-        "sweep": {"betas": BETAS} | _sweeps(measured),
     }
     for name, result in measured.sides.items():
         counted = list(enumerate(result.step_seconds))[measured.warmup :]
@@ -192,13 +176,10 @@ def figures(measured: Measurement) -> dict[str, Any]:
             key: None if rates[0][key] is None else median(rate[key] for rate in rates) for key in rates[0]
         }
     found["memory"] = {name: {"bytes": result.peak_bytes} for name, result in measured.sides.items()}
-    found["memory"]["raydpo"] = {
-        "bytes": max(measured.score.peak_bytes, measured.train.peak_bytes),
-        "scoring_bytes": measured.score.peak_bytes,
-        "training_bytes": measured.train.peak_bytes,
-    }
+    scoring, training = measured.score.peak_bytes, measured.train.peak_bytes
+    found["memory"]["raydpo"] = {"bytes": max(scoring, training), "scoring_bytes": scoring, "training_bytes": training}
     ours = measured.train.facts.get("largest_pass")
-    found["memory_alike"] = {"raydpo": {"bytes": measured.train.peak_bytes, "largest_pass": ours}} | {
+    found["memory_alike"] = {"raydpo": {"bytes": training, "largest_pass": ours}} | {
         name: {"bytes": near.peak_bytes, "largest_pass": near.facts["largest_pass"]}
         for name, tried in measured.tried.items()
         for near in [min(tried, key=lambda result: abs(math.log(result.facts["largest_pass"] / ours)))]
@@ -213,33 +194,28 @@ def ratios(measured: Measurement) -> dict[str, dict[str, float | None]]:
     Meaningful only if ``disagreements`` found none.
     """
     found = figures(measured)
-
-    def against(part: str, other: str) -> float | None:
-        return found[part][other]["seconds"] / found[part]["raydpo"]["seconds"] if other in found[part] else None
+    scoring = found["reference_pass"]
 
     def steps(other: Result | None) -> float | None:
         return None if other is None else median_ratio(other.step_seconds, measured.train.step_seconds, measured.warmup)
 
-    def memory(part: str, other: str) -> float | None:
-        return found[part]["raydpo"]["bytes"] / found[part][other]["bytes"] if other in found[part] else None
+    def memory(part: str) -> dict[str, float | None]:
+        taken = {side: each["bytes"] for side, each in found[part].items()}
+        sides = (("ratio", "online"), ("ratio_vs_cached", "cached"))
+        return {key: taken["raydpo"] / taken[side] if side in taken else None for key, side in sides}
 
     return {
-        "reference_pass": {"ratio": against("reference_pass", "cached")},
+        "reference_pass": {"ratio": scoring["cached"]["seconds"] / scoring["raydpo"]["seconds"]},
         "train_step": {"ratio_vs_cached": steps(measured.cached), "ratio_vs_online": steps(measured.online)},
-        "job": {"ratio_vs_cached": against("job", "cached"), "ratio_vs_online": against("job", "online")},
-        "sweep": {"ratio": against("sweep", "online"), "ratio_vs_cached": against("sweep", "cached")},
-        "memory": {"ratio": memory("memory", "online"), "ratio_vs_cached": memory("memory", "cached")},
-        "memory_alike": {"ratio": memory("memory_alike", "online"), "ratio_vs_cached": memory("memory_alike", "cached")},
+        "memory": memory("memory"),
+        "memory_alike": memory("memory_alike"),
     }
 
 
 def _of_try(result: Result, warmup: int) -> dict[str, Any]:
-    shown = {key: result.facts[key] for key in ("pairs_per_pass", "forward_passes", "positions", "largest_pass")}
-    return shown | {
-        "step_seconds": median(result.step_seconds[warmup:]),
-        "reference_seconds": result.reference_seconds,
-        "bytes": result.peak_bytes,
-    }
+    found = {key: result.facts[key] for key in ("pairs_per_pass", "forward_passes", "positions", "largest_pass")}
+    found |= {"step_seconds": median(result.step_seconds[warmup:]), "reference_seconds": result.reference_seconds}
+    return found | {"bytes": result.peak_bytes}
 
 
 def _rate(measured: Measurement, rows: Sequence[int], seconds: float, factors: Sequence[float]) -> dict[str, float | None]:
@@ -250,34 +226,4 @@ def _rate(measured: Measurement, rows: Sequence[int], seconds: float, factors: S
         "pairs_per_second": len(rows) / seconds,
         "tokens_per_second": float(amount[0]) / seconds,
         "mfu": None if measured.peak is None else operations(amount, measured.model, factors) / seconds / measured.peak,
-    }
-
-
-def _epochs(measured: Measurement) -> Iterator[tuple[str, float]]:
-    """Wall seconds of each training process, extrapolated to all steps of an epoch."""
-    for name, result in measured.sides.items():
-        left = measured.steps_per_epoch - len(result.step_seconds)
-        yield name, result.wall_seconds + left * median(result.step_seconds[measured.warmup :])
-
-
-def _jobs(measured: Measurement) -> dict[str, Any]:
-    seconds = dict(_epochs(measured))
-    seconds["raydpo"] += measured.score.wall_seconds
-    composed = len(measured.train.step_seconds) < measured.steps_per_epoch
-    how = f"wall clock of whole processes; no tokenising, evaluation, checkpoint or export on either side; {WITHOUT_RAY}"
-    missing = "; steps of the epoch that were not taken count as the median step" if composed else ""
-    return {"composed": composed, "how": how + missing, **{name: {"seconds": value} for name, value in seconds.items()}}
-
-
-def _sweeps(measured: Measurement) -> dict[str, Any]:
-    epochs = dict(_epochs(measured))
-    seconds = {name: BETAS * value for name, value in epochs.items()}
-    seconds["raydpo"] += measured.score.wall_seconds
-    # TRL finds its cached reference again for the same data and model, so the pass counts once.
-    seconds["cached"] -= (BETAS - 1) * (measured.cached.reference_seconds or 0.0)
-    return {
-        "composed": True,
-        "how": f"raydpo: one scoring process and {BETAS} training processes; cached: {BETAS} "
-        f"processes, the reference pass only in the first; online: {BETAS} processes; {WITHOUT_RAY}",
-        **{name: {"seconds": value} for name, value in seconds.items()},
     }

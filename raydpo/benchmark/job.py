@@ -121,7 +121,6 @@ class Result:
         losses: loss of each step. chosen_logps, rejected_logps: the policy's summed log-probs, mean over the step's pairs.
         peak_bytes: peak of the whole process, or of the GPU.
         start_bytes: memory after the imports, before anything was loaded.
-        wall_seconds: from start to end of the process; set by the process that started it.
         facts: how the numbers were made; for a process that trained, also ``StepRecord.facts``.
     """
 
@@ -135,7 +134,6 @@ class Result:
     rejected_logps: list[float] = field(default_factory=list)
     peak_bytes: float = 0.0
     start_bytes: float = 0.0
-    wall_seconds: float = 0.0
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -248,7 +246,6 @@ def start(module: str, job: Job) -> Result:
         | threads
         | {"HF_DATASETS_CACHE": str(work / f"{job.name}.datasets"), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     )
-    begin = time.perf_counter()
     with open(log, "wb") as sink:
         status = subprocess.run(
             [sys.executable, "-m", f"raydpo.benchmark.{module}", str(asked), str(out)],
@@ -257,7 +254,6 @@ def start(module: str, job: Job) -> Result:
             stderr=sink,
             env=environment,
         ).returncode
-    wall = time.perf_counter() - begin
     found = json.loads(out.read_text()) if out.is_file() else {}
     if "error" in found:
         raise getattr(errors, found["error"])(found["message"])
@@ -266,4 +262,4 @@ def start(module: str, job: Job) -> Result:
         raise TrainError(
             f"the process of {module} ({job.stage}) ended with status {status}: {' | '.join(words)[-600:]} (log: {log})"
         )
-    return Result(**found | {"wall_seconds": wall})
+    return Result(**found)

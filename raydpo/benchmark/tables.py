@@ -1,14 +1,13 @@
-"""The benchmark's figures as a table and a plot."""
+"""The benchmark's figures as a table."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from raydpo.terminal.console import Console
 
-__all__ = ["plot", "print_point"]
+__all__ = ["print_point"]
 
 _RATES = (
     ("seconds", "s", "{:.3f}"),
@@ -19,17 +18,10 @@ _RATES = (
 _PARTS = {
     "reference_pass": "reference pass",
     "train_step": "training step",
-    "job": "whole job, raydpo without Ray",
-    "sweep": "{} betas, raydpo without Ray",
     "memory": "peak memory",
     "memory_alike": "peak memory at about equal positions of a pass",
 }
-_NAMES = {
-    ("reference_pass", "cached"): "ratio",
-    ("sweep", "online"): "ratio",
-    ("memory", "online"): "ratio",
-    ("memory_alike", "online"): "ratio",
-}
+_NAMES = {("reference_pass", "cached"): "ratio", ("memory", "online"): "ratio", ("memory_alike", "online"): "ratio"}
 """Name of the main ratio of a part. All others are called ``ratio_vs_<side>``."""
 
 
@@ -60,9 +52,7 @@ def print_point(point: dict[str, Any], console: Console) -> None:
         name if name == "raydpo" else f"{_title(point, name)} reference, {_pairs_per_pass(point, name)} pair(s) at a time"
         for name in sides
     ]
-    rows = [
-        row for part, label in _PARTS.items() for row in _rows(point, part, label.format(point["sweep"]["betas"]), sides)
-    ]
+    rows = [row for part, label in _PARTS.items() for row in _rows(point, part, label, sides)]
     console.table("benchmark", ("", "", *titles, *(f"raydpo / {name}" for name in sides[1:])), rows)
 
 
@@ -92,40 +82,3 @@ def _ratio(point: dict[str, Any], part: str, other: str) -> str:
     """The ratio as text; empty if the sides disagree or were not compared."""
     value = point[part].get(_NAMES.get((part, other), f"ratio_vs_{other}"))
     return "" if value is None else f"{value:.2f}"
-
-
-def plot(points: Sequence[dict[str, Any]], file: Path) -> None:
-    """Draw pairs per second of each side for the reference pass and for a step, with one group of bars per workload."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(6 + 2 * len(points), 4), layout="constrained")
-    for axis, part in zip(axes, ("reference_pass", "train_step"), strict=True):
-        sides = [name for name in ("raydpo", "cached", "online") if name in points[0][part]]
-        for number, name in enumerate(sides):
-            bars = axis.bar(
-                [index + 0.8 * (number + 0.5) / len(sides) - 0.4 for index in range(len(points))],
-                [point[part][name]["pairs_per_second"] for point in points],
-                0.8 / len(sides),
-                label=name if name == "raydpo" else _title(points[0], name),
-            )
-            axis.bar_label(bars, labels=[_bar_label(point, part, name) for point in points], fontsize=8)
-        axis.set_xticks(range(len(points)), [point["workload"]["name"] for point in points], fontsize=8)
-        axis.set_title(_PARTS[part], fontsize=9)
-        axis.set_ylabel("pairs per second")
-        axis.legend(fontsize=8)
-    figure.suptitle(
-        "above a bar: how many times as fast raydpo is, and TRL's pairs of a forward pass (the fastest tried)", fontsize=9
-    )
-    figure.savefig(file, dpi=150)
-    pyplot.close(figure)
-
-
-def _bar_label(point: dict[str, Any], part: str, name: str) -> str:
-    ratio = _ratio(point, part, name)
-    told = [f"{ratio} x"] if ratio else []
-    if part == "train_step" and name in point["tried"]:
-        told.append(f"{_pairs_per_pass(point, name)} pair(s)")
-    return "\n".join(told)

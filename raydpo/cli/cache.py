@@ -123,13 +123,13 @@ def _show(args: argparse.Namespace, console: Console) -> Any:
 
 
 def _verify(args: argparse.Namespace, console: Console) -> None:
-    from raydpo.reference.store import ReferenceCache
-    from raydpo.reference.verify import verify_files
-
     prepared = None
     if args.config:
         told = Console(io.StringIO()) if args.json else console
         prepared = _prepare(args.config[0], [*args.config[1:], f"cache.uri={args.uri}"], told)
+    from raydpo.reference.store import ReferenceCache
+    from raydpo.reference.verify import verify_files
+
     identity = prepared.reference.identity if prepared is not None and args.identity is None else args.identity
     cache = ReferenceCache.open(args.uri, identity, unverified=True)
     files = verify_files(cache)
@@ -268,10 +268,10 @@ def _gc(args: argparse.Namespace, console: Console) -> Any:
 
 
 def _export(args: argparse.Namespace, console: Console) -> Any:
+    prepared = _prepare(args.config, args.overrides, console)
     from raydpo.reference.exchange import export_pairs
     from raydpo.reference.pairs import join_reference
 
-    prepared = _prepare(args.config, args.overrides, console)
     joined = join_reference(prepared.sets.train, prepared.cache, "training")
     decode = prepared.tokeniser.tokenizer.batch_decode
     pairs = export_pairs(joined, lambda ids: decode(ids, skip_special_tokens=False), Path(args.out))
@@ -281,11 +281,12 @@ def _export(args: argparse.Namespace, console: Console) -> Any:
 
 def _import(args: argparse.Namespace, console: Console) -> Any:
     from raydpo.errors import ConfigError
-    from raydpo.reference.exchange import import_sums
 
     if (args.chosen is None) != (args.rejected is None):
         raise ConfigError("--chosen and --rejected belong together; give both or neither")
     prepared = _prepare(args.config, [*args.overrides, "data.eval=null"], console)
+    from raydpo.reference.exchange import import_sums
+
     prepared.cache.prepare({"model": prepared.reference.path, "adapter": prepared.reference.adapter})
     columns, pairs = None if args.chosen is None else (args.chosen, args.rejected), prepared.sets.train
     report = import_sums(prepared.config.data, pairs, prepared.cache, means=args.means, columns=columns)
@@ -308,10 +309,11 @@ def _import(args: argparse.Namespace, console: Console) -> Any:
 def _prepare(file: str, overrides: Sequence[str], console: Console) -> Prepared:
     """Check a configuration, tokenise its pairs and open its cache, without Ray."""
     from raydpo.config import load_config
+
+    config = load_config(file, overrides)
     from raydpo.pipeline.checks import check
     from raydpo.pipeline.prepare import Prepared
 
-    config = load_config(file, overrides)
     with console.quiet():
         check(config, "score", console)
         return Prepared.of(config, console)

@@ -152,9 +152,10 @@ def _sweep(args: argparse.Namespace, console: Console) -> None:
 
 
 def _show(args: argparse.Namespace, console: Console) -> None:
+    config = _config(args)
     from raydpo.data.show import render_pairs
 
-    sets, tokeniser = load_training_pairs(_config(args))
+    sets, tokeniser = load_training_pairs(config)
     for line in sets.report.lines():
         console.say(line)
     for renderable in render_pairs(sets.train, tokeniser, args.count):
@@ -221,11 +222,11 @@ def _doctor(args: argparse.Namespace, console: Console) -> None:
 
 
 def _quickstart(args: argparse.Namespace, console: Console) -> None:
-    from raydpo.pipeline.run import run
     from raydpo.quickstart.config import quickstart_config
-    from raydpo.quickstart.effect import measure_effect, print_effect
 
     config = quickstart_config(args.overrides, console)
+    from raydpo.pipeline.run import run
+    from raydpo.quickstart.effect import measure_effect, print_effect
 
     def act() -> None:
         run(config, console, fresh=True)

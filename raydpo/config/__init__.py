@@ -4,30 +4,35 @@ Imports neither torch nor ray nor deepspeed, so that a laptop can check a config
 modules hold all defaults. The docstring below a field is its documentation.
 """
 
-from raydpo.config.data import DataConfig, SourceConfig, source_name
+from raydpo.config.data import DataConfig, EvalConfig, SourceConfig, source_name
 from raydpo.config.evaluate import EvaluateConfig, JudgeConfig
 from raydpo.config.load import is_hub_name, load_config, with_setting
 from raydpo.config.metric import check_metric, depends_on_scale, lower_is_better
-from raydpo.config.model import LoraSettings, ModelConfig
+from raydpo.config.model import LoraSettings, ModelConfig, ReferenceConfig
 from raydpo.config.objective import LOSSES, SCALE_KEYS, BetaSchedule, ObjectiveConfig
-from raydpo.config.run import Config
+from raydpo.config.run import CacheConfig, Config, RayConfig
 from raydpo.config.sweep import RandomConfig, StopEarlyConfig, SweepConfig
 from raydpo.config.track import TrackConfig
-from raydpo.config.train import TrainConfig
+from raydpo.config.train import ScoreConfig, TrainConfig
 from raydpo.config.verbs import Verb, check_verb
 
 __all__ = [
     "LOSSES",
     "SCALE_KEYS",
     "BetaSchedule",
+    "CacheConfig",
     "Config",
     "DataConfig",
+    "EvalConfig",
     "EvaluateConfig",
     "JudgeConfig",
     "LoraSettings",
     "ModelConfig",
     "ObjectiveConfig",
     "RandomConfig",
+    "RayConfig",
+    "ReferenceConfig",
+    "ScoreConfig",
     "SourceConfig",
     "StopEarlyConfig",
     "SweepConfig",

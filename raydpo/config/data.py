@@ -25,13 +25,13 @@ class SourceConfig(Section):
     opens, or the name of a data set on the Hugging Face hub."""
     name: str | None = None
     """Name of the source in counts and metrics; null = the file's stem."""
-    weight: Float = Field(1.0, gt=0)
+    weight: Float = Field(default=1.0, gt=0)
     """Uses of each pair in an epoch: 0.5 uses half of the pairs (others in each epoch), 2 uses all of them twice."""
     split: str = "train"
     """Split of a hub data set; ignored by files."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Maps our column names to the file's, for example {chosen: good_answer, rejected: bad_answer}."""
-    limit: Int | None = Field(None, ge=1)
+    limit: Int | None = Field(default=None, ge=1)
     """Number of records to read; null = all."""
 
 
@@ -40,7 +40,7 @@ class EvalConfig(Section):
 
     path: PathOrUri | None = None
     """A file of held-out pairs (anything a source can be)."""
-    fraction: Float | None = Field(None, gt=0, lt=1)
+    fraction: Float | None = Field(default=None, gt=0, lt=1)
     """Share of the training pairs to hold out. The split is by prompt: no prompt is on both sides."""
     split: str = "test"
     """Split of a hub data set; ignored by files."""
@@ -54,7 +54,7 @@ class EvalConfig(Section):
         return self
 
 
-def as_sources(value: Any) -> Any:
+def as_sources(value: Any) -> list[Any]:
     """Convert a path, or a list of paths and sections, to a list of sections."""
     entries = value if isinstance(value, (list, tuple)) else [value]
     return [{"path": entry} if isinstance(entry, str) else entry for entry in entries]
@@ -71,15 +71,15 @@ class DataConfig(Section):
     """One or more sources, or a single path."""
     eval: Annotated[EvalConfig | None, BeforeValidator(_as_eval)] = None
     """Held-out pairs; null = none."""
-    max_length: Int = Field(1024, ge=2)
+    max_length: Int = Field(default=1024, ge=2)
     """Longest prompt + completion, in tokens. It also sets the rotary frequencies of models for which they depend on the
     length (longrope, dynamic)."""
     truncation: Literal["keep_start", "drop"] = "keep_start"
     """What to do with a longer pair: cut the end of its completion, or drop the pair."""
-    fraction: Float = Field(1.0, gt=0, le=1)
+    fraction: Float = Field(default=1.0, gt=0, le=1)
     """Share of the training prompts to use, with all their pairs; for measuring how much more data helps. A hash of each
     prompt decides, so a smaller share is part of every larger one. Held-out pairs are not affected."""
-    fraction_seed: Int = Field(0, ge=0)
+    fraction_seed: Int = Field(default=0, ge=0)
     """Seed for the choice of prompts. No effect if fraction is 1."""
     shuffle: bool = True
     """Shuffle the pairs of each epoch. false = file order, for comparisons."""
@@ -92,9 +92,9 @@ class DataConfig(Section):
     """Column with a margin of each pair, in units of the reward, that the loss requires between chosen and rejected."""
     chat_template: str | None = None
     """Jinja chat template, or path of a file with one; null = the tokenizer's."""
-    max_malformed: Float = Field(0.01, ge=0, le=1)
+    max_malformed: Float = Field(default=0.01, ge=0, le=1)
     """Largest share of malformed records in a source; more is an error."""
-    max_dropped: Float = Field(0.1, ge=0, le=1)
+    max_dropped: Float = Field(default=0.1, ge=0, le=1)
     """Largest share of pairs of a source that may be dropped for their length; more is an error."""
 
     @model_validator(mode="after")

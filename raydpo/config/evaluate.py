@@ -27,13 +27,13 @@ class JudgeConfig(Section):
     key: str | None = None
     """NAME of the environment variable with the API key, such as JUDGE_KEY; not the key itself, which is neither printed nor
     stored. null = no key."""
-    timeout: Float = Field(60.0, gt=0)
+    timeout: Float = Field(default=60.0, gt=0)
     """Seconds to wait for a reply."""
-    retries: Int = Field(3, ge=0)
+    retries: Int = Field(default=3, ge=0)
     """Retries after a timeout, a lost connection, or status 408, 409, 429 or 5xx. The wait doubles each time."""
-    parallel: Int = Field(8, ge=1)
+    parallel: Int = Field(default=8, ge=1)
     """Number of concurrent requests."""
-    max_tokens: Int = Field(16, ge=1)
+    max_tokens: Int = Field(default=16, ge=1)
     """Longest reply, in tokens. A model that reasons first needs hundreds. The last line of a reply is the verdict."""
     criterion: str = "more helpful, honest and harmless"
     """What makes an answer the better one, as told to the judge."""
@@ -82,7 +82,7 @@ class EvaluateConfig(Section):
     are counted under the name of their source."""
     chat: bool = False
     """Convert text prompts of evaluate.data to user messages, and completions to assistant messages."""
-    beta: Float | None = Field(None, gt=0)
+    beta: Float | None = Field(default=None, gt=0)
     """Scale of the implicit rewards; null = beta of the run that trained the policy, else train.beta."""
     rewards: Literal["sum", "per_token"] | None = None
     """Log-ratios of completions as sums or means over tokens; null = as in the loss of the run that trained the policy, else
@@ -90,22 +90,22 @@ class EvaluateConfig(Section):
     score_missing: bool = True
     """Score pairs that the caches of policy and reference lack; false = missing pairs are an error, and no model is loaded
     to score."""
-    prompts: Int = Field(64, ge=0)
+    prompts: Int = Field(default=64, ge=0)
     """Number of distinct prompts that policy and reference answer. A hash of prompt and seed decides which."""
-    max_tokens: Int = Field(128, ge=1)
+    max_tokens: Int = Field(default=128, ge=1)
     """Longest answer, in tokens."""
     modes: tuple[Mode, ...] = ("greedy", "sampled")
     """How answers are generated. The drift from the reference is measured on sampled ones."""
-    samples: Int = Field(1, ge=1)
+    samples: Int = Field(default=1, ge=1)
     """Number of sampled answers to each prompt."""
-    temperature: Float = Field(1.0, gt=0)
+    temperature: Float = Field(default=1.0, gt=0)
     """Temperature of sampling, without top-k or top-p. The drift is only measured at 1."""
-    seed: Int = Field(0, ge=0)
+    seed: Int = Field(default=0, ge=0)
     """Seed for the choice of prompts and for sampling."""
     engine: Literal["transformers", "vllm"] = "transformers"
     """What generates the answers. vLLM is many times faster on GPUs and must be installed. Its samples repeat with the seed,
     but policy and reference use different random numbers."""
-    batch: Int = Field(16, ge=1)
+    batch: Int = Field(default=16, ge=1)
     """Number of answers that a worker generates at once, with transformers."""
     exact_steps: bool = True
     """Also estimate the drift from the full distributions at each token of the samples, which has a lower variance. Policy

@@ -7,7 +7,7 @@ import importlib.util
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -17,6 +17,9 @@ from raydpo.config.filter import PairFilter
 from raydpo.config.run import Config
 from raydpo.errors import ConfigError
 from raydpo.storage.uri import hidden, is_uri, shown
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 __all__ = ["files_of", "is_hub_name", "load_config", "named_inputs", "template_file", "with_setting"]
 
@@ -121,12 +124,15 @@ _Loader.add_implicit_resolver(
     ),
     list("-+0123456789."),
 )
-_Loader.add_constructor(_INT, lambda loader, node: _whole(loader.construct_scalar(node)))
 
 
-def _whole(text: str) -> int:
+def _whole(loader: _Loader, node: yaml.ScalarNode) -> int:
+    text = str(loader.construct_scalar(node))
     digits = text.lstrip("-+").replace("_", "")
     return (-1 if text.startswith("-") else 1) * int(digits, 0 if digits[:2] in ("0x", "0b") else 10)
+
+
+_Loader.add_constructor(_INT, _whole)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -201,7 +207,7 @@ _INNER = ("function-", "tuple[", "constrained-", "tagged-")
 """Prefixes of pydantic's location parts that are not keys."""
 
 
-def _explain(tree: dict[str, Any], problem: dict[str, Any]) -> str:
+def _explain(tree: dict[str, Any], problem: ErrorDetails) -> str:
     """One sentence on what pydantic found: key, value, what is expected, and the fix where it is known."""
     where = [str(part) for part in problem["loc"] if not str(part).startswith(_INNER)]
     key, value = ".".join(where), problem["input"]

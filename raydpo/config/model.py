@@ -17,11 +17,11 @@ Quantization = Literal["4bit", "8bit"]
 class LoraSettings(Section):
     """Low-rank adapters (arXiv 2106.09685), saved as a standard PEFT adapter."""
 
-    r: Int = Field(16, ge=1)
+    r: Int = Field(default=16, ge=1)
     """Rank of each adapter."""
-    alpha: Float = Field(32.0, gt=0)
+    alpha: Float = Field(default=32.0, gt=0)
     """Scale of the adapter's output: alpha / r."""
-    dropout: Float = Field(0.0, ge=0, lt=1)
+    dropout: Float = Field(default=0.0, ge=0, lt=1)
     """Must be 0: with dropout the policy differs from the reference at step 0, even with equal weights."""
     target_modules: str | tuple[str, ...] = "all-linear"
     """PEFT's target modules: ``all-linear``, a list of module names, or a regular expression."""

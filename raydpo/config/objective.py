@@ -126,7 +126,7 @@ def _known_name(name: Any) -> str:
     )
 
 
-def _as_loss(value: Any) -> Any:
+def _as_loss(value: Any) -> str | tuple[dict[str, float], ...]:
     """Check a loss: a name, or a mixture, which becomes a tuple of {name: weight}."""
     if not isinstance(value, (list, tuple)):
         return _known_name(value)
@@ -136,8 +136,9 @@ def _as_loss(value: Any) -> Any:
     for term in value:
         if not isinstance(term, Mapping) or len(term) != 1:
             raise ValueError(f"{term!r} is not a term of a mixture; write {{name: weight}}, such as {{sigmoid: 0.8}}")
-        ((name, weight),) = term.items()
-        if _known_name(name) in weights:
+        ((key, weight),) = term.items()
+        name = _known_name(key)
+        if name in weights:
             raise ValueError(f"{name!r} is in the mixture twice; give the sum of its weights")
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
             raise ValueError(f"the weight of {name!r} is {weight!r}; expected a number above 0")
@@ -161,35 +162,35 @@ class ObjectiveConfig(Section):
     ] = 0.1
     """Strength of the pull towards the reference: the smaller, the further the policy may drift. A schedule such as
     {start: 0.2, end: 0.05, schedule: cosine} changes it from the first step to the last."""
-    dynamic_beta: Float | None = Field(None, gt=0)
+    dynamic_beta: Float | None = Field(default=None, gt=0)
     """Alpha of beta-DPO (arXiv 2407.08639, which uses 0.6): beta of a step is multiplied by 1 + alpha * (mean margin of the
     step - moving average of earlier steps). The paper's filter of pairs is not included."""
-    dynamic_beta_momentum: Float = Field(0.9, ge=0, lt=1)
+    dynamic_beta_momentum: Float = Field(default=0.9, ge=0, lt=1)
     """Momentum of dynamic_beta's moving average: the share that it keeps at each step."""
-    label_smoothing: Float = Field(0.0, ge=0, lt=0.5)
+    label_smoothing: Float = Field(default=0.0, ge=0, lt=0.5)
     """Assumed share of swapped preferences: conservative DPO with sigmoid, Robust DPO with robust. With exo_pair, EXO's
     epsilon (1e-3 in its paper)."""
     f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
     """Divergence that keeps the policy close to the reference (f-DPO, arXiv 2309.16240). reverse_kl is DPO."""
     f_alpha_divergence_coef: Float = 0.5
     """Alpha of alpha_divergence."""
-    length_penalty: Float = Field(0.0, ge=0)
+    length_penalty: Float = Field(default=0.0, ge=0)
     """Alpha of R-DPO (arXiv 2403.19159): reward subtracted for each token, against preferring long completions."""
-    ld_alpha: Float | None = Field(None, ge=0, lt=1)
+    ld_alpha: Float | None = Field(default=None, ge=0, lt=1)
     """LD-DPO (arXiv 2409.06411): weight of the tokens beyond the length of the shorter completion; null = 1."""
     use_weighting: bool = False
     """WPO (arXiv 2406.11827): weight of a pair = how likely the policy is to write its completions."""
-    discopop_tau: Float = Field(0.05, gt=0)
+    discopop_tau: Float = Field(default=0.05, gt=0)
     """Temperature of discopop."""
-    dpop_lambda: Float = Field(50.0, gt=0)
+    dpop_lambda: Float = Field(default=50.0, gt=0)
     """Weight of dpop's penalty if the chosen completion becomes less likely than under the reference."""
-    simpo_gamma: Float = Field(0.5, ge=0)
+    simpo_gamma: Float = Field(default=0.5, ge=0)
     """Margin between rewards that simpo requires."""
-    cpo_alpha: Float = Field(1.0, ge=0)
+    cpo_alpha: Float = Field(default=1.0, ge=0)
     """Weight of cpo's negative log-likelihood."""
-    desirable_weight: Float = Field(1.0, gt=0)
+    desirable_weight: Float = Field(default=1.0, gt=0)
     """Weight of kto's chosen completions."""
-    undesirable_weight: Float = Field(1.0, gt=0)
+    undesirable_weight: Float = Field(default=1.0, gt=0)
     """Weight of kto's rejected completions."""
 
     @property

@@ -19,7 +19,7 @@ class DrawConfig(Section):
     """[low, high]: uniform between two numbers."""
     log_uniform: tuple[Float, Float] | None = None
     """[low, high], above 0: uniform in the logarithm, so that all orders of magnitude are equally likely."""
-    choice: tuple[Any, ...] | None = Field(None, min_length=1)
+    choice: tuple[Any, ...] | None = Field(default=None, min_length=1)
     """One of these values."""
 
     @model_validator(mode="after")
@@ -39,26 +39,27 @@ class DrawConfig(Section):
 
     def at(self, place: float) -> Any:
         """The value at ``place`` in [0, 1). Numbers are rounded to three significant digits, all in the trial's name."""
-        if self.choice is not None:
-            return self.choice[int(place * len(self.choice))]
         if self.uniform is not None:
             low, high = self.uniform
             return float(f"{low + place * (high - low):.3g}")
-        low, high = map(math.log, self.log_uniform)
-        return float(f"{math.exp(low + place * (high - low)):.3g}")
+        if self.log_uniform is not None:
+            low, high = map(math.log, self.log_uniform)
+            return float(f"{math.exp(low + place * (high - low)):.3g}")
+        assert self.choice is not None  # exactly one of the three is set, see _check
+        return self.choice[int(place * len(self.choice))]
 
 
 class RandomConfig(Section):
     """Random search (Bergstra & Bengio 2012). Other keys are keys of the configuration with how they are drawn, for example
     ``train.lr: {log_uniform: [1.0e-7, 1.0e-5]}``."""
 
-    # pydantic reads the type of additional keys from this attribute.
-    __pydantic_extra__: dict[str, DrawConfig] = Field(init=False)
+    # pydantic reads the type of additional keys from this attribute, in exactly this form.
+    __pydantic_extra__: dict[str, DrawConfig] = Field(init=False)  # pyright: ignore[reportIncompatibleVariableOverride]
     model_config = ConfigDict(extra="allow")
 
     samples: Int = Field(ge=1)
     """Number of trials. A larger number keeps the first ones unchanged."""
-    seed: Int = Field(0, ge=0)
+    seed: Int = Field(default=0, ge=0)
     """Seed of the draws. The seed of the trainings is train.seed."""
 
     @property
@@ -76,7 +77,7 @@ class StopEarlyConfig(Section):
     """Metric of the held-out evaluation to compare trials by; null = sweep.metric."""
     grace: Int = Field(ge=1)
     """Steps before the first comparison; a multiple of train.eval_every."""
-    keep: Float = Field(0.5, gt=0, lt=1)
+    keep: Float = Field(default=0.5, gt=0, lt=1)
     """Share of the trials that continue, rounded up."""
 
 
@@ -94,7 +95,7 @@ class SweepConfig(Section):
     beta, loss or settings of the loss, since their scales differ then."""
     stop_early: StopEarlyConfig | None = None
     """Stop the worse trials early; null = train all of them to the end."""
-    at_once: Int | None = Field(None, ge=1)
+    at_once: Int | None = Field(default=None, ge=1)
     """Number of trials that train at the same time; null = as many as fit on the cluster."""
     evaluate: bool = False
     """Evaluate each finished trial as set in section evaluate, and again after that section has changed. The sweep's page

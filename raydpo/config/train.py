@@ -23,21 +23,21 @@ float32 temporaries would take more memory than bfloat16 moments save."""
 class ScoreConfig(Section):
     """Scoring of the pairs with the reference."""
 
-    workers: Int = Field(1, ge=1)
+    workers: Int = Field(default=1, ge=1)
     """Number of Ray Data actors, with one device each."""
-    gpus_per_worker: Float | None = Field(None, ge=0)
+    gpus_per_worker: Float | None = Field(default=None, ge=0)
     """GPUs of each actor, also a fraction; null = 1 if the cluster has GPUs, else 0."""
     accelerator: str | None = None
     """Kind of GPU that nodes must have, as Ray names it, such as A10G or H100; null = any."""
-    labels: dict[str, str] = Field({})
+    labels: dict[str, str] = Field(default={})
     """Ray labels that nodes must have, such as {ray.io/market-type: spot}; a value may be in(a,b), !a or !in(a,b)."""
     tokens_per_batch: Literal["auto"] | Annotated[Int, Field(ge=1)] = "auto"
     """Token positions of one forward pass, shared prefixes counted once; auto = as many as fit, measured at start."""
-    tokens_per_part: Int = Field(262144, ge=1)
+    tokens_per_part: Int = Field(default=262144, ge=1)
     """Tokens scored between two commits: the most that an actor can lose if it is killed."""
     dtype: Dtype | None = None
     """Precision of the reference; null = model.dtype."""
-    sequence_parallel: Int = Field(1, ge=1)
+    sequence_parallel: Int = Field(default=1, ge=1)
     """Number of workers on one machine that share each forward pass, each with a part of the positions (DeepSpeed Ulysses,
     arXiv 2309.14509): for sequences that do not fit on one device. tokens_per_batch remains that of one worker."""
 
@@ -96,34 +96,34 @@ class TrainConfig(ObjectiveConfig):
     workers: Annotated[Int, Field(ge=1)] | ElasticWorkers = 1
     """Number of Ray Train workers, with one device each. {min: 2, max: 8} starts with what the cluster has and follows its
     size; the pairs of each step stay the same."""
-    gpus_per_worker: Float | None = Field(None, ge=0)
+    gpus_per_worker: Float | None = Field(default=None, ge=0)
     """GPUs of each worker; null = 1 if the cluster has GPUs, else 0. With a fraction such as 0.25, trials of a sweep with
     one worker each share a GPU."""
     accelerator: str | None = None
     """Kind of GPU that nodes must have, as score.accelerator."""
-    labels: dict[str, str] = Field({})
+    labels: dict[str, str] = Field(default={})
     """Ray labels that nodes must have, as score.labels."""
-    pairs_per_step: Int = Field(64, ge=1)
+    pairs_per_step: Int = Field(default=64, ge=1)
     """Number of pairs in one optimizer step, over all workers."""
     tokens_per_batch: Literal["auto"] | Annotated[Int, Field(ge=1)] = "auto"
     """Token positions of one forward and backward pass of a worker, with each shared prefix counted once; auto = as many as
     fit, measured at start. Gradients are accumulated over the passes of a step."""
-    sequence_parallel: Int = Field(1, ge=1)
+    sequence_parallel: Int = Field(default=1, ge=1)
     """Number of workers that share each micro-batch, each with a part of its positions (DeepSpeed Ulysses): for sequences
     that do not fit on one device. tokens_per_batch remains that of one worker. Fastest within one machine."""
-    epochs: Int = Field(1, ge=1)
+    epochs: Int = Field(default=1, ge=1)
     """Number of passes over the data."""
-    steps: Int | None = Field(None, ge=1)
+    steps: Int | None = Field(default=None, ge=1)
     """Number of optimizer steps; null = set by epochs."""
-    lr: Float = Field(5.0e-7, gt=0)
+    lr: Float = Field(default=5.0e-7, gt=0)
     """Peak learning rate. LoRA usually needs about 1e-5 to 5e-4."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Decay of the learning rate after warm-up."""
-    warmup: Float = Field(0.1, ge=0)
+    warmup: Float = Field(default=0.1, ge=0)
     """Length of the warm-up: a share of all steps if below 1, else a number of steps."""
-    weight_decay: Float = Field(0.0, ge=0)
+    weight_decay: Float = Field(default=0.0, ge=0)
     """AdamW's decoupled weight decay."""
-    clip: Float | None = Field(1.0, gt=0)
+    clip: Float | None = Field(default=1.0, gt=0)
     """Largest global gradient norm; null = no clipping."""
     zero: Annotated[Literal[0, 1, 2, 3], BeforeValidator(no_bool)] = 2
     """DeepSpeed ZeRO stage."""
@@ -142,35 +142,35 @@ class TrainConfig(ObjectiveConfig):
     """Precision of adamw's moments. bfloat16 halves their memory, and rounds them."""
     merge_adapter: bool = False
     """Also export the model with the adapters merged into it, as final/merged."""
-    seed: Int = Field(0, ge=0)
+    seed: Int = Field(default=0, ge=0)
     """Seed for the order of the pairs and the initial values of adapters."""
-    checkpoint_every: Int = Field(100, ge=1)
+    checkpoint_every: Int = Field(default=100, ge=1)
     """Steps between checkpoints. There is always one after the last step."""
-    checkpoint_minutes: Float | None = Field(None, gt=0)
+    checkpoint_minutes: Float | None = Field(default=None, gt=0)
     """Minutes between checkpoints, instead of checkpoint_every."""
-    keep_checkpoints: Int = Field(2, ge=1)
+    keep_checkpoints: Int = Field(default=2, ge=1)
     """Number of checkpoints to keep: the newest ones, or with keep_best the best ones and the newest."""
     keep_best: str | None = None
     """Metric of the held-out evaluations to choose checkpoints by, such as eval_loss or eval_rewards/accuracies. Each
     checkpoint has the value of the last evaluation before it. Lower is better for loss and chosen_fell, higher for
     accuracies and margins, of all pairs or of one source."""
-    eval_every: Int = Field(50, ge=1)
+    eval_every: Int = Field(default=50, ge=1)
     """Steps between held-out evaluations. There is always one before the first step and one after the last."""
-    max_failures: Int = Field(3, ge=-1)
+    max_failures: Int = Field(default=3, ge=-1)
     """Number of restarts from the newest checkpoint after a worker died or hung; -1 = no limit."""
-    max_preemptions: Int = Field(-1, ge=-1)
+    max_preemptions: Int = Field(default=-1, ge=-1)
     """Number of restarts after a machine was preempted with notice, not counted as failures; -1 = no limit."""
-    preemption_every: Int = Field(5, ge=1)
+    preemption_every: Int = Field(default=5, ge=1)
     """Steps between checks with Ray whether a machine of this run is about to be preempted."""
-    collective_timeout: Float = Field(900.0, gt=0)
+    collective_timeout: Float = Field(default=900.0, gt=0)
     """Seconds after which a worker that the others wait for counts as hung, and all workers are restarted."""
-    max_skipped: Int = Field(3, ge=0)
+    max_skipped: Int = Field(default=3, ge=0)
     """Largest number of consecutive steps skipped because a loss or gradient is not finite; one more ends the run."""
-    gate_pairs: Int = Field(32, ge=1)
+    gate_pairs: Int = Field(default=32, ge=1)
     """Number of pairs that the step-0 gate scores again: those of the first step, the most extreme ones, and random ones."""
-    sample_prompts: Int = Field(0, ge=0)
+    sample_prompts: Int = Field(default=0, ge=0)
     """Number of held-out prompts that the policy answers (greedily) before and after training."""
-    sample_tokens: Int = Field(64, ge=1)
+    sample_tokens: Int = Field(default=64, ge=1)
     """Longest sample, in tokens."""
 
     @property

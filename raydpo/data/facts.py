@@ -46,17 +46,15 @@ def pair_facts(pairs: pa.Table, ref_chosen: np.ndarray | None = None, ref_reject
         "answer_pairs": _answer_pairs(pairs),
     }
     if ref_chosen is not None and ref_rejected is not None:
-        known = np.isnan(ref_chosen) | np.isnan(ref_rejected)
-        columns |= {
-            name: pa.array(values, mask=known)
-            for name, values in (
-                ("ref_chosen_logps", ref_chosen),
-                ("ref_rejected_logps", ref_rejected),
-                ("ref_margin", ref_chosen - ref_rejected),
-                ("ref_chosen_per_token", ref_chosen / chosen),
-                ("ref_rejected_per_token", ref_rejected / rejected),
-            )
+        unknown = np.isnan(ref_chosen) | np.isnan(ref_rejected)
+        reference = {
+            "ref_chosen_logps": ref_chosen,
+            "ref_rejected_logps": ref_rejected,
+            "ref_margin": ref_chosen - ref_rejected,
+            "ref_chosen_per_token": ref_chosen / chosen,
+            "ref_rejected_per_token": ref_rejected / rejected,
         }
+        columns |= {name: pa.array(values, mask=unknown) for name, values in reference.items()}
     schema = [(name, _TYPES[kind]) for name, (kind, _) in FACTS.items()]
     table = pa.table({name: columns.get(name, pa.nulls(pairs.num_rows, kind)) for name, kind in schema})
     return table.cast(pa.schema(schema))

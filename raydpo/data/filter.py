@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from raydpo.config import DataConfig
 from raydpo.config.filter import PairFilter
@@ -59,17 +59,13 @@ def filter_pairs(
 
 def left_out(condition: PairFilter, facts: pa.Table, keep: np.ndarray) -> str:
     """How many pairs ``condition`` leaves out of each source, as a line for the user."""
-    counts = {entry["values"]: entry["counts"] for entry in pc.value_counts(facts["source"]).to_pylist()}
-    left = {
-        entry["values"]: entry["counts"] for entry in pc.value_counts(facts["source"].filter(pa.array(~keep))).to_pylist()
-    }
-    sources = "; ".join(f"{source}: {left.get(source, 0):,} of {count:,}" for source, count in counts.items())
+    counts, left = Counter(facts["source"].to_pylist()), Counter(facts["source"].filter(pa.array(~keep)).to_pylist())
+    sources = "; ".join(f"{source}: {left[source]:,} of {count:,}" for source, count in counts.items())
     return f"data.filter {condition.expression!r}: {int((~keep).sum()):,} of {len(keep):,} pairs left out ({sources})"
 
 
 def filtered_by_tokens(sets: PairSets, config: DataConfig) -> tuple[PairSets, str | None]:
-    """``sets`` without the training pairs that ``config.filter`` excludes, if it needs no reference; and a line for the
-    user."""
+    """``sets`` after ``config.filter``, if that needs no reference; and a line for the user."""
     condition = PairFilter(config.filter) if config.filter else None
     if condition is None or condition.needs_reference:
         return sets, None

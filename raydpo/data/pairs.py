@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
@@ -178,7 +178,7 @@ def _load_chunk(
     account.records += len(records)
     account.malformed_records += len(bad_rows)
     account.kept += len(rows)
-    return _table(rows, _schema(config))
+    return pa.Table.from_pylist(rows, schema=_schema(config))
 
 
 def _numbers(config: DataConfig) -> dict[str, str]:
@@ -209,15 +209,9 @@ def _normalised(
             bad_rows.add(record.row)
             continue
         preferences += found
-        places += [
-            _Place(
-                f"{account.name}:{record.row}" + (f"#{number}" if number else ""),
-                record.where,
-                record.row,
-                record.source or account.name,
-            )
-            for number in range(len(found))
-        ]
+        for number in range(len(found)):
+            pair_id = f"{account.name}:{record.row}" + (f"#{number}" if number else "")
+            places.append(_Place(pair_id, record.where, record.row, record.source or account.name))
     return places, preferences
 
 
@@ -247,29 +241,7 @@ def _row(pair_id: str, weight: float, source: str, ids: TokenisedPair, used: Tok
     }
 
 
-def _table(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
-    return pa.table(
-        [
-            _lists([row[column.name] for row in rows])
-            if column.type == _IDS
-            else pa.array([row[column.name] for row in rows], column.type)
-            for column in schema
-        ],
-        schema=schema,
-    )
-
-
-def _lists(arrays: Sequence[np.ndarray]) -> pa.ListArray:
-    offsets = np.cumsum([0, *map(len, arrays)], dtype=np.int32)
-    return pa.ListArray.from_arrays(offsets, np.concatenate(arrays) if arrays else np.empty(0, np.int32))
-
-
 def _where(table: pa.Table, mask: np.ndarray, schema: pa.Schema) -> pa.Table:
     """The rows where ``mask`` is true."""
-    return spooled(
-        (
-            table.slice(start, CHUNK).filter(pa.array(mask[start : start + CHUNK]))
-            for start in range(0, table.num_rows, CHUNK)
-        ),
-        schema,
-    )
+    starts = range(0, table.num_rows, CHUNK)
+    return spooled((table.slice(start, CHUNK).filter(pa.array(mask[start : start + CHUNK])) for start in starts), schema)

@@ -17,25 +17,11 @@ Text = str | list[Message]
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "environment")
 _TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 # A row must not decide how it is rendered and tokenised; 'chat_template' would even be code.
-_RESERVED = frozenset(
-    {
-        "conversation",
-        "messages",
-        "tools",
-        "chat_template",
-        "add_generation_prompt",
-        "continue_final_message",
-        "tokenize",
-        "padding",
-        "truncation",
-        "max_length",
-        "return_tensors",
-        "return_dict",
-        "return_assistant_tokens_mask",
-        "tokenizer_kwargs",
-        "sanitize_control_tokens",
-    }
-)
+_RESERVED = frozenset({
+    "conversation", "messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize",
+    "padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask",
+    "tokenizer_kwargs", "sanitize_control_tokens",
+})  # fmt: skip
 
 
 class Malformed(Exception):

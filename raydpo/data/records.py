@@ -182,8 +182,7 @@ def _parquet_records(stream: Any, label: str) -> Iterator[Record]:
 
 
 def _without_nulls(value: Any) -> Any:
-    """``value`` without nulls: Arrow gives each message and tool the fields of all others, and a template would print
-    them."""
+    """``value`` without nulls: Arrow gives each message the fields of all others, and a template would print them."""
     if isinstance(value, dict):
         return {key: _without_nulls(entry) for key, entry in value.items() if entry is not None}
     return [_without_nulls(entry) for entry in value] if isinstance(value, list) else value

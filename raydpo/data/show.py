@@ -68,6 +68,5 @@ def _decoded(tokenizer: Any, before: list[int], ids: list[int]) -> str:
 
 
 def _visible(text: str) -> str:
-    """``text`` with control and format characters escaped, including escape sequences and bidirectional overrides; newlines
-    and tabs stay."""
+    """``text`` with control and format characters escaped, except newlines and tabs."""
     return "".join(char if char in "\n\t" or char.isprintable() else char.encode("unicode_escape").decode() for char in text)

@@ -70,7 +70,7 @@ def simulate(
         steps: number of steps to sample, evenly over ``order``.
     """
     alone, padded = shapes.cost(layout, work), shapes.cost("padded", work)
-    rows: list[tuple[float, ...]] = []
+    rows: list[dict[str, float]] = []
     for pairs in steps_of(order, pairs_per_step, steps):
 
         def plan(world_size: int, pairs: list[int] = pairs) -> list[list[MicroBatch]]:
@@ -88,28 +88,18 @@ def simulate(
             for batches in deal(pairs, world_size)
         ]
         rows.append(
-            (
-                1 - even / time,
-                1 - even / max(even, alone[pairs].max()),
-                1 - even / costs.max(0).sum(),
-                max(0.0, 1 - sum(whole) / useful),
-                1 - sum(naive) / world_size / max(naive),
-                max(naive) / time,
-            )
+            {
+                "imbalance": 1 - even / time,
+                "bound": 1 - even / max(even, alone[pairs].max()),
+                "lockstep": 1 - even / costs.max(0).sum(),
+                "repeated": max(0.0, 1 - sum(whole) / useful),
+                "naive": 1 - sum(naive) / world_size / max(naive),
+                "naive_time": max(naive) / time,
+            }
         )
-    imbalance, bound, lockstep, repeated, naive_share, naive_time = np.mean(rows, axis=0).tolist()
-    return Simulation(
-        world_size=world_size,
-        pairs_per_step=pairs_per_step,
-        steps=len(rows),
-        imbalance=imbalance,
-        worst=max(row[0] for row in rows),
-        bound=bound,
-        lockstep=lockstep,
-        repeated=repeated,
-        naive=naive_share,
-        naive_time=naive_time,
-    )
+    means = dict(zip(rows[0], np.mean([list(row.values()) for row in rows], axis=0).tolist(), strict=True))
+    worst = max(row["imbalance"] for row in rows)
+    return Simulation(world_size=world_size, pairs_per_step=pairs_per_step, steps=len(rows), worst=worst, **means)
 
 
 def training_order(sources: np.ndarray, weights: np.ndarray, *, seed: int, shuffle: bool, count: int) -> np.ndarray:

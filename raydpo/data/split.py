@@ -51,12 +51,8 @@ def kept(digests: Sequence[bytes], fraction: float, seed: int) -> np.ndarray:
     Like ``held_out``, but a prompt's number in [0, 1) depends on its digest and the seed. So smaller fractions are subsets
     of larger ones, independent of what is held out. At least the prompt with the lowest number stays.
     """
-    places = {
-        digest: int.from_bytes(
-            hashlib.blake2b(digest, digest_size=8, salt=seed.to_bytes(16, "big"), person=b"raydpo-thin-1").digest(), "big"
-        )
-        / 2**64
-        for digest in set(digests)
-    }
+    seeded = {"digest_size": 8, "salt": seed.to_bytes(16, "big"), "person": b"raydpo-thin-1"}
+    hashes = {digest: hashlib.blake2b(digest, **seeded).digest() for digest in set(digests)}
+    places = {digest: int.from_bytes(hashed, "big") / 2**64 for digest, hashed in hashes.items()}
     bound = max(fraction, np.nextafter(min(places.values()), 1)) if places else fraction
     return np.array([places[digest] < bound for digest in digests], dtype=bool)

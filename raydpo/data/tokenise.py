@@ -1,7 +1,7 @@
 """Tokenise preferences, and find where the prompt ends and the completion begins."""
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,13 +91,9 @@ class Tokeniser:
         ids = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
         if self.tokenizer.chat_template:
             try:
-                prompt, whole = self._ids(
-                    [
-                        self.tokenizer.apply_chat_template(_PROBE[:1], tokenize=False, add_generation_prompt=True),
-                        self.tokenizer.apply_chat_template(_PROBE, tokenize=False),
-                    ],
-                    add_special_tokens=False,
-                )
+                render = partial(self.tokenizer.apply_chat_template, tokenize=False)
+                texts = [render(_PROBE[:1], add_generation_prompt=True), render(_PROBE)]
+                prompt, whole = self._ids(texts, add_special_tokens=False)
             except Exception:  # a template that refuses the probe
                 return tuple(ids)
             special = set(self.tokenizer.all_special_ids)
@@ -138,9 +134,8 @@ class Tokeniser:
     def _ids(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
         if not texts:
             return []
-        return self.tokenizer(texts, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False)[
-            "input_ids"
-        ]
+        options = {"return_attention_mask": False, "verbose": False}
+        return self.tokenizer(texts, add_special_tokens=add_special_tokens, **options)["input_ids"]
 
     @cached_property
     def _adds_eos(self) -> bool:
@@ -165,11 +160,8 @@ class Tokeniser:
                 "to one, or use prompt, chosen and rejected as text"
             )
 
-        def render(messages: list[dict[str, Any]], **kwargs: Any) -> str:
-            return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, tools=preference.tools, **kwargs, **preference.template_kwargs
-            )
-
+        template = self.tokenizer.apply_chat_template
+        render = partial(template, tokenize=False, tools=preference.tools, **preference.template_kwargs)
         try:
             return (
                 render(preference.prompt, add_generation_prompt=True),

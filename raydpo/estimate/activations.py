@@ -7,6 +7,7 @@ queries and keys, r = rank. The residual stream is float32 in both precisions (`
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
@@ -43,9 +44,9 @@ class Batch:
     @classmethod
     def of_pairs(cls, pairs: Iterable[tuple[int, int, int]], layout: LayoutName = "tree", micro_batches: int = 2) -> Batch:
         """From the token counts (prompt, chosen, rejected) of each pair. Pairs share no prefix."""
-        positions = keys = predictions = masked = queries = blocks = 0
+        found: Counter[str] = Counter()
         for prompt, *completions in pairs:
-            predictions += sum(completions)
+            found["predictions"] += sum(completions)
             if layout == "padded":
                 width = -(-(prompt + max(completions)) // PADDED_MULTIPLE) * PADDED_MULTIPLE
                 nodes = [(0, width) for _ in completions]
@@ -54,20 +55,11 @@ class Batch:
             else:
                 nodes = [(0, prompt), *((prompt, tokens) for tokens in completions)]
             for depth, tokens in nodes:
-                positions += tokens
-                keys += depth + tokens
-                masked += tokens * (depth + tokens) if depth else 0
-                queries += -(-tokens // WHOLE_BLOCKS[0]) * WHOLE_BLOCKS[0]
-                blocks += -(-(depth + tokens) // WHOLE_BLOCKS[1]) * WHOLE_BLOCKS[1]
-        return cls(
-            positions=positions,
-            keys=keys,
-            predictions=predictions,
-            masked=masked,
-            padded_queries=queries,
-            padded_keys=blocks,
-            micro_batches=micro_batches,
-        )
+                keys = depth + tokens
+                found.update(positions=tokens, keys=keys, masked=tokens * keys if depth else 0)
+                found["padded_queries"] += -(-tokens // WHOLE_BLOCKS[0]) * WHOLE_BLOCKS[0]
+                found["padded_keys"] += -(-keys // WHOLE_BLOCKS[1]) * WHOLE_BLOCKS[1]
+        return cls(**found, micro_batches=micro_batches)
 
     def scaled(self, positions: int) -> Batch:
         """A micro-batch of the same proportions with ``positions`` positions."""

@@ -106,11 +106,8 @@ class Anatomy:
         config = model.config.get_text_config()
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         tied = head is not None and (head.weight is embedding.weight or bool(getattr(config, "tie_word_embeddings", False)))
-        linear = {
-            f"{name}.weight"
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and module is not head
-        }
+        modules = {name: module for name, module in model.named_modules() if module is not head}
+        linear = {f"{name}.weight" for name, module in modules.items() if isinstance(module, nn.Linear)}
         weights = []
         for name, parameter in model.named_parameters():
             owner = model.get_submodule(name.rpartition(".")[0])
@@ -121,9 +118,8 @@ class Anatomy:
         heads = read("num_attention_heads", "n_head", "n_heads")
         hidden = read("hidden_size", "n_embd", "d_model")
         size = getattr(config, "head_dim", None) or hidden // heads
-        inner = read(
-            "moe_intermediate_size", "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", default=4 * hidden
-        )
+        inners = "moe_intermediate_size", "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"
+        inner = read(*inners, default=4 * hidden)
         if any(".experts." in weight.name for weight in weights):
             inner *= read("num_experts_per_tok", "top_k", default=1)
         return cls(
@@ -144,14 +140,11 @@ class Anatomy:
         whole name, or ends of names."""
         if modules == "all-linear":
             return [weight for weight in self.weights if weight.linear]
+        matrices = [weight for weight in self.weights if len(weight.shape) == 2]
         if isinstance(modules, str):
-            return [weight for weight in self.weights if len(weight.shape) == 2 and re.fullmatch(modules, weight.module)]
-        return [
-            weight
-            for weight in self.weights
-            if len(weight.shape) == 2
-            and any(weight.module == name or weight.module.endswith(f".{name}") for name in modules)
-        ]
+            return [weight for weight in matrices if re.fullmatch(modules, weight.module)]
+        ends = tuple(f".{name}" for name in modules)
+        return [weight for weight in matrices if f".{weight.module}".endswith(ends)]
 
 
 def model_cost(directory: str | Path, trust_remote_code: bool = False) -> ModelCost:

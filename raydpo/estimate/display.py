@@ -50,11 +50,10 @@ def plan_run(
         model_cost(resolve_model(path), config.model.trust_remote_code)
         for path in (config.model.path, config.reference_path)
     )
-    rates = (
-        measured_rates(config, sample_pairs(config, sets.train), model, reference)
-        if measure
-        else stated_rates(**_given(device=device, mfu_score=mfu_score, mfu_train=mfu_train))
-    )
+    if measure:
+        rates = measured_rates(config, sample_pairs(config, sets.train), model, reference)
+    else:
+        rates = stated_rates(**_given(device=device, mfu_score=mfu_score, mfu_train=mfu_train))
     plan = make_plan(config, sets, model, reference, rates, **_given(workers=workers, price=price, runs=runs))
     named = device or (DEVICE if memory is None else "device")
     return dataclasses.replace(plan, memory=_modes(config, sets, plan, named, memory))
@@ -120,43 +119,32 @@ def print_plan(plan: Plan, console: Console) -> None:
         f"rate of a device: {plan.rates.score / 1e12:.4g} TFLOP/s scoring, {plan.rates.train / 1e12:.4g} training "
         f"({plan.rates.origin})"
     )
-    dealt = data["positions"]["dealt"]
-    console.table(
-        "token positions that a training computes",
-        ("layout", "positions", "saved"),
-        [
-            (name, f"{data['positions'][kind]:,}", f"{1 - data['positions'][kind] / dealt:.1%}")
-            for name, kind in (
-                (f"padded, {NAIVE_PAIRS} pairs at a time as they come", "dealt"),
-                ("padded, sorted by length", "padded"),
-                ("packed", "packed"),
-                ("prefix tree", "tree"),
-            )
-        ],
-    )
-    console.table(
-        "estimate",
-        ("part", "GPUs", "PFLOP", "time", "GPU hours", "dollars"),
-        [
-            _stage("reference pass, once", plan.score_workers, plan.score),
-            _stage("one training", plan.train_workers, plan.training),
-            _stage("its held-out evaluations", plan.train_workers, plan.evaluation),
-            _stage(f"pass and {plan.runs:,} training(s)", "", plan.total),
-            _stage(f"{plan.runs:,} with an online reference, padded", plan.train_workers, plan.online),
-            _stage(f"{plan.runs:,} with an online reference, packed", plan.train_workers, plan.online_packed),
-        ],
-    )
+    layouts = {
+        "dealt": f"padded, {NAIVE_PAIRS} pairs at a time as they come",
+        "padded": "padded, sorted by length",
+        "packed": "packed",
+        "tree": "prefix tree",
+    }
+    counts, dealt = data["positions"], data["positions"]["dealt"]
+    rows = [(name, f"{counts[kind]:,}", f"{1 - counts[kind] / dealt:.1%}") for kind, name in layouts.items()]
+    console.table("token positions that a training computes", ("layout", "positions", "saved"), rows)
+    stages = [
+        _stage("reference pass, once", plan.score_workers, plan.score),
+        _stage("one training", plan.train_workers, plan.training),
+        _stage("its held-out evaluations", plan.train_workers, plan.evaluation),
+        _stage(f"pass and {plan.runs:,} training(s)", "", plan.total),
+        _stage(f"{plan.runs:,} with an online reference, padded", plan.train_workers, plan.online),
+        _stage(f"{plan.runs:,} with an online reference, packed", plan.train_workers, plan.online_packed),
+    ]
+    console.table("estimate", ("part", "GPUs", "PFLOP", "time", "GPU hours", "dollars"), stages)
     if plan.memory is not None:
         _print_memory(plan.memory, console)
     console.say(
         "online reference: forward passes of reference and policy in every step, in padded rows of "
         f"{NAIVE_PAIRS} pairs at a time as they come"
     )
-    console.table(
-        f"share of time lost to imbalance, {data['pairs_per_step']:,} pairs a step",
-        _COLUMNS,
-        [_simulation(one) for one in plan.fixed],
-    )
+    title = f"share of time lost to imbalance, {data['pairs_per_step']:,} pairs a step"
+    console.table(title, _COLUMNS, [_simulation(one) for one in plan.fixed])
     console.table(f"the same with {PAIRS_PER_RANK} pairs a rank", _COLUMNS, [_simulation(one) for one in plan.scaled])
     console.say(
         "bound: the least that any plan loses, since a pair is never split. Ranks without pairs count as lost. "
@@ -167,12 +155,9 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 def _print_memory(modes: Modes, console: Console) -> None:
     columns = ("mode", "weights", "grads", "optimizer", "activ.", "head", "comm.", "total", "host", "fits", "positions")
-    console.table(
-        f"GiB on one of {modes.workers:,} x {modes.device} ({modes.memory / 2**30:g}), {modes.dtype}; the fastest "
-        "mode first, * = as configured",
-        columns,
-        [_fit(row) for row in modes.rows],
-    )
+    devices = f"{modes.workers:,} x {modes.device} ({modes.memory / 2**30:g}), {modes.dtype}"
+    title = f"GiB on one of {devices}; the fastest mode first, * = as configured"
+    console.table(title, columns, [_fit(row) for row in modes.rows])
     console.say(
         "total: at the peak, with 1.5 GiB of CUDA context and NCCL. comm.: buckets, and weights gathered under "
         "ZeRO 3. host: host memory of one worker. positions: the largest train.tokens_per_batch that fits"
@@ -182,13 +167,9 @@ def _print_memory(modes: Modes, console: Console) -> None:
 
 
 def _fit(row: Fit) -> tuple[str, ...]:
-    sizes = (*row.parts.values(), row.total, row.host)
-    return (
-        ("* " if row.configured else "") + row.name,
-        *(f"{size / 2**30:,.1f}" for size in sizes),
-        "fits" if row.fits else "no",
-        f"{row.largest:,}" if row.largest else "-",
-    )
+    name = f"* {row.name}" if row.configured else row.name
+    sizes = [f"{size / 2**30:,.1f}" for size in (*row.parts.values(), row.total, row.host)]
+    return name, *sizes, "fits" if row.fits else "no", f"{row.largest:,}" if row.largest else "-"
 
 
 _COLUMNS = ("ranks", "pairs", "mean", "worst step", "bound", "lockstep", "repeated", "dealt in turn", "its time")
@@ -200,14 +181,8 @@ def _simulation(one: Simulation) -> tuple[str, ...]:
 
 
 def _stage(name: str, workers: int | str, stage: Stage) -> tuple[str, ...]:
-    return (
-        name,
-        str(workers),
-        f"{stage.flops / 1e15:,.4g}",
-        _duration(stage.seconds),
-        f"{stage.gpu_hours:,.4g}",
-        "no --price" if stage.dollars is None else f"{stage.dollars:,.2f}",
-    )
+    figures = f"{stage.flops / 1e15:,.4g}", _duration(stage.seconds), f"{stage.gpu_hours:,.4g}"
+    return name, str(workers), *figures, "no --price" if stage.dollars is None else f"{stage.dollars:,.2f}"
 
 
 def _duration(seconds: float) -> str:

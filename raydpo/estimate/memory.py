@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -95,15 +96,10 @@ class MemoryEstimate:
 
 @dataclass(frozen=True, kw_only=True)
 class _Policy:
-    """Trained and frozen parameters.
+    """Trained and frozen parameters."""
 
-    Attributes:
-        trained: (place, numbers) of each trained tensor, in the model's order.
-        frozen: (place, bytes, numbers) of each frozen tensor.
-    """
-
-    trained: tuple[tuple[int, int], ...]
-    frozen: tuple[tuple[int, float, int], ...]
+    trained: tuple[tuple[int, int], ...]  # place and numbers of each tensor, in the model's order
+    frozen: tuple[tuple[int, float, int], ...]  # place, bytes and numbers of each
     rank: int
     dora: bool
     adapted: tuple[Weight, ...]
@@ -153,28 +149,19 @@ def _policy(anatomy: Anatomy, model: ModelConfig, width: int) -> _Policy:
         return weight.numel * width
 
     rank, dora, targets = _adapters(model)
-    if not model.adapts:
+    adapted = tuple(anatomy.targets(targets)) if model.adapts else ()
+    if model.adapts:
+        frozen: Sequence[Weight] = anatomy.weights
+        trained = [
+            (weight.place, numel)
+            for weight in adapted
+            for numel in (rank * weight.shape[1], rank * weight.shape[0], *([weight.shape[0]] if dora else []))
+        ]
+    else:
         frozen = [weight for weight in anatomy.weights if any(re.search(one, weight.name) for one in model.freeze)]
-        return _Policy(
-            trained=tuple((weight.place, weight.numel) for weight in anatomy.weights if weight not in frozen),
-            frozen=tuple((weight.place, stored(weight), weight.numel) for weight in frozen),
-            rank=0,
-            dora=False,
-            adapted=(),
-        )
-    adapted = tuple(anatomy.targets(targets))
-    trained = [
-        (weight.place, numel)
-        for weight in adapted
-        for numel in (rank * weight.shape[1], rank * weight.shape[0], *([weight.shape[0]] if dora else []))
-    ]
-    return _Policy(
-        trained=tuple(trained),
-        rank=rank,
-        dora=dora,
-        adapted=adapted,
-        frozen=tuple((weight.place, stored(weight), weight.numel) for weight in anatomy.weights),
-    )
+        trained = [(weight.place, weight.numel) for weight in anatomy.weights if weight not in frozen]
+    kept = tuple((weight.place, stored(weight), weight.numel) for weight in frozen)
+    return _Policy(trained=tuple(trained), frozen=kept, rank=rank, dora=dora, adapted=adapted)
 
 
 def _adapters(model: ModelConfig) -> tuple[int, bool, str | tuple[str, ...]]:
@@ -194,10 +181,7 @@ def _adapters(model: ModelConfig) -> tuple[int, bool, str | tuple[str, ...]]:
 
 @lru_cache(maxsize=64)
 def _whole_parameters(policy: _Policy, share: int, workers: int) -> int:
-    """Numbers of all parameters of which one rank owns a part under ZeRO 1 and 2, for the rank with the most.
-
-    A rank keeps the whole gradient of each of these parameters.
-    """
+    """Numbers of all parameters of which the rank with the most owns a part. It keeps their whole gradients."""
     own = [0] * workers
     start = 0
     for _, numel in policy.trained:
@@ -260,14 +244,13 @@ class _Ledger:
             "paged_adamw_8bit": 2 + 8 / 256,
         }[train.optimizer] * numbers
         if self.offloads:
-            gradients = 4.0 * numbers
             if self.zero == 3:
                 beside = self.width * numbers
             else:  # a copy of the share in W; with accumulation also the gradients of whole parameters
                 beside = self.width * (numbers + self.largest)
                 beside += self.width * self.whole if self.accumulates else 0
             if train.offload_optimizer == "cpu":
-                self.host += masters + moments + gradients + beside
+                self.host += masters + moments + 4.0 * numbers + beside
             else:
                 self.host += beside + DISK_BUFFERS * 4.0 * min(numbers, SUB_GROUP)
             self.host_peak = self.host + self._update_bytes(min(numbers, SUB_GROUP) if self.zero == 3 else numbers)
@@ -298,17 +281,15 @@ class _Ledger:
 
     def _layers(self) -> Iterator[Layer]:
         """Memory of each decoder layer."""
-        by_layer: dict[int, list[Weight]] = {}
+        by_layer: dict[int, list[Weight]] = defaultdict(list)
         for weight in self.policy.adapted:
-            by_layer.setdefault(weight.place, []).append(weight)
+            by_layer[weight.place].append(weight)
         trained = {place for place, _ in self.policy.trained}
-        first = min((place for place in trained if place >= 0), default=0)
-        if EMBEDDING in trained:
-            first = 0
+        first = 0 if EMBEDDING in trained else min((place for place in trained if place >= 0), default=0)
         dense = self.width * max((weight.numel for weight in self.anatomy.weights if weight.linear), default=0)
         alike: dict[tuple[str, ...], Layer] = {}
         for number in range(self.anatomy.layers):
-            adapted = by_layer.get(number, [])
+            adapted = by_layer[number]
             kind = tuple(weight.module.rpartition(".")[2] for weight in adapted)
             if kind not in alike:
                 alike[kind] = layer_memory(
@@ -367,10 +348,7 @@ class _Ledger:
         for number in reversed(range(len(layers))):
             layer, entering = layers[number], stream
             live = sum(kept[: number + 1]) + layer.working + entering
-            if recomputes:
-                live += layer.kept - layer.entry
-            if self.train.offload_activations:
-                live += layer.entry
+            live += (layer.kept - layer.entry if recomputes else 0) + (layer.entry if self.train.offload_activations else 0)
             yield self._moment(
                 f"backward of layer {number}",
                 activations=live,
@@ -388,9 +366,9 @@ class _Ledger:
 
     def _new_gradients(self) -> dict[int, float]:
         """Bytes of the gradients that one backward pass computes, by place."""
-        made: dict[int, float] = {}
+        made: dict[int, float] = defaultdict(float)
         for place, numel in self.policy.trained:
-            made[place] = made.get(place, 0.0) + numel * self.width
+            made[place] += numel * self.width
         return made
 
     def _old_gradients(self) -> float:
@@ -420,8 +398,7 @@ class _Ledger:
         return {"gradients": old + done}
 
     def _gathered(self) -> dict[int, float]:
-        """Bytes of weights gathered by ZeRO-3 during the backward pass of each place; HEAD: also at the end of the forward
-        pass."""
+        """Bytes that ZeRO-3 gathers in the backward pass of each place; for HEAD, also at the end of the forward pass."""
         order = [EMBEDDING, *range(self.anatomy.layers), HEAD]
         gathered = dict.fromkeys(order, 0.0)
         if self.zero < 3 or (self.workers == 1 and self.train.offload_params is None):
@@ -438,9 +415,7 @@ class _Ledger:
         above = sum(numels.values())
         kept, before = 0, None  # numbers of lower places that stay gathered; numbers of the next lower place if it does not
         for place in order:
-            live = kept + numels[place]
-            if before is not None:  # prefetched
-                live += min(PREFETCH, before)
+            live = kept + numels[place] + (0 if before is None else min(PREFETCH, before))  # prefetched
             gathered[place] = lasting + live * self.width
             above -= numels[place]
             stays = 2 * above < REUSE
@@ -467,14 +442,14 @@ class _Ledger:
         own = 0.0 if self.offloads else float(width * self.whole)
         if self.zero == 1:
             moved = self.bucket_used
-            yield self._moment(
-                "reduction", gradients=P * width - moved, communication=self.bucket + (moved if copied else 0)
-            )
-            yield self._moment("own gradients", gradients=P * width - moved + own, communication=self.bucket)
+            rest = P * width - moved
+            yield self._moment("reduction", gradients=rest, communication=self.bucket + copied * moved)
+            yield self._moment("own gradients", gradients=rest + own, communication=self.bucket)
             return
         old = self._old_gradients()
-        yield self._moment("reduction", gradients=old, communication=self._bucket(P * width) + copied * self.bucket_used)
-        yield self._moment("own gradients", gradients=old + own, communication=self._bucket(P * width))
+        bucket = self._bucket(P * width)
+        yield self._moment("reduction", gradients=old, communication=bucket + copied * self.bucket_used)
+        yield self._moment("own gradients", gradients=old + own, communication=bucket)
 
     def _update(self) -> Iterator[Moment]:
         width, p = self.width, self.p
@@ -496,6 +471,5 @@ class _Ledger:
         yield self._moment("gradient norm", gradients=own, optimizer=norm, communication=lasting)
         yield self._moment("flat gradients", gradients=own + width * at_once + widened, communication=lasting)
         stays = own if self.zero == 3 else 0.0
-        yield self._moment(
-            "update", gradients=stays + 4.0 * at_once, communication=lasting, optimizer=self._update_bytes(at_once)
-        )
+        working = self._update_bytes(at_once)
+        yield self._moment("update", gradients=stays + 4.0 * at_once, communication=lasting, optimizer=working)

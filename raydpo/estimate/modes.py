@@ -26,36 +26,23 @@ MOST = MOST_TRAINED["cuda"]
 MOST_WORKERS = 4096
 """Most GPUs that are tried when asking how many are needed."""
 
+_RECOMPUTED: dict[str, Any] = {"gradient_checkpointing": True}
+_INPUTS_ON_HOST = _RECOMPUTED | {"offload_activations": True}
+_OPTIMIZER_ON_HOST = {"offload_optimizer": "cpu"}
 _CHANGES: tuple[dict[str, Any], ...] = (
     # The fastest first. ZeRO 1 and 2 send as much as ZeRO 0 (ZeRO 2 after every micro-batch); ZeRO 3 also gathers all
     # weights twice per micro-batch.
-    {"zero": 0},
-    {"zero": 1},
-    {"zero": 2},
-    {"zero": 3},
+    *({"zero": zero} for zero in range(4)),
     # Recomputing costs a third more FLOPs.
-    *({"zero": zero, "gradient_checkpointing": True} for zero in range(4)),
+    *({"zero": zero} | _RECOMPUTED for zero in range(4)),
     # Copies between host and device: inputs of layers; gradients and weights once a step (AdamW on the host); all weights.
-    *({"zero": zero, "gradient_checkpointing": True, "offload_activations": True} for zero in (0, 2, 3)),
-    {"zero": 2, "gradient_checkpointing": True, "offload_optimizer": "cpu"},
-    {"zero": 3, "gradient_checkpointing": True, "offload_optimizer": "cpu"},
-    {"zero": 2, "gradient_checkpointing": True, "offload_activations": True, "offload_optimizer": "cpu"},
-    {"zero": 3, "gradient_checkpointing": True, "offload_activations": True, "offload_optimizer": "cpu"},
-    {
-        "zero": 3,
-        "gradient_checkpointing": True,
-        "offload_activations": True,
-        "offload_optimizer": "cpu",
-        "offload_params": "cpu",
-    },
+    *({"zero": zero} | _INPUTS_ON_HOST for zero in (0, 2, 3)),
+    *({"zero": zero} | _RECOMPUTED | _OPTIMIZER_ON_HOST for zero in (2, 3)),
+    *({"zero": zero} | _INPUTS_ON_HOST | _OPTIMIZER_ON_HOST for zero in (2, 3)),
+    {"zero": 3} | _INPUTS_ON_HOST | _OPTIMIZER_ON_HOST | {"offload_params": "cpu"},
 )
-_KEYS = {
-    "zero": 2,
-    "gradient_checkpointing": False,
-    "offload_activations": False,
-    "offload_optimizer": None,
-    "offload_params": None,
-}
+_KEYS = ("zero", "gradient_checkpointing", "offload_activations", "offload_optimizer", "offload_params")
+_MODES = [{key: TrainConfig.model_fields[key].default for key in _KEYS} | change for change in _CHANGES]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,26 +151,20 @@ class Modes:
         """Sentences that say whether it fits and what to change."""
         gib = self.memory / 2**30
         where = f"{self.workers:,} x {self.device} of {gib:g} GiB, {self.dtype}"
-        room = (
-            f"more than train.tokens_per_batch {self.budget:,}: it is a micro-batch alone, and that must fit"
-            if self.budget is not None and self.longest > self.budget
-            else f"of a budget of {self.budget:,}"
-            if self.budget is not None
-            else "which is never cut; the budget is auto"
-        )
+        if self.budget is None:
+            room = "which is never cut; the budget is auto"
+        elif self.longest > self.budget:
+            room = f"more than train.tokens_per_batch {self.budget:,}: it is a micro-batch alone, and that must fit"
+        else:
+            room = f"of a budget of {self.budget:,}"
         part = f", {self.longest:,} of them for each of {self.together} workers" if self.together > 1 else ""
         said = [f"longest pair: {self.longest * self.together:,} positions{part}, {room}"]
         configured = next(row for row in self.rows if row.configured)
+        needs = f"the configuration, on {where}: {_gib(configured.total)} GiB at {configured.positions:,} positions"
         if configured.fits:
-            said.append(
-                f"fits: the configuration, on {where}: {_gib(configured.total)} GiB at {configured.positions:,} "
-                f"positions, {configured.largest:,} would fit"
-            )
+            said.append(f"fits: {needs}, {configured.largest:,} would fit")
         else:
-            said.append(
-                f"does not fit: the configuration, on {where}: {_gib(configured.total)} GiB at "
-                f"{configured.positions:,} positions, and a plan may use {USABLE:.0%} of the memory"
-            )
+            said.append(f"does not fit: {needs}, and a plan may use {USABLE:.0%} of the memory")
         if self.proposed is None:
             more = (
                 "more GPUs do not help, since one worker alone needs too much for the longest pair. Set "
@@ -197,10 +178,8 @@ class Modes:
         else:
             said.append(f"cheapest mode that fits: {' '.join(self.proposed.overrides)}")
         for row in self.adapters:
-            said.append(
-                f"{row.name}, which trains adapters only: "
-                + (f"{' '.join(row.overrides)} ({_gib(row.total)} GiB)" if row.fits else "does not fit either")
-            )
+            fits = f"{' '.join(row.overrides)} ({_gib(row.total)} GiB)" if row.fits else "does not fit either"
+            said.append(f"{row.name}, which trains adapters only: {fits}")
         return said
 
 
@@ -234,7 +213,7 @@ def compare_modes(question: Question, device: str) -> Modes:
 
 def _rows(question: Question) -> Iterator[Fit]:
     now = {key: getattr(question.train, key) for key in _KEYS}
-    modes = [dict(_KEYS) | change for change in _CHANGES]
+    modes = list(_MODES)
     if now not in modes:
         slower = [number for number, mode in enumerate(modes) if _slowness(mode) > _slowness(now)]
         modes.insert(min(slower, default=len(modes)), now)
@@ -263,17 +242,11 @@ def _changed(question: Question, mode: dict[str, Any]) -> Question | None:
 
 def _adapters(question: Question) -> Iterator[Fit]:
     model = question.model
-    if model.quantization is not None:
+    if model.quantization is not None or (model.lora is None and model.adapter is not None):
         return
-    lora = model.lora or (None if model.adapter is not None else LoraSettings())
-    if lora is None:
-        return
+    lora = model.lora or LoraSettings()
     plain = {"lora": lora, "freeze": ()}
-    kinds = (
-        {"QLoRA": plain | {"quantization": "4bit"}}
-        if model.adapts
-        else {"LoRA": plain, "QLoRA": plain | {"quantization": "4bit"}}
-    )
+    kinds = ({} if model.adapts else {"LoRA": plain}) | {"QLoRA": plain | {"quantization": "4bit"}}
     for name, change in kinds.items():
         other = replace(question, model=model.model_copy(update=change))
         rows = list(_rows(other))
@@ -287,10 +260,8 @@ def _adapters(question: Question) -> Iterator[Fit]:
 def _needed(question: Question) -> int | None:
     def fits(workers: int) -> bool:
         more = replace(question, workers=workers)
-        return any(
-            changed is not None and changed.fits(question.least)
-            for changed in (_changed(more, dict(_KEYS) | change) for change in _CHANGES)
-        )
+        questions = filter(None, (_changed(more, mode) for mode in _MODES))
+        return any(changed.fits(question.least) for changed in questions)
 
     few, many = question.workers, question.workers
     while not fits(many):

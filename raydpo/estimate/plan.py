@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from raydpo.config import Config, TrainConfig
 from raydpo.data.pairs import PairSets
@@ -23,7 +23,7 @@ from raydpo.errors import ConfigError
 from raydpo.estimate.modes import Modes
 from raydpo.model.cost import ModelCost
 from raydpo.model.layout import PromptGroup, shapes_of
-from raydpo.reference.shards import Wanted, plan_shards
+from raydpo.reference.shards import Wanted, list_rows, plan_shards
 
 __all__ = [
     "FORWARD",
@@ -76,20 +76,11 @@ class Stage:
 
     def __add__(self, other: Stage) -> Stage:
         """Both stages, one after the other."""
-        return Stage(
-            flops=self.flops + other.flops,
-            seconds=self.seconds + other.seconds,
-            gpu_hours=self.gpu_hours + other.gpu_hours,
-            dollars=None if self.dollars is None or other.dollars is None else self.dollars + other.dollars,
-        )
+        more = vars(other)
+        return Stage(**{name: None if value is None else value + more[name] for name, value in vars(self).items()})
 
     def __mul__(self, times: int) -> Stage:
-        return Stage(
-            flops=self.flops * times,
-            seconds=self.seconds * times,
-            gpu_hours=self.gpu_hours * times,
-            dollars=None if self.dollars is None else self.dollars * times,
-        )
+        return Stage(**{name: None if value is None else value * times for name, value in vars(self).items()})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +154,6 @@ def make_plan(
     workers: int | None = None,
     price: float | None = None,
     runs: int = 1,
-    world_sizes: Sequence[int] = WORLD_SIZES,
 ) -> Plan:
     """Estimate ``runs`` runs of ``config`` on its pairs.
 
@@ -171,7 +161,6 @@ def make_plan(
         model, reference: sizes of the policy and of the reference.
         workers: devices of both stages; None = as configured for each.
         price: dollars per GPU hour.
-        world_sizes: rows of the two imbalance tables.
 
     Raises:
         ConfigError: if a number is out of range.
@@ -191,23 +180,16 @@ def make_plan(
     steps_per_epoch = -(-per_epoch // train.pairs_per_step)
     steps = train.steps if train.steps is not None else train.epochs * steps_per_epoch
     trained = steps // steps_per_epoch * per_epoch + min(steps % steps_per_epoch * train.pairs_per_step, per_epoch)
+    costs: dict[str, Any] = {"tokens_per_batch": budget, "work": model.work}
 
     def rows(count: int) -> np.ndarray:
         return training_order(*sources, seed=train.seed, shuffle=config.data.shuffle, count=count)
 
     def simulated(world_size: int, pairs_per_step: int) -> Simulation:
-        count = max(1, min(STEPS, PAIRS_SIMULATED // pairs_per_step))
-        found = simulate(
-            rows(max(per_epoch, count * pairs_per_step)),
-            shapes,
-            world_size=max(1, world_size // together),
-            steps=count,
-            pairs_per_step=pairs_per_step,
-            tokens_per_batch=budget,
-            layout=layout,
-            work=model.work,
-        )
-        return replace(found, world_size=world_size)
+        count, ranks = max(1, min(STEPS, PAIRS_SIMULATED // pairs_per_step)), max(1, world_size // together)
+        order = rows(max(per_epoch, count * pairs_per_step))
+        wanted = {"world_size": ranks, "pairs_per_step": pairs_per_step, "steps": count, "layout": layout}
+        return replace(simulate(order, shapes, **wanted, **costs), world_size=world_size)
 
     sampled = steps_of(rows(per_epoch), train.pairs_per_step, STEPS)
 
@@ -215,18 +197,10 @@ def make_plan(
         """Amounts [3] of all steps, extrapolated from the micro-batches of the sampled steps."""
         return trained / sum(map(len, sampled)) * amounts(batches, shapes, kind)
 
+    split = partial(split_over_ranks, shapes=shapes, world_size=train_workers // together, **costs)
     computed = {
         kind: of_a_run(
-            [
-                batch.pairs
-                for step in sampled
-                for rank in split_over_ranks(
-                    step, shapes, world_size=train_workers // together, tokens_per_batch=budget, layout=kind, work=model.work
-                )
-                for batch in rank
-                if batch.counts
-            ],
-            kind,
+            [batch.pairs for step in sampled for rank in split(step, layout=kind) for batch in rank if batch.counts], kind
         )
         for kind in LAYOUTS
     }
@@ -246,22 +220,14 @@ def make_plan(
     score = Stage.of(operations(scored, reference), score_workers, rates.score, price)
     evaluation = of_training(operations(held_out, model), rates.score, 0.0)
     # ZeRO 2 and 3 reduce gradients after every micro-batch.
-    training = of_training(
-        operations(computed[layout], model, factors),
-        rates.train,
-        imbalance.lockstep if train.zero >= 2 else imbalance.imbalance,
-    )
-    online = (
-        of_training(operations(dealt * train.needs_reference, reference), rates.score, imbalance.naive)
-        + of_training(operations(dealt, model, factors), rates.train, imbalance.naive)
-        + evaluation
-    )
-    packed = computed["packed"]
-    online_packed = (
-        of_training(operations(packed * train.needs_reference, reference), rates.score, 0.0)
-        + of_training(operations(packed, model, factors), rates.train, 0.0)
-        + evaluation
-    )
+    waiting = imbalance.lockstep if train.zero >= 2 else imbalance.imbalance
+    training = of_training(operations(computed[layout], model, factors), rates.train, waiting)
+    head_share = computed[layout][2] * model.prediction_flops / operations(computed[layout], model)
+
+    def online(amount: np.ndarray, lost: float) -> Stage:
+        passes = of_training(operations(amount * train.needs_reference, reference), rates.score, lost)
+        return (passes + of_training(operations(amount, model, factors), rates.train, lost) + evaluation) * runs
+
     return Plan(
         data={
             "training_pairs": len(shapes),
@@ -277,11 +243,7 @@ def make_plan(
             "positions": {kind: round(amount[0]) for kind, amount in (computed | {"dealt": dealt}).items()},
             "report": sets.report.to_dict(),
         },
-        model=asdict(model)
-        | {
-            "head_share": float(computed[layout][2] * model.prediction_flops / operations(computed[layout], model)),
-            "training_factors": factors,
-        },
+        model=asdict(model) | {"head_share": float(head_share), "training_factors": factors},
         rates=rates,
         score_workers=score_workers,
         train_workers=train_workers,
@@ -292,34 +254,24 @@ def make_plan(
         training=training,
         evaluation=evaluation,
         total=score + (training + evaluation) * runs,
-        online=online * runs,
-        online_packed=online_packed * runs,
+        online=online(dealt, imbalance.naive),
+        online_packed=online(computed["packed"], 0.0),
         imbalance=imbalance,
-        fixed=tuple(simulated(size, train.pairs_per_step) for size in world_sizes),
-        scaled=tuple(simulated(size, PAIRS_PER_RANK * size) for size in world_sizes),
+        fixed=tuple(simulated(size, train.pairs_per_step) for size in WORLD_SIZES),
+        scaled=tuple(simulated(size, PAIRS_PER_RANK * size) for size in WORLD_SIZES),
     )
 
 
 def sample_pairs(config: Config, table: pa.Table, count: int = 32) -> pa.Table:
     """The first ``count`` pairs of a run, for a measurement."""
-    return table.take(
-        pa.array(training_order(*_sources(table), seed=config.train.seed, shuffle=config.data.shuffle, count=count))
-    )
+    order = training_order(*_sources(table), seed=config.train.seed, shuffle=config.data.shuffle, count=count)
+    return table.take(pa.array(order))
 
 
 def pair_groups(table: pa.Table) -> tuple[list[PromptGroup], Shapes]:
     """The pairs of a table of ``data.pairs.PAIR_SCHEMA`` as groups (chosen, rejected), and their shapes."""
-
-    def rows(column: pa.ChunkedArray) -> list[np.ndarray]:
-        ends = np.cumsum(pc.list_value_length(column).to_numpy())
-        return np.split(pc.list_flatten(column).to_numpy(), ends[:-1])
-
-    groups = [
-        PromptGroup(prompt, tuple(completions))
-        for prompt, *completions in zip(
-            *(rows(table[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")), strict=True
-        )
-    ]
+    columns = [list_rows(table[f"{side}_ids"]) for side in ("prompt", "chosen", "rejected")]
+    groups = [PromptGroup(prompt, tuple(completions)) for prompt, *completions in zip(*columns, strict=True)]
     return groups, shapes_of(groups)
 
 

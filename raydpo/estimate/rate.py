@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import pyarrow as pa
@@ -13,10 +13,9 @@ import torch
 from raydpo.cluster.resources import bfloat16_is_faster
 from raydpo.config import Config
 from raydpo.data.plan import fill_batches
-from raydpo.data.shapes import LayoutName
 from raydpo.data.simulate import amounts
 from raydpo.errors import ConfigError
-from raydpo.estimate.plan import FORWARD, Rates, operations, pair_groups, training_factors
+from raydpo.estimate.plan import Rates, operations, pair_groups, training_factors
 from raydpo.model.budget import MOST_TRAINED, find_budget, probe_group
 from raydpo.model.cost import ModelCost
 from raydpo.model.files import model_files
@@ -29,32 +28,23 @@ from raydpo.reference.score import ReferenceSpec, Scorer
 
 __all__ = ["DEVICES", "MEMORY", "known_peak", "measured_rates", "stated_rates"]
 
-DEVICES = {
-    "H100": 989.4,
-    "H200": 989.4,
-    "A100-80GB": 311.8,
-    "A100-40GB": 311.8,
-    "L40S": 362.1,
-    "A10G": 70.0,
-    "L4": 121.0,
-    "T4": 65.1,
-    "MI300X": 1307.4,
+_DATA_SHEETS = {  # peak TFLOP/s, GiB of memory
+    "H100": (989.4, 80),
+    "H200": (989.4, 141),
+    "A100-80GB": (311.8, 80),
+    "A100-40GB": (311.8, 40),
+    "L40S": (362.1, 48),
+    "A10G": (70.0, 24),
+    "L4": (121.0, 24),
+    "T4": (65.1, 16),
+    "MI300X": (1307.4, 192),
 }
+DEVICES = {name: peak for name, (peak, _) in _DATA_SHEETS.items()}
 """Peak TFLOP/s of dense bfloat16 products (float16 on a T4, which has no bfloat16). Source: the vendors' data sheets. NVIDIA
 H100 SXM, H200 SXM, A100 SXM, L40S, A10G, L4 and T4, whose figures with sparsity are halved; AMD Instinct MI300X."""
 CARDS = {"H100 PCIe": 756.0, "H100 NVL": 835.0, "H200 NVL": 835.0}
 """The same for cards whose name begins like one of ``DEVICES``, from NVIDIA's data sheets."""
-MEMORY = {
-    "H100": 80,
-    "H200": 141,
-    "A100-80GB": 80,
-    "A100-40GB": 40,
-    "L40S": 48,
-    "A10G": 24,
-    "L4": 24,
-    "T4": 16,
-    "MI300X": 192,
-}
+MEMORY = {name: size for name, (_, size) in _DATA_SHEETS.items()}
 """GiB of memory, from the same data sheets. A program gets less of it (``modes.USABLE``)."""
 
 
@@ -109,24 +99,18 @@ def measured_rates(config: Config, sample: pa.Table, model: ModelCost, reference
     score_dtype = {None: dtype, "auto": native}.get(config.score.dtype, config.score.dtype)
     groups, shapes = pair_groups(sample)
 
-    def operations_per_second(
-        run: Callable[[], object],
-        batches: Sequence[Sequence[int]],
-        layout: LayoutName,
-        sizes: ModelCost,
-        factors: tuple[float, float, float],
-    ) -> float:
+    def seconds(run: Callable[[], object]) -> float:
         run()
         _wait(device)
         start = time.perf_counter()
         run()
         _wait(device)
-        return operations(amounts(batches, shapes, layout), sizes, factors) / (time.perf_counter() - start)
+        return time.perf_counter() - start
 
     scorer = _scorer(config, score_dtype, device.type)
     layout = scorer.model.method.layout
     batches = fill_batches(range(len(groups)), shapes, scorer.tokens_per_batch, layout)
-    score = operations_per_second(partial(scorer.score, groups), batches, layout, reference, FORWARD)
+    score = operations(amounts(batches, shapes, layout), reference) / seconds(partial(scorer.score, groups))
     del scorer  # frees its memory for the policy
     policy, budget = _policy(config, dtype, device)
     layout = policy.method.layout
@@ -136,7 +120,8 @@ def measured_rates(config: Config, sample: pa.Table, model: ModelCost, reference
         for batch in batches:
             policy(policy.lay_out([groups[item] for item in batch]).to(device)).sum().backward()
 
-    rate = operations_per_second(train, batches, layout, model, training_factors(config.train, config.model.adapts))
+    computed = operations(amounts(batches, shapes, layout), model, training_factors(config.train, config.model.adapts))
+    rate = computed / seconds(train)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"this CPU, {torch.get_num_threads()} threads"
     return Rates(
         score=score,
@@ -151,14 +136,8 @@ def _scorer(config: Config, dtype: str, device: str) -> Scorer:
     quantization = config.reference_quantization
     trust = config.model.trust_remote_code
     identity = identify(path, dtype, adapter, quantization, trust, max_length=config.data.max_length)
-    spec = ReferenceSpec(
-        path=path,
-        adapter=adapter,
-        identity=identity,
-        quantization=quantization,
-        trust_remote_code=trust,
-        layout=config.model.layout,
-    )
+    loaded = {"path": path, "adapter": adapter, "quantization": quantization, "trust_remote_code": trust}
+    spec = ReferenceSpec(**loaded, identity=identity, layout=config.model.layout)
     return Scorer(spec, device=device, tokens_per_batch=config.score.tokens_per_batch)
 
 

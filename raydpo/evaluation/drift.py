@@ -50,22 +50,13 @@ def measure_drift(
             return values
         return np.bincount(inverse, values) / np.bincount(inverse)
 
-    ratios, lengths = by_prompt(log_ratios.astype(np.float64)), by_prompt(tokens.astype(np.float64))
-    found = {
-        "kl": mean(ratios),
-        "std_error": standard_error(ratios),
-        "kl_per_token": ratio(ratios, lengths),
-        "samples": len(log_ratios),
-        "rao_blackwell": None,
-    }
-    if steps is not None:
-        exact = by_prompt(steps.astype(np.float64))
-        found["rao_blackwell"] = {
-            "kl": mean(exact),
-            "std_error": standard_error(exact),
-            "kl_per_token": ratio(exact, lengths),
-        }
-    return found
+    def estimate(values: np.ndarray) -> dict[str, Any]:
+        values = by_prompt(values.astype(np.float64))
+        return {"kl": mean(values), "std_error": standard_error(values), "kl_per_token": ratio(values, lengths)}
+
+    lengths = by_prompt(tokens.astype(np.float64))
+    exact = None if steps is None else estimate(steps)
+    return estimate(log_ratios) | {"samples": len(log_ratios), "rao_blackwell": exact}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,13 +77,10 @@ class ExactSteps:
         )
 
         def act(rows: pa.Table) -> pa.Table:
-            groups = [
-                PromptGroup(np.array(prompt, np.int32), (np.array(answer, np.int32),))
-                for prompt, answer in zip(rows["prompt_ids"].to_pylist(), rows["answer_ids"].to_pylist(), strict=True)
-            ]
-            return pa.table(
-                {"divergence": [exact_steps(policy, reference, group, torch.device(device)) for group in groups]}
-            )
+            sides = zip(rows["prompt_ids"].to_pylist(), rows["answer_ids"].to_pylist(), strict=True)
+            groups = [PromptGroup(np.array(one, np.int32), (np.array(other, np.int32),)) for one, other in sides]
+            found = [exact_steps(policy, reference, group, torch.device(device)) for group in groups]
+            return pa.table({"divergence": found})
 
         return act
 

@@ -47,19 +47,9 @@ class ScoredPairs:
         Raises:
             RaydpoError: if a margin is not finite, for example the exponential of a divergence.
         """
-        logps = PairLogps(
-            *(
-                torch.from_numpy(np.asarray(each, np.float64))
-                for each in (
-                    self.chosen,
-                    self.rejected,
-                    self.ref_chosen,
-                    self.ref_rejected,
-                    self.chosen_tokens,
-                    self.rejected_tokens,
-                )
-            )
-        )
+        sums = (self.chosen, self.rejected, self.ref_chosen, self.ref_rejected)
+        numbers = (*sums, self.chosen_tokens, self.rejected_tokens)
+        logps = PairLogps(*(torch.from_numpy(np.asarray(each, np.float64)) for each in numbers))
         chosen, rejected = implicit_rewards(objective, logps, beta)
         margins = (chosen - rejected).numpy()
         if not np.isfinite(margins).all():
@@ -153,17 +143,8 @@ def _calibration(margins: np.ndarray, wins: np.ndarray, prompts: np.ndarray) -> 
         count = int(inside.sum())
         observed = share_by_group(wins[inside], prompts[inside])
         predicted = float(confidence[inside].mean()) if count else None
-        bins.append(
-            {
-                "from": low,
-                "to": high,
-                "pairs": count,
-                "predicted": predicted,
-                "observed": observed["value"],
-                "low": observed["low"],
-                "high": observed["high"],
-            }
-        )
+        around = {"observed": observed["value"], "low": observed["low"], "high": observed["high"]}
+        bins.append({"from": low, "to": high, "pairs": count, "predicted": predicted} | around)
         if count:
             error += count / len(margins) * abs(predicted - observed["value"])
     return {

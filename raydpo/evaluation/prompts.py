@@ -73,11 +73,8 @@ def reading(evaluate: EvaluateConfig) -> Any:
 def _as_conversation(value: dict[str, Any]) -> dict[str, Any]:
     if not all(isinstance(value.get(name), str) for name in ("prompt", "chosen", "rejected")):
         return value
-    return (
-        value
-        | {"prompt": [{"role": "user", "content": value["prompt"]}]}
-        | {name: [{"role": "assistant", "content": value[name]}] for name in ("chosen", "rejected")}
-    )
+    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    return value | {name: [{"role": role, "content": value[name]}] for name, role in roles.items()}
 
 
 def choose_prompts(pairs: pa.Table, count: int, seed: int) -> list[Prompt]:
@@ -91,9 +88,8 @@ def choose_prompts(pairs: pa.Table, count: int, seed: int) -> list[Prompt]:
         distinct.setdefault(tuple(ids), pair_id)
 
     def digest(ids: tuple[int, ...]) -> bytes:
-        return hashlib.blake2b(
-            struct.pack("<Q", seed) + np.array(ids, "<u4").tobytes(), digest_size=16, person=b"raydpo-prompts-1"
-        ).digest()
+        content = struct.pack("<Q", seed) + np.array(ids, "<u4").tobytes()
+        return hashlib.blake2b(content, digest_size=16, person=b"raydpo-prompts-1").digest()
 
     chosen = sorted(distinct, key=digest)[:count]
     return [Prompt(np.array(ids, np.int32), distinct[ids]) for ids in chosen]

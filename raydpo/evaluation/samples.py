@@ -47,14 +47,9 @@ class Answers:
 
     def style(self) -> dict[str, Any]:
         """Return the entry of this mode in evaluation.json."""
-        policy, reference = (
-            measure_style(side, self.tokeniser.stop_ids, self.places) for side in (self.policy, self.reference)
-        )
-        return {
-            "policy": policy,
-            "reference": reference,
-            "length_growth": length_growth(self.policy, self.reference, self.places),
-        }
+        sides = {"policy": self.policy, "reference": self.reference}
+        measured = {name: measure_style(side, self.tokeniser.stop_ids, self.places) for name, side in sides.items()}
+        return measured | {"length_growth": length_growth(self.policy, self.reference, self.places)}
 
     def pairs(self) -> pa.Table:
         """Return the policy's answers as rows of ``data.pairs.PAIR_SCHEMA``, with which a cache is filled.

@@ -122,7 +122,7 @@ def preference_loss(
     loss: str | list[Mapping[str, float]], logps: PairLogps, *, beta: float, **settings: Any
 ) -> PreferenceLoss:
     """Loss and rewards of each of B pairs for the given settings of ``config.ObjectiveConfig``."""
-    return Objective(ObjectiveConfig(loss=loss, beta=beta, **settings))(logps, beta)
+    return Objective(ObjectiveConfig.model_validate({"loss": loss, "beta": beta, **settings}))(logps, beta)
 
 
 def own_sources(config: ObjectiveConfig) -> dict[str, str]:
@@ -146,7 +146,7 @@ def _imported(path: str) -> LossFunction:
             f"'train.loss' is {path!r}, but {module_name} cannot be imported ({type(error).__name__}: "
             f"{error}); install it, or start in the directory of {module_name.split('.')[0]}.py"
         ) from None
-    function = getattr(module, name, None)
+    function: LossFunction | None = getattr(module, name, None)
     if not callable(function):
         raise ConfigError(f"'train.loss' is {path!r}, but {module.__file__} has no function {name!r}")
     return function
@@ -179,10 +179,6 @@ def _mixes_pairs(function: LossFunction, config: ObjectiveConfig) -> bool:
 
 
 def _one(pairs: PairLogps, row: int) -> PairLogps:
-    return PairLogps(
-        **{
-            field.name: value[row : row + 1] if isinstance(value, Tensor) else value
-            for field in dataclasses.fields(pairs)
-            for value in [getattr(pairs, field.name)]
-        }
-    )
+    fields: dict[str, Any] = {field.name: getattr(pairs, field.name) for field in dataclasses.fields(pairs)}
+    fields |= {name: value[row : row + 1] for name, value in fields.items() if isinstance(value, Tensor)}
+    return PairLogps(**fields)

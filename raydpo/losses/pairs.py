@@ -52,14 +52,23 @@ class PairLogps:
         return self.rejected - self.ref_rejected
 
     def with_light_tails(self, alpha: float) -> PairLogps:
-        """LD-DPO (arXiv 2409.06411): weight ``alpha`` for tokens beyond the length of the shorter completion."""
-        lost = 1 - alpha
+        """LD-DPO (arXiv 2409.06411): weight ``alpha`` for tokens beyond the length of the shorter completion.
+
+        Raises:
+            ValueError: if a tail is None.
+        """
+
+        def light(logps: Tensor, tail: Tensor | None) -> Tensor:
+            if tail is None:
+                raise ValueError("ld_alpha needs the log-probs of the tails: set the four fields *_tail of PairLogps")
+            return logps - (1 - alpha) * tail
+
         return replace(
             self,
-            chosen=self.chosen - lost * self.chosen_tail,
-            rejected=self.rejected - lost * self.rejected_tail,
-            ref_chosen=self.ref_chosen - lost * self.ref_chosen_tail,
-            ref_rejected=self.ref_rejected - lost * self.ref_rejected_tail,
+            chosen=light(self.chosen, self.chosen_tail),
+            rejected=light(self.rejected, self.rejected_tail),
+            ref_chosen=light(self.ref_chosen, self.ref_chosen_tail),
+            ref_rejected=light(self.ref_rejected, self.ref_rejected_tail),
         )
 
 

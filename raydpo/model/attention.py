@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -186,9 +186,10 @@ def tree_attention(
             s_aux = s_aux[mine.start : mine.stop]
     body = segments.body
     if s_aux is not None or (softcap is not None and body in ("varlen", "sdpa")) or query.shape[-1] != value.shape[-1]:
-        out = _by_node(_scores_attention, query, key, value, segments, scaling, sliding_window, softcap, s_aux)
+        attend = partial(_scores_attention, scaling=scaling, softcap=softcap, sinks=s_aux)
+        out = _by_node(attend, query, key, value, segments, sliding_window)
     elif body == "sdpa":
-        out = _by_node(_sdpa, query, key, value, segments, scaling, sliding_window, None, None)
+        out = _by_node(partial(_sdpa, scaling=scaling), query, key, value, segments, sliding_window)
     elif body == "flex":
         out = _flex(query, key, value, segments, scaling, sliding_window, softcap)
     else:
@@ -196,17 +197,7 @@ def tree_attention(
     return (out if group is None else group.to_positions(out, query_heads, key_heads)), None
 
 
-def _by_node(
-    attend: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    segments: Segments,
-    scaling: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
+def _by_node(attend: Any, query: Tensor, key: Tensor, value: Tensor, segments: Segments, window: int | None) -> Tensor:
     dtype = query.dtype
     whole = query.device.type == "cpu" and dtype == torch.bfloat16
     if whole:  # see WHOLE_BLOCKS
@@ -218,16 +209,8 @@ def _by_node(
     ]
     # Split once: with slices, each node's gradient would be a tensor of all T positions.
     queries = query.split([last - first for _, first, last in blocks], dim=2)
-    keys, values = (
-        dict(
-            zip(
-                (node.start for node in segments.nodes),
-                tensor.split([node.length for node in segments.nodes], dim=2),
-                strict=True,
-            )
-        )
-        for tensor in (key, value)
-    )
+    starts, lengths = [node.start for node in segments.nodes], [node.length for node in segments.nodes]
+    keys, values = (dict(zip(starts, tensor.split(lengths, dim=2), strict=True)) for tensor in (key, value))
     outputs = []
     for own, (number, first, last) in zip(queries, blocks, strict=True):
         node = segments.nodes[number]
@@ -236,15 +219,8 @@ def _by_node(
             for size, multiple in zip((last - first, node.depth + last), WHOLE_BLOCKS, strict=True)
         )
         mask = _mask(segments, number, first, last, window, pad_queries, pad_keys, query)
-        out = attend(
-            F.pad(own, (0, 0, 0, pad_queries)) if pad_queries else own,
-            _along(keys, node, last, pad_keys),
-            _along(values, node, last, pad_keys),
-            mask,
-            scaling,
-            softcap,
-            sinks,
-        )
+        own = F.pad(own, (0, 0, 0, pad_queries)) if pad_queries else own
+        out = attend(own, _along(keys, node, last, pad_keys), _along(values, node, last, pad_keys), mask)
         outputs.append(out[:, :, : last - first])
     return torch.cat(outputs, dim=2).transpose(1, 2).to(dtype)
 
@@ -283,16 +259,16 @@ def _mask(
         return None
     key = (number, first, window)
     if key not in segments.memo:  # computed once for all layers
-        back = torch.arange(start, stop + pad_queries, device=query.device)[:, None] - torch.arange(
-            stop + pad_keys, device=query.device
-        )
+        rows = torch.arange(start, stop + pad_queries, device=query.device)
+        columns = torch.arange(stop + pad_keys, device=query.device)
+        back = rows[:, None] - columns
         hidden = back < 0 if window is None else (back < 0) | (back >= window)
         hidden[last - first :] = False  # a padded query with no key would give NaN, also in the backward pass
         segments.memo[key] = torch.where(hidden, -math.inf, 0.0).to(query.dtype)
     return segments.memo[key]
 
 
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, *_: Any) -> Tensor:
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
     grouped = query.shape[1] != key.shape[1]
     if grouped and query.is_cuda and mask is not None:
         # With a mask, CUDA's fused kernels need as many key heads as query heads.
@@ -352,29 +328,14 @@ def _varlen(
     """All nodes in one call. The kernels align the causal mask to the last key, so queries see the whole path."""
     rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
     keys, values = (_Gather.apply(tensor, segments.index) for tensor in rows[1:])
-    window_left = -1 if window is None else window - 1
-    arguments = (
-        rows[0].contiguous(),
-        keys,
-        values,
-        segments.query_ends,
-        segments.key_ends,
-        segments.longest_query,
-        segments.longest_key,
-    )
+    ends = segments.query_ends, segments.key_ends, segments.longest_query, segments.longest_key
+    arguments = rows[0].contiguous(), keys, values, *ends
+    around = (-1 if window is None else window - 1, 0)
     if segments.body == "flash":
-        out = _flash_varlen()(
-            *arguments,
-            softmax_scale=scaling,
-            causal=True,
-            window_size=(window_left, 0),
-            **({} if softcap is None else {"softcap": softcap}),
-        )
-    else:
-        out = _torch_varlen()(
-            *arguments, scale=scaling, window_size=(window_left, 0), enable_gqa=query.shape[1] != key.shape[1]
-        )
-    return out[None]
+        capped = {} if softcap is None else {"softcap": softcap}
+        return _flash_varlen()(*arguments, softmax_scale=scaling, causal=True, window_size=around, **capped)[None]
+    grouped = query.shape[1] != key.shape[1]
+    return _torch_varlen()(*arguments, scale=scaling, window_size=around, enable_gqa=grouped)[None]
 
 
 def _flex(
@@ -394,15 +355,9 @@ def _flex(
     if window not in segments.memo:
         positions = query.shape[2]
         segments.memo[window] = create_block_mask(visible, None, None, positions, positions, device=query.device)
-    out = _compiled_flex()(
-        query,
-        key,
-        value,
-        block_mask=segments.memo[window],
-        scale=scaling,
-        score_mod=None if softcap is None else capped,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
+    options = {"scale": scaling, "score_mod": None if softcap is None else capped}
+    grouped = query.shape[1] != key.shape[1]
+    out = _compiled_flex()(query, key, value, block_mask=segments.memo[window], enable_gqa=grouped, **options)
     return out.transpose(1, 2)
 
 

@@ -20,7 +20,6 @@ __all__ = [
     "find_budget",
     "is_out_of_memory",
     "probe_group",
-    "reset_peak_memory",
     "used_memory",
 ]
 

@@ -72,9 +72,8 @@ class ModelCost:
     @property
     def work(self) -> PositionCost:
         """Costs relative to those of one token position."""
-        return PositionCost(
-            attention=self.look_flops / self.position_flops, head=self.prediction_flops / self.position_flops
-        )
+        position = self.position_flops
+        return PositionCost(attention=self.look_flops / position, head=self.prediction_flops / position)
 
     @property
     def position_flops(self) -> float:
@@ -93,16 +92,9 @@ class ModelCost:
 
 
 _TABLES = (
-    "embed_tokens.",
-    "wte.",
-    "wpe.",
-    "word_embeddings.",
-    "embed_in.",
-    "embed_positions.",
-    "lm_head.",
-    "embed_out.",
+    "embed_tokens.", "wte.", "wpe.", "word_embeddings.", "embed_in.", "embed_positions.", "lm_head.", "embed_out.",
     "output_embeddings.",
-)
+)  # fmt: skip
 
 
 def first(read: Callable[[str], Any], *names: str, default: int | None = None) -> int:

@@ -19,36 +19,11 @@ from raydpo.errors import FilesError
 __all__ = ["AdapterFiles", "ModelFiles", "adapter_files", "model_files", "read_header", "weights_lacking"]
 
 SINGLE, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
-
-_IN_LAYERS = frozenset(
-    {
-        "LORA",
-        "ADALORA",
-        "LOHA",
-        "LOKR",
-        "OFT",
-        "BOFT",
-        "IA3",
-        "LN_TUNING",
-        "VERA",
-        "PVERA",
-        "VBLORA",
-        "FOURIERFT",
-        "HRA",
-        "MISS",
-        "BONE",
-        "RANDLORA",
-        "ROAD",
-        "TRAINABLE_TOKENS",
-        "HIRA",
-        "SHIRA",
-        "C3A",
-        "WAVEFT",
-        "OSF",
-        "DELORA",
-        "GRALORA",
-    }
-)
+_DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
+_IN_LAYERS = (
+    "LORA", "ADALORA", "LOHA", "LOKR", "OFT", "BOFT", "IA3", "LN_TUNING", "VERA", "PVERA", "VBLORA", "FOURIERFT", "HRA",
+    "MISS", "BONE", "RANDLORA", "ROAD", "TRAINABLE_TOKENS", "HIRA", "SHIRA", "C3A", "WAVEFT", "OSF", "DELORA", "GRALORA",
+)  # fmt: skip
 """Kinds of PEFT adapters that only change layers of the model."""
 
 
@@ -110,17 +85,10 @@ def model_files(path: str | Path, trust_remote_code: bool = False) -> ModelFiles
             f"{directory}/config.json names other files (configuration_files), and each version of "
             "transformers chooses another one; keep one config.json"
         )
-    strange = next(
-        (
-            file
-            for file in directory.glob("shard-*.safetensors")
-            if re.fullmatch(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors", file.name)
-        ),
-        None,
-    )
+    strange = next(filter(_DISTRIBUTED.fullmatch, sorted(file.name for file in directory.glob("shard-*"))), None)
     if strange is not None:
         raise FilesError(
-            f"{directory} holds a distributed checkpoint ({strange.name}), which transformers would load in "
+            f"{directory} holds a distributed checkpoint ({strange}), which transformers would load in "
             f"place of {SINGLE}; save the model with save_pretrained to a directory of its own"
         )
     weights, passed_over = _weights(directory, config)
@@ -128,13 +96,9 @@ def model_files(path: str | Path, trust_remote_code: bool = False) -> ModelFiles
     if trust_remote_code:
         _refuse_foreign_code(directory, auto_map)
     runs_code = trust_remote_code and bool(auto_map)
+    code = _code(directory, nested=runs_code)
     return ModelFiles(
-        directory=directory,
-        config=config,
-        weights=weights,
-        passed_over=passed_over,
-        code=_code(directory, nested=runs_code),
-        runs_code=runs_code,
+        directory=directory, config=config, weights=weights, passed_over=passed_over, code=code, runs_code=runs_code
     )
 
 
@@ -207,10 +171,7 @@ def read_header(file: Path) -> tuple[int, dict[str, dict[str, Any]]]:
 
 
 def _weights(directory: Path, config: dict[str, Any]) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
-    """Files that transformers loads, and files that it ignores.
-
-    It loads the file that config.json names, else the single file, else the files of the index.
-    """
+    """Files that transformers loads (named in config.json, else the single file, else the index's), and those it ignores."""
     named = config.get("transformers_weights")
     parts = [part for part in config.values() if isinstance(part, dict)]
     if any("transformers_weights" in part for part in parts) or (named and "text_config" in config):
@@ -248,16 +209,13 @@ def _there(directory: Path, names: list[str]) -> tuple[Path, ...]:
     files = tuple(directory / name for name in names)
     for file in files:
         if not file.is_file():
-            pickled = any(directory.glob("pytorch_model*.bin"))
-            raise FilesError(
-                f"{directory} has no {file.name}"
-                + (
-                    "; its weights are pickled (pytorch_model.bin), which can run code when loaded: convert them with "
+            expected = "a Hugging Face model directory is expected"
+            if any(directory.glob("pytorch_model*.bin")):
+                expected = (
+                    "its weights are pickled (pytorch_model.bin), which can run code when loaded: convert them with "
                     "save_pretrained of a recent transformers"
-                    if pickled
-                    else "; a Hugging Face model directory is expected"
                 )
-            )
+            raise FilesError(f"{directory} has no {file.name}; {expected}")
     return files
 
 
@@ -275,11 +233,8 @@ def _weight_map(index: Path) -> dict[str, str]:
 def _code(directory: Path, nested: bool) -> tuple[Path, ...]:
     files = sorted(directory.glob("*.py"))
     if nested:  # code that runs may import from subfolders
-        files += sorted(
-            file
-            for file in directory.glob("*/**/*.py")
-            if not any(part.startswith(".") for part in file.relative_to(directory).parts)
-        )
+        below = (file for file in directory.glob("*/**/*.py") if "/." not in f"/{file.relative_to(directory).as_posix()}")
+        files += sorted(below)
     return tuple(files)
 
 

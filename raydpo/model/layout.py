@@ -120,28 +120,23 @@ class Layout:
         return replace(self, **changed, segments=None if self.segments is None else change_segments(self.segments))
 
 
-def lay_out(groups: Sequence[PromptGroup], method: Method = PADDED, min_saved: int = MIN_SAVED) -> Layout:
-    """Build CPU tensors for the completions of ``groups``, in order. ``min_saved``: see ``tree.MIN_SAVED``."""
+def lay_out(groups: Sequence[PromptGroup], method: Method = PADDED) -> Layout:
+    """Build CPU tensors for the completions of ``groups``, in order."""
     sequences = [sequence for group in groups for sequence in group.sequences]
     completions = [completion for group in groups for completion in group.completions]
     lengths = tuple(len(completion) for completion in completions)
     targets = torch.from_numpy(np.concatenate(completions).astype(np.int64))
+    # The last prompt token predicts the first completion token; the last completion token predicts none.
+    stops = [len(sequence) - 1 for sequence in sequences]
+    spans = [(row, stop - length, stop) for row, (stop, length) in enumerate(zip(stops, lengths, strict=True))]
     if method.layout == "padded":
         input_ids = _padded(sequences)
-        width = input_ids.shape[1]
-        # The last prompt token predicts the first completion token; the last completion token predicts none.
-        positions = [
-            row * width + np.arange(len(sequence) - length - 1, len(sequence) - 1)
-            for row, (sequence, length) in enumerate(zip(sequences, lengths, strict=True))
-        ]
+        positions = [row * input_ids.shape[1] + np.arange(start, stop) for row, start, stop in spans]
         position_ids = segments = None
     else:
-        tree = PrefixTree.build(sequences, min_saved if method.layout == "tree" else None)
+        tree = PrefixTree.build(sequences, MIN_SAVED if method.layout == "tree" else None)
         input_ids, position_ids = torch.from_numpy(tree.token_ids)[None], torch.from_numpy(tree.depths)[None]
-        positions = [
-            tree.positions(number, len(sequence) - length - 1, len(sequence) - 1)
-            for number, (sequence, length) in enumerate(zip(sequences, lengths, strict=True))
-        ]
+        positions = [tree.positions(*span) for span in spans]
         segments = Segments.of(tree, method.body)
     return Layout(input_ids, position_ids, torch.from_numpy(np.concatenate(positions)), targets, lengths, segments)
 

@@ -62,11 +62,9 @@ def load_causal_lm(
             raise ModelError(f"{path} is an encoder-decoder model; raydpo trains decoder-only (causal) language models")
         for key in dropout_settings(config.to_dict()):
             setattr(config, key, 0.0)
-        quantized = (
-            {}
-            if quantization is None
-            else {"quantization_config": _quantized(quantization, dtype), "device_map": {"": torch.device(device)}}
-        )
+        quantized: dict[str, Any] = {}
+        if quantization is not None:
+            quantized = {"quantization_config": _quantized(quantization, dtype), "device_map": {"": torch.device(device)}}
         model, found = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
@@ -90,10 +88,8 @@ def load_causal_lm(
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         if isinstance(error, ModelError) or (isinstance(error, RuntimeError) and not _of_weights(error)):
             raise
-        raise ModelError(
-            f"cannot load the model {path!r}"
-            f"{f' with adapter {adapter!r}' if adapter else ''}: {' '.join(str(error).split())}"
-        ) from error
+        what = f"{path!r} with adapter {adapter!r}" if adapter else repr(path)
+        raise ModelError(f"cannot load the model {what}: {' '.join(str(error).split())}") from error
     for module in model.modules():  # modules may have a probability that is not in the configuration
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -168,20 +164,16 @@ def add_lora(model: nn.Module, lora: LoraSettings, seed: int) -> nn.Module:
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
     torch.manual_seed(seed)
     try:
-        return fuse_adapters(
-            get_peft_model(
-                model,
-                LoraConfig(
-                    r=lora.r,
-                    lora_alpha=lora.alpha,
-                    lora_dropout=lora.dropout,
-                    target_modules=targets,
-                    task_type="CAUSAL_LM",
-                    use_dora=lora.dora,
-                    use_rslora=lora.rslora,
-                ),
-            )
+        config = LoraConfig(
+            r=lora.r,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=targets,
+            task_type="CAUSAL_LM",
+            use_dora=lora.dora,
+            use_rslora=lora.rslora,
         )
+        return fuse_adapters(get_peft_model(model, config))
     except ValueError as error:
         raise ModelError(
             f"model.lora.target_modules {lora.target_modules!r} does not fit this model: {' '.join(str(error).split())}"

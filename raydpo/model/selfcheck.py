@@ -191,10 +191,8 @@ def _flat(scored: Sequence[tuple[np.ndarray, ...]]) -> np.ndarray:
 
 def _line(method: Method, gaps: dict[str, float | str], tolerance: float) -> str:
     refused = [f"{name} refused, {_say(gap)}" for name, gap in gaps.items() if name != str(method)]
-    return (
-        f"layout: {method}, {_say(gaps[str(method)])} from one completion at a time"
-        f"{'; ' + '; '.join(refused) + f' (tolerance {tolerance:g})' if refused else ''}"
-    )
+    others = f"; {'; '.join(refused)} (tolerance {tolerance:g})" if refused else ""
+    return f"layout: {method}, {_say(gaps[str(method)])} from one completion at a time{others}"
 
 
 def _say(gap: float | str) -> str:
@@ -209,11 +207,7 @@ class _Oracle:
         model.use(PADDED)
         with _narrow_windows(model.causal_lm):
             self.expected = {
-                case: [
-                    _by_definition(model.causal_lm, group.prompt, completion, device)
-                    for group in groups
-                    for completion in group.completions
-                ]
+                case: np.concatenate([_by_definition(model.causal_lm, group, device) for group in groups])
                 for case, groups in cases.items()
             }
 
@@ -225,7 +219,7 @@ class _Oracle:
             with _narrow_windows(self.model.causal_lm):
                 for case, groups in self.cases.items():
                     found = _flat(self.model.score(groups, self.device))
-                    gap = float(np.abs(found - np.concatenate(self.expected[case])).mean())
+                    gap = float(np.abs(found - self.expected[case]).mean())
                     worst = max(worst, gap if np.isfinite(gap) else float("inf"))
         except torch.OutOfMemoryError:
             raise
@@ -265,10 +259,13 @@ def _twin(causal_lm: nn.Module) -> _Oracle | str:
         return f"cannot be made ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
 
 
-def _by_definition(causal_lm: nn.Module, prompt: np.ndarray, completion: np.ndarray, device: torch.device) -> np.ndarray:
-    ids = torch.from_numpy(np.concatenate([prompt, completion]).astype(np.int64))[None].to(device)
-    logits = causal_lm(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
-    return logits.float().log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0].cpu().numpy()
+def _by_definition(causal_lm: nn.Module, group: PromptGroup, device: torch.device) -> np.ndarray:
+    logps, length = [], len(group.prompt)
+    for sequence in group.sequences:
+        ids = torch.from_numpy(sequence.astype(np.int64))[None].to(device)
+        logits = causal_lm(input_ids=ids, use_cache=False).logits[0, length - 1 : -1]
+        logps.append(logits.float().log_softmax(-1).gather(1, ids[0, length:, None])[:, 0].cpu().numpy())
+    return np.concatenate(logps)
 
 
 def _cases(vocabulary: int, rows: Sequence[PromptGroup]) -> dict[str, list[PromptGroup]]:

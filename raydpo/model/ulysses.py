@@ -39,6 +39,11 @@ class HeadShare:
     queries: range
     keys: tuple[int, ...]
 
+    @property
+    def heads(self) -> tuple[Sequence[int], ...]:
+        """Those of queries, keys and values."""
+        return self.queries, self.keys, self.keys
+
 
 @cache
 def head_shares(query_heads: int, key_heads: int, ranks: int) -> tuple[HeadShare, ...]:
@@ -109,19 +114,11 @@ class SequenceGroup:
         """
         tensors = query, key, value
         shares = head_shares(query.shape[1], key.shape[1], self.size)
-        rows = query.shape[2]
-        parts = [
-            torch.cat(
-                [
-                    tensor[0, _index(heads, tensor)].transpose(0, 1).flatten(1)
-                    for tensor, heads in zip(tensors, (share.queries, share.keys, share.keys), strict=True)
-                ],
-                dim=1,
-            )
-            for share in shares
-        ]
-        mine = shares[self.rank]
-        heads = len(mine.queries), len(mine.keys), len(mine.keys)
+        rows, parts = query.shape[2], []
+        for share in shares:
+            sent = [tensor[0, _index(heads, tensor)] for tensor, heads in zip(tensors, share.heads, strict=True)]
+            parts.append(torch.cat([one.transpose(0, 1).flatten(1) for one in sent], dim=1))
+        heads = [len(mine) for mine in shares[self.rank].heads]
         widths = [count * tensor.shape[3] for count, tensor in zip(heads, tensors, strict=True)]
         whole = _exchange(parts, [(rows, sum(widths))] * self.size, self.handle)
         together = torch.cat(whole)[:positions].split(widths, dim=1)

@@ -29,19 +29,10 @@ ADAPTER_NAME = "default"
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 _DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
+    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 
 
 def check_weights(
@@ -123,15 +114,13 @@ def refuse_gaps(path: str | Path, found: Mapping[str, Any]) -> None:
         )
     missing, unused = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
     if missing:
-        raise FilesError(
-            f"the files of {path} lack {_some(missing)}, which would be random numbers"
-            + (
-                f"; they hold {_some(unused)}, which no part of the model takes: if these are the same weights under other "
+        fix = "fetch or save the model again"
+        if unused:
+            fix = (
+                f"they hold {_some(unused)}, which no part of the model takes: if these are the same weights under other "
                 "names, save the model again with save_pretrained"
-                if unused
-                else "; fetch or save the model again"
             )
-        )
+        raise FilesError(f"the files of {path} lack {_some(missing)}, which would be random numbers; {fix}")
 
 
 def load_adapter(model: nn.Module, adapter: str, *, train: bool = False, low_cpu_mem_usage: bool = False) -> nn.Module:
@@ -173,30 +162,17 @@ def load_adapter(model: nn.Module, adapter: str, *, train: bool = False, low_cpu
             r"shape in current model is torch\.Size\((.*?)\)",
             str(error),
         )
-        raise FilesError(
-            f"the adapter {adapter} does not fit the model: "
-            + (
-                f"{shapes[1]} is {shapes[2]} in its files and {shapes[3]} in the model"
-                if shapes
-                else " ".join(str(error).split())[:300]
-            )
-        ) from error
+        what = " ".join(str(error).split())[:300]
+        if shapes:
+            what = f"{shapes[1]} is {shapes[2]} in its files and {shapes[3]} in the model"
+        raise FilesError(f"the adapter {adapter} does not fit the model: {what}") from error
     # VB-LoRA's bank is stored once, and each layer has it under another name.
     missing = sorted(name for name in found.missing_keys if ".layers." not in name or "vblora_vector_bank" not in name)
     unused = sorted(found.unexpected_keys)
-    if missing or unused:
-        raise FilesError(
-            f"the adapter {adapter} does not fit the model: "
-            + " and ".join(
-                filter(
-                    None,
-                    (
-                        missing and f"its files lack {_some(missing)}, which would be random numbers",
-                        unused and f"they hold {_some(unused)}, which no part of the model takes",
-                    ),
-                )
-            )
-        )
+    wrong = [f"its files lack {_some(missing)}, which would be random numbers"] if missing else []
+    wrong += [f"they hold {_some(unused)}, which no part of the model takes"] if unused else []
+    if wrong:
+        raise FilesError(f"the adapter {adapter} does not fit the model: {' and '.join(wrong)}")
     return adapted
 
 

@@ -25,27 +25,14 @@ def render(template: str, *, scripts: Sequence[str] = (), **values: Any) -> str:
     texts = [_text(name) for name in scripts]
     digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts]
     allowed = " ".join(f"'sha256-{digest}'" for digest in digests) or "'none'"
-    return (
-        _environment()
-        .get_template(template)
-        .render(
-            style=Markup(_text("pages/style.css")),
-            scripts=[Markup(text) for text in texts],
-            allowed=Markup(allowed),
-            **values,
-        )
-    )
+    values |= {"style": Markup(_text("pages/style.css")), "scripts": list(map(Markup, texts)), "allowed": Markup(allowed)}
+    return _environment().get_template(template).render(values)
 
 
 @functools.cache
 def _environment() -> jinja2.Environment:
-    return jinja2.Environment(
-        loader=jinja2.FunctionLoader(_text),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
+    loader, undefined = jinja2.FunctionLoader(_text), jinja2.StrictUndefined
+    return jinja2.Environment(loader=loader, undefined=undefined, autoescape=True, trim_blocks=True, lstrip_blocks=True)
 
 
 def _text(name: str) -> str:

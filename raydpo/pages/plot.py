@@ -159,14 +159,8 @@ def length_bars(
     """
     values, low, high = (np.array([each[name] for each in shares]) for name in ("value", "low", "high"))
     with figure() as (made, axes):
-        axes.bar(
-            range(len(bins)),
-            values,
-            0.7,
-            color=PALE,
-            yerr=np.abs([low - values, high - values]),
-            error_kw={"ecolor": INK, "elinewidth": 1.0},
-        )
+        intervals, style = np.abs([low - values, high - values]), {"ecolor": INK, "elinewidth": 1.0}
+        axes.bar(range(len(bins)), values, 0.7, color=PALE, yerr=intervals, error_kw=style)
         axes.axhline(0.5, color=INK, linewidth=0.8, linestyle="--")
         axes.set(ylim=(0, 1), xlabel="chosen longer by, tokens", ylabel=ylabel)
         axes.set_xticks(range(len(bins)), [bin_name(each, "\n… ") for each in bins], fontsize=7.5)

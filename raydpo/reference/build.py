@@ -118,9 +118,8 @@ def build(
             left, longest = 0, 0.0
             known = _parts(cache) | {*Claims.names(cache)}
             # Completions of one prompt are only split where they exceed a part, even if shards are smaller.
-            shards = missing_shards(
-                wanted, covered, _shard_tokens(wanted, tokens_per_part, resources.teams), tokens_per_part
-            )
+            shard_tokens = _shard_tokens(wanted, tokens_per_part, resources.teams)
+            shards = missing_shards(wanted, covered, shard_tokens, tokens_per_part)
             for row in _score_on_ray(shards, spec, cache, known, resources, tokens_per_batch):
                 scored += row["completions"]
                 found += row["by_others"]
@@ -149,19 +148,8 @@ def build(
     finally:
         if to_do:
             Claims(cache, frozenset()).clear()
-    twice = cache.stored_twice(cache.builder, since=before)
-    return BuildReport(
-        cache.identity.digest,
-        len(wanted),
-        hits,
-        scored,
-        to_do - scored,
-        twice,
-        tokens,
-        time.perf_counter() - start,
-        parts,
-        problems,
-    )
+    counts = len(wanted), hits, scored, to_do - scored, cache.stored_twice(cache.builder, since=before)
+    return BuildReport(cache.identity.digest, *counts, tokens, time.perf_counter() - start, parts, problems)
 
 
 def _parts(cache: ReferenceCache) -> set[str]:
@@ -170,11 +158,7 @@ def _parts(cache: ReferenceCache) -> set[str]:
 
 
 def _wait_for_others(cache: ReferenceCache, wanted: Wanted, covered: np.ndarray, patience: float) -> np.ndarray:
-    """Wait until other builds have committed everything missing, or nothing new came for ``patience`` seconds.
-
-    Returns:
-        What is covered then, bool [completions].
-    """
+    """Wait until others have committed all or added nothing for ``patience`` seconds. Returns the new ``covered``."""
     since = time.monotonic()
     while not covered.all() and time.monotonic() - since < patience:
         time.sleep(1)
@@ -206,20 +190,15 @@ def _score_on_ray(
     blocks = []
     for shard in shards:
         check_rows = check_rows or shard.prompt_groups()[:CHECK_ROWS]
-        blocks.append(ray.put(_to_block(shard)))
+        blocks.append(ray.put(pa.table({"shard": [pickle.dumps(shard)]})))
     random.Random(cache.builder).shuffle(blocks)
     arguments = (spec, cache.storage.uri, cache.builder, frozenset(known), resources, tokens_per_batch, check_rows)
     # Two calls at once: while one shard is computed, the previous one is written or the next one unpacked.
     yield from over_actors(_ScoreShard, arguments, blocks, resources, "scoring the reference", calls_at_once=2)
 
 
-def _to_block(shard: Shard) -> pa.Table:
-    return pa.table({"shard": [pickle.dumps(shard)]})
-
-
 class _ScoreShard:
-    """Ray Data actor that holds the reference, alone or as one of a team. Each call scores one shard and commits one
-    part."""
+    """Ray Data actor that holds the reference, alone or in a team. Each call scores one shard and commits one part."""
 
     def __init__(
         self,
@@ -241,17 +220,11 @@ class _ScoreShard:
         self.known = known  # claims and parts that existed when the shards were planned
         self.claims = Claims(self.cache, known)
         spec = on_this_machine(spec)
-        settings = {
-            "device": resources.device,
-            "tokens_per_batch": tokens_per_batch,
-            "memory_share": resources.memory_share,
-            "check_rows": check_rows,
-        }
-        self.scorer = (
-            Scorer(spec, **settings)
-            if resources.together == 1
-            else TeamScorer(spec, size=resources.together, threads=resources.threads, **settings)
-        )
+        settings = {"tokens_per_batch": tokens_per_batch, "memory_share": resources.memory_share, "check_rows": check_rows}
+        if resources.together > 1:
+            settings |= {"size": resources.together, "threads": resources.threads}
+        scorer = Scorer if resources.together == 1 else TeamScorer
+        self.scorer = scorer(spec, device=resources.device, **settings)
         self.computing = threading.Lock()
 
     def __call__(self, block: pa.Table) -> pa.Table:
@@ -260,9 +233,8 @@ class _ScoreShard:
         planned: Shard = pickle.loads(block["shard"][0].as_buffer())
         with self.computing:
             # Another build may have scored it meanwhile. Parts of this build cannot contain it, so they are skipped.
-            open_ = still_missing(
-                planned, self.cache, skip=lambda name: name in self.known or builder_of(name) == self.cache.builder
-            )
+            known, builder = self.known, self.cache.builder
+            open_ = still_missing(planned, self.cache, skip=lambda name: name in known or builder_of(name) == builder)
             shard, claim = self.claims.take(open_)
             if self.threads is not None:
                 torch.set_num_threads(self.threads)  # OpenMP keeps this number per calling thread

@@ -80,8 +80,7 @@ class Claims:
         return f"{self.cache.directory}/{CLAIMS}/{name}"
 
     def _of_others(self, before: str | None = None) -> dict[bytes, int]:
-        """Largest number of tokens that another living builder is scoring now, by key. With ``before``, only claims whose
-        names sort before it count."""
+        """Most tokens that another living builder is scoring now, by key. ``before``: only claims that sort before it."""
         names = [name for name in self.names(self.cache) if _builder(name) != self.cache.builder]
         parts = [path.rsplit("/", 1)[-1] for path in self.cache.paths()]
         living = {_builder(name) for name in names if name not in self.known} | {

@@ -18,7 +18,7 @@ from raydpo.data.index import as_bytes
 from raydpo.reference.claims import CLAIMS
 from raydpo.reference.part import COMPACTED, Part, encode_part, part_time
 from raydpo.reference.store import PARTS, SET_ASIDE, UNVERIFIED, ReferenceCache
-from raydpo.storage.files import stale_temporaries
+from raydpo.storage.files import FileInfo, stale_temporaries
 
 __all__ = ["TARGET_BYTES", "CompactReport", "Garbage", "compact", "delete_garbage", "find_garbage"]
 
@@ -128,6 +128,11 @@ class Garbage:
 def find_garbage(cache: ReferenceCache) -> list[Garbage]:
     """Files of one identity that ``delete_garbage`` would delete, in order of path."""
     storage, directory = cache.storage, cache.directory
+
+    def files(folder: str) -> dict[str, FileInfo]:
+        place = f"{directory}/{folder}"
+        return {f"{place}/{entry.name}": entry for entry in storage.entries(place) if not entry.name.startswith(".")}
+
     cache.reload()
     found = []
     for folder in ("", PARTS, UNVERIFIED, SET_ASIDE, CLAIMS):
@@ -136,34 +141,21 @@ def find_garbage(cache: ReferenceCache) -> list[Garbage]:
             Garbage(f"{place}/{entry.name}", entry.size, "left half-written")
             for entry in stale_temporaries(storage, place, older_than=ABANDONED_SECONDS)
         ]
-    claims = [entry for entry in storage.entries(f"{directory}/{CLAIMS}") if not entry.name.startswith(".")]
-    if claims:
-        now = storage.clock()
-        found += [
-            Garbage(f"{directory}/{CLAIMS}/{entry.name}", entry.size, "a claim that its build did not take back")
-            for entry in claims
-            if now - entry.modified > ABANDONED_SECONDS
-        ]
-    imported = {
-        f"{directory}/{UNVERIFIED}/{entry.name}": entry.size for entry in storage.entries(f"{directory}/{UNVERIFIED}")
-    }
-    if imported:  # only a cache opened with unverified=True reads these
+    if claims := files(CLAIMS):
+        old = storage.clock() - ABANDONED_SECONDS
+        why = "a claim that its build did not take back"
+        found += [Garbage(path, entry.size, why) for path, entry in claims.items() if entry.modified < old]
+    if imported := files(UNVERIFIED):  # only a cache opened with unverified=True reads these
         imports = ReferenceCache(storage, cache.identity, unverified=True)
         imports.refresh()
-        found += [
-            Garbage(path, imported.get(path, 0), "imported, and answered by later rows") for path in imports.passed_over()
-        ]
-    by_name = {entry.name: entry.size for entry in storage.entries(f"{directory}/{PARTS}")}
-    superseded = cache.superseded()
+        why = "imported, and answered by later rows"
+        found += [Garbage(path, imported[path].size, why) for path in imports.passed_over() if path in imported]
+    parts, superseded = files(PARTS), cache.superseded()
     for number in np.flatnonzero(superseded).tolist():
         path = cache.paths()[number]
-        if _is_answered_elsewhere(cache, number, superseded):
-            found.append(Garbage(path, by_name.get(path.rsplit("/", 1)[-1], 0), "superseded by a compacted part"))
-    found += [
-        Garbage(f"{directory}/{SET_ASIDE}/{entry.name}", entry.size, "damaged or foreign, set aside")
-        for entry in storage.entries(f"{directory}/{SET_ASIDE}")
-        if not entry.name.startswith(".")
-    ]
+        if path in parts and _is_answered_elsewhere(cache, number, superseded):
+            found.append(Garbage(path, parts[path].size, "superseded by a compacted part"))
+    found += [Garbage(path, entry.size, "damaged or foreign, set aside") for path, entry in files(SET_ASIDE).items()]
     return sorted(found, key=lambda one: one.path)
 
 

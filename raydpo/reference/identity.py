@@ -29,7 +29,6 @@ from raydpo.storage.local_copy import local_home
 
 __all__ = [
     "QUANTIZED",
-    "SCORING_VERSION",
     "ReferenceIdentity",
     "earlier_identity",
     "identify",
@@ -44,20 +43,10 @@ _ADAPTER_VERSION = 3
 """Scoring version of adapters in bfloat16, the only ones whose numbers changed since; on quantized weights, only of adapters
 on the head."""
 
-_NOT_ARCHITECTURE = frozenset(
-    {
-        "_name_or_path",
-        "transformers_version",
-        "torch_dtype",
-        "dtype",
-        "use_cache",
-        "_attn_implementation",
-        "_attn_implementation_autoset",
-        "id2label",
-        "label2id",
-        "transformers_weights",
-    }
-)
+_NOT_ARCHITECTURE = frozenset({
+    "_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "_attn_implementation",
+    "_attn_implementation_autoset", "id2label", "label2id", "transformers_weights",
+})  # fmt: skip
 _NOT_ADAPTER = frozenset(
     {"base_model_name_or_path", "inference_mode", "revision", "auto_mapping", "task_type", "peft_version", "lora_dropout"}
 )
@@ -91,11 +80,9 @@ class ReferenceIdentity:
         return json.dumps(self.to_dict(), sort_keys=True)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields by name. Fields added in later versions appear only where they have a value, so that older digests stay
-        valid."""
-        return {
-            name: value for name, value in dataclasses.asdict(self).items() if name != "rope_length" or value is not None
-        }
+        """The fields by name. Later fields appear only where they have a value, so that older digests stay valid."""
+        fields = dataclasses.asdict(self)
+        return {name: value for name, value in fields.items() if name != "rope_length" or value is not None}
 
     @classmethod
     def from_json(cls, text: str | bytes) -> ReferenceIdentity:
@@ -111,8 +98,7 @@ class ReferenceIdentity:
         ]
 
     def same_model(self, other: ReferenceIdentity) -> bool:
-        """Whether the two agree in all fields but the precision and its scoring version: the same function up to
-        rounding."""
+        """Whether all fields but precision and scoring version agree: the same function up to rounding."""
         return dataclasses.replace(self, dtype=other.dtype, scoring_version=other.scoring_version) == other
 
 
@@ -246,14 +232,8 @@ def proved_here(spec: Any) -> Iterator[None]:
 
 
 def _identity_here(spec: Any) -> ReferenceIdentity:
-    return identify(
-        spec.path,
-        spec.identity.dtype,
-        spec.adapter,
-        spec.quantization,
-        spec.trust_remote_code,
-        max_length=spec.identity.rope_length,
-    )
+    dtype, length = spec.identity.dtype, spec.identity.rope_length
+    return identify(spec.path, dtype, spec.adapter, spec.quantization, spec.trust_remote_code, max_length=length)
 
 
 def _from_hub(path: str, revision: str | None = None) -> str:

@@ -62,36 +62,28 @@ def join(cache: ReferenceCache, keys: np.ndarray, needed: np.ndarray) -> Joined:
     """
     offsets = np.concatenate([[0], np.cumsum(needed, dtype=np.int64)])
     values, forget = _file_of(int(offsets[-1]))
-    sums, unknown = np.full(len(keys), np.nan), np.ones(len(keys), bool)
+    joined, unknown = Joined(values, offsets, np.full(len(keys), np.nan)), np.ones(len(keys), bool)
     for places, part, rows in cache.answers(keys, needed):
         if part.logps is None:
-            sums[places] = part.sums[rows]
+            joined.sums[places] = part.sums[rows]
             continue
         unknown[places] = False
         for start, stop in _blocks(needed[places]):
-            _move(part, rows[start:stop], places[start:stop], needed, offsets, values, sums)
+            _move(part, rows[start:stop], places[start:stop], needed, joined)
             forget(stop - start)
     for place in np.flatnonzero(unknown):  # a new file holds zeros, which look like log-probs
         values[offsets[place] : offsets[place + 1]] = np.nan
-    return Joined(values, offsets, sums)
+    return joined
 
 
-def _move(
-    part: Part,
-    rows: np.ndarray,
-    places: np.ndarray,
-    needed: np.ndarray,
-    offsets: np.ndarray,
-    values: np.ndarray,
-    sums: np.ndarray,
-) -> None:
+def _move(part: Part, rows: np.ndarray, places: np.ndarray, needed: np.ndarray, joined: Joined) -> None:
     lengths = needed[places].astype(np.int64)
     ends = np.cumsum(lengths)
     within = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
     moved = part.logps.values.to_numpy()[np.repeat(part.logps.offsets.to_numpy()[rows], lengths) + within]
-    values[np.repeat(offsets[places], lengths) + within] = moved
+    joined.values[np.repeat(joined.offsets[places], lengths) + within] = moved
     # Add in float64: sums are hundreds of nats, and the margin is their small difference.
-    sums[places] = np.add.reduceat(moved.astype(np.float64), ends - lengths)
+    joined.sums[places] = np.add.reduceat(moved.astype(np.float64), ends - lengths)
 
 
 def _blocks(lengths: np.ndarray) -> list[tuple[int, int]]:

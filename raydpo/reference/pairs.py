@@ -16,7 +16,6 @@ from raydpo.reference.store import UNVERIFIED, ReferenceCache
 
 __all__ = ["join_reference", "reference_values"]
 
-
 SIDES = ("chosen", "rejected")
 
 
@@ -42,15 +41,12 @@ def join_reference(table: pa.Table, cache: ReferenceCache, what: str) -> pa.Tabl
 
 def reference_values(table: pa.Table, cache: ReferenceCache) -> tuple[Joined, Joined]:
     """Cached values of the chosen and of the rejected completions of pairs."""
-    chosen, rejected = (
-        join(
-            cache,
-            np.concatenate([np.empty((0, 16), np.uint8), *map(as_bytes, table[f"{side}_key"].chunks)]),
-            pc.list_value_length(table[f"{side}_ids"]).to_numpy().astype(np.int32),
-        )
-        for side in SIDES
-    )
-    return chosen, rejected
+
+    def values(side: str) -> Joined:
+        needed = pc.list_value_length(table[f"{side}_ids"]).to_numpy().astype(np.int32)
+        return join(cache, as_bytes(table[f"{side}_key"]), needed)
+
+    return values("chosen"), values("rejected")
 
 
 def _miss(table: pa.Table, lacking: np.ndarray, cache: ReferenceCache, what: str) -> CacheMissError:
@@ -80,10 +76,8 @@ def _miss(table: pa.Table, lacking: np.ndarray, cache: ReferenceCache, what: str
 
 def _as_it_is(mine: ReferenceIdentity, other: ReferenceIdentity) -> str:
     """The settings that train against ``other``, if it differs only in the precision of the weights."""
-    if (
-        mine.quantisation == other.quantisation
-        or dataclasses.replace(mine, quantisation=other.quantisation, dtype=other.dtype) != other
-    ):
+    alike = dataclasses.replace(mine, quantisation=other.quantisation, dtype=other.dtype) == other
+    if mine.quantisation == other.quantisation or not alike:
         return ""
     name = next((name for name, made in QUANTIZED.items() if made == other.quantisation), "none")
     settings = [f"reference.quantization={name}", "reference.allow_other_quantization=true"]

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -53,12 +54,8 @@ SUM_SCHEMA = pa.schema(
     [PART_SCHEMA.field("key"), PART_SCHEMA.field("tokens"), pa.field("sum", pa.float64(), nullable=False)]
 )  # over exactly this many tokens
 """Columns of a part of imported sums."""
-_IDENTITY, _PROVENANCE, _FORMAT, _SUPERSEDES = (
-    b"raydpo.identity",
-    b"raydpo.provenance",
-    b"raydpo.format",
-    b"raydpo.supersedes",
-)
+_IDENTITY, _PROVENANCE = b"raydpo.identity", b"raydpo.provenance"
+_FORMAT, _SUPERSEDES = b"raydpo.format", b"raydpo.supersedes"
 FORMAT_VERSION = b"1"
 COMPACTED = "compact0"
 """Takes the place of the builder in the name of a part that was merged from others."""
@@ -84,7 +81,7 @@ class PartInfo:
     rows: int
     bytes: int
     identity: ReferenceIdentity
-    provenance: dict[str, object]
+    provenance: dict[str, Any]
     supersedes: tuple[str, ...] = ()
     per_token: bool = True
 
@@ -157,8 +154,7 @@ def encode_part(
             }
         ),
     )
-    problem = _wrong_value(table)
-    if problem:
+    if problem := _wrong_value(table):
         raise CacheError(
             f"{problem}; nothing of this part was stored. Score in float32 (score.dtype=float32) or check the weights"
         )
@@ -263,13 +259,7 @@ def _wrong_value(table: pa.Table) -> str | None:
 
 
 def _one_array(column: pa.ChunkedArray) -> pa.Array:
-    return (
-        column.chunk(0)
-        if column.num_chunks == 1
-        else pa.concat_arrays(column.chunks)
-        if column.num_chunks
-        else (pa.array([], column.type))
-    )
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()  # which would copy
 
 
 def _one_line(error: Exception) -> str:

@@ -110,15 +110,9 @@ class Scorer:
         return [tuple(logps for _ in each for logps in next(scored)) for each in pieces]
 
     def _pieces(self, group: PromptGroup) -> list[PromptGroup]:
-        runs = cut_group(
-            len(group.prompt),
-            [len(one) for one in group.completions],
-            self.tokens_per_batch * self._size,
-            self.model.method.layout,
-        )
-        return (
-            [group] if len(runs) == 1 else [PromptGroup(group.prompt, group.completions[start:stop]) for start, stop in runs]
-        )
+        lengths, most = [len(one) for one in group.completions], self.tokens_per_batch * self._size
+        runs = cut_group(len(group.prompt), lengths, most, self.model.method.layout)
+        return [PromptGroup(group.prompt, group.completions[start:stop]) for start, stop in runs]
 
     def _score_pieces(self, groups: Sequence[PromptGroup]) -> list[tuple[np.ndarray, ...]]:
         scored: list[tuple[np.ndarray, ...]] = [()] * len(groups)
@@ -133,15 +127,13 @@ class Scorer:
                 raise
             self._back_off()
         left = [index for index, logps in enumerate(scored) if not logps]
-        if left:
-            for index, logps in zip(left, self.score([groups[index] for index in left]), strict=True):
-                scored[index] = logps
+        for index, logps in zip(left, self.score([groups[index] for index in left]), strict=True):
+            scored[index] = logps
         return scored
 
     def _laid_out(self, groups: Sequence[PromptGroup]) -> Iterator[tuple[list[int], Layout]]:
-        batches = fill_batches(
-            range(len(groups)), shapes_of(groups), self.tokens_per_batch * self._size, self.model.method.layout
-        )
+        most, layout = self.tokens_per_batch * self._size, self.model.method.layout
+        batches = fill_batches(range(len(groups)), shapes_of(groups), most, layout)
 
         def prepare(batch: list[int]) -> tuple[list[int], Layout]:
             layout = self.model.lay_out([groups[index] for index in batch])

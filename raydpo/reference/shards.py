@@ -17,7 +17,7 @@ from raydpo.model.layout import PromptGroup
 from raydpo.reference.part import KEY_TYPE
 from raydpo.reference.store import ReferenceCache
 
-__all__ = ["Completion", "Shard", "Wanted", "missing_shards", "plan_shards", "still_missing"]
+__all__ = ["Completion", "Shard", "Wanted", "list_rows", "missing_shards", "plan_shards", "still_missing"]
 
 SIDES = ("chosen", "rejected")
 WINDOW = 100_000
@@ -106,8 +106,8 @@ class Wanted(Sequence[Completion]):
             return []
         first = int(places[0]) // 2
         table = self._table.slice(first, int(places[-1]) // 2 - first + 1)
-        rows = [_rows(table, f"{side}_ids") for side in SIDES]
-        prompts = _rows(table, "prompt_ids")
+        rows = [list_rows(table[f"{side}_ids"]) for side in SIDES]
+        prompts = list_rows(table["prompt_ids"])
         return [
             Completion(key, prompts[place // 2 - first], rows[place % 2][place // 2 - first])
             for key, place in zip(self.keys[start:stop].to_pylist(), places.tolist(), strict=True)
@@ -148,8 +148,7 @@ def plan_shards(wanted: Sequence[Completion], tokens_per_shard: int, most: int |
 
 
 def _pieces(groups: list[tuple[Completion, ...]], most: int) -> Iterator[Shard]:
-    """Split a shard whose last group (the only one that may be large) has more than ``most`` tokens, its prompt counted
-    once."""
+    """Split a shard whose last group, the only one that may be large, has more than ``most`` tokens."""
     *others, last = groups
     runs = cut_group(len(last[0].prompt), [len(one.tokens) for one in last], most, "tree")
     for start, stop in runs:
@@ -199,13 +198,12 @@ def still_missing(shard: Shard, cache: ReferenceCache, skip: Callable[[str], boo
     return shard.without({one.key for one, there in zip(completions, covered, strict=True) if there})
 
 
-def _rows(table: pa.Table, column: str) -> list[np.ndarray]:
-    """Split a list column into one array per row, without a Python object per token."""
+def list_rows(column: pa.ChunkedArray) -> list[np.ndarray]:
+    """Split a list column into one array per row, without a Python object per value."""
     rows: list[np.ndarray] = []
-    for chunk in table[column].chunks:
+    for chunk in column.chunks:
         flat = chunk.values.to_numpy()
-        offsets = chunk.offsets.to_numpy()
-        rows += [flat[start:end] for start, end in pairwise(offsets.tolist())]
+        rows += [flat[start:end] for start, end in pairwise(chunk.offsets.to_pylist())]
     return rows
 
 

@@ -104,17 +104,8 @@ class ReferenceCache:
         """All identities of which the cache holds at least one readable part."""
         found = []
         for name in storage.list():
-            paths = (
-                [
-                    f"{name}/{folder}/{part}"
-                    for folder in (PARTS, UNVERIFIED)
-                    for part in storage.list(f"{name}/{folder}")
-                    if is_part(part)
-                ]
-                if len(name) == 32
-                else ()
-            )
-            for path in paths:
+            folders = [f"{name}/{folder}" for folder in (PARTS, UNVERIFIED)] if len(name) == 32 else []
+            for path in (f"{folder}/{part}" for folder in folders for part in storage.list(folder) if is_part(part)):
                 try:
                     identity = _footer(storage, path).identity
                 except (CacheError, OSError):
@@ -180,8 +171,7 @@ class ReferenceCache:
         *,
         verified: bool = True,
     ) -> str:
-        """``commit`` from columns: ``values`` are log-probs per token, list<float32>, or sums over ``tokens`` tokens,
-        float64."""
+        """``commit`` from columns. ``values``: log-probs per token, list<float32>, or sums of ``tokens`` tokens, float64."""
         name, data = encode_part(
             self.identity, keys, tokens, values, provenance, builder=self.builder, time_ns=time.time_ns()
         )
@@ -280,8 +270,8 @@ class ReferenceCache:
         )
 
     def locate(self, keys: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Number of the part, and row in it, that answers each completion with at least ``tokens`` tokens, or -1; as of the
-        last refresh. Both int32 [keys]."""
+        """Part and row in it that answer each completion with at least ``tokens`` tokens, as of the last refresh, or -1:
+        int32 [keys] each."""
         parts, rows = np.full(len(keys), -1, np.int32), np.full(len(keys), -1, np.int32)
         sums = exactly(keys, tokens)
         for index, wanted in ((self._imported, sums), (self._sums, sums), (self._tokens, keys)):  # the last one wins
@@ -331,8 +321,7 @@ class ReferenceCache:
         return len(self._tokens.part) - len(self._tokens.winners)
 
     def stored_twice(self, builder: str, since: set[str]) -> int:
-        """Number of completions that both ``builder`` and others committed in parts that are not in ``since``, as of the
-        last refresh."""
+        """Number of completions that ``builder`` and others committed in parts not in ``since``, as of the last refresh."""
         new = [number for number, path in enumerate(self._paths) if _short(path) not in since]
         mine = [number for number in new if builder_of(_short(self._paths[number])) == builder]
         if len(mine) == len(new):
@@ -389,11 +378,8 @@ class ReferenceCache:
         self._superseded |= {name for part in parts.values() for name in part.info.supersedes}
         # Compacted parts first. Superseded parts come last: they answer only what no other part does.
         ordered = sorted(fresh, key=lambda path: (_short(path) in self._superseded, path not in parts, path))
-        added: dict[KeyIndex, list[tuple[np.ndarray, np.ndarray, int]]] = {
-            self._tokens: [],
-            self._sums: [],
-            self._imported: [],
-        }
+        added: dict[KeyIndex, list[tuple[np.ndarray, np.ndarray, int]]]
+        added = {index: [] for index in (self._tokens, self._sums, self._imported)}
         try:
             for path in [*(path for path in ordered if path not in imports), *sorted(imports & set(fresh), reverse=True)]:
                 part = parts.get(path) or (None if path in compacted else self._read(path, values=False))
@@ -431,11 +417,10 @@ class ReferenceCache:
         """
         name = _short(path)
         try:
-            data = (
-                self.storage.read(path)
-                if self._copies is None
-                else self._copies.fetch(path, lambda data: digest_is_sound(name, data))
-            )
+            if self._copies is None:
+                data = self.storage.read(path)
+            else:
+                data = self._copies.fetch(path, lambda data: digest_is_sound(name, data))
             if not digest_is_sound(name, data):
                 data = self.storage.read(path)  # one bad read over a network does not prove damage
             part = decode_part(name, data, values=values)
@@ -465,8 +450,7 @@ class ReferenceCache:
 
 
 def exactly(keys: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """Keys for sums, uint8 [rows, 16]. A sum answers only for its exact number of tokens, so that number is mixed into the
-    key."""
+    """Keys for sums, uint8 [rows, 16]: mixed with the number of tokens, since a sum answers only for exactly as many."""
     mixed = np.array(keys)
     mixed.view("<u4")[:, 3] ^= tokens.astype(np.uint32)
     return mixed
@@ -484,7 +468,7 @@ def _short(path: str) -> str:
     return path.rsplit("/", 1)[-1]
 
 
-def _not_used(name: str, error: Exception) -> str:
+def _not_used(name: str, error: CacheError | OSError) -> str:
     if isinstance(error, CacheError):
         return f"{error}; it is not used"
     return f"part {name} cannot be read ({error.strerror or error}) and is not used; its rows count as missing"

@@ -21,7 +21,6 @@ from raydpo.reference.store import PARTS, UNVERIFIED, ReferenceCache
 __all__ = [
     "SAMPLE",
     "TOLERANCES",
-    "FilesReport",
     "ScoresReport",
     "promote",
     "sum_tolerance",
@@ -165,24 +164,12 @@ def verify_scores(
     beyond = np.array([row["mean"] / row["tolerance"] for row in rows])
     worst = rows[int(np.argmax(np.where(np.isnan(beyond), np.inf, beyond)))]
     worst = {"name": names.get(bytes.fromhex(worst["key"]), "?")} | worst
-    quantiles = {
-        name: float(np.quantile(gaps, share)) for name, share in (("median", 0.5), ("p90", 0.9), ("p99", 0.99), ("max", 1.0))
-    } | {"mean": float(gaps.mean())}
+    shares = {"median": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
+    quantiles = {name: float(np.quantile(gaps, share)) for name, share in shares.items()} | {"mean": float(gaps.mean())}
     sums = [row for row in rows if row["token"] is None]
     shift, shifted = _shift(sums, tolerance)
-    return ScoresReport(
-        len(wanted),
-        len(stored),
-        len(rows),
-        sum(row["tokens"] for row in rows),
-        len(sums),
-        imported,
-        quantiles,
-        worst,
-        tolerance,
-        shift,
-        _problem(worst) or shifted,
-    )
+    counts = len(wanted), len(stored), len(rows), sum(row["tokens"] for row in rows), len(sums)
+    return ScoresReport(*counts, imported, quantiles, worst, tolerance, shift, _problem(worst) or shifted)
 
 
 def _answers(cache: ReferenceCache, wanted: Sequence[Completion]) -> tuple[np.ndarray, np.ndarray]:

@@ -23,17 +23,12 @@ MOST = 16
 OURS = ("name", "output")
 """Keys that always differ between runs; they are not shown."""
 SAME_ONLY = "Compare it only between runs with the same loss and beta."
+FELL = "Pairs whose chosen answer is less likely than under the reference."
 CURVES = (
     ("rewards/accuracies", "accuracy", "accuracy", 0.5, ""),
     ("loss", "loss", "loss", None, SAME_ONLY),
     ("rewards/margins", "margin", "reward margin", 0.0, SAME_ONLY),
-    (
-        "logps/chosen_fell",
-        "chosen fell",
-        "share of pairs",
-        None,
-        "Pairs whose chosen answer is less likely than under the reference.",
-    ),
+    ("logps/chosen_fell", "chosen fell", "share of pairs", None, FELL),
     ("logratio/chosen_per_token", "drift of chosen", "nats a token", 0.0, ""),
     ("logratio/rejected_per_token", "drift of rejected", "nats a token", 0.0, ""),
     ("length/margin_correlation", "margin and length", "correlation", 0.0, "Near 1 the policy prefers the longer answer."),
@@ -80,21 +75,12 @@ def overlaid(runs: Sequence[RunRecord], kinds: Sequence[str] = ("held out", "tra
     for kind in kinds:
         extra = (("grad_norm", "gradient norm", "norm", None, ""),) if kind == "training" else ()
         for metric, title, ylabel, level, caption in CURVES + extra:
-            curves = [
-                curve(
-                    run.evals if kind == "held out" else run.steps,
-                    metric,
-                    run.name,
-                    SERIES[number % len(SERIES)],
-                    dashed=number >= len(SERIES),
-                )
-                for number, run in enumerate(shown)
-            ]
-            pictures.append(
-                curves_picture(
-                    f"{title[0].upper()}{title[1:]}, {kind}", caption, curves, ylabel, level=level, log=metric == "grad_norm"
-                )
-            )
+            curves = []
+            for place, run in enumerate(shown):
+                table, colour = run.evals if kind == "held out" else run.steps, SERIES[place % len(SERIES)]
+                curves.append(curve(table, metric, run.name, colour, dashed=place >= len(SERIES)))
+            label = f"{title[0].upper()}{title[1:]}, {kind}"
+            pictures.append(curves_picture(label, caption, curves, ylabel, level=level, log=metric == "grad_norm"))
     return [picture for picture in pictures if picture is not None]
 
 
@@ -102,41 +88,24 @@ def _finals(runs: Sequence[RunRecord]) -> Table:
     rows = []
     for run in runs:
         summary, evaluation = run.summary or {}, run.evaluation or {}
-        rows.append(
-            Row(
-                run.name,
-                [
-                    number(run.done, ",.0f"),
-                    number(summary.get("train_seconds"), ",.0f"),
-                    number(summary.get("tokens_per_second"), ",.0f"),
-                    *(number(run.held_out(key.removeprefix("eval_"))[1]) for key, _ in EVALUATION_TABLE),
-                    interval((evaluation.get("drift") or {}).get("kl_per_token")),
-                    interval(length_growth(evaluation), "+.0%"),
-                ],
-            )
-        )
-    columns = (
-        "run",
-        "steps",
-        "seconds",
-        "tokens a second",
-        *(label for _, label in EVALUATION_TABLE),
-        "KL, nats a token",
-        "length growth",
-    )
+        cells = [
+            *(number(value, ",.0f") for value in (run.done, summary.get("train_seconds"), summary.get("tokens_per_second"))),
+            *(number(run.held_out(key.removeprefix("eval_"))[1]) for key, _ in EVALUATION_TABLE),
+            interval((evaluation.get("drift") or {}).get("kl_per_token")),
+            interval(length_growth(evaluation), "+.0%"),
+        ]
+        rows.append(Row(run.name, cells))
+    measured = (label for _, label in EVALUATION_TABLE)
+    columns = ("run", "steps", "seconds", "tokens a second", *measured, "KL, nats a token", "length growth")
     return _without_empty(Table("Final figures, held-out pairs", columns, rows))
 
 
 def _without_empty(table: Table) -> Table:
     """Drop the columns in which no row has a value."""
-    kept = [
-        index for index in range(len(table.columns) - 1) if any(row.cells[index].value is not None for row in table.rows)
-    ]
-    return Table(
-        table.label,
-        (table.columns[0], *(table.columns[index + 1] for index in kept)),
-        [Row(row.head, [row.cells[index] for index in kept], row.mark) for row in table.rows],
-    )
+    head, *columns = table.columns
+    kept = [index for index in range(len(columns)) if any(row.cells[index].value is not None for row in table.rows)]
+    rows = [Row(row.head, [row.cells[index] for index in kept], row.mark) for row in table.rows]
+    return Table(table.label, (head, *(columns[index] for index in kept)), rows)
 
 
 def _told_apart(runs: Sequence[RunRecord]) -> list[RunRecord]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from raydpo.pages.plot import GOOD, INK, Picture, bin_name, figure, length_bars, svg
 from raydpo.pages.text import shown
-from raydpo.reports.tables import Row, Table, interval, number, text
+from raydpo.reports.tables import Cell, Row, Table, interval, number, text
 
 __all__ = ["EvaluationPart", "evaluation_part", "evaluation_tables", "shown_samples"]
 
@@ -36,16 +37,12 @@ def evaluation_part(evaluation: dict[str, Any]) -> EvaluationPart:
     if bins := [each for each in total.get("calibration") or [] if each["pairs"]]:
         pictures.append(_calibration(bins, total))
     if known := [each for each in preferences.get("by_length") or [] if each["pairs"]]:
-        pictures.append(
-            length_bars(
-                "Accuracy by length",
-                "Accuracy by the difference in length of the two answers, with 95 % intervals. A slope "
-                "means that the policy ranks by length.",
-                known,
-                [each["accuracy"] for each in known],
-                "accuracy",
-            )
+        caption = (
+            "Accuracy by the difference in length of the two answers, with 95 % intervals. A slope means that the policy "
+            "ranks by length."
         )
+        shares = [each["accuracy"] for each in known]
+        pictures.append(length_bars("Accuracy by length", caption, known, shares, "accuracy"))
     about = (
         f"{total['pairs']:,} pairs of {', '.join(evaluation['data'])}, beta {evaluation['beta']:g}, reference "
         f"{evaluation['reference']['path']}."
@@ -84,45 +81,22 @@ def _preferences(evaluation: dict[str, Any]) -> Table:
     if len(sources) > 1:
         groups += list(sources.items())
     groups += [(f"chosen longer by {bin_name(each)}", each) for each in preferences.get("by_length") or [] if each["pairs"]]
-    groups += [
-        (name, total[key])
-        for key, name in (
-            ("longer_is_right", "the chosen answer is longer"),
-            ("longer_is_wrong", "the rejected answer is longer"),
-        )
-        if total.get(key)
-    ]
-    rows = [
-        Row(
-            name,
-            [
-                number(each["pairs"], ",.0f"),
-                interval(each.get("accuracy")),
-                interval(each.get("margin"), ".2f"),
-                number(each.get("loss")),
-                interval(each.get("log_likelihood_accuracy")),
-                number(each.get("calibration_error")),
-                number(each.get("calibration_chance")),
-                interval(each.get("chosen_fell")),
-            ],
-        )
-        for name, each in groups
-    ]
-    return Table(
-        f"Preferences of {'held-out pairs' if evaluation.get('held_out') else 'the pairs that were measured'}",
-        (
-            "pairs of",
-            "pairs",
-            "accuracy",
-            "reward margin",
-            "loss (sigmoid)",
-            "chosen more likely than rejected",
-            "calibration error",
-            "calibration error by chance, up to",
-            "pairs whose chosen fell",
-        ),
-        rows,
-    )
+    for side, key in (("chosen", "longer_is_right"), ("rejected", "longer_is_wrong")):
+        if total.get(key):
+            groups.append((f"the {side} answer is longer", total[key]))
+    columns: dict[str, Callable[[dict[str, Any]], Cell]] = {
+        "pairs": lambda each: number(each["pairs"], ",.0f"),
+        "accuracy": lambda each: interval(each.get("accuracy")),
+        "reward margin": lambda each: interval(each.get("margin"), ".2f"),
+        "loss (sigmoid)": lambda each: number(each.get("loss")),
+        "chosen more likely than rejected": lambda each: interval(each.get("log_likelihood_accuracy")),
+        "calibration error": lambda each: number(each.get("calibration_error")),
+        "calibration error by chance, up to": lambda each: number(each.get("calibration_chance")),
+        "pairs whose chosen fell": lambda each: interval(each.get("chosen_fell")),
+    }
+    rows = [Row(name, [read(each) for read in columns.values()]) for name, each in groups]
+    which = "held-out pairs" if evaluation.get("held_out") else "the pairs that were measured"
+    return Table(f"Preferences of {which}", ("pairs of", *columns), rows)
 
 
 def _generation(generation: dict[str, Any]) -> Table:
@@ -131,19 +105,9 @@ def _generation(generation: dict[str, Any]) -> Table:
         for side in ("policy", "reference"):
             each = measured[side]
             growth = interval(measured["length_growth"], "+.0%") if side == "policy" else number(None)
-            rows.append(
-                Row(
-                    f"{side}, {mode}",
-                    [
-                        interval(each["tokens"], ".0f"),
-                        growth,
-                        number(each["repetition"], ".1%"),
-                        number(each["distinct_1"]),
-                        number(each["distinct_2"]),
-                        number(each["cut"], ".1%"),
-                    ],
-                )
-            )
+            variety = [number(each["repetition"], ".1%"), number(each["distinct_1"]), number(each["distinct_2"])]
+            cells = [interval(each["tokens"], ".0f"), growth, *variety, number(each["cut"], ".1%")]
+            rows.append(Row(f"{side}, {mode}", cells))
     return Table(
         f"Answers to {generation['prompts']:,} prompts, at most {generation['max_tokens']:,} tokens each",
         ("answers", "tokens", "length growth", "repeated 4-grams", "distinct 1-grams", "distinct 2-grams", "cut"),
@@ -153,34 +117,23 @@ def _generation(generation: dict[str, Any]) -> Table:
 
 def _drift(drift: dict[str, Any]) -> Table:
     kinds = (("log-probs of the samples", drift), ("exact at each position of the samples", drift.get("rao_blackwell")))
-    return Table(
-        f"Drift KL(policy || reference) from {drift['samples']:,} samples of the policy, nats",
-        ("estimated from", "an answer", "standard error", "a token"),
-        [
-            Row(name, [interval(each["kl"]), number(each.get("std_error")), interval(each["kl_per_token"])])
-            for name, each in kinds
-            if each
-        ],
-    )
+    rows = [
+        Row(name, [interval(each["kl"]), number(each.get("std_error")), interval(each["kl_per_token"])])
+        for name, each in kinds
+        if each
+    ]
+    label = f"Drift KL(policy || reference) from {drift['samples']:,} samples of the policy, nats"
+    return Table(label, ("estimated from", "an answer", "standard error", "a token"), rows)
 
 
 def _wins(wins: list[dict[str, Any]]) -> Table:
-    return Table(
-        "Wins of the policy over the reference; a tie counts one half",
-        ("judge", "answers", "win rate", "at equal length", "wins", "ties", "losses", "not judged"),
-        [
-            Row(
-                each["judge"],
-                [
-                    text(each["mode"]),
-                    interval(each["win_rate"]),
-                    interval(each.get("equal_length")),
-                    *(number(each.get(name), ",.0f") for name in ("wins", "ties", "losses", "not_judged")),
-                ],
-            )
-            for each in wins
-        ],
-    )
+    columns = ("judge", "answers", "win rate", "at equal length", "wins", "ties", "losses", "not judged")
+    rows = []
+    for each in wins:
+        counts = [number(each.get(name), ",.0f") for name in ("wins", "ties", "losses", "not_judged")]
+        rates = [interval(each["win_rate"]), interval(each.get("equal_length"))]
+        rows.append(Row(each["judge"], [text(each["mode"]), *rates, *counts]))
+    return Table("Wins of the policy over the reference; a tie counts one half", columns, rows)
 
 
 def _calibration(bins: list[dict[str, Any]], total: dict[str, Any]) -> Picture:
@@ -195,15 +148,7 @@ def _calibration(bins: list[dict[str, Any]], total: dict[str, Any]) -> Picture:
     )
     with figure() as (made, axes):
         axes.plot([0.5, 1], [0.5, 1], color=INK, linewidth=0.8, linestyle="--")
-        axes.errorbar(
-            predicted,
-            observed,
-            np.abs([low - observed, high - observed]),
-            color=GOOD,
-            fmt="o-",
-            markersize=4,
-            linewidth=1.4,
-            elinewidth=1.0,
-        )
+        bars = np.abs([low - observed, high - observed])
+        axes.errorbar(predicted, observed, bars, color=GOOD, fmt="o-", markersize=4, linewidth=1.4, elinewidth=1.0)
         axes.set(xlim=(0.49, 1.01), ylim=(0, 1.02), xlabel="confidence: sigmoid of the margin", ylabel="ranked right")
         return Picture("Calibration", svg(made, "Calibration", caption), caption)

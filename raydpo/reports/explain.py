@@ -69,9 +69,8 @@ def trained_policy(world: World, beta: float) -> np.ndarray:
     tokens = torch.ones(len(chosen), dtype=_FLOAT)
     # In units of 1 / beta the loss surface is equally steep for every beta.
     moved = torch.zeros(count, dtype=_FLOAT, requires_grad=True)
-    optimizer = torch.optim.LBFGS(
-        [moved], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe"
-    )
+    exact = {"max_iter": 500, "tolerance_grad": 1e-12, "tolerance_change": 1e-16}
+    optimizer = torch.optim.LBFGS([moved], line_search_fn="strong_wolfe", **exact)
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
@@ -92,30 +91,18 @@ def explanation_page() -> str:
     rewards = policies @ WORLD.rewards
     with np.errstate(divide="ignore", invalid="ignore"):
         drifts = np.nansum(policies * np.log(policies / WORLD.reference), 1)
-    frames = [
-        {
-            "beta": float(f"{beta:.3g}"),
-            "policy": [round(float(value), 4) for value in policy],
-            "reward": round(float(reward), 3),
-            "drift": round(float(drift), 3),
-        }
-        for beta, policy, reward, drift in zip(BETAS, policies, rewards, drifts, strict=True)
-    ]
+    frames = []
+    for beta, policy, reward, drift in zip(BETAS, policies, rewards, drifts, strict=True):
+        figures = {"reward": round(float(reward), 3), "drift": round(float(drift), 3)}
+        frames.append({"beta": float(f"{beta:.3g}"), "policy": [round(float(value), 4) for value in policy]} | figures)
+    told = [f"{reward:+.1f}" for reward in WORLD.rewards], [f"{probability:.2f}" for probability in WORLD.reference]
     return render(
         "reports/explain.html",
         scripts=("reports/explain.js",),
         version=__version__,
         frames=frames,
         shown=SHOWN,
-        world=list(
-            zip(
-                LETTERS,
-                WORLD.answers,
-                (f"{reward:+.1f}" for reward in WORLD.rewards),
-                (f"{probability:.2f}" for probability in WORLD.reference),
-                strict=True,
-            )
-        ),
+        world=list(zip(LETTERS, WORLD.answers, *told, strict=True)),
         gap=f"{np.abs(policies - trained).max():.0e}",
         pictures=[_policies(policies, trained), _trade(rewards, drifts), _loss(), _pull()],
     )

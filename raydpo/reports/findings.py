@@ -32,27 +32,18 @@ LENGTH_GROWTH = 0.15
 becoming better (Park et al., arXiv 2403.19159)."""
 CALIBRATION = 0.1
 """Expected calibration error above which it is reported, if chance does not explain it."""
-TIMES = (
-    (
-        "checkpoint",
-        CHECKPOINT_SHARE,
-        "Checkpoints take long",
-        "Make fewer: train.checkpoint_every or train.checkpoint_minutes.",
-    ),
-    ("evaluation", EVALUATION_SHARE, "Evaluations take long", "Make fewer (train.eval_every), or hold out fewer pairs."),
-    (
-        "data",
-        WAIT_SHARE,
-        "Workers wait for data",
-        "One thread of each worker prepares micro-batches; give each worker more CPUs.",
-    ),
-    (
-        "wait",
-        WAIT_SHARE,
-        "Workers wait for one another",
-        "Ranks have unequal work in a step. 'raydpo plan' shows how equal it can be; more pairs a step help.",
-    ),
-)
+TIMES = {
+    "checkpoint": (CHECKPOINT_SHARE, "Checkpoints take long"),
+    "evaluation": (EVALUATION_SHARE, "Evaluations take long"),
+    "data": (WAIT_SHARE, "Workers wait for data"),
+    "wait": (WAIT_SHARE, "Workers wait for one another"),
+}
+REMEDIES = {
+    "checkpoint": "Make fewer: train.checkpoint_every or train.checkpoint_minutes.",
+    "evaluation": "Make fewer (train.eval_every), or hold out fewer pairs.",
+    "data": "One thread of each worker prepares micro-batches; give each worker more CPUs.",
+    "wait": "Ranks have unequal work in a step. 'raydpo plan' shows how equal it can be; more pairs a step help.",
+}
 
 
 def findings(run: RunRecord) -> list[Finding]:
@@ -95,11 +86,9 @@ def _policy(run: RunRecord) -> Iterator[Finding]:
 
 def _normalised(run: RunRecord) -> str:
     """Return the settings of the loss per token, with its own beta."""
-    lengths = [
-        value
-        for side in ("chosen", "rejected")
-        if (value := run.held_out(f"length/{side}")[1] or _recent(run.steps, f"length/{side}")) is not None
-    ]
+    names = ("length/chosen", "length/rejected")
+    lengths = [run.held_out(name)[1] or _recent(run.steps, name) for name in names]
+    lengths = [value for value in lengths if value is not None]
     if run.objective is None or not lengths:
         return "train.loss=sigmoid_norm, with train.beta times the mean length of an answer,"
     return f"train.loss=sigmoid_norm train.beta={run.objective.beta_per_token(sum(lengths) / len(lengths))}"
@@ -126,11 +115,8 @@ def _held_out(run: RunRecord) -> Iterator[Finding]:
                 "with 'raydpo show', and check data.train.columns and data.eval.columns.",
             )
         elif within["low"] <= 0.5:
-            yield Finding(
-                "Not yet better than a coin",
-                said,
-                "Train longer, raise train.lr, or hold out more pairs if the interval is wide.",
-            )
+            why = "Train longer, raise train.lr, or hold out more pairs if the interval is wide."
+            yield Finding("Not yet better than a coin", said, why)
         training = _recent(run.steps, "rewards/accuracies")
         if training is not None and training > max(accuracy + MEMORISED, within["high"]):
             yield Finding(
@@ -237,17 +223,13 @@ def _time(run: RunRecord) -> Iterator[Finding]:
     summary = run.summary or {}
     if not total:
         return
-    shares = {
-        name: run.steps[f"time/{name}"].sum() / total
-        for name in ("checkpoint", "evaluation", "data", "wait")
-        if f"time/{name}" in run.steps.columns
-    }
+    shares = {name: run.steps[f"time/{name}"].sum() / total for name in TIMES if f"time/{name}" in run.steps.columns}
     if summary.get("checkpoint_seconds"):  # includes the last checkpoint, after the last recorded step
         later = max(0.0, summary["checkpoint_seconds"] - shares.get("checkpoint", 0.0) * total)
         shares["checkpoint"] = summary["checkpoint_seconds"] / (total + later)
-    for name, limit, title, why in TIMES:
+    for name, (limit, title) in TIMES.items():
         if shares.get(name, 0.0) > limit:
-            yield Finding(title, f"{shares[name]:.0%} of the training's time.", why)
+            yield Finding(title, f"{shares[name]:.0%} of the training's time.", REMEDIES[name])
 
 
 def _recent(steps: pl.DataFrame, metric: str) -> float | None:

@@ -67,6 +67,11 @@ class Point:
     protocol: str | None = None
     held_out: str | None = None
 
+    @property
+    def shown(self) -> str:
+        """The settings, or the name if there are none."""
+        return self.label or self.name
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -83,14 +88,19 @@ class Axis:
 
 ACCURACY = Axis("held-out accuracy", lambda point: point.accuracy)
 UNBEATEN = "Up and to the left is better. The line joins the trials that no other trial beats in both figures."
+MOVED = (
+    "The margin is divided by beta, so that trials compare. If it grows only with drift, the policy has moved without "
+    "learning more."
+)
+LONGER = "If accuracy grows with length, it may only be a preference for length."
 
 
 @dataclass(frozen=True)
 class Recommendation:
     """The recommended trial, None if there is none, and the reason in sentences."""
 
-    point: Point | None
     reason: str
+    point: Point | None = None
 
 
 def points_of(sweep: SweepRecord) -> list[Point]:
@@ -173,38 +183,22 @@ def _label(settings: dict[str, object]) -> str:
 
 def drift_axis(points: Sequence[Point]) -> Axis:
     """Return the axis of drift: KL if all trials measured it alike, else the change of held-out log-probs."""
-    return _axis(
-        points,
-        "drift: KL, nats a token",
-        lambda point: point.kl,
-        "drift: change of log-probs, nats a token",
-        lambda point: point.moved,
-    )
+    moved = Axis("drift: change of log-probs, nats a token", lambda point: point.moved)
+    return _axis(points, "drift: KL, nats a token", lambda point: point.kl, moved)
 
 
 def length_axis(points: Sequence[Point]) -> Axis:
     """Return the axis of length: growth if all trials measured it alike, else the correlation with the margin."""
-    return _axis(
-        points,
-        "growth of the answers' length",
-        lambda point: point.length_growth,
-        "correlation of margin and length",
-        lambda point: point.length_pull,
-    )
+    pull = Axis("correlation of margin and length", lambda point: point.length_pull)
+    return _axis(points, "growth of the answers' length", lambda point: point.length_growth, pull)
 
 
-def _axis(
-    points: Sequence[Point],
-    label: str,
-    measured: Callable[[Point], float | None],
-    other_label: str,
-    other: Callable[[Point], float | None],
-) -> Axis:
+def _axis(points: Sequence[Point], label: str, measured: Callable[[Point], float | None], other: Axis) -> Axis:
     """Return the measured axis if all points have it by one protocol, or if nothing else is known; else the other axis."""
     way, count = _usual_protocol(points, measured)
-    if count and (count == len(points) or all(other(point) is None for point in points)):
+    if count and (count == len(points) or all(other.read(point) is None for point in points)):
         return Axis(label, lambda point: measured(point) if point.protocol == way else None, measured=True)
-    return Axis(other_label, other)
+    return other
 
 
 def _usual_protocol(points: Sequence[Point], measured: Callable[[Point], float | None]) -> tuple[str | None, int]:
@@ -239,37 +233,30 @@ def recommend(points: Sequence[Point], drift: Axis) -> Recommendation:
     known = [point for point in points if None not in (point.accuracy, point.error, drift.read(point))]
     if not known:
         return Recommendation(
-            None,
-            "No trial has both a held-out accuracy and a drift yet, so none can be recommended. A "
-            "sweep needs held-out pairs (data.eval).",
+            "No trial has both a held-out accuracy and a drift yet, so none can be recommended. A sweep needs held-out "
+            "pairs (data.eval)."
         )
     first = max(known, key=lambda point: (point.accuracy, -drift.read(point)))
     if len(known) == 1:
-        return Recommendation(None, f"{first.label or first.name} is the only trial with an accuracy and a drift so far.")
+        return Recommendation(f"{first.shown} is the only trial with an accuracy and a drift so far.")
     if not on_same_pairs(known):
         return Recommendation(
-            None,
-            "The trials are measured on different held-out pairs, so their accuracies do not "
-            "compare. Hold out the same pairs in all of them: a separate file (data.eval.path) that "
-            "no setting of section data changes. Or make two sweeps.",
+            "The trials are measured on different held-out pairs, so their accuracies do not compare. Hold out the same "
+            "pairs in all of them: a separate file (data.eval.path) that no setting of section data changes. Or make two "
+            "sweeps."
         )
     learnt = [point for point in known if point.accuracy - 0.5 > Z95 * point.error]
     if not learnt:
         return Recommendation(
-            None,
-            f"No trial is better than a coin by more than chance: the best held-out accuracy is "
-            f"{first.accuracy:.3f} (standard error {first.error:.3f}), of "
-            f"{first.label or first.name}. Train longer, raise train.lr, or hold out more pairs.",
+            f"No trial is better than a coin by more than chance: the best held-out accuracy is {first.accuracy:.3f} "
+            f"(standard error {first.error:.3f}), of {first.shown}. Train longer, raise train.lr, or hold out more pairs."
         )
     best = max(learnt, key=lambda point: (point.accuracy, -drift.read(point)))
     bound = best.accuracy - best.error
     close = [point for point in learnt if point.accuracy >= bound]
     chosen = min(close, key=lambda point: (drift.read(point), -(point.beta or 0.0)))
     if chosen is best:
-        reason = (
-            f"{best.label or best.name} has the best held-out accuracy, {best.accuracy:.3f} (standard error "
-            f"{best.error:.3f})"
-        )
+        reason = f"{best.shown} has the best held-out accuracy, {best.accuracy:.3f} (standard error {best.error:.3f})"
         reason += (
             f", and the least drift of the {len(close)} trials within one standard error of it: "
             f"{drift.read(best):.3g} nats a token."
@@ -278,19 +265,17 @@ def recommend(points: Sequence[Point], drift: Axis) -> Recommendation:
         )
     else:
         reason = (
-            f"{chosen.label or chosen.name} has a held-out accuracy of {chosen.accuracy:.3f}, within one standard "
-            f"error ({best.error:.3f}) of the best, {best.accuracy:.3f} of {best.label or best.name}. It drifts "
-            f"least of the {len(close)} trials within that range: {drift.read(chosen):.3g} against "
-            f"{drift.read(best):.3g} nats a token."
+            f"{chosen.shown} has a held-out accuracy of {chosen.accuracy:.3f}, within one standard error ({best.error:.3f}) "
+            f"of the best, {best.accuracy:.3f} of {best.shown}. It drifts least of the {len(close)} trials within that "
+            f"range: {drift.read(chosen):.3g} against {drift.read(best):.3g} nats a token."
         )
     if len(learnt) < len(known):
         reason += (
             f" {len(known) - len(learnt)} trial(s) are not better than a coin by more than chance and were not considered."
         )
-    left_out = len(points) - len(known)
-    if left_out:
+    if left_out := len(points) - len(known):
         reason += f" {left_out} trial(s) lack one of the two figures and were not considered."
-    return Recommendation(chosen, reason)
+    return Recommendation(reason, chosen)
 
 
 def frontier_pictures(points: Sequence[Point], recommended: Point | None) -> list[Picture]:
@@ -301,29 +286,15 @@ def frontier_pictures(points: Sequence[Point], recommended: Point | None) -> lis
     if not on_same_pairs(points):
         return []
     drift, length, units = drift_axis(points), length_axis(points), units_of_margin(points)
-    margin = Axis(
-        ", ".join(filter(None, ("margin / beta", *units))), lambda point: point.margin if len(units) == 1 else None
+    label = ", ".join(filter(None, ("margin / beta", *units)))
+    margin = Axis(label, lambda point: point.margin if len(units) == 1 else None)
+    kinds = (
+        ("Accuracy and drift", UNBEATEN, drift, ACCURACY),
+        ("Margin and drift", MOVED, drift, margin),
+        ("Accuracy and length", LONGER, length, ACCURACY),
+        ("Margin and length", "The margin, divided by beta, against length.", length, margin),
     )
-    pictures = [
-        _picture(title, caption, points, x, y, recommended)
-        for title, caption, x, y in (
-            ("Accuracy and drift", UNBEATEN, drift, ACCURACY),
-            (
-                "Margin and drift",
-                "The margin is divided by beta, so that trials compare. If it grows only with drift, the "
-                "policy has moved without learning more.",
-                drift,
-                margin,
-            ),
-            (
-                "Accuracy and length",
-                "If accuracy grows with length, it may only be a preference for length.",
-                length,
-                ACCURACY,
-            ),
-            ("Margin and length", "The margin, divided by beta, against length.", length, margin),
-        )
-    ]
+    pictures = [_picture(title, caption, points, x, y, recommended) for title, caption, x, y in kinds]
     return [picture for picture in pictures if picture is not None]
 
 
@@ -348,18 +319,10 @@ def _picture(
                 axes.errorbar([across], [up], [point.error], color=PALE, elinewidth=0.9, zorder=1)
             if len(known) <= NAMED:  # labels point to the middle, alternately above and below
                 side, away = ("right", -6) if across > middle else ("left", 6)
-                axes.annotate(
-                    _short(point, known),
-                    (across, up),
-                    (away, -9 if number % 2 else 5),
-                    ha=side,
-                    textcoords="offset points",
-                    fontsize=7.5,
-                    color=INK,
-                )
-            marks[point.mark] = f"{point.label or point.name}: {y.label} {up:.3f}, {x.label} {across:.3g}" + (
-                " (recommended)" if chosen else ""
-            )
+                offset, style = (away, -9 if number % 2 else 5), {"fontsize": 7.5, "color": INK}
+                axes.annotate(_short(point, known), (across, up), offset, ha=side, textcoords="offset points", **style)
+            told = f"{point.shown}: {y.label} {up:.3f}, {x.label} {across:.3g}"
+            marks[point.mark] = told + (" (recommended)" if chosen else "")
         axes.margins(0.1, 0.14)
         axes.locator_params(axis="x", nbins=5)
         axes.set(xlabel=x.label, ylabel=y.label)

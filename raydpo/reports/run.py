@@ -29,64 +29,35 @@ PHASES = {
     "other": PALE,
 }
 SCRIPTS = ("pages/plots.js", "pages/tables.js")
-CURVES: tuple[tuple[str, str, str, dict[str, Any], str], ...] = (
-    ("Loss", "loss", "loss", {}, "Compare it only between runs with the same loss and beta."),
-    (
-        "Accuracy",
-        "rewards/accuracies",
-        "accuracy",
-        {"level": 0.5},
-        "Share of pairs whose chosen answer has the higher reward; a tie counts one half.",
-    ),
-    (
-        "Margin",
-        "rewards/margins",
-        "reward margin",
-        {"level": 0.0},
-        "Reward of the chosen answer minus reward of the rejected one.",
-    ),
-    (
-        "Rewards",
-        "rewards/{}",
-        "reward",
-        {"level": 0.0},
-        "beta times the change of each side's log-prob against the reference. Where both fall, the chosen answers become less "
-        "likely while the margin grows.",
-    ),
-    (
-        "Drift",
-        "logratio/{}_per_token",
-        "nats a token",
-        {"level": 0.0},
-        "Change of the log-prob per token against the reference.",
-    ),
-    ("Log-probs", "logps/{}", "nats", {}, "Sums over an answer. Training steps vary with the lengths of their answers."),
-    (
-        "Chosen fell",
-        "logps/chosen_fell",
-        "share of pairs",
-        {"ylim": (-0.02, 1.02)},
-        "Share of pairs whose chosen answer is less likely than under the reference.",
-    ),
-    (
-        "Margin and length",
-        "length/margin_correlation",
-        "correlation",
-        {"level": 0.0},
-        "Correlation of the margin with the difference in length. Near 1 the policy prefers the longer answer, near -1 the "
-        "shorter one.",
-    ),
-    ("Lengths", "length/{}", "tokens", {}, "Lengths of the answers in the data."),
-    ("Learning rate", "learning_rate", "learning rate", {}, "As scheduled, by step."),
-    (
-        "Speed",
-        "tokens_per_second",
-        "tokens a second",
-        {},
-        "Prompts count once a pair; checkpoints and evaluations are not included.",
-    ),
+CURVES: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
+    ("Loss", "loss", "loss", {}),
+    ("Accuracy", "rewards/accuracies", "accuracy", {"level": 0.5}),
+    ("Margin", "rewards/margins", "reward margin", {"level": 0.0}),
+    ("Rewards", "rewards/{}", "reward", {"level": 0.0}),
+    ("Drift", "logratio/{}_per_token", "nats a token", {"level": 0.0}),
+    ("Log-probs", "logps/{}", "nats", {}),
+    ("Chosen fell", "logps/chosen_fell", "share of pairs", {"ylim": (-0.02, 1.02)}),
+    ("Margin and length", "length/margin_correlation", "correlation", {"level": 0.0}),
+    ("Lengths", "length/{}", "tokens", {}),
+    ("Learning rate", "learning_rate", "learning rate", {}),
+    ("Speed", "tokens_per_second", "tokens a second", {}),
 )
-"""(title, metric, label of the y axis, options of ``curves_picture``, caption) of each picture of a run."""
+"""(title, metric, label of the y axis, options of ``curves_picture``) of each picture of a run."""
+CAPTIONS = {
+    "Loss": "Compare it only between runs with the same loss and beta.",
+    "Accuracy": "Share of pairs whose chosen answer has the higher reward; a tie counts one half.",
+    "Margin": "Reward of the chosen answer minus reward of the rejected one.",
+    "Rewards": "beta times the change of each side's log-prob against the reference. Where both fall, the chosen answers "
+    "become less likely while the margin grows.",
+    "Drift": "Change of the log-prob per token against the reference.",
+    "Log-probs": "Sums over an answer. Training steps vary with the lengths of their answers.",
+    "Chosen fell": "Share of pairs whose chosen answer is less likely than under the reference.",
+    "Margin and length": "Correlation of the margin with the difference in length. Near 1 the policy prefers the longer "
+    "answer, near -1 the shorter one.",
+    "Lengths": "Lengths of the answers in the data.",
+    "Learning rate": "As scheduled, by step.",
+    "Speed": "Prompts count once a pair; checkpoints and evaluations are not included.",
+}
 
 
 def run_page(run: RunRecord) -> str:
@@ -109,12 +80,8 @@ def run_page(run: RunRecord) -> str:
         evaluation=part,
         samples=shown_samples(summary.get("samples")),
         cache=_cache(run),
-        settings=_settings(run),
+        settings=yaml.safe_dump(run.config, sort_keys=False, width=100, allow_unicode=True) if run.config else None,
     )
-
-
-def _settings(run: RunRecord) -> str | None:
-    return yaml.safe_dump(run.config, sort_keys=False, width=100, allow_unicode=True) if run.config else None
 
 
 def status_of(run: RunRecord) -> str:
@@ -134,52 +101,24 @@ def status_of(run: RunRecord) -> str:
 
 
 def _facts(run: RunRecord) -> list[tuple[str, str]]:
-    summary = run.summary or {}
-    steps = run.steps
-    lora = run.setting("model.lora")
-    path = run.setting("model.path")
+    summary, steps, known = run.summary or {}, run.steps, run.steps.columns
+    lora, path = run.setting("model.lora"), run.setting("model.path")
+    trains = f"LoRA, r {lora['r']}" if lora else "all weights" if run.config else None
+    seconds = summary.get("train_seconds", steps["time/step"].sum() if "time/step" in known else None)
+    memory = steps["peak_memory_bytes"].max() if "peak_memory_bytes" in known and steps.height else None
+    losses = [steps["loss"][at] for at in (0, -1)] if steps.height else [None]
     facts = [
         ("model", path and path.rstrip("/").rsplit("/", 1)[-1]),
-        (
-            "what trains",
-            "an adapter"
-            if run.setting("model.adapter")
-            else f"LoRA, r {lora['r']}"
-            if lora
-            else "all weights"
-            if run.config
-            else None,
-        ),
-        *(
-            (name, setting(f"train.{name}", value).text)
-            for name in ("loss", "beta")
-            if (value := run.setting(f"train.{name}")) is not None
-        ),
+        ("what trains", "an adapter" if run.setting("model.adapter") else trains),
+        *((name, _setting(run, f"train.{name}")) for name in ("loss", "beta")),
         ("learning rate", _form(run.setting("train.lr"), "g")),
         ("pairs a step", run.setting("train.pairs_per_step")),
         ("steps", f"{run.done:,}" if steps.height else None),
-        ("pairs seen", _form(steps["pairs"].sum(), ",.0f") if "pairs" in steps.columns else None),
-        (
-            "training time",
-            duration(summary["train_seconds"])
-            if summary
-            else duration(steps["time/step"].sum())
-            if "time/step" in steps.columns
-            else None,
-        ),
+        ("pairs seen", _form(steps["pairs"].sum(), ",.0f") if "pairs" in known else None),
+        ("training time", None if seconds is None else duration(seconds)),
         ("tokens a second", _form(summary.get("tokens_per_second"), ",.0f")),
-        (
-            "peak memory of a worker",
-            f"{steps['peak_memory_bytes'].max() / 2**30:.2f} GiB"
-            if "peak_memory_bytes" in steps.columns and steps.height
-            else None,
-        ),
-        (
-            "first loss, last loss",
-            f"{steps['loss'][0]:.4f}, {steps['loss'][-1]:.4f}"
-            if steps.height and None not in (steps["loss"][0], steps["loss"][-1])
-            else None,
-        ),
+        ("peak memory of a worker", None if memory is None else f"{memory / 2**30:.2f} GiB"),
+        ("first loss, last loss", None if None in losses else ", ".join(f"{loss:.4f}" for loss in losses)),
     ]
     return [(name, str(value)) for name, value in facts if value is not None]
 
@@ -196,14 +135,11 @@ def _curves(run: RunRecord) -> list[Picture]:
         ]
 
     pictures = [
-        curves_picture(title, caption, curves(metric), ylabel, **options)
-        for title, metric, ylabel, options, caption in CURVES
+        curves_picture(title, CAPTIONS[title], curves(metric), ylabel, **options)
+        for title, metric, ylabel, options in CURVES
     ]
-    pictures.append(
-        curves_picture(
-            "Gradient norm", _clipping(run), curves("grad_norm"), "norm", level=run.setting("train.clip"), log=True
-        )
-    )
+    clip, norms = run.setting("train.clip"), curves("grad_norm")
+    pictures.append(curves_picture("Gradient norm", _clipping(run), norms, "norm", level=clip, log=True))
     return [picture for picture in pictures if picture is not None]
 
 
@@ -222,32 +158,23 @@ def _before_after(run: RunRecord) -> Table | None:
         if before is not None or after is not None:
             rows.append(Row(label, [number(before), number(after)]))
     first, last = (run.evals["step"][0], run.evals["step"][-1]) if run.evals.height else (0, 0)
-    return (
-        Table("Held-out pairs before and after", ("held-out pairs", f"step {first:,}", f"step {last:,}"), rows)
-        if rows
-        else None
-    )
+    columns = ("held-out pairs", f"step {first:,}", f"step {last:,}")
+    return Table("Held-out pairs before and after", columns, rows) if rows else None
 
 
 def _sources(run: RunRecord) -> Table | None:
     """Metrics by source: of the held-out pairs, or of the last training steps if nothing is held out."""
     if not run.sources:
         return None
-    table, where = (
-        (run.evals.tail(1), "held-out pairs, last evaluation")
-        if run.evals.height
-        else (run.steps.tail(50), f"training pairs, last {min(50, run.done)} steps")
-    )
-    rows = [
-        Row(
-            name,
-            [
-                number(table[f"{name}/{metric}"].mean() if f"{name}/{metric}" in table.columns else None)
-                for metric in ("loss", "rewards/accuracies", "rewards/margins")
-            ],
-        )
-        for name in run.sources
-    ]
+    table, where = run.steps.tail(50), f"training pairs, last {min(50, run.done)} steps"
+    if run.evals.height:
+        table, where = run.evals.tail(1), "held-out pairs, last evaluation"
+
+    def mean(column: str) -> Cell:
+        return number(table[column].mean() if column in table.columns else None)
+
+    metrics = ("loss", "rewards/accuracies", "rewards/margins")
+    rows = [Row(name, [mean(f"{name}/{metric}") for metric in metrics]) for name in run.sources]
     return Table(f"By source: {where}", ("source", "loss", "accuracy", "margin"), rows)
 
 
@@ -255,14 +182,11 @@ def _times(run: RunRecord) -> Table | None:
     if "time/step" not in run.steps.columns or not (total := run.steps["time/step"].sum()):
         return None
     spent = [(name, run.steps[f"time/{name}"].sum()) for name in PHASES if f"time/{name}" in run.steps.columns]
-    return Table(
-        "Where the time went",
-        ("phase", "time", "share"),
-        [
-            Row(name, [Cell(duration(seconds), seconds), number(seconds / total, ".1%")])
-            for name, seconds in sorted(spent, key=lambda one: -one[1])
-        ],
-    )
+    rows = [
+        Row(name, [Cell(duration(seconds), seconds), number(seconds / total, ".1%")])
+        for name, seconds in sorted(spent, key=lambda one: -one[1])
+    ]
+    return Table("Where the time went", ("phase", "time", "share"), rows)
 
 
 def _cache(run: RunRecord) -> list[tuple[str, str]]:
@@ -270,25 +194,20 @@ def _cache(run: RunRecord) -> list[tuple[str, str]]:
     summary = run.summary or {}
     reference = summary.get("reference") or {}
     hits = summary.get("cache_hit_rate")
+    parts = [reference.get(part) or run.setting(f"reference.{part}") for part in ("path", "adapter")]
     facts = [
-        (
-            "reference",
-            " + ".join(
-                filter(
-                    None,
-                    (
-                        reference.get("path") or run.setting("reference.path"),
-                        reference.get("adapter") or run.setting("reference.adapter"),
-                    ),
-                )
-            ),
-        ),
+        ("reference", " + ".join(filter(None, parts))),
         ("identity", reference.get("identity")),
         ("cache", run.setting("cache.uri")),
         ("in the cache before scoring", None if hits is None else f"{hits:.0%} of the completions"),
         ("step-0 gate", (summary.get("gate") or "").removeprefix("step-0 gate: ")),
     ]
     return [(name, str(value)) for name, value in facts if value]
+
+
+def _setting(run: RunRecord, key: str) -> str | None:
+    value = run.setting(key)
+    return None if value is None else setting(key, value).text
 
 
 def _form(value: float | None, form: str) -> str | None:

@@ -23,6 +23,10 @@ from raydpo.version import __version__
 
 __all__ = ["recommendation_of", "sweep_page"]
 
+QUALITY = ("accuracy", "standard error", "margin / beta")
+DRIFT = ("KL, nats a token", "change of log-probs", "length growth", "margin ~ length")
+FIGURES = (*QUALITY, *DRIFT)
+
 
 def recommendation_of(sweep: SweepRecord) -> Recommendation:
     """Recommend one of the trials that are done."""
@@ -98,30 +102,12 @@ def _table(sweep: SweepRecord, points: list[Point], *, tell_unit: bool) -> Table
         )
         for number_, trial in enumerate(sweep.trials)
     ]
-    return Table(
-        "Trials",
-        (
-            "trial",
-            *sweep.parameters,
-            "state",
-            "steps",
-            "accuracy",
-            "standard error",
-            "margin / beta",
-            "KL, nats a token",
-            "change of log-probs",
-            "length growth",
-            "margin ~ length",
-            "loss",
-            "seconds",
-        ),
-        rows,
-    )
+    return Table("Trials", ("trial", *sweep.parameters, "state", "steps", *FIGURES, "loss", "seconds"), rows)
 
 
 def _figures(point: Point | None, tell_unit: bool) -> list[Cell]:
     if point is None:
-        return [number(None)] * 7
+        return [number(None)] * len(FIGURES)
     margin = number(point.margin, ".2f")
     if tell_unit and point.margin is not None:  # no value to sort by: the units do not compare
         margin = Cell(f"{margin.text} {point.unit}")

@@ -56,15 +56,9 @@ def text(value: Any) -> Cell:
     ordered = float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
     if isinstance(value, list):
         value = ", ".join(map(str, value)) or "none"
-    shown = (
-        "-"
-        if value is None
-        else str(value).lower()
-        if isinstance(value, bool)
-        else f"{value:g}"
-        if isinstance(value, float)
-        else str(value)
-    )
+    if isinstance(value, bool):
+        value = str(value).lower()
+    shown = "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
     return Cell(shown, ordered, words=len(shown) > 24)
 
 

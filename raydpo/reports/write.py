@@ -47,11 +47,10 @@ def write_comparison(places: Sequence[str], out: Path) -> None:
     runs: list[RunRecord] = []
     for place in places:
         storage = Storage(place)
-        runs += (
-            [trial.run for trial in SweepRecord.read(storage).trials if trial.run is not None]
-            if is_sweep(storage)
-            else [RunRecord.read(storage)]
-        )
+        if is_sweep(storage):
+            runs += [trial.run for trial in SweepRecord.read(storage).trials if trial.run is not None]
+        else:
+            runs.append(RunRecord.read(storage))
     if len(runs) < 2:
         raise ConfigError(
             f"a comparison needs two runs, but {', '.join(map(redact, places))} hold {len(runs)} run(s) that "

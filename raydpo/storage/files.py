@@ -112,14 +112,9 @@ class Storage:
 
     def entries(self, name: str = "") -> Sequence[FileInfo]:
         """The files directly in ``name``, in order of name; empty if it does not exist."""
-        return sorted(
-            (
-                FileInfo(info.base_name, info.size, self._modified(info))
-                for info in self._infos(name)
-                if info.type == pafs.FileType.File
-            ),
-            key=lambda entry: entry.name,
-        )
+        files = (info for info in self._infos(name) if info.type == pafs.FileType.File)
+        found = (FileInfo(info.base_name, info.size, self._modified(info)) for info in files)
+        return sorted(found, key=lambda entry: entry.name)
 
     def _info(self, name: str) -> pafs.FileInfo:
         return self._persist("look at", name, lambda: self._ask(self.path(name)))
@@ -287,13 +282,7 @@ class Storage:
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
             return
-        self._persist(
-            "write",
-            name,
-            lambda: pafs.copy_files(
-                str(directory), self.path(name), source_filesystem=pafs.LocalFileSystem(), destination_filesystem=self.fs
-            ),
-        )
+        self._send(directory, name)
         for info in self._infos(name, recursive=True):
             below = info.path[len(self.path(name)) :].lstrip("/")
             if info.type == pafs.FileType.File and not (directory / below).exists():
@@ -312,28 +301,19 @@ class Storage:
                 finally:
                     temporary.unlink(missing_ok=True)
             else:
-                self._persist(
-                    "write",
-                    f"{name}/{path.name}",
-                    lambda path=path: pafs.copy_files(
-                        str(path),
-                        self.path(f"{name}/{path.name}"),
-                        source_filesystem=pafs.LocalFileSystem(),
-                        destination_filesystem=self.fs,
-                    ),
-                )
+                self._send(path, f"{name}/{path.name}")
+
+    def _send(self, local: Path, name: str) -> None:
+        """Copy a local file or directory to a remote file system."""
+        target = self.path(name)
+        self._persist("write", name, lambda: pafs.copy_files(str(local), target, pafs.LocalFileSystem(), self.fs))
 
     def download(self, name: str, directory: Path) -> None:
         """Copy the files directly in ``name`` into a local directory."""
 
         def copy(file: FileInfo) -> None:
             target = directory / file.name
-            pafs.copy_files(
-                self.path(f"{name}/{file.name}"),
-                str(target),
-                source_filesystem=self.fs,
-                destination_filesystem=pafs.LocalFileSystem(),
-            )
+            pafs.copy_files(self.path(f"{name}/{file.name}"), str(target), self.fs, pafs.LocalFileSystem())
             if target.stat().st_size != file.size:
                 raise OSError(f"{target.stat().st_size} of {file.size} bytes arrived")
 
@@ -493,13 +473,15 @@ def _open(uri: str) -> tuple[pafs.FileSystem, str]:
     except (pa.ArrowNotImplementedError, ImportError):
         pass  # this pyarrow does not know the scheme
     try:
-        import fsspec
+        from fsspec.core import url_to_fs
 
-        driver, root = fsspec.core.url_to_fs(uri)
+        driver, root = url_to_fs(uri)
     except ImportError as error:
         package = _DRIVERS.get(scheme) or getattr(error.__cause__, "name", None) or "fsspec"
         raise RaydpoError(f"cannot open {redact(uri)}: its driver is not installed; run: pip install {package}") from None
     except Exception as error:  # each driver has its own errors
-        kind = RaydpoError if scheme in fsspec.available_protocols() else ConfigError
+        from fsspec import available_protocols
+
+        kind = RaydpoError if scheme in available_protocols() else ConfigError
         raise kind(f"cannot open {redact(uri)}: {_said(error, uri)}") from None
     return pafs.PyFileSystem(pafs.FSSpecHandler(driver)), root.rstrip("/")

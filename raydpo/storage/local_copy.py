@@ -65,8 +65,7 @@ class LocalCopy:
         return data
 
     def prune(self, name: str, keep: set[str]) -> None:
-        """Delete the copies in directory ``name`` that are not in ``keep``. Copies that cannot be deleted stay and cost only
-        space."""
+        """Delete the copies in directory ``name`` that are not in ``keep``. Those that cannot be deleted stay."""
         with contextlib.suppress(OSError):
             for entry in self.local.entries(name):
                 if entry.name not in keep and not entry.name.startswith("."):

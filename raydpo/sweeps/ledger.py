@@ -40,6 +40,12 @@ class TrialStatus:
     eval: dict[str, float] | None = None
     evaluation: dict[str, Any] | None = None
 
+    def to_dict(self, parameters: list[str]) -> dict[str, Any]:
+        """Return the entry of the trial in sweep.json."""
+        trial, state = self.trial, {name: value for name, value in vars(self).items() if name != "trial"}
+        settings = {key: trial.value(key) for key in parameters}
+        return {"name": trial.name, "run_dir": redact(trial.config.run_dir), "settings": settings} | state
+
     def read(self) -> None:
         """Update the entry from the run directory."""
         storage = Storage(self.trial.config.run_dir)
@@ -98,20 +104,7 @@ class Ledger:
             "metric": self.config.sweep.metric,
             "parameters": parameters,
             "cache": self.cache,
-            "trials": [
-                {
-                    "name": entry.trial.name,
-                    "run_dir": redact(entry.trial.config.run_dir),
-                    "settings": {key: entry.trial.value(key) for key in parameters},
-                    "status": entry.status,
-                    "error": entry.error,
-                    "steps": entry.steps,
-                    "seconds": entry.seconds,
-                    "eval": entry.eval,
-                    "evaluation": entry.evaluation,
-                }
-                for entry in self.entries.values()
-            ],
+            "trials": [entry.to_dict(parameters) for entry in self.entries.values()],
         }
 
     def write(self) -> None:

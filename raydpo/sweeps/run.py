@@ -89,9 +89,8 @@ def sweep(config: Config, console: Console | None = None, *, fresh: bool = False
             _Sweep(prepared, shared, ledger, table, at_once).run()
     best, metric = ledger.best(), config.sweep.metric
     if best is not None:
-        console.say(
-            f"{'lowest' if lower_is_better(metric) else 'highest'} {metric}: {best.trial.name} ({best.eval[metric]:.4f})"
-        )
+        which = "lowest" if lower_is_better(metric) else "highest"
+        console.say(f"{which} {metric}: {best.trial.name} ({best.eval[metric]:.4f})")
     _say_which_to_take(storage, console)
     console.say(f"sweep: {storage}/{SWEEP}")
     write_report_or_warn(config.run_dir, console)
@@ -184,9 +183,8 @@ def _score(config: Config, prepared: dict[str, Prepared], ledger: Ledger, consol
         wanted = Wanted(one.tables)
         rates[key] = float(one.cache.covers(wanted.keys, wanted.tokens).mean()) if one.config.needs_reference else None
         tables = join_sets(one, console)
-        joined[key] = dataclasses.replace(
-            tables, pairs=ray.put(tables.pairs), held_out=None if tables.held_out is None else ray.put(tables.held_out)
-        )
+        held_out = None if tables.held_out is None else ray.put(tables.held_out)
+        joined[key] = dataclasses.replace(tables, pairs=ray.put(tables.pairs), held_out=held_out)
     ledger.found_in_cache(first.reference.identity.digest, [rates[_pairs_of(one)] for one in prepared.values()])
     return {name: joined[_pairs_of(one)] for name, one in prepared.items()}
 
@@ -287,11 +285,8 @@ class _Sweep:
                     self.ledger.set(name, "done")
             except Exception as error:
                 log.say(traceback.format_exc())
-                self.ledger.set(
-                    name,
-                    "failed",
-                    str(error) if isinstance(error, RaydpoError) else f"unexpected {type(error).__name__}: {error}",
-                )
+                known = isinstance(error, RaydpoError)
+                self.ledger.set(name, "failed", str(error) if known else f"unexpected {type(error).__name__}: {error}")
         self.table.ended(name)
 
     def _trained(self, name: str, until: int | None, log: Console) -> bool:
@@ -301,22 +296,10 @@ class _Sweep:
                 return False
             board = self._boards[name] = start_mailbox()
         self.ledger.set(name, "running")
+        display = TrialDisplay(log, self.table, name)
+        context = TrialContext(joined=self.shared[name], at_once=self.at_once, board=board, until=until, display=display)
         try:
-            return (
-                train_prepared(
-                    self.prepared[name],
-                    log,
-                    self.hit_rates[name],
-                    shared=TrialContext(
-                        joined=self.shared[name],
-                        at_once=self.at_once,
-                        board=board,
-                        until=until,
-                        display=TrialDisplay(log, self.table, name),
-                    ),
-                )
-                is not None
-            )
+            return train_prepared(self.prepared[name], log, self.hit_rates[name], shared=context) is not None
         except KeyboardInterrupt:
             return False
         finally:
@@ -347,8 +330,7 @@ class _Sweep:
 
     def _result(self, name: str) -> dict[str, Any] | None:
         """Return the summary of a trial, None if it is not complete."""
-        storage = Storage(self.prepared[name].config.run_dir)
-        return RunDirectory(storage).summary()
+        return RunDirectory(Storage(self.prepared[name].config.run_dir)).summary()
 
     def _measured(self, name: str, step: int) -> dict[str, float] | None:
         """Return the held-out evaluation of a trial after ``step``, None if there is none."""

@@ -123,9 +123,8 @@ def _drawn(search: RandomConfig) -> Iterator[dict[str, Any]]:
     """
     seen = set()
     for number in range(DRAWS_PER_SAMPLE * search.samples):
-        settings = {
-            key: draw.at(random.Random(f"{search.seed}/{key}/{number}").random()) for key, draw in search.draws.items()
-        }
+        chances = {key: random.Random(f"{search.seed}/{key}/{number}").random() for key in search.draws}
+        settings = {key: draw.at(chances[key]) for key, draw in search.draws.items()}
         told = json.dumps(settings, default=str)
         if told not in seen:
             seen.add(told)
@@ -196,9 +195,8 @@ def _check(trial: Trial, sweep: SweepConfig) -> None:
 
 def _metrics(sweep: SweepConfig) -> list[tuple[str, str]]:
     """Return (setting, metric) for each metric by which trials are compared."""
-    return [("sweep.metric", sweep.metric)] + (
-        [] if sweep.stop_metric is None else [("sweep.stop_early.metric", sweep.stop_metric)]
-    )
+    metrics = {"sweep.metric": sweep.metric, "sweep.stop_early.metric": sweep.stop_metric}
+    return [(key, metric) for key, metric in metrics.items() if metric is not None]
 
 
 def _check_that_metrics_compare(sweep: SweepConfig, trials: list[Trial]) -> None:

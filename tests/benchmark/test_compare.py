@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from raydpo.benchmark.compare import BETAS, Measurement, disagreements, fastest, figures, median_ratio, ratios
+from raydpo.benchmark.compare import Measurement, disagreements, fastest, figures, median_ratio, ratios
 from raydpo.benchmark.job import Result
 from raydpo.data.shapes import Shapes
 from raydpo.model.cost import ModelCost
@@ -26,12 +26,10 @@ def measured():
     return Measurement(
         names=[f"pair:{number}" for number in range(8)],
         shapes=Shapes.of_lengths(np.full(8, 10), np.full(8, 20), np.full(8, 30)),
-        score=result(reference_seconds=4.0, peak_bytes=1 * GIB, wall_seconds=10.0, **reference),
-        train=result(step_seconds=[9.0, 2.0, 4.0], peak_bytes=2 * GIB, wall_seconds=20.0),
-        cached=result(
-            reference_seconds=6.0, step_seconds=[1.0, 3.0, 8.0], peak_bytes=4 * GIB, wall_seconds=30.0, **reference
-        ),
-        online=result(step_seconds=[1.0, 6.0, 10.0], peak_bytes=5 * GIB, wall_seconds=40.0),
+        score=result(reference_seconds=4.0, peak_bytes=1 * GIB, **reference),
+        train=result(step_seconds=[9.0, 2.0, 4.0], peak_bytes=2 * GIB),
+        cached=result(reference_seconds=6.0, step_seconds=[1.0, 3.0, 8.0], peak_bytes=4 * GIB, **reference),
+        online=result(step_seconds=[1.0, 6.0, 10.0], peak_bytes=5 * GIB),
         dtype="float32",
         model=ModelCost(parameters=10, active=3, hidden=1, vocabulary=5, layers=1, attention_width=1),
         lora=True,
@@ -46,21 +44,17 @@ def test_ratios(measured):
     found = ratios(measured)
     assert found["reference_pass"] == {"ratio": 1.5}
     assert found["train_step"] == {"ratio_vs_cached": 1.75, "ratio_vs_online": 2.75}
-    # The missing step costs the median: 3, 5.5 and 8 seconds.
-    assert found["job"] == {"ratio_vs_cached": 35.5 / 33, "ratio_vs_online": 48 / 33}
-    assert found["sweep"] == {"ratio": 5 * 48 / (10 + 5 * 23), "ratio_vs_cached": (5 * 35.5 - 4 * 6) / (10 + 5 * 23)}
     assert found["memory"] == {"ratio": 2 / 5, "ratio_vs_cached": 2 / 4}
     assert found["memory_alike"] == {"ratio": None, "ratio_vs_cached": None}
 
 
-def of_batch(size, positions, seconds, gib, reference=None, wall=30.0):
+def of_batch(size, positions, seconds, gib, reference=None):
     passes = 8 // size
     facts = {"pairs_per_pass": size, "forward_passes": passes, "positions": passes * positions, "largest_pass": positions}
     return result(
         step_seconds=[9.0, seconds, seconds],
         reference_seconds=reference,
         peak_bytes=gib * GIB,
-        wall_seconds=wall,
         facts=facts,
     )
 
@@ -69,7 +63,7 @@ def test_the_fastest_batch_is_compared_and_memory_at_positions_alike():
     one, two, eight = of_batch(1, 1000, 4.0, 1.0, 8.0), of_batch(2, 2000, 3.0, 1.5, 6.0), of_batch(8, 8000, 5.0, 9.0, 2.0)
     best = fastest([one, two, eight], warmup=1)
     assert best.facts["pairs_per_pass"] == 2 and best.peak_bytes == 1.5 * GIB
-    assert (best.reference_seconds, best.wall_seconds) == (2.0, 26.0), "with the fastest reference pass, 4 s shorter"
+    assert best.reference_seconds == 2.0, "the fastest reference pass"
     online = [of_batch(1, 1000, 4.0, 2.0), of_batch(8, 8000, 3.0, 18.0)]
     assert fastest(online, warmup=1) is online[1]
 
@@ -85,12 +79,6 @@ def test_memory_is_compared_at_positions_alike(measured):
     assert found["memory_alike"]["online"] == {"bytes": 8 * GIB, "largest_pass": 1000}
     assert [one["bytes"] for one in found["tried"]["cached"]] == [4 * GIB, 9 * GIB]
     assert ratios(measured)["memory_alike"] == {"ratio": 2 / 8, "ratio_vs_cached": 2 / 4}
-
-
-def test_what_the_wall_clock_leaves_out_is_named(measured):
-    found = figures(measured)
-    for part in ("job", "sweep"):
-        assert "raydpo runs without Ray here: Ray's start, its worker processes" in found[part]["how"]
 
 
 def test_figures(measured):
@@ -111,21 +99,12 @@ def test_figures(measured):
         "tokens_per_second": 45.0,
         "mfu": pytest.approx((2 * trained / 2 + 2 * trained / 4) / 2 / 1000),
     }
-    assert found["job"]["composed"] and found["job"]["raydpo"] == {"seconds": 33.0}
-    assert found["sweep"]["betas"] == BETAS
     assert found["memory"]["raydpo"] == {"bytes": 2 * GIB, "scoring_bytes": 1 * GIB, "training_bytes": 2 * GIB}
-
-
-def test_an_epoch_that_was_measured_whole_is_not_composed(measured):
-    steps = {name: dataclasses.replace(side, step_seconds=[1.0] * 4) for name, side in measured.sides.items()}
-    whole = dataclasses.replace(measured, train=steps["raydpo"], cached=steps["cached"], online=steps["online"])
-    job = figures(whole)["job"]
-    assert not job["composed"] and [job[name]["seconds"] for name in ("raydpo", "cached", "online")] == [30.0, 30.0, 40.0]
 
 
 def test_nothing_is_compared_with_what_was_left_out(measured):
     found = ratios(dataclasses.replace(measured, online=None))
-    assert found["train_step"]["ratio_vs_online"] is None and found["sweep"]["ratio"] is None
+    assert found["train_step"]["ratio_vs_online"] is None
     assert found["memory"] == {"ratio": None, "ratio_vs_cached": 0.5}
 
 

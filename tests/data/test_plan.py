@@ -103,17 +103,16 @@ def test_shared_prompt_tokens():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_micro_batches_keep_the_budget_as_laid_out(layout):
+def test_micro_batches_keep_the_budget_as_laid_out(layout, monkeypatch):
     """Budget and plan agree with what the layout computes."""
+    monkeypatch.setattr("raydpo.model.layout.MIN_SAVED", 1)
+    method = Method(layout, None if layout == "padded" else "sdpa")
     groups = dialogues(60)
     shapes = shapes_of(groups)
     batches = fill_batches(range(60), shapes, 1000, layout)
     assert sorted(item for batch in batches for item in batch) == list(range(60))
     for batch in batches:
-        laid_out = lay_out(
-            [groups[item] for item in batch], Method(layout, None if layout == "padded" else "sdpa"), min_saved=1
-        )
-        assert laid_out.input_ids.numel() <= 1000
+        assert lay_out([groups[item] for item in batch], method).input_ids.numel() <= 1000
 
 
 def test_a_tree_is_filled_with_neighbours():

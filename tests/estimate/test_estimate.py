@@ -32,9 +32,14 @@ def data(tmp_path_factory, tiny_llama):
     return config, load_pairs(config.data, Tokeniser(make_tokenizer()))
 
 
+@pytest.fixture(autouse=True)
+def few_world_sizes(monkeypatch):
+    monkeypatch.setattr("raydpo.estimate.plan.WORLD_SIZES", (1, 4))
+
+
 def plan(data, **settings):
     config, sets = data
-    return make_plan(config, sets, SIZES, SIZES, RATES, world_sizes=(1, 4), **settings)
+    return make_plan(config, sets, SIZES, SIZES, RATES, **settings)
 
 
 def test_operations_by_hand():
@@ -129,7 +134,6 @@ def test_steps_instead_of_epochs(data):
         SIZES,
         SIZES,
         RATES,
-        world_sizes=(),
     )
     assert found.steps == 3 and found.data["pairs_trained_on"] == min(48, sets.train.num_rows)
 
@@ -142,7 +146,6 @@ def test_an_objective_without_a_reference_has_no_reference_pass(data):
         SIZES,
         SIZES,
         RATES,
-        world_sizes=(),
     )
     assert found.score.flops == 0 and found.data["completions"] == 0 and found.training.flops > 0
 

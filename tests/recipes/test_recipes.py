@@ -93,16 +93,15 @@ def pairs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ON_GPUS)
-def test_a_recipe_is_planned_and_fits(name, pairs):
+def test_a_recipe_is_planned_and_fits(name, pairs, monkeypatch):
     """The longest pair within data.max_length fits as one micro-batch: two completions without a shared prompt."""
     number, device = hardware(name)
     config = recipe(name)
     model = facts(config)
     config = recipe(name, f"model.path={model}", f"data.train=[{pairs}]", "data.eval=null")
     cost = model_cost(model)
-    plan = make_plan(
-        config, load_pairs(config.data, Tokeniser(make_tokenizer())), cost, cost, stated_rates(device), world_sizes=()
-    )
+    monkeypatch.setattr("raydpo.estimate.plan.WORLD_SIZES", ())
+    plan = make_plan(config, load_pairs(config.data, Tokeniser(make_tokenizer())), cost, cost, stated_rates(device))
     assert (plan.score_workers, plan.train_workers) == (number, number) and plan.training.gpu_hours > 0
     modes = compare_modes(
         Question(
