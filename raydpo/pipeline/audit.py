@@ -37,6 +37,11 @@ def audit(config: Config, console: Console | None = None) -> Audit:
 
 
 def audit_prepared(prepared: Prepared, console: Console) -> Audit:
+    """Audit prepared pairs: write the page to the run directory and print the findings.
+
+    Raises:
+        ConfigError: if the run directory belongs to a run with other pairs.
+    """
     from raydpo.audits import audit_pairs, summary_lines, write_audit
 
     storage = Storage(prepared.config.run_dir)
