@@ -111,7 +111,7 @@ def test_it_waits_aloud_is_refused_twice_left_alone_and_stopped(cluster, project
     assert re.search(r"waiting 1\d s for 1 of 1 score worker\(s\), each 1 GPU; others use them, or", said), said
     first.send_signal(signal.SIGINT)
     said, _ = first.communicate(timeout=60)
-    assert first.returncode == 130 and "detached, and job waiting-1 goes on" in said, said
+    assert first.returncode == 130 and "detached; job waiting-1 continues" in said, said
     status, said = raydpo(cluster, project, "submit", "score", "config.yaml", "name=waiting")
     assert status == 2 and "job waiting-1 of this run is running" in said, said
 
@@ -134,7 +134,7 @@ def test_a_job_that_others_began_may_have_no_time_to_stop(cluster, project):
     wait_until(lambda: jobs(cluster)["bare"]["status"] == "RUNNING", cluster.head)
     status, said = raydpo(cluster, project, "jobs", "stop", "bare")
     assert status == 0 and "job bare is stopped" in said, said
-    assert "job bare was begun without RAY_JOB_STOP_WAIT_TIME_S in its runtime_env" in said and "3 by default" in said, said
+    assert "job bare was started without RAY_JOB_STOP_WAIT_TIME_S in its runtime_env" in said and "3 by default" in said, said
 
 
 @pytest.mark.slow

@@ -114,7 +114,7 @@ def test_what_cannot_be_is_refused_with_the_fix(tiny_llama, tmp_path):
         ): "reference.allow_other_quantization=true",
         ("model.lora={r: 4, dora: true}", "train.zero=3"): "train.zero=2",
         ("model.lora={r: 4}", "model.freeze=[embed]"): "drop one",
-        ("model.freeze=['(']",): "no regular expression",
+        ("model.freeze=['(']",): "is not a regular expression",
         ("train.keep_best=eval_loss",): "data.eval",
         ("train.workers={min: 4, max: 2}",): "min 4 is more than max 2",
     }
