@@ -130,7 +130,8 @@ class TrainConfig(ObjectiveConfig):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory for about a third more compute."""
     offload_activations: bool = False
-    """Keep what gradient_checkpointing still saves in the host's memory: even less memory, for two copies."""
+    """Keep what gradient_checkpointing still saves in the host's memory. This saves more GPU memory; each micro-batch then
+    copies it to the host and back."""
     offload_optimizer: Literal["cpu"] | PathOrUri | None = None
     """Keep master weights and moments in the host's memory (cpu), or on a disk (path of an NVMe, ZeRO-3 only)."""
     offload_params: Literal["cpu"] | PathOrUri | None = None
