@@ -37,6 +37,7 @@ def audit(config: Config, console: Console | None = None) -> Audit:
 
 
 def audit_prepared(prepared: Prepared, console: Console) -> Audit:
+    """Audit the training pairs of ``prepared``, write the audit to the run directory, and print its summary."""
     from raydpo.audits import audit_pairs, summary_lines, write_audit
 
     storage = Storage(prepared.config.run_dir)

@@ -32,6 +32,7 @@ LOST_SECONDS = 120.0
 BEGINNING_SECONDS = 120.0
 """Seconds to wait for a new head node: its job server answers before it can start jobs."""
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+"""States of a job that has ended, as Ray names them."""
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _PUT_TOKEN = "put the cluster's into $RAY_AUTH_TOKEN, a file named by $RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token"
 
