@@ -19,7 +19,7 @@ from raydpo.errors import ConfigError, RaydpoError
 __all__ = ["Contest", "by_scores", "count_wins", "own_function", "own_scores"]
 
 PRIOR_DEVIATION = 3.0
-"""Standard deviation of the prior on the weights of the win rate at equal length, log odds."""
+"""Standard deviation, in log odds, of the prior on a and b in the estimate of the win rate at equal length."""
 NEWTON_STEPS = 25
 
 
@@ -36,7 +36,7 @@ def count_wins(judge: str, mode: str, contests: Sequence[Contest], verdicts: np.
     """Count verdicts: ``win_rate`` with its interval, and ``equal_length``, the win rate at equal length.
 
     Args:
-        verdicts: of each contest 1 if the policy won, 0.5 for a tie, 0 if the reference won, NaN if it was not judged.
+        verdicts: one for each contest: 1 if the policy won, 0.5 for a tie, 0 if the reference won, NaN without a verdict.
         more: further figures of the judge.
     """
     known = ~np.isnan(verdicts)
@@ -79,7 +79,7 @@ def win_rate_at_equal_length(verdicts: np.ndarray, longer: np.ndarray) -> Interv
 
 
 def by_scores(policy: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
-    """Return verdicts by scores, [contests] each, where higher is better; and the mean difference."""
+    """Return the verdicts that follow from two scores of each contest, [contests], and the mean difference of the scores."""
     return (np.sign(policy - reference) + 1) / 2, {"score_difference": mean(policy - reference)}
 
 
@@ -111,19 +111,19 @@ def own_scores(path: str, contests: Sequence[Contest]) -> tuple[np.ndarray, np.n
 
 
 def own_function(path: str) -> Callable[[str, str], Any]:
-    """Import the user's function ``module:function``, from what is installed or in the working directory.
+    """Import the user's function ``module:function`` from an installed package or from the working directory.
 
     Raises:
         ConfigError: if there is no such function.
     """
     module, _, name = path.partition(":")
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # an installed command does not have it on the path
+        sys.path.insert(0, os.getcwd())  # an installed command does not search the working directory
     try:
         function = getattr(importlib.import_module(module), name)
-    except Exception as error:  # a module of the user's may raise anything
+    except Exception as error:  # the user's module may raise any exception
         raise ConfigError(
-            f"evaluate.score_with is {path!r}, but {error}; the module must lie here or on PYTHONPATH"
+            f"evaluate.score_with is {path!r}, but {error}; the module must be in this directory or on PYTHONPATH"
         ) from None
     if not callable(function):
         raise ConfigError(f"evaluate.score_with is {path!r}, which is not a function but a {type(function).__name__}")

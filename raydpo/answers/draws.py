@@ -1,7 +1,7 @@
 """Prompts to answer, and the random numbers that sampled answers are drawn with.
 
-The random number of a token depends on (seed, prompt, sample, position) alone. So an answer depends neither on batches nor
-on the number of workers, and two equal models give the same answer: differences between policy and reference are not chance.
+The random number of a token depends on (seed, prompt, sample, position) alone. So an answer does not depend on batches or on
+the number of workers. Two equal models give the same answer, so a difference between policy and reference is not chance.
 """
 
 from __future__ import annotations

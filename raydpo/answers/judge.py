@@ -1,7 +1,7 @@
-"""A judge behind an OpenAI-compatible address.
+"""A judge: a model with an OpenAI-compatible API that decides which of two answers is better.
 
 Judges favour the first or the second place (Zheng et al. 2023, arXiv 2306.05685), so each contest is asked in both orders. A
-win or loss counts if both replies agree; other answered contests are ties.
+win or a loss counts only if both replies agree. Any other contest with two verdicts is a tie.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ FIRST, SECOND, TIE, REFUSED, FAILED = "first", "second", "tie", "refused", "fail
 _WORDS = {"A": FIRST, "B": SECOND, "tie": TIE}
 _AROUND = """answer best better choice choose decision final i is it it's my option overall prefer preferred result so the
 therefore verdict winner wins"""
-"""Words that a last line may contain beside the verdict and words of the criterion. Others might reverse its meaning."""
+"""Words that a last line may contain besides the verdict and words of the criterion. Others might reverse its meaning."""
 _DENYING = frozenset(("cannot", "either", "neither", "no", "nor", "not", "or"))
 AGAIN = frozenset({408, 409, 429})
-"""Status codes, beside 500 and above, after which a request is repeated."""
+"""Status codes, besides 500 and above, after which a request is repeated."""
 HOPELESS = frozenset({401, 403, 404})
 """Status codes that end the evaluation, since other requests would fail too."""
 LONGEST_WAIT = 60.0
@@ -58,7 +58,7 @@ BLOCK = 16
 
 
 class Judge:
-    """Asks questions of a judge; safe to use from several threads.
+    """Client of a judge; safe to use from several threads.
 
     Raises:
         ConfigError: if the key's environment variable is not set.
@@ -84,7 +84,7 @@ class Judge:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Everything that a verdict depends on beside the contest."""
+        """Everything that a verdict depends on besides the contest."""
         return {"judge": 2, "instructions": INSTRUCTIONS + QUESTION} | self.config.model_dump(
             mode="json", include={"url", "model", "max_tokens", "criterion"}
         )
@@ -152,7 +152,7 @@ def judge_contests(
     if contests and np.isnan(verdicts).all():
         raise RaydpoError(
             f"the judge {judge.name} gave no verdict on any of {len(contests):,} contests: "
-            f"{every.count(REFUSED):,} replies held none, {every.count(FAILED):,} requests failed or timed "
+            f"{every.count(REFUSED):,} replies had no verdict, {every.count(FAILED):,} requests failed or timed "
             f"out ({judge.config.timeout:g} s, {judge.config.retries} retries)"
         )
     favoured = every.count(FIRST) + every.count(SECOND)
@@ -218,5 +218,5 @@ def _read_verdict(line: str, criterion: str) -> str:
 def _seconds(header: str | None) -> float:
     try:
         return max(0.0, float(header or 0))
-    except ValueError:  # a date instead of seconds
+    except ValueError:  # the header may hold a date instead of seconds
         return 0.0

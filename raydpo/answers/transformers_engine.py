@@ -1,6 +1,6 @@
 """Answers by transformers: greedy, or sampled from the whole distribution of the model.
 
-A sampled token is the one where the cumulative distribution passes a number of ``draws.uniforms``.
+A sampled token is the one at which the cumulative distribution passes its random number from ``draws.uniforms``.
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ def _until_stop(ids: np.ndarray, stop: Sequence[int]) -> np.ndarray:
 
 
 class _ReadOff(LogitsProcessor):
-    """Keeps, of the logits [B, V] of each sampled row, only the token where the cumulative distribution passes its number.
+    """Keeps one token in the logits [B, V] of each sampled row: the one at which the cumulative distribution passes its
+    random number.
 
     Computes in float64: in a vocabulary of 150,000 most tokens are too unlikely for a sum in float32.
     """

@@ -1,4 +1,5 @@
-"""Answers by vLLM: greedy, or sampled with vLLM's own random numbers. The tests do not run it, since they have no GPU."""
+"""Answers by vLLM: greedy, or sampled with vLLM's own random numbers. No test runs this module, since the tests have no
+GPU."""
 
 from __future__ import annotations
 

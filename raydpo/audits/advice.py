@@ -12,14 +12,14 @@ from raydpo.pages.finding import Finding
 __all__ = ["advise"]
 
 LENGTH_RULE = 0.55
-"""Accuracy of the length-only rule from which the advice mentions length: DPO learns the easiest feature that ranks the data
-(Park et al. 2024, arXiv 2403.19159)."""
+"""Smallest accuracy of the length-only rule at which the advice mentions length: DPO learns the easiest feature that ranks
+the data (Park et al. 2024, arXiv 2403.19159)."""
 LENGTH_RULE_STRONG = 0.6
 FAR_SURPRISE = 3.0
-"""Median surprise of the chosen answers, nats a token, above which fine-tuning first is advised. The own answers of an
-instruct model are below 1; human text that it can follow is between 1.5 and 2.5."""
+"""Median surprise of the chosen answers, nats a token, above which fine-tuning first is advised. An instruct model's own
+answers are below 1; human text that it can follow is between 1.5 and 2.5."""
 SOME = 0.01
-"""Share of pairs from which a fault is mentioned."""
+"""Smallest share of pairs at which a fault is mentioned."""
 NOT_MUCH_TO_LEARN = 0.9
 """Share of pairs that the reference already ranks right, above which the advice says so."""
 

@@ -13,7 +13,7 @@ from raydpo.pages.text import shown
 __all__ = ["COUNT", "extremes"]
 
 COUNT = 20
-"""Number of pairs shown of each kind, at most."""
+"""Largest number of pairs shown of each kind."""
 
 KINDS = {
     "The reference is most wrong, by sum": "lowest margin: swapped, broken or hard pairs",

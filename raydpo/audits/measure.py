@@ -34,7 +34,7 @@ def figures(frame: pl.DataFrame) -> dict[str, Any]:
     """Compute all figures of the pairs in ``frame``. Shares have 95 % intervals over prompts.
 
     The columns of ``frame`` are ``config.filter.FACTS`` and ``prompt``, the number of the prompt. Log-probs are in nats;
-    surprise is -log-prob per token. A figure that needs more pairs than there are is None.
+    surprise is -log-prob per token. A figure is None if there are too few pairs for it.
     """
     scored = frame.filter(pl.col("ref_margin").is_not_null())
     even = frame["contradictory"] & (frame["opposites"] == frame["copies"])
@@ -63,8 +63,9 @@ def separation(one: np.ndarray, two: np.ndarray, prompts: np.ndarray) -> dict[st
         one, two: values of the chosen and the rejected answers, [pairs].
         prompts: number of the prompt of each pair, [pairs].
     """
-    # For each value, the share of the other side's values that it is below or above. The estimate is the mean of their sum,
-    # except for terms that vanish with the number of pairs (DeLong et al. 1988, doi 10.2307/2531595).
+    # ``above``: share of ``two`` that exceeds each value of ``one``. ``below``: share of ``one`` that each value of ``two``
+    # exceeds. The error of the estimate is that of a mean of their sums, up to terms that vanish as the number of pairs
+    # grows (DeLong et al. 1988, doi 10.2307/2531595).
     above, below = 1 - _below(one, two), _below(two, one)
     if not len(one):
         return _named(share(0, 0), 0.0, 0)
@@ -83,7 +84,7 @@ def _below(values: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def _share(values: np.ndarray, frame: pl.DataFrame) -> dict[str, Any]:
-    """Mean of ``values``, each from 0 to 1 and of one pair of ``frame``."""
+    """Mean of ``values``: one value from 0 to 1 for each pair of ``frame``."""
     values = values.astype(float)
     return _named(share_by_group(values, frame["prompt"].to_numpy()), float(values.sum()), len(values))
 

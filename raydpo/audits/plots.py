@@ -46,7 +46,7 @@ def _differences(difference: np.ndarray, figures: dict[str, Any]) -> Picture:
 
 def _surprises(scored: pl.DataFrame, figures: dict[str, Any]) -> Picture:
     values = {side: -scored[f"ref_{side}_per_token"].to_numpy() for side in ("chosen", "rejected")}
-    # Without the outermost values, which would flatten the picture.
+    # The outermost values are left out, since they would flatten the picture.
     low, high = np.quantile(np.concatenate(list(values.values())), [0.005, 0.995])
     edges = np.linspace(low, high if high > low else low + 1, BINS + 1)
     surprise = figures["surprise"]

@@ -1,4 +1,4 @@
-"""Whether raydpo and TRL computed the same numbers, and how much faster one was: pure functions of what they measured."""
+"""Compare what raydpo and TRL measured: whether their numbers agree, and how much faster one was. All functions are pure."""
 
 from __future__ import annotations
 

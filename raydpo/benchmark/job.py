@@ -69,7 +69,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        """Stem of its files in ``work``."""
+        """Start of the names of this process's files in ``work``."""
         return f"{self.stage}-{self.pairs_per_pass}"
 
     @property
@@ -111,7 +111,7 @@ class Job:
 
 @dataclass(kw_only=True)
 class Result:
-    """What one process measured: wall clock in seconds, memory in bytes, log-probs in nats.
+    """Measurements of one process: wall clock in seconds, memory in bytes, log-probs in nats.
 
     Attributes:
         load_seconds: from the imports until the first pass could begin.
@@ -167,7 +167,7 @@ class StepRecord:
         self._steps.append([])
 
     def means(self) -> list[list[float]]:
-        """For each number given to ``add_pass``, its mean over the pairs of each step."""
+        """Means of the numbers given to ``add_pass``, over the pairs of each step."""
         return [list(column) for column in zip(*map(_over_passes, self._steps[:-1]), strict=True)]
 
     def facts(self, optimizer: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""raydpo's side: one process scores the reference, another trains. The code of a run, without Ray."""
+"""raydpo's side: one process scores the reference, another trains. Both use the code of ``raydpo run``, without Ray."""
 
 from __future__ import annotations
 

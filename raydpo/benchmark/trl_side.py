@@ -115,7 +115,7 @@ def _settings(job: Job, scratch: Path) -> DPOConfig:
         optim="adamw_torch_fused",  # as on raydpo's side, and TRL's default
         precompute_ref_log_probs=job.stage == "cached",
         precompute_ref_batch_size=job.pairs_per_pass,
-        max_length=None,  # rows are cut already
+        max_length=None,  # the rows are already cut
         model_init_kwargs={"dtype": job.dtype},
         bf16=False,  # bfloat16 weights as on raydpo's side, no autocast
         gradient_checkpointing=False,
@@ -148,7 +148,7 @@ def _set_adapters(model: torch.nn.Module, file: Path) -> None:
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of one padding token. The positions it fills are masked, so any id will do."""
+    """A tokenizer whose only token is the padding token. Padded positions are masked, so any id is right."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
 

@@ -1,4 +1,4 @@
-"""What both sides compute: pairs as token ids, from a data file or random, and models with random weights."""
+"""Workload of both sides: pairs as token ids, from a data file or random, and models with random weights."""
 
 from __future__ import annotations
 

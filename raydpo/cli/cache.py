@@ -48,7 +48,7 @@ def add_cache_verbs(cache: argparse.ArgumentParser) -> None:
         "by training from then on",
     )
     verify.add_argument(
-        "--sample", type=int, metavar="N", help="completions to score again, and as many of each import (default: 256)"
+        "--sample", type=int, metavar="N", help="number of completions to score again, also of each import (default: 256)"
     )
     verify.add_argument("--all", action="store_true", help="score all completions again")
     verify.add_argument(
@@ -82,7 +82,7 @@ def add_cache_verbs(cache: argparse.ArgumentParser) -> None:
 
 
 def with_json(act: Act) -> Act:
-    """An act that, with --json, prints nothing but what ``act`` returns, as one JSON object."""
+    """Wrap ``act``: with --json the wrapped act prints only the result of ``act``, as one JSON object."""
 
     def run(args: argparse.Namespace, console: Console) -> None:
         found = act(args, Console(io.StringIO()) if args.json else console)
@@ -173,7 +173,8 @@ def _verify(args: argparse.Namespace, console: Console) -> None:
 def _verify_scores(
     args: argparse.Namespace, prepared: Prepared, cache: Any, console: Console
 ) -> tuple[ScoresReport, int | None]:
-    """Score a sample again; if it agrees, mark imported rows as verified. Returns their number, too."""
+    """Score a sample again; if it agrees, mark imported rows as verified. Returns the report and the number of these
+    rows."""
     import torch
 
     from raydpo.reference.exchange import wanted_names

@@ -1,4 +1,4 @@
-"""What verbs with a configuration share."""
+"""Helpers of the verbs that read a configuration."""
 
 from __future__ import annotations
 

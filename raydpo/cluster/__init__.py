@@ -1,1 +1,1 @@
-"""Ray from the outside: sessions, resources, actors, nodes, waiting."""
+"""Use of a Ray cluster: sessions, resources, actors, nodes, and waiting for them."""

@@ -64,7 +64,7 @@ def never_comes(bundle: Mapping[str, float], labels: Mapping[str, str]) -> tuple
     """Ask the cluster's autoscaler whether it can never provide ``bundle`` on nodes with these labels.
 
     Returns:
-        Number of the autoscaler's last look at the cluster (0 if it gives none: only version 2 does), and whether none of
+        Number of the autoscaler's last look at the cluster (0 if unknown: only version 2 numbers them), and whether none of
         its node groups can hold the bundle.
     """
     import ray

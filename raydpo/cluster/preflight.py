@@ -26,9 +26,9 @@ __all__ = ["check_cluster", "check_nodes"]
 
 Stage = Literal["score", "train"]
 PACKAGES = ("torch", "transformers", "deepspeed", "ray")
-"""Packages whose versions must be the same on all nodes: others fail, or compute other numbers."""
+"""Packages whose versions must be the same on all nodes: with different ones a run fails, or computes other numbers."""
 ANSWER_SECONDS = 120.0
-"""Seconds for a node to start a process and answer."""
+"""Longest time in seconds for a node to start a process and answer."""
 
 
 def check_cluster(config: Config, stages: Sequence[Stage], console: Console, models: Sequence[str | None] = ()) -> None:
@@ -119,7 +119,8 @@ def _gpus() -> float:
 
 
 def _look(paths: Sequence[str], gpus: bool = False) -> dict[str, Any]:
-    """Runs on a node: its package versions, which paths are missing, and the GPUs that torch finds, if ``gpus``."""
+    """Return this node's package versions, its missing paths, and, if ``gpus``, the GPUs that torch finds. Runs on each
+    node."""
     versions = {"raydpo": __version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -134,7 +135,8 @@ def _look(paths: Sequence[str], gpus: bool = False) -> dict[str, Any]:
 
 
 def _torch_devices() -> tuple[int, str]:
-    """(Number of GPUs that torch finds on this node, its error). Uses a new process, since Ray hides GPUs from this task."""
+    """Return the number of GPUs that torch finds on this node, and torch's error. Uses a new process, since Ray hides GPUs
+    from this task."""
     program = (
         "import json, torch\nerror = ''\ntry: torch.cuda.init()\nexcept Exception as caught: error = "
         "f'{type(caught).__name__}: {caught}'\nprint(json.dumps([0 if error else torch.cuda.device_count(), error]))"

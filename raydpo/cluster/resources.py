@@ -1,4 +1,4 @@
-"""Workers, devices and threads that each stage asks of Ray."""
+"""Workers, devices and threads that each stage requests from Ray."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def _gpus_per_worker(stage: str, config: Config, nodes: Sequence[dict[str, Any]]
 
 
 def _check_total(name: str, needed: float, needs: str, hint: str, config: Config, nodes: Sequence[dict[str, Any]]) -> None:
-    """Refuse a request for more than the nodes have, or get by autoscaling. ``needs`` and ``hint`` stand in the message."""
+    """Refuse a request for more than the nodes have, or get by autoscaling. The message contains ``needs`` and ``hint``."""
     has = sum(node["Resources"].get(name, 0) for node in nodes)
     if needed <= has:
         return

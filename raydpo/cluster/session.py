@@ -15,8 +15,8 @@ __all__ = ["session"]
 
 WORKER_ENV = {
     "TOKENIZERS_PARALLELISM": "false",
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # or Ray Train prints every line twice
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # or relative paths change their meaning
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # otherwise Ray Train prints every line twice
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # otherwise relative paths change their meaning
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
@@ -51,13 +51,13 @@ def session(config: Config) -> Iterator[None]:
         if address:
             ray.init(address=address, **common)
         else:
-            # These CPUs only limit scheduling. Each actor holds one, and Ray Data's own tasks need some more, or they
-            # would wait for the actors without end.
+            # These CPUs only limit scheduling. Each actor holds one. Ray Data's own tasks need some more; without them they
+            # would never start.
             cpus = max(os.cpu_count() or 1, max(config.score.workers, config.train.most_workers) + 4)
-            # By default Ray starts a process for each CPU in advance, without our environment: each costs seconds of CPU
-            # time, and none is used.
+            # By default Ray starts a process for each CPU in advance, without our environment. Each costs seconds of CPU
+            # time and is never used.
             os.environ |= {"RAY_prestart_worker_first_driver": "0", "RAY_enable_worker_prestart": "0"}
-            # "local", or it would join a Ray that another user has started on this machine.
+            # Without "local" it would join a Ray that another user has started on this machine.
             store = _object_store_bytes()
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=store, **common)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:

@@ -66,14 +66,15 @@ def check_reachable(stage: str, resources: Resources) -> None:
         return
     with _requesting(resources, 1):
         first, _ = never_comes(resources.bundle, resources.labels)
-        told: dict[int, bool] = {}  # by look
+        told: dict[int, bool] = {}  # verdict by number of the autoscaler's look
         started = asked = time.monotonic()
         while sum(told.values()) < 2:
             look, never = never_comes(resources.bundle, resources.labels)
             if look != first:
                 told[look] = told.get(look, False) or never
             now = time.monotonic()
-            # A look may see the request of Ray Data instead of ours, so a look without a verdict is not an answer.
+            # The autoscaler may have looked at the request of Ray Data instead of ours, so one look without a verdict proves
+            # nothing.
             if not look or now - started > VERDICT_SECONDS or (len(told) > 3 and not any(told.values())):
                 return
             if now - asked >= ASK_SECONDS:
@@ -86,7 +87,7 @@ def check_reachable(stage: str, resources: Resources) -> None:
     if resources.labels:
         lines.append(f"labels: {{{', '.join(f'{key}: {value}' for key, value in resources.labels.items())}}}")
     fix = (
-        f"add '{' and '.join(lines)}' to the group whose machines are such (a worker group of KubeRay, a node type of "
+        f"add '{' and '.join(lines)}' to the group whose machines have it (a worker group of KubeRay, a node type of "
         f"Ray's launcher), or drop {stage}.accelerator and {stage}.labels"
         if lines
         else "ask for less, or add such a group"

@@ -1,7 +1,7 @@
 """Runs work on rows in Ray Data actors, block by block, and stores each block under a digest of everything it depends on.
 
-So no block is computed twice: not after a kill, not by the next evaluation, and not for a reference that many policies are
-compared with.
+So no block is computed twice: a restarted evaluation, the next evaluation, and the evaluation of another policy against the
+same reference read the stored blocks.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ FOLDER = "evaluation"
 
 
 class BlockTask(Protocol):
-    """What an actor does. It is sent to the actor, so it must be small.
+    """Work of an actor. It is sent to the actor, so it must be small.
 
     ``open`` loads models in the actor. It must verify that they match ``identity``, since results are stored under it.
     """
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Everything that the result depends on, beside the rows, as JSON."""
+        """Everything that the result depends on besides the rows, as JSON."""
 
     def open(self, device: str) -> Callable[[pa.Table], pa.Table]:
-        """Return a function from a block of rows to as many rows of results."""
+        """Return a function that takes a block of rows and returns one row of results for each."""
 
 
 def do_work(

@@ -26,7 +26,8 @@ class SourceConfig(Section):
     name: str | None = None
     """Name of the source in counts and metrics; null = the file's stem."""
     weight: Float = Field(default=1.0, gt=0)
-    """Uses of each pair in an epoch: 0.5 uses half of the pairs (others in each epoch), 2 uses all of them twice."""
+    """Uses of each pair in an epoch: 0.5 uses half of the pairs (the other half in the next epoch), 2 uses all of them
+    twice."""
     split: str = "train"
     """Split of a hub data set; ignored by files."""
     columns: dict[str, str] = Field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Section ``evaluate``: what ``raydpo eval`` measures. Only it and ``raydpo sweep`` read this section."""
+"""Section ``evaluate``: what ``raydpo eval`` measures. Only ``raydpo eval`` and ``raydpo sweep`` read this section."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class JudgeConfig(Section):
     max_tokens: Int = Field(default=16, ge=1)
     """Longest reply, in tokens. A model that reasons first needs hundreds. The last line of a reply is the verdict."""
     criterion: str = "more helpful, honest and harmless"
-    """What makes an answer the better one, as told to the judge."""
+    """Criterion for the better answer, in the words that the judge gets."""
 
     @field_validator("url")
     @classmethod
@@ -95,7 +95,7 @@ class EvaluateConfig(Section):
     max_tokens: Int = Field(default=128, ge=1)
     """Longest answer, in tokens."""
     modes: tuple[Mode, ...] = ("greedy", "sampled")
-    """How answers are generated. The drift from the reference is measured on sampled ones."""
+    """How answers are generated. The drift from the reference is measured on sampled answers."""
     samples: Int = Field(default=1, ge=1)
     """Number of sampled answers to each prompt."""
     temperature: Float = Field(default=1.0, gt=0)
@@ -103,8 +103,8 @@ class EvaluateConfig(Section):
     seed: Int = Field(default=0, ge=0)
     """Seed for the choice of prompts and for sampling."""
     engine: Literal["transformers", "vllm"] = "transformers"
-    """What generates the answers. vLLM is many times faster on GPUs and must be installed. Its samples repeat with the seed,
-    but policy and reference use different random numbers."""
+    """Engine that generates the answers. vLLM is many times faster on GPUs and must be installed. Its samples repeat with
+    the seed, but policy and reference use different random numbers."""
     batch: Int = Field(default=16, ge=1)
     """Number of answers that a worker generates at once, with transformers."""
     exact_steps: bool = True

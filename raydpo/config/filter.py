@@ -89,7 +89,8 @@ class PairFilter:
         return bool(self.fields & REFERENCE_FACTS)
 
     def evaluate(self, facts: polars.DataFrame) -> polars.Series:
-        """The value of the condition for each row of ``facts``, whose columns are those of ``FACTS`` or the ones it names.
+        """The value of the condition for each row of ``facts``, which has the columns of ``FACTS``, or at least those in
+        ``fields``.
 
         Raises:
             ConfigError: if polars cannot evaluate it.

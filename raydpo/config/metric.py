@@ -7,7 +7,8 @@ from collections.abc import Sequence
 __all__ = ["check_metric", "depends_on_scale", "held_out_metrics", "lower_is_better"]
 
 _LOWER_IS_BETTER = {"loss": True, "chosen_fell": True, "accuracies": False, "margins": False}
-"""By the last part of a metric's name. Rewards, log-probs and lengths of one side are left out: neither way is better."""
+"""Whether a lower value is better, by the last part of a metric's name. Rewards, log-probs and lengths of one side are left
+out: neither a lower nor a higher value is better."""
 _OF_ALL_PAIRS = (
     *("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"),
     *("logps/chosen", "logps/rejected", "logps/accuracies"),

@@ -243,7 +243,8 @@ class ObjectiveConfig(Section):
         return not others and traits.per_token
 
     def beta_per_token(self, tokens: float) -> str:
-        """Return, as YAML, the beta that pulls as strongly in a loss per token as this one on sums of ``tokens`` tokens."""
+        """Return, as YAML, the beta that has the same effect in a loss per token as this one has on sums over ``tokens``
+        tokens."""
 
         def times(beta: Any) -> str:
             return beta if isinstance(beta, str) else f"{float(f'{beta * tokens:.2g}'):g}"  # 100, not 1e+02
@@ -313,4 +314,5 @@ class ObjectiveConfig(Section):
 
 
 SCALE_KEYS = (*(f"train.{name}" for name in ObjectiveConfig.model_fields), "data.weight_column", "data.margin_column")
-"""Keys that set the scale of losses and reward margins. Trials that differ in one of them cannot be compared by these."""
+"""Keys that set the scale of losses and reward margins. Trials that differ in one of these keys cannot be compared by losses
+or reward margins."""

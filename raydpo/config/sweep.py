@@ -38,7 +38,8 @@ class DrawConfig(Section):
         return self
 
     def at(self, place: float) -> Any:
-        """The value at ``place`` in [0, 1). Numbers are rounded to three significant digits, all in the trial's name."""
+        """The value at ``place`` in [0, 1). Numbers are rounded to three significant digits, and the trial's name shows all
+        three."""
         if self.uniform is not None:
             low, high = self.uniform
             return float(f"{low + place * (high - low):.3g}")
@@ -50,8 +51,8 @@ class DrawConfig(Section):
 
 
 class RandomConfig(Section):
-    """Random search (Bergstra & Bengio 2012). Other keys are keys of the configuration with how they are drawn, for example
-    ``train.lr: {log_uniform: [1.0e-7, 1.0e-5]}``."""
+    """Random search (Bergstra & Bengio 2012). Every other key is a key of the configuration, and its value says how it is
+    drawn, for example ``train.lr: {log_uniform: [1.0e-7, 1.0e-5]}``."""
 
     # pydantic reads the type of additional keys from this attribute, in exactly this form.
     __pydantic_extra__: dict[str, DrawConfig] = Field(init=False)  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -14,7 +14,7 @@ Verb = Literal["score", "train", "run", "sweep", "eval", "audit"]
 
 
 def check_verb(config: Config, verb: Verb) -> None:
-    """Refuse settings with which a verb could do nothing, or not what they say.
+    """Refuse settings with which a verb would have nothing to do, or would not do what the settings say.
 
     Raises:
         ConfigError: naming the setting and the fix.

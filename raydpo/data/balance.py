@@ -13,10 +13,9 @@ from raydpo.data.shapes import LayoutName, PositionCost, Shapes
 __all__ = ["joint_cost", "savings", "shares"]
 
 WORTH_KEEPING = 0.1
-"""Share of a pair's work that its neighbour's prompt must save for the two to stay on one rank."""
+"""Smallest share of a pair's work that a prefix shared with its neighbour must save, so that both stay on one rank."""
 UNITS_PER_RANK = 4
-"""Runs of pairs that stay together have at most one part in this many of a rank's work; larger ones could not be
-balanced."""
+"""A run of pairs that stay together is at most a rank's work divided by this number; larger runs could not be balanced."""
 PARTNERS = 64
 """Number of least-busy ranks considered for a swap with the busiest one."""
 ROUNDS = 4
@@ -63,8 +62,8 @@ def _units(
 ) -> tuple[list[list[int]], np.ndarray]:
     """Runs of pairs that stay together because they share much, small enough to be balanced over ranks; and their costs.
 
-    What all pairs of the step share, such as a system prompt, every rank computes once anyway. It is left out of the costs
-    and is no reason to stay together.
+    Every rank computes once what all pairs of the step share, such as a system prompt. It is left out of the costs and is no
+    reason to stay together.
     """
     ordered = sorted(pairs, key=lambda item: (shapes.place[item], item))
     saved = _saved_work(savings(ordered, shapes, layout), work)

@@ -1,4 +1,5 @@
-"""Facts about each pair that need no model: lengths, copies, and what the reference said. Used by filters and the audit."""
+"""Facts about each pair that need no model: lengths, copies, and stored log-probs of the reference. Used by filters and the
+audit."""
 
 from __future__ import annotations
 
@@ -78,7 +79,8 @@ def _uses(digests: np.ndarray) -> np.ndarray:
 
 
 def _digests(lists: pa.ChunkedArray) -> np.ndarray:
-    """64-bit digest of each list of token ids, for counting equal ones: a polynomial in an odd number, modulo 2^64."""
+    """64-bit digest of each list of token ids, by which equal lists are counted: a polynomial in an odd number, modulo
+    2^64."""
     digests = [np.empty(0, np.uint64)]
     for chunk in lists.chunks:
         for start in range(0, len(chunk), BLOCK_ROWS):
@@ -94,7 +96,8 @@ def _digests(lists: pa.ChunkedArray) -> np.ndarray:
 
 
 def _copies(pairs: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Per pair: how many pairs have its tokens, the number of this one among them, and how many prefer the opposite."""
+    """Count, for each pair, the pairs with the same tokens, its number among them, and the pairs with chosen and rejected
+    swapped."""
     keys = [as_bytes(pairs[f"{side}_key"]) for side in ("chosen", "rejected")]
     lengths = [pc.list_value_length(pairs[f"{side}_ids"]).to_numpy().astype(np.int32) for side in ("chosen", "rejected")]
     index = KeyIndex()

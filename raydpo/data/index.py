@@ -19,7 +19,8 @@ def as_bytes(keys: pa.Array | pa.ChunkedArray) -> np.ndarray:
 class KeyIndex:
     """Rows of parts by their 128-bit keys. A row is named by its locator: its number in the order in which rows were added.
 
-    Of rows with the same key the one with the most tokens answers, then the one added first. Costs 40 bytes per row.
+    If several rows have the same key, the row with the most tokens answers; among these, the row added first. Costs 40 bytes
+    per row.
 
     Attributes:
         keys: key of each row, uint8 [rows, 16].
@@ -71,7 +72,7 @@ class KeyIndex:
         if not len(self.winners):
             return np.full(len(wanted), -1, np.int64)
         high = _half(wanted, 0)
-        order = np.argsort(high)  # searching in order is kind to the processor's cache
+        order = np.argsort(high)  # searching in sorted order makes better use of the processor's cache
         place = np.empty(len(wanted), np.int64)
         place[order] = np.searchsorted(self._sorted, high[order])
         found = np.full(len(wanted), -1, np.int64)

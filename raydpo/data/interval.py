@@ -1,7 +1,7 @@
 """Figures with 95 % intervals, as in evaluation.json: value, low, high.
 
-Pairs of one prompt are not independent: a record that ranks four answers gives six related pairs. So intervals take prompts
-as independent, not pairs.
+Pairs of one prompt are not independent: a record that ranks four answers gives six related pairs. So intervals assume that
+prompts are independent, and not that pairs are.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def fill_batches(items: Sequence[int], shapes: Shapes, tokens_per_batch: int, la
 def _fill(
     items: Sequence[int], shapes: Shapes, tokens_per_batch: int, layout: LayoutName, alone: np.ndarray, least: int = 1
 ) -> list[list[int]]:
-    """``fill_batches``, given ``alone`` = ``shapes.positions(layout)`` and the wanted number ``least`` of batches."""
+    """As ``fill_batches``. ``alone`` is ``shapes.positions(layout)``, and ``least`` the wanted number of batches."""
     batches: list[list[int]] = []
     if layout == "padded":
         width = filled = 0

@@ -33,7 +33,7 @@ class Simulation:
         steps: number of sampled steps.
         imbalance: time lost waiting for the busiest rank if ranks synchronise once per step. Stand-ins count as lost.
         worst: the same, in the worst of the steps.
-        bound: lower bound for any plan: a pair is not split, so the longest one takes the time it takes.
+        bound: lower bound for any plan: a pair is never split, so no step is faster than its longest pair.
         lockstep: time lost if ranks synchronise after every micro-batch, as under ZeRO 2 and 3.
         repeated: share of the work that several ranks do, because their pairs share a prefix; 0 without sharing.
         naive: imbalance if pairs are dealt to ranks in turn, ``NAIVE_PAIRS`` per micro-batch, padded to its longest row.

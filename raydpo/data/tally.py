@@ -144,7 +144,7 @@ class DataReport:
         if self.leaked:
             lines.append(
                 f"warning: the prompts of {self.leaked:,} held-out pairs are also in the training data; held-out "
-                "figures flatter the policy"
+                "figures look better than they are"
             )
         if self.thinned is not None:
             lines.append(f"data.fraction: {self.thinned[0]:,} of {self.thinned[1]:,} training pairs are used")

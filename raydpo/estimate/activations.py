@@ -1,8 +1,8 @@
 """Bytes that autograd keeps between the forward and the backward pass, and the working memory of a backward pass.
 
-Counted from what each operation saves, not fitted to measurements. Names: T = positions of a micro-batch, K = keys of all
-nodes (a shared prefix counts once for each branch), N = predicted tokens; H, I = hidden and inner width, A, G = widths of
-queries and keys, r = rank. The residual stream is float32 in both precisions (``model.logps``): 4 bytes.
+The bytes are counted from what each operation saves, not fitted to measurements. Names: T = positions of a micro-batch, K =
+keys of all nodes (a shared prefix counts once for each branch), N = predicted tokens; H, I = hidden and inner width, A, G =
+widths of queries and keys, r = rank. The residual stream is float32 in both precisions (``model.logps``): 4 bytes.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Batch:
 
     @classmethod
     def of_pairs(cls, pairs: Iterable[tuple[int, int, int]], layout: LayoutName = "tree", micro_batches: int = 2) -> Batch:
-        """From the token counts (prompt, chosen, rejected) of each pair. Pairs share no prefix."""
+        """Make a batch from the token counts (prompt, chosen, rejected) of each pair. Pairs share no prefix."""
         found: Counter[str] = Counter()
         for prompt, *completions in pairs:
             found["predictions"] += sum(completions)

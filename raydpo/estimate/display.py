@@ -91,7 +91,7 @@ def _modes(config: Config, sets: PairSets, plan: Plan, device: str, memory: floa
 
 
 SAMPLE = 4096
-"""Pairs whose proportions are used for all."""
+"""Largest number of pairs that are read for the proportions of all pairs."""
 
 
 def print_plan(plan: Plan, console: Console) -> None:

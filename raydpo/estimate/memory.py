@@ -181,7 +181,8 @@ def _adapters(model: ModelConfig) -> tuple[int, bool, str | tuple[str, ...]]:
 
 @lru_cache(maxsize=64)
 def _whole_parameters(policy: _Policy, share: int, workers: int) -> int:
-    """Numbers of all parameters of which the rank with the most owns a part. It keeps their whole gradients."""
+    """Count the elements of all parameters of which the rank with the most owns a part. The rank keeps their whole
+    gradients."""
     own = [0] * workers
     start = 0
     for _, numel in policy.trained:

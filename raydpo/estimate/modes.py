@@ -1,4 +1,4 @@
-"""Whether a training fits in GPU memory, and in which modes it would. Modes are listed fastest first."""
+"""Modes of a training, the fastest first, and whether each of them fits in GPU memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _RECOMPUTED: dict[str, Any] = {"gradient_checkpointing": True}
 _INPUTS_ON_HOST = _RECOMPUTED | {"offload_activations": True}
 _OPTIMIZER_ON_HOST = {"offload_optimizer": "cpu"}
 _CHANGES: tuple[dict[str, Any], ...] = (
-    # The fastest first. ZeRO 1 and 2 send as much as ZeRO 0 (ZeRO 2 after every micro-batch); ZeRO 3 also gathers all
+    # Modes, the fastest first. ZeRO 1 and 2 send as much as ZeRO 0 (ZeRO 2 after every micro-batch); ZeRO 3 also gathers all
     # weights twice per micro-batch.
     *({"zero": zero} for zero in range(4)),
     # Recomputing costs a third more FLOPs.

@@ -45,7 +45,7 @@ PAIRS_PER_RANK = 4
 FORWARD = (1.0, 1.0, 1.0)
 """Factors of ``operations`` for one forward pass."""
 PAIRS_SIMULATED = 8192
-"""Most pairs simulated for one row of a table: of larger steps fewer are sampled, to save time."""
+"""Largest number of pairs simulated for one row of a table. If steps are larger, fewer steps are simulated, to save time."""
 LAYOUTS: tuple[LayoutName, ...] = ("padded", "packed", "tree")
 
 

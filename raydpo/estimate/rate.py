@@ -43,7 +43,7 @@ DEVICES = {name: peak for name, (peak, _) in _DATA_SHEETS.items()}
 """Peak TFLOP/s of dense bfloat16 products (float16 on a T4, which has no bfloat16). Source: the vendors' data sheets. NVIDIA
 H100 SXM, H200 SXM, A100 SXM, L40S, A10G, L4 and T4, whose figures with sparsity are halved; AMD Instinct MI300X."""
 CARDS = {"H100 PCIe": 756.0, "H100 NVL": 835.0, "H200 NVL": 835.0}
-"""The same for cards whose name begins like one of ``DEVICES``, from NVIDIA's data sheets."""
+"""The same for cards whose name begins with a name in ``DEVICES``, from NVIDIA's data sheets."""
 MEMORY = {name: size for name, (_, size) in _DATA_SHEETS.items()}
 """GiB of memory, from the same data sheets. A program gets less of it (``modes.USABLE``)."""
 

@@ -31,7 +31,7 @@ class Prompt:
 
 
 def evaluation_data(config: Config) -> tuple[DataConfig, bool]:
-    """Return what to load, and whether the pairs to measure are its training side (else its held-out side).
+    """Return the section ``data`` to load, and whether its training pairs are measured (True) or its held-out pairs (False).
 
     Raises:
         ConfigError: if there is neither evaluate.data nor data.eval.

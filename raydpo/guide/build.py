@@ -115,7 +115,7 @@ def _write(file: Path, text: str) -> None:
 
 
 def _variables(modules: Iterable[pdoc.doc.Module]) -> Iterator[pdoc.doc.Variable]:
-    """Constants, and the fields of classes, as settings are."""
+    """Constants of modules and fields of classes; settings are such fields."""
     for module in modules:
         yield from module.variables
         for each in module.classes:
@@ -123,7 +123,7 @@ def _variables(modules: Iterable[pdoc.doc.Module]) -> Iterator[pdoc.doc.Variable
 
 
 def _plain(kind: Any) -> Any:
-    """A type without what pydantic is told about it; anything else as it is."""
+    """Remove pydantic's annotations from a type; anything else is returned unchanged."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Annotated:
         return _plain(inner[0])
@@ -135,7 +135,7 @@ def _plain(kind: Any) -> Any:
 
 
 def _undocumented(modules: Mapping[str, pdoc.doc.Module]) -> Iterator[str]:
-    """A constant that a package passes on is documented where it is made."""
+    """A constant that a package re-exports is documented in the module that defines it."""
     public = [(module, name) for module in modules.values() for name in getattr(module.obj, "__all__", ())]
     explained = {(name, id(getattr(module.obj, name))) for module, name in public if module.members[name].docstring}
     yield from (f"{name} has no docstring" for name, module in modules.items() if not module.docstring)

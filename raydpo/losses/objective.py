@@ -82,8 +82,8 @@ class Objective:
     def remember(self, logps: PairLogps, beta: float, memory: ObjectiveState) -> tuple[float, ObjectiveState]:
         """Beta of a step, and the state after it, from the step's log-probs.
 
-        beta-DPO (Wu et al., arXiv 2407.08639): ``beta * (1 + alpha * (M - m))``, M the mean reward margin of the step at
-        ``beta``, m the moving average of the steps before.
+        beta-DPO (Wu et al., arXiv 2407.08639): ``beta * (1 + alpha * (M - m))``, where M is the mean reward margin of the
+        step at ``beta`` and m is the moving average of earlier steps.
         """
         if self.config.ld_alpha is not None:
             logps = logps.with_light_tails(self.config.ld_alpha)

@@ -83,5 +83,5 @@ class PreferenceLoss:
 
 
 TIE = 1e-5
-"""Smaller differences are ties: of rewards, and of log-ratios in nats a token. It is the rounding error of float32 sums in
-nats, and of rewards if beta is 1."""
+"""Differences of rewards, and of log-ratios in nats a token, that are smaller than this count as ties. It is the rounding
+error of float32 sums in nats, and of rewards if beta is 1."""

@@ -46,8 +46,8 @@ def orpo(logps: PairLogps, s: ObjectiveConfig, beta: float) -> Tensor:
 
 
 def sft(logps: PairLogps, s: ObjectiveConfig, beta: float) -> Tensor:
-    """Negative log-likelihood of chosen completions, in nats per token of the step: with ``sigmoid``, the objective of RPO
-    (arXiv 2404.19733, eq. 1).
+    """Negative log-likelihood of chosen completions, in nats per token of the step: added to ``sigmoid``, it is the
+    objective of RPO (arXiv 2404.19733, eq. 1).
 
     A pair's loss is its sum divided by the mean length, so that the mean over pairs is the mean over tokens.
     """

@@ -1,4 +1,4 @@
-"""Objectives of distributions: the step's chosen completions against its rejected ones, quantile by quantile.
+"""Objectives that compare the step's chosen completions with its rejected ones as distributions, quantile by quantile.
 
 A pair's loss is that of its quantile; only the mean over the step has a meaning.
 """

@@ -51,7 +51,7 @@ class ModelCost:
 
     @classmethod
     def of_sizes(cls, sizes: dict[str, int], config: dict[str, Any]) -> ModelCost:
-        """From the number of values of each tensor and the entries of config.json."""
+        """Make it from the number of values of each tensor and the entries of config.json."""
         hidden = first(config.get, "hidden_size", "n_embd", "d_model")
         vocabulary = config["vocab_size"]
         heads = first(config.get, "num_attention_heads", "n_head", "n_heads")

@@ -55,7 +55,7 @@ def load_causal_lm(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     path = str(path)
-    model_files(path, trust_remote_code)  # refuses files that are not hashed as they are loaded
+    model_files(path, trust_remote_code)  # refuses a directory from which other files would be loaded than were hashed
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         if getattr(config, "is_encoder_decoder", False):

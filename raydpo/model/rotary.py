@@ -78,7 +78,7 @@ def fix_rotary(causal_lm: nn.Module, length: int | None) -> None:
     Raises:
         ModelError: if the frequencies depend on a length and none is given, or custom code of the model chooses them.
     """
-    causal_lm.rope_length = length  # read when the model is copied
+    causal_lm.rope_length = length  # ``model.selfcheck`` reads it when it copies the model
     name, places = type(causal_lm).__name__, list(_places(causal_lm))
     if length is None:
         if places:

@@ -36,8 +36,8 @@ TWIN_LAYERS = 4
 TWIN_WIDTH = 64
 TWIN_VOCABULARY = 128
 TWIN_GAIN = 3.0
-"""Factor on the twin's initial weights, which are so small that layers hardly matter. With it a wrong layout is wrong by 0.1
-nats."""
+"""Factor on the twin's initial weights, which are so small that layers hardly matter. With this factor, a wrong layout
+differs by 0.1 nats."""
 CHECK_ROWS = 2
 """Groups of the data to check, besides the built-in ones."""
 CHECK_WINDOW = 12

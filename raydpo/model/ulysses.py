@@ -41,7 +41,7 @@ class HeadShare:
 
     @property
     def heads(self) -> tuple[Sequence[int], ...]:
-        """Those of queries, keys and values."""
+        """Indices of the heads of queries, of keys and of values."""
         return self.queries, self.keys, self.keys
 
 

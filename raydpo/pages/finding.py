@@ -1,4 +1,4 @@
-"""One thing that a page asks its reader to look at."""
+"""A finding: one thing that the reader of a page should look at."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def svg(made: Figure, title: str, about: str, marks: Mapping[str, str] | None = 
     text = text[text.index("<svg") :]
     for colour, name in _VARIABLES.items():
         text = text.replace(colour, f"var({name})")
-    # Most of the page is digits; two decimals are finer than any screen.
+    # Most bytes of the page are digits of coordinates, and no screen shows more than two decimals.
     text = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]).replace("\n", ""), text)
     text = re.sub(r'font-family: [^;"]*', "font-family: inherit", text)
     text = re.sub(r"\n\s+", "\n", text)

@@ -1,7 +1,7 @@
 """Checks that every verb makes before it starts Ray or any other process.
 
-They read settings, headers of model files, tokenizers and the user's own functions. They use no GPU, and no network but for
-what the configuration names on the hub or at a URI.
+They read settings, headers of model files, tokenizers and the user's own functions. They use no GPU. They use the network
+only for what the configuration names on the hub or at a URI.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _check_data(configs: Sequence[Config], verb: Verb) -> None:
 
 
 def _check_models(configs: Sequence[Config], console: Console, *, policy: bool) -> None:
-    """Check that the files of references, and of policies if asked, are complete. Reads their headers alone."""
+    """Check that the files of references, and of policies if asked, are complete. Reads only their headers."""
     wanted: dict[tuple[str, str | None, bool], None] = {}
     for config in configs:
         if policy:
@@ -120,7 +120,7 @@ def _check_judges(configs: Sequence[Config], console: Console) -> None:
     for path in dict.fromkeys(filter(None, (config.evaluate.score_with for config in configs))):
         own_function(path)
     for judge in dict.fromkeys(filter(None, (config.evaluate.judge for config in configs))):
-        with Judge(judge):  # refuses to begin without its key; asks nothing
+        with Judge(judge):  # raises an error without its key; sends no request
             pass
     rewards = [(each.evaluate.reward_model, each.model.trust_remote_code) for each in configs if each.evaluate.reward_model]
     for path, trust_remote_code in dict.fromkeys(rewards):

@@ -83,7 +83,7 @@ def evaluate(config: Config, console: Console | None = None) -> dict[str, Any]:
     print_evaluation(console, found)
     console.say(f"evaluation: {evaluation.storage}/{evaluation.file('evaluation', 'json')}")
     if evaluation.policy.run is not None:
-        write_report_or_warn(evaluation.policy.run.uri, console)  # now with the evaluation
+        write_report_or_warn(evaluation.policy.run.uri, console)  # the page now also shows the evaluation
     console.say(
         f"harness: lm_eval --model hf --model_args {harness_arguments(evaluation.policy)} --apply_chat_template --tasks ..."
     )
@@ -107,7 +107,7 @@ def pairs_to_evaluate(config: Config, tokeniser: Tokeniser, console: Console) ->
 
 
 def protocol(config: Config, pairs: pa.Table, reference: ReferenceSpec) -> dict[str, Any]:
-    """Return how a policy is measured. The figures of two evaluations compare if their protocols are equal."""
+    """Return how a policy is measured. The figures of two evaluations can be compared if their protocols are equal."""
     settings = config.evaluate.model_dump(mode="json", exclude=_NOT_IN_PROTOCOL)
     return redacted(settings) | {"pairs": measured_pairs(pairs), "reference": reference.identity.digest}
 
@@ -146,7 +146,8 @@ class _Evaluation:
             seen = _trained_on(config, policy, pairs, console)
         if seen:
             console.warn(
-                f"the policy was trained on the prompts of {seen:,} of {pairs.num_rows:,} pairs; they also measure memory"
+                f"the policy was trained on the prompts of {seen:,} of {pairs.num_rows:,} pairs; "
+                "their figures also measure what it memorised"
             )
         return cls(config, console, policy, reference, tokeniser, pairs, seen)
 

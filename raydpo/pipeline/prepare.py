@@ -1,4 +1,4 @@
-"""Pairs, policy, reference and cache of a configuration, found out once for all stages."""
+"""Pairs, policy, reference and cache of a configuration, prepared once for all stages."""
 
 from __future__ import annotations
 

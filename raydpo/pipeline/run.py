@@ -28,7 +28,7 @@ def run(config: Config, console: Console | None = None, *, fresh: bool = False) 
         check_cluster(config, ["score", "train"], console)
         with request_nodes(config, wanted=fresh or not Storage(config.run_dir).exists(SUMMARY)):
             prepared = Prepared.of(config, console)
-            # Before scoring, which writes the audit into the run directory.
+            # An earlier run must be handled before scoring, since scoring writes the audit into the run directory.
             storage = Storage(config.run_dir)
             if fresh:
                 begin_again(storage, console)

@@ -58,7 +58,7 @@ def score_prepared(prepared: Prepared, console: Console, tables: list[pa.Table] 
 def fill_cache(
     tables: list[pa.Table], spec: ReferenceSpec, cache: ReferenceCache, config: Config, console: Console
 ) -> BuildReport:
-    """Score what ``cache`` lacks of tokenised pairs, with the workers of section ``score``."""
+    """Score the completions of tokenised pairs that ``cache`` lacks, with the workers of section ``score``."""
     resources = resources_for("score", config)
     line: ProgressLine | None = None
     with contextlib.ExitStack() as stack:  # the progress line begins once build knows what is missing
@@ -92,7 +92,7 @@ def fill_cache(
     export_pass(config.track, config.run_name, report.hit_rate, rate, console.warn)
     if report.by_others or report.twice:
         console.say(
-            f"another build filled the same cache: {report.by_others:,} completions were left to it, "
+            f"another build filled the same cache: it scored {report.by_others:,} completions, "
             f"{report.twice:,} were scored twice"
         )
     return report

@@ -73,7 +73,7 @@ class Joined:
 
 @dataclass(frozen=True, kw_only=True)
 class TrialContext:
-    """What a sweep gives to the training of one trial.
+    """Input that a sweep gives to the training of one trial.
 
     Attributes:
         joined: result of ``join_sets``, in Ray's object store.

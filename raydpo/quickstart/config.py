@@ -29,7 +29,7 @@ def quickstart_config(overrides: Sequence[str], console: Console) -> Config:
     tree["data"]["train"] = [{"path": str(PREFERENCES), "name": "list-or-paragraph"}]
     model = Path(tree["model"]["path"])
     if not (model / "config.json").is_file():
-        # A wrong override is told at once, not after the model is made. A path elsewhere need not exist.
+        # A wrong override is reported before the model is made. Absolute paths need not exist here.
         load_config(with_setting(tree, "model.path", str(model.absolute()), "model.path"), overrides, elsewhere=True)
         from raydpo.quickstart.model import make_model
 

@@ -1,6 +1,6 @@
 """The identity of a reference: everything its log-probs depend on besides token ids, and nothing else.
 
-The identity names the directory that holds the log-probs, so a cache of other weights is not found rather than wrong.
+The identity names the directory that holds the log-probs, so log-probs of other weights are never read by mistake.
 Tokenizer, template and truncation are not part of it: token ids already reflect them. Beta, loss, seed, learning rate, LoRA
 rank and world size are not part of it: the reference's log-probs do not depend on them.
 """
@@ -40,8 +40,8 @@ __all__ = [
 SCORING_VERSION = 2
 """Version of raydpo's own arithmetic, raised whenever a change alters the numbers it would store."""
 _ADAPTER_VERSION = 3
-"""Scoring version of adapters in bfloat16, the only ones whose numbers changed since; on quantized weights, only of adapters
-on the head."""
+"""Scoring version of adapters in bfloat16, whose numbers changed after the version above. On quantized weights only adapters
+on the head have it."""
 
 _NOT_ARCHITECTURE = frozenset({
     "_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "_attn_implementation",

@@ -135,7 +135,7 @@ def _current(parts: list[PartInfo]) -> list[PartInfo]:
 
 
 def _provenance(parts: list[PartInfo]) -> list[dict[str, Any]]:
-    """What made the parts, and the number of parts of each."""
+    """Number of parts by the hardware and software that made them."""
     counts: Counter[str] = Counter()
     for part in parts:
         for one in part.provenance.get("parts") or [{"count": 1, "of": part.provenance}]:

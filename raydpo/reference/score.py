@@ -29,7 +29,7 @@ __all__ = ["ReferenceSpec", "Scorer"]
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceSpec:
-    """What a process needs to load the reference and to check that it is the right one."""
+    """Specification of the reference: what a process needs to load it and to check that it is the right one."""
 
     path: str
     adapter: str | None
@@ -158,7 +158,7 @@ class Scorer:
 
     @property
     def provenance(self) -> dict[str, object]:
-        """What made the numbers, for people; not part of the identity."""
+        """Hardware and software that made the numbers, for people; not part of the identity."""
         cuda = self.device.type == "cuda"
         return {
             "raydpo": __version__,

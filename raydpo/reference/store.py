@@ -450,7 +450,7 @@ class ReferenceCache:
 
 
 def exactly(keys: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """Keys for sums, uint8 [rows, 16]: mixed with the number of tokens, since a sum answers only for exactly as many."""
+    """Keys for sums, uint8 [rows, 16]: mixed with the number of tokens, since a sum answers only for exactly that number."""
     mixed = np.array(keys)
     mixed.view("<u4")[:, 3] ^= tokens.astype(np.uint32)
     return mixed

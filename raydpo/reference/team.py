@@ -139,7 +139,7 @@ class TeamScorer:
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
-        """If one process fails, the others only see that it is gone. Raise what the failed one said."""
+        """Raise the error of the process that failed. The other processes only notice that it has ended."""
         try:
             yield
         except Exception as error:

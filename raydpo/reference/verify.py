@@ -32,7 +32,7 @@ SAMPLE = 256
 """Completions that are scored again by default."""
 TOLERANCES = {"float32": 1e-3, "bfloat16": 0.1}
 """Largest accepted mean difference per token of a completion, nats, by the reference's precision. Other batches, layouts and
-devices stay an order of magnitude below; other weights or tokens lie far above."""
+devices give differences ten times smaller; other weights or tokens give far larger ones."""
 SUM_SPREAD = 4.0
 """Largest accepted difference of a sum over n tokens, in tolerances times sqrt(n): rounding errors have either sign, so the
 error of a sum grows with the root of n. Largest differences measured between layouts, on SmolLM2-135M and tiny models: 0.02

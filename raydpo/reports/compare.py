@@ -109,6 +109,6 @@ def _without_empty(table: Table) -> Table:
 
 
 def _told_apart(runs: Sequence[RunRecord]) -> list[RunRecord]:
-    """Name runs of equal names by their places."""
+    """Name runs that share a name by their path or URI."""
     names = [run.name for run in runs]
     return [dataclasses.replace(run, name=run.place) if names.count(run.name) > 1 else run for run in runs]

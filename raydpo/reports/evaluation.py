@@ -49,7 +49,8 @@ def evaluation_part(evaluation: dict[str, Any]) -> EvaluationPart:
     )
     if evaluation.get("trained_on"):
         about += (
-            f" The policy was trained on the prompts of {evaluation['trained_on']:,} of them, so they also measure memory."
+            f" The policy was trained on the prompts of {evaluation['trained_on']:,} of them, "
+            "so the figures also measure what it memorised."
         )
     if (of := evaluation.get("reward_of", "log-ratios")) != "log-ratios":
         about += f" Rewards are computed from {of}, as in the loss that trained the policy."

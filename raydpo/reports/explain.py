@@ -19,9 +19,9 @@ __all__ = ["World", "closed_form", "explanation_page", "trained_policy", "write_
 
 BETAS = np.geomspace(0.1, 10.0, 21)
 SHOWN = 10
-"""Index of the beta that the page opens with: 1."""
+"""Index of the beta that the page shows first, which is 1."""
 MARGINS = np.sinh(np.linspace(-3.2, 3.2, 81))
-"""About -12 to 12 nats, densest around 0, where the loss of a large beta bends within one nat."""
+"""Margins to draw: from about -12 to 12 nats, densest around 0, where the loss of a large beta bends within one nat."""
 LETTERS = "ABCDEF"
 _FLOAT = torch.float64
 

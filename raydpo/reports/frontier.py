@@ -35,7 +35,7 @@ PROTOCOL = ("pairs", "prompts", "seed", "max_tokens", "modes", "samples", "tempe
 
 @dataclass(frozen=True)
 class Point:
-    """An evaluated trial, by figures that compare across beta. None: not measured.
+    """An evaluated trial, by figures that can be compared between values of beta. A figure is None if it was not measured.
 
     Attributes:
         mark: gid that links pictures and table.

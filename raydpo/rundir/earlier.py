@@ -51,9 +51,10 @@ def neutral_changes(storage: Storage, config: Config) -> Iterator[str]:
 
 
 def begin_again(storage: Storage, console: Console, mark: str = RUN) -> None:
-    """Do what --fresh asks for, once a job: rename the directory if it has a file ``mark``.
+    """Apply --fresh, once in each job: rename the directory if it has a file ``mark``.
 
-    A scheduler that repeats a job after the loss of a machine repeats the same command, which must then continue.
+    A scheduler that repeats a job after the loss of a machine repeats the same command. The repeated command must then
+    continue the run.
     """
     job, may_be_repeated = _job()
     if may_be_repeated and storage.exists(BEGUN_BY) and json.loads(storage.read(BEGUN_BY)) == job:

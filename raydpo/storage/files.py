@@ -338,7 +338,7 @@ class Storage:
 
 def _said(error: Exception, uri: str) -> str:
     """First 300 characters of a driver's message, on one line, without the secrets of ``uri``."""
-    # Of user:password also each part alone.
+    # Each part of user:password is hidden, too.
     secrets = [part for secret in secrets_of(uri) for part in (secret, *secret.split(":", 1))]
     said = " ".join(str(error).split()) or type(error).__name__
     spellings = {spelling for secret in secrets for spelling in (secret, quote(secret, safe=""), unquote(secret))}
@@ -359,8 +359,8 @@ def stale_temporaries(storage: Storage, name: str, older_than: float | None = No
     """Temporary files of killed processes in directory ``name``.
 
     These are the files of this host whose process is gone, and, with ``older_than``, all that are older than this many
-    seconds by the clock of the file system. The age decides for other hosts, and where a process number is in use again: a
-    container has few, the same ones after each start.
+    seconds by the clock of the file system. The age decides for files of other hosts, and for process numbers that are in
+    use again: a container uses the same few numbers after each start.
     """
     if not storage.is_local:
         return []  # an object store has no half-written objects

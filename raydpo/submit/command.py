@@ -63,9 +63,9 @@ def add_submit(parser: argparse.ArgumentParser, check: Callable[[Config, str], o
             verb.add_argument("arguments", nargs="*", metavar="-- ...", help="arguments of jobs/benchmark.py")
             continue
         verb.add_argument("config", metavar="CONFIG", help="YAML file of the run, below the current directory")
-        verb.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that win over the file")
+        verb.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace those of the file")
         if name in FRESH:
-            verb.add_argument("--fresh", action="store_true", help="begin again; an earlier one of this name is set aside")
+            verb.add_argument("--fresh", action="store_true", help="start again; rename an earlier one of this name")
 
 
 def add_jobs(parser: argparse.ArgumentParser) -> None:

@@ -83,7 +83,7 @@ def pack(directory: Path, place: Path, include: Sequence[str] = ()) -> Package:
     archive = place / "working_dir.zip"
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as target:
         for name in files:
-            info = zipfile.ZipInfo(name)  # its time is the same for everyone, in 1980
+            info = zipfile.ZipInfo(name)  # every file gets the same time, in 1980
             info.external_attr = ((directory / name).stat().st_mode & 0xFFFF) << 16
             info.compress_type = zipfile.ZIP_DEFLATED
             with open(directory / name, "rb") as source, target.open(info, "w") as sink:
@@ -101,7 +101,7 @@ def pack(directory: Path, place: Path, include: Sequence[str] = ()) -> Package:
 
 
 def _not_ignored(directory: Path, include: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Sorted files below ``directory`` that no .gitignore and not its .rayignore matches; and lines for the user."""
+    """Sorted files below ``directory`` that neither a .gitignore nor its .rayignore matches; and lines for the user."""
     top = directory.resolve()
 
     def own(name: str) -> bool:

@@ -71,7 +71,8 @@ class Ledger:
         self._lock = threading.Lock()
 
     def found_in_cache(self, identity: str, hit_rates: list[float | None]) -> None:
-        """Store the identity of the reference and, for each trial, the share of its needs in the cache (None: no needs)."""
+        """Store the identity of the reference and, for each trial, the share of its completions that the cache held (None:
+        it needs none)."""
         self.cache |= {"identity": identity, "hit_rates": hit_rates}
 
     def set(self, name: str, status: Status, error: str | None = None) -> None:

@@ -15,7 +15,7 @@ from raydpo.sweeps.trials import Trial
 __all__ = ["FreeNode", "places", "trials_at_once"]
 
 ROUNDING = 1e-6
-"""Tolerance for sums of fractions of a GPU: ten tenths are one."""
+"""Tolerance for sums of fractions of a GPU: ten times 0.1 must count as 1."""
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""What a person at a terminal sees and does: output, interrupts, exit statuses."""
+"""The terminal: output, interrupts and exit statuses."""

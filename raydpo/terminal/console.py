@@ -88,7 +88,7 @@ class Console:
             line.finish()
 
     def counter(self, label: str, unit: str) -> Callable[[int], None]:
-        """Show progress towards an unknown end. Call the returned function with the number done so far."""
+        """Show progress without a known total. Call the returned function with the number done so far."""
         start = printed = time.monotonic()
 
         def count(done: int) -> None:

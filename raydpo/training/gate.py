@@ -22,7 +22,7 @@ __all__ = ["expected_first_loss", "gate_rows", "judge"]
 
 TOLERANCES = {"float32": (1e-3, 2e-2), "bfloat16": (0.1, 3.0)}
 """By the coarser of the two precisions: largest mean gap of a pair's tokens, and largest gap of a token, in nats. Rounding
-is ten times smaller; other weights or tokens give gaps far above."""
+gives gaps ten times smaller; other weights or tokens give gaps far larger."""
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ __all__ = ["TrainHooks"]
 
 
 class TrainHooks:
-    """Base class whose callbacks do nothing. All ranks call all of them, with the same rows; those marked collective at the
-    same step, where ranks may wait for each other."""
+    """Base class whose callbacks do nothing. All ranks call all of them, with the same rows. They call those marked
+    collective at the same step, and may wait for each other there."""
 
     def begin(self, first_step: int, total_steps: int, facts: Mapping[str, Any]) -> None:
         """Training starts, or restarts, after ``first_step`` finished steps."""

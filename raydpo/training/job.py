@@ -1,4 +1,4 @@
-"""What a training is given, and the summary that it returns."""
+"""Input of a training, and the summary that it returns."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["TrainJob", "TrainSummary"]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainJob:
-    """What to train.
+    """A training to be done.
 
     Attributes:
         train: section ``train`` of the configuration.

@@ -54,7 +54,7 @@ class StepRequests:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did.
+    """Result of a step.
 
     Attributes:
         row: its metrics, averaged over its pairs on all ranks.
@@ -155,7 +155,8 @@ class Stepper:
                         loss, total = whole.part(batch.pairs, logps)
                     # The mean over the step's pairs, whichever rank and micro-batch they are in; a stand-in weighs nothing.
                     share = (total / len(step.rows) * batch.counts).float()
-                    # A factor 1 that is NaN where a loss is not finite: then every gradient is NaN, and no rank steps.
+                    # The factor is 1, or NaN if a loss is not finite. Then every gradient is NaN, and no rank takes the
+                    # step.
                     share = share * (1 + 0 * (share + loss.losses.sum().float()).detach())
                 if last:
                     with clock.phase("wait"):

@@ -27,8 +27,8 @@ PATIENCE = 300.0
 """Seconds for which a failed upload is retried in the background; the next checkpoint waits for it."""
 LONGEST_WAIT = 15.0
 BRIEFLY = 1.0
-"""Seconds for which training waits for an upload. If it is quick, a kill costs one interval and no step more; if it takes
-longer, it continues beside the next steps."""
+"""Seconds for which training waits for an upload. After a quick upload, a kill costs at most the steps of one interval. A
+longer upload continues beside the next steps."""
 LAST_PAUSES = (1.0, 2.0, 5.0, 10.0, *[15.0] * 18)
 """Seconds between attempts to store the last checkpoint of a run. No attempt begins more than PATIENCE after the first."""
 
@@ -89,7 +89,7 @@ class CheckpointSaver:
         for attempt, pause in enumerate((*LAST_PAUSES, None), 1):
             if self.save(step, summary, metrics):
                 return
-            # The clocks of ranks differ. Where the storage is down, the first attempt has taken all of the time.
+            # The clocks of ranks differ. If the storage does not answer, the first attempt uses all of the time.
             (late,) = self._sum_over_ranks(time.monotonic() - started + (pause or 0) > PATIENCE)
             if pause is None or late:
                 raise TrainError(

@@ -26,7 +26,7 @@ class Mailbox:
         self._summary: dict[str, Any] | None = None
         self._tokens_per_batch: int | None = None
         self._attempt = 0
-        self._memory_ran_out: tuple[int, bool] | None = None  # attempt, and the answer of back_off
+        self._memory_ran_out: tuple[int, bool] | None = None  # number of the attempt, and what ``back_off`` returned for it
         self._stop = self._stepped = self._tried_again = False
 
     def put(self, kind: str, content: Any) -> None:
@@ -73,7 +73,7 @@ class Mailbox:
             half = self._tokens_per_batch = max(1, tokens_per_batch // 2)
             told = (
                 f"does not fit in memory; starting the workers again with {half}. "
-                f"Set train.tokens_per_batch={half} to begin so"
+                f"Set train.tokens_per_batch={half} to start with that"
             )
         self.put("note", f"warning: a micro-batch of {tokens_per_batch} positions {told}")
         return True

@@ -21,7 +21,7 @@ __all__ = ["RayHooks", "WorkerInput"]
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerInput:
-    """What every worker receives.
+    """Input of every worker.
 
     Attributes:
         pairs, held_out: results of ``pairs.join_reference``, or references to them in Ray's object store, through which they

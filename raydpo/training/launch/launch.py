@@ -71,7 +71,7 @@ def _ray_trainer(
 ) -> Any:
     """Make a TorchTrainer that calls ``worker(given)`` on every worker, and restarts them as often as ``train`` allows."""
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # reports wait for the controller's next check
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1800")  # an autoscaler may take its time
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1800")  # an autoscaler may need many minutes
     # A frozen process never answers, and Ray's barriers have no timeout.
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = f"{train.collective_timeout:g}"
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -113,8 +113,8 @@ def _checkpoint_config(train: TrainConfig) -> Any:
 def _attempt(board: Any, train: TrainConfig, work: Callable[[int | None], None]) -> None:
     """Call ``work`` in one worker, with the positions of a micro-batch if the configured number did not fit, else None.
 
-    Ray Train restarts workers after any error. If the error would only repeat, the restarted workers do nothing. It is
-    raised all the same: the other workers wait for this one until Ray ends them.
+    Ray Train restarts workers after any error. If the error would only repeat, the restarted workers do nothing. The
+    error must still be raised, since the other workers wait for this one until Ray ends them.
     """
     import ray
     import ray.train

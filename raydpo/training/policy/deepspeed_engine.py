@@ -167,7 +167,7 @@ class PolicyEngine(RankGroup):
             self.engine.train()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        # DeepSpeed averages gradients over ranks; times their number, the shares add up instead.
+        # DeepSpeed averages gradients over ranks. Multiplied by the number of ranks, the average is the sum of the shares.
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
 

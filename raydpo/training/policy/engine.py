@@ -1,4 +1,4 @@
-"""What training needs from the object that holds the policy: ``StepEngine`` for one optimizer step, ``Engine`` for a run."""
+"""Protocols of the object that holds the policy: ``StepEngine`` for one optimizer step, ``Engine`` for a whole run."""
 
 from __future__ import annotations
 

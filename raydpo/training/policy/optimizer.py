@@ -44,9 +44,11 @@ def make_optimizer(trainable: Sequence[Tensor], train: TrainConfig, device: torc
 class RoundedAdamW(torch.optim.AdamW):
     """AdamW whose moments are kept in bfloat16 and computed with in float32.
 
-    Rounded to nearest, so that a resumed run repeats to the bit. The second moment moves by 1/1000 of its difference a step,
-    less than bfloat16 resolves once it is near its end; it then stands still up to 0.4 % early, which changes a step's size
-    by 0.2 %.
+    The moments are rounded to nearest, so that a resumed run repeats to the bit. In each step the second moment moves by
+    1/1000 of its distance to the squared gradient. bfloat16 rounds a change below 0.2 to 0.4 % of a value to zero. So under
+    a constant gradient the second moment stops at about a quarter of its float32 value, and after the gradients become
+    smaller it does not fall. Over 20 steps the updates follow torch's within 1 %; over thousands of steps their size can
+    differ by a factor of two or three.
     """
 
     @torch.no_grad()
