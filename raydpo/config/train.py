@@ -140,8 +140,8 @@ class TrainConfig(ObjectiveConfig):
     """AdamW; with moments in 8 bits (arXiv 2110.02861), with moments paged to the host's memory when the GPU's is full, or
     both. The latter three come from bitsandbytes and need GPUs."""
     optimizer_states: Literal["float32", "bfloat16"] = "float32"
-    """Precision of adamw's moments. bfloat16 halves their memory. Its second moment hardly follows gradients that become smaller:
-    after 3,000 steps updates were 0.3 to 2 times those of float32. Use it for short runs only."""
+    """Precision of adamw's moments. bfloat16 halves their memory. Its second moment hardly follows gradients that become
+    smaller: after 3,000 steps updates were 0.3 to 2 times those of float32. Use it for short runs only."""
     merge_adapter: bool = False
     """Also export the model with the adapters merged into it, as final/merged."""
     seed: Int = Field(default=0, ge=0)

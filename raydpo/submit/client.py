@@ -221,7 +221,7 @@ class Jobs:
                 if time.monotonic() - answered > LOST_SECONDS:
                     raise RaydpoError(
                         f"the job server at {self.address} has not answered for {LOST_SECONDS:.0f} s "
-                        f"({_said(error)}); job {job} may go on all the same"
+                        f"({_said(error)}); job {job} may still be running"
                     ) from None
             time.sleep(1)
 
