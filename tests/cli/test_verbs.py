@@ -290,7 +290,7 @@ def test_doctor():
 
 
 def test_jobs_are_the_same_commands(place, on_cluster):
-    script = Path(__file__).parents[1] / "jobs" / "score.py"
+    script = Path(__file__).parents[2] / "jobs" / "score.py"
     result = subprocess.run(
         [sys.executable, str(script), str(place / "config.yaml")], capture_output=True, text=True, timeout=300
     )

@@ -3,6 +3,7 @@
 The same with both is in test_build_together.py and sweep/test_two_users.py.
 """
 
+import pickle
 import random
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -63,7 +64,7 @@ def in_this_process(monkeypatch):
     """One actor per build, called in its own thread."""
 
     def score(shards, spec, cache, known, resources, tokens_per_batch):
-        blocks = [module._to_block(shard) for shard in shards]
+        blocks = [pa.table({"shard": [pickle.dumps(shard)]}) for shard in shards]
         random.Random(cache.builder).shuffle(blocks)
         actor = module._ScoreShard(spec, cache.storage.uri, cache.builder, frozenset(known), resources, 100, [])
         for block in blocks:

@@ -49,7 +49,7 @@ def test_a_folder_that_cannot_be_is_named(tmp_path):
 
 MAKE = """
 import sys, time
-from raydpo.training import disk
+from raydpo.training.policy import offload as disk
 disk._require_asynchronous_files = lambda *_: None
 print(disk.disk_folder("field", sys.argv[1]), flush=True)
 time.sleep(60)
