@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from raydpo.errors import RaydpoError
+from raydpo.errors import ConfigError, RaydpoError
 from raydpo.rundir.directory import DRIVER_LOG
 from raydpo.terminal.console import Console
 
@@ -20,11 +20,23 @@ __all__ = ["load_training_pairs", "quietly"]
 
 
 def quietly(config: Config, console: Console, act: Callable[[], object]) -> None:
-    """Run ``act`` with all output but the console's in the run's logs, or in a temporary file if the run is at a URI."""
+    """Run ``act`` with all output but the console's in the run's logs, or in a temporary file if the run is at a URI.
+
+    Raises:
+        ConfigError: if the directory of the run cannot be made.
+        RaydpoError: if the log cannot be written later.
+    """
     from raydpo.storage.files import Storage
 
     storage = Storage(config.run_dir)
     log = Path(storage.path(DRIVER_LOG) if storage.is_local else tempfile.mkdtemp(prefix="raydpo-logs-") + "/driver.log")
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(
+            f"'output' does not work: cannot write to {log.parent}: {reason}; set output to another place"
+        ) from None
     try:
         with console.noise_to(log):
             act()

@@ -192,6 +192,13 @@ def test_a_model_that_lacks_weights_is_refused_before_ray(verb, place, tiny_llam
     assert "lack model.layers.1.input_layernorm.weight" in result.stderr
 
 
+def test_an_output_that_cannot_be_made_is_exit_status_2_and_one_message(place, tmp_path):
+    (tmp_path / "file").write_text("")
+    result = raydpo("run", place / "config.yaml", f"output={tmp_path}/file/below")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+    assert "'output' does not work: cannot write to" in result.stderr and "Not a directory" in result.stderr
+
+
 def test_malformed_data_is_exit_status_2_with_line_numbers(place, on_cluster):
     (place / "bad.jsonl").write_text('{"prompt": "p", "chosen": "c"}\nnot json\n' * 3)
     result = raydpo("score", place / "config.yaml", f"data.train={place / 'bad.jsonl'}")
