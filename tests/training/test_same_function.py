@@ -146,8 +146,8 @@ def test_a_layer_with_noise_of_its_own_is_named():
     layer = model.causal_lm.model.layers[1]
     forward = layer.forward
     layer.forward = lambda *args, **kwargs: forward(*args, **kwargs) * (1.0 + 0.01 * layer.training * torch.rand(1))
-    layer = r"LlamaDecoderLayer \(policy\.model\.layers\.0\)"
-    with pytest.raises(ModelError, match=rf"in training mode .*: {layer} adds noise or dropout"):
+    named = r"LlamaDecoderLayer \(policy\.model\.layers\.0\)"
+    with pytest.raises(ModelError, match=rf"in training mode .*: {named} adds noise or dropout"):
         check_training_mode(model, CPU)
 
 
