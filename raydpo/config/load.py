@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from raydpo.config.data import COMPRESSION_SUFFIXES, DATA_SUFFIXES
 from raydpo.config.filter import PairFilter
 from raydpo.config.run import Config
-from raydpo.errors import ConfigError
+from raydpo.errors import ConfigError, one_line
 from raydpo.storage.uri import hidden, is_uri, shown
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ def _override(tree: dict[str, Any], override: str) -> dict[str, Any]:
 def _yaml_problem(error: yaml.YAMLError | UnicodeDecodeError) -> str:
     """What is wrong and where. The text itself is left out, since it may be a secret."""
     if not isinstance(error, yaml.MarkedYAMLError):
-        return " ".join(str(error).split())
+        return one_line(error)
     mark = error.problem_mark or error.context_mark
     place = f" in line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
     return f"{', '.join(part for part in (error.context, error.problem) if part)}{place}"

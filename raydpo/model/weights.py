@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from raydpo.errors import FilesError
+from raydpo.errors import FilesError, one_line
 from raydpo.model.files import adapter_files, model_files, read_header
 
 __all__ = ["ADAPTER_NAME", "check_weights", "load_adapter", "refuse_gaps"]
@@ -162,7 +162,7 @@ def load_adapter(model: nn.Module, adapter: str, *, train: bool = False, low_cpu
             r"shape in current model is torch\.Size\((.*?)\)",
             str(error),
         )
-        what = " ".join(str(error).split())[:300]
+        what = one_line(error, 300)
         if shapes:
             what = f"{shapes[1]} is {shapes[2]} in its files and {shapes[3]} in the model"
         raise FilesError(f"the adapter {adapter} does not fit the model: {what}") from error

@@ -67,18 +67,10 @@ def measure_effect(config: Config) -> Effect | None:
     if [str(source.path) for source in config.data.train] != [str(PREFERENCES)]:
         return None
     from raydpo.data.pairs import load_pairs
-    from raydpo.data.tokenise import Tokeniser, load_tokenizer
     from raydpo.evaluation.policy import find_policy
-    from raydpo.pipeline.prepare import open_reference
-    from raydpo.reference.identity import resolve_model
+    from raydpo.pipeline.prepare import open_reference, open_tokeniser
 
-    tokeniser = Tokeniser(
-        load_tokenizer(
-            resolve_model(config.model.tokenizer or config.model.path),
-            chat_template=config.data.chat_template,
-            trust_remote_code=config.model.trust_remote_code,
-        )
-    )
+    tokeniser = open_tokeniser(config)
     held_out = load_pairs(config.data, tokeniser).eval
     if held_out is None or not held_out.num_rows:
         return None

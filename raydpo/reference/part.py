@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from raydpo.errors import CacheError, RaydpoError
+from raydpo.errors import CacheError, RaydpoError, one_line
 from raydpo.reference.identity import ReferenceIdentity
 
 __all__ = [
@@ -192,7 +192,7 @@ def decode_part(name: str, data: bytes, *, values: bool = True) -> Part:
     except MemoryError:
         raise  # also an ArrowException, but no fault of the part
     except (OSError, pa.ArrowException, ValueError) as error:
-        raise CacheError(f"part {name} cannot be read: {_one_line(error)}") from None
+        raise CacheError(f"part {name} cannot be read: {one_line(error, 200)}") from None
     problem = _wrong_value(table) if values else None
     if problem:
         raise CacheError(f"part {name} cannot be read: {problem}")
@@ -227,7 +227,7 @@ def read_footer(name: str, stream: object, size: int) -> PartInfo:
     except (RaydpoError, MemoryError):
         raise
     except (OSError, pa.ArrowException, KeyError, ValueError, TypeError) as error:
-        raise CacheError(f"part {name} cannot be read: {_one_line(error)}") from None
+        raise CacheError(f"part {name} cannot be read: {one_line(error, 200)}") from None
 
 
 def ragged(rows: Sequence[np.ndarray]) -> pa.ListArray:
@@ -260,7 +260,3 @@ def _wrong_value(table: pa.Table) -> str | None:
 
 def _one_array(column: pa.ChunkedArray) -> pa.Array:
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()  # which would copy
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

@@ -23,7 +23,7 @@ from urllib.parse import quote, unquote
 import pyarrow as pa
 from pyarrow import fs as pafs
 
-from raydpo.errors import ConfigError, RaydpoError
+from raydpo.errors import ConfigError, RaydpoError, one_line
 from raydpo.storage.uri import is_uri, redact, secrets_of
 
 __all__ = ["FileInfo", "Storage", "redact", "remove_stale_temporaries", "stale_temporaries"]
@@ -340,7 +340,7 @@ def _said(error: Exception, uri: str) -> str:
     """First 300 characters of a driver's message, on one line, without the secrets of ``uri``."""
     # Each part of user:password is hidden, too.
     secrets = [part for secret in secrets_of(uri) for part in (secret, *secret.split(":", 1))]
-    said = " ".join(str(error).split()) or type(error).__name__
+    said = one_line(error) or type(error).__name__
     spellings = {spelling for secret in secrets for spelling in (secret, quote(secret, safe=""), unquote(secret))}
     for secret in sorted(spellings, key=len, reverse=True):
         if len(secret) > 3:  # a shorter one is no secret, and part of many words
