@@ -44,8 +44,12 @@ LONGEST = (
     "test_nodes",
     "test_compact",
     "test_trackers",
+    "test_random_history",
     "test_storage_s3",
     "test_budget",
+    "test_footprint",
+    "test_sharing",
+    "test_head",
 )
 """Test files that take longest, the longest first. They start first, so that none of them is left for the end."""
 
@@ -78,12 +82,11 @@ def tiny_qwen3(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def ray_cluster():
     """Address of a Ray that outlives commands, as on a cluster."""
+    from machines import LEAN
     from ray.cluster_utils import Cluster
 
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    cluster = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 8, "include_dashboard": False, "object_store_memory": 150 << 20}
-    )
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 8, "include_dashboard": False, **LEAN})
     yield cluster.address
     cluster.shutdown()
 

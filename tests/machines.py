@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+LEAN = {"object_store_memory": 150 << 20, "include_log_monitor": False}
+"""Arguments of each node of a ``ray.cluster_utils.Cluster``: no process that only forwards workers' output to a driver."""
 FAKE_PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
 """By its path, since the type 'fake_multinode' needs a file that Ray's package lacks."""
 

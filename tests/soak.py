@@ -27,6 +27,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import yaml
 from kernel import exact
+from machines import LEAN
 from tiny import make_model, preferences, write_preferences
 
 MARK = "RAYDPO_SOAK"
@@ -68,13 +69,13 @@ class Machines:
 
         self.cluster = Cluster(
             initialize_head=True,
-            head_node_args={"num_cpus": self._on_head, "include_dashboard": False, "object_store_memory": 150 << 20},
+            head_node_args={"num_cpus": self._on_head, "include_dashboard": False, **LEAN},
         )
         self.nodes = [self._add() for _ in range(2)]
         self.address = self.cluster.address
 
     def _add(self):
-        return self.cluster.add_node(num_cpus=self._cpus, object_store_memory=150 << 20)
+        return self.cluster.add_node(num_cpus=self._cpus, **LEAN)
 
     def stop(self) -> None:
         self.cluster.shutdown()

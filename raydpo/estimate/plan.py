@@ -257,8 +257,17 @@ def make_plan(
         online=online(dealt, imbalance.naive),
         online_packed=online(computed["packed"], 0.0),
         imbalance=imbalance,
-        fixed=tuple(simulated(size, train.pairs_per_step) for size in WORLD_SIZES),
-        scaled=tuple(simulated(size, PAIRS_PER_RANK * size) for size in WORLD_SIZES),
+        # Beyond these sizes most ranks have no pair, or most pairs of a step are repeated: such rows tell nothing.
+        fixed=tuple(
+            simulated(size, train.pairs_per_step)
+            for size in WORLD_SIZES
+            if size < 2 * max(train.pairs_per_step, train_workers)
+        ),
+        scaled=tuple(
+            simulated(size, PAIRS_PER_RANK * size)
+            for size in WORLD_SIZES
+            if PAIRS_PER_RANK * size < 2 * max(per_epoch, PAIRS_PER_RANK)
+        ),
     )
 
 

@@ -243,7 +243,7 @@ def test_plan_estimates_without_ray(place):
         "5 training(s)",
         "H100",
         "prefix tree",
-        "4,096",
+        "the same with 4 pairs a rank",
         "bound",
         "longest pair",
         "cheapest mode that fits: train.zero=0",
@@ -305,11 +305,23 @@ def test_jobs_are_the_same_commands(place, on_cluster):
     assert subprocess.run([sys.executable, str(script), str(place / "none.yaml")], capture_output=True).returncode == 2
 
 
-def test_python_api(first, place, on_cluster):
+def test_filter_and_audit(first, place, on_cluster):
+    short = raydpo("audit", place / "config.yaml", "data.filter=chosen_tokens < 20", "name=short")
+    assert short.returncode == 0 and "pairs left out (a: " in short.stdout, short.stdout + short.stderr
+    wrong = raydpo("train", place / "config.yaml", "data.filter=chosen_token < 20")
+    assert wrong.returncode == 2 and "did you mean 'chosen_tokens'" in wrong.stderr and wrong.stderr.count("\n") == 1
+    assert "audit: the chosen answer is longer in " in first.stdout
+    assert (place / "runs" / "first" / "audit.html").stat().st_size > 10_000
+    audit = json.loads(raydpo("audit", place / "config.yaml", "--json").stdout)
+    assert set(audit["sources"]) == {"a", "b"} and audit["total"]["not_scored"] == 0
+    assert audit["total"]["pairs"] == sum(source["pairs"] for source in audit["sources"].values())
+
+
+def test_python_api_with_a_filter(first, place, on_cluster):
     program = (
         "import raydpo\n"
         f"config = raydpo.load_config({str(place / 'config.yaml')!r},\n"
-        "                            ['name=api', 'train.steps=2', 'train.workers=1'])\n"
+        "    ['name=api', 'train.steps=2', 'train.workers=1', 'data.filter=ref_margin > 0 and copy = 0'])\n"
         "report = raydpo.score(config)\n"
         "assert report.hit_rate == 1.0\n"
         "assert raydpo.train(config)['steps'] == 2\n"
@@ -318,32 +330,12 @@ def test_python_api(first, place, on_cluster):
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-
-
-def test_filter_and_audit(first, place, on_cluster):
-    short = raydpo("audit", place / "config.yaml", "data.filter=chosen_tokens < 20", "name=short")
-    assert short.returncode == 0 and "pairs left out (a: " in short.stdout, short.stdout + short.stderr
-    sure = raydpo(
-        "train",
-        place / "config.yaml",
-        "name=sure",
-        "data.filter=ref_margin > 0 and copy = 0",
-        "train.steps=1",
-        "train.workers=1",
-    )
-    assert sure.returncode == 0 and "pairs left out (a: " in sure.stdout and "b: " in sure.stdout, sure.stdout + sure.stderr
-    trained = int(re.search(r"training: (\d+) pairs", sure.stdout)[1])
-    assert trained < int(re.search(r"pairs: (\d+) to train on", sure.stdout)[1])
-    run = place / "runs" / "sure"
+    assert "pairs left out (a: " in result.stdout and "b: " in result.stdout, result.stdout
+    trained = int(re.search(r"training: (\d+) pairs", result.stdout)[1])
+    assert trained < int(re.search(r"pairs: (\d+) to train on", result.stdout)[1])
+    run = place / "runs" / "api"
     assert json.loads((run / "summary.json").read_text())["training_pairs"] == trained
     assert f"`b.jsonl`, {trained} pairs" in (run / "final" / "README.md").read_text()
-    wrong = raydpo("train", place / "config.yaml", "data.filter=chosen_token < 20")
-    assert wrong.returncode == 2 and "did you mean 'chosen_tokens'" in wrong.stderr and wrong.stderr.count("\n") == 1
-    assert "audit: the chosen answer is longer in " in first.stdout
-    assert (place / "runs" / "first" / "audit.html").stat().st_size > 10_000
-    audit = json.loads(raydpo("audit", place / "config.yaml", "--json").stdout)
-    assert set(audit["sources"]) == {"a", "b"} and audit["total"]["not_scored"] == 0
-    assert audit["total"]["pairs"] == sum(source["pairs"] for source in audit["sources"].values())
 
 
 def test_the_audit_of_an_earlier_run_stays_its_own(first, place, on_cluster):

@@ -6,6 +6,7 @@ import threading
 import time
 
 import pytest
+from machines import LEAN
 from tiny import preferences, write_preferences
 
 from raydpo.cluster.nodes import holds, selected
@@ -168,10 +169,11 @@ def test_gpus_that_torch_does_not_find_are_told_before_one_is_held(tiny_llama, t
             "train": {"workers": 2},
         }
     )
-    small = {"include_dashboard": False, "object_store_memory": 100 << 20}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 1, **small})
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 1, "include_dashboard": False, **LEAN}
+    )
     try:
-        cluster.add_node(num_cpus=2, num_gpus=2)
+        cluster.add_node(num_cpus=2, num_gpus=2, **LEAN)
         ray.init(address=cluster.address, log_to_driver=False)
         with pytest.raises(ConfigError) as error:
             check_cluster(config, ["score", "train"], Console(io.StringIO()))

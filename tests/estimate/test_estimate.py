@@ -126,6 +126,14 @@ def test_workers_share_the_time_and_cost_dollars(data):
     assert [(one.world_size, one.pairs_per_step) for one in four.fixed + four.scaled] == [(1, 16), (4, 16), (1, 4), (4, 16)]
 
 
+def test_world_sizes_at_which_most_ranks_have_no_pair_are_left_out(data, monkeypatch):
+    monkeypatch.setattr("raydpo.estimate.plan.WORLD_SIZES", (1, 16, 32, 64, 4096))
+    pairs = data[1].train.num_rows
+    few, many = plan(data), plan(data, workers=32)
+    assert [one.world_size for one in few.fixed] == [1, 16] and [one.world_size for one in many.fixed] == [1, 16, 32]
+    assert [one.pairs_per_step for one in few.scaled] == [count for count in (4, 64, 128, 256) if count < 2 * pairs]
+
+
 def test_steps_instead_of_epochs(data):
     config, sets = data
     found = make_plan(

@@ -87,9 +87,8 @@ def test_gauges_come_out_of_rays_metrics_port_under_the_names_of_the_dashboard(t
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    ray.init(
-        num_cpus=1, include_dashboard=False, _metrics_export_port=port, log_to_driver=False, object_store_memory=100 << 20
-    )
+    alone = {"address": "local", "num_cpus": 1, "include_dashboard": False, "object_store_memory": 100 << 20}
+    ray.init(**alone, _metrics_export_port=port, log_to_driver=False)
     try:
         log(TrackConfig(), tmp_path, warnings)
         export_pass(TrackConfig(), "run", 0.25, 900.0, warnings.append)

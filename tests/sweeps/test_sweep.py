@@ -11,6 +11,7 @@ import time
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from command import raydpo as raydpo_command
 from kernel import exact
 from tiny import preferences, write_preferences
 
@@ -76,7 +77,8 @@ def same(ours, theirs):
 
 
 def test_one_pass_then_every_trial_and_those_that_failed_are_told(place, on_cluster):
-    result = run(place, "betas", "sweep.list=[{train.beta: 0.3}, {train.lr: 1.0e+30, train.max_skipped: 0}]")
+    trials = "sweep.list=[{train.beta: 0.3}, {train.lr: 1.0e+30, train.max_skipped: 0}]"
+    result = raydpo_command("sweep", place / "config.yaml", "name=betas", trials)
     assert result.returncode == 1, result.stdout + result.stderr
     assert f"1 of 2 trials failed: {DIVERGED}: " in result.stderr and "more than train.max_skipped 0" in result.stderr
     found, trials = record(place, "betas")
