@@ -35,9 +35,10 @@ from raydpo.evaluation.policy import Policy, find_policy, harness_arguments
 from raydpo.evaluation.preferences import ScoredPairs, measure_preferences
 from raydpo.evaluation.prompts import Prompt, choose_prompts, evaluation_data, prompt_texts, reading, trained_on
 from raydpo.evaluation.samples import Answers
+from raydpo.model.limits import check_limits
 from raydpo.model.rotary import rope_line
 from raydpo.pipeline.checks import check
-from raydpo.pipeline.prepare import measured_pairs, open_reference, open_tokeniser, reference_line
+from raydpo.pipeline.prepare import limits_of, measured_pairs, open_reference, open_tokeniser, reference_line
 from raydpo.pipeline.score import fill_cache
 from raydpo.reference.identity import resolve_model
 from raydpo.reference.pairs import reference_values
@@ -142,6 +143,8 @@ class _Evaluation:
         tokeniser = open_tokeniser(config)
         pairs, seen = pairs_to_evaluate(config, tokeniser, console)
         console.say(f"pairs to evaluate on: {pairs.num_rows:,}")
+        for line in check_limits([pairs], limits_of(config, policy.base)):
+            console.warn(line)
         if seen is None or config.evaluate.policy is not None:  # what another run trained on is not data.train
             seen = _trained_on(config, policy, pairs, console)
         if seen:

@@ -107,6 +107,9 @@ def test_a_head_of_another_task(model, tmp_path):
     assert check_weights(classifier, classifier=True) == []
     with pytest.raises(ModelError, match=r"lack score\.weight"):
         check_weights(model, classifier=True)
+    refused_by_both(r"is a LlamaForSequenceClassification .*head of another task", classifier)
+    config = json.loads((classifier / "config.json").read_text())
+    (classifier / "config.json").write_text(json.dumps(config | {"architectures": None}))
     refused_by_both(r"lack lm_head\.weight.*they hold score\.weight", classifier)
 
 
