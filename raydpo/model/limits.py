@@ -109,13 +109,13 @@ def check_limits(tables: Sequence[pa.Table], models: Mapping[str, ModelLimits]) 
         if limits.rows is not None and highest >= limits.rows:
             count, first = _pairs(tables, lambda table, most=limits.rows: _highest_by_pair(table) >= most)
             raise FilesError(
-                f"{count:,} pairs (first: {first}) have token ids up to {highest:,}, but the embedding of {path} has "
+                f"{count:,} pair(s) (first: {first}) have token ids up to {highest:,}, but the embedding of {path} has "
                 f"{limits.rows:,} rows (ids 0 to {limits.rows - 1:,}); set model.tokenizer to the tokenizer that belongs "
                 "to the model, or give the model whose embedding was resized for it"
             )
         if limits.positions is not None and longest > limits.positions:
             count, first = _pairs(tables, lambda table, most=limits.positions: _lengths(table) > most)
-            found = f"{count:,} pairs (first: {first}) have up to {longest:,} tokens, but {path} has {limits.positions:,}"
+            found = f"{count:,} pair(s) (first: {first}) have up to {longest:,} tokens, but {path} has {limits.positions:,}"
             if limits.fixed:
                 raise FilesError(f"{found} positions, and cannot compute more; set data.max_length={limits.positions}")
             warnings.append(
