@@ -181,9 +181,11 @@ def read_header(file: Path) -> tuple[int, dict[str, dict[str, Any]]]:
             header = json.loads(stream.read(length))
             header.pop("__metadata__", None)
             needed = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
-    except (OSError, struct.error, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, struct.error, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         why = one_line(error, 200) if size else "it is empty"
         raise FilesError(f"{file} is not a safetensors file ({why}); fetch it again") from None
+    if needed < size:
+        raise FilesError(f"{file} has {size - needed:,} bytes behind its last tensor, so it is damaged; fetch it again")
     if needed > size:
         raise FilesError(f"{file} is truncated: it has {size:,} bytes, and its tensors need {needed:,}; fetch it again")
     return 8 + length, header
@@ -305,8 +307,8 @@ def _read_json(file: Path) -> dict[str, Any]:
     _refuse_pointers([file])
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FilesError(f"cannot read {file}: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise FilesError(f"cannot read {file}: {one_line(error, 200)}") from None
     if not isinstance(found, dict):
         raise FilesError(f"cannot read {file}: it holds no JSON object")
     return found

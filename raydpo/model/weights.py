@@ -97,10 +97,31 @@ def check_weights(
             load_adapter(model, adapter, low_cpu_mem_usage=True)
         except FilesError:
             raise
-        except Exception:  # as above
+        except ImportError:  # a package that only the workers have
             pass
+        except Exception as error:
+            if not files.runs_code:
+                raise FilesError(
+                    f"the adapter {adapter} does not fit the model: PEFT cannot add it ({type(error).__name__}: "
+                    f"{one_line(error, 300)}); give the adapter_config.json that belongs to its weights"
+                ) from None
     unused = sorted(found["unexpected_keys"])
+    _refuse_more_layers(path, model, unused)
     return [f"{path}: {some_names(unused)} in its files belong to no part of the model and are not used"] if unused else []
+
+
+def _refuse_more_layers(path: str | Path, model: nn.Module, unused: list[str]) -> None:
+    """Refuse unused weights that differ from used ones in the number of the layer only: the model would be cut."""
+    layers = model.config.get_text_config()
+    count = getattr(layers, "num_hidden_layers", None)
+    used = {re.sub(r"\d+", "#", name) for name in model.state_dict()} if unused else set()
+    more = [name for name in unused if re.search(r"\d", name) and re.sub(r"\d+", "#", name) in used]
+    if more or (isinstance(count, int) and count < 1):
+        what = f"hold {some_names(more)}, weights of layers that it leaves out" if more else "would not be used"
+        raise FilesError(
+            f"{path}/config.json describes a model of {count} layers (num_hidden_layers), but its files {what}; give the "
+            "config.json that belongs to the weights"
+        )
 
 
 def _empty_model(files: ModelFiles, auto: Any, trust_remote_code: bool) -> nn.Module | None:

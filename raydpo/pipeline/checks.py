@@ -18,7 +18,7 @@ from raydpo.errors import ConfigError, FilesError, ModelError
 from raydpo.losses import Objective
 from raydpo.model.files import check_tokenizer_files
 from raydpo.model.weights import check_weights
-from raydpo.reference.identity import identify, resolve_model
+from raydpo.reference.identity import differs_from_its_tie, identify, resolve_model
 from raydpo.terminal.console import Console
 
 __all__ = ["check"]
@@ -55,7 +55,7 @@ def check(config: Config, verb: Verb, console: Console, trials: Sequence[Config]
         _check_judges(configs, console)
     if verb == "eval":
         _check_policy(config, tokenizers[0], console)
-    _check_values(configs, verb)
+    _check_values(configs, verb, console)
 
 
 def _check_reference(config: Config) -> None:
@@ -97,7 +97,7 @@ def _check_models(configs: Sequence[Config], console: Console, *, policy: bool) 
             console.warn(line)
 
 
-def _check_values(configs: Sequence[Config], verb: Verb) -> None:
+def _check_values(configs: Sequence[Config], verb: Verb, console: Console) -> None:
     """Hash the weights of all models, which refuses NaN. Digests are remembered, so later stages do not read them again."""
     from raydpo.evaluation.policy import policy_files
 
@@ -114,6 +114,8 @@ def _check_values(configs: Sequence[Config], verb: Verb) -> None:
             wanted[config.evaluate.reward_model, None, trusted] = None
     for path, adapter, trusted in wanted:
         identify(resolve_model(path), "float32", adapter and resolve_model(adapter), trust_remote_code=trusted)
+        if line := differs_from_its_tie(resolve_model(path), trusted):
+            console.warn(line)
 
 
 def _check_tokenizers(configs: Sequence[Config]) -> list[Any]:

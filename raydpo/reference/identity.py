@@ -32,6 +32,7 @@ from raydpo.storage.local_copy import local_home
 __all__ = [
     "QUANTIZED",
     "ReferenceIdentity",
+    "differs_from_its_tie",
     "earlier_identity",
     "identify",
     "on_this_machine",
@@ -143,6 +144,25 @@ def identify(
         if adapter is not None and dtype == "bfloat16" and (quantization is None or _is_on_the_head(adapter_files(adapter)))
         else SCORING_VERSION,
         rope_length=None if max_length is None else rope_length(model.config, max_length),
+    )
+
+
+def differs_from_its_tie(path: str | Path, trust_remote_code: bool = False) -> str | None:
+    """A warning if config.json ties head and embedding, and the files hold two different ones; else None."""
+    model = model_files(path, trust_remote_code)
+    text = model.config.get("text_config") or {}
+    if not (model.config.get("tie_word_embeddings") or text.get("tie_word_embeddings")):
+        return None
+    tensors: dict[str, str] = {}
+    for file in model.weights:
+        tensors |= _file_tensors(file)
+    ends = [[name for name in tensors if name.endswith(end)] for end in ("lm_head.weight", "embed_tokens.weight")]
+    if not all(len(names) == 1 for names in ends) or len({tensors[names[0]] for names in ends}) == 1:
+        return None
+    return (
+        f"{path}/config.json says tie_word_embeddings, but its files hold a {ends[0][0]} that differs from {ends[1][0]}: "
+        "transformers computes with both, other programs such as vLLM with the embedding alone; set tie_word_embeddings to "
+        f"false, or take {ends[0][0]} out of the files"
     )
 
 

@@ -90,7 +90,7 @@ def export_policy(
         check.compare(directory, plain, policy)
     _untie(adapted.get_base_model())
     merged = adapted.merge_and_unload()
-    _untie_merged(merged)
+    _say_untied(merged)
     target = directory / "merged"
     merged.save_pretrained(str(target), safe_serialization=True)
     del adapted, merged
@@ -112,6 +112,7 @@ def _write_model(policy: Any, spec: PolicySpec, base_name: str, weights: dict[st
     buffers = {name: value.cpu() for name, value in policy.state_dict().items() if name not in weights}
     tied = set(getattr(policy, "_tied_weights_keys", None) or ())
     weights |= {name: value for name, value in buffers.items() if name not in tied}
+    _say_untied(policy)
     policy.save_pretrained(str(directory), state_dict=weights, safe_serialization=True)
     _restore_dropout(spec, directory)
 
@@ -229,10 +230,11 @@ def _untie(causal_lm: nn.Module) -> None:
         head.weight = nn.Parameter(head.weight.detach().clone())
 
 
-def _untie_merged(causal_lm: nn.Module) -> None:
-    """Let config.json say that embedding and head are not tied, if merging made them different."""
-    embedding, head = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
-    if head is None or head.weight is embedding.weight or torch.equal(head.weight, embedding.weight):
+def _say_untied(causal_lm: nn.Module) -> None:
+    """Let config.json say that embedding and head are not tied, if they differ."""
+    ends = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
+    embedding, head = (getattr(end, "weight", None) for end in ends)
+    if embedding is None or head is None or head is embedding or torch.equal(head, embedding):
         return
     for config in (causal_lm.config, causal_lm.config.get_text_config()):
         config.tie_word_embeddings = False
