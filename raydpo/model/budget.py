@@ -21,6 +21,7 @@ __all__ = [
     "free_memory",
     "is_out_of_memory",
     "probe_group",
+    "probe_groups",
     "used_memory",
 ]
 
@@ -79,6 +80,13 @@ def probe_group(tokens: int, vocabulary: int) -> PromptGroup:
     sizes = tokens // 2, tokens // 4, tokens - tokens // 2 - tokens // 4
     prompt, chosen, rejected = (rng.integers(0, vocabulary, size).astype(np.int32) for size in sizes)
     return PromptGroup(prompt, (chosen, rejected))
+
+
+def probe_groups(tokens: int, vocabulary: int, longest: int | None = None) -> list[PromptGroup]:
+    """Random pairs of ``tokens`` positions in total: one, or several of at most ``longest`` positions."""
+    size = tokens if longest is None else min(tokens, longest)
+    starts = range(0, max(1, tokens - 7), size)  # no pair of fewer than eight positions, which might be empty
+    return [probe_group(min(size, tokens - start), vocabulary) for start in starts]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

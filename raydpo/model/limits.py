@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +18,10 @@ import pyarrow.compute as pc
 from raydpo.errors import FilesError
 from raydpo.model.files import model_files, read_header
 
-__all__ = ["ModelLimits", "check_limits"]
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["ModelLimits", "check_limits", "longest_sequence"]
 
 _TOKENS = re.compile(
     r"(?:^|\.)(?:embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|tokens_embed|embeddings|lm_head|embed_out)\.weight$"
@@ -67,6 +70,20 @@ class ModelLimits:
         rows = [shapes[name][0] for name in _matching(_TOKENS, shapes)] if "quantization_config" not in files.config else []
         vocabulary = config.get("vocab_size")
         return cls(min(rows, default=vocabulary if isinstance(vocabulary, int) else None), positions, fixed)
+
+
+def longest_sequence(causal_lm: nn.Module) -> int | None:
+    """Tokens of the longest sequence that a loaded model can compute; None if its positions have no end."""
+    config = causal_lm.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    tables = [
+        module.num_embeddings
+        for name, module in causal_lm.named_modules()
+        if hasattr(module, "num_embeddings") and _LEARNED.search(f"{name}.weight") and not _OTHER_TOWERS.search(name)
+    ]
+    if not tables and getattr(config, "model_type", None) not in _TABLED:
+        return None
+    return min([*tables, *([positions] if isinstance(positions, int) else [])], default=None)
 
 
 def _matching(pattern: re.Pattern[str], names: Mapping[str, Any]) -> Iterator[str]:

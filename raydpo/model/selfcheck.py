@@ -20,6 +20,7 @@ from torch import nn
 from raydpo.errors import ModelError
 from raydpo.model.attention import available_bodies
 from raydpo.model.layout import PADDED, Method, PromptGroup
+from raydpo.model.limits import longest_sequence
 from raydpo.model.logps import LogpModel
 from raydpo.model.rotary import fix_rotary
 from raydpo.model.ulysses import SequenceGroup
@@ -87,7 +88,7 @@ def choose_layout(
     }
     order = [method for kind in methods.values() for method in kind] if wish == "auto" else methods[wish]
     gaps: dict[str, float | str] = {}
-    oracle = _Oracle(model, _cases(model.vocabulary, rows), device)
+    oracle = _Oracle(model, _cases(model, rows), device)
     if dtype == torch.bfloat16:
         # Some norms fail on a float32 stream with bfloat16 weights.
         model.float32_stream = True
@@ -135,7 +136,7 @@ def share_positions(model: LogpModel, device: torch.device, group: SequenceGroup
         )
     gap = 0.0
     with _narrow_windows(model.causal_lm):
-        for groups in _cases(model.vocabulary, rows).values():
+        for groups in _cases(model, rows).values():
             model.group = None
             alone = model.score(groups, device)
             model.group = group
@@ -159,7 +160,7 @@ def check_training_mode(model: LogpModel, device: torch.device) -> None:
     Raises:
         ModelError: if they differ, naming the module that causes it.
     """
-    groups = [group for case in _cases(model.vocabulary, ()).values() for group in case]
+    groups = [group for case in _cases(model, ()).values() for group in case]
 
     def score(mode: bool, quiet: tuple[nn.Module, ...] = ()) -> np.ndarray:
         model.train(mode)
@@ -262,7 +263,7 @@ def _twin(causal_lm: nn.Module) -> _Oracle | str:
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(TWIN_GAIN)
-        return _Oracle(model, _cases(TWIN_VOCABULARY, ()), torch.device("cpu"))
+        return _Oracle(model, _cases(model, ()), torch.device("cpu"))
     except Exception as error:
         return f"cannot be made ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
 
@@ -277,8 +278,8 @@ def logps_by_definition(causal_lm: nn.Module, group: PromptGroup, device: torch.
     return np.concatenate(logps)
 
 
-def _cases(vocabulary: int, rows: Sequence[PromptGroup]) -> dict[str, list[PromptGroup]]:
-    rng = np.random.default_rng(0)
+def _cases(model: LogpModel, rows: Sequence[PromptGroup]) -> dict[str, list[PromptGroup]]:
+    rng, vocabulary, longest = np.random.default_rng(0), model.vocabulary, longest_sequence(model.causal_lm)
 
     def tokens(count: int) -> np.ndarray:
         return rng.integers(0, vocabulary, count).astype(np.int32)
@@ -299,7 +300,13 @@ def _cases(vocabulary: int, rows: Sequence[PromptGroup]) -> dict[str, list[Promp
         cases["rows of the data"] = [
             PromptGroup(group.prompt[-96:], tuple(one[:48] for one in group.completions)) for group in rows[:CHECK_ROWS]
         ]
-    return cases
+    if longest is None:
+        return cases
+    room = {case: longest - max(len(one) for group in groups for one in group.completions) for case, groups in cases.items()}
+    return {
+        case: [PromptGroup(group.prompt[: max(1, room[case])], group.completions) for group in groups]
+        for case, groups in cases.items()
+    }
 
 
 @contextlib.contextmanager

@@ -15,9 +15,10 @@ from raydpo.data.plan import fill_batches
 from raydpo.data.prefetch import prefetch
 from raydpo.data.shapes import cut_group
 from raydpo.errors import ModelError
-from raydpo.model.budget import MOST_SCORED, find_budget, is_out_of_memory, probe_group
+from raydpo.model.budget import MOST_SCORED, find_budget, is_out_of_memory, probe_groups
 from raydpo.model.files import model_files
 from raydpo.model.layout import Layout, PromptGroup, shapes_of
+from raydpo.model.limits import longest_sequence
 from raydpo.model.load import load_causal_lm
 from raydpo.model.logps import LogpModel
 from raydpo.model.selfcheck import CHECK_ROWS, Wish, choose_layout, logps_by_definition, share_positions
@@ -186,7 +187,8 @@ class Scorer:
 
     @torch.no_grad()
     def _probe(self, tokens: int) -> object:
-        return self.model.score([probe_group(tokens * self._size, self.model.vocabulary)], self.device)
+        longest = longest_sequence(self.model.causal_lm)
+        return self.model.score(probe_groups(tokens * self._size, self.model.vocabulary, longest), self.device)
 
     @property
     def provenance(self) -> dict[str, object]:

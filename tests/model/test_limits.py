@@ -8,6 +8,7 @@ from kernel import tiny_pairs
 from safetensors.torch import save_file
 
 from raydpo.errors import FilesError
+from raydpo.model.budget import probe_groups
 from raydpo.model.limits import ModelLimits, check_limits
 
 
@@ -76,3 +77,25 @@ def test_pairs_beyond_the_limits():
         check_limits([table], {"model": ModelLimits(None, short, True)})
     (line,) = check_limits([table], {"model": ModelLimits(None, short, False)})
     assert f"{short} positions" in line and "not trained for" in line
+
+
+def test_a_model_of_few_positions_is_checked_and_measured_within_them(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from raydpo.reference.identity import identify
+    from raydpo.reference.score import ReferenceSpec, Scorer
+
+    config = GPT2Config(vocab_size=96, n_positions=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
+    spec = ReferenceSpec(path=str(tmp_path / "model"), adapter=None, identity=identify(tmp_path / "model", "float32"))
+    layout, budget = Scorer(spec, device="cpu", tokens_per_batch="auto").notes
+    assert layout.startswith("layout: tree") and "positions" in budget
+
+
+@pytest.mark.parametrize(
+    ("tokens", "longest", "sizes"), [(256, None, [256]), (768, 300, [300, 300, 168]), (601, 300, [300, 300])]
+)
+def test_made_up_pairs_are_no_longer_than_the_model_allows(tokens, longest, sizes):
+    groups = probe_groups(tokens, 96, longest)
+    assert [len(group.prompt) + sum(map(len, group.completions)) for group in groups] == sizes
+    assert all(len(part) for group in groups for part in (group.prompt, *group.completions))

@@ -39,12 +39,14 @@ class OneProcess:
         pass
 
 
-def export(model, directory, adapter=None, dtype="float32", merge=False):
+def export(model, directory, adapter=None, dtype="float32", merge=False, tokenizer=None):
     """Export the model, or model and adapter; returns the notes."""
     said = []
     policy = load_causal_lm(model, dtype, adapter=adapter and str(adapter), rope_length=None, train_adapter=True)
     spec = PolicySpec(path=str(model), dtype=dtype, lora=None, adapter=adapter and str(adapter))
-    module.export_policy(OneProcess(policy), spec, str(model), make_tokenizer(), directory, merge=merge, note=said.append)
+    module.export_policy(
+        OneProcess(policy), spec, str(model), tokenizer or make_tokenizer(), directory, merge=merge, note=said.append
+    )
     return said
 
 
@@ -135,10 +137,15 @@ def test_without_the_memory_that_is_said(tiny_llama, tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def picture_model(tmp_path_factory):
     """A tiny model of text and pictures, with the files of its processor."""
-    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration, PreTrainedTokenizerFast
 
-    directory = tmp_path_factory.mktemp("models") / "pictures"
-    tokenizer = make_tokenizer()
+    directory, plain = tmp_path_factory.mktemp("models") / "pictures", make_tokenizer()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=plain.backend_tokenizer,
+        **{f"{name}_token": getattr(plain, f"{name}_token") for name in ("bos", "eos", "pad")},
+        extra_special_tokens={"image_token": "<image>", "boi_token": "<boi>", "eoi_token": "<eoi>"},
+        chat_template=plain.chat_template,
+    )
     text = dict(
         vocab_size=len(tokenizer) + 8, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, max_position_embeddings=256, layer_types=["full_attention"] * 2,
@@ -146,7 +153,8 @@ def picture_model(tmp_path_factory):
     vision = dict(
         hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
     )
-    places = dict(image_token_index=len(tokenizer), boi_token_index=len(tokenizer) + 1, eoi_token_index=len(tokenizer) + 2)
+    names = dict(image_token_index="<image>", boi_token_index="<boi>", eoi_token_index="<eoi>")
+    places = {key: tokenizer.convert_tokens_to_ids(token) for key, token in names.items()}
     Gemma3ForConditionalGeneration(
         Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, **places)
     ).save_pretrained(directory)
@@ -160,13 +168,15 @@ def picture_model(tmp_path_factory):
 
 def test_a_model_of_pictures_keeps_its_processor(picture_model, tmp_path):
     from peft import LoraConfig
-    from transformers import AutoImageProcessor, AutoModelForImageTextToText
+    from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
     adapter = adapted(picture_model, tmp_path / "adapter", LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    export(picture_model, tmp_path / "whole")
-    export(picture_model, tmp_path / "final", adapter, merge=True)
+    tokenizer = AutoTokenizer.from_pretrained(picture_model)
+    export(picture_model, tmp_path / "whole", tokenizer=tokenizer)
+    export(picture_model, tmp_path / "final", adapter, merge=True, tokenizer=tokenizer)
     for directory in (tmp_path / "whole", tmp_path / "final", tmp_path / "final" / "merged"):
-        assert AutoImageProcessor.from_pretrained(directory).image_seq_length == 4
+        processor = AutoProcessor.from_pretrained(directory)
+        assert type(processor).__name__ == "Gemma3Processor" and processor.image_processor.image_seq_length == 4
         assert (directory / "processor_config.json").read_text() == (picture_model / "processor_config.json").read_text()
         assert (directory / "chat_template.jinja").is_file() and not (directory / "chat_template.json").exists()
     source = load_file(picture_model / "model.safetensors").keys()

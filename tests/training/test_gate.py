@@ -100,7 +100,7 @@ def test_rows_hold_first_step_extremes_and_others(tiny_llama):
 
 
 @pytest.mark.parametrize(
-    ("reference", "told"), [("another", "made by other weights or altered"), ("same", "do not follow from its files")]
+    ("reference", "told"), [("another", "made by other weights or altered"), ("same", "is not a function of its files")]
 )
 def test_what_helps_depends_on_whether_the_models_are_one(reference, told, tiny_llama):
     """A model whose log-probs change at each load cannot be scored correctly, and the advice says so."""

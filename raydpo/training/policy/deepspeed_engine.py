@@ -23,8 +23,9 @@ from raydpo.config import TrainConfig
 from raydpo.config.train import REDUCE_BUCKET
 from raydpo.errors import ModelError
 from raydpo.model.adapter import fuse_adapters
-from raydpo.model.budget import MOST_TRAINED, Budget, find_budget, probe_group
+from raydpo.model.budget import MOST_TRAINED, Budget, find_budget, probe_groups
 from raydpo.model.layout import Layout, PromptGroup
+from raydpo.model.limits import longest_sequence
 from raydpo.model.load import add_lora, freeze_matching, load_causal_lm
 from raydpo.model.logps import LogpModel
 from raydpo.model.selfcheck import check_training_mode, choose_layout, share_positions
@@ -147,8 +148,9 @@ class PolicyEngine(RankGroup):
     def find_budget(self, share: float = 1.0) -> Budget:
         # A forward pass keeps what training keeps; a backward pass here would leave gradients in DeepSpeed.
         def run(tokens: int) -> Tensor:
-            whole = probe_group(tokens * self.sequence_parallel, self.module.vocabulary)
-            return self.module(self.lay_out([whole]).to(self.device))
+            longest = longest_sequence(self.module.causal_lm)
+            groups = probe_groups(tokens * self.sequence_parallel, self.module.vocabulary, longest)
+            return self.module(self.lay_out(groups).to(self.device))
 
         # Without ZeRO, AdamW makes its two moments at the first step.
         moments = 8.0 * sum(parameter.numel() for parameter in self.trainable) if self.zero == 0 else 0.0
