@@ -202,6 +202,7 @@ def _normalised(
             if record.value is None:
                 raise Malformed(record.problem or "unreadable")
             found = normalise(record.value, tuple(numbers.values()))
+            account.scores.look(record.value, record.where)
             if PAIR_WEIGHT in numbers and found[0].numbers[0] < 0:
                 raise Malformed(f"{numbers[PAIR_WEIGHT]!r} is below 0")
         except Malformed as error:

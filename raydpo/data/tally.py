@@ -7,11 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from raydpo.config import DataConfig
+from raydpo.data.scores import Contradictions
 from raydpo.errors import DataError
 
 __all__ = ["DataReport", "Faults", "SourceReport"]
 
 FIRST_PLACES = 3
+MOST_REASONS = 10
+"""Number of reasons in a message."""
+REASON_CHARACTERS = 200
 
 
 @dataclass
@@ -22,6 +26,8 @@ class Faults:
     places: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, reason: str, where: str) -> None:
+        if len(reason) > REASON_CHARACTERS:
+            reason = f"{reason[: REASON_CHARACTERS - 4]} ..."
         self.counts[reason] += 1
         first = self.places.setdefault(reason, [])
         if len(first) < FIRST_PLACES and where not in first:
@@ -32,11 +38,13 @@ class Faults:
         return self.counts.total()
 
     def __str__(self) -> str:
-        """``12 missing column 'chosen' (a.jsonl:3, a.jsonl:8, a.jsonl:9, ...); ...``, most frequent first."""
-        return "; ".join(
+        """``12 missing column 'chosen' (a.jsonl:3, a.jsonl:8, a.jsonl:9, ...); ...``, most frequent first, at most ten."""
+        shown = [
             f"{count:,} {reason} ({', '.join(self.places[reason])}{', ...' if count > len(self.places[reason]) else ''})"
-            for reason, count in self.counts.most_common()
-        )
+            for reason, count in self.counts.most_common(MOST_REASONS)
+        ]
+        more = len(self.counts) - len(shown)
+        return "; ".join([*shown, f"and {more:,} more reasons"] if more else shown)
 
     def to_dict(self) -> dict[str, Any]:
         return {reason: {"count": count, "first": self.places[reason]} for reason, count in self.counts.most_common()}
@@ -70,6 +78,7 @@ class SourceReport:
     several_turns: int = 0
     malformed: Faults = field(default_factory=Faults)
     dropped: Faults = field(default_factory=Faults)
+    scores: Contradictions = field(default_factory=Contradictions)
 
     def lines(self) -> list[str]:
         parts = [f"{self.records:,} records", f"{self.kept:,} pairs kept"]
@@ -94,6 +103,7 @@ class SourceReport:
                 f"warning: data {self.name}: in {self.several_turns:,} pairs a completion continues with user or "
                 "tool messages, and their tokens also count in the loss"
             )
+        lines += (f"warning: data {self.name}: {line}" for line in self.scores.lines(self.records))
         return lines
 
     def check(self, config: DataConfig) -> None:
@@ -122,7 +132,8 @@ class SourceReport:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        return vars(self) | {"malformed": self.malformed.to_dict(), "dropped": self.dropped.to_dict()}
+        counted = {name: getattr(self, name).to_dict() for name in ("malformed", "dropped", "scores")}
+        return vars(self) | counted
 
 
 @dataclass

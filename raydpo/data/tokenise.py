@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from raydpo.data.preference import Malformed, Preference
+from raydpo.data.refusal import refusal
 from raydpo.data.shapes import common_prefix
 from raydpo.errors import ModelError
 
@@ -169,7 +170,7 @@ class Tokeniser:
                 render(preference.prompt + preference.rejected),
             )
         except Exception as error:  # templates raise what their authors wrote
-            raise Malformed(f"the chat template refuses it: {_said(error, 100)}") from None
+            raise Malformed(f"the chat template refuses it: {refusal(error, self.tokenizer.chat_template)}") from None
 
     def _split(self, *texts: list[int], conversational: bool) -> TokenisedPair | Malformed:
         prompt, chosen, rejected = (np.array(ids, np.int32) for ids in texts)

@@ -170,7 +170,7 @@ def _adapters(model: ModelConfig) -> tuple[int, bool, str | tuple[str, ...]]:
     if model.adapter is None:
         return 0, False, ()
     try:
-        settings = json.loads((Path(model.adapter) / "adapter_config.json").read_text())
+        settings = json.loads((Path(model.adapter) / "adapter_config.json").read_text(encoding="utf-8"))
         return settings["r"], settings.get("use_dora", False), settings["target_modules"]
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(

@@ -28,6 +28,7 @@ from raydpo.model.rotary import ROTARY, rope_line
 from raydpo.reference.identity import ReferenceIdentity, earlier_identity, identify, resolve_model
 from raydpo.reference.score import ReferenceSpec
 from raydpo.reference.store import ReferenceCache
+from raydpo.rundir.fingerprint import TRAINING_PAIRS
 from raydpo.terminal.console import Console
 
 __all__ = ["Prepared", "measured_pairs", "open_reference", "open_tokeniser", "reference_line", "wait_for_workers"]
@@ -76,7 +77,7 @@ class Prepared:
         started = time.perf_counter()
         sets = load_pairs(config.data, tokeniser, console.counter("reading", "records"))
         for line in sets.report.lines():
-            console.say(line)
+            console.note(line)
         sets, line = filtered_by_tokens(sets, config.data)
         if line:
             console.say(line)
@@ -144,7 +145,7 @@ class Prepared:
                 "model.dtype": self.dtype,
                 "model.lora": lora,
                 "reference identity": self.reference.identity.digest if config.needs_reference else None,
-                "data.train (pairs)": self.pairs_digest(),
+                TRAINING_PAIRS: self.pairs_digest(),
                 "data.shuffle": config.data.shuffle,
             }
             | ({ROTARY: policy.rope_length} if policy.rope_length else {})
