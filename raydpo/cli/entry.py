@@ -158,7 +158,7 @@ def _show(args: argparse.Namespace, console: Console) -> None:
 
     sets, tokeniser = load_training_pairs(config)
     for line in sets.report.lines():
-        console.note(line)
+        console.say(line)
     for renderable in render_pairs(sets.train, tokeniser, args.count):
         console.print(renderable)
 
@@ -188,7 +188,7 @@ def _plan(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         asked = ("measure", "device", "mfu_score", "mfu_train", "workers", "price", "runs", "memory")
         plan = plan_run(config, sets, **{name: getattr(args, name) for name in asked})
     for line in sets.report.lines():
-        console.note(line)
+        console.say(line)
     print_plan(plan, console)
     return plan.to_dict()
 

@@ -315,8 +315,8 @@ def _check_paths(config: Config, elsewhere: bool) -> None:
                 problems.append(f"{key!r} is {shown(value)}, a file; expected a directory with config.json and safetensors")
             elif not is_uri(value) and not Path(value).is_file() and not Path(value).is_dir():
                 problems.append(
-                    f"{key!r} is {shown(value)}, a pipe or a device; expected a file or directory, since it is read more than "
-                    "once. Write its content to a file"
+                    f"{key!r} is {shown(value)}, a pipe or a device; expected a file or directory, since it is read more "
+                    "than once. Write its content to a file"
                 )
             continue
         if Path(value).is_symlink():

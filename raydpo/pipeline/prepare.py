@@ -77,7 +77,7 @@ class Prepared:
         started = time.perf_counter()
         sets = load_pairs(config.data, tokeniser, console.counter("reading", "records"))
         for line in sets.report.lines():
-            console.note(line)
+            console.say(line)
         sets, line = filtered_by_tokens(sets, config.data)
         if line:
             console.say(line)

@@ -115,7 +115,7 @@ def _begin_run(prepared: Prepared, job: TrainJob, console: Console) -> None:
     config, storage = prepared.config, Storage(prepared.config.run_dir)
     storage.probe()
     for line in neutral_changes(storage, config):
-        console.note(line)
+        console.say(line)
     if config.train.merge_adapter and config.model.quantization:
         console.warn(
             f"train.merge_adapter merges into the unquantized weights of {config.model.path}, but training uses "

@@ -58,4 +58,4 @@ class TrainingDisplay:
         )
 
     def _note(self, line: str) -> None:
-        self.console.note(line)
+        self.console.say(line)

@@ -45,7 +45,7 @@ class SweepTable:
 
     def say(self, line: str) -> None:
         with self._lock:
-            self.console.note(line)
+            self.console.say(line)
 
     def hear(self, name: str, kind: str, content: Any) -> None:
         """Show an event of one trial, see ``training.board.Listener``."""

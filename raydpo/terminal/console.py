@@ -46,15 +46,11 @@ class Console:
         self.__dict__.pop("rich", None)
 
     def say(self, line: str) -> None:
-        """Print a line."""
-        self.rich.print(line, markup=False)
-
-    def note(self, line: str) -> None:
-        """Print a line that a worker sent: as a warning if it begins with ``warning: ``."""
+        """Print a line: as a warning, shortened if it is very long, if it begins with ``warning: ``."""
         if line.startswith("warning: "):
             self.warn(line.removeprefix("warning: "))
         else:
-            self.say(line)
+            self.rich.print(line, markup=False)
 
     def warn(self, line: str) -> None:
         """Print a line as a warning, shortened if it is very long."""
