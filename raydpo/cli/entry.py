@@ -156,7 +156,8 @@ def _show(args: argparse.Namespace, console: Console) -> None:
     config = _config(args)
     from raydpo.data.show import render_pairs
 
-    sets, tokeniser = load_training_pairs(config)
+    with console.quiet():
+        sets, tokeniser = load_training_pairs(config)
     for line in sets.report.lines():
         console.say(line)
     for renderable in render_pairs(sets.train, tokeniser, args.count):
@@ -183,8 +184,8 @@ def _plan(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     config = _config(args)
     from raydpo.estimate.display import plan_run, print_plan
 
-    sets, _ = load_training_pairs(config)
     with console.quiet():
+        sets, _ = load_training_pairs(config)
         asked = ("measure", "device", "mfu_score", "mfu_train", "workers", "price", "runs", "memory")
         plan = plan_run(config, sets, **{name: getattr(args, name) for name in asked})
     for line in sets.report.lines():
