@@ -208,3 +208,11 @@ def test_a_reader_that_ends_early_is_no_error(tmp_path):
     command = f"{sys.executable} {script} | head -n 1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
     assert done.stderr == "" and done.stdout == "x" * 99 + "\n"
+
+
+def test_a_name_that_the_locale_cannot_express_is_no_traceback(tmp_path):
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(("LC_", "LANG", "PYTHONIO"))}
+    variables |= {"LC_ALL": "C", "PYTHONUTF8": "0"}
+    command = [sys.executable, "-m", "raydpo.cli", "cache", "ls", str(tmp_path / "köln").encode()]
+    done = subprocess.run(command, capture_output=True, env=variables, timeout=60)
+    assert done.returncode == 2 and b"set PYTHONUTF8=1" in done.stderr and done.stderr.count(b"\n") == 1, done.stderr

@@ -40,6 +40,13 @@ def guarded(act: Callable[[Console], int | None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
         return 1
     except Exception as error:
+        if isinstance(error, UnicodeError) and sys.getfilesystemencoding() != "utf-8":
+            print(
+                f"error: this locale ({sys.getfilesystemencoding()}) cannot express a name or text: {one_line(error, 200)}; set "
+                "PYTHONUTF8=1, or a locale of UTF-8 such as LC_ALL=C.UTF-8",
+                file=sys.stderr,
+            )
+            return 2
         options = {"encoding": "utf-8", "errors": "backslashreplace"}
         with tempfile.NamedTemporaryFile("w", prefix="raydpo-", suffix=".log", delete=False, **options) as log:
             import traceback
