@@ -42,8 +42,8 @@ def guarded(act: Callable[[Console], int | None]) -> int:
     except Exception as error:
         if isinstance(error, UnicodeError) and (encoding := sys.getfilesystemencoding()) != "utf-8":
             print(
-                f"error: this locale ({encoding}) cannot express a name or text: {one_line(error, 200)}; set PYTHONUTF8=1, or "
-                "a locale of UTF-8 such as LC_ALL=C.UTF-8",
+                f"error: this locale ({encoding}) cannot express a name or text: {one_line(error, 200)}; set PYTHONUTF8=1, "
+                "or a locale of UTF-8 such as LC_ALL=C.UTF-8",
                 file=sys.stderr,
             )
             return 2
