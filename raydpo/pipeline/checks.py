@@ -16,8 +16,9 @@ from raydpo.data.records import read_records
 from raydpo.data.tokenise import load_tokenizer
 from raydpo.errors import ConfigError, FilesError, ModelError
 from raydpo.losses import Objective
+from raydpo.model.files import check_tokenizer_files
 from raydpo.model.weights import check_weights
-from raydpo.reference.identity import resolve_model
+from raydpo.reference.identity import differs_from_its_tie, identify, resolve_model
 from raydpo.terminal.console import Console
 
 __all__ = ["check"]
@@ -54,6 +55,7 @@ def check(config: Config, verb: Verb, console: Console, trials: Sequence[Config]
         _check_judges(configs, console)
     if verb == "eval":
         _check_policy(config, tokenizers[0], console)
+    _check_values(configs, verb, console)
 
 
 def _check_reference(config: Config) -> None:
@@ -95,12 +97,35 @@ def _check_models(configs: Sequence[Config], console: Console, *, policy: bool) 
             console.warn(line)
 
 
+def _check_values(configs: Sequence[Config], verb: Verb, console: Console) -> None:
+    """Hash the weights of all models, which refuses NaN. Digests are remembered, so later stages do not read them again."""
+    from raydpo.evaluation.policy import policy_files
+
+    wanted: dict[tuple[str, str | None, bool], None] = {}
+    for config in configs:
+        trusted = config.model.trust_remote_code
+        wanted[config.reference_path, config.reference_adapter, trusted] = None
+        if verb == "eval":
+            files = policy_files(config)
+            wanted[files.base, files.adapter, trusted] = None
+        else:
+            wanted[config.model.path, config.model.adapter, trusted] = None
+        if config.evaluate.reward_model is not None and (verb == "eval" or (config.sweep and config.sweep.evaluate)):
+            wanted[config.evaluate.reward_model, None, trusted] = None
+    for path, adapter, trusted in wanted:
+        identify(resolve_model(path), "float32", adapter and resolve_model(adapter), trust_remote_code=trusted)
+        if line := differs_from_its_tie(resolve_model(path), trusted):
+            console.warn(line)
+
+
 def _check_tokenizers(configs: Sequence[Config]) -> list[Any]:
     """Load each tokenizer with its chat template."""
     wanted = {
         (config.model.tokenizer or config.model.path, config.data.chat_template, config.model.trust_remote_code): None
         for config in configs
     }
+    for path, _, _ in wanted:
+        check_tokenizer_files(resolve_model(path))
     try:
         return [
             load_tokenizer(resolve_model(path), chat_template=template, trust_remote_code=trust_remote_code)
@@ -124,6 +149,7 @@ def _check_judges(configs: Sequence[Config], console: Console) -> None:
             pass
     rewards = [(each.evaluate.reward_model, each.model.trust_remote_code) for each in configs if each.evaluate.reward_model]
     for path, trust_remote_code in dict.fromkeys(rewards):
+        check_tokenizer_files(resolve_model(path))
         for line in check_weights(resolve_model(path), trust_remote_code=trust_remote_code, classifier=True):
             console.warn(line)
 
@@ -136,6 +162,7 @@ def _check_policy(config: Config, tokenizer: Any, console: Console) -> None:
     files, trust_remote_code = policy_files(config), config.model.trust_remote_code
     for line in check_weights(files.base, adapter=files.adapter, trust_remote_code=trust_remote_code):
         console.warn(line)
+    check_tokenizer_files(files.adapter or files.base)
     try:
         own = load_tokenizer(files.adapter or files.base, trust_remote_code=trust_remote_code)
     except ModelError:  # not every model directory has a tokenizer
