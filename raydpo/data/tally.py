@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from datetime import date
 from typing import Any
 
 from raydpo.config import DataConfig
+from raydpo.data.remarks import Remarks
 from raydpo.errors import DataError
 
 __all__ = ["DataReport", "Faults", "SourceReport"]
@@ -56,6 +58,7 @@ class SourceReport:
         duplicates: kept pairs with the same tokens as an earlier one, of any source.
         merged: pairs whose prompt, tokenised alone, is no prefix of prompt and completion.
         several_turns: pairs with a completion that continues beyond the assistant's first turn.
+        remarks: what is odd about well-formed pairs, such as texts that the chat template leaves out.
     """
 
     name: str
@@ -70,6 +73,7 @@ class SourceReport:
     several_turns: int = 0
     malformed: Faults = field(default_factory=Faults)
     dropped: Faults = field(default_factory=Faults)
+    remarks: Remarks = field(default_factory=Remarks)
 
     def lines(self) -> list[str]:
         parts = [f"{self.records:,} records", f"{self.kept:,} pairs kept"]
@@ -94,7 +98,7 @@ class SourceReport:
                 f"warning: data {self.name}: in {self.several_turns:,} pairs a completion continues with user or "
                 "tool messages, and their tokens also count in the loss"
             )
-        return lines
+        return lines + self.remarks.lines(self.name, self.pairs)
 
     def check(self, config: DataConfig) -> None:
         """Check that enough is left.
@@ -114,6 +118,11 @@ class SourceReport:
                 f"data.max_length {config.max_length}, more than data.max_dropped ({config.max_dropped:g}) "
                 f"allows: {self.dropped}; raise data.max_length, or data.max_dropped if that is intended"
             )
+        if self.remarks.lost > config.max_lost * self.pairs:
+            raise DataError(
+                f"data {self.name}: {self.remarks.loss(self.pairs)}; data.max_lost ({config.max_lost:g}) allows fewer; use "
+                f"{self.remarks.remedy()}, or raise data.max_lost if that is intended"
+            )
         if not self.kept:
             raise DataError(
                 f"data {self.name}: none of the {self.records:,} records of {self.path} gives a usable pair"
@@ -122,7 +131,8 @@ class SourceReport:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        return vars(self) | {"malformed": self.malformed.to_dict(), "dropped": self.dropped.to_dict()}
+        parts = {name: getattr(self, name).to_dict() for name in ("malformed", "dropped", "remarks")}
+        return vars(self) | parts
 
 
 @dataclass
@@ -132,11 +142,13 @@ class DataReport:
     Attributes:
         leaked: pairs of a given held-out file whose prompt is also trained on.
         thinned: training pairs that ``data.fraction`` keeps, and all of them; None if it is 1.
+        template_date: the day that the chat template was told instead of today; None if it writes no date.
     """
 
     sources: list[SourceReport]
     leaked: int = 0
     thinned: tuple[int, int] | None = None
+    template_date: date | None = None
 
     def lines(self) -> list[str]:
         """A summary for people; lines that begin with ``warning:`` need attention."""
@@ -148,8 +160,17 @@ class DataReport:
             )
         if self.thinned is not None:
             lines.append(f"data.fraction: {self.thinned[0]:,} of {self.thinned[1]:,} training pairs are used")
+        if self.template_date is not None:
+            lines.append(
+                f"the chat template writes today's date; it is told {self.template_date} on every day (data.template_date)"
+            )
         return lines
 
     def to_dict(self) -> dict[str, Any]:
         """The same for JSON."""
-        return {"leaked": self.leaked, "thinned": self.thinned, "sources": [source.to_dict() for source in self.sources]}
+        return {
+            "leaked": self.leaked,
+            "thinned": self.thinned,
+            "template_date": None if self.template_date is None else str(self.template_date),
+            "sources": [source.to_dict() for source in self.sources],
+        }

@@ -158,7 +158,8 @@ def open_tokeniser(config: Config) -> Tokeniser:
     """Load the tokenizer of a configuration, with its chat template."""
     path, template = config.model.tokenizer or config.model.path, config.data.chat_template
     trusted = config.model.trust_remote_code
-    return Tokeniser(load_tokenizer(resolve_model(path), chat_template=template, trust_remote_code=trusted))
+    tokenizer = load_tokenizer(resolve_model(path), chat_template=template, trust_remote_code=trusted)
+    return Tokeniser(tokenizer, config.data.template_date)
 
 
 def open_reference(config: Config, native: str) -> tuple[ReferenceSpec, ReferenceCache]:

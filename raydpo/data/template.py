@@ -1,0 +1,211 @@
+"""The chat template of a tokenizer: what it can read, and messages in the form that it reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import date, datetime
+from typing import Any
+
+from raydpo.config.data import PINNED_DATE
+from raydpo.data.preference import Malformed, Message
+
+__all__ = ["ARGUMENTS_AS_OBJECT", "ARGUMENTS_AS_TEXT", "PARTS_JOINED", "TEXT_AS_PARTS", "ChatTemplate"]
+
+PARTS_JOINED, TEXT_AS_PARTS = "content parts, joined to text", "text, given as a content part"
+ARGUMENTS_AS_OBJECT, ARGUMENTS_AS_TEXT = (
+    "arguments of calls in JSON text, given as objects",
+    "arguments of calls, given as JSON text",
+)
+TEXT_PARTS = (None, "text", "input_text", "output_text")
+"""Types of content parts that are text."""
+
+_CLOCK = "strftime_now"
+"""The only function by which transformers lets a template read the clock."""
+_DIRECTIVES = "aAbBcdDeFHhIjklmMnpPrRsStTuUVwWxXyYzZCGg"
+_ONE, _TWO = "raydpoOne", "raydpoTwo"
+_USER: Message = {"role": "user", "content": "x"}
+
+
+class ChatTemplate:
+    """Renders conversations with a tokenizer's chat template.
+
+    Templates differ in what they read: text or lists of parts as content, objects or JSON text as the arguments of calls.
+    What a template reads is found once with a few tiny conversations.
+
+    Attributes:
+        tokenizer: the transformers tokenizer.
+        day: the day that a template is told instead of today.
+    """
+
+    def __init__(self, tokenizer: Any, day: date = PINNED_DATE) -> None:
+        self.tokenizer = tokenizer
+        self.day = day
+        self._content: dict[str, str | None] = {}
+        self._reads_text: set[str] = set()
+        self._arguments: str | None = None
+        self._pinned: dict[str, str] = {}
+
+    @property
+    def writes_date(self) -> bool:
+        """Whether the template writes today's date unless told another."""
+        return _CLOCK in str(self.tokenizer.chat_template or "")
+
+    def render(self, messages: list[Message], tools: list[Any] | None = None, generate: bool = False, **kwargs: Any) -> str:
+        """The text of a conversation; with ``generate`` up to where the assistant begins to answer.
+
+        Raises:
+            Exception: whatever the template raises.
+        """
+        if self.writes_date:
+            kwargs["chat_template"] = self._with_pinned_date(self.tokenizer.get_chat_template(None, tools))
+        if generate:
+            kwargs["add_generation_prompt"] = True
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, tools=tools, **kwargs)
+
+    def _with_pinned_date(self, template: str) -> str:
+        """``template`` with a clock that stands still at the beginning of ``day``."""
+        if template not in self._pinned:
+            moment = datetime(self.day.year, self.day.month, self.day.day)
+            known = [f"%{flag}{letter}" for flag in ("", "-") for letter in _DIRECTIVES]
+            steps = [("%%", "\x00"), *((one, moment.strftime(one)) for one in known), ("%f", "000000"), ("\x00", "%")]
+            replaced = "".join(f".replace({json.dumps(old)}, {json.dumps(new)})" for old, new in steps)
+            # The template's first line stays as it is: the newline after a block is dropped.
+            clock = f"{{% macro {_CLOCK}(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}\n"
+            self._pinned[template] = clock + template
+        return self._pinned[template]
+
+    def fitted(self, messages: list[Message]) -> tuple[list[Message], set[str]]:
+        """``messages`` as the template reads them, and what was changed. Most are returned as they are.
+
+        Raises:
+            Malformed: if content is parts that are not all text, and the template takes text only.
+        """
+        for message in messages:
+            if type(message.get("content")) is not str or message["role"] not in self._reads_text or "tool_calls" in message:
+                break
+        else:
+            return messages, set()
+        changes: set[str] = set()
+        return [self._fitted(message, changes) for message in messages], changes
+
+    def _fitted(self, message: Message, changes: set[str]) -> Message:
+        content, role = message.get("content"), message["role"]
+        if isinstance(content, list) and content and self._form_of_content(role) != "parts":
+            message = message | {"content": _joined(content, role)}
+            if message["content"] is not content:
+                changes.add(PARTS_JOINED)
+        elif isinstance(content, str) and self._form_of_content(role) == "parts" and role not in self._reads_text:
+            message = message | {"content": [{"type": "text", "text": content}]}
+            changes.add(TEXT_AS_PARTS)
+        if isinstance(message.get("tool_calls"), list):
+            message = message | {"tool_calls": [self._fitted_call(call, changes) for call in message["tool_calls"]]}
+        return message
+
+    def _fitted_call(self, call: Any, changes: set[str]) -> Any:
+        function = call.get("function") if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or "arguments" not in function:
+            return call
+        arguments, form = function["arguments"], self._form_of_arguments()
+        if form == "object" and isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments) if arguments.strip() else {}
+            except (ValueError, RecursionError):
+                return call
+            if not isinstance(arguments, dict):
+                return call
+            changes.add(ARGUMENTS_AS_OBJECT)
+        elif form == "text" and isinstance(arguments, Mapping):
+            arguments = json.dumps(arguments, ensure_ascii=False)
+            changes.add(ARGUMENTS_AS_TEXT)
+        else:
+            return call
+        return {**call, "function": {**function, "arguments": arguments}}
+
+    # -- what the template reads ------------------------------------------------------------------------------------------
+
+    def _tried(self, messages: list[Message], **kwargs: Any) -> str:
+        """The rendering of a probe, empty if the template refuses it."""
+        try:
+            return self.render(messages, **kwargs)
+        except Exception:  # templates raise what their authors wrote
+            return ""
+
+    def _form_of_content(self, role: str) -> str | None:
+        """``parts`` if the template reads content of ``role`` as parts, else ``text``; None if it shows neither."""
+        if role not in self._content:
+            before, after = _around(role)
+
+            def shown(content: Any) -> str:
+                text = self._tried([*before, {"role": role, "content": content}, *after])
+                return text if _ONE in text and _TWO in text else ""
+
+            as_text = shown(f"{_ONE} {_TWO}")
+            as_parts = shown([{"type": "text", "text": _ONE}, {"type": "text", "text": _TWO}])
+            printed = any(as_parts.count(word) > as_text.count(word) for word in ("'text'", '"text"', "type"))
+            if as_text or not as_parts:  # a template that skips a role or refuses the probe is left to the check
+                self._reads_text.add(role)
+            reads_parts = bool(as_parts) and not printed
+            self._content[role] = "parts" if reads_parts else "text" if as_text else None
+        return self._content[role]
+
+    def _form_of_arguments(self) -> str:
+        """``object`` or ``text`` if the template reads arguments of calls right only so, else ``any``."""
+        if self._arguments is None:
+            value = {_ONE: _TWO}
+            as_object, as_text = (self._call(arguments) for arguments in (value, json.dumps(value)))
+            takes_object = _TWO in as_object and str(value) not in as_object
+            takes_text = json.dumps(value) in as_text
+            if takes_object and as_object != as_text:
+                self._arguments = "object"
+            else:
+                self._arguments = "text" if takes_text and not takes_object else "any"
+        return self._arguments
+
+    def _call(self, arguments: Any) -> str:
+        """A conversation with one call of these arguments, as rendered, empty if the template refuses all such probes."""
+        call = {"id": "callprobe", "type": "function", "function": {"name": "probe", "arguments": arguments}}
+        said: Message = {"role": "assistant", "tool_calls": [call]}
+        got: Message = {"role": "tool", "tool_call_id": "callprobe", "name": "probe", "content": "y"}
+        tool = {"type": "function", "function": {"name": "probe", "description": "d", "parameters": {"type": "object"}}}
+        probes = [[_USER, said], [_USER, said | {"content": ""}], [_USER, said | {"content": ""}, got]]
+        for messages in probes:
+            for tools in (None, [tool]):
+                if _TWO in (text := self._tried(messages, tools=tools)):
+                    return text
+        return ""
+
+
+def _around(role: str) -> tuple[list[Message], list[Message]]:
+    """Messages before and after one of ``role`` in a conversation that templates take."""
+    if role in ("system", "developer"):
+        return [], [_USER]
+    if role == "user":
+        return [], []
+    if role == "assistant":
+        return [_USER], []
+    call = {"id": "callprobe", "type": "function", "function": {"name": "probe", "arguments": {}}}
+    return [_USER, {"role": "assistant", "content": "", "tool_calls": [call]}], []
+
+
+def _joined(parts: list[Any], role: str) -> Any:
+    """The text of content parts, joined as templates that read parts do, without anything between them."""
+    texts = [
+        part.get("text")
+        if isinstance(part, Mapping) and part.get("type") in TEXT_PARTS
+        else part
+        if isinstance(part, str)
+        else None
+        for part in parts
+    ]
+    if all(isinstance(text, str) for text in texts):
+        return "".join(texts)
+    if role in ("system", "developer", "user", "assistant"):
+        others = sorted(
+            {str(part.get("type"))[:40] for part in parts if isinstance(part, Mapping)} - {*map(str, TEXT_PARTS)}
+        )
+        raise Malformed(
+            f"content of role {role!r} has parts other than text ({', '.join(others[:3]) or 'no type'}), which the chat "
+            "template cannot take"
+        )
+    return parts  # the result of a tool may be any JSON
