@@ -138,7 +138,7 @@ class Remarks:
         lines = []
         for kind in dict.fromkeys(kind for kind, _ in self.counts):
             if kind == LOST:
-                text = f"warning: {self.loss(pairs)}; use {self.remedy()}"
+                text = f"warning: {self.loss(pairs)}; {self.remedy()}"
             else:
                 text = _SENTENCES[kind].format(count=f"{self.pairs[kind]:,}", all=self.cases(kind))
             warning, line = ("warning: ", text.removeprefix("warning: ")) if text.startswith("warning: ") else ("", text)
@@ -151,7 +151,7 @@ class Remarks:
 
     def remedy(self) -> str:
         """What to do about it, in words."""
-        return " and ".join(list(self.remedies)[:3])
+        return "; ".join(list(self.remedies)[:3])
 
     def cases(self, kind: str) -> str:
         """``3 tool calls (chosen), such as 'Oslo' (a.jsonl:1, ...); ...``, most frequent first."""

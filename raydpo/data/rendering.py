@@ -46,12 +46,11 @@ _EMPTY_THOUGHT = re.compile(
 _CUT = "\x00"
 """Stands where a text was found, so that no other is found there again."""
 _REMEDIES = {
-    remarks.THOUGHTS: "a template that keeps thoughts, or thoughts in the field that it reads (reasoning_content, "
-    "or <think> in content)",
-    remarks.CALLS: "a template that writes tool calls",
-    remarks.TOOLS: "a template that writes tools",
+    remarks.THOUGHTS: "set data.chat_template to one that keeps thoughts, or move them to where it reads them (the field "
+    "reasoning_content, or <think> in content)",
+    remarks.CALLS: "set data.chat_template to one that writes tool calls",
+    remarks.TOOLS: "set data.chat_template to one that writes tools",
 }
-_WRITES_ALL = "a template that writes them"
 
 
 class Text(NamedTuple):
@@ -63,8 +62,8 @@ class Text(NamedTuple):
 
 
 def remedy(what: str) -> str:
-    """The kind of chat template, or form of the data, with which ``what`` is not lost."""
-    return _REMEDIES.get(what, _WRITES_ALL)
+    """What to do so that ``what`` is not lost."""
+    return _REMEDIES.get(what, f"set data.chat_template to one that writes {what}")
 
 
 class RenderingCheck:
@@ -150,7 +149,7 @@ class RenderingCheck:
         pieces = [piece for one in wanted for piece in _pieces(one)]
         if lost and len(lost) >= len(pieces):
             what = ", ".join(dict.fromkeys(one.what for one in lost))
-            raise Malformed(f"the chat template leaves out all of {side} ({what}); use {remedy(lost[0].what)}")
+            raise Malformed(f"the chat template leaves out all of {side} ({what}); {remedy(lost[0].what)}")
         last = max((turn for turn, message in enumerate(messages) if message["role"] == "assistant"), default=0)
         for one in lost:
             earlier = one.what == remarks.THOUGHTS and one.turn < last

@@ -120,7 +120,7 @@ class SourceReport:
             )
         if self.remarks.lost > config.max_lost * self.pairs:
             raise DataError(
-                f"data {self.name}: {self.remarks.loss(self.pairs)}; data.max_lost ({config.max_lost:g}) allows fewer; use "
+                f"data {self.name}: {self.remarks.loss(self.pairs)}; data.max_lost ({config.max_lost:g}) allows fewer; "
                 f"{self.remarks.remedy()}, or raise data.max_lost if that is intended"
             )
         if not self.kept:

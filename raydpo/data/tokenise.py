@@ -192,7 +192,7 @@ class Tokeniser:
         for what in ("tools", "template_kwargs"):
             if getattr(preference, what):
                 what = {"tools": remarks.TOOLS, "template_kwargs": "chat_template_kwargs"}[what]
-                found.append(Remark(remarks.LOST, f"{what} (beside plain text)", "", "messages (role, content), not text"))
+                found.append(Remark(remarks.LOST, f"{what} (beside plain text)", "", "give messages (role, content) instead of text"))
         return found
 
     def _render(self, preference: Preference) -> tuple[tuple[str, str, str], list[Remark]]:
@@ -248,8 +248,8 @@ class Tokeniser:
             if lost:
                 what = ", ".join(sorted({remark.what for remark in lost}))
                 return Malformed(
-                    f"the chat template leaves out what tells chosen from rejected ({what}); use {lost[0].remedy}: "
-                    "chosen and rejected have the same tokens"
+                    f"the chat template leaves out what tells chosen from rejected ({what}), so they have the same tokens; "
+                    f"{lost[0].remedy}"
                 )
             return Malformed("chosen and rejected have the same tokens")
         return pair
