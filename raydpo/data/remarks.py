@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 __all__ = ["Remark", "Remarks"]
 
-THOUGHTS, CALLS, TOOLS = "thoughts", "tool calls", "tools"
+THOUGHTS, CALLS, TOOLS, NAMES = "thoughts", "tool calls", "tools", "names of tools or tool calls"
 """Texts of messages that templates often leave out."""
 
 LOST = "left out"

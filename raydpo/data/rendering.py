@@ -50,6 +50,7 @@ _REMEDIES = {
     "reasoning_content, or <think> in content)",
     remarks.CALLS: "set data.chat_template to one that writes tool calls",
     remarks.TOOLS: "set data.chat_template to one that writes tools",
+    remarks.NAMES: "set data.chat_template to one that writes tools and tool calls",
 }
 
 
@@ -127,7 +128,7 @@ class RenderingCheck:
             self._check_spelling("prompt", [one.text for one in wanted], found)
         for one in left_out(prompt, wanted, more):
             kind = remarks.THOUGHT_BEFORE if one.what == remarks.THOUGHTS else remarks.LOST
-            found.append(Remark(kind, f"{one.what} (prompt)", one.text, remedy(one.what)))
+            found.append(Remark(kind, f"{one.what} (prompt)" if one.turn >= 0 else one.what, one.text, remedy(one.what)))
 
     def _check_answer(self, side: str, messages: list[Message], whole: str, start: int, found: list[Remark]) -> None:
         plain = _plain(messages)
@@ -319,7 +320,8 @@ def left_out(rendered: str, wanted: Sequence[Text], more: Sequence[str] = ()) ->
     lost = []
     again: list[Text] = []
     texts = [*((one.text, one) for one in wanted), *((text, None) for text in more)]
-    for text, one in sorted(texts, key=lambda entry: len(entry[0]), reverse=True):
+    # Of two equal texts that of a message comes before the name of a tool.
+    for text, one in sorted(texts, key=lambda entry: (-len(entry[0]), entry[1] is None or entry[1].what == remarks.TOOLS)):
         place = _found(rest, text)
         if place is not None:
             rest = rest[: place[0]] + _CUT + rest[place[1] :]
@@ -335,7 +337,8 @@ def left_out(rendered: str, wanted: Sequence[Text], more: Sequence[str] = ()) ->
             lost.append(one)
         else:
             rest = rest[: place[0]] + _CUT + rest[place[1] :]
-    return lost
+    called = {one.text for one in wanted if one.what == remarks.CALLS}
+    return [one._replace(what=remarks.NAMES) if one.what == remarks.TOOLS and one.text in called else one for one in lost]
 
 
 def _found(rest: str, text: str) -> tuple[int, int] | None:

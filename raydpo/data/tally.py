@@ -8,7 +8,7 @@ from datetime import date
 from typing import Any
 
 from raydpo.config import DataConfig
-from raydpo.data.remarks import Remarks
+from raydpo.data.remarks import PROMPT_END, Remarks
 from raydpo.errors import DataError
 
 __all__ = ["DataReport", "Faults", "SourceReport"]
@@ -87,10 +87,10 @@ class SourceReport:
             lines.append(f"data {self.name}: {self.dropped.total:,} pairs dropped: {self.dropped}")
         if self.malformed.total:
             lines.append(f"warning: data {self.name}: {self.malformed_records:,} malformed records: {self.malformed}")
-        if self.merged:
+        if (merged := self.merged - self.remarks.pairs[PROMPT_END]) > 0:
             lines.append(
-                f"warning: data {self.name}: in {self.merged:,} pairs the prompt is tokenised differently alone "
-                "and with its completion (tokens merge across the boundary, or the template differs); "
+                f"warning: data {self.name}: in {merged:,} pairs the prompt is tokenised differently alone "
+                "and with its completion (tokens merge across the boundary); "
                 "the completion starts where they differ"
             )
         if self.several_turns:

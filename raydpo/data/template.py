@@ -24,6 +24,7 @@ _CLOCK = "strftime_now"
 """The only function by which transformers lets a template read the clock."""
 _DIRECTIVES = "aAbBcdDeFHhIjklmMnpPrRsStTuUVwWxXyYzZCGg"
 _ONE, _TWO = "raydpoOne", "raydpoTwo"
+"""Texts of probes, found in no template."""
 _USER: Message = {"role": "user", "content": "x"}
 
 
@@ -91,13 +92,17 @@ class ChatTemplate:
 
     def _fitted(self, message: Message, changes: set[str]) -> Message:
         content, role = message.get("content"), message["role"]
-        if isinstance(content, list) and content and self._form_of_content(role) != "parts":
-            message = message | {"content": _joined(content, role)}
-            if message["content"] is not content:
+        form = self._form_of_content(role) if isinstance(content, str) or content else "parts"
+        if isinstance(content, list) and form != "parts" and (form != "part" or len(content) > 1):
+            content = _joined(content, role)
+            if isinstance(content, str):
                 changes.add(PARTS_JOINED)
-        elif isinstance(content, str) and self._form_of_content(role) == "parts" and role not in self._reads_text:
-            message = message | {"content": [{"type": "text", "text": content}]}
+        elif isinstance(content, str) and role not in self._reads_text:
             changes.add(TEXT_AS_PARTS)
+        if isinstance(content, str) and role not in self._reads_text:
+            content = [{"type": "text", "text": content}]
+        if content is not message.get("content"):
+            message = message | {"content": content}
         if isinstance(message.get("tool_calls"), list):
             message = message | {"tool_calls": [self._fitted_call(call, changes) for call in message["tool_calls"]]}
         return message
@@ -132,22 +137,33 @@ class ChatTemplate:
             return ""
 
     def _form_of_content(self, role: str) -> str | None:
-        """``parts`` if the template reads content of ``role`` as parts, else ``text``; None if it shows neither."""
+        """How the template reads content of ``role``.
+
+        ``text``; ``parts``, a list of any number of parts; ``part``, a list of one part; None if it shows none of them.
+        """
         if role not in self._content:
-            before, after = _around(role)
-
-            def shown(content: Any) -> str:
-                text = self._tried([*before, {"role": role, "content": content}, *after])
-                return text if _ONE in text and _TWO in text else ""
-
-            as_text = shown(f"{_ONE} {_TWO}")
-            as_parts = shown([{"type": "text", "text": _ONE}, {"type": "text", "text": _TWO}])
-            printed = any(as_parts.count(word) > as_text.count(word) for word in ("'text'", '"text"', "type"))
-            if as_text or not as_parts:  # a template that skips a role or refuses the probe is left to the check
+            as_text = self._shown(role, f"{_ONE} {_TWO}")
+            as_parts = self._shown(role, [{"type": "text", "text": _ONE}, {"type": "text", "text": _TWO}])
+            # A template that takes text only prints the list as Python or JSON does.
+            printed = any(as_parts.count(word) > as_text.count(word) for word in ("'text'", '"text"'))
+            if as_parts and not printed:
+                self._content[role] = "parts"
+            elif not as_text and self._shown(role, [{"type": "text", "text": f"{_ONE} {_TWO}"}]):
+                self._content[role] = "part"
+            else:
+                self._content[role] = "text" if as_text else None
+            if as_text or self._content[role] is None:  # a template that shows nothing is left to the check
                 self._reads_text.add(role)
-            reads_parts = bool(as_parts) and not printed
-            self._content[role] = "parts" if reads_parts else "text" if as_text else None
         return self._content[role]
+
+    def _shown(self, role: str, content: Any) -> str:
+        """A short conversation with this content, as rendered, if it is shown there whole, else empty."""
+        for user in (_USER, _USER | {"content": [{"type": "text", "text": _USER["content"]}]}):
+            before, after = _around(role, user)
+            text = self._tried([*before, {"role": role, "content": content}, *after])
+            if _ONE in text and _TWO in text:
+                return text
+        return ""
 
     def _form_of_arguments(self) -> str:
         """``object`` or ``text`` if the template reads arguments of calls right only so, else ``any``."""
@@ -176,16 +192,16 @@ class ChatTemplate:
         return ""
 
 
-def _around(role: str) -> tuple[list[Message], list[Message]]:
+def _around(role: str, user: Message) -> tuple[list[Message], list[Message]]:
     """Messages before and after one of ``role`` in a conversation that templates take."""
     if role in ("system", "developer"):
-        return [], [_USER]
+        return [], [user]
     if role == "user":
         return [], []
     if role == "assistant":
-        return [_USER], []
+        return [user], []
     call = {"id": "callprobe", "type": "function", "function": {"name": "probe", "arguments": {}}}
-    return [_USER, {"role": "assistant", "content": "", "tool_calls": [call]}], []
+    return [user, {"role": "assistant", "content": "", "tool_calls": [call]}], []
 
 
 def _joined(parts: list[Any], role: str) -> Any:

@@ -192,7 +192,9 @@ class Tokeniser:
         for what in ("tools", "template_kwargs"):
             if getattr(preference, what):
                 what = {"tools": remarks.TOOLS, "template_kwargs": "chat_template_kwargs"}[what]
-                found.append(Remark(remarks.LOST, f"{what} (beside plain text)", "", "give messages (role, content) instead of text"))
+                found.append(
+                    Remark(remarks.LOST, f"{what} (beside plain text)", "", "give messages (role, content) instead of text")
+                )
         return found
 
     def _render(self, preference: Preference) -> tuple[tuple[str, str, str], list[Remark]]:
