@@ -116,17 +116,21 @@ class Remarks:
         """Count what was found on one pair of the record at ``where``."""
         if not found:
             return
-        for key in {(remark.kind, remark.what): None for remark in found}:
+        done: set[tuple[str, str]] = set()
+        for remark in found:
+            key = remark.kind, remark.what
+            if key in done:
+                continue
+            done.add(key)
             self.counts[key] += 1
-            first = self.places.setdefault(key, [])
+            if (first := self.places.get(key)) is None:
+                first = self.places[key] = []
+                self.examples[key] = shortened(remark.example) if remark.example else ""
+                self.remedies |= {remark.remedy: None} if remark.remedy else {}
             if len(first) < _PLACES and where not in first:
                 first.append(where)
-        for remark in found:
-            if remark.example:
-                self.examples.setdefault((remark.kind, remark.what), shortened(remark.example))
-            if remark.remedy:
-                self.remedies[remark.remedy] = None
-        self.pairs.update({remark.kind for remark in found})
+        for kind in {kind for kind, _ in done}:
+            self.pairs[kind] += 1
 
     @property
     def lost(self) -> int:
@@ -159,7 +163,7 @@ class Remarks:
         shown = []
         for what, count in cases[:_MOST]:
             key = (kind, what)
-            example = f"such as {self.examples[key]}" if key in self.examples else ""
+            example = f"such as {self.examples[key]}" if self.examples[key] else ""
             places = ", ".join(self.places[key]) + (", ..." if count > len(self.places[key]) else "")
             words = [
                 f"{count:,} {what}," if what and example else f"{count:,} {what}" if what else "",
@@ -176,7 +180,7 @@ class Remarks:
         found: dict[str, Any] = {}
         for (kind, what), count in self.counts.most_common():
             entry = {"count": count, "first": self.places[kind, what]}
-            if (kind, what) in self.examples:
+            if self.examples[kind, what]:
                 entry["example"] = self.examples[kind, what]
             found.setdefault(kind, {})[what or "pairs"] = entry
         return found

@@ -86,7 +86,8 @@ class RenderingCheck:
         spelled = sorted({token for token in special if token.strip() and not _TAG.fullmatch(token)}, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, spelled)) or "(?!)")
         self._signs = _common_signs(spelled)
-        self._known_tails: dict[str, bool] = {}
+        self._signs_of_all = tuple(dict.fromkeys((*self._signs, *_common_signs(_CLOSERS))))
+        self._sound_tails: set[str] = set()
 
     def spelled(self, text: str) -> str | None:
         """The first special token that ``text`` spells, or None."""
@@ -106,49 +107,60 @@ class RenderingCheck:
             Malformed: if nothing of an answer is left.
         """
         found: list[Remark] = []
-        self._check_prompt(preference, prompt, found)
+        if preference.tools is not None or self._end_if_usual(preference.prompt, prompt, 0, answer=False) < 0:
+            self._check_prompt(preference, prompt, found)
         for side, messages, whole in (("chosen", preference.chosen, chosen), ("rejected", preference.rejected, rejected)):
-            start = len(prompt) if whole.startswith(prompt) else _common(prompt, whole)
-            if start < len(prompt):
+            if whole.startswith(prompt):
+                start = len(prompt)
+            else:
+                start = _common(prompt, whole)
                 found.append(Remark(remarks.PROMPT_END, "", prompt[start:]))
-            self._check_answer(side, messages, whole, start, found)
+            end = self._end_if_usual(messages, whole, start, answer=True)
+            if end < 0 or whole[end:] not in self._sound_tails:
+                self._check_answer(side, messages, whole, start, found)
         return found
 
+    def _end_if_usual(self, messages: list[Message], rendered: str, start: int, answer: bool) -> int:
+        """Where the last text ends if all stand in ``rendered`` one after the other from ``start``, else -1.
+
+        Also -1 if a closer look is needed: for fields other than role and text, for what may be special tokens or thoughts,
+        and for an empty thought before an ``answer``.
+        """
+        for message in messages:
+            content = message.get("content")
+            if type(content) is not str or len(message) != 2:
+                return -1
+            for sign in self._signs_of_all:
+                if sign in content:
+                    return -1
+            content = content.strip()
+            place = rendered.find(content, start)
+            if place < 0 or (answer and place > start and _adds_thought(rendered[start:place])):
+                return -1
+            start = place + len(content)
+        return start
+
     def _check_prompt(self, preference: Preference, prompt: str, found: list[Remark]) -> None:
-        plain = _plain(preference.prompt)
-        if plain is not None and preference.tools is None:
-            self._check_spelling("prompt", plain, found)
-            if _follow(prompt, plain, 0) is not None:
-                return
         wanted, more = _tool_texts(preference.tools) if preference.tools else ([], [])
         for turn, message in enumerate(preference.prompt):
             wanted += _texts(message, turn, more)
             _unread(message, found)
-        if plain is None or preference.tools is not None:
-            self._check_spelling("prompt", [one.text for one in wanted], found)
+        self._check_spelling("prompt", [one.text for one in wanted], found)
         for one in left_out(prompt, wanted, more):
             kind = remarks.THOUGHT_BEFORE if one.what == remarks.THOUGHTS else remarks.LOST
             found.append(Remark(kind, f"{one.what} (prompt)" if one.turn >= 0 else one.what, one.text, remedy(one.what)))
 
     def _check_answer(self, side: str, messages: list[Message], whole: str, start: int, found: list[Remark]) -> None:
-        plain = _plain(messages)
-        if plain is not None:
-            self._check_spelling(side, plain, found)
-            if (end := self._check_order(side, whole, plain, start, found)) is not None:
-                self._check_thoughts(side, plain, whole, start, found)
-                self._check_end(whole[end:], plain[-1] if plain else "", found)
-                return
         wanted: list[Text] = []
         more: list[str] = []
         for turn, message in enumerate(messages):
             wanted += _texts(message, turn, more)
             _unread(message, found)
-        if plain is None:
-            self._check_spelling(side, [one.text for one in wanted], found)
+        texts = [one.text for one in wanted]
+        self._check_spelling(side, texts, found)
         region = whole[start:]
         lost = left_out(region, wanted, more)
-        pieces = [piece for one in wanted for piece in _pieces(one)]
-        if lost and len(lost) >= len(pieces):
+        if lost and len(lost) >= sum(len(_pieces(one)) for one in wanted):
             what = ", ".join(dict.fromkeys(one.what for one in lost))
             raise Malformed(f"the chat template leaves out all of {side} ({what}); {remedy(lost[0].what)}")
         last = max((turn for turn, message in enumerate(messages) if message["role"] == "assistant"), default=0)
@@ -156,32 +168,19 @@ class RenderingCheck:
             earlier = one.what == remarks.THOUGHTS and one.turn < last
             kind = remarks.THOUGHT_BETWEEN if earlier else remarks.LOST
             found.append(Remark(kind, f"{one.what} ({side})", one.text, remedy(one.what)))
-        texts = [one.text for one in wanted]
         if _EMPTY_THOUGHT.search(region) and not any(_EMPTY_THOUGHT.search(text) for text in texts):
             found.append(Remark(remarks.EMPTY_THOUGHT, side))
         self._check_thoughts(side, texts, whole, start, found)
-        place = whole.rfind(texts[-1]) if texts else -1
-        self._check_end(whole[max(start, place + len(texts[-1])) :] if place >= 0 else whole[-40:], "", found)
+        # What follows the last text. Where that is written otherwise, a few characters must do.
+        place = whole.rfind(texts[-1], start) if texts else -1
+        tail = whole[place + len(texts[-1]) :] if place >= 0 else whole[-40:]
+        self._check_end(tail, texts[-1] if place >= 0 else "", found)
 
     def _check_spelling(self, part: str, texts: Iterable[str], found: list[Remark]) -> None:
         for text in texts:
             if (token := self.spelled(text)) is not None:
                 found.append(Remark(remarks.SPELLED, part, token))
                 return
-
-    def _check_order(self, side: str, whole: str, texts: list[str], start: int, found: list[Remark]) -> int | None:
-        """Where the last of ``texts`` ends if they stand in ``whole`` one after the other, else None."""
-        added = False
-        for text in texts:
-            place = whole.find(text, start)
-            if place < 0:
-                return None
-            if place > start and _adds_thought(whole[start:place]):
-                added = True
-            start = place + len(text)
-        if added:
-            found.append(Remark(remarks.EMPTY_THOUGHT, side))
-        return start
 
     def _check_thoughts(self, side: str, texts: list[str], whole: str, start: int, found: list[Remark]) -> None:
         """Note an answer that ends a thought which neither it nor the prompt begins."""
@@ -195,32 +194,15 @@ class RenderingCheck:
 
     def _check_end(self, tail: str, last: str, found: list[Remark]) -> None:
         """Note a rendering that ends without a special token, or with two EOS; ``tail`` is what follows the last text."""
-        ends = self._known_tails.get(tail)
-        if ends is None:
-            ends = any(token in tail for token in self._ends)
-            if len(self._known_tails) < 1000:
-                self._known_tails[tail] = ends
-        if not ends:
+        if not any(token in tail for token in self._ends):
             found.append(Remark(remarks.NO_END, "", tail))
-        elif self._eos:
-            twice = tail.count(self._eos) + last.rstrip().endswith(self._eos)
-            if twice > 1:
-                found.append(Remark(remarks.EOS_TWICE, "", tail))
+        elif self._eos and tail.count(self._eos) + last.rstrip().endswith(self._eos) > 1:
+            found.append(Remark(remarks.EOS_TWICE, "", tail))
+        elif len(self._sound_tails) < 1000:
+            self._sound_tails.add(tail)
 
 
 # -- texts that must be there ---------------------------------------------------------------------------------------------
-
-
-def _plain(messages: Sequence[Message]) -> list[str] | None:
-    """The contents of messages that have nothing but role and text, else None."""
-    texts = []
-    for message in messages:
-        content = message.get("content")
-        if len(message) != 2 or type(content) is not str:
-            return None
-        if content := content.strip():
-            texts.append(content)
-    return texts
 
 
 def _texts(message: Message, turn: int, more: list[str]) -> list[Text]:
@@ -295,16 +277,6 @@ def _unread(message: Message, found: list[Remark]) -> None:
 
 
 # -- finding them ---------------------------------------------------------------------------------------------------------
-
-
-def _follow(rendered: str, texts: Iterable[str], start: int) -> int | None:
-    """Where the last of ``texts`` ends if they stand in ``rendered`` one after the other from ``start``, else None."""
-    for text in texts:
-        place = rendered.find(text, start)
-        if place < 0:
-            return None
-        start = place + len(text)
-    return start
 
 
 def left_out(rendered: str, wanted: Sequence[Text], more: Sequence[str] = ()) -> list[Text]:

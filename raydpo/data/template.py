@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from datetime import date, datetime
+from functools import cached_property
 from typing import Any
 
 from raydpo.config.data import PINNED_DATE
@@ -47,7 +48,7 @@ class ChatTemplate:
         self._arguments: str | None = None
         self._pinned: dict[str, str] = {}
 
-    @property
+    @cached_property
     def writes_date(self) -> bool:
         """Whether the template writes today's date unless told another."""
         return _CLOCK in str(self.tokenizer.chat_template or "")
@@ -76,19 +77,20 @@ class ChatTemplate:
             self._pinned[template] = clock + template
         return self._pinned[template]
 
-    def fitted(self, messages: list[Message]) -> tuple[list[Message], set[str]]:
-        """``messages`` as the template reads them, and what was changed. Most are returned as they are.
+    def fits(self, messages: list[Message]) -> bool:
+        """Whether the template reads ``messages`` as they are, as far as a quick look tells."""
+        for message in messages:
+            if type(message.get("content")) is not str or message["role"] not in self._reads_text or "tool_calls" in message:
+                return False
+        return True
+
+    def fitted(self, messages: list[Message], changes: set[str]) -> list[Message]:
+        """``messages`` as the template reads them. Adds what was changed to ``changes``.
 
         Raises:
             Malformed: if content is parts that are not all text, and the template takes text only.
         """
-        for message in messages:
-            if type(message.get("content")) is not str or message["role"] not in self._reads_text or "tool_calls" in message:
-                break
-        else:
-            return messages, set()
-        changes: set[str] = set()
-        return [self._fitted(message, changes) for message in messages], changes
+        return [self._fitted(message, changes) for message in messages]
 
     def _fitted(self, message: Message, changes: set[str]) -> Message:
         content, role = message.get("content"), message["role"]

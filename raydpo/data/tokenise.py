@@ -161,7 +161,11 @@ class Tokeniser:
     @cached_property
     def _adds_bos(self) -> bool:
         """Whether the tokenizer itself begins every text with BOS."""
-        return self._ids(["x"], True)[0][:1] == [self.tokenizer.bos_token_id]
+        return self._ids(["x"], True)[0][:1] == [self._bos]
+
+    @cached_property
+    def _bos(self) -> int | None:
+        return self.tokenizer.bos_token_id  # kept, since the tokenizer looks it up slowly
 
     def _texts(self, preference: Preference) -> tuple[str, str, str]:
         eos = self.tokenizer.eos_token
@@ -176,25 +180,27 @@ class Tokeniser:
 
     def _of_text(self, preference: Preference) -> list[Remark]:
         """What is odd about a preference of plain text."""
-        eos, found = self.tokenizer.eos_token, []
+        found = []
         for side, answer in (("chosen", preference.chosen), ("rejected", preference.rejected)):
+            if self._check.spelled(answer) is None:
+                continue
+            eos = self.tokenizer.eos_token
             answer = answer.removesuffix(eos)
             if (token := self._check.spelled(answer)) is not None:
                 twice = token == eos and answer.rstrip().endswith(eos) and answer.count(eos) == 1
                 found.append(Remark(remarks.EOS_TWICE if twice else remarks.SPELLED, side, token))
         prompt = preference.prompt
-        if self._adds_bos:
-            prompt = prompt.removeprefix(self.tokenizer.bos_token)
-        if (token := self._check.spelled(prompt)) is not None:
+        token = self._check.spelled(prompt)
+        if token is not None and self._adds_bos:
+            token = self._check.spelled(prompt.removeprefix(self.tokenizer.bos_token))
+        if token is not None:
             found.append(Remark(remarks.SPELLED_BEFORE, "", token))
         elif self.tokenizer.chat_template:
             found.append(Remark(remarks.TEXT_FOR_CHAT, "", preference.prompt))
-        for what in ("tools", "template_kwargs"):
-            if getattr(preference, what):
-                what = {"tools": remarks.TOOLS, "template_kwargs": "chat_template_kwargs"}[what]
-                found.append(
-                    Remark(remarks.LOST, f"{what} (beside plain text)", "", "give messages (role, content) instead of text")
-                )
+        for what, value in ((remarks.TOOLS, preference.tools), ("chat_template_kwargs", preference.template_kwargs)):
+            if value:
+                remedy = "give messages (role, content) instead of text"
+                found.append(Remark(remarks.LOST, f"{what} (beside plain text)", "", remedy))
         return found
 
     def _render(self, preference: Preference) -> tuple[tuple[str, str, str], list[Remark]]:
@@ -204,11 +210,10 @@ class Tokeniser:
                 "the data are conversations, but the tokenizer has no chat template; set data.chat_template "
                 "to one, or use prompt, chosen and rejected as text"
             )
-        fitted, changes = zip(
-            *(self.template.fitted(part) for part in (preference.prompt, preference.chosen, preference.rejected)),
-            strict=True,
-        )
-        prompt, chosen, rejected = fitted
+        prompt, chosen, rejected = preference.prompt, preference.chosen, preference.rejected
+        changes: set[str] = set()
+        if not (self.template.fits(prompt) and self.template.fits(chosen) and self.template.fits(rejected)):
+            prompt, chosen, rejected = (self.template.fitted(part, changes) for part in (prompt, chosen, rejected))
         tools, arguments = preference.tools, preference.template_kwargs
         try:
             texts = (
@@ -219,14 +224,16 @@ class Tokeniser:
         except Exception as error:  # templates raise what their authors wrote
             raise Malformed(f"the chat template refuses it: {_said(error, 100)}") from None
         found = self._check.remarks(preference, *texts)
-        found += [Remark(remarks.CHANGED, change) for change in sorted(set().union(*changes))]
-        found += [Remark(remarks.UNREAD, key) for key in arguments if key not in str(self.tokenizer.chat_template)]
+        for change in sorted(changes):
+            found.append(Remark(remarks.CHANGED, change))
+        for key in arguments:
+            if key not in str(self.tokenizer.chat_template):
+                found.append(Remark(remarks.UNREAD, key))
         return texts, found
 
     def _begun(self, *texts: list[int], conversational: bool, found: list[Remark]) -> tuple[list[int], ...]:
         """The ids of a pair, without a second BOS that the tokenizer put before the text's own."""
-        bos = self.tokenizer.bos_token_id
-        if bos is None:
+        if (bos := self._bos) is None:
             return texts
         if texts[0][:2] == [bos, bos]:
             found.append(Remark(remarks.BOS_TWICE if conversational else remarks.BOS_REMOVED))
