@@ -9,9 +9,11 @@ from functools import cached_property
 from typing import Any
 
 from raydpo.config.data import PINNED_DATE
-from raydpo.data.preference import Malformed, Message
+from raydpo.data.preference import Malformed
 
-__all__ = ["ARGUMENTS_AS_OBJECT", "ARGUMENTS_AS_TEXT", "PARTS_JOINED", "TEXT_AS_PARTS", "ChatTemplate"]
+__all__ = ["ARGUMENTS_AS_OBJECT", "ARGUMENTS_AS_TEXT", "PARTS_JOINED", "TEXT_AS_PARTS", "ChatTemplate", "Message"]
+
+Message = dict[str, Any]
 
 PARTS_JOINED, TEXT_AS_PARTS = "content parts, joined to text", "text, given as a content part"
 ARGUMENTS_AS_OBJECT, ARGUMENTS_AS_TEXT = (
