@@ -111,8 +111,8 @@ class DataConfig(Section):
     """What to do with a record whose texts spell special tokens of the tokenizer: warn, or count it as malformed."""
     max_lost: Float = Field(default=0.1, ge=0, le=1)
     """Largest share of pairs of a source of which the chat template may leave out a text; more is an error. A template that
-    does not fit leaves out a text of nearly every pair. Thoughts of earlier turns do not count: templates leave them out
-    at inference, too."""
+    does not fit leaves out a text of nearly every pair. Not counted: tools, tool calls and thoughts of the prompt, which a
+    template leaves out at inference, too, and thoughts of earlier turns."""
     max_malformed: Float = Field(default=0.01, ge=0, le=1)
     """Largest share of malformed records in a source; more is an error."""
     max_dropped: Float = Field(default=0.1, ge=0, le=1)

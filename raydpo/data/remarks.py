@@ -14,6 +14,7 @@ THOUGHTS, CALLS, TOOLS, NAMES = "thoughts", "tool calls", "tools", "names of too
 
 LOST = "left out"
 THOUGHT_BEFORE, THOUGHT_BETWEEN = "thoughts of the prompt left out", "thoughts of earlier turns left out"
+TOOLS_BEFORE = "tools of the prompt left out"
 EMPTY_THOUGHT, NO_THOUGHT_BEGINS, PROMPT_END = (
     "empty thoughts added",
     "thoughts without a beginning",
@@ -27,6 +28,10 @@ CHANGED, UNREAD, FIELD = "given in another form", "arguments of the template not
 _MOST, _SHORT, _PLACES = 5, 60, 3
 
 _SENTENCES = {
+    TOOLS_BEFORE: (
+        "warning: the chat template leaves out tools or tool calls of {count} prompts, and the model answers without "
+        "having read them: {all}; set data.chat_template to one that writes tools and tool calls"
+    ),
     THOUGHT_BEFORE: "the chat template leaves out thoughts of earlier turns in {count} prompts, as at inference: {all}",
     THOUGHT_BETWEEN: (
         "warning: the chat template leaves out thoughts of earlier turns in {count} completions, and they are not "

@@ -39,11 +39,14 @@ _TAGS = (
 )
 """How models mark the beginning and the end of a thought in a text."""
 _OPENERS, _CLOSERS = ([pair[place] for pair in _TAGS] for place in (0, 1))
+_CLOSER_SIGNS = ("</", "[/", "◁/", "<|", "<channel")
+"""Texts of which each closing tag contains one."""
 _TAG = re.compile("|".join(map(re.escape, (*_OPENERS, *_CLOSERS))))
 _EMPTY_THOUGHT = re.compile(
     "|".join(rf"{re.escape(opener)}\s*{re.escape(closer)}" for opener, closer in _TAGS)
     + rf"|\A\s*(?:{'|'.join(map(re.escape, _CLOSERS))})"  # opened at the end of the prompt
 )
+_MOST_SIGNS = 4
 _CUT = "\x00"
 """Stands where a text was found, so that no other is found there again."""
 _REMEDIES = {
@@ -53,6 +56,13 @@ _REMEDIES = {
     remarks.TOOLS: "set data.chat_template to one that writes tools",
     remarks.NAMES: "set data.chat_template to one that writes tools and tool calls",
 }
+
+
+_LOST_IN_PROMPT = {
+    remarks.THOUGHTS: remarks.THOUGHT_BEFORE,
+    **dict.fromkeys((remarks.TOOLS, remarks.CALLS, remarks.NAMES), remarks.TOOLS_BEFORE),
+}
+"""What does not count for ``data.max_lost`` in a prompt: many templates have no place for it, and leave it out at inference."""
 
 
 class Text(NamedTuple):
@@ -87,7 +97,7 @@ class RenderingCheck:
         spelled = sorted({token for token in special if token.strip() and not _TAG.fullmatch(token)}, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, spelled)) or "(?!)")
         self._signs = _common_signs(spelled)
-        self._signs_of_all = tuple(dict.fromkeys((*self._signs, *_common_signs(_CLOSERS))))
+        self._signs_of_all = tuple(dict.fromkeys((*self._signs, *_CLOSER_SIGNS)))
         self._sound_tails: set[str] = set()
 
     def spelled(self, text: str) -> str | None:
@@ -148,7 +158,7 @@ class RenderingCheck:
             _unread(message, found)
         self._check_spelling("prompt", [one.text for one in wanted], found)
         for one in left_out(prompt, wanted, more):
-            kind = remarks.THOUGHT_BEFORE if one.what == remarks.THOUGHTS else remarks.LOST
+            kind = _LOST_IN_PROMPT.get(one.what, remarks.LOST)
             found.append(Remark(kind, f"{one.what} (prompt)" if one.turn >= 0 else one.what, one.text, remedy(one.what)))
 
     def _check_answer(self, side: str, messages: list[Message], whole: str, start: int, found: list[Remark]) -> None:
@@ -371,8 +381,11 @@ def _common(left: str, right: str) -> int:
 
 
 def _common_signs(tokens: Sequence[str]) -> list[str]:
-    """A few characters of which each token contains at least one, for a fast first look."""
-    signs: list[str] = []
+    """A few texts of which each token contains at least one, for a fast first look."""
+    signs = list(dict.fromkeys(token[:2] for token in tokens))
+    if len(signs) <= _MOST_SIGNS:
+        return signs
+    signs = []
     left = list(tokens)
     while left:
         characters = [char for token in left for char in set(token) if not char.isalnum()] or [left[0][0]]

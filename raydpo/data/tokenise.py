@@ -15,7 +15,7 @@ from raydpo.data.remarks import Remark
 from raydpo.data.rendering import RenderingCheck
 from raydpo.data.shapes import common_prefix
 from raydpo.data.template import ChatTemplate
-from raydpo.errors import ModelError
+from raydpo.errors import FilesError
 
 __all__ = ["TokenisedPair", "Tokeniser", "load_tokenizer"]
 
@@ -37,14 +37,14 @@ def load_tokenizer(path: str, *, chat_template: str | None = None, trust_remote_
         chat_template: Jinja text, or the path of a file with it, in place of the tokenizer's own.
 
     Raises:
-        ModelError: if there is no tokenizer, or the template is not valid Jinja.
+        FilesError: if there is no tokenizer, or the template is not valid Jinja.
     """
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raise what their backends raise
-        raise ModelError(
+        raise FilesError(
             f"cannot load a tokenizer from {path!r}: {_said(error, 300)}; set model.tokenizer to a directory "
             "with tokenizer.json, or a hub name"
         ) from None
@@ -60,7 +60,7 @@ def _template_text(template: str) -> str:
     try:
         return Path(template).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise ModelError(
+        raise FilesError(
             f"data.chat_template {template!r} is neither Jinja text nor a file that can be read: {_said(error, 200)}"
         ) from None
 
@@ -72,7 +72,7 @@ def _check_syntax(tokenizer: Any, name: str) -> None:
         tokenizer.apply_chat_template(_PROBE[:1], tokenize=False)
     except TemplateSyntaxError as error:
         shown = name if len(name) <= 80 else name[:77] + "..."
-        raise ModelError(
+        raise FilesError(
             f"data.chat_template {shown!r} is not valid Jinja: line {error.lineno}: {_said(error, 200)}"
         ) from None
     except Exception:  # a template may refuse this conversation and accept those of the data
@@ -122,7 +122,7 @@ class Tokeniser:
             Token ids of each preference, or what is wrong with it.
 
         Raises:
-            ModelError: if there are conversations and no chat template, or text and no EOS token.
+            FilesError: if there are conversations and no chat template, or text and no EOS token.
         """
         return [ids for ids, _ in self.encode_noted(preferences)]
 
@@ -170,7 +170,7 @@ class Tokeniser:
     def _texts(self, preference: Preference) -> tuple[str, str, str]:
         eos = self.tokenizer.eos_token
         if eos is None:
-            raise ModelError(
+            raise FilesError(
                 "the tokenizer has no EOS token, so the end of a text completion cannot be learned; set "
                 "eos_token in its tokenizer_config.json"
             )
@@ -206,7 +206,7 @@ class Tokeniser:
     def _render(self, preference: Preference) -> tuple[tuple[str, str, str], list[Remark]]:
         """Prompt, prompt + chosen and prompt + rejected as the chat template renders them, and what is odd about them."""
         if not self.tokenizer.chat_template:
-            raise ModelError(
+            raise FilesError(
                 "the data are conversations, but the tokenizer has no chat template; set data.chat_template "
                 "to one, or use prompt, chosen and rejected as text"
             )

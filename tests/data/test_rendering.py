@@ -80,11 +80,6 @@ def test_a_system_message_may_move(write):
 
 
 LEFT_OUT = {
-    "tools": (CHAT_TEMPLATE.replace("if tools", "if none"), record(PROMPT, answer("a"), answer("b"), tools=[tool("clock")])),
-    "tools whose name is a word of the question": (
-        EACH + "{{ message.content }}</s>\n{% endfor %}" + GENERATE,
-        record([user("clock, please")], answer("the clock"), answer("b"), tools=[tool("clock")]),
-    ),
     "tool calls (chosen)": (CALLS.replace("message.tool_calls", "none"), record(PROMPT, calling(content="x"), answer("b"))),
     "values of a call": (
         CALLS.replace("{{ call.function.arguments | tojson }}", ""),
@@ -138,10 +133,20 @@ def test_what_is_left_out_is_an_error_and_a_warning_if_allowed(write, name):
         assert line.startswith("warning: data prefs: the chat template leaves out texts of 1 of 5 pairs: 1 ")
         assert "prefs.jsonl:1" in line and len(line) < 2000
         assert name not in reason
-        if " (" in name or name == "tools":
+        if " (" in name:
             assert f"1 {name}, such as '" in line
         stored = sets.report.to_dict()["sources"][0]["remarks"]["left out"]
         assert json.dumps(stored) and next(iter(stored.values()))["example"]
+
+
+def test_tools_and_calls_that_the_prompt_lacks_are_a_warning(write):
+    """A tool's name must stand in a place of its own, not in the words of a message."""
+    asked = record([user("clock, please")], answer("the clock"), answer("b"), tools=[tool("clock")])
+    called = record([user("Ask."), *calling("clock"), say("tool", "nine")], answer("a"), answer("b"))
+    lines, _ = lines_of(write, EACH + "{{ message.content }}</s>\n{% endfor %}" + GENERATE, asked, called)
+    (line,) = (line for line in lines if line.startswith("warning"))
+    assert line.startswith("warning: data prefs: the chat template leaves out tools or tool calls of 2 prompts, ")
+    assert "1 tools, such as 'clock' (prefs.jsonl:1); 1 tool calls (prompt), such as 'clock' (prefs.jsonl:2); set" in line
 
 
 def noted_of(template, bad):
