@@ -62,7 +62,7 @@ _LOST_IN_PROMPT = {
     remarks.THOUGHTS: remarks.THOUGHT_BEFORE,
     **dict.fromkeys((remarks.TOOLS, remarks.CALLS, remarks.NAMES), remarks.TOOLS_BEFORE),
 }
-"""What does not count for ``data.max_lost`` in a prompt: many templates have no place for it, and leave it out at inference."""
+"""What does not count for ``data.max_lost`` in a prompt: many templates have no place for it, at inference neither."""
 
 
 class Text(NamedTuple):

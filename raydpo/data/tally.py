@@ -90,7 +90,7 @@ class SourceReport:
         if (merged := self.merged - self.remarks.pairs[PROMPT_END]) > 0:
             lines.append(
                 f"warning: data {self.name}: in {merged:,} pairs the prompt is tokenised differently alone "
-                "and with its completion (tokens merge across the boundary); "
+                "and with its completion (tokens merge across the boundary, but no text is left out); "
                 "the completion starts where they differ"
             )
         if self.several_turns:
