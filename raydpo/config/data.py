@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -9,12 +10,23 @@ from pydantic import BeforeValidator, Field, model_validator
 from raydpo.config.section import Float, Int, PathOrUri, Section
 from raydpo.storage.uri import is_uri
 
-__all__ = ["COMPRESSION_SUFFIXES", "DATA_SUFFIXES", "DataConfig", "EvalConfig", "SourceConfig", "as_sources", "source_name"]
+__all__ = [
+    "COMPRESSION_SUFFIXES",
+    "DATA_SUFFIXES",
+    "PINNED_DATE",
+    "DataConfig",
+    "EvalConfig",
+    "SourceConfig",
+    "as_sources",
+    "source_name",
+]
 
 DATA_SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet")
 """File suffixes that are read as preference data."""
 COMPRESSION_SUFFIXES = (".gz", ".zst", ".bz2", ".xz")
 """Suffixes of compressed files, after one of ``DATA_SUFFIXES``."""
+PINNED_DATE = date(2024, 7, 26)
+"""What a chat template that writes today's date is told: the day that Llama's own template falls back on."""
 
 
 class SourceConfig(Section):
@@ -93,6 +105,14 @@ class DataConfig(Section):
     """Column with a margin of each pair, in units of the reward, that the loss requires between chosen and rejected."""
     chat_template: str | None = None
     """Jinja chat template, or path of a file with one; null = the tokenizer's."""
+    template_date: date = PINNED_DATE
+    """The day that a chat template is told instead of today, so that a completion scored today is found tomorrow."""
+    special_tokens: Literal["warn", "refuse"] = "warn"
+    """What to do with a record whose texts spell special tokens of the tokenizer: warn, or count it as malformed."""
+    max_lost: Float = Field(default=0.1, ge=0, le=1)
+    """Largest share of pairs of a source of which the chat template may leave out a text; more is an error. A template that
+    does not fit leaves out a text of nearly every pair. Not counted: tools, tool calls and thoughts of the prompt, which a
+    template leaves out at inference, too, and thoughts of earlier turns."""
     max_malformed: Float = Field(default=0.01, ge=0, le=1)
     """Largest share of malformed records in a source; more is an error."""
     max_dropped: Float = Field(default=0.1, ge=0, le=1)

@@ -14,6 +14,7 @@ from raydpo.config import DataConfig, SourceConfig, source_name
 from raydpo.data.keys import completion_key
 from raydpo.data.preference import Malformed, Preference, normalise
 from raydpo.data.records import Record, read_records
+from raydpo.data.remarks import SPELLED
 from raydpo.data.split import held_out, kept, prompt_digest
 from raydpo.data.spool import Spool, spooled
 from raydpo.data.tally import DataReport, SourceReport
@@ -82,7 +83,10 @@ def load_pairs(
         DataError: if a source cannot be read, more of it is malformed or dropped than allowed, or no pair is left.
         ModelError: if the tokenizer lacks the chat template or EOS token that the data need.
     """
-    report, schema = DataReport([]), _schema(config)
+    report, schema = (
+        DataReport([], template_date=tokeniser.template.day if tokeniser.template.writes_date else None),
+        _schema(config),
+    )
     seen: set[bytes] = set()
     train, *others = [
         _load_source(source, source_name(source), config, tokeniser, report, seen, progress, reader)
@@ -158,12 +162,15 @@ def _load_chunk(
     numbers = _numbers(config)
     places, preferences = _normalised(records, account, bad_rows, numbers)
     rows: list[dict[str, Any]] = []
-    for place, preference, ids in zip(places, preferences, tokeniser.encode(preferences), strict=True):
+    for place, preference, (ids, remarks) in zip(places, preferences, tokeniser.encode_noted(preferences), strict=True):
+        if config.special_tokens == "refuse" and any(remark.kind == SPELLED for remark in remarks):
+            ids = Malformed("its text spells a special token")
         if isinstance(ids, Malformed):
             account.malformed.add(str(ids), place.where)
             bad_rows.add(place.row)
             continue
         account.pairs += 1
+        account.remarks.add(remarks, place.where)
         used = _truncated(ids, config.max_length, config.truncation)
         if isinstance(used, str):
             account.dropped.add(used, place.where)

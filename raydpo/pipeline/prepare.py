@@ -202,7 +202,8 @@ def open_tokeniser(config: Config) -> Tokeniser:
     """Load the tokenizer of a configuration, with its chat template."""
     directory, template = resolve_model(config.model.tokenizer or config.model.path), config.data.chat_template
     check_tokenizer_files(directory)
-    return Tokeniser(load_tokenizer(directory, chat_template=template, trust_remote_code=config.model.trust_remote_code))
+    tokenizer = load_tokenizer(directory, chat_template=template, trust_remote_code=config.model.trust_remote_code)
+    return Tokeniser(tokenizer, config.data.template_date)
 
 
 def limits_of(config: Config, *more: str) -> dict[str, ModelLimits]:
