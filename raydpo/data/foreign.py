@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import combinations
@@ -12,7 +11,7 @@ from typing import Any
 
 from raydpo.data.messages import Malformed, Notes, content_text, from_text, messages, role_of
 
-__all__ = ["CONVERSATIONS", "Pairs", "pairs_of", "prompt_of", "unused_columns", "warn_of_prompt_columns"]
+__all__ = ["CONVERSATIONS", "Pairs", "pairs_of", "prompt_of", "shared_start", "unused_columns", "warn_of_prompt_columns"]
 
 Pairs = list[tuple[Any, Any, Any]]
 """Prompt (None = the common beginning of both answers), the better and the worse answer."""
@@ -50,15 +49,43 @@ _FORMS = (
     *(("prompt", *names) for names in _CHOICES[:1] + _CHOICES[4:6]),
 )
 _ANY_META = (
-    *("id", "ids", "uuid", "hash", "source", "dataset", "data_source", "subset", "split", "category", "topic", "type", "task"),
-    *("domain", "subject", "lang", "language", "license", "author", "user", "date", "timestamp", "url", "name", "tag", "tags"),
+    *(
+        "id",
+        "ids",
+        "uuid",
+        "hash",
+        "source",
+        "dataset",
+        "data_source",
+        "subset",
+        "split",
+        "category",
+        "topic",
+        "type",
+        "task",
+    ),
+    *(
+        "domain",
+        "subject",
+        "lang",
+        "language",
+        "license",
+        "author",
+        "user",
+        "date",
+        "timestamp",
+        "url",
+        "name",
+        "tag",
+        "tags",
+    ),
     *("label", "labels", "model", "generator", "annotator", "turns", "comment", "note"),
 )
 """Last words of names of columns that describe a record and are no part of it."""
 
 
 def pairs_of(record: Mapping[str, Any], present: tuple[str, ...], notes: Notes) -> tuple[Pairs, tuple[str, ...]]:
-    """Return the pairs of a record without ``chosen`` and ``rejected``, and the columns used, apart from the prompt's.
+    """Return the pairs of a record without ``chosen`` and ``rejected``, and the columns used.
 
     Raises:
         Malformed: if no form fits. The message names the columns found and the two nearest forms.
@@ -68,10 +95,12 @@ def pairs_of(record: Mapping[str, Any], present: tuple[str, ...], notes: Notes) 
             return found
         for name in _RANKED:
             if name in present and (name == "completions" or _has_places(_entries(record[name]), record)):
-                return _ranked(record, present, name, notes), (name, "ranks", "scores")
+                found, used = _ranked(record, present, name, notes)
+                return found, (*used, name, "ranks", "scores")
         for names in _CHOICES:
             if all(name in present for name in names):
-                return [_choice(record, present, names, notes)], names
+                pair, used = _choice(record, present, names, notes)
+                return [pair], (*used, *names)
     raise Malformed(_lacking(present))
 
 
@@ -97,7 +126,7 @@ def prompt_of(
         return prompt, (conversation,)
     names = tuple(name for name in _PROMPTS if name in present and _may_be_prompt(record[name]))
     if answers is not None and names and all(isinstance(answer, str) for answer in answers):
-        shared = os.path.commonprefix(answers)
+        shared = shared_start(*answers)
         names = tuple(name for name in names if not (isinstance(record[name], str) and record[name].strip() in shared))
         if not names:  # the answers are whole texts that hold it
             return None, ()
@@ -113,6 +142,18 @@ def prompt_of(
             "prompt with the source's 'columns'"
         )
     return None, ()
+
+
+def shared_start(one: str, other: str) -> str:
+    """Return the longest common beginning of two texts."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if other.startswith(one[:middle]):
+            low = middle
+        else:
+            high = middle - 1
+    return one[:low]
 
 
 def _says(message: Mapping[str, Any], answer: Any) -> bool:
@@ -201,7 +242,9 @@ def _rejected_response(record: Mapping[str, Any], notes: Notes) -> tuple[Pairs, 
             notes[f"{name!r} read as the prompt, 'response' as chosen, 'rejected_response' as rejected"] = None
             return [(conversation, better, worse)], (name, "response", "rejected_response")
         if conversation[-1]["role"] != "assistant":
-            raise Malformed(f"the last message of {name} is not the assistant's, so nothing is preferred to rejected_response")
+            raise Malformed(
+                f"the last message of {name} is not the assistant's, so nothing is preferred to rejected_response"
+            )
         if len(conversation) == 1:
             raise Malformed("prompt is empty")
         notes[f"the last message of {name!r} read as chosen, 'rejected_response' as rejected"] = None
@@ -218,21 +261,24 @@ def _rejected_response(record: Mapping[str, Any], notes: Notes) -> tuple[Pairs, 
 
 def _entries(value: Any) -> Any:
     """Completions as a list. One object of lists, as some readers make of a list of objects, becomes a list of objects."""
-    if isinstance(value, Mapping) and value and all(isinstance(column, list) for column in value.values()):
-        if len({len(column) for column in value.values()}) == 1:
-            return [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
-    return value
+    if not (isinstance(value, Mapping) and value and all(isinstance(column, list) for column in value.values())):
+        return value
+    if len({len(column) for column in value.values()}) > 1:
+        return value
+    return [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
 
 
 def _has_places(entries: Any, record: Mapping[str, Any]) -> bool:
     return isinstance(entries, list) and (
         record.get("ranks") is not None
         or record.get("scores") is not None
-        or any(isinstance(entry, Mapping) and any(key in entry for _, keys, _ in _PLACES for key in keys) for entry in entries)
+        or any(
+            isinstance(entry, Mapping) and any(key in entry for _, keys, _ in _PLACES for key in keys) for entry in entries
+        )
     )
 
 
-def _ranked(record: Mapping[str, Any], present: tuple[str, ...], name: str, notes: Notes) -> Pairs:
+def _ranked(record: Mapping[str, Any], present: tuple[str, ...], name: str, notes: Notes) -> tuple[Pairs, tuple[str, ...]]:
     """All pairs of completions of strictly different rank."""
     prompt, used = prompt_of(record, present, notes)
     if used == ("context",):
@@ -261,7 +307,7 @@ def _ranked(record: Mapping[str, Any], present: tuple[str, ...], name: str, note
     ]
     if not pairs:
         raise Malformed("no completion is better than another")
-    return pairs
+    return pairs, used
 
 
 def _places(entries: list[Any], record: Mapping[str, Any], name: str) -> tuple[list[float], str, str | None]:
@@ -286,7 +332,9 @@ def _places(entries: list[Any], record: Mapping[str, Any], name: str) -> tuple[l
     raise Malformed(f"{name} have neither ranks nor scores")
 
 
-def _choice(record: Mapping[str, Any], present: tuple[str, ...], names: tuple[str, str, str], notes: Notes) -> tuple[Any, ...]:
+def _choice(
+    record: Mapping[str, Any], present: tuple[str, ...], names: tuple[str, str, str], notes: Notes
+) -> tuple[tuple[Any, Any, Any], tuple[str, ...]]:
     """The pair of two answers and a column that prefers one of them."""
     first, second, label = names
     value = record[label]
@@ -295,10 +343,10 @@ def _choice(record: Mapping[str, Any], present: tuple[str, ...], names: tuple[st
     told = {"labels": f"1: {first}", "winner": "model_a or a: the first", "better_response_id": f"0: {first}"}
     notes[f"{label!r} prefers {first!r} or {second!r} ({told.get(label, f'below 0: {first}')})"] = None
     whole = all(isinstance(answer, list) and answer and role_of(answer[0]) not in ("assistant", None) for answer in answers)
-    prompt = record.get("prompt") if whole else prompt_of(record, present, notes)[0]
+    prompt, used = (record.get("prompt"), ()) if whole else prompt_of(record, present, notes)
     if prompt is None and not whole:
         raise Malformed(_lacking(present, "prompt"))
-    return prompt, *answers
+    return (prompt, *answers), used
 
 
 def _first_is_better(label: str, value: Any) -> bool:
@@ -333,7 +381,9 @@ def _lacking(present: tuple[str, ...], name: str | None = None) -> str:
                         "one answer with a label; pairs are wanted, a prompt with chosen and rejected"
                     )
             if columns & {"completion", "response", "output", *CONVERSATIONS} and not _several_answers(columns):
-                return f"one answer and none to compare it with ({found}); pairs are wanted, a prompt with chosen and rejected"
+                return (
+                    f"one answer and none to compare it with ({found}); pairs are wanted, a prompt with chosen and rejected"
+                )
         name = "rejected" if "chosen" in columns else "chosen"
     near = sorted(_FORMS, key=lambda form: -_nearness(form, columns))[:2]
     return f"missing column {name!r}, {found}, nearest forms: {' or '.join(' + '.join(form) for form in near)}"
@@ -341,15 +391,15 @@ def _lacking(present: tuple[str, ...], name: str | None = None) -> str:
 
 def _several_answers(columns: set[str]) -> bool:
     """Whether names such as ``response_a`` and ``response2`` say that there are several answers."""
-    return any(name.rstrip("0123456789_abAB") in ("response", "answer", "output", "completion", "text") for name in columns) and (
-        len(columns & {"response", "output", "completion"}) == 0
-    )
+    return any(
+        name.rstrip("0123456789_abAB") in ("response", "answer", "output", "completion", "text") for name in columns
+    ) and (len(columns & {"response", "output", "completion"}) == 0)
 
 
 def _nearness(form: tuple[str, ...], columns: set[str]) -> float:
     wanted = [name.split(" ")[0] for name in form]
     best = [max((difflib.SequenceMatcher(None, each, name).ratio() for name in columns), default=0) for each in wanted]
-    return sum(best) / len(best)
+    return sum(best) / max(len(best), 3)
 
 
 def _quoted(names: Iterable[str]) -> str:

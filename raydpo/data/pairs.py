@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -113,7 +113,7 @@ def _thinned(train: pa.Table, config: DataConfig, report: DataReport) -> pa.Tabl
 def held_out_source(config: DataConfig) -> SourceConfig:
     """``data.eval.path`` as a source."""
     columns = _common_columns(config) if config.eval.columns is None else config.eval.columns
-    return SourceConfig(path=config.eval.path, split=config.eval.split, columns=columns)
+    return SourceConfig(path=config.eval.path, split=config.eval.split, subset=config.eval.subset, columns=columns)
 
 
 def _common_columns(config: DataConfig) -> dict[str, str]:
@@ -157,10 +157,12 @@ def _load_chunk(
     bad_rows: set[int] = set()
     numbers = _numbers(config)
     places, preferences = _normalised(records, account, bad_rows, numbers)
+    read = account.repeats.taken_off(_for_template(preferences, bool(tokeniser.tokenizer.chat_template), account))
     rows: list[dict[str, Any]] = []
-    for place, preference, ids in zip(places, preferences, tokeniser.encode(preferences), strict=True):
+    for place, preference, ids in zip(places, preferences, tokeniser.encode(read), strict=True):
         if isinstance(ids, Malformed):
-            account.malformed.add(str(ids), place.where)
+            empty = preference.prompt == "" and str(ids) == "prompt has no tokens"
+            account.malformed.add("prompt is empty" if empty else str(ids), place.where)
             bad_rows.add(place.row)
             continue
         account.pairs += 1
@@ -181,6 +183,20 @@ def _load_chunk(
     return pa.Table.from_pylist(rows, schema=_schema(config))
 
 
+def _for_template(preferences: list[Preference], template: bool, account: SourceReport) -> list[Preference]:
+    """Transcripts as text for a tokenizer without a chat template."""
+    if template or all(preference.texts is None for preference in preferences):
+        return preferences
+    found = []
+    for preference in preferences:
+        if preference.texts is not None:
+            prompt, chosen, rejected = preference.texts
+            preference = replace(preference, prompt=prompt, chosen=chosen, rejected=rejected)
+            account.understood["Human/Assistant transcripts read as text, since the tokenizer has no chat template"] += 1
+        found.append(preference)
+    return found
+
+
 def _numbers(config: DataConfig) -> dict[str, str]:
     """Our additional columns, and the record columns that they come from."""
     wanted = {PAIR_WEIGHT: config.weight_column, PAIR_MARGIN: config.margin_column}
@@ -198,6 +214,8 @@ def _normalised(
     places: list[_Place] = []
     preferences: list[Preference] = []
     for record in records:
+        if record.note is not None:
+            account.files.append(record.note)
         try:
             if record.value is None:
                 raise Malformed(record.problem or "unreadable")
@@ -209,6 +227,8 @@ def _normalised(
             bad_rows.add(record.row)
             continue
         preferences += found
+        account.understood.update(found[0].notes)
+        account.unused.update(found[0].unused)
         for number in range(len(found)):
             pair_id = f"{account.name}:{record.row}" + (f"#{number}" if number else "")
             places.append(_Place(pair_id, record.where, record.row, record.source or account.name))

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from raydpo.data.foreign import pairs_of, possible_prompts, prompt_of, unused_columns, warn_of_prompt_columns
+from raydpo.data.implicit import Parts, Text, are_transcripts, beside_transcripts, implicit, transcripts
 from raydpo.data.messages import (
     Malformed,
-    Message,
     Notes,
     answer,
     check_media,
@@ -26,8 +24,6 @@ from raydpo.data.messages import (
 
 __all__ = ["Malformed", "Preference", "as_text", "content_text", "normalise"]
 
-Text = str | list[Message]
-_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 # A row must not decide how it is rendered and tokenised; 'chat_template' would even be code.
 _RESERVED = frozenset({
     "conversation", "messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize",
@@ -77,8 +73,8 @@ def normalise(record: Mapping[str, Any], numbers: Sequence[str] = ()) -> list[Pr
     Plain forms: prompt, chosen, rejected as text; as messages (chosen and rejected may be the text of one assistant message,
     and may repeat the prompt); messages or text whose prompt is implicit, the common start of chosen and rejected; HH-RLHF's
     transcripts; a prompt (or ``context``) with ``completions`` and their ranks (lower is better) or scores (higher is
-    better), best pairs first. ``tools`` and ``chat_template_kwargs`` may be JSON text. ``raydpo.data.foreign`` reads forms of
-    other tools, and ``notes`` of the result say how.
+    better), best pairs first. ``tools`` and ``chat_template_kwargs`` may be JSON text. ``raydpo.data.foreign`` reads forms
+    of other tools, and ``notes`` of the result say how.
 
     Args:
         numbers: columns with a number for each record, to be returned with its preferences.
@@ -87,7 +83,7 @@ def normalise(record: Mapping[str, Any], numbers: Sequence[str] = ()) -> list[Pr
         Malformed: with the reason.
     """
     notes: Notes = {}
-    tools = _tools(record.get("tools"))
+    tools = _tools(record.get("tools"), notes)
     kwargs = _json(record.get("chat_template_kwargs"), "chat_template_kwargs", dict) or {}
     for key in sorted(_RESERVED & kwargs.keys()):
         raise Malformed(f"chat_template_kwargs must not set {key!r}")
@@ -97,6 +93,8 @@ def normalise(record: Mapping[str, Any], numbers: Sequence[str] = ()) -> list[Pr
     if chosen is None or rejected is None:
         pairs, used = pairs_of(record, present, notes)
     else:
+        if "completions" in present:
+            notes["chosen and rejected read, not 'completions' beside them"] = None
         chosen, rejected = _decoded(chosen, rejected, notes)
         prompt, used = record.get("prompt"), ()
         if prompt is None and not _whole(chosen, rejected, record):
@@ -143,14 +141,15 @@ def _decoded(chosen: Any, rejected: Any, notes: Notes) -> tuple[Any, Any]:
 def _whole(chosen: Any, rejected: Any, record: Mapping[str, Any]) -> bool:
     """Whether both answers are whole conversations, so that their common beginning is the prompt."""
     if isinstance(chosen, str) and isinstance(rejected, str):
-        return bool(_TURN.match(chosen) and _TURN.match(rejected))
-    if not all(isinstance(said, list) and said and role_of(said[0]) not in (None, "assistant") for said in (chosen, rejected)):
+        return are_transcripts(chosen, rejected)
+    if not all(
+        isinstance(said, list) and said and role_of(said[0]) not in (None, "assistant") for said in (chosen, rejected)
+    ):
         return False
     context = record.get("context")  # where it repeats the beginning, it says where the prompt ends
-    return not (isinstance(context, list) and context and all(said[: len(context)] == context for said in (chosen, rejected)))
-
-
-Parts = tuple[Text, Text, Text, tuple[str, str, str] | None]
+    return not (
+        isinstance(context, list) and context and all(said[: len(context)] == context for said in (chosen, rejected))
+    )
 
 
 def _parts(prompt: Any, chosen: Any, rejected: Any, notes: Notes) -> Parts:
@@ -161,12 +160,12 @@ def _parts(prompt: Any, chosen: Any, rejected: Any, notes: Notes) -> Parts:
         notes["JSON text read as messages"] = None
         prompt = said
     if prompt is None:
-        prompt, chosen, rejected, texts = _implicit(chosen, rejected, notes)
+        prompt, chosen, rejected, texts = implicit(chosen, rejected, notes)
     elif isinstance(prompt, str) and (isinstance(chosen, (list, dict)) or isinstance(rejected, (list, dict))):
         prompt, chosen, rejected = _text_beside_messages(prompt, chosen, rejected, notes)
-    elif isinstance(prompt, str) and _beside_transcripts(prompt, chosen, rejected):
+    elif isinstance(prompt, str) and beside_transcripts(prompt, chosen, rejected):
         notes["transcripts that contain the prompt read as conversations"] = None
-        prompt, chosen, rejected, texts = _transcripts(chosen, rejected)
+        prompt, chosen, rejected, texts = transcripts(chosen, rejected)
     if isinstance(prompt, str):
         if prompt and not prompt.strip():
             raise Malformed("prompt is empty")
@@ -190,44 +189,6 @@ def _parts(prompt: Any, chosen: Any, rejected: Any, notes: Notes) -> Parts:
     return prompt, chosen, rejected, texts
 
 
-def _implicit(chosen: Any, rejected: Any, notes: Notes) -> Parts:
-    """Split off the common beginning as the prompt, like TRL's extract_prompt."""
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        if _TURN.match(chosen) and _TURN.match(rejected):
-            return _transcripts(chosen, rejected)
-        return *_common_text(chosen, rejected, notes), None
-    if not (isinstance(chosen, list) and isinstance(rejected, list)):
-        raise Malformed("missing column 'prompt'")
-    chosen, rejected = messages(chosen, "chosen", notes), messages(rejected, "rejected", notes)
-    if chosen == rejected:
-        raise Malformed("chosen equals rejected")
-    common, shorter = 0, min(len(chosen), len(rejected))
-    while common < shorter and chosen[common] == rejected[common]:
-        common += 1
-    while common == shorter and common and chosen[common - 1]["role"] == "assistant":
-        common = shorter = common - 1  # one is the start of the other: keep its last answer as the completion
-    if not common:
-        raise Malformed("chosen and rejected have no prompt in common")
-    return chosen[:common], chosen[common:], rejected[common:], None
-
-
-def _common_text(chosen: str, rejected: str, notes: Notes) -> tuple[str, str, str]:
-    """The common beginning of two texts is the prompt. It ends at white space; a space goes to the answers."""
-    if chosen == rejected:
-        raise Malformed("chosen equals rejected")
-    common = os.path.commonprefix((chosen, rejected))
-    end = len(common)
-    if end == min(len(chosen), len(rejected)):  # one is the start of the other: an answer must be left
-        end = len(common.rstrip())
-    while end and not common[end - 1].isspace():
-        end -= 1
-    end -= common[end - 1 : end] == " "
-    if not common[:end].strip():
-        raise Malformed("missing column 'prompt', and chosen and rejected have no beginning in common")
-    notes["no 'prompt': the common beginning of chosen and rejected, up to white space, read as the prompt"] = None
-    return common[:end], chosen[end:], rejected[end:]
-
-
 def _text_beside_messages(prompt: str, chosen: Any, rejected: Any, notes: Notes) -> tuple[Text, Text, Text]:
     """A text prompt beside message lists is the user's message, or repeats one that the lists contain."""
     chosen, rejected = answer(chosen, "chosen", notes), answer(rejected, "rejected", notes)
@@ -235,53 +196,10 @@ def _text_beside_messages(prompt: str, chosen: Any, rejected: Any, notes: Notes)
         raise Malformed("prompt is empty")
     if chosen[0]["role"] == "assistant" and rejected[0]["role"] == "assistant":
         return [{"role": "user", "content": prompt}], chosen, rejected
-    shared, chosen, rejected, _ = _implicit(chosen, rejected, notes)
+    shared, chosen, rejected, _ = implicit(chosen, rejected, notes)
     if not any(content_text(message).strip() == prompt.strip() for message in shared):
         raise Malformed("prompt is text that the messages of chosen and rejected do not share")
     return shared, chosen, rejected
-
-
-def _beside_transcripts(prompt: str, chosen: Any, rejected: Any) -> bool:
-    """Whether two answers are transcripts in which ``prompt`` is what a human said."""
-    if not (isinstance(chosen, str) and isinstance(rejected, str) and _TURN.match(chosen) and _TURN.match(rejected)):
-        return False
-    try:
-        shared = _transcripts(chosen, rejected)[0]
-    except Malformed:
-        return False
-    return any(message["content"] == prompt.strip() for message in shared)
-
-
-def _transcripts(chosen: str, rejected: str) -> Parts:
-    """HH-RLHF's ``\\n\\nHuman: ...\\n\\nAssistant: ...``: the common turns are the prompt, and what follows is one answer."""
-    better, worse = _turns(chosen), _turns(rejected)
-    if [said for said, _ in better] == [said for said, _ in worse]:
-        raise Malformed("chosen equals rejected")
-    common, shorter = 0, min(len(better), len(worse))
-    while common < shorter and better[common][0] == worse[common][0]:
-        common += 1
-    for name, turns in (("chosen", better), ("rejected", worse)):
-        if common == len(turns) and turns[-1][0]["role"] != "assistant":
-            raise Malformed(f"{name} is empty")
-    common = min(common, shorter - 1)
-    while common and not (better[common][0]["role"] == worse[common][0]["role"] == "assistant"):
-        common -= 1
-    if not common:
-        raise Malformed("chosen and rejected have no prompt in common")
-    starts = better[common][1], worse[common][1]
-    answers = [[{"role": "assistant", "content": said[at:].strip()}] for said, at in zip((chosen, rejected), starts, strict=True)]
-    prompt = [said for said, _ in better[:common]]
-    return prompt, *answers, (chosen[: starts[0]], chosen[starts[0] :], rejected[starts[1] :])
-
-
-def _turns(text: str) -> list[tuple[Message, int]]:
-    """Each turn of a transcript as a message, and where what is said begins."""
-    found = list(_TURN.finditer(text))
-    ends = [turn.start() for turn in found[1:]] + [len(text)]
-    return [
-        ({"role": "user" if turn[1] == "Human" else "assistant", "content": text[turn.end() : end].strip()}, turn.end())
-        for turn, end in zip(found, ends, strict=True)
-    ]
 
 
 def _with_system(parts: Parts, system: str, notes: Notes) -> Parts:
@@ -302,10 +220,11 @@ def _with_system(parts: Parts, system: str, notes: Notes) -> Parts:
     return [{"role": "system", "content": system}, *prompt], chosen, rejected, None
 
 
-def _tools(value: Any) -> list[Any] | None:
+def _tools(value: Any, notes: Notes) -> list[Any] | None:
     """The tools of a record. Each may be JSON text, and so may be the whole list."""
     tools = _json(value, "tools", list)
     if tools and any(isinstance(tool, str) for tool in tools):
+        notes["tools that are JSON text read as objects"] = None
         tools = [_json(tool, "a tool", dict) if isinstance(tool, str) else tool for tool in tools]
     return tools
 

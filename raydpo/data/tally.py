@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from raydpo.config import DataConfig
+from raydpo.data.repeats import Repeats
 from raydpo.errors import DataError
 
 __all__ = ["DataReport", "Faults", "SourceReport"]
 
 FIRST_PLACES = 3
+MOST_LISTED = 10
 
 
 @dataclass
@@ -56,6 +58,10 @@ class SourceReport:
         duplicates: kept pairs with the same tokens as an earlier one, of any source.
         merged: pairs whose prompt, tokenised alone, is no prefix of prompt and completion.
         several_turns: pairs with a completion that continues beyond the assistant's first turn.
+        files: which files were read, and how.
+        understood: records by how they were understood, where they have not the plain form.
+        unused: records by columns that were not read.
+        repeats: answers that repeat their prompt.
     """
 
     name: str
@@ -70,6 +76,10 @@ class SourceReport:
     several_turns: int = 0
     malformed: Faults = field(default_factory=Faults)
     dropped: Faults = field(default_factory=Faults)
+    files: list[str] = field(default_factory=list)
+    understood: Counter[str] = field(default_factory=Counter)
+    unused: Counter[str] = field(default_factory=Counter)
+    repeats: Repeats = field(default_factory=Repeats)
 
     def lines(self) -> list[str]:
         parts = [f"{self.records:,} records", f"{self.kept:,} pairs kept"]
@@ -78,7 +88,7 @@ class SourceReport:
             for count, what in ((self.truncated, "completions truncated"), (self.duplicates, "exact duplicates kept"))
             if count
         ]
-        lines = [f"data {self.name}: {', '.join(parts)}"]
+        lines = [f"data {self.name}: {', '.join(parts)}", *self._readings()]
         if self.dropped.total:
             lines.append(f"data {self.name}: {self.dropped.total:,} pairs dropped: {self.dropped}")
         if self.malformed.total:
@@ -95,6 +105,25 @@ class SourceReport:
                 "tool messages, and their tokens also count in the loss"
             )
         return lines
+
+    def _readings(self) -> list[str]:
+        """How files and records were understood, and what was not read."""
+        told = list(self.files[:MOST_LISTED])
+        if len(self.files) > MOST_LISTED:
+            told.append(f"and {len(self.files) - MOST_LISTED:,} more files that are not what their names say")
+        for note, count in self.understood.most_common(MOST_LISTED):
+            sign = "warning: " if note.startswith("warning: ") else ""
+            told.append(f"{sign}{count:,} records: {note.removeprefix('warning: ')}")
+        if self.unused:
+            names = [f"{name[:40]!r} ({count:,})" for name, count in self.unused.most_common(MOST_LISTED)]
+            rest = len(self.unused) - MOST_LISTED
+            told.append(f"columns not read (records): {', '.join(names)}{f' and {rest:,} more' if rest > 0 else ''}")
+        told += self.repeats.lines()
+        return [
+            f"{sign}data {self.name}: {each.removeprefix(sign)}"
+            for each in told
+            for sign in ["warning: " if each.startswith("warning: ") else ""]
+        ]
 
     def check(self, config: DataConfig) -> None:
         """Check that enough is left.
@@ -122,7 +151,13 @@ class SourceReport:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        return vars(self) | {"malformed": self.malformed.to_dict(), "dropped": self.dropped.to_dict()}
+        return vars(self) | {
+            "malformed": self.malformed.to_dict(),
+            "dropped": self.dropped.to_dict(),
+            "understood": dict(self.understood),
+            "unused": dict(self.unused),
+            "repeats": vars(self.repeats).copy(),
+        }
 
 
 @dataclass
