@@ -132,6 +132,11 @@ def prompt_of(
             return None, ()
     if len(names) == 1:
         notes[f"{names[0]!r} read as the prompt"] = None
+        if names == ("context",) and answers is not None and _share_a_text(*answers):
+            notes[
+                "warning: 'context' read as the prompt, though chosen and rejected begin with a text of their own; drop the "
+                "column if that is the prompt"
+            ] = None
         return record[names[0]], names
     if names == ("instruction", "input") and all(isinstance(record[name], str) for name in names):
         notes["'instruction' and 'input', joined by a newline, read as the prompt"] = None
@@ -156,6 +161,14 @@ def shared_start(one: str, other: str) -> str:
     return one[:low]
 
 
+def _share_a_text(chosen: Any, rejected: Any) -> bool:
+    """Whether two answers begin with what may be a question: several words that end a line or a sentence."""
+    if not (isinstance(chosen, str) and isinstance(rejected, str)):
+        return False
+    shared = shared_start(chosen, rejected)
+    return len(shared.split()) > 2 and ("\n" in shared.strip() or "?" in shared)
+
+
 def _says(message: Mapping[str, Any], answer: Any) -> bool:
     """Whether ``answer`` is the text of ``message``."""
     if isinstance(answer, list):
@@ -177,18 +190,17 @@ def warn_of_prompt_columns(
     """Note the columns of the prompt that were not used. Return the text of the column ``system``, or None."""
     system = next((record[name] for name in _SYSTEM if name in present and _is_text(record[name])), None)
     for name in _PROMPTS:
-        if name in present and name not in used and record[name]:
-            value = record[name]
-            parts = value if isinstance(value, list) else [value]
-            if not all(_occurs(part, prompt) for part in parts):
-                notes[
-                    f"warning: {name!r} is not read, though it may belong to the prompt: write it into the prompt, or drop "
-                    "the column"
-                ] = None
+        if name in present and name not in used and record[name] and not _occurs(record[name], prompt):
+            notes[
+                f"warning: {name!r} is not read, though it may belong to the prompt: write it into the prompt, or drop the column"
+            ] = None
     return system
 
 
 def _occurs(part: Any, prompt: Any) -> bool:
+    """Whether every text of ``part`` is in the prompt."""
+    if isinstance(part, list):
+        return all(_occurs(each, prompt) for each in part)
     if isinstance(part, Mapping):
         part = part.get("content", part.get("value"))
     if not isinstance(part, str):

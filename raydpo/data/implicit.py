@@ -8,7 +8,7 @@ from typing import Any
 from raydpo.data.foreign import shared_start
 from raydpo.data.messages import Malformed, Message, Notes, messages
 
-__all__ = ["Parts", "Text", "are_transcripts", "beside_transcripts", "implicit", "transcripts"]
+__all__ = ["Parts", "Text", "are_transcripts", "implicit", "shared_turns", "transcripts"]
 
 Text = str | list[Message]
 Parts = tuple[Text, Text, Text, tuple[str, str, str] | None]
@@ -59,15 +59,14 @@ def _common_text(chosen: str, rejected: str, notes: Notes) -> tuple[str, str, st
     return common[:end], chosen[end:], rejected[end:]
 
 
-def beside_transcripts(prompt: str, chosen: Any, rejected: Any) -> bool:
-    """Whether two answers are transcripts in which ``prompt`` is what a human said."""
+def shared_turns(chosen: Any, rejected: Any) -> list[Message]:
+    """Return the turns that two transcripts share; none if they are no transcripts."""
     if not are_transcripts(chosen, rejected):
-        return False
+        return []
     try:
-        shared = transcripts(chosen, rejected)[0]
+        return transcripts(chosen, rejected)[0]  # type: ignore[return-value]
     except Malformed:
-        return False
-    return any(message["content"] == prompt.strip() for message in shared)
+        return []
 
 
 def transcripts(chosen: str, rejected: str) -> Parts:

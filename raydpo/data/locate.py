@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -132,6 +133,11 @@ def _snapshot(storage: Storage, below: str) -> str:
 
 def _all_below(storage: Storage, below: str) -> list[str]:
     root = storage.path(below.rstrip("/"))
+    if storage.is_local:  # links to files are followed, those to directories might lead in a circle
+        found = (
+            os.path.relpath(os.path.join(place, file), storage.root) for place, _, files in os.walk(root) for file in files
+        )
+        return sorted(name.replace(os.sep, "/") for name in found)
     infos = storage.fs.get_file_info(pafs.FileSelector(root, recursive=True))
     start = len(storage.root.rstrip("/")) + 1
     return sorted(info.path[start:] for info in infos if info.type == pafs.FileType.File)

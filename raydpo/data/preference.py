@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from raydpo.data.foreign import pairs_of, possible_prompts, prompt_of, unused_columns, warn_of_prompt_columns
-from raydpo.data.implicit import Parts, Text, are_transcripts, beside_transcripts, implicit, transcripts
+from raydpo.data.implicit import Parts, Text, are_transcripts, implicit, shared_turns, transcripts
 from raydpo.data.messages import (
     Malformed,
+    Message,
     Notes,
     answer,
     check_media,
@@ -22,7 +23,7 @@ from raydpo.data.messages import (
     says_something,
 )
 
-__all__ = ["Malformed", "Preference", "as_text", "content_text", "normalise"]
+__all__ = ["Malformed", "Message", "Preference", "Text", "as_text", "content_text", "normalise"]
 
 # A row must not decide how it is rendered and tokenised; 'chat_template' would even be code.
 _RESERVED = frozenset({
@@ -108,7 +109,7 @@ def normalise(record: Mapping[str, Any], numbers: Sequence[str] = ()) -> list[Pr
     found = tuple(_number(record, column) for column in numbers)
     parts = [_parts(*pair, notes) for pair in pairs]
     unused: tuple[str, ...] = ()
-    if len(present) > 3:
+    if len(present) > 3 or "prompt" not in present:
         system = warn_of_prompt_columns(record, present, used, parts[0][0], notes)
         if system is not None:
             parts = [_with_system(each, system, notes) for each in parts]
@@ -163,9 +164,14 @@ def _parts(prompt: Any, chosen: Any, rejected: Any, notes: Notes) -> Parts:
         prompt, chosen, rejected, texts = implicit(chosen, rejected, notes)
     elif isinstance(prompt, str) and (isinstance(chosen, (list, dict)) or isinstance(rejected, (list, dict))):
         prompt, chosen, rejected = _text_beside_messages(prompt, chosen, rejected, notes)
-    elif isinstance(prompt, str) and beside_transcripts(prompt, chosen, rejected):
-        notes["transcripts that contain the prompt read as conversations"] = None
-        prompt, chosen, rejected, texts = transcripts(chosen, rejected)
+    elif isinstance(prompt, str) and (shared := shared_turns(chosen, rejected)) and not chosen.startswith(prompt.rstrip()):
+        if any(message["content"] == prompt.strip() for message in shared):
+            notes["transcripts that contain the prompt read as conversations"] = None
+            prompt, chosen, rejected, texts = transcripts(chosen, rejected)
+        else:
+            notes["warning: chosen and rejected are transcripts with turns in common, which do not contain the prompt"] = (
+                None
+            )
     if isinstance(prompt, str):
         if prompt and not prompt.strip():
             raise Malformed("prompt is empty")

@@ -101,7 +101,7 @@ def _missing_column(source: SourceConfig, theirs: str, present: list[str]) -> Da
 
 
 def _raw_records(source: SourceConfig) -> Iterator[Record]:
-    if not is_uri(source.path) and not Path(source.path).exists():
+    if not is_uri(source.path) and not _exists(source.path):
         if not is_hub_name(source.path):
             raise DataError(f"there is no file {source.path!r}; check the path in data.train or data.eval")
         yield from _hub_records(source)
@@ -114,6 +114,13 @@ def _raw_records(source: SourceConfig) -> Iterator[Record]:
             note = None
             yield replace(record, row=before + record.row, note="; ".join(told) or None)
         before += last
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except OSError as error:  # no permission, or a name that is too long
+        raise DataError(f"cannot open {path!r}: {said(error)}") from None
 
 
 def _explained(records: Iterable[Record], label: str) -> Iterator[Record]:
@@ -186,7 +193,27 @@ def _arrow_records(stream: Any, label: str, *, parquet: bool) -> Iterator[Record
 
 def _json_records(stream: IO[bytes], label: str, *, listed: bool) -> Iterator[Record]:
     """Records of JSON lines, of one JSON list, or of objects over several lines, whatever the file is called."""
-    head = list(_to_first_text(stream))
+    head, note = list(_to_first_text(stream)), None
+    if head and (head[0].startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in head[0][:4]):
+        stream, note = _recoded(b"".join((*head, stream.read())), label)
+        head = list(_to_first_text(stream))
+    records = _utf8_records(head, stream, label, listed=listed)
+    if note is not None and (record := next(records, None)) is not None:
+        yield replace(record, note=f"{note}; {record.note}" if record.note else note)
+    yield from records
+
+
+def _recoded(content: bytes, label: str) -> tuple[IO[bytes], str]:
+    """Content in UTF-16 or UTF-32 as UTF-8, and what was found."""
+    encoding = json.detect_encoding(content)
+    try:
+        text = content.decode(encoding).removeprefix("\ufeff")
+    except UnicodeDecodeError:
+        raise DataError(f"{label} is neither UTF-8 nor valid {encoding.upper()}; save it as UTF-8") from None
+    return io.BytesIO(text.encode("utf-8", "surrogatepass")), f"{label} is {encoding.upper()}, not UTF-8"
+
+
+def _utf8_records(head: list[bytes], stream: Iterable[bytes], label: str, *, listed: bool) -> Iterator[Record]:
     first = head[-1].removeprefix(BOM).lstrip() if head else b""
     if first.startswith(b"["):
         content = b"".join((*head, stream.read()))

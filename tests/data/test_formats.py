@@ -54,7 +54,7 @@ CHAT = st.fixed_dictionaries(
     },
     optional={"tools": st.lists(TOOL, min_size=1, max_size=2)},
 )
-TEXT = st.fixed_dictionaries({name: WORD for name in ("prompt", "chosen", "rejected")})
+TEXT = st.fixed_dictionaries(dict.fromkeys(("prompt", "chosen", "rejected"), WORD))
 
 
 def said(path, **options):

@@ -286,3 +286,23 @@ def test_git_lfs_pointers(tmp_path, name):
     (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n")
     with pytest.raises(DataError, match=rf"{name} is a Git LFS pointer .* 'git lfs pull'"):
         read(tmp_path / name)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("name, layout", [("a.jsonl", LINES), ("a.json", json.dumps(RECORDS).encode())])
+def test_other_encodings_of_unicode(tmp_path, encoding, name, layout):
+    (tmp_path / name).write_bytes(layout.decode().encode(encoding))
+    records = read(tmp_path / name)
+    assert [record.value for record in records] == RECORDS
+    assert records[0].note.endswith(", not UTF-8") and f"{name} is UTF-" in records[0].note
+    (tmp_path / name).write_bytes(layout.decode().encode(encoding) + b"\x00")
+    with pytest.raises(DataError, match=r"is neither UTF-8 nor valid UTF-(16|32).*; save it as UTF-8"):
+        read(tmp_path / name)
+
+
+def test_links_to_directories_are_not_followed(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.jsonl").write_bytes(LINES)
+    (tmp_path / "data" / "up").symlink_to(tmp_path)
+    (tmp_path / "data" / "b.jsonl").symlink_to(tmp_path / "data" / "a.jsonl")
+    assert values(tmp_path) == RECORDS * 2
