@@ -192,7 +192,8 @@ def warn_of_prompt_columns(
     for name in _PROMPTS:
         if name in present and name not in used and record[name] and not _occurs(record[name], prompt):
             notes[
-                f"warning: {name!r} is not read, though it may belong to the prompt: write it into the prompt, or drop the column"
+                f"warning: {name!r} is not read, though it may belong to the prompt: write it into the prompt, or drop "
+                "the column"
             ] = None
     return system
 
