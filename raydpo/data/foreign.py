@@ -18,6 +18,8 @@ Pairs = list[tuple[Any, Any, Any]]
 CONVERSATIONS = ("messages", "conversations", "conversation")
 _PROMPTS = ("context", "question", "instruction", "query", "problem", "history", "input")
 """Columns that hold the prompt if there is no column of that name."""
+_BESIDE = (*_PROMPTS, "passage", "passages", "document", "documents", "docs", "background", "evidence", "knowledge")
+"""Columns whose text may belong to the prompt."""
 _SYSTEM = ("system", "system_prompt", "system_message")
 _ANSWERS = ("completion", "response", "content", "answer", "text", "output")
 """Fields of an entry of ``completions`` that hold the answer."""
@@ -101,6 +103,14 @@ def pairs_of(record: Mapping[str, Any], present: tuple[str, ...], notes: Notes) 
             if all(name in present for name in names):
                 pair, used = _choice(record, present, names, notes)
                 return [pair], (*used, *names)
+    if (
+        len(present) == 1
+        and isinstance(record[present[0]], list)
+        and all(isinstance(each, Mapping) for each in record[present[0]])
+    ):
+        raise Malformed(
+            f"the only column {present[0][:40]!r} holds a list of records: write the list alone, or one record a line"
+        )
     raise Malformed(_lacking(present))
 
 
@@ -189,7 +199,7 @@ def warn_of_prompt_columns(
 ) -> Any:
     """Note the columns of the prompt that were not used. Return the text of the column ``system``, or None."""
     system = next((record[name] for name in _SYSTEM if name in present and _is_text(record[name])), None)
-    for name in _PROMPTS:
+    for name in _BESIDE:
         if name in present and name not in used and record[name] and not _occurs(record[name], prompt):
             notes[
                 f"warning: {name!r} is not read, though it may belong to the prompt: write it into the prompt, or drop "
@@ -222,7 +232,7 @@ def unused_columns(record: Mapping[str, Any], present: tuple[str, ...], used: tu
 
 @lru_cache(maxsize=4096)
 def _others(present: tuple[str, ...], used: tuple[str, ...]) -> tuple[str, ...]:
-    known = {"prompt", "chosen", "rejected", "tools", "chat_template_kwargs", *_SYSTEM, *used}
+    known = {"prompt", "chosen", "rejected", "tools", "chat_template_kwargs", *_SYSTEM, *_BESIDE, *used}
     return tuple(name for name in present if name not in known)
 
 
@@ -411,8 +421,14 @@ def _several_answers(columns: set[str]) -> bool:
 
 def _nearness(form: tuple[str, ...], columns: set[str]) -> float:
     wanted = [name.split(" ")[0] for name in form]
-    best = [max((difflib.SequenceMatcher(None, each, name).ratio() for name in columns), default=0) for each in wanted]
+    best = [max((_likeness(each, name) for name in columns), default=0) for each in wanted]
     return sum(best) / max(len(best), 3)
+
+
+def _likeness(one: str, other: str) -> float:
+    if one == other:
+        return 1
+    return 0.9 if one in other or other in one else difflib.SequenceMatcher(None, one, other).ratio() / 2
 
 
 def _quoted(names: Iterable[str]) -> str:

@@ -13,6 +13,8 @@ __all__ = ["Parts", "Text", "are_transcripts", "implicit", "shared_turns", "tran
 Text = str | list[Message]
 Parts = tuple[Text, Text, Text, tuple[str, str, str] | None]
 """Prompt, chosen, rejected; and for a transcript the three as text."""
+FEW_WORDS = 5
+"""Two answers may begin with fewer equal words by chance."""
 _TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 
 
@@ -55,7 +57,10 @@ def _common_text(chosen: str, rejected: str, notes: Notes) -> tuple[str, str, st
     end -= common[end - 1 : end] == " "
     if not common[:end].strip():
         raise Malformed("missing column 'prompt', and chosen and rejected have no beginning in common")
-    notes["no 'prompt': the common beginning of chosen and rejected, up to white space, read as the prompt"] = None
+    note = "no 'prompt': the common beginning of chosen and rejected, up to white space, read as the prompt"
+    if len(common.split()) < FEW_WORDS and not any(sign in common[:end].strip() for sign in "\n?:"):
+        note = f"warning: {note}, though it is short; if another column is the prompt, name it with the source's 'columns'"
+    notes[note] = None
     return common[:end], chosen[end:], rejected[end:]
 
 

@@ -105,7 +105,7 @@ def normalise(record: Mapping[str, Any], numbers: Sequence[str] = ()) -> list[Pr
                     f"missing column 'prompt', but {', '.join(map(repr, names[:5]))} may be it: name it with the source's "
                     "'columns'"
                 )
-        pairs = [(prompt, chosen, rejected)]
+        pairs, used = [(prompt, chosen, rejected)], (*used, "completions", "ranks", "scores")
     found = tuple(_number(record, column) for column in numbers)
     parts = [_parts(*pair, notes) for pair in pairs]
     unused: tuple[str, ...] = ()

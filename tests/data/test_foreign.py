@@ -181,6 +181,8 @@ def test_the_plain_forms_need_no_note():
             {"prompt": "p", "good": "a", "bad": "b"},
             "missing column 'chosen', found 'prompt', 'good', 'bad', nearest forms: prompt",
         ),
+        ({"prompt": "p", "chosen_response": "a", "rejected_response": "b"}, "nearest forms: prompt .* chosen .* rejected"),
+        ({"data": [{"prompt": "p", "chosen": "a", "rejected": "b"}]}, "only column 'data' holds a list of records"),
         ({"prompt": "p", "chosen": "a"}, "missing column 'rejected', found 'prompt', 'chosen'"),
         ({"prompt": "p", "response_a": "a", "response_b": "b"}, "missing column 'chosen', found .*nearest forms: .* or "),
         ({"prompt": "p", "answers": ["a", "b"]}, "nearest forms: .*answers"),
@@ -247,6 +249,11 @@ def test_implicit_prompt_of_texts_ends_at_white_space(chosen, rejected, prompt):
     assert preference.prompt == prompt
     assert (prompt + preference.chosen, prompt + preference.rejected) == (chosen, rejected)
     assert "common beginning" in preference.notes[0]
+
+
+def test_a_short_common_beginning_is_warned_of():
+    (preference,) = normalise({"chosen": "Frozen water.", "rejected": "Frozen stone."})
+    assert preference.prompt == "Frozen" and preference.notes[0].startswith("warning: no 'prompt'")
 
 
 def test_column_system():
