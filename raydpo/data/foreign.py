@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import combinations
 from typing import Any
 
-from raydpo.data.messages import Malformed, Notes, content_text, from_text, messages, role_of
+from raydpo.data.messages import CONVERSATIONS, Malformed, Notes, content_text, from_text, messages, role_of
+from raydpo.data.nearest import lacking, quoted
 
-__all__ = ["CONVERSATIONS", "Pairs", "pairs_of", "prompt_of", "shared_start", "unused_columns", "warn_of_prompt_columns"]
+__all__ = ["Pairs", "pairs_of", "prompt_of", "shared_start", "unused_columns", "warn_of_prompt_columns"]
 
 Pairs = list[tuple[Any, Any, Any]]
 """Prompt (None = the common beginning of both answers), the better and the worse answer."""
-CONVERSATIONS = ("messages", "conversations", "conversation")
 _PROMPTS = ("context", "question", "instruction", "query", "problem", "history", "input")
 """Columns that hold the prompt if there is no column of that name."""
 _BESIDE = (*_PROMPTS, "passage", "passages", "document", "documents", "docs", "background", "evidence", "knowledge")
@@ -40,15 +39,6 @@ _CHOICES = (
     ("conversation_a", "conversation_b", "winner"),
     ("response_a", "response_b", "winner"),
     ("answer_a", "answer_b", "winner"),
-)
-_FORMS = (
-    ("prompt", "chosen", "rejected"),
-    ("messages", "chosen", "rejected"),
-    ("prompt", "completions", "scores"),
-    ("prompt", "completions", "ranks"),
-    ("prompt", "answers with 'answer' and 'rank'"),
-    ("messages", "rejected_response"),
-    *(("prompt", *names) for names in _CHOICES[:1] + _CHOICES[4:6]),
 )
 _ANY_META = (
     *(
@@ -111,7 +101,7 @@ def pairs_of(record: Mapping[str, Any], present: tuple[str, ...], notes: Notes) 
         raise Malformed(
             f"the only column {present[0][:40]!r} holds a list of records: write the list alone, or one record a line"
         )
-    raise Malformed(_lacking(present))
+    raise Malformed(lacking(present))
 
 
 def prompt_of(
@@ -153,7 +143,7 @@ def prompt_of(
         return f"{record['instruction']}\n{record['input']}", names
     if names:
         raise Malformed(
-            f"each of {_quoted(names)} may be the prompt or a part of it: join them in a column 'prompt', or name the "
+            f"each of {quoted(names)} may be the prompt or a part of it: join them in a column 'prompt', or name the "
             "prompt with the source's 'columns'"
         )
     return None, ()
@@ -198,14 +188,21 @@ def warn_of_prompt_columns(
     record: Mapping[str, Any], present: tuple[str, ...], used: Iterable[str], prompt: Any, notes: Notes
 ) -> Any:
     """Note the columns of the prompt that were not used. Return the text of the column ``system``, or None."""
-    system = next((record[name] for name in _SYSTEM if name in present and _is_text(record[name])), None)
-    for name in _BESIDE:
-        if name in present and name not in used and record[name] and not _occurs(record[name], prompt):
+    systems, beside = _prompt_columns(present)
+    system = next((record[name] for name in systems if _is_text(record[name])), None)
+    for name in beside:
+        if name not in used and record[name] and not _occurs(record[name], prompt):
             notes[
                 f"warning: {name!r} is not read, though it may belong to the prompt: write it into the prompt, or drop "
                 "the column"
             ] = None
     return system
+
+
+@lru_cache(maxsize=4096)
+def _prompt_columns(present: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The columns of a system message, and the others that may belong to the prompt."""
+    return tuple(name for name in _SYSTEM if name in present), tuple(name for name in _BESIDE if name in present)
 
 
 def _occurs(part: Any, prompt: Any) -> bool:
@@ -277,7 +274,7 @@ def _rejected_response(record: Mapping[str, Any], notes: Notes) -> tuple[Pairs, 
     present = tuple(key for key, entry in record.items() if entry is not None)
     prompt, used = prompt_of(record, present, notes)
     if prompt is None:
-        raise Malformed(_lacking(present, "prompt"))
+        raise Malformed(lacking(present, "prompt"))
     notes["'response' read as chosen, 'rejected_response' as rejected"] = None
     return [(prompt, record["response"], worse)], (*used, "response", "rejected_response")
 
@@ -368,7 +365,7 @@ def _choice(
     whole = all(isinstance(answer, list) and answer and role_of(answer[0]) not in ("assistant", None) for answer in answers)
     prompt, used = (record.get("prompt"), ()) if whole else prompt_of(record, present, notes)
     if prompt is None and not whole:
-        raise Malformed(_lacking(present, "prompt"))
+        raise Malformed(lacking(present, "prompt"))
     return (prompt, *answers), used
 
 
@@ -387,50 +384,3 @@ def _first_is_better(label: str, value: Any) -> bool:
     if value == 0:
         raise Malformed(f"{label!r} is 0, so no answer is preferred")
     return value < 0
-
-
-@lru_cache(maxsize=1024)
-def _lacking(present: tuple[str, ...], name: str | None = None) -> str:
-    """What a record with these columns lacks, and which forms are near."""
-    columns = set(present)
-    found = f"found {_quoted(present)}" if present else "found no column with a value"
-    if name is None:
-        if not columns & {"chosen", "rejected"}:
-            if labels := columns & {"label", "labels"}:
-                answered = columns & {"completion", "response", "answer", "output", "text", *CONVERSATIONS}
-                if answered:
-                    return (
-                        f"unpaired data ({_quoted([each for each in present if each in answered | labels | {'prompt'}])}): "
-                        "one answer with a label; pairs are wanted, a prompt with chosen and rejected"
-                    )
-            if columns & {"completion", "response", "output", *CONVERSATIONS} and not _several_answers(columns):
-                return (
-                    f"one answer and none to compare it with ({found}); pairs are wanted, a prompt with chosen and rejected"
-                )
-        name = "rejected" if "chosen" in columns else "chosen"
-    near = sorted(_FORMS, key=lambda form: -_nearness(form, columns))[:2]
-    return f"missing column {name!r}, {found}, nearest forms: {' or '.join(' + '.join(form) for form in near)}"
-
-
-def _several_answers(columns: set[str]) -> bool:
-    """Whether names such as ``response_a`` and ``response2`` say that there are several answers."""
-    return any(
-        name.rstrip("0123456789_abAB") in ("response", "answer", "output", "completion", "text") for name in columns
-    ) and (len(columns & {"response", "output", "completion"}) == 0)
-
-
-def _nearness(form: tuple[str, ...], columns: set[str]) -> float:
-    wanted = [name.split(" ")[0] for name in form]
-    best = [max((_likeness(each, name) for name in columns), default=0) for each in wanted]
-    return sum(best) / max(len(best), 3)
-
-
-def _likeness(one: str, other: str) -> float:
-    if one == other:
-        return 1
-    return 0.9 if one in other or other in one else difflib.SequenceMatcher(None, one, other).ratio() / 2
-
-
-def _quoted(names: Iterable[str]) -> str:
-    names = [repr(name[:40]) for name in names]
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 __all__ = [
+    "CONVERSATIONS",
     "ROLES",
     "Malformed",
     "Message",
@@ -26,6 +28,8 @@ Message = dict[str, Any]
 Notes = dict[str, None]
 """How a record was understood, one sentence each, in order. Those that begin with ``warning:`` need attention."""
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "environment")
+CONVERSATIONS = ("messages", "conversations", "conversation")
+"""Names of columns that hold a conversation."""
 _OTHER_ROLES = {
     **dict.fromkeys(("human", "prompter", "instruction"), "user"),
     **dict.fromkeys(("gpt", "chatgpt", "ai", "bot", "model", "chatbot", "bard", "bing"), "assistant"),
@@ -48,26 +52,26 @@ class Malformed(Exception):
     """A record that is no valid preference. The message is a short reason, the same for all records with the same fault."""
 
 
-def check_media(record: Mapping[str, Any], present: Iterable[str]) -> None:
+def check_media(record: Mapping[str, Any], present: tuple[str, ...]) -> None:
     """Refuse a record with images, audio or video in a column of its own.
 
     Raises:
         Malformed: with the column's name.
     """
+    for column, kind in _media_columns(present):
+        if isinstance(record[column], (str, bytes, list, dict)) and record[column]:
+            raise Malformed(f"column {column!r} holds {kind}, and only text is read")
     for column in present:
         value = record[column]
-        kind = _MEDIA.get(column.lower())
-        if kind is None and isinstance(value, (dict, list)):
-            kind = _encoded(value[0] if isinstance(value, list) and value else value)
-        if kind is not None and isinstance(value, (str, bytes, list, dict)) and value:
-            raise Malformed(f"column {column!r} holds {kind}, and only text is read")
+        if type(value) is list and value:
+            value = value[0]
+        if type(value) is dict and isinstance(value.get("bytes"), bytes):  # as columns of type Image and Audio have it
+            raise Malformed(f"column {column!r} holds a file (an image, audio or video), and only text is read")
 
 
-def _encoded(value: Any) -> str | None:
-    """What the value of a column of type Image or Audio holds: a file's bytes and path."""
-    if isinstance(value, dict) and {"bytes", "path"} <= value.keys() | {"path"} and isinstance(value["bytes"], bytes):
-        return "a file (an image, audio or video)"
-    return None
+@lru_cache(maxsize=4096)
+def _media_columns(present: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    return tuple((column, _MEDIA[column.lower()]) for column in present if column.lower() in _MEDIA)
 
 
 def answer(value: Any, name: str, notes: Notes) -> list[Message]:

@@ -20,7 +20,16 @@ from raydpo.data.tally import DataReport, SourceReport
 from raydpo.data.tokenise import TokenisedPair, Tokeniser
 from raydpo.storage.uri import redact
 
-__all__ = ["HELD_OUT", "PAIR_MARGIN", "PAIR_SCHEMA", "PAIR_WEIGHT", "PairSets", "held_out_source", "load_pairs"]
+__all__ = [
+    "HELD_OUT",
+    "PAIR_MARGIN",
+    "PAIR_SCHEMA",
+    "PAIR_WEIGHT",
+    "PairSets",
+    "check_first_records",
+    "held_out_source",
+    "load_pairs",
+]
 
 _IDS, _KEY = pa.list_(pa.int32()), pa.binary(16)
 PAIR_SCHEMA = pa.schema(
@@ -99,6 +108,21 @@ def load_pairs(
         mask = held_out(train[_PROMPT].to_pylist(), config.eval.fraction)
         train, held = _where(train, ~mask, schema), _where(train, mask, schema)
     return PairSets(_thinned(train, config, report), None if held is None else held.drop_columns(_PROMPT), report)
+
+
+def check_first_records(source: SourceConfig, name: str, config: DataConfig, reader: Reader = read_records) -> None:
+    """Read the first records of a source without a tokenizer.
+
+    Raises:
+        DataError: if the source cannot be read, all of these are malformed, or too many of a short source are.
+    """
+    account, bad_rows = SourceReport(name, redact(source.path)), set[int]()
+    records = list(islice(reader(source), CHUNK))
+    _normalised(records, account, bad_rows, _numbers(config))
+    account.records, account.malformed_records = len(records), len(bad_rows)
+    account.kept = account.records - account.malformed_records
+    if not account.kept or len(records) < CHUNK:
+        account.check(config)
 
 
 def _thinned(train: pa.Table, config: DataConfig, report: DataReport) -> pa.Table:
