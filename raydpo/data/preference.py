@@ -31,6 +31,7 @@ _RESERVED = frozenset({
     "padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask",
     "tokenizer_kwargs", "sanitize_control_tokens",
 })  # fmt: skip
+_ONE_IS_JSON = "warning: only one of chosen and rejected is JSON text of messages, so both are read as text"
 _MAY_BE_JSON = frozenset('[{" \n\r\t')
 
 
@@ -130,13 +131,17 @@ def _number(record: Mapping[str, Any], column: str) -> float:
 
 def _decoded(chosen: Any, rejected: Any, notes: Notes) -> tuple[Any, Any]:
     """Both answers, as messages if both are JSON text of messages."""
-    if not (isinstance(chosen, str) and isinstance(rejected, str) and chosen[:1] in _MAY_BE_JSON):
+    if not (isinstance(chosen, str) and isinstance(rejected, str)):
+        return chosen, rejected
+    if chosen[:1] not in _MAY_BE_JSON and rejected[:1] not in _MAY_BE_JSON:
         return chosen, rejected
     better, worse = from_text(chosen), from_text(rejected)
-    if better is None or worse is None:
-        return chosen, rejected
-    notes["JSON text read as messages"] = None
-    return better, worse
+    if better is not None and worse is not None:
+        notes["JSON text read as messages"] = None
+        return better, worse
+    if better is not None or worse is not None:
+        notes[_ONE_IS_JSON] = None
+    return chosen, rejected
 
 
 def _whole(chosen: Any, rejected: Any, record: Mapping[str, Any]) -> bool:
@@ -180,6 +185,10 @@ def _parts(prompt: Any, chosen: Any, rejected: Any, notes: Notes) -> Parts:
                 raise Malformed(f"{name} is neither text nor messages")
     else:
         prompt = messages(prompt, "prompt", notes)
+        if _ONE_IS_JSON in notes:  # the other is the text of an answer, so both are answers in a conversation
+            del notes[_ONE_IS_JSON]
+            notes["JSON text read as messages"] = None
+            chosen, rejected = (from_text(said) or said for said in (chosen, rejected))
         if prompt[-1]["role"] == "assistant":
             raise Malformed("the last message of prompt is the assistant's")
         chosen, rejected = answer(chosen, "chosen", notes), answer(rejected, "rejected", notes)

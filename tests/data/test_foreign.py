@@ -88,6 +88,10 @@ CHAT = {
         {"prompt": json.dumps(json.dumps(Q)), "chosen": json.dumps(GOOD), "rejected": json.dumps(BAD)},
         "JSON text read as messages",
     ),
+    "JSON text of one answer": (
+        {"prompt": Q, "chosen": json.dumps(GOOD), "rejected": "bad"},
+        "JSON text read as messages",
+    ),
     "as Python prints it": ({"prompt": str(Q), "chosen": str(GOOD), "rejected": str(BAD)}, "JSON text read as messages"),
     "JSON text of from and value": (
         {"prompt": json.dumps([human("q")]), "chosen": "good", "rejected": "bad"},
@@ -310,6 +314,13 @@ def test_instruction_and_input_are_joined():
     assert alone.prompt == "Translate."
 
 
+def test_json_text_of_one_answer_to_a_text_is_warned_of():
+    (preference,) = normalise({"prompt": "q", "chosen": "Done.", "rejected": json.dumps(BAD)})
+    assert preference.prompt == "q" and preference.notes[0].startswith(
+        "warning: only one of chosen and rejected is JSON text"
+    )
+
+
 def test_tools_as_texts():
     tool = {"type": "function", "function": {"name": "f"}}
     (preference,) = normalise({"prompt": Q, "chosen": GOOD, "rejected": BAD, "tools": [json.dumps(tool), tool]})
@@ -445,7 +456,7 @@ ANYTHING = (
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(st.dictionaries(st.sampled_from(NAMES), ANYTHING, max_size=6))
 def test_any_record_is_read_or_refused(record):
     try:
