@@ -82,7 +82,7 @@ def answer(value: Any, name: str, notes: Notes) -> list[Message]:
 
 
 def messages(value: Any, name: str, notes: Notes) -> list[Message]:
-    """A list of messages, checked, without fields that are null, and with our names of fields and roles.
+    """A list of messages, checked, without fields of messages and parts that are null, with our names of fields and roles.
 
     Raises:
         Malformed: if it is no list of messages, is empty, or holds images, audio or video.
@@ -102,6 +102,8 @@ def messages(value: Any, name: str, notes: Notes) -> list[Message]:
             raise Malformed(f"{name} has a message without content")
         if isinstance(content, list):
             _check_parts(content, name)
+            if any(isinstance(part, Mapping) and None in part.values() for part in content):
+                message = {**message, "content": [_without_nulls(part) for part in content]}
         if not _MEDIA.keys().isdisjoint(message):
             _check_parts([{key: entry for key, entry in message.items() if key in _MEDIA and entry}], name)
         found.append({key: entry for key, entry in message.items() if entry is not None})
@@ -137,6 +139,11 @@ def role_of(message: Any) -> str | None:
         return None
     role = role.lower()
     return role if role in ROLES else _OTHER_ROLES.get(role)
+
+
+def _without_nulls(part: Any) -> Any:
+    """A part without fields that are null. Templates ask whether a part has a field ``image``, not what it holds."""
+    return {key: entry for key, entry in part.items() if entry is not None} if isinstance(part, Mapping) else part
 
 
 def _check_parts(parts: list[Any], name: str) -> None:

@@ -329,6 +329,13 @@ def test_tools_as_texts():
         normalise({"prompt": Q, "chosen": GOOD, "rejected": BAD, "tools": ["{"]})
 
 
+def test_fields_of_parts_that_are_null_are_absent():
+    (preference,) = normalise(
+        {"prompt": [user([{"type": "text", "text": "q", "image": None}])], "chosen": GOOD, "rejected": BAD}
+    )
+    assert preference.prompt == [user([{"type": "text", "text": "q"}])]
+
+
 def test_an_answer_of_empty_parts_is_empty():
     with pytest.raises(Malformed, match="chosen is empty"):
         normalise({"prompt": Q, "chosen": [bot([{"type": "text", "text": " "}])], "rejected": BAD})
