@@ -12,7 +12,7 @@ from pyarrow import fs as pafs
 
 from raydpo.config import SourceConfig
 from raydpo.config.data import DATA_SUFFIXES, bare_suffix
-from raydpo.errors import DataError
+from raydpo.errors import DataError, RaydpoError
 from raydpo.storage.files import Storage
 from raydpo.storage.uri import redact
 
@@ -68,10 +68,10 @@ def data_files(source: SourceConfig) -> Iterator[DataFile]:
         return
     try:
         names, note = _in_directory(storage, source)
-    except (OSError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"cannot list {redact(path)}: {said(error)}") from None
+    except RaydpoError:
+        raise
+    except Exception as error:  # no permission, or a state.json that is none of save_to_disk's
+        raise DataError(f"cannot read the directory {redact(path)}: {said(error)}") from None
     for number, name in enumerate(names):
         yield DataFile(storage.fs, storage.path(name), name, None if number else note)
 

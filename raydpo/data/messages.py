@@ -39,10 +39,26 @@ _OTHER_ROLES = {
 _MEDIA = {
     **{name: "an image" for word in ("image", "img", "picture", "photo") for name in (word, f"{word}s")},
     **dict.fromkeys(("image_url", "image_urls", "input_image", "image_path", "image_paths", "pixel_values"), "an image"),
+    **dict.fromkeys(("image_file", "image_files", "image_bytes", "image_base64"), "an image"),
     **dict.fromkeys(("audio", "audios", "audio_url", "audio_path", "input_audio"), "audio"),
     **dict.fromkeys(("video", "videos", "video_url", "video_path", "input_video"), "a video"),
 }
 """Names of columns, of parts and of their types, and what they hold."""
+_MEDIA_SUFFIXES = (
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".gif",
+    ".webp",
+    ".bmp",
+    ".tiff",
+    ".wav",
+    ".mp3",
+    ".flac",
+    ".ogg",
+    ".mp4",
+    ".webm",
+)
 _FILES = {"file": "a file", "input_file": "a file"}
 _START = re.compile(r'\s*"?\s*[\[{]')
 """Beginning of JSON that may hold messages."""
@@ -65,13 +81,21 @@ def check_media(record: Mapping[str, Any], present: tuple[str, ...]) -> None:
         value = record[column]
         if type(value) is list and value:
             value = value[0]
-        if type(value) is dict and isinstance(value.get("bytes"), bytes):  # as columns of type Image and Audio have it
+        if type(value) is dict and _is_file(value):
             raise Malformed(f"column {column!r} holds a file (an image, audio or video), and only text is read")
 
 
 @lru_cache(maxsize=4096)
 def _media_columns(present: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
     return tuple((column, _MEDIA[column.lower()]) for column in present if column.lower() in _MEDIA)
+
+
+def _is_file(value: dict[str, Any]) -> bool:
+    """Whether a value is a file as columns of type Image and Audio hold it: bytes, or the path of an image, audio or video."""
+    path = value.get("path")
+    return isinstance(value.get("bytes"), bytes) or (
+        value.keys() <= {"bytes", "path"} and isinstance(path, str) and path.lower().endswith(_MEDIA_SUFFIXES)
+    )
 
 
 def answer(value: Any, name: str, notes: Notes) -> list[Message]:

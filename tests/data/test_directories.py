@@ -91,6 +91,16 @@ def test_subset_of_held_out_pairs():
     assert (held_out_source(config).subset, held_out_source(config).split) == ("hard", "test")
 
 
+@pytest.mark.parametrize(
+    "files", [{"state.json": "{}", "dataset_info.json": "{}"}, {"dataset_dict.json": "[]"}, {"dataset_dict.json": "{"}]
+)
+def test_a_directory_that_only_looks_saved(tmp_path, files):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match="cannot read the directory"):
+        prompts(tmp_path)
+
+
 def test_hub_cache(tmp_path):
     make(
         tmp_path, "snapshots/abc/data/train-00000-of-00001.jsonl", "snapshots/old/data/train-00000-of-00001.jsonl", "blobs/x"

@@ -214,6 +214,7 @@ MEDIA = [
     {"prompt": "p", "chosen": "a", "rejected": "b", "images": ["x.png"]},
     {"prompt": "p", "chosen": "a", "rejected": "b", "image": {"bytes": b"x", "path": None}},
     {"prompt": "p", "chosen": "a", "rejected": "b", "photo_of_it": {"bytes": b"x", "path": None}},
+    {"prompt": "p", "chosen": "a", "rejected": "b", "photo_of_it": [{"path": "x.png"}]},
     {"prompt": "p", "chosen": "a", "rejected": "b", "Video": "x.mp4"},
     {"prompt": "p", "chosen": "a", "rejected": "b", "audio": {"array": [0.1], "sampling_rate": 1}},
     *(
