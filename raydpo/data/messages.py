@@ -91,7 +91,7 @@ def _media_columns(present: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
 
 
 def _is_file(value: dict[str, Any]) -> bool:
-    """Whether a value is a file as columns of type Image and Audio hold it: bytes, or the path of an image, audio or video."""
+    """Whether a value is a file as columns of type Image and Audio hold it: bytes, or a path of such a file."""
     path = value.get("path")
     return isinstance(value.get("bytes"), bytes) or (
         value.keys() <= {"bytes", "path"} and isinstance(path, str) and path.lower().endswith(_MEDIA_SUFFIXES)
