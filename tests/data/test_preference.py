@@ -73,6 +73,13 @@ def test_quoted_turns_that_both_answers_begin_with():
         normalise({"chosen": start + " b\n\nHuman: c\n\nAssistant: d", "rejected": start + " b\n\nHuman: c"})
 
 
+def test_a_transcript_that_begins_the_other():
+    start = "\n\nHuman: a\n\nAssistant: b"
+    (preference,) = normalise({"chosen": start, "rejected": start + "\n\nHuman: c\n\nAssistant: d"})
+    assert (preference.prompt, preference.chosen) == ([user("a")], [bot("b")])
+    assert preference.rejected == [bot("b\n\nHuman: c\n\nAssistant: d")]
+
+
 def test_transcripts_beside_what_the_human_said():
     start = "\n\nHuman: q\n\nAssistant:"
     (preference,) = normalise({"prompt": "q", "chosen": start + " good", "rejected": start + " bad"})
