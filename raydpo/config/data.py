@@ -18,11 +18,12 @@ __all__ = [
     "EvalConfig",
     "SourceConfig",
     "as_sources",
+    "bare_suffix",
     "source_name",
 ]
 
-DATA_SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet")
-"""File suffixes that are read as preference data."""
+DATA_SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet", ".arrow")
+"""File suffixes that are read as preference data, in capitals too."""
 COMPRESSION_SUFFIXES = (".gz", ".zst", ".bz2", ".xz")
 """Suffixes of compressed files, after one of ``DATA_SUFFIXES``."""
 PINNED_DATE = date(2024, 7, 26)
@@ -33,15 +34,17 @@ class SourceConfig(Section):
     """One file, directory, URI or hub data set of preference pairs."""
 
     path: PathOrUri
-    """jsonl, json or parquet (also .gz, .zst, .bz2, .xz), a directory of such files, any URI that pyarrow or fsspec
-    opens, or the name of a data set on the Hugging Face hub."""
+    """jsonl, json, parquet or arrow (also .gz, .zst, .bz2, .xz), a directory of such files or of save_to_disk, any URI that
+    pyarrow or fsspec opens, or the name of a data set on the Hugging Face hub."""
     name: str | None = None
     """Name of the source in counts and metrics; null = the file's stem."""
     weight: Float = Field(default=1.0, gt=0)
     """Uses of each pair in an epoch: 0.5 uses half of the pairs (the other half in the next epoch), 2 uses all of them
     twice."""
     split: str = "train"
-    """Split of a hub data set; ignored by files."""
+    """Split of a hub data set, and of a directory whose files name their split; ignored by single files."""
+    subset: str | None = None
+    """Configuration of a hub data set, or a directory below ``path``; null = the only one."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Maps our column names to the file's, for example {chosen: good_answer, rejected: bad_answer}."""
     limit: Int | None = Field(default=None, ge=1)
@@ -56,7 +59,9 @@ class EvalConfig(Section):
     fraction: Float | None = Field(default=None, gt=0, lt=1)
     """Share of the training pairs to hold out. The split is by prompt: no prompt is on both sides."""
     split: str = "test"
-    """Split of a hub data set; ignored by files."""
+    """Split of a hub data set, and of a directory whose files name their split; ignored by single files."""
+    subset: str | None = None
+    """Configuration of a hub data set, or a directory below ``path``; null = the only one."""
     columns: dict[str, str] | None = None
     """Column map of the held-out file; null = that of the training sources, if they all have the same."""
 
@@ -132,6 +137,14 @@ def source_name(source: SourceConfig) -> str:
     if source.name is not None:
         return source.name
     stem = (source.path.partition("?")[0] if is_uri(source.path) else source.path).rstrip("/").rsplit("/", 1)[-1]
-    for suffix in (*COMPRESSION_SUFFIXES, *DATA_SUFFIXES):
-        stem = stem.removesuffix(suffix)
-    return stem
+    bare = bare_suffix(stem)
+    suffix = next((suffix for suffix in DATA_SUFFIXES if bare.endswith(suffix)), "")
+    return stem[: len(bare) - len(suffix)]
+
+
+def bare_suffix(name: str) -> str:
+    """Return a file's name in lower case, without the suffix of a compressed file."""
+    name = name.lower()
+    for suffix in COMPRESSION_SUFFIXES:
+        name = name.removesuffix(suffix)
+    return name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -21,7 +21,16 @@ from raydpo.data.tally import DataReport, SourceReport
 from raydpo.data.tokenise import TokenisedPair, Tokeniser
 from raydpo.storage.uri import redact
 
-__all__ = ["HELD_OUT", "PAIR_MARGIN", "PAIR_SCHEMA", "PAIR_WEIGHT", "PairSets", "held_out_source", "load_pairs"]
+__all__ = [
+    "HELD_OUT",
+    "PAIR_MARGIN",
+    "PAIR_SCHEMA",
+    "PAIR_WEIGHT",
+    "PairSets",
+    "check_first_records",
+    "held_out_source",
+    "load_pairs",
+]
 
 _IDS, _KEY = pa.list_(pa.int32()), pa.binary(16)
 PAIR_SCHEMA = pa.schema(
@@ -105,6 +114,21 @@ def load_pairs(
     return PairSets(_thinned(train, config, report), None if held is None else held.drop_columns(_PROMPT), report)
 
 
+def check_first_records(source: SourceConfig, name: str, config: DataConfig, reader: Reader = read_records) -> None:
+    """Read the first records of a source without a tokenizer.
+
+    Raises:
+        DataError: if the source cannot be read, all of these are malformed, or too many of a short source are.
+    """
+    account, bad_rows = SourceReport(name, redact(source.path)), set[int]()
+    records = list(islice(reader(source), CHUNK))
+    _normalised(records, account, bad_rows, _numbers(config))
+    account.records, account.malformed_records = len(records), len(bad_rows)
+    account.kept = account.records - account.malformed_records
+    if not account.kept or len(records) < CHUNK:
+        account.check(config)
+
+
 def _thinned(train: pa.Table, config: DataConfig, report: DataReport) -> pa.Table:
     """The training pairs that ``data.fraction`` keeps."""
     kept_rows = train
@@ -117,7 +141,7 @@ def _thinned(train: pa.Table, config: DataConfig, report: DataReport) -> pa.Tabl
 def held_out_source(config: DataConfig) -> SourceConfig:
     """``data.eval.path`` as a source."""
     columns = _common_columns(config) if config.eval.columns is None else config.eval.columns
-    return SourceConfig(path=config.eval.path, split=config.eval.split, columns=columns)
+    return SourceConfig(path=config.eval.path, split=config.eval.split, subset=config.eval.subset, columns=columns)
 
 
 def _common_columns(config: DataConfig) -> dict[str, str]:
@@ -161,12 +185,14 @@ def _load_chunk(
     bad_rows: set[int] = set()
     numbers = _numbers(config)
     places, preferences = _normalised(records, account, bad_rows, numbers)
+    read = account.repeats.taken_off(_for_template(preferences, bool(tokeniser.tokenizer.chat_template), account))
     rows: list[dict[str, Any]] = []
-    for place, preference, (ids, remarks) in zip(places, preferences, tokeniser.encode_noted(preferences), strict=True):
+    for place, preference, (ids, remarks) in zip(places, preferences, tokeniser.encode_noted(read), strict=True):
         if config.special_tokens == "refuse" and any(remark.kind == SPELLED for remark in remarks):
             ids = Malformed("its text spells a special token")
         if isinstance(ids, Malformed):
-            account.malformed.add(str(ids), place.where)
+            empty = preference.prompt == "" and str(ids) == "prompt has no tokens"
+            account.malformed.add("prompt is empty" if empty else str(ids), place.where)
             bad_rows.add(place.row)
             continue
         account.pairs += 1
@@ -188,6 +214,20 @@ def _load_chunk(
     return pa.Table.from_pylist(rows, schema=_schema(config))
 
 
+def _for_template(preferences: list[Preference], template: bool, account: SourceReport) -> list[Preference]:
+    """Transcripts as text for a tokenizer without a chat template."""
+    if template or all(preference.texts is None for preference in preferences):
+        return preferences
+    found = []
+    for preference in preferences:
+        if preference.texts is not None:
+            prompt, chosen, rejected = preference.texts
+            preference = replace(preference, prompt=prompt, chosen=chosen, rejected=rejected)
+            account.understood["Human/Assistant transcripts read as text, since the tokenizer has no chat template"] += 1
+        found.append(preference)
+    return found
+
+
 def _numbers(config: DataConfig) -> dict[str, str]:
     """Our additional columns, and the record columns that they come from."""
     wanted = {PAIR_WEIGHT: config.weight_column, PAIR_MARGIN: config.margin_column}
@@ -205,6 +245,8 @@ def _normalised(
     places: list[_Place] = []
     preferences: list[Preference] = []
     for record in records:
+        if record.note is not None:
+            account.files.append(record.note)
         try:
             if record.value is None:
                 raise Malformed(record.problem or "unreadable")
@@ -217,6 +259,8 @@ def _normalised(
             bad_rows.add(record.row)
             continue
         preferences += found
+        account.understood.update(found[0].notes)
+        account.unused.update(found[0].unused)
         for number in range(len(found)):
             pair_id = f"{account.name}:{record.row}" + (f"#{number}" if number else "")
             places.append(_Place(pair_id, record.where, record.row, record.source or account.name))

@@ -10,6 +10,7 @@ from typing import Any
 from raydpo.config import DataConfig
 from raydpo.data.remarks import PROMPT_END, Remarks
 from raydpo.data.scores import Contradictions
+from raydpo.data.repeats import Repeats
 from raydpo.errors import DataError
 
 __all__ = ["DataReport", "Faults", "SourceReport"]
@@ -18,6 +19,7 @@ FIRST_PLACES = 3
 MOST_REASONS = 10
 """Number of reasons in a message."""
 REASON_CHARACTERS = 200
+MOST_LISTED = 10
 
 
 @dataclass
@@ -67,6 +69,10 @@ class SourceReport:
         merged: pairs whose prompt, tokenised alone, is no prefix of prompt and completion.
         several_turns: pairs with a completion that continues beyond the assistant's first turn.
         remarks: what is odd about well-formed pairs, such as texts that the chat template leaves out.
+        files: which files were read, and how.
+        understood: records by how they were understood, where they have not the plain form.
+        unused: records by columns that were not read.
+        repeats: answers that repeat their prompt.
     """
 
     name: str
@@ -83,6 +89,10 @@ class SourceReport:
     dropped: Faults = field(default_factory=Faults)
     scores: Contradictions = field(default_factory=Contradictions)
     remarks: Remarks = field(default_factory=Remarks)
+    files: list[str] = field(default_factory=list)
+    understood: Counter[str] = field(default_factory=Counter)
+    unused: Counter[str] = field(default_factory=Counter)
+    repeats: Repeats = field(default_factory=Repeats)
 
     def lines(self) -> list[str]:
         parts = [f"{self.records:,} records", f"{self.kept:,} pairs kept"]
@@ -91,7 +101,7 @@ class SourceReport:
             for count, what in ((self.truncated, "completions truncated"), (self.duplicates, "exact duplicates kept"))
             if count
         ]
-        lines = [f"data {self.name}: {', '.join(parts)}"]
+        lines = [f"data {self.name}: {', '.join(parts)}", *self._readings()]
         if self.dropped.total:
             lines.append(f"data {self.name}: {self.dropped.total:,} pairs dropped: {self.dropped}")
         if self.malformed.total:
@@ -109,6 +119,25 @@ class SourceReport:
             )
         lines += (f"warning: data {self.name}: {line}" for line in self.scores.lines(self.records))
         return lines + self.remarks.lines(self.name, self.pairs)
+
+    def _readings(self) -> list[str]:
+        """How files and records were understood, and what was not read."""
+        told = list(self.files[:MOST_LISTED])
+        if len(self.files) > MOST_LISTED:
+            told.append(f"and {len(self.files) - MOST_LISTED:,} more files that are not what their names say")
+        for note, count in self.understood.most_common(MOST_LISTED):
+            sign = "warning: " if note.startswith("warning: ") else ""
+            told.append(f"{sign}{count:,} records: {note.removeprefix('warning: ')}")
+        if self.unused:
+            names = [f"{name[:40]!r} ({count:,})" for name, count in self.unused.most_common(MOST_LISTED)]
+            rest = len(self.unused) - MOST_LISTED
+            told.append(f"columns not read (records): {', '.join(names)}{f' and {rest:,} more' if rest > 0 else ''}")
+        told += self.repeats.lines()
+        return [
+            f"{sign}data {self.name}: {each.removeprefix(sign)}"
+            for each in told
+            for sign in ["warning: " if each.startswith("warning: ") else ""]
+        ]
 
     def check(self, config: DataConfig) -> None:
         """Check that enough is left.
@@ -142,6 +171,7 @@ class SourceReport:
 
     def to_dict(self) -> dict[str, Any]:
         parts = {name: getattr(self, name).to_dict() for name in ("malformed", "dropped", "remarks", "scores")}
+        parts |= {"understood": dict(self.understood), "unused": dict(self.unused), "repeats": vars(self.repeats).copy()}
         return vars(self) | parts
 
 

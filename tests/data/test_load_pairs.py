@@ -119,7 +119,10 @@ def test_malformed_records_are_counted_with_their_lines(tokeniser, write):
 
 
 def test_only_the_first_places_are_named(tokeniser, write):
-    with pytest.raises(DataError, match=r"5 missing column 'chosen' \(prefs\.jsonl:1, [^ ]*:2, [^ ]*:3, \.\.\.\)"):
+    with pytest.raises(
+        DataError,
+        match=r"5 missing column 'chosen', nearest forms: .*; found 'prompt' \(prefs\.jsonl:1, [^ ]*:2, [^ ]*:3, \.\.\.\)",
+    ):
         load(tokeniser, write([{"prompt": "p"}] * 5))
 
 
