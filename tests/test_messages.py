@@ -216,3 +216,29 @@ def test_a_name_that_the_locale_cannot_express_is_no_traceback(tmp_path):
     command = [sys.executable, "-m", "raydpo.cli", "cache", "ls", str(tmp_path / "köln").encode()]
     done = subprocess.run(command, capture_output=True, env=variables, timeout=60)
     assert done.returncode == 2 and b"set PYTHONUTF8=1" in done.stderr and done.stderr.count(b"\n") == 1, done.stderr
+
+
+def test_only_what_is_required_is_named_as_required(capsys):
+    from raydpo.cli.entry import main
+
+    with pytest.raises(SystemExit):
+        main(["run"])
+    assert "the following arguments are required: CONFIG\n" in capsys.readouterr().err
+
+
+def test_a_sample_prompt_is_whole_words_with_its_roles_apart():
+    from tiny import make_tokenizer
+
+    from raydpo.pipeline.train import _readable
+    from raydpo.rundir.summary import _end, _figure
+
+    tokenizer = make_tokenizer()
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "why is the sky blue " * 20}]
+    ids = tokenizer(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))["input_ids"]
+    text = _readable(tokenizer, ids)
+    assert text.startswith("system\nBe brief.\nuser\nwhy is") and text.endswith("\nassistant")
+    words = _end(text).split()
+    assert (
+        words[0] == "..." and set(words[1:]) <= {"why", "is", "the", "sky", "blue", "assistant"} and len(_end(text)) <= 124
+    )
+    assert _figure(-0.0001) == "0.000" and _figure(-0.01) == "-0.010"

@@ -39,8 +39,8 @@ class Contradictions:
 
     def look(self, record: Mapping[str, Any], where: str) -> None:
         """Compare the scores of a record that is one pair with its order. A record without scores is not counted."""
-        for names in _columns(tuple(record)):
-            better = _better(record, names)
+        for names, sign in _columns(tuple(record)):
+            better = _better(record, names, sign)
             if better is None:
                 continue
             self.compared += 1
@@ -75,18 +75,20 @@ class Contradictions:
 
 
 @lru_cache(maxsize=1024)
-def _columns(names: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
-    """The columns to compare, the most direct first: (of chosen, of rejected), or one column of differences."""
+def _columns(names: tuple[str, ...]) -> tuple[tuple[tuple[str, ...], int], ...]:
+    """The columns to compare, the most direct first: (of chosen, of rejected), or one column of differences; and the sign of
+    what is better."""
     found = []
     words = {name: _split(name) for name in names if isinstance(name, str)}
     for name, parts in words.items():
         if "chosen" in parts and set(parts) & _WORDS and not set(parts) & _NOT_QUALITY:
             wanted = ["rejected" if part == "chosen" else part for part in parts]
-            found += [(name, other) for other, theirs in words.items() if theirs == wanted][:1]
+            sign = -1 if _LOWER_IS_BETTER & set(parts) else 1
+            found += [((name, other), sign) for other, theirs in words.items() if theirs == wanted][:1]
     for name, parts in words.items():
         known = "margin" in parts or (set(parts) & _DIFFERENCES and set(parts) & _WORDS)
         if known and not set(parts) & (_NOT_QUALITY | {"chosen", "rejected"}):
-            found.append((name,))
+            found.append(((name,), 1))
     return tuple(found)
 
 
@@ -95,15 +97,12 @@ def _split(name: str) -> list[str]:
     return re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower())
 
 
-def _better(record: Mapping[str, Any], names: tuple[str, ...]) -> float | None:
+def _better(record: Mapping[str, Any], names: tuple[str, ...], sign: int) -> float | None:
     """How much better the chosen answer is by these columns; None if they do not say."""
     values = [_number(record[name]) for name in names]
     if None in values:
         return None
-    if len(values) == 1:
-        return values[0]
-    difference = values[0] - values[1]
-    return -difference if _LOWER_IS_BETTER & set(_split(names[0])) else difference
+    return sign * (values[0] - values[1] if len(values) == 2 else values[0])
 
 
 def _number(value: Any) -> float | None:
