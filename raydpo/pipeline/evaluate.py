@@ -79,7 +79,7 @@ def evaluate(config: Config, console: Console | None = None) -> dict[str, Any]:
     read = _read_pairs(config, console) if starts_own_ray(config) else None  # bad pairs end the command before that
     with session(config):
         check_cluster(config, ["score"], console, (settings.policy, settings.base, settings.reward_model))
-        evaluation = _Evaluation.of(config, console, read or _read_pairs(config, console))
+        evaluation = _Evaluation.of(config, console, read)
         found, samples = evaluation.measure()
     evaluation.write(found, samples)
     print_evaluation(console, found)
@@ -137,7 +137,8 @@ class _Evaluation:
     trained_on: int | None
 
     @classmethod
-    def of(cls, config: Config, console: Console, read: tuple[Tokeniser, pa.Table, int | None]) -> _Evaluation:
+    def of(cls, config: Config, console: Console, read: tuple[Tokeniser, pa.Table, int | None] | None = None) -> _Evaluation:
+        """Find the models, and read the pairs unless ``read`` has them (the result of ``_read_pairs``)."""
         reference, _ = open_reference(config, "bfloat16" if bfloat16_is_faster() else "float32")
         console.say(reference_line(config, reference))
         if reference.identity.rope_length is not None:
@@ -151,7 +152,7 @@ class _Evaluation:
             console.warn(
                 f"the policy was trained against reference {against}, and is compared with {reference.identity.digest}"
             )
-        tokeniser, pairs, seen = read
+        tokeniser, pairs, seen = read or _read_pairs(config, console)
         if seen is None or config.evaluate.policy is not None:  # what another run trained on is not data.train
             seen = _trained_on(config, policy, pairs, console)
         if seen:

@@ -49,7 +49,7 @@ def make_model(directory: Path) -> None:
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     if lacking := sorted({*found.missing_keys, *found.unexpected_keys} - tied):
         raise ModelError(
-            f"the quickstart's model is not read whole from {GGUF}: {some_names(lacking)} in the file and in the architecture "
+            f"the quickstart's model is not read whole from {GGUF}: {some_names(lacking)} in the file and in the model "
             "do not match. Run: pip install 'gguf>=0.10' 'transformers>=5.17'"
         )
     model.tie_weights()
