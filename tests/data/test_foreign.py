@@ -246,6 +246,12 @@ def test_images_audio_and_video_are_refused(record):
         ("Q: ice?\nA: Frozen water.", "Q: ice?\nA: A stone.", "Q: ice?\nA:"),
         ("Q: fog?\nA: It is a dog.", "Q: fog?\nA: Air.", "Q: fog?\nA:"),
         ("Say it:\nwatermelon", "Say it:\nwaterfall", "Say it:\n"),
+        ("Human: ice?\nAssistant: Water.", "Human: ice?\nAssistant: A stone.", "Human: ice?\nAssistant:"),
+        (
+            "### Human: ice?\n### Assistant: Water.",
+            "### Human: ice?\n### Assistant: Stone.",
+            "### Human: ice?\n### Assistant:",
+        ),
         ("Q: ice? Water", "Q: ice? Water and cold", "Q: ice?"),
     ],
 )
