@@ -19,8 +19,11 @@ _TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 
 
 def are_transcripts(chosen: Any, rejected: Any) -> bool:
-    """Whether both answers are texts that begin with a turn of HH-RLHF's transcripts."""
-    return bool(isinstance(chosen, str) and isinstance(rejected, str) and _TURN.match(chosen) and _TURN.match(rejected))
+    """Whether both answers are transcripts as HH-RLHF has them: they begin with a turn and hold one of the assistant."""
+    return all(
+        isinstance(said, str) and _TURN.match(said) and ("\n\nAssistant:" in said or said.lstrip().startswith("Assistant:"))
+        for said in (chosen, rejected)
+    )
 
 
 def implicit(chosen: Any, rejected: Any, notes: Notes) -> Parts:

@@ -31,6 +31,7 @@ _RESERVED = frozenset({
     "padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask",
     "tokenizer_kwargs", "sanitize_control_tokens",
 })  # fmt: skip
+_WRITTEN = "text that is a list of messages, as JSON or Python writes it, read as messages"
 _ONE_IS_JSON = "warning: only one of chosen and rejected is JSON text of messages, so both are read as text"
 _MAY_BE_JSON = frozenset('[{" \n\r\t')
 
@@ -137,7 +138,7 @@ def _decoded(chosen: Any, rejected: Any, notes: Notes) -> tuple[Any, Any]:
         return chosen, rejected
     better, worse = from_text(chosen), from_text(rejected)
     if better is not None and worse is not None:
-        notes["JSON text read as messages"] = None
+        notes[_WRITTEN] = None
         return better, worse
     if better is not None or worse is not None:
         notes[_ONE_IS_JSON] = None
@@ -163,7 +164,7 @@ def _parts(prompt: Any, chosen: Any, rejected: Any, notes: Notes) -> Parts:
     texts = None
     chosen, rejected = _decoded(chosen, rejected, notes)
     if isinstance(prompt, str) and prompt[:1] in _MAY_BE_JSON and (said := from_text(prompt)) is not None:
-        notes["JSON text read as messages"] = None
+        notes[_WRITTEN] = None
         prompt = said
     if prompt is None:
         prompt, chosen, rejected, texts = implicit(chosen, rejected, notes)
@@ -187,7 +188,7 @@ def _parts(prompt: Any, chosen: Any, rejected: Any, notes: Notes) -> Parts:
         prompt = messages(prompt, "prompt", notes)
         if _ONE_IS_JSON in notes:  # the other is the text of an answer, so both are answers in a conversation
             del notes[_ONE_IS_JSON]
-            notes["JSON text read as messages"] = None
+            notes[_WRITTEN] = None
             chosen, rejected = (from_text(said) or said for said in (chosen, rejected))
         if prompt[-1]["role"] == "assistant":
             raise Malformed("the last message of prompt is the assistant's")

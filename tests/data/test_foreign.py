@@ -70,29 +70,32 @@ CHAT = {
     ),
     "JSON text": (
         {"prompt": json.dumps(Q), "chosen": json.dumps(GOOD), "rejected": json.dumps(BAD)},
-        "JSON text read as messages",
+        "text that is a list of messages, as JSON or Python writes it",
     ),
     "JSON text of single messages": (
         {"prompt": "q", "chosen": json.dumps(bot("good")), "rejected": json.dumps(bot("bad"))},
-        "JSON text read as messages",
+        "text that is a list of messages, as JSON or Python writes it",
     ),
     "whole conversations as JSON text": (
         {"prompt": "q", "chosen": json.dumps(Q + GOOD), "rejected": json.dumps(Q + BAD)},
-        "JSON text read as messages",
+        "text that is a list of messages, as JSON or Python writes it",
     ),
     "JSON text without a prompt": (
         {"chosen": json.dumps(Q + GOOD), "rejected": json.dumps(Q + BAD)},
-        "JSON text read as messages",
+        "text that is a list of messages, as JSON or Python writes it",
     ),
     "JSON text twice": (
         {"prompt": json.dumps(json.dumps(Q)), "chosen": json.dumps(GOOD), "rejected": json.dumps(BAD)},
-        "JSON text read as messages",
+        "text that is a list of messages, as JSON or Python writes it",
     ),
     "JSON text of one answer": (
         {"prompt": Q, "chosen": json.dumps(GOOD), "rejected": "bad"},
-        "JSON text read as messages",
+        "text that is a list of messages, as JSON or Python writes it",
     ),
-    "as Python prints it": ({"prompt": str(Q), "chosen": str(GOOD), "rejected": str(BAD)}, "JSON text read as messages"),
+    "as Python prints it": (
+        {"prompt": str(Q), "chosen": str(GOOD), "rejected": str(BAD)},
+        "text that is a list of messages, as JSON or Python writes it",
+    ),
     "JSON text of from and value": (
         {"prompt": json.dumps([human("q")]), "chosen": "good", "rejected": "bad"},
         "messages with 'from' and 'value' read as 'role' and 'content'",
@@ -246,6 +249,12 @@ def test_images_audio_and_video_are_refused(record):
         ("Q: ice?\nA: Frozen water.", "Q: ice?\nA: A stone.", "Q: ice?\nA:"),
         ("Q: fog?\nA: It is a dog.", "Q: fog?\nA: Air.", "Q: fog?\nA:"),
         ("Say it:\nwatermelon", "Say it:\nwaterfall", "Say it:\n"),
+        ("Human: ice?\nAssistant: Water.", "Human: ice?\nAssistant: A stone.", "Human: ice?\nAssistant:"),
+        (
+            "### Human: ice?\n### Assistant: Water.",
+            "### Human: ice?\n### Assistant: Stone.",
+            "### Human: ice?\n### Assistant:",
+        ),
         ("Q: ice? Water", "Q: ice? Water and cold", "Q: ice?"),
     ],
 )
