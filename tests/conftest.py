@@ -25,7 +25,6 @@ os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 os.environ.setdefault("RAY_enable_worker_prestart", "0")
 
 LONGEST = (
-    "test_soak",
     "test_jobs",
     "test_verbs",
     "test_equalities",

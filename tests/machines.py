@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -309,3 +310,29 @@ def _free_ports(count: int) -> list[int]:
         for one in sockets:
             one.bind(("127.0.0.1", 0))
         return [one.getsockname()[1] for one in sockets]
+
+
+def workers(mark: bytes) -> list[int]:
+    """Process ids of the Ray Train workers whose environment contains ``mark``. Ray names processes after actors."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if b"RayTrainWorker" in (entry / "cmdline").read_bytes() and mark in (entry / "environ").read_bytes():
+                    found.append(int(entry.name))
+            except OSError:  # it has ended
+                continue
+    return sorted(found)
+
+
+def wait_for_checkpoint(run_dir: Path, step: int, process: subprocess.Popen[str]) -> None:
+    """Return as soon as a run has a complete checkpoint of ``step`` or later. AssertionError if ``process`` ends before."""
+    deadline = time.time() + 400
+    snapshot = run_dir / "checkpoints" / "checkpoint_manager_snapshot.json"
+    while time.time() < deadline and process.poll() is None:
+        if snapshot.is_file():
+            steps = [int(found) for found in re.findall(r"step-(\d+)", snapshot.read_text())]
+            if steps and max(steps) >= step:
+                return
+        time.sleep(0.01)
+    raise AssertionError(process.communicate()[0])

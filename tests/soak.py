@@ -27,7 +27,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import yaml
 from kernel import exact
-from machines import LEAN
+from machines import LEAN, workers
 from tiny import make_model, preferences, write_preferences
 
 MARK = "RAYDPO_SOAK"
@@ -166,16 +166,7 @@ class Soak:
         return max(map(int, steps), default=0)
 
     def workers(self) -> list[int]:
-        found = []
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                try:
-                    title = (entry / "cmdline").read_bytes()
-                    if b"RayTrainWorker" in title and f"{MARK}=1".encode() in (entry / "environ").read_bytes():
-                        found.append(int(entry.name))
-                except OSError:
-                    continue
-        return sorted(found)
+        return workers(f"{MARK}=1".encode())
 
     # -- faults ----------------------------------------------------------------------------------------------------
 

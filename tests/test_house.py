@@ -219,6 +219,13 @@ def test_each_page_of_the_guide_is_short():
     )
 
 
+def test_tests_that_pages_name_exist():
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(PACKAGE / "guide").glob("*.md")]
+    named = [(page, name) for page in pages for name in re.findall(r"`(tests/[\w/.]+)`", page.read_text())]
+    assert len(named) > 10
+    shown([f"{page.name}: {name}" for page, name in named if not (ROOT / name).exists()], "path(s) that do not exist")
+
+
 def test_files_of_a_run_directory_are_named_in_one_place():
     name = re.compile(rf"(^|/)({'|'.join(map(re.escape, RUN_FILES))})$")
     assert any(file for file in PACKAGE.glob(KNOWS_RUN_FILES[0])), "no raydpo/*/directory.py that names them"

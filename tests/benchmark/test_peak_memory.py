@@ -46,6 +46,7 @@ def peaks(tmp_path_factory):
     return ours, theirs
 
 
+@pytest.mark.slow  # it measures a claim; no other test depends on it
 def test_a_cached_reference_takes_about_half_of_what_a_second_model_takes(peaks):
     ours, theirs = peaks
     for side, found in zip(("raydpo", "TRL"), peaks, strict=True):

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from command import as_a_user, raydpo
+from kernel import exact
+from machines import wait_for_checkpoint, workers
 from safetensors.torch import load_file, save_file
 from tiny import preferences, write_preferences
+
+STEPS = 20
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +41,8 @@ def place(tmp_path_factory, tiny_llama):
             "workers": 2,
             "pairs_per_step": 8,
             "lr": 1e-3,
-            "steps": 10,
-            "eval_every": 5,
+            "steps": STEPS,
+            "eval_every": 10,
             "sample_prompts": 1,
             "sample_tokens": 8,
         },
@@ -85,7 +90,7 @@ def test_run_directory(first, place):
         "report.html",
     } <= set(os.listdir(run))
     steps = pq.read_table(run / "metrics.parquet").to_pylist()
-    assert [row["step"] for row in steps] == list(range(1, 11))
+    assert [row["step"] for row in steps] == list(range(1, STEPS + 1))
     assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert {
         "loss",
@@ -102,10 +107,10 @@ def test_run_directory(first, place):
         "b/loss",
     } <= set(steps[0])
     evals = pq.read_table(run / "eval.parquet").to_pylist()
-    assert [row["step"] for row in evals] == [0, 5, 10]
+    assert [row["step"] for row in evals] == [0, 10, STEPS]
     assert evals[0]["eval_rewards/accuracies"] == 0.5
     summary = json.loads((run / "summary.json").read_text())
-    assert summary["steps"] == 10 and summary["samples"][0]["after"] is not None
+    assert summary["steps"] == STEPS and summary["samples"][0]["after"] is not None
     assert yaml.safe_load((run / "config.yaml").read_text())["train"]["beta"] == 0.1
     assert any(file.name.startswith("events.out") for file in (run / "tensorboard").iterdir())
 
@@ -132,9 +137,7 @@ def test_final_loads_without_us_and_is_the_policy(first, place):
     assert np.mean(sums) == pytest.approx(last["eval_logps/chosen"], abs=1e-3)
 
 
-def test_second_run_hits_everything_lora_saves_an_adapter_and_fresh_sets_the_earlier_run_aside(
-    first, place, tiny_llama, on_cluster
-):
+def test_a_second_run_hits_everything_and_a_filter_lora_and_fresh_do_what_they_say(first, place, tiny_llama, on_cluster):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -150,9 +153,16 @@ def test_second_run_hits_everything_lora_saves_an_adapter_and_fresh_sets_the_ear
         "train.beta=0.3",
         "train.zero=3",
         "train.workers=1",
+        "train.steps=2",
+        "data.filter=ref_margin > 0 and copy = 0",
         "--fresh",
     )
     assert result.returncode == 0, result.stdout + result.stderr
+    assert "pairs left out (a: " in result.stdout and "b: " in result.stdout, result.stdout
+    trained = int(re.search(r"training: (\d+) pairs", result.stdout)[1])
+    assert trained < int(re.search(r"pairs: (\d+) to train on", result.stdout)[1])
+    assert json.loads((old / "summary.json").read_text())["training_pairs"] == trained
+    assert f"`b.jsonl`, {trained} pairs" in (old / "final" / "README.md").read_text()
     assert (place / "runs" / "second~1" / "audit.html").read_text() == "of the old run"
     assert (old / "audit.html").stat().st_size > 10_000 and f"audit: {old}/audit.html" in result.stdout
     assert "(100% hits), 0 scored" in result.stdout
@@ -317,25 +327,31 @@ def test_filter_and_audit(first, place, on_cluster):
     assert audit["total"]["pairs"] == sum(source["pairs"] for source in audit["sources"].values())
 
 
-def test_python_api_with_a_filter(first, place, on_cluster):
+def test_python_api_and_a_killed_worker_changes_nothing(first, place, on_cluster):
+    """The same training as ``first``, from Python, ends with the same weights and metrics though a worker is killed."""
+    tokens = re.findall(r"tokens_per_batch: auto = (\d+) ", first.stdout)[-1]
     program = (
         "import raydpo\n"
         f"config = raydpo.load_config({str(place / 'config.yaml')!r},\n"
-        "    ['name=api', 'train.steps=2', 'train.workers=1', 'data.filter=ref_margin > 0 and copy = 0'])\n"
+        f"    ['name=api', 'train.tokens_per_batch={tokens}', 'train.checkpoint_every=3'])\n"
         "report = raydpo.score(config)\n"
         "assert report.hit_rate == 1.0\n"
-        "assert raydpo.train(config)['steps'] == 2\n"
         "cache = raydpo.ReferenceCache.open(config.cache_uri)\n"
         "assert cache.lookup([b'x' * 16])['tokens'].to_pylist() == [0]\n"
+        f"assert raydpo.train(config)['steps'] == {STEPS}\n"
     )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    assert "pairs left out (a: " in result.stdout and "b: " in result.stdout, result.stdout
-    trained = int(re.search(r"training: (\d+) pairs", result.stdout)[1])
-    assert trained < int(re.search(r"pairs: (\d+) to train on", result.stdout)[1])
-    run = place / "runs" / "api"
-    assert json.loads((run / "summary.json").read_text())["training_pairs"] == trained
-    assert f"`b.jsonl`, {trained} pairs" in (run / "final" / "README.md").read_text()
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=place
+    )
+    run, undisturbed = (place / "runs" / name for name in ("api", "first"))
+    wait_for_checkpoint(run, 3, process)
+    os.kill(workers(b"test_verbs.py")[-1], signal.SIGKILL)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0 and "workers were restarted; continuing after step" in output, output
+    for file in ("metrics.parquet", "eval.parquet"):
+        assert exact(pq.read_table(run / file).to_pylist()) == exact(pq.read_table(undisturbed / file).to_pylist())
+    ours, theirs = (load_file(each / "final" / "model.safetensors") for each in (run, undisturbed))
+    assert ours.keys() == theirs.keys() and all(ours[key].equal(theirs[key]) for key in ours)
 
 
 def test_the_audit_of_an_earlier_run_stays_its_own(first, place, on_cluster):

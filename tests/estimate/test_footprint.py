@@ -69,8 +69,8 @@ def compare(settings, workers, models, scratch, monkeypatch):
 
 
 def test_the_default_modes(models, tmp_path, monkeypatch):
-    """ZeRO 2 with a model of mostly layers and one of mostly vocabulary; adapters, where activations dominate."""
-    compare([("deep", {}), ("wide", {}), ("deep", {"tokens": 512, "lora": LORA})], 1, models, tmp_path, monkeypatch)
+    """ZeRO 2 with a model of mostly layers; adapters, where activations dominate."""
+    compare([("deep", {}), ("deep", {"tokens": 512, "lora": LORA})], 1, models, tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
@@ -80,7 +80,7 @@ def test_two_ranks(models, tmp_path, monkeypatch):
 
 SLOW = {
     "ZeRO on one rank": (1, [("deep", {"train": {"zero": zero}}) for zero in (0, 1, 3)]),
-    "ZeRO with a vocabulary": (1, [("wide", {"train": {"zero": zero}}) for zero in (0, 3)]),
+    "ZeRO with a vocabulary": (1, [("wide", {"train": {"zero": zero}}) for zero in (0, 2, 3)]),
     "ZeRO on two ranks": (2, [("deep", {"train": {"zero": zero}}) for zero in (0, 1, 2)]),
     "activations": (1, [("deep", {"tokens": 1024, "micro_batches": 1}), ("deep", {"tokens": 1024, "lora": LORA})]),
     "a vocabulary on two ranks": (2, [("wide", {}), ("wide", {"train": {"zero": 3}})]),

@@ -21,7 +21,6 @@ from test_wins import make_classifier
 from tiny import make_model, preferences, write_preferences
 
 import raydpo
-from raydpo.cluster.session import session
 from raydpo.config import load_config
 from raydpo.data.split import held_out, prompt_digest
 from raydpo.errors import CacheMissError, ConfigError
@@ -62,38 +61,34 @@ def stored(place):
     return {file.name: file.stat().st_mtime_ns for file in (place / "runs" / "cache").rglob("*.parquet")}
 
 
-def test_evaluation(place, tiny_llama, on_cluster, monkeypatch):
-    monkeypatch.chdir(place)
-    with session(load_config(place / "config.yaml")):  # one for both evaluations
-        nothing_learned(place, tiny_llama)
-        with serving(longer) as server:
-            judged(place, server)
-
-
-def nothing_learned(place, tiny_llama):
-    """A policy that is the reference has learned nothing, exactly."""
+@pytest.mark.slow  # a second whole evaluation takes a minute
+def test_a_policy_that_is_the_reference_has_learned_nothing_exactly(place, tiny_llama, on_cluster):
+    own = place / "runs" / "run" / "evaluation.json"
+    before = own.read_bytes() if own.exists() else None
     same, _ = evaluated(place, f"evaluate.policy={tiny_llama}", "evaluate.exact_steps=false")
     total = same["preferences"]["total"]
     assert total["accuracy"]["value"] == 0.5 and total["margin"] == {"value": 0.0, "low": 0.0, "high": 0.0}
     assert same["drift"]["kl"] == {"value": 0.0, "low": 0.0, "high": 0.0} and same["drift"]["rao_blackwell"] is None
     for mode in same["generation"]["modes"].values():
         assert mode["policy"] == mode["reference"] and mode["length_growth"] == {"value": 0.0, "low": 0.0, "high": 0.0}
-    assert (place / "runs" / "run" / f"evaluation-{tiny_llama.name}.json").is_file()
-    assert not (place / "runs" / "run" / "evaluation.json").exists(), "another model is not this run"
+    assert own.with_name(f"evaluation-{tiny_llama.name}.json").is_file()
+    assert (own.read_bytes() if own.exists() else None) == before, "another model is not this run"
 
 
-def judged(place, server):
+def test_evaluation(place, on_cluster, monkeypatch):
     """This run's own adapter, with judges."""
-    judges = ("evaluate.score_with=my_scores:length", f"evaluate.judge={{url: '{server.url}', model: tiny}}")
-    found, said = evaluated(place, *judges)
-    asked = len(server.requests)
-    assert asked > 0
-    before = stored(place)
+    monkeypatch.chdir(place)
+    with serving(longer) as server:
+        judges = ("evaluate.score_with=my_scores:length", f"evaluate.judge={{url: '{server.url}', model: tiny}}")
+        found, said = evaluated(place, *judges)
+        asked = len(server.requests)
+        assert asked > 0
+        before = stored(place)
 
-    # The same command prints the same figures as JSON, and does nothing.
-    again = command.raydpo("eval", "config.yaml", *judges, "--json", cwd=place)
-    assert again.returncode == 0, again.stderr
-    assert json.loads(again.stdout) == found and len(server.requests) == asked and stored(place) == before
+        # The same command prints the same figures as JSON, and does nothing.
+        again = command.raydpo("eval", "config.yaml", *judges, "--json", cwd=place)
+        assert again.returncode == 0, again.stderr
+        assert json.loads(again.stdout) == found and len(server.requests) == asked and stored(place) == before
     check_figures(place, found, said)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -20,7 +21,7 @@ from raydpo.reference.part import KEY_TYPE, digest_is_sound, encode_part, ragged
 from raydpo.reference.store import PARTS, ReferenceCache
 from raydpo.storage import files as storage_module
 
-EXAMPLES, STEPS = 30, 40
+STEPS = 40
 MODULES = [compact_module, store_module, storage_module]
 steps_taken = [0]
 
@@ -162,12 +163,13 @@ class History(RuleBasedStateMachine):
                 assert (0 if row is None else len(row)) >= self.lengths.get(one, 0), f"completion {one} is lost"
 
 
-def test_random_histories():
+@pytest.mark.parametrize("examples", [12, pytest.param(60, marks=pytest.mark.slow)])
+def test_random_histories(examples):
     steps_taken[0] = 0
     history = History.TestCase
     # Without shrinking: a failure prints its history, and shrinking one of forked processes takes minutes.
     history.settings = settings(
-        max_examples=EXAMPLES,
+        max_examples=examples,
         stateful_step_count=STEPS,
         deadline=None,
         database=None,
@@ -175,4 +177,4 @@ def test_random_histories():
         phases=[Phase.generate],
     )
     history().runTest()
-    assert steps_taken[0] >= 500, steps_taken
+    assert steps_taken[0] >= examples * STEPS // 3, steps_taken

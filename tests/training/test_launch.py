@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from kernel import exact
+from machines import wait_for_checkpoint, workers
 from tiny import preferences, write_preferences
 
 from raydpo.training.launch.board import Mailbox
@@ -63,21 +64,6 @@ def undisturbed(job):
     return result.stdout
 
 
-def workers_of(driver: str) -> list[int]:
-    """Process ids of the Ray Train workers whose environment contains this mark (Ray names processes after actors)."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                title = (entry / "cmdline").read_bytes().decode(errors="replace")
-                environment = (entry / "environ").read_bytes()
-            except OSError:
-                continue
-            if "RayTrainWorker" in title and f"RAYDPO_TEST_DRIVER={driver}".encode() in environment:
-                found.append(int(entry.name))
-    return found
-
-
 def same(job, name):
     import torch
 
@@ -87,26 +73,14 @@ def same(job, name):
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-def wait_for_checkpoint(job, name, step, process):
-    deadline = time.time() + 400
-    snapshot = job / "runs" / name / "checkpoints" / "checkpoint_manager_snapshot.json"
-    while time.time() < deadline and process.poll() is None:
-        if snapshot.is_file():
-            steps = [int(found) for found in re.findall(r"step-(\d+)", snapshot.read_text())]
-            if steps and max(steps) >= step:
-                return
-        time.sleep(0.01)
-    raise AssertionError(process.communicate()[0])
-
-
 @pytest.mark.slow  # the short soak has this fault, too
 def test_a_killed_worker_changes_nothing(job, undisturbed):
     environment = os.environ | {"RAYDPO_TEST_DRIVER": "w"}
     process = subprocess.Popen(
         command(job, "train", "worker-killed"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
     )
-    wait_for_checkpoint(job, "worker-killed", 7, process)
-    victims = workers_of("w")
+    wait_for_checkpoint(job / "runs" / "worker-killed", 7, process)
+    victims = workers(b"RAYDPO_TEST_DRIVER=w")
     assert len(victims) == 2
     os.kill(victims[1], signal.SIGKILL)
     output = process.communicate(timeout=300)[0]
@@ -120,7 +94,7 @@ def test_a_killed_driver_is_continued_by_the_same_command(job, undisturbed):
     process = subprocess.Popen(
         command(job, "train", "driver-killed"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    wait_for_checkpoint(job, "driver-killed", 7, process)
+    wait_for_checkpoint(job / "runs" / "driver-killed", 7, process)
     process.kill()
     process.communicate()
     changed = subprocess.run(
@@ -146,8 +120,8 @@ def test_a_worker_out_of_memory_is_started_again(job, undisturbed):
         text=True,
         env=os.environ | {"RAYDPO_TEST_DRIVER": "m"},
     )
-    wait_for_checkpoint(job, "starved", 7, process)
-    for worker in workers_of("m"):
+    wait_for_checkpoint(job / "runs" / "starved", 7, process)
+    for worker in workers(b"RAYDPO_TEST_DRIVER=m"):
         taken = int(re.search(r"VmSize:\s+(\d+)", Path(f"/proc/{worker}/status").read_text())[1]) * 1024
         resource.prlimit(worker, resource.RLIMIT_AS, (taken + 2**20, resource.RLIM_INFINITY))
     output = process.communicate(timeout=300)[0]
@@ -279,7 +253,7 @@ def test_sigterm_then_one_worker_with_the_best_checkpoint_kept(job):
     process = subprocess.Popen(
         command(job, "run", "terminated", *more), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    wait_for_checkpoint(job, "terminated", 10, process)
+    wait_for_checkpoint(job / "runs" / "terminated", 10, process)
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 130, output
