@@ -156,7 +156,7 @@ class Remarks:
 
     def loss(self, pairs: int) -> str:
         """What the chat template leaves out, in words."""
-        return f"the chat template leaves out texts of {self.lost:,} of {pairs:,} pairs: {self.cases(LOST)}"
+        return f"the chat template leaves out or changes texts of {self.lost:,} of {pairs:,} pairs: {self.cases(LOST)}"
 
     def remedy(self) -> str:
         """What to do about it, in words."""

@@ -47,6 +47,7 @@ _EMPTY_THOUGHT = re.compile(
     + rf"|\A\s*(?:{'|'.join(map(re.escape, _CLOSERS))})"  # opened at the end of the prompt
 )
 _MOST_SIGNS = 4
+_TAIL = 40
 _CUT = "\x00"
 """Stands where a text was found, so that no other is found there again."""
 _REMEDIES = {
@@ -173,7 +174,7 @@ class RenderingCheck:
         lost = left_out(region, wanted, more)
         if lost and len(lost) >= sum(len(_pieces(one)) for one in wanted):
             what = ", ".join(dict.fromkeys(one.what for one in lost))
-            raise Malformed(f"the chat template leaves out all of {side} ({what}); {remedy(lost[0].what)}")
+            raise Malformed(f"the chat template leaves out or changes all of {side} ({what}); {remedy(lost[0].what)}")
         last = max((turn for turn, message in enumerate(messages) if message["role"] == "assistant"), default=0)
         for one in lost:
             earlier = one.what == remarks.THOUGHTS and one.turn < last
@@ -182,10 +183,11 @@ class RenderingCheck:
         if _EMPTY_THOUGHT.search(region) and not any(_EMPTY_THOUGHT.search(text) for text in texts):
             found.append(Remark(remarks.EMPTY_THOUGHT, side))
         self._check_thoughts(side, texts, whole, start, found)
-        # What follows the last text. Where that is written otherwise, a few characters must do.
         place = whole.rfind(texts[-1], start) if texts else -1
-        tail = whole[place + len(texts[-1]) :] if place >= 0 else whole[-40:]
-        self._check_end(tail, texts[-1] if place >= 0 else "", found)
+        if place >= 0:
+            self._check_end(whole[place + len(texts[-1]) :], texts[-1], found)
+        else:  # the last text is written otherwise: its end may be among the last characters
+            self._check_end(whole[max(start, len(whole) - _TAIL) :], None, found)
 
     def _check_spelling(self, part: str, texts: Iterable[str], found: list[Remark]) -> None:
         for text in texts:
@@ -203,14 +205,24 @@ class RenderingCheck:
                         found.append(Remark(remarks.NO_THOUGHT_BEGINS, side, closer))
                     return
 
-    def _check_end(self, tail: str, last: str, found: list[Remark]) -> None:
-        """Note a rendering that ends without a special token, or with two EOS; ``tail`` is what follows the last text."""
+    def _check_end(self, tail: str, last: str | None, found: list[Remark]) -> None:
+        """Note a rendering that ends without a special token, or with two EOS.
+
+        Args:
+            tail: what follows the text ``last``; None if the tail may begin within the last text.
+        """
         if not any(token in tail for token in self._ends):
             found.append(Remark(remarks.NO_END, "", tail))
-        elif self._eos and tail.count(self._eos) + last.rstrip().endswith(self._eos) > 1:
+        elif self._eos and self._ends_twice(tail, last):
             found.append(Remark(remarks.EOS_TWICE, "", tail))
-        elif len(self._sound_tails) < 1000:
+        elif last is not None and len(self._sound_tails) < 1000:
             self._sound_tails.add(tail)
+
+    def _ends_twice(self, tail: str, last: str | None) -> bool:
+        if last is not None:
+            return tail.count(self._eos) + last.rstrip().endswith(self._eos) > 1
+        before = tail.rstrip().removesuffix(self._eos)
+        return tail.rstrip() != before and before.rstrip().endswith(self._eos)
 
 
 # -- texts that must be there ---------------------------------------------------------------------------------------------

@@ -148,11 +148,9 @@ class ChatTemplate:
         if role not in self._content:
             as_text = self._shown(role, f"{_ONE} {_TWO}")
             as_parts = self._shown(role, [{"type": "text", "text": _ONE}, {"type": "text", "text": _TWO}])
-            # A template that takes text only prints the list as Python or JSON does.
-            printed = any(as_parts.count(word) > as_text.count(word) for word in ("'text'", '"text"'))
-            if as_parts and not printed:
+            if as_parts and not _printed(as_parts, as_text):
                 self._content[role] = "parts"
-            elif not as_text and self._shown(role, [{"type": "text", "text": f"{_ONE} {_TWO}"}]):
+            elif not as_text and _reads(self._shown(role, [{"type": "text", "text": f"{_ONE} {_TWO}"}])):
                 self._content[role] = "part"
             else:
                 self._content[role] = "text" if as_text else None
@@ -194,6 +192,15 @@ class ChatTemplate:
                 if _TWO in (text := self._tried(messages, tools=tools)):
                     return text
         return ""
+
+
+def _printed(rendered: str, as_text: str = "") -> bool:
+    """Whether a template that takes text only has printed a list of parts as Python or JSON does."""
+    return any(rendered.count(word) > as_text.count(word) for word in ("'text'", '"text"'))
+
+
+def _reads(rendered: str) -> bool:
+    return bool(rendered) and not _printed(rendered)
 
 
 def _around(role: str, user: Message) -> tuple[list[Message], list[Message]]:

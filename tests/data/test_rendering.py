@@ -124,13 +124,13 @@ def test_what_is_left_out_is_an_error_and_a_warning_if_allowed(write, name):
     template, bad = LEFT_OUT[name]
     good = record([user("Hello?")], answer("a c"), answer("b c"))
     with pytest.raises(
-        DataError, match=r"the chat template leaves out (texts of 1 of 5|all of).*set data\.chat_template to"
+        DataError, match=r"the chat template leaves out or changes (texts of 1 of 5|all of).*set data\.chat_template to"
     ):
         lines_of(write, template, bad, *[good] * 4)
-    if "the chat template leaves out all" not in (reason := str(noted_of(template, bad))):
+    if "leaves out or changes all" not in (reason := str(noted_of(template, bad))):
         lines, sets = lines_of(write, template, bad, *[good] * 4, max_lost=0.2)
         (line,) = (line for line in lines if "leaves out" in line)
-        assert line.startswith("warning: data prefs: the chat template leaves out texts of 1 of 5 pairs: 1 ")
+        assert line.startswith("warning: data prefs: the chat template leaves out or changes texts of 1 of 5 pairs: 1 ")
         assert "prefs.jsonl:1" in line and len(line) < 2000
         assert name not in reason
         if " (" in name:
@@ -156,7 +156,7 @@ def noted_of(template, bad):
 def test_an_answer_of_which_nothing_is_left_is_malformed(write):
     template = CALLS.replace("message.tool_calls", "none")
     with pytest.raises(
-        DataError, match=r"leaves out all of chosen \(tool calls\); set data\.chat_template to one that writes"
+        DataError, match=r"leaves out or changes all of chosen \(tool calls\); set data\.chat_template to one that writes"
     ):
         lines_of(write, template, record(PROMPT, calling(), answer("b")), max_lost=1.0)
 
@@ -234,6 +234,8 @@ def test_eos_twice():
     )
     assert ("EOS twice", "chosen") in noted(None, "the sky", " is</s>\n</s>", " was")[1]
     assert noted(None, "the sky", " is</s>", " was")[1] == set()
+    on_one_line = CHAT_TEMPLATE.replace("message.content", "message.content | replace('\n', ' ')")
+    assert noted(on_one_line, [user("q")], answer("one\ntwo"), answer("b"))[1] == set()
 
 
 def test_bos_twice_or_missing(write):

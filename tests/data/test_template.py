@@ -151,3 +151,12 @@ def test_pinning_changes_nothing_else():
         tokenizer = tokenizer_for(template)
         rendered = Tokeniser(tokenizer, date.today()).template.render([user("q")])
         assert rendered == tokenizer.apply_chat_template([user("q")], tokenize=False)
+
+
+def test_a_template_that_cuts_content_is_not_taken_for_one_that_reads_parts():
+    cut = EACH + "{{ message.content[:10] }}</s>\n{% endfor %}" + GENERATE
+    tokeniser = Tokeniser(tokenizer_for(cut))
+    ((pair, found),) = tokeniser.encode_noted([Preference([user("q")], answer("Frozen water."), answer("b"))])
+    assert isinstance(pair, Malformed) and "leaves out or changes all of chosen" in str(pair) and not found
+    ((pair, _),) = tokeniser.encode_noted([Preference([user("q")], answer("Frozen."), answer("b"))])
+    assert tokeniser.tokenizer.decode(pair.chosen) == "Frozen.</s>\n"
