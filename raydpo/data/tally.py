@@ -9,8 +9,8 @@ from typing import Any
 
 from raydpo.config import DataConfig
 from raydpo.data.remarks import PROMPT_END, Remarks
-from raydpo.data.scores import Contradictions
 from raydpo.data.repeats import Repeats
+from raydpo.data.scores import Contradictions
 from raydpo.errors import DataError
 
 __all__ = ["DataReport", "Faults", "SourceReport"]
