@@ -2,7 +2,11 @@
 
 The message is one complete sentence for the user: what was found, what was expected, how to fix it. Ray workers raise these
 exceptions and the driver prints them, so they must survive pickling: each class takes one positional argument, the message.
+
+A message never exceeds ``MOST_BYTES``: the base class shortens a longer one with ``bounded``.
 """
+
+import re
 
 __all__ = [
     "CacheError",
@@ -15,15 +19,25 @@ __all__ = [
     "ModelError",
     "RaydpoError",
     "TrainError",
+    "bounded",
     "exit_status",
     "one_line",
+    "reason",
 ]
+
+MOST_BYTES = 1900
+"""Largest size of a message. With what the terminal puts before and after it, it stays below 2 kB."""
+MOST_LINES = 10
+"""Number of lines of a message that are kept."""
+_END_BYTES = 600
+"""Bytes that are kept of the end of a message that is too long: there is the fix."""
 
 
 class RaydpoError(Exception):
     """Base class of all errors that raydpo explains to its user."""
 
     def __init__(self, message: str) -> None:
+        message = bounded(message)
         super().__init__(message)
         self.message = message
 
@@ -77,6 +91,42 @@ def exit_status(error: BaseException) -> int:
     return 2 if isinstance(error, (ConfigError, DataError)) else 1
 
 
+def bounded(text: str, most: int = MOST_BYTES) -> str:
+    """``text`` in at most ``most`` bytes of UTF-8 and ``MOST_LINES`` lines; a last line counts those that are left out.
+
+    Beginning and end are kept, since a message begins with what was found and ends with the fix.
+    """
+    lines = text.splitlines()
+    if len(lines) > MOST_LINES + 1:
+        text = "\n".join([*lines[:MOST_LINES], f"... and {len(lines) - MOST_LINES:,} more"])
+    if len(text) * 4 <= most or len(data := text.encode("utf-8", "backslashreplace")) <= most:
+        return text
+    end = min(_END_BYTES, most // 3)
+    first, last = (
+        part.decode("utf-8", "ignore") for part in (data[: most - end - len(" ... (1,000,000 bytes) ... ")], data[-end:])
+    )
+    # Cut between words, so that no half of a URI is left with a secret that is not recognised.
+    first = first[: max(first.rfind(" "), len(first) - end)].rstrip()
+    last = last[min(last.find(" ") % len(last), end // 2) :].lstrip()
+    return f"{first} ... ({len(data) - len(first.encode()) - len(last.encode()):,} bytes) ... {last}"
+
+
 def one_line(error: object, most: int | None = None) -> str:
     """The text of ``error`` on one line, at most ``most`` characters of it."""
     return " ".join(str(error).split())[:most]
+
+
+_ALWAYS_LONG = re.compile(r"(Model type should be one of|, or one of the following `model_type` keys in its) .*")
+"""Sentences of transformers that list all its classes."""
+_NO_HELP = re.compile(r" ?For details look at the (above report!|`CONVERSION` entries of .*)")
+"""A sentence of transformers about lines that only a worker's log has."""
+
+
+def reason(error: BaseException, most: int = 300) -> str:
+    """What an exception of a library says, on one line of at most ``most`` characters, and its type in parentheses.
+
+    Sentences that list the classes of a library, or point to output elsewhere, are left out.
+    """
+    text = _NO_HELP.sub("", _ALWAYS_LONG.sub("", one_line(error))).strip()
+    text = text if len(text) <= most else f"{text[: most - 4].rsplit(' ', 1)[0]} ..."
+    return f"{text or 'no details'} ({type(error).__name__})"

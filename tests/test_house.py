@@ -31,6 +31,7 @@ RUN_FILES = (
     "samples.parquet",
     "summary.json",
     "sweep.json",
+    "training-pairs.parquet",
 )
 """Names of files of a run directory. ``config.yaml`` is not among them: a user's own file has that name, too."""
 KNOWS_RUN_FILES = ("*/directory.py", "submit/package.py")
@@ -199,6 +200,33 @@ def test_no_docstring_begins_with_of():
             ):
                 problems.append(f"{file.relative_to(ROOT)}:{node.lineno}: {node.value.value.strip().splitlines()[0]}")
     shown(problems, "docstring(s) that do not begin with what the thing is or does")
+
+
+def unencoded(tree: ast.AST) -> Iterator[int]:
+    """Lines that open a text file in the encoding of the machine's locale."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call) or any(keyword.arg in ("encoding", None) for keyword in node.keywords):
+            continue
+        method = isinstance(node.func, ast.Attribute)
+        name = node.func.attr if method else getattr(node.func, "id", "")
+        mode = next((key.value for key in node.keywords if key.arg == "mode"), (*node.args, None, None)[1])
+        binary = isinstance(mode, ast.Constant) and "b" in str(mode.value)
+        text_of_path = method and ((name == "read_text" and not node.args) or (name == "write_text" and len(node.args) == 1))
+        if text_of_path or (not binary and (name == "fdopen" or (name == "open" and not method))):
+            yield node.lineno
+
+
+def test_every_text_file_is_opened_as_utf_8():
+    """On a machine with another locale, a file would otherwise be written or read in another encoding."""
+    shown(
+        [
+            f"{file.relative_to(ROOT)}:{line}: no encoding="
+            for place in (PACKAGE, ROOT / "jobs")
+            for file in place.rglob("*.py")
+            for line in unencoded(ast.parse(file.read_text(encoding="utf-8")))
+        ],
+        "text file(s) opened in the encoding of the locale",
+    )
 
 
 def test_the_readme_is_short_and_begins_with_a_command():

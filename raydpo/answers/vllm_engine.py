@@ -75,5 +75,5 @@ def open_vllm(
 
 def _rank(adapter: str) -> int:
     """Return the smallest rank that vLLM supports and that is at least the adapter's."""
-    rank = json.loads((Path(adapter) / "adapter_config.json").read_text())["r"]
+    rank = json.loads((Path(adapter) / "adapter_config.json").read_text(encoding="utf-8"))["r"]
     return next(size for size in (8, 16, 32, 64, 128, 256, 320, 512, rank) if size >= rank)

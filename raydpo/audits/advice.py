@@ -18,6 +18,8 @@ LENGTH_RULE_STRONG = 0.6
 FAR_SURPRISE = 3.0
 """Median surprise of the chosen answers, nats a token, above which fine-tuning first is advised. An instruct model's own
 answers are below 1; human text that it can follow is between 1.5 and 2.5."""
+FEWEST_SURPRISED = 50
+"""Smallest number of scored pairs at which fine-tuning first is advised: fewer are a trial of the tools, not data."""
 SOME = 0.01
 """Smallest share of pairs at which a fault is mentioned."""
 NOT_MUCH_TO_LEARN = 0.9
@@ -55,7 +57,7 @@ def _advice(figures: dict[str, Any], objective: ObjectiveConfig) -> Iterator[Fin
             f"train: {{loss: sigmoid_norm, beta: {objective.beta_per_token(tokens)}}}" if strong else None,
         )
     chosen = surprise["chosen"]
-    if chosen and chosen["median"] > FAR_SURPRISE:
+    if chosen and chosen["median"] > FAR_SURPRISE and pairs - figures["not_scored"] >= FEWEST_SURPRISED:
         perplexity = surprise["chosen_perplexity"]
         yield Finding(
             "Fine-tune on the chosen answers first",

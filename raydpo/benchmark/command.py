@@ -161,7 +161,7 @@ def _run(args: argparse.Namespace, console: Console) -> None:
             if args.json is not None:  # after each workload: the next may run out of memory
                 found = record | ({"results": points} if args.synthetic else points[0])
                 Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-                Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
+                Path(args.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if args.json is not None:
         console.say(f"written: {args.json}")
     wrong = [f"{point['workload']['name']}: {problem}" for point in points for problem in point["problems"][:1]]
@@ -274,7 +274,7 @@ def _device_name(device: str) -> str:
         import torch
 
         return torch.cuda.get_device_name()
-    with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo") as lines:
+    with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return platform.processor() or platform.machine()
 

@@ -208,7 +208,7 @@ def side(work: Callable[[Job, torch.device], Result]) -> int:
 
     from raydpo.model.budget import used_memory
 
-    job, out = Job(**json.loads(Path(sys.argv[1]).read_text())), Path(sys.argv[2])
+    job, out = Job(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))), Path(sys.argv[2])
     if job.threads is not None:
         torch.set_num_threads(job.threads)
     device = torch.device(job.device)
@@ -216,11 +216,11 @@ def side(work: Callable[[Job, torch.device], Result]) -> int:
     try:
         result = work(job, device)
     except errors.RaydpoError as error:
-        out.write_text(json.dumps({"error": type(error).__name__, "message": error.message}))
+        out.write_text(json.dumps({"error": type(error).__name__, "message": error.message}), encoding="utf-8")
         return errors.exit_status(error)
     result.start_bytes = start_bytes
     result.facts |= {"threads": torch.get_num_threads()}
-    out.write_text(json.dumps(dataclasses.asdict(result)))
+    out.write_text(json.dumps(dataclasses.asdict(result)), encoding="utf-8")
     return 0
 
 
@@ -235,7 +235,7 @@ def start(module: str, job: Job) -> Result:
     """
     work = Path(job.work)
     asked, out, log = (work / f"{job.name}.{ending}" for ending in ("job.json", "json", "log"))
-    asked.write_text(json.dumps(dataclasses.asdict(job)))
+    asked.write_text(json.dumps(dataclasses.asdict(job)), encoding="utf-8")
     out.unlink(missing_ok=True)
     paths = [str(Path(errors.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     threads = {} if job.threads is None else {"OMP_NUM_THREADS": str(job.threads)}
@@ -254,11 +254,12 @@ def start(module: str, job: Job) -> Result:
             stderr=sink,
             env=environment,
         ).returncode
-    found = json.loads(out.read_text()) if out.is_file() else {}
+    found = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
     if "error" in found:
         raise getattr(errors, found["error"])(found["message"])
     if status or not found:
-        words = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()][-LOG_LINES:]
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        words = [line.strip() for line in lines if line.strip()][-LOG_LINES:]
         raise TrainError(
             f"the process of {module} ({job.stage}) ended with status {status}: {' | '.join(words)[-600:]} (log: {log})"
         )

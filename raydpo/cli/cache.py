@@ -78,7 +78,7 @@ def add_cache_verbs(cache: argparse.ArgumentParser) -> None:
     imports.add_argument("--rejected", metavar="COLUMN", help="column of the rejected completions' sums")
     imports.add_argument("--means", action="store_true", help="the columns hold means over tokens, not sums")
     for verb in (export, imports):
-        verb.add_argument("overrides", nargs="*", metavar="key.sub=value")
+        verb.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value")
 
 
 def with_json(act: Act) -> Act:

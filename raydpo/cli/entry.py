@@ -12,7 +12,7 @@ from raydpo.cli.cache import add_cache_verbs, with_json
 from raydpo.cli.configured import load_training_pairs, quietly
 from raydpo.errors import ConfigError, TrainError
 from raydpo.submit.command import add_jobs, add_submit, as_submit
-from raydpo.terminal.console import Console
+from raydpo.terminal.console import Console, never_fail_to_print
 from raydpo.terminal.guard import guarded
 from raydpo.version import __version__
 
@@ -24,6 +24,7 @@ __all__ = ["job", "main", "parsed"]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit status."""
+    never_fail_to_print()
     args = parsed(argv)
     return guarded(lambda console: args.act(args, console))
 
@@ -63,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     def configured(name: str, act: Callable[[argparse.Namespace, Console], None], about: str) -> argparse.ArgumentParser:
         verb = add(name, act, about)
         verb.add_argument("config", metavar="CONFIG", help="YAML file of the run")
-        verb.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace those of the file")
+        verb.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value", help="settings instead of the file's")
         return verb
 
     configured("score", _score, "score the pairs with the reference, once, and store the log-probs")
@@ -100,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     add_jobs(verbs.add_parser("jobs", help="list, follow or stop the jobs of a Ray cluster"))
     add("doctor", _doctor, "show versions, devices, compiler and Ray cluster of this machine")
     quickstart = add("quickstart", _quickstart, "train a small model on the preference pairs that raydpo ships")
-    quickstart.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    quickstart.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value")
     return parser
 
 
@@ -155,7 +156,8 @@ def _show(args: argparse.Namespace, console: Console) -> None:
     config = _config(args)
     from raydpo.data.show import render_pairs
 
-    sets, tokeniser = load_training_pairs(config)
+    with console.quiet():
+        sets, tokeniser = load_training_pairs(config)
     for line in sets.report.lines():
         console.say(line)
     for renderable in render_pairs(sets.train, tokeniser, args.count):
@@ -182,8 +184,8 @@ def _plan(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     config = _config(args)
     from raydpo.estimate.display import plan_run, print_plan
 
-    sets, _ = load_training_pairs(config)
     with console.quiet():
+        sets, _ = load_training_pairs(config)
         asked = ("measure", "device", "mfu_score", "mfu_train", "workers", "price", "runs", "memory")
         plan = plan_run(config, sets, **{name: getattr(args, name) for name in asked})
     for line in sets.report.lines():

@@ -109,7 +109,7 @@ def check_nodes(config: Config, stages: Sequence[Stage], console: Console, model
         problems += _problems(_named(others[node]), answer, names, gpus.get(node, 0))
     if problems:
         raise ConfigError("\n".join(problems))
-    console.note(f"cluster: {len(others) + 1} nodes, with the same packages and storage")
+    console.say(f"cluster: {len(others) + 1} nodes, with the same packages and storage")
 
 
 def _gpus() -> float:

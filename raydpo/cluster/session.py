@@ -19,6 +19,7 @@ WORKER_ENV = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # otherwise relative paths change their meaning
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "PYTHONUTF8": "1",  # libraries open files in the encoding of the locale, which may be ASCII
 }
 OBJECT_STORE_BYTES = 1 << 30
 """Object store of a local Ray. Token ids and log-probs are small; Ray's default, 30 % of memory, is left to the models."""

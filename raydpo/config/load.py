@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from raydpo.config.data import COMPRESSION_SUFFIXES, DATA_SUFFIXES
+from raydpo.config.data import DATA_SUFFIXES, bare_suffix
 from raydpo.config.filter import PairFilter
 from raydpo.config.run import Config
 from raydpo.errors import ConfigError, one_line
@@ -269,9 +270,7 @@ def _all_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
 
 
 def _is_data_file(path: str) -> bool:
-    for suffix in COMPRESSION_SUFFIXES:
-        path = path.removesuffix(suffix)
-    return path.endswith(DATA_SUFFIXES)
+    return bare_suffix(path).endswith(DATA_SUFFIXES)
 
 
 def named_inputs(config: Config) -> list[tuple[str, str, bool]]:
@@ -312,6 +311,14 @@ def _check_paths(config: Config, elsewhere: bool) -> None:
         if is_uri(value) or Path(value).exists():
             if is_model and Path(value).is_file():
                 problems.append(f"{key!r} is {shown(value)}, a file; expected a directory with config.json and safetensors")
+            elif not is_uri(value) and not Path(value).is_file() and not Path(value).is_dir():
+                problems.append(
+                    f"{key!r} is {shown(value)}, a pipe or a device; expected a file or directory, since it is read more "
+                    "than once. Write its content to a file"
+                )
+            continue
+        if Path(value).is_symlink():
+            problems.append(f"{key!r} is {shown(value)}, a link to {os.readlink(value)!r}, which is not there")
             continue
         if is_hub_name(value) and "/" in value and not Path(value).parent.is_dir():
             continue

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from raydpo.errors import ModelError
+from raydpo.errors import FilesError, reason
 from raydpo.model.cost import ModelCost, first
 
 __all__ = ["Anatomy", "Weight", "model_cost"]
@@ -84,7 +84,7 @@ class Anatomy:
         """Read from a directory with a config.json.
 
         Raises:
-            ModelError: if there is no config.json, or it does not describe a causal language model.
+            FilesError: if there is no config.json, or it does not describe a causal language model.
         """
         from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -93,7 +93,7 @@ class Anatomy:
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-            raise ModelError(f"cannot tell the sizes of the model in {directory}: {' '.join(str(error).split())}") from None
+            raise FilesError(f"cannot tell the sizes of the model in {directory}: {reason(error)}") from None
         return cls.of_model(model)
 
     @classmethod

@@ -170,9 +170,9 @@ def _adapters(model: ModelConfig) -> tuple[int, bool, str | tuple[str, ...]]:
     if model.adapter is None:
         return 0, False, ()
     try:
-        settings = json.loads((Path(model.adapter) / "adapter_config.json").read_text())
+        settings = json.loads((Path(model.adapter) / "adapter_config.json").read_text(encoding="utf-8"))
         return settings["r"], settings.get("use_dora", False), settings["target_modules"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"model.adapter {model.adapter!r} has no adapter_config.json with its rank (r) and "
             f"target_modules, which the memory depends on: {error}"

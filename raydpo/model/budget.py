@@ -104,7 +104,7 @@ def used_memory(device: torch.device) -> float:
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     try:
-        found = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+        found = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))
     except OSError:
         return 0.0
     return float(found[1]) * 1024 if found else 0.0
@@ -117,7 +117,7 @@ def reset_peak_memory(device: torch.device) -> None:
         return
     # Resets the process's high-water mark. Where the system does not allow it, the mark only grows.
     with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def _peak(run: Callable[[int], object], tokens: int, device: torch.device) -> float:
@@ -139,7 +139,7 @@ def free_memory(device: torch.device, share: float = 1.0) -> float:
     meminfo = Path("/proc/meminfo")
     if not meminfo.is_file():
         return float(2**33) * share
-    found = re.search(r"MemAvailable:\s+(\d+)", meminfo.read_text())
+    found = re.search(r"MemAvailable:\s+(\d+)", meminfo.read_text(encoding="utf-8"))
     return min(float(found[1]) * 1024, _cgroup_free()) * share if found else float(2**33) * share
 
 
@@ -148,7 +148,7 @@ def _cgroup_free() -> float:
     for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
         try:
             root = Path("/sys/fs/cgroup")
-            return float((root / limit).read_text()) - float((root / used).read_text())
+            return float((root / limit).read_text(encoding="utf-8")) - float((root / used).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue  # another version of control groups, or no limit
     return float("inf")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from raydpo.data.shapes import PositionCost
-from raydpo.errors import ModelError
+from raydpo.errors import FilesError
 from raydpo.model.files import model_files, read_header
 
 __all__ = ["ModelCost", "first"]
@@ -38,7 +38,7 @@ class ModelCost:
         """Read config.json and the headers of the safetensors files in a Hugging Face model directory.
 
         Raises:
-            ModelError: if the directory lacks either.
+            FilesError: if the directory lacks either.
         """
         files = model_files(directory)
         tensors: dict[str, Any] = {}
@@ -53,7 +53,7 @@ class ModelCost:
     def of_sizes(cls, sizes: dict[str, int], config: dict[str, Any]) -> ModelCost:
         """Make it from the number of values of each tensor and the entries of config.json."""
         hidden = first(config.get, "hidden_size", "n_embd", "d_model")
-        vocabulary = config["vocab_size"]
+        vocabulary = first(config.get, "vocab_size")
         heads = first(config.get, "num_attention_heads", "n_head", "n_heads")
         tables = sum(size for name, size in sizes.items() if any(part in name for part in _TABLES))
         experts = sum(size for name, size in sizes.items() if ".experts." in name)
@@ -101,11 +101,14 @@ def first(read: Callable[[str], Any], *names: str, default: int | None = None) -
     """The first of ``names`` that ``read`` gives as an integer, else ``default``.
 
     Raises:
-        ModelError: if there is neither.
+        FilesError: if there is neither.
     """
     for name in names:
         if isinstance(value := read(name), int):
             return value
     if default is None:
-        raise ModelError(f"config.json has none of {', '.join(names)}, which raydpo needs to know the model's size")
+        raise FilesError(
+            f"config.json has {'none of ' if len(names) > 1 else 'no '}{', '.join(names)}, which raydpo needs to know the "
+            "model's size; is this a causal language model?"
+        )
     return default

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from raydpo.errors import ModelError
+from raydpo.errors import ModelError, reason
 from raydpo.model.files import model_files
 from raydpo.model.rotary import fix_rotary
 from raydpo.model.weights import load_adapter, refuse_foreign_head, refuse_gaps
@@ -90,7 +90,7 @@ def load_causal_lm(
         if isinstance(error, ModelError) or (isinstance(error, RuntimeError) and not _of_weights(error)):
             raise
         what = f"{path!r} with adapter {adapter!r}" if adapter else repr(path)
-        raise ModelError(f"cannot load the model {what}: {' '.join(str(error).split())}") from error
+        raise ModelError(f"cannot load the model {what}: {reason(error)}") from error
     for module in model.modules():  # modules may have a probability that is not in the configuration
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -177,7 +177,7 @@ def add_lora(model: nn.Module, lora: LoraSettings, seed: int) -> nn.Module:
         return fuse_adapters(get_peft_model(model, config))
     except ValueError as error:
         raise ModelError(
-            f"model.lora.target_modules {lora.target_modules!r} does not fit this model: {' '.join(str(error).split())}"
+            f"model.lora.target_modules {lora.target_modules!r} does not fit this model: {reason(error)}"
         ) from error
 
 
@@ -193,5 +193,5 @@ def dropout_settings(config: dict[str, Any]) -> dict[str, float]:
 def restore_dropout(config_file: Path, original: dict[str, float]) -> None:
     """Write the original dropout probabilities back to a saved config.json; training only turned them off."""
     if original:
-        tree = json.loads(config_file.read_text())
-        config_file.write_text(json.dumps(tree | original, indent=2, sort_keys=True) + "\n")
+        tree = json.loads(config_file.read_text(encoding="utf-8"))
+        config_file.write_text(json.dumps(tree | original, indent=2, sort_keys=True) + "\n", encoding="utf-8")

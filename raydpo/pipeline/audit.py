@@ -11,8 +11,9 @@ from raydpo.errors import ConfigError
 from raydpo.pipeline.checks import check
 from raydpo.pipeline.prepare import Prepared
 from raydpo.reference.pairs import reference_values
-from raydpo.rundir.directory import AUDIT_PAGE, RUN, RunDirectory
-from raydpo.rundir.fingerprint import changed_settings
+from raydpo.rundir.directory import AUDIT_PAGE, RUN
+from raydpo.rundir.earlier import changes_since
+from raydpo.rundir.fingerprint import TRAINING_PAIRS
 from raydpo.storage.files import Storage
 from raydpo.terminal.console import Console
 from raydpo.version import __version__
@@ -75,9 +76,8 @@ def _refuse_other_pairs(storage: Storage, prepared: Prepared) -> None:
     """Refuse to replace the audit of a run by that of other pairs, or of another reference."""
     if not storage.exists(RUN):
         return
-    both = RunDirectory(storage).fingerprint(), prepared.fingerprint()
-    compared = ("data.train (pairs)", "reference identity")
-    changes = changed_settings(*({key: each.get(key) for key in compared} for each in both))
+    compared = (TRAINING_PAIRS, "reference identity")
+    changes = changes_since(storage, prepared.fingerprint(), prepared.sets.train, compared)
     if changes:
         raise ConfigError(
             f"{storage} is a run of other pairs or another reference ({'; '.join(changes)}), and its audit is "

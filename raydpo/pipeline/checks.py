@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from raydpo.config import Config, SourceConfig, Verb, check_verb
-from raydpo.data.pairs import held_out_source
+from raydpo.config import Config, SourceConfig, Verb, check_verb, source_name
+from raydpo.data.pairs import HELD_OUT, check_first_records, held_out_source
 from raydpo.data.records import read_records
 from raydpo.data.tokenise import load_tokenizer
 from raydpo.errors import ConfigError, FilesError, ModelError
+from raydpo.evaluation.prompts import reading
 from raydpo.losses import Objective
 from raydpo.model.files import check_tokenizer_files
 from raydpo.model.weights import check_weights
@@ -71,17 +72,20 @@ def _check_reference(config: Config) -> None:
 
 
 def _check_data(configs: Sequence[Config], verb: Verb) -> None:
-    """Read the first record of each local source of pairs."""
-    sources: dict[str, SourceConfig] = {}
+    """Read the first records of each local source of pairs."""
+    sources: dict[str, tuple[SourceConfig, str, Config]] = {}
     for config in configs:
         evaluated, train = config.evaluate.data or (), config.data.train
         own_file = config.data.eval is not None and config.data.eval.path is not None
         held_out = (held_out_source(config.data),) if own_file else ()
         for source in (evaluated or held_out or train) if verb == "eval" else (*train, *held_out):
-            sources[source.model_dump_json()] = source
-    for source in sources.values():
-        if Path(source.path).exists():
-            next(read_records(source))
+            name = HELD_OUT if source in held_out else source_name(source)
+            numbers = (config.data.weight_column, config.data.margin_column)
+            sources[f"{source.model_dump_json()} {numbers}"] = source, name, config
+    for source, name, config in sources.values():
+        if Path(source.path).exists():  # not on the hub or at a URI
+            reader = reading(config.evaluate) if verb == "eval" else read_records
+            check_first_records(source, name, config.data, reader)
 
 
 def _check_models(configs: Sequence[Config], console: Console, *, policy: bool) -> None:

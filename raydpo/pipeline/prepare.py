@@ -31,6 +31,7 @@ from raydpo.model.rotary import ROTARY, rope_line
 from raydpo.reference.identity import ReferenceIdentity, earlier_identity, identify, resolve_model
 from raydpo.reference.score import ReferenceSpec
 from raydpo.reference.store import ReferenceCache
+from raydpo.rundir.fingerprint import TRAINING_PAIRS
 from raydpo.terminal.console import Console
 
 __all__ = [
@@ -187,7 +188,7 @@ class Prepared:
                 "model.dtype": self.dtype,
                 "model.lora": lora,
                 "reference identity": self.reference.identity.digest if config.needs_reference else None,
-                "data.train (pairs)": self.pairs_digest(),
+                TRAINING_PAIRS: self.pairs_digest(),
                 "data.shuffle": config.data.shuffle,
             }
             | ({ROTARY: policy.rope_length} if policy.rope_length else {})
@@ -201,7 +202,8 @@ def open_tokeniser(config: Config) -> Tokeniser:
     """Load the tokenizer of a configuration, with its chat template."""
     directory, template = resolve_model(config.model.tokenizer or config.model.path), config.data.chat_template
     check_tokenizer_files(directory)
-    return Tokeniser(load_tokenizer(directory, chat_template=template, trust_remote_code=config.model.trust_remote_code))
+    tokenizer = load_tokenizer(directory, chat_template=template, trust_remote_code=config.model.trust_remote_code)
+    return Tokeniser(tokenizer, config.data.template_date)
 
 
 def limits_of(config: Config, *more: str) -> dict[str, ModelLimits]:

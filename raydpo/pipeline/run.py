@@ -33,7 +33,7 @@ def run(config: Config, console: Console | None = None, *, fresh: bool = False) 
             storage = Storage(config.run_dir)
             if fresh:
                 begin_again(storage, console)
-            if finished_summary(storage, prepared.fingerprint()) is not None:
+            if finished_summary(storage, prepared.fingerprint(), prepared.sets.train) is not None:
                 return train_prepared(prepared, console)
             built = score_prepared(prepared, console)
             return train_prepared(prepared, console, built.hit_rate if built.wanted else None)

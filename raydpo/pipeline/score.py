@@ -78,7 +78,7 @@ def fill_cache(
             cache,
             resources,
             progress=progress,
-            note=console.note,
+            note=console.say,
             tokens_per_batch=config.score.tokens_per_batch,
             tokens_per_part=config.score.tokens_per_part,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +18,10 @@ from raydpo.pipeline.prepare import Prepared, Tokenised, measured_pairs, wait_fo
 from raydpo.reference.pairs import join_reference
 from raydpo.reports.write import write_report_or_warn
 from raydpo.rundir.card import model_card
-from raydpo.rundir.directory import CONFIG, EVAL, METRICS, RUN, SUMMARY
+from raydpo.rundir.directory import CONFIG, EVAL, METRICS, PAIRS, RUN, SUMMARY
 from raydpo.rundir.display import TrainingDisplay
 from raydpo.rundir.earlier import begin_again, finished_summary, neutral_changes
+from raydpo.rundir.pairs import pairs_record
 from raydpo.rundir.records import finite, read_rows
 from raydpo.rundir.summary import print_summary
 from raydpo.storage.files import Storage
@@ -114,7 +116,7 @@ def _begin_run(prepared: Prepared, job: TrainJob, console: Console) -> None:
     config, storage = prepared.config, Storage(prepared.config.run_dir)
     storage.probe()
     for line in neutral_changes(storage, config):
-        console.note(line)
+        console.say(line)
     if config.train.merge_adapter and config.model.quantization:
         console.warn(
             f"train.merge_adapter merges into the unquantized weights of {config.model.path}, but training uses "
@@ -123,6 +125,7 @@ def _begin_run(prepared: Prepared, job: TrainJob, console: Console) -> None:
         )
     storage.write(CONFIG, config.to_yaml().encode())
     described = {"fingerprint": dict(job.fingerprint), "held_out": measured_pairs(prepared.sets.eval)}
+    storage.write(PAIRS, pairs_record(prepared.sets.train))
     storage.write(RUN, json.dumps(described, indent=2).encode())
 
 
@@ -175,7 +178,7 @@ def train_prepared(
         ConfigError: if a run of this name has other settings.
     """
     config, storage = prepared.config, Storage(prepared.config.run_dir)
-    summary = finished_summary(storage, prepared.fingerprint())
+    summary = finished_summary(storage, prepared.fingerprint(), prepared.sets.train)
     if summary is not None:
         console.say(f"run {config.run_name} is already complete: {redact(config.run_dir)} (--fresh trains it again)")
     else:
@@ -216,7 +219,15 @@ def _sample_prompts(prepared: Prepared) -> tuple[tuple[str, Any], ...]:
     count = prepared.config.train.sample_prompts
     table = prepared.sets.eval if prepared.sets.eval is not None else prepared.sets.train
     distinct = dict.fromkeys(tuple(ids) for ids in table["prompt_ids"].slice(0, 8 * count).to_pylist())
-    return tuple((prepared.tokeniser.tokenizer.decode(ids, skip_special_tokens=True), ids) for ids in list(distinct)[:count])
+    return tuple((_readable(prepared.tokeniser.tokenizer, ids), ids) for ids in list(distinct)[:count])
+
+
+def _readable(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The text of a prompt, with a line break in place of special tokens: without any, roles and words would join."""
+    text = tokenizer.decode(ids, skip_special_tokens=False)
+    for token in sorted(tokenizer.all_special_tokens, key=len, reverse=True):
+        text = text.replace(token, "\n")
+    return "\n".join(filter(None, map(str.strip, text.split("\n"))))
 
 
 def _summarise(

@@ -25,7 +25,7 @@ def quickstart_config(overrides: Sequence[str], console: Console) -> Config:
     """
     import yaml
 
-    tree = yaml.safe_load((HERE / "config.yaml").read_text())
+    tree = yaml.safe_load((HERE / "config.yaml").read_text(encoding="utf-8"))
     tree["data"]["train"] = [{"path": str(PREFERENCES), "name": "list-or-paragraph"}]
     model = Path(tree["model"]["path"])
     if not (model / "config.json").is_file():

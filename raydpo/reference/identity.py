@@ -342,14 +342,14 @@ def _file_tensors(file: Path) -> dict[str, str]:
     stamp = [str(file.resolve()), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, "finite"]
     memo = local_home() / "digests" / f"{hashlib.sha256(json.dumps(stamp).encode()).hexdigest()}.json"
     try:
-        return json.loads(memo.read_text())
+        return json.loads(memo.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
         pass
     tensors = _hash_tensors(file)
     try:
         memo.parent.mkdir(parents=True, exist_ok=True)
         temporary = memo.with_suffix(f".{uuid.uuid4().hex}")
-        temporary.write_text(json.dumps(tensors))
+        temporary.write_text(json.dumps(tensors), encoding="utf-8")
         os.replace(temporary, memo)
     except OSError:
         pass  # without a writable home, files are hashed again next time

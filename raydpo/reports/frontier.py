@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raydpo.config import ObjectiveConfig
-from raydpo.data.interval import Z95, share_error
+from raydpo.data.interval import Z95, share, share_error
 from raydpo.pages.plot import BAD, GOOD, INK, PALE, Picture, figure, svg
 from raydpo.reports.tables import setting
 from raydpo.rundir.read import SweepRecord, TrialRecord, length_growth
@@ -42,6 +42,7 @@ class Point:
         done: whether the training is complete.
         beta: beta of the last evaluation; None if unknown.
         accuracy, error: held-out accuracy and its standard error.
+        low: lower bound of its 95 % interval (Wilson's, which holds for few pairs, too).
         margin: held-out reward margin divided by beta, in ``unit``: nats, or nats a token for a loss per token.
         kl: drift measured on the policy's own answers, nats a token.
         moved: substitute for ``kl``: change of the log-prob per token of held-out answers, nats, mean of both sides.
@@ -58,6 +59,7 @@ class Point:
     beta: float | None
     accuracy: float | None
     error: float | None
+    low: float | None
     margin: float | None
     kl: float | None
     moved: float | None
@@ -111,7 +113,7 @@ def points_of(sweep: SweepRecord) -> list[Point]:
 def _point(mark: str, trial: TrialRecord) -> Point:
     evaluation, scores, done = trial.evaluation or {}, trial.eval, trial.status == "done"
     total = (evaluation.get("preferences") or {}).get("total") or {}
-    accuracy, error = _accuracy(trial, total.get("accuracy") or {})
+    accuracy, error, low = _accuracy(trial, total.get("accuracy") or {})
     objective = trial.run.objective if trial.run else None
     beta = _last_beta(trial.settings.get("train.beta") if objective is None else objective.model_dump()["beta"], done)
     margin = scores.get("rewards/margins", (total.get("margin") or {}).get("value"))
@@ -124,6 +126,7 @@ def _point(mark: str, trial: TrialRecord) -> Point:
         beta,
         accuracy,
         error,
+        low,
         margin / beta if margin is not None and beta else None,
         ((evaluation.get("drift") or {}).get("kl_per_token") or {}).get("value"),
         None if None in sides else sum(abs(side) for side in sides) / 2,
@@ -137,15 +140,20 @@ def _point(mark: str, trial: TrialRecord) -> Point:
     )
 
 
-def _accuracy(trial: TrialRecord, evaluated: dict[str, float | None]) -> tuple[float | None, float | None]:
-    """Return the held-out accuracy and its standard error, from the last evaluation in training or from ``raydpo eval``."""
+def _accuracy(trial: TrialRecord, evaluated: dict[str, float | None]) -> tuple[float | None, ...]:
+    """Return the held-out accuracy, its standard error and the lower bound of its interval.
+
+    They come from the last evaluation in training, or else from ``raydpo eval``.
+    """
     accuracy = trial.eval.get("rewards/accuracies")
     if accuracy is None:
         value, low, high = (evaluated.get(key) for key in ("value", "low", "high"))
-        return value, None if low is None else (high - low) / (2 * Z95)
+        return value, None if low is None else (high - low) / (2 * Z95), low
     # Pairs of one prompt are not independent; newer evaluations store the effective number.
     pairs = trial.eval.get("effective_pairs") or ((trial.run and trial.run.summary) or {}).get("held_out_pairs")
-    return accuracy, share_error(accuracy, pairs) if pairs else None
+    if not pairs:
+        return accuracy, None, None
+    return accuracy, share_error(accuracy, pairs), share(accuracy * pairs, pairs)["low"]
 
 
 def _last_beta(beta: Any, done: bool) -> float | None:
@@ -245,7 +253,7 @@ def recommend(points: Sequence[Point], drift: Axis) -> Recommendation:
             "pairs in all of them: a separate file (data.eval.path) that no setting of section data changes. Or make two "
             "sweeps."
         )
-    learnt = [point for point in known if point.accuracy - 0.5 > Z95 * point.error]
+    learnt = [point for point in known if point.low > 0.5]
     if not learnt:
         return Recommendation(
             f"No trial is better than a coin by more than chance: the best held-out accuracy is {first.accuracy:.3f} "

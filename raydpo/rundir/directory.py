@@ -23,6 +23,7 @@ __all__ = [
     "EVALUATION",
     "FINAL",
     "METRICS",
+    "PAIRS",
     "REPORT",
     "RUN",
     "SUMMARY",
@@ -35,6 +36,8 @@ CONFIG = "config.yaml"
 """The resolved configuration."""
 RUN = "run.json"
 """Written before the first step: the settings that decide the result, and the digest of the held-out pairs."""
+PAIRS = "training-pairs.parquet"
+"""Written with run.json: what identifies each training pair, see ``rundir.pairs``. Earlier versions did not write it."""
 METRICS = "metrics.parquet"
 """One row per step."""
 EVAL = "eval.parquet"

@@ -54,8 +54,8 @@ class TrainingDisplay:
     def _evaluated(self, row: dict[str, float]) -> None:
         self.console.say(
             f"  held out, step {int(row['step'])}: loss {row['eval_loss']:.4f}, accuracy "
-            f"{row['eval_rewards/accuracies']:.3f}, margin {row['eval_rewards/margins']:.3f}"
+            f"{row['eval_rewards/accuracies']:.3f}, margin {row['eval_rewards/margins']:z.3f}"
         )
 
     def _note(self, line: str) -> None:
-        self.console.note(line)
+        self.console.say(line)

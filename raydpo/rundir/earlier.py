@@ -6,38 +6,59 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import yaml
 
 from raydpo.config import Config
 from raydpo.errors import ConfigError
 from raydpo.rundir.directory import BEGUN_BY, CONFIG, RUN, RunDirectory
-from raydpo.rundir.fingerprint import changed_settings, flatten_settings
+from raydpo.rundir.fingerprint import TRAINING_PAIRS, changed_settings, flatten_settings
+from raydpo.rundir.pairs import changed_pairs
 from raydpo.storage.files import Storage
 from raydpo.terminal.console import Console
 
-__all__ = ["begin_again", "finished_summary", "neutral_changes"]
+__all__ = ["begin_again", "changes_since", "finished_summary", "neutral_changes"]
 
 
-def finished_summary(storage: Storage, fingerprint: dict[str, Any]) -> dict[str, Any] | None:
+def finished_summary(storage: Storage, fingerprint: dict[str, Any], pairs: pa.Table) -> dict[str, Any] | None:
     """The summary of a finished run in this directory; None if there is no run, or it was interrupted.
+
+    Args:
+        pairs: the training pairs, rows of ``data.pairs.PAIR_SCHEMA``.
 
     Raises:
         ConfigError: if the run there would have another result; names the settings that differ.
     """
     if not storage.exists(RUN):
         return None
-    earlier = RunDirectory(storage).fingerprint()
-    changes = changed_settings(earlier, fingerprint)
+    changes = changes_since(storage, fingerprint, pairs)
     if changes:
         raise ConfigError(
             f"{storage} is a run with other settings ({'; '.join(changes)}). Give this one another name "
             "(name=...), or start again with --fresh, which renames the old one"
         )
     return RunDirectory(storage).summary()
+
+
+def changes_since(
+    storage: Storage, fingerprint: dict[str, Any], pairs: pa.Table, only: Collection[str] | None = None
+) -> list[str]:
+    """How the settings and pairs of a run differ from those of the run in ``storage``; empty if they do not.
+
+    Args:
+        only: keys of the fingerprint to compare; None = all.
+    """
+    both = [
+        {key: value for key, value in each.items() if only is None or key in only}
+        for each in (RunDirectory(storage).fingerprint() or {}, fingerprint)
+    ]
+    differ = both[0].get(TRAINING_PAIRS) != both[1].get(TRAINING_PAIRS)
+    words = {TRAINING_PAIRS: f"data.train: {changed_pairs(storage, pairs)}"} if differ else {}
+    return changed_settings(*both, words)
 
 
 def neutral_changes(storage: Storage, config: Config) -> Iterator[str]:

@@ -53,7 +53,10 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
 def _end(prompt: str) -> str:
     """The end of a prompt on one line. Its start, the system prompt, is often the same for all."""
     line = one_line(prompt)
-    return line if len(line) <= PROMPT_CHARACTERS else f"... {line[-PROMPT_CHARACTERS:]}"
+    if len(line) <= PROMPT_CHARACTERS:
+        return line
+    end = line[-PROMPT_CHARACTERS:]
+    return f"... {end.partition(' ')[2] or end}"
 
 
 def _loss(value: float | None) -> str:
@@ -61,4 +64,4 @@ def _loss(value: float | None) -> str:
 
 
 def _figure(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.3f}" if abs(value) < 100 else f"{value:.1f}"
+    return "not finite" if value is None else f"{value:z.3f}" if abs(value) < 100 else f"{value:.1f}"

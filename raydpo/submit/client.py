@@ -270,7 +270,7 @@ def _has_token() -> bool:
     """Whether Ray would find a token."""
     path = os.environ.get("RAY_AUTH_TOKEN_PATH")
     file = Path(path) if path else Path.home() / ".ray" / "auth_token"
-    return bool(os.environ.get("RAY_AUTH_TOKEN") or (file.is_file() and file.read_text().strip()))
+    return bool(os.environ.get("RAY_AUTH_TOKEN") or (file.is_file() and file.read_text(encoding="utf-8").strip()))
 
 
 def _without_client() -> ConfigError:

@@ -83,8 +83,8 @@ class Ledger:
             entry.read()
             self._write()
 
-    def best(self) -> TrialStatus | None:
-        """Return the trial with the best ``sweep.metric`` among those that are done."""
+    def best(self) -> list[TrialStatus]:
+        """Return the trial with the best ``sweep.metric`` among those that are done; several if they are equal."""
         metric = self.config.sweep.metric
         scores = {
             name: entry.eval[metric]
@@ -92,8 +92,9 @@ class Ledger:
             if entry.status == "done" and entry.eval and metric in entry.eval
         }
         if not scores or not self.same_pairs:
-            return None
-        return self.entries[best_first(scores, lower_is_better=lower_is_better(metric))[0]]
+            return []
+        first = scores[best_first(scores, lower_is_better=lower_is_better(metric))[0]]
+        return [self.entries[name] for name, score in scores.items() if score == first]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of sweep.json."""

@@ -44,6 +44,9 @@ from raydpo.training.launch.board import start_mailbox
 
 __all__ = ["sweep"]
 
+MOST_NAMED = 5
+"""Number of equally good trials that are named."""
+
 
 def sweep(config: Config, console: Console | None = None, *, fresh: bool = False) -> dict[str, Any]:
     """Train every trial of ``config.sweep`` against one cache.
@@ -77,7 +80,7 @@ def sweep(config: Config, console: Console | None = None, *, fresh: bool = False
         check_cluster(config, ["score", "train"], console)
         prepared = _prepare(trials, tokenised, console)
         for one in prepared.values():  # refuse trials whose earlier run had other settings
-            finished_summary(Storage(one.config.run_dir), one.fingerprint())
+            finished_summary(Storage(one.config.run_dir), one.fingerprint(), one.sets.train)
         same_pairs = _on_same_pairs(config, prepared, console)
         at_once = trials_at_once(config, trials)
         storage.probe()
@@ -90,9 +93,11 @@ def sweep(config: Config, console: Console | None = None, *, fresh: bool = False
         with SweepTable(console, ledger) as table:
             _Sweep(prepared, shared, ledger, table, at_once).run()
     best, metric = ledger.best(), config.sweep.metric
-    if best is not None:
+    if best:
         which = "lowest" if lower_is_better(metric) else "highest"
-        console.say(f"{which} {metric}: {best.trial.name} ({best.eval[metric]:.4f})")
+        names = ", ".join(entry.trial.name for entry in best[:MOST_NAMED])
+        more = f" and {len(best) - MOST_NAMED} more" if len(best) > MOST_NAMED else ""
+        console.say(f"{which} {metric}: {names}{more} ({best[0].eval[metric]:z.4f})")
     _say_which_to_take(storage, console)
     console.say(f"sweep: {storage}/{SWEEP}")
     write_report_or_warn(config.run_dir, console)

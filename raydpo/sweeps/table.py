@@ -45,7 +45,7 @@ class SweepTable:
 
     def say(self, line: str) -> None:
         with self._lock:
-            self.console.note(line)
+            self.console.say(line)
 
     def hear(self, name: str, kind: str, content: Any) -> None:
         """Show an event of one trial, see ``training.board.Listener``."""
@@ -70,11 +70,11 @@ class SweepTable:
         )
 
     def _figures(self, row: Mapping[str, float]) -> str:
-        return ", ".join(f"{LABELS.get(key, key)} {row[key]:.3f}" for key in self._columns if key in row)
+        return ", ".join(f"{LABELS.get(key, key)} {row[key]:z.3f}" for key in self._columns if key in row)
 
     def render(self) -> Table:
         best = self.ledger.best()
-        told = "" if best is None else f"; * has the best {self.ledger.config.sweep.metric} so far"
+        told = "" if not best else f"; * has the best {self.ledger.config.sweep.metric} so far"
         table = Table(title=f"sweep {self.ledger.config.run_name}{told}", title_justify="left")
         table.add_column("trial", overflow="fold")
         table.add_column("status")
@@ -85,10 +85,10 @@ class SweepTable:
             evals = (entry.eval or {}) | row
             # Text objects, since printing a line without markup above the table also turns off markup in it.
             table.add_row(
-                Text(f"{name} *", "bold") if entry is best else name,
+                Text(f"{name} *", "bold") if entry in best else name,
                 Text(entry.status, STYLES.get(entry.status, "")),
                 f"{int(row.get('step', entry.steps)):,}",
-                *(f"{evals[key]:.3f}" if key in evals else "" for key in self._columns),
+                *(f"{evals[key]:z.3f}" if key in evals else "" for key in self._columns),
                 f"{entry.seconds:,.0f}",
             )
         return table

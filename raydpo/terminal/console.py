@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, TextIO, TypeGuard
+
+from raydpo.errors import bounded
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
     from rich.progress import Progress
 
-__all__ = ["Console", "ProgressLine", "plain_text"]
+__all__ = ["Console", "ProgressLine", "never_fail_to_print", "plain_text"]
 
 FILE_WIDTH = 200
 """Columns of a table when the output is not a terminal. rich would assume 80."""
@@ -43,19 +46,15 @@ class Console:
         self.__dict__.pop("rich", None)
 
     def say(self, line: str) -> None:
-        """Print a line."""
-        self.rich.print(line, markup=False)
-
-    def note(self, line: str) -> None:
-        """Print a line that a worker sent: as a warning if it begins with ``warning: ``."""
+        """Print a line: as a warning, shortened if it is very long, if it begins with ``warning: ``."""
         if line.startswith("warning: "):
             self.warn(line.removeprefix("warning: "))
         else:
-            self.say(line)
+            self.rich.print(line, markup=False)
 
     def warn(self, line: str) -> None:
-        """Print a line as a warning."""
-        self.rich.print(f"warning: {line}", markup=False, style="yellow")
+        """Print a line as a warning, shortened if it is very long."""
+        self.rich.print(f"warning: {bounded(line)}", markup=False, style="yellow")
 
     def print(self, renderable: object) -> None:
         """Print a rich renderable."""
@@ -104,19 +103,25 @@ class Console:
     def noise_to(self, log: Path) -> Iterator[None]:
         """Within the block, send everything except this console's own output from standard output and error to ``log``.
 
-        File descriptors are redirected, which includes Ray's C++ threads and child processes.
+        File descriptors are redirected, which includes Ray's C++ threads and child processes. The log is UTF-8, whatever
+        the encoding of the terminal is.
         """
         log.parent.mkdir(parents=True, exist_ok=True)
         sys.stdout.flush()
         sys.stderr.flush()
         saved = [os.dup(1), os.dup(2)]
+        encodings = [
+            (stream, stream.encoding, stream.errors) for stream in (sys.stdout, sys.stderr) if _is_text_file(stream)
+        ]
         before = ours = self.stream
         if before is sys.stdout:  # a console on another stream keeps it
-            ours = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8", errors="replace")
+            ours = os.fdopen(os.dup(1), "w", buffering=1, encoding=before.encoding, errors="backslashreplace")
             self._use(ours)
         with open(log, "ab") as sink:
             os.dup2(sink.fileno(), 1)
             os.dup2(sink.fileno(), 2)
+        for stream, *_ in encodings:
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
         try:
             yield
         finally:
@@ -125,6 +130,8 @@ class Console:
             for descriptor, original in zip((1, 2), saved, strict=True):
                 os.dup2(original, descriptor)
                 os.close(original)
+            for stream, encoding, errors in encodings:
+                stream.reconfigure(encoding=encoding, errors=errors)
             ours.flush()
             if ours is not before:
                 self._use(before)
@@ -177,6 +184,17 @@ def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _is_text_file(stream: TextIO | None) -> TypeGuard[io.TextIOWrapper]:
+    return isinstance(stream, io.TextIOWrapper)
+
+
+def never_fail_to_print() -> None:
+    """Let standard output and error escape what their encoding cannot express, such as an accent on an ASCII terminal."""
+    for stream in (sys.stdout, sys.stderr):
+        if _is_text_file(stream):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def plain_text(text: str) -> str:

@@ -180,11 +180,16 @@ def test_a_loss_per_token_has_a_beta_of_its_own():
 
 
 def test_the_perplexity_is_of_what_is_told_beside_it():
-    table = frame([0, 0, 0], [0, 0, 0]).with_columns(
-        ref_chosen_per_token=pl.Series([-4.0, -4.0, -1.0]), ref_chosen_logps=pl.Series([-200.0, -200.0, -50.0])
-    )
-    (told,) = [one.found for one in advise(figures(table)) if one.title.startswith("Fine-tune")]
-    assert "4.00 nats a token in the median, and 3.00 over all their tokens (perplexity 20)" in told
+
+    def told(times):
+        table = frame([0] * 3 * times, [0] * 3 * times).with_columns(
+            ref_chosen_per_token=pl.Series([-4.0, -4.0, -1.0] * times),
+            ref_chosen_logps=pl.Series([-200.0, -200.0, -50.0] * times),
+        )
+        return "".join(one.found for one in advise(figures(table)) if one.title.startswith("Fine-tune"))
+
+    assert told(16) == "", "an example of few pairs is no reason to fine-tune"
+    assert "4.00 nats a token in the median, and 3.00 over all their tokens (perplexity 20)" in told(17)
 
 
 def records(count, longer):

@@ -28,7 +28,10 @@ def read(directory):
 
 
 def point(number, accuracy, drift, error=0.02, beta=None):
-    return Point(f"trial-{number}", f"t{number}", f"beta {beta}", True, beta, accuracy, error, None, None, drift, None, None)
+    low = None if accuracy is None else accuracy - Z95 * error
+    return Point(
+        f"trial-{number}", f"t{number}", f"beta {beta}", True, beta, accuracy, error, low, None, None, drift, None, None
+    )
 
 
 DRIFT = Axis("drift", lambda one: one.moved)
@@ -98,6 +101,21 @@ def test_all_right_of_twenty_is_no_certainty(tmp_path):
     assert taken.point.name == "near" and points_of(read(tmp_path))[0].error == pytest.approx(share_error(1.0, 20))
 
 
+@pytest.mark.parametrize(("held_out", "learnt"), [(1, False), (3, False), (4, True), (40, True)])
+def test_a_few_pairs_prove_nothing(held_out, learnt, tmp_path):
+    """Both trials rank all held-out pairs right. A coin does that with one pair in every second trial, with three in
+    every eighth."""
+    trials = made_trials(
+        tmp_path, {name: ({"train.lr": lr}, {"lr": lr, "held_out": held_out}) for name, lr in (("a", 1e-5), ("b", 1e-6))}
+    )
+    for trial in trials:
+        trial["eval"] |= {"eval_rewards/accuracies": 1.0}
+    write_sweep(tmp_path, trials)
+    taken = recommendation_of(read(tmp_path))
+    assert (taken.point is not None) == learnt, taken.reason
+    assert learnt or "No trial is better than a coin by more than chance" in taken.reason
+
+
 def test_pairs_that_share_prompts_count_as_fewer(tmp_path):
     trials = made_trials(tmp_path, {"a": ({"train.lr": 1e-6}, {"lr": 1e-6}), "b": ({"train.lr": 1e-5}, {"lr": 1e-5})})
     trials[1]["eval"] |= {"eval_effective_pairs": 100.0}
@@ -143,7 +161,22 @@ def test_drift_by_other_settings_of_the_evaluation_is_not_on_one_axis(tmp_path):
 def test_without_log_probs_the_trials_that_are_measured_alike_compare():
     """No held-out pairs while training: evaluations of evaluate.data alone."""
     points = [
-        Point(f"trial-{number}", f"t{number}", "", True, 0.1, accuracy, 0.02, None, kl, None, None, None, protocol=protocol)
+        Point(
+            f"trial-{number}",
+            f"t{number}",
+            "",
+            True,
+            0.1,
+            accuracy,
+            0.02,
+            accuracy - 0.04,
+            None,
+            kl,
+            None,
+            None,
+            None,
+            protocol=protocol,
+        )
         for number, (accuracy, kl, protocol) in enumerate(
             [(0.8, 0.3, "a"), (0.79, 0.1, "a"), (0.79, 0.01, "b"), (0.7, None, None)]
         )

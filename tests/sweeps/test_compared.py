@@ -161,9 +161,20 @@ def test_a_trial_that_diverged_leaves_a_record_that_every_reader_can_read(place)
     found = json.loads((place / "runs" / "s" / "sweep.json").read_text(), parse_constant=refuse)
     assert found["trials"][0]["eval"] == {"step": 4, "eval_rewards/accuracies": None, "eval_loss": None}
     assert found["trials"][1]["eval"]["eval_loss"] == 0.5
-    assert ledger.best().trial.name == "beta=0.3"
+    assert [entry.trial.name for entry in ledger.best()] == ["beta=0.3"]
     ledger.same_pairs = False
-    assert ledger.best() is None
+    assert ledger.best() == []
+
+
+def test_trials_that_are_equally_good_are_all_the_best(place):
+    config = load_config(place / "config.yaml", ["sweep.grid={train.beta: [0.1, 0.3, 0.5]}"])
+    trials = trials_of(config)
+    ledger = Ledger(config, trials)
+    for trial, accuracy in zip(trials, (0.75, 0.5, 0.75), strict=True):
+        rows = [{"step": 4, "eval_rewards/accuracies": accuracy}]
+        Storage(trial.config.run_dir).write("eval.parquet", to_parquet(rows))
+        ledger.set(trial.name, "done")
+    assert [entry.trial.name for entry in ledger.best()] == ["beta=0.1", "beta=0.5"]
 
 
 def test_a_model_without_weights_sets_no_earlier_sweep_aside(place, tmp_path):

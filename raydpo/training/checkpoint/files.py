@@ -53,7 +53,7 @@ def save_checkpoint(
     if engine.rank == 0:
         state = {"format": FORMAT, "step": step, "world_size": engine.world_size, "zero": engine.zero, "state": facts}
         state |= {"fingerprint": dict(fingerprint), "summary": dataclasses.asdict(summary)}
-        (directory / _FILE).write_text(json.dumps(state))
+        (directory / _FILE).write_text(json.dumps(state), encoding="utf-8")
 
 
 def directory_size(directory: Path) -> int:
@@ -83,7 +83,7 @@ def load_checkpoint(engine: Engine, directory: Path, fingerprint: Mapping[str, A
 
 def _read(directory: Path) -> dict[str, Any]:
     try:
-        return json.loads((directory / _FILE).read_text())
+        return json.loads((directory / _FILE).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise TrainError(f"the checkpoint in {directory} is incomplete: {error}") from None
 

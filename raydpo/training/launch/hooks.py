@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -148,3 +150,6 @@ def log_to(storage: Storage, rank: int) -> None:
     with open(log, "ab") as sink:
         os.dup2(sink.fileno(), 1)
         os.dup2(sink.fileno(), 2)
+    for stream in (sys.stdout, sys.stderr):  # the log is UTF-8, whatever the locale of this machine is
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")

@@ -45,7 +45,7 @@ class HostPeak:
 
 def _own_bytes() -> float:
     try:
-        _, resident, shared = Path("/proc/self/statm").read_text().split()[:3]
+        _, resident, shared = Path("/proc/self/statm").read_text(encoding="utf-8").split()[:3]
     except OSError:
         return 0.0
     return (int(resident) - int(shared)) * float(os.sysconf("SC_PAGE_SIZE"))

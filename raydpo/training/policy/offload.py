@@ -38,7 +38,7 @@ def disk_folder(field: str, where: str) -> str:
             for old in root.glob(f"{PREFIX}*"):
                 _remove_if_abandoned(old)
             folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=root))
-            lock = open(folder / "lock", "w")  # noqa: SIM115 - held until the process ends
+            lock = open(folder / "lock", "w", encoding="utf-8")  # noqa: SIM115 - held until the process ends
             fcntl.flock(lock, fcntl.LOCK_EX)
     except OSError as error:
         raise ModelError(
@@ -74,13 +74,13 @@ def _require_asynchronous_files(field: str, where: str) -> None:
 
 @contextlib.contextmanager
 def _alone(root: Path) -> Iterator[None]:
-    with open(root / f".{PREFIX}lock", "w") as lock:
+    with open(root / f".{PREFIX}lock", "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 def _remove_if_abandoned(folder: Path) -> None:
     """Remove the folder if its lock is free: the operating system releases the locks of a process that ended."""
-    with contextlib.suppress(OSError), open(folder / "lock", "a") as lock:
+    with contextlib.suppress(OSError), open(folder / "lock", "a", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         shutil.rmtree(folder, ignore_errors=True)

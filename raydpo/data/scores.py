@@ -1,0 +1,115 @@
+"""Scores beside a pair, such as ``score_chosen`` and ``score_rejected``: pairs that they contradict are counted."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+__all__ = ["Contradictions"]
+
+_WORDS = {
+    "score", "scores", "rating", "ratings", "reward", "rewards", "quality", "grade", "points", "overall", "rank", "ranking",
+    "votes", "utility", "helpfulness", "preference",
+}  # fmt: skip
+"""Words in the names of columns that say how good an answer is."""
+_LOWER_IS_BETTER = {"rank", "ranking"}
+_DIFFERENCES = {"margin", "difference", "diff", "gap", "strength"}
+"""Words in the names of columns that hold how much better the chosen answer is."""
+_NOT_QUALITY = {"logp", "logps", "logprob", "logprobs", "ref", "reference", "length", "tokens", "weight"}
+_FIRST = 3
+
+
+@dataclass
+class Contradictions:
+    """Number of pairs whose scores say the opposite, or that both answers are equal; and the first places of each.
+
+    Attributes:
+        columns: the columns that were compared, in the order in which they were found.
+    """
+
+    reversed: int = 0
+    tied: int = 0
+    compared: int = 0
+    columns: dict[str, None] = field(default_factory=dict)
+    places: dict[str, list[str]] = field(default_factory=lambda: {"reversed": [], "tied": []})
+
+    def look(self, record: Mapping[str, Any], where: str) -> None:
+        """Compare the scores of a record that is one pair with its order. A record without scores is not counted."""
+        for names, sign in _columns(tuple(record)):
+            better = _better(record, names, sign)
+            if better is None:
+                continue
+            self.compared += 1
+            if better <= 0:
+                kind = "reversed" if better < 0 else "tied"
+                setattr(self, kind, getattr(self, kind) + 1)
+                self.columns |= dict.fromkeys(names)
+                if len(self.places[kind]) < _FIRST:
+                    self.places[kind].append(where)
+            return
+
+    def lines(self, records: int) -> Iterator[str]:
+        """What to warn of, in at most one line; none if all scores agree with the order."""
+        told = [
+            f"{count:,} {'pair scores' if count == 1 else 'pairs score'} {what} ({', '.join(self.places[kind])}"
+            f"{', ...' if count > len(self.places[kind]) else ''})"
+            for kind, count, what in (
+                ("reversed", self.reversed, "the rejected answer higher"),
+                ("tied", self.tied, "both answers alike"),
+            )
+            if count
+        ]
+        if told:
+            names = " and ".join(map(repr, list(self.columns)[:4]))
+            yield (
+                f"by {names}, {' and '.join(told)}, of {self.compared:,} scored pairs in {records:,} records; the pairs are "
+                "used as they stand. Swap or remove them in the file, or remove the columns if they mean something else"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        return vars(self) | {"columns": list(self.columns)}
+
+
+@lru_cache(maxsize=1024)
+def _columns(names: tuple[str, ...]) -> tuple[tuple[tuple[str, ...], int], ...]:
+    """The columns to compare, the most direct first: (of chosen, of rejected), or one column of differences; and the sign of
+    what is better."""
+    found = []
+    words = {name: _split(name) for name in names if isinstance(name, str)}
+    for name, parts in words.items():
+        if "chosen" in parts and set(parts) & _WORDS and not set(parts) & _NOT_QUALITY:
+            wanted = ["rejected" if part == "chosen" else part for part in parts]
+            sign = -1 if _LOWER_IS_BETTER & set(parts) else 1
+            found += [((name, other), sign) for other, theirs in words.items() if theirs == wanted][:1]
+    for name, parts in words.items():
+        known = "margin" in parts or (set(parts) & _DIFFERENCES and set(parts) & _WORDS)
+        if known and not set(parts) & (_NOT_QUALITY | {"chosen", "rejected"}):
+            found.append(((name,), 1))
+    return tuple(found)
+
+
+def _split(name: str) -> list[str]:
+    """The words of a name: ``chosenScore`` and ``chosen-score`` are the same."""
+    return re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower())
+
+
+def _better(record: Mapping[str, Any], names: tuple[str, ...], sign: int) -> float | None:
+    """How much better the chosen answer is by these columns; None if they do not say."""
+    values = [_number(record[name]) for name in names]
+    if None in values:
+        return None
+    return sign * (values[0] - values[1] if len(values) == 2 else values[0])
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
