@@ -32,6 +32,8 @@ def place(tmp_path_factory, tiny_llama):
     (place / "bad_functions.py").write_text(
         "def not_a_number(prompt, answer): ...\nvalue = 3\ndef scalar(logps, config, beta): return logps.chosen.mean()\n"
     )
+    for name, file in (("nan", "model.safetensors"), ("pointer", "tokenizer.json"), ("small", "model.safetensors")):
+        _broken(shutil.copytree(tiny_llama, place / name), name, place / name / file)
     (place / "empty.jsonl").write_text("")
     (place / "nothing").mkdir()
     (place / "broken.parquet").write_text("no parquet")
@@ -44,6 +46,22 @@ def place(tmp_path_factory, tiny_llama):
     }
     (place / "config.yaml").write_text(yaml.safe_dump(tree))
     return place
+
+
+def _broken(model, how, file):
+    """Break one file of a model directory."""
+    from safetensors.torch import load_file, save_file
+
+    if how == "pointer":
+        file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0f\nsize 17\n")
+        return
+    tensors, config = load_file(file), json.loads((model / "config.json").read_text())
+    if how == "nan":
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+    else:  # fewer rows than the tokenizer has tokens
+        tensors |= {name: tensors[name][:20].clone() for name in ("lm_head.weight", "model.embed_tokens.weight")}
+        (model / "config.json").write_text(json.dumps(config | {"vocab_size": 20}))
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
 @pytest.fixture
@@ -67,6 +85,12 @@ BAD = [
     (ALL, "model.path={place}/empty", "model.safetensors"),
     (ALL, "reference.path={place}/empty", "model.safetensors"),
     (ALL, "model.tokenizer={place}/bare", "cannot load a tokenizer"),
+    (ALL, "model.path={place}/nan", "model.layers.1.mlp.up_proj.weight holds NaN"),
+    (("score", "train"), "reference.path={place}/nan", "model.layers.1.mlp.up_proj.weight holds NaN"),
+    (("eval",), "evaluate.policy={place}/nan", "model.layers.1.mlp.up_proj.weight holds NaN"),
+    (ALL, "model.path={place}/pointer", "tokenizer.json is a Git LFS pointer"),
+    (("score", "train", "run", "sweep"), "model.path={place}/small", "small has 20 rows (ids 0 to 19)"),
+    (("eval",), "model.path={place}/small; evaluate.policy={place}/small", "small has 20 rows (ids 0 to 19)"),
     (ALL, "data.train={place}/b.jsonl", "but there is no such file"),
     (ALL, "data.eval.path={place}/b.jsonl; data.eval.fraction=null", "'data.eval.path'"),
     (("score", *TRAINING, "audit"), "data.train={place}/empty.jsonl", "holds no records"),

@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from raydpo.data.preference import Text
+from raydpo.data.template import ChatTemplate
 from raydpo.data.tokenise import load_tokenizer
 from raydpo.errors import ModelError
 from raydpo.model.load import torch_dtype
@@ -126,7 +127,8 @@ def _score(model: Any, tokenizer: Any, prompt: Text, answer: str) -> float:
             raise ModelError(
                 "the prompts are conversations, but the reward model has no chat template; add one to its tokenizer"
             )
-        text = tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": answer}], tokenize=False)
+        template = ChatTemplate(tokenizer)
+        text = template.render(template.fitted([*prompt, {"role": "assistant", "content": answer}], set()))
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and len(ids) > limit:

@@ -11,7 +11,7 @@ from raydpo.config import Config
 from raydpo.errors import ConfigError, RaydpoError, one_line
 from raydpo.storage.uri import shown
 
-__all__ = ["session"]
+__all__ = ["session", "starts_own_ray"]
 
 WORKER_ENV = {
     "TOKENIZERS_PARALLELISM": "false",
@@ -39,7 +39,7 @@ def session(config: Config) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    address = config.ray.address or os.environ.get("RAY_ADDRESS")
+    address = _address(config)
     named = "ray.address" if config.ray.address else "$RAY_ADDRESS"
     if address and address.startswith(("http://", "https://")):
         raise ConfigError(
@@ -78,6 +78,17 @@ def session(config: Config) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def starts_own_ray(config: Config) -> bool:
+    """Whether ``session`` will start a local Ray: there is no cluster to connect to, and the program has no Ray yet."""
+    import ray
+
+    return not ray.is_initialized() and not _address(config)
+
+
+def _address(config: Config) -> str | None:
+    return config.ray.address or os.environ.get("RAY_ADDRESS")
 
 
 def _object_store_bytes() -> int:

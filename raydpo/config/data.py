@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -9,27 +10,41 @@ from pydantic import BeforeValidator, Field, model_validator
 from raydpo.config.section import Float, Int, PathOrUri, Section
 from raydpo.storage.uri import is_uri
 
-__all__ = ["COMPRESSION_SUFFIXES", "DATA_SUFFIXES", "DataConfig", "EvalConfig", "SourceConfig", "as_sources", "source_name"]
+__all__ = [
+    "COMPRESSION_SUFFIXES",
+    "DATA_SUFFIXES",
+    "PINNED_DATE",
+    "DataConfig",
+    "EvalConfig",
+    "SourceConfig",
+    "as_sources",
+    "bare_suffix",
+    "source_name",
+]
 
-DATA_SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet")
-"""File suffixes that are read as preference data."""
+DATA_SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet", ".arrow")
+"""File suffixes that are read as preference data, in capitals too."""
 COMPRESSION_SUFFIXES = (".gz", ".zst", ".bz2", ".xz")
 """Suffixes of compressed files, after one of ``DATA_SUFFIXES``."""
+PINNED_DATE = date(2024, 7, 26)
+"""What a chat template that writes today's date is told: the day that Llama's own template falls back on."""
 
 
 class SourceConfig(Section):
     """One file, directory, URI or hub data set of preference pairs."""
 
     path: PathOrUri
-    """jsonl, json or parquet (also .gz, .zst, .bz2, .xz), a directory of such files, any URI that pyarrow or fsspec
-    opens, or the name of a data set on the Hugging Face hub."""
+    """jsonl, json, parquet or arrow (also .gz, .zst, .bz2, .xz), a directory of such files or of save_to_disk, any URI that
+    pyarrow or fsspec opens, or the name of a data set on the Hugging Face hub."""
     name: str | None = None
     """Name of the source in counts and metrics; null = the file's stem."""
     weight: Float = Field(default=1.0, gt=0)
     """Uses of each pair in an epoch: 0.5 uses half of the pairs (the other half in the next epoch), 2 uses all of them
     twice."""
     split: str = "train"
-    """Split of a hub data set; ignored by files."""
+    """Split of a hub data set, and of a directory whose files name their split; ignored by single files."""
+    subset: str | None = None
+    """Configuration of a hub data set, or a directory below ``path``; null = the only one."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Maps our column names to the file's, for example {chosen: good_answer, rejected: bad_answer}."""
     limit: Int | None = Field(default=None, ge=1)
@@ -44,7 +59,9 @@ class EvalConfig(Section):
     fraction: Float | None = Field(default=None, gt=0, lt=1)
     """Share of the training pairs to hold out. The split is by prompt: no prompt is on both sides."""
     split: str = "test"
-    """Split of a hub data set; ignored by files."""
+    """Split of a hub data set, and of a directory whose files name their split; ignored by single files."""
+    subset: str | None = None
+    """Configuration of a hub data set, or a directory below ``path``; null = the only one."""
     columns: dict[str, str] | None = None
     """Column map of the held-out file; null = that of the training sources, if they all have the same."""
 
@@ -93,6 +110,14 @@ class DataConfig(Section):
     """Column with a margin of each pair, in units of the reward, that the loss requires between chosen and rejected."""
     chat_template: str | None = None
     """Jinja chat template, or path of a file with one; null = the tokenizer's."""
+    template_date: date = PINNED_DATE
+    """The day that a chat template is told instead of today, so that a completion scored today is found tomorrow."""
+    special_tokens: Literal["warn", "refuse"] = "warn"
+    """What to do with a record whose texts spell special tokens of the tokenizer: warn, or count it as malformed."""
+    max_lost: Float = Field(default=0.1, ge=0, le=1)
+    """Largest share of pairs of a source of which the chat template may leave out a text; more is an error. A template that
+    does not fit leaves out a text of nearly every pair. Not counted: tools, tool calls and thoughts of the prompt, which a
+    template leaves out at inference, too, and thoughts of earlier turns."""
     max_malformed: Float = Field(default=0.01, ge=0, le=1)
     """Largest share of malformed records in a source; more is an error."""
     max_dropped: Float = Field(default=0.1, ge=0, le=1)
@@ -112,6 +137,14 @@ def source_name(source: SourceConfig) -> str:
     if source.name is not None:
         return source.name
     stem = (source.path.partition("?")[0] if is_uri(source.path) else source.path).rstrip("/").rsplit("/", 1)[-1]
-    for suffix in (*COMPRESSION_SUFFIXES, *DATA_SUFFIXES):
-        stem = stem.removesuffix(suffix)
-    return stem
+    bare = bare_suffix(stem)
+    suffix = next((suffix for suffix in DATA_SUFFIXES if bare.endswith(suffix)), "")
+    return stem[: len(bare) - len(suffix)]
+
+
+def bare_suffix(name: str) -> str:
+    """Return a file's name in lower case, without the suffix of a compressed file."""
+    name = name.lower()
+    for suffix in COMPRESSION_SUFFIXES:
+        name = name.removesuffix(suffix)
+    return name

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from raydpo.config.data import COMPRESSION_SUFFIXES, DATA_SUFFIXES
+from raydpo.config.data import DATA_SUFFIXES, bare_suffix
 from raydpo.config.filter import PairFilter
 from raydpo.config.run import Config
 from raydpo.errors import ConfigError, one_line
@@ -270,9 +270,7 @@ def _all_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
 
 
 def _is_data_file(path: str) -> bool:
-    for suffix in COMPRESSION_SUFFIXES:
-        path = path.removesuffix(suffix)
-    return path.endswith(DATA_SUFFIXES)
+    return bare_suffix(path).endswith(DATA_SUFFIXES)
 
 
 def named_inputs(config: Config) -> list[tuple[str, str, bool]]:

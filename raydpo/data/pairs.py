@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -14,13 +14,23 @@ from raydpo.config import DataConfig, SourceConfig, source_name
 from raydpo.data.keys import completion_key
 from raydpo.data.preference import Malformed, Preference, normalise
 from raydpo.data.records import Record, read_records
+from raydpo.data.remarks import SPELLED
 from raydpo.data.split import held_out, kept, prompt_digest
 from raydpo.data.spool import Spool, spooled
 from raydpo.data.tally import DataReport, SourceReport
 from raydpo.data.tokenise import TokenisedPair, Tokeniser
 from raydpo.storage.uri import redact
 
-__all__ = ["HELD_OUT", "PAIR_MARGIN", "PAIR_SCHEMA", "PAIR_WEIGHT", "PairSets", "held_out_source", "load_pairs"]
+__all__ = [
+    "HELD_OUT",
+    "PAIR_MARGIN",
+    "PAIR_SCHEMA",
+    "PAIR_WEIGHT",
+    "PairSets",
+    "check_first_records",
+    "held_out_source",
+    "load_pairs",
+]
 
 _IDS, _KEY = pa.list_(pa.int32()), pa.binary(16)
 PAIR_SCHEMA = pa.schema(
@@ -82,7 +92,10 @@ def load_pairs(
         DataError: if a source cannot be read, more of it is malformed or dropped than allowed, or no pair is left.
         ModelError: if the tokenizer lacks the chat template or EOS token that the data need.
     """
-    report, schema = DataReport([]), _schema(config)
+    report, schema = (
+        DataReport([], template_date=tokeniser.template.day if tokeniser.template.writes_date else None),
+        _schema(config),
+    )
     seen: set[bytes] = set()
     train, *others = [
         _load_source(source, source_name(source), config, tokeniser, report, seen, progress, reader)
@@ -101,6 +114,21 @@ def load_pairs(
     return PairSets(_thinned(train, config, report), None if held is None else held.drop_columns(_PROMPT), report)
 
 
+def check_first_records(source: SourceConfig, name: str, config: DataConfig, reader: Reader = read_records) -> None:
+    """Read the first records of a source without a tokenizer.
+
+    Raises:
+        DataError: if the source cannot be read, all of these are malformed, or too many of a short source are.
+    """
+    account, bad_rows = SourceReport(name, redact(source.path)), set[int]()
+    records = list(islice(reader(source), CHUNK))
+    _normalised(records, account, bad_rows, _numbers(config))
+    account.records, account.malformed_records = len(records), len(bad_rows)
+    account.kept = account.records - account.malformed_records
+    if not account.kept or len(records) < CHUNK:
+        account.check(config)
+
+
 def _thinned(train: pa.Table, config: DataConfig, report: DataReport) -> pa.Table:
     """The training pairs that ``data.fraction`` keeps."""
     kept_rows = train
@@ -113,7 +141,7 @@ def _thinned(train: pa.Table, config: DataConfig, report: DataReport) -> pa.Tabl
 def held_out_source(config: DataConfig) -> SourceConfig:
     """``data.eval.path`` as a source."""
     columns = _common_columns(config) if config.eval.columns is None else config.eval.columns
-    return SourceConfig(path=config.eval.path, split=config.eval.split, columns=columns)
+    return SourceConfig(path=config.eval.path, split=config.eval.split, subset=config.eval.subset, columns=columns)
 
 
 def _common_columns(config: DataConfig) -> dict[str, str]:
@@ -157,13 +185,18 @@ def _load_chunk(
     bad_rows: set[int] = set()
     numbers = _numbers(config)
     places, preferences = _normalised(records, account, bad_rows, numbers)
+    read = account.repeats.taken_off(_for_template(preferences, bool(tokeniser.tokenizer.chat_template), account))
     rows: list[dict[str, Any]] = []
-    for place, preference, ids in zip(places, preferences, tokeniser.encode(preferences), strict=True):
+    for place, preference, (ids, remarks) in zip(places, preferences, tokeniser.encode_noted(read), strict=True):
+        if config.special_tokens == "refuse" and any(remark.kind == SPELLED for remark in remarks):
+            ids = Malformed("its text spells a special token")
         if isinstance(ids, Malformed):
-            account.malformed.add(str(ids), place.where)
+            empty = preference.prompt == "" and str(ids) == "prompt has no tokens"
+            account.malformed.add("prompt is empty" if empty else str(ids), place.where)
             bad_rows.add(place.row)
             continue
         account.pairs += 1
+        account.remarks.add(remarks, place.where)
         used = _truncated(ids, config.max_length, config.truncation)
         if isinstance(used, str):
             account.dropped.add(used, place.where)
@@ -179,6 +212,20 @@ def _load_chunk(
     account.malformed_records += len(bad_rows)
     account.kept += len(rows)
     return pa.Table.from_pylist(rows, schema=_schema(config))
+
+
+def _for_template(preferences: list[Preference], template: bool, account: SourceReport) -> list[Preference]:
+    """Transcripts as text for a tokenizer without a chat template."""
+    if template or all(preference.texts is None for preference in preferences):
+        return preferences
+    found = []
+    for preference in preferences:
+        if preference.texts is not None:
+            prompt, chosen, rejected = preference.texts
+            preference = replace(preference, prompt=prompt, chosen=chosen, rejected=rejected)
+            account.understood["Human/Assistant transcripts read as text, since the tokenizer has no chat template"] += 1
+        found.append(preference)
+    return found
 
 
 def _numbers(config: DataConfig) -> dict[str, str]:
@@ -198,6 +245,8 @@ def _normalised(
     places: list[_Place] = []
     preferences: list[Preference] = []
     for record in records:
+        if record.note is not None:
+            account.files.append(record.note)
         try:
             if record.value is None:
                 raise Malformed(record.problem or "unreadable")
@@ -210,6 +259,8 @@ def _normalised(
             bad_rows.add(record.row)
             continue
         preferences += found
+        account.understood.update(found[0].notes)
+        account.unused.update(found[0].unused)
         for number in range(len(found)):
             pair_id = f"{account.name}:{record.row}" + (f"#{number}" if number else "")
             places.append(_Place(pair_id, record.where, record.row, record.source or account.name))

@@ -4,28 +4,36 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
 from typing import Any
 
-__all__ = ["Malformed", "Preference", "as_text", "content_text", "normalise"]
+from raydpo.data.foreign import pairs_of, possible_prompts, prompt_of, unused_columns, warn_of_prompt_columns
+from raydpo.data.implicit import Parts, Text, are_transcripts, implicit, shared_turns, transcripts
+from raydpo.data.messages import (
+    Malformed,
+    Message,
+    Notes,
+    answer,
+    check_media,
+    content_text,
+    from_text,
+    messages,
+    role_of,
+    says_something,
+)
 
-Message = dict[str, Any]
-Text = str | list[Message]
-_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "environment")
-_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+__all__ = ["Malformed", "Message", "Preference", "Text", "as_text", "content_text", "normalise"]
+
 # A row must not decide how it is rendered and tokenised; 'chat_template' would even be code.
 _RESERVED = frozenset({
     "conversation", "messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize",
     "padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask",
     "tokenizer_kwargs", "sanitize_control_tokens",
 })  # fmt: skip
-
-
-class Malformed(Exception):
-    """A record that is no valid preference. The message is a short reason, the same for all records with the same fault."""
+_WRITTEN = "text that is a list of messages, as JSON or Python writes it, read as messages"
+_ONE_IS_JSON = "warning: only one of chosen and rejected is JSON text of messages, so both are read as text"
+_MAY_BE_JSON = frozenset('[{" \n\r\t')
 
 
 @dataclass(frozen=True)
@@ -33,7 +41,11 @@ class Preference:
     """``chosen`` is preferred to ``rejected`` as an answer to ``prompt``. All three are text, or all three are lists of
     messages.
 
-    ``numbers`` are the values of the columns that ``normalise`` was asked for, such as a weight.
+    Attributes:
+        numbers: values of the columns that ``normalise`` was asked for, such as a weight.
+        texts: prompt, chosen and rejected of a transcript as they stand in it, for a tokenizer without a chat template.
+        notes: how the record was understood, where it is not in the plain form. Warnings begin with ``warning:``.
+        unused: columns with text or other data that were not read.
     """
 
     prompt: Text
@@ -42,6 +54,9 @@ class Preference:
     tools: list[Any] | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     numbers: tuple[float, ...] = ()
+    texts: tuple[str, str, str] | None = None
+    notes: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
     @property
     def conversational(self) -> bool:
@@ -58,10 +73,11 @@ class Preference:
 def normalise(record: Mapping[str, Any], numbers: Sequence[str] = ()) -> list[Preference]:
     """The preferences in one record; several if it ranks or scores several completions.
 
-    Formats: prompt, chosen, rejected as text; as messages (chosen and rejected may be the text of one assistant message, and
-    may repeat the prompt); messages whose prompt is implicit, the common start of chosen and rejected; HH-RLHF's
+    Plain forms: prompt, chosen, rejected as text; as messages (chosen and rejected may be the text of one assistant message,
+    and may repeat the prompt); messages or text whose prompt is implicit, the common start of chosen and rejected; HH-RLHF's
     transcripts; a prompt (or ``context``) with ``completions`` and their ranks (lower is better) or scores (higher is
-    better), best pairs first. ``tools`` and ``chat_template_kwargs`` may be JSON text.
+    better), best pairs first. ``tools`` and ``chat_template_kwargs`` may be JSON text. ``raydpo.data.foreign`` reads forms
+    of other tools, and ``notes`` of the result say how.
 
     Args:
         numbers: columns with a number for each record, to be returned with its preferences.
@@ -69,21 +85,42 @@ def normalise(record: Mapping[str, Any], numbers: Sequence[str] = ()) -> list[Pr
     Raises:
         Malformed: with the reason.
     """
-    tools = _json(record.get("tools"), "tools", list)
+    notes: Notes = {}
+    tools = _tools(record.get("tools"), notes)
     kwargs = _json(record.get("chat_template_kwargs"), "chat_template_kwargs", dict) or {}
     for key in sorted(_RESERVED & kwargs.keys()):
         raise Malformed(f"chat_template_kwargs must not set {key!r}")
-    prompt = record.get("prompt")
-    prompt = record.get("context") if prompt is None else prompt
-    if record.get("completions") is not None:
-        pairs = _ranked(prompt, record)
+    present = tuple([key for key, value in record.items() if value is not None])
+    check_media(record, present)
+    chosen, rejected = record.get("chosen"), record.get("rejected")
+    if chosen is None or rejected is None:
+        pairs, used = pairs_of(record, present, notes)
     else:
-        for name in ("chosen", "rejected"):
-            if record.get(name) is None:
-                raise Malformed(f"missing column {name!r}")
-        pairs = [(prompt, record["chosen"], record["rejected"])]
+        if "completions" in present:
+            notes["chosen and rejected read, not 'completions' beside them"] = None
+        chosen, rejected = _decoded(chosen, rejected, notes)
+        prompt, used = record.get("prompt"), ()
+        if prompt is None and not _whole(chosen, rejected, record):
+            prompt, used = prompt_of(record, present, notes, (chosen, rejected))
+            if prompt is None and isinstance(chosen, str) and (names := possible_prompts(record, present)):
+                raise Malformed(
+                    f"missing column 'prompt', but {', '.join(map(repr, names[:5]))} may be it: name it with the source's "
+                    "'columns'"
+                )
+        pairs, used = [(prompt, chosen, rejected)], (*used, "completions", "ranks", "scores")
     found = tuple(_number(record, column) for column in numbers)
-    return [Preference(*_parts(*pair), tools=tools, template_kwargs=kwargs, numbers=found) for pair in pairs]
+    parts = [_parts(*pair, notes) for pair in pairs]
+    unused: tuple[str, ...] = ()
+    if len(present) > 3 or "prompt" not in present:
+        system = warn_of_prompt_columns(record, present, used, parts[0][0], notes)
+        if system is not None:
+            parts = [_with_system(each, system, notes) for each in parts]
+        unused = unused_columns(record, present, (*used, *numbers))
+    told = tuple(notes)
+    return [
+        Preference(prompt, chosen, rejected, tools, kwargs, found, texts, told, unused)
+        for prompt, chosen, rejected, texts in parts
+    ]
 
 
 def _number(record: Mapping[str, Any], column: str) -> float:
@@ -93,149 +130,119 @@ def _number(record: Mapping[str, Any], column: str) -> float:
     return float(value)
 
 
-def _parts(prompt: Any, chosen: Any, rejected: Any) -> tuple[Text, Text, Text]:
-    """Prompt, chosen and rejected, validated, all as text or all as messages."""
+def _decoded(chosen: Any, rejected: Any, notes: Notes) -> tuple[Any, Any]:
+    """Both answers, as messages if both are JSON text of messages."""
+    if not (isinstance(chosen, str) and isinstance(rejected, str)):
+        return chosen, rejected
+    if chosen[:1] not in _MAY_BE_JSON and rejected[:1] not in _MAY_BE_JSON:
+        return chosen, rejected
+    better, worse = from_text(chosen), from_text(rejected)
+    if better is not None and worse is not None:
+        notes[_WRITTEN] = None
+        return better, worse
+    if better is not None or worse is not None:
+        notes[_ONE_IS_JSON] = None
+    return chosen, rejected
+
+
+def _whole(chosen: Any, rejected: Any, record: Mapping[str, Any]) -> bool:
+    """Whether both answers are whole conversations, so that their common beginning is the prompt."""
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        return are_transcripts(chosen, rejected)
+    if not all(
+        isinstance(said, list) and said and role_of(said[0]) not in (None, "assistant") for said in (chosen, rejected)
+    ):
+        return False
+    context = record.get("context")  # where it repeats the beginning, it says where the prompt ends
+    return not (
+        isinstance(context, list) and context and all(said[: len(context)] == context for said in (chosen, rejected))
+    )
+
+
+def _parts(prompt: Any, chosen: Any, rejected: Any, notes: Notes) -> Parts:
+    """Prompt, chosen and rejected, validated, all as text or all as messages; and the texts of a transcript."""
+    texts = None
+    chosen, rejected = _decoded(chosen, rejected, notes)
+    if isinstance(prompt, str) and prompt[:1] in _MAY_BE_JSON and (said := from_text(prompt)) is not None:
+        notes[_WRITTEN] = None
+        prompt = said
     if prompt is None:
-        prompt, chosen, rejected = _implicit(chosen, rejected)
-    elif isinstance(prompt, str) and (isinstance(chosen, list) or isinstance(rejected, list)):
-        prompt, chosen, rejected = _text_beside_messages(prompt, chosen, rejected)
+        prompt, chosen, rejected, texts = implicit(chosen, rejected, notes)
+    elif isinstance(prompt, str) and (isinstance(chosen, (list, dict)) or isinstance(rejected, (list, dict))):
+        prompt, chosen, rejected = _text_beside_messages(prompt, chosen, rejected, notes)
+    elif isinstance(prompt, str) and (shared := shared_turns(chosen, rejected)) and not chosen.startswith(prompt.rstrip()):
+        if any(message["content"] == prompt.strip() for message in shared):
+            notes["transcripts that contain the prompt read as conversations"] = None
+            prompt, chosen, rejected, texts = transcripts(chosen, rejected)
+        else:
+            notes["warning: chosen and rejected are transcripts with turns in common, which do not contain the prompt"] = (
+                None
+            )
     if isinstance(prompt, str):
-        if not prompt.strip():
+        if prompt and not prompt.strip():
             raise Malformed("prompt is empty")
-        for answer, name in ((chosen, "chosen"), (rejected, "rejected")):
-            if not isinstance(answer, str):
+        for said, name in ((chosen, "chosen"), (rejected, "rejected")):
+            if not isinstance(said, str):
                 raise Malformed(f"{name} is neither text nor messages")
     else:
-        prompt = _messages(prompt, "prompt")
+        prompt = messages(prompt, "prompt", notes)
+        if _ONE_IS_JSON in notes:  # the other is the text of an answer, so both are answers in a conversation
+            del notes[_ONE_IS_JSON]
+            notes[_WRITTEN] = None
+            chosen, rejected = (from_text(said) or said for said in (chosen, rejected))
         if prompt[-1]["role"] == "assistant":
             raise Malformed("the last message of prompt is the assistant's")
-        chosen, rejected = _answer(chosen, "chosen"), _answer(rejected, "rejected")
-        if all(answer[: len(prompt)] == prompt for answer in (chosen, rejected)):
+        chosen, rejected = answer(chosen, "chosen", notes), answer(rejected, "rejected", notes)
+        if all(said[: len(prompt)] == prompt for said in (chosen, rejected)):
             chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
-    for answer, name in ((chosen, "chosen"), (rejected, "rejected")):
-        if not _says_something(answer):
+    for said, name in ((chosen, "chosen"), (rejected, "rejected")):
+        if not says_something(said):
             raise Malformed(f"{name} is empty")
-        if not isinstance(answer, str) and answer[0]["role"] != "assistant":
+        if not isinstance(said, str) and said[0]["role"] != "assistant":
             raise Malformed("chosen and rejected do not begin with the assistant after the prompt")
     if chosen == rejected:
         raise Malformed("chosen equals rejected")
-    return prompt, chosen, rejected
+    return prompt, chosen, rejected, texts
 
 
-def _implicit(chosen: Any, rejected: Any) -> tuple[Text, Text, Text]:
-    """Split off the common messages as the prompt, like TRL's extract_prompt."""
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        if not (_TURN.match(chosen) and _TURN.match(rejected)):
-            raise Malformed("missing column 'prompt'")
-        chosen, rejected = _transcript(chosen), _transcript(rejected)
-    if not (isinstance(chosen, list) and isinstance(rejected, list)):
-        raise Malformed("missing column 'prompt'")
-    chosen, rejected = _messages(chosen, "chosen"), _messages(rejected, "rejected")
-    if chosen == rejected:
-        raise Malformed("chosen equals rejected")
-    common, shorter = 0, min(len(chosen), len(rejected))
-    while common < shorter and chosen[common] == rejected[common]:
-        common += 1
-    while common == shorter and common and chosen[common - 1]["role"] == "assistant":
-        common = shorter = common - 1  # one is the start of the other: keep its last answer as the completion
-    if not common:
-        raise Malformed("chosen and rejected have no prompt in common")
-    return chosen[:common], chosen[common:], rejected[common:]
-
-
-def _text_beside_messages(prompt: str, chosen: Any, rejected: Any) -> tuple[Text, Text, Text]:
+def _text_beside_messages(prompt: str, chosen: Any, rejected: Any, notes: Notes) -> tuple[Text, Text, Text]:
     """A text prompt beside message lists is the user's message, or repeats one that the lists contain."""
-    chosen, rejected = _answer(chosen, "chosen"), _answer(rejected, "rejected")
+    chosen, rejected = answer(chosen, "chosen", notes), answer(rejected, "rejected", notes)
     if not prompt.strip():
         raise Malformed("prompt is empty")
     if chosen[0]["role"] == "assistant" and rejected[0]["role"] == "assistant":
         return [{"role": "user", "content": prompt}], chosen, rejected
-    shared, chosen, rejected = _implicit(chosen, rejected)
-    if not any(str(message.get("content")).strip() == prompt.strip() for message in shared):
+    shared, chosen, rejected, _ = implicit(chosen, rejected, notes)
+    if not any(content_text(message).strip() == prompt.strip() for message in shared):
         raise Malformed("prompt is text that the messages of chosen and rejected do not share")
     return shared, chosen, rejected
 
 
-def _transcript(text: str) -> list[Message]:
-    """HH-RLHF's ``\\n\\nHuman: ...\\n\\nAssistant: ...`` as messages."""
-    pieces = _TURN.split(text)[1:]
-    return [
-        {"role": "user" if speaker == "Human" else "assistant", "content": said.strip()}
-        for speaker, said in zip(pieces[::2], pieces[1::2], strict=True)
-    ]
+def _with_system(parts: Parts, system: str, notes: Notes) -> Parts:
+    """``parts`` with the text of the column ``system`` as the first message."""
+    prompt, chosen, rejected, _ = parts
+    if isinstance(prompt, str):
+        if system.strip() not in prompt:
+            notes[
+                "warning: the column 'system' is not read, since the prompt is text: write it into the prompt, or write the "
+                "prompt as messages"
+            ] = None
+        return parts
+    if prompt[0]["role"] in ("system", "developer"):
+        if content_text(prompt[0]).strip() != system.strip():
+            notes["warning: the column 'system' is not read, since the conversation has another system message"] = None
+        return parts
+    notes["the column 'system' put before the prompt as a system message"] = None
+    return [{"role": "system", "content": system}, *prompt], chosen, rejected, None
 
 
-def _ranked(prompt: Any, record: Mapping[str, Any]) -> list[tuple[Any, Any, Any]]:
-    """All pairs of completions of strictly different rank."""
-    if prompt is None:
-        raise Malformed("missing column 'prompt'")
-    entries = record["completions"]
-    if not isinstance(entries, list) or len(entries) < 2:
-        raise Malformed("completions is not a list of two or more")
-    places = _places(entries, record)
-    answers = [
-        next((entry[key] for key in ("completion", "response", "content") if entry.get(key) is not None), None)
-        if isinstance(entry, Mapping) and "role" not in entry
-        else entry
-        for entry in entries
-    ]
-    best_first = sorted(range(len(answers)), key=places.__getitem__)
-    pairs = [
-        (prompt, answers[better], answers[worse])
-        for better, worse in combinations(best_first, 2)
-        if places[better] < places[worse] and answers[better] != answers[worse]
-    ]
-    if not pairs:
-        raise Malformed("no completion is better than another")
-    return pairs
-
-
-def _places(entries: list[Any], record: Mapping[str, Any]) -> list[float]:
-    """One number per completion, lower is better."""
-    for column, key, sign in (("ranks", "rank", 1), ("scores", "score", -1)):
-        values = record.get(column)
-        if values is None and all(isinstance(entry, Mapping) and entry.get(key) is not None for entry in entries):
-            values = [entry[key] for entry in entries]
-        if values is None:
-            continue
-        if not isinstance(values, Sequence) or len(values) != len(entries):
-            raise Malformed(f"completions and {column} differ in number")
-        try:
-            numbers = [sign * float(value) for value in values]
-        except (TypeError, ValueError):
-            numbers = [math.nan]
-        if any(math.isnan(number) for number in numbers):
-            raise Malformed(f"{column} are not all numbers")
-        return numbers
-    raise Malformed("completions have neither ranks nor scores")
-
-
-def _answer(value: Any, name: str) -> list[Message]:
-    """Messages of an answer. Text and a single message become a list of one."""
-    if isinstance(value, str):
-        return [{"role": "assistant", "content": value}]
-    return _messages([value] if isinstance(value, Mapping) else value, name)
-
-
-def _messages(value: Any, name: str) -> list[Message]:
-    if not isinstance(value, list) or not all(isinstance(message, Mapping) for message in value):
-        raise Malformed(f"{name} is neither text nor messages")
-    if not value:
-        raise Malformed(f"{name} is empty")
-    messages = []
-    for message in value:
-        if message.get("role") not in _ROLES:
-            raise Malformed(f"{name} has a message whose role is none of {', '.join(_ROLES[:5])}")
-        if not isinstance(message.get("content"), (str, list)) and not message.get("tool_calls"):
-            raise Malformed(f"{name} has a message without content")
-        messages.append({key: entry for key, entry in message.items() if entry is not None})
-    return messages
-
-
-def _says_something(answer: Text) -> bool:
-    if isinstance(answer, str):
-        return bool(answer.strip())
-    return any(message.get("tool_calls") or str(message.get("content") or "").strip() for message in answer)
+def _tools(value: Any, notes: Notes) -> list[Any] | None:
+    """The tools of a record. Each may be JSON text, and so may be the whole list."""
+    tools = _json(value, "tools", list)
+    if tools and any(isinstance(tool, str) for tool in tools):
+        notes["tools that are JSON text read as objects"] = None
+        tools = [_json(tool, "a tool", dict) if isinstance(tool, str) else tool for tool in tools]
+    return tools
 
 
 def _json(value: Any, name: str, kind: type) -> Any:
@@ -255,11 +262,3 @@ def as_text(prompt: Text) -> str:
     if isinstance(prompt, str):
         return prompt
     return "\n\n".join(f"{message['role']}: {content_text(message)}" for message in prompt)
-
-
-def content_text(message: Message) -> str:
-    """Return the text of a message, without images and other parts."""
-    content = message.get("content")
-    if isinstance(content, list):
-        return "\n".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
-    return "" if content is None else str(content)

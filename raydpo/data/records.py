@@ -11,23 +11,28 @@ import lzma
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pyarrow import fs as pafs
 
 from raydpo.config import SourceConfig, is_hub_name
-from raydpo.config.data import COMPRESSION_SUFFIXES, DATA_SUFFIXES
+from raydpo.config.data import COMPRESSION_SUFFIXES, DATA_SUFFIXES, bare_suffix
+from raydpo.data.arrow import rows
+from raydpo.data.locate import DataFile, data_files, said
 from raydpo.errors import DataError, RaydpoError
-from raydpo.storage.files import Storage
 from raydpo.storage.uri import is_uri, redact
 
 __all__ = ["Record", "read_records"]
 
 BATCH_ROWS = 1000
-NOT_UTF8, HALF_PAIR = "not valid UTF-8", "text with half a surrogate pair"
+BOM = b"\xef\xbb\xbf"
+INVALID, NOT_UTF8, HALF_PAIR = "not valid JSON", "not valid UTF-8", "text with half a surrogate pair"
+_PACKED = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"BZh": ".bz2", b"\xfd7zXZ\0": ".xz"}
+"""First bytes of compressed files."""
+_SPACE = re.compile(r"\s*")
 _ESCAPE = re.compile(rb"\\u[dD]")
 """Escape of a surrogate in JSON; most are valid pairs."""
 
@@ -41,6 +46,7 @@ class Record:
         row: its number, from 1, counted through all files of a source, so that it identifies a record of the source.
         value: None if it could not be read, because of ``problem``.
         source: name of the source that it counts as, if that is not the one it was read from.
+        note: how the file or directory was understood, on the first record only.
     """
 
     where: str
@@ -48,6 +54,7 @@ class Record:
     value: dict[str, Any] | None
     problem: str | None = None
     source: str | None = None
+    note: str | None = None
 
 
 def read_records(source: SourceConfig) -> Iterator[Record]:
@@ -94,18 +101,26 @@ def _missing_column(source: SourceConfig, theirs: str, present: list[str]) -> Da
 
 
 def _raw_records(source: SourceConfig) -> Iterator[Record]:
-    if not is_uri(source.path) and not Path(source.path).exists():
+    if not is_uri(source.path) and not _exists(source.path):
         if not is_hub_name(source.path):
             raise DataError(f"there is no file {source.path!r}; check the path in data.train or data.eval")
         yield from _hub_records(source)
         return
     before = 0
-    for filesystem, path, label in _files(source.path):
-        last = 0
-        for record in _explained(_file_records(filesystem, path, label), label):
-            last = record.row
-            yield replace(record, row=before + record.row)
+    for file in data_files(source):
+        last, note = 0, file.note
+        for record in _explained(_file_records(file), file.label):
+            last, told = record.row, tuple(each for each in (note, record.note) if each)
+            note = None
+            yield replace(record, row=before + record.row, note="; ".join(told) or None)
         before += last
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except OSError as error:  # no permission, or a name that is too long
+        raise DataError(f"cannot open {path!r}: {said(error)}") from None
 
 
 def _explained(records: Iterable[Record], label: str) -> Iterator[Record]:
@@ -115,103 +130,159 @@ def _explained(records: Iterable[Record], label: str) -> Iterator[Record]:
     except RaydpoError:
         raise
     except Exception as error:
-        raise DataError(f"cannot read {label}: {_said(error)}") from None
+        raise DataError(f"cannot read {label}: {said(error)}") from None
 
 
-def _said(error: Exception) -> str:
-    return f"{' '.join(str(error).split())[:300] or 'no details'} ({type(error).__name__})"
-
-
-def _files(path: str) -> Iterator[tuple[pafs.FileSystem, str, str]]:
-    """Yield (file system, path on it, label) of each data file that ``path`` stands for."""
-    try:
-        storage = Storage(path)
-        info = storage.fs.get_file_info(storage.root)
-    except Exception as error:  # every file system has its own errors
-        raise DataError(f"cannot open {redact(path)}: {_said(error)}") from None
-    if info.type == pafs.FileType.NotFound:
-        raise DataError(f"there is no file {redact(path)!r}; check the path in data.train or data.eval")
-    if info.type != pafs.FileType.Directory:
-        yield storage.fs, storage.root, info.base_name
-        return
-    names = [name for name in storage.list() if _bare(name).endswith(DATA_SUFFIXES) and not name.startswith((".", "_"))]
-    if not names:
-        raise DataError(f"the directory {redact(path)} holds no {', '.join(DATA_SUFFIXES)} files, compressed or not")
-    for name in names:
-        yield storage.fs, storage.path(name), name
-
-
-def _bare(name: str) -> str:
-    for suffix in COMPRESSION_SUFFIXES:
-        name = name.removesuffix(suffix)
-    return name
-
-
-def _file_records(filesystem: pafs.FileSystem, path: str, label: str) -> Iterator[Record]:
-    kind = _bare(label)
+def _file_records(file: DataFile) -> Iterator[Record]:
+    label, kind = file.label, bare_suffix(file.label)
     if not kind.endswith(DATA_SUFFIXES):
         raise DataError(
             f"{label} has an unknown suffix; use {', '.join(DATA_SUFFIXES)}, also with {', '.join(COMPRESSION_SUFFIXES)}"
         )
-    with filesystem.open_input_file(path) as raw:
-        if kind.endswith(".parquet"):
-            yield from _parquet_records(raw if kind == label else pa.BufferReader(_bytes(raw, label).read()), label)
-        elif kind.endswith(".json"):
-            yield from _json_records(_bytes(raw, label).read(), label)
+    with file.filesystem.open_input_file(file.path) as raw:
+        head = raw.read(64)
+        raw.seek(0)
+        if head.startswith(b"version https://git-lfs"):
+            raise DataError(
+                f"{label} is a Git LFS pointer in place of the data; fetch them with 'git lfs pull' in its repository"
+            )
+        named = label.lower()[len(kind) :]
+        packed = named or next((suffix for start, suffix in _PACKED.items() if head.startswith(start)), "")
+        note = f"{label} is compressed ({packed.removeprefix('.')}), though not named so" if packed != named else None
+        if head.startswith((b"PAR1", b"ARROW1")) or kind.endswith((".parquet", ".arrow")):
+            stream = pa.BufferReader(_bytes(raw, packed).read()) if packed else raw
+            records = _arrow_records(stream, label, parquet=head.startswith(b"PAR1") or kind.endswith(".parquet"))
         else:
-            yield from _line_records(_bytes(raw, label), label)
+            records = _json_records(_bytes(raw, packed), label, listed=kind.endswith(".json"))
+        for record in records:
+            told = [each for each in (note, record.note) if each]
+            note = None
+            yield replace(record, note="; ".join(told)) if told else record
 
 
-def _bytes(raw: pa.NativeFile, name: str) -> IO[bytes]:
-    """Stream of the content of a file that may be compressed."""
-    if name.endswith(".gz"):
+def _bytes(raw: pa.NativeFile, suffix: str) -> IO[bytes]:
+    """Stream of the content of a file, compressed as ``suffix`` says."""
+    if suffix == ".gz":
         return gzip.open(raw)
-    if name.endswith(".bz2"):
+    if suffix == ".bz2":
         return bz2.open(raw)
-    if name.endswith(".xz"):
+    if suffix == ".xz":
         return lzma.open(raw)
-    return io.BufferedReader(pa.CompressedInputStream(raw, "zstd") if name.endswith(".zst") else raw)
+    return io.BufferedReader(pa.CompressedInputStream(raw, "zstd") if suffix == ".zst" else raw)
 
 
-def _parquet_records(stream: Any, label: str) -> Iterator[Record]:
+def _arrow_records(stream: Any, label: str, *, parquet: bool) -> Iterator[Record]:
+    """Records of a Parquet file, or of an Arrow file in either of its two formats."""
+    if parquet:
+        batches: Iterable[pa.RecordBatch] = pq.ParquetFile(stream).iter_batches(batch_size=BATCH_ROWS)
+    else:
+        streamed = stream.read(6) != b"ARROW1"
+        stream.seek(0)
+        if streamed:
+            batches = pa.ipc.open_stream(stream)
+        else:
+            file = pa.ipc.open_file(stream)
+            batches = (file.get_batch(number) for number in range(file.num_record_batches))
     row = 0
-    for batch in pq.ParquetFile(stream).iter_batches(batch_size=BATCH_ROWS):
-        for value in batch.to_pylist():
-            row += 1
-            yield Record(f"{label}:{row}", row, _without_nulls(value))
+    for batch in batches:
+        for start in range(0, batch.num_rows, BATCH_ROWS):
+            for value in rows(batch.slice(start, BATCH_ROWS)):
+                row += 1
+                yield Record(f"{label}:{row}", row, value)
 
 
-def _without_nulls(value: Any) -> Any:
-    """``value`` without nulls: Arrow gives each message the fields of all others, and a template would print them."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(entry) for key, entry in value.items() if entry is not None}
-    return [_without_nulls(entry) for entry in value] if isinstance(value, list) else value
+def _json_records(stream: IO[bytes], label: str, *, listed: bool) -> Iterator[Record]:
+    """Records of JSON lines, of one JSON list, or of objects over several lines, whatever the file is called."""
+    head, note = list(_to_first_text(stream)), None
+    if head and (head[0].startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in head[0][:4]):
+        stream, note = _recoded(b"".join((*head, stream.read())), label)
+        head = list(_to_first_text(stream))
+    records = _utf8_records(head, stream, label, listed=listed)
+    if note is not None and (record := next(records, None)) is not None:
+        yield replace(record, note=f"{note}; {record.note}" if record.note else note)
+    yield from records
 
 
-def _line_records(lines: Iterable[bytes], label: str) -> Iterator[Record]:
-    for number, line in enumerate(lines, 1):
+def _recoded(content: bytes, label: str) -> tuple[IO[bytes], str]:
+    """Content in UTF-16 or UTF-32 as UTF-8, and what was found."""
+    encoding = json.detect_encoding(content)
+    try:
+        text = content.decode(encoding).removeprefix("\ufeff")
+    except UnicodeDecodeError:
+        raise DataError(f"{label} is neither UTF-8 nor valid {encoding.upper()}; save it as UTF-8") from None
+    return io.BytesIO(text.encode("utf-8", "surrogatepass")), f"{label} is {encoding.upper()}, not UTF-8"
+
+
+def _utf8_records(head: list[bytes], stream: Iterable[bytes], label: str, *, listed: bool) -> Iterator[Record]:
+    first = head[-1].removeprefix(BOM).lstrip() if head else b""
+    if first.startswith(b"["):
+        content = b"".join((*head, stream.read()))
+        try:
+            yield from _list_records(content, label, None if listed else f"{label} is a JSON list, though not named so")
+            return
+        except DataError:
+            if listed or _parse(head[-1], "", len(head)).problem == INVALID:
+                raise
+        stream = io.BytesIO(content)
+    elif first.startswith(b"{") and _parse(head[-1], "", len(head)).problem == INVALID:
+        content = b"".join((*head, stream.read()))
+        objects = list(_object_records(content, label))
+        if objects and objects[-1] is not None:
+            yield from objects
+            return
+        stream = io.BytesIO(content)
+    else:
+        stream = chain(head, stream)
+    for number, line in enumerate(stream, 1):
         if line.strip():
             yield _parse(line, f"{label}:{number}", number)
 
 
-def _json_records(content: bytes, label: str) -> Iterator[Record]:
-    """Records of a JSON list of objects, or of JSON lines in a file named .json, which is common."""
-    if not content.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-        yield from _line_records(io.BytesIO(content), label)
-        return
-    problem = HALF_PAIR if _ESCAPE.search(content) else None
+def _to_first_text(stream: IO[bytes]) -> Iterator[bytes]:
+    """The lines up to the first that is not blank."""
+    for line in stream:
+        yield line
+        if line.removeprefix(BOM).strip():
+            return
+
+
+def _list_records(content: bytes, label: str, note: str | None) -> Iterator[Record]:
     try:
-        encoding = json.detect_encoding(content)
-        try:
-            text = content.decode(encoding)
-        except UnicodeDecodeError:
-            # Invalid bytes become half surrogate pairs, which show the records that contain them.
-            text, problem = content.decode(encoding, "surrogateescape"), NOT_UTF8
+        text, problem = _decoded(content)
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{label} is not valid JSON: {' '.join(str(error).split())[:200]}; correct it there") from None
     for number, value in enumerate(values, 1):
-        yield _as_record(value, f"{label}:{number}", number, problem)
+        yield replace(_as_record(value, f"{label}:{number}", number, problem), note=note if number == 1 else None)
+
+
+def _object_records(content: bytes, label: str) -> Iterator[Record | None]:
+    """Records of JSON objects that follow each other, each over several lines. None where that fails."""
+    decode = json.JSONDecoder().raw_decode
+    try:
+        text, problem = _decoded(content)
+        place, line, number = _SPACE.match(text).end(), 1, 0  # type: ignore[union-attr]
+        line += text.count("\n", 0, place)
+        while place < len(text):
+            value, end = decode(text, place)
+            number += 1
+            note = f"{label} holds objects over several lines" if number == 1 else None
+            yield replace(_as_record(value, f"{label}:{line}", number, problem), note=note)
+            end = _SPACE.match(text, end).end()  # type: ignore[union-attr]
+            line += text.count("\n", place, end)
+            place = end
+    except (ValueError, RecursionError):
+        yield None
+
+
+def _decoded(content: bytes) -> tuple[str, str | None]:
+    """The text of JSON, and what may be wrong with it. Invalid bytes become half surrogate pairs, which show the records
+    that contain them."""
+    encoding = json.detect_encoding(content)
+    try:
+        return content.decode(encoding), HALF_PAIR if _ESCAPE.search(content) else None
+    except UnicodeDecodeError:
+        return content.decode(encoding, "surrogateescape"), NOT_UTF8
 
 
 def _parse(line: bytes, where: str, row: int) -> Record:
@@ -222,7 +293,7 @@ def _parse(line: bytes, where: str, row: int) -> Record:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
-        return Record(where, row, None, "not valid JSON")
+        return Record(where, row, None, INVALID)
     return _as_record(value, where, row, HALF_PAIR if _ESCAPE.search(line) else None)
 
 
@@ -242,12 +313,20 @@ def _hub_records(source: SourceConfig) -> Iterator[Record]:
     try:
         from datasets import load_dataset
 
-        dataset = load_dataset(source.path, split=source.split)
+        names = {} if source.subset is None else {"name": source.subset}
+        dataset = load_dataset(source.path, **names, split=source.split)
     except Exception as error:  # to the user every network, hub or format failure means the same: no data
+        hint = "; set the source's subset" if "onfig name is missing" in str(error) else ""
         raise DataError(
             f"there is no file {source.path!r}, and the hub does not give split {source.split!r} of a data set "
-            f"of that name: {_said(error)}"
+            f"of that name: {said(error)}{hint}"
         ) from None
     label = f"{source.path}[{source.split}]"
-    for row, value in enumerate(_explained(dataset, label), 1):
-        yield Record(f"{label}:{row}", row, _without_nulls(value))
+    for row, value in enumerate(_explained(_hub_rows(dataset), label), 1):
+        yield Record(f"{label}:{row}", row, value)
+
+
+def _hub_rows(dataset: Any) -> Iterator[dict[str, Any]]:
+    """Rows as Arrow holds them: no image is decoded, and nulls are told from absent fields as in files."""
+    for table in dataset.with_format("arrow").iter(BATCH_ROWS):
+        yield from rows(table)

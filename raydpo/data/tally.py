@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from datetime import date
 from typing import Any
 
 from raydpo.config import DataConfig
+from raydpo.data.remarks import PROMPT_END, Remarks
+from raydpo.data.repeats import Repeats
 from raydpo.data.scores import Contradictions
 from raydpo.errors import DataError
 
@@ -16,6 +19,7 @@ FIRST_PLACES = 3
 MOST_REASONS = 10
 """Number of reasons in a message."""
 REASON_CHARACTERS = 200
+MOST_LISTED = 10
 
 
 @dataclass
@@ -64,6 +68,11 @@ class SourceReport:
         duplicates: kept pairs with the same tokens as an earlier one, of any source.
         merged: pairs whose prompt, tokenised alone, is no prefix of prompt and completion.
         several_turns: pairs with a completion that continues beyond the assistant's first turn.
+        remarks: what is odd about well-formed pairs, such as texts that the chat template leaves out.
+        files: which files were read, and how.
+        understood: records by how they were understood, where they have not the plain form.
+        unused: records by columns that were not read.
+        repeats: answers that repeat their prompt.
     """
 
     name: str
@@ -79,6 +88,11 @@ class SourceReport:
     malformed: Faults = field(default_factory=Faults)
     dropped: Faults = field(default_factory=Faults)
     scores: Contradictions = field(default_factory=Contradictions)
+    remarks: Remarks = field(default_factory=Remarks)
+    files: list[str] = field(default_factory=list)
+    understood: Counter[str] = field(default_factory=Counter)
+    unused: Counter[str] = field(default_factory=Counter)
+    repeats: Repeats = field(default_factory=Repeats)
 
     def lines(self) -> list[str]:
         parts = [f"{self.records:,} records", f"{self.kept:,} pairs kept"]
@@ -87,15 +101,15 @@ class SourceReport:
             for count, what in ((self.truncated, "completions truncated"), (self.duplicates, "exact duplicates kept"))
             if count
         ]
-        lines = [f"data {self.name}: {', '.join(parts)}"]
+        lines = [f"data {self.name}: {', '.join(parts)}", *self._readings()]
         if self.dropped.total:
             lines.append(f"data {self.name}: {self.dropped.total:,} pairs dropped: {self.dropped}")
         if self.malformed.total:
             lines.append(f"warning: data {self.name}: {self.malformed_records:,} malformed records: {self.malformed}")
-        if self.merged:
+        if (merged := self.merged - self.remarks.pairs[PROMPT_END]) > 0:
             lines.append(
-                f"warning: data {self.name}: in {self.merged:,} pairs the prompt is tokenised differently alone "
-                "and with its completion (tokens merge across the boundary, or the template differs); "
+                f"warning: data {self.name}: in {merged:,} pairs the prompt is tokenised differently alone "
+                "and with its completion (tokens merge across the boundary, but no text is left out); "
                 "the completion starts where they differ"
             )
         if self.several_turns:
@@ -104,7 +118,26 @@ class SourceReport:
                 "tool messages, and their tokens also count in the loss"
             )
         lines += (f"warning: data {self.name}: {line}" for line in self.scores.lines(self.records))
-        return lines
+        return lines + self.remarks.lines(self.name, self.pairs)
+
+    def _readings(self) -> list[str]:
+        """How files and records were understood, and what was not read."""
+        told = list(self.files[:MOST_LISTED])
+        if len(self.files) > MOST_LISTED:
+            told.append(f"and {len(self.files) - MOST_LISTED:,} more files that are not what their names say")
+        for note, count in self.understood.most_common(MOST_LISTED):
+            sign = "warning: " if note.startswith("warning: ") else ""
+            told.append(f"{sign}{count:,} records: {note.removeprefix('warning: ')}")
+        if self.unused:
+            names = [f"{name[:40]!r} ({count:,})" for name, count in self.unused.most_common(MOST_LISTED)]
+            rest = len(self.unused) - MOST_LISTED
+            told.append(f"columns not read (records): {', '.join(names)}{f' and {rest:,} more' if rest > 0 else ''}")
+        told += self.repeats.lines()
+        return [
+            f"{sign}data {self.name}: {each.removeprefix(sign)}"
+            for each in told
+            for sign in ["warning: " if each.startswith("warning: ") else ""]
+        ]
 
     def check(self, config: DataConfig) -> None:
         """Check that enough is left.
@@ -124,6 +157,11 @@ class SourceReport:
                 f"data.max_length {config.max_length}, more than data.max_dropped ({config.max_dropped:g}) "
                 f"allows: {self.dropped}; raise data.max_length, or data.max_dropped if that is intended"
             )
+        if self.remarks.lost > config.max_lost * self.pairs:
+            raise DataError(
+                f"data {self.name}: {self.remarks.loss(self.pairs)}; data.max_lost ({config.max_lost:g}) allows fewer; "
+                f"{self.remarks.remedy()}, or raise data.max_lost if that is intended"
+            )
         if not self.kept:
             raise DataError(
                 f"data {self.name}: none of the {self.records:,} records of {self.path} gives a usable pair"
@@ -132,8 +170,9 @@ class SourceReport:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        counted = {name: getattr(self, name).to_dict() for name in ("malformed", "dropped", "scores")}
-        return vars(self) | counted
+        parts = {name: getattr(self, name).to_dict() for name in ("malformed", "dropped", "remarks", "scores")}
+        parts |= {"understood": dict(self.understood), "unused": dict(self.unused), "repeats": vars(self.repeats).copy()}
+        return vars(self) | parts
 
 
 @dataclass
@@ -143,11 +182,13 @@ class DataReport:
     Attributes:
         leaked: pairs of a given held-out file whose prompt is also trained on.
         thinned: training pairs that ``data.fraction`` keeps, and all of them; None if it is 1.
+        template_date: the day that the chat template was told instead of today; None if it writes no date.
     """
 
     sources: list[SourceReport]
     leaked: int = 0
     thinned: tuple[int, int] | None = None
+    template_date: date | None = None
 
     def lines(self) -> list[str]:
         """A summary for people; lines that begin with ``warning:`` need attention."""
@@ -159,8 +200,17 @@ class DataReport:
             )
         if self.thinned is not None:
             lines.append(f"data.fraction: {self.thinned[0]:,} of {self.thinned[1]:,} training pairs are used")
+        if self.template_date is not None:
+            lines.append(
+                f"the chat template writes today's date; it is told {self.template_date} on every day (data.template_date)"
+            )
         return lines
 
     def to_dict(self) -> dict[str, Any]:
         """The same for JSON."""
-        return {"leaked": self.leaked, "thinned": self.thinned, "sources": [source.to_dict() for source in self.sources]}
+        return {
+            "leaked": self.leaked,
+            "thinned": self.thinned,
+            "template_date": None if self.template_date is None else str(self.template_date),
+            "sources": [source.to_dict() for source in self.sources],
+        }

@@ -1,16 +1,22 @@
 """Tokenise preferences, and find where the prompt ends and the completion begins."""
 
 from collections.abc import Sequence
-from functools import cached_property, partial
+from datetime import date
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from raydpo.config.data import PINNED_DATE
+from raydpo.data import remarks
 from raydpo.data.preference import Malformed, Preference
 from raydpo.data.refusal import refusal
+from raydpo.data.remarks import Remark
+from raydpo.data.rendering import RenderingCheck
 from raydpo.data.shapes import common_prefix
-from raydpo.errors import ModelError
+from raydpo.data.template import ChatTemplate
+from raydpo.errors import FilesError
 
 __all__ = ["TokenisedPair", "Tokeniser", "load_tokenizer"]
 
@@ -32,14 +38,14 @@ def load_tokenizer(path: str, *, chat_template: str | None = None, trust_remote_
         chat_template: Jinja text, or the path of a file with it, in place of the tokenizer's own.
 
     Raises:
-        ModelError: if there is no tokenizer, or the template is not valid Jinja.
+        FilesError: if there is no tokenizer, or the template is not valid Jinja.
     """
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raise what their backends raise
-        raise ModelError(
+        raise FilesError(
             f"cannot load a tokenizer from {path!r}: {_said(error, 300)}; set model.tokenizer to a directory "
             "with tokenizer.json, or a hub name"
         ) from None
@@ -55,7 +61,7 @@ def _template_text(template: str) -> str:
     try:
         return Path(template).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise ModelError(
+        raise FilesError(
             f"data.chat_template {template!r} is neither Jinja text nor a file that can be read: {_said(error, 200)}"
         ) from None
 
@@ -67,7 +73,7 @@ def _check_syntax(tokenizer: Any, name: str) -> None:
         tokenizer.apply_chat_template(_PROBE[:1], tokenize=False)
     except TemplateSyntaxError as error:
         shown = name if len(name) <= 80 else name[:77] + "..."
-        raise ModelError(
+        raise FilesError(
             f"data.chat_template {shown!r} is not valid Jinja: line {error.lineno}: {_said(error, 200)}"
         ) from None
     except Exception:  # a template may refuse this conversation and accept those of the data
@@ -75,16 +81,22 @@ def _check_syntax(tokenizer: Any, name: str) -> None:
 
 
 class Tokeniser:
-    """Turns preferences into token ids exactly as TRL's DPOTrainer does.
+    """Turns preferences into token ids exactly as TRL's DPOTrainer does, and notes what is odd about them.
 
     Attributes:
         tokenizer: the transformers tokenizer.
+        template: its chat template.
         merged: number of pairs so far whose prompt, tokenised alone, is no prefix of prompt and completion together.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, day: date = PINNED_DATE) -> None:
+        """Args:
+        day: the day that a chat template is told instead of today.
+        """
         self.tokenizer = tokenizer
+        self.template = ChatTemplate(tokenizer, day)
         self.merged = 0
+        self._check = RenderingCheck(tokenizer)
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
@@ -92,8 +104,7 @@ class Tokeniser:
         ids = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
         if self.tokenizer.chat_template:
             try:
-                render = partial(self.tokenizer.apply_chat_template, tokenize=False)
-                texts = [render(_PROBE[:1], add_generation_prompt=True), render(_PROBE)]
+                texts = [self.template.render(_PROBE[:1], generate=True), self.template.render(_PROBE)]
                 prompt, whole = self._ids(texts, add_special_tokens=False)
             except Exception:  # a template that refuses the probe
                 return tuple(ids)
@@ -112,24 +123,29 @@ class Tokeniser:
             Token ids of each preference, or what is wrong with it.
 
         Raises:
-            ModelError: if there are conversations and no chat template, or text and no EOS token.
+            FilesError: if there are conversations and no chat template, or text and no EOS token.
         """
-        encoded: list[TokenisedPair | Malformed | None] = [None] * len(preferences)
-        plain: list[tuple[int, tuple[str, str, str]]] = []
-        rendered: list[tuple[int, tuple[str, str, str]]] = []
+        return [ids for ids, _ in self.encode_noted(preferences)]
+
+    def encode_noted(self, preferences: Sequence[Preference]) -> list[tuple[TokenisedPair | Malformed, list[Remark]]]:
+        """As ``encode``, with what is odd about each preference."""
+        encoded: list[tuple[TokenisedPair | Malformed, list[Remark]] | None] = [None] * len(preferences)
+        plain: list[tuple[int, tuple[str, str, str], list[Remark]]] = []
+        rendered: list[tuple[int, tuple[str, str, str], list[Remark]]] = []
         for index, preference in enumerate(preferences):
             if not preference.conversational:
-                plain.append((index, self._texts(preference)))
+                plain.append((index, self._texts(preference), self._of_text(preference)))
                 continue
             try:
-                rendered.append((index, self._render(preference)))
+                rendered.append((index, *self._render(preference)))
             except Malformed as error:
-                encoded[index] = error
+                encoded[index] = error, []
         for entries, conversational in ((plain, False), (rendered, True)):
             # A template writes special tokens itself; for plain text the tokenizer adds its own, such as BOS.
-            ids = iter(self._ids([text for _, texts in entries for text in texts], not conversational))
-            for index, _ in entries:
-                encoded[index] = self._split(next(ids), next(ids), next(ids), conversational=conversational)
+            ids = iter(self._ids([text for _, texts, _ in entries for text in texts], not conversational))
+            for index, _, found in entries:
+                parts = self._begun(next(ids), next(ids), next(ids), conversational=conversational, found=found)
+                encoded[index] = self._split(*parts, conversational=conversational, found=found), found
         return encoded  # type: ignore[return-value]
 
     def _ids(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
@@ -143,10 +159,19 @@ class Tokeniser:
         """Whether the tokenizer itself ends every text with EOS."""
         return self._ids(["x"], True)[0][-1:] == [self.tokenizer.eos_token_id]
 
+    @cached_property
+    def _adds_bos(self) -> bool:
+        """Whether the tokenizer itself begins every text with BOS."""
+        return self._ids(["x"], True)[0][:1] == [self._bos]
+
+    @cached_property
+    def _bos(self) -> int | None:
+        return self.tokenizer.bos_token_id  # kept, since the tokenizer looks it up slowly
+
     def _texts(self, preference: Preference) -> tuple[str, str, str]:
         eos = self.tokenizer.eos_token
         if eos is None:
-            raise ModelError(
+            raise FilesError(
                 "the tokenizer has no EOS token, so the end of a text completion cannot be learned; set "
                 "eos_token in its tokenizer_config.json"
             )
@@ -154,25 +179,71 @@ class Tokeniser:
         prompt = preference.prompt
         return prompt, *(prompt + answer.removesuffix(eos) + end for answer in (preference.chosen, preference.rejected))
 
-    def _render(self, preference: Preference) -> tuple[str, str, str]:
+    def _of_text(self, preference: Preference) -> list[Remark]:
+        """What is odd about a preference of plain text."""
+        found = []
+        for side, answer in (("chosen", preference.chosen), ("rejected", preference.rejected)):
+            if self._check.spelled(answer) is None:
+                continue
+            eos = self.tokenizer.eos_token
+            answer = answer.removesuffix(eos)
+            if (token := self._check.spelled(answer)) is not None:
+                twice = token == eos and answer.rstrip().endswith(eos) and answer.count(eos) == 1
+                found.append(Remark(remarks.EOS_TWICE if twice else remarks.SPELLED, side, token))
+        prompt = preference.prompt
+        token = self._check.spelled(prompt)
+        if token is not None and self._adds_bos:
+            token = self._check.spelled(prompt.removeprefix(self.tokenizer.bos_token))
+        if token is not None:
+            found.append(Remark(remarks.SPELLED_BEFORE, "", token))
+        elif self.tokenizer.chat_template:
+            found.append(Remark(remarks.TEXT_FOR_CHAT, "", preference.prompt))
+        for what, value in ((remarks.TOOLS, preference.tools), ("chat_template_kwargs", preference.template_kwargs)):
+            if value:
+                remedy = "give messages (role, content) instead of text"
+                found.append(Remark(remarks.LOST, f"{what} (beside plain text)", "", remedy))
+        return found
+
+    def _render(self, preference: Preference) -> tuple[tuple[str, str, str], list[Remark]]:
+        """Prompt, prompt + chosen and prompt + rejected as the chat template renders them, and what is odd about them."""
         if not self.tokenizer.chat_template:
-            raise ModelError(
+            raise FilesError(
                 "the data are conversations, but the tokenizer has no chat template; set data.chat_template "
                 "to one, or use prompt, chosen and rejected as text"
             )
-
-        template = self.tokenizer.apply_chat_template
-        render = partial(template, tokenize=False, tools=preference.tools, **preference.template_kwargs)
+        prompt, chosen, rejected = preference.prompt, preference.chosen, preference.rejected
+        changes: set[str] = set()
+        if not (self.template.fits(prompt) and self.template.fits(chosen) and self.template.fits(rejected)):
+            prompt, chosen, rejected = (self.template.fitted(part, changes) for part in (prompt, chosen, rejected))
+        tools, arguments = preference.tools, preference.template_kwargs
         try:
-            return (
-                render(preference.prompt, add_generation_prompt=True),
-                render(preference.prompt + preference.chosen),
-                render(preference.prompt + preference.rejected),
+            texts = (
+                self.template.render(prompt, tools, generate=True, **arguments),
+                self.template.render(prompt + chosen, tools, **arguments),
+                self.template.render(prompt + rejected, tools, **arguments),
             )
         except Exception as error:  # templates raise what their authors wrote
             raise Malformed(f"the chat template refuses it: {refusal(error, self.tokenizer.chat_template)}") from None
+        found = self._check.remarks(preference, *texts)
+        for change in sorted(changes):
+            found.append(Remark(remarks.CHANGED, change))
+        for key in arguments:
+            if key not in str(self.tokenizer.chat_template):
+                found.append(Remark(remarks.UNREAD, key))
+        return texts, found
 
-    def _split(self, *texts: list[int], conversational: bool) -> TokenisedPair | Malformed:
+    def _begun(self, *texts: list[int], conversational: bool, found: list[Remark]) -> tuple[list[int], ...]:
+        """The ids of a pair, without a second BOS that the tokenizer put before the text's own."""
+        if (bos := self._bos) is None:
+            return texts
+        if texts[0][:2] == [bos, bos]:
+            found.append(Remark(remarks.BOS_TWICE if conversational else remarks.BOS_REMOVED))
+            return texts if conversational else tuple(ids[1:] for ids in texts)
+        if conversational and self._adds_bos and texts[0][:1] != [bos]:
+            found.append(Remark(remarks.BOS_MISSING))
+        return texts
+
+    def _split(self, *texts: list[int], conversational: bool, found: list[Remark]) -> TokenisedPair | Malformed:
         prompt, chosen, rejected = (np.array(ids, np.int32) for ids in texts)
         if not conversational and self._adds_eos:
             prompt = prompt[:-1]
@@ -183,6 +254,13 @@ class Tokeniser:
             if not len(ids):  # the first token of a sequence is never predicted
                 return Malformed(f"{name} has no tokens")
         if np.array_equal(pair.chosen, pair.rejected):
+            lost = [remark for remark in found if remark.kind in (remarks.LOST, remarks.THOUGHT_BETWEEN)]
+            if lost:
+                what = ", ".join(sorted({remark.what for remark in lost}))
+                return Malformed(
+                    f"the chat template leaves out what tells chosen from rejected ({what}), so they have the same tokens; "
+                    f"{lost[0].remedy}"
+                )
             return Malformed("chosen and rejected have the same tokens")
         return pair
 

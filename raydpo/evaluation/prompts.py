@@ -65,6 +65,10 @@ def reading(evaluate: EvaluateConfig) -> Any:
             if evaluate.chat:
                 value = _as_conversation(value)
             subset = None if evaluate.subsets is None else value.get(evaluate.subsets)
+            if subset is not None and evaluate.subsets not in ("prompt", "chosen", "rejected"):
+                value = {
+                    key: entry for key, entry in value.items() if key != evaluate.subsets
+                }  # used, so not told as unread
             yield dataclasses.replace(record, value=value, source=None if subset is None else str(subset))
 
     return read

@@ -18,6 +18,7 @@ __all__ = [
     "MOST_TRAINED",
     "Budget",
     "find_budget",
+    "free_memory",
     "is_out_of_memory",
     "probe_group",
     "used_memory",
@@ -66,7 +67,7 @@ def find_budget(
     run(PROBES[0])  # allocates buffers that are made once
     small, large = (_peak(run, tokens, device) for tokens in PROBES)
     per_token = max((large - small) / (PROBES[1] - PROBES[0]), 1.0)
-    free = max(0.0, _free(device, share) - reserve)
+    free = max(0.0, free_memory(device, share) - reserve)
     fits = int(MARGIN * free / per_token)
     tokens = min(most[device.type], max(STEP, fits // STEP * STEP))
     return Budget(tokens, per_token, free)
@@ -120,7 +121,8 @@ def _peak(run: Callable[[int], object], tokens: int, device: torch.device) -> fl
     return peak
 
 
-def _free(device: torch.device, share: float) -> float:
+def free_memory(device: torch.device, share: float = 1.0) -> float:
+    """Bytes that this process may still use on a GPU, or on a CPU in the memory of its machine or container."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

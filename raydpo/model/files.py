@@ -10,15 +10,31 @@ import json
 import os
 import re
 import struct
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raydpo.errors import FilesError
+from raydpo.errors import FilesError, one_line
 
-__all__ = ["AdapterFiles", "ModelFiles", "adapter_files", "model_files", "read_header", "weights_lacking"]
+__all__ = [
+    "AdapterFiles",
+    "ModelFiles",
+    "adapter_files",
+    "check_tokenizer_files",
+    "model_files",
+    "read_header",
+    "some_names",
+    "weights_lacking",
+]
 
 SINGLE, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
+_TOKENIZER = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+_POINTER = b"version https://"
+"""How a Git LFS pointer begins."""
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 _IN_LAYERS = (
     "LORA", "ADALORA", "LOHA", "LOKR", "OFT", "BOFT", "IA3", "LN_TUNING", "VERA", "PVERA", "VBLORA", "FOURIERFT", "HRA",
@@ -97,6 +113,7 @@ def model_files(path: str | Path, trust_remote_code: bool = False) -> ModelFiles
         _refuse_foreign_code(directory, auto_map)
     runs_code = trust_remote_code and bool(auto_map)
     code = _code(directory, nested=runs_code)
+    _refuse_pointers([*weights, *code, directory / "generation_config.json"])
     return ModelFiles(
         directory=directory, config=config, weights=weights, passed_over=passed_over, code=code, runs_code=runs_code
     )
@@ -117,6 +134,7 @@ def adapter_files(path: str | Path) -> AdapterFiles:
     config = _read_json(directory / "adapter_config.json")
     if not (directory / ADAPTER).is_file():
         raise FilesError(f"{directory} has no {ADAPTER}; raydpo reads PEFT adapters saved as safetensors")
+    _refuse_pointers([directory / ADAPTER])
     kind = config.get("peft_type")
     if kind not in _IN_LAYERS or config.get("alora_invocation_tokens"):
         raise FilesError(
@@ -153,21 +171,56 @@ def read_header(file: Path) -> tuple[int, dict[str, dict[str, Any]]]:
     Raises:
         ModelError: if it is not a safetensors file.
     """
+    _refuse_pointers([file])
+    size = file.stat().st_size
     try:
         with open(file, "rb") as stream:
-            start = stream.read(8)
-            if start == b"version ":
-                raise FilesError(f"{file} is a Git LFS pointer, not the weights; run 'git lfs pull' in its directory")
-            (length,) = struct.unpack("<Q", start)
-            if length > file.stat().st_size:
-                raise FilesError(f"{file} is not a safetensors file, or is truncated")
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > size:
+                raise ValueError(f"its first bytes ask for a header of {length:,} bytes")
             header = json.loads(stream.read(length))
-    except (OSError, struct.error, ValueError) as error:
-        if isinstance(error, FilesError):
-            raise
-        raise FilesError(f"{file} is not a safetensors file: {error}") from None
-    header.pop("__metadata__", None)
+            header.pop("__metadata__", None)
+            needed = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+    except (OSError, struct.error, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        why = one_line(error, 200) if size else "it is empty"
+        raise FilesError(f"{file} is not a safetensors file ({why}); fetch it again") from None
+    if needed < size:
+        raise FilesError(f"{file} has {size - needed:,} bytes behind its last tensor, so it is damaged; fetch it again")
+    if needed > size:
+        raise FilesError(f"{file} is truncated: it has {size:,} bytes, and its tensors need {needed:,}; fetch it again")
     return 8 + length, header
+
+
+def some_names(names: Sequence[str]) -> str:
+    """The first three of ``names``, and the number of the others."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
+
+
+def check_tokenizer_files(path: str | Path) -> None:
+    """Refuse a tokenizer whose files are Git LFS pointers, which tokenizers report as broken JSON.
+
+    Raises:
+        ModelError: naming the first pointer.
+    """
+    _refuse_pointers(Path(path) / name for name in _TOKENIZER)
+
+
+def _refuse_pointers(files: Iterable[Path]) -> None:
+    pointers = [file for file in files if _is_pointer(file)]
+    if pointers:
+        raise FilesError(
+            f"{pointers[0]} is a Git LFS pointer, not the file itself"
+            + (f" ({len(pointers) - 1:,} more files beside it)" if len(pointers) > 1 else "")
+            + f"; run 'git lfs pull' in {pointers[0].parent}, or download the model again"
+        )
+
+
+def _is_pointer(file: Path) -> bool:
+    try:
+        with open(file, "rb") as stream:
+            return stream.read(len(_POINTER)) == _POINTER
+    except OSError:
+        return False
 
 
 def _weights(directory: Path, config: dict[str, Any]) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
@@ -225,7 +278,7 @@ def _shards(index: Path) -> list[str]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     found = _read_json(index).get("weight_map")
-    if not isinstance(found, dict):
+    if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
         raise FilesError(f"{index} has no weight_map; an index of safetensors files is expected")
     return found
 
@@ -251,10 +304,11 @@ def _refuse_foreign_code(directory: Path, auto_map: dict[str, Any]) -> None:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
+    _refuse_pointers([file])
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FilesError(f"cannot read {file}: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise FilesError(f"cannot read {file}: {one_line(error, 200)}") from None
     if not isinstance(found, dict):
         raise FilesError(f"cannot read {file}: it holds no JSON object")
     return found

@@ -15,7 +15,7 @@ from torch import nn
 from raydpo.errors import ModelError, reason
 from raydpo.model.files import model_files
 from raydpo.model.rotary import fix_rotary
-from raydpo.model.weights import load_adapter, refuse_gaps
+from raydpo.model.weights import load_adapter, refuse_foreign_head, refuse_gaps
 
 if TYPE_CHECKING:
     from raydpo.config import LoraSettings
@@ -55,7 +55,8 @@ def load_causal_lm(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     path = str(path)
-    model_files(path, trust_remote_code)  # refuses a directory from which other files would be loaded than were hashed
+    # Refuses a directory from which other files would be loaded than were hashed.
+    refuse_foreign_head(model_files(path, trust_remote_code))
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         if getattr(config, "is_encoder_decoder", False):

@@ -24,7 +24,15 @@ from raydpo.model.logps import LogpModel
 from raydpo.model.rotary import fix_rotary
 from raydpo.model.ulysses import SequenceGroup
 
-__all__ = ["CHECK_ROWS", "CheckReport", "Wish", "check_training_mode", "choose_layout", "share_positions"]
+__all__ = [
+    "CHECK_ROWS",
+    "CheckReport",
+    "Wish",
+    "check_training_mode",
+    "choose_layout",
+    "logps_by_definition",
+    "share_positions",
+]
 
 Wish = Literal["auto", "tree", "packed", "padded"]
 """``model.layout``."""
@@ -207,7 +215,7 @@ class _Oracle:
         model.use(PADDED)
         with _narrow_windows(model.causal_lm):
             self.expected = {
-                case: np.concatenate([_by_definition(model.causal_lm, group, device) for group in groups])
+                case: np.concatenate([logps_by_definition(model.causal_lm, group, device) for group in groups])
                 for case, groups in cases.items()
             }
 
@@ -259,7 +267,8 @@ def _twin(causal_lm: nn.Module) -> _Oracle | str:
         return f"cannot be made ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
 
 
-def _by_definition(causal_lm: nn.Module, group: PromptGroup, device: torch.device) -> np.ndarray:
+def logps_by_definition(causal_lm: nn.Module, group: PromptGroup, device: torch.device) -> np.ndarray:
+    """Log-probs of all completions of ``group``, one after the other, from the logits of ``causal_lm``: [tokens]."""
     logps, length = [], len(group.prompt)
     for sequence in group.sequences:
         ids = torch.from_numpy(sequence.astype(np.int64))[None].to(device)

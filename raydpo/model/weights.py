@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ import torch
 from torch import nn
 
 from raydpo.errors import FilesError, one_line
-from raydpo.model.files import adapter_files, model_files, read_header
+from raydpo.model.files import ModelFiles, adapter_files, model_files, read_header, some_names
 
-__all__ = ["ADAPTER_NAME", "check_weights", "load_adapter", "refuse_gaps"]
+__all__ = ["ADAPTER_NAME", "check_weights", "load_adapter", "refuse_foreign_head", "refuse_gaps"]
 
 ADAPTER_NAME = "default"
 """PEFT's name of a model's adapter, also part of the names of its tensors."""
@@ -28,6 +28,7 @@ ADAPTER_NAME = "default"
 # PEFT imports bitsandbytes where it is installed, which then warns of missing kernels even if nothing is quantized.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
+_FOREIGN_HEAD = re.compile(r"For(SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice|MaskedLM)")
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
@@ -49,28 +50,28 @@ def check_weights(
         Warnings about tensors that no part of the model uses.
 
     Raises:
-        ModelError: if weights are missing or have another shape.
+        ModelError: if config.json describes no such model, or if weights are missing, have another shape, or are integers.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     files = model_files(path, trust_remote_code)
     if adapter is not None:
         adapter_files(adapter)
-    if "quantization_config" in files.config:
-        return []
     headers: dict[str, dict[str, Any]] = {}
     for file in files.weights:
         headers |= read_header(file)[1]
-    if any(tensor["dtype"] not in _DTYPES for tensor in headers.values()):
+    auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+    empty = _empty_model(files, auto, trust_remote_code)
+    if (
+        empty is None
+        or "quantization_config" in files.config
+        or any(one["dtype"] not in _DTYPES for one in headers.values())
+    ):
         return []
     stored = {
         name: torch.empty(tensor["shape"], dtype=_DTYPES[tensor["dtype"]], device="meta") for name, tensor in headers.items()
     }
-    auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     try:
-        config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
-        with torch.device("meta"):  # only to learn its class, which may be the directory's own code
-            empty = auto.from_config(config, trust_remote_code=trust_remote_code)
         with _without_report():  # transformers' loader, for its renamed, converted and tied weights
             model, found = type(empty).from_pretrained(
                 None,
@@ -84,15 +85,94 @@ def check_weights(
     except Exception:  # custom code may need real weights or packages of the workers; loading checks again
         return []
     refuse_gaps(path, found)
+    numbers = {name for name, parameter in model.named_parameters() if parameter.is_floating_point()}
+    packed = sorted(name for name in numbers & stored.keys() if not stored[name].is_floating_point())
+    if packed:
+        raise FilesError(
+            f"{path}: {some_names(packed)} in its files are integers ({headers[packed[0]]['dtype']}), as a quantized model "
+            "stores them, and its config.json has no quantization_config; give the config.json that belongs to the weights"
+        )
     if adapter is not None:
         try:
             load_adapter(model, adapter, low_cpu_mem_usage=True)
         except FilesError:
             raise
-        except Exception:  # as above
+        except ImportError:  # a package that only the workers have
             pass
+        except Exception as error:
+            if not files.runs_code:
+                raise FilesError(
+                    f"the adapter {adapter} does not fit the model: PEFT cannot add it ({type(error).__name__}: "
+                    f"{one_line(error, 300)}); give the adapter_config.json that belongs to its weights"
+                ) from None
     unused = sorted(found["unexpected_keys"])
-    return [f"{path}: {_some(unused)} in its files belong to no part of the model and are not used"] if unused else []
+    _refuse_more_layers(path, model, unused)
+    return [f"{path}: {some_names(unused)} in its files belong to no part of the model and are not used"] if unused else []
+
+
+def _refuse_more_layers(path: str | Path, model: nn.Module, unused: list[str]) -> None:
+    """Refuse unused weights that differ from used ones in the number of the layer only: the model would be cut."""
+    layers = model.config.get_text_config()
+    count = getattr(layers, "num_hidden_layers", None)
+    used = {re.sub(r"\d+", "#", name) for name in model.state_dict()} if unused else set()
+    more = [name for name in unused if re.search(r"\d", name) and re.sub(r"\d+", "#", name) in used]
+    if more or (isinstance(count, int) and count < 1):
+        what = f"hold {some_names(more)}, weights of layers that it leaves out" if more else "would not be used"
+        raise FilesError(
+            f"{path}/config.json describes a model of {count} layers (num_hidden_layers), but its files {what}; give the "
+            "config.json that belongs to the weights"
+        )
+
+
+def _empty_model(files: ModelFiles, auto: Any, trust_remote_code: bool) -> nn.Module | None:
+    """The model that config.json describes, without weights; None if only the workers can make it.
+
+    Raises:
+        ModelError: if it describes no model of the kind ``auto``.
+    """
+    import transformers
+    from transformers import AutoConfig
+
+    path, wanted = files.directory, "a causal language model"
+    if auto is transformers.AutoModelForSequenceClassification:
+        wanted = "a sequence classifier"
+    if auto is transformers.AutoModelForCausalLM:
+        refuse_foreign_head(files)
+    try:
+        config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+        if getattr(config, "is_encoder_decoder", False) and auto is transformers.AutoModelForCausalLM:
+            raise FilesError(f"{path} is an encoder-decoder model; raydpo trains decoder-only (causal) language models")
+        with torch.device("meta"):  # only to learn its class, which may be the directory's own code
+            return auto.from_config(config, trust_remote_code=trust_remote_code)
+    except (FilesError, ImportError) as error:
+        if isinstance(error, FilesError):
+            raise
+        return None
+    except Exception as error:
+        if files.runs_code:  # it may need real weights or packages of the workers; loading checks again
+            return None
+        why = one_line(error, 300)
+        if "Unrecognized configuration class" in why:
+            why = f"it describes a {type(config).__name__.removesuffix('Config')} model"
+        code = ", or set model.trust_remote_code if the model brings its own code" if "auto_map" in files.config else ""
+        raise FilesError(
+            f"{path}/config.json describes no model that transformers {transformers.__version__} can make as {wanted} "
+            f"({why}); give the config.json that belongs to the weights{code}"
+        ) from None
+
+
+def refuse_foreign_head(files: ModelFiles) -> None:
+    """Refuse a model of another task, such as a reward model, as a language model. With tied embeddings it lacks no weight.
+
+    Raises:
+        ModelError: naming the architecture.
+    """
+    foreign = [name for name in files.config.get("architectures") or () if _FOREIGN_HEAD.search(str(name))]
+    if foreign:
+        raise FilesError(
+            f"{files.directory} is a {foreign[0]} (architectures in its config.json), a model with the head of another "
+            "task, and a causal language model is expected; give the language model that it was made from"
+        )
 
 
 def refuse_gaps(path: str | Path, found: Mapping[str, Any]) -> None:
@@ -109,7 +189,7 @@ def refuse_gaps(path: str | Path, found: Mapping[str, Any]) -> None:
         raise FilesError(
             f"{path} has weights of another shape than its config.json describes: {name} is {list(stored)} in "
             f"its files and {list(wanted)} in the model"
-            + _more(len(found["mismatched_keys"]) - 1)
+            + (f" and {len(found['mismatched_keys']) - 1:,} more" if len(found["mismatched_keys"]) > 1 else "")
             + "; give the config.json that belongs to the weights"
         )
     missing, unused = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
@@ -117,10 +197,10 @@ def refuse_gaps(path: str | Path, found: Mapping[str, Any]) -> None:
         fix = "fetch or save the model again"
         if unused:
             fix = (
-                f"they hold {_some(unused)}, which no part of the model takes: if these are the same weights under other "
-                "names, save the model again with save_pretrained"
+                f"they hold {some_names(unused)}, which no part of the model takes: if these are the same weights under "
+                "other names, save the model again with save_pretrained"
             )
-        raise FilesError(f"the files of {path} lack {_some(missing)}, which would be random numbers; {fix}")
+        raise FilesError(f"the files of {path} lack {some_names(missing)}, which would be random numbers; {fix}")
 
 
 def load_adapter(model: nn.Module, adapter: str, *, train: bool = False, low_cpu_mem_usage: bool = False) -> nn.Module:
@@ -169,8 +249,8 @@ def load_adapter(model: nn.Module, adapter: str, *, train: bool = False, low_cpu
     # VB-LoRA's bank is stored once, and each layer has it under another name.
     missing = sorted(name for name in found.missing_keys if ".layers." not in name or "vblora_vector_bank" not in name)
     unused = sorted(found.unexpected_keys)
-    wrong = [f"its files lack {_some(missing)}, which would be random numbers"] if missing else []
-    wrong += [f"they hold {_some(unused)}, which no part of the model takes"] if unused else []
+    wrong = [f"its files lack {some_names(missing)}, which would be random numbers"] if missing else []
+    wrong += [f"they hold {some_names(unused)}, which no part of the model takes"] if unused else []
     if wrong:
         raise FilesError(f"the adapter {adapter} does not fit the model: {' and '.join(wrong)}")
     return adapted
@@ -190,11 +270,3 @@ def _without_report() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bar:
             logging.enable_progress_bar()
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + _more(len(names) - 3)
-
-
-def _more(count: int) -> str:
-    return f" and {count:,} more" if count > 0 else ""

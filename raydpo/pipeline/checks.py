@@ -10,14 +10,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from raydpo.config import Config, SourceConfig, Verb, check_verb
-from raydpo.data.pairs import held_out_source
+from raydpo.config import Config, SourceConfig, Verb, check_verb, source_name
+from raydpo.data.pairs import HELD_OUT, check_first_records, held_out_source
 from raydpo.data.records import read_records
 from raydpo.data.tokenise import load_tokenizer
 from raydpo.errors import ConfigError, FilesError, ModelError
+from raydpo.evaluation.prompts import reading
 from raydpo.losses import Objective
+from raydpo.model.files import check_tokenizer_files
 from raydpo.model.weights import check_weights
-from raydpo.reference.identity import resolve_model
+from raydpo.reference.identity import differs_from_its_tie, identify, resolve_model
 from raydpo.terminal.console import Console
 
 __all__ = ["check"]
@@ -54,6 +56,7 @@ def check(config: Config, verb: Verb, console: Console, trials: Sequence[Config]
         _check_judges(configs, console)
     if verb == "eval":
         _check_policy(config, tokenizers[0], console)
+    _check_values(configs, verb, console)
 
 
 def _check_reference(config: Config) -> None:
@@ -69,17 +72,20 @@ def _check_reference(config: Config) -> None:
 
 
 def _check_data(configs: Sequence[Config], verb: Verb) -> None:
-    """Read the first record of each local source of pairs."""
-    sources: dict[str, SourceConfig] = {}
+    """Read the first records of each local source of pairs."""
+    sources: dict[str, tuple[SourceConfig, str, Config]] = {}
     for config in configs:
         evaluated, train = config.evaluate.data or (), config.data.train
         own_file = config.data.eval is not None and config.data.eval.path is not None
         held_out = (held_out_source(config.data),) if own_file else ()
         for source in (evaluated or held_out or train) if verb == "eval" else (*train, *held_out):
-            sources[source.model_dump_json()] = source
-    for source in sources.values():
-        if Path(source.path).exists():
-            next(read_records(source))
+            name = HELD_OUT if source in held_out else source_name(source)
+            numbers = (config.data.weight_column, config.data.margin_column)
+            sources[f"{source.model_dump_json()} {numbers}"] = source, name, config
+    for source, name, config in sources.values():
+        if Path(source.path).exists():  # not on the hub or at a URI
+            reader = reading(config.evaluate) if verb == "eval" else read_records
+            check_first_records(source, name, config.data, reader)
 
 
 def _check_models(configs: Sequence[Config], console: Console, *, policy: bool) -> None:
@@ -95,12 +101,35 @@ def _check_models(configs: Sequence[Config], console: Console, *, policy: bool) 
             console.warn(line)
 
 
+def _check_values(configs: Sequence[Config], verb: Verb, console: Console) -> None:
+    """Hash the weights of all models, which refuses NaN. Digests are remembered, so later stages do not read them again."""
+    from raydpo.evaluation.policy import policy_files
+
+    wanted: dict[tuple[str, str | None, bool], None] = {}
+    for config in configs:
+        trusted = config.model.trust_remote_code
+        wanted[config.reference_path, config.reference_adapter, trusted] = None
+        if verb == "eval":
+            files = policy_files(config)
+            wanted[files.base, files.adapter, trusted] = None
+        else:
+            wanted[config.model.path, config.model.adapter, trusted] = None
+        if config.evaluate.reward_model is not None and (verb == "eval" or (config.sweep and config.sweep.evaluate)):
+            wanted[config.evaluate.reward_model, None, trusted] = None
+    for path, adapter, trusted in wanted:
+        identify(resolve_model(path), "float32", adapter and resolve_model(adapter), trust_remote_code=trusted)
+        if line := differs_from_its_tie(resolve_model(path), trusted):
+            console.warn(line)
+
+
 def _check_tokenizers(configs: Sequence[Config]) -> list[Any]:
     """Load each tokenizer with its chat template."""
     wanted = {
         (config.model.tokenizer or config.model.path, config.data.chat_template, config.model.trust_remote_code): None
         for config in configs
     }
+    for path, _, _ in wanted:
+        check_tokenizer_files(resolve_model(path))
     try:
         return [
             load_tokenizer(resolve_model(path), chat_template=template, trust_remote_code=trust_remote_code)
@@ -124,6 +153,7 @@ def _check_judges(configs: Sequence[Config], console: Console) -> None:
             pass
     rewards = [(each.evaluate.reward_model, each.model.trust_remote_code) for each in configs if each.evaluate.reward_model]
     for path, trust_remote_code in dict.fromkeys(rewards):
+        check_tokenizer_files(resolve_model(path))
         for line in check_weights(resolve_model(path), trust_remote_code=trust_remote_code, classifier=True):
             console.warn(line)
 
@@ -136,6 +166,7 @@ def _check_policy(config: Config, tokenizer: Any, console: Console) -> None:
     files, trust_remote_code = policy_files(config), config.model.trust_remote_code
     for line in check_weights(files.base, adapter=files.adapter, trust_remote_code=trust_remote_code):
         console.warn(line)
+    check_tokenizer_files(files.adapter or files.base)
     try:
         own = load_tokenizer(files.adapter or files.base, trust_remote_code=trust_remote_code)
     except ModelError:  # not every model directory has a tokenizer

@@ -22,7 +22,7 @@ from raydpo.answers.judge import Judge, judge_contests
 from raydpo.answers.reward import RewardModel
 from raydpo.cluster.preflight import check_cluster
 from raydpo.cluster.resources import bfloat16_is_faster, resources_for
-from raydpo.cluster.session import session
+from raydpo.cluster.session import session, starts_own_ray
 from raydpo.cluster.work import BlockTask, do_work
 from raydpo.config import Config, ObjectiveConfig, load_config
 from raydpo.data.facts import prompt_numbers
@@ -31,13 +31,14 @@ from raydpo.data.tokenise import Tokeniser
 from raydpo.errors import CacheMissError, RaydpoError
 from raydpo.evaluation.display import print_evaluation
 from raydpo.evaluation.drift import ExactSteps, measure_drift
-from raydpo.evaluation.policy import Policy, find_policy, harness_arguments
+from raydpo.evaluation.policy import Policy, find_policy, harness_arguments, policy_files
 from raydpo.evaluation.preferences import ScoredPairs, measure_preferences
 from raydpo.evaluation.prompts import Prompt, choose_prompts, evaluation_data, prompt_texts, reading, trained_on
 from raydpo.evaluation.samples import Answers
+from raydpo.model.limits import check_limits
 from raydpo.model.rotary import rope_line
 from raydpo.pipeline.checks import check
-from raydpo.pipeline.prepare import measured_pairs, open_reference, open_tokeniser, reference_line
+from raydpo.pipeline.prepare import limits_of, measured_pairs, open_reference, open_tokeniser, reference_line
 from raydpo.pipeline.score import fill_cache
 from raydpo.reference.identity import resolve_model
 from raydpo.reference.pairs import reference_values
@@ -75,9 +76,10 @@ def evaluate(config: Config, console: Console | None = None) -> dict[str, Any]:
     console = console or Console()
     check(config, "eval", console)
     settings = config.evaluate
+    read = _read_pairs(config, console) if starts_own_ray(config) else None  # bad pairs end the command before that
     with session(config):
         check_cluster(config, ["score"], console, (settings.policy, settings.base, settings.reward_model))
-        evaluation = _Evaluation.of(config, console)
+        evaluation = _Evaluation.of(config, console, read)
         found, samples = evaluation.measure()
     evaluation.write(found, samples)
     print_evaluation(console, found)
@@ -106,6 +108,16 @@ def pairs_to_evaluate(config: Config, tokeniser: Tokeniser, console: Console) ->
     return (sets.train, None) if on_training_side else (sets.eval, sets.report.leaked)
 
 
+def _read_pairs(config: Config, console: Console) -> tuple[Tokeniser, pa.Table, int | None]:
+    """The tokeniser and what ``pairs_to_evaluate`` gives, compared with the limits of reference and policy."""
+    tokeniser = open_tokeniser(config)
+    pairs, seen = pairs_to_evaluate(config, tokeniser, console)
+    console.say(f"pairs to evaluate on: {pairs.num_rows:,}")
+    for line in check_limits([pairs], limits_of(config, policy_files(config).base)):
+        console.warn(line)
+    return tokeniser, pairs, seen
+
+
 def protocol(config: Config, pairs: pa.Table, reference: ReferenceSpec) -> dict[str, Any]:
     """Return how a policy is measured. The figures of two evaluations can be compared if their protocols are equal."""
     settings = config.evaluate.model_dump(mode="json", exclude=_NOT_IN_PROTOCOL)
@@ -125,7 +137,8 @@ class _Evaluation:
     trained_on: int | None
 
     @classmethod
-    def of(cls, config: Config, console: Console) -> _Evaluation:
+    def of(cls, config: Config, console: Console, read: tuple[Tokeniser, pa.Table, int | None] | None = None) -> _Evaluation:
+        """Find the models, and read the pairs unless ``read`` has them (the result of ``_read_pairs``)."""
         reference, _ = open_reference(config, "bfloat16" if bfloat16_is_faster() else "float32")
         console.say(reference_line(config, reference))
         if reference.identity.rope_length is not None:
@@ -139,9 +152,7 @@ class _Evaluation:
             console.warn(
                 f"the policy was trained against reference {against}, and is compared with {reference.identity.digest}"
             )
-        tokeniser = open_tokeniser(config)
-        pairs, seen = pairs_to_evaluate(config, tokeniser, console)
-        console.say(f"pairs to evaluate on: {pairs.num_rows:,}")
+        tokeniser, pairs, seen = read or _read_pairs(config, console)
         if seen is None or config.evaluate.policy is not None:  # what another run trained on is not data.train
             seen = _trained_on(config, policy, pairs, console)
         if seen:

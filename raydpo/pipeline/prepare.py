@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from raydpo.cluster.preflight import check_nodes
 from raydpo.cluster.resources import Resources, bfloat16_is_faster
+from raydpo.cluster.session import starts_own_ray
 from raydpo.cluster.waiting import wait_for
 from raydpo.config import Config, is_hub_name
 from raydpo.config.filter import PairFilter
@@ -24,6 +25,8 @@ from raydpo.data.index import as_bytes
 from raydpo.data.pairs import PAIR_MARGIN, PAIR_WEIGHT, PairSets, load_pairs
 from raydpo.data.tokenise import Tokeniser, load_tokenizer
 from raydpo.losses import own_sources
+from raydpo.model.files import check_tokenizer_files
+from raydpo.model.limits import ModelLimits, check_limits
 from raydpo.model.rotary import ROTARY, rope_line
 from raydpo.reference.identity import ReferenceIdentity, earlier_identity, identify, resolve_model
 from raydpo.reference.score import ReferenceSpec
@@ -31,7 +34,16 @@ from raydpo.reference.store import ReferenceCache
 from raydpo.rundir.fingerprint import TRAINING_PAIRS
 from raydpo.terminal.console import Console
 
-__all__ = ["Prepared", "measured_pairs", "open_reference", "open_tokeniser", "reference_line", "wait_for_workers"]
+__all__ = [
+    "Prepared",
+    "Tokenised",
+    "limits_of",
+    "measured_pairs",
+    "open_reference",
+    "open_tokeniser",
+    "reference_line",
+    "wait_for_workers",
+]
 
 _DECIDING = {
     *("pairs_per_step", "epochs", "steps", "lr", "schedule", "warmup", "weight_decay", "clip", "loss", "beta"),
@@ -45,6 +57,45 @@ def wait_for_workers(stage: Literal["score", "train"], config: Config, resources
     wait_for(stage, resources, console, autoscaling=config.ray.autoscaling)
     if config.ray.autoscaling:
         check_nodes(config, [stage], console)
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """The pairs of a configuration as token ids, and the tokeniser that made them."""
+
+    tokeniser: Tokeniser
+    sets: PairSets
+
+    @classmethod
+    def of(cls, config: Config, console: Console) -> Tokenised:
+        """Read and tokenise the pairs, and compare them with the limits of the configured models. Needs no Ray.
+
+        Raises:
+            DataError: as ``load_pairs``.
+            ModelError: if a model has no row for a token id, or no position for a token.
+        """
+        tokeniser = open_tokeniser(config)
+        started = time.perf_counter()
+        sets = load_pairs(config.data, tokeniser, console.counter("reading", "records"))
+        for line in sets.report.lines():
+            console.say(line)
+        sets, line = filtered_by_tokens(sets, config.data)
+        if line:
+            console.say(line)
+        held_out = 0 if sets.eval is None else sets.eval.num_rows
+        console.say(
+            f"pairs: {sets.train.num_rows:,} to train on, {held_out:,} held out, tokenised in "
+            f"{time.perf_counter() - started:.1f} s"
+        )
+        for line in check_limits([sets.train, *([] if sets.eval is None else [sets.eval])], limits_of(config)):
+            console.warn(line)
+        return cls(tokeniser, sets)
+
+    @classmethod
+    def before_ray(cls, config: Config, console: Console) -> Tokenised | None:
+        """As ``of``, where a local Ray will be started: bad pairs then end the command before that. None on a cluster, whose
+        nodes are checked first, or started by an autoscaler while the pairs are read."""
+        return cls.of(config, console) if starts_own_ray(config) else None
 
 
 @dataclass(frozen=True)
@@ -67,25 +118,17 @@ class Prepared:
     pairs_digest: Callable[[], str]
 
     @classmethod
-    def of(cls, config: Config, console: Console) -> Prepared:
-        """Tokenise the pairs of a configuration, identify its reference and open the cache, within the Ray session."""
+    def of(cls, config: Config, console: Console, tokenised: Tokenised | None = None) -> Prepared:
+        """Identify the reference of a configuration and open the cache, within the Ray session.
+
+        Args:
+            tokenised: its pairs, if they were read before.
+        """
         model = config.model
         native = "bfloat16" if bfloat16_is_faster() else "float32"
         dtype = native if model.dtype == "auto" else model.dtype
         policy_dir = resolve_model(model.path)
-        tokeniser = open_tokeniser(config)
-        started = time.perf_counter()
-        sets = load_pairs(config.data, tokeniser, console.counter("reading", "records"))
-        for line in sets.report.lines():
-            console.say(line)
-        sets, line = filtered_by_tokens(sets, config.data)
-        if line:
-            console.say(line)
-        held_out = 0 if sets.eval is None else sets.eval.num_rows
-        console.say(
-            f"pairs: {sets.train.num_rows:,} to train on, {held_out:,} held out, tokenised in "
-            f"{time.perf_counter() - started:.1f} s"
-        )
+        tokeniser, sets = (both := tokenised or Tokenised.of(config, console)).tokeniser, both.sets
         spec, cache = open_reference(config, native)
         if config.needs_reference:
             console.say(reference_line(config, spec))
@@ -157,9 +200,19 @@ class Prepared:
 
 def open_tokeniser(config: Config) -> Tokeniser:
     """Load the tokenizer of a configuration, with its chat template."""
-    path, template = config.model.tokenizer or config.model.path, config.data.chat_template
+    directory, template = resolve_model(config.model.tokenizer or config.model.path), config.data.chat_template
+    check_tokenizer_files(directory)
+    tokenizer = load_tokenizer(directory, chat_template=template, trust_remote_code=config.model.trust_remote_code)
+    return Tokeniser(tokenizer, config.data.template_date)
+
+
+def limits_of(config: Config, *more: str) -> dict[str, ModelLimits]:
+    """Limits of reference and policy, and of models in the local directories ``more``, by path."""
     trusted = config.model.trust_remote_code
-    return Tokeniser(load_tokenizer(resolve_model(path), chat_template=template, trust_remote_code=trusted))
+    paths = {path: resolve_model(path) for path in (config.model.path, config.reference_path)} | {
+        path: path for path in more
+    }
+    return {path: ModelLimits.of(directory, trusted) for path, directory in paths.items()}
 
 
 def open_reference(config: Config, native: str) -> tuple[ReferenceSpec, ReferenceCache]:

@@ -9,7 +9,7 @@ from raydpo.cluster.session import session
 from raydpo.cluster.waiting import request_nodes
 from raydpo.config import Config
 from raydpo.pipeline.checks import check
-from raydpo.pipeline.prepare import Prepared
+from raydpo.pipeline.prepare import Prepared, Tokenised
 from raydpo.pipeline.score import score_prepared
 from raydpo.pipeline.train import train_prepared
 from raydpo.rundir.directory import SUMMARY
@@ -24,10 +24,11 @@ def run(config: Config, console: Console | None = None, *, fresh: bool = False) 
     """Call ``score``, then ``train``, in one Ray session. Arguments and result are those of ``train``."""
     console = console or Console()
     check(config, "run", console)
+    tokenised = Tokenised.before_ray(config, console)
     with session(config):
         check_cluster(config, ["score", "train"], console)
         with request_nodes(config, wanted=fresh or not Storage(config.run_dir).exists(SUMMARY)):
-            prepared = Prepared.of(config, console)
+            prepared = Prepared.of(config, console, tokenised)
             # An earlier run must be handled before scoring, since scoring writes the audit into the run directory.
             storage = Storage(config.run_dir)
             if fresh:

@@ -12,7 +12,7 @@ from raydpo.cluster.session import session
 from raydpo.config import Config
 from raydpo.pipeline.audit import audit_prepared
 from raydpo.pipeline.checks import check
-from raydpo.pipeline.prepare import Prepared, wait_for_workers
+from raydpo.pipeline.prepare import Prepared, Tokenised, wait_for_workers
 from raydpo.reference.build import BuildReport, build
 from raydpo.reference.score import ReferenceSpec
 from raydpo.reference.store import ReferenceCache
@@ -30,9 +30,10 @@ def score(config: Config, console: Console | None = None) -> BuildReport:
     """
     console = console or Console()
     check(config, "score", console)
+    tokenised = Tokenised.before_ray(config, console)
     with session(config):
         check_cluster(config, ["score"], console)
-        return score_prepared(Prepared.of(config, console), console)
+        return score_prepared(Prepared.of(config, console, tokenised), console)
 
 
 def score_prepared(prepared: Prepared, console: Console, tables: list[pa.Table] | None = None) -> BuildReport:

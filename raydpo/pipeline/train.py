@@ -14,7 +14,7 @@ from raydpo.config import Config
 from raydpo.data.filter import filter_pairs
 from raydpo.model.cost import ModelCost
 from raydpo.pipeline.checks import check
-from raydpo.pipeline.prepare import Prepared, measured_pairs, wait_for_workers
+from raydpo.pipeline.prepare import Prepared, Tokenised, measured_pairs, wait_for_workers
 from raydpo.reference.pairs import join_reference
 from raydpo.reports.write import write_report_or_warn
 from raydpo.rundir.card import model_card
@@ -51,9 +51,10 @@ def train(config: Config, console: Console | None = None, *, fresh: bool = False
     """
     console = console or Console()
     check(config, "train", console)
+    tokenised = Tokenised.before_ray(config, console)
     with session(config):
         check_cluster(config, ["train"], console)
-        prepared = Prepared.of(config, console)
+        prepared = Prepared.of(config, console, tokenised)
         if fresh:
             begin_again(Storage(config.run_dir), console)
         return train_prepared(prepared, console)

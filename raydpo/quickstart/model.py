@@ -11,6 +11,7 @@ import uuid
 from pathlib import Path
 
 from raydpo.errors import ModelError
+from raydpo.model.files import some_names
 
 __all__ = ["make_model"]
 
@@ -44,7 +45,13 @@ def make_model(directory: Path) -> None:
     for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
         settings.pop(key, None)
     model = LlamaForCausalLM(LlamaConfig.from_dict(settings))
-    model.load_state_dict(loaded.state_dict(), strict=False)
+    found = model.load_state_dict(loaded.state_dict(), strict=False)
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    if lacking := sorted({*found.missing_keys, *found.unexpected_keys} - tied):
+        raise ModelError(
+            f"the quickstart's model is not read whole from {GGUF}: {some_names(lacking)} in the file and in the model "
+            "do not match. Run: pip install 'gguf>=0.10' 'transformers>=5.17'"
+        )
     model.tie_weights()
     model.generation_config = loaded.generation_config
     temporary = directory.with_name(f".{directory.name}-{uuid.uuid4().hex}")

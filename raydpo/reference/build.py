@@ -16,13 +16,13 @@ import pyarrow as pa
 
 from raydpo.cluster.actors import over_actors
 from raydpo.cluster.resources import Resources
-from raydpo.errors import CacheError
+from raydpo.errors import CacheError, ModelError
 from raydpo.model.layout import PromptGroup
 from raydpo.model.selfcheck import CHECK_ROWS
 from raydpo.reference.claims import Claims
 from raydpo.reference.identity import on_this_machine
 from raydpo.reference.part import builder_of
-from raydpo.reference.score import ReferenceSpec, Scorer
+from raydpo.reference.score import ReferenceSpec, Scorer, refuse_difference
 from raydpo.reference.shards import Shard, Wanted, missing_shards, still_missing
 from raydpo.reference.store import ReferenceCache
 from raydpo.reference.team import TeamScorer
@@ -115,12 +115,15 @@ def build(
         progress(0, to_do)
     try:
         while not covered.all():
-            left, longest = 0, 0.0
+            left, longest, first = 0, 0.0, None  # first: the sample of the first worker that answers
             known = _parts(cache) | {*Claims.names(cache)}
             # Completions of one prompt are only split where they exceed a part, even if shards are smaller.
             shard_tokens = _shard_tokens(wanted, tokens_per_part, resources.teams)
             shards = missing_shards(wanted, covered, shard_tokens, tokens_per_part)
             for row in _score_on_ray(shards, spec, cache, known, resources, tokens_per_batch):
+                sample = np.array(row["sample"], np.float32)
+                first = sample if first is None else first
+                _compare_workers(spec, cache, first, sample)
                 scored += row["completions"]
                 found += row["by_others"]
                 left += row["left"]
@@ -150,6 +153,18 @@ def build(
             Claims(cache, frozenset()).clear()
     counts = len(wanted), hits, scored, to_do - scored, cache.stored_twice(cache.builder, since=before)
     return BuildReport(cache.identity.digest, *counts, tokens, time.perf_counter() - start, parts, problems)
+
+
+def _compare_workers(spec: ReferenceSpec, cache: ReferenceCache, one: np.ndarray, other: np.ndarray) -> None:
+    """Refuse a model of which two workers compute different log-probs, and delete what this build has stored of it."""
+    try:
+        refuse_difference(spec, one, other, "scored by two workers")
+    except ModelError:
+        cache.refresh()
+        for path in cache.paths():
+            if builder_of(path.rsplit("/", 1)[-1]) == cache.builder:
+                cache.storage.delete(path)
+        raise
 
 
 def _parts(cache: ReferenceCache) -> set[str]:
@@ -192,7 +207,8 @@ def _score_on_ray(
         check_rows = check_rows or shard.prompt_groups()[:CHECK_ROWS]
         blocks.append(ray.put(pa.table({"shard": [pickle.dumps(shard)]})))
     random.Random(cache.builder).shuffle(blocks)
-    arguments = (spec, cache.storage.uri, cache.builder, frozenset(known), resources, tokens_per_batch, check_rows)
+    alone = min(resources.teams, len(blocks)) == 1
+    arguments = (spec, cache.storage.uri, cache.builder, frozenset(known), resources, tokens_per_batch, check_rows, alone)
     # Two calls at once: while one shard is computed, the previous one is written or the next one unpacked.
     yield from over_actors(_ScoreShard, arguments, blocks, resources, "scoring the reference", calls_at_once=2)
 
@@ -209,6 +225,7 @@ class _ScoreShard:
         resources: Resources,
         tokens_per_batch: int | Literal["auto"],
         check_rows: Sequence[PromptGroup],
+        alone: bool = False,
     ) -> None:
         import torch
 
@@ -221,6 +238,7 @@ class _ScoreShard:
         self.claims = Claims(self.cache, known)
         spec = on_this_machine(spec)
         settings = {"tokens_per_batch": tokens_per_batch, "memory_share": resources.memory_share, "check_rows": check_rows}
+        settings["alone"] = alone
         if resources.together > 1:
             settings |= {"size": resources.together, "threads": resources.threads}
         scorer = Scorer if resources.together == 1 else TeamScorer
@@ -253,6 +271,7 @@ class _ScoreShard:
                 "left": [len(open_.completions) - len(logps)],
                 "tokens": [shard.tokens],
                 "seconds": [seconds],
+                "sample": pa.array([self.scorer.sample], pa.list_(pa.float32())),
                 "notes": pa.array([self.scorer.notes], pa.list_(pa.string())),
             }
         )

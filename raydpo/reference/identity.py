@@ -21,15 +21,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 from raydpo.config import is_hub_name
 from raydpo.errors import FilesError, ModelError
-from raydpo.model.files import AdapterFiles, ModelFiles, adapter_files, model_files, read_header, weights_lacking
+from raydpo.model.files import AdapterFiles, ModelFiles, adapter_files, model_files, read_header, some_names, weights_lacking
 from raydpo.model.rotary import rope_length
 from raydpo.storage.local_copy import local_home
 
 __all__ = [
     "QUANTIZED",
     "ReferenceIdentity",
+    "differs_from_its_tie",
     "earlier_identity",
     "identify",
     "on_this_machine",
@@ -117,7 +120,8 @@ def identify(
 ) -> ReferenceIdentity:
     """Compute the identity of the model in directory ``path``, with the adapter in directory ``adapter`` on top.
 
-    Reads every weight once. Digests of files are remembered by path, inode, size and times.
+    Reads every weight once, and checks that it is a finite number. Digests of files are remembered by path, inode, size and
+    times.
 
     Args:
         quantization: ``4bit``, ``8bit`` or None.
@@ -126,7 +130,8 @@ def identify(
             the length gets an identity that ``load_causal_lm`` refuses to load.
 
     Raises:
-        ModelError: if a directory is not a model or adapter stored as safetensors, or it is ambiguous what would be loaded.
+        ModelError: if a directory is not a model or adapter stored as safetensors, it is ambiguous what would be loaded, or
+            weights are NaN or infinite.
     """
     model = model_files(path, trust_remote_code)
     return ReferenceIdentity(
@@ -139,6 +144,25 @@ def identify(
         if adapter is not None and dtype == "bfloat16" and (quantization is None or _is_on_the_head(adapter_files(adapter)))
         else SCORING_VERSION,
         rope_length=None if max_length is None else rope_length(model.config, max_length),
+    )
+
+
+def differs_from_its_tie(path: str | Path, trust_remote_code: bool = False) -> str | None:
+    """A warning if config.json ties head and embedding, and the files hold two different ones; else None."""
+    model = model_files(path, trust_remote_code)
+    text = model.config.get("text_config") or {}
+    if not (model.config.get("tie_word_embeddings") or text.get("tie_word_embeddings")):
+        return None
+    tensors: dict[str, str] = {}
+    for file in model.weights:
+        tensors |= _file_tensors(file)
+    ends = [[name for name in tensors if name.endswith(end)] for end in ("lm_head.weight", "embed_tokens.weight")]
+    if not all(len(names) == 1 for names in ends) or len({tensors[names[0]] for names in ends}) == 1:
+        return None
+    return (
+        f"{path}/config.json says tie_word_embeddings, but its files hold a {ends[0][0]} that differs from {ends[1][0]}: "
+        "transformers computes with both, other programs such as vLLM with the embedding alone; set tie_word_embeddings to "
+        f"false, or take {ends[0][0]} out of the files"
     )
 
 
@@ -313,8 +337,9 @@ def _tensors_digest(files: Sequence[Path]) -> str:
 
 def _file_tensors(file: Path) -> dict[str, str]:
     stat = file.stat()
-    # A copy that preserves times cannot set the change time (ctime), so overwritten weights are always noticed.
-    stamp = [str(file.resolve()), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+    # A copy that preserves times cannot set the change time (ctime), so overwritten weights are always noticed. The last
+    # entry says what was checked: earlier versions remembered digests of weights that may be NaN.
+    stamp = [str(file.resolve()), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, "finite"]
     memo = local_home() / "digests" / f"{hashlib.sha256(json.dumps(stamp).encode()).hexdigest()}.json"
     try:
         return json.loads(memo.read_text(encoding="utf-8"))
@@ -331,23 +356,53 @@ def _file_tensors(file: Path) -> dict[str, str]:
     return tensors
 
 
+_INFINITE = {
+    "F64": ("i8", 0x7FF0000000000000), "F32": ("i4", 0x7F800000), "F16": ("i2", 0x7C00), "BF16": ("i2", 0x7F80),
+    "F8_E5M2": ("i1", 0x7C), "F8_E4M3": ("i1", 0x7F),
+}  # fmt: skip
+"""By dtype: the integer type of its size, and the smallest positive number that is infinite or NaN, read as that integer."""
+
+
+def _is_finite(block: bytes, dtype: str) -> bool:
+    """Whether all numbers are finite, found from their bits: without the sign, NaN and infinity are the largest integers.
+
+    Two maxima take a twentieth of the time of the digest, and make no copy of the block.
+    """
+    if dtype not in _INFINITE or not block:
+        return True
+    kind, infinite = _INFINITE[dtype]
+    signed = np.frombuffer(block, f"<{kind}")
+    unsigned, sign = signed.view(f"<u{kind[1:]}"), 1 << (8 * signed.itemsize - 1)
+    return bool(signed.max() < infinite and unsigned.max() < sign + infinite)
+
+
 def _hash_tensors(file: Path) -> dict[str, str]:
     data, header = read_header(file)
 
-    def one(entry: tuple[str, dict[str, Any]]) -> tuple[str, str]:
+    def one(entry: tuple[str, dict[str, Any]]) -> tuple[str, str, bool]:
         name, tensor = entry
         start, end = tensor["data_offsets"]
         digest = hashlib.sha256(f"{tensor['dtype']}{tensor['shape']}".encode())
+        finite = True
         with open(file, "rb") as stream:
             stream.seek(data + start)
             left = end - start
             while left:
-                block = stream.read(min(left, 1 << 24))
+                block = stream.read(min(left, 1 << 20))  # stays in the processor's cache
                 if not block:
-                    raise ModelError(f"{file} is truncated: tensor {name} lacks {left} bytes")
+                    raise FilesError(f"{file} is truncated: tensor {name} lacks {left} bytes")
                 digest.update(block)  # releases the GIL, so that the threads hash in parallel
+                finite = finite and _is_finite(block, tensor["dtype"])
                 left -= len(block)
-        return name, digest.hexdigest()
+        # Some models store masks, which are infinite on purpose.
+        return name, digest.hexdigest(), finite or "mask" in name
 
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        return dict(pool.map(one, header.items()))
+        found = list(pool.map(one, header.items()))
+    bad = [name for name, _, finite in found if not finite]
+    if bad:
+        raise FilesError(
+            f"{file}: {some_names(bad)} {'holds' if len(bad) == 1 else 'hold'} NaN or infinite values, so that no log-prob "
+            "would be a number; save or fetch the weights again (a merge, or a conversion to float16, may have overflowed)"
+        )
+    return {name: digest for name, digest, _ in found}

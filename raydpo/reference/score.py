@@ -14,17 +14,27 @@ import transformers
 from raydpo.data.plan import fill_batches
 from raydpo.data.prefetch import prefetch
 from raydpo.data.shapes import cut_group
+from raydpo.errors import ModelError
 from raydpo.model.budget import MOST_SCORED, find_budget, is_out_of_memory, probe_group
+from raydpo.model.files import model_files
 from raydpo.model.layout import Layout, PromptGroup, shapes_of
 from raydpo.model.load import load_causal_lm
 from raydpo.model.logps import LogpModel
-from raydpo.model.selfcheck import Wish, choose_layout, share_positions
+from raydpo.model.selfcheck import CHECK_ROWS, Wish, choose_layout, logps_by_definition, share_positions
 from raydpo.model.ulysses import SequenceGroup
 from raydpo.reference.identity import ReferenceIdentity, proved_here
 from raydpo.storage.local_copy import RemoteDirectory
 from raydpo.version import __version__
 
-__all__ = ["ReferenceSpec", "Scorer"]
+__all__ = ["ReferenceSpec", "Scorer", "refuse_difference"]
+
+LOADED_TWICE_BYTES = 2 << 30
+"""Largest model that is loaded twice for the check of one worker: a second or two."""
+SAMPLE_PROMPT, SAMPLE_COMPLETION = 96, 48
+"""Tokens of a group's prompt, and of a completion, that are scored to compare two loads."""
+SAME = {"float32": 5e-5, "bfloat16": 0.1}
+"""Largest mean difference of two loads of the same model, nats a token, by precision. Equal machines give equal bits, other
+ones differ by rounding; random weights differ by 0.1 or more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,12 +61,16 @@ class Scorer:
         memory_share: share of the device's memory that belongs to this process.
         check_rows: a few groups of the data, for the self-check of the layout.
         group: processes that compute each forward pass together; all of them score the same groups (see ``reference.team``).
+        alone: no other worker loads the model, so load it twice here to see whether both loads give the same log-probs. That
+            is done for models of up to ``LOADED_TWICE_BYTES``, and for larger ones that bring their own code.
 
     Attributes:
         notes: messages for the user: the layout and why it was chosen, the measured budget, a batch that did not fit.
+        sample: log-probs of ``check_rows``, shortened, by the plain model: float32 [tokens]. Equal in all workers.
 
     Raises:
-        ModelError: if the files here are another model than ``spec.identity``, or cannot be scored exactly.
+        ModelError: if the files here are another model than ``spec.identity``, cannot be scored exactly, or give other
+            log-probs each time they are loaded.
     """
 
     def __init__(
@@ -68,21 +82,15 @@ class Scorer:
         memory_share: float = 1.0,
         check_rows: Sequence[PromptGroup] = (),
         group: SequenceGroup | None = None,
+        alone: bool = False,
     ) -> None:
         self.device = torch.device(device)
         with proved_here(spec):
-            self.model = LogpModel(
-                load_causal_lm(
-                    spec.path,
-                    spec.identity.dtype,
-                    adapter=spec.adapter,
-                    device=self.device,
-                    quantization=spec.quantization,
-                    rope_length=spec.identity.rope_length,
-                    trust_remote_code=spec.trust_remote_code,
-                )
-            )
-        self.model.eval().requires_grad_(False)
+            earlier = self._sample(self._load(spec), check_rows) if alone and check_rows and _loaded_twice(spec) else None
+            self.model = self._load(spec)
+        self.sample = self._sample(self.model, check_rows)
+        if earlier is not None:
+            refuse_difference(spec, earlier, self.sample, "loaded twice by one worker")
         self.notes = [choose_layout(self.model, self.device, spec.layout, check_rows).line]
         if group is not None:
             self.notes.append(share_positions(self.model, self.device, group, check_rows))
@@ -93,6 +101,30 @@ class Scorer:
             tokens_per_batch = budget.tokens if group is None else group.smallest(budget.tokens, self.device)
         self.tokens_per_batch = tokens_per_batch
         self._backed_off = False
+
+    def _load(self, spec: ReferenceSpec) -> LogpModel:
+        torch.seed()  # every process begins with the same seed, with which random weights would agree
+        model = LogpModel(
+            load_causal_lm(
+                spec.path,
+                spec.identity.dtype,
+                adapter=spec.adapter,
+                device=self.device,
+                quantization=spec.quantization,
+                rope_length=spec.identity.rope_length,
+                trust_remote_code=spec.trust_remote_code,
+            )
+        )
+        return model.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def _sample(self, model: LogpModel, rows: Sequence[PromptGroup]) -> np.ndarray:
+        short = [
+            PromptGroup(row.prompt[-SAMPLE_PROMPT:], tuple(one[:SAMPLE_COMPLETION] for one in row.completions[:2]))
+            for row in rows[:CHECK_ROWS]
+        ]
+        found = [logps_by_definition(model.causal_lm, group, self.device) for group in short]
+        return np.concatenate(found) if found else np.empty(0, np.float32)
 
     def score(self, groups: Sequence[PromptGroup]) -> list[tuple[np.ndarray, ...]]:
         """Score completions.
@@ -169,3 +201,28 @@ class Scorer:
             "tokens_per_batch": self.tokens_per_batch,
             "threads": torch.get_num_threads(),
         }
+
+
+def _loaded_twice(spec: ReferenceSpec) -> bool:
+    files = model_files(spec.path, spec.trust_remote_code)
+    return files.runs_code or sum(file.stat().st_size for file in files.weights) <= LOADED_TWICE_BYTES
+
+
+def refuse_difference(spec: ReferenceSpec, one: np.ndarray, other: np.ndarray, how: str) -> None:
+    """Refuse a model of which two loads give different log-probs of the same rows.
+
+    Args:
+        one, other: ``Scorer.sample`` of both loads.
+        how: how it was loaded, for the message.
+
+    Raises:
+        ModelError: with the difference.
+    """
+    gap = float(np.abs(one - other).mean()) if len(one) else 0.0
+    if not gap <= SAME[spec.identity.dtype]:
+        what = f"{spec.path} with adapter {spec.adapter}" if spec.adapter else spec.path
+        raise ModelError(
+            f"the model {what} is not a function of its files: {how}, it gives log-probs of the same rows that differ by "
+            f"{gap:.2g} nats a token (tolerance {SAME[spec.identity.dtype]:g}), so stored ones would belong to no model. "
+            "Its own Python code may draw random numbers when it is loaded or called, or a machine computes wrongly"
+        )

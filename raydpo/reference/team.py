@@ -87,6 +87,7 @@ class TeamScorer:
         tokens_per_batch: int | Literal["auto"],
         memory_share: float = 1.0,
         check_rows: Sequence[PromptGroup] = (),
+        alone: bool = False,
     ) -> None:
         store = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)
         settings = {
@@ -94,6 +95,7 @@ class TeamScorer:
             "tokens_per_batch": tokens_per_batch,
             "memory_share": memory_share,
             "check_rows": list(check_rows),
+            "alone": alone,
         }
         setups = [_Setup(rank, size, store.port, device, threads, settings) for rank in range(size)]
         self.members = [_start() for _ in setups[1:]]
@@ -110,6 +112,10 @@ class TeamScorer:
         with self._explained():
             self._tell([list(groups)] * len(self.members))
             return self._scorer.score(groups)
+
+    @property
+    def sample(self) -> np.ndarray:
+        return self._scorer.sample
 
     @property
     def notes(self) -> list[str]:

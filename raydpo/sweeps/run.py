@@ -22,7 +22,7 @@ from raydpo.config import Config, lower_is_better
 from raydpo.errors import ConfigError, RaydpoError
 from raydpo.pipeline.checks import check
 from raydpo.pipeline.evaluate import evaluate, pairs_to_evaluate, protocol
-from raydpo.pipeline.prepare import Prepared, measured_pairs
+from raydpo.pipeline.prepare import Prepared, Tokenised, measured_pairs
 from raydpo.pipeline.score import score_prepared
 from raydpo.pipeline.train import Joined, TrialContext, join_sets, train_prepared
 from raydpo.reference.shards import Wanted
@@ -74,9 +74,11 @@ def sweep(config: Config, console: Console | None = None, *, fresh: bool = False
     if storage.exists(RUN):
         raise ConfigError(f"{storage} is the directory of a single run; give the sweep another name (name=...)")
     largest = max((trial.config for trial in trials), key=lambda one: one.train.most_workers)
+    distinct = {_shared(trial.config): trial.config for trial in reversed(trials)}
+    tokenised = {key: Tokenised.before_ray(one, console) for key, one in reversed(distinct.items())}
     with session(largest):
         check_cluster(config, ["score", "train"], console)
-        prepared = _prepare(trials, console)
+        prepared = _prepare(trials, tokenised, console)
         for one in prepared.values():  # refuse trials whose earlier run had other settings
             finished_summary(Storage(one.config.run_dir), one.fingerprint(), one.sets.train)
         same_pairs = _on_same_pairs(config, prepared, console)
@@ -102,8 +104,19 @@ def sweep(config: Config, console: Console | None = None, *, fresh: bool = False
     return ledger.to_dict()
 
 
-def _prepare(trials: list[Trial], console: Console) -> dict[str, Prepared]:
+def _shared(config: Config) -> str:
+    """The settings of data and models, as JSON; trials in which they are equal share their pairs and their reference."""
+    resolved = config.model_dump(mode="json", include={"model", "reference", "data"})
+    for trains_only in ("lora", "freeze"):
+        del resolved["model"][trains_only]
+    return json.dumps(resolved)
+
+
+def _prepare(trials: list[Trial], tokenised: dict[str, Tokenised | None], console: Console) -> dict[str, Prepared]:
     """Prepare all trials, by name. Trials with equal data and models share everything but their settings.
+
+    Args:
+        tokenised: pairs that were read before, by ``_shared``.
 
     Raises:
         ConfigError: if they do not share one reference.
@@ -111,12 +124,9 @@ def _prepare(trials: list[Trial], console: Console) -> dict[str, Prepared]:
     groups: dict[str, Prepared] = {}
     prepared: dict[str, Prepared] = {}
     for trial in trials:
-        resolved = trial.config.model_dump(mode="json", include={"model", "reference", "data"})
-        for trains_only in ("lora", "freeze"):
-            del resolved["model"][trains_only]
-        key = json.dumps(resolved)
+        key = _shared(trial.config)
         if key not in groups:
-            groups[key] = Prepared.of(trial.config, console)
+            groups[key] = Prepared.of(trial.config, console, tokenised[key])
         prepared[trial.name] = dataclasses.replace(groups[key], config=trial.config)
     first, *others = prepared.items()
     ours = first[1].reference.identity

@@ -47,8 +47,9 @@ def guarded(act: Callable[[Console], int | None]) -> int:
                 file=sys.stderr,
             )
             return 2
-        options = {"encoding": "utf-8", "errors": "backslashreplace"}
-        with tempfile.NamedTemporaryFile("w", prefix="raydpo-", suffix=".log", delete=False, **options) as log:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="raydpo-", suffix=".log", delete=False, encoding="utf-8", errors="backslashreplace"
+        ) as log:
             import traceback
 
             log.write(hidden(traceback.format_exc()))

@@ -118,7 +118,7 @@ def _advice(policy: str, reference: str) -> str:
     if policy != reference:
         return f"The cache was made by other weights or altered: {again}"
     return (
-        f"Both are the same model, so the cache was altered: {again}. If this error comes again, the model's "
-        "log-probs do not follow from its files alone (its own code may draw random numbers), and it cannot be trained "
-        "against stored ones"
+        "Both identities are equal, and the values are not: either the cache was altered, or the model is not a function of "
+        "its files (its own code may draw random numbers, or a machine computes wrongly). "
+        f"{again[0].upper()}{again[1:]}, which compares two loads of the model and refuses it if they differ"
     )

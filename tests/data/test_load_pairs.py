@@ -28,7 +28,7 @@ def test_table(tokeniser, write):
             assert row[f"{side}_key"] == completion_key(row["prompt_ids"], row[f"{side}_ids"])
             assert row[f"{side}_full"] == len(row[f"{side}_ids"])
     assert tokeniser.tokenizer.decode(rows[1]["chosen_ids"]) == " the sky is blue 2</s>"
-    assert sets.report.lines() == ["data prefs: 3 records, 3 pairs kept"]
+    assert sets.report.lines()[0] == "data prefs: 3 records, 3 pairs kept"
 
 
 def test_chunks_are_joined(tokeniser, write, monkeypatch):
@@ -119,7 +119,10 @@ def test_malformed_records_are_counted_with_their_lines(tokeniser, write):
 
 
 def test_only_the_first_places_are_named(tokeniser, write):
-    with pytest.raises(DataError, match=r"5 missing column 'chosen' \(prefs\.jsonl:1, [^ ]*:2, [^ ]*:3, \.\.\.\)"):
+    with pytest.raises(
+        DataError,
+        match=r"5 missing column 'chosen', nearest forms: .*; found 'prompt' \(prefs\.jsonl:1, [^ ]*:2, [^ ]*:3, \.\.\.\)",
+    ):
         load(tokeniser, write([{"prompt": "p"}] * 5))
 
 
@@ -152,7 +155,7 @@ def test_duplicates_are_kept_and_counted_across_sources(tokeniser, write):
     sets = load(tokeniser, [write([text(1), text(1), text(2)], "a.jsonl"), write([text(2)], "b.jsonl")])
     assert sets.train.num_rows == 4
     assert [source.duplicates for source in sets.report.sources] == [1, 1]
-    assert sets.report.lines()[1] == "data b: 1 records, 1 pairs kept, 1 exact duplicates kept"
+    assert "data b: 1 records, 1 pairs kept, 1 exact duplicates kept" in sets.report.lines()
 
 
 def test_boundary_and_turns_are_warned_of(tokeniser, write):
@@ -162,7 +165,7 @@ def test_boundary_and_turns_are_warned_of(tokeniser, write):
     ]
     other = [chat[0], {"role": "assistant", "content": "other"}]
     sets = load(tokeniser, write([text(1, prompt="the a", chosen="b", rejected="c"), {"chosen": chat, "rejected": other}]))
-    assert [line.split(",")[0] for line in sets.report.lines()[1:]] == [
+    assert [line.split(",")[0] for line in sets.report.lines()[1:3]] == [
         "warning: data prefs: in 1 pairs the prompt is tokenised differently alone and with its completion (tokens merge "
         "across the boundary",
         "warning: data prefs: in 1 pairs a completion continues with user or tool messages",

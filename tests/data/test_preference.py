@@ -12,6 +12,7 @@ def bot(content):
 
 
 CHAT = {"prompt": [user("q")], "chosen": [bot("good")], "rejected": [bot("bad")]}
+RANKED = {"chosen": None, "rejected": None}
 
 
 @pytest.mark.parametrize(
@@ -53,6 +54,36 @@ def test_transcript_of_several_turns():
     assert preference.prompt == [user("a"), bot("b\nb"), user("c")]
     assert (preference.chosen, preference.rejected) == ([bot("one")], [bot("two")])
     assert not preference.several_turns
+
+
+def test_what_follows_the_common_turns_of_a_transcript_is_one_answer():
+    start = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
+    quoted = " Here:\n\nHuman: Hello?\n\nAssistant: Hello!"
+    (preference,) = normalise({"chosen": start + quoted, "rejected": start + " No."})
+    assert preference.prompt == [user("a"), bot("b"), user("c")]
+    assert (preference.chosen, preference.rejected) == ([bot(quoted.strip())], [bot("No.")])
+    assert preference.texts == (start, quoted, " No.")
+
+
+def test_quoted_turns_that_both_answers_begin_with():
+    start = "\n\nHuman: a\n\nAssistant:"
+    (preference,) = normalise({"chosen": start + " b\n\nHuman: c", "rejected": start + " b\n\nHuman: d"})
+    assert preference.prompt == [user("a")] and preference.chosen == [bot("b\n\nHuman: c")]
+    with pytest.raises(Malformed, match="rejected is empty"):
+        normalise({"chosen": start + " b\n\nHuman: c\n\nAssistant: d", "rejected": start + " b\n\nHuman: c"})
+
+
+def test_a_transcript_that_begins_the_other():
+    start = "\n\nHuman: a\n\nAssistant: b"
+    (preference,) = normalise({"chosen": start, "rejected": start + "\n\nHuman: c\n\nAssistant: d"})
+    assert (preference.prompt, preference.chosen) == ([user("a")], [bot("b")])
+    assert preference.rejected == [bot("b\n\nHuman: c\n\nAssistant: d")]
+
+
+def test_transcripts_beside_what_the_human_said():
+    start = "\n\nHuman: q\n\nAssistant:"
+    (preference,) = normalise({"prompt": "q", "chosen": start + " good", "rejected": start + " bad"})
+    assert (preference.prompt, preference.chosen, preference.rejected) == (CHAT["prompt"], CHAT["chosen"], CHAT["rejected"])
 
 
 def test_answer_that_differs_early_keeps_its_later_turns():
@@ -97,7 +128,8 @@ def test_tools_and_template_arguments(tools):
         ({"prompt": ["q"]}, "prompt is neither text nor messages"),
         ({"prompt": []}, "prompt is empty"),
         ({"prompt": [user("q"), bot("a")]}, "the last message of prompt is the assistant's"),
-        ({"prompt": [{"from": "human", "value": "q"}]}, "whose role is none of system, developer, user"),
+        ({"prompt": [{"role": "critic", "content": "q"}]}, "whose role is none of system, developer, user, .* but 'critic'"),
+        ({"prompt": [{"speaker": "human", "said": "q"}]}, "whose role is none of .*: it has the fields 'said', 'speaker'"),
         ({"prompt": [{"role": "user"}]}, "prompt has a message without content"),
         ({"prompt": [user({"text": "q"})]}, "prompt has a message without content"),
         ({"chosen": [user("a"), bot("b")]}, "do not begin with the assistant"),
@@ -115,15 +147,15 @@ def test_tools_and_template_arguments(tools):
             {"prompt": None, "chosen": "\n\nHuman: a\n\nAssistant: x", "rejected": "\n\nHuman: b\n\nAssistant: y"},
             "in common",
         ),
-        ({"completions": 5}, "not a list of two"),
-        ({"completions": ["a"]}, "not a list of two"),
-        ({"completions": ["a", "b"]}, "neither ranks nor scores"),
-        ({"completions": ["a", "b"], "scores": [1]}, "completions and scores differ in number"),
-        ({"completions": ["a", "b"], "scores": [1, None]}, "scores are not all numbers"),
-        ({"completions": ["a", "b"], "scores": [1, float("nan")]}, "scores are not all numbers"),
-        ({"completions": ["a", "b"], "ranks": [1, 1]}, "no completion is better"),
-        ({"completions": [{"rank": 1}, {"completion": "b", "rank": 2}]}, "chosen is neither text nor messages"),
-        ({"completions": ["a", "b"], "ranks": [1, 2], "prompt": None}, "missing column 'prompt'"),
+        (RANKED | {"completions": 5}, "not a list of two"),
+        (RANKED | {"completions": ["a"]}, "not a list of two"),
+        (RANKED | {"completions": ["a", "b"]}, "neither ranks nor scores"),
+        (RANKED | {"completions": ["a", "b"], "scores": [1]}, "completions and scores differ in number"),
+        (RANKED | {"completions": ["a", "b"], "scores": [1, None]}, "scores are not all numbers"),
+        (RANKED | {"completions": ["a", "b"], "scores": [1, float("nan")]}, "scores are not all numbers"),
+        (RANKED | {"completions": ["a", "b"], "ranks": [1, 1]}, "no completion is better"),
+        (RANKED | {"completions": [{"rank": 1}, {"completion": "b", "rank": 2}]}, "chosen is neither text nor messages"),
+        (RANKED | {"completions": ["a", "b"], "ranks": [1, 2], "prompt": None}, "missing column 'prompt'"),
     ],
 )
 def test_malformed_records_say_why(change, reason):

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from raydpo.config import SourceConfig
+from raydpo.config import SourceConfig, source_name
 from raydpo.data.records import read_records
 from raydpo.errors import DataError
 
@@ -142,7 +142,10 @@ def test_hub_that_cannot_be_reached(monkeypatch):
 def test_hub_data_set(monkeypatch):
     import datasets
 
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: [{"name": name, "split": split, "tools": None}])
+    def load_dataset(name, split):
+        return datasets.Dataset.from_list([{"name": name, "split": split, "tools": None}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     (record,) = read("org/prefs", split="test")
     assert (record.where, record.value) == ("org/prefs[test]:1", {"name": "org/prefs", "split": "test"})
 
@@ -213,3 +216,93 @@ def test_a_long_list_is_read_in_linear_time(tmp_path):
     start = time.process_time()
     assert values(path) == records
     assert time.process_time() - start < 1.5, "once it took 10 s, and four times that for twice the records"
+
+
+PRETTY = "\n".join(json.dumps(record, indent=1) for record in RECORDS)
+
+
+@pytest.mark.parametrize(
+    "name, content, note",
+    [
+        ("list.jsonl", json.dumps(RECORDS), "list.jsonl is a JSON list, though not named so"),
+        ("lines.jsonl", json.dumps(RECORDS, indent=1), "lines.jsonl is a JSON list, though not named so"),
+        ("bom.ndjson", "\ufeff\n" + json.dumps(RECORDS), "bom.ndjson is a JSON list, though not named so"),
+        ("objects.jsonl", PRETTY, "objects.jsonl holds objects over several lines"),
+        ("objects.json", "\n" + PRETTY, "objects.json holds objects over several lines"),
+    ],
+)
+def test_json_of_another_layout_than_the_name_says(tmp_path, name, content, note):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    records = read(tmp_path / name)
+    assert [record.value for record in records] == RECORDS
+    assert [record.note for record in records] == [note] + [None] * 4
+
+
+def test_place_of_an_object_over_several_lines(tmp_path):
+    (tmp_path / "a.jsonl").write_text("\n" + PRETTY)
+    assert [record.where for record in read(tmp_path / "a.jsonl")] == [f"a.jsonl:{line}" for line in (2, 7, 12, 17, 22)]
+
+
+def test_a_first_line_that_is_wrong_does_not_change_how_the_others_are_read(tmp_path):
+    for number, first in enumerate(("[1]", '{"a": ', "[")):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_bytes(first.encode() + b"\n" + LINES)
+        if first == "[":
+            with pytest.raises(DataError, match=r"2.jsonl is not valid JSON"):
+                read(path)
+            continue
+        assert [record.value for record in read(path)] == [None, *RECORDS]
+
+
+@pytest.mark.parametrize("suffix", ["JSONL", "Json", "PARQUET", "JSONL.GZ", "jsonl.Zst"])
+def test_suffixes_in_capitals(tmp_path, suffix):
+    content = LINES
+    if suffix == "PARQUET":
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.Table.from_pylist(RECORDS), sink)
+        content = sink.getvalue().to_pybytes()
+    compress = {"GZ": gzip.compress, "Zst": zstandard.ZstdCompressor().compress}.get(suffix.rpartition(".")[2], bytes)
+    path = tmp_path / f"PREFS.{suffix}"
+    path.write_bytes(compress(content))
+    assert values(path) == RECORDS
+    assert source_name(SourceConfig(path=str(path))) == "PREFS"
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress, zstandard.ZstdCompressor().compress])
+def test_compressed_files_without_the_suffix(tmp_path, compress):
+    (tmp_path / "a.jsonl").write_bytes(compress(LINES))
+    records = read(tmp_path / "a.jsonl")
+    assert [record.value for record in records] == RECORDS
+    assert records[0].note.startswith("a.jsonl is compressed (")
+
+
+def test_parquet_under_another_name(tmp_path):
+    pq.write_table(pa.Table.from_pylist(RECORDS), tmp_path / "a.json")
+    assert values(tmp_path / "a.json") == RECORDS
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.json", "a.jsonl.gz", "a.arrow"])
+def test_git_lfs_pointers(tmp_path, name):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n")
+    with pytest.raises(DataError, match=rf"{name} is a Git LFS pointer .* 'git lfs pull'"):
+        read(tmp_path / name)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("name, layout", [("a.jsonl", LINES), ("a.json", json.dumps(RECORDS).encode())])
+def test_other_encodings_of_unicode(tmp_path, encoding, name, layout):
+    (tmp_path / name).write_bytes(layout.decode().encode(encoding))
+    records = read(tmp_path / name)
+    assert [record.value for record in records] == RECORDS
+    assert records[0].note.endswith(", not UTF-8") and f"{name} is UTF-" in records[0].note
+    (tmp_path / name).write_bytes(layout.decode().encode(encoding) + b"\x00")
+    with pytest.raises(DataError, match=r"is neither UTF-8 nor valid UTF-(16|32).*; save it as UTF-8"):
+        read(tmp_path / name)
+
+
+def test_links_to_directories_are_not_followed(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.jsonl").write_bytes(LINES)
+    (tmp_path / "data" / "up").symlink_to(tmp_path)
+    (tmp_path / "data" / "b.jsonl").symlink_to(tmp_path / "data" / "a.jsonl")
+    assert values(tmp_path) == RECORDS * 2

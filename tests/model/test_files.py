@@ -8,7 +8,7 @@ from plain_model import CONFIG, plain_weights, write_plain_adapter, write_plain_
 from safetensors.numpy import save_file
 
 from raydpo.errors import ModelError
-from raydpo.model.files import adapter_files, model_files, weights_lacking
+from raydpo.model.files import adapter_files, check_tokenizer_files, model_files, read_header, weights_lacking
 
 
 @pytest.fixture
@@ -150,3 +150,59 @@ def test_what_is_still_to_be_fetched_of_the_hub(model, adapter, tmp_path):
     assert "other.safetensors" in weights_lacking(configured(model, transformers_weights="other.safetensors"))
     (adapter / "adapter_model.safetensors").unlink()
     assert set(weights_lacking(adapter)) == {"adapter_model.safetensors"}
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0f3a\nsize 4711\n"
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "model.safetensors.index.json", "generation_config.json", "modeling_own.py"]
+)
+def test_pointers_of_git_lfs_are_named(name, model):
+    if name.endswith("index.json"):
+        in_shards(model)
+        (model / "model.safetensors").unlink()
+    (model / name).write_text(POINTER)
+    with pytest.raises(ModelError, match=rf"{name} is a Git LFS pointer.*run 'git lfs pull' in"):
+        model_files(model)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_pointers_of_an_adapter(name, adapter):
+    (adapter / name).write_text(POINTER)
+    with pytest.raises(ModelError, match=rf"{name} is a Git LFS pointer"):
+        adapter_files(adapter)
+
+
+def test_pointers_of_a_tokenizer(model):
+    check_tokenizer_files(model)
+    for name in ("chat_template.jinja", "tokenizer.json"):
+        (model / name).write_text(POINTER)
+    with pytest.raises(ModelError, match=r"tokenizer\.json is a Git LFS pointer.*\(1 more files beside it\)"):
+        check_tokenizer_files(model)
+
+
+DAMAGED = {
+    "empty": (lambda data: b"", "it is empty"),
+    "a page": (lambda data: b"<!DOCTYPE html><title>404</title>", "its first bytes ask for a header of"),
+    "cut": (lambda data: data[:-7], r"is truncated: it has [\d,]+ bytes, and its tensors need"),
+    "longer": (lambda data: data + b"abc", "has 3 bytes behind its last tensor"),
+    "no header": (lambda data: b"\x02\0\0\0\0\0\0\0[]", "is not a safetensors file"),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGED)
+def test_damaged_files_of_weights(how, model):
+    change, told = DAMAGED[how]
+    file = model / "model.safetensors"
+    file.write_bytes(change(file.read_bytes()))
+    with pytest.raises(ModelError, match=told):
+        read_header(file)
+
+
+@pytest.mark.parametrize("text", ['{"weight_map": {"a": 3}}', '{"weight_map": {}}', "[" * 100_000])
+def test_an_index_that_is_none(text, model):
+    (model / "model.safetensors").unlink()
+    (model / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ModelError, match=r"has no weight_map|cannot read"):
+        model_files(model)

@@ -107,7 +107,55 @@ def test_a_head_of_another_task(model, tmp_path):
     assert check_weights(classifier, classifier=True) == []
     with pytest.raises(ModelError, match=r"lack score\.weight"):
         check_weights(model, classifier=True)
+    refused_by_both(r"is a LlamaForSequenceClassification .*head of another task", classifier)
+    config = json.loads((classifier / "config.json").read_text())
+    (classifier / "config.json").write_text(json.dumps(config | {"architectures": None}))
     refused_by_both(r"lack lm_head\.weight.*they hold score\.weight", classifier)
+
+
+def configured(directory, **changes):
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | changes))
+    return directory
+
+
+def test_a_classifier_with_tied_embeddings(model):
+    """As a language model it lacks nothing, since its head would be the embedding."""
+    configured(model, tie_word_embeddings=True, architectures=["LlamaForSequenceClassification"])
+    with_tensors(model, lambda tensors: without("lm_head")(tensors) | {"score.weight": torch.ones(1, 32)})
+    refused_by_both(r"is a LlamaForSequenceClassification .*head of another task", model)
+
+
+@pytest.mark.parametrize("layers", [1, 0, -2])
+def test_layers_that_config_json_leaves_out(layers, model):
+    configured(model, num_hidden_layers=layers)
+    with pytest.raises(ModelError, match=rf"describes a model of {layers} layers .*num_hidden_layers"):
+        check_weights(model)
+
+
+def test_integers_without_a_quantization(model):
+    with_tensors(
+        model,
+        lambda tensors: {name: (100 * value).to(torch.int8) if "proj" in name else value for name, value in tensors.items()},
+    )
+    with pytest.raises(ModelError, match=r"down_proj\.weight, .* in its files are integers \(I8\).*no quantization_config"):
+        check_weights(model)
+
+
+NO_LANGUAGE_MODEL = {
+    "unknown": ({"model_type": "llama99"}, "model type `llama99`"),
+    "of pictures": ({"model_type": "vit"}, r"\(it describes a ViT model\)"),
+    "encoder and decoder": ({"model_type": "t5", "d_model": 8, "num_layers": 1}, "is an encoder-decoder model"),
+    "a word for a number": ({"hidden_size": "many"}, "hidden_size"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_LANGUAGE_MODEL)
+def test_a_configuration_of_no_language_model(kind, model):
+    changes, told = NO_LANGUAGE_MODEL[kind]
+    with pytest.raises(ModelError, match=told) as caught:
+        check_weights(configured(model, **changes))
+    assert len(str(caught.value)) < 1000
 
 
 def test_tensors_that_nothing_takes_are_told_and_not_refused(model):
@@ -217,6 +265,15 @@ def test_adapters_of_another_model(fault, llama, tmp_path):
     change, told = ADAPTER_FAULTS[fault]
     adapter = with_tensors(adapted(llama, tmp_path / "adapter"), change, "adapter_model.safetensors")
     refused_by_both(told, llama, adapter=str(adapter))
+
+
+@pytest.mark.parametrize("changes", [{"r": "x"}, {"target_modules": ["no_such_layer"]}])
+def test_an_adapter_that_peft_cannot_add(changes, llama, tmp_path):
+    adapter = adapted(llama, tmp_path / "adapter")
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(ModelError, match=r"the adapter .* does not fit the model"):
+        check_weights(llama, adapter=str(adapter))
 
 
 def test_a_prompt_that_is_learnt_is_no_layer(llama, tmp_path):

@@ -3,6 +3,7 @@
 import fnmatch
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -10,9 +11,17 @@ import torch
 from plain_model import write_plain_adapter, write_plain_model
 from safetensors.torch import load_file, save_file
 
-from raydpo.errors import ModelError
+from raydpo.errors import FilesError, ModelError
 from raydpo.model.load import load_causal_lm
-from raydpo.reference.identity import ReferenceIdentity, earlier_identity, identify, on_this_machine, resolve_model
+from raydpo.reference.identity import (
+    ReferenceIdentity,
+    _is_finite,
+    differs_from_its_tie,
+    earlier_identity,
+    identify,
+    on_this_machine,
+    resolve_model,
+)
 from raydpo.reference.score import ReferenceSpec
 
 
@@ -286,6 +295,65 @@ def test_truncated_weights_are_refused(model):
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ModelError, match="truncated"):
         identify(model, "float32")
+
+
+NUMBERS = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E5M2": torch.float8_e5m2, "F8_E4M3": torch.float8_e4m3fn,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", NUMBERS)
+def test_finite_numbers_are_told_from_others_by_their_bits(dtype):
+    kind = NUMBERS[dtype]
+    bits = torch.arange(1 << 8 * min(kind.itemsize, 2), dtype=torch.int32).to(
+        torch.uint16 if kind.itemsize > 1 else torch.uint8
+    )
+    if kind.itemsize > 2:  # every pattern of the first two bytes, among them all exponents and both signs
+        bits = torch.stack([torch.full_like(bits, 1)] * (kind.itemsize // 2 - 1) + [bits], dim=1).flatten()
+    numbers = bits.view(kind)
+    expected = torch.isfinite(numbers.double()).tolist()
+    found = [_is_finite(one.numpy().tobytes(), dtype) for one in numbers.view(torch.uint8).view(len(numbers), -1)]
+    assert found == expected and len(set(expected)) == 2
+    whole = numbers[torch.tensor(expected)]
+    assert _is_finite(whole.view(torch.uint8).numpy().tobytes(), dtype)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_no_numbers_are_refused_by_name(value, model):
+    def change(tensors):
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+        tensors["model.norm.weight"][-1] = value
+
+    edit_weights(model, change)
+    told = r"model\.layers\.1\.mlp\.up_proj\.weight, model\.norm\.weight hold NaN or infinite"
+    for _ in "12":  # not remembered as digests
+        with pytest.raises(FilesError, match=told):
+            identify(model, "float32")
+
+
+def test_an_adapter_of_nan_is_refused(tmp_path):
+    plain, adapter = write_plain_model(tmp_path / "model"), write_plain_adapter(tmp_path / "adapter")
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = min(tensors)
+    tensors[name].view(-1)[0] = float("inf")
+    save_file(tensors, file)
+    with pytest.raises(FilesError, match=f"{re.escape(name)} holds NaN or infinite"):
+        identify(plain, "float32", adapter)
+
+
+def test_a_mask_may_be_infinite(model):
+    edit_weights(model, lambda tensors: tensors.update({"causal_mask": torch.full((4, 4), float("-inf"))}))
+    identify(model, "float32")
+
+
+def test_a_head_beside_a_tied_embedding(model):
+    assert differs_from_its_tie(model) is None
+    edit_config(model, tie_word_embeddings=True)
+    assert "lm_head.weight that differs from model.embed_tokens.weight" in differs_from_its_tie(model)
+    edit_weights(model, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
+    assert differs_from_its_tie(model) is None
 
 
 @pytest.fixture

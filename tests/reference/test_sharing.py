@@ -49,7 +49,7 @@ def pairs(count):
 
 
 class SlowScorer:
-    notes, provenance = (), {}
+    notes, provenance, sample = (), {}, ()
 
     def __init__(self, spec, **settings):
         pass

@@ -164,7 +164,8 @@ def _train(payload: WorkerInput, tokens_per_batch: int | None) -> None:
     device = get_device()
     join_process_group(device)
     pairs = TrainingPairs(ray.get(payload.pairs))
-    engine = PolicyEngine(job.policy, job.train, device, check_rows=pairs.groups(range(min(CHECK_ROWS, len(pairs)))))
+    check_rows = pairs.groups(range(min(CHECK_ROWS, len(pairs))))
+    engine = PolicyEngine(job.policy, job.train, device, check_rows=check_rows)
     held_out = None if payload.held_out is None else TrainingPairs(ray.get(payload.held_out))
     hooks = RayHooks(payload, rank)
     checkpoint = ray.train.get_checkpoint()
@@ -177,7 +178,8 @@ def _train(payload: WorkerInput, tokens_per_batch: int | None) -> None:
         )
         final = Path(scratch) / "final"
         if not summary.interrupted:
-            export_policy(engine, job.policy, payload.base_name, payload.tokenizer, final, merge=job.train.merge_adapter)
+            names, merge = (payload.base_name, payload.tokenizer), job.train.merge_adapter
+            export_policy(engine, job.policy, *names, final, merge=merge, rows=check_rows, note=hooks.note)
         if rank == 0:
             if not summary.interrupted:
                 storage.upload(final, FINAL)

@@ -1,0 +1,386 @@
+"""Records of other tools: where the prompt is, and which of several answers is preferred to which."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from itertools import combinations
+from typing import Any
+
+from raydpo.data.messages import CONVERSATIONS, Malformed, Notes, content_text, from_text, messages, role_of
+from raydpo.data.nearest import lacking, quoted
+
+__all__ = ["Pairs", "pairs_of", "prompt_of", "shared_start", "unused_columns", "warn_of_prompt_columns"]
+
+Pairs = list[tuple[Any, Any, Any]]
+"""Prompt (None = the common beginning of both answers), the better and the worse answer."""
+_PROMPTS = ("context", "question", "instruction", "query", "problem", "history", "input")
+"""Columns that hold the prompt if there is no column of that name."""
+_BESIDE = (*_PROMPTS, "passage", "passages", "document", "documents", "docs", "background", "evidence", "knowledge")
+"""Columns whose text may belong to the prompt."""
+_SYSTEM = ("system", "system_prompt", "system_message")
+_ANSWERS = ("completion", "response", "content", "answer", "text", "output")
+"""Fields of an entry of ``completions`` that hold the answer."""
+_PLACES = (
+    ("ranks", ("rank",), 1),
+    ("scores", ("score", "overall_score", "rating", "pm_score", "reward"), -1),
+)
+"""Columns of all ranks or scores, fields of an entry with its own, and the sign that makes lower better."""
+_RANKED = ("completions", "answers", "responses", "candidates")
+# Two answers, the column that prefers one of them, and its values for the first and for the second.
+_CHOICES = (
+    ("response1", "response2", "overall_preference"),
+    ("response_1", "response_2", "overall_preference"),
+    ("response1", "response2", "preference_strength"),
+    ("response_1", "response_2", "preference_strength"),
+    ("human_ref_A", "human_ref_B", "labels"),
+    ("response_0", "response_1", "better_response_id"),
+    ("conversation_a", "conversation_b", "winner"),
+    ("response_a", "response_b", "winner"),
+    ("answer_a", "answer_b", "winner"),
+)
+_ANY_META = (
+    *(
+        "id",
+        "ids",
+        "uuid",
+        "hash",
+        "source",
+        "dataset",
+        "data_source",
+        "subset",
+        "split",
+        "category",
+        "topic",
+        "type",
+        "task",
+    ),
+    *(
+        "domain",
+        "subject",
+        "lang",
+        "language",
+        "license",
+        "author",
+        "user",
+        "date",
+        "timestamp",
+        "url",
+        "name",
+        "tag",
+        "tags",
+    ),
+    *("label", "labels", "model", "generator", "annotator", "turns", "comment", "note"),
+)
+"""Last words of names of columns that describe a record and are no part of it."""
+
+
+def pairs_of(record: Mapping[str, Any], present: tuple[str, ...], notes: Notes) -> tuple[Pairs, tuple[str, ...]]:
+    """Return the pairs of a record without ``chosen`` and ``rejected``, and the columns used.
+
+    Raises:
+        Malformed: if no form fits. The message names the columns found and the two nearest forms.
+    """
+    if "chosen" not in present and "rejected" not in present:
+        if found := _rejected_response(record, notes):
+            return found
+        for name in _RANKED:
+            if name in present and (name == "completions" or _has_places(_entries(record[name]), record)):
+                found, used = _ranked(record, present, name, notes)
+                return found, (*used, name, "ranks", "scores")
+        for names in _CHOICES:
+            if all(name in present for name in names):
+                pair, used = _choice(record, present, names, notes)
+                return [pair], (*used, *names)
+    if (
+        len(present) == 1
+        and isinstance(record[present[0]], list)
+        and all(isinstance(each, Mapping) for each in record[present[0]])
+    ):
+        raise Malformed(
+            f"the only column {present[0][:40]!r} holds a list of records: write the list alone, or one record a line"
+        )
+    raise Malformed(lacking(present))
+
+
+def prompt_of(
+    record: Mapping[str, Any], present: tuple[str, ...], notes: Notes, answers: tuple[Any, Any] | None = None
+) -> tuple[Any, tuple[str, ...]]:
+    """Return the prompt of a record, and the columns used. None if it is the beginning that both answers share.
+
+    Raises:
+        Malformed: if several columns may be the prompt.
+    """
+    if record.get("prompt") is not None:
+        return record["prompt"], ("prompt",)
+    conversation = next((name for name in CONVERSATIONS if name in present and record[name]), None)
+    if conversation is not None:
+        value = record[conversation]
+        prompt = messages(from_text(value) or value if isinstance(value, str) else value, conversation, notes)
+        if answers is not None and len(prompt) > 1 and prompt[-1]["role"] == "assistant" and _says(prompt[-1], answers[0]):
+            prompt = prompt[:-1]
+            notes[f"{conversation!r} without its last message, which is chosen, read as the prompt"] = None
+        else:
+            notes[f"{conversation!r} read as the prompt"] = None
+        return prompt, (conversation,)
+    names = tuple(name for name in _PROMPTS if name in present and _may_be_prompt(record[name]))
+    if answers is not None and names and all(isinstance(answer, str) for answer in answers):
+        shared = shared_start(*answers)
+        names = tuple(name for name in names if not (isinstance(record[name], str) and record[name].strip() in shared))
+        if not names:  # the answers are whole texts that hold it
+            return None, ()
+    if len(names) == 1:
+        notes[f"{names[0]!r} read as the prompt"] = None
+        if names == ("context",) and answers is not None and _share_a_text(*answers):
+            notes[
+                "warning: 'context' read as the prompt, though chosen and rejected begin with a text of their own; drop the "
+                "column if that is the prompt"
+            ] = None
+        return record[names[0]], names
+    if names == ("instruction", "input") and all(isinstance(record[name], str) for name in names):
+        notes["'instruction' and 'input', joined by a newline, read as the prompt"] = None
+        return f"{record['instruction']}\n{record['input']}", names
+    if names:
+        raise Malformed(
+            f"each of {quoted(names)} may be the prompt or a part of it: join them in a column 'prompt', or name the "
+            "prompt with the source's 'columns'"
+        )
+    return None, ()
+
+
+def shared_start(one: str, other: str) -> str:
+    """Return the longest common beginning of two texts."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if other.startswith(one[:middle]):
+            low = middle
+        else:
+            high = middle - 1
+    return one[:low]
+
+
+def _share_a_text(chosen: Any, rejected: Any) -> bool:
+    """Whether two answers begin with what may be a question: several words that end a line or a sentence."""
+    if not (isinstance(chosen, str) and isinstance(rejected, str)):
+        return False
+    shared = shared_start(chosen, rejected)
+    return len(shared.split()) > 2 and ("\n" in shared.strip() or "?" in shared)
+
+
+def _says(message: Mapping[str, Any], answer: Any) -> bool:
+    """Whether ``answer`` is the text of ``message``."""
+    if isinstance(answer, list):
+        answer = answer[0] if len(answer) == 1 else None
+    if isinstance(answer, Mapping):
+        answer = answer.get("content", answer.get("value"))
+    return isinstance(answer, str) and answer.strip() == content_text(dict(message)).strip()
+
+
+def _may_be_prompt(value: Any) -> bool:
+    if isinstance(value, str):
+        return bool(value.strip())
+    return isinstance(value, list) and bool(value) and all(role_of(message) is not None for message in value)
+
+
+def warn_of_prompt_columns(
+    record: Mapping[str, Any], present: tuple[str, ...], used: Iterable[str], prompt: Any, notes: Notes
+) -> Any:
+    """Note the columns of the prompt that were not used. Return the text of the column ``system``, or None."""
+    systems, beside = _prompt_columns(present)
+    system = next((record[name] for name in systems if _is_text(record[name])), None)
+    for name in beside:
+        if name not in used and record[name] and not _occurs(record[name], prompt):
+            notes[
+                f"warning: {name!r} is not read, though it may belong to the prompt: write it into the prompt, or drop "
+                "the column"
+            ] = None
+    return system
+
+
+@lru_cache(maxsize=4096)
+def _prompt_columns(present: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The columns of a system message, and the others that may belong to the prompt."""
+    return tuple(name for name in _SYSTEM if name in present), tuple(name for name in _BESIDE if name in present)
+
+
+def _occurs(part: Any, prompt: Any) -> bool:
+    """Whether every text of ``part`` is in the prompt."""
+    if isinstance(part, list):
+        return all(_occurs(each, prompt) for each in part)
+    if isinstance(part, Mapping):
+        part = part.get("content", part.get("value"))
+    if not isinstance(part, str):
+        return not part
+    if isinstance(prompt, str):
+        return part.strip() in prompt
+    return any(part.strip() in content_text(message) for message in prompt)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def unused_columns(record: Mapping[str, Any], present: tuple[str, ...], used: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the columns that hold text, messages or other data and were not used."""
+    return tuple(name for name in _others(present, used) if isinstance(record[name], (str, list, dict)) and record[name])
+
+
+@lru_cache(maxsize=4096)
+def _others(present: tuple[str, ...], used: tuple[str, ...]) -> tuple[str, ...]:
+    known = {"prompt", "chosen", "rejected", "tools", "chat_template_kwargs", *_SYSTEM, *_BESIDE, *used}
+    return tuple(name for name in present if name not in known)
+
+
+def possible_prompts(record: Mapping[str, Any], present: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the columns of unknown names that hold a text of several words and so may be the prompt."""
+    return tuple(
+        name
+        for name in _others(present, ())
+        if isinstance(record[name], str)
+        and len(record[name].split(maxsplit=1)) > 1
+        and name.lower().replace("-", "_").rsplit("_", 1)[-1] not in _ANY_META
+    )
+
+
+def _rejected_response(record: Mapping[str, Any], notes: Notes) -> tuple[Pairs, tuple[str, ...]] | None:
+    """The better answer is the last message or ``response``, the worse one a column of its own."""
+    name = next((name for name in CONVERSATIONS if record.get(name)), None)
+    value = None if name is None else record[name]
+    value = from_text(value) if isinstance(value, str) else value
+    if value and record.get("rejected_messages") is not None:
+        notes[f"{name!r} read as chosen, 'rejected_messages' as rejected"] = None
+        return [(None, value, record["rejected_messages"])], (name, "rejected_messages")
+    worse = record.get("rejected_response")
+    if worse is None:
+        return None
+    if value is not None:
+        conversation = messages(value, name, notes)
+        better = record.get("response")
+        if better is not None and conversation[-1]["role"] != "assistant":
+            notes[f"{name!r} read as the prompt, 'response' as chosen, 'rejected_response' as rejected"] = None
+            return [(conversation, better, worse)], (name, "response", "rejected_response")
+        if conversation[-1]["role"] != "assistant":
+            raise Malformed(
+                f"the last message of {name} is not the assistant's, so nothing is preferred to rejected_response"
+            )
+        if len(conversation) == 1:
+            raise Malformed("prompt is empty")
+        notes[f"the last message of {name!r} read as chosen, 'rejected_response' as rejected"] = None
+        return [(conversation[:-1], conversation[-1:], worse)], (name, "rejected_response")
+    if record.get("response") is None:
+        return None
+    present = tuple(key for key, entry in record.items() if entry is not None)
+    prompt, used = prompt_of(record, present, notes)
+    if prompt is None:
+        raise Malformed(lacking(present, "prompt"))
+    notes["'response' read as chosen, 'rejected_response' as rejected"] = None
+    return [(prompt, record["response"], worse)], (*used, "response", "rejected_response")
+
+
+def _entries(value: Any) -> Any:
+    """Completions as a list. One object of lists, as some readers make of a list of objects, becomes a list of objects."""
+    if not (isinstance(value, Mapping) and value and all(isinstance(column, list) for column in value.values())):
+        return value
+    if len({len(column) for column in value.values()}) > 1:
+        return value
+    return [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
+
+
+def _has_places(entries: Any, record: Mapping[str, Any]) -> bool:
+    return isinstance(entries, list) and (
+        record.get("ranks") is not None
+        or record.get("scores") is not None
+        or any(
+            isinstance(entry, Mapping) and any(key in entry for _, keys, _ in _PLACES for key in keys) for entry in entries
+        )
+    )
+
+
+def _ranked(record: Mapping[str, Any], present: tuple[str, ...], name: str, notes: Notes) -> tuple[Pairs, tuple[str, ...]]:
+    """All pairs of completions of strictly different rank."""
+    prompt, used = prompt_of(record, present, notes)
+    if used == ("context",):
+        notes.pop("'context' read as the prompt", None)  # a form that we document
+    if prompt is None:
+        raise Malformed("missing column 'prompt'")
+    entries = _entries(record[name])
+    if not isinstance(entries, list) or len(entries) < 2:
+        raise Malformed(f"{name} is not a list of two or more")
+    places, kind, key = _places(entries, record, name)
+    if name != "completions":
+        notes[f"{name!r} with {kind} read as completions"] = None
+    elif key not in (None, "rank", "score"):
+        notes[f"{key!r} of completions read as scores"] = None
+    answers = [
+        next((entry[key] for key in _ANSWERS if entry.get(key) is not None), None)
+        if isinstance(entry, Mapping) and role_of(entry) is None
+        else entry
+        for entry in entries
+    ]
+    best_first = sorted(range(len(answers)), key=places.__getitem__)
+    pairs = [
+        (prompt, answers[better], answers[worse])
+        for better, worse in combinations(best_first, 2)
+        if places[better] < places[worse] and answers[better] != answers[worse]
+    ]
+    if not pairs:
+        raise Malformed("no completion is better than another")
+    return pairs, used
+
+
+def _places(entries: list[Any], record: Mapping[str, Any], name: str) -> tuple[list[float], str, str | None]:
+    """One number per completion, lower is better; whether they are ranks or scores; the field of an entry with its own."""
+    for column, keys, sign in _PLACES:
+        values, key = record.get(column), None
+        for key in keys if values is None else ():
+            if all(isinstance(entry, Mapping) and entry.get(key) is not None for entry in entries):
+                values = [entry[key] for entry in entries]
+                break
+        if values is None:
+            continue
+        if not isinstance(values, Sequence) or len(values) != len(entries):
+            raise Malformed(f"{name} and {column} differ in number")
+        try:
+            numbers = [sign * float(value) for value in values]
+        except (TypeError, ValueError):
+            numbers = [math.nan]
+        if any(math.isnan(number) for number in numbers):
+            raise Malformed(f"{column} are not all numbers")
+        return numbers, column, key
+    raise Malformed(f"{name} have neither ranks nor scores")
+
+
+def _choice(
+    record: Mapping[str, Any], present: tuple[str, ...], names: tuple[str, str, str], notes: Notes
+) -> tuple[tuple[Any, Any, Any], tuple[str, ...]]:
+    """The pair of two answers and a column that prefers one of them."""
+    first, second, label = names
+    value = record[label]
+    better = _first_is_better(label, value)
+    answers = (record[first], record[second]) if better else (record[second], record[first])
+    told = {"labels": f"1: {first}", "winner": "model_a or a: the first", "better_response_id": f"0: {first}"}
+    notes[f"{label!r} prefers {first!r} or {second!r} ({told.get(label, f'below 0: {first}')})"] = None
+    whole = all(isinstance(answer, list) and answer and role_of(answer[0]) not in ("assistant", None) for answer in answers)
+    prompt, used = (record.get("prompt"), ()) if whole else prompt_of(record, present, notes)
+    if prompt is None and not whole:
+        raise Malformed(lacking(present, "prompt"))
+    return (prompt, *answers), used
+
+
+def _first_is_better(label: str, value: Any) -> bool:
+    if label == "winner" and isinstance(value, str):
+        side = value.lower().strip().removeprefix("model_")
+        if side in ("a", "b"):
+            return side == "a"
+        raise Malformed("'winner' names neither a nor b, so no answer is preferred")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+        raise Malformed(f"{label!r} is no number")
+    if label in ("labels", "better_response_id"):
+        if value not in (0, 1):
+            raise Malformed(f"{label!r} is neither 0 nor 1")
+        return (value == 1) == (label == "labels")
+    if value == 0:
+        raise Malformed(f"{label!r} is 0, so no answer is preferred")
+    return value < 0

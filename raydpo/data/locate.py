@@ -1,0 +1,192 @@
+"""Find the data files that a source stands for: a file, a directory with splits, what save_to_disk leaves, a hub cache."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from pyarrow import fs as pafs
+
+from raydpo.config import SourceConfig
+from raydpo.config.data import DATA_SUFFIXES, bare_suffix
+from raydpo.errors import DataError, RaydpoError
+from raydpo.storage.files import Storage
+from raydpo.storage.uri import redact
+
+__all__ = ["DataFile", "data_files", "said"]
+
+_KEYWORDS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+}
+"""Words that name a split in the names of files and directories, as on the hub."""
+_KEYWORD = re.compile(rf"(?<![a-z])({'|'.join(sorted(_KEYWORDS, key=len, reverse=True))})(?![a-z])")
+_SHARD = re.compile(r"(.+?)-\d{5}-of-\d{5}$")
+_OWN_SPLIT = re.compile(rf"({'|'.join(_KEYWORDS)})_[a-z]\w*$")
+"""Name of a split such as train_prefs, in the names of shards."""
+_NO_DATA = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
+_CACHED = re.compile(r"cache-[^/]*\.arrow$")
+_MOST_NAMED = 5
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """One file: its file system, its path there, its name for messages, and how it was chosen (on the first file only)."""
+
+    filesystem: pafs.FileSystem
+    path: str
+    label: str
+    note: str | None = None
+
+
+def said(error: Exception) -> str:
+    return f"{' '.join(str(error).split())[:300] or 'no details'} ({type(error).__name__})"
+
+
+def data_files(source: SourceConfig) -> Iterator[DataFile]:
+    """Yield the data files that ``source.path`` stands for, in order.
+
+    Raises:
+        DataError: if there are none, or none of the split.
+    """
+    path = source.path
+    try:
+        storage = Storage(path)
+        info = storage.fs.get_file_info(storage.root)
+    except Exception as error:  # every file system has its own errors
+        raise DataError(f"cannot open {redact(path)}: {said(error)}") from None
+    if info.type == pafs.FileType.NotFound:
+        raise DataError(f"there is no file {redact(path)!r}; check the path in data.train or data.eval")
+    if info.type != pafs.FileType.Directory:
+        if source.subset is not None:
+            raise DataError(f"subset {source.subset!r} is set, but {redact(path)} is one file; remove subset")
+        yield DataFile(storage.fs, storage.root, info.base_name)
+        return
+    try:
+        names, note = _in_directory(storage, source)
+    except RaydpoError:
+        raise
+    except Exception as error:  # no permission, or a state.json that is none of save_to_disk's
+        raise DataError(f"cannot read the directory {redact(path)}: {said(error)}") from None
+    for number, name in enumerate(names):
+        yield DataFile(storage.fs, storage.path(name), name, None if number else note)
+
+
+def _in_directory(storage: Storage, source: SourceConfig) -> tuple[Sequence[str], str]:
+    """Names of the data files of a directory, and how they were chosen."""
+    shown, below = redact(source.path), ""
+    if source.subset is not None:
+        below = f"{source.subset}/"
+        if not storage.list(source.subset):
+            raise DataError(
+                f"the directory {shown} has no directory {source.subset!r}, its subset; found {_some(storage.list())}"
+            )
+    names = set(storage.list(below.rstrip("/")))
+    if "snapshots" in names:  # as the hub's client keeps a repository
+        below = _snapshot(storage, below)
+        names = set(storage.list(below.rstrip("/")))
+    if "dataset_dict.json" in names:
+        splits = json.loads(storage.read(f"{below}dataset_dict.json"))["splits"]
+        if source.split not in splits:
+            raise DataError(
+                f"{shown}, written by save_to_disk, has no split {source.split!r}, but {', '.join(map(repr, splits))}; set "
+                "the source's split"
+            )
+        below = f"{below}{source.split}/"
+        names = set(storage.list(below.rstrip("/")))
+    if {"state.json", "dataset_info.json"} <= names:
+        files = json.loads(storage.read(f"{below}state.json"))["_data_files"]
+        return [below + file["filename"] for file in files], f"read as written by save_to_disk, from {below or './'}"
+    found = [below + entry.name for entry in storage.entries(below.rstrip("/")) if _is_data(entry.name)]
+    if not found:
+        found = [name for name in _all_below(storage, below) if _is_data(name[len(below) :])]
+    if not found:
+        raise DataError(f"the directory {shown} holds no {', '.join(DATA_SUFFIXES)} files, compressed or not")
+    chosen = _of_split(found, source, below)
+    others = sorted(set(found) - set(chosen))
+    left = f"; not read: {_some([name[len(below) :] for name in others])}" if others else ""
+    return chosen, f"read {_some([name[len(below) :] for name in chosen])}{left}"
+
+
+def _some(names: Sequence[str]) -> str:
+    rest = len(names) - _MOST_NAMED
+    return ", ".join(names[:_MOST_NAMED]) + (f" and {rest:,} more" if rest > 0 else "")
+
+
+def _snapshot(storage: Storage, below: str) -> str:
+    """The directory of the newest commit that a hub cache holds."""
+    commits = storage.list(f"{below}snapshots")
+    if storage.exists(f"{below}refs/main"):
+        main = storage.read(f"{below}refs/main").decode().strip()
+        commits = [main] if main in commits else commits
+    if len(commits) != 1:
+        raise DataError(
+            f"{storage} is a hub cache with {len(commits)} commits; give the directory of one, such as "
+            f"{below}snapshots/{commits[-1] if commits else '...'}"
+        )
+    return f"{below}snapshots/{commits[0]}/"
+
+
+def _all_below(storage: Storage, below: str) -> list[str]:
+    root = storage.path(below.rstrip("/"))
+    if storage.is_local:  # links to files are followed, those to directories might lead in a circle
+        found = (
+            os.path.relpath(os.path.join(place, file), storage.root) for place, _, files in os.walk(root) for file in files
+        )
+        return sorted(name.replace(os.sep, "/") for name in found)
+    infos = storage.fs.get_file_info(pafs.FileSelector(root, recursive=True))
+    start = len(storage.root.rstrip("/")) + 1
+    return sorted(info.path[start:] for info in infos if info.type == pafs.FileType.File)
+
+
+def _is_data(name: str) -> bool:
+    parts = name.split("/")
+    return (
+        bare_suffix(name).endswith(DATA_SUFFIXES)
+        and not any(part.startswith((".", "_")) for part in parts)
+        and parts[-1] not in _NO_DATA
+        and not _CACHED.match(parts[-1])
+    )
+
+
+def _of_split(names: list[str], source: SourceConfig, below: str) -> list[str]:
+    """The files of the wanted split where their names say so, otherwise those whose names name none."""
+    splits = {name: _split(name[len(below) :]) for name in names}
+    if not any(splits.values()):
+        return names
+    wanted = {_canonical(part.strip()) for part in source.split.split("+")}
+    chosen = [name for name in names if splits[name] in wanted]
+    near = sorted({split for split in splits.values() if split and split.partition("_")[0] in wanted})
+    if not chosen and len(near) == 1:
+        chosen = [name for name in names if splits[name] == near[0]]
+    if not chosen and not near:
+        chosen = [name for name in names if splits[name] is None]
+    if not chosen:
+        found = [repr(split) for split in sorted(filter(None, set(splits.values())))]
+        raise DataError(
+            f"{redact(source.path)} holds no files of split {source.split!r}, but of {_some(found)}; set the source's "
+            "split, or name a file"
+        )
+    return chosen
+
+
+def _split(name: str) -> str | None:
+    """The split that a path names: in the file's name, otherwise in the nearest directory's."""
+    *directories, file = name.lower().split("/")
+    stem = bare_suffix(file).rsplit(".", 1)[0]
+    shard = _SHARD.match(stem)
+    stem = shard[1] if shard else stem
+    if shard and _OWN_SPLIT.match(stem):
+        return stem
+    for part in (stem, *reversed(directories)):
+        if word := _KEYWORD.search(part):
+            return _KEYWORDS[word[1]]
+    return None
+
+
+def _canonical(split: str) -> str:
+    return _KEYWORDS.get(split.lower(), split.lower())

@@ -1,0 +1,242 @@
+"""Lists of messages: check them, and read those of other tools (from/value, other roles, JSON text)."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+__all__ = [
+    "CONVERSATIONS",
+    "ROLES",
+    "Malformed",
+    "Message",
+    "Notes",
+    "answer",
+    "check_media",
+    "content_text",
+    "from_text",
+    "messages",
+    "role_of",
+    "says_something",
+]
+
+Message = dict[str, Any]
+Notes = dict[str, None]
+"""How a record was understood, one sentence each, in order. Those that begin with ``warning:`` need attention."""
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "environment")
+CONVERSATIONS = ("messages", "conversations", "conversation")
+"""Names of columns that hold a conversation."""
+_OTHER_ROLES = {
+    **dict.fromkeys(("human", "prompter", "instruction"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "ai", "bot", "model", "chatbot", "bard", "bing"), "assistant"),
+    **dict.fromkeys(("observation", "tool_response", "function_response"), "tool"),
+}
+"""Roles that other tools write, and ours."""
+_MEDIA = {
+    **{name: "an image" for word in ("image", "img", "picture", "photo") for name in (word, f"{word}s")},
+    **dict.fromkeys(("image_url", "image_urls", "input_image", "image_path", "image_paths", "pixel_values"), "an image"),
+    **dict.fromkeys(("image_file", "image_files", "image_bytes", "image_base64"), "an image"),
+    **dict.fromkeys(("audio", "audios", "audio_url", "audio_path", "input_audio"), "audio"),
+    **dict.fromkeys(("video", "videos", "video_url", "video_path", "input_video"), "a video"),
+}
+"""Names of columns, of parts and of their types, and what they hold."""
+_MEDIA_SUFFIXES = (
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".gif",
+    ".webp",
+    ".bmp",
+    ".tiff",
+    ".wav",
+    ".mp3",
+    ".flac",
+    ".ogg",
+    ".mp4",
+    ".webm",
+)
+_FILES = {"file": "a file", "input_file": "a file"}
+_START = re.compile(r'\s*"?\s*[\[{]')
+"""Beginning of JSON that may hold messages."""
+
+
+class Malformed(Exception):
+    """A record that is no valid preference. The message is a short reason, the same for all records with the same fault."""
+
+
+def check_media(record: Mapping[str, Any], present: tuple[str, ...]) -> None:
+    """Refuse a record with images, audio or video in a column of its own.
+
+    Raises:
+        Malformed: with the column's name.
+    """
+    for column, kind in _media_columns(present):
+        if isinstance(record[column], (str, bytes, list, dict)) and record[column]:
+            raise Malformed(f"column {column!r} holds {kind}, and only text is read")
+    for column in present:
+        value = record[column]
+        if type(value) is list and value:
+            value = value[0]
+        if type(value) is dict and _is_file(value):
+            raise Malformed(f"column {column!r} holds a file (an image, audio or video), and only text is read")
+
+
+@lru_cache(maxsize=4096)
+def _media_columns(present: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    return tuple((column, _MEDIA[column.lower()]) for column in present if column.lower() in _MEDIA)
+
+
+def _is_file(value: dict[str, Any]) -> bool:
+    """Whether a value is a file as columns of type Image and Audio hold it: bytes, or a path of such a file."""
+    path = value.get("path")
+    return isinstance(value.get("bytes"), bytes) or (
+        value.keys() <= {"bytes", "path"} and isinstance(path, str) and path.lower().endswith(_MEDIA_SUFFIXES)
+    )
+
+
+def answer(value: Any, name: str, notes: Notes) -> list[Message]:
+    """Messages of an answer. Text and a single message become a list of one."""
+    if isinstance(value, str):
+        return [{"role": "assistant", "content": value}]
+    return messages([value] if isinstance(value, Mapping) else value, name, notes)
+
+
+def messages(value: Any, name: str, notes: Notes) -> list[Message]:
+    """A list of messages, checked, without fields of messages and parts that are null, with our names of fields and roles.
+
+    Raises:
+        Malformed: if it is no list of messages, is empty, or holds images, audio or video.
+    """
+    if isinstance(value, Mapping):
+        value = [value]
+    if not isinstance(value, list) or not all(isinstance(message, Mapping) for message in value):
+        raise Malformed(f"{name} is neither text nor messages")
+    if not value:
+        raise Malformed(f"{name} is empty")
+    found = []
+    for message in value:
+        if message.get("role") not in ROLES:
+            message = _translated(message, name, notes)
+        content = message.get("content")
+        if not isinstance(content, (str, list)) and not message.get("tool_calls"):
+            raise Malformed(f"{name} has a message without content")
+        if isinstance(content, list):
+            _check_parts(content, name)
+            if any(isinstance(part, Mapping) and None in part.values() for part in content):
+                message = {**message, "content": [_without_nulls(part) for part in content]}
+        if not _MEDIA.keys().isdisjoint(message):
+            _check_parts([{key: entry for key, entry in message.items() if key in _MEDIA and entry}], name)
+        found.append({key: entry for key, entry in message.items() if entry is not None})
+    return found
+
+
+def _translated(message: Mapping[str, Any], name: str, notes: Notes) -> Mapping[str, Any]:
+    """A message whose fields or role have the names of another tool."""
+    renamed = message.get("role") is None and "from" in message and "value" in message
+    role = message["from"] if renamed else message.get("role")
+    known = role_of(message)
+    if known is None:
+        wanted = f"none of {', '.join(ROLES[:5])}"
+        if not isinstance(role, str):
+            found = ", ".join(repr(key[:30]) for key in sorted(map(str, message))[:5])
+            raise Malformed(f"{name} has a message whose role is {wanted}: it has the fields {found}")
+        raise Malformed(f"{name} has a message whose role is {wanted}, but {role[:30]!r}")
+    if renamed:
+        notes["messages with 'from' and 'value' read as 'role' and 'content'"] = None
+        rest = {key: entry for key, entry in message.items() if key not in ("from", "value", "role")}
+        return {"role": known, "content": message["value"]} | rest
+    notes[f"role {role!r} read as {known!r}"] = None
+    return {**message, "role": known}
+
+
+def role_of(message: Any) -> str | None:
+    """The role of a message of ours or of another tool; None if it is not known."""
+    if not isinstance(message, Mapping):
+        return None
+    role = message.get("role")
+    role = message.get("from") if role is None else role
+    if not isinstance(role, str):
+        return None
+    role = role.lower()
+    return role if role in ROLES else _OTHER_ROLES.get(role)
+
+
+def _without_nulls(part: Any) -> Any:
+    """A part without fields that are null. Templates ask whether a part has a field ``image``, not what it holds."""
+    return {key: entry for key, entry in part.items() if entry is not None} if isinstance(part, Mapping) else part
+
+
+def _check_parts(parts: list[Any], name: str) -> None:
+    for part in parts:
+        if not isinstance(part, Mapping):
+            continue
+        kind = part.get("type")
+        held = (_MEDIA | _FILES).get(kind) if isinstance(kind, str) else None
+        for key, entry in part.items():
+            if held is None and kind != "text" and entry:
+                held = _MEDIA.get(key)
+        if held is not None:
+            raise Malformed(f"{name} has a message with {held}, and only text is read")
+
+
+def from_text(text: str) -> list[Any] | None:
+    """The messages in a text that is nothing but a JSON list of messages, or one such message; else None.
+
+    JSON within JSON text and a list as Python prints it are read, too.
+    """
+    if not _START.match(text):
+        return None
+    value: Any = text
+    for _ in range(2):
+        if isinstance(value, str):
+            value = _parsed(value)
+    if isinstance(value, Mapping):
+        value = [value]
+    return value if isinstance(value, list) and value and all(map(_is_message, value)) else None
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        pass
+    if not re.match(r"\s*\[?\s*\{\s*'", text):
+        return None
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return None
+
+
+def _is_message(value: Any) -> bool:
+    return role_of(value) is not None and bool(
+        {"content", "tool_calls"} & value.keys() if value.get("role") is not None else "value" in value
+    )
+
+
+def says_something(said: str | list[Message]) -> bool:
+    """Whether an answer holds any text, or calls a tool."""
+    if isinstance(said, str):
+        return bool(said.strip())
+    return any(message.get("tool_calls") or _any_content(message.get("content")) for message in said)
+
+
+def _any_content(content: Any) -> bool:
+    if not isinstance(content, list):
+        return bool(str(content or "").strip())
+    return any(
+        bool(str(part.get("text") or "").strip()) or part.get("type", "text") != "text" if isinstance(part, dict) else part
+        for part in content
+    )
+
+
+def content_text(message: Message) -> str:
+    """Return the text of a message, without images and other parts."""
+    content = message.get("content")
+    if isinstance(content, list):
+        return "\n".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+    return "" if content is None else str(content)

@@ -1,0 +1,406 @@
+"""Checks that the rendering of a conversation holds every text of its messages, and begins and ends as it should."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from raydpo.data import remarks
+from raydpo.data.preference import Malformed, Preference
+from raydpo.data.remarks import Remark
+from raydpo.data.template import Message
+
+__all__ = ["RenderingCheck", "left_out"]
+
+_THOUGHT_FIELDS = (
+    "reasoning_content",
+    "reasoning",
+    "thinking",
+    "thinking_content",
+    "thought",
+    "thoughts",
+    "rationale",
+    "cot",
+)
+"""Fields of a message that hold thoughts; data sets and templates use different names."""
+_KNOWN_FIELDS = {"role", "content", "tool_calls", "function_call", *_THOUGHT_FIELDS}
+_IDS = {"type", "id", "index", "tool_use_id", "tool_call_id", "cache_control"}
+"""Keys of content parts that are no text."""
+_TAGS = (
+    *((f"<{name}>", f"</{name}>") for name in ("think", "thinking", "thought", "reasoning", "seed:think")),
+    ("[THINK]", "[/THINK]"),
+    ("◁think▷", "◁/think▷"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),
+    ("<|channel>thought", "<channel|>"),
+)
+"""How models mark the beginning and the end of a thought in a text."""
+_OPENERS, _CLOSERS = ([pair[place] for pair in _TAGS] for place in (0, 1))
+_CLOSER_SIGNS = ("</", "[/", "◁/", "<|", "<channel")
+"""Texts of which each closing tag contains one."""
+_TAG = re.compile("|".join(map(re.escape, (*_OPENERS, *_CLOSERS))))
+_EMPTY_THOUGHT = re.compile(
+    "|".join(rf"{re.escape(opener)}\s*{re.escape(closer)}" for opener, closer in _TAGS)
+    + rf"|\A\s*(?:{'|'.join(map(re.escape, _CLOSERS))})"  # opened at the end of the prompt
+)
+_MOST_SIGNS = 4
+_TAIL = 40
+_CUT = "\x00"
+"""Stands where a text was found, so that no other is found there again."""
+_REMEDIES = {
+    remarks.THOUGHTS: "set data.chat_template to one that keeps thoughts, or move them to where it reads them (the field "
+    "reasoning_content, or <think> in content)",
+    remarks.CALLS: "set data.chat_template to one that writes tool calls",
+    remarks.TOOLS: "set data.chat_template to one that writes tools",
+    remarks.NAMES: "set data.chat_template to one that writes tools and tool calls",
+}
+
+
+_LOST_IN_PROMPT = {
+    remarks.THOUGHTS: remarks.THOUGHT_BEFORE,
+    **dict.fromkeys((remarks.TOOLS, remarks.CALLS, remarks.NAMES), remarks.TOOLS_BEFORE),
+}
+"""What does not count for ``data.max_lost`` in a prompt: many templates have no place for it, at inference neither."""
+
+
+class Text(NamedTuple):
+    """A text that the rendering must hold. ``what`` says where it stands: ``tool calls``, ``content of role 'user'``."""
+
+    what: str
+    text: str
+    turn: int = 0
+
+
+def remedy(what: str) -> str:
+    """What to do so that ``what`` is not lost."""
+    return _REMEDIES.get(what, f"set data.chat_template to one that writes {what}")
+
+
+class RenderingCheck:
+    """Compares renderings with the messages that they were made from.
+
+    The usual case is cheap: all texts stand in the rendering one after the other. Only where they do not, each is looked
+    for by itself, without regard to white space and to the escapes of JSON.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        added = [str(token) for token in getattr(tokenizer, "added_tokens_decoder", {}).values()]
+        special = [str(token) for token in tokenizer.all_special_tokens] + [
+            str(token)
+            for token in getattr(tokenizer, "added_tokens_decoder", {}).values()
+            if getattr(token, "special", False)
+        ]
+        self._eos = tokenizer.eos_token
+        self._ends = [token for token in dict.fromkeys((*added, *special)) if token.strip()]
+        spelled = sorted({token for token in special if token.strip() and not _TAG.fullmatch(token)}, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, spelled)) or "(?!)")
+        self._signs = _common_signs(spelled)
+        self._signs_of_all = tuple(dict.fromkeys((*self._signs, *_CLOSER_SIGNS)))
+        self._sound_tails: set[str] = set()
+
+    def spelled(self, text: str) -> str | None:
+        """The first special token that ``text`` spells, or None."""
+        for sign in self._signs:
+            if sign in text:
+                found = self._special.search(text)
+                return found[0] if found else None
+        return None
+
+    def remarks(self, preference: Preference, prompt: str, chosen: str, rejected: str) -> list[Remark]:
+        """What the renderings of a conversation lack, and what they have that the data do not.
+
+        Args:
+            prompt, chosen, rejected: the renderings of the prompt alone, and of the prompt with each answer.
+
+        Raises:
+            Malformed: if nothing of an answer is left.
+        """
+        found: list[Remark] = []
+        if preference.tools is not None or self._end_if_usual(preference.prompt, prompt, 0, answer=False) < 0:
+            self._check_prompt(preference, prompt, found)
+        for side, messages, whole in (("chosen", preference.chosen, chosen), ("rejected", preference.rejected, rejected)):
+            if whole.startswith(prompt):
+                start = len(prompt)
+            else:
+                start = _common(prompt, whole)
+                found.append(Remark(remarks.PROMPT_END, "", prompt[start:]))
+            end = self._end_if_usual(messages, whole, start, answer=True)
+            if end < 0 or whole[end:] not in self._sound_tails:
+                self._check_answer(side, messages, whole, start, found)
+        return found
+
+    def _end_if_usual(self, messages: list[Message], rendered: str, start: int, answer: bool) -> int:
+        """Where the last text ends if all stand in ``rendered`` one after the other from ``start``, else -1.
+
+        Also -1 if a closer look is needed: for fields other than role and text, for what may be special tokens or thoughts,
+        and for an empty thought before an ``answer``.
+        """
+        for message in messages:
+            content = message.get("content")
+            if type(content) is not str or len(message) != 2:
+                return -1
+            for sign in self._signs_of_all:
+                if sign in content:
+                    return -1
+            content = content.strip()
+            place = rendered.find(content, start)
+            if place < 0 or (answer and place > start and _adds_thought(rendered[start:place])):
+                return -1
+            start = place + len(content)
+        return start
+
+    def _check_prompt(self, preference: Preference, prompt: str, found: list[Remark]) -> None:
+        wanted, more = _tool_texts(preference.tools) if preference.tools else ([], [])
+        for turn, message in enumerate(preference.prompt):
+            wanted += _texts(message, turn, more)
+            _unread(message, found)
+        self._check_spelling("prompt", [one.text for one in wanted], found)
+        for one in left_out(prompt, wanted, more):
+            kind = _LOST_IN_PROMPT.get(one.what, remarks.LOST)
+            found.append(Remark(kind, f"{one.what} (prompt)" if one.turn >= 0 else one.what, one.text, remedy(one.what)))
+
+    def _check_answer(self, side: str, messages: list[Message], whole: str, start: int, found: list[Remark]) -> None:
+        wanted: list[Text] = []
+        more: list[str] = []
+        for turn, message in enumerate(messages):
+            wanted += _texts(message, turn, more)
+            _unread(message, found)
+        texts = [one.text for one in wanted]
+        self._check_spelling(side, texts, found)
+        region = whole[start:]
+        lost = left_out(region, wanted, more)
+        if lost and len(lost) >= sum(len(_pieces(one)) for one in wanted):
+            what = ", ".join(dict.fromkeys(one.what for one in lost))
+            raise Malformed(f"the chat template leaves out or changes all of {side} ({what}); {remedy(lost[0].what)}")
+        last = max((turn for turn, message in enumerate(messages) if message["role"] == "assistant"), default=0)
+        for one in lost:
+            earlier = one.what == remarks.THOUGHTS and one.turn < last
+            kind = remarks.THOUGHT_BETWEEN if earlier else remarks.LOST
+            found.append(Remark(kind, f"{one.what} ({side})", one.text, remedy(one.what)))
+        if _EMPTY_THOUGHT.search(region) and not any(_EMPTY_THOUGHT.search(text) for text in texts):
+            found.append(Remark(remarks.EMPTY_THOUGHT, side))
+        self._check_thoughts(side, texts, whole, start, found)
+        place = whole.rfind(texts[-1], start) if texts else -1
+        if place >= 0:
+            self._check_end(whole[place + len(texts[-1]) :], texts[-1], found)
+        else:  # the last text is written otherwise: its end may be among the last characters
+            self._check_end(whole[max(start, len(whole) - _TAIL) :], None, found)
+
+    def _check_spelling(self, part: str, texts: Iterable[str], found: list[Remark]) -> None:
+        for text in texts:
+            if (token := self.spelled(text)) is not None:
+                found.append(Remark(remarks.SPELLED, part, token))
+                return
+
+    def _check_thoughts(self, side: str, texts: list[str], whole: str, start: int, found: list[Remark]) -> None:
+        """Note an answer that ends a thought which neither it nor the prompt begins."""
+        for opener, closer in _TAGS:
+            for text in texts:
+                if closer in text and opener not in text.partition(closer)[0]:
+                    place = whole.find(closer, start)
+                    if place >= 0 and opener not in whole[start:place] and not whole[:start].rstrip().endswith(opener):
+                        found.append(Remark(remarks.NO_THOUGHT_BEGINS, side, closer))
+                    return
+
+    def _check_end(self, tail: str, last: str | None, found: list[Remark]) -> None:
+        """Note a rendering that ends without a special token, or with two EOS.
+
+        Args:
+            tail: what follows the text ``last``; None if the tail may begin within the last text.
+        """
+        if not any(token in tail for token in self._ends):
+            found.append(Remark(remarks.NO_END, "", tail))
+        elif self._eos and self._ends_twice(tail, last):
+            found.append(Remark(remarks.EOS_TWICE, "", tail))
+        elif last is not None and len(self._sound_tails) < 1000:
+            self._sound_tails.add(tail)
+
+    def _ends_twice(self, tail: str, last: str | None) -> bool:
+        if last is not None:
+            return tail.count(self._eos) + last.rstrip().endswith(self._eos) > 1
+        before = tail.rstrip().removesuffix(self._eos)
+        return tail.rstrip() != before and before.rstrip().endswith(self._eos)
+
+
+# -- texts that must be there ---------------------------------------------------------------------------------------------
+
+
+def _texts(message: Message, turn: int, more: list[str]) -> list[Text]:
+    """All texts of a message. Adds to ``more`` texts that a rendering may hold, but need not."""
+    content, what = message.get("content"), f"content of role {message['role']!r}"
+    found: list[Text] = []
+    for part in content if isinstance(content, list) else [content]:
+        if isinstance(part, str):
+            found.append(Text(what, part, turn))
+        elif isinstance(part, Mapping):
+            for key, value in part.items():
+                if key not in _IDS:
+                    kind = remarks.THOUGHTS if key in _THOUGHT_FIELDS else what
+                    found += [Text(kind, leaf, turn) for leaf in _leaves(value, more)]
+    said = " ".join(one.text for one in found)
+    thoughts = dict.fromkeys(leaf for field in _THOUGHT_FIELDS if field in message for leaf in _leaves(message[field], more))
+    found += [Text(remarks.THOUGHTS, thought, turn) for thought in thoughts if thought.strip() not in said]
+    calls = message.get("tool_calls")
+    calls = list(calls) if isinstance(calls, list) else []
+    for call in (*calls, message.get("function_call")):
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        if isinstance(function, Mapping):
+            values = [function.get("name"), *_leaves(_parsed(function.get("arguments")), more)]
+            found += [Text(remarks.CALLS, str(value), turn) for value in values if value is not None]
+    return [Text(one.what, one.text.strip(), turn) for one in found if one.text.strip()]
+
+
+def _parsed(arguments: Any) -> Any:
+    """Arguments of a call as an object, also if they are JSON text."""
+    if not isinstance(arguments, str):
+        return arguments
+    try:
+        value = json.loads(arguments)
+    except (ValueError, RecursionError):
+        return arguments
+    return value if isinstance(value, (dict, list)) else arguments
+
+
+def _leaves(value: Any, keys: list[str]) -> Iterator[str]:
+    """All texts, numbers and truth values inside ``value``. Adds the keys of objects to ``keys``."""
+    if isinstance(value, Mapping):
+        keys += map(str, value)
+        for entry in value.values():
+            yield from _leaves(entry, keys)
+    elif isinstance(value, (list, tuple)):
+        for entry in value:
+            yield from _leaves(entry, keys)
+    elif isinstance(value, (str, int, float)):
+        yield str(value)
+
+
+def _tool_texts(tools: list[Any]) -> tuple[list[Text], list[str]]:
+    """The names of tools, which a rendering must hold, and their other texts, which it may hold."""
+    more: list[str] = []
+    wanted = []
+    for tool in tools:
+        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+        name = function.get("name") if isinstance(function, Mapping) else None
+        texts = list(_leaves(tool, more))
+        if isinstance(name, str) and name.strip():
+            wanted.append(Text(remarks.TOOLS, name.strip(), -1))
+            if name in texts:
+                texts.remove(name)
+        more += [text.strip() for text in texts if text.strip()]
+    return wanted, more
+
+
+def _unread(message: Message, found: list[Remark]) -> None:
+    for key in message.keys() - _KNOWN_FIELDS:
+        if isinstance(message[key], (str, list, dict)) and message[key] and key not in ("tool_call_id", "name"):
+            found.append(Remark(remarks.FIELD, str(key)[:40]))
+
+
+# -- finding them ---------------------------------------------------------------------------------------------------------
+
+
+def left_out(rendered: str, wanted: Sequence[Text], more: Sequence[str] = ()) -> list[Text]:
+    """Those of ``wanted`` that ``rendered`` does not hold.
+
+    Each needs a place of its own: the longest are looked for first, and what was found is taken away. White space does not
+    count, nor how JSON or Python spell a text inside quotation marks. A text with a thought may be cut apart at its tags.
+
+    Args:
+        more: texts that may be there, too, so that none of ``wanted`` is found inside them.
+    """
+    rest = "".join(rendered.split())
+    lost = []
+    again: list[Text] = []
+    texts = [*((one.text, one) for one in wanted), *((text, None) for text in more)]
+    # Of two equal texts that of a message comes before the name of a tool.
+    for text, one in sorted(texts, key=lambda entry: (-len(entry[0]), entry[1] is None or entry[1].what == remarks.TOOLS)):
+        place = _found(rest, text)
+        if place is not None:
+            rest = rest[: place[0]] + _CUT + rest[place[1] :]
+        elif one is not None:
+            pieces = _pieces(one)
+            if len(pieces) > 1 or pieces != [one]:
+                again += pieces
+            else:
+                lost.append(one)
+    for one in sorted(again, key=lambda piece: len(piece.text), reverse=True):
+        place = _found(rest, one.text)
+        if place is None:
+            lost.append(one)
+        else:
+            rest = rest[: place[0]] + _CUT + rest[place[1] :]
+    called = {one.text for one in wanted if one.what == remarks.CALLS}
+    return [one._replace(what=remarks.NAMES) if one.what == remarks.TOOLS and one.text in called else one for one in lost]
+
+
+def _found(rest: str, text: str) -> tuple[int, int] | None:
+    """Start and end of ``text`` in ``rest``, which has no white space."""
+    for form in _forms(text):
+        squeezed = "".join(form.split())
+        if not squeezed:
+            return 0, 0
+        if (place := rest.find(squeezed)) >= 0:
+            return place, place + len(squeezed)
+    return None
+
+
+def _forms(text: str) -> Iterator[str]:
+    """Ways in which a template may write a text: as it is, within JSON once or twice, within Python, in lower case."""
+    yield text
+    for ascii_only in (False, True):
+        once = json.dumps(text, ensure_ascii=ascii_only)[1:-1]
+        yield once
+        yield json.dumps(once, ensure_ascii=ascii_only)[1:-1]
+    yield repr(text)[1:-1]
+    if text in ("True", "False"):
+        yield text.lower()
+    try:
+        yield json.dumps(json.loads(text))  # a number as JSON writes it
+    except (ValueError, RecursionError):
+        return
+
+
+def _pieces(one: Text) -> list[Text]:
+    """A text cut apart at the tags of thoughts: what stands before a closing tag is a thought."""
+    pieces = []
+    start = 0
+    for tag in _TAG.finditer(one.text):
+        what = remarks.THOUGHTS if tag[0] in _CLOSERS else one.what
+        pieces.append(Text(what, one.text[start : tag.start()].strip(), one.turn))
+        start = tag.end()
+    pieces.append(Text(one.what, one.text[start:].strip(), one.turn))
+    return [piece for piece in pieces if piece.text] if start else [one]
+
+
+@lru_cache(1000)
+def _adds_thought(text: str) -> bool:
+    return _EMPTY_THOUGHT.search(text) is not None
+
+
+def _common(left: str, right: str) -> int:
+    """Number of characters that two texts share at their start."""
+    low, high = 0, min(len(left), len(right))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if left[low:middle] == right[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _common_signs(tokens: Sequence[str]) -> list[str]:
+    """A few texts of which each token contains at least one, for a fast first look."""
+    signs = list(dict.fromkeys(token[:2] for token in tokens))
+    if len(signs) <= _MOST_SIGNS:
+        return signs
+    signs = []
+    left = list(tokens)
+    while left:
+        characters = [char for token in left for char in set(token) if not char.isalnum()] or [left[0][0]]
+        signs.append(max(sorted(set(characters)), key=characters.count))
+        left = [token for token in left if signs[-1] not in token]
+    return signs

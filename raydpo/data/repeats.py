@@ -1,0 +1,95 @@
+"""Take the prompt off answers that repeat it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from raydpo.data.preference import Preference
+
+__all__ = ["Repeats"]
+
+SHORTEST = 4
+"""Characters of a prompt that an answer would hardly begin with by chance."""
+
+
+@dataclass
+class Repeats:
+    """Takes the prompt off text answers of one source, if all answers of its first records begin with their prompt.
+
+    The first records decide, since a source may be larger than memory. Later records that are otherwise are counted.
+
+    Attributes:
+        take_off: whether prompts are taken off; None before a record decided it.
+        taken: pairs whose answers lost their prompt.
+        kept: pairs whose answers begin with their prompt and keep it.
+        without: pairs whose answers do not begin with their prompt, though those of the first records do.
+    """
+
+    take_off: bool | None = None
+    taken: int = 0
+    kept: int = 0
+    without: int = 0
+
+    def taken_off(self, preferences: Sequence[Preference]) -> list[Preference]:
+        """Return ``preferences``, those whose answers repeat the prompt with shorter answers if all did at first."""
+        answers = [_without_prompt(preference) for preference in preferences]
+        counting = [place for place, each in enumerate(preferences) if _counts(each)]
+        if self.take_off is None and counting:
+            self.take_off = all(answers[place] is not None for place in counting)
+        repeated = sum(answers[place] is not None for place in counting)
+        if not self.take_off:
+            self.kept += repeated
+            return list(preferences)
+        self.taken += repeated
+        self.without += len(counting) - repeated
+        return [
+            preference if shorter is None else replace(preference, chosen=shorter[0], rejected=shorter[1])
+            for preference, shorter in zip(preferences, answers, strict=True)
+        ]
+
+    def lines(self) -> list[str]:
+        """What was done, for people. Lines that begin with ``warning:`` need attention."""
+        found = []
+        if self.taken:
+            found.append(f"in {self.taken:,} pairs both answers repeat the prompt, which was taken off")
+        if self.kept:
+            found.append(
+                f"warning: in {self.kept:,} pairs both answers begin with the prompt, which was kept, since the first "
+                "answers of this source do not; take it off in the file if they repeat it"
+            )
+        if self.without:
+            found.append(
+                f"warning: in {self.without:,} pairs the answers do not repeat the prompt, though the first ones of this "
+                "source do; separate the two kinds"
+            )
+        return found
+
+
+def _counts(preference: Preference) -> bool:
+    return isinstance(preference.prompt, str) and len(preference.prompt.strip()) >= SHORTEST
+
+
+def _without_prompt(preference: Preference) -> tuple[str, str] | None:
+    """Both answers without the prompt; None if one does not begin with it, or nothing would be left."""
+    prompt = preference.prompt
+    if not isinstance(prompt, str) or not isinstance(preference.chosen, str) or not isinstance(preference.rejected, str):
+        return None
+    bare = prompt.strip()
+    if not bare or bare[:8] not in preference.chosen[: len(prompt) + 8]:
+        return None
+    chosen, rejected = _rest(preference.chosen, prompt, bare), _rest(preference.rejected, prompt, bare)
+    if chosen is None or rejected is None or not chosen.strip() or not rejected.strip():
+        return None
+    return chosen, rejected
+
+
+def _rest(answer: str, prompt: str, bare: str) -> str | None:
+    """``answer`` after ``prompt``, which it may repeat without white space at its ends."""
+    if answer.startswith(prompt):
+        return answer[len(prompt) :]
+    start = answer.lstrip()
+    if not start.startswith(bare):
+        return None
+    rest = start[len(bare) :]
+    return rest.lstrip() if prompt[-1:].isspace() else rest

@@ -1,0 +1,151 @@
+"""Limits of a model, from its files: the token ids that its embedding has rows for, and the positions that it was made for.
+
+An id or a position beyond them is an IndexError on a CPU, and on a GPU an assertion that ends the process.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from raydpo.errors import FilesError
+from raydpo.model.files import model_files, read_header
+
+__all__ = ["ModelLimits", "check_limits"]
+
+_TOKENS = re.compile(
+    r"(?:^|\.)(?:embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|tokens_embed|embeddings|lm_head|embed_out)\.weight$"
+)
+_LEARNED = re.compile(r"(?:^|\.)(?:wpe|embed_positions|position_embeddings|positions_embed)\.weight$")
+_OTHER_TOWERS = re.compile(r"vision|visual|image|audio|speech|encoder\.")
+_TABLED = ("gptj", "codegen", "ctrl", "mpt")
+"""Architectures that compute a table of positions once, of the size that config.json gives."""
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
+
+
+@dataclass(frozen=True)
+class ModelLimits:
+    """Limits of one model.
+
+    Attributes:
+        rows: rows of the embedding, or of the head if that has fewer; token ids must be below. None if unknown.
+        positions: longest sequence, in tokens, that the model was made for; None if it has no such limit.
+        fixed: whether a longer sequence cannot be computed at all. Rotary positions can; they are only untrained.
+    """
+
+    rows: int | None
+    positions: int | None
+    fixed: bool
+
+    @classmethod
+    def of(cls, path: str | Path, trust_remote_code: bool = False) -> ModelLimits:
+        """Read the limits of the model in directory ``path``.
+
+        Raises:
+            ModelError: if it is not a model stored as safetensors.
+        """
+        files = model_files(path, trust_remote_code)
+        shapes: dict[str, list[int]] = {}
+        for file in files.weights:
+            shapes |= {name: tensor["shape"] for name, tensor in read_header(file)[1].items() if len(tensor["shape"]) == 2}
+        config = files.config.get("text_config") or files.config
+        positions = next((value for key in _POSITIONS if isinstance(value := config.get(key), int) and value > 0), None)
+        learned = [shapes[name][0] for name in _matching(_LEARNED, shapes)]
+        fixed = bool(learned) or config.get("model_type") in _TABLED
+        if learned:
+            positions = min([*learned, *([positions] if positions else [])])
+        elif positions is not None and not fixed:
+            positions = _stretched(config, positions)
+        # Padded in the files of quantized models, whose tables have another shape.
+        rows = [shapes[name][0] for name in _matching(_TOKENS, shapes)] if "quantization_config" not in files.config else []
+        vocabulary = config.get("vocab_size")
+        return cls(min(rows, default=vocabulary if isinstance(vocabulary, int) else None), positions, fixed)
+
+
+def _matching(pattern: re.Pattern[str], names: Mapping[str, Any]) -> Iterator[str]:
+    return (name for name in names if pattern.search(name) and not _OTHER_TOWERS.search(name))
+
+
+def _stretched(config: Mapping[str, Any], positions: int) -> int:
+    """Positions with the model's scaling of rotary frequencies, as vLLM counts them."""
+    longest = positions
+    for rope in _rope_settings(config):
+        factor, kind = rope.get("factor"), rope.get("rope_type", rope.get("type"))
+        if isinstance(factor, int | float) and kind not in ("longrope", "su", "llama3"):
+            longest = max(longest, int(factor * (rope.get("original_max_position_embeddings") or positions)))
+    return longest
+
+
+def _rope_settings(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    for key in ("rope_scaling", "rope_parameters"):
+        if isinstance(rope := config.get(key), dict):
+            yield from (rope, *(one for one in rope.values() if isinstance(one, dict)))
+
+
+def check_limits(tables: Sequence[pa.Table], models: Mapping[str, ModelLimits]) -> list[str]:
+    """Compare the token ids and lengths of tokenised pairs with the limits of models.
+
+    Args:
+        tables: tables of ``data.pairs.PAIR_SCHEMA``.
+        models: limits by the model's path.
+
+    Returns:
+        Warnings about sequences that are longer than a model was made for.
+
+    Raises:
+        ModelError: if a token id has no row, or a sequence cannot be computed.
+    """
+    longest = max((int(_lengths(table).max()) for table in tables if table.num_rows), default=0)
+    highest = max((_highest(table) for table in tables), default=-1)
+    warnings = []
+    for path, limits in models.items():
+        if limits.rows is not None and highest >= limits.rows:
+            count, first = _pairs(tables, lambda table, most=limits.rows: _highest_by_pair(table) >= most)
+            raise FilesError(
+                f"{count:,} pair(s) (first: {first}) have token ids up to {highest:,}, but the embedding of {path} has "
+                f"{limits.rows:,} rows (ids 0 to {limits.rows - 1:,}); set model.tokenizer to the tokenizer that belongs "
+                "to the model, or give the model whose embedding was resized for it"
+            )
+        if limits.positions is not None and longest > limits.positions:
+            count, first = _pairs(tables, lambda table, most=limits.positions: _lengths(table) > most)
+            found = f"{count:,} pair(s) (first: {first}) have up to {longest:,} tokens, but {path} has {limits.positions:,}"
+            if limits.fixed:
+                raise FilesError(f"{found} positions, and cannot compute more; set data.max_length={limits.positions}")
+            warnings.append(
+                f"{found} positions (config.json, with its scaling of rotary frequencies): the log-probs beyond them are of "
+                f"positions that the model was not trained for; data.max_length={limits.positions} cuts or drops those pairs"
+            )
+    return warnings
+
+
+def _pairs(tables: Sequence[pa.Table], wanted: Any) -> tuple[int, str]:
+    """Number of the pairs for which ``wanted(table)`` is true, and ``pair_id`` of the first."""
+    found = [name for table in tables for name in table["pair_id"].filter(pa.array(wanted(table))).to_pylist()]
+    return len(found), found[0]
+
+
+def _lengths(table: pa.Table) -> np.ndarray:
+    """Tokens of the longer sequence of each pair: int64 [pairs]."""
+    prompt, chosen, rejected = (
+        pc.list_value_length(table[f"{part}_ids"]).to_numpy().astype(np.int64) for part in ("prompt", "chosen", "rejected")
+    )
+    return prompt + np.maximum(chosen, rejected)
+
+
+def _highest(table: pa.Table) -> int:
+    """Highest token id, -1 if there is none."""
+    columns = (chunk for part in ("prompt", "chosen", "rejected") for chunk in table[f"{part}_ids"].chunks)
+    return max((pc.max(chunk.flatten()).as_py() or 0 for chunk in columns if len(chunk)), default=-1)
+
+
+def _highest_by_pair(table: pa.Table) -> np.ndarray:
+    """Highest token id of each pair: [pairs]. Only called for a message."""
+    parts = (table[f"{part}_ids"].to_pylist() for part in ("prompt", "chosen", "rejected"))
+    return np.array([max(max(ids, default=-1) for ids in pair) for pair in zip(*parts, strict=True)])

@@ -1,0 +1,487 @@
+"""Records of other tools are read where they say clearly what they mean, and refused in one sentence otherwise."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from samples import make_tokenizer
+
+from raydpo.config import DataConfig
+from raydpo.data.pairs import load_pairs
+from raydpo.data.preference import Malformed, normalise
+from raydpo.data.tokenise import Tokeniser
+from raydpo.errors import DataError
+
+
+def user(content):
+    return {"role": "user", "content": content}
+
+
+def bot(content):
+    return {"role": "assistant", "content": content}
+
+
+def human(value):
+    return {"from": "human", "value": value}
+
+
+def gpt(value):
+    return {"from": "gpt", "value": value}
+
+
+Q, GOOD, BAD = [user("q")], [bot("good")], [bot("bad")]
+CHAT = {
+    "messages beside answers": ({"messages": Q, "chosen": GOOD, "rejected": BAD}, "'messages' read as the prompt"),
+    "messages beside single messages": (
+        {"messages": Q, "chosen": bot("good"), "rejected": bot("bad")},
+        "'messages' read as the prompt",
+    ),
+    "messages beside texts": ({"messages": Q, "chosen": "good", "rejected": "bad"}, "'messages' read as the prompt"),
+    "messages with the better answer": (
+        {"messages": Q + GOOD, "chosen": "good", "rejected": "bad"},
+        "'messages' without its last message, which is chosen, read as the prompt",
+    ),
+    "rejected_response": (
+        {"messages": Q + GOOD, "rejected_response": "bad"},
+        "the last message of 'messages' read as chosen, 'rejected_response' as rejected",
+    ),
+    "rejected_response as a message": (
+        {"messages": Q + GOOD, "rejected_response": bot("bad")},
+        "'rejected_response' as rejected",
+    ),
+    "rejected_messages": ({"messages": Q + GOOD, "rejected_messages": Q + BAD}, "'rejected_messages' as rejected"),
+    "messages, response": ({"messages": Q, "response": "good", "rejected_response": "bad"}, "'response' as chosen"),
+    "from and value": (
+        {"prompt": [human("q")], "chosen": [gpt("good")], "rejected": gpt("bad")},
+        "messages with 'from' and 'value' read as 'role' and 'content'",
+    ),
+    "conversations": (
+        {"conversations": [human("q")], "chosen": gpt("good"), "rejected": gpt("bad")},
+        "'conversations' read as the prompt",
+    ),
+    "whole conversations of from and value": (
+        {"chosen": [human("q"), gpt("good")], "rejected": [human("q"), gpt("bad")]},
+        "messages with 'from' and 'value' read as 'role' and 'content'",
+    ),
+    "other roles": (
+        {"prompt": [{"role": "Human", "content": "q"}], "chosen": [{"role": "AI", "content": "good"}], "rejected": "bad"},
+        "role 'AI' read as 'assistant'",
+    ),
+    "JSON text": (
+        {"prompt": json.dumps(Q), "chosen": json.dumps(GOOD), "rejected": json.dumps(BAD)},
+        "text that is a list of messages, as JSON or Python writes it",
+    ),
+    "JSON text of single messages": (
+        {"prompt": "q", "chosen": json.dumps(bot("good")), "rejected": json.dumps(bot("bad"))},
+        "text that is a list of messages, as JSON or Python writes it",
+    ),
+    "whole conversations as JSON text": (
+        {"prompt": "q", "chosen": json.dumps(Q + GOOD), "rejected": json.dumps(Q + BAD)},
+        "text that is a list of messages, as JSON or Python writes it",
+    ),
+    "JSON text without a prompt": (
+        {"chosen": json.dumps(Q + GOOD), "rejected": json.dumps(Q + BAD)},
+        "text that is a list of messages, as JSON or Python writes it",
+    ),
+    "JSON text twice": (
+        {"prompt": json.dumps(json.dumps(Q)), "chosen": json.dumps(GOOD), "rejected": json.dumps(BAD)},
+        "text that is a list of messages, as JSON or Python writes it",
+    ),
+    "JSON text of one answer": (
+        {"prompt": Q, "chosen": json.dumps(GOOD), "rejected": "bad"},
+        "text that is a list of messages, as JSON or Python writes it",
+    ),
+    "as Python prints it": (
+        {"prompt": str(Q), "chosen": str(GOOD), "rejected": str(BAD)},
+        "text that is a list of messages, as JSON or Python writes it",
+    ),
+    "JSON text of from and value": (
+        {"prompt": json.dumps([human("q")]), "chosen": "good", "rejected": "bad"},
+        "messages with 'from' and 'value' read as 'role' and 'content'",
+    ),
+    "a preferred response": (
+        {"context": Q, "response1": "good", "response2": "bad", "overall_preference": -2},
+        "'overall_preference' prefers 'response1' or 'response2' (below 0: response1)",
+    ),
+    "whole conversations and a winner": (
+        {"conversation_a": Q + BAD, "conversation_b": Q + GOOD, "winner": "model_b"},
+        "'winner' prefers 'conversation_a' or 'conversation_b'",
+    ),
+    "context of another meaning": ({"context": "A text.", "chosen": Q + GOOD, "rejected": Q + BAD}, "'context' is not read"),
+}
+TEXT = {
+    "answers with ranks": (
+        {"prompt": "q", "answers": [{"answer": "bad", "rank": 2.0}, {"answer": "good", "rank": 1.0}]},
+        "'answers' with ranks read as completions",
+    ),
+    "answers as an object of lists": (
+        {"prompt": "q", "answers": {"answer": ["bad", "good"], "rank": [2, 1]}},
+        "'answers' with ranks read as completions",
+    ),
+    "overall_score": (
+        {
+            "instruction": "q",
+            "completions": [{"response": "bad", "overall_score": 1}, {"response": "good", "overall_score": 8.5}],
+        },
+        "'overall_score' of completions read as scores",
+    ),
+    "history and labels": (
+        {"history": "q", "human_ref_A": "bad", "human_ref_B": "good", "labels": 0},
+        "'labels' prefers 'human_ref_A' or 'human_ref_B' (1: human_ref_A)",
+    ),
+    "response_2 is better": (
+        {"prompt": "q", "response_1": "bad", "response_2": "good", "preference_strength": 3},
+        "'preference_strength' prefers 'response_1' or 'response_2'",
+    ),
+    "query and response": (
+        {"query": "q", "response": "good", "rejected_response": "bad"},
+        "'response' read as chosen, 'rejected_response' as rejected",
+    ),
+    "question": ({"question": "q", "chosen": "good", "rejected": "bad"}, "'question' read as the prompt"),
+    "completions beside a pair": (
+        {
+            "prompt": "q",
+            "chosen": "good",
+            "rejected": "bad",
+            "completions": [{"response": "good", "score": 1}, {"response": "bad", "score": 4}],
+        },
+        "chosen and rejected read, not 'completions' beside them",
+    ),
+    "completions without ranks beside a pair": (
+        {"prompt": "q", "chosen": "good", "rejected": "bad", "completions": ["good", "bad"]},
+        "chosen and rejected read, not 'completions' beside them",
+    ),
+}
+
+
+@pytest.mark.parametrize("record, note", [*CHAT.values(), *TEXT.values()], ids=[*CHAT, *TEXT])
+def test_a_form_of_another_tool_is_read_and_told(record, note):
+    (preference,) = normalise(record)
+    said = (preference.prompt, preference.chosen, preference.rejected)
+    assert said == ((Q, GOOD, BAD) if preference.conversational else ("q", "good", "bad"))
+    assert any(note in each for each in preference.notes), preference.notes
+
+
+def test_the_plain_forms_need_no_note():
+    for record in (
+        {"prompt": "q", "chosen": "good", "rejected": "bad", "score": 1.0, "tools": None},
+        {"prompt": Q, "chosen": GOOD, "rejected": BAD, "images": [], "system": ""},
+        {"chosen": Q + GOOD, "rejected": Q + BAD},
+        {"prompt": "q", "completions": ["good", "bad"], "scores": [2, 1]},
+        {"chosen": "\n\nHuman: q\n\nAssistant: good", "rejected": "\n\nHuman: q\n\nAssistant: bad"},
+    ):
+        (preference,) = normalise(record)
+        assert (preference.notes, preference.unused) == ((), ())
+
+
+@pytest.mark.parametrize(
+    "record, reason",
+    [
+        (
+            {"prompt": "p", "completion": "a", "label": True},
+            r"unpaired data, one answer with a label \('completion', 'label'\): pairs are wanted",
+        ),
+        ({"messages": Q + GOOD, "label": False}, "unpaired data"),
+        ({"prompt": "p", "completion": "a"}, "one answer and none to compare it with"),
+        (
+            {"prompt": "p", "good": "a", "bad": "b"},
+            "missing column 'chosen', nearest forms: prompt .* found 'prompt', 'good', 'bad'",
+        ),
+        ({"prompt": "p", "chosen_response": "a", "rejected_response": "b"}, "nearest forms: prompt .* chosen .* rejected"),
+        ({"data": [{"prompt": "p", "chosen": "a", "rejected": "b"}]}, "only column 'data' holds a list of records"),
+        ({"prompt": "p", "chosen": "a"}, "missing column 'rejected', nearest forms: .*; found 'prompt', 'chosen'"),
+        ({"prompt": "p", "response_a": "a", "response_b": "b"}, "missing column 'chosen', nearest forms: .* or .*; found"),
+        ({"prompt": "p", "answers": ["a", "b"]}, "nearest forms: .*answers"),
+        ({"prompt": "p", "response1": "a", "response2": "b", "overall_preference": 0}, "is 0, so no answer is preferred"),
+        ({"history": "p", "human_ref_A": "a", "human_ref_B": "b", "labels": 7}, "'labels' is neither 0 nor 1"),
+        ({"conversation_a": Q + GOOD, "conversation_b": Q + BAD, "winner": "tie"}, "names neither a nor b"),
+        (
+            {"context": "t", "question": "q", "chosen": "a", "rejected": "b"},
+            "each of 'context', 'question' may be the prompt",
+        ),
+        (
+            {"ask": "Who is it?", "chosen": "It is I.", "rejected": "It is a dog."},
+            "missing column 'prompt', but 'ask' may be it",
+        ),
+        ({"messages": Q, "rejected_response": "b"}, "the last message of messages is not the assistant's"),
+    ],
+)
+def test_what_is_not_clear_is_refused_in_one_sentence(record, reason):
+    with pytest.raises(Malformed, match=reason) as caught:
+        normalise(record)
+    assert len(str(caught.value)) <= 250
+
+
+MEDIA = [
+    {"prompt": "p", "chosen": "a", "rejected": "b", "images": ["x.png"]},
+    {"prompt": "p", "chosen": "a", "rejected": "b", "image": {"bytes": b"x", "path": None}},
+    {"prompt": "p", "chosen": "a", "rejected": "b", "photo_of_it": {"bytes": b"x", "path": None}},
+    {"prompt": "p", "chosen": "a", "rejected": "b", "photo_of_it": [{"path": "x.png"}]},
+    {"prompt": "p", "chosen": "a", "rejected": "b", "Video": "x.mp4"},
+    {"prompt": "p", "chosen": "a", "rejected": "b", "audio": {"array": [0.1], "sampling_rate": 1}},
+    *(
+        {"prompt": [user([part, {"type": "text", "text": "q"}])], "chosen": GOOD, "rejected": BAD}
+        for part in (
+            {"type": "image", "image": "x.png"},
+            {"type": "image"},
+            {"type": "image_url", "image_url": {"url": "http://x"}},
+            {"image": "x.png"},
+            {"type": "input_audio", "input_audio": {"data": "x"}},
+            {"type": "video", "video": "x.mp4"},
+        )
+    ),
+    {"prompt": Q, "chosen": [bot([{"type": "image", "image": "x"}])], "rejected": BAD},
+    {"prompt": [user("q") | {"images": ["x"]}], "chosen": GOOD, "rejected": BAD},
+    {"prompt": json.dumps([user([{"type": "image", "image": "x"}])]), "chosen": "a", "rejected": "b"},
+]
+
+
+@pytest.mark.parametrize("record", MEDIA, ids=str)
+def test_images_audio_and_video_are_refused(record):
+    with pytest.raises(Malformed, match=r"(holds|with) (an image|audio|a video|a file).*, and only text is read"):
+        normalise(record)
+
+
+@pytest.mark.parametrize(
+    "chosen, rejected, prompt",
+    [
+        ("Q: ice?\nA: Frozen water.", "Q: ice?\nA: A stone.", "Q: ice?\nA:"),
+        ("Q: fog?\nA: It is a dog.", "Q: fog?\nA: Air.", "Q: fog?\nA:"),
+        ("Say it:\nwatermelon", "Say it:\nwaterfall", "Say it:\n"),
+        ("Human: ice?\nAssistant: Water.", "Human: ice?\nAssistant: A stone.", "Human: ice?\nAssistant:"),
+        (
+            "### Human: ice?\n### Assistant: Water.",
+            "### Human: ice?\n### Assistant: Stone.",
+            "### Human: ice?\n### Assistant:",
+        ),
+        ("Q: ice? Water", "Q: ice? Water and cold", "Q: ice?"),
+    ],
+)
+def test_implicit_prompt_of_texts_ends_at_white_space(chosen, rejected, prompt):
+    (preference,) = normalise({"chosen": chosen, "rejected": rejected, "source": "made up"})
+    assert preference.prompt == prompt
+    assert (prompt + preference.chosen, prompt + preference.rejected) == (chosen, rejected)
+    assert "common beginning" in preference.notes[0]
+
+
+def test_a_short_common_beginning_is_warned_of():
+    (preference,) = normalise({"chosen": "Frozen water.", "rejected": "Frozen stone."})
+    assert preference.prompt == "Frozen" and preference.notes[0].startswith("warning: no 'prompt'")
+
+
+def test_column_system():
+    (chat,) = normalise({"system": "Be kind.", "prompt": Q, "chosen": GOOD, "rejected": BAD})
+    assert chat.prompt == [{"role": "system", "content": "Be kind."}, *Q]
+    assert chat.notes == ("the column 'system' put before the prompt as a system message",)
+    own = [{"role": "system", "content": "Be rude."}, *Q]
+    for prompt, system, warned in (
+        ("q", "Be kind.", True),
+        ("Be kind. q", "Be kind.", False),
+        (own, "x", True),
+        (own, "Be rude.", False),
+    ):
+        (kept,) = normalise({"system_prompt": system, "prompt": prompt, "chosen": "good", "rejected": "bad"})
+        assert kept.prompt == prompt
+        assert [note.startswith("warning: the column 'system' is not read") for note in kept.notes] == [True] * warned
+
+
+@pytest.mark.parametrize("name, value", [("input", "a dog"), ("context", "a text"), ("history", [["before", "then"]])])
+def test_columns_that_belong_to_the_prompt_are_warned_of(name, value):
+    (preference,) = normalise({"prompt": "Say it.", "chosen": "a", "rejected": "b", name: value})
+    assert preference.notes[0].startswith(f"warning: {name!r} is not read, though it may belong to the prompt")
+    (whole,) = normalise({"prompt": f"Say it: {value} before then", "chosen": "a", "rejected": "b", name: value})
+    assert whole.notes == ()
+
+
+def test_a_context_beside_answers_that_hold_the_prompt_is_warned_of():
+    record = {
+        "context": "At nine.",
+        "chosen": "Q: When does it open?\nA: At nine.",
+        "rejected": "Q: When does it open?\nA: Never.",
+    }
+    (preference,) = normalise(record)
+    assert preference.prompt == "At nine."
+    assert any(note.startswith("warning: 'context' read as the prompt, though") for note in preference.notes)
+    start = "\n\nHuman: When does it open?\n\nAssistant:"
+    (preference,) = normalise({"context": "A text.", "chosen": start + " At nine.", "rejected": start + " Never."})
+    assert preference.prompt == [user("When does it open?")]
+    assert preference.notes[0].startswith("warning: 'context' is not read")
+
+
+def test_transcripts_beside_a_prompt_of_another_text_are_warned_of():
+    start = "\n\nHuman: q\n\nAssistant:"
+    (preference,) = normalise({"prompt": "Something else.", "chosen": start + " good", "rejected": start + " bad"})
+    assert preference.prompt == "Something else." and preference.notes[0].startswith(
+        "warning: chosen and rejected are transcripts"
+    )
+
+
+def test_instruction_and_input_are_joined():
+    (preference,) = normalise({"instruction": "Translate.", "input": "dog", "chosen": "Hund", "rejected": "Katze"})
+    assert preference.prompt == "Translate.\ndog"
+    (alone,) = normalise({"instruction": "Translate.", "input": "", "chosen": "Hund", "rejected": "Katze"})
+    assert alone.prompt == "Translate."
+
+
+def test_json_text_of_one_answer_to_a_text_is_warned_of():
+    (preference,) = normalise({"prompt": "q", "chosen": "Done.", "rejected": json.dumps(BAD)})
+    assert preference.prompt == "q" and preference.notes[0].startswith(
+        "warning: only one of chosen and rejected is JSON text"
+    )
+
+
+def test_tools_as_texts():
+    tool = {"type": "function", "function": {"name": "f"}}
+    (preference,) = normalise({"prompt": Q, "chosen": GOOD, "rejected": BAD, "tools": [json.dumps(tool), tool]})
+    assert preference.tools == [tool, tool]
+    with pytest.raises(Malformed, match="a tool is not valid JSON"):
+        normalise({"prompt": Q, "chosen": GOOD, "rejected": BAD, "tools": ["{"]})
+
+
+def test_fields_of_parts_that_are_null_are_absent():
+    (preference,) = normalise(
+        {"prompt": [user([{"type": "text", "text": "q", "image": None}])], "chosen": GOOD, "rejected": BAD}
+    )
+    assert preference.prompt == [user([{"type": "text", "text": "q"}])]
+
+
+def test_an_answer_of_empty_parts_is_empty():
+    with pytest.raises(Malformed, match="chosen is empty"):
+        normalise({"prompt": Q, "chosen": [bot([{"type": "text", "text": " "}])], "rejected": BAD})
+
+
+def load(write, records, template="{% for m in messages %}<s>{{ m.role }} {{ m.content }}</s>{% endfor %}", **settings):
+    tokeniser = Tokeniser(make_tokenizer(template))
+    sets = load_pairs(DataConfig(train=write(records), **settings), tokeniser)
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    return [
+        tuple(tokeniser.tokenizer.decode(row[name]) for name in names) for row in sets.train.to_pylist()
+    ], sets.report.lines()
+
+
+def test_readings_are_counted_by_source(write):
+    records = [CHAT["messages beside texts"][0] | {"topic": "x", "id": str(number)} for number in range(3)]
+    _, lines = load(write, [*records, {"prompt": "p", "chosen": " a", "rejected": " b"}])
+    assert lines == [
+        "data prefs: 4 records, 4 pairs kept, 2 exact duplicates kept",
+        "data prefs: 3 records: 'messages' read as the prompt",
+        "data prefs: columns not read (records): 'topic' (3), 'id' (3)",
+    ]
+
+
+def test_transcripts_for_a_tokenizer_without_a_chat_template(write):
+    start = "\n\nHuman: the sky?\n\nAssistant:"
+    rows, lines = load(write, [{"chosen": start + " blue", "rejected": start + " green"}], None)
+    assert rows == [(start, " blue</s>", " green</s>")]
+    assert lines[1] == (
+        "data prefs: 1 records: Human/Assistant transcripts read as text, since the tokenizer has no chat template"
+    )
+
+
+def test_both_readings_of_a_transcript_are_held_out_alike(write):
+    start = "\n\nHuman: {}\n\nAssistant:"
+    records = [{side: start.format(number) + f" {side}" for side in ("chosen", "rejected")} for number in range(40)]
+    rows = [
+        load(write, records, template, eval={"fraction": 0.5})[0]
+        for template in ("{{ messages[0].content }} {{ messages[1:] }}", None)
+    ]
+    asked = [{int("".join(filter(str.isdigit, prompt))) for prompt, _, _ in each} for each in rows]
+    assert asked[0] == asked[1] and 5 < len(asked[0]) < 35
+
+
+REPEATED = [{"prompt": f"What is {number}?\nA:", "chosen": " a", "rejected": " b"} for number in range(5)]
+
+
+def repeating(record):
+    return {"prompt": record["prompt"]} | {side: record["prompt"] + record[side] for side in ("chosen", "rejected")}
+
+
+def test_answers_that_repeat_the_prompt(write, monkeypatch):
+    plain, _ = load(write, REPEATED)
+    rows, lines = load(write, list(map(repeating, REPEATED)))
+    assert rows == plain
+    assert lines[1] == "data prefs: in 5 pairs both answers repeat the prompt, which was taken off"
+    rows, lines = load(write, [*REPEATED[:4], repeating(REPEATED[4])])
+    assert rows[4] != plain[4] and lines[1].startswith(
+        "warning: data prefs: in 1 pairs both answers begin with the prompt, which was kept"
+    )
+    monkeypatch.setattr("raydpo.data.pairs.CHUNK", 2)
+    rows, lines = load(write, [*map(repeating, REPEATED[:4]), REPEATED[4]])
+    assert rows == plain
+    assert lines[2].startswith("warning: data prefs: in 1 pairs the answers do not repeat the prompt")
+
+
+def test_a_prompt_without_white_space_at_its_end_is_repeated_too(write):
+    rows, _ = load(write, [{"prompt": "What is it?\n", "chosen": "What is it? a", "rejected": "What is it?\nb"}])
+    assert rows == [("What is it?\n", "a</s>", "b</s>")]
+
+
+def test_empty_text_prompt_needs_a_tokenizer_that_begins_with_a_token(write):
+    from tokenizers import processors
+
+    record = {"prompt": "", "chosen": "the sky", "rejected": "grass"}
+    with pytest.raises(DataError, match="1 prompt is empty"):
+        load(write, [record])
+    tokenizer = make_tokenizer(None)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
+    )
+    (row,) = load_pairs(DataConfig(train=write([record])), Tokeniser(tokenizer)).train.to_pylist()
+    assert row["prompt_ids"] == [1] and tokenizer.decode(row["chosen_ids"]) == "the sky</s>"
+
+
+NAMES = [
+    "prompt",
+    "chosen",
+    "rejected",
+    "messages",
+    "completions",
+    "answers",
+    "scores",
+    "label",
+    "system",
+    "context",
+    "input",
+    "tools",
+]
+NAMES += [
+    "question",
+    "rejected_response",
+    "response1",
+    "response2",
+    "overall_preference",
+    "images",
+    "history",
+    "conversations",
+]
+TEXTS = st.text(max_size=6) | st.sampled_from(
+    ["\n\nHuman: a\n\nAssistant: b", "[{", '["a"]', '[{"role": "user", "content": "q"}]']
+)
+MESSAGE = st.fixed_dictionaries(
+    {},
+    optional={
+        "role": st.sampled_from(["user", "assistant", "human", "x"]) | st.none() | st.integers(),
+        "content": TEXTS | st.none() | st.lists(st.fixed_dictionaries({"text": TEXTS}) | TEXTS, max_size=2),
+        "from": st.sampled_from(["human", "gpt"]) | st.none(),
+        "value": TEXTS | st.integers(),
+        "rank": st.integers(0, 3),
+    },
+)
+ANYTHING = (
+    TEXTS | st.integers(-2, 2) | st.booleans() | st.none() | MESSAGE | st.lists(MESSAGE | TEXTS | st.integers(), max_size=3)
+)
+
+
+@settings(max_examples=250, deadline=None)
+@given(st.dictionaries(st.sampled_from(NAMES), ANYTHING, max_size=6))
+def test_any_record_is_read_or_refused(record):
+    try:
+        found = normalise(record)
+    except Malformed as error:
+        assert 0 < len(str(error)) <= 250
+        return
+    for preference in found:
+        parts = (preference.prompt, preference.chosen, preference.rejected)
+        assert {type(part) for part in parts} in ({str}, {list})
+        assert preference.chosen != preference.rejected

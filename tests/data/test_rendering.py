@@ -1,0 +1,303 @@
+"""What a chat template leaves out or adds is noticed; sound templates raise no alarm."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import templates
+from samples import CHAT_TEMPLATE
+from templates import CALLS, EACH, GENERATE, answer, calling, say, tokenizer_for, tool, user
+
+from raydpo.config import DataConfig
+from raydpo.data.pairs import load_pairs
+from raydpo.data.preference import Malformed, Preference
+from raydpo.data.tokenise import Tokeniser
+from raydpo.errors import DataError
+
+PROMPT = [user("What is it o'clock?")]
+THOUGHT = "<think>\nThe hands show\n  nine.\n</think>\n\nNine."
+WORSE = "<think>\nLazy.\n</think>\n\nTen."
+
+
+def noted(template, prompt, chosen, rejected, bos=False, **more):
+    """Ids, or what is wrong, and remarks on one pair."""
+    ((ids, found),) = Tokeniser(tokenizer_for(template, bos)).encode_noted([Preference(prompt, chosen, rejected, **more)])
+    return ids, {(remark.kind, remark.what) for remark in found}
+
+
+def lines_of(write, template, *records, bos=False, **settings):
+    sets = load_pairs(DataConfig(train=write(list(records)), **settings), Tokeniser(tokenizer_for(template, bos)))
+    return sets.report.lines(), sets
+
+
+def record(prompt, chosen, rejected, **more):
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected} | more
+
+
+SOUND = {
+    "chatml": (templates.CHATML, {}),
+    "zephyr": (templates.ZEPHYR, {}),
+    "llama": (templates.LLAMA, {}),
+    "qwen": (templates.QWEN, {"template_kwargs": {"enable_thinking": False}}),
+    "mistral": (templates.MISTRAL, {}),
+    "gemma": (templates.GEMMA, {}),
+    "gemma parts": (templates.GEMMA_PARTS, {}),
+    "parts only": (templates.PARTS_ONLY, {}),
+    "calls": (CALLS, {}),
+}
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_sound_templates_raise_no_alarm(name):
+    template, more = SOUND[name]
+    words = '  Is "nine"\n\n\tright? 5 < 6 & \\n \\nabla \u00e4\u4e2d \U0001f600 '
+    prompt = [user(words), say("assistant", "No."), user("And now?")]
+    _, found = noted(template, prompt, answer(f"Yes, {words}"), answer("Hm.\n"), **more)
+    assert found <= {("given in another form", "text, given as a content part")}
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen", "mistral", "calls"])
+def test_templates_that_write_calls_and_tools_raise_no_alarm(name):
+    arguments = {
+        "zone": 'Os"lo\n\u00e4 <b>',
+        "days": 3,
+        "far": True,
+        "near": 1e22,
+        "many": ["a b", {"deep": "c"}],
+        "no": None,
+    }
+    history = [user("Clock?"), *calling(arguments=arguments), say("tool", 'nine\n"sharp"', tool_call_id="c1")]
+    template, more = SOUND[name]
+    for prompt, chosen in ((history, answer("It is nine.")), ([user("Clock?")], calling(arguments=arguments))):
+        ids, found = noted(template, prompt, chosen, answer("No idea."), tools=[tool("clock"), tool("zone")], **more)
+        assert not found and not isinstance(ids, Malformed)
+
+
+def test_a_system_message_may_move(write):
+    _, found = noted(templates.MISTRAL, [say("system", "Be kind."), *PROMPT], answer("Nine."), answer("Ten."))
+    assert not found
+
+
+LEFT_OUT = {
+    "tool calls (chosen)": (CALLS.replace("message.tool_calls", "none"), record(PROMPT, calling(content="x"), answer("b"))),
+    "values of a call": (
+        CALLS.replace("{{ call.function.arguments | tojson }}", ""),
+        record(PROMPT, calling(arguments={"zone": "Oslo"}), answer("b")),
+    ),
+    "a second call": (
+        CALLS.replace("message.tool_calls or []", "(message.tool_calls or [])[:1]"),
+        record(
+            PROMPT, answer("", tool_calls=calling("one")[0]["tool_calls"] + calling("two")[0]["tool_calls"]), answer("b")
+        ),
+    ),
+    "content of role 'tool' (prompt)": (
+        "{% for message in messages %}{% if message.role != 'tool' %}<s>{{ message.role }}\n{{ message.content }}</s>\n"
+        "{% endif %}{% endfor %}" + GENERATE,
+        record([*PROMPT, say("assistant", "Wait."), say("tool", "nine")], answer("a"), answer("b")),
+    ),
+    "content of role 'system' (prompt)": (
+        EACH.replace("messages", "messages if message.role != 'system'")
+        + "{{ message.content }}</s>\n{% endfor %}"
+        + GENERATE,
+        record([say("system", "Be kind."), *PROMPT], answer("a"), answer("b")),
+    ),
+    "thoughts (chosen)": (templates.DROPS_THOUGHTS, record(PROMPT, answer(THOUGHT), answer("Ten."))),
+    "thoughts (rejected)": (templates.CHATML, record(PROMPT, answer("Nine."), answer("Ten.", reasoning_content="Hm hm."))),
+    "thoughts in a field of another name": (
+        templates.CHATML,
+        record(PROMPT, answer("Nine.", thinking="Hm hm."), answer("b")),
+    ),
+    "content of role 'assistant' (chosen)": (
+        CALLS.replace("{{ message.content or '' }}", "{{ message.content or '' if not message.tool_calls else '' }}"),
+        record(PROMPT, calling(content="Let me look."), answer("b")),
+    ),
+    "an end that is cut off": (
+        EACH + "{{ message.content[:30] }}</s>\n{% endfor %}" + GENERATE,
+        record(PROMPT, answer("x" * 40), answer("b")),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_what_is_left_out_is_an_error_and_a_warning_if_allowed(write, name):
+    template, bad = LEFT_OUT[name]
+    good = record([user("Hello?")], answer("a c"), answer("b c"))
+    with pytest.raises(
+        DataError, match=r"the chat template leaves out or changes (texts of 1 of 5|all of).*set data\.chat_template to"
+    ):
+        lines_of(write, template, bad, *[good] * 4)
+    if "leaves out or changes all" not in (reason := str(noted_of(template, bad))):
+        lines, sets = lines_of(write, template, bad, *[good] * 4, max_lost=0.2)
+        (line,) = (line for line in lines if "leaves out" in line)
+        assert line.startswith("warning: data prefs: the chat template leaves out or changes texts of 1 of 5 pairs: 1 ")
+        assert "prefs.jsonl:1" in line and len(line) < 2000
+        assert name not in reason
+        if " (" in name:
+            assert f"1 {name}, such as '" in line
+        stored = sets.report.to_dict()["sources"][0]["remarks"]["left out"]
+        assert json.dumps(stored) and next(iter(stored.values()))["example"]
+
+
+def test_tools_and_calls_that_the_prompt_lacks_are_a_warning(write):
+    """A tool's name must stand in a place of its own, not in the words of a message."""
+    asked = record([user("clock, please")], answer("the clock"), answer("b"), tools=[tool("clock")])
+    called = record([user("Ask."), *calling("clock"), say("tool", "nine")], answer("a"), answer("b"))
+    lines, _ = lines_of(write, EACH + "{{ message.content }}</s>\n{% endfor %}" + GENERATE, asked, called)
+    (line,) = (line for line in lines if line.startswith("warning"))
+    assert line.startswith("warning: data prefs: the chat template leaves out tools or tool calls of 2 prompts, ")
+    assert "1 tools, such as 'clock' (prefs.jsonl:1); 1 tool calls (prompt), such as 'clock' (prefs.jsonl:2); set" in line
+
+
+def noted_of(template, bad):
+    return noted(template, bad["prompt"], bad["chosen"], bad["rejected"], tools=bad.get("tools"))[0]
+
+
+def test_an_answer_of_which_nothing_is_left_is_malformed(write):
+    template = CALLS.replace("message.tool_calls", "none")
+    with pytest.raises(
+        DataError, match=r"leaves out or changes all of chosen \(tool calls\); set data\.chat_template to one that writes"
+    ):
+        lines_of(write, template, record(PROMPT, calling(), answer("b")), max_lost=1.0)
+
+
+def test_answers_that_become_equal_are_malformed_and_the_reason_is_named(write):
+    bad = record(PROMPT, answer("<think>a</think>Nine."), answer("<think>b</think>Nine."))
+    with pytest.raises(DataError, match=r"leaves out what tells chosen from rejected \(thoughts \(chosen\)"):
+        lines_of(write, templates.DROPS_THOUGHTS, bad, max_lost=1.0)
+
+
+def test_thoughts_of_earlier_turns_are_told_apart(write):
+    before = [*PROMPT, say("assistant", THOUGHT), user("Sure?")]
+    several = record(
+        PROMPT, [*answer(THOUGHT), user("Sure?"), *answer("Yes.")], [*answer(WORSE), user("Sure?"), *answer("No.")]
+    )
+    lines, _ = lines_of(write, templates.DROPS_THOUGHTS, record(before, answer("Yes."), answer("No.")), several)
+    prompt, completion = (line for line in lines if "leaves out thoughts" in line)
+    assert prompt.startswith("data prefs: ") and "in 1 prompts, as at inference" in prompt
+    assert completion.startswith("warning: ") and "in 1 completions" in completion and "1 thoughts (rejected)" in completion
+
+
+def test_thoughts_that_are_kept_raise_no_alarm():
+    for chosen in (answer(THOUGHT), answer("Nine.", reasoning_content="The hands show."), answer("a\n</think>\n\nNine.")):
+        assert noted(templates.QWEN, PROMPT, chosen, answer(WORSE))[1] == set()
+
+
+def test_an_empty_thought_that_the_template_adds():
+    _, found = noted(templates.QWEN, PROMPT, answer(THOUGHT), answer("Ten."))
+    assert found == {("empty thoughts added", "rejected")}
+    kwargs = {"template_kwargs": {"enable_thinking": False}}
+    assert noted(templates.QWEN, PROMPT, answer("Nine."), answer("Ten."), **kwargs)[1] == set()
+    assert noted(templates.CHATML, PROMPT, answer("<think></think>Nine."), answer("<think></think>Ten."))[1] == set()
+
+
+def test_the_end_of_a_thought_that_nothing_begins(write):
+    half = record(PROMPT, answer("So nine.\n</think>\n\nNine."), answer("Ten."))
+    lines, _ = lines_of(write, templates.CHATML, half)
+    assert any(
+        "answers end a thought that nothing begins: 1 chosen, such as '</think>' (prefs.jsonl:1)" in line for line in lines
+    )
+
+
+def test_the_end_of_the_prompt_that_is_left_out_is_quoted(write):
+    template = CHAT_TEMPLATE.replace("<s>assistant\n{%", "<s>assistant\n<think>\n{%")
+    lines, _ = lines_of(write, template, record(PROMPT, answer("Nine."), answer("Ten.")))
+    assert [line for line in lines if line.startswith("warning")] == [
+        "warning: data prefs: the end of the prompt is left out of 1 pairs, where the chat template writes the prompt alone "
+        "otherwise than before its completion: such as '<think>\\n' (prefs.jsonl:1); begin the answers with that text, or "
+        "use a template or chat_template_kwargs with which the prompt does not end so"
+    ]
+    assert not any(
+        "end of the prompt" in line for line in lines_of(write, template, record(PROMPT, answer(THOUGHT), answer(WORSE)))[0]
+    )
+
+
+def test_no_end_of_turn(write):
+    template = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    lines, _ = lines_of(write, template, record(PROMPT, answer("Nine."), answer("Ten.")))
+    assert any(
+        "in 1 answers no special token follows the last text (such as '\\n' (prefs.jsonl:1))" in line for line in lines
+    )
+    # spelled like a special token, but none of the tokenizer's
+    foreign = template.replace("\n{%", "<|end|>\n{%")
+    tokenizer = tokenizer_for(None)
+    tokenizer.chat_template = foreign
+    ((_, found),) = Tokeniser(tokenizer).encode_noted([Preference(PROMPT, answer("Nine."), answer("Ten."))])
+    assert ("no end of turn", "") in {(one.kind, one.what) for one in found}
+
+
+def test_eos_twice():
+    twice = ("EOS twice", "")
+    assert twice in noted(CHAT_TEMPLATE, PROMPT, answer("Nine.</s>"), answer("Ten."))[1]
+    assert (
+        twice in noted(CHAT_TEMPLATE + "{{ '' if add_generation_prompt else '</s>' }}", PROMPT, answer("a"), answer("b"))[1]
+    )
+    assert ("EOS twice", "chosen") in noted(None, "the sky", " is</s>\n</s>", " was")[1]
+    assert noted(None, "the sky", " is</s>", " was")[1] == set()
+    on_one_line = CHAT_TEMPLATE.replace("message.content", "message.content | replace('\n', ' ')")
+    assert noted(on_one_line, [user("q")], answer("one\ntwo"), answer("b"))[1] == set()
+
+
+def test_bos_twice_or_missing(write):
+    lines, sets = lines_of(write, None, {"prompt": "<s>the sky", "chosen": " is", "rejected": " was"}, bos=True)
+    assert any(
+        "1 prompts of plain text begin with BOS, which the tokenizer adds, too: (prefs.jsonl:1)" in line for line in lines
+    )
+    tokenizer = tokenizer_for(None, bos=True)
+    assert tokenizer.decode(sets.train["prompt_ids"][0].as_py()) == "<s>the sky"
+    (once,) = Tokeniser(tokenizer).encode([Preference("the sky", " is", " was")])
+    assert sets.train["prompt_ids"][0].as_py() == once.prompt.tolist()
+    assert ("no BOS", "") in noted(templates.CHATML, PROMPT, answer("a"), answer("b"), bos=True)[1]
+    assert ("no BOS", "") not in noted(templates.LLAMA, PROMPT, answer("a"), answer("b"), bos=True)[1]
+    assert ("no BOS", "") not in noted(templates.CHATML, PROMPT, answer("a"), answer("b"))[1]
+    assert ("BOS twice", "") in noted("<s>" + templates.LLAMA, PROMPT, answer("a"), answer("b"))[1]
+
+
+def test_special_tokens_that_texts_spell(write):
+    bad = record([user("What does </s>\n<s>system mean?")], answer("With </s>, and then."), answer("Ten."))
+    lines, _ = lines_of(write, CHAT_TEMPLATE, bad)
+    (line,) = (line for line in lines if "spell special tokens" in line)
+    assert line.startswith("warning: ") and "1 prompt, such as '</s>' (prefs.jsonl:1); 1 chosen, such as '</s>'" in line
+    with pytest.raises(DataError, match="1 its text spells a special token"):
+        lines_of(write, CHAT_TEMPLATE, bad, special_tokens="refuse")
+    assert ("special tokens spelled", "chosen") in noted(None, "the sky", " is</s> was", " was")[1]
+    inside = calling(arguments={"zone": "a<s>b"})
+    assert ("special tokens spelled", "chosen") in noted(CALLS, PROMPT, inside, answer("b"))[1]
+    assert ("special tokens spelled", "prompt") in noted(CALLS, PROMPT, answer("a"), answer("b"), tools=[tool("a<s>")])[1]
+
+
+def test_plain_text_for_a_chat_model(write):
+    plain = {"prompt": "the sky", "chosen": " is", "rejected": " was"}
+    lines, _ = lines_of(write, templates.CHATML, plain)
+    assert any(
+        "1 prompts are plain text without special tokens, but the tokenizer has a chat template" in line for line in lines
+    )
+    rendered = plain | {"prompt": "<|im_start|>user\nthe sky<|im_end|>\n<|im_start|>assistant\n"}
+    lines, _ = lines_of(write, templates.CHATML, rendered)
+    assert lines[1:] == ["data prefs: 1 prompts of plain text spell special tokens, which are read as such: such as "
+                         "'<|im_end|>' (prefs.jsonl:1)"] or "'<|im_start|>'" in lines[1]  # fmt: skip
+    assert len(lines_of(write, None, plain)[0]) == 1
+
+
+def test_tools_beside_plain_text_are_left_out(write):
+    with pytest.raises(DataError, match=r"1 tools \(beside plain text\).*give messages"):
+        lines_of(write, None, {"prompt": "the", "chosen": " a", "rejected": " b", "tools": [tool("clock")]})
+
+
+def test_arguments_that_the_template_does_not_read(write):
+    lines, _ = lines_of(
+        write, templates.QWEN, record(PROMPT, answer(THOUGHT), answer(WORSE), chat_template_kwargs={"thinkng": 1})
+    )
+    assert any("does not read these chat_template_kwargs: 1 thinkng" in line for line in lines)
+
+
+def test_fields_that_are_not_checked_are_named(write):
+    odd = [user("Hello?", mood="angry and loud")]
+    lines, _ = lines_of(write, CHAT_TEMPLATE, record(odd, answer("a"), answer("b")))
+    assert any("fields of messages that are not checked" in line and "1 mood (prefs.jsonl:1)" in line for line in lines)
+
+
+def test_lines_are_short_for_long_texts(write):
+    bad = record(PROMPT, answer("y", reasoning_content="x" * 9000), answer("b"), tools=[tool("t" * 3000)])
+    lines, _ = lines_of(write, templates.CHATML, *[bad] * 5, max_lost=1.0)
+    assert max(map(len, lines)) < 2000
