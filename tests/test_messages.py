@@ -202,8 +202,7 @@ def test_an_ascii_terminal_shows_escapes_and_the_log_is_utf_8(variables, tmp_pat
 def test_a_reader_that_ends_early_is_no_error(tmp_path):
     script = tmp_path / "act.py"
     script.write_text(
-        "from raydpo.terminal.guard import guarded\n"
-        "guarded(lambda console: [console.say('x' * 99) for _ in range(9999)] and 0)\n"
+        "from raydpo.terminal.guard import guarded\nguarded(lambda console: [print('x' * 99) for _ in range(9999)] and 0)\n"
     )
     command = f"{sys.executable} {script} | head -n 1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)

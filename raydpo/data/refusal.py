@@ -12,7 +12,8 @@ from functools import lru_cache
 __all__ = ["refusal"]
 
 MOST = 120
-_LITERAL = re.compile(r"'((?:[^'\\\n]|\\.)*)'|\"((?:[^\"\\\n]|\\.)*)\"")
+_CODE = re.compile(r"\{[{%].*?[%}]\}", re.DOTALL)
+_LITERAL = re.compile(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"", re.DOTALL)
 _QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"|`[^`]*`")
 _SHORTEST = 4
 _KINDS = {name for name in dir(builtins) if name[0].islower()} | {"NoneType", "Undefined", "function", "builtin_function"}
@@ -50,7 +51,8 @@ def _known_parts(text: str, source: str) -> str:
 @lru_cache(maxsize=8)
 def _literals(source: str) -> list[str]:
     """The texts in quotation marks in a template, the longest first."""
-    found = {" ".join(re.sub(r"\\(.)", r"\1", one or other).split()) for one, other in _LITERAL.findall(source)}
+    pieces = (piece for code in _CODE.findall(source) for piece in _LITERAL.findall(code))
+    found = {" ".join(re.sub(r"\\(.)", r"\1", one or other).split()) for one, other in pieces}
     return sorted((text for text in found if len(text) >= _SHORTEST), key=len, reverse=True)
 
 
