@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from raydpo.data.interval import Interval, around, mean, share
-from raydpo.data.preference import Text, as_text
+from raydpo.data.messages import Text
+from raydpo.data.preference import as_text
 from raydpo.errors import ConfigError, RaydpoError
 
 __all__ = ["Contest", "by_scores", "count_wins", "own_function", "own_scores"]

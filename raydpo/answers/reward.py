@@ -15,7 +15,7 @@ import pyarrow as pa
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from raydpo.data.preference import Text
+from raydpo.data.messages import Text
 from raydpo.data.template import ChatTemplate
 from raydpo.data.tokenise import load_tokenizer
 from raydpo.errors import ModelError

@@ -40,8 +40,8 @@ _CHOICES = (
     ("response_a", "response_b", "winner"),
     ("answer_a", "answer_b", "winner"),
 )
-_ANY_META = (
-    *(
+_ANY_META = frozenset(
+    [
         "id",
         "ids",
         "uuid",
@@ -55,8 +55,6 @@ _ANY_META = (
         "topic",
         "type",
         "task",
-    ),
-    *(
         "domain",
         "subject",
         "lang",
@@ -70,8 +68,15 @@ _ANY_META = (
         "name",
         "tag",
         "tags",
-    ),
-    *("label", "labels", "model", "generator", "annotator", "turns", "comment", "note"),
+        "label",
+        "labels",
+        "model",
+        "generator",
+        "annotator",
+        "turns",
+        "comment",
+        "note",
+    ]
 )
 """Last words of names of columns that describe a record and are no part of it."""
 

@@ -6,11 +6,10 @@ import re
 from typing import Any
 
 from raydpo.data.foreign import shared_start
-from raydpo.data.messages import Malformed, Message, Notes, messages
+from raydpo.data.messages import Malformed, Message, Notes, Text, messages
 
-__all__ = ["Parts", "Text", "are_transcripts", "implicit", "shared_turns", "transcripts"]
+__all__ = ["Parts", "are_transcripts", "implicit", "shared_turns", "transcripts"]
 
-Text = str | list[Message]
 Parts = tuple[Text, Text, Text, tuple[str, str, str] | None]
 """Prompt, chosen, rejected; and for a transcript the three as text."""
 FEW_WORDS = 5

@@ -44,6 +44,7 @@ class DataFile:
 
 
 def said(error: Exception) -> str:
+    """An error in one line: its text, shortened, and its type."""
     return f"{' '.join(str(error).split())[:300] or 'no details'} ({type(error).__name__})"
 
 

@@ -15,6 +15,7 @@ __all__ = [
     "Malformed",
     "Message",
     "Notes",
+    "Text",
     "answer",
     "check_media",
     "content_text",
@@ -25,9 +26,13 @@ __all__ = [
 ]
 
 Message = dict[str, Any]
+"""``role``, ``content`` and further fields."""
+Text = str | list[Message]
+"""A prompt or an answer: text, or messages."""
 Notes = dict[str, None]
 """How a record was understood, one sentence each, in order. Those that begin with ``warning:`` need attention."""
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "environment")
+"""Roles of messages that chat templates know."""
 CONVERSATIONS = ("messages", "conversations", "conversation")
 """Names of columns that hold a conversation."""
 _OTHER_ROLES = {

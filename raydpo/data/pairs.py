@@ -12,7 +12,8 @@ import pyarrow as pa
 
 from raydpo.config import DataConfig, SourceConfig, source_name
 from raydpo.data.keys import completion_key
-from raydpo.data.preference import Malformed, Preference, normalise
+from raydpo.data.messages import Malformed
+from raydpo.data.preference import Preference, normalise
 from raydpo.data.records import Record, read_records
 from raydpo.data.remarks import SPELLED
 from raydpo.data.split import held_out, kept, prompt_digest

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from raydpo.data.foreign import pairs_of, possible_prompts, prompt_of, unused_columns, warn_of_prompt_columns
-from raydpo.data.implicit import Parts, Text, are_transcripts, implicit, shared_turns, transcripts
+from raydpo.data.implicit import Parts, are_transcripts, implicit, shared_turns, transcripts
 from raydpo.data.messages import (
     Malformed,
-    Message,
     Notes,
+    Text,
     answer,
     check_media,
     content_text,
@@ -23,7 +23,7 @@ from raydpo.data.messages import (
     says_something,
 )
 
-__all__ = ["Malformed", "Message", "Preference", "Text", "as_text", "content_text", "normalise"]
+__all__ = ["Preference", "as_text", "normalise"]
 
 # A row must not decide how it is rendered and tokenised; 'chat_template' would even be code.
 _RESERVED = frozenset({

@@ -9,9 +9,9 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from raydpo.data import remarks
-from raydpo.data.preference import Malformed, Preference
+from raydpo.data.messages import Malformed, Message
+from raydpo.data.preference import Preference
 from raydpo.data.remarks import Remark
-from raydpo.data.template import Message
 
 __all__ = ["RenderingCheck", "left_out"]
 

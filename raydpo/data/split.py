@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from raydpo.data.preference import Text
+from raydpo.data.messages import Text
 from raydpo.errors import DataError
 
 __all__ = ["held_out", "kept", "prompt_digest"]

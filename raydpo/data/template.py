@@ -9,11 +9,9 @@ from functools import cached_property
 from typing import Any
 
 from raydpo.config.data import PINNED_DATE
-from raydpo.data.preference import Malformed
+from raydpo.data.messages import Malformed, Message
 
-__all__ = ["ARGUMENTS_AS_OBJECT", "ARGUMENTS_AS_TEXT", "PARTS_JOINED", "TEXT_AS_PARTS", "ChatTemplate", "Message"]
-
-Message = dict[str, Any]
+__all__ = ["ChatTemplate"]
 
 PARTS_JOINED, TEXT_AS_PARTS = "content parts, joined to text", "text, given as a content part"
 ARGUMENTS_AS_OBJECT, ARGUMENTS_AS_TEXT = (

@@ -10,7 +10,8 @@ import numpy as np
 
 from raydpo.config.data import PINNED_DATE
 from raydpo.data import remarks
-from raydpo.data.preference import Malformed, Preference
+from raydpo.data.messages import Malformed
+from raydpo.data.preference import Preference
 from raydpo.data.refusal import refusal
 from raydpo.data.remarks import Remark
 from raydpo.data.rendering import RenderingCheck

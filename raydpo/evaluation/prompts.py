@@ -13,8 +13,9 @@ import numpy as np
 import pyarrow as pa
 
 from raydpo.config import Config, DataConfig, EvaluateConfig, SourceConfig, check_verb, source_name
+from raydpo.data.messages import Malformed, Text, content_text
 from raydpo.data.pairs import HELD_OUT, held_out_source
-from raydpo.data.preference import Malformed, Text, as_text, content_text, normalise
+from raydpo.data.preference import as_text, normalise
 from raydpo.data.records import Record, read_records
 from raydpo.data.split import held_out, kept, prompt_digest
 from raydpo.errors import ConfigError

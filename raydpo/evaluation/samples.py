@@ -11,8 +11,8 @@ import pyarrow as pa
 
 from raydpo.answers.contests import Contest
 from raydpo.data.keys import completion_key
+from raydpo.data.messages import Text
 from raydpo.data.pairs import PAIR_SCHEMA
-from raydpo.data.preference import Text
 from raydpo.data.tokenise import Tokeniser
 from raydpo.evaluation.prompts import Prompt
 from raydpo.evaluation.style import is_cut, length_growth, measure_style

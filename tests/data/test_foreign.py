@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from samples import make_tokenizer
 
 from raydpo.config import DataConfig
+from raydpo.data.messages import Malformed
 from raydpo.data.pairs import load_pairs
-from raydpo.data.preference import Malformed, normalise
+from raydpo.data.preference import normalise
 from raydpo.data.tokenise import Tokeniser
 from raydpo.errors import DataError
 

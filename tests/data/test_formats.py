@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from raydpo.config import SourceConfig
-from raydpo.data.preference import Malformed, normalise
+from raydpo.data.messages import Malformed
+from raydpo.data.preference import normalise
 from raydpo.data.records import read_records
 
 WORD = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=8).map(

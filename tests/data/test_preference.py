@@ -1,6 +1,7 @@
 import pytest
 
-from raydpo.data.preference import Malformed, normalise
+from raydpo.data.messages import Malformed
+from raydpo.data.preference import normalise
 
 
 def user(content):

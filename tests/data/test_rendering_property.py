@@ -8,7 +8,8 @@ import templates
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from raydpo.data.preference import Malformed, Preference
+from raydpo.data.messages import Malformed
+from raydpo.data.preference import Preference
 from raydpo.data.remarks import Remarks
 from raydpo.data.tokenise import Tokeniser
 

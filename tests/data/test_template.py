@@ -11,8 +11,9 @@ from samples import CHAT_TEMPLATE
 from templates import CALLS, EACH, GENERATE, answer, calling, say, tokenizer_for, user
 
 from raydpo.config import DataConfig
+from raydpo.data.messages import Malformed
 from raydpo.data.pairs import load_pairs
-from raydpo.data.preference import Malformed, Preference
+from raydpo.data.preference import Preference
 from raydpo.data.tokenise import Tokeniser
 
 

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from samples import CHAT_TEMPLATE, make_tokenizer
 
-from raydpo.data.preference import Malformed, Preference
+from raydpo.data.messages import Malformed
+from raydpo.data.preference import Preference
 from raydpo.data.tokenise import Tokeniser, load_tokenizer
 from raydpo.errors import ModelError
 

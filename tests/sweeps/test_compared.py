@@ -10,11 +10,11 @@ from tiny import preferences, write_preferences
 from raydpo.config import load_config
 from raydpo.errors import ConfigError, ModelError
 from raydpo.pipeline.evaluate import pairs_to_evaluate, protocol
-from raydpo.pipeline.prepare import measured_pairs
+from raydpo.pipeline.prepare import Tokenised, measured_pairs
 from raydpo.rundir.records import to_parquet
 from raydpo.storage.files import Storage
 from raydpo.sweeps.ledger import Ledger
-from raydpo.sweeps.run import _on_same_pairs, _prepare, _Sweep, sweep
+from raydpo.sweeps.run import _on_same_pairs, _prepare, _shared, _Sweep, sweep
 from raydpo.sweeps.trials import trials_of
 from raydpo.terminal.console import Console
 
@@ -38,7 +38,9 @@ def place(tmp_path, tiny_llama):
 
 def prepared(place, *overrides):
     config = load_config(place / "config.yaml", overrides)
-    return config, _prepare(trials_of(config), Console(io.StringIO()))
+    trials, console = trials_of(config), Console(io.StringIO())
+    tokenised = {_shared(trial.config): Tokenised.of(trial.config, console) for trial in trials}
+    return config, _prepare(trials, tokenised, console)
 
 
 def compared(place, *overrides):
