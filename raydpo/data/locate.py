@@ -12,11 +12,11 @@ from pyarrow import fs as pafs
 
 from raydpo.config import SourceConfig
 from raydpo.config.data import DATA_SUFFIXES, bare_suffix
-from raydpo.errors import DataError, RaydpoError
+from raydpo.errors import DataError, RaydpoError, reason
 from raydpo.storage.files import Storage
 from raydpo.storage.uri import redact
 
-__all__ = ["DataFile", "data_files", "said"]
+__all__ = ["DataFile", "data_files"]
 
 _KEYWORDS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -43,11 +43,6 @@ class DataFile:
     note: str | None = None
 
 
-def said(error: Exception) -> str:
-    """An error in one line: its text, shortened, and its type."""
-    return f"{' '.join(str(error).split())[:300] or 'no details'} ({type(error).__name__})"
-
-
 def data_files(source: SourceConfig) -> Iterator[DataFile]:
     """Yield the data files that ``source.path`` stands for, in order.
 
@@ -59,7 +54,7 @@ def data_files(source: SourceConfig) -> Iterator[DataFile]:
         storage = Storage(path)
         info = storage.fs.get_file_info(storage.root)
     except Exception as error:  # every file system has its own errors
-        raise DataError(f"cannot open {redact(path)}: {said(error)}") from None
+        raise DataError(f"cannot open {redact(path)}: {reason(error)}") from None
     if info.type == pafs.FileType.NotFound:
         raise DataError(f"there is no file {redact(path)!r}; check the path in data.train or data.eval")
     if info.type != pafs.FileType.Directory:
@@ -72,7 +67,7 @@ def data_files(source: SourceConfig) -> Iterator[DataFile]:
     except RaydpoError:
         raise
     except Exception as error:  # no permission, or a state.json that is none of save_to_disk's
-        raise DataError(f"cannot read the directory {redact(path)}: {said(error)}") from None
+        raise DataError(f"cannot read the directory {redact(path)}: {reason(error)}") from None
     for number, name in enumerate(names):
         yield DataFile(storage.fs, storage.path(name), name, None if number else note)
 

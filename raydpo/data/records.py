@@ -21,8 +21,8 @@ import pyarrow.parquet as pq
 from raydpo.config import SourceConfig, is_hub_name
 from raydpo.config.data import COMPRESSION_SUFFIXES, DATA_SUFFIXES, bare_suffix
 from raydpo.data.arrow import rows
-from raydpo.data.locate import DataFile, data_files, said
-from raydpo.errors import DataError, RaydpoError
+from raydpo.data.locate import DataFile, data_files
+from raydpo.errors import DataError, RaydpoError, reason
 from raydpo.storage.uri import is_uri, redact
 
 __all__ = ["Record", "read_records"]
@@ -120,7 +120,7 @@ def _exists(path: str) -> bool:
     try:
         return Path(path).exists()
     except OSError as error:  # no permission, or a name that is too long
-        raise DataError(f"cannot open {path!r}: {said(error)}") from None
+        raise DataError(f"cannot open {path!r}: {reason(error)}") from None
 
 
 def _explained(records: Iterable[Record], label: str) -> Iterator[Record]:
@@ -130,7 +130,7 @@ def _explained(records: Iterable[Record], label: str) -> Iterator[Record]:
     except RaydpoError:
         raise
     except Exception as error:
-        raise DataError(f"cannot read {label}: {said(error)}") from None
+        raise DataError(f"cannot read {label}: {reason(error)}") from None
 
 
 def _file_records(file: DataFile) -> Iterator[Record]:
@@ -319,7 +319,7 @@ def _hub_records(source: SourceConfig) -> Iterator[Record]:
         hint = "; set the source's subset" if "onfig name is missing" in str(error) else ""
         raise DataError(
             f"there is no file {source.path!r}, and the hub does not give split {source.split!r} of a data set "
-            f"of that name: {said(error)}{hint}"
+            f"of that name: {reason(error)}{hint}"
         ) from None
     label = f"{source.path}[{source.split}]"
     for row, value in enumerate(_explained(_hub_rows(dataset), label), 1):

@@ -17,7 +17,7 @@ from raydpo.data.remarks import Remark
 from raydpo.data.rendering import RenderingCheck
 from raydpo.data.shapes import common_prefix
 from raydpo.data.template import ChatTemplate
-from raydpo.errors import FilesError
+from raydpo.errors import FilesError, reason
 
 __all__ = ["TokenisedPair", "Tokeniser", "load_tokenizer"]
 
@@ -47,7 +47,7 @@ def load_tokenizer(path: str, *, chat_template: str | None = None, trust_remote_
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raise what their backends raise
         raise FilesError(
-            f"cannot load a tokenizer from {path!r}: {_said(error, 300)}; set model.tokenizer to a directory "
+            f"cannot load a tokenizer from {path!r}: {reason(error, 300)}; set model.tokenizer to a directory "
             "with tokenizer.json, or a hub name"
         ) from None
     if chat_template is not None:
@@ -63,7 +63,7 @@ def _template_text(template: str) -> str:
         return Path(template).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise FilesError(
-            f"data.chat_template {template!r} is neither Jinja text nor a file that can be read: {_said(error, 200)}"
+            f"data.chat_template {template!r} is neither Jinja text nor a file that can be read: {reason(error, 200)}"
         ) from None
 
 
@@ -75,7 +75,7 @@ def _check_syntax(tokenizer: Any, name: str) -> None:
     except TemplateSyntaxError as error:
         shown = name if len(name) <= 80 else name[:77] + "..."
         raise FilesError(
-            f"data.chat_template {shown!r} is not valid Jinja: line {error.lineno}: {_said(error, 200)}"
+            f"data.chat_template {shown!r} is not valid Jinja: line {error.lineno}: {reason(error, 200)}"
         ) from None
     except Exception:  # a template may refuse this conversation and accept those of the data
         return
@@ -264,7 +264,3 @@ class Tokeniser:
                 )
             return Malformed("chosen and rejected have the same tokens")
         return pair
-
-
-def _said(error: Exception, limit: int) -> str:
-    return f"{' '.join(str(error).split())[:limit] or 'no details'} ({type(error).__name__})"
