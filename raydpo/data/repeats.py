@@ -33,7 +33,7 @@ class Repeats:
 
     def taken_off(self, preferences: Sequence[Preference]) -> list[Preference]:
         """Return ``preferences``, those whose answers repeat the prompt with shorter answers if all did at first."""
-        answers = [_without_prompt(preference) for preference in preferences]
+        answers = [_without_prompt(preference) if _counts(preference) else None for preference in preferences]
         counting = [place for place, each in enumerate(preferences) if _counts(each)]
         if self.take_off is None and counting:
             self.take_off = all(answers[place] is not None for place in counting)

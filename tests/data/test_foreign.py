@@ -10,7 +10,8 @@ from samples import make_tokenizer
 from raydpo.config import DataConfig
 from raydpo.data.messages import Malformed
 from raydpo.data.pairs import load_pairs
-from raydpo.data.preference import normalise
+from raydpo.data.preference import Preference, normalise
+from raydpo.data.repeats import Repeats
 from raydpo.data.tokenise import Tokeniser
 from raydpo.errors import DataError
 
@@ -486,3 +487,14 @@ def test_any_record_is_read_or_refused(record):
         parts = (preference.prompt, preference.chosen, preference.rejected)
         assert {type(part) for part in parts} in ({str}, {list})
         assert preference.chosen != preference.rejected
+
+
+def test_a_prompt_of_few_characters_is_not_taken_off_words_that_begin_with_it():
+    repeats = Repeats()
+    long, short = (
+        Preference("What is ice?", "What is ice? Frozen water.", "What is ice? A stone."),
+        Preference("Hi", "High tide", "Hiking"),
+    )
+    first, second = repeats.taken_off([long, short])
+    assert (first.chosen, first.rejected) == (" Frozen water.", " A stone.")
+    assert second == short and repeats.taken == 1
