@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +25,9 @@ __all__ = ["job", "main", "parsed"]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit status."""
+    # Importing torch and transformers makes a million objects that stay. Looking through them again and again for garbage
+    # takes a fifth of the time.
+    gc.set_threshold(100_000, 20, 20)
     never_fail_to_print()
     args = parsed(argv)
     return guarded(lambda console: args.act(args, console))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 
 from raydpo.config import Config
@@ -82,9 +83,8 @@ def session(config: Config) -> Iterator[None]:
 
 def starts_own_ray(config: Config) -> bool:
     """Whether ``session`` will start a local Ray: there is no cluster to connect to, and the program has no Ray yet."""
-    import ray
-
-    return not ray.is_initialized() and not _address(config)
+    ray = sys.modules.get("ray")  # a program that has a Ray has imported it
+    return not (ray and ray.is_initialized()) and not _address(config)
 
 
 def _address(config: Config) -> str | None:

@@ -37,7 +37,7 @@ from raydpo.evaluation.prompts import Prompt, choose_prompts, evaluation_data, p
 from raydpo.evaluation.samples import Answers
 from raydpo.model.limits import check_limits
 from raydpo.model.rotary import rope_line
-from raydpo.pipeline.checks import check
+from raydpo.pipeline.checks import check, check_models
 from raydpo.pipeline.prepare import limits_of, measured_pairs, open_reference, open_tokeniser, reference_line
 from raydpo.pipeline.score import fill_cache
 from raydpo.reference.identity import resolve_model
@@ -77,6 +77,7 @@ def evaluate(config: Config, console: Console | None = None) -> dict[str, Any]:
     check(config, "eval", console)
     settings = config.evaluate
     read = _read_pairs(config, console) if starts_own_ray(config) else None  # bad pairs end the command before that
+    check_models(config, "eval", console)
     with session(config):
         check_cluster(config, ["score"], console, (settings.policy, settings.base, settings.reward_model))
         evaluation = _Evaluation.of(config, console, read)

@@ -18,7 +18,7 @@ from raydpo.cluster.preflight import check_nodes
 from raydpo.cluster.resources import Resources, bfloat16_is_faster
 from raydpo.cluster.session import starts_own_ray
 from raydpo.cluster.waiting import wait_for
-from raydpo.config import Config, is_hub_name
+from raydpo.config import Config, Verb, is_hub_name
 from raydpo.config.filter import PairFilter
 from raydpo.data.filter import filtered_by_tokens
 from raydpo.data.index import as_bytes
@@ -28,6 +28,7 @@ from raydpo.losses import own_sources
 from raydpo.model.files import check_tokenizer_files
 from raydpo.model.limits import ModelLimits, check_limits
 from raydpo.model.rotary import ROTARY, rope_line
+from raydpo.pipeline.checks import check, check_models
 from raydpo.reference.identity import ReferenceIdentity, earlier_identity, identify, resolve_model
 from raydpo.reference.score import ReferenceSpec
 from raydpo.reference.store import ReferenceCache
@@ -37,6 +38,7 @@ from raydpo.terminal.console import Console
 __all__ = [
     "Prepared",
     "Tokenised",
+    "checked",
     "limits_of",
     "measured_pairs",
     "open_reference",
@@ -96,6 +98,14 @@ class Tokenised:
         """As ``of``, where a local Ray will be started: bad pairs then end the command before that. None on a cluster, whose
         nodes are checked first, or started by an autoscaler while the pairs are read."""
         return cls.of(config, console) if starts_own_ray(config) else None
+
+
+def checked(config: Config, verb: Verb, console: Console) -> Tokenised | None:
+    """Make the checks of ``verb`` that need no Ray. Returns what ``Tokenised.before_ray`` gives."""
+    check(config, verb, console)
+    tokenised = Tokenised.before_ray(config, console)
+    check_models(config, verb, console)
+    return tokenised
 
 
 @dataclass(frozen=True)

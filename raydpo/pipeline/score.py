@@ -11,8 +11,7 @@ from raydpo.cluster.resources import resources_for
 from raydpo.cluster.session import session
 from raydpo.config import Config
 from raydpo.pipeline.audit import audit_prepared
-from raydpo.pipeline.checks import check
-from raydpo.pipeline.prepare import Prepared, Tokenised, wait_for_workers
+from raydpo.pipeline.prepare import Prepared, checked, wait_for_workers
 from raydpo.reference.build import BuildReport, build
 from raydpo.reference.score import ReferenceSpec
 from raydpo.reference.store import ReferenceCache
@@ -29,8 +28,7 @@ def score(config: Config, console: Console | None = None) -> BuildReport:
         RaydpoError: if it fails. Committed log-probs stay in the cache.
     """
     console = console or Console()
-    check(config, "score", console)
-    tokenised = Tokenised.before_ray(config, console)
+    tokenised = checked(config, "score", console)
     with session(config):
         check_cluster(config, ["score"], console)
         return score_prepared(Prepared.of(config, console, tokenised), console)

@@ -13,8 +13,7 @@ from raydpo.cluster.session import session
 from raydpo.config import Config
 from raydpo.data.filter import filter_pairs
 from raydpo.model.cost import ModelCost
-from raydpo.pipeline.checks import check
-from raydpo.pipeline.prepare import Prepared, Tokenised, measured_pairs, wait_for_workers
+from raydpo.pipeline.prepare import Prepared, checked, measured_pairs, wait_for_workers
 from raydpo.reference.pairs import join_reference
 from raydpo.reports.write import write_report_or_warn
 from raydpo.rundir.card import model_card
@@ -50,8 +49,7 @@ def train(config: Config, console: Console | None = None, *, fresh: bool = False
         RaydpoError: if anything else fails.
     """
     console = console or Console()
-    check(config, "train", console)
-    tokenised = Tokenised.before_ray(config, console)
+    tokenised = checked(config, "train", console)
     with session(config):
         check_cluster(config, ["train"], console)
         prepared = Prepared.of(config, console, tokenised)
