@@ -102,9 +102,13 @@ class Tokenised:
 
 def checked(config: Config, verb: Verb, console: Console) -> Tokenised | None:
     """Make the checks of ``verb`` that need no Ray. Returns what ``Tokenised.before_ray`` gives."""
+    console.begin("checks")
     check(config, verb, console)
+    console.begin("reading pairs")
     tokenised = Tokenised.before_ray(config, console)
+    console.begin("checking model files")
     check_models(config, verb, console)
+    console.begin("Ray")
     return tokenised
 
 
@@ -134,6 +138,7 @@ class Prepared:
         Args:
             tokenised: its pairs, if they were read before.
         """
+        console.begin("pairs, reference and cache")
         model = config.model
         native = "bfloat16" if bfloat16_is_faster() else "float32"
         dtype = native if model.dtype == "auto" else model.dtype

@@ -47,6 +47,7 @@ def score_prepared(prepared: Prepared, console: Console, tables: list[pa.Table] 
         console.say(f"reference: none; loss {config.train.loss_text} needs none, so nothing is scored")
         nothing = dict.fromkeys(("wanted", "hits", "scored", "by_others", "twice", "tokens", "parts"), 0)
         report = BuildReport(cache.identity.digest, **nothing, seconds=0.0, problems=())
+    console.begin("audit")
     try:
         audit_prepared(prepared, console)
     except Exception as error:  # the log-probs are stored, so scoring has succeeded
@@ -64,7 +65,10 @@ def fill_cache(
 
         def progress(done: int, to_do: int) -> None:
             nonlocal line
+            if done:
+                console.begin("scoring")
             if line is None:
+                console.begin("scoring: workers")
                 console.say(f"scoring {to_do:,} completions on {resources.workers} {resources.device} worker(s)")
                 wait_for_workers("score", config, resources, console)
                 line = stack.enter_context(console.progress("scoring", to_do, "completions"))

@@ -145,10 +145,10 @@ def _training_job(prepared: Prepared, resources: Resources, until: int | None = 
             rope_length=policy.rope_length,
             trust_remote_code=config.model.trust_remote_code,
             layout=config.model.layout,
+            identity=policy.digest,
         ),
         work=ModelCost.of(prepared.policy_dir).work,
         memory_share=resources.memory_share,
-        policy_identity=policy.digest,
         reference_identity=reference.digest,
         starts_as_reference=policy.same_model(reference),
         coarser_dtype="bfloat16" if "bfloat16" in (policy.dtype, reference.dtype) else "float32",
@@ -180,6 +180,7 @@ def train_prepared(
     if summary is not None:
         console.say(f"run {config.run_name} is already complete: {redact(config.run_dir)} (--fresh trains it again)")
     else:
+        console.begin("joining pairs with log-probs")
         joined = join_sets(prepared, console) if shared is None else shared.joined
         resources = resources_for("train", config, 1 if shared is None else shared.at_once)
         if shared is None:
@@ -198,6 +199,7 @@ def train_prepared(
                 tokenizer=prepared.tokeniser.tokenizer,
                 board=None if shared is None else shared.board,
             )
+            console.begin("training: workers")
             trained = launch(payload, resources, display.listen)
         if trained["interrupted"]:
             if trained["steps"] == job.stop_after:
@@ -205,6 +207,7 @@ def train_prepared(
             console.say(f"stopped after step {trained['steps']:,}; its checkpoint is in {redact(config.run_dir)}")
             raise KeyboardInterrupt
         summary = _summarise(prepared, storage, trained, hit_rate, job, joined.training_pairs)
+        summary["startup_seconds"] = {name: round(seconds, 2) for name, seconds in console.phases.seconds.items()}
         storage.write("final/README.md", model_card(config, summary).encode())
         storage.write(SUMMARY, json.dumps(finite(summary), indent=2, allow_nan=False).encode())
     print_summary(console, summary)

@@ -14,7 +14,7 @@ from typing import Any
 
 from raydpo.storage.local_copy import local_home
 
-__all__ = ["program", "remembered", "stamp"]
+__all__ = ["keep", "program", "recall", "remembered", "stamp"]
 
 
 def remembered(kind: str, decides: object, find: Callable[[], Any]) -> Any:
@@ -23,22 +23,37 @@ def remembered(kind: str, decides: object, find: Callable[[], Any]) -> Any:
     Args:
         kind: name of the folder in ``local_home``.
         decides: everything that the result depends on, as JSON.
-        find: returns what JSON can store. What it raises is not remembered.
+        find: returns what JSON can store, but not None. What it raises is not remembered.
     """
-    place = local_home() / kind / f"{hashlib.sha256(json.dumps(decides).encode()).hexdigest()}.json"
+    known = recall(kind, decides)
+    if known is None:
+        known = find()
+        keep(kind, decides, known)
+    return known
+
+
+def recall(kind: str, decides: object) -> Any:
+    """The result that ``keep`` was given with equal ``decides``, or None."""
     try:
-        return json.loads(place.read_text(encoding="utf-8"))
+        return json.loads(_place(kind, decides).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        pass
-    found = find()
+        return None
+
+
+def keep(kind: str, decides: object, result: Any) -> None:
+    """Remember ``result``. Without a writable home it is found again next time."""
+    place = _place(kind, decides)
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         temporary = place.with_suffix(f".{uuid.uuid4().hex}")
-        temporary.write_text(json.dumps(found), encoding="utf-8")
+        temporary.write_text(json.dumps(result), encoding="utf-8")
         os.replace(temporary, place)
     except OSError:
-        pass  # without a writable home it is found again next time
-    return found
+        pass
+
+
+def _place(kind: str, decides: object) -> Path:
+    return local_home() / kind / f"{hashlib.sha256(json.dumps(decides).encode()).hexdigest()}.json"
 
 
 def stamp(file: Path) -> list[str | int]:

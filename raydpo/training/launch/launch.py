@@ -20,6 +20,7 @@ from raydpo.reference.identity import on_this_machine
 from raydpo.rundir.directory import CHECKPOINTS, FINAL
 from raydpo.storage.files import Storage
 from raydpo.terminal.interrupt import interruptible
+from raydpo.terminal.phases import collect_rarely
 from raydpo.training.launch.board import Listener, listening, start_mailbox
 from raydpo.training.launch.hooks import RayHooks, WorkerInput, log_to
 
@@ -146,6 +147,11 @@ def _worker(config: dict[str, Any]) -> None:
 def _train(payload: WorkerInput, tokens_per_batch: int | None) -> None:
     import ray
     import ray.train
+
+    rank = ray.train.get_context().get_world_rank()
+    hooks = RayHooks(payload, rank)
+    hooks.phase("training: imports")
+    collect_rarely()
     import torch
     from ray.train.torch import get_device
 
@@ -155,7 +161,6 @@ def _train(payload: WorkerInput, tokens_per_batch: int | None) -> None:
     from raydpo.training.policy.export import export_policy
     from raydpo.training.trainer import train_policy
 
-    rank = ray.train.get_context().get_world_rank()
     job = dataclasses.replace(payload.job, policy=on_this_machine(payload.job.policy), tokens_per_batch=tokens_per_batch)
     storage = Storage(payload.run_dir)
     log_to(storage, rank)
@@ -163,11 +168,11 @@ def _train(payload: WorkerInput, tokens_per_batch: int | None) -> None:
         torch.set_num_threads(payload.threads)
     device = get_device()
     join_process_group(device)
+    hooks.phase("loading and checking the policy")
     pairs = TrainingPairs(ray.get(payload.pairs))
     check_rows = pairs.groups(range(min(CHECK_ROWS, len(pairs))))
     engine = PolicyEngine(job.policy, job.train, device, check_rows=check_rows)
     held_out = None if payload.held_out is None else TrainingPairs(ray.get(payload.held_out))
-    hooks = RayHooks(payload, rank)
     checkpoint = ray.train.get_checkpoint()
     with (
         tempfile.TemporaryDirectory(prefix="raydpo-") as scratch,
