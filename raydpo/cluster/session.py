@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from raydpo.config import Config
 from raydpo.errors import ConfigError, RaydpoError, one_line
@@ -22,6 +22,11 @@ WORKER_ENV = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "PYTHONUTF8": "1",  # libraries open files in the encoding of the locale, which may be ASCII
 }
+ONE_NODE_ENV = {
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a Ray of our own loses no node before the command ends
+    "RAY_TRAIN_METRICS_ENABLED": "0",  # there is no dashboard to show them
+}
+"""What Ray Train need not do on a Ray of our own. Each of its helpers is a process, which takes a CPU second to start."""
 OBJECT_STORE_BYTES = 1 << 30
 """Object store of a local Ray. Token ids and log-probs are small; Ray's default, 30 % of memory, is left to the models."""
 
@@ -59,6 +64,9 @@ def session(config: Config) -> Iterator[None]:
             # By default Ray starts a process for each CPU in advance, without our environment. Each costs seconds of CPU
             # time and is never used.
             os.environ |= {"RAY_prestart_worker_first_driver": "0", "RAY_enable_worker_prestart": "0"}
+            # By default workers give way to every other process, so that each of Ray's own stops one of their threads, and
+            # with it the step.
+            os.environ.setdefault("RAY_worker_niceness", "0")
             # Without "local" it would join a Ray that another user has started on this machine.
             store = _object_store_bytes()
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=store, **common)
@@ -76,9 +84,22 @@ def session(config: Config) -> Iterator[None]:
             "cluster (ray.address)"
         ) from None
     try:
-        yield
+        with contextlib.nullcontext() if address else _environment(ONE_NODE_ENV):
+            yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables within the block, where the user has not set them."""
+    ours = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ |= ours
+    try:
+        yield
+    finally:
+        for name in ours:
+            os.environ.pop(name, None)
 
 
 def starts_own_ray(config: Config) -> bool:
