@@ -47,8 +47,6 @@ def test_without_a_model_or_another_process_nothing_is_remembered():
 def test_a_layout_is_chosen_once(name, dtype, monkeypatch):
     models = [LogpModel(make_random(name, 96).to(dtype)).eval() for _ in "12"]
     first = choose_layout(models[0], CPU, recall=Recall("model", CPU))
-    again = choose_layout(models[0], CPU, recall=Recall("another model", CPU))
-    assert again == first
 
     def never(*args):
         raise AssertionError("checked again")
