@@ -227,9 +227,11 @@ class ObjectiveConfig(Section):
 
     @property
     def loss_text(self) -> str:
-        """Loss and weights as text."""
-        terms = self.terms.items()
-        return " + ".join(f"{weight:g} {name}" for name, weight in terms) if len(terms) > 1 else next(iter(self.terms))
+        """Names of the losses with their weights, such as ``0.8 sigmoid + 0.2 sft``. A single weight of 1 is left out."""
+        (name, weight), *others = self.terms.items()
+        return (
+            name if not others and weight == 1 else " + ".join(f"{weight:g} {name}" for name, weight in self.terms.items())
+        )
 
     @property
     def beta_text(self) -> str:
