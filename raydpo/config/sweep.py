@@ -38,14 +38,15 @@ class DrawConfig(Section):
         return self
 
     def at(self, place: float) -> Any:
-        """The value at ``place`` in [0, 1). Numbers are rounded to three significant digits, and the trial's name shows all
-        three."""
+        """Return the value at ``place`` in [0, 1). Numbers are rounded to three significant digits, which the trial's name
+        shows. A bound replaces a number that rounding would take beyond it."""
         if self.uniform is not None:
             low, high = self.uniform
-            return float(f"{low + place * (high - low):.3g}")
+            return min(max(float(f"{low + place * (high - low):.3g}"), low), high)
         if self.log_uniform is not None:
-            low, high = map(math.log, self.log_uniform)
-            return float(f"{math.exp(low + place * (high - low)):.3g}")
+            low, high = self.log_uniform
+            drawn = math.exp(math.log(low) + place * (math.log(high) - math.log(low)))
+            return min(max(float(f"{drawn:.3g}"), low), high)
         assert self.choice is not None  # exactly one of the three is set, see _check
         return self.choice[int(place * len(self.choice))]
 
