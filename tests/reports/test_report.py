@@ -16,7 +16,7 @@ from raydpo.data.interval import share_error
 from raydpo.errors import ConfigError, RaydpoError
 from raydpo.evaluation.display import print_evaluation
 from raydpo.reports import write_comparison, write_report
-from raydpo.reports.compare import differences
+from raydpo.reports.compare import differences, overlaid
 from raydpo.reports.curves import POINTS, curve
 from raydpo.reports.evaluation import evaluation_tables
 from raydpo.reports.frontier import points_of
@@ -172,6 +172,18 @@ def test_a_thinned_curve_keeps_extremes_and_its_running_mean_is_one():
     few = curve(pl.DataFrame({"step": [1, 2, 3], "loss": [1.0, None, 4.0]}), "loss", "training", "#000000")
     assert few.each == 1 and np.isnan(few.mean[1]) and few.running_mean.tolist() == [1.0, 2.5, 4.0]
     assert curve(pl.DataFrame({"step": [1], "loss": [None]}), "loss", "training", "#000000") is None
+
+
+def test_a_point_of_a_thinned_curve_stands_for_evaluations_where_the_table_has_them(tmp_path):
+    """1,000 evaluations, one every 50 steps: a point is the mean of 5 evaluations, not of 5 steps."""
+    directory = made_run(tmp_path, "many", steps=10)
+    rows = [{"step": 50 * number, "eval_loss": 1 / (1 + number), "eval_length/chosen": 9.0} for number in range(1000)]
+    (directory / "eval.parquet").write_bytes(to_parquet(rows))
+    page = run_page(record(directory))
+    assert "Each point is the mean of 5 evaluations" in page and "mean of 5 steps" not in page
+    (directory / "metrics.parquet").write_bytes(to_parquet([{"step": step, "loss": 0.5} for step in range(1, 1001)]))
+    assert "Each point is the mean of 5 steps or 5 evaluations" in run_page(record(directory))
+    assert all("5 evaluations" in one.caption for one in overlaid([record(directory)], ["held out"]))
 
 
 def test_a_step_that_is_not_finite_is_left_out_of_the_curves(tmp_path):
