@@ -58,13 +58,11 @@ class Resources:
 
     def asks(self) -> str:
         """Describe ``bundle`` and the labels, for messages."""
-        amount = self.gpus_per_worker * self._size
-        if amount:
-            said = f"{amount:g} {self.accelerator or 'GPU'}"
-        else:
-            said = "a CPU" if self._size == 1 else f"{self._size} CPUs"
-        where = ["on one machine"] if max(amount, self._size) > 1 else []
-        return " ".join([said, *where, *(f"{key}={value}" for key, value in self.labels.items())])
+        gpus, size = self.gpus_per_worker * self._size, self._size
+        said = [f"{gpus:g} {self.accelerator or 'GPU'}" if gpus else "a CPU" if size == 1 else f"{size} CPUs"]
+        if max(gpus, size) > 1:
+            said.append("on one machine")
+        return " ".join([*said, *(f"{key}={value}" for key, value in self.labels.items())])
 
     @property
     def device(self) -> Literal["cuda", "cpu"]:
@@ -125,11 +123,11 @@ def _check_places(stage: str, resources: Resources, nodes: Sequence[dict[str, An
     fit = sum(holds(node["Resources"], resources.bundle) for node in nodes)
     needed = 1 if stage == "score" else resources.fewest or resources.workers
     if fit < needed:
-        also = " and a CPU" if resources.gpus_per_worker else ""
+        also = f" and {resources.bundle['CPU']:g} CPU(s)" if resources.gpus_per_worker else ""
         raise ConfigError(
             f"{stage} needs places for {needed} worker(s), each {resources.asks()}{also}, but the Ray cluster's nodes"
-            f"{where} have places for {fit}; lower {stage}.gpus_per_worker or {stage}.workers, or set ray.autoscaling=true if the "
-            "cluster starts nodes on demand"
+            f"{where} have places for {fit}; lower {stage}.gpus_per_worker or {stage}.workers, or set "
+            "ray.autoscaling=true if the cluster starts nodes on demand"
         )
 
 

@@ -30,7 +30,7 @@ def test_a_worker_whose_gpus_no_node_has_is_refused(cluster, stage):
     nodes, wish = [(8, 1), (8, 1)], f"{stage}.gpus_per_worker=2"
     with pytest.raises(
         ConfigError,
-        match=f"places for 1 worker.*each 2 GPU on one machine and a CPU, but .*have places for 0; lower {stage}",
+        match=f"places for 1 worker.*each 2 GPU on one machine and 1 CPU.s., but .*have places for 0; lower {stage}",
     ):
         cluster(stage, nodes, wish)
     assert cluster(stage, nodes, wish, "ray.autoscaling=true").gpus_per_worker == 2
@@ -39,7 +39,7 @@ def test_a_worker_whose_gpus_no_node_has_is_refused(cluster, stage):
 
 def test_a_training_needs_a_place_for_each_worker_and_scoring_for_one(cluster):
     nodes = [(8, 3), (8, 3)]
-    with pytest.raises(ConfigError, match="places for 3 worker.*have places for 2"):
+    with pytest.raises(ConfigError, match=r"places for 3 worker.*have places for 2"):
         cluster("train", nodes, "train.workers=3", "train.gpus_per_worker=2")
     assert cluster("train", nodes, "train.workers={min: 2, max: 3}", "train.gpus_per_worker=2").workers == 3
     assert cluster("score", nodes, "score.workers=3", "score.gpus_per_worker=2").workers == 3
