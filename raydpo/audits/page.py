@@ -33,7 +33,8 @@ def render_page(audit: Audit) -> str:
 
 
 def _share(value: dict[str, Any]) -> str:
-    return "-" if value["share"] is None else f"{value['share']:.1%} ± {(value['high'] - value['low']) / 2:.1%}"
+    """Format a share with its interval, whose bounds are not equally far from a small or a large share."""
+    return "-" if value["share"] is None else f"{value['share']:.1%} ({value['low']:.1%} to {value['high']:.1%})"
 
 
 def _number(value: float | None, form: str = ".2f") -> str:
