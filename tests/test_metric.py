@@ -46,7 +46,7 @@ def test_the_best_checkpoints_are_kept_by_any_metric_that_has_a_best(metric, tre
         assert _checkpoint_config(train).checkpoint_score_order == BETTER[last]
         assert lower_is_better(metric) == (BETTER[last] == "min")
     else:
-        with pytest.raises(ConfigError, match=f"keep_best: neither more nor less of '{metric}' is .*eval_helpful/loss"):
+        with pytest.raises(ConfigError, match=f"keep_best: neither a lower nor a higher '{metric}' is .*eval_helpful/loss"):
             load_config(tree, [f"train.keep_best={metric}"])
 
 

@@ -52,7 +52,7 @@ class Config(Section):
     """The configuration of a run."""
 
     name: Annotated[str | None, Field(pattern=NAME_PATTERN)] = None
-    """Name of the directory of the run or sweep below output; null = model, loss and beta; for a sweep model and 'sweep'."""
+    """Name of the directory of the run or sweep below output; null = made of model, loss and beta; of a sweep, its model."""
     output: Annotated[PathOrUri, AfterValidator(_no_root)]
     """Directory of the run directories, a local path or URI."""
     model: ModelConfig
@@ -127,7 +127,7 @@ class Config(Section):
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the log-probs of a reference are needed: by the loss, or by the condition on pairs."""
+        """Whether the log-probs of a reference are needed, by the loss or by ``data.filter``."""
         if self.train.needs_reference or self.data.filter is None:
             return self.train.needs_reference
         from raydpo.config.filter import PairFilter

@@ -180,11 +180,11 @@ def test_random_trials_are_the_same_each_time_and_the_first_of_more(sweep):
         ),
         (
             {"grid": {"train.beta": [0.1]}, "metric": "eval_rewards/rejected"},
-            ["sweep.metric: neither more nor less of 'eval_rewards/rejected' is better", "one of eval_loss"],
+            ["sweep.metric: neither a lower nor a higher 'eval_rewards/rejected' is better", "one of eval_loss"],
         ),
         (
             {"grid": {"train.beta": [0.1]}, "stop_early": {"grace": 50, "metric": "eval_length/chosen"}},
-            ["sweep.stop_early.metric: neither more nor less of 'eval_length/chosen'"],
+            ["sweep.stop_early.metric: neither a lower nor a higher 'eval_length/chosen'"],
         ),
         (
             {"grid": {"train.loss": ["sigmoid", "simpo"]}, "metric": "eval_logps/chosen_fell"},
