@@ -56,6 +56,15 @@ def test_what_no_evaluation_measures_is_refused_before_anything_starts(metric, t
         load_config(tree, [f"train.keep_best={metric}"])
 
 
+def test_a_metric_against_the_reference_needs_one(tree):
+    """A loss without a reference has none, unless the filter needs its log-probs; another filter does not help."""
+    overrides = ["train.loss=simpo", "train.keep_best=eval_logps/chosen_fell"]
+    for condition in ("null", "chosen_tokens < 10"):
+        with pytest.raises(ConfigError, match="'eval_logps/chosen_fell', which no evaluation measures"):
+            load_config(tree, [*overrides, f"data.filter={condition}"])
+    assert load_config(tree, [*overrides, "data.filter=ref_margin > -20"]).needs_reference
+
+
 def test_a_file_of_held_out_pairs_is_one_source(tree, tmp_path):
     with pytest.raises(ConfigError, match="'eval_helpful/loss', which no evaluation measures"):
         load_config(tree, ["train.keep_best=eval_helpful/loss", f"data.eval={tmp_path / 'helpful.jsonl'}"])
