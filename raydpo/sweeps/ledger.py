@@ -27,7 +27,8 @@ class TrialStatus:
 
     Attributes:
         error: why it failed.
-        steps: number of steps that its metrics record. seconds: their time.
+        steps: number of steps that its metrics record.
+        seconds: wall time of these steps, including checkpoints and evaluations between them.
         eval: the last held-out evaluation, by metric.
         evaluation: the content of evaluation.json.
     """
@@ -51,7 +52,8 @@ class TrialStatus:
         storage = Storage(self.trial.config.run_dir)
         rows, evals = read_rows(storage, METRICS), read_rows(storage, EVAL)
         self.steps = int(rows[-1]["step"]) if rows else 0
-        self.seconds = sum(row["seconds"] for row in rows)
+        # Column ``seconds`` leaves out checkpoints and evaluations. Runs of earlier versions may have no other.
+        self.seconds = sum(row.get("time/step") or row["seconds"] for row in rows)
         self.eval = evals[-1] if evals else None
         self.evaluation = RunDirectory(storage).evaluation()
 
