@@ -65,7 +65,7 @@ def evaluation_part(evaluation: dict[str, Any]) -> EvaluationPart:
 
 
 def shown_samples(samples: list[dict[str, str]] | None) -> list[dict[str, str]]:
-    """Return samples with invisible and direction-changing characters made visible."""
+    """Return the samples with visible signs in place of invisible characters and those that change the writing direction."""
     return [{side: shown(said) for side, said in sample.items()} for sample in samples or []]
 
 

@@ -73,8 +73,8 @@ class Ledger:
         self._lock = threading.Lock()
 
     def found_in_cache(self, identity: str, hit_rates: list[float | None]) -> None:
-        """Store the identity of the reference and, for each trial, the share of its completions that the cache held (None:
-        it needs none)."""
+        """Store the identity of the reference and, for each trial, the share of its completions that the cache holds after
+        the reference pass; None for a trial without a reference."""
         self.cache |= {"identity": identity, "hit_rates": hit_rates}
 
     def set(self, name: str, status: Status, error: str | None = None) -> None:
@@ -86,7 +86,7 @@ class Ledger:
             self._write()
 
     def best(self) -> list[TrialStatus]:
-        """Return the trial with the best ``sweep.metric`` among those that are done; several if they are equal."""
+        """Return the trials with the best ``sweep.metric`` among those that are done: several only if they are equal."""
         metric = self.config.sweep.metric
         scores = {
             name: entry.eval[metric]
