@@ -130,7 +130,7 @@ TEXT = {
     ),
     "history and labels": (
         {"history": "q", "human_ref_A": "bad", "human_ref_B": "good", "labels": 0},
-        "'labels' prefers 'human_ref_A' or 'human_ref_B' (1: human_ref_A)",
+        "'labels' prefers 'human_ref_A' or 'human_ref_B' (1: human_ref_A, 0: human_ref_B)",
     ),
     "response_2 is better": (
         {"prompt": "q", "response_1": "bad", "response_2": "good", "preference_strength": 3},
@@ -190,14 +190,17 @@ def test_the_plain_forms_need_no_note():
             {"prompt": "p", "good": "a", "bad": "b"},
             "missing column 'chosen', nearest forms: prompt .* found 'prompt', 'good', 'bad'",
         ),
-        ({"prompt": "p", "chosen_response": "a", "rejected_response": "b"}, "nearest forms: prompt .* chosen .* rejected"),
+        (
+            {"prompt": "p", "chosen_response": "a", "rejected_response": "b", "chosen_text": "a", "rejected_text": "b"},
+            "each of 'chosen_response', 'chosen_text' may be the chosen answer",
+        ),
         ({"data": [{"prompt": "p", "chosen": "a", "rejected": "b"}]}, "only column 'data' holds a list of records"),
         ({"prompt": "p", "chosen": "a"}, "missing column 'rejected', nearest forms: .*; found 'prompt', 'chosen'"),
         ({"prompt": "p", "response_a": "a", "response_b": "b"}, "missing column 'chosen', nearest forms: .* or .*; found"),
         ({"prompt": "p", "answers": ["a", "b"]}, "nearest forms: .*answers"),
-        ({"prompt": "p", "response1": "a", "response2": "b", "overall_preference": 0}, "is 0, so no answer is preferred"),
+        ({"prompt": "p", "response1": "a", "response2": "b", "overall_preference": 0}, "are alike .a tie., so no"),
         ({"history": "p", "human_ref_A": "a", "human_ref_B": "b", "labels": 7}, "'labels' is neither 0 nor 1"),
-        ({"conversation_a": Q + GOOD, "conversation_b": Q + BAD, "winner": "tie"}, "names neither a nor b"),
+        ({"conversation_a": Q + GOOD, "conversation_b": Q + BAD, "winner": "tie"}, "are alike .a tie., so no"),
         (
             {"context": "t", "question": "q", "chosen": "a", "rejected": "b"},
             "each of 'context', 'question' may be the prompt",
