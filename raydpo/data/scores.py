@@ -20,6 +20,8 @@ _LOWER_IS_BETTER = {"rank", "ranking"}
 _DIFFERENCES = {"margin", "difference", "diff", "gap", "strength"}
 """Words in the names of columns that hold how much better the chosen answer is."""
 _NOT_QUALITY = {"logp", "logps", "logprob", "logprobs", "ref", "reference", "length", "tokens", "weight"}
+_VERDICTS, _VERDICT = ("status", "winner", "verdict"), 0
+"""Columns of text that may call a pair a tie, and what stands for the sign of such a column."""
 _FIRST = 3
 
 
@@ -78,7 +80,7 @@ class Contradictions:
 def _columns(names: tuple[str, ...]) -> tuple[tuple[tuple[str, ...], int], ...]:
     """The columns to compare, the most direct first: (of chosen, of rejected), or one column of differences; and the sign of
     what is better."""
-    found = []
+    found: list[tuple[tuple[str, ...], int]] = [((name,), _VERDICT) for name in _VERDICTS if name in names]
     words = {name: _split(name) for name in names if isinstance(name, str)}
     for name, parts in words.items():
         if "chosen" in parts and set(parts) & _WORDS and not set(parts) & _NOT_QUALITY:
@@ -99,6 +101,9 @@ def _split(name: str) -> list[str]:
 
 def _better(record: Mapping[str, Any], names: tuple[str, ...], sign: int) -> float | None:
     """How much better the chosen answer is by these columns; None if they do not say."""
+    if sign == _VERDICT:
+        value = record[names[0]]
+        return 0 if isinstance(value, str) and value.lower().startswith("tie") else None
     values = [_number(record[name]) for name in names]
     if None in values:
         return None
