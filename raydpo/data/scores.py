@@ -79,7 +79,9 @@ class Contradictions:
 @lru_cache(maxsize=1024)
 def _columns(names: tuple[str, ...]) -> tuple[tuple[tuple[str, ...], int], ...]:
     """The columns to compare, the most direct first: (of chosen, of rejected), or one column of differences; and the sign of
-    what is better."""
+    what is better. None if nothing is called chosen: the record's form then has its own rules."""
+    if not any(isinstance(name, str) and "chosen" in name.lower() for name in names):
+        return ()
     found: list[tuple[tuple[str, ...], int]] = [((name,), _VERDICT) for name in _VERDICTS if name in names]
     words = {name: _split(name) for name in names if isinstance(name, str)}
     for name, parts in words.items():

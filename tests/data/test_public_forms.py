@@ -300,6 +300,14 @@ def test_columns_that_contradict_the_one_that_is_read_are_warned_of():
     assert preference.chosen == "a" and preference.notes[1].startswith("warning: 'winner' read, though 'preference' says")
 
 
+def test_a_preference_that_was_read_contradicts_nothing():
+    found = Contradictions()
+    for record, _ in PUBLIC.values():
+        found.look(record, "a:1")
+    found.look(PUBLIC["HelpSteer2, preference"][0] | {"preference_strength": -3}, "a:2")
+    assert (found.reversed, found.tied) == (0, 0)
+
+
 def test_pairs_that_a_status_calls_a_tie_are_counted():
     found = Contradictions()
     found.look(PUBLIC["distilabel-intel-orca-dpo-pairs"][0] | {"status": "tie"}, "a:1")
