@@ -501,3 +501,23 @@ def test_a_prompt_of_few_characters_is_not_taken_off_words_that_begin_with_it():
     first, second = repeats.taken_off([long, short])
     assert (first.chosen, first.rejected) == (" Frozen water.", " A stone.")
     assert second == short and repeats.taken == 1
+
+
+def test_a_prompt_that_ends_within_a_word_of_an_answer_is_not_taken_off():
+    def pair(prompt, *answers):
+        return Preference(prompt, *answers)
+
+    repeated = pair("What is ice", "What is ice? Frozen water.", "What is ice: a stone.")
+    within = pair("What is tea", "What is teapot", "What is tea in a pot")
+    first = Repeats()
+    assert first.taken_off([within]) == [within]
+    assert (first.take_off, first.taken, first.kept, first.without) == (False, 0, 1, 0)
+    assert first.lines()[0].startswith("warning: in 1 pairs both answers begin with the prompt, which was kept, since")
+    later = Repeats()
+    assert later.taken_off([repeated])[0].chosen == "? Frozen water."
+    assert later.taken_off([within, pair("Room 1", "Room 10", "Room 1 is free")])[0] == within
+    assert (later.taken, later.kept, later.without) == (1, 2, 0)
+    (chinese,) = Repeats().taken_off(
+        [pair("\u4ec0\u4e48\u662f\u8336", "\u4ec0\u4e48\u662f\u8336\u8336", "\u4ec0\u4e48\u662f\u8336\u53f6")]
+    )
+    assert (chinese.chosen, chinese.rejected) == ("\u8336", "\u53f6")
