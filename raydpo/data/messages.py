@@ -127,8 +127,14 @@ def messages(value: Any, name: str, notes: Notes) -> list[Message]:
         if message.get("role") not in ROLES:
             message = _translated(message, name, notes)
         content = message.get("content")
-        if not isinstance(content, (str, list)) and not message.get("tool_calls"):
-            raise Malformed(f"{name} has a message without content")
+        if (content is None or len(message) > 2) and message.get("function_call") is not None:
+            _check_call(message, name)
+        elif not isinstance(content, (str, list)) and not message.get("tool_calls"):
+            more = [key[:30] for key, entry in message.items() if entry and key not in ("role", "content")]
+            raise Malformed(
+                f"{name} has a message without content"
+                + (f", only with {', '.join(map(repr, more[:3]))}: write its text into content" if more else "")
+            )
         if isinstance(content, list):
             _check_parts(content, name)
             if any(isinstance(part, Mapping) and None in part.values() for part in content):
@@ -137,6 +143,19 @@ def messages(value: Any, name: str, notes: Notes) -> list[Message]:
             _check_parts([{key: entry for key, entry in message.items() if key in _MEDIA and entry}], name)
         found.append({key: entry for key, entry in message.items() if entry is not None})
     return found
+
+
+def _check_call(message: Mapping[str, Any], name: str) -> None:
+    """Check the call of a function in OpenAI's older form, which ``ChatTemplate`` gives to templates as a tool call."""
+    call = message["function_call"]
+    if message.get("tool_calls"):
+        raise Malformed(f"{name} has a message with both function_call and tool_calls; write tool_calls alone")
+    if not (
+        isinstance(call, Mapping)
+        and isinstance(call.get("name"), str)
+        and isinstance(call.get("arguments"), (str, Mapping, type(None)))
+    ):
+        raise Malformed(f"{name} has a function_call that is not an object with name and arguments; write tool_calls")
 
 
 def _translated(message: Mapping[str, Any], name: str, notes: Notes) -> Mapping[str, Any]:
@@ -227,7 +246,9 @@ def says_something(said: str | list[Message]) -> bool:
     """Whether an answer holds any text, or calls a tool."""
     if isinstance(said, str):
         return bool(said.strip())
-    return any(message.get("tool_calls") or _any_content(message.get("content")) for message in said)
+    return any(
+        message.get("tool_calls") or message.get("function_call") or _any_content(message.get("content")) for message in said
+    )
 
 
 def _any_content(content: Any) -> bool:

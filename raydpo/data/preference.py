@@ -32,6 +32,7 @@ _RESERVED = frozenset({
     "tokenizer_kwargs", "sanitize_control_tokens",
 })  # fmt: skip
 _WRITTEN = "text that is a list of messages, as JSON or Python writes it, read as messages"
+_FUNCTIONS = "'functions' read as tools"
 _ONE_IS_JSON = "warning: only one of chosen and rejected is JSON text of messages, so both are read as text"
 _MAY_BE_JSON = frozenset('[{" \n\r\t')
 
@@ -86,7 +87,7 @@ def normalise(record: Mapping[str, Any], numbers: Sequence[str] = ()) -> list[Pr
         Malformed: with the reason.
     """
     notes: Notes = {}
-    tools = _tools(record.get("tools"), notes)
+    tools = _tools(record.get("tools"), notes) or _functions(record.get("functions"), notes)
     kwargs = _json(record.get("chat_template_kwargs"), "chat_template_kwargs", dict) or {}
     for key in sorted(_RESERVED & kwargs.keys()):
         raise Malformed(f"chat_template_kwargs must not set {key!r}")
@@ -115,7 +116,8 @@ def normalise(record: Mapping[str, Any], numbers: Sequence[str] = ()) -> list[Pr
         system = warn_of_prompt_columns(record, present, used, parts[0][0], notes)
         if system is not None:
             parts = [_with_system(each, system, notes) for each in parts]
-        unused = unused_columns(record, present, (*used, *numbers))
+        more = (*numbers, "functions") if _FUNCTIONS in notes else numbers
+        unused = unused_columns(record, present, (*used, *more))
     told = tuple(notes)
     return [
         Preference(prompt, chosen, rejected, tools, kwargs, found, texts, told, unused)
@@ -243,6 +245,18 @@ def _tools(value: Any, notes: Notes) -> list[Any] | None:
         notes["tools that are JSON text read as objects"] = None
         tools = [_json(tool, "a tool", dict) if isinstance(tool, str) else tool for tool in tools]
     return tools
+
+
+def _functions(value: Any, notes: Notes) -> list[Any] | None:
+    """The column ``functions``, OpenAI's older form of tools; None if it holds something else."""
+    try:
+        functions = _json(value, "functions", list)
+    except Malformed:
+        return None
+    if not functions or not all(isinstance(each, Mapping) and isinstance(each.get("name"), str) for each in functions):
+        return None
+    notes[_FUNCTIONS] = None
+    return [{"type": "function", "function": each} for each in functions]
 
 
 def _json(value: Any, name: str, kind: type) -> Any:

@@ -27,6 +27,8 @@ _THOUGHT_FIELDS = (
 )
 """Fields of a message that hold thoughts; data sets and templates use different names."""
 _KNOWN_FIELDS = {"role", "content", "tool_calls", "function_call", *_THOUGHT_FIELDS}
+_MARKS = {"weight", "loss_weight", "train", "training", "trainable", "trained", "learn", "loss"}
+"""Fields with which other tools say whether a message is trained, and how much it counts: 0 or false if not."""
 _IDS = {"type", "id", "index", "tool_use_id", "tool_call_id", "cache_control"}
 """Keys of content parts that are no text."""
 _TAGS = (
@@ -47,6 +49,8 @@ _EMPTY_THOUGHT = re.compile(
     + rf"|\A\s*(?:{'|'.join(map(re.escape, _CLOSERS))})"  # opened at the end of the prompt
 )
 _MOST_SIGNS = 4
+_OF_FIELD = -2
+"""Stands for the turn of a text that is no content."""
 _TAIL = 40
 _CUT = "\x00"
 """Stands where a text was found, so that no other is found there again."""
@@ -154,24 +158,32 @@ class RenderingCheck:
 
     def _check_prompt(self, preference: Preference, prompt: str, found: list[Remark]) -> None:
         wanted, more = _tool_texts(preference.tools) if preference.tools else ([], [])
+        fields: list[Text] = []
         for turn, message in enumerate(preference.prompt):
             wanted += _texts(message, turn, more)
-            _unread(message, found)
+            fields += _fields(message)
+            found += [Remark(remarks.UNTRAINED_BEFORE, key) for key in message.keys() & _MARKS]
         self._check_spelling("prompt", [one.text for one in wanted], found)
-        for one in left_out(prompt, wanted, more):
+        for one in _without_fields(left_out(prompt, [*wanted, *fields], more), fields, found):
             kind = _LOST_IN_PROMPT.get(one.what, remarks.LOST)
             found.append(Remark(kind, f"{one.what} (prompt)" if one.turn >= 0 else one.what, one.text, remedy(one.what)))
 
     def _check_answer(self, side: str, messages: list[Message], whole: str, start: int, found: list[Remark]) -> None:
         wanted: list[Text] = []
         more: list[str] = []
+        fields: list[Text] = []
         for turn, message in enumerate(messages):
             wanted += _texts(message, turn, more)
-            _unread(message, found)
+            fields += _fields(message)
+            found += [
+                Remark(remarks.UNTRAINED, f"{key} ({side})", str(message[key]))
+                for key in message.keys() & _MARKS
+                if message[key] not in (1, "1", "true", "True")
+            ]
         texts = [one.text for one in wanted]
         self._check_spelling(side, texts, found)
         region = whole[start:]
-        lost = left_out(region, wanted, more)
+        lost = _without_fields(left_out(region, [*wanted, *fields], more), fields, found)
         if lost and len(lost) >= sum(len(_pieces(one)) for one in wanted):
             what = ", ".join(dict.fromkeys(one.what for one in lost))
             raise Malformed(f"the chat template leaves out or changes all of {side} ({what}); {remedy(lost[0].what)}")
@@ -293,10 +305,23 @@ def _tool_texts(tools: list[Any]) -> tuple[list[Text], list[str]]:
     return wanted, more
 
 
-def _unread(message: Message, found: list[Remark]) -> None:
-    for key in message.keys() - _KNOWN_FIELDS:
-        if isinstance(message[key], (str, list, dict)) and message[key] and key not in ("tool_call_id", "name"):
-            found.append(Remark(remarks.FIELD, str(key)[:40]))
+def _fields(message: Message) -> list[Text]:
+    """The texts of fields that few templates read, such as ``name``, each under the name of its field."""
+    others = message.keys() - _KNOWN_FIELDS - _MARKS
+    return [
+        Text(str(key)[:40], leaf.strip(), _OF_FIELD)
+        for key in sorted(others, key=str)
+        for leaf in _leaves(message[key], [])
+        if leaf.strip()
+    ]
+
+
+def _without_fields(lost: list[Text], fields: list[Text], found: list[Remark]) -> list[Text]:
+    """``lost`` without the texts of fields, which are noted: many templates have no place for them."""
+    if not fields:
+        return lost
+    found += [Remark(remarks.FIELD, one.what, one.text) for one in lost if one.turn == _OF_FIELD]
+    return [one for one in lost if one.turn != _OF_FIELD]
 
 
 # -- finding them ---------------------------------------------------------------------------------------------------------

@@ -344,6 +344,17 @@ def test_tools_as_texts():
         normalise({"prompt": Q, "chosen": GOOD, "rejected": BAD, "tools": ["{"]})
 
 
+def test_functions_are_tools_of_the_older_form():
+    function = {"name": "clock", "parameters": {"type": "object"}}
+    for functions in ([function], json.dumps([function])):
+        (preference,) = normalise({"prompt": Q, "chosen": GOOD, "rejected": BAD, "functions": functions})
+        assert preference.tools == [{"type": "function", "function": function}]
+        assert (preference.notes, preference.unused) == (("'functions' read as tools",), ())
+    for functions in (["sales", "law"], "sales and law", {"sales": 1}):
+        (other,) = normalise({"prompt": Q, "chosen": GOOD, "rejected": BAD, "functions": functions})
+        assert (other.tools, other.notes, other.unused) == (None, (), ("functions",))
+
+
 def test_fields_of_parts_that_are_null_are_absent():
     (preference,) = normalise(
         {"prompt": [user([{"type": "text", "text": "q", "image": None}])], "chosen": GOOD, "rejected": BAD}

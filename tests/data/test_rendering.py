@@ -72,7 +72,7 @@ def test_templates_that_write_calls_and_tools_raise_no_alarm(name):
     template, more = SOUND[name]
     for prompt, chosen in ((history, answer("It is nine.")), ([user("Clock?")], calling(arguments=arguments))):
         ids, found = noted(template, prompt, chosen, answer("No idea."), tools=[tool("clock"), tool("zone")], **more)
-        assert not found and not isinstance(ids, Malformed)
+        assert found <= {("fields of messages left out", "tool_call_id")} and not isinstance(ids, Malformed)
 
 
 def test_a_system_message_may_move(write):
@@ -292,10 +292,94 @@ def test_arguments_that_the_template_does_not_read(write):
     assert any("does not read these chat_template_kwargs: 1 thinkng" in line for line in lines)
 
 
-def test_fields_that_are_not_checked_are_named(write):
+def test_fields_that_are_left_out_are_named(write):
     odd = [user("Hello?", mood="angry and loud")]
     lines, _ = lines_of(write, CHAT_TEMPLATE, record(odd, answer("a"), answer("b")))
-    assert any("fields of messages that are not checked" in line and "1 mood (prefs.jsonl:1)" in line for line in lines)
+    assert any("leaves out fields of messages: 1 mood, such as 'angry and loud' (prefs.jsonl:1)" in line for line in lines)
+
+
+def test_a_field_that_the_template_writes_is_not_named(write):
+    writes = CHAT_TEMPLATE.replace("{{ message.role }}", "{{ message.role }} {{ message.name or '' }}")
+    chosen = answer("a", refusal="I would rather not.")
+    asked = [user("Hello?", name="Bob Miller"), say("assistant", "Hm.", name="Ann"), user("And?", name="Bob Miller")]
+    (line,) = (each for each in lines_of(write, writes, record(asked, chosen, answer("b")))[0] if "fields of" in each)
+    assert line.startswith("data prefs: the chat template leaves out fields of messages: 1 refusal, such as 'I would rather")
+    (line,) = (each for each in lines_of(write, CHAT_TEMPLATE, record(asked, chosen, answer("b")))[0] if "fields of" in each)
+    assert "1 name, such as 'Bob Miller' (prefs.jsonl:1)" in line and "write it into content, or use a template" in line
+
+
+def test_fields_that_no_template_reads_do_not_refuse_an_answer(write):
+    """Only what a message says counts as lost."""
+    long = answer("a", original="A text of another kind that no template reads.", score=3, hidden=True)
+    lines, _ = lines_of(write, CHAT_TEMPLATE, record(PROMPT, long, answer("b")))
+    assert not any(line.startswith("warning") for line in lines)
+    assert all(any(f"1 {key}, such as" in line for line in lines) for key in ("original", "score", "hidden"))
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"weight": 0.5}, {"training": "false"}, {"loss": 0}])
+def test_marks_that_a_message_is_not_trained_are_warned_of(write, mark):
+    (key,) = mark
+    chosen = [*answer("Hm.", **mark), user("Sure?"), *answer("Yes.", **{key: 1})]
+    lines, _ = lines_of(write, CHAT_TEMPLATE, record(PROMPT, chosen, answer("b")))
+    (line,) = (each for each in lines if "marked as not to be trained" in each)
+    assert line.startswith("warning: data prefs: in 1 pairs messages of the answers are marked as not to be trained")
+    assert f"1 {key} (chosen), such as '{mark[key]}' (prefs.jsonl:1)" in line and "but every message of an answer" in line
+
+
+def test_marks_in_the_prompt_are_information_and_marks_of_what_is_trained_none(write):
+    asked = [user("Hello?"), say("assistant", "Hm.", weight=0), user("And?")]
+    lines, _ = lines_of(write, CHAT_TEMPLATE, record(asked, answer("a", weight=1, train=True), answer("b", weight=1.0)))
+    assert [line for line in lines if "mark" in line] == [
+        "data prefs: 1 prompts mark messages for training (1 weight (prefs.jsonl:1)); nothing of a prompt is trained. Make "
+        "each turn that should be a pair of its own"
+    ]
+
+
+OLD_CALL = {"name": "clock", "arguments": '{"zone": "Oslo"}'}
+
+
+def test_calls_of_functions_in_the_older_form_are_tool_calls():
+    asked = [user("Clock?"), say("assistant", None, function_call=OLD_CALL), say("function", "nine", name="clock")]
+    called = [user("Clock?"), *calling(arguments={"zone": "Oslo"}), say("tool", "nine", name="clock")]
+    for template in (CALLS, templates.QWEN, templates.LLAMA):
+        more = {"template_kwargs": {"enable_thinking": False}} if template == templates.QWEN else {}
+        old, found = noted(template, asked, answer("It is nine."), answer("No."), **more)
+        new, _ = noted(template, called, answer("It is nine."), answer("No."), **more)
+        assert [ids.tolist() for ids in old] == [ids.tolist() for ids in new]
+        kinds = {what for kind, what in found if kind == "given in another form"}
+        assert kinds >= {"function_call, given as tool_calls", "role 'function', given as 'tool'"}
+        old, _ = noted(template, PROMPT, answer(function_call=OLD_CALL), answer("No."), **more)
+        new, _ = noted(template, PROMPT, calling(arguments={"zone": "Oslo"}), answer("No."), **more)
+        assert [ids.tolist() for ids in old] == [ids.tolist() for ids in new]
+
+
+def test_a_template_that_reads_the_older_form_gets_it():
+    own = CHAT_TEMPLATE.replace(
+        "{{ message.content }}", "{{ message.content or '' }}{{ message.function_call.name if message.function_call }}"
+    )
+    tokenizer = tokenizer_for(own)
+    ((ids, found),) = Tokeniser(tokenizer).encode_noted([Preference(PROMPT, answer(function_call=OLD_CALL), answer("No."))])
+    assert tokenizer.decode(ids.chosen) == "clock</s>\n"
+    assert {(one.kind, one.what) for one in found} == {("left out", "tool calls (chosen)")}  # its argument
+
+
+def test_a_call_in_the_older_form_that_the_template_cannot_write_is_refused(write):
+    with pytest.raises(DataError, match=r"leaves out or changes all of chosen \(tool calls\); set data\.chat_template"):
+        lines_of(write, templates.CHATML, record(PROMPT, answer(function_call=OLD_CALL), answer("b")), max_lost=1.0)
+
+
+@pytest.mark.parametrize(
+    "message, reason",
+    [
+        ({"function_call": "auto"}, "chosen has a function_call that is not an object with name and arguments; write tool"),
+        ({"function_call": {"arguments": "{}"}}, "function_call that is not an object with name and arguments"),
+        ({"function_call": OLD_CALL, "tool_calls": calling()[0]["tool_calls"]}, "both function_call and tool_calls"),
+        ({"refusal": "No."}, "chosen has a message without content, only with 'refusal': write its text into content"),
+    ],
+)
+def test_calls_in_the_older_form_that_are_not_clear_are_refused(write, message, reason):
+    with pytest.raises(DataError, match=reason):
+        lines_of(write, CALLS, record(PROMPT, answer(**message), answer("b")))
 
 
 def test_lines_are_short_for_long_texts(write):
