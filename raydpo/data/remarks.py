@@ -55,7 +55,10 @@ _SENTENCES = {
         "warning: in {count} answers no special token follows the last text ({all}), so the model does not learn to stop;"
         " use a chat template that ends a turn with a special token of the tokenizer"
     ),
-    EOS_TWICE: "warning: {count} answers end with EOS twice: {all}; take it off the data or out of the chat template",
+    EOS_TWICE: (
+        "warning: the answers of {count} pairs end with EOS twice: {all}; take it off the end of the answers, or out of the "
+        "chat template"
+    ),
     BOS_REMOVED: (
         "warning: {count} prompts of plain text begin with BOS, which the tokenizer adds, too: {all}; the second is taken"
         " off"

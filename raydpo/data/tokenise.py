@@ -187,10 +187,13 @@ class Tokeniser:
             if self._check.spelled(answer) is None:
                 continue
             eos = self.tokenizer.eos_token
-            answer = answer.removesuffix(eos)
-            if (token := self._check.spelled(answer)) is not None:
-                twice = token == eos and answer.rstrip().endswith(eos) and answer.count(eos) == 1
-                found.append(Remark(remarks.EOS_TWICE if twice else remarks.SPELLED, side, token))
+            rest = answer.removesuffix(eos).rstrip()  # one EOS is not written again
+            if rest.endswith(eos):
+                found.append(Remark(remarks.EOS_TWICE, side, eos))
+            while rest.endswith(eos):
+                rest = rest.removesuffix(eos).rstrip()
+            if (token := self._check.spelled(rest)) is not None:
+                found.append(Remark(remarks.SPELLED, side, token))
         prompt = preference.prompt
         token = self._check.spelled(prompt)
         if token is not None and self._adds_bos:

@@ -239,6 +239,40 @@ def test_eos_twice():
     assert noted(on_one_line, [user("q")], answer("one\ntwo"), answer("b"))[1] == set()
 
 
+@pytest.mark.parametrize(
+    "end, twice, spelled",
+    [("", 0, 0), ("</s>", 0, 0), ("</s>\n", 1, 0), ("</s></s>", 1, 0), ("</s> </s>\n</s>", 1, 0), ("</s>!</s></s>", 1, 1)],
+)
+@pytest.mark.parametrize("adds_eos", [False, True])
+def test_eos_at_the_end_of_text_answers(write, end, twice, spelled, adds_eos):
+    """One EOS is what is wanted, whether the text, the tokenizer or raydpo writes it."""
+    from tokenizers import processors
+
+    tokenizer = tokenizer_for(None)
+    if adds_eos:
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="$A </s>", special_tokens=[("</s>", tokenizer.eos_token_id)]
+        )
+    path = write([{"prompt": "the sky", "chosen": " is" + end, "rejected": " was"}])
+    sets = load_pairs(DataConfig(train=path), Tokeniser(tokenizer))
+    lines = [line for line in sets.report.lines() if line.startswith("warning")]
+    assert [sum(word in line for line in lines) for word in ("EOS twice", "spell")] == [twice, spelled]
+    ids = sets.train["chosen_ids"][0].as_py()
+    assert (ids.count(tokenizer.eos_token_id) == 1) == (not twice) and ids[-1] == tokenizer.eos_token_id
+    for line in lines[:twice]:
+        assert line == (
+            "warning: data prefs: the answers of 1 pairs end with EOS twice: 1 chosen, such as '</s>' (prefs.jsonl:1); take "
+            "it off the end of the answers, or out of the chat template"
+        )
+
+
+@pytest.mark.parametrize("end", ["</s>", "</s>\n", " </s>"])
+def test_eos_at_the_end_of_answers_in_messages(write, end):
+    lines, _ = lines_of(write, CHAT_TEMPLATE, record(PROMPT, answer("Nine." + end), answer("Ten.")))
+    (line,) = (line for line in lines if "EOS twice" in line)
+    assert line.endswith("take it off the end of the answers, or out of the chat template")
+
+
 def test_bos_twice_or_missing(write):
     lines, sets = lines_of(write, None, {"prompt": "<s>the sky", "chosen": " is", "rejected": " was"}, bos=True)
     assert any(
