@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import combinations
@@ -21,7 +22,10 @@ _PROMPTS = ("context", "question", "instruction", "query", "problem", "history",
 """Columns that hold the prompt if there is no column of that name."""
 _BESIDE = (*_PROMPTS, "passage", "passages", "document", "documents", "docs", "background", "evidence", "knowledge")
 """Columns whose text may belong to the prompt."""
-_SYSTEM = ("system", "system_prompt", "system_message")
+_SYSTEM = re.compile(r"sys(tem)?([_\- ]?(prompt|message|instructions?|text|content))?", re.IGNORECASE)
+"""Columns whose text is a system message."""
+_ASKING = {"prompt", "question", "ask", "task", "request", "query", "instruction", "problem"}
+"""Words in names of columns that may be the prompt though another one was read as such."""
 _ANSWERS = ("completion", "response", "content", "answer", "text", "output")
 """Fields of an entry of ``completions`` that hold the answer."""
 _PLACES = (
@@ -101,10 +105,17 @@ def prompt_of(
             return None, ()
     if len(names) == 1:
         notes[f"{names[0]!r} read as the prompt"] = None
-        if names == ("context",) and answers is not None and _share_a_text(*answers):
+        one_word = isinstance(record[names[0]], str) and len(record[names[0]].split(maxsplit=1)) < 2
+        if answers is not None and (names == ("context",) or one_word) and _share_a_text(*answers):
             notes[
-                "warning: 'context' read as the prompt, though chosen and rejected begin with a text of their own; drop the "
-                "column if that is the prompt"
+                f"warning: {names[0]!r} read as the prompt, though chosen and rejected begin with a text of their own; drop "
+                "the column if that is the prompt"
+            ] = None
+        asking = _asking(record, present, one_word)
+        if asking:
+            notes[
+                f"warning: {names[0]!r} read as the prompt, though {quoted(asking)} may be it: name the prompt with the "
+                "source's 'columns'"
             ] = None
         return record[names[0]], names
     if names == ("instruction", "input") and all(isinstance(record[name], str) for name in names):
@@ -171,7 +182,7 @@ def warn_of_prompt_columns(
 @lru_cache(maxsize=4096)
 def _prompt_columns(present: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The columns of a system message, and the others that may belong to the prompt."""
-    return tuple(name for name in _SYSTEM if name in present), tuple(name for name in _BESIDE if name in present)
+    return tuple(filter(_SYSTEM.fullmatch, present)), tuple(name for name in present if name.lower() in _BESIDE)
 
 
 def _occurs(part: Any, prompt: Any) -> bool:
@@ -198,8 +209,10 @@ def unused_columns(record: Mapping[str, Any], present: tuple[str, ...], used: tu
 
 @lru_cache(maxsize=4096)
 def _others(present: tuple[str, ...], used: tuple[str, ...]) -> tuple[str, ...]:
-    known = {"prompt", "chosen", "rejected", "tools", "chat_template_kwargs", *_SYSTEM, *_BESIDE, *used}
-    return tuple(name for name in present if name not in known)
+    known = {"prompt", "chosen", "rejected", "tools", "chat_template_kwargs", *used}
+    return tuple(
+        name for name in present if name not in known and name.lower() not in _BESIDE and not _SYSTEM.fullmatch(name)
+    )
 
 
 def possible_prompts(record: Mapping[str, Any], present: tuple[str, ...]) -> tuple[str, ...]:
@@ -211,6 +224,20 @@ def possible_prompts(record: Mapping[str, Any], present: tuple[str, ...]) -> tup
         and not (isinstance(record[name], str) and len(record[name].split(maxsplit=1)) < 2)
         and name.lower().replace("-", "_").rsplit("_", 1)[-1] not in _ANY_META
     )
+
+
+def _asking(record: Mapping[str, Any], present: tuple[str, ...], one_word: bool) -> list[str]:
+    """Columns that may be the prompt though another was read as such: their names say so, or that one holds one word."""
+    found = []
+    for name in _others(present, ()):
+        words = re.split(r"[_\- ]", name.lower())
+        if words[-1] in _ANY_META and words != ["task"]:
+            continue
+        several = isinstance(record[name], str) and len(record[name].split(maxsplit=1)) > 1
+        named = words != ["task"] and not _ASKING.isdisjoint(words) and _may_be_prompt(record[name])
+        if named or (one_word and several):
+            found.append(name)
+    return found
 
 
 def _rejected_response(record: Mapping[str, Any], notes: Notes) -> tuple[Pairs, tuple[str, ...]] | None:

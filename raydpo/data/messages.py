@@ -208,7 +208,8 @@ def _check_parts(parts: list[Any], name: str) -> None:
 
 
 def from_text(text: str) -> list[Any] | None:
-    """The messages in a text that is nothing but a JSON list of messages, or one such message; else None.
+    """The messages in a text that is nothing but a JSON list of messages, an object ``{"messages": [...]}`` with nothing
+    else, or one message; else None.
 
     JSON within JSON text and a list as Python prints it are read, too.
     """
@@ -219,7 +220,7 @@ def from_text(text: str) -> list[Any] | None:
         if isinstance(value, str):
             value = _parsed(value)
     if isinstance(value, Mapping):
-        value = [value]
+        value = value[next(iter(value))] if len(value) == 1 and value.keys() <= set(CONVERSATIONS) else [value]
     return value if isinstance(value, list) and value and all(map(_is_message, value)) else None
 
 

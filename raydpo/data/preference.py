@@ -133,8 +133,10 @@ def _number(record: Mapping[str, Any], column: str) -> float:
 
 
 def _decoded(chosen: Any, rejected: Any, notes: Notes) -> tuple[Any, Any]:
-    """Both answers, as messages if both are JSON text of messages."""
+    """Both answers, as messages if both are, or one is a list of messages and the other JSON text of messages."""
     if not (isinstance(chosen, str) and isinstance(rejected, str)):
+        if isinstance(chosen, str) or isinstance(rejected, str):
+            return tuple(_mixed(said, notes) if isinstance(said, str) else said for said in (chosen, rejected))
         return chosen, rejected
     if chosen[:1] not in _MAY_BE_JSON and rejected[:1] not in _MAY_BE_JSON:
         return chosen, rejected
@@ -144,7 +146,19 @@ def _decoded(chosen: Any, rejected: Any, notes: Notes) -> tuple[Any, Any]:
         return better, worse
     if better is not None or worse is not None:
         notes[_ONE_IS_JSON] = None
+    elif all(name in said for name in ("role", "content") for said in (chosen, rejected)):
+        notes[
+            "warning: chosen and rejected look like JSON text of messages, but are read as text; write a list of messages"
+        ] = None
     return chosen, rejected
+
+
+def _mixed(said: str, notes: Notes) -> Any:
+    """An answer in text beside one that is messages."""
+    if said[:1] not in _MAY_BE_JSON or (decoded := from_text(said)) is None:
+        return said
+    notes[_WRITTEN] = None
+    return decoded
 
 
 def _whole(chosen: Any, rejected: Any, record: Mapping[str, Any]) -> bool:
@@ -175,7 +189,7 @@ def _parts(prompt: Any, chosen: Any, rejected: Any, notes: Notes) -> Parts:
     elif isinstance(prompt, str) and (shared := shared_turns(chosen, rejected)) and not chosen.startswith(prompt.rstrip()):
         if any(message["content"] == prompt.strip() for message in shared):
             notes["transcripts that contain the prompt read as conversations"] = None
-            prompt, chosen, rejected, texts = transcripts(chosen, rejected)
+            prompt, chosen, rejected, texts = transcripts(chosen, rejected, notes)
         else:
             notes["warning: chosen and rejected are transcripts with turns in common, which do not contain the prompt"] = (
                 None

@@ -113,6 +113,15 @@ class RenderingCheck:
                 return found[0] if found else None
         return None
 
+    def remarks_of_text(self, side: str, prompt: str, answer: str) -> list[Remark]:
+        """What is odd about the thoughts of an answer in plain text."""
+        found: list[Remark] = []
+        for sign in _CLOSER_SIGNS:
+            if sign in answer:
+                self._check_thoughts(side, [answer], prompt + answer, len(prompt), found)
+                break
+        return found
+
     def remarks(self, preference: Preference, prompt: str, chosen: str, rejected: str) -> list[Remark]:
         """What the renderings of a conversation lack, and what they have that the data do not.
 

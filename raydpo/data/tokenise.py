@@ -184,6 +184,7 @@ class Tokeniser:
         """What is odd about a preference of plain text."""
         found = []
         for side, answer in (("chosen", preference.chosen), ("rejected", preference.rejected)):
+            found += self._check.remarks_of_text(side, preference.prompt, answer)
             if self._check.spelled(answer) is None:
                 continue
             eos = self.tokenizer.eos_token

@@ -314,6 +314,89 @@ def test_a_context_beside_answers_that_hold_the_prompt_is_warned_of():
     assert preference.notes[0].startswith("warning: 'context' is not read")
 
 
+@pytest.mark.parametrize(
+    "record, prompt, other",
+    [
+        ({"input": "science", "task": "Explain rain to me."}, "science", "'task'"),
+        ({"instruction": "Rate by truth alone.", "user_prompt": "Rain?"}, "Rate by truth alone.", "'user_prompt'"),
+        ({"context": "You are kind.", "ask": "Is it rain?"}, "You are kind.", "'ask'"),
+        ({"query": "weather api", "the question": [user("Rain?")]}, "weather api", "'the question'"),
+    ],
+)
+def test_another_column_that_may_be_the_prompt_is_warned_of(record, prompt, other):
+    (preference,) = normalise(record | {"chosen": "a", "rejected": "b"})
+    assert preference.prompt == prompt
+    (warning,) = (note for note in preference.notes if note.startswith("warning"))
+    assert f"read as the prompt, though {other} may be it: name the prompt with the source's 'columns'" in warning
+    (sure,) = normalise(
+        {"question": "Which?", "prompt_id": "a b", "task_type": "a b", "user": "a", "chosen": "a", "rejected": "b"}
+    )
+    assert sure.notes == ("'question' read as the prompt",)
+
+
+def test_a_word_beside_answers_that_hold_the_prompt_is_warned_of():
+    record = {"problem": "p-17", "chosen": "Q: Is it rain?\nA: yes", "rejected": "Q: Is it rain?\nA: no"}
+    (preference,) = normalise(record)
+    assert preference.notes[1].startswith("warning: 'problem' read as the prompt, though chosen and rejected begin with a")
+
+
+@pytest.mark.parametrize("name", ["System", "SYSTEM_PROMPT", "sys_prompt", "system_instruction", "systemMessage"])
+def test_columns_of_a_system_message_have_many_names(name):
+    (preference,) = normalise({name: "Be kind.", "prompt": Q, "chosen": GOOD, "rejected": BAD})
+    assert preference.prompt[0] == {"role": "system", "content": "Be kind."} and preference.unused == ()
+    (other,) = normalise({"system_id": "Be kind.", "prompt": Q, "chosen": GOOD, "rejected": BAD})
+    assert (other.prompt, other.unused) == (Q, ("system_id",))
+
+
+@pytest.mark.parametrize("name", ["Context", "INPUT", "Documents"])
+def test_columns_that_belong_to_the_prompt_are_warned_of_in_capitals(name):
+    (preference,) = normalise({"prompt": "Say it.", "chosen": "a", "rejected": "b", name: "a dog"})
+    assert preference.notes[0].startswith(f"warning: {name!r} is not read, though it may belong to the prompt")
+
+
+@pytest.mark.parametrize("written", [lambda said: said, json.dumps, lambda said: json.dumps({"messages": said}), str])
+def test_whole_conversations_as_text_beside_a_text_prompt(written):
+    """One of both may be a list of messages already."""
+    for chosen, rejected in ((written(Q + GOOD), written(Q + BAD)), (Q + GOOD, written(Q + BAD))):
+        (preference,) = normalise({"prompt": "q", "chosen": chosen, "rejected": rejected})
+        assert (preference.prompt, preference.chosen, preference.rejected) == (Q, GOOD, BAD)
+    (preference,) = normalise({"prompt": Q, "chosen": GOOD, "rejected": written(BAD)})
+    assert (preference.prompt, preference.chosen, preference.rejected) == (Q, GOOD, BAD)
+    with pytest.raises(Malformed, match="text that the messages of chosen and rejected do not share"):
+        normalise({"prompt": "Something else.", "chosen": written(Q + GOOD), "rejected": written(Q + BAD)})
+
+
+def test_text_that_looks_like_messages_and_is_none_is_warned_of():
+    lines = ["\n".join(map(json.dumps, Q + said)) for said in (GOOD, BAD)]
+    wrapped = [json.dumps({"id": 1, "messages": Q + said}) for said in (GOOD, BAD)]
+    for chosen, rejected in (lines, wrapped):
+        (preference,) = normalise({"prompt": "q", "chosen": chosen, "rejected": rejected})
+        assert preference.chosen == chosen
+        assert preference.notes[0].startswith("warning: chosen and rejected look like JSON text of messages, but are read")
+    (plain,) = normalise({"prompt": "q", "chosen": "[1, 2]", "rejected": '{"a": 1}'})
+    assert plain.notes == ()
+
+
+TURNS = "\n\nHuman: Write a chat.\n\nAssistant:"
+
+
+@pytest.mark.parametrize("template", [None, "{% for m in messages %}<s>{{ m.role }} {{ m.content }}</s>{% endfor %}"])
+@pytest.mark.parametrize(
+    "chosen, rejected",
+    [
+        (" Here:\n\nHuman: Hi\n\nAssistant: Hello", " No."),
+        (" Fine.", " Fine.\n\nHuman: Thanks"),
+        (" As follows.\n\nHuman: a\n\nAssistant: b", " As told.\n\nHuman: a\n\nAssistant: c"),
+    ],
+)
+def test_turns_in_an_answer_of_a_transcript_stay_its_text_and_are_warned_of(write, template, chosen, rejected):
+    ((prompt, better, worse),), lines = load(write, [{"chosen": TURNS + chosen, "rejected": TURNS + rejected}], template)
+    assert chosen.strip() in better and rejected.strip() in worse and "Write a chat." in prompt
+    assert any(line.startswith("warning: data prefs: 1 records: an answer of a transcript holds further") for line in lines)
+    _, lines = load(write, [{"chosen": TURNS + " Fine.", "rejected": TURNS + " No."}], template)
+    assert not any("further turns" in line for line in lines)
+
+
 def test_transcripts_beside_a_prompt_of_another_text_are_warned_of():
     start = "\n\nHuman: q\n\nAssistant:"
     (preference,) = normalise({"prompt": "Something else.", "chosen": start + " good", "rejected": start + " bad"})

@@ -200,6 +200,19 @@ def test_the_end_of_a_thought_that_nothing_begins(write):
     )
 
 
+@pytest.mark.parametrize("closer", ["</think>", "</reasoning>", "[/THINK]", "<|END_THINKING|>"])
+def test_the_end_of_a_thought_in_text_that_nothing_begins(write, closer):
+    half, opener = f" So nine.\n{closer}\nNine.", closer.replace("/", "").replace("END", "START")
+    for prompt, chosen, warned in (
+        ("Clock?\n", half, 1),
+        (f"Clock?\n{opener}\n", half, 0),
+        ("Clock?\n", opener + half, 0),
+        ("Clock?\n", " Nine.", 0),
+    ):
+        lines, _ = lines_of(write, None, {"prompt": prompt, "chosen": chosen, "rejected": " Ten."})
+        assert sum(f"that nothing begins: 1 chosen, such as '{closer}'" in line for line in lines) == warned
+
+
 def test_the_end_of_the_prompt_that_is_left_out_is_quoted(write):
     template = CHAT_TEMPLATE.replace("<s>assistant\n{%", "<s>assistant\n<think>\n{%")
     lines, _ = lines_of(write, template, record(PROMPT, answer("Nine."), answer("Ten.")))
