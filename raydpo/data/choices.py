@@ -18,7 +18,7 @@ _ANSWERS = {
 }  # fmt: skip
 """Names of answers, before a number or a letter that tells two of them apart."""
 _ENDS = (("0", "1"), ("1", "2"), ("a", "b"))
-_NUMBERED = re.compile(r"(.+?)[_\- ]?([012abAB])")
+_NUMBERED = re.compile(r"(.+?)(?:[_\- ]?(\d+|[A-Z])|[_\- ]([a-z]))")
 _NAMED = re.compile(rf"(?:(?:model|assistant|option|{'|'.join(sorted(_ANSWERS))})[_\- ]*)?\(?([012ab])\)?")
 """A value that names an answer: ``model_a``, ``output_2``, ``B``."""
 _SIGNED = ("overall_preference", "preference_strength")
@@ -64,7 +64,7 @@ def two_answers(present: tuple[str, ...]) -> tuple[str, str, tuple[str, str]] | 
     for name in present:
         match = _NUMBERED.fullmatch(name)
         if match and match[1].lower() in _ANSWERS:
-            ends.setdefault(match[1].lower(), {})[match[2].lower()] = name
+            ends.setdefault(match[1].lower(), {})[(match[2] or match[3]).lower()] = name
     if len(ends) != 1:
         return None
     (names,) = ends.values()

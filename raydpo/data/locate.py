@@ -59,8 +59,8 @@ def data_files(source: SourceConfig) -> Iterator[DataFile]:
         raise DataError(f"there is no file {redact(path)!r}; check the path in data.train or data.eval")
     if "[" in source.split:
         raise DataError(
-            f"split {source.split!r} is a part of a split, which is read from the hub alone, not from {redact(path)}; set the "
-            "whole split, and data.fraction for a share of its prompts"
+            f"split {source.split!r} is a part of a split, which is read from the hub alone, not from {redact(path)}; set "
+            "the whole split, and data.fraction for a share of its prompts"
         )
     if info.type != pafs.FileType.Directory:
         if source.subset is not None:

@@ -553,6 +553,15 @@ NAMES += [
     "images",
     "history",
     "conversations",
+    "response_0",
+    "response_1",
+    "better_response_id",
+    "preference",
+    "score_0",
+    "score_1",
+    "chosen_text",
+    "rejected_text",
+    "functions",
 ]
 TEXTS = st.text(max_size=6) | st.sampled_from(
     ["\n\nHuman: a\n\nAssistant: b", "[{", '["a"]', '[{"role": "user", "content": "q"}]']
@@ -565,6 +574,7 @@ MESSAGE = st.fixed_dictionaries(
         "from": st.sampled_from(["human", "gpt"]) | st.none(),
         "value": TEXTS | st.integers(),
         "rank": st.integers(0, 3),
+        "function_call": st.fixed_dictionaries({}, optional={"name": TEXTS, "arguments": TEXTS}) | TEXTS,
     },
 )
 ANYTHING = (

@@ -251,6 +251,18 @@ UNCLEAR = {
         {"response_0": "good", "response_1": "bad", "response_2": "so", "preference": 0},
         "missing column 'chosen', nearest forms",
     ),
+    "four answers": (
+        {"answer_a": "good", "answer_b": "bad", "answer_c": "so", "answer_d": "no", "choice": "a"},
+        "missing column 'chosen', nearest forms",
+    ),
+    "ten answers": (
+        {f"response_{number}": f"a {number}" for number in range(1, 11)} | {"preference": 1},
+        "missing column 'chosen', nearest forms",
+    ),
+    "two kinds of answers": (
+        {"response_a": "good", "response_b": "bad", "answer_a": "so", "answer_b": "no", "winner": "a"},
+        "missing column 'chosen', nearest forms",
+    ),
     "no preference": ({"response_0": "good", "response_1": "bad"}, "missing column 'chosen', nearest forms"),
     "labels of another set": ({"answer_0": "good", "answer_1": "bad", "labels": 1}, "missing column 'chosen', nearest"),
 }
@@ -284,6 +296,15 @@ def test_a_preference_that_is_not_clear_is_refused(name):
 def test_names_of_the_better_answer(value, better):
     (preference,) = normalise({"prompt": "Which?", "response_a": "a", "response_b": "b", "preferred": value})
     assert preference.chosen == better
+
+
+@pytest.mark.parametrize(
+    "names", [("responseA", "responseB"), ("Answer 1", "Answer 2"), ("output0", "output1"), ("text-a", "text-b")]
+)
+def test_names_of_two_answers(names):
+    record = dict(zip(names, ("good", "bad"), strict=True))
+    (preference,) = normalise({"prompt": "Which?", "responses": 2, "answers": "x", "winner": names[0].upper()} | record)
+    assert (preference.chosen, preference.rejected) == ("good", "bad")
 
 
 def test_ranks_are_lower_for_the_better_answer():
