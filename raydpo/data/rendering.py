@@ -49,8 +49,6 @@ _EMPTY_THOUGHT = re.compile(
     + rf"|\A\s*(?:{'|'.join(map(re.escape, _CLOSERS))})"  # opened at the end of the prompt
 )
 _MOST_SIGNS = 4
-_OF_FIELD = -2
-"""Stands for the turn of a text that is no content."""
 _TAIL = 40
 _CUT = "\x00"
 """Stands where a text was found, so that no other is found there again."""
@@ -173,7 +171,8 @@ class RenderingCheck:
             fields += _fields(message)
             found += [Remark(remarks.UNTRAINED_BEFORE, key) for key in message.keys() & _MARKS]
         self._check_spelling("prompt", [one.text for one in wanted], found)
-        for one in _without_fields(left_out(prompt, [*wanted, *fields], more), fields, found):
+        _check_fields(prompt, fields, wanted, more, found)
+        for one in left_out(prompt, wanted, more):
             kind = _LOST_IN_PROMPT.get(one.what, remarks.LOST)
             found.append(Remark(kind, f"{one.what} (prompt)" if one.turn >= 0 else one.what, one.text, remedy(one.what)))
 
@@ -192,7 +191,8 @@ class RenderingCheck:
         texts = [one.text for one in wanted]
         self._check_spelling(side, texts, found)
         region = whole[start:]
-        lost = _without_fields(left_out(region, [*wanted, *fields], more), fields, found)
+        _check_fields(region, fields, wanted, more, found)
+        lost = left_out(region, wanted, more)
         if lost and len(lost) >= sum(len(_pieces(one)) for one in wanted):
             what = ", ".join(dict.fromkeys(one.what for one in lost))
             raise Malformed(f"the chat template leaves out or changes all of {side} ({what}); {remedy(lost[0].what)}")
@@ -318,19 +318,19 @@ def _fields(message: Message) -> list[Text]:
     """The texts of fields that few templates read, such as ``name``, each under the name of its field."""
     others = message.keys() - _KNOWN_FIELDS - _MARKS
     return [
-        Text(str(key)[:40], leaf.strip(), _OF_FIELD)
+        Text(str(key)[:40], leaf.strip())
         for key in sorted(others, key=str)
         for leaf in _leaves(message[key], [])
         if leaf.strip()
     ]
 
 
-def _without_fields(lost: list[Text], fields: list[Text], found: list[Remark]) -> list[Text]:
-    """``lost`` without the texts of fields, which are noted: many templates have no place for them."""
-    if not fields:
-        return lost
-    found += [Remark(remarks.FIELD, one.what, one.text) for one in lost if one.turn == _OF_FIELD]
-    return [one for one in lost if one.turn != _OF_FIELD]
+def _check_fields(rendered: str, fields: list[Text], wanted: list[Text], more: list[str], found: list[Remark]) -> None:
+    """Note the fields that ``rendered`` does not hold beside the texts that it must hold. Many templates have no place for
+    them."""
+    if fields:
+        others = [*more, *(one.text for one in wanted)]
+        found += [Remark(remarks.FIELD, one.what, one.text) for one in left_out(rendered, fields, others)]
 
 
 # -- finding them ---------------------------------------------------------------------------------------------------------

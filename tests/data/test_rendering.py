@@ -68,7 +68,8 @@ def test_templates_that_write_calls_and_tools_raise_no_alarm(name):
         "many": ["a b", {"deep": "c"}],
         "no": None,
     }
-    history = [user("Clock?"), *calling(arguments=arguments), say("tool", 'nine\n"sharp"', tool_call_id="c1")]
+    said = say("tool", 'nine\n"sharp"', tool_call_id="c1", name="clock")
+    history = [user("Clock?"), *calling(arguments=arguments), said]
     template, more = SOUND[name]
     for prompt, chosen in ((history, answer("It is nine.")), ([user("Clock?")], calling(arguments=arguments))):
         ids, found = noted(template, prompt, chosen, answer("No idea."), tools=[tool("clock"), tool("zone")], **more)
