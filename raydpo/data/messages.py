@@ -38,9 +38,12 @@ CONVERSATIONS = ("messages", "conversations", "conversation")
 _OTHER_ROLES = {
     **dict.fromkeys(("human", "prompter", "instruction"), "user"),
     **dict.fromkeys(("gpt", "chatgpt", "ai", "bot", "model", "chatbot", "bard", "bing"), "assistant"),
+    **dict.fromkeys(("function_call", "tool_call"), "assistant"),
     **dict.fromkeys(("observation", "tool_response", "function_response"), "tool"),
 }
 """Roles that other tools write, and ours."""
+_CALLS = ("function_call", "tool_call")
+"""Roles of messages whose text is a call as JSON."""
 _MEDIA = {
     **{name: "an image" for word in ("image", "img", "picture", "photo") for name in (word, f"{word}s")},
     **dict.fromkeys(("image_url", "image_urls", "input_image", "image_path", "image_paths", "pixel_values"), "an image"),
@@ -169,12 +172,32 @@ def _translated(message: Mapping[str, Any], name: str, notes: Notes) -> Mapping[
             found = ", ".join(repr(key[:30]) for key in sorted(map(str, message))[:5])
             raise Malformed(f"{name} has a message whose role is {wanted}: it has the fields {found}")
         raise Malformed(f"{name} has a message whose role is {wanted}, but {role[:30]!r}")
+    if role.lower() in _CALLS:
+        content = message["value"] if renamed else message.get("content")
+        notes[f"role {role!r} read as tool calls of the assistant"] = None
+        calls = _calls(content, f"{name} has a message of role {role!r}")
+        rest = {key: entry for key, entry in message.items() if key not in ("from", "value", "role", "content")}
+        return {"role": known, "content": "", "tool_calls": calls} | rest
     if renamed:
         notes["messages with 'from' and 'value' read as 'role' and 'content'"] = None
         rest = {key: entry for key, entry in message.items() if key not in ("from", "value", "role")}
         return {"role": known, "content": message["value"]} | rest
     notes[f"role {role!r} read as {known!r}"] = None
     return {**message, "role": known}
+
+
+def _calls(content: Any, where: str) -> list[dict[str, Any]]:
+    """The tool calls in the JSON text of a message whose role says that it is a call, as LLaMA-Factory writes them."""
+    try:
+        value = json.loads(content) if isinstance(content, str) else content
+    except (ValueError, RecursionError):
+        value = None
+    calls = value if isinstance(value, list) else [value]
+    if not calls or not all(isinstance(call, Mapping) and isinstance(call.get("name"), str) for call in calls):
+        raise Malformed(f"{where} that is not JSON of a call, an object with name and arguments; write tool_calls")
+    return [
+        {"type": "function", "function": {"name": call["name"], "arguments": call.get("arguments") or {}}} for call in calls
+    ]
 
 
 def role_of(message: Any) -> str | None:

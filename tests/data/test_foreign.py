@@ -427,6 +427,22 @@ def test_tools_as_texts():
         normalise({"prompt": Q, "chosen": GOOD, "rejected": BAD, "tools": ["{"]})
 
 
+def test_roles_that_are_calls_are_tool_calls():
+    arguments = {"zone": "Oslo"}
+    call = {"type": "function", "function": {"name": "clock", "arguments": arguments}}
+    for written in (json.dumps({"name": "clock", "arguments": arguments}), {"name": "clock", "arguments": arguments}):
+        said = [{"from": "function_call", "value": written}, {"from": "observation", "value": "nine"}]
+        (preference,) = normalise({"prompt": [human("q"), *said], "chosen": "good", "rejected": "bad"})
+        assert preference.prompt[1:] == [bot("") | {"tool_calls": [call]}, {"role": "tool", "content": "nine"}]
+        assert "role 'function_call' read as tool calls of the assistant" in preference.notes
+    two = json.dumps([{"name": "clock"}, {"name": "watch"}])
+    (preference,) = normalise({"prompt": Q, "chosen": [{"role": "tool_call", "content": two}], "rejected": "bad"})
+    assert [call["function"]["name"] for call in preference.chosen[0]["tool_calls"]] == ["clock", "watch"]
+    for odd in ("clock()", "[]", "{}", None):
+        with pytest.raises(Malformed, match="chosen has a message of role 'tool_call' that is not JSON of a call"):
+            normalise({"prompt": Q, "chosen": [{"role": "tool_call", "content": odd}], "rejected": "bad"})
+
+
 def test_functions_are_tools_of_the_older_form():
     function = {"name": "clock", "parameters": {"type": "object"}}
     for functions in ([function], json.dumps([function])):
