@@ -33,16 +33,23 @@ class Repeats:
 
     def taken_off(self, preferences: Sequence[Preference]) -> list[Preference]:
         """Return ``preferences``, those whose answers repeat the prompt with shorter answers if all did at first."""
-        answers = [_without_prompt(preference) if _counts(preference) else None for preference in preferences]
-        counting = [place for place, each in enumerate(preferences) if _counts(each)]
+        counting, repeated = 0, 0
+        answers: list[tuple[str, str] | None] = []
+        for preference in preferences:
+            prompt, shorter = preference.prompt, None
+            if isinstance(prompt, str) and len(bare := prompt.strip()) >= SHORTEST:
+                counting += 1
+                if preference.chosen.lstrip().startswith(bare):  # type: ignore[union-attr]
+                    shorter = _without_prompt(preference, bare)
+                    repeated += shorter is not None
+            answers.append(shorter)
         if self.take_off is None and counting:
-            self.take_off = all(answers[place] is not None for place in counting)
-        repeated = sum(answers[place] is not None for place in counting)
+            self.take_off = repeated == counting
         if not self.take_off:
             self.kept += repeated
             return list(preferences)
         self.taken += repeated
-        self.without += len(counting) - repeated
+        self.without += counting - repeated
         return [
             preference if shorter is None else replace(preference, chosen=shorter[0], rejected=shorter[1])
             for preference, shorter in zip(preferences, answers, strict=True)
@@ -66,19 +73,14 @@ class Repeats:
         return found
 
 
-def _counts(preference: Preference) -> bool:
-    return isinstance(preference.prompt, str) and len(preference.prompt.strip()) >= SHORTEST
+def _without_prompt(preference: Preference, bare: str) -> tuple[str, str] | None:
+    """Both answers without the text prompt; None if one does not begin with it, or nothing would be left.
 
-
-def _without_prompt(preference: Preference) -> tuple[str, str] | None:
-    """Both answers without the prompt; None if one does not begin with it, or nothing would be left."""
-    prompt = preference.prompt
-    if not isinstance(prompt, str) or not isinstance(preference.chosen, str) or not isinstance(preference.rejected, str):
-        return None
-    bare = prompt.strip()
-    if not bare or bare[:8] not in preference.chosen[: len(prompt) + 8]:
-        return None
-    chosen, rejected = _rest(preference.chosen, prompt, bare), _rest(preference.rejected, prompt, bare)
+    Args:
+        bare: the prompt without white space at its ends.
+    """
+    prompt: str = preference.prompt  # type: ignore[assignment]
+    chosen, rejected = (_rest(said, prompt, bare) for said in (preference.chosen, preference.rejected))  # type: ignore[arg-type]
     if chosen is None or rejected is None or not chosen.strip() or not rejected.strip():
         return None
     return chosen, rejected
