@@ -16,6 +16,7 @@ from raydpo.data.messages import Malformed
 from raydpo.data.preference import Preference, normalise
 from raydpo.data.records import Record, read_records
 from raydpo.data.remarks import SPELLED
+from raydpo.data.scores import Compared, compared
 from raydpo.data.split import held_out, kept, prompt_digest
 from raydpo.data.spool import Spool, spooled
 from raydpo.data.tally import DataReport, SourceReport
@@ -78,6 +79,7 @@ class _Place(NamedTuple):
     where: str
     row: int
     source: str
+    scores: Compared | None = None  # of a record that is one pair
 
 
 def load_pairs(
@@ -208,6 +210,7 @@ def _load_chunk(
         rows.append((place.pair_id, place.source, source.weight, *used, *keys, *lengths, *preference.numbers, digest))
         if used is not ids:
             account.truncated += sum(len(short) < len(full) for short, full in zip(used, ids, strict=True))
+        account.scores.add(place.scores, place.where)
         account.several_turns += preference.several_turns
         account.duplicates += (both := keys[0] + keys[1]) in seen
         seen.add(both)
@@ -279,9 +282,10 @@ def _normalised(
             account.understood.update(found[0].notes)
         if found[0].unused:
             account.unused.update(found[0].unused)
+        scores = compared(record.value) if len(found) == 1 and len(record.value) > 3 else None
         for number in range(len(found)):
             pair_id = f"{account.name}:{record.row}" + (f"#{number}" if number else "")
-            places.append(_Place(pair_id, record.where, record.row, record.source or account.name))
+            places.append(_Place(pair_id, record.where, record.row, record.source or account.name, scores))
     return places, preferences
 
 
