@@ -32,6 +32,7 @@ BOM = b"\xef\xbb\xbf"
 INVALID, NOT_UTF8, HALF_PAIR = "not valid JSON", "not valid UTF-8", "text with half a surrogate pair"
 _PACKED = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"BZh": ".bz2", b"\xfd7zXZ\0": ".xz"}
 """First bytes of compressed files."""
+_decode = json.JSONDecoder().decode
 _SPACE = re.compile(r"\s*")
 _ESCAPE = re.compile(rb"\\u[dD]")
 """Escape of a surrogate in JSON; most are valid pairs."""
@@ -108,11 +109,10 @@ def _raw_records(source: SourceConfig) -> Iterator[Record]:
         return
     before = 0
     for file in data_files(source):
-        last, note = 0, file.note
-        for record in _explained(_file_records(file), file.label):
-            last, told = record.row, tuple(each for each in (note, record.note) if each)
-            note = None
-            yield replace(record, row=before + record.row, note="; ".join(told) or None)
+        last = 0
+        for record in _noted(_explained(_file_records(file), file.label), file.note):
+            last = record.row
+            yield record if not before else replace(record, row=before + last)
         before += last
 
 
@@ -154,10 +154,14 @@ def _file_records(file: DataFile) -> Iterator[Record]:
             records = _arrow_records(stream, label, parquet=head.startswith(b"PAR1") or kind.endswith(".parquet"))
         else:
             records = _json_records(_bytes(raw, packed), label, listed=kind.endswith(".json"))
-        for record in records:
-            told = [each for each in (note, record.note) if each]
-            note = None
-            yield replace(record, note="; ".join(told)) if told else record
+        yield from _noted(records, note)
+
+
+def _noted(records: Iterator[Record], note: str | None) -> Iterator[Record]:
+    """``records``, the first with ``note`` before its own."""
+    if note is not None and (first := next(records, None)) is not None:
+        yield replace(first, note=f"{note}; {first.note}" if first.note else note)
+    yield from records
 
 
 def _bytes(raw: pa.NativeFile, suffix: str) -> IO[bytes]:
@@ -197,10 +201,7 @@ def _json_records(stream: IO[bytes], label: str, *, listed: bool) -> Iterator[Re
     if head and (head[0].startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in head[0][:4]):
         stream, note = _recoded(b"".join((*head, stream.read())), label)
         head = list(_to_first_text(stream))
-    records = _utf8_records(head, stream, label, listed=listed)
-    if note is not None and (record := next(records, None)) is not None:
-        yield replace(record, note=f"{note}; {record.note}" if record.note else note)
-    yield from records
+    yield from _noted(_utf8_records(head, stream, label, listed=listed), note)
 
 
 def _recoded(content: bytes, label: str) -> tuple[IO[bytes], str]:
@@ -234,7 +235,7 @@ def _utf8_records(head: list[bytes], stream: Iterable[bytes], label: str, *, lis
     else:
         stream = chain(head, stream)
     for number, line in enumerate(stream, 1):
-        if line.strip():
+        if not line.isspace():
             yield _parse(line, f"{label}:{number}", number)
 
 
@@ -291,10 +292,10 @@ def _parse(line: bytes, where: str, row: int) -> Record:
     except UnicodeDecodeError:
         return Record(where, row, None, NOT_UTF8)
     try:
-        value = json.loads(text)
+        value = _decode(text)
     except (ValueError, RecursionError):
         return Record(where, row, None, INVALID)
-    return _as_record(value, where, row, HALF_PAIR if _ESCAPE.search(line) else None)
+    return _as_record(value, where, row, HALF_PAIR if b"\\u" in line and _ESCAPE.search(line) else None)
 
 
 def _as_record(value: Any, where: str, row: int, problem: str | None) -> Record:
