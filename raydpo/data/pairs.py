@@ -63,6 +63,10 @@ Reader = Callable[[SourceConfig], Iterator[Record]]
 MOST_CHARACTERS, CHARACTERS_A_TOKEN = 1_000_000, 100
 """A pair is dropped before it is tokenised if it has more characters than the first and than the second for each token of
 ``max_length``. Tokenising 10 MB takes a byte-level tokenizer a minute, and of such a text hardly 1 % would be used."""
+NULLS_ABSENT = (
+    "warning: null fields inside {!r} read as absent, since Parquet and Arrow give each entry the fields of all others; if "
+    "a null is meant, write that column as JSON text"
+)
 NO_ROOM, TOO_LONG, SAME = "prompt leaves no room", "longer than max_length", "identical after truncation"
 
 
@@ -299,6 +303,8 @@ def _normalised(
             bad_rows.add(record.row)
             continue
         preferences += found
+        if record.absent:
+            account.understood.update(map(NULLS_ABSENT.format, record.absent))
         if found[0].notes:
             account.understood.update(found[0].notes)
         if found[0].unused:
