@@ -9,6 +9,7 @@ import io
 import json
 import lzma
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -191,6 +192,8 @@ def _arrow_records(stream: Any, label: str, *, parquet: bool) -> Iterator[Record
             batches = (file.get_batch(number) for number in range(file.num_record_batches))
     row = 0
     for batch in batches:
+        if twice := [name for name, count in Counter(batch.schema.names).items() if count > 1]:
+            raise DataError(f"{label} has more than one column {twice[0][:40]!r}; rename or drop all but one")
         for start in range(0, batch.num_rows, BATCH_ROWS):
             for value, absent in rows(batch.slice(start, BATCH_ROWS)):
                 row += 1

@@ -14,6 +14,7 @@ from raydpo.data.messages import Malformed
 from raydpo.data.pairs import load_pairs
 from raydpo.data.preference import normalise
 from raydpo.data.records import read_records
+from raydpo.errors import DataError
 
 WORD = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=8).map(
     lambda word: "w" + word
@@ -229,3 +230,16 @@ def test_a_null_beside_a_value_cannot_be_told_from_an_absent_field_and_is_said(t
     assert said(tmp_path / "text.parquet") == said(tmp_path / "a.jsonl")
     lines = load_pairs(DataConfig(train=[str(tmp_path / "text.parquet")], max_lost=1), tokeniser).report.lines()
     assert not any("null" in line for line in lines)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_two_columns_of_one_name_are_refused(tmp_path, kind):
+    table = pa.table([["p"], ["a"], ["b"], ["c"]], names=["prompt", "chosen", "rejected", "chosen"])
+    path = tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.ipc.new_stream(path, table.schema) as writer:
+            writer.write_table(table)
+    with pytest.raises(DataError, match=f"^a.{kind} has more than one column 'chosen'; rename or drop all but one$"):
+        said(path)
