@@ -243,3 +243,23 @@ def test_two_columns_of_one_name_are_refused(tmp_path, kind):
             writer.write_table(table)
     with pytest.raises(DataError, match=f"^a.{kind} has more than one column 'chosen'; rename or drop all but one$"):
         said(path)
+
+
+START = st.sampled_from(["", " ", "\n\n", "[", "{", '"', "Human:", "\n\nHuman: q\n\nAssistant: ", "Assistant: ", "w"])
+ODD = st.builds("".join, st.tuples(START, START, st.sampled_from(["", "a", "b?"])))
+SIDE = ODD | st.lists(
+    st.builds(message, st.sampled_from(["user", "assistant", "system", "human", 3, None]), ODD | st.none() | st.just([])),
+    max_size=3,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(record=st.fixed_dictionaries(dict.fromkeys(("prompt", "chosen", "rejected"), SIDE)) | CHAT | TEXT)
+def test_the_short_way_to_read_a_plain_record_gives_what_the_long_way_gives(record):
+    def read(value):
+        try:
+            return normalise(value)
+        except Malformed as error:
+            return str(error)
+
+    assert read(record) == read(record | {"number": 1})  # a fourth column takes the long way
