@@ -60,6 +60,13 @@ CHUNK = 1000
 HELD_OUT = "held-out"
 """Source name of the pairs of ``data.eval.path``."""
 Reader = Callable[[SourceConfig], Iterator[Record]]
+MOST_CHARACTERS, CHARACTERS_A_TOKEN = 1_000_000, 100
+"""A pair is dropped before it is tokenised if it has more characters than the first and than the second for each token of
+``max_length``. Tokenising 10 MB takes a byte-level tokenizer a minute, and of such a text hardly 1 % would be used."""
+NULLS_ABSENT = (
+    "warning: null fields inside {!r} read as absent, since Parquet and Arrow give each entry the fields of all others; if "
+    "a null is meant, write that column as JSON text"
+)
 NO_ROOM, TOO_LONG, SAME = "prompt leaves no room", "longer than max_length", "identical after truncation"
 
 
@@ -188,6 +195,7 @@ def _load_chunk(
     bad_rows: set[int] = set()
     numbers = _numbers(config)
     places, preferences = _normalised(records, account, bad_rows, numbers)
+    places, preferences = _without_giants(places, preferences, config.max_length, account)
     read = account.repeats.taken_off(_for_template(preferences, bool(tokeniser.tokenizer.chat_template), account))
     rows: list[tuple[Any, ...]] = []
     for place, preference, (ids, remarks) in zip(places, preferences, tokeniser.encode_noted(read), strict=True):
@@ -218,6 +226,23 @@ def _load_chunk(
     account.malformed_records += len(bad_rows)
     account.kept += len(rows)
     return _table(rows, _schema(config))
+
+
+def _without_giants(
+    places: list[_Place], preferences: list[Preference], max_length: int, account: SourceReport
+) -> tuple[list[_Place], list[Preference]]:
+    """The pairs that are not too long to be tokenised. The others are counted as dropped."""
+    limit = max(MOST_CHARACTERS, CHARACTERS_A_TOKEN * max_length)
+    if all(preference.characters <= limit for preference in preferences):
+        return places, preferences
+    left = []
+    for place, preference in zip(places, preferences, strict=True):
+        if preference.characters <= limit:
+            left.append((place, preference))
+        else:
+            account.pairs += 1
+            account.dropped.add(f"text of more than {limit:,} characters", place.where)
+    return [place for place, _ in left], [preference for _, preference in left]
 
 
 def _table(rows: list[tuple[Any, ...]], schema: pa.Schema) -> pa.Table:
@@ -278,6 +303,8 @@ def _normalised(
             bad_rows.add(record.row)
             continue
         preferences += found
+        if record.absent:
+            account.understood.update(map(NULLS_ABSENT.format, record.absent))
         if found[0].notes:
             account.understood.update(found[0].notes)
         if found[0].unused:

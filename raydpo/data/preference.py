@@ -73,6 +73,28 @@ class Preference:
             message["role"] != "assistant" for answer in (self.chosen, self.rejected) for message in answer
         )
 
+    @property
+    def characters(self) -> int:
+        """Characters of all texts, with those of tools."""
+        if isinstance(self.prompt, str):
+            count = len(self.prompt) + len(self.chosen) + len(self.rejected)
+        else:
+            count = 0
+            for part in (self.prompt, self.chosen, self.rejected):
+                for message in part:
+                    content = message.get("content")  # type: ignore[union-attr]
+                    count += len(content) if type(content) is str and len(message) == 2 else _characters(message)
+        return count if self.tools is None else count + _characters(self.tools)
+
+
+def _characters(value: Any) -> int:
+    """Characters of all texts inside ``value``."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(map(_characters, value.values()))
+    return sum(map(_characters, value)) if isinstance(value, (list, tuple)) else 0
+
 
 def normalise(record: Mapping[str, Any], numbers: Sequence[str] = ()) -> list[Preference]:
     """The preferences in one record; several if it ranks or scores several completions.

@@ -9,6 +9,7 @@ import io
 import json
 import lzma
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -48,6 +49,7 @@ class Record:
         value: None if it could not be read, because of ``problem``.
         source: name of the source that it counts as, if that is not the one it was read from.
         note: how the file or directory was understood, on the first record only.
+        absent: fields inside which a null that may be meant was read as absent, see ``arrow.rows``.
     """
 
     where: str
@@ -56,6 +58,7 @@ class Record:
     problem: str | None = None
     source: str | None = None
     note: str | None = None
+    absent: tuple[str, ...] = ()
 
 
 def read_records(source: SourceConfig) -> Iterator[Record]:
@@ -123,7 +126,7 @@ def _exists(path: str) -> bool:
         raise DataError(f"cannot open {path!r}: {reason(error)}") from None
 
 
-def _explained(records: Iterable[Record], label: str) -> Iterator[Record]:
+def _explained(records: Iterable[Any], label: str) -> Iterator[Any]:
     """``records``, with any error of a file system, codec or parser turned into one sentence."""
     try:
         yield from records
@@ -189,10 +192,12 @@ def _arrow_records(stream: Any, label: str, *, parquet: bool) -> Iterator[Record
             batches = (file.get_batch(number) for number in range(file.num_record_batches))
     row = 0
     for batch in batches:
+        if twice := [name for name, count in Counter(batch.schema.names).items() if count > 1]:
+            raise DataError(f"{label} has more than one column {twice[0][:40]!r}; rename or drop all but one")
         for start in range(0, batch.num_rows, BATCH_ROWS):
-            for value in rows(batch.slice(start, BATCH_ROWS)):
+            for value, absent in rows(batch.slice(start, BATCH_ROWS)):
                 row += 1
-                yield Record(f"{label}:{row}", row, value)
+                yield Record(f"{label}:{row}", row, value, absent=absent)
 
 
 def _json_records(stream: IO[bytes], label: str, *, listed: bool) -> Iterator[Record]:
@@ -323,11 +328,11 @@ def _hub_records(source: SourceConfig) -> Iterator[Record]:
             f"of that name: {reason(error)}{hint}"
         ) from None
     label = f"{source.path}[{source.split}]"
-    for row, value in enumerate(_explained(_hub_rows(dataset), label), 1):
-        yield Record(f"{label}:{row}", row, value)
+    for row, (value, absent) in enumerate(_explained(_hub_rows(dataset), label), 1):
+        yield Record(f"{label}:{row}", row, value, absent=absent)
 
 
-def _hub_rows(dataset: Any) -> Iterator[dict[str, Any]]:
+def _hub_rows(dataset: Any) -> Iterator[tuple[dict[str, Any], tuple[str, ...]]]:
     """Rows as Arrow holds them: no image is decoded, and nulls are told from absent fields as in files."""
     for table in dataset.with_format("arrow").iter(BATCH_ROWS):
         yield from rows(table)
