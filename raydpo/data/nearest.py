@@ -18,7 +18,8 @@ _FORMS = (
     ("prompt", "answers (answer, rank)"),
     ("messages", "rejected_response"),
     ("prompt", "response1", "response2", "overall_preference"),
-    ("prompt", "human_ref_A", "human_ref_B", "labels"),
+    ("prompt", "response_a", "response_b", "winner"),
+    ("prompt", "answer_0", "answer_1", "score_0", "score_1"),
 )
 _ANSWERS = {"completion", "response", "answer", "output", "text", *CONVERSATIONS}
 MOST, LONGEST = 5, 18
