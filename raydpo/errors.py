@@ -7,6 +7,7 @@ A message never exceeds ``MOST_BYTES``: the base class shortens a longer one wit
 """
 
 import re
+from collections.abc import Sequence
 
 __all__ = [
     "CacheError",
@@ -116,6 +117,11 @@ def bounded(text: str, most: int = MOST_BYTES) -> str:
 def one_line(error: object, most: int | None = None) -> str:
     """The text of ``error`` on one line, at most ``most`` characters of it."""
     return " ".join(str(error).split())[:most]
+
+
+def some_of(names: Sequence[str], most: int = 3) -> str:
+    """The first ``most`` of ``names``, and the number of the others."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 _ALWAYS_LONG = re.compile(r"(Model type should be one of|, or one of the following `model_type` keys in its) .*")

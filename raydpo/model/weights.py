@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from raydpo.errors import FilesError, one_line
-from raydpo.model.files import ModelFiles, adapter_files, model_files, read_header, some_names
+from raydpo.errors import FilesError, one_line, some_of
+from raydpo.model.files import ModelFiles, adapter_files, model_files, read_header
 
 __all__ = ["ADAPTER_NAME", "check_weights", "load_adapter", "refuse_foreign_head", "refuse_gaps"]
 
@@ -89,7 +89,7 @@ def check_weights(
     packed = sorted(name for name in numbers & stored.keys() if not stored[name].is_floating_point())
     if packed:
         raise FilesError(
-            f"{path}: {some_names(packed)} in its files are integers ({headers[packed[0]]['dtype']}), as a quantized model "
+            f"{path}: {some_of(packed)} in its files are integers ({headers[packed[0]]['dtype']}), as a quantized model "
             "stores them, and its config.json has no quantization_config; give the config.json that belongs to the weights"
         )
     if adapter is not None:
@@ -107,7 +107,7 @@ def check_weights(
                 ) from None
     unused = sorted(found["unexpected_keys"])
     _refuse_more_layers(path, model, unused)
-    return [f"{path}: {some_names(unused)} in its files belong to no part of the model and are not used"] if unused else []
+    return [f"{path}: {some_of(unused)} in its files belong to no part of the model and are not used"] if unused else []
 
 
 def _refuse_more_layers(path: str | Path, model: nn.Module, unused: list[str]) -> None:
@@ -117,7 +117,7 @@ def _refuse_more_layers(path: str | Path, model: nn.Module, unused: list[str]) -
     used = {re.sub(r"\d+", "#", name) for name in model.state_dict()} if unused else set()
     more = [name for name in unused if re.search(r"\d", name) and re.sub(r"\d+", "#", name) in used]
     if more or (isinstance(count, int) and count < 1):
-        what = f"hold {some_names(more)}, weights of layers that it leaves out" if more else "would not be used"
+        what = f"hold {some_of(more)}, weights of layers that it leaves out" if more else "would not be used"
         raise FilesError(
             f"{path}/config.json describes a model of {count} layers (num_hidden_layers), but its files {what}; give the "
             "config.json that belongs to the weights"
@@ -197,10 +197,10 @@ def refuse_gaps(path: str | Path, found: Mapping[str, Any]) -> None:
         fix = "fetch or save the model again"
         if unused:
             fix = (
-                f"they hold {some_names(unused)}, which no part of the model takes: if these are the same weights under "
+                f"they hold {some_of(unused)}, which no part of the model takes: if these are the same weights under "
                 "other names, save the model again with save_pretrained"
             )
-        raise FilesError(f"the files of {path} lack {some_names(missing)}, which would be random numbers; {fix}")
+        raise FilesError(f"the files of {path} lack {some_of(missing)}, which would be random numbers; {fix}")
 
 
 def load_adapter(model: nn.Module, adapter: str, *, train: bool = False, low_cpu_mem_usage: bool = False) -> nn.Module:
@@ -249,8 +249,8 @@ def load_adapter(model: nn.Module, adapter: str, *, train: bool = False, low_cpu
     # VB-LoRA's bank is stored once, and each layer has it under another name.
     missing = sorted(name for name in found.missing_keys if ".layers." not in name or "vblora_vector_bank" not in name)
     unused = sorted(found.unexpected_keys)
-    wrong = [f"its files lack {some_names(missing)}, which would be random numbers"] if missing else []
-    wrong += [f"they hold {some_names(unused)}, which no part of the model takes"] if unused else []
+    wrong = [f"its files lack {some_of(missing)}, which would be random numbers"] if missing else []
+    wrong += [f"they hold {some_of(unused)}, which no part of the model takes"] if unused else []
     if wrong:
         raise FilesError(f"the adapter {adapter} does not fit the model: {' and '.join(wrong)}")
     return adapted

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from raydpo.errors import ModelError, TrainError
+from raydpo.errors import ModelError, TrainError, some_of
 from raydpo.model.budget import free_memory, probe_group
-from raydpo.model.files import ADAPTER, model_files, read_header, some_names
+from raydpo.model.files import ADAPTER, model_files, read_header
 from raydpo.model.layout import PromptGroup
 from raydpo.model.load import dropout_settings, load_causal_lm, restore_dropout
 from raydpo.model.selfcheck import logps_by_definition
@@ -192,7 +192,7 @@ class _Check:
         if other:
             self.note(
                 f"warning: {self._name(directory)} has {len(other):,} tensors under names that the files of "
-                f"{self.spec.path} do not have ({some_names(other)}): transformers loads them, other programs may not"
+                f"{self.spec.path} do not have ({some_of(other)}): transformers loads them, other programs may not"
             )
 
     @staticmethod
