@@ -27,7 +27,8 @@ _TOKENS = re.compile(
     r"(?:^|\.)(?:embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|tokens_embed|embeddings|lm_head|embed_out)\.weight$"
 )
 _LEARNED = re.compile(r"(?:^|\.)(?:wpe|embed_positions|position_embeddings|positions_embed)\.weight$")
-_OTHER_TOWERS = re.compile(r"vision|visual|image|audio|speech|encoder\.")
+OTHER_TOWERS = re.compile(r"vision|visual|image|audio|speech|encoder\.")
+"""Part of the names of weights that are not of the language model."""
 _TABLED = ("gptj", "codegen", "ctrl", "mpt")
 """Architectures that compute a table of positions once, of the size that config.json gives."""
 _PADDED_TABLES = (
@@ -78,7 +79,7 @@ def longest_sequence(causal_lm: nn.Module) -> int | None:
     tables = [
         module.num_embeddings
         for name, module in causal_lm.named_modules()
-        if hasattr(module, "num_embeddings") and _LEARNED.search(f"{name}.weight") and not _OTHER_TOWERS.search(name)
+        if hasattr(module, "num_embeddings") and _LEARNED.search(f"{name}.weight") and not OTHER_TOWERS.search(name)
     ]
     positions, fixed = _positions(causal_lm.config.get_text_config().to_dict(), tables)
     return positions if fixed else None
@@ -96,7 +97,7 @@ def _positions(config: Mapping[str, Any], tables: Sequence[int]) -> tuple[int | 
 
 
 def _matching(pattern: re.Pattern[str], names: Mapping[str, Any]) -> Iterator[str]:
-    return (name for name in names if pattern.search(name) and not _OTHER_TOWERS.search(name))
+    return (name for name in names if pattern.search(name) and not OTHER_TOWERS.search(name))
 
 
 def _stretched(config: Mapping[str, Any], positions: int) -> int:

@@ -19,6 +19,14 @@ from torch import nn
 
 from raydpo.errors import FilesError, one_line, some_of
 from raydpo.model.files import ModelFiles, adapter_files, model_files, read_header
+from raydpo.model.quantized import (
+    certain_gaps,
+    is_known,
+    plain_tensors,
+    refuse_lack_of_layers,
+    refuse_parts_of_experts,
+    take_quantization,
+)
 
 __all__ = ["ADAPTER_NAME", "check_weights", "load_adapter", "refuse_foreign_head", "refuse_gaps"]
 
@@ -41,7 +49,8 @@ def check_weights(
 ) -> list[str]:
     """Check that the files of a model, and of its adapter, hold all weights of the architecture. Reads no weights.
 
-    Weights stored quantized are only checked when they are loaded, since that needs the packages of the device.
+    Weights stored quantized are checked by name, see ``raydpo.model.quantized``; their values are checked when they are
+    loaded, since that needs the packages of the device.
 
     Args:
         classifier: check a sequence classifier instead of a causal language model.
@@ -62,15 +71,20 @@ def check_weights(
         headers |= read_header(file)[1]
     auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     empty = _empty_model(files, auto, trust_remote_code)
-    if (
-        empty is None
-        or "quantization_config" in files.config
-        or any(one["dtype"] not in _DTYPES for one in headers.values())
-    ):
+    if empty is None:
         return []
-    stored = {
-        name: torch.empty(tensor["shape"], dtype=_DTYPES[tensor["dtype"]], device="meta") for name, tensor in headers.items()
-    }
+    quantization = take_quantization(empty.config, files.config)
+    refuse_parts_of_experts(path, headers)
+    if quantization is not None:
+        refuse_lack_of_layers(path, empty, headers)
+        stored = plain_tensors(empty, headers, quantization)
+    elif any(one["dtype"] not in _DTYPES for one in headers.values()):
+        return []
+    else:
+        stored = {
+            name: torch.empty(tensor["shape"], dtype=_DTYPES[tensor["dtype"]], device="meta")
+            for name, tensor in headers.items()
+        }
     try:
         with _without_report():  # transformers' loader, for its renamed, converted and tied weights
             model, found = type(empty).from_pretrained(
@@ -84,10 +98,14 @@ def check_weights(
             )
     except Exception:  # custom code may need real weights or packages of the workers; loading checks again
         return []
+    if quantization is not None:
+        found = certain_gaps(found, headers, quantization)
     refuse_gaps(path, found)
+    if quantization is not None and not is_known(quantization):
+        return []
     numbers = {name for name, parameter in model.named_parameters() if parameter.is_floating_point()}
     packed = sorted(name for name in numbers & stored.keys() if not stored[name].is_floating_point())
-    if packed:
+    if packed and quantization is None:
         raise FilesError(
             f"{path}: {some_of(packed)} in its files are integers ({headers[packed[0]]['dtype']}), as a quantized model "
             "stores them, and its config.json has no quantization_config; give the config.json that belongs to the weights"
@@ -107,6 +125,7 @@ def check_weights(
                 ) from None
     unused = sorted(found["unexpected_keys"])
     _refuse_more_layers(path, model, unused)
+    unused = [name for name in unused if quantization is None]  # other programs store scales beside the weights
     return [f"{path}: {some_of(unused)} in its files belong to no part of the model and are not used"] if unused else []
 
 
@@ -116,6 +135,8 @@ def _refuse_more_layers(path: str | Path, model: nn.Module, unused: list[str]) -
     count = getattr(layers, "num_hidden_layers", None)
     used = {re.sub(r"\d+", "#", name) for name in model.state_dict()} if unused else set()
     more = [name for name in unused if re.search(r"\d", name) and re.sub(r"\d+", "#", name) in used]
+    if getattr(layers, "num_nextn_predict_layers", None):  # layers behind the last one, that predict further tokens
+        more = []
     if more or (isinstance(count, int) and count < 1):
         what = f"hold {some_of(more)}, weights of layers that it leaves out" if more else "would not be used"
         raise FilesError(
