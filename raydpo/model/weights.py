@@ -28,7 +28,7 @@ from raydpo.model.quantized import (
     take_quantization,
 )
 
-__all__ = ["ADAPTER_NAME", "check_weights", "load_adapter", "refuse_foreign_head", "refuse_gaps"]
+__all__ = ["ADAPTER_NAME", "check_weights", "compare_headers", "load_adapter", "refuse_foreign_head", "refuse_gaps"]
 
 ADAPTER_NAME = "default"
 """PEFT's name of a model's adapter, also part of the names of its tensors."""
@@ -49,6 +49,25 @@ def check_weights(
 ) -> list[str]:
     """Check that the files of a model, and of its adapter, hold all weights of the architecture. Reads no weights.
 
+    As ``compare_headers``; nothing is refused that only loading can check.
+
+    Args:
+        classifier: check a sequence classifier instead of a causal language model.
+
+    Returns:
+        Warnings about tensors that no part of the model uses.
+
+    Raises:
+        ModelError: if config.json describes no such model, or if weights are missing, have another shape, or are integers.
+    """
+    return compare_headers(path, adapter=adapter, trust_remote_code=trust_remote_code, classifier=classifier) or []
+
+
+def compare_headers(
+    path: str | Path, *, adapter: str | None = None, trust_remote_code: bool = False, classifier: bool = False
+) -> list[str] | None:
+    """Compare names, in both directions, and shapes in the headers of a model and its adapter with the architecture.
+
     Weights stored quantized are checked by name, see ``raydpo.model.quantized``; their values are checked when they are
     loaded, since that needs the packages of the device.
 
@@ -56,7 +75,8 @@ def check_weights(
         classifier: check a sequence classifier instead of a causal language model.
 
     Returns:
-        Warnings about tensors that no part of the model uses.
+        Warnings about tensors that no part of the model uses; None if the model or its adapter cannot be made without
+        weights, or without packages that only the workers have.
 
     Raises:
         ModelError: if config.json describes no such model, or if weights are missing, have another shape, or are integers.
@@ -72,14 +92,14 @@ def check_weights(
     auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     empty = _empty_model(files, auto, trust_remote_code)
     if empty is None:
-        return []
+        return None
     quantization = take_quantization(empty.config, files.config)
     refuse_parts_of_experts(path, headers)
     if quantization is not None:
         refuse_lack_of_layers(path, empty, headers)
         stored = plain_tensors(empty, headers, quantization)
     elif any(one["dtype"] not in _DTYPES for one in headers.values()):
-        return []
+        return None
     else:
         stored = {
             name: torch.empty(tensor["shape"], dtype=_DTYPES[tensor["dtype"]], device="meta")
@@ -97,12 +117,12 @@ def check_weights(
                 ignore_mismatched_sizes=True,
             )
     except Exception:  # custom code may need real weights or packages of the workers; loading checks again
-        return []
+        return None
     if quantization is not None:
         found = certain_gaps(found, headers, quantization)
     refuse_gaps(path, found)
     if quantization is not None and not is_known(quantization):
-        return []
+        return None
     numbers = {name for name, parameter in model.named_parameters() if parameter.is_floating_point()}
     packed = sorted(name for name in numbers & stored.keys() if not stored[name].is_floating_point())
     if packed and quantization is None:
@@ -110,14 +130,16 @@ def check_weights(
             f"{path}: {some_of(packed)} in its files are integers ({headers[packed[0]]['dtype']}), as a quantized model "
             "stores them, and its config.json has no quantization_config; give the config.json that belongs to the weights"
         )
+    compared = True
     if adapter is not None:
         try:
             load_adapter(model, adapter, low_cpu_mem_usage=True)
         except FilesError:
             raise
         except ImportError:  # a package that only the workers have
-            pass
+            compared = False
         except Exception as error:
+            compared = False
             if not files.runs_code:
                 raise FilesError(
                     f"the adapter {adapter} does not fit the model: PEFT cannot add it ({type(error).__name__}: "
@@ -126,6 +148,8 @@ def check_weights(
     unused = sorted(found["unexpected_keys"])
     _refuse_more_layers(path, model, unused)
     unused = [name for name in unused if quantization is None]  # other programs store scales beside the weights
+    if not compared:
+        return None
     return [f"{path}: {some_of(unused)} in its files belong to no part of the model and are not used"] if unused else []
 
 
