@@ -291,6 +291,7 @@ class OwnConfig(LlamaConfig):
     model_type = "own"
 """,
     "scale_own.py": "SCALE = 1.5\n",
+    "late_own.py": "# imported by name while the model runs\n",
     "modeling_own.py": """
 from transformers import LlamaForCausalLM, LlamaModel
 
