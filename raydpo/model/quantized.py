@@ -22,6 +22,7 @@ __all__ = [
     "plain_tensors",
     "refuse_lack_of_layers",
     "refuse_parts_of_experts",
+    "refuse_plain_weights",
     "take_quantization",
 ]
 
@@ -141,6 +142,20 @@ def refuse_lack_of_layers(path: str | Path, empty: nn.Module, names: Iterable[st
                 f"the files of {path} lack all weights of {len(lacking):,} of its {count:,} layers ({some_of(lacking)}), "
                 "which would be random numbers; fetch or save the model again"
             )
+
+
+def refuse_plain_weights(path: str | Path, names: Iterable[str], quantization: Mapping[str, Any]) -> None:
+    """Refuse files without any quantized weight under a format that has names of its own for all of them.
+
+    Raises:
+        FilesError: naming the format.
+    """
+    method = quantization.get("quant_method")
+    if method in ("awq", "gptq") and not any(name.endswith(".qweight") for name in names):
+        raise FilesError(
+            f"{path}/config.json says that the weights are quantized ({method}), but its files hold no qweight; give the "
+            "config.json that belongs to the weights, or take quantization_config out of it"
+        )
 
 
 def refuse_parts_of_experts(path: str | Path, names: Iterable[str]) -> None:

@@ -25,6 +25,7 @@ from raydpo.model.quantized import (
     plain_tensors,
     refuse_lack_of_layers,
     refuse_parts_of_experts,
+    refuse_plain_weights,
     take_quantization,
 )
 
@@ -97,6 +98,7 @@ def compare_headers(
     refuse_parts_of_experts(path, headers)
     if quantization is not None:
         refuse_lack_of_layers(path, empty, headers)
+        refuse_plain_weights(path, headers, quantization)
         stored = plain_tensors(empty, headers, quantization)
     elif any(one["dtype"] not in _DTYPES for one in headers.values()):
         return None

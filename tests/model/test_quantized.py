@@ -180,6 +180,14 @@ def test_scales_of_the_cache_and_layers_behind_the_last_are_no_fault(tmp_path):
     assert check_weights(directory) == []
 
 
+def test_plain_weights_that_are_called_quantized(tmp_path):
+    directory = saved("llama", tmp_path / "model")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    with pytest.raises(FilesError, match=r"says that the weights are quantized \(gptq\), but its files hold no qweight"):
+        check_weights(directory)
+
+
 def test_a_norm_of_another_shape(model):
     directory = model("gptq")
     tensors = load_file(directory / "model.safetensors")
