@@ -133,7 +133,7 @@ def test_it_is_frozen(tree):
         ("data.train=''", ["data.train.0.path", "empty"]),
         ("train.workers=true", ["train.workers", "number"]),
         ("train.workers=two", ["train.workers", "two", "integer"]),
-        ("train=3", ["'train'", "3", "pairs_per_step"]),
+        ("train=3", ["'train'", "3", "beta", "more"]),
         ("train.label_smoothing=0.1 train.loss=ipo", ["label_smoothing 0.1", "ipo", "set it to 0", "robust"]),
         ("train.loss=hinge train.label_smoothing=0.1", ["label_smoothing 0.1", "'hinge'"]),
         ("train.discopop_tau=0.1", ["discopop_tau 0.1", "'sigmoid'", "uses it (discopop)"]),

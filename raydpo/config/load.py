@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from raydpo.config.data import DATA_SUFFIXES, bare_suffix
 from raydpo.config.filter import PairFilter
 from raydpo.config.run import Config
-from raydpo.errors import ConfigError, one_line
+from raydpo.errors import ConfigError, one_line, some_of
 from raydpo.storage.uri import hidden, is_uri, redacted, shown
 
 if TYPE_CHECKING:
@@ -245,9 +245,8 @@ def _explain(tree: dict[str, Any], problem: ErrorDetails) -> str:
     if kind == "value_error":
         return hidden(f"{key!r}: {context['error']}" if key else str(context["error"]))
     if kind == "model_type":
-        return f"{key!r} is {told}, expected a section of keys: {', '.join(_section_at(where).model_fields)}" + _as_section(
-            where, value
-        )
+        known = some_of(list(_section_at(where).model_fields), 12)
+        return f"{key!r} is {told}, expected a section of keys: {known}{_as_section(where, value)}"
     if kind == "tuple_type":
         return f"{key!r} is {told}, expected a list, for example [{told}]"
     if kind == "too_short":
