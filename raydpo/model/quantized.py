@@ -104,9 +104,8 @@ def certain_gaps(
 ) -> dict[str, Any]:
     """transformers' loading info for ``plain_tensors``, without what may only be stored in a way that is not known here."""
     packed = _packed(headers)
-    unknown = {
-        name.rpartition(".")[0] for name in headers if not _BESIDE.search(name) and not name.endswith((".weight", ".bias"))
-    }
+    own = (".weight", ".bias", ".qweight", ".weight_packed")
+    unknown = {name.rpartition(".")[0] for name in headers if not _BESIDE.search(name) and not name.endswith(own)}
     return dict(
         found,
         missing_keys=[name for name in found["missing_keys"] if name.rpartition(".")[0] not in unknown],

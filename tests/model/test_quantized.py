@@ -180,6 +180,14 @@ def test_scales_of_the_cache_and_layers_behind_the_last_are_no_fault(tmp_path):
     assert check_weights(directory) == []
 
 
+@pytest.mark.parametrize("method", ["gptq", "bitsandbytes", "fp8", "compressed-tensors"])
+def test_a_bias_that_is_missing(method, tmp_path):
+    directory = quantized(saved("qwen2", tmp_path / "model"), method)
+    assert check_weights(directory) == []
+    with pytest.raises(FilesError, match=r"lack model\.layers\.1\.self_attn\.k_proj\.bias, which"):
+        check_weights(without(directory, "layers.1.self_attn.k_proj.bias"))
+
+
 def test_plain_weights_that_are_called_quantized(tmp_path):
     directory = saved("llama", tmp_path / "model")
     config = json.loads((directory / "config.json").read_text())
