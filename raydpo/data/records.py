@@ -23,7 +23,8 @@ from raydpo.config import SourceConfig, is_hub_name
 from raydpo.config.data import COMPRESSION_SUFFIXES, DATA_SUFFIXES, bare_suffix
 from raydpo.data.arrow import rows
 from raydpo.data.locate import DataFile, data_files
-from raydpo.errors import DataError, RaydpoError, reason
+from raydpo.errors import DataError, RaydpoError, one_line, reason
+from raydpo.storage.pointers import is_pointer
 from raydpo.storage.uri import is_uri, redact
 
 __all__ = ["Record", "read_records"]
@@ -145,7 +146,7 @@ def _file_records(file: DataFile) -> Iterator[Record]:
     with file.filesystem.open_input_file(file.path) as raw:
         head = raw.read(64)
         raw.seek(0)
-        if head.startswith(b"version https://git-lfs"):
+        if is_pointer(head):
             raise DataError(
                 f"{label} is a Git LFS pointer in place of the data; fetch them with 'git lfs pull' in its repository"
             )
@@ -257,7 +258,7 @@ def _list_records(content: bytes, label: str, note: str | None) -> Iterator[Reco
         text, problem = _decoded(content)
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{label} is not valid JSON: {' '.join(str(error).split())[:200]}; correct it there") from None
+        raise DataError(f"{label} is not valid JSON: {one_line(error, 200)}; correct it there") from None
     for number, value in enumerate(values, 1):
         yield replace(_as_record(value, f"{label}:{number}", number, problem), note=note if number == 1 else None)
 

@@ -18,8 +18,15 @@ from raydpo.data.rendering import RenderingCheck
 from raydpo.data.shapes import common_prefix
 from raydpo.data.template import ChatTemplate
 from raydpo.errors import FilesError, reason
+from raydpo.storage.pointers import refuse_pointers
 
-__all__ = ["TokenisedPair", "Tokeniser", "load_tokenizer"]
+__all__ = ["TokenisedPair", "Tokeniser", "has_tokenizer", "load_tokenizer"]
+
+_FILES = (
+    # Without one of the first four there is no tokenizer.
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
 
 _PROBE = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
 
@@ -32,6 +39,11 @@ class TokenisedPair(NamedTuple):
     rejected: np.ndarray
 
 
+def has_tokenizer(path: str | Path) -> bool:
+    """Whether directory ``path`` has files of a tokenizer. Not every model's or adapter's has."""
+    return any(Path(path, name).is_file() for name in _FILES[:4])
+
+
 def load_tokenizer(path: str, *, chat_template: str | None = None, trust_remote_code: bool = False) -> Any:
     """Load the transformers tokenizer in directory ``path``, or of that name on the hub.
 
@@ -39,10 +51,11 @@ def load_tokenizer(path: str, *, chat_template: str | None = None, trust_remote_
         chat_template: Jinja text, or the path of a file with it, in place of the tokenizer's own.
 
     Raises:
-        FilesError: if there is no tokenizer, or the template is not valid Jinja.
+        FilesError: if there is no tokenizer, its files are Git LFS pointers, or the template is not valid Jinja.
     """
     from transformers import AutoTokenizer
 
+    refuse_pointers(Path(path) / name for name in _FILES)  # tokenizers would report broken JSON
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raise what their backends raise
