@@ -6,7 +6,6 @@ only for what the configuration names on the hub or at a URI.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,12 @@ from typing import Any
 from raydpo.config import Config, SourceConfig, Verb, check_verb, source_name
 from raydpo.data.pairs import HELD_OUT, check_first_records, held_out_source
 from raydpo.data.records import read_records
-from raydpo.data.tokenise import load_tokenizer
+from raydpo.data.tokenise import has_tokenizer, load_tokenizer
 from raydpo.errors import ConfigError, FilesError, ModelError
 from raydpo.evaluation.policy import policy_files
 from raydpo.evaluation.prompts import reading
 from raydpo.losses import Objective
-from raydpo.model.files import adapter_files, check_tokenizer_files, model_files
+from raydpo.model.files import adapter_files, model_files
 from raydpo.model.weights import check_weights
 from raydpo.reference.identity import differs_from_its_tie, identify, resolve_model
 from raydpo.storage.memory import program, remembered, stamp
@@ -72,30 +71,34 @@ def check_models(config: Config, verb: Verb, console: Console, trials: Sequence[
     Raises:
         ModelError: naming the weights that are missing or have another shape.
     """
-    wanted: dict[tuple[str, str | None, bool, bool], None] = {}
+    from raydpo.answers.reward import check_reward_model
+
+    wanted: dict[tuple[str, str | None, bool], None] = {}
+    rewards: dict[tuple[str, bool], None] = {}
     for each in trials or [config]:
         trusted = each.model.trust_remote_code
         if verb == "eval":
             files = policy_files(each)
-            wanted[files.base, files.adapter, trusted, False] = None
+            wanted[files.base, files.adapter, trusted] = None
         else:
-            wanted[each.model.path, each.model.adapter, trusted, False] = None
-        wanted[each.reference_path, each.reference_adapter, trusted, False] = None
+            wanted[each.model.path, each.model.adapter, trusted] = None
+        wanted[each.reference_path, each.reference_adapter, trusted] = None
         if each.evaluate.reward_model is not None and _judges(config, verb):
-            wanted[each.evaluate.reward_model, None, trusted, True] = None
-    for path, adapter, trusted, classifier in wanted:
-        for line in _complete(resolve_model(path), adapter and resolve_model(adapter), trusted, classifier):
-            console.warn(line)
+            rewards[each.evaluate.reward_model, trusted] = None
+    lines = [line for path, adapter, trusted in wanted for line in _complete(path, adapter, trusted)]
+    lines += [line for path, trusted in rewards for line in check_reward_model(resolve_model(path), trusted)]
+    for line in lines:
+        console.warn(line)
 
 
-def _complete(path: str, adapter: str | None, trusted: bool, classifier: bool) -> list[str]:
+def _complete(path: str, adapter: str | None, trusted: bool) -> list[str]:
     """As ``check_weights``, which imports transformers' models for two seconds. Its warnings are remembered."""
+    path, adapter = resolve_model(path), adapter and resolve_model(adapter)
     files = model_files(path, trusted)
     used = [*files.weights, *files.code, *([adapter_files(adapter).weights] if adapter else [])]
-    settings = [files.config, adapter and adapter_files(adapter).config, trusted, classifier]
+    settings = [files.config, adapter and adapter_files(adapter).config, trusted]
     decides = [*settings, *map(stamp, used), program("torch", "transformers", "peft")]
-    check = functools.partial(check_weights, path, adapter=adapter, trust_remote_code=trusted, classifier=classifier)
-    return remembered("complete", decides, check)
+    return remembered("complete", decides, lambda: check_weights(path, adapter=adapter, trust_remote_code=trusted))
 
 
 def _judges(config: Config, verb: Verb) -> bool:
@@ -146,8 +149,9 @@ def _check_values(configs: Sequence[Config], verb: Verb, console: Console) -> No
         if config.evaluate.reward_model is not None and _judges(config, verb):
             wanted[config.evaluate.reward_model, None, trusted] = None
     for path, adapter, trusted in wanted:
-        identify(resolve_model(path), "float32", adapter and resolve_model(adapter), trust_remote_code=trusted)
-        if line := differs_from_its_tie(resolve_model(path), trusted):
+        directory = resolve_model(path)
+        identify(directory, "float32", adapter and resolve_model(adapter), trust_remote_code=trusted)
+        if line := differs_from_its_tie(directory, trusted):
             console.warn(line)
 
 
@@ -157,8 +161,6 @@ def _check_tokenizers(configs: Sequence[Config]) -> list[Any]:
         (config.model.tokenizer or config.model.path, config.data.chat_template, config.model.trust_remote_code): None
         for config in configs
     }
-    for path, _, _ in wanted:
-        check_tokenizer_files(resolve_model(path))
     try:
         return [
             load_tokenizer(resolve_model(path), chat_template=template, trust_remote_code=trust_remote_code)
@@ -171,7 +173,7 @@ def _check_tokenizers(configs: Sequence[Config]) -> list[Any]:
 
 
 def _check_judges(configs: Sequence[Config]) -> None:
-    """Check what judges the answers of an evaluation: the user's function, the API key, the reward model."""
+    """Check what judges the answers of an evaluation: the user's function, the API key."""
     from raydpo.answers.contests import own_function
     from raydpo.answers.judge import Judge
 
@@ -180,18 +182,15 @@ def _check_judges(configs: Sequence[Config]) -> None:
     for judge in dict.fromkeys(filter(None, (config.evaluate.judge for config in configs))):
         with Judge(judge):  # raises an error without its key; sends no request
             pass
-    for path in dict.fromkeys(filter(None, (config.evaluate.reward_model for config in configs))):
-        check_tokenizer_files(resolve_model(path))
 
 
 def _check_policy(config: Config, tokenizer: Any) -> None:
     """Check that the policy to evaluate has the vocabulary of ``tokenizer``: log-probs of the same tokens are compared."""
     files, trust_remote_code = policy_files(config), config.model.trust_remote_code
-    check_tokenizer_files(files.adapter or files.base)
-    try:
-        own = load_tokenizer(files.adapter or files.base, trust_remote_code=trust_remote_code)
-    except ModelError:  # not every model directory has a tokenizer
+    directory = files.adapter or files.base
+    if not has_tokenizer(directory):
         return
+    own = load_tokenizer(directory, trust_remote_code=trust_remote_code)
     if own.get_vocab() != tokenizer.get_vocab():
         raise ConfigError(
             f"the policy {files.name} has another vocabulary ({len(own.get_vocab()):,} tokens) than "
