@@ -71,8 +71,6 @@ def check_models(config: Config, verb: Verb, console: Console, trials: Sequence[
     Raises:
         ModelError: naming the weights that are missing or have another shape.
     """
-    from raydpo.answers.reward import check_reward_model
-
     wanted: dict[tuple[str, str | None, bool], None] = {}
     rewards: dict[tuple[str, bool], None] = {}
     for each in trials or [config]:
@@ -86,7 +84,10 @@ def check_models(config: Config, verb: Verb, console: Console, trials: Sequence[
         if each.evaluate.reward_model is not None and _judges(config, verb):
             rewards[each.evaluate.reward_model, trusted] = None
     lines = [line for path, adapter, trusted in wanted for line in _complete(path, adapter, trusted)]
-    lines += [line for path, trusted in rewards for line in check_reward_model(resolve_model(path), trusted)]
+    if rewards:
+        from raydpo.answers.reward import check_reward_model  # imports transformers' models
+
+        lines += [line for path, trusted in rewards for line in check_reward_model(resolve_model(path), trusted)]
     for line in lines:
         console.warn(line)
 

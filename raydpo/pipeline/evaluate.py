@@ -75,9 +75,9 @@ def evaluate(config: Config, console: Console | None = None) -> dict[str, Any]:
     """
     console = console or Console()
     check(config, "eval", console)
+    check_models(config, "eval", console)
     settings = config.evaluate
     read = _read_pairs(config, console) if starts_own_ray(config) else None  # bad pairs end the command before that
-    check_models(config, "eval", console)
     with session(config):
         check_cluster(config, ["score"], console, (settings.policy, settings.base, settings.reward_model))
         evaluation = _Evaluation.of(config, console, read)
