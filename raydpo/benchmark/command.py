@@ -15,7 +15,7 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--data", metavar="FILE", help="preference file, as in data.train of a run")
     add("--random", type=_ratio, metavar="P:C", help="in its place random pairs: tokens of a prompt and of a completion")
     add("--pairs", type=_numbers, default="40", metavar="N,N", help="sizes of the job (default: %(default)s)")
-    add("--orders", type=_choices(workload.ORDERS), default="file", metavar="O,O", help="file, shuffled (default: file)")
+    add("--orders", type=_some_of(workload.ORDERS), default="file", metavar="O,O", help="file, shuffled (default: file)")
     parts = f"what to run, of {', '.join(PARTS)} (default: %(default)s)"
-    add("--parts", type=_choices(PARTS), default="batches,kernel,train,job", metavar="P,P", help=parts)
+    add("--parts", type=_some_of(PARTS), default="batches,kernel,train,job", metavar="P,P", help=parts)
     add("--pairs-per-step", type=_positive, default=8, metavar="N", help="pairs of a step (default: %(default)s)")
     limit = "steps to measure of each training of TRL; the rest is extrapolated (default: %(default)s)"
     add("--trl-steps", type=_positive, default=12, metavar="N", help=limit)
@@ -287,17 +287,16 @@ def _ratio(text: str) -> tuple[int, int]:
     return _positive(prompt), _positive(completion)
 
 
-class _choices:
+def _some_of(known: Sequence[str]) -> Callable[[str], list[str]]:
     """Type of an option: some of ``known``, separated by commas, in the order of ``known``."""
 
-    def __init__(self, known: Sequence[str]) -> None:
-        self.known = known
-
-    def __call__(self, text: str) -> list[str]:
+    def read(text: str) -> list[str]:
         given = text.split(",")
-        if odd := [word for word in given if word not in self.known]:
-            raise argparse.ArgumentTypeError(f"{odd[0]!r} is none of {', '.join(self.known)}")
-        return [word for word in self.known if word in given]
+        if odd := [word for word in given if word not in known]:
+            raise argparse.ArgumentTypeError(f"{odd[0]!r} is none of {', '.join(known)}")
+        return [word for word in known if word in given]
+
+    return read
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any, Literal
 
@@ -40,7 +40,7 @@ class Measured:
         seconds: wall clock of the process, from start to end.
         tree_bytes: most memory of the process and all that it started (``watch.Watched``).
         load: load average of the machine when it began.
-        trials: the trainings of a sweep.
+        trials: the trainings of a sweep, the first with the beta of all other trainings, the second with that of ``again``.
     """
 
     side: Literal["raydpo", "kernel", "trl"]
@@ -206,10 +206,14 @@ def figures(found: Mapping[str, Measured], workloads: Mapping[str, Mapping[str, 
 
 
 def _to_compare(here: Mapping[str, Measured], base: Measured | None) -> list[tuple[Measured, Measured]]:
-    """Pairs of measurements that must agree: every one with ``base``, and the kernel's reference pass with TRL's."""
+    """Pairs of measurements that must agree: every one with ``base``, the kernel's reference pass with TRL's, and the second
+    trial of a sweep with TRL's run of the same beta."""
     pairs = [] if base is None else [(base, each) for each in here.values() if each is not base and each.what != "again"]
     if "kernel score" in here:
         pairs += [(here["kernel score"], each) for each in here.values() if each.side == "trl" and each.result.ref_chosen]
+    if {"raydpo sweep", "trl again"} <= here.keys():
+        sweep = here["raydpo sweep"]
+        pairs.append((replace(sweep, trials=sweep.trials[1:]), here["trl again"]))
     return pairs
 
 

@@ -68,10 +68,8 @@ def score(job: Job, device: torch.device) -> Result:
 
 
 def adapters(job: Job, device: torch.device) -> Result:
-    """Write the policy's adapters as they are before the first step, with their configuration, to ``job.work``."""
-    engine = _engine(job, device, pair_groups(_load(job.pairs).slice(0, CHECK_ROWS))[0])
-    save_file(engine.gather(), job.initial_adapters)
-    engine.module.policy.peft_config["default"].save_pretrained(job.work)
+    """Only write the policy's adapters as they are before the first step, for TRL."""
+    _engine(job, device, ())
     return Result()
 
 
@@ -130,6 +128,7 @@ def _budget(job: Job, measure: Callable[[], int]) -> int:
 
 
 def _engine(job: Job, device: torch.device, check_rows: Sequence[PromptGroup]) -> PolicyEngine:
+    """The policy before the first step. Its adapters and their configuration are written to ``job.work``."""
     spec = PolicySpec(path=job.model, dtype=job.dtype, lora=job.adapters)
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     # One process needs no port.
@@ -137,7 +136,11 @@ def _engine(job: Job, device: torch.device, check_rows: Sequence[PromptGroup]) -
         "nccl" if device.type == "cuda" else "gloo", rank=0, world_size=1, store=torch.distributed.HashStore()
     )
     join_process_group(device)
-    return PolicyEngine(spec, job.train, device, check_rows)
+    engine = PolicyEngine(spec, job.train, device, check_rows)
+    if job.lora is not None:
+        save_file(engine.gather(), job.initial_adapters)
+        engine.module.policy.peft_config["default"].save_pretrained(job.work)
+    return engine
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from raydpo.benchmark.watch import Watched, watch
 from raydpo.benchmark.workload import Workload
 from raydpo.errors import TrainError
 from raydpo.reference.part import part_time
-from raydpo.rundir.directory import METRICS, RunDirectory
+from raydpo.rundir.directory import METRICS, SWEEP, RunDirectory
 from raydpo.rundir.records import read_rows
 from raydpo.storage.files import Storage
 
@@ -33,6 +34,7 @@ PHASES = {
 }
 """Beginning of the printed line that ends each phase of a command."""
 BUDGET = re.compile(r"tokens_per_batch: auto = (\d+) positions")
+"""The line with the most positions of a forward pass."""
 _PARTS = "cache/*/parts/*.parquet"
 NAME = "benchmark"
 """Name of the run, and of the sweep."""
@@ -66,7 +68,7 @@ def run_verb(
 
     Returns:
         What it computed: ``reference_seconds`` if it scored, steps and losses if it trained one policy; what was seen from
-        outside; and the trials of a sweep.
+        outside; and the trials of a sweep, in the order of their betas in the configuration.
 
     Raises:
         TrainError: if it fails.
@@ -85,11 +87,12 @@ def run_verb(
         found.reference_seconds = parts_seconds(sorted(parts), work.table)
         found.facts["parts"] = len(parts)
     budgets = [int(told[1]) for _, line in watched.lines if (told := BUDGET.search(line))]
-    if budgets:
-        found.facts["largest_pass"] = budgets[-1]  # at most; of training, which prints its own last
+    if budgets and verb in ("train", "run"):
+        found.facts["largest_pass"] = budgets[-1]  # at most; scoring prints its own before
     trials = []
     if verb == "sweep":
-        trials = [_trained(Path(run)) for run in sorted(output.glob(f"{NAME}/*/{METRICS}"))]
+        names = [each["name"] for each in json.loads((output / NAME / SWEEP).read_text(encoding="utf-8"))["trials"]]
+        trials = [_trained(output / NAME / name / METRICS) for name in names]
         at_once = [line.rsplit("; ", 1)[1] for _, line in watched.lines if line.startswith("sweep: ") and " at once" in line]
         found.facts["at_once"] = int(at_once[0].split()[0])
     elif verb != "score":

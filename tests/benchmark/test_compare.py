@@ -153,6 +153,9 @@ def test_a_sweep_is_compared_with_five_runs_of_trl(found):
     # Three rounds of two trials at a time, each with two more steps of twice the tokens.
     assert point["sweep"]["raydpo"]["seconds"] == 200.0 + 3 * 2 * 2 * 2.0 and point["sweep"]["raydpo"]["extrapolated"] == 10
     assert point["sweep"]["trl"]["seconds"] == 120.0 + 4 * 80.0 and point["sweep"]["trl_reuses_reference"]
+    trials[1].losses[1] = 0.71
+    (problem,) = figures(found, {NAME: WORKLOAD}, exact=True)["problems"]
+    assert "loss of step 2 is 0.71 with raydpo (sweep) and 0.68 with trl (again)" in problem
 
 
 def test_memory_is_compared_at_positions_alike_and_at_each_sides_best(found, record):

@@ -13,11 +13,11 @@ from tiny import preferences
 PAIRS, PER_STEP = 8, 4
 
 
-def kernel(stages, job):
-    """Stages of the kernel, in a process of their own."""
-    from raydpo.benchmark import kernel_side
+def kernel(job):
+    """Both stages of the kernel, in a process of their own."""
+    from raydpo.benchmark.kernel_side import score, train
 
-    return [dataclasses.asdict(getattr(kernel_side, stage)(job, torch.device("cpu"))) for stage in stages]
+    return [dataclasses.asdict(stage(job, torch.device("cpu"))) for stage in (score, train)]
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +34,7 @@ def sides(tmp_path_factory, tiny_llama):
         name="kernel", stage="train", model=str(tiny_llama), pairs=str(place / "pairs.parquet"), work=str(place),
         dtype="float32", lora=4, pairs_per_step=PER_STEP, steps=2, device="cpu", lr=1e-3, tokens_per_batch=1024,
     )  # fmt: skip
-    run_distributed(kernel, 1, place / "adapters", ["adapters"], job)
-    (ours,) = run_distributed(kernel, 1, place / "training", ["score", "train"], job)
+    (ours,) = run_distributed(kernel, 1, place / "rank", job)
     theirs = {}
     for name, settings in {
         "1": {"batch": 1},
