@@ -71,6 +71,8 @@ ray: {{address: null}}
             "model-sigmoid+bco_pair+sft-beta0.1",
             "0.8 sigmoid + 0.2 bco_pair + 1 sft",
         ),
+        ("train.loss=[{sigmoid: 0.5}]", "model-sigmoid-beta0.1", "0.5 sigmoid"),
+        ("train.loss=[{sigmoid: 1}]", "model-sigmoid-beta0.1", "sigmoid"),
         ("train.loss=my_losses.mine:squared", "model-squared-beta0.1", "my_losses.mine:squared"),
         ("train.beta={start: 0.2, end: 0.05, schedule: cosine}", "model-sigmoid-beta0.2-0.05", "sigmoid"),
     ],
@@ -79,6 +81,14 @@ def test_losses_and_betas_of_all_kinds_have_a_name_and_survive_yaml(override, na
     config = load_config(tree, [override])
     assert (config.run_name, config.train.loss_text) == (name, text)
     assert load_config(yaml.safe_load(config.to_yaml())).train == config.train
+
+
+def test_a_resolved_configuration_names_every_default_and_contradicts_nothing(tree):
+    """checkpoint_minutes replaces checkpoint_every, whose default is in the file, too."""
+    config = load_config(tree, ["train.checkpoint_minutes=10"])
+    assert load_config(yaml.safe_load(config.to_yaml())).train == config.train
+    with pytest.raises(ConfigError, match=r"checkpoint_minutes \(10\) and checkpoint_every \(50\) contradict"):
+        load_config(tree, ["train.checkpoint_minutes=10", "train.checkpoint_every=50"])
 
 
 def test_beta_moves_from_start_to_end(tree):

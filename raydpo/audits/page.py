@@ -13,11 +13,11 @@ from raydpo.pages.page import render
 __all__ = ["render_page"]
 
 MOST_SOURCES = 6
-"""Number of sources, at most, that have their own pictures; the table has all of them."""
+"""Largest number of sources with pictures of their own. The table has all sources."""
 
 
 def render_page(audit: Audit) -> str:
-    """Render the page. Text from the data is escaped; the page has no scripts, and its security policy blocks any."""
+    """Render the page. Text from the data is escaped. The page has no scripts, and its security policy blocks them."""
     pictures = [("All pairs", plots(audit.frame, audit.total))]
     if len(audit.sources) > 1:
         for name, figures in list(audit.sources.items())[:MOST_SOURCES]:
@@ -33,7 +33,8 @@ def render_page(audit: Audit) -> str:
 
 
 def _share(value: dict[str, Any]) -> str:
-    return "-" if value["share"] is None else f"{value['share']:.1%} ± {(value['high'] - value['low']) / 2:.1%}"
+    """Format a share with its interval, whose bounds are not equally far from a small or a large share."""
+    return "-" if value["share"] is None else f"{value['share']:.1%} ({value['low']:.1%} to {value['high']:.1%})"
 
 
 def _number(value: float | None, form: str = ".2f") -> str:
@@ -59,12 +60,12 @@ ABOUT = {
     "copies": "pairs that equal an earlier pair token by token and that no pair contradicts",
     "shared prompts": "pairs whose prompt another pair has too, copies not counted",
     "shared answers": "pairs with an answer that occurs in another pair, under any prompt, copies not counted",
-    "contradictory": "pairs that also occur with chosen and rejected swapped; those where both orders are equally frequent",
+    "contradictory": "pairs that also occur with chosen and rejected swapped; second number: both orders equally often",
     "identical": "pairs left out because chosen and rejected are the same",
     "empty": "chosen and rejected answers that consist of an end token alone",
     "cut": "chosen and rejected answers that were cut to data.max_length",
 }
-"""The rows of the table, and what each of them shows."""
+"""Rows of the table, and what each row shows."""
 
 
 def _column(figures: dict[str, Any], identical: int) -> dict[str, str]:

@@ -231,7 +231,8 @@ def _point(here: Mapping[str, Measured], workload: Mapping[str, Any], equal: boo
     for verb in ("score", "train", "run", "sweep"):
         if f"raydpo {verb}" in here:
             each = here[f"raydpo {verb}"]
-            found["commands"][verb] = vars(whole(each, workload)) | {"phases": each.result.facts["phases"]}
+            told = {name: each.result.facts.get(name, {}) for name in ("phases", "startup_seconds")}
+            found["commands"][verb] = vars(whole(each, workload)) | told
     first, again = here.get("trl run"), here.get("trl again")
     for part, verb, theirs in (("job", "run", [first]), ("sweep", "sweep", [first, *[again] * 4])):
         if verb in found["commands"]:

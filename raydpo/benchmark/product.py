@@ -114,7 +114,7 @@ def _trained(metrics: Path) -> Result:
         rejected_logps=[row["logps/rejected"] for row in rows],
         peak_bytes=max(row["peak_memory_bytes"] for row in rows),
         load_seconds=summary["load_seconds"],
-        facts={"train_seconds": summary["train_seconds"], "startup": summary.get("startup")},
+        facts={"train_seconds": summary["train_seconds"], "startup_seconds": summary.get("startup_seconds") or {}},
     )
 
 

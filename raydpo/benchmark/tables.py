@@ -70,7 +70,7 @@ def tables(record: Mapping[str, Any]) -> list[Table]:
         *(_compared(record, part) for part in _PARTS),
         Table(
             "Start of a command",
-            ("pairs, order", "command", *_PHASES, "end"),
+            ("pairs, order", "command", *_PHASES, "end", "seconds by phase, from summary.json"),
             [
                 (point["workload"], f"raydpo {verb}", *_phases(each))
                 for point in found["points"]
@@ -130,9 +130,9 @@ def markdown(record: Mapping[str, Any]) -> str:
 
 
 def summary_row(record: Mapping[str, Any]) -> str:
-    """The row of README: step, whole job, sweep and memory of the workloads, as one line of a Markdown table."""
+    """The row of README: step, whole job, sweep and memory of workloads in file order, as one line of a Markdown table."""
     told = []
-    for point in record["figures"]["points"]:
+    for point in (each for each in record["figures"]["points"] if each["order"] == "file"):
         for part, name in (("step", "a step"), ("job", "the whole job"), ("sweep", "five betas")):
             if "ratio" in point[part]:
                 sides = [_of(point, part, side) for side in ("raydpo", "trl")]
@@ -185,7 +185,8 @@ def _scored(one: Mapping[str, Any]) -> str:
 
 def _phases(command: Mapping[str, Any]) -> list[str]:
     told = [_seconds(command["phases"].get(phase)) for phase in _PHASES]
-    return [*told, _seconds(command["seconds"], command["extrapolated"])]
+    by_phase = ", ".join(f"{name} {seconds:.1f}" for name, seconds in command["startup_seconds"].items())
+    return [*told, _seconds(command["seconds"], command["extrapolated"]), by_phase]
 
 
 def _seconds(value: float | None, extrapolated: int = 0) -> str:

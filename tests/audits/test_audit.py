@@ -284,6 +284,15 @@ def test_text_of_the_data_is_no_markup(page):
     json.loads(page.with_name("audit.json").read_text())
 
 
+def test_intervals_of_the_page_are_those_of_the_figures(page):
+    """A share near 0 or 1 has bounds at unequal distances: one half-width would name shares below 0 % or above 100 %."""
+    length = json.loads(page.with_name("audit.json").read_text())["total"]["length"]
+    for name in ("chosen_longer", "rule_accuracy"):
+        value = length[name]
+        told = f"{value['share']:.1%} ({value['low']:.1%} to {value['high']:.1%})"
+        assert told in page.read_text() and 0 <= value["low"] < value["high"] <= 1, told
+
+
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
 @pytest.mark.parametrize("dark", [False, True])
 def test_page_in_a_browser(page, dark):

@@ -80,7 +80,12 @@ def test_parts_that_run_separately_make_one_file_of_results(bench, pretended, ca
     small, large = found["figures"]["points"]
     assert small["step"]["ratio"] == 2.0 and small["step"]["over_kernel"] == 1 / 3
     assert small["job"]["trl"]["extrapolated"] == 1 and large["job"]["trl"]["extrapolated"] == 4
-    assert large["job"]["raydpo"] == {"seconds": 30.0, "extrapolated": 0, "phases": {"first step": 9.0}}
+    assert large["job"]["raydpo"] == {
+        "seconds": 30.0,
+        "extrapolated": 0,
+        "phases": {"first step": 9.0},
+        "startup_seconds": {},
+    }
     whole = [job for job in pretended if getattr(job, "name", "") == "trl-run"]
     assert {(job.batch, job.reference_batch, job.steps) for job in whole} == {(2, 4, 2)}, "each at its fastest"
     said = capsys.readouterr().out

@@ -63,7 +63,9 @@ def of_trl(what, batch, steps, seconds=100.0, reference=8.0, recompute=False, pa
 
 
 def of_raydpo(what, steps, seconds=50.0, **values):
-    facts = {"phases": {"read": 5.0, "first step": 20.0}, "largest_pass": 100} | values.pop("facts", {})
+    facts = {"phases": {"read": 5.0, "first step": 20.0}, "startup_seconds": {"ray": 4.0}, "largest_pass": 100} | values.pop(
+        "facts", {}
+    )
     return measured("raydpo", what, result(steps, peak_bytes=2 * GIB, facts=facts, **values), seconds, 3.0)
 
 
@@ -110,7 +112,12 @@ def test_ratios_are_those_of_the_commands_with_ray_against_trls_fastest(found):
     assert point["step"]["over_kernel"] == 2.0 and point["step"]["kernel"]["seconds"] == 2.0
     assert point["reference"]["ratio"] == 8.0 / 2.0
     assert point["job"] == {
-        "raydpo": {"seconds": 60.0, "extrapolated": 0, "phases": {"read": 5.0, "first step": 20.0}},
+        "raydpo": {
+            "seconds": 60.0,
+            "extrapolated": 0,
+            "phases": {"read": 5.0, "first step": 20.0},
+            "startup_seconds": {"ray": 4.0},
+        },
         "trl": {"seconds": 120.0, "extrapolated": 0, "measured_steps": 4},
         "ratio": 2.0,
     }
@@ -181,6 +188,7 @@ def test_how_says_who_ran_with_ray(record):
 
 def test_a_page_has_machine_dates_versions_and_commands(record):
     page = markdown(record)
+    assert "| raydpo train | 5.0 s |  |  |  | 20.0 s | 50.0 s | ray 4.0 |" in page
     for words in (
         "a processor, 2 cores; 2026-11-29; torch 2.13",
         "python jobs/benchmark.py --parts run",
