@@ -111,10 +111,23 @@ def _compared(record: Mapping[str, Any], part: str) -> Table:
             remarks.append(
                 f"TRL {'re-uses' if point[part]['trl_reuses_reference'] else 'recomputes'} the first beta's reference."
             )
+    if part == "job":
+        remarks += [told for side, name in (("raydpo", ours), ("trl", "TRL")) if (told := _line(record, side, name))]
     columns = ["pairs, order", ours, "kernel, without Ray", "raydpo / kernel", _trl(record), "times as fast"]
     if part in ("job", "sweep"):
         rows, columns = [(*row[:2], *row[4:]) for row in rows], columns[:2] + columns[4:]
     return Table(title, columns, rows, " ".join(remarks))
+
+
+def _line(record: Mapping[str, Any], side: str, name: str) -> str:
+    """Start-up and slope of the whole job, from the smallest and the largest size in file order."""
+    points = [each for each in record["figures"]["points"] if each["order"] == "file" and side in each["job"]]
+    sizes = sorted((each["pairs"], each["job"][side]["seconds"]) for each in points)
+    if len(sizes) < 2:
+        return ""
+    (pairs, seconds), (more, longer) = sizes[0], sizes[-1]
+    slope = (longer - seconds) / (more - pairs)
+    return f"{name}: {seconds - slope * pairs:.0f} s and {slope:.2f} s a pair."
 
 
 def markdown(record: Mapping[str, Any]) -> str:

@@ -90,6 +90,10 @@ def test_parts_that_run_separately_make_one_file_of_results(bench, pretended, ca
     assert {(job.batch, job.reference_batch, job.steps) for job in whole} == {(2, 4, 2)}, "each at its fastest"
     said = capsys.readouterr().out
     assert "~" in said and "TRL 1.16.0, 2 x 2" in said
+    # 20 s with two steps of 2 s; one more step at 12 pairs, four more at 24, and the reference pass of their pairs.
+    slope = (large["job"]["trl"]["seconds"] - small["job"]["trl"]["seconds"]) / 12
+    start_up = small["job"]["trl"]["seconds"] - 12 * slope
+    assert f"raydpo run: 30 s and 0.00 s a pair. TRL: {start_up:.0f} s and {slope:.2f} s a pair." in " ".join(said.split())
     commands = {each["command"] for each in found["measured"].values()}
     assert len(commands) == 3 and all(command.startswith("jobs/benchmark.py --model") for command in commands)
     assert all(each["date"] for each in found["measured"].values()) and found["machine"] and found["versions"]["trl"]
