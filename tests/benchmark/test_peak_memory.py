@@ -22,8 +22,8 @@ def peaks(tmp_path_factory):
     place = tmp_path_factory.mktemp("memory")
     model = make_model(place / "model", vocab_size=VOCABULARY)
     records = [
-        {name: text.replace("w", "") for name, text in record.items()}  # about two tokens a number
-        for record in random_records(STEPS * PAIRS, LENGTH // 8, LENGTH // 8, 100)
+        {name: text.replace("w", "") for name, text in record.items()}  # about three tokens a number
+        for record in random_records(STEPS * PAIRS, LENGTH // 6, LENGTH // 6, 100)
     ]
     work = Workload.write(records, str(model), 4 * LENGTH, "file", place)
     # Positions of all pairs at once: neither side cuts a step into parts.
