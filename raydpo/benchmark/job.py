@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
     from peft import PeftConfig
 
-__all__ = ["ENVIRONMENT", "Job", "Result", "Stage", "StepRecord", "environment", "now", "side", "start"]
+__all__ = ["Job", "Result", "Stage", "StepRecord", "environment", "now", "side", "start"]
 
 Stage = Literal["adapters", "score", "train", "cached", "online"]
 """The kernel makes adapters, scores or trains. TRL trains with a reference that it computes before, or at every step."""
