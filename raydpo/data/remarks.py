@@ -52,8 +52,8 @@ _SENTENCES = {
         "chat_template_kwargs with which the prompt does not end so"
     ),
     NO_END: (
-        "warning: in {count} answers no special token follows the last text ({all}), so the model does not learn to stop;"
-        " use a chat template that ends a turn with a special token of the tokenizer"
+        "warning: in {count} pairs no special token follows the last text of an answer: {all}; so the model does not learn "
+        "to stop. Use a chat template that ends a turn with a special token of the tokenizer"
     ),
     EOS_TWICE: (
         "warning: the answers of {count} pairs end with EOS twice: {all}; take it off the end of the answers, or out of the "

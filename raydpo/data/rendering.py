@@ -97,6 +97,7 @@ class RenderingCheck:
         ]
         self._eos = tokenizer.eos_token
         self._ends = [token for token in dict.fromkeys((*added, *special)) if token.strip()]
+        self._end = re.compile("|".join(map(re.escape, sorted(self._ends, key=len, reverse=True))) or "(?!)")
         spelled = sorted({token for token in special if token.strip() and not _TAG.fullmatch(token)}, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, spelled)) or "(?!)")
         self._signs = _common_signs(spelled)
@@ -136,7 +137,7 @@ class RenderingCheck:
             if whole.startswith(prompt):
                 start = len(prompt)
             else:
-                start = _common(prompt, whole)
+                start = _start_of_answer(prompt, whole, messages)
                 found.append(Remark(remarks.PROMPT_END, "", prompt[start:]))
             end = self._end_if_usual(messages, whole, start, answer=True)
             if end < 0 or whole[end:] not in self._sound_tails:
@@ -204,11 +205,27 @@ class RenderingCheck:
         if _EMPTY_THOUGHT.search(region) and not any(_EMPTY_THOUGHT.search(text) for text in texts):
             found.append(Remark(remarks.EMPTY_THOUGHT, side))
         self._check_thoughts(side, texts, whole, start, found)
-        place = whole.rfind(texts[-1], start) if texts else -1
+        place = self._last_place(whole, texts[-1], start) if texts else -1
         if place >= 0:
             self._check_end(whole[place + len(texts[-1]) :], texts[-1], found)
         else:  # the last text is written otherwise: its end may be among the last characters
             self._check_end(whole[max(start, len(whole) - _TAIL) :], None, found)
+
+    def _last_place(self, whole: str, text: str, start: int) -> int:
+        """Where ``text`` stands last in ``whole``, apart from the tokens that end a turn; -1 if nowhere."""
+        only_ends = not self._end.sub("", text).strip()  # one of which is the turn's own end
+        ends = [end.span() for end in self._end.finditer(whole, start)]
+        last = place = whole.rfind(text, start)
+        while place >= 0:
+            after = place + len(text)
+            if only_ends:
+                apart = self._end.search(whole, after) is not None
+            else:
+                apart = not any(begin <= place and after <= end for begin, end in ends)
+            if apart:
+                return place
+            place = whole.rfind(text, start, after - 1)
+        return last if only_ends else -1
 
     def _check_spelling(self, part: str, texts: Iterable[str], found: list[Remark]) -> None:
         for text in texts:
@@ -241,7 +258,8 @@ class RenderingCheck:
 
     def _ends_twice(self, tail: str, last: str | None) -> bool:
         if last is not None:
-            return tail.count(self._eos) + last.rstrip().endswith(self._eos) > 1
+            spelled = last.rstrip().endswith(self._eos) and tail.lstrip().startswith(self._eos)
+            return spelled or tail.count(self._eos) > 1
         before = tail.rstrip().removesuffix(self._eos)
         return tail.rstrip() != before and before.rstrip().endswith(self._eos)
 
@@ -412,6 +430,22 @@ def _pieces(one: Text) -> list[Text]:
 @lru_cache(1000)
 def _adds_thought(text: str) -> bool:
     return _EMPTY_THOUGHT.search(text) is not None
+
+
+def _start_of_answer(prompt: str, whole: str, messages: list[Message]) -> int:
+    """Where the answer begins in ``whole``, which begins otherwise than ``prompt`` does.
+
+    What both share may hold the first characters of the answer: ``<think>`` and ``<b>`` begin alike.
+    """
+    common = _common(prompt, whole)
+    for message in messages[:1]:
+        for text in (one.text for one in _texts(message, 0, [])):
+            tag = _TAG.match(text)
+            first = common - (tag.end() - 1 if tag else len(text))  # a tag that both have in full is shared
+            place = whole.find(text, max(0, first), common + len(text))
+            if 0 <= place < common:
+                return place
+    return common
 
 
 def _common(left: str, right: str) -> int:

@@ -227,11 +227,33 @@ def test_the_end_of_the_prompt_that_is_left_out_is_quoted(write):
     )
 
 
+@pytest.mark.parametrize("opened", ["<think>\n", "[THINK]", "Answer: ", "<|thought|>\n"])
+def test_an_answer_that_begins_as_the_end_of_the_prompt_does(write, opened):
+    """What prompt and answer share is of the answer."""
+    template = CHAT_TEMPLATE.replace("<s>assistant\n{%", f"<s>assistant\n{opened}{{%")
+    for length in (1, 2, 4):
+        chosen = f"{opened[:length]}!b>Frozen</b> water."
+        for text in (chosen, opened[:length]):
+            lines, _ = lines_of(write, template, record(PROMPT, answer(text), answer("Ten.")))
+            (line,) = (line for line in lines if line.startswith("warning"))
+            assert "the end of the prompt is left out of 1 pairs, where the chat template writes" in line
+            assert f"such as {opened!r} (prefs.jsonl:1)" in line
+
+
+def test_an_answer_with_the_tag_that_the_prompt_ends_with_lacks_only_the_rest(write):
+    template = CHAT_TEMPLATE.replace("<s>assistant\n{%", "<s>assistant\n<think>\n{%")
+    lines, _ = lines_of(write, template, record(PROMPT, answer("<think>So.</think>Nine."), answer("<think>\nb</think>Ten.")))
+    assert [line for line in lines if line.startswith("warning")] == [
+        line for line in lines if "such as '\\n' (prefs.jsonl:1)" in line
+    ]
+
+
 def test_no_end_of_turn(write):
     template = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
     lines, _ = lines_of(write, template, record(PROMPT, answer("Nine."), answer("Ten.")))
     assert any(
-        "in 1 answers no special token follows the last text (such as '\\n' (prefs.jsonl:1))" in line for line in lines
+        "in 1 pairs no special token follows the last text of an answer: such as '\\n' (prefs.jsonl:1); so the model" in line
+        for line in lines
     )
     # spelled like a special token, but none of the tokenizer's
     foreign = template.replace("\n{%", "<|end|>\n{%")
@@ -239,6 +261,18 @@ def test_no_end_of_turn(write):
     tokenizer.chat_template = foreign
     ((_, found),) = Tokeniser(tokenizer).encode_noted([Preference(PROMPT, answer("Nine."), answer("Ten."))])
     assert ("no end of turn", "") in {(one.kind, one.what) for one in found}
+
+
+@pytest.mark.parametrize("text", ["</s>", "s", "/s", "</s></s>", "</", "<s>"])
+def test_the_end_of_turn_is_not_taken_for_the_last_text(text):
+    """A text that spells the end of a turn, or part of it."""
+    _, found = noted(CALLS, PROMPT, calling(arguments={"zone": text}), answer(text))
+    twice = {("EOS twice", "")} if text.endswith("</s>") else set()
+    assert {one for one in found if one[0] in ("no end of turn", "EOS twice")} == twice
+    endless = CALLS.replace("</s>", "")
+    assert ("no end of turn", "") in noted(endless, PROMPT, calling(arguments={"zone": text}), answer("Ten."))[1]
+    _, found = noted(CALLS, PROMPT, calling(arguments={"zone": text}), answer("Ten."))
+    assert {one for one in found if one[0] != "special tokens spelled"} == set()
 
 
 def test_eos_twice():
