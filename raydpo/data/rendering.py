@@ -48,6 +48,8 @@ _EMPTY_THOUGHT = re.compile(
     "|".join(rf"{re.escape(opener)}\s*{re.escape(closer)}" for opener, closer in _TAGS)
     + rf"|\A\s*(?:{'|'.join(map(re.escape, _CLOSERS))})"  # opened at the end of the prompt
 )
+_MARK = re.compile(r"<([|｜]).+\1>")
+"""Tokens that can be nothing but marks, special or not."""
 _MOST_SIGNS = 4
 _TAIL = 40
 _CUT = "\x00"
@@ -98,6 +100,8 @@ class RenderingCheck:
         self._eos = tokenizer.eos_token
         self._ends = [token for token in dict.fromkeys((*added, *special)) if token.strip()]
         self._end = re.compile("|".join(map(re.escape, sorted(self._ends, key=len, reverse=True))) or "(?!)")
+        written = _written(tokenizer)
+        special += [token for token in added if token in written or _MARK.fullmatch(token)]  # read as special tokens are
         spelled = sorted({token for token in special if token.strip() and not _TAG.fullmatch(token)}, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, spelled)) or "(?!)")
         self._signs = _common_signs(spelled)
@@ -133,6 +137,9 @@ class RenderingCheck:
         found: list[Remark] = []
         if preference.tools is not None or self._end_if_usual(preference.prompt, prompt, 0, answer=False) < 0:
             self._check_prompt(preference, prompt, found)
+        if preference.template_kwargs:
+            values = _leaves(preference.template_kwargs, [])
+            self._check_spelling_of_others("chat_template_kwargs", prompt, values, found)
         for side, messages, whole in (("chosen", preference.chosen, chosen), ("rejected", preference.rejected, rejected)):
             if whole.startswith(prompt):
                 start = len(prompt)
@@ -172,6 +179,7 @@ class RenderingCheck:
             fields += _fields(message)
             found += [Remark(remarks.UNTRAINED_BEFORE, key) for key in message.keys() & _MARKS]
         self._check_spelling("prompt", [one.text for one in wanted], found)
+        self._check_spelling_of_others("prompt", prompt, [*more, *(one.text for one in fields)], found)
         _check_fields(prompt, fields, wanted, more, found)
         for one in left_out(prompt, wanted, more):
             kind = _LOST_IN_PROMPT.get(one.what, remarks.LOST)
@@ -192,6 +200,7 @@ class RenderingCheck:
         texts = [one.text for one in wanted]
         self._check_spelling(side, texts, found)
         region = whole[start:]
+        self._check_spelling_of_others(side, region, [*more, *(one.text for one in fields)], found)
         _check_fields(region, fields, wanted, more, found)
         lost = left_out(region, wanted, more)
         if lost and len(lost) >= sum(len(_pieces(one)) for one in wanted):
@@ -232,6 +241,13 @@ class RenderingCheck:
             if (token := self.spelled(text)) is not None:
                 found.append(Remark(remarks.SPELLED, part, token))
                 return
+
+    def _check_spelling_of_others(self, part: str, rendered: str, texts: Iterable[str], found: list[Remark]) -> None:
+        """Note special tokens in texts that templates need not write, such as descriptions of tools, if they are there."""
+        spelled = [text for text in texts if self.spelled(text) is not None]
+        if spelled:
+            rest = "".join(rendered.split())
+            self._check_spelling(part, [text for text in spelled if _found(rest, text) is not None], found)
 
     def _check_thoughts(self, side: str, texts: list[str], whole: str, start: int, found: list[Remark]) -> None:
         """Note an answer that ends a thought which neither it nor the prompt begins."""
@@ -458,6 +474,18 @@ def _common(left: str, right: str) -> int:
         else:
             high = middle - 1
     return low
+
+
+def _written(tokenizer: Any) -> str:
+    """What a chat template may write itself: its text, and how it writes a few words."""
+    messages = [{"role": role, "content": "x"} for role in ("system", "user", "assistant")]
+    rendered = ""
+    for start in (0, 1):
+        try:
+            rendered += tokenizer.apply_chat_template(messages[start:], tokenize=False)
+        except Exception:  # templates raise what their authors wrote
+            continue
+    return f"{tokenizer.chat_template or ''}{rendered}"
 
 
 def _common_signs(tokens: Sequence[str]) -> list[str]:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import templates
-from samples import CHAT_TEMPLATE
+from samples import CHAT_TEMPLATE, make_tokenizer
 from templates import CALLS, EACH, GENERATE, answer, calling, say, tokenizer_for, tool, user
 
 from raydpo.config import DataConfig
@@ -347,6 +347,54 @@ def test_special_tokens_that_texts_spell(write):
     inside = calling(arguments={"zone": "a<s>b"})
     assert ("special tokens spelled", "chosen") in noted(CALLS, PROMPT, inside, answer("b"))[1]
     assert ("special tokens spelled", "prompt") in noted(CALLS, PROMPT, answer("a"), answer("b"), tools=[tool("a<s>")])[1]
+
+
+@pytest.mark.parametrize("token", ["<|User|>", "<tool_call>", "<|unused|>"])
+def test_tokens_of_turns_that_are_added_but_not_special(token):
+    """The tokenizer reads them as one token, whatever it calls them."""
+    template = templates.DEEPSEEK + "{# writes <tool_call> #}"
+
+    def found_in(chosen, added=True):
+        tokenizer = make_tokenizer(template)
+        if added:
+            tokenizer.add_tokens([token, "<|Assistant|>", "<think>", "water", "<b>"])
+        ((_, found),) = Tokeniser(tokenizer).encode_noted([Preference(PROMPT, answer(chosen), answer("Ten."))])
+        return [(remark.what, remark.example) for remark in found if remark.kind == "special tokens spelled"]
+
+    assert found_in(f"It writes {token}.") == [("chosen", token)]
+    assert found_in("<think>So.</think>Frozen <b>water</b>.") == [] == found_in(f"It writes {token}.", added=False)
+
+
+def test_tokens_that_a_template_puts_together():
+    tokenizer = make_tokenizer(
+        templates.CHATML.replace("<|im_start|>", "[{{ '' }}").replace("{{ message['role'] }}\n", "x]")
+    )
+    tokenizer.add_tokens(["[x]"])
+    ((_, found),) = Tokeniser(tokenizer).encode_noted([Preference([user("a[x]b")], answer("a"), answer("b"))])
+    assert ("special tokens spelled", "prompt", "[x]") in {remark[:3] for remark in found}
+
+
+def test_special_tokens_in_what_templates_need_not_write(write):
+    odd = tool("clock")
+    odd["function"]["parameters"]["properties"]["a</s>b"] = {"type": "string"}
+    for tools in ([tool("clock") | {"note": "x </s> y"}], [odd]):
+        bad = record(PROMPT, answer("a"), answer("b"), tools=tools)
+        lines, _ = lines_of(write, CHAT_TEMPLATE, bad)
+        assert any("spell special tokens" in line and "1 prompt, such as '</s>' (prefs.jsonl:1)" in line for line in lines)
+        lines, _ = lines_of(write, CHAT_TEMPLATE.replace("tools | tojson", "tools[0].function.name"), bad)
+        assert not any("spell special tokens" in line for line in lines)  # not written
+    named = [user("Hello?", name="Bo<s>b")]
+    writes = CHAT_TEMPLATE.replace("{{ message.role }}", "{{ message.role }} {{ message.name or '' }}")
+    assert ("special tokens spelled", "prompt") in noted(writes, named, answer("a"), answer("b"))[1]
+    assert ("special tokens spelled", "prompt") not in noted(CHAT_TEMPLATE, named, answer("a"), answer("b"))[1]
+    keys = calling(arguments={"zo</s>ne": "a"})
+    assert ("special tokens spelled", "chosen") in noted(CALLS, PROMPT, keys, answer("b"))[1]
+    lines, _ = lines_of(
+        write,
+        "{{ first }}" + CHAT_TEMPLATE,
+        record(PROMPT, answer("a"), answer("b"), chat_template_kwargs={"first": "a<s>", "thinking": False}),
+    )
+    assert any("1 chat_template_kwargs, such as '<s>' (prefs.jsonl:1)" in line for line in lines)
 
 
 def test_plain_text_for_a_chat_model(write):
