@@ -48,7 +48,7 @@ _EMPTY_THOUGHT = re.compile(
     "|".join(rf"{re.escape(opener)}\s*{re.escape(closer)}" for opener, closer in _TAGS)
     + rf"|\A\s*(?:{'|'.join(map(re.escape, _CLOSERS))})"  # opened at the end of the prompt
 )
-_MARK = re.compile(r"<([|｜]).+\1>")
+_MARK = re.compile(r"<([|\uff5c]).+\1>")
 """Tokens that can be nothing but marks, special or not."""
 _MOST_SIGNS = 4
 _TAIL = 40

@@ -233,7 +233,7 @@ class Tokeniser:
         for change in sorted(changes):
             found.append(Remark(remarks.CHANGED, change))
         for key in arguments:
-            if key not in str(self.tokenizer.chat_template):
+            if not self.template.reads(key, tools):
                 found.append(Remark(remarks.UNREAD, key))
         return texts, found
 

@@ -349,7 +349,7 @@ def test_special_tokens_that_texts_spell(write):
     assert ("special tokens spelled", "prompt") in noted(CALLS, PROMPT, answer("a"), answer("b"), tools=[tool("a<s>")])[1]
 
 
-@pytest.mark.parametrize("token", ["<|User|>", "<tool_call>", "<|unused|>"])
+@pytest.mark.parametrize("token", ["<|User|>", "<tool_call>", "<|unused|>", "<\uff5cUser\uff5c>"])
 def test_tokens_of_turns_that_are_added_but_not_special(token):
     """The tokenizer reads them as one token, whatever it calls them."""
     template = templates.DEEPSEEK + "{# writes <tool_call> #}"
