@@ -12,6 +12,7 @@ from raydpo.data import remarks
 from raydpo.data.messages import Malformed, Message
 from raydpo.data.preference import Preference
 from raydpo.data.remarks import Remark
+from raydpo.data.template import TEXT_PARTS
 
 __all__ = ["RenderingCheck", "left_out"]
 
@@ -29,7 +30,7 @@ _THOUGHT_FIELDS = (
 _KNOWN_FIELDS = {"role", "content", "tool_calls", "function_call", *_THOUGHT_FIELDS}
 _MARKS = {"weight", "loss_weight", "train", "training", "trainable", "trained", "learn", "loss"}
 """Fields with which other tools say whether a message is trained, and how much it counts: 0 or false if not."""
-_IDS = {"type", "id", "index", "tool_use_id", "tool_call_id", "cache_control"}
+_IDS = {"type", "id", "index", "tool_use_id", "tool_call_id", "cache_control", "signature"}
 """Keys of content parts that are no text."""
 _TAGS = (
     *((f"<{name}>", f"</{name}>") for name in ("think", "thinking", "thought", "reasoning", "seed:think")),
@@ -292,7 +293,7 @@ def _texts(message: Message, turn: int, more: list[str]) -> list[Text]:
             found.append(Text(what, part, turn))
         elif isinstance(part, Mapping):
             for key, value in part.items():
-                if key not in _IDS:
+                if key not in _IDS and (not _is_text(part) or key == "text" or key in _THOUGHT_FIELDS):
                     kind = remarks.THOUGHTS if key in _THOUGHT_FIELDS else what
                     found += [Text(kind, leaf, turn) for leaf in _leaves(value, more)]
     said = " ".join(one.text for one in found)
@@ -350,13 +351,26 @@ def _tool_texts(tools: list[Any]) -> tuple[list[Text], list[str]]:
 
 def _fields(message: Message) -> list[Text]:
     """The texts of fields that few templates read, such as ``name``, each under the name of its field."""
-    others = message.keys() - _KNOWN_FIELDS - _MARKS
+    content = message.get("content")
+    others = [(str(key)[:40], message[key]) for key in message.keys() - _KNOWN_FIELDS - _MARKS]
+    others += [
+        (f"{str(key)[:40]} of a content part", value)
+        for part in (content if isinstance(content, list) else [])
+        if _is_text(part)
+        for key, value in part.items()
+        if key not in ("text", *_IDS, *_THOUGHT_FIELDS)
+    ]
     return [
-        Text(str(key)[:40], leaf.strip())
-        for key in sorted(others, key=str)
-        for leaf in _leaves(message[key], [])
+        Text(key, leaf.strip())
+        for key, value in sorted(others, key=lambda field: field[0])
+        for leaf in _leaves(value, [])
         if leaf.strip()
     ]
+
+
+def _is_text(part: Any) -> bool:
+    """Whether a content part is text. What else it has is said about the text, such as where it was found."""
+    return isinstance(part, Mapping) and part.get("type") in TEXT_PARTS and isinstance(part.get("text"), str)
 
 
 def _check_fields(rendered: str, fields: list[Text], wanted: list[Text], more: list[str], found: list[Remark]) -> None:

@@ -196,13 +196,15 @@ class Tokeniser:
             if (token := self._check.spelled(rest)) is not None:
                 found.append(Remark(remarks.SPELLED, side, token))
         prompt = preference.prompt
-        token = self._check.spelled(prompt)
-        if token is not None and self._adds_bos:
-            token = self._check.spelled(prompt.removeprefix(self.tokenizer.bos_token))
+        own, token = prompt, self._check.spelled(prompt)
         if token is not None:
-            found.append(Remark(remarks.SPELLED_BEFORE, "", token))
-        elif self.tokenizer.chat_template:
-            found.append(Remark(remarks.TEXT_FOR_CHAT, "", preference.prompt))
+            own = prompt.removeprefix(self.tokenizer.bos_token or "")  # BOS alone makes no turn
+            other = self._check.spelled(own)
+            if own == prompt or other is not None or not self._adds_bos:
+                found.append(Remark(remarks.SPELLED_BEFORE, "", other or token))
+            token = other
+        if token is None and self.tokenizer.chat_template:
+            found.append(Remark(remarks.TEXT_FOR_CHAT, "", own))
         for what, value in ((remarks.TOOLS, preference.tools), ("chat_template_kwargs", preference.template_kwargs)):
             if value:
                 remedy = "give messages (role, content) instead of text"

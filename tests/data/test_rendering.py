@@ -401,13 +401,25 @@ def test_plain_text_for_a_chat_model(write):
     plain = {"prompt": "the sky", "chosen": " is", "rejected": " was"}
     lines, _ = lines_of(write, templates.CHATML, plain)
     assert any(
-        "1 prompts are plain text without special tokens, but the tokenizer has a chat template" in line for line in lines
+        "1 prompts are plain text without special tokens of turns, but the tokenizer has a chat template: such as 'the sky' "
+        "(prefs.jsonl:1);" in line
+        for line in lines
     )
     rendered = plain | {"prompt": "<|im_start|>user\nthe sky<|im_end|>\n<|im_start|>assistant\n"}
     lines, _ = lines_of(write, templates.CHATML, rendered)
     assert lines[1:] == ["data prefs: 1 prompts of plain text spell special tokens, which are read as such: such as "
                          "'<|im_end|>' (prefs.jsonl:1)"] or "'<|im_start|>'" in lines[1]  # fmt: skip
     assert len(lines_of(write, None, plain)[0]) == 1
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_text_that_begins_with_bos_is_plain_text_all_the_same(write, bos):
+    """The example has no special token, of which the line says that there is none."""
+    plain = {"prompt": "<s>the sky", "chosen": " is", "rejected": " was"}
+    lines, _ = lines_of(write, templates.CHATML, plain, bos=bos)
+    (line,) = (line for line in lines if "plain text without special tokens of turns" in line)
+    assert line.startswith("warning") and ": such as 'the sky' (prefs.jsonl:1); the model reads" in line
+    assert sum("spell special tokens" in line for line in lines) == (not bos)
 
 
 def test_tools_beside_plain_text_are_left_out(write):
@@ -454,6 +466,20 @@ def test_marks_that_a_message_is_not_trained_are_warned_of(write, mark):
     (line,) = (each for each in lines if "marked as not to be trained" in each)
     assert line.startswith("warning: data prefs: in 1 pairs messages of the answers are marked as not to be trained")
     assert f"1 {key} (chosen), such as '{mark[key]}' (prefs.jsonl:1)" in line and "but every message of an answer" in line
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, templates.GEMMA_PARTS])
+def test_what_a_content_part_says_about_its_text_is_not_lost_content(write, template):
+    part = {"type": "text", "text": "Frozen water.", "citations": ["abc def"], "annotations": [], "where": {"page": 7}}
+    lines, _ = lines_of(write, template, record([user([part])], answer([part]), answer("b")))
+    assert not any(line.startswith("warning") for line in lines)
+    (line,) = (line for line in lines if "fields of messages" in line)
+    assert "1 citations of a content part, such as 'abc def'" in line and "1 where of a content part, such as '7'" in line
+    other = {"type": "thinking", "thinking": "Hm hm hm.", "signature": "EqQBCgIYAhIM"}
+    ((_, found),) = Tokeniser(tokenizer_for(templates.GEMMA_PARTS)).encode_noted(
+        [Preference(PROMPT, answer([other, part]), answer("b"))]
+    )
+    assert {remark[:3] for remark in found if remark.kind == "left out"} == {("left out", "thoughts (chosen)", "Hm hm hm.")}
 
 
 def test_marks_in_the_prompt_are_information_and_marks_of_what_is_trained_none(write):
