@@ -12,6 +12,7 @@ from raydpo.data import remarks
 from raydpo.data.messages import Malformed, Message
 from raydpo.data.preference import Preference
 from raydpo.data.remarks import Remark
+from raydpo.data.segments import any_of
 from raydpo.data.template import TEXT_PARTS
 
 __all__ = ["RenderingCheck", "left_out"]
@@ -99,12 +100,12 @@ class RenderingCheck:
             if getattr(token, "special", False)
         ]
         self._eos = tokenizer.eos_token
-        self._ends = [token for token in dict.fromkeys((*added, *special)) if token.strip()]
-        self._end = re.compile("|".join(map(re.escape, sorted(self._ends, key=len, reverse=True))) or "(?!)")
+        ends = [token for token in dict.fromkeys((*added, *special)) if token.strip()]
+        self._end = re.compile(any_of(ends) or "(?!)")
         written = _written(tokenizer)
         special += [token for token in added if token in written or _MARK.fullmatch(token)]  # read as special tokens are
         spelled = sorted({token for token in special if token.strip() and not _TAG.fullmatch(token)}, key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, spelled)) or "(?!)")
+        self._special = re.compile(any_of(spelled) or "(?!)")
         self._signs = _common_signs(spelled)
         self._signs_of_all = tuple(dict.fromkeys((*self._signs, *_CLOSER_SIGNS)))
         self._sound_tails: set[str] = set()
@@ -266,7 +267,7 @@ class RenderingCheck:
         Args:
             tail: what follows the text ``last``; None if the tail may begin within the last text.
         """
-        if not any(token in tail for token in self._ends):
+        if self._end.search(tail) is None:
             found.append(Remark(remarks.NO_END, "", tail))
         elif self._eos and self._ends_twice(tail, last):
             found.append(Remark(remarks.EOS_TWICE, "", tail))

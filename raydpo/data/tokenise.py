@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from datetime import date
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from raydpo.data.preference import Preference
 from raydpo.data.refusal import refusal
 from raydpo.data.remarks import Remark
 from raydpo.data.rendering import RenderingCheck
+from raydpo.data.segments import Segments
 from raydpo.data.shapes import common_prefix
 from raydpo.data.template import ChatTemplate
 from raydpo.errors import FilesError, reason
@@ -98,6 +99,7 @@ class Tokeniser:
         self.template = ChatTemplate(tokenizer, day)
         self.merged = 0
         self._check = RenderingCheck(tokenizer)
+        self._segments = Segments(tokenizer, partial(self._ids, add_special_tokens=False))
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
@@ -143,7 +145,8 @@ class Tokeniser:
                 encoded[index] = error, []
         for entries, conversational in ((plain, False), (rendered, True)):
             # A template writes special tokens itself; for plain text the tokenizer adds its own, such as BOS.
-            ids = iter(self._ids([text for _, texts, _ in entries for text in texts], not conversational))
+            texts = [text for _, parts, _ in entries for text in parts]
+            ids = iter(self._segments.encode(texts) if conversational else self._ids(texts, True))
             for index, _, found in entries:
                 parts = self._begun(next(ids), next(ids), next(ids), conversational=conversational, found=found)
                 encoded[index] = self._split(*parts, conversational=conversational, found=found), found
