@@ -46,7 +46,7 @@ def test_the_best_checkpoints_are_kept_by_any_metric_that_has_a_best(metric, tre
         assert _checkpoint_config(train).checkpoint_score_order == BETTER[last]
         assert lower_is_better(metric) == (BETTER[last] == "min")
     else:
-        with pytest.raises(ConfigError, match=f"keep_best: neither more nor less of '{metric}' is .*eval_helpful/loss"):
+        with pytest.raises(ConfigError, match=f"keep_best: neither a lower nor a higher '{metric}' is .*eval_helpful/loss"):
             load_config(tree, [f"train.keep_best={metric}"])
 
 
@@ -54,6 +54,15 @@ def test_the_best_checkpoints_are_kept_by_any_metric_that_has_a_best(metric, tre
 def test_what_no_evaluation_measures_is_refused_before_anything_starts(metric, tree):
     with pytest.raises(ConfigError, match=f"train.keep_best is '{metric}', which no evaluation measures; set it to one of"):
         load_config(tree, [f"train.keep_best={metric}"])
+
+
+def test_a_metric_against_the_reference_needs_one(tree):
+    """A loss without a reference has none, unless the filter needs its log-probs; another filter does not help."""
+    overrides = ["train.loss=simpo", "train.keep_best=eval_logps/chosen_fell"]
+    for condition in ("null", "chosen_tokens < 10"):
+        with pytest.raises(ConfigError, match="'eval_logps/chosen_fell', which no evaluation measures"):
+            load_config(tree, [*overrides, f"data.filter={condition}"])
+    assert load_config(tree, [*overrides, "data.filter=ref_margin > -20"]).needs_reference
 
 
 def test_a_file_of_held_out_pairs_is_one_source(tree, tmp_path):

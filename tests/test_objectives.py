@@ -64,7 +64,7 @@ def test_a_loss_by_import_path_trains_and_its_source_is_part_of_the_run(place, o
     )
     done = raydpo(place, "train.loss=my_losses:squared")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "first loss 25.000" in done.stdout and "warning" not in done.stdout
+    assert "first loss 25.000" in done.stdout and "warning: first loss" not in done.stdout
     module.write_text(module.read_text().replace("2 * beta", "4 * beta"))
     changed = raydpo(place, "train.loss=my_losses:squared")
     assert changed.returncode == 2 and "source of my_losses:squared" in changed.stderr

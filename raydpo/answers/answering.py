@@ -22,11 +22,15 @@ __all__ = ["Answering"]
 
 @dataclass(frozen=True, kw_only=True)
 class Answering:
-    """Work that turns rows of ``ROWS`` into ``answer_ids``, list<int32>, including the end token.
+    """Work that turns rows of ``draws.ROWS`` into a column ``answer_ids``, list<int32>; see ``cluster.work.BlockTask``.
+
+    An answer includes the token that ended it. An answer of ``max_tokens`` tokens may have none.
 
     Attributes:
+        spec: the model.
+        max_tokens: length at which an answer is cut.
         stop: token ids that end an answer.
-        batch: number of answers that are generated at once.
+        batch: number of answers that engine transformers generates at once.
     """
 
     spec: ReferenceSpec
@@ -46,10 +50,10 @@ class Answering:
         }
 
     def open(self, device: str) -> Callable[[pa.Table], pa.Table]:
-        """Load the model and return a function that answers a table of ``ROWS``.
+        """Load the model and return a function that answers a table with the schema ``draws.ROWS``.
 
         Raises:
-            ModelError: if the files on this machine are another model.
+            ModelError: if the model's files on this machine differ from ``spec.identity``.
         """
         if self.engine == "vllm":
             answer = open_vllm(self.spec, self.max_tokens, self.stop)

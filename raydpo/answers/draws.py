@@ -1,4 +1,4 @@
-"""Prompts to answer, and the random numbers that sampled answers are drawn with.
+"""The table of prompts to answer, and the random numbers of sampled answers.
 
 The random number of a token depends on (seed, prompt, sample, position) alone. So an answer does not depend on batches or on
 the number of workers. Two equal models give the same answer, so a difference between policy and reference is not chance.
@@ -18,7 +18,7 @@ __all__ = ["ROWS", "Draw", "uniforms"]
 
 @dataclass(frozen=True, kw_only=True)
 class Draw:
-    """How one answer is sampled: its number ``sample`` under ``seed`` selects the random numbers."""
+    """Settings of one sampled answer. ``seed`` and ``sample``, the number of the answer, select its random numbers."""
 
     seed: int
     sample: int
@@ -32,7 +32,11 @@ ROWS = pa.schema(
 
 
 def uniforms(draw: Draw, prompt: np.ndarray, count: int) -> np.ndarray:
-    """Random numbers in [0, 1) for the first ``count`` positions of a sampled answer, float64 [count]."""
+    """Return random numbers in [0, 1) for the first ``count`` positions of a sampled answer, float64 [count].
+
+    Args:
+        prompt: token ids of the prompt.
+    """
     digest = hashlib.blake2b(struct.pack("<QQ", draw.seed, draw.sample), digest_size=16, person=b"raydpo-sample-1")
     digest.update(np.ascontiguousarray(prompt, "<u4").tobytes())
     return np.random.Generator(np.random.Philox(key=np.frombuffer(digest.digest(), "<u8"))).random(count)

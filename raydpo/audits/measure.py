@@ -25,16 +25,19 @@ QUANTILES = {
     "most": 1,
 }
 FAR_MARGIN = -150
-"""Reference margin, nats, below which a pair counts as far out."""
+"""Highest reference margin, nats, at which the advised filter may cut."""
 FAR_SHARE = 0.01
-"""Largest share of pairs that the advised filter removes for their margin."""
+"""Largest share of pairs that the advised filter removes for their margin. Of fewer than 100 pairs it may remove one."""
 
 
 def figures(frame: pl.DataFrame) -> dict[str, Any]:
-    """Compute all figures of the pairs in ``frame``. Shares have 95 % intervals over prompts.
+    """Compute all figures of the pairs in ``frame``.
 
-    The columns of ``frame`` are ``config.filter.FACTS`` and ``prompt``, the number of the prompt. Log-probs are in nats;
-    surprise is -log-prob per token. A figure is None if there are too few pairs for it.
+    Shares have 95 % intervals that take prompts as independent, not pairs. Log-probs are in nats. Surprise is -log-prob per
+    token. A figure is None if there are too few pairs for it.
+
+    Args:
+        frame: has the columns of ``config.filter.FACTS`` and ``prompt``, the number of the prompt.
     """
     scored = frame.filter(pl.col("ref_margin").is_not_null())
     even = frame["contradictory"] & (frame["opposites"] == frame["copies"])
@@ -84,7 +87,7 @@ def _below(values: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def _share(values: np.ndarray, frame: pl.DataFrame) -> dict[str, Any]:
-    """Mean of ``values``: one value from 0 to 1 for each pair of ``frame``."""
+    """Mean of ``values`` with its interval; ``values`` has one number from 0 to 1 for each pair of ``frame``."""
     values = values.astype(float)
     return _named(share_by_group(values, frame["prompt"].to_numpy()), float(values.sum()), len(values))
 
@@ -138,7 +141,7 @@ def _length_and_reference(scored: pl.DataFrame) -> dict[str, Any]:
 
 
 def _by_bin(scored: pl.DataFrame) -> list[dict[str, Any]]:
-    """How often the reference is right among pairs of about the same length difference."""
+    """Share of the pairs that the reference ranks right, in each bin of length difference."""
     difference = scored["length_difference"].to_numpy()
     bins = []
     for low, high in pairwise([-np.inf, *LENGTH_BINS, np.inf]):

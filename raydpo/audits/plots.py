@@ -12,11 +12,13 @@ from raydpo.pages.plot import BAD, GOOD, INK, PALE, Picture, figure, length_bars
 __all__ = ["plots"]
 
 BINS = 48
+"""Largest number of bars of a histogram."""
 TRENDS = 16
+"""Number of groups of pairs, of about equal size, whose margins are drawn over length."""
 
 
 def plots(frame: pl.DataFrame, figures: dict[str, Any]) -> list[Picture]:
-    """Draw the pairs in ``frame``; ``figures`` are their figures."""
+    """Draw the pairs in ``frame``. ``figures`` is the result of ``measure.figures`` for them."""
     scored = frame.filter(pl.col("ref_margin").is_not_null())
     pictures = [_differences(frame["length_difference"].to_numpy(), figures)]
     if scored.height > 1:
@@ -46,7 +48,7 @@ def _differences(difference: np.ndarray, figures: dict[str, Any]) -> Picture:
 
 def _surprises(scored: pl.DataFrame, figures: dict[str, Any]) -> Picture:
     values = {side: -scored[f"ref_{side}_per_token"].to_numpy() for side in ("chosen", "rejected")}
-    # The outermost values are left out, since they would flatten the picture.
+    # The outermost values would flatten the picture.
     low, high = np.quantile(np.concatenate(list(values.values())), [0.005, 0.995])
     edges = np.linspace(low, high if high > low else low + 1, BINS + 1)
     surprise = figures["surprise"]
@@ -55,7 +57,7 @@ def _surprises(scored: pl.DataFrame, figures: dict[str, Any]) -> Picture:
         f"Median {surprise['chosen']['median']:.2f} nats a token for chosen answers, "
         f"{surprise['rejected']['median']:.2f} for rejected ones. Of two answers drawn at random, the "
         f"rejected one surprises more in {surprise['separation']['share']:.0%} of the draws. The further right, the "
-        "less likely the model itself is to write such an answer."
+        "less likely the model itself is to write such an answer. The outermost 1 % of the values is not shown."
     )
     with figure() as (made, axes):
         for (side, each), colour in zip(values.items(), (GOOD, BAD), strict=True):

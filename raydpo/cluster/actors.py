@@ -19,10 +19,13 @@ _NO_MEMORY = re.compile(r"running low on memory\..*?\(IP: ([^,)]+).*? was ([\d.]
 def over_actors(
     actor: type, arguments: tuple[Any, ...], blocks: Sequence[Any], resources: Resources, doing: str, calls_at_once: int = 1
 ) -> Iterator[dict[str, Any]]:
-    """Process Arrow blocks of the object store with Ray Data actors, one block a call and one actor a team.
+    """Process Arrow blocks in Ray's object store with Ray Data actors. There is one actor for each team of workers.
 
     Args:
+        actor: class whose instances are called with one block at a time, and return a block.
         arguments: arguments of the actors' constructor.
+        blocks: references of the blocks.
+        resources: number of teams, and what each requests.
         doing: what is done, for messages, such as "scoring the reference".
         calls_at_once: concurrent calls of one actor, each in its own thread.
 
@@ -63,7 +66,10 @@ def over_actors(
 
 
 def original_error(error: BaseException, doing: str) -> RaydpoError:
-    """The error behind a Ray exception: raydpo's own if a worker raised one, else one sentence about its cause."""
+    """Return the error behind a Ray exception.
+
+    It is the RaydpoError that a worker raised. If there is none, it is a new one with one sentence about the cause.
+    """
     seen: list[BaseException] = []
     todo: list[BaseException | None] = [error]
     while todo:

@@ -1,4 +1,4 @@
-"""Nodes of the connected Ray cluster: which ones a stage may use, what fits on them, what an autoscaler may add."""
+"""Nodes of the connected Ray cluster: which of them a stage may use, what fits on them, and what an autoscaler may add."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 __all__ = ["NODE_SHARE", "grows_to", "holds", "never_comes", "nodes_with", "room_for", "selected"]
 
 NODE_SHARE = 0.001
-"""Amount of a node's accelerator_type resource that a worker requests. Ray itself requests as much."""
+"""Amount of a node's resource ``accelerator_type:...`` that a worker requests. Ray itself requests the same amount."""
 
 
 def nodes_with(accelerator: str | None, labels: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Live nodes with this kind of GPU and these labels, as ``ray.nodes()`` describes them."""
+    """Return the live nodes with this kind of GPU and these labels, as ``ray.nodes()`` describes them."""
     import ray
 
     return [
@@ -42,7 +42,7 @@ def holds(resources: Mapping[str, float], bundle: Mapping[str, float]) -> int:
 
 
 def room_for(bundle: Mapping[str, float], accelerator: str | None, labels: Mapping[str, str]) -> int:
-    """Number of times that ``bundle`` fits into the free resources of these nodes."""
+    """Number of times that ``bundle`` fits into the free resources of the nodes with this kind of GPU and these labels."""
     import ray
 
     free = ray._private.state.available_resources_per_node()
@@ -50,7 +50,7 @@ def room_for(bundle: Mapping[str, float], accelerator: str | None, labels: Mappi
 
 
 def grows_to(name: str) -> float | None:
-    """Largest amount of a resource that the cluster's autoscaler allows; None without an autoscaler, or if it is unknown."""
+    """Largest amount of a resource that the cluster's autoscaler allows; None without an autoscaler, or if unknown."""
     import ray
 
     try:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from raydpo.cluster.nodes import NODE_SHARE, grows_to, nodes_with
+from raydpo.cluster.nodes import NODE_SHARE, grows_to, holds, nodes_with
 from raydpo.config import Config
 from raydpo.errors import ConfigError
 
@@ -17,22 +17,27 @@ __all__ = ["Resources", "bfloat16_is_faster", "resources_for"]
 
 @dataclass(frozen=True)
 class Resources:
-    """Resources that one stage requests from Ray: workers with one device each, and CPU threads (None: Ray decides)."""
+    """Resources that one stage requests from Ray."""
 
     workers: int
+    """Number of workers; the largest number if it may vary."""
     gpus_per_worker: float
+    """GPUs of one worker, also a fraction; 0 = it computes on the CPU."""
     threads: int | None
+    """CPU threads of one worker; None = Ray decides."""
     fewest: int | None = None
-    """Smallest number of workers if it may vary; ``workers`` is then the largest."""
+    """Smallest number of workers with which the stage starts; None = ``workers``."""
     memory_share: float = 1.0
-    """Share of its device's memory that one worker may use, 0 to 1. Workers share a CPU node, or a GPU by fractions."""
+    """Share of its device's memory that one worker may use, 0 to 1. It is below 1 where several workers use one CPU node or
+    one GPU."""
     together: int = 1
     """Workers of a team, which computes each forward pass together (``sequence_parallel``)."""
     accelerator: str | None = None
+    """Kind of GPU that nodes must have; None = any."""
     labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Required kind of GPU and labels of the nodes."""
+    """Ray labels that nodes must have."""
     on_one_machine: bool = False
-    """Whether a team is one actor, and so on one machine."""
+    """Whether a team is a single actor. Its workers are then on one machine."""
 
     @property
     def teams(self) -> int:
@@ -40,31 +45,39 @@ class Resources:
         return self.workers // self.together
 
     @property
+    def _size(self) -> int:
+        """Number of workers whose resources Ray allocates together."""
+        return self.together if self.on_one_machine else 1
+
+    @property
     def bundle(self) -> dict[str, float]:
-        """Ray resources of one worker; of one team if it is ``on_one_machine``."""
-        size = self.together if self.on_one_machine else 1
-        gpus = {"GPU": self.gpus_per_worker * size} if self.gpus_per_worker else {}
+        """Ray resources of one worker; those of a whole team if it is ``on_one_machine``."""
+        gpus = {"GPU": self.gpus_per_worker * self._size} if self.gpus_per_worker else {}
         kind = {f"accelerator_type:{self.accelerator}": NODE_SHARE} if self.accelerator else {}
-        return {"CPU": size} | gpus | kind
+        return {"CPU": self._size} | gpus | kind
 
     def asks(self) -> str:
-        """Describe the request of one worker, for messages."""
-        parts = [f"{self.gpus_per_worker:g} {self.accelerator or 'GPU'}"] if self.gpus_per_worker else ["a CPU"]
-        return " ".join([*parts, *(f"{key}={value}" for key, value in self.labels.items())])
+        """Describe ``bundle`` and the labels, for messages."""
+        gpus, size = self.gpus_per_worker * self._size, self._size
+        said = [f"{gpus:g} {self.accelerator or 'GPU'}" if gpus else "a CPU" if size == 1 else f"{size} CPUs"]
+        if max(gpus, size) > 1:
+            said.append("on one machine")
+        return " ".join([*said, *(f"{key}={value}" for key, value in self.labels.items())])
 
     @property
     def device(self) -> Literal["cuda", "cpu"]:
+        """Device of a worker, as torch names it."""
         return "cuda" if self.gpus_per_worker else "cpu"
 
 
 def resources_for(stage: Literal["score", "train"], config: Config, at_once: int = 1) -> Resources:
-    """Resources of a stage on the connected Ray cluster.
+    """Return the resources of a stage on the connected Ray cluster.
 
     Args:
         at_once: number of such stages that share the cluster.
 
     Raises:
-        ConfigError: if the cluster cannot provide them, unless it grows (``ray.autoscaling``).
+        ConfigError: if the cluster cannot provide them. With ``ray.autoscaling``, only if it can never provide them.
     """
     section = config.score if stage == "score" else config.train
     workers = config.score.workers if stage == "score" else config.train.most_workers
@@ -96,7 +109,26 @@ def resources_for(stage: Literal["score", "train"], config: Config, at_once: int
         on_one_node = -(-workers * at_once // max(1, len(nodes)))
         threads, memory_share = max(1, (os.cpu_count() or 1) // on_one_node), 1 / on_one_node
     kind, labels = section.accelerator, dict(section.labels)
-    return Resources(workers, gpus, threads, fewest, memory_share, together, kind, labels, on_one_machine=stage == "score")
+    made = Resources(workers, gpus, threads, fewest, memory_share, together, kind, labels, on_one_machine=stage == "score")
+    if not config.ray.autoscaling:
+        _check_places(stage, made, nodes, where)
+    return made
+
+
+def _check_places(stage: str, resources: Resources, nodes: Sequence[dict[str, Any]], where: str) -> None:
+    """Refuse workers that would wait without end, since no single node has what one of them needs.
+
+    Scoring begins with one worker. Training needs the fewest that it may start with.
+    """
+    fit = sum(holds(node["Resources"], resources.bundle) for node in nodes)
+    needed = 1 if stage == "score" else resources.fewest or resources.workers
+    if fit < needed:
+        also = f" and {resources.bundle['CPU']:g} CPU(s)" if resources.gpus_per_worker else ""
+        raise ConfigError(
+            f"{stage} needs places for {needed} worker(s), each {resources.asks()}{also}, but the Ray cluster's nodes"
+            f"{where} have places for {fit}; lower {stage}.gpus_per_worker or {stage}.workers, or set "
+            "ray.autoscaling=true if the cluster starts nodes on demand"
+        )
 
 
 def _gpus_per_worker(stage: str, config: Config, nodes: Sequence[dict[str, Any]]) -> float:

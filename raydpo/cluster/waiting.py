@@ -16,11 +16,12 @@ from raydpo.terminal.console import Console
 __all__ = ["check_reachable", "request_nodes", "wait_for"]
 
 ASK_SECONDS = 5.0
-"""Seconds between requests. Ray keeps only the last request of the cluster, and Ray Data sends its own every 20 s."""
+"""Seconds between requests. Each is repeated, since Ray keeps only the cluster's last request, and Ray Data sends its own
+every 20 s."""
 SAY_SECONDS = 15.0
 """Seconds between lines about what is missing."""
 VERDICT_SECONDS = 20.0
-"""Seconds for an autoscaler, which looks every 5 s, to report what it can never provide."""
+"""Longest time, in seconds, to wait for the verdict of an autoscaler. It looks at the requests every 5 s."""
 _REQUESTS: dict[object, tuple[Resources, int]] = {}
 """Open requests of this process, each with its number of places. All of them are sent together."""
 
@@ -29,8 +30,8 @@ _REQUESTS: dict[object, tuple[Resources, int]] = {}
 def request_nodes(config: Config, *, wanted: bool = True, trainings: int = 1) -> Iterator[None]:
     """Within the block, request nodes for the training from an autoscaler, so that they start while the reference is scored.
 
-    This is only a request: nothing is reserved, and scoring may use the same nodes. It ends with the block, and the
-    autoscaler then removes idle nodes. If this process is killed, it ends with the next request of Ray Data.
+    This is only a request: nothing is reserved, and scoring may use the same nodes. The request ends with the block, and the
+    autoscaler then removes idle nodes. If this process is killed, the next request of Ray Data replaces it.
 
     Args:
         wanted: whether there is anything to train.
@@ -57,10 +58,10 @@ def request_nodes(config: Config, *, wanted: bool = True, trainings: int = 1) ->
 
 
 def check_reachable(stage: str, resources: Resources) -> None:
-    """Check with an autoscaler that it can provide a worker of a stage, if no node of the cluster can.
+    """Ask the autoscaler whether it can provide a worker of a stage, if no node of the cluster can hold one.
 
     Raises:
-        ConfigError: if none of its node groups can, with the line that such a group needs.
+        ConfigError: if no node group can hold one. The message has the line that such a group needs.
     """
     if any(holds(node["Resources"], resources.bundle) for node in nodes_with(resources.accelerator, resources.labels)):
         return
@@ -104,7 +105,7 @@ def wait_for(stage: str, resources: Resources, console: Console, *, autoscaling:
     Scoring can begin with one worker; training needs all of them, or the fewest that it may begin with.
 
     Args:
-        autoscaling: request places for all workers meanwhile. Ray does so only once the stage has begun.
+        autoscaling: request places for all workers meanwhile. Ray itself requests them only once the stage has begun.
     """
     needed = 1 if stage == "score" else resources.fewest or resources.workers
     places = resources.teams if resources.on_one_machine else resources.workers

@@ -1,7 +1,8 @@
-"""Runs work on rows in Ray Data actors, block by block, and stores each block under a digest of everything it depends on.
+"""Runs work on blocks of rows in Ray Data actors, and stores the result of each block in the cache.
 
-So no block is computed twice: a restarted evaluation, the next evaluation, and the evaluation of another policy against the
-same reference read the stored blocks.
+The name of a stored result is a digest of everything that the result depends on. A block whose result is stored is not
+computed again. A restarted evaluation, the next evaluation, and the evaluation of another policy against the same reference
+read the stored results.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ FOLDER = "evaluation"
 
 
 class BlockTask(Protocol):
-    """Work of an actor. It is sent to the actor, so it must be small.
+    """Work that an actor does on each block of rows. The object is sent to the actor, so it must be small.
 
-    ``open`` loads models in the actor. It must verify that they match ``identity``, since results are stored under it.
+    ``open`` loads the models in the actor. It must verify that they match ``identity``, since results are stored under it.
     """
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Everything that the result depends on besides the rows, as JSON."""
+        """Everything that the result depends on besides the rows, as plain data for JSON."""
 
     def open(self, device: str) -> Callable[[pa.Table], pa.Table]:
         """Return a function that takes a block of rows and returns one row of results for each."""
@@ -55,14 +56,16 @@ def do_work(
     """Return the results of each table, in the order of its rows.
 
     Args:
-        tables: tables with equal columns; each is cut into blocks.
+        work: what the actors do.
+        tables: tables with equal columns and at least one row each; each is cut into blocks.
         storage: storage of the cache.
+        resources: workers and devices of the actors.
         block: number of rows that are computed and stored together.
-        progress: called with (rows done, rows to do) if there is something to do.
+        progress: called with (rows done, rows to do) at the start and after each block, unless all results are stored.
         doing: word for messages, such as "answering".
 
     Raises:
-        RaydpoError: if an actor fails. Finished blocks stay stored.
+        RaydpoError: if an actor fails, or a result that it stored cannot be read. Finished blocks stay stored.
     """
     blocks = [[rows.slice(start, block).combine_chunks() for start in range(0, rows.num_rows, block)] for rows in tables]
     names = [[stored_name(work.identity, one) for one in each] for each in blocks]
@@ -122,10 +125,10 @@ def stored_name(identity: dict[str, Any], rows: pa.Table) -> str:
 
 
 def load(storage: Storage, name: str) -> pa.Table | None:
-    """Load a stored result; None if it is missing or damaged."""
+    """Load a stored result; None if it is missing, damaged, or cannot be read."""
     try:
         return pq.read_table(pa.BufferReader(storage.read(name)), page_checksum_verification=True)
-    except (FileNotFoundError, pa.ArrowException, OSError):
+    except (pa.ArrowException, OSError):
         return None
 
 

@@ -103,7 +103,8 @@ class DataConfig(Section):
     """Shuffle the pairs of each epoch. false = file order, for comparisons."""
     filter: str | None = None
     """Condition on training pairs, an SQL expression over the fields of the audit, for example
-    'chosen_tokens < 1024 and ref_margin > -20'. See raydpo/data/facts.py for the fields. Held-out pairs are not affected."""
+    'chosen_tokens < 1024 and ref_margin > -20'. The fields are in raydpo/config/filter.py. Held-out pairs are not
+    filtered."""
     weight_column: str | None = None
     """Column with the weight of each pair in the loss, a number of at least 0; null = equal weights."""
     margin_column: str | None = None

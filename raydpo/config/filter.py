@@ -1,4 +1,4 @@
-"""The condition ``data.filter``: parse it, check it, and know what it needs. ``data.filter`` applies it to pairs."""
+"""Parses and checks ``data.filter``, the condition on pairs. The module ``raydpo.data.filter`` applies it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FACTS: dict[str, tuple[str, str]] = {
     "answer_pairs": ("int64", "pairs, with any prompt, in which the more frequent of its two answers occurs"),
     "opposites": (
         "int64",
-        "pairs that prefer its rejected completion to its chosen one: votes against it, as copies are votes for it",
+        "pairs with its completions swapped: each is a vote against this pair, as a copy is a vote for it",
     ),
     "contradictory": ("bool", "whether 'opposites' is above 0"),
     "ref_chosen_logps": ("float64", "the reference's log-prob of the chosen completion, nats"),
@@ -37,7 +37,7 @@ FACTS: dict[str, tuple[str, str]] = {
     "ref_chosen_per_token": ("float64", "ref_chosen_logps / chosen_tokens"),
     "ref_rejected_per_token": ("float64", "ref_rejected_logps / rejected_tokens"),
 }
-"""Name -> (type, meaning)."""
+"""Facts about a pair that a condition can name: name -> (type, meaning). ``raydpo.data.facts`` computes them."""
 REFERENCE_FACTS = frozenset(name for name in FACTS if name.startswith("ref_"))
 """Facts that are known only after scoring."""
 _SAMPLES = {"bool": True, "float64": -1.0, "int64": 1, "string": "x"}
@@ -50,10 +50,11 @@ class PairFilter:
     comparisons, ``between``, ``in (...)``, ``like``, arithmetic, ``abs``. It has no access to tables or files.
 
     Attributes:
-        fields: the facts that it names.
+        fields: the facts that the condition names.
 
     Raises:
-        ConfigError: if it cannot be parsed, names an unknown fact, or is not true or false per pair.
+        ConfigError: if the condition cannot be parsed, names no fact or an unknown one, or has other values than true and
+            false for each pair.
     """
 
     def __init__(self, expression: str) -> None:
@@ -85,15 +86,17 @@ class PairFilter:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether it can be evaluated only after scoring."""
+        """Whether the condition can be evaluated only after scoring."""
         return bool(self.fields & REFERENCE_FACTS)
 
     def evaluate(self, facts: polars.DataFrame) -> polars.Series:
-        """The value of the condition for each row of ``facts``, which has the columns of ``FACTS``, or at least those in
-        ``fields``.
+        """Return the value of the condition for each row of ``facts``, null where a fact that it needs is null.
+
+        Args:
+            facts: has at least the columns in ``fields``.
 
         Raises:
-            ConfigError: if polars cannot evaluate it.
+            ConfigError: if polars cannot evaluate the condition.
         """
         import polars
 

@@ -1,4 +1,5 @@
-"""Names of the metrics of held-out evaluations, and which way is better. ``training.metrics`` computes them."""
+"""Names of the metrics of held-out evaluations, and whether a lower or a higher value is better. ``training.metrics``
+computes them."""
 
 from __future__ import annotations
 
@@ -19,19 +20,21 @@ _OF_A_SOURCE = ("loss", "rewards/margins", "rewards/accuracies")
 
 
 def lower_is_better(metric: str) -> bool:
-    """Whether a lower value of a metric is better. The last part of its name decides, so it is the same for every source.
+    """Whether a lower value of a metric is better.
+
+    The last part of the metric's name decides, so the answer is the same for all sources.
 
     Raises:
         ValueError: if neither a lower nor a higher value is better.
     """
     last = _last_part(metric)
     if last not in _LOWER_IS_BETTER:
-        raise ValueError(f"neither more nor less of {metric!r} is better")
+        raise ValueError(f"neither a lower nor a higher {metric!r} is better")
     return _LOWER_IS_BETTER[last]
 
 
 def depends_on_scale(metric: str) -> bool:
-    """Whether a metric is in units of the loss or of the reward, whose scale differs between objectives."""
+    """Whether a metric is in units of the loss or of the reward. The scale of both differs between objectives."""
     return _last_part(metric) in ("loss", "margins")
 
 

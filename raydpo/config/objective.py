@@ -97,10 +97,10 @@ class BetaSchedule(Section):
     end: Float = Field(gt=0)
     """Beta of the last step."""
     schedule: Literal["linear", "cosine"] = "linear"
-    """Form of the change."""
+    """Shape of the change."""
 
     def at(self, step: int, total_steps: int) -> float:
-        """Beta of the step with number ``step``, counted from 0."""
+        """Return the beta of the step with number ``step``, counted from 0."""
         done = min(1.0, step / max(1, total_steps - 1))
         return self.end + (self.start - self.end) * (
             1 - done if self.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
@@ -168,8 +168,8 @@ class ObjectiveConfig(Section):
     dynamic_beta_momentum: Float = Field(default=0.9, ge=0, lt=1)
     """Momentum of dynamic_beta's moving average: the share that it keeps at each step."""
     label_smoothing: Float = Field(default=0.0, ge=0, lt=0.5)
-    """Assumed share of swapped preferences: conservative DPO with sigmoid, Robust DPO with robust. With exo_pair, EXO's
-    epsilon (1e-3 in its paper)."""
+    """Assumed share of swapped preferences. With sigmoid it gives conservative DPO, with robust Robust DPO. With exo_pair it
+    is EXO's epsilon, 1e-3 in its paper."""
     f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
     """Divergence that keeps the policy close to the reference (f-DPO, arXiv 2309.16240). reverse_kl is DPO."""
     f_alpha_divergence_coef: Float = 0.5
@@ -179,7 +179,7 @@ class ObjectiveConfig(Section):
     ld_alpha: Float | None = Field(default=None, ge=0, lt=1)
     """LD-DPO (arXiv 2409.06411): weight of the tokens beyond the length of the shorter completion; null = 1."""
     use_weighting: bool = False
-    """WPO (arXiv 2406.11827): weight of a pair = how likely the policy is to write its completions."""
+    """WPO (arXiv 2406.11827): give more weight to pairs whose completions the policy is likely to write itself."""
     discopop_tau: Float = Field(default=0.05, gt=0)
     """Temperature of discopop."""
     dpop_lambda: Float = Field(default=50.0, gt=0)
@@ -212,7 +212,8 @@ class ObjectiveConfig(Section):
 
     @property
     def needs_whole_step(self) -> bool:
-        """Whether the loss of a pair depends on the others of its step. Not known for losses by import path."""
+        """Whether the loss of a pair depends on the others of its step. False for losses by import path:
+        ``losses.Objective`` finds it out by a trial."""
         return self.dynamic_beta is not None or any(traits.whole_step for traits in self.traits.values())
 
     @property
@@ -227,9 +228,11 @@ class ObjectiveConfig(Section):
 
     @property
     def loss_text(self) -> str:
-        """Loss and weights as text."""
-        terms = self.terms.items()
-        return " + ".join(f"{weight:g} {name}" for name, weight in terms) if len(terms) > 1 else next(iter(self.terms))
+        """Names of the losses with their weights, such as ``0.8 sigmoid + 0.2 sft``. A single weight of 1 is left out."""
+        (name, weight), *others = self.terms.items()
+        return (
+            name if not others and weight == 1 else " + ".join(f"{weight:g} {name}" for name, weight in self.terms.items())
+        )
 
     @property
     def beta_text(self) -> str:
@@ -243,8 +246,8 @@ class ObjectiveConfig(Section):
         return not others and traits.per_token
 
     def beta_per_token(self, tokens: float) -> str:
-        """Return, as YAML, the beta that has the same effect in a loss per token as this one has on sums over ``tokens``
-        tokens."""
+        """Return beta times ``tokens``, rounded to two digits, as YAML. In a loss per token it has the effect that the
+        present beta has on sums over so many tokens."""
 
         def times(beta: Any) -> str:
             return beta if isinstance(beta, str) else f"{float(f'{beta * tokens:.2g}'):g}"  # 100, not 1e+02
@@ -255,11 +258,11 @@ class ObjectiveConfig(Section):
         return "{" + ", ".join(f"{key}: {times(value)}" for key, value in given.items()) + "}"
 
     def beta_at(self, step: int, total_steps: int) -> float:
-        """Beta of the step with number ``step``, counted from 0, before ``dynamic_beta``."""
+        """Return the beta of the step with number ``step``, counted from 0, before ``dynamic_beta``."""
         return self.beta.at(step, total_steps) if isinstance(self.beta, BetaSchedule) else self.beta
 
     def shaped(self) -> dict[str, Any]:
-        """Settings that differ from their defaults, without loss, beta and label_smoothing, as JSON."""
+        """Return the settings that differ from their defaults, without loss, beta and label_smoothing, as plain data."""
         return self.model_dump(
             mode="json",
             exclude_defaults=True,

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from raydpo.config.data import DataConfig, source_name
 from raydpo.config.evaluate import EvaluateConfig
+from raydpo.config.filter import REFERENCE_FACTS, PairFilter
 from raydpo.config.metric import check_metric, depends_on_scale, held_out_metrics
 from raydpo.config.model import ModelConfig, ReferenceConfig
 from raydpo.config.objective import BetaSchedule
@@ -52,7 +53,7 @@ class Config(Section):
     """The configuration of a run."""
 
     name: Annotated[str | None, Field(pattern=NAME_PATTERN)] = None
-    """Name of the directory of the run or sweep below output; null = model, loss and beta; for a sweep model and 'sweep'."""
+    """Name of the directory of the run or sweep below output; null = made of model, loss and beta; of a sweep, its model."""
     output: Annotated[PathOrUri, AfterValidator(_no_root)]
     """Directory of the run directories, a local path or URI."""
     model: ModelConfig
@@ -119,19 +120,20 @@ class Config(Section):
         """Names of the metrics of each held-out evaluation; empty if nothing is held out."""
         if self.data.eval is None:
             return []
-        # Held-out pairs from a file are one source. A filter may need the reference even if the loss does not.
+        # A filter may need the reference even if the loss does not. Its text is searched, since polars, which parses it, may
+        # not be installed on this machine.
+        facts = [fact for fact in REFERENCE_FACTS if fact in (self.data.filter or "")]
         return held_out_metrics(
+            # Held-out pairs from a file are one source.
             [source_name(source) for source in self.data.train] if self.data.eval.path is None else [],
-            reference=self.train.needs_reference or self.data.filter is not None,
+            reference=self.train.needs_reference or bool(facts),
         )
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the log-probs of a reference are needed: by the loss, or by the condition on pairs."""
+        """Whether the log-probs of a reference are needed, by the loss or by ``data.filter``."""
         if self.train.needs_reference or self.data.filter is None:
             return self.train.needs_reference
-        from raydpo.config.filter import PairFilter
-
         return PairFilter(self.data.filter).needs_reference
 
     @property

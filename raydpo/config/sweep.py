@@ -38,14 +38,15 @@ class DrawConfig(Section):
         return self
 
     def at(self, place: float) -> Any:
-        """The value at ``place`` in [0, 1). Numbers are rounded to three significant digits, and the trial's name shows all
-        three."""
+        """Return the value at ``place`` in [0, 1). Numbers are rounded to three significant digits, which the trial's name
+        shows. A bound replaces a number that rounding would take beyond it."""
         if self.uniform is not None:
             low, high = self.uniform
-            return float(f"{low + place * (high - low):.3g}")
+            return min(max(float(f"{low + place * (high - low):.3g}"), low), high)
         if self.log_uniform is not None:
-            low, high = map(math.log, self.log_uniform)
-            return float(f"{math.exp(low + place * (high - low)):.3g}")
+            low, high = self.log_uniform
+            drawn = math.exp(math.log(low) + place * (math.log(high) - math.log(low)))
+            return min(max(float(f"{drawn:.3g}"), low), high)
         assert self.choice is not None  # exactly one of the three is set, see _check
         return self.choice[int(place * len(self.choice))]
 
@@ -70,16 +71,16 @@ class RandomConfig(Section):
 
 
 class StopEarlyConfig(Section):
-    """Successive halving (arXiv 1502.07943): trials pause after ``grace`` steps and after 2, 4, 8, ... times as many; each
-    time only the better ones continue. All are compared at the same step, so the order of trials and interruptions do not
-    change which ones are stopped."""
+    """Successive halving (arXiv 1502.07943). Trials pause after ``grace`` steps, and after 2, 4, 8, ... times as many. Each
+    time, only the better ones continue. All trials are compared at the same step, so neither their order nor interruptions
+    change which of them stop."""
 
     metric: str | None = None
     """Metric of the held-out evaluation to compare trials by; null = sweep.metric."""
     grace: Int = Field(ge=1)
     """Steps before the first comparison; a multiple of train.eval_every."""
     keep: Float = Field(default=0.5, gt=0, lt=1)
-    """Share of the trials that continue, rounded up."""
+    """Share of the trials that continue. The number of trials is rounded up."""
 
 
 class SweepConfig(Section):
@@ -92,14 +93,14 @@ class SweepConfig(Section):
     random: RandomConfig | None = None
     """Trials with random settings."""
     metric: str = "eval_rewards/accuracies"
-    """Metric of the last held-out evaluation to rank trials by. Losses and reward margins are refused if trials differ in
-    beta, loss or settings of the loss, since their scales differ then."""
+    """Metric of the last held-out evaluation to rank trials by. If trials differ in beta, loss or settings of the loss, the
+    scales of losses and reward margins differ, so these metrics are refused."""
     stop_early: StopEarlyConfig | None = None
     """Stop the worse trials early; null = train all of them to the end."""
     at_once: Int | None = Field(default=None, ge=1)
     """Number of trials that train at the same time; null = as many as fit on the cluster."""
     evaluate: bool = False
-    """Evaluate each finished trial as set in section evaluate, and again after that section has changed. The sweep's page
+    """Evaluate each finished trial by section evaluate, and evaluate it again if that section has changed. The sweep's page
     then also compares drift and length of answers."""
 
     @model_validator(mode="after")
@@ -119,5 +120,5 @@ class SweepConfig(Section):
 
     @property
     def stop_metric(self) -> str | None:
-        """Metric by which trials are stopped early; None if none are."""
+        """Metric by which trials are stopped early; None without ``stop_early``."""
         return None if self.stop_early is None else self.stop_early.metric or self.metric

@@ -200,7 +200,9 @@ class TrainConfig(ObjectiveConfig):
             raise ValueError(f"steps ({self.steps}) and epochs ({self.epochs}) contradict each other; keep one")
         if self.warmup >= 1 and self.warmup != int(self.warmup):
             raise ValueError(f"warmup {self.warmup} is neither a share below 1 nor a whole number of steps")
-        if self.checkpoint_minutes is not None and "checkpoint_every" in self.model_fields_set:
+        # The resolved configuration of a run names every key, so the default is no contradiction.
+        every = type(self).model_fields["checkpoint_every"].default
+        if self.checkpoint_minutes is not None and self.checkpoint_every != every:
             raise ValueError(
                 f"checkpoint_minutes ({self.checkpoint_minutes:g}) and checkpoint_every "
                 f"({self.checkpoint_every}) contradict each other; keep one"

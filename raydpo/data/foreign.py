@@ -98,6 +98,7 @@ def prompt_of(
         notes["'full_text' of 'question' read as the prompt"] = None
         return question["full_text"], ("question",)
     names = tuple(name for name in _PROMPTS if name in present and _may_be_prompt(record[name]))
+    shared = ""
     if answers is not None and names and all(isinstance(answer, str) for answer in answers):
         shared = shared_start(*answers)
         names = tuple(name for name in names if not (isinstance(record[name], str) and record[name].strip() in shared))
@@ -106,7 +107,7 @@ def prompt_of(
     if len(names) == 1:
         notes[f"{names[0]!r} read as the prompt"] = None
         one_word = isinstance(record[names[0]], str) and len(record[names[0]].split(maxsplit=1)) < 2
-        if answers is not None and (names == ("context",) or one_word) and _share_a_text(*answers):
+        if (names == ("context",) or one_word) and _may_be_question(shared):
             notes[
                 f"warning: {names[0]!r} read as the prompt, though chosen and rejected begin with a text of their own; drop "
                 "the column if that is the prompt"
@@ -141,11 +142,8 @@ def shared_start(one: str, other: str) -> str:
     return one[:low]
 
 
-def _share_a_text(chosen: Any, rejected: Any) -> bool:
-    """Whether two answers begin with what may be a question: several words that end a line or a sentence."""
-    if not (isinstance(chosen, str) and isinstance(rejected, str)):
-        return False
-    shared = shared_start(chosen, rejected)
+def _may_be_question(shared: str) -> bool:
+    """Whether the common beginning of two answers may be a question: several words that end a line or a sentence."""
     return len(shared.split()) > 2 and ("\n" in shared.strip() or "?" in shared)
 
 

@@ -12,7 +12,7 @@ from pyarrow import fs as pafs
 
 from raydpo.config import SourceConfig
 from raydpo.config.data import DATA_SUFFIXES, bare_suffix
-from raydpo.errors import DataError, RaydpoError, reason
+from raydpo.errors import DataError, RaydpoError, reason, some_of
 from raydpo.storage.files import Storage
 from raydpo.storage.uri import redact
 
@@ -84,7 +84,8 @@ def _in_directory(storage: Storage, source: SourceConfig) -> tuple[Sequence[str]
         below = f"{source.subset}/"
         if not storage.list(source.subset):
             raise DataError(
-                f"the directory {shown} has no directory {source.subset!r}, its subset; found {_some(storage.list())}"
+                f"the directory {shown} has no directory {source.subset!r}, its subset; found "
+                f"{some_of(storage.list(), _MOST_NAMED)}"
             )
     names = set(storage.list(below.rstrip("/")))
     if "snapshots" in names:  # as the hub's client keeps a repository
@@ -111,8 +112,8 @@ def _in_directory(storage: Storage, source: SourceConfig) -> tuple[Sequence[str]
         raise DataError(f"the directory {shown} holds no {', '.join(DATA_SUFFIXES)} files, compressed or not")
     chosen = _of_split(found, source, below)
     others = [name[len(below) :] for name in sorted(set(found) - set(chosen))] + directories
-    left = f"; not read: {_some(others)}" if others else ""
-    read = f"read {_some([name[len(below) :] for name in chosen])}{left}"
+    left = f"; not read: {some_of(others, _MOST_NAMED)}" if others else ""
+    read = f"read {some_of([name[len(below) :] for name in chosen], _MOST_NAMED)}{left}"
     if missing := _missing(chosen):
         read = f"warning: {read}; by their names {missing:,} more files belong to these, which are not there"
     return chosen, read
@@ -127,11 +128,6 @@ def _missing(names: Sequence[str]) -> int:
             key = place, shard[1], int(shard[2])
             found[key] = found.get(key, 0) + 1
     return sum(max(0, of - count) for (_, _, of), count in found.items())
-
-
-def _some(names: Sequence[str]) -> str:
-    rest = len(names) - _MOST_NAMED
-    return ", ".join(names[:_MOST_NAMED]) + (f" and {rest:,} more" if rest > 0 else "")
 
 
 def _snapshot(storage: Storage, below: str) -> str:
@@ -185,8 +181,8 @@ def _of_split(names: list[str], source: SourceConfig, below: str) -> list[str]:
     if not chosen:
         found = [repr(split) for split in sorted(filter(None, set(splits.values())))]
         raise DataError(
-            f"{redact(source.path)} holds no files of split {source.split!r}, but of {_some(found)}; set the source's "
-            "split, or name a file"
+            f"{redact(source.path)} holds no files of split {source.split!r}, but of {some_of(found, _MOST_NAMED)}; "
+            "set the source's split, or name a file"
         )
     return chosen
 

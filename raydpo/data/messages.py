@@ -20,6 +20,7 @@ __all__ = [
     "check_media",
     "content_text",
     "from_text",
+    "is_plain",
     "messages",
     "role_of",
     "says_something",
@@ -89,7 +90,7 @@ def check_media(record: Mapping[str, Any], present: tuple[str, ...]) -> None:
         value = record[column]
         if type(value) is list and value:
             value = value[0]
-        if type(value) is dict and _is_file(value):
+        if type(value) is dict and ("bytes" in value or "path" in value) and _is_file(value):
             raise Malformed(f"column {column!r} holds a file (an image, audio or video), and only text is read")
 
 
@@ -127,9 +128,13 @@ def messages(value: Any, name: str, notes: Notes) -> list[Message]:
         raise Malformed(f"{name} is empty")
     found = []
     for message in value:
+        content = message.get("content")
+        if type(content) is str and len(message) == 2 and message.get("role") in ROLES and type(message) is dict:
+            found.append(message)  # nothing to translate, check or leave out
+            continue
         if message.get("role") not in ROLES:
             message = _translated(message, name, notes)
-        content = message.get("content")
+            content = message.get("content")
         if (content is None or len(message) > 2) and message.get("function_call") is not None:
             _check_call(message, name)
         elif not isinstance(content, (str, list)) and not message.get("tool_calls"):
@@ -159,6 +164,21 @@ def _check_call(message: Mapping[str, Any], name: str) -> None:
         and isinstance(call.get("arguments"), (str, Mapping, type(None)))
     ):
         raise Malformed(f"{name} has a function_call that is not an object with name and arguments; write tool_calls")
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value is a list of messages that have a role and text as content, and nothing else."""
+    if type(value) is not list or not value:
+        return False
+    for message in value:
+        if (
+            type(message) is not dict
+            or len(message) != 2
+            or type(message.get("content")) is not str
+            or message.get("role") not in ROLES
+        ):
+            return False
+    return True
 
 
 def _translated(message: Mapping[str, Any], name: str, notes: Notes) -> Mapping[str, Any]:
@@ -270,9 +290,13 @@ def says_something(said: str | list[Message]) -> bool:
     """Whether an answer holds any text, or calls a tool."""
     if isinstance(said, str):
         return bool(said.strip())
-    return any(
-        message.get("tool_calls") or message.get("function_call") or _any_content(message.get("content")) for message in said
-    )
+    for message in said:
+        content = message.get("content")
+        if (content.strip() if type(content) is str else _any_content(content)) or (
+            message.get("tool_calls") or message.get("function_call")
+        ):
+            return True
+    return False
 
 
 def _any_content(content: Any) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 
 from raydpo.data.messages import CONVERSATIONS
+from raydpo.errors import some_of
 
 __all__ = ["lacking", "quoted"]
 
@@ -63,5 +64,4 @@ def _likeness(one: str, other: str) -> float:
 
 def quoted(names: Iterable[str]) -> str:
     """Return a few of the names, shortened, in quotation marks."""
-    names = [repr(name if len(name) <= LONGEST else f"{name[: LONGEST - 3]}...") for name in names]
-    return ", ".join(names[:MOST]) + (f" and {len(names) - MOST} more" if len(names) > MOST else "")
+    return some_of([repr(name if len(name) <= LONGEST else f"{name[: LONGEST - 3]}...") for name in names], MOST)

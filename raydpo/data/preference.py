@@ -18,6 +18,7 @@ from raydpo.data.messages import (
     check_media,
     content_text,
     from_text,
+    is_plain,
     messages,
     role_of,
     says_something,
@@ -35,6 +36,8 @@ _WRITTEN = "text that is a list of messages, as JSON or Python writes it, read a
 _FUNCTIONS = "'functions' read as tools"
 _ONE_IS_JSON = "warning: only one of chosen and rejected is JSON text of messages, so both are read as text"
 _MAY_BE_JSON = frozenset('[{" \n\r\t')
+_UNUSUAL_STARTS = frozenset(("", *'[{"'))
+_TURNS = ("Human:", "Assistant:")
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,28 @@ class Preference:
             message["role"] != "assistant" for answer in (self.chosen, self.rejected) for message in answer
         )
 
+    @property
+    def characters(self) -> int:
+        """Characters of all texts, with those of tools."""
+        if isinstance(self.prompt, str):
+            count = len(self.prompt) + len(self.chosen) + len(self.rejected)
+        else:
+            count = 0
+            for part in (self.prompt, self.chosen, self.rejected):
+                for message in part:
+                    content = message.get("content")  # type: ignore[union-attr]
+                    count += len(content) if type(content) is str and len(message) == 2 else _characters(message)
+        return count if self.tools is None else count + _characters(self.tools)
+
+
+def _characters(value: Any) -> int:
+    """Characters of all texts inside ``value``."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(map(_characters, value.values()))
+    return sum(map(_characters, value)) if isinstance(value, (list, tuple)) else 0
+
 
 def normalise(record: Mapping[str, Any], numbers: Sequence[str] = ()) -> list[Preference]:
     """The preferences in one record; several if it ranks or scores several completions.
@@ -86,6 +111,8 @@ def normalise(record: Mapping[str, Any], numbers: Sequence[str] = ()) -> list[Pr
     Raises:
         Malformed: with the reason.
     """
+    if len(record) == 3 and not numbers and (plain := _plain(record)) is not None:
+        return [plain]
     notes: Notes = {}
     tools = _tools(record.get("tools"), notes) or _functions(record.get("functions"), notes)
     kwargs = _json(record.get("chat_template_kwargs"), "chat_template_kwargs", dict) or {}
@@ -123,6 +150,28 @@ def normalise(record: Mapping[str, Any], numbers: Sequence[str] = ()) -> list[Pr
         Preference(prompt, chosen, rejected, tools, kwargs, found, texts, told, unused)
         for prompt, chosen, rejected, texts in parts
     ]
+
+
+def _plain(record: Mapping[str, Any]) -> Preference | None:
+    """The preference in a record that has the plain form at first sight: three texts, or three lists of messages with role
+    and content. None if a closer look is needed."""
+    prompt, chosen, rejected = record.get("prompt"), record.get("chosen"), record.get("rejected")
+    if type(prompt) is str:
+        for text in (prompt, chosen, rejected):
+            if type(text) is not str:
+                return None
+            start = text.lstrip()
+            if start[:1] in _UNUSUAL_STARTS or start.startswith(_TURNS):
+                return None
+    else:
+        for part in (prompt, chosen, rejected):
+            if not (is_plain(part) and part[-1]["content"].strip()):
+                return None
+        if chosen[0]["role"] != "assistant" or rejected[0]["role"] != "assistant":
+            return None
+        if prompt[0]["role"] == "assistant" or prompt[-1]["role"] == "assistant":  # answers may repeat such a prompt
+            return None
+    return None if chosen == rejected else Preference(prompt, chosen, rejected)
 
 
 def _number(record: Mapping[str, Any], column: str) -> float:

@@ -33,18 +33,25 @@ class Repeats:
 
     def taken_off(self, preferences: Sequence[Preference]) -> list[Preference]:
         """Return ``preferences``, those whose answers repeat the prompt with shorter answers if all did at first."""
-        answers = [_without_prompt(preference) if _counts(preference) else None for preference in preferences]
-        counting = [place for place, each in enumerate(preferences) if _counts(each)]
+        counting, repeated, taken = 0, 0, 0
+        answers: list[tuple[str, str] | tuple[()] | None] = []
+        for preference in preferences:
+            prompt, shorter = preference.prompt, None
+            if isinstance(prompt, str) and len(bare := prompt.strip()) >= SHORTEST:
+                counting += 1
+                if preference.chosen.lstrip().startswith(bare):  # type: ignore[union-attr]
+                    shorter = _without_prompt(preference, bare)
+                    repeated += shorter is not None
+                    taken += bool(shorter)
+            answers.append(shorter)
         if self.take_off is None and counting:
-            self.take_off = all(answers[place] for place in counting)
-        repeated = sum(answers[place] is not None for place in counting)
+            self.take_off = taken == counting
         if not self.take_off:
             self.kept += repeated
             return list(preferences)
-        taken = sum(bool(answers[place]) for place in counting)
         self.taken += taken
         self.kept += repeated - taken
-        self.without += len(counting) - repeated
+        self.without += counting - repeated
         return [
             replace(preference, chosen=shorter[0], rejected=shorter[1]) if shorter else preference
             for preference, shorter in zip(preferences, answers, strict=True)
@@ -69,20 +76,15 @@ class Repeats:
         return found
 
 
-def _counts(preference: Preference) -> bool:
-    return isinstance(preference.prompt, str) and len(preference.prompt.strip()) >= SHORTEST
+def _without_prompt(preference: Preference, bare: str) -> tuple[str, str] | tuple[()] | None:
+    """Both answers without the text prompt, or nothing if it ends within a word of one; None if one does not begin with it,
+    or nothing would be left.
 
-
-def _without_prompt(preference: Preference) -> tuple[str, str] | tuple[()] | None:
-    """Both answers without the prompt, or nothing if it ends within a word of one; None if one does not begin with it, or
-    nothing would be left."""
-    prompt = preference.prompt
-    if not isinstance(prompt, str) or not isinstance(preference.chosen, str) or not isinstance(preference.rejected, str):
-        return None
-    bare = prompt.strip()
-    if not bare or bare[:8] not in preference.chosen[: len(prompt) + 8]:
-        return None
-    chosen, rejected = _rest(preference.chosen, prompt, bare), _rest(preference.rejected, prompt, bare)
+    Args:
+        bare: the prompt without white space at its ends.
+    """
+    prompt: str = preference.prompt  # type: ignore[assignment]
+    chosen, rejected = (_rest(said, prompt, bare) for said in (preference.chosen, preference.rejected))  # type: ignore[arg-type]
     if chosen is None or rejected is None or not chosen.strip() or not rejected.strip():
         return None
     if any(_continues(bare, said) for said in (preference.chosen, preference.rejected)):

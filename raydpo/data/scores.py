@@ -7,9 +7,9 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
-__all__ = ["Contradictions"]
+__all__ = ["Compared", "Contradictions", "compared"]
 
 _WORDS = {
     "score", "scores", "rating", "ratings", "reward", "rewards", "quality", "grade", "points", "overall", "rank", "ranking",
@@ -25,12 +25,25 @@ _VERDICTS, _VERDICT = ("status", "winner", "verdict"), 0
 _FIRST = 3
 
 
-@dataclass
-class Contradictions:
-    """Number of pairs whose scores say the opposite, or that both answers are equal; and the first places of each.
+class Compared(NamedTuple):
+    """What scores say of one pair.
 
     Attributes:
-        columns: the columns that were compared, in the order in which they were found.
+        columns: the columns that were read.
+        better: how much better the chosen answer is by them.
+    """
+
+    columns: tuple[str, ...]
+    better: float
+
+
+@dataclass
+class Contradictions:
+    """Number of kept pairs whose scores say the opposite, or that both answers are equal; and the first places of each.
+
+    Attributes:
+        compared: kept pairs with scores.
+        columns: the columns that were read, in the order in which they were found.
     """
 
     reversed: int = 0
@@ -40,19 +53,21 @@ class Contradictions:
     places: dict[str, list[str]] = field(default_factory=lambda: {"reversed": [], "tied": []})
 
     def look(self, record: Mapping[str, Any], where: str) -> None:
-        """Compare the scores of a record that is one pair with its order. A record without scores is not counted."""
-        for names, sign in _columns(tuple(record)):
-            better = _better(record, names, sign)
-            if better is None:
-                continue
-            self.compared += 1
-            if better <= 0:
-                kind = "reversed" if better < 0 else "tied"
-                setattr(self, kind, getattr(self, kind) + 1)
-                self.columns |= dict.fromkeys(names)
-                if len(self.places[kind]) < _FIRST:
-                    self.places[kind].append(where)
+        """Compare the scores of a record that is one pair with its order, and count it. A record without scores is not
+        counted."""
+        self.add(compared(record), where)
+
+    def add(self, found: Compared | None, where: str) -> None:
+        """Count a pair, of which ``compared`` says ``found``."""
+        if found is None:
             return
+        self.compared += 1
+        self.columns |= dict.fromkeys(found.columns)
+        if found.better <= 0:
+            kind = "reversed" if found.better < 0 else "tied"
+            setattr(self, kind, getattr(self, kind) + 1)
+            if len(self.places[kind]) < _FIRST:
+                self.places[kind].append(where)
 
     def lines(self, records: int) -> Iterator[str]:
         """What to warn of, in at most one line; none if all scores agree with the order."""
@@ -74,6 +89,15 @@ class Contradictions:
 
     def to_dict(self) -> dict[str, Any]:
         return vars(self) | {"columns": list(self.columns)}
+
+
+def compared(record: Mapping[str, Any]) -> Compared | None:
+    """What the scores of a record that is one pair say of its order; None without scores."""
+    for names, sign in _columns(tuple(record)):
+        better = _better(record, names, sign)
+        if better is not None:
+            return Compared(names, better)
+    return None
 
 
 @lru_cache(maxsize=1024)

@@ -13,7 +13,7 @@ from raydpo.terminal.console import Console, plain_text
 __all__ = ["print_evaluation"]
 
 MOST_GROUPS = 50
-"""Largest number of sources and lengths that are printed; the page has all of them."""
+"""Largest number of sources and lengths that are printed. The title says how many there are; the page has all of them."""
 
 
 def print_evaluation(console: Console, found: dict[str, Any]) -> None:
@@ -27,9 +27,10 @@ def print_evaluation(console: Console, found: dict[str, Any]) -> None:
         ("all pairs", "value"),
         [(name, cell.text) for name, cell in zip(preferences.columns[1:], total.cells, strict=True)],
     )
+    left_out = f"; the first {MOST_GROUPS} of {len(groups)}, the page has all" if len(groups) > MOST_GROUPS else ""
     _print(
         console,
-        "By source and by length, tokens",
+        f"By source and by length, tokens{left_out}",
         preferences.columns[:4],
         [(row.head, *(cell.text for cell in row.cells[:3])) for row in groups[:MOST_GROUPS]],
     )

@@ -77,8 +77,9 @@ def overlaid(runs: Sequence[RunRecord], kinds: Sequence[str] = ("held out", "tra
         for metric, title, ylabel, level, caption in CURVES + extra:
             curves = []
             for place, run in enumerate(shown):
-                table, colour = run.evals if kind == "held out" else run.steps, SERIES[place % len(SERIES)]
-                curves.append(curve(table, metric, run.name, colour, dashed=place >= len(SERIES)))
+                table, rows = (run.evals, "evaluations") if kind == "held out" else (run.steps, "steps")
+                colour, dashed = SERIES[place % len(SERIES)], place >= len(SERIES)
+                curves.append(curve(table, metric, run.name, colour, dashed=dashed, rows=rows))
             label = f"{title[0].upper()}{title[1:]}, {kind}"
             pictures.append(curves_picture(label, caption, curves, ylabel, level=level, log=metric == "grad_norm"))
     return [picture for picture in pictures if picture is not None]

@@ -24,11 +24,12 @@ SMOOTH_FROM = 40
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a picture. Each point stands for ``each`` steps: their mean, their lowest and their highest value.
+    """One line of a picture. Each point stands for ``each`` rows of the table: their mean, lowest and highest value.
 
     Attributes:
         steps: the last step of each point, [points].
         smooth: draw a running mean over the line; otherwise draw points on it.
+        rows: what a row of the table is, in the plural: steps or evaluations.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Curve:
     each: int
     smooth: bool
     dashed: bool = False
+    rows: str = "steps"
 
     @property
     def running_mean(self) -> np.ndarray:
@@ -48,8 +50,15 @@ class Curve:
         return pl.Series(self.mean).fill_nan(None).rolling_mean(width, min_samples=1, center=True).to_numpy()
 
 
-def curve(table: pl.DataFrame, metric: str, name: str, colour: str, *, dashed: bool = False) -> Curve | None:
-    """Thin a metric of a table with a column ``step`` to ``POINTS`` points; None if the table lacks it."""
+def curve(
+    table: pl.DataFrame, metric: str, name: str, colour: str, *, dashed: bool = False, rows: str = "steps"
+) -> Curve | None:
+    """Thin a metric of a table to at most ``POINTS`` points; None if the table has no value of it.
+
+    Args:
+        table: has the columns ``step`` and ``metric``.
+        name, colour, dashed, rows: see ``Curve``.
+    """
     if metric not in table.columns or table[metric].null_count() == table.height:
         return None
     each = -(-table.height // POINTS)
@@ -61,7 +70,7 @@ def curve(table: pl.DataFrame, metric: str, name: str, colour: str, *, dashed: b
         .agg(pl.col("step").last(), value.mean().alias("mean"), value.min().alias("low"), value.max().alias("high"))
     )
     mean, low, high = (thin[column].to_numpy().astype(float) for column in ("mean", "low", "high"))
-    return Curve(name, colour, thin["step"].to_numpy(), mean, low, high, each, len(mean) >= SMOOTH_FROM, dashed)
+    return Curve(name, colour, thin["step"].to_numpy(), mean, low, high, each, len(mean) >= SMOOTH_FROM, dashed, rows)
 
 
 def curves_picture(
@@ -77,7 +86,9 @@ def curves_picture(
     """Draw curves over one another; return None if there are none.
 
     Args:
-        level: value of a dotted horizontal line. log: use a logarithmic axis if the values spread widely.
+        ylim: range of the y axis; None = set by the values.
+        level: value of a dotted horizontal line.
+        log: use a logarithmic axis if all values are positive and the largest is above 30 times the median.
     """
     curves = [one for one in curves if one is not None]
     if not curves:
@@ -181,5 +192,6 @@ def _rounded(value: float) -> float | None:
 
 
 def _point_text(curves: Sequence[Curve]) -> str:
-    each = max(one.each for one in curves)
-    return f"Each point is the mean of {each:,} steps, the band shows their lowest and highest." if each > 1 else ""
+    most = {rows: max(one.each for one in curves if one.rows == rows) for rows in dict.fromkeys(one.rows for one in curves)}
+    told = " or ".join(f"{each:,} {rows}" for rows, each in most.items() if each > 1)
+    return f"Each point is the mean of {told}, the band shows their lowest and highest." if told else ""

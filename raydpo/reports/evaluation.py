@@ -17,7 +17,12 @@ __all__ = ["EvaluationPart", "evaluation_part", "evaluation_tables", "shown_samp
 
 @dataclass(frozen=True)
 class EvaluationPart:
-    """The evaluation section of a run's page. ``samples``: prompts with the answers of policy and reference."""
+    """The evaluation section of a run's page.
+
+    Attributes:
+        about: sentences above the tables.
+        samples: prompts with the answers of policy and reference.
+    """
 
     about: str
     tables: list[Table]
@@ -52,13 +57,15 @@ def evaluation_part(evaluation: dict[str, Any]) -> EvaluationPart:
             f" The policy was trained on the prompts of {evaluation['trained_on']:,} of them, "
             "so the figures also measure what it memorised."
         )
+    elif evaluation.get("trained_on", 0) is None:
+        about += " It is not known whether the policy was trained on some of them."
     if (of := evaluation.get("reward_of", "log-ratios")) != "log-ratios":
         about += f" Rewards are computed from {of}, as in the loss that trained the policy."
     return EvaluationPart(about, evaluation_tables(evaluation), pictures, shown_samples(evaluation.get("samples")))
 
 
 def shown_samples(samples: list[dict[str, str]] | None) -> list[dict[str, str]]:
-    """Return samples with invisible and direction-changing characters made visible."""
+    """Return the samples with visible signs in place of invisible characters and those that change the writing direction."""
     return [{side: shown(said) for side, said in sample.items()} for sample in samples or []]
 
 

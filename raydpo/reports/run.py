@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import yaml
@@ -124,13 +125,16 @@ def _facts(run: RunRecord) -> list[tuple[str, str]]:
 
 
 def _curves(run: RunRecord) -> list[Picture]:
+    training = functools.partial(curve, run.steps)
+    held_out = functools.partial(curve, run.evals, dashed=True, rows="evaluations")
+
     def curves(metric: str) -> list[Curve | None]:
         """Curves of training and held-out pairs; with ``{}`` in the metric, of chosen and rejected answers."""
         if "{}" not in metric:
-            return [curve(run.steps, metric, "training", GOOD), curve(run.evals, metric, "held out", BAD, dashed=True)]
+            return [training(metric, "training", GOOD), held_out(metric, "held out", BAD)]
         return [
-            curve(table, metric.format(side), f"{side}{kind}", colour, dashed=bool(kind))
-            for table, kind in ((run.steps, ""), (run.evals, ", held out"))
+            draw(metric.format(side), f"{side}{kind}", colour)
+            for draw, kind in ((training, ""), (held_out, ", held out"))
             for side, colour in (("chosen", GOOD), ("rejected", BAD))
         ]
 
@@ -199,7 +203,7 @@ def _cache(run: RunRecord) -> list[tuple[str, str]]:
         ("reference", " + ".join(filter(None, parts))),
         ("identity", reference.get("identity")),
         ("cache", run.setting("cache.uri")),
-        ("in the cache before scoring", None if hits is None else f"{hits:.0%} of the completions"),
+        ("in the cache when the run began", None if hits is None else f"{hits:.0%} of the completions"),
         ("step-0 gate", (summary.get("gate") or "").removeprefix("step-0 gate: ")),
     ]
     return [(name, str(value)) for name, value in facts if value]

@@ -13,7 +13,13 @@ __all__ = ["Cell", "Row", "Table", "duration", "interval", "number", "setting", 
 
 @dataclass(frozen=True)
 class Cell:
-    """``text`` is shown, ``value`` is sorted by. ``words``: the text may wrap."""
+    """A cell of a table.
+
+    Attributes:
+        text: what the cell shows.
+        value: number by which rows are sorted; None = by the text.
+        words: whether the text may wrap.
+    """
 
     text: str
     value: float | None = None
@@ -22,7 +28,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """A row. ``mark`` links it to the picture marks with the same gid."""
+    """A row of a table. ``mark`` is the id of the marks of pictures that belong to it."""
 
     head: str
     cells: Sequence[Cell]

@@ -10,7 +10,11 @@ from statistics import fmean, median, pstdev
 __all__ = ["TrainingWatch"]
 
 WINDOW = 20
+"""Number of steps that a warning looks at."""
 SPIKE_DEVIATIONS = 6.0
+"""Standard deviations above the mean of the steps before, from which a loss is a spike."""
+LEAST_SPREAD = 0.02
+"""Smallest standard deviation that counts, as a share of the mean: losses may hardly vary."""
 COLLAPSE = math.log(0.5)
 """Mean log-ratio in nats a token over the window at which the policy is warned about: chosen tokens are half as likely."""
 LAG = 0.25
@@ -47,8 +51,8 @@ class TrainingWatch:
         self._losses.append(loss)
         if len(earlier) < WINDOW:
             return None
-        usual, spread = fmean(earlier), max(pstdev(earlier), 0.02 * abs(fmean(earlier)))
-        if loss <= usual + SPIKE_DEVIATIONS * spread:
+        usual, spread = fmean(earlier), pstdev(earlier)
+        if loss <= usual + SPIKE_DEVIATIONS * max(spread, LEAST_SPREAD * abs(usual)):
             return None
         return (
             f"the loss of step {step} is {loss:.4f}, the {WINDOW} steps before it had {usual:.4f} on average (standard "

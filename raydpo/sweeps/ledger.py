@@ -27,7 +27,8 @@ class TrialStatus:
 
     Attributes:
         error: why it failed.
-        steps: number of steps that its metrics record. seconds: their time.
+        steps: number of steps that its metrics record.
+        seconds: wall time of these steps, including checkpoints and evaluations between them.
         eval: the last held-out evaluation, by metric.
         evaluation: the content of evaluation.json.
     """
@@ -51,7 +52,8 @@ class TrialStatus:
         storage = Storage(self.trial.config.run_dir)
         rows, evals = read_rows(storage, METRICS), read_rows(storage, EVAL)
         self.steps = int(rows[-1]["step"]) if rows else 0
-        self.seconds = sum(row["seconds"] for row in rows)
+        # Column ``seconds`` leaves out checkpoints and evaluations. Runs of earlier versions may have no other.
+        self.seconds = sum(row.get("time/step") or row["seconds"] for row in rows)
         self.eval = evals[-1] if evals else None
         self.evaluation = RunDirectory(storage).evaluation()
 
@@ -71,8 +73,8 @@ class Ledger:
         self._lock = threading.Lock()
 
     def found_in_cache(self, identity: str, hit_rates: list[float | None]) -> None:
-        """Store the identity of the reference and, for each trial, the share of its completions that the cache held (None:
-        it needs none)."""
+        """Store the identity of the reference and, for each trial, the share of its completions that the cache holds after
+        the reference pass; None for a trial without a reference."""
         self.cache |= {"identity": identity, "hit_rates": hit_rates}
 
     def set(self, name: str, status: Status, error: str | None = None) -> None:
@@ -84,7 +86,7 @@ class Ledger:
             self._write()
 
     def best(self) -> list[TrialStatus]:
-        """Return the trial with the best ``sweep.metric`` among those that are done; several if they are equal."""
+        """Return the trials with the best ``sweep.metric`` among those that are done: several only if they are equal."""
         metric = self.config.sweep.metric
         scores = {
             name: entry.eval[metric]

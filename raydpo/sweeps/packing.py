@@ -29,8 +29,8 @@ class FreeNode:
 def places(nodes: Iterable[FreeNode], workers: int, gpus_per_worker: float) -> int:
     """Compute how many trainings with ``workers`` workers each fit on ``nodes``.
 
-    A worker needs one CPU and its GPUs on one node; a fraction of a GPU must be on one GPU. Workers of a training may be on
-    different nodes. Drivers and controllers reserve nothing, since waiting trials would then block resources.
+    A worker needs one CPU and its GPUs on one node. A fraction of a GPU must be on one GPU. Workers of a training may be on
+    different nodes. Drivers and controllers of trials reserve no resources, since waiting trials would then block them.
     """
     return sum(_workers_on(node, gpus_per_worker) for node in nodes) // workers
 
@@ -48,8 +48,8 @@ def _workers_on(node: FreeNode, gpus_per_worker: float) -> int:
 def trials_at_once(config: Config, trials: Sequence[Trial]) -> int:
     """Return how many trials run in parallel: as many of the largest as fit, at most ``sweep.at_once``.
 
-    The number depends on the cluster and on all trials, including finished ones. On CPUs it sets the threads of a worker, so
-    a change would alter the last bits of sums.
+    The number depends on the cluster and on all trials, including finished ones. On CPUs it decides the threads of a worker.
+    If it changed when a sweep continues, the last bits of sums would change.
 
     Raises:
         ConfigError: if the cluster has no room for a trial, or not for ``sweep.at_once`` trials.

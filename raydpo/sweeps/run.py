@@ -62,7 +62,7 @@ def sweep(config: Config, console: Console | None = None, *, fresh: bool = False
 
     Raises:
         ConfigError: if the configuration of a trial is wrong, or an earlier trial of its name has other settings.
-        RaydpoError: a subclass that says what is wrong.
+        RaydpoError: if the reference pass fails. The subclass and the message say why.
         KeyboardInterrupt: if the user stopped it, after running trials have written their checkpoints.
     """
     console = console or Console()
@@ -142,7 +142,7 @@ def _prepare(trials: list[Trial], tokenised: dict[str, Tokenised | None], consol
 
 
 def _on_same_pairs(config: Config, prepared: dict[str, Prepared], console: Console) -> bool:
-    """Whether all trials, including those trained by an earlier call, are measured on the same held-out pairs.
+    """Whether all trials are measured on the same held-out pairs. Trials that an earlier call trained count, too.
 
     Raises:
         ConfigError: if they are not, and sweep.stop_early is set.
@@ -183,7 +183,8 @@ def _say_which_to_take(storage: Storage, console: Console) -> None:
 
 
 def _score(config: Config, prepared: dict[str, Prepared], ledger: Ledger, console: Console) -> dict[str, Joined]:
-    """Score what all trials need in one pass; return the pairs of each trial, in Ray's object store, each set once."""
+    """Score what all trials need in one pass. Return references to the pairs of each trial in Ray's object store, where each
+    set of pairs is stored once."""
     import ray
 
     sets = {_pairs_of(one): one for one in prepared.values()}
@@ -253,7 +254,7 @@ class _Sweep:
     def _choose(self, going: list[str], step: int) -> list[str]:
         """Return the trials of ``going`` that continue after ``step``.
 
-        Trials that have failed or were complete by then are not among them. A trial that completed later is compared too.
+        Trials that had failed or were complete at ``step`` are left out. A trial that completed later is compared.
         """
         early, metric = self.config.sweep.stop_early, self.config.sweep.stop_metric
         scores: dict[str, float] = {}

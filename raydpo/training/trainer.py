@@ -37,9 +37,11 @@ def train_policy(
     checkpoint: Path | None,
     scratch: Path,
 ) -> TrainSummary:
-    """Train ``engine``'s policy to the last step, or until ``hooks`` asks to stop; then there is a checkpoint.
+    """Train the policy of ``engine`` to the last step, or until ``hooks`` requests a stop. Either ends with a checkpoint.
 
     Args:
+        pairs: pairs to train on.
+        held_out: pairs to evaluate on, or None.
         checkpoint: directory of the checkpoint to continue from, or None to begin.
         scratch: local directory in which checkpoints are written before they are uploaded.
 
@@ -58,7 +60,7 @@ def train_policy(
     summary = TrainSummary() if checkpoint is None else _resumed(job, engine, hooks, checkpoint)
     summary.load_seconds, summary.load_bytes = engine.load_seconds, engine.load_bytes
     hooks.note(
-        f"policy loaded in {engine.load_seconds:.1f} s{', in shares' if engine.zero == 3 else ''}; at most "
+        f"policy loaded in {engine.load_seconds:.1f} s{', each worker its share' if engine.zero == 3 else ''}; at most "
         f"{engine.load_bytes / 1e9:.2f} GB of host memory a worker"
     )
     # A resumed run keeps the budget it began with: the same micro-batches, hence the same bits.
@@ -92,13 +94,15 @@ def train_policy(
 
 @dataclass
 class Trainer:
-    """Runs the steps of a training, with its gate, evaluations and checkpoints. All ranks call the same methods.
+    """Runs the steps of a training, with its step-0 gate, evaluations and checkpoints. All ranks call the same methods.
 
     Attributes:
+        stepper: takes the optimizer steps.
         held_out: pairs to evaluate on, or None.
+        saver: makes the checkpoints.
         watch: gives warnings about the metrics.
-        guard: reacts when a machine of the run is about to be taken away.
-        summary: updated in place.
+        guard: makes a checkpoint when a machine of the run is about to be preempted.
+        summary: progress of the training, updated in place.
     """
 
     job: TrainJob
@@ -115,7 +119,8 @@ class Trainer:
         """Train to the end.
 
         Args:
-            begins: whether the run starts from its first step: check the stored log-probs, evaluate and sample before it.
+            begins: whether the run starts with its first step. Then the stored log-probs are checked, and the policy is
+                evaluated and sampled, before that step.
         """
         if begins:
             self.summary.gate = self.gate()
@@ -124,7 +129,7 @@ class Trainer:
         self._take_steps()
 
     def gate(self) -> str:
-        """Compare the stored log-probs with those of the starting policy. Returns the outcome in one line.
+        """Compare the stored log-probs with those of the starting policy. Return the outcome in one line.
 
         Raises:
             GateError: if they differ by more than rounding.
@@ -146,14 +151,14 @@ class Trainer:
         return line
 
     def evaluate(self, step: int) -> None:
-        """Measure the held-out pairs after ``step`` finished steps, if there are any.
+        """Measure the held-out pairs, if there are any, after ``step`` finished steps.
 
         Raises:
             ConfigError: if ``train.keep_best`` is none of the metrics.
         """
         if self.held_out is None:
             return
-        # With the beta of the last step that was taken.
+        # The beta is that of the last step.
         beta, plan = self.job.train.beta_at(max(0, step - 1), self.stepper.plan.total_steps), self.stepper.plan
         row = evaluate(self.engine, self.held_out, self.stepper.objective, beta, self.stepper.memory, plan.tokens_per_batch)
         self.summary.scores = {name: value for name, value in row.items() if name.startswith("eval_")}
@@ -219,7 +224,7 @@ class Trainer:
         )
 
     def _checkpoint(self, result: StepResult, done: int, *, ends: bool) -> None:
-        """Make a checkpoint after ``done`` steps, if one is due; it must succeed where the session ``ends`` with it."""
+        """Make a checkpoint after ``done`` steps if one is due. If the session ``ends`` here, it must succeed."""
         train, metrics = self.job.train, self.summary.scores | {"loss": result.row["loss"]}
         notice = self.guard.ask(done, result.row["time/step"], self.saver.last_seconds)
         if ends:
@@ -231,7 +236,8 @@ class Trainer:
         self.summary.checkpoint_bytes = self.saver.bytes or self.summary.checkpoint_bytes
 
     def _check_first_loss(self, result: StepResult) -> None:
-        """Report how far the first loss is from that of a policy that is the reference; warn if it is far."""
+        """Report the gap between the first loss and the loss of a policy that equals the reference. Warn if it is more than
+        rounding."""
         job, stepper = self.job, self.stepper
         # WPO's weights depend on the policy, so the loss is not known beforehand.
         if not job.starts_as_reference or not stepper.pairs.has_reference or result.skipped or job.train.use_weighting:
@@ -249,7 +255,7 @@ class Trainer:
         self.hooks.note(line)
 
     def _count_skipped(self, skipped: str | None) -> None:
-        """Warn about a step that was not taken; end the run after more than ``train.max_skipped`` in a row."""
+        """Warn about a step that was not taken. End the run after more than ``train.max_skipped`` such steps in a row."""
         summary, most = self.summary, self.job.train.max_skipped
         if skipped is None:
             summary.skipped_in_a_row = 0
@@ -267,19 +273,19 @@ class Trainer:
 
 
 def _resumed(job: TrainJob, engine: Engine, hooks: TrainHooks, checkpoint: Path) -> TrainSummary:
-    """Load a checkpoint into ``engine``; returns the summary in it."""
+    """Load a checkpoint into ``engine``. Return the summary in it."""
     state = load_checkpoint(engine, checkpoint, job.fingerprint)
     if (state.world_size, state.zero) != (engine.world_size, engine.zero):
         hooks.note(
             f"the checkpoint of step {state.step} was made by {state.world_size} worker(s) under ZeRO {state.zero}, "
-            f"now {engine.world_size} under ZeRO {engine.zero} continue: the same pairs in every step, losses equal "
-            "up to the order of sums"
+            f"now {engine.world_size} continue under ZeRO {engine.zero}; every step has the same pairs, and losses "
+            "are equal up to the order of sums"
         )
     return TrainSummary(**state.summary)
 
 
 def _tokens_per_batch(job: TrainJob, engine: Engine, summary: TrainSummary, hooks: TrainHooks) -> int:
-    """Token positions of a micro-batch: as set, as in the checkpoint, or measured."""
+    """Return the token positions of a micro-batch: those that are set, else those of the checkpoint, else measured."""
     if job.tokens_per_batch is not None:
         return job.tokens_per_batch
     if job.train.tokens_per_batch != "auto":
@@ -292,14 +298,15 @@ def _tokens_per_batch(job: TrainJob, engine: Engine, summary: TrainSummary, hook
 
 
 def _check_tokens(pairs: TrainingPairs | None, train: TrainConfig) -> None:
-    """Refuse pairs of which only the sums of the reference's log-probs are known, if LD-DPO needs those of tokens."""
+    """Refuse pairs without the reference's log-probs of tokens if the objective is LD-DPO, which needs them. Imported pairs
+    have sums only."""
     if train.ld_alpha is None or pairs is None:
         return
     lacking = pairs.sums_only()
     if len(lacking):
         first = ", ".join(pairs.ids[int(row)].as_py() for row in lacking[:3])
         raise ConfigError(
-            f"train.ld_alpha is {train.ld_alpha:g}, but of {len(lacking):,} of {len(pairs):,} pairs only the "
-            f"sum of the reference's log-probs was imported (first: {first}); set it to null, or score them "
+            f"train.ld_alpha is {train.ld_alpha:g}, but {len(lacking):,} of {len(pairs):,} pairs have "
+            f"only an imported sum of the reference's log-probs (first: {first}); set it to null, or score them "
             "with 'raydpo score' into another cache (cache.uri)"
         )

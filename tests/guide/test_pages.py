@@ -65,7 +65,7 @@ def test_every_link_leads_somewhere(pages):
 def test_links_of_a_guide_page_lead_to_web_pages(tmp_path, monkeypatch):
     page = GUIDE["index"].parent / "data.md"
     broken = []
-    assert "[raydpo/data/facts.py](../data/facts.html)" in guide_text(page, broken)
+    assert "[raydpo/config/filter.py](../config/filter.html)" in guide_text(page, broken)
     index = guide_text(GUIDE["index"], broken)
     assert "[sweeps.md](guide/sweeps.html)" in index and "[raydpo/config](config.html)" in index and not broken
     monkeypatch.setattr("raydpo.guide.build.GUIDE", tmp_path)

@@ -16,9 +16,9 @@ from raydpo.data.interval import share_error
 from raydpo.errors import ConfigError, RaydpoError
 from raydpo.evaluation.display import print_evaluation
 from raydpo.reports import write_comparison, write_report
-from raydpo.reports.compare import differences
+from raydpo.reports.compare import differences, overlaid
 from raydpo.reports.curves import POINTS, curve
-from raydpo.reports.evaluation import evaluation_tables
+from raydpo.reports.evaluation import evaluation_part, evaluation_tables
 from raydpo.reports.frontier import points_of
 from raydpo.reports.run import run_page
 from raydpo.reports.sweep import sweep_page
@@ -130,6 +130,16 @@ def test_an_evaluation_with_gaps_has_a_page(run, tmp_path):
     assert "Preferences of held-out pairs" in page and "Calibration</h3>" not in page
 
 
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [(0, None), (7, "trained on the prompts of 7 of them"), (None, "not known whether the policy was trained on")],
+)
+def test_a_page_says_whether_the_pairs_were_trained_on(run, count, said):
+    """Unknown is not the same as none."""
+    about = evaluation_part(json.loads((run / "evaluation.json").read_text()) | {"trained_on": count}).about
+    assert (said in about) if said else "trained" not in about
+
+
 def test_the_terminal_shows_the_tables_of_the_page(run):
     """Names of judges are printed as they are: neither as markup nor as control sequences."""
     found, out = json.loads((run / "evaluation.json").read_text()), io.StringIO()
@@ -138,6 +148,17 @@ def test_the_terminal_shows_the_tables_of_the_page(run):
     preferences, *others = evaluation_tables(found)
     assert len(others) == 3 and all(table.label in out.getvalue() for table in (preferences, *others))
     assert "[red]me\N{REPLACEMENT CHARACTER}[31m" in out.getvalue() and "0.740 (0.697 to 0.783)" in out.getvalue()
+
+
+def test_the_terminal_says_that_it_leaves_groups_out(run):
+    found, outs = json.loads((run / "evaluation.json").read_text()), (io.StringIO(), io.StringIO())
+    print_evaluation(Console(outs[0]), found)
+    one = next(iter(found["preferences"]["by_source"].values()))
+    found["preferences"]["by_source"] = {f"subset {number}": one for number in range(60)}
+    print_evaluation(Console(outs[1]), found)
+    rows = len(evaluation_tables(found)[0].rows) - 1
+    assert f"tokens; the first 50 of {rows}, the page has all" in outs[1].getvalue() and rows > 60
+    assert "the page has all" not in outs[0].getvalue()
 
 
 def test_an_evaluation_alone_has_a_page(run, tmp_path):
@@ -172,6 +193,18 @@ def test_a_thinned_curve_keeps_extremes_and_its_running_mean_is_one():
     few = curve(pl.DataFrame({"step": [1, 2, 3], "loss": [1.0, None, 4.0]}), "loss", "training", "#000000")
     assert few.each == 1 and np.isnan(few.mean[1]) and few.running_mean.tolist() == [1.0, 2.5, 4.0]
     assert curve(pl.DataFrame({"step": [1], "loss": [None]}), "loss", "training", "#000000") is None
+
+
+def test_a_point_of_a_thinned_curve_stands_for_evaluations_where_the_table_has_them(tmp_path):
+    """1,000 evaluations, one every 50 steps: a point is the mean of 5 evaluations, not of 5 steps."""
+    directory = made_run(tmp_path, "many", steps=10)
+    rows = [{"step": 50 * number, "eval_loss": 1 / (1 + number), "eval_length/chosen": 9.0} for number in range(1000)]
+    (directory / "eval.parquet").write_bytes(to_parquet(rows))
+    page = run_page(record(directory))
+    assert "Each point is the mean of 5 evaluations" in page and "mean of 5 steps" not in page
+    (directory / "metrics.parquet").write_bytes(to_parquet([{"step": step, "loss": 0.5} for step in range(1, 1001)]))
+    assert "Each point is the mean of 5 steps or 5 evaluations" in run_page(record(directory))
+    assert all("5 evaluations" in one.caption for one in overlaid([record(directory)], ["held out"]))
 
 
 def test_a_step_that_is_not_finite_is_left_out_of_the_curves(tmp_path):

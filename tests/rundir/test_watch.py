@@ -21,6 +21,13 @@ def test_a_spike_is_told_once_with_its_step_and_both_values():
     assert len(lines) == 1 and f"step {WINDOW + 1} is 5.0000" in lines[0] and "0.6000 on average" in lines[0]
 
 
+def test_a_spike_is_told_with_the_deviation_that_was_measured():
+    """Not with the smallest deviation that counts, which is larger where losses hardly vary."""
+    (line,) = said([row(0.6 + 0.001 * (-1) ** step) for step in range(WINDOW)] + [row(5.0)])
+    assert "(standard deviation 0.0010)" in line
+    assert not said([row()] * WINDOW + [row(0.66)]), "a tenth more is no spike"
+
+
 def test_a_restart_does_not_repeat_it():
     assert not said([row()] * WINDOW + [row(5.0)], warned=["spike"])
 

@@ -168,6 +168,19 @@ def test_a_trial_that_diverged_leaves_a_record_that_every_reader_can_read(place)
     assert ledger.best() == []
 
 
+def test_the_time_of_a_trial_includes_its_evaluations_and_checkpoints(place):
+    """As the training time on the trial's own page does."""
+    config = load_config(place / "config.yaml", ["sweep.grid={train.beta: [0.1, 0.3]}"])
+    trials = trials_of(config)
+    ledger = Ledger(config, trials)
+    row = {"seconds": 2.0, "time/evaluation": 1.0, "time/step": 3.0}
+    for trial, leave_out in zip(trials, ((), ("time/step", "time/evaluation")), strict=True):
+        rows = [{"step": step} | {name: value for name, value in row.items() if name not in leave_out} for step in (1, 2)]
+        Storage(trial.config.run_dir).write("metrics.parquet", to_parquet(rows))
+        ledger.set(trial.name, "done")
+    assert [entry.seconds for entry in ledger.entries.values()] == [6.0, 4.0], "an earlier version's has no time/step"
+
+
 def test_trials_that_are_equally_good_are_all_the_best(place):
     config = load_config(place / "config.yaml", ["sweep.grid={train.beta: [0.1, 0.3, 0.5]}"])
     trials = trials_of(config)

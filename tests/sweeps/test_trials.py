@@ -7,6 +7,7 @@ import yaml
 
 from raydpo.config import load_config
 from raydpo.config.run import NAME_PATTERN
+from raydpo.config.sweep import DrawConfig
 from raydpo.errors import ConfigError
 from raydpo.sweeps.trials import parameters_of, trial_name, trials_of
 
@@ -118,6 +119,21 @@ def test_settings_of_one_name_are_told_apart(sweep):
     assert names(quantized)[0] == "quantization=8bit" and re.fullmatch("quantization=8bit-[0-9a-f]{8}", names(quantized)[1])
 
 
+@pytest.mark.parametrize(
+    ("draw", "place", "value"),
+    [
+        ({"uniform": (0.0, 0.4999)}, 0.9999, 0.4999),
+        ({"uniform": (0.0, 0.4999)}, 0.5, 0.25),
+        ({"uniform": (0.1235, 1.0)}, 0.0, 0.1235),
+        ({"log_uniform": (1.2345e-5, 1e-3)}, 0.0, 1.2345e-5),
+        ({"log_uniform": (1e-4, 9.997e-4)}, 0.99999, 9.997e-4),
+        ({"log_uniform": (1e-7, 1e-5)}, 0.5, 1e-6),
+    ],
+)
+def test_a_drawn_number_is_rounded_but_stays_within_its_bounds(draw, place, value):
+    assert DrawConfig(**draw).at(place) == value
+
+
 def test_random_trials_are_the_same_each_time_and_the_first_of_more(sweep):
     draws = {
         "train.lr": {"log_uniform": [1e-7, 1e-5]},
@@ -164,11 +180,11 @@ def test_random_trials_are_the_same_each_time_and_the_first_of_more(sweep):
         ),
         (
             {"grid": {"train.beta": [0.1]}, "metric": "eval_rewards/rejected"},
-            ["sweep.metric: neither more nor less of 'eval_rewards/rejected' is better", "one of eval_loss"],
+            ["sweep.metric: neither a lower nor a higher 'eval_rewards/rejected' is better", "one of eval_loss"],
         ),
         (
             {"grid": {"train.beta": [0.1]}, "stop_early": {"grace": 50, "metric": "eval_length/chosen"}},
-            ["sweep.stop_early.metric: neither more nor less of 'eval_length/chosen'"],
+            ["sweep.stop_early.metric: neither a lower nor a higher 'eval_length/chosen'"],
         ),
         (
             {"grid": {"train.loss": ["sigmoid", "simpo"]}, "metric": "eval_logps/chosen_fell"},

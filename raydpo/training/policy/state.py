@@ -52,7 +52,7 @@ class Fragment:
 
 
 class TrainedState:
-    """float32 weights and optimizer state of the trained parameters on this rank.
+    """The float32 weights and the optimizer state of the trained parameters on this rank.
 
     Args:
         engine: a DeepSpeed engine.
@@ -192,7 +192,8 @@ class TrainedState:
         return self._elementwise(flat)
 
     def _publish(self) -> None:
-        """Copy the optimizer's weights to the model. Under ZeRO-3 only those that every rank has whole are left."""
+        """Copy the optimizer's weights to the model. Under ZeRO-3, ``read`` has copied all but the small parameters, which
+        every rank holds whole."""
         wrapper = self._engine.optimizer
         if self._zero == 3:
             if wrapper.persistent_parameters:  # small ones, which DeepSpeed keeps whole on every rank
