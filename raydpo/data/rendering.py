@@ -15,7 +15,7 @@ from raydpo.data.remarks import Remark
 from raydpo.data.segments import any_of
 from raydpo.data.template import TEXT_PARTS
 
-__all__ = ["RenderingCheck", "left_out"]
+__all__ = ["RenderingCheck", "left_out", "remedy"]
 
 _THOUGHT_FIELDS = (
     "reasoning_content",

@@ -54,6 +54,7 @@ class ChatTemplate:
         self._arguments: str | None = None
         self._pinned: dict[str, str] = {}
         self._names: dict[str, frozenset[str]] = {}
+        self._written: dict[tuple[Any, ...], bool] = {}
 
     @cached_property
     def writes_date(self) -> bool:
@@ -100,6 +101,16 @@ class ChatTemplate:
             clock = f"{{% macro {_CLOCK}(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}\n"
             self._pinned[template] = clock + template
         return self._pinned[template]
+
+    def writes(self, messages: list[Message], place: int, tools: list[Any] | None = None, **kwargs: Any) -> bool:
+        """Whether the content of the message at ``place`` is written, which is tried once for each sequence of roles."""
+        key = (tuple(message["role"] for message in messages), place, tools is not None, kwargs.get("generate"))
+        if key not in self._written:
+            content = _ONE if isinstance(messages[place]["content"], str) else [{"type": "text", "text": _ONE}]
+            probe = [*messages[:place], messages[place] | {"content": content}, *messages[place + 1 :]]
+            rendered = self._tried(probe, tools=tools, **kwargs)
+            self._written[key] = not rendered or _ONE.lower() in rendered.lower()
+        return self._written[key]
 
     def fits(self, messages: list[Message]) -> bool:
         """Whether the template reads ``messages`` as they are, as far as a quick look tells."""

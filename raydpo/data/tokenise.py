@@ -14,7 +14,7 @@ from raydpo.data.messages import Malformed
 from raydpo.data.preference import Preference
 from raydpo.data.refusal import refusal
 from raydpo.data.remarks import Remark
-from raydpo.data.rendering import RenderingCheck
+from raydpo.data.rendering import RenderingCheck, remedy
 from raydpo.data.segments import Segments
 from raydpo.data.shapes import common_prefix
 from raydpo.data.template import ChatTemplate
@@ -29,6 +29,7 @@ _FILES = (
     "added_tokens.json", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 
+_SHORT = 20
 _PROBE = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
 
 
@@ -93,6 +94,13 @@ def _check_syntax(tokenizer: Any, name: str) -> None:
         ) from None
     except Exception:  # a template may refuse this conversation and accept those of the data
         return
+
+
+def _short(content: Any) -> str:
+    """The text of ``content`` if it is so short that the words of a template may hold it by chance, else empty."""
+    if isinstance(content, list):
+        content = content[0].get("text") if len(content) == 1 and isinstance(content[0], dict) else None
+    return content.strip() if isinstance(content, str) and len(content) <= _SHORT else ""
 
 
 class Tokeniser:
@@ -253,6 +261,13 @@ class Tokeniser:
         except Exception as error:  # templates raise what their authors wrote
             raise Malformed(f"the chat template refuses it: {refusal(error, self.tokenizer.chat_template)}") from None
         found = self._check.remarks(preference, *texts)
+        for part, before, messages in (("prompt", [], prompt), ("chosen", prompt, chosen), ("rejected", prompt, rejected)):
+            for place, message in enumerate(messages):
+                if len(message) == 2 and (text := _short(message.get("content"))):
+                    options = arguments if before else {"generate": True, **arguments}
+                    if not self.template.writes([*before, *messages], len(before) + place, tools, **options):
+                        what = f"content of role {message['role']!r}"
+                        found.append(Remark(remarks.LOST, f"{what} ({part})", text, remedy(what)))
         for change in sorted(changes):
             found.append(Remark(remarks.CHANGED, change))
         for key in arguments:

@@ -141,6 +141,21 @@ def test_what_is_left_out_is_an_error_and_a_warning_if_allowed(write, name):
         assert json.dumps(stored) and next(iter(stored.values()))["example"]
 
 
+@pytest.mark.parametrize("text", ["user", "s", "<s>user", "assistant", "You are kind."])
+def test_texts_that_the_words_of_the_template_hold_are_missed_all_the_same(write, text):
+    skips = EACH.replace("messages", "messages if message.role != 'system'") + "{{ message.content }}</s>\n{% endfor %}"
+    odd = record([say("system", text), *PROMPT], answer("a"), answer("b"))
+    with pytest.raises(DataError, match=r"1 content of role 'system' \(prompt\), such as"):
+        lines_of(write, skips + GENERATE, odd)
+    every = EACH + "{{ message.content }}</s>\n{% endfor %}" + GENERATE
+    for template in (every, templates.GEMMA_PARTS):
+        lines, _ = lines_of(write, template, record(odd["prompt"], answer(text.replace("<s>", "")), answer("b")))
+        assert not any("leaves out" in line for line in lines) and ("<s>" in text or len(lines) == 1)
+    called = record([*PROMPT, *calling(), say("tool", "s")], answer("a"), answer("b"))
+    with pytest.raises(DataError, match=r"1 content of role 'tool' \(prompt\), such as 's'"):
+        lines_of(write, CALLS.replace("messages", "messages if message.role != 'tool'"), called)
+
+
 def test_tools_and_calls_that_the_prompt_lacks_are_a_warning(write):
     """A tool's name must stand in a place of its own, not in the words of a message."""
     asked = record([user("clock, please")], answer("the clock"), answer("b"), tools=[tool("clock")])
