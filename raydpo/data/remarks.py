@@ -87,11 +87,11 @@ _SENTENCES = {
         "use a template that reads it"
     ),
     UNTRAINED: (
-        "warning: in {count} pairs messages of the answers are marked as not to be trained or weighted ({all}), but every "
-        "message of an answer counts alike; end the prompt after those that should not, or drop the field"
+        "warning: in {count} pairs messages of the answers are marked as not to be trained or weighted: {all}; but every "
+        "message of an answer counts alike. End the prompt after those that should not, or drop the field"
     ),
     UNTRAINED_BEFORE: (
-        "{count} prompts mark messages for training ({all}); nothing of a prompt is trained. Make each turn that should be "
+        "{count} prompts mark messages for training: {all}; nothing of a prompt is trained. Make each turn that should be "
         "a pair of its own"
     ),
 }

@@ -501,7 +501,7 @@ def test_marks_in_the_prompt_are_information_and_marks_of_what_is_trained_none(w
     asked = [user("Hello?"), say("assistant", "Hm.", weight=0), user("And?")]
     lines, _ = lines_of(write, CHAT_TEMPLATE, record(asked, answer("a", weight=1, train=True), answer("b", weight=1.0)))
     assert [line for line in lines if "mark" in line] == [
-        "data prefs: 1 prompts mark messages for training (1 weight (prefs.jsonl:1)); nothing of a prompt is trained. Make "
+        "data prefs: 1 prompts mark messages for training: 1 weight (prefs.jsonl:1); nothing of a prompt is trained. Make "
         "each turn that should be a pair of its own"
     ]
 
