@@ -12,7 +12,7 @@ from raydpo.config import Config
 from raydpo.errors import ConfigError, RaydpoError, one_line
 from raydpo.storage.uri import shown
 
-__all__ = ["session", "starts_own_ray"]
+__all__ = ["owns_ray", "session", "starts_own_ray"]
 
 WORKER_ENV = {
     "TOKENIZERS_PARALLELISM": "false",
@@ -53,10 +53,10 @@ def session(config: Config) -> Iterator[None]:
             "'raydpo jobs' use; unset it to run here, and set $RAY_API_SERVER_ADDRESS to it for those two"
         )
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
-    common = {"runtime_env": {"env_vars": WORKER_ENV}, "log_to_driver": False, "logging_level": "warning"}
+    common = {"log_to_driver": False, "logging_level": "warning"}
     try:
         if address:
-            ray.init(address=address, **common)
+            ray.init(address=address, runtime_env={"env_vars": WORKER_ENV}, **common)
         else:
             # These CPUs only limit scheduling. Each actor holds one. Ray Data's own tasks need some more; without them they
             # would never start.
@@ -69,7 +69,9 @@ def session(config: Config) -> Iterator[None]:
             os.environ.setdefault("RAY_worker_niceness", "0")
             # Without "local" it would join a Ray that another user has started on this machine.
             store = _object_store_bytes()
-            ray.init(address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=store, **common)
+            # Workers inherit the environment of our Ray. A runtime environment would cost each of them half a second.
+            with _environment(WORKER_ENV):
+                ray.init(address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=store, **common)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise ConfigError(
             f"cannot reach Ray at {named} {address!r}: {one_line(error, 300)}"
@@ -90,16 +92,24 @@ def session(config: Config) -> Iterator[None]:
         ray.shutdown()
 
 
+def owns_ray() -> bool:
+    """Whether this is a session of a local Ray that ``session`` started, and that ends with it."""
+    return ONE_NODE_ENV.items() <= os.environ.items()
+
+
 @contextlib.contextmanager
 def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables within the block, where the user has not set them."""
-    ours = {name: value for name, value in variables.items() if name not in os.environ}
-    os.environ |= ours
+    """Set environment variables within the block."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ |= variables
     try:
         yield
     finally:
-        for name in ours:
-            os.environ.pop(name, None)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def starts_own_ray(config: Config) -> bool:

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from raydpo.cluster.actors import original_error
 from raydpo.cluster.resources import Resources
+from raydpo.cluster.session import owns_ray
 from raydpo.config import TrainConfig, lower_is_better
 from raydpo.errors import DeviceMemoryError, RaydpoError
 from raydpo.reference.identity import on_this_machine
@@ -78,8 +79,16 @@ def _ray_trainer(
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    # Each of Ray Train's helpers is a process, which takes a CPU second to start. Pairs come through the object store, so
+    # there is no data set to divide. The cleaner ends workers whose controller died; a Ray of our own ends with the driver.
+    unused = {"DatasetsCallback"} | ({"PlacementGroupCleanerCallback"} if owns_ray() else set())
+
+    class Trainer(TorchTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            return [one for one in super()._create_default_callbacks() if type(one).__name__ not in unused]
+
     on_gpus, varies = resources.device == "cuda", resources.fewest not in (None, resources.workers)
-    return TorchTrainer(
+    return Trainer(
         worker,
         train_loop_config=given,
         torch_config=TorchConfig(backend="nccl" if on_gpus else "gloo", timeout_s=max(1, round(train.collective_timeout))),
