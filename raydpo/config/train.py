@@ -173,7 +173,7 @@ class TrainConfig(ObjectiveConfig):
     sample_prompts: Int = Field(default=0, ge=0)
     """Number of held-out prompts that the policy answers (greedily) before and after training."""
     sample_tokens: Int = Field(default=64, ge=1)
-    """Longest sample, in tokens."""
+    """Longest sample, in tokens. Needs sample_prompts."""
 
     @property
     def fewest_workers(self) -> int:
