@@ -26,7 +26,11 @@ _NAMES = {("reference_pass", "cached"): "ratio", ("memory", "online"): "ratio", 
 
 
 def print_point(point: dict[str, Any], console: Console) -> None:
-    """Print what one workload compared, then ``compare.figures`` and, if the sides agree, ``compare.ratios``."""
+    """Print the result of one workload: its size, how far the two sides differ, and a table of what was measured.
+
+    The table has the figures of each side (``compare.figures``). If the sides agree, it also has raydpo's figures as ratios
+    to those of the others (``compare.ratios``).
+    """
     work, gaps = point["workload"], point["gaps"]
     console.say(
         f"{work['name']}: {work['pairs']:,} pairs, {work['prompt_tokens']:,} prompt and "
