@@ -7,6 +7,7 @@ A message never exceeds ``MOST_BYTES``: the base class shortens a longer one wit
 """
 
 import re
+from collections.abc import Sequence
 
 __all__ = [
     "CacheError",
@@ -23,12 +24,13 @@ __all__ = [
     "exit_status",
     "one_line",
     "reason",
+    "some_of",
 ]
 
 MOST_BYTES = 1900
 """Largest size of a message. With what the terminal puts before and after it, it stays below 2 kB."""
 MOST_LINES = 10
-"""Number of lines of a message that are kept."""
+"""Number of lines of a message that are kept of its beginning. Its last line is kept, too."""
 _END_BYTES = 600
 """Bytes that are kept of the end of a message that is too long: there is the fix."""
 
@@ -92,13 +94,14 @@ def exit_status(error: BaseException) -> int:
 
 
 def bounded(text: str, most: int = MOST_BYTES) -> str:
-    """``text`` in at most ``most`` bytes of UTF-8 and ``MOST_LINES`` lines; a last line counts those that are left out.
+    """``text`` in at most ``most`` bytes of UTF-8: its first ``MOST_LINES`` lines, a line that counts what is left out, and
+    its last line.
 
     Beginning and end are kept, since a message begins with what was found and ends with the fix.
     """
-    lines = text.splitlines()
-    if len(lines) > MOST_LINES + 1:
-        text = "\n".join([*lines[:MOST_LINES], f"... and {len(lines) - MOST_LINES:,} more"])
+    lines = text.rstrip().splitlines()
+    if len(lines) > MOST_LINES + 2:
+        text = "\n".join([*lines[:MOST_LINES], f"... and {len(lines) - MOST_LINES - 1:,} more", lines[-1]])
     if len(text) * 4 <= most or len(data := text.encode("utf-8", "backslashreplace")) <= most:
         return text
     end = min(_END_BYTES, most // 3)
@@ -114,6 +117,11 @@ def bounded(text: str, most: int = MOST_BYTES) -> str:
 def one_line(error: object, most: int | None = None) -> str:
     """The text of ``error`` on one line, at most ``most`` characters of it."""
     return " ".join(str(error).split())[:most]
+
+
+def some_of(names: Sequence[str], most: int = 3) -> str:
+    """The first ``most`` of ``names``, and the number of the others."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 _ALWAYS_LONG = re.compile(r"(Model type should be one of|, or one of the following `model_type` keys in its) .*")

@@ -34,6 +34,11 @@ def place(tmp_path_factory, tiny_llama):
     )
     for name, file in (("nan", "model.safetensors"), ("pointer", "tokenizer.json"), ("small", "model.safetensors")):
         _broken(shutil.copytree(tiny_llama, place / name), name, place / name / file)
+    for name, left_out in (("no_template", ("chat_template",)), ("no_eos", ("eos_token",))):
+        _without(shutil.copytree(tiny_llama, place / name), left_out)
+    asked, said = [{"role": "user", "content": "Hello?"}], {"role": "assistant"}
+    _write(place / "chat.jsonl", lambda n: (asked, [said | {"content": f"a {n}"}], [said | {"content": f"b {n}"}]))
+    _write(place / "no_prompt.jsonl", lambda n: ("", f"a {n}", f"b {n}"))
     (place / "empty.jsonl").write_text("")
     (place / "nothing").mkdir()
     (place / "broken.parquet").write_text("no parquet")
@@ -46,6 +51,18 @@ def place(tmp_path_factory, tiny_llama):
     }
     (place / "config.yaml").write_text(yaml.safe_dump(tree))
     return place
+
+
+def _write(path, pair):
+    records = [dict(zip(("prompt", "chosen", "rejected"), pair(number), strict=True)) for number in range(12)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def _without(model, settings):
+    """Take settings out of the tokenizer of a model directory."""
+    (model / "chat_template.jinja").unlink(missing_ok=True)
+    file = model / "tokenizer_config.json"
+    file.write_text(json.dumps({key: value for key, value in json.loads(file.read_text()).items() if key not in settings}))
 
 
 def _broken(model, how, file):
@@ -91,6 +108,9 @@ BAD = [
     (ALL, "model.path={place}/pointer", "tokenizer.json is a Git LFS pointer"),
     (("score", "train", "run", "sweep"), "model.path={place}/small", "small has 20 rows (ids 0 to 19)"),
     (("eval",), "model.path={place}/small; evaluate.policy={place}/small", "small has 20 rows (ids 0 to 19)"),
+    (ALL, "model.path={place}/no_template; data.train={place}/chat.jsonl", "the tokenizer has no chat template; set data.c"),
+    (ALL, "model.path={place}/no_eos", "the tokenizer has no EOS token, so the end of a text completion cannot be learned"),
+    (ALL, "data.train={place}/no_prompt.jsonl", "12 of 12 records are malformed"),
     (ALL, "data.train={place}/b.jsonl", "but there is no such file"),
     (ALL, "data.eval.path={place}/b.jsonl; data.eval.fraction=null", "'data.eval.path'"),
     (("score", *TRAINING, "audit"), "data.train={place}/empty.jsonl", "holds no records"),

@@ -12,6 +12,7 @@ import yaml
 import raydpo.config
 from raydpo.cli.entry import main, parsed
 from raydpo.config import load_config
+from raydpo.config.load import with_setting
 from raydpo.errors import ConfigError
 from raydpo.sweeps.trials import trials_of
 from raydpo.terminal.guard import guarded
@@ -191,7 +192,7 @@ def test_it_is_frozen(tree):
         ("data.train=''", ["data.train.0.path", "empty"]),
         ("train.workers=true", ["train.workers", "number"]),
         ("train.workers=two", ["train.workers", "two", "integer"]),
-        ("train=3", ["'train'", "3", "pairs_per_step"]),
+        ("train=3", ["'train'", "3", "beta", "more"]),
         ("train.label_smoothing=0.1 train.loss=ipo", ["label_smoothing 0.1", "ipo", "set it to 0", "robust"]),
         ("train.loss=hinge train.label_smoothing=0.1", ["label_smoothing 0.1", "'hinge'"]),
         ("train.discopop_tau=0.1", ["discopop_tau 0.1", "'sigmoid'", "uses it (discopop)"]),
@@ -406,6 +407,55 @@ def test_a_section_may_replace_a_value_and_the_reverse(tree, tmp_path):
     assert load_config(tmp_path / "b.yaml").data.train[0].weight == 2.0
     with pytest.raises(ConfigError, match=r"'model' is .* expected a section"):
         load_config(tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "fix"),
+    [
+        ("model", "some/path", "write model: {path: some/path}"),
+        ("model", ["some/path"], None),
+        ("model", None, "write model: {path: ...}"),
+        ("reference", "some/path", "write reference: {path: some/path}"),
+        ("data", "a.jsonl", "write data: {train: a.jsonl}"),
+        ("data", ["a.jsonl", "b.jsonl"], "write data: {train: [a.jsonl, b.jsonl]}"),
+        ("data.eval", 0.1, "write eval: {fraction: 0.1}"),
+        ("cache", "s3://user:secret@bucket/c", "write cache: {uri: s3://***@bucket/c}"),
+        ("score", 4, "write score: {workers: 4}"),
+        ("train", "ipo", "write train: {loss: ipo}"),
+        ("train", [{"sigmoid": 0.8}, {"sft": 0.2}], "write train: {loss: [{sigmoid: 0.8}, {sft: 0.2}]}"),
+        ("train", "a.jsonl", "write data: {train: a.jsonl}"),
+        ("train", ["a.jsonl"], "write data: {train: [a.jsonl]}"),
+        ("train", [{"path": "a.jsonl", "weight": 2}], "write data: {train: [{path: a.jsonl, weight: 2}]}"),
+        ("train", 3, None),
+        ("evaluate", "runs/a", "write evaluate: {policy: runs/a}"),
+        ("evaluate", "a.jsonl.gz", "write evaluate: {data: a.jsonl.gz}"),
+        ("evaluate.judge", "https://host/v1", "write judge: {url: https://host/v1}"),
+        ("model.lora", 8, "write lora: {r: 8}"),
+        ("model.lora", True, "write lora: {} for its defaults"),
+        ("model.lora", "a lot", None),
+        ("track.mlflow", "runs/mlflow", "write mlflow: {uri: runs/mlflow}"),
+        ("sweep", [{"train.beta": 0.1}], "write sweep: {list: [{train.beta: 0.1}]}"),
+        ("sweep.random", 8, "write random: {samples: 8}"),
+        ("ray", "ray://head:10001", "write ray: {address: ray://head:10001}"),
+    ],
+)
+def test_a_value_in_the_place_of_a_section(key, value, fix, tree):
+    with pytest.raises(ConfigError) as caught:
+        load_config(with_setting(tree, key, value, "it"))
+    (line,) = (line for line in str(caught.value).splitlines() if line.startswith(f"{key!r} is "))
+    assert ", expected a section of keys: " in line and "secret" not in line
+    assert line.endswith(f"; {fix}") if fix else "write" not in line
+
+
+def test_an_override_below_a_value_in_the_place_of_a_section(tree):
+    tree["model"] = "some/path"
+    with pytest.raises(
+        ConfigError, match=r"below 'model', whose value is 'some/path', not .*; write model: \{path: some/path\}"
+    ):
+        load_config(tree, ["model.dtype=float32"])
+    tree["data"] = {"path": "a.jsonl"}
+    with pytest.raises(ConfigError, match=r"unknown key 'data\.path' .*did you mean 'data\.train\.path'"):
+        load_config(tree | {"model": {"path": "x"}})
 
 
 def test_every_field_is_documented():

@@ -35,7 +35,14 @@ def test_no_error_is_longer_than_2_kb(kind, text, capsys):
     assert guarded(fail) == errors.exit_status(kind("x"))
     told = capsys.readouterr().err
     assert len(told.encode("utf-8", "backslashreplace")) < 2000 and told.startswith("error: beginning ")
-    assert told.rstrip().endswith(("the fix", "... and 390 more")), "the end of a message has the fix"
+    assert told.rstrip().endswith("the fix"), "the end of a message has the fix"
+
+
+def test_many_lines_are_counted_and_the_last_one_is_kept():
+    told = bounded("\n".join([*(f"key {number}" for number in range(30)), "set data.max_length=64", ""]))
+    assert told.splitlines() == [*(f"key {number}" for number in range(10)), "... and 20 more", "set data.max_length=64"]
+    whole = "\n".join(f"key {number}" for number in range(12))
+    assert bounded(whole) == whole
 
 
 @pytest.mark.parametrize("text", LONG.values(), ids=LONG)
@@ -202,11 +209,49 @@ def test_an_ascii_terminal_shows_escapes_and_the_log_is_utf_8(variables, tmp_pat
 def test_a_reader_that_ends_early_is_no_error(tmp_path):
     script = tmp_path / "act.py"
     script.write_text(
-        "from raydpo.terminal.guard import guarded\nguarded(lambda console: [print('x' * 99) for _ in range(9999)] and 0)\n"
+        "import sys\nfrom raydpo.terminal.guard import guarded\n"
+        "sys.exit(guarded(lambda console: [print('x' * 99) for _ in range(9999)] and 0))\n"
     )
     command = f"{sys.executable} {script} | head -n 1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
     assert done.stderr == "" and done.stdout == "x" * 99 + "\n"
+    done = subprocess.run(f"{{ {command.replace('|', '2>&1; echo $? >&2; } |')}", shell=True, capture_output=True, text=True)
+    assert done.stderr == "1\n" and done.stdout == "x" * 99 + "\n"
+
+
+def test_a_pipe_that_breaks_elsewhere_is_an_error(capsys):
+    def fail(console):
+        raise BrokenPipeError(32, "Broken pipe: the socket of a worker")
+
+    assert guarded(fail) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("error: unexpected BrokenPipeError: ") and "the socket of a worker" in told
+    assert "traceback in" in told
+
+
+@pytest.mark.parametrize(
+    ("encoding", "error", "status"),
+    [
+        ("iso-8859-1", UnicodeEncodeError("latin-1", "氷", 0, 1, "ordinal not in range(256)"), 2),
+        ("ascii", UnicodeDecodeError("ascii", b"\xc3", 0, 1, "ordinal not in range(128)"), 2),
+        ("iso8859-15", UnicodeEncodeError("charmap", "氷", 0, 1, "character maps to <undefined>"), 2),
+        ("ascii", UnicodeEncodeError("utf-8", "k\udcc3\udcb6ln", 1, 3, "surrogates not allowed"), 2),
+        ("ascii", UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates not allowed"), 1),
+        ("ascii", UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), 1),
+        ("iso-8859-1", UnicodeEncodeError("idna", "x" * 80, 0, 64, "label too long"), 1),
+        ("iso-8859-1", UnicodeDecodeError("made up", b"\xff", 0, 1, "no such codec"), 1),
+        ("ascii", UnicodeError("label empty or too long"), 1),
+        ("utf-8", UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates not allowed"), 1),
+    ],
+)
+def test_only_errors_of_the_locales_codec_are_those_of_the_locale(encoding, error, status, capsys, monkeypatch):
+    def fail(console):
+        raise error
+
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: encoding)
+    assert guarded(fail) == status
+    told = capsys.readouterr().err
+    assert told.startswith("error: this locale (" if status == 2 else "error: unexpected Unicode") and "traceback in" in told
 
 
 def test_a_name_that_the_locale_cannot_express_is_no_traceback(tmp_path):

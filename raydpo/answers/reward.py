@@ -6,25 +6,28 @@ import hashlib
 import json
 import math
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from raydpo.data.messages import Text
 from raydpo.data.template import ChatTemplate
 from raydpo.data.tokenise import load_tokenizer
-from raydpo.errors import ModelError
+from raydpo.errors import FilesError, ModelError, one_line, some_of
+from raydpo.model.limits import ModelLimits
 from raydpo.model.load import torch_dtype
-from raydpo.model.weights import refuse_gaps
+from raydpo.model.weights import check_weights, refuse_gaps
 from raydpo.reference.identity import ReferenceIdentity, identify, on_this_machine, proved_here
 from raydpo.reference.score import ReferenceSpec
 
-__all__ = ["RewardModel"]
+__all__ = ["RewardModel", "check_prompts", "check_reward_model"]
+
+_WRONG_OUTPUTS = "the reward model {path} has {outputs} outputs (num_labels in its config.json); expected one"
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -75,7 +78,7 @@ class RewardModel:
         )
         with proved_here(spec):
             model = self._load(spec.path).to(device)
-        tokenizer = load_tokenizer(spec.path, trust_remote_code=self.trust_remote_code)
+        reader = _Reader.of(spec.path, self.trust_remote_code)
         if _tokenizer_digest(spec.path) != self.tokenizer:
             raise ModelError(
                 f"the reward model {spec.path} has another tokenizer on {platform.node()} than where the run was started"
@@ -83,7 +86,7 @@ class RewardModel:
 
         def act(rows: pa.Table) -> pa.Table:
             asked = zip(rows["prompt"].to_pylist(), rows["answer"].to_pylist(), strict=True)
-            scores = [_score(model, tokenizer, json.loads(prompt), answer) for prompt, answer in asked]
+            scores = [_score(model, reader.ids(json.loads(prompt), answer), answer) for prompt, answer in asked]
             return pa.table({"score": pa.array(scores, pa.float64())})
 
         return act
@@ -102,10 +105,10 @@ class RewardModel:
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise ModelError(
                 f"cannot load the reward model {self.path!r}; evaluate.reward_model must be a sequence "
-                f"classifier: {' '.join(str(error).split())[:600]}"
+                f"classifier: {one_line(error, 600)}"
             ) from error
         if model.config.num_labels != 1:
-            raise ModelError(f"the reward model {self.path} has {model.config.num_labels} outputs; expected one")
+            raise FilesError(_WRONG_OUTPUTS.format(path=self.path, outputs=model.config.num_labels))
         return model.eval()
 
 
@@ -117,25 +120,97 @@ def _tokenizer_digest(path: str) -> str:
     return digest.hexdigest()
 
 
-@torch.no_grad()
-def _score(model: Any, tokenizer: Any, prompt: Text, answer: str) -> float:
-    """Score one answer. Batches would need padding, which not every classifier masks."""
-    if isinstance(prompt, str):
-        ids = tokenizer(prompt + answer)["input_ids"]
-    else:
-        if not tokenizer.chat_template:
-            raise ModelError(
-                "the prompts are conversations, but the reward model has no chat template; add one to its tokenizer"
-            )
-        template = ChatTemplate(tokenizer)
-        text = template.render(template.fitted([*prompt, {"role": "assistant", "content": answer}], set()))
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and len(ids) > limit:
-        raise ModelError(
-            f"a prompt and its answer have {len(ids):,} tokens, but the reward model takes at most {limit:,}; "
-            "lower evaluate.max_tokens or data.max_length"
+def check_reward_model(path: str, trust_remote_code: bool) -> list[str]:
+    """Check the reward model in a local directory by its headers and its tokenizer. Reads no weights.
+
+    Returns:
+        Warnings.
+
+    Raises:
+        FilesError: if it is not a whole sequence classifier with one output, or its tokenizer gives token ids that it does
+            not have.
+    """
+    warnings = check_weights(path, trust_remote_code=trust_remote_code, classifier=True)
+    outputs = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code).num_labels
+    if outputs != 1:
+        raise FilesError(_WRONG_OUTPUTS.format(path=path, outputs=outputs))
+    reader = _Reader.of(path, trust_remote_code)
+    rows, added = reader.limits.rows, reader.tokenizer.get_added_vocab()
+    beyond = {token: id for token, id in reader.tokenizer.get_vocab().items() if rows is not None and id >= rows}
+    if beyond.keys() - added.keys():
+        reader.check(sorted(beyond.values()))
+    check_prompts(path, trust_remote_code, ["x"])
+    if beyond:
+        warnings.append(
+            f"the tokenizer of the reward model {path} has {len(beyond):,} special token(s) ({some_of(sorted(beyond))}) "
+            f"beyond the {rows:,} rows of its embedding: a prompt or an answer that spells one cannot be scored"
         )
+    return warnings
+
+
+def check_prompts(path: str, trust_remote_code: bool, prompts: Sequence[Text]) -> None:
+    """Check that the reward model in a local directory can read ``prompts`` with a short answer.
+
+    Raises:
+        FilesError: if it lacks a chat template, or has no row for a token id or no position for a token.
+    """
+    reader = _Reader.of(path, trust_remote_code)
+    for prompt in prompts:
+        reader.ids(prompt, "x")
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """How the reward model in directory ``path`` reads a prompt with its answer."""
+
+    path: str
+    tokenizer: Any
+    limits: ModelLimits
+
+    @classmethod
+    def of(cls, path: str, trust_remote_code: bool) -> _Reader:
+        tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+        return cls(path, tokenizer, ModelLimits.of(path, trust_remote_code))
+
+    def ids(self, prompt: Text, answer: str) -> list[int]:
+        """Token ids.
+
+        Raises:
+            FilesError: if the model lacks a chat template, or has no row for an id or no position for a token.
+        """
+        if isinstance(prompt, str):
+            ids = self.tokenizer(prompt + answer)["input_ids"]
+        else:
+            if not self.tokenizer.chat_template:
+                raise FilesError(
+                    f"the prompts are conversations, but the reward model {self.path} has no chat template; add one to its "
+                    "tokenizer"
+                )
+            template = ChatTemplate(self.tokenizer)
+            text = template.render(template.fitted([*prompt, {"role": "assistant", "content": answer}], set()))
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        self.check(ids)
+        return ids
+
+    def check(self, ids: Sequence[int]) -> None:
+        rows, positions = self.limits.rows, self.limits.positions
+        if rows is not None and max(ids, default=0) >= rows:
+            token = self.tokenizer.convert_ids_to_tokens(max(ids))
+            raise FilesError(
+                f"the tokenizer of the reward model {self.path} gives token ids up to {max(ids):,} ({token!r}), but its "
+                f"embedding has {rows:,} rows (ids 0 to {rows - 1:,}); give the reward model with the tokenizer that "
+                "belongs to it"
+            )
+        if positions is not None and len(ids) > positions:
+            raise FilesError(
+                f"a prompt and its answer have {len(ids):,} tokens, but the reward model takes at most {positions:,}; "
+                "lower evaluate.max_tokens or data.max_length"
+            )
+
+
+@torch.no_grad()
+def _score(model: Any, ids: Sequence[int], answer: str) -> float:
+    """Score one answer. Batches would need padding, which not every classifier masks."""
     score = float(model(input_ids=torch.tensor([ids], device=model.device)).logits[0, 0].float())
     if not math.isfinite(score):
         raise ModelError(

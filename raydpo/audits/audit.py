@@ -28,6 +28,7 @@ class Audit:
         meta: name of the run, model, identity of the reference, version.
         total, sources: figures of ``measure.figures``, over all pairs and by source.
         identical: pairs left out at loading because chosen and rejected are the same, by source.
+        scores: by source with scores beside its pairs, ``data.scores.Contradictions.to_dict`` of all pairs that were loaded.
         advice: the most important first. extremes: lists of pairs worth reading.
         frame: the facts that the figures were computed from, for plots; not part of ``to_dict``.
     """
@@ -36,6 +37,7 @@ class Audit:
     total: dict[str, Any]
     sources: dict[str, dict[str, Any]]
     identical: dict[str, int]
+    scores: dict[str, dict[str, Any]]
     advice: list[Finding]
     extremes: list[dict[str, Any]]
     frame: pl.DataFrame
@@ -53,18 +55,20 @@ def audit_pairs(
     *,
     meta: dict[str, Any],
     identical: dict[str, int] | None = None,
+    scores: dict[str, dict[str, Any]] | None = None,
     objective: ObjectiveConfig | None = None,
 ) -> Audit:
     """Audit tokenised pairs and their reference log-probs.
 
     Args:
         facts: ``data.facts.pair_facts`` of ``pairs``. decode: turns the token ids of many completions into texts.
-        identical: see ``Audit``. objective: the objective that the pairs will be trained with.
+        identical, scores: see ``Audit``. objective: the objective that the pairs will be trained with.
     """
     frame = pl.from_arrow(facts.drop_columns(["pair_id"])).with_columns(prompt=prompt_numbers(pairs))
     total = figures(frame)
     sources = {str(name): figures(part) for (name,), part in frame.group_by("source", maintain_order=True)}
-    return Audit(meta, total, sources, identical or {}, advise(total, objective), extremes(facts, pairs, decode), frame)
+    advice, lists = advise(total, objective), extremes(facts, pairs, decode)
+    return Audit(meta, total, sources, identical or {}, scores or {}, advice, lists, frame)
 
 
 def summary_lines(audit: Audit) -> list[str]:

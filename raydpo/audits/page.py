@@ -9,11 +9,14 @@ import polars as pl
 from raydpo.audits.audit import Audit
 from raydpo.audits.plots import plots
 from raydpo.pages.page import render
+from raydpo.pages.text import shown
 
 __all__ = ["render_page"]
 
 MOST_SOURCES = 6
 """Largest number of sources with pictures of their own. The table has all sources."""
+MOST_COLUMNS = 4
+"""Number of columns of scores, at most, that are named."""
 
 
 def render_page(audit: Audit) -> str:
@@ -22,9 +25,13 @@ def render_page(audit: Audit) -> str:
     if len(audit.sources) > 1:
         for name, figures in list(audit.sources.items())[:MOST_SOURCES]:
             pictures.append((name, plots(audit.frame.filter(pl.col("source") == name), figures)))
-    columns = {name: _column(figures, audit.identical.get(name, 0)) for name, figures in audit.sources.items()}
+    columns = {
+        name: _column(figures, audit.identical.get(name, 0), [audit.scores[name]] if name in audit.scores else [])
+        for name, figures in audit.sources.items()
+    }
     if len(columns) > 1:
-        columns = {"all": _column(audit.total, sum(audit.identical.values()))} | columns
+        scores = [audit.scores[name] for name in audit.sources if name in audit.scores]
+        columns = {"all": _column(audit.total, sum(audit.identical.values()), scores)} | columns
     rows = [
         {"title": title, "about": about, "values": [column[title] for column in columns.values()]}
         for title, about in ABOUT.items()
@@ -45,6 +52,15 @@ def _median(value: dict[str, float] | None, form: str) -> str:
     return "-" if value is None else format(value["median"], form)
 
 
+def _scores(found: list[dict[str, Any]]) -> str:
+    """``1, 2 of 8 (score_chosen, score_rejected)``."""
+    if not found:
+        return "-"
+    wrong, tied, of = (sum(each[name] for each in found) for name in ("reversed", "tied", "compared"))
+    columns = dict.fromkeys(shown(column[:40]) for each in found for column in each["columns"])
+    return f"{wrong:,}, {tied:,} of {of:,} ({', '.join(list(columns)[:MOST_COLUMNS])})"
+
+
 ABOUT = {
     "pairs": "usable pairs of this source",
     "reference right, sum": "pairs whose chosen answer has the higher log-prob under the reference",
@@ -61,6 +77,8 @@ ABOUT = {
     "shared prompts": "pairs whose prompt another pair has too, copies not counted",
     "shared answers": "pairs with an answer that occurs in another pair, under any prompt, copies not counted",
     "contradictory": "pairs that also occur with chosen and rejected swapped; second number: both orders equally often",
+    "scores reversed, tied": "pairs whose own scores, from the columns named, prefer the rejected answer; those that score "
+    "both answers alike; of all pairs with scores. They are used as they stand",
     "identical": "pairs left out because chosen and rejected are the same",
     "empty": "chosen and rejected answers that consist of an end token alone",
     "cut": "chosen and rejected answers that were cut to data.max_length",
@@ -68,8 +86,8 @@ ABOUT = {
 """Rows of the table, and what each row shows."""
 
 
-def _column(figures: dict[str, Any], identical: int) -> dict[str, str]:
-    """The figures of one source as text, by row of the table."""
+def _column(figures: dict[str, Any], identical: int, scores: list[dict[str, Any]]) -> dict[str, str]:
+    """The figures of one source, or of all, as text, by row of the table."""
     length, reference, surprise = figures["length"], figures["reference"], figures["surprise"]
     return {
         "pairs": f"{figures['pairs']:,}",
@@ -86,6 +104,7 @@ def _column(figures: dict[str, Any], identical: int) -> dict[str, str]:
         "shared prompts": f"{figures['shared_prompt']:,}",
         "shared answers": f"{figures['shared_answer']:,}",
         "contradictory": f"{figures['contradictory']:,}, {figures['contradictory_evenly']:,}",
+        "scores reversed, tied": _scores(scores),
         "identical": f"{identical:,}",
         "empty": f"{sum(figures['empty'].values()):,}",
         "cut": f"{sum(figures['truncated'].values()):,}",

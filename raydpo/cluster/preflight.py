@@ -17,7 +17,7 @@ from raydpo.cluster.nodes import grows_to, holds, nodes_with
 from raydpo.cluster.resources import resources_for
 from raydpo.cluster.waiting import check_reachable
 from raydpo.config import Config
-from raydpo.errors import ConfigError, RaydpoError
+from raydpo.errors import ConfigError, RaydpoError, one_line
 from raydpo.storage.files import Storage
 from raydpo.terminal.console import Console
 from raydpo.version import __version__
@@ -153,7 +153,7 @@ def _torch_devices() -> tuple[int, str]:
         count, error = json.loads(done.stdout.splitlines()[-1])
     except (subprocess.TimeoutExpired, ValueError, IndexError):
         return 0, "torch does not start"
-    return count, " ".join(error.split())[:300]
+    return count, one_line(error, 300)
 
 
 def _gpu_problems(node: str, gpus: int, devices: tuple[int, str]) -> Iterator[str]:

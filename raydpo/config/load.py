@@ -16,8 +16,8 @@ from pydantic import BaseModel, ValidationError
 from raydpo.config.data import DATA_SUFFIXES, bare_suffix
 from raydpo.config.filter import PairFilter
 from raydpo.config.run import Config
-from raydpo.errors import ConfigError, one_line
-from raydpo.storage.uri import hidden, is_uri, shown
+from raydpo.errors import ConfigError, one_line, some_of
+from raydpo.storage.uri import hidden, is_uri, redacted, shown
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -27,6 +27,13 @@ __all__ = ["files_of", "is_hub_name", "load_config", "named_inputs", "template_f
 
 _REMOVED = {"sweep.together": "trials no longer share a process; drop the key, and each trial trains in workers of its own"}
 """Keys of earlier versions, and what to do about each."""
+_MAIN_KEYS = {
+    "model": ("path",), "reference": ("path",), "data": ("train",), "cache": ("uri",), "score": ("workers",),
+    "train": ("loss",), "evaluate": ("policy", "data"), "ray": ("address",), "sweep": ("list",), "lora": ("r",),
+    "eval": ("fraction",), "judge": ("url",), "random": ("samples",), "stop_early": ("grace",), "wandb": ("project",),
+    "mlflow": ("uri",),
+}  # fmt: skip
+"""Keys of each section that a single value in its place may be meant for."""
 _INT, _FLOAT, _DATE = (f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "timestamp"))
 
 
@@ -187,21 +194,24 @@ def with_setting(tree: dict[str, Any], key: str, value: Any, what: str) -> dict[
     return _replaced(tree, key.split("."), value, what)
 
 
-def _replaced(node: Any, path: Sequence[str], value: Any, what: str, above: str = "") -> Any:
-    """A copy of a dictionary or list with ``value`` at the end of ``path``. ``above`` is the key of ``node``."""
+def _replaced(node: Any, path: Sequence[str], value: Any, what: str, above: tuple[str, ...] = ()) -> Any:
+    """A copy of a dictionary or list with ``value`` at the end of ``path``. ``above`` leads to ``node``."""
     if not path:
         return value
     head, *rest = path
     if isinstance(node, (list, tuple)) and head.isdigit():
         if int(head) >= len(node):
-            raise ConfigError(f"{what}: {above} has {len(node)} entries, there is no entry {head}")
+            raise ConfigError(f"{what}: {'.'.join(above)} has {len(node)} entries, there is no entry {head}")
         # A source may be a bare path, which stands for a section.
         entry = {"path": node[int(head)]} if rest and isinstance(node[int(head)], str) else node[int(head)]
-        return [*node[: int(head)], _replaced(entry, rest, value, what, head), *node[int(head) + 1 :]]
+        return [*node[: int(head)], _replaced(entry, rest, value, what, (*above, head)), *node[int(head) + 1 :]]
     if node is not None and not isinstance(node, dict):
-        raise ConfigError(f"{what} sets a key below {above!r}, whose value is {shown(node, above)}, not a section")
+        raise ConfigError(
+            f"{what} sets a key below {'.'.join(above)!r}, whose value is {shown(node, above[-1])}, not a section"
+            + _as_section(above, node)
+        )
     node = node or {}
-    return node | {head: _replaced(node.get(head), rest, value, what, head)}
+    return node | {head: _replaced(node.get(head), rest, value, what, (*above, head))}
 
 
 _INNER = ("function-", "tuple[", "constrained-", "tagged-")
@@ -219,7 +229,8 @@ def _explain(tree: dict[str, Any], problem: ErrorDetails) -> str:
     if kind == "extra_forbidden":
         known = list(_section_at(where[:-1]).model_fields)
         near = difflib.get_close_matches(where[-1], known, n=1, cutoff=0.5)
-        elsewhere = [full for full in _all_keys() if full.rsplit(".", 1)[-1] == where[-1]]
+        same = [full for full in _all_keys() if full.rsplit(".", 1)[-1] == where[-1]]
+        elsewhere = sorted(same, key=lambda full: not full.startswith(f"{'.'.join(where[:-1])}."))
         meant = elsewhere[0] if elsewhere else ".".join([*where[:-1], near[0]]) if near else None
         hint = f"did you mean {meant!r}?" if meant else f"known here: {', '.join(known)}"
         # It may be a judge's API key under a wrong name.
@@ -234,7 +245,8 @@ def _explain(tree: dict[str, Any], problem: ErrorDetails) -> str:
     if kind == "value_error":
         return hidden(f"{key!r}: {context['error']}" if key else str(context["error"]))
     if kind == "model_type":
-        return f"{key!r} is {told}, expected a section of keys: {', '.join(_section_at(where).model_fields)}"
+        known = some_of(list(_section_at(where).model_fields), 12)
+        return f"{key!r} is {told}, expected a section of keys: {known}{_as_section(where, value)}"
     if kind == "tuple_type":
         return f"{key!r} is {told}, expected a list, for example [{told}]"
     if kind == "too_short":
@@ -243,6 +255,33 @@ def _explain(tree: dict[str, Any], problem: ErrorDetails) -> str:
         return f"{key!r} is {told}; use letters, digits and any of . _ - = , + ~ and start with a letter or digit"
     message = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     return f"{key!r} is {told}, expected {message}"
+
+
+def _as_section(where: Sequence[str], value: Any) -> str:
+    """What to write for a value that stands in the place of the section at ``where``; empty if that is not clear."""
+    name, section = where[-1], _section_at(where)
+    if isinstance(value, bool):
+        optional = not any(field.is_required() for field in section.model_fields.values())
+        return f"; write {name}: {{}} for its defaults" if value and optional else ""
+    own = [(name, key, section) for key in _MAIN_KEYS.get(name, ())]
+    if value is None:
+        return f"; write {name}: {{{own[0][1]}: ...}}" if own else ""
+    if isinstance(value, str) and _is_data_file(value):
+        own.sort(key=lambda each: each[1] not in ("data", "train"))
+    # The key may be that of another section, such as data.train.
+    own += [(top, name, inner) for top in Config.model_fields if name in (inner := _section_at([top])).model_fields]
+    found = next(((top, key) for top, key, inner in own if _takes(inner, key, value)), None)
+    text = yaml.safe_dump(redacted(value), default_flow_style=True, width=10_000, allow_unicode=True).removesuffix("...\n")
+    return f"; write {found[0]}: {{{found[1]}: {text.strip()}}}" if found and len(text) <= 300 else ""
+
+
+def _takes(section: type[BaseModel], key: str, value: Any) -> bool:
+    """Whether ``value`` is one for ``key`` of ``section``."""
+    try:
+        section.model_validate({key: value})
+    except ValidationError as error:
+        return not any(problem["loc"][:1] == (key,) for problem in error.errors())
+    return True
 
 
 def _section_at(where: Sequence[str]) -> type[BaseModel]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import combinations
 from typing import Any
 
+from raydpo.data.choices import named_pair, preferred
 from raydpo.data.messages import CONVERSATIONS, Malformed, Notes, content_text, from_text, messages, role_of
 from raydpo.data.nearest import lacking, quoted
 
@@ -19,7 +22,10 @@ _PROMPTS = ("context", "question", "instruction", "query", "problem", "history",
 """Columns that hold the prompt if there is no column of that name."""
 _BESIDE = (*_PROMPTS, "passage", "passages", "document", "documents", "docs", "background", "evidence", "knowledge")
 """Columns whose text may belong to the prompt."""
-_SYSTEM = ("system", "system_prompt", "system_message")
+_SYSTEM = re.compile(r"sys(tem)?([_\- ]?(prompt|message|instructions?|text|content))?", re.IGNORECASE)
+"""Columns whose text is a system message."""
+_ASKING = {"prompt", "question", "ask", "task", "request", "query", "instruction", "problem"}
+"""Words in names of columns that may be the prompt though another one was read as such."""
 _ANSWERS = ("completion", "response", "content", "answer", "text", "output")
 """Fields of an entry of ``completions`` that hold the answer."""
 _PLACES = (
@@ -28,56 +34,11 @@ _PLACES = (
 )
 """Columns of all ranks or scores, fields of an entry with its own, and the sign that makes lower better."""
 _RANKED = ("completions", "answers", "responses", "candidates")
-# Two answers, the column that prefers one of them, and its values for the first and for the second.
-_CHOICES = (
-    ("response1", "response2", "overall_preference"),
-    ("response_1", "response_2", "overall_preference"),
-    ("response1", "response2", "preference_strength"),
-    ("response_1", "response_2", "preference_strength"),
-    ("human_ref_A", "human_ref_B", "labels"),
-    ("response_0", "response_1", "better_response_id"),
-    ("conversation_a", "conversation_b", "winner"),
-    ("response_a", "response_b", "winner"),
-    ("answer_a", "answer_b", "winner"),
-)
-_ANY_META = frozenset(
-    [
-        "id",
-        "ids",
-        "uuid",
-        "hash",
-        "source",
-        "dataset",
-        "data_source",
-        "subset",
-        "split",
-        "category",
-        "topic",
-        "type",
-        "task",
-        "domain",
-        "subject",
-        "lang",
-        "language",
-        "license",
-        "author",
-        "user",
-        "date",
-        "timestamp",
-        "url",
-        "name",
-        "tag",
-        "tags",
-        "label",
-        "labels",
-        "model",
-        "generator",
-        "annotator",
-        "turns",
-        "comment",
-        "note",
-    ]
-)
+_ANY_META = frozenset({
+    "id", "ids", "uuid", "hash", "source", "dataset", "data_source", "subset", "split", "category", "topic", "type",
+    "task", "domain", "subject", "lang", "language", "license", "author", "user", "date", "timestamp", "url", "name",
+    "tag", "tags", "label", "labels", "model", "generator", "annotator", "turns", "comment", "note",
+})  # fmt: skip
 """Last words of names of columns that describe a record and are no part of it."""
 
 
@@ -88,16 +49,19 @@ def pairs_of(record: Mapping[str, Any], present: tuple[str, ...], notes: Notes) 
         Malformed: if no form fits. The message names the columns found and the two nearest forms.
     """
     if "chosen" not in present and "rejected" not in present:
+        if names := named_pair(present):
+            notes[f"{names[0]!r} read as chosen, {names[1]!r} as rejected"] = None
+            pair, used = _two_answers(record, present, names, notes)
+            return [pair], (*used, *names)
         if found := _rejected_response(record, notes):
             return found
         for name in _RANKED:
             if name in present and (name == "completions" or _has_places(_entries(record[name]), record)):
                 found, used = _ranked(record, present, name, notes)
                 return found, (*used, name, "ranks", "scores")
-        for names in _CHOICES:
-            if all(name in present for name in names):
-                pair, used = _choice(record, present, names, notes)
-                return [pair], (*used, *names)
+        if found := preferred(record, present, notes):
+            pair, used = _two_answers(record, present, found[0], notes)
+            return [pair], (*used, *found[1])
     if (
         len(present) == 1
         and isinstance(record[present[0]], list)
@@ -129,7 +93,12 @@ def prompt_of(
         else:
             notes[f"{conversation!r} read as the prompt"] = None
         return prompt, (conversation,)
+    question = record.get("question")
+    if isinstance(question, Mapping) and isinstance(question.get("full_text"), str):  # WebGPT's comparisons
+        notes["'full_text' of 'question' read as the prompt"] = None
+        return question["full_text"], ("question",)
     names = tuple(name for name in _PROMPTS if name in present and _may_be_prompt(record[name]))
+    shared = ""
     if answers is not None and names and all(isinstance(answer, str) for answer in answers):
         shared = shared_start(*answers)
         names = tuple(name for name in names if not (isinstance(record[name], str) and record[name].strip() in shared))
@@ -137,10 +106,17 @@ def prompt_of(
             return None, ()
     if len(names) == 1:
         notes[f"{names[0]!r} read as the prompt"] = None
-        if names == ("context",) and answers is not None and _share_a_text(*answers):
+        one_word = isinstance(record[names[0]], str) and len(record[names[0]].split(maxsplit=1)) < 2
+        if (names == ("context",) or one_word) and _may_be_question(shared):
             notes[
-                "warning: 'context' read as the prompt, though chosen and rejected begin with a text of their own; drop the "
-                "column if that is the prompt"
+                f"warning: {names[0]!r} read as the prompt, though chosen and rejected begin with a text of their own; drop "
+                "the column if that is the prompt"
+            ] = None
+        asking = _asking(record, present, one_word)
+        if asking:
+            notes[
+                f"warning: {names[0]!r} read as the prompt, though {quoted(asking)} may be it: name the prompt with the "
+                "source's 'columns'"
             ] = None
         return record[names[0]], names
     if names == ("instruction", "input") and all(isinstance(record[name], str) for name in names):
@@ -166,11 +142,8 @@ def shared_start(one: str, other: str) -> str:
     return one[:low]
 
 
-def _share_a_text(chosen: Any, rejected: Any) -> bool:
-    """Whether two answers begin with what may be a question: several words that end a line or a sentence."""
-    if not (isinstance(chosen, str) and isinstance(rejected, str)):
-        return False
-    shared = shared_start(chosen, rejected)
+def _may_be_question(shared: str) -> bool:
+    """Whether the common beginning of two answers may be a question: several words that end a line or a sentence."""
     return len(shared.split()) > 2 and ("\n" in shared.strip() or "?" in shared)
 
 
@@ -207,7 +180,7 @@ def warn_of_prompt_columns(
 @lru_cache(maxsize=4096)
 def _prompt_columns(present: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The columns of a system message, and the others that may belong to the prompt."""
-    return tuple(name for name in _SYSTEM if name in present), tuple(name for name in _BESIDE if name in present)
+    return tuple(filter(_SYSTEM.fullmatch, present)), tuple(name for name in present if name.lower() in _BESIDE)
 
 
 def _occurs(part: Any, prompt: Any) -> bool:
@@ -234,19 +207,35 @@ def unused_columns(record: Mapping[str, Any], present: tuple[str, ...], used: tu
 
 @lru_cache(maxsize=4096)
 def _others(present: tuple[str, ...], used: tuple[str, ...]) -> tuple[str, ...]:
-    known = {"prompt", "chosen", "rejected", "tools", "chat_template_kwargs", *_SYSTEM, *_BESIDE, *used}
-    return tuple(name for name in present if name not in known)
+    known = {"prompt", "chosen", "rejected", "tools", "chat_template_kwargs", *used}
+    return tuple(
+        name for name in present if name not in known and name.lower() not in _BESIDE and not _SYSTEM.fullmatch(name)
+    )
 
 
 def possible_prompts(record: Mapping[str, Any], present: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the columns of unknown names that hold a text of several words and so may be the prompt."""
+    """Return the columns of unknown names that hold messages, or a text of several words, and so may be the prompt."""
     return tuple(
         name
         for name in _others(present, ())
-        if isinstance(record[name], str)
-        and len(record[name].split(maxsplit=1)) > 1
+        if _may_be_prompt(record[name])
+        and not (isinstance(record[name], str) and len(record[name].split(maxsplit=1)) < 2)
         and name.lower().replace("-", "_").rsplit("_", 1)[-1] not in _ANY_META
     )
+
+
+def _asking(record: Mapping[str, Any], present: tuple[str, ...], one_word: bool) -> list[str]:
+    """Columns that may be the prompt though another was read as such: their names say so, or that one holds one word."""
+    found = []
+    for name in _others(present, ()):
+        words = re.split(r"[_\- ]", name.lower())
+        if words[-1] in _ANY_META and words != ["task"]:
+            continue
+        several = isinstance(record[name], str) and len(record[name].split(maxsplit=1)) > 1
+        named = words != ["task"] and not _ASKING.isdisjoint(words) and _may_be_prompt(record[name])
+        if named or (one_word and several):
+            found.append(name)
+    return found
 
 
 def _rejected_response(record: Mapping[str, Any], notes: Notes) -> tuple[Pairs, tuple[str, ...]] | None:
@@ -357,16 +346,20 @@ def _places(entries: list[Any], record: Mapping[str, Any], name: str) -> tuple[l
     raise Malformed(f"{name} have neither ranks nor scores")
 
 
-def _choice(
-    record: Mapping[str, Any], present: tuple[str, ...], names: tuple[str, str, str], notes: Notes
+def _two_answers(
+    record: Mapping[str, Any], present: tuple[str, ...], names: tuple[str, str], notes: Notes
 ) -> tuple[tuple[Any, Any, Any], tuple[str, ...]]:
-    """The pair of two answers and a column that prefers one of them."""
-    first, second, label = names
-    value = record[label]
-    better = _first_is_better(label, value)
-    answers = (record[first], record[second]) if better else (record[second], record[first])
-    told = {"labels": f"1: {first}", "winner": "model_a or a: the first", "better_response_id": f"0: {first}"}
-    notes[f"{label!r} prefers {first!r} or {second!r} ({told.get(label, f'below 0: {first}')})"] = None
+    """The pair whose better and worse answer are in the columns ``names``, and the columns of its prompt."""
+    answers = record[names[0]], record[names[1]]
+    turns = [_turns(each) for each in (record.get("prompt"), *answers)]
+    if all(turns):  # as Arena writes them
+        if any(len(each) > 1 for each in turns):
+            raise Malformed(
+                f"'prompt', {names[0]!r} and {names[1]!r} are lists of several turns, and the first answers differ: write "
+                "messages, or the first turn alone"
+            )
+        notes[f"'prompt', {names[0]!r} and {names[1]!r} are lists of one text, read as that text"] = None
+        return (turns[0][0], turns[1][0], turns[2][0]), ("prompt",)
     whole = all(isinstance(answer, list) and answer and role_of(answer[0]) not in ("assistant", None) for answer in answers)
     prompt, used = (record.get("prompt"), ()) if whole else prompt_of(record, present, notes)
     if prompt is None and not whole:
@@ -374,18 +367,11 @@ def _choice(
     return (prompt, *answers), used
 
 
-def _first_is_better(label: str, value: Any) -> bool:
-    if label == "winner" and isinstance(value, str):
-        side = value.lower().strip().removeprefix("model_")
-        if side in ("a", "b"):
-            return side == "a"
-        raise Malformed("'winner' names neither a nor b, so no answer is preferred")
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
-        raise Malformed(f"{label!r} is no number")
-    if label in ("labels", "better_response_id"):
-        if value not in (0, 1):
-            raise Malformed(f"{label!r} is neither 0 nor 1")
-        return (value == 1) == (label == "labels")
-    if value == 0:
-        raise Malformed(f"{label!r} is 0, so no answer is preferred")
-    return value < 0
+def _turns(value: Any) -> list[str]:
+    """The texts of a list of texts, which may be JSON text; none if it is something else."""
+    if isinstance(value, str) and value[:1] == "[":
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return []
+    return value if isinstance(value, list) and all(isinstance(each, str) for each in value) else []

@@ -29,7 +29,7 @@ def implicit(chosen: Any, rejected: Any, notes: Notes) -> Parts:
     """Split off the common beginning as the prompt, like TRL's extract_prompt."""
     if isinstance(chosen, str) and isinstance(rejected, str):
         if are_transcripts(chosen, rejected):
-            return transcripts(chosen, rejected)
+            return transcripts(chosen, rejected, notes)
         return *_common_text(chosen, rejected, notes), None
     if not (isinstance(chosen, list) and isinstance(rejected, list)):
         raise Malformed("missing column 'prompt'")
@@ -76,7 +76,7 @@ def shared_turns(chosen: Any, rejected: Any) -> list[Message]:
         return []
 
 
-def transcripts(chosen: str, rejected: str) -> Parts:
+def transcripts(chosen: str, rejected: str, notes: Notes | None = None) -> Parts:
     """HH-RLHF's ``\\n\\nHuman: ...\\n\\nAssistant: ...``: the common turns are the prompt, what follows is one answer."""
     better, worse = _turns(chosen), _turns(rejected)
     if [said for said, _ in better] == [said for said, _ in worse]:
@@ -92,6 +92,11 @@ def transcripts(chosen: str, rejected: str) -> Parts:
         common -= 1
     if not common:
         raise Malformed("chosen and rejected have no prompt in common")
+    if notes is not None and max(len(better), len(worse)) > common + 1:
+        notes[
+            "warning: an answer of a transcript holds further turns (Human: or Assistant:), which are read and trained on "
+            "as its text; cut them off unless they are quoted"
+        ] = None
     starts = better[common][1], worse[common][1]
     answers = [
         [{"role": "assistant", "content": said[at:].strip()}] for said, at in zip((chosen, rejected), starts, strict=True)

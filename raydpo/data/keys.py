@@ -13,6 +13,8 @@ __all__ = ["completion_key"]
 
 _PERSON = b"raydpo-key-1"
 """Separates these digests from other uses of the hash. Change the number if the recipe changes."""
+_SAME_BYTES = np.dtype("<i4")
+"""The type of our ids, which lie in memory as little-endian uint32 do."""
 
 
 def completion_key(prompt_ids: Sequence[int] | np.ndarray, completion_ids: Sequence[int] | np.ndarray) -> bytes:
@@ -23,5 +25,6 @@ def completion_key(prompt_ids: Sequence[int] | np.ndarray, completion_ids: Seque
     """
     digest = hashlib.blake2b(struct.pack("<QQ", len(prompt_ids), len(completion_ids)), digest_size=16, person=_PERSON)
     for ids in (prompt_ids, completion_ids):
-        digest.update(np.ascontiguousarray(ids, dtype="<u4").tobytes())
+        ids = np.ascontiguousarray(ids)
+        digest.update(ids if ids.dtype == _SAME_BYTES else ids.astype("<u4"))
     return digest.digest()

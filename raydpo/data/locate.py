@@ -12,7 +12,7 @@ from pyarrow import fs as pafs
 
 from raydpo.config import SourceConfig
 from raydpo.config.data import DATA_SUFFIXES, bare_suffix
-from raydpo.errors import DataError, RaydpoError, reason
+from raydpo.errors import DataError, RaydpoError, reason, some_of
 from raydpo.storage.files import Storage
 from raydpo.storage.uri import redact
 
@@ -25,7 +25,7 @@ _KEYWORDS = {
 }
 """Words that name a split in the names of files and directories, as on the hub."""
 _KEYWORD = re.compile(rf"(?<![a-z])({'|'.join(sorted(_KEYWORDS, key=len, reverse=True))})(?![a-z])")
-_SHARD = re.compile(r"(.+?)-\d{5}-of-\d{5}$")
+_SHARD = re.compile(r"(.+?)-\d{5}-of-(\d{5})$")
 _OWN_SPLIT = re.compile(rf"({'|'.join(_KEYWORDS)})_[a-z]\w*$")
 """Name of a split such as train_prefs, in the names of shards."""
 _NO_DATA = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
@@ -57,6 +57,11 @@ def data_files(source: SourceConfig) -> Iterator[DataFile]:
         raise DataError(f"cannot open {redact(path)}: {reason(error)}") from None
     if info.type == pafs.FileType.NotFound:
         raise DataError(f"there is no file {redact(path)!r}; check the path in data.train or data.eval")
+    if "[" in source.split:
+        raise DataError(
+            f"split {source.split!r} is a part of a split, which is read from the hub alone, not from {redact(path)}; set "
+            "the whole split, and data.fraction for a share of its prompts"
+        )
     if info.type != pafs.FileType.Directory:
         if source.subset is not None:
             raise DataError(f"subset {source.subset!r} is set, but {redact(path)} is one file; remove subset")
@@ -79,7 +84,8 @@ def _in_directory(storage: Storage, source: SourceConfig) -> tuple[Sequence[str]
         below = f"{source.subset}/"
         if not storage.list(source.subset):
             raise DataError(
-                f"the directory {shown} has no directory {source.subset!r}, its subset; found {_some(storage.list())}"
+                f"the directory {shown} has no directory {source.subset!r}, its subset; found "
+                f"{some_of(storage.list(), _MOST_NAMED)}"
             )
     names = set(storage.list(below.rstrip("/")))
     if "snapshots" in names:  # as the hub's client keeps a repository
@@ -97,20 +103,31 @@ def _in_directory(storage: Storage, source: SourceConfig) -> tuple[Sequence[str]
     if {"state.json", "dataset_info.json"} <= names:
         files = json.loads(storage.read(f"{below}state.json"))["_data_files"]
         return [below + file["filename"] for file in files], f"read as written by save_to_disk, from {below or './'}"
-    found = [below + entry.name for entry in storage.entries(below.rstrip("/")) if _is_data(entry.name)]
+    entries = [entry.name for entry in storage.entries(below.rstrip("/"))]
+    found = [below + name for name in entries if _is_data(name)]
+    directories = [f"{name}/" for name in sorted(names - set(entries)) if not name.startswith((".", "_"))] if found else []
     if not found:
         found = [name for name in _all_below(storage, below) if _is_data(name[len(below) :])]
     if not found:
         raise DataError(f"the directory {shown} holds no {', '.join(DATA_SUFFIXES)} files, compressed or not")
     chosen = _of_split(found, source, below)
-    others = sorted(set(found) - set(chosen))
-    left = f"; not read: {_some([name[len(below) :] for name in others])}" if others else ""
-    return chosen, f"read {_some([name[len(below) :] for name in chosen])}{left}"
+    others = [name[len(below) :] for name in sorted(set(found) - set(chosen))] + directories
+    left = f"; not read: {some_of(others, _MOST_NAMED)}" if others else ""
+    read = f"read {some_of([name[len(below) :] for name in chosen], _MOST_NAMED)}{left}"
+    if missing := _missing(chosen):
+        read = f"warning: {read}; by their names {missing:,} more files belong to these, which are not there"
+    return chosen, read
 
 
-def _some(names: Sequence[str]) -> str:
-    rest = len(names) - _MOST_NAMED
-    return ", ".join(names[:_MOST_NAMED]) + (f" and {rest:,} more" if rest > 0 else "")
+def _missing(names: Sequence[str]) -> int:
+    """How many files are missing by names such as ``train-00000-of-00002``."""
+    found: dict[tuple[str, str, int], int] = {}
+    for name in names:
+        place, _, file = name.rpartition("/")
+        if shard := _SHARD.match(bare_suffix(file).rsplit(".", 1)[0]):
+            key = place, shard[1], int(shard[2])
+            found[key] = found.get(key, 0) + 1
+    return sum(max(0, of - count) for (_, _, of), count in found.items())
 
 
 def _snapshot(storage: Storage, below: str) -> str:
@@ -150,7 +167,7 @@ def _is_data(name: str) -> bool:
 
 
 def _of_split(names: list[str], source: SourceConfig, below: str) -> list[str]:
-    """The files of the wanted split where their names say so, otherwise those whose names name none."""
+    """The files of the wanted split where their names say so, for ``train`` otherwise those whose names name none."""
     splits = {name: _split(name[len(below) :]) for name in names}
     if not any(splits.values()):
         return names
@@ -159,13 +176,13 @@ def _of_split(names: list[str], source: SourceConfig, below: str) -> list[str]:
     near = sorted({split for split in splits.values() if split and split.partition("_")[0] in wanted})
     if not chosen and len(near) == 1:
         chosen = [name for name in names if splits[name] == near[0]]
-    if not chosen and not near:
+    if not chosen and not near and wanted == {"train"}:
         chosen = [name for name in names if splits[name] is None]
     if not chosen:
         found = [repr(split) for split in sorted(filter(None, set(splits.values())))]
         raise DataError(
-            f"{redact(source.path)} holds no files of split {source.split!r}, but of {_some(found)}; set the source's "
-            "split, or name a file"
+            f"{redact(source.path)} holds no files of split {source.split!r}, but of {some_of(found, _MOST_NAMED)}; "
+            "set the source's split, or name a file"
         )
     return chosen
 

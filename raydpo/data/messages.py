@@ -20,6 +20,7 @@ __all__ = [
     "check_media",
     "content_text",
     "from_text",
+    "is_plain",
     "messages",
     "role_of",
     "says_something",
@@ -38,9 +39,12 @@ CONVERSATIONS = ("messages", "conversations", "conversation")
 _OTHER_ROLES = {
     **dict.fromkeys(("human", "prompter", "instruction"), "user"),
     **dict.fromkeys(("gpt", "chatgpt", "ai", "bot", "model", "chatbot", "bard", "bing"), "assistant"),
+    **dict.fromkeys(("function_call", "tool_call"), "assistant"),
     **dict.fromkeys(("observation", "tool_response", "function_response"), "tool"),
 }
 """Roles that other tools write, and ours."""
+_CALLS = ("function_call", "tool_call")
+"""Roles of messages whose text is a call as JSON."""
 _MEDIA = {
     **{name: "an image" for word in ("image", "img", "picture", "photo") for name in (word, f"{word}s")},
     **dict.fromkeys(("image_url", "image_urls", "input_image", "image_path", "image_paths", "pixel_values"), "an image"),
@@ -86,7 +90,7 @@ def check_media(record: Mapping[str, Any], present: tuple[str, ...]) -> None:
         value = record[column]
         if type(value) is list and value:
             value = value[0]
-        if type(value) is dict and _is_file(value):
+        if type(value) is dict and ("bytes" in value or "path" in value) and _is_file(value):
             raise Malformed(f"column {column!r} holds a file (an image, audio or video), and only text is read")
 
 
@@ -124,11 +128,21 @@ def messages(value: Any, name: str, notes: Notes) -> list[Message]:
         raise Malformed(f"{name} is empty")
     found = []
     for message in value:
+        content = message.get("content")
+        if type(content) is str and len(message) == 2 and message.get("role") in ROLES and type(message) is dict:
+            found.append(message)  # nothing to translate, check or leave out
+            continue
         if message.get("role") not in ROLES:
             message = _translated(message, name, notes)
-        content = message.get("content")
-        if not isinstance(content, (str, list)) and not message.get("tool_calls"):
-            raise Malformed(f"{name} has a message without content")
+            content = message.get("content")
+        if (content is None or len(message) > 2) and message.get("function_call") is not None:
+            _check_call(message, name)
+        elif not isinstance(content, (str, list)) and not message.get("tool_calls"):
+            more = [key[:30] for key, entry in message.items() if entry and key not in ("role", "content")]
+            raise Malformed(
+                f"{name} has a message without content"
+                + (f", only with {', '.join(map(repr, more[:3]))}: write its text into content" if more else "")
+            )
         if isinstance(content, list):
             _check_parts(content, name)
             if any(isinstance(part, Mapping) and None in part.values() for part in content):
@@ -137,6 +151,34 @@ def messages(value: Any, name: str, notes: Notes) -> list[Message]:
             _check_parts([{key: entry for key, entry in message.items() if key in _MEDIA and entry}], name)
         found.append({key: entry for key, entry in message.items() if entry is not None})
     return found
+
+
+def _check_call(message: Mapping[str, Any], name: str) -> None:
+    """Check the call of a function in OpenAI's older form, which ``ChatTemplate`` gives to templates as a tool call."""
+    call = message["function_call"]
+    if message.get("tool_calls"):
+        raise Malformed(f"{name} has a message with both function_call and tool_calls; write tool_calls alone")
+    if not (
+        isinstance(call, Mapping)
+        and isinstance(call.get("name"), str)
+        and isinstance(call.get("arguments"), (str, Mapping, type(None)))
+    ):
+        raise Malformed(f"{name} has a function_call that is not an object with name and arguments; write tool_calls")
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value is a list of messages that have a role and text as content, and nothing else."""
+    if type(value) is not list or not value:
+        return False
+    for message in value:
+        if (
+            type(message) is not dict
+            or len(message) != 2
+            or type(message.get("content")) is not str
+            or message.get("role") not in ROLES
+        ):
+            return False
+    return True
 
 
 def _translated(message: Mapping[str, Any], name: str, notes: Notes) -> Mapping[str, Any]:
@@ -150,12 +192,32 @@ def _translated(message: Mapping[str, Any], name: str, notes: Notes) -> Mapping[
             found = ", ".join(repr(key[:30]) for key in sorted(map(str, message))[:5])
             raise Malformed(f"{name} has a message whose role is {wanted}: it has the fields {found}")
         raise Malformed(f"{name} has a message whose role is {wanted}, but {role[:30]!r}")
+    if role.lower() in _CALLS:
+        content = message["value"] if renamed else message.get("content")
+        notes[f"role {role!r} read as tool calls of the assistant"] = None
+        calls = _calls(content, f"{name} has a message of role {role!r}")
+        rest = {key: entry for key, entry in message.items() if key not in ("from", "value", "role", "content")}
+        return {"role": known, "content": "", "tool_calls": calls} | rest
     if renamed:
         notes["messages with 'from' and 'value' read as 'role' and 'content'"] = None
         rest = {key: entry for key, entry in message.items() if key not in ("from", "value", "role")}
         return {"role": known, "content": message["value"]} | rest
     notes[f"role {role!r} read as {known!r}"] = None
     return {**message, "role": known}
+
+
+def _calls(content: Any, where: str) -> list[dict[str, Any]]:
+    """The tool calls in the JSON text of a message whose role says that it is a call, as LLaMA-Factory writes them."""
+    try:
+        value = json.loads(content) if isinstance(content, str) else content
+    except (ValueError, RecursionError):
+        value = None
+    calls = value if isinstance(value, list) else [value]
+    if not calls or not all(isinstance(call, Mapping) and isinstance(call.get("name"), str) for call in calls):
+        raise Malformed(f"{where} that is not JSON of a call, an object with name and arguments; write tool_calls")
+    return [
+        {"type": "function", "function": {"name": call["name"], "arguments": call.get("arguments") or {}}} for call in calls
+    ]
 
 
 def role_of(message: Any) -> str | None:
@@ -189,7 +251,8 @@ def _check_parts(parts: list[Any], name: str) -> None:
 
 
 def from_text(text: str) -> list[Any] | None:
-    """The messages in a text that is nothing but a JSON list of messages, or one such message; else None.
+    """The messages in a text that is nothing but a JSON list of messages, an object ``{"messages": [...]}`` with nothing
+    else, or one message; else None.
 
     JSON within JSON text and a list as Python prints it are read, too.
     """
@@ -200,7 +263,7 @@ def from_text(text: str) -> list[Any] | None:
         if isinstance(value, str):
             value = _parsed(value)
     if isinstance(value, Mapping):
-        value = [value]
+        value = value[next(iter(value))] if len(value) == 1 and value.keys() <= set(CONVERSATIONS) else [value]
     return value if isinstance(value, list) and value and all(map(_is_message, value)) else None
 
 
@@ -227,7 +290,13 @@ def says_something(said: str | list[Message]) -> bool:
     """Whether an answer holds any text, or calls a tool."""
     if isinstance(said, str):
         return bool(said.strip())
-    return any(message.get("tool_calls") or _any_content(message.get("content")) for message in said)
+    for message in said:
+        content = message.get("content")
+        if (content.strip() if type(content) is str else _any_content(content)) or (
+            message.get("tool_calls") or message.get("function_call")
+        ):
+            return True
+    return False
 
 
 def _any_content(content: Any) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 
 from raydpo.data.messages import CONVERSATIONS
+from raydpo.errors import some_of
 
 __all__ = ["lacking", "quoted"]
 
@@ -18,7 +19,8 @@ _FORMS = (
     ("prompt", "answers (answer, rank)"),
     ("messages", "rejected_response"),
     ("prompt", "response1", "response2", "overall_preference"),
-    ("prompt", "human_ref_A", "human_ref_B", "labels"),
+    ("prompt", "response_a", "response_b", "winner"),
+    ("prompt", "answer_0", "answer_1", "score_0", "score_1"),
 )
 _ANSWERS = {"completion", "response", "answer", "output", "text", *CONVERSATIONS}
 MOST, LONGEST = 5, 18
@@ -62,5 +64,4 @@ def _likeness(one: str, other: str) -> float:
 
 def quoted(names: Iterable[str]) -> str:
     """Return a few of the names, shortened, in quotation marks."""
-    names = [repr(name if len(name) <= LONGEST else f"{name[: LONGEST - 3]}...") for name in names]
-    return ", ".join(names[:MOST]) + (f" and {len(names) - MOST} more" if len(names) > MOST else "")
+    return some_of([repr(name if len(name) <= LONGEST else f"{name[: LONGEST - 3]}...") for name in names], MOST)

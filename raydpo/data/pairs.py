@@ -16,6 +16,7 @@ from raydpo.data.messages import Malformed
 from raydpo.data.preference import Preference, normalise
 from raydpo.data.records import Record, read_records
 from raydpo.data.remarks import SPELLED
+from raydpo.data.scores import Compared, compared
 from raydpo.data.split import held_out, kept, prompt_digest
 from raydpo.data.spool import Spool, spooled
 from raydpo.data.tally import DataReport, SourceReport
@@ -59,6 +60,13 @@ CHUNK = 1000
 HELD_OUT = "held-out"
 """Source name of the pairs of ``data.eval.path``."""
 Reader = Callable[[SourceConfig], Iterator[Record]]
+MOST_CHARACTERS, CHARACTERS_A_TOKEN = 1_000_000, 100
+"""A pair is dropped before it is tokenised if it has more characters than the first and than the second for each token of
+``max_length``. Tokenising 10 MB takes a byte-level tokenizer a minute, and of such a text hardly 1 % would be used."""
+NULLS_ABSENT = (
+    "warning: null fields inside {!r} read as absent, since Parquet and Arrow give each entry the fields of all others; if "
+    "a null is meant, write that column as JSON text"
+)
 NO_ROOM, TOO_LONG, SAME = "prompt leaves no room", "longer than max_length", "identical after truncation"
 
 
@@ -78,6 +86,7 @@ class _Place(NamedTuple):
     where: str
     row: int
     source: str
+    scores: Compared | None = None  # of a record that is one pair
 
 
 def load_pairs(
@@ -186,8 +195,9 @@ def _load_chunk(
     bad_rows: set[int] = set()
     numbers = _numbers(config)
     places, preferences = _normalised(records, account, bad_rows, numbers)
+    places, preferences = _without_giants(places, preferences, config.max_length, account)
     read = account.repeats.taken_off(_for_template(preferences, bool(tokeniser.tokenizer.chat_template), account))
-    rows: list[dict[str, Any]] = []
+    rows: list[tuple[Any, ...]] = []
     for place, preference, (ids, remarks) in zip(places, preferences, tokeniser.encode_noted(read), strict=True):
         if config.special_tokens == "refuse" and any(remark.kind == SPELLED for remark in remarks):
             ids = Malformed("its text spells a special token")
@@ -202,17 +212,50 @@ def _load_chunk(
         if isinstance(used, str):
             account.dropped.add(used, place.where)
             continue
-        row = _row(place.pair_id, source.weight, place.source, ids, used)
-        row |= zip(numbers, preference.numbers, strict=True)
-        rows.append(row | {_PROMPT: prompt_digest(preference.prompt)})
-        account.truncated += sum(len(short) < len(full) for short, full in zip(used, ids, strict=True))
+        keys = completion_key(ids.prompt, ids.chosen), completion_key(ids.prompt, ids.rejected)
+        lengths = len(ids.chosen), len(ids.rejected)
+        digest = prompt_digest(preference.prompt)
+        rows.append((place.pair_id, place.source, source.weight, *used, *keys, *lengths, *preference.numbers, digest))
+        if used is not ids:
+            account.truncated += sum(len(short) < len(full) for short, full in zip(used, ids, strict=True))
+        account.scores.add(place.scores, place.where)
         account.several_turns += preference.several_turns
-        account.duplicates += (both := row["chosen_key"] + row["rejected_key"]) in seen
+        account.duplicates += (both := keys[0] + keys[1]) in seen
         seen.add(both)
     account.records += len(records)
     account.malformed_records += len(bad_rows)
     account.kept += len(rows)
-    return pa.Table.from_pylist(rows, schema=_schema(config))
+    return _table(rows, _schema(config))
+
+
+def _without_giants(
+    places: list[_Place], preferences: list[Preference], max_length: int, account: SourceReport
+) -> tuple[list[_Place], list[Preference]]:
+    """The pairs that are not too long to be tokenised. The others are counted as dropped."""
+    limit = max(MOST_CHARACTERS, CHARACTERS_A_TOKEN * max_length)
+    if all(preference.characters <= limit for preference in preferences):
+        return places, preferences
+    left = []
+    for place, preference in zip(places, preferences, strict=True):
+        if preference.characters <= limit:
+            left.append((place, preference))
+        else:
+            account.pairs += 1
+            account.dropped.add(f"text of more than {limit:,} characters", place.where)
+    return [place for place, _ in left], [preference for _, preference in left]
+
+
+def _table(rows: list[tuple[Any, ...]], schema: pa.Schema) -> pa.Table:
+    """A table of ``rows``, whose values are in the order of ``schema``."""
+    columns = []
+    for field, values in zip(schema, zip(*rows, strict=True) if rows else [()] * len(schema), strict=True):
+        if field.type == _IDS:
+            ends = np.cumsum([0, *map(len, values)], dtype=np.int64)
+            ids = np.concatenate(values) if values else np.array([], np.int32)
+            columns.append(pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(ids, pa.int32())))
+        else:
+            columns.append(pa.array(values, field.type))
+    return pa.Table.from_arrays(columns, schema=schema)
 
 
 def _for_template(preferences: list[Preference], template: bool, account: SourceReport) -> list[Preference]:
@@ -245,14 +288,14 @@ def _normalised(
 ) -> tuple[list[_Place], list[Preference]]:
     places: list[_Place] = []
     preferences: list[Preference] = []
+    columns = tuple(numbers.values())
     for record in records:
         if record.note is not None:
             account.files.append(record.note)
         try:
             if record.value is None:
                 raise Malformed(record.problem or "unreadable")
-            found = normalise(record.value, tuple(numbers.values()))
-            account.scores.look(record.value, record.where)
+            found = normalise(record.value, columns)
             if PAIR_WEIGHT in numbers and found[0].numbers[0] < 0:
                 raise Malformed(f"{numbers[PAIR_WEIGHT]!r} is below 0")
         except Malformed as error:
@@ -260,11 +303,16 @@ def _normalised(
             bad_rows.add(record.row)
             continue
         preferences += found
-        account.understood.update(found[0].notes)
-        account.unused.update(found[0].unused)
+        if record.absent:
+            account.understood.update(map(NULLS_ABSENT.format, record.absent))
+        if found[0].notes:
+            account.understood.update(found[0].notes)
+        if found[0].unused:
+            account.unused.update(found[0].unused)
+        scores = compared(record.value) if len(found) == 1 and len(record.value) > 3 else None
         for number in range(len(found)):
             pair_id = f"{account.name}:{record.row}" + (f"#{number}" if number else "")
-            places.append(_Place(pair_id, record.where, record.row, record.source or account.name))
+            places.append(_Place(pair_id, record.where, record.row, record.source or account.name, scores))
     return places, preferences
 
 
@@ -275,23 +323,10 @@ def _truncated(ids: TokenisedPair, max_length: int, truncation: str) -> Tokenise
         return NO_ROOM
     if truncation == "drop" and max(len(ids.chosen), len(ids.rejected)) > room:
         return TOO_LONG
+    if max(len(ids.chosen), len(ids.rejected)) <= room:
+        return ids
     used = TokenisedPair(ids.prompt, ids.chosen[:room], ids.rejected[:room])
     return SAME if np.array_equal(used.chosen, used.rejected) else used
-
-
-def _row(pair_id: str, weight: float, source: str, ids: TokenisedPair, used: TokenisedPair) -> dict[str, Any]:
-    return {
-        "pair_id": pair_id,
-        "source": source,
-        "weight": weight,
-        "prompt_ids": used.prompt,
-        "chosen_ids": used.chosen,
-        "rejected_ids": used.rejected,
-        "chosen_key": completion_key(ids.prompt, ids.chosen),
-        "rejected_key": completion_key(ids.prompt, ids.rejected),
-        "chosen_full": len(ids.chosen),
-        "rejected_full": len(ids.rejected),
-    }
 
 
 def _where(table: pa.Table, mask: np.ndarray, schema: pa.Schema) -> pa.Table:

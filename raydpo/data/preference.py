@@ -18,6 +18,7 @@ from raydpo.data.messages import (
     check_media,
     content_text,
     from_text,
+    is_plain,
     messages,
     role_of,
     says_something,
@@ -32,8 +33,11 @@ _RESERVED = frozenset({
     "tokenizer_kwargs", "sanitize_control_tokens",
 })  # fmt: skip
 _WRITTEN = "text that is a list of messages, as JSON or Python writes it, read as messages"
+_FUNCTIONS = "'functions' read as tools"
 _ONE_IS_JSON = "warning: only one of chosen and rejected is JSON text of messages, so both are read as text"
 _MAY_BE_JSON = frozenset('[{" \n\r\t')
+_UNUSUAL_STARTS = frozenset(("", *'[{"'))
+_TURNS = ("Human:", "Assistant:")
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,28 @@ class Preference:
             message["role"] != "assistant" for answer in (self.chosen, self.rejected) for message in answer
         )
 
+    @property
+    def characters(self) -> int:
+        """Characters of all texts, with those of tools."""
+        if isinstance(self.prompt, str):
+            count = len(self.prompt) + len(self.chosen) + len(self.rejected)
+        else:
+            count = 0
+            for part in (self.prompt, self.chosen, self.rejected):
+                for message in part:
+                    content = message.get("content")  # type: ignore[union-attr]
+                    count += len(content) if type(content) is str and len(message) == 2 else _characters(message)
+        return count if self.tools is None else count + _characters(self.tools)
+
+
+def _characters(value: Any) -> int:
+    """Characters of all texts inside ``value``."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(map(_characters, value.values()))
+    return sum(map(_characters, value)) if isinstance(value, (list, tuple)) else 0
+
 
 def normalise(record: Mapping[str, Any], numbers: Sequence[str] = ()) -> list[Preference]:
     """The preferences in one record; several if it ranks or scores several completions.
@@ -85,8 +111,10 @@ def normalise(record: Mapping[str, Any], numbers: Sequence[str] = ()) -> list[Pr
     Raises:
         Malformed: with the reason.
     """
+    if len(record) == 3 and not numbers and (plain := _plain(record)) is not None:
+        return [plain]
     notes: Notes = {}
-    tools = _tools(record.get("tools"), notes)
+    tools = _tools(record.get("tools"), notes) or _functions(record.get("functions"), notes)
     kwargs = _json(record.get("chat_template_kwargs"), "chat_template_kwargs", dict) or {}
     for key in sorted(_RESERVED & kwargs.keys()):
         raise Malformed(f"chat_template_kwargs must not set {key!r}")
@@ -115,12 +143,35 @@ def normalise(record: Mapping[str, Any], numbers: Sequence[str] = ()) -> list[Pr
         system = warn_of_prompt_columns(record, present, used, parts[0][0], notes)
         if system is not None:
             parts = [_with_system(each, system, notes) for each in parts]
-        unused = unused_columns(record, present, (*used, *numbers))
+        more = (*numbers, "functions") if _FUNCTIONS in notes else numbers
+        unused = unused_columns(record, present, (*used, *more))
     told = tuple(notes)
     return [
         Preference(prompt, chosen, rejected, tools, kwargs, found, texts, told, unused)
         for prompt, chosen, rejected, texts in parts
     ]
+
+
+def _plain(record: Mapping[str, Any]) -> Preference | None:
+    """The preference in a record that has the plain form at first sight: three texts, or three lists of messages with role
+    and content. None if a closer look is needed."""
+    prompt, chosen, rejected = record.get("prompt"), record.get("chosen"), record.get("rejected")
+    if type(prompt) is str:
+        for text in (prompt, chosen, rejected):
+            if type(text) is not str:
+                return None
+            start = text.lstrip()
+            if start[:1] in _UNUSUAL_STARTS or start.startswith(_TURNS):
+                return None
+    else:
+        for part in (prompt, chosen, rejected):
+            if not (is_plain(part) and part[-1]["content"].strip()):
+                return None
+        if chosen[0]["role"] != "assistant" or rejected[0]["role"] != "assistant":
+            return None
+        if prompt[0]["role"] == "assistant" or prompt[-1]["role"] == "assistant":  # answers may repeat such a prompt
+            return None
+    return None if chosen == rejected else Preference(prompt, chosen, rejected)
 
 
 def _number(record: Mapping[str, Any], column: str) -> float:
@@ -131,8 +182,10 @@ def _number(record: Mapping[str, Any], column: str) -> float:
 
 
 def _decoded(chosen: Any, rejected: Any, notes: Notes) -> tuple[Any, Any]:
-    """Both answers, as messages if both are JSON text of messages."""
+    """Both answers, as messages if both are, or one is a list of messages and the other JSON text of messages."""
     if not (isinstance(chosen, str) and isinstance(rejected, str)):
+        if isinstance(chosen, str) or isinstance(rejected, str):
+            return tuple(_mixed(said, notes) if isinstance(said, str) else said for said in (chosen, rejected))
         return chosen, rejected
     if chosen[:1] not in _MAY_BE_JSON and rejected[:1] not in _MAY_BE_JSON:
         return chosen, rejected
@@ -142,7 +195,19 @@ def _decoded(chosen: Any, rejected: Any, notes: Notes) -> tuple[Any, Any]:
         return better, worse
     if better is not None or worse is not None:
         notes[_ONE_IS_JSON] = None
+    elif all(name in said for name in ("role", "content") for said in (chosen, rejected)):
+        notes[
+            "warning: chosen and rejected look like JSON text of messages, but are read as text; write a list of messages"
+        ] = None
     return chosen, rejected
+
+
+def _mixed(said: str, notes: Notes) -> Any:
+    """An answer in text beside one that is messages."""
+    if said[:1] not in _MAY_BE_JSON or (decoded := from_text(said)) is None:
+        return said
+    notes[_WRITTEN] = None
+    return decoded
 
 
 def _whole(chosen: Any, rejected: Any, record: Mapping[str, Any]) -> bool:
@@ -173,7 +238,7 @@ def _parts(prompt: Any, chosen: Any, rejected: Any, notes: Notes) -> Parts:
     elif isinstance(prompt, str) and (shared := shared_turns(chosen, rejected)) and not chosen.startswith(prompt.rstrip()):
         if any(message["content"] == prompt.strip() for message in shared):
             notes["transcripts that contain the prompt read as conversations"] = None
-            prompt, chosen, rejected, texts = transcripts(chosen, rejected)
+            prompt, chosen, rejected, texts = transcripts(chosen, rejected, notes)
         else:
             notes["warning: chosen and rejected are transcripts with turns in common, which do not contain the prompt"] = (
                 None
@@ -243,6 +308,18 @@ def _tools(value: Any, notes: Notes) -> list[Any] | None:
         notes["tools that are JSON text read as objects"] = None
         tools = [_json(tool, "a tool", dict) if isinstance(tool, str) else tool for tool in tools]
     return tools
+
+
+def _functions(value: Any, notes: Notes) -> list[Any] | None:
+    """The column ``functions``, OpenAI's older form of tools; None if it holds something else."""
+    try:
+        functions = _json(value, "functions", list)
+    except Malformed:
+        return None
+    if not functions or not all(isinstance(each, Mapping) and isinstance(each.get("name"), str) for each in functions):
+        return None
+    notes[_FUNCTIONS] = None
+    return [{"type": "function", "function": each} for each in functions]
 
 
 def _json(value: Any, name: str, kind: type) -> Any:

@@ -9,6 +9,7 @@ import io
 import json
 import lzma
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -22,7 +23,8 @@ from raydpo.config import SourceConfig, is_hub_name
 from raydpo.config.data import COMPRESSION_SUFFIXES, DATA_SUFFIXES, bare_suffix
 from raydpo.data.arrow import rows
 from raydpo.data.locate import DataFile, data_files
-from raydpo.errors import DataError, RaydpoError, reason
+from raydpo.errors import DataError, RaydpoError, one_line, reason
+from raydpo.storage.pointers import is_pointer
 from raydpo.storage.uri import is_uri, redact
 
 __all__ = ["Record", "read_records"]
@@ -32,6 +34,7 @@ BOM = b"\xef\xbb\xbf"
 INVALID, NOT_UTF8, HALF_PAIR = "not valid JSON", "not valid UTF-8", "text with half a surrogate pair"
 _PACKED = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"BZh": ".bz2", b"\xfd7zXZ\0": ".xz"}
 """First bytes of compressed files."""
+_decode = json.JSONDecoder().decode
 _SPACE = re.compile(r"\s*")
 _ESCAPE = re.compile(rb"\\u[dD]")
 """Escape of a surrogate in JSON; most are valid pairs."""
@@ -47,6 +50,7 @@ class Record:
         value: None if it could not be read, because of ``problem``.
         source: name of the source that it counts as, if that is not the one it was read from.
         note: how the file or directory was understood, on the first record only.
+        absent: fields inside which a null that may be meant was read as absent, see ``arrow.rows``.
     """
 
     where: str
@@ -55,6 +59,7 @@ class Record:
     problem: str | None = None
     source: str | None = None
     note: str | None = None
+    absent: tuple[str, ...] = ()
 
 
 def read_records(source: SourceConfig) -> Iterator[Record]:
@@ -108,11 +113,10 @@ def _raw_records(source: SourceConfig) -> Iterator[Record]:
         return
     before = 0
     for file in data_files(source):
-        last, note = 0, file.note
-        for record in _explained(_file_records(file), file.label):
-            last, told = record.row, tuple(each for each in (note, record.note) if each)
-            note = None
-            yield replace(record, row=before + record.row, note="; ".join(told) or None)
+        last = 0
+        for record in _noted(_explained(_file_records(file), file.label), file.note):
+            last = record.row
+            yield record if not before else replace(record, row=before + last)
         before += last
 
 
@@ -123,7 +127,7 @@ def _exists(path: str) -> bool:
         raise DataError(f"cannot open {path!r}: {reason(error)}") from None
 
 
-def _explained(records: Iterable[Record], label: str) -> Iterator[Record]:
+def _explained(records: Iterable[Any], label: str) -> Iterator[Any]:
     """``records``, with any error of a file system, codec or parser turned into one sentence."""
     try:
         yield from records
@@ -142,7 +146,7 @@ def _file_records(file: DataFile) -> Iterator[Record]:
     with file.filesystem.open_input_file(file.path) as raw:
         head = raw.read(64)
         raw.seek(0)
-        if head.startswith(b"version https://git-lfs"):
+        if is_pointer(head):
             raise DataError(
                 f"{label} is a Git LFS pointer in place of the data; fetch them with 'git lfs pull' in its repository"
             )
@@ -154,10 +158,14 @@ def _file_records(file: DataFile) -> Iterator[Record]:
             records = _arrow_records(stream, label, parquet=head.startswith(b"PAR1") or kind.endswith(".parquet"))
         else:
             records = _json_records(_bytes(raw, packed), label, listed=kind.endswith(".json"))
-        for record in records:
-            told = [each for each in (note, record.note) if each]
-            note = None
-            yield replace(record, note="; ".join(told)) if told else record
+        yield from _noted(records, note)
+
+
+def _noted(records: Iterator[Record], note: str | None) -> Iterator[Record]:
+    """``records``, the first with ``note`` before its own."""
+    if note is not None and (first := next(records, None)) is not None:
+        yield replace(first, note=f"{note}; {first.note}" if first.note else note)
+    yield from records
 
 
 def _bytes(raw: pa.NativeFile, suffix: str) -> IO[bytes]:
@@ -185,10 +193,12 @@ def _arrow_records(stream: Any, label: str, *, parquet: bool) -> Iterator[Record
             batches = (file.get_batch(number) for number in range(file.num_record_batches))
     row = 0
     for batch in batches:
+        if twice := [name for name, count in Counter(batch.schema.names).items() if count > 1]:
+            raise DataError(f"{label} has more than one column {twice[0][:40]!r}; rename or drop all but one")
         for start in range(0, batch.num_rows, BATCH_ROWS):
-            for value in rows(batch.slice(start, BATCH_ROWS)):
+            for value, absent in rows(batch.slice(start, BATCH_ROWS)):
                 row += 1
-                yield Record(f"{label}:{row}", row, value)
+                yield Record(f"{label}:{row}", row, value, absent=absent)
 
 
 def _json_records(stream: IO[bytes], label: str, *, listed: bool) -> Iterator[Record]:
@@ -197,10 +207,7 @@ def _json_records(stream: IO[bytes], label: str, *, listed: bool) -> Iterator[Re
     if head and (head[0].startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in head[0][:4]):
         stream, note = _recoded(b"".join((*head, stream.read())), label)
         head = list(_to_first_text(stream))
-    records = _utf8_records(head, stream, label, listed=listed)
-    if note is not None and (record := next(records, None)) is not None:
-        yield replace(record, note=f"{note}; {record.note}" if record.note else note)
-    yield from records
+    yield from _noted(_utf8_records(head, stream, label, listed=listed), note)
 
 
 def _recoded(content: bytes, label: str) -> tuple[IO[bytes], str]:
@@ -234,7 +241,7 @@ def _utf8_records(head: list[bytes], stream: Iterable[bytes], label: str, *, lis
     else:
         stream = chain(head, stream)
     for number, line in enumerate(stream, 1):
-        if line.strip():
+        if not line.isspace():
             yield _parse(line, f"{label}:{number}", number)
 
 
@@ -251,7 +258,7 @@ def _list_records(content: bytes, label: str, note: str | None) -> Iterator[Reco
         text, problem = _decoded(content)
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{label} is not valid JSON: {' '.join(str(error).split())[:200]}; correct it there") from None
+        raise DataError(f"{label} is not valid JSON: {one_line(error, 200)}; correct it there") from None
     for number, value in enumerate(values, 1):
         yield replace(_as_record(value, f"{label}:{number}", number, problem), note=note if number == 1 else None)
 
@@ -291,10 +298,10 @@ def _parse(line: bytes, where: str, row: int) -> Record:
     except UnicodeDecodeError:
         return Record(where, row, None, NOT_UTF8)
     try:
-        value = json.loads(text)
+        value = _decode(text)
     except (ValueError, RecursionError):
         return Record(where, row, None, INVALID)
-    return _as_record(value, where, row, HALF_PAIR if _ESCAPE.search(line) else None)
+    return _as_record(value, where, row, HALF_PAIR if b"\\u" in line and _ESCAPE.search(line) else None)
 
 
 def _as_record(value: Any, where: str, row: int, problem: str | None) -> Record:
@@ -322,11 +329,11 @@ def _hub_records(source: SourceConfig) -> Iterator[Record]:
             f"of that name: {reason(error)}{hint}"
         ) from None
     label = f"{source.path}[{source.split}]"
-    for row, value in enumerate(_explained(_hub_rows(dataset), label), 1):
-        yield Record(f"{label}:{row}", row, value)
+    for row, (value, absent) in enumerate(_explained(_hub_rows(dataset), label), 1):
+        yield Record(f"{label}:{row}", row, value, absent=absent)
 
 
-def _hub_rows(dataset: Any) -> Iterator[dict[str, Any]]:
+def _hub_rows(dataset: Any) -> Iterator[tuple[dict[str, Any], tuple[str, ...]]]:
     """Rows as Arrow holds them: no image is decoded, and nulls are told from absent fields as in files."""
     for table in dataset.with_format("arrow").iter(BATCH_ROWS):
         yield from rows(table)

@@ -9,6 +9,8 @@ import builtins
 import re
 from functools import lru_cache
 
+from raydpo.errors import one_line
+
 __all__ = ["refusal"]
 
 MOST = 120
@@ -25,7 +27,7 @@ def refusal(error: Exception, template: object) -> str:
     Args:
         template: the Jinja text, or several by name.
     """
-    text = " ".join(str(error).split())
+    text = one_line(error)
     source = template if isinstance(template, str) else str(template)
     if type(error).__name__ == "TemplateError":  # raise_exception: a text that the template puts together
         told = _known_parts(text, source)

@@ -23,7 +23,8 @@ EMPTY_THOUGHT, NO_THOUGHT_BEGINS, PROMPT_END = (
 NO_END, EOS_TWICE = "no end of turn", "EOS twice"
 BOS_REMOVED, BOS_TWICE, BOS_MISSING = "second BOS taken off", "BOS twice", "no BOS"
 SPELLED, SPELLED_BEFORE, TEXT_FOR_CHAT = "special tokens spelled", "special tokens in a text prompt", "text for a chat model"
-CHANGED, UNREAD, FIELD = "given in another form", "arguments of the template not read", "fields of messages not read"
+CHANGED, UNREAD, FIELD = "given in another form", "arguments of the template not read", "fields of messages left out"
+UNTRAINED, UNTRAINED_BEFORE = "messages marked as not to be trained", "marks of training in the prompt"
 
 _MOST, _SHORT, _PLACES = 5, 60, 3
 
@@ -54,7 +55,10 @@ _SENTENCES = {
         "warning: in {count} answers no special token follows the last text ({all}), so the model does not learn to stop;"
         " use a chat template that ends a turn with a special token of the tokenizer"
     ),
-    EOS_TWICE: "warning: {count} answers end with EOS twice: {all}; take it off the data or out of the chat template",
+    EOS_TWICE: (
+        "warning: the answers of {count} pairs end with EOS twice: {all}; take it off the end of the answers, or out of the "
+        "chat template"
+    ),
     BOS_REMOVED: (
         "warning: {count} prompts of plain text begin with BOS, which the tokenizer adds, too: {all}; the second is taken"
         " off"
@@ -78,7 +82,18 @@ _SENTENCES = {
         "warning: the chat template does not read these chat_template_kwargs: {all}; correct their names, or use a "
         "template that reads them"
     ),
-    FIELD: "fields of messages that are not checked, since chat templates seldom read them: {all}",
+    FIELD: (
+        "the chat template leaves out fields of messages: {all}; if the model should read one, write it into content, or "
+        "use a template that reads it"
+    ),
+    UNTRAINED: (
+        "warning: in {count} pairs messages of the answers are marked as not to be trained or weighted ({all}), but every "
+        "message of an answer counts alike; end the prompt after those that should not, or drop the field"
+    ),
+    UNTRAINED_BEFORE: (
+        "{count} prompts mark messages for training ({all}); nothing of a prompt is trained. Make each turn that should be "
+        "a pair of its own"
+    ),
 }
 """What is said of each kind but ``LOST``. ``all`` is each case with its count, first places and an example."""
 

@@ -27,6 +27,8 @@ _THOUGHT_FIELDS = (
 )
 """Fields of a message that hold thoughts; data sets and templates use different names."""
 _KNOWN_FIELDS = {"role", "content", "tool_calls", "function_call", *_THOUGHT_FIELDS}
+_MARKS = {"weight", "loss_weight", "train", "training", "trainable", "trained", "learn", "loss"}
+"""Fields with which other tools say whether a message is trained, and how much it counts: 0 or false if not."""
 _IDS = {"type", "id", "index", "tool_use_id", "tool_call_id", "cache_control"}
 """Keys of content parts that are no text."""
 _TAGS = (
@@ -109,6 +111,15 @@ class RenderingCheck:
                 return found[0] if found else None
         return None
 
+    def remarks_of_text(self, side: str, prompt: str, answer: str) -> list[Remark]:
+        """What is odd about the thoughts of an answer in plain text."""
+        found: list[Remark] = []
+        for sign in _CLOSER_SIGNS:
+            if sign in answer:
+                self._check_thoughts(side, [answer], prompt + answer, len(prompt), found)
+                break
+        return found
+
     def remarks(self, preference: Preference, prompt: str, chosen: str, rejected: str) -> list[Remark]:
         """What the renderings of a conversation lack, and what they have that the data do not.
 
@@ -154,10 +165,13 @@ class RenderingCheck:
 
     def _check_prompt(self, preference: Preference, prompt: str, found: list[Remark]) -> None:
         wanted, more = _tool_texts(preference.tools) if preference.tools else ([], [])
+        fields: list[Text] = []
         for turn, message in enumerate(preference.prompt):
             wanted += _texts(message, turn, more)
-            _unread(message, found)
+            fields += _fields(message)
+            found += [Remark(remarks.UNTRAINED_BEFORE, key) for key in message.keys() & _MARKS]
         self._check_spelling("prompt", [one.text for one in wanted], found)
+        _check_fields(prompt, fields, wanted, more, found)
         for one in left_out(prompt, wanted, more):
             kind = _LOST_IN_PROMPT.get(one.what, remarks.LOST)
             found.append(Remark(kind, f"{one.what} (prompt)" if one.turn >= 0 else one.what, one.text, remedy(one.what)))
@@ -165,12 +179,19 @@ class RenderingCheck:
     def _check_answer(self, side: str, messages: list[Message], whole: str, start: int, found: list[Remark]) -> None:
         wanted: list[Text] = []
         more: list[str] = []
+        fields: list[Text] = []
         for turn, message in enumerate(messages):
             wanted += _texts(message, turn, more)
-            _unread(message, found)
+            fields += _fields(message)
+            found += [
+                Remark(remarks.UNTRAINED, f"{key} ({side})", str(message[key]))
+                for key in message.keys() & _MARKS
+                if message[key] not in (1, "1", "true", "True")
+            ]
         texts = [one.text for one in wanted]
         self._check_spelling(side, texts, found)
         region = whole[start:]
+        _check_fields(region, fields, wanted, more, found)
         lost = left_out(region, wanted, more)
         if lost and len(lost) >= sum(len(_pieces(one)) for one in wanted):
             what = ", ".join(dict.fromkeys(one.what for one in lost))
@@ -293,10 +314,23 @@ def _tool_texts(tools: list[Any]) -> tuple[list[Text], list[str]]:
     return wanted, more
 
 
-def _unread(message: Message, found: list[Remark]) -> None:
-    for key in message.keys() - _KNOWN_FIELDS:
-        if isinstance(message[key], (str, list, dict)) and message[key] and key not in ("tool_call_id", "name"):
-            found.append(Remark(remarks.FIELD, str(key)[:40]))
+def _fields(message: Message) -> list[Text]:
+    """The texts of fields that few templates read, such as ``name``, each under the name of its field."""
+    others = message.keys() - _KNOWN_FIELDS - _MARKS
+    return [
+        Text(str(key)[:40], leaf.strip())
+        for key in sorted(others, key=str)
+        for leaf in _leaves(message[key], [])
+        if leaf.strip()
+    ]
+
+
+def _check_fields(rendered: str, fields: list[Text], wanted: list[Text], more: list[str], found: list[Remark]) -> None:
+    """Note the fields that ``rendered`` does not hold beside the texts that it must hold. Many templates have no place for
+    them."""
+    if fields:
+        others = [*more, *(one.text for one in wanted)]
+        found += [Remark(remarks.FIELD, one.what, one.text) for one in left_out(rendered, fields, others)]
 
 
 # -- finding them ---------------------------------------------------------------------------------------------------------

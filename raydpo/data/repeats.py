@@ -22,7 +22,7 @@ class Repeats:
     Attributes:
         take_off: whether prompts are taken off; None before a record decided it.
         taken: pairs whose answers lost their prompt.
-        kept: pairs whose answers begin with their prompt and keep it.
+        kept: pairs whose answers begin with their prompt and keep it, since not all do, or since it ends within a word.
         without: pairs whose answers do not begin with their prompt, though those of the first records do.
     """
 
@@ -33,18 +33,27 @@ class Repeats:
 
     def taken_off(self, preferences: Sequence[Preference]) -> list[Preference]:
         """Return ``preferences``, those whose answers repeat the prompt with shorter answers if all did at first."""
-        answers = [_without_prompt(preference) if _counts(preference) else None for preference in preferences]
-        counting = [place for place, each in enumerate(preferences) if _counts(each)]
+        counting, repeated, taken = 0, 0, 0
+        answers: list[tuple[str, str] | tuple[()] | None] = []
+        for preference in preferences:
+            prompt, shorter = preference.prompt, None
+            if isinstance(prompt, str) and len(bare := prompt.strip()) >= SHORTEST:
+                counting += 1
+                if preference.chosen.lstrip().startswith(bare):  # type: ignore[union-attr]
+                    shorter = _without_prompt(preference, bare)
+                    repeated += shorter is not None
+                    taken += bool(shorter)
+            answers.append(shorter)
         if self.take_off is None and counting:
-            self.take_off = all(answers[place] is not None for place in counting)
-        repeated = sum(answers[place] is not None for place in counting)
+            self.take_off = taken == counting
         if not self.take_off:
             self.kept += repeated
             return list(preferences)
-        self.taken += repeated
-        self.without += len(counting) - repeated
+        self.taken += taken
+        self.kept += repeated - taken
+        self.without += counting - repeated
         return [
-            preference if shorter is None else replace(preference, chosen=shorter[0], rejected=shorter[1])
+            replace(preference, chosen=shorter[0], rejected=shorter[1]) if shorter else preference
             for preference, shorter in zip(preferences, answers, strict=True)
         ]
 
@@ -55,8 +64,9 @@ class Repeats:
             found.append(f"in {self.taken:,} pairs both answers repeat the prompt, which was taken off")
         if self.kept:
             found.append(
-                f"warning: in {self.kept:,} pairs both answers begin with the prompt, which was kept, since the first "
-                "answers of this source do not; take it off in the file if they repeat it"
+                f"warning: in {self.kept:,} pairs both answers begin with the prompt, which was kept, since not all first "
+                "answers of this source do, or since it ends within a word of theirs; take it off in the file if they "
+                "repeat it"
             )
         if self.without:
             found.append(
@@ -66,22 +76,31 @@ class Repeats:
         return found
 
 
-def _counts(preference: Preference) -> bool:
-    return isinstance(preference.prompt, str) and len(preference.prompt.strip()) >= SHORTEST
+def _without_prompt(preference: Preference, bare: str) -> tuple[str, str] | tuple[()] | None:
+    """Both answers without the text prompt, or nothing if it ends within a word of one; None if one does not begin with it,
+    or nothing would be left.
 
-
-def _without_prompt(preference: Preference) -> tuple[str, str] | None:
-    """Both answers without the prompt; None if one does not begin with it, or nothing would be left."""
-    prompt = preference.prompt
-    if not isinstance(prompt, str) or not isinstance(preference.chosen, str) or not isinstance(preference.rejected, str):
-        return None
-    bare = prompt.strip()
-    if not bare or bare[:8] not in preference.chosen[: len(prompt) + 8]:
-        return None
-    chosen, rejected = _rest(preference.chosen, prompt, bare), _rest(preference.rejected, prompt, bare)
+    Args:
+        bare: the prompt without white space at its ends.
+    """
+    prompt: str = preference.prompt  # type: ignore[assignment]
+    chosen, rejected = (_rest(said, prompt, bare) for said in (preference.chosen, preference.rejected))  # type: ignore[arg-type]
     if chosen is None or rejected is None or not chosen.strip() or not rejected.strip():
         return None
+    if any(_continues(bare, said) for said in (preference.chosen, preference.rejected)):
+        return ()
     return chosen, rejected
+
+
+def _continues(bare: str, answer: str) -> bool:
+    """Whether ``answer`` goes on within the last word of the prompt: "What is tea" in "What is teapot"."""
+    following = answer.lstrip()[len(bare) : len(bare) + 1]
+    return _in_a_word(bare[-1]) and _in_a_word(following)
+
+
+def _in_a_word(character: str) -> bool:
+    """Whether words made of such characters have white space between them; Chinese ones have none."""
+    return character.isdecimal() or character.lower() != character.upper()
 
 
 def _rest(answer: str, prompt: str, bare: str) -> str | None:

@@ -7,9 +7,9 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
-__all__ = ["Contradictions"]
+__all__ = ["Compared", "Contradictions", "compared"]
 
 _WORDS = {
     "score", "scores", "rating", "ratings", "reward", "rewards", "quality", "grade", "points", "overall", "rank", "ranking",
@@ -20,15 +20,30 @@ _LOWER_IS_BETTER = {"rank", "ranking"}
 _DIFFERENCES = {"margin", "difference", "diff", "gap", "strength"}
 """Words in the names of columns that hold how much better the chosen answer is."""
 _NOT_QUALITY = {"logp", "logps", "logprob", "logprobs", "ref", "reference", "length", "tokens", "weight"}
+_VERDICTS, _VERDICT = ("status", "winner", "verdict"), 0
+"""Columns of text that may call a pair a tie, and what stands for the sign of such a column."""
 _FIRST = 3
+
+
+class Compared(NamedTuple):
+    """What scores say of one pair.
+
+    Attributes:
+        columns: the columns that were read.
+        better: how much better the chosen answer is by them.
+    """
+
+    columns: tuple[str, ...]
+    better: float
 
 
 @dataclass
 class Contradictions:
-    """Number of pairs whose scores say the opposite, or that both answers are equal; and the first places of each.
+    """Number of kept pairs whose scores say the opposite, or that both answers are equal; and the first places of each.
 
     Attributes:
-        columns: the columns that were compared, in the order in which they were found.
+        compared: kept pairs with scores.
+        columns: the columns that were read, in the order in which they were found.
     """
 
     reversed: int = 0
@@ -38,19 +53,21 @@ class Contradictions:
     places: dict[str, list[str]] = field(default_factory=lambda: {"reversed": [], "tied": []})
 
     def look(self, record: Mapping[str, Any], where: str) -> None:
-        """Compare the scores of a record that is one pair with its order. A record without scores is not counted."""
-        for names, sign in _columns(tuple(record)):
-            better = _better(record, names, sign)
-            if better is None:
-                continue
-            self.compared += 1
-            if better <= 0:
-                kind = "reversed" if better < 0 else "tied"
-                setattr(self, kind, getattr(self, kind) + 1)
-                self.columns |= dict.fromkeys(names)
-                if len(self.places[kind]) < _FIRST:
-                    self.places[kind].append(where)
+        """Compare the scores of a record that is one pair with its order, and count it. A record without scores is not
+        counted."""
+        self.add(compared(record), where)
+
+    def add(self, found: Compared | None, where: str) -> None:
+        """Count a pair, of which ``compared`` says ``found``."""
+        if found is None:
             return
+        self.compared += 1
+        self.columns |= dict.fromkeys(found.columns)
+        if found.better <= 0:
+            kind = "reversed" if found.better < 0 else "tied"
+            setattr(self, kind, getattr(self, kind) + 1)
+            if len(self.places[kind]) < _FIRST:
+                self.places[kind].append(where)
 
     def lines(self, records: int) -> Iterator[str]:
         """What to warn of, in at most one line; none if all scores agree with the order."""
@@ -74,11 +91,22 @@ class Contradictions:
         return vars(self) | {"columns": list(self.columns)}
 
 
+def compared(record: Mapping[str, Any]) -> Compared | None:
+    """What the scores of a record that is one pair say of its order; None without scores."""
+    for names, sign in _columns(tuple(record)):
+        better = _better(record, names, sign)
+        if better is not None:
+            return Compared(names, better)
+    return None
+
+
 @lru_cache(maxsize=1024)
 def _columns(names: tuple[str, ...]) -> tuple[tuple[tuple[str, ...], int], ...]:
     """The columns to compare, the most direct first: (of chosen, of rejected), or one column of differences; and the sign of
-    what is better."""
-    found = []
+    what is better. None if nothing is called chosen: the record's form then has its own rules."""
+    if not any(isinstance(name, str) and "chosen" in name.lower() for name in names):
+        return ()
+    found: list[tuple[tuple[str, ...], int]] = [((name,), _VERDICT) for name in _VERDICTS if name in names]
     words = {name: _split(name) for name in names if isinstance(name, str)}
     for name, parts in words.items():
         if "chosen" in parts and set(parts) & _WORDS and not set(parts) & _NOT_QUALITY:
@@ -99,6 +127,9 @@ def _split(name: str) -> list[str]:
 
 def _better(record: Mapping[str, Any], names: tuple[str, ...], sign: int) -> float | None:
     """How much better the chosen answer is by these columns; None if they do not say."""
+    if sign == _VERDICT:
+        value = record[names[0]]
+        return 0 if isinstance(value, str) and value.lower().startswith("tie") else None
     values = [_number(record[name]) for name in names]
     if None in values:
         return None

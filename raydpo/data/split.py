@@ -13,13 +13,15 @@ from raydpo.errors import DataError
 
 __all__ = ["held_out", "kept", "prompt_digest"]
 
+_encode = json.JSONEncoder(sort_keys=True, default=str).encode
+
 
 def prompt_digest(prompt: Text) -> bytes:
     """16-byte digest of the prompt's text or messages.
 
     Token ids are not used: they depend on the tokenizer and, through merges across the boundary, even on the completions.
     """
-    content = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, default=str)
+    content = prompt if isinstance(prompt, str) else _encode(prompt)
     return hashlib.blake2b(content.encode(), digest_size=16, person=b"raydpo-prompt-1").digest()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from datetime import date, datetime
 from functools import cached_property
@@ -18,12 +19,15 @@ ARGUMENTS_AS_OBJECT, ARGUMENTS_AS_TEXT = (
     "arguments of calls in JSON text, given as objects",
     "arguments of calls, given as JSON text",
 )
+CALL_AS_TOOL_CALL, FUNCTION_AS_TOOL = "function_call, given as tool_calls", "role 'function', given as 'tool'"
 TEXT_PARTS = (None, "text", "input_text", "output_text")
 """Types of content parts that are text."""
 
 _CLOCK = "strftime_now"
 """The only function by which transformers lets a template read the clock."""
 _DIRECTIVES = "aAbBcdDeFHhIjklmMnpPrRsStTuUVwWxXyYzZCGg"
+_READS_FUNCTION = re.compile(r"""role\W[^{}]*['"]function['"]""")
+"""A template that asks whether a role is ``function``."""
 _ONE, _TWO = "raydpoOne", "raydpoTwo"
 """Texts of probes, found in no template."""
 _USER: Message = {"role": "user", "content": "x"}
@@ -52,6 +56,16 @@ class ChatTemplate:
     def writes_date(self) -> bool:
         """Whether the template writes today's date unless told another."""
         return _CLOCK in str(self.tokenizer.chat_template or "")
+
+    @cached_property
+    def _translates_calls(self) -> bool:
+        """Whether the template reads tool calls, and not calls of functions in OpenAI's older form."""
+        text = str(self.tokenizer.chat_template or "")
+        return "tool_calls" in text and "function_call" not in text
+
+    @cached_property
+    def _reads_function(self) -> bool:
+        return _READS_FUNCTION.search(str(self.tokenizer.chat_template or "")) is not None
 
     def render(self, messages: list[Message], tools: list[Any] | None = None, generate: bool = False, **kwargs: Any) -> str:
         """The text of a conversation; with ``generate`` up to where the assistant begins to answer.
@@ -82,6 +96,8 @@ class ChatTemplate:
         for message in messages:
             if type(message.get("content")) is not str or message["role"] not in self._reads_text or "tool_calls" in message:
                 return False
+            if "function_call" in message:
+                return False
         return True
 
     def fitted(self, messages: list[Message], changes: set[str]) -> list[Message]:
@@ -93,6 +109,8 @@ class ChatTemplate:
         return [self._fitted(message, changes) for message in messages]
 
     def _fitted(self, message: Message, changes: set[str]) -> Message:
+        if self._translates_calls:
+            message = self._with_tool_calls(message, changes)
         content, role = message.get("content"), message["role"]
         form = self._form_of_content(role) if isinstance(content, str) or content else "parts"
         if isinstance(content, list) and form != "parts" and (form != "part" or len(content) > 1):
@@ -107,6 +125,19 @@ class ChatTemplate:
             message = message | {"content": content}
         if isinstance(message.get("tool_calls"), list):
             message = message | {"tool_calls": [self._fitted_call(call, changes) for call in message["tool_calls"]]}
+        return message
+
+    def _with_tool_calls(self, message: Message, changes: set[str]) -> Message:
+        """A message with the call or the result of a function in OpenAI's older form, as one with those of a tool."""
+        call = message.get("function_call")
+        if call is not None:
+            changes.add(CALL_AS_TOOL_CALL)
+            rest = {key: entry for key, entry in message.items() if key != "function_call"}
+            function = {"name": call["name"], "arguments": call.get("arguments") or {}}
+            return {"content": ""} | rest | {"tool_calls": [{"type": "function", "function": function}]}
+        if message["role"] == "function" and not self._reads_function:
+            changes.add(FUNCTION_AS_TOOL)
+            return message | {"role": "tool"}
         return message
 
     def _fitted_call(self, call: Any, changes: set[str]) -> Any:

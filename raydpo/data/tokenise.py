@@ -18,8 +18,15 @@ from raydpo.data.rendering import RenderingCheck
 from raydpo.data.shapes import common_prefix
 from raydpo.data.template import ChatTemplate
 from raydpo.errors import FilesError, reason
+from raydpo.storage.pointers import refuse_pointers
 
-__all__ = ["TokenisedPair", "Tokeniser", "load_tokenizer"]
+__all__ = ["TokenisedPair", "Tokeniser", "has_tokenizer", "load_tokenizer"]
+
+_FILES = (
+    # Without one of the first four there is no tokenizer.
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
 
 _PROBE = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
 
@@ -32,6 +39,11 @@ class TokenisedPair(NamedTuple):
     rejected: np.ndarray
 
 
+def has_tokenizer(path: str | Path) -> bool:
+    """Whether directory ``path`` has files of a tokenizer. Not every model's or adapter's has."""
+    return any(Path(path, name).is_file() for name in _FILES[:4])
+
+
 def load_tokenizer(path: str, *, chat_template: str | None = None, trust_remote_code: bool = False) -> Any:
     """Load the transformers tokenizer in directory ``path``, or of that name on the hub.
 
@@ -39,10 +51,11 @@ def load_tokenizer(path: str, *, chat_template: str | None = None, trust_remote_
         chat_template: Jinja text, or the path of a file with it, in place of the tokenizer's own.
 
     Raises:
-        FilesError: if there is no tokenizer, or the template is not valid Jinja.
+        FilesError: if there is no tokenizer, its files are Git LFS pointers, or the template is not valid Jinja.
     """
     from transformers import AutoTokenizer
 
+    refuse_pointers(Path(path) / name for name in _FILES)  # tokenizers would report broken JSON
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raise what their backends raise
@@ -134,7 +147,7 @@ class Tokeniser:
         plain: list[tuple[int, tuple[str, str, str], list[Remark]]] = []
         rendered: list[tuple[int, tuple[str, str, str], list[Remark]]] = []
         for index, preference in enumerate(preferences):
-            if not preference.conversational:
+            if isinstance(preference.prompt, str):
                 plain.append((index, self._texts(preference), self._of_text(preference)))
                 continue
             try:
@@ -152,7 +165,7 @@ class Tokeniser:
     def _ids(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
         if not texts:
             return []
-        options = {"return_attention_mask": False, "verbose": False}
+        options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
         return self.tokenizer(texts, add_special_tokens=add_special_tokens, **options)["input_ids"]
 
     @cached_property
@@ -169,28 +182,36 @@ class Tokeniser:
     def _bos(self) -> int | None:
         return self.tokenizer.bos_token_id  # kept, since the tokenizer looks it up slowly
 
+    @cached_property
+    def _eos(self) -> str | None:
+        return self.tokenizer.eos_token
+
     def _texts(self, preference: Preference) -> tuple[str, str, str]:
-        eos = self.tokenizer.eos_token
+        eos = self._eos
         if eos is None:
             raise FilesError(
                 "the tokenizer has no EOS token, so the end of a text completion cannot be learned; set "
                 "eos_token in its tokenizer_config.json"
             )
         end = "" if self._adds_eos else eos
-        prompt = preference.prompt
-        return prompt, *(prompt + answer.removesuffix(eos) + end for answer in (preference.chosen, preference.rejected))
+        prompt, chosen, rejected = preference.prompt, preference.chosen, preference.rejected
+        return prompt, f"{prompt}{chosen.removesuffix(eos)}{end}", f"{prompt}{rejected.removesuffix(eos)}{end}"
 
     def _of_text(self, preference: Preference) -> list[Remark]:
         """What is odd about a preference of plain text."""
         found = []
         for side, answer in (("chosen", preference.chosen), ("rejected", preference.rejected)):
+            found += self._check.remarks_of_text(side, preference.prompt, answer)
             if self._check.spelled(answer) is None:
                 continue
-            eos = self.tokenizer.eos_token
-            answer = answer.removesuffix(eos)
-            if (token := self._check.spelled(answer)) is not None:
-                twice = token == eos and answer.rstrip().endswith(eos) and answer.count(eos) == 1
-                found.append(Remark(remarks.EOS_TWICE if twice else remarks.SPELLED, side, token))
+            eos = self._eos
+            rest = answer.removesuffix(eos).rstrip()  # one EOS is not written again
+            if rest.endswith(eos):
+                found.append(Remark(remarks.EOS_TWICE, side, eos))
+            while rest.endswith(eos):
+                rest = rest.removesuffix(eos).rstrip()
+            if (token := self._check.spelled(rest)) is not None:
+                found.append(Remark(remarks.SPELLED, side, token))
         prompt = preference.prompt
         token = self._check.spelled(prompt)
         if token is not None and self._adds_bos:
@@ -199,10 +220,11 @@ class Tokeniser:
             found.append(Remark(remarks.SPELLED_BEFORE, "", token))
         elif self.tokenizer.chat_template:
             found.append(Remark(remarks.TEXT_FOR_CHAT, "", preference.prompt))
-        for what, value in ((remarks.TOOLS, preference.tools), ("chat_template_kwargs", preference.template_kwargs)):
-            if value:
-                remedy = "give messages (role, content) instead of text"
-                found.append(Remark(remarks.LOST, f"{what} (beside plain text)", "", remedy))
+        if preference.tools or preference.template_kwargs:
+            for what, value in ((remarks.TOOLS, preference.tools), ("chat_template_kwargs", preference.template_kwargs)):
+                if value:
+                    remedy = "give messages (role, content) instead of text"
+                    found.append(Remark(remarks.LOST, f"{what} (beside plain text)", "", remedy))
         return found
 
     def _render(self, preference: Preference) -> tuple[tuple[str, str, str], list[Remark]]:
@@ -245,16 +267,20 @@ class Tokeniser:
         return texts
 
     def _split(self, *texts: list[int], conversational: bool, found: list[Remark]) -> TokenisedPair | Malformed:
-        prompt, chosen, rejected = (np.array(ids, np.int32) for ids in texts)
+        prompt, chosen, rejected = texts
         if not conversational and self._adds_eos:
             prompt = prompt[:-1]
-        boundary = min(common_prefix(prompt, chosen), common_prefix(prompt, rejected))
-        self.merged += boundary < len(prompt)
-        pair = TokenisedPair(prompt[:boundary], chosen[boundary:], rejected[boundary:])
-        for name, ids in zip(pair._fields, pair, strict=True):
-            if not len(ids):  # the first token of a sequence is never predicted
+        boundary = len(prompt)
+        if chosen[:boundary] != prompt or rejected[:boundary] != prompt:
+            ids = np.array(prompt, np.int32)
+            boundary = min(common_prefix(ids, np.array(whole, np.int32)) for whole in (chosen, rejected))
+            self.merged += boundary < len(prompt)
+            prompt = prompt[:boundary]
+        chosen, rejected = chosen[boundary:], rejected[boundary:]
+        for name, part in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
+            if not part:  # the first token of a sequence is never predicted
                 return Malformed(f"{name} has no tokens")
-        if np.array_equal(pair.chosen, pair.rejected):
+        if chosen == rejected:
             lost = [remark for remark in found if remark.kind in (remarks.LOST, remarks.THOUGHT_BETWEEN)]
             if lost:
                 what = ", ".join(sorted({remark.what for remark in lost}))
@@ -263,4 +289,4 @@ class Tokeniser:
                     f"{lost[0].remedy}"
                 )
             return Malformed("chosen and rejected have the same tokens")
-        return pair
+        return TokenisedPair(np.array(prompt, np.int32), np.array(chosen, np.int32), np.array(rejected, np.int32))

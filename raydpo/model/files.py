@@ -10,31 +10,23 @@ import json
 import os
 import re
 import struct
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from raydpo.errors import FilesError, one_line
+from raydpo.storage.pointers import refuse_pointers
 
 __all__ = [
     "AdapterFiles",
     "ModelFiles",
     "adapter_files",
-    "check_tokenizer_files",
     "model_files",
     "read_header",
-    "some_names",
     "weights_lacking",
 ]
 
 SINGLE, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
-_TOKENIZER = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
-_POINTER = b"version https://"
-"""How a Git LFS pointer begins."""
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 _IN_LAYERS = (
     "LORA", "ADALORA", "LOHA", "LOKR", "OFT", "BOFT", "IA3", "LN_TUNING", "VERA", "PVERA", "VBLORA", "FOURIERFT", "HRA",
@@ -113,7 +105,7 @@ def model_files(path: str | Path, trust_remote_code: bool = False) -> ModelFiles
         _refuse_foreign_code(directory, auto_map)
     runs_code = trust_remote_code and bool(auto_map)
     code = _code(directory, nested=runs_code)
-    _refuse_pointers([*weights, *code, directory / "generation_config.json"])
+    refuse_pointers([*weights, *code, directory / "generation_config.json"])
     return ModelFiles(
         directory=directory, config=config, weights=weights, passed_over=passed_over, code=code, runs_code=runs_code
     )
@@ -134,7 +126,7 @@ def adapter_files(path: str | Path) -> AdapterFiles:
     config = _read_json(directory / "adapter_config.json")
     if not (directory / ADAPTER).is_file():
         raise FilesError(f"{directory} has no {ADAPTER}; raydpo reads PEFT adapters saved as safetensors")
-    _refuse_pointers([directory / ADAPTER])
+    refuse_pointers([directory / ADAPTER])
     kind = config.get("peft_type")
     if kind not in _IN_LAYERS or config.get("alora_invocation_tokens"):
         raise FilesError(
@@ -171,7 +163,7 @@ def read_header(file: Path) -> tuple[int, dict[str, dict[str, Any]]]:
     Raises:
         ModelError: if it is not a safetensors file.
     """
-    _refuse_pointers([file])
+    refuse_pointers([file])
     size = file.stat().st_size
     try:
         with open(file, "rb") as stream:
@@ -189,38 +181,6 @@ def read_header(file: Path) -> tuple[int, dict[str, dict[str, Any]]]:
     if needed > size:
         raise FilesError(f"{file} is truncated: it has {size:,} bytes, and its tensors need {needed:,}; fetch it again")
     return 8 + length, header
-
-
-def some_names(names: Sequence[str]) -> str:
-    """The first three of ``names``, and the number of the others."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
-
-
-def check_tokenizer_files(path: str | Path) -> None:
-    """Refuse a tokenizer whose files are Git LFS pointers, which tokenizers report as broken JSON.
-
-    Raises:
-        ModelError: naming the first pointer.
-    """
-    _refuse_pointers(Path(path) / name for name in _TOKENIZER)
-
-
-def _refuse_pointers(files: Iterable[Path]) -> None:
-    pointers = [file for file in files if _is_pointer(file)]
-    if pointers:
-        raise FilesError(
-            f"{pointers[0]} is a Git LFS pointer, not the file itself"
-            + (f" ({len(pointers) - 1:,} more files beside it)" if len(pointers) > 1 else "")
-            + f"; run 'git lfs pull' in {pointers[0].parent}, or download the model again"
-        )
-
-
-def _is_pointer(file: Path) -> bool:
-    try:
-        with open(file, "rb") as stream:
-            return stream.read(len(_POINTER)) == _POINTER
-    except OSError:
-        return False
 
 
 def _weights(directory: Path, config: dict[str, Any]) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
@@ -304,7 +264,7 @@ def _refuse_foreign_code(directory: Path, auto_map: dict[str, Any]) -> None:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    _refuse_pointers([file])
+    refuse_pointers([file])
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

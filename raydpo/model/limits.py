@@ -27,9 +27,15 @@ _TOKENS = re.compile(
     r"(?:^|\.)(?:embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|tokens_embed|embeddings|lm_head|embed_out)\.weight$"
 )
 _LEARNED = re.compile(r"(?:^|\.)(?:wpe|embed_positions|position_embeddings|positions_embed)\.weight$")
-_OTHER_TOWERS = re.compile(r"vision|visual|image|audio|speech|encoder\.")
+OTHER_TOWERS = re.compile(r"vision|visual|image|audio|speech|encoder\.")
+"""Part of the names of weights that are not of the language model."""
 _TABLED = ("gptj", "codegen", "ctrl", "mpt")
 """Architectures that compute a table of positions once, of the size that config.json gives."""
+_PADDED_TABLES = (
+    "roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "data2vec-text", "ibert", "lilt",
+    "longformer", "luke", "markuplm", "mpnet", "xmod",
+)  # fmt: skip
+"""Architectures that number positions from the one behind the padding token's id."""
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
 
 
@@ -59,12 +65,8 @@ class ModelLimits:
         for file in files.weights:
             shapes |= {name: tensor["shape"] for name, tensor in read_header(file)[1].items() if len(tensor["shape"]) == 2}
         config = files.config.get("text_config") or files.config
-        positions = next((value for key in _POSITIONS if isinstance(value := config.get(key), int) and value > 0), None)
-        learned = [shapes[name][0] for name in _matching(_LEARNED, shapes)]
-        fixed = bool(learned) or config.get("model_type") in _TABLED
-        if learned:
-            positions = min([*learned, *([positions] if positions else [])])
-        elif positions is not None and not fixed:
+        positions, fixed = _positions(config, [shapes[name][0] for name in _matching(_LEARNED, shapes)])
+        if positions is not None and not fixed:
             positions = _stretched(config, positions)
         # Padded in the files of quantized models, whose tables have another shape.
         rows = [shapes[name][0] for name in _matching(_TOKENS, shapes)] if "quantization_config" not in files.config else []
@@ -74,20 +76,28 @@ class ModelLimits:
 
 def longest_sequence(causal_lm: nn.Module) -> int | None:
     """Tokens of the longest sequence that a loaded model can compute; None if its positions have no end."""
-    config = causal_lm.config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)
     tables = [
         module.num_embeddings
         for name, module in causal_lm.named_modules()
-        if hasattr(module, "num_embeddings") and _LEARNED.search(f"{name}.weight") and not _OTHER_TOWERS.search(name)
+        if hasattr(module, "num_embeddings") and _LEARNED.search(f"{name}.weight") and not OTHER_TOWERS.search(name)
     ]
-    if not tables and getattr(config, "model_type", None) not in _TABLED:
-        return None
-    return min([*tables, *([positions] if isinstance(positions, int) else [])], default=None)
+    positions, fixed = _positions(causal_lm.config.get_text_config().to_dict(), tables)
+    return positions if fixed else None
+
+
+def _positions(config: Mapping[str, Any], tables: Sequence[int]) -> tuple[int | None, bool]:
+    """Positions of a model by its config.json and the rows of its tables of learned positions; and whether it can compute
+    no more."""
+    positions = next((value for key in _POSITIONS if isinstance(value := config.get(key), int) and value > 0), None)
+    fixed = bool(tables) or config.get("model_type") in _TABLED
+    if config.get("model_type") in _PADDED_TABLES:
+        padding = config.get("pad_token_id")
+        tables = [rows - 1 - (1 if padding is None else padding) for rows in tables]  # 1 is their default
+    return min([*tables, *([] if positions is None else [positions])], default=None), fixed
 
 
 def _matching(pattern: re.Pattern[str], names: Mapping[str, Any]) -> Iterator[str]:
-    return (name for name in names if pattern.search(name) and not _OTHER_TOWERS.search(name))
+    return (name for name in names if pattern.search(name) and not OTHER_TOWERS.search(name))
 
 
 def _stretched(config: Mapping[str, Any], positions: int) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from raydpo.errors import ModelError
+from raydpo.errors import ModelError, one_line
 from raydpo.model.attention import available_bodies
 from raydpo.model.layout import PADDED, Method, PromptGroup
 from raydpo.model.limits import longest_sequence
@@ -234,7 +234,7 @@ class _Oracle:
             raise
         except Exception as error:
             # Architectures fail in any way on an unknown layout. Any error means that the layout is not supported.
-            return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+            return f"{type(error).__name__}: {one_line(error, 160)}"
         return worst
 
 
@@ -265,7 +265,7 @@ def _twin(causal_lm: nn.Module) -> _Oracle | str:
                 parameter.mul_(TWIN_GAIN)
         return _Oracle(model, _cases(model, ()), torch.device("cpu"))
     except Exception as error:
-        return f"cannot be made ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
+        return f"cannot be made ({type(error).__name__}: {one_line(error, 160)})"
 
 
 def logps_by_definition(causal_lm: nn.Module, group: PromptGroup, device: torch.device) -> np.ndarray:

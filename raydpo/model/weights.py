@@ -17,10 +17,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from raydpo.errors import FilesError, one_line
-from raydpo.model.files import ModelFiles, adapter_files, model_files, read_header, some_names
+from raydpo.errors import FilesError, one_line, some_of
+from raydpo.model.files import ModelFiles, adapter_files, model_files, read_header
+from raydpo.model.quantized import (
+    certain_gaps,
+    is_known,
+    plain_tensors,
+    refuse_lack_of_layers,
+    refuse_parts_of_experts,
+    refuse_plain_weights,
+    take_quantization,
+)
 
-__all__ = ["ADAPTER_NAME", "check_weights", "load_adapter", "refuse_foreign_head", "refuse_gaps"]
+__all__ = ["ADAPTER_NAME", "check_weights", "compare_headers", "load_adapter", "refuse_foreign_head", "refuse_gaps"]
 
 ADAPTER_NAME = "default"
 """PEFT's name of a model's adapter, also part of the names of its tensors."""
@@ -41,13 +50,34 @@ def check_weights(
 ) -> list[str]:
     """Check that the files of a model, and of its adapter, hold all weights of the architecture. Reads no weights.
 
-    Weights stored quantized are only checked when they are loaded, since that needs the packages of the device.
+    As ``compare_headers``; nothing is refused that only loading can check.
 
     Args:
         classifier: check a sequence classifier instead of a causal language model.
 
     Returns:
         Warnings about tensors that no part of the model uses.
+
+    Raises:
+        ModelError: if config.json describes no such model, or if weights are missing, have another shape, or are integers.
+    """
+    return compare_headers(path, adapter=adapter, trust_remote_code=trust_remote_code, classifier=classifier) or []
+
+
+def compare_headers(
+    path: str | Path, *, adapter: str | None = None, trust_remote_code: bool = False, classifier: bool = False
+) -> list[str] | None:
+    """Compare names, in both directions, and shapes in the headers of a model and its adapter with the architecture.
+
+    Weights stored quantized are checked by name, see ``raydpo.model.quantized``; their values are checked when they are
+    loaded, since that needs the packages of the device.
+
+    Args:
+        classifier: check a sequence classifier instead of a causal language model.
+
+    Returns:
+        Warnings about tensors that no part of the model uses; None if the model or its adapter cannot be made without
+        weights, or without packages that only the workers have.
 
     Raises:
         ModelError: if config.json describes no such model, or if weights are missing, have another shape, or are integers.
@@ -62,15 +92,21 @@ def check_weights(
         headers |= read_header(file)[1]
     auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     empty = _empty_model(files, auto, trust_remote_code)
-    if (
-        empty is None
-        or "quantization_config" in files.config
-        or any(one["dtype"] not in _DTYPES for one in headers.values())
-    ):
-        return []
-    stored = {
-        name: torch.empty(tensor["shape"], dtype=_DTYPES[tensor["dtype"]], device="meta") for name, tensor in headers.items()
-    }
+    if empty is None:
+        return None
+    quantization = take_quantization(empty.config, files.config)
+    refuse_parts_of_experts(path, headers)
+    if quantization is not None:
+        refuse_lack_of_layers(path, empty, headers)
+        refuse_plain_weights(path, headers, quantization)
+        stored = plain_tensors(empty, headers, quantization)
+    elif any(one["dtype"] not in _DTYPES for one in headers.values()):
+        return None
+    else:
+        stored = {
+            name: torch.empty(tensor["shape"], dtype=_DTYPES[tensor["dtype"]], device="meta")
+            for name, tensor in headers.items()
+        }
     try:
         with _without_report():  # transformers' loader, for its renamed, converted and tied weights
             model, found = type(empty).from_pretrained(
@@ -83,23 +119,29 @@ def check_weights(
                 ignore_mismatched_sizes=True,
             )
     except Exception:  # custom code may need real weights or packages of the workers; loading checks again
-        return []
+        return None
+    if quantization is not None:
+        found = certain_gaps(found, headers, quantization)
     refuse_gaps(path, found)
+    if quantization is not None and not is_known(quantization):
+        return None
     numbers = {name for name, parameter in model.named_parameters() if parameter.is_floating_point()}
     packed = sorted(name for name in numbers & stored.keys() if not stored[name].is_floating_point())
-    if packed:
+    if packed and quantization is None:
         raise FilesError(
-            f"{path}: {some_names(packed)} in its files are integers ({headers[packed[0]]['dtype']}), as a quantized model "
+            f"{path}: {some_of(packed)} in its files are integers ({headers[packed[0]]['dtype']}), as a quantized model "
             "stores them, and its config.json has no quantization_config; give the config.json that belongs to the weights"
         )
+    compared = True
     if adapter is not None:
         try:
             load_adapter(model, adapter, low_cpu_mem_usage=True)
         except FilesError:
             raise
         except ImportError:  # a package that only the workers have
-            pass
+            compared = False
         except Exception as error:
+            compared = False
             if not files.runs_code:
                 raise FilesError(
                     f"the adapter {adapter} does not fit the model: PEFT cannot add it ({type(error).__name__}: "
@@ -107,7 +149,10 @@ def check_weights(
                 ) from None
     unused = sorted(found["unexpected_keys"])
     _refuse_more_layers(path, model, unused)
-    return [f"{path}: {some_names(unused)} in its files belong to no part of the model and are not used"] if unused else []
+    unused = [name for name in unused if quantization is None]  # other programs store scales beside the weights
+    if not compared:
+        return None
+    return [f"{path}: {some_of(unused)} in its files belong to no part of the model and are not used"] if unused else []
 
 
 def _refuse_more_layers(path: str | Path, model: nn.Module, unused: list[str]) -> None:
@@ -116,8 +161,10 @@ def _refuse_more_layers(path: str | Path, model: nn.Module, unused: list[str]) -
     count = getattr(layers, "num_hidden_layers", None)
     used = {re.sub(r"\d+", "#", name) for name in model.state_dict()} if unused else set()
     more = [name for name in unused if re.search(r"\d", name) and re.sub(r"\d+", "#", name) in used]
+    if getattr(layers, "num_nextn_predict_layers", None):  # layers behind the last one, that predict further tokens
+        more = []
     if more or (isinstance(count, int) and count < 1):
-        what = f"hold {some_names(more)}, weights of layers that it leaves out" if more else "would not be used"
+        what = f"hold {some_of(more)}, weights of layers that it leaves out" if more else "would not be used"
         raise FilesError(
             f"{path}/config.json describes a model of {count} layers (num_hidden_layers), but its files {what}; give the "
             "config.json that belongs to the weights"
@@ -197,10 +244,10 @@ def refuse_gaps(path: str | Path, found: Mapping[str, Any]) -> None:
         fix = "fetch or save the model again"
         if unused:
             fix = (
-                f"they hold {some_names(unused)}, which no part of the model takes: if these are the same weights under "
+                f"they hold {some_of(unused)}, which no part of the model takes: if these are the same weights under "
                 "other names, save the model again with save_pretrained"
             )
-        raise FilesError(f"the files of {path} lack {some_names(missing)}, which would be random numbers; {fix}")
+        raise FilesError(f"the files of {path} lack {some_of(missing)}, which would be random numbers; {fix}")
 
 
 def load_adapter(model: nn.Module, adapter: str, *, train: bool = False, low_cpu_mem_usage: bool = False) -> nn.Module:
@@ -249,8 +296,8 @@ def load_adapter(model: nn.Module, adapter: str, *, train: bool = False, low_cpu
     # VB-LoRA's bank is stored once, and each layer has it under another name.
     missing = sorted(name for name in found.missing_keys if ".layers." not in name or "vblora_vector_bank" not in name)
     unused = sorted(found.unexpected_keys)
-    wrong = [f"its files lack {some_names(missing)}, which would be random numbers"] if missing else []
-    wrong += [f"they hold {some_names(unused)}, which no part of the model takes"] if unused else []
+    wrong = [f"its files lack {some_of(missing)}, which would be random numbers"] if missing else []
+    wrong += [f"they hold {some_of(unused)}, which no part of the model takes"] if unused else []
     if wrong:
         raise FilesError(f"the adapter {adapter} does not fit the model: {' and '.join(wrong)}")
     return adapted

@@ -50,6 +50,7 @@ def audit_prepared(prepared: Prepared, console: Console) -> Audit:
     pairs = prepared.sets.train
     facts = pair_facts(pairs, *(found.sums for found in reference_values(pairs, prepared.cache)))
     identical = {source.name: source.dropped.counts[SAME] for source in prepared.sets.report.sources}
+    scores = {source.name: source.scores.to_dict() for source in prepared.sets.report.sources if source.scores.compared}
     decode = prepared.tokeniser.tokenizer.batch_decode
     done = audit_pairs(
         facts,
@@ -63,6 +64,7 @@ def audit_prepared(prepared: Prepared, console: Console) -> Audit:
             "cache": str(prepared.cache.storage),
         },
         identical={name: count for name, count in identical.items() if count},
+        scores=scores,
         objective=prepared.config.train,
     )
     write_audit(done, storage)

@@ -13,11 +13,10 @@ from typing import Any
 from raydpo.config import Config, SourceConfig, Verb, check_verb, source_name
 from raydpo.data.pairs import HELD_OUT, check_first_records, held_out_source
 from raydpo.data.records import read_records
-from raydpo.data.tokenise import load_tokenizer
+from raydpo.data.tokenise import has_tokenizer, load_tokenizer
 from raydpo.errors import ConfigError, FilesError, ModelError
 from raydpo.evaluation.prompts import reading
 from raydpo.losses import Objective
-from raydpo.model.files import check_tokenizer_files
 from raydpo.model.weights import check_weights
 from raydpo.reference.identity import differs_from_its_tie, identify, resolve_model
 from raydpo.terminal.console import Console
@@ -117,8 +116,9 @@ def _check_values(configs: Sequence[Config], verb: Verb, console: Console) -> No
         if config.evaluate.reward_model is not None and (verb == "eval" or (config.sweep and config.sweep.evaluate)):
             wanted[config.evaluate.reward_model, None, trusted] = None
     for path, adapter, trusted in wanted:
-        identify(resolve_model(path), "float32", adapter and resolve_model(adapter), trust_remote_code=trusted)
-        if line := differs_from_its_tie(resolve_model(path), trusted):
+        directory = resolve_model(path)
+        identify(directory, "float32", adapter and resolve_model(adapter), trust_remote_code=trusted)
+        if line := differs_from_its_tie(directory, trusted):
             console.warn(line)
 
 
@@ -128,8 +128,6 @@ def _check_tokenizers(configs: Sequence[Config]) -> list[Any]:
         (config.model.tokenizer or config.model.path, config.data.chat_template, config.model.trust_remote_code): None
         for config in configs
     }
-    for path, _, _ in wanted:
-        check_tokenizer_files(resolve_model(path))
     try:
         return [
             load_tokenizer(resolve_model(path), chat_template=template, trust_remote_code=trust_remote_code)
@@ -145,6 +143,7 @@ def _check_judges(configs: Sequence[Config], console: Console) -> None:
     """Check what judges the answers of an evaluation: the user's function, the API key, the reward model."""
     from raydpo.answers.contests import own_function
     from raydpo.answers.judge import Judge
+    from raydpo.answers.reward import check_reward_model
 
     for path in dict.fromkeys(filter(None, (config.evaluate.score_with for config in configs))):
         own_function(path)
@@ -153,8 +152,7 @@ def _check_judges(configs: Sequence[Config], console: Console) -> None:
             pass
     rewards = [(each.evaluate.reward_model, each.model.trust_remote_code) for each in configs if each.evaluate.reward_model]
     for path, trust_remote_code in dict.fromkeys(rewards):
-        check_tokenizer_files(resolve_model(path))
-        for line in check_weights(resolve_model(path), trust_remote_code=trust_remote_code, classifier=True):
+        for line in check_reward_model(resolve_model(path), trust_remote_code):
             console.warn(line)
 
 
@@ -166,11 +164,10 @@ def _check_policy(config: Config, tokenizer: Any, console: Console) -> None:
     files, trust_remote_code = policy_files(config), config.model.trust_remote_code
     for line in check_weights(files.base, adapter=files.adapter, trust_remote_code=trust_remote_code):
         console.warn(line)
-    check_tokenizer_files(files.adapter or files.base)
-    try:
-        own = load_tokenizer(files.adapter or files.base, trust_remote_code=trust_remote_code)
-    except ModelError:  # not every model directory has a tokenizer
+    directory = files.adapter or files.base
+    if not has_tokenizer(directory):
         return
+    own = load_tokenizer(directory, trust_remote_code=trust_remote_code)
     if own.get_vocab() != tokenizer.get_vocab():
         raise ConfigError(
             f"the policy {files.name} has another vocabulary ({len(own.get_vocab()):,} tokens) than "

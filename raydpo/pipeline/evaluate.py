@@ -19,7 +19,7 @@ from raydpo.answers.answering import Answering
 from raydpo.answers.contests import by_scores, count_wins, own_scores
 from raydpo.answers.draws import ROWS
 from raydpo.answers.judge import Judge, judge_contests
-from raydpo.answers.reward import RewardModel
+from raydpo.answers.reward import RewardModel, check_prompts
 from raydpo.cluster.preflight import check_cluster
 from raydpo.cluster.resources import bfloat16_is_faster, resources_for
 from raydpo.cluster.session import session, starts_own_ray
@@ -115,6 +115,10 @@ def _read_pairs(config: Config, console: Console) -> tuple[Tokeniser, pa.Table, 
     console.say(f"pairs to evaluate on: {pairs.num_rows:,}")
     for line in check_limits([pairs], limits_of(config, policy_files(config).base)):
         console.warn(line)
+    settings = config.evaluate
+    if settings.reward_model is not None:
+        prompts = prompt_texts(choose_prompts(pairs, settings.prompts, settings.seed), config)
+        check_prompts(resolve_model(settings.reward_model), config.model.trust_remote_code, prompts)
     return tokeniser, pairs, seen
 
 

@@ -25,7 +25,6 @@ from raydpo.data.index import as_bytes
 from raydpo.data.pairs import PAIR_MARGIN, PAIR_WEIGHT, PairSets, load_pairs
 from raydpo.data.tokenise import Tokeniser, load_tokenizer
 from raydpo.losses import own_sources
-from raydpo.model.files import check_tokenizer_files
 from raydpo.model.limits import ModelLimits, check_limits
 from raydpo.model.rotary import ROTARY, rope_line
 from raydpo.reference.identity import ReferenceIdentity, earlier_identity, identify, resolve_model
@@ -201,7 +200,6 @@ class Prepared:
 def open_tokeniser(config: Config) -> Tokeniser:
     """Load the tokenizer of a configuration, with its chat template."""
     directory, template = resolve_model(config.model.tokenizer or config.model.path), config.data.chat_template
-    check_tokenizer_files(directory)
     tokenizer = load_tokenizer(directory, chat_template=template, trust_remote_code=config.model.trust_remote_code)
     return Tokeniser(tokenizer, config.data.template_date)
 

@@ -10,8 +10,7 @@ import shutil
 import uuid
 from pathlib import Path
 
-from raydpo.errors import ModelError
-from raydpo.model.files import some_names
+from raydpo.errors import ModelError, some_of
 
 __all__ = ["make_model"]
 
@@ -49,7 +48,7 @@ def make_model(directory: Path) -> None:
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     if lacking := sorted({*found.missing_keys, *found.unexpected_keys} - tied):
         raise ModelError(
-            f"the quickstart's model is not read whole from {GGUF}: {some_names(lacking)} in the file and in the model "
+            f"the quickstart's model is not read whole from {GGUF}: {some_of(lacking)} in the file and in the model "
             "do not match. Run: pip install 'gguf>=0.10' 'transformers>=5.17'"
         )
     model.tie_weights()

@@ -24,8 +24,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from raydpo.config import is_hub_name
-from raydpo.errors import FilesError, ModelError
-from raydpo.model.files import AdapterFiles, ModelFiles, adapter_files, model_files, read_header, some_names, weights_lacking
+from raydpo.errors import FilesError, ModelError, one_line, some_of
+from raydpo.model.files import AdapterFiles, ModelFiles, adapter_files, model_files, read_header, weights_lacking
 from raydpo.model.rotary import rope_length
 from raydpo.storage.local_copy import local_home
 
@@ -274,7 +274,7 @@ def _from_hub(path: str, revision: str | None = None) -> str:
     except Exception as error:  # to the user every network or hub failure means the same: no model
         raise ModelError(
             f"there is no directory {path!r}, and the hub does not give a model of that name: "
-            f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            f"{type(error).__name__}: {one_line(error, 300)}"
         ) from None
 
 
@@ -402,7 +402,7 @@ def _hash_tensors(file: Path) -> dict[str, str]:
     bad = [name for name, _, finite in found if not finite]
     if bad:
         raise FilesError(
-            f"{file}: {some_names(bad)} {'holds' if len(bad) == 1 else 'hold'} NaN or infinite values, so that no log-prob "
+            f"{file}: {some_of(bad)} {'holds' if len(bad) == 1 else 'hold'} NaN or infinite values, so that no log-prob "
             "would be a number; save or fetch the weights again (a merge, or a conversion to float16, may have overflowed)"
         )
     return {name: digest for name, digest, _ in found}

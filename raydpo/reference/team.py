@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from raydpo.errors import RaydpoError
+from raydpo.errors import RaydpoError, one_line
 from raydpo.model.budget import is_out_of_memory
 from raydpo.model.layout import PromptGroup
 from raydpo.model.ulysses import SequenceGroup
@@ -160,7 +160,7 @@ class TeamScorer:
                         f"{str(cause).splitlines()[0][:200]}. Set score.tokens_per_batch lower, or "
                         "score.sequence_parallel higher"
                     ) from error
-            told = [f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}" for cause in causes[1:] or causes]
+            told = [f"{type(cause).__name__}: {one_line(cause, 300)}" for cause in causes[1:] or causes]
             raise RaydpoError(f"a process of the scoring team failed: {'; '.join(told)}") from error
 
 

@@ -33,7 +33,8 @@ def audited(records, chosen=None, rejected=None, max_length=512, seed=0):
         for side, given, each in (("chosen", chosen, noise[0]), ("rejected", rejected, noise[1]))
     ]
     decode = make_tokenizer().batch_decode
-    return audit_pairs(pair_facts(table, *sums), table, decode, meta=META, identical={"tiny": 2})
+    scores = {"tiny": {"reversed": 3, "tied": 1, "compared": 1234, "columns": ["score_chosen", "<b>score_rejected"]}}
+    return audit_pairs(pair_facts(table, *sums), table, decode, meta=META, identical={"tiny": 2}, scores=scores)
 
 
 def frame(difference, margin, chosen_tokens=50):
@@ -282,6 +283,12 @@ def test_text_of_the_data_is_no_markup(page):
     assert "<script" not in text and "<img" not in text and "&lt;script&gt;" in text and "\u202e" not in text
     assert "http://" not in text.replace("http://www.w3.org", "") and len(text) < 600_000
     json.loads(page.with_name("audit.json").read_text())
+
+
+def test_scores_beside_pairs_have_a_row(page):
+    text = page.read_text()
+    assert "<td>3, 1 of 1,234 (score_chosen, &lt;b&gt;score_rejected)</td>" in text
+    assert json.loads(page.with_name("audit.json").read_text())["scores"]["tiny"]["tied"] == 1
 
 
 def test_intervals_of_the_page_are_those_of_the_figures(page):

@@ -125,3 +125,35 @@ def test_what_save_to_disk_leaves(tmp_path):
     assert len(prompts(tmp_path / "two")) == 5 and prompts(tmp_path / "two", split="test") == ["p4"]
     with pytest.raises(DataError, match="has no split 'dev', but 'train', 'test'"):
         prompts(tmp_path / "two", split="dev")
+
+
+def notes(directory, **settings):
+    source = SourceConfig(path=str(directory), **settings)
+    return [record.note for record in read_records(source) if record.note]
+
+
+def test_a_part_of_a_split_is_refused_but_on_the_hub(tmp_path):
+    make(tmp_path, "train.jsonl", "part.jsonl")
+    for path in (tmp_path, tmp_path / "train.jsonl"):
+        with pytest.raises(DataError, match=r"split 'train\[:50%\]' is a part of a split, which is read from the hub alone"):
+            notes(path, split="train[:50%]")
+
+
+def test_files_without_a_split_are_those_of_train_alone(tmp_path):
+    make(tmp_path, "part-0.jsonl", "validation.jsonl")
+    assert notes(tmp_path) == ["read part-0.jsonl; not read: validation.jsonl"]
+    for split in ("test", "trian"):
+        with pytest.raises(DataError, match=f"no files of split '{split}', but of 'validation'"):
+            notes(tmp_path, split=split)
+
+
+def test_files_that_are_missing_by_their_names_are_warned_of(tmp_path):
+    make(tmp_path, "train-00000-of-00003.jsonl", "train-00002-of-00003.jsonl", "more/a.jsonl")
+    assert notes(tmp_path) == [
+        "warning: read train-00000-of-00003.jsonl, train-00002-of-00003.jsonl; not read: more/; by their names 1 more files "
+        "belong to these, which are not there"
+    ]
+    make(tmp_path, "train-00001-of-00003.jsonl")
+    assert notes(tmp_path) == [
+        "read train-00000-of-00003.jsonl, train-00001-of-00003.jsonl, train-00002-of-00003.jsonl; not read: more/"
+    ]

@@ -130,7 +130,7 @@ TEXT = {
     ),
     "history and labels": (
         {"history": "q", "human_ref_A": "bad", "human_ref_B": "good", "labels": 0},
-        "'labels' prefers 'human_ref_A' or 'human_ref_B' (1: human_ref_A)",
+        "'labels' prefers 'human_ref_A' or 'human_ref_B' (1: human_ref_A, 0: human_ref_B)",
     ),
     "response_2 is better": (
         {"prompt": "q", "response_1": "bad", "response_2": "good", "preference_strength": 3},
@@ -190,14 +190,17 @@ def test_the_plain_forms_need_no_note():
             {"prompt": "p", "good": "a", "bad": "b"},
             "missing column 'chosen', nearest forms: prompt .* found 'prompt', 'good', 'bad'",
         ),
-        ({"prompt": "p", "chosen_response": "a", "rejected_response": "b"}, "nearest forms: prompt .* chosen .* rejected"),
+        (
+            {"prompt": "p", "chosen_response": "a", "rejected_response": "b", "chosen_text": "a", "rejected_text": "b"},
+            "each of 'chosen_response', 'chosen_text' may be the chosen answer",
+        ),
         ({"data": [{"prompt": "p", "chosen": "a", "rejected": "b"}]}, "only column 'data' holds a list of records"),
         ({"prompt": "p", "chosen": "a"}, "missing column 'rejected', nearest forms: .*; found 'prompt', 'chosen'"),
         ({"prompt": "p", "response_a": "a", "response_b": "b"}, "missing column 'chosen', nearest forms: .* or .*; found"),
         ({"prompt": "p", "answers": ["a", "b"]}, "nearest forms: .*answers"),
-        ({"prompt": "p", "response1": "a", "response2": "b", "overall_preference": 0}, "is 0, so no answer is preferred"),
+        ({"prompt": "p", "response1": "a", "response2": "b", "overall_preference": 0}, "are alike .a tie., so no"),
         ({"history": "p", "human_ref_A": "a", "human_ref_B": "b", "labels": 7}, "'labels' is neither 0 nor 1"),
-        ({"conversation_a": Q + GOOD, "conversation_b": Q + BAD, "winner": "tie"}, "names neither a nor b"),
+        ({"conversation_a": Q + GOOD, "conversation_b": Q + BAD, "winner": "tie"}, "are alike .a tie., so no"),
         (
             {"context": "t", "question": "q", "chosen": "a", "rejected": "b"},
             "each of 'context', 'question' may be the prompt",
@@ -311,6 +314,89 @@ def test_a_context_beside_answers_that_hold_the_prompt_is_warned_of():
     assert preference.notes[0].startswith("warning: 'context' is not read")
 
 
+@pytest.mark.parametrize(
+    "record, prompt, other",
+    [
+        ({"input": "science", "task": "Explain rain to me."}, "science", "'task'"),
+        ({"instruction": "Rate by truth alone.", "user_prompt": "Rain?"}, "Rate by truth alone.", "'user_prompt'"),
+        ({"context": "You are kind.", "ask": "Is it rain?"}, "You are kind.", "'ask'"),
+        ({"query": "weather api", "the question": [user("Rain?")]}, "weather api", "'the question'"),
+    ],
+)
+def test_another_column_that_may_be_the_prompt_is_warned_of(record, prompt, other):
+    (preference,) = normalise(record | {"chosen": "a", "rejected": "b"})
+    assert preference.prompt == prompt
+    (warning,) = (note for note in preference.notes if note.startswith("warning"))
+    assert f"read as the prompt, though {other} may be it: name the prompt with the source's 'columns'" in warning
+    (sure,) = normalise(
+        {"question": "Which?", "prompt_id": "a b", "task_type": "a b", "user": "a", "chosen": "a", "rejected": "b"}
+    )
+    assert sure.notes == ("'question' read as the prompt",)
+
+
+def test_a_word_beside_answers_that_hold_the_prompt_is_warned_of():
+    record = {"problem": "p-17", "chosen": "Q: Is it rain?\nA: yes", "rejected": "Q: Is it rain?\nA: no"}
+    (preference,) = normalise(record)
+    assert preference.notes[1].startswith("warning: 'problem' read as the prompt, though chosen and rejected begin with a")
+
+
+@pytest.mark.parametrize("name", ["System", "SYSTEM_PROMPT", "sys_prompt", "system_instruction", "systemMessage"])
+def test_columns_of_a_system_message_have_many_names(name):
+    (preference,) = normalise({name: "Be kind.", "prompt": Q, "chosen": GOOD, "rejected": BAD})
+    assert preference.prompt[0] == {"role": "system", "content": "Be kind."} and preference.unused == ()
+    (other,) = normalise({"system_id": "Be kind.", "prompt": Q, "chosen": GOOD, "rejected": BAD})
+    assert (other.prompt, other.unused) == (Q, ("system_id",))
+
+
+@pytest.mark.parametrize("name", ["Context", "INPUT", "Documents"])
+def test_columns_that_belong_to_the_prompt_are_warned_of_in_capitals(name):
+    (preference,) = normalise({"prompt": "Say it.", "chosen": "a", "rejected": "b", name: "a dog"})
+    assert preference.notes[0].startswith(f"warning: {name!r} is not read, though it may belong to the prompt")
+
+
+@pytest.mark.parametrize("written", [lambda said: said, json.dumps, lambda said: json.dumps({"messages": said}), str])
+def test_whole_conversations_as_text_beside_a_text_prompt(written):
+    """One of both may be a list of messages already."""
+    for chosen, rejected in ((written(Q + GOOD), written(Q + BAD)), (Q + GOOD, written(Q + BAD))):
+        (preference,) = normalise({"prompt": "q", "chosen": chosen, "rejected": rejected})
+        assert (preference.prompt, preference.chosen, preference.rejected) == (Q, GOOD, BAD)
+    (preference,) = normalise({"prompt": Q, "chosen": GOOD, "rejected": written(BAD)})
+    assert (preference.prompt, preference.chosen, preference.rejected) == (Q, GOOD, BAD)
+    with pytest.raises(Malformed, match="text that the messages of chosen and rejected do not share"):
+        normalise({"prompt": "Something else.", "chosen": written(Q + GOOD), "rejected": written(Q + BAD)})
+
+
+def test_text_that_looks_like_messages_and_is_none_is_warned_of():
+    lines = ["\n".join(map(json.dumps, Q + said)) for said in (GOOD, BAD)]
+    wrapped = [json.dumps({"id": 1, "messages": Q + said}) for said in (GOOD, BAD)]
+    for chosen, rejected in (lines, wrapped):
+        (preference,) = normalise({"prompt": "q", "chosen": chosen, "rejected": rejected})
+        assert preference.chosen == chosen
+        assert preference.notes[0].startswith("warning: chosen and rejected look like JSON text of messages, but are read")
+    (plain,) = normalise({"prompt": "q", "chosen": "[1, 2]", "rejected": '{"a": 1}'})
+    assert plain.notes == ()
+
+
+TURNS = "\n\nHuman: Write a chat.\n\nAssistant:"
+
+
+@pytest.mark.parametrize("template", [None, "{% for m in messages %}<s>{{ m.role }} {{ m.content }}</s>{% endfor %}"])
+@pytest.mark.parametrize(
+    "chosen, rejected",
+    [
+        (" Here:\n\nHuman: Hi\n\nAssistant: Hello", " No."),
+        (" Fine.", " Fine.\n\nHuman: Thanks"),
+        (" As follows.\n\nHuman: a\n\nAssistant: b", " As told.\n\nHuman: a\n\nAssistant: c"),
+    ],
+)
+def test_turns_in_an_answer_of_a_transcript_stay_its_text_and_are_warned_of(write, template, chosen, rejected):
+    ((prompt, better, worse),), lines = load(write, [{"chosen": TURNS + chosen, "rejected": TURNS + rejected}], template)
+    assert chosen.strip() in better and rejected.strip() in worse and "Write a chat." in prompt
+    assert any(line.startswith("warning: data prefs: 1 records: an answer of a transcript holds further") for line in lines)
+    _, lines = load(write, [{"chosen": TURNS + " Fine.", "rejected": TURNS + " No."}], template)
+    assert not any("further turns" in line for line in lines)
+
+
 def test_transcripts_beside_a_prompt_of_another_text_are_warned_of():
     start = "\n\nHuman: q\n\nAssistant:"
     (preference,) = normalise({"prompt": "Something else.", "chosen": start + " good", "rejected": start + " bad"})
@@ -339,6 +425,33 @@ def test_tools_as_texts():
     assert preference.tools == [tool, tool]
     with pytest.raises(Malformed, match="a tool is not valid JSON"):
         normalise({"prompt": Q, "chosen": GOOD, "rejected": BAD, "tools": ["{"]})
+
+
+def test_roles_that_are_calls_are_tool_calls():
+    arguments = {"zone": "Oslo"}
+    call = {"type": "function", "function": {"name": "clock", "arguments": arguments}}
+    for written in (json.dumps({"name": "clock", "arguments": arguments}), {"name": "clock", "arguments": arguments}):
+        said = [{"from": "function_call", "value": written}, {"from": "observation", "value": "nine"}]
+        (preference,) = normalise({"prompt": [human("q"), *said], "chosen": "good", "rejected": "bad"})
+        assert preference.prompt[1:] == [bot("") | {"tool_calls": [call]}, {"role": "tool", "content": "nine"}]
+        assert "role 'function_call' read as tool calls of the assistant" in preference.notes
+    two = json.dumps([{"name": "clock"}, {"name": "watch"}])
+    (preference,) = normalise({"prompt": Q, "chosen": [{"role": "tool_call", "content": two}], "rejected": "bad"})
+    assert [call["function"]["name"] for call in preference.chosen[0]["tool_calls"]] == ["clock", "watch"]
+    for odd in ("clock()", "[]", "{}", None):
+        with pytest.raises(Malformed, match="chosen has a message of role 'tool_call' that is not JSON of a call"):
+            normalise({"prompt": Q, "chosen": [{"role": "tool_call", "content": odd}], "rejected": "bad"})
+
+
+def test_functions_are_tools_of_the_older_form():
+    function = {"name": "clock", "parameters": {"type": "object"}}
+    for functions in ([function], json.dumps([function])):
+        (preference,) = normalise({"prompt": Q, "chosen": GOOD, "rejected": BAD, "functions": functions})
+        assert preference.tools == [{"type": "function", "function": function}]
+        assert (preference.notes, preference.unused) == (("'functions' read as tools",), ())
+    for functions in (["sales", "law"], "sales and law", {"sales": 1}):
+        (other,) = normalise({"prompt": Q, "chosen": GOOD, "rejected": BAD, "functions": functions})
+        assert (other.tools, other.notes, other.unused) == (None, (), ("functions",))
 
 
 def test_fields_of_parts_that_are_null_are_absent():
@@ -456,6 +569,15 @@ NAMES += [
     "images",
     "history",
     "conversations",
+    "response_0",
+    "response_1",
+    "better_response_id",
+    "preference",
+    "score_0",
+    "score_1",
+    "chosen_text",
+    "rejected_text",
+    "functions",
 ]
 TEXTS = st.text(max_size=6) | st.sampled_from(
     ["\n\nHuman: a\n\nAssistant: b", "[{", '["a"]', '[{"role": "user", "content": "q"}]']
@@ -468,6 +590,7 @@ MESSAGE = st.fixed_dictionaries(
         "from": st.sampled_from(["human", "gpt"]) | st.none(),
         "value": TEXTS | st.integers(),
         "rank": st.integers(0, 3),
+        "function_call": st.fixed_dictionaries({}, optional={"name": TEXTS, "arguments": TEXTS}) | TEXTS,
     },
 )
 ANYTHING = (
@@ -498,3 +621,23 @@ def test_a_prompt_of_few_characters_is_not_taken_off_words_that_begin_with_it():
     first, second = repeats.taken_off([long, short])
     assert (first.chosen, first.rejected) == (" Frozen water.", " A stone.")
     assert second == short and repeats.taken == 1
+
+
+def test_a_prompt_that_ends_within_a_word_of_an_answer_is_not_taken_off():
+    def pair(prompt, *answers):
+        return Preference(prompt, *answers)
+
+    repeated = pair("What is ice", "What is ice? Frozen water.", "What is ice: a stone.")
+    within = pair("What is tea", "What is teapot", "What is tea in a pot")
+    first = Repeats()
+    assert first.taken_off([within]) == [within]
+    assert (first.take_off, first.taken, first.kept, first.without) == (False, 0, 1, 0)
+    assert first.lines()[0].startswith("warning: in 1 pairs both answers begin with the prompt, which was kept, since")
+    later = Repeats()
+    assert later.taken_off([repeated])[0].chosen == "? Frozen water."
+    assert later.taken_off([within, pair("Room 1", "Room 10", "Room 1 is free")])[0] == within
+    assert (later.taken, later.kept, later.without) == (1, 2, 0)
+    (chinese,) = Repeats().taken_off(
+        [pair("\u4ec0\u4e48\u662f\u8336", "\u4ec0\u4e48\u662f\u8336\u8336", "\u4ec0\u4e48\u662f\u8336\u53f6")]
+    )
+    assert (chinese.chosen, chinese.rejected) == ("\u8336", "\u53f6")

@@ -9,10 +9,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from raydpo.config import SourceConfig
+from raydpo.config import DataConfig, SourceConfig
 from raydpo.data.messages import Malformed
+from raydpo.data.pairs import load_pairs
 from raydpo.data.preference import normalise
 from raydpo.data.records import read_records
+from raydpo.errors import DataError
 
 WORD = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=8).map(
     lambda word: "w" + word
@@ -199,3 +201,65 @@ def test_fields_that_other_rows_fill_are_absent_and_fields_that_no_row_fills_are
     pq.write_table(pa.Table.from_pylist([{"tools": each} for each in tools]), path)
     found = [record.value["tools"] for record in read_records(SourceConfig(path=str(path)))]
     assert found == [[{"name": "f", "strict": None, "extra": 1}], [{"name": "g", "strict": None}]]
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_null_beside_a_value_cannot_be_told_from_an_absent_field_and_is_said(tmp_path, tokeniser, saved):
+    def record(number, **default):
+        tool = {"name": "f", "parameters": {"type": "n"} | default}
+        return {
+            "prompt": [message("user", f"q {number}")],
+            "chosen": [message("assistant", "a")],
+            "rejected": [message("assistant", "b") | ({"reasoning_content": "t"} if number else {})],
+            "tools": [tool],
+        }
+
+    records = [record(0, default="x"), record(1, default=None), record(2)]
+    datasets.disable_progress_bars()
+    data = datasets.Dataset.from_list(records)
+    path = tmp_path / ("saved" if saved else "a.parquet")
+    data.save_to_disk(path) if saved else data.to_parquet(path)
+    lines = load_pairs(DataConfig(train=[str(path)], max_lost=1), tokeniser).report.lines()
+    (line,) = [line for line in lines if "null" in line]
+    assert line.startswith("warning: data ") and "2 records: null fields inside 'tools' read as absent" in line
+    (tmp_path / "text.jsonl").write_text(
+        "\n".join(json.dumps(each | {"tools": json.dumps(each["tools"])}) for each in records)
+    )
+    datasets.Dataset.from_json(str(tmp_path / "text.jsonl")).to_parquet(tmp_path / "text.parquet")
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
+    assert said(tmp_path / "text.parquet") == said(tmp_path / "a.jsonl")
+    lines = load_pairs(DataConfig(train=[str(tmp_path / "text.parquet")], max_lost=1), tokeniser).report.lines()
+    assert not any("null" in line for line in lines)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_two_columns_of_one_name_are_refused(tmp_path, kind):
+    table = pa.table([["p"], ["a"], ["b"], ["c"]], names=["prompt", "chosen", "rejected", "chosen"])
+    path = tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.ipc.new_stream(path, table.schema) as writer:
+            writer.write_table(table)
+    with pytest.raises(DataError, match=f"^a.{kind} has more than one column 'chosen'; rename or drop all but one$"):
+        said(path)
+
+
+START = st.sampled_from(["", " ", "\n\n", "[", "{", '"', "Human:", "\n\nHuman: q\n\nAssistant: ", "Assistant: ", "w"])
+ODD = st.builds("".join, st.tuples(START, START, st.sampled_from(["", "a", "b?"])))
+SIDE = ODD | st.lists(
+    st.builds(message, st.sampled_from(["user", "assistant", "system", "human", 3, None]), ODD | st.none() | st.just([])),
+    max_size=3,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(record=st.fixed_dictionaries(dict.fromkeys(("prompt", "chosen", "rejected"), SIDE)) | CHAT | TEXT)
+def test_the_short_way_to_read_a_plain_record_gives_what_the_long_way_gives(record):
+    def read(value):
+        try:
+            return normalise(value)
+        except Malformed as error:
+            return str(error)
+
+    assert read(record) == read(record | {"number": 1})  # a fourth column takes the long way

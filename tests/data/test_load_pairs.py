@@ -235,3 +235,24 @@ def test_weights_and_margins_of_pairs(tokeniser, write):
     told = " ".join(sets.report.lines())
     assert "'importance' is below 0" in told and "'gap' is missing or no number" in told
     assert sets.train.column_names == [*PAIR_SCHEMA.names, "pair_weight", "pair_margin"]
+
+
+def test_a_text_of_megabytes_is_dropped_before_it_is_tokenised(tmp_path, tokeniser, monkeypatch):
+    rows = [{"prompt": f"Say {number}.", "chosen": " yes", "rejected": " no"} for number in range(9)]
+    rows[3]["chosen"] = " yes" * 300_000
+    rows[5]["prompt"] = [{"role": "user", "content": [{"type": "text", "text": "Say it." * 200_000}]}]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    longest = []
+    encode = tokeniser._ids
+    monkeypatch.setattr(
+        tokeniser, "_ids", lambda texts, special: longest.append(max(map(len, texts), default=0)) or encode(texts, special)
+    )
+    report = load_pairs(DataConfig(train=[str(path)], max_dropped=0.5), tokeniser).report
+    (line,) = [line for line in report.lines() if "dropped" in line]
+    assert line == "data a: 2 pairs dropped: 2 text of more than 1,000,000 characters (a.jsonl:4, a.jsonl:6)"
+    assert max(longest) < 100 and report.sources[0].kept == 7
+    rows[3]["chosen"] = " yes" * 240_000  # below a million: cut after it is tokenised, as ever
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = load_pairs(DataConfig(train=[str(path)], max_dropped=0.5), tokeniser).report
+    assert report.sources[0].truncated == 1 and report.sources[0].kept == 8

@@ -68,11 +68,12 @@ def test_templates_that_write_calls_and_tools_raise_no_alarm(name):
         "many": ["a b", {"deep": "c"}],
         "no": None,
     }
-    history = [user("Clock?"), *calling(arguments=arguments), say("tool", 'nine\n"sharp"', tool_call_id="c1")]
+    said = say("tool", 'nine\n"sharp"', tool_call_id="c1", name="clock")
+    history = [user("Clock?"), *calling(arguments=arguments), said]
     template, more = SOUND[name]
     for prompt, chosen in ((history, answer("It is nine.")), ([user("Clock?")], calling(arguments=arguments))):
         ids, found = noted(template, prompt, chosen, answer("No idea."), tools=[tool("clock"), tool("zone")], **more)
-        assert not found and not isinstance(ids, Malformed)
+        assert found <= {("fields of messages left out", "tool_call_id")} and not isinstance(ids, Malformed)
 
 
 def test_a_system_message_may_move(write):
@@ -200,6 +201,19 @@ def test_the_end_of_a_thought_that_nothing_begins(write):
     )
 
 
+@pytest.mark.parametrize("closer", ["</think>", "</reasoning>", "[/THINK]", "<|END_THINKING|>"])
+def test_the_end_of_a_thought_in_text_that_nothing_begins(write, closer):
+    half, opener = f" So nine.\n{closer}\nNine.", closer.replace("/", "").replace("END", "START")
+    for prompt, chosen, warned in (
+        ("Clock?\n", half, 1),
+        (f"Clock?\n{opener}\n", half, 0),
+        ("Clock?\n", opener + half, 0),
+        ("Clock?\n", " Nine.", 0),
+    ):
+        lines, _ = lines_of(write, None, {"prompt": prompt, "chosen": chosen, "rejected": " Ten."})
+        assert sum(f"that nothing begins: 1 chosen, such as '{closer}'" in line for line in lines) == warned
+
+
 def test_the_end_of_the_prompt_that_is_left_out_is_quoted(write):
     template = CHAT_TEMPLATE.replace("<s>assistant\n{%", "<s>assistant\n<think>\n{%")
     lines, _ = lines_of(write, template, record(PROMPT, answer("Nine."), answer("Ten.")))
@@ -237,6 +251,40 @@ def test_eos_twice():
     assert noted(None, "the sky", " is</s>", " was")[1] == set()
     on_one_line = CHAT_TEMPLATE.replace("message.content", "message.content | replace('\n', ' ')")
     assert noted(on_one_line, [user("q")], answer("one\ntwo"), answer("b"))[1] == set()
+
+
+@pytest.mark.parametrize(
+    "end, twice, spelled",
+    [("", 0, 0), ("</s>", 0, 0), ("</s>\n", 1, 0), ("</s></s>", 1, 0), ("</s> </s>\n</s>", 1, 0), ("</s>!</s></s>", 1, 1)],
+)
+@pytest.mark.parametrize("adds_eos", [False, True])
+def test_eos_at_the_end_of_text_answers(write, end, twice, spelled, adds_eos):
+    """One EOS is what is wanted, whether the text, the tokenizer or raydpo writes it."""
+    from tokenizers import processors
+
+    tokenizer = tokenizer_for(None)
+    if adds_eos:
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="$A </s>", special_tokens=[("</s>", tokenizer.eos_token_id)]
+        )
+    path = write([{"prompt": "the sky", "chosen": " is" + end, "rejected": " was"}])
+    sets = load_pairs(DataConfig(train=path), Tokeniser(tokenizer))
+    lines = [line for line in sets.report.lines() if line.startswith("warning")]
+    assert [sum(word in line for line in lines) for word in ("EOS twice", "spell")] == [twice, spelled]
+    ids = sets.train["chosen_ids"][0].as_py()
+    assert (ids.count(tokenizer.eos_token_id) == 1) == (not twice) and ids[-1] == tokenizer.eos_token_id
+    for line in lines[:twice]:
+        assert line == (
+            "warning: data prefs: the answers of 1 pairs end with EOS twice: 1 chosen, such as '</s>' (prefs.jsonl:1); take "
+            "it off the end of the answers, or out of the chat template"
+        )
+
+
+@pytest.mark.parametrize("end", ["</s>", "</s>\n", " </s>"])
+def test_eos_at_the_end_of_answers_in_messages(write, end):
+    lines, _ = lines_of(write, CHAT_TEMPLATE, record(PROMPT, answer("Nine." + end), answer("Ten.")))
+    (line,) = (line for line in lines if "EOS twice" in line)
+    assert line.endswith("take it off the end of the answers, or out of the chat template")
 
 
 def test_bos_twice_or_missing(write):
@@ -292,10 +340,94 @@ def test_arguments_that_the_template_does_not_read(write):
     assert any("does not read these chat_template_kwargs: 1 thinkng" in line for line in lines)
 
 
-def test_fields_that_are_not_checked_are_named(write):
+def test_fields_that_are_left_out_are_named(write):
     odd = [user("Hello?", mood="angry and loud")]
     lines, _ = lines_of(write, CHAT_TEMPLATE, record(odd, answer("a"), answer("b")))
-    assert any("fields of messages that are not checked" in line and "1 mood (prefs.jsonl:1)" in line for line in lines)
+    assert any("leaves out fields of messages: 1 mood, such as 'angry and loud' (prefs.jsonl:1)" in line for line in lines)
+
+
+def test_a_field_that_the_template_writes_is_not_named(write):
+    writes = CHAT_TEMPLATE.replace("{{ message.role }}", "{{ message.role }} {{ message.name or '' }}")
+    chosen = answer("a", refusal="I would rather not.")
+    asked = [user("Hello?", name="Bob Miller"), say("assistant", "Hm.", name="Ann"), user("And?", name="Bob Miller")]
+    (line,) = (each for each in lines_of(write, writes, record(asked, chosen, answer("b")))[0] if "fields of" in each)
+    assert line.startswith("data prefs: the chat template leaves out fields of messages: 1 refusal, such as 'I would rather")
+    (line,) = (each for each in lines_of(write, CHAT_TEMPLATE, record(asked, chosen, answer("b")))[0] if "fields of" in each)
+    assert "1 name, such as 'Bob Miller' (prefs.jsonl:1)" in line and "write it into content, or use a template" in line
+
+
+def test_fields_that_no_template_reads_do_not_refuse_an_answer(write):
+    """Only what a message says counts as lost."""
+    long = answer("a", original="A text of another kind that no template reads.", score=3, hidden=True)
+    lines, _ = lines_of(write, CHAT_TEMPLATE, record(PROMPT, long, answer("b")))
+    assert not any(line.startswith("warning") for line in lines)
+    assert all(any(f"1 {key}, such as" in line for line in lines) for key in ("original", "score", "hidden"))
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"weight": 0.5}, {"training": "false"}, {"loss": 0}])
+def test_marks_that_a_message_is_not_trained_are_warned_of(write, mark):
+    (key,) = mark
+    chosen = [*answer("Hm.", **mark), user("Sure?"), *answer("Yes.", **{key: 1})]
+    lines, _ = lines_of(write, CHAT_TEMPLATE, record(PROMPT, chosen, answer("b")))
+    (line,) = (each for each in lines if "marked as not to be trained" in each)
+    assert line.startswith("warning: data prefs: in 1 pairs messages of the answers are marked as not to be trained")
+    assert f"1 {key} (chosen), such as '{mark[key]}' (prefs.jsonl:1)" in line and "but every message of an answer" in line
+
+
+def test_marks_in_the_prompt_are_information_and_marks_of_what_is_trained_none(write):
+    asked = [user("Hello?"), say("assistant", "Hm.", weight=0), user("And?")]
+    lines, _ = lines_of(write, CHAT_TEMPLATE, record(asked, answer("a", weight=1, train=True), answer("b", weight=1.0)))
+    assert [line for line in lines if "mark" in line] == [
+        "data prefs: 1 prompts mark messages for training (1 weight (prefs.jsonl:1)); nothing of a prompt is trained. Make "
+        "each turn that should be a pair of its own"
+    ]
+
+
+OLD_CALL = {"name": "clock", "arguments": '{"zone": "Oslo"}'}
+
+
+def test_calls_of_functions_in_the_older_form_are_tool_calls():
+    asked = [user("Clock?"), say("assistant", None, function_call=OLD_CALL), say("function", "nine", name="clock")]
+    called = [user("Clock?"), *calling(arguments={"zone": "Oslo"}), say("tool", "nine", name="clock")]
+    for template in (CALLS, templates.QWEN, templates.LLAMA):
+        more = {"template_kwargs": {"enable_thinking": False}} if template == templates.QWEN else {}
+        old, found = noted(template, asked, answer("It is nine."), answer("No."), **more)
+        new, _ = noted(template, called, answer("It is nine."), answer("No."), **more)
+        assert [ids.tolist() for ids in old] == [ids.tolist() for ids in new]
+        kinds = {what for kind, what in found if kind == "given in another form"}
+        assert kinds >= {"function_call, given as tool_calls", "role 'function', given as 'tool'"}
+        old, _ = noted(template, PROMPT, answer(function_call=OLD_CALL), answer("No."), **more)
+        new, _ = noted(template, PROMPT, calling(arguments={"zone": "Oslo"}), answer("No."), **more)
+        assert [ids.tolist() for ids in old] == [ids.tolist() for ids in new]
+
+
+def test_a_template_that_reads_the_older_form_gets_it():
+    own = CHAT_TEMPLATE.replace(
+        "{{ message.content }}", "{{ message.content or '' }}{{ message.function_call.name if message.function_call }}"
+    )
+    tokenizer = tokenizer_for(own)
+    ((ids, found),) = Tokeniser(tokenizer).encode_noted([Preference(PROMPT, answer(function_call=OLD_CALL), answer("No."))])
+    assert tokenizer.decode(ids.chosen) == "clock</s>\n"
+    assert {(one.kind, one.what) for one in found} == {("left out", "tool calls (chosen)")}  # its argument
+
+
+def test_a_call_in_the_older_form_that_the_template_cannot_write_is_refused(write):
+    with pytest.raises(DataError, match=r"leaves out or changes all of chosen \(tool calls\); set data\.chat_template"):
+        lines_of(write, templates.CHATML, record(PROMPT, answer(function_call=OLD_CALL), answer("b")), max_lost=1.0)
+
+
+@pytest.mark.parametrize(
+    "message, reason",
+    [
+        ({"function_call": "auto"}, "chosen has a function_call that is not an object with name and arguments; write tool"),
+        ({"function_call": {"arguments": "{}"}}, "function_call that is not an object with name and arguments"),
+        ({"function_call": OLD_CALL, "tool_calls": calling()[0]["tool_calls"]}, "both function_call and tool_calls"),
+        ({"refusal": "No."}, "chosen has a message without content, only with 'refusal': write its text into content"),
+    ],
+)
+def test_calls_in_the_older_form_that_are_not_clear_are_refused(write, message, reason):
+    with pytest.raises(DataError, match=reason):
+        lines_of(write, CALLS, record(PROMPT, answer(**message), answer("b")))
 
 
 def test_lines_are_short_for_long_texts(write):

@@ -70,3 +70,19 @@ def test_pairs_that_agree_with_their_scores_are_no_news(tmp_path, tokeniser):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(pair(number, score_chosen=2, score_rejected=1)) + "\n" for number in range(4)))
     assert not any("score" in line for line in load_pairs(DataConfig(train=[str(path)]), tokeniser).report.lines())
+
+
+def test_the_report_names_the_columns_read_and_counts_kept_pairs_alone(tmp_path, tokeniser):
+    path = tmp_path / "a.jsonl"
+    rows = [pair(number, score_chosen=2, score_rejected=1, weight=1) for number in range(4)]
+    rows.append(pair(4, score_chosen=1, score_rejected=2, weight=-1))  # refused for its weight
+    rows.append(pair(5, margin=-1, weight=1) | {"prompt": "word " * 500})  # dropped for its length
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = DataConfig(train=[str(path)], weight_column="weight", max_malformed=0.5, max_dropped=0.5, max_length=200)
+    report = load_pairs(config, tokeniser).report
+    assert not any("score" in line for line in report.lines())
+    (source,) = report.to_dict()["sources"]
+    assert source["kept"] == 4
+    found = source["scores"]
+    assert (found["reversed"], found["tied"], found["compared"]) == (0, 0, 4)
+    assert found["columns"] == ["score_chosen", "score_rejected"]

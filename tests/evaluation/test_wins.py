@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from tiny import make_tokenizer
 
 from raydpo.answers.contests import Contest, by_scores, count_wins, own_scores, win_rate_at_equal_length
-from raydpo.answers.reward import RewardModel
-from raydpo.errors import ConfigError, ModelError, RaydpoError
+from raydpo.answers.reward import RewardModel, check_prompts, check_reward_model
+from raydpo.errors import ConfigError, FilesError, ModelError, RaydpoError
 
 CONTESTS = [Contest("p", "longer answer", "short"), Contest("p", "a", "longer"), Contest("p", "same", "same")]
 
@@ -131,12 +131,77 @@ def test_reward_model(classifier):
         work.open("cpu")(pa.table({"prompt": [json.dumps("sky " * 300)], "answer": ["x"]}))
 
 
+def with_tokens(classifier, directory, tokens, special):
+    """A copy of the classifier whose tokenizer has more tokens than its embedding has rows."""
+    from transformers import AutoTokenizer
+
+    shutil.copytree(classifier, directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    if special:
+        tokenizer.add_tokens(tokens, special_tokens=True)
+        tokenizer.save_pretrained(directory)
+    else:
+        tree = json.loads((directory / "tokenizer.json").read_text())
+        tree["model"]["vocab"] |= {token: len(tokenizer) + number for number, token in enumerate(tokens)}
+        (directory / "tokenizer.json").write_text(json.dumps(tree))
+    return str(directory)
+
+
+def test_token_ids_that_a_reward_model_does_not_have(classifier, tmp_path):
+    assert check_reward_model(str(classifier), False) == []
+    plain = with_tokens(classifier, tmp_path / "plain", ["plainly", "simply"], special=False)
+    with pytest.raises(FilesError, match=r"gives token ids up to [\d]+ \('simply'\), but its embedding has [\d]+ rows"):
+        check_reward_model(plain, False)
+    padded = with_tokens(classifier, tmp_path / "padded", ["<turn>"], special=True)
+    (warning,) = check_reward_model(padded, False)
+    assert "has 1 special token(s) (<turn>) beyond the " in warning
+    act = RewardModel.at(padded, "float32", False).open("cpu")
+    with pytest.raises(
+        FilesError, match=r"gives token ids up to [\d]+ \('<turn>'\).*give the reward model with the tokenizer"
+    ):
+        act(pa.table({"prompt": [json.dumps("The sky <turn> is")], "answer": [" blue"]}))
+    talk = [{"role": "user", "content": "why"}]
+    check_prompts(padded, False, ["The sky", talk])
+    (tmp_path / "padded" / "chat_template.jinja").write_text("{% for m in messages %}<turn>{{ m['content'] }}{% endfor %}")
+    with pytest.raises(FilesError, match=r"\('<turn>'\)"):
+        check_prompts(padded, False, ["The sky", talk])
+    (tmp_path / "padded" / "chat_template.jinja").unlink()
+    with pytest.raises(FilesError, match=r"the reward model \S+padded has no chat template"):
+        check_prompts(padded, False, [talk])
+    with pytest.raises(FilesError, match="the reward model takes at most 128"):
+        check_prompts(str(classifier), False, ["sky " * 300])
+
+
+def test_outputs_are_counted_before_anything_is_loaded(tmp_path):
+    two = make_classifier(tmp_path / "two", labels=2)
+    with pytest.raises(FilesError, match=r"has 2 outputs \(num_labels in its config.json\); expected one"):
+        check_reward_model(str(two), False)
+
+
+def test_a_reward_model_that_numbers_positions_behind_its_padding(tmp_path):
+    """RoBERTa has 514 rows for 512 tokens."""
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    tokenizer = make_tokenizer()
+    config = RobertaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=34, num_labels=1, pad_token_id=1,
+    )  # fmt: skip
+    RobertaForSequenceClassification(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    act = RewardModel.at(str(tmp_path), "float32", False).open("cpu")
+    table = pa.table({"prompt": [json.dumps("")], "answer": ["\n" * 32]})
+    assert len(tokenizer("\n" * 32)["input_ids"]) == 32 and act(table).num_rows == 1
+    with pytest.raises(FilesError, match="have 33 tokens, but the reward model takes at most 32"):
+        act(pa.table({"prompt": [json.dumps("")], "answer": ["\n" * 33]}))
+
+
 def test_what_is_no_reward_model_is_refused(tiny_llama, tmp_path):
     """A language model would get a head with random weights, and judge with it."""
     with pytest.raises(ModelError, match=r"lack score\.weight, which would be random numbers"):
         RewardModel.at(str(tiny_llama), "float32", False).open("cpu")
     two = make_classifier(tmp_path / "two", labels=2)
-    with pytest.raises(ModelError, match="2 outputs; expected one"):
+    with pytest.raises(ModelError, match=r"2 outputs .*expected one"):
         RewardModel.at(str(two), "float32", False).open("cpu")
     (tmp_path / "two" / "model.safetensors").rename(tmp_path / "two" / "pytorch_model.bin")
     with pytest.raises(ModelError, match="pickled"):

@@ -5,6 +5,8 @@ What was written is loaded again and compared with the policy on a few rows befo
 
 from __future__ import annotations
 
+import math
+import re
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -14,13 +16,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from raydpo.errors import ModelError, TrainError
+from raydpo.errors import ModelError, TrainError, some_of
 from raydpo.model.budget import free_memory, probe_group
-from raydpo.model.files import ADAPTER, model_files, read_header, some_names
+from raydpo.model.files import ADAPTER, model_files, read_header
 from raydpo.model.layout import PromptGroup
-from raydpo.model.load import dropout_settings, load_causal_lm, restore_dropout
+from raydpo.model.load import dropout_settings, load_causal_lm, restore_dropout, torch_dtype
 from raydpo.model.selfcheck import logps_by_definition
-from raydpo.model.weights import ADAPTER_NAME
+from raydpo.model.weights import ADAPTER_NAME, compare_headers
 from raydpo.training.gate import TOLERANCES
 from raydpo.training.policy.engine import Engine, PolicySpec
 
@@ -35,6 +37,14 @@ _ROWS, _PROMPT, _COMPLETION = 2, 32, 16
 """Groups of the data that are compared, and how many tokens of their prompts and completions."""
 _SPARE = 1.2
 """Memory needed to load a model again, in sizes of its weights."""
+
+_POLICYS = "the trained policy's"
+"""Whose log-probs are compared, in messages."""
+_AT_AN_END = re.compile(r"\.(?:lm_head|embed_out|embed_tokens|embed_in|wte|word_embeddings)\.(?!.*trainable_tokens)")
+"""Names of an adapter's tensors that change embedding or head. PEFT itself keeps trainable tokens tied."""
+_UNTIE_FIRST = (
+    ". Embedding and head of this model share one weight, and the adapter changes one of them: copy the head's weight before"
+)
 
 
 def export_policy(
@@ -82,6 +92,17 @@ def export_policy(
         if spec.quantization is None:
             check.load(directory, policy)
         return
+    if not check.has_memory(Path(spec.path), "cpu", None):
+        if spec.quantization is None:
+            check.load(directory, policy)
+        tied = engine.module.policy.config.get_text_config().tie_word_embeddings
+        changes_an_end = any(_AT_AN_END.search(name) for name in read_header(directory / ADAPTER)[1])
+        note(
+            f"warning: final/merged was not written: merging takes {check.told_memory}; to do it later, load final with "
+            "PEFT's AutoPeftModelForCausalLM on a machine with that memory, then merge_and_unload() and save_pretrained()"
+            + (_UNTIE_FIRST if tied and changes_an_end else "")
+        )
+        return
     # Merge into the stored weights, not into those that were quantized for training.
     how = {"rope_length": spec.rope_length, "trust_remote_code": spec.trust_remote_code}
     adapted = load_causal_lm(spec.path, spec.dtype, adapter=str(directory), **how)
@@ -97,7 +118,11 @@ def export_policy(
     _restore_dropout(spec, target)
     tokenizer.save_pretrained(str(target))
     _add_companions(spec, target)
-    check.load(target, plain, check_names=True)
+    if spec.quantization is None:
+        check.load(target, policy, check_names=True)
+    else:
+        whole = f"those of the adapter on {spec.path} as it is stored"
+        check.load(target, plain, check_names=True, of=whole, quantized=policy)
 
 
 def _write_adapter(policy: Any, spec: PolicySpec, base_name: str, weights: dict[str, torch.Tensor], directory: Path) -> None:
@@ -131,27 +156,28 @@ class _Check:
         device: torch.device | str = "cpu",
         quantization: str | None = None,
         check_names: bool = False,
+        of: str = _POLICYS,
+        quantized: Sequence[np.ndarray] | None = None,
     ) -> None:
         """Load ``directory`` again and compare its log-probs with ``expected``.
 
         Args:
             device: where the model is computed.
-            check_names: also compare the names of its tensors with those of the model that training began with.
+            check_names: also compare names and shapes of its tensors with those of the model that training began with.
+            of: whose log-probs ``expected`` are.
+            quantized: log-probs of the policy on its quantized base, whose distance is measured and not refused.
 
         Raises:
             TrainError: if it cannot be loaded, or its log-probs differ.
         """
         spec, adapter = self.spec, (directory / ADAPTER).is_file()
         if check_names:
-            self._check_names(directory)
+            self._compare_tensors(directory)
         base = Path(spec.path) if adapter else directory
-        needed = _SPARE * sum(file.stat().st_size for file in model_files(base, spec.trust_remote_code).weights)
-        free = free_memory(torch.device(device))
-        if free < needed:
+        if not self.has_memory(base, device, quantization):
             self.note(
-                f"warning: {self._name(directory)} was not loaded again and compared with the policy: that takes "
-                f"{needed / 1e9:.0f} GB of memory, and {free / 1e9:.0f} GB are free; only the names and shapes of its "
-                "tensors were checked"
+                f"warning: {self._name(directory)} was not loaded again to compare its log-probs with {of}: that "
+                f"takes {self.told_memory}; {self._check_headers(directory, base)}"
             )
             return
         try:
@@ -166,7 +192,51 @@ class _Check:
             )
         except ModelError as error:
             raise TrainError(f"what was exported to {self._name(directory)} cannot be loaded again: {error}") from None
-        self.compare(directory, self.score(loaded, device), expected)
+        found = self.score(loaded, device)
+        self.compare(directory, found, expected, of)
+        if quantized is not None:
+            self.note(
+                f"{self._name(directory)}: its log-probs differ by {_gap(found, quantized)[0]} from the trained policy's, "
+                f"whose base was quantized to {spec.quantization}; that is the error of quantization, and is not refused"
+            )
+
+    def has_memory(self, base: Path, device: torch.device | str, quantization: str | None) -> bool:
+        """Whether the model in ``base`` fits in the free memory of ``device``; ``told_memory`` says what it takes."""
+        files = model_files(base, self.spec.trust_remote_code).weights
+        needed = _SPARE * sum(file.stat().st_size for file in files)
+        if quantization is None:
+            needed = _SPARE * sum(self._loaded_bytes(tensor) for file in files for tensor in read_header(file)[1].values())
+        free = free_memory(torch.device(device))
+        self.told_memory = f"{needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"
+        return free >= needed
+
+    def _loaded_bytes(self, tensor: dict[str, Any]) -> int:
+        """Bytes of a stored tensor when it is loaded: numbers with a fraction become ``dtype``, others stay."""
+        if tensor["dtype"] in ("F64", "F32", "F16", "BF16"):
+            return math.prod(tensor["shape"]) * torch_dtype(self.spec.dtype).itemsize
+        begin, end = tensor["data_offsets"]
+        return end - begin
+
+    def _check_headers(self, directory: Path, base: Path) -> str:
+        """Compare the headers of the files with the architecture; returns what was checked.
+
+        Raises:
+            TrainError: if weights are missing, unknown, or of another shape.
+        """
+        adapter = str(directory) if directory != base else None
+        try:
+            warnings = compare_headers(base, adapter=adapter, trust_remote_code=self.spec.trust_remote_code)
+        except ModelError as error:
+            raise TrainError(f"what was exported to {self._name(directory)} cannot be loaded again: {error}") from None
+        if warnings is None:
+            return "its files were not checked, since this model cannot be made without its weights"
+        for line in warnings if adapter is None else ():
+            self.note(f"warning: {line}")
+        model = "its config.json describes" if adapter is None else "PEFT makes of its adapter_config.json"
+        return (
+            "only the names and shapes in the headers of its files were compared with those of the model that "
+            f"{model}: none is missing, none unknown, none of another shape"
+        )
 
     @torch.no_grad()
     def score(self, causal_lm: nn.Module, device: torch.device | str = "cpu") -> list[np.ndarray]:
@@ -174,25 +244,33 @@ class _Check:
         alone = [PromptGroup(group.prompt, (one,)) for group in self.groups for one in group.completions]
         return [logps_by_definition(causal_lm, group, torch.device(device)) for group in alone]
 
-    def compare(self, directory: Path, found: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> None:
+    def compare(
+        self, directory: Path, found: Sequence[np.ndarray], expected: Sequence[np.ndarray], of: str = _POLICYS
+    ) -> None:
         """Refuse log-probs that differ by more than rounding: the tolerances of the step-0 gate."""
-        gaps = np.abs(np.concatenate(found) - np.concatenate(expected))
-        (mean, worst), (most, token) = (float(gaps.mean()), float(gaps.max())), TOLERANCES[self.spec.dtype]
-        told = f"{mean:.2g} nats a token on average, {worst:.2g} at most (tolerance {most:g} and {token:g})"
+        (told, mean, worst), (most, token) = _gap(found, expected), TOLERANCES[self.spec.dtype]
+        told += f" (tolerance {most:g} and {token:g})"
         if not (mean <= most and worst <= token):
             raise TrainError(
-                f"the exported {self._name(directory)}, loaded again, differs from the trained policy by {told} over "
-                f"{len(gaps)} tokens, so it is not kept; the checkpoints are. Please report it with the model's config.json"
+                f"the log-probs of the exported {self._name(directory)}, loaded again, differ from {of} by {told} over "
+                f"{sum(map(len, found))} tokens, so it is not kept; the checkpoints are. Please report it with the model's "
+                "config.json"
             )
-        self.note(f"{self._name(directory)} loaded again: its log-probs differ from the trained policy's by {told}")
+        self.note(f"{self._name(directory)} loaded again: its log-probs differ from {of} by {told}")
 
-    def _check_names(self, directory: Path) -> None:
-        ours, theirs = (_tensor_names(path, self.spec.trust_remote_code) for path in (directory, Path(self.spec.path)))
-        other = sorted(ours - theirs - {"lm_head.weight"})  # a head may be untied
-        if other:
+    def _compare_tensors(self, directory: Path) -> None:
+        """Warn of tensors that other programs, which know the original files, would miss or not know."""
+        ours, theirs = (_shapes(path, self.spec.trust_remote_code) for path in (directory, Path(self.spec.path)))
+        head = {"lm_head.weight"}  # may be tied in one of them
+        new, gone = sorted(ours.keys() - theirs.keys() - head), sorted(theirs.keys() - ours.keys() - head)
+        other = [name for name in sorted(ours.keys() & theirs.keys()) if ours[name] != theirs[name]]
+        found = [f"has {len(new):,} more ({some_of(new)})"] if new else []
+        found += [f"lacks {len(gone):,} ({some_of(gone)})"] if gone else []
+        found += [f"has {len(other):,} of another shape ({some_of(other)})"] if other else []
+        if found:
             self.note(
-                f"warning: {self._name(directory)} has {len(other):,} tensors under names that the files of "
-                f"{self.spec.path} do not have ({some_names(other)}): transformers loads them, other programs may not"
+                f"warning: {self._name(directory)} has other tensors than the files of {self.spec.path}: it "
+                f"{' and '.join(found)}. transformers takes them, other programs may not"
             )
 
     @staticmethod
@@ -200,8 +278,17 @@ class _Check:
         return "final/merged" if directory.name == "merged" else "final"
 
 
-def _tensor_names(path: Path, trust_remote_code: bool) -> set[str]:
-    return {name for file in model_files(path, trust_remote_code).weights for name in read_header(file)[1]}
+def _gap(found: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> tuple[str, float, float]:
+    """Absolute differences of log-probs, in words; their mean, and the largest."""
+    gaps = np.abs(np.concatenate(found) - np.concatenate(expected))
+    mean, worst = float(gaps.mean()), float(gaps.max())
+    return f"{mean:.2g} nats a token on average, {worst:.2g} at most", mean, worst
+
+
+def _shapes(path: Path, trust_remote_code: bool) -> dict[str, list[int]]:
+    """Shapes of the tensors of a directory, by name."""
+    files = model_files(path, trust_remote_code).weights
+    return {name: tensor["shape"] for file in files for name, tensor in read_header(file)[1].items()}
 
 
 def _add_companions(spec: PolicySpec, directory: Path) -> None:
