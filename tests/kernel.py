@@ -155,7 +155,6 @@ def train_here(
         train=settings,
         shuffle=shuffle,
         policy=spec,
-        policy_identity="policy",
         reference_identity="reference",
         starts_as_reference=starts_as_reference,
         coarser_dtype=dtype,

@@ -312,11 +312,12 @@ def _prepare(file: str, overrides: Sequence[str], console: Console) -> Prepared:
     from raydpo.config import load_config
 
     config = load_config(file, overrides)
-    from raydpo.pipeline.checks import check
+    from raydpo.pipeline.checks import check, check_models
     from raydpo.pipeline.prepare import Prepared
 
     with console.quiet():
         check(config, "score", console)
+        check_models(config, "score", console)
         return Prepared.of(config, console)
 
 

@@ -14,6 +14,7 @@ from raydpo.errors import ConfigError, TrainError
 from raydpo.submit.command import add_jobs, add_submit, as_submit
 from raydpo.terminal.console import Console, never_fail_to_print
 from raydpo.terminal.guard import guarded
+from raydpo.terminal.phases import collect_rarely
 from raydpo.version import __version__
 
 if TYPE_CHECKING:
@@ -24,9 +25,15 @@ __all__ = ["job", "main", "parsed"]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit status."""
+    collect_rarely()
     never_fail_to_print()
     args = parsed(argv)
-    return guarded(lambda console: args.act(args, console))
+
+    def act(console: Console) -> None:
+        console.verbose = getattr(args, "verbose", False)
+        args.act(args, console)
+
+    return guarded(act)
 
 
 def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -67,12 +74,16 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value", help="settings instead of the file's")
         return verb
 
-    configured("score", _score, "score the pairs with the reference, once, and store the log-probs")
+    def verbose(verb: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        verb.add_argument("-v", "--verbose", action="store_true", help="print what the start-up does, with its seconds")
+        return verb
+
+    verbose(configured("score", _score, "score the pairs with the reference, once, and store the log-probs"))
     for name, about in (
         ("train", "train the policy with stored log-probs, or continue an interrupted run"),
         ("run", "score, then train"),
     ):
-        verb = configured(name, _train, about)
+        verb = verbose(configured(name, _train, about))
         verb.add_argument("--fresh", action="store_true", help="start again; rename an earlier run of this name")
     sweep = configured("sweep", _sweep, "train with many settings and one cache, or continue an interrupted sweep")
     sweep.add_argument("--fresh", action="store_true", help="start again; rename an earlier sweep of this name")

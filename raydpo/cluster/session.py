@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 
 from raydpo.cluster.nodes import usable_cores
 from raydpo.config import Config
 from raydpo.errors import ConfigError, RaydpoError, one_line
 from raydpo.storage.uri import shown
 
-__all__ = ["session", "starts_own_ray"]
+__all__ = ["owns_ray", "session", "starts_own_ray"]
 
 WORKER_ENV = {
     "TOKENIZERS_PARALLELISM": "false",
@@ -22,6 +23,11 @@ WORKER_ENV = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "PYTHONUTF8": "1",  # libraries open files in the encoding of the locale, which may be ASCII
 }
+ONE_NODE_ENV = {
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a Ray of our own loses no node before the command ends
+    "RAY_TRAIN_METRICS_ENABLED": "0",  # there is no dashboard to show them
+}
+"""What Ray Train need not do on a Ray of our own. Each of its helpers is a process, which takes a CPU second to start."""
 OBJECT_STORE_BYTES = 1 << 30
 """Object store of a local Ray. Token ids and log-probs are small; Ray's default, 30 % of memory, is left to the models."""
 
@@ -48,10 +54,10 @@ def session(config: Config) -> Iterator[None]:
             "'raydpo jobs' use; unset it to run here, and set $RAY_API_SERVER_ADDRESS to it for those two"
         )
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
-    common = {"runtime_env": {"env_vars": WORKER_ENV}, "log_to_driver": False, "logging_level": "warning"}
+    common = {"log_to_driver": False, "logging_level": "warning"}
     try:
         if address:
-            ray.init(address=address, **common)
+            ray.init(address=address, runtime_env={"env_vars": WORKER_ENV}, **common)
         else:
             # These CPUs only limit scheduling. Each actor holds one. Ray Data's own tasks need some more; without them they
             # would never start.
@@ -59,9 +65,14 @@ def session(config: Config) -> Iterator[None]:
             # By default Ray starts a process for each CPU in advance, without our environment. Each costs seconds of CPU
             # time and is never used.
             os.environ |= {"RAY_prestart_worker_first_driver": "0", "RAY_enable_worker_prestart": "0"}
+            # By default workers give way to every other process, so that each of Ray's own stops one of their threads, and
+            # with it the step.
+            os.environ.setdefault("RAY_worker_niceness", "0")
             # Without "local" it would join a Ray that another user has started on this machine.
             store = _object_store_bytes()
-            ray.init(address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=store, **common)
+            # Workers inherit the environment of our Ray. A runtime environment would cost each of them half a second.
+            with _environment(WORKER_ENV):
+                ray.init(address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=store, **common)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise ConfigError(
             f"cannot reach Ray at {named} {address!r}: {one_line(error, 300)}"
@@ -76,16 +87,36 @@ def session(config: Config) -> Iterator[None]:
             "cluster (ray.address)"
         ) from None
     try:
-        yield
+        with contextlib.nullcontext() if address else _environment(ONE_NODE_ENV):
+            yield
     finally:
         ray.shutdown()
 
 
+def owns_ray() -> bool:
+    """Whether this is a session of a local Ray that ``session`` started, and that ends with it."""
+    return ONE_NODE_ENV.items() <= os.environ.items()
+
+
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables within the block."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ |= variables
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
 def starts_own_ray(config: Config) -> bool:
     """Whether ``session`` will start a local Ray: there is no cluster to connect to, and the program has no Ray yet."""
-    import ray
-
-    return not ray.is_initialized() and not _address(config)
+    ray = sys.modules.get("ray")  # a program that has a Ray has imported it
+    return not (ray and ray.is_initialized()) and not _address(config)
 
 
 def _address(config: Config) -> str | None:

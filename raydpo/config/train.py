@@ -168,8 +168,10 @@ class TrainConfig(ObjectiveConfig):
     """Seconds after which a worker that the others wait for counts as hung, and all workers are restarted."""
     max_skipped: Int = Field(default=3, ge=0)
     """Largest number of consecutive steps skipped because a loss or gradient is not finite; one more ends the run."""
-    gate_pairs: Int = Field(default=32, ge=1)
-    """Number of pairs that the step-0 gate scores again: those of the first step, the most extreme ones, and random ones."""
+    gate_pairs: Int = Field(default=12, ge=1)
+    """Number of pairs that the step-0 gate scores again: those of the first step, the most extreme ones, and random ones.
+
+    Other weights or tokens show in every pair. A change of a share f of the pairs escapes n random ones with (1 - f)^n."""
     sample_prompts: Int = Field(default=0, ge=0)
     """Number of held-out prompts that the policy answers (greedily) before and after training."""
     sample_tokens: Int = Field(default=64, ge=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -55,23 +56,42 @@ class Budget:
 
 
 def find_budget(
-    run: Callable[[int], object], device: torch.device, *, most: Mapping[str, int], share: float = 1.0, reserve: float = 0.0
+    run: Callable[[int], object],
+    device: torch.device,
+    *,
+    most: Mapping[str, int],
+    share: float = 1.0,
+    reserve: float = 0.0,
+    known: float | None = None,
+    agree: Callable[[bool], bool] = bool,
 ) -> Budget:
-    """Find the largest budget that fits. Memory grows linearly with positions, so two short passes are enough.
+    """Find the largest budget that fits.
+
+    A first short pass also makes buffers that later ones use, so its peak is more than its positions need. If even so many
+    bytes for each position leave room for ``most``, that is the budget. Else two passes are compared: memory grows linearly
+    with positions.
 
     Args:
         run: computes a pass of the given number of positions and returns what must stay alive (in training, the graph).
         most: ``MOST_SCORED`` or ``MOST_TRAINED``.
         share: share of the device's memory that this process may use, 0 to 1.
         reserve: bytes to keep free for something else.
+        known: bytes of a position as measured earlier, at least.
+        agree: as for ``Recall``: whether all processes that compute the passes together need no more of them.
     """
-    run(PROBES[0])  # allocates buffers that are made once
+
+    def budget(per_token: float) -> Budget:
+        free = max(0.0, free_memory(device, share) - reserve)
+        fits = int(MARGIN * free / per_token)
+        return Budget(min(most[device.type], max(STEP, fits // STEP * STEP)), per_token, free)
+
+    found = budget(known or max(_peak(run, PROBES[0], device) / PROBES[0], 1.0))
+    if agree(found.tokens == most[device.type]):
+        return found
+    if known:
+        run(PROBES[0])
     small, large = (_peak(run, tokens, device) for tokens in PROBES)
-    per_token = max((large - small) / (PROBES[1] - PROBES[0]), 1.0)
-    free = max(0.0, free_memory(device, share) - reserve)
-    fits = int(MARGIN * free / per_token)
-    tokens = min(most[device.type], max(STEP, fits // STEP * STEP))
-    return Budget(tokens, per_token, free)
+    return budget(max((large - small) / (PROBES[1] - PROBES[0]), 1.0))
 
 
 def probe_group(tokens: int, vocabulary: int) -> PromptGroup:
@@ -115,6 +135,9 @@ def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
+    # The C library keeps freed memory, which a pass would use without being noticed.
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
     # Resets the process's high-water mark. Where the system does not allow it, the mark only grows.
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")

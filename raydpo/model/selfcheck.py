@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,6 +23,7 @@ from raydpo.model.attention import available_bodies
 from raydpo.model.layout import PADDED, Method, PromptGroup
 from raydpo.model.limits import longest_sequence
 from raydpo.model.logps import LogpModel
+from raydpo.model.recall import Recall
 from raydpo.model.rotary import fix_rotary
 from raydpo.model.ulysses import SequenceGroup
 
@@ -63,18 +65,35 @@ class CheckReport:
 
 @torch.no_grad()
 def choose_layout(
-    model: LogpModel, device: torch.device, wish: Wish = "auto", rows: Sequence[PromptGroup] = ()
+    model: LogpModel,
+    device: torch.device,
+    wish: Wish = "auto",
+    rows: Sequence[PromptGroup] = (),
+    recall: Recall | None = None,
 ) -> CheckReport:
     """Check the layouts and make ``model`` use the fastest exact one.
 
     Args:
         wish: ``auto``, or the layout to use.
         rows: groups of the data; ``CHECK_ROWS`` of them are checked, shortened, besides the built-in cases.
+        recall: what is known of the model. If this check is, it is not made again.
 
     Raises:
         ModelError: if the requested layout is wrong for this model, or if even padded rows differ from the model's own
             logits.
     """
+    recall = recall or Recall(None, device)
+    known = recall.known(f"layout {wish}")
+    if known is None:
+        report = _try_layouts(model, device, wish, rows)
+        recall.keep(f"layout {wish}", [*dataclasses.astuple(report.method), report.line, model.float32_stream])
+        return report
+    layout, body, line, model.float32_stream = known
+    model.use(method := Method(layout, body))
+    return CheckReport(method, f"{line} (checked earlier on this machine)")
+
+
+def _try_layouts(model: LogpModel, device: torch.device, wish: Wish, rows: Sequence[PromptGroup]) -> CheckReport:
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
     tolerance = TOLERANCES[dtype]
     twin = None if dtype == torch.float32 else _twin(model.causal_lm)
@@ -152,14 +171,21 @@ def share_positions(model: LogpModel, device: torch.device, group: SequenceGroup
 
 
 @torch.no_grad()
-def check_training_mode(model: LogpModel, device: torch.device) -> None:
+def check_training_mode(model: LogpModel, device: torch.device, recall: Recall | None = None) -> None:
     """Check that a pass in training mode gives the same log-probs as in evaluation mode, in which the reference is scored.
 
     Leaves the model in training mode.
 
+    Args:
+        recall: what is known of the model. If this check is, it is not made again.
+
     Raises:
         ModelError: if they differ, naming the module that causes it.
     """
+    recall = recall or Recall(None, device)
+    if recall.known("training mode"):
+        model.train()
+        return
     groups = [group for case in _cases(model, ()).values() for group in case]
 
     def score(mode: bool, quiet: tuple[nn.Module, ...] = ()) -> np.ndarray:
@@ -192,6 +218,7 @@ def check_training_mode(model: LogpModel, device: torch.device) -> None:
             "or dropout; set that to 0 in config.json"
         )
     model.train()
+    recall.keep("training mode", True)
 
 
 def _flat(scored: Sequence[tuple[np.ndarray, ...]]) -> np.ndarray:

@@ -8,7 +8,7 @@ from raydpo.config import Config
 from raydpo.data.facts import pair_facts
 from raydpo.data.pairs import SAME
 from raydpo.errors import ConfigError
-from raydpo.pipeline.checks import check
+from raydpo.pipeline.checks import check, check_models
 from raydpo.pipeline.prepare import Prepared
 from raydpo.reference.pairs import reference_values
 from raydpo.rundir.directory import AUDIT_PAGE, RUN
@@ -34,6 +34,7 @@ def audit(config: Config, console: Console | None = None) -> Audit:
     """
     console = console or Console()
     check(config, "audit", console)
+    check_models(config, "audit", console)
     return audit_prepared(Prepared.of(config, console), console)
 
 

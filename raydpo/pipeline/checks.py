@@ -15,17 +15,22 @@ from raydpo.data.pairs import HELD_OUT, check_first_records, held_out_source
 from raydpo.data.records import read_records
 from raydpo.data.tokenise import has_tokenizer, load_tokenizer
 from raydpo.errors import ConfigError, FilesError, ModelError
+from raydpo.evaluation.policy import policy_files
 from raydpo.evaluation.prompts import reading
 from raydpo.losses import Objective
+from raydpo.model.files import adapter_files, model_files
 from raydpo.model.weights import check_weights
 from raydpo.reference.identity import differs_from_its_tie, identify, resolve_model
+from raydpo.storage.memory import program, remembered, stamp
 from raydpo.terminal.console import Console
 
-__all__ = ["check"]
+__all__ = ["check", "check_models"]
 
 
 def check(config: Config, verb: Verb, console: Console, trials: Sequence[Config] = ()) -> None:
-    """Refuse a configuration with which ``verb`` would fail, as far as one process can tell.
+    """Refuse a configuration with which ``verb`` would fail, as far as one process can tell without building the models.
+
+    ``check_models`` does the rest. It takes two seconds longer, so whoever reads pairs first reads them in between.
 
     Args:
         console: for warnings.
@@ -49,13 +54,57 @@ def check(config: Config, verb: Verb, console: Console, trials: Sequence[Config]
         models += [path for each in trusted for path in (each.evaluate.policy, each.evaluate.reward_model)]
     for path in dict.fromkeys(filter(None, models)):
         console.warn(f"model.trust_remote_code is on: Python code in {path} runs with your rights")
-    _check_models(configs, console, policy=verb != "eval")
-    tokenizers = _check_tokenizers(configs)
-    if verb == "eval" or (verb == "sweep" and config.sweep is not None and config.sweep.evaluate):
-        _check_judges(configs, console)
-    if verb == "eval":
-        _check_policy(config, tokenizers[0], console)
     _check_values(configs, verb, console)
+    tokenizers = _check_tokenizers(configs)
+    if _judges(config, verb):
+        _check_judges(configs)
+    if verb == "eval":
+        _check_policy(config, tokenizers[0])
+
+
+def check_models(config: Config, verb: Verb, console: Console, trials: Sequence[Config] = ()) -> None:
+    """Check that the files of all models that ``verb`` loads are complete. Reads only their headers.
+
+    Args:
+        console, trials: as for ``check``.
+
+    Raises:
+        ModelError: naming the weights that are missing or have another shape.
+    """
+    wanted: dict[tuple[str, str | None, bool], None] = {}
+    rewards: dict[tuple[str, bool], None] = {}
+    for each in trials or [config]:
+        trusted = each.model.trust_remote_code
+        if verb == "eval":
+            files = policy_files(each)
+            wanted[files.base, files.adapter, trusted] = None
+        else:
+            wanted[each.model.path, each.model.adapter, trusted] = None
+        wanted[each.reference_path, each.reference_adapter, trusted] = None
+        if each.evaluate.reward_model is not None and _judges(config, verb):
+            rewards[each.evaluate.reward_model, trusted] = None
+    lines = [line for path, adapter, trusted in wanted for line in _complete(path, adapter, trusted)]
+    if rewards:
+        from raydpo.answers.reward import check_reward_model  # imports transformers' models
+
+        lines += [line for path, trusted in rewards for line in check_reward_model(resolve_model(path), trusted)]
+    for line in lines:
+        console.warn(line)
+
+
+def _complete(path: str, adapter: str | None, trusted: bool) -> list[str]:
+    """As ``check_weights``, which imports transformers' models for two seconds. Its warnings are remembered."""
+    path, adapter = resolve_model(path), adapter and resolve_model(adapter)
+    files = model_files(path, trusted)
+    used = [*files.weights, *files.code, *([adapter_files(adapter).weights] if adapter else [])]
+    settings = [files.config, adapter and adapter_files(adapter).config, trusted]
+    decides = [*settings, *map(stamp, used), program("torch", "transformers", "peft")]
+    return remembered("complete", decides, lambda: check_weights(path, adapter=adapter, trust_remote_code=trusted))
+
+
+def _judges(config: Config, verb: Verb) -> bool:
+    """Whether ``verb`` judges answers as section ``evaluate`` says."""
+    return verb == "eval" or (verb == "sweep" and config.sweep is not None and config.sweep.evaluate)
 
 
 def _check_reference(config: Config) -> None:
@@ -87,23 +136,8 @@ def _check_data(configs: Sequence[Config], verb: Verb) -> None:
             check_first_records(source, name, config.data, reader)
 
 
-def _check_models(configs: Sequence[Config], console: Console, *, policy: bool) -> None:
-    """Check that the files of references, and of policies if asked, are complete. Reads only their headers."""
-    wanted: dict[tuple[str, str | None, bool], None] = {}
-    for config in configs:
-        if policy:
-            wanted[config.model.path, config.model.adapter, config.model.trust_remote_code] = None
-        wanted[config.reference_path, config.reference_adapter, config.model.trust_remote_code] = None
-    for path, adapter, trust_remote_code in wanted:
-        adapter = adapter and resolve_model(adapter)
-        for line in check_weights(resolve_model(path), adapter=adapter, trust_remote_code=trust_remote_code):
-            console.warn(line)
-
-
 def _check_values(configs: Sequence[Config], verb: Verb, console: Console) -> None:
     """Hash the weights of all models, which refuses NaN. Digests are remembered, so later stages do not read them again."""
-    from raydpo.evaluation.policy import policy_files
-
     wanted: dict[tuple[str, str | None, bool], None] = {}
     for config in configs:
         trusted = config.model.trust_remote_code
@@ -113,7 +147,7 @@ def _check_values(configs: Sequence[Config], verb: Verb, console: Console) -> No
             wanted[files.base, files.adapter, trusted] = None
         else:
             wanted[config.model.path, config.model.adapter, trusted] = None
-        if config.evaluate.reward_model is not None and (verb == "eval" or (config.sweep and config.sweep.evaluate)):
+        if config.evaluate.reward_model is not None and _judges(config, verb):
             wanted[config.evaluate.reward_model, None, trusted] = None
     for path, adapter, trusted in wanted:
         directory = resolve_model(path)
@@ -139,31 +173,21 @@ def _check_tokenizers(configs: Sequence[Config]) -> list[Any]:
         raise FilesError(str(error)) from None
 
 
-def _check_judges(configs: Sequence[Config], console: Console) -> None:
-    """Check what judges the answers of an evaluation: the user's function, the API key, the reward model."""
+def _check_judges(configs: Sequence[Config]) -> None:
+    """Check what judges the answers of an evaluation: the user's function, the API key."""
     from raydpo.answers.contests import own_function
     from raydpo.answers.judge import Judge
-    from raydpo.answers.reward import check_reward_model
 
     for path in dict.fromkeys(filter(None, (config.evaluate.score_with for config in configs))):
         own_function(path)
     for judge in dict.fromkeys(filter(None, (config.evaluate.judge for config in configs))):
         with Judge(judge):  # raises an error without its key; sends no request
             pass
-    rewards = [(each.evaluate.reward_model, each.model.trust_remote_code) for each in configs if each.evaluate.reward_model]
-    for path, trust_remote_code in dict.fromkeys(rewards):
-        for line in check_reward_model(resolve_model(path), trust_remote_code):
-            console.warn(line)
 
 
-def _check_policy(config: Config, tokenizer: Any, console: Console) -> None:
-    """Check that the policy to evaluate is complete, and has the vocabulary of ``tokenizer``: log-probs of the same tokens
-    are compared."""
-    from raydpo.evaluation.policy import policy_files
-
+def _check_policy(config: Config, tokenizer: Any) -> None:
+    """Check that the policy to evaluate has the vocabulary of ``tokenizer``: log-probs of the same tokens are compared."""
     files, trust_remote_code = policy_files(config), config.model.trust_remote_code
-    for line in check_weights(files.base, adapter=files.adapter, trust_remote_code=trust_remote_code):
-        console.warn(line)
     directory = files.adapter or files.base
     if not has_tokenizer(directory):
         return

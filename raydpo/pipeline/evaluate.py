@@ -37,7 +37,7 @@ from raydpo.evaluation.prompts import Prompt, choose_prompts, evaluation_data, p
 from raydpo.evaluation.samples import Answers
 from raydpo.model.limits import check_limits
 from raydpo.model.rotary import rope_line
-from raydpo.pipeline.checks import check
+from raydpo.pipeline.checks import check, check_models
 from raydpo.pipeline.prepare import limits_of, measured_pairs, open_reference, open_tokeniser, reference_line
 from raydpo.pipeline.score import fill_cache
 from raydpo.reference.identity import resolve_model
@@ -75,6 +75,7 @@ def evaluate(config: Config, console: Console | None = None) -> dict[str, Any]:
     """
     console = console or Console()
     check(config, "eval", console)
+    check_models(config, "eval", console)
     settings = config.evaluate
     read = _read_pairs(config, console) if starts_own_ray(config) else None  # bad pairs end the command before that
     with session(config):

@@ -18,7 +18,7 @@ from raydpo.cluster.preflight import check_nodes
 from raydpo.cluster.resources import Resources, bfloat16_is_faster
 from raydpo.cluster.session import starts_own_ray
 from raydpo.cluster.waiting import wait_for
-from raydpo.config import Config, is_hub_name
+from raydpo.config import Config, Verb, is_hub_name
 from raydpo.config.filter import PairFilter
 from raydpo.data.filter import filtered_by_tokens
 from raydpo.data.index import as_bytes
@@ -27,6 +27,7 @@ from raydpo.data.tokenise import Tokeniser, load_tokenizer
 from raydpo.losses import own_sources
 from raydpo.model.limits import ModelLimits, check_limits
 from raydpo.model.rotary import ROTARY, rope_line
+from raydpo.pipeline.checks import check, check_models
 from raydpo.reference.identity import ReferenceIdentity, earlier_identity, identify, resolve_model
 from raydpo.reference.score import ReferenceSpec
 from raydpo.reference.store import ReferenceCache
@@ -36,6 +37,7 @@ from raydpo.terminal.console import Console
 __all__ = [
     "Prepared",
     "Tokenised",
+    "checked",
     "limits_of",
     "measured_pairs",
     "open_reference",
@@ -97,6 +99,18 @@ class Tokenised:
         return cls.of(config, console) if starts_own_ray(config) else None
 
 
+def checked(config: Config, verb: Verb, console: Console) -> Tokenised | None:
+    """Make the checks of ``verb`` that need no Ray. Returns what ``Tokenised.before_ray`` gives."""
+    console.begin("checks")
+    check(config, verb, console)
+    console.begin("reading pairs")
+    tokenised = Tokenised.before_ray(config, console)
+    console.begin("checking model files")
+    check_models(config, verb, console)
+    console.begin("Ray")
+    return tokenised
+
+
 @dataclass(frozen=True)
 class Prepared:
     """Inputs of both stages: pairs as token ids, the reference and its cache.
@@ -123,6 +137,7 @@ class Prepared:
         Args:
             tokenised: its pairs, if they were read before.
         """
+        console.begin("pairs, reference and cache")
         model = config.model
         native = "bfloat16" if bfloat16_is_faster() else "float32"
         dtype = native if model.dtype == "auto" else model.dtype

@@ -8,8 +8,7 @@ from raydpo.cluster.preflight import check_cluster
 from raydpo.cluster.session import session
 from raydpo.cluster.waiting import request_nodes
 from raydpo.config import Config
-from raydpo.pipeline.checks import check
-from raydpo.pipeline.prepare import Prepared, Tokenised
+from raydpo.pipeline.prepare import Prepared, checked
 from raydpo.pipeline.score import score_prepared
 from raydpo.pipeline.train import train_prepared
 from raydpo.rundir.directory import SUMMARY
@@ -23,8 +22,7 @@ __all__ = ["run"]
 def run(config: Config, console: Console | None = None, *, fresh: bool = False) -> dict[str, Any]:
     """Call ``score``, then ``train``, in one Ray session. Arguments and result are those of ``train``."""
     console = console or Console()
-    check(config, "run", console)
-    tokenised = Tokenised.before_ray(config, console)
+    tokenised = checked(config, "run", console)
     with session(config):
         check_cluster(config, ["score", "train"], console)
         with request_nodes(config, wanted=fresh or not Storage(config.run_dir).exists(SUMMARY)):

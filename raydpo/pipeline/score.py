@@ -11,8 +11,7 @@ from raydpo.cluster.resources import resources_for
 from raydpo.cluster.session import session
 from raydpo.config import Config
 from raydpo.pipeline.audit import audit_prepared
-from raydpo.pipeline.checks import check
-from raydpo.pipeline.prepare import Prepared, Tokenised, wait_for_workers
+from raydpo.pipeline.prepare import Prepared, checked, wait_for_workers
 from raydpo.reference.build import BuildReport, build
 from raydpo.reference.score import ReferenceSpec
 from raydpo.reference.store import ReferenceCache
@@ -29,8 +28,7 @@ def score(config: Config, console: Console | None = None) -> BuildReport:
         RaydpoError: if it fails. Committed log-probs stay in the cache.
     """
     console = console or Console()
-    check(config, "score", console)
-    tokenised = Tokenised.before_ray(config, console)
+    tokenised = checked(config, "score", console)
     with session(config):
         check_cluster(config, ["score"], console)
         return score_prepared(Prepared.of(config, console, tokenised), console)
@@ -49,6 +47,7 @@ def score_prepared(prepared: Prepared, console: Console, tables: list[pa.Table] 
         console.say(f"reference: none; loss {config.train.loss_text} needs none, so nothing is scored")
         nothing = dict.fromkeys(("wanted", "hits", "scored", "by_others", "twice", "tokens", "parts"), 0)
         report = BuildReport(cache.identity.digest, **nothing, seconds=0.0, problems=())
+    console.begin("audit")
     try:
         audit_prepared(prepared, console)
     except Exception as error:  # the log-probs are stored, so scoring has succeeded
@@ -66,7 +65,10 @@ def fill_cache(
 
         def progress(done: int, to_do: int) -> None:
             nonlocal line
+            if done:
+                console.begin("scoring")
             if line is None:
+                console.begin("scoring: workers")
                 console.say(f"scoring {to_do:,} completions on {resources.workers} {resources.device} worker(s)")
                 wait_for_workers("score", config, resources, console)
                 line = stack.enter_context(console.progress("scoring", to_do, "completions"))

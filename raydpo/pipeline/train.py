@@ -13,8 +13,7 @@ from raydpo.cluster.session import session
 from raydpo.config import Config
 from raydpo.data.filter import filter_pairs
 from raydpo.model.cost import ModelCost
-from raydpo.pipeline.checks import check
-from raydpo.pipeline.prepare import Prepared, Tokenised, measured_pairs, wait_for_workers
+from raydpo.pipeline.prepare import Prepared, checked, measured_pairs, wait_for_workers
 from raydpo.reference.pairs import join_reference
 from raydpo.reports.write import write_report_or_warn
 from raydpo.rundir.card import model_card
@@ -50,8 +49,7 @@ def train(config: Config, console: Console | None = None, *, fresh: bool = False
         RaydpoError: if anything else fails.
     """
     console = console or Console()
-    check(config, "train", console)
-    tokenised = Tokenised.before_ray(config, console)
+    tokenised = checked(config, "train", console)
     with session(config):
         check_cluster(config, ["train"], console)
         prepared = Prepared.of(config, console, tokenised)
@@ -147,10 +145,10 @@ def _training_job(prepared: Prepared, resources: Resources, until: int | None = 
             rope_length=policy.rope_length,
             trust_remote_code=config.model.trust_remote_code,
             layout=config.model.layout,
+            identity=policy.digest,
         ),
         work=ModelCost.of(prepared.policy_dir).work,
         memory_share=resources.memory_share,
-        policy_identity=policy.digest,
         reference_identity=reference.digest,
         starts_as_reference=policy.same_model(reference),
         coarser_dtype="bfloat16" if "bfloat16" in (policy.dtype, reference.dtype) else "float32",
@@ -182,6 +180,7 @@ def train_prepared(
     if summary is not None:
         console.say(f"run {config.run_name} is already complete: {redact(config.run_dir)} (--fresh trains it again)")
     else:
+        console.begin("joining pairs with log-probs")
         joined = join_sets(prepared, console) if shared is None else shared.joined
         resources = resources_for("train", config, 1 if shared is None else shared.at_once)
         if shared is None:
@@ -200,6 +199,7 @@ def train_prepared(
                 tokenizer=prepared.tokeniser.tokenizer,
                 board=None if shared is None else shared.board,
             )
+            console.begin("training: workers")
             trained = launch(payload, resources, display.listen)
         if trained["interrupted"]:
             if trained["steps"] == job.stop_after:
@@ -207,6 +207,7 @@ def train_prepared(
             console.say(f"stopped after step {trained['steps']:,}; its checkpoint is in {redact(config.run_dir)}")
             raise KeyboardInterrupt
         summary = _summarise(prepared, storage, trained, hit_rate, job, joined.training_pairs)
+        summary["startup_seconds"] = {name: round(seconds, 2) for name, seconds in console.phases.seconds.items()}
         storage.write("final/README.md", model_card(config, summary).encode())
         storage.write(SUMMARY, json.dumps(finite(summary), indent=2, allow_nan=False).encode())
     print_summary(console, summary)

@@ -14,7 +14,6 @@ import json
 import os
 import platform
 import re
-import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from raydpo.config import is_hub_name
 from raydpo.errors import FilesError, ModelError, one_line, some_of
 from raydpo.model.files import AdapterFiles, ModelFiles, adapter_files, model_files, read_header, weights_lacking
 from raydpo.model.rotary import rope_length
-from raydpo.storage.local_copy import local_home
+from raydpo.storage.memory import remembered, stamp
 
 __all__ = [
     "QUANTIZED",
@@ -336,24 +335,8 @@ def _tensors_digest(files: Sequence[Path]) -> str:
 
 
 def _file_tensors(file: Path) -> dict[str, str]:
-    stat = file.stat()
-    # A copy that preserves times cannot set the change time (ctime), so overwritten weights are always noticed. The last
-    # entry says what was checked: earlier versions remembered digests of weights that may be NaN.
-    stamp = [str(file.resolve()), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, "finite"]
-    memo = local_home() / "digests" / f"{hashlib.sha256(json.dumps(stamp).encode()).hexdigest()}.json"
-    try:
-        return json.loads(memo.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        pass
-    tensors = _hash_tensors(file)
-    try:
-        memo.parent.mkdir(parents=True, exist_ok=True)
-        temporary = memo.with_suffix(f".{uuid.uuid4().hex}")
-        temporary.write_text(json.dumps(tensors), encoding="utf-8")
-        os.replace(temporary, memo)
-    except OSError:
-        pass  # without a writable home, files are hashed again next time
-    return tensors
+    # The last entry says what was checked: earlier versions remembered digests of weights that may be NaN.
+    return remembered("digests", [*stamp(file), "finite"], lambda: _hash_tensors(file))
 
 
 _INFINITE = {

@@ -21,6 +21,7 @@ from raydpo.model.layout import Layout, PromptGroup, shapes_of
 from raydpo.model.limits import longest_sequence
 from raydpo.model.load import load_causal_lm
 from raydpo.model.logps import LogpModel
+from raydpo.model.recall import Recall
 from raydpo.model.selfcheck import CHECK_ROWS, Wish, choose_layout, logps_by_definition, share_positions
 from raydpo.model.ulysses import SequenceGroup
 from raydpo.reference.identity import ReferenceIdentity, proved_here
@@ -86,18 +87,26 @@ class Scorer:
         alone: bool = False,
     ) -> None:
         self.device = torch.device(device)
+        # The processes of a team check together, and each machine remembers other things.
+        recall = Recall(None if group is not None else spec.identity.to_dict(), self.device)
         with proved_here(spec):
-            earlier = self._sample(self._load(spec), check_rows) if alone and check_rows and _loaded_twice(spec) else None
+            twice = alone and check_rows and not recall.known("loaded twice") and _loaded_twice(spec)
+            earlier = self._sample(self._load(spec), check_rows) if twice else None
             self.model = self._load(spec)
         self.sample = self._sample(self.model, check_rows)
         if earlier is not None:
             refuse_difference(spec, earlier, self.sample, "loaded twice by one worker")
-        self.notes = [choose_layout(self.model, self.device, spec.layout, check_rows).line]
+            recall.keep("loaded twice", True)
+        self.notes = [choose_layout(self.model, self.device, spec.layout, check_rows, recall).line]
         if group is not None:
             self.notes.append(share_positions(self.model, self.device, group, check_rows))
         self._size = 1 if group is None else group.size
         if tokens_per_batch == "auto":
-            budget = find_budget(self._probe, self.device, most=MOST_SCORED, share=memory_share)
+            known = recall.known("scoring")
+            agree = bool if group is None else lambda value: bool(group.smallest(int(value), self.device))
+            room = {"most": MOST_SCORED, "share": memory_share}
+            budget = find_budget(self._probe, self.device, **room, known=known, agree=agree)
+            recall.keep("scoring", budget.bytes_per_token)
             self.notes.append(budget.line())
             tokens_per_batch = budget.tokens if group is None else group.smallest(budget.tokens, self.device)
         self.tokens_per_batch = tokens_per_batch

@@ -6,9 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from raydpo.errors import ConfigError
-from raydpo.reports.compare import comparison_page
-from raydpo.reports.run import run_page
-from raydpo.reports.sweep import sweep_page
 from raydpo.rundir.directory import REPORT
 from raydpo.rundir.read import RunRecord, SweepRecord, is_sweep
 from raydpo.storage.files import Storage
@@ -31,6 +28,9 @@ def write_report(place: str) -> str:
         ConfigError: if it is neither a run nor a sweep.
         RaydpoError: if one of its files is damaged, naming it.
     """
+    from raydpo.reports.run import run_page  # imports matplotlib, which takes half a second
+    from raydpo.reports.sweep import sweep_page
+
     storage = Storage(place)
     page = sweep_page(SweepRecord.read(storage)) if is_sweep(storage) else run_page(RunRecord.read(storage))
     storage.write(REPORT, page.encode())
@@ -44,6 +44,8 @@ def write_comparison(places: Sequence[str], out: Path) -> None:
         ConfigError: if one of the places is neither a run nor a sweep, or there are fewer than two runs in all.
         RaydpoError: if a file is damaged, naming it.
     """
+    from raydpo.reports.compare import comparison_page
+
     runs: list[RunRecord] = []
     for place in places:
         storage = Storage(place)

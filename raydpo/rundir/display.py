@@ -29,6 +29,9 @@ class TrainingDisplay:
         """Show an event, see ``training.launch.board.Listener``."""
         getattr(self, f"_{kind}")(content)
 
+    def _phase(self, name: str) -> None:
+        self.console.begin(name)
+
     def _begin(self, facts: dict[str, Any]) -> None:
         first, total = facts["first_step"], facts["total_steps"]
         if self._total:
@@ -43,6 +46,10 @@ class TrainingDisplay:
         self._line, self._total = None, total
 
     def _step(self, row: dict[str, float]) -> None:
+        if self.console.phases.running:
+            self.console.phases.end()
+            if self.console.verbose:
+                self.console.say(self.console.phases.line())
         if self._line is None:  # begins with the first step: gate and first evaluation would distort the rate
             progress = self.console.progress("training", self._total, "steps", done=int(row["step"]))
             self._line = self._bar.enter_context(progress)

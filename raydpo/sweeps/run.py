@@ -20,7 +20,7 @@ from raydpo.cluster.session import session
 from raydpo.cluster.waiting import request_nodes
 from raydpo.config import Config, lower_is_better
 from raydpo.errors import ConfigError, RaydpoError
-from raydpo.pipeline.checks import check
+from raydpo.pipeline.checks import check, check_models
 from raydpo.pipeline.evaluate import evaluate, pairs_to_evaluate, protocol
 from raydpo.pipeline.prepare import Prepared, Tokenised, measured_pairs
 from raydpo.pipeline.score import score_prepared
@@ -67,15 +67,17 @@ def sweep(config: Config, console: Console | None = None, *, fresh: bool = False
     """
     console = console or Console()
     trials = trials_of(config)
-    check(config, "sweep", console, [trial.config for trial in trials])
+    configs = [trial.config for trial in trials]
+    check(config, "sweep", console, configs)
     storage = Storage(config.run_dir)
-    if fresh:
-        begin_again(storage, console, SWEEP)
     if storage.exists(RUN):
         raise ConfigError(f"{storage} is the directory of a single run; give the sweep another name (name=...)")
     largest = max((trial.config for trial in trials), key=lambda one: one.train.most_workers)
     distinct = {_shared(trial.config): trial.config for trial in reversed(trials)}
     tokenised = {key: Tokenised.before_ray(one, console) for key, one in reversed(distinct.items())}
+    check_models(config, "sweep", console, configs)
+    if fresh:
+        begin_again(storage, console, SWEEP)
     with session(largest):
         check_cluster(config, ["score", "train"], console)
         prepared = _prepare(trials, tokenised, console)

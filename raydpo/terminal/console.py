@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO, TypeGuard
 
 from raydpo.errors import bounded
+from raydpo.terminal.phases import Phases
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
@@ -27,10 +28,17 @@ LINE_INTERVAL = 10.0
 
 
 class Console:
-    """Prints to standard output, or to the given stream."""
+    """Prints to standard output, or to the given stream.
 
-    def __init__(self, stream: TextIO | None = None) -> None:
+    Attributes:
+        phases: of the start-up of the command. In a program of the user's own it begins with the console.
+        verbose: whether each phase is printed when it begins.
+    """
+
+    def __init__(self, stream: TextIO | None = None, *, phases: Phases | None = None) -> None:
         self.stream = stream or sys.stdout
+        self.phases = phases or Phases()
+        self.verbose = False
 
     @cached_property
     def rich(self) -> RichConsole:
@@ -44,6 +52,12 @@ class Console:
     def _use(self, stream: TextIO) -> None:
         self.stream = stream
         self.__dict__.pop("rich", None)
+
+    def begin(self, phase: str) -> None:
+        """Begin a phase of the start-up, and print its name if ``verbose``."""
+        if self.verbose and self.phases.running:
+            self.say(f"  {self.phases.elapsed:5.1f} s  {phase}")
+        self.phases.begin(phase)
 
     def say(self, line: str) -> None:
         """Print a line: as a warning, shortened if it is very long, if it begins with ``warning: ``."""

@@ -14,6 +14,7 @@ from typing import TextIO
 from raydpo.errors import RaydpoError, bounded, exit_status, one_line
 from raydpo.terminal.console import Console, never_fail_to_print
 from raydpo.terminal.interrupt import sigterm_as_interrupt
+from raydpo.terminal.phases import Phases
 
 __all__ = ["guarded"]
 
@@ -27,7 +28,7 @@ def guarded(act: Callable[[Console], int | None]) -> int:
     from raydpo.storage.uri import hidden
 
     never_fail_to_print()
-    console = Console()
+    console = Console(phases=Phases(whole_process=True))
     try:
         with sigterm_as_interrupt():
             return act(console) or 0

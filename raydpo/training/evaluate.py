@@ -144,9 +144,16 @@ def evaluate(
     beta: float,
     memory: ObjectiveState,
     tokens_per_batch: int,
+    *,
+    as_reference: bool = False,
 ) -> dict[str, float]:
     """Metrics over all ``pairs``, with prefix ``eval_``; the same on every rank. A whole-step objective sees them as one
-    step."""
+    step.
+
+    Args:
+        as_reference: the policy is the reference, so its log-probs are the stored ones, and nothing is computed. WPO, which
+            needs more than log-probs, computes them all the same.
+    """
     sums = PairSums(pairs.source_names, engine.device, reference=pairs.has_reference, prompts=int(pairs.prompts.max()) + 1)
     config, rows = objective.config, np.arange(len(pairs))
     batches = _my_batches(engine, pairs, rows.tolist(), tokens_per_batch)
@@ -155,7 +162,9 @@ def evaluate(
         prompts = torch.from_numpy(pairs.prompts[np.asarray(of)]).to(engine.device)
         sums.add(objective(logps, beta, memory), logps, pairs.source_of(of, engine.device), prompts)
 
-    if objective.whole_step:
+    if as_reference and not config.use_weighting:
+        add(reference_logps(pairs, rows, config, engine.device), rows)  # on every rank, so nothing is to be summed
+    elif objective.whole_step:
         everything = AllPairLogps(engine, pairs, rows, config)
         everything.compute(batches)
         add(everything.join(), rows)

@@ -13,6 +13,9 @@ class TrainHooks:
     """Base class whose callbacks do nothing. All ranks call all of them, with the same rows. They call those marked
     collective at the same step, and may wait for each other there."""
 
+    def phase(self, name: str) -> None:
+        """A phase of the start-up begins, such as "loading the policy"."""
+
     def begin(self, first_step: int, total_steps: int, facts: Mapping[str, Any]) -> None:
         """Training starts, or restarts, after ``first_step`` finished steps."""
 

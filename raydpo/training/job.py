@@ -23,7 +23,6 @@ class TrainJob:
         train: section ``train`` of the configuration.
         shuffle: ``data.shuffle``.
         policy: the policy before the first step.
-        policy_identity: digest of its identity, at the precision of training.
         reference_identity: digest of the identity of the cached log-probs.
         starts_as_reference: whether both are the same function up to rounding.
         coarser_dtype: the coarser of the two precisions.
@@ -39,7 +38,6 @@ class TrainJob:
     train: TrainConfig
     shuffle: bool
     policy: PolicySpec
-    policy_identity: str
     reference_identity: str
     starts_as_reference: bool
     coarser_dtype: str

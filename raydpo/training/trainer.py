@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from raydpo.config import TrainConfig
 from raydpo.data.plan import BatchPlan
@@ -26,6 +29,9 @@ from raydpo.training.policy.sample import greedy_answers
 from raydpo.training.step import Stepper, StepRequests, StepResult
 
 __all__ = ["Trainer", "train_policy"]
+
+HELD_OUT_PAIRS = 4
+"""Held-out pairs that the gate scores again, where their stored log-probs are the first evaluation."""
 
 
 def train_policy(
@@ -63,6 +69,7 @@ def train_policy(
         f"policy loaded in {engine.load_seconds:.1f} s{', each worker its share' if engine.zero == 3 else ''}; at most "
         f"{engine.load_bytes / 1e9:.2f} GB of host memory a worker"
     )
+    hooks.phase("measuring memory")
     # A resumed run keeps the budget it began with: the same micro-batches, hence the same bits.
     summary.tokens_per_batch = _tokens_per_batch(job, engine, summary, hooks)
     plan = BatchPlan(
@@ -123,9 +130,12 @@ class Trainer:
                 evaluated and sampled, before that step.
         """
         if begins:
+            self.hooks.phase("step-0 gate")
             self.summary.gate = self.gate()
+            self.hooks.phase("first evaluation")
             self.evaluate(0)
             self.summary.samples_before = self._samples()
+        self.hooks.phase("first step")
         self._take_steps()
 
     def gate(self) -> str:
@@ -144,11 +154,23 @@ class Trainer:
             )
         else:
             rows = gate_rows(pairs, plan.pairs(0), count=job.train.gate_pairs, seed=job.train.seed)
-            comparison = compare(self.engine, pairs, rows, plan.tokens_per_batch)
-            beta, identities = job.train.beta_at(0, plan.total_steps), (job.policy_identity, job.reference_identity)
-            line = judge(comparison, pairs, self.stepper.objective, beta, job.coarser_dtype, *identities).line()
+            line = self._judged(pairs, rows)
+            if self._starts_as_stored():
+                held_out = self.held_out
+                self._judged(held_out, gate_rows(held_out, np.arange(0), count=HELD_OUT_PAIRS, seed=job.train.seed))
         self.hooks.note(line)
         return line
+
+    def _judged(self, pairs: TrainingPairs, rows: Sequence[int]) -> str:
+        job, plan = self.job, self.stepper.plan
+        comparison = compare(self.engine, pairs, rows, plan.tokens_per_batch)
+        beta, identities = job.train.beta_at(0, plan.total_steps), (str(job.policy.identity), job.reference_identity)
+        return judge(comparison, pairs, self.stepper.objective, beta, job.coarser_dtype, *identities).line()
+
+    def _starts_as_stored(self) -> bool:
+        """Whether the stored log-probs of the held-out pairs are those of the starting policy, at its own precision."""
+        known = self.held_out is not None and self.held_out.has_reference
+        return known and self.job.policy.identity == self.job.reference_identity
 
     def evaluate(self, step: int) -> None:
         """Measure the held-out pairs, if there are any, after ``step`` finished steps.
@@ -160,7 +182,15 @@ class Trainer:
             return
         # The beta is that of the last step.
         beta, plan = self.job.train.beta_at(max(0, step - 1), self.stepper.plan.total_steps), self.stepper.plan
-        row = evaluate(self.engine, self.held_out, self.stepper.objective, beta, self.stepper.memory, plan.tokens_per_batch)
+        row = evaluate(
+            self.engine,
+            self.held_out,
+            self.stepper.objective,
+            beta,
+            self.stepper.memory,
+            plan.tokens_per_batch,
+            as_reference=step == 0 and self._starts_as_stored(),
+        )
         self.summary.scores = {name: value for name, value in row.items() if name.startswith("eval_")}
         wanted = self.job.train.keep_best
         if wanted is not None and wanted not in self.summary.scores:

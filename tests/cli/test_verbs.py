@@ -195,7 +195,7 @@ def test_a_model_that_lacks_weights_is_refused_before_ray(verb, place, tiny_llam
         {"format": "pt"},
     )
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    more = ["sweep={grid: {train.lr: [1.0e-3, 1.0e-4]}}"] if verb == "sweep" else []
+    more = {"sweep": ["sweep={grid: {train.lr: [1.0e-3, 1.0e-4]}}"], "eval": [f"evaluate.policy={tiny_llama}"]}.get(verb, [])
     result = raydpo(verb, place / "config.yaml", f"name=lacking-{verb}", f"model.path={model}", *more)
     assert result.returncode == 2, result.stderr
     assert result.stderr.startswith("error: the files of ") and result.stderr.count("\n") == 1

@@ -109,3 +109,27 @@ def test_training_says_what_does_not_fit(tiny_llama, tmp_path):
     ((tokens, message),) = run_distributed(starved_training, 1, tmp_path / "ranks", tiny_llama, tmp_path / "scratch")
     assert tokens == 100_000
     assert "Set train.tokens_per_batch lower, or train.gradient_checkpointing=true" in message
+
+
+def test_two_passes_are_compared_only_where_the_first_leaves_no_room(monkeypatch):
+    """Under a fixed limit, since the machine's free memory changes."""
+    monkeypatch.setattr(budget, "_cgroup_free", lambda: 2.0**30)
+    passes = []
+
+    def run(tokens):
+        passes.append(tokens)
+        return hold(tokens)
+
+    plenty = find_budget(run, CPU, most={"cpu": 512})
+    assert (plenty.tokens, passes) == (512, [256]) and plenty.bytes_per_token >= 0.9 * BYTES
+    assert find_budget(run, CPU, most={"cpu": 512}, known=plenty.bytes_per_token).tokens == 512 and passes == [256]
+    scarce = find_budget(run, CPU, most={"cpu": 10**6}, known=plenty.bytes_per_token)
+    assert passes == [256, 256, 256, 768] and scarce.tokens == pytest.approx(MARGIN * 2**30 / BYTES, rel=0.15)
+
+
+def test_memory_that_the_process_kept_is_counted():
+    """What was freed before stays with the process, and a pass that uses it again would seem to take nothing."""
+    small = [torch.ones(2**14) for _ in range(4096)]  # blocks too small to be returned at once: 256 MiB
+    del small
+    found = find_budget(lambda tokens: [torch.ones(2**14) for _ in range(4 * tokens)], CPU, most={"cpu": 512})
+    assert found.bytes_per_token >= 0.9 * 2**18

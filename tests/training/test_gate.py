@@ -48,7 +48,8 @@ def test_the_gate(tiny_llama, tmp_path):
         rolled = [(rows[index - 1] * 40)[:length] for index, length in enumerate(lengths)]
         shifted = shifted.append_column(column, pa.array(rolled, pa.list_(pa.float32())))
     tables = {"right": right, "wrong weights": wrong, "altered": altered(right, 41, -3.0), "shifted": shifted}
-    jobs = [((table, tiny_llama, tmp_path / "scratch"), {}) for table in tables.values()]
+    named = {"policy": {"identity": "policy"}}
+    jobs = [((table, tiny_llama, tmp_path / "scratch"), named) for table in tables.values()]
     jobs.append(((wrong, tiny_llama, tmp_path / "scratch"), {"starts_as_reference": False}))
     (said,) = run_distributed(outcome, 1, tmp_path / "ranks", jobs)
     right, wrong, altered_, shifted, other = said

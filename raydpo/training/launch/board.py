@@ -14,7 +14,7 @@ __all__ = ["Listener", "Mailbox", "listening", "start_mailbox"]
 POLL_SECONDS = 0.3
 
 Listener = Callable[[str, Any], None]
-"""Called in the driver with (kind, content). Kinds: begin, step, evaluated, note, as in ``TrainHooks``."""
+"""Called in the driver with (kind, content). Kinds: phase, begin, step, evaluated, note, as in ``TrainHooks``."""
 
 
 class Mailbox:

@@ -56,6 +56,10 @@ class RayHooks(TrainHooks):
         self.trackers: Any = None
         self._stop: Any = None  # pending answer of the board
 
+    def phase(self, name: str) -> None:
+        if self.rank == 0:
+            self._tell("phase", name)
+
     def begin(self, first_step: int, total_steps: int, facts: Mapping[str, Any]) -> None:
         if self.rank == 0:
             from raydpo.rundir.records import RunRecords

@@ -14,12 +14,14 @@ import pyarrow as pa
 
 from raydpo.cluster.actors import original_error
 from raydpo.cluster.resources import Resources
+from raydpo.cluster.session import owns_ray
 from raydpo.config import TrainConfig, lower_is_better
 from raydpo.errors import DeviceMemoryError, RaydpoError
 from raydpo.reference.identity import on_this_machine
 from raydpo.rundir.directory import CHECKPOINTS, FINAL
 from raydpo.storage.files import Storage
 from raydpo.terminal.interrupt import interruptible
+from raydpo.terminal.phases import collect_rarely
 from raydpo.training.launch.board import Listener, listening, start_mailbox
 from raydpo.training.launch.hooks import RayHooks, WorkerInput, log_to
 
@@ -77,8 +79,16 @@ def _ray_trainer(
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    # Each of Ray Train's helpers is a process, which takes a CPU second to start. Pairs come through the object store, so
+    # there is no data set to divide. The cleaner ends workers whose controller died; a Ray of our own ends with the driver.
+    unused = {"DatasetsCallback"} | ({"PlacementGroupCleanerCallback"} if owns_ray() else set())
+
+    class Trainer(TorchTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            return [one for one in super()._create_default_callbacks() if type(one).__name__ not in unused]
+
     on_gpus, varies = resources.device == "cuda", resources.fewest not in (None, resources.workers)
-    return TorchTrainer(
+    return Trainer(
         worker,
         train_loop_config=given,
         torch_config=TorchConfig(backend="nccl" if on_gpus else "gloo", timeout_s=max(1, round(train.collective_timeout))),
@@ -146,6 +156,11 @@ def _worker(config: dict[str, Any]) -> None:
 def _train(payload: WorkerInput, tokens_per_batch: int | None) -> None:
     import ray
     import ray.train
+
+    rank = ray.train.get_context().get_world_rank()
+    hooks = RayHooks(payload, rank)
+    hooks.phase("training: imports")
+    collect_rarely()
     import torch
     from ray.train.torch import get_device
 
@@ -155,7 +170,6 @@ def _train(payload: WorkerInput, tokens_per_batch: int | None) -> None:
     from raydpo.training.policy.export import export_policy
     from raydpo.training.trainer import train_policy
 
-    rank = ray.train.get_context().get_world_rank()
     job = dataclasses.replace(payload.job, policy=on_this_machine(payload.job.policy), tokens_per_batch=tokens_per_batch)
     storage = Storage(payload.run_dir)
     log_to(storage, rank)
@@ -163,11 +177,11 @@ def _train(payload: WorkerInput, tokens_per_batch: int | None) -> None:
         torch.set_num_threads(payload.threads)
     device = get_device()
     join_process_group(device)
+    hooks.phase("loading and checking the policy")
     pairs = TrainingPairs(ray.get(payload.pairs))
     check_rows = pairs.groups(range(min(CHECK_ROWS, len(pairs))))
     engine = PolicyEngine(job.policy, job.train, device, check_rows=check_rows)
     held_out = None if payload.held_out is None else TrainingPairs(ray.get(payload.held_out))
-    hooks = RayHooks(payload, rank)
     checkpoint = ray.train.get_checkpoint()
     with (
         tempfile.TemporaryDirectory(prefix="raydpo-") as scratch,

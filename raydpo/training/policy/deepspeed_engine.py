@@ -28,6 +28,7 @@ from raydpo.model.layout import Layout, PromptGroup
 from raydpo.model.limits import longest_sequence
 from raydpo.model.load import add_lora, freeze_matching, load_causal_lm
 from raydpo.model.logps import LogpModel
+from raydpo.model.recall import Recall
 from raydpo.model.selfcheck import check_training_mode, choose_layout, share_positions
 from raydpo.model.ulysses import SequenceGroup
 from raydpo.model.weights import ADAPTER_NAME
@@ -66,6 +67,15 @@ def _without(package: str) -> Iterator[None]:
         yield
     finally:
         del sys.modules[package]
+
+
+def _described(spec: PolicySpec, train: TrainConfig) -> list[Any] | None:
+    """What decides how the policy computes, and how much memory it takes; None without an identity."""
+    if spec.identity is None:
+        return None
+    lora = None if spec.lora is None else spec.lora.model_dump(mode="json")
+    settings = {"zero", "sequence_parallel", "gradient_checkpointing", "offload_activations"}
+    return [spec.identity, lora, list(spec.freeze), train.model_dump(mode="json", include=settings), dist.get_world_size()]
 
 
 class PolicyEngine(RankGroup):
@@ -127,12 +137,18 @@ class PolicyEngine(RankGroup):
         self.module = module
         self.trainable = trainable
         # Checked inside DeepSpeed, as it will run. Under ZeRO-3 all ranks must check the same rows.
+        self._recall = Recall(_described(spec, train), device, self._all_ranks)
         with self.evaluating():
-            self.layout_line = choose_layout(module, device, spec.layout, check_rows).line
+            self.layout_line = choose_layout(module, device, spec.layout, check_rows, self._recall).line
             group = SequenceGroup.of_world(train.sequence_parallel)
             if group is not None:
                 self.layout_line += f"; {share_positions(module, device, group, check_rows)}"
-            check_training_mode(module, device)
+            check_training_mode(module, device, self._recall)
+
+    def _all_ranks(self, value: bool) -> bool:
+        flag = torch.tensor(int(value), device=self.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+        return bool(flag)
 
     def lay_out(self, groups: Sequence[PromptGroup]) -> Layout:
         layout = self.module.lay_out(groups)
@@ -154,7 +170,10 @@ class PolicyEngine(RankGroup):
 
         # Without ZeRO, AdamW makes its two moments at the first step.
         moments = 8.0 * sum(parameter.numel() for parameter in self.trainable) if self.zero == 0 else 0.0
-        budget = find_budget(run, self.device, most=MOST_TRAINED, share=share, reserve=moments)
+        known = self._recall.known("training")
+        room = {"most": MOST_TRAINED, "share": share, "reserve": moments}
+        budget = find_budget(run, self.device, **room, known=known, agree=self._all_ranks)
+        self._recall.keep("training", budget.bytes_per_token)
         smallest = torch.tensor(budget.tokens, device=self.device)
         dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
         return dataclasses.replace(budget, tokens=int(smallest))

@@ -146,6 +146,8 @@ class PolicySpec:
         lora: settings of new adapters to train, or None.
         adapter: directory of an adapter to train further, or None; neither = full fine-tuning.
         quantization, freeze: see ``config.ModelConfig``.
+        identity: digest of the identity of model and ``adapter``, at the precision of training. Machines remember checks
+            under it; with None they remember nothing.
         rope_length: of its identity, see ``model.rotary``.
         layout: ``model.layout``.
     """
@@ -159,6 +161,7 @@ class PolicySpec:
     rope_length: int | None = None
     trust_remote_code: bool = False
     layout: Wish = "auto"
+    identity: str | None = None
 
     @property
     def adapts(self) -> bool:

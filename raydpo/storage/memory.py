@@ -1,0 +1,81 @@
+"""Results that this machine remembers: found once, then read from disk as long as nothing that decides them has changed."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from raydpo.storage.local_copy import local_home
+
+__all__ = ["keep", "program", "recall", "remembered", "stamp"]
+
+
+def remembered(kind: str, decides: object, find: Callable[[], Any]) -> Any:
+    """The result of ``find``, from disk if it was found before.
+
+    Args:
+        kind: name of the folder in ``local_home``.
+        decides: everything that the result depends on, as JSON.
+        find: returns what JSON can store, but not None. What it raises is not remembered.
+    """
+    known = recall(kind, decides)
+    if known is None:
+        known = find()
+        keep(kind, decides, known)
+    return known
+
+
+def recall(kind: str, decides: object) -> Any:
+    """The result that ``keep`` was given with equal ``decides``, or None."""
+    try:
+        return json.loads(_place(kind, decides).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def keep(kind: str, decides: object, result: Any) -> None:
+    """Remember ``result``. Without a writable home it is found again next time."""
+    place = _place(kind, decides)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        temporary = place.with_suffix(f".{uuid.uuid4().hex}")
+        temporary.write_text(json.dumps(result), encoding="utf-8")
+        os.replace(temporary, place)
+    except OSError:
+        pass
+
+
+def _place(kind: str, decides: object) -> Path:
+    return local_home() / kind / f"{hashlib.sha256(json.dumps(decides).encode()).hexdigest()}.json"
+
+
+def stamp(file: Path) -> list[str | int]:
+    """What changes whenever a file does: its path, inode, size and times.
+
+    A copy that preserves times cannot set the change time (ctime), so overwritten files are always noticed.
+    """
+    stat = file.stat()
+    return [str(file.resolve()), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+
+
+@functools.cache
+def program(*packages: str) -> list[str]:
+    """Versions of ``packages``, and a digest of raydpo's own code for models: what a result of that code depends on."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parents[1].glob("model/*.py")):
+        digest.update(file.name.encode() + file.read_bytes())
+    return [digest.hexdigest(), *(f"{name} {_version(name)}" for name in packages)]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,60 @@
+"""Results that a machine remembers."""
+
+import json
+import os
+
+import pytest
+
+from raydpo.storage.memory import program, remembered, stamp
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+
+
+def test_a_result_is_found_once_for_equal_inputs():
+    found = []
+
+    def find():
+        found.append(1)
+        return {"lines": ["a"], "number": len(found)}
+
+    assert remembered("kind", ["model", 1], find) == {"lines": ["a"], "number": 1}
+    assert remembered("kind", ["model", 1], find) == {"lines": ["a"], "number": 1}
+    assert remembered("kind", ["model", 2], find)["number"] == 2
+    assert remembered("other", ["model", 1], find)["number"] == 3
+
+
+def test_an_error_is_not_remembered():
+    def fail():
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        remembered("kind", 1, fail)
+    assert remembered("kind", 1, lambda: 5) == 5
+
+
+def test_a_damaged_or_unwritable_memory_costs_only_time(tmp_path, monkeypatch):
+    remembered("kind", 1, lambda: 5)
+    (file,) = (tmp_path / "home" / "raydpo" / "kind").iterdir()
+    file.write_text(file.read_text()[:0])
+    assert remembered("kind", 1, lambda: 6) == 6
+    assert json.loads(file.read_text()) == 6
+    (tmp_path / "taken").write_text("a file where the directory would be")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "taken"))
+    assert remembered("kind", 1, lambda: 7) == 7
+
+
+def test_the_stamp_changes_with_a_file_that_is_overwritten_within_its_times(tmp_path):
+    file = tmp_path / "weights"
+    file.write_bytes(b"1234")
+    before = stamp(file)
+    file.write_bytes(b"5678")
+    os.utime(file, ns=(before[3], before[3]))
+    assert stamp(file)[3] == before[3] and stamp(file) != before
+
+
+def test_the_program_names_versions_and_packages_that_are_missing():
+    digest, torch, missing = program("torch", "no-such-package")
+    assert len(digest) == 64 and torch.startswith("torch 2") and missing == "no-such-package None"

@@ -1,0 +1,46 @@
+"""The seconds of a start-up by phase."""
+
+import io
+import os
+import subprocess
+import sys
+import time
+
+from raydpo.terminal.console import Console
+from raydpo.terminal.phases import Phases
+
+
+def test_phases_follow_each_other_without_gaps():
+    phases = Phases()
+    for name in ("reading", "training", "reading"):
+        phases.begin(name)
+        time.sleep(0.02)
+    phases.end()
+    assert list(phases.seconds) == ["imports and settings", "reading", "training"]
+    assert phases.seconds["reading"] >= 0.04 and phases.seconds["training"] >= 0.02
+    assert sum(phases.seconds.values()) <= phases.elapsed < sum(phases.seconds.values()) + 1
+    phases.begin("late")
+    assert "late" not in phases.seconds and not phases.running
+    phases.seconds["training"] = 61.26
+    assert "training 61.3" in phases.line() and phases.line().startswith("start-up: 61.")
+
+
+def test_the_whole_process_counts_where_asked():
+    program = (
+        "import time; time.sleep(0.3)\nfrom raydpo.terminal.phases import Phases\n"
+        "print(Phases(whole_process=True).elapsed, Phases().elapsed)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=os.environ)
+    whole, late = map(float, done.stdout.split())
+    assert 0.3 <= whole < 30 and late < 0.1
+
+
+def test_phases_are_told_only_if_asked():
+    told, silent = io.StringIO(), io.StringIO()
+    for stream, verbose in ((told, True), (silent, False)):
+        console = Console(stream)
+        console.verbose = verbose
+        console.begin("reading pairs")
+        console.phases.end()
+        console.begin("nothing")
+    assert told.getvalue().split() == ["0.0", "s", "reading", "pairs"] and not silent.getvalue()
