@@ -1,0 +1,50 @@
+"""A local Ray of our own: what its workers inherit, and which helpers of Ray Train it goes without."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+PROGRAM = """
+import json, os, sys
+import ray
+from raydpo.cluster.resources import Resources
+from raydpo.cluster.session import owns_ray, session
+from raydpo.config import Config, TrainConfig
+from raydpo.training.launch.launch import _ray_trainer
+
+def callbacks():
+    trainer = _ray_trainer(print, {}, TrainConfig(), Resources(1, 0.0, 1), sys.argv[1])
+    return [type(one).__name__ for one in trainer._create_default_callbacks()]
+
+def worker():
+    return [os.nice(0), os.environ["TOKENIZERS_PARALLELISM"], os.environ["PYTHONUTF8"]]
+
+os.environ["PYTHONUTF8"] = "0"
+config = {"output": sys.argv[1], "model": {"path": "m"}, "data": {"train": [{"path": "a.jsonl"}]}}
+told = {"before": owns_ray(), "on a cluster": callbacks()}
+with session(Config.model_validate(config)):
+    told["within"], told["worker"] = owns_ray(), ray.get(ray.remote(worker).remote())
+    told["here"], told["alone"] = os.environ["PYTHONUTF8"], callbacks()
+told["after"] = owns_ray() or "RAY_TRAIN_METRICS_ENABLED" in os.environ
+print(json.dumps(told))
+"""
+
+
+def test_a_ray_of_our_own(tmp_path):
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=environment | {"PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert (told["before"], told["within"], told["after"]) == (False, True, False)
+    assert told["worker"] == [os.nice(0), "false", "1"] and told["here"] == "0"
+    assert {"BackendSetupCallback", "PlacementGroupCleanerCallback", "PreemptionCallback"} <= {*told["on a cluster"]}
+    assert "BackendSetupCallback" in told["alone"]
+    assert not {"DatasetsCallback", "PlacementGroupCleanerCallback", "PreemptionCallback"} & {*told["alone"]}
