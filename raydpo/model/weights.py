@@ -43,7 +43,7 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "C64": torch.complex64,
 }  # fmt: skip
-"""Of another dtype only the name and the shape are compared."""
+"""torch dtype by name in safetensors. Tensors of others are compared by name and shape only."""
 
 _OF_LORA = re.compile(r"\.(lora_\w+|base_layer|modules_to_save|original_module)(\.|$)")
 """Part of a name that PEFT gives to weights of a model with an adapter that was not merged."""
