@@ -23,6 +23,13 @@ FUNCTIONS = {
 SWEEP = ["sweep={grid: {train.lr: [1.0e-3, 1.0e-4]}}"]
 
 
+BROKEN = {
+    "nan": "model.safetensors", "zeros": "model.safetensors", "small": "model.safetensors", "pointer": "tokenizer.json",
+    "generation": "generation_config.json",
+}  # fmt: skip
+"""File that ``_broken`` breaks, by the name of the fault."""
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, tiny_llama):
     """A configuration that is right, with a finished run of another name to evaluate."""
@@ -32,7 +39,7 @@ def place(tmp_path_factory, tiny_llama):
     (place / "bad_functions.py").write_text(
         "def not_a_number(prompt, answer): ...\nvalue = 3\ndef scalar(logps, config, beta): return logps.chosen.mean()\n"
     )
-    for name, file in (("nan", "model.safetensors"), ("pointer", "tokenizer.json"), ("small", "model.safetensors")):
+    for name, file in BROKEN.items():
         _broken(shutil.copytree(tiny_llama, place / name), name, place / name / file)
     for name, left_out in (("no_template", ("chat_template",)), ("no_eos", ("eos_token",))):
         _without(shutil.copytree(tiny_llama, place / name), left_out)
@@ -72,8 +79,13 @@ def _broken(model, how, file):
     if how == "pointer":
         file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0f\nsize 17\n")
         return
+    if how == "generation":
+        file.write_text('{"temperature": 0.7')
+        return
     tensors, config = load_file(file), json.loads((model / "config.json").read_text())
-    if how == "nan":
+    if how == "zeros":
+        tensors = {name: value * 0 for name, value in tensors.items()}
+    elif how == "nan":
         tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
     else:  # fewer rows than the tokenizer has tokens
         tensors |= {name: tensors[name][:20].clone() for name in ("lm_head.weight", "model.embed_tokens.weight")}
@@ -105,6 +117,9 @@ BAD = [
     (ALL, "model.path={place}/nan", "model.layers.1.mlp.up_proj.weight holds NaN"),
     (("score", "train"), "reference.path={place}/nan", "model.layers.1.mlp.up_proj.weight holds NaN"),
     (("eval",), "evaluate.policy={place}/nan", "model.layers.1.mlp.up_proj.weight holds NaN"),
+    (("score", "train"), "model.path={place}/zeros", "model.safetensors holds zeros in place of weights: all its matrices"),
+    (("eval",), "evaluate.policy={place}/zeros", "model.safetensors holds zeros in place of weights"),
+    (("score", "train"), "reference.path={place}/generation", "generation/generation_config.json: "),
     (ALL, "model.path={place}/pointer", "tokenizer.json is a Git LFS pointer"),
     (("score", "train", "run", "sweep"), "model.path={place}/small", "small has 20 rows (ids 0 to 19)"),
     (("eval",), "model.path={place}/small; evaluate.policy={place}/small", "small has 20 rows (ids 0 to 19)"),

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raydpo.errors import FilesError, one_line
+from raydpo.errors import FilesError, one_line, some_of
 from raydpo.storage.pointers import refuse_pointers
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
 ]
 
 SINGLE, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
+GENERATION = "generation_config.json"
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 _IN_LAYERS = (
     "LORA", "ADALORA", "LOHA", "LOKR", "OFT", "BOFT", "IA3", "LN_TUNING", "VERA", "PVERA", "VBLORA", "FOURIERFT", "HRA",
@@ -105,7 +106,9 @@ def model_files(path: str | Path, trust_remote_code: bool = False) -> ModelFiles
         _refuse_foreign_code(directory, auto_map)
     runs_code = trust_remote_code and bool(auto_map)
     code = _code(directory, nested=runs_code)
-    refuse_pointers([*weights, *code, directory / "generation_config.json"])
+    refuse_pointers([*weights, *code])
+    if (directory / GENERATION).is_file():  # of a broken one, transformers makes up another without a word
+        _read_json(directory / GENERATION)
     return ModelFiles(
         directory=directory, config=config, weights=weights, passed_over=passed_over, code=code, runs_code=runs_code
     )
@@ -122,6 +125,10 @@ def adapter_files(path: str | Path) -> AdapterFiles:
         raise FilesError(
             f"{directory} holds a model, and an adapter is expected; name it as path (model.path, "
             "reference.path), not as adapter"
+        )
+    if not (directory / "adapter_config.json").is_file():
+        raise FilesError(
+            f"{directory} has no adapter_config.json; a PEFT adapter is expected, with adapter_config.json and {ADAPTER}"
         )
     config = _read_json(directory / "adapter_config.json")
     if not (directory / ADAPTER).is_file():
@@ -201,13 +208,15 @@ def _weights(directory: Path, config: dict[str, Any]) -> tuple[tuple[Path, ...],
                 f"transformers_weights in {directory}/config.json is {named!r}; a safetensors file or an index "
                 "in that directory is expected"
             )
-        return _there(directory, _shards(file) if file.suffix == ".json" else [str(named)]), ()
+        if file.suffix == ".json":
+            return _there(directory, _shards(file), file), ()
+        return _there(directory, [str(named)]), ()
     single, index = directory / SINGLE, directory / INDEX
     if not index.is_file():
         return _there(directory, [SINGLE]), ()
     shards = _shards(index)
     if not single.is_file():
-        return _there(directory, shards), ()
+        return _there(directory, shards, index), ()
     ours, theirs = set(read_header(single)[1]), set(_weight_map(index))
     if ours != theirs:
         raise FilesError(
@@ -218,8 +227,15 @@ def _weights(directory: Path, config: dict[str, Any]) -> tuple[tuple[Path, ...],
     return (single,), tuple(files) if all(file.is_file() for file in files) else ()
 
 
-def _there(directory: Path, names: list[str]) -> tuple[Path, ...]:
+def _there(directory: Path, names: list[str], index: Path | None = None) -> tuple[Path, ...]:
+    """The files ``names``, which ``index`` lists if it is given. Refused if one is missing."""
     files = tuple(directory / name for name in names)
+    missing = [name for name in names if not (directory / name).is_file()]
+    if index is not None and missing:
+        raise FilesError(
+            f"{directory} lacks {some_of(missing)}, {len(missing):,} of the {len(names):,} files of weights that "
+            f"{index.name} lists; fetch the model again, or put the files there"
+        )
     for file in files:
         if not file.is_file():
             expected = "a Hugging Face model directory is expected"

@@ -41,14 +41,23 @@ _FOREIGN_HEAD = re.compile(r"For(SequenceClassification|TokenClassification|Ques
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
-    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "C64": torch.complex64,
 }  # fmt: skip
+"""torch dtype by name in safetensors. Tensors of others are compared by name and shape only."""
+
+_OF_LORA = re.compile(r"\.(lora_\w+|base_layer|modules_to_save|original_module)(\.|$)")
+"""Part of a name that PEFT gives to weights of a model with an adapter that was not merged."""
+_HARMLESS = re.compile(
+    r"inv_freq|freqs|rotary|(cos|sin)_cached|mask|position_ids|_extra_state|num_batches_tracked"
+    r"|(^|\.)(attn|attention)\.bias$|\.([kqv]|kv|input|output)_scale$"
+)
+"""Part of a name of a tensor in a layer that no result depends on: tables that are computed anew, scales of a cache."""
 
 
 def check_weights(
     path: str | Path, *, adapter: str | None = None, trust_remote_code: bool = False, classifier: bool = False
 ) -> list[str]:
-    """Check that the files of a model, and of its adapter, hold all weights of the architecture. Reads no weights.
+    """Check that the files of a model, and of its adapter, hold all weights of the architecture. Reads only their headers.
 
     As ``compare_headers``; nothing is refused that only loading can check.
 
@@ -59,7 +68,7 @@ def check_weights(
         Warnings about tensors that no part of the model uses.
 
     Raises:
-        ModelError: if config.json describes no such model, or if weights are missing, have another shape, or are integers.
+        ModelError: as ``compare_headers``.
     """
     return compare_headers(path, adapter=adapter, trust_remote_code=trust_remote_code, classifier=classifier) or []
 
@@ -80,7 +89,8 @@ def compare_headers(
         weights, or without packages that only the workers have.
 
     Raises:
-        ModelError: if config.json describes no such model, or if weights are missing, have another shape, or are integers.
+        ModelError: if config.json describes no such model, if weights are missing, have another shape, or are no real
+            numbers, or if layers of the model have weights that it does not use.
     """
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -100,11 +110,9 @@ def compare_headers(
         refuse_lack_of_layers(path, empty, headers)
         refuse_plain_weights(path, headers, quantization)
         stored = plain_tensors(empty, headers, quantization)
-    elif any(one["dtype"] not in _DTYPES for one in headers.values()):
-        return None
     else:
         stored = {
-            name: torch.empty(tensor["shape"], dtype=_DTYPES[tensor["dtype"]], device="meta")
+            name: torch.empty(tensor["shape"], dtype=_DTYPES.get(tensor["dtype"], torch.float32), device="meta")
             for name, tensor in headers.items()
         }
     try:
@@ -128,10 +136,20 @@ def compare_headers(
     numbers = {name for name, parameter in model.named_parameters() if parameter.is_floating_point()}
     packed = sorted(name for name in numbers & stored.keys() if not stored[name].is_floating_point())
     if packed and quantization is None:
+        dtype = headers[packed[0]]["dtype"]
+        if _DTYPES[dtype].is_complex:
+            raise FilesError(
+                f"{path}: {some_of(packed)} in its files are complex numbers ({dtype}), and loading would drop their "
+                "imaginary parts; save the model again with real weights"
+            )
         raise FilesError(
-            f"{path}: {some_of(packed)} in its files are integers ({headers[packed[0]]['dtype']}), as a quantized model "
+            f"{path}: {some_of(packed)} in its files are integers ({dtype}), as a quantized model "
             "stores them, and its config.json has no quantization_config; give the config.json that belongs to the weights"
         )
+    unused = sorted(found["unexpected_keys"])
+    _refuse_more_layers(path, model, unused)
+    if quantization is None and not files.runs_code:
+        _refuse_unused(files, model, unused)
     compared = True
     if adapter is not None:
         try:
@@ -147,8 +165,6 @@ def compare_headers(
                     f"the adapter {adapter} does not fit the model: PEFT cannot add it ({type(error).__name__}: "
                     f"{one_line(error, 300)}); give the adapter_config.json that belongs to its weights"
                 ) from None
-    unused = sorted(found["unexpected_keys"])
-    _refuse_more_layers(path, model, unused)
     unused = [name for name in unused if quantization is None]  # other programs store scales beside the weights
     if not compared:
         return None
@@ -169,6 +185,50 @@ def _refuse_more_layers(path: str | Path, model: nn.Module, unused: list[str]) -
             f"{path}/config.json describes a model of {count} layers (num_hidden_layers), but its files {what}; give the "
             "config.json that belongs to the weights"
         )
+
+
+def _refuse_unused(files: ModelFiles, model: nn.Module, unused: list[str]) -> None:
+    """Refuse unused weights in layers of the model: the same files gave other outputs in the model they were trained in."""
+    homes = {name.rpartition(".")[0] for name, _ in model.named_parameters()} - {""}
+    layers = {found[0] for name in homes if (found := _LAYER.match(name))}
+    prefix = getattr(model, "base_model_prefix", "")
+
+    def is_inside(name: str) -> bool:
+        layer = _LAYER.match(name)
+        return name.rpartition(".")[0] in homes or (layer is not None and layer[0] in layers)
+
+    inside = [
+        name
+        for name in unused
+        if not _HARMLESS.search(name) and (is_inside(name) or (prefix and is_inside(f"{prefix}.{name}")))
+    ]
+    if inside:  # biases of zeros are left by conversions from architectures that have biases
+        zero = _zero_biases(files, inside)
+        inside = [name for name in inside if name not in zero]
+    if inside:
+        raise FilesError(
+            f"{files.directory}: {some_of(inside)} in its files would not be used, although they belong to layers of the "
+            f"{type(model).__name__} that its config.json describes, so its outputs would be others than in training; give "
+            "the config.json that belongs to the weights"
+        )
+
+
+_LAYER = re.compile(r".*?\.\d+\.")
+"""Beginning of a name up to the number of the layer."""
+
+
+def _zero_biases(files: ModelFiles, names: list[str]) -> set[str]:
+    """Those of ``names`` that are biases of zeros."""
+    zero = set()
+    for file in files.weights:
+        data, header = read_header(file)
+        for name in header.keys() & {name for name in names if name.endswith("bias")}:
+            start, end = header[name]["data_offsets"]
+            with open(file, "rb") as stream:
+                stream.seek(data + start)
+                if not any(stream.read(end - start)):
+                    zero.add(name)
+    return zero
 
 
 def _empty_model(files: ModelFiles, auto: Any, trust_remote_code: bool) -> nn.Module | None:
@@ -240,8 +300,20 @@ def refuse_gaps(path: str | Path, found: Mapping[str, Any]) -> None:
             + "; give the config.json that belongs to the weights"
         )
     missing, unused = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
+    of_lora = [name for name in unused if _OF_LORA.search(name)]
+    if of_lora:
+        raise FilesError(
+            f"the files of {path} hold weights of an adapter that was not merged, which would not be used: "
+            f"{some_of(of_lora)}; merge the adapter (PEFT's merge_and_unload) and save the model again, or save the adapter "
+            "alone and name it in model.adapter"
+        )
     if missing:
         fix = "fetch or save the model again"
+        if len(missing) == 1 and re.search(r"(lm_head|embed_out)\.weight$", missing[0]):
+            fix += (
+                ", or set tie_word_embeddings to true in its config.json if the head is the embedding, as in models that "
+                "are saved without one"
+            )
         if unused:
             fix = (
                 f"they hold {some_of(unused)}, which no part of the model takes: if these are the same weights under "

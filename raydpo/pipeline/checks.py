@@ -20,7 +20,8 @@ from raydpo.evaluation.prompts import reading
 from raydpo.losses import Objective
 from raydpo.model.files import adapter_files, model_files
 from raydpo.model.weights import check_weights
-from raydpo.reference.identity import differs_from_its_tie, identify, resolve_model
+from raydpo.reference.doubts import doubts
+from raydpo.reference.identity import identify, resolve_model
 from raydpo.storage.memory import program, remembered, stamp
 from raydpo.terminal.console import Console
 
@@ -137,7 +138,10 @@ def _check_data(configs: Sequence[Config], verb: Verb) -> None:
 
 
 def _check_values(configs: Sequence[Config], verb: Verb, console: Console) -> None:
-    """Hash the weights of all models, which refuses NaN. Digests are remembered, so later stages do not read them again."""
+    """Hash the weights of all models, which refuses NaN and files of zeros, and warn of what was hardly meant.
+
+    Digests are remembered, so later stages do not read the weights again.
+    """
     wanted: dict[tuple[str, str | None, bool], None] = {}
     for config in configs:
         trusted = config.model.trust_remote_code
@@ -150,9 +154,9 @@ def _check_values(configs: Sequence[Config], verb: Verb, console: Console) -> No
         if config.evaluate.reward_model is not None and _judges(config, verb):
             wanted[config.evaluate.reward_model, None, trusted] = None
     for path, adapter, trusted in wanted:
-        directory = resolve_model(path)
-        identify(directory, "float32", adapter and resolve_model(adapter), trust_remote_code=trusted)
-        if line := differs_from_its_tie(directory, trusted):
+        directory, adapter = resolve_model(path), adapter and resolve_model(adapter)
+        identify(directory, "float32", adapter, trust_remote_code=trusted)
+        for line in doubts(directory, adapter, trusted):
             console.warn(line)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -24,7 +25,7 @@ import numpy as np
 
 from raydpo.config import is_hub_name
 from raydpo.errors import FilesError, ModelError, one_line, some_of
-from raydpo.model.files import AdapterFiles, ModelFiles, adapter_files, model_files, read_header, weights_lacking
+from raydpo.model.files import ADAPTER, AdapterFiles, ModelFiles, adapter_files, model_files, read_header, weights_lacking
 from raydpo.model.rotary import rope_length
 from raydpo.storage.memory import remembered, stamp
 
@@ -37,6 +38,7 @@ __all__ = [
     "on_this_machine",
     "proved_here",
     "resolve_model",
+    "zero_matrices",
 ]
 
 SCORING_VERSION = 2
@@ -119,8 +121,8 @@ def identify(
 ) -> ReferenceIdentity:
     """Compute the identity of the model in directory ``path``, with the adapter in directory ``adapter`` on top.
 
-    Reads every weight once, and checks that it is a finite number. Digests of files are remembered by path, inode, size and
-    times.
+    Reads every weight once, and checks that it is a finite number and that no file ends in zeros. Digests of files are
+    remembered by path, inode, size and times.
 
     Args:
         quantization: ``4bit``, ``8bit`` or None.
@@ -129,8 +131,8 @@ def identify(
             the length gets an identity that ``load_causal_lm`` refuses to load.
 
     Raises:
-        ModelError: if a directory is not a model or adapter stored as safetensors, it is ambiguous what would be loaded, or
-            weights are NaN or infinite.
+        ModelError: if a directory is not a model or adapter stored as safetensors, it is ambiguous what would be loaded,
+            weights are NaN or infinite, or a file holds zeros in place of weights.
     """
     model = model_files(path, trust_remote_code)
     return ReferenceIdentity(
@@ -154,7 +156,7 @@ def differs_from_its_tie(path: str | Path, trust_remote_code: bool = False) -> s
         return None
     tensors: dict[str, str] = {}
     for file in model.weights:
-        tensors |= _file_tensors(file)
+        tensors |= _file_tensors(file)["digests"]
     ends = [[name for name in tensors if name.endswith(end)] for end in ("lm_head.weight", "embed_tokens.weight")]
     if not all(len(names) == 1 for names in ends) or len({tensors[names[0]] for names in ends}) == 1:
         return None
@@ -163,6 +165,11 @@ def differs_from_its_tie(path: str | Path, trust_remote_code: bool = False) -> s
         "transformers computes with both, other programs such as vLLM with the embedding alone; set tie_word_embeddings to "
         f"false, or take {ends[0][0]} out of the files"
     )
+
+
+def zero_matrices(path: str | Path, trust_remote_code: bool = False) -> list[str]:
+    """Names of the weight matrices of the model in directory ``path`` that are zero everywhere. Biases and norms may be."""
+    return sorted(name for file in model_files(path, trust_remote_code).weights for name in _file_tensors(file)["zero"])
 
 
 def earlier_identity(identity: ReferenceIdentity) -> tuple[ReferenceIdentity, str]:
@@ -330,13 +337,14 @@ def _tensors_digest(files: Sequence[Path]) -> str:
     """Digest of (name, dtype, shape, bytes) of every tensor in order of name. Sharding does not affect it."""
     tensors: dict[str, str] = {}
     for file in files:
-        tensors |= _file_tensors(file)
+        tensors |= _file_tensors(file)["digests"]
     return hashlib.sha256(json.dumps(tensors, sort_keys=True).encode()).hexdigest()
 
 
-def _file_tensors(file: Path) -> dict[str, str]:
-    # The last entry says what was checked: earlier versions remembered digests of weights that may be NaN.
-    return remembered("digests", [*stamp(file), "finite"], lambda: _hash_tensors(file))
+def _file_tensors(file: Path) -> dict[str, Any]:
+    """``digests`` of the tensors of ``file`` by name, and ``zero``: names of matrices without a number other than zero."""
+    # The last entries say what was checked: earlier versions remembered digests of weights that may be NaN or zero.
+    return remembered("digests", [*stamp(file), "finite", "zero"], lambda: _hash_tensors(file))
 
 
 _INFINITE = {
@@ -346,27 +354,45 @@ _INFINITE = {
 """By dtype: the integer type of its size, and the smallest positive number that is infinite or NaN, read as that integer."""
 
 
-def _is_finite(block: bytes, dtype: str) -> bool:
-    """Whether all numbers are finite, found from their bits: without the sign, NaN and infinity are the largest integers.
+def _finite_and_zero(block: bytes, dtype: str) -> tuple[bool, bool]:
+    """Whether all numbers are finite, and whether all are zero, found from their bits.
 
-    Two maxima take a twentieth of the time of the digest, and make no copy of the block.
+    Without the sign, NaN and infinity are the largest integers, and zero is the smallest. Two maxima take a twentieth of the
+    time of the digest, and make no copy of the block.
     """
     if dtype not in _INFINITE or not block:
-        return True
+        return True, not np.frombuffer(block, "u1").any()
     kind, infinite = _INFINITE[dtype]
     signed = np.frombuffer(block, f"<{kind}")
     unsigned, sign = signed.view(f"<u{kind[1:]}"), 1 << (8 * signed.itemsize - 1)
-    return bool(signed.max() < infinite and unsigned.max() < sign + infinite)
+    most, most_unsigned = int(signed.max()), int(unsigned.max())
+    return most < infinite and most_unsigned < sign + infinite, most <= 0 and most_unsigned in (0, sign)
 
 
-def _hash_tensors(file: Path) -> dict[str, str]:
+@dataclass(frozen=True, kw_only=True)
+class _Tensor:
+    """What hashing finds of one tensor.
+
+    Attributes:
+        zero: whether it holds numbers, and all are zero.
+        ends_in_zeros: whether its last 64 bytes are zero.
+    """
+
+    name: str
+    digest: str
+    finite: bool
+    zero: bool
+    ends_in_zeros: bool
+
+
+def _hash_tensors(file: Path) -> dict[str, Any]:
     data, header = read_header(file)
 
-    def one(entry: tuple[str, dict[str, Any]]) -> tuple[str, str, bool]:
+    def one(entry: tuple[str, dict[str, Any]]) -> _Tensor:
         name, tensor = entry
         start, end = tensor["data_offsets"]
         digest = hashlib.sha256(f"{tensor['dtype']}{tensor['shape']}".encode())
-        finite = True
+        finite, zero, last = True, end > start, b""
         with open(file, "rb") as stream:
             stream.seek(data + start)
             left = end - start
@@ -375,17 +401,52 @@ def _hash_tensors(file: Path) -> dict[str, str]:
                 if not block:
                     raise FilesError(f"{file} is truncated: tensor {name} lacks {left} bytes")
                 digest.update(block)  # releases the GIL, so that the threads hash in parallel
-                finite = finite and _is_finite(block, tensor["dtype"])
+                if finite and (zero or tensor["dtype"] in _INFINITE):
+                    finite, zeros = _finite_and_zero(block, tensor["dtype"])
+                    zero = zero and zeros
+                last = (last + block[-64:])[-64:]
                 left -= len(block)
         # Some models store masks, which are infinite on purpose.
-        return name, digest.hexdigest(), finite or "mask" in name
+        finite = finite or "mask" in name
+        return _Tensor(name=name, digest=digest.hexdigest(), finite=finite, zero=zero, ends_in_zeros=not any(last))
 
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         found = list(pool.map(one, header.items()))
-    bad = [name for name, _, finite in found if not finite]
+    bad = [tensor.name for tensor in found if not tensor.finite]
     if bad:
         raise FilesError(
             f"{file}: {some_of(bad)} {'holds' if len(bad) == 1 else 'hold'} NaN or infinite values, so that no log-prob "
             "would be a number; save or fetch the weights again (a merge, or a conversion to float16, may have overflowed)"
         )
-    return {name: digest for name, digest, _ in found}
+    _refuse_zeros(file, header, found)
+    zero = [
+        tensor.name
+        for tensor in found
+        if tensor.zero and len(header[tensor.name]["shape"]) > 1 and header[tensor.name]["dtype"] in _INFINITE
+    ]
+    return {
+        "digests": {tensor.name: tensor.digest for tensor in found},
+        "zero": [name for name in zero if "mask" not in name and file.name != ADAPTER],
+    }
+
+
+def _refuse_zeros(file: Path, header: dict[str, dict[str, Any]], found: Sequence[_Tensor]) -> None:
+    """Refuse a file that was never written to its end: all its matrices are zero, or all from the midst of a tensor on.
+
+    Single matrices may be zero on purpose: of layers that were pruned, or added and not trained yet.
+    """
+    matrices = [tensor for tensor in found if sum(size > 1 for size in header[tensor.name]["shape"]) > 1]
+    # Most kinds of adapters are zero before they are trained. Of LoRA only one of each two matrices is.
+    expected = file.name == ADAPTER and not any(".lora_A." in tensor.name for tensor in found)
+    nothing = bool(matrices) and not expected and all(tensor.zero for tensor in matrices)
+    in_order = sorted(found, key=lambda tensor: header[tensor.name]["data_offsets"][0], reverse=True)
+    tail = list(itertools.takewhile(lambda tensor: tensor.zero, in_order))
+    before = in_order[len(tail) : len(tail) + 1]
+    cut = bool(before) and before[0].ends_in_zeros and any(tensor in tail for tensor in matrices)
+    if nothing or cut:
+        what = "all its matrices are zero" if nothing else f"it is zero from the last part of {before[0].name} on"
+        names = sorted(tensor.name for tensor in (matrices if nothing else tail))
+        raise FilesError(
+            f"{file} holds zeros in place of weights: {what} ({some_of(names)}), as a download leaves it that was cut "
+            "short; fetch or save it again"
+        )

@@ -57,7 +57,7 @@ def test_transformers_order(model):
     assert names(model_files(configured(model, transformers_weights="other.safetensors")).weights) == ["other.safetensors"]
     configured(model)
     (model / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match=r"has no model-00001-of-00002\.safetensors"):
+    with pytest.raises(ModelError, match=r"lacks model-00001-of-00002\.safetensors"):
         model_files(model)
     in_shards(model)
     assert names(model_files(model).weights) == names(files.passed_over)
@@ -174,6 +174,28 @@ def test_pointers_of_an_adapter(name, adapter):
     (adapter / name).write_text(POINTER)
     with pytest.raises(ModelError, match=rf"{name} is a Git LFS pointer"):
         adapter_files(adapter)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "null", ""])
+def test_a_broken_generation_config(text, model):
+    """transformers would save the trained model with one made up from config.json."""
+    (model / "generation_config.json").write_text(text)
+    with pytest.raises(ModelError, match=r"cannot read .*generation_config\.json: "):
+        model_files(model)
+
+
+def test_files_that_an_index_lists_and_that_are_not_there(model):
+    in_shards(model)
+    for file in ("model.safetensors", "model-00002-of-00002.safetensors"):
+        (model / file).unlink()
+    told = r"lacks model-00002-of-00002\.safetensors, 1 of the 2 files of weights that model\.safetensors\.index\.json lists"
+    with pytest.raises(ModelError, match=told):
+        model_files(model)
+
+
+def test_an_empty_directory_of_an_adapter(tmp_path):
+    with pytest.raises(ModelError, match=r"has no adapter_config\.json; a PEFT adapter is expected"):
+        adapter_files(tmp_path)
 
 
 def test_pointers_of_a_tokenizer(model):

@@ -165,6 +165,80 @@ def test_tensors_that_nothing_takes_are_told_and_not_refused(model):
     load(model)
 
 
+def test_an_adapter_that_was_left_in_the_files(model):
+    """As save_pretrained of a PEFT model's inner model writes it; without base_layer no weight is missing."""
+    name = "model.layers.0.self_attn.q_proj"
+    parts = {f"{name}.lora_A.default.weight": torch.ones(4, 32), f"{name}.lora_B.default.weight": torch.ones(32, 4)}
+    with_tensors(model, lambda tensors: tensors | parts)
+    told = r"an adapter that was not merged.*q_proj\.lora_A\.default\.weight, .*merge_and_unload"
+    refused_by_both(told, model)
+    with_tensors(model, renamed(f"{name}.weight", f"{name}.base_layer.weight"))
+    refused_by_both(told, model)
+
+
+UNUSED = {
+    "bias of another architecture": ("llama", "model.layers.1.self_attn.q_proj.bias", torch.ones(32)),
+    "norm of another architecture": ("llama", "model.layers.0.self_attn.q_norm.weight", torch.ones(8)),
+    "scale of a weight": ("llama", "model.layers.0.mlp.up_proj.weight_scale", torch.ones(1)),
+    "bias of the head": ("llama", "lm_head.bias", torch.ones(VOCABULARY)),
+    "without the prefix": ("gpt2", "h.0.mlp.gate.weight", torch.ones(4, 4)),
+}
+
+
+@pytest.mark.parametrize("kind", UNUSED)
+def test_weights_in_layers_that_do_not_use_them(kind, tmp_path):
+    name, tensor, value = UNUSED[kind]
+    directory = save(make_random(name, VOCABULARY), tmp_path / "model")
+    if kind == "without the prefix":
+        with_tensors(directory, renamed("transformer.", ""))
+    with_tensors(directory, lambda tensors: tensors | {tensor: value})
+    with pytest.raises(ModelError, match=rf"{tensor} in its files would not be used, .*config\.json that belongs"):
+        check_weights(directory)
+
+
+HARMLESS = {
+    "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+    "model.layers.0.attn.masked_bias": torch.tensor(-1e4),
+    "model.layers.0.self_attn.k_scale": torch.ones(1),
+    "model.layers.1.mlp.up_proj.bias": torch.zeros(64),
+    "model.embed_tokens.position_ids": torch.arange(8),
+    "mtp.layers.0.mlp.up_proj.weight": torch.ones(4, 4),
+    "vision_tower.encoder.layers.0.self_attn.q_proj.bias": torch.ones(4),
+    "score.weight": torch.ones(1, 32),
+}
+
+
+@pytest.mark.parametrize("tensor", HARMLESS)
+def test_tensors_that_no_output_depends_on(tensor, model):
+    """Tables that are computed anew, zeros, and parts that are not computed are at most told."""
+    with_tensors(model, lambda tensors: tensors | {tensor: HARMLESS[tensor]})
+    assert all("are not used" in line for line in check_weights(model))
+
+
+@pytest.mark.parametrize("dtype", ["F8_E8M0", "U16", "U32"])
+def test_a_tensor_of_an_unusual_dtype_does_not_end_the_comparison(dtype, model):
+    kind = {"F8_E8M0": torch.float8_e8m0fnu, "U16": torch.uint16, "U32": torch.uint32}[dtype]
+    odd = torch.ones(4, dtype=torch.uint8).view(kind) if dtype == "F8_E8M0" else torch.ones(4, dtype=kind)
+    with_tensors(model, lambda tensors: without(".layers.1.")(tensors) | {"odd": odd})
+    with pytest.raises(ModelError, match=r"lack model\.layers\.1\.input_layernorm\.weight"):
+        check_weights(model)
+
+
+def test_complex_numbers(model):
+    """transformers would drop the imaginary parts."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    with_tensors(model, lambda tensors: tensors | {name: tensors[name].to(torch.complex64)})
+    with pytest.raises(ModelError, match=r"up_proj\.weight in its files are complex numbers \(C64\)"):
+        check_weights(model)
+
+
+def test_a_tied_head_that_config_json_does_not_tie(tmp_path):
+    directory = save(make_random("llama-tied", VOCABULARY), tmp_path / "model")
+    refused_by_both(
+        r"lack lm_head\.weight.* set tie_word_embeddings to true", configured(directory, tie_word_embeddings=False)
+    )
+
+
 def test_a_vision_language_model(tmp_path):
     """Its weights are saved under other names than in the model, and only its text part is computed."""
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration

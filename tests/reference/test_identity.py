@@ -12,15 +12,17 @@ from plain_model import write_plain_adapter, write_plain_model
 from safetensors.torch import load_file, save_file
 
 from raydpo.errors import FilesError, ModelError
+from raydpo.model.files import read_header
 from raydpo.model.load import load_causal_lm
 from raydpo.reference.identity import (
     ReferenceIdentity,
-    _is_finite,
+    _finite_and_zero,
     differs_from_its_tie,
     earlier_identity,
     identify,
     on_this_machine,
     resolve_model,
+    zero_matrices,
 )
 from raydpo.reference.score import ReferenceSpec
 
@@ -313,10 +315,13 @@ def test_finite_numbers_are_told_from_others_by_their_bits(dtype):
         bits = torch.stack([torch.full_like(bits, 1)] * (kind.itemsize // 2 - 1) + [bits], dim=1).flatten()
     numbers = bits.view(kind)
     expected = torch.isfinite(numbers.double()).tolist()
-    found = [_is_finite(one.numpy().tobytes(), dtype) for one in numbers.view(torch.uint8).view(len(numbers), -1)]
-    assert found == expected and len(set(expected)) == 2
+    found = [_finite_and_zero(one.numpy().tobytes(), dtype) for one in numbers.view(torch.uint8).view(len(numbers), -1)]
+    assert [finite for finite, _ in found] == expected and len(set(expected)) == 2
+    assert [zero for _, zero in found] == (numbers.double() == 0).tolist()
     whole = numbers[torch.tensor(expected)]
-    assert _is_finite(whole.view(torch.uint8).numpy().tobytes(), dtype)
+    assert _finite_and_zero(whole.view(torch.uint8).numpy().tobytes(), dtype) == (True, False)
+    zeros = torch.tensor([0.0, -0.0, 0.0]).to(kind)
+    assert _finite_and_zero(zeros.view(torch.uint8).numpy().tobytes(), dtype) == (True, True)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
@@ -341,6 +346,69 @@ def test_an_adapter_of_nan_is_refused(tmp_path):
     save_file(tensors, file)
     with pytest.raises(FilesError, match=f"{re.escape(name)} holds NaN or infinite"):
         identify(plain, "float32", adapter)
+
+
+def with_zeros(directory, first):
+    """Overwrite the data of model.safetensors with zeros, from ``first`` (share of the bytes) on."""
+    file = directory / "model.safetensors"
+    data, _ = read_header(file)
+    content = file.read_bytes()
+    kept = data + int((len(content) - data) * first)
+    file.write_bytes(content[:kept] + bytes(len(content) - kept))
+
+
+@pytest.mark.parametrize(
+    ("first", "told"),
+    [(0, "all its matrices are zero"), (0.4, r"it is zero from the last part of model\.embed_tokens\.weight on")],
+)
+def test_a_file_that_was_not_written_to_its_end(first, told, model):
+    with_zeros(model, first)
+    for _ in "12":  # not remembered as digests
+        with pytest.raises(FilesError, match=rf"holds zeros in place of weights: {told} .*fetch or save it again"):
+            identify(model, "float32")
+
+
+def test_one_of_two_files_of_zeros(model):
+    tensors = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    names = sorted(tensors)
+    files = {"a.safetensors": names[:9], "b.safetensors": names[9:]}
+    for file, part in files.items():
+        save_file({name: tensors[name] * (file < "b") for name in part}, model / file)
+    places = {name: file for file, part in files.items() for name in part}
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    with pytest.raises(FilesError, match=r"b\.safetensors holds zeros .*all its matrices are zero"):
+        identify(model, "float32")
+
+
+def test_matrices_that_may_be_zero_on_purpose_are_named(model):
+    """Negative zeros count, as multiplying by zero leaves them; biases, norms and padding rows do not."""
+
+    def change(tensors):
+        tensors["model.layers.1.mlp.down_proj.weight"] *= 0
+        tensors["model.layers.1.self_attn.v_proj.weight"][:] = 0  # the last but one of the file
+        tensors["model.layers.0.input_layernorm.weight"][:] = 0
+        tensors["model.norm.weight"][:] = 0
+        tensors["model.embed_tokens.weight"][-8:] = 0
+        tensors["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(4)
+
+    assert zero_matrices(model) == []
+    edit_weights(model, change)
+    for _ in "12":  # remembered with the digests
+        assert zero_matrices(model) == ["model.layers.1.mlp.down_proj.weight", "model.layers.1.self_attn.v_proj.weight"]
+
+
+@pytest.mark.parametrize("zero", ["lora_B", "lora_"])
+def test_an_adapter_of_zeros(zero, tmp_path):
+    """An adapter that was not trained yet has one matrix of zeros in each pair; with two it could not be trained."""
+    plain, adapter = write_plain_model(tmp_path / "model"), write_plain_adapter(tmp_path / "adapter")
+    file = adapter / "adapter_model.safetensors"
+    save_file({name: value * (zero not in name) for name, value in load_file(file).items()}, file)
+    if zero == "lora_B":
+        identify(plain, "float32", adapter)
+    else:
+        with pytest.raises(FilesError, match="all its matrices are zero"):
+            identify(plain, "float32", adapter)
 
 
 def test_a_mask_may_be_infinite(model):
