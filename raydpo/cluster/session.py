@@ -24,9 +24,10 @@ WORKER_ENV = {
     "PYTHONUTF8": "1",  # libraries open files in the encoding of the locale, which may be ASCII
 }
 ONE_NODE_ENV = {
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # no node is taken away from a Ray of our own
     "RAY_TRAIN_METRICS_ENABLED": "0",  # there is no dashboard to show them
 }
-"""What Ray Train need not do on a Ray of our own."""
+"""What Ray Train need not do on a Ray of our own. It hands these variables to its controller."""
 OBJECT_STORE_BYTES = 1 << 30
 """Object store of a local Ray. Token ids and log-probs are small; Ray's default, 30 % of memory, is left to the models."""
 

@@ -9,6 +9,7 @@ from pathlib import Path
 PROGRAM = """
 import json, os, sys
 import ray
+from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from raydpo.cluster.resources import Resources
 from raydpo.cluster.session import owns_ray, session
 from raydpo.config import Config, TrainConfig
@@ -16,7 +17,8 @@ from raydpo.training.launch.launch import _ray_trainer
 
 def callbacks():
     trainer = _ray_trainer(print, {}, TrainConfig(), Resources(1, 0.0, 1), sys.argv[1])
-    return [type(one).__name__ for one in trainer._create_default_callbacks()]
+    told = [type(one).__name__ for one in trainer._create_default_callbacks()]
+    return told + [f"{name}={value}" for name, value in get_env_vars_to_propagate().items()]
 
 def worker():
     return [os.nice(0), os.environ["TOKENIZERS_PARALLELISM"], os.environ["PYTHONUTF8"]]
@@ -45,6 +47,8 @@ def test_a_ray_of_our_own(tmp_path):
     told = json.loads(done.stdout.splitlines()[-1])
     assert (told["before"], told["within"], told["after"]) == (False, True, False)
     assert told["worker"] == [os.nice(0), "false", "1"] and told["here"] == "0"
-    assert {"BackendSetupCallback", "PlacementGroupCleanerCallback", "PreemptionCallback"} <= {*told["on a cluster"]}
-    assert "BackendSetupCallback" in told["alone"]
-    assert not {"DatasetsCallback", "PlacementGroupCleanerCallback", "PreemptionCallback"} & {*told["alone"]}
+    cleaner, watcher = "PlacementGroupCleanerCallback", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER=0"
+    assert "BackendSetupCallback" in told["alone"] and "BackendSetupCallback" in told["on a cluster"]
+    assert cleaner in told["on a cluster"] and watcher not in told["on a cluster"]
+    assert cleaner not in told["alone"] and watcher in told["alone"]
+    assert "DatasetsCallback" not in told["alone"] + told["on a cluster"]

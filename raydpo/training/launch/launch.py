@@ -80,9 +80,8 @@ def _ray_trainer(
     from ray.train.torch import TorchConfig, TorchTrainer
 
     # Each of Ray Train's helpers is a process, which takes a CPU second to start. Pairs come through the object store, so
-    # there is no data set to divide. A Ray of our own ends with the driver, so that no worker outlives its controller, and
-    # no node of it is taken away.
-    unused = {"DatasetsCallback"} | ({"PlacementGroupCleanerCallback", "PreemptionCallback"} if owns_ray() else set())
+    # there is no data set to divide. A Ray of our own ends with the driver, so that no worker outlives its controller.
+    unused = {"DatasetsCallback"} | ({"PlacementGroupCleanerCallback"} if owns_ray() else set())
 
     class Trainer(TorchTrainer):
         def _create_default_callbacks(self) -> list[Any]:
