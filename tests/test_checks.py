@@ -159,23 +159,26 @@ def test_bad_input_is_refused_before_ray(verb, settings, said, place, no_ray, mo
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--model", "/nowhere/model", "--synthetic"], "--model is '/nowhere/model', but there is no such directory"),
-        (["--model", "{place}/empty", "--synthetic"], "model.safetensors"),
+        (
+            ["--model", "/nowhere/model", "--data", "{place}/a.jsonl"],
+            "--model is '/nowhere/model', but there is no such directory",
+        ),
+        (["--model", "{place}/empty", "--data", "{place}/a.jsonl"], "model.safetensors"),
         (["--model", "random-1b", "--data", "/nowhere/b.jsonl"], "--data is '/nowhere/b.jsonl', but there is no such file"),
-        (["--model", "random-1b"], "one of --data FILE and --synthetic"),
+        (["--model", "random-1b"], "one of --data FILE and --random"),
     ],
 )
 def test_the_benchmark_refuses_bad_input_before_it_starts_a_process(words, said, place, no_ray, monkeypatch, capsys):
-    from raydpo.benchmark import command
+    from raydpo.benchmark import command, run
 
     def refuse(*args):
         raise AssertionError("a process was started")
 
-    monkeypatch.setattr(command, "start", refuse)
+    monkeypatch.setattr(run, "start", refuse)
     (place / "empty").mkdir(exist_ok=True)
     (place / "empty" / "config.json").write_text("{}")
     words = [word.replace("{place}", str(place)) for word in words]
-    assert command.main([*words, "--full", "--pairs", "8", "--device", "cpu", "--work", str(place / "work")]) == 2
+    assert command.main([*words, "--full", "--pairs", "16", "--device", "cpu", "--work", str(place / "work")]) == 2
     assert said in capsys.readouterr().err
 
 

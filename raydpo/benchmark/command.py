@@ -1,4 +1,4 @@
-"""Command line of ``jobs/benchmark.py``: makes the pairs, runs one process after another, compares and reports."""
+"""Command line of ``jobs/benchmark.py``: writes the pairs, runs one process after another, compares and reports."""
 
 from __future__ import annotations
 
@@ -7,28 +7,24 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
-import itertools
 import json
+import os
 import platform
+import re
 import shlex
 import shutil
 import sys
 import tempfile
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from raydpo.benchmark import workload
-from raydpo.benchmark.compare import Measurement, disagreements, fastest, figures, ratios
-from raydpo.benchmark.job import Job, Result, Stage, start
-from raydpo.benchmark.tables import print_point
+from raydpo.benchmark.compare import Measured, figures
+from raydpo.benchmark.run import BETAS, PARTS, Bench
+from raydpo.benchmark.tables import how, markdown, summary_row, tables
 from raydpo.config import DataConfig, TrainConfig, is_hub_name
 from raydpo.errors import ConfigError, TrainError
-from raydpo.estimate.plan import pair_groups
-from raydpo.estimate.rate import known_peak
 from raydpo.model.cost import ModelCost
 from raydpo.model.weights import check_weights
 from raydpo.reference.identity import resolve_model
@@ -38,12 +34,14 @@ from raydpo.terminal.console import Console
 from raydpo.terminal.guard import guarded
 from raydpo.version import __version__
 
-__all__ = ["main"]
+__all__ = ["FORMAT", "main"]
 
+FORMAT = 2
+"""Version of the file of results."""
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 ADAPTER_LR = 1e-4
 """Learning rate with ``--lora``. Fresh adapters need a higher one than trained weights."""
-PACKAGES = ("torch", "transformers", "peft", "trl", "deepspeed", "accelerate", "datasets", "numpy")
+PACKAGES = ("torch", "transformers", "peft", "trl", "ray", "deepspeed", "accelerate", "datasets", "numpy")
 """Packages whose versions are recorded."""
 
 
@@ -55,129 +53,142 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(as_submit("benchmark", words))
         return 0
     args.command = shlex.join(["jobs/benchmark.py", *words])
-    return guarded(lambda console: _run(args, console))
+    return guarded(lambda console: _show(args, console) if args.show else _run(args, console))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="benchmark.py", description=__doc__)
     add = parser.add_argument
-    add("--model", required=True, metavar="PATH", help=f"model directory, hub name, or {' or '.join(workload.SHAPES)}")
+    add("--model", metavar="PATH", help=f"model directory, hub name, or {' or '.join(workload.SHAPES)}")
     add("--data", metavar="FILE", help="preference file, as in data.train of a run")
-    add("--synthetic", action="store_true", help="random pairs, for each length and each ratio")
-    add("--lengths", type=_numbers, default="512,2048", metavar="N,N", help="tokens of a random row (default: %(default)s)")
-    add(
-        "--ratios",
-        type=_ratios,
-        default="1:4,1:1,4:1",
-        metavar="P:C",
-        help="its prompt to completion (default: %(default)s)",
-    )
-    add("--pairs", type=_positive, default=64, metavar="N", help="number of pairs (default: %(default)s)")
+    add("--random", type=_ratio, metavar="P:C", help="in its place random pairs: tokens of a prompt and of a completion")
+    add("--pairs", type=_numbers, default="40", metavar="N,N", help="sizes of the job (default: %(default)s)")
+    add("--orders", type=_some_of(workload.ORDERS), default="file", metavar="O,O", help="file, shuffled (default: file)")
+    parts = f"what to run, of {', '.join(PARTS)} (default: %(default)s)"
+    add("--parts", type=_some_of(PARTS), default="batches,kernel,train,job", metavar="P,P", help=parts)
     add("--pairs-per-step", type=_positive, default=8, metavar="N", help="pairs of a step (default: %(default)s)")
-    add("--steps", type=_positive, metavar="N", help="steps to take (default: all pairs once)")
-    add("--warmup", type=int, default=1, metavar="N", help="first steps that are not counted (default: %(default)s)")
+    limit = "steps to measure of each training of TRL; the rest is extrapolated (default: %(default)s)"
+    add("--trl-steps", type=_positive, default=12, metavar="N", help=limit)
+    add("--steps", type=_positive, metavar="N", help="the same for raydpo (default: all)")
     add("--dtype", choices=DTYPES, default="bf16", help="precision of weights and compute (default: %(default)s)")
-    trained = parser.add_mutually_exclusive_group(required=True)
+    trained = parser.add_mutually_exclusive_group()
     trained.add_argument("--lora", type=_positive, metavar="R", help="train adapters of this rank")
     trained.add_argument("--full", action="store_true", help="train all weights")
     longest = DataConfig.model_fields["max_length"].default
-    add("--max-length", type=_positive, default=longest, metavar="N", help="tokens of a row (default: %(default)s)")
-    add("--tokens-per-batch", type=_budget, default="auto", metavar="N", help="positions of raydpo's micro-batches")
-    tried = "pairs of a forward pass of TRL; the fastest is compared (default: 1, 2, 4 ... up to the step)"
-    add("--baseline-batches", type=_numbers, metavar="N,N", help=tried)
-    add("--skip-online", action="store_true", help="do not measure TRL with a reference scored at every step")
+    add("--max-length", type=_positive, default=longest, metavar="N", help="longest row, in tokens (default: %(default)s)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add("--threads", type=_positive, metavar="N", help="CPU threads of both sides (default: all physical cores)")
-    add("--seed", type=int, default=0, help="seed of synthetic pairs and random weights (default: %(default)s)")
-    add("--work", metavar="DIR", help="keep intermediate files and random models here")
-    add("--json", metavar="OUT", help="write everything measured")
+    add("--work", metavar="DIR", help="keep configurations, logs, run directories and random models here")
+    add("--json", metavar="OUT", help="write everything measured, beside what an earlier command wrote there")
+    add("--show", metavar="OUT", help="print the tables of such a file as Markdown, and measure nothing")
     add("--dry-run", action="store_true", help="print the command that submits this as a job of a Ray cluster")
     return parser
 
 
+def _show(args: argparse.Namespace, console: Console) -> None:
+    record = _stored(args.show)
+    if record is None:
+        raise ConfigError(f"--show is {args.show!r}, but there is no such file; --json writes one")
+    print(markdown(record))
+    print(summary_row(record))
+
+
 def _run(args: argparse.Namespace, console: Console) -> None:
+    _check(args, console)
     import torch
 
-    if (args.data is None) == (not args.synthetic):
-        raise ConfigError("give the pairs with one of --data FILE and --synthetic")
-    _check_inputs(args, console)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch sees no CUDA device here; use --device cpu")
-    per_epoch = -(-args.pairs // args.pairs_per_step)
-    steps = args.steps or per_epoch
-    if not 0 <= args.warmup < steps <= per_epoch:
-        raise ConfigError(
-            f"--warmup {args.warmup} and --steps {steps} do not fit: {args.pairs} pairs are {per_epoch} steps "
-            f"of {args.pairs_per_step}, and at least one step must be counted"
-        )
-    batches = _batches(args, steps)
     for package in ("trl", "deepspeed"):
         if importlib.util.find_spec(package) is None:
             raise ConfigError(
                 f"the benchmark needs the package {package!r}, which is not installed here; pip install 'raydpo[benchmark]'"
             )
-    label = f"TRL {importlib.metadata.version('trl')}"
     record: dict[str, Any] = {
-        "command": args.command,
-        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "baseline": label,
-        "device": _device_name(device),
+        "format": FORMAT,
+        "baseline": f"TRL {importlib.metadata.version('trl')}",
+        "machine": _machine(device),
         "versions": _versions(),
+        # As given on the command line, without folders of this machine.
+        "settings": {
+            name: getattr(args, name) for name in ("model", "data", "random", "pairs_per_step", "lora", "max_length")
+        }
+        | {"dtype": DTYPES[args.dtype], "lr": _lr(args), "betas": BETAS},
+        "workloads": {},
+        "measured": {},
     }
+    record = _continued(args.json, json.loads(json.dumps(record)))
     with _work(args.work) as work:
-        model = _model(args, work, torch.device(device), console)
-        job = Job(
-            stage="score",
+        if args.model in workload.SHAPES:
+            console.say(f"writing {args.model}: a Llama of random bfloat16 weights")
+            model = str(work / args.model)
+            workload.write_random_llama(Path(model), workload.SHAPES[args.model], torch.device(device))
+        else:
+            model = resolve_model(args.model)
+        if args.random:
+            records = workload.random_records(max(args.pairs), *args.random, ModelCost.of(model).vocabulary)
+        else:
+            records = workload.usable_records(args.data, max(args.pairs), model, args.max_length)
+        console.say(f"raydpo {__version__} against {record['baseline']} on {record['machine']}")
+        bench = Bench(
             model=model,
-            workload="",
-            work=str(work),
+            records=records,
+            work=work,
+            device=device,
             dtype=DTYPES[args.dtype],
             lora=args.lora,
+            lr=_lr(args),
             pairs_per_step=args.pairs_per_step,
-            steps=steps,
-            tokens_per_batch=args.tokens_per_batch,
-            device=device,
-            threads=args.threads,
-            lr=TrainConfig.model_fields["lr"].default if args.lora is None else ADAPTER_LR,
-            pairs_per_pass=args.pairs_per_step,
+            max_length=args.max_length,
+            command=args.command,
+            most_steps=args.steps,
+            most_trl_steps=args.trl_steps,
+            found={key: Measured.read(each) for key, each in record["measured"].items()},
+            workloads=record["workloads"],
+            console=console,
         )
-        # As given on the command line, without folders of this machine.
-        given = {"model": args.model, "data": args.data, "warmup": args.warmup, "baseline_batches": batches}
-        record["settings"] = dataclasses.asdict(job) | given | {"train": job.train.model_dump(mode="json")}
-        for name in ("stage", "work", "workload", "pairs_per_pass"):
-            del record["settings"][name]
-        console.say(
-            f"raydpo {__version__} against {label} on {record['device']}, {args.dtype}, "
-            + ("all weights" if args.lora is None else f"adapters of rank {args.lora}")
-        )
-        points: list[dict[str, Any]] = []
-        for facts, table in _workloads(args, model):
-            job = dataclasses.replace(job, workload=str(work / "pairs.parquet"))
-            pq.write_table(table, job.workload)
-            about = {"baseline": label, "workload": facts | workload.statistics(table, args.pairs_per_step)}
-            points.append(about | _measure(args, job, table, batches, console))
-            print_point(points[-1], console)
-            if args.json is not None:  # after each workload: the next may run out of memory
-                found = record | ({"results": points} if args.synthetic else points[0])
+        for _ in bench.run(args.parts, args.pairs, args.orders):
+            # After each process: the next may run out of memory.
+            record["measured"] = {key: dataclasses.asdict(each) for key, each in bench.found.items()}
+            record["figures"] = figures(bench.found, bench.workloads, exact=args.dtype == "fp32")
+            record["how"] = how(record)
+            if args.json is not None:
                 Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-                Path(args.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+                Path(args.json).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    for table in tables(record):
+        console.table(table.title, table.columns, table.rows)
+        console.say(table.remark)
+    for line in record["how"]:
+        console.say(line)
     if args.json is not None:
         console.say(f"written: {args.json}")
-    wrong = [f"{point['workload']['name']}: {problem}" for point in points for problem in point["problems"][:1]]
-    if wrong:
-        raise TrainError(f"the two sides compute different numbers, so their speeds are not compared: {'; '.join(wrong)}")
+    if problems := record["figures"]["problems"]:
+        raise TrainError(f"the sides compute different numbers, so their speeds are not compared: {'; '.join(problems[:3])}")
 
 
-def _check_inputs(args: argparse.Namespace, console: Console) -> None:
-    """Refuse a model or file that is not there, or not complete, before a process is started.
+def _check(args: argparse.Namespace, console: Console) -> None:
+    """Refuse a model or file that is not there, or not complete, and sizes that do not fit, before a process is started.
 
     Raises:
         ConfigError: naming the option.
     """
+    if args.model is None or (args.lora is None and not args.full):
+        raise ConfigError("give the model with --model, and what to train with --lora R or --full")
+    if (args.data is None) == (args.random is None):
+        raise ConfigError("give the pairs with one of --data FILE and --random P:C")
+    if args.random and args.model not in workload.SHAPES:
+        raise ConfigError(f"--random needs a model of random weights, {' or '.join(workload.SHAPES)}, for its words")
+    one = args.pairs_per_step
+    if odd := [pairs for pairs in args.pairs if pairs % one or pairs < 2 * one]:
+        raise ConfigError(
+            f"--pairs {odd[0]} is not two or more whole steps of {one} pairs: the first step is not counted, and TRL cuts "
+            "each step into equal batches; give multiples of --pairs-per-step"
+        )
     if args.data is not None and not (is_uri(args.data) or is_hub_name(args.data) or Path(args.data).exists()):
         raise ConfigError(f"--data is {args.data!r}, but there is no such file; give a preference file, a URI or a hub name")
     if args.model in workload.SHAPES:
+        if args.data is not None:
+            raise ConfigError(f"{args.model} has a tokenizer of made-up words; give it pairs with --random P:C, not --data")
         return
     if not (is_hub_name(args.model) or Path(args.model).is_dir()):
         raise ConfigError(
@@ -188,95 +199,53 @@ def _check_inputs(args: argparse.Namespace, console: Console) -> None:
         console.warn(line)
 
 
-def _measure(args: argparse.Namespace, job: Job, table: Any, batches: Sequence[int], console: Console) -> dict[str, Any]:
-    """Run every process and combine what they measured. There are ratios only if the sides agree."""
-
-    def stage(name: Stage, module: str, about: str, pairs_per_pass: int = job.pairs_per_pass) -> Result:
-        console.say(f"  running {about}")
-        return start(module, dataclasses.replace(job, stage=name, pairs_per_pass=pairs_per_pass))
-
-    _, shapes = pair_groups(table)
-    score = stage("score", "raydpo_side", "raydpo's reference pass")
-    train = stage("train", "raydpo_side", "raydpo's training")
-    about = {"cached": "reference computed before"} | ({} if args.skip_online else {"online": "reference at every step"})
-    tried = {
-        name: [stage(name, "trl_side", f"TRL, {what}, {size} pair(s) at a time", size) for size in batches]
-        for name, what in about.items()
-    }
-    best = {name: fastest(results, args.warmup) for name, results in tried.items()}
-    measured = Measurement(
-        names=table["pair_id"].to_pylist(),
-        shapes=shapes,
-        score=score,
-        train=train,
-        **best,
-        tried=tried,
-        dtype=job.dtype,
-        model=ModelCost.of(job.model),
-        lora=job.lora is not None,
-        peak=known_peak(_device_name(job.device)) if job.device == "cuda" and args.dtype == "bf16" else None,
-        pairs_per_step=job.pairs_per_step,
-        warmup=args.warmup,
-    )
-    problems, gaps = disagreements(measured)
-    point = {"equal": not problems, "problems": problems, "gaps": gaps} | figures(measured)
-    if not problems:
-        for part, values in ratios(measured).items():
-            point[part] |= values
-    raw = {"raydpo_score": measured.score, "raydpo_train": measured.train} | best
-    return point | {"raw": {name: dataclasses.asdict(result) for name, result in raw.items()}}
+def _stored(path: str | None) -> dict[str, Any] | None:
+    if path is None or not Path(path).exists():
+        return None
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read as results of the benchmark: {error}") from None
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise ConfigError(f"{path} holds no results of this version of the benchmark; give another file")
+    return record
 
 
-def _workloads(args: argparse.Namespace, model: str) -> Iterator[tuple[dict[str, Any], Any]]:
-    if not args.synthetic:
-        yield {"name": Path(args.data).stem}, workload.of_file(args.data, args.pairs, model, args.max_length)
-        return
-    vocabulary = ModelCost.of(model).vocabulary
-    for length, (prompt, completion) in itertools.product(args.lengths, args.ratios):
-        ratio = f"{prompt}:{completion}"
-        table = workload.synthetic(args.pairs, length, (prompt, completion), vocabulary, args.seed)
-        yield {"name": f"{length} at {ratio}", "length": length, "ratio": ratio}, table
+def _continued(path: str | None, record: dict[str, Any]) -> dict[str, Any]:
+    """The record that an earlier command wrote to ``path``, if there is one; else ``record``.
+
+    Raises:
+        ConfigError: if it was measured otherwise.
+    """
+    earlier = _stored(path)
+    if earlier is None:
+        return record
+    for name in ("machine", "versions", "settings"):
+        if earlier[name] != record[name]:
+            raise ConfigError(
+                f"{path} was measured with other {name} ({earlier[name]}) than this command would be ({record[name]}); "
+                "parts of one comparison need the same. Give --json another file"
+            )
+    return record | {name: earlier[name] for name in ("workloads", "measured")}
 
 
-def _batches(args: argparse.Namespace, steps: int) -> list[int]:
-    """Pairs of one forward pass of TRL. Each size cuts every step into equal parts; otherwise the mean over the parts would
-    not be the mean over the pairs."""
-    last = args.pairs - (steps - 1) * args.pairs_per_step
-    whole = [args.pairs_per_step] + ([last] if last < args.pairs_per_step else [])
-
-    def fits(size: int) -> bool:
-        return all(pairs % size == 0 or size > pairs for pairs in whole) and size <= args.pairs_per_step
-
-    if args.baseline_batches is None:
-        powers = (2**power for power in range(args.pairs_per_step.bit_length()))
-        return sorted({size for size in (*powers, args.pairs_per_step) if fits(size)})
-    odd = [size for size in args.baseline_batches if not fits(size)]
-    if odd:
-        raise ConfigError(
-            f"--baseline-batches {odd[0]} does not divide steps of {' and '.join(map(str, whole))} pairs; "
-            "give numbers that do, or other --pairs"
-        )
-    return sorted(set(args.baseline_batches))
+def _lr(args: argparse.Namespace) -> float:
+    return TrainConfig.model_fields["lr"].default if args.lora is None else ADAPTER_LR
 
 
-def _model(args: argparse.Namespace, work: Path, device: Any, console: Console) -> str:
-    if args.model not in workload.SHAPES:
-        return resolve_model(args.model)
-    console.say(f"writing {args.model}: a Llama of random bfloat16 weights")
-    directory = work / f"{args.model}-{args.seed}"
-    workload.write_random_llama(directory, workload.SHAPES[args.model], device, args.seed)
-    return str(directory)
-
-
-def _device_name(device: str) -> str:
-    """Name of the GPU or the processor."""
+def _machine(device: str) -> str:
+    """Name of the GPU or the processor, number of its cores, memory."""
     if device == "cuda":
         import torch
 
         return torch.cuda.get_device_name()
+    name, memory = platform.processor() or platform.machine(), ""
     with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return platform.processor() or platform.machine()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    with contextlib.suppress(OSError):
+        total = re.search(r"MemTotal:\s+(\d+)", Path("/proc/meminfo").read_text(encoding="utf-8"))
+        memory = f", {int(total[1]) / 2**20:.0f} GiB" if total else ""
+    return f"{name}, {os.cpu_count()} cores{memory}"
 
 
 def _versions() -> dict[str, str]:
@@ -309,17 +278,25 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(_positive(part) for part in text.split(","))
+def _numbers(text: str) -> list[int]:
+    return sorted({_positive(part) for part in text.split(",")})
 
 
-def _ratios(text: str) -> tuple[tuple[int, int], ...]:
-    parts = [part.partition(":") for part in text.split(",")]
-    return tuple((_positive(prompt), _positive(completion)) for prompt, _, completion in parts)
+def _ratio(text: str) -> tuple[int, int]:
+    prompt, _, completion = text.partition(":")
+    return _positive(prompt), _positive(completion)
 
 
-def _budget(text: str) -> int | str:
-    return text if text == "auto" else _positive(text)
+def _some_of(known: Sequence[str]) -> Callable[[str], list[str]]:
+    """Type of an option: some of ``known``, separated by commas, in the order of ``known``."""
+
+    def read(text: str) -> list[str]:
+        given = text.split(",")
+        if odd := [word for word in given if word not in known]:
+            raise argparse.ArgumentTypeError(f"{odd[0]!r} is none of {', '.join(known)}")
+        return [word for word in known if word in given]
+
+    return read
 
 
 if __name__ == "__main__":

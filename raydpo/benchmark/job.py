@@ -1,11 +1,10 @@
-"""One process of the benchmark: its task, its result, and how it is started."""
+"""One process of the benchmark that is not a command of raydpo: its task, its result, and how it is started."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from raydpo import errors
+from raydpo.benchmark.watch import Watched, watch
 from raydpo.config import LoraSettings, TrainConfig
 from raydpo.errors import TrainError
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     import torch
     from peft import PeftConfig
 
-__all__ = ["Job", "Result", "Stage", "StepRecord", "now", "side", "start"]
+__all__ = ["Job", "Result", "Stage", "StepRecord", "environment", "now", "side", "start"]
 
-Stage = Literal["score", "train", "cached", "online"]
-"""raydpo's two processes, and the two ways in which TRL gets its reference."""
+Stage = Literal["adapters", "score", "train", "cached", "online"]
+"""The kernel makes adapters, scores or trains. TRL trains with a reference that it computes before, or at every step."""
 ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
@@ -33,8 +33,7 @@ ENVIRONMENT = {
     "TQDM_DISABLE": "1",
     "PYTHONWARNINGS": "ignore",
 }
-LOG_LINES = 3
-"""Last lines of a failed process's log that are shown."""
+_LEFT_OUT = ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR", "PYTHONDONTWRITEBYTECODE")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,35 +41,37 @@ class Job:
     """Task of one process.
 
     Attributes:
+        name: beginning of the names of its files in ``work``.
         model: local directory.
-        workload: Parquet file with the pairs, a table of ``data.pairs.PAIR_SCHEMA``.
+        pairs: what the process reads: TRL a jsonl file of records, the kernel a Parquet file of ``data.pairs.PAIR_SCHEMA``.
         work: directory for files that one process leaves for another.
         lora: rank of the adapters, or None for full fine-tuning.
-        steps: optimizer steps, in file order, all within one epoch.
-        tokens_per_batch: token positions of raydpo's micro-batches, or ``auto``.
-        pairs_per_pass: pairs of one forward pass of TRL, which accumulates gradients over the passes of a step.
-        threads: CPU threads; None = torch's default, one for each physical core.
+        steps: optimizer steps, all within one epoch.
+        batch: pairs of one forward pass of TRL, which accumulates gradients over the passes of a step.
+        reference_batch: pairs of one forward pass of TRL's reference pass.
+        recompute: whether TRL recomputes activations in the backward pass (its gradient_checkpointing).
+        cache: directory in which TRL keeps its reference log-probs; None = a new one.
         lr: learning rate, constant.
     """
 
+    name: str
     stage: Stage
     model: str
-    workload: str
+    pairs: str
     work: str
     dtype: str
     lora: int | None
     pairs_per_step: int
     steps: int
-    tokens_per_batch: int | Literal["auto"]
     device: Literal["cpu", "cuda"]
-    threads: int | None
     lr: float
-    pairs_per_pass: int
-
-    @property
-    def name(self) -> str:
-        """Start of the names of this process's files in ``work``."""
-        return f"{self.stage}-{self.pairs_per_pass}"
+    beta: float = 0.1
+    shuffle: bool = False
+    batch: int = 1
+    reference_batch: int = 1
+    recompute: bool = False
+    cache: str | None = None
+    tokens_per_batch: int | Literal["auto"] = "auto"
 
     @property
     def adapters(self) -> LoraSettings | None:
@@ -79,19 +80,20 @@ class Job:
 
     @property
     def train(self) -> TrainConfig:
-        """Training settings of both sides. Beta, clipping and ZeRO stage are raydpo's defaults."""
+        """Training settings of both sides. Clipping and ZeRO stage are raydpo's defaults."""
         return TrainConfig(
             pairs_per_step=self.pairs_per_step,
             steps=self.steps,
             tokens_per_batch=self.tokens_per_batch,
             lr=self.lr,
+            beta=self.beta,
             schedule="constant",
             warmup=0.0,
         )
 
     @property
     def peft_config(self) -> PeftConfig | None:
-        """Configuration of the adapters, which raydpo's second process leaves in ``work``."""
+        """Configuration of the adapters, which the kernel leaves in ``work``."""
         if self.lora is None:
             return None
         from peft import PeftConfig
@@ -100,12 +102,12 @@ class Job:
 
     @property
     def scored(self) -> Path:
-        """The pairs with the reference's log-probs, which raydpo's first process leaves for the second."""
-        return Path(self.work) / "scored.parquet"
+        """The pairs with the reference's log-probs, which the kernel's scoring leaves for its training."""
+        return Path(self.pairs).with_suffix(".scored.parquet")
 
     @property
     def initial_adapters(self) -> Path:
-        """The policy's adapters before the first step. raydpo makes them; TRL starts from them too."""
+        """The policy's adapters before the first step. raydpo makes them from its seed; TRL starts from them, too."""
         return Path(self.work) / "adapters.safetensors"
 
 
@@ -115,16 +117,16 @@ class Result:
 
     Attributes:
         load_seconds: from the imports until the first pass could begin.
-        reference_seconds: reference pass over all pairs, from token ids to log-probs; None if the process made none.
-        ref_chosen, ref_rejected: reference log-probs summed over each completion, in file order; None likewise.
+        reference_seconds: reference pass over all its pairs, from token ids to log-probs; None if it made none.
+        ref_chosen, ref_rejected: reference log-probs summed over each completion, in the order taken; None likewise.
         step_seconds: seconds of each step, measured from the end of the step before, so waiting for data counts.
         losses: loss of each step. chosen_logps, rejected_logps: the policy's summed log-probs, mean over the step's pairs.
-        peak_bytes: peak of the whole process, or of the GPU.
+        peak_bytes: peak of this process alone, or of the GPU.
         start_bytes: memory after the imports, before anything was loaded.
         facts: how the numbers were made; for a process that trained, also ``StepRecord.facts``.
     """
 
-    load_seconds: float
+    load_seconds: float = 0.0
     reference_seconds: float | None = None
     ref_chosen: list[float] | None = None
     ref_rejected: list[float] | None = None
@@ -209,8 +211,6 @@ def side(work: Callable[[Job, torch.device], Result]) -> int:
     from raydpo.model.budget import used_memory
 
     job, out = Job(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))), Path(sys.argv[2])
-    if job.threads is not None:
-        torch.set_num_threads(job.threads)
     device = torch.device(job.device)
     start_bytes = used_memory(device)
     try:
@@ -224,7 +224,16 @@ def side(work: Callable[[Job, torch.device], Result]) -> int:
     return 0
 
 
-def start(module: str, job: Job) -> Result:
+def environment() -> dict[str, str]:
+    """Environment of every process of either side. ``raydpo`` is importable in it wherever it is here, and starts a Ray of
+    its own: a cluster may have reserved all its GPUs for the benchmark itself. Python may keep compiled modules: many
+    images forbid it, and then every process compiles what it imports again."""
+    paths = [str(Path(errors.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    kept = {name: value for name, value in os.environ.items() if name not in _LEFT_OUT}
+    return kept | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def start(module: str, job: Job) -> tuple[Result, Watched]:
     """Run ``job`` in a new process and wait for it.
 
     Args:
@@ -237,30 +246,13 @@ def start(module: str, job: Job) -> Result:
     asked, out, log = (work / f"{job.name}.{ending}" for ending in ("job.json", "json", "log"))
     asked.write_text(json.dumps(dataclasses.asdict(job)), encoding="utf-8")
     out.unlink(missing_ok=True)
-    paths = [str(Path(errors.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    threads = {} if job.threads is None else {"OMP_NUM_THREADS": str(job.threads)}
-    # A new cache directory: in a shared one, a second run would find TRL's reference pass done.
-    environment = (
-        os.environ
-        | ENVIRONMENT
-        | threads
-        | {"HF_DATASETS_CACHE": str(work / f"{job.name}.datasets"), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    )
-    with open(log, "wb") as sink:
-        status = subprocess.run(
-            [sys.executable, "-m", f"raydpo.benchmark.{module}", str(asked), str(out)],
-            stdin=subprocess.DEVNULL,
-            stdout=sink,
-            stderr=sink,
-            env=environment,
-        ).returncode
-    found = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
-    if "error" in found:
-        raise getattr(errors, found["error"])(found["message"])
-    if status or not found:
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-        words = [line.strip() for line in lines if line.strip()][-LOG_LINES:]
-        raise TrainError(
-            f"the process of {module} ({job.stage}) ended with status {status}: {' | '.join(words)[-600:]} (log: {log})"
-        )
-    return Result(**found)
+    words = [sys.executable, "-m", f"raydpo.benchmark.{module}", str(asked), str(out)]
+    found: dict[str, Any] = {}
+    try:
+        watched = watch(words, log, environment())
+    except TrainError:
+        found = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
+        if "error" in found:
+            raise getattr(errors, found["error"])(found["message"]) from None
+        raise
+    return Result(**json.loads(out.read_text(encoding="utf-8"))), watched

@@ -1,84 +1,216 @@
-"""The benchmark's figures as a table."""
+"""The benchmark's figures as tables: in the terminal, and as Markdown for the pages of the guide and README."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from raydpo.terminal.console import Console
+__all__ = ["Table", "how", "markdown", "summary_row", "tables"]
 
-__all__ = ["print_point"]
-
-_RATES = (
-    ("seconds", "s", "{:.3f}"),
-    ("pairs_per_second", "pairs/s", "{:.2f}"),
-    ("tokens_per_second", "tokens/s", "{:.0f}"),
-    ("mfu", "MFU", "{:.1%}"),
-)
+GIB = 2**30
+MARK = "~"
+"""Before a time of which a part was extrapolated."""
 _PARTS = {
-    "reference_pass": "reference pass",
-    "train_step": "training step",
-    "memory": "peak memory",
-    "memory_alike": "peak memory at about equal positions of a pass",
+    "step": ("Training step", "raydpo train"),
+    "reference": ("Reference pass, start-up not counted", "raydpo score"),
+    "job": ("Whole job", "raydpo run"),
+    "sweep": ("Sweep of five betas", "raydpo sweep"),
 }
-_NAMES = {("reference_pass", "cached"): "ratio", ("memory", "online"): "ratio", ("memory_alike", "online"): "ratio"}
-"""Name of the main ratio of a part. All others are called ``ratio_vs_<side>``."""
+_SIDES = ("raydpo", "kernel", "trl")
+_PHASES = ("read", "scoring asked", "scored", "training", "first step")
 
 
-def print_point(point: dict[str, Any], console: Console) -> None:
-    """Print what one workload compared, then ``compare.figures`` and, if the sides agree, ``compare.ratios``."""
-    work, gaps = point["workload"], point["gaps"]
-    console.say(
-        f"{work['name']}: {work['pairs']:,} pairs, {work['prompt_tokens']:,} prompt and "
-        f"{work['completion_tokens']:,} completion tokens; positions: "
-        + ", ".join(f"{count:,} {layout}" for layout, count in work["positions"].items())
-    )
-    console.say(
-        f"{'the same' if point['equal'] else 'NOT the same'} on both sides: reference log-probs differ by "
-        f"{gaps['reference_per_token']:.1e} nats a token on average, first losses by "
-        f"{gaps['first_loss_cached']:.1e}, losses of all steps by {gaps['loss_cached']:.1e} at most"
-    )
-    sides = [name for name in ("raydpo", "cached", "online") if name in point["train_step"]]
-    for name, tries in point["tried"].items():
-        console.say(
-            f"{_title(point, name)} reference, tried: "
-            + "; ".join(
-                f"{one['pairs_per_pass']} pair(s) at a time (at most {one['largest_pass']:,} positions): "
-                f"{one['step_seconds']:.3f} s a step, {one['bytes'] / 2**30:.2f} GiB"
-                for one in tries
-            )
-        )
-    titles = [
-        name if name == "raydpo" else f"{_title(point, name)} reference, {_pairs_per_pass(point, name)} pair(s) at a time"
-        for name in sides
+@dataclass(frozen=True)
+class Table:
+    """A table: its title, the names of its columns, its rows of text, and a remark below it."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    remark: str = ""
+
+
+def how(record: Mapping[str, Any]) -> list[str]:
+    """What each side ran, in sentences."""
+    settings, points = record["settings"], record["figures"]["points"]
+    weights = "all weights" if settings["lora"] is None else f"LoRA of rank {settings['lora']}"
+    told = [
+        "raydpo: the commands score, train, run and sweep as typed, each with the Ray that it starts; the wall clock is "
+        "that of the whole command, and steps are those of its run directory. Nothing is held out; the policy is exported, "
+        "checked and checkpointed at the end.",
+        "kernel: raydpo's scoring and training steps in plain processes, without Ray, its workers and its run directory. No "
+        "user runs this.",
+        f"{_trl(record)}: one process of DPOTrainer that reads, tokenises, computes the reference once "
+        "(precompute_ref_log_probs), trains and saves, with adamw_torch_fused and max_length=None; of the settings below, "
+        "the fastest.",
+        f"Both: {_name(settings['model'])}, {settings['dtype']}, {weights}, {settings['pairs_per_step']} pairs a step, at "
+        f"most {settings['max_length']} tokens a row, no recompute unless a row says so; the same pairs in the same order "
+        "and the same initial adapters; log-probs and losses are compared.",
     ]
-    rows = [row for part, label in _PARTS.items() for row in _rows(point, part, label, sides)]
-    console.table("benchmark", ("", "", *titles, *(f"raydpo / {name}" for name in sides[1:])), rows)
+    if any(_of(each, part, side).get("extrapolated") for each in points for part in _PARTS for side in _SIDES):
+        told.append(
+            f"{MARK}: extrapolated. Start-up and the first steps are measured; further steps, and TRL's reference pass over "
+            "their pairs, are added in proportion to their token positions."
+        )
+    return told
 
 
-def _rows(point: dict[str, Any], part: str, label: str, sides: Sequence[str]) -> list[tuple[str, ...]]:
-    found, rows = point[part], []
-    kinds = (("bytes", "GiB", "{:.2f}"),) if part.startswith("memory") else _RATES
-    for key, unit, shape in kinds:
-        values = [found.get(side, {}).get(key) for side in sides]
-        if all(value is None for value in values):
-            continue
-        told = ["" if value is None else shape.format(value / 2**30 if key == "bytes" else value) for value in values]
-        compared = ["" if rows else _ratio(point, part, other) for other in sides[1:]]
-        rows.append(("" if rows else label, unit, *told, *compared))
-    return rows
+def tables(record: Mapping[str, Any]) -> list[Table]:
+    """All tables of a file of results; those without rows are left out."""
+    found = record["figures"]
+    tried = found["tried"]
+    made = [
+        Table(
+            f"{record['baseline']}: settings",
+            ("pairs a pass x accumulated", "recompute", "largest pass", "step", "reference pass", *_MEMORY),
+            [(*_ran(one), _seconds(one["step_seconds"]), _scored(one), *_memory(one)) for one in tried],
+            f"Median of the steps after the first, of {tried[0]['steps']} steps." if tried else "",
+        ),
+        *(_compared(record, part) for part in _PARTS),
+        Table(
+            "Start of a command",
+            ("pairs, order", "command", *_PHASES, "end", "seconds by phase, from summary.json"),
+            [
+                (point["workload"], f"raydpo {verb}", *_phases(each))
+                for point in found["points"]
+                for verb, each in point["commands"].items()
+            ],
+            "Seconds since the command was typed. raydpo train finds all log-probs in the cache.",
+        ),
+        Table(
+            "Peak memory",
+            ("compared", "side", "positions a pass", "recompute", *_MEMORY),
+            [
+                (row["compared"], label, f"{row[side]['largest_pass']:,}", _yes(row[side]), *_memory(row[side]))
+                for row in found["memory"]
+                for side, label in (("raydpo", "raydpo train"), ("trl", f"{record['baseline']}, {_setting(row['trl'])}"))
+            ],
+            "All processes: of the command at one time, Ray's too, shared pages once. Training process: its own peak, or "
+            "its GPU's. Positions of raydpo are the most that a pass may have.",
+        ),
+    ]
+    return [table for table in made if table.rows]
 
 
-def _title(point: dict[str, Any], name: str) -> str:
-    return f"{point['baseline'].split()[0]}, {name}"
+_MEMORY = ("all processes", "training process")
 
 
-def _pairs_per_pass(point: dict[str, Any], name: str) -> int:
-    """Pairs of a forward pass in the fastest run, which the ratios use."""
-    return min(point["tried"][name], key=lambda one: one["step_seconds"])["pairs_per_pass"]
+def _compared(record: Mapping[str, Any], part: str) -> Table:
+    """A row for each workload, with the time of each side."""
+    (title, ours), rows, remarks = _PARTS[part], [], []
+    for point in record["figures"]["points"]:
+        times = [_of(point, part, side) for side in _SIDES]
+        if any(times):
+            told = [_seconds(each.get("seconds"), each.get("extrapolated", 0)) for each in times]
+            told[2:2] = [_ratio(point[part].get("over_kernel"))]
+            rows.append((point["workload"], *told, _ratio(point[part].get("ratio"))))
+            if measured := times[2].get("measured_steps"):
+                remarks.append(f"{point['workload']}: {measured} of TRL's steps measured in each training.")
+        if "trl_reuses_reference" in point[part]:
+            remarks.append(
+                f"TRL {'re-uses' if point[part]['trl_reuses_reference'] else 'recomputes'} the first beta's reference."
+            )
+    if part == "job":
+        remarks += [told for side, name in (("raydpo", ours), ("trl", "TRL")) if (told := _line(record, side, name))]
+    columns = ["pairs, order", ours, "kernel, without Ray", "raydpo / kernel", _trl(record), "times as fast"]
+    if part in ("job", "sweep"):
+        rows, columns = [(*row[:2], *row[4:]) for row in rows], columns[:2] + columns[4:]
+    return Table(title, columns, rows, " ".join(remarks))
 
 
-def _ratio(point: dict[str, Any], part: str, other: str) -> str:
-    """The ratio as text; empty if the sides disagree or were not compared."""
-    value = point[part].get(_NAMES.get((part, other), f"ratio_vs_{other}"))
+def _line(record: Mapping[str, Any], side: str, name: str) -> str:
+    """Start-up and slope of the whole job, from the smallest and the largest size in file order."""
+    points = [each for each in record["figures"]["points"] if each["order"] == "file" and side in each["job"]]
+    sizes = sorted((each["pairs"], each["job"][side]["seconds"]) for each in points)
+    if len(sizes) < 2:
+        return ""
+    (pairs, seconds), (more, longer) = sizes[0], sizes[-1]
+    slope = (longer - seconds) / (more - pairs)
+    return f"{name}: {seconds - slope * pairs:.0f} s and {slope:.2f} s a pair."
+
+
+def markdown(record: Mapping[str, Any]) -> str:
+    """The tables as a section of a page, with machine, date, versions and commands."""
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    lines = [f"{record['machine']}; {_dates(record)}; {versions}.", "", *(f"- {line}" for line in how(record)), ""]
+    for table in tables(record):
+        lines += [f"**{table.title}**", "", "| " + " | ".join(table.columns) + " |", "| --- " * len(table.columns) + "|"]
+        lines += ["| " + " | ".join(row) + " |" for row in table.rows]
+        lines += ["", *([table.remark, ""] if table.remark else [])]
+    commands = dict.fromkeys(f"python {each['command']}" for each in record["measured"].values())
+    return "\n".join([*lines, "```", *commands, "```"]) + "\n"
+
+
+def summary_row(record: Mapping[str, Any]) -> str:
+    """The row of README: step, whole job, sweep and memory of workloads in file order, as one line of a Markdown table."""
+    told = []
+    for point in (each for each in record["figures"]["points"] if each["order"] == "file"):
+        for part, name in (("step", "a step"), ("job", "the whole job"), ("sweep", "five betas")):
+            if "ratio" in point[part]:
+                sides = [_of(point, part, side) for side in ("raydpo", "trl")]
+                ours, theirs = (_seconds(each["seconds"], each["extrapolated"]) for each in sides)
+                told.append(f"{point['workload']}: {name} {ours} against {theirs}")
+    for row in record["figures"]["memory"]:
+        ours, theirs = (row[side]["peak_bytes"] / GIB for side in ("raydpo", "trl"))
+        told.append(
+            f"memory of the training process, {row['compared']}: {ours:.1f} GiB at {row['raydpo']['largest_pass']:,} "
+            f"positions a pass against {theirs:.1f} at {row['trl']['largest_pass']:,}"
+        )
+    about = f"{_name(record['settings']['model'])}, {_dates(record)}; {MARK} extrapolated"
+    return f"| speed against {_trl(record)}, its fastest setting ({about}) | {'; '.join(told)} |"
+
+
+def _name(model: str) -> str:
+    return model.rstrip("/").rpartition("/")[2]
+
+
+def _dates(record: Mapping[str, Any]) -> str:
+    days = sorted({each["date"][:10] for each in record["measured"].values()})
+    return days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+
+
+def _trl(record: Mapping[str, Any]) -> str:
+    tried = record["figures"]["tried"]
+    best = min(tried, key=lambda one: one["step_seconds"]) if tried else None
+    return record["baseline"] + ("" if best is None else f", {_setting(best)}{', recomputed' * best['recompute']}")
+
+
+def _setting(one: Mapping[str, Any]) -> str:
+    return f"{one['batch']} x {one['accumulate']}"
+
+
+def _of(point: Mapping[str, Any], part: str, side: str) -> Mapping[str, Any]:
+    return point[part].get(side, {})
+
+
+def _yes(found: Mapping[str, Any]) -> str:
+    return "yes" if found["recompute"] else "no"
+
+
+def _ran(one: Mapping[str, Any]) -> tuple[str, ...]:
+    return _setting(one), _yes(one), f"{one['largest_pass']:,}"
+
+
+def _scored(one: Mapping[str, Any]) -> str:
+    return f"{one['reference_seconds']:.1f} s for {one['pairs']} pairs"
+
+
+def _phases(command: Mapping[str, Any]) -> list[str]:
+    told = [_seconds(command["phases"].get(phase)) for phase in _PHASES]
+    by_phase = ", ".join(f"{name} {seconds:.1f}" for name, seconds in command["startup_seconds"].items())
+    return [*told, _seconds(command["seconds"], command["extrapolated"]), by_phase]
+
+
+def _seconds(value: float | None, extrapolated: int = 0) -> str:
+    if value is None:
+        return ""
+    return f"{MARK if extrapolated else ''}{value:,.{0 if value >= 100 else 1 if value >= 1 else 3}f} s"
+
+
+def _ratio(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
+
+
+def _memory(found: Mapping[str, Any]) -> list[str]:
+    return [f"{found[name] / GIB:.2f} GiB" for name in ("tree_bytes", "peak_bytes")]

@@ -1,7 +1,9 @@
-"""TRL's side: DPOTrainer on the same token ids, in file order; everything else is TRL's own code."""
+"""TRL's side: a script that trains with DPOTrainer as a user's would. It reads, tokenises, computes the reference's
+log-probs, trains and saves. All of that is TRL's own code; this module takes times."""
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -11,26 +13,29 @@ import trl
 from datasets import Dataset
 from safetensors.torch import load_file
 from torch.utils.data import SequentialSampler
-from transformers import PreTrainedTokenizerFast, TrainerCallback
+from transformers import AutoTokenizer, TrainerCallback, set_seed
 from trl import DPOConfig, DPOTrainer
 
-from raydpo.benchmark import workload
 from raydpo.benchmark.job import Job, Result, StepRecord, now, side
 from raydpo.errors import ModelError
 from raydpo.model.budget import used_memory
 
 
-class PinnedTrainer(DPOTrainer):
-    """DPOTrainer that takes token ids as they are, keeps their order, and records what it computed and when."""
+class TimedTrainer(DPOTrainer):
+    """DPOTrainer that keeps the order of the pairs, and records what it computed and when.
+
+    Args:
+        measured: number of the first pairs that are scored and trained on. All are read and tokenised.
+    """
 
     reference_seconds: float | None = None
 
-    def __init__(self, record: StepRecord, **settings: Any) -> None:
-        self.record = record
+    def __init__(self, record: StepRecord, measured: int, **settings: Any) -> None:
+        self.record, self.measured = record, measured
         super().__init__(callbacks=[Clock(record)], **settings)
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
-        return dataset
+        return super()._prepare_dataset(dataset, *args, **kwargs).select(range(self.measured))
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
@@ -67,17 +72,20 @@ class Clock(TrainerCallback):
 
 
 def run(job: Job, device: torch.device) -> Result:
-    """Train for ``job.steps``; with stage ``cached``, after a reference pass."""
+    """Train for ``job.steps`` and save; with stage ``cached``, after a reference pass over the pairs of these steps."""
     start = time.perf_counter()
-    scratch = Path(job.work) / job.name
-    dataset = Dataset.from_parquet(job.workload, columns=list(workload.IDS), cache_dir=str(scratch / "datasets"))
+    set_seed(job.train.seed)  # TRL finds its reference log-probs again only for equal adapters
+    scratch = Path(job.work) / f"{job.name}-trl"
+    shutil.rmtree(scratch, ignore_errors=True)  # an earlier run's reference log-probs would be found there
+    dataset = Dataset.from_json(job.pairs, cache_dir=job.cache or str(scratch / "datasets"))
     record = StepRecord(device)
-    trainer = PinnedTrainer(
+    trainer = TimedTrainer(
         record,
+        measured=min(job.steps * job.pairs_per_step, len(dataset)),
         model=job.model,
         args=_settings(job, scratch),
         train_dataset=dataset,
-        processing_class=_tokenizer(),
+        processing_class=AutoTokenizer.from_pretrained(job.model),
         peft_config=job.peft_config,
     )
     if job.lora is not None:
@@ -85,7 +93,8 @@ def run(job: Job, device: torch.device) -> Result:
     found = Result(
         load_seconds=now(device) - start - (trainer.reference_seconds or 0.0),
         reference_seconds=trainer.reference_seconds,
-        facts={"trl": trl.__version__},
+        facts={"trl": trl.__version__, "read_pairs": len(dataset)}
+        | {name: getattr(job, name) for name in ("batch", "reference_batch", "recompute")},
     )
     if job.stage == "cached":
         found.ref_chosen, found.ref_rejected = (
@@ -96,32 +105,33 @@ def run(job: Job, device: torch.device) -> Result:
     found.losses, found.chosen_logps, found.rejected_logps = record.means()
     found.facts |= record.facts(trainer.optimizer)
     found.peak_bytes = used_memory(device)
+    trainer.save_model()
     return found
 
 
 def _settings(job: Job, scratch: Path) -> DPOConfig:
     train = job.train
     return DPOConfig(
-        output_dir=str(scratch),
+        output_dir=str(scratch / "output"),
         max_steps=job.steps,
-        per_device_train_batch_size=job.pairs_per_pass,
-        gradient_accumulation_steps=job.pairs_per_step // job.pairs_per_pass,
+        per_device_train_batch_size=job.batch,
+        gradient_accumulation_steps=job.pairs_per_step // job.batch,
         beta=train.beta,
         learning_rate=train.lr,
         weight_decay=train.weight_decay,
         lr_scheduler_type="constant",
         warmup_steps=0,
         max_grad_norm=train.clip or 0.0,
-        optim="adamw_torch_fused",  # as on raydpo's side, and TRL's default
+        optim="adamw_torch_fused",  # the fastest, as on raydpo's side, and TRL's default
         precompute_ref_log_probs=job.stage == "cached",
-        precompute_ref_batch_size=job.pairs_per_pass,
-        max_length=None,  # the rows are already cut
+        precompute_ref_batch_size=job.reference_batch,
+        max_length=None,  # all pairs fit, and TRL finds its reference log-probs again only without a limit
         model_init_kwargs={"dtype": job.dtype},
         bf16=False,  # bfloat16 weights as on raydpo's side, no autocast
-        gradient_checkpointing=False,
+        gradient_checkpointing=job.recompute,
         use_cpu=job.device == "cpu",
         dataloader_pin_memory=job.device == "cuda",
-        save_strategy="no",
+        save_strategy="no",  # the policy is saved once, after the last step
         logging_strategy="no",
         report_to="none",
         disable_tqdm=True,
@@ -145,16 +155,6 @@ def _set_adapters(model: torch.nn.Module, file: Path) -> None:
     with torch.no_grad():
         for name, parameter in trainable.items():
             parameter.copy_(stored[name])
-
-
-def _tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer whose only token is the padding token. Padded positions are masked, so any id is right."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel({"<pad>": 0}, unk_token="<pad>")), pad_token="<pad>", eos_token="<pad>"
-    )
 
 
 if __name__ == "__main__":

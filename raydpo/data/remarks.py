@@ -52,8 +52,8 @@ _SENTENCES = {
         "chat_template_kwargs with which the prompt does not end so"
     ),
     NO_END: (
-        "warning: in {count} answers no special token follows the last text ({all}), so the model does not learn to stop;"
-        " use a chat template that ends a turn with a special token of the tokenizer"
+        "warning: in {count} pairs no special token follows the last text of an answer: {all}; so the model does not learn "
+        "to stop. Use a chat template that ends a turn with a special token of the tokenizer"
     ),
     EOS_TWICE: (
         "warning: the answers of {count} pairs end with EOS twice: {all}; take it off the end of the answers, or out of the "
@@ -74,8 +74,8 @@ _SENTENCES = {
     ),
     SPELLED_BEFORE: "{count} prompts of plain text spell special tokens, which are read as such: {all}",
     TEXT_FOR_CHAT: (
-        "warning: {count} prompts are plain text without special tokens, but the tokenizer has a chat template: {all}; "
-        "the model reads them without it. Use messages (role, content) for a chat model"
+        "warning: {count} prompts are plain text without special tokens of turns, but the tokenizer has a chat template: "
+        "{all}; the model reads them without it. Use messages (role, content) for a chat model"
     ),
     CHANGED: "given to the chat template in the form that it reads: {all}",
     UNREAD: (
@@ -87,11 +87,11 @@ _SENTENCES = {
         "use a template that reads it"
     ),
     UNTRAINED: (
-        "warning: in {count} pairs messages of the answers are marked as not to be trained or weighted ({all}), but every "
-        "message of an answer counts alike; end the prompt after those that should not, or drop the field"
+        "warning: in {count} pairs messages of the answers are marked as not to be trained or weighted: {all}; but every "
+        "message of an answer counts alike. End the prompt after those that should not, or drop the field"
     ),
     UNTRAINED_BEFORE: (
-        "{count} prompts mark messages for training ({all}); nothing of a prompt is trained. Make each turn that should be "
+        "{count} prompts mark messages for training: {all}; nothing of a prompt is trained. Make each turn that should be "
         "a pair of its own"
     ),
 }

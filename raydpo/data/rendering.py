@@ -12,8 +12,10 @@ from raydpo.data import remarks
 from raydpo.data.messages import Malformed, Message
 from raydpo.data.preference import Preference
 from raydpo.data.remarks import Remark
+from raydpo.data.segments import any_of
+from raydpo.data.template import TEXT_PARTS
 
-__all__ = ["RenderingCheck", "left_out"]
+__all__ = ["RenderingCheck", "left_out", "remedy"]
 
 _THOUGHT_FIELDS = (
     "reasoning_content",
@@ -29,7 +31,7 @@ _THOUGHT_FIELDS = (
 _KNOWN_FIELDS = {"role", "content", "tool_calls", "function_call", *_THOUGHT_FIELDS}
 _MARKS = {"weight", "loss_weight", "train", "training", "trainable", "trained", "learn", "loss"}
 """Fields with which other tools say whether a message is trained, and how much it counts: 0 or false if not."""
-_IDS = {"type", "id", "index", "tool_use_id", "tool_call_id", "cache_control"}
+_IDS = {"type", "id", "index", "tool_use_id", "tool_call_id", "cache_control", "signature"}
 """Keys of content parts that are no text."""
 _TAGS = (
     *((f"<{name}>", f"</{name}>") for name in ("think", "thinking", "thought", "reasoning", "seed:think")),
@@ -48,6 +50,8 @@ _EMPTY_THOUGHT = re.compile(
     "|".join(rf"{re.escape(opener)}\s*{re.escape(closer)}" for opener, closer in _TAGS)
     + rf"|\A\s*(?:{'|'.join(map(re.escape, _CLOSERS))})"  # opened at the end of the prompt
 )
+_MARK = re.compile(r"<([|\uff5c]).+\1>")
+"""Tokens that can be nothing but marks, special or not."""
 _MOST_SIGNS = 4
 _TAIL = 40
 _CUT = "\x00"
@@ -96,9 +100,12 @@ class RenderingCheck:
             if getattr(token, "special", False)
         ]
         self._eos = tokenizer.eos_token
-        self._ends = [token for token in dict.fromkeys((*added, *special)) if token.strip()]
+        ends = [token for token in dict.fromkeys((*added, *special)) if token.strip()]
+        self._end = re.compile(any_of(ends) or "(?!)")
+        written = _written(tokenizer)
+        special += [token for token in added if token in written or _MARK.fullmatch(token)]  # read as special tokens are
         spelled = sorted({token for token in special if token.strip() and not _TAG.fullmatch(token)}, key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, spelled)) or "(?!)")
+        self._special = re.compile(any_of(spelled) or "(?!)")
         self._signs = _common_signs(spelled)
         self._signs_of_all = tuple(dict.fromkeys((*self._signs, *_CLOSER_SIGNS)))
         self._sound_tails: set[str] = set()
@@ -132,11 +139,14 @@ class RenderingCheck:
         found: list[Remark] = []
         if preference.tools is not None or self._end_if_usual(preference.prompt, prompt, 0, answer=False) < 0:
             self._check_prompt(preference, prompt, found)
+        if preference.template_kwargs:
+            values = _leaves(preference.template_kwargs, [])
+            self._check_spelling_of_others("chat_template_kwargs", prompt, values, found)
         for side, messages, whole in (("chosen", preference.chosen, chosen), ("rejected", preference.rejected, rejected)):
             if whole.startswith(prompt):
                 start = len(prompt)
             else:
-                start = _common(prompt, whole)
+                start = _start_of_answer(prompt, whole, messages)
                 found.append(Remark(remarks.PROMPT_END, "", prompt[start:]))
             end = self._end_if_usual(messages, whole, start, answer=True)
             if end < 0 or whole[end:] not in self._sound_tails:
@@ -171,6 +181,7 @@ class RenderingCheck:
             fields += _fields(message)
             found += [Remark(remarks.UNTRAINED_BEFORE, key) for key in message.keys() & _MARKS]
         self._check_spelling("prompt", [one.text for one in wanted], found)
+        self._check_spelling_of_others("prompt", prompt, [*more, *(one.text for one in fields)], found)
         _check_fields(prompt, fields, wanted, more, found)
         for one in left_out(prompt, wanted, more):
             kind = _LOST_IN_PROMPT.get(one.what, remarks.LOST)
@@ -191,6 +202,7 @@ class RenderingCheck:
         texts = [one.text for one in wanted]
         self._check_spelling(side, texts, found)
         region = whole[start:]
+        self._check_spelling_of_others(side, region, [*more, *(one.text for one in fields)], found)
         _check_fields(region, fields, wanted, more, found)
         lost = left_out(region, wanted, more)
         if lost and len(lost) >= sum(len(_pieces(one)) for one in wanted):
@@ -204,17 +216,40 @@ class RenderingCheck:
         if _EMPTY_THOUGHT.search(region) and not any(_EMPTY_THOUGHT.search(text) for text in texts):
             found.append(Remark(remarks.EMPTY_THOUGHT, side))
         self._check_thoughts(side, texts, whole, start, found)
-        place = whole.rfind(texts[-1], start) if texts else -1
+        place = self._last_place(whole, texts[-1], start) if texts else -1
         if place >= 0:
             self._check_end(whole[place + len(texts[-1]) :], texts[-1], found)
         else:  # the last text is written otherwise: its end may be among the last characters
             self._check_end(whole[max(start, len(whole) - _TAIL) :], None, found)
+
+    def _last_place(self, whole: str, text: str, start: int) -> int:
+        """Where ``text`` stands last in ``whole``, apart from the tokens that end a turn; -1 if nowhere."""
+        only_ends = not self._end.sub("", text).strip()  # one of which is the turn's own end
+        ends = [end.span() for end in self._end.finditer(whole, start)]
+        last = place = whole.rfind(text, start)
+        while place >= 0:
+            after = place + len(text)
+            if only_ends:
+                apart = self._end.search(whole, after) is not None
+            else:
+                apart = not any(begin <= place and after <= end for begin, end in ends)
+            if apart:
+                return place
+            place = whole.rfind(text, start, after - 1)
+        return last if only_ends else -1
 
     def _check_spelling(self, part: str, texts: Iterable[str], found: list[Remark]) -> None:
         for text in texts:
             if (token := self.spelled(text)) is not None:
                 found.append(Remark(remarks.SPELLED, part, token))
                 return
+
+    def _check_spelling_of_others(self, part: str, rendered: str, texts: Iterable[str], found: list[Remark]) -> None:
+        """Note special tokens in texts that templates need not write, such as descriptions of tools, if they are there."""
+        spelled = [text for text in texts if self.spelled(text) is not None]
+        if spelled:
+            rest = "".join(rendered.split())
+            self._check_spelling(part, [text for text in spelled if _found(rest, text) is not None], found)
 
     def _check_thoughts(self, side: str, texts: list[str], whole: str, start: int, found: list[Remark]) -> None:
         """Note an answer that ends a thought which neither it nor the prompt begins."""
@@ -232,7 +267,7 @@ class RenderingCheck:
         Args:
             tail: what follows the text ``last``; None if the tail may begin within the last text.
         """
-        if not any(token in tail for token in self._ends):
+        if self._end.search(tail) is None:
             found.append(Remark(remarks.NO_END, "", tail))
         elif self._eos and self._ends_twice(tail, last):
             found.append(Remark(remarks.EOS_TWICE, "", tail))
@@ -241,7 +276,8 @@ class RenderingCheck:
 
     def _ends_twice(self, tail: str, last: str | None) -> bool:
         if last is not None:
-            return tail.count(self._eos) + last.rstrip().endswith(self._eos) > 1
+            spelled = last.rstrip().endswith(self._eos) and tail.lstrip().startswith(self._eos)
+            return spelled or tail.count(self._eos) > 1
         before = tail.rstrip().removesuffix(self._eos)
         return tail.rstrip() != before and before.rstrip().endswith(self._eos)
 
@@ -258,7 +294,7 @@ def _texts(message: Message, turn: int, more: list[str]) -> list[Text]:
             found.append(Text(what, part, turn))
         elif isinstance(part, Mapping):
             for key, value in part.items():
-                if key not in _IDS:
+                if key not in _IDS and (not _is_text(part) or key == "text" or key in _THOUGHT_FIELDS):
                     kind = remarks.THOUGHTS if key in _THOUGHT_FIELDS else what
                     found += [Text(kind, leaf, turn) for leaf in _leaves(value, more)]
     said = " ".join(one.text for one in found)
@@ -316,13 +352,26 @@ def _tool_texts(tools: list[Any]) -> tuple[list[Text], list[str]]:
 
 def _fields(message: Message) -> list[Text]:
     """The texts of fields that few templates read, such as ``name``, each under the name of its field."""
-    others = message.keys() - _KNOWN_FIELDS - _MARKS
+    content = message.get("content")
+    others = [(str(key)[:40], message[key]) for key in message.keys() - _KNOWN_FIELDS - _MARKS]
+    others += [
+        (f"{str(key)[:40]} of a content part", value)
+        for part in (content if isinstance(content, list) else [])
+        if _is_text(part)
+        for key, value in part.items()
+        if key not in ("text", *_IDS, *_THOUGHT_FIELDS)
+    ]
     return [
-        Text(str(key)[:40], leaf.strip())
-        for key in sorted(others, key=str)
-        for leaf in _leaves(message[key], [])
+        Text(key, leaf.strip())
+        for key, value in sorted(others, key=lambda field: field[0])
+        for leaf in _leaves(value, [])
         if leaf.strip()
     ]
+
+
+def _is_text(part: Any) -> bool:
+    """Whether a content part is text. What else it has is said about the text, such as where it was found."""
+    return isinstance(part, Mapping) and part.get("type") in TEXT_PARTS and isinstance(part.get("text"), str)
 
 
 def _check_fields(rendered: str, fields: list[Text], wanted: list[Text], more: list[str], found: list[Remark]) -> None:
@@ -414,6 +463,22 @@ def _adds_thought(text: str) -> bool:
     return _EMPTY_THOUGHT.search(text) is not None
 
 
+def _start_of_answer(prompt: str, whole: str, messages: list[Message]) -> int:
+    """Where the answer begins in ``whole``, which begins otherwise than ``prompt`` does.
+
+    What both share may hold the first characters of the answer: ``<think>`` and ``<b>`` begin alike.
+    """
+    common = _common(prompt, whole)
+    for message in messages[:1]:
+        for text in (one.text for one in _texts(message, 0, [])):
+            tag = _TAG.match(text)
+            first = common - (tag.end() - 1 if tag else len(text))  # a tag that both have in full is shared
+            place = whole.find(text, max(0, first), common + len(text))
+            if 0 <= place < common:
+                return place
+    return common
+
+
 def _common(left: str, right: str) -> int:
     """Number of characters that two texts share at their start."""
     low, high = 0, min(len(left), len(right))
@@ -424,6 +489,18 @@ def _common(left: str, right: str) -> int:
         else:
             high = middle - 1
     return low
+
+
+def _written(tokenizer: Any) -> str:
+    """What a chat template may write itself: its text, and how it writes a few words."""
+    messages = [{"role": role, "content": "x"} for role in ("system", "user", "assistant")]
+    rendered = ""
+    for start in (0, 1):
+        try:
+            rendered += tokenizer.apply_chat_template(messages[start:], tokenize=False)
+        except Exception:  # templates raise what their authors wrote
+            continue
+    return f"{tokenizer.chat_template or ''}{rendered}"
 
 
 def _common_signs(tokens: Sequence[str]) -> list[str]:

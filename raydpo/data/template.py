@@ -15,6 +15,7 @@ from raydpo.data.messages import Malformed, Message
 __all__ = ["ChatTemplate"]
 
 PARTS_JOINED, TEXT_AS_PARTS = "content parts, joined to text", "text, given as a content part"
+PARTS_OF_TEXT = "content parts of text, given with type 'text'"
 ARGUMENTS_AS_OBJECT, ARGUMENTS_AS_TEXT = (
     "arguments of calls in JSON text, given as objects",
     "arguments of calls, given as JSON text",
@@ -28,6 +29,7 @@ _CLOCK = "strftime_now"
 _DIRECTIVES = "aAbBcdDeFHhIjklmMnpPrRsStTuUVwWxXyYzZCGg"
 _READS_FUNCTION = re.compile(r"""role\W[^{}]*['"]function['"]""")
 """A template that asks whether a role is ``function``."""
+_GENERATION = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")
 _ONE, _TWO = "raydpoOne", "raydpoTwo"
 """Texts of probes, found in no template."""
 _USER: Message = {"role": "user", "content": "x"}
@@ -51,6 +53,8 @@ class ChatTemplate:
         self._reads_text: set[str] = set()
         self._arguments: str | None = None
         self._pinned: dict[str, str] = {}
+        self._names: dict[str, frozenset[str]] = {}
+        self._written: dict[tuple[Any, ...], bool] = {}
 
     @cached_property
     def writes_date(self) -> bool:
@@ -66,6 +70,13 @@ class ChatTemplate:
     @cached_property
     def _reads_function(self) -> bool:
         return _READS_FUNCTION.search(str(self.tokenizer.chat_template or "")) is not None
+
+    def reads(self, name: str, tools: list[Any] | None = None) -> bool:
+        """Whether the template that is used with ``tools`` reads the variable ``name``."""
+        template = self.tokenizer.get_chat_template(None, tools)
+        if template not in self._names:
+            self._names[template] = _variables(template)
+        return name in self._names[template]
 
     def render(self, messages: list[Message], tools: list[Any] | None = None, generate: bool = False, **kwargs: Any) -> str:
         """The text of a conversation; with ``generate`` up to where the assistant begins to answer.
@@ -90,6 +101,16 @@ class ChatTemplate:
             clock = f"{{% macro {_CLOCK}(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}\n"
             self._pinned[template] = clock + template
         return self._pinned[template]
+
+    def writes(self, messages: list[Message], place: int, tools: list[Any] | None = None, **kwargs: Any) -> bool:
+        """Whether the content of the message at ``place`` is written, which is tried once for each sequence of roles."""
+        key = (tuple(message["role"] for message in messages), place, tools is not None, kwargs.get("generate"))
+        if key not in self._written:
+            content = _ONE if isinstance(messages[place]["content"], str) else [{"type": "text", "text": _ONE}]
+            probe = [*messages[:place], messages[place] | {"content": content}, *messages[place + 1 :]]
+            rendered = self._tried(probe, tools=tools, **kwargs)
+            self._written[key] = not rendered or _ONE.lower() in rendered.lower()
+        return self._written[key]
 
     def fits(self, messages: list[Message]) -> bool:
         """Whether the template reads ``messages`` as they are, as far as a quick look tells."""
@@ -117,6 +138,10 @@ class ChatTemplate:
             content = _joined(content, role)
             if isinstance(content, str):
                 changes.add(PARTS_JOINED)
+        elif isinstance(content, list) and form is not None:
+            content = _typed(content)
+            if content is not message["content"]:
+                changes.add(PARTS_OF_TEXT)
         elif isinstance(content, str) and role not in self._reads_text:
             changes.add(TEXT_AS_PARTS)
         if isinstance(content, str) and role not in self._reads_text:
@@ -223,6 +248,19 @@ class ChatTemplate:
         return ""
 
 
+def _variables(template: str) -> frozenset[str]:
+    """The variables that a template reads and does not set first."""
+    from jinja2 import Environment, meta
+    from jinja2.exceptions import TemplateError
+
+    bare = _GENERATION.sub("", template)  # marks the answer, for transformers only
+    try:
+        parsed = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(bare)
+        return frozenset(meta.find_undeclared_variables(parsed))
+    except TemplateError:  # of an extension that is not known here
+        return frozenset(re.findall(r"\w+", template))
+
+
 def _printed(rendered: str, as_text: str = "") -> bool:
     """Whether a template that takes text only has printed a list of parts as Python or JSON does."""
     return any(rendered.count(word) > as_text.count(word) for word in ("'text'", '"text"'))
@@ -242,6 +280,18 @@ def _around(role: str, user: Message) -> tuple[list[Message], list[Message]]:
         return [user], []
     call = {"id": "callprobe", "type": "function", "function": {"name": "probe", "arguments": {}}}
     return [user, {"role": "assistant", "content": "", "tool_calls": [call]}], []
+
+
+def _typed(parts: list[Any]) -> list[Any]:
+    """Content parts with type ``text`` for those that are text, as templates ask; ``parts`` itself if all have it."""
+    typed = []
+    for part in parts:
+        if isinstance(part, str):
+            part = {"type": "text", "text": part}
+        elif isinstance(part, Mapping) and part.get("type") != "text" and part.get("type") in TEXT_PARTS and "text" in part:
+            part = {**part, "type": "text"}
+        typed.append(part)
+    return parts if all(new is old for new, old in zip(typed, parts, strict=True)) else typed
 
 
 def _joined(parts: list[Any], role: str) -> Any:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from datetime import date
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,8 @@ from raydpo.data.messages import Malformed
 from raydpo.data.preference import Preference
 from raydpo.data.refusal import refusal
 from raydpo.data.remarks import Remark
-from raydpo.data.rendering import RenderingCheck
+from raydpo.data.rendering import RenderingCheck, remedy
+from raydpo.data.segments import Segments
 from raydpo.data.shapes import common_prefix
 from raydpo.data.template import ChatTemplate
 from raydpo.errors import FilesError, reason
@@ -28,6 +29,7 @@ _FILES = (
     "added_tokens.json", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 
+_SHORT = 20
 _PROBE = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
 
 
@@ -94,6 +96,13 @@ def _check_syntax(tokenizer: Any, name: str) -> None:
         return
 
 
+def _short(content: Any) -> str:
+    """The text of ``content`` if it is so short that the words of a template may hold it by chance, else empty."""
+    if isinstance(content, list):
+        content = content[0].get("text") if len(content) == 1 and isinstance(content[0], dict) else None
+    return content.strip() if isinstance(content, str) and len(content) <= _SHORT else ""
+
+
 class Tokeniser:
     """Turns preferences into token ids exactly as TRL's DPOTrainer does, and notes what is odd about them.
 
@@ -111,6 +120,7 @@ class Tokeniser:
         self.template = ChatTemplate(tokenizer, day)
         self.merged = 0
         self._check = RenderingCheck(tokenizer)
+        self._segments = Segments(tokenizer, partial(self._ids, add_special_tokens=False))
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
@@ -156,7 +166,8 @@ class Tokeniser:
                 encoded[index] = error, []
         for entries, conversational in ((plain, False), (rendered, True)):
             # A template writes special tokens itself; for plain text the tokenizer adds its own, such as BOS.
-            ids = iter(self._ids([text for _, texts, _ in entries for text in texts], not conversational))
+            texts = [text for _, parts, _ in entries for text in parts]
+            ids = iter(self._segments.encode(texts) if conversational else self._ids(texts, True))
             for index, _, found in entries:
                 parts = self._begun(next(ids), next(ids), next(ids), conversational=conversational, found=found)
                 encoded[index] = self._split(*parts, conversational=conversational, found=found), found
@@ -213,13 +224,15 @@ class Tokeniser:
             if (token := self._check.spelled(rest)) is not None:
                 found.append(Remark(remarks.SPELLED, side, token))
         prompt = preference.prompt
-        token = self._check.spelled(prompt)
-        if token is not None and self._adds_bos:
-            token = self._check.spelled(prompt.removeprefix(self.tokenizer.bos_token))
+        own, token = prompt, self._check.spelled(prompt)
         if token is not None:
-            found.append(Remark(remarks.SPELLED_BEFORE, "", token))
-        elif self.tokenizer.chat_template:
-            found.append(Remark(remarks.TEXT_FOR_CHAT, "", preference.prompt))
+            own = prompt.removeprefix(self.tokenizer.bos_token or "")  # BOS alone makes no turn
+            other = self._check.spelled(own)
+            if own == prompt or other is not None or not self._adds_bos:
+                found.append(Remark(remarks.SPELLED_BEFORE, "", other or token))
+            token = other
+        if token is None and self.tokenizer.chat_template:
+            found.append(Remark(remarks.TEXT_FOR_CHAT, "", own))
         if preference.tools or preference.template_kwargs:
             for what, value in ((remarks.TOOLS, preference.tools), ("chat_template_kwargs", preference.template_kwargs)):
                 if value:
@@ -248,10 +261,17 @@ class Tokeniser:
         except Exception as error:  # templates raise what their authors wrote
             raise Malformed(f"the chat template refuses it: {refusal(error, self.tokenizer.chat_template)}") from None
         found = self._check.remarks(preference, *texts)
+        for part, before, messages in (("prompt", [], prompt), ("chosen", prompt, chosen), ("rejected", prompt, rejected)):
+            for place, message in enumerate(messages):
+                if len(message) == 2 and (text := _short(message.get("content"))):
+                    options = arguments if before else {"generate": True, **arguments}
+                    if not self.template.writes([*before, *messages], len(before) + place, tools, **options):
+                        what = f"content of role {message['role']!r}"
+                        found.append(Remark(remarks.LOST, f"{what} ({part})", text, remedy(what)))
         for change in sorted(changes):
             found.append(Remark(remarks.CHANGED, change))
         for key in arguments:
-            if key not in str(self.tokenizer.chat_template):
+            if not self.template.reads(key, tools):
                 found.append(Remark(remarks.UNREAD, key))
         return texts, found
 

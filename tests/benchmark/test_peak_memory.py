@@ -16,17 +16,22 @@ def peaks(tmp_path_factory):
     """Results of both sides on the same model, pairs and steps."""
     pytest.importorskip("trl")
     pytest.importorskip("deepspeed")
-    from raydpo.benchmark import workload
     from raydpo.benchmark.job import Job, start
+    from raydpo.benchmark.workload import Workload, random_records
 
     place = tmp_path_factory.mktemp("memory")
     model = make_model(place / "model", vocab_size=VOCABULARY)
-    table = workload.synthetic(STEPS * PAIRS, LENGTH, (1, 1), VOCABULARY, seed=0)
+    records = [
+        {name: text.replace("w", "") for name, text in record.items()}  # about three tokens a number
+        for record in random_records(STEPS * PAIRS, LENGTH // 6, LENGTH // 6, 100)
+    ]
+    work = Workload.write(records, str(model), 4 * LENGTH, "file", place)
     # Positions of all pairs at once: neither side cuts a step into parts.
     job = Job(
+        name="kernel",
         stage="train",
         model=str(model),
-        workload=str(place / "pairs.parquet"),
+        pairs=str(place / "pairs.parquet"),
         work=str(place),
         dtype="float32",
         lora=None,
@@ -34,13 +39,13 @@ def peaks(tmp_path_factory):
         steps=STEPS,
         tokens_per_batch=4 * PAIRS * LENGTH,
         device="cpu",
-        threads=None,
         lr=1e-3,
-        pairs_per_pass=PAIRS,
+        batch=PAIRS,
     )
-    pq.write_table(table, job.workload)
-    pq.write_table(with_reference(table, model), job.scored)
-    ours, theirs = start("raydpo_side", job), start("trl_side", dataclasses.replace(job, stage="online"))
+    pq.write_table(work.table, job.pairs)
+    pq.write_table(with_reference(work.table, model), job.scored)
+    other = dataclasses.replace(job, name="trl", stage="online", pairs=str(work.in_order))
+    (ours, _), (theirs, _) = start("kernel_side", job), start("trl_side", other)
     assert len(ours.losses) == STEPS and ours.losses == pytest.approx(theirs.losses, abs=1e-5), "not the same training"
     assert ours.losses[0] != ours.losses[1]
     return ours, theirs

@@ -1,70 +1,83 @@
-"""The pairs and random models that are measured: the same every time, and as a run would read them."""
+"""The pairs and random models that are measured: the same every time, and as both sides would read them."""
+
+import json
 
 import numpy as np
 import pytest
 import torch
 from tiny import make_tokenizer, preferences, write_preferences
 
-from raydpo.benchmark import workload
+from raydpo.benchmark.workload import Workload, random_records, usable_records, write_random_llama
+from raydpo.data.plan import BatchPlan
 from raydpo.errors import DataError
 
-
-def test_random_pairs_depend_on_the_arguments_alone():
-    table = workload.synthetic(16, 100, (1, 4), 512, seed=3)
-    assert table == workload.synthetic(16, 100, (1, 4), 512, seed=3)
-    assert table != workload.synthetic(16, 100, (1, 4), 512, seed=4)
-
-
-def test_random_pairs_have_the_wanted_shape():
-    for (prompt, completion), tokens in (((1, 4), (20, 80)), ((4, 1), (80, 20))):
-        table = workload.synthetic(400, 100, (prompt, completion), 512, seed=0)
-        for name, mean in zip(workload.IDS, (tokens[0], tokens[1], tokens[1]), strict=True):
-            lengths = np.array([len(ids) for ids in table[name].to_pylist()])
-            assert lengths.mean() == pytest.approx(mean, rel=0.05)
-            assert lengths.min() >= round(0.75 * mean) and lengths.max() <= round(1.25 * mean)
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 300,
+}
 
 
-def test_statistics():
-    table = workload.synthetic(5, 50, (1, 1), 512, seed=0)
-    lengths = [[len(ids) for ids in table[name].to_pylist()] for name in workload.IDS]
-    prompts, chosen, rejected = (np.array(each) for each in lengths)
-    found = workload.statistics(table, 2)
-    longest = prompts + np.maximum(chosen, rejected)
-    assert found["positions"] == {
-        "tree": (prompts + chosen + rejected).sum(),
-        "packed": (2 * prompts + chosen + rejected).sum(),
-        "padded": 4 * max(longest[:2]) + 4 * max(longest[2:4]) + 2 * longest[4],
-    }
-    assert found["longest"] == longest.max()
+def test_random_pairs_depend_on_the_arguments_alone_and_have_the_wanted_lengths():
+    records = random_records(400, 20, 80, 512, seed=3)
+    assert records == random_records(400, 20, 80, 512, seed=3) != random_records(400, 20, 80, 512, seed=4)
+    for name, mean in (("prompt", 20), ("chosen", 80), ("rejected", 80)):
+        lengths = np.array([len(record[name].split()) for record in records])
+        assert lengths.mean() == pytest.approx(mean, rel=0.05)
+        assert lengths.min() >= round(0.75 * mean) and lengths.max() <= round(1.25 * mean)
 
 
-def test_file_gives_the_first_pairs_in_order(tmp_path, tiny_llama):
+def test_a_random_word_is_a_token_of_the_random_model(tmp_path):
+    write_random_llama(tmp_path / "model", SHAPE, torch.device("cpu"))
+    records = random_records(8, 10, 20, SHAPE["vocab_size"])
+    work = Workload.write(records, str(tmp_path / "model"), 64, "file", tmp_path / "work")
+    for record, pair in zip(records, work.table.to_pylist(), strict=True):
+        words = {name: [int(word[1:]) for word in record[name].split()] for name in ("prompt", "chosen", "rejected")}
+        assert pair["prompt_ids"] == words["prompt"] and pair["chosen_ids"] == [*words["chosen"], 1]
+
+
+@pytest.mark.parametrize("order", ["file", "shuffled"])
+def test_both_sides_have_the_same_pairs_in_the_same_steps(order, tmp_path, tiny_llama):
     records = preferences(12)
-    file = write_preferences(tmp_path / "pairs.jsonl", records)
-    table = workload.of_file(str(file), 8, str(tiny_llama), 512)
-    tokenizer = make_tokenizer()
-    assert [tokenizer.decode(ids) for ids in table["prompt_ids"].to_pylist()] == [one["prompt"] for one in records[:8]]
-    with pytest.raises(DataError, match="12 usable pairs, fewer than --pairs 13"):
-        workload.of_file(str(file), 13, str(tiny_llama), 512)
+    work = Workload.write(records, str(tiny_llama), 512, order, tmp_path)
+    plan = BatchPlan(
+        work.shapes, np.zeros(12, int), np.ones(1), seed=0, pairs_per_step=4, tokens_per_batch=1000, world_size=1,
+        shuffle=order == "shuffled", epochs=1, steps=None,
+    )  # fmt: skip
+    taken = [records[row] for step in range(3) for row in plan.pairs(step)]
+    assert [json.loads(line) for line in work.in_order.read_text().splitlines()] == taken
+    assert [json.loads(line) for line in work.file.read_text().splitlines()] == records
+    assert (taken == records) == (order == "file")
+    found, tokenizer = work.statistics(), make_tokenizer()
+    for width, tokens, record in zip(found["widths"], found["tokens"], taken, strict=True):
+        prompt, *answers = (len(tokenizer(record[name])["input_ids"]) for name in ("prompt", "chosen", "rejected"))
+        assert (width, tokens) == (prompt + max(answers) + 1, prompt + sum(answers) + 2)
+
+
+def test_file_gives_the_first_pairs_that_fit_uncut(tmp_path, tiny_llama):
+    records = preferences(12)
+    long = dict(records[3], chosen=" water" * 600)
+    chat = {"prompt": [{"role": "user", "content": "why"}], "chosen": "because", "rejected": "no"}
+    file = write_preferences(tmp_path / "pairs.jsonl", [*records[:3], long, *records[4:], chat, {"prompt": "no answers"}])
+    found = usable_records(str(file), 12, str(tiny_llama), 512)
+    assert found[:11] == [*records[:3], *records[4:]]
+    assert found[11]["chosen"] == [{"role": "assistant", "content": "because"}], "in one form that TRL reads, too"
+    with pytest.raises(DataError, match="12 usable pairs of at most 512 tokens, fewer than --pairs 13"):
+        usable_records(str(file), 13, str(tiny_llama), 512)
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_random_model_loads_and_is_made_once(tmp_path, tied):
     from raydpo.model.load import load_causal_lm
 
-    shape = {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 300,
-        "tie_word_embeddings": tied,
-    }
+    shape = SHAPE | {"tie_word_embeddings": tied}
     directory, state = tmp_path / "model", torch.get_rng_state()
-    workload.write_random_llama(directory, shape, torch.device("cpu"))
+    write_random_llama(directory, shape, torch.device("cpu"))
     stamp = (directory / "model.safetensors").stat().st_mtime_ns
-    workload.write_random_llama(directory, shape, torch.device("cpu"))
+    write_random_llama(directory, shape, torch.device("cpu"))
     assert (directory / "model.safetensors").stat().st_mtime_ns == stamp
     assert torch.equal(torch.get_rng_state(), state)
     model = load_causal_lm(directory, "bfloat16", rope_length=None)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import templates
-from samples import CHAT_TEMPLATE
+from samples import CHAT_TEMPLATE, make_tokenizer
 from templates import CALLS, EACH, GENERATE, answer, calling, say, tokenizer_for, tool, user
 
 from raydpo.config import DataConfig
@@ -141,6 +141,21 @@ def test_what_is_left_out_is_an_error_and_a_warning_if_allowed(write, name):
         assert json.dumps(stored) and next(iter(stored.values()))["example"]
 
 
+@pytest.mark.parametrize("text", ["user", "s", "<s>user", "assistant", "You are kind."])
+def test_texts_that_the_words_of_the_template_hold_are_missed_all_the_same(write, text):
+    skips = EACH.replace("messages", "messages if message.role != 'system'") + "{{ message.content }}</s>\n{% endfor %}"
+    odd = record([say("system", text), *PROMPT], answer("a"), answer("b"))
+    with pytest.raises(DataError, match=r"1 content of role 'system' \(prompt\), such as"):
+        lines_of(write, skips + GENERATE, odd)
+    every = EACH + "{{ message.content }}</s>\n{% endfor %}" + GENERATE
+    for template in (every, templates.GEMMA_PARTS):
+        lines, _ = lines_of(write, template, record(odd["prompt"], answer(text.replace("<s>", "")), answer("b")))
+        assert not any("leaves out" in line for line in lines) and ("<s>" in text or len(lines) == 1)
+    called = record([*PROMPT, *calling(), say("tool", "s")], answer("a"), answer("b"))
+    with pytest.raises(DataError, match=r"1 content of role 'tool' \(prompt\), such as 's'"):
+        lines_of(write, CALLS.replace("messages", "messages if message.role != 'tool'"), called)
+
+
 def test_tools_and_calls_that_the_prompt_lacks_are_a_warning(write):
     """A tool's name must stand in a place of its own, not in the words of a message."""
     asked = record([user("clock, please")], answer("the clock"), answer("b"), tools=[tool("clock")])
@@ -227,11 +242,33 @@ def test_the_end_of_the_prompt_that_is_left_out_is_quoted(write):
     )
 
 
+@pytest.mark.parametrize("opened", ["<think>\n", "[THINK]", "Answer: ", "<|thought|>\n"])
+def test_an_answer_that_begins_as_the_end_of_the_prompt_does(write, opened):
+    """What prompt and answer share is of the answer."""
+    template = CHAT_TEMPLATE.replace("<s>assistant\n{%", f"<s>assistant\n{opened}{{%")
+    for length in (1, 2, 4):
+        chosen = f"{opened[:length]}!b>Frozen</b> water."
+        for text in (chosen, opened[:length]):
+            lines, _ = lines_of(write, template, record(PROMPT, answer(text), answer("Ten.")))
+            (line,) = (line for line in lines if line.startswith("warning"))
+            assert "the end of the prompt is left out of 1 pairs, where the chat template writes" in line
+            assert f"such as {opened!r} (prefs.jsonl:1)" in line
+
+
+def test_an_answer_with_the_tag_that_the_prompt_ends_with_lacks_only_the_rest(write):
+    template = CHAT_TEMPLATE.replace("<s>assistant\n{%", "<s>assistant\n<think>\n{%")
+    lines, _ = lines_of(write, template, record(PROMPT, answer("<think>So.</think>Nine."), answer("<think>\nb</think>Ten.")))
+    assert [line for line in lines if line.startswith("warning")] == [
+        line for line in lines if "such as '\\n' (prefs.jsonl:1)" in line
+    ]
+
+
 def test_no_end_of_turn(write):
     template = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
     lines, _ = lines_of(write, template, record(PROMPT, answer("Nine."), answer("Ten.")))
     assert any(
-        "in 1 answers no special token follows the last text (such as '\\n' (prefs.jsonl:1))" in line for line in lines
+        "in 1 pairs no special token follows the last text of an answer: such as '\\n' (prefs.jsonl:1); so the model" in line
+        for line in lines
     )
     # spelled like a special token, but none of the tokenizer's
     foreign = template.replace("\n{%", "<|end|>\n{%")
@@ -239,6 +276,18 @@ def test_no_end_of_turn(write):
     tokenizer.chat_template = foreign
     ((_, found),) = Tokeniser(tokenizer).encode_noted([Preference(PROMPT, answer("Nine."), answer("Ten."))])
     assert ("no end of turn", "") in {(one.kind, one.what) for one in found}
+
+
+@pytest.mark.parametrize("text", ["</s>", "s", "/s", "</s></s>", "</", "<s>"])
+def test_the_end_of_turn_is_not_taken_for_the_last_text(text):
+    """A text that spells the end of a turn, or part of it."""
+    _, found = noted(CALLS, PROMPT, calling(arguments={"zone": text}), answer(text))
+    twice = {("EOS twice", "")} if text.endswith("</s>") else set()
+    assert {one for one in found if one[0] in ("no end of turn", "EOS twice")} == twice
+    endless = CALLS.replace("</s>", "")
+    assert ("no end of turn", "") in noted(endless, PROMPT, calling(arguments={"zone": text}), answer("Ten."))[1]
+    _, found = noted(CALLS, PROMPT, calling(arguments={"zone": text}), answer("Ten."))
+    assert {one for one in found if one[0] != "special tokens spelled"} == set()
 
 
 def test_eos_twice():
@@ -315,17 +364,77 @@ def test_special_tokens_that_texts_spell(write):
     assert ("special tokens spelled", "prompt") in noted(CALLS, PROMPT, answer("a"), answer("b"), tools=[tool("a<s>")])[1]
 
 
+@pytest.mark.parametrize("token", ["<|User|>", "<tool_call>", "<|unused|>", "<\uff5cUser\uff5c>"])
+def test_tokens_of_turns_that_are_added_but_not_special(token):
+    """The tokenizer reads them as one token, whatever it calls them."""
+    template = templates.DEEPSEEK + "{# writes <tool_call> #}"
+
+    def found_in(chosen, added=True):
+        tokenizer = make_tokenizer(template)
+        if added:
+            tokenizer.add_tokens([token, "<|Assistant|>", "<think>", "water", "<b>"])
+        ((_, found),) = Tokeniser(tokenizer).encode_noted([Preference(PROMPT, answer(chosen), answer("Ten."))])
+        return [(remark.what, remark.example) for remark in found if remark.kind == "special tokens spelled"]
+
+    assert found_in(f"It writes {token}.") == [("chosen", token)]
+    assert found_in("<think>So.</think>Frozen <b>water</b>.") == [] == found_in(f"It writes {token}.", added=False)
+
+
+def test_tokens_that_a_template_puts_together():
+    tokenizer = make_tokenizer(
+        templates.CHATML.replace("<|im_start|>", "[{{ '' }}").replace("{{ message['role'] }}\n", "x]")
+    )
+    tokenizer.add_tokens(["[x]"])
+    ((_, found),) = Tokeniser(tokenizer).encode_noted([Preference([user("a[x]b")], answer("a"), answer("b"))])
+    assert ("special tokens spelled", "prompt", "[x]") in {remark[:3] for remark in found}
+
+
+def test_special_tokens_in_what_templates_need_not_write(write):
+    odd = tool("clock")
+    odd["function"]["parameters"]["properties"]["a</s>b"] = {"type": "string"}
+    for tools in ([tool("clock") | {"note": "x </s> y"}], [odd]):
+        bad = record(PROMPT, answer("a"), answer("b"), tools=tools)
+        lines, _ = lines_of(write, CHAT_TEMPLATE, bad)
+        assert any("spell special tokens" in line and "1 prompt, such as '</s>' (prefs.jsonl:1)" in line for line in lines)
+        lines, _ = lines_of(write, CHAT_TEMPLATE.replace("tools | tojson", "tools[0].function.name"), bad)
+        assert not any("spell special tokens" in line for line in lines)  # not written
+    named = [user("Hello?", name="Bo<s>b")]
+    writes = CHAT_TEMPLATE.replace("{{ message.role }}", "{{ message.role }} {{ message.name or '' }}")
+    assert ("special tokens spelled", "prompt") in noted(writes, named, answer("a"), answer("b"))[1]
+    assert ("special tokens spelled", "prompt") not in noted(CHAT_TEMPLATE, named, answer("a"), answer("b"))[1]
+    keys = calling(arguments={"zo</s>ne": "a"})
+    assert ("special tokens spelled", "chosen") in noted(CALLS, PROMPT, keys, answer("b"))[1]
+    lines, _ = lines_of(
+        write,
+        "{{ first }}" + CHAT_TEMPLATE,
+        record(PROMPT, answer("a"), answer("b"), chat_template_kwargs={"first": "a<s>", "thinking": False}),
+    )
+    assert any("1 chat_template_kwargs, such as '<s>' (prefs.jsonl:1)" in line for line in lines)
+
+
 def test_plain_text_for_a_chat_model(write):
     plain = {"prompt": "the sky", "chosen": " is", "rejected": " was"}
     lines, _ = lines_of(write, templates.CHATML, plain)
     assert any(
-        "1 prompts are plain text without special tokens, but the tokenizer has a chat template" in line for line in lines
+        "1 prompts are plain text without special tokens of turns, but the tokenizer has a chat template: such as 'the sky' "
+        "(prefs.jsonl:1);" in line
+        for line in lines
     )
     rendered = plain | {"prompt": "<|im_start|>user\nthe sky<|im_end|>\n<|im_start|>assistant\n"}
     lines, _ = lines_of(write, templates.CHATML, rendered)
     assert lines[1:] == ["data prefs: 1 prompts of plain text spell special tokens, which are read as such: such as "
                          "'<|im_end|>' (prefs.jsonl:1)"] or "'<|im_start|>'" in lines[1]  # fmt: skip
     assert len(lines_of(write, None, plain)[0]) == 1
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_text_that_begins_with_bos_is_plain_text_all_the_same(write, bos):
+    """The example has no special token, of which the line says that there is none."""
+    plain = {"prompt": "<s>the sky", "chosen": " is", "rejected": " was"}
+    lines, _ = lines_of(write, templates.CHATML, plain, bos=bos)
+    (line,) = (line for line in lines if "plain text without special tokens of turns" in line)
+    assert line.startswith("warning") and ": such as 'the sky' (prefs.jsonl:1); the model reads" in line
+    assert sum("spell special tokens" in line for line in lines) == (not bos)
 
 
 def test_tools_beside_plain_text_are_left_out(write):
@@ -374,11 +483,25 @@ def test_marks_that_a_message_is_not_trained_are_warned_of(write, mark):
     assert f"1 {key} (chosen), such as '{mark[key]}' (prefs.jsonl:1)" in line and "but every message of an answer" in line
 
 
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, templates.GEMMA_PARTS])
+def test_what_a_content_part_says_about_its_text_is_not_lost_content(write, template):
+    part = {"type": "text", "text": "Frozen water.", "citations": ["abc def"], "annotations": [], "where": {"page": 7}}
+    lines, _ = lines_of(write, template, record([user([part])], answer([part]), answer("b")))
+    assert not any(line.startswith("warning") for line in lines)
+    (line,) = (line for line in lines if "fields of messages" in line)
+    assert "1 citations of a content part, such as 'abc def'" in line and "1 where of a content part, such as '7'" in line
+    other = {"type": "thinking", "thinking": "Hm hm hm.", "signature": "EqQBCgIYAhIM"}
+    ((_, found),) = Tokeniser(tokenizer_for(templates.GEMMA_PARTS)).encode_noted(
+        [Preference(PROMPT, answer([other, part]), answer("b"))]
+    )
+    assert {remark[:3] for remark in found if remark.kind == "left out"} == {("left out", "thoughts (chosen)", "Hm hm hm.")}
+
+
 def test_marks_in_the_prompt_are_information_and_marks_of_what_is_trained_none(write):
     asked = [user("Hello?"), say("assistant", "Hm.", weight=0), user("And?")]
     lines, _ = lines_of(write, CHAT_TEMPLATE, record(asked, answer("a", weight=1, train=True), answer("b", weight=1.0)))
     assert [line for line in lines if "mark" in line] == [
-        "data prefs: 1 prompts mark messages for training (1 weight (prefs.jsonl:1)); nothing of a prompt is trained. Make "
+        "data prefs: 1 prompts mark messages for training: 1 weight (prefs.jsonl:1); nothing of a prompt is trained. Make "
         "each turn that should be a pair of its own"
     ]
 

@@ -50,6 +50,57 @@ def test_text_is_a_part_for_a_template_that_reads_parts_only():
     assert tokeniser.tokenizer.decode(pair.chosen) == "Water.</s>\n"
 
 
+@pytest.mark.parametrize(
+    "template",
+    [CHAT_TEMPLATE, templates.GEMMA_PARTS, templates.PARTS_ONLY, templates.PARTS_ONLY.replace("['type']", ".type")],
+)
+@pytest.mark.parametrize("form", ["input_text", "output_text", None, "string"])
+def test_parts_of_text_are_read_whatever_their_type(template, form):
+    """Templates ask for the type ``text``."""
+
+    def part(text):
+        return text if form == "string" else {"text": text} if form is None else {"type": form, "text": text}
+
+    pair = [user([part("Which colour?")])], answer([part("Red.")]), answer([part("Loud.")])
+    plain = [user(parts("Which colour?"))], answer(parts("Red.")), answer(parts("Loud."))
+    assert ids_of(template, *pair) == ids_of(template, *plain) and not isinstance(ids_of(template, *plain), str)
+    ((_, found),) = Tokeniser(tokenizer_for(template)).encode_noted([Preference(*pair)])
+    changed = (
+        "content parts, joined to text" if template == CHAT_TEMPLATE else "content parts of text, given with type 'text'"
+    )
+    assert {remark[:2] for remark in found} == {("given in another form", changed)}
+    assert pair == ([user([part("Which colour?")])], answer([part("Red.")]), answer([part("Loud.")]))
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("enable_thinking", True),
+        ("thinking", False),
+        ("think", False),
+        ("role", False),
+        ("ns", False),
+        ("loop", False),
+        ("style", True),
+        ("mood", True),
+        ("inner", True),
+        ("title", False),
+    ],
+)
+def test_arguments_are_read_if_they_are_variables_of_the_template(name, read):
+    """A substring of another name, an attribute or a variable that the template sets first is not."""
+    template = (
+        "{# title #}{% if mood is not defined %}{% set mood = 'calm' %}{% endif %}{% set style = style | default('x') %}"
+        "{% macro write() %}{{ inner }}{% endmacro %}"
+        + templates.QWEN.replace("{{- content }}", "{%- generation -%}{{- content }}{% endgeneration %}")
+    )
+    kwargs = {name: False}
+    _, found = Tokeniser(tokenizer_for(template)).encode_noted(
+        [Preference([user("q")], answer("a"), answer("b"), template_kwargs=kwargs)]
+    )[0]
+    assert (("arguments of the template not read", name) in {remark[:2] for remark in found}) != read
+
+
 def test_other_parts_are_refused_where_the_template_takes_text():
     thought = answer([{"type": "thinking", "thinking": "hm"}, *parts("Red.")])
     reason = ids_of(CHAT_TEMPLATE, [user("q")], thought, answer("b"))

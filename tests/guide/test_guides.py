@@ -271,5 +271,17 @@ def test_the_benchmark_table_is_of_the_stored_results():
     assert shown["token positions computed: padded"] == [positions[0], "the same", positions[2]]
 
 
+def test_pages_show_what_the_benchmark_measured():
+    """Results of the present benchmark are in the guide and in README exactly as ``--show`` prints them."""
+    pytest.importorskip("trl")
+    from raydpo.benchmark.tables import markdown, summary_row
+
+    for file in sorted((ROOT / "tests" / "benchmarks" / "results").glob("*.json")):
+        record = json.loads(file.read_text())
+        if record.get("format") == 2:
+            assert markdown(record) in GUIDE["measurements"].read_text(), f"python jobs/benchmark.py --show {file.name}"
+            assert summary_row(record) in (ROOT / "README.md").read_text()
+
+
 def test_reasons_not_to_run_a_command_are_found():
     assert not_run("make docs") and not_run("raydpo plan jobs/x.yaml") and not not_run("raydpo plan config.yaml")

@@ -103,7 +103,7 @@ def test_overrides_are_quoted_for_the_shell_of_the_cluster(project, capsys):
 def test_in_this_project_the_files_of_jobs_are_the_entry_points_and_each_prints_the_other(verb, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     words = (
-        ["--", "--model", "random-1b", "--synthetic", "--full"]
+        ["--", "--model", "random-1b", "--random", "512:512", "--full"]
         if verb == "benchmark"
         else ["jobs/qwen3-4b-lora-1xa10g.yaml", "output=s3://b/runs", *NEEDED.get(verb, [])]
     )
@@ -137,7 +137,7 @@ def test_what_no_machine_could_run_is_not_submitted(verb, settings, said, projec
 
 def test_the_benchmark_has_arguments_of_its_own(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    words = ["--model", "random-1b", "--synthetic", "--full"]
+    words = ["--model", "random-1b", "--random", "512:512", "--full"]
     assert main(["submit", "benchmark", "--gpus", "1", "--dry-run", "--", *words]) == 0
     command = shlex.split(capsys.readouterr().out.splitlines()[-1])
     assert command[command.index("--") + 1 :] == ["python", "jobs/benchmark.py", *words]
@@ -147,7 +147,7 @@ def test_the_benchmark_has_arguments_of_its_own(monkeypatch, capsys):
 @pytest.mark.parametrize("verb", VERBS)
 def test_elsewhere_the_installed_program_is_the_entry_point_and_takes_what_it_is_given(verb, project, capsys):
     words = (
-        ["--", "--model", "random-1b", "--synthetic", "--full"]
+        ["--", "--model", "random-1b", "--random", "512:512", "--full"]
         if verb == "benchmark"
         else ["config.yaml", *NEEDED.get(verb, [])]
     )

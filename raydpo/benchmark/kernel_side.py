@@ -1,10 +1,10 @@
-"""raydpo's side: one process scores the reference, another trains. Both use the code of ``raydpo run``, without Ray."""
+"""The bare kernel: one process scores the reference, another trains, with the code of ``raydpo run`` but without Ray."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from raydpo.data.plan import BatchPlan
 from raydpo.estimate.plan import pair_groups
 from raydpo.losses import Objective, ObjectiveState
 from raydpo.model.budget import MOST_SCORED, find_budget, probe_group, used_memory
+from raydpo.model.layout import PromptGroup
 from raydpo.model.selfcheck import CHECK_ROWS
 from raydpo.reference.identity import identify
 from raydpo.reference.score import ReferenceSpec, Scorer
@@ -32,7 +33,7 @@ from raydpo.version import __version__
 def score(job: Job, device: torch.device) -> Result:
     """Run the reference pass; write the pairs with their log-probs to ``job.scored``."""
     start = time.perf_counter()
-    table = _load(job.workload)
+    table = _load(job.pairs)
     groups, _ = pair_groups(table)
     spec = ReferenceSpec(path=job.model, adapter=None, identity=identify(job.model, job.dtype))
     # The budget is measured here and not in the scorer: measuring resets the peak that is reported below.
@@ -66,15 +67,17 @@ def score(job: Job, device: torch.device) -> Result:
     )
 
 
+def adapters(job: Job, device: torch.device) -> Result:
+    """Only write the policy's adapters as they are before the first step, for TRL."""
+    _engine(job, device, ())
+    return Result()
+
+
 def train(job: Job, device: torch.device) -> Result:
-    """Train against the log-probs in ``job.scored``; write the initial adapters to ``job.initial_adapters``."""
+    """Train against the log-probs in ``job.scored``."""
     start = time.perf_counter()
     pairs, settings = TrainingPairs(_load(job.scored)), job.train
-    spec = PolicySpec(path=job.model, dtype=job.dtype, lora=job.adapters)
-    engine = _engine(job, spec, device, pairs)
-    if job.lora is not None:
-        save_file(engine.gather(), job.initial_adapters)
-        engine.module.policy.peft_config["default"].save_pretrained(job.work)
+    engine = _engine(job, device, pairs.groups(range(min(CHECK_ROWS, len(pairs)))))
     peak = used_memory(device)
     budget = _budget(job, lambda: engine.find_budget().tokens)
     plan = BatchPlan(
@@ -85,7 +88,7 @@ def train(job: Job, device: torch.device) -> Result:
         pairs_per_step=job.pairs_per_step,
         tokens_per_batch=budget,
         world_size=1,
-        shuffle=False,
+        shuffle=job.shuffle,
         epochs=1,
         steps=job.steps,
         layout=engine.module.method.layout,
@@ -111,7 +114,6 @@ def train(job: Job, device: torch.device) -> Result:
             "raydpo": __version__,
             "layout": engine.layout_line,
             "tokens_per_batch": budget,
-            "optimizer_master_weights": job.dtype == "bfloat16",
         }
         | record.facts(engine.state.optimizer),
     )
@@ -125,15 +127,22 @@ def _budget(job: Job, measure: Callable[[], int]) -> int:
     return measure() if job.tokens_per_batch == "auto" else job.tokens_per_batch
 
 
-def _engine(job: Job, spec: PolicySpec, device: torch.device, pairs: TrainingPairs) -> PolicyEngine:
+def _engine(job: Job, device: torch.device, check_rows: Sequence[PromptGroup]) -> PolicyEngine:
+    """The policy before the first step. Its adapters and their configuration are written to ``job.work``."""
+    spec = PolicySpec(path=job.model, dtype=job.dtype, lora=job.adapters)
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     # One process needs no port.
     torch.distributed.init_process_group(
         "nccl" if device.type == "cuda" else "gloo", rank=0, world_size=1, store=torch.distributed.HashStore()
     )
     join_process_group(device)
-    return PolicyEngine(spec, job.train, device, pairs.groups(range(min(CHECK_ROWS, len(pairs)))))
+    engine = PolicyEngine(spec, job.train, device, check_rows)
+    if job.lora is not None:
+        save_file(engine.gather(), job.initial_adapters)
+        engine.module.policy.peft_config["default"].save_pretrained(job.work)
+    return engine
 
 
 if __name__ == "__main__":
-    raise SystemExit(side(lambda job, device: (score if job.stage == "score" else train)(job, device)))
+    stages = {"adapters": adapters, "score": score, "train": train}
+    raise SystemExit(side(lambda job, device: stages[job.stage](job, device)))

@@ -1,0 +1,128 @@
+"""Texts tokenised piece by piece have the ids that they have as a whole."""
+
+from __future__ import annotations
+
+import random
+import re
+
+import pytest
+from samples import make_tokenizer
+
+from raydpo.data import segments
+from raydpo.data.segments import Segments, any_of
+
+TOKENS = ["<|user|>", "<|user|><x>", "<x>", "</s>", "<|im|>", "<q>", "cat"]
+WORDS = [
+    "the sky",
+    " is",
+    "blue ",
+    "\n",
+    " ",
+    "  ",
+    "e",
+    "\u0301",
+    "<",
+    "|",
+    "<|user",
+    "|>",
+    "x>",
+    "s",
+    "\u00e9",
+    "\U0001f600",
+    *TOKENS,
+]
+
+
+def tokenizer_of(kind):
+    from tokenizers import AddedToken, normalizers, pre_tokenizers
+
+    tokenizer = make_tokenizer()
+    backend = tokenizer.backend_tokenizer
+    if kind.startswith("metaspace"):
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Metaspace(prepend_scheme=kind.split()[1]), backend.pre_tokenizer]
+        )
+    if kind == "prefix space":
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    if kind == "normalised":
+        backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Prepend("_"), normalizers.Strip()])
+    options = {"strips": {"rstrip": True}, "left": {"lstrip": True}, "words": {"single_word": True}}.get(kind, {})
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False, **options) for token in TOKENS[:3]])
+    tokenizer.add_tokens(["<q>", "cat"])
+    tokenizer.add_tokens([AddedToken("<|im|>", special=False, normalized=False)])
+    if kind == "spelled":
+        tokenizer.split_special_tokens = True
+    return tokenizer
+
+
+KINDS = {
+    "plain": True,
+    "prefix space": True,
+    "normalised": True,
+    "metaspace always": True,
+    "metaspace never": True,
+    "metaspace first": False,
+    "strips": False,
+    "left": False,
+    "words": False,
+    "spelled": False,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_are_those_of_the_whole_text(monkeypatch, kind):
+    monkeypatch.setattr(segments, "_COMPARED", 0)
+    tokenizer, lengths = tokenizer_of(kind), []
+
+    def encode(texts):
+        lengths.extend(map(len, texts))
+        return tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+    draw = random.Random(kind)
+    prompts = ["".join(draw.choices(WORDS, k=draw.randint(0, 12))) for _ in range(300)]
+    texts = [prompt + answer for prompt in prompts for answer in ("", "".join(draw.choices(WORDS, k=5)), "the sky")]
+    pieces = Segments(tokenizer, encode)
+    found = pieces.encode(texts)
+    assert (sum(lengths) < 0.7 * sum(map(len, texts))) == KINDS[kind]
+    assert found == tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+
+def test_the_pattern_finds_the_longest_text():
+    draw = random.Random(1)
+    for _ in range(200):
+        tokens = {"".join(draw.choices("<|>ab.", k=draw.randint(1, 4))) for _ in range(draw.randint(1, 12))}
+        plain = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
+        text = "".join(draw.choices("<|>ab.", k=60))
+        assert re.findall(any_of(tokens), text) == plain.findall(text)
+    many = [f"<unused{number}>" for number in range(6000)]
+    assert re.fullmatch(any_of(many), "<unused5999>") and not re.fullmatch(any_of(many), "<unused6000>")
+    assert any_of([]) == ""
+
+
+def test_each_distinct_piece_is_tokenised_once_for_a_batch():
+    tokenizer, asked = make_tokenizer(), []
+
+    def encode(texts):
+        asked.append(list(texts))
+        return tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+    pieces = Segments(tokenizer, encode)
+    texts = [f"<s>system\nBe kind.</s><s>user\n{number}</s><s>assistant\n" for number in range(30)]
+    pieces.encode(texts)
+    asked.clear()
+    pieces.encode([text + answer for text in texts for answer in ("", "a</s>", "b</s>")])
+    (once,) = asked
+    assert sorted(once) == sorted(
+        ["system\nBe kind.", "assistant\n", "assistant\na", "assistant\nb", *(f"user\n{number}" for number in range(30))]
+    )
+
+
+def test_a_tokenizer_that_differs_on_the_first_texts_gets_whole_texts():
+    tokenizer = make_tokenizer()
+
+    def encode(texts):  # depends on what stands before
+        return [[len(text)] for text in texts]
+
+    pieces = Segments(tokenizer, encode)
+    for texts in (["a<s>b", "c"], ["d<s>e"] * 3):
+        assert pieces.encode(texts) == encode(texts)
