@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 __all__ = ["Compared", "Contradictions", "compared"]
 
 _WORDS = {
-    "score", "scores", "rating", "ratings", "reward", "rewards", "quality", "grade", "points", "overall", "rank", "ranks", "ranking",
-    "votes", "utility", "helpfulness", "preference",
+    "score", "scores", "rating", "ratings", "reward", "rewards", "quality", "grade", "points", "overall", "rank", "ranks",
+    "ranking", "votes", "utility", "helpfulness", "preference",
 }  # fmt: skip
 """Words in the names of columns that say how good an answer is."""
 _LOWER_IS_BETTER = {
-    "rank", "ranks", "ranking", "toxicity", "toxic", "harm", "harmfulness", "error", "errors", "loss", "perplexity", "penalty",
-    "cost", "risk", "violation", "violations", "bias", "hallucination", "hallucinations",
+    "rank", "ranks", "ranking", "toxicity", "toxic", "harm", "harmfulness", "error", "errors", "loss", "perplexity",
+    "penalty", "cost", "risk", "violation", "violations", "bias", "hallucination", "hallucinations",
 }  # fmt: skip
 _DIFFERENCES = {"margin", "difference", "diff", "gap", "strength"}
 """Words in the names of columns that hold how much better the chosen answer is."""

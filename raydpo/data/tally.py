@@ -134,7 +134,11 @@ class SourceReport:
                 "decode them in the file"
             )
         for sign in ("warning: ", ""):
-            notes = [entry for entry in self.understood.most_common() if entry[0].startswith("warning: ") == bool(sign)]
+            notes = [
+                entry
+                for entry in self.understood.most_common()
+                if entry[0].startswith("warning: ") == bool(sign) and entry[0] != LITERALS
+            ]
             told += [f"{sign}{count:,} records: {note.removeprefix(sign)}" for note, count in notes[:MOST_LISTED]]
             if len(notes) > MOST_LISTED:
                 told.append(f"{sign}and {len(notes) - MOST_LISTED:,} more such lines, see the report")

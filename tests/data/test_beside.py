@@ -183,5 +183,5 @@ def test_answers_that_are_literals_are_a_warning_where_most_are():
     told = "records: chosen and rejected are JSON or Python literals, read as text with all signs"
     assert any(line.startswith(f"warning: data a: 1 of 2 {told}; if that") for line in report.lines())
     report.records = 3
-    assert not any(line.startswith("warning") for line in report.lines()) and f"data a: 1 {told}" in report.lines()
+    assert not any(told in line for line in report.lines())
     assert read(TEXT, chosen='"Ice" is water.').notes == read(TEXT, chosen="[ice] is {water}").notes == ()
