@@ -68,7 +68,7 @@ def look_beside(
     warned = [note for note in notes if note.startswith("warning: ")]
     for name, describes in others:
         value = record[name]
-        if not (isinstance(value, (str, list, dict)) and value):
+        if not (isinstance(value, (str, list, dict, bytes)) and value):
             continue
         if not describes and not any(repr(name) in note for note in warned):
             if names_media(value):

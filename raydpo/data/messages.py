@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
@@ -83,6 +84,7 @@ _INLINE = ("data:image/", "data:audio/", "data:video/")
 PLACEHOLDERS = ("<image>", "<video>", "<audio>", "<|image|>", "<|audio|>", "<|video|>", "<image_1>", "<image 1>")
 """What stands for an image, audio or video in a text."""
 _LONGEST_ADDRESS = 500
+_LONGEST_LITERAL = 100_000
 _FILES = {"file": "a file", "input_file": "a file"}
 _LITERAL = re.compile(r"""\s*(?:[\[{"]|array\()""")
 _NUMPY = re.compile(r"""\s*array\(\s*\[|\s*\[\{'(?:role|from)'""")
@@ -261,7 +263,9 @@ def as_written(said: Text) -> str | None:
         value = json.loads(said)
     except (ValueError, RecursionError):
         try:
-            value = ast.literal_eval(said.strip())
+            with warnings.catch_warnings():  # Python warns of escapes in what may be any text
+                warnings.simplefilter("ignore")
+                value = ast.literal_eval(said.strip()) if len(said) <= _LONGEST_LITERAL else None
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             return "an array" if numpy else None
     if isinstance(value, str):
