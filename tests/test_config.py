@@ -14,6 +14,7 @@ from raydpo.cli.entry import main, parsed
 from raydpo.config import load_config
 from raydpo.config.load import with_setting
 from raydpo.errors import ConfigError
+from raydpo.sweeps.trials import trials_of
 from raydpo.terminal.guard import guarded
 
 
@@ -90,6 +91,64 @@ def test_a_resolved_configuration_names_every_default_and_contradicts_nothing(tr
     assert load_config(yaml.safe_load(config.to_yaml())).train == config.train
     with pytest.raises(ConfigError, match=r"checkpoint_minutes \(10\) and checkpoint_every \(50\) contradict"):
         load_config(tree, ["train.checkpoint_minutes=10", "train.checkpoint_every=50"])
+
+
+IDLE = [
+    ("data.fraction_seed=3", "data.fraction_seed 3 has no effect without data.fraction", "data.fraction=0.5"),
+    ("train.sample_tokens=8", "train.sample_tokens 8 has no effect without train.sample_prompts", "train.sample_prompts=2"),
+    ("train.gate_pairs=8 train.loss=sft", "train.gate_pairs 8 has no effect on loss sft", "data.filter='ref_margin > 0'"),
+    ("data.eval={fraction: 0.1, split: dev}", "split dev has no effect without path", "data.eval={path: PLACE, split: dev}"),
+    ("data.eval={fraction: 0.1, subset: x}", "subset x has no effect without path", "data.eval={path: PLACE, subset: x}"),
+    ("data.eval={fraction: 0.1, columns: {a: b}}", "columns {'a': 'b'} has no effect", "data.eval={path: PLACE}"),
+    ("data.eval={}", "data.eval names no held-out pairs", "data.eval.fraction=0.1"),
+    ("evaluate.prompts=0 evaluate.max_tokens=8", "max_tokens 8 has no effect on prompts 0", "evaluate.prompts=1"),
+    ("evaluate.prompts=0 evaluate.modes=[greedy]", "modes ['greedy'] has no effect on prompts 0", "evaluate.prompts=1"),
+    ("evaluate.prompts=0 evaluate.samples=2", "samples 2 has no effect on prompts 0", "evaluate.prompts=1"),
+    ("evaluate.prompts=0 evaluate.temperature=2", "temperature 2.0 has no effect on prompts 0", "evaluate.prompts=1"),
+    ("evaluate.prompts=0 evaluate.seed=1", "seed 1 has no effect on prompts 0", "evaluate.prompts=1"),
+    ("evaluate.prompts=0 evaluate.engine=vllm", "engine vllm has no effect on prompts 0", "evaluate.prompts=1"),
+    ("evaluate.prompts=0 evaluate.batch=4", "batch 4 has no effect on prompts 0", "evaluate.prompts=1"),
+    ("evaluate.prompts=0 evaluate.exact_steps=false", "exact_steps False has no effect on prompts 0", "evaluate.prompts=1"),
+    ("evaluate.engine=vllm evaluate.batch=4", "batch 4 has no effect on engine vllm", "evaluate.engine=transformers"),
+    (
+        "evaluate.temperature=0.7 evaluate.exact_steps=false",
+        "exact_steps False has no effect on temperature 0.7",
+        "evaluate.temperature=1",
+    ),
+]
+
+
+def words(text, tree):
+    """Overrides of a line, split before each key."""
+    return re.split(r" (?=\w+\.\w+=)", text.replace("PLACE", tree["data"]["train"]))
+
+
+@pytest.mark.parametrize(("settings", "said", "heeding"), IDLE, ids=[settings for settings, *_ in IDLE])
+def test_a_setting_that_would_be_ignored_is_refused(settings, said, heeding, tree):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        load_config(tree, words(settings, tree))
+    config = load_config(tree, words(settings, tree) + words(heeding, tree))
+    assert load_config(yaml.safe_load(config.to_yaml())).to_yaml() == config.to_yaml()
+
+
+def test_a_setting_that_is_switched_off_keeps_what_refines_it(tree):
+    """As in the resolved configurations of runs, which name every key."""
+    assert load_config(tree, ["data.fraction=1.0", "data.fraction_seed=3"]).data.fraction_seed == 3
+    assert load_config(tree, ["train.sample_prompts=0", "train.sample_tokens=8"]).train.sample_tokens == 8
+
+
+def test_what_a_sweep_varies_may_be_refined(tree):
+    trials = "sweep.grid={data.fraction: [0.5, 1.0]}"
+    found = trials_of(load_config(tree, [trials, "data.fraction_seed=3"]))
+    assert [(trial.config.data.fraction, trial.config.data.fraction_seed) for trial in found] == [(0.5, 3), (1.0, 3)]
+    found = trials_of(
+        load_config(tree, ["sweep.list=[{data.eval.fraction: 0.1}, {data.eval: {fraction: 0.2}}]", "data.eval={}"])
+    )
+    assert [trial.config.data.eval.fraction for trial in found] == [0.1, 0.2]
+    random = "sweep.random={samples: 2, train.sample_prompts: {choice: [1, 2]}}"
+    assert len(trials_of(load_config(tree, [random, "train.sample_tokens=8"]))) == 2
+    with pytest.raises(ConfigError, match=r"sweep.metric eval_loss has no effect: nothing is held out"):
+        trials_of(load_config(tree, ["sweep.grid={train.lr: [1.0e-6, 1.0e-5]}", "sweep.metric=eval_loss"]))
 
 
 def test_beta_moves_from_start_to_end(tree):

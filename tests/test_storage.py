@@ -2,6 +2,7 @@ import errno
 import importlib.util
 import os
 import pickle
+import re
 import subprocess
 import sys
 import time
@@ -422,6 +423,47 @@ def test_patience_ends_also_where_each_attempt_takes_long(flaky, monkeypatch):
     Flaky.errors = [OSError("timed out")] * 2
     with pytest.raises(RaydpoError, match="failed 1 times"):
         flaky.write("file", b"data")
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(storage_module, "TELL_AFTER", 0.05)
+    monkeypatch.setattr(storage_module, "WAITS", (0.3, 0.001))
+
+
+def test_a_store_that_keeps_failing_is_told_while_it_is_tried(flaky, impatient, capsys):
+    Flaky.errors = [ConnectError("no route to ***")] * 2
+    flaky.write("file", b"data")
+    place = f"{flaky.uri}/file"
+    assert capsys.readouterr().err == (
+        f"warning: no success in 0 s of trying to write {place}, last with no route to ***. It is still being tried; "
+        "is the address right, and is the store reachable from here?\n"
+    )
+    flaky.write("file", b"data")
+    assert flaky.read("file") == b"data" and capsys.readouterr().err == "", "an answer in time is not told"
+
+
+def test_a_store_that_does_not_answer_is_told_but_not_a_long_transfer(flaky, impatient, capsys, monkeypatch):
+    """No attempt has failed yet: it hangs. A large file may take as long as it needs."""
+    put = Storage._put
+    monkeypatch.setattr(Storage, "_put", lambda *given: (time.sleep(0.2), put(*given))[1])
+    flaky.write("large", bytes(storage_module.SMALL + 1))
+    assert capsys.readouterr().err == ""
+    flaky.write("small", bytes(storage_module.SMALL))
+    assert re.match(
+        r"warning: no success in 0 s of trying to write flaky://place-\d+/small\. It is", capsys.readouterr().err
+    )
+
+
+def test_opening_tells_without_secrets(flaky, impatient, capsys, monkeypatch):
+    def hang(uri):
+        time.sleep(0.2)
+        return flaky.fs, uri
+
+    monkeypatch.setattr(storage_module, "_open_remote", hang)
+    Storage("s3://me:hunter2@bucket/place")
+    said = capsys.readouterr().err
+    assert said.startswith("warning: no success in 0 s of trying to open s3://") and "hunter2" not in said
 
 
 def test_what_arrived_in_part_does_not_stay(flaky):

@@ -131,7 +131,11 @@ class Judge:
 
 
 def judge_contests(
-    judge: Judge, contests: Sequence[Contest], storage: Storage, progress: Callable[[int, int], None]
+    judge: Judge,
+    contests: Sequence[Contest],
+    storage: Storage,
+    progress: Callable[[int, int], None],
+    warn: Callable[[str], None],
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Return the verdicts on all contests for ``contests.count_wins``, and figures about the judge.
 
@@ -139,13 +143,16 @@ def judge_contests(
     ``inconsistent`` contests whose verdict changed with the order, and ``first_favoured``, the share of verdicts for the
     answer that came first.
 
+    Args:
+        warn: called with one sentence for each damaged file of verdicts; its questions are asked again.
+
     Raises:
-        RaydpoError: if no contest could be judged.
+        RaydpoError: if no contest could be judged, or stored verdicts cannot be read.
     """
     replies: list[tuple[str, str]] = []
     with ThreadPoolExecutor(max_workers=judge.config.parallel) as pool:
         for start in range(0, len(contests), BLOCK):
-            replies += _ask_block(judge, contests[start : start + BLOCK], storage, pool)
+            replies += _ask_block(judge, contests[start : start + BLOCK], storage, pool, warn)
             progress(len(replies), len(contests))
     verdicts = np.array([_outcome(*pair) for pair in replies])
     every = [reply for pair in replies for reply in pair]
@@ -165,13 +172,13 @@ def judge_contests(
 
 
 def _ask_block(
-    judge: Judge, contests: Sequence[Contest], storage: Storage, pool: ThreadPoolExecutor
+    judge: Judge, contests: Sequence[Contest], storage: Storage, pool: ThreadPoolExecutor, warn: Callable[[str], None]
 ) -> list[tuple[str, str]]:
     prompts = [as_text(one.prompt) for one in contests]
     policy, reference = [one.policy for one in contests], [one.reference for one in contests]
     name = stored_name(judge.identity, pa.table({"prompt": prompts, "policy": policy, "reference": reference}))
     questions = list(chain(zip(prompts, policy, reference, strict=True), zip(prompts, reference, policy, strict=True)))
-    stored = load(storage, name)
+    stored = load(storage, name, warn)
     replies = [FAILED] * len(questions) if stored is None else list(chain(*(each.to_pylist() for each in stored.columns)))
     # Ask again only what has failed: each question costs money.
     again = [number for number, reply in enumerate(replies) if reply == FAILED]

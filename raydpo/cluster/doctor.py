@@ -8,6 +8,7 @@ import platform
 import shutil
 import sys
 
+from raydpo.cluster.nodes import usable_cores
 from raydpo.terminal.console import Console
 from raydpo.version import __version__
 
@@ -40,7 +41,8 @@ def _version(package: str) -> str:
 
 
 def _devices() -> list[tuple[str, str]]:
-    rows = [("CPU cores", str(os.cpu_count()))]
+    usable, cores = usable_cores(), os.cpu_count()
+    rows = [("CPU cores", str(cores) if usable == cores else f"{usable}, of {cores} of the machine")]
     try:
         import torch
     except ImportError:

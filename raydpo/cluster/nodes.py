@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-__all__ = ["NODE_SHARE", "grows_to", "holds", "never_comes", "nodes_with", "room_for", "selected"]
+__all__ = [
+    "NODE_SHARE",
+    "cores_of",
+    "grows_to",
+    "holds",
+    "never_comes",
+    "nodes_with",
+    "room_for",
+    "selected",
+    "usable_cores",
+]
 
 NODE_SHARE = 0.001
 """Amount of a node's resource ``accelerator_type:...`` that a worker requests. Ray itself requests the same amount."""
@@ -47,6 +59,36 @@ def room_for(bundle: Mapping[str, float], accelerator: str | None, labels: Mappi
 
     free = ray._private.state.available_resources_per_node()
     return sum(holds(free.get(node["NodeID"], {}), bundle) for node in nodes_with(accelerator, labels))
+
+
+def cores_of(node: Mapping[str, Any]) -> int:
+    """Number of CPU cores, at least 1, on which workers on this node can compute: those that Ray reports. A local Ray may be
+    started with other numbers than the machine has, so this machine is asked itself."""
+    import ray
+
+    if ray.is_initialized() and node.get("NodeID") == ray.get_runtime_context().get_node_id():
+        return usable_cores()
+    return max(1, int(node["Resources"].get("CPU", 0)))
+
+
+def usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Number of CPU cores, at least 1, that this process may use: those that it is bound to, but no more than the CPU time
+    that its container is granted. ``os.cpu_count()`` returns all cores of the machine instead.
+
+    Args:
+        cgroup: directory with the limits of the container, of version 1 or 2.
+    """
+    # Not on macOS and Windows.
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        if (limit := cgroup / "cpu.max").exists():
+            quota, period = limit.read_text(encoding="ascii").split()
+        else:
+            quota, period = ((cgroup / f"cpu/cpu.cfs_{part}_us").read_text(encoding="ascii") for part in ("quota", "period"))
+        granted = int(quota) / int(period)  # -1 or "max" is no limit
+    except (OSError, ValueError, ZeroDivisionError):
+        return bound
+    return max(1, min(bound, int(granted))) if granted > 0 else bound
 
 
 def grows_to(name: str) -> float | None:

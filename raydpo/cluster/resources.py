@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from raydpo.cluster.nodes import NODE_SHARE, grows_to, holds, nodes_with
+from raydpo.cluster.nodes import NODE_SHARE, cores_of, grows_to, holds, nodes_with, usable_cores
 from raydpo.config import Config
 from raydpo.errors import ConfigError
 
@@ -105,14 +104,26 @@ def resources_for(stage: Literal["score", "train"], config: Config, at_once: int
     _check_total("CPU", needed, needs, "", config, nodes_with(None, {}))
     threads, memory_share = None, min(1.0, gpus) if gpus else 1.0
     if not gpus:
-        # Workers of one node share its cores. More threads than cores would slow all of them down.
-        on_one_node = -(-workers * at_once // max(1, len(nodes)))
-        threads, memory_share = max(1, (os.cpu_count() or 1) // on_one_node), 1 / on_one_node
+        threads, on_one_node = _threads(workers * at_once, nodes)
+        memory_share = 1 / on_one_node
     kind, labels = section.accelerator, dict(section.labels)
     made = Resources(workers, gpus, threads, fewest, memory_share, together, kind, labels, on_one_machine=stage == "score")
     if not config.ray.autoscaling:
         _check_places(stage, made, nodes, where)
     return made
+
+
+def _threads(workers: int, nodes: Sequence[dict[str, Any]]) -> tuple[int, int]:
+    """Return the threads of each of ``workers`` workers without GPUs, and the largest number of them on one node.
+
+    Workers on one node share its cores. More threads than cores would slow all of them down. All workers have equally many,
+    so the node with the fewest cores for each decides. If no node can hold a worker yet, since the cluster starts them on
+    demand, this machine stands for them.
+    """
+    holding = [node for node in nodes if node["Resources"].get("CPU", 0) >= 1]
+    on_one_node = -(-workers // max(1, len(holding)))
+    threads = [cores_of(node) // min(on_one_node, int(node["Resources"]["CPU"])) for node in holding]
+    return max(1, min(threads, default=usable_cores() // on_one_node)), on_one_node
 
 
 def _check_places(stage: str, resources: Resources, nodes: Sequence[dict[str, Any]], where: str) -> None:

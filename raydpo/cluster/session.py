@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator
 
+from raydpo.cluster.nodes import usable_cores
 from raydpo.config import Config
 from raydpo.errors import ConfigError, RaydpoError, one_line
 from raydpo.storage.uri import shown
@@ -54,7 +55,7 @@ def session(config: Config) -> Iterator[None]:
         else:
             # These CPUs only limit scheduling. Each actor holds one. Ray Data's own tasks need some more; without them they
             # would never start.
-            cpus = max(os.cpu_count() or 1, max(config.score.workers, config.train.most_workers) + 4)
+            cpus = max(usable_cores(), max(config.score.workers, config.train.most_workers) + 4)
             # By default Ray starts a process for each CPU in advance, without our environment. Each costs seconds of CPU
             # time and is never used.
             os.environ |= {"RAY_prestart_worker_first_driver": "0", "RAY_enable_worker_prestart": "0"}

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from raydpo.cluster.actors import over_actors
 from raydpo.cluster.resources import Resources
-from raydpo.errors import RaydpoError
+from raydpo.errors import RaydpoError, one_line
 from raydpo.storage.files import Storage
 
 __all__ = ["BlockTask", "do_work", "load", "store", "stored_name"]
@@ -52,6 +52,7 @@ def do_work(
     block: int,
     progress: Callable[[int, int], None],
     doing: str,
+    warn: Callable[[str], None],
 ) -> list[pa.Table]:
     """Return the results of each table, in the order of its rows.
 
@@ -63,22 +64,24 @@ def do_work(
         block: number of rows that are computed and stored together.
         progress: called with (rows done, rows to do) at the start and after each block, unless all results are stored.
         doing: word for messages, such as "answering".
+        warn: called with one sentence for each damaged result, which is computed again.
 
     Raises:
-        RaydpoError: if an actor fails, or a result that it stored cannot be read. Finished blocks stay stored.
+        RaydpoError: if an actor fails, or a stored result cannot be read. Finished blocks stay stored.
     """
     blocks = [[rows.slice(start, block).combine_chunks() for start in range(0, rows.num_rows, block)] for rows in tables]
     names = [[stored_name(work.identity, one) for one in each] for each in blocks]
     by_name = dict(zip(chain(*names), chain(*blocks), strict=True))
-    done = {name: load(storage, name) for name in by_name}
+    done = {name: load(storage, name, warn) for name in by_name}
     missing = {name: one for name, one in by_name.items() if done[name] is None}
     if missing:
         finished, total = 0, sum(one.num_rows for one in missing.values())
         progress(0, total)
         for name in _on_ray(work, missing, storage, resources, doing):
-            done[name] = load(storage, name)
+            wrong = [f"{storage}/{name} was written but is not there"]
+            done[name] = load(storage, name, wrong.append)
             if done[name] is None:
-                raise RaydpoError(f"{doing}: {storage}/{name} was written but cannot be read; run it again")
+                raise RaydpoError(f"{doing}: {wrong[-1]}; run it again")
             finished += missing[name].num_rows
             progress(finished, total)
     return [pa.concat_tables([done[name] for name in each]) for each in names]
@@ -124,11 +127,28 @@ def stored_name(identity: dict[str, Any], rows: pa.Table) -> str:
     return f"{FOLDER}/{digest.hexdigest()}.parquet"
 
 
-def load(storage: Storage, name: str) -> pa.Table | None:
-    """Load a stored result; None if it is missing, damaged, or cannot be read."""
+def load(storage: Storage, name: str, warn: Callable[[str], None]) -> pa.Table | None:
+    """Load a stored result; None if there is none or it is damaged.
+
+    Args:
+        warn: called with one sentence if the result is damaged.
+
+    Raises:
+        RaydpoError: if the file is there but cannot be read.
+    """
     try:
-        return pq.read_table(pa.BufferReader(storage.read(name)), page_checksum_verification=True)
-    except (pa.ArrowException, OSError):
+        data = storage.read(name)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise RaydpoError(
+            f"cannot read the stored result {storage}/{name}: {error.strerror or one_line(error)}. Make it readable; or "
+            "delete it, and it is computed again"
+        ) from None
+    try:
+        return pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
+    except (pa.ArrowException, OSError) as error:
+        warn(f"the stored result {storage}/{name} is damaged and is computed again ({one_line(error, 200)})")
         return None
 
 

@@ -69,6 +69,8 @@ class EvalConfig(Section):
     def _check(self) -> EvalConfig:
         if self.path is not None and self.fraction is not None:
             raise ValueError(f"path ({self.path}) and fraction ({self.fraction}) contradict each other; keep one")
+        if self.path is None:
+            self.refuse_idle(("split", "subset", "columns"), "without path, the held-out file; drop it, or set path")
         return self
 
 
@@ -98,7 +100,7 @@ class DataConfig(Section):
     """Share of the training prompts to use, with all their pairs; for measuring how much more data helps. A hash of each
     prompt decides, so a smaller share is part of every larger one. Held-out pairs are not affected."""
     fraction_seed: Int = Field(default=0, ge=0)
-    """Seed for the choice of prompts. No effect if fraction is 1."""
+    """Seed for the choice of prompts. Needs fraction."""
     shuffle: bool = True
     """Shuffle the pairs of each epoch. false = file order, for comparisons."""
     filter: str | None = None

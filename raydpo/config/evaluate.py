@@ -124,14 +124,17 @@ class EvaluateConfig(Section):
         for name in ("judge", "reward_model", "score_with"):
             if not self.prompts and getattr(self, name) is not None:
                 raise ValueError(f"{name} has no answers to judge, since prompts is 0; set prompts")
-        idle: dict[str, str] = {}
+        if not self.prompts:
+            of_answers = ("max_tokens", "modes", "samples", "temperature", "seed", "engine", "batch", "exact_steps")
+            self.refuse_idle(of_answers, "on prompts 0, with which nothing is answered; drop it, or set prompts")
         if "sampled" not in self.modes:
-            idle |= dict.fromkeys(("samples", "temperature", "exact_steps"), f"on modes {list(self.modes)}; add sampled")
+            self.refuse_idle(("samples", "temperature", "exact_steps"), f"on modes {list(self.modes)}; add sampled")
+        if self.temperature != 1:
+            self.refuse_idle(["exact_steps"], f"on temperature {self.temperature:g}: the drift is only measured at 1")
+        if self.engine == "vllm":
+            self.refuse_idle(["batch"], "on engine vllm, which decides how many answers it generates at once; drop it")
         if self.data is None:
-            idle |= dict.fromkeys(("subsets", "chat"), "without evaluate.data")
-        for name, why in idle.items():
-            if getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name} {getattr(self, name)} has no effect {why}")
+            self.refuse_idle(("subsets", "chat"), "without evaluate.data")
         if self.data is not None:
             names = [source_name(source) for source in self.data]
             twice = sorted({name for name in names if names.count(name) > 1})

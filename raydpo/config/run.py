@@ -92,6 +92,7 @@ class Config(Section):
                 "train.merge_adapter has no effect: model.lora and model.adapter are null, so all weights are "
                 "trained and exported. Drop it, or set model.lora"
             )
+        self._check_refinements()
         for column in ("weight_column", "margin_column"):
             if getattr(self.data, column) is not None:
                 self.train.check_heeded(column, f"({getattr(self.data, column)!r} of data)", f"set data.{column} to null")
@@ -115,18 +116,48 @@ class Config(Section):
             )
         return self
 
+    def _check_refinements(self) -> None:
+        """Refuse settings that only refine another one, which is not set.
+
+        Raises:
+            ValueError: with setting, value and the fix.
+        """
+
+        def absent(key: str) -> bool:
+            """Whether no file or override sets the key, which the resolved configuration of a run does; nor a sweep."""
+            section, name = key.split(".")
+            return name not in getattr(self, section).model_fields_set and not (self.sweep and self.sweep.varies(key))
+
+        held_out, either = self.data.eval, ("data.eval.path", "data.eval.fraction")
+        varied = self.sweep is not None and any(map(self.sweep.varies, either))
+        if held_out is not None and held_out.path is None and held_out.fraction is None and not varied:
+            raise ValueError(
+                "data.eval names no held-out pairs; set data.eval.fraction, for example to 0.05, or data.eval.path; or "
+                "data.eval=null"
+            )
+        if absent("data.fraction"):
+            self.data.refuse_idle(["fraction_seed"], "without data.fraction; drop it, or set data.fraction", "data.")
+        if absent("train.sample_prompts"):
+            self.train.refuse_idle(["sample_tokens"], "without train.sample_prompts; drop it, or set that", "train.")
+        if not self._may_need_reference:
+            why = f"on loss {self.train.loss_text}, which needs no reference: there is no step-0 gate; drop it"
+            self.train.refuse_idle(["gate_pairs"], why, "train.")
+
+    @property
+    def _may_need_reference(self) -> bool:
+        """Whether the loss needs a reference, or ``data.filter`` may. The filter's text is searched, since polars, which
+        parses it, may not be installed on this machine."""
+        return self.train.needs_reference or any(fact in (self.data.filter or "") for fact in REFERENCE_FACTS)
+
     @property
     def held_out_metrics(self) -> list[str]:
         """Names of the metrics of each held-out evaluation; empty if nothing is held out."""
         if self.data.eval is None:
             return []
-        # A filter may need the reference even if the loss does not. Its text is searched, since polars, which parses it, may
-        # not be installed on this machine.
-        facts = [fact for fact in REFERENCE_FACTS if fact in (self.data.filter or "")]
         return held_out_metrics(
             # Held-out pairs from a file are one source.
             [source_name(source) for source in self.data.train] if self.data.eval.path is None else [],
-            reference=self.train.needs_reference or bool(facts),
+            reference=self._may_need_reference,
         )
 
     @property

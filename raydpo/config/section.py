@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -51,3 +52,21 @@ class Section(BaseModel):
 
     # Built at first use, since building a validator for each section costs more than half of the start of a command.
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), defer_build=True)
+
+    def refuse_idle(self, names: Iterable[str], why: str, prefix: str = "") -> None:
+        """Refuse settings of this section that were changed although they have no effect.
+
+        The resolved configuration of a run names every key, so a default value is no mistake.
+
+        Args:
+            why: rest of the sentence that begins with the setting and "has no effect".
+            prefix: name of the section with a dot, where the message does not name it otherwise.
+
+        Raises:
+            ValueError: for the first such setting.
+        """
+        for name in names:
+            value = getattr(self, name)
+            if value != type(self).model_fields[name].default:
+                told = list(value) if isinstance(value, tuple) else value
+                raise ValueError(f"{prefix}{name} {told} has no effect {why}")

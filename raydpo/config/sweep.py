@@ -118,6 +118,11 @@ class SweepConfig(Section):
             raise ValueError(f"grid.{empty[0]} has no values")
         return self
 
+    def varies(self, key: str) -> bool:
+        """Whether trials may differ in a key of the configuration, or in a section above it."""
+        settings = self.list or (self.grid or {}, self.random.draws if self.random else {})
+        return any(f"{key}.".startswith(f"{name}.") for one in settings for name in one)
+
     @property
     def stop_metric(self) -> str | None:
         """Metric by which trials are stopped early; None without ``stop_early``."""

@@ -16,8 +16,8 @@ REDUCE_BUCKET = 50_000_000
 """Number of gradient elements that DeepSpeed reduces at once. Its default, 5e8, takes 2 GB of each device in float32 for any
 model."""
 ROUNDED_PIECE = 1 << 22
-"""Number of elements that AdamW with bfloat16 moments updates at once. DeepSpeed passes all weights as one flat tensor; its
-float32 temporaries would take more memory than bfloat16 moments save."""
+"""Number of elements that AdamW with a first moment in bfloat16 updates at once. DeepSpeed passes all weights as one flat
+tensor; its float32 temporaries would take more memory than bfloat16 saves."""
 
 
 class ScoreConfig(Section):
@@ -140,8 +140,8 @@ class TrainConfig(ObjectiveConfig):
     """AdamW; with moments in 8 bits (arXiv 2110.02861), with moments paged to the host's memory when the GPU's is full, or
     both. The latter three come from bitsandbytes and need GPUs."""
     optimizer_states: Literal["float32", "bfloat16"] = "float32"
-    """Precision of adamw's moments. bfloat16 halves their memory. Its second moment hardly follows gradients that become
-    smaller: after 3,000 steps updates were 0.3 to 2 times those of float32. Use it for short runs only."""
+    """Precision of adamw's first moment. bfloat16 saves 2 bytes of the 8 that both moments take for each number that trains.
+    The second moment is always float32: its changes of 1/1000 would be rounded away in bfloat16."""
     merge_adapter: bool = False
     """Also export the model with the adapters merged into it, as final/merged."""
     seed: Int = Field(default=0, ge=0)
@@ -173,7 +173,7 @@ class TrainConfig(ObjectiveConfig):
     sample_prompts: Int = Field(default=0, ge=0)
     """Number of held-out prompts that the policy answers (greedily) before and after training."""
     sample_tokens: Int = Field(default=64, ge=1)
-    """Longest sample, in tokens."""
+    """Longest sample, in tokens. Needs sample_prompts."""
 
     @property
     def fewest_workers(self) -> int:

@@ -238,7 +238,7 @@ class _Ledger:
         train, numbers = self.train, self.p
         masters = 4.0 * numbers if self.zero or self.width == 2 else 0.0
         moments = {
-            "adamw": 4.0 if train.optimizer_states == "bfloat16" else 8.0,
+            "adamw": 6.0 if train.optimizer_states == "bfloat16" else 8.0,
             "paged_adamw": 8.0,
             # One byte each, and a float32 per 256 of them.
             "adamw_8bit": 2 + 8 / 256,
@@ -263,7 +263,7 @@ class _Ledger:
 
     def _update_bytes(self, numbers: int) -> float:
         """Working memory of an update of ``numbers`` numbers at once."""
-        if self.train.optimizer_states == "bfloat16":  # both moments in float32, and the update
+        if self.train.optimizer_states == "bfloat16":  # the first moment in float32, and the update with its square root
             return 12.0 * min(numbers, ROUNDED_PIECE)
         return 0.0  # torch's fused kernels and bitsandbytes' work in place
 

@@ -17,8 +17,9 @@ from torch.utils.checkpoint import checkpoint
 __all__ = ["CHUNK_BYTES", "LogitTransform", "attach_logp_head"]
 
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
-"""Bytes of one chunk of float32 logits. At any number of tokens, scoring needs one chunk besides the hidden states and
-training a few. On a GPU a chunk needs some hundred rows, or reading the weight takes longer than the product."""
+"""Bytes of one chunk of float32 logits. Chunks are computed one after another, so memory for logits does not grow with the
+number of tokens. Scoring holds one chunk. Training holds up to 2.5: with a soft cap also a copy, and with bfloat16 weights a
+copy in bfloat16. On a GPU a chunk has some hundred rows: with fewer, reading the weight takes longer than the product."""
 FLOAT32_BLOCK = 4096
 """Rows of a bfloat16 head that a CPU converts to float32 at a time."""
 
@@ -125,8 +126,8 @@ class _ChunkedLogps(torch.autograd.Function):
 def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Project [C, H] to new float32 logits [C, V], which the caller may change in place.
 
-    With bfloat16 weights the hidden state is bfloat16 too, but products are accumulated and returned in float32: bfloat16
-    logits near 20 are 1/8 apart, which was a third of the error of a log-prob.
+    With bfloat16 weights the hidden state is rounded to bfloat16 too, but the products are summed and returned in float32.
+    In bfloat16, logits near 20 would be rounded to multiples of 1/8. This rounding made a third of the error of a log-prob.
     """
     if weight.dtype == torch.float32:
         return nn.functional.linear(hidden.float(), weight, bias)

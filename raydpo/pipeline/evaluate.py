@@ -351,13 +351,15 @@ class _Evaluation:
                 count("score_with", settings.score_with, mode, by_scores(*own_scores(settings.score_with, each)))
             if settings.judge is not None:
                 with Judge(settings.judge) as judge, _progress(self.console, "judging") as progress:
-                    count("judge", judge.name, mode, judge_contests(judge, each, Storage(self.config.cache_uri), progress))
+                    judged = judge_contests(judge, each, Storage(self.config.cache_uri), progress, self.console.warn)
+                    count("judge", judge.name, mode, judged)
         return found, verdicts
 
     def _do(self, work: BlockTask, tables: Sequence[pa.Table], doing: str) -> list[pa.Table]:
         storage, resources = Storage(self.config.cache_uri), resources_for("score", self.config)
         with _progress(self.console, doing) as progress:
-            return do_work(work, tables, storage, resources, block=WORK_BLOCK, progress=progress, doing=doing)
+            warn = self.console.warn
+            return do_work(work, tables, storage, resources, block=WORK_BLOCK, progress=progress, doing=doing, warn=warn)
 
 
 def _trained_on(config: Config, policy: Policy, pairs: pa.Table, console: Console) -> int | None:

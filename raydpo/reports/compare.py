@@ -97,7 +97,7 @@ def _finals(runs: Sequence[RunRecord]) -> Table:
         ]
         rows.append(Row(run.name, cells))
     measured = (label for _, label in EVALUATION_TABLE)
-    columns = ("run", "steps", "seconds", "tokens a second", *measured, "KL, nats a token", "length growth")
+    columns = ("run", "steps", "seconds in all", "tokens a second of a step", *measured, "KL, nats a token", "length growth")
     return _without_empty(Table("Final figures, held-out pairs", columns, rows))
 
 

@@ -116,8 +116,8 @@ def _facts(run: RunRecord) -> list[tuple[str, str]]:
         ("pairs a step", run.setting("train.pairs_per_step")),
         ("steps", f"{run.done:,}" if steps.height else None),
         ("pairs seen", _form(steps["pairs"].sum(), ",.0f") if "pairs" in known else None),
-        ("training time", None if seconds is None else duration(seconds)),
-        ("tokens a second", _form(summary.get("tokens_per_second"), ",.0f")),
+        ("training time, with evaluations and checkpoints", None if seconds is None else duration(seconds)),
+        ("tokens a second, without these", _form(summary.get("tokens_per_second"), ",.0f")),
         ("peak memory of a worker", None if memory is None else f"{memory / 2**30:.2f} GiB"),
         ("first loss, last loss", None if None in losses else ", ".join(f"{loss:.4f}" for loss in losses)),
     ]

@@ -80,7 +80,7 @@ def _facts(sweep: SweepRecord) -> list[tuple[str, str]]:
         ("longest trial", duration(seconds) if seconds else None),
         ("reference identity", sweep.cache.get("identity")),
         ("cache", sweep.cache.get("uri")),
-        ("found in the cache", f"{rates[0]} in each trial" if len(set(rates)) == 1 else ", ".join(rates)),
+        ("in the cache when the last call began", f"{rates[0]} of each trial" if len(set(rates)) == 1 else ", ".join(rates)),
     ]
     return [(name, value) for name, value in facts if value]
 

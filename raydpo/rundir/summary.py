@@ -40,8 +40,8 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
         console.print(f"[bold]after[/bold]   {escape(plain_text(sample['after']))}\n")
     console.say(
         f"trained {summary['steps']:,} steps on {summary['pairs_seen']:,} pairs in {summary['train_seconds']:.0f} s "
-        f"({summary['tokens_per_second']:,.0f} tokens/s); first loss {_loss(summary['first_loss'])}, last "
-        f"{_loss(summary['last_loss'])}"
+        f"with evaluations and checkpoints, at {summary['tokens_per_second']:,.0f} tokens/s without; first loss "
+        f"{_loss(summary['first_loss'])}, last {_loss(summary['last_loss'])}"
     )
     seconds = summary["checkpoint_seconds"]
     share = seconds / max(summary["train_seconds"], 1e-9)

@@ -6,15 +6,18 @@ behind pyarrow's interface.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import random
 import re
 import shutil
 import socket
+import sys
+import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -37,6 +40,11 @@ WAITS = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
 Within each attempt pyarrow's S3 client makes 31 attempts of its own, 0.2 s apart."""
 PATIENCE = 300.0
 """Seconds after which there is no further retry: a store that hangs takes much longer than ``WAITS``."""
+TELL_AFTER = 5.0
+"""Seconds without an answer after which a line on standard error tells what is being tried."""
+SMALL = 1 << 20
+"""Bytes of a file that any store writes within ``TELL_AFTER``. Larger ones may take that long, so the line comes only after
+an attempt has failed."""
 # Error codes of S3, Google and Azure that a retry does not change, in their own spelling, so that no file name matches.
 _REFUSALS = re.compile(
     r"AWS Error (ACCESS_DENIED|NO_SUCH_BUCKET|INVALID_ACCESS_KEY_ID|INVALID_CLIENT_TOKEN_ID|INVALID_SIGNATURE|"
@@ -164,7 +172,7 @@ class Storage:
             with self.fs.open_input_stream(self.path(name)) as stream:
                 return stream.read()
 
-        return self._persist("read", name, read)
+        return self._persist("read", name, read, long=True)
 
     def look_into(self, name: str, act: Callable[[pa.NativeFile], T]) -> T:
         """Result of ``act`` on the open file. ``act`` is called again if reading fails temporarily.
@@ -177,7 +185,7 @@ class Storage:
             with self.fs.open_input_file(self.path(name)) as stream:
                 return act(stream)
 
-        return self._persist("read", name, look)
+        return self._persist("read", name, look, long=True)
 
     def write(self, name: str, data: bytes | pa.Buffer) -> None:
         """Write a file atomically: local files are flushed and renamed; object stores get one put or multipart upload.
@@ -195,7 +203,7 @@ class Storage:
         else:
             # Convert before a stream is open: closing a stream stores what it has, even nothing.
             buffer = pa.py_buffer(data)
-            self._persist("write", name, lambda: self._put(target, buffer))
+            self._persist("write", name, lambda: self._put(target, buffer), long=buffer.size > SMALL)
 
     def _put(self, target: str, data: pa.Buffer) -> None:
         if self._driver is not None:  # sends a whole object; a stream might be closed half-way
@@ -240,11 +248,22 @@ class Storage:
         finally:
             self.delete(name)
 
-    def _persist(self, verb: str, name: str, act: Callable[[], T]) -> T:
-        """Call ``act``, and retry while it fails temporarily. Local errors are raised unchanged."""
+    def _persist(self, verb: str, name: str, act: Callable[[], T], *, long: bool = False) -> T:
+        """Call ``act``, and retry while it fails temporarily. Local errors are raised unchanged.
+
+        Args:
+            long: whether a success may take longer than ``TELL_AFTER``.
+        """
         if self.is_local:
             return act()
         place = redact(f"{self.uri.partition('?')[0].rstrip('/')}/{name}".rstrip("/"))
+        with _telling(verb, place) as notice:
+            if not long:
+                notice()
+            return self._attempts(verb, place, act, notice)
+
+    def _attempts(self, verb: str, place: str, act: Callable[[], T], failed: Callable[[str], None]) -> T:
+        """As ``_persist``. ``failed`` is called with the reason after each attempt that is followed by another."""
         started = time.monotonic()
         for attempt, wait in enumerate((*WAITS, None), 1):
             try:
@@ -267,6 +286,7 @@ class Storage:
                         f"with {reason}. Nothing stored is lost; run it again when the store is "
                         "back"
                     ) from None
+                failed(reason)
                 time.sleep(wait * random.uniform(0.5, 1.0))  # spread the retries of many workers
         raise AssertionError
 
@@ -306,7 +326,7 @@ class Storage:
     def _send(self, local: Path, name: str) -> None:
         """Copy a local file or directory to a remote file system."""
         target = self.path(name)
-        self._persist("write", name, lambda: pafs.copy_files(str(local), target, pafs.LocalFileSystem(), self.fs))
+        self._persist("write", name, lambda: pafs.copy_files(str(local), target, pafs.LocalFileSystem(), self.fs), long=True)
 
     def download(self, name: str, directory: Path) -> None:
         """Copy the files directly in ``name`` into a local directory."""
@@ -318,7 +338,7 @@ class Storage:
                 raise OSError(f"{target.stat().st_size} of {file.size} bytes arrived")
 
         for file in self.entries(name):
-            self._persist("read", f"{name}/{file.name}", lambda file=file: copy(file))
+            self._persist("read", f"{name}/{file.name}", lambda file=file: copy(file), long=True)
 
     def probe(self) -> None:
         """Check that this place is writable, before a long computation relies on it.
@@ -334,6 +354,36 @@ class Storage:
             self.delete(name)
         except OSError as error:
             raise RaydpoError(f"cannot write to {self}: {error}") from None
+
+
+@contextlib.contextmanager
+def _telling(verb: str, place: str) -> Iterator[Callable[..., None]]:
+    """Print a warning if an operation on a store takes long. Yields a function that starts the clock at its first call, and
+    takes the reason of an attempt that failed."""
+    reasons: list[str] = []
+
+    def tell() -> None:
+        last = f", last with {reasons[-1]}" if reasons else ""
+        line = (
+            f"warning: no success in {TELL_AFTER:.0f} s of trying to {verb} {place}{last}. It is still being tried; "
+            "is the address right, and is the store reachable from here?"
+        )
+        with contextlib.suppress(OSError, ValueError):  # nobody may read it
+            print(line, file=sys.stderr, flush=True)
+
+    clock = threading.Timer(TELL_AFTER, tell)
+    clock.daemon = True
+
+    def notice(reason: str | None = None) -> None:
+        if reason is not None:
+            reasons.append(reason)
+        if clock.ident is None:
+            clock.start()
+
+    try:
+        yield notice
+    finally:
+        clock.cancel()
 
 
 def _said(error: Exception, uri: str) -> str:
@@ -459,6 +509,12 @@ def _explained(error: OSError, place: str) -> OSError:
 def _open(uri: str) -> tuple[pafs.FileSystem, str]:
     if not is_uri(uri):
         return pafs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
+    with _telling("open", redact(uri)) as notice:  # S3 is asked for the bucket's region
+        notice()
+        return _open_remote(uri)
+
+
+def _open_remote(uri: str) -> tuple[pafs.FileSystem, str]:
     scheme = uri.partition("://")[0]
     try:
         fs, root = pafs.FileSystem.from_uri(uri)

@@ -73,8 +73,8 @@ class Ledger:
         self._lock = threading.Lock()
 
     def found_in_cache(self, identity: str, hit_rates: list[float | None]) -> None:
-        """Store the identity of the reference and, for each trial, the share of its completions that the cache holds after
-        the reference pass; None for a trial without a reference."""
+        """Store the identity of the reference and, for each trial, the share of its completions that the cache held before
+        the reference pass, 0 to 1; None for a trial without a reference."""
         self.cache |= {"identity": identity, "hit_rates": hit_rates}
 
     def set(self, name: str, status: Status, error: str | None = None) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from raydpo.cluster.nodes import nodes_with
-from raydpo.cluster.resources import resources_for
+from raydpo.cluster.nodes import cores_of, nodes_with
+from raydpo.cluster.resources import Resources, resources_for
 from raydpo.config import Config
 from raydpo.errors import ConfigError
 from raydpo.sweeps.trials import Trial
@@ -46,7 +45,10 @@ def _workers_on(node: FreeNode, gpus_per_worker: float) -> int:
 
 
 def trials_at_once(config: Config, trials: Sequence[Trial]) -> int:
-    """Return how many trials run in parallel: as many of the largest as fit, at most ``sweep.at_once``.
+    """Return how many trials run in parallel: ``sweep.at_once``, or as many of the largest as fit.
+
+    Trials with a varying number of workers count with the largest number. ``sweep.at_once`` may be as many as can start with
+    the smallest.
 
     The number depends on the cluster and on all trials, including finished ones. On CPUs it decides the threads of a worker.
     If it changed when a sweep continues, the last bits of sums would change.
@@ -54,22 +56,30 @@ def trials_at_once(config: Config, trials: Sequence[Trial]) -> int:
     Raises:
         ConfigError: if the cluster has no room for a trial, or not for ``sweep.at_once`` trials.
     """
-    import ray
-
     needs = [resources_for("train", trial.config) for trial in trials]
-    workers, gpus = max(need.workers for need in needs), max(need.gpus_per_worker for need in needs)
-    here = ray.get_runtime_context().get_node_id()
-    nodes = []
-    for node in nodes_with(config.train.accelerator, config.train.labels):
-        cpus = node["Resources"].get("CPU", 0)
-        # A local Ray may be started with more CPUs than the machine has.
-        if not gpus and node["NodeID"] == here:
-            cpus = min(cpus, os.cpu_count() or 1)
-        nodes.append(FreeNode(cpus, node["Resources"].get("GPU", 0)))
-    fit, wish = max(1, places(nodes, workers, gpus)), config.sweep.at_once
-    if wish is not None and wish > fit and not config.ray.autoscaling:
+    room = [(need, _nodes_of(need)) for need in needs]
+    fit = max(1, min(places(nodes, need.workers, need.gpus_per_worker) for need, nodes in room))
+    starts = [(places(nodes, need.fewest or need.workers, need.gpus_per_worker), need) for need, nodes in room]
+    held, need = min(starts, key=lambda one: one[0])
+    wish = config.sweep.at_once
+    if wish is not None and wish > max(1, held) and not config.ray.autoscaling:
         raise ConfigError(
-            f"sweep.at_once is {wish}, but the cluster holds {fit} trial(s) of {workers} worker(s) with "
-            f"{gpus:g} GPU(s) each; lower it, or leave it out"
+            f"sweep.at_once is {wish}, but the cluster holds {held} trial(s) of {need.fewest or need.workers} worker(s) "
+            f"with {need.gpus_per_worker:g} GPU(s) each{'' if held else ', so trials train one at a time'}; lower it, or "
+            "leave it out"
         )
     return min(wish or fit, len(trials))
+
+
+def _nodes_of(need: Resources) -> list[FreeNode]:
+    """The nodes on which the workers of a training may be."""
+    return [
+        # A local Ray may be started with more CPUs than the machine has.
+        FreeNode(
+            node["Resources"].get("CPU", 0)
+            if need.gpus_per_worker
+            else min(node["Resources"].get("CPU", 0), cores_of(node)),
+            node["Resources"].get("GPU", 0),
+        )
+        for node in nodes_with(need.accelerator, need.labels)
+    ]

@@ -191,18 +191,25 @@ def _score(config: Config, prepared: dict[str, Prepared], ledger: Ledger, consol
     compare = [one for one in sets.values() if one.config.needs_reference]
     first = next(iter([*compare, *prepared.values()]))
     everything: list[pa.Table] = [table for one in compare for table in one.tables]
+    rates = {key: _hit_rate(one) for key, one in sets.items()}  # before the pass, which stores all of them
     # The configuration of the sweep, since the audit belongs in its directory.
     whole = config.model_copy(update={"train": first.config.train})
     score_prepared(dataclasses.replace(first, config=whole), console, everything)
-    rates, joined = {}, {}
+    joined = {}
     for key, one in sets.items():
-        wanted = Wanted(one.tables)
-        rates[key] = float(one.cache.covers(wanted.keys, wanted.tokens).mean()) if one.config.needs_reference else None
         tables = join_sets(one, console)
         held_out = None if tables.held_out is None else ray.put(tables.held_out)
         joined[key] = dataclasses.replace(tables, pairs=ray.put(tables.pairs), held_out=held_out)
     ledger.found_in_cache(first.reference.identity.digest, [rates[_pairs_of(one)] for one in prepared.values()])
     return {name: joined[_pairs_of(one)] for name, one in prepared.items()}
+
+
+def _hit_rate(prepared: Prepared) -> float | None:
+    """Share of the completions that the cache holds, 0 to 1; None without a reference."""
+    if not prepared.config.needs_reference:
+        return None
+    wanted = Wanted(prepared.tables)
+    return float(prepared.cache.covers(wanted.keys, wanted.tokens).mean())
 
 
 def _pairs_of(prepared: Prepared) -> tuple[int, bool]:

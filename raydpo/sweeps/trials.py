@@ -185,6 +185,11 @@ def _check(trial: Trial, sweep: SweepConfig) -> None:
             "data.eval.fraction=0.05, or evaluate.data"
         )
     if trial.config.data.eval is None:
+        if sweep.metric != SweepConfig.model_fields["metric"].default:
+            raise ConfigError(
+                f"sweep.metric {sweep.metric} has no effect: nothing is held out to measure it on; set data.eval, for "
+                "example data.eval.fraction=0.05"
+            )
         return
     for key, metric in _metrics(sweep):
         try:

@@ -58,7 +58,9 @@ class TrainSummary:
 
     Attributes:
         steps, pairs: finished steps, and the pairs in them.
-        seconds: time of training, over all sessions.
+        seconds: wall time from the first step on, with evaluations and checkpoints, over all sessions.
+        step_seconds: time of the steps alone, the sum of column ``seconds`` of metrics.parquet.
+        tokens_per_second: tokens of all steps by ``step_seconds``.
         load_seconds, load_bytes: see ``engine.Engine``; of the newest session.
         interrupted: whether training was stopped before its last step.
         skipped: steps not taken because a loss or gradient was not finite.
@@ -72,6 +74,7 @@ class TrainSummary:
     steps: int = 0
     pairs: int = 0
     seconds: float = 0.0
+    step_seconds: float = 0.0
     tokens_per_second: float = 0.0
     tokens_per_batch: int = 0
     gate: str | None = None

@@ -188,8 +188,8 @@ class Trainer:
             tokens += row["tokens"]
             summary.steps = done
             summary.pairs += int(row["pairs"])
-            summary.seconds = before.seconds + time.perf_counter() - start
-            summary.tokens_per_second = (before.tokens_per_second * before.seconds + tokens) / summary.seconds
+            summary.step_seconds += row["seconds"]
+            summary.tokens_per_second = (before.tokens_per_second * before.step_seconds + tokens) / summary.step_seconds
             summary.memory = dataclasses.asdict(self.stepper.memory)
             if done == 1:
                 self._check_first_loss(result)
@@ -207,9 +207,11 @@ class Trainer:
             if last:
                 summary.samples_after = self._samples()
             stop = (result.stop or done == self.job.stop_after) and not last
+            summary.seconds = before.seconds + time.perf_counter() - start  # the checkpoint records it
             with clock.phase("checkpoint"):
                 self._checkpoint(result, done, ends=last or stop)
                 summary.checkpoint_seconds = before.checkpoint_seconds + self.saver.seconds
+            summary.seconds = before.seconds + time.perf_counter() - start
             self.guard.wait(done)
             if stop:
                 summary.interrupted = True

@@ -1,8 +1,12 @@
 """What a stage requests of a cluster, by a list of nodes in place of Ray's."""
 
+import os
+
 import pytest
 
+from raydpo.cluster import nodes as nodes_module
 from raydpo.cluster import resources as module
+from raydpo.cluster.nodes import cores_of, usable_cores
 from raydpo.cluster.resources import Resources, resources_for
 from raydpo.config import load_config
 from raydpo.errors import ConfigError
@@ -35,6 +39,63 @@ def test_a_worker_whose_gpus_no_node_has_is_refused(cluster, stage):
         cluster(stage, nodes, wish)
     assert cluster(stage, nodes, wish, "ray.autoscaling=true").gpus_per_worker == 2
     assert cluster(stage, [(8, 1), (8, 2)], wish).gpus_per_worker == 2
+
+
+@pytest.mark.parametrize(
+    ("nodes", "workers", "threads"),
+    [
+        ([(16, 0)], 2, 8),
+        ([(16, 0), (16, 0)], 2, 16),
+        ([(16, 0), (4, 0)], 2, 4),  # the smaller node decides
+        ([(0, 0), (16, 0)], 2, 8),  # a head without CPUs holds no worker
+        ([(16, 0), (1, 0)], 6, 1),
+        ([(6, 0), (2, 0)], 6, 1),  # the smaller one holds two of them, not three
+    ],
+)
+def test_threads_are_a_share_of_the_cores_of_the_workers_node(nodes, workers, threads, cluster, monkeypatch):
+    """This machine's cores do not matter, since the driver is not on these nodes."""
+    monkeypatch.setattr(module, "usable_cores", lambda: 1000)
+    wish = (f"train.workers={workers}", "train.gpus_per_worker=0")
+    assert cluster("train", nodes, *wish).threads == threads
+    assert cluster("score", nodes, f"score.workers={workers - 1}", "score.gpus_per_worker=0").threads >= threads
+
+
+def test_nodes_that_are_to_come_count_as_this_machine(cluster, monkeypatch):
+    monkeypatch.setattr(module, "usable_cores", lambda: 6)
+    wish = ("train.workers=2", "train.gpus_per_worker=0", "ray.autoscaling=true")
+    assert cluster("train", [(0, 0)], *wish).threads == 3
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({}, 8),
+        ({"cpu.max": "max 100000\n"}, 8),
+        ({"cpu.max": "250000 100000\n"}, 2),
+        ({"cpu.max": "50000 100000\n"}, 1),
+        ({"cpu.max": "1600000 100000\n"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "300000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3),
+        ({"cpu.max": "nonsense"}, 8),
+    ],
+)
+def test_cores_are_those_that_this_process_may_use(files, cores, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    (tmp_path / "cpu").mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert usable_cores(tmp_path) == cores
+
+
+def test_the_drivers_node_has_the_cores_of_this_process_and_others_what_ray_says(monkeypatch):
+    """A local Ray may be started with more CPUs than the machine has."""
+    import ray
+
+    monkeypatch.setattr(nodes_module, "usable_cores", lambda: 3)
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: type("", (), {"get_node_id": lambda _: "here"})())
+    assert [cores_of({"NodeID": name, "Resources": {"CPU": 40.0}}) for name in ("here", "there")] == [3, 40]
 
 
 def test_a_training_needs_a_place_for_each_worker_and_scoring_for_one(cluster):

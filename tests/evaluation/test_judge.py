@@ -25,9 +25,9 @@ def no_waiting(monkeypatch):
     monkeypatch.setattr(judging, "LONGEST_WAIT", 0.01)
 
 
-def judged(server, tmp_path, contests=CONTESTS, **settings):
+def judged(server, tmp_path, contests=CONTESTS, warn=print, **settings):
     with Judge(JudgeConfig(url=server.url, model="tiny", **settings)) as judge:
-        verdicts, more = judge_contests(judge, contests, Storage(str(tmp_path / "cache")), lambda done, total: None)
+        verdicts, more = judge_contests(judge, contests, Storage(str(tmp_path / "cache")), lambda done, total: None, warn)
         return count_wins(judge.name, "greedy", contests, verdicts, **more)
 
 
@@ -44,6 +44,31 @@ def test_verdicts_that_hold_in_both_orders_count(tmp_path):
         assert all(request["temperature"] == 0 and request["model"] == "tiny" for request in server.requests)
         again = judged(server, tmp_path)
         assert again == found and len(server.requests) == 6, "verdicts are stored"
+
+
+def test_damaged_verdicts_are_told_and_asked_again(tmp_path):
+    told = []
+    with serving(longer) as server:
+        found = judged(server, tmp_path, warn=told.append)
+        (path,) = (tmp_path / "cache" / "evaluation").iterdir()
+        path.write_bytes(path.read_bytes()[:-9])
+        assert not told and judged(server, tmp_path, warn=told.append) == found and len(server.requests) == 12
+    (line,) = told
+    assert line.startswith(f"the stored result {tmp_path}/cache/evaluation/{path.name} is damaged and is computed again (")
+
+
+def test_verdicts_that_cannot_be_read_are_not_asked_again(tmp_path, monkeypatch):
+    """They may be good: the disk is away, or another user owns them."""
+
+    def refuse(storage, name):
+        raise PermissionError(13, "Permission denied", name)
+
+    with serving(longer) as server:
+        judged(server, tmp_path)
+        monkeypatch.setattr(Storage, "read", refuse)
+        with pytest.raises(RaydpoError, match=r"^cannot read the stored result \S+\.parquet: Permission denied\. Make it"):
+            judged(server, tmp_path)
+        assert len(server.requests) == 6
 
 
 def test_a_judge_that_favours_a_place_decides_nothing(tmp_path):

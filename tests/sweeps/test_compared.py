@@ -3,6 +3,7 @@
 import io
 import json
 
+import numpy as np
 import pytest
 import yaml
 from tiny import preferences, write_preferences
@@ -11,8 +12,10 @@ from raydpo.config import load_config
 from raydpo.errors import ConfigError, ModelError
 from raydpo.pipeline.evaluate import pairs_to_evaluate, protocol
 from raydpo.pipeline.prepare import Tokenised, measured_pairs
+from raydpo.reference.shards import Wanted
 from raydpo.rundir.records import to_parquet
 from raydpo.storage.files import Storage
+from raydpo.sweeps import run as sweeps
 from raydpo.sweeps.ledger import Ledger
 from raydpo.sweeps.run import _on_same_pairs, _prepare, _shared, _Sweep, sweep
 from raydpo.sweeps.trials import trials_of
@@ -89,6 +92,27 @@ def test_the_order_of_a_split_does_not_matter(place):
     both = [f"{{path: {place / name}, weight: {weight}}}" for name, weight in (("a.jsonl", 1), ("b.jsonl", 0.5))]
     varied = f"sweep.list=[{{data.train: [{both[0]}, {both[1]}]}}, {{data.train: [{both[1]}, {both[0]}]}}]"
     assert compared(place, varied, "data.eval={fraction: 0.3}", EARLY) == (True, "")
+
+
+def test_hit_rates_are_those_of_the_cache_before_the_pass(place, monkeypatch):
+    """The pass stores all completions, so afterwards each trial would have found all of them."""
+    import ray
+
+    def fill(cache, tables):
+        wanted = Wanted(tables)
+        cache.prepare({})
+        cache.commit(wanted.keys.to_pylist(), [np.full(count, -1.0, np.float32) for count in wanted.tokens], {})
+
+    config, trials = prepared(place, "sweep.grid={data.fraction: [0.5, 1.0]}")
+    half, whole = trials.values()
+    fill(half.cache, half.tables)
+    monkeypatch.setattr(sweeps, "score_prepared", lambda first, _, tables: fill(first.cache, tables))
+    monkeypatch.setattr(ray, "put", lambda table: table)
+    ledger = Ledger(config, trials_of(config))
+    joined = sweeps._score(config, trials, ledger, SILENT)
+    assert [one.pairs.num_rows for one in joined.values()] == [one.sets.train.num_rows for one in trials.values()]
+    share = len(Wanted(half.tables)) / len(Wanted(whole.tables))
+    assert 0.3 < share < 0.9 and ledger.cache["hit_rates"] == [1.0, share]
 
 
 def test_held_out_pairs_that_have_changed_since_do_not_compare(place):

@@ -74,7 +74,7 @@ def test_each_row_is_scored_once_but_for_what_is_in_hand_as_the_other_begins(tmp
     assert found["ann"]["cache"]["identity"] == found["bob"]["cache"]["identity"]
     for user in sweeps:
         assert [trial["status"] for trial in found[user]["trials"]] == ["done", "done"]
-        assert found[user]["cache"]["hit_rates"] == [1.0, 1.0]
+        assert max(found[user]["cache"]["hit_rates"]) < 1.0, "neither found all of it when it began"
         hits, scored = re.search(r"cache: (\d+) of \d+ completions were there .*?, (\d+) scored", said[user]).groups()
         assert int(hits) + int(scored) < wanted and "another build filled the same cache" in said[user], said
     # The trial that both have sees the same reference values: the same pairs give the same losses.

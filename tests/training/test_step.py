@@ -10,6 +10,7 @@ from distributed import run_distributed
 from kernel import exact, tiny_pairs, train_here, with_reference
 
 from raydpo.errors import TrainError
+from raydpo.training import trainer
 
 # ZeRO-3 last: while its engine lives, transformers partitions every model it loads.
 KINDS = [dict(zero=0), dict(zero=1), dict(zero=2), dict(zero=2, loss="aot"), dict(zero=2, dtype="bfloat16"), dict(zero=3)]
@@ -102,6 +103,35 @@ def test_too_many_in_a_row_end_the_run(table, tiny_llama, tmp_path):
     for message in run_distributed(too_many, 2, tmp_path, table, tiny_llama, tmp_path / "s"):
         assert "step 4" in message and "2 such step(s) in a row, more than train.max_skipped 1" in message
         assert "rank 0: tiny:" in message and "rank 1: tiny:" in message
+
+
+def with_slow_evaluations(table, model, scratch, keep):
+    def slow(*_):
+        time.sleep(0.5)
+        return {"eval_loss": 1.0}
+
+    before, trainer.evaluate = trainer.evaluate, slow
+    try:
+        kind = dict(steps=4, eval_every=2, checkpoint_every=2, held_out=table, keep=keep)
+        runs = (
+            train_here(table, model, scratch, **kind),
+            train_here(table, model, scratch, checkpoint=keep / "step-2", **kind),
+        )
+        return [(run.steps, run.summary) for run in runs]
+    finally:
+        trainer.evaluate = before
+
+
+def test_seconds_count_all_evaluations_and_the_rate_none_as_in_the_metrics(table, tiny_llama, tmp_path):
+    """Also over two sessions. The evaluation before the first step is no part of either."""
+    kept = run_distributed(with_slow_evaluations, 1, tmp_path / "a", table, tiny_llama, tmp_path, tmp_path / "k")[0]
+    (rows, summary), (late, resumed) = kept
+    assert (len(rows), len(late)) == (4, 2)
+    for each, steps in ((summary, rows), (resumed, rows[:2] + late)):
+        of_steps = sum(row["seconds"] for row in steps)
+        assert each.step_seconds == pytest.approx(of_steps)
+        assert each.tokens_per_second == pytest.approx(sum(row["tokens"] for row in steps) / of_steps)
+        assert each.seconds - each.step_seconds > 1.0, "the evaluations after steps 2 and 4"
 
 
 def one_is_slow(table, model, scratch):

@@ -22,7 +22,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from raydpo.errors import TrainError
-from raydpo.training.policy.optimizer import RoundedAdamW
 
 __all__ = ["TrainedState"]
 
@@ -184,9 +183,9 @@ class TrainedState:
         state = self.optimizer.state[flat]
         if not state:
             fused = self.optimizer.defaults.get("fused")
-            dtype = torch.bfloat16 if isinstance(self.optimizer, RoundedAdamW) else torch.float32
+            dtypes = getattr(self.optimizer, "MOMENTS", dict.fromkeys(("exp_avg", "exp_avg_sq"), torch.float32))
             state["step"] = torch.tensor(float(steps), device=flat.device if fused else "cpu")
-            for kind in ("exp_avg", "exp_avg_sq"):
+            for kind, dtype in dtypes.items():  # earlier versions wrote a second moment in bfloat16, which is widened
                 state[kind] = torch.zeros_like(flat, dtype=dtype, requires_grad=False)
         state["step"].fill_(float(steps))
         return self._elementwise(flat)
