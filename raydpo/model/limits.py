@@ -179,8 +179,8 @@ def tokenizer_warnings(tokenizer: Any, models: Mapping[str, str], trust_remote_c
             continue
         try:
             own = load_tokenizer(directory, trust_remote_code=trust_remote_code).get_vocab()
-        except (OSError, ValueError, FilesError):
-            continue  # it has no tokenizer of its own
+        except Exception:  # it has no tokenizer of its own, or one that cannot be loaded and is not used
+            continue
         theirs = {number: token for token, number in own.items()}
         others = sorted(number for number in ours.keys() & theirs.keys() if ours[number] != theirs[number])
         if len(others) > _MOST_OTHERS * max(len(theirs), 1):  # a few may be tokens for chat in place of unused ones
