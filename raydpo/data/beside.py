@@ -244,7 +244,7 @@ def asking(record: Mapping[str, Any], present: tuple[str, ...], one_word: bool) 
     word."""
     found = []
     for name in _others(present, ()):
-        words = re.split(r"[_\- ]", name.lower())
+        words = _words(name) or [name]
         if words[-1] in _LAST_OF_META and words != ["task"]:
             continue
         several = isinstance(record[name], str) and len(record[name].split(maxsplit=1)) > 1
