@@ -10,7 +10,7 @@ from typing import Any
 
 from raydpo.data.messages import Malformed, Notes
 
-__all__ = ["named_pair", "preferred", "two_answers"]
+__all__ = ["always_above", "named_pair", "preferred", "two_answers"]
 
 _ANSWERS = {
     "answer", "response", "output", "completion", "conversation", "messages", "summary", "generation", "candidate",
@@ -23,6 +23,8 @@ _NAMED = re.compile(rf"(?:(?:model|assistant|option|{'|'.join(sorted(_ANSWERS))}
 """A value that names an answer: ``model_a``, ``output_2``, ``B``."""
 _SIGNED = ("overall_preference", "preference_strength")
 """Columns whose sign prefers an answer: the first below 0."""
+BELOW = " is below 0"
+"""What notes say of a record whose number with a sign prefers the first answer."""
 _LABELS = (
     "winner", "preference", "preferred", "preferred_response", "preferred_output", "preferred_answer", "better",
     "better_response", "better_answer", "better_response_id", "safer_response_id", "choice",
@@ -33,6 +35,8 @@ _SCORES = (("score", 1), ("rating", 1), ("reward", 1), ("rank", -1))
 """Names of columns with one number for each answer, and the sign that makes higher better."""
 _PAIRED = {"response", "answer", "output", "completion", "text", "message", "messages", "conversation", "conversations"}
 _MOST = 40
+_FEWEST = 3
+"""Records of which one should be below 0."""
 
 
 @lru_cache(maxsize=1024)
@@ -96,6 +100,8 @@ def preferred(
             f"{name} {_verb(read, 'say')} that {first!r} and {second!r} are alike (a tie), so no answer is preferred"
         )
     notes[f"{name} {_verb(read, 'prefer')} {first!r} or {second!r} ({_how(read, answers)})"] = None
+    if read[0] in _SIGNED and side < 0:
+        notes[f"{name}{BELOW} there"] = None
     for other in others:
         try:
             against = _side(record, other, answers) != side
@@ -130,6 +136,24 @@ def _deciding(present: tuple[str, ...], answers: tuple[str, str, tuple[str, str]
     return tuple(found)
 
 
+def always_above(counts: Mapping[str, int]) -> list[str]:
+    """Return a warning for each column with a sign that is below 0 in no record.
+
+    Args:
+        counts: records by how they were understood.
+    """
+    found = []
+    for name in _SIGNED:
+        start = f"{name!r} prefers "
+        records = sum(count for note, count in counts.items() if note.startswith(start))
+        if records >= _FEWEST and not any(note.startswith(f"{name!r}{BELOW}") for note in counts):
+            found.append(
+                f"warning: {name!r} is below 0 in none of {records:,} records, so the second answer is always chosen; if "
+                "its scale has no sign (such as 1 to 7), write the name of the better answer into a column 'winner' instead"
+            )
+    return found
+
+
 def _side(record: Mapping[str, Any], names: tuple[str, ...], answers: tuple[str, str, tuple[str, str]]) -> int:
     """-1 if the columns prefer the first answer, 1 if the second, 0 if none.
 
@@ -157,6 +181,8 @@ def _of_text(name: str, value: str, answers: tuple[str, str, tuple[str, str]]) -
     if said in (first.lower(), second.lower()):
         return -1 if said == first.lower() else 1
     named = _NAMED.fullmatch(said)
+    if ends == ("a", "b") and said in ("0", "1", "2"):
+        raise Malformed(f"{name!r} is {said!r}, which names neither {first!r} nor {second!r}; write the name instead")
     if named is not None and named[1] in ends and name not in (*_SIGNED, "labels"):
         return -1 if named[1] == ends[0] else 1
     raise Malformed(f"{name!r} is text that names neither {first!r} nor {second!r}")

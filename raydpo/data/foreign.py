@@ -4,28 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
+from raydpo.data.beside import PROMPTS, asking, may_be_prompt
 from raydpo.data.choices import named_pair, preferred
 from raydpo.data.messages import CONVERSATIONS, Malformed, Notes, content_text, from_text, messages, role_of
 from raydpo.data.nearest import lacking, quoted
 
-__all__ = ["Pairs", "pairs_of", "prompt_of", "shared_start", "unused_columns", "warn_of_prompt_columns"]
+__all__ = ["Pairs", "pairs_of", "prompt_of", "shared_start"]
 
 Pairs = list[tuple[Any, Any, Any]]
 """Prompt (None = the common beginning of both answers), the better and the worse answer."""
-_PROMPTS = ("context", "question", "instruction", "query", "problem", "history", "input")
-"""Columns that hold the prompt if there is no column of that name."""
-_BESIDE = (*_PROMPTS, "passage", "passages", "document", "documents", "docs", "background", "evidence", "knowledge")
-"""Columns whose text may belong to the prompt."""
-_SYSTEM = re.compile(r"sys(tem)?([_\- ]?(prompt|message|instructions?|text|content))?", re.IGNORECASE)
-"""Columns whose text is a system message."""
-_ASKING = {"prompt", "question", "ask", "task", "request", "query", "instruction", "problem"}
-"""Words in names of columns that may be the prompt though another one was read as such."""
 _ANSWERS = ("completion", "response", "content", "answer", "text", "output")
 """Fields of an entry of ``completions`` that hold the answer."""
 _PLACES = (
@@ -34,12 +25,6 @@ _PLACES = (
 )
 """Columns of all ranks or scores, fields of an entry with its own, and the sign that makes lower better."""
 _RANKED = ("completions", "answers", "responses", "candidates")
-_ANY_META = frozenset({
-    "id", "ids", "uuid", "hash", "source", "dataset", "data_source", "subset", "split", "category", "topic", "type",
-    "task", "domain", "subject", "lang", "language", "license", "author", "user", "date", "timestamp", "url", "name",
-    "tag", "tags", "label", "labels", "model", "generator", "annotator", "turns", "comment", "note",
-})  # fmt: skip
-"""Last words of names of columns that describe a record and are no part of it."""
 
 
 def pairs_of(record: Mapping[str, Any], present: tuple[str, ...], notes: Notes) -> tuple[Pairs, tuple[str, ...]]:
@@ -53,7 +38,7 @@ def pairs_of(record: Mapping[str, Any], present: tuple[str, ...], notes: Notes) 
             notes[f"{names[0]!r} read as chosen, {names[1]!r} as rejected"] = None
             pair, used = _two_answers(record, present, names, notes)
             return [pair], (*used, *names)
-        if found := _rejected_response(record, notes):
+        if found := _rejected_response(record, notes) or _preferred_output(record, present, notes):
             return found
         for name in _RANKED:
             if name in present and (name == "completions" or _has_places(_entries(record[name]), record)):
@@ -64,6 +49,7 @@ def pairs_of(record: Mapping[str, Any], present: tuple[str, ...], notes: Notes) 
             return [pair], (*used, *found[1])
     if (
         len(present) == 1
+        and present[0] not in CONVERSATIONS
         and isinstance(record[present[0]], list)
         and all(isinstance(each, Mapping) for each in record[present[0]])
     ):
@@ -97,7 +83,7 @@ def prompt_of(
     if isinstance(question, Mapping) and isinstance(question.get("full_text"), str):  # WebGPT's comparisons
         notes["'full_text' of 'question' read as the prompt"] = None
         return question["full_text"], ("question",)
-    names = tuple(name for name in _PROMPTS if name in present and _may_be_prompt(record[name]))
+    names = tuple(name for name in PROMPTS if name in present and may_be_prompt(record[name]))
     shared = ""
     if answers is not None and names and all(isinstance(answer, str) for answer in answers):
         shared = shared_start(*answers)
@@ -112,10 +98,10 @@ def prompt_of(
                 f"warning: {names[0]!r} read as the prompt, though chosen and rejected begin with a text of their own; drop "
                 "the column if that is the prompt"
             ] = None
-        asking = _asking(record, present, one_word)
-        if asking:
+        others = asking(record, present, one_word)
+        if others:
             notes[
-                f"warning: {names[0]!r} read as the prompt, though {quoted(asking)} may be it: name the prompt with the "
+                f"warning: {names[0]!r} read as the prompt, though {quoted(others)} may be it: name the prompt with the "
                 "source's 'columns'"
             ] = None
         return record[names[0]], names
@@ -156,88 +142,6 @@ def _says(message: Mapping[str, Any], answer: Any) -> bool:
     return isinstance(answer, str) and answer.strip() == content_text(dict(message)).strip()
 
 
-def _may_be_prompt(value: Any) -> bool:
-    if isinstance(value, str):
-        return bool(value.strip())
-    return isinstance(value, list) and bool(value) and all(role_of(message) is not None for message in value)
-
-
-def warn_of_prompt_columns(
-    record: Mapping[str, Any], present: tuple[str, ...], used: Iterable[str], prompt: Any, notes: Notes
-) -> Any:
-    """Note the columns of the prompt that were not used. Return the text of the column ``system``, or None."""
-    systems, beside = _prompt_columns(present)
-    system = next((record[name] for name in systems if _is_text(record[name])), None)
-    for name in beside:
-        if name not in used and record[name] and not _occurs(record[name], prompt):
-            notes[
-                f"warning: {name!r} is not read, though it may belong to the prompt: write it into the prompt, or drop "
-                "the column"
-            ] = None
-    return system
-
-
-@lru_cache(maxsize=4096)
-def _prompt_columns(present: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The columns of a system message, and the others that may belong to the prompt."""
-    return tuple(filter(_SYSTEM.fullmatch, present)), tuple(name for name in present if name.lower() in _BESIDE)
-
-
-def _occurs(part: Any, prompt: Any) -> bool:
-    """Whether every text of ``part`` is in the prompt."""
-    if isinstance(part, list):
-        return all(_occurs(each, prompt) for each in part)
-    if isinstance(part, Mapping):
-        part = part.get("content", part.get("value"))
-    if not isinstance(part, str):
-        return not part
-    if isinstance(prompt, str):
-        return part.strip() in prompt
-    return any(part.strip() in content_text(message) for message in prompt)
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
-
-
-def unused_columns(record: Mapping[str, Any], present: tuple[str, ...], used: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the columns that hold text, messages or other data and were not used."""
-    return tuple(name for name in _others(present, used) if isinstance(record[name], (str, list, dict)) and record[name])
-
-
-@lru_cache(maxsize=4096)
-def _others(present: tuple[str, ...], used: tuple[str, ...]) -> tuple[str, ...]:
-    known = {"prompt", "chosen", "rejected", "tools", "chat_template_kwargs", *used}
-    return tuple(
-        name for name in present if name not in known and name.lower() not in _BESIDE and not _SYSTEM.fullmatch(name)
-    )
-
-
-def possible_prompts(record: Mapping[str, Any], present: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the columns of unknown names that hold messages, or a text of several words, and so may be the prompt."""
-    return tuple(
-        name
-        for name in _others(present, ())
-        if _may_be_prompt(record[name])
-        and not (isinstance(record[name], str) and len(record[name].split(maxsplit=1)) < 2)
-        and name.lower().replace("-", "_").rsplit("_", 1)[-1] not in _ANY_META
-    )
-
-
-def _asking(record: Mapping[str, Any], present: tuple[str, ...], one_word: bool) -> list[str]:
-    """Columns that may be the prompt though another was read as such: their names say so, or that one holds one word."""
-    found = []
-    for name in _others(present, ()):
-        words = re.split(r"[_\- ]", name.lower())
-        if words[-1] in _ANY_META and words != ["task"]:
-            continue
-        several = isinstance(record[name], str) and len(record[name].split(maxsplit=1)) > 1
-        named = words != ["task"] and not _ASKING.isdisjoint(words) and _may_be_prompt(record[name])
-        if named or (one_word and several):
-            found.append(name)
-    return found
-
-
 def _rejected_response(record: Mapping[str, Any], notes: Notes) -> tuple[Pairs, tuple[str, ...]] | None:
     """The better answer is the last message or ``response``, the worse one a column of its own."""
     name = next((name for name in CONVERSATIONS if record.get(name)), None)
@@ -273,6 +177,27 @@ def _rejected_response(record: Mapping[str, Any], notes: Notes) -> tuple[Pairs, 
     return [(prompt, record["response"], worse)], (*used, "response", "rejected_response")
 
 
+def _preferred_output(
+    record: Mapping[str, Any], present: tuple[str, ...], notes: Notes
+) -> tuple[Pairs, tuple[str, ...]] | None:
+    """OpenAI's ``input``, ``preferred_output`` and ``non_preferred_output``; or ``output`` with the better and the worse."""
+    better, worse = record.get("preferred_output"), record.get("non_preferred_output")
+    asked = record.get("input")
+    if better is not None and worse is not None and isinstance(asked, Mapping) and asked.get("messages"):
+        notes[
+            "'messages' of 'input' read as the prompt, 'preferred_output' as chosen, 'non_preferred_output' as rejected"
+        ] = None
+        return [(asked["messages"], better, worse)], ("input", "preferred_output", "non_preferred_output")
+    answers = record.get("output")
+    if isinstance(answers, list) and len(answers) == 2 and all(isinstance(answer, str) for answer in answers):
+        prompt, used = prompt_of(record, present, notes)
+        if prompt is None:
+            raise Malformed(lacking(present, "prompt"))
+        notes["the first of 'output' read as chosen, the second as rejected"] = None
+        return [(prompt, *answers)], (*used, "output")
+    return None
+
+
 def _entries(value: Any) -> Any:
     """Completions as a list. One object of lists, as some readers make of a list of objects, becomes a list of objects."""
     if not (isinstance(value, Mapping) and value and all(isinstance(column, list) for column in value.values())):
@@ -298,7 +223,7 @@ def _ranked(record: Mapping[str, Any], present: tuple[str, ...], name: str, note
     if used == ("context",):
         notes.pop("'context' read as the prompt", None)  # a form that we document
     if prompt is None:
-        raise Malformed("missing column 'prompt'")
+        raise Malformed(lacking(present, "prompt"))
     entries = _entries(record[name])
     if not isinstance(entries, list) or len(entries) < 2:
         raise Malformed(f"{name} is not a list of two or more")
@@ -314,6 +239,16 @@ def _ranked(record: Mapping[str, Any], present: tuple[str, ...], name: str, note
         for entry in entries
     ]
     best_first = sorted(range(len(answers)), key=places.__getitem__)
+    if kind == "ranks" and isinstance(scores := record.get("scores"), list) and len(scores) == len(places):
+        one_by_one = combinations(range(len(places)), 2)
+        try:
+            against = any(
+                (places[one] - places[two]) * (float(scores[one]) - float(scores[two])) > 0 for one, two in one_by_one
+            )
+        except (TypeError, ValueError):
+            against = False
+        if against:
+            notes["warning: 'ranks' read, though 'scores' say otherwise; drop the column that should not be read"] = None
     pairs = [
         (prompt, answers[better], answers[worse])
         for better, worse in combinations(best_first, 2)
@@ -343,7 +278,13 @@ def _places(entries: list[Any], record: Mapping[str, Any], name: str) -> tuple[l
         if any(math.isnan(number) for number in numbers):
             raise Malformed(f"{column} are not all numbers")
         return numbers, column, key
-    raise Malformed(f"{name} have neither ranks nor scores")
+    for _, keys, _ in _PLACES:
+        for key in keys:
+            given = [isinstance(entry, Mapping) and entry.get(key) is not None for entry in entries]
+            if any(given):
+                raise Malformed(f"{given.count(False)} of {len(given)} {name} have no {key!r}; each needs one")
+    fields = quoted(dict.fromkeys(str(field) for entry in entries if isinstance(entry, Mapping) for field in entry))
+    raise Malformed(f"{name} have neither ranks nor scores" + (f"; their fields are {fields}" if fields else ""))
 
 
 def _two_answers(

@@ -21,6 +21,7 @@ __all__ = ["DataFile", "data_files"]
 _KEYWORDS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+    **dict.fromkeys(("holdout", "heldout", "hold-out", "held-out", "hold_out", "held_out"), "test"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
 }
 """Words that name a split in the names of files and directories, as on the hub."""
@@ -28,6 +29,8 @@ _KEYWORD = re.compile(rf"(?<![a-z])({'|'.join(sorted(_KEYWORDS, key=len, reverse
 _SHARD = re.compile(r"(.+?)-\d{5}-of-(\d{5})$")
 _OWN_SPLIT = re.compile(rf"({'|'.join(_KEYWORDS)})_[a-z]\w*$")
 """Name of a split such as train_prefs, in the names of shards."""
+_KIND_OF_DATA = re.compile(r"_(prefs?|preferences?|dpo|sft|gen|rm|ppo|grpo)$")
+"""End of such a name in the name of any file."""
 _NO_DATA = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
 _CACHED = re.compile(r"cache-[^/]*\.arrow$")
 _MOST_NAMED = 5
@@ -193,7 +196,7 @@ def _split(name: str) -> str | None:
     stem = bare_suffix(file).rsplit(".", 1)[0]
     shard = _SHARD.match(stem)
     stem = shard[1] if shard else stem
-    if shard and _OWN_SPLIT.match(stem):
+    if _OWN_SPLIT.match(stem) and (shard or _KIND_OF_DATA.search(stem)):
         return stem
     for part in (stem, *reversed(directories)):
         if word := _KEYWORD.search(part):

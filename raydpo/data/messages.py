@@ -5,23 +5,30 @@ from __future__ import annotations
 import ast
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
 __all__ = [
     "CONVERSATIONS",
+    "LITERALS",
+    "MAY_BE_MEANT",
+    "PLACEHOLDERS",
     "ROLES",
     "Malformed",
     "Message",
     "Notes",
     "Text",
     "answer",
+    "as_written",
     "check_media",
     "content_text",
     "from_text",
     "is_plain",
     "messages",
+    "names_media",
+    "of_columns",
     "role_of",
     "says_something",
 ]
@@ -68,7 +75,25 @@ _MEDIA_SUFFIXES = (
     ".mp4",
     ".webm",
 )
+_MEDIA_WORDS = {
+    *_MEDIA, "pic", "pics", "screenshot", "screenshots", "speech", "sound", "voice", "wav", "clip", "frame", "frames",
+}  # fmt: skip
+"""Words in names of columns that hold such files, or texts about them."""
+_INLINE = ("data:image/", "data:audio/", "data:video/")
+"""Beginnings of a file within a text."""
+PLACEHOLDERS = ("<image>", "<video>", "<audio>", "<|image|>", "<|audio|>", "<|video|>", "<image_1>", "<image 1>")
+"""What stands for an image, audio or video in a text."""
+_LONGEST_ADDRESS = 500
+_LONGEST_LITERAL = 100_000
 _FILES = {"file": "a file", "input_file": "a file"}
+_LITERAL = re.compile(r"""\s*(?:[\[{"]|array\()""")
+_NUMPY = re.compile(r"""\s*array\(\s*\[|\s*\[\{'(?:role|from)'""")
+"""Beginning of what JSON or Python writes, and of an array of messages as numpy prints it."""
+_MAY_BE_LITERAL = frozenset('[{"')
+MAY_BE_MEANT = ("an object or a list", "a text in quotation marks")
+"""What ``as_written`` returns for an answer that may be meant so."""
+LITERALS = "chosen and rejected are JSON or Python literals, read as text with all signs"
+_TEXT_FIELDS = {"text", "content", "value", "answer", "response", "output", "completion", "messages", "message"}
 _START = re.compile(r'\s*"?\s*[\[{]')
 """Beginning of JSON that may hold messages."""
 
@@ -83,28 +108,57 @@ def check_media(record: Mapping[str, Any], present: tuple[str, ...]) -> None:
     Raises:
         Malformed: with the column's name.
     """
-    for column, kind in _media_columns(present):
-        if isinstance(record[column], (str, bytes, list, dict)) and record[column]:
+    exact, near = _media_columns(present)
+    for column, kind in exact:
+        value = record[column]
+        if isinstance(value, (str, bytes, list, dict)) and value and not (isinstance(value, list) and not any(value)):
             raise Malformed(f"column {column!r} holds {kind}, and only text is read")
+    for column in near:
+        if names_media(record[column], any_address=True):
+            raise Malformed(f"column {column!r} holds an image, audio or a video, and only text is read")
     for column in present:
         value = record[column]
         if type(value) is list and value:
             value = value[0]
-        if type(value) is dict and ("bytes" in value or "path" in value) and _is_file(value):
+        if (type(value) is dict and _is_file(value)) or (type(value) is str and value.startswith(_INLINE)):
             raise Malformed(f"column {column!r} holds a file (an image, audio or video), and only text is read")
 
 
+def names_media(value: Any, any_address: bool = False) -> bool:
+    """Whether ``value``, or the first entry of a list, is the path or address of an image, audio or video.
+
+    Args:
+        any_address: whether every address on the web counts, whatever it ends with.
+    """
+    if isinstance(value, list) and value:
+        value = value[0]
+    if isinstance(value, Mapping):
+        value = next((value[key] for key in ("url", "path") if value.get(key)), None)
+    if not isinstance(value, str) or len(value) > _LONGEST_ADDRESS or len(value.split()) != 1:
+        return False
+    said = value.lower()
+    return said.partition("?")[0].endswith(_MEDIA_SUFFIXES) or (any_address and said.startswith(("http://", "https://")))
+
+
 @lru_cache(maxsize=4096)
-def _media_columns(present: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
-    return tuple((column, _MEDIA[column.lower()]) for column in present if column.lower() in _MEDIA)
+def _media_columns(present: tuple[str, ...]) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]]:
+    """Columns whose names say what they hold, and those with such a word in their names."""
+    exact = tuple((column, _MEDIA[column.lower()]) for column in present if column.lower() in _MEDIA)
+    words = {column: set(re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", column).lower())) for column in present}
+    return exact, tuple(column for column in present if not _MEDIA_WORDS.isdisjoint(words[column]))
 
 
 def _is_file(value: dict[str, Any]) -> bool:
-    """Whether a value is a file as columns of type Image and Audio hold it: bytes, or a path of such a file."""
-    path = value.get("path")
-    return isinstance(value.get("bytes"), bytes) or (
-        value.keys() <= {"bytes", "path"} and isinstance(path, str) and path.lower().endswith(_MEDIA_SUFFIXES)
-    )
+    """Whether a value is a file as columns of type Image and Audio hold it: bytes, samples, or a path of such a file; or a
+    content part of one."""
+    if "bytes" in value or "path" in value:
+        path = value.get("path")
+        if isinstance(value.get("bytes"), bytes) or (
+            value.keys() <= {"bytes", "path"} and isinstance(path, str) and path.lower().endswith(_MEDIA_SUFFIXES)
+        ):
+            return True
+    kind = value.get("type")
+    return ("array" in value and "sampling_rate" in value) or (isinstance(kind, str) and kind in _MEDIA)
 
 
 def answer(value: Any, name: str, notes: Notes) -> list[Message]:
@@ -138,11 +192,16 @@ def messages(value: Any, name: str, notes: Notes) -> list[Message]:
         if (content is None or len(message) > 2) and message.get("function_call") is not None:
             _check_call(message, name)
         elif not isinstance(content, (str, list)) and not message.get("tool_calls"):
+            if content is not None:
+                kind = "an object" if isinstance(content, Mapping) else "a number or truth value"
+                raise Malformed(f"{name} has a message whose content is {kind}: write it as text")
             more = [key[:30] for key, entry in message.items() if entry and key not in ("role", "content")]
             raise Malformed(
                 f"{name} has a message without content"
                 + (f", only with {', '.join(map(repr, more[:3]))}: write its text into content" if more else "")
             )
+        if isinstance(message.get("tool_calls"), str):
+            message = {**message, "tool_calls": _parsed_calls(message["tool_calls"], name)}
         if isinstance(content, list):
             _check_parts(content, name)
             if any(isinstance(part, Mapping) and None in part.values() for part in content):
@@ -151,6 +210,19 @@ def messages(value: Any, name: str, notes: Notes) -> list[Message]:
             _check_parts([{key: entry for key, entry in message.items() if key in _MEDIA and entry}], name)
         found.append({key: entry for key, entry in message.items() if entry is not None})
     return found
+
+
+def _parsed_calls(text: str, name: str) -> list[Any] | None:
+    """Tool calls in JSON text."""
+    if not text.strip():
+        return None
+    try:
+        calls = json.loads(text)
+    except (ValueError, RecursionError):
+        calls = None
+    if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
+        raise Malformed(f"{name} has a message whose tool_calls are text that is not a JSON list of calls")
+    return calls or None
 
 
 def _check_call(message: Mapping[str, Any], name: str) -> None:
@@ -166,6 +238,47 @@ def _check_call(message: Mapping[str, Any], name: str) -> None:
         raise Malformed(f"{name} has a function_call that is not an object with name and arguments; write tool_calls")
 
 
+def of_columns(value: Mapping[str, Any]) -> list[Message] | None:
+    """Messages in an object of lists, ``{"role": [...], "content": [...]}``; None if it is something else."""
+    columns = list(value.values())
+    if not ({"role", "from"} & value.keys()) or not all(isinstance(column, list) for column in columns):
+        return None
+    if not columns[0] or len({len(column) for column in columns}) > 1:
+        return None
+    return [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def as_written(said: Text) -> str | None:
+    """What JSON or Python wrote instead of a text: "a list of one text", say; "an object or a list" for what may be meant as
+    such; None for other texts and for messages with other contents."""
+    if not isinstance(said, str):
+        contents = [message.get("content") for message in said]
+        if len(contents) != 1 or not isinstance(contents[0], str):
+            return None
+        said = contents[0]
+    if not _LITERAL.match(said):
+        return None
+    numpy = _NUMPY.match(said)
+    try:
+        value = json.loads(said)
+    except (ValueError, RecursionError):
+        try:
+            with warnings.catch_warnings():  # Python warns of escapes in what may be any text
+                warnings.simplefilter("ignore")
+                value = ast.literal_eval(said.strip()) if len(said) <= _LONGEST_LITERAL else None
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            return "an array" if numpy else None
+    if isinstance(value, str):
+        return "a text in quotation marks" if said.lstrip()[0] == '"' and said.count('"') == 2 else None
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
+        return "a list of one text"
+    if isinstance(value, list) and value and all(isinstance(part, dict) and "text" in part for part in value):
+        return "a list of content parts"
+    if isinstance(value, dict) and len(value) == 1 and next(iter(value)) in _TEXT_FIELDS:
+        return "an object with one text"
+    return "an object or a list" if isinstance(value, (dict, list)) else None
+
+
 def is_plain(value: Any) -> bool:
     """Whether a value is a list of messages that have a role and text as content, and nothing else."""
     if type(value) is not list or not value:
@@ -176,6 +289,7 @@ def is_plain(value: Any) -> bool:
             or len(message) != 2
             or type(message.get("content")) is not str
             or message.get("role") not in ROLES
+            or message["content"][:1] in _MAY_BE_LITERAL
         ):
             return False
     return True
@@ -183,6 +297,10 @@ def is_plain(value: Any) -> bool:
 
 def _translated(message: Mapping[str, Any], name: str, notes: Notes) -> Mapping[str, Any]:
     """A message whose fields or role have the names of another tool."""
+    if message.get("role") is None and "from" in message and "value" not in message and "content" in message:
+        message = {"from": message["from"], "value": message["content"]} | {
+            key: entry for key, entry in message.items() if key not in ("from", "role", "content")
+        }
     renamed = message.get("role") is None and "from" in message and "value" in message
     role = message["from"] if renamed else message.get("role")
     known = role_of(message)

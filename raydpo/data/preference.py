@@ -8,18 +8,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from raydpo.data.foreign import pairs_of, possible_prompts, prompt_of, unused_columns, warn_of_prompt_columns
+from raydpo.data.beside import look_beside, possible_prompts
+from raydpo.data.foreign import pairs_of, prompt_of
 from raydpo.data.implicit import Parts, are_transcripts, implicit, shared_turns, transcripts
 from raydpo.data.messages import (
+    CONVERSATIONS,
+    LITERALS,
+    MAY_BE_MEANT,
+    PLACEHOLDERS,
     Malformed,
     Notes,
     Text,
     answer,
+    as_written,
     check_media,
     content_text,
     from_text,
     is_plain,
     messages,
+    of_columns,
     role_of,
     says_something,
 )
@@ -37,7 +44,8 @@ _FUNCTIONS = "'functions' read as tools"
 _ONE_IS_JSON = "warning: only one of chosen and rejected is JSON text of messages, so both are read as text"
 _MAY_BE_JSON = frozenset('[{" \n\r\t')
 _UNUSUAL_STARTS = frozenset(("", *'[{"'))
-_TURNS = ("Human:", "Assistant:")
+_TURNS = ("Human:", "Assistant:", "array(", *PLACEHOLDERS)
+_MAY_BE_COLUMNS = ("prompt", "chosen", "rejected", *CONVERSATIONS)
 
 
 @dataclass(frozen=True)
@@ -114,7 +122,8 @@ def normalise(record: Mapping[str, Any], numbers: Sequence[str] = ()) -> list[Pr
     if len(record) == 3 and not numbers and (plain := _plain(record)) is not None:
         return [plain]
     notes: Notes = {}
-    tools = _tools(record.get("tools"), notes) or _functions(record.get("functions"), notes)
+    record = _of_columns(record, notes)
+    tools = _tools(_given_tools(record), notes) or _functions(record.get("functions"), notes)
     kwargs = _json(record.get("chat_template_kwargs"), "chat_template_kwargs", dict) or {}
     for key in sorted(_RESERVED & kwargs.keys()):
         raise Malformed(f"chat_template_kwargs must not set {key!r}")
@@ -138,18 +147,37 @@ def normalise(record: Mapping[str, Any], numbers: Sequence[str] = ()) -> list[Pr
         pairs, used = [(prompt, chosen, rejected)], (*used, "completions", "ranks", "scores")
     found = tuple(_number(record, column) for column in numbers)
     parts = [_parts(*pair, notes) for pair in pairs]
+    _check_texts(*parts[0][:3], notes)
     unused: tuple[str, ...] = ()
     if len(present) > 3 or "prompt" not in present:
-        system = warn_of_prompt_columns(record, present, used, parts[0][0], notes)
+        more = (*numbers, "functions") if _FUNCTIONS in notes else numbers
+        system, unused = look_beside(record, present, (*used, *more), parts[0][:3], notes)
         if system is not None:
             parts = [_with_system(each, system, notes) for each in parts]
-        more = (*numbers, "functions") if _FUNCTIONS in notes else numbers
-        unused = unused_columns(record, present, (*used, *more))
     told = tuple(notes)
     return [
         Preference(prompt, chosen, rejected, tools, kwargs, found, texts, told, unused)
         for prompt, chosen, rejected, texts in parts
     ]
+
+
+def _given_tools(record: Mapping[str, Any]) -> Any:
+    """The column ``tools``, or where OpenAI's form has them, in ``input``."""
+    inside = record.get("input")
+    if record.get("tools") is None and isinstance(inside, Mapping) and "preferred_output" in record:
+        return inside.get("tools")
+    return record.get("tools")
+
+
+def _of_columns(record: Mapping[str, Any], notes: Notes) -> Mapping[str, Any]:
+    """``record`` with each object of lists, as some readers make of a list of messages, as that list."""
+    found = {
+        name: listed for name in _MAY_BE_COLUMNS if type(record.get(name)) is dict and (listed := of_columns(record[name]))
+    }
+    if not found:
+        return record
+    notes["objects with lists of roles and contents read as lists of messages"] = None
+    return {**record, **found}
 
 
 def _plain(record: Mapping[str, Any]) -> Preference | None:
@@ -163,6 +191,8 @@ def _plain(record: Mapping[str, Any]) -> Preference | None:
             start = text.lstrip()
             if start[:1] in _UNUSUAL_STARTS or start.startswith(_TURNS):
                 return None
+        if prompt.endswith(PLACEHOLDERS):
+            return None
     else:
         for part in (prompt, chosen, rejected):
             if not (is_plain(part) and part[-1]["content"].strip()):
@@ -171,6 +201,10 @@ def _plain(record: Mapping[str, Any]) -> Preference | None:
             return None
         if prompt[0]["role"] == "assistant" or prompt[-1]["role"] == "assistant":  # answers may repeat such a prompt
             return None
+        for message in prompt:
+            content = message["content"]
+            if content.startswith(PLACEHOLDERS) or content.endswith(PLACEHOLDERS):
+                return None
     return None if chosen == rejected else Preference(prompt, chosen, rejected)
 
 
@@ -268,6 +302,29 @@ def _parts(prompt: Any, chosen: Any, rejected: Any, notes: Notes) -> Parts:
     if chosen == rejected:
         raise Malformed("chosen equals rejected")
     return prompt, chosen, rejected, texts
+
+
+def _check_texts(prompt: Text, chosen: Text, rejected: Text, notes: Notes) -> None:
+    """Note a prompt with a placeholder of an image, and texts that are JSON or Python."""
+    for said in [prompt] if isinstance(prompt, str) else map(content_text, prompt):
+        for placeholder in PLACEHOLDERS:
+            if said.strip().startswith(placeholder) or said.strip().endswith(placeholder):
+                notes[
+                    f"warning: the prompt begins or ends with {placeholder!r}, which stands for an image, audio or a video, "
+                    "but only text is read; remove the records that need it, or the placeholder"
+                ] = None
+    kinds = {
+        name: kind
+        for name, said in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected))
+        if (kind := as_written(said)) is not None
+    }
+    for name, kind in kinds.items():
+        if kind not in MAY_BE_MEANT:
+            notes[
+                f"warning: {name} is {kind}, as JSON or Python writes it, and is read with its signs; write the text itself"
+            ] = None
+    if "chosen" in kinds and "rejected" in kinds and kinds["chosen"] in MAY_BE_MEANT:
+        notes[LITERALS] = None
 
 
 def _text_beside_messages(prompt: str, chosen: Any, rejected: Any, notes: Notes) -> tuple[Text, Text, Text]:

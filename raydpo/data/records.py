@@ -34,7 +34,24 @@ BOM = b"\xef\xbb\xbf"
 INVALID, NOT_UTF8, HALF_PAIR = "not valid JSON", "not valid UTF-8", "text with half a surrogate pair"
 _PACKED = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"BZh": ".bz2", b"\xfd7zXZ\0": ".xz"}
 """First bytes of compressed files."""
-_decode = json.JSONDecoder().decode
+
+
+class _Twice(ValueError):
+    """A key that stands twice in one object of JSON, with different values."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, refused if a key has two values."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        for key, value in pairs:
+            if found[key] != value:
+                raise _Twice(f"the key {key[:40]!r} twice in one object, with different values")
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+_decode = _DECODER.decode
 _SPACE = re.compile(r"\s*")
 _ESCAPE = re.compile(rb"\\u[dD]")
 """Escape of a surrogate in JSON; most are valid pairs."""
@@ -256,7 +273,7 @@ def _to_first_text(stream: IO[bytes]) -> Iterator[bytes]:
 def _list_records(content: bytes, label: str, note: str | None) -> Iterator[Record]:
     try:
         text, problem = _decoded(content)
-        values = json.loads(text)
+        values = _decode(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{label} is not valid JSON: {one_line(error, 200)}; correct it there") from None
     for number, value in enumerate(values, 1):
@@ -265,7 +282,7 @@ def _list_records(content: bytes, label: str, note: str | None) -> Iterator[Reco
 
 def _object_records(content: bytes, label: str) -> Iterator[Record | None]:
     """Records of JSON objects that follow each other, each over several lines. None where that fails."""
-    decode = json.JSONDecoder().raw_decode
+    decode = _DECODER.raw_decode
     try:
         text, problem = _decoded(content)
         place, line, number = _SPACE.match(text).end(), 1, 0  # type: ignore[union-attr]
@@ -299,6 +316,8 @@ def _parse(line: bytes, where: str, row: int) -> Record:
         return Record(where, row, None, NOT_UTF8)
     try:
         value = _decode(text)
+    except _Twice as error:
+        return Record(where, row, None, str(error))
     except (ValueError, RecursionError):
         return Record(where, row, None, INVALID)
     return _as_record(value, where, row, HALF_PAIR if b"\\u" in line and _ESCAPE.search(line) else None)

@@ -15,6 +15,7 @@ THOUGHTS, CALLS, TOOLS, NAMES = "thoughts", "tool calls", "tools", "names of too
 LOST = "left out"
 THOUGHT_BEFORE, THOUGHT_BETWEEN = "thoughts of the prompt left out", "thoughts of earlier turns left out"
 TOOLS_BEFORE = "tools of the prompt left out"
+TOOLS_INSIDE, TOOLS_INSIDE_BEFORE = "tools inside a message", "tools inside messages of the prompt left out"
 EMPTY_THOUGHT, NO_THOUGHT_BEGINS, PROMPT_END = (
     "empty thoughts added",
     "thoughts without a beginning",
@@ -32,6 +33,10 @@ _SENTENCES = {
     TOOLS_BEFORE: (
         "warning: the chat template leaves out tools or tool calls of {count} prompts, and the model answers without "
         "having read them: {all}; set data.chat_template to one that writes tools and tool calls"
+    ),
+    TOOLS_INSIDE_BEFORE: (
+        "warning: the chat template leaves out tools in a field of messages of {count} prompts: {all}; move them to a "
+        "column 'tools' of the record"
     ),
     THOUGHT_BEFORE: "the chat template leaves out thoughts of earlier turns in {count} prompts, as at inference: {all}",
     THOUGHT_BETWEEN: (

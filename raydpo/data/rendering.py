@@ -17,18 +17,13 @@ from raydpo.data.template import TEXT_PARTS
 
 __all__ = ["RenderingCheck", "left_out", "remedy"]
 
-_THOUGHT_FIELDS = (
-    "reasoning_content",
-    "reasoning",
-    "thinking",
-    "thinking_content",
-    "thought",
-    "thoughts",
-    "rationale",
-    "cot",
+_THOUGHT = re.compile(
+    r"reasons?|(\w+_)?(reasoning|thinking|thoughts?|rationale|cot|analysis|scratchpad|monologue)"
+    r"(_(content|text|details|steps|process|trace))?|reasoning_?content|chain_?of_?thoughts?",
+    re.IGNORECASE,
 )
-"""Fields of a message that hold thoughts; data sets and templates use different names."""
-_KNOWN_FIELDS = {"role", "content", "tool_calls", "function_call", *_THOUGHT_FIELDS}
+"""Fields of a message or part that hold thoughts; data sets and templates use different names."""
+_KNOWN_FIELDS = {"role", "content", "tools", "tool_calls", "function_call"}
 _MARKS = {"weight", "loss_weight", "train", "training", "trainable", "trained", "learn", "loss"}
 """Fields with which other tools say whether a message is trained, and how much it counts: 0 or false if not."""
 _IDS = {"type", "id", "index", "tool_use_id", "tool_call_id", "cache_control", "signature"}
@@ -53,6 +48,7 @@ _EMPTY_THOUGHT = re.compile(
 _MARK = re.compile(r"<([|\uff5c]).+\1>")
 """Tokens that can be nothing but marks, special or not."""
 _MOST_SIGNS = 4
+_FEW_WORDS = 2
 _TAIL = 40
 _CUT = "\x00"
 """Stands where a text was found, so that no other is found there again."""
@@ -62,11 +58,13 @@ _REMEDIES = {
     remarks.CALLS: "set data.chat_template to one that writes tool calls",
     remarks.TOOLS: "set data.chat_template to one that writes tools",
     remarks.NAMES: "set data.chat_template to one that writes tools and tool calls",
+    remarks.TOOLS_INSIDE: "move them to a column 'tools' of the record",
 }
 
 
 _LOST_IN_PROMPT = {
     remarks.THOUGHTS: remarks.THOUGHT_BEFORE,
+    remarks.TOOLS_INSIDE: remarks.TOOLS_INSIDE_BEFORE,
     **dict.fromkeys((remarks.TOOLS, remarks.CALLS, remarks.NAMES), remarks.TOOLS_BEFORE),
 }
 """What does not count for ``data.max_lost`` in a prompt: many templates have no place for it, at inference neither."""
@@ -294,12 +292,20 @@ def _texts(message: Message, turn: int, more: list[str]) -> list[Text]:
             found.append(Text(what, part, turn))
         elif isinstance(part, Mapping):
             for key, value in part.items():
-                if key not in _IDS and (not _is_text(part) or key == "text" or key in _THOUGHT_FIELDS):
-                    kind = remarks.THOUGHTS if key in _THOUGHT_FIELDS else what
+                if key not in _IDS and (not _is_text(part) or key == "text" or _is_thought(key)):
+                    kind = remarks.THOUGHTS if _is_thought(key) else what
                     found += [Text(kind, leaf, turn) for leaf in _leaves(value, more)]
     said = " ".join(one.text for one in found)
-    thoughts = dict.fromkeys(leaf for field in _THOUGHT_FIELDS if field in message for leaf in _leaves(message[field], more))
-    found += [Text(remarks.THOUGHTS, thought, turn) for thought in thoughts if thought.strip() not in said]
+    thoughts = dict.fromkeys(
+        leaf for field in message if _is_thought(field) for leaf in _leaves(_without_ids(message[field]), more)
+    )
+    within = _TAG.search(said) is not None
+    for thought in thoughts:  # content may hold it, too; a word or two stand there by chance
+        if thought.strip() not in said or not (within or len(thought.split(maxsplit=_FEW_WORDS)) > _FEW_WORDS):
+            found.append(Text(remarks.THOUGHTS, thought, turn))
+    tools = _parsed(message.get("tools"))
+    for one in _tool_texts(tools)[0] if isinstance(tools, list) else []:
+        found.append(Text(remarks.TOOLS_INSIDE, one.text, turn))
     calls = message.get("tool_calls")
     calls = list(calls) if isinstance(calls, list) else []
     for call in (*calls, message.get("function_call")):
@@ -308,6 +314,21 @@ def _texts(message: Message, turn: int, more: list[str]) -> list[Text]:
             values = [function.get("name"), *_leaves(_parsed(function.get("arguments")), more)]
             found += [Text(remarks.CALLS, str(value), turn) for value in values if value is not None]
     return [Text(one.what, one.text.strip(), turn) for one in found if one.text.strip()]
+
+
+@lru_cache(1000)
+def _is_thought(field: str) -> bool:
+    """Whether a field holds a thought, by its name."""
+    return isinstance(field, str) and _THOUGHT.fullmatch(field) is not None
+
+
+def _without_ids(value: Any) -> Any:
+    """Parts of a thought without what is no text of it."""
+    if isinstance(value, list):
+        return [_without_ids(part) for part in value]
+    if isinstance(value, Mapping):
+        return {key: part for key, part in value.items() if key not in _IDS and key not in ("format", "data")}
+    return value
 
 
 def _parsed(arguments: Any) -> Any:
@@ -353,13 +374,13 @@ def _tool_texts(tools: list[Any]) -> tuple[list[Text], list[str]]:
 def _fields(message: Message) -> list[Text]:
     """The texts of fields that few templates read, such as ``name``, each under the name of its field."""
     content = message.get("content")
-    others = [(str(key)[:40], message[key]) for key in message.keys() - _KNOWN_FIELDS - _MARKS]
+    others = [(str(key)[:40], message[key]) for key in message.keys() - _KNOWN_FIELDS - _MARKS if not _is_thought(key)]
     others += [
         (f"{str(key)[:40]} of a content part", value)
         for part in (content if isinstance(content, list) else [])
         if _is_text(part)
         for key, value in part.items()
-        if key not in ("text", *_IDS, *_THOUGHT_FIELDS)
+        if key not in ("text", *_IDS) and not _is_thought(key)
     ]
     return [
         Text(key, leaf.strip())

@@ -9,6 +9,8 @@ from raydpo.data.preference import Preference
 
 __all__ = ["Repeats"]
 
+_NEAR = 60
+"""Characters before a repeated prompt, such as "User: "."""
 SHORTEST = 4
 """Characters of a prompt that an answer would hardly begin with by chance."""
 
@@ -24,12 +26,19 @@ class Repeats:
         taken: pairs whose answers lost their prompt.
         kept: pairs whose answers begin with their prompt and keep it, since not all do, or since it ends within a word.
         without: pairs whose answers do not begin with their prompt, though those of the first records do.
+        looked: pairs with a prompt of several words.
+        both, one: pairs of which both answers, or one, hold the prompt near the beginning, if it was not taken off.
+        first: of the first records, those that counted, and those whose answers begin with the prompt.
     """
 
     take_off: bool | None = None
     taken: int = 0
     kept: int = 0
     without: int = 0
+    looked: int = 0
+    both: int = 0
+    one: int = 0
+    first: tuple[int, int] = (0, 0)
 
     def taken_off(self, preferences: Sequence[Preference]) -> list[Preference]:
         """Return ``preferences``, those whose answers repeat the prompt with shorter answers if all did at first."""
@@ -46,6 +55,8 @@ class Repeats:
             answers.append(shorter)
         if self.take_off is None and counting:
             self.take_off = taken == counting
+            self.first = counting, taken
+        self._look(preferences, [] if not self.take_off else answers)
         if not self.take_off:
             self.kept += repeated
             return list(preferences)
@@ -57,6 +68,24 @@ class Repeats:
             for preference, shorter in zip(preferences, answers, strict=True)
         ]
 
+    def _look(self, preferences: Sequence[Preference], taken: Sequence[object]) -> None:
+        """Count answers that hold the prompt near their beginning.
+
+        Args:
+            taken: true for those that lose it; may be empty.
+        """
+        for number, preference in enumerate(preferences):
+            bare, chosen, rejected = _last_texts(preference)
+            if " " not in bare or (taken and taken[number]):
+                continue
+            self.looked += 1
+            reach = len(bare) + _NEAR
+            held = (bare in chosen[:reach]) + (bare in rejected[:reach])
+            if held == 2:
+                self.both += 1
+            elif held:
+                self.one += 1
+
     def lines(self) -> list[str]:
         """What was done, for people. Lines that begin with ``warning:`` need attention."""
         found = []
@@ -64,16 +93,33 @@ class Repeats:
             found.append(f"in {self.taken:,} pairs both answers repeat the prompt, which was taken off")
         if self.kept:
             found.append(
-                f"warning: in {self.kept:,} pairs both answers begin with the prompt, which was kept, since not all first "
-                "answers of this source do, or since it ends within a word of theirs; take it off in the file if they "
-                "repeat it"
+                f"warning: in {self.kept:,} pairs both answers begin with the prompt, which was kept, since "
+                f"{self.first[0] - self.first[1]:,} of the first {self.first[0]:,} pairs do not, or since it ends within a "
+                "word of theirs; take it off in the file if they repeat it"
             )
+        more = self.both if self.both > self.kept else 0  # those that were kept are told above
+        for count, what in ((more, "both answers hold"), (self.one, "one of the answers holds")):
+            if count and 2 * count >= self.looked:
+                found.append(
+                    f"warning: in {count:,} of {self.looked:,} pairs {what} the prompt near the beginning, so the model "
+                    "learns to repeat it; take it off in the file"
+                )
         if self.without:
             found.append(
                 f"warning: in {self.without:,} pairs the answers do not repeat the prompt, though the first ones of this "
                 "source do; separate the two kinds"
             )
         return found
+
+
+def _last_texts(preference: Preference) -> tuple[str, str, str]:
+    """The last message of the prompt and the first of each answer, or the texts; empty if they are no texts."""
+    prompt, chosen, rejected = preference.prompt, preference.chosen, preference.rejected
+    if not isinstance(prompt, str):
+        prompt, chosen, rejected = (part[at].get("content") for part, at in ((prompt, -1), (chosen, 0), (rejected, 0)))  # type: ignore[union-attr]
+        if not (isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str)):
+            return "", "", ""
+    return prompt.strip(), chosen, rejected  # type: ignore[return-value]
 
 
 def _without_prompt(preference: Preference, bare: str) -> tuple[str, str] | tuple[()] | None:

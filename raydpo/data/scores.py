@@ -12,16 +12,22 @@ from typing import Any, NamedTuple
 __all__ = ["Compared", "Contradictions", "compared"]
 
 _WORDS = {
-    "score", "scores", "rating", "ratings", "reward", "rewards", "quality", "grade", "points", "overall", "rank", "ranking",
-    "votes", "utility", "helpfulness", "preference",
+    "score", "scores", "rating", "ratings", "reward", "rewards", "quality", "grade", "points", "overall", "rank", "ranks",
+    "ranking", "votes", "utility", "helpfulness", "preference",
 }  # fmt: skip
 """Words in the names of columns that say how good an answer is."""
-_LOWER_IS_BETTER = {"rank", "ranking"}
+_LOWER_IS_BETTER = {
+    "rank", "ranks", "ranking", "toxicity", "toxic", "harm", "harmfulness", "error", "errors", "loss", "perplexity",
+    "penalty", "cost", "risk", "violation", "violations", "bias", "hallucination", "hallucinations",
+}  # fmt: skip
 _DIFFERENCES = {"margin", "difference", "diff", "gap", "strength"}
 """Words in the names of columns that hold how much better the chosen answer is."""
 _NOT_QUALITY = {"logp", "logps", "logprob", "logprobs", "ref", "reference", "length", "tokens", "weight"}
 _VERDICTS, _VERDICT = ("status", "winner", "verdict"), 0
 """Columns of text that may call a pair a tie, and what stands for the sign of such a column."""
+_LISTED = 2
+"""What stands for the sign of a column with a list of two numbers."""
+_GENERATIONS = ("generations", "completions", "responses")
 _FIRST = 3
 
 
@@ -113,6 +119,7 @@ def _columns(names: tuple[str, ...]) -> tuple[tuple[tuple[str, ...], int], ...]:
             wanted = ["rejected" if part == "chosen" else part for part in parts]
             sign = -1 if _LOWER_IS_BETTER & set(parts) else 1
             found += [((name, other), sign) for other, theirs in words.items() if theirs == wanted][:1]
+    found += [((name,), _LISTED) for name, parts in words.items() if len(parts) == 1 and parts[0] in _WORDS]
     for name, parts in words.items():
         known = "margin" in parts or (set(parts) & _DIFFERENCES and set(parts) & _WORDS)
         if known and not set(parts) & (_NOT_QUALITY | {"chosen", "rejected"}):
@@ -130,10 +137,47 @@ def _better(record: Mapping[str, Any], names: tuple[str, ...], sign: int) -> flo
     if sign == _VERDICT:
         value = record[names[0]]
         return 0 if isinstance(value, str) and value.lower().startswith("tie") else None
-    values = [_number(record[name]) for name in names]
+    if sign == _LISTED:
+        return _of_list(record, names[0])
+    values = [_total(record[name]) for name in names]
     if None in values:
         return None
     return sign * (values[0] - values[1] if len(values) == 2 else values[0])
+
+
+def _of_list(record: Mapping[str, Any], name: str) -> float | None:
+    """How much better the chosen answer is by a list of two numbers: of the answers in the column ``generations`` if that
+    holds two, otherwise of chosen and rejected."""
+    value = record[name]
+    if not isinstance(value, list) or len(value) != 2:
+        return None
+    numbers = [_number(each) for each in value]
+    if None in numbers:
+        return None
+    listed = next((record[other] for other in _GENERATIONS if isinstance(record.get(other), list)), None)
+    if listed is not None:
+        said = [_answer(record.get("chosen")), _answer(record.get("rejected"))]
+        found = [_answer(each) for each in listed]
+        if len(found) != 2 or said[0] == said[1] or set(map(str, said)) != set(map(str, found)):
+            return None
+        numbers = numbers if found == said else numbers[::-1]
+    sign = -1 if name.lower() in _LOWER_IS_BETTER else 1
+    return sign * (numbers[0] - numbers[1])  # type: ignore[operator]
+
+
+def _answer(value: Any) -> Any:
+    """The text of an answer, whether it is a text, a message or a list that ends with one."""
+    value = value[-1] if isinstance(value, list) and value else value
+    value = value.get("content") if isinstance(value, Mapping) else value
+    return value.strip() if isinstance(value, str) else value
+
+
+def _total(value: Any) -> float | None:
+    """A number, or the sum of the numbers of an object."""
+    if not isinstance(value, Mapping):
+        return _number(value)
+    numbers = [_number(each) for each in value.values()]
+    return None if not numbers or None in numbers else sum(numbers)  # type: ignore[arg-type]
 
 
 def _number(value: Any) -> float | None:

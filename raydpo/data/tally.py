@@ -8,6 +8,8 @@ from datetime import date
 from typing import Any
 
 from raydpo.config import DataConfig
+from raydpo.data.choices import always_above
+from raydpo.data.messages import LITERALS
 from raydpo.data.remarks import PROMPT_END, Remarks
 from raydpo.data.repeats import Repeats
 from raydpo.data.scores import Contradictions
@@ -125,9 +127,21 @@ class SourceReport:
         told = list(self.files[:MOST_LISTED])
         if len(self.files) > MOST_LISTED:
             told.append(f"and {len(self.files) - MOST_LISTED:,} more files that are not what their names say")
-        for note, count in self.understood.most_common(MOST_LISTED):
-            sign = "warning: " if note.startswith("warning: ") else ""
-            told.append(f"{sign}{count:,} records: {note.removeprefix('warning: ')}")
+        told += always_above(self.understood)
+        if (literal := self.understood[LITERALS]) and 2 * literal >= self.records:
+            told.append(
+                f"warning: {literal:,} of {self.records:,} records: {LITERALS}; if that is not what the model should write, "
+                "decode them in the file"
+            )
+        for sign in ("warning: ", ""):
+            notes = [
+                entry
+                for entry in self.understood.most_common()
+                if entry[0].startswith("warning: ") == bool(sign) and entry[0] != LITERALS
+            ]
+            told += [f"{sign}{count:,} records: {note.removeprefix(sign)}" for note, count in notes[:MOST_LISTED]]
+            if len(notes) > MOST_LISTED:
+                told.append(f"{sign}and {len(notes) - MOST_LISTED:,} more such lines, see the report")
         if self.unused:
             names = [f"{name[:40]!r} ({count:,})" for name, count in self.unused.most_common(MOST_LISTED)]
             rest = len(self.unused) - MOST_LISTED

@@ -5,6 +5,7 @@ An id or a position beyond them is an IndexError on a CPU, and on a GPU an asser
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,13 +16,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from raydpo.data.tokenise import load_tokenizer
 from raydpo.errors import FilesError
 from raydpo.model.files import model_files, read_header
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["ModelLimits", "check_limits", "longest_sequence"]
+__all__ = ["ModelLimits", "check_limits", "longest_sequence", "tokenizer_warnings"]
 
 _TOKENS = re.compile(
     r"(?:^|\.)(?:embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|tokens_embed|embeddings|lm_head|embed_out)\.weight$"
@@ -36,6 +38,8 @@ _PADDED_TABLES = (
     "longformer", "luke", "markuplm", "mpnet", "xmod",
 )  # fmt: skip
 """Architectures that number positions from the one behind the padding token's id."""
+_MOST_OTHERS = 0.01
+"""Share of ids with another token at which two tokenizers are told to differ."""
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
 
 
@@ -150,6 +154,57 @@ def check_limits(tables: Sequence[pa.Table], models: Mapping[str, ModelLimits]) 
                 f"positions that the model was not trained for; data.max_length={limits.positions} cuts or drops those pairs"
             )
     return warnings
+
+
+def tokenizer_warnings(tokenizer: Any, models: Mapping[str, str], trust_remote_code: bool = False) -> list[str]:
+    """Compare a tokenizer with models whose vocabulary may have the same size.
+
+    Args:
+        models: local directories of the models, by path.
+
+    Returns:
+        Warnings about models that end a text with another token, or whose own tokenizer gives other ids.
+    """
+    warnings = []
+    ours = {number: token for token, number in tokenizer.get_vocab().items()}
+    for path, directory in models.items():
+        ends = _ends(Path(directory))
+        if tokenizer.eos_token_id is not None and ends and tokenizer.eos_token_id not in ends:
+            warnings.append(
+                f"the tokenizer ends a text with {tokenizer.eos_token!r} (eos_token_id {tokenizer.eos_token_id}), but "
+                f"config.json and generation_config.json of {path} have {', '.join(map(str, sorted(ends)))}: text that the "
+                "model generates may not stop; set both to the same token"
+            )
+        if Path(directory).resolve() == Path(tokenizer.name_or_path).resolve():
+            continue
+        try:
+            own = load_tokenizer(directory, trust_remote_code=trust_remote_code).get_vocab()
+        except Exception:  # it has no tokenizer of its own, or one that cannot be loaded and is not used
+            continue
+        theirs = {number: token for token, number in own.items()}
+        others = sorted(number for number in ours.keys() & theirs.keys() if ours[number] != theirs[number])
+        if len(others) > _MOST_OTHERS * max(len(theirs), 1):  # a few may be tokens for chat in place of unused ones
+            first = others[0]
+            warnings.append(
+                f"the tokenizer and that of {path} differ in {len(others):,} of {len(theirs):,} tokens (first: id {first}, "
+                f"{ours[first]!r} and {theirs[first]!r}), so the model reads other texts than the data hold; set "
+                "model.tokenizer to the model's own"
+            )
+    return warnings
+
+
+def _ends(directory: Path) -> set[int]:
+    """Ids that end a text by config.json and generation_config.json."""
+    found: set[int] = set()
+    for name in ("config.json", "generation_config.json"):
+        try:
+            values = json.loads((directory / name).read_text(encoding="utf-8"))
+            for part in (values, values.get("text_config") or {}):
+                ends = part.get("eos_token_id")
+                found |= {end for end in (ends if isinstance(ends, list) else [ends]) if isinstance(end, int)}
+        except (OSError, ValueError, AttributeError):
+            continue
+    return found
 
 
 def _pairs(tables: Sequence[pa.Table], wanted: Any) -> tuple[int, str]:

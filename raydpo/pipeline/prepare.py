@@ -25,7 +25,7 @@ from raydpo.data.index import as_bytes
 from raydpo.data.pairs import PAIR_MARGIN, PAIR_WEIGHT, PairSets, load_pairs
 from raydpo.data.tokenise import Tokeniser, load_tokenizer
 from raydpo.losses import own_sources
-from raydpo.model.limits import ModelLimits, check_limits
+from raydpo.model.limits import ModelLimits, check_limits, tokenizer_warnings
 from raydpo.model.rotary import ROTARY, rope_line
 from raydpo.pipeline.checks import check, check_models
 from raydpo.reference.identity import ReferenceIdentity, earlier_identity, identify, resolve_model
@@ -88,6 +88,8 @@ class Tokenised:
             f"pairs: {sets.train.num_rows:,} to train on, {held_out:,} held out, tokenised in "
             f"{time.perf_counter() - started:.1f} s"
         )
+        for line in tokenizer_warnings(tokeniser.tokenizer, _models_of(config), config.model.trust_remote_code):
+            console.warn(line)
         for line in check_limits([sets.train, *([] if sets.eval is None else [sets.eval])], limits_of(config)):
             console.warn(line)
         return cls(tokeniser, sets)
@@ -219,12 +221,15 @@ def open_tokeniser(config: Config) -> Tokeniser:
     return Tokeniser(tokenizer, config.data.template_date)
 
 
+def _models_of(config: Config) -> dict[str, str]:
+    """Local directories of policy and reference, by path."""
+    return {path: resolve_model(path) for path in (config.model.path, config.reference_path)}
+
+
 def limits_of(config: Config, *more: str) -> dict[str, ModelLimits]:
     """Limits of reference and policy, and of models in the local directories ``more``, by path."""
     trusted = config.model.trust_remote_code
-    paths = {path: resolve_model(path) for path in (config.model.path, config.reference_path)} | {
-        path: path for path in more
-    }
+    paths = _models_of(config) | {path: path for path in more}
     return {path: ModelLimits.of(directory, trusted) for path, directory in paths.items()}
 
 

@@ -39,6 +39,11 @@ def prompts(path, **settings):
         (["easy/train.jsonl", "easy/test.jsonl", "hard/train.jsonl"], "train", [0, 2]),
         (["train_prefs-00000-of-00001.jsonl", "train_sft-00000-of-00001.jsonl"], "train_prefs", [0]),
         (["train_prefs-00000-of-00001.jsonl", "test_prefs-00000-of-00001.jsonl"], "train", [0]),
+        (["pairs.jsonl", "holdout.jsonl"], "train", [0]),
+        (["pairs.jsonl", "held-out.jsonl", "my_heldout_2.jsonl"], "test", [1, 2]),
+        (["train_prefs.jsonl", "train_sft.jsonl"], "train_prefs", [0]),
+        (["train_prefs.jsonl", "test_prefs.jsonl"], "train", [0]),
+        (["train_en.jsonl", "train_de.jsonl"], "train", [1, 0]),
         (["train.jsonl", "dataset_info.json", "dataset_infos.json", ".cache/train.jsonl", "_old/train.jsonl"], "train", [0]),
     ],
 )
@@ -56,6 +61,7 @@ def test_files_of_the_split(tmp_path, names, split, wanted):
             "train",
             "but of 'train_prefs', 'train_sft'",
         ),
+        (["train_prefs.jsonl", "train_sft.jsonl"], "train", "but of 'train_prefs', 'train_sft'"),
         (["data/README.md"], "train", "holds no .jsonl"),
     ],
 )

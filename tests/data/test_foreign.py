@@ -12,6 +12,7 @@ from raydpo.data.messages import Malformed
 from raydpo.data.pairs import load_pairs
 from raydpo.data.preference import Preference, normalise
 from raydpo.data.repeats import Repeats
+from raydpo.data.tally import SourceReport
 from raydpo.data.tokenise import Tokeniser
 from raydpo.errors import DataError
 
@@ -374,7 +375,7 @@ def test_text_that_looks_like_messages_and_is_none_is_warned_of():
         assert preference.chosen == chosen
         assert preference.notes[0].startswith("warning: chosen and rejected look like JSON text of messages, but are read")
     (plain,) = normalise({"prompt": "q", "chosen": "[1, 2]", "rejected": '{"a": 1}'})
-    assert plain.notes == ()
+    assert plain.notes == ("chosen and rejected are JSON or Python literals, read as text with all signs",)
 
 
 TURNS = "\n\nHuman: Write a chat.\n\nAssistant:"
@@ -449,7 +450,7 @@ def test_functions_are_tools_of_the_older_form():
         (preference,) = normalise({"prompt": Q, "chosen": GOOD, "rejected": BAD, "functions": functions})
         assert preference.tools == [{"type": "function", "function": function}]
         assert (preference.notes, preference.unused) == (("'functions' read as tools",), ())
-    for functions in (["sales", "law"], "sales and law", {"sales": 1}):
+    for functions in (["sales", "law"], "sales", {"sales": 1}):
         (other,) = normalise({"prompt": Q, "chosen": GOOD, "rejected": BAD, "functions": functions})
         assert (other.tools, other.notes, other.unused) == (None, (), ("functions",))
 
@@ -641,3 +642,112 @@ def test_a_prompt_that_ends_within_a_word_of_an_answer_is_not_taken_off():
         [pair("\u4ec0\u4e48\u662f\u8336", "\u4ec0\u4e48\u662f\u8336\u8336", "\u4ec0\u4e48\u662f\u8336\u53f6")]
     )
     assert (chinese.chosen, chinese.rejected) == ("\u8336", "\u53f6")
+
+
+def test_an_object_of_lists_is_a_list_of_messages():
+    listed = {"role": ["user", "assistant"], "content": ["q", "good"]}
+    other = listed | {"content": ["q", "bad"]}
+    for record in (
+        {"prompt": {"role": ["user"], "content": ["q"]}, "chosen": GOOD, "rejected": BAD},
+        {"chosen": listed, "rejected": other},
+        {"prompt": Q, "chosen": {"from": ["gpt"], "value": ["good"]}, "rejected": BAD},
+    ):
+        (preference,) = normalise(record)
+        assert (preference.prompt, preference.chosen, preference.rejected) == (Q, GOOD, BAD)
+        assert "objects with lists of roles and contents read as lists of messages" in preference.notes
+
+
+def test_from_and_content():
+    (preference,) = normalise({"prompt": [{"from": "human", "content": "q"}], "chosen": GOOD, "rejected": BAD})
+    assert (preference.prompt, preference.unused) == (Q, ())
+    assert preference.notes == ("messages with 'from' and 'value' read as 'role' and 'content'",)
+
+
+def test_preferred_output():
+    tool = {"type": "function", "function": {"name": "clock"}}
+    record = {"input": {"messages": Q, "tools": [tool]}, "preferred_output": GOOD, "non_preferred_output": BAD}
+    (preference,) = normalise(record)
+    assert (preference.prompt, preference.chosen, preference.rejected, preference.tools) == (Q, GOOD, BAD, [tool])
+    assert preference.notes[0].startswith("'messages' of 'input' read as the prompt, 'preferred_output' as chosen")
+    (pair,) = normalise({"instruction": "q", "input": "", "output": ["good", "bad"]})
+    assert (pair.prompt, pair.chosen, pair.rejected) == ("q", "good", "bad")
+    assert "the first of 'output' read as chosen, the second as rejected" in pair.notes
+
+
+@pytest.mark.parametrize(
+    "record, reason",
+    [
+        ({"messages": Q + GOOD}, "one answer and none to compare it with: .*; found 'messages'"),
+        ({"prompt": Q, "chosen": [bot({"a": 1})], "rejected": BAD}, "chosen has a message whose content is an object"),
+        ({"prompt": Q, "chosen": [bot(5)], "rejected": BAD}, "chosen has a message whose content is a number"),
+        ({"prompt": "q", "completions": [{"text": "a", "score": 1}, {"text": "b", "score": None}]}, "1 of 2 .* no 'score'"),
+        ({"prompt": "q", "completions": [{"text": "a", "stars": 1}, {"text": "b"}]}, "their fields are 'text', 'stars'"),
+        (
+            {"contents": Q, "completions": [{"text": "a", "score": 1}]},
+            "missing column 'prompt', .*; found 'contents', 'comp",
+        ),
+        ({"prompt": "q", "response_a": "a", "response_b": "b", "winner": "1"}, "'winner' is '1', which names neither"),
+        ({"prompt": Q, "chosen": [bot("") | {"tool_calls": "f()"}], "rejected": BAD}, "tool_calls are text that is not a"),
+    ],
+)
+def test_what_is_missing_is_named(record, reason):
+    with pytest.raises(Malformed, match=reason):
+        normalise(record)
+
+
+def test_tool_calls_in_json_text():
+    call = {"type": "function", "function": {"name": "clock", "arguments": {}}}
+    chosen = [bot("") | {"tool_calls": json.dumps([call])}]
+    (preference,) = normalise({"prompt": Q, "chosen": chosen, "rejected": BAD})
+    assert preference.chosen[0]["tool_calls"] == [call]
+
+
+def test_ranks_that_scores_contradict_are_warned_of():
+    record = {"prompt": "q", "completions": ["good", "bad"], "ranks": [1, 2], "scores": [1, 5]}
+    (preference,) = normalise(record)
+    assert preference.chosen == "good" and preference.notes[0].startswith("warning: 'ranks' read, though 'scores' say other")
+    assert normalise(record | {"scores": [5, 1]})[0].notes == ()
+
+
+def test_a_sign_that_no_record_has_is_warned_of():
+    report = SourceReport("a", "a.jsonl", records=3)
+    record = {"prompt": "q", "response1": "a", "response2": "b"}
+    for value in (1, 5, 7):
+        report.understood.update(normalise(record | {"overall_preference": value})[0].notes)
+    (line,) = (line for line in report.lines() if line.startswith("warning"))
+    assert "'overall_preference' is below 0 in none of 3 records, so the second answer is always chosen" in line
+    report.understood.update(normalise(record | {"overall_preference": -1})[0].notes)
+    assert not any(line.startswith("warning") for line in report.lines())
+
+
+REPEATS = [f"What is {thing} made of?" for thing in ("ice", "fog", "hail", "snow")]
+
+
+@pytest.mark.parametrize("chosen, rejected", [("User: {}\nBot: yes", "User: {}\nBot: no"), ("{}\nyes", "{}\nno")])
+def test_answers_that_hold_the_prompt_near_the_beginning_are_warned_of(chosen, rejected):
+    def lines(records):
+        repeats = Repeats()
+        repeats.taken_off([each for record in records for each in normalise(record)])
+        return [line for line in repeats.lines() if line.startswith("warning")]
+
+    chats = [
+        {"prompt": [user(asked)], "chosen": [bot(chosen.format(asked))], "rejected": [bot(rejected.format(asked))]}
+        for asked in REPEATS
+    ]
+    (both,) = lines(chats)
+    assert both.startswith("warning: in 4 of 4 pairs both answers hold the prompt near the beginning")
+    texts = [{"prompt": q, "chosen": chosen.format(q), "rejected": "no"} for q in REPEATS]
+    (one,) = lines(texts)
+    assert one.startswith("warning: in 4 of 4 pairs one of the answers holds the prompt near the beginning")
+    others = [{"prompt": q, "chosen": "yes", "rejected": "no"} for q in REPEATS] * 2
+    assert lines([*texts[:3], *others]) == lines([*chats[:3], *others]) == []
+
+
+def test_answers_that_repeat_the_prompt_but_for_one_are_told_by_number():
+    pairs = [{"prompt": asked, "chosen": f"{asked} yes", "rejected": f"{asked} no"} for asked in REPEATS]
+    repeats = Repeats()
+    repeats.taken_off([normalise(record)[0] for record in (*pairs, {"prompt": "And rain?", "chosen": "a", "rejected": "b"})])
+    (line,) = repeats.lines()
+    assert line.startswith(
+        "warning: in 4 pairs both answers begin with the prompt, which was kept, since 1 of the first 5 p"
+    )

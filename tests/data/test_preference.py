@@ -132,7 +132,7 @@ def test_tools_and_template_arguments(tools):
         ({"prompt": [{"role": "critic", "content": "q"}]}, "whose role is none of system, developer, user, .* but 'critic'"),
         ({"prompt": [{"speaker": "human", "said": "q"}]}, "whose role is none of .*: it has the fields 'said', 'speaker'"),
         ({"prompt": [{"role": "user"}]}, "prompt has a message without content"),
-        ({"prompt": [user({"text": "q"})]}, "prompt has a message without content"),
+        ({"prompt": [user({"text": "q"})]}, "prompt has a message whose content is an object"),
         ({"chosen": [user("a"), bot("b")]}, "do not begin with the assistant"),
         ({"tools": "[1"}, "tools is not valid JSON"),
         ({"tools": '{"a": 1}'}, "tools is not a JSON list"),

@@ -333,5 +333,5 @@ def test_pairs_that_a_status_calls_a_tie_are_counted():
     found = Contradictions()
     found.look(PUBLIC["distilabel-intel-orca-dpo-pairs"][0] | {"status": "tie"}, "a:1")
     found.look(PUBLIC["distilabel-intel-orca-dpo-pairs"][0], "a:2")
-    assert (found.tied, found.reversed, list(found.columns)) == (1, 0, ["status"])
+    assert (found.tied, found.reversed, list(found.columns)) == (1, 0, ["status", "rating"])
     assert json.dumps(found.to_dict()) and "1 pair scores both answers alike (a:1)" in next(found.lines(2))

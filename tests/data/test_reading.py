@@ -306,3 +306,20 @@ def test_links_to_directories_are_not_followed(tmp_path):
     (tmp_path / "data" / "up").symlink_to(tmp_path)
     (tmp_path / "data" / "b.jsonl").symlink_to(tmp_path / "data" / "a.jsonl")
     assert values(tmp_path) == RECORDS * 2
+
+
+@pytest.mark.parametrize(
+    "line, key",
+    [
+        ('{"prompt": "q", "chosen": "a", "chosen": "c", "rejected": "b"}', "chosen"),
+        ('{"prompt": [{"role": "user", "content": "q", "content": "p"}], "chosen": "a", "rejected": "b"}', "content"),
+    ],
+)
+def test_an_object_with_a_key_twice_is_refused(tmp_path, line, key):
+    good = '{"prompt": "q", "prompt": "q", "chosen": "a", "rejected": "b"}'
+    (tmp_path / "a.jsonl").write_text(f"{good}\n{line}\n")
+    first, second = read_records(SourceConfig(path=str(tmp_path / "a.jsonl")))
+    assert (first.problem, second.problem) == (None, f"the key {key!r} twice in one object, with different values")
+    (tmp_path / "a.json").write_text(f"[{good}, {line}]")
+    with pytest.raises(DataError, match=f"the key '{key}' twice in one object"):
+        list(read_records(SourceConfig(path=str(tmp_path / "a.json"))))

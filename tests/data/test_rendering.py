@@ -557,3 +557,56 @@ def test_lines_are_short_for_long_texts(write):
     bad = record(PROMPT, answer("y", reasoning_content="x" * 9000), answer("b"), tools=[tool("t" * 3000)])
     lines, _ = lines_of(write, templates.CHATML, *[bad] * 5, max_lost=1.0)
     assert max(map(len, lines)) < 2000
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("chain_of_thought", "Look at the hands."),
+        ("analysis", "Look at the hands."),
+        ("reason", "Look at the hands."),
+        ("cot_steps", ["Look at the hands."]),
+        ("assistant_thinking", "Look at the hands."),
+        (
+            "reasoning_details",
+            [{"type": "reasoning.text", "text": "Look at the hands.", "format": "x-v1", "index": 0, "id": "r-1"}],
+        ),
+        ("reasoning_content", "Nine"),  # stands in the answer by chance
+    ],
+)
+def test_a_thought_in_a_field_of_any_name_is_lost_like_others(write, field, value):
+    pair = record(PROMPT, answer("Nine it is.", **{field: value}), answer("Ten."))
+    lines, _ = lines_of(write, templates.CHATML, pair, max_lost=1)
+    (line,) = (line for line in lines if "thoughts (chosen)" in line)
+    assert line.startswith("warning: ") and "1 of 1 pairs: 1 thoughts (chosen), such as " in line
+    assert "set data.chat_template to one that keeps thoughts" in line
+    with pytest.raises(DataError, match=r"data\.max_lost"):
+        lines_of(write, templates.CHATML, pair)
+    asked = [user("Hm?"), *answer("What?", **{field: value}), *PROMPT]
+    lines, _ = lines_of(write, templates.CHATML, record(asked, answer("Nine."), answer("Ten.")))
+    assert not any(line.startswith("warning: ") for line in lines)
+
+
+def test_fields_that_only_sound_like_thoughts():
+    for field, value in (("finish_reason", "stop"), ("reasoning_tokens", 5), ("reasoning_effort", "high")):
+        _, found = noted(templates.CHATML, PROMPT, answer("Nine.", **{field: value}), answer("Ten."))
+        assert {kind for kind, _ in found} <= {"fields of messages left out"}
+    thought = "The hands show it."
+    _, found = noted(templates.CHATML, PROMPT, answer(f"{thought} Nine.", reasoning_content=thought), answer("Ten."))
+    assert found == set()  # content holds it
+
+
+def test_tools_inside_a_message_are_warned_of(write):
+    asked = [user(PROMPT[0]["content"]) | {"tools": [tool("clock_of_the_hall")]}]
+    lines, _ = lines_of(write, templates.CHATML, record(asked, answer("Nine."), answer("Ten.")))
+    (line,) = (line for line in lines if line.startswith("warning: "))
+    assert "the chat template leaves out tools in a field of messages of 1 prompts" in line
+    assert "'clock_of_the_hall'" in line and "move them to a column 'tools'" in line
+    lines, _ = lines_of(
+        write,
+        templates.CHATML,
+        record(PROMPT, answer("Nine.", tools=[tool("clock_of_the_hall")]), answer("Ten.")),
+        max_lost=1,
+    )
+    (line,) = (line for line in lines if line.startswith("warning: "))
+    assert "1 tools inside a message (chosen), such as 'clock_of_the_hall'" in line

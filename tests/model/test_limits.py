@@ -1,15 +1,17 @@
 """Token ids without a row in the embedding, and sequences longer than the model was made for."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from kernel import tiny_pairs
 from safetensors.torch import save_file
 
+from raydpo.data.tokenise import load_tokenizer
 from raydpo.errors import FilesError
 from raydpo.model.budget import probe_groups
-from raydpo.model.limits import ModelLimits, check_limits
+from raydpo.model.limits import ModelLimits, check_limits, tokenizer_warnings
 
 
 def made(directory, tensors, **config):
@@ -99,3 +101,27 @@ def test_made_up_pairs_are_no_longer_than_the_model_allows(tokens, longest, size
     groups = probe_groups(tokens, 96, longest)
     assert [len(group.prompt) + sum(map(len, group.completions)) for group in groups] == sizes
     assert all(len(part) for group in groups for part in (group.prompt, *group.completions))
+
+
+def test_a_tokenizer_that_is_not_the_models_is_warned_of(tiny_llama, tmp_path):
+    tokenizer = load_tokenizer(str(tiny_llama))
+    assert tokenizer_warnings(tokenizer, {"model": str(tiny_llama)}) == []
+    other = tmp_path / "other"
+    shutil.copytree(tiny_llama, other)
+    assert tokenizer_warnings(tokenizer, {"model": str(other)}) == []
+    config = json.loads((other / "config.json").read_text())
+    config["eos_token_id"] = [tokenizer.eos_token_id + 1, tokenizer.eos_token_id + 2]
+    (other / "config.json").write_text(json.dumps(config))
+    (other / "generation_config.json").unlink(missing_ok=True)
+    (end,) = tokenizer_warnings(tokenizer, {"model": str(other)})
+    assert f"(eos_token_id {tokenizer.eos_token_id}), but config.json and generation_config.json of model have" in end
+    config["eos_token_id"].append(tokenizer.eos_token_id)
+    (other / "config.json").write_text(json.dumps(config))
+    words = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = words["model"]["vocab"]
+    words["model"]["vocab"] = dict(zip(vocabulary, reversed(vocabulary.values()), strict=True))
+    (other / "tokenizer.json").write_text(json.dumps(words))
+    (vocabulary,) = tokenizer_warnings(tokenizer, {"model": str(other)})
+    assert vocabulary.startswith("the tokenizer and that of model differ in ")
+    (other / "tokenizer.json").unlink()
+    assert tokenizer_warnings(tokenizer, {"model": str(other)}) == []
