@@ -78,7 +78,9 @@ def run_verb(
     file = output / f"{verb}.yaml"
     file.write_text(yaml.safe_dump(dict(config), sort_keys=False), encoding="utf-8")
     before = set(output.glob(_PARTS))
-    watched = watch([sys.executable, "-m", "raydpo.cli", verb, str(file)], output / f"{verb}.log", environment())
+    # What a machine remembers of a model begins empty with a new directory, and serves the next command in it.
+    memory = environment() | {"XDG_CACHE_HOME": str(output / "machine")}
+    watched = watch([sys.executable, "-m", "raydpo.cli", verb, str(file)], output / f"{verb}.log", memory)
     parts = set(output.glob(_PARTS)) - before
     found = Result(
         facts={"phases": {name: when for name, line in PHASES.items() if (when := watched.when(line)) is not None}}

@@ -29,9 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     never_fail_to_print()
     args = parsed(argv)
 
-    def act(console: Console) -> None:
+    def act(console: Console) -> int | None:
         console.verbose = getattr(args, "verbose", False)
-        args.act(args, console)
+        return args.act(args, console)
 
     return guarded(act)
 

@@ -69,7 +69,7 @@ class EvalConfig(Section):
     def _check(self) -> EvalConfig:
         if self.path is not None and self.fraction is not None:
             raise ValueError(f"path ({self.path}) and fraction ({self.fraction}) contradict each other; keep one")
-        if self.path is None:
+        if self.path is None and "path" not in self.model_fields_set:  # null replaces the path of a base configuration
             self.refuse_idle(("split", "subset", "columns"), "without path, the held-out file; drop it, or set path")
         return self
 

@@ -160,7 +160,7 @@ def check_figures(place, found, said):
 def test_what_cannot_be_evaluated(place, on_cluster, tmp_path):
     """Errors that are found before any model is loaded."""
     with pytest.raises(CacheMissError, match=r"log-probs of the policy are missing for .* set evaluate\.score_missing=true"):
-        evaluated(place, "evaluate.score_missing=false", "evaluate={prompts: 0}", f"cache.uri={tmp_path / 'empty'}")
+        evaluated(place, "evaluate={prompts: 0, score_missing: false}", f"cache.uri={tmp_path / 'empty'}")
     with pytest.raises(ConfigError, match="another vocabulary"):
         evaluated(place, f"evaluate.policy={_other_tokens(tmp_path / 'other')}")
     result = command.raydpo("eval", place / "config.yaml", "evaluate.promts=1")

@@ -106,7 +106,7 @@ def test_too_many_in_a_row_end_the_run(table, tiny_llama, tmp_path):
 
 
 def with_slow_evaluations(table, model, scratch, keep):
-    def slow(*_):
+    def slow(*_, **__):
         time.sleep(0.5)
         return {"eval_loss": 1.0}
 
