@@ -155,8 +155,7 @@ class Trainer:
         else:
             rows = gate_rows(pairs, plan.pairs(0), count=job.train.gate_pairs, seed=job.train.seed)
             line = self._judged(pairs, rows)
-            if self._starts_as_stored():
-                held_out = self.held_out
+            if (held_out := self._stored_held_out()) is not None:
                 self._judged(held_out, gate_rows(held_out, np.arange(0), count=HELD_OUT_PAIRS, seed=job.train.seed))
         self.hooks.note(line)
         return line
@@ -167,10 +166,11 @@ class Trainer:
         beta, identities = job.train.beta_at(0, plan.total_steps), (str(job.policy.identity), job.reference_identity)
         return judge(comparison, pairs, self.stepper.objective, beta, job.coarser_dtype, *identities).line()
 
-    def _starts_as_stored(self) -> bool:
-        """Whether the stored log-probs of the held-out pairs are those of the starting policy, at its own precision."""
-        known = self.held_out is not None and self.held_out.has_reference
-        return known and self.job.policy.identity == self.job.reference_identity
+    def _stored_held_out(self) -> TrainingPairs | None:
+        """The held-out pairs, if their stored log-probs are those of the starting policy at its own precision."""
+        if self.held_out is None or not self.held_out.has_reference:
+            return None
+        return self.held_out if self.job.policy.identity == self.job.reference_identity else None
 
     def evaluate(self, step: int) -> None:
         """Measure the held-out pairs, if there are any, after ``step`` finished steps.
@@ -189,7 +189,7 @@ class Trainer:
             beta,
             self.stepper.memory,
             plan.tokens_per_batch,
-            as_reference=step == 0 and self._starts_as_stored(),
+            as_reference=step == 0 and self._stored_held_out() is not None,
         )
         self.summary.scores = {name: value for name, value in row.items() if name.startswith("eval_")}
         wanted = self.job.train.keep_best
