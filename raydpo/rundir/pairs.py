@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from raydpo.rundir.directory import PAIRS
 from raydpo.storage.files import Storage
+
+if TYPE_CHECKING:
+    import polars as pl
 
 __all__ = ["changed_pairs", "pairs_record"]
 
@@ -42,6 +45,8 @@ def changed_pairs(storage: Storage, pairs: pa.Table) -> str:
             "the pairs are not those that it was trained on (which ones, this run does not tell); the data, the chat "
             "template, the tokenizer or a setting of section data has changed"
         )
+    import polars as pl  # only a run that is refused needs it, and importing it takes a quarter of a second
+
     before, now = pl.read_parquet(io.BytesIO(storage.read(PAIRS))), pl.from_arrow(_facts(pairs))
     new = now.join(before, "answers", "anti")["pair_id"]
     gone = before.join(now, "answers", "anti")["pair_id"]

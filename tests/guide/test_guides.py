@@ -238,39 +238,6 @@ def test_the_picture_shows_the_table():
     assert all(figure in PICTURE.read_text() for figure in ("0.877", "0.947")) and PICTURE.stat().st_size < 100_000
 
 
-def test_the_benchmark_table_is_of_the_stored_results():
-    """Figures of tests/benchmarks/results, rounded."""
-    found = [
-        json.loads((ROOT / "tests" / "benchmarks" / "results" / f"{name}.json").read_text())
-        for name in ("hh-rlhf-fp32", "hh-rlhf-bf16", "politeness-fp32")
-    ]
-    (head,) = (name for name in tables(GUIDE["measurements"]) if "one padded batch" in name)
-    shown = {row[0].split(",")[0]: row[1:] for row in tables(GUIDE["measurements"])[head]}
-    assert all(one["date"].startswith("2026-11-24") for one in found) and "24 November 2026" in head
-
-    def told(*path, unit=1.0):
-        values = []
-        for one in found:
-            for key in path:
-                one = one[key]
-            values.append(f"{one / unit:.1f}")
-        return values
-
-    gib = 2**30
-    assert shown["reference pass"] == told("reference_pass", "ratio")
-    assert shown["peak memory of raydpo"] == told("memory", "raydpo", "bytes", unit=gib)
-    cached, online = (told("memory", side, "bytes", unit=gib) for side in ("cached", "online"))
-    assert shown["peak memory of TRL with a cached reference / an online reference"] == [
-        f"{one} / {other}" for one, other in zip(cached, online, strict=True)
-    ]
-    steps = [row[1:] for row in tables(GUIDE["measurements"])[head] if row[0].startswith("training step")]
-    assert steps == [told("train_step", "ratio_vs_cached"), told("train_step", "ratio_vs_online")]
-    positions = [
-        ", ".join(f"{one['workload']['positions'][kind]:,}" for kind in ("padded", "packed", "tree")) for one in found
-    ]
-    assert shown["token positions computed: padded"] == [positions[0], "the same", positions[2]]
-
-
 def test_pages_show_what_the_benchmark_measured():
     """Results of the present benchmark are in the guide and in README exactly as ``--show`` prints them."""
     pytest.importorskip("trl")
