@@ -32,21 +32,13 @@ class Recall:
         self._device = device
         self._agree = agree
 
-    def found(self, kind: str, find: Callable[[], Any]) -> Any:
-        """The result of ``find``, which JSON can store, or the one that is remembered under the name ``kind``."""
-        known = self.known(kind)
-        if known is None:
-            known = find()
-            self.keep(kind, known)
-        return known
-
     def known(self, kind: str) -> Any:
-        """The remembered result, or None."""
+        """The result that is remembered under the name ``kind``, or None."""
         known = None if self._model is None else recall("models", self._decides(kind))
         return known if self._agree(known is not None) else None
 
     def keep(self, kind: str, result: Any) -> None:
-        """Remember ``result``."""
+        """Remember ``result``, which JSON can store."""
         if self._model is not None:
             keep("models", self._decides(kind), result)
 
