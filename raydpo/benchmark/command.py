@@ -26,6 +26,7 @@ from raydpo.benchmark.tables import how, markdown, summary_row, tables
 from raydpo.config import DataConfig, TrainConfig, is_hub_name
 from raydpo.errors import ConfigError, TrainError
 from raydpo.model.cost import ModelCost
+from raydpo.model.recall import processor
 from raydpo.model.weights import check_weights
 from raydpo.reference.identity import resolve_model
 from raydpo.storage.uri import is_uri
@@ -239,13 +240,11 @@ def _machine(device: str) -> str:
         import torch
 
         return torch.cuda.get_device_name()
-    name, memory = platform.processor() or platform.machine(), ""
-    with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
-        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    memory = ""
     with contextlib.suppress(OSError):
         total = re.search(r"MemTotal:\s+(\d+)", Path("/proc/meminfo").read_text(encoding="utf-8"))
         memory = f", {int(total[1]) / 2**20:.0f} GiB" if total else ""
-    return f"{name}, {os.cpu_count()} cores{memory}"
+    return f"{processor()}, {os.cpu_count()} cores{memory}"
 
 
 def _versions() -> dict[str, str]:

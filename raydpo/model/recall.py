@@ -12,7 +12,7 @@ import torch
 
 from raydpo.storage.memory import keep, program, recall
 
-__all__ = ["Recall"]
+__all__ = ["Recall", "processor"]
 
 
 class Recall:
@@ -51,10 +51,11 @@ def _machine(device: torch.device) -> list[Any]:
     if device.type == "cuda":
         found = torch.cuda.get_device_properties(device)
         return [found.name, found.total_memory, torch.version.cuda]
-    return [_processor(), torch.backends.cpu.get_cpu_capability(), os.cpu_count()]
+    return [processor(), torch.backends.cpu.get_cpu_capability(), os.cpu_count()]
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Name of this machine's processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

@@ -9,6 +9,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<s>assistant\n{% if thinking is defined and not thinking %}(no thought){% endif %}"
     "{% endif %}"
 )
+EACH = "{% for m in messages %}<s>{{ m.role }} {{ m.content }}</s>{% endfor %}"
 SENTENCES = [
     "the sky is blue because of scattering",
     "grass is green",
@@ -19,6 +20,14 @@ SENTENCES = [
     "no, the answer is four",
     "yes, the answer is five",
 ]
+
+
+def user(content, **more):
+    return {"role": "user", "content": content} | more
+
+
+def bot(content):
+    return {"role": "assistant", "content": content}
 
 
 def make_tokenizer(chat_template: str | None = CHAT_TEMPLATE):
@@ -46,3 +55,16 @@ def text(number: int, **changes) -> dict:
         "chosen": f" the sky is blue {number}",
         "rejected": f" grass is green {number}",
     } | changes
+
+
+def decoded(write, records, template=EACH, **settings):
+    """Prompts, chosen and rejected as text of what a model reads of ``records``, and the lines of the report."""
+    from raydpo.config import DataConfig
+    from raydpo.data.pairs import load_pairs
+    from raydpo.data.tokenise import Tokeniser
+
+    tokeniser = Tokeniser(make_tokenizer(template))
+    sets = load_pairs(DataConfig(train=write(records), **settings), tokeniser)
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    rows = [tuple(tokeniser.tokenizer.decode(row[name]) for name in names) for row in sets.train.to_pylist()]
+    return rows, sets.report.lines()

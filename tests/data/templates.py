@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from samples import make_tokenizer
+from samples import make_tokenizer, user
 
+from raydpo.config import DataConfig
+from raydpo.data.pairs import load_pairs
+from raydpo.data.preference import Preference
+from raydpo.data.tokenise import Tokeniser
+
+PROMPT = [user("What is it o'clock?")]
 GENERATE = "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
 EACH = "{% for message in messages %}<s>{{ message.role }}\n"
 CHATML = (
@@ -130,10 +136,6 @@ def say(role: str, content=None, **more) -> dict:
     return {"role": role, "content": content} | more if content is not None else {"role": role} | more
 
 
-def user(content, **more) -> dict:
-    return say("user", content, **more)
-
-
 def answer(content=None, **more) -> list[dict]:
     return [say("assistant", content, **more)]
 
@@ -147,3 +149,19 @@ def calling(name="clock", arguments=None, content="") -> list[dict]:
 def tool(name: str) -> dict:
     parameters = {"type": "object", "properties": {"zone": {"type": "string", "description": f"Zone of {name}."}}}
     return {"type": "function", "function": {"name": name, "description": f"Asks for {name}.", "parameters": parameters}}
+
+
+def noted(template, prompt, chosen, rejected, bos=False, **more):
+    """Ids, or what is wrong, and remarks on one pair."""
+    ((ids, found),) = Tokeniser(tokenizer_for(template, bos)).encode_noted([Preference(prompt, chosen, rejected, **more)])
+    return ids, {(remark.kind, remark.what) for remark in found}
+
+
+def lines_of(write, template, *records, bos=False, **settings):
+    """Lines of the report on ``records``, and the data read."""
+    sets = load_pairs(DataConfig(train=write(list(records)), **settings), Tokeniser(tokenizer_for(template, bos)))
+    return sets.report.lines(), sets
+
+
+def record(prompt, chosen, rejected, **more):
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected} | more

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from samples import bot, user
 
 from raydpo.data.messages import Malformed
 from raydpo.data.preference import normalise
@@ -15,6 +16,7 @@ CHAT = {
     "rejected": [{"role": "assistant", "content": OTHER}],
 }
 TEXT = {"prompt": ASKED, "chosen": SAID, "rejected": OTHER}
+Q, GOOD, BAD = [user("q")], [bot("good")], [bot("bad")]
 SYSTEM = {"role": "system", "content": "Be kind."}
 
 
@@ -185,3 +187,82 @@ def test_answers_that_are_literals_are_a_warning_where_most_are():
     report.records = 3
     assert not any(told in line for line in report.lines())
     assert read(TEXT, chosen='"Ice" is water.').notes == read(TEXT, chosen="[ice] is {water}").notes == ()
+
+
+def test_column_system():
+    (chat,) = normalise({"system": "Be kind.", "prompt": Q, "chosen": GOOD, "rejected": BAD})
+    assert chat.prompt == [{"role": "system", "content": "Be kind."}, *Q]
+    assert chat.notes == ("the column 'system' put before the prompt as a system message",)
+    own = [{"role": "system", "content": "Be rude."}, *Q]
+    for prompt, system, warned in (
+        ("q", "Be kind.", True),
+        ("Be kind. q", "Be kind.", False),
+        (own, "x", True),
+        (own, "Be rude.", False),
+    ):
+        (kept,) = normalise({"system_prompt": system, "prompt": prompt, "chosen": "good", "rejected": "bad"})
+        assert kept.prompt == prompt
+        assert [note.startswith("warning: the column 'system' is not read") for note in kept.notes] == [True] * warned
+
+
+@pytest.mark.parametrize("name, value", [("input", "a dog"), ("context", "a text"), ("history", [["before", "then"]])])
+def test_columns_that_belong_to_the_prompt_are_warned_of(name, value):
+    (preference,) = normalise({"prompt": "Say it.", "chosen": "a", "rejected": "b", name: value})
+    assert preference.notes[0].startswith(f"warning: {name!r} is not read, though it may belong to the prompt")
+    (whole,) = normalise({"prompt": f"Say it: {value} before then", "chosen": "a", "rejected": "b", name: value})
+    assert whole.notes == ()
+
+
+def test_a_context_beside_answers_that_hold_the_prompt_is_warned_of():
+    record = {
+        "context": "At nine.",
+        "chosen": "Q: When does it open?\nA: At nine.",
+        "rejected": "Q: When does it open?\nA: Never.",
+    }
+    (preference,) = normalise(record)
+    assert preference.prompt == "At nine."
+    assert any(note.startswith("warning: 'context' read as the prompt, though") for note in preference.notes)
+    start = "\n\nHuman: When does it open?\n\nAssistant:"
+    (preference,) = normalise({"context": "A text.", "chosen": start + " At nine.", "rejected": start + " Never."})
+    assert preference.prompt == [user("When does it open?")]
+    assert preference.notes[0].startswith("warning: 'context' is not read")
+
+
+@pytest.mark.parametrize(
+    "record, prompt, other",
+    [
+        ({"input": "science", "task": "Explain rain to me."}, "science", "'task'"),
+        ({"instruction": "Rate by truth alone.", "user_prompt": "Rain?"}, "Rate by truth alone.", "'user_prompt'"),
+        ({"context": "You are kind.", "ask": "Is it rain?"}, "You are kind.", "'ask'"),
+        ({"query": "weather api", "the question": [user("Rain?")]}, "weather api", "'the question'"),
+    ],
+)
+def test_another_column_that_may_be_the_prompt_is_warned_of(record, prompt, other):
+    (preference,) = normalise(record | {"chosen": "a", "rejected": "b"})
+    assert preference.prompt == prompt
+    (warning,) = (note for note in preference.notes if note.startswith("warning"))
+    assert f"read as the prompt, though {other} may be it: name the prompt with the source's 'columns'" in warning
+    (sure,) = normalise(
+        {"question": "Which?", "prompt_id": "a b", "task_type": "a b", "user": "a", "chosen": "a", "rejected": "b"}
+    )
+    assert sure.notes == ("'question' read as the prompt",)
+
+
+def test_a_word_beside_answers_that_hold_the_prompt_is_warned_of():
+    record = {"problem": "p-17", "chosen": "Q: Is it rain?\nA: yes", "rejected": "Q: Is it rain?\nA: no"}
+    (preference,) = normalise(record)
+    assert preference.notes[1].startswith("warning: 'problem' read as the prompt, though chosen and rejected begin with a")
+
+
+@pytest.mark.parametrize("name", ["System", "SYSTEM_PROMPT", "sys_prompt", "system_instruction", "systemMessage"])
+def test_columns_of_a_system_message_have_many_names(name):
+    (preference,) = normalise({name: "Be kind.", "prompt": Q, "chosen": GOOD, "rejected": BAD})
+    assert preference.prompt[0] == {"role": "system", "content": "Be kind."} and preference.unused == ()
+    (other,) = normalise({"system_id": "Be kind.", "prompt": Q, "chosen": GOOD, "rejected": BAD})
+    assert (other.prompt, other.unused) == (Q, ("system_id",))
+
+
+@pytest.mark.parametrize("name", ["Context", "INPUT", "Documents"])
+def test_columns_that_belong_to_the_prompt_are_warned_of_in_capitals(name):
+    (preference,) = normalise({"prompt": "Say it.", "chosen": "a", "rejected": "b", name: "a dog"})
+    assert preference.notes[0].startswith(f"warning: {name!r} is not read, though it may belong to the prompt")

@@ -5,24 +5,15 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samples import make_tokenizer
+from samples import bot, decoded, make_tokenizer, user
 
 from raydpo.config import DataConfig
 from raydpo.data.messages import Malformed
 from raydpo.data.pairs import load_pairs
-from raydpo.data.preference import Preference, normalise
-from raydpo.data.repeats import Repeats
+from raydpo.data.preference import normalise
 from raydpo.data.tally import SourceReport
 from raydpo.data.tokenise import Tokeniser
 from raydpo.errors import DataError
-
-
-def user(content):
-    return {"role": "user", "content": content}
-
-
-def bot(content):
-    return {"role": "assistant", "content": content}
 
 
 def human(value):
@@ -249,112 +240,6 @@ def test_images_audio_and_video_are_refused(record):
         normalise(record)
 
 
-@pytest.mark.parametrize(
-    "chosen, rejected, prompt",
-    [
-        ("Q: ice?\nA: Frozen water.", "Q: ice?\nA: A stone.", "Q: ice?\nA:"),
-        ("Q: fog?\nA: It is a dog.", "Q: fog?\nA: Air.", "Q: fog?\nA:"),
-        ("Say it:\nwatermelon", "Say it:\nwaterfall", "Say it:\n"),
-        ("Human: ice?\nAssistant: Water.", "Human: ice?\nAssistant: A stone.", "Human: ice?\nAssistant:"),
-        (
-            "### Human: ice?\n### Assistant: Water.",
-            "### Human: ice?\n### Assistant: Stone.",
-            "### Human: ice?\n### Assistant:",
-        ),
-        ("Q: ice? Water", "Q: ice? Water and cold", "Q: ice?"),
-    ],
-)
-def test_implicit_prompt_of_texts_ends_at_white_space(chosen, rejected, prompt):
-    (preference,) = normalise({"chosen": chosen, "rejected": rejected, "source": "made up"})
-    assert preference.prompt == prompt
-    assert (prompt + preference.chosen, prompt + preference.rejected) == (chosen, rejected)
-    assert "common beginning" in preference.notes[0]
-
-
-def test_a_short_common_beginning_is_warned_of():
-    (preference,) = normalise({"chosen": "Frozen water.", "rejected": "Frozen stone."})
-    assert preference.prompt == "Frozen" and preference.notes[0].startswith("warning: no 'prompt'")
-
-
-def test_column_system():
-    (chat,) = normalise({"system": "Be kind.", "prompt": Q, "chosen": GOOD, "rejected": BAD})
-    assert chat.prompt == [{"role": "system", "content": "Be kind."}, *Q]
-    assert chat.notes == ("the column 'system' put before the prompt as a system message",)
-    own = [{"role": "system", "content": "Be rude."}, *Q]
-    for prompt, system, warned in (
-        ("q", "Be kind.", True),
-        ("Be kind. q", "Be kind.", False),
-        (own, "x", True),
-        (own, "Be rude.", False),
-    ):
-        (kept,) = normalise({"system_prompt": system, "prompt": prompt, "chosen": "good", "rejected": "bad"})
-        assert kept.prompt == prompt
-        assert [note.startswith("warning: the column 'system' is not read") for note in kept.notes] == [True] * warned
-
-
-@pytest.mark.parametrize("name, value", [("input", "a dog"), ("context", "a text"), ("history", [["before", "then"]])])
-def test_columns_that_belong_to_the_prompt_are_warned_of(name, value):
-    (preference,) = normalise({"prompt": "Say it.", "chosen": "a", "rejected": "b", name: value})
-    assert preference.notes[0].startswith(f"warning: {name!r} is not read, though it may belong to the prompt")
-    (whole,) = normalise({"prompt": f"Say it: {value} before then", "chosen": "a", "rejected": "b", name: value})
-    assert whole.notes == ()
-
-
-def test_a_context_beside_answers_that_hold_the_prompt_is_warned_of():
-    record = {
-        "context": "At nine.",
-        "chosen": "Q: When does it open?\nA: At nine.",
-        "rejected": "Q: When does it open?\nA: Never.",
-    }
-    (preference,) = normalise(record)
-    assert preference.prompt == "At nine."
-    assert any(note.startswith("warning: 'context' read as the prompt, though") for note in preference.notes)
-    start = "\n\nHuman: When does it open?\n\nAssistant:"
-    (preference,) = normalise({"context": "A text.", "chosen": start + " At nine.", "rejected": start + " Never."})
-    assert preference.prompt == [user("When does it open?")]
-    assert preference.notes[0].startswith("warning: 'context' is not read")
-
-
-@pytest.mark.parametrize(
-    "record, prompt, other",
-    [
-        ({"input": "science", "task": "Explain rain to me."}, "science", "'task'"),
-        ({"instruction": "Rate by truth alone.", "user_prompt": "Rain?"}, "Rate by truth alone.", "'user_prompt'"),
-        ({"context": "You are kind.", "ask": "Is it rain?"}, "You are kind.", "'ask'"),
-        ({"query": "weather api", "the question": [user("Rain?")]}, "weather api", "'the question'"),
-    ],
-)
-def test_another_column_that_may_be_the_prompt_is_warned_of(record, prompt, other):
-    (preference,) = normalise(record | {"chosen": "a", "rejected": "b"})
-    assert preference.prompt == prompt
-    (warning,) = (note for note in preference.notes if note.startswith("warning"))
-    assert f"read as the prompt, though {other} may be it: name the prompt with the source's 'columns'" in warning
-    (sure,) = normalise(
-        {"question": "Which?", "prompt_id": "a b", "task_type": "a b", "user": "a", "chosen": "a", "rejected": "b"}
-    )
-    assert sure.notes == ("'question' read as the prompt",)
-
-
-def test_a_word_beside_answers_that_hold_the_prompt_is_warned_of():
-    record = {"problem": "p-17", "chosen": "Q: Is it rain?\nA: yes", "rejected": "Q: Is it rain?\nA: no"}
-    (preference,) = normalise(record)
-    assert preference.notes[1].startswith("warning: 'problem' read as the prompt, though chosen and rejected begin with a")
-
-
-@pytest.mark.parametrize("name", ["System", "SYSTEM_PROMPT", "sys_prompt", "system_instruction", "systemMessage"])
-def test_columns_of_a_system_message_have_many_names(name):
-    (preference,) = normalise({name: "Be kind.", "prompt": Q, "chosen": GOOD, "rejected": BAD})
-    assert preference.prompt[0] == {"role": "system", "content": "Be kind."} and preference.unused == ()
-    (other,) = normalise({"system_id": "Be kind.", "prompt": Q, "chosen": GOOD, "rejected": BAD})
-    assert (other.prompt, other.unused) == (Q, ("system_id",))
-
-
-@pytest.mark.parametrize("name", ["Context", "INPUT", "Documents"])
-def test_columns_that_belong_to_the_prompt_are_warned_of_in_capitals(name):
-    (preference,) = normalise({"prompt": "Say it.", "chosen": "a", "rejected": "b", name: "a dog"})
-    assert preference.notes[0].startswith(f"warning: {name!r} is not read, though it may belong to the prompt")
-
-
 @pytest.mark.parametrize("written", [lambda said: said, json.dumps, lambda said: json.dumps({"messages": said}), str])
 def test_whole_conversations_as_text_beside_a_text_prompt(written):
     """One of both may be a list of messages already."""
@@ -376,34 +261,6 @@ def test_text_that_looks_like_messages_and_is_none_is_warned_of():
         assert preference.notes[0].startswith("warning: chosen and rejected look like JSON text of messages, but are read")
     (plain,) = normalise({"prompt": "q", "chosen": "[1, 2]", "rejected": '{"a": 1}'})
     assert plain.notes == ("chosen and rejected are JSON or Python literals, read as text with all signs",)
-
-
-TURNS = "\n\nHuman: Write a chat.\n\nAssistant:"
-
-
-@pytest.mark.parametrize("template", [None, "{% for m in messages %}<s>{{ m.role }} {{ m.content }}</s>{% endfor %}"])
-@pytest.mark.parametrize(
-    "chosen, rejected",
-    [
-        (" Here:\n\nHuman: Hi\n\nAssistant: Hello", " No."),
-        (" Fine.", " Fine.\n\nHuman: Thanks"),
-        (" As follows.\n\nHuman: a\n\nAssistant: b", " As told.\n\nHuman: a\n\nAssistant: c"),
-    ],
-)
-def test_turns_in_an_answer_of_a_transcript_stay_its_text_and_are_warned_of(write, template, chosen, rejected):
-    ((prompt, better, worse),), lines = load(write, [{"chosen": TURNS + chosen, "rejected": TURNS + rejected}], template)
-    assert chosen.strip() in better and rejected.strip() in worse and "Write a chat." in prompt
-    assert any(line.startswith("warning: data prefs: 1 records: an answer of a transcript holds further") for line in lines)
-    _, lines = load(write, [{"chosen": TURNS + " Fine.", "rejected": TURNS + " No."}], template)
-    assert not any("further turns" in line for line in lines)
-
-
-def test_transcripts_beside_a_prompt_of_another_text_are_warned_of():
-    start = "\n\nHuman: q\n\nAssistant:"
-    (preference,) = normalise({"prompt": "Something else.", "chosen": start + " good", "rejected": start + " bad"})
-    assert preference.prompt == "Something else." and preference.notes[0].startswith(
-        "warning: chosen and rejected are transcripts"
-    )
 
 
 def test_instruction_and_input_are_joined():
@@ -467,18 +324,9 @@ def test_an_answer_of_empty_parts_is_empty():
         normalise({"prompt": Q, "chosen": [bot([{"type": "text", "text": " "}])], "rejected": BAD})
 
 
-def load(write, records, template="{% for m in messages %}<s>{{ m.role }} {{ m.content }}</s>{% endfor %}", **settings):
-    tokeniser = Tokeniser(make_tokenizer(template))
-    sets = load_pairs(DataConfig(train=write(records), **settings), tokeniser)
-    names = ("prompt_ids", "chosen_ids", "rejected_ids")
-    return [
-        tuple(tokeniser.tokenizer.decode(row[name]) for name in names) for row in sets.train.to_pylist()
-    ], sets.report.lines()
-
-
 def test_readings_are_counted_by_source(write):
     records = [CHAT["messages beside texts"][0] | {"topic": "x", "id": str(number)} for number in range(3)]
-    _, lines = load(write, [*records, {"prompt": "p", "chosen": " a", "rejected": " b"}])
+    _, lines = decoded(write, [*records, {"prompt": "p", "chosen": " a", "rejected": " b"}])
     assert lines[:3] == [
         "data prefs: 4 records, 4 pairs kept, 2 exact duplicates kept",
         "data prefs: 3 records: 'messages' read as the prompt",
@@ -486,59 +334,12 @@ def test_readings_are_counted_by_source(write):
     ]
 
 
-def test_transcripts_for_a_tokenizer_without_a_chat_template(write):
-    start = "\n\nHuman: the sky?\n\nAssistant:"
-    rows, lines = load(write, [{"chosen": start + " blue", "rejected": start + " green"}], None)
-    assert rows == [(start, " blue</s>", " green</s>")]
-    assert lines[1] == (
-        "data prefs: 1 records: Human/Assistant transcripts read as text, since the tokenizer has no chat template"
-    )
-
-
-def test_both_readings_of_a_transcript_are_held_out_alike(write):
-    start = "\n\nHuman: {}\n\nAssistant:"
-    records = [{side: start.format(number) + f" {side}" for side in ("chosen", "rejected")} for number in range(40)]
-    rows = [
-        load(write, records, template, eval={"fraction": 0.5})[0]
-        for template in ("{{ messages[0].content }} {{ messages[1:] }}", None)
-    ]
-    asked = [{int("".join(filter(str.isdigit, prompt))) for prompt, _, _ in each} for each in rows]
-    assert asked[0] == asked[1] and 5 < len(asked[0]) < 35
-
-
-REPEATED = [{"prompt": f"What is {number}?\nA:", "chosen": " a", "rejected": " b"} for number in range(5)]
-
-
-def repeating(record):
-    return {"prompt": record["prompt"]} | {side: record["prompt"] + record[side] for side in ("chosen", "rejected")}
-
-
-def test_answers_that_repeat_the_prompt(write, monkeypatch):
-    plain, _ = load(write, REPEATED)
-    rows, lines = load(write, list(map(repeating, REPEATED)))
-    assert rows == plain
-    assert lines[1] == "data prefs: in 5 pairs both answers repeat the prompt, which was taken off"
-    rows, lines = load(write, [*REPEATED[:4], repeating(REPEATED[4])])
-    assert rows[4] != plain[4] and lines[1].startswith(
-        "warning: data prefs: in 1 pairs both answers begin with the prompt, which was kept"
-    )
-    monkeypatch.setattr("raydpo.data.pairs.CHUNK", 2)
-    rows, lines = load(write, [*map(repeating, REPEATED[:4]), REPEATED[4]])
-    assert rows == plain
-    assert lines[2].startswith("warning: data prefs: in 1 pairs the answers do not repeat the prompt")
-
-
-def test_a_prompt_without_white_space_at_its_end_is_repeated_too(write):
-    rows, _ = load(write, [{"prompt": "What is it?\n", "chosen": "What is it? a", "rejected": "What is it?\nb"}])
-    assert rows == [("What is it?\n", "a</s>", "b</s>")]
-
-
 def test_empty_text_prompt_needs_a_tokenizer_that_begins_with_a_token(write):
     from tokenizers import processors
 
     record = {"prompt": "", "chosen": "the sky", "rejected": "grass"}
     with pytest.raises(DataError, match="1 prompt is empty"):
-        load(write, [record])
+        decoded(write, [record])
     tokenizer = make_tokenizer(None)
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
@@ -611,37 +412,6 @@ def test_any_record_is_read_or_refused(record):
         parts = (preference.prompt, preference.chosen, preference.rejected)
         assert {type(part) for part in parts} in ({str}, {list})
         assert preference.chosen != preference.rejected
-
-
-def test_a_prompt_of_few_characters_is_not_taken_off_words_that_begin_with_it():
-    repeats = Repeats()
-    long, short = (
-        Preference("What is ice?", "What is ice? Frozen water.", "What is ice? A stone."),
-        Preference("Hi", "High tide", "Hiking"),
-    )
-    first, second = repeats.taken_off([long, short])
-    assert (first.chosen, first.rejected) == (" Frozen water.", " A stone.")
-    assert second == short and repeats.taken == 1
-
-
-def test_a_prompt_that_ends_within_a_word_of_an_answer_is_not_taken_off():
-    def pair(prompt, *answers):
-        return Preference(prompt, *answers)
-
-    repeated = pair("What is ice", "What is ice? Frozen water.", "What is ice: a stone.")
-    within = pair("What is tea", "What is teapot", "What is tea in a pot")
-    first = Repeats()
-    assert first.taken_off([within]) == [within]
-    assert (first.take_off, first.taken, first.kept, first.without) == (False, 0, 1, 0)
-    assert first.lines()[0].startswith("warning: in 1 pairs both answers begin with the prompt, which was kept, since")
-    later = Repeats()
-    assert later.taken_off([repeated])[0].chosen == "? Frozen water."
-    assert later.taken_off([within, pair("Room 1", "Room 10", "Room 1 is free")])[0] == within
-    assert (later.taken, later.kept, later.without) == (1, 2, 0)
-    (chinese,) = Repeats().taken_off(
-        [pair("\u4ec0\u4e48\u662f\u8336", "\u4ec0\u4e48\u662f\u8336\u8336", "\u4ec0\u4e48\u662f\u8336\u53f6")]
-    )
-    assert (chinese.chosen, chinese.rejected) == ("\u8336", "\u53f6")
 
 
 def test_an_object_of_lists_is_a_list_of_messages():
@@ -718,36 +488,3 @@ def test_a_sign_that_no_record_has_is_warned_of():
     assert "'overall_preference' is below 0 in none of 3 records, so the second answer is always chosen" in line
     report.understood.update(normalise(record | {"overall_preference": -1})[0].notes)
     assert not any(line.startswith("warning") for line in report.lines())
-
-
-REPEATS = [f"What is {thing} made of?" for thing in ("ice", "fog", "hail", "snow")]
-
-
-@pytest.mark.parametrize("chosen, rejected", [("User: {}\nBot: yes", "User: {}\nBot: no"), ("{}\nyes", "{}\nno")])
-def test_answers_that_hold_the_prompt_near_the_beginning_are_warned_of(chosen, rejected):
-    def lines(records):
-        repeats = Repeats()
-        repeats.taken_off([each for record in records for each in normalise(record)])
-        return [line for line in repeats.lines() if line.startswith("warning")]
-
-    chats = [
-        {"prompt": [user(asked)], "chosen": [bot(chosen.format(asked))], "rejected": [bot(rejected.format(asked))]}
-        for asked in REPEATS
-    ]
-    (both,) = lines(chats)
-    assert both.startswith("warning: in 4 of 4 pairs both answers hold the prompt near the beginning")
-    texts = [{"prompt": q, "chosen": chosen.format(q), "rejected": "no"} for q in REPEATS]
-    (one,) = lines(texts)
-    assert one.startswith("warning: in 4 of 4 pairs one of the answers holds the prompt near the beginning")
-    others = [{"prompt": q, "chosen": "yes", "rejected": "no"} for q in REPEATS] * 2
-    assert lines([*texts[:3], *others]) == lines([*chats[:3], *others]) == []
-
-
-def test_answers_that_repeat_the_prompt_but_for_one_are_told_by_number():
-    pairs = [{"prompt": asked, "chosen": f"{asked} yes", "rejected": f"{asked} no"} for asked in REPEATS]
-    repeats = Repeats()
-    repeats.taken_off([normalise(record)[0] for record in (*pairs, {"prompt": "And rain?", "chosen": "a", "rejected": "b"})])
-    (line,) = repeats.lines()
-    assert line.startswith(
-        "warning: in 4 pairs both answers begin with the prompt, which was kept, since 1 of the first 5 p"
-    )

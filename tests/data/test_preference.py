@@ -1,16 +1,8 @@
 import pytest
+from samples import bot, user
 
 from raydpo.data.messages import Malformed
 from raydpo.data.preference import normalise
-
-
-def user(content):
-    return {"role": "user", "content": content}
-
-
-def bot(content):
-    return {"role": "assistant", "content": content}
-
 
 CHAT = {"prompt": [user("q")], "chosen": [bot("good")], "rejected": [bot("bad")]}
 RANKED = {"chosen": None, "rejected": None}

@@ -3,19 +3,11 @@
 import json
 
 import pytest
+from samples import bot, user
 
 from raydpo.data.messages import Malformed
 from raydpo.data.preference import normalise
 from raydpo.data.scores import Contradictions
-
-
-def user(content):
-    return {"role": "user", "content": content}
-
-
-def bot(content):
-    return {"role": "assistant", "content": content}
-
 
 Q, GOOD, BAD = [user("Which?")], [bot("good")], [bot("bad")]
 PART = {"type": "text", "text": "Which?", "image": None, "mimeType": None}

@@ -7,8 +7,8 @@ from datetime import date, datetime
 
 import pytest
 import templates
-from samples import CHAT_TEMPLATE
-from templates import CALLS, EACH, GENERATE, answer, calling, say, tokenizer_for, user
+from samples import CHAT_TEMPLATE, user
+from templates import CALLS, EACH, GENERATE, answer, calling, say, tokenizer_for
 
 from raydpo.config import DataConfig
 from raydpo.data.messages import Malformed
