@@ -176,6 +176,11 @@ def test_it_is_frozen(tree):
     [
         ("train.bata=1", ["train.bata", "1", "did you mean 'train.beta'"]),
         ("beta=0.2", ["'beta'", "0.2", "did you mean 'train.beta'"]),
+        ("train.eval_steps=3", ["'train.eval_steps' (value 3)", "is 'train.eval_every' here (switching.md"]),
+        ("learning_rate=1", ["'learning_rate'", "is 'train.lr' here"]),
+        ("train.lora_alpha=3", ["'train.lora_alpha'", "is 'model.lora.alpha' here"]),
+        ("train.max_length=3", ["'train.max_length'", "did you mean 'data.max_length'"]),
+        ("train.logging_steps=3", ["'train.logging_steps'", "known here: loss, beta"]),
         ("train.loss=sigmod", ["train.loss", "sigmod", "did you mean 'sigmoid'"]),
         ("train.zero=5", ["train.zero", "5", "0, 1, 2 or 3"]),
         ("train.beta=-1", ["train.beta", "-1", "greater than 0"]),

@@ -27,6 +27,57 @@ __all__ = ["files_of", "is_hub_name", "load_config", "named_inputs", "template_f
 
 _REMOVED = {"sweep.together": "trials no longer share a process; drop the key, and each trial trains in workers of its own"}
 """Keys of earlier versions, and what to do about each."""
+_OTHER_NAMES = {
+    theirs: ours
+    for ours, names in {
+        "output": "output_dir",
+        "name": "run_name",
+        "model.path": "model_name_or_path model_revision",
+        "model.tokenizer": "tokenizer_name_or_path",
+        "model.dtype": "model_init_kwargs torch_dtype bf16 fp16",
+        "model.layout": "padding_free attn_implementation concatenated_forward packing",
+        "model.lora": "peft_config use_peft use_lora",
+        "model.lora.r": "lora_r lora_rank",
+        "model.lora.alpha": "lora_alpha",
+        "model.lora.target_modules": "lora_target_modules",
+        "model.lora.dora": "use_dora",
+        "model.lora.rslora": "use_rslora",
+        "model.quantization": "load_in_4bit load_in_8bit use_qlora",
+        "reference.path": "ref_model",
+        "cache.uri": "precompute_ref_log_probs",
+        "data.train": "train_dataset dataset_name mixer_list dataset_mixer mixer_list_splits",
+        "data.eval": "eval_dataset",
+        "data.fraction": "max_train_samples",
+        "data.max_length": "max_seq_length",
+        "data.truncation": "truncation_mode",
+        "data.chat_template": "chat_template_name",
+        "score.tokens_per_batch": "precompute_ref_batch_size",
+        "train.loss": "loss_type loss_weights",
+        "train.simpo_gamma": "gamma_beta_ratio",
+        "train.pairs_per_step": "per_device_train_batch_size gradient_accumulation_steps",
+        "train.epochs": "num_train_epochs num_epochs",
+        "train.steps": "max_steps max_train_steps",
+        "train.lr": "learning_rate",
+        "train.schedule": "lr_scheduler_type",
+        "train.warmup": "warmup_steps warmup_ratio",
+        "train.clip": "max_grad_norm",
+        "train.optimizer": "optim use_8bit_optimizer dpo_use_paged_optimizer",
+        "train.zero": "deepspeed fsdp zero_stage",
+        "train.gradient_checkpointing": "activation_memory_budget",
+        "train.offload_activations": "activation_offloading",
+        "train.offload_params": "offload_param",
+        "train.sequence_parallel": "context_parallel_degree",
+        "train.seed": "data_seed",
+        "train.eval_every": "eval_strategy eval_steps",
+        "train.checkpoint_every": "save_strategy save_steps checkpointing_steps",
+        "train.keep_checkpoints": "save_total_limit keep_last_n_checkpoints",
+        "train.keep_best": "load_best_model_at_end metric_for_best_model",
+        "track": "report_to",
+        "track.wandb": "with_tracking wandb_project wandb_entity",
+    }.items()
+    for theirs in names.split()
+}
+"""The key that is nearest to each setting of TRL, PEFT and open-instruct. The guide's page switching.md explains them."""
 _MAIN_KEYS = {
     "model": ("path",), "reference": ("path",), "data": ("train",), "cache": ("uri",), "score": ("workers",),
     "train": ("loss",), "evaluate": ("policy", "data"), "ray": ("address",), "sweep": ("list",), "lora": ("r",),
@@ -38,8 +89,9 @@ _INT, _FLOAT, _DATE = (f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", 
 
 
 def is_hub_name(path: str) -> bool:
-    """Whether ``path``, which does not exist locally, has the form of a hub name such as ``org/name``."""
-    return re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", path) is not None and not _is_data_file(path)
+    """Whether ``path`` has the form of a hub name such as ``org/name``, and nothing of this name lies on this machine."""
+    formed = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", path) is not None
+    return formed and not _is_data_file(path) and not Path(path).exists()
 
 
 def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = (), *, elsewhere: bool = False) -> Config:
@@ -228,11 +280,13 @@ def _explain(tree: dict[str, Any], problem: ErrorDetails) -> str:
         return f"{key!r} was removed: {_REMOVED[key]}"
     if kind == "extra_forbidden":
         known = list(_section_at(where[:-1]).model_fields)
-        near = difflib.get_close_matches(where[-1], known, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(where[-1], known, n=1, cutoff=0.6)
         same = [full for full in _all_keys() if full.rsplit(".", 1)[-1] == where[-1]]
         elsewhere = sorted(same, key=lambda full: not full.startswith(f"{'.'.join(where[:-1])}."))
         meant = elsewhere[0] if elsewhere else ".".join([*where[:-1], near[0]]) if near else None
         hint = f"did you mean {meant!r}?" if meant else f"known here: {', '.join(known)}"
+        if not elsewhere and where[-1] in _OTHER_NAMES:
+            hint = f"what others call {where[-1]} is {_OTHER_NAMES[where[-1]]!r} here (switching.md of the guide)"
         # It may be a judge's API key under a wrong name.
         value_told = "" if where[:2] == ["evaluate", "judge"] else f" (value {told})"
         return f"unknown key {key!r}{value_told}; {hint}"

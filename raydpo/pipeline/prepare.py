@@ -7,7 +7,6 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -187,7 +186,7 @@ class Prepared:
     def base_name(self) -> str:
         """Name of the base model in an exported adapter: its hub name, else its directory."""
         path = self.config.model.path
-        return path if is_hub_name(path) and not Path(path).is_dir() else self.policy_dir
+        return path if is_hub_name(path) else self.policy_dir
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything that the trained policy depends on, by the name of the setting."""

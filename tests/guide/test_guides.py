@@ -12,7 +12,7 @@ from documented import DOCUMENTS, GUIDE, GUIDES, ROOT, block, blocks, commands, 
 from draw_betas import PICTURE, picture
 
 from raydpo.config import LOSSES, Config, load_config
-from raydpo.config.load import _all_keys
+from raydpo.config.load import _OTHER_NAMES, _all_keys
 
 SWITCHING, TROUBLESHOOTING = GUIDE["switching"], GUIDE["troubleshooting"]
 KEYS = set(_all_keys())
@@ -53,6 +53,16 @@ def test_the_second_column_holds_settings_of_ours(trainer):
     for _, ours, *remark in rows:
         assert ours == "none" or (quoted(ours) and set(quoted(ours)) <= KEYS), ours
         assert ours != "none" or any(remark) or trainer == "open-instruct", "why there is none"
+
+
+@pytest.mark.parametrize("trainer", ["TRL", "open-instruct"])
+def test_a_message_names_the_setting_that_the_page_names(trainer):
+    own = {key.rpartition(".")[2] for key in KEYS}
+    for names, ours, *_ in tables(SWITCHING)[trainer]:
+        for name in quoted(names) if ours != "none" else []:
+            if not name.isupper() and name not in own:
+                said = f"{_OTHER_NAMES[name]}."
+                assert any(said.startswith(f"{key}.") or f"{key}.".startswith(said) for key in quoted(ours)), name
 
 
 def test_trls_options_are_all_there_and_exist():

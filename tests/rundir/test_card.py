@@ -41,8 +41,23 @@ def test_the_card_tells_what_it_was_made_from_and_nothing_of_the_machine(tiny_ll
         "`mine.jsonl`, 4,800 pairs",
         "identity `abc123`",
         "1,200",
-        "a \\| b",
+        "| step-0 gate | a \\| b |",
         "| loss | 0.250 | 0.250 |",
     ):
         assert told in card, told
     assert str(tmp_path) not in card and "secret-place" not in card
+
+
+def test_a_directory_that_is_named_like_a_model_of_the_hub_is_none(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    summary = {"raydpo": "1.0", "steps": 1, "pairs_seen": 1, "training_pairs": 1, "gate": "", "held_out_pairs": 0}
+    summary |= {"reference": {"path": "org/model", "identity": "abc"}, "eval_before": None, "eval_after": None}
+    (tmp_path / "a.jsonl").write_text("")
+
+    def base():
+        config = load_config({"output": "runs", "model": {"path": "org/model"}, "data": {"train": "a.jsonl"}})
+        return yaml.safe_load(model_card(config, summary).split("---")[1]).get("base_model")
+
+    assert base() == "org/model"
+    (tmp_path / "org" / "model").mkdir(parents=True)
+    assert base() is None
