@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raydpo.errors import CacheError
+from raydpo.errors import CacheError, ConfigError
+from raydpo.terminal.arguments import at_least
 from raydpo.terminal.console import Console
 
 if TYPE_CHECKING:
@@ -48,12 +49,15 @@ def add_cache_verbs(cache: argparse.ArgumentParser) -> None:
         "by training from then on",
     )
     verify.add_argument(
-        "--sample", type=int, metavar="N", help="number of completions to score again, also of each import (default: 256)"
+        "--sample",
+        type=at_least(1),
+        metavar="N",
+        help="number of completions to score again, also of each import (default: 256)",
     )
     verify.add_argument("--all", action="store_true", help="score all completions again")
     verify.add_argument(
         "--tolerance",
-        type=float,
+        type=at_least(1e-9, float),
         metavar="X",
         help="largest mean difference over the tokens of a completion, in nats (default: 0.001 in float32, 0.1 in bfloat16)",
     )
@@ -63,7 +67,7 @@ def add_cache_verbs(cache: argparse.ArgumentParser) -> None:
     for name in ("a", "b"):
         diff.add_argument(name, metavar=f"URI_{name.upper()}[#IDENTITY]")
     compact = add("compact", _compact, "merge many small parts into few, also while others read and write the cache")
-    compact.add_argument("--target-mb", type=float, metavar="M", help="size of a merged part (default: 128)")
+    compact.add_argument("--target-mb", type=at_least(1, float), metavar="M", help="size of a merged part (default: 128)")
     gc = add("gc", _gc, "list files that are no longer needed: temporary, merged and damaged ones", identity=False)
     gc.add_argument("--delete", action="store_true", help="delete them")
     about = "write the pairs of a configuration with their reference log-probs to a Parquet file"
@@ -123,6 +127,12 @@ def _show(args: argparse.Namespace, console: Console) -> Any:
 
 
 def _verify(args: argparse.Namespace, console: Console) -> None:
+    told = (("--sample", args.sample is not None), ("--all", args.all), ("--tolerance", args.tolerance is not None))
+    given = [name for name, is_given in told if is_given]
+    if given and not args.config:
+        raise ConfigError(f"{given[0]} has no effect without --config, the run whose completions are scored again; add it")
+    if args.all and args.sample is not None:
+        raise ConfigError(f"--all and --sample {args.sample} contradict each other; keep one")
     prepared = None
     if args.config:
         told = Console(io.StringIO()) if args.json else console

@@ -12,6 +12,7 @@ from raydpo.cli.cache import add_cache_verbs, with_json
 from raydpo.cli.configured import load_training_pairs, quietly
 from raydpo.errors import ConfigError, TrainError
 from raydpo.submit.command import add_jobs, add_submit, as_submit
+from raydpo.terminal.arguments import at_least
 from raydpo.terminal.console import Console, never_fail_to_print
 from raydpo.terminal.guard import guarded
 from raydpo.terminal.phases import collect_rarely
@@ -88,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     sweep = configured("sweep", _sweep, "train with many settings and one cache, or continue an interrupted sweep")
     sweep.add_argument("--fresh", action="store_true", help="start again; rename an earlier sweep of this name")
     show = configured("show", _show, "print pairs as the model sees them")
-    show.add_argument("-n", "--count", type=int, default=3, help="number of pairs (default: %(default)s)")
+    show.add_argument("-n", "--count", type=at_least(1), default=3, help="number of pairs (default: %(default)s)")
     audit = configured("audit", with_json(_audit), "write a page on what the pairs teach, by lengths and cached log-probs")
     evaluate = configured("eval", with_json(_eval), "compare a policy with the reference: preferences, answers, drift, wins")
     plan = configured("plan", with_json(_plan), "estimate what a run takes: tokens, memory, GPU hours, dollars, idle time")

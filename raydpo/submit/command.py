@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from raydpo.errors import one_line
 from raydpo.submit.client import ENDED, STOP_SECONDS, Jobs, exit_code, job_env, stop_seconds
+from raydpo.terminal.arguments import at_least
 from raydpo.terminal.console import Console
 from raydpo.terminal.interrupt import EXIT_INTERRUPTED
 
@@ -55,7 +56,7 @@ def add_submit(parser: argparse.ArgumentParser, check: Callable[[Config, str], o
         if name == "benchmark":
             verb.add_argument(
                 "--gpus",
-                type=int,
+                type=at_least(0),
                 default=0,
                 metavar="N",
                 help="GPUs of the node that runs it (default: %(default)s, on the CPU of the head node)",

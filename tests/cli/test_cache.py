@@ -80,7 +80,7 @@ def test_verify_files_and_scores(place, cache):
     assert sample.returncode == 0 and "10 of 60 stored" in sample.stdout and "worst: a:" in sample.stdout
     alone = raydpo("cache", "verify", cache)
     assert alone.returncode == 0 and "not checked" in alone.stdout
-    strict = as_a_user("cache", "verify", cache, "--config", place / "config.yaml", "--tolerance", "-1")
+    strict = as_a_user("cache", "verify", cache, "--config", place / "config.yaml", "--tolerance", "1e-9")
     assert strict.returncode == 1 and "differs by" in strict.stderr and strict.stderr.count("\n") == 1
 
 
