@@ -57,7 +57,8 @@ def share(count: float, total: float) -> Interval:
     centre = value + z * z / (2 * total)
     spread = z * math.sqrt(max(value * (1 - value), 0.0) / total + z * z / (4 * total * total))
     scale = 1 + z * z / total
-    return {"value": value, "low": (centre - spread) / scale, "high": (centre + spread) / scale}
+    # Rounding would take the bounds of shares of 0 and 1 beyond them.
+    return {"value": value, "low": max(0.0, (centre - spread) / scale), "high": min(1.0, (centre + spread) / scale)}
 
 
 def share_error(value: float, total: float) -> float:

@@ -41,6 +41,8 @@ def test_few_values_have_an_interval_that_holds(count):
 def test_wilson():
     ten = share(5, 10)  # 0.2366 to 0.7634
     assert (ten["low"], ten["high"]) == (pytest.approx(0.2366, abs=1e-4), pytest.approx(0.7634, abs=1e-4))
+    for total in range(1, 200):  # printed, a bound of -1e-17 would be -0.0%
+        assert f"{share(0, total)['low']:.1%} {share(total, total)['high']:.1%}" == "0.0% 100.0%", total
 
 
 def test_a_share_of_all_has_an_error():
