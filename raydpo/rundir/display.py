@@ -57,6 +57,8 @@ class TrainingDisplay:
             int(row["step"]),
             f"loss {row['loss']:.4f}  accuracy {row['rewards/accuracies']:.2f}  {row['tokens_per_second']:,.0f} tokens/s",
         )
+        if int(row["step"]) == self._total:
+            self._bar.close()  # evaluation, checkpoint and export that follow are no steps
 
     def _evaluated(self, row: dict[str, float]) -> None:
         self.console.say(
