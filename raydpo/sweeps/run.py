@@ -194,8 +194,8 @@ def _score(config: Config, prepared: dict[str, Prepared], ledger: Ledger, consol
     first = next(iter([*compare, *prepared.values()]))
     everything: list[pa.Table] = [table for one in compare for table in one.tables]
     rates = {key: _hit_rate(one) for key, one in sets.items()}  # before the pass, which stores all of them
-    # The configuration of the sweep, since the audit belongs in its directory.
-    whole = config.model_copy(update={"train": first.config.train})
+    # The audit is written for the configuration of the sweep: in its directory, with its loss and beta.
+    whole = config if config.needs_reference else config.model_copy(update={"train": first.config.train})
     score_prepared(dataclasses.replace(first, config=whole), console, everything)
     joined = {}
     for key, one in sets.items():

@@ -115,6 +115,21 @@ def test_hit_rates_are_those_of_the_cache_before_the_pass(place, monkeypatch):
     assert 0.3 < share < 0.9 and ledger.cache["hit_rates"] == [1.0, share]
 
 
+@pytest.mark.parametrize(("loss", "audited"), [("sigmoid", ("sigmoid", 0.1)), ("sft", ("sigmoid", 0.5))])
+def test_the_audit_of_a_sweep_advises_for_its_own_configuration(loss, audited, place, monkeypatch):
+    """Not for one of its trials, unless the configuration itself needs no reference."""
+    varied = [f"{{train.loss: sigmoid, train.beta: {beta}}}" for beta in (0.3, 0.5)]
+    config, trials = prepared(place, f"train.loss={loss}", f"sweep.list=[{', '.join(varied)}]")
+
+    def stop(first, *_):
+        raise ModelError(f"{(first.config.train.loss, first.config.train.beta)}")
+
+    monkeypatch.setattr(sweeps, "score_prepared", stop)
+    with pytest.raises(ModelError) as stopped:
+        sweeps._score(config, trials, Ledger(config, trials_of(config)), SILENT)
+    assert str(stopped.value) == str(audited)
+
+
 def test_held_out_pairs_that_have_changed_since_do_not_compare(place):
     """One trial is done; then data.eval.path is another file, and a trial is added."""
     grid = "sweep.grid={train.beta: [0.1, 0.3]}"
