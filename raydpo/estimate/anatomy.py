@@ -92,7 +92,7 @@ class Anatomy:
             config = AutoConfig.from_pretrained(str(directory), trust_remote_code=trust_remote_code)
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        except (OSError, ValueError, KeyError) as error:
             raise FilesError(f"cannot tell the sizes of the model in {directory}: {reason(error)}") from None
         return cls.of_model(model)
 

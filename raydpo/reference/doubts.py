@@ -50,7 +50,7 @@ _POSSIBLE: dict[str, tuple[Callable[[Any], bool], str]] = {
     "top_p": (lambda value: _is_number(value) and 0 <= value <= 1, "a number from 0 to 1"),
     "min_p": (lambda value: _is_number(value) and 0 <= value <= 1, "a number from 0 to 1"),
     "typical_p": (lambda value: _is_number(value) and 0 <= value <= 1, "a number from 0 to 1"),
-    "top_k": (lambda value: isinstance(value, int) and value >= -1, "an integer of at least 0"),
+    "top_k": (lambda value: _is_token(value) or value == -1, "an integer of at least -1"),
     "repetition_penalty": (lambda value: _is_number(value) and value > 0, "a number above 0"),
     "eos_token_id": (
         lambda value: all(map(_is_token, value if isinstance(value, list) else [value])), "a token id, or a list of them",
@@ -152,4 +152,4 @@ def _places(model: ModelFiles) -> dict[str, tuple[Path, int, str, list[int], int
 def _bytes(file: Path, start: int, size: int) -> bytes:
     with open(file, "rb") as stream:
         stream.seek(start)
-        return stream.read(min(size - size // 2 or size, _SAMPLE))
+        return stream.read(min(size - size // 2, _SAMPLE))

@@ -41,6 +41,7 @@ def test_a_matrix_of_zeros(model):
         ("temperature", "hot"),
         ("top_p", 1.5),
         ("top_k", 2.5),
+        ("top_k", True),
         ("repetition_penalty", 0),
         ("eos_token_id", "</s>"),
         ("eos_token_id", [2, -1]),

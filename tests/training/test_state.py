@@ -125,3 +125,5 @@ def test_what_is_missing_or_damaged_is_named(written, table, tiny_llama, tmp_pat
     assert "damaged" in message and first in message
     message = after(lambda copy: (copy / "raydpo.json").unlink())
     assert "incomplete" in message
+    message = after(lambda copy: (copy / "raydpo.json").write_bytes(b"\xff" * 99))
+    assert "damaged" in message

@@ -84,8 +84,8 @@ def load_checkpoint(engine: Engine, directory: Path, fingerprint: Mapping[str, A
 def _read(directory: Path) -> dict[str, Any]:
     try:
         return json.loads((directory / _FILE).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise TrainError(f"the checkpoint in {directory} is incomplete: {error}") from None
+    except (OSError, ValueError) as error:
+        raise TrainError(f"the checkpoint in {directory} is incomplete or damaged: {error}") from None
 
 
 def _as_os_error(error: SafetensorError) -> OSError:
