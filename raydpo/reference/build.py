@@ -40,13 +40,19 @@ duration of its own longest shard, and at least this many seconds."""
 
 @dataclass(frozen=True)
 class BuildReport:
-    """Result of a build. ``seconds``, ``tokens`` and ``parts`` are what they say; the other numbers count completions.
+    """Result of a build.
 
     Attributes:
-        hits: in the cache at the start.
-        scored: scored by this build, in ``parts`` parts.
-        by_others: scored meanwhile by another build of the same cache.
-        twice: scored by this build and by another one at the same time.
+        identity: digest of the reference's identity.
+        wanted: distinct completions of the pairs.
+        hits: completions that were in the cache at the start.
+        scored: completions that this build scored.
+        by_others: completions that another build of the same cache scored meanwhile.
+        twice: completions that this build and another one scored at the same time.
+        tokens: tokens that this build scored, a prompt counted once for each of its completions.
+        seconds: duration of the build, the start of its workers included.
+        parts: parts that this build committed.
+        problems: one sentence for each damaged file that was found at the start.
     """
 
     identity: str
@@ -105,8 +111,8 @@ def build(
     others = sorted(one for one in cache.transformers if one.split(".")[:2] != here.split(".")[:2])
     if hits and others:
         note(
-            f"stored log-probs were computed with transformers {', '.join(others)}, here is {here}: a release may change "
-            f"what a model computes, and 'raydpo cache verify {cache.storage} --config CONFIG' scores a sample again"
+            f"warning: stored log-probs were computed with transformers {', '.join(others)}, here is {here}: a release may "
+            f"change what a model computes; 'raydpo cache verify {cache.storage} --config CONFIG' scores a sample again"
         )
     to_do = len(wanted) - hits
     tokens = parts = scored = found = 0  # found: scored by other builds
@@ -141,8 +147,8 @@ def build(
                 if not left:
                     raise CacheError(
                         f"after scoring, {len(lacking):,} completions are still missing from {cache.storage} "
-                        f"(first key {wanted.keys[int(lacking[0])].as_py().hex()}); "
-                        f"{'; '.join(cache.problems)}. Run it again"
+                        f"(first key {wanted.keys[int(lacking[0])].as_py().hex()}); run it again"
+                        f"{''.join(f'; {problem}' for problem in cache.problems)}"
                     )
                 note(f"waiting for another build that is scoring {len(lacking):,} of the completions")
                 covered = _wait_for_others(cache, wanted, covered, max(PATIENCE_SECONDS, PATIENCE_SHARDS * longest))
@@ -156,7 +162,7 @@ def build(
 
 
 def _compare_workers(spec: ReferenceSpec, cache: ReferenceCache, one: np.ndarray, other: np.ndarray) -> None:
-    """Refuse a model of which two workers compute different log-probs, and delete what this build has stored of it."""
+    """Refuse the model if two workers have computed different log-probs, and delete the parts that this build committed."""
     try:
         refuse_difference(spec, one, other, "scored by two workers")
     except ModelError:

@@ -103,6 +103,53 @@ def test_new_data_scores_only_the_new_rows(job, tmp_path, tiny_llama):
     assert len(keys) == 2 * 15 and not keys & {one.key for one in old}
 
 
+def built(tmp_path, tiny_llama, provenance=None):
+    """Fill a new cache in this process, in which no actor scores anything. Returns what was said."""
+    from kernel import tiny_pairs
+
+    from raydpo.cluster.resources import Resources
+    from raydpo.reference.build import build
+    from raydpo.reference.identity import identify
+    from raydpo.reference.score import ReferenceSpec
+    from raydpo.reference.shards import Wanted
+    from raydpo.reference.store import ReferenceCache
+
+    spec = ReferenceSpec(path=str(tiny_llama), adapter=None, identity=identify(tiny_llama, "float32"))
+    pairs, said = tiny_pairs(4), []
+    cache = ReferenceCache.open(str(tmp_path / "cache"), spec.identity)
+    if provenance is not None:
+        wanted = Wanted([pairs])
+        cache.commit([one.key for one in wanted], [np.full(len(one.tokens), -1.0, np.float32) for one in wanted], provenance)
+    sizes = {"tokens_per_batch": "auto", "tokens_per_part": 1000}
+    build(
+        [pairs],
+        spec,
+        cache,
+        Resources(workers=1, gpus_per_worker=0, threads=1),
+        progress=lambda *_: None,
+        note=said.append,
+        **sizes,
+    )
+    return said
+
+
+def test_another_release_of_transformers_is_a_warning(tmp_path, tiny_llama):
+    (line,) = built(tmp_path, tiny_llama, {"transformers": "4.9.1"})
+    assert line.startswith("warning: stored log-probs were computed with transformers 4.9.1, here is ")
+    assert f"'raydpo cache verify {tmp_path / 'cache'} --config CONFIG'" in line
+
+
+def test_what_was_not_stored_is_one_whole_sentence(tmp_path, tiny_llama, monkeypatch):
+    from raydpo.errors import CacheError
+    from raydpo.reference import build
+
+    monkeypatch.setattr(build, "_score_on_ray", lambda *_: [])
+    with pytest.raises(
+        CacheError, match=r"8 completions are still missing from .* \(first key [0-9a-f]{32}\); run it again$"
+    ):
+        built(tmp_path, tiny_llama)
+
+
 def test_a_failing_actor_says_why(job, tmp_path, tiny_llama):
     """Weights so large that their products overflow: one readable message, and nothing is stored."""
     import shutil
