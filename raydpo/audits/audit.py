@@ -76,8 +76,8 @@ def summary_lines(audit: Audit) -> list[str]:
     total = audit.total
     length, surprise, reference = total["length"], total["surprise"], total["reference"]
     lines = [
-        f"audit: the chosen answer is longer in {length['chosen_longer']['share']:.1%} of {total['pairs']:,} pairs, by "
-        f"{length['difference']['median']:+.0f} tokens in the median; '{length['rule']} is better' is right for "
+        f"audit: the chosen answer is longer in {length['chosen_longer']['share']:.1%} of {total['pairs']:,} pairs; the "
+        f"median difference is {length['difference']['median']:+.0f} tokens; '{length['rule']} is better' is right for "
         f"{length['rule_accuracy']['share']:.1%}"
     ]
     if surprise["chosen"]:

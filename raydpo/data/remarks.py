@@ -79,8 +79,8 @@ _SENTENCES = {
     ),
     SPELLED_BEFORE: "{count} prompts of plain text spell special tokens, which are read as such: {all}",
     TEXT_FOR_CHAT: (
-        "warning: {count} prompts are plain text without special tokens of turns, but the tokenizer has a chat template: "
-        "{all}; the model reads them without it. Use messages (role, content) for a chat model"
+        "warning: {count} prompts are plain text without special tokens of turns, {all}, but the tokenizer has a chat "
+        "template: the model reads these prompts without it. Use messages (role, content) for a chat model"
     ),
     CHANGED: "given to the chat template in the form that it reads: {all}",
     UNREAD: (

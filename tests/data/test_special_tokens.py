@@ -167,8 +167,8 @@ def test_plain_text_for_a_chat_model(write):
     plain = {"prompt": "the sky", "chosen": " is", "rejected": " was"}
     lines, _ = lines_of(write, templates.CHATML, plain)
     assert any(
-        "1 prompts are plain text without special tokens of turns, but the tokenizer has a chat template: such as 'the sky' "
-        "(prefs.jsonl:1);" in line
+        "1 prompts are plain text without special tokens of turns, such as 'the sky' (prefs.jsonl:1), but the tokenizer has "
+        "a chat template: " in line
         for line in lines
     )
     rendered = plain | {"prompt": "<|im_start|>user\nthe sky<|im_end|>\n<|im_start|>assistant\n"}
@@ -184,5 +184,5 @@ def test_text_that_begins_with_bos_is_plain_text_all_the_same(write, bos):
     plain = {"prompt": "<s>the sky", "chosen": " is", "rejected": " was"}
     lines, _ = lines_of(write, templates.CHATML, plain, bos=bos)
     (line,) = (line for line in lines if "plain text without special tokens of turns" in line)
-    assert line.startswith("warning") and ": such as 'the sky' (prefs.jsonl:1); the model reads" in line
+    assert line.startswith("warning") and ", such as 'the sky' (prefs.jsonl:1), but the tokenizer has" in line
     assert sum("spell special tokens" in line for line in lines) == (not bos)
