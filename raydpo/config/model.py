@@ -20,9 +20,9 @@ class LoraSettings(Section):
     r: Int = Field(default=16, ge=1)
     """Rank of each adapter."""
     alpha: Float = Field(default=32.0, gt=0)
-    """Scale of the adapter's output: alpha / r."""
+    """The adapter's output is multiplied by alpha / r."""
     dropout: Float = Field(default=0.0, ge=0, lt=1)
-    """Must be 0: with dropout the policy differs from the reference at step 0, even with equal weights."""
+    """Dropout of the adapters. Must be 0: with dropout the policy differs from the reference at step 0."""
     target_modules: str | tuple[str, ...] = "all-linear"
     """PEFT's target modules: ``all-linear``, a list of module names, or a regular expression."""
     dora: bool = False

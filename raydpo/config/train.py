@@ -112,7 +112,7 @@ class TrainConfig(ObjectiveConfig):
     """Number of workers that share each micro-batch, each with a part of its positions (DeepSpeed Ulysses): for sequences
     that do not fit on one device. tokens_per_batch remains that of one worker. Fastest within one machine."""
     epochs: Int = Field(default=1, ge=1)
-    """Number of passes over the data. No effect if steps is set."""
+    """Number of passes over the data; contradicts steps."""
     steps: Int | None = Field(default=None, ge=1)
     """Number of optimizer steps, over as many epochs as that takes; null = set by epochs."""
     lr: Float = Field(default=5.0e-7, gt=0)
