@@ -86,8 +86,9 @@ def tables(record: Mapping[str, Any]) -> list[Table]:
                 for row in found["memory"]
                 for side, label in (("raydpo", "raydpo train"), ("trl", f"{record['baseline']}, {_setting(row['trl'])}"))
             ],
-            "All processes: of the command at one time, Ray's too, shared pages once. Training process: its own peak, or "
-            "its GPU's. Positions of raydpo are the most that a pass may have.",
+            "All processes: of the command at one time, Ray's too, shared pages once; seen in samples, which miss a short "
+            "peak. Training process: its own peak, which the system records, or its GPU's. Positions of raydpo are the most "
+            "that a pass may have.",
         ),
     ]
     return [table for table in made if table.rows]
@@ -111,6 +112,8 @@ def _compared(record: Mapping[str, Any], part: str) -> Table:
             remarks.append(
                 f"TRL {'re-uses' if point[part]['trl_reuses_reference'] else 'recomputes'} the first beta's reference."
             )
+    if part == "step" and rows:
+        remarks.append("Seconds are medians of the steps; a ratio is the median of the ratios of equal steps.")
     if part == "job":
         remarks += [told for side, name in (("raydpo", ours), ("trl", "TRL")) if (told := _line(record, side, name))]
     columns = ["pairs, order", ours, "kernel, without Ray", "raydpo / kernel", _trl(record), "times as fast"]
@@ -151,12 +154,15 @@ def summary_row(record: Mapping[str, Any]) -> str:
                 sides = [_of(point, part, side) for side in ("raydpo", "trl")]
                 ours, theirs = (_seconds(each["seconds"], each["extrapolated"]) for each in sides)
                 told.append(f"{point['workload']}: {name} {ours} against {theirs}")
+    memory: dict[str, list[str]] = {}  # figures -> what was compared
     for row in record["figures"]["memory"]:
         ours, theirs = (row[side]["peak_bytes"] / GIB for side in ("raydpo", "trl"))
-        told.append(
-            f"memory of the training process, {row['compared']}: {ours:.1f} GiB at {row['raydpo']['largest_pass']:,} "
-            f"positions a pass against {theirs:.1f} at {row['trl']['largest_pass']:,}"
+        figures = (
+            f"{ours:.1f} GiB at {row['raydpo']['largest_pass']:,} positions a pass against {theirs:.1f} at "
+            f"{row['trl']['largest_pass']:,}"
         )
+        memory.setdefault(figures, []).append(row["compared"])
+    told += [f"memory of the training process, {' and '.join(each)}: {figures}" for figures, each in memory.items()]
     about = f"{_name(record['settings']['model'])}, {_dates(record)}; {MARK} extrapolated"
     return f"| speed against {_trl(record)}, its fastest setting ({about}) | {'; '.join(told)} |"
 

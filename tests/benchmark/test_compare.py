@@ -195,7 +195,10 @@ def test_a_page_has_machine_dates_versions_and_commands(record):
         "| 2 x 1 | no | 160 |",
     ):
         assert words in page
-    assert summary_row(record).count("|") == 3 and "a step 2.0 s against 8.0 s" in summary_row(record)
+    row = summary_row(record)
+    assert row.count("|") == 3 and "a step 2.0 s against 8.0 s" in row
+    assert row.count("memory of the training process") == 1, "equal figures are told once"
+    assert "positions a pass alike and each at its fastest: " in row
 
 
 def test_equal_sides_agree(found):
