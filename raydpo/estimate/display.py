@@ -140,8 +140,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     if plan.memory is not None:
         _print_memory(plan.memory, console)
     console.say(
-        "online reference: forward passes of reference and policy in every step, in padded rows of "
-        f"{NAIVE_PAIRS} pairs at a time as they come"
+        "online reference: forward passes of reference and policy in every step. padded: in rows of "
+        f"{NAIVE_PAIRS} pairs at a time as they come. packed: without padding, as if no rank ever waited"
     )
     title = f"share of time lost to imbalance, {data['pairs_per_step']:,} pairs a step"
     console.table(title, _COLUMNS, [_simulation(one) for one in plan.fixed])
@@ -149,7 +149,9 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.say(
         "bound: the least that any plan loses, since a pair is never split. Ranks without pairs count as lost. "
         "lockstep: ranks wait for each other after every micro-batch (ZeRO 2, 3). repeated: share of the work that "
-        "is a prefix computed on several ranks. If a step has more pairs than the data, pairs repeat."
+        "is a prefix computed on several ranks. dealt in turn: lost if ranks took the pairs in turn, in padded "
+        f"micro-batches of {NAIVE_PAIRS}; its time: that of such a step, as a multiple of ours. If a step has more pairs "
+        "than the data, pairs repeat."
     )
 
 
