@@ -88,7 +88,9 @@ def _preferences(evaluation: dict[str, Any]) -> Table:
     sources = preferences.get("by_source") or {}
     if len(sources) > 1:
         groups += list(sources.items())
-    groups += [(f"chosen longer by {bin_name(each)}", each) for each in preferences.get("by_length") or [] if each["pairs"]]
+    groups += [
+        (f"chosen minus rejected {bin_name(each)}", each) for each in preferences.get("by_length") or [] if each["pairs"]
+    ]
     for side, key in (("chosen", "longer_is_right"), ("rejected", "longer_is_wrong")):
         if total.get(key):
             groups.append((f"the {side} answer is longer", total[key]))

@@ -46,15 +46,22 @@ class Table:
 
 def number(value: float | None, form: str = ".3f") -> Cell:
     """Show a number, or a dash for None."""
-    return Cell("-") if value is None else Cell(format(value, form), float(value))
+    return Cell("-") if value is None else Cell(_formatted(value, form), float(value))
 
 
 def interval(value: dict[str, float | None] | None, form: str = ".3f") -> Cell:
     """Show a measured value with its 95 % interval, if it has one."""
     if value is None or value.get("value") is None:
         return Cell("-")
-    within = "" if value.get("low") is None else f" ({value['low']:{form}} to {value['high']:{form}})"
-    return Cell(f"{value['value']:{form}}{within}", float(value["value"]))
+    low, high = value.get("low"), value.get("high")
+    within = "" if low is None or high is None else f" ({_formatted(low, form)} to {_formatted(high, form)})"
+    return Cell(f"{_formatted(value['value'], form)}{within}", float(value["value"]))
+
+
+def _formatted(value: float, form: str) -> str:
+    """The number in the format, without a minus before zeros: what rounds to 0 is 0.000, not -0.000."""
+    sign = form[:1] if form[:1] in "+- " else ""
+    return format(float(value), f"{sign}z{form.removeprefix(sign)}")
 
 
 def text(value: Any) -> Cell:

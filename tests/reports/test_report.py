@@ -22,6 +22,7 @@ from raydpo.reports.evaluation import evaluation_part, evaluation_tables
 from raydpo.reports.frontier import points_of
 from raydpo.reports.run import run_page
 from raydpo.reports.sweep import sweep_page
+from raydpo.reports.tables import interval, number
 from raydpo.reports.write import write_report_or_warn
 from raydpo.rundir.read import RunRecord, SweepRecord
 from raydpo.rundir.records import to_parquet
@@ -354,3 +355,9 @@ def test_a_page_that_fails_does_not_fail_the_run(run, monkeypatch):
     said = io.StringIO()
     write_report_or_warn(str(run / "nowhere"), Console(said))
     assert "warning: the report failed (ConfigError: there is no run at" in said.getvalue()
+
+
+def test_what_rounds_to_zero_has_no_sign():
+    assert number(-0.0002).text == "0.000" and number(-0.0008).text == "-0.001" and number(-0.0).text == "0.000"
+    assert number(1234, ",.0f").text == "1,234" and number(-0.0004, "+.0%").text == "+0%"
+    assert interval({"value": -0.0001, "low": -0.085, "high": -0.0}).text == "0.000 (-0.085 to 0.000)"
