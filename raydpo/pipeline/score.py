@@ -87,7 +87,7 @@ def fill_cache(
     for problem in report.problems:
         console.warn(problem)
     rate = report.tokens / report.seconds if report.scored else 0.0
-    told = f", {rate:,.0f} tokens/s" if report.scored else ""
+    told = f", {rate:,.0f} tokens/s with start-up" if report.scored else ""
     console.say(
         f"cache: {report.hits:,} of {report.wanted:,} completions were there ({report.hit_rate:.0%} hits), "
         f"{report.scored:,} scored in {report.parts} part(s){told}; {cache.storage}"

@@ -43,6 +43,11 @@ class TrainingDisplay:
             f"training: {facts['pairs']:,} pairs, {total:,} steps ({facts['steps_per_epoch']:,} an epoch), "
             f"{facts['world_size']} worker(s)"
         )
+        if facts["steps_per_epoch"] == 1 and not first:
+            self.console.warn(
+                f"all {facts['pairs']:,} pairs fit into one step, so an epoch is one update of the weights; for more, lower "
+                "train.pairs_per_step or raise train.epochs"
+            )
         self._line, self._total = None, total
 
     def _step(self, row: dict[str, float]) -> None:
