@@ -43,10 +43,10 @@ class TrainingDisplay:
             f"training: {facts['pairs']:,} pairs, {total:,} steps ({facts['steps_per_epoch']:,} an epoch), "
             f"{facts['world_size']} worker(s)"
         )
-        if facts["steps_per_epoch"] == 1 and not first:
+        if facts["steps_per_epoch"] == total == 1:
             self.console.warn(
-                f"all {facts['pairs']:,} pairs fit into one step, so an epoch is one update of the weights; for more, lower "
-                "train.pairs_per_step or raise train.epochs"
+                f"all {facts['pairs']:,} pairs fit into one step, and the run ends after it; lower train.pairs_per_step, or "
+                "raise train.epochs"
             )
         self._line, self._total = None, total
 

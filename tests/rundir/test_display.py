@@ -8,18 +8,17 @@ from raydpo.terminal.console import Console
 BEGINS = {"pairs": 8, "first_step": 0, "total_steps": 3, "steps_per_epoch": 2, "world_size": 1}
 
 
-def test_an_epoch_of_one_step_is_a_warning():
+def test_a_run_of_one_step_is_a_warning():
     """Such as twenty pairs with the default of train.pairs_per_step."""
     console = Console(io.StringIO())
     with TrainingDisplay(console) as display:
         display.listen("begin", BEGINS)
-        assert "warning" not in console.stream.getvalue()
-        display.listen("begin", BEGINS | {"first_step": 1, "steps_per_epoch": 1})
-        assert "one step" not in console.stream.getvalue(), "it was told when the run began"
-    with TrainingDisplay(console) as display:
         display.listen("begin", BEGINS | {"steps_per_epoch": 1})
+    assert "one step" not in console.stream.getvalue(), "three epochs of one step are three steps"
+    with TrainingDisplay(console) as display:
+        display.listen("begin", BEGINS | {"steps_per_epoch": 1, "total_steps": 1})
     assert "warning: all 8 pairs fit into one step" in console.stream.getvalue()
-    assert "lower train.pairs_per_step or raise train.epochs" in console.stream.getvalue()
+    assert "lower train.pairs_per_step, or raise train.epochs" in console.stream.getvalue()
 
 
 def test_the_rate_is_that_of_the_steps_alone():
