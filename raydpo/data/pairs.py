@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from raydpo.config import DataConfig, SourceConfig, source_name
 from raydpo.data.keys import completion_key
@@ -21,6 +22,7 @@ from raydpo.data.split import held_out, kept, prompt_digest
 from raydpo.data.spool import Spool, spooled
 from raydpo.data.tally import DataReport, SourceReport
 from raydpo.data.tokenise import TokenisedPair, Tokeniser
+from raydpo.errors import DataError
 from raydpo.storage.uri import redact
 
 __all__ = [
@@ -121,7 +123,13 @@ def load_pairs(
     elif config.eval is not None and config.eval.fraction is not None:
         mask = held_out(train[_PROMPT].to_pylist(), config.eval.fraction)
         train, held = _where(train, ~mask, schema), _where(train, mask, schema)
-    return PairSets(_thinned(train, config, report), None if held is None else held.drop_columns(_PROMPT), report)
+    train = _thinned(train, config, report)
+    if PAIR_WEIGHT in train.column_names and not pc.any(pc.greater(train[PAIR_WEIGHT], 0)).as_py():
+        raise DataError(
+            f"data.weight_column {config.weight_column!r} is 0 for all {train.num_rows:,} training pairs, so nothing would be "
+            "learned; correct the weights, or drop data.weight_column"
+        )
+    return PairSets(train, None if held is None else held.drop_columns(_PROMPT), report)
 
 
 def check_first_records(source: SourceConfig, name: str, config: DataConfig, reader: Reader = read_records) -> None:
@@ -278,6 +286,18 @@ def _numbers(config: DataConfig) -> dict[str, str]:
     return {ours: theirs for ours, theirs in wanted.items() if theirs is not None}
 
 
+def _odd_number(name: str, value: float) -> str | None:
+    """A note about a weight or margin that is allowed, but may not be meant; the column's name goes into its braces."""
+    if name == PAIR_WEIGHT and value == 0:
+        return "{!r} (data.weight_column) is 0, so nothing is learned from these"
+    if name == PAIR_MARGIN and value < 0:
+        return (
+            "warning: {!r} (data.margin_column) is below 0, so the loss lets the rejected answer be better by that much; swap "
+            "the answers of these, or leave them out"
+        )
+    return None
+
+
 def _schema(config: DataConfig) -> pa.Schema:
     """Columns while pairs are loaded. ``spooled`` tables may have wider offsets."""
     return pa.schema([*PAIR_SCHEMA, *((name, pa.float64()) for name in _numbers(config)), (_PROMPT, _KEY)])
@@ -309,7 +329,12 @@ def _normalised(
             account.understood.update(found[0].notes)
         if found[0].unused:
             account.unused.update(found[0].unused)
-        scores = compared(record.value) if len(found) == 1 and len(record.value) > 3 else None
+        for name, value in zip(numbers, found[0].numbers, strict=True):
+            if (note := _odd_number(name, value)) is not None:
+                account.understood[note.format(numbers[name])] += 1
+        scores = (
+            compared(record.value) if len(found) == 1 and (len(record.value) > 3 or "prompt" not in record.value) else None
+        )
         for number in range(len(found)):
             pair_id = f"{account.name}:{record.row}" + (f"#{number}" if number else "")
             places.append(_Place(pair_id, record.where, record.row, record.source or account.name, scores))

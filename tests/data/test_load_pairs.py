@@ -237,6 +237,24 @@ def test_weights_and_margins_of_pairs(tokeniser, write):
     assert sets.train.column_names == [*PAIR_SCHEMA.names, "pair_weight", "pair_margin"]
 
 
+def test_weights_and_margins_that_are_hardly_meant(tokeniser, write):
+    records = [text(number) | {"importance": number % 2, "gap": number - 1} for number in range(4)]
+    told = load(tokeniser, write(records), weight_column="importance", margin_column="gap").report.lines()
+    assert "data prefs: 2 records: 'importance' (data.weight_column) is 0, so nothing is learned from these" in told
+    (line,) = [line for line in told if "'gap'" in line]
+    assert line.startswith("warning: data prefs: 1 records: 'gap' (data.margin_column) is below 0")
+    records = [text(number) | {"importance": 0} for number in range(4)]
+    with pytest.raises(DataError, match="'importance' is 0 for all 4 training pairs, so nothing would be learned"):
+        load(tokeniser, write(records), weight_column="importance")
+
+
+def test_a_user_who_asks_nothing_is_warned_of(tokeniser, write):
+    system = {"role": "system", "content": "Answer."}
+    record = {"prompt": [system, {"role": "user", "content": ""}], "chosen": "yes", "rejected": "no"}
+    told = load(tokeniser, write([record])).report.lines()
+    assert any(line.startswith("warning: data prefs: 1 records: the last message of the prompt is empty") for line in told)
+
+
 def test_a_text_of_megabytes_is_dropped_before_it_is_tokenised(tmp_path, tokeniser, monkeypatch):
     rows = [{"prompt": f"Say {number}.", "chosen": " yes", "rejected": " no"} for number in range(9)]
     rows[3]["chosen"] = " yes" * 300_000

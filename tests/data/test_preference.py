@@ -120,6 +120,8 @@ def test_tools_and_template_arguments(tools):
         ({"chosen": 5}, "chosen is neither text nor messages"),
         ({"prompt": ["q"]}, "prompt is neither text nor messages"),
         ({"prompt": []}, "prompt is empty"),
+        ({"prompt": [user(" \n")]}, "prompt is empty"),
+        ({"prompt": None, "chosen": [user(""), bot("a")], "rejected": [user(""), bot("b")]}, "prompt is empty"),
         ({"prompt": [user("q"), bot("a")]}, "the last message of prompt is the assistant's"),
         ({"prompt": [{"role": "critic", "content": "q"}]}, "whose role is none of system, developer, user, .* but 'critic'"),
         ({"prompt": [{"speaker": "human", "said": "q"}]}, "whose role is none of .*: it has the fields 'said', 'speaker'"),

@@ -85,6 +85,14 @@ def test_pairs_that_agree_with_their_scores_are_no_news(tmp_path, tokeniser):
     assert not any("score" in line for line in load_pairs(DataConfig(train=[str(path)]), tokeniser).report.lines())
 
 
+def test_a_margin_beside_a_pair_with_an_implicit_prompt(tmp_path, tokeniser):
+    path = tmp_path / "a.jsonl"
+    said = [[{"role": "user", "content": "q"}, {"role": "assistant", "content": answer}] for answer in ("a", "b")]
+    path.write_text(json.dumps({"chosen": said[0], "rejected": said[1], "margin": -2}))
+    (line,) = [line for line in load_pairs(DataConfig(train=[str(path)]), tokeniser).report.lines() if "margin" in line]
+    assert line.startswith("warning: data a: by 'margin', 1 pair scores the rejected answer higher (a.jsonl:1)")
+
+
 def test_the_report_names_the_columns_read_and_counts_kept_pairs_alone(tmp_path, tokeniser):
     path = tmp_path / "a.jsonl"
     rows = [pair(number, score_chosen=2, score_rejected=1, weight=1) for number in range(4)]
