@@ -126,8 +126,8 @@ def load_pairs(
     train = _thinned(train, config, report)
     if PAIR_WEIGHT in train.column_names and not pc.any(pc.greater(train[PAIR_WEIGHT], 0)).as_py():
         raise DataError(
-            f"data.weight_column {config.weight_column!r} is 0 for all {train.num_rows:,} training pairs, so nothing would be "
-            "learned; correct the weights, or drop data.weight_column"
+            f"data.weight_column {config.weight_column!r} is 0 for all {train.num_rows:,} training pairs, so nothing would "
+            "be learned; correct the weights, or drop data.weight_column"
         )
     return PairSets(train, None if held is None else held.drop_columns(_PROMPT), report)
 
@@ -292,8 +292,8 @@ def _odd_number(name: str, value: float) -> str | None:
         return "{!r} (data.weight_column) is 0, so nothing is learned from these"
     if name == PAIR_MARGIN and value < 0:
         return (
-            "warning: {!r} (data.margin_column) is below 0, so the loss lets the rejected answer be better by that much; swap "
-            "the answers of these, or leave them out"
+            "warning: {!r} (data.margin_column) is below 0, so the loss lets the rejected answer be better by that much; "
+            "swap the answers of these, or leave them out"
         )
     return None
 

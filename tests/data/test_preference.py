@@ -150,8 +150,8 @@ def test_tools_and_template_arguments(tools):
         (RANKED | {"completions": ["a", "b"], "ranks": [True, False]}, "ranks are truth values"),
         (
             RANKED | {"completions": [{"messages": [bot("a")], "score": 2}, {"text": "b", "score": 1}]},
-            "1 of 2 completions have none of the fields 'completion', 'response', 'content' with an answer; their fields are "
-            "'messages', 'score'",
+            "1 of 2 completions have none of the fields 'completion', 'response', 'content' with an answer; their fields "
+            "are 'messages', 'score'",
         ),
         (RANKED | {"completions": ["a", "b"], "scores": [1, float("nan")]}, "scores are not all numbers"),
         (RANKED | {"completions": ["a", "b"], "ranks": [1, 1]}, "no completion is better"),
