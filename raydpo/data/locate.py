@@ -85,7 +85,8 @@ def _in_directory(storage: Storage, source: SourceConfig) -> tuple[Sequence[str]
     shown, below = redact(source.path), ""
     if source.subset is not None:
         below = f"{source.subset}/"
-        if not storage.list(source.subset):
+        outside = source.subset.startswith("/") or ".." in source.subset.split("/")
+        if outside or not storage.list(source.subset):
             raise DataError(
                 f"the directory {shown} has no directory {source.subset!r}, its subset; found "
                 f"{some_of(storage.list(), _MOST_NAMED)}"

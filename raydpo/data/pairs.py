@@ -62,6 +62,8 @@ CHUNK = 1000
 HELD_OUT = "held-out"
 """Source name of the pairs of ``data.eval.path``."""
 Reader = Callable[[SourceConfig], Iterator[Record]]
+_FEWEST_WITH_MORE = 3
+"""Columns of a record that may have another one than its pair."""
 MOST_CHARACTERS, CHARACTERS_A_TOKEN = 1_000_000, 100
 """A pair is dropped before it is tokenised if it has more characters than the first and than the second for each token of
 ``max_length``. Tokenising 10 MB takes a byte-level tokenizer a minute, and of such a text hardly 1 % would be used."""
@@ -203,6 +205,7 @@ def _load_chunk(
     bad_rows: set[int] = set()
     numbers = _numbers(config)
     places, preferences = _normalised(records, account, bad_rows, numbers)
+    _note_options(records, tokeniser.template.options - set(numbers.values()), account)
     places, preferences = _without_giants(places, preferences, config.max_length, account)
     read = account.repeats.taken_off(_for_template(preferences, bool(tokeniser.tokenizer.chat_template), account))
     rows: list[tuple[Any, ...]] = []
@@ -234,6 +237,19 @@ def _load_chunk(
     account.malformed_records += len(bad_rows)
     account.kept += len(rows)
     return _table(rows, _schema(config))
+
+
+def _note_options(records: list[Record], options: frozenset[str], account: SourceReport) -> None:
+    """Note columns that are called as a variable of the chat template is, and not given to it."""
+    for record in records:
+        if record.value is None or len(record.value) < _FEWEST_WITH_MORE:
+            continue
+        for name in record.value.keys() & options:
+            if isinstance(value := record.value[name], (bool, int, float, str)) and len(str(value).split()) == 1:
+                account.understood[
+                    f"warning: {name!r} is not given to the chat template, which reads a variable of this name: write it "
+                    "into a column chat_template_kwargs, or drop the column"
+                ] += 1
 
 
 def _without_giants(

@@ -94,6 +94,8 @@ def test_subset_is_a_directory(tmp_path):
     assert prompts(tmp_path, subset="hard") == ["hard/train.jsonl"]
     with pytest.raises(DataError, match="has no directory 'odd', its subset; found easy, hard"):
         prompts(tmp_path, subset="odd")
+    with pytest.raises(DataError, match=r"has no directory '\.\./easy', its subset"):
+        prompts(tmp_path / "hard", subset="../easy")
     with pytest.raises(DataError, match=r"subset 'hard' is set, but .* is one file"):
         prompts(tmp_path / "hard" / "train.jsonl", subset="hard")
 
