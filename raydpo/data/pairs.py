@@ -18,7 +18,7 @@ from raydpo.data.preference import Preference, normalise
 from raydpo.data.records import Record, read_records
 from raydpo.data.remarks import SPELLED
 from raydpo.data.scores import Compared, compared
-from raydpo.data.split import held_out, kept, prompt_digest
+from raydpo.data.split import held_out, kept, prompt_digest, question_digest
 from raydpo.data.spool import Spool, spooled
 from raydpo.data.tally import DataReport, SourceReport
 from raydpo.data.tokenise import TokenisedPair, Tokeniser
@@ -58,6 +58,8 @@ PAIR_MARGIN = "pair_margin"
 """Additional column, float64, if ``data.margin_column`` is set."""
 _PROMPT = "prompt_digest"
 """A column while pairs are loaded: ``split.prompt_digest``."""
+_QUESTION = "question_digest"
+"""Likewise, ``split.question_digest``; only if pairs are held out."""
 CHUNK = 1000
 HELD_OUT = "held-out"
 """Source name of the pairs of ``data.eval.path``."""
@@ -120,18 +122,19 @@ def load_pairs(
     held = None
     if config.eval is not None and config.eval.path is not None:
         held = _load_source(held_out_source(config), HELD_OUT, config, tokeniser, report, set(), progress, reader)
-        trained_on = set(train[_PROMPT].to_pylist())
-        report.leaked = sum(prompt in trained_on for prompt in held[_PROMPT].to_pylist())
     elif config.eval is not None and config.eval.fraction is not None:
         mask = held_out(train[_PROMPT].to_pylist(), config.eval.fraction)
         train, held = _where(train, ~mask, schema), _where(train, mask, schema)
-    train = _thinned(train, config, report)
+    if held is not None:
+        trained_on = set(train[_QUESTION].to_pylist())
+        report.leaked = sum(question in trained_on for question in held[_QUESTION].to_pylist())
+    train, held = _thinned(train, config, report), None if held is None else _without_digests(held)
     if PAIR_WEIGHT in train.column_names and not pc.any(pc.greater(train[PAIR_WEIGHT], 0)).as_py():
         raise DataError(
             f"data.weight_column {config.weight_column!r} is 0 for all {train.num_rows:,} training pairs, so nothing would "
             "be learned; correct the weights, or drop data.weight_column"
         )
-    return PairSets(train, None if held is None else held.drop_columns(_PROMPT), report)
+    return PairSets(train, held, report)
 
 
 def check_first_records(source: SourceConfig, name: str, config: DataConfig, reader: Reader = read_records) -> None:
@@ -155,7 +158,11 @@ def _thinned(train: pa.Table, config: DataConfig, report: DataReport) -> pa.Tabl
     if config.fraction != 1:
         kept_rows = _where(train, kept(train[_PROMPT].to_pylist(), config.fraction, config.fraction_seed), _schema(config))
         report.thinned = (kept_rows.num_rows, train.num_rows)
-    return kept_rows.drop_columns(_PROMPT)
+    return _without_digests(kept_rows)
+
+
+def _without_digests(pairs: pa.Table) -> pa.Table:
+    return pairs.drop_columns([name for name in (_PROMPT, _QUESTION) if name in pairs.column_names])
 
 
 def held_out_source(config: DataConfig) -> SourceConfig:
@@ -225,8 +232,8 @@ def _load_chunk(
             continue
         keys = completion_key(ids.prompt, ids.chosen), completion_key(ids.prompt, ids.rejected)
         lengths = len(ids.chosen), len(ids.rejected)
-        digest = prompt_digest(preference.prompt)
-        rows.append((place.pair_id, place.source, source.weight, *used, *keys, *lengths, *preference.numbers, digest))
+        prompt = prompt_digest(preference.prompt), *([] if config.eval is None else [question_digest(preference.prompt)])
+        rows.append((place.pair_id, place.source, source.weight, *used, *keys, *lengths, *preference.numbers, *prompt))
         if used is not ids:
             account.truncated += sum(len(short) < len(full) for short, full in zip(used, ids, strict=True))
         account.scores.add(place.scores, place.where)
@@ -316,7 +323,8 @@ def _odd_number(name: str, value: float) -> str | None:
 
 def _schema(config: DataConfig) -> pa.Schema:
     """Columns while pairs are loaded. ``spooled`` tables may have wider offsets."""
-    return pa.schema([*PAIR_SCHEMA, *((name, pa.float64()) for name in _numbers(config)), (_PROMPT, _KEY)])
+    more = [] if config.eval is None else [(_QUESTION, _KEY)]
+    return pa.schema([*PAIR_SCHEMA, *((name, pa.float64()) for name in _numbers(config)), (_PROMPT, _KEY), *more])
 
 
 def _normalised(

@@ -223,6 +223,16 @@ def test_held_out_file_and_its_leaks(tokeniser, write):
     assert sets.report.lines()[-1].startswith("warning: the prompts of 1 held-out pairs are also in the training data")
 
 
+def test_one_question_on_both_sides_is_a_leak_however_it_is_written(tokeniser, write):
+    messages = [{"role": "user", "content": f"{text(1)['prompt']}\n"}]
+    held = write([{"prompt": messages, "chosen": "x", "rejected": "y"}, text(9)], "held.jsonl")
+    assert load(tokeniser, write([text(number) for number in range(3)]), eval=held).report.leaked == 1
+    records = [text(number) | {"prompt": text(number)["prompt"] + end} for number in range(30) for end in ("", " ")]
+    sets = load(tokeniser, write(records), eval={"fraction": 0.5}, fraction=0.5)
+    assert 0 < sets.report.leaked < sets.eval.num_rows
+    assert sets.train.column_names == sets.eval.column_names == PAIR_SCHEMA.names
+
+
 def test_weights_and_margins_of_pairs(tokeniser, write):
     records = [text(number) | {"importance": number / 2, "gap": -1} for number in range(6)]
     records += [text(7) | {"importance": -1, "gap": 0}, text(8) | {"importance": 1, "gap": None}, text(9)]
