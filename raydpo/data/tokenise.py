@@ -30,6 +30,7 @@ _FILES = (
 )  # fmt: skip
 
 _SHORT = 20
+_SENTENCE_ENDS = (".", "?", "!")
 _PROBE = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
 
 
@@ -117,6 +118,17 @@ def _short(content: Any) -> str:
     if isinstance(content, list):
         content = content[0].get("text") if len(content) == 1 and isinstance(content[0], dict) else None
     return content.strip() if isinstance(content, str) and len(content) <= _SHORT else ""
+
+
+def _glued(preference: Preference) -> str:
+    """Where a text prompt and an answer meet, if a sentence or word ends there and the next begins without white space."""
+    last = preference.prompt[-1:]
+    for answer in (preference.chosen, preference.rejected):
+        first = answer[:1]
+        begins = first.isupper() and (last.islower() or last.isdecimal())
+        if not (begins or (last in _SENTENCE_ENDS and (first.isupper() or first.islower() or first.isdecimal()))):
+            return ""
+    return f"{preference.prompt[-_SHORT:]}{preference.chosen[:_SHORT]}"
 
 
 class Tokeniser:
@@ -249,6 +261,8 @@ class Tokeniser:
             token = other
         if token is None and self.tokenizer.chat_template:
             found.append(Remark(remarks.TEXT_FOR_CHAT, "", own))
+        elif token is None and (meeting := _glued(preference)):
+            found.append(Remark(remarks.GLUED, "", meeting))
         if preference.tools or preference.template_kwargs:
             for what, value in ((remarks.TOOLS, preference.tools), ("chat_template_kwargs", preference.template_kwargs)):
                 if value:
