@@ -228,7 +228,7 @@ def _point(here: Mapping[str, Measured], workload: Mapping[str, Any], equal: boo
         each = next((here[name] for name in names if name in here and here[name].result.reference_seconds), None)
         if each is not None:
             found["reference"][side] = vars(_reference(each.result, workload))
-    for verb in ("score", "train", "run", "sweep"):
+    for verb in ("score", "train", "train again", "run", "sweep"):
         if f"raydpo {verb}" in here:
             each = here[f"raydpo {verb}"]
             told = {name: each.result.facts.get(name, {}) for name in ("phases", "startup_seconds")}

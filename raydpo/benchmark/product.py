@@ -23,7 +23,7 @@ from raydpo.rundir.directory import METRICS, SWEEP, RunDirectory
 from raydpo.rundir.records import read_rows
 from raydpo.storage.files import Storage
 
-__all__ = ["PHASES", "config_of", "parts_seconds", "run_verb"]
+__all__ = ["NAME", "PHASES", "config_of", "parts_seconds", "run_verb"]
 
 PHASES = {
     "read": "data ",

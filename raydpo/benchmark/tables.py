@@ -76,7 +76,8 @@ def tables(record: Mapping[str, Any]) -> list[Table]:
                 for point in found["points"]
                 for verb, each in point["commands"].items()
             ],
-            "Seconds since the command was typed. raydpo train finds all log-probs in the cache.",
+            "Seconds since the command was typed. raydpo train finds all log-probs in the cache. The first training with a "
+            "model also checks it; again: two steps, with what the machine remembers of the model.",
         ),
         Table(
             "Peak memory",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,7 @@ from raydpo.training.metrics import PairSums
 from raydpo.training.pairs import TrainingPairs
 from raydpo.training.policy.engine import StepEngine
 
-__all__ = ["AllPairLogps", "Comparison", "compare", "evaluate", "pair_logps", "reference_logps"]
+__all__ = ["AllPairLogps", "Comparison", "Gaps", "compare", "evaluate", "pair_logps", "reference_logps"]
 
 _OF_THE_POLICY = ("chosen", "rejected", "chosen_tail", "rejected_tail", "weights")
 """Fields of ``PairLogps`` that only the rank that computes a pair knows. The weights are WPO's times the data's."""
@@ -68,12 +68,19 @@ def pair_logps(
     rows: Sequence[int],
     config: ObjectiveConfig,
     mean_chosen_tokens: float | None = None,
+    seen: Callable[[Tensor], None] | None = None,
 ) -> PairLogps:
     """Log-probs of ``rows`` under the policy, with gradient in training mode. ``layout`` is the micro-batch of these rows.
 
     Shapes: N = completion tokens, chosen and rejected of each pair in turn.
+
+    Args:
+        mean_chosen_tokens: mean over the step; None = mean over ``rows``.
+        seen: called with the log-probs of the tokens [N].
     """
     logps_N, *more = engine.logps(layout, log_sum_sq=True) if config.use_weighting else (engine.logps(layout),)
+    if seen is not None:
+        seen(logps_N)
     device, index = logps_N.device, np.asarray(rows)
     both = np.stack([pairs.chosen_tokens[index], pairs.rejected_tokens[index]], 1).ravel().astype(np.int64)
     lengths = torch.from_numpy(both).to(device, non_blocking=True)
@@ -208,26 +215,46 @@ class Comparison:
     rejected_tail_gap: np.ndarray
 
 
+class Gaps:
+    """Collects the differences of policy and stored reference for distinct ``rows``, from the micro-batches of all ranks.
+
+    A row that is computed twice, on one rank or two, gets the mean of both.
+    """
+
+    def __init__(self, engine: StepEngine, pairs: TrainingPairs, rows: Sequence[int] | np.ndarray) -> None:
+        self._engine, self._pairs, self._rows = engine, pairs, np.asarray(rows)
+        self._place = {int(row): index for index, row in enumerate(self._rows)}
+        self._found = torch.zeros(7, len(self._rows), dtype=torch.float64, device=engine.device)
+
+    def add(self, batch: MicroBatch, layout: Layout, logps_N: Tensor) -> None:
+        """Add a micro-batch: the policy's log-probs of its N completion tokens, chosen and rejected of each pair in turn."""
+        if not (batch.counts and self._engine.is_leader):
+            return
+        pairs = self._pairs
+        completions = iter(np.split(logps_N.detach().double().cpu().numpy(), np.cumsum(layout.lengths)[:-1]))
+        for row in batch.pairs:
+            live = next(completions), next(completions)
+            gap_chosen, gap_rejected = (ours - stored for ours, stored in zip(live, pairs.reference(row), strict=True))
+            if not pairs.has_tokens(row):  # only sums were imported: spread their difference evenly over the tokens
+                gap_chosen, gap_rejected = (
+                    np.full(len(ours), (ours.sum() - total) / len(ours))
+                    for ours, total in zip(live, (pairs.ref_chosen[row], pairs.ref_rejected[row]), strict=True)
+                )
+            every = np.abs(np.concatenate([gap_chosen, gap_rejected]))
+            shared = min(len(gap_chosen), len(gap_rejected))
+            sums = [each.sum() for each in (gap_chosen, gap_rejected, gap_chosen[shared:], gap_rejected[shared:])]
+            self._found[:, self._place[row]] += torch.tensor([every.max(), every.mean(), *sums, 1.0]).to(self._found)
+
+    def join(self) -> Comparison:
+        """Combine the results of all ranks. All ranks call it, and get the same."""
+        found = self._engine.sum_over_ranks(self._found).cpu().numpy()
+        return Comparison(self._rows, *(found[:-1] / found[-1]))
+
+
 def compare(engine: StepEngine, pairs: TrainingPairs, rows: Sequence[int], tokens_per_batch: int) -> Comparison:
     """Compute ``rows`` with the current policy and compare it with the reference token by token; the same on every rank."""
-    rows = list(rows)
-    place = {row: index for index, row in enumerate(rows)}
-    gaps = torch.zeros(6, len(rows), dtype=torch.float64, device=engine.device)
+    gaps = Gaps(engine, pairs, rows)
     with engine.evaluating():
-        for batch, layout in _my_batches(engine, pairs, rows, tokens_per_batch):
-            flat = engine.logps(layout).double().cpu().numpy()
-            completions = iter(np.split(flat, np.cumsum(layout.lengths)[:-1]))
-            for row in batch.pairs if batch.counts and engine.is_leader else ():
-                live = next(completions), next(completions)
-                gap_chosen, gap_rejected = (ours - stored for ours, stored in zip(live, pairs.reference(row), strict=True))
-                if not pairs.has_tokens(row):  # only sums were imported: spread their difference evenly over the tokens
-                    gap_chosen, gap_rejected = (
-                        np.full(len(ours), (ours.sum() - total) / len(ours))
-                        for ours, total in zip(live, (pairs.ref_chosen[row], pairs.ref_rejected[row]), strict=True)
-                    )
-                every = np.abs(np.concatenate([gap_chosen, gap_rejected]))
-                # Only the rank that computes the pair writes it; the sum over ranks below gives it to all.
-                shared = min(len(gap_chosen), len(gap_rejected))
-                sums = [each.sum() for each in (gap_chosen, gap_rejected, gap_chosen[shared:], gap_rejected[shared:])]
-                gaps[:, place[row]] = torch.tensor([every.max(), every.mean(), *sums])
-    return Comparison(np.array(rows), *engine.sum_over_ranks(gaps).cpu().numpy())
+        for batch, layout in _my_batches(engine, pairs, list(rows), tokens_per_batch):
+            gaps.add(batch, layout, engine.logps(layout))
+    return gaps.join()

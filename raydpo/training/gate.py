@@ -1,4 +1,4 @@
-"""Step-0 gate: check before the first step that the stored log-probs are those of the starting policy.
+"""Step-0 gate: check before the first update that the stored log-probs are those of the starting policy.
 
 If the policy starts as the reference, both must agree up to rounding, and the first loss must be that of the reference
 (ln 2 for sigmoid). A larger gap means that the cache holds other weights, other tokens or altered values, and the run stops.
@@ -8,6 +8,7 @@ Reference values are never computed from the policy.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,10 +16,10 @@ import torch
 
 from raydpo.errors import GateError
 from raydpo.losses import Objective
-from raydpo.training.evaluate import Comparison, reference_logps
+from raydpo.training.evaluate import Comparison, Gaps, reference_logps
 from raydpo.training.pairs import TrainingPairs
 
-__all__ = ["expected_first_loss", "gate_rows", "judge"]
+__all__ = ["GateReport", "StepGate", "expected_first_loss", "gate_rows", "judge"]
 
 TOLERANCES = {"float32": (1e-3, 2e-2), "bfloat16": (0.1, 3.0)}
 """By the coarser of the two precisions: largest mean gap of a pair's tokens, and largest gap of a token, in nats. Rounding
@@ -37,27 +38,59 @@ class GateReport:
 
     def line(self) -> str:
         return (
-            f"step-0 gate: {self.pairs} pairs scored again, cached and live log-probs differ by {self.mean_gap:.2g} nats a "
-            f"token on average, {self.worst_gap:.2g} at most (pair {self.worst_pair}); loss {self.first_loss:.6f}"
+            f"step-0 gate: {self.pairs} pairs computed again, cached and live log-probs differ by {self.mean_gap:.2g} nats "
+            f"a token on average, {self.worst_gap:.2g} at most (pair {self.worst_pair}); loss {self.first_loss:.6f}"
         )
+
+    def __add__(self, other: GateReport) -> GateReport:
+        pairs = self.pairs + other.pairs
+
+        def mean(name: str) -> float:
+            return sum(getattr(one, name) * one.pairs for one in (self, other)) / pairs
+
+        worst = max(self, other, key=lambda one: one.worst_gap)
+        return GateReport(pairs, mean("mean_gap"), worst.worst_gap, worst.worst_pair, mean("first_loss"))
+
+
+@dataclass
+class StepGate:
+    """The gate within the first step: compares the pairs of the step in its own forward pass, before the update.
+
+    Attributes:
+        gaps: collects the differences of these pairs.
+        accept: accepts their comparison, or raises GateError.
+        report: the result, after ``close``.
+    """
+
+    gaps: Gaps
+    accept: Callable[[Comparison], GateReport]
+    report: GateReport | None = None
+
+    def close(self) -> None:
+        """Judge what was collected. All ranks call it.
+
+        Raises:
+            GateError: if a gap is above its tolerance.
+        """
+        self.report = self.accept(self.gaps.join())
 
 
 def gate_rows(pairs: TrainingPairs, first_step: np.ndarray, *, count: int, seed: int) -> list[int]:
-    """Choose the pairs to compute again: a third from the first step, a third with the lowest and highest stored log-prob a
-    token (where an altered value shows), the rest at random."""
-    total = len(pairs)
+    """Choose the pairs to compute beside those of the first step: a third of ``count`` with the lowest and highest stored
+    log-prob a token (where an altered value shows), and random ones until there are ``count`` with those of the step."""
+    total, known = len(pairs), {int(row) for row in first_step}
     if count >= total:
-        return list(range(total))
+        return [row for row in range(total) if row not in known]
     per_token = np.stack([pairs.ref_chosen / pairs.chosen_tokens, pairs.ref_rejected / pairs.rejected_tokens])
     lowest, highest = np.argsort(per_token.min(0), kind="stable"), np.argsort(-per_token.max(0), kind="stable")
     extremes = np.stack([lowest, highest], axis=1).ravel()
     shuffled = np.random.default_rng(seed).permutation(total)
     rows: dict[int, None] = {}
-    for candidates, size in ((first_step, count // 3), (extremes, 2 * (count // 3)), (shuffled, count)):
-        for row in candidates:
+    for candidates, size in ((extremes, count // 3), (shuffled, count - len(known))):
+        for row in (int(each) for each in candidates if int(each) not in known):
             if len(rows) >= size:
                 break
-            rows.setdefault(int(row))
+            rows.setdefault(row)
     return list(rows)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from raydpo.model.budget import is_out_of_memory, used_memory
 from raydpo.model.layout import Layout
 from raydpo.training.clock import StepClock
 from raydpo.training.evaluate import AllPairLogps, pair_logps
+from raydpo.training.gate import StepGate
 from raydpo.training.metrics import PairSums
 from raydpo.training.pairs import TrainingPairs
 from raydpo.training.policy.engine import StepEngine
@@ -96,16 +98,22 @@ class Stepper:
         laid_out = [(batch, self.engine.lay_out(self.pairs.groups(batch.pairs))) for batch in batches]
         return Step(number, self.plan.pairs(number), laid_out)
 
-    def take(self, step: Step, requests: StepRequests | None = None) -> StepResult:
+    def take(self, step: Step, requests: StepRequests | None = None, gate: StepGate | None = None) -> StepResult:
         """Take one optimizer step. If its loss or gradient is not finite on any rank, no rank takes it.
+
+        Args:
+            gate: compares the step's log-probs with the stored ones, before the update.
 
         Raises:
             DeviceMemoryError: if a micro-batch does not fit.
+            GateError: if ``gate`` does not accept the log-probs.
         """
         train, plan, engine, clock, number = self.train, self.plan, self.engine, self.clock, step.number
         beta = train.beta_at(number, plan.total_steps)
         whole = self._first_pass(step, beta)
-        sums, losses = self._forward_and_backward(step, beta, whole)
+        sums, losses = self._forward_and_backward(step, beta, whole, gate)
+        if gate is not None:
+            gate.close()
         metrics, (stop, checkpoint, uploading), busy = _add_up(sums, requests or StepRequests(), clock.busy, engine)
         warmup = warmup_steps(train.warmup, plan.total_steps)
         rate = learning_rate(number, peak=train.lr, schedule=train.schedule, warmup=warmup, total_steps=plan.total_steps)
@@ -135,7 +143,7 @@ class Stepper:
                 return WholeStep(self.objective, step.rows, everything.join(), beta, self.memory)
 
     def _forward_and_backward(
-        self, step: Step, beta: float, whole: WholeStep | None
+        self, step: Step, beta: float, whole: WholeStep | None, gate: StepGate | None
     ) -> tuple[PairSums, list[tuple[MicroBatch, Tensor]]]:
         """Add the gradients of this rank's micro-batches. Returns the sums of the metrics, and by micro-batch a value of
         each pair that is not finite if the pair spoils the step."""
@@ -147,7 +155,8 @@ class Stepper:
             last = index == len(step.batches) - 1
             with self._explained_memory():
                 with clock.phase("forward"):
-                    logps = pair_logps(engine, layout, pairs, batch.pairs, self.train, mean_chosen_tokens)
+                    seen = None if gate is None else partial(gate.gaps.add, batch, layout)
+                    logps = pair_logps(engine, layout, pairs, batch.pairs, self.train, mean_chosen_tokens, seen)
                     if whole is None:
                         loss = self.objective(logps, beta)
                         total = loss.losses.sum()

@@ -19,8 +19,8 @@ from raydpo.training.checkpoint.files import load_checkpoint
 from raydpo.training.checkpoint.preemption import PreemptionGuard
 from raydpo.training.checkpoint.saver import CheckpointSaver
 from raydpo.training.clock import StepClock
-from raydpo.training.evaluate import compare, evaluate
-from raydpo.training.gate import expected_first_loss, gate_rows, judge
+from raydpo.training.evaluate import Comparison, Gaps, compare, evaluate
+from raydpo.training.gate import GateReport, StepGate, expected_first_loss, gate_rows, judge
 from raydpo.training.hooks import TrainHooks
 from raydpo.training.job import TrainJob, TrainSummary
 from raydpo.training.pairs import TrainingPairs
@@ -129,17 +129,19 @@ class Trainer:
             begins: whether the run starts with its first step. Then the stored log-probs are checked, and the policy is
                 evaluated and sampled, before that step.
         """
+        gate = None
         if begins:
             self.hooks.phase("step-0 gate")
-            self.summary.gate = self.gate()
+            gate = self.gate()
             self.hooks.phase("first evaluation")
             self.evaluate(0)
             self.summary.samples_before = self._samples()
         self.hooks.phase("first step")
-        self._take_steps()
+        self._take_steps(gate)
 
-    def gate(self) -> str:
-        """Compare the stored log-probs with those of the starting policy. Return the outcome in one line.
+    def gate(self) -> StepGate | None:
+        """Compare stored log-probs with those of the starting policy, except those of the first step's pairs. Return what
+        compares these within the step; None if there is nothing to compare.
 
         Raises:
             GateError: if they differ by more than rounding.
@@ -153,18 +155,27 @@ class Trainer:
                 "cached and live log-probs are not compared"
             )
         else:
-            rows = gate_rows(pairs, plan.pairs(0), count=job.train.gate_pairs, seed=job.train.seed)
-            line = self._judged(pairs, rows)
+            seed, first = job.train.seed, np.unique(plan.pairs(0))
+            others = self._compared(pairs, gate_rows(pairs, first, count=job.train.gate_pairs, seed=seed))
             if (held_out := self._stored_held_out()) is not None:
-                self._judged(held_out, gate_rows(held_out, np.arange(0), count=HELD_OUT_PAIRS, seed=job.train.seed))
-        self.hooks.note(line)
-        return line
+                self._compared(held_out, gate_rows(held_out, first[:0], count=HELD_OUT_PAIRS, seed=seed))
+            return StepGate(Gaps(self.engine, pairs, first), lambda found: sum(others, start=self._judged(pairs, found)))
+        self._gated(line)
+        return None
 
-    def _judged(self, pairs: TrainingPairs, rows: Sequence[int]) -> str:
+    def _gated(self, line: str) -> None:
+        self.summary.gate = line
+        self.hooks.note(line)
+
+    def _compared(self, pairs: TrainingPairs, rows: Sequence[int]) -> list[GateReport]:
+        """Compute ``rows``, if there are any, and compare them."""
+        tokens = self.stepper.plan.tokens_per_batch
+        return [self._judged(pairs, compare(self.engine, pairs, rows, tokens))] if rows else []
+
+    def _judged(self, pairs: TrainingPairs, found: Comparison) -> GateReport:
         job, plan = self.job, self.stepper.plan
-        comparison = compare(self.engine, pairs, rows, plan.tokens_per_batch)
         beta, identities = job.train.beta_at(0, plan.total_steps), (str(job.policy.identity), job.reference_identity)
-        return judge(comparison, pairs, self.stepper.objective, beta, job.coarser_dtype, *identities).line()
+        return judge(found, pairs, self.stepper.objective, beta, job.coarser_dtype, *identities)
 
     def _stored_held_out(self) -> TrainingPairs | None:
         """The held-out pairs, if their stored log-probs are those of the starting policy at its own precision."""
@@ -204,7 +215,7 @@ class Trainer:
         prompts = [ids for _, ids in self.job.sample_prompts]
         return greedy_answers(self.engine, prompts, self.job.train.sample_tokens, self.job.sample_stop)
 
-    def _take_steps(self) -> None:
+    def _take_steps(self, gate: StepGate | None) -> None:
         train, summary, clock, total_steps = self.job.train, self.summary, self.stepper.clock, self.stepper.plan.total_steps
         start, before = time.perf_counter(), dataclasses.replace(summary)
         tokens = 0.0
@@ -213,7 +224,10 @@ class Trainer:
         while summary.steps < total_steps:
             with clock.phase("data"):
                 step = next(steps)
-            result = self.stepper.take(step, self._wishes())
+            result = self.stepper.take(step, self._wishes(), gate)
+            if gate is not None and gate.report is not None:
+                self._gated(gate.report.line())
+                gate = None
             row, done = result.row, step.number + 1
             tokens += row["tokens"]
             summary.steps = done

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -44,6 +45,8 @@ def pretended(monkeypatch):
 
     def run_verb(verb, config, work):
         asked.append(config | {"verb": verb})
+        if verb == "train":  # an earlier run directory would be continued
+            (Path(config["output"]) / run.NAME).mkdir(parents=True)
         steps = 0 if verb == "score" else config["train"].get("steps", len(work.rows) // 4)
         facts = {"phases": {"first step": 9.0}, "largest_pass": 128, "at_once": 2}
         one = trained(steps, step_seconds=[1.0] * steps, facts=facts)
@@ -103,9 +106,10 @@ def test_parts_that_run_separately_make_one_file_of_results(bench, pretended, ca
 
 def test_the_commands_are_what_a_user_would_type(bench, pretended):
     assert bench("--parts", "batches,train,sweep", "--steps", "2", "--orders", "shuffled") == 0
-    score, train, sweep = [each for each in pretended if isinstance(each, dict)]
+    score, train, again, sweep = [each for each in pretended if isinstance(each, dict)]
     assert [each["verb"] for each in (score, train, sweep)] == ["score", "train", "sweep"]
     assert score["output"] == train["output"] != sweep["output"] and train["data"]["shuffle"] is True
+    assert again == train, "the second training also takes two steps"
     assert train["train"] == {
         "pairs_per_step": 4, "lr": 1e-4, "beta": 0.1, "schedule": "constant", "warmup": 0.0, "steps": 2,
         "gpus_per_worker": 0,

@@ -17,7 +17,7 @@ from raydpo.training.launch.launch import _ray_trainer
 
 def callbacks():
     trainer = _ray_trainer(print, {}, TrainConfig(), Resources(1, 0.0, 1), sys.argv[1])
-    told = [type(one).__name__ for one in trainer._create_default_callbacks()]
+    told = [type(one).__name__ for one in trainer._create_default_callbacks()] + [type(trainer).__base__.__name__]
     return told + [f"{name}={value}" for name, value in get_env_vars_to_propagate().items()]
 
 def worker():
@@ -51,4 +51,5 @@ def test_a_ray_of_our_own(tmp_path):
     assert "BackendSetupCallback" in told["alone"] and "BackendSetupCallback" in told["on a cluster"]
     assert cleaner in told["on a cluster"] and watcher not in told["on a cluster"]
     assert cleaner not in told["alone"] and watcher in told["alone"]
+    assert "LocalTrainer" in told["alone"] and "TorchTrainer" in told["on a cluster"]
     assert "DatasetsCallback" not in told["alone"] + told["on a cluster"]

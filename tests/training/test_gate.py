@@ -92,12 +92,30 @@ def test_the_gate_tells_the_first_loss_with_light_tails(tiny_llama, tmp_path):
     assert told == pytest.approx(first, abs=2e-6)
 
 
-def test_rows_hold_first_step_extremes_and_others(tiny_llama):
+def test_rows_hold_extremes_and_others(tiny_llama):
     pairs = TrainingPairs(altered(with_reference(tiny_pairs(60), tiny_llama), 50, -40.0))
-    rows = gate_rows(pairs, np.array([7, 8, 9, 10]), count=12, seed=0)
-    assert len(rows) == len(set(rows)) == 12
-    assert set(rows) >= {7, 8, 9, 10, 50}
-    assert gate_rows(pairs, np.array([7]), count=100, seed=0) == list(range(60))
+    first = np.array([7, 8, 9, 10])
+    rows = gate_rows(pairs, first, count=12, seed=0)
+    assert len(rows) == len(set(rows)) == 8 and 50 in rows and not set(rows) & set(first)
+    assert len(gate_rows(pairs, np.arange(40), count=12, seed=0)) == 4, "the extremes are computed beside any first step"
+    assert gate_rows(pairs, np.array([7]), count=100, seed=0) == [row for row in range(60) if row != 7]
+
+
+def wrong_first_step(table, model, scratch):
+    """The error of a run whose gate computes no pair but those of the first step, and the steps that it took."""
+    try:
+        train_here(table, model, scratch, steps=2, shuffle=False, gate_pairs=1, policy={"identity": "policy"})
+    except GateError as error:
+        return str(error)
+
+
+def test_pairs_of_the_first_step_are_compared_before_its_update(tiny_llama, tmp_path):
+    right = with_reference(tiny_pairs(20), tiny_llama)
+    for row, found in ((2, "pair tiny:3 differs"), (19, None)):  # no first step holds the last pair
+        said = run_distributed(
+            wrong_first_step, 2, tmp_path / f"{row}", altered(right, row, -3.0), tiny_llama, tmp_path / "scratch"
+        )
+        assert all(found in one if found else one is None for one in said), said
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def test_it_starts_as_its_reference_and_learns(kind, tiny_llama, tmp_path):
     )[0]
     # int8 rounds activations too: what float32 rounds in its last bit may there fall to another of 255 values.
     assert losses[0] == pytest.approx(math.log(2), abs=2e-4 if kind == "8bit" else 1e-5), notes
-    assert "12 pairs scored again" in gate
+    assert "12 pairs computed again" in gate
     assert min(losses[2:]) < losses[0] - 0.001, losses
     if kind == "pattern":
         assert weights and all("layers.1." in name and ("q_proj" in name or "v_proj" in name) for name in weights)

@@ -75,7 +75,7 @@ def test_ranks_that_compute_together_equal_one(workers, kinds, table, tiny_llama
         assert [row["eval_loss"] for row in ours[1]] == pytest.approx([row["eval_loss"] for row in evals], abs=1e-5)
         assert ours[3] == pytest.approx(weights, abs=1e-3), name
         assert "sequence parallel: 2 devices compute each micro-batch together" in ours[2][0]
-        assert any("12 pairs scored again" in note for note in ours[2])
+        assert any("12 pairs computed again" in note for note in ours[2])
     # Its checkpoints are continued by one rank that computes alone.
     (rest,) = run_distributed(continued, 1, tmp_path / "rest", *args, tmp_path / "s", tmp_path / "k2" / "recomputed")
     assert rest == pytest.approx([row["loss"] for row in alone["recomputed"][0]][AT:], abs=1e-5)

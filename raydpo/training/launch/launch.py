@@ -82,12 +82,15 @@ def _ray_trainer(
     # Each of Ray Train's helpers is a process, which takes a CPU second to start. Pairs come through the object store, so
     # there is no data set to divide. A Ray of our own ends with the driver, so that no worker outlives its controller.
     unused = {"DatasetsCallback"} | ({"PlacementGroupCleanerCallback"} if owns_ray() else set())
+    on_gpus, varies = resources.device == "cuda", resources.fewest not in (None, resources.workers)
+    base = TorchTrainer
+    if owns_ray() and not varies:
+        from raydpo.training.launch.local import LocalTrainer as base
 
-    class Trainer(TorchTrainer):
+    class Trainer(base):
         def _create_default_callbacks(self) -> list[Any]:
             return [one for one in super()._create_default_callbacks() if type(one).__name__ not in unused]
 
-    on_gpus, varies = resources.device == "cuda", resources.fewest not in (None, resources.workers)
     return Trainer(
         worker,
         train_loop_config=given,
