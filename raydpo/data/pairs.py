@@ -129,11 +129,12 @@ def load_pairs(
         trained_on = set(train[_QUESTION].to_pylist())
         report.leaked = sum(question in trained_on for question in held[_QUESTION].to_pylist())
     train, held = _thinned(train, config, report), None if held is None else _without_digests(held)
-    if PAIR_WEIGHT in train.column_names and not pc.any(pc.greater(train[PAIR_WEIGHT], 0)).as_py():
-        raise DataError(
-            f"data.weight_column {config.weight_column!r} is 0 for all {train.num_rows:,} training pairs, so nothing would "
-            "be learned; correct the weights, or drop data.weight_column"
-        )
+    for name, pairs, use in (("training", train, "learned"), ("held-out", held, "measured")):
+        if pairs is not None and config.weight_column is not None and not pc.any(pc.greater(pairs[PAIR_WEIGHT], 0)).as_py():
+            raise DataError(
+                f"data.weight_column {config.weight_column!r} is 0 for all {pairs.num_rows:,} {name} pairs, so nothing "
+                f"would be {use}; correct the weights, or drop data.weight_column"
+            )
     return PairSets(train, held, report)
 
 

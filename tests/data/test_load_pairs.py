@@ -253,6 +253,9 @@ def test_weights_and_margins_that_are_hardly_meant(tokeniser, write):
     assert "data prefs: 2 records: 'importance' (data.weight_column) is 0, so nothing is learned from these" in told
     (line,) = [line for line in told if "'gap'" in line]
     assert line.startswith("warning: data prefs: 1 records: 'gap' (data.margin_column) is below 0")
+    held = write([text(9) | {"importance": 0}], "held.jsonl")
+    with pytest.raises(DataError, match="'importance' is 0 for all 1 held-out pairs, so nothing would be measured"):
+        load(tokeniser, write(records), weight_column="importance", eval=held)
     records = [text(number) | {"importance": 0} for number in range(4)]
     with pytest.raises(DataError, match="'importance' is 0 for all 4 training pairs, so nothing would be learned"):
         load(tokeniser, write(records), weight_column="importance")
