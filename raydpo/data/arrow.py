@@ -18,7 +18,8 @@ _NULLS_MEANT = frozenset(("tools", "parameters", "arguments", "chat_template_kwa
 def rows(batch: pa.RecordBatch | pa.Table) -> Iterator[tuple[dict[str, Any], tuple[str, ...]]]:
     """Yield each row as a dictionary, and the fields inside which a null was left out that may be meant.
 
-    Columns of the extension type arrow.json are decoded, at any depth, and maps become dictionaries. Nulls:
+    Columns of the extension type arrow.json are decoded, at any depth, maps become dictionaries, and decimals plain numbers.
+    Nulls:
 
     - A column that is null in a row is left out of that row.
     - Arrow gives each struct the fields of all others of its column, as nulls, and a template would print them. So a null
@@ -54,6 +55,8 @@ def _decoder(field: pa.Field, left_out: set[str], inside: str | None = None) -> 
         named, kind = kind.extension_name, kind.storage_type
     if named == "arrow.json":
         return _from_json
+    if pa.types.is_decimal(kind):
+        return int if kind.scale <= 0 else float
     if pa.types.is_struct(kind):
         return _struct_decoder(kind, left_out, inside)
     if pa.types.is_map(kind):

@@ -238,6 +238,12 @@ def _ranked(record: Mapping[str, Any], present: tuple[str, ...], name: str, note
         else entry
         for entry in entries
     ]
+    if without := [entry for entry, answer in zip(entries, answers, strict=True) if answer is None]:
+        fields = quoted(dict.fromkeys(str(field) for entry in without if isinstance(entry, Mapping) for field in entry))
+        raise Malformed(
+            f"{len(without)} of {len(entries)} {name} have none of the fields {quoted(_ANSWERS[:3])} with an answer"
+            + (f"; their fields are {fields}" if fields else "")
+        )
     best_first = sorted(range(len(answers)), key=places.__getitem__)
     if kind == "ranks" and isinstance(scores := record.get("scores"), list) and len(scores) == len(places):
         one_by_one = combinations(range(len(places)), 2)
@@ -271,6 +277,8 @@ def _places(entries: list[Any], record: Mapping[str, Any], name: str) -> tuple[l
             continue
         if not isinstance(values, Sequence) or len(values) != len(entries):
             raise Malformed(f"{name} and {column} differ in number")
+        if column == "ranks" and any(isinstance(value, bool) for value in values):
+            raise Malformed("ranks are truth values, and true may mean best or worst: write 1 for the best, 2 for the next")
         try:
             numbers = [sign * float(value) for value in values]
         except (TypeError, ValueError):

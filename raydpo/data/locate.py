@@ -85,7 +85,8 @@ def _in_directory(storage: Storage, source: SourceConfig) -> tuple[Sequence[str]
     shown, below = redact(source.path), ""
     if source.subset is not None:
         below = f"{source.subset}/"
-        if not storage.list(source.subset):
+        outside = source.subset.startswith("/") or ".." in source.subset.split("/")
+        if outside or not storage.list(source.subset):
             raise DataError(
                 f"the directory {shown} has no directory {source.subset!r}, its subset; found "
                 f"{some_of(storage.list(), _MOST_NAMED)}"
@@ -111,6 +112,9 @@ def _in_directory(storage: Storage, source: SourceConfig) -> tuple[Sequence[str]
     directories = [f"{name}/" for name in sorted(names - set(entries)) if not name.startswith((".", "_"))] if found else []
     if not found:
         found = [name for name in _all_below(storage, below) if _is_data(name[len(below) :])]
+    elif of_split := _directories_of_split(found, directories, source, below):
+        found += [name for name in _all_below(storage, below) if name.startswith(of_split) and _is_data(name[len(below) :])]
+        directories = [name for name in directories if below + name not in of_split]
     if not found:
         raise DataError(f"the directory {shown} holds no {', '.join(DATA_SUFFIXES)} files, compressed or not")
     chosen = _of_split(found, source, below)
@@ -169,12 +173,26 @@ def _is_data(name: str) -> bool:
     )
 
 
+def _directories_of_split(found: list[str], directories: list[str], source: SourceConfig, below: str) -> tuple[str, ...]:
+    """The directories named like the wanted split, if none of the files beside them is."""
+    wanted = _wanted(source)
+    if any(_split(name[len(below) :]) in wanted for name in found):
+        return ()
+    return tuple(
+        below + name for name in directories if _KEYWORD.fullmatch(name[:-1].lower()) and _canonical(name[:-1]) in wanted
+    )
+
+
+def _wanted(source: SourceConfig) -> set[str]:
+    return {_canonical(part.strip()) for part in source.split.split("+")}
+
+
 def _of_split(names: list[str], source: SourceConfig, below: str) -> list[str]:
     """The files of the wanted split where their names say so, for ``train`` otherwise those whose names name none."""
     splits = {name: _split(name[len(below) :]) for name in names}
     if not any(splits.values()):
         return names
-    wanted = {_canonical(part.strip()) for part in source.split.split("+")}
+    wanted = _wanted(source)
     chosen = [name for name in names if splits[name] in wanted]
     near = sorted({split for split in splits.values() if split and split.partition("_")[0] in wanted})
     if not chosen and len(near) == 1:

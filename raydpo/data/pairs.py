@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from raydpo.config import DataConfig, SourceConfig, source_name
 from raydpo.data.keys import completion_key
@@ -17,10 +18,11 @@ from raydpo.data.preference import Preference, normalise
 from raydpo.data.records import Record, read_records
 from raydpo.data.remarks import SPELLED
 from raydpo.data.scores import Compared, compared
-from raydpo.data.split import held_out, kept, prompt_digest
+from raydpo.data.split import held_out, kept, prompt_digest, question_digest
 from raydpo.data.spool import Spool, spooled
 from raydpo.data.tally import DataReport, SourceReport
 from raydpo.data.tokenise import TokenisedPair, Tokeniser
+from raydpo.errors import DataError
 from raydpo.storage.uri import redact
 
 __all__ = [
@@ -56,10 +58,14 @@ PAIR_MARGIN = "pair_margin"
 """Additional column, float64, if ``data.margin_column`` is set."""
 _PROMPT = "prompt_digest"
 """A column while pairs are loaded: ``split.prompt_digest``."""
+_QUESTION = "question_digest"
+"""Likewise, ``split.question_digest``; only if pairs are held out."""
 CHUNK = 1000
 HELD_OUT = "held-out"
 """Source name of the pairs of ``data.eval.path``."""
 Reader = Callable[[SourceConfig], Iterator[Record]]
+_FEWEST_WITH_MORE = 3
+"""Columns of a record that may have another one than its pair."""
 MOST_CHARACTERS, CHARACTERS_A_TOKEN = 1_000_000, 100
 """A pair is dropped before it is tokenised if it has more characters than the first and than the second for each token of
 ``max_length``. Tokenising 10 MB takes a byte-level tokenizer a minute, and of such a text hardly 1 % would be used."""
@@ -116,12 +122,20 @@ def load_pairs(
     held = None
     if config.eval is not None and config.eval.path is not None:
         held = _load_source(held_out_source(config), HELD_OUT, config, tokeniser, report, set(), progress, reader)
-        trained_on = set(train[_PROMPT].to_pylist())
-        report.leaked = sum(prompt in trained_on for prompt in held[_PROMPT].to_pylist())
     elif config.eval is not None and config.eval.fraction is not None:
         mask = held_out(train[_PROMPT].to_pylist(), config.eval.fraction)
         train, held = _where(train, ~mask, schema), _where(train, mask, schema)
-    return PairSets(_thinned(train, config, report), None if held is None else held.drop_columns(_PROMPT), report)
+    if held is not None:
+        trained_on = set(train[_QUESTION].to_pylist())
+        report.leaked = sum(question in trained_on for question in held[_QUESTION].to_pylist())
+    train, held = _thinned(train, config, report), None if held is None else _without_digests(held)
+    for name, pairs, use in (("training", train, "learned"), ("held-out", held, "measured")):
+        if pairs is not None and config.weight_column is not None and not pc.any(pc.greater(pairs[PAIR_WEIGHT], 0)).as_py():
+            raise DataError(
+                f"data.weight_column {config.weight_column!r} is 0 for all {pairs.num_rows:,} {name} pairs, so nothing "
+                f"would be {use}; correct the weights, or drop data.weight_column"
+            )
+    return PairSets(train, held, report)
 
 
 def check_first_records(source: SourceConfig, name: str, config: DataConfig, reader: Reader = read_records) -> None:
@@ -145,7 +159,11 @@ def _thinned(train: pa.Table, config: DataConfig, report: DataReport) -> pa.Tabl
     if config.fraction != 1:
         kept_rows = _where(train, kept(train[_PROMPT].to_pylist(), config.fraction, config.fraction_seed), _schema(config))
         report.thinned = (kept_rows.num_rows, train.num_rows)
-    return kept_rows.drop_columns(_PROMPT)
+    return _without_digests(kept_rows)
+
+
+def _without_digests(pairs: pa.Table) -> pa.Table:
+    return pairs.drop_columns([name for name in (_PROMPT, _QUESTION) if name in pairs.column_names])
 
 
 def held_out_source(config: DataConfig) -> SourceConfig:
@@ -195,6 +213,7 @@ def _load_chunk(
     bad_rows: set[int] = set()
     numbers = _numbers(config)
     places, preferences = _normalised(records, account, bad_rows, numbers)
+    _note_options(records, tokeniser.template.options - set(numbers.values()), account)
     places, preferences = _without_giants(places, preferences, config.max_length, account)
     read = account.repeats.taken_off(_for_template(preferences, bool(tokeniser.tokenizer.chat_template), account))
     rows: list[tuple[Any, ...]] = []
@@ -214,8 +233,8 @@ def _load_chunk(
             continue
         keys = completion_key(ids.prompt, ids.chosen), completion_key(ids.prompt, ids.rejected)
         lengths = len(ids.chosen), len(ids.rejected)
-        digest = prompt_digest(preference.prompt)
-        rows.append((place.pair_id, place.source, source.weight, *used, *keys, *lengths, *preference.numbers, digest))
+        prompt = prompt_digest(preference.prompt), *([] if config.eval is None else [question_digest(preference.prompt)])
+        rows.append((place.pair_id, place.source, source.weight, *used, *keys, *lengths, *preference.numbers, *prompt))
         if used is not ids:
             account.truncated += sum(len(short) < len(full) for short, full in zip(used, ids, strict=True))
         account.scores.add(place.scores, place.where)
@@ -226,6 +245,19 @@ def _load_chunk(
     account.malformed_records += len(bad_rows)
     account.kept += len(rows)
     return _table(rows, _schema(config))
+
+
+def _note_options(records: list[Record], options: frozenset[str], account: SourceReport) -> None:
+    """Note columns that are called as a variable of the chat template is, and not given to it."""
+    for record in records:
+        if record.value is None or len(record.value) < _FEWEST_WITH_MORE:
+            continue
+        for name in record.value.keys() & options:
+            if isinstance(value := record.value[name], (bool, int, float, str)) and len(str(value).split()) == 1:
+                account.understood[
+                    f"warning: {name!r} is not given to the chat template, which reads a variable of this name: write it "
+                    "into a column chat_template_kwargs, or drop the column"
+                ] += 1
 
 
 def _without_giants(
@@ -278,9 +310,22 @@ def _numbers(config: DataConfig) -> dict[str, str]:
     return {ours: theirs for ours, theirs in wanted.items() if theirs is not None}
 
 
+def _odd_number(name: str, value: float) -> str | None:
+    """A note about a weight or margin that is allowed, but may not be meant; the column's name goes into its braces."""
+    if name == PAIR_WEIGHT and value == 0:
+        return "{!r} (data.weight_column) is 0, so nothing is learned from these"
+    if name == PAIR_MARGIN and value < 0:
+        return (
+            "warning: {!r} (data.margin_column) is below 0, so the loss lets the rejected answer be better by that much; "
+            "swap the answers of these, or leave them out"
+        )
+    return None
+
+
 def _schema(config: DataConfig) -> pa.Schema:
     """Columns while pairs are loaded. ``spooled`` tables may have wider offsets."""
-    return pa.schema([*PAIR_SCHEMA, *((name, pa.float64()) for name in _numbers(config)), (_PROMPT, _KEY)])
+    more = [] if config.eval is None else [(_QUESTION, _KEY)]
+    return pa.schema([*PAIR_SCHEMA, *((name, pa.float64()) for name in _numbers(config)), (_PROMPT, _KEY), *more])
 
 
 def _normalised(
@@ -309,7 +354,12 @@ def _normalised(
             account.understood.update(found[0].notes)
         if found[0].unused:
             account.unused.update(found[0].unused)
-        scores = compared(record.value) if len(found) == 1 and len(record.value) > 3 else None
+        for name, value in zip(numbers, found[0].numbers, strict=True):
+            if (note := _odd_number(name, value)) is not None:
+                account.understood[note.format(numbers[name])] += 1
+        scores = (
+            compared(record.value) if len(found) == 1 and (len(record.value) > 3 or "prompt" not in record.value) else None
+        )
         for number in range(len(found)):
             pair_id = f"{account.name}:{record.row}" + (f"#{number}" if number else "")
             places.append(_Place(pair_id, record.where, record.row, record.source or account.name, scores))

@@ -285,6 +285,12 @@ def _parts(prompt: Any, chosen: Any, rejected: Any, notes: Notes) -> Parts:
                 raise Malformed(f"{name} is neither text nor messages")
     else:
         prompt = messages(prompt, "prompt", notes)
+        if not says_something(prompt):
+            raise Malformed("prompt is empty")
+        if prompt[-1]["role"] == "user" and not says_something(prompt[-1:]):
+            notes[
+                "warning: the last message of the prompt is empty, so the answers are to nothing; remove these records"
+            ] = None
         if _ONE_IS_JSON in notes:  # the other is the text of an answer, so both are answers in a conversation
             del notes[_ONE_IS_JSON]
             notes[_WRITTEN] = None

@@ -233,6 +233,8 @@ def _recoded(content: bytes, label: str) -> tuple[IO[bytes], str]:
     try:
         text = content.decode(encoding).removeprefix("\ufeff")
     except UnicodeDecodeError:
+        if encoding.startswith("utf-8"):
+            raise DataError(f"{label} holds bytes that are no text (is it compressed twice?); save it as UTF-8") from None
         raise DataError(f"{label} is neither UTF-8 nor valid {encoding.upper()}; save it as UTF-8") from None
     return io.BytesIO(text.encode("utf-8", "surrogatepass")), f"{label} is {encoding.upper()}, not UTF-8"
 

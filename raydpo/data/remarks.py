@@ -21,7 +21,8 @@ EMPTY_THOUGHT, NO_THOUGHT_BEGINS, PROMPT_END = (
     "thoughts without a beginning",
     "end of the prompt left out",
 )
-NO_END, EOS_TWICE = "no end of turn", "EOS twice"
+NO_END, AFTER_END, EOS_TWICE = "no end of turn", "text after the end", "EOS twice"
+REFLOWED, GLUED = "white space changed", "no white space between"
 BOS_REMOVED, BOS_TWICE, BOS_MISSING = "second BOS taken off", "BOS twice", "no BOS"
 SPELLED, SPELLED_BEFORE, TEXT_FOR_CHAT = "special tokens spelled", "special tokens in a text prompt", "text for a chat model"
 CHANGED, UNREAD, FIELD = "given in another form", "arguments of the template not read", "fields of messages left out"
@@ -59,6 +60,18 @@ _SENTENCES = {
     NO_END: (
         "warning: in {count} pairs no special token follows the last text of an answer: {all}; so the model does not learn "
         "to stop. Use a chat template that ends a turn with a special token of the tokenizer"
+    ),
+    AFTER_END: (
+        "warning: in {count} pairs the chat template writes more after the end of an answer, and the model learns to write "
+        "it: {all}; use a template that begins the next turn only where add_generation_prompt is set"
+    ),
+    REFLOWED: (
+        "warning: the chat template changes white space inside texts of {count} pairs, such as line breaks: {all}; use a "
+        "template that writes them as they are"
+    ),
+    GLUED: (
+        "warning: in {count} pairs of plain text prompt and answer meet without white space: {all}; end the prompts with a "
+        "line break, or begin the answers with a space"
     ),
     EOS_TWICE: (
         "warning: the answers of {count} pairs end with EOS twice: {all}; take it off the end of the answers, or out of the "

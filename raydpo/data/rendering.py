@@ -181,6 +181,7 @@ class RenderingCheck:
         self._check_spelling("prompt", [one.text for one in wanted], found)
         self._check_spelling_of_others("prompt", prompt, [*more, *(one.text for one in fields)], found)
         _check_fields(prompt, fields, wanted, more, found)
+        found += _reflowed("prompt", prompt, wanted)
         for one in left_out(prompt, wanted, more):
             kind = _LOST_IN_PROMPT.get(one.what, remarks.LOST)
             found.append(Remark(kind, f"{one.what} (prompt)" if one.turn >= 0 else one.what, one.text, remedy(one.what)))
@@ -203,6 +204,7 @@ class RenderingCheck:
         self._check_spelling_of_others(side, region, [*more, *(one.text for one in fields)], found)
         _check_fields(region, fields, wanted, more, found)
         lost = left_out(region, wanted, more)
+        found += _reflowed(side, region, wanted)
         if lost and len(lost) >= sum(len(_pieces(one)) for one in wanted):
             what = ", ".join(dict.fromkeys(one.what for one in lost))
             raise Malformed(f"the chat template leaves out or changes all of {side} ({what}); {remedy(lost[0].what)}")
@@ -216,7 +218,10 @@ class RenderingCheck:
         self._check_thoughts(side, texts, whole, start, found)
         place = self._last_place(whole, texts[-1], start) if texts else -1
         if place >= 0:
-            self._check_end(whole[place + len(texts[-1]) :], texts[-1], found)
+            tail = whole[place + len(texts[-1]) :]
+            if type(messages[-1].get("content")) is str and len(messages[-1]) == 2:  # so that it is the last text
+                self._check_after_end(tail, found)
+            self._check_end(tail, texts[-1], found)
         else:  # the last text is written otherwise: its end may be among the last characters
             self._check_end(whole[max(start, len(whole) - _TAIL) :], None, found)
 
@@ -269,8 +274,14 @@ class RenderingCheck:
             found.append(Remark(remarks.NO_END, "", tail))
         elif self._eos and self._ends_twice(tail, last):
             found.append(Remark(remarks.EOS_TWICE, "", tail))
-        elif last is not None and len(self._sound_tails) < 1000:
+        elif last is not None and len(self._sound_tails) < 1000 and remarks.AFTER_END not in {one.kind for one in found}:
             self._sound_tails.add(tail)
+
+    def _check_after_end(self, tail: str, found: list[Remark]) -> None:
+        """Note words behind the token that ends an answer, such as the beginning of a next turn."""
+        end = self._end.search(tail)
+        if end is not None and self._end.sub("", tail[end.end() :]).strip():
+            found.append(Remark(remarks.AFTER_END, "", tail[end.end() :].strip()))
 
     def _ends_twice(self, tail: str, last: str | None) -> bool:
         if last is not None:
@@ -438,6 +449,18 @@ def left_out(rendered: str, wanted: Sequence[Text], more: Sequence[str] = ()) ->
             rest = rest[: place[0]] + _CUT + rest[place[1] :]
     called = {one.text for one in wanted if one.what == remarks.CALLS}
     return [one._replace(what=remarks.NAMES) if one.what == remarks.TOOLS and one.text in called else one for one in lost]
+
+
+def _reflowed(part: str, rendered: str, wanted: Sequence[Text]) -> list[Remark]:
+    """A remark for each text that ``rendered`` holds with other white space, but for that at tags of thoughts."""
+    found, rest = [], ""
+    for one in wanted:
+        for piece in _pieces(one) if one.text not in rendered else []:
+            bare = "".join(piece.text.split())
+            rest = rest or "".join(rendered.split())
+            if bare in rest and not any(form in rendered for form in _forms(piece.text)):
+                found.append(Remark(remarks.REFLOWED, f"{one.what} ({part})", piece.text))
+    return found
 
 
 def _found(rest: str, text: str) -> tuple[int, int] | None:

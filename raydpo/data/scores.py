@@ -23,10 +23,11 @@ _LOWER_IS_BETTER = {
 _DIFFERENCES = {"margin", "difference", "diff", "gap", "strength"}
 """Words in the names of columns that hold how much better the chosen answer is."""
 _NOT_QUALITY = {"logp", "logps", "logprob", "logprobs", "ref", "reference", "length", "tokens", "weight"}
-_VERDICTS, _VERDICT = ("status", "winner", "verdict"), 0
-"""Columns of text that may call a pair a tie, and what stands for the sign of such a column."""
+_VERDICTS, _VERDICT = ("status", "winner", "verdict", "preference", "preferred", "better", "choice"), 0
+"""Columns of text that may call a pair a tie or name its better answer, and what stands for the sign of such a column."""
+_SAID = {"chosen": 1, "rejected": -1}
 _LISTED = 2
-"""What stands for the sign of a column with a list of two numbers."""
+"""What stands for the sign of a column with two numbers."""
 _GENERATIONS = ("generations", "completions", "responses")
 _FIRST = 3
 
@@ -136,7 +137,8 @@ def _better(record: Mapping[str, Any], names: tuple[str, ...], sign: int) -> flo
     """How much better the chosen answer is by these columns; None if they do not say."""
     if sign == _VERDICT:
         value = record[names[0]]
-        return 0 if isinstance(value, str) and value.lower().startswith("tie") else None
+        value = value.strip().lower() if isinstance(value, str) else ""
+        return 0 if value.startswith("tie") else _SAID.get(value)
     if sign == _LISTED:
         return _of_list(record, names[0])
     values = [_total(record[name]) for name in names]
@@ -146,16 +148,19 @@ def _better(record: Mapping[str, Any], names: tuple[str, ...], sign: int) -> flo
 
 
 def _of_list(record: Mapping[str, Any], name: str) -> float | None:
-    """How much better the chosen answer is by a list of two numbers: of the answers in the column ``generations`` if that
-    holds two, otherwise of chosen and rejected."""
+    """How much better the chosen answer is by an object of two numbers, or a list of them: of the answers in the column
+    ``generations`` if that holds two, otherwise of chosen and rejected."""
     value = record[name]
+    named = isinstance(value, Mapping) and value.keys() >= _SAID.keys()
+    if named:
+        value = [value[side] for side in _SAID]
     if not isinstance(value, list) or len(value) != 2:
         return None
     numbers = [_number(each) for each in value]
     if None in numbers:
         return None
     listed = next((record[other] for other in _GENERATIONS if isinstance(record.get(other), list)), None)
-    if listed is not None:
+    if listed is not None and not named:
         said = [_answer(record.get("chosen")), _answer(record.get("rejected"))]
         found = [_answer(each) for each in listed]
         if len(found) != 2 or said[0] == said[1] or set(map(str, said)) != set(map(str, found)):

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from raydpo.data.messages import Text
+from raydpo.data.messages import Text, content_text
+from raydpo.data.preference import as_text
 from raydpo.errors import DataError
 
-__all__ = ["held_out", "kept", "prompt_digest"]
+__all__ = ["held_out", "kept", "prompt_digest", "question_digest"]
 
 _encode = json.JSONEncoder(sort_keys=True, default=str).encode
 
@@ -23,6 +24,12 @@ def prompt_digest(prompt: Text) -> bytes:
     """
     content = prompt if isinstance(prompt, str) else _encode(prompt)
     return hashlib.blake2b(content.encode(), digest_size=16, person=b"raydpo-prompt-1").digest()
+
+
+def question_digest(prompt: Text) -> bytes:
+    """16-byte digest of what a prompt says: the same for text and for a single message, and with white space around it."""
+    one = not isinstance(prompt, str) and len(prompt) == 1
+    return prompt_digest((content_text(prompt[0]) if one else as_text(prompt)).strip())
 
 
 def held_out(digests: Sequence[bytes], fraction: float) -> np.ndarray:

@@ -30,6 +30,11 @@ _DIRECTIVES = "aAbBcdDeFHhIjklmMnpPrRsStTuUVwWxXyYzZCGg"
 _READS_FUNCTION = re.compile(r"""role\W[^{}]*['"]function['"]""")
 """A template that asks whether a role is ``function``."""
 _GENERATION = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")
+_GIVEN = {
+    "messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "pad_token", "unk_token",
+    "raise_exception", _CLOCK, "system", "role", "content",
+}  # fmt: skip
+"""Variables that transformers sets, that a column of a record is read into, or that loops of templates set."""
 _ONE, _TWO = "raydpoOne", "raydpoTwo"
 """Texts of probes, found in no template."""
 _USER: Message = {"role": "user", "content": "x"}
@@ -77,6 +82,13 @@ class ChatTemplate:
         if template not in self._names:
             self._names[template] = _variables(template)
         return name in self._names[template]
+
+    @cached_property
+    def options(self) -> frozenset[str]:
+        """Names of variables that the template reads and that only its user can set, such as ``enable_thinking``."""
+        template = self.tokenizer.chat_template or {}
+        texts = template.values() if isinstance(template, Mapping) else [template]
+        return frozenset().union(*map(_variables, texts)) - _GIVEN
 
     def render(self, messages: list[Message], tools: list[Any] | None = None, generate: bool = False, **kwargs: Any) -> str:
         """The text of a conversation; with ``generate`` up to where the assistant begins to answer.

@@ -30,6 +30,7 @@ _FILES = (
 )  # fmt: skip
 
 _SHORT = 20
+_SENTENCE_ENDS = (".", "?", "!")
 _PROBE = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
 
 
@@ -61,6 +62,7 @@ def load_tokenizer(path: str, *, chat_template: str | None = None, trust_remote_
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raise what their backends raise
+        _refuse_config(path, error, trust_remote_code)
         raise FilesError(
             f"cannot load a tokenizer from {path!r}: {reason(error, 300)}; set model.tokenizer to a directory "
             "with tokenizer.json, or a hub name"
@@ -69,6 +71,21 @@ def load_tokenizer(path: str, *, chat_template: str | None = None, trust_remote_
         tokenizer.chat_template = _template_text(chat_template)
         _check_syntax(tokenizer, chat_template)
     return tokenizer
+
+
+def _refuse_config(path: str, error: Exception, trust_remote_code: bool) -> None:
+    """Refuse config.json if ``error``, raised while a tokenizer was loaded, is about it: that reads the model's settings."""
+    from transformers import AutoConfig
+
+    if has_tokenizer(path) and Path(path, "config.json").is_file():
+        try:
+            AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        except Exception as wrong:  # settings are checked by many classes
+            if str(wrong) == str(error):
+                raise FilesError(
+                    f"transformers refuses {path}/config.json: {reason(wrong, 300)}; correct that entry, or give the "
+                    "config.json that belongs to the weights"
+                ) from None
 
 
 def _template_text(template: str) -> str:
@@ -101,6 +118,17 @@ def _short(content: Any) -> str:
     if isinstance(content, list):
         content = content[0].get("text") if len(content) == 1 and isinstance(content[0], dict) else None
     return content.strip() if isinstance(content, str) and len(content) <= _SHORT else ""
+
+
+def _glued(preference: Preference) -> str:
+    """Where a text prompt and an answer meet, if a sentence or word ends there and the next begins without white space."""
+    last = preference.prompt[-1:]
+    for answer in (preference.chosen, preference.rejected):
+        first = answer[:1]
+        begins = first.isupper() and (last.islower() or last.isdecimal())
+        if not (begins or (last in _SENTENCE_ENDS and (first.isupper() or first.islower() or first.isdecimal()))):
+            return ""
+    return f"{preference.prompt[-_SHORT:]}{preference.chosen[:_SHORT]}"
 
 
 class Tokeniser:
@@ -233,6 +261,8 @@ class Tokeniser:
             token = other
         if token is None and self.tokenizer.chat_template:
             found.append(Remark(remarks.TEXT_FOR_CHAT, "", own))
+        elif token is None and (meeting := _glued(preference)):
+            found.append(Remark(remarks.GLUED, "", meeting))
         if preference.tools or preference.template_kwargs:
             for what, value in ((remarks.TOOLS, preference.tools), ("chat_template_kwargs", preference.template_kwargs)):
                 if value:
@@ -259,6 +289,7 @@ class Tokeniser:
                 self.template.render(prompt + rejected, tools, **arguments),
             )
         except Exception as error:  # templates raise what their authors wrote
+            self._refuse_template(error)
             raise Malformed(f"the chat template refuses it: {refusal(error, self.tokenizer.chat_template)}") from None
         found = self._check.remarks(preference, *texts)
         for part, before, messages in (("prompt", [], prompt), ("chosen", prompt, chosen), ("rejected", prompt, rejected)):
@@ -274,6 +305,22 @@ class Tokeniser:
             if not self.template.reads(key, tools):
                 found.append(Remark(remarks.UNREAD, key))
         return texts, found
+
+    def _refuse_template(self, error: Exception) -> None:
+        """Refuse the tokenizer's chat template if ``error`` is about the template, whatever the record holds."""
+        from jinja2 import TemplateSyntaxError
+
+        template = self.tokenizer.chat_template
+        if isinstance(error, TemplateSyntaxError):
+            raise FilesError(
+                f"the tokenizer's chat template is not valid Jinja: line {error.lineno}: {reason(error, 200)}; correct it, "
+                "or set data.chat_template"
+            ) from None
+        if isinstance(template, dict) and "default" not in template and isinstance(error, ValueError):
+            raise FilesError(
+                f"the tokenizer has chat templates called {', '.join(map(repr, sorted(template)))} and none called "
+                "'default'; set data.chat_template to one of them"
+            ) from None
 
     def _begun(self, *texts: list[int], conversational: bool, found: list[Remark]) -> tuple[list[int], ...]:
         """The ids of a pair, without a second BOS that the tokenizer put before the text's own."""

@@ -13,11 +13,11 @@ import numpy as np
 import pyarrow as pa
 
 from raydpo.config import Config, DataConfig, EvaluateConfig, SourceConfig, check_verb, source_name
-from raydpo.data.messages import Malformed, Text, content_text
+from raydpo.data.messages import Malformed, Text
 from raydpo.data.pairs import HELD_OUT, held_out_source
-from raydpo.data.preference import as_text, normalise
+from raydpo.data.preference import normalise
 from raydpo.data.records import Record, read_records
-from raydpo.data.split import held_out, kept, prompt_digest
+from raydpo.data.split import held_out, kept, prompt_digest, question_digest
 from raydpo.errors import ConfigError
 
 __all__ = ["Prompt", "choose_prompts", "evaluation_data", "prompt_texts", "reading", "sources_of", "trained_on"]
@@ -132,7 +132,7 @@ def trained_on(pairs: pa.Table, config: Config, training: DataConfig) -> int:
     questions: dict[bytes, bytes] = {}
     for source in training.train:
         for record in read_records(source):
-            questions |= {prompt_digest(prompt): _question(prompt) for prompt in _prompts(record)}
+            questions |= {prompt_digest(prompt): question_digest(prompt) for prompt in _prompts(record)}
     digests = list(questions)
     stay = np.ones(len(digests), bool)
     if training.eval is not None and training.eval.fraction is not None:
@@ -145,7 +145,7 @@ def trained_on(pairs: pa.Table, config: Config, training: DataConfig) -> int:
         for name, source in sources_of(config).items()
         for record in read_records(source)
         for number, prompt in enumerate(_prompts(record))
-        if _question(prompt) in known
+        if question_digest(prompt) in known
     }
     return sum(pair_id in asked for pair_id in pairs["pair_id"].to_pylist())
 
@@ -155,12 +155,6 @@ def _prompts(record: Record) -> list[Text]:
         return [preference.prompt for preference in normalise(record.value or {})]
     except Malformed:
         return []
-
-
-def _question(prompt: Text) -> bytes:
-    """Digest of a prompt's text, 16 bytes; the same for text and for a single message."""
-    one = not isinstance(prompt, str) and len(prompt) == 1
-    return prompt_digest((content_text(prompt[0]) if one else as_text(prompt)).strip())
 
 
 def _preference_prompt(record: Record, number: int) -> Text:

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from raydpo.data.tokenise import load_tokenizer
 from raydpo.errors import FilesError
-from raydpo.model.files import model_files, read_header
+from raydpo.model.files import GENERATION, model_files, read_header
 
 if TYPE_CHECKING:
     from torch import nn
@@ -168,12 +168,12 @@ def tokenizer_warnings(tokenizer: Any, models: Mapping[str, str], trust_remote_c
     warnings = []
     ours = {number: token for token, number in tokenizer.get_vocab().items()}
     for path, directory in models.items():
-        ends = _ends(Path(directory))
+        file, ends = _ends(Path(directory))
         if tokenizer.eos_token_id is not None and ends and tokenizer.eos_token_id not in ends:
             warnings.append(
                 f"the tokenizer ends a text with {tokenizer.eos_token!r} (eos_token_id {tokenizer.eos_token_id}), but "
-                f"config.json and generation_config.json of {path} have {', '.join(map(str, sorted(ends)))}: text that the "
-                "model generates may not stop; set both to the same token"
+                f"eos_token_id in {file} of {path} is {', '.join(map(str, sorted(ends)))}: text that the model generates "
+                "may not stop; set both to the same token"
             )
         if Path(directory).resolve() == Path(tokenizer.name_or_path).resolve():
             continue
@@ -193,18 +193,20 @@ def tokenizer_warnings(tokenizer: Any, models: Mapping[str, str], trust_remote_c
     return warnings
 
 
-def _ends(directory: Path) -> set[int]:
-    """Ids that end a text by config.json and generation_config.json."""
-    found: set[int] = set()
-    for name in ("config.json", "generation_config.json"):
+def _ends(directory: Path) -> tuple[str, set[int]]:
+    """Ids at which a model stops to generate, and the file that says so: generation_config.json before config.json."""
+    for name in (GENERATION, "config.json"):
         try:
             values = json.loads((directory / name).read_text(encoding="utf-8"))
+            found: set[int] = set()
             for part in (values, values.get("text_config") or {}):
                 ends = part.get("eos_token_id")
                 found |= {end for end in (ends if isinstance(ends, list) else [ends]) if isinstance(end, int)}
         except (OSError, ValueError, AttributeError):
             continue
-    return found
+        if found:
+            return name, found
+    return "config.json", set()
 
 
 def _pairs(tables: Sequence[pa.Table], wanted: Any) -> tuple[int, str]:

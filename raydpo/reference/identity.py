@@ -337,7 +337,13 @@ def _tensors_digest(files: Sequence[Path]) -> str:
     """Digest of (name, dtype, shape, bytes) of every tensor in order of name. Sharding does not affect it."""
     tensors: dict[str, str] = {}
     for file in files:
-        tensors |= _file_tensors(file)["digests"]
+        found = _file_tensors(file)["digests"]
+        if twice := sorted(name for name in tensors.keys() & found.keys() if tensors[name] != found[name]):
+            raise FilesError(
+                f"{file} holds {some_of(twice)}, which another file of the model holds with other values, so it is unclear "
+                "which are loaded; fetch or save the model again"
+            )
+        tensors |= found
     return hashlib.sha256(json.dumps(tensors, sort_keys=True).encode()).hexdigest()
 
 

@@ -44,6 +44,12 @@ def prompts(path, **settings):
         (["train_prefs.jsonl", "train_sft.jsonl"], "train_prefs", [0]),
         (["train_prefs.jsonl", "test_prefs.jsonl"], "train", [0]),
         (["train_en.jsonl", "train_de.jsonl"], "train", [1, 0]),
+        (["notes.jsonl", "train/a.jsonl", "test/a.jsonl"], "train", [1]),
+        (["notes.jsonl", "train/a.jsonl", "test/a.jsonl"], "test", [2]),
+        (["test.jsonl", "train/a.jsonl"], "train", [1]),
+        (["pairs.jsonl", "test/a.jsonl"], "train", [0]),
+        (["train.jsonl", "train/a.jsonl"], "train", [0]),
+        (["pairs.jsonl", "training-logs/a.jsonl"], "train", [0]),
         (["train.jsonl", "dataset_info.json", "dataset_infos.json", ".cache/train.jsonl", "_old/train.jsonl"], "train", [0]),
     ],
 )
@@ -88,6 +94,8 @@ def test_subset_is_a_directory(tmp_path):
     assert prompts(tmp_path, subset="hard") == ["hard/train.jsonl"]
     with pytest.raises(DataError, match="has no directory 'odd', its subset; found easy, hard"):
         prompts(tmp_path, subset="odd")
+    with pytest.raises(DataError, match=r"has no directory '\.\./easy', its subset"):
+        prompts(tmp_path / "hard", subset="../easy")
     with pytest.raises(DataError, match=r"subset 'hard' is set, but .* is one file"):
         prompts(tmp_path / "hard" / "train.jsonl", subset="hard")
 

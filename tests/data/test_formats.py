@@ -1,6 +1,7 @@
 """The same record says the same from every kind of file and from the hub."""
 
 import json
+from decimal import Decimal
 
 import datasets
 import pyarrow as pa
@@ -193,6 +194,17 @@ def test_json_and_maps_are_decoded_at_any_depth(tmp_path, container):
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table(columns), path)
     assert [record.value for record in read_records(SourceConfig(path=str(path)))] == wanted
+
+
+def test_decimals_are_plain_numbers(tmp_path):
+    """Data bases write scores as decimals, and scores that contradict a pair must be found in them, too."""
+    kinds = pa.decimal128(4, 1), pa.decimal256(4, 0)
+    numbers = {"score": pa.array([Decimal("1.5")], kinds[0]), "each": pa.array([[Decimal("3")]], pa.list_(kinds[1]))}
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table(numbers), path)
+    (record,) = read_records(SourceConfig(path=str(path)))
+    assert record.value == {"score": 1.5, "each": [3]}
+    assert [type(record.value["score"]), type(record.value["each"][0])] == [float, int]
 
 
 def test_fields_that_other_rows_fill_are_absent_and_fields_that_no_row_fills_are_null(tmp_path):

@@ -223,6 +223,16 @@ def test_held_out_file_and_its_leaks(tokeniser, write):
     assert sets.report.lines()[-1].startswith("warning: the prompts of 1 held-out pairs are also in the training data")
 
 
+def test_one_question_on_both_sides_is_a_leak_however_it_is_written(tokeniser, write):
+    messages = [{"role": "user", "content": f"{text(1)['prompt']}\n"}]
+    held = write([{"prompt": messages, "chosen": "x", "rejected": "y"}, text(9)], "held.jsonl")
+    assert load(tokeniser, write([text(number) for number in range(3)]), eval=held).report.leaked == 1
+    records = [text(number) | {"prompt": text(number)["prompt"] + end} for number in range(30) for end in ("", " ")]
+    sets = load(tokeniser, write(records), eval={"fraction": 0.5}, fraction=0.5)
+    assert 0 < sets.report.leaked < sets.eval.num_rows
+    assert sets.train.column_names == sets.eval.column_names == PAIR_SCHEMA.names
+
+
 def test_weights_and_margins_of_pairs(tokeniser, write):
     records = [text(number) | {"importance": number / 2, "gap": -1} for number in range(6)]
     records += [text(7) | {"importance": -1, "gap": 0}, text(8) | {"importance": 1, "gap": None}, text(9)]
@@ -235,6 +245,27 @@ def test_weights_and_margins_of_pairs(tokeniser, write):
     told = " ".join(sets.report.lines())
     assert "'importance' is below 0" in told and "'gap' is missing or no number" in told
     assert sets.train.column_names == [*PAIR_SCHEMA.names, "pair_weight", "pair_margin"]
+
+
+def test_weights_and_margins_that_are_hardly_meant(tokeniser, write):
+    records = [text(number) | {"importance": number % 2, "gap": number - 1} for number in range(4)]
+    told = load(tokeniser, write(records), weight_column="importance", margin_column="gap").report.lines()
+    assert "data prefs: 2 records: 'importance' (data.weight_column) is 0, so nothing is learned from these" in told
+    (line,) = [line for line in told if "'gap'" in line]
+    assert line.startswith("warning: data prefs: 1 records: 'gap' (data.margin_column) is below 0")
+    held = write([text(9) | {"importance": 0}], "held.jsonl")
+    with pytest.raises(DataError, match="'importance' is 0 for all 1 held-out pairs, so nothing would be measured"):
+        load(tokeniser, write(records), weight_column="importance", eval=held)
+    records = [text(number) | {"importance": 0} for number in range(4)]
+    with pytest.raises(DataError, match="'importance' is 0 for all 4 training pairs, so nothing would be learned"):
+        load(tokeniser, write(records), weight_column="importance")
+
+
+def test_a_user_who_asks_nothing_is_warned_of(tokeniser, write):
+    system = {"role": "system", "content": "Answer."}
+    record = {"prompt": [system, {"role": "user", "content": ""}], "chosen": "yes", "rejected": "no"}
+    told = load(tokeniser, write([record])).report.lines()
+    assert any(line.startswith("warning: data prefs: 1 records: the last message of the prompt is empty") for line in told)
 
 
 def test_a_text_of_megabytes_is_dropped_before_it_is_tokenised(tmp_path, tokeniser, monkeypatch):

@@ -120,6 +120,8 @@ def test_tools_and_template_arguments(tools):
         ({"chosen": 5}, "chosen is neither text nor messages"),
         ({"prompt": ["q"]}, "prompt is neither text nor messages"),
         ({"prompt": []}, "prompt is empty"),
+        ({"prompt": [user(" \n")]}, "prompt is empty"),
+        ({"prompt": None, "chosen": [user(""), bot("a")], "rejected": [user(""), bot("b")]}, "prompt is empty"),
         ({"prompt": [user("q"), bot("a")]}, "the last message of prompt is the assistant's"),
         ({"prompt": [{"role": "critic", "content": "q"}]}, "whose role is none of system, developer, user, .* but 'critic'"),
         ({"prompt": [{"speaker": "human", "said": "q"}]}, "whose role is none of .*: it has the fields 'said', 'speaker'"),
@@ -145,9 +147,15 @@ def test_tools_and_template_arguments(tools):
         (RANKED | {"completions": ["a", "b"]}, "neither ranks nor scores"),
         (RANKED | {"completions": ["a", "b"], "scores": [1]}, "completions and scores differ in number"),
         (RANKED | {"completions": ["a", "b"], "scores": [1, None]}, "scores are not all numbers"),
+        (RANKED | {"completions": ["a", "b"], "ranks": [True, False]}, "ranks are truth values"),
+        (
+            RANKED | {"completions": [{"messages": [bot("a")], "score": 2}, {"text": "b", "score": 1}]},
+            "1 of 2 completions have none of the fields 'completion', 'response', 'content' with an answer; their fields "
+            "are 'messages', 'score'",
+        ),
         (RANKED | {"completions": ["a", "b"], "scores": [1, float("nan")]}, "scores are not all numbers"),
         (RANKED | {"completions": ["a", "b"], "ranks": [1, 1]}, "no completion is better"),
-        (RANKED | {"completions": [{"rank": 1}, {"completion": "b", "rank": 2}]}, "chosen is neither text nor messages"),
+        (RANKED | {"completions": [{"rank": 1}, {"completion": "b", "rank": 2}]}, "1 of 2 completions have none of the fie"),
         (RANKED | {"completions": ["a", "b"], "ranks": [1, 2], "prompt": None}, "missing column 'prompt'"),
     ],
 )

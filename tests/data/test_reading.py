@@ -113,6 +113,11 @@ def test_bad_lines_are_records_with_a_problem(tmp_path):
         ("cut.json", b'[{"a": 1}', "cut.json is not valid JSON"),
         ("bad.jsonl.gz", b"plain", "cannot read bad.jsonl.gz: .*gzip"),
         ("cut.jsonl.gz", gzip.compress(LINES, mtime=0)[:-12], "cannot read cut.jsonl.gz"),
+        (
+            "twice.jsonl.gz",
+            gzip.compress(gzip.compress(LINES, mtime=0)),
+            r"holds bytes that are no text \(is it compressed t",
+        ),
         ("bad.jsonl.zst", b"plain", "cannot read bad.jsonl.zst"),
         ("bad.jsonl.xz", b"plain", "cannot read bad.jsonl.xz"),
         ("bad.parquet", b"plain text, no Parquet", "cannot read bad.parquet"),

@@ -56,6 +56,12 @@ AGREES, TIED, REVERSED, SILENT = (0, 0, 1), (0, 1, 1), (1, 0, 1), (0, 0, 0)
         ({"rating": [1, 5], "generations": ["Rejected 1.", "Chosen 1."]}, AGREES),
         ({"rating": [1, 5], "generations": ["Chosen 1.", " Rejected 1."]}, REVERSED),
         ({"rating": [1, 5], "generations": ["Chosen 1.", "something else"]}, SILENT),
+        ({"scores": {"chosen": 2, "rejected": 4}}, REVERSED),
+        ({"rewards": {"rejected": 0.5, "chosen": 0.7}}, AGREES),
+        ({"scores": {"a": 2, "b": 4}}, SILENT),
+        ({"winner": "rejected"}, REVERSED),
+        ({"preference": "Chosen"}, AGREES),
+        ({"winner": "model_a"}, SILENT),
         ({"ref_chosen_logps": -9.0, "ref_rejected_logps": -3.0}, SILENT),
         ({"chosen_tokens": 3, "rejected_tokens": 9}, SILENT),
         ({"length_margin": -3, "ref_margin": -3, "difference": -3}, SILENT),
@@ -83,6 +89,14 @@ def test_pairs_that_agree_with_their_scores_are_no_news(tmp_path, tokeniser):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(pair(number, score_chosen=2, score_rejected=1)) + "\n" for number in range(4)))
     assert not any("score" in line for line in load_pairs(DataConfig(train=[str(path)]), tokeniser).report.lines())
+
+
+def test_a_margin_beside_a_pair_with_an_implicit_prompt(tmp_path, tokeniser):
+    path = tmp_path / "a.jsonl"
+    said = [[{"role": "user", "content": "q"}, {"role": "assistant", "content": answer}] for answer in ("a", "b")]
+    path.write_text(json.dumps({"chosen": said[0], "rejected": said[1], "margin": -2}))
+    (line,) = [line for line in load_pairs(DataConfig(train=[str(path)]), tokeniser).report.lines() if "margin" in line]
+    assert line.startswith("warning: data a: by 'margin', 1 pair scores the rejected answer higher (a.jsonl:1)")
 
 
 def test_the_report_names_the_columns_read_and_counts_kept_pairs_alone(tmp_path, tokeniser):

@@ -50,7 +50,30 @@ def test_eos_twice():
     assert ("EOS twice", "chosen") in noted(None, "the sky", " is</s>\n</s>", " was")[1]
     assert noted(None, "the sky", " is</s>", " was")[1] == set()
     on_one_line = CHAT_TEMPLATE.replace("message.content", "message.content | replace('\n', ' ')")
-    assert noted(on_one_line, [user("q")], answer("one\ntwo"), answer("b"))[1] == set()
+    changed = {("white space changed", "content of role 'assistant' (chosen)")}
+    assert noted(on_one_line, [user("q")], answer("one\ntwo"), answer("b"))[1] == changed
+
+
+def test_a_template_that_begins_the_next_turn_whether_asked_or_not():
+    always = CHAT_TEMPLATE.replace("{% if add_generation_prompt %}", "").removesuffix("{% endif %}")
+    for repeated in range(2):  # what is known to be sound must not hide it
+        assert noted(always, PROMPT, answer(f"Nine {repeated}."), answer("Ten."))[1] == {("text after the end", "")}
+    assert noted(CHAT_TEMPLATE, PROMPT, answer("Nine."), answer("Ten."))[1] == set()
+
+
+@pytest.mark.parametrize(
+    "prompt, chosen, rejected, glued",
+    [
+        ("the sky?", "It is", "No", True),
+        ("the sky", "Blue", "Red", True),
+        ("the sky?", "it is", " no", False),
+        ("the sky?\n", "It is", "No", False),
+        ("the sky:", "It is", "No", False),
+        ("def na", "me(x):", "med():", False),
+    ],
+)
+def test_text_that_meets_its_answer(prompt, chosen, rejected, glued):
+    assert (("no white space between", "") in noted(None, prompt, chosen, rejected)[1]) == glued
 
 
 @pytest.mark.parametrize(

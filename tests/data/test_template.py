@@ -7,7 +7,7 @@ from datetime import date, datetime
 
 import pytest
 import templates
-from samples import CHAT_TEMPLATE, user
+from samples import CHAT_TEMPLATE, make_tokenizer, user
 from templates import CALLS, EACH, GENERATE, answer, calling, say, tokenizer_for
 
 from raydpo.config import DataConfig
@@ -212,3 +212,14 @@ def test_a_template_that_cuts_content_is_not_taken_for_one_that_reads_parts():
     assert isinstance(pair, Malformed) and "leaves out or changes all of chosen" in str(pair) and not found
     ((pair, _),) = tokeniser.encode_noted([Preference([user("q")], answer("Frozen."), answer("b"))])
     assert tokeniser.tokenizer.decode(pair.chosen) == "Frozen.</s>\n"
+
+
+def test_a_column_called_as_a_variable_of_the_template_is_warned_of(tmp_path):
+    template = CHAT_TEMPLATE + "{% if enable_thinking is defined and not enable_thinking %}<none>{% endif %}"
+    record = {"prompt": [user("q")], "chosen": "good", "rejected": "bad", "role": "x"}
+    rows = [record | {"enable_thinking": False}, record | {"chat_template_kwargs": {"enable_thinking": False}}, record]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = load_pairs(DataConfig(train=[str(path)]), Tokeniser(make_tokenizer(template))).report.lines()
+    (line,) = [line for line in lines if "variable" in line]
+    assert line.startswith("warning: data a: 1 records: 'enable_thinking' is not given to the chat template, which reads a")

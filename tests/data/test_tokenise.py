@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 from samples import CHAT_TEMPLATE, make_tokenizer
@@ -5,7 +7,7 @@ from samples import CHAT_TEMPLATE, make_tokenizer
 from raydpo.data.messages import Malformed
 from raydpo.data.preference import Preference
 from raydpo.data.tokenise import Tokeniser, load_tokenizer
-from raydpo.errors import ModelError
+from raydpo.errors import FilesError, ModelError
 
 USER, GOOD, BAD = (
     [{"role": role, "content": content}]
@@ -123,3 +125,31 @@ def test_load_tokenizer(tmp_path):
     with pytest.raises(ModelError, match="cannot load a tokenizer from") as caught:
         load_tokenizer(str(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_is_not_blamed_for_settings_of_the_model(tmp_path):
+    make_tokenizer().save_pretrained(str(tmp_path))
+    settings = {"model_type": "llama", "rms_norm_eps": "1e-5"}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(FilesError, match=r"transformers refuses .*/config\.json: .*'rms_norm_eps' expected float, got str"):
+        load_tokenizer(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(FilesError, match="cannot load a tokenizer from"):
+        load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "template, told",
+    [
+        (
+            "{% for m in messages %}\n{{ m['content'] }}",
+            "chat template is not valid Jinja: line 2: Unexpected end of template",
+        ),
+        ("{{ messages[0]['content'] | nosuch }}", "not valid Jinja: line 1: No filter named 'nosuch'"),
+        ({"rag": "{{ messages }}", "tool_use": "x"}, "chat templates called 'rag', 'tool_use' and none called 'default'"),
+    ],
+)
+def test_records_are_not_blamed_for_the_template(template, told):
+    with pytest.raises(FilesError, match=told):
+        Tokeniser(make_tokenizer(template)).encode([Preference(USER, GOOD, BAD)])

@@ -114,7 +114,15 @@ def test_a_tokenizer_that_is_not_the_models_is_warned_of(tiny_llama, tmp_path):
     (other / "config.json").write_text(json.dumps(config))
     (other / "generation_config.json").unlink(missing_ok=True)
     (end,) = tokenizer_warnings(tokenizer, {"model": str(other)})
-    assert f"(eos_token_id {tokenizer.eos_token_id}), but config.json and generation_config.json of model have" in end
+    assert f"(eos_token_id {tokenizer.eos_token_id}), but eos_token_id in config.json of model is" in end
+    (other / "generation_config.json").write_text(json.dumps({"eos_token_id": tokenizer.eos_token_id}))
+    assert tokenizer_warnings(tokenizer, {"model": str(other)}) == []
+    (other / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 8]}))
+    (tiny_end := json.loads((tiny_llama / "config.json").read_text()))["eos_token_id"] = tokenizer.eos_token_id
+    (other / "config.json").write_text(json.dumps(tiny_end))
+    (end,) = tokenizer_warnings(tokenizer, {"model": str(other)})
+    assert "but eos_token_id in generation_config.json of model is 7, 8: text that the model generates may not stop" in end
+    (other / "generation_config.json").unlink()
     config["eos_token_id"].append(tokenizer.eos_token_id)
     (other / "config.json").write_text(json.dumps(config))
     words = json.loads((other / "tokenizer.json").read_text())

@@ -113,6 +113,22 @@ def test_shards_do_not_matter(model):
     assert identify(model, "float32") == before
 
 
+def test_one_weight_in_two_files_with_other_values_is_refused(model):
+    """Copies of a shard from another save: which of both is loaded is left to chance."""
+    tensors = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    name, *others = sorted(tensors)
+    for number, names in enumerate([[name, *others[:3]], [*others[3:], name]]):
+        save_file({each: tensors[each] for each in names}, model / f"{number}.safetensors", metadata={"format": "pt"})
+    index = {"weight_map": {each: "0.safetensors" if each in others[:3] else "1.safetensors" for each in tensors}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert identify(model, "float32")
+    tensors[name] = tensors[name] + 1
+    save_file({each: tensors[each] for each in [*others[3:], name]}, model / "1.safetensors", metadata={"format": "pt"})
+    with pytest.raises(FilesError, match=rf"1\.safetensors holds {name}, which another file of the model holds with other"):
+        identify(model, "float32")
+
+
 def test_what_is_hashed_is_what_is_loaded(model, tmp_path):
     """A sharded model saved over one that was saved as one file: transformers keeps that file, and loads it."""
     from transformers import AutoModelForCausalLM
