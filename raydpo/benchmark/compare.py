@@ -279,7 +279,7 @@ def _tried(tried: Sequence[Measured]) -> list[dict[str, Any]]:
 def _memory(found: Mapping[str, Measured], tried: Sequence[Measured], equal: bool) -> list[dict[str, Any]]:
     """Memory of ``raydpo train`` beside TRL's try with positions of a pass nearest to ours, and beside TRL's fastest; each
     side says what it ran."""
-    ours = next((each for each in found.values() if each.key.startswith("raydpo train")), None)
+    ours = next((each for each in found.values() if (each.side, each.what) == ("raydpo", "train")), None)
     if ours is None or not tried or "largest_pass" not in ours.result.facts:
         return []
     largest = ours.result.facts["largest_pass"]

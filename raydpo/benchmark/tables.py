@@ -157,10 +157,11 @@ def summary_row(record: Mapping[str, Any]) -> str:
                 told.append(f"{point['workload']}: {name} {ours} against {theirs}")
     memory: dict[str, list[str]] = {}  # figures -> what was compared
     for row in record["figures"]["memory"]:
-        ours, theirs = (row[side]["peak_bytes"] / GIB for side in ("raydpo", "trl"))
-        figures = (
-            f"{ours:.1f} GiB at {row['raydpo']['largest_pass']:,} positions a pass against {theirs:.1f} at "
-            f"{row['trl']['largest_pass']:,}"
+        sides = (row[side] for side in ("raydpo", "trl"))
+        figures = " against ".join(
+            f"{each['peak_bytes'] / GIB:.1f} GiB ({each['tree_bytes'] / GIB:.1f} with all processes) at "
+            f"{each['largest_pass']:,} positions a pass"
+            for each in sides
         )
         memory.setdefault(figures, []).append(row["compared"])
     told += [f"memory of the training process, {' and '.join(each)}: {figures}" for figures, each in memory.items()]

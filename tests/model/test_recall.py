@@ -29,7 +29,7 @@ def test_a_result_belongs_to_its_model_machine_threads_and_versions(monkeypatch)
         assert Recall("a", CPU).known("layout") is None
     finally:
         torch.set_num_threads(threads)
-    monkeypatch.setattr(module, "_processor", lambda: "another processor")
+    monkeypatch.setattr(module, "processor", lambda: "another processor")
     assert Recall("a", CPU).known("layout") is None
     monkeypatch.undo()
     monkeypatch.setattr(module, "program", lambda *packages: ["another version"])
