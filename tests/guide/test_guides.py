@@ -256,7 +256,7 @@ def test_pages_show_what_the_benchmark_measured():
     for file in sorted((ROOT / "tests" / "benchmarks" / "results").glob("*.json")):
         record = json.loads(file.read_text())
         if record.get("format") == 2:
-            assert markdown(record) in GUIDE["measurements"].read_text(), f"python jobs/benchmark.py --show {file.name}"
+            assert markdown(record) in GUIDE["speed"].read_text(), f"python jobs/benchmark.py --show {file.name}"
             assert summary_row(record) in (ROOT / "README.md").read_text()
 
 
