@@ -85,7 +85,9 @@ def _ray_trainer(
     on_gpus, varies = resources.device == "cuda", resources.fewest not in (None, resources.workers)
     base = TorchTrainer
     if owns_ray() and not varies:
-        from raydpo.training.launch.local import LocalTrainer as base
+        # It is made of private classes, which another release of Ray may not have. Without it more processes are started.
+        with contextlib.suppress(ImportError):
+            from raydpo.training.launch.local import LocalTrainer as base
 
     class Trainer(base):
         def _create_default_callbacks(self) -> list[Any]:
