@@ -57,7 +57,7 @@ def model_card(config: Config, summary: dict[str, Any]) -> str:
         ("seed", f"{train.seed}"),
         ("data", f"{data}, {summary['training_pairs']:,} pairs"),
         ("reference", compared or "none"),
-        ("step-0 gate", summary["gate"].removeprefix("step-0 gate: ") or "not run"),
+        ("step-0 gate", (summary["gate"] or "not run").removeprefix("step-0 gate: ")),
     ]
     lines += [f"| {name} | {_cell(value)} |" for name, value in rows]
     before, after = summary["eval_before"], summary["eval_after"]

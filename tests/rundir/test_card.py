@@ -50,13 +50,15 @@ def test_the_card_tells_what_it_was_made_from_and_nothing_of_the_machine(tiny_ll
 
 def test_a_directory_that_is_named_like_a_model_of_the_hub_is_none(tiny_llama, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    summary = {"raydpo": "1.0", "steps": 1, "pairs_seen": 1, "training_pairs": 1, "gate": "", "held_out_pairs": 0}
+    summary = {"raydpo": "1.0", "steps": 1, "pairs_seen": 1, "training_pairs": 1, "gate": None, "held_out_pairs": 0}
     summary |= {"reference": {"path": "org/model", "identity": "abc"}, "eval_before": None, "eval_after": None}
     (tmp_path / "a.jsonl").write_text("")
 
     def base():
         config = load_config({"output": "runs", "model": {"path": "org/model"}, "data": {"train": "a.jsonl"}})
-        return yaml.safe_load(model_card(config, summary).split("---")[1]).get("base_model")
+        card = model_card(config, summary)
+        assert "| step-0 gate | not run |" in card
+        return yaml.safe_load(card.split("---")[1]).get("base_model")
 
     assert base() == "org/model"
     (tmp_path / "org" / "model").mkdir(parents=True)
