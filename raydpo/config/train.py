@@ -169,8 +169,8 @@ class TrainConfig(ObjectiveConfig):
     max_skipped: Int = Field(default=3, ge=0)
     """Largest number of consecutive steps skipped because a loss or gradient is not finite; one more ends the run."""
     gate_pairs: Int = Field(default=12, ge=1)
-    """Number of pairs that the step-0 gate computes again: those of the first step, in its own forward pass, the most
-    extreme ones, and random ones. A third of this number is computed beside a first step that has more pairs.
+    """Least number of pairs that the step-0 gate compares. All pairs of the first step are compared in its own forward pass.
+    Beside them, a third of this number is computed, the most extreme pairs, and random ones until this number is reached.
 
     Other weights or tokens show in every pair. A change of a share f of the pairs escapes n random ones with (1 - f)^n."""
     sample_prompts: Int = Field(default=0, ge=0)
