@@ -65,7 +65,7 @@ HELD_OUT = "held-out"
 """Source name of the pairs of ``data.eval.path``."""
 Reader = Callable[[SourceConfig], Iterator[Record]]
 _FEWEST_WITH_MORE = 3
-"""Columns of a record that may have another one than its pair."""
+"""Fewest columns of a record that can hold more than its pair."""
 MOST_CHARACTERS, CHARACTERS_A_TOKEN = 1_000_000, 100
 """A pair is dropped before it is tokenised if it has more characters than the first and than the second for each token of
 ``max_length``. Tokenising 10 MB takes a byte-level tokenizer a minute, and of such a text hardly 1 % would be used."""
@@ -130,7 +130,8 @@ def load_pairs(
         report.leaked = sum(question in trained_on for question in held[_QUESTION].to_pylist())
     train, held = _thinned(train, config, report), None if held is None else _without_digests(held)
     for name, pairs, use in (("training", train, "learned"), ("held-out", held, "measured")):
-        if pairs is not None and config.weight_column is not None and not pc.any(pc.greater(pairs[PAIR_WEIGHT], 0)).as_py():
+        weighted = pairs is not None and pairs.num_rows and config.weight_column is not None
+        if weighted and not pc.any(pc.greater(pairs[PAIR_WEIGHT], 0)).as_py():
             raise DataError(
                 f"data.weight_column {config.weight_column!r} is 0 for all {pairs.num_rows:,} {name} pairs, so nothing "
                 f"would be {use}; correct the weights, or drop data.weight_column"
