@@ -132,7 +132,7 @@ def begin_moments(optimizer: torch.optim.Optimizer, flat: Tensor, steps: int) ->
 
 
 def _begin_theirs(optimizer: Any, flat: Tensor) -> None:
-    """Make bitsandbytes' state of ``flat``. It looks for it among the parameters, where ZeRO-3 shows it during a step only."""
+    """Make bitsandbytes' state of ``flat``, which must be among the parameters. Under ZeRO-3 it is so during a step only."""
     group = optimizer.param_groups[0]
     shown, group["params"] = group["params"], [flat]
     try:
