@@ -39,7 +39,8 @@ STEP = 256
 """Budgets are multiples of this many positions."""
 
 _NO_MEMORY = re.compile(
-    r"can't allocate memory|out of memory|bad alloc|cudaErrorMemoryAllocation|CU(?:BLAS|DNN|SPARSE|SOLVER)_STATUS_ALLOC_FAILED"
+    r"can't allocate memory|out of memory|bad alloc"
+    r"|cudaErrorMemoryAllocation|CU(?:BLAS|DNN|SPARSE|SOLVER)_STATUS_ALLOC_FAILED"
 )
 """What torch's CPU allocator, the CUDA runtime and CUDA's libraries say, within a RuntimeError. The libraries allocate their
 workspaces beside torch's allocator, which therefore raises no OutOfMemoryError."""

@@ -222,8 +222,8 @@ class Stepper:
             positions = self.plan.tokens_per_batch // self.engine.sequence_parallel
             raise DeviceMemoryError(
                 f"{positions} token positions a micro-batch do not fit in memory: {what} ran out of it "
-                f"({one_line(error, 200) or type(error).__name__}). Set train.tokens_per_batch lower, or train.gradient_checkpointing=true; "
-                "'raydpo plan' tells what else takes how much"
+                f"({one_line(error, 200) or type(error).__name__}). Set train.tokens_per_batch lower, or "
+                "train.gradient_checkpointing=true; 'raydpo plan' tells what else takes how much"
             ) from error
 
 

@@ -164,7 +164,13 @@ def runs_out(table, model, scratch):
     def fail(*_, **__):
         raise errors[0]
 
-    places = [(PolicyEngine, "step"), (step, "_add_up"), (trainer, "evaluate"), (trainer, "compare"), (trainer, "greedy_answers")]
+    places = [
+        (PolicyEngine, "step"),
+        (step, "_add_up"),
+        (trainer, "evaluate"),
+        (trainer, "compare"),
+        (trainer, "greedy_answers"),
+    ]
     errors = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")]
     found = []
     for number, (where, name) in enumerate(places):
