@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from raydpo.data.shapes import PADDED_MULTIPLE, LayoutName
-from raydpo.estimate.anatomy import Anatomy, Weight
+from raydpo.memory.anatomy import Anatomy, Weight
 from raydpo.model.attention import WHOLE_BLOCKS
 from raydpo.model.head import CHUNK_BYTES
 
