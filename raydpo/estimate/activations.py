@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from raydpo.data.shapes import PADDED_MULTIPLE, LayoutName
 from raydpo.estimate.anatomy import Anatomy, Weight
-from raydpo.model.attention import WHOLE_BLOCKS
+from raydpo.model.by_node import WHOLE_BLOCKS
 from raydpo.model.head import CHUNK_BYTES
 
 __all__ = ["Batch", "Layer", "head_backward", "head_forward", "layer_memory"]
