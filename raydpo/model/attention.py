@@ -12,7 +12,7 @@ Shapes: T = positions, A = query heads, G = key heads, D = head size.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,7 +24,7 @@ from raydpo.model import by_node, flex, varlen
 from raydpo.model.segments import Body, Segments, Terms
 from raydpo.model.ulysses import head_shares
 
-__all__ = ["ATTENTION", "Demand", "attend", "available_bodies", "register", "watch_demands", "why_not"]
+__all__ = ["ATTENTION", "Demand", "attend", "available_bodies", "lacking_kernels", "register", "watch_demands", "why_not"]
 
 ATTENTION = "raydpo_tree"
 """Name in transformers' attention interface. No mask function is registered under this name, so no mask is built."""
@@ -35,19 +35,19 @@ class Demand:
     """What a layer asks of attention, as far as bodies differ in it.
 
     Attributes:
-        heads, key_heads: A and G, of all ranks together.
-        size, value_size: head size of queries and keys, and of values.
+        size, value_size: head size of queries and keys, and of values if theirs is another one.
         dtype: in which attention computes.
-        scaling, window, softcap: see ``Terms``.
+        heads, key_heads: A and G, of all ranks together.
+        scaling, window, softcap: see ``Terms``; without ``scaling`` it is 1 / sqrt(D).
         sinks: whether it has attention sinks.
     """
 
-    heads: int
-    key_heads: int
     size: int
-    value_size: int
     dtype: torch.dtype
-    scaling: float
+    heads: int = 1
+    key_heads: int = 1
+    value_size: int | None = None
+    scaling: float | None = None
     window: int | None = None
     softcap: float | None = None
     sinks: bool = False
@@ -68,28 +68,43 @@ def watch_demands() -> Iterator[set[Demand]]:
 
 
 def why_not(body: Body, demand: Demand) -> str | None:
-    """Why ``body`` cannot compute what a layer asks on a CUDA device, with the remedy if there is one; None if it can."""
+    """Why ``body`` cannot compute what a layer asks on a CUDA device; None if it can."""
     if body in ("sdpa", "flex"):
         return None
-    kernel = varlen.flash_kernel() if body == "flash" else varlen.torch_kernel()
+    kernel = _variable_length(body)
+    return _unfit(body, demand) or (kernel if isinstance(kernel, str) else None)
+
+
+def lacking_kernels(demands: Collection[Demand]) -> list[str]:
+    """Why no variable-length kernel is there for a model that one could compute, with the remedies; else nothing."""
+    bodies: tuple[Body, ...] = ("varlen", "flash")
+    fit = [_variable_length(body) for body in bodies if not any(_unfit(body, demand) for demand in demands)]
+    return [kernel for kernel in fit if isinstance(kernel, str)] if all(isinstance(kernel, str) for kernel in fit) else []
+
+
+def _variable_length(body: Body) -> varlen.Kernel | str:
+    return varlen.flash_kernel() if body == "flash" else varlen.torch_kernel()
+
+
+def _unfit(body: Body, demand: Demand) -> str | None:
+    """Why the kernel of a variable-length body cannot compute what a layer asks, on any machine; None if it can."""
     if demand.dtype not in (torch.bfloat16, torch.float16):
         return f"attention computes in {str(demand.dtype).removeprefix('torch.')}, the kernel only in bfloat16"
-    if demand.size != demand.value_size:
+    if demand.value_size is not None:
         return f"queries have head size {demand.size} and values {demand.value_size}"
     if demand.size > 256 or demand.size % 8:
         return f"head size {demand.size} is not a multiple of 8 up to 256"
     if demand.sinks:
         return "the kernel has no attention sinks"
     if demand.softcap is not None and body == "varlen":
-        return "torch's kernel has no soft cap; install flash-attn, whose kernel has"
-    return kernel if isinstance(kernel, str) else None
+        return "torch's kernel has no soft cap"
+    return None
 
 
-def available_bodies(device: torch.device, demands: Iterable[Demand]) -> tuple[Body, ...]:
+def available_bodies(device: torch.device, demands: Collection[Demand]) -> tuple[Body, ...]:
     """Bodies that can compute what all layers ask on ``device``, the fastest first. The self-check decides."""
     if device.type != "cuda":
         return ("sdpa",)
-    demands = list(demands)
     bodies: tuple[Body, ...] = ("flash", "varlen", "flex", "sdpa")
     return tuple(body for body in bodies if not any(why_not(body, demand) for demand in demands))
 
@@ -182,7 +197,7 @@ def _watch(query: Tensor, key: Tensor, value: Tensor, terms: Terms) -> None:
                 heads=query.shape[1],
                 key_heads=key.shape[1],
                 size=query.shape[3],
-                value_size=value.shape[3],
+                value_size=None if value.shape[3] == query.shape[3] else value.shape[3],
                 dtype=value.dtype,
                 scaling=terms.scaling,
                 window=terms.window,

@@ -81,11 +81,12 @@ def run(
 def inputs(demand: Demand, positions: int, device: torch.device, seed: int = 0) -> dict[str, Tensor]:
     """Random ``query``, ``key`` and ``value`` as ``run`` takes them, and ``sinks`` if the layer has them."""
     generator = torch.Generator().manual_seed(seed)
-    spread = SPREAD / (demand.scaling * demand.size**0.5)
+    scaling = demand.size**-0.5 if demand.scaling is None else demand.scaling
+    spread, value_size = SPREAD / (scaling * demand.size**0.5), demand.value_size or demand.size
     shapes = {
         "query": (1, demand.heads, positions, demand.size),
         "key": (1, demand.key_heads, positions, demand.size),
-        "value": (1, demand.key_heads, positions, demand.value_size),
+        "value": (1, demand.key_heads, positions, value_size),
     } | ({"sinks": (demand.heads,)} if demand.sinks else {})
     drawn = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     drawn["query"] *= spread
@@ -106,8 +107,8 @@ def errors(body: Body, demand: Demand, device: torch.device, tree: PrefixTree | 
     tree = check_tree() if tree is None else tree
     drawn = inputs(demand, len(tree.token_ids), device)
     asked = {"window": demand.window, "softcap": demand.softcap, "scaling": demand.scaling}
-    slope = torch.randn(1, len(tree.token_ids), demand.heads, demand.value_size, generator=torch.Generator().manual_seed(1))
-    slope = slope.to(device, demand.dtype)
+    shape = 1, len(tree.token_ids), demand.heads, demand.value_size or demand.size
+    slope = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device, demand.dtype)
     results = []
     for exact in (False, True):
         leaves = {name: (one.float() if exact else one).detach().requires_grad_() for name, one in drawn.items()}

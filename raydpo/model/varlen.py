@@ -20,7 +20,7 @@ from torch import Tensor
 from raydpo.errors import ModelError, one_line
 from raydpo.model.segments import Segments, Terms
 
-__all__ = ["attend", "flash_kernel", "torch_kernel"]
+__all__ = ["Kernel", "attend", "flash_kernel", "torch_kernel"]
 
 Kernel = Callable[..., Tensor]
 """From queries [T, A, D], keys and values [K, G, D], their ends and longest lengths to [T, A, D]."""

@@ -7,11 +7,11 @@ import torch
 from dense_mask import HEADS, assert_same, by_definition, tensors, tree
 
 from raydpo.model import by_node, varlen
-from raydpo.model.attention import Demand, available_bodies, tree_attention, watch_demands, why_not
+from raydpo.model.attention import Demand, available_bodies, lacking_kernels, tree_attention, watch_demands, why_not
 from raydpo.model.segments import Segments
 
 CUDA = torch.device("cuda")
-PLAIN = Demand(heads=32, key_heads=8, size=128, value_size=128, dtype=torch.bfloat16, scaling=0.1)
+PLAIN = Demand(heads=32, key_heads=8, size=128, dtype=torch.bfloat16, scaling=0.1)
 
 
 @pytest.mark.parametrize("settings", [{}, {"sliding_window": 6}], ids=str)
@@ -60,11 +60,11 @@ def test_a_layer_that_a_variable_length_kernel_lacks_is_computed_node_by_node(bo
     ("change", "bodies", "told"),
     [
         ({}, ("flash", "varlen", "flex", "sdpa"), None),
-        ({"softcap": 50.0}, ("flash", "flex", "sdpa"), "no soft cap; install flash-attn"),
+        ({"softcap": 50.0}, ("flash", "flex", "sdpa"), "no soft cap"),
         ({"sinks": True}, ("flex", "sdpa"), "no attention sinks"),
         ({"dtype": torch.float32}, ("flex", "sdpa"), "attention computes in float32"),
-        ({"size": 192}, ("flex", "sdpa"), "head size 192 and values 128"),
-        ({"size": 20, "value_size": 20}, ("flex", "sdpa"), "head size 20"),
+        ({"size": 192, "value_size": 128}, ("flex", "sdpa"), "head size 192 and values 128"),
+        ({"size": 20}, ("flex", "sdpa"), "head size 20"),
     ],
     ids=str,
 )
@@ -86,6 +86,16 @@ def test_bodies_without_their_kernels(monkeypatch):
     assert why_not("varlen", PLAIN) == "torch 2.10 has no scale"
 
 
+def test_kernels_that_a_machine_lacks_are_told(monkeypatch):
+    """Not of a model that none computes, and not if one is there."""
+    capped, sinking = (dataclasses.replace(PLAIN, **change) for change in ({"softcap": 50.0}, {"sinks": True}))
+    monkeypatch.setattr(varlen, "flash_kernel", lambda: "no flash_attn")
+    assert lacking_kernels([PLAIN]) == [] and lacking_kernels([PLAIN, capped]) == ["no flash_attn"]
+    monkeypatch.setattr(varlen, "torch_kernel", lambda: "torch 2.10 has no scale")
+    assert lacking_kernels([PLAIN]) == ["torch 2.10 has no scale", "no flash_attn"]
+    assert lacking_kernels([PLAIN, sinking]) == []
+
+
 def test_what_layers_ask_is_watched():
     pack = tree()
     arguments, sinks = tensors(pack), torch.zeros(HEADS)
@@ -94,7 +104,7 @@ def test_what_layers_ask_is_watched():
         tree_attention(torch.nn.Module(), *arguments, None, segments=segments, sliding_window=6, softcap=3.0)
         tree_attention(torch.nn.Module(), *arguments, None, segments=segments, scaling=0.5, s_aux=sinks)
     tree_attention(torch.nn.Module(), *arguments, None, segments=segments, scaling=0.25)
-    shape = {"heads": 4, "key_heads": 2, "size": 8, "value_size": 8, "dtype": torch.float32}
+    shape = {"heads": 4, "key_heads": 2, "size": 8, "dtype": torch.float32}
     assert found == {
         Demand(**shape, scaling=8**-0.5, window=6, softcap=3.0),
         Demand(**shape, scaling=0.5, sinks=True),

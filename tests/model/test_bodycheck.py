@@ -5,14 +5,17 @@ import re
 
 import pytest
 import torch
-from test_varlen import have, kernel
+from architectures import make_random
+from test_varlen import have, kernel, torch_2_10
 
-from raydpo.model import bodycheck, by_node, varlen
+from raydpo.model import bodycheck, by_node, selfcheck, varlen
 from raydpo.model.attention import Demand
+from raydpo.model.layout import Method
+from raydpo.model.logps import LogpModel
 from raydpo.model.segments import Segments
 
 CPU = torch.device("cpu")
-PLAIN = Demand(heads=4, key_heads=2, size=16, value_size=16, dtype=torch.bfloat16, scaling=0.25)
+PLAIN = Demand(heads=4, key_heads=2, size=16, dtype=torch.bfloat16, scaling=0.25)
 KINDS = [
     PLAIN,
     dataclasses.replace(PLAIN, window=4096),
@@ -115,3 +118,37 @@ def test_the_tree_of_the_check_has_what_a_kernel_may_get_wrong():
     lengths = [node.length for node in tree.nodes]
     assert len(tree.token_ids) == 816 and min(lengths) == 1 and {len(node.path) for node in tree.nodes} == {0, 1, 2}
     assert Segments.of(tree, "flex").positions % 128
+
+
+@pytest.mark.parametrize(
+    ("found", "body", "told"),
+    [
+        (in_bfloat16, "varlen", None),
+        (with_a_wrong_gradient, "sdpa", "tree (varlen attention) refused, gradient of key off by 0.02"),
+        (to_the_first_key, "sdpa", "tree (varlen attention) refused, values off by"),
+    ],
+    ids=["right", "gradient", "top-left"],
+)
+def test_the_self_check_refuses_a_wrong_kernel(found, body, told, monkeypatch):
+    """With log-probs alone a wrong gradient cannot be seen."""
+    have(
+        monkeypatch,
+        "varlen_attn",
+        lambda *args, scale=None, window_size=None: found(*args, scale=scale, window_size=window_size),
+    )
+    monkeypatch.setattr(selfcheck, "_bodies", lambda *args: (("varlen", "sdpa"), selfcheck._demands(*args)))
+    report = selfcheck.choose_layout(LogpModel(make_random("mistral", 96).bfloat16()), CPU)
+    assert report.method == Method("tree", body)
+    assert told is None or told in report.line
+    assert not report.line.startswith("warning: ")
+
+
+def test_a_gpu_without_a_variable_length_kernel_is_a_warning(monkeypatch):
+    have(monkeypatch, "varlen_attn", torch_2_10)
+    monkeypatch.setattr(selfcheck, "_bodies", lambda *args: (("sdpa",), selfcheck._demands(*args)))
+    line = selfcheck.choose_layout(LogpModel(make_random("llama", 96).bfloat16()), CPU).line
+    assert line.startswith("warning: layout: tree (sdpa attention)") and "flash_attn cannot be imported" in line
+    assert f"varlen_attn of torch {torch.__version__} has no scale and no window_size; install torch 2.11 or newer" in line
+    # Of a model whose layers no such kernel computes, there is nothing to install.
+    line = selfcheck.choose_layout(LogpModel(make_random("gpt_oss", 96).bfloat16()), CPU).line
+    assert line.startswith("layout: tree (sdpa attention)")
