@@ -16,7 +16,7 @@ import torch
 from raydpo.gpu.figures import Findings
 from raydpo.gpu.timing import seconds
 from raydpo.gpu.world import World
-from raydpo.model.attention import available_bodies
+from raydpo.model.attention import Demand, available_bodies
 from raydpo.model.recall import processor
 
 __all__ = ["PACKAGES", "clocks", "describe", "driver_version", "environment", "versions"]
@@ -42,7 +42,7 @@ def environment(world: World, found: Findings) -> None:
     world.measured |= {"gemm_tflops": world.gemm / 1e12, "copy_gb_s": rate / 1e9}
     if peak is not None:
         world.measured["peak_tflops"] = peak / 1e12
-    bodies = available_bodies(world.device, world.dtype, shape.head_size)
+    bodies = available_bodies(world.device, [Demand(size=shape.head_size, dtype=world.dtype)])
     found.note(f"bodies of attention: {', '.join(bodies)}")
     found.note(f"varlen_attn takes {_signature()}")
     if world.cuda:
