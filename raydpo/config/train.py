@@ -236,7 +236,7 @@ class TrainConfig(ObjectiveConfig):
         if self.checkpoint_minutes is not None and self.checkpoint_every != every:
             raise ValueError(
                 f"checkpoint_minutes ({self.checkpoint_minutes:g}) and checkpoint_every "
-                f"({self.checkpoint_every}) contradict each other; keep one"
+                f"({self.checkpoint_every}) contradict each other; keep one (checkpoint_minutes=null counts steps)"
             )
         if self.offload_params is not None and self.zero != 3:
             raise ValueError(
