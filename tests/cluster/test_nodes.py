@@ -188,8 +188,8 @@ def test_gpus_that_torch_does_not_find_and_lost_environments_are_told_before_a_g
         ray.shutdown()
         cluster.shutdown()
     here, there = sorted(str(error.value).splitlines(), reverse=True)
-    assert here.startswith("this node has 1 GPU(s) in Ray, and torch finds 0 (") and "LD_LIBRARY_PATH" in here
-    assert there.startswith("node ") and " has 2 GPU(s) in Ray, and torch finds 0 (" in there
+    assert here.startswith("this node has 1 GPU(s) in Ray, and torch finds 0: ") and "install a torch for CUDA" in here
+    assert there.startswith("node ") and " has 2 GPU(s) in Ray, and torch finds 0: " in there
     nodes = [line.partition("but on ")[2] for line in str(unanswered.value).splitlines()]
     assert [node.split()[0] for node in nodes] == ["this", "node"], nodes
     assert all("/nowhere/python cannot be started" in node for node in nodes)
