@@ -91,7 +91,7 @@ class Findings:
         finite = math.isfinite(value)
         ok = None
         if rule in ("at most", "at least"):
-            ok = finite and (value <= limit if rule == "at most" else value >= limit)
+            ok = finite and bool(value <= limit if rule == "at most" else value >= limit)
         self.figures[name] = Figure(float(value) if finite else None, unit, rule, limit, ok, says)
 
 

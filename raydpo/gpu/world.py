@@ -13,6 +13,7 @@ from torch import nn
 
 from raydpo.data.shapes import Shapes
 from raydpo.data.simulate import amounts
+from raydpo.estimate.anatomy import Anatomy
 from raydpo.estimate.cards import known_peak
 from raydpo.model.cost import ModelCost
 from raydpo.model.layout import PromptGroup, shapes_of
@@ -34,6 +35,7 @@ class Shape:
         planned: positions of a micro-batch whose memory is compared with the plan.
         matrix: rows and columns of the square matrices whose product is timed.
         host_numbers: numbers that an optimizer on the host updates.
+        most_pairs: of a step with a measured budget.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Shape:
     planned: int
     matrix: int
     host_numbers: int
+    most_pairs: int
 
 
 LLAMA_8B = Shape(
@@ -73,6 +76,7 @@ LLAMA_8B = Shape(
     planned=8192,
     matrix=8192,
     host_numbers=500_000_000,
+    most_pairs=64,
 )
 TINY = Shape(
     name="tiny",
@@ -85,13 +89,14 @@ TINY = Shape(
     small_vocabulary=256,
     layers=(1, 2),
     few=2,
-    whole=4,
+    whole=32,
     pair=(24, 12, 12),
     passes=(96, 192),
     live=96,
     planned=96,
     matrix=64,
     host_numbers=20_000,
+    most_pairs=3,
 )
 """For a CPU, where only the code is checked and the figures mean nothing."""
 
@@ -196,6 +201,10 @@ class World:
         """A random causal LM of the shape, in evaluation mode, on the device. Every call gives the same weights."""
         return random_model(self.shape, layers, vocabulary or self.shape.vocabulary, self.device, dtype or self.dtype)
 
+    def anatomy(self, layers: int, vocabulary: int) -> Anatomy:
+        """Sizes of ``model`` with these sizes, for the plan of its memory."""
+        return Anatomy.of_model(_empty(self.shape, layers, vocabulary, "meta", self.dtype))
+
     @functools.cached_property
     def files(self) -> Path:
         """Directory of a random model with ``few`` layers and the small vocabulary, as safetensors."""
@@ -228,6 +237,18 @@ class World:
 
 def random_model(shape: Shape, layers: int, vocabulary: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """A Llama of random weights (normal, 0.02), made on ``device``: a second for 5 GB on a GPU, with no copy on the host."""
+    model = _empty(shape, layers, vocabulary, device, dtype)
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.02, generator=generator)
+            else:
+                parameter.fill_(1.0)
+    return model.eval()
+
+
+def _empty(shape: Shape, layers: int, vocabulary: int, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -249,17 +270,9 @@ def random_model(shape: Shape, layers: int, vocabulary: int, device: torch.devic
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            model = LlamaForCausalLM(config)
+            return LlamaForCausalLM(config)
     finally:
         torch.set_default_dtype(before)
-    generator = torch.Generator(device).manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=0.02, generator=generator)
-            else:
-                parameter.fill_(1.0)
-    return model.eval()
 
 
 def cost_of(model: LogpModel | nn.Module) -> ModelCost:
