@@ -15,6 +15,7 @@ from types import FrameType
 
 import torch
 
+from raydpo.cluster.driver import driver_version, why_no_gpu
 from raydpo.errors import ConfigError, one_line
 from raydpo.gpu.blocks import BLOCKS, Block
 from raydpo.gpu.environment import clocks, describe, versions
@@ -51,9 +52,10 @@ def check(
     """
     chosen = chosen_blocks(blocks, quick)
     if device is None and not torch.cuda.is_available():
+        why = why_no_gpu(driver_version(), torch.__version__, torch.version.cuda, torch.version.hip)
         raise ConfigError(
-            "gpu check found no GPU that torch can use, and a CUDA device is expected; run it on a machine with one, where "
-            "'raydpo doctor' lists it, or add --device cpu to try the same code at tiny sizes without proving anything"
+            f"gpu check found no GPU that torch can use, and a CUDA device is expected: {why}. Add --device cpu to try the "
+            "same code at tiny sizes, which proves nothing about a GPU"
         )
     where = torch.device("cpu" if device == "cpu" else "cuda:0")
     if not out.parent.is_dir() or out.is_dir():

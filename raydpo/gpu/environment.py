@@ -8,18 +8,18 @@ import platform
 import re
 import shutil
 import subprocess
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from raydpo.cluster.driver import driver_version
 from raydpo.gpu.figures import Findings
 from raydpo.gpu.timing import seconds
 from raydpo.gpu.world import World
 from raydpo.model.attention import available_bodies
 from raydpo.model.recall import processor
 
-__all__ = ["PACKAGES", "clocks", "describe", "driver_version", "environment", "versions"]
+__all__ = ["PACKAGES", "clocks", "describe", "environment", "versions"]
 
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "bitsandbytes", "flash_attn", "triton", "liger_kernel", "numpy")
 VARIABLE_LENGTH = frozenset({"varlen", "flash"})
@@ -65,19 +65,6 @@ def _signature() -> str:
     except ImportError:
         return "nothing: this torch has none"
     return ", ".join(inspect.signature(varlen_attn).parameters)
-
-
-def driver_version() -> str | None:
-    """Version of NVIDIA's driver, or None if there is none to ask."""
-    asked = _nvidia_smi("driver_version")
-    if asked:
-        return asked[0]
-    try:
-        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
-    except OSError:
-        return None
-    found = re.search(r"\b(\d{3,}\.\d+(?:\.\d+)?)\b", text)
-    return found[1] if found else None
 
 
 def clocks() -> tuple[float | None, float | None]:

@@ -13,8 +13,8 @@ from torch import nn
 
 from raydpo.data.shapes import Shapes
 from raydpo.data.simulate import amounts
-from raydpo.estimate.anatomy import Anatomy
 from raydpo.estimate.cards import known_peak
+from raydpo.memory.anatomy import Anatomy
 from raydpo.model.cost import ModelCost
 from raydpo.model.layout import PromptGroup, shapes_of
 from raydpo.model.logps import LogpModel

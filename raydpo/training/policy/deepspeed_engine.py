@@ -13,6 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ from raydpo.model.weights import ADAPTER_NAME
 from raydpo.training.policy.engine import PolicySpec
 from raydpo.training.policy.host_memory import HostPeak
 from raydpo.training.policy.offload import disk_folder
-from raydpo.training.policy.optimizer import make_optimizer
+from raydpo.training.policy.optimizer import make_optimizer, no_steps
 from raydpo.training.policy.ranks import RankGroup
 from raydpo.training.policy.state import TrainedState
 
@@ -122,7 +123,8 @@ class PolicyEngine(RankGroup):
         trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
         optimizer = make_optimizer(trainable, train, device)
         exact = _float32_parameters(module, spec.dtype, train.zero)
-        self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+        with no_steps(optimizer):
+            self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         for parameter, value in exact:
             parameter.data = value
         self.module = module
@@ -159,17 +161,22 @@ class PolicyEngine(RankGroup):
 
     def logps(self, layout: Layout, *, log_sum_sq: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         asked = {"log_sum_sq": True} if log_sum_sq else {}
+        with self._computing():
+            return self.engine(layout.to(self.device), **asked)
+
+    def _computing(self) -> AbstractContextManager[object]:
+        """Where a forward pass keeps what its backward pass needs: on the host, if that is configured."""
         if self._offload_activations and torch.is_grad_enabled():
-            with torch.autograd.graph.save_on_cpu(pin_memory=self.device.type == "cuda"):
-                return self.engine(layout.to(self.device), **asked)
-        return self.engine(layout.to(self.device), **asked)
+            return torch.autograd.graph.save_on_cpu(pin_memory=self.device.type == "cuda")
+        return contextlib.nullcontext()
 
     def find_budget(self, share: float = 1.0) -> Budget:
         # A forward pass keeps what training keeps; a backward pass here would leave gradients in DeepSpeed.
         def run(tokens: int) -> Tensor:
             longest = longest_sequence(self.module.causal_lm)
             groups = probe_groups(tokens * self.sequence_parallel, self.module.vocabulary, longest)
-            return self.module(self.lay_out(groups).to(self.device))
+            with self._computing():
+                return self.module(self.lay_out(groups).to(self.device))
 
         # Without ZeRO, AdamW makes its two moments at the first step.
         moments = 8.0 * sum(parameter.numel() for parameter in self.trainable) if self.zero == 0 else 0.0
