@@ -11,7 +11,10 @@ from raydpo.gpu.figures import Findings
 from raydpo.gpu.kernels import kernels
 from raydpo.gpu.logits import logits
 from raydpo.gpu.memory import auto_budget, memory_plan
+from raydpo.gpu.numerics import numerics
+from raydpo.gpu.offload import offload
 from raydpo.gpu.resume import resume
+from raydpo.gpu.speed import scoring_speed, training_speed
 from raydpo.gpu.world import World
 
 __all__ = ["BLOCKS", "Block"]
@@ -38,5 +41,9 @@ BLOCKS = (
     Block(3, "cached = live", cached_is_live),
     Block(4, "memory plan", memory_plan),
     Block(5, "auto budget", auto_budget),
+    Block(6, "scoring speed", scoring_speed, quick=False),
+    Block(7, "training speed", training_speed, quick=False),
     Block(8, "resume", resume),
+    Block(9, "offload", offload, quick=False),
+    Block(11, "numerics", numerics, quick=False),
 )

@@ -16,7 +16,6 @@ from raydpo.cluster.driver import driver_version
 from raydpo.gpu.figures import Findings
 from raydpo.gpu.timing import seconds
 from raydpo.gpu.world import World
-from raydpo.model.attention import available_bodies
 from raydpo.model.recall import processor
 
 __all__ = ["PACKAGES", "clocks", "describe", "environment", "versions"]
@@ -29,8 +28,6 @@ def environment(world: World, found: Findings) -> None:
     """Measure a large product and a copy; check the driver and that a variable-length body exists."""
     shape, limits = world.shape, world.limits
     size = shape.matrix
-    left, right = (torch.randn(size, size, device=world.device, dtype=world.dtype) for _ in range(2))
-    world.gemm = 2 * size**3 / seconds(lambda: left @ right, world.device)
     peak = world.sheet_peak
     least = None if peak is None or limits.gemm is None else limits.gemm * peak / 1e12
     found.at_least("gemm_tflops", world.gemm / 1e12, least, f"product of {size} x {size} matrices", "TFLOP/s")
@@ -42,7 +39,7 @@ def environment(world: World, found: Findings) -> None:
     world.measured |= {"gemm_tflops": world.gemm / 1e12, "copy_gb_s": rate / 1e9}
     if peak is not None:
         world.measured["peak_tflops"] = peak / 1e12
-    bodies = available_bodies(world.device, world.dtype, shape.head_size)
+    bodies = world.bodies()
     found.note(f"bodies of attention: {', '.join(bodies)}")
     found.note(f"varlen_attn takes {_signature()}")
     if world.cuda:

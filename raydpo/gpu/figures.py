@@ -100,7 +100,6 @@ class Result:
     """What a block came to.
 
     Attributes:
-        peak_gib: most GPU memory that torch allocated, in GiB; 0 on a CPU.
         note: remarks, joined by semicolons; for a skipped block, why.
         error: the exception of a block that ended with one, else None.
     """
@@ -109,7 +108,6 @@ class Result:
     name: str
     status: Status
     seconds: float
-    peak_gib: float
     figures: dict[str, Figure]
     note: str = ""
     error: str | None = None

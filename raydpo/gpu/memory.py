@@ -68,8 +68,8 @@ def _second_step(
     reset_peak_memory(world.device)
     before = used_memory(world.device)
     with policy(world, train, **options) as engine:
-        first, second = make_stepper(engine, train, reference_pairs(groups * 2), train.tokens_per_batch).prepared()
         stepper = make_stepper(engine, train, reference_pairs(groups * 2), train.tokens_per_batch)
+        first, second = stepper.prepared()
         stepper.take(first)
         reset_peak_memory(world.device)
         stepper.take(second)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from raydpo.config import TrainConfig
 from raydpo.errors import TrainError, one_line
-from raydpo.gpu.figures import Findings
+from raydpo.gpu.figures import Findings, Skip
 from raydpo.gpu.stepping import RandomPolicy, make_stepper, needs, policy, reference_pairs
 from raydpo.gpu.world import World
 
@@ -32,13 +33,16 @@ BITSANDBYTES = {"adamw_8bit", "paged_adamw_8bit"}
 def resume(world: World, found: Findings) -> None:
     """Compare weights and losses after an interruption for each optimizer, then across ZeRO stages, then bit by bit."""
     needs("deepspeed", "pyarrow")
+    world = dataclasses.replace(world, shape=world.shape.narrowed)
     for name, options in OPTIMIZERS.items():
         if name in BITSANDBYTES:
             if not world.cuda:
                 found.note(f"{name} skipped: runs on GPUs only")
                 continue
-            if not _installed("bitsandbytes"):
-                found.note(f"{name} skipped: no bitsandbytes")
+            try:
+                needs("bitsandbytes")
+            except Skip as why:
+                found.note(f"{name} skipped: {why}")
                 continue
         stages = (0, 0) if name in BITSANDBYTES else (2, 2)
         _compare(
@@ -48,12 +52,6 @@ def resume(world: World, found: Findings) -> None:
         _compare(world, found, f"zero{before}_to_zero{after}", (before, after), {}, world.limits.resumed)
     _first_update(world, found)
     _bits(world, found)
-
-
-def _installed(package: str) -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec(package) is not None
 
 
 def _train(steps: int = 2 * HALF, **changes: Any) -> TrainConfig:
@@ -131,10 +129,10 @@ def _steps(world: World, engine: RandomPolicy, train: TrainConfig, numbers: Sequ
 
 
 def _weights(engine: RandomPolicy) -> dict[str, Tensor]:
-    """Copies of the float32 weights by parameter, on the CPU."""
+    """Copies of the float32 weights by parameter."""
     found: dict[str, list[Tensor]] = {}
     for fragment in engine.state.fragments():
-        found.setdefault(fragment.name, []).append(fragment.of(fragment.flat.detach()).float().cpu().clone())
+        found.setdefault(fragment.name, []).append(fragment.of(fragment.flat.detach()).float().clone())
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
