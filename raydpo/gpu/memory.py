@@ -14,10 +14,10 @@ from raydpo.errors import DeviceMemoryError
 from raydpo.gpu.figures import Findings, Skip
 from raydpo.gpu.stepping import LORA, RandomPolicy, make_stepper, needs, policy, reference_pairs
 from raydpo.gpu.world import World
-from raydpo.memory.activations import Batch
-from raydpo.memory.ledger import estimate_memory
 from raydpo.model.budget import MOST_TRAINED, reset_peak_memory, used_memory
 from raydpo.model.layout import PromptGroup
+from raydpo.model.memory.activations import Batch
+from raydpo.model.memory.ledger import estimate_memory
 
 __all__ = ["auto_budget", "memory_plan"]
 

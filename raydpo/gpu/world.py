@@ -18,10 +18,10 @@ from raydpo.estimate.cards import known_peak
 from raydpo.gpu.limits import Limits
 from raydpo.gpu.shape import Shape
 from raydpo.gpu.timing import seconds
-from raydpo.memory.anatomy import Anatomy
 from raydpo.model.attention import Body, available_bodies
 from raydpo.model.cost import ModelCost
 from raydpo.model.layout import PromptGroup, shapes_of
+from raydpo.model.memory.anatomy import Anatomy
 
 __all__ = ["World", "amount_of"]
 
