@@ -18,7 +18,7 @@ from raydpo.gpu.timing import seconds
 from raydpo.gpu.world import World
 from raydpo.model.recall import processor
 
-__all__ = ["PACKAGES", "clocks", "describe", "environment", "versions"]
+__all__ = ["PACKAGES", "clocks", "describe", "environment", "judge_driver", "versions"]
 
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "bitsandbytes", "flash_attn", "triton", "liger_kernel", "numpy")
 VARIABLE_LENGTH = frozenset({"varlen", "flash"})
@@ -48,12 +48,19 @@ def environment(world: World, found: Findings) -> None:
             bool(VARIABLE_LENGTH & set(bodies)),
             "a variable-length body of attention exists (1 = yes)",
         )
-        driver = driver_version()
-        libraries = int((torch.version.cuda or "0").split(".")[0])
-        known = re.match(r"\d+", driver or "")
-        # NVIDIA's compatibility table: the libraries of CUDA 13 need driver 580.
-        needed = limits.driver if libraries >= 13 else None
-        found.at_least("driver", float(known[0]) if known else 0.0, needed, f"driver {driver}, its main version")
+        judge_driver(found, driver_version(), torch.version.cuda, limits.driver)
+
+
+def judge_driver(found: Findings, driver: str | None, cuda: str | None, least: int | None) -> None:
+    """Compare the main version of the driver with ``least``, which the libraries of CUDA 13 need.
+
+    Args:
+        driver: such as ``580.95.05``; None = unknown, which fails.
+        cuda: version that torch was built with, such as ``13.0``.
+    """
+    known = re.match(r"\d+", driver or "")
+    needed = least if cuda is not None and int(cuda.split(".")[0]) >= 13 else None
+    found.at_least("driver", float(known[0]) if known else 0.0, needed, f"driver {driver} with CUDA {cuda}, its main version")
 
 
 def _signature() -> str:
@@ -101,6 +108,7 @@ def versions() -> dict[str, str | None]:
 def describe(device: torch.device) -> dict[str, Any]:
     """Name, memory and driver of the device, for the report."""
     if device.type != "cuda":
-        return {"name": f"{processor()} (a CPU: its figures say nothing about a GPU)", "threads": torch.get_num_threads()}
+        return {"type": device.type, "name": f"a CPU, {processor()}", "threads": torch.get_num_threads()}
     memory = torch.cuda.get_device_properties(device).total_memory / 2**30
-    return {"name": torch.cuda.get_device_name(device), "memory_gib": round(memory, 1), "driver": driver_version()}
+    name = torch.cuda.get_device_name(device)
+    return {"type": device.type, "name": name, "memory_gib": round(memory, 1), "driver": driver_version()}

@@ -9,10 +9,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-__all__ = ["FORMAT", "Figure", "Findings", "Report", "Result", "Skip"]
+from raydpo.estimate.checked import REPORT_FORMAT
 
-FORMAT = 1
-"""Version of the JSON's layout."""
+__all__ = ["Figure", "Findings", "Report", "Result", "Skip"]
 
 Rule = Literal["at most", "at least", "goal"]
 Status = Literal["pass", "fail", "skip", "error", "timeout"]
@@ -144,7 +143,7 @@ class Report:
 
     def write(self, path: Path) -> None:
         """Replace the file at ``path``. A reader sees the old file or the new one, never half of one."""
-        everything = {"format": FORMAT} | asdict(self) | {"summary": self.summary}
+        everything = {"format": REPORT_FORMAT} | asdict(self) | {"summary": self.summary}
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         temporary.write_text(json.dumps(everything, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         os.replace(temporary, path)

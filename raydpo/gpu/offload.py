@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from typing import Any
 
 import torch
 
@@ -17,26 +18,34 @@ from raydpo.training.policy.optimizer import make_optimizer
 __all__ = ["offload"]
 
 STEPS = 3
+STEPPED: dict[str, dict[str, Any]] = {
+    "plain": {"zero": 0},
+    "optimizer_on_host": {"zero": 2, "offload_optimizer": "cpu"},
+    "recomputed": {"zero": 0, "gradient_checkpointing": True},
+    "activations_on_host": {"zero": 0, "gradient_checkpointing": True, "offload_activations": True},
+}
+"""Settings of the steps that are timed."""
 
 
 def offload(world: World, found: Findings) -> None:
     """Time AdamW on the host by threads, copies to it, and steps with optimizer and activations there."""
     _host_adamw(world, found)
     _copies(world, found)
-    try:
-        plain, _ = _step_seconds(world)
-        on_host, update = _step_seconds(world, zero=2, offload_optimizer="cpu")
-        found.value("optimizer_on_host_s", update, "optimizer's part of a step with it on the host", "s")
-        found.value(
-            "optimizer_slowdown", on_host / plain, "step with the optimizer on the host, as a multiple of one without"
+    taken = {}
+    for name, settings in STEPPED.items():
+        try:
+            taken[name] = _step_seconds(world, settings)
+        except Skip as why:
+            found.note(f"steps skipped: {why}")
+            return
+    for name, (passes, update) in taken.items():
+        found.value(f"{name}.passes_ms", 1000 * passes, f"forward and backward pass, {STEPPED[name]}", "ms")
+        found.value(f"{name}.update_ms", 1000 * update, f"optimizer, {STEPPED[name]}", "ms")
+    if taken:
+        says = "forward and backward pass with activations on the host, as a multiple of one without"
+        found.at_most(
+            "activations_slowdown", taken["activations_on_host"][0] / taken["recomputed"][0], world.limits.slowdown, says
         )
-        kept, _ = _step_seconds(world, gradient_checkpointing=True)
-        moved, _ = _step_seconds(world, gradient_checkpointing=True, offload_activations=True)
-    except Skip as why:
-        found.note(f"steps skipped: {why}")
-        return
-    says = "forward and backward pass with activations on the host, as a multiple of one without"
-    found.at_most("activations_slowdown", moved / kept, world.limits.slowdown, says)
 
 
 def _host_adamw(world: World, found: Findings) -> None:
@@ -73,14 +82,13 @@ def _copies(world: World, found: Findings) -> None:
     gc.collect()
 
 
-def _step_seconds(world: World, **settings: object) -> tuple[float, float]:
-    """Seconds of forward and backward pass, with the update if the optimizer is on the host, and of the update alone."""
+def _step_seconds(world: World, settings: dict[str, Any]) -> tuple[float, float]:
+    """Seconds of the forward and backward pass of a step, and of its update: the fastest step after the first."""
     groups = world.pairs_of(world.shape.planned)
     tokens = sum(world.shape.pair) * len(groups)
-    train = TrainConfig(pairs_per_step=len(groups), steps=STEPS, tokens_per_batch=tokens, **({"zero": 0} | settings))
+    train = TrainConfig(pairs_per_step=len(groups), steps=STEPS, tokens_per_batch=tokens, **settings)
     with policy(world, train) as engine:
         stepper = make_stepper(engine, train, reference_pairs(groups * STEPS), tokens)
         rows = [stepper.take(step).row for step in stepper.prepared()]
-    last = min(rows[1:], key=lambda row: row["time/forward"] + row["time/backward"] + row["time/optimizer"])
-    passes = last["time/forward"] + last["time/backward"]
-    return passes + (last["time/optimizer"] if "offload_activations" not in settings else 0.0), last["time/optimizer"]
+    passes = min(row["time/forward"] + row["time/backward"] for row in rows[1:])
+    return passes, min(row["time/optimizer"] for row in rows[1:])
