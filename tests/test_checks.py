@@ -147,6 +147,18 @@ BAD = [
     (("eval",), "evaluate.score_with=bad_functions:value", "which is not a function"),
     (("eval",), "evaluate.judge={url: 'http://localhost:1/v1', model: m, key: NO_SUCH_KEY}", "NO_SUCH_KEY"),
     (("eval",), "evaluate.reward_model={place}/bare", "score.weight"),
+    (("eval",), "evaluate.engine=vllm; evaluate.vllm_python=/nowhere/python", "on this machine /nowhere/python cannot be"),
+    (
+        ("sweep",),
+        "sweep.evaluate=true; evaluate.policy=null; evaluate.engine=vllm; evaluate.vllm_python=/nowhere/python",
+        "on this machine /nowhere/python cannot be started",
+    ),
+    (
+        ("sweep",),
+        "sweep.evaluate=true; evaluate.policy=null; evaluate.engine=vllm; model.lora.dora=true",
+        "vllm does not load an adapter with use_dora True",
+    ),
+    (("eval",), "evaluate.max_tokens=2048", "more than the 2048 positions of"),
     (("eval",), "data.eval=null", "no pairs to evaluate on"),
     (("eval",), "evaluate.policy=null", "there is no trained policy"),
     (("eval",), "evaluate.policy={place}/empty", "model.safetensors"),

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raydpo.training.policy.host_memory import host_copy
+
 __all__ = ["PIECE", "Moment", "begin_moments", "moments_of"]
 
 BLOCK = 256
@@ -31,7 +33,7 @@ class Moment:
 
     def read(self, start: int, numel: int) -> Tensor:
         """Copy ``numel`` numbers from ``start`` to the CPU."""
-        return self.tensor.view(-1).narrow(0, start, numel).to("cpu", copy=True)
+        return host_copy(self.tensor.view(-1).narrow(0, start, numel))
 
     def write(self, start: int, values: Tensor) -> None:
         """Set the numbers from ``start``, a multiple of ``PIECE``."""

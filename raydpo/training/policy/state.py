@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from raydpo.errors import TrainError
@@ -105,11 +104,21 @@ class TrainedState:
                     return master
         return parameter
 
-    def write(self, directory: Path) -> dict[str, Any]:
-        """Write this rank's share into ``directory``. Returns the facts that ``read`` needs."""
+    @property
+    def bytes(self) -> float:
+        """Largest size of this rank's share: a float32 weight and AdamW's two moments, in at most float32, a number."""
+        return 12.0 * sum(fragment.numel for fragment in self._own_fragments())
+
+    def _own_fragments(self) -> list[Fragment]:
+        """The fragments that this rank writes. Over all ranks, they contain every element once."""
         fragments = self.fragments()
-        if not self._zero:  # every rank has everything
-            fragments = fragments[dist.get_rank() :: dist.get_world_size()]
+        # Without ZeRO every rank has everything.
+        return fragments if self._zero else fragments[dist.get_rank() :: dist.get_world_size()]
+
+    def files(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Copy this rank's share to the host's memory, file by file. Yields names and tensors of safetensors files, each of
+        about ``_FILE_BYTES``, which share no memory with the state."""
+        fragments = self._own_fragments()
         tensors: dict[str, Tensor] = {}
         size = number = 0
         for flat, parts in _by_flat(fragments):
@@ -121,17 +130,19 @@ class TrainedState:
                         tensors[_key(kind, fragment)] = values
                         size += values.nbytes
                     if size >= _FILE_BYTES or fragment is fragments[-1]:
-                        # Several files, so that only one of them is held in host memory at a time.
-                        name = _file(f"{dist.get_rank():05d}", dist.get_world_size(), f"{number:03d}")
-                        save_file(tensors, directory / name)
+                        yield _file(f"{dist.get_rank():05d}", dist.get_world_size(), f"{number:03d}"), tensors
                         tensors, size, number = {}, 0, number + 1
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What ``read`` needs besides the files."""
         return {"optimizer_steps": self._steps(), "parameters": self._totals()}
 
     def read(self, directory: Path, facts: Mapping[str, Any], ranks: int) -> None:
         """Load the state that any number of ranks wrote under any ZeRO stage.
 
         Args:
-            facts: result of ``write``.
+            facts: as they were when the files were made.
             ranks: number of ranks that wrote it. Files of another number of ranks, left by an unfinished upload, are
                 skipped.
 

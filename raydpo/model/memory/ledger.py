@@ -19,8 +19,8 @@ from typing import Literal
 from raydpo.config import ModelConfig, TrainConfig
 from raydpo.config.train import REDUCE_BUCKET, ROUNDED_PIECE
 from raydpo.errors import ConfigError
-from raydpo.estimate.activations import Batch, Layer, head_backward, head_forward, layer_memory
-from raydpo.estimate.anatomy import EMBEDDING, HEAD, Anatomy, Weight
+from raydpo.model.memory.activations import Batch, Layer, head_backward, head_forward, layer_memory
+from raydpo.model.memory.anatomy import EMBEDDING, HEAD, Anatomy, Weight
 
 __all__ = ["BASE_BYTES", "MemoryEstimate", "Moment", "estimate_memory", "trained_numbers"]
 
