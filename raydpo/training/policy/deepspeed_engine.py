@@ -265,6 +265,7 @@ def _repeat_to_the_bit() -> None:
 
 
 def _deepspeed_config(train: TrainConfig, dtype: str) -> dict[str, Any]:
+    overlaps = train.overlap_communication or train.zero == 3  # DeepSpeed's default for ZeRO-3
     return {
         # raydpo makes the micro-batches, and their number varies. With a global batch size here, DeepSpeed's consistency
         # check fails while transformers loads under ZeRO-3.
@@ -272,7 +273,8 @@ def _deepspeed_config(train: TrainConfig, dtype: str) -> dict[str, Any]:
         "gradient_accumulation_steps": 1,
         # Without clipping, a bound that is never reached: DeepSpeed then still computes the norm.
         "gradient_clipping": train.clip if train.clip is not None else 1e30,
-        "zero_optimization": {"stage": train.zero, "reduce_bucket_size": REDUCE_BUCKET} | _offload(train),
+        "zero_optimization": {"stage": train.zero, "reduce_bucket_size": REDUCE_BUCKET, "overlap_comm": overlaps}
+        | _offload(train),
         # Otherwise DeepSpeed demands its own Adam, which must be compiled.
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
