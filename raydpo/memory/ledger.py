@@ -72,12 +72,14 @@ class MemoryEstimate:
     """Memory of one worker.
 
     Attributes:
+        standing: what is there before the first step, when the policy is loaded and DeepSpeed has wrapped it.
         peak: the moment with the most bytes on the device.
         host: bytes of host memory for offloaded weights, optimizer and activations.
         host_peak: the same during the update.
         moments: all moments in order; the last is the update.
     """
 
+    standing: Moment
     peak: Moment
     host: float
     host_peak: float
@@ -134,7 +136,11 @@ def estimate_memory(
     ledger = _Ledger(anatomy, policy, train, batch, workers, width, device, model.quantization is not None)
     moments = tuple(ledger.moments())
     return MemoryEstimate(
-        peak=max(moments, key=lambda moment: moment.total), host=ledger.host, host_peak=ledger.host_peak, moments=moments
+        standing=ledger.standing(),
+        peak=max(moments, key=lambda moment: moment.total),
+        host=ledger.host,
+        host_peak=ledger.host_peak,
+        moments=moments,
     )
 
 
@@ -220,7 +226,8 @@ class _Ledger:
         self.largest = max((numel for _, numel in policy.trained), default=0)
         self.whole = _whole_parameters(policy, self.p, workers)
         self.host = self.host_peak = 0.0
-        self.weights, self.optimizer = self._weights(), self._optimizer()
+        self.weights = self._weights()
+        self.masters, self.optimizer = self._optimizer()
 
     # Memory that stays from step to step.
 
@@ -233,8 +240,9 @@ class _Ledger:
             self.host += share
         return share if self.train.offload_params is None else 0.0
 
-    def _optimizer(self) -> float:
-        """Device bytes of master weights and moments. Offloaded ones, and their gradients, are added to the host's."""
+    def _optimizer(self) -> tuple[float, float]:
+        """Device bytes of master weights, and of these and the moments. Offloaded ones, and their gradients, are added to the
+        host's."""
         train, numbers = self.train, self.p
         masters = 4.0 * numbers if self.zero or self.width == 2 else 0.0
         moments = {
@@ -255,11 +263,11 @@ class _Ledger:
             else:
                 self.host += beside + DISK_BUFFERS * 4.0 * min(numbers, SUB_GROUP)
             self.host_peak = self.host + self._update_bytes(min(numbers, SUB_GROUP) if self.zero == 3 else numbers)
-            return 0.0
+            return 0.0, 0.0
         if "paged" in train.optimizer:
             self.host += moments
             moments = 0.0
-        return masters + moments
+        return masters, masters + moments
 
     def _update_bytes(self, numbers: int) -> float:
         """Working memory of an update of ``numbers`` numbers at once."""
@@ -268,6 +276,17 @@ class _Ledger:
         return 0.0  # torch's fused kernels and bitsandbytes' work in place
 
     # Moments of a step.
+
+    def standing(self) -> Moment:
+        """What is there before the first step. The optimizer makes its moments in that step."""
+        spare = self.width * self.largest if self.offloads and self.zero < 3 else 0.0  # for one gradient
+        return Moment(
+            name="before the first step",
+            weights=self.weights,
+            optimizer=self.masters,
+            gradients=self._old_gradients() if self.zero == 3 else 0.0,
+            communication=self.bucket if self.zero == 3 else spare,
+        )
 
     def moments(self) -> Iterator[Moment]:
         """All moments that may be the peak."""
