@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from raydpo.cluster.driver import TORCH_FACTS, driver_version, why_no_gpu
 from raydpo.cluster.nodes import grows_to, holds, nodes_with
 from raydpo.cluster.resources import resources_for
 from raydpo.cluster.waiting import check_reachable
@@ -135,11 +136,12 @@ def _look(paths: Sequence[str], gpus: bool = False) -> dict[str, Any]:
 
 
 def _torch_devices() -> tuple[int, str]:
-    """Return the number of GPUs that torch finds on this node, and torch's error. Uses a new process, since Ray hides GPUs
-    from this task."""
+    """Return the number of GPUs that torch finds on this node, and why it finds no more. Uses a new process, since Ray
+    hides GPUs from this task."""
     program = (
         "import json, torch\nerror = ''\ntry: torch.cuda.init()\nexcept Exception as caught: error = "
-        "f'{type(caught).__name__}: {caught}'\nprint(json.dumps([0 if error else torch.cuda.device_count(), error]))"
+        "f'{type(caught).__name__}: {caught}'\nprint(json.dumps([0 if error else torch.cuda.device_count(), error, "
+        f"[{TORCH_FACTS}]]))"
     )
     hiding = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
     try:
@@ -150,20 +152,16 @@ def _torch_devices() -> tuple[int, str]:
             timeout=ANSWER_SECONDS * 0.8,
             env={key: value for key, value in os.environ.items() if key not in hiding},
         )
-        count, error = json.loads(done.stdout.splitlines()[-1])
+        count, error, built = json.loads(done.stdout.splitlines()[-1])
     except (subprocess.TimeoutExpired, ValueError, IndexError):
-        return 0, "torch does not start"
-    return count, one_line(error, 300)
+        return 0, "torch does not start; install it anew"
+    return count, why_no_gpu(driver_version(), *built) + (f" ({one_line(error, 300)})" if error else "")
 
 
 def _gpu_problems(node: str, gpus: int, devices: tuple[int, str]) -> Iterator[str]:
-    found, error = devices
+    found, why = devices
     if found < gpus:
-        yield (
-            f"{node} has {gpus} GPU(s) in Ray, and torch finds {found}{f' ({error})' if error else ''}; install a torch "
-            "for GPUs, a driver that is new enough for it, and the driver's libraries where the container looks "
-            "(LD_LIBRARY_PATH)"
-        )
+        yield f"{node} has {gpus} GPU(s) in Ray, and torch finds {found}: {why}"
 
 
 def _ask(nodes: dict[str, dict[str, Any]], paths: Sequence[str], gpus: Collection[str]) -> dict[str, Any]:

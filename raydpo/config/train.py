@@ -170,7 +170,8 @@ class TrainConfig(ObjectiveConfig):
     """Largest number of consecutive steps skipped because a loss or gradient is not finite; one more ends the run."""
     gate_pairs: Int = Field(default=12, ge=1)
     """Least number of pairs that the step-0 gate compares. All pairs of the first step are compared in its own forward pass.
-    Beside them, a third of this number is computed, the most extreme pairs, and random ones until this number is reached.
+    Beside them, those missing for this number are computed, and at least a third of it: half the most extreme pairs, half
+    random ones.
 
     Other weights or tokens show in every pair. A change of a share f of the pairs escapes n random ones with (1 - f)^n."""
     sample_prompts: Int = Field(default=0, ge=0)

@@ -12,9 +12,10 @@ from raydpo.data.pairs import PairSets
 from raydpo.data.shapes import Shapes
 from raydpo.data.simulate import NAIVE_PAIRS, Simulation
 from raydpo.errors import ConfigError
+from raydpo.estimate.cards import MEMORY
 from raydpo.estimate.modes import Fit, Modes, Question, compare_modes
 from raydpo.estimate.plan import PAIRS_PER_RANK, Plan, Stage, make_plan, sample_pairs
-from raydpo.estimate.rate import MEMORY, measured_rates, stated_rates
+from raydpo.estimate.rate import measured_rates, stated_rates
 from raydpo.memory.activations import Batch
 from raydpo.memory.anatomy import Anatomy, model_cost
 from raydpo.reference.identity import resolve_model

@@ -8,8 +8,9 @@ from raydpo.config import TrainConfig, load_config
 from raydpo.data.pairs import load_pairs
 from raydpo.data.tokenise import Tokeniser
 from raydpo.errors import ConfigError
+from raydpo.estimate.cards import DEVICES
 from raydpo.estimate.plan import Rates, Stage, make_plan, operations, training_factors
-from raydpo.estimate.rate import DEVICES, stated_rates
+from raydpo.estimate.rate import stated_rates
 from raydpo.memory.anatomy import model_cost
 from raydpo.model.cost import ModelCost
 

@@ -2,8 +2,8 @@ import pytest
 
 from raydpo.config import LoraSettings, ModelConfig, TrainConfig, load_config
 from raydpo.errors import ConfigError
+from raydpo.estimate.cards import DEVICES, MEMORY
 from raydpo.estimate.modes import ENOUGH, USABLE, Question, compare_modes
-from raydpo.estimate.rate import DEVICES, MEMORY
 from raydpo.memory.activations import Batch
 from raydpo.memory.ledger import BASE_BYTES
 

@@ -10,9 +10,10 @@ from tiny import make_tokenizer, preferences, write_preferences
 from raydpo.config import load_config
 from raydpo.data.pairs import load_pairs
 from raydpo.data.tokenise import Tokeniser
+from raydpo.estimate.cards import DEVICES, MEMORY
 from raydpo.estimate.modes import USABLE, Question, compare_modes
 from raydpo.estimate.plan import make_plan
-from raydpo.estimate.rate import DEVICES, MEMORY, stated_rates
+from raydpo.estimate.rate import stated_rates
 from raydpo.memory.activations import Batch
 from raydpo.memory.anatomy import Anatomy, model_cost
 from raydpo.memory.ledger import BASE_BYTES, estimate_memory

@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from raydpo.cluster.actors import original_error
+from raydpo.cluster.nodes import usable_cores
 from raydpo.cluster.resources import Resources
 from raydpo.cluster.session import owns_ray
 from raydpo.config import TrainConfig, lower_is_better
@@ -107,6 +108,7 @@ def _ray_trainer(
         ),
         run_config=RunConfig(
             name=CHECKPOINTS,
+            worker_runtime_env={"env_vars": resources.environment} if resources.environment else None,
             storage_path=run_dir,
             failure_config=FailureConfig(max_failures=train.max_failures, max_preemption_failures=train.max_preemptions),
             checkpoint_config=_checkpoint_config(train),
@@ -178,8 +180,8 @@ def _train(payload: WorkerInput, tokens_per_batch: int | None) -> None:
     job = dataclasses.replace(payload.job, policy=on_this_machine(payload.job.policy), tokens_per_batch=tokens_per_batch)
     storage = Storage(payload.run_dir)
     log_to(storage, rank)
-    if payload.threads is not None:
-        torch.set_num_threads(payload.threads)
+    workers_here = ray.train.get_context().get_local_world_size()
+    torch.set_num_threads(payload.threads or max(1, usable_cores() // workers_here))
     device = get_device()
     join_process_group(device)
     hooks.phase("loading and checking the policy")

@@ -36,7 +36,7 @@ from raydpo.model.weights import ADAPTER_NAME
 from raydpo.training.policy.engine import PolicySpec
 from raydpo.training.policy.host_memory import HostPeak
 from raydpo.training.policy.offload import disk_folder
-from raydpo.training.policy.optimizer import make_optimizer
+from raydpo.training.policy.optimizer import make_optimizer, no_steps
 from raydpo.training.policy.ranks import RankGroup
 from raydpo.training.policy.state import TrainedState
 
@@ -132,7 +132,8 @@ class PolicyEngine(RankGroup):
         trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
         optimizer = make_optimizer(trainable, train, device)
         exact = _float32_parameters(module, spec.dtype, train.zero)
-        self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+        with no_steps(optimizer):
+            self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         for parameter, value in exact:
             parameter.data = value
         self.module = module
