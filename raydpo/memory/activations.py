@@ -76,11 +76,13 @@ class Layer:
         kept: kept from its forward to its backward pass.
         entry: the part of ``kept`` that is its input; with gradient checkpointing only this is kept.
         working: needed in addition while its backward pass runs.
+        passing: needed in addition while its forward pass runs and keeps nothing, as with gradient checkpointing.
     """
 
     kept: float
     entry: float
     working: float
+    passing: float
 
 
 def layer_memory(
@@ -131,9 +133,11 @@ def layer_memory(
     kept += width * rank * T * len(adapted)
     if dora:  # base and adapted output, for the magnitudes' gradient
         kept += 2 * width * T * sum(weight.shape[0] for weight in adapted)
-    # Gradients of both projections, and of the stream.
-    working = width * inner * T * (2 if anatomy.gated else 1) + 3 * STREAM * H * T + dense
-    return Layer(kept=kept, entry=STREAM * H * T, working=working)
+    # Gradients of both projections, where their product and the activation have been freed, and of the stream.
+    working = width * inner * T * (2 if anatomy.gated else 1) + STREAM * H * T + dense
+    # Both projections and the activation, the stream between both parts and its norm.
+    passing = width * inner * T * (3 if anatomy.gated else 2) + 2 * STREAM * H * T + dense
+    return Layer(kept=kept, entry=STREAM * H * T, working=working, passing=passing)
 
 
 def head_forward(anatomy: Anatomy, batch: Batch, *, width: int, device: str, trained: bool) -> float:

@@ -14,15 +14,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
-from raydpo.config import ModelConfig, TrainConfig
+from raydpo.config import LoraSettings, TrainConfig
 from raydpo.config.train import REDUCE_BUCKET, ROUNDED_PIECE
 from raydpo.errors import ConfigError
 from raydpo.memory.activations import Batch, Layer, head_backward, head_forward, layer_memory
 from raydpo.memory.anatomy import EMBEDDING, HEAD, Anatomy, Weight
 
-__all__ = ["BASE_BYTES", "MemoryEstimate", "Moment", "estimate_memory"]
+__all__ = ["BASE_BYTES", "MemoryEstimate", "Moment", "Trained", "estimate_memory"]
 
 Device = Literal["cuda", "cpu"]
 
@@ -39,6 +39,25 @@ SUB_GROUP = 1_000_000_000
 """ZeRO-3 updates at most this many numbers of a rank's share at a time."""
 DISK_BUFFERS = 4
 """Buffers, each the size of a sub-group, that DeepSpeed keeps in host memory when the optimizer is on disk."""
+
+
+class Trained(Protocol):
+    """What of a policy trains, and how the rest is stored: ``config.ModelConfig`` or ``policy.engine.PolicySpec``."""
+
+    @property
+    def lora(self) -> LoraSettings | None: ...
+
+    @property
+    def adapter(self) -> str | None: ...
+
+    @property
+    def quantization(self) -> str | None: ...
+
+    @property
+    def freeze(self) -> tuple[str, ...]: ...
+
+    @property
+    def adapts(self) -> bool: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +132,7 @@ class _Policy:
 
 def estimate_memory(
     anatomy: Anatomy,
-    model: ModelConfig,
+    model: Trained,
     train: TrainConfig,
     batch: Batch,
     *,
@@ -145,7 +164,7 @@ def estimate_memory(
 
 
 @lru_cache(maxsize=8)
-def _policy(anatomy: Anatomy, model: ModelConfig, width: int) -> _Policy:
+def _policy(anatomy: Anatomy, model: Trained, width: int) -> _Policy:
     def stored(weight: Weight) -> float:
         """Bytes of a frozen weight."""
         if model.quantization == "4bit" and weight.linear:  # one byte of scale per 64 numbers, a float32 per 256 such bytes
@@ -170,7 +189,7 @@ def _policy(anatomy: Anatomy, model: ModelConfig, width: int) -> _Policy:
     return _Policy(trained=tuple(trained), frozen=kept, rank=rank, dora=dora, adapted=adapted)
 
 
-def _adapters(model: ModelConfig) -> tuple[int, bool, str | tuple[str, ...]]:
+def _adapters(model: Trained) -> tuple[int, bool, str | tuple[str, ...]]:
     if model.lora is not None:
         return model.lora.r, model.lora.dora, model.lora.target_modules
     if model.adapter is None:
@@ -241,8 +260,8 @@ class _Ledger:
         return share if self.train.offload_params is None else 0.0
 
     def _optimizer(self) -> tuple[float, float]:
-        """Device bytes of master weights, and of these and the moments. Offloaded ones, and their gradients, are added to the
-        host's."""
+        """Device bytes of master weights, and of these with the moments. If they are offloaded, the host's bytes are added
+        to, with their gradients."""
         train, numbers = self.train, self.p
         masters = 4.0 * numbers if self.zero or self.width == 2 else 0.0
         moments = {
@@ -325,7 +344,7 @@ class _Ledger:
                 )
             layer = alike[kind]
             # Layers below the lowest trained one have no gradient.
-            yield layer if number >= first else replace(layer, kept=0.0, entry=0.0, working=0.0)
+            yield layer if number >= first else replace(layer, kept=0.0, entry=0.0, working=0.0, passing=0.0)
 
     def _backward(self) -> Iterator[Moment]:
         """The end of the forward pass, and the backward pass from the head down to the embedding."""
@@ -354,6 +373,13 @@ class _Ledger:
             head=head_forward(anatomy, batch, width=width, device=self.device, trained=self.trains_head),
             communication=gathered[HEAD] + self._bucket(0.0),
         )
+        if recomputes and layers:
+            yield self._moment(
+                "forward of the last layer",
+                activations=sum(kept) + layers[-1].passing,
+                gradients=old,
+                communication=gathered[len(layers) - 1] + self._bucket(0.0),
+            )
         if self.trains_head:
             yield self._moment(
                 "head's backward",

@@ -22,9 +22,11 @@ from torch import Tensor, nn
 
 from raydpo.config import TrainConfig
 from raydpo.config.train import REDUCE_BUCKET
-from raydpo.errors import ModelError
+from raydpo.errors import ModelError, reason
+from raydpo.memory.anatomy import Anatomy
+from raydpo.memory.needs import needs_of
 from raydpo.model.adapter import fuse_adapters
-from raydpo.model.budget import MOST_TRAINED, Budget, find_budget, probe_groups
+from raydpo.model.budget import MOST_TRAINED, Budget, Needs, find_budget, probe_groups
 from raydpo.model.layout import Layout, PromptGroup
 from raydpo.model.limits import longest_sequence
 from raydpo.model.load import add_lora, freeze_matching, load_causal_lm
@@ -103,7 +105,7 @@ class PolicyEngine(RankGroup):
         self.sequence_parallel = train.sequence_parallel
         self.replicas, self.replica = (number // train.sequence_parallel for number in (self.world_size, self.rank))
         self.is_leader = self.rank % train.sequence_parallel == 0
-        self._offload_activations = train.offload_activations
+        self._given = spec, train
         settings = _deepspeed_config(train, spec.dtype)
         # Kept alive while the model is loaded: transformers looks it up and partitions weights as it reads them.
         self._partitioned_loading = HfDeepSpeedConfig(settings) if train.zero == 3 else None
@@ -163,7 +165,7 @@ class PolicyEngine(RankGroup):
 
     def _computing(self) -> AbstractContextManager[object]:
         """Where a forward pass keeps what its backward pass needs: on the host, if that is configured."""
-        if self._offload_activations and torch.is_grad_enabled():
+        if self._given[1].offload_activations and torch.is_grad_enabled():
             return torch.autograd.graph.save_on_cpu(pin_memory=self.device.type == "cuda")
         return contextlib.nullcontext()
 
@@ -175,15 +177,23 @@ class PolicyEngine(RankGroup):
             with self._computing():
                 return self.module(self.lay_out(groups).to(self.device))
 
-        # Without ZeRO, AdamW makes its two moments at the first step.
-        moments = 8.0 * sum(parameter.numel() for parameter in self.trainable) if self.zero == 0 else 0.0
         known = self._recall.known("training")
-        room = {"most": MOST_TRAINED, "share": share, "reserve": moments}
+        room = {"most": MOST_TRAINED, "share": share, "needs": self._needs()}
         budget = find_budget(run, self.device, **room, known=known, agree=self._all_ranks)
         self._recall.keep("training", budget.bytes_per_token)
         smallest = torch.tensor(budget.tokens, device=self.device)
         dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
         return dataclasses.replace(budget, tokens=int(smallest))
+
+    def _needs(self) -> Needs:
+        """What a step takes by the ledger of ``raydpo plan``."""
+        spec, train = self._given
+        where = {"workers": self.world_size, "dtype": spec.dtype, "device": self.device.type}
+        try:
+            return needs_of(Anatomy.of(spec.path, spec.trust_remote_code), spec, train, **where)
+        except Exception as error:  # its config.json and its own code may be anything; the policy is loaded all the same
+            moments = 8.0 * sum(parameter.numel() for parameter in self.trainable)
+            return Needs(step=lambda _: moments, probe=lambda _: 0.0, doubt=reason(error))
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
