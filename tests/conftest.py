@@ -81,7 +81,7 @@ def tiny_qwen3(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def llama():
     """Sizes of Llama 3.1 8B from its config.json. The model is never loaded."""
-    from raydpo.memory.anatomy import Anatomy
+    from raydpo.model.memory.anatomy import Anatomy
 
     return Anatomy.of(HERE / "recipes" / "Llama-3.1-8B-Instruct")
 

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from raydpo.config import LoraSettings
+from raydpo.config import ModelConfig
 from raydpo.model import head
 from raydpo.model.layout import Method, PromptGroup
 from raydpo.model.load import add_lora
@@ -86,15 +86,15 @@ def like_a_gpu() -> Iterator[Live]:
         yield stack.enter_context(live)
 
 
-def make_policy(config: Any, *, rank: int = 0, quantized: bool = False, recomputes: bool = False) -> LogpModel:
-    """A bfloat16 policy in training mode, within ``like_a_gpu``, with adapters of ``rank`` or none."""
+def make_policy(config: Any, given: ModelConfig, *, recomputes: bool = False) -> LogpModel:
+    """A bfloat16 policy in training mode, within ``like_a_gpu``."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    if quantized:
+    if given.quantization is not None:
         _quantize(model)
-    if rank:
-        model = add_lora(model, LoraSettings(r=rank), seed=0)
+    if given.lora is not None:
+        model = add_lora(model, given.lora, seed=0)
         for parameter in model.parameters():
             if parameter.requires_grad:  # as DeepSpeed does
                 parameter.data = parameter.data.to(torch.bfloat16)

@@ -16,8 +16,8 @@ from raydpo.estimate.cards import MEMORY
 from raydpo.estimate.modes import Fit, Modes, Question, compare_modes
 from raydpo.estimate.plan import PAIRS_PER_RANK, Plan, Stage, make_plan, sample_pairs
 from raydpo.estimate.rate import measured_rates, stated_rates
-from raydpo.memory.activations import Batch
-from raydpo.memory.anatomy import Anatomy, model_cost
+from raydpo.model.memory.activations import Batch
+from raydpo.model.memory.anatomy import Anatomy, model_cost
 from raydpo.reference.identity import resolve_model
 from raydpo.terminal.console import Console
 

@@ -12,11 +12,11 @@ from torch import Tensor
 from raydpo.gpu.figures import Findings
 from raydpo.gpu.timing import seconds
 from raydpo.gpu.world import World
-from raydpo.memory.activations import Batch, head_backward, head_forward
-from raydpo.memory.anatomy import Anatomy
 from raydpo.model import head as chunked
 from raydpo.model.budget import reset_peak_memory, used_memory
 from raydpo.model.head import attach_logp_head
+from raydpo.model.memory.activations import Batch, head_backward, head_forward
+from raydpo.model.memory.anatomy import Anatomy
 
 __all__ = ["logits"]
 

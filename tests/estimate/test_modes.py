@@ -4,8 +4,8 @@ from raydpo.config import LoraSettings, ModelConfig, TrainConfig, load_config
 from raydpo.errors import ConfigError
 from raydpo.estimate.cards import DEVICES, MEMORY
 from raydpo.estimate.modes import ENOUGH, USABLE, Question, compare_modes
-from raydpo.memory.activations import Batch
-from raydpo.memory.ledger import BASE_BYTES
+from raydpo.model.memory.activations import Batch
+from raydpo.model.memory.ledger import BASE_BYTES
 
 GIB = 2**30
 

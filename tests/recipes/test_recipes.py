@@ -14,9 +14,9 @@ from raydpo.estimate.cards import DEVICES, MEMORY
 from raydpo.estimate.modes import USABLE, Question, compare_modes
 from raydpo.estimate.plan import make_plan
 from raydpo.estimate.rate import stated_rates
-from raydpo.memory.activations import Batch
-from raydpo.memory.anatomy import Anatomy, model_cost
-from raydpo.memory.ledger import BASE_BYTES, estimate_memory
+from raydpo.model.memory.activations import Batch
+from raydpo.model.memory.anatomy import Anatomy, model_cost
+from raydpo.model.memory.ledger import BASE_BYTES, estimate_memory
 
 ROOT = Path(__file__).parents[2]
 MODELS = Path(__file__).parent

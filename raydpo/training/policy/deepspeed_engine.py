@@ -23,14 +23,14 @@ from torch import Tensor, nn
 from raydpo.config import TrainConfig
 from raydpo.config.train import REDUCE_BUCKET
 from raydpo.errors import ModelError, reason
-from raydpo.memory.anatomy import Anatomy
-from raydpo.memory.needs import needs_of
 from raydpo.model.adapter import fuse_adapters
 from raydpo.model.budget import MOST_TRAINED, Budget, Needs, find_budget, probe_groups
 from raydpo.model.layout import Layout, PromptGroup
 from raydpo.model.limits import longest_sequence
 from raydpo.model.load import add_lora, freeze_matching, load_causal_lm
 from raydpo.model.logps import LogpModel
+from raydpo.model.memory.anatomy import Anatomy
+from raydpo.model.memory.needs import needs_of
 from raydpo.model.recall import Recall
 from raydpo.model.selfcheck import check_training_mode, choose_layout, share_positions
 from raydpo.model.ulysses import SequenceGroup
@@ -190,8 +190,8 @@ class PolicyEngine(RankGroup):
         spec, train = self._given
         where = {"workers": self.world_size, "dtype": spec.dtype, "device": self.device.type}
         try:
-            return needs_of(Anatomy.of(spec.path, spec.trust_remote_code), spec, train, **where)
-        except Exception as error:  # its config.json and its own code may be anything; the policy is loaded all the same
+            return needs_of(Anatomy.of_loaded(self.module.causal_lm), spec, train, **where)
+        except Exception as error:  # a model's own code may do anything, and the policy is loaded all the same
             moments = 8.0 * sum(parameter.numel() for parameter in self.trainable)
             return Needs(step=lambda _: moments, probe=lambda _: 0.0, doubt=reason(error))
 

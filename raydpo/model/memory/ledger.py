@@ -19,8 +19,8 @@ from typing import Literal, Protocol
 from raydpo.config import LoraSettings, TrainConfig
 from raydpo.config.train import REDUCE_BUCKET, ROUNDED_PIECE
 from raydpo.errors import ConfigError
-from raydpo.memory.activations import Batch, Layer, head_backward, head_forward, layer_memory
-from raydpo.memory.anatomy import EMBEDDING, HEAD, Anatomy, Weight
+from raydpo.model.memory.activations import Batch, Layer, head_backward, head_forward, layer_memory
+from raydpo.model.memory.anatomy import EMBEDDING, HEAD, Anatomy, Weight
 
 __all__ = ["BASE_BYTES", "MemoryEstimate", "Moment", "Trained", "estimate_memory"]
 
@@ -304,7 +304,7 @@ class _Ledger:
             weights=self.weights,
             optimizer=self.masters,
             gradients=self._old_gradients() if self.zero == 3 else 0.0,
-            communication=self.bucket if self.zero == 3 else spare,
+            communication=self.bucket + self._persistent() if self.zero == 3 else spare,
         )
 
     def moments(self) -> Iterator[Moment]:
@@ -368,7 +368,7 @@ class _Ledger:
         gathered = self._gathered()
         yield self._moment(
             "forward",
-            activations=sum(kept) + around + stream,
+            activations=sum(kept) + around,
             gradients=old,
             head=head_forward(anatomy, batch, width=width, device=self.device, trained=self.trains_head),
             communication=gathered[HEAD] + self._bucket(0.0),
@@ -443,6 +443,17 @@ class _Ledger:
             return {"gradients": old + largest}
         return {"gradients": old + done}
 
+    def _tensors(self) -> Iterator[tuple[int, int]]:
+        """Place and numbers of each parameter."""
+        yield from self.policy.trained
+        yield from ((place, numel) for place, _, numel in self.policy.frozen)
+
+    def _persistent(self) -> float:
+        """Bytes of the parameters that ZeRO-3 keeps whole beside their parts."""
+        if self.workers == 1 and self.train.offload_params is None:
+            return 0.0
+        return float(self.width * sum(numel for _, numel in self._tensors() if numel <= PERSISTENT))
+
     def _gathered(self) -> dict[int, float]:
         """Bytes that ZeRO-3 gathers in the backward pass of each place; for HEAD, also at the end of the forward pass."""
         order = [EMBEDDING, *range(self.anatomy.layers), HEAD]
@@ -450,12 +461,10 @@ class _Ledger:
         if self.zero < 3 or (self.workers == 1 and self.train.offload_params is None):
             return gathered
         numels = dict.fromkeys(order, 0)
-        lasting = 0.0
-        for place, numel in (*self.policy.trained, *((place, numel) for place, _, numel in self.policy.frozen)):
-            if numel <= PERSISTENT:
-                lasting += numel * self.width
-            elif place in numels:
+        for place, numel in self._tensors():
+            if numel > PERSISTENT and place in numels:
                 numels[place] += numel
+        lasting = self._persistent()
         if self.anatomy.tied:
             numels[HEAD] = numels[EMBEDDING]
         above = sum(numels.values())

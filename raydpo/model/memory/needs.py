@@ -5,10 +5,10 @@ from __future__ import annotations
 from functools import cache
 
 from raydpo.config import TrainConfig
-from raydpo.memory.activations import Batch
-from raydpo.memory.anatomy import Anatomy
-from raydpo.memory.ledger import Device, MemoryEstimate, Trained, estimate_memory
 from raydpo.model.budget import Needs
+from raydpo.model.memory.activations import Batch
+from raydpo.model.memory.anatomy import Anatomy
+from raydpo.model.memory.ledger import Device, MemoryEstimate, Trained, estimate_memory
 
 __all__ = ["needs_of"]
 
