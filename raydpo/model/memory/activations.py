@@ -141,8 +141,8 @@ def layer_memory(
 
 
 def head_forward(anatomy: Anatomy, batch: Batch, *, width: int, device: str, trained: bool) -> float:
-    """Bytes of the vocabulary projection's forward pass besides hidden states, at any number of chunks of logits: of several,
-    one is freed after the next is computed."""
+    """Bytes of the vocabulary projection's forward pass besides hidden states. If there are several chunks of logits,
+    one is freed after the next one is computed."""
     chunk, several = _chunk(anatomy, batch, device)
     if trained:
         return chunk * (1 + several)
