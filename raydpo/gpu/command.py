@@ -15,11 +15,14 @@ from types import FrameType
 
 import torch
 
+from raydpo.cluster.driver import driver_version, why_no_gpu
 from raydpo.errors import ConfigError, one_line
 from raydpo.gpu.blocks import BLOCKS, Block
 from raydpo.gpu.environment import clocks, describe, versions
 from raydpo.gpu.figures import Findings, Report, Result, Skip
-from raydpo.gpu.world import CPU_LIMITS, GPU_LIMITS, LLAMA_8B, TINY, World
+from raydpo.gpu.limits import CPU_LIMITS, GPU_LIMITS
+from raydpo.gpu.shape import LLAMA_8B, TINY
+from raydpo.gpu.world import World
 from raydpo.terminal.console import Console
 from raydpo.version import __version__
 
@@ -31,8 +34,12 @@ ALL_SECONDS = 525.0
 """Longest that all blocks together may take, so that a rented quarter of an hour holds a second try."""
 
 
-class BlockTimeout(TimeoutError):
-    """A block took longer than it may."""
+AGAIN_SECONDS = 5.0
+"""Seconds after which a timeout is raised again, if the one before was lost in a destructor."""
+
+
+class BlockTimeout(BaseException):
+    """A block took longer than it may. No ``Exception``, which libraries catch in many places."""
 
 
 def check(
@@ -51,9 +58,10 @@ def check(
     """
     chosen = chosen_blocks(blocks, quick)
     if device is None and not torch.cuda.is_available():
+        why = why_no_gpu(driver_version(), torch.__version__, torch.version.cuda, torch.version.hip)
         raise ConfigError(
-            "gpu check found no GPU that torch can use, and a CUDA device is expected; run it on a machine with one, where "
-            "'raydpo doctor' lists it, or add --device cpu to try the same code at tiny sizes without proving anything"
+            f"gpu check found no GPU that torch can use, and a CUDA device is expected: {why}. Add --device cpu to try the "
+            "same code at tiny sizes, which proves nothing about a GPU"
         )
     where = torch.device("cpu" if device == "cpu" else "cuda:0")
     if not out.parent.is_dir() or out.is_dir():
@@ -108,9 +116,6 @@ def run_block(block: Block, world: World, limit: float, console: Console) -> Res
     """Run one block. Nothing that it raises ends the check, except an interrupt."""
     found, start = Findings(), time.monotonic()
     status, error, before = "pass", None, clocks() if world.cuda else None
-    if world.cuda:
-        torch.cuda.reset_peak_memory_stats(world.device)
-    peak = 0.0
     try:
         with console.quiet(), _limited(limit):
             block.run(world, found)
@@ -126,7 +131,6 @@ def run_block(block: Block, world: World, limit: float, console: Console) -> Res
     # What a traceback held is free from here on.
     gc.collect()
     if world.cuda:
-        peak = torch.cuda.max_memory_allocated(world.device) / 2**30
         torch.cuda.empty_cache()
         for name, one, other in zip(("SM clock in MHz", "power in W"), before, clocks(), strict=True):
             if one is not None and other is not None:
@@ -136,7 +140,6 @@ def run_block(block: Block, world: World, limit: float, console: Console) -> Res
         name=block.name,
         status=status,
         seconds=round(time.monotonic() - start, 2),
-        peak_gib=round(peak, 3),
         figures=found.figures,
         note="; ".join(found.notes),
         error=error,
@@ -153,7 +156,7 @@ def _limited(limit: float) -> Iterator[None]:
     if limit <= 0:
         raise BlockTimeout
     earlier = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, limit)
+    signal.setitimer(signal.ITIMER_REAL, limit, AGAIN_SECONDS)
     try:
         yield
     finally:

@@ -14,10 +14,11 @@ from raydpo.errors import one_line
 from raydpo.gpu.figures import Findings
 from raydpo.gpu.timing import seconds
 from raydpo.gpu.world import World, amount_of
-from raydpo.model.attention import Segments, available_bodies, tree_attention
+from raydpo.model.attention import Demand, available_bodies, tree_attention
+from raydpo.model.segments import Segments
 from raydpo.model.tree import MIN_SAVED, PrefixTree
 
-__all__ = ["definition", "kernels", "three_levels"]
+__all__ = ["definition", "kernels", "run_body", "three_levels"]
 
 KEY_HEADS = 2
 LAYOUTS = 20
@@ -56,7 +57,7 @@ def kernels(world: World, found: Findings) -> None:
     tree = three_levels()
     cases = CASES if world.cuda else COMPILED_CASES
     errors: dict[tuple[str, Case], float] = {}
-    bodies = available_bodies(world.device, world.dtype, 128)
+    bodies = available_bodies(world.device, [Demand(size=128, dtype=world.dtype)])
     for body in sorted(bodies, key=lambda one: (one == "flex", one != "sdpa")):
         kinds: dict[str, list[tuple[float, float]]] = {}
         for case in COMPILED_CASES if body == "flex" else cases:
@@ -64,7 +65,7 @@ def kernels(world: World, found: Findings) -> None:
             try:
                 error, what = _worst_error(world, tree, body, case)
             except Exception as refused:
-                if isinstance(refused, torch.OutOfMemoryError | TimeoutError):
+                if isinstance(refused, torch.OutOfMemoryError):
                     raise
                 found.fact(f"{name}.runs", False, f"attention by {body}, {case.kind}: {_short(refused)} (1 = runs)")
                 continue
@@ -151,16 +152,7 @@ def _worst_error(world: World, tree: PrefixTree, body: Any, case: Case) -> tuple
     exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
     options = {"window": case.window, "softcap": case.softcap, "sinks": sinks}
     wanted = definition(tree, *exact, **options)
-    segments = Segments.of(tree, body).to(world.device)
-    out, _ = tree_attention(
-        nn.Module(),
-        *tensors,
-        None,
-        segments=segments,
-        sliding_window=case.window,
-        softcap=case.softcap,
-        s_aux=sinks,
-    )
+    out = run_body(tree, *tensors, body, case, sinks)
     weights = torch.randn(wanted.shape, generator=torch.Generator(world.device).manual_seed(1), device=world.device)
     gradients = torch.autograd.grad((out * weights.to(out.dtype)).sum(), tensors)
     expected = torch.autograd.grad((wanted * weights.to(out.dtype).double()).sum(), exact)
@@ -168,6 +160,24 @@ def _worst_error(world: World, tree: PrefixTree, body: Any, case: Case) -> tuple
     found |= {f"d{name}": _relative(ours, theirs) for name, ours, theirs in zip("qkv", gradients, expected, strict=True)}
     worst = max(found, key=lambda name: found[name] if np.isfinite(found[name]) else np.inf)
     return found[worst], worst
+
+
+def run_body(
+    tree: PrefixTree, query: Tensor, key: Tensor, value: Tensor, body: Any, case: Case, sinks: Tensor | None
+) -> Tensor:
+    """Attention of one body as a layer calls it, [1, T, A, D]; arguments as of ``definition``."""
+    out, _ = tree_attention(
+        nn.Module(),
+        query,
+        key,
+        value,
+        None,
+        segments=Segments.of(tree, body).to(query.device),
+        sliding_window=case.window,
+        softcap=case.softcap,
+        s_aux=sinks,
+    )
+    return out
 
 
 def _planted(world: World, tree: PrefixTree) -> tuple[Tensor, Tensor]:
@@ -192,8 +202,6 @@ def _speed(world: World, found: Findings, bodies: tuple[Any, ...]) -> None:
             with torch.no_grad():
                 rate = flops / seconds(call, world.device)
         except Exception as refused:
-            if isinstance(refused, TimeoutError):
-                raise
             found.note(f"speed of {body}: {_short(refused)}")
             continue
         least = None

@@ -110,16 +110,7 @@ class PolicyEngine(RankGroup):
         # Kept alive while the model is loaded: transformers looks it up and partitions weights as it reads them.
         self._partitioned_loading = HfDeepSpeedConfig(settings) if train.zero == 3 else None
         with HostPeak() as loading:
-            model = load_causal_lm(
-                spec.path,
-                spec.dtype,
-                adapter=spec.adapter,
-                train_adapter=True,
-                quantization=spec.quantization,
-                rope_length=spec.rope_length,
-                trust_remote_code=spec.trust_remote_code,
-                device="cpu" if train.zero == 3 else device,
-            )
+            model = self._load(spec)
         most = torch.tensor([loading.seconds, loading.bytes], dtype=torch.float64, device=device)
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         self.load_seconds, self.load_bytes = most.tolist()
@@ -148,6 +139,18 @@ class PolicyEngine(RankGroup):
             if group is not None:
                 self.layout_line += f"; {share_positions(module, device, group, check_rows)}"
             check_training_mode(module, device, self._recall)
+
+    def _load(self, spec: PolicySpec) -> nn.Module:
+        return load_causal_lm(
+            spec.path,
+            spec.dtype,
+            adapter=spec.adapter,
+            train_adapter=True,
+            quantization=spec.quantization,
+            rope_length=spec.rope_length,
+            trust_remote_code=spec.trust_remote_code,
+            device="cpu" if self.zero == 3 else self.device,
+        )
 
     def _all_ranks(self, value: bool) -> bool:
         flag = torch.tensor(int(value), device=self.device)
