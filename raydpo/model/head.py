@@ -89,7 +89,9 @@ class _ChunkedLogps(torch.autograd.Function):
                     agreement[rows] = doubled - 2 * normalisers[rows]
                 if ctx.frozen:
                     factors = torch.ones_like(logps[rows])
-                    slopes[rows] = _slope(logits, normalisers[rows], targets[rows], factors, transform, weight.dtype) @ weight
+                    slopes[rows] = (
+                        _slope(logits, normalisers[rows], targets[rows], factors, transform, weight.dtype) @ weight
+                    )
                 continue
             logits = transform(logits)
             logps[rows] = logits.gather(1, targets[rows, None])[:, 0]

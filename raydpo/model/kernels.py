@@ -87,9 +87,7 @@ def _norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float, plus_one
 
 
 @_kernel(fixed=1)
-def _norm_backward_with_weight(
-    grad: Tensor, x: Tensor, weight: Tensor, eps: float, plus_one: bool
-) -> tuple[Tensor, Tensor]:
+def _norm_backward_with_weight(grad: Tensor, x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> tuple[Tensor, Tensor]:
     grad_x, terms = _norm_grad(grad, x, weight, eps, plus_one)
     return grad_x, terms.sum(0).to(weight.dtype)
 

@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -39,14 +40,20 @@ from raydpo.training.policy.engine import PolicySpec
 from raydpo.training.policy.host_memory import HostPeak
 from raydpo.training.policy.offload import disk_folder
 from raydpo.training.policy.optimizer import make_optimizer, no_steps
-from raydpo.training.policy.ranks import RankGroup
+from raydpo.training.policy.ranks import RankGroup, group_timeout
 from raydpo.training.policy.state import TrainedState
 
 __all__ = ["PolicyEngine", "join_process_group"]
 
 
 def join_process_group(device: torch.device) -> None:
-    """Set up DeepSpeed's communication: nccl on GPUs, gloo on CPUs."""
+    """Set up DeepSpeed's communication: nccl on GPUs, gloo on CPUs.
+
+    DeepSpeed 0.19 computes on the GPU with the number LOCAL_RANK (``runtime/engine.py``, ``zero/partition_parameters.py``).
+    This is set to that of ``device``: Ray sorts the GPUs of a machine as text, so rank 2 of 11 may have the GPU with id 10.
+    """
+    if device.index is not None:
+        os.environ["LOCAL_RANK"] = str(device.index)
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")
     with _without("mlflow"):  # only DeepSpeed's autotuner needs it, and importing it takes as long as DeepSpeed
         import deepspeed
@@ -101,6 +108,8 @@ class PolicyEngine(RankGroup):
         import deepspeed
         from transformers.integrations import HfDeepSpeedConfig
 
+        if train.deterministic:
+            _repeat_to_the_bit()
         self.device, self.zero, self.adapts = device, train.zero, spec.adapts
         self.sequence_parallel = train.sequence_parallel
         self.replicas, self.replica = (number // train.sequence_parallel for number in (self.world_size, self.rank))
@@ -125,7 +134,8 @@ class PolicyEngine(RankGroup):
         trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
         optimizer = make_optimizer(trainable, train, device)
         exact = _float32_parameters(module, spec.dtype, train.zero)
-        with no_steps(optimizer):
+        timeout = timedelta(seconds=train.collective_timeout)
+        with no_steps(optimizer), group_timeout(timeout):
             self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         for parameter, value in exact:
             parameter.data = value
@@ -135,7 +145,7 @@ class PolicyEngine(RankGroup):
         self._recall = Recall(_described(spec, train), device, self._all_ranks)
         with self.evaluating():
             self.layout_line = choose_layout(module, device, spec.layout, check_rows, self._recall).line
-            group = SequenceGroup.of_world(train.sequence_parallel)
+            group = SequenceGroup.of_world(train.sequence_parallel, timeout)
             if group is not None:
                 self.layout_line += f"; {share_positions(module, device, group, check_rows)}"
             check_training_mode(module, device, self._recall)
@@ -251,6 +261,17 @@ class PolicyEngine(RankGroup):
         """The gradient norm, which DeepSpeed does not report without ZeRO. Every rank has all gradients."""
         gradients = [parameter.grad for parameter in self.trainable if parameter.grad is not None]
         return float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+
+
+def _repeat_to_the_bit() -> None:
+    """Use only deterministic kernels in this process, which must not have used cuBLAS before: that reads its variable once.
+
+    Operations without such a kernel raise an error. With ``warn_only`` the backward pass of torch's flash attention would
+    stay nondeterministic (``ATen/native/transformers/cuda/attention_backward.cu``).
+    """
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # finds faults in programs, and takes time
 
 
 def _deepspeed_config(train: TrainConfig, dtype: str) -> dict[str, Any]:
