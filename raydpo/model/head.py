@@ -169,7 +169,7 @@ def _adds_in_place(device: torch.device, dtype: torch.dtype) -> bool:
 
     CUDA's can (``aten::addmm.dtype_out``) since torch 2.8, but the first releases wanted a sum of the product's precision.
     """
-    if device.type != "cuda":
+    if not _on_gpu(device):
         return False
     total, ones = torch.ones(TILE, TILE, device=device), torch.ones(TILE, TILE, device=device, dtype=dtype)
     try:
@@ -177,6 +177,10 @@ def _adds_in_place(device: torch.device, dtype: torch.dtype) -> bool:
     except (RuntimeError, TypeError):
         return False
     return bool((total == TILE + 1).all())
+
+
+def _on_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
