@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from raydpo import errors
@@ -17,7 +17,14 @@ _NO_MEMORY = re.compile(r"running low on memory\..*?\(IP: ([^,)]+).*? was ([\d.]
 
 
 def over_actors(
-    actor: type, arguments: tuple[Any, ...], blocks: Sequence[Any], resources: Resources, doing: str, calls_at_once: int = 1
+    actor: type,
+    arguments: tuple[Any, ...],
+    blocks: Sequence[Any],
+    resources: Resources,
+    doing: str,
+    *,
+    calls_at_once: int = 1,
+    environment: Mapping[str, str] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Process Arrow blocks in Ray's object store with Ray Data actors. There is one actor for each team of workers.
 
@@ -28,6 +35,7 @@ def over_actors(
         resources: number of teams, and what each requests.
         doing: what is done, for messages, such as "scoring the reference".
         calls_at_once: concurrent calls of one actor, each in its own thread.
+        environment: environment variables of the actors' processes, besides those of the cluster.
 
     Yields:
         The rows that the actors return.
@@ -56,6 +64,7 @@ def over_actors(
         # Ray deprecates passing these two here, but has no named arguments for them yet.
         max_restarts=3,
         max_task_retries=3,
+        **({"runtime_env": {"env_vars": dict(environment)}} if environment else {}),
     )
     try:
         yield from dataset.iter_rows()

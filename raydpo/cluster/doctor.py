@@ -8,6 +8,7 @@ import platform
 import shutil
 import sys
 
+from raydpo.cluster.driver import driver_version, why_no_gpu
 from raydpo.cluster.nodes import usable_cores
 from raydpo.terminal.console import Console
 from raydpo.version import __version__
@@ -22,8 +23,11 @@ def report(console: Console) -> None:
     rows = [("raydpo", __version__), ("python", f"{platform.python_version()} ({sys.executable})")]
     rows += [(name, _version(name)) for name in _PACKAGES]
     console.table("versions", ("", "value"), rows)
-    compiler = shutil.which("g++") or "none (not needed on the CPU)"
-    console.table("this machine", ("", "value"), [*_devices(), ("C++ compiler", compiler)])
+    compiler, driver = shutil.which("g++") or "none (not needed on the CPU)", driver_version()
+    devices, problem = _devices(driver)
+    console.table("this machine", ("", "value"), [*devices, ("NVIDIA driver", driver or "none"), ("C++ compiler", compiler)])
+    if problem:
+        console.warn(problem)
     address = os.environ.get("RAY_ADDRESS", "")
     ray = "a local Ray, started by each command" if not address else f"the cluster at $RAY_ADDRESS {address}"
     if address.startswith(("http://", "https://")):
@@ -40,19 +44,21 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _devices() -> list[tuple[str, str]]:
+def _devices(driver: str | None) -> tuple[list[tuple[str, str]], str | None]:
+    """Return rows of this machine's devices, and why torch finds no GPU although there is a ``driver`` for one."""
     usable, cores = usable_cores(), os.cpu_count()
     rows = [("CPU cores", str(cores) if usable == cores else f"{usable}, of {cores} of the machine")]
     try:
         import torch
     except ImportError:
-        return [*rows, ("GPUs", "unknown: torch is not installed")]
+        return [*rows, ("GPUs", "unknown: torch is not installed")], None
     if not torch.cuda.is_available():
-        return [*rows, ("GPUs", "none")]
+        built = torch.__version__, torch.version.cuda, torch.version.hip
+        return [*rows, ("GPUs", "none")], driver and f"torch finds no GPU: {why_no_gpu(driver, *built)}"
     for index in range(torch.cuda.device_count()):
         gib = torch.cuda.get_device_properties(index).total_memory / 2**30
         rows.append((f"GPU {index}", f"{torch.cuda.get_device_name(index)}, {gib:.0f} GiB"))
-    return rows
+    return [*rows, ("are they right and fast", "raydpo gpu check finds out, in nine minutes at most")], None
 
 
 def _auto_dtype() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,6 +13,9 @@ from raydpo.config import Config
 from raydpo.errors import ConfigError
 
 __all__ = ["Resources", "bfloat16_is_faster", "resources_for"]
+
+ALLOCATOR, ALLOCATOR_OLD = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
+"""Variables with the settings of torch's allocator on GPUs. The old name counts where the new one is not set."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,8 @@ class Resources:
     gpus_per_worker: float
     """GPUs of one worker, also a fraction; 0 = it computes on the CPU."""
     threads: int | None
-    """CPU threads of one worker; None = Ray decides."""
+    """CPU threads of one worker; None = unknown, since no node can hold one yet. A worker that trains then takes its share
+    of the cores where it starts."""
     fewest: int | None = None
     """Smallest number of workers with which the stage starts; None = ``workers``."""
     memory_share: float = 1.0
@@ -64,6 +69,18 @@ class Resources:
         return " ".join([*said, *(f"{key}={value}" for key, value in self.labels.items())])
 
     @property
+    def environment(self) -> dict[str, str]:
+        """Environment variables with which a process that scores or trains must be started.
+
+        Micro-batches differ in size, and torch's blocks of fixed size on a GPU would leave gaps between them. torch reads
+        its setting when a GPU is first used, which Ray Train does before it calls the worker. vLLM's own memory pool
+        refuses the setting, so workers that answer prompts are started without it.
+        """
+        if not self.gpus_per_worker or {ALLOCATOR, ALLOCATOR_OLD} & os.environ.keys():
+            return {}
+        return {ALLOCATOR: "expandable_segments:True"}
+
+    @property
     def device(self) -> Literal["cuda", "cpu"]:
         """Device of a worker, as torch names it."""
         return "cuda" if self.gpus_per_worker else "cpu"
@@ -102,12 +119,13 @@ def resources_for(stage: Literal["score", "train"], config: Config, at_once: int
     needed = fewest + (2 if stage == "score" else 1)
     needs = f"{stage}.workers {fewest} needs {needed} CPUs of Ray (one each, and some more for Ray Data)"
     _check_total("CPU", needed, needs, "", config, nodes_with(None, {}))
-    threads, memory_share = None, min(1.0, gpus) if gpus else 1.0
-    if not gpus:
-        threads, on_one_node = _threads(workers * at_once, nodes)
-        memory_share = 1 / on_one_node
     kind, labels = section.accelerator, dict(section.labels)
-    made = Resources(workers, gpus, threads, fewest, memory_share, together, kind, labels, on_one_machine=stage == "score")
+    made = Resources(workers, gpus, None, fewest, min(1.0, gpus), together, kind, labels, on_one_machine=stage == "score")
+    if gpus:
+        made = dataclasses.replace(made, threads=_threads_beside_gpus(made, workers * at_once, nodes))
+    else:
+        threads, on_one_node = _threads(workers * at_once, nodes)
+        made = dataclasses.replace(made, threads=threads, memory_share=1 / on_one_node)
     if not config.ray.autoscaling:
         _check_places(stage, made, nodes, where)
     return made
@@ -124,6 +142,18 @@ def _threads(workers: int, nodes: Sequence[dict[str, Any]]) -> tuple[int, int]:
     on_one_node = -(-workers // max(1, len(holding)))
     threads = [cores_of(node) // min(on_one_node, int(node["Resources"]["CPU"])) for node in holding]
     return max(1, min(threads, default=usable_cores() // on_one_node)), on_one_node
+
+
+def _threads_beside_gpus(resources: Resources, workers: int, nodes: Sequence[dict[str, Any]]) -> int | None:
+    """Return the threads of each of ``workers`` workers with GPUs: an even share of a node's cores, of the node with the
+    fewest for each. None if no node can hold a worker yet.
+
+    An optimizer on the host computes with them. Ray itself would give each worker one thread, since each requests one CPU;
+    more CPUs might leave none for Ray Data on the same node.
+    """
+    places = [(node, holds(node["Resources"], resources.bundle) * resources._size) for node in nodes]
+    # Ray Train fills a node before it uses the next one.
+    return min((max(1, cores_of(node) // min(workers, here)) for node, here in places if here), default=None)
 
 
 def _check_places(stage: str, resources: Resources, nodes: Sequence[dict[str, Any]], where: str) -> None:

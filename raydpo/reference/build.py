@@ -216,7 +216,8 @@ def _score_on_ray(
     alone = min(resources.teams, len(blocks)) == 1
     arguments = (spec, cache.storage.uri, cache.builder, frozenset(known), resources, tokens_per_batch, check_rows, alone)
     # Two calls at once: while one shard is computed, the previous one is written or the next one unpacked.
-    yield from over_actors(_ScoreShard, arguments, blocks, resources, "scoring the reference", calls_at_once=2)
+    given = {"calls_at_once": 2, "environment": resources.environment}
+    yield from over_actors(_ScoreShard, arguments, blocks, resources, "scoring the reference", **given)
 
 
 class _ScoreShard:

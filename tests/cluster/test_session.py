@@ -8,12 +8,15 @@ from pathlib import Path
 
 PROGRAM = """
 import json, os, sys
+import pyarrow as pa
 import ray
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
+from raydpo.cluster.actors import over_actors
 from raydpo.cluster.resources import Resources
 from raydpo.cluster.session import owns_ray, session
 from raydpo.config import Config, TrainConfig
 from raydpo.training.launch.launch import _ray_trainer
+from raydpo.training.launch.local import _Workers
 
 def callbacks():
     trainer = _ray_trainer(print, {}, TrainConfig(), Resources(1, 0.0, 1), sys.argv[1])
@@ -23,11 +26,25 @@ def callbacks():
 def worker():
     return [os.nice(0), os.environ["TOKENIZERS_PARALLELISM"], os.environ["PYTHONUTF8"]]
 
+class Scorer:
+    def __call__(self, block):
+        return pa.table({"told": [[os.environ.get(name, "") for name in ("PYTORCH_ALLOC_CONF", "PYTHONUTF8")]]})
+
+def processes_with_gpus():
+    # Environment of a scoring actor, and that for workers of Ray Train on a Ray of our own.
+    train = _ray_trainer(print, {}, TrainConfig(), Resources(1, 1.0, 1), sys.argv[1])
+    given = train.run_config.worker_runtime_env
+    environment = Resources(1, 1.0, 1).environment
+    block = ray.put(pa.table({"n": [1]}))
+    rows = over_actors(Scorer, (), [block], Resources(1, 0.0, 1), "scoring", environment=environment)
+    return [next(iter(rows))["told"], _Workers._get_worker_runtime_env(given)["env_vars"]]
+
 os.environ["PYTHONUTF8"] = "0"
 config = {"output": sys.argv[1], "model": {"path": "m"}, "data": {"train": [{"path": "a.jsonl"}]}}
 told = {"before": owns_ray(), "on a cluster": callbacks()}
 with session(Config.model_validate(config)):
     told["within"], told["worker"] = owns_ray(), ray.get(ray.remote(worker).remote())
+    told["with GPUs"] = processes_with_gpus()
     told["here"], told["alone"] = os.environ["PYTHONUTF8"], callbacks()
 told["after"] = owns_ray() or "RAY_TRAIN_METRICS_ENABLED" in os.environ
 print(json.dumps(told))
@@ -35,7 +52,7 @@ print(json.dumps(told))
 
 
 def test_a_ray_of_our_own(tmp_path):
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "PYTORCH_"))}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(tmp_path)],
         capture_output=True,
@@ -52,4 +69,6 @@ def test_a_ray_of_our_own(tmp_path):
     assert cleaner in told["on a cluster"] and watcher not in told["on a cluster"]
     assert cleaner not in told["alone"] and watcher in told["alone"]
     assert "LocalTrainer" in told["alone"] and "TorchTrainer" in told["on a cluster"]
+    growing = "expandable_segments:True"
+    assert told["with GPUs"] == [[growing, "1"], {"PYTORCH_ALLOC_CONF": growing}]
     assert "DatasetsCallback" not in told["alone"] + told["on a cluster"]

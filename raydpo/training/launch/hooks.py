@@ -31,7 +31,7 @@ class WorkerInput:
         run_dir: local path or URI.
         base_name: how an exported adapter names its base model.
         board: made by ``start_mailbox``, for a caller that may stop the training; None = ``launch`` makes one.
-        threads: CPU threads of a worker, None = torch's choice; ``launch`` sets it.
+        threads: CPU threads of a worker, see ``cluster.resources.Resources``; ``launch`` sets it.
     """
 
     job: TrainJob
@@ -94,7 +94,7 @@ class RayHooks(TrainHooks):
             self.records.flush()
 
     def upload(self, directory: Path, step: int) -> None:
-        self.storage.upload_into(directory, _checkpoint_place(step))
+        self.storage.move_into(directory, _checkpoint_place(step))
 
     def register(self, step: int, metrics: Mapping[str, float], *, wait: bool) -> None:
         import ray.train

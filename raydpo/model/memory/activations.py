@@ -12,9 +12,9 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from raydpo.data.shapes import PADDED_MULTIPLE, LayoutName
-from raydpo.estimate.anatomy import Anatomy, Weight
-from raydpo.model.attention import WHOLE_BLOCKS
+from raydpo.model.by_node import WHOLE_BLOCKS
 from raydpo.model.head import chunk_rows
+from raydpo.model.memory.anatomy import Anatomy, Weight
 
 __all__ = ["Batch", "Layer", "head_backward", "head_forward", "layer_memory"]
 
