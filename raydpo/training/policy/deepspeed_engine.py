@@ -26,6 +26,7 @@ from raydpo.config.train import REDUCE_BUCKET
 from raydpo.errors import ModelError, reason
 from raydpo.model.adapter import fuse_adapters
 from raydpo.model.budget import MOST_TRAINED, Budget, Needs, find_budget, probe_groups
+from raydpo.model.fused import fuse_layers
 from raydpo.model.layout import Layout, PromptGroup
 from raydpo.model.limits import longest_sequence
 from raydpo.model.load import add_lora, freeze_matching, load_causal_lm
@@ -85,7 +86,8 @@ def _described(spec: PolicySpec, train: TrainConfig) -> list[Any] | None:
         return None
     lora = None if spec.lora is None else spec.lora.model_dump(mode="json")
     settings = {"zero", "sequence_parallel", "gradient_checkpointing", "offload_activations"}
-    return [spec.identity, lora, list(spec.freeze), train.model_dump(mode="json", include=settings), dist.get_world_size()]
+    chosen = train.model_dump(mode="json", include=settings)
+    return [spec.identity, lora, list(spec.freeze), spec.fused, chosen, dist.get_world_size()]
 
 
 class PolicyEngine(RankGroup):
@@ -145,6 +147,8 @@ class PolicyEngine(RankGroup):
         self._recall = Recall(_described(spec, train), device, self._all_ranks)
         with self.evaluating():
             self.layout_line = choose_layout(module, device, spec.layout, check_rows, self._recall).line
+            if spec.fused:
+                self.layout_line += f"; {fuse_layers(module, device, self._recall)}"
             group = SequenceGroup.of_world(train.sequence_parallel, timeout)
             if group is not None:
                 self.layout_line += f"; {share_positions(module, device, group, check_rows)}"
