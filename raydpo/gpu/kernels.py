@@ -232,7 +232,7 @@ def _recompilations(world: World, found: Findings) -> None:
 
 
 def _relative(found: Tensor, wanted: Tensor) -> float:
-    return float((found.double() - wanted).norm() / wanted.norm())
+    return float((found.detach().double() - wanted.detach()).norm() / wanted.detach().norm())
 
 
 def _told(kind: str) -> str:
