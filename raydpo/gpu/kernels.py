@@ -14,7 +14,8 @@ from raydpo.errors import one_line
 from raydpo.gpu.figures import Findings
 from raydpo.gpu.timing import seconds
 from raydpo.gpu.world import World, amount_of
-from raydpo.model.attention import Segments, available_bodies, tree_attention
+from raydpo.model.attention import Demand, available_bodies, tree_attention
+from raydpo.model.segments import Segments
 from raydpo.model.tree import MIN_SAVED, PrefixTree
 
 __all__ = ["definition", "kernels", "run_body", "three_levels"]
@@ -56,7 +57,7 @@ def kernels(world: World, found: Findings) -> None:
     tree = three_levels()
     cases = CASES if world.cuda else COMPILED_CASES
     errors: dict[tuple[str, Case], float] = {}
-    bodies = available_bodies(world.device, world.dtype, 128)
+    bodies = available_bodies(world.device, [Demand(size=128, dtype=world.dtype)])
     for body in sorted(bodies, key=lambda one: (one == "flex", one != "sdpa")):
         kinds: dict[str, list[tuple[float, float]]] = {}
         for case in COMPILED_CASES if body == "flex" else cases:

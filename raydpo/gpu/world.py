@@ -18,10 +18,11 @@ from raydpo.estimate.cards import known_peak
 from raydpo.gpu.limits import Limits
 from raydpo.gpu.shape import Shape
 from raydpo.gpu.timing import seconds
-from raydpo.model.attention import Body, available_bodies
+from raydpo.model.attention import Demand, available_bodies
 from raydpo.model.cost import ModelCost
 from raydpo.model.layout import PromptGroup, shapes_of
 from raydpo.model.memory.anatomy import Anatomy
+from raydpo.model.segments import Body
 
 __all__ = ["World", "amount_of"]
 
@@ -81,7 +82,7 @@ class World:
 
     def bodies(self) -> tuple[Body, ...]:
         """Bodies of attention that can run the shape here, the fastest first."""
-        return available_bodies(self.device, self.dtype, self.shape.head_size)
+        return available_bodies(self.device, [Demand(size=self.shape.head_size, dtype=self.dtype)])
 
     @functools.cached_property
     def files(self) -> Path:

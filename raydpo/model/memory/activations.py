@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from raydpo.data.shapes import PADDED_MULTIPLE, LayoutName
-from raydpo.model.attention import WHOLE_BLOCKS
+from raydpo.model.by_node import WHOLE_BLOCKS
 from raydpo.model.head import chunk_rows
 from raydpo.model.memory.anatomy import Anatomy, Weight
 
