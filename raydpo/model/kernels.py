@@ -1,9 +1,9 @@
 """Elementwise functions of a decoder layer and of the vocabulary projection, each with its own backward pass.
 
-Written as separate operations of torch, a norm or a gated activation reads and writes its tensors many times, in float32, and
-keeps several of them for the backward pass. Here each is one function of its inputs: it computes in float32, rounds once, and
-keeps nothing but its inputs. torch compiles a function for a GPU, which then reads each input and writes each output about
-once. On a CPU the functions run as they are written.
+Written as separate operations of torch, a norm or a gated activation reads and writes its tensors many times, in float32,
+and keeps several of them for the backward pass. Here each is one function of its inputs: it computes in float32, rounds
+once, and keeps nothing but its inputs. torch compiles a function for a GPU, which then reads each input and writes each
+output about once. On a CPU the functions run as they are written.
 
 Shapes: T = positions, H = hidden size, I = inner size, A = heads, D = head size, C = rows of a chunk, V = vocabulary size.
 """
