@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from raydpo.config import TrainConfig
 from raydpo.errors import ConfigError, ModelError
 from raydpo.model.budget import reset_peak_memory, used_memory
+from raydpo.training.policy.deepspeed_engine import _deepspeed_config
 from raydpo.training.policy.optimizer import RoundedAdamW, make_optimizer
 
 # ZeRO-3 last: while its engine lives, transformers partitions every model it loads.
@@ -118,6 +119,15 @@ def growth_of_a_step(states):
 def test_a_step_makes_no_copies_of_the_flat_tensor_that_deepspeed_gives_it(states, tmp_path):
     growth, flat = run_distributed(growth_of_a_step, 1, tmp_path, states)[0]
     assert growth < 0.5 * flat
+
+
+@pytest.mark.parametrize(("zero", "asked", "overlaps"), [(1, False, False), (2, True, True), (3, False, True)])
+def test_deepspeed_overlaps_communication_where_asked_and_with_zero_3(zero, asked, overlaps):
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    settings = _deepspeed_config(TrainConfig(zero=zero, overlap_communication=asked), "bfloat16")
+    assert DeepSpeedZeroConfig(**settings["zero_optimization"]).overlap_comm is overlaps
+    assert zero < 3 or DeepSpeedZeroConfig(stage=3).overlap_comm  # its default
 
 
 def test_what_needs_a_gpu_is_refused_on_a_cpu():
