@@ -85,8 +85,8 @@ class _Settings(threading.local):
     """torch's settings while the kernel is called. Each thread has its own, since torch 2.11 cannot enter one twice.
 
     Attributes:
-        sizes: torch does not compile in that two sizes are equal which are so by chance, such as a block's size and the number
-            of blocks at 16,384 positions.
+        sizes: torch does not compile in that two sizes are equal which are so by chance, such as the size of a block and the
+            number of blocks at 16,384 positions.
         variants: up to ``MOST_VARIANTS`` are compiled. The scale is a constant of the kernel, too.
     """
 
