@@ -110,6 +110,12 @@ IDLE = [
     ("evaluate.prompts=0 evaluate.batch=4", "batch 4 has no effect on prompts 0", "evaluate.prompts=1"),
     ("evaluate.prompts=0 evaluate.exact_steps=false", "exact_steps False has no effect on prompts 0", "evaluate.prompts=1"),
     ("evaluate.engine=vllm evaluate.batch=4", "batch 4 has no effect on engine vllm", "evaluate.engine=transformers"),
+    ("evaluate.vllm_python=/v", "vllm_python /v has no effect on engine transformers", "evaluate.engine=vllm"),
+    (
+        "evaluate.engine=vllm evaluate.vllm_python=v/bin/python",
+        "is not an absolute path",
+        "evaluate.vllm_python=/v/bin/python",
+    ),
     (
         "evaluate.temperature=0.7 evaluate.exact_steps=false",
         "exact_steps False has no effect on temperature 0.7",
@@ -189,7 +195,7 @@ def test_it_is_frozen(tree):
         ("train.epochs=1:30", ["train.epochs", "'1:30'", "integer"]),
         ("train.seed=1:30", ["train.seed", "'1:30'", "integer"]),
         ("train.warmup=1:30.5", ["train.warmup", "'1:30.5'", "number"]),
-        ("train.gpus_per_worker=1.5", ["gpus_per_worker 1.5", "1, or 2"]),
+        ("train.gpus_per_worker=2", ["gpus_per_worker 2 is more", "set it to 1", "workers to the number"]),
         ("score.gpus_per_worker=2.5", ["gpus_per_worker 2.5", "1, or 3"]),
         ("output=''", ["'output'", "empty", "variable"]),
         ("output=//", ["'output'", "'//'", "root of the disk", "variable"]),
