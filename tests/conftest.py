@@ -78,6 +78,14 @@ def tiny_qwen3(tmp_path_factory) -> Path:
     return make_model(tmp_path_factory.mktemp("models") / "qwen3", "qwen3")
 
 
+@pytest.fixture(scope="session")
+def llama():
+    """Sizes of Llama 3.1 8B from its config.json. The model is never loaded."""
+    from raydpo.model.memory.anatomy import Anatomy
+
+    return Anatomy.of(HERE / "recipes" / "Llama-3.1-8B-Instruct")
+
+
 @pytest.fixture(scope="module")
 def ray_cluster():
     """Address of a Ray that outlives commands, as on a cluster."""

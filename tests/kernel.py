@@ -113,6 +113,35 @@ class Record(TrainHooks):
         return self.stop_after is not None and len(self.steps) + 1 >= self.stop_after
 
 
+def engine_here(
+    model: Path,
+    *,
+    lora: dict[str, Any] | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+    policy: dict[str, Any] | None = None,
+    **train: Any,
+) -> tuple[Any, Any, Any]:
+    """The policy inside DeepSpeed, in this process and in the other ranks of its group: its spec, settings and engine."""
+    import torch
+
+    from raydpo.config import LoraSettings, TrainConfig
+    from raydpo.reference.identity import identify
+    from raydpo.training.policy.deepspeed_engine import PolicyEngine, join_process_group
+    from raydpo.training.policy.engine import PolicySpec
+
+    settings = TrainConfig(**{"lr": 1e-3, "pairs_per_step": 8, "tokens_per_batch": 1024} | train)
+    spec = PolicySpec(
+        path=str(model),
+        dtype=dtype,
+        lora=None if lora is None else LoraSettings(**lora),
+        rope_length=identify(model, dtype, max_length=MAX_LENGTH).rope_length,
+        **(policy or {}),
+    )
+    join_process_group(torch.device(device))
+    return spec, settings, PolicyEngine(spec, settings, torch.device(device))
+
+
 def train_here(
     table: pa.Table,
     model: Path,
@@ -131,26 +160,11 @@ def train_here(
     **train: Any,
 ) -> Record:
     """Train in this process, and in the other ranks of its process group if there is one."""
-    import torch
-
-    from raydpo.config import LoraSettings, TrainConfig
-    from raydpo.reference.identity import identify
     from raydpo.training.job import TrainJob
     from raydpo.training.pairs import TrainingPairs
-    from raydpo.training.policy.deepspeed_engine import PolicyEngine, join_process_group
-    from raydpo.training.policy.engine import PolicySpec
     from raydpo.training.trainer import train_policy
 
-    settings = TrainConfig(**{"lr": 1e-3, "pairs_per_step": 8, "tokens_per_batch": 1024} | train)
-    spec = PolicySpec(
-        path=str(model),
-        dtype=dtype,
-        lora=None if lora is None else LoraSettings(**lora),
-        rope_length=identify(model, dtype, max_length=MAX_LENGTH).rope_length,
-        **(policy or {}),
-    )
-    join_process_group(torch.device(device))
-    engine = PolicyEngine(spec, settings, torch.device(device))
+    spec, settings, engine = engine_here(model, lora=lora, dtype=dtype, device=device, policy=policy, **train)
     job = TrainJob(
         train=settings,
         shuffle=shuffle,

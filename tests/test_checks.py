@@ -9,7 +9,7 @@ from tiny import preferences, write_preferences
 
 import raydpo
 from raydpo.cli.entry import main
-from raydpo.config import load_config
+from raydpo.config import load_config, train
 from raydpo.errors import ConfigError
 
 FUNCTIONS = {
@@ -147,6 +147,18 @@ BAD = [
     (("eval",), "evaluate.score_with=bad_functions:value", "which is not a function"),
     (("eval",), "evaluate.judge={url: 'http://localhost:1/v1', model: m, key: NO_SUCH_KEY}", "NO_SUCH_KEY"),
     (("eval",), "evaluate.reward_model={place}/bare", "score.weight"),
+    (("eval",), "evaluate.engine=vllm; evaluate.vllm_python=/nowhere/python", "on this machine /nowhere/python cannot be"),
+    (
+        ("sweep",),
+        "sweep.evaluate=true; evaluate.policy=null; evaluate.engine=vllm; evaluate.vllm_python=/nowhere/python",
+        "on this machine /nowhere/python cannot be started",
+    ),
+    (
+        ("sweep",),
+        "sweep.evaluate=true; evaluate.policy=null; evaluate.engine=vllm; model.lora.dora=true",
+        "vllm does not load an adapter with use_dora True",
+    ),
+    (("eval",), "evaluate.max_tokens=2048", "more than the 2048 positions of"),
     (("eval",), "data.eval=null", "no pairs to evaluate on"),
     (("eval",), "evaluate.policy=null", "there is no trained policy"),
     (("eval",), "evaluate.policy={place}/empty", "model.safetensors"),
@@ -169,6 +181,15 @@ def test_bad_input_is_refused_before_ray(verb, settings, said, place, no_ray, mo
     assert error.startswith("error: ") and said in error and "Traceback" not in error, error
     assert "configuration':" not in error
     assert not (place / "runs" / "checked" / "run.json").exists()
+
+
+@pytest.mark.parametrize("verb", TRAINING)
+def test_more_numbers_than_the_optimizer_counts_are_refused_before_ray(verb, place, no_ray, monkeypatch, capsys):
+    monkeypatch.setattr(train, "COUNTED", 50_000)
+    words = [*(SWEEP if verb == "sweep" else []), "train.optimizer=adamw_8bit"]
+    assert main([verb, str(place / "config.yaml"), *words]) == 2
+    assert "cannot count more than 50,000. Set train.zero to 0 or 3, train.workers to 3 or more" in capsys.readouterr().err
+    assert main([verb, str(place / "config.yaml"), *words, "model.lora={r: 2}"]) == 1  # got as far as Ray
 
 
 @pytest.mark.parametrize(

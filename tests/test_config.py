@@ -110,6 +110,12 @@ IDLE = [
     ("evaluate.prompts=0 evaluate.batch=4", "batch 4 has no effect on prompts 0", "evaluate.prompts=1"),
     ("evaluate.prompts=0 evaluate.exact_steps=false", "exact_steps False has no effect on prompts 0", "evaluate.prompts=1"),
     ("evaluate.engine=vllm evaluate.batch=4", "batch 4 has no effect on engine vllm", "evaluate.engine=transformers"),
+    ("evaluate.vllm_python=/v", "vllm_python /v has no effect on engine transformers", "evaluate.engine=vllm"),
+    (
+        "evaluate.engine=vllm evaluate.vllm_python=v/bin/python",
+        "is not an absolute path",
+        "evaluate.vllm_python=/v/bin/python",
+    ),
     (
         "evaluate.temperature=0.7 evaluate.exact_steps=false",
         "exact_steps False has no effect on temperature 0.7",

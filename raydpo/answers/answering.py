@@ -31,6 +31,8 @@ class Answering:
         max_tokens: length at which an answer is cut.
         stop: token ids that end an answer.
         batch: number of answers that engine transformers generates at once.
+        python, positions, memory_share: as ``open_vllm`` takes them; for engine vllm, which needs ``positions``. No answer
+            depends on them.
     """
 
     spec: ReferenceSpec
@@ -38,6 +40,9 @@ class Answering:
     stop: tuple[int, ...]
     batch: int
     engine: Literal["transformers", "vllm"] = "transformers"
+    python: str | None = None
+    positions: int = 0
+    memory_share: float = 1.0
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -56,7 +61,15 @@ class Answering:
             ModelError: if the model's files on this machine differ from ``spec.identity``.
         """
         if self.engine == "vllm":
-            answer = open_vllm(self.spec, self.max_tokens, self.stop)
+            answer = open_vllm(
+                self.spec,
+                self.max_tokens,
+                self.stop,
+                python=self.python,
+                positions=self.positions,
+                memory_share=self.memory_share,
+                device=device,
+            )
         else:
             spec = on_this_machine(self.spec)
             with proved_here(spec):

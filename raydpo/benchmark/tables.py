@@ -88,8 +88,8 @@ def tables(record: Mapping[str, Any]) -> list[Table]:
                 for side, label in (("raydpo", "raydpo train"), ("trl", f"{record['baseline']}, {_setting(row['trl'])}"))
             ],
             "All processes: of the command at one time, Ray's too, shared pages once; seen in samples, which miss a short "
-            "peak. Training process: its own peak, which the system records, or its GPU's. Positions of raydpo are the most "
-            "that a pass may have.",
+            "peak, but at least the training process. Training process: its own peak, which the system records, or its "
+            "GPU's. Positions of raydpo are the most that a pass may have.",
         ),
     ]
     return [table for table in made if table.rows]
@@ -131,7 +131,10 @@ def _line(record: Mapping[str, Any], side: str, name: str) -> str:
         return ""
     (pairs, seconds), (more, longer) = sizes[0], sizes[-1]
     slope = (longer - seconds) / (more - pairs)
-    return f"{name}: {seconds - slope * pairs:.0f} s and {slope:.2f} s a pair."
+    start = seconds - slope * pairs
+    if start < 0:  # the two sizes were not equally fast a pair, so the line through them says nothing
+        return ""
+    return f"{name}: {start:.0f} s and {slope:.2f} s a pair."
 
 
 def markdown(record: Mapping[str, Any]) -> str:
@@ -159,7 +162,7 @@ def summary_row(record: Mapping[str, Any]) -> str:
     for row in record["figures"]["memory"]:
         sides = (row[side] for side in ("raydpo", "trl"))
         figures = " against ".join(
-            f"{each['peak_bytes'] / GIB:.1f} GiB ({each['tree_bytes'] / GIB:.1f} with all processes) at "
+            f"{each['peak_bytes'] / GIB:.1f} GiB ({_all_processes(each) / GIB:.1f} with all processes) at "
             f"{each['largest_pass']:,} positions a pass"
             for each in sides
         )
@@ -221,4 +224,9 @@ def _ratio(value: float | None) -> str:
 
 
 def _memory(found: Mapping[str, Any]) -> list[str]:
-    return [f"{found[name] / GIB:.2f} GiB" for name in ("tree_bytes", "peak_bytes")]
+    return [f"{size / GIB:.2f} GiB" for size in (_all_processes(found), found["peak_bytes"])]
+
+
+def _all_processes(found: Mapping[str, Any]) -> float:
+    """Most memory of all processes: as sampled, but not less than the exact peak of the training process among them."""
+    return max(found["tree_bytes"], found["peak_bytes"])

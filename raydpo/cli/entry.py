@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"raydpo {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    def add(name: str, act: Callable[[argparse.Namespace, Console], None], about: str) -> argparse.ArgumentParser:
+    def add(name: str, act: Callable[[argparse.Namespace, Console], int | None], about: str) -> argparse.ArgumentParser:
         verb = verbs.add_parser(name, help=about, description=about)
         verb.set_defaults(act=act)
         return verb
@@ -101,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--price", type=float, metavar="D", help="dollars for a GPU hour")
     plan.add_argument("--runs", type=int, metavar="K", help="number of trainings with this reference, as in a sweep")
     plan.add_argument("--measure", action="store_true", help="measure the rate on this machine")
+    plan.add_argument("--measured", metavar="FILE", help="take rates and memory from a report of 'raydpo gpu check'")
     for verb in (audit, evaluate, plan):
         verb.add_argument("--json", action="store_true", help="print one JSON object")
     report = add("report", _report, "write the page of a run or a sweep, or one that compares several of them")
@@ -112,9 +113,22 @@ def _parser() -> argparse.ArgumentParser:
     add_submit(verbs.add_parser("submit", help="run a verb as a job on a Ray cluster"), _check_before_submit)
     add_jobs(verbs.add_parser("jobs", help="list, follow or stop the jobs of a Ray cluster"))
     add("doctor", _doctor, "show versions, devices, compiler and Ray cluster of this machine")
+    _add_gpu(verbs.add_parser("gpu", help="check that raydpo computes rightly and fast on this machine's GPU"))
     quickstart = add("quickstart", _quickstart, "train a small model on the preference pairs that raydpo ships")
     quickstart.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value")
     return parser
+
+
+def _add_gpu(gpu: argparse.ArgumentParser) -> None:
+    about = "check kernels, log-probs, memory, resuming and speed on the first GPU, in at most nine minutes"
+    check = gpu.add_subparsers(dest="gpu_verb", required=True, metavar="VERB").add_parser(
+        "check", help=about, description=about
+    )
+    check.add_argument("--out", metavar="FILE", default="gpu-check.json", help="the report (default: %(default)s)")
+    check.add_argument("--blocks", metavar="N,N", help="numbers of the blocks to run (default: all)")
+    check.add_argument("--quick", action="store_true", help="only the blocks that prove results and memory, in four minutes")
+    check.add_argument("--device", choices=["cpu"], help="compute tiny models on the CPU instead, to try the command")
+    check.set_defaults(act=_gpu_check)
 
 
 def _config(args: argparse.Namespace) -> Config:
@@ -198,7 +212,7 @@ def _plan(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
     with console.quiet():
         sets, _ = load_training_pairs(config)
-        asked = ("measure", "device", "mfu_score", "mfu_train", "workers", "price", "runs", "memory")
+        asked = ("measure", "measured", "device", "mfu_score", "mfu_train", "workers", "price", "runs", "memory")
         plan = plan_run(config, sets, **{name: getattr(args, name) for name in asked})
     for line in sets.report.lines():
         console.say(line)
@@ -233,6 +247,13 @@ def _doctor(args: argparse.Namespace, console: Console) -> None:
     from raydpo.cluster.doctor import report
 
     report(console)
+
+
+def _gpu_check(args: argparse.Namespace, console: Console) -> int:
+    from raydpo.gpu.command import check
+
+    report = check(console, out=Path(args.out), blocks=args.blocks, quick=args.quick, device=args.device)
+    return int(report.summary["fail"] > 0)
 
 
 def _quickstart(args: argparse.Namespace, console: Console) -> None:

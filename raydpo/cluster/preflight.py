@@ -9,7 +9,7 @@ import platform
 import subprocess
 import sys
 import uuid
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from raydpo.storage.files import Storage
 from raydpo.terminal.console import Console
 from raydpo.version import __version__
 
-__all__ = ["check_cluster", "check_nodes"]
+__all__ = ["check_cluster", "check_nodes", "missing_vllm"]
 
 Stage = Literal["score", "train"]
 PACKAGES = ("torch", "transformers", "deepspeed", "ray")
@@ -32,11 +32,18 @@ ANSWER_SECONDS = 120.0
 """Longest time in seconds for a node to start a process and answer."""
 
 
-def check_cluster(config: Config, stages: Sequence[Stage], console: Console, models: Sequence[str | None] = ()) -> None:
+def check_cluster(
+    config: Config,
+    stages: Sequence[Stage],
+    console: Console,
+    models: Sequence[str | None] = (),
+    pythons: Sequence[str] = (),
+) -> None:
     """Check storage, resources and nodes, before data is read and devices are used.
 
     Args:
         models: models that the stages load, besides those of sections ``model`` and ``reference``.
+        pythons: Pythons with vLLM that stage ``score`` starts.
 
     Raises:
         ConfigError: with a line for each problem.
@@ -61,12 +68,21 @@ def check_cluster(config: Config, stages: Sequence[Stage], console: Console, mod
         )
     if problems:
         raise ConfigError("\n".join(problems))
-    check_nodes(config, stages, console, models)
+    check_nodes(config, stages, console, models, pythons)
 
 
-def check_nodes(config: Config, stages: Sequence[Stage], console: Console, models: Sequence[str | None] = ()) -> None:
-    """Check every node that the stages may use: that torch finds its GPUs, and that it has the packages of this node, and
-    sees the same storage and models.
+def check_nodes(
+    config: Config,
+    stages: Sequence[Stage],
+    console: Console,
+    models: Sequence[str | None] = (),
+    pythons: Sequence[str] = (),
+) -> None:
+    """Check every node that the stages may use: that torch finds its GPUs, that it has the packages of this node, sees the
+    same storage and models, and has vLLM where ``pythons`` say.
+
+    Args:
+        models, pythons: as for ``check_cluster``.
 
     Raises:
         ConfigError: with a line for each problem.
@@ -74,7 +90,7 @@ def check_nodes(config: Config, stages: Sequence[Stage], console: Console, model
     import ray
 
     here = ray.get_runtime_context().get_node_id()
-    others, gpus, disks = {}, {}, {}
+    others, gpus, disks, answering = {}, {}, {}, set()
     for stage in stages:
         needs = resources_for(stage, config)
         allowed = nodes_with(needs.accelerator, needs.labels)
@@ -83,7 +99,10 @@ def check_nodes(config: Config, stages: Sequence[Stage], console: Console, model
         if needs.device == "cuda":
             gpus |= {node: int(told["Resources"]["GPU"]) for node, told in usable.items()}
             disks |= dict.fromkeys(usable, _on_disk(config) if stage == "train" else None)
+        if stage == "score" and pythons:
+            answering |= set(usable)
     problems = [*_gpu_problems("this node", gpus[here], _torch_devices(), disks[here])] if here in gpus else []
+    problems += _vllm_problems(pythons, "this node") if here in answering else []
     if not others:
         if problems:
             raise ConfigError("\n".join(problems))
@@ -98,7 +117,7 @@ def check_nodes(config: Config, stages: Sequence[Stage], console: Console, model
         for key, storage in places.items():
             storage.write(marker, b"raydpo")
             marked[key] = storage.path(marker)
-        answers = _ask(others, [*local, *marked.values()], gpus)
+        answers = _ask(others, [*local, *marked.values()], gpus, dict.fromkeys(answering, pythons))
     except OSError as error:
         raise ConfigError(f"cannot write to {error.filename}: {error.strerror}; see output and cache.uri") from None
     finally:
@@ -126,9 +145,9 @@ def _gpus() -> float:
     return ray.cluster_resources().get("GPU", 0)
 
 
-def _look(paths: Sequence[str], gpus: bool = False) -> dict[str, Any]:
-    """Return this node's package versions, its missing paths, and, if ``gpus``, the GPUs that torch finds. Runs on each
-    node."""
+def _look(paths: Sequence[str], gpus: bool = False, pythons: Sequence[str] = (), name: str = "") -> dict[str, Any]:
+    """Return this node's package versions, its missing paths, if ``gpus``, the GPUs that torch finds, and problems of
+    ``pythons``. Runs on each node, which messages call ``name``."""
     versions = {"raydpo": __version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -139,7 +158,37 @@ def _look(paths: Sequence[str], gpus: bool = False) -> dict[str, Any]:
         "versions": versions,
         "missing": [path for path in paths if not Path(path).exists()],
         "devices": _torch_devices() if gpus else None,
+        "vllm": _vllm_problems(pythons, name),
     }
+
+
+def _vllm_problems(pythons: Sequence[str], node: str) -> list[str]:
+    return [problem for python in pythons if (problem := missing_vllm(python, node)) is not None]
+
+
+def missing_vllm(python: str, node: str) -> str | None:
+    """Look for vLLM in the environment of ``python`` on this machine, without importing it, which takes seconds.
+
+    Args:
+        node: name of this machine in the message.
+
+    Returns:
+        What is wrong, None if vLLM is there.
+    """
+    program = "import importlib.util, sys; sys.exit(3 if importlib.util.find_spec('vllm') is None else 0)"
+    try:
+        status = subprocess.run([python, "-I", "-c", program], capture_output=True, timeout=ANSWER_SECONDS * 0.8).returncode
+    except (OSError, subprocess.TimeoutExpired) as error:
+        told = error.strerror if isinstance(error, OSError) else "it does not answer"
+        found = f"{python} cannot be started ({told})"
+    else:
+        if status == 0:
+            return None
+        found = f"{python} has no package vllm" if status == 3 else f"{python} ended with status {status}"
+    return (
+        f"evaluate.engine is vllm, but on {node} {found}; make an environment with vLLM on each node that scores and set "
+        "evaluate.vllm_python to its Python, or set evaluate.engine=transformers"
+    )
 
 
 def _torch_devices() -> tuple[int, str, bool]:
@@ -174,7 +223,9 @@ def _gpu_problems(node: str, gpus: int, devices: tuple[int, str, bool], disk: tu
         yield f"{node}: {no_toolkit(*disk)}"
 
 
-def _ask(nodes: dict[str, dict[str, Any]], paths: Sequence[str], gpus: Collection[str]) -> dict[str, Any]:
+def _ask(
+    nodes: dict[str, dict[str, Any]], paths: Sequence[str], gpus: Collection[str], pythons: Mapping[str, Sequence[str]]
+) -> dict[str, Any]:
     """The result of ``_look`` or its error, by id of the node. Nodes that have left the cluster are left out."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -182,9 +233,9 @@ def _ask(nodes: dict[str, dict[str, Any]], paths: Sequence[str], gpus: Collectio
     look = ray.remote(num_cpus=0, max_retries=0)(_look)
     asked = {
         node: look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
-            list(paths), node in gpus
+            list(paths), node in gpus, pythons.get(node, ()), _named(told)
         )
-        for node in nodes
+        for node, told in nodes.items()
     }
     ray.wait(list(asked.values()), num_returns=len(asked), timeout=ANSWER_SECONDS)
     answers: dict[str, Any] = {}
@@ -215,6 +266,7 @@ def _problems(node: str, answer: Any, names: dict[str, str], gpus: int, disk: tu
             )
     if answer["devices"] is not None:
         yield from _gpu_problems(node, gpus, answer["devices"], disk)
+    yield from answer["vllm"]
     for path in answer["missing"]:
         yield (
             f"{node} does not see {names[path]}; mount one file system there on all nodes under the same path, or use a "

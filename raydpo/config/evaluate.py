@@ -103,8 +103,11 @@ class EvaluateConfig(Section):
     seed: Int = Field(default=0, ge=0)
     """Seed for the choice of prompts and for sampling."""
     engine: Literal["transformers", "vllm"] = "transformers"
-    """Engine that generates the answers. vLLM is many times faster on GPUs and must be installed. Its samples repeat with
-    the seed, but policy and reference use different random numbers."""
+    """Engine that generates the answers. vLLM is many times faster on GPUs and needs an environment of its own, see
+    vllm_python. Its samples repeat with the seed, but policy and reference use different random numbers."""
+    vllm_python: str | None = None
+    """Python of an environment with vLLM, such as /opt/vllm/bin/python, under this path on every node that scores. It needs
+    nothing of raydpo. null = vLLM is in raydpo's own environment."""
     batch: Int = Field(default=16, ge=1)
     """Number of answers that a worker generates at once, with transformers."""
     exact_steps: bool = True
@@ -117,6 +120,15 @@ class EvaluateConfig(Section):
     score_with: str | None = None
     """module:function of your own that scores answers: from prompt and answer as text to a number, higher is better."""
 
+    @field_validator("vllm_python")
+    @classmethod
+    def _python(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith("/"):
+            raise ValueError(
+                f"{value!r} is not an absolute path, such as /opt/vllm/bin/python, and must be the same on all nodes"
+            )
+        return value
+
     @model_validator(mode="after")
     def _check(self) -> EvaluateConfig:
         if not self.modes or len(set(self.modes)) != len(self.modes):
@@ -125,7 +137,17 @@ class EvaluateConfig(Section):
             if not self.prompts and getattr(self, name) is not None:
                 raise ValueError(f"{name} has no answers to judge, since prompts is 0; set prompts")
         if not self.prompts:
-            of_answers = ("max_tokens", "modes", "samples", "temperature", "seed", "engine", "batch", "exact_steps")
+            of_answers = (
+                "max_tokens",
+                "modes",
+                "samples",
+                "temperature",
+                "seed",
+                "engine",
+                "vllm_python",
+                "batch",
+                "exact_steps",
+            )
             self.refuse_idle(of_answers, "on prompts 0, with which nothing is answered; drop it, or set prompts")
         if "sampled" not in self.modes:
             self.refuse_idle(("samples", "temperature", "exact_steps"), f"on modes {list(self.modes)}; add sampled")
@@ -133,6 +155,8 @@ class EvaluateConfig(Section):
             self.refuse_idle(["exact_steps"], f"on temperature {self.temperature:g}: the drift is only measured at 1")
         if self.engine == "vllm":
             self.refuse_idle(["batch"], "on engine vllm, which decides how many answers it generates at once; drop it")
+        else:
+            self.refuse_idle(["vllm_python"], "on engine transformers; drop it, or set engine to vllm")
         if self.data is None:
             self.refuse_idle(("subsets", "chat"), "without evaluate.data")
         if self.data is not None:

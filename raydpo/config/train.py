@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from raydpo.config.objective import ObjectiveConfig
 from raydpo.config.section import Dtype, Float, Int, PathOrUri, Section, no_bool
+from raydpo.errors import ConfigError
 
 __all__ = ["REDUCE_BUCKET", "ROUNDED_PIECE", "ScoreConfig", "TrainConfig"]
 
@@ -18,6 +20,11 @@ model."""
 ROUNDED_PIECE = 1 << 22
 """Number of elements that AdamW with a first moment in bfloat16 updates at once. DeepSpeed passes all weights as one flat
 tensor; its float32 temporaries would take more memory than bfloat16 saves."""
+
+
+COUNTED = 2**31 - 1
+"""Most numbers that bitsandbytes updates at once: 0.50 gives their count to CUDA as a signed int of 32 bits
+(``backends/cuda/ops.py``). More of them end the process, or leave most weights as they are, without an error."""
 
 
 class ScoreConfig(Section):
@@ -170,7 +177,8 @@ class TrainConfig(ObjectiveConfig):
     """Largest number of consecutive steps skipped because a loss or gradient is not finite; one more ends the run."""
     gate_pairs: Int = Field(default=12, ge=1)
     """Least number of pairs that the step-0 gate compares. All pairs of the first step are compared in its own forward pass.
-    Beside them, a third of this number is computed, the most extreme pairs, and random ones until this number is reached.
+    Beside them, those missing for this number are computed, and at least a third of it: half the most extreme pairs, half
+    random ones.
 
     Other weights or tokens show in every pair. A change of a share f of the pairs escapes n random ones with (1 - f)^n."""
     sample_prompts: Int = Field(default=0, ge=0)
@@ -187,6 +195,26 @@ class TrainConfig(ObjectiveConfig):
     def most_workers(self) -> int:
         """Largest number of workers."""
         return self.workers.max if isinstance(self.workers, ElasticWorkers) else self.workers
+
+    def check_numbers(self, numels: Sequence[int], workers: int) -> None:
+        """Check that the optimizer can count the numbers that it updates at once.
+
+        Args:
+            numels: numbers of each parameter that trains.
+
+        Raises:
+            ConfigError: if it cannot.
+        """
+        # ZeRO-3 updates about 1e9 numbers at a time (DeepSpeed's sub_group_size), ZeRO 1 and 2 a rank's whole share.
+        at_once = (max(numels, default=0), *[-(-sum(numels) // workers)] * 2, 0)[self.zero]
+        if self.optimizer == "adamw" or at_once <= COUNTED:
+            return
+        other = f"0 or 3, train.workers to {-(-sum(numels) // COUNTED)} or more," if self.zero else "3"
+        raise ConfigError(
+            f"train.optimizer {self.optimizer} updates {at_once:,} numbers at once with train.zero {self.zero} on {workers} "
+            f"worker(s), but bitsandbytes cannot count more than {COUNTED:,}. Set train.zero to "
+            f"{other} or train.optimizer to adamw"
+        )
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:

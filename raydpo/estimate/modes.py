@@ -10,10 +10,10 @@ from pydantic import ValidationError
 
 from raydpo.config import LoraSettings, ModelConfig, TrainConfig
 from raydpo.errors import ConfigError
-from raydpo.estimate.activations import Batch
-from raydpo.estimate.anatomy import Anatomy
-from raydpo.estimate.memory import BASE_BYTES, MemoryEstimate, estimate_memory
 from raydpo.model.budget import MOST_TRAINED, STEP
+from raydpo.model.memory.activations import Batch
+from raydpo.model.memory.anatomy import Anatomy
+from raydpo.model.memory.ledger import BASE_BYTES, MemoryEstimate, estimate_memory
 
 __all__ = ["USABLE", "Fit", "Modes", "Question", "compare_modes"]
 

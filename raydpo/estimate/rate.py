@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable
 from functools import partial
@@ -15,6 +14,7 @@ from raydpo.config import Config
 from raydpo.data.plan import fill_batches
 from raydpo.data.simulate import amounts
 from raydpo.errors import ConfigError
+from raydpo.estimate.cards import DEVICES
 from raydpo.estimate.plan import Rates, operations, pair_groups, training_factors
 from raydpo.model.budget import MOST_TRAINED, find_budget, probe_group
 from raydpo.model.cost import ModelCost
@@ -26,43 +26,14 @@ from raydpo.model.selfcheck import choose_layout
 from raydpo.reference.identity import identify, resolve_model
 from raydpo.reference.score import ReferenceSpec, Scorer
 
-__all__ = ["DEVICES", "MEMORY", "known_peak", "measured_rates", "stated_rates"]
-
-_DATA_SHEETS = {  # peak TFLOP/s, GiB of memory
-    "H100": (989.4, 80),
-    "H200": (989.4, 141),
-    "A100-80GB": (311.8, 80),
-    "A100-40GB": (311.8, 40),
-    "L40S": (362.1, 48),
-    "A10G": (70.0, 24),
-    "L4": (121.0, 24),
-    "T4": (65.1, 16),
-    "MI300X": (1307.4, 192),
-}
-DEVICES = {name: peak for name, (peak, _) in _DATA_SHEETS.items()}
-"""Peak TFLOP/s of dense bfloat16 products (float16 on a T4, which has no bfloat16). Source: the vendors' data sheets. NVIDIA
-H100 SXM, H200 SXM, A100 SXM, L40S, A10G, L4 and T4, whose figures with sparsity are halved; AMD Instinct MI300X."""
-CARDS = {"H100 PCIe": 756.0, "H100 NVL": 835.0, "H200 NVL": 835.0}
-"""The same for cards whose name begins with a name in ``DEVICES``, from NVIDIA's data sheets."""
-MEMORY = {name: size for name, (_, size) in _DATA_SHEETS.items()}
-"""GiB of memory, from the same data sheets. A program gets less of it (``modes.USABLE``)."""
-
-
-def known_peak(name: str) -> float | None:
-    """Peak bfloat16 operations per second of the GPU called ``name``, or None if it is unknown or a MIG slice."""
-    if "MIG" in name.split():
-        return None
-    fitting = [peak for card, peak in CARDS.items() if card in name] or [
-        peak for known, peak in DEVICES.items() if all(re.search(rf"\b{part}\b", name) for part in known.split("-"))
-    ]
-    return fitting[0] * 1e12 if fitting else None
+__all__ = ["measured_rates", "stated_rates"]
 
 
 def stated_rates(device: str = "H100", mfu_score: float = 0.45, mfu_train: float = 0.35) -> Rates:
     """Rates of a device that is not on this machine.
 
     Args:
-        device: one of ``DEVICES``.
+        device: one of ``cards.DEVICES``.
         mfu_score, mfu_train: share of the device's peak that a forward pass and a training step reach.
 
     Raises:

@@ -19,7 +19,6 @@ import pyarrow as pa
 import torch
 
 from raydpo.data.interval import mean, ratio, standard_error
-from raydpo.model.head import CHUNK_BYTES
 from raydpo.model.layout import PromptGroup
 from raydpo.model.logps import LogpModel
 from raydpo.reference.identity import on_this_machine
@@ -29,6 +28,8 @@ __all__ = ["ExactSteps", "exact_steps", "measure_drift"]
 
 TOKENS_PER_BATCH = 4096
 """Number of positions in a forward pass of the exact steps."""
+CHUNK = 2**24
+"""Most probabilities of a distribution that are computed at a time, in float64 for both models: 128 MiB a tensor."""
 
 
 def measure_drift(
@@ -89,7 +90,7 @@ class ExactSteps:
 def exact_steps(policy: LogpModel, reference: LogpModel, group: PromptGroup, device: torch.device) -> float:
     """Sum KL(policy || reference) of the next token over the positions of one answer, nats."""
     hidden = [model.hidden(model.lay_out([group]).to(device)) for model in (policy, reference)]
-    size = max(1, CHUNK_BYTES[device.type] // (4 * policy.vocabulary))
+    size = max(1, CHUNK // policy.vocabulary)
     total = 0.0
     for start in range(0, len(hidden[0]), size):
         log_pi, log_ref = (

@@ -38,6 +38,13 @@ MARGIN = 0.8
 STEP = 256
 """Budgets are multiples of this many positions."""
 
+_NO_MEMORY = re.compile(
+    r"can't allocate memory|out of memory|bad alloc"
+    r"|cudaErrorMemoryAllocation|CU(?:BLAS|DNN|SPARSE|SOLVER)_STATUS_ALLOC_FAILED"
+)
+"""What torch's CPU allocator, the CUDA runtime and CUDA's libraries say, within a RuntimeError. The libraries allocate their
+workspaces beside torch's allocator, which therefore raises no OutOfMemoryError."""
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -110,10 +117,10 @@ def probe_groups(tokens: int, vocabulary: int, longest: int | None = None) -> li
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says that torch could not allocate memory, on a GPU or a CPU."""
+    """Whether ``error`` says that torch, or a library of CUDA, could not allocate memory, on a GPU or a CPU."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and bool(re.search(r"can't allocate memory|out of memory|bad alloc", str(error)))
+    return isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(str(error)))
 
 
 def used_memory(device: torch.device) -> float:

@@ -8,18 +8,25 @@ Shapes: N = predicted tokens, H = hidden size, V = vocabulary size, C = rows of 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["CHUNK_BYTES", "LogitTransform", "attach_logp_head"]
+from raydpo.model.kernels import head_slope, log_normaliser
 
-CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
-"""Bytes of one chunk of float32 logits. Chunks are computed one after another, so memory for logits does not grow with the
-number of tokens. Scoring holds one chunk. Training holds up to 2.5: with a soft cap also a copy, and with bfloat16 weights a
-copy in bfloat16. On a GPU a chunk has some hundred rows: with fewer, reading the weight takes longer than the product."""
+__all__ = ["LogitTransform", "attach_logp_head", "chunk_rows"]
+
+CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 2**30}
+"""Most bytes of one chunk of float32 logits. Chunks are computed one after another, so memory for logits does not grow with
+the number of tokens. Scoring holds one chunk. Training holds up to 2.5: with a soft cap also a copy, and with bfloat16
+weights a copy in bfloat16."""
+TILE, MOST_ROWS = 128, 2048
+"""On a GPU the rows of a chunk are a multiple of ``TILE``, since a matrix product computes blocks of so many rows, and at
+most ``MOST_ROWS``. A vocabulary of 128,256 has 2,048 rows, one of 262,144 has 1,024. With a quarter of them, adding to the
+weight's gradient takes longer than the product."""
 FLOAT32_BLOCK = 4096
 """Rows of a bfloat16 head that a CPU converts to float32 at a time."""
 
@@ -63,25 +70,39 @@ class _ChunkedLogps(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, transform, grad_enabled, log_sum_sq=False):
+    def forward(ctx, hidden, weight, bias, targets, transform, grad_enabled, log_sum_sq=False, fused=False):
         wants_hidden, *wants_head = ctx.needs_input_grad[:3]
         ctx.frozen = grad_enabled and wants_hidden and not any(wants_head)
         ctx.transform = transform
+        ctx.fused = fused = fused and bias is None
         logps = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         normalisers = torch.empty_like(logps)
         slopes = torch.empty_like(hidden) if ctx.frozen else None
         agreement = torch.empty_like(logps) if log_sum_sq else None
         for rows in _chunks(len(hidden), len(weight), hidden.device):
-            logits = transform(_project(hidden[rows], weight, bias))
+            logits = _project(hidden[rows], weight, bias)
+            if fused:
+                logps[rows] = transform(logits.gather(1, targets[rows, None]))[:, 0]
+                normalisers[rows] = log_normaliser(logits, 1.0, transform.scale, transform.softcap)
+                if log_sum_sq:
+                    doubled = log_normaliser(logits, 2.0, transform.scale, transform.softcap)
+                    agreement[rows] = doubled - 2 * normalisers[rows]
+                if ctx.frozen:
+                    factors = torch.ones_like(logps[rows])
+                    slopes[rows] = (
+                        _slope(logits, normalisers[rows], targets[rows], factors, transform, weight.dtype) @ weight
+                    )
+                continue
+            logits = transform(logits)
             logps[rows] = logits.gather(1, targets[rows, None])[:, 0]
             transformed = logits.clone() if ctx.frozen and transform.softcap is not None else logits
-            normalisers[rows] = _logsumexp_(logits)
+            normalisers[rows], sums = _logsumexp_(logits)
             # From here ``logits`` holds exp(logits - maximum), which _logsumexp_ leaves.
             if log_sum_sq:
-                agreement[rows] = _log_sum_sq(logits)
+                agreement[rows] = _log_sum_sq(logits, sums)
             if ctx.frozen:
-                slope = logits.div_(-logits.sum(-1, keepdim=True))
-                slopes[rows] = transform.backward_(_add_onehot(slope, targets[rows]), transformed).to(weight.dtype) @ weight
+                slope = _add_at_target(logits.div_(-sums[:, None]), targets[rows], 1.0)
+                slopes[rows] = transform.backward_(slope, transformed).to(weight.dtype) @ weight
         logps -= normalisers
         if ctx.frozen:
             ctx.save_for_backward(slopes)
@@ -96,7 +117,7 @@ class _ChunkedLogps(torch.autograd.Function):
     def backward(ctx, grad_logps, _=None):
         if ctx.frozen:
             (slopes,) = ctx.saved_tensors
-            return (slopes * grad_logps[:, None].to(slopes.dtype), *[None] * 6)
+            return (slopes * grad_logps[:, None].to(slopes.dtype), *[None] * 7)
         hidden, weight, bias, targets, normalisers = ctx.saved_tensors
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
@@ -104,23 +125,62 @@ class _ChunkedLogps(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias and bias is not None else None
         for rows in _chunks(len(hidden), len(weight), hidden.device):
-            logits = ctx.transform(_project(hidden[rows], weight, bias))
-            transformed = logits.clone() if ctx.transform.softcap is not None else logits
-            slope = logits.sub_(normalisers[rows, None]).exp_().neg_()  # d logp / d logits = onehot - softmax
-            grad = ctx.transform.backward_(_add_onehot(slope, targets[rows]).mul_(grad_logps[rows, None]), transformed)
-            if grad_bias is not None:
-                grad_bias += grad.sum(0)
-            grad = grad.to(weight.dtype)
+            logits = _project(hidden[rows], weight, bias)
+            if ctx.fused:
+                grad = _slope(logits, normalisers[rows], targets[rows], grad_logps[rows], ctx.transform, weight.dtype)
+            else:
+                logits = ctx.transform(logits)
+                transformed = logits.clone() if ctx.transform.softcap is not None else logits
+                # d logp / d logits = onehot - softmax. The sign of both is changed, which saves a pass.
+                slope = _add_at_target(logits.sub_(normalisers[rows, None]).exp_(), targets[rows], -1.0)
+                grad = ctx.transform.backward_(slope.mul_(-grad_logps[rows, None]), transformed)
+                if grad_bias is not None:
+                    grad_bias += grad.sum(0)
+                grad = grad.to(weight.dtype)
             if grad_hidden is not None:
                 grad_hidden[rows] = grad @ weight
             if grad_weight is not None:
-                grad_weight += (grad.T @ hidden[rows].to(weight.dtype)).float()
+                _add_product(grad_weight, grad.T, hidden[rows].to(weight.dtype))
         return (
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
             None if grad_bias is None else grad_bias.to(bias.dtype),
-            *[None] * 4,
+            *[None] * 5,
         )
+
+
+def _slope(
+    logits: Tensor, normalisers: Tensor, targets: Tensor, factors: Tensor, transform: LogitTransform, dtype: torch.dtype
+) -> Tensor:
+    return head_slope(logits, normalisers, targets, factors, transform.scale, transform.softcap, dtype)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add ``left @ right`` to a float32 sum."""
+    if _adds_in_place(left.device, left.dtype):
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    else:
+        total += (left @ right).float()
+
+
+@cache
+def _adds_in_place(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a matrix product can add to a float32 sum here, without a product and a copy of the weight's size.
+
+    CUDA's can (``aten::addmm.dtype_out``) since torch 2.8, but the first releases wanted a sum of the product's precision.
+    """
+    if not _on_gpu(device):
+        return False
+    total, ones = torch.ones(TILE, TILE, device=device), torch.ones(TILE, TILE, device=device, dtype=dtype)
+    try:
+        torch.addmm(total, ones, ones, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return bool((total == TILE + 1).all())
+
+
+def _on_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -143,25 +203,32 @@ def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return logits if bias is None else logits.add_(bias)
 
 
-def _logsumexp_(logits: Tensor) -> Tensor:
-    """log sum exp of each row. Overwrites ``logits`` with exp(logits - maximum) to avoid a second [C, V] tensor."""
+def _logsumexp_(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """log sum exp of each row, and its sum exp(logits - maximum). Overwrites ``logits`` with exp(logits - maximum) to avoid
+    a second [C, V] tensor."""
     largest = logits.amax(-1, keepdim=True)
-    return logits.sub_(largest).exp_().sum(-1).log_().add_(largest[:, 0])
+    sums = logits.sub_(largest).exp_().sum(-1)
+    return sums.log().add_(largest[:, 0]), sums
 
 
-def _log_sum_sq(scaled: Tensor) -> Tensor:
-    """log sum_v p_v^2 of each row, from ``scaled`` = p times any factor [C, V]. Needs no second [C, V] tensor."""
-    return 2 * (torch.linalg.vector_norm(scaled, dim=-1).log() - scaled.sum(-1).log())
+def _log_sum_sq(scaled: Tensor, sums: Tensor) -> Tensor:
+    """log sum_v p_v^2 of each row, from ``scaled`` = p times any factor [C, V], and its sums."""
+    return 2 * (torch.linalg.vector_norm(scaled, dim=-1).log() - sums.log())
 
 
-def _add_onehot(slope: Tensor, targets: Tensor) -> Tensor:
-    """Add 1 at each row's target, in place."""
-    return slope.scatter_add_(1, targets[:, None], torch.ones_like(slope[:, :1]))
+def _add_at_target(rows: Tensor, targets: Tensor, value: float) -> Tensor:
+    """Add ``value`` at each row's target, in place."""
+    return rows.scatter_add_(1, targets[:, None], torch.full_like(rows[:, :1], value))
+
+
+def chunk_rows(vocabulary: int, device: str) -> int:
+    """Rows of a chunk of logits on a type of device: at most ``CHUNK_BYTES``, on a GPU whole tiles."""
+    rows = max(1, CHUNK_BYTES[device] // (4 * vocabulary))
+    return rows if device == "cpu" else max(TILE, min(rows // TILE * TILE, MOST_ROWS))
 
 
 def _chunks(rows: int, vocabulary: int, device: torch.device) -> list[slice]:
-    """Chunks of rows whose logits take at most ``CHUNK_BYTES``."""
-    size = max(1, CHUNK_BYTES[device.type] // (4 * vocabulary))
+    size = chunk_rows(vocabulary, device.type)
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
@@ -172,6 +239,8 @@ class _LogpLinear(nn.Linear):
     """
 
     logit_transform: LogitTransform
+    fused = False
+    """Whether the passes over logits are compiled (``model.kernels``). They are if there is no bias."""
 
     @property
     def weight_dtype(self) -> torch.dtype:
@@ -182,8 +251,9 @@ class _LogpLinear(nn.Linear):
     ) -> Tensor | tuple[Tensor, Tensor]:
         if targets is None:
             return super().forward(hidden)
+        grad_enabled = torch.is_grad_enabled()
         return _ChunkedLogps.apply(
-            hidden, self.weight, self.bias, targets, self.logit_transform, torch.is_grad_enabled(), log_sum_sq
+            hidden, self.weight, self.bias, targets, self.logit_transform, grad_enabled, log_sum_sq, self.fused
         )
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -193,6 +263,8 @@ class _LogpLinear(nn.Linear):
 
 class _AnyHead(nn.Module):
     """Log-probs through any other head, such as one with an adapter: in chunks of rows, recomputed in the backward pass."""
+
+    fused = False
 
     def __init__(self, head: nn.Module, transform: LogitTransform, vocabulary: int) -> None:
         super().__init__()

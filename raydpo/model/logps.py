@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from raydpo.model import attention
 from raydpo.model.head import attach_logp_head
 from raydpo.model.layout import PADDED, Layout, Method, PromptGroup, lay_out
+from raydpo.model.quantized import compute_under_autocast
 from raydpo.model.ulysses import SequenceGroup
 
 __all__ = ["LogpModel"]
@@ -40,6 +41,7 @@ class LogpModel(nn.Module):
         causal_lm = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
         backbone = getattr(causal_lm, causal_lm.base_model_prefix, None)
         self._parts = (causal_lm, causal_lm.get_decoder() if backbone is None else backbone, attach_logp_head(causal_lm))
+        compute_under_autocast(policy)
         self._own_attention = causal_lm.config._attn_implementation
         self.method = PADDED
         self.float32_stream = True

@@ -6,10 +6,13 @@ only for what the configuration names on the hub or at a URI.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from raydpo.cluster.preflight import missing_vllm
+from raydpo.cluster.session import starts_own_ray
 from raydpo.config import Config, SourceConfig, Verb, check_verb, source_name
 from raydpo.data.pairs import HELD_OUT, check_first_records, held_out_source
 from raydpo.data.records import read_records
@@ -19,13 +22,14 @@ from raydpo.evaluation.policy import policy_files
 from raydpo.evaluation.prompts import reading
 from raydpo.losses import Objective
 from raydpo.model.files import adapter_files, model_files
+from raydpo.model.rotary import rope_length
 from raydpo.model.weights import check_weights
 from raydpo.reference.doubts import doubts
 from raydpo.reference.identity import identify, resolve_model
 from raydpo.storage.memory import program, remembered, stamp
 from raydpo.terminal.console import Console
 
-__all__ = ["check", "check_models"]
+__all__ = ["check", "check_models", "pythons_of"]
 
 
 def check(config: Config, verb: Verb, console: Console, trials: Sequence[Config] = ()) -> None:
@@ -57,8 +61,9 @@ def check(config: Config, verb: Verb, console: Console, trials: Sequence[Config]
         console.warn(f"model.trust_remote_code is on: Python code in {path} runs with your rights")
     _check_values(configs, verb, console)
     tokenizers = _check_tokenizers(configs)
-    if _judges(config, verb):
+    if _evaluates(config, verb):
         _check_judges(configs)
+        _check_vllm(configs, verb)
     if verb == "eval":
         _check_policy(config, tokenizers[0])
 
@@ -70,6 +75,7 @@ def check_models(config: Config, verb: Verb, console: Console, trials: Sequence[
         console, trials: as for ``check``.
 
     Raises:
+        ConfigError: if ``train.optimizer`` cannot train so many parameters.
         ModelError: naming the weights that are missing or have another shape.
     """
     wanted: dict[tuple[str, str | None, bool], None] = {}
@@ -82,7 +88,9 @@ def check_models(config: Config, verb: Verb, console: Console, trials: Sequence[
         else:
             wanted[each.model.path, each.model.adapter, trusted] = None
         wanted[each.reference_path, each.reference_adapter, trusted] = None
-        if each.evaluate.reward_model is not None and _judges(config, verb):
+        if verb in ("train", "run", "sweep"):
+            _check_optimizer(each)
+        if each.evaluate.reward_model is not None and _evaluates(config, verb):
             rewards[each.evaluate.reward_model, trusted] = None
     lines = [line for path, adapter, trusted in wanted for line in _complete(path, adapter, trusted)]
     if rewards:
@@ -103,8 +111,19 @@ def _complete(path: str, adapter: str | None, trusted: bool) -> list[str]:
     return remembered("complete", decides, lambda: check_weights(path, adapter=adapter, trust_remote_code=trusted))
 
 
-def _judges(config: Config, verb: Verb) -> bool:
-    """Whether ``verb`` judges answers as section ``evaluate`` says."""
+def _check_optimizer(config: Config) -> None:
+    """Check that the optimizer can count what it trains. Only bitsandbytes' has a limit; others need no sizes."""
+    if config.train.optimizer == "adamw":
+        return
+    from raydpo.model.memory.anatomy import Anatomy  # imports transformers' models
+    from raydpo.model.memory.ledger import trained_numbers
+
+    anatomy = Anatomy.of(resolve_model(config.model.path), config.model.trust_remote_code)
+    config.train.check_numbers(trained_numbers(anatomy, config.model), config.train.fewest_workers)
+
+
+def _evaluates(config: Config, verb: Verb) -> bool:
+    """Whether ``verb`` measures policies as section ``evaluate`` says."""
     return verb == "eval" or (verb == "sweep" and config.sweep is not None and config.sweep.evaluate)
 
 
@@ -151,7 +170,7 @@ def _check_values(configs: Sequence[Config], verb: Verb, console: Console) -> No
             wanted[files.base, files.adapter, trusted] = None
         else:
             wanted[config.model.path, config.model.adapter, trusted] = None
-        if config.evaluate.reward_model is not None and _judges(config, verb):
+        if config.evaluate.reward_model is not None and _evaluates(config, verb):
             wanted[config.evaluate.reward_model, None, trusted] = None
     for path, adapter, trusted in wanted:
         directory, adapter = resolve_model(path), adapter and resolve_model(adapter)
@@ -187,6 +206,40 @@ def _check_judges(configs: Sequence[Config]) -> None:
     for judge in dict.fromkeys(filter(None, (config.evaluate.judge for config in configs))):
         with Judge(judge):  # raises an error without its key; sends no request
             pass
+
+
+def pythons_of(configs: Sequence[Config]) -> list[str]:
+    """Pythons that answer with vLLM in evaluations of these configurations."""
+    answering = [each.evaluate for each in configs if each.evaluate.engine == "vllm"]
+    return list(dict.fromkeys(each.vllm_python or sys.executable for each in answering))
+
+
+def _check_vllm(configs: Sequence[Config], verb: Verb) -> None:
+    """Check that vLLM computes the models as raydpo does, and is on this machine if the answers are written here."""
+    from raydpo.answers.vllm_engine import check_servable  # imports torch and transformers
+
+    for config in configs:
+        if config.evaluate.engine != "vllm":
+            continue
+        served = [(config.reference_path, _settings_of(config.reference_adapter), config.reference_quantization)]
+        if verb == "eval":
+            files = policy_files(config)
+            served.append((files.base, _settings_of(files.adapter), files.adapter and config.model.quantization))
+        else:  # what the trials begin with
+            lora = config.model.lora
+            adapter = (
+                {"peft_type": "LORA", "r": lora.r, "use_dora": lora.dora} if lora else _settings_of(config.model.adapter)
+            )
+            served.append((config.model.path, adapter, config.model.quantization))
+        for path, adapter, quantization in served:
+            files_of = model_files(resolve_model(path), config.model.trust_remote_code)
+            check_servable(quantization, rope_length(files_of.config, config.data.max_length), adapter)
+        if starts_own_ray(config) and (problem := missing_vllm(pythons_of([config])[0], "this machine")):
+            raise ConfigError(problem)
+
+
+def _settings_of(adapter: str | None) -> dict[str, Any] | None:
+    return None if adapter is None else adapter_files(resolve_model(adapter)).config
 
 
 def _check_policy(config: Config, tokenizer: Any) -> None:

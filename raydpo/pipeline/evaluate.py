@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,16 +28,16 @@ from raydpo.config import Config, ObjectiveConfig, load_config
 from raydpo.data.facts import prompt_numbers
 from raydpo.data.pairs import load_pairs
 from raydpo.data.tokenise import Tokeniser
-from raydpo.errors import CacheMissError, RaydpoError
+from raydpo.errors import CacheMissError, ConfigError, RaydpoError
 from raydpo.evaluation.display import print_evaluation
 from raydpo.evaluation.drift import ExactSteps, measure_drift
 from raydpo.evaluation.policy import Policy, find_policy, harness_arguments, policy_files
 from raydpo.evaluation.preferences import ScoredPairs, measure_preferences
 from raydpo.evaluation.prompts import Prompt, choose_prompts, evaluation_data, prompt_texts, reading, trained_on
 from raydpo.evaluation.samples import Answers
-from raydpo.model.limits import check_limits
+from raydpo.model.limits import ModelLimits, check_limits
 from raydpo.model.rotary import rope_line
-from raydpo.pipeline.checks import check, check_models
+from raydpo.pipeline.checks import check, check_models, pythons_of
 from raydpo.pipeline.prepare import limits_of, measured_pairs, open_reference, open_tokeniser, reference_line
 from raydpo.pipeline.score import fill_cache
 from raydpo.reference.identity import resolve_model
@@ -55,9 +55,9 @@ __all__ = ["evaluate", "pairs_to_evaluate", "protocol"]
 
 WORK_BLOCK = 64
 """Rows that an actor computes and stores together; a kill loses at most this many for each actor."""
-_NOT_IN_PROTOCOL = dict.fromkeys(("policy", "base", "data", "subsets", "chat", "score_missing", "batch"), True) | {
-    "judge": {"key", "timeout", "retries", "parallel"}
-}
+_NOT_IN_PROTOCOL = dict.fromkeys(
+    ("policy", "base", "data", "subsets", "chat", "score_missing", "batch", "vllm_python"), True
+) | {"judge": {"key", "timeout", "retries", "parallel"}}
 """Settings that do not change how a figure is measured. The pairs are in the protocol by their digest."""
 
 
@@ -79,7 +79,9 @@ def evaluate(config: Config, console: Console | None = None) -> dict[str, Any]:
     settings = config.evaluate
     read = _read_pairs(config, console) if starts_own_ray(config) else None  # bad pairs end the command before that
     with session(config):
-        check_cluster(config, ["score"], console, (settings.policy, settings.base, settings.reward_model))
+        check_cluster(
+            config, ["score"], console, (settings.policy, settings.base, settings.reward_model), pythons_of([config])
+        )
         evaluation = _Evaluation.of(config, console, read)
         found, samples = evaluation.measure()
     evaluation.write(found, samples)
@@ -114,13 +116,26 @@ def _read_pairs(config: Config, console: Console) -> tuple[Tokeniser, pa.Table, 
     tokeniser = open_tokeniser(config)
     pairs, seen = pairs_to_evaluate(config, tokeniser, console)
     console.say(f"pairs to evaluate on: {pairs.num_rows:,}")
-    for line in check_limits([pairs], limits_of(config, policy_files(config).base)):
+    limits, settings = limits_of(config, policy_files(config).base), config.evaluate
+    for line in check_limits([pairs], limits):
         console.warn(line)
-    settings = config.evaluate
+    prompts = choose_prompts(pairs, settings.prompts, settings.seed)
+    _check_lengths(prompts, settings.max_tokens, limits)
     if settings.reward_model is not None:
-        prompts = prompt_texts(choose_prompts(pairs, settings.prompts, settings.seed), config)
-        check_prompts(resolve_model(settings.reward_model), config.model.trust_remote_code, prompts)
+        texts = prompt_texts(prompts, config)
+        check_prompts(resolve_model(settings.reward_model), config.model.trust_remote_code, texts)
     return tokeniser, pairs, seen
+
+
+def _check_lengths(prompts: Sequence[Prompt], max_tokens: int, models: Mapping[str, ModelLimits]) -> None:
+    """Refuse answers that are longer than a model was made for: no engine generates them."""
+    longest = max((len(prompt.ids) for prompt in prompts), default=0)
+    for path, limits in models.items() if prompts else ():
+        if limits.positions is not None and longest + max_tokens > limits.positions:
+            raise ConfigError(
+                f"evaluate.max_tokens {max_tokens} after a prompt of {longest} tokens is more than the {limits.positions} "
+                f"positions of {path}; lower it, or data.max_length"
+            )
 
 
 def protocol(config: Config, pairs: pa.Table, reference: ReferenceSpec) -> dict[str, Any]:
@@ -308,7 +323,14 @@ class _Evaluation:
                 for place, sample in zip(*(each.tolist() for each in places[-1]), strict=True)
             ]
             tables.append(pa.Table.from_pylist(rows, schema=ROWS))
-        how = {"max_tokens": settings.max_tokens, "batch": settings.batch, "engine": settings.engine}
+        how = {
+            "max_tokens": settings.max_tokens,
+            "batch": settings.batch,
+            "engine": settings.engine,
+            "python": settings.vllm_python,
+            "positions": max(len(prompt.ids) for prompt in prompts) + settings.max_tokens,
+            "memory_share": resources_for("score", self.config).memory_share,
+        }
         sides = []
         for name, spec in self._specs:
             work = Answering(spec=spec, stop=self.tokeniser.stop_ids, **how)

@@ -158,6 +158,7 @@ class Scorer:
 
     def _score_pieces(self, groups: Sequence[PromptGroup]) -> list[tuple[np.ndarray, ...]]:
         scored: list[tuple[np.ndarray, ...]] = [()] * len(groups)
+        fits = True
         try:
             for batch, layout in self._laid_out(groups):
                 rows = [groups[index] for index in batch]
@@ -167,6 +168,8 @@ class Scorer:
             # Processes of a team must not back off alone: they would compute different batches.
             if not is_out_of_memory(error) or self._backed_off or self._size > 1:
                 raise
+            fits = False
+        if not fits:  # not within ``except``, where the traceback still refers to the activations
             self._back_off()
         left = [index for index, logps in enumerate(scored) if not logps]
         for index, logps in zip(left, self.score([groups[index] for index in left]), strict=True):

@@ -46,7 +46,7 @@ class TrainingDisplay:
         if facts["steps_per_epoch"] == total == 1:
             self.console.warn(
                 f"all {facts['pairs']:,} pairs fit into one step, and the run ends after it; lower train.pairs_per_step, or "
-                "raise train.epochs"
+                "raise train.epochs or train.steps"
             )
         self._line, self._total = None, total
 

@@ -20,7 +20,7 @@ from raydpo.cluster.session import session
 from raydpo.cluster.waiting import request_nodes
 from raydpo.config import Config, lower_is_better
 from raydpo.errors import ConfigError, RaydpoError
-from raydpo.pipeline.checks import check, check_models
+from raydpo.pipeline.checks import check, check_models, pythons_of
 from raydpo.pipeline.evaluate import evaluate, pairs_to_evaluate, protocol
 from raydpo.pipeline.prepare import Prepared, Tokenised, measured_pairs
 from raydpo.pipeline.score import score_prepared
@@ -79,7 +79,7 @@ def sweep(config: Config, console: Console | None = None, *, fresh: bool = False
     if fresh:
         begin_again(storage, console, SWEEP)
     with session(largest):
-        check_cluster(config, ["score", "train"], console)
+        check_cluster(config, ["score", "train"], console, pythons=pythons_of(configs) if config.sweep.evaluate else ())
         prepared = _prepare(trials, tokenised, console)
         for one in prepared.values():  # refuse trials whose earlier run had other settings
             finished_summary(Storage(one.config.run_dir), one.fingerprint(), one.sets.train)

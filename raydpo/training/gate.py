@@ -76,8 +76,9 @@ class StepGate:
 
 
 def gate_rows(pairs: TrainingPairs, first_step: np.ndarray, *, count: int, seed: int) -> list[int]:
-    """Choose the pairs to compute beside those of the first step: a third of ``count`` with the lowest and highest stored
-    log-prob a token (where an altered value shows), and random ones until there are ``count`` with those of the step."""
+    """Choose the pairs to compute beside those of the first step: as many as are missing for ``count``, and at least a third
+    of it. Half of them have the lowest and highest stored log-prob a token (where an altered value shows), half are random
+    (so that a change beyond the first step of data in file order can show)."""
     total, known = len(pairs), {int(row) for row in first_step}
     if count >= total:
         return [row for row in range(total) if row not in known]
@@ -85,8 +86,9 @@ def gate_rows(pairs: TrainingPairs, first_step: np.ndarray, *, count: int, seed:
     lowest, highest = np.argsort(per_token.min(0), kind="stable"), np.argsort(-per_token.max(0), kind="stable")
     extremes = np.stack([lowest, highest], axis=1).ravel()
     shuffled = np.random.default_rng(seed).permutation(total)
+    wanted = max(count // 3, count - len(known))
     rows: dict[int, None] = {}
-    for candidates, size in ((extremes, count // 3), (shuffled, count - len(known))):
+    for candidates, size in ((extremes, -(-wanted // 2)), (shuffled, wanted)):
         for row in (int(each) for each in candidates if int(each) not in known):
             if len(rows) >= size:
                 break

@@ -14,7 +14,7 @@ from torch import Tensor
 from raydpo.config import TrainConfig
 from raydpo.data.plan import BatchPlan, MicroBatch
 from raydpo.data.prefetch import prefetch
-from raydpo.errors import DeviceMemoryError
+from raydpo.errors import DeviceMemoryError, one_line
 from raydpo.losses import Objective, ObjectiveState
 from raydpo.model.budget import is_out_of_memory, used_memory
 from raydpo.model.layout import Layout
@@ -105,16 +105,20 @@ class Stepper:
             gate: compares the step's log-probs with the stored ones, before the update.
 
         Raises:
-            DeviceMemoryError: if a micro-batch does not fit.
+            DeviceMemoryError: if memory runs out, in a micro-batch or in the update.
             GateError: if ``gate`` does not accept the log-probs.
         """
+        with self.explained_memory("a step"):
+            return self._take(step, requests or StepRequests(), gate)
+
+    def _take(self, step: Step, requests: StepRequests, gate: StepGate | None) -> StepResult:
         train, plan, engine, clock, number = self.train, self.plan, self.engine, self.clock, step.number
         beta = train.beta_at(number, plan.total_steps)
         whole = self._first_pass(step, beta)
         sums, losses = self._forward_and_backward(step, beta, whole, gate)
         if gate is not None:
             gate.close()
-        metrics, (stop, checkpoint, uploading), busy = _add_up(sums, requests or StepRequests(), clock.busy, engine)
+        metrics, (stop, checkpoint, uploading), busy = _add_up(sums, requests, clock.busy, engine)
         warmup = warmup_steps(train.warmup, plan.total_steps)
         rate = learning_rate(number, peak=train.lr, schedule=train.schedule, warmup=warmup, total_steps=plan.total_steps)
         with clock.phase("optimizer"):
@@ -133,14 +137,13 @@ class Stepper:
         """Compute the log-probs of the whole step without gradients, if the objective needs them. All ranks call it."""
         if not self.objective.whole_step:
             return None
-        with self._explained_memory():
-            everything = AllPairLogps(self.engine, self.pairs, step.rows, self.objective.config)
-            with self.clock.phase("forward"):
-                everything.compute(step.batches)
-            with self.clock.phase("wait"):
-                self.engine.barrier()
-            with self.clock.phase("forward"):
-                return WholeStep(self.objective, step.rows, everything.join(), beta, self.memory)
+        everything = AllPairLogps(self.engine, self.pairs, step.rows, self.objective.config)
+        with self.clock.phase("forward"):
+            everything.compute(step.batches)
+        with self.clock.phase("wait"):
+            self.engine.barrier()
+        with self.clock.phase("forward"):
+            return WholeStep(self.objective, step.rows, everything.join(), beta, self.memory)
 
     def _forward_and_backward(
         self, step: Step, beta: float, whole: WholeStep | None, gate: StepGate | None
@@ -153,25 +156,24 @@ class Stepper:
         mean_chosen_tokens = float(pairs.chosen_tokens[step.rows].mean())
         for index, (batch, layout) in enumerate(step.batches):
             last = index == len(step.batches) - 1
-            with self._explained_memory():
-                with clock.phase("forward"):
-                    seen = None if gate is None else partial(gate.gaps.add, batch, layout)
-                    logps = pair_logps(engine, layout, pairs, batch.pairs, self.train, mean_chosen_tokens, seen)
-                    if whole is None:
-                        loss = self.objective(logps, beta)
-                        total = loss.losses.sum()
-                    else:
-                        loss, total = whole.part(batch.pairs, logps)
-                    # The mean over the step's pairs, whichever rank and micro-batch they are in; a stand-in weighs nothing.
-                    share = (total / len(step.rows) * batch.counts).float()
-                    # The factor is 1, or NaN if a loss is not finite. Then every gradient is NaN, and no rank takes the
-                    # step.
-                    share = share * (1 + 0 * (share + loss.losses.sum().float()).detach())
-                if last:
-                    with clock.phase("wait"):
-                        engine.barrier()
-                with clock.phase("backward"):
-                    engine.backward(share, last=last)
+            with clock.phase("forward"):
+                seen = None if gate is None else partial(gate.gaps.add, batch, layout)
+                logps = pair_logps(engine, layout, pairs, batch.pairs, self.train, mean_chosen_tokens, seen)
+                if whole is None:
+                    loss = self.objective(logps, beta)
+                    total = loss.losses.sum()
+                else:
+                    loss, total = whole.part(batch.pairs, logps)
+                # The mean over the step's pairs, whichever rank and micro-batch they are in; a stand-in weighs nothing.
+                share = (total / len(step.rows) * batch.counts).float()
+                # The factor is 1, or NaN if a loss is not finite. Then every gradient is NaN, and no rank takes the
+                # step.
+                share = share * (1 + 0 * (share + loss.losses.sum().float()).detach())
+            if last:
+                with clock.phase("wait"):
+                    engine.barrier()
+            with clock.phase("backward"):
+                engine.backward(share, last=last)
             if batch.counts and engine.is_leader:
                 sums.add(loss, logps, pairs.source_of(batch.pairs, engine.device))
                 # In a whole step the pair to blame has such log-probs itself, not only a loss that another pair spoiled.
@@ -210,8 +212,8 @@ class Stepper:
         return f"its pairs are {told}" if told else "no pair has such a loss by itself: their sum overflowed"
 
     @contextlib.contextmanager
-    def _explained_memory(self) -> Iterator[None]:
-        """Turn what torch raises when memory runs out into a DeviceMemoryError with advice."""
+    def explained_memory(self, what: str) -> Iterator[None]:
+        """Turn what torch raises when memory runs out into a DeviceMemoryError that says in ``what``, with advice."""
         try:
             yield
         except (RuntimeError, MemoryError) as error:
@@ -219,8 +221,9 @@ class Stepper:
                 raise
             positions = self.plan.tokens_per_batch // self.engine.sequence_parallel
             raise DeviceMemoryError(
-                f"{positions} token positions a micro-batch do not fit in memory: {str(error).splitlines()[0][:200]}. Set "
-                "train.tokens_per_batch lower, or train.gradient_checkpointing=true"
+                f"{positions} token positions a micro-batch do not fit in memory: {what} ran out of it "
+                f"({one_line(error, 200) or type(error).__name__}). Set train.tokens_per_batch lower, or "
+                "train.gradient_checkpointing=true; 'raydpo plan' tells what else takes how much"
             ) from error
 
 

@@ -57,7 +57,7 @@ def train_policy(
         GateError: if the stored log-probs are not those of the starting policy.
         TrainError: if too many losses or gradients in a row are not finite, if the disk has no room for a checkpoint, if
             the last one cannot be stored, or if the one to continue from is damaged.
-        DeviceMemoryError: if a micro-batch does not fit.
+        DeviceMemoryError: if memory runs out.
     """
     train, objective = job.train, Objective(job.train)
     for each in (pairs, held_out):
@@ -133,7 +133,8 @@ class Trainer:
         gate = None
         if begins:
             self.hooks.phase("step-0 gate")
-            gate = self.gate()
+            with self.stepper.explained_memory("the step-0 gate"):
+                gate = self.gate()
             self.hooks.phase("first evaluation")
             self.evaluate(0)
             self.summary.samples_before = self._samples()
@@ -194,15 +195,16 @@ class Trainer:
             return
         # The beta is that of the last step.
         beta, plan = self.job.train.beta_at(max(0, step - 1), self.stepper.plan.total_steps), self.stepper.plan
-        row = evaluate(
-            self.engine,
-            self.held_out,
-            self.stepper.objective,
-            beta,
-            self.stepper.memory,
-            plan.tokens_per_batch,
-            as_reference=step == 0 and self._stored_held_out() is not None,
-        )
+        with self.stepper.explained_memory("an evaluation"):
+            row = evaluate(
+                self.engine,
+                self.held_out,
+                self.stepper.objective,
+                beta,
+                self.stepper.memory,
+                plan.tokens_per_batch,
+                as_reference=step == 0 and self._stored_held_out() is not None,
+            )
         self.summary.scores = {name: value for name, value in row.items() if name.startswith("eval_")}
         wanted = self.job.train.keep_best
         if wanted is not None and wanted not in self.summary.scores:
@@ -214,7 +216,8 @@ class Trainer:
 
     def _samples(self) -> list[list[int]]:
         prompts = [ids for _, ids in self.job.sample_prompts]
-        return greedy_answers(self.engine, prompts, self.job.train.sample_tokens, self.job.sample_stop)
+        with self.stepper.explained_memory("an answer to a sample prompt"):
+            return greedy_answers(self.engine, prompts, self.job.train.sample_tokens, self.job.sample_stop)
 
     def _take_steps(self, gate: StepGate | None) -> None:
         train, summary, clock, total_steps = self.job.train, self.summary, self.stepper.clock, self.stepper.plan.total_steps

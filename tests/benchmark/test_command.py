@@ -9,7 +9,7 @@ import yaml
 from tiny import preferences, write_preferences
 
 from raydpo.benchmark.watch import Watched
-from raydpo.estimate.rate import known_peak
+from raydpo.estimate.cards import known_peak
 
 GIB = 2**30
 

@@ -7,7 +7,7 @@ import pytest
 
 from raydpo.benchmark.compare import Measured, best_tries, disagreements, figures, paired_ratio, whole
 from raydpo.benchmark.job import Result
-from raydpo.benchmark.tables import how, markdown, summary_row, tables
+from raydpo.benchmark.tables import _line, how, markdown, summary_row, tables
 
 GIB = 2**30
 PAIRS, PER_STEP = 8, 2
@@ -175,6 +175,21 @@ def test_memory_is_compared_at_positions_alike_and_at_each_sides_best(found, rec
     assert (alike["trl"]["batch"], best["trl"]["batch"]) == (2, 1)
     (shown,) = (table for table in tables(record) if table.title == "Peak memory")
     assert [row[2:4] for row in shown.rows[:2]] == [("100", "no"), ("80", "no")]
+    side = record["figures"]["memory"][0]["trl"]
+    side["peak_bytes"] = side["tree_bytes"] + 2**30
+    (shown,) = (table for table in tables(record) if table.title == "Peak memory")
+    assert shown.rows[1][4] == shown.rows[1][5], "samples that missed the peak are not below it"
+
+
+def test_a_start_up_below_zero_is_not_told(record):
+    def remark(*seconds):
+        point = record["figures"]["points"][0]
+        sizes = ((8, seconds[0]), (80, seconds[1]))
+        record["figures"]["points"] = [point | {"pairs": n, "job": point["job"] | {"trl": {"seconds": s}}} for n, s in sizes]
+        return _line(record, "trl", "TRL")
+
+    assert remark(20.0, 92.0) == "TRL: 12 s and 1.00 s a pair."
+    assert remark(5.0, 77.0) == ""
 
 
 def test_how_says_who_ran_with_ray(record):

@@ -150,8 +150,8 @@ def test_the_address_of_a_job_server_is_none_to_run_on(tiny_llama, tmp_path, mon
     assert ("$RAY_API_SERVER_ADDRESS" in " ".join(stream.getvalue().split())) is variable
 
 
-def test_gpus_that_torch_does_not_find_are_told_before_one_is_held(tiny_llama, tmp_path):
-    """Ray is told of a GPU, but this machine has none, or no torch for one."""
+def test_gpus_that_torch_does_not_find_and_lost_environments_are_told_before_a_gpu_is_held(tiny_llama, tmp_path):
+    """Ray is told of a GPU, but this machine has none, or no torch for one; and of vLLM where there is none."""
     import ray
     import torch
     from ray.cluster_utils import Cluster
@@ -179,12 +179,20 @@ def test_gpus_that_torch_does_not_find_are_told_before_one_is_held(tiny_llama, t
             check_cluster(config, ["score", "train"], Console(io.StringIO()))
         without = config.train.model_copy(update={"gpus_per_worker": 0.0})
         check_cluster(config.model_copy(update={"train": without}), ["train"], Console(io.StringIO()))
+        without = config.score.model_copy(update={"gpus_per_worker": 0.0})
+        with pytest.raises(ConfigError) as unanswered:
+            check_cluster(
+                config.model_copy(update={"score": without}), ["score"], Console(io.StringIO()), pythons=["/nowhere/python"]
+            )
     finally:
         ray.shutdown()
         cluster.shutdown()
     here, there = sorted(str(error.value).splitlines(), reverse=True)
     assert here.startswith("this node has 1 GPU(s) in Ray, and torch finds 0: ") and "install a torch for CUDA" in here
     assert there.startswith("node ") and " has 2 GPU(s) in Ray, and torch finds 0: " in there
+    nodes = [line.partition("but on ")[2] for line in str(unanswered.value).splitlines()]
+    assert [node.split()[0] for node in nodes] == ["this", "node"], nodes
+    assert all("/nowhere/python cannot be started" in node for node in nodes)
 
 
 @pytest.mark.parametrize(

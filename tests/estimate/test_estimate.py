@@ -8,10 +8,11 @@ from raydpo.config import TrainConfig, load_config
 from raydpo.data.pairs import load_pairs
 from raydpo.data.tokenise import Tokeniser
 from raydpo.errors import ConfigError
-from raydpo.estimate.anatomy import model_cost
+from raydpo.estimate.cards import DEVICES
 from raydpo.estimate.plan import Rates, Stage, make_plan, operations, training_factors
-from raydpo.estimate.rate import DEVICES, stated_rates
+from raydpo.estimate.rate import stated_rates
 from raydpo.model.cost import ModelCost
+from raydpo.model.memory.anatomy import model_cost
 
 RATES = Rates(score=1e9, train=1e9, origin="test")
 SIZES = ModelCost(parameters=1500, active=1000, hidden=10, vocabulary=50, layers=2, attention_width=8)

@@ -2,10 +2,10 @@ import pytest
 
 from raydpo.config import LoraSettings, ModelConfig, TrainConfig, load_config
 from raydpo.errors import ConfigError
-from raydpo.estimate.activations import Batch
-from raydpo.estimate.memory import BASE_BYTES
+from raydpo.estimate.cards import DEVICES, MEMORY
 from raydpo.estimate.modes import ENOUGH, USABLE, Question, compare_modes
-from raydpo.estimate.rate import DEVICES, MEMORY
+from raydpo.model.memory.activations import Batch
+from raydpo.model.memory.ledger import BASE_BYTES
 
 GIB = 2**30
 

@@ -1,8 +1,6 @@
 """Answers: greedy ones are the most likely tokens, samples come from the whole distribution, neither knows its batch."""
 
 import shutil
-import sys
-import types
 
 import numpy as np
 import pytest
@@ -98,20 +96,14 @@ def test_an_answer_beyond_the_positions_is_refused(world):
         answer(world, PROMPTS, [None] * len(PROMPTS), max_tokens=64)
 
 
-@pytest.mark.parametrize("engine", ["transformers", "vllm"])
-def test_answers_are_never_stored_under_the_name_of_another_model(engine, tiny_llama, tmp_path, monkeypatch):
+def test_answers_are_never_stored_under_the_name_of_another_model(tiny_llama, tmp_path):
     """The files change after the driver hashed them, for example because a run is trained again while it is evaluated."""
-    package, lora = types.ModuleType("vllm"), types.ModuleType("vllm.lora.request")  # not installed where tests run
-    package.LLM, package.SamplingParams, lora.LoRARequest = (lambda *args, **settings: None,) * 3
-    for name, module in (("vllm", package), ("vllm.lora", types.ModuleType("vllm.lora")), ("vllm.lora.request", lora)):
-        monkeypatch.setitem(sys.modules, name, module)
     model = shutil.copytree(tiny_llama, tmp_path / "model")
     work = Answering(
         spec=ReferenceSpec(path=str(model), adapter=None, identity=identify(model, "float32")),
         max_tokens=2,
         stop=(0,),
         batch=2,
-        engine=engine,
     )
     work.open("cpu")
     shutil.copy(make_model(tmp_path / "other", seed=1) / "model.safetensors", model / "model.safetensors")

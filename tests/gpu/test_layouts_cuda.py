@@ -7,10 +7,11 @@ from architectures import make_random
 from definition import VOCAB, groups
 from dense_mask import by_definition, tensors, tree
 
-from raydpo.model.attention import Segments, available_bodies, tree_attention
+from raydpo.model.attention import Demand, available_bodies, tree_attention
 from raydpo.model.budget import reset_peak_memory, used_memory
 from raydpo.model.layout import Method, PromptGroup
 from raydpo.model.logps import LogpModel
+from raydpo.model.segments import Segments
 from raydpo.model.selfcheck import choose_layout
 
 CUDA = torch.device("cuda")
@@ -21,7 +22,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 @pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize("body", BODIES)
 def test_bodies_are_the_definition_in_values_and_gradients(body, window):
-    if body not in available_bodies(CUDA, torch.bfloat16, 64):
+    if body not in available_bodies(CUDA, [Demand(size=64, dtype=torch.bfloat16)]):
         pytest.skip(f"{body} is not installed")
     pack = tree(longest=150)
     arguments = [tensor.detach().to(CUDA, torch.bfloat16).requires_grad_() for tensor in tensors(pack, size=64)]

@@ -2,6 +2,7 @@
 
 import re
 import resource
+import weakref
 from pathlib import Path
 
 import kernel
@@ -49,6 +50,25 @@ def test_a_real_out_of_memory_is_told_from_other_errors():
     assert not is_out_of_memory(caught.value)
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "CUDA runtime error: cudaErrorMemoryAllocation",
+        "CUDA error: out of memory",
+        "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes",
+    ],
+)
+def test_the_words_of_each_library_are_known(said):
+    assert is_out_of_memory(RuntimeError(said)) and not is_out_of_memory(ValueError(said))
+
+
+def test_other_errors_of_those_libraries_are_none():
+    assert not is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`"))
+    assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
+
+
 def allow(more: int | None) -> None:
     """Limit this process to ``more`` bytes above what it has; None removes the limit."""
     limit = resource.RLIM_INFINITY
@@ -85,6 +105,30 @@ def test_scoring_goes_on_with_half_of_what_does_not_fit(tiny_llama, tmp_path, mo
         "warning: out of memory with 128000 positions a batch; continuing with 64000. Set "
         "score.tokens_per_batch=64000 to start with that"
     ]
+
+
+def test_activations_are_free_before_the_cache_of_the_allocator_is_emptied(tiny_llama, monkeypatch):
+    """The traceback of the error refers to the frames of the forward pass, whose tensors stay until it is gone."""
+    from raydpo.model.layout import PromptGroup
+    from raydpo.reference.identity import identify
+    from raydpo.reference.score import ReferenceSpec, Scorer
+
+    spec = ReferenceSpec(path=str(tiny_llama), adapter=None, identity=identify(tiny_llama, "float32"))
+    scorer = Scorer(spec, device="cpu", tokens_per_batch=64)
+    held, alive, compute, back_off = [], [], scorer.model.score_layout, scorer._back_off
+
+    def first_fails(layout, rows):
+        if held:
+            return compute(layout, rows)
+        activations = torch.ones(8)
+        held.append(weakref.ref(activations))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(scorer.model, "score_layout", first_fails)
+    monkeypatch.setattr(scorer, "_back_off", lambda: (alive.append(held[0]() is not None), back_off()))
+    group = PromptGroup(np.arange(5), (np.arange(3), np.arange(4)))
+    assert [len(logps) for logps in scorer.score([group])[0]] == [3, 4]
+    assert alive == [False] and scorer.tokens_per_batch == 32
 
 
 def starved_training(model, scratch):

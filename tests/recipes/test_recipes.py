@@ -10,12 +10,13 @@ from tiny import make_tokenizer, preferences, write_preferences
 from raydpo.config import load_config
 from raydpo.data.pairs import load_pairs
 from raydpo.data.tokenise import Tokeniser
-from raydpo.estimate.activations import Batch
-from raydpo.estimate.anatomy import Anatomy, model_cost
-from raydpo.estimate.memory import BASE_BYTES, estimate_memory
+from raydpo.estimate.cards import DEVICES, MEMORY
 from raydpo.estimate.modes import USABLE, Question, compare_modes
 from raydpo.estimate.plan import make_plan
-from raydpo.estimate.rate import DEVICES, MEMORY, stated_rates
+from raydpo.estimate.rate import stated_rates
+from raydpo.model.memory.activations import Batch
+from raydpo.model.memory.anatomy import Anatomy, model_cost
+from raydpo.model.memory.ledger import BASE_BYTES, estimate_memory
 
 ROOT = Path(__file__).parents[2]
 MODELS = Path(__file__).parent

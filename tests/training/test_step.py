@@ -6,11 +6,13 @@ from statistics import median
 
 import pyarrow as pa
 import pytest
+import torch
 from distributed import run_distributed
 from kernel import exact, tiny_pairs, train_here, with_reference
 
-from raydpo.errors import TrainError
+from raydpo.errors import DeviceMemoryError, TrainError
 from raydpo.training import trainer
+from raydpo.training.launch.board import Mailbox
 
 # ZeRO-3 last: while its engine lives, transformers partitions every model it loads.
 KINDS = [dict(zero=0), dict(zero=1), dict(zero=2), dict(zero=2, loss="aot"), dict(zero=2, dtype="bfloat16"), dict(zero=3)]
@@ -152,3 +154,45 @@ def test_a_slow_rank_is_found_waited_for_and_named_once(table, tiny_llama, tmp_p
     assert {row["slowest_rank"] for row in fast[1:]} == {1.0}
     assert len(notes) == 1 and "rank 1 has been the slowest for 20 steps" in notes[0]
     assert median(row["time/wait"] for row in fast) > 0.2 > median(row["time/wait"] for row in slow)
+
+
+def runs_out(table, model, scratch):
+    """What is raised where memory runs out in each part of a run, by the words of two libraries."""
+    from raydpo.training import step
+    from raydpo.training.policy.deepspeed_engine import PolicyEngine
+
+    def fail(*_, **__):
+        raise errors[0]
+
+    places = [
+        (PolicyEngine, "step"),
+        (step, "_add_up"),
+        (trainer, "evaluate"),
+        (trainer, "compare"),
+        (trainer, "greedy_answers"),
+    ]
+    errors = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")]
+    found = []
+    for number, (where, name) in enumerate(places):
+        if number == 1:
+            errors[0] = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+        before = getattr(where, name)
+        setattr(where, name, fail)
+        try:
+            with pytest.raises(DeviceMemoryError) as caught:
+                train_here(table, model, scratch, steps=1, pairs_per_step=8, tokens_per_batch=1024, held_out=table)
+        finally:
+            setattr(where, name, before)
+        found.append((name, str(caught.value), caught.value.tokens))
+    return found
+
+
+def test_memory_that_runs_out_anywhere_in_a_run_is_told_and_halves_the_budget(table, tiny_llama, tmp_path):
+    """Also in the update, where an optimizer's first step makes its moments."""
+    (found,) = run_distributed(runs_out, 1, tmp_path / "a", table, tiny_llama, tmp_path / "s")
+    words = {"step": "a step", "_add_up": "a step", "evaluate": "an evaluation", "compare": "the step-0 gate"}
+    for name, message, tokens in found:
+        assert f"1024 token positions a micro-batch do not fit in memory: {words.get(name, 'an answer')}" in message
+        board = Mailbox()
+        number, _ = board.enter()
+        assert board.back_off(tokens, number) and board.enter() == (2, 512), name

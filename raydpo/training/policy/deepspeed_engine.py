@@ -13,6 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ from raydpo.model.weights import ADAPTER_NAME
 from raydpo.training.policy.engine import PolicySpec
 from raydpo.training.policy.host_memory import HostPeak
 from raydpo.training.policy.offload import disk_folder
-from raydpo.training.policy.optimizer import make_optimizer
+from raydpo.training.policy.optimizer import make_optimizer, no_steps
 from raydpo.training.policy.ranks import RankGroup
 from raydpo.training.policy.state import TrainedState
 
@@ -107,16 +108,7 @@ class PolicyEngine(RankGroup):
         # Kept alive while the model is loaded: transformers looks it up and partitions weights as it reads them.
         self._partitioned_loading = HfDeepSpeedConfig(settings) if train.zero == 3 else None
         with HostPeak() as loading:
-            model = load_causal_lm(
-                spec.path,
-                spec.dtype,
-                adapter=spec.adapter,
-                train_adapter=True,
-                quantization=spec.quantization,
-                rope_length=spec.rope_length,
-                trust_remote_code=spec.trust_remote_code,
-                device="cpu" if train.zero == 3 else device,
-            )
+            model = self._load(spec)
         most = torch.tensor([loading.seconds, loading.bytes], dtype=torch.float64, device=device)
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         self.load_seconds, self.load_bytes = most.tolist()
@@ -131,7 +123,8 @@ class PolicyEngine(RankGroup):
         trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
         optimizer = make_optimizer(trainable, train, device)
         exact = _float32_parameters(module, spec.dtype, train.zero)
-        self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+        with no_steps(optimizer):
+            self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         for parameter, value in exact:
             parameter.data = value
         self.module = module
@@ -145,6 +138,18 @@ class PolicyEngine(RankGroup):
                 self.layout_line += f"; {share_positions(module, device, group, check_rows)}"
             check_training_mode(module, device, self._recall)
 
+    def _load(self, spec: PolicySpec) -> nn.Module:
+        return load_causal_lm(
+            spec.path,
+            spec.dtype,
+            adapter=spec.adapter,
+            train_adapter=True,
+            quantization=spec.quantization,
+            rope_length=spec.rope_length,
+            trust_remote_code=spec.trust_remote_code,
+            device="cpu" if self.zero == 3 else self.device,
+        )
+
     def _all_ranks(self, value: bool) -> bool:
         flag = torch.tensor(int(value), device=self.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MIN)
@@ -156,17 +161,22 @@ class PolicyEngine(RankGroup):
 
     def logps(self, layout: Layout, *, log_sum_sq: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         asked = {"log_sum_sq": True} if log_sum_sq else {}
+        with self._computing():
+            return self.engine(layout.to(self.device), **asked)
+
+    def _computing(self) -> AbstractContextManager[object]:
+        """Where a forward pass keeps what its backward pass needs: on the host, if that is configured."""
         if self._offload_activations and torch.is_grad_enabled():
-            with torch.autograd.graph.save_on_cpu(pin_memory=self.device.type == "cuda"):
-                return self.engine(layout.to(self.device), **asked)
-        return self.engine(layout.to(self.device), **asked)
+            return torch.autograd.graph.save_on_cpu(pin_memory=self.device.type == "cuda")
+        return contextlib.nullcontext()
 
     def find_budget(self, share: float = 1.0) -> Budget:
         # A forward pass keeps what training keeps; a backward pass here would leave gradients in DeepSpeed.
         def run(tokens: int) -> Tensor:
             longest = longest_sequence(self.module.causal_lm)
             groups = probe_groups(tokens * self.sequence_parallel, self.module.vocabulary, longest)
-            return self.module(self.lay_out(groups).to(self.device))
+            with self._computing():
+                return self.module(self.lay_out(groups).to(self.device))
 
         # Without ZeRO, AdamW makes its two moments at the first step.
         moments = 8.0 * sum(parameter.numel() for parameter in self.trainable) if self.zero == 0 else 0.0

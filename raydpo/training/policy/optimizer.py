@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from raydpo.config import TrainConfig
 from raydpo.config.train import ROUNDED_PIECE
 from raydpo.errors import ModelError
 
-__all__ = ["RoundedAdamW", "make_optimizer"]
+__all__ = ["RoundedAdamW", "make_optimizer", "no_steps"]
 
 
 def make_optimizer(trainable: Sequence[Tensor], train: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
@@ -20,7 +22,10 @@ def make_optimizer(trainable: Sequence[Tensor], train: TrainConfig, device: torc
 
     Raises:
         ModelError: if ``train.optimizer`` cannot run here.
+        ConfigError: if it cannot count so many numbers.
     """
+    workers = dist.get_world_size() if dist.is_initialized() else 1
+    train.check_numbers([getattr(one, "ds_numel", None) or one.numel() for one in trainable], workers)
     common = {"lr": train.lr, "weight_decay": train.weight_decay, "betas": (0.9, 0.999), "eps": 1e-8}
     if train.optimizer == "adamw":
         if train.optimizer_states == "bfloat16":
@@ -40,6 +45,21 @@ def make_optimizer(trainable: Sequence[Tensor], train: TrainConfig, device: torc
         ) from None
     kind = {"adamw_8bit": theirs.AdamW8bit, "paged_adamw": theirs.PagedAdamW, "paged_adamw_8bit": theirs.PagedAdamW8bit}
     return kind[train.optimizer](trainable, **common)
+
+
+@contextlib.contextmanager
+def no_steps(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Make ``optimizer.step`` do nothing within the block.
+
+    DeepSpeed 0.19.8 calls it while it wraps an optimizer, to allocate the moments: ``initialize_optimizer_states`` in
+    ``runtime/fp16/unfused_optimizer.py``, for ZeRO 0 in bfloat16. That call decays the weights, and counts as a step:
+    the first update is then 0.74 times as long as it should be.
+    """
+    optimizer.step = lambda *_: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del optimizer.step
 
 
 class RoundedAdamW(torch.optim.AdamW):

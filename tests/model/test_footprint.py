@@ -7,9 +7,9 @@ from footprint import ALLOCATOR, Case, model_with_vocabulary, peaks
 from tiny import make_model
 
 from raydpo.config import ModelConfig, TrainConfig
-from raydpo.estimate.activations import Batch
-from raydpo.estimate.anatomy import Anatomy
-from raydpo.estimate.memory import estimate_memory
+from raydpo.model.memory.activations import Batch
+from raydpo.model.memory.anatomy import Anatomy
+from raydpo.model.memory.ledger import estimate_memory
 
 TOLERANCE = 0.15
 LORA = {"r": 16}

@@ -12,9 +12,9 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from raydpo.data.shapes import PADDED_MULTIPLE, LayoutName
-from raydpo.estimate.anatomy import Anatomy, Weight
-from raydpo.model.attention import WHOLE_BLOCKS
-from raydpo.model.head import CHUNK_BYTES
+from raydpo.model.by_node import WHOLE_BLOCKS
+from raydpo.model.head import chunk_rows
+from raydpo.model.memory.anatomy import Anatomy, Weight
 
 __all__ = ["Batch", "Layer", "head_backward", "head_forward", "layer_memory"]
 
@@ -138,7 +138,7 @@ def layer_memory(
 
 def head_forward(anatomy: Anatomy, batch: Batch, *, width: int, device: str, trained: bool) -> float:
     """Bytes of the vocabulary projection's forward pass besides hidden states: one chunk of logits at any token count."""
-    chunk = min(CHUNK_BYTES[device], 4.0 * batch.predictions * anatomy.vocabulary)
+    chunk = 4.0 * min(chunk_rows(anatomy.vocabulary, device), batch.predictions) * anatomy.vocabulary
     if trained:
         return chunk * (1 + anatomy.softcap)
     # A frozen head computes its gradients at once, with a bfloat16 copy of the chunk for the product with the weight.
@@ -147,13 +147,13 @@ def head_forward(anatomy: Anatomy, batch: Batch, *, width: int, device: str, tra
 
 def head_backward(anatomy: Anatomy, batch: Batch, *, width: int, device: str) -> float:
     """Bytes of a trained head's backward pass: the logits again, the weight's gradient summed in float32, and one chunk's
-    product (in bfloat16 with a float32 copy)."""
-    chunk = min(CHUNK_BYTES[device], 4.0 * batch.predictions * anatomy.vocabulary)
+    product (in bfloat16 with a float32 copy). A GPU adds bfloat16 products to the sum, and then rounds a copy of it."""
+    chunk = 4.0 * min(chunk_rows(anatomy.vocabulary, device), batch.predictions) * anatomy.vocabulary
     size = anatomy.hidden * anatomy.vocabulary
     return (
         chunk * (1 + anatomy.softcap + (width == 2) / 2)
         + STREAM * anatomy.hidden * batch.predictions
-        + size * (8 if width == 4 else 10)
+        + size * (8 if width == 4 else 10 if device == "cpu" else 6)
     )
 
 

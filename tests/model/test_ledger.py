@@ -9,9 +9,9 @@ from tiny import make_model
 from raydpo.config import LoraSettings, ModelConfig, TrainConfig
 from raydpo.config.train import REDUCE_BUCKET, ROUNDED_PIECE
 from raydpo.errors import ConfigError, ModelError
-from raydpo.estimate.activations import Batch, head_backward, head_forward, layer_memory
-from raydpo.estimate.anatomy import EMBEDDING, HEAD, Anatomy
-from raydpo.estimate.memory import estimate_memory
+from raydpo.model.memory.activations import Batch, head_backward, head_forward, layer_memory
+from raydpo.model.memory.anatomy import EMBEDDING, HEAD, Anatomy
+from raydpo.model.memory.ledger import estimate_memory
 
 MODEL = ModelConfig(path="m")
 BATCH = Batch.of_pairs([(4096, 2048, 2048)])
@@ -70,7 +70,7 @@ def test_a_directory_without_a_model(tmp_path):
 def test_sizes_are_deepspeeds_defaults_where_the_engine_sets_none():
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    from raydpo.estimate.memory import PERSISTENT, PREFETCH, REUSE, SUB_GROUP
+    from raydpo.model.memory.ledger import PERSISTENT, PREFETCH, REUSE, SUB_GROUP
     from raydpo.training.policy.deepspeed_engine import _deepspeed_config
 
     zero = DeepSpeedZeroConfig(**_deepspeed_config(TrainConfig(zero=3), "bfloat16")["zero_optimization"])
@@ -107,11 +107,10 @@ def test_a_layer_by_hand(llama):
 
 
 def test_a_head_by_hand(llama):
-    """A chunk of 256 MiB and its bfloat16 copy; for 525M weights the float32 gradient, a chunk's product in bfloat16 and
-    in float32: 4 + 2 + 4 bytes each."""
-    chunk, weights = 256 * 2**20, 128256 * 4096
+    """A chunk of 2,048 rows and its bfloat16 copy; for 525M weights the gradient in float32 and rounded: 4 + 2 bytes each."""
+    chunk, weights = 4 * 2048 * 128256, 128256 * 4096
     assert head_forward(llama, BATCH, width=2, device="cuda", trained=True) == chunk
-    assert head_backward(llama, BATCH, width=2, device="cuda") == 1.5 * chunk + 4 * 4096 * 4096 + 10 * weights
+    assert head_backward(llama, BATCH, width=2, device="cuda") == 1.5 * chunk + 4 * 4096 * 4096 + 6 * weights
 
 
 def test_llama_on_8_gpus_under_zero_2(llama):

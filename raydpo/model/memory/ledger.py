@@ -19,10 +19,10 @@ from typing import Literal
 from raydpo.config import ModelConfig, TrainConfig
 from raydpo.config.train import REDUCE_BUCKET, ROUNDED_PIECE
 from raydpo.errors import ConfigError
-from raydpo.estimate.activations import Batch, Layer, head_backward, head_forward, layer_memory
-from raydpo.estimate.anatomy import EMBEDDING, HEAD, Anatomy, Weight
+from raydpo.model.memory.activations import Batch, Layer, head_backward, head_forward, layer_memory
+from raydpo.model.memory.anatomy import EMBEDDING, HEAD, Anatomy, Weight
 
-__all__ = ["BASE_BYTES", "MemoryEstimate", "Moment", "estimate_memory"]
+__all__ = ["BASE_BYTES", "MemoryEstimate", "Moment", "estimate_memory", "trained_numbers"]
 
 Device = Literal["cuda", "cpu"]
 
@@ -136,6 +136,15 @@ def estimate_memory(
     return MemoryEstimate(
         peak=max(moments, key=lambda moment: moment.total), host=ledger.host, host_peak=ledger.host_peak, moments=moments
     )
+
+
+def trained_numbers(anatomy: Anatomy, model: ModelConfig) -> list[int]:
+    """Numbers of each parameter that trains.
+
+    Raises:
+        ConfigError: as ``estimate_memory``.
+    """
+    return [numel for _, numel in _policy(anatomy, model, 4).trained]
 
 
 @lru_cache(maxsize=8)
