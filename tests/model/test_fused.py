@@ -123,13 +123,9 @@ def test_a_norm_takes_the_float32_stream_to_bfloat16_and_back():
 @pytest.mark.slow
 def test_compiled_functions_equal_plain_ones_at_any_length(monkeypatch):
     """With inductor's backend for CPUs, which makes C++ of the same graphs as Triton of them on a GPU."""
-    torch._dynamo.reset()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)  # a second compilation is an error
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
-    lengths = (9, 17, 33)
     for dtype in (torch.float32, torch.bfloat16):
-        torch._dynamo.reset()
-        for length in lengths:
+        compilations(monkeypatch, most=1)
+        for length in (9, 17, 33):
             for name, arguments in kernel_inputs(length, dtype).items():
                 kernel = getattr(kernels, name)
                 monkeypatch.setattr(kernels, "COMPILED", set())
@@ -140,6 +136,30 @@ def test_compiled_functions_equal_plain_ones_at_any_length(monkeypatch):
                 for one, other in pairs:
                     assert one.dtype == other.dtype and one.shape == other.shape
                     assert distance(one, other) <= (1e-6 if one.dtype == torch.float32 else 1e-3), (name, length)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_is_the_model_and_is_compiled_once(monkeypatch):
+    """Norms twice: of the stream in float32, and of heads in bfloat16. So is the head, for the small copy's vocabulary."""
+    model = make("qwen3")
+    plain = logps_and_gradients(model)
+    compilations(monkeypatch, most=2)
+    monkeypatch.setattr(kernels, "COMPILED", {"cpu"})
+    line = fused.fuse_layers(model, CPU)
+    assert line.startswith("fused: feed-forward, norms, rotary; "), line
+    found = logps_and_gradients(model)
+    total = torch.nn.utils.get_total_norm
+    differences = [one.float() - other.float() for one, other in zip(found, plain, strict=True)]
+    assert 0 < total(differences) < 0.05 * total([each.float() for each in plain])
+    for seed in range(3):
+        model(model.lay_out(groups(seed, ((11 + seed, 5, 9 + seed),)))).sum().backward()
+
+
+def compilations(monkeypatch, most):
+    """Forget what was compiled. To compile a function more than ``most`` times is then an error."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", most)
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
 
 
 def kernel_inputs(length, dtype):
