@@ -1,4 +1,4 @@
-"""Training with fused functions inside DeepSpeed: the losses of plain training up to rounding, under each way of partitioning."""
+"""Training with fused functions inside DeepSpeed: losses of plain training up to rounding, with and without partitions."""
 
 import pytest
 from distributed import run_distributed
