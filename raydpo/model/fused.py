@@ -182,7 +182,8 @@ def _modules(layer: nn.Module) -> Iterator[nn.Module]:
 
 def _is_linear(module: nn.Module) -> bool:
     """Whether ``module`` is a linear layer, quantized or not, with an adapter or without."""
-    return isinstance(getattr(module, "base_layer", module), nn.Linear)
+    base = getattr(module, "base_layer", module)
+    return isinstance(base, nn.Linear) or hasattr(base, "in_features")
 
 
 def _fused_class(module: nn.Module) -> type[nn.Module] | None:
