@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import gc
+import importlib
 import os
 import signal
 import tempfile
@@ -28,6 +29,7 @@ from raydpo.version import __version__
 
 __all__ = ["check", "chosen_blocks", "run_block"]
 
+LIBRARIES = ("transformers.models.llama.modeling_llama", "peft", "deepspeed", "bitsandbytes")
 BLOCK_SECONDS = 60.0
 """Longest that a block may take."""
 ALL_SECONDS = 525.0
@@ -77,9 +79,10 @@ def check(
     console.say(_first_line(report))
     if where.type == "cpu":
         console.say("warning: --device cpu computes tiny models on this CPU; its figures are not figures of a GPU")
-    with tempfile.TemporaryDirectory(prefix="raydpo-gpu-check-") as folder, _alone(Path(folder)):
+    with tempfile.TemporaryDirectory(prefix="raydpo-gpu-check-") as folder, _alone(Path(folder), where):
         limits = CPU_LIMITS if where.type == "cpu" else GPU_LIMITS
         world = World(where, shape, limits, Path(folder))
+        _import_libraries()
         deadline = time.monotonic() + ALL_SECONDS
         for block in chosen:
             result = run_block(block, world, min(BLOCK_SECONDS, deadline - time.monotonic()), console)
@@ -165,9 +168,10 @@ def _limited(limit: float) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _alone(folder: Path, device: torch.device) -> Iterator[None]:
     """Within the block, remember nothing of the models on this machine, and reach nothing outside it."""
     changes = {"XDG_CACHE_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    changes["DS_ACCELERATOR"] = device.type  # DeepSpeed reads it when it is imported
     before = {name: os.environ.get(name) for name in changes}
     os.environ.update(changes)
     try:
@@ -178,6 +182,13 @@ def _alone(folder: Path) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+def _import_libraries() -> None:
+    """Import what blocks use, which may take half a minute, so that it does not count for the first of them."""
+    for name in LIBRARIES:
+        with contextlib.suppress(Exception):  # a block that needs it tells what is wrong
+            importlib.import_module(name)
 
 
 def _first_line(report: Report) -> str:

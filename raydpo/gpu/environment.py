@@ -60,7 +60,9 @@ def judge_driver(found: Findings, driver: str | None, cuda: str | None, least: i
     """
     known = re.match(r"\d+", driver or "")
     needed = least if cuda is not None and int(cuda.split(".")[0]) >= 13 else None
-    found.at_least("driver", float(known[0]) if known else 0.0, needed, f"driver {driver} with CUDA {cuda}, its main version")
+    found.at_least(
+        "driver", float(known[0]) if known else 0.0, needed, f"driver {driver} with CUDA {cuda}, its main version"
+    )
 
 
 def _signature() -> str:

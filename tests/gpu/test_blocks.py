@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from raydpo.gpu import cached, environment, fusing, kernels, numerics, offload, speed
+from raydpo.gpu import cached, environment, kernels, numerics, offload, speed
 from raydpo.gpu.blocks import BLOCKS
 from raydpo.gpu.command import run_block
 from raydpo.gpu.figures import Findings
 from raydpo.gpu.limits import CPU_LIMITS, GPU_LIMITS
 from raydpo.gpu.shape import TINY
 from raydpo.gpu.world import World
+from raydpo.model import bodycheck
 from raydpo.model.head import LogitTransform
 from raydpo.model.load import add_lora
 from raydpo.terminal.console import Console
@@ -63,28 +64,40 @@ def test_a_driver_too_old_for_cuda_13_fails(driver, cuda, ok):
 
 def test_kernels(world, monkeypatch):
     assert outcome(1, world) == ("pass", [])
-    right = kernels.run_body
+    right = bodycheck.attend
 
-    def aligned_to_the_first_key(tree, query, key, value, body, case, sinks):
-        options = {"window": case.window, "softcap": case.softcap, "sinks": sinks}
-        return kernels.definition(tree, query, key, value, aligned_to_first=True, **options)
+    def aligned_to_the_first_key(query, key, value, segments, terms):
+        return kernels.definition(segments.nodes, query, key, value, terms, aligned_to_first=True)
 
-    monkeypatch.setattr(kernels, "run_body", aligned_to_the_first_key)
+    monkeypatch.setattr(bodycheck, "attend", aligned_to_the_first_key)
     status, failed = outcome(1, world)
     assert status == "fail" and {"sdpa.d128.error", "sdpa.softcap.error", "sdpa.sinks.error"} <= set(failed)
-    # A kernel whose values are right and whose gradient of the keys is not.
-    monkeypatch.setattr(
-        kernels, "run_body", lambda tree, query, key, *rest: right(tree, query, 0.5 * key + 0.5 * key.detach(), *rest)
-    )
+
+    def with_half_the_gradient_of_keys(query, key, *rest):
+        return right(query, 0.5 * key + 0.5 * key.detach(), *rest)
+
+    monkeypatch.setattr(bodycheck, "attend", with_half_the_gradient_of_keys)
     status, failed = outcome(1, world)
-    assert status == "fail" and "sdpa.d128.error" in failed
+    assert status == "fail" and {f"sdpa.{kind}.error" for kind in kernels.cases(world, "sdpa")} == set(failed)
+
+
+def test_a_definition_that_is_wrong_fails(world, monkeypatch):
+    """The code that bodies are compared with, without the soft cap."""
+    right = bodycheck.by_node.attend_exactly
+
+    def uncapped(query, key, value, segments, terms):
+        return right(query, key, value, segments, dataclasses.replace(terms, softcap=None))
+
+    monkeypatch.setattr(bodycheck.by_node, "attend_exactly", uncapped)
+    status, failed = outcome(1, world)
+    assert status == "fail" and "definition.error" in failed
 
 
 def test_a_body_that_refuses_fails(world, monkeypatch):
     def refuse(*_):
         raise TypeError("varlen_attn() got an unexpected keyword argument 'scale'")
 
-    monkeypatch.setattr(kernels, "run_body", refuse)
+    monkeypatch.setattr(bodycheck, "attend", refuse)
     status, failed = outcome(1, world)
     assert status == "fail" and "sdpa.d128.runs" in failed
 
@@ -177,20 +190,6 @@ def test_offload(world, monkeypatch):
     monkeypatch.setattr(offload, "seconds", lambda *_, **__: 1.0)
     status, failed = outcome(9, world)
     assert status == "fail" and len(failed) == 1 and failed[0].startswith("host_adamw")
-
-
-def test_fused_functions(world, monkeypatch):
-    assert outcome(10, world) == ("pass", [])
-    right = fusing.switch
-
-    def wrong(model, parts, on):
-        right(model, parts, on)
-        with torch.no_grad():
-            model.causal_lm.get_output_embeddings().weight.mul_(1.5 if on else 1.0)
-
-    monkeypatch.setattr(fusing, "switch", wrong)
-    status, failed = outcome(10, world)
-    assert status == "fail" and failed == ["mean_gap"]
 
 
 def test_numerics(world, monkeypatch):
