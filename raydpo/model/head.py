@@ -127,7 +127,8 @@ class _ChunkedLogps(torch.autograd.Function):
         for rows in _chunks(len(hidden), len(weight), hidden.device):
             logits = _project(hidden[rows], weight, bias)
             if ctx.fused:
-                grad = _slope(logits, normalisers[rows], targets[rows], grad_logps[rows], ctx.transform, weight.dtype)
+                factors = grad_logps[rows].contiguous()
+                grad = _slope(logits, normalisers[rows], targets[rows], factors, ctx.transform, weight.dtype)
             else:
                 logits = ctx.transform(logits)
                 transformed = logits.clone() if ctx.transform.softcap is not None else logits
