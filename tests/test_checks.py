@@ -9,7 +9,7 @@ from tiny import preferences, write_preferences
 
 import raydpo
 from raydpo.cli.entry import main
-from raydpo.config import load_config
+from raydpo.config import load_config, train
 from raydpo.errors import ConfigError
 
 FUNCTIONS = {
@@ -181,6 +181,15 @@ def test_bad_input_is_refused_before_ray(verb, settings, said, place, no_ray, mo
     assert error.startswith("error: ") and said in error and "Traceback" not in error, error
     assert "configuration':" not in error
     assert not (place / "runs" / "checked" / "run.json").exists()
+
+
+@pytest.mark.parametrize("verb", TRAINING)
+def test_more_numbers_than_the_optimizer_counts_are_refused_before_ray(verb, place, no_ray, monkeypatch, capsys):
+    monkeypatch.setattr(train, "COUNTED", 50_000)
+    words = [*(SWEEP if verb == "sweep" else []), "train.optimizer=adamw_8bit"]
+    assert main([verb, str(place / "config.yaml"), *words]) == 2
+    assert "cannot count more than 50,000. Set train.zero to 0 or 3, train.workers to 3 or more" in capsys.readouterr().err
+    assert main([verb, str(place / "config.yaml"), *words, "model.lora={r: 2}"]) == 1  # got as far as Ray
 
 
 @pytest.mark.parametrize(

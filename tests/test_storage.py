@@ -73,6 +73,28 @@ def test_a_directory_replaces_what_was_there(storage, tmp_path):
     assert storage.read("final/inner/file") == b"new" and storage.list("final/inner") == ["file"]
 
 
+@pytest.mark.parametrize("one_disk", [True, False])
+def test_files_are_moved_beside_those_of_others_and_a_second_call_moves_the_rest(storage, tmp_path, monkeypatch, one_disk):
+    source = tmp_path / "source"
+    source.mkdir()
+    if not one_disk:
+
+        def replace(path, target, real=Path.replace):
+            if path.parent == source:
+                raise OSError(errno.EXDEV, "Invalid cross-device link")
+            return real(path, target)
+
+        monkeypatch.setattr(Path, "replace", replace)
+    storage.write("step/other", b"0")
+    for name in ("a", "b"):
+        (source / name).write_bytes(name.encode())
+    storage.move_into(source, "step")
+    (source / "b").write_bytes(b"again")
+    storage.move_into(source, "step")
+    assert storage.list("step") == ["a", "b", "other"] and not list(source.iterdir())
+    assert [storage.read(f"step/{name}") for name in ("a", "b")] == [b"a", b"again"]
+
+
 def test_a_failed_copy_of_a_directory_leaves_no_temporary(tmp_path):
     storage = Storage(str(tmp_path))
     storage.write("final/file", b"old")

@@ -101,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--price", type=float, metavar="D", help="dollars for a GPU hour")
     plan.add_argument("--runs", type=int, metavar="K", help="number of trainings with this reference, as in a sweep")
     plan.add_argument("--measure", action="store_true", help="measure the rate on this machine")
+    plan.add_argument("--measured", metavar="FILE", help="take rates and memory from a report of 'raydpo gpu check'")
     for verb in (audit, evaluate, plan):
         verb.add_argument("--json", action="store_true", help="print one JSON object")
     report = add("report", _report, "write the page of a run or a sweep, or one that compares several of them")
@@ -211,7 +212,7 @@ def _plan(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
     with console.quiet():
         sets, _ = load_training_pairs(config)
-        asked = ("measure", "device", "mfu_score", "mfu_train", "workers", "price", "runs", "memory")
+        asked = ("measure", "measured", "device", "mfu_score", "mfu_train", "workers", "price", "runs", "memory")
         plan = plan_run(config, sets, **{name: getattr(args, name) for name in asked})
     for line in sets.report.lines():
         console.say(line)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from raydpo.config.objective import ObjectiveConfig
 from raydpo.config.section import Dtype, Float, Int, PathOrUri, Section, no_bool
+from raydpo.errors import ConfigError
 
 __all__ = ["REDUCE_BUCKET", "ROUNDED_PIECE", "ScoreConfig", "TrainConfig"]
 
@@ -18,6 +20,11 @@ model."""
 ROUNDED_PIECE = 1 << 22
 """Number of elements that AdamW with a first moment in bfloat16 updates at once. DeepSpeed passes all weights as one flat
 tensor; its float32 temporaries would take more memory than bfloat16 saves."""
+
+
+COUNTED = 2**31 - 1
+"""Most numbers that bitsandbytes updates at once: 0.50 gives their count to CUDA as a signed int of 32 bits
+(``backends/cuda/ops.py``). More of them end the process, or leave most weights as they are, without an error."""
 
 
 class ScoreConfig(Section):
@@ -97,8 +104,8 @@ class TrainConfig(ObjectiveConfig):
     """Number of Ray Train workers, with one device each. {min: 2, max: 8} starts with what the cluster has and follows its
     size; the pairs of each step stay the same."""
     gpus_per_worker: Float | None = Field(default=None, ge=0)
-    """GPUs of each worker; null = 1 if the cluster has GPUs, else 0. With a fraction such as 0.25, trials of a sweep with
-    one worker each share a GPU."""
+    """GPUs of each worker: 1, or 0 = the CPU; null = 1 if the cluster has GPUs, else 0. With a fraction such as 0.25, trials
+    of a sweep with one worker each share a GPU."""
     accelerator: str | None = None
     """Kind of GPU that nodes must have, as score.accelerator."""
     labels: dict[str, str] = Field(default={})
@@ -146,6 +153,9 @@ class TrainConfig(ObjectiveConfig):
     """Also export the model with the adapters merged into it, as final/merged."""
     seed: Int = Field(default=0, ge=0)
     """Seed for the order of the pairs and the initial values of adapters."""
+    deterministic: bool = False
+    """Use only kernels that give the same bits each time (torch.use_deterministic_algorithms), which are slower, and fail
+    where there is none. CPUs repeat to the bit without it, GPUs to rounding. Not yet measured on a GPU."""
     checkpoint_every: Int = Field(default=100, ge=1)
     """Steps between checkpoints. There is always one after the last step."""
     checkpoint_minutes: Float | None = Field(default=None, gt=0)
@@ -189,8 +199,33 @@ class TrainConfig(ObjectiveConfig):
         """Largest number of workers."""
         return self.workers.max if isinstance(self.workers, ElasticWorkers) else self.workers
 
+    def check_numbers(self, numels: Sequence[int], workers: int) -> None:
+        """Check that the optimizer can count the numbers that it updates at once.
+
+        Args:
+            numels: numbers of each parameter that trains.
+
+        Raises:
+            ConfigError: if it cannot.
+        """
+        # ZeRO-3 updates about 1e9 numbers at a time (DeepSpeed's sub_group_size), ZeRO 1 and 2 a rank's whole share.
+        at_once = (max(numels, default=0), *[-(-sum(numels) // workers)] * 2, 0)[self.zero]
+        if self.optimizer == "adamw" or at_once <= COUNTED:
+            return
+        other = f"0 or 3, train.workers to {-(-sum(numels) // COUNTED)} or more," if self.zero else "3"
+        raise ConfigError(
+            f"train.optimizer {self.optimizer} updates {at_once:,} numbers at once with train.zero {self.zero} on {workers} "
+            f"worker(s), but bitsandbytes cannot count more than {COUNTED:,}. Set train.zero to "
+            f"{other} or train.optimizer to adamw"
+        )
+
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
+        if self.gpus_per_worker is not None and self.gpus_per_worker > 1:
+            raise ValueError(
+                f"gpus_per_worker {self.gpus_per_worker:g} is more than the one GPU that a worker computes on; set it to 1, "
+                f"and workers to the number of GPUs"
+            )
         _gpus_of_a_kind(self.accelerator, self.gpus_per_worker)
         if isinstance(self.workers, ElasticWorkers):
             if self.sequence_parallel > 1:
@@ -209,7 +244,7 @@ class TrainConfig(ObjectiveConfig):
         if self.checkpoint_minutes is not None and self.checkpoint_every != every:
             raise ValueError(
                 f"checkpoint_minutes ({self.checkpoint_minutes:g}) and checkpoint_every "
-                f"({self.checkpoint_every}) contradict each other; keep one"
+                f"({self.checkpoint_every}) contradict each other; keep one (checkpoint_minutes=null counts steps)"
             )
         if self.offload_params is not None and self.zero != 3:
             raise ValueError(
@@ -238,6 +273,6 @@ class TrainConfig(ObjectiveConfig):
         if self.gpus_per_worker is not None and 0 < self.gpus_per_worker < 1 and self.most_workers > 1:
             raise ValueError(
                 f"gpus_per_worker {self.gpus_per_worker} is a fraction; NCCL needs a whole GPU for each of the "
-                f"{self.most_workers} training workers. Set workers=1 or a whole number of GPUs"
+                f"{self.most_workers} training workers. Set workers to 1, or gpus_per_worker to 1"
             )
         return self

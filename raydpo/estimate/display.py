@@ -13,6 +13,7 @@ from raydpo.data.shapes import Shapes
 from raydpo.data.simulate import NAIVE_PAIRS, Simulation
 from raydpo.errors import ConfigError
 from raydpo.estimate.cards import MEMORY
+from raydpo.estimate.checked import CheckedDevice, read_check
 from raydpo.estimate.modes import Fit, Modes, Question, compare_modes
 from raydpo.estimate.plan import PAIRS_PER_RANK, Plan, Stage, make_plan, sample_pairs
 from raydpo.estimate.rate import measured_rates, stated_rates
@@ -29,6 +30,7 @@ def plan_run(
     sets: PairSets,
     *,
     measure: bool = False,
+    measured: str | None = None,
     device: str | None = None,
     mfu_score: float | None = None,
     mfu_train: float | None = None,
@@ -41,6 +43,7 @@ def plan_run(
 
     Args:
         measure: measure the rates on this machine. The two MFUs are then ignored; ``device`` only decides the memory.
+        measured: report of ``raydpo gpu check`` with the rates, instead. The memory is that GPU's unless one is named.
         memory: GiB of a device; None = that of ``device``.
 
     Raises:
@@ -51,13 +54,30 @@ def plan_run(
         model_cost(resolve_model(path), config.model.trust_remote_code)
         for path in (config.model.path, config.reference_path)
     )
-    if measure:
+    checked = None if measured is None else _checked(measured, measure=measure, mfu_score=mfu_score, mfu_train=mfu_train)
+    if checked is not None:
+        rates = checked.rates(config)
+    elif measure:
         rates = measured_rates(config, sample_pairs(config, sets.train), model, reference)
     else:
         rates = stated_rates(**_given(device=device, mfu_score=mfu_score, mfu_train=mfu_train))
     plan = make_plan(config, sets, model, reference, rates, **_given(workers=workers, price=price, runs=runs))
     named = device or (DEVICE if memory is None else "device")
+    if checked is not None and device is None and memory is None:
+        named, memory = checked.name, checked.memory
     return dataclasses.replace(plan, memory=_modes(config, sets, plan, named, memory))
+
+
+def _checked(path: str, **others: object) -> CheckedDevice:
+    """The GPU of a report.
+
+    Args:
+        others: options that also decide the rates; all must be None or False.
+    """
+    given = [f"--{name.replace('_', '-')}" for name, value in others.items() if value]
+    if given:
+        raise ConfigError(f"--measured {path} and {' and '.join(given)} both decide the rates; keep one")
+    return read_check(path)
 
 
 DEVICE = "H100"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import gc
+import importlib
 import os
 import signal
 import tempfile
@@ -15,24 +16,32 @@ from types import FrameType
 
 import torch
 
+from raydpo.cluster.driver import driver_version, why_no_gpu
 from raydpo.errors import ConfigError, one_line
 from raydpo.gpu.blocks import BLOCKS, Block
 from raydpo.gpu.environment import clocks, describe, versions
 from raydpo.gpu.figures import Findings, Report, Result, Skip
-from raydpo.gpu.world import CPU_LIMITS, GPU_LIMITS, LLAMA_8B, TINY, World
+from raydpo.gpu.limits import CPU_LIMITS, GPU_LIMITS
+from raydpo.gpu.shape import LLAMA_8B, TINY
+from raydpo.gpu.world import World
 from raydpo.terminal.console import Console
 from raydpo.version import __version__
 
 __all__ = ["check", "chosen_blocks", "run_block"]
 
+LIBRARIES = ("transformers.models.llama.modeling_llama", "peft", "deepspeed", "bitsandbytes")
 BLOCK_SECONDS = 60.0
 """Longest that a block may take."""
 ALL_SECONDS = 525.0
 """Longest that all blocks together may take, so that a rented quarter of an hour holds a second try."""
 
 
-class BlockTimeout(TimeoutError):
-    """A block took longer than it may."""
+AGAIN_SECONDS = 5.0
+"""Seconds after which a timeout is raised again, if the one before was lost in a destructor."""
+
+
+class BlockTimeout(BaseException):
+    """A block took longer than it may. No ``Exception``, which libraries catch in many places."""
 
 
 def check(
@@ -51,9 +60,10 @@ def check(
     """
     chosen = chosen_blocks(blocks, quick)
     if device is None and not torch.cuda.is_available():
+        why = why_no_gpu(driver_version(), torch.__version__, torch.version.cuda, torch.version.hip)
         raise ConfigError(
-            "gpu check found no GPU that torch can use, and a CUDA device is expected; run it on a machine with one, where "
-            "'raydpo doctor' lists it, or add --device cpu to try the same code at tiny sizes without proving anything"
+            f"gpu check found no GPU that torch can use, and a CUDA device is expected: {why}. Add --device cpu to try the "
+            "same code at tiny sizes, which proves nothing about a GPU"
         )
     where = torch.device("cpu" if device == "cpu" else "cuda:0")
     if not out.parent.is_dir() or out.is_dir():
@@ -69,9 +79,10 @@ def check(
     console.say(_first_line(report))
     if where.type == "cpu":
         console.say("warning: --device cpu computes tiny models on this CPU; its figures are not figures of a GPU")
-    with tempfile.TemporaryDirectory(prefix="raydpo-gpu-check-") as folder, _alone(Path(folder)):
+    with tempfile.TemporaryDirectory(prefix="raydpo-gpu-check-") as folder, _alone(Path(folder), where):
         limits = CPU_LIMITS if where.type == "cpu" else GPU_LIMITS
         world = World(where, shape, limits, Path(folder))
+        _import_libraries()
         deadline = time.monotonic() + ALL_SECONDS
         for block in chosen:
             result = run_block(block, world, min(BLOCK_SECONDS, deadline - time.monotonic()), console)
@@ -108,9 +119,6 @@ def run_block(block: Block, world: World, limit: float, console: Console) -> Res
     """Run one block. Nothing that it raises ends the check, except an interrupt."""
     found, start = Findings(), time.monotonic()
     status, error, before = "pass", None, clocks() if world.cuda else None
-    if world.cuda:
-        torch.cuda.reset_peak_memory_stats(world.device)
-    peak = 0.0
     try:
         with console.quiet(), _limited(limit):
             block.run(world, found)
@@ -126,7 +134,6 @@ def run_block(block: Block, world: World, limit: float, console: Console) -> Res
     # What a traceback held is free from here on.
     gc.collect()
     if world.cuda:
-        peak = torch.cuda.max_memory_allocated(world.device) / 2**30
         torch.cuda.empty_cache()
         for name, one, other in zip(("SM clock in MHz", "power in W"), before, clocks(), strict=True):
             if one is not None and other is not None:
@@ -136,7 +143,6 @@ def run_block(block: Block, world: World, limit: float, console: Console) -> Res
         name=block.name,
         status=status,
         seconds=round(time.monotonic() - start, 2),
-        peak_gib=round(peak, 3),
         figures=found.figures,
         note="; ".join(found.notes),
         error=error,
@@ -153,7 +159,7 @@ def _limited(limit: float) -> Iterator[None]:
     if limit <= 0:
         raise BlockTimeout
     earlier = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, limit)
+    signal.setitimer(signal.ITIMER_REAL, limit, AGAIN_SECONDS)
     try:
         yield
     finally:
@@ -162,9 +168,10 @@ def _limited(limit: float) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _alone(folder: Path, device: torch.device) -> Iterator[None]:
     """Within the block, remember nothing of the models on this machine, and reach nothing outside it."""
     changes = {"XDG_CACHE_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    changes["DS_ACCELERATOR"] = device.type  # DeepSpeed reads it when it is imported
     before = {name: os.environ.get(name) for name in changes}
     os.environ.update(changes)
     try:
@@ -175,6 +182,13 @@ def _alone(folder: Path) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+def _import_libraries() -> None:
+    """Import what blocks use, which may take half a minute, so that it does not count for the first of them."""
+    for name in LIBRARIES:
+        with contextlib.suppress(Exception):  # a block that needs it tells what is wrong
+            importlib.import_module(name)
 
 
 def _first_line(report: Report) -> str:

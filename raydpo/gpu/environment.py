@@ -8,18 +8,17 @@ import platform
 import re
 import shutil
 import subprocess
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from raydpo.cluster.driver import driver_version
 from raydpo.gpu.figures import Findings
 from raydpo.gpu.timing import seconds
 from raydpo.gpu.world import World
-from raydpo.model.attention import available_bodies
 from raydpo.model.recall import processor
 
-__all__ = ["PACKAGES", "clocks", "describe", "driver_version", "environment", "versions"]
+__all__ = ["PACKAGES", "clocks", "describe", "environment", "judge_driver", "versions"]
 
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "bitsandbytes", "flash_attn", "triton", "liger_kernel", "numpy")
 VARIABLE_LENGTH = frozenset({"varlen", "flash"})
@@ -29,8 +28,6 @@ def environment(world: World, found: Findings) -> None:
     """Measure a large product and a copy; check the driver and that a variable-length body exists."""
     shape, limits = world.shape, world.limits
     size = shape.matrix
-    left, right = (torch.randn(size, size, device=world.device, dtype=world.dtype) for _ in range(2))
-    world.gemm = 2 * size**3 / seconds(lambda: left @ right, world.device)
     peak = world.sheet_peak
     least = None if peak is None or limits.gemm is None else limits.gemm * peak / 1e12
     found.at_least("gemm_tflops", world.gemm / 1e12, least, f"product of {size} x {size} matrices", "TFLOP/s")
@@ -42,7 +39,7 @@ def environment(world: World, found: Findings) -> None:
     world.measured |= {"gemm_tflops": world.gemm / 1e12, "copy_gb_s": rate / 1e9}
     if peak is not None:
         world.measured["peak_tflops"] = peak / 1e12
-    bodies = available_bodies(world.device, world.dtype, shape.head_size)
+    bodies = world.bodies()
     found.note(f"bodies of attention: {', '.join(bodies)}")
     found.note(f"varlen_attn takes {_signature()}")
     if world.cuda:
@@ -51,12 +48,21 @@ def environment(world: World, found: Findings) -> None:
             bool(VARIABLE_LENGTH & set(bodies)),
             "a variable-length body of attention exists (1 = yes)",
         )
-        driver = driver_version()
-        libraries = int((torch.version.cuda or "0").split(".")[0])
-        known = re.match(r"\d+", driver or "")
-        # NVIDIA's compatibility table: the libraries of CUDA 13 need driver 580.
-        needed = limits.driver if libraries >= 13 else None
-        found.at_least("driver", float(known[0]) if known else 0.0, needed, f"driver {driver}, its main version")
+        judge_driver(found, driver_version(), torch.version.cuda, limits.driver)
+
+
+def judge_driver(found: Findings, driver: str | None, cuda: str | None, least: int | None) -> None:
+    """Compare the main version of the driver with ``least``, which the libraries of CUDA 13 need.
+
+    Args:
+        driver: such as ``580.95.05``; None = unknown, which fails.
+        cuda: version that torch was built with, such as ``13.0``.
+    """
+    known = re.match(r"\d+", driver or "")
+    needed = least if cuda is not None and int(cuda.split(".")[0]) >= 13 else None
+    found.at_least(
+        "driver", float(known[0]) if known else 0.0, needed, f"driver {driver} with CUDA {cuda}, its main version"
+    )
 
 
 def _signature() -> str:
@@ -65,19 +71,6 @@ def _signature() -> str:
     except ImportError:
         return "nothing: this torch has none"
     return ", ".join(inspect.signature(varlen_attn).parameters)
-
-
-def driver_version() -> str | None:
-    """Version of NVIDIA's driver, or None if there is none to ask."""
-    asked = _nvidia_smi("driver_version")
-    if asked:
-        return asked[0]
-    try:
-        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
-    except OSError:
-        return None
-    found = re.search(r"\b(\d{3,}\.\d+(?:\.\d+)?)\b", text)
-    return found[1] if found else None
 
 
 def clocks() -> tuple[float | None, float | None]:
@@ -117,6 +110,7 @@ def versions() -> dict[str, str | None]:
 def describe(device: torch.device) -> dict[str, Any]:
     """Name, memory and driver of the device, for the report."""
     if device.type != "cuda":
-        return {"name": f"{processor()} (a CPU: its figures say nothing about a GPU)", "threads": torch.get_num_threads()}
+        return {"type": device.type, "name": f"a CPU, {processor()}", "threads": torch.get_num_threads()}
     memory = torch.cuda.get_device_properties(device).total_memory / 2**30
-    return {"name": torch.cuda.get_device_name(device), "memory_gib": round(memory, 1), "driver": driver_version()}
+    name = torch.cuda.get_device_name(device)
+    return {"type": device.type, "name": name, "memory_gib": round(memory, 1), "driver": driver_version()}

@@ -9,10 +9,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-__all__ = ["FORMAT", "Figure", "Findings", "Report", "Result", "Skip"]
+from raydpo.estimate.checked import REPORT_FORMAT
 
-FORMAT = 1
-"""Version of the JSON's layout."""
+__all__ = ["Figure", "Findings", "Report", "Result", "Skip"]
 
 Rule = Literal["at most", "at least", "goal"]
 Status = Literal["pass", "fail", "skip", "error", "timeout"]
@@ -91,7 +90,7 @@ class Findings:
         finite = math.isfinite(value)
         ok = None
         if rule in ("at most", "at least"):
-            ok = finite and (value <= limit if rule == "at most" else value >= limit)
+            ok = finite and bool(value <= limit if rule == "at most" else value >= limit)
         self.figures[name] = Figure(float(value) if finite else None, unit, rule, limit, ok, says)
 
 
@@ -100,7 +99,6 @@ class Result:
     """What a block came to.
 
     Attributes:
-        peak_gib: most GPU memory that torch allocated, in GiB; 0 on a CPU.
         note: remarks, joined by semicolons; for a skipped block, why.
         error: the exception of a block that ended with one, else None.
     """
@@ -109,7 +107,6 @@ class Result:
     name: str
     status: Status
     seconds: float
-    peak_gib: float
     figures: dict[str, Figure]
     note: str = ""
     error: str | None = None
@@ -146,7 +143,7 @@ class Report:
 
     def write(self, path: Path) -> None:
         """Replace the file at ``path``. A reader sees the old file or the new one, never half of one."""
-        everything = {"format": FORMAT} | asdict(self) | {"summary": self.summary}
+        everything = {"format": REPORT_FORMAT} | asdict(self) | {"summary": self.summary}
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         temporary.write_text(json.dumps(everything, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         os.replace(temporary, path)

@@ -1,199 +1,179 @@
-"""Block 1: every body of attention against its definition in float64, in values and gradients, and its speed."""
+"""Block 1: every body of attention against its definition, in values and gradients, and its speed."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from raydpo.errors import one_line
 from raydpo.gpu.figures import Findings
 from raydpo.gpu.timing import seconds
 from raydpo.gpu.world import World, amount_of
-from raydpo.model.attention import Segments, available_bodies, tree_attention
-from raydpo.model.tree import MIN_SAVED, PrefixTree
+from raydpo.model.attention import Demand, attend, available_bodies, why_not
+from raydpo.model.bodycheck import check_tree, errors, inputs, run
+from raydpo.model.segments import Body, Segments, Terms
+from raydpo.model.tree import MIN_SAVED, PrefixTree, TreeNode
 
-__all__ = ["definition", "kernels", "three_levels"]
+__all__ = ["cases", "definition", "kernels"]
 
 KEY_HEADS = 2
 LAYOUTS = 20
 """Micro-batches of different shapes with which FlexAttention's recompilations are counted."""
+EXACT = 1e-4
+"""Largest relative error of the plain code that bodies are compared with, in float32."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """Sizes and options of one call. heads: query heads a key head."""
-
-    head_size: int
-    heads: int
-    window: int | None = None
-    softcap: float | None = None
-    sinks: bool = False
-
-    @property
-    def kind(self) -> str:
-        """Cases of one kind share a figure."""
-        options = {"window": self.window, "softcap": self.softcap, "sinks": self.sinks or None}
-        return next((name for name, value in options.items() if value is not None), f"d{self.head_size}")
+def _demand(size: int, heads: int, **terms: Any) -> Demand:
+    return Demand(size=size, dtype=torch.bfloat16, heads=heads * KEY_HEADS, key_heads=KEY_HEADS, **terms)
 
 
-CASES = [
-    *(Case(head_size=size, heads=heads) for size in (64, 128, 256) for heads in (1, 4, 8)),
-    Case(head_size=128, heads=4, window=24),
-    Case(head_size=128, heads=4, softcap=50.0),
-    Case(head_size=128, heads=4, sinks=True),
-]
-COMPILED_CASES = [case for case in CASES if case.head_size == 128 and case.heads == 4]
-"""For FlexAttention, which compiles a kernel for each case, some seconds each."""
+CASES: dict[str, list[Demand]] = {
+    **{f"d{size}": [_demand(size, heads) for heads in (1, 4, 8)] for size in (64, 128, 256)},
+    "window": [_demand(128, 4, window=24)],
+    "softcap": [_demand(128, 4, softcap=2.0)],
+    "sinks": [_demand(128, 4, sinks=True)],
+}
+"""What layers ask of attention, by figure: 1, 4 and 8 query heads a key head, and the terms of some architectures."""
+
+
+def cases(world: World, body: Body) -> dict[str, list[Demand]]:
+    """The cases to compare: all of them, or one of a kind for FlexAttention, which compiles a kernel for each, and a CPU."""
+    if world.cuda and body != "flex":
+        return CASES
+    few = {kind: [each for each in CASES[kind] if each.heads == 8] for kind in ("d128", "window", "softcap", "sinks")}
+    if world.cuda:
+        return few
+    return {kind: [replace(each, size=world.shape.head_size) for each in demands] for kind, demands in few.items()}
 
 
 def kernels(world: World, found: Findings) -> None:
     """Compare all bodies that can run here, then time them; what is compiled comes last."""
-    tree = three_levels()
-    cases = CASES if world.cuda else COMPILED_CASES
-    errors: dict[tuple[str, Case], float] = {}
-    bodies = available_bodies(world.device, world.dtype, 128)
+    _definition(world, found)
+    bodies = available_bodies(world.device, [_demand(128, 4)])
+    own: dict[Demand, float] = {}
     for body in sorted(bodies, key=lambda one: (one == "flex", one != "sdpa")):
-        kinds: dict[str, list[tuple[float, float]]] = {}
-        for case in COMPILED_CASES if body == "flex" else cases:
-            name = f"{body}.{case.kind}"
-            try:
-                error, what = _worst_error(world, tree, body, case)
-            except Exception as refused:
-                if isinstance(refused, torch.OutOfMemoryError | TimeoutError):
-                    raise
-                found.fact(f"{name}.runs", False, f"attention by {body}, {case.kind}: {_short(refused)} (1 = runs)")
+        for kind, demands in cases(world, body).items():
+            fitting = [demand for demand in demands if not world.cuda or why_not(body, demand) is None]
+            if not fitting:
+                found.note(f"{body}, {kind}: {why_not(body, demands[0])}")
                 continue
-            errors[body, case] = error
-            most = world.limits.body
-            if body != "sdpa" and ("sdpa", case) in errors:
-                most = min(most, max(world.limits.body_ratio * errors["sdpa", case], 1e-6))
-            kinds.setdefault(case.kind, []).append((error, most))
-            if error > most:
-                found.note(f"{body}: worst in {what}, {case}")
-        for kind, each in kinds.items():
-            error, most = max(each, key=lambda pair: pair[0] / pair[1])
-            says = f"attention by {body}, {_told(kind)}: largest relative error of values and gradients"
-            found.at_most(f"{body}.{kind}.error", error, most, says)
-    exact, wrong = _planted(world, tree)
-    found.at_least(
-        "planted.first_token", _relative(wrong, exact), 0.05, "error that a mask aligned to the first key would show"
-    )
+            try:
+                gaps = {demand: errors(body, demand, world.device) for demand in fitting}
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as refused:
+                found.fact(f"{body}.{kind}.runs", False, f"attention by {body}, {kind}: {_short(refused)} (1 = runs)")
+                continue
+            _judge(world, found, body, kind, gaps, own)
     _speed(world, found, bodies)
     if "flex" in bodies:
         _recompilations(world, found)
 
 
-def three_levels(seed: int = 0) -> PrefixTree:
-    """A system prompt, two prompts after it, three completions after each. The first prompt is longer than any window."""
-    rng = np.random.default_rng(seed)
-    system = rng.integers(0, 50, 33)
-    prompts = [np.concatenate([system, rng.integers(0, 50, length)]) for length in (70, 9)]
-    return PrefixTree.build(
-        [np.concatenate([prompt, rng.integers(0, 50, length)]) for prompt in prompts for length in (1, 17, 64)], MIN_SAVED
-    )
+def _judge(
+    world: World, found: Findings, body: Body, kind: str, gaps: dict[Demand, dict[str, float]], own: dict[Demand, float]
+) -> None:
+    """Add the worst error of the cases of one kind.
+
+    Args:
+        gaps: errors of values and gradients by case. own: SDPA's largest by case, which this adds to.
+    """
+    told = []
+    for demand, errors_of in gaps.items():
+        worst = max(errors_of, key=lambda name: errors_of[name] if math.isfinite(errors_of[name]) else math.inf)
+        most = world.limits.body
+        if body == "sdpa":
+            own[demand] = errors_of[worst]
+        elif demand in own:
+            most = min(most, max(world.limits.body_ratio * own[demand], 1e-6))
+        error = errors_of[worst]
+        told.append((error / most if math.isfinite(error) else math.inf, error, most, worst, demand.heads))
+    _, error, most, worst, heads = max(told)
+    says = f"attention by {body}, {kind}: largest relative error, in {worst} with {heads // KEY_HEADS} heads a key head"
+    found.at_most(f"{body}.{kind}.error", error, most, says)
 
 
 def definition(
-    tree: PrefixTree,
+    nodes: Sequence[TreeNode],
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    terms: Terms,
     *,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
     aligned_to_first: bool = False,
 ) -> Tensor:
-    """Attention over the tree from its definition, [1, T, A, D] in the precision of ``query``.
+    """Attention over a prefix tree from its definition, with one dense mask: [1, T, A, D] in the precision of ``query``.
 
-    Shapes: query [1, A, T, D]; key, value [1, G, T, D]; sinks [A].
+    Shapes: query [1, A, T, D]; key, value [1, G, T, D].
 
     Args:
         aligned_to_first: compute the fault instead that kernels have whose causal mask begins at the first key.
     """
-    sees = torch.zeros(len(tree.token_ids), len(tree.token_ids), dtype=torch.bool)
-    for node in tree.nodes:
+    positions = query.shape[2]
+    sees = torch.zeros(positions, positions, dtype=torch.bool)
+    for node in nodes:
         along = np.concatenate([np.arange(start, start + length) for start, length in node.with_path])
         for row in range(node.length):
             last = row if aligned_to_first else node.depth + row
-            first = 0 if window is None else max(0, last + 1 - window)
+            first = 0 if terms.window is None else max(0, last + 1 - terms.window)
             sees[node.start + row, along[first : last + 1]] = True
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
+    scores = query @ key.transpose(-1, -2) * terms.scaling
+    if terms.softcap is not None:
+        scores = torch.tanh(scores / terms.softcap) * terms.softcap
     scores = scores.masked_fill(~sees.to(scores.device), -torch.inf)
-    if sinks is not None:
-        column = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+    if terms.sinks is not None:
+        column = terms.sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
         scores = torch.cat([scores, column], -1)
-    weights = torch.softmax(scores, -1)[..., : key.shape[2]]
+    weights = torch.softmax(scores, -1)[..., :positions]
     return (weights @ value).transpose(1, 2)
 
 
-def _tensors(world: World, positions: int, head_size: int, heads: int, key_heads: int = KEY_HEADS) -> list[Tensor]:
-    generator = torch.Generator(world.device).manual_seed(0)
-    return [
-        torch.randn(1, each, positions, head_size, generator=generator, device=world.device).to(world.dtype).requires_grad_()
-        for each in (heads * key_heads, key_heads, key_heads)
-    ]
+def _definition(world: World, found: Findings) -> None:
+    """Compare the plain code that bodies are compared with with a dense mask in float64, and with a planted fault."""
+    tree, worst = check_tree(), 0.0
+    for demands in cases(world, "flex").values():
+        for demand in demands:
+            drawn = inputs(replace(demand, dtype=torch.float32), len(tree.token_ids), world.device)
+            plain = run("sdpa", tree, **drawn, window=demand.window, softcap=demand.softcap, exact=True)
+            wide = {name: tensor.double() for name, tensor in drawn.items()}
+            terms = Terms(
+                scaling=demand.size**-0.5, window=demand.window, softcap=demand.softcap, sinks=wide.pop("sinks", None)
+            )
+            exact = definition(tree.nodes, **wide, terms=terms)
+            worst = max(worst, _relative(plain, exact))
+            if demand.window is None and demand.softcap is None and not demand.sinks:
+                wrong = definition(tree.nodes, **wide, terms=terms, aligned_to_first=True)
+                says = "error that a mask aligned to the first key would show"
+                found.at_least("planted.first_key", _relative(wrong, exact), 0.05, says)
+    says = "plain attention in float32, with which bodies are compared, against float64 and one dense mask"
+    found.at_most("definition.error", worst, EXACT, says)
 
 
-def _worst_error(world: World, tree: PrefixTree, body: Any, case: Case) -> tuple[float, str]:
-    """Largest relative error of output and gradients, and where it is."""
-    tensors = _tensors(world, len(tree.token_ids), case.head_size, case.heads)
-    sinks = torch.linspace(-1, 1, tensors[0].shape[1], device=world.device) if case.sinks else None
-    exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
-    options = {"window": case.window, "softcap": case.softcap, "sinks": sinks}
-    wanted = definition(tree, *exact, **options)
-    segments = Segments.of(tree, body).to(world.device)
-    out, _ = tree_attention(
-        nn.Module(),
-        *tensors,
-        None,
-        segments=segments,
-        sliding_window=case.window,
-        softcap=case.softcap,
-        s_aux=sinks,
-    )
-    weights = torch.randn(wanted.shape, generator=torch.Generator(world.device).manual_seed(1), device=world.device)
-    gradients = torch.autograd.grad((out * weights.to(out.dtype)).sum(), tensors)
-    expected = torch.autograd.grad((wanted * weights.to(out.dtype).double()).sum(), exact)
-    found = {"values": _relative(out, wanted)}
-    found |= {f"d{name}": _relative(ours, theirs) for name, ours, theirs in zip("qkv", gradients, expected, strict=True)}
-    worst = max(found, key=lambda name: found[name] if np.isfinite(found[name]) else np.inf)
-    return found[worst], worst
-
-
-def _planted(world: World, tree: PrefixTree) -> tuple[Tensor, Tensor]:
-    """The definition, and the same with the mask aligned to the first key."""
-    tensors = [tensor.detach().double() for tensor in _tensors(world, len(tree.token_ids), 64, 1)]
-    return definition(tree, *tensors), definition(tree, *tensors, aligned_to_first=True)
-
-
-def _speed(world: World, found: Findings, bodies: tuple[Any, ...]) -> None:
+def _speed(world: World, found: Findings, bodies: tuple[Body, ...]) -> None:
     """Operations per second of the forward pass of each body at the shape's second pass of scoring."""
     shape = world.shape
     groups = world.pairs_of(shape.passes[1])
     tree = PrefixTree.build([sequence for group in groups for sequence in group.sequences], MIN_SAVED)
-    heads = shape.heads // shape.key_heads
-    query, key, value = _tensors(world, len(tree.token_ids), shape.head_size, heads, shape.key_heads)
+    demand = Demand(size=shape.head_size, dtype=world.dtype, heads=shape.heads, key_heads=shape.key_heads)
+    drawn = inputs(demand, len(tree.token_ids), world.device)
     flops = 4.0 * shape.heads * shape.head_size * amount_of(groups, "tree")[1]
     peak = world.sheet_peak
     for body in sorted(bodies, key=lambda one: one == "flex"):
         segments = Segments.of(tree, body).to(world.device)
-        call = partial(tree_attention, nn.Module(), query, key, value, None, segments=segments)
+        call = partial(attend, **drawn, segments=segments, terms=Terms(scaling=shape.head_size**-0.5))
         try:
             with torch.no_grad():
                 rate = flops / seconds(call, world.device)
         except Exception as refused:
-            if isinstance(refused, TimeoutError):
-                raise
             found.note(f"speed of {body}: {_short(refused)}")
             continue
         least = None
@@ -214,22 +194,17 @@ def _recompilations(world: World, found: Findings) -> None:
     for number in range(LAYOUTS):
         groups = world.pairs(1 + number % 3, spread=0.5, seed=number)
         tree = PrefixTree.build([sequence for group in groups for sequence in group.sequences], MIN_SAVED)
-        query, key, value = _tensors(world, len(tree.token_ids), world.shape.head_size, 4)
+        drawn = inputs(_demand(world.shape.head_size, 4), len(tree.token_ids), world.device)
         with torch.no_grad():
-            tree_attention(nn.Module(), query, key, value, None, segments=Segments.of(tree, "flex").to(world.device))
+            run("flex", tree, **drawn)
         before = compiled() if before is None else before
     count = compiled() - (before or 0)
-    found.at_most(
-        "flex.recompiles", count, world.limits.recompiles, f"compilations of flex after the first, {LAYOUTS} layouts"
-    )
+    says = f"compilations of flex after the first, over {LAYOUTS} layouts"
+    found.at_most("flex.recompiles", count, world.limits.recompiles, says)
 
 
 def _relative(found: Tensor, wanted: Tensor) -> float:
     return float((found.double() - wanted).norm() / wanted.norm())
-
-
-def _told(kind: str) -> str:
-    return f"head size {kind[1:]}" if kind[1:].isdigit() else kind
 
 
 def _short(error: BaseException) -> str:

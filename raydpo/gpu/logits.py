@@ -20,25 +20,26 @@ from raydpo.model.memory.anatomy import Anatomy
 
 __all__ = ["logits"]
 
-ROWS = (523, 1024, 2048)
+ROWS = (512, 1024, 2048)
 """Rows of a chunk whose speed is measured."""
+KINDS = ("plain", "softcap", "fused", "fused softcap", "tied")
 SOFTCAP = 30.0
 """As Gemma 2 has it."""
 
 
 def logits(world: World, found: Findings) -> None:
-    """Compare a plain head, one with a soft cap and one tied to the embedding, then time chunks of different sizes."""
+    """Compare plain and fused heads, with and without a soft cap, and one tied to the embedding; then time them."""
     rows = 256 if world.cuda else 24
     for dtype, most in ((torch.float32, world.limits.head32), (torch.bfloat16, world.limits.head16)):
         model = world.model(1, dtype=dtype)
-        for kind in ("plain", "softcap", "tied"):
-            model.config.final_logit_softcapping = SOFTCAP if kind == "softcap" else None
+        for kind in KINDS:
+            model.config.final_logit_softcapping = SOFTCAP if "softcap" in kind else None
             if kind == "tied":
                 model.get_output_embeddings().weight = model.get_input_embeddings().weight
-            for name, error in _errors(world, model, rows).items():
+            for name, error in _errors(world, model, rows, fused="fused" in kind).items():
                 bits = "float32" if dtype == torch.float32 else "bfloat16"
                 says = f"{kind} head in {bits}: relative error of {name}"
-                found.at_most(f"{kind}.{bits}.{name}", error, most, says)
+                found.at_most(f"{kind.replace(' ', '_')}.{bits}.{name}", error, most, says)
         del model
         gc.collect()
     _speed(world, found)
@@ -52,10 +53,11 @@ def _inputs(world: World, model: torch.nn.Module, rows: int) -> tuple[Tensor, Te
     return hidden, torch.randint(model.config.vocab_size, (rows,), generator=generator, device=world.device)
 
 
-def _errors(world: World, model: torch.nn.Module, rows: int) -> dict[str, float]:
+def _errors(world: World, model: torch.nn.Module, rows: int, *, fused: bool) -> dict[str, float]:
     """Relative errors of log-probs and of the gradients of hidden states and weight."""
     hidden, targets = _inputs(world, model, rows)
     head = attach_logp_head(model)
+    head.fused = fused
     weight, embedding = head.weight, model.get_input_embeddings().weight
     hidden.requires_grad_()
     tied = weight is embedding
@@ -103,15 +105,18 @@ def _speed(world: World, found: Findings) -> None:
     peak = _peak(world, both)
     says = f"head's memory at {rows:,} predictions, as a share of the plan's {planned / 2**30:.2f} GiB"
     found.at_most("memory_of_plan", peak / planned, world.limits.reserved, says)
-    for chunk in ROWS if world.cuda else (8, 64):
+    chunks = ROWS if world.cuda else (8,)
+    for chunk, fused in [*((chunk, False) for chunk in chunks), (chunks[-1], True)]:
+        head.fused = fused
+        says, suffix = f"chunks of {chunk:,} rows{', fused' if fused else ''}", f"{chunk}{'.fused' if fused else ''}"
         with _chunk_rows(chunk, world):
             rates = {
                 "forward": flops / seconds(forward, world.device, repeats=3, warm_ups=1),
                 "training": 4 * flops / seconds(both, world.device, repeats=3, warm_ups=1),
             }
             for name, rate in rates.items():
-                found.value(f"{name}.{chunk}_tflops", rate / 1e12, f"head, {name}, chunks of {chunk:,} rows", "TFLOP/s")
-            found.value(f"peak.{chunk}_gib", _peak(world, both) / 2**30, f"head, chunks of {chunk:,} rows, peak", "GiB")
+                found.value(f"{name}.{suffix}_tflops", rate / 1e12, f"head, {name}, {says}", "TFLOP/s")
+            found.value(f"peak.{suffix}_gib", _peak(world, both) / 2**30, f"head's peak, {says}", "GiB")
 
 
 def _peak(world: World, run: object) -> float:

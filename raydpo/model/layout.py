@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from raydpo.data.shapes import PADDED_MULTIPLE, LayoutName, Shapes
-from raydpo.model.attention import Body, Segments
+from raydpo.model.segments import Body, Segments
 from raydpo.model.tree import MIN_SAVED, PrefixTree
 from raydpo.model.ulysses import SequenceGroup
 

@@ -1,6 +1,7 @@
-"""Checks of the names of weights that are stored quantized or one by one, from headers alone.
+"""Quantized weights: the precision that their layers compute in, and checks of the names in files.
 
-Only names are compared, since the stored tensors have other shapes. The packages that compute with them are not needed.
+The checks also concern weights that are stored one by one. They read headers alone and compare only names, since the stored
+tensors have other shapes. The packages that compute with quantized weights are not needed.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from raydpo.model.limits import OTHER_TOWERS
 
 __all__ = [
     "certain_gaps",
+    "compute_under_autocast",
     "is_known",
     "plain_tensors",
     "refuse_lack_of_layers",
@@ -38,6 +40,34 @@ _BESIDE = re.compile(
 """End of a name that belongs to a quantized weight, such as its scales."""
 
 _EXPERT = re.compile(r"(.*\.experts\.)(\d+)(\..+\.weight)$")
+
+
+def compute_under_autocast(model: nn.Module) -> None:
+    """Make quantized layers of ``model`` compute in autocast's precision, as plain linear layers do. Safe to call again.
+
+    Autocast casts the operations of ``nn.Linear``. A quantized layer has its own, and returns the precision of its input
+    (bitsandbytes 0.50, nn/modules.py; GPTQ and AWQ likewise), which is float32 on a float32 residual stream. Attention and
+    the gated product would then be float32, twice as large, and without a variable-length kernel.
+    """
+    for module in model.modules():
+        if _is_quantized_layer(module) and _cast_input not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_cast_input)
+
+
+def _is_quantized_layer(module: nn.Module) -> bool:
+    """Whether it is a linear layer with weights of bitsandbytes, or whose weights are no floating-point numbers."""
+    if not hasattr(module, "in_features") or any(True for _ in module.children()):
+        return False
+    stored = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    return type(module).__module__.startswith("bitsandbytes.") or any(
+        tensor.dim() > 1 and (tensor.element_size() == 1 or not tensor.is_floating_point()) for tensor in stored
+    )
+
+
+def _cast_input(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    if not inputs or not torch.is_autocast_enabled(inputs[0].device.type):
+        return None
+    return inputs[0].to(torch.get_autocast_dtype(inputs[0].device.type)), *inputs[1:]
 
 
 def take_quantization(config: Any, entries: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -2,7 +2,8 @@
 
 The prefix tree is exact if tokens affect each other only in attention, and if attention uses the positions and the window it
 is given. Recurrent layers, ALiBi, or a window built into a mask break that without an error. So at load each layout is
-compared with the plain model, one completion at a time, on rows chosen to show a difference.
+compared with the plain model, one completion at a time, on rows chosen to show a difference. On a GPU each kernel of
+attention is compared with its definition first, in values and gradients (``model.bodycheck``).
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ import torch
 from torch import nn
 
 from raydpo.errors import ModelError, one_line
-from raydpo.model.attention import available_bodies
+from raydpo.model.attention import Demand, available_bodies, lacking_kernels, watch_demands
+from raydpo.model.bodycheck import why_wrong
 from raydpo.model.layout import PADDED, Method, PromptGroup
 from raydpo.model.limits import longest_sequence
 from raydpo.model.logps import LogpModel
 from raydpo.model.recall import Recall
 from raydpo.model.rotary import fix_rotary
+from raydpo.model.segments import Body
 from raydpo.model.ulysses import SequenceGroup
 
 __all__ = [
@@ -33,8 +36,10 @@ __all__ = [
     "Wish",
     "check_training_mode",
     "choose_layout",
+    "flat",
     "logps_by_definition",
     "share_positions",
+    "small_copy",
 ]
 
 Wish = Literal["auto", "tree", "packed", "padded"]
@@ -98,21 +103,27 @@ def _try_layouts(model: LogpModel, device: torch.device, wish: Wish, rows: Seque
     tolerance = TOLERANCES[dtype]
     twin = None if dtype == torch.float32 else _twin(model.causal_lm)
     config = model.causal_lm.config.get_text_config()
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    bodies = available_bodies(device, dtype, head_size) if hasattr(config, "num_attention_heads") else ()
-    methods = {
-        "tree": [Method("tree", body) for body in bodies],
-        "packed": [Method("packed", body) for body in bodies],
-        "padded": [PADDED],
-    }
-    order = [method for kind in methods.values() for method in kind] if wish == "auto" else methods[wish]
     gaps: dict[str, float | str] = {}
     oracle = _Oracle(model, _cases(model, rows), device)
     if dtype == torch.bfloat16:
         # Some norms fail on a float32 stream with bfloat16 weights.
         model.float32_stream = True
         model.float32_stream = not isinstance(oracle.worst_gap(PADDED), str)
+    bodies, demands = _bodies(model, device) if hasattr(config, "num_attention_heads") else ((), set())
+    methods = {
+        "tree": [Method("tree", body) for body in bodies],
+        "packed": [Method("packed", body) for body in bodies],
+        "padded": [PADDED],
+    }
+    order = [method for kind in methods.values() for method in kind] if wish == "auto" else methods[wish]
+    wrong: dict[Body, str | None] = {}
     for method in order:
+        if demands and method.body is not None:
+            if method.body not in wrong:
+                wrong[method.body] = why_wrong(method.body, demands, device)
+            if wrong[method.body] is not None:
+                gaps[str(method)] = wrong[method.body]
+                continue
         gap = oracle.worst_gap(method)
         if dtype != torch.float32 and method.body is not None and not isinstance(gap, str):
             in_twin = twin if isinstance(twin, str) else twin.worst_gap(Method(method.layout, "sdpa"))
@@ -121,7 +132,7 @@ def _try_layouts(model: LogpModel, device: torch.device, wish: Wish, rows: Seque
         gaps[str(method)] = gap
         if isinstance(gap, float) and gap <= tolerance:
             model.use(method)
-            return CheckReport(method, _line(method, gaps, tolerance))
+            return CheckReport(method, _line(method, gaps, tolerance, demands))
     model.use(PADDED)
     told = "; ".join(f"{name}: {_say(gap)}" for name, gap in gaps.items())
     if wish in ("auto", "padded"):
@@ -160,7 +171,7 @@ def share_positions(model: LogpModel, device: torch.device, group: SequenceGroup
             alone = model.score(groups, device)
             model.group = group
             together = model.score(groups, device)
-            gap = max(gap, float(np.abs(_flat(together) - _flat(alone)).mean()))
+            gap = max(gap, float(np.abs(flat(together) - flat(alone)).mean()))
     tolerance = TOLERANCES[next(one.dtype for one in model.parameters() if one.is_floating_point())]
     if not gap <= tolerance:
         raise ModelError(
@@ -192,7 +203,7 @@ def check_training_mode(model: LogpModel, device: torch.device, recall: Recall |
         model.train(mode)
         for module in quiet:
             module.training = False
-        return _flat(model.score(groups, device))
+        return flat(model.score(groups, device))
 
     wanted = score(False)
 
@@ -221,14 +232,40 @@ def check_training_mode(model: LogpModel, device: torch.device, recall: Recall |
     recall.keep("training mode", True)
 
 
-def _flat(scored: Sequence[tuple[np.ndarray, ...]]) -> np.ndarray:
+def flat(scored: Sequence[tuple[np.ndarray, ...]]) -> np.ndarray:
+    """The log-probs of all completions of all groups, one after the other: [tokens]."""
     return np.concatenate([logps for group in scored for logps in group])
 
 
-def _line(method: Method, gaps: dict[str, float | str], tolerance: float) -> str:
+def _bodies(model: LogpModel, device: torch.device) -> tuple[tuple[Body, ...], set[Demand]]:
+    """Bodies of attention to try, and what the layers ask of them. On a CPU there is one, so they are not asked."""
+    if device.type != "cuda":
+        return available_bodies(device, ()), set()
+    demands = _demands(model, device)
+    return available_bodies(device, demands), demands
+
+
+def _demands(model: LogpModel, device: torch.device) -> set[Demand]:
+    """What the layers ask of attention. Nothing if they cannot compute a tree, as trying the layouts will tell."""
+    model.use(Method("tree", "sdpa"))
+    with watch_demands() as found:
+        try:
+            model.score(_cases(model, ())["a long prompt"], device)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            found.clear()
+    return found
+
+
+def _line(method: Method, gaps: dict[str, float | str], tolerance: float, demands: set[Demand]) -> str:
     refused = [f"{name} refused, {_say(gap)}" for name, gap in gaps.items() if name != str(method)]
     others = f"; {'; '.join(refused)} (tolerance {tolerance:g})" if refused else ""
-    return f"layout: {method}, {_say(gaps[str(method)])} from one completion at a time{others}"
+    line = f"layout: {method}, {_say(gaps[str(method)])} from one completion at a time{others}"
+    lacking = lacking_kernels(demands) if demands and method.body in ("flex", "sdpa") else []
+    if lacking:
+        return f"warning: {line}; attention would be faster in one variable-length call: {'; or '.join(lacking)}"
+    return line
 
 
 def _say(gap: float | str) -> str:
@@ -254,7 +291,7 @@ class _Oracle:
             self.model.use(method)
             with _narrow_windows(self.model.causal_lm):
                 for case, groups in self.cases.items():
-                    found = _flat(self.model.score(groups, self.device))
+                    found = flat(self.model.score(groups, self.device))
                     gap = float(np.abs(found - self.expected[case]).mean())
                     worst = max(worst, gap if np.isfinite(gap) else float("inf"))
         except torch.OutOfMemoryError:
@@ -266,33 +303,44 @@ class _Oracle:
 
 
 def _twin(causal_lm: nn.Module) -> _Oracle | str:
-    """A small model of the same architecture with random float32 weights, or the reason why there is none."""
-    config = copy.deepcopy(causal_lm.config)
-    text = config.get_text_config()
+    """A small float32 copy and what it computes, or the reason why there is none."""
     try:
-        for name, value in vars(text).copy().items():
-            if isinstance(value, int) and not isinstance(value, bool) and ("intermediate" in name or "ffn" in name):
-                setattr(text, name, min(value, TWIN_WIDTH))
-            elif name.endswith("_token_id") and value is not None:
-                setattr(text, name, 0)
-        layers = min(TWIN_LAYERS, text.num_hidden_layers)
-        if getattr(text, "layer_types", None):
-            # Enough layers to have one of each kind.
-            kinds = text.layer_types
-            layers = max(layers, max(kinds.index(kind) + 1 for kind in set(kinds)))
-            text.layer_types = kinds[:layers]
-        text.num_hidden_layers, text.vocab_size = layers, TWIN_VOCABULARY
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            small = type(causal_lm)(config).float().eval()
-            fix_rotary(small, getattr(causal_lm, "rope_length", None))
-            model = LogpModel(small)
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(TWIN_GAIN)
+        model = small_copy(causal_lm, TWIN_LAYERS)
         return _Oracle(model, _cases(model, ()), torch.device("cpu"))
     except Exception as error:
         return f"cannot be made ({type(error).__name__}: {one_line(error, 160)})"
+
+
+@torch.no_grad()
+def small_copy(causal_lm: nn.Module, layers: int) -> LogpModel:
+    """A model of the same architecture with random float32 weights, a small vocabulary and a narrow feed-forward part.
+
+    Args:
+        layers: its layers, or more if there are more kinds of layers.
+    """
+    config = copy.deepcopy(causal_lm.config)
+    text = config.get_text_config()
+    for name, value in vars(text).copy().items():
+        if isinstance(value, int) and not isinstance(value, bool) and ("intermediate" in name or "ffn" in name):
+            setattr(text, name, min(value, TWIN_WIDTH))
+        elif name.endswith("_token_id") and value is not None:
+            setattr(text, name, 0)
+    layers = min(layers, text.num_hidden_layers)
+    if getattr(text, "layer_types", None):
+        # Enough layers to have one of each kind.
+        kinds = text.layer_types
+        layers = max(layers, max(kinds.index(kind) + 1 for kind in set(kinds)))
+        text.layer_types = kinds[:layers]
+    text.num_hidden_layers, text.vocab_size = layers, TWIN_VOCABULARY
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        small = type(causal_lm)(config).float().eval()
+        fix_rotary(small, getattr(causal_lm, "rope_length", None))
+        model = LogpModel(small)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.mul_(TWIN_GAIN)
+    return model
 
 
 def logps_by_definition(causal_lm: nn.Module, group: PromptGroup, device: torch.device) -> np.ndarray:

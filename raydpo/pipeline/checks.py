@@ -75,6 +75,7 @@ def check_models(config: Config, verb: Verb, console: Console, trials: Sequence[
         console, trials: as for ``check``.
 
     Raises:
+        ConfigError: if ``train.optimizer`` cannot train so many parameters.
         ModelError: naming the weights that are missing or have another shape.
     """
     wanted: dict[tuple[str, str | None, bool], None] = {}
@@ -87,6 +88,8 @@ def check_models(config: Config, verb: Verb, console: Console, trials: Sequence[
         else:
             wanted[each.model.path, each.model.adapter, trusted] = None
         wanted[each.reference_path, each.reference_adapter, trusted] = None
+        if verb in ("train", "run", "sweep"):
+            _check_optimizer(each)
         if each.evaluate.reward_model is not None and _evaluates(config, verb):
             rewards[each.evaluate.reward_model, trusted] = None
     lines = [line for path, adapter, trusted in wanted for line in _complete(path, adapter, trusted)]
@@ -106,6 +109,17 @@ def _complete(path: str, adapter: str | None, trusted: bool) -> list[str]:
     settings = [files.config, adapter and adapter_files(adapter).config, trusted]
     decides = [*settings, *map(stamp, used), program("torch", "transformers", "peft")]
     return remembered("complete", decides, lambda: check_weights(path, adapter=adapter, trust_remote_code=trusted))
+
+
+def _check_optimizer(config: Config) -> None:
+    """Check that the optimizer can count what it trains. Only bitsandbytes' has a limit; others need no sizes."""
+    if config.train.optimizer == "adamw":
+        return
+    from raydpo.model.memory.anatomy import Anatomy  # imports transformers' models
+    from raydpo.model.memory.ledger import trained_numbers
+
+    anatomy = Anatomy.of(resolve_model(config.model.path), config.model.trust_remote_code)
+    config.train.check_numbers(trained_numbers(anatomy, config.model), config.train.fewest_workers)
 
 
 def _evaluates(config: Config, verb: Verb) -> bool:

@@ -44,8 +44,10 @@ __all__ = [
 SCORING_VERSION = 2
 """Version of raydpo's own arithmetic, raised whenever a change alters the numbers it would store."""
 _ADAPTER_VERSION = 3
-"""Scoring version of adapters in bfloat16, whose numbers changed after the version above. On quantized weights only adapters
-on the head have it."""
+"""Scoring version of adapters in bfloat16, whose numbers changed after the version above."""
+
+_QUANTIZED_VERSION = 4
+"""Scoring version of quantized layers in bfloat16, which gave float32 to attention before."""
 
 _NOT_ARCHITECTURE = frozenset({
     "_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "_attn_implementation",
@@ -141,11 +143,17 @@ def identify(
         adapter=None if adapter is None else _adapter_digest(adapter_files(adapter)),
         dtype=dtype,
         quantisation=None if quantization is None else QUANTIZED[quantization],
-        scoring_version=_ADAPTER_VERSION
-        if adapter is not None and dtype == "bfloat16" and (quantization is None or _is_on_the_head(adapter_files(adapter)))
-        else SCORING_VERSION,
+        scoring_version=_scoring_version(model, dtype, adapter, quantization),
         rope_length=None if max_length is None else rope_length(model.config, max_length),
     )
+
+
+def _scoring_version(model: ModelFiles, dtype: str, adapter: str | Path | None, quantization: str | None) -> int:
+    if dtype != "bfloat16":
+        return SCORING_VERSION
+    if quantization is not None or {"quantization_config", "compression_config"} & model.config.keys():
+        return _QUANTIZED_VERSION
+    return SCORING_VERSION if adapter is None else _ADAPTER_VERSION
 
 
 def differs_from_its_tie(path: str | Path, trust_remote_code: bool = False) -> str | None:
@@ -181,6 +189,8 @@ def earlier_identity(identity: ReferenceIdentity) -> tuple[ReferenceIdentity, st
             "a model with an adapter now keeps its rotary frequencies, and the input of an adapted head, in "
             "float32; before, both were rounded to bfloat16"
         )
+    if identity.scoring_version == _QUANTIZED_VERSION:
+        changed.append("quantized layers now give bfloat16 to attention, as other layers do; before, they gave float32")
     if identity.rope_length is not None:
         changed.append("its rotary frequencies no longer depend on the longest sequence of a batch")
     return dataclasses.replace(identity, scoring_version=SCORING_VERSION, rope_length=None), "; ".join(changed)
@@ -314,10 +324,6 @@ def _adapter_digest(adapter: AdapterFiles) -> str:
     }
     digest = hashlib.sha256(json.dumps(_without(settings, _NOT_ADAPTER, sets=True), sort_keys=True).encode()).hexdigest()
     return hashlib.sha256(f"{_tensors_digest([adapter.weights])}{digest}".encode()).hexdigest()
-
-
-def _is_on_the_head(adapter: AdapterFiles) -> bool:
-    return any(re.search(r"lm_head|embed_out", name) for name in read_header(adapter.weights)[1])
 
 
 def _without(settings: Any, ignored: frozenset[str], sets: bool = False) -> Any:

@@ -308,20 +308,22 @@ class Storage:
             if info.type == pafs.FileType.File and not (directory / below).exists():
                 self.delete(f"{name}/{below}")
 
-    def upload_into(self, directory: Path, name: str) -> None:
-        """Copy the files of a local directory into ``name``, beside those of other workers. Each file appears whole."""
+    def move_into(self, directory: Path, name: str) -> None:
+        """Move the files of a local directory into ``name``, beside those of other workers. Each file appears whole, and
+        only then leaves ``directory``; on one file system it is renamed."""
         for path in sorted(directory.iterdir()):
             if self.is_local:
                 target = Path(self.path(f"{name}/{path.name}"))
                 _make_directory(target.parent)
-                temporary = target.with_name(_temporary_name())
                 try:
-                    shutil.copyfile(path, temporary)
-                    temporary.replace(target)
-                finally:
-                    temporary.unlink(missing_ok=True)
+                    path.replace(target)
+                except OSError as error:
+                    if error.errno != errno.EXDEV:
+                        raise
+                    _copy_whole(path, target)
             else:
                 self._send(path, f"{name}/{path.name}")
+            path.unlink(missing_ok=True)
 
     def _send(self, local: Path, name: str) -> None:
         """Copy a local file or directory to a remote file system."""
@@ -464,6 +466,16 @@ def _make_directory(directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     for one in missing:
         _sync_directory(one.parent)
+
+
+def _copy_whole(path: Path, target: Path) -> None:
+    """Copy a local file. ``target`` appears whole or not at all."""
+    temporary = target.with_name(_temporary_name())
+    try:
+        shutil.copyfile(path, temporary)
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _temporary_name() -> str:

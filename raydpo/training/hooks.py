@@ -32,7 +32,8 @@ class TrainHooks:
         """A checkpoint follows: store the rows so far, which a resumed run keeps."""
 
     def upload(self, directory: Path, step: int) -> None:
-        """Store this rank's share of a checkpoint. Called in its own thread; raises OSError or RaydpoError."""
+        """Store this rank's share of a checkpoint, the files in ``directory``, and move them if that is quicker. Called in
+        its own thread; raises OSError or RaydpoError, and is then called again with the files that are left."""
 
     def register(self, step: int, metrics: Mapping[str, float], *, wait: bool) -> None:
         """Make the checkpoint valid, now that every rank has stored its share. ``wait`` until it is certain. Collective."""

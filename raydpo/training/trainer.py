@@ -14,6 +14,7 @@ from raydpo.config import TrainConfig
 from raydpo.data.plan import BatchPlan
 from raydpo.errors import ConfigError, TrainError
 from raydpo.losses import Objective, ObjectiveState
+from raydpo.model.budget import TIGHT, allocated_memory, share_of_first_step
 from raydpo.rundir.watch import TrainingWatch
 from raydpo.training.checkpoint.files import load_checkpoint
 from raydpo.training.checkpoint.preemption import PreemptionGuard
@@ -49,14 +50,14 @@ def train_policy(
         pairs: pairs to train on.
         held_out: pairs to evaluate on, or None.
         checkpoint: directory of the checkpoint to continue from, or None to begin.
-        scratch: local directory in which checkpoints are written before they are uploaded.
+        scratch: directory in which checkpoints are written before they are uploaded.
 
     Raises:
         ConfigError: if the checkpoint is of a run with other settings, ``train.keep_best`` names no metric, or the objective
             needs log-probs of tokens where only sums are known.
         GateError: if the stored log-probs are not those of the starting policy.
-        TrainError: if too many losses or gradients in a row are not finite, if the last checkpoint cannot be stored, or
-            if the checkpoint to continue from is damaged.
+        TrainError: if too many losses or gradients in a row are not finite, if the disk has no room for a checkpoint, if
+            the last one cannot be stored, or if the one to continue from is damaged.
         DeviceMemoryError: if memory runs out.
     """
     train, objective = job.train, Objective(job.train)
@@ -91,6 +92,7 @@ def train_policy(
     hooks.begin(summary.steps, plan.total_steps, facts)
     stepper = Stepper(train, plan, pairs, engine, objective, StepClock(engine.device), ObjectiveState(**summary.memory))
     saver = CheckpointSaver(engine, hooks, scratch, job.fingerprint)
+    saver.check_room()
     watch, guard = TrainingWatch(summary.warned), PreemptionGuard(engine, hooks, train.preemption_every)
     try:
         Trainer(job, stepper, engine, held_out, hooks, saver, watch, guard, summary).run(begins=checkpoint is None)
@@ -223,6 +225,7 @@ class Trainer:
         start, before = time.perf_counter(), dataclasses.replace(summary)
         tokens = 0.0
         steps = self.stepper.prepared(summary.steps)
+        allocated = allocated_memory(self.engine.device)
         clock.lap()  # gate and first evaluation are no part of the first step
         while summary.steps < total_steps:
             with clock.phase("data"):
@@ -240,6 +243,8 @@ class Trainer:
             summary.memory = dataclasses.asdict(self.stepper.memory)
             if done == 1:
                 self._check_first_loss(result)
+                if self._halve_tight_budget(allocated):
+                    steps = self.stepper.prepared(done)
             self.hooks.step({"step": done} | row)
             for line in self.watch.look(done, row):
                 self.hooks.note(line)
@@ -302,6 +307,27 @@ class Trainer:
                 "score.dtype=float32 and model.dtype=float32 remove it"
             )
         self.hooks.note(line)
+
+    def _halve_tight_budget(self, before: float) -> bool:
+        """Halve a measured budget for the steps after the first one, if that left too little memory on any rank. Returns
+        whether it did; a budget that was set is only warned about.
+
+        Args:
+            before: bytes that were allocated before the first step.
+        """
+        engine, plan, job = self.engine, self.stepper.plan, self.job
+        share = share_of_first_step(engine.device, before, job.memory_share)
+        if share is None or (most := max(engine.gather_objects(share))) <= TIGHT:
+            return False
+        now = plan.tokens_per_batch // engine.sequence_parallel
+        half = max(1, now // 2)
+        told = f"warning: steps with micro-batches of {now} positions take {most:.0%} of a GPU's memory"
+        if job.tokens_per_batch is not None or job.train.tokens_per_batch != "auto":
+            self.hooks.note(f"{told}, so another one may not fit. Set train.tokens_per_batch={half} if memory runs out")
+            return False
+        self.hooks.note(f"{told}; continuing with {half}. Set train.tokens_per_batch={half} to start with that")
+        plan.tokens_per_batch, self.summary.tokens_per_batch = half * engine.sequence_parallel, half
+        return True
 
     def _count_skipped(self, skipped: str | None) -> None:
         """Warn about a step that was not taken. End the run after more than ``train.max_skipped`` such steps in a row."""

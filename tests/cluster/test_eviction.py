@@ -26,8 +26,8 @@ class Slow:
 
         def then_slow(module):
             run(module)
-            upload = module.Storage.upload_into
-            module.Storage.upload_into = lambda *arguments: (time.sleep(40), upload(*arguments))
+            upload = module.Storage.move_into
+            module.Storage.move_into = lambda *arguments: (time.sleep(40), upload(*arguments))
 
         spec.loader.exec_module = then_slow
         return spec

@@ -1,68 +1,34 @@
-"""Each implementation of attention against a dense mask made from the definition."""
+"""Each implementation of attention against a dense mask made from the definition, and which of them a model may use."""
+
+import dataclasses
 
 import pytest
 import torch
-import torch.nn.functional as F
-from dense_mask import by_definition, tensors, tree
+from dense_mask import HEADS, assert_same, by_definition, tensors, tree
 
-from raydpo.model import attention
-from raydpo.model.attention import Segments, tree_attention
+from raydpo.model import by_node, varlen
+from raydpo.model.attention import Demand, available_bodies, lacking_kernels, tree_attention, watch_demands, why_not
+from raydpo.model.segments import Segments
 
-
-def varlen(query, key, value, query_ends, key_ends, longest_query, longest_key, *, scale, window_size, enable_gqa):
-    """The CUDA kernel's result in plain torch: segments, a causal mask aligned to the last key, a window."""
-    assert longest_query == query_ends.diff().max() and longest_key == key_ends.diff().max() and window_size[1] == 0
-    outputs = []
-    for (q0, q1), (k0, k1) in zip(query_ends.unfold(0, 2, 1).tolist(), key_ends.unfold(0, 2, 1).tolist(), strict=True):
-        back = torch.arange(k1 - k0 - (q1 - q0), k1 - k0)[:, None] - torch.arange(k1 - k0)
-        sees = (back >= 0) & ((back <= window_size[0]) | (window_size[0] < 0))
-        outputs.append(
-            F.scaled_dot_product_attention(
-                *(rows[None].transpose(1, 2) for rows in (query[q0:q1], key[k0:k1], value[k0:k1])),
-                attn_mask=sees,
-                scale=scale,
-                enable_gqa=enable_gqa,
-            )[0].transpose(0, 1)
-        )
-    return torch.cat(outputs)
+CUDA = torch.device("cuda")
+PLAIN = Demand(heads=32, key_heads=8, size=128, dtype=torch.bfloat16, scaling=0.1)
 
 
-@pytest.mark.parametrize("window", [None, 6])
-@pytest.mark.parametrize("body", ["sdpa", "varlen", "flex"])
-def test_bodies_are_the_definition(body, window, monkeypatch):
-    from torch.nn.attention import flex_attention
-
-    # tests/gpu tests the CUDA kernels. Here only their arguments are tested.
-    monkeypatch.setattr(attention, "_torch_varlen", lambda: varlen)
-    monkeypatch.setattr(attention, "_compiled_flex", lambda: flex_attention.flex_attention)
+@pytest.mark.parametrize("settings", [{}, {"sliding_window": 6}], ids=str)
+@pytest.mark.parametrize("more", [{}, {"softcap": 2.0}, {"s_aux": torch.linspace(-1, 1, HEADS)}], ids=str)
+def test_node_by_node_is_the_definition(settings, more):
     pack = tree()
     arguments = tensors(pack)
-    if body == "flex":  # torch has no backward pass of it on CPUs
-        arguments = [tensor.detach() for tensor in arguments]
-    expected = by_definition(pack, *arguments, window=window)
-    found, _ = tree_attention(torch.nn.Module(), *arguments, None, segments=Segments.of(pack, body), sliding_window=window)
-    assert torch.allclose(found, expected, atol=1e-5)
-    if body != "flex":
-        weights = torch.randn_like(expected)
-        gradients = torch.autograd.grad((expected * weights).sum(), arguments)
-        for ours, theirs in zip(torch.autograd.grad((found * weights).sum(), arguments), gradients, strict=True):
-            assert torch.allclose(ours, theirs, atol=1e-5)
-
-
-@pytest.mark.parametrize("settings", [dict(softcap=2.0), dict(softcap=2.0, sliding_window=6)], ids=str)
-def test_soft_caps(settings):
-    pack = tree()
-    arguments = tensors(pack)
-    expected = by_definition(pack, *arguments, window=settings.get("sliding_window"), softcap=settings["softcap"])
-    found, _ = tree_attention(torch.nn.Module(), *arguments, None, segments=Segments.of(pack, "sdpa"), **settings)
-    assert torch.allclose(found, expected, atol=1e-5)
+    terms = {"window": settings.get("sliding_window"), "softcap": more.get("softcap"), "sinks": more.get("s_aux")}
+    found, _ = tree_attention(torch.nn.Module(), *arguments, None, segments=Segments.of(pack, "sdpa"), **settings, **more)
+    assert_same(found, by_definition(pack, *arguments, **terms), arguments)
 
 
 def test_long_nodes_are_cut_into_blocks_of_queries(monkeypatch):
     pack = tree(longest=150)
     arguments = tensors(pack)
     expected = by_definition(pack, *arguments)
-    monkeypatch.setattr(attention, "QUERY_BLOCK", 32)
+    monkeypatch.setattr(by_node, "QUERY_BLOCK", 32)
     segments = Segments.of(pack, "sdpa")
     found, _ = tree_attention(torch.nn.Module(), *arguments, None, segments=segments)
     assert torch.allclose(found, expected, atol=1e-5)
@@ -76,3 +42,70 @@ def test_what_no_body_computes_is_an_error():
         tree_attention(torch.nn.Module(), *arguments, None)
     with pytest.raises(ValueError, match="mask or dropout"):
         tree_attention(torch.nn.Module(), *arguments, torch.zeros(1), segments=Segments.of(pack, "sdpa"))
+
+
+@pytest.mark.parametrize("body", ["varlen", "flash"])
+def test_a_layer_that_a_variable_length_kernel_lacks_is_computed_node_by_node(body):
+    """Also a layer that the model did not show when the body was chosen."""
+    pack = tree()
+    arguments, sinks = tensors(pack), torch.linspace(-1, 1, HEADS)
+    found, _ = tree_attention(torch.nn.Module(), *arguments, None, segments=Segments.of(pack, body), s_aux=sinks)
+    assert torch.allclose(found, by_definition(pack, *arguments, sinks=sinks), atol=1e-5)
+    if body == "varlen":
+        found, _ = tree_attention(torch.nn.Module(), *arguments, None, segments=Segments.of(pack, body), softcap=2.0)
+        assert torch.allclose(found, by_definition(pack, *arguments, softcap=2.0), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "bodies", "told"),
+    [
+        ({}, ("flash", "varlen", "flex", "sdpa"), None),
+        ({"softcap": 50.0}, ("flash", "flex", "sdpa"), "no soft cap"),
+        ({"sinks": True}, ("flex", "sdpa"), "no attention sinks"),
+        ({"dtype": torch.float32}, ("flex", "sdpa"), "attention computes in float32"),
+        ({"size": 192, "value_size": 128}, ("flex", "sdpa"), "head size 192 and values 128"),
+        ({"size": 20}, ("flex", "sdpa"), "head size 20"),
+    ],
+    ids=str,
+)
+def test_bodies_that_a_model_may_use(change, bodies, told, monkeypatch):
+    monkeypatch.setattr(varlen, "flash_kernel", lambda: print)
+    other = dataclasses.replace(PLAIN, **change)
+    assert available_bodies(CUDA, [PLAIN, other]) == bodies
+    assert available_bodies(torch.device("cpu"), [other]) == ("sdpa",)
+    assert why_not("varlen", other) is None if told is None else told in why_not("varlen", other)
+
+
+def test_bodies_without_their_kernels(monkeypatch):
+    monkeypatch.setattr(varlen, "flash_kernel", lambda: "flash_attn cannot be imported (x)")
+    assert available_bodies(CUDA, [PLAIN]) == ("varlen", "flex", "sdpa")
+    capped = dataclasses.replace(PLAIN, softcap=50.0)
+    assert available_bodies(CUDA, [PLAIN, capped]) == ("flex", "sdpa")
+    monkeypatch.setattr(varlen, "torch_kernel", lambda: "torch 2.10 has no scale")
+    assert available_bodies(CUDA, [PLAIN]) == ("flex", "sdpa")
+    assert why_not("varlen", PLAIN) == "torch 2.10 has no scale"
+
+
+def test_kernels_that_a_machine_lacks_are_told(monkeypatch):
+    """Not of a model that none computes, and not if one is there."""
+    capped, sinking = (dataclasses.replace(PLAIN, **change) for change in ({"softcap": 50.0}, {"sinks": True}))
+    monkeypatch.setattr(varlen, "flash_kernel", lambda: "no flash_attn")
+    assert lacking_kernels([PLAIN]) == [] and lacking_kernels([PLAIN, capped]) == ["no flash_attn"]
+    monkeypatch.setattr(varlen, "torch_kernel", lambda: "torch 2.10 has no scale")
+    assert lacking_kernels([PLAIN]) == ["torch 2.10 has no scale", "no flash_attn"]
+    assert lacking_kernels([PLAIN, sinking]) == []
+
+
+def test_what_layers_ask_is_watched():
+    pack = tree()
+    arguments, sinks = tensors(pack), torch.zeros(HEADS)
+    segments = Segments.of(pack, "sdpa")
+    with watch_demands() as found:
+        tree_attention(torch.nn.Module(), *arguments, None, segments=segments, sliding_window=6, softcap=3.0)
+        tree_attention(torch.nn.Module(), *arguments, None, segments=segments, scaling=0.5, s_aux=sinks)
+    tree_attention(torch.nn.Module(), *arguments, None, segments=segments, scaling=0.25)
+    shape = {"heads": 4, "key_heads": 2, "size": 8, "dtype": torch.float32}
+    assert found == {
+        Demand(**shape, scaling=8**-0.5, window=6, softcap=3.0),
+        Demand(**shape, scaling=0.5, sinks=True),
+    }

@@ -52,7 +52,7 @@ def logits(model):
 PINNED = {
     "float32": ("float32", None, None, "4afbb8ad53535d6e659b1e9ba82b639f"),
     "bfloat16": ("bfloat16", None, None, "230edf906a25e7db648fd3de28a47f7a"),
-    "4bit": ("bfloat16", None, "4bit", "f5d986512f0d8472bc0cf05c97cd71e9"),
+    "4bit": ("bfloat16", None, "4bit", "386083d781e04b63e6da66ec8366236e"),
     "adapter": ("float32", "adapter", None, "e0dd30830e51a4ffce09accc1c42d69a"),
 }
 
@@ -262,20 +262,21 @@ def test_an_adapter_in_bfloat16_is_scored_again(model, tmp_path):
         for dtype in ("float32", "bfloat16")
         for quantization in (None, "4bit")
     }
-    assert versions == {("float32", None): 2, ("float32", "4bit"): 2, ("bfloat16", None): 3, ("bfloat16", "4bit"): 2}
-    on_the_head = write_plain_adapter(tmp_path / "on-the-head")
-    tensors = load_file(on_the_head / "adapter_model.safetensors")
-    save_file(
-        {name.replace("model.layers.1.self_attn.q_proj", "lm_head"): value for name, value in tensors.items()},
-        on_the_head / "adapter_model.safetensors",
-        metadata={"format": "pt"},
-    )
-    assert identify(model, "bfloat16", on_the_head, "4bit").scoring_version == 3
-    assert identify(model, "float32", on_the_head, "4bit").scoring_version == 2
+    assert versions == {("float32", None): 2, ("float32", "4bit"): 2, ("bfloat16", None): 3, ("bfloat16", "4bit"): 4}
     now, exact = (identify(model, dtype, adapter) for dtype in ("bfloat16", "float32"))
     earlier, change = earlier_identity(now)
     assert earlier.scoring_version == 2 and "rounded to bfloat16" in change
     assert now.same_model(exact) and exact.same_model(now) and not now.same_model(identify(model, "bfloat16"))
+
+
+def test_a_quantized_reference_in_bfloat16_is_scored_again(model):
+    """Whether raydpo quantizes it, or its files are quantized."""
+    plain = {dtype: identify(model, dtype) for dtype in ("float32", "bfloat16")}
+    assert {dtype: identify(model, dtype, None, "8bit").scoring_version for dtype in plain} == {"float32": 2, "bfloat16": 4}
+    edit_config(model, quantization_config={"quant_method": "gptq", "bits": 4})
+    assert {dtype: identify(model, dtype).scoring_version for dtype in plain} == {"float32": 2, "bfloat16": 4}
+    earlier, change = earlier_identity(identify(model, "bfloat16"))
+    assert earlier.scoring_version == 2 and change.startswith("quantized layers now give bfloat16 to attention")
 
 
 def test_the_order_of_an_adapters_sets_does_not_matter_and_of_its_patterns_does(tmp_path):

@@ -7,7 +7,7 @@ from kernel import exact, tiny_pairs, train_here, with_reference
 from safetensors.torch import load_file, save_file
 
 from raydpo.config import TrainConfig
-from raydpo.errors import ModelError
+from raydpo.errors import ConfigError, ModelError
 from raydpo.model.budget import reset_peak_memory, used_memory
 from raydpo.training.policy.optimizer import RoundedAdamW, make_optimizer
 
@@ -123,6 +123,25 @@ def test_a_step_makes_no_copies_of_the_flat_tensor_that_deepspeed_gives_it(state
 def test_what_needs_a_gpu_is_refused_on_a_cpu():
     with pytest.raises(ModelError, match=r"adamw_8bit runs on GPUs only.*train.optimizer=adamw"):
         make_optimizer([torch.nn.Parameter(torch.zeros(2))], TrainConfig(optimizer="adamw_8bit"), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("zero", "shapes", "fits"),
+    [
+        (2, [(8_030, 1_000_000)], False),
+        (1, [(9_241, 1_000_000)], False),  # above 2^32: bitsandbytes would update the first 7 %
+        (2, [(2**31 - 1,)], True),
+        (2, [(2**30,), (2**30,)], False),
+        (0, [(2**30,), (2**30,)], True),
+        (0, [(2**16, 2**15)], False),
+        (3, [(8_030, 1_000_000)], True),
+    ],
+)
+def test_more_numbers_than_bitsandbytes_counts_are_refused(zero, shapes, fits):
+    tensors = [torch.empty(shape, device="meta") for shape in shapes]
+    said = r"Set train.zero to (0 or|3 or train.optimizer to adamw)" if not fits else "runs on GPUs only"
+    with pytest.raises(ModelError if fits else ConfigError, match=said):
+        make_optimizer(tensors, TrainConfig(optimizer="paged_adamw_8bit", zero=zero), torch.device("cpu"))
 
 
 def test_combinations_without_effect_are_refused():

@@ -1,14 +1,16 @@
 """Checkpoints during training: uploaded in the background, retried, and valid on all ranks or none."""
 
 import errno
+import re
 import shutil
+import threading
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 from distributed import run_distributed
-from kernel import Record, tiny_pairs, train_here, with_reference
+from kernel import Record, exact, tiny_pairs, train_here, with_reference
 
 from raydpo.errors import ConfigError, RaydpoError, TrainError
 from raydpo.training.checkpoint import saver
@@ -122,7 +124,7 @@ def test_attempts_at_the_last_checkpoint_end_after_minutes(monkeypatch, tmp_path
         world_size=1,
         zero=2,
         device=torch.device("cpu"),
-        state=SimpleNamespace(write=lambda directory: {}),
+        state=SimpleNamespace(files=lambda: [], facts={}, bytes=0),
         sum_over_ranks=lambda values: values,
     )
     monkeypatch.setattr(saver, "time", clock)
@@ -157,9 +159,9 @@ def disk_full(table, model, place):
     """The local disk of one rank is full when step 4 is written."""
     import torch.distributed as dist
 
-    from raydpo.training.policy import state
+    from raydpo.training.checkpoint import files
 
-    real = state.save_file
+    real = files.save_file
 
     def save_file(tensors, path):
         real(tensors, path)
@@ -168,7 +170,7 @@ def disk_full(table, model, place):
 
             raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    state.save_file = save_file
+    files.save_file = save_file
     found = train(table, model, place, checkpoint_every=2)
     return list(found.checkpoints), found.notes
 
@@ -210,6 +212,60 @@ def test_a_slow_store_goes_on_beside_training_and_its_cost_is_told(table, tiny_l
 def test_a_quick_store_counts_before_the_next_step_so_a_kill_costs_an_interval(table, tiny_llama, tmp_path):
     for counted, _, _ in run_distributed(slow, 2, tmp_path / "run", table, tiny_llama, tmp_path, 0.1):
         assert counted == {4: 4, 8: 8, 12: 12}
+
+
+def slow_disk(table, model, place, memory):
+    """Every write of a checkpoint takes 1.5 s. A run of 12 steps, and one that continues from its first checkpoint."""
+    from raydpo.training.checkpoint import files
+
+    saver.free_bytes = lambda: memory
+    real, seen = files.save_file, []
+
+    def save_file(tensors, path):
+        seen.append(threading.current_thread() is threading.main_thread())
+        time.sleep(1.5)
+        real(tensors, path)
+
+    files.save_file = save_file
+    record = Ordered(keep=place / "keep")
+    record.counted = {}
+    whole = train_here(table, model, place / "scratch", record=record, checkpoint_every=4, steps=12)
+    files.save_file = real
+    rest = train_here(table, model, place / "scratch", checkpoint=place / "keep" / "step-4", steps=12)
+    return record.counted, whole.steps, whole.notes, exact(whole.steps)[4:] == exact(rest.steps), seen
+
+
+@pytest.mark.parametrize("memory", [1e12, 1e3])
+def test_a_slow_disk_does_not_hold_up_training_which_changes_no_bit_of_it(table, tiny_llama, tmp_path, memory):
+    """Without memory for a copy, training waits while the state is written."""
+    ((counted, steps, notes, same, in_main),) = run_distributed(
+        slow_disk, 1, tmp_path / "run", table, tiny_llama, tmp_path, memory
+    )
+    assert same and list(counted) == [4, 8, 12]
+    waited = steps[4]["time/checkpoint"]  # for the checkpoint of step 4
+    told = [note for note in notes if note.startswith("training waits while checkpoints are written: a copy takes 0.0")]
+    if memory == 1e12:
+        assert counted[4] > 4 and waited < 1.4 and not told and not any(in_main)
+        assert all(row["seconds"] < 1 for row in steps[4:8])
+    else:
+        assert counted[4] == 4 and waited > 1.5 and len(told) == 1 and all(in_main)
+
+
+def no_room(table, model, place):
+    import torch.distributed as dist
+
+    real = shutil.disk_usage
+    saver.shutil = SimpleNamespace(
+        disk_usage=lambda path: SimpleNamespace(free=1e5 if dist.get_rank() else real(path).free), rmtree=shutil.rmtree
+    )
+    with pytest.raises(TrainError) as caught:
+        train(table, model, place)
+    return str(caught.value)
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_refused_before_the_first_step(table, tiny_llama, tmp_path):
+    for message in run_distributed(no_room, 2, tmp_path / "run", table, tiny_llama, tmp_path):
+        assert re.match(rf"a checkpoint takes up to \d\.\d\d GB on the disk of {tmp_path}/scratch, where 0.00 GB", message)
 
 
 def stopped(table, model, place):

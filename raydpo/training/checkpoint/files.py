@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 from raydpo.errors import ConfigError, TrainError
 from raydpo.rundir.fingerprint import changed_settings
 from raydpo.training.job import TrainSummary
 from raydpo.training.policy.engine import Engine
 
-__all__ = ["directory_size", "load_checkpoint", "save_checkpoint"]
+__all__ = ["PendingCheckpoint", "load_checkpoint"]
 
 _FILE = "raydpo.json"
 FORMAT = 2
@@ -36,29 +38,58 @@ class CheckpointState:
     summary: dict[str, Any]
 
 
-def save_checkpoint(
-    engine: Engine, directory: Path, step: int, fingerprint: Mapping[str, Any], summary: TrainSummary
-) -> None:
-    """Write this rank's share of a checkpoint into the new ``directory``.
+class PendingCheckpoint:
+    """This rank's share of a checkpoint, as the state was when this was made. All or a part of it is not written yet.
+
+    Args:
+        directory: where the files are written; what it held is removed.
+        copy: hold the share in the host's memory until ``write``, so that training can go on. Otherwise it is written here,
+            file by file.
+
+    Attributes:
+        bytes: size of the share.
 
     Raises:
         OSError: if the disk is full, or cannot be written.
     """
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
-    try:
-        facts = engine.state.write(directory)
-    except SafetensorError as error:
-        raise _as_os_error(error) from None
-    if engine.rank == 0:
-        state = {"format": FORMAT, "step": step, "world_size": engine.world_size, "zero": engine.zero, "state": facts}
-        state |= {"fingerprint": dict(fingerprint), "summary": dataclasses.asdict(summary)}
-        (directory / _FILE).write_text(json.dumps(state), encoding="utf-8")
 
+    def __init__(
+        self,
+        engine: Engine,
+        directory: Path,
+        step: int,
+        fingerprint: Mapping[str, Any],
+        summary: TrainSummary,
+        *,
+        copy: bool,
+    ) -> None:
+        self.directory, self.bytes = directory, 0
+        self._files: list[tuple[str, dict[str, Tensor]]] = []
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True)
+        for name, tensors in engine.state.files():
+            self._files.append((name, tensors))
+            self.bytes += sum(tensor.nbytes for tensor in tensors.values())
+            if not copy:
+                self.write()
+        if engine.rank == 0:
+            state = {"format": FORMAT, "step": step, "world_size": engine.world_size, "zero": engine.zero}
+            state |= {"state": engine.state.facts, "fingerprint": dict(fingerprint), "summary": dataclasses.asdict(summary)}
+            (directory / _FILE).write_text(json.dumps(state), encoding="utf-8")
 
-def directory_size(directory: Path) -> int:
-    """Bytes of the files in ``directory``."""
-    return sum(path.stat().st_size for path in directory.iterdir())
+    def write(self) -> None:
+        """Write what is not written yet. May run in another thread than the one that trains; after an error, again.
+
+        Raises:
+            OSError: if the disk is full, or cannot be written.
+        """
+        while self._files:
+            name, tensors = self._files[0]
+            try:
+                save_file(tensors, self.directory / name)
+            except SafetensorError as error:
+                raise _as_os_error(error) from None
+            del tensors, self._files[0]  # frees the memory
 
 
 def load_checkpoint(engine: Engine, directory: Path, fingerprint: Mapping[str, Any]) -> CheckpointState:

@@ -1,10 +1,12 @@
-"""Checkpoints during training: written to the local disk, uploaded by a thread, valid once all ranks have uploaded."""
+"""Checkpoints during training: copied in memory, written and uploaded by a thread, valid once all ranks have uploaded."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import shutil
+import socket
 import time
 from collections.abc import Mapping
 from concurrent import futures
@@ -16,9 +18,10 @@ from typing import Any
 import torch
 
 from raydpo.errors import RaydpoError, TrainError
-from raydpo.training.checkpoint.files import directory_size, save_checkpoint
+from raydpo.training.checkpoint.files import PendingCheckpoint
 from raydpo.training.hooks import TrainHooks
 from raydpo.training.policy.engine import Engine
+from raydpo.training.policy.host_memory import free_bytes
 
 __all__ = ["CheckpointSaver"]
 
@@ -27,8 +30,11 @@ PATIENCE = 300.0
 """Seconds for which a failed upload is retried in the background; the next checkpoint waits for it."""
 LONGEST_WAIT = 15.0
 BRIEFLY = 1.0
-"""Seconds for which training waits for an upload. After a quick upload, a kill costs at most the steps of one interval. A
-longer upload continues beside the next steps."""
+"""Seconds for which training waits until a checkpoint is stored. Where that is enough, a kill costs at most the steps of one
+interval. Otherwise a thread goes on beside the next steps."""
+MEMORY_SHARE = 0.5
+"""Largest share of the host's free memory that a copy of the state may take. If it takes more, training waits while the
+state is written."""
 LAST_PAUSES = (1.0, 2.0, 5.0, 10.0, *[15.0] * 18)
 """Seconds between attempts to store the last checkpoint of a run. No attempt begins more than PATIENCE after the first."""
 
@@ -37,18 +43,21 @@ LAST_PAUSES = (1.0, 2.0, 5.0, 10.0, *[15.0] * 18)
 class _Upload:
     step: int
     directory: Path
-    future: Future[None]
+    future: Future[float]
     metrics: Mapping[str, float]
+    copied: float
 
 
 class CheckpointSaver:
     """Makes checkpoints, one at a time. All ranks call the same methods at the same steps.
 
-    If a checkpoint cannot be written or uploaded (disk full, storage unavailable for longer than PATIENCE), there is a
-    warning, the earlier one stays, and training continues. The last one of a run is retried longer, and must succeed.
+    Training waits while the state is copied to the host's memory; a thread does the rest. If a checkpoint cannot be written
+    or uploaded (disk full, storage unavailable for longer than PATIENCE), there is a warning, the earlier one stays, and
+    training continues. The last one of a run is retried longer, and must succeed.
 
     Attributes:
-        seconds, last_seconds: time for which training waited for all checkpoints, and for the last one.
+        seconds: time for which training waited for checkpoints.
+        last_seconds: time from the beginning of the last one until it was stored.
         bytes: size of the last one, over all ranks.
         newest: step of the newest valid checkpoint of this session, or None.
     """
@@ -62,6 +71,7 @@ class CheckpointSaver:
         self.newest: int | None = None
         self._problem = ""
         self._started = time.monotonic()
+        self._closed = self._told = False
 
     @property
     def minutes_since(self) -> float:
@@ -72,6 +82,24 @@ class CheckpointSaver:
     def busy(self) -> bool:
         """Whether this rank is still uploading its share."""
         return self._upload is not None and not self._upload.future.done()
+
+    def check_room(self) -> None:
+        """Look whether the disk below which checkpoints are written has room for one. All ranks call it.
+
+        Raises:
+            TrainError: if it has not.
+        """
+        self._scratch.mkdir(parents=True, exist_ok=True)
+        place = socket.gethostname(), self._scratch.stat().st_dev
+        shares = self._engine.gather_objects((place, self._engine.state.bytes))
+        needed, free = sum(size for where, size in shares if where == place), shutil.disk_usage(self._scratch).free
+        line = (
+            f"a checkpoint takes up to {needed / 1e9:.2f} GB on the disk of {self._scratch}, where {free / 1e9:.2f} GB are "
+            "free; free more, or choose a larger disk: by output, or by $TMPDIR if output is a URI"
+        )
+        problem = next(filter(None, self._engine.gather_objects(line if free < needed else None)), None)
+        if problem:
+            raise TrainError(problem)
 
     def save(self, step: int, summary: Any, metrics: Mapping[str, float]) -> bool:
         """Write and upload the state after ``step`` while training waits. Returns whether that worked."""
@@ -99,28 +127,42 @@ class CheckpointSaver:
             time.sleep(pause)
 
     def begin(self, step: int, summary: Any, metrics: Mapping[str, float]) -> None:
-        """Write the state after ``step`` and start its upload. Waits for the upload before, and ``BRIEFLY`` for this one."""
+        """Copy the state after ``step``, and start to store it. Waits for the one before, and ``BRIEFLY`` for this one."""
         self.finish()
-        self.last_seconds = 0.0
         start, self._started = time.perf_counter(), time.monotonic()
         directory = self._scratch / f"step-{step:08d}-rank-{self._engine.rank:05d}"
-        problem = None
+        pending = problem = None
         try:
             self._hooks.flush()
-            save_checkpoint(self._engine, directory, step, self._fingerprint, summary)
-            size = directory_size(directory)
+            pending = PendingCheckpoint(
+                self._engine, directory, step, self._fingerprint, summary, copy=self._fits_in_memory()
+            )
         except (OSError, RaydpoError) as error:
-            problem, size = _explained(error, directory), 0
-        failed, self.bytes = self._sum_over_ranks(problem is not None, size)
-        if failed:
+            problem = _explained(error, directory)
+        failed, self.bytes = self._sum_over_ranks(problem is not None, 0 if pending is None else pending.bytes)
+        if pending is None or failed:
             shutil.rmtree(directory, ignore_errors=True)
             self._give_up(step, problem, failed)
         else:
-            self._upload = _Upload(step, directory, self._pool.submit(self._store, directory, step), dict(metrics))
-            futures.wait([self._upload.future], timeout=BRIEFLY)
-        self._add(time.perf_counter() - start)
+            copied = time.perf_counter() - start
+            stored = self._pool.submit(self._store, pending, step)
+            self._upload = _Upload(step, directory, stored, dict(metrics), copied)
+            futures.wait([stored], timeout=BRIEFLY)
+        self.seconds += time.perf_counter() - start
         if self._upload is not None and self._sum_over_ranks(self.busy) == [0]:
             self.finish()
+
+    def _fits_in_memory(self) -> bool:
+        """Whether the host's memory has room for a copy of the shares of all ranks on this machine."""
+        needed, free = self._engine.state.bytes * int(os.environ.get("LOCAL_WORLD_SIZE", "1")), free_bytes()
+        fits = needed <= MEMORY_SHARE * free
+        if not fits and not self._told:
+            self._told = True
+            self._hooks.note(
+                f"training waits while checkpoints are written: a copy takes {needed / 1e9:.2f} GB of the host's memory, of "
+                f"which {free / 1e9:.2f} GB are free"
+            )
+        return fits
 
     def settle(self, *, all_stored: bool) -> None:
         """Make the pending checkpoint valid if every rank has uploaded its share."""
@@ -139,7 +181,7 @@ class CheckpointSaver:
         upload, self._upload = self._upload, None
         problem = None
         try:
-            upload.future.result()
+            self.last_seconds = upload.copied + upload.future.result()
         except (OSError, RaydpoError) as error:
             problem = _explained(error, upload.directory)
         (failed,) = self._sum_over_ranks(problem is not None)
@@ -149,27 +191,28 @@ class CheckpointSaver:
         else:
             self._hooks.register(upload.step, upload.metrics, wait=wait)
             self.newest = upload.step
-        self._add(time.perf_counter() - start)
+        self.seconds += time.perf_counter() - start
 
     def _sum_over_ranks(self, *values: int) -> list[int]:
         totals = torch.tensor(values, dtype=torch.float64, device=self._engine.device)
         return [int(total) for total in self._engine.sum_over_ranks(totals).tolist()]
 
-    def _add(self, seconds: float) -> None:
-        self.seconds += seconds
-        self.last_seconds += seconds
-
     def close(self) -> None:
+        """Give up what is not stored yet."""
+        self._closed = True
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _store(self, directory: Path, step: int) -> None:
+    def _store(self, pending: PendingCheckpoint, step: int) -> float:
+        """Write and upload this rank's share. Returns how many seconds that took."""
         started, pause = time.monotonic(), 0.5
         while True:
             try:
-                return self._hooks.upload(directory, step)
+                pending.write()
+                self._hooks.upload(pending.directory, step)
+                return time.monotonic() - started
             except (OSError, RaydpoError) as error:
                 full = isinstance(error, OSError) and error.errno in FULL
-                if full or time.monotonic() - started > PATIENCE:
+                if full or self._closed or time.monotonic() - started > PATIENCE:
                     raise
                 time.sleep(pause)
                 pause = min(2 * pause, LONGEST_WAIT)

@@ -94,7 +94,7 @@ class RayHooks(TrainHooks):
             self.records.flush()
 
     def upload(self, directory: Path, step: int) -> None:
-        self.storage.upload_into(directory, _checkpoint_place(step))
+        self.storage.move_into(directory, _checkpoint_place(step))
 
     def register(self, step: int, metrics: Mapping[str, float], *, wait: bool) -> None:
         import ray.train

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from raydpo.training.launch.hooks import RayHooks, WorkerInput, log_to
 
 __all__ = ["launch"]
 
+SCRATCH = ".scratch"
+"""Folder of a run directory with a folder for each worker, which exists while they train."""
 RESIZE_SECONDS = 30.0
 """Seconds between checks for new machines, if the number of workers may vary."""
 
@@ -191,13 +194,11 @@ def _train(payload: WorkerInput, tokens_per_batch: int | None) -> None:
     held_out = None if payload.held_out is None else TrainingPairs(ray.get(payload.held_out))
     checkpoint = ray.train.get_checkpoint()
     with (
-        tempfile.TemporaryDirectory(prefix="raydpo-") as scratch,
+        _scratch(storage, rank, engine.world_size) as scratch,
         checkpoint.as_directory() if checkpoint else contextlib.nullcontext() as directory,
     ):
-        summary = train_policy(
-            job, pairs, held_out, engine, hooks, None if directory is None else Path(directory), Path(scratch)
-        )
-        final = Path(scratch) / "final"
+        summary = train_policy(job, pairs, held_out, engine, hooks, None if directory is None else Path(directory), scratch)
+        final = scratch / "final"
         if not summary.interrupted:
             names, merge = (payload.base_name, payload.tokenizer), job.train.merge_adapter
             export_policy(engine, job.policy, *names, final, merge=merge, rows=check_rows, note=hooks.note)
@@ -207,3 +208,26 @@ def _train(payload: WorkerInput, tokens_per_batch: int | None) -> None:
             hooks.records.close()
             hooks.trackers.close()
             ray.get(payload.board.finish.remote(dataclasses.asdict(summary)))
+
+
+@contextlib.contextmanager
+def _scratch(storage: Storage, rank: int, world_size: int) -> Iterator[Path]:
+    """Make a directory of this worker, in which checkpoints are written before they are stored. It ends with the block.
+
+    If the run directory is local, it is in there, so that files are only renamed. Those of killed workers are removed.
+    """
+    if not storage.is_local:
+        with tempfile.TemporaryDirectory(prefix="raydpo-") as place:
+            yield Path(place)
+        return
+    root = Path(storage.path(SCRATCH))
+    for old in range(rank, max([int(path.name) for path in root.glob("[0-9]*")], default=-1) + 1, world_size):
+        shutil.rmtree(root / f"{old:05d}", ignore_errors=True)
+    place = root / f"{rank:05d}"
+    place.mkdir(parents=True, exist_ok=True)
+    try:
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+        with contextlib.suppress(OSError):  # other workers use it
+            root.rmdir()

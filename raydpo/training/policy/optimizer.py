@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from raydpo.config import TrainConfig
@@ -21,7 +22,10 @@ def make_optimizer(trainable: Sequence[Tensor], train: TrainConfig, device: torc
 
     Raises:
         ModelError: if ``train.optimizer`` cannot run here.
+        ConfigError: if it cannot count so many numbers.
     """
+    workers = dist.get_world_size() if dist.is_initialized() else 1
+    train.check_numbers([getattr(one, "ds_numel", None) or one.numel() for one in trainable], workers)
     common = {"lr": train.lr, "weight_decay": train.weight_decay, "betas": (0.9, 0.999), "eps": 1e-8}
     if train.optimizer == "adamw":
         if train.optimizer_states == "bfloat16":

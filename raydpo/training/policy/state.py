@@ -2,8 +2,8 @@
 
 DeepSpeed keeps master weights and moments in flat tensors, split by ZeRO stage and number of ranks, and saves them that way,
 in pickles. Here every rank writes what it owns under the parameter's own name and its offset in the flattened parameter, and
-reads what it owns now. So a checkpoint fits any number of ranks and any ZeRO stage, and contains neither frozen weights nor
-code.
+reads what it owns now. So a checkpoint fits any number of ranks, any ZeRO stage and any kind of AdamW, and contains neither
+frozen weights nor code.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from raydpo.errors import TrainError
+from raydpo.training.policy.moments import PIECE, Moment, begin_moments, moments_of
 
 __all__ = ["TrainedState"]
 
@@ -48,6 +48,13 @@ class Fragment:
     def of(self, tensor: Tensor) -> Tensor:
         """The fragment's elements of ``flat``, or of a tensor of the same shape."""
         return tensor.view(-1).narrow(0, self.offset, self.numel)
+
+    def within(self, first: int, end: int) -> Fragment | None:
+        """The part of it that is stored in ``flat`` from ``first`` to before ``end``, or None."""
+        first, end = max(first, self.offset), min(end, self.offset + self.numel)
+        if first >= end:
+            return None
+        return replace(self, start=self.start + first - self.offset, numel=end - first, offset=first)
 
 
 class TrainedState:
@@ -97,31 +104,45 @@ class TrainedState:
                     return master
         return parameter
 
-    def write(self, directory: Path) -> dict[str, Any]:
-        """Write this rank's share into ``directory``. Returns the facts that ``read`` needs."""
+    @property
+    def bytes(self) -> float:
+        """Largest size of this rank's share: a float32 weight and AdamW's two moments, in at most float32, a number."""
+        return 12.0 * sum(fragment.numel for fragment in self._own_fragments())
+
+    def _own_fragments(self) -> list[Fragment]:
+        """The fragments that this rank writes. Over all ranks, they contain every element once."""
         fragments = self.fragments()
-        if not self._zero:  # every rank has everything
-            fragments = fragments[dist.get_rank() :: dist.get_world_size()]
+        # Without ZeRO every rank has everything.
+        return fragments if self._zero else fragments[dist.get_rank() :: dist.get_world_size()]
+
+    def files(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Copy this rank's share to the host's memory, file by file. Yields names and tensors of safetensors files, each of
+        about ``_FILE_BYTES``, which share no memory with the state."""
+        fragments = self._own_fragments()
         tensors: dict[str, Tensor] = {}
         size = number = 0
         for flat, parts in _by_flat(fragments):
             with self._in_memory(flat):
+                stored = {_WEIGHT: Moment(flat.detach())} | moments_of(self.optimizer.state.get(flat, {}), flat)
                 for fragment in parts:
-                    for kind, tensor in ({_WEIGHT: flat} | self._elementwise(flat)).items():
-                        tensors[_key(kind, fragment)] = fragment.of(tensor.detach()).to("cpu", copy=True)
-                        size += fragment.numel * tensor.element_size()
+                    for kind, moment in stored.items():
+                        values = moment.read(fragment.offset, fragment.numel)
+                        tensors[_key(kind, fragment)] = values
+                        size += values.nbytes
                     if size >= _FILE_BYTES or fragment is fragments[-1]:
-                        # Several files, so that only one of them is held in host memory at a time.
-                        name = _file(f"{dist.get_rank():05d}", dist.get_world_size(), f"{number:03d}")
-                        save_file(tensors, directory / name)
+                        yield _file(f"{dist.get_rank():05d}", dist.get_world_size(), f"{number:03d}"), tensors
                         tensors, size, number = {}, 0, number + 1
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What ``read`` needs besides the files."""
         return {"optimizer_steps": self._steps(), "parameters": self._totals()}
 
     def read(self, directory: Path, facts: Mapping[str, Any], ranks: int) -> None:
         """Load the state that any number of ranks wrote under any ZeRO stage.
 
         Args:
-            facts: result of ``write``.
+            facts: as they were when the files were made.
             ranks: number of ranks that wrote it. Files of another number of ranks, left by an unfinished upload, are
                 skipped.
 
@@ -137,9 +158,14 @@ class TrainedState:
         pieces = _Pieces(directory, ranks)
         for flat, parts in _by_flat(self.fragments()):
             with self._in_memory(flat, changed=True), torch.no_grad():
-                for kind, tensor in ({_WEIGHT: flat} | self._begin(flat, facts["optimizer_steps"])).items():
-                    for fragment in parts:
-                        pieces.copy(kind, fragment, fragment.of(tensor))
+                for fragment in parts:
+                    pieces.copy(_WEIGHT, fragment, fragment.of(flat))
+                for kind, moment in begin_moments(self.optimizer, flat, facts["optimizer_steps"]).items():
+                    for start in range(0, flat.numel(), PIECE):
+                        values = torch.zeros(min(PIECE, flat.numel() - start))
+                        for part in filter(None, (fragment.within(start, start + len(values)) for fragment in parts)):
+                            pieces.copy(kind, part, values.narrow(0, part.offset - start, part.numel))
+                        moment.write(start, values)
                 if self._zero == 3:
                     self._engine.optimizer._reassign_or_swap_out_partitioned_parameters(self._group(flat))
         self._publish()
@@ -166,29 +192,8 @@ class TrainedState:
     def _totals(self) -> dict[str, int]:
         return {name: getattr(each, "ds_numel", None) or each.numel() for name, each in self._parameters.items()}
 
-    def _elementwise(self, flat: Tensor) -> dict[str, Tensor]:
-        return {
-            kind: value
-            for kind, value in self.optimizer.state.get(flat, {}).items()
-            if torch.is_tensor(value) and value.shape == flat.shape and value.dim()
-        }
-
     def _steps(self) -> int:
         return max((int(state["step"]) for state in self.optimizer.state.values() if "step" in state), default=0)
-
-    def _begin(self, flat: Tensor, steps: int) -> dict[str, Tensor]:
-        """Make the optimizer state of ``flat`` after ``steps`` steps; the caller fills the moments."""
-        if not steps:
-            return {}
-        state = self.optimizer.state[flat]
-        if not state:
-            fused = self.optimizer.defaults.get("fused")
-            dtypes = getattr(self.optimizer, "MOMENTS", dict.fromkeys(("exp_avg", "exp_avg_sq"), torch.float32))
-            state["step"] = torch.tensor(float(steps), device=flat.device if fused else "cpu")
-            for kind, dtype in dtypes.items():  # earlier versions wrote a second moment in bfloat16, which is widened
-                state[kind] = torch.zeros_like(flat, dtype=dtype, requires_grad=False)
-        state["step"].fill_(float(steps))
-        return self._elementwise(flat)
 
     def _publish(self) -> None:
         """Copy the optimizer's weights to the model. Under ZeRO-3, ``read`` has copied all but the small parameters, which
