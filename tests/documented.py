@@ -25,6 +25,7 @@ NOT_RUN = {
     "raydpo submit": "asks a cluster: tests/submit",
     "raydpo jobs": "asks a cluster: tests/submit",
     "raydpo plan jobs/": "asks the hub for model and data: tests/recipes plans every recipe",
+    "raydpo eval config.yaml evaluate.engine=vllm": "needs an environment with vLLM: tests/evaluation/test_vllm.py",
     "python jobs/benchmark.py": "names no model, or needs a GPU: tests/benchmark",
 }
 """Beginnings of commands that tests/guide does not run, and why. Those of cluster/ ask a cloud and are parsed by

@@ -195,7 +195,7 @@ def test_it_is_frozen(tree):
         ("train.epochs=1:30", ["train.epochs", "'1:30'", "integer"]),
         ("train.seed=1:30", ["train.seed", "'1:30'", "integer"]),
         ("train.warmup=1:30.5", ["train.warmup", "'1:30.5'", "number"]),
-        ("train.gpus_per_worker=1.5", ["gpus_per_worker 1.5", "1, or 2"]),
+        ("train.gpus_per_worker=2", ["gpus_per_worker 2 is more", "set it to 1", "workers to the number"]),
         ("score.gpus_per_worker=2.5", ["gpus_per_worker 2.5", "1, or 3"]),
         ("output=''", ["'output'", "empty", "variable"]),
         ("output=//", ["'output'", "'//'", "root of the disk", "variable"]),

@@ -1,7 +1,9 @@
 """Results that a machine remembers."""
 
 import json
+import multiprocessing
 import os
+import time
 
 import pytest
 
@@ -24,6 +26,27 @@ def test_a_result_is_found_once_for_equal_inputs():
     assert remembered("kind", ["model", 1], find) == {"lines": ["a"], "number": 1}
     assert remembered("kind", ["model", 2], find)["number"] == 2
     assert remembered("other", ["model", 1], find)["number"] == 3
+
+
+def find_slowly(place, number):
+    def find():
+        time.sleep(0.5)
+        (place / f"found-{number}").touch()
+        return "found"
+
+    assert remembered("kind", "asked by all at once", find) == "found"
+
+
+def test_one_of_several_processes_finds_it_and_the_others_wait(tmp_path):
+    """As workers that hash the same model."""
+    workers = [multiprocessing.get_context("fork").Process(target=find_slowly, args=(tmp_path, n)) for n in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(30)
+    assert [worker.exitcode for worker in workers] == [0] * 4
+    assert len(list(tmp_path.glob("found-*"))) == 1
+    assert [file.suffix for file in (tmp_path / "home" / "raydpo" / "kind").iterdir()] == [".json"]
 
 
 def test_an_error_is_not_remembered():

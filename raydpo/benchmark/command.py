@@ -35,7 +35,7 @@ from raydpo.terminal.console import Console
 from raydpo.terminal.guard import guarded
 from raydpo.version import __version__
 
-__all__ = ["FORMAT", "main"]
+__all__ = ["FORMAT", "machine", "main", "versions", "work_folder"]
 
 FORMAT = 2
 """Version of the file of results."""
@@ -108,8 +108,8 @@ def _run(args: argparse.Namespace, console: Console) -> None:
     record: dict[str, Any] = {
         "format": FORMAT,
         "baseline": f"TRL {importlib.metadata.version('trl')}",
-        "machine": _machine(device),
-        "versions": _versions(),
+        "machine": machine(device),
+        "versions": versions(),
         # As given on the command line, without folders of this machine.
         "settings": {
             name: getattr(args, name) for name in ("model", "data", "random", "pairs_per_step", "lora", "max_length")
@@ -119,7 +119,7 @@ def _run(args: argparse.Namespace, console: Console) -> None:
         "measured": {},
     }
     record = _continued(args.json, json.loads(json.dumps(record)))
-    with _work(args.work) as work:
+    with work_folder(args.work) as work:
         if args.model in workload.SHAPES:
             console.say(f"writing {args.model}: a Llama of random bfloat16 weights")
             model = str(work / args.model)
@@ -234,7 +234,7 @@ def _lr(args: argparse.Namespace) -> float:
     return TrainConfig.model_fields["lr"].default if args.lora is None else ADAPTER_LR
 
 
-def _machine(device: str) -> str:
+def machine(device: str) -> str:
     """Name of the GPU or the processor, number of its cores, memory."""
     if device == "cuda":
         import torch
@@ -247,7 +247,7 @@ def _machine(device: str) -> str:
     return f"{processor()}, {os.cpu_count()} cores{memory}"
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "raydpo": __version__}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -256,7 +256,7 @@ def _versions() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _work(directory: str | None) -> Iterator[Path]:
+def work_folder(directory: str | None) -> Iterator[Path]:
     """The given directory, or a temporary one. The temporary one is kept if a process failed, for its log."""
     work = Path(directory or tempfile.mkdtemp(prefix="raydpo-benchmark-")).absolute()
     work.mkdir(parents=True, exist_ok=True)

@@ -233,11 +233,12 @@ def environment() -> dict[str, str]:
     return kept | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
-def start(module: str, job: Job) -> tuple[Result, Watched]:
+def start(module: str, job: Job, limit: float | None = None) -> tuple[Result, Watched]:
     """Run ``job`` in a new process and wait for it.
 
     Args:
         module: name of a module of this package that calls ``side``.
+        limit: seconds after which the process is killed; None = never.
 
     Raises:
         RaydpoError: what the process raised, or TrainError with the last lines of its log.
@@ -249,7 +250,7 @@ def start(module: str, job: Job) -> tuple[Result, Watched]:
     words = [sys.executable, "-m", f"raydpo.benchmark.{module}", str(asked), str(out)]
     found: dict[str, Any] = {}
     try:
-        watched = watch(words, log, environment())
+        watched = watch(words, log, environment(), limit)
     except TrainError:
         found = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
         if "error" in found:

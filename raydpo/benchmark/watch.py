@@ -46,8 +46,11 @@ class Watched:
         return next((seconds for seconds, line in self.lines if line.startswith(beginning)), None)
 
 
-def watch(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> Watched:
+def watch(command: Sequence[str], log: Path, environment: Mapping[str, str], limit: float | None = None) -> Watched:
     """Run ``command``, wait for its end, and keep what it printed in ``log``.
+
+    Args:
+        limit: seconds after which it is killed; None = never.
 
     Raises:
         TrainError: if its exit status is not 0, with the last lines that it printed.
@@ -59,6 +62,9 @@ def watch(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> 
     )
     sampler = threading.Thread(target=_sample, args=(process.pid, found, ended), daemon=True)
     sampler.start()
+    timer = threading.Timer(limit or 0, process.kill)
+    if limit is not None:
+        timer.start()
     assert process.stdout is not None
     try:
         with open(log, "w", encoding="utf-8") as sink:
@@ -70,6 +76,7 @@ def watch(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> 
         status = process.wait()
         found.seconds = time.perf_counter() - start
     finally:
+        timer.cancel()
         ended.set()
         if process.poll() is None:
             process.terminate()

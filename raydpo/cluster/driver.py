@@ -1,4 +1,4 @@
-"""NVIDIA's driver on this machine, and whether torch's build can use it."""
+"""NVIDIA's driver and toolkit on a machine, and whether torch's build can use them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 import subprocess
 from pathlib import Path
 
-__all__ = ["TORCH_FACTS", "driver_version", "why_no_gpu"]
+__all__ = ["TORCH_FACTS", "driver_version", "no_toolkit", "why_no_gpu"]
 
 LEAST_DRIVER = {11: "450.80.02", 12: "525.60.13", 13: "580.65.06"}
 """Oldest Linux driver by major version of CUDA (NVIDIA, CUDA Toolkit release notes, minor version compatibility)."""
@@ -57,6 +57,18 @@ def why_no_gpu(driver: str | None, torch: str, cuda: str | None, hip: str | None
         f"the NVIDIA driver {driver} is new enough for torch {torch} (CUDA {cuda}); look whether nvidia-smi lists the GPUs, "
         "whether CUDA_VISIBLE_DEVICES hides them, and whether the driver's libraries are where the container looks "
         "(LD_LIBRARY_PATH)"
+    )
+
+
+def no_toolkit(field: str, where: str) -> str:
+    """Say that ``field``, an offload to the disk ``where``, cannot work on a GPU machine without CUDA's toolkit.
+
+    DeepSpeed 0.19.8 compiles its access to disks where it runs, on such a machine against the toolkit's headers
+    (ops/op_builder/async_io.py, ``include_paths``), which torch's wheels and raydpo's image do not have.
+    """
+    return (
+        f"{field} is {where!r}, a disk, but there is no CUDA toolkit, against which DeepSpeed compiles its access to disks; "
+        f"install the toolkit of torch's CUDA on every machine and set $CUDA_HOME, or set {field}=cpu"
     )
 
 

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from raydpo.cluster.driver import TORCH_FACTS, driver_version, why_no_gpu
+from raydpo.cluster.driver import TORCH_FACTS, driver_version, no_toolkit, why_no_gpu
 from raydpo.cluster.nodes import grows_to, holds, nodes_with
 from raydpo.cluster.resources import resources_for
 from raydpo.cluster.waiting import check_reachable
@@ -90,7 +90,7 @@ def check_nodes(
     import ray
 
     here = ray.get_runtime_context().get_node_id()
-    others, gpus, answering = {}, {}, set()
+    others, gpus, disks, answering = {}, {}, {}, set()
     for stage in stages:
         needs = resources_for(stage, config)
         allowed = nodes_with(needs.accelerator, needs.labels)
@@ -98,9 +98,10 @@ def check_nodes(
         others |= {node: told for node, told in usable.items() if node != here}
         if needs.device == "cuda":
             gpus |= {node: int(told["Resources"]["GPU"]) for node, told in usable.items()}
+            disks |= dict.fromkeys(usable, _on_disk(config) if stage == "train" else None)
         if stage == "score" and pythons:
             answering |= set(usable)
-    problems = [*_gpu_problems("this node", gpus[here], _torch_devices())] if here in gpus else []
+    problems = [*_gpu_problems("this node", gpus[here], _torch_devices(), disks[here])] if here in gpus else []
     problems += _vllm_problems(pythons, "this node") if here in answering else []
     if not others:
         if problems:
@@ -126,10 +127,16 @@ def check_nodes(
         path: f"what the driver wrote to {key!r} ({places[key]})" for key, path in marked.items()
     }
     for node, answer in answers.items():
-        problems += _problems(_named(others[node]), answer, names, gpus.get(node, 0))
+        problems += _problems(_named(others[node]), answer, names, gpus.get(node, 0), disks.get(node))
     if problems:
         raise ConfigError("\n".join(problems))
     console.say(f"cluster: {len(others) + 1} nodes, with the same packages and storage")
+
+
+def _on_disk(config: Config) -> tuple[str, str] | None:
+    """A setting that offloads to a disk, and its value; None if none does."""
+    settings = {name: getattr(config.train, name) for name in ("offload_optimizer", "offload_params")}
+    return next(((f"train.{name}", where) for name, where in settings.items() if where not in (None, "cpu")), None)
 
 
 def _gpus() -> float:
@@ -184,13 +191,13 @@ def missing_vllm(python: str, node: str) -> str | None:
     )
 
 
-def _torch_devices() -> tuple[int, str]:
-    """Return the number of GPUs that torch finds on this node, and why it finds no more. Uses a new process, since Ray
-    hides GPUs from this task."""
+def _torch_devices() -> tuple[int, str, bool]:
+    """Return the number of GPUs that torch finds on this node, why it finds no more, and whether CUDA's toolkit is there.
+    Uses a new process, since Ray hides GPUs from this task."""
     program = (
-        "import json, torch\nerror = ''\ntry: torch.cuda.init()\nexcept Exception as caught: error = "
-        "f'{type(caught).__name__}: {caught}'\nprint(json.dumps([0 if error else torch.cuda.device_count(), error, "
-        f"[{TORCH_FACTS}]]))"
+        "import json, torch\nfrom torch.utils.cpp_extension import CUDA_HOME\nerror = ''\ntry: torch.cuda.init()\nexcept "
+        "Exception as caught: error = f'{type(caught).__name__}: {caught}'\nprint(json.dumps([0 if error else "
+        f"torch.cuda.device_count(), error, CUDA_HOME is not None, [{TORCH_FACTS}]]))"
     )
     hiding = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
     try:
@@ -201,16 +208,19 @@ def _torch_devices() -> tuple[int, str]:
             timeout=ANSWER_SECONDS * 0.8,
             env={key: value for key, value in os.environ.items() if key not in hiding},
         )
-        count, error, built = json.loads(done.stdout.splitlines()[-1])
+        count, error, toolkit, built = json.loads(done.stdout.splitlines()[-1])
     except (subprocess.TimeoutExpired, ValueError, IndexError):
-        return 0, "torch does not start; install it anew"
-    return count, why_no_gpu(driver_version(), *built) + (f" ({one_line(error, 300)})" if error else "")
+        return 0, "torch does not start; install it anew", True
+    return count, why_no_gpu(driver_version(), *built) + (f" ({one_line(error, 300)})" if error else ""), toolkit
 
 
-def _gpu_problems(node: str, gpus: int, devices: tuple[int, str]) -> Iterator[str]:
-    found, why = devices
+def _gpu_problems(node: str, gpus: int, devices: tuple[int, str, bool], disk: tuple[str, str] | None) -> Iterator[str]:
+    """Args: ``devices`` as of ``_torch_devices``, ``disk`` as of ``_on_disk``."""
+    found, why, toolkit = devices
     if found < gpus:
         yield f"{node} has {gpus} GPU(s) in Ray, and torch finds {found}: {why}"
+    elif disk is not None and not toolkit:
+        yield f"{node}: {no_toolkit(*disk)}"
 
 
 def _ask(
@@ -239,7 +249,7 @@ def _ask(
     return answers
 
 
-def _problems(node: str, answer: Any, names: dict[str, str], gpus: int) -> Iterator[str]:
+def _problems(node: str, answer: Any, names: dict[str, str], gpus: int, disk: tuple[str, str] | None) -> Iterator[str]:
     if isinstance(answer, Exception):
         said = str(answer).strip().splitlines()
         yield (
@@ -255,7 +265,7 @@ def _problems(node: str, answer: Any, names: dict[str, str], gpus: int) -> Itera
                 "or install the same constraints.txt on each"
             )
     if answer["devices"] is not None:
-        yield from _gpu_problems(node, gpus, answer["devices"])
+        yield from _gpu_problems(node, gpus, answer["devices"], disk)
     yield from answer["vllm"]
     for path in answer["missing"]:
         yield (

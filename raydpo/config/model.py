@@ -61,6 +61,10 @@ class ModelConfig(Section):
     layout: Literal["auto", "tree", "packed", "padded"] = "auto"
     """Layout of a micro-batch: a prefix tree, packed rows without shared prefixes, or padded rows. auto = the first of these
     that a check at load finds exact for this model."""
+    fused: bool = False
+    """Compute norms, rotary embeddings, gated feed-forward parts and softmax as single functions that torch compiles for the
+    GPU, in scoring and training of a bfloat16 model. Only what a check at load finds equal up to rounding is replaced, and a
+    line says what. Not yet measured on a GPU, therefore off."""
     trust_remote_code: bool = False
     """Run Python code from the model's directory. A warning is printed if true."""
 

@@ -104,8 +104,8 @@ class TrainConfig(ObjectiveConfig):
     """Number of Ray Train workers, with one device each. {min: 2, max: 8} starts with what the cluster has and follows its
     size; the pairs of each step stay the same."""
     gpus_per_worker: Float | None = Field(default=None, ge=0)
-    """GPUs of each worker; null = 1 if the cluster has GPUs, else 0. With a fraction such as 0.25, trials of a sweep with
-    one worker each share a GPU."""
+    """GPUs of each worker: 1, or 0 = the CPU; null = 1 if the cluster has GPUs, else 0. With a fraction such as 0.25, trials
+    of a sweep with one worker each share a GPU."""
     accelerator: str | None = None
     """Kind of GPU that nodes must have, as score.accelerator."""
     labels: dict[str, str] = Field(default={})
@@ -153,6 +153,9 @@ class TrainConfig(ObjectiveConfig):
     """Also export the model with the adapters merged into it, as final/merged."""
     seed: Int = Field(default=0, ge=0)
     """Seed for the order of the pairs and the initial values of adapters."""
+    deterministic: bool = False
+    """Use only kernels that give the same bits each time (torch.use_deterministic_algorithms), which are slower, and fail
+    where there is none. CPUs repeat to the bit without it, GPUs to rounding. Not yet measured on a GPU."""
     checkpoint_every: Int = Field(default=100, ge=1)
     """Steps between checkpoints. There is always one after the last step."""
     checkpoint_minutes: Float | None = Field(default=None, gt=0)
@@ -218,6 +221,11 @@ class TrainConfig(ObjectiveConfig):
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
+        if self.gpus_per_worker is not None and self.gpus_per_worker > 1:
+            raise ValueError(
+                f"gpus_per_worker {self.gpus_per_worker:g} is more than the one GPU that a worker computes on; set it to 1, "
+                f"and workers to the number of GPUs"
+            )
         _gpus_of_a_kind(self.accelerator, self.gpus_per_worker)
         if isinstance(self.workers, ElasticWorkers):
             if self.sequence_parallel > 1:
@@ -265,6 +273,6 @@ class TrainConfig(ObjectiveConfig):
         if self.gpus_per_worker is not None and 0 < self.gpus_per_worker < 1 and self.most_workers > 1:
             raise ValueError(
                 f"gpus_per_worker {self.gpus_per_worker} is a fraction; NCCL needs a whole GPU for each of the "
-                f"{self.most_workers} training workers. Set workers=1 or a whole number of GPUs"
+                f"{self.most_workers} training workers. Set workers to 1, or gpus_per_worker to 1"
             )
         return self

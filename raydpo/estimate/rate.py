@@ -19,6 +19,7 @@ from raydpo.estimate.plan import Rates, operations, pair_groups, training_factor
 from raydpo.model.budget import MOST_TRAINED, find_budget, probe_group
 from raydpo.model.cost import ModelCost
 from raydpo.model.files import model_files
+from raydpo.model.fused import fuse_layers
 from raydpo.model.load import add_lora, load_causal_lm
 from raydpo.model.logps import LogpModel
 from raydpo.model.rotary import rope_length
@@ -108,7 +109,7 @@ def _scorer(config: Config, dtype: str, device: str) -> Scorer:
     trust = config.model.trust_remote_code
     identity = identify(path, dtype, adapter, quantization, trust, max_length=config.data.max_length)
     loaded = {"path": path, "adapter": adapter, "quantization": quantization, "trust_remote_code": trust}
-    spec = ReferenceSpec(**loaded, identity=identity, layout=config.model.layout)
+    spec = ReferenceSpec(**loaded, identity=identity, layout=config.model.layout, fused=config.model.fused)
     return Scorer(spec, device=device, tokens_per_batch=config.score.tokens_per_batch)
 
 
@@ -128,6 +129,8 @@ def _policy(config: Config, dtype: str, device: torch.device) -> tuple[LogpModel
     )
     policy = LogpModel(causal_lm if config.model.lora is None else add_lora(causal_lm, config.model.lora, config.train.seed))
     choose_layout(policy, device, config.model.layout)
+    if config.model.fused:
+        fuse_layers(policy, device)
     if config.train.gradient_checkpointing:
         policy.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     policy.train()

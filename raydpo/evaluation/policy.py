@@ -110,6 +110,7 @@ def find_policy(config: Config, dtype: str) -> Policy:
         quantization=quantization,
         trust_remote_code=trust,
         layout=config.model.layout,
+        fused=config.model.fused,
         origin=files.origin,
     )
     return Policy(**vars(files), spec=spec)

@@ -17,12 +17,17 @@ from raydpo.model.layout import PromptGroup
 __all__ = [
     "MOST_SCORED",
     "MOST_TRAINED",
+    "TIGHT",
     "Budget",
+    "Needs",
+    "allocated_memory",
     "find_budget",
     "free_memory",
     "is_out_of_memory",
     "probe_group",
     "probe_groups",
+    "reset_peak_memory",
+    "share_of_first_step",
     "used_memory",
 ]
 
@@ -34,7 +39,9 @@ positions took as long in micro-batches of 1,024 positions, with half the memory
 PROBES = (256, 768)
 """Positions of the two passes that are measured."""
 MARGIN = 0.8
-"""Share of the free memory to use. The rest is for fragmentation and the backward pass."""
+"""Share to use of the memory that is left for positions. The rest is for fragmentation and for data of other shapes."""
+TIGHT = 0.95
+"""Share of a GPU's memory above which a first step is a warning that a later one may not fit."""
 STEP = 256
 """Budgets are multiples of this many positions."""
 
@@ -48,18 +55,61 @@ workspaces beside torch's allocator, which therefore raises no OutOfMemoryError.
 
 @dataclass(frozen=True)
 class Budget:
-    """A measured budget: token positions of one pass, bytes per position, and free bytes."""
+    """A measured budget.
+
+    Attributes:
+        tokens: token positions of one pass.
+        bytes_per_token: measured bytes of a position in a forward pass.
+        free_bytes: bytes that were free.
+        step_bytes: bytes of them that a whole step of ``tokens`` positions needs; None = it is only a pass that is needed.
+        doubt: see ``Needs``.
+    """
 
     tokens: int
     bytes_per_token: float
     free_bytes: float
+    step_bytes: float | None = None
+    doubt: str = ""
 
     def line(self) -> str:
-        """One line for the log."""
-        return (
+        """One line for the log; a warning if not even the smallest budget fits, or if that is not known."""
+        said = (
             f"tokens_per_batch: auto = {self.tokens} positions ({self.bytes_per_token / 2**20:.2f} MiB each measured, "
-            f"{self.free_bytes / 2**30:.1f} GiB free)"
+            f"{self.free_bytes / 2**30:.1f} GiB free"
         )
+        if self.doubt:
+            return (
+                f"warning: {said}); what the rest of a step takes is not known of this model ({self.doubt}): if memory runs "
+                "out, set train.tokens_per_batch"
+            )
+        if self.step_bytes is None:
+            return f"{said})"
+        said = f"{said}, a step takes {self.step_bytes / 2**30:.1f})"
+        if self.step_bytes <= self.free_bytes:
+            return said
+        return (
+            f"warning: {said}; that does not fit, and fewer positions hardly help. Set train.zero higher, "
+            "train.offload_optimizer=cpu, or model.lora"
+        )
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a step needs beyond the forward pass that is measured, as functions of the positions of its micro-batches.
+
+    Attributes:
+        step: bytes of a whole step at its peak, in addition to what is allocated already.
+        probe: bytes of the measured forward pass, by the same ledger. The step is taken to differ from its ledger by as much
+            a position as the measured pass does.
+        doubt: why only a part of it is known, if that is so.
+    """
+
+    step: Callable[[int], float]
+    probe: Callable[[int], float]
+    doubt: str = ""
+
+
+_NOTHING = Needs(step=lambda _: 0.0, probe=lambda _: 0.0)
 
 
 def find_budget(
@@ -68,7 +118,7 @@ def find_budget(
     *,
     most: Mapping[str, int],
     share: float = 1.0,
-    reserve: float = 0.0,
+    needs: Needs | None = None,
     known: float | None = None,
     agree: Callable[[bool], bool] = bool,
 ) -> Budget:
@@ -82,23 +132,44 @@ def find_budget(
         run: computes a pass of the given number of positions and returns what must stay alive (in training, the graph).
         most: ``MOST_SCORED`` or ``MOST_TRAINED``.
         share: share of the device's memory that this process may use, 0 to 1.
-        reserve: bytes to keep free for something else.
+        needs: what must fit in addition to the pass; None = nothing.
         known: bytes of a position as measured earlier, at least.
         agree: as for ``Recall``: whether all processes that compute the passes together need no more of them.
     """
+    needs = needs or _NOTHING
+    small, large = PROBES
+    by_ledger = (needs.probe(large) - needs.probe(small)) / (large - small)
 
-    def budget(per_token: float) -> Budget:
-        free = max(0.0, free_memory(device, share) - reserve)
-        fits = int(MARGIN * free / per_token)
-        return Budget(min(most[device.type], max(STEP, fits // STEP * STEP)), per_token, free)
+    def budget(per_token: float, foreseen: float) -> Budget:
+        free, fixed, beyond = free_memory(device, share), needs.step(0), per_token - foreseen
 
-    found = budget(known or max(_peak(run, PROBES[0], device) / PROBES[0], 1.0))
+        def taken(tokens: int) -> float:
+            return needs.step(tokens) + beyond * tokens
+
+        def fits(tokens: int) -> bool:
+            return taken(tokens) - fixed <= MARGIN * (free - fixed)
+
+        few, many = 1, most[device.type] // STEP
+        while few < many:  # the largest number of steps that fits, or one
+            middle = (few + many + 1) // 2
+            few, many = (middle, many) if fits(middle * STEP) else (few, middle - 1)
+        tokens = most[device.type] if fits(most[device.type]) else min(few * STEP, most[device.type])
+        return Budget(tokens, per_token, free, None if needs is _NOTHING else taken(tokens), needs.doubt)
+
+    foreseen = needs.probe(small) / small
+    if known is None:
+        found = budget(max(_peak(run, small, device) / small, 1.0), foreseen)
+    else:  # measured in either way
+        found = budget(known, min(foreseen, by_ledger))
     if agree(found.tokens == most[device.type]):
         return found
     if known:
-        run(PROBES[0])
-    small, large = (_peak(run, tokens, device) for tokens in PROBES)
-    return budget(max((large - small) / (PROBES[1] - PROBES[0]), 1.0))
+        run(small)
+    peaks = [_peak(run, tokens, device) for tokens in PROBES]
+    if device.type == "cuda":  # what torch has reserved from here on is not the probes'
+        torch.cuda.empty_cache()
+        reset_peak_memory(device)
+    return budget(max((peaks[1] - peaks[0]) / (large - small), 1.0), by_ledger)
 
 
 def probe_group(tokens: int, vocabulary: int) -> PromptGroup:
@@ -148,6 +219,27 @@ def reset_peak_memory(device: torch.device) -> None:
     # Resets the process's high-water mark. Where the system does not allow it, the mark only grows.
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+
+
+def allocated_memory(device: torch.device) -> float:
+    """Bytes that torch has allocated on a GPU now; 0 on a CPU."""
+    return float(torch.cuda.memory_allocated(device)) if device.type == "cuda" else 0.0
+
+
+def share_of_first_step(device: torch.device, before: float, share: float = 1.0) -> float | None:
+    """Share of a GPU's memory that steps take at their peak, judged by the first one; None on a CPU.
+
+    The first step makes the optimizer's moments at its end. Later ones have them from the beginning, and so take more.
+
+    Args:
+        before: ``allocated_memory`` before that step.
+        share: share of the device's memory that this process may use.
+    """
+    if device.type != "cuda":
+        return None
+    grown = max(0.0, torch.cuda.memory_allocated(device) - before)
+    peak = max(torch.cuda.max_memory_reserved(device), torch.cuda.max_memory_allocated(device) + grown)
+    return peak / (share * torch.cuda.get_device_properties(device).total_memory)
 
 
 def _peak(run: Callable[[int], object], tokens: int, device: torch.device) -> float:

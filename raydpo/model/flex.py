@@ -9,6 +9,7 @@ size.
 
 from __future__ import annotations
 
+import threading
 from functools import cache
 from typing import Any
 
@@ -16,12 +17,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx.experimental import _config
 
 from raydpo.model.segments import BLOCK, Segments, Terms
 from raydpo.model.tree import TreeNode
 
 __all__ = ["attend", "block_mask", "visible_blocks"]
+
+MOST_VARIANTS = 32
+"""Most kernels that one process compiles, in place of torch's 8: one for each kind of layer (window, soft cap, sinks, head
+sizes), with and without gradient, in the check and in the model, of each model of the process. Layouts add none."""
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, segments: Segments, terms: Terms) -> Tensor:
@@ -47,8 +51,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, segments: Segments, terms:
         options["score_mod"] = _capped(torch.full((1,), terms.softcap, device=query.device))
     if terms.sinks is not None:
         options["return_aux"] = AuxRequest(lse=True)
-    # Else torch compiles in that two sizes are equal which are so by chance, such as heads and blocks.
-    with _config.patch(use_duck_shape=False):
+    with _settings().sizes, _settings().variants:
         out = _kernel()(query, key, value, block_mask=segments.memo["flex", terms.window], **options)
     if terms.sinks is not None:
         out, aux = out
@@ -58,15 +61,35 @@ def attend(query: Tensor, key: Tensor, value: Tensor, segments: Segments, terms:
 
 @cache
 def _kernel() -> Any:
-    """FlexAttention, compiled. Uncompiled it builds scores of [P, P].
+    """FlexAttention, compiled for all shapes. Uncompiled it builds scores of [P, P].
 
-    With static shapes it would compile for every micro-batch. ``fullgraph`` makes it an error to compile more variants than
-    torch's recompile limit (8). Otherwise torch warns once and goes on with the uncompiled one
-    (torch/_dynamo/convert_frame.py, 2.11 to 2.13).
+    ``fullgraph`` makes it an error to compile more than ``MOST_VARIANTS``. Otherwise torch warns once and goes on with the
+    uncompiled one (torch/_dynamo/convert_frame.py, 2.11 to 2.13).
     """
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention, dynamic=True, fullgraph=True)
+
+
+class _Settings(threading.local):
+    """torch's settings while the kernel is called. Each thread has its own, since torch 2.11 cannot enter one twice.
+
+    Attributes:
+        sizes: torch does not compile in that two sizes are equal which are so by chance, such as heads and blocks.
+        variants: as many as ``MOST_VARIANTS`` are compiled.
+    """
+
+    def __init__(self) -> None:
+        from torch._dynamo import config
+        from torch.fx.experimental import _config
+
+        self.sizes = _config.patch(use_duck_shape=False)
+        self.variants = config.patch(recompile_limit=MOST_VARIANTS)
+
+
+@cache
+def _settings() -> _Settings:
+    return _Settings()
 
 
 def block_mask(segments: Segments, window: int | None) -> Any:

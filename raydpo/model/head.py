@@ -24,9 +24,9 @@ CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 2**30}
 the number of tokens. Scoring holds one chunk. Training holds up to 2.5: with a soft cap also a copy, and with bfloat16
 weights a copy in bfloat16."""
 TILE, MOST_ROWS = 128, 2048
-"""On a GPU the rows of a chunk are a multiple of ``TILE``, since a matrix product computes blocks of so many rows, and at most
-``MOST_ROWS``. A vocabulary of 128,256 has 2,048 rows, one of 262,144 has 1,024. With a quarter of them, reading the weight,
-and adding to its gradient, take as long as the products."""
+"""On a GPU the rows of a chunk are a multiple of ``TILE``, since a matrix product computes blocks of so many rows, and at
+most ``MOST_ROWS``. A vocabulary of 128,256 has 2,048 rows, one of 262,144 has 1,024. With a quarter of them, adding to the
+weight's gradient takes longer than the product."""
 FLOAT32_BLOCK = 4096
 """Rows of a bfloat16 head that a CPU converts to float32 at a time."""
 
@@ -89,7 +89,9 @@ class _ChunkedLogps(torch.autograd.Function):
                     agreement[rows] = doubled - 2 * normalisers[rows]
                 if ctx.frozen:
                     factors = torch.ones_like(logps[rows])
-                    slopes[rows] = _slope(logits, normalisers[rows], targets[rows], factors, transform, weight.dtype) @ weight
+                    slopes[rows] = (
+                        _slope(logits, normalisers[rows], targets[rows], factors, transform, weight.dtype) @ weight
+                    )
                 continue
             logits = transform(logits)
             logps[rows] = logits.gather(1, targets[rows, None])[:, 0]
@@ -167,7 +169,7 @@ def _adds_in_place(device: torch.device, dtype: torch.dtype) -> bool:
 
     CUDA's can (``aten::addmm.dtype_out``) since torch 2.8, but the first releases wanted a sum of the product's precision.
     """
-    if device.type != "cuda":
+    if not _on_gpu(device):
         return False
     total, ones = torch.ones(TILE, TILE, device=device), torch.ones(TILE, TILE, device=device, dtype=dtype)
     try:
@@ -175,6 +177,10 @@ def _adds_in_place(device: torch.device, dtype: torch.dtype) -> bool:
     except (RuntimeError, TypeError):
         return False
     return bool((total == TILE + 1).all())
+
+
+def _on_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -206,7 +212,7 @@ def _logsumexp_(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _log_sum_sq(scaled: Tensor, sums: Tensor) -> Tensor:
-    """log sum_v p_v^2 of each row, from ``scaled`` = p times any factor [C, V] and its sums. Needs no second [C, V] tensor."""
+    """log sum_v p_v^2 of each row, from ``scaled`` = p times any factor [C, V], and its sums."""
     return 2 * (torch.linalg.vector_norm(scaled, dim=-1).log() - sums.log())
 
 
@@ -257,6 +263,8 @@ class _LogpLinear(nn.Linear):
 
 class _AnyHead(nn.Module):
     """Log-probs through any other head, such as one with an adapter: in chunks of rows, recomputed in the backward pass."""
+
+    fused = False
 
     def __init__(self, head: nn.Module, transform: LogitTransform, vocabulary: int) -> None:
         super().__init__()

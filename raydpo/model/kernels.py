@@ -1,9 +1,9 @@
 """Elementwise functions of a decoder layer and of the vocabulary projection, each with its own backward pass.
 
-Written as separate operations of torch, a norm or a gated activation reads and writes its tensors many times, in float32, and
-keeps several of them for the backward pass. Here each is one function of its inputs: it computes in float32, rounds once, and
-keeps nothing but its inputs. torch compiles a function for a GPU, which then reads each input and writes each output about
-once. On a CPU the functions run as they are written.
+Written as separate operations of torch, a norm or a gated activation reads and writes its tensors many times, in float32,
+and keeps several of them for the backward pass. Here each is one function of its inputs: it computes in float32, rounds
+once, and keeps nothing but its inputs. torch compiles a function for a GPU, which then reads each input and writes each
+output about once. On a CPU the functions run as they are written.
 
 Shapes: T = positions, H = hidden size, I = inner size, A = heads, D = head size, C = rows of a chunk, V = vocabulary size.
 """
@@ -87,9 +87,7 @@ def _norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float, plus_one
 
 
 @_kernel(fixed=1)
-def _norm_backward_with_weight(
-    grad: Tensor, x: Tensor, weight: Tensor, eps: float, plus_one: bool
-) -> tuple[Tensor, Tensor]:
+def _norm_backward_with_weight(grad: Tensor, x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> tuple[Tensor, Tensor]:
     grad_x, terms = _norm_grad(grad, x, weight, eps, plus_one)
     return grad_x, terms.sum(0).to(weight.dtype)
 

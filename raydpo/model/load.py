@@ -53,8 +53,9 @@ def load_causal_lm(
             adapter are missing.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.integrations import is_deepspeed_zero3_enabled
 
-    path = str(path)
+    path, device = str(path), torch.device(device)
     # Refuses a directory from which other files would be loaded than were hashed.
     refuse_foreign_head(model_files(path, trust_remote_code))
     try:
@@ -63,9 +64,13 @@ def load_causal_lm(
             raise ModelError(f"{path} is an encoder-decoder model; raydpo trains decoder-only (causal) language models")
         for key in dropout_settings(config.to_dict()):
             setattr(config, key, 0.0)
-        quantized: dict[str, Any] = {}
+        how: dict[str, Any] = {}
         if quantization is not None:
-            quantized = {"quantization_config": _quantized(quantization, dtype), "device_map": {"": torch.device(device)}}
+            how["quantization_config"] = _quantized(quantization, dtype)
+        # Weight by weight to the device: weights stored in another precision would first be converted in the host's memory,
+        # a whole model for each worker of a machine. Under ZeRO-3, DeepSpeed partitions them instead.
+        if quantization is not None or (device.type != "cpu" and not is_deepspeed_zero3_enabled()):
+            how["device_map"] = {"": device}
         model, found = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
@@ -74,7 +79,7 @@ def load_causal_lm(
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
-            **quantized,
+            **how,
         )
         refuse_gaps(path, found)
         fix_rotary(model, rope_length)

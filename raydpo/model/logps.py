@@ -67,6 +67,21 @@ class LogpModel(nn.Module):
         return self._parts[0]
 
     @property
+    def backbone(self) -> nn.Module:
+        """The model without its head."""
+        return self._parts[1]
+
+    @property
+    def head(self) -> nn.Module:
+        """The vocabulary projection, see ``model.head``."""
+        return self._parts[2]
+
+    @property
+    def has_float32_stream(self) -> bool:
+        """Whether bfloat16 layers work on a float32 residual stream here: the model is bfloat16, and it can."""
+        return self.float32_stream and self.head.weight_dtype == torch.bfloat16
+
+    @property
     def vocabulary(self) -> int:
         return self.causal_lm.config.get_text_config().vocab_size
 
@@ -101,7 +116,7 @@ class LogpModel(nn.Module):
         Args:
             log_sum_sq: also return log sum_v p_v^2 over the vocabulary, [N], without gradient.
         """
-        head, hidden = self._parts[2], self.hidden(layout)  # [N, H]
+        head, hidden = self.head, self.hidden(layout)  # [N, H]
         found = head(hidden, layout.targets, log_sum_sq=True) if log_sum_sq else (head(hidden, layout.targets),)
         if layout.places is not None:
             found = tuple(layout.segments.group.join(each, layout.places, sum(layout.lengths)) for each in found)
@@ -109,11 +124,11 @@ class LogpModel(nn.Module):
 
     def hidden(self, layout: Layout) -> Tensor:
         """Hidden states of the positions that predict the layout's targets, [N, H]."""
-        causal_lm, backbone, head = self._parts
+        causal_lm, backbone = self.causal_lm, self.backbone
         arguments: dict[str, Any] = {"use_cache": False}
         if layout.segments is not None:
             arguments |= {"position_ids": layout.position_ids, "segments": layout.segments}
-        if self.float32_stream and head.weight_dtype == torch.bfloat16:
+        if self.has_float32_stream:
             stream = causal_lm.get_input_embeddings()(layout.input_ids).float()
             with torch.autocast(stream.device.type, dtype=torch.bfloat16, cache_enabled=False):
                 hidden = backbone(inputs_embeds=stream, **arguments).last_hidden_state
@@ -124,7 +139,7 @@ class LogpModel(nn.Module):
     @torch.no_grad()
     def log_distribution(self, hidden: Tensor) -> Tensor:
         """Log-probs of the whole vocabulary, float32 [C, V], at hidden states [C, H]. The caller keeps C small."""
-        return self._parts[2].logits(hidden).log_softmax(-1)
+        return self.head.logits(hidden).log_softmax(-1)
 
     @torch.no_grad()
     def score(self, groups: Sequence[PromptGroup], device: torch.device) -> list[tuple[np.ndarray, ...]]:

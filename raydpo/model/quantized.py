@@ -43,7 +43,7 @@ _EXPERT = re.compile(r"(.*\.experts\.)(\d+)(\..+\.weight)$")
 
 
 def compute_under_autocast(model: nn.Module) -> None:
-    """Make quantized layers of ``model`` compute in autocast's precision, as plain linear layers do. Safe to call repeatedly.
+    """Make quantized layers of ``model`` compute in autocast's precision, as plain linear layers do. Safe to call again.
 
     Autocast casts the operations of ``nn.Linear``. A quantized layer has its own, and returns the precision of its input
     (bitsandbytes 0.50, nn/modules.py; GPTQ and AWQ likewise), which is float32 on a float32 residual stream. Attention and

@@ -36,8 +36,10 @@ __all__ = [
     "Wish",
     "check_training_mode",
     "choose_layout",
+    "flat",
     "logps_by_definition",
     "share_positions",
+    "small_copy",
 ]
 
 Wish = Literal["auto", "tree", "packed", "padded"]
@@ -169,7 +171,7 @@ def share_positions(model: LogpModel, device: torch.device, group: SequenceGroup
             alone = model.score(groups, device)
             model.group = group
             together = model.score(groups, device)
-            gap = max(gap, float(np.abs(_flat(together) - _flat(alone)).mean()))
+            gap = max(gap, float(np.abs(flat(together) - flat(alone)).mean()))
     tolerance = TOLERANCES[next(one.dtype for one in model.parameters() if one.is_floating_point())]
     if not gap <= tolerance:
         raise ModelError(
@@ -201,7 +203,7 @@ def check_training_mode(model: LogpModel, device: torch.device, recall: Recall |
         model.train(mode)
         for module in quiet:
             module.training = False
-        return _flat(model.score(groups, device))
+        return flat(model.score(groups, device))
 
     wanted = score(False)
 
@@ -230,7 +232,8 @@ def check_training_mode(model: LogpModel, device: torch.device, recall: Recall |
     recall.keep("training mode", True)
 
 
-def _flat(scored: Sequence[tuple[np.ndarray, ...]]) -> np.ndarray:
+def flat(scored: Sequence[tuple[np.ndarray, ...]]) -> np.ndarray:
+    """The log-probs of all completions of all groups, one after the other: [tokens]."""
     return np.concatenate([logps for group in scored for logps in group])
 
 
@@ -288,7 +291,7 @@ class _Oracle:
             self.model.use(method)
             with _narrow_windows(self.model.causal_lm):
                 for case, groups in self.cases.items():
-                    found = _flat(self.model.score(groups, self.device))
+                    found = flat(self.model.score(groups, self.device))
                     gap = float(np.abs(found - self.expected[case]).mean())
                     worst = max(worst, gap if np.isfinite(gap) else float("inf"))
         except torch.OutOfMemoryError:
@@ -300,33 +303,44 @@ class _Oracle:
 
 
 def _twin(causal_lm: nn.Module) -> _Oracle | str:
-    """A small model of the same architecture with random float32 weights, or the reason why there is none."""
-    config = copy.deepcopy(causal_lm.config)
-    text = config.get_text_config()
+    """A small float32 copy and what it computes, or the reason why there is none."""
     try:
-        for name, value in vars(text).copy().items():
-            if isinstance(value, int) and not isinstance(value, bool) and ("intermediate" in name or "ffn" in name):
-                setattr(text, name, min(value, TWIN_WIDTH))
-            elif name.endswith("_token_id") and value is not None:
-                setattr(text, name, 0)
-        layers = min(TWIN_LAYERS, text.num_hidden_layers)
-        if getattr(text, "layer_types", None):
-            # Enough layers to have one of each kind.
-            kinds = text.layer_types
-            layers = max(layers, max(kinds.index(kind) + 1 for kind in set(kinds)))
-            text.layer_types = kinds[:layers]
-        text.num_hidden_layers, text.vocab_size = layers, TWIN_VOCABULARY
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            small = type(causal_lm)(config).float().eval()
-            fix_rotary(small, getattr(causal_lm, "rope_length", None))
-            model = LogpModel(small)
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(TWIN_GAIN)
+        model = small_copy(causal_lm, TWIN_LAYERS)
         return _Oracle(model, _cases(model, ()), torch.device("cpu"))
     except Exception as error:
         return f"cannot be made ({type(error).__name__}: {one_line(error, 160)})"
+
+
+@torch.no_grad()
+def small_copy(causal_lm: nn.Module, layers: int) -> LogpModel:
+    """A model of the same architecture with random float32 weights, a small vocabulary and a narrow feed-forward part.
+
+    Args:
+        layers: its layers, or more if there are more kinds of layers.
+    """
+    config = copy.deepcopy(causal_lm.config)
+    text = config.get_text_config()
+    for name, value in vars(text).copy().items():
+        if isinstance(value, int) and not isinstance(value, bool) and ("intermediate" in name or "ffn" in name):
+            setattr(text, name, min(value, TWIN_WIDTH))
+        elif name.endswith("_token_id") and value is not None:
+            setattr(text, name, 0)
+    layers = min(layers, text.num_hidden_layers)
+    if getattr(text, "layer_types", None):
+        # Enough layers to have one of each kind.
+        kinds = text.layer_types
+        layers = max(layers, max(kinds.index(kind) + 1 for kind in set(kinds)))
+        text.layer_types = kinds[:layers]
+    text.num_hidden_layers, text.vocab_size = layers, TWIN_VOCABULARY
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        small = type(causal_lm)(config).float().eval()
+        fix_rotary(small, getattr(causal_lm, "rope_length", None))
+        model = LogpModel(small)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.mul_(TWIN_GAIN)
+    return model
 
 
 def logps_by_definition(causal_lm: nn.Module, group: PromptGroup, device: torch.device) -> np.ndarray:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -84,16 +85,17 @@ class SequenceGroup:
     size: int
 
     @classmethod
-    def of_world(cls, size: int) -> SequenceGroup | None:
+    def of_world(cls, size: int, timeout: timedelta) -> SequenceGroup | None:
         """Divide the ranks of the process group into groups of ``size`` neighbours and return this rank's.
 
-        None for ``size`` 1.
+        None for ``size`` 1. ``timeout``: of its collectives; without it torch takes 10 minutes with NCCL, 30 with gloo, not
+        that of the process group.
         """
         if size == 1:
             return None
         world, rank = dist.get_world_size(), dist.get_rank()
         # Every rank must take part in creating every group.
-        handles = [dist.new_group(range(first, first + size)) for first in range(0, world, size)]
+        handles = [dist.new_group(range(first, first + size), timeout=timeout) for first in range(0, world, size)]
         return cls(handles[rank // size], rank % size, size)
 
     def smallest(self, value: int, device: torch.device) -> int:

@@ -250,6 +250,7 @@ def open_reference(config: Config, native: str) -> tuple[ReferenceSpec, Referenc
         quantization=quantization,
         trust_remote_code=trusted,
         layout=config.model.layout,
+        fused=config.model.fused,
     )
     return spec, ReferenceCache.open(config.cache_uri, identity, unverified=config.cache.allow_unverified)
 

@@ -145,6 +145,7 @@ def _training_job(prepared: Prepared, resources: Resources, until: int | None = 
             rope_length=policy.rope_length,
             trust_remote_code=config.model.trust_remote_code,
             layout=config.model.layout,
+            fused=config.model.fused,
             identity=policy.digest,
         ),
         work=ModelCost.of(prepared.policy_dir).work,

@@ -215,7 +215,7 @@ def _score_on_ray(
     random.Random(cache.builder).shuffle(blocks)
     alone = min(resources.teams, len(blocks)) == 1
     arguments = (spec, cache.storage.uri, cache.builder, frozenset(known), resources, tokens_per_batch, check_rows, alone)
-    # Two calls at once: while one shard is computed, the previous one is written or the next one unpacked.
+    # Two calls at once: while one shard is computed, the previous one is written, or the next one is unpacked and claimed.
     given = {"calls_at_once": 2, "environment": resources.environment}
     yield from over_actors(_ScoreShard, arguments, blocks, resources, "scoring the reference", **given)
 
@@ -250,17 +250,18 @@ class _ScoreShard:
             settings |= {"size": resources.together, "threads": resources.threads}
         scorer = Scorer if resources.together == 1 else TeamScorer
         self.scorer = scorer(spec, device=resources.device, **settings)
-        self.computing = threading.Lock()
+        self.planning, self.computing = threading.Lock(), threading.Lock()
 
     def __call__(self, block: pa.Table) -> pa.Table:
         import torch
 
         planned: Shard = pickle.loads(block["shard"][0].as_buffer())
-        with self.computing:
+        with self.planning:  # asks the storage, while the other call computes
             # Another build may have scored it meanwhile. Parts of this build cannot contain it, so they are skipped.
             known, builder = self.known, self.cache.builder
             open_ = still_missing(planned, self.cache, skip=lambda name: name in known or builder_of(name) == builder)
             shard, claim = self.claims.take(open_)
+        with self.computing:
             if self.threads is not None:
                 torch.set_num_threads(self.threads)  # OpenMP keeps this number per calling thread
             started = time.perf_counter()

@@ -17,6 +17,7 @@ from raydpo.data.shapes import cut_group
 from raydpo.errors import ModelError
 from raydpo.model.budget import MOST_SCORED, find_budget, is_out_of_memory, probe_groups
 from raydpo.model.files import model_files
+from raydpo.model.fused import fuse_layers
 from raydpo.model.layout import Layout, PromptGroup, shapes_of
 from raydpo.model.limits import longest_sequence
 from raydpo.model.load import load_causal_lm
@@ -49,6 +50,7 @@ class ReferenceSpec:
     quantization: str | None = None
     trust_remote_code: bool = False
     layout: Wish = "auto"
+    fused: bool = False
     origin: RemoteDirectory | None = None
     """Remote directory that the adapter, or without one the model, was copied from; None if every machine has it."""
 
@@ -88,7 +90,7 @@ class Scorer:
     ) -> None:
         self.device = torch.device(device)
         # The processes of a team check together, and each machine remembers other things.
-        recall = Recall(None if group is not None else spec.identity.to_dict(), self.device)
+        recall = Recall(None if group is not None else [spec.identity.to_dict(), spec.fused], self.device)
         with proved_here(spec):
             twice = alone and check_rows and not recall.known("loaded twice") and _loaded_twice(spec)
             earlier = self._sample(self._load(spec), check_rows) if twice else None
@@ -98,6 +100,8 @@ class Scorer:
             refuse_difference(spec, earlier, self.sample, "loaded twice by one worker")
             recall.keep("loaded twice", True)
         self.notes = [choose_layout(self.model, self.device, spec.layout, check_rows, recall).line]
+        if spec.fused:
+            self.notes.append(fuse_layers(self.model, self.device, recall))
         if group is not None:
             self.notes.append(share_positions(self.model, self.device, group, check_rows))
         self._size = 1 if group is None else group.size
@@ -211,7 +215,7 @@ class Scorer:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "device": torch.cuda.get_device_name(self.device) if cuda else platform.processor() or platform.machine(),
-            "layout": str(self.model.method),
+            "layout": f"{self.model.method}{', fused' if self.model.head.fused else ''}",
             "tokens_per_batch": self.tokens_per_batch,
             "threads": torch.get_num_threads(),
         }

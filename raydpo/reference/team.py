@@ -59,7 +59,7 @@ class _Setup:
             store=store or dist.TCPStore("127.0.0.1", self.port, self.size, is_master=False),
             timeout=PATIENCE,
         )
-        return Scorer(device=device, group=SequenceGroup.of_world(self.size), **self.scorer)
+        return Scorer(device=device, group=SequenceGroup.of_world(self.size, PATIENCE), **self.scorer)
 
 
 class TeamScorer:

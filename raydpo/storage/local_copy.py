@@ -17,7 +17,7 @@ from pathlib import Path
 from raydpo.errors import ModelError, RaydpoError
 from raydpo.storage.files import Storage, remove_stale_temporaries
 
-__all__ = ["LocalCopy", "RemoteDirectory", "local_home"]
+__all__ = ["LocalCopy", "RemoteDirectory", "alone", "local_home"]
 
 UNUSED_SECONDS = 3600.0
 """Age in seconds after which an unused copy of a directory is deleted when another one is made."""
@@ -104,7 +104,7 @@ class RemoteDirectory:
         kept = local_home() / "models" / hashlib.sha256(f"{self.uri}/{self.name}".encode()).hexdigest()[:16] / self.stamp
         try:
             kept.parent.mkdir(parents=True, exist_ok=True)
-            with _alone(kept.parent / "lock"):
+            with alone(kept.parent / "lock"):
                 if not kept.is_dir():
                     self._fetch(storage, kept)
                 os.utime(kept)
@@ -140,7 +140,7 @@ def _stamp(storage: Storage, name: str) -> str | None:
 
 
 @contextlib.contextmanager
-def _alone(lock: Path) -> Iterator[None]:
+def alone(lock: Path) -> Iterator[None]:
     """Hold the file lock ``lock``, exclusive among the processes of this machine, if the file system supports locks."""
     with open(lock, "w", encoding="utf-8") as file:
         with contextlib.suppress(OSError):

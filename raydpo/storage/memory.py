@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
 import json
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from raydpo.storage.local_copy import local_home
+from raydpo.storage.local_copy import alone, local_home
 
 __all__ = ["keep", "program", "recall", "remembered", "stamp"]
 
 
 def remembered(kind: str, decides: object, find: Callable[[], Any]) -> Any:
-    """The result of ``find``, from disk if it was found before.
+    """The result of ``find``, from disk if it was found before. Processes that ask for it at once wait until one has it.
 
     Args:
         kind: name of the folder in ``local_home``.
@@ -27,9 +28,24 @@ def remembered(kind: str, decides: object, find: Callable[[], Any]) -> Any:
     """
     known = recall(kind, decides)
     if known is None:
-        known = find()
-        keep(kind, decides, known)
+        with _one_at_a_time(_place(kind, decides)):
+            known = recall(kind, decides)
+            if known is None:
+                known = find()
+                keep(kind, decides, known)
     return known
+
+
+@contextlib.contextmanager
+def _one_at_a_time(place: Path) -> Iterator[None]:
+    """Let one process of this machine at a time into the block; without a writable home, all of them."""
+    lock = place.with_suffix(".lock")
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(alone(lock))
+            held.callback(lock.unlink, missing_ok=True)
+        yield
 
 
 def recall(kind: str, decides: object) -> Any:

@@ -14,6 +14,7 @@ from raydpo.config import TrainConfig
 from raydpo.data.plan import BatchPlan
 from raydpo.errors import ConfigError, TrainError
 from raydpo.losses import Objective, ObjectiveState
+from raydpo.model.budget import TIGHT, allocated_memory, share_of_first_step
 from raydpo.rundir.watch import TrainingWatch
 from raydpo.training.checkpoint.files import load_checkpoint
 from raydpo.training.checkpoint.preemption import PreemptionGuard
@@ -224,6 +225,7 @@ class Trainer:
         start, before = time.perf_counter(), dataclasses.replace(summary)
         tokens = 0.0
         steps = self.stepper.prepared(summary.steps)
+        allocated = allocated_memory(self.engine.device)
         clock.lap()  # gate and first evaluation are no part of the first step
         while summary.steps < total_steps:
             with clock.phase("data"):
@@ -241,6 +243,8 @@ class Trainer:
             summary.memory = dataclasses.asdict(self.stepper.memory)
             if done == 1:
                 self._check_first_loss(result)
+                if self._halve_tight_budget(allocated):
+                    steps = self.stepper.prepared(done)
             self.hooks.step({"step": done} | row)
             for line in self.watch.look(done, row):
                 self.hooks.note(line)
@@ -303,6 +307,27 @@ class Trainer:
                 "score.dtype=float32 and model.dtype=float32 remove it"
             )
         self.hooks.note(line)
+
+    def _halve_tight_budget(self, before: float) -> bool:
+        """Halve a measured budget for the steps after the first one, if that left too little memory on any rank. Returns
+        whether it did; a budget that was set is only warned about.
+
+        Args:
+            before: bytes that were allocated before the first step.
+        """
+        engine, plan, job = self.engine, self.stepper.plan, self.job
+        share = share_of_first_step(engine.device, before, job.memory_share)
+        if share is None or (most := max(engine.gather_objects(share))) <= TIGHT:
+            return False
+        now = plan.tokens_per_batch // engine.sequence_parallel
+        half = max(1, now // 2)
+        told = f"warning: steps with micro-batches of {now} positions take {most:.0%} of a GPU's memory"
+        if job.tokens_per_batch is not None or job.train.tokens_per_batch != "auto":
+            self.hooks.note(f"{told}, so another one may not fit. Set train.tokens_per_batch={half} if memory runs out")
+            return False
+        self.hooks.note(f"{told}; continuing with {half}. Set train.tokens_per_batch={half} to start with that")
+        plan.tokens_per_batch, self.summary.tokens_per_batch = half * engine.sequence_parallel, half
+        return True
 
     def _count_skipped(self, skipped: str | None) -> None:
         """Warn about a step that was not taken. End the run after more than ``train.max_skipped`` such steps in a row."""

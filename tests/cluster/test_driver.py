@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from raydpo.cluster import doctor, driver, preflight
+from raydpo.config import load_config
+from raydpo.errors import ModelError
 from raydpo.terminal.console import Console
 
 CLOSED = (
@@ -58,10 +60,10 @@ def test_a_torch_for_rocm_is_called_untested():
 
 def test_the_preflight_and_the_doctor_name_the_driver(monkeypatch):
     """torch of a GPU machine whose driver is too old, as its process answers."""
-    answer = json.dumps([0, "RuntimeError: the driver is too old\nmore", ["2.13.0+cu130", "13.0", None]])
+    answer = json.dumps([0, "RuntimeError: the driver is too old\nmore", False, ["2.13.0+cu130", "13.0", None]])
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=f"noise\n{answer}\n"))
     monkeypatch.setattr(preflight, "driver_version", lambda: "550.54.15")
-    (problem,) = preflight._gpu_problems("this node", 2, preflight._torch_devices())
+    (problem,) = preflight._gpu_problems("this node", 2, preflight._torch_devices(), None)
     assert problem.startswith("this node has 2 GPU(s) in Ray, and torch finds 0: the NVIDIA driver is 550.54.15, and torch")
     assert "or a torch for an older CUDA (RuntimeError: the driver is too old" in problem
     monkeypatch.undo()
@@ -91,3 +93,33 @@ def test_the_doctor_points_to_the_check_of_a_gpu(monkeypatch):
             patch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
             rows, _ = doctor._devices("580.95.05")
         assert any("raydpo gpu check" in value for _, value in rows) is there
+
+
+def test_an_offload_to_a_disk_needs_the_toolkit_on_gpu_machines(tiny_llama, tmp_path, monkeypatch):
+    tree = {"output": str(tmp_path), "model": {"path": str(tiny_llama)}, "data": {"train": str(tiny_llama)}}
+    config = load_config(tree, ["train.zero=3", "train.offload_optimizer=/nvme"])
+    answer = [2, "", False, ["2.13.0+cu130", "13.0", None]]
+    monkeypatch.setattr(preflight, "driver_version", lambda: "580.95.05")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=json.dumps(answer)))
+    disk = preflight._on_disk(config)
+    (problem,) = preflight._gpu_problems("node a", 2, preflight._torch_devices(), disk)
+    assert problem.startswith("node a: train.offload_optimizer is '/nvme', a disk, but there is no CUDA toolkit")
+    assert problem.endswith("set $CUDA_HOME, or set train.offload_optimizer=cpu")
+    answer[2] = True
+    assert not [*preflight._gpu_problems("node a", 2, preflight._torch_devices(), disk)]
+    assert preflight._on_disk(load_config(tree, ["train.zero=3", "train.offload_optimizer=cpu"])) is None
+
+
+def test_a_worker_without_the_toolkit_says_so_rather_than_where_deepspeed_stumbles(tmp_path, monkeypatch):
+    """DeepSpeed's own words would be: TypeError: expected str, bytes or os.PathLike object, not NoneType."""
+    import torch
+    import torch.utils.cpp_extension
+    from deepspeed.ops.op_builder.async_io import AsyncIOBuilder
+
+    from raydpo.training.policy.offload import disk_folder
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(TypeError, match="NoneType"):
+        AsyncIOBuilder().include_paths()
+    with pytest.raises(ModelError, match=r"^train\.offload_params is '.*', a disk, but there is no CUDA toolkit"):
+        disk_folder("train.offload_params", str(tmp_path))

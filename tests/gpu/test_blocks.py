@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from raydpo.gpu import cached, environment, kernels, numerics, offload, speed
+from raydpo.gpu import cached, environment, fusing, kernels, numerics, offload, speed
 from raydpo.gpu.blocks import BLOCKS
 from raydpo.gpu.command import run_block
 from raydpo.gpu.figures import Findings
@@ -190,6 +190,20 @@ def test_offload(world, monkeypatch):
     monkeypatch.setattr(offload, "seconds", lambda *_, **__: 1.0)
     status, failed = outcome(9, world)
     assert status == "fail" and len(failed) == 1 and failed[0].startswith("host_adamw")
+
+
+def test_fused_functions(world, monkeypatch):
+    assert outcome(10, world) == ("pass", [])
+    right = fusing.switch
+
+    def wrong(model, parts, on):
+        right(model, parts, on)
+        with torch.no_grad():
+            model.causal_lm.get_output_embeddings().weight.mul_(1.5 if on else 1.0)
+
+    monkeypatch.setattr(fusing, "switch", wrong)
+    status, failed = outcome(10, world)
+    assert status == "fail" and failed == ["mean_gap"]
 
 
 def test_numerics(world, monkeypatch):

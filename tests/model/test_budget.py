@@ -12,7 +12,7 @@ import torch
 from distributed import run_distributed
 
 from raydpo.model import budget
-from raydpo.model.budget import MARGIN, find_budget, is_out_of_memory
+from raydpo.model.budget import MARGIN, Needs, find_budget, is_out_of_memory
 
 CPU = torch.device("cpu")
 BYTES = 2**18
@@ -35,10 +35,27 @@ def test_shares_reserves_and_caps_are_respected(monkeypatch):
     monkeypatch.setattr(budget, "_cgroup_free", lambda: 1.5 * 2**30)
     whole, half = (find_budget(hold, CPU, most=MOST, share=share) for share in (1.0, 0.5))
     assert half.free_bytes == pytest.approx(whole.free_bytes / 2)
-    reserved = find_budget(hold, CPU, most=MOST, reserve=2.0**30)
-    assert whole.free_bytes - reserved.free_bytes == pytest.approx(2**30)
     assert find_budget(hold, CPU, most={"cpu": 512}).tokens == 512
-    assert find_budget(hold, CPU, most=MOST, reserve=float("inf")).tokens == 256  # the smallest useful budget
+
+
+def test_what_a_step_needs_beyond_the_pass_is_left_free(monkeypatch):
+    """A step that takes half a GiB and twice what a pass takes, by a ledger that says half of what is measured."""
+    monkeypatch.setattr(budget, "_cgroup_free", lambda: 1.5 * 2**30)
+
+    def found(fixed):
+        needs = Needs(step=lambda tokens: fixed + 1.5 * BYTES * tokens, probe=lambda tokens: 0.5 * BYTES * tokens)
+        return find_budget(hold, CPU, most=MOST, needs=needs)
+
+    half = found(2.0**29)
+    assert half.tokens == pytest.approx(MARGIN * 2**30 / (2 * BYTES), rel=0.15)
+    assert (
+        half.step_bytes == pytest.approx(2**29 + 2 * BYTES * half.tokens, rel=0.1)
+        and "GiB free, a step takes " in half.line()
+    )
+    none = found(2.0**31)
+    assert none.tokens == 256 and none.line().startswith("warning:") and "that does not fit" in none.line()
+    unknown = find_budget(hold, CPU, most=MOST, needs=Needs(lambda _: 0.0, lambda _: 0.0, doubt="no config.json"))
+    assert unknown.line().startswith("warning:") and "is not known of this model (no config.json)" in unknown.line()
 
 
 def test_a_real_out_of_memory_is_told_from_other_errors():

@@ -1,5 +1,7 @@
 """FlexAttention over a tree: its block mask against torch's own, its values, and how often it compiles."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -101,26 +103,44 @@ def compiled(monkeypatch):
 
 
 def test_other_layouts_do_not_compile_again(monkeypatch):
-    """20 trees of 2 to 6 blocks, with a window and without, take two compilations, and a soft cap and sinks one each."""
+    """20 trees of 2 to 5 blocks: with a window, without, with a soft cap and with sinks, each takes one compilation."""
     counter, rng, sizes = compiled(monkeypatch), np.random.default_rng(0), set()
     for turn in range(20):
-        prompt, *rest = (rng.integers(0, 1000, size) for size in rng.integers(1, 250, rng.integers(2, 5)))
+        prompt, *rest = (rng.integers(0, 1000, size) for size in rng.integers(1, 160, rng.integers(2, 5)))
         pack = PrefixTree.build([np.concatenate([prompt, one]) for one in rest])
         arguments = [tensor.detach() for tensor in tensors(pack)]
         segments = Segments.of(pack, "flex")
         sizes.add((len(segments.ends), len(pack.nodes)))
-        for terms in ({}, {"window": 40 + turn}, {"softcap": 20.0 + turn}, {"sinks": torch.zeros(HEADS) + turn}):
-            flex.attend(*arguments, segments, Terms(scaling=0.3, **terms))
+        kinds = {}, {"window": 40 + turn}, {"softcap": 20.0 + turn}, {"sinks": torch.zeros(HEADS) + turn}
+        flex.attend(*arguments, segments, Terms(scaling=0.3, **kinds[turn % 4]))
     assert len(sizes) >= 5 and counter.frame_count == 4, (sizes, counter.frame_count)
 
 
 def test_too_many_compilations_are_an_error(monkeypatch):
     """torch by itself would warn once and go on with the uncompiled function, with all scores."""
     compiled(monkeypatch)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    monkeypatch.setattr(flex, "MOST_VARIANTS", 1)
+    flex._settings.cache_clear()
     pack = tree()
     arguments = [tensor.detach() for tensor in tensors(pack)]
     flex.attend(*arguments, Segments.of(pack, "flex"), Terms(scaling=0.3))
     with pytest.raises(FailOnRecompileLimitHit):
         flex.attend(*arguments, Segments.of(pack, "flex"), Terms(scaling=0.3, window=6))
     torch._dynamo.reset()
+    flex._settings.cache_clear()
+
+
+def test_a_second_model_and_other_threads_are_no_error(monkeypatch):
+    """Head sizes, gradients and autocast are compiled apart: more than torch's own limit of 8."""
+    counter, pack = compiled(monkeypatch), tree()
+    torch._dynamo.reset()
+    segments = Segments.of(pack, "flex")
+
+    def attend(size, window):
+        arguments = [tensor.detach() for tensor in tensors(pack, size=size)]
+        flex.attend(*arguments, segments, Terms(scaling=0.3, window=window))
+
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(attend, (8, 8, 16, 16), (None, 6, None, 6)))
+    assert counter.frame_count >= 2

@@ -1,5 +1,6 @@
 """The vocabulary projection in chunks: exact, with gradients, in bounded memory."""
 
+import itertools
 import subprocess
 import sys
 
@@ -45,10 +46,11 @@ def test_gradients_are_autograds_whether_the_head_learns_or_not(transform, bias,
             logits = transform.softcap * torch.tanh(logits / transform.softcap)
         return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
-    for learns in (True, False):
+    for learns, fused in itertools.product((True, False), (False, True)):
         linear.requires_grad_(learns)
+        options = transform, True, False, fused
         found = logps_and_gradients(
-            lambda hidden: head._ChunkedLogps.apply(hidden, linear.weight, linear.bias, targets, transform, True)
+            lambda hidden, options=options: head._ChunkedLogps.apply(hidden, linear.weight, linear.bias, targets, *options)
         )
         expected = logps_and_gradients(by_definition)
         assert len(found) == (2 + learns + learns * bias)
@@ -58,13 +60,15 @@ def test_gradients_are_autograds_whether_the_head_learns_or_not(transform, bias,
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["plain", "adapter on the head"])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "cohere"])
-def test_the_sum_of_squares_is_told_beside_and_has_no_gradient(name, adapted, monkeypatch):
+@pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
+def test_the_sum_of_squares_is_told_beside_and_has_no_gradient(fused, name, adapted, monkeypatch):
     monkeypatch.setattr(head, "CHUNK_BYTES", {"cpu": 4 * VOCAB * 3})
     model = make(name)
     if adapted:
         model = add_lora(model, LoraSettings(r=4, target_modules=["q_proj", "lm_head"]), seed=0)
     module = LogpModel(model)
     gradients = []
+    module.head.fused = fused
     for asked in (False, True):
         found = module(lay_out(groups()), **({"log_sum_sq": True} if asked else {}))
         logps = found[0] if asked else found
@@ -94,6 +98,43 @@ def test_chunks_change_nothing(name, monkeypatch):
         results.append((logps.detach(), model.get_output_embeddings().weight.grad))
     assert torch.allclose(results[0][0], results[1][0], atol=1e-6)
     assert torch.allclose(results[0][1], results[1][1], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "rows"), [(128_256, 2048), (32_000, 2048), (151_936, 1664), (262_144, 1024), (10_000_000, 128)]
+)
+def test_a_chunk_on_a_gpu_has_whole_tiles(vocabulary, rows):
+    assert head.chunk_rows(vocabulary, "cuda") == rows
+    assert head.chunk_rows(vocabulary, "cpu") == max(1, 2**24 // vocabulary)
+
+
+@pytest.mark.parametrize("release", ["none", "no out_dtype", "only bfloat16 sums", "does nothing"])
+def test_the_weights_gradient_is_summed_by_the_product_where_it_can(release, monkeypatch):
+    """Stand-ins for ``torch.addmm`` of a GPU: of today, and of older releases, with which a product is made and added."""
+    calls = []
+
+    def addmm(total, left, right, *, out_dtype, out):
+        assert out is total and out_dtype == torch.float32
+        if release == "no out_dtype":
+            raise TypeError("addmm() got an unexpected keyword argument 'out_dtype'")
+        if release == "only bfloat16 sums" and total.dtype != right.dtype:
+            raise RuntimeError("self and mat2 must have the same dtype, but got Float and BFloat16")
+        calls.append(1)
+        if release == "does nothing":
+            return out
+        return out.add_(left.float() @ right.float())
+
+    monkeypatch.setattr(torch, "addmm", addmm)
+    monkeypatch.setattr(head, "_on_gpu", lambda device: True)
+    head._adds_in_place.cache_clear()
+    torch.manual_seed(0)
+    total, left, right = torch.ones(5, 6), torch.randn(5, 7).bfloat16(), torch.randn(7, 6).bfloat16()
+    expected = total + left.float() @ right.float()
+    head._add_product(total, left, right)
+    head._adds_in_place.cache_clear()
+    assert torch.allclose(total, expected, atol=0.05)
+    assert (len(calls) == 2) is (release == "none")
+    assert torch.allclose(total, expected, atol=1e-5) is (release == "none")
 
 
 def test_the_chunk_bounds_the_memory(monkeypatch):

@@ -107,9 +107,11 @@ def test_a_layer_by_hand(llama):
 
 
 def test_a_head_by_hand(llama):
-    """A chunk of 2,048 rows and its bfloat16 copy; for 525M weights the gradient in float32 and rounded: 4 + 2 bytes each."""
+    """A chunk of 2,048 rows, which is there until the next one is, and its bfloat16 copy; for 525M weights the gradient in
+    float32 and rounded, 4 + 2 bytes each."""
     chunk, weights = 4 * 2048 * 128256, 128256 * 4096
-    assert head_forward(llama, BATCH, width=2, device="cuda", trained=True) == chunk
+    assert head_forward(llama, BATCH, width=2, device="cuda", trained=True) == 2 * chunk
+    assert head_forward(llama, BATCH.scaled(2048), width=2, device="cuda", trained=True) == chunk / 2
     assert head_backward(llama, BATCH, width=2, device="cuda") == 1.5 * chunk + 4 * 4096 * 4096 + 6 * weights
 
 

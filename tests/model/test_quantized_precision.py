@@ -1,4 +1,4 @@
-"""Quantized layers compute in the precision of the model: what reaches attention, gradients, and models that do not change."""
+"""Quantized layers compute in the precision of the model: what reaches attention, gradients, and what does not change."""
 
 import numpy as np
 import pytest
@@ -99,7 +99,7 @@ def test_gradients_of_adapters_flow_through_quantized_layers(kind, directory):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_float32_models_and_layouts(kind, directory):
-    """In float32 the cast does nothing. In bfloat16 all layouts of a quantized model agree bit for bit, as of other models."""
+    """In float32 the cast does nothing. In bfloat16 all layouts agree bit for bit, as of other models."""
     before = outputs(load(directory, kind, "float32"))
     model = load(directory, kind, "float32")
     for module in model.modules():

@@ -1,5 +1,7 @@
 """Length-dependent rotary frequencies are the same for all rows, whatever the other rows and earlier batches are."""
 
+from datetime import timedelta
+
 import numpy as np
 import pytest
 import torch
@@ -140,7 +142,7 @@ def shared_scores(directory, length, ranks):
 
     dist.init_process_group("gloo")
     spec = ReferenceSpec(path=str(directory), adapter=None, identity=identify(directory, "float32", max_length=length))
-    scorer = Scorer(spec, device="cpu", tokens_per_batch=512, group=SequenceGroup.of_world(ranks))
+    scorer = Scorer(spec, device="cpu", tokens_per_batch=512, group=SequenceGroup.of_world(ranks, timedelta(minutes=1)))
     return flat(scorer.score(groups(shapes=((40, 24), (9, 6, 4)))))
 
 

@@ -1,5 +1,7 @@
 """One micro-batch on several ranks: the same log-probs and gradients, with a part of the memory."""
 
+from datetime import timedelta
+
 import numpy as np
 import pytest
 import torch
@@ -17,6 +19,7 @@ from raydpo.model.selfcheck import choose_layout, share_positions
 from raydpo.model.ulysses import HeadShare, SequenceGroup, head_shares
 
 CPU = torch.device("cpu")
+SOON = timedelta(minutes=1)
 NAMES = ["llama", "gemma2", "gemma3_text", "gpt2", "qwen3_moe", "gpt_oss"]
 """Grouped key heads, soft caps, windows, learned positions, experts, sinks."""
 
@@ -78,7 +81,7 @@ def models():
 
 
 def compared(size):
-    group = SequenceGroup.of_world(size)
+    group = SequenceGroup.of_world(size, SOON)
     found = {}
     for name, model in models():
         for layout in ("tree", "packed"):
@@ -112,7 +115,7 @@ def test_log_probs_and_gradients_are_those_of_one_rank(size, tmp_path):
 
 def refused():
     torch.distributed.init_process_group("gloo")
-    group, messages = SequenceGroup.of_world(2), []
+    group, messages = SequenceGroup.of_world(2, SOON), []
     for name, settings in (("mamba", {}), ("llama", {"num_attention_heads": 1, "num_key_value_heads": 1})):
         model = LogpModel(make_random(name, VOCAB, **settings))
         choose_layout(model, CPU)
@@ -150,7 +153,7 @@ def memory_of(size, positions):
         )
     )
     model.use(Method("tree", "sdpa"))
-    model.group = SequenceGroup.of_world(size)
+    model.group = SequenceGroup.of_world(size, SOON)
     model.train()
     rng = np.random.default_rng(0)
 

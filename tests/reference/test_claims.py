@@ -1,14 +1,18 @@
 """Builders of one cache leave claimed work to each other, and claims of dead builders delay no other build."""
 
+import pickle
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from rows import ONE, rows
 
-from raydpo.reference import compact
+from raydpo.reference import build, compact
 from raydpo.reference.claims import CLAIMS, Claims
 from raydpo.reference.compact import find_garbage
+from raydpo.reference.part import KEY_TYPE
 from raydpo.reference.shards import Completion, Shard
 from raydpo.reference.store import ReferenceCache
 
@@ -122,3 +126,37 @@ def test_gc_finds_claims_of_builds_long_gone(builder, monkeypatch):
     assert find_garbage(one.cache) == []
     monkeypatch.setattr(compact, "ABANDONED_SECONDS", -60.0)
     assert [entry.path.rsplit("/", 1)[-1] for entry in find_garbage(one.cache)] == [name]
+
+
+class Scoring:
+    """Stands for a ``Scorer`` on a GPU. The first batch takes until the next shard is claimed."""
+
+    notes, provenance, sample = (), {"raydpo": "0"}, np.zeros(1, np.float32)
+
+    def __init__(self):
+        self.begun, self.claimed, self.in_time = threading.Event(), threading.Event(), []
+
+    def score(self, groups):
+        if not self.begun.is_set():
+            self.begun.set()
+            self.in_time.append(self.claimed.wait(10))
+        return [tuple(np.full(len(tokens), -1, np.float32) for tokens in group.completions) for group in groups]
+
+
+def test_the_next_shard_is_claimed_while_one_is_computed(builder):
+    """On a store that takes a second to answer, the GPU does not wait for it."""
+    claims, scoring = builder(), Scoring()
+    actor = object.__new__(build._ScoreShard)
+    vars(actor).update(cache=claims.cache, claims=claims, known=claims.known, threads=None, scorer=scoring)
+    actor.planning, actor.computing = threading.Lock(), threading.Lock()
+    blocks = [pa.table({"shard": [pickle.dumps(shard(*numbers))]}) for numbers in ((0, 1), (2, 3))]
+    with ThreadPoolExecutor(2) as calls:
+        first = calls.submit(actor, blocks[0])
+        assert scoring.begun.wait(10)
+        take = claims.take
+        claims.take = lambda wanted: (take(wanted), scoring.claimed.set())[0]
+        second = calls.submit(actor, blocks[1])
+        assert [one.result()["completions"].to_pylist() for one in (first, second)] == [[2], [2]]
+    assert scoring.in_time == [True]
+    assert claims.cache.covers(pa.array(KEYS[:5], KEY_TYPE), np.full(5, 4, np.int32)).tolist() == [True] * 4 + [False]
+    assert Claims.names(claims.cache) == []

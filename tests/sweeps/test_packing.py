@@ -73,12 +73,12 @@ def test_a_varying_number_of_workers_needs_room_for_the_smallest(at_once):
 
 
 def test_trials_that_need_different_things_are_each_counted_as_they_are(at_once):
-    """Many small workers and one large one: no trial has many large ones."""
-    small, large = "{train.workers: 8, train.gpus_per_worker: 1}", "{train.workers: 1, train.gpus_per_worker: 4}"
+    """Many workers on CPUs and one on a GPU: no trial has many on GPUs."""
+    small, large = "{train.workers: 8, train.gpus_per_worker: 0}", "{train.workers: 1, train.gpus_per_worker: 1}"
     both = ("sweep.grid=null", f"sweep.list=[{small}, {large}]")
-    assert at_once([(16, 8)], *both) == 1
-    with pytest.raises(ConfigError, match=r"holds 1 trial\(s\) of 8 worker\(s\) with 1 GPU\(s\) each"):
-        at_once([(16, 8)], *both, "sweep.at_once=2")
+    assert at_once([(16, 1)], *both) == 1
+    with pytest.raises(ConfigError, match=r"holds 1 trial\(s\) of 1 worker\(s\) with 1 GPU\(s\) each"):
+        at_once([(16, 1)], *both, "sweep.at_once=2")
 
 
 def test_a_machine_with_fewer_cores_than_workers_trains_one_trial_at_a_time(at_once, monkeypatch):

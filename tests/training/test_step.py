@@ -196,3 +196,43 @@ def test_memory_that_runs_out_anywhere_in_a_run_is_told_and_halves_the_budget(ta
         board = Mailbox()
         number, _ = board.enter()
         assert board.back_off(tokens, number) and board.enter() == (2, 512), name
+
+
+def tight(table, model, scratch, shares):
+    """Notes, losses, positions of the largest micro-batch by step, and the budget at the end, of a run whose budget is
+    measured and of one where it is set. ``shares``: of the memory that the first step takes, by rank."""
+    import torch.distributed as dist
+
+    from raydpo.model.budget import Budget
+    from raydpo.training.policy.deepspeed_engine import PolicyEngine
+    from raydpo.training.step import Stepper
+
+    sizes, take = [], Stepper.take
+
+    def taken(stepper, step, *given):
+        sizes.append(max(layout.input_ids.numel() for _, layout in step.batches))
+        return take(stepper, step, *given)
+
+    Stepper.take = taken
+    trainer.share_of_first_step = lambda device, before, share: shares[dist.get_rank()]
+    PolicyEngine.find_budget = lambda engine, share: Budget(512, 1.0, 1.0)
+    found = []
+    for budget in ("auto", 512):
+        kind = dict(steps=4, shuffle=False, pairs_per_step=16, tokens_per_batch=budget, starts_as_reference=False)
+        run = train_here(table, model, scratch, **kind)
+        notes = [note for note in run.notes if "of a GPU's memory" in note]
+        found.append((notes, [row["loss"] for row in run.steps], sizes[:4], run.summary.tokens_per_batch))
+        del sizes[:4]
+    return found
+
+
+def test_a_budget_that_leaves_too_little_is_halved_after_the_first_step(table, tiny_llama, tmp_path):
+    """On all ranks, whichever has too little; the steps have the same pairs, so the losses stay."""
+    ranks = run_distributed(tight, 2, tmp_path / "a", table, tiny_llama, tmp_path / "s", (0.5, 0.96))
+    (halved, kept), (other, _) = ranks
+    (note,), losses, sizes, budget = halved
+    assert "positions take 96% of a GPU's memory; continuing with 256. Set train.tokens_per_batch=256" in note
+    assert sizes[0] > 256 >= max(sizes[1:]) and budget == other[3] == 256 and max(other[2][1:]) <= 256
+    (note,), same, sizes, _ = kept
+    assert "another one may not fit. Set train.tokens_per_batch=256" in note and max(sizes) > 256
+    assert losses == pytest.approx(same, rel=1e-5)

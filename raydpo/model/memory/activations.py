@@ -76,11 +76,13 @@ class Layer:
         kept: kept from its forward to its backward pass.
         entry: the part of ``kept`` that is its input; with gradient checkpointing only this is kept.
         working: needed in addition while its backward pass runs.
+        passing: needed in addition while its forward pass runs and keeps nothing, as with gradient checkpointing.
     """
 
     kept: float
     entry: float
     working: float
+    passing: float
 
 
 def layer_memory(
@@ -131,30 +133,40 @@ def layer_memory(
     kept += width * rank * T * len(adapted)
     if dora:  # base and adapted output, for the magnitudes' gradient
         kept += 2 * width * T * sum(weight.shape[0] for weight in adapted)
-    # Gradients of both projections, and of the stream.
-    working = width * inner * T * (2 if anatomy.gated else 1) + 3 * STREAM * H * T + dense
-    return Layer(kept=kept, entry=STREAM * H * T, working=working)
+    # Gradients of both projections, where their product and the activation have been freed, and of the stream.
+    working = width * inner * T * (2 if anatomy.gated else 1) + STREAM * H * T + dense
+    # Both projections and the activation, the stream between both parts and its norm.
+    passing = width * inner * T * (3 if anatomy.gated else 2) + 2 * STREAM * H * T + dense
+    return Layer(kept=kept, entry=STREAM * H * T, working=working, passing=passing)
 
 
 def head_forward(anatomy: Anatomy, batch: Batch, *, width: int, device: str, trained: bool) -> float:
-    """Bytes of the vocabulary projection's forward pass besides hidden states: one chunk of logits at any token count."""
-    chunk = 4.0 * min(chunk_rows(anatomy.vocabulary, device), batch.predictions) * anatomy.vocabulary
+    """Bytes of the vocabulary projection's forward pass besides hidden states. If there are several chunks of logits,
+    one is freed after the next one is computed."""
+    chunk, several = _chunk(anatomy, batch, device)
     if trained:
-        return chunk * (1 + anatomy.softcap)
-    # A frozen head computes its gradients at once, with a bfloat16 copy of the chunk for the product with the weight.
-    return chunk * (1 + anatomy.softcap + (width == 2) / 2) + STREAM * anatomy.hidden * batch.predictions
+        return chunk * (1 + several)
+    # A frozen head computes its gradients at once: with a bfloat16 copy of the chunk for the product with the weight, or
+    # with a copy of the capped logits and two temporary tensors.
+    chunks = 4.0 if anatomy.softcap else max(1 + several, 1.5 if width == 2 else 1)
+    return chunk * chunks + STREAM * anatomy.hidden * batch.predictions
 
 
 def head_backward(anatomy: Anatomy, batch: Batch, *, width: int, device: str) -> float:
     """Bytes of a trained head's backward pass: the logits again, the weight's gradient summed in float32, and one chunk's
     product (in bfloat16 with a float32 copy). A GPU adds bfloat16 products to the sum, and then rounds a copy of it."""
-    chunk = 4.0 * min(chunk_rows(anatomy.vocabulary, device), batch.predictions) * anatomy.vocabulary
+    chunk, several = _chunk(anatomy, batch, device)
     size = anatomy.hidden * anatomy.vocabulary
-    return (
-        chunk * (1 + anatomy.softcap + (width == 2) / 2)
-        + STREAM * anatomy.hidden * batch.predictions
-        + size * (8 if width == 4 else 10 if device == "cpu" else 6)
-    )
+    half = (width == 2) / 2
+    sums = size * (8 if width == 4 else 10 if device == "cpu" else 6) + chunk * (1 + anatomy.softcap + half)
+    chunks = 4 * size + chunk * (1 + several + 2 * anatomy.softcap + half)
+    return max(sums, chunks) + STREAM * anatomy.hidden * batch.predictions
+
+
+def _chunk(anatomy: Anatomy, batch: Batch, device: str) -> tuple[float, bool]:
+    """Bytes of a chunk of float32 logits, and whether there are several."""
+    rows = chunk_rows(anatomy.vocabulary, device)
+    return 4.0 * min(rows, batch.predictions) * anatomy.vocabulary, rows < batch.predictions
 
 
 _FIRST = ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "Wqkv", "c_attn")

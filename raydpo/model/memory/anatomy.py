@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,12 @@ class Anatomy:
         except (OSError, ValueError, KeyError) as error:
             raise FilesError(f"cannot tell the sizes of the model in {directory}: {reason(error)}") from None
         return cls.of_model(model)
+
+    @classmethod
+    def of_loaded(cls, model: Any) -> Anatomy:
+        """The same for a transformers causal LM that is loaded: its weights may be quantized, partitioned or adapted."""
+        with torch.device("meta"):
+            return cls.of_model(type(model)(deepcopy(model.config)))
 
     @classmethod
     def of_model(cls, model: Any) -> Anatomy:

@@ -14,15 +14,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
-from raydpo.config import ModelConfig, TrainConfig
+from raydpo.config import LoraSettings, TrainConfig
 from raydpo.config.train import REDUCE_BUCKET, ROUNDED_PIECE
 from raydpo.errors import ConfigError
 from raydpo.model.memory.activations import Batch, Layer, head_backward, head_forward, layer_memory
 from raydpo.model.memory.anatomy import EMBEDDING, HEAD, Anatomy, Weight
 
-__all__ = ["BASE_BYTES", "MemoryEstimate", "Moment", "estimate_memory", "trained_numbers"]
+__all__ = ["BASE_BYTES", "MemoryEstimate", "Moment", "Trained", "estimate_memory", "trained_numbers"]
 
 Device = Literal["cuda", "cpu"]
 
@@ -39,6 +39,25 @@ SUB_GROUP = 1_000_000_000
 """ZeRO-3 updates at most this many numbers of a rank's share at a time."""
 DISK_BUFFERS = 4
 """Buffers, each the size of a sub-group, that DeepSpeed keeps in host memory when the optimizer is on disk."""
+
+
+class Trained(Protocol):
+    """What of a policy trains, and how the rest is stored: ``config.ModelConfig`` or ``policy.engine.PolicySpec``."""
+
+    @property
+    def lora(self) -> LoraSettings | None: ...
+
+    @property
+    def adapter(self) -> str | None: ...
+
+    @property
+    def quantization(self) -> str | None: ...
+
+    @property
+    def freeze(self) -> tuple[str, ...]: ...
+
+    @property
+    def adapts(self) -> bool: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,12 +91,14 @@ class MemoryEstimate:
     """Memory of one worker.
 
     Attributes:
+        standing: what is there before the first step, when the policy is loaded and DeepSpeed has wrapped it.
         peak: the moment with the most bytes on the device.
         host: bytes of host memory for offloaded weights, optimizer and activations.
         host_peak: the same during the update.
         moments: all moments in order; the last is the update.
     """
 
+    standing: Moment
     peak: Moment
     host: float
     host_peak: float
@@ -111,7 +132,7 @@ class _Policy:
 
 def estimate_memory(
     anatomy: Anatomy,
-    model: ModelConfig,
+    model: Trained,
     train: TrainConfig,
     batch: Batch,
     *,
@@ -134,11 +155,15 @@ def estimate_memory(
     ledger = _Ledger(anatomy, policy, train, batch, workers, width, device, model.quantization is not None)
     moments = tuple(ledger.moments())
     return MemoryEstimate(
-        peak=max(moments, key=lambda moment: moment.total), host=ledger.host, host_peak=ledger.host_peak, moments=moments
+        standing=ledger.standing(),
+        peak=max(moments, key=lambda moment: moment.total),
+        host=ledger.host,
+        host_peak=ledger.host_peak,
+        moments=moments,
     )
 
 
-def trained_numbers(anatomy: Anatomy, model: ModelConfig) -> list[int]:
+def trained_numbers(anatomy: Anatomy, model: Trained) -> list[int]:
     """Numbers of each parameter that trains.
 
     Raises:
@@ -148,7 +173,7 @@ def trained_numbers(anatomy: Anatomy, model: ModelConfig) -> list[int]:
 
 
 @lru_cache(maxsize=8)
-def _policy(anatomy: Anatomy, model: ModelConfig, width: int) -> _Policy:
+def _policy(anatomy: Anatomy, model: Trained, width: int) -> _Policy:
     def stored(weight: Weight) -> float:
         """Bytes of a frozen weight."""
         if model.quantization == "4bit" and weight.linear:  # one byte of scale per 64 numbers, a float32 per 256 such bytes
@@ -173,7 +198,7 @@ def _policy(anatomy: Anatomy, model: ModelConfig, width: int) -> _Policy:
     return _Policy(trained=tuple(trained), frozen=kept, rank=rank, dora=dora, adapted=adapted)
 
 
-def _adapters(model: ModelConfig) -> tuple[int, bool, str | tuple[str, ...]]:
+def _adapters(model: Trained) -> tuple[int, bool, str | tuple[str, ...]]:
     if model.lora is not None:
         return model.lora.r, model.lora.dora, model.lora.target_modules
     if model.adapter is None:
@@ -229,7 +254,8 @@ class _Ledger:
         self.largest = max((numel for _, numel in policy.trained), default=0)
         self.whole = _whole_parameters(policy, self.p, workers)
         self.host = self.host_peak = 0.0
-        self.weights, self.optimizer = self._weights(), self._optimizer()
+        self.weights = self._weights()
+        self.masters, self.optimizer = self._optimizer()
 
     # Memory that stays from step to step.
 
@@ -242,8 +268,9 @@ class _Ledger:
             self.host += share
         return share if self.train.offload_params is None else 0.0
 
-    def _optimizer(self) -> float:
-        """Device bytes of master weights and moments. Offloaded ones, and their gradients, are added to the host's."""
+    def _optimizer(self) -> tuple[float, float]:
+        """Device bytes of master weights, and of these with the moments. If they are offloaded, the host's bytes are added
+        to, with their gradients."""
         train, numbers = self.train, self.p
         masters = 4.0 * numbers if self.zero or self.width == 2 else 0.0
         moments = {
@@ -264,11 +291,11 @@ class _Ledger:
             else:
                 self.host += beside + DISK_BUFFERS * 4.0 * min(numbers, SUB_GROUP)
             self.host_peak = self.host + self._update_bytes(min(numbers, SUB_GROUP) if self.zero == 3 else numbers)
-            return 0.0
+            return 0.0, 0.0
         if "paged" in train.optimizer:
             self.host += moments
             moments = 0.0
-        return masters + moments
+        return masters, masters + moments
 
     def _update_bytes(self, numbers: int) -> float:
         """Working memory of an update of ``numbers`` numbers at once."""
@@ -277,6 +304,17 @@ class _Ledger:
         return 0.0  # torch's fused kernels and bitsandbytes' work in place
 
     # Moments of a step.
+
+    def standing(self) -> Moment:
+        """What is there before the first step. The optimizer makes its moments in that step."""
+        spare = self.width * self.largest if self.offloads and self.zero < 3 else 0.0  # for one gradient
+        return Moment(
+            name="before the first step",
+            weights=self.weights,
+            optimizer=self.masters,
+            gradients=self._old_gradients() if self.zero == 3 else 0.0,
+            communication=self.bucket + self._persistent() if self.zero == 3 else spare,
+        )
 
     def moments(self) -> Iterator[Moment]:
         """All moments that may be the peak."""
@@ -315,7 +353,7 @@ class _Ledger:
                 )
             layer = alike[kind]
             # Layers below the lowest trained one have no gradient.
-            yield layer if number >= first else replace(layer, kept=0.0, entry=0.0, working=0.0)
+            yield layer if number >= first else replace(layer, kept=0.0, entry=0.0, working=0.0, passing=0.0)
 
     def _backward(self) -> Iterator[Moment]:
         """The end of the forward pass, and the backward pass from the head down to the embedding."""
@@ -339,11 +377,18 @@ class _Ledger:
         gathered = self._gathered()
         yield self._moment(
             "forward",
-            activations=sum(kept) + around + stream,
+            activations=sum(kept) + around,
             gradients=old,
             head=head_forward(anatomy, batch, width=width, device=self.device, trained=self.trains_head),
             communication=gathered[HEAD] + self._bucket(0.0),
         )
+        if recomputes and layers:
+            yield self._moment(
+                "forward of the last layer",
+                activations=sum(kept) + layers[-1].passing,
+                gradients=old,
+                communication=gathered[len(layers) - 1] + self._bucket(0.0),
+            )
         if self.trains_head:
             yield self._moment(
                 "head's backward",
@@ -407,6 +452,17 @@ class _Ledger:
             return {"gradients": old + largest}
         return {"gradients": old + done}
 
+    def _tensors(self) -> Iterator[tuple[int, int]]:
+        """Place and numbers of each parameter."""
+        yield from self.policy.trained
+        yield from ((place, numel) for place, _, numel in self.policy.frozen)
+
+    def _persistent(self) -> float:
+        """Bytes of the parameters that ZeRO-3 keeps whole beside their parts."""
+        if self.workers == 1 and self.train.offload_params is None:
+            return 0.0
+        return float(self.width * sum(numel for _, numel in self._tensors() if numel <= PERSISTENT))
+
     def _gathered(self) -> dict[int, float]:
         """Bytes that ZeRO-3 gathers in the backward pass of each place; for HEAD, also at the end of the forward pass."""
         order = [EMBEDDING, *range(self.anatomy.layers), HEAD]
@@ -414,12 +470,10 @@ class _Ledger:
         if self.zero < 3 or (self.workers == 1 and self.train.offload_params is None):
             return gathered
         numels = dict.fromkeys(order, 0)
-        lasting = 0.0
-        for place, numel in (*self.policy.trained, *((place, numel) for place, _, numel in self.policy.frozen)):
-            if numel <= PERSISTENT:
-                lasting += numel * self.width
-            elif place in numels:
+        for place, numel in self._tensors():
+            if numel > PERSISTENT and place in numels:
                 numels[place] += numel
+        lasting = self._persistent()
         if self.anatomy.tied:
             numels[HEAD] = numels[EMBEDDING]
         above = sum(numels.values())

@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -22,13 +23,16 @@ from torch import Tensor, nn
 
 from raydpo.config import TrainConfig
 from raydpo.config.train import REDUCE_BUCKET
-from raydpo.errors import ModelError
+from raydpo.errors import ModelError, reason
 from raydpo.model.adapter import fuse_adapters
-from raydpo.model.budget import MOST_TRAINED, Budget, find_budget, probe_groups
+from raydpo.model.budget import MOST_TRAINED, Budget, Needs, find_budget, probe_groups
+from raydpo.model.fused import fuse_layers
 from raydpo.model.layout import Layout, PromptGroup
 from raydpo.model.limits import longest_sequence
 from raydpo.model.load import add_lora, freeze_matching, load_causal_lm
 from raydpo.model.logps import LogpModel
+from raydpo.model.memory.anatomy import Anatomy
+from raydpo.model.memory.needs import needs_of
 from raydpo.model.recall import Recall
 from raydpo.model.selfcheck import check_training_mode, choose_layout, share_positions
 from raydpo.model.ulysses import SequenceGroup
@@ -37,14 +41,20 @@ from raydpo.training.policy.engine import PolicySpec
 from raydpo.training.policy.host_memory import HostPeak
 from raydpo.training.policy.offload import disk_folder
 from raydpo.training.policy.optimizer import make_optimizer, no_steps
-from raydpo.training.policy.ranks import RankGroup
+from raydpo.training.policy.ranks import RankGroup, group_timeout
 from raydpo.training.policy.state import TrainedState
 
 __all__ = ["PolicyEngine", "join_process_group"]
 
 
 def join_process_group(device: torch.device) -> None:
-    """Set up DeepSpeed's communication: nccl on GPUs, gloo on CPUs."""
+    """Set up DeepSpeed's communication: nccl on GPUs, gloo on CPUs.
+
+    DeepSpeed 0.19 computes on the GPU with the number LOCAL_RANK (``runtime/engine.py``, ``zero/partition_parameters.py``).
+    This is set to that of ``device``: Ray sorts the GPUs of a machine as text, so rank 2 of 11 may have the GPU with id 10.
+    """
+    if device.index is not None:
+        os.environ["LOCAL_RANK"] = str(device.index)
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")
     with _without("mlflow"):  # only DeepSpeed's autotuner needs it, and importing it takes as long as DeepSpeed
         import deepspeed
@@ -76,7 +86,8 @@ def _described(spec: PolicySpec, train: TrainConfig) -> list[Any] | None:
         return None
     lora = None if spec.lora is None else spec.lora.model_dump(mode="json")
     settings = {"zero", "sequence_parallel", "gradient_checkpointing", "offload_activations"}
-    return [spec.identity, lora, list(spec.freeze), train.model_dump(mode="json", include=settings), dist.get_world_size()]
+    chosen = train.model_dump(mode="json", include=settings)
+    return [spec.identity, lora, list(spec.freeze), spec.fused, chosen, dist.get_world_size()]
 
 
 class PolicyEngine(RankGroup):
@@ -99,11 +110,13 @@ class PolicyEngine(RankGroup):
         import deepspeed
         from transformers.integrations import HfDeepSpeedConfig
 
+        if train.deterministic:
+            _repeat_to_the_bit()
         self.device, self.zero, self.adapts = device, train.zero, spec.adapts
         self.sequence_parallel = train.sequence_parallel
         self.replicas, self.replica = (number // train.sequence_parallel for number in (self.world_size, self.rank))
         self.is_leader = self.rank % train.sequence_parallel == 0
-        self._offload_activations = train.offload_activations
+        self._given = spec, train
         settings = _deepspeed_config(train, spec.dtype)
         # Kept alive while the model is loaded: transformers looks it up and partitions weights as it reads them.
         self._partitioned_loading = HfDeepSpeedConfig(settings) if train.zero == 3 else None
@@ -123,7 +136,8 @@ class PolicyEngine(RankGroup):
         trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
         optimizer = make_optimizer(trainable, train, device)
         exact = _float32_parameters(module, spec.dtype, train.zero)
-        with no_steps(optimizer):
+        timeout = timedelta(seconds=train.collective_timeout)
+        with no_steps(optimizer), group_timeout(timeout):
             self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         for parameter, value in exact:
             parameter.data = value
@@ -133,7 +147,9 @@ class PolicyEngine(RankGroup):
         self._recall = Recall(_described(spec, train), device, self._all_ranks)
         with self.evaluating():
             self.layout_line = choose_layout(module, device, spec.layout, check_rows, self._recall).line
-            group = SequenceGroup.of_world(train.sequence_parallel)
+            if spec.fused:
+                self.layout_line += f"; {fuse_layers(module, device, self._recall)}"
+            group = SequenceGroup.of_world(train.sequence_parallel, timeout)
             if group is not None:
                 self.layout_line += f"; {share_positions(module, device, group, check_rows)}"
             check_training_mode(module, device, self._recall)
@@ -166,7 +182,7 @@ class PolicyEngine(RankGroup):
 
     def _computing(self) -> AbstractContextManager[object]:
         """Where a forward pass keeps what its backward pass needs: on the host, if that is configured."""
-        if self._offload_activations and torch.is_grad_enabled():
+        if self._given[1].offload_activations and torch.is_grad_enabled():
             return torch.autograd.graph.save_on_cpu(pin_memory=self.device.type == "cuda")
         return contextlib.nullcontext()
 
@@ -178,15 +194,23 @@ class PolicyEngine(RankGroup):
             with self._computing():
                 return self.module(self.lay_out(groups).to(self.device))
 
-        # Without ZeRO, AdamW makes its two moments at the first step.
-        moments = 8.0 * sum(parameter.numel() for parameter in self.trainable) if self.zero == 0 else 0.0
         known = self._recall.known("training")
-        room = {"most": MOST_TRAINED, "share": share, "reserve": moments}
+        room = {"most": MOST_TRAINED, "share": share, "needs": self._needs()}
         budget = find_budget(run, self.device, **room, known=known, agree=self._all_ranks)
         self._recall.keep("training", budget.bytes_per_token)
         smallest = torch.tensor(budget.tokens, device=self.device)
         dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
         return dataclasses.replace(budget, tokens=int(smallest))
+
+    def _needs(self) -> Needs:
+        """What a step takes by the ledger of ``raydpo plan``."""
+        spec, train = self._given
+        where = {"workers": self.world_size, "dtype": spec.dtype, "device": self.device.type}
+        try:
+            return needs_of(Anatomy.of_loaded(self.module.causal_lm), spec, train, **where)
+        except Exception as error:  # a model's own code may do anything, and the policy is loaded all the same
+            moments = 8.0 * sum(parameter.numel() for parameter in self.trainable)
+            return Needs(step=lambda _: moments, probe=lambda _: 0.0, doubt=reason(error))
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -241,6 +265,17 @@ class PolicyEngine(RankGroup):
         """The gradient norm, which DeepSpeed does not report without ZeRO. Every rank has all gradients."""
         gradients = [parameter.grad for parameter in self.trainable if parameter.grad is not None]
         return float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+
+
+def _repeat_to_the_bit() -> None:
+    """Use only deterministic kernels in this process, which must not have used cuBLAS before: that reads its variable once.
+
+    Operations without such a kernel raise an error. With ``warn_only`` the backward pass of torch's flash attention would
+    stay nondeterministic (``ATen/native/transformers/cuda/attention_backward.cu``).
+    """
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # finds faults in programs, and takes time
 
 
 def _deepspeed_config(train: TrainConfig, dtype: str) -> dict[str, Any]:

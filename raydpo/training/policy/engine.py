@@ -149,7 +149,7 @@ class PolicySpec:
         identity: digest of the identity of model and ``adapter``, at the precision of training. Machines remember checks
             under it; with None they remember nothing.
         rope_length: of its identity, see ``model.rotary``.
-        layout: ``model.layout``.
+        layout, fused: as in ``config.ModelConfig``.
     """
 
     path: str
@@ -161,6 +161,7 @@ class PolicySpec:
     rope_length: int | None = None
     trust_remote_code: bool = False
     layout: Wish = "auto"
+    fused: bool = False
     identity: str | None = None
 
     @property

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from raydpo.cluster.driver import no_toolkit
 from raydpo.errors import ModelError, one_line
 
 __all__ = ["disk_folder"]
@@ -56,8 +57,12 @@ def disk_folder(field: str, where: str) -> str:
 
 
 def _require_asynchronous_files(field: str, where: str) -> None:
+    import torch
     from deepspeed.ops.op_builder import AsyncIOBuilder
+    from torch.utils.cpp_extension import CUDA_HOME
 
+    if torch.cuda.is_available() and CUDA_HOME is None:
+        raise ModelError(no_toolkit(field, where))
     fix = (
         f"DeepSpeed compiles its access to disks where it runs: install libaio-dev (libaio-devel on Red Hat), a C++ "
         f"compiler and ninja on every machine, or set {field}=cpu"

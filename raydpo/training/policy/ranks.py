@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["RankGroup"]
+__all__ = ["RankGroup", "group_timeout"]
+
+
+@contextlib.contextmanager
+def group_timeout(timeout: timedelta) -> Iterator[None]:
+    """Give groups of ranks that libraries make within the block this timeout for their collectives.
+
+    torch 2.13 gives a new group 10 minutes (NCCL) or 30 (gloo), whatever the process group has
+    (``torch/distributed/distributed_c10d.py``). DeepSpeed 0.19 makes such a group for its gradients (``utils/groups.py``).
+    """
+    make = dist.new_group
+    dist.new_group = partial(make, timeout=timeout)
+    try:
+        yield
+    finally:
+        dist.new_group = make
 
 
 class RankGroup:

@@ -1,0 +1,63 @@
+"""The ledger is within 5 % of what the code keeps and takes, counted tensor by tensor at the widths of Llama 3.1 8B."""
+
+import gc
+import json
+
+import pytest
+from live import like_a_gpu, make_policy, pairs_of
+
+from raydpo.config import LoraSettings, ModelConfig, TrainConfig
+from raydpo.model.memory.activations import Batch
+from raydpo.model.memory.anatomy import Anatomy
+from raydpo.model.memory.ledger import estimate_memory
+
+LAYERS, PAIRS, PAIR = 6, 6, (1024, 512, 512)
+KINDS = {
+    "full": {},
+    "lora": {"lora": LoraSettings(r=16)},
+    "qlora": {"lora": LoraSettings(r=16), "quantization": "4bit"},
+}
+
+
+@pytest.fixture(scope="module")
+def shortened(tmp_path_factory, pytestconfig):
+    """config.json of Llama 3.1 8B with fewer layers: they are alike, and this takes a fifth of the time."""
+    directory = tmp_path_factory.mktemp("llama")
+    tree = json.loads((pytestconfig.rootpath / "tests/recipes/Llama-3.1-8B-Instruct/config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(tree | {"num_hidden_layers": LAYERS}))
+    return directory
+
+
+def counted(directory, model, recomputes):
+    """Bytes of the weights; in addition those that are kept after a forward pass, and the most during both passes."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(directory)
+    with like_a_gpu() as live:
+        policy = make_policy(config, model, recomputes=recomputes)
+        gc.collect()
+        layout = policy.lay_out(pairs_of(PAIRS, *PAIR[:2]))
+        weights = live.peak = live.now
+        logps = policy(layout)
+        kept = live.now - weights
+        logps.sum().backward()
+        return weights, kept, live.peak - weights
+
+
+@pytest.mark.parametrize("recomputes", [False, True], ids=["", "recompute"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_ledger_is_what_the_code_takes(shortened, kind, recomputes):
+    model = ModelConfig(path="m", **KINDS[kind])
+    train = TrainConfig(zero=0, gradient_checkpointing=recomputes)
+    batch = Batch.of_pairs([PAIR] * PAIRS, micro_batches=1)
+    memory = estimate_memory(Anatomy.of(shortened), model, train, batch, workers=1, dtype="bfloat16")
+    passes = [moment for moment in memory.moments if "forward" in moment.name or "backward" in moment.name]
+    estimated = (
+        memory.standing.weights,
+        next(moment.activations for moment in passes if moment.name == "forward"),
+        max(moment.activations + moment.gradients + moment.head for moment in passes),
+    )
+    found = counted(shortened, model, recomputes)
+    for what, wanted, size in zip(("weights", "kept", "peak"), estimated, found, strict=True):
+        print(f"{kind}: {what} {wanted / 2**30:.3f} GiB by the ledger, {size / 2**30:.3f} counted, {wanted / size:.3f}")
+    assert estimated == pytest.approx(found, abs=0.05 * found[-1]) and estimated[0] == pytest.approx(found[0], rel=0.01)
