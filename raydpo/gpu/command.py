@@ -171,7 +171,8 @@ def _limited(limit: float) -> Iterator[None]:
 def _alone(folder: Path, device: torch.device) -> Iterator[None]:
     """Within the block, remember nothing of the models on this machine, and reach nothing outside it."""
     changes = {"XDG_CACHE_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    changes["DS_ACCELERATOR"] = device.type  # DeepSpeed reads it when it is imported
+    # DeepSpeed reads the first when it is imported, cuBLAS the second when it is first used, for train.deterministic.
+    changes |= {"DS_ACCELERATOR": device.type, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     before = {name: os.environ.get(name) for name in changes}
     os.environ.update(changes)
     try:
