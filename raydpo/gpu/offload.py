@@ -41,8 +41,8 @@ def offload(world: World, found: Findings) -> None:
             found.note(f"steps skipped: {why}")
             return
     for name, (passes, update) in taken.items():
-        found.value(f"{name}.passes_ms", 1000 * passes, f"forward and backward pass, {STEPPED[name]}", "ms")
-        found.value(f"{name}.update_ms", 1000 * update, f"optimizer, {STEPPED[name]}", "ms")
+        found.value(f"{name}.passes_ms", 1000 * passes, f"forward and backward pass, {name.replace('_', ' ')}", "ms")
+        found.value(f"{name}.update_ms", 1000 * update, f"optimizer, {name.replace('_', ' ')}", "ms")
     if taken:
         says = "forward and backward pass with activations on the host, as a multiple of one without"
         found.at_most(

@@ -1,6 +1,7 @@
 """Each block of ``raydpo gpu check`` that needs no DeepSpeed, on the CPU: as it is, and with a fault that it must find."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -60,6 +61,22 @@ def test_a_driver_too_old_for_cuda_13_fails(driver, cuda, ok):
     found = Findings()
     environment.judge_driver(found, driver, cuda, GPU_LIMITS.driver)
     assert found.figures["driver"].ok is ok
+
+
+def test_clocks_are_those_of_the_gpu_in_use(tmp_path, monkeypatch):
+    """Asked by UUID, since CUDA_VISIBLE_DEVICES changes numbers."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text('#!/bin/sh\n[ "$1" = --id=GPU-12ab ] && echo "1980, 690.21"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    for uuid, told in (
+        ("12ab", (1980.0, 690.21)),
+        ("GPU-12ab", (1980.0, 690.21)),
+        ("34cd", (None, None)),
+        (None, (None, None)),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, uuid=uuid: SimpleNamespace(uuid=uuid))
+        assert environment.clocks(torch.device("cuda:0")) == told
 
 
 def test_kernels(world, monkeypatch):
