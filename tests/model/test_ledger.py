@@ -110,13 +110,15 @@ def test_a_layer_by_hand(llama):
     adapted = [weight for weight in llama.targets("all-linear") if weight.place == 0]
     lora = layer_memory(llama, BATCH, width=2, device="cuda", trained=False, adapted=adapted, rank=16)
     assert lora.kept / 8192 == layer.kept / 8192 - 8 * 4096 + 7 * 16 * 2
+    # Fused norms keep their input only, and round it once for all projections; the activation is computed again.
+    fused = layer_memory(llama, BATCH, width=2, device="cuda", trained=True, adapted=(), fused=True)
+    assert fused.kept / 8192 == 8 * 4096 + 2 * 2 * 4096 + 4 * 4096 + 8 * 1024 + 6 * 14336
 
 
 def test_a_head_by_hand(llama):
-    """A chunk of 2,048 rows, which is there until the next one is, and its bfloat16 copy; for 525M weights the gradient in
-    float32 and rounded, 4 + 2 bytes each."""
+    """A chunk of 2,048 rows and its bfloat16 copy; for 525M weights the gradient in float32 and rounded: 4 + 2 bytes."""
     chunk, weights = 4 * 2048 * 128256, 128256 * 4096
-    assert head_forward(llama, BATCH, width=2, device="cuda", trained=True) == 2 * chunk
+    assert head_forward(llama, BATCH, width=2, device="cuda", trained=True) == chunk
     assert head_forward(llama, BATCH.scaled(2048), width=2, device="cuda", trained=True) == chunk / 2
     assert head_backward(llama, BATCH, width=2, device="cuda") == 1.5 * chunk + 4 * 4096 * 4096 + 6 * weights
 
