@@ -1,12 +1,12 @@
 """Fused functions: the formulas and gradients of the plain modules, chosen by trying, and refused where they differ."""
 
-import copy
 import functools
 
 import pytest
 import torch
 from architectures import make_random
 from definition import VOCAB, by_definition, groups
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from raydpo.config import LoraSettings
 from raydpo.model import fused, head, kernels
@@ -305,16 +305,33 @@ def test_a_wrong_function_is_refused(fault, monkeypatch):
     assert not model.head.fused and torch.equal(model(model.lay_out(groups())), expected)
 
 
-def test_a_class_with_another_formula_is_not_taken():
+class AnotherNorm(LlamaRMSNorm):
+    def forward(self, hidden_states):
+        return self.weight * hidden_states / (hidden_states.square().mean(-1, keepdim=True).sqrt() + self.variance_epsilon)
+
+
+class LimitedGate(LlamaMLP):
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)).clamp(max=7) * self.up_proj(x))
+
+
+class NegatedMLP(LlamaMLP):
+    def forward(self, x):
+        return self.down_proj(-self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+@pytest.mark.parametrize(("name", "kind"), [("input_layernorm", AnotherNorm), ("mlp", LimitedGate), ("mlp", NegatedMLP)])
+def test_a_class_with_another_formula_is_not_taken(name, kind):
     model = make("llama")
-    norm = copy.deepcopy(model.backbone.layers[0].input_layernorm)
+    assert fused.find_parts(model)
+    getattr(model.backbone.layers[1], name).__class__ = kind
+    assert not fused.find_parts(model)
 
-    class Shifted(type(norm)):
-        def forward(self, hidden_states):
-            return super().forward(hidden_states) + 1e-3
 
-    for layer in model.backbone.layers:
-        layer.input_layernorm.__class__ = Shifted
+def test_a_module_whose_forward_a_library_has_replaced_is_not_taken():
+    model = make("llama")
+    norm = model.backbone.layers[1].input_layernorm
+    norm.forward = norm.forward
     assert not fused.find_parts(model)
 
 
