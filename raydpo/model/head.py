@@ -129,7 +129,8 @@ class _ChunkedLogps(torch.autograd.Function):
             logits = transformed = slope = grad = None  # frees the chunk before this one
             logits = _project(hidden[rows], weight, bias)
             if ctx.fused:
-                grad = _slope(logits, normalisers[rows], targets[rows], grad_logps[rows], ctx.transform, weight.dtype)
+                factors = grad_logps[rows].contiguous()
+                grad = _slope(logits, normalisers[rows], targets[rows], factors, ctx.transform, weight.dtype)
             else:
                 logits = ctx.transform(logits)
                 transformed = logits.clone() if ctx.transform.softcap is not None else logits

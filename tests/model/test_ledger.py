@@ -83,6 +83,12 @@ def test_sizes_are_deepspeeds_defaults_where_the_engine_sets_none():
     ) == (REDUCE_BUCKET, PREFETCH, REUSE, PERSISTENT, SUB_GROUP)
 
 
+@pytest.mark.parametrize(("zero", "more"), [(1, 2 * REDUCE_BUCKET), (2, 2 * REDUCE_BUCKET), (3, 0)])
+def test_overlapped_communication_takes_a_second_bucket(llama, zero, more):
+    one, two = (at(estimate(llama, zero=zero, overlap_communication=each), "reduction") for each in (False, True))
+    assert two.communication - one.communication == more
+
+
 def test_a_batch_by_hand():
     """Prompt of 100 tokens, completions of 20 and 30: three nodes, and each completion reads the prompt's keys again."""
     batch = Batch.of_pairs([(100, 20, 30)])

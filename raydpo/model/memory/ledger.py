@@ -257,8 +257,9 @@ class _Ledger:
         self.trains_head = any(place == HEAD or (anatomy.tied and place == EMBEDDING) for place, _ in policy.trained)
         self.quantized, self.fused = quantized, fused
         self.bucket_used = min(self.P, REDUCE_BUCKET) * width
+        buckets = 2 if train.overlap_communication and train.zero in (1, 2) else 1
         # A GPU allocates the whole bucket; on a CPU only pages that are written use memory.
-        self.bucket = REDUCE_BUCKET * width if device == "cuda" else self.bucket_used
+        self.bucket = buckets * REDUCE_BUCKET * width if device == "cuda" else self.bucket_used
         self.largest = max((numel for _, numel in policy.trained), default=0)
         self.whole = _whole_parameters(policy, self.p, workers)
         self.host = self.host_peak = 0.0
