@@ -191,7 +191,8 @@ class Bench:
                 return
 
     def _trl(self, part: Part, layers: int, batch: int, reference_batch: int) -> Iterator[Run]:
-        settings = {"batch": batch, "reference_batch": reference_batch, "pairs": str(self._workload(layers).in_order)}
+        pairs = str(self._workload(layers).in_order)
+        settings = {"batch": batch, "reference_batch": reference_batch, "pairs": pairs, "warm": True}
         job = self._job(f"trl-{part}-{batch}", part, layers, **settings)
         run = self._measure(Run(side="trl", part=part, layers=layers, batch=batch), "trl_side", job, "cached")
         if run is not None:
@@ -349,7 +350,7 @@ def markdown(record: Mapping[str, Any]) -> str:
         f"pairs of about {settings['prompt']} + {settings['completion']} + {settings['completion']} tokens, "
         f"{settings['pairs_per_step']} a step; AdamW's update counts. Positions and MFU count what each side computes "
         "without padding: raydpo a prompt once for both completions, TRL twice. TRL: precompute_ref_log_probs, the fastest "
-        "of its batch sizes.",
+        "of its batch sizes. Full fine-tuning: raydpo keeps master weights in float32, TRL bfloat16 weights only.",
         *(f"- {note}" for note in (*record["problems"], *record["notes"])),
         *(
             f"- {run['side']}, {run['part']}, {run['layers']} layers, {run['batch']}: {run['failed']}"
