@@ -20,6 +20,8 @@ NOT_RUN = {
     "python -m pytest": "runs the tests",
     "python3 -m venv": "makes an environment of its own",
     "ray job submit": "asks a cluster: tests/submit",
+    "raydpo gpu check": "needs a GPU: tests/gpu runs it on the CPU",
+    "raydpo plan config.yaml --measured": "needs a report of a GPU: tests/estimate makes one",
     "raydpo submit": "asks a cluster: tests/submit",
     "raydpo jobs": "asks a cluster: tests/submit",
     "raydpo plan jobs/": "asks the hub for model and data: tests/recipes plans every recipe",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from raydpo.gpu.cached import cached_is_live
 from raydpo.gpu.environment import environment
 from raydpo.gpu.figures import Findings
+from raydpo.gpu.fusing import fusing
 from raydpo.gpu.kernels import kernels
 from raydpo.gpu.logits import logits
 from raydpo.gpu.memory import auto_budget, memory_plan
@@ -45,5 +46,6 @@ BLOCKS = (
     Block(7, "training speed", training_speed, quick=False),
     Block(8, "resume", resume),
     Block(9, "offload", offload, quick=False),
+    Block(10, "fused", fusing, quick=False),
     Block(11, "numerics", numerics, quick=False),
 )

@@ -17,10 +17,10 @@ from raydpo.gpu.figures import Findings, Skip
 from raydpo.gpu.stepping import LORA, needs
 from raydpo.gpu.world import World
 from raydpo.losses import Objective, PairLogps
-from raydpo.model.layout import PromptGroup, shapes_of
+from raydpo.model.layout import Method, PromptGroup, shapes_of
 from raydpo.model.load import add_lora, load_causal_lm
 from raydpo.model.logps import LogpModel
-from raydpo.model.selfcheck import check_training_mode, choose_layout
+from raydpo.model.selfcheck import check_training_mode
 from raydpo.reference.identity import identify
 from raydpo.reference.score import ReferenceSpec, Scorer
 
@@ -52,10 +52,10 @@ def cached_is_live(world: World, found: Findings) -> None:
         loaded = {"adapter": adapter, "quantization": mode.get("quantization")}
         spec = ReferenceSpec(path=str(world.files), identity=identify(world.files, dtype, **loaded), **loaded)
         scorer = Scorer(spec, device=str(world.device), tokens_per_batch=shape.passes[1])
-        cached, body = scorer.score(groups), scorer.model.method.body
+        cached, method = scorer.score(groups), scorer.model.method
         del scorer
         policy = load_causal_lm(spec.path, dtype, rope_length=None, device=world.device, train_adapter=True, **loaded)
-        live = _live(world, add_lora(policy, LORA, 0) if mode.get("new") else policy, groups)
+        live = _live(world, add_lora(policy, LORA, 0) if mode.get("new") else policy, groups, method)
         del policy
         gc.collect()
         gaps = np.abs(
@@ -71,8 +71,8 @@ def cached_is_live(world: World, found: Findings) -> None:
         says = f"{name}: distance of the first loss from ln 2"
         found.at_most(f"{name}.first_loss", abs(loss - math.log(2)), world.limits.loss, says)
         if world.cuda:
-            says = f"{name}: attention has a variable-length body, found {body} (1 = yes)"
-            found.fact(f"{name}.body", body in VARIABLE_LENGTH, says)
+            says = f"{name}: attention has a variable-length body, found {method.body} (1 = yes)"
+            found.fact(f"{name}.body", method.body in VARIABLE_LENGTH, says)
 
 
 def _saved_adapter(world: World, dtype: str) -> str:
@@ -88,10 +88,10 @@ def _saved_adapter(world: World, dtype: str) -> str:
     return str(path)
 
 
-def _live(world: World, policy: torch.nn.Module, groups: list[PromptGroup]) -> list[tuple[np.ndarray, ...]]:
+def _live(world: World, policy: torch.nn.Module, groups: list[PromptGroup], method: Method) -> list[tuple[np.ndarray, ...]]:
     """Log-probs of micro-batches in training mode, with the graph that a backward pass would need."""
     model = LogpModel(policy)
-    choose_layout(model, world.device)
+    model.use(method)
     check_training_mode(model, world.device)
     batches = fill_batches(range(len(groups)), shapes_of(groups), world.shape.live, model.method.layout)
     scored: list[tuple[np.ndarray, ...]] = [()] * len(groups)

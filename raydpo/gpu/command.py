@@ -118,7 +118,7 @@ def chosen_blocks(numbers: str | None, quick: bool) -> tuple[Block, ...]:
 def run_block(block: Block, world: World, limit: float, console: Console) -> Result:
     """Run one block. Nothing that it raises ends the check, except an interrupt."""
     found, start = Findings(), time.monotonic()
-    status, error, before = "pass", None, clocks() if world.cuda else None
+    status, error, before = "pass", None, clocks(world.device) if world.cuda else None
     try:
         with console.quiet(), _limited(limit):
             block.run(world, found)
@@ -135,7 +135,7 @@ def run_block(block: Block, world: World, limit: float, console: Console) -> Res
     gc.collect()
     if world.cuda:
         torch.cuda.empty_cache()
-        for name, one, other in zip(("SM clock in MHz", "power in W"), before, clocks(), strict=True):
+        for name, one, other in zip(("SM clock in MHz", "power in W"), before, clocks(world.device), strict=True):
             if one is not None and other is not None:
                 found.note(f"{name} {one:.0f} before, {other:.0f} after")
     return Result(
@@ -171,7 +171,8 @@ def _limited(limit: float) -> Iterator[None]:
 def _alone(folder: Path, device: torch.device) -> Iterator[None]:
     """Within the block, remember nothing of the models on this machine, and reach nothing outside it."""
     changes = {"XDG_CACHE_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    changes["DS_ACCELERATOR"] = device.type  # DeepSpeed reads it when it is imported
+    # DeepSpeed reads the first when it is imported, cuBLAS the second when it is first used, for train.deterministic.
+    changes |= {"DS_ACCELERATOR": device.type, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     before = {name: os.environ.get(name) for name in changes}
     os.environ.update(changes)
     try:

@@ -73,22 +73,21 @@ def _signature() -> str:
     return ", ".join(inspect.signature(varlen_attn).parameters)
 
 
-def clocks() -> tuple[float | None, float | None]:
-    """The first GPU's SM clock in MHz and its power in watts; None where nvidia-smi does not tell."""
-    asked = _nvidia_smi("clocks.sm,power.draw") or []
+def clocks(device: torch.device) -> tuple[float | None, float | None]:
+    """The GPU's SM clock in MHz and its power in watts; None where nvidia-smi does not tell."""
+    asked = _nvidia_smi("clocks.sm,power.draw", device) or []
     values = [float(one) if re.fullmatch(r"[\d.]+", one) else None for one in asked[:2]]
     return (values[0], values[1]) if len(values) == 2 else (None, None)
 
 
-def _nvidia_smi(fields: str) -> list[str] | None:
-    """Values of the first GPU, or None."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
+def _nvidia_smi(fields: str, device: torch.device) -> list[str] | None:
+    """Values of a GPU, or None. It is named by its UUID, since CUDA_VISIBLE_DEVICES changes its number."""
+    program, uuid = shutil.which("nvidia-smi"), getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    if program is None or uuid is None:
         return None
+    query = [f"--id=GPU-{str(uuid).removeprefix('GPU-')}", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     try:
-        told = subprocess.run(
-            [program, f"--query-gpu={fields}", "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=10
-        )
+        told = subprocess.run([program, *query], capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     lines = told.stdout.strip().splitlines()

@@ -89,9 +89,10 @@ def auto_budget(world: World, found: Findings) -> None:
         share, total = _share(world, probe, bool(mode.get("lora")))
         with _capped(world, share), policy(world, probe, lora=bool(mode.get("lora"))) as engine:
             budget = engine.find_budget(share)
-            count = min(shape.most_pairs, max(2, 2 * budget.tokens // sum(shape.pair)))
+            # Two micro-batches a step, each somewhat below the budget.
+            count = min(shape.most_pairs, max(2, int(1.8 * budget.tokens / sum(shape.pair))))
             train = _settings(count, STEPS, tokens=budget.tokens, **settings)
-            pairs = reference_pairs(world.pairs(count * STEPS, spread=0.4))
+            pairs = reference_pairs(world.pairs(count * STEPS, spread=0.2))
             stepper = make_stepper(engine, train, pairs, budget.tokens)
             reset_peak_memory(world.device)
             try:
@@ -178,11 +179,13 @@ def _planned(
 def _sizes(world: World, train: TrainConfig, groups: list[PromptGroup]) -> tuple[int, int]:
     """Layers and vocabulary of the largest model whose training fits on this device by the plan."""
     shape = world.shape
-    sizes = [(layers, shape.vocabulary) for layers in (*reversed(shape.layers), shape.few)]
+    sizes = [(layers, shape.vocabulary) for layers in (shape.layers[0], shape.few)]
     if not world.cuda:
         return sizes[0]
     room = 0.85 * torch.cuda.mem_get_info(world.device)[0]
-    return next((each for each in sizes if _planned(world, train, groups, *each) < room), (1, shape.small_vocabulary))
+    return next(
+        (each for each in sizes if _planned(world, train, groups, *each) < room), (shape.few, shape.small_vocabulary)
+    )
 
 
 def _share(world: World, train: TrainConfig, lora: bool) -> tuple[float, float]:

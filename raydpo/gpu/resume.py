@@ -14,6 +14,8 @@ from raydpo.errors import TrainError, one_line
 from raydpo.gpu.figures import Findings, Skip
 from raydpo.gpu.stepping import RandomPolicy, make_stepper, needs, policy, reference_pairs
 from raydpo.gpu.world import World
+from raydpo.training.checkpoint.files import PendingCheckpoint, load_checkpoint
+from raydpo.training.job import TrainSummary
 
 __all__ = ["resume"]
 
@@ -34,6 +36,14 @@ def resume(world: World, found: Findings) -> None:
     """Compare weights and losses after an interruption for each optimizer, then across ZeRO stages, then bit by bit."""
     needs("deepspeed", "pyarrow")
     world = dataclasses.replace(world, shape=world.shape.narrowed)
+    try:
+        _compare_all(world, found, _has_deterministic_kernels(world, found))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def _compare_all(world: World, found: Findings, deterministic: bool) -> None:
+    """The block, with deterministic kernels where runs are compared closely."""
     for name, options in OPTIMIZERS.items():
         if name in BITSANDBYTES:
             if not world.cuda:
@@ -45,23 +55,34 @@ def resume(world: World, found: Findings) -> None:
                 found.note(f"{name} skipped: {why}")
                 continue
         stages = (0, 0) if name in BITSANDBYTES else (2, 2)
-        _compare(
-            world, found, name, stages, options, world.limits.resumed8 if name in BITSANDBYTES else world.limits.resumed
-        )
+        limit = world.limits.resumed8 if name in BITSANDBYTES else world.limits.resumed
+        _compare(world, found, name, stages, options | {"deterministic": deterministic}, limit)
     for before, after in ((0, 2), (2, 3)):
-        _compare(world, found, f"zero{before}_to_zero{after}", (before, after), {}, world.limits.resumed)
+        options = {"deterministic": deterministic}
+        _compare(world, found, f"zero{before}_to_zero{after}", (before, after), options, world.limits.resumed)
     _first_update(world, found)
-    _bits(world, found)
+    for setting in (True, False) if deterministic else (False,):
+        _bits(world, found, setting)
 
 
-def _train(steps: int = 2 * HALF, **changes: Any) -> TrainConfig:
+def _train(*, deterministic: bool, steps: int = 2 * HALF, **changes: Any) -> TrainConfig:
+    torch.use_deterministic_algorithms(deterministic)  # the policy turns it on only
     settings = {"zero": 2, "pairs_per_step": PAIRS_PER_STEP, "steps": steps, "lr": RATE, "schedule": "constant", "warmup": 0}
-    return TrainConfig(**(settings | _deterministic() | changes))
+    return TrainConfig(**(settings | {"deterministic": deterministic} | changes))
 
 
-def _deterministic() -> dict[str, bool]:
-    """The setting that makes a GPU repeat itself, where this version has it."""
-    return {"deterministic": True} if "deterministic" in TrainConfig.model_fields else {}
+def _has_deterministic_kernels(world: World, found: Findings) -> bool:
+    """Whether a step runs with ``train.deterministic``."""
+    train, refused = _train(deterministic=True, steps=1), ""
+    try:
+        with policy(world, train) as engine:
+            _steps(world, engine, train, range(1))
+    except RuntimeError as error:
+        if "determin" not in str(error):
+            raise
+        refused = f"; {one_line(error, 160)}"
+    found.fact("deterministic.runs", not refused, f"a step runs with train.deterministic (1 = yes{refused})")
+    return not refused
 
 
 def _compare(
@@ -69,15 +90,14 @@ def _compare(
 ) -> None:
     """Take six steps in one run under the first ZeRO stage, and the last three again under the second from a checkpoint."""
     folder = world.folder / f"checkpoint-{name}"
-    folder.mkdir()
     first, second = (_train(zero=zero, **options) for zero in stages)
     with policy(world, first) as engine:
         _steps(world, engine, first, range(HALF))
-        facts = engine.state.write(folder)
+        PendingCheckpoint(engine, folder, HALF, {}, TrainSummary(), copy=True).write()
         losses, weights = _steps(world, engine, first, range(HALF, 2 * HALF)), _weights(engine)
     try:
         with policy(world, second) as engine:
-            engine.state.read(folder, facts, 1)
+            load_checkpoint(engine, folder, {})
             again, resumed = _steps(world, engine, second, range(HALF, 2 * HALF)), _weights(engine)
     except TrainError as error:
         found.fact(f"{name}.resumes", False, f"{name}: resumes from its checkpoint (1 = yes; {one_line(error, 120)})")
@@ -91,7 +111,7 @@ def _compare(
 def _first_update(world: World, found: Findings) -> None:
     """AdamW's first update moves each weight by the learning rate, unless a hidden step came before it."""
     for zero in (0, 2):
-        train = _train(steps=1, zero=zero, weight_decay=0.1)
+        train = _train(deterministic=False, steps=1, zero=zero, weight_decay=0.1)
         with policy(world, train) as engine:
             before = _weights(engine)
             _steps(world, engine, train, range(1))
@@ -104,19 +124,17 @@ def _first_update(world: World, found: Findings) -> None:
         found.at_most(f"first_update.zero{zero}.most", ratio, most, says)
 
 
-def _bits(world: World, found: Findings) -> None:
-    """Count weights that differ between two equal runs, with and without deterministic kernels."""
-    for setting in (True, False) if _deterministic() else (False,):
-        train = _train(steps=HALF, **({"deterministic": setting} if _deterministic() else {}))
-        runs = []
-        for _ in range(2):
-            with policy(world, train) as engine:
-                _steps(world, engine, train, range(HALF))
-                runs.append(_weights(engine))
-        differing = sum(int((runs[0][name] != runs[1][name]).sum()) for name in runs[0])
-        says = f"weights that differ between two equal runs, deterministic {'on' if setting else 'off'}"
-        name = f"bits.{'deterministic' if setting else 'default'}"
-        found.at_most(name, differing, 0.0 if setting or not world.cuda else None, says)
+def _bits(world: World, found: Findings, deterministic: bool) -> None:
+    """Count weights that differ between two equal runs."""
+    train, runs = _train(deterministic=deterministic, steps=HALF), []
+    for _ in range(2):
+        with policy(world, train) as engine:
+            _steps(world, engine, train, range(HALF))
+            runs.append(_weights(engine))
+    differing = sum(int((runs[0][name] != runs[1][name]).sum()) for name in runs[0])
+    says = f"weights that differ between two equal runs, deterministic {'on' if deterministic else 'off'}"
+    name = f"bits.{'deterministic' if deterministic else 'default'}"
+    found.at_most(name, differing, 0.0 if deterministic or not world.cuda else None, says)
 
 
 def _steps(world: World, engine: RandomPolicy, train: TrainConfig, numbers: Sequence[int]) -> list[float]:

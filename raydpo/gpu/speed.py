@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from raydpo.config import TrainConfig
+from raydpo.errors import one_line
 from raydpo.estimate.plan import FORWARD, operations, training_factors
 from raydpo.gpu.figures import Findings, Skip
 from raydpo.gpu.stepping import LORA, needs
@@ -118,6 +119,8 @@ def _passes(world: World, kind: str, layers: int, recomputes: bool) -> tuple[flo
 
     def both() -> None:
         model(layout).sum().backward()
+        for parameter in model.parameters():
+            parameter.grad = None
 
     repeats = {"repeats": 3, "warm_ups": 2}
     return seconds(partial(model, layout), world.device, **repeats), seconds(both, world.device, **repeats)
@@ -128,8 +131,12 @@ def _kinds(world: World, found: Findings, run: Callable[[], object]) -> None:
     from torch.profiler import ProfilerActivity, profile
 
     activity = ProfilerActivity.CUDA if world.cuda else ProfilerActivity.CPU
-    with profile(activities=[activity]) as profiler:
-        run()
+    try:
+        with profile(activities=[activity]) as profiler:
+            run()
+    except RuntimeError as error:  # a container may not let CUPTI count
+        found.note(f"no profile: {one_line(error, 120)}")
+        return
     spent = {"products": 0.0, "attention": 0.0, "rest": 0.0}
     for event in profiler.key_averages():
         kind = "attention" if ATTENTION.search(event.key) else "products" if GEMM.search(event.key) else "rest"

@@ -80,6 +80,21 @@ def test_the_preflight_and_the_doctor_name_the_driver(monkeypatch):
         assert ("warning: torch finds no GPU: the NVIDIA driver is 550.54.15" in told) is warned
 
 
+def test_the_doctor_points_to_the_check_of_a_gpu(monkeypatch):
+    """Where there is a GPU, and nowhere else."""
+    import torch
+
+    found = SimpleNamespace(total_memory=80 * 2**30)
+    for there in (True, False):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda there=there: there)
+            patch.setattr(torch.cuda, "device_count", lambda: 1)
+            patch.setattr(torch.cuda, "get_device_properties", lambda _: found)
+            patch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
+            rows, _ = doctor._devices("580.95.05")
+        assert any("raydpo gpu check" in value for _, value in rows) is there
+
+
 def test_an_offload_to_a_disk_needs_the_toolkit_on_gpu_machines(tiny_llama, tmp_path, monkeypatch):
     tree = {"output": str(tmp_path), "model": {"path": str(tiny_llama)}, "data": {"train": str(tiny_llama)}}
     config = load_config(tree, ["train.zero=3", "train.offload_optimizer=/nvme"])

@@ -1,12 +1,13 @@
 """Each block of ``raydpo gpu check`` that needs no DeepSpeed, on the CPU: as it is, and with a fault that it must find."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from raydpo.gpu import cached, environment, kernels, numerics, offload, speed
+from raydpo.gpu import cached, environment, fusing, kernels, numerics, offload, speed
 from raydpo.gpu.blocks import BLOCKS
 from raydpo.gpu.command import run_block
 from raydpo.gpu.figures import Findings
@@ -60,6 +61,22 @@ def test_a_driver_too_old_for_cuda_13_fails(driver, cuda, ok):
     found = Findings()
     environment.judge_driver(found, driver, cuda, GPU_LIMITS.driver)
     assert found.figures["driver"].ok is ok
+
+
+def test_clocks_are_those_of_the_gpu_in_use(tmp_path, monkeypatch):
+    """Asked by UUID, since CUDA_VISIBLE_DEVICES changes numbers."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text('#!/bin/sh\n[ "$1" = --id=GPU-12ab ] && echo "1980, 690.21"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    for uuid, told in (
+        ("12ab", (1980.0, 690.21)),
+        ("GPU-12ab", (1980.0, 690.21)),
+        ("34cd", (None, None)),
+        (None, (None, None)),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, uuid=uuid: SimpleNamespace(uuid=uuid))
+        assert environment.clocks(torch.device("cuda:0")) == told
 
 
 def test_kernels(world, monkeypatch):
@@ -190,6 +207,20 @@ def test_offload(world, monkeypatch):
     monkeypatch.setattr(offload, "seconds", lambda *_, **__: 1.0)
     status, failed = outcome(9, world)
     assert status == "fail" and len(failed) == 1 and failed[0].startswith("host_adamw")
+
+
+def test_fused_functions(world, monkeypatch):
+    assert outcome(10, world) == ("pass", [])
+    right = fusing.switch
+
+    def wrong(model, parts, on):
+        right(model, parts, on)
+        with torch.no_grad():
+            model.causal_lm.get_output_embeddings().weight.mul_(1.5 if on else 1.0)
+
+    monkeypatch.setattr(fusing, "switch", wrong)
+    status, failed = outcome(10, world)
+    assert status == "fail" and failed == ["mean_gap"]
 
 
 def test_numerics(world, monkeypatch):

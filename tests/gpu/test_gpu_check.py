@@ -10,9 +10,10 @@ import jsonschema
 import pytest
 import torch
 from command import raydpo
+from documented import GUIDE, block
 
 from raydpo.errors import ConfigError
-from raydpo.gpu import command
+from raydpo.gpu import blocks, command
 from raydpo.gpu.blocks import Block
 from raydpo.gpu.figures import Findings, Report, Skip
 from raydpo.terminal.console import Console
@@ -226,3 +227,13 @@ def test_a_reader_never_sees_half_a_report(tmp_path):
     report.write(tmp_path / "a.json")
     assert json.loads((tmp_path / "a.json").read_text())["format"] == 1
     assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_the_guide_shows_the_form_of_a_report():
+    jsonschema.validate(json.loads(block(GUIDE["gpus"], "json", '"format"')), SCHEMA)
+
+
+def test_the_guide_names_every_block():
+    rows = [line.split("|")[1].strip() for line in GUIDE["gpus"].read_text().splitlines() if line.startswith("| ")]
+    told = {row for row in rows if row.split()[0].isdigit()}
+    assert told == {f"{block.number} {block.name}" for block in blocks.BLOCKS}

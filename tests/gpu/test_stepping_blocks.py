@@ -77,7 +77,7 @@ def test_a_plan_that_is_wrong_fails(tmp_path, monkeypatch):
     )
 
     def peak(world, train, groups, options):
-        sizes = (TINY.layers[-1], TINY.vocabulary) if "quantization" not in options else (TINY.few, TINY.small_vocabulary)
+        sizes = (TINY.layers[0], TINY.vocabulary) if "quantization" not in options else (TINY.few, TINY.small_vocabulary)
         kinds = {name: options[name] for name in ("lora", "quantization") if name in options}
         return plan(world, train, groups, *sizes, **kinds)
 
@@ -109,9 +109,15 @@ def resume_block(folder):
 
     found = Findings()
     with planted(TrainedState, "read", forgets_the_moments):
-        resume._compare(world, found, "lost_moments", (2, 2), {}, CPU_LIMITS.resumed)
+        resume._compare(world, found, "lost_moments", (2, 2), {"deterministic": False}, CPU_LIMITS.resumed)
     with planted(deepspeed_engine, "no_steps", lambda _: contextlib.nullcontext()):
         resume._first_update(world, found)
+
+    def refuses(*_, **__):
+        raise RuntimeError("index_add_cuda_ does not have a deterministic implementation")
+
+    with planted(resume, "_steps", refuses):
+        assert not resume._has_deterministic_kernels(world, found)
     return sound, [name for name, each in found.figures.items() if each.ok is False]
 
 
@@ -119,8 +125,14 @@ def test_resume(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     ((sound, failed),) = run_distributed(resume_block, 1, tmp_path / "ranks", tmp_path)
     assert sound[:3] == ("pass", None, [])
-    assert {"adamw.weights", "bfloat16_moments.weights", "zero0_to_zero2.losses", "bits.default"} <= set(sound[3])
-    assert failed == ["lost_moments.weights", "lost_moments.losses", "first_update.zero0.least"]
+    assert {
+        "adamw.weights",
+        "bfloat16_moments.weights",
+        "zero0_to_zero2.losses",
+        "bits.default",
+        "bits.deterministic",
+    } <= set(sound[3])
+    assert failed == ["lost_moments.weights", "lost_moments.losses", "first_update.zero0.least", "deterministic.runs"]
 
 
 def offload_block(folder):
