@@ -33,7 +33,7 @@ from raydpo.config import TrainConfig
 from raydpo.data.simulate import amounts
 from raydpo.errors import ConfigError, RaydpoError, one_line
 from raydpo.estimate.cards import known_peak
-from raydpo.estimate.plan import operations
+from raydpo.estimate.plan import ADAPTERS, FORWARD, FULL, operations
 from raydpo.model.cost import ModelCost
 from raydpo.terminal.console import Console
 from raydpo.terminal.guard import guarded
@@ -42,12 +42,11 @@ __all__ = ["main"]
 
 Part = Literal["reference", "lora", "full"]
 PARTS: dict[Part, tuple[str, tuple[float, float, float]]] = {
-    "reference": ("reference pass", (1.0, 1.0, 1.0)),
-    "lora": ("LoRA, rank 16", (2.0, 3.0, 2.0)),
-    "full": ("full fine-tuning", (3.0, 3.0, 3.0)),
+    "reference": ("reference pass", FORWARD),
+    "lora": ("LoRA, rank 16", ADAPTERS),
+    "full": ("full fine-tuning", FULL),
 }
-"""What is compared, and what MFU counts: passes of the layers, of attention, and of the head, without what is computed
-again."""
+"""What is compared, and the factors of ``estimate.plan.operations`` for MFU."""
 RANK = 16
 BUDGETS = ("auto", 16384, 8192)
 """Positions of raydpo's micro-batches that are tried until one fits."""
