@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from raydpo.config import ModelConfig
-from raydpo.model import head
+from raydpo.model import head, kernels
+from raydpo.model.fused import find_parts, switch
 from raydpo.model.layout import Method, PromptGroup
 from raydpo.model.load import add_lora
 from raydpo.model.logps import LogpModel
@@ -33,19 +34,25 @@ class Live(TorchDispatchMode):
 
     Attributes:
         now: bytes at present. peak: most bytes since it was last set.
+        quiet: whether new tensors are left out, as those within a function that torch compiles.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
+        self.quiet = False
         self._known: dict[int, Any] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
+        if not self.quiet:
+            self.see(out)
+        return out
+
+    def see(self, results: Any) -> None:
+        for tensor in tree_leaves(results):
             if isinstance(tensor, Tensor):
                 self._see(tensor.untyped_storage())
-        return out
 
     def _see(self, storage: torch.UntypedStorage) -> None:
         key, size = id(storage), storage.nbytes()
@@ -74,12 +81,20 @@ def like_a_gpu() -> Iterator[Live]:
     def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:  # one product that adds to float32
         return None
 
+    def compiled(kernel: kernels.Kernel, *arguments: Any) -> Any:
+        live.quiet = True
+        try:
+            results = kernel.function(*arguments)
+        finally:
+            live.quiet = False
+        live.see(results)
+        return results
+
     chunk_rows, live = head.chunk_rows, Live()
     with contextlib.ExitStack() as stack:
         for name, replacement in (("chunk_rows", rows), ("_project", project), ("_add_product", add_product)):
             stack.enter_context(mock.patch.object(head, name, replacement))
-        for name in (name for name in dir(nn.init) if name.endswith("_") and not name.startswith("_")):
-            stack.enter_context(mock.patch.object(nn.init, name, lambda tensor, *_, **__: tensor))
+        stack.enter_context(mock.patch.object(kernels.Kernel, "__call__", compiled))
         # PEFT moves new adapters to the device of the weight that they belong to.
         stack.enter_context(mock.patch.object(nn.Module, "to", lambda module, *_, **__: module))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
@@ -90,7 +105,10 @@ def make_policy(config: Any, given: ModelConfig, *, recomputes: bool = False) ->
     """A bfloat16 policy in training mode, within ``like_a_gpu``."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    with contextlib.ExitStack() as stack:
+        for name in (name for name in dir(nn.init) if name.endswith("_") and not name.startswith("_")):
+            stack.enter_context(mock.patch.object(nn.init, name, lambda tensor, *_, **__: tensor))
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     if given.quantization is not None:
         _quantize(model)
     if given.lora is not None:
@@ -99,6 +117,10 @@ def make_policy(config: Any, given: ModelConfig, *, recomputes: bool = False) ->
             if parameter.requires_grad:  # as DeepSpeed does
                 parameter.data = parameter.data.to(torch.bfloat16)
     policy = LogpModel(model)
+    if given.fused:
+        with unset_fake_temporarily():  # compares formulas on numbers
+            parts = find_parts(policy)
+        switch(policy, parts, on=True)
     policy.use(Method("tree", "varlen"))
     if recomputes:
         policy.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -248,6 +248,7 @@ def machine(device: str) -> str:
 
 
 def versions() -> dict[str, str]:
+    """Versions of Python, of raydpo, and of those of ``PACKAGES`` that are installed."""
     found = {"python": platform.python_version(), "raydpo": __version__}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

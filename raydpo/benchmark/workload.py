@@ -178,4 +178,8 @@ def write_random_llama(directory: Path, shape: Mapping[str, Any], device: torch.
 
 
 def _write_lines(file: Path, records: Sequence[dict[str, Any]]) -> None:
-    file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    """Write the file, unless it holds this already: a file with another time is another one for ``datasets``, and TRL would
+    not find its reference log-probs again (datasets 5.2, ``data_files.py``)."""
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    if not file.is_file() or file.read_text(encoding="utf-8") != text:
+        file.write_text(text, encoding="utf-8")

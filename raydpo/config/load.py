@@ -36,6 +36,7 @@ _OTHER_NAMES = {
         "model.tokenizer": "tokenizer_name_or_path",
         "model.dtype": "model_init_kwargs torch_dtype bf16 fp16",
         "model.layout": "padding_free attn_implementation concatenated_forward packing",
+        "model.fused": "use_liger_kernel torch_compile",
         "model.lora": "peft_config use_peft use_lora",
         "model.lora.r": "lora_r lora_rank",
         "model.lora.alpha": "lora_alpha",

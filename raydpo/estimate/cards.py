@@ -15,11 +15,11 @@ _DATA_SHEETS = {  # peak TFLOP/s, GiB of memory
     "A10G": (70.0, 24),
     "L4": (121.0, 24),
     "T4": (65.1, 16),
-    "MI300X": (1307.4, 192),
 }
 DEVICES = {name: peak for name, (peak, _) in _DATA_SHEETS.items()}
 """Peak TFLOP/s of dense bfloat16 products (float16 on a T4, which has no bfloat16). Source: the vendors' data sheets. NVIDIA
-H100 SXM, H200 SXM, A100 SXM, L40S, A10G, L4 and T4, whose figures with sparsity are halved; AMD Instinct MI300X."""
+H100 SXM, H200 SXM, A100 SXM, L40S, A10G, L4 and T4, whose figures with sparsity are halved. GPUs of other makers are
+not listed: raydpo was never run with ROCm."""
 CARDS = {"H100 PCIe": 756.0, "H100 NVL": 835.0, "H200 NVL": 835.0}
 """The same for cards whose name begins with a name in ``DEVICES``, from NVIDIA's data sheets."""
 MEMORY = {name: size for name, (_, size) in _DATA_SHEETS.items()}

@@ -51,6 +51,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor, segments: Segments, terms:
         options["score_mod"] = _capped(torch.full((1,), terms.softcap, device=query.device))
     if terms.sinks is not None:
         options["return_aux"] = AuxRequest(lse=True)
+    for tensor in (query, key, value):
+        # Heads and their sizes are constants of the kernel: a symbol in their place is no valid Triton code
+        # (GQA_SHARED_HEADS, torch/_inductor/kernel/flex/flex_attention.py of 2.13).
+        for dimension in (0, 1, 3):
+            torch._dynamo.mark_static(tensor, dimension)
     with _settings().sizes, _settings().variants:
         out = _kernel()(query, key, value, block_mask=segments.memo["flex", terms.window], **options)
     if terms.sinks is not None:
@@ -61,22 +66,28 @@ def attend(query: Tensor, key: Tensor, value: Tensor, segments: Segments, terms:
 
 @cache
 def _kernel() -> Any:
-    """FlexAttention, compiled for all shapes. Uncompiled it builds scores of [P, P].
+    """FlexAttention, compiled for all shapes. Uncompiled it builds scores of [P, P]."""
+    return _compiled("inductor")
+
+
+def _compiled(backend: Any) -> Any:
+    """FlexAttention, compiled by torch's ``backend``.
 
     ``fullgraph`` makes it an error to compile more than ``MOST_VARIANTS``. Otherwise torch warns once and goes on with the
-    uncompiled one (torch/_dynamo/convert_frame.py, 2.11 to 2.13).
+    uncompiled function (torch/_dynamo/convert_frame.py, 2.11 to 2.13).
     """
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
+    return torch.compile(flex_attention, backend=backend, dynamic=True, fullgraph=True)
 
 
 class _Settings(threading.local):
     """torch's settings while the kernel is called. Each thread has its own, since torch 2.11 cannot enter one twice.
 
     Attributes:
-        sizes: torch does not compile in that two sizes are equal which are so by chance, such as heads and blocks.
-        variants: as many as ``MOST_VARIANTS`` are compiled.
+        sizes: torch does not compile in that two sizes are equal which are so by chance, such as the size of a block and the
+            number of blocks at 16,384 positions.
+        variants: up to ``MOST_VARIANTS`` are compiled. The scale is a constant of the kernel, too.
     """
 
     def __init__(self) -> None:
@@ -84,7 +95,7 @@ class _Settings(threading.local):
         from torch.fx.experimental import _config
 
         self.sizes = _config.patch(use_duck_shape=False)
-        self.variants = config.patch(recompile_limit=MOST_VARIANTS)
+        self.variants = config.patch(recompile_limit=MOST_VARIANTS, specialize_float=True)
 
 
 @cache
@@ -110,8 +121,8 @@ def block_mask(segments: Segments, window: int | None) -> Any:
     return BlockMask.from_kv_blocks(*partial, *full, BLOCK_SIZE=BLOCK, mask_mod=visible, seq_lengths=lengths)
 
 
-# Functions of torch's mask_mod and score_mod. What differs between micro-batches are only tensors that they close over, and
-# their sizes: so torch finds the kernel that it has compiled. A number in place of a tensor [1] would be compiled in.
+# Functions of torch's mask_mod and score_mod. Between micro-batches only the tensors that they close over differ, so torch
+# finds the kernel that it has compiled. A number in place of a tensor [1] would be compiled in.
 
 
 def _on_path(ends: Tensor) -> Any:

@@ -57,7 +57,7 @@ def fuse_layers(model: LogpModel, device: torch.device, recall: Recall | None = 
     recall = recall or Recall(None, device)
     parts = find_parts(model)
     if not parts:
-        return f"fused: nothing; the layers of {type(model.causal_lm).__name__} have a form that raydpo does not know"
+        return f"fused: nothing; raydpo does not know the form of the layers ({type(model.causal_lm).__name__})"
     known = recall.known("fused")
     if known is None:
         known = _check(model, parts, device)
@@ -182,7 +182,8 @@ def _modules(layer: nn.Module) -> Iterator[nn.Module]:
 
 def _is_linear(module: nn.Module) -> bool:
     """Whether ``module`` is a linear layer, quantized or not, with an adapter or without."""
-    return isinstance(getattr(module, "base_layer", module), nn.Linear)
+    base = getattr(module, "base_layer", module)
+    return isinstance(base, nn.Linear) or hasattr(base, "in_features")
 
 
 def _fused_class(module: nn.Module) -> type[nn.Module] | None:

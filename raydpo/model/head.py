@@ -80,6 +80,7 @@ class _ChunkedLogps(torch.autograd.Function):
         slopes = torch.empty_like(hidden) if ctx.frozen else None
         agreement = torch.empty_like(logps) if log_sum_sq else None
         for rows in _chunks(len(hidden), len(weight), hidden.device):
+            logits = transformed = slope = None  # frees the chunk before this one
             logits = _project(hidden[rows], weight, bias)
             if fused:
                 logps[rows] = transform(logits.gather(1, targets[rows, None]))[:, 0]
@@ -125,9 +126,11 @@ class _ChunkedLogps(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias and bias is not None else None
         for rows in _chunks(len(hidden), len(weight), hidden.device):
+            logits = transformed = slope = grad = None  # frees the chunk before this one
             logits = _project(hidden[rows], weight, bias)
             if ctx.fused:
-                grad = _slope(logits, normalisers[rows], targets[rows], grad_logps[rows], ctx.transform, weight.dtype)
+                factors = grad_logps[rows].contiguous()
+                grad = _slope(logits, normalisers[rows], targets[rows], factors, ctx.transform, weight.dtype)
             else:
                 logits = ctx.transform(logits)
                 transformed = logits.clone() if ctx.transform.softcap is not None else logits

@@ -122,8 +122,8 @@ def _subtree_ends(nodes: tuple[TreeNode, ...]) -> np.ndarray:
 def _padded(values: np.ndarray) -> Tensor:
     """int32 [P] with zeros at the end.
 
-    P is a multiple of ``BLOCK``, since whether lengths are whole blocks is compiled into the kernel. It is two blocks at
-    least, since a size of 1 is compiled in, too. So one compiled kernel fits all trees.
+    P is a multiple of ``BLOCK``, two blocks at least: so one compiled kernel fits all trees. Another kernel takes fewer than
+    128 queries, and a size of 1 is compiled in.
     """
     found = torch.zeros(max(2, -(-len(values) // BLOCK)) * BLOCK, dtype=torch.int32)
     found[: len(values)] = torch.from_numpy(values)

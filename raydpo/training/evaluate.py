@@ -16,7 +16,7 @@ from raydpo.data.prefetch import prefetch
 from raydpo.losses import Objective, ObjectiveState, PairLogps
 from raydpo.model.layout import Layout
 from raydpo.training.metrics import PairSums
-from raydpo.training.pairs import TrainingPairs
+from raydpo.training.pairs import TrainingPairs, send
 from raydpo.training.policy.engine import StepEngine
 
 __all__ = ["AllPairLogps", "Comparison", "Gaps", "compare", "evaluate", "pair_logps", "reference_logps"]
@@ -40,12 +40,12 @@ def reference_logps(
     index = np.asarray(rows)
 
     def at(values: np.ndarray | None) -> Tensor | None:
-        return None if values is None else torch.from_numpy(np.asarray(values, np.float64)[index]).to(device)
+        return None if values is None else send(np.asarray(values, np.float64)[index], device)
 
     chosen, rejected = at(pairs.ref_chosen), at(pairs.ref_rejected)
     tails: Sequence[Tensor | None] = (None, None)
     if config.ld_alpha is not None:
-        tails = [torch.from_numpy(side).to(device) for side in pairs.reference_tails(index)]
+        tails = [send(side, device) for side in pairs.reference_tails(index)]
     return PairLogps(
         chosen,
         rejected,
@@ -83,7 +83,7 @@ def pair_logps(
         seen(logps_N)
     device, index = logps_N.device, np.asarray(rows)
     both = np.stack([pairs.chosen_tokens[index], pairs.rejected_tokens[index]], 1).ravel().astype(np.int64)
-    lengths = torch.from_numpy(both).to(device, non_blocking=True)
+    lengths = send(both, device)
     owner_N = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths, output_size=len(logps_N))
 
     def sums(values_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,7 +129,7 @@ class AllPairLogps:
                 if batch.counts and self._engine.is_leader:
                     one = torch.ones_like(logps.chosen)
                     columns = [one if (value := getattr(logps, name)) is None else value for name in _OF_THE_POLICY]
-                    place = torch.from_numpy(np.searchsorted(self._distinct, batch.pairs)).to(self._engine.device)
+                    place = send(np.searchsorted(self._distinct, batch.pairs), self._engine.device)
                     self._found.index_add_(1, place, torch.stack([*columns, one]))
 
     def join(self) -> PairLogps:
@@ -166,7 +166,7 @@ def evaluate(
     batches = _my_batches(engine, pairs, rows.tolist(), tokens_per_batch)
 
     def add(logps: PairLogps, of: Sequence[int] | np.ndarray) -> None:
-        prompts = torch.from_numpy(pairs.prompts[np.asarray(of)]).to(engine.device)
+        prompts = send(pairs.prompts[np.asarray(of)], engine.device)
         sums.add(objective(logps, beta, memory), logps, pairs.source_of(of, engine.device), prompts)
 
     if as_reference and not config.use_weighting:

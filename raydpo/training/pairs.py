@@ -15,7 +15,7 @@ from raydpo.data.shapes import Shapes
 from raydpo.model.layout import PromptGroup
 from raydpo.reference.pairs import SIDES
 
-__all__ = ["TrainingPairs"]
+__all__ = ["TrainingPairs", "send"]
 
 
 class TrainingPairs:
@@ -83,7 +83,7 @@ class TrainingPairs:
 
     def source_of(self, rows: Sequence[int] | np.ndarray, device: torch.device) -> torch.Tensor:
         """Source numbers of ``rows``, int64 [rows]."""
-        return torch.from_numpy(self.sources[np.asarray(rows)].astype(np.int64)).to(device)
+        return send(self.sources[np.asarray(rows)].astype(np.int64), device)
 
     def reference(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """Reference log-probs of the tokens of a pair's chosen and rejected completion; NaN if only their sum is known."""
@@ -103,6 +103,13 @@ class TrainingPairs:
     def has_tokens(self, row: int) -> bool:
         """Whether the reference log-probs of this pair's tokens are known, not only their sums."""
         return not any(np.isnan(values[0]) for values in self.reference(row))
+
+
+def send(values: np.ndarray, device: torch.device | str) -> torch.Tensor:
+    """Copy ``values`` to ``device``. A GPU copies from page-locked memory, and nobody waits: a copy from other memory would
+    wait until all that the GPU was asked to compute is done, and then the GPU for what it is asked next."""
+    tensor, device = torch.from_numpy(values), torch.device(device)
+    return tensor.to(device) if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 class _Ragged:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from raydpo.losses import Objective, ObjectiveState, PairLogps, PreferenceLoss
+from raydpo.training.pairs import send
 
 __all__ = ["WholeStep"]
 
@@ -57,6 +58,6 @@ class WholeStep:
 
     def part(self, rows: Sequence[int], logps: PairLogps) -> tuple[PreferenceLoss, Tensor]:
         """Losses and rewards of one micro-batch, and a number whose gradient is that of the losses' sum."""
-        place = torch.from_numpy(np.searchsorted(self._distinct, np.asarray(rows))).to(logps.chosen.device)
+        place = send(np.searchsorted(self._distinct, np.asarray(rows)), logps.chosen.device)
         carrier = sum((slope[place] * getattr(logps, name)).sum() for name, slope in self._slopes.items())
         return PreferenceLoss(*(value[place] for value in self._loss)), carrier

@@ -77,7 +77,7 @@ def test_all_layers_are_extrapolated_for_both_sides_alike(bench, pretended, monk
         whole = (1 + 32 / 10) * (2 if side == "trl" else 1) / (2 if part == "lora" else 1)
         assert row["seconds"]["32"] == pytest.approx(whole), (part, side)
         assert row["pairs_s"] == pytest.approx((8 if part == "reference" else 4) / whole)
-    assert rows["full", "trl"]["positions_s"] > rows["full", "raydpo"]["positions_s"] / 2, "TRL computes prompts twice"
+    assert rows["full", "trl"]["positions_s"] > 0.6 * rows["full", "raydpo"]["positions_s"], "TRL computes prompts twice"
     tried = [(run["layers"], run["batch"], run["failed"]) for run in found["runs"] if run["side"] == "trl"]
     assert tried[:4] == [(2, 1, "out of memory"), (2, 2, None), (2, 4, None), (1, 2, None)], "the fastest with fewer layers"
     ours = [(run["batch"], run["failed"]) for run in found["runs"] if (run["side"], run["part"]) == ("raydpo", "full")]

@@ -87,3 +87,14 @@ def test_random_model_loads_and_is_made_once(tmp_path, tied):
             assert float(weight.detach().float().std()) == pytest.approx(0.02, rel=0.1), name
         else:
             assert (weight == 1).all(), name
+
+
+def test_the_same_pairs_are_not_written_again(tmp_path, tiny_llama):
+    """TRL would take a newer file for another one, and compute its reference again."""
+    places = []
+    for _ in range(2):
+        work = Workload.write(preferences(4), str(tiny_llama), 512, "shuffled", tmp_path)
+        places.append([(file.read_text(), file.stat().st_mtime_ns) for file in (work.file, work.in_order)])
+    assert places[0] == places[1]
+    Workload.write(preferences(4, seed=2), str(tiny_llama), 512, "shuffled", tmp_path)
+    assert work.in_order.read_text() != places[0][1][0]

@@ -15,6 +15,8 @@ LAYERS, PAIRS, PAIR = 6, 6, (1024, 512, 512)
 KINDS = {
     "full": {},
     "lora": {"lora": LoraSettings(r=16)},
+    "fused": {"fused": True},
+    "fused lora": {"lora": LoraSettings(r=16), "fused": True},
     "qlora": {"lora": LoraSettings(r=16), "quantization": "4bit"},
 }
 

@@ -11,7 +11,7 @@ from definition import VOCAB, by_definition, groups
 from raydpo.config import LoraSettings
 from raydpo.model import fused, head, kernels
 from raydpo.model.layout import PADDED, Method
-from raydpo.model.load import add_lora
+from raydpo.model.load import add_lora, load_causal_lm
 from raydpo.model.logps import LogpModel
 
 CPU = torch.device("cpu")
@@ -40,6 +40,14 @@ def distance(one, other):
     """Norm of the difference relative to the norm."""
     one, other = one.detach(), other.detach()
     return float((one.float() - other.float()).norm() / other.float().norm().clamp_min(1e-12))
+
+
+def change(found, plain):
+    """Norm of the difference of all tensors, relative to the norm of ``plain``."""
+    total = torch.nn.utils.get_total_norm
+    return float(total([one.float() - other.float() for one, other in zip(found, plain, strict=True)])) / float(
+        total([each.float() for each in plain])
+    )
 
 
 # -- functions ------------------------------------------------------------------------------------------------------------
@@ -123,13 +131,9 @@ def test_a_norm_takes_the_float32_stream_to_bfloat16_and_back():
 @pytest.mark.slow
 def test_compiled_functions_equal_plain_ones_at_any_length(monkeypatch):
     """With inductor's backend for CPUs, which makes C++ of the same graphs as Triton of them on a GPU."""
-    torch._dynamo.reset()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)  # a second compilation is an error
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
-    lengths = (9, 17, 33)
     for dtype in (torch.float32, torch.bfloat16):
-        torch._dynamo.reset()
-        for length in lengths:
+        compilations(monkeypatch, most=1)
+        for length in (9, 17, 33):
             for name, arguments in kernel_inputs(length, dtype).items():
                 kernel = getattr(kernels, name)
                 monkeypatch.setattr(kernels, "COMPILED", set())
@@ -140,6 +144,28 @@ def test_compiled_functions_equal_plain_ones_at_any_length(monkeypatch):
                 for one, other in pairs:
                     assert one.dtype == other.dtype and one.shape == other.shape
                     assert distance(one, other) <= (1e-6 if one.dtype == torch.float32 else 1e-3), (name, length)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_is_the_model_and_is_compiled_once(monkeypatch):
+    """Norms four times: of the stream and of heads, and both again in the small copy's float32, which no GPU computes."""
+    model = make("qwen3")
+    plain = logps_and_gradients(model)
+    assert fused.find_parts(model)  # tries each class
+    compilations(monkeypatch, most=4)
+    monkeypatch.setattr(kernels, "COMPILED", {"cpu"})
+    line = fused.fuse_layers(model, CPU)
+    assert line.startswith("fused: feed-forward, norms, rotary; "), line
+    assert 0 < change(logps_and_gradients(model), plain) < 0.05
+    for seed in range(3):
+        model(model.lay_out(groups(seed, ((11 + seed, 5, 9 + seed),)))).sum().backward()
+
+
+def compilations(monkeypatch, most):
+    """Forget what was compiled. To compile a function more than ``most`` times is then an error."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", most)
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
 
 
 def kernel_inputs(length, dtype):
@@ -191,9 +217,7 @@ def test_a_known_model_is_fused_and_equal(name):
     assert line.startswith(f"fused: {', '.join(sorted(KNOWN[name]))}; "), line
     found = logps_and_gradients(model)
     assert (found[0] - plain[0]).abs().mean() < 0.02 and not torch.equal(found[0], plain[0])
-    total = torch.nn.utils.get_total_norm
-    differences = [one.float() - other.float() for one, other in zip(found[1:], plain[1:], strict=True)]
-    assert total(differences) < 0.05 * total([each.float() for each in plain[1:]])
+    assert change(found[1:], plain[1:]) < 0.05
 
 
 @pytest.mark.parametrize("name", ["gpt2", "mixtral", "cohere", "gpt_oss", "mamba", "phi3"])
@@ -231,10 +255,19 @@ def test_adapters_and_recomputation_get_the_same_gradients(checkpointing):
         model.train()
     plain = logps_and_gradients(model)
     assert fused.fuse_layers(model, CPU).startswith("fused: feed-forward, norms, rotary; ")
-    found = logps_and_gradients(model)
-    total = torch.nn.utils.get_total_norm
-    differences = [one.float() - other.float() for one, other in zip(found, plain, strict=True)]
-    assert 0 < total(differences) < 0.05 * total([each.float() for each in plain])
+    assert 0 < change(logps_and_gradients(model), plain) < 0.05
+
+
+@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
+def test_adapters_on_quantized_layers_get_the_same_gradients(quantization, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    make_random("llama", VOCAB).save_pretrained(tmp_path)
+    model = load_causal_lm(tmp_path, "bfloat16", rope_length=None, quantization=quantization)
+    model = LogpModel(add_lora(model, LoraSettings(r=4), seed=0).to(torch.bfloat16))
+    model.use(TREE)
+    plain = logps_and_gradients(model)
+    assert fused.fuse_layers(model, CPU).startswith("fused: feed-forward, norms, rotary; ")
+    assert 0 < change(logps_and_gradients(model), plain) < 0.05
 
 
 def failing(function, *inputs):

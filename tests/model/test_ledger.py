@@ -83,6 +83,12 @@ def test_sizes_are_deepspeeds_defaults_where_the_engine_sets_none():
     ) == (REDUCE_BUCKET, PREFETCH, REUSE, PERSISTENT, SUB_GROUP)
 
 
+@pytest.mark.parametrize(("zero", "more"), [(1, 2 * REDUCE_BUCKET), (2, 2 * REDUCE_BUCKET), (3, 0)])
+def test_overlapped_communication_takes_a_second_bucket(llama, zero, more):
+    one, two = (at(estimate(llama, zero=zero, overlap_communication=each), "reduction") for each in (False, True))
+    assert two.communication - one.communication == more
+
+
 def test_a_batch_by_hand():
     """Prompt of 100 tokens, completions of 20 and 30: three nodes, and each completion reads the prompt's keys again."""
     batch = Batch.of_pairs([(100, 20, 30)])
@@ -104,13 +110,15 @@ def test_a_layer_by_hand(llama):
     adapted = [weight for weight in llama.targets("all-linear") if weight.place == 0]
     lora = layer_memory(llama, BATCH, width=2, device="cuda", trained=False, adapted=adapted, rank=16)
     assert lora.kept / 8192 == layer.kept / 8192 - 8 * 4096 + 7 * 16 * 2
+    # Fused norms keep their input only, and round it once for all projections; the activation is computed again.
+    fused = layer_memory(llama, BATCH, width=2, device="cuda", trained=True, adapted=(), fused=True)
+    assert fused.kept / 8192 == 8 * 4096 + 2 * 2 * 4096 + 4 * 4096 + 8 * 1024 + 6 * 14336
 
 
 def test_a_head_by_hand(llama):
-    """A chunk of 2,048 rows, which is there until the next one is, and its bfloat16 copy; for 525M weights the gradient in
-    float32 and rounded, 4 + 2 bytes each."""
+    """A chunk of 2,048 rows and its bfloat16 copy; for 525M weights the gradient in float32 and rounded: 4 + 2 bytes."""
     chunk, weights = 4 * 2048 * 128256, 128256 * 4096
-    assert head_forward(llama, BATCH, width=2, device="cuda", trained=True) == 2 * chunk
+    assert head_forward(llama, BATCH, width=2, device="cuda", trained=True) == chunk
     assert head_forward(llama, BATCH.scaled(2048), width=2, device="cuda", trained=True) == chunk / 2
     assert head_backward(llama, BATCH, width=2, device="cuda") == 1.5 * chunk + 4 * 4096 * 4096 + 6 * weights
 

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from tiny import make_tokenizer, preferences, write_preferences
 
@@ -11,12 +12,14 @@ from raydpo.config import load_config
 from raydpo.data.pairs import load_pairs
 from raydpo.data.tokenise import Tokeniser
 from raydpo.estimate.cards import DEVICES, MEMORY
-from raydpo.estimate.modes import USABLE, Question, compare_modes
+from raydpo.estimate.modes import ENOUGH, USABLE, Question, compare_modes
 from raydpo.estimate.plan import make_plan
 from raydpo.estimate.rate import stated_rates
-from raydpo.model.memory.activations import Batch
+from raydpo.model import budget
+from raydpo.model.memory.activations import Batch, head_forward, layer_memory
 from raydpo.model.memory.anatomy import Anatomy, model_cost
 from raydpo.model.memory.ledger import BASE_BYTES, estimate_memory
+from raydpo.model.memory.needs import PROPORTIONS, needs_of
 
 ROOT = Path(__file__).parents[2]
 MODELS = Path(__file__).parent
@@ -123,14 +126,36 @@ def test_a_recipe_is_planned_and_fits(name, pairs, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ON_GPUS)
-def test_the_whole_reference_fits_each_device(name):
-    """Scoring holds the whole model on each device, whatever the training's ZeRO stage, and one GiB of logits and
-    activations."""
+def test_the_measured_budget_of_a_recipe_fits_and_is_enough(name, monkeypatch):
+    """With the memory that is left where error correction takes 1/16, and passes that take 5 % more than planned."""
+    number, device = hardware(name)
     config = recipe(name)
-    batch = Batch.of_pairs([(100, 200, 200)])
+    given = Anatomy.of(facts(config)), config.model, config.train
+    where = {"workers": number, "dtype": config.model.dtype}
+    needs, standing = needs_of(*given, **where), estimate_memory(*given, PROPORTIONS, **where).standing.total
+    free = MEMORY[device] * GIB * 15 / 16 - BASE_BYTES - standing
+    monkeypatch.setattr(budget, "_peak", lambda run, tokens, device: 1.05 * needs.probe(tokens))
+    monkeypatch.setattr(budget, "free_memory", lambda device, share: free)
+    monkeypatch.setattr(budget, "reset_peak_memory", lambda device: None)
+    cuda = torch.device("cuda")
+    assert config.train.tokens_per_batch == "auto"
+    found = budget.find_budget(lambda tokens: None, cuda, most=budget.MOST_TRAINED, needs=needs)
+    assert found.tokens >= ENOUGH and found.step_bytes <= 0.95 * free, found.line()
+
+
+@pytest.mark.parametrize("name", ON_GPUS)
+def test_the_whole_reference_fits_each_device(name):
+    """Scoring holds the whole model on each device, whatever the training's ZeRO stage, a chunk of logits, and what a layer
+    computes of the longest pair."""
+    config = recipe(name)
+    anatomy, longest = Anatomy.of(facts(config)), config.data.max_length
+    batch = Batch.of_pairs([(1, longest, longest)])
     alone = config.train.model_copy(update={"zero": 0})
-    memory = estimate_memory(Anatomy.of(facts(config)), config.model, alone, batch, workers=1, dtype="bfloat16")
-    assert memory.moments[0].weights + GIB + BASE_BYTES <= USABLE * MEMORY[hardware(name)[1]] * GIB
+    memory = estimate_memory(anatomy, config.model, alone, batch, workers=1, dtype="bfloat16")
+    layer = layer_memory(anatomy, batch, width=2, device="cuda", trained=False, adapted=()).passing
+    logits = head_forward(anatomy, batch, width=2, device="cuda", trained=True)
+    taken = memory.standing.weights + logits + layer + BASE_BYTES
+    assert taken <= USABLE * MEMORY[hardware(name)[1]] * GIB
 
 
 def test_the_laptops_recipe_fits_a_laptop():

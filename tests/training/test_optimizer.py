@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from raydpo.config import TrainConfig
 from raydpo.errors import ConfigError, ModelError
 from raydpo.model.budget import reset_peak_memory, used_memory
+from raydpo.training.policy.deepspeed_engine import _deepspeed_config
 from raydpo.training.policy.optimizer import RoundedAdamW, make_optimizer
 
 # ZeRO-3 last: while its engine lives, transformers partitions every model it loads.
@@ -120,6 +121,15 @@ def test_a_step_makes_no_copies_of_the_flat_tensor_that_deepspeed_gives_it(state
     assert growth < 0.5 * flat
 
 
+@pytest.mark.parametrize(("zero", "asked", "overlaps"), [(1, False, False), (2, True, True), (3, False, True)])
+def test_deepspeed_overlaps_communication_where_asked_and_with_zero_3(zero, asked, overlaps):
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    settings = _deepspeed_config(TrainConfig(zero=zero, overlap_communication=asked), "bfloat16")
+    assert DeepSpeedZeroConfig(**settings["zero_optimization"]).overlap_comm is overlaps
+    assert zero < 3 or DeepSpeedZeroConfig(stage=3).overlap_comm  # its default
+
+
 def test_what_needs_a_gpu_is_refused_on_a_cpu():
     with pytest.raises(ModelError, match=r"adamw_8bit runs on GPUs only.*train.optimizer=adamw"):
         make_optimizer([torch.nn.Parameter(torch.zeros(2))], TrainConfig(optimizer="adamw_8bit"), torch.device("cpu"))
@@ -148,6 +158,7 @@ def test_combinations_without_effect_are_refused():
     for settings, fix in (
         (dict(zero=2, offload_params="cpu"), "set zero to 3"),
         (dict(zero=0, offload_optimizer="cpu"), "set zero to 1"),
+        (dict(zero=0, overlap_communication=True), "overlap_communication has no effect without ZeRO"),
         (dict(zero=2, offload_optimizer="/nvme"), "needs zero 3"),
         (dict(zero=3, offload_optimizer="/nvme", optimizer_states="bfloat16"), "cannot go to a disk"),
         (dict(offload_activations=True), "gradient_checkpointing"),

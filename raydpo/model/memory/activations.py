@@ -96,6 +96,7 @@ def layer_memory(
     rank: int = 0,
     dora: bool = False,
     dense: float = 0.0,
+    fused: bool = False,
 ) -> Layer:
     """Memory of one decoder layer that is neither the first nor the last.
 
@@ -104,10 +105,11 @@ def layer_memory(
         trained: whether the layer's own weights train. If not, only what the adapters need is kept.
         adapted: matrices of the layer that have adapters, of rank ``rank``.
         dense: bytes of the largest quantized matrix of a layer after it is dequantized for a product.
+        fused: whether norms and the gated part are computed by ``model.kernels``, which keep nothing but their inputs.
     """
     T, H, inner = batch.positions, anatomy.hidden, anatomy.inner
     # Two norms: the square and the scaling keep the input (once), the weight's gradient needs the normalised input.
-    kept = 2 * STREAM * H * T * (2 if trained else 1)
+    kept = 2 * STREAM * H * T * (2 if trained and not fused else 1)
     if trained:
         inputs = {"attention": True, "output": True, "mlp": True, "down": True}
         copies = (3, 2 if anatomy.gated else 1)
@@ -119,9 +121,9 @@ def layer_memory(
         others = len(short) - len(entering) - len(outputs) - len(down)
         inputs = {"attention": bool(entering), "output": bool(outputs), "mlp": bool(others), "down": bool(down)}
         copies = (len(entering), others)
-    # In float32 the projections share the norm's output. In bfloat16 each makes its own copy of the float32 stream.
+    # The projections share the norm's output in float32, and if it is fused. Else each rounds it to a copy of its own.
     for name, count in zip(("attention", "mlp"), copies, strict=True):
-        kept += inputs[name] * width * H * T * (count if width == 2 else 1)
+        kept += inputs[name] * width * H * T * (count if width == 2 and not fused else 1)
     # Attention: queries, keys, values and output by node; the output once more, transposed for its projection.
     whole = device == "cpu" and width == 2
     queries, keys = (batch.padded_queries, batch.padded_keys) if whole else (batch.positions, batch.keys)
@@ -129,7 +131,7 @@ def layer_memory(
     kept += precision * (2 * anatomy.query_width * queries + 2 * anatomy.key_width * keys)
     kept += inputs["output"] * width * anatomy.query_width * T * (device == "cpu")
     # Feed-forward: both projections and the activation. Their product is the input of the last projection.
-    kept += width * inner * T * ((3 if anatomy.gated else 1) + inputs["down"])
+    kept += width * inner * T * ((3 - fused if anatomy.gated else 1) + inputs["down"])
     kept += width * rank * T * len(adapted)
     if dora:  # base and adapted output, for the magnitudes' gradient
         kept += 2 * width * T * sum(weight.shape[0] for weight in adapted)
@@ -140,33 +142,29 @@ def layer_memory(
     return Layer(kept=kept, entry=STREAM * H * T, working=working, passing=passing)
 
 
-def head_forward(anatomy: Anatomy, batch: Batch, *, width: int, device: str, trained: bool) -> float:
-    """Bytes of the vocabulary projection's forward pass besides hidden states. If there are several chunks of logits,
-    one is freed after the next one is computed."""
-    chunk, several = _chunk(anatomy, batch, device)
+def head_forward(anatomy: Anatomy, batch: Batch, *, width: int, device: str, trained: bool, fused: bool = False) -> float:
+    """Bytes of the vocabulary projection's forward pass besides hidden states: of one chunk of logits at any token count."""
+    chunk = _chunk(anatomy, batch, device)
     if trained:
-        return chunk * (1 + several)
-    # A frozen head computes its gradients at once: with a bfloat16 copy of the chunk for the product with the weight, or
-    # with a copy of the capped logits and two temporary tensors.
-    chunks = 4.0 if anatomy.softcap else max(1 + several, 1.5 if width == 2 else 1)
+        return chunk
+    # A frozen head computes its gradients at once, with a bfloat16 copy of the chunk for the product with the weight. Caps
+    # that are not fused need a copy of the capped logits and two temporary tensors.
+    chunks = 4.0 if anatomy.softcap and not fused else 1.5 if width == 2 else 1.0
     return chunk * chunks + STREAM * anatomy.hidden * batch.predictions
 
 
-def head_backward(anatomy: Anatomy, batch: Batch, *, width: int, device: str) -> float:
+def head_backward(anatomy: Anatomy, batch: Batch, *, width: int, device: str, fused: bool = False) -> float:
     """Bytes of a trained head's backward pass: the logits again, the weight's gradient summed in float32, and one chunk's
     product (in bfloat16 with a float32 copy). A GPU adds bfloat16 products to the sum, and then rounds a copy of it."""
-    chunk, several = _chunk(anatomy, batch, device)
-    size = anatomy.hidden * anatomy.vocabulary
-    half = (width == 2) / 2
-    sums = size * (8 if width == 4 else 10 if device == "cpu" else 6) + chunk * (1 + anatomy.softcap + half)
-    chunks = 4 * size + chunk * (1 + several + 2 * anatomy.softcap + half)
-    return max(sums, chunks) + STREAM * anatomy.hidden * batch.predictions
+    chunk, capped = _chunk(anatomy, batch, device), anatomy.softcap and not fused
+    size, half = anatomy.hidden * anatomy.vocabulary, (width == 2) / 2
+    rounding = size * (8 if width == 4 else 10 if device == "cpu" else 6) + chunk * (1 + capped + half)
+    return max(rounding, 4 * size + chunk * (1 + 3 * capped + half)) + STREAM * anatomy.hidden * batch.predictions
 
 
-def _chunk(anatomy: Anatomy, batch: Batch, device: str) -> tuple[float, bool]:
-    """Bytes of a chunk of float32 logits, and whether there are several."""
-    rows = chunk_rows(anatomy.vocabulary, device)
-    return 4.0 * min(rows, batch.predictions) * anatomy.vocabulary, rows < batch.predictions
+def _chunk(anatomy: Anatomy, batch: Batch, device: str) -> float:
+    """Bytes of a chunk of float32 logits."""
+    return 4.0 * min(chunk_rows(anatomy.vocabulary, device), batch.predictions) * anatomy.vocabulary
 
 
 _FIRST = ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "Wqkv", "c_attn")

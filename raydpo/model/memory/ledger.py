@@ -57,6 +57,9 @@ class Trained(Protocol):
     def freeze(self) -> tuple[str, ...]: ...
 
     @property
+    def fused(self) -> bool: ...
+
+    @property
     def adapts(self) -> bool: ...
 
 
@@ -152,7 +155,8 @@ def estimate_memory(
     """
     width = {"float32": 4, "bfloat16": 2}[dtype]
     policy = _policy(anatomy, model, width)
-    ledger = _Ledger(anatomy, policy, train, batch, workers, width, device, model.quantization is not None)
+    kind = {"quantized": model.quantization is not None, "fused": model.fused and width == 2}
+    ledger = _Ledger(anatomy, policy, train, batch, workers, width, device, **kind)
     moments = tuple(ledger.moments())
     return MemoryEstimate(
         standing=ledger.standing(),
@@ -239,6 +243,7 @@ class _Ledger:
         width: int,
         device: Device,
         quantized: bool,
+        fused: bool,
     ) -> None:
         self.anatomy, self.policy, self.train, self.batch = anatomy, policy, train, batch
         self.workers, self.width, self.device, self.zero = workers, width, device, train.zero
@@ -247,10 +252,11 @@ class _Ledger:
         self.offloads = train.offload_optimizer is not None
         self.accumulates = batch.micro_batches > 1
         self.trains_head = any(place == HEAD or (anatomy.tied and place == EMBEDDING) for place, _ in policy.trained)
-        self.quantized = quantized
+        self.quantized, self.fused = quantized, fused
         self.bucket_used = min(self.P, REDUCE_BUCKET) * width
+        buckets = 2 if train.overlap_communication and train.zero in (1, 2) else 1
         # A GPU allocates the whole bucket; on a CPU only pages that are written use memory.
-        self.bucket = REDUCE_BUCKET * width if device == "cuda" else self.bucket_used
+        self.bucket = buckets * REDUCE_BUCKET * width if device == "cuda" else self.bucket_used
         self.largest = max((numel for _, numel in policy.trained), default=0)
         self.whole = _whole_parameters(policy, self.p, workers)
         self.host = self.host_peak = 0.0
@@ -350,6 +356,7 @@ class _Ledger:
                     rank=self.policy.rank,
                     dora=self.policy.dora,
                     dense=dense if self.quantized else 0.0,
+                    fused=self.fused,
                 )
             layer = alike[kind]
             # Layers below the lowest trained one have no gradient.
@@ -358,6 +365,7 @@ class _Ledger:
     def _backward(self) -> Iterator[Moment]:
         """The end of the forward pass, and the backward pass from the head down to the embedding."""
         anatomy, batch, width = self.anatomy, self.batch, self.width
+        how = {"width": width, "device": self.device, "fused": self.fused}
         stream = 4.0 * anatomy.hidden * batch.positions
         layers = list(self._layers())
         recomputes = self.train.gradient_checkpointing
@@ -379,7 +387,7 @@ class _Ledger:
             "forward",
             activations=sum(kept) + around,
             gradients=old,
-            head=head_forward(anatomy, batch, width=width, device=self.device, trained=self.trains_head),
+            head=head_forward(anatomy, batch, trained=self.trains_head, **how),
             communication=gathered[HEAD] + self._bucket(0.0),
         )
         if recomputes and layers:
@@ -394,7 +402,7 @@ class _Ledger:
                 "head's backward",
                 activations=sum(kept) + around,
                 gradients=old,
-                head=head_backward(anatomy, batch, width=width, device=self.device),
+                head=head_backward(anatomy, batch, **how),
                 communication=gathered[HEAD] + self._bucket(0.0),
             )
         done = new.get(HEAD, 0.0)

@@ -279,6 +279,7 @@ def _repeat_to_the_bit() -> None:
 
 
 def _deepspeed_config(train: TrainConfig, dtype: str) -> dict[str, Any]:
+    overlaps = train.overlap_communication or train.zero == 3  # DeepSpeed's default for ZeRO-3
     return {
         # raydpo makes the micro-batches, and their number varies. With a global batch size here, DeepSpeed's consistency
         # check fails while transformers loads under ZeRO-3.
@@ -286,10 +287,13 @@ def _deepspeed_config(train: TrainConfig, dtype: str) -> dict[str, Any]:
         "gradient_accumulation_steps": 1,
         # Without clipping, a bound that is never reached: DeepSpeed then still computes the norm.
         "gradient_clipping": train.clip if train.clip is not None else 1e30,
-        "zero_optimization": {"stage": train.zero, "reduce_bucket_size": REDUCE_BUCKET} | _offload(train),
+        "zero_optimization": {"stage": train.zero, "reduce_bucket_size": REDUCE_BUCKET, "overlap_comm": overlaps}
+        | _offload(train),
         # Otherwise DeepSpeed demands its own Adam, which must be compiled.
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
+        # Gradients add up in bfloat16 too (no grad_accum_dtype): the products they come from are coarser by far, and sums in
+        # float32 take more memory, of all gradients with ZeRO 1. DeepSpeed has none without ZeRO.
         "bf16": {"enabled": dtype == "bfloat16"},
         "steps_per_print": 1_000_000_000,
         "wall_clock_breakdown": False,

@@ -45,7 +45,7 @@ class QuantizedMoment(Moment):
     """A moment of bitsandbytes: 8 bits a number, block by block (arXiv 2110.02861).
 
     Attributes:
-        tensor: an index into ``code`` for each number.
+        tensor: an index into ``code`` for each number. Paged ones are a CPU tensor, whose memory a GPU can read, too.
         scales: a factor for each block of ``BLOCK`` numbers, the last one may be shorter.
         code: the 256 values that a number may have before it is multiplied, in ascending order.
     """
@@ -57,8 +57,8 @@ class QuantizedMoment(Moment):
         found = torch.empty(numel)
         for first in range(0, numel, PIECE):
             count = min(PIECE, numel - first)
-            places = torch.arange(start + first, start + first + count, device=self.tensor.device)
-            indices = self.tensor.view(-1).narrow(0, start + first, count).int()
+            places = torch.arange(start + first, start + first + count, device=self.scales.device)
+            indices = self.tensor.view(-1).narrow(0, start + first, count).to(self.scales.device).int()
             found[first : first + count] = self.code[indices] * self.scales[places // BLOCK]
         return found
 
@@ -70,7 +70,7 @@ class QuantizedMoment(Moment):
         one that gives the block's numbers with the least error.
         """
         numel = values.numel()
-        blocks = torch.nn.functional.pad(values.to(self.tensor.device), (0, -numel % BLOCK)).view(-1, BLOCK)
+        blocks = torch.nn.functional.pad(values.to(self.scales.device), (0, -numel % BLOCK)).view(-1, BLOCK)
         largest = blocks.abs().amax(dim=1)
         tiny = torch.finfo(largest.dtype).tiny
         least, scales, codes = torch.full_like(largest, torch.inf), largest, torch.zeros_like(blocks, dtype=torch.uint8)
@@ -86,10 +86,11 @@ class QuantizedMoment(Moment):
 
     def _scales(self, largest: Tensor) -> list[Tensor]:
         """Scales that a block with this largest magnitude may have been written with."""
-        lowest = -float(self.code[0])
+        lowest = -self.code[0]
         if lowest <= 0:  # the second moment's code has no sign
             return [largest]
-        # The product of scale and lowest value was rounded. The quotient is off by one unit in the last place at most.
+        # The product of scale and lowest value was rounded. The quotient is off by one unit in the last place at most; with
+        # a number of Python in place of a tensor a GPU would multiply by its reciprocal, which may be off by two.
         bits = (largest / lowest).view(torch.int32)
         return [largest, *((bits + units).view(torch.float32) for units in (0, 1, -1))]
 

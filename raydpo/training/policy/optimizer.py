@@ -65,7 +65,7 @@ def no_steps(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 class RoundedAdamW(torch.optim.AdamW):
     """AdamW whose first moment is kept in bfloat16 and computed with in float32.
 
-    The first moment is rounded to nearest, so that a resumed run repeats to the bit. In each step it moves by 1/10 of its
+    The first moment is rounded to nearest, not at random, so that a repeated step gives the same. It moves by 1/10 of its
     distance to the gradient, so rounding, of at most 0.4 %, leaves it within 4 % of its float32 value under a constant
     gradient.
 

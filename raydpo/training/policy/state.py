@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from raydpo.errors import TrainError
@@ -133,6 +134,12 @@ class TrainedState:
                         yield _file(f"{dist.get_rank():05d}", dist.get_world_size(), f"{number:03d}"), tensors
                         tensors, size, number = {}, 0, number + 1
 
+    def write(self, directory: Path) -> dict[str, Any]:
+        """Write this rank's share into ``directory``. Returns ``facts``."""
+        for name, tensors in self.files():
+            save_file(tensors, directory / name)
+        return self.facts
+
     @property
     def facts(self) -> dict[str, Any]:
         """What ``read`` needs besides the files."""
@@ -142,7 +149,7 @@ class TrainedState:
         """Load the state that any number of ranks wrote under any ZeRO stage.
 
         Args:
-            facts: as they were when the files were made.
+            facts: as they were when the share was written.
             ranks: number of ranks that wrote it. Files of another number of ranks, left by an unfinished upload, are
                 skipped.
 
