@@ -26,7 +26,7 @@ from raydpo.model.logps import LogpModel
 from raydpo.model.recall import Recall
 from raydpo.model.selfcheck import TOLERANCES, flat, small_copy
 
-__all__ = ["fuse_layers"]
+__all__ = ["find_parts", "fuse_layers", "switch"]
 
 EXACT, ROUNDED = 1e-4, 0.05
 """Largest norms of the difference between fused and plain gradients of a small copy of the model, relative to the gradients,
