@@ -51,7 +51,7 @@ class Limits:
     first: tuple[float, float] = (0.99, 1.01)
     host: float | None = 1.5
     slowdown: float | None = 1.35
-    fused: float = 0.02
+    fused: float = 0.03
     fused_ratio: float = 1.2
     fused_gain: float | None = 0.10
     bfloat16: float = 0.03
