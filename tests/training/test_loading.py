@@ -10,7 +10,7 @@ import torch
 from distributed import run_distributed
 from tiny import make_model
 
-from raydpo.training.policy.host_memory import HostPeak, free_bytes
+from raydpo.training.policy.host_memory import HostPeak, free_bytes, host_copy
 
 M_MMAP_THRESHOLD = -3
 
@@ -46,6 +46,28 @@ def test_free_memory_is_what_the_machine_has_within_the_limit_of_the_container(f
     (tmp_path / "meminfo").write_text("MemTotal:       32000000 kB\nMemAvailable:   19531250 kB\nHugePages_Total:   0\n")
     assert free_bytes(tmp_path / "meminfo", tmp_path) == free
     assert free_bytes(tmp_path / "none", tmp_path) == 0
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that says that it is on a GPU."""
+
+    is_cuda = True
+
+
+def test_a_copy_from_a_gpu_is_in_page_locked_memory_if_there_is_any(monkeypatch):
+    original, asked, empty = torch.arange(5.0), [], torch.empty
+
+    def without_pins(*shape, pin_memory=False, **how):
+        asked.append(pin_memory)
+        return empty(*shape, **how)
+
+    # Where no memory can be locked, as here, or no more of it, any other does.
+    for locked in (False, True):
+        if locked:
+            monkeypatch.setattr(torch, "empty", without_pins)
+        copy = host_copy(original.as_subclass(OnGpu))
+        assert torch.equal(copy.as_subclass(torch.Tensor), original) and copy.data_ptr() != original.data_ptr()
+        assert asked == ([True] if locked else [])
 
 
 def loaded(model, zero):
