@@ -33,7 +33,7 @@ from raydpo.config import TrainConfig
 from raydpo.data.simulate import amounts
 from raydpo.errors import ConfigError, RaydpoError, one_line
 from raydpo.estimate.cards import known_peak
-from raydpo.estimate.plan import operations
+from raydpo.estimate.plan import ADAPTERS, FORWARD, FULL, operations
 from raydpo.model.cost import ModelCost
 from raydpo.terminal.console import Console
 from raydpo.terminal.guard import guarded
@@ -42,12 +42,11 @@ __all__ = ["main"]
 
 Part = Literal["reference", "lora", "full"]
 PARTS: dict[Part, tuple[str, tuple[float, float, float]]] = {
-    "reference": ("reference pass", (1.0, 1.0, 1.0)),
-    "lora": ("LoRA, rank 16", (2.0, 3.0, 2.0)),
-    "full": ("full fine-tuning", (3.0, 3.0, 3.0)),
+    "reference": ("reference pass", FORWARD),
+    "lora": ("LoRA, rank 16", ADAPTERS),
+    "full": ("full fine-tuning", FULL),
 }
-"""What is compared, and what MFU counts: passes of the layers, of attention, and of the head, without what is computed
-again."""
+"""What is compared, and the factors of ``estimate.plan.operations`` for MFU."""
 RANK = 16
 BUDGETS = ("auto", 16384, 8192)
 """Positions of raydpo's micro-batches that are tried until one fits."""
@@ -191,7 +190,8 @@ class Bench:
                 return
 
     def _trl(self, part: Part, layers: int, batch: int, reference_batch: int) -> Iterator[Run]:
-        settings = {"batch": batch, "reference_batch": reference_batch, "pairs": str(self._workload(layers).in_order)}
+        pairs = str(self._workload(layers).in_order)
+        settings = {"batch": batch, "reference_batch": reference_batch, "pairs": pairs, "warm": True}
         job = self._job(f"trl-{part}-{batch}", part, layers, **settings)
         run = self._measure(Run(side="trl", part=part, layers=layers, batch=batch), "trl_side", job, "cached")
         if run is not None:
@@ -349,7 +349,7 @@ def markdown(record: Mapping[str, Any]) -> str:
         f"pairs of about {settings['prompt']} + {settings['completion']} + {settings['completion']} tokens, "
         f"{settings['pairs_per_step']} a step; AdamW's update counts. Positions and MFU count what each side computes "
         "without padding: raydpo a prompt once for both completions, TRL twice. TRL: precompute_ref_log_probs, the fastest "
-        "of its batch sizes.",
+        "of its batch sizes. Full fine-tuning: raydpo keeps master weights in float32, TRL bfloat16 weights only.",
         *(f"- {note}" for note in (*record["problems"], *record["notes"])),
         *(
             f"- {run['side']}, {run['part']}, {run['layers']} layers, {run['batch']}: {run['failed']}"

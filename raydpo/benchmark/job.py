@@ -50,6 +50,8 @@ class Job:
         batch: pairs of one forward pass of TRL, which accumulates gradients over the passes of a step.
         reference_batch: pairs of one forward pass of TRL's reference pass.
         recompute: whether TRL recomputes activations in the backward pass (its gradient_checkpointing).
+        warm: whether TRL scores one batch before the clock of its reference pass starts. raydpo, which measures its budget,
+            does so always.
         cache: directory in which TRL keeps its reference log-probs; None = a new one.
         lr: learning rate, constant.
     """
@@ -70,6 +72,7 @@ class Job:
     batch: int = 1
     reference_batch: int = 1
     recompute: bool = False
+    warm: bool = False
     cache: str | None = None
     tokens_per_batch: int | Literal["auto"] = "auto"
 

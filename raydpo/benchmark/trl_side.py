@@ -26,12 +26,13 @@ class TimedTrainer(DPOTrainer):
 
     Args:
         measured: number of the first pairs that are scored and trained on. All are read and tokenised.
+        warm: whether to score one batch before the clock of the reference pass starts.
     """
 
     reference_seconds: float | None = None
 
-    def __init__(self, record: StepRecord, measured: int, **settings: Any) -> None:
-        self.record, self.measured = record, measured
+    def __init__(self, record: StepRecord, measured: int, warm: bool, **settings: Any) -> None:
+        self.record, self.measured, self.warm = record, measured, warm
         super().__init__(callbacks=[Clock(record)], **settings)
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
@@ -40,9 +41,11 @@ class TimedTrainer(DPOTrainer):
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
 
-    def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Dataset:
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        if self.warm:
+            super()._precompute_ref_logps(dataset.select(range(min(batch_size, len(dataset)))), name, batch_size)
         start = now(self.accelerator.device)
-        dataset = super()._precompute_ref_logps(*args, **kwargs)
+        dataset = super()._precompute_ref_logps(dataset, name, batch_size)
         self.reference_seconds = now(self.accelerator.device) - start
         return dataset
 
@@ -82,6 +85,7 @@ def run(job: Job, device: torch.device) -> Result:
     trainer = TimedTrainer(
         record,
         measured=min(job.steps * job.pairs_per_step, len(dataset)),
+        warm=job.warm,
         model=job.model,
         args=_settings(job, scratch),
         train_dataset=dataset,

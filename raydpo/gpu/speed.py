@@ -16,7 +16,7 @@ from torch import nn
 
 from raydpo.config import TrainConfig
 from raydpo.errors import one_line
-from raydpo.estimate.plan import FORWARD, operations, training_factors
+from raydpo.estimate.plan import ADAPTERS, FORWARD, FULL, operations, training_factors
 from raydpo.gpu.figures import Findings, Skip
 from raydpo.gpu.stepping import LORA, needs
 from raydpo.gpu.timing import extrapolate, seconds
@@ -28,8 +28,6 @@ from raydpo.training.policy.optimizer import make_optimizer
 
 __all__ = ["scoring_speed", "training_speed"]
 
-FULL, ADAPTERS = (3.0, 3.0, 3.0), (2.0, 3.0, 2.0)
-"""Passes of the layers, of attention and of the head that MFU counts in a training."""
 GEMM = re.compile(r"gemm|cutlass|cublas|nvjet|xmma|::mm|addmm|bmm|matmul", re.IGNORECASE)
 ATTENTION = re.compile(r"flash|fmha|attention|attn", re.IGNORECASE)
 OPTIMIZER_NUMBERS = 250_000_000
