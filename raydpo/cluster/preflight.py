@@ -195,9 +195,10 @@ def _torch_devices() -> tuple[int, str, bool]:
     """Return the number of GPUs that torch finds on this node, why it finds no more, and whether CUDA's toolkit is there.
     Uses a new process, since Ray hides GPUs from this task."""
     program = (
-        "import json, torch\nfrom torch.utils.cpp_extension import CUDA_HOME\nerror = ''\ntry: torch.cuda.init()\nexcept "
-        "Exception as caught: error = f'{type(caught).__name__}: {caught}'\nprint(json.dumps([0 if error else "
-        f"torch.cuda.device_count(), error, CUDA_HOME is not None, [{TORCH_FACTS}]]))"
+        "import json, torch\nerror = ''\n"
+        "try: torch.cuda.init()\nexcept Exception as caught: error = f'{type(caught).__name__}: {caught}'\n"
+        "try: from torch.utils.cpp_extension import CUDA_HOME\nexcept ImportError: CUDA_HOME = None\n"
+        f"print(json.dumps([0 if error else torch.cuda.device_count(), error, CUDA_HOME is not None, [{TORCH_FACTS}]]))"
     )
     hiding = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
     try:

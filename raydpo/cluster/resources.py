@@ -8,14 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from raydpo.cluster.allocator import allocator_setting
 from raydpo.cluster.nodes import NODE_SHARE, cores_of, grows_to, holds, nodes_with, usable_cores
 from raydpo.config import Config
 from raydpo.errors import ConfigError
 
 __all__ = ["Resources", "bfloat16_is_faster", "resources_for"]
-
-ALLOCATOR, ALLOCATOR_OLD = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
-"""Variables with the settings of torch's allocator on GPUs. The old name counts where the new one is not set."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +70,10 @@ class Resources:
     def environment(self) -> dict[str, str]:
         """Environment variables with which a process that scores or trains must be started.
 
-        Micro-batches differ in size, and torch's blocks of fixed size on a GPU would leave gaps between them. torch reads
-        its setting when a GPU is first used, which Ray Train does before it calls the worker. vLLM's own memory pool
-        refuses the setting, so workers that answer prompts are started without it.
+        torch reads the setting of its allocator when a GPU is first used, which Ray Train does before it calls the worker.
+        vLLM's own memory pool refuses the setting, so workers that answer prompts are started without it.
         """
-        if not self.gpus_per_worker or {ALLOCATOR, ALLOCATOR_OLD} & os.environ.keys():
-            return {}
-        return {ALLOCATOR: "expandable_segments:True"}
+        return allocator_setting(os.environ) if self.gpus_per_worker else {}
 
     @property
     def device(self) -> Literal["cuda", "cpu"]:

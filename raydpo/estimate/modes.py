@@ -13,7 +13,7 @@ from raydpo.errors import ConfigError
 from raydpo.model.budget import MOST_TRAINED, STEP
 from raydpo.model.memory.activations import Batch
 from raydpo.model.memory.anatomy import Anatomy
-from raydpo.model.memory.ledger import BASE_BYTES, MemoryEstimate, estimate_memory
+from raydpo.model.memory.ledger import BASE_BYTES, MemoryEstimate, estimate_memory, trained_numbers
 
 __all__ = ["USABLE", "Fit", "Modes", "Question", "compare_modes"]
 
@@ -76,8 +76,19 @@ class Question:
             self.anatomy, self.model, self.train, self.batch.scaled(positions), workers=self.workers, dtype=self.dtype
         )
 
+    @property
+    def refused(self) -> str | None:
+        """Why a training refuses it, however much memory there is; None if it does not."""
+        if self.train.optimizer == "adamw":
+            return None
+        try:
+            self.train.check_numbers(trained_numbers(self.anatomy, self.model), self.workers)
+        except ConfigError as error:
+            return str(error)
+        return None
+
     def fits(self, positions: int) -> bool:
-        return self.memory_at(positions).device + BASE_BYTES <= USABLE * self.memory
+        return self.refused is None and self.memory_at(positions).device + BASE_BYTES <= USABLE * self.memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +142,7 @@ class Modes:
         longest, budget: as in ``Question``. together: ``train.sequence_parallel``.
         rows: modes that train the same parameters as the configuration, the fastest first.
         proposed: the first that fits, or None.
+        refused: why the configuration cannot train in its mode, however much memory there is, or None.
         adapters: the first mode that fits with LoRA and with QLoRA, if the configuration trains more parameters.
         workers_needed: if nothing fits, the fewest GPUs with which something does; None if no number of them helps.
     """
@@ -144,6 +156,7 @@ class Modes:
     budget: int | None
     rows: tuple[Fit, ...]
     proposed: Fit | None
+    refused: str | None
     adapters: tuple[Fit, ...]
     workers_needed: int | None
 
@@ -161,7 +174,9 @@ class Modes:
         said = [f"longest pair: {self.longest * self.together:,} positions{part}, {room}"]
         configured = next(row for row in self.rows if row.configured)
         needs = f"the configuration, on {where}: {_gib(configured.total)} GiB at {configured.positions:,} positions"
-        if configured.fits:
+        if self.refused is not None:
+            said.append(f"the configuration is refused: {self.refused}")
+        elif configured.fits:
             said.append(f"fits: {needs}, {configured.largest:,} would fit")
         else:
             said.append(f"does not fit: {needs}, and a plan may use {USABLE:.0%} of the memory")
@@ -206,6 +221,7 @@ def compare_modes(question: Question, device: str) -> Modes:
         budget=question.budget,
         rows=rows,
         proposed=proposed,
+        refused=question.refused,
         adapters=tuple(_adapters(question)),
         workers_needed=question.workers if proposed else _needed(question),
     )

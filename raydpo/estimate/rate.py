@@ -22,6 +22,8 @@ from raydpo.model.files import model_files
 from raydpo.model.fused import fuse_layers
 from raydpo.model.load import add_lora, load_causal_lm
 from raydpo.model.logps import LogpModel
+from raydpo.model.memory.anatomy import Anatomy
+from raydpo.model.memory.needs import needs_of
 from raydpo.model.rotary import rope_length
 from raydpo.model.selfcheck import choose_layout
 from raydpo.reference.identity import identify, resolve_model
@@ -138,8 +140,12 @@ def _policy(config: Config, dtype: str, device: torch.device) -> tuple[LogpModel
     def probe(tokens: int) -> object:
         return policy(policy.lay_out([probe_group(tokens, policy.vocabulary)]).to(device))
 
-    budget = config.train.tokens_per_batch
-    return policy, find_budget(probe, device, most=MOST_TRAINED).tokens if budget == "auto" else budget
+    if config.train.tokens_per_batch != "auto":
+        return policy, config.train.tokens_per_batch
+    train = config.train.model_copy(update={"zero": 0})
+    how = {"workers": 1, "dtype": dtype, "device": device.type, "updates": False}
+    needs = needs_of(Anatomy.of_loaded(policy.causal_lm), config.model, train, **how)
+    return policy, find_budget(probe, device, most=MOST_TRAINED, needs=needs).tokens
 
 
 def _wait(device: torch.device) -> None:

@@ -16,6 +16,7 @@ from types import FrameType
 
 import torch
 
+from raydpo.cluster.allocator import allocator_setting
 from raydpo.cluster.driver import driver_version, why_no_gpu
 from raydpo.errors import ConfigError, one_line
 from raydpo.gpu.blocks import BLOCKS, Block
@@ -30,12 +31,11 @@ from raydpo.version import __version__
 __all__ = ["check", "chosen_blocks", "run_block"]
 
 LIBRARIES = ("transformers.models.llama.modeling_llama", "peft", "deepspeed", "bitsandbytes")
+"""What blocks import, if it is installed."""
 BLOCK_SECONDS = 60.0
 """Longest that a block may take."""
 ALL_SECONDS = 525.0
 """Longest that all blocks together may take, so that a rented quarter of an hour holds a second try."""
-
-
 AGAIN_SECONDS = 5.0
 """Seconds after which a timeout is raised again, if the one before was lost in a destructor."""
 
@@ -68,19 +68,18 @@ def check(
     where = torch.device("cpu" if device == "cpu" else "cuda:0")
     if not out.parent.is_dir() or out.is_dir():
         raise ConfigError(f"--out {out} cannot be written; name a file in an existing folder")
-    shape = TINY if where.type == "cpu" else LLAMA_8B
-    report = Report(
-        raydpo=__version__,
-        started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        device=describe(where),
-        versions=versions(),
-        model={"shape": shape.name, "layers": list(shape.layers), "whole": shape.whole},
-    )
-    console.say(_first_line(report))
-    if where.type == "cpu":
-        console.say("warning: --device cpu computes tiny models on this CPU; its figures are not figures of a GPU")
+    shape, limits = (TINY, CPU_LIMITS) if where.type == "cpu" else (LLAMA_8B, GPU_LIMITS)
     with tempfile.TemporaryDirectory(prefix="raydpo-gpu-check-") as folder, _alone(Path(folder), where):
-        limits = CPU_LIMITS if where.type == "cpu" else GPU_LIMITS
+        report = Report(
+            raydpo=__version__,
+            started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            device=describe(where),
+            versions=versions(),
+            model={"shape": shape.name, "layers": list(shape.layers), "whole": shape.whole},
+        )
+        console.say(_first_line(report))
+        if where.type == "cpu":
+            console.say("warning: --device cpu computes tiny models on this CPU; its figures are not figures of a GPU")
         world = World(where, shape, limits, Path(folder))
         _import_libraries()
         deadline = time.monotonic() + ALL_SECONDS
@@ -169,10 +168,11 @@ def _limited(limit: float) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _alone(folder: Path, device: torch.device) -> Iterator[None]:
-    """Within the block, remember nothing of the models on this machine, and reach nothing outside it."""
+    """Within the block, remember nothing of the models on this machine, reach nothing outside it, and compute as a worker
+    does. Nothing may have used a GPU before."""
     changes = {"XDG_CACHE_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     # DeepSpeed reads the first when it is imported, cuBLAS the second when it is first used, for train.deterministic.
-    changes |= {"DS_ACCELERATOR": device.type, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    changes |= {"DS_ACCELERATOR": device.type, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"} | allocator_setting(os.environ)
     before = {name: os.environ.get(name) for name in changes}
     os.environ.update(changes)
     try:

@@ -76,7 +76,8 @@ def _errors(world: World, model: torch.nn.Module, rows: int, *, fused: bool) -> 
     wanted = raw.log_softmax(-1).gather(1, targets[:, None])[:, 0]
     expected = torch.autograd.grad((wanted * slopes.double()).sum(), (exact_hidden, exact_weight))
     pairs = {"log-probs": (ours, wanted), "dh": (gradients[0], expected[0]), "dW": (gradients[1], expected[1])}
-    return {name: float((one.double() - other).norm() / other.norm()) for name, (one, other) in pairs.items()}
+    apart = {name: (one.detach().double() - other.detach(), other.detach()) for name, (one, other) in pairs.items()}
+    return {name: float(difference.norm() / exact.norm()) for name, (difference, exact) in apart.items()}
 
 
 def _speed(world: World, found: Findings) -> None:

@@ -13,6 +13,7 @@ from raydpo.data.plan import fill_batches
 from raydpo.errors import one_line
 from raydpo.gpu.figures import Findings
 from raydpo.gpu.world import World
+from raydpo.model.fused import find_parts, switch
 from raydpo.model.layout import PADDED, Method, PromptGroup, shapes_of
 from raydpo.model.logps import LogpModel
 
@@ -40,6 +41,12 @@ def numerics(world: World, found: Findings) -> None:
     limits, unit = world.limits, "nats a token"
     found.at_most("bfloat16.mean", gap.mean(), limits.bfloat16, f"bfloat16 with {body} against float32, mean", unit)
     found.value("bfloat16.max", gap.max(), f"bfloat16 with {body} against float32, largest", "nats")
+    parts = find_parts(model)
+    switch(model, parts, on=True)
+    fused = np.abs(_logps(world, model, groups, shape.passes[1]) - wanted).mean()
+    switch(model, parts, on=False)
+    says = "mean gap of fused functions to float32 through that of plain ones"
+    found.at_most("fused.ratio", fused / max(gap.mean(), 1e-9), limits.fused_ratio, says)
     small = _logps(world, model, groups, shape.live)
     says = f"passes of {shape.live:,} against {shape.passes[1]:,} positions, mean gap"
     found.at_most("pass_size", np.abs(small - best).mean(), limits.layout, says, unit)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -102,6 +103,8 @@ def _compare(
     except TrainError as error:
         found.fact(f"{name}.resumes", False, f"{name}: resumes from its checkpoint (1 = yes; {one_line(error, 120)})")
         return
+    finally:
+        shutil.rmtree(folder)  # a gigabyte
     gap = _gap(weights, resumed)
     found.at_most(f"{name}.weights", gap, limit, f"{name}: relative difference of the weights of a resumed run")
     apart = max(abs(one - other) for one, other in zip(losses, again, strict=True))

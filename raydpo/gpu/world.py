@@ -91,18 +91,17 @@ class World:
         self.model(self.shape.few, vocabulary=self.shape.small_vocabulary).save_pretrained(str(path))
         return path
 
-    def pairs(self, count: int, *, vocabulary: int | None = None, spread: float = 0.0, seed: int = 0) -> list[PromptGroup]:
+    def pairs(self, count: int, *, spread: float = 0.0, seed: int = 0) -> list[PromptGroup]:
         """Random pairs (chosen, rejected) of the shape's lengths.
 
         Args:
             spread: sigma of a log-normal factor on each length; 0 = all pairs have the same lengths.
         """
         rng = np.random.default_rng(seed)
-        most = vocabulary or self.shape.small_vocabulary
 
         def tokens(length: int) -> np.ndarray:
             factor = np.clip(rng.lognormal(0, spread), 0.25, 2.0) if spread else 1.0
-            return rng.integers(0, most, max(2, round(length * factor))).astype(np.int32)
+            return rng.integers(0, self.shape.small_vocabulary, max(2, round(length * factor))).astype(np.int32)
 
         return [
             PromptGroup(tokens(self.shape.pair[0]), tuple(tokens(length) for length in self.shape.pair[1:]))

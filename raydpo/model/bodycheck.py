@@ -101,8 +101,8 @@ def errors(body: Body, demand: Demand, device: torch.device, tree: PrefixTree | 
         tree: the tree to compute on; without it ``check_tree()``.
 
     Returns:
-        ``values`` and ``gradient of query``, ``of key``, ``of value``, ``of sinks``: norm of the difference relative to the
-        norm of the definition. NaN if the body gives NaN.
+        For ``values``, ``gradient of query``, ``gradient of key``, ``gradient of value``, and ``gradient of sinks`` if there
+        are: the norm of the difference, relative to the norm of the definition. NaN if the body gives NaN.
     """
     tree = check_tree() if tree is None else tree
     drawn = inputs(demand, len(tree.token_ids), device)

@@ -228,7 +228,11 @@ def _transformed(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
 @_kernel(fixed=1)
 def log_normaliser(logits: Tensor, power: float, scale: float, softcap: float | None) -> Tensor:
     """log sum exp(power * logits) of each row of float32 logits [C, V] after ``head.LogitTransform``: [C]."""
-    return torch.logsumexp(power * _transformed(logits, scale, softcap), dim=-1)
+    logits = power * _transformed(logits, scale, softcap)
+    # Spelled out in the form that inductor knows and computes while it reads the logits once (torch 2.13,
+    # fx_passes/post_grad.py: prepare_softmax_pattern).
+    largest = logits.amax(-1, keepdim=True)
+    return (torch.log((logits - largest).exp().sum(-1, keepdim=True)) + largest)[:, 0]
 
 
 @_kernel(fixed=1)

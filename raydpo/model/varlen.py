@@ -23,7 +23,7 @@ from raydpo.model.segments import Segments, Terms
 __all__ = ["Kernel", "attend", "flash_kernel", "torch_kernel"]
 
 Kernel = Callable[..., Tensor]
-"""From queries [T, A, D], keys and values [K, G, D], their ends and longest lengths to [T, A, D]."""
+"""From terms, queries [T, A, D], keys and values [K, G, D], their ends, and the longest of both, to [T, A, D]."""
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, segments: Segments, terms: Terms) -> Tensor:
@@ -41,7 +41,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, segments: Segments, terms:
     kernel = flash_kernel() if segments.body == "flash" else torch_kernel()
     if isinstance(kernel, str):
         raise ModelError(kernel)
-    return kernel(rows[0].contiguous(), keys, values, *ends, terms)[None]
+    return kernel(terms, rows[0].contiguous(), keys, values, *ends)[None]
 
 
 class _Gather(torch.autograd.Function):
@@ -81,19 +81,10 @@ def torch_kernel() -> Kernel | str:
     if "num_splits" in known and torch.version.hip is None:
         always["num_splits"] = 1
 
-    def kernel(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        query_ends: Tensor,
-        key_ends: Tensor,
-        most: int,
-        most_keys: int,
-        terms: Terms,
-    ) -> Tensor:
+    def kernel(terms: Terms, query: Tensor, key: Tensor, *others: Any) -> Tensor:
         grouped = {"enable_gqa": query.shape[1] != key.shape[1]} if "enable_gqa" in known else {}
-        around = {"scale": terms.scaling, "window_size": _around(terms.window)}
-        return varlen_attn(query, key, value, query_ends, key_ends, most, most_keys, **around, **grouped, **always)
+        own = {"scale": terms.scaling, "window_size": _around(terms.window)}
+        return varlen_attn(query, key, *others, **own, **grouped, **always)
 
     return kernel
 
@@ -105,20 +96,10 @@ def flash_kernel() -> Kernel | str:
     if isinstance(flash_attn, str):
         return f"flash_attn cannot be imported ({flash_attn}); install flash-attn"
 
-    def kernel(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        query_ends: Tensor,
-        key_ends: Tensor,
-        most: int,
-        most_keys: int,
-        terms: Terms,
-    ) -> Tensor:
-        ends = query_ends, key_ends, most, most_keys
+    def kernel(terms: Terms, *arguments: Any) -> Tensor:
         capped = {} if terms.softcap is None else {"softcap": terms.softcap}
-        around = {"causal": True, "window_size": _around(terms.window), **capped}
-        return flash_attn(query, key, value, *ends, softmax_scale=terms.scaling, **around)
+        own = {"softmax_scale": terms.scaling, "causal": True, "window_size": _around(terms.window)}
+        return flash_attn(*arguments, **own, **capped)
 
     return kernel
 

@@ -6,6 +6,7 @@ import pytest
 
 from raydpo.cluster import nodes as nodes_module
 from raydpo.cluster import resources as module
+from raydpo.cluster.allocator import ALLOCATOR, ALLOCATOR_OLD
 from raydpo.cluster.nodes import cores_of, usable_cores
 from raydpo.cluster.resources import Resources, resources_for
 from raydpo.config import load_config
@@ -91,7 +92,7 @@ def test_threads_beside_gpus_that_are_to_come_are_decided_where_the_worker_start
 
 @pytest.mark.parametrize("own", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
 def test_segments_on_gpus_grow_unless_the_user_has_settings_of_his_own(own, monkeypatch):
-    for name in (module.ALLOCATOR, module.ALLOCATOR_OLD):
+    for name in (ALLOCATOR, ALLOCATOR_OLD):
         monkeypatch.delenv(name, raising=False)
     if own is not None:
         monkeypatch.setenv(own, "max_split_size_mb:128")

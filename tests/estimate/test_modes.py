@@ -76,6 +76,19 @@ def test_nothing_fits_and_how_many_would(llama):
     assert ask(llama, 16, workers=modes.workers_needed - 1, optimizer="adamw_8bit").proposed is None
 
 
+def test_more_numbers_than_the_optimizer_counts_fit_nowhere(llama):
+    """ZeRO 2 on two GPUs: 4.0e9 numbers a share, and bitsandbytes counts up to 2^31."""
+    modes = ask(llama, 400, workers=2, optimizer="adamw_8bit")
+    assert {row.name: row.fits for row in modes.rows if "recompute" not in row.name} == {
+        "ZeRO 0": True, "ZeRO 1": False, "ZeRO 2": False, "ZeRO 3": True
+    }  # fmt: skip
+    assert any(
+        line.startswith("the configuration is refused: train.optimizer adamw_8bit updates 4,015") for line in modes.lines()
+    )
+    assert not any(line.startswith("does not fit") for line in modes.lines())
+    assert ask(llama, 400, workers=4, optimizer="adamw_8bit").refused is None
+
+
 def test_no_number_of_gpus_helps_the_longest_pair(llama):
     modes = ask(llama, 24, longest=200_000)
     assert modes.proposed is None and modes.workers_needed is None

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from architectures import make_random
-from test_varlen import have, kernel, torch_2_10
+from varlen_releases import have, kernel, torch_2_10
 
 from raydpo.model import bodycheck, by_node, selfcheck, varlen
 from raydpo.model.attention import Demand

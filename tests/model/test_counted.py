@@ -53,11 +53,10 @@ def test_the_ledger_is_what_the_code_takes(shortened, kind, recomputes):
     train = TrainConfig(zero=0, gradient_checkpointing=recomputes)
     batch = Batch.of_pairs([PAIR] * PAIRS, micro_batches=1)
     memory = estimate_memory(Anatomy.of(shortened), model, train, batch, workers=1, dtype="bfloat16")
-    passes = [moment for moment in memory.moments if "forward" in moment.name or "backward" in moment.name]
     estimated = (
         memory.standing.weights,
-        next(moment.activations for moment in passes if moment.name == "forward"),
-        max(moment.activations + moment.gradients + moment.head for moment in passes),
+        next(moment.activations for moment in memory.passes if moment.name == "forward"),
+        max(moment.activations + moment.gradients + moment.head for moment in memory.passes),
     )
     found = counted(shortened, model, recomputes)
     for what, wanted, size in zip(("weights", "kept", "peak"), estimated, found, strict=True):

@@ -50,3 +50,15 @@ def test_a_checkpoint_killed_at_every_third_line(tmp_path):
     kills = killed_at_every_line(act, [files_module, storage_module], prepare, check, stride=3)
     assert kills > 25 and seen == {0, 1, 2}
     assert not (tmp_path / "run" / ".scratch").exists(), "what the killed ones left is gone, too"
+
+
+def test_each_worker_removes_what_killed_ones_of_a_larger_group_left(tmp_path):
+    root = tmp_path / ".scratch"
+    for rank in range(5):
+        (root / f"{rank:05d}" / "step").mkdir(parents=True)
+    with _scratch(Storage(str(tmp_path)), 1, 2) as one:
+        assert one == root / "00001" and not list(one.iterdir())
+        assert sorted(path.name for path in root.iterdir()) == ["00000", "00001", "00002", "00004"]
+        with _scratch(Storage(str(tmp_path)), 0, 2):
+            assert sorted(path.name for path in root.iterdir()) == ["00000", "00001"]
+    assert not root.exists()

@@ -98,13 +98,14 @@ class MemoryEstimate:
         peak: the moment with the most bytes on the device.
         host: bytes of host memory for offloaded weights, optimizer and activations.
         host_peak: the same during the update.
-        moments: all moments in order; the last is the update.
+        passes: moments of the forward and the backward pass. moments: all moments in order; the last is the update.
     """
 
     standing: Moment
     peak: Moment
     host: float
     host_peak: float
+    passes: tuple[Moment, ...] = field(repr=False)
     moments: tuple[Moment, ...] = field(repr=False)
 
     @property
@@ -157,12 +158,14 @@ def estimate_memory(
     policy = _policy(anatomy, model, width)
     kind = {"quantized": model.quantization is not None, "fused": model.fused and width == 2}
     ledger = _Ledger(anatomy, policy, train, batch, workers, width, device, **kind)
-    moments = tuple(ledger.moments())
+    passes = tuple(ledger.passes())
+    moments = (*passes, *ledger.rest())
     return MemoryEstimate(
         standing=ledger.standing(),
         peak=max(moments, key=lambda moment: moment.total),
         host=ledger.host,
-        host_peak=ledger.host_peak,
+        host_peak=max(ledger.host, ledger.host_peak),
+        passes=passes,
         moments=moments,
     )
 
@@ -322,12 +325,10 @@ class _Ledger:
             communication=self.bucket + self._persistent() if self.zero == 3 else spare,
         )
 
-    def moments(self) -> Iterator[Moment]:
-        """All moments that may be the peak."""
-        yield from self._backward()
+    def rest(self) -> Iterator[Moment]:
+        """What follows the passes."""
         yield from self._reduction()
         yield from self._update()
-        self.host_peak = max(self.host_peak, self.host)
 
     def _moment(self, name: str, *, optimizer: float = 0.0, **parts: float) -> Moment:
         """A moment with the given bytes besides the weights and the optimizer's lasting bytes."""
@@ -362,7 +363,7 @@ class _Ledger:
             # Layers below the lowest trained one have no gradient.
             yield layer if number >= first else replace(layer, kept=0.0, entry=0.0, working=0.0, passing=0.0)
 
-    def _backward(self) -> Iterator[Moment]:
+    def passes(self) -> Iterator[Moment]:
         """The end of the forward pass, and the backward pass from the head down to the embedding."""
         anatomy, batch, width = self.anatomy, self.batch, self.width
         how = {"width": width, "device": self.device, "fused": self.fused}

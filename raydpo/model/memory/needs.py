@@ -17,9 +17,19 @@ PROPORTIONS = Batch.of_pairs([(4096, 2048, 2048)])
 
 
 def needs_of(
-    anatomy: Anatomy, policy: Trained, train: TrainConfig, *, workers: int, dtype: str, device: Device = "cuda"
+    anatomy: Anatomy,
+    policy: Trained,
+    train: TrainConfig,
+    *,
+    workers: int,
+    dtype: str,
+    device: Device = "cuda",
+    updates: bool = True,
 ) -> Needs:
     """Make them from the ledger; parameters as of ``estimate_memory``.
+
+    Args:
+        updates: whether DeepSpeed trains. If not, passes add up gradients and nothing is done with them.
 
     Raises:
         ConfigError: as ``estimate_memory``.
@@ -33,10 +43,12 @@ def needs_of(
 
     def step(positions: int) -> float:
         found = ledger(positions)
-        return found.device - found.standing.total
+        if updates:
+            return found.device - found.standing.total
+        return max(moment.activations + moment.gradients + moment.head for moment in found.passes)
 
     def probe(positions: int) -> float:
-        forward = (moment for moment in ledger(positions).moments if moment.name.startswith("forward"))
+        forward = (moment for moment in ledger(positions).passes if moment.name.startswith("forward"))
         return max(moment.activations + moment.head for moment in forward)
 
     return Needs(step=step, probe=probe)

@@ -70,6 +70,7 @@ class PendingCheckpoint:
         for name, tensors in engine.state.files():
             self._files.append((name, tensors))
             self.bytes += sum(tensor.nbytes for tensor in tensors.values())
+            del tensors
             if not copy:
                 self.write()
         if engine.rank == 0:

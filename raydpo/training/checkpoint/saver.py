@@ -71,7 +71,7 @@ class CheckpointSaver:
         self.newest: int | None = None
         self._problem = ""
         self._started = time.monotonic()
-        self._closed = self._told = False
+        self._closed = self._told = self._holds = False
 
     @property
     def minutes_since(self) -> float:
@@ -155,7 +155,9 @@ class CheckpointSaver:
     def _fits_in_memory(self) -> bool:
         """Whether the host's memory has room for a copy of the shares of all ranks on this machine."""
         needed, free = self._engine.state.bytes * int(os.environ.get("LOCAL_WORLD_SIZE", "1")), free_bytes()
-        fits = needed <= MEMORY_SHARE * free
+        fits = self._holds or needed <= MEMORY_SHARE * free
+        # torch keeps page-locked memory for the next copy.
+        self._holds = fits and self._engine.device.type == "cuda"
         if not fits and not self._told:
             self._told = True
             self._hooks.note(
