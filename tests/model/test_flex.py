@@ -5,14 +5,21 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from architectures import make_random
+from definition import VOCAB, groups
 from dense_mask import HEADS, assert_same, by_definition, tensors, tree
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import flex_attention
 
 from raydpo.model import flex
+from raydpo.model.attention import watch_demands
+from raydpo.model.layout import Method
+from raydpo.model.logps import LogpModel
 from raydpo.model.segments import BLOCK, Segments, Terms
 from raydpo.model.tree import PrefixTree
+
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
 
 def random_tree(seed, longest=400):
@@ -92,6 +99,20 @@ def test_values_of_another_head_size(uncompiled):
     value = tensors(pack, size=12)[2]
     found = flex.attend(query, key, value, Segments.of(pack, "flex"), Terms(scaling=0.7))
     assert_same(found, by_definition(pack, query, key, value, scaling=0.7), [query, key, value])
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
+def test_models_with_soft_caps_windows_and_sinks(name, uncompiled):
+    """Log-probs are those of node-by-node attention."""
+    model = LogpModel(make_random(name, VOCAB))
+    found = []
+    for body in ("sdpa", "flex"):
+        model.use(Method("tree", body))
+        with watch_demands() as demands:
+            found.append(np.concatenate([one for group in model.score(groups(), torch.device("cpu")) for one in group]))
+        assert {demand.window is None for demand in demands} == {True, False}
+        assert all(demand.sinks if name == "gpt_oss" else demand.softcap for demand in demands)
+    assert np.allclose(*found, atol=1e-5)
 
 
 @pytest.fixture
