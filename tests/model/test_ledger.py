@@ -57,6 +57,7 @@ def test_anatomy_is_what_transformers_builds(tmp_path, kind, settings, wanted):
     (directory / "model.safetensors").unlink()
     anatomy = Anatomy.of(directory)
     assert anatomy.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert anatomy == Anatomy.of_loaded(model)
     assert anatomy.layers == 2 and {weight.place for weight in anatomy.weights} >= {EMBEDDING, 0, 1}
     assert (HEAD in {weight.place for weight in anatomy.weights}) == (not anatomy.tied)
     assert {name: getattr(anatomy, name) for name in wanted} == wanted
