@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
+import importlib
 import os
 import socket
 from collections.abc import Iterator, Sequence
@@ -33,12 +33,17 @@ LORA = LoraSettings(r=16)
 
 
 def needs(*packages: str) -> None:
-    """Skip the block if one of ``packages`` is not installed.
+    """Skip the block if one of ``packages``, or what it imports, is not installed.
 
     Raises:
         Skip: naming those that are not.
     """
-    lacking = [name for name in packages if importlib.util.find_spec(name) is None]
+    lacking = []
+    for name in packages:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            lacking.append(error.name or name)
     if lacking:
         raise Skip(f"no {' and no '.join(lacking)}")
 
