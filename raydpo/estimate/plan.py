@@ -46,9 +46,10 @@ PAIRS_PER_RANK = 4
 """Pairs per rank in the second imbalance table, whose steps grow with the number of ranks."""
 FORWARD = (1.0, 1.0, 1.0)
 """Factors of ``operations`` for one forward pass."""
-FULL, ADAPTERS = (3.0, 3.0, 3.0), (2.0, 3.0, 2.0)
-"""The same for forward and backward pass, of full fine-tuning and of adapters, as MFU counts them: what the mathematics
-needs, without what is computed again."""
+FULL = (3.0, 3.0, 3.0)
+"""Factors of forward and backward pass of full fine-tuning, as MFU counts them: without what is computed again."""
+ADAPTERS = (2.0, 3.0, 2.0)
+"""The same for adapters on frozen weights."""
 PAIRS_SIMULATED = 8192
 """Largest number of pairs simulated for one row of a table. If steps are larger, fewer steps are simulated, to save time."""
 LAYOUTS: tuple[LayoutName, ...] = ("padded", "packed", "tree")

@@ -49,3 +49,4 @@ BLOCKS = (
     Block(10, "fused", fusing, quick=False),
     Block(11, "numerics", numerics, quick=False),
 )
+"""All blocks, in the order in which they run."""

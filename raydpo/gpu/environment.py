@@ -21,6 +21,7 @@ from raydpo.model.recall import processor
 __all__ = ["PACKAGES", "clocks", "describe", "environment", "judge_driver", "versions"]
 
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "bitsandbytes", "flash_attn", "triton", "liger_kernel", "numpy")
+"""Packages whose versions a report names."""
 VARIABLE_LENGTH = frozenset({"varlen", "flash"})
 
 

@@ -64,6 +64,7 @@ class Limits:
 
 
 GPU_LIMITS = Limits()
+"""The limits of a GPU."""
 CPU_LIMITS = Limits(
     driver=None,
     gemm=None,

@@ -72,6 +72,7 @@ LLAMA_8B = Shape(
     most_pairs=64,
     narrow=4,
 )
+"""Sizes of Llama 3 8B."""
 TINY = Shape(
     name="tiny",
     hidden=64,

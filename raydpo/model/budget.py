@@ -17,10 +17,11 @@ from raydpo.model.layout import PromptGroup
 __all__ = [
     "MOST_SCORED",
     "MOST_TRAINED",
+    "PROBES",
     "TIGHT",
     "Budget",
     "Needs",
-    "allocated_memory",
+    "before_first_step",
     "find_budget",
     "free_memory",
     "is_out_of_memory",
@@ -166,9 +167,6 @@ def find_budget(
     if known:
         run(small)
     peaks = [_peak(run, tokens, device) for tokens in PROBES]
-    if device.type == "cuda":  # what torch has reserved from here on is not the probes'
-        torch.cuda.empty_cache()
-        reset_peak_memory(device)
     return budget(max((peaks[1] - peaks[0]) / (large - small), 1.0), by_ledger)
 
 
@@ -221,9 +219,14 @@ def reset_peak_memory(device: torch.device) -> None:
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
-def allocated_memory(device: torch.device) -> float:
-    """Bytes that torch has allocated on a GPU now; 0 on a CPU."""
-    return float(torch.cuda.memory_allocated(device)) if device.type == "cuda" else 0.0
+def before_first_step(device: torch.device) -> float:
+    """Start the peak of a GPU's memory, without what torch has reserved for earlier work. Returns the bytes that are
+    allocated now; 0 on a CPU."""
+    if device.type != "cuda":
+        return 0.0
+    torch.cuda.empty_cache()
+    reset_peak_memory(device)
+    return float(torch.cuda.memory_allocated(device))
 
 
 def share_of_first_step(device: torch.device, before: float, share: float = 1.0) -> float | None:
@@ -232,7 +235,7 @@ def share_of_first_step(device: torch.device, before: float, share: float = 1.0)
     The first step makes the optimizer's moments at its end. Later ones have them from the beginning, and so take more.
 
     Args:
-        before: ``allocated_memory`` before that step.
+        before: what ``before_first_step`` returned.
         share: share of the device's memory that this process may use.
     """
     if device.type != "cuda":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,7 +28,7 @@ from raydpo.training.policy.engine import StepEngine
 from raydpo.training.schedule import learning_rate, warmup_steps
 from raydpo.training.whole_step import WholeStep
 
-__all__ = ["Step", "StepRequests", "StepResult", "Stepper"]
+__all__ = ["Step", "StepRequests", "StepResult", "Stepper", "explained_memory"]
 
 
 @dataclass(frozen=True)
@@ -211,20 +212,29 @@ class Stepper:
         told = "; ".join(f"rank {rank}: {names}" for rank, names in enumerate(everyone) if names)
         return f"its pairs are {told}" if told else "no pair has such a loss by itself: their sum overflowed"
 
-    @contextlib.contextmanager
-    def explained_memory(self, what: str) -> Iterator[None]:
-        """Turn what torch raises when memory runs out into a DeviceMemoryError that says in ``what``, with advice."""
-        try:
-            yield
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            positions = self.plan.tokens_per_batch // self.engine.sequence_parallel
-            raise DeviceMemoryError(
-                f"{positions} token positions a micro-batch do not fit in memory: {what} ran out of it "
-                f"({one_line(error, 200) or type(error).__name__}). Set train.tokens_per_batch lower, or "
-                "train.gradient_checkpointing=true; 'raydpo plan' tells what else takes how much"
-            ) from error
+    def explained_memory(self, what: str) -> AbstractContextManager[None]:
+        """``explained_memory`` for the micro-batches of this plan."""
+        return explained_memory(self.plan.tokens_per_batch // self.engine.sequence_parallel, what)
+
+
+@contextlib.contextmanager
+def explained_memory(positions: int, what: str) -> Iterator[None]:
+    """Turn what torch raises when memory runs out into a DeviceMemoryError with advice.
+
+    Args:
+        positions: token positions of a micro-batch.
+        what: what is done within the block.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise DeviceMemoryError(
+            f"{positions} token positions a micro-batch do not fit in memory: {what} ran out of it "
+            f"({one_line(error, 200) or type(error).__name__}). Set train.tokens_per_batch lower, or "
+            "train.gradient_checkpointing=true; 'raydpo plan' tells what else takes how much"
+        ) from error
 
 
 def _add_up(

@@ -14,7 +14,7 @@ from raydpo.config import TrainConfig
 from raydpo.data.plan import BatchPlan
 from raydpo.errors import ConfigError, TrainError
 from raydpo.losses import Objective, ObjectiveState
-from raydpo.model.budget import TIGHT, allocated_memory, share_of_first_step
+from raydpo.model.budget import PROBES, TIGHT, before_first_step, share_of_first_step
 from raydpo.rundir.watch import TrainingWatch
 from raydpo.training.checkpoint.files import load_checkpoint
 from raydpo.training.checkpoint.preemption import PreemptionGuard
@@ -27,7 +27,7 @@ from raydpo.training.job import TrainJob, TrainSummary
 from raydpo.training.pairs import TrainingPairs
 from raydpo.training.policy.engine import Engine
 from raydpo.training.policy.sample import greedy_answers
-from raydpo.training.step import Stepper, StepRequests, StepResult
+from raydpo.training.step import Stepper, StepRequests, StepResult, explained_memory
 
 __all__ = ["Trainer", "train_policy"]
 
@@ -225,7 +225,7 @@ class Trainer:
         start, before = time.perf_counter(), dataclasses.replace(summary)
         tokens = 0.0
         steps = self.stepper.prepared(summary.steps)
-        allocated = allocated_memory(self.engine.device)
+        allocated = before_first_step(self.engine.device)
         clock.lap()  # gate and first evaluation are no part of the first step
         while summary.steps < total_steps:
             with clock.phase("data"):
@@ -367,7 +367,8 @@ def _tokens_per_batch(job: TrainJob, engine: Engine, summary: TrainSummary, hook
         return job.train.tokens_per_batch
     if summary.tokens_per_batch:
         return summary.tokens_per_batch
-    budget = engine.find_budget(job.memory_share)
+    with explained_memory(PROBES[-1], "the measurement of a budget"):
+        budget = engine.find_budget(job.memory_share)
     hooks.note(budget.line())
     return budget.tokens
 

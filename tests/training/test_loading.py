@@ -10,7 +10,7 @@ import torch
 from distributed import run_distributed
 from tiny import make_model
 
-from raydpo.training.policy.host_memory import HostPeak
+from raydpo.training.policy.host_memory import HostPeak, free_bytes, host_copy
 
 M_MMAP_THRESHOLD = -3
 
@@ -23,6 +23,51 @@ def test_a_peak_that_passes_is_seen():
         del passing
     assert peak.bytes - peak.start_bytes == pytest.approx(160e6, rel=0.2)
     assert 0.5 <= peak.seconds < 60
+
+
+@pytest.mark.parametrize(
+    ("files", "free"),
+    [
+        ({}, 20e9),
+        ({"memory.max": "max\n", "memory.current": "5"}, 20e9),
+        ({"memory.max": "9000000000", "memory.current": "5000000000", "memory.stat": "inactive_file 1000\n"}, 4e9 + 1000),
+        ({"memory.max": "90000000000", "memory.current": "5", "memory.stat": "anon 7\n"}, 20e9),
+        (
+            {f"memory/memory.{name}": value for name, value in {
+                "limit_in_bytes": "6000000000", "usage_in_bytes": "5000000000", "stat": "total_inactive_file 7"}.items()},
+            1e9 + 7,
+        ),
+    ],
+)  # fmt: skip
+def test_free_memory_is_what_the_machine_has_within_the_limit_of_the_container(files, free, tmp_path):
+    (tmp_path / "memory").mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "meminfo").write_text("MemTotal:       32000000 kB\nMemAvailable:   19531250 kB\nHugePages_Total:   0\n")
+    assert free_bytes(tmp_path / "meminfo", tmp_path) == free
+    assert free_bytes(tmp_path / "none", tmp_path) == 0
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that says that it is on a GPU."""
+
+    is_cuda = True
+
+
+def test_a_copy_from_a_gpu_is_in_page_locked_memory_if_there_is_any(monkeypatch):
+    original, asked, empty = torch.arange(5.0), [], torch.empty
+
+    def without_pins(*shape, pin_memory=False, **how):
+        asked.append(pin_memory)
+        return empty(*shape, **how)
+
+    # Where no memory can be locked, as here, or no more of it, any other does.
+    for locked in (False, True):
+        if locked:
+            monkeypatch.setattr(torch, "empty", without_pins)
+        copy = host_copy(original.as_subclass(OnGpu))
+        assert torch.equal(copy.as_subclass(torch.Tensor), original) and copy.data_ptr() != original.data_ptr()
+        assert asked == ([True] if locked else [])
 
 
 def loaded(model, zero):

@@ -165,6 +165,7 @@ def runs_out(table, model, scratch):
         raise errors[0]
 
     places = [
+        (PolicyEngine, "find_budget"),
         (PolicyEngine, "step"),
         (step, "_add_up"),
         (trainer, "evaluate"),
@@ -180,7 +181,8 @@ def runs_out(table, model, scratch):
         setattr(where, name, fail)
         try:
             with pytest.raises(DeviceMemoryError) as caught:
-                train_here(table, model, scratch, steps=1, pairs_per_step=8, tokens_per_batch=1024, held_out=table)
+                budget = "auto" if name == "find_budget" else 1024
+                train_here(table, model, scratch, steps=1, pairs_per_step=8, tokens_per_batch=budget, held_out=table)
         finally:
             setattr(where, name, before)
         found.append((name, str(caught.value), caught.value.tokens))
@@ -191,11 +193,13 @@ def test_memory_that_runs_out_anywhere_in_a_run_is_told_and_halves_the_budget(ta
     """Also in the update, where an optimizer's first step makes its moments."""
     (found,) = run_distributed(runs_out, 1, tmp_path / "a", table, tiny_llama, tmp_path / "s")
     words = {"step": "a step", "_add_up": "a step", "evaluate": "an evaluation", "compare": "the step-0 gate"}
+    words["find_budget"] = "the measurement of a budget"
     for name, message, tokens in found:
-        assert f"1024 token positions a micro-batch do not fit in memory: {words.get(name, 'an answer')}" in message
+        assert tokens == (768 if name == "find_budget" else 1024)
+        assert f"{tokens} token positions a micro-batch do not fit in memory: {words.get(name, 'an answer')}" in message
         board = Mailbox()
         number, _ = board.enter()
-        assert board.back_off(tokens, number) and board.enter() == (2, 512), name
+        assert board.back_off(tokens, number) and board.enter() == (2, tokens // 2), name
 
 
 def tight(table, model, scratch, shares):
