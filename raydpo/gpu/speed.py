@@ -21,7 +21,7 @@ from raydpo.gpu.figures import Findings, Skip
 from raydpo.gpu.stepping import LORA, needs
 from raydpo.gpu.timing import extrapolate, seconds
 from raydpo.gpu.world import World, amount_of
-from raydpo.model.layout import Layout, Method, PromptGroup
+from raydpo.model.layout import Layout, Method
 from raydpo.model.load import add_lora
 from raydpo.model.logps import LogpModel
 from raydpo.training.policy.optimizer import make_optimizer
@@ -42,7 +42,7 @@ def scoring_speed(world: World, found: Findings) -> None:
         model.use(Method("tree", world.bodies()[0]))
         for positions in shape.passes:
             with torch.no_grad():
-                groups, layout = _batch(world, model, positions)
+                layout = _batch(world, model, positions)
                 times[layers, positions] = seconds(partial(model, layout), world.device)
                 if layers == shape.layers[-1] and positions == shape.passes[1]:
                     _kinds(world, found, partial(model, layout))
@@ -50,10 +50,10 @@ def scoring_speed(world: World, found: Findings) -> None:
         gc.collect()
     for positions in shape.passes:
         groups = world.pairs_of(positions)
-        whole = _whole(world, [times[layers, positions] for layers in shape.layers])
+        says = f"scoring, {shape.whole} layers by extrapolation, {positions:,} positions a pass"
+        whole = _whole(world, found, [times[layers, positions] for layers in shape.layers], says)
         computed = operations(amount_of(groups, "tree"), world.cost(shape.whole), FORWARD)
         rate, mfu = float(amount_of(groups, "tree")[0]) / whole, computed / whole / world.peak
-        says = f"scoring, {shape.whole} layers by extrapolation, {positions:,} positions a pass"
         if positions == shape.passes[1]:
             found.value(f"score_positions_s_{shape.whole}", rate, says, "positions/s")
             found.goal(f"score_mfu_{shape.whole}", mfu, world.limits.score, f"{says}, MFU")
@@ -77,12 +77,12 @@ def training_speed(world: World, found: Findings) -> None:
             for layers in shape.layers:
                 measured.append(_passes(world, kind, layers, recomputes))
                 gc.collect()  # before the next model is made
-            forward, both = (_whole(world, times) for times in zip(*measured, strict=True))
             groups = world.pairs_of(shape.planned)
             amount, cost = amount_of(groups, "tree"), world.cost(shape.whole)
             name, says = kind, f"{kind}, {shape.whole} layers by extrapolation"
             if recomputes:
                 name, says = f"{kind}_checkpointing", f"{says}, gradient checkpointing"
+            forward, both = (_whole(world, found, times, says) for times in zip(*measured, strict=True))
             mfu = operations(amount, cost, factors) / both / world.peak
             found.value(f"{name}.forward_ms", 1000 * forward, f"{says}: forward pass", "ms")
             found.value(f"{name}.backward_ms", 1000 * (both - forward), f"{says}: backward pass", "ms")
@@ -94,15 +94,17 @@ def training_speed(world: World, found: Findings) -> None:
     found.value("optimizer_ns", _update(world), "AdamW on the device, a number", "ns")
 
 
-def _whole(world: World, times: Sequence[float]) -> float:
-    """Seconds of the whole model; at least those of the larger one that was measured."""
+def _whole(world: World, found: Findings, times: Sequence[float], says: str) -> float:
+    """Seconds of the whole model, at least those of the larger one measured. Fails if that was not the slower one."""
     few, many = times
+    if world.cuda and few >= many:
+        (less, more), name = world.shape.layers, f"{says.split(',')[0].replace(' ', '_')}.grows"
+        found.fact(name, False, f"{says}: {more} layers take longer than {less} (1 = yes; {few:.4f} and {many:.4f} s)")
     return max(many, extrapolate(world.shape.layers, (few, many), world.shape.whole))
 
 
-def _batch(world: World, model: LogpModel, positions: int) -> tuple[list[PromptGroup], Layout]:
-    groups = world.pairs_of(positions)
-    return groups, model.lay_out(groups).to(world.device)
+def _batch(world: World, model: LogpModel, positions: int) -> Layout:
+    return model.lay_out(world.pairs_of(positions)).to(world.device)
 
 
 def _passes(world: World, kind: str, layers: int, recomputes: bool) -> tuple[float, float]:
@@ -113,7 +115,7 @@ def _passes(world: World, kind: str, layers: int, recomputes: bool) -> tuple[flo
     if recomputes:
         model.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
-    _, layout = _batch(world, model, world.shape.planned)
+    layout = _batch(world, model, world.shape.planned)
 
     def both() -> None:
         model(layout).sum().backward()

@@ -193,6 +193,14 @@ def test_mfu_is_that_of_the_whole_model(world, monkeypatch):
     assert result.figures["score_mfu_32"].value == pytest.approx(flops / 0.032 / 1e12, rel=1e-3)
 
 
+def test_a_time_that_does_not_grow_with_layers_fails(world, monkeypatch):
+    found = Findings()
+    monkeypatch.setattr(World, "cuda", True)
+    assert speed._whole(world, found, (0.002, 0.001), "full, 32 layers") == 0.001
+    assert [name for name, figure in found.figures.items() if figure.ok is False] == ["full.grows"]
+    assert speed._whole(world, Findings(), (0.001, 0.002), "full, 32 layers") == pytest.approx(0.032)
+
+
 def _a_millisecond_a_layer():
     def seconds(run, device, **_):
         return 0.001 * run.func.causal_lm.config.num_hidden_layers
