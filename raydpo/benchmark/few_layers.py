@@ -267,35 +267,45 @@ class Bench:
         ``pairs_s`` are comparable. ``positions_s`` and ``mfu`` count what each side computes without padding: raydpo a
         prompt once for both completions, TRL twice.
         """
-        (few, many), sizes, rows = self.sizes.few, self.sizes, []
-        whole = sizes.shape["num_hidden_layers"]
+        many, sizes, rows = self.sizes.few[1], self.sizes, []
         for part, (name, factors) in PARTS.items():
             for side in ("raydpo", "trl"):
-                where = ("lora", "full") if (side, part) == ("trl", "reference") else (part,)
-                fastest = []
-                for layers in (few, many):
-                    runs = [run for each in where for run in self.of(side, each, layers)]
-                    times = [run.scoring if part == "reference" else run.step for run in runs]
-                    fastest.append(min(times, default=float("inf")))
-                if not np.isfinite(fastest).all():
+                # TRL scores in each training. Figures of one kind of training are not mixed with those of another.
+                kinds: list[Part] = ["lora", "full"] if (side, part) == ("trl", "reference") else [part]
+                measured = [times for kind in kinds if (times := self._seconds(side, kind, part)) is not None]
+                if not measured:
                     continue
-                seconds = max(fastest[1], fastest[1] + (whole - many) * (fastest[1] - fastest[0]) / (many - few))
-                shapes = self.workloads[many].shapes
+                seconds = min(measured, key=lambda times: list(times.values())[-1])
+                whole, shapes = list(seconds.values())[-1], self.workloads[many].shapes
                 amount = amounts([[row] for row in range(len(shapes))], shapes, "tree" if side == "raydpo" else "packed")
                 pairs = len(shapes) if part == "reference" else sizes.pairs_per_step
-                computed = operations(amount, self._cost(), factors) * pairs / len(shapes)
+                share = pairs / len(shapes)
+                computed = share * operations(amount, self._cost(), factors)
                 rows.append(
                     {
                         "part": part,
                         "name": name,
                         "side": side,
-                        "seconds": {few: fastest[0], many: fastest[1], whole: seconds},
+                        "seconds": seconds,
+                        "pairs_s": pairs / whole,
+                        "positions_s": share * float(amount[0]) / whole,
+                        "mfu": None if peak is None else computed / whole / peak,
+                        "peak_bytes": max(run.peak_bytes for kind in kinds for run in self.of(side, kind, many)),
                     }
-                    | {"pairs_s": pairs / seconds, "positions_s": float(amount[0]) * pairs / len(shapes) / seconds}
-                    | {"mfu": None if peak is None else computed / seconds / peak}
-                    | {"peak_bytes": max((run.peak_bytes for each in where for run in self.of(side, each, many)), default=0)}
                 )
         return rows
+
+    def _seconds(self, side: str, kind: Part, part: Part) -> dict[int, float] | None:
+        """Seconds by number of layers, of all layers last; None unless both numbers of layers were measured."""
+        found = {}
+        for layers in self.sizes.few:
+            times = [run.scoring if part == "reference" else run.step for run in self.of(side, kind, layers)]
+            found[layers] = min(times, default=float("inf"))
+        (few, low), (many, high) = found.items()
+        if not np.isfinite([low, high]).all():
+            return None
+        whole = self.sizes.shape["num_hidden_layers"]
+        return found | {whole: max(high, high + (whole - many) * (high - low) / (many - few))}
 
     def _cost(self) -> ModelCost:
         """Operations of the whole model, from those of the two that are there."""

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 
 __all__ = ["ALLOCATOR", "ALLOCATOR_OLD", "allocator_setting"]
 
-ALLOCATOR, ALLOCATOR_OLD = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
-"""Variables with the settings of torch's allocator on GPUs. The old name counts where the new one is not set."""
+ALLOCATOR = "PYTORCH_ALLOC_CONF"
+"""Variable with the settings of torch's allocator on GPUs."""
+ALLOCATOR_OLD = "PYTORCH_CUDA_ALLOC_CONF"
+"""Its old name, which counts where the new one is not set."""
 
 
 def allocator_setting(environment: Mapping[str, str]) -> dict[str, str]:
