@@ -12,19 +12,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from unittest import mock
 
-import numpy as np
 import torch
+from live import like_a_gpu, make_policy, pairs_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig
 
-from raydpo.config import LoraSettings
+from raydpo.config import LoraSettings, ModelConfig
 from raydpo.model import head, kernels
-from raydpo.model.fused import find_parts, switch
-from raydpo.model.layout import Method, PromptGroup
-from raydpo.model.load import add_lora
-from raydpo.model.logps import LogpModel
 
 HEAVY = ("mm", "addmm", "bmm", "_varlen", "flash", "attention", "embedding")
 """Parts of the names of operations that are no elementwise work of a layer."""
@@ -124,28 +120,6 @@ def _passes(layers: int, fused: bool, lora: bool) -> tuple[Work, Work, int]:
         num_key_value_heads=8,
         max_position_embeddings=4096,
     )
-    tokens = np.random.default_rng(0).integers(0, 512, (PAIRS, sum(PAIR)))
-    prompts = [PromptGroup(row[:1024], (row[1024:1536], row[1536:])) for row in tokens]
-    torch.set_default_dtype(torch.bfloat16)
-    # Modules of tensors without data cannot be moved, as PEFT does with its adapters.
-    try:
-        with (
-            FakeTensorMode(allow_non_fake_inputs=True),
-            mock.patch.object(torch.nn.Module, "to", lambda self, *_, **__: self),
-        ):
-            causal_lm = LlamaForCausalLM(config)
-            if lora:
-                causal_lm = add_lora(causal_lm, LoraSettings(r=16), seed=0)
-                for parameter in causal_lm.parameters():
-                    parameter.data = parameter.data.to(torch.bfloat16)  # as DeepSpeed does
-            model = LogpModel(causal_lm)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    parts = find_parts(model)
-    assert len(parts) == 4 * layers
-    switch(model, parts, on=fused)
-    model.use(Method("tree", "varlen"))
-    layout = model.lay_out(prompts)
     kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor):
@@ -155,11 +129,14 @@ def _passes(layers: int, fused: bool, lora: bool) -> tuple[Work, Work, int]:
         return tensor
 
     forward, backward = Count(), Count()
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        with forward, forward.compiled():
-            loss = model(layout).sum()
-        with backward, backward.compiled():
-            torch.autograd.grad(loss, [each for each in model.parameters() if each.requires_grad])
+    with like_a_gpu():
+        model = make_policy(config, ModelConfig(path="m", lora=LoraSettings(r=16) if lora else None, fused=fused))
+        layout = model.lay_out(pairs_of(PAIRS, *PAIR[:2]))
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            with forward, forward.compiled():
+                loss = model(layout).sum()
+            with backward, backward.compiled():
+                torch.autograd.grad(loss, [each for each in model.parameters() if each.requires_grad])
     return forward.work, backward.work, sum(storage.nbytes() for storage in kept.values())
 
 
