@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,12 +73,24 @@ def read_check(path: str | Path) -> CheckedDevice:
         raise ConfigError(
             f"--measured {path} has format {found!r}; a report of 'raydpo gpu check' of format {REPORT_FORMAT} is expected"
         )
-    device = report["device"]
-    if device["type"] != "cuda":
+    try:
+        device, measured = report["device"], report["measured"]
+        kind, name, started = device["type"], str(device["name"]), str(report["started"])
+        rates = {key.removesuffix("_flops"): value for key, value in measured.items() if key.endswith("_flops")}
+    except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f"--measured {path} is a report of {device['name']}, and its figures mean nothing for a plan; make one on a GPU"
+            f"--measured {path} is no whole report of 'raydpo gpu check' ({reason(error)}); make it again"
+        ) from None
+    if kind != "cuda":
+        raise ConfigError(
+            f"--measured {path} is a report of {name}, and its figures mean nothing for a plan; make one on a GPU"
         )
-    rates = {name.removesuffix("_flops"): value for name, value in report["measured"].items() if name.endswith("_flops")}
-    return CheckedDevice(
-        path=str(path), name=device["name"], memory=device["memory_gib"], started=report["started"], flops=rates
-    )
+    numbers = {"device.memory_gib": device.get("memory_gib")} | {
+        f"measured.{key}_flops": rate for key, rate in rates.items()
+    }
+    for key, value in numbers.items():
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise ConfigError(
+                f"--measured {path}: {key} is {value!r}, and a number above 0 is expected; run 'raydpo gpu check' again"
+            )
+    return CheckedDevice(path=str(path), name=name, memory=device["memory_gib"], started=started, flops=rates)

@@ -95,3 +95,20 @@ def test_a_report_of_today_is_read(report, tmp_path):
     written = Report(raydpo="1", versions={}, model={}, **{name: REPORT[name] for name in ("started", "device", "measured")})
     written.write(tmp_path / "today.json")
     assert read_check(tmp_path / "today.json").flops["score"] == 5e14
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"device": None}, "is no whole report"),
+        ({"device": {"type": "cuda"}}, "is no whole report"),
+        ({"measured": []}, "is no whole report"),
+        ({"device": REPORT["device"] | {"memory_gib": None}}, "device.memory_gib is None"),
+        ({"measured": {"score_flops": float("nan")}}, "measured.score_flops is nan"),
+        ({"measured": {"score_flops": 0}}, "measured.score_flops is 0"),
+        ({"measured": {"score_flops": True}}, "measured.score_flops is True"),
+    ],
+)
+def test_a_damaged_report_is_named(report, changes, told):
+    with pytest.raises(ConfigError, match=told):
+        read_check(report(**changes))
