@@ -61,7 +61,7 @@ def fuse_layers(model: LogpModel, device: torch.device, recall: Recall | None = 
     recall = recall or Recall(None, device)
     parts = find_parts(model)
     if not parts:
-        return f"fused: nothing; the layers of {type(model.causal_lm).__name__} have a form that cannot be fused"
+        return f"fused: nothing; its layers have a form that cannot be fused ({type(model.causal_lm).__name__})"
     known = recall.known("fused")
     if known is None:
         known = _check(model, parts, device)
