@@ -53,7 +53,7 @@ def memory_plan(world: World, found: Findings) -> None:
                 continue
             gap = peak / planned - 1
             worst = max(worst, abs(gap))
-            says = f"{name}, {sizes[0]} layers: measured {peak / 2**30:.2f} GiB, relative difference from the plan"
+            says = f"{name}, number of layers {sizes[0]}: measured {peak / 2**30:.2f} GiB, relative difference from the plan"
             found.at_most(f"{name}.plan_gap", abs(gap), world.limits.plan, says)
             if world.cuda:
                 says = f"{name}: reserved memory through allocated memory"

@@ -62,7 +62,7 @@ def _host_adamw(world: World, found: Findings) -> None:
             torch.set_num_threads(threads)
             each = 1e9 * seconds(optimizer.step, torch.device("cpu"), repeats=1, warm_ups=0) / numbers
             limit = world.limits.host if threads == cores else None
-            says = f"AdamW on the host with {threads} threads, a number"
+            says = f"AdamW on the host, number of threads {threads}: time of a number"
             found.at_most(f"host_adamw.{threads}_threads_ns", each, limit, says, "ns")
     finally:
         torch.set_num_threads(before)

@@ -34,6 +34,11 @@ OPTIMIZER_NUMBERS = 250_000_000
 """Numbers of an optimizer's update on the device."""
 
 
+def _mfu(world: World) -> str:
+    """What a share of ``world.peak`` is called."""
+    return "MFU" if world.sheet_peak else "as a multiple of the measured product's speed"
+
+
 def scoring_speed(world: World, found: Findings) -> None:
     """Time scoring passes of different sizes, and tell where the time goes."""
     shape, times = world.shape, {}
@@ -56,11 +61,11 @@ def scoring_speed(world: World, found: Findings) -> None:
         rate, mfu = float(amount_of(groups, "tree")[0]) / whole, computed / whole / world.peak
         if positions == shape.passes[1]:
             found.value(f"score_positions_s_{shape.whole}", rate, says, "positions/s")
-            found.goal(f"score_mfu_{shape.whole}", mfu, world.limits.score, f"{says}, MFU")
+            found.goal(f"score_mfu_{shape.whole}", mfu, world.limits.score, f"{says}, {_mfu(world)}")
             world.measured["score_flops"] = computed / whole
         else:
             found.value(f"score_{positions}.positions_s_{shape.whole}", rate, says, "positions/s")
-            found.value(f"score_{positions}.mfu_{shape.whole}", mfu, f"{says}, MFU")
+            found.value(f"score_{positions}.mfu_{shape.whole}", mfu, f"{says}, {_mfu(world)}")
 
 
 def training_speed(world: World, found: Findings) -> None:
@@ -87,7 +92,7 @@ def training_speed(world: World, found: Findings) -> None:
             found.value(f"{name}.forward_ms", 1000 * forward, f"{says}: forward pass", "ms")
             found.value(f"{name}.backward_ms", 1000 * (both - forward), f"{says}: backward pass", "ms")
             found.value(f"{name}_positions_s_{shape.whole}", float(amount[0]) / both, says, "positions/s")
-            found.goal(f"{name}_mfu_{shape.whole}", mfu, None if recomputes else goal, f"{says}, MFU")
+            found.goal(f"{name}_mfu_{shape.whole}", mfu, None if recomputes else goal, f"{says}, {_mfu(world)}")
             # As the plan counts operations, with what is computed again.
             planned = training_factors(TrainConfig(gradient_checkpointing=recomputes), kind == "lora")
             world.measured[f"{name}_flops"] = operations(amount, cost, planned) / both
