@@ -386,6 +386,32 @@ def test_a_file_is_what_differs_from_its_base(tree, tmp_path):
     assert "base" not in config.to_yaml().split()
 
 
+def test_a_later_setting_replaces_one_of_a_base_that_contradicts_it(tree, tmp_path):
+    held_out = {"path": tree["data"]["train"], "split": "test_prefs"}
+    write(
+        tmp_path,
+        base=tree | {"data": tree["data"] | {"eval": held_out}, "train": {"checkpoint_minutes": 20, "epochs": 3}},
+        steps={"base": "base.yaml", "data": {"eval": {"fraction": 0.25}}, "train": {"checkpoint_every": 100, "steps": 7}},
+        both={"base": "base.yaml", "train": {"checkpoint_every": 50, "checkpoint_minutes": 5}},
+        none={"base": "base.yaml", "train": {"checkpoint_every": None}, "data": {"eval": {"fraction": None}}},
+    )
+    found = load_config(tmp_path / "steps.yaml")
+    assert (found.data.eval.path, found.data.eval.fraction) == (None, 0.25)
+    assert (found.train.checkpoint_minutes, found.train.steps, found.train.epochs) == (None, 7, 1)
+    found = load_config(
+        tmp_path / "base.yaml", ["train.checkpoint_every=100", "data.eval={fraction: 0.25}", "train.steps=7"]
+    )
+    assert (found.train.checkpoint_minutes, found.data.eval.fraction, found.train.steps) == (None, 0.25, 7)
+    back = ["train.checkpoint_minutes=5", f"data.eval.path={tree['data']['train']}", "train.epochs=2"]
+    found = load_config(tmp_path / "steps.yaml", back)
+    assert (found.train.checkpoint_minutes, found.data.eval.fraction, found.train.steps) == (5, None, None)
+    for file, overrides in (("both", []), ("base", ["train.checkpoint_every=50", "train.checkpoint_minutes=5"])):
+        with pytest.raises(ConfigError, match=r"checkpoint_minutes \(5\) and checkpoint_every \(50\) contradict"):
+            load_config(tmp_path / f"{file}.yaml", overrides)
+    with pytest.raises(ConfigError, match="'train.checkpoint_every' is None"):  # null replaces nothing else
+        load_config(tmp_path / "none.yaml")
+
+
 def test_a_base_in_a_circle_is_refused(tree, tmp_path):
     write(
         tmp_path,
