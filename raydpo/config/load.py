@@ -111,8 +111,8 @@ def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = 
     Args:
         source: path of a YAML file, or its content as a dictionary. A file may name a ``base``, another file relative to
             itself, and then holds what differs from it (see ``_read_tree``).
-        overrides: ``key.sub=value`` strings, with values in YAML. They replace values of the file, also those that contradict
-            them (see ``_INSTEAD``).
+        overrides: ``key.sub=value`` strings, with values in YAML. They replace values of the file, also those that
+            contradict them (see ``_INSTEAD``).
         elsewhere: the run is for other machines, so absolute paths need not exist on this one.
 
     Raises:
@@ -125,7 +125,7 @@ def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = 
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(tree, problem) for problem in error.errors())) from None
+        raise ConfigError("\n".join(_one_each([_explain(tree, problem) for problem in error.errors()]))) from None
     _check_paths(config, elsewhere)
     if config.data.filter is not None:
         _check_filter(config.data.filter)
@@ -292,8 +292,23 @@ def _replaced(node: Any, path: Sequence[str], value: Any, what: str, above: tupl
     return node | {head: _replaced(node.get(head), rest, value, what, (*above, head))}
 
 
-_INNER = ("function-", "tuple[", "constrained-", "tagged-")
+_INNER = ("function-", "tuple[", "constrained-", "tagged-", "literal[")
 """Prefixes of pydantic's location parts that are not keys."""
+
+
+def _one_each(lines: Sequence[str]) -> list[str]:
+    """``lines``, with those of one key joined: for a value that may be of several types, pydantic says of each what it
+    expects."""
+    told: dict[str, list[str]] = {}
+    for line in lines:
+        told.setdefault(line.split("'")[1] if line.startswith("'") and "expected " in line else line, []).append(line)
+    joined = []
+    for same in told.values():
+        starts, _, expected = zip(*(line.partition("expected ") for line in same), strict=True)
+        parts, _, hints = zip(*(rest.partition("; ") for rest in expected), strict=True)
+        hint = next((f"; {hint}" for hint in hints if hint), "")
+        joined.append(f"{starts[0]}expected {' or '.join(parts)}{hint}" if same[1:] else same[0])
+    return joined
 
 
 def _explain(tree: dict[str, Any], problem: ErrorDetails) -> str:

@@ -159,6 +159,7 @@ def test_combinations_without_effect_are_refused():
         (dict(zero=2, offload_params="cpu"), "set zero to 3"),
         (dict(zero=0, offload_optimizer="cpu"), "set zero to 1"),
         (dict(zero=0, overlap_communication=True), "overlap_communication has no effect without ZeRO"),
+        (dict(zero=3, overlap_communication=True), "overlap_communication has no effect on ZeRO 3"),
         (dict(zero=2, offload_optimizer="/nvme"), "needs zero 3"),
         (dict(zero=3, offload_optimizer="/nvme", optimizer_states="bfloat16"), "cannot go to a disk"),
         (dict(offload_activations=True), "gradient_checkpointing"),
