@@ -201,6 +201,18 @@ class TrainConfig(ObjectiveConfig):
         """Largest number of workers."""
         return self.workers.max if isinstance(self.workers, ElasticWorkers) else self.workers
 
+    def check_device(self, device: str) -> None:
+        """Check that the optimizer runs on workers whose ``device`` is ``cuda`` or ``cpu``.
+
+        Raises:
+            ConfigError: if it does not.
+        """
+        if self.optimizer != "adamw" and device != "cuda":
+            raise ConfigError(
+                f"train.optimizer {self.optimizer} runs on GPUs only, and training workers have none here; set "
+                "train.optimizer=adamw, and train.optimizer_states=bfloat16 for a smaller first moment"
+            )
+
     def check_numbers(self, numels: Sequence[int], workers: int) -> None:
         """Check that the optimizer can count the numbers that it updates at once.
 

@@ -40,6 +40,17 @@ def test_a_worker_whose_gpus_no_node_has_is_refused(cluster):
     assert cluster("score", [(8, 0), (8, 1)], wish).gpus_per_worker == 1
 
 
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw", "paged_adamw_8bit"])
+def test_an_optimizer_for_gpus_is_refused_before_scoring_where_workers_have_none(cluster, optimizer):
+    wish = f"train.optimizer={optimizer}"
+    with pytest.raises(ConfigError, match=f"train.optimizer {optimizer} runs on GPUs only.*set train.optimizer=adamw"):
+        cluster("train", [(8, 0)], wish)
+    assert cluster("score", [(8, 0)], wish).gpus_per_worker == 0
+    assert cluster("train", [(8, 1)], wish).gpus_per_worker == 1
+    with pytest.raises(ConfigError, match="runs on GPUs only"):
+        cluster("train", [(8, 1)], wish, "train.gpus_per_worker=0")
+
+
 @pytest.mark.parametrize(
     ("nodes", "workers", "threads"),
     [
