@@ -53,6 +53,16 @@ def facts(config):
     return MODELS / config.model.path.rsplit("/", 1)[-1]
 
 
+def test_the_example_in_the_head_of_the_base_works(tmp_path):
+    example = re.findall(r"^#     (\S.*)$", (ROOT / "jobs" / "base.yaml").read_text(), re.MULTILINE)
+    assert len(example) == 3
+    (tmp_path / "jobs").symlink_to(ROOT / "jobs")
+    (tmp_path / "mine.yaml").write_text("\n".join(example))
+    config = load_config(tmp_path / "mine.yaml")
+    assert (config.data.eval.path, config.data.eval.fraction) == (None, 0.05)
+    assert load_config("jobs/base.yaml", ["model.path=a/b", "train.checkpoint_every=100"]).train.checkpoint_minutes is None
+
+
 def test_there_is_a_recipe_for_each_way_to_train():
     configs = [load_config(f"jobs/{name}.yaml") for name in RECIPES if name not in SWEEPS]
     assert {config.train.zero for config in configs} >= {0, 2, 3}

@@ -247,8 +247,8 @@ def _size(count: float) -> str:
 
 
 @contextlib.contextmanager
-def full_disk_told(place: Path, step: int) -> Iterator[None]:
-    """Write the trained model within the block, below ``place`` on this machine, after ``step`` steps.
+def full_disk_told(place: Path) -> Iterator[None]:
+    """Write the trained model within the block, below ``place`` on this machine.
 
     Raises:
         TrainError: if the disk is full. Workers that are started again would find it full again.
@@ -261,6 +261,6 @@ def full_disk_told(place: Path, step: int) -> Iterator[None]:
         if full is None:
             raise
         raise TrainError(
-            f"final/ could not be written: {full}{_free(place)}. All {step:,} steps are done, and the last checkpoint is "
-            "stored: free disk space, and the same command writes final/ without training again"
+            f"final/ could not be written: {full}{_free(place)}. All steps are done, and the last checkpoint is stored: "
+            "free disk space, and the same command writes final/ without training again"
         ) from error

@@ -202,7 +202,7 @@ def _train(payload: WorkerInput, tokens_per_batch: int | None) -> None:
         final = scratch / "final"
         if not summary.interrupted:
             names, merge = (payload.base_name, payload.tokenizer), job.train.merge_adapter
-            with full_disk_told(scratch, summary.steps):
+            with full_disk_told(scratch):
                 export_policy(engine, job.policy, *names, final, merge=merge, rows=check_rows, note=hooks.note)
                 if rank == 0:
                     storage.upload(final, FINAL)
