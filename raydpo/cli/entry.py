@@ -262,7 +262,7 @@ def _doctor(args: argparse.Namespace, console: Console) -> None:
 def _gpu_check(args: argparse.Namespace, console: Console) -> int:
     from raydpo.gpu.command import check
 
-    report = check(console, out=Path(args.out), blocks=args.blocks, quick=args.quick, device=args.device)
+    report = check(console, out=args.out, blocks=args.blocks, quick=args.quick, device=args.device)
     return int(report.summary["fail"] > 0)
 
 
