@@ -57,8 +57,8 @@ class CheckedDevice:
         lacking = [f"{name}: {self._why_no(name)}" for name in ("score", kind) if name not in self.flops]
         if lacking:
             raise ConfigError(
-                f"--measured {self.path} has no rate of {'; nor of '.join(lacking)}. Run 'raydpo gpu check' again, with "
-                "blocks 6 and 7, until they pass"
+                f"--measured {self.path} has no rate of {'; nor of '.join(lacking)}. Mend what is named, and run "
+                "'raydpo gpu check' with blocks 6 and 7 again"
             )
         return Rates(
             score=self.flops["score"],
@@ -101,7 +101,7 @@ def _other_passes(config: Config) -> list[str]:
     model, settings = config.model, []
     for name, dtype in (("model.dtype", model.dtype), ("score.dtype", config.score.dtype)):
         if dtype == "float32":
-            settings.append(f"{name} is float32, whose passes are several times slower")
+            settings.append(f"{name} is float32, whose peak is several times lower on data sheets")
     if model.quantization is not None or config.reference_quantization is not None:
         settings.append("weights are quantized, and unpacking them takes time")
     if model.fused:
