@@ -157,6 +157,7 @@ def train_here(
     device: str = "cpu",
     record: Record | None = None,
     policy: dict[str, Any] | None = None,
+    reference_fused: frozenset[bool] = frozenset(),
     **train: Any,
 ) -> Record:
     """Train in this process, and in the other ranks of its process group if there is one."""
@@ -172,6 +173,7 @@ def train_here(
         reference_identity="reference",
         starts_as_reference=starts_as_reference,
         coarser_dtype=dtype,
+        reference_fused=reference_fused,
         fingerprint={"lr": settings.lr},
     )
     record = record or Record(keep=keep)

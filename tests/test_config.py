@@ -111,6 +111,9 @@ IDLE = [
     ("evaluate.prompts=0 evaluate.exact_steps=false", "exact_steps False has no effect on prompts 0", "evaluate.prompts=1"),
     ("evaluate.engine=vllm evaluate.batch=4", "batch 4 has no effect on engine vllm", "evaluate.engine=transformers"),
     ("evaluate.vllm_python=/v", "vllm_python /v has no effect on engine transformers", "evaluate.engine=vllm"),
+    ("train.overlap_communication=true train.zero=3", "has no effect on ZeRO 3", "train.zero=2 train.workers=2"),
+    ("train.overlap_communication=true", "has no effect with train.workers 1", "train.workers={min: 1, max: 2}"),
+    ("model.fused=true model.dtype=float32", "model.fused has no effect on model.dtype float32", "score.dtype=bfloat16"),
     (
         "evaluate.engine=vllm evaluate.vllm_python=v/bin/python",
         "is not an absolute path",
@@ -196,7 +199,12 @@ def test_it_is_frozen(tree):
         ("train.seed=1:30", ["train.seed", "'1:30'", "integer"]),
         ("train.warmup=1:30.5", ["train.warmup", "'1:30.5'", "number"]),
         ("train.gpus_per_worker=2", ["gpus_per_worker 2 is more", "set it to 1", "workers to the number"]),
-        ("score.gpus_per_worker=2.5", ["gpus_per_worker 2.5", "1, or 3"]),
+        ("score.gpus_per_worker=2", ["gpus_per_worker 2 is more", "set it to 1", "workers to the number"]),
+        ("train.tokens_per_batch=0", ["'train.tokens_per_batch' is 0, expected 'auto' or greater than or equal to 1"]),
+        ("score.tokens_per_batch=Auto", ["is 'Auto', expected 'auto' or a valid integer", "; did you mean 'auto'?"]),
+        ("score.tokens_per_batch=true", ["is True, expected 'auto' or a number, not true or false"]),
+        ("train.offload_optimizer=5", ["'train.offload_optimizer' is 5, expected 'cpu' or a valid string"]),
+        ("reference.quantization=3bit", ["'reference.quantization' is '3bit', expected '4bit' or '8bit' or 'none'"]),
         ("output=''", ["'output'", "empty", "variable"]),
         ("output=//", ["'output'", "'//'", "root of the disk", "variable"]),
         ("cache.uri=''", ["'cache.uri'", "empty"]),
@@ -342,13 +350,13 @@ def test_numbers_are_what_they_look_like(tree):
             "train.lr=1.0e-5",
             "train.weight_decay=1e-2",
             "name=2026-01-31",
-            "score.gpus_per_worker=2.0",
+            "score.gpus_per_worker=1.0",
             "train.gpus_per_worker=.5",
         ],
     )
     train = config.train
     assert (train.epochs, train.seed, train.pairs_per_step, train.lr, train.weight_decay) == (10, 0, 16, 1e-5, 0.01)
-    assert config.name == "2026-01-31" and config.score.gpus_per_worker == 2 and train.gpus_per_worker == 0.5
+    assert config.name == "2026-01-31" and config.score.gpus_per_worker == 1 and train.gpus_per_worker == 0.5
     assert load_config(tree, ["train.steps=1_000", "train.zero=0"]).train.steps == 1000
 
 
@@ -384,6 +392,32 @@ def test_a_file_is_what_differs_from_its_base(tree, tmp_path):
     assert config.model.freeze == ("head",) and config.model.path == tree["model"]["path"]
     assert load_config(tmp_path / "middle.yaml").train.zero == 3
     assert "base" not in config.to_yaml().split()
+
+
+def test_a_later_setting_replaces_one_of_a_base_that_contradicts_it(tree, tmp_path):
+    held_out = {"path": tree["data"]["train"], "split": "test_prefs"}
+    write(
+        tmp_path,
+        base=tree | {"data": tree["data"] | {"eval": held_out}, "train": {"checkpoint_minutes": 20, "epochs": 3}},
+        steps={"base": "base.yaml", "data": {"eval": {"fraction": 0.25}}, "train": {"checkpoint_every": 100, "steps": 7}},
+        both={"base": "base.yaml", "train": {"checkpoint_every": 50, "checkpoint_minutes": 5}},
+        none={"base": "base.yaml", "train": {"checkpoint_every": None}, "data": {"eval": {"fraction": None}}},
+    )
+    found = load_config(tmp_path / "steps.yaml")
+    assert (found.data.eval.path, found.data.eval.fraction) == (None, 0.25)
+    assert (found.train.checkpoint_minutes, found.train.steps, found.train.epochs) == (None, 7, 1)
+    found = load_config(
+        tmp_path / "base.yaml", ["train.checkpoint_every=100", "data.eval={fraction: 0.25}", "train.steps=7"]
+    )
+    assert (found.train.checkpoint_minutes, found.data.eval.fraction, found.train.steps) == (None, 0.25, 7)
+    back = ["train.checkpoint_minutes=5", f"data.eval.path={tree['data']['train']}", "train.epochs=2"]
+    found = load_config(tmp_path / "steps.yaml", back)
+    assert (found.train.checkpoint_minutes, found.data.eval.fraction, found.train.steps) == (5, None, None)
+    for file, overrides in (("both", []), ("base", ["train.checkpoint_every=50", "train.checkpoint_minutes=5"])):
+        with pytest.raises(ConfigError, match=r"checkpoint_minutes \(5\) and checkpoint_every \(50\) contradict"):
+            load_config(tmp_path / f"{file}.yaml", overrides)
+    with pytest.raises(ConfigError, match=r"'train.checkpoint_every' is None"):  # null replaces nothing else
+        load_config(tmp_path / "none.yaml")
 
 
 def test_a_base_in_a_circle_is_refused(tree, tmp_path):

@@ -88,7 +88,8 @@ def resources_for(stage: Literal["score", "train"], config: Config, at_once: int
         at_once: number of such stages that share the cluster.
 
     Raises:
-        ConfigError: if the cluster cannot provide them. With ``ray.autoscaling``, only if it can never provide them.
+        ConfigError: if the cluster cannot provide them (with ``ray.autoscaling``, only if it can never provide them), or
+            ``train.optimizer`` does not run on them.
     """
     section = config.score if stage == "score" else config.train
     workers = config.score.workers if stage == "score" else config.train.most_workers
@@ -102,6 +103,8 @@ def resources_for(stage: Literal["score", "train"], config: Config, at_once: int
             "them, or set ray.autoscaling=true if the cluster starts nodes on demand"
         )
     gpus = _gpus_per_worker(stage, config, nodes)
+    if stage == "train":
+        config.train.check_device("cuda" if gpus else "cpu")
     needs = f"{stage}.workers {fewest} x {stage}.gpus_per_worker {gpus:g} needs {gpus * fewest:g} GPUs{where}"
     _check_total("GPU", gpus * fewest, needs, f" ({stage}.gpus_per_worker=0 runs on the CPU)", config, nodes)
     together = section.sequence_parallel

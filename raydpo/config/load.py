@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib.util
 import os
 import re
@@ -86,6 +87,15 @@ _MAIN_KEYS = {
     "mlflow": ("uri",),
 }  # fmt: skip
 """Keys of each section that a single value in its place may be meant for."""
+_INSTEAD = {
+    "data.eval.path": ("data.eval.fraction",),
+    "data.eval.fraction": tuple(f"data.eval.{name}" for name in ("path", "split", "subset", "columns")),
+    "train.checkpoint_every": ("train.checkpoint_minutes",),
+    "train.checkpoint_minutes": ("train.checkpoint_every",),
+    "train.epochs": ("train.steps",),
+    "train.steps": ("train.epochs",),
+}
+"""Keys that cannot be set together, and what each one replaces in a base, or in the file below the overrides."""
 _INT, _FLOAT, _DATE = (f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "timestamp"))
 
 
@@ -101,19 +111,21 @@ def load_config(source: str | Path | dict[str, Any], overrides: Sequence[str] = 
     Args:
         source: path of a YAML file, or its content as a dictionary. A file may name a ``base``, another file relative to
             itself, and then holds what differs from it (see ``_read_tree``).
-        overrides: ``key.sub=value`` strings, with values in YAML. They replace values of the file.
+        overrides: ``key.sub=value`` strings, with values in YAML. They replace values of the file, also those that
+            contradict them (see ``_INSTEAD``).
         elsewhere: the run is for other machines, so absolute paths need not exist on this one.
 
     Raises:
         ConfigError: with one message that names every bad key, its value and the fix.
     """
     tree = source if isinstance(source, dict) else _read_tree(Path(source))
+    tree = _without_replaced(tree, functools.reduce(_override, overrides, {}))
     for override in overrides:
         tree = _override(tree, override)
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(tree, problem) for problem in error.errors())) from None
+        raise ConfigError("\n".join(_one_each([_explain(tree, problem) for problem in error.errors()]))) from None
     _check_paths(config, elsewhere)
     if config.data.filter is not None:
         _check_filter(config.data.filter)
@@ -128,7 +140,7 @@ def _check_filter(expression: str) -> None:
 
 def _read_tree(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The settings of a file merged over those of its base. Sections are merged key by key; any other value, also a list or
-    null, replaces that of the base.
+    null, replaces that of the base, and so does a key that contradicts one of the base (``_INSTEAD``).
 
     Args:
         above: the files whose ``base`` led here.
@@ -144,7 +156,7 @@ def _read_tree(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"'base' is circular: {' -> '.join(map(str, (*files, place)))}; drop one of them")
     if not place.is_file():
         raise ConfigError(f"'base' in {path} is {base!r}, but there is no file {str(place)!r}; it is relative to {path}")
-    return _merged(_read_tree(place, files), tree)
+    return _merged(_without_replaced(_read_tree(place, files), tree), tree)
 
 
 def files_of(source: Path) -> list[Path]:
@@ -153,6 +165,19 @@ def files_of(source: Path) -> list[Path]:
     while (base := _read_yaml(files[-1]).get("base")) is not None:
         files.append(files[-1].parent / base)
     return files
+
+
+def _without_replaced(tree: Any, changes: Any, prefix: str = "") -> Any:
+    """``tree`` without the keys that a key of ``changes`` replaces, unless its value is null."""
+    if not isinstance(tree, dict) or not isinstance(changes, dict):
+        return tree
+    named = (f"{prefix}{key}" for key, value in changes.items() if value is not None)
+    gone = {other for key in named for other in _INSTEAD.get(key, ())}
+    return {
+        key: _without_replaced(value, changes.get(key), f"{prefix}{key}.")
+        for key, value in tree.items()
+        if f"{prefix}{key}" not in gone
+    }
 
 
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -267,8 +292,23 @@ def _replaced(node: Any, path: Sequence[str], value: Any, what: str, above: tupl
     return node | {head: _replaced(node.get(head), rest, value, what, (*above, head))}
 
 
-_INNER = ("function-", "tuple[", "constrained-", "tagged-")
+_INNER = ("function-", "tuple[", "constrained-", "tagged-", "literal[")
 """Prefixes of pydantic's location parts that are not keys."""
+
+
+def _one_each(lines: Sequence[str]) -> list[str]:
+    """``lines``, with those of one key joined: for a value that may be of several types, pydantic says of each what it
+    expects."""
+    told: dict[str, list[str]] = {}
+    for line in lines:
+        told.setdefault(line.split("'")[1] if line.startswith("'") and "expected " in line else line, []).append(line)
+    joined = []
+    for same in told.values():
+        starts, _, expected = zip(*(line.partition("expected ") for line in same), strict=True)
+        parts, _, hints = zip(*(rest.partition("; ") for rest in expected), strict=True)
+        hint = next((f"; {hint}" for hint in hints if hint), "")
+        joined.append(f"{starts[0]}expected {' or '.join(parts)}{hint}" if same[1:] else same[0])
+    return joined
 
 
 def _explain(tree: dict[str, Any], problem: ErrorDetails) -> str:

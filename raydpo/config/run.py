@@ -135,6 +135,17 @@ class Config(Section):
                 "data.eval names no held-out pairs; set data.eval.fraction, for example to 0.05, or data.eval.path; or "
                 "data.eval=null"
             )
+        one_worker = self.train.most_workers == 1 and not (self.sweep and self.sweep.varies("train.workers"))
+        if self.train.overlap_communication and one_worker:
+            raise ValueError(
+                "train.overlap_communication has no effect with train.workers 1, which sums no gradients over workers; drop "
+                "it, or set train.workers to 2 or more"
+            )
+        if self.model.fused and self.model.dtype == "float32" and self.score.dtype in (None, "float32"):
+            raise ValueError(
+                "model.fused has no effect on model.dtype float32: only bfloat16 models are fused; drop it, or set "
+                "model.dtype=bfloat16"
+            )
         if absent("data.fraction"):
             self.data.refuse_idle(["fraction_seed"], "without data.fraction; drop it, or set data.fraction", "data.")
         if absent("train.sample_prompts"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
@@ -33,7 +32,7 @@ class ScoreConfig(Section):
     workers: Int = Field(default=1, ge=1)
     """Number of Ray Data actors, with one device each."""
     gpus_per_worker: Float | None = Field(default=None, ge=0)
-    """GPUs of each actor, also a fraction; null = 1 if the cluster has GPUs, else 0."""
+    """GPUs of each actor: 1, a fraction, or 0 = the CPU; null = 1 if the cluster has GPUs, else 0."""
     accelerator: str | None = None
     """Kind of GPU that nodes must have, as Ray names it, such as A10G or H100; null = any."""
     labels: dict[str, str] = Field(default={})
@@ -61,10 +60,10 @@ class ScoreConfig(Section):
 
 
 def _gpus_of_a_kind(accelerator: str | None, gpus_per_worker: float | None) -> None:
-    if gpus_per_worker is not None and gpus_per_worker > 1 and gpus_per_worker != int(gpus_per_worker):
+    if gpus_per_worker is not None and gpus_per_worker > 1:
         raise ValueError(
-            f"gpus_per_worker {gpus_per_worker:g} is neither a fraction of one GPU nor a whole number; set "
-            f"it to 1, or {math.ceil(gpus_per_worker)}"
+            f"gpus_per_worker {gpus_per_worker:g} is more than the one GPU that a worker computes on; set it to 1, "
+            "and workers to the number of GPUs"
         )
     if accelerator is not None and gpus_per_worker == 0:
         raise ValueError(
@@ -202,6 +201,18 @@ class TrainConfig(ObjectiveConfig):
         """Largest number of workers."""
         return self.workers.max if isinstance(self.workers, ElasticWorkers) else self.workers
 
+    def check_device(self, device: str) -> None:
+        """Check that the optimizer runs on workers whose ``device`` is ``cuda`` or ``cpu``.
+
+        Raises:
+            ConfigError: if it does not.
+        """
+        if self.optimizer != "adamw" and device != "cuda":
+            raise ConfigError(
+                f"train.optimizer {self.optimizer} runs on GPUs only, and training workers have none here; set "
+                "train.optimizer=adamw, and train.optimizer_states=bfloat16 for a smaller first moment"
+            )
+
     def check_numbers(self, numels: Sequence[int], workers: int) -> None:
         """Check that the optimizer can count the numbers that it updates at once.
 
@@ -224,11 +235,6 @@ class TrainConfig(ObjectiveConfig):
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
-        if self.gpus_per_worker is not None and self.gpus_per_worker > 1:
-            raise ValueError(
-                f"gpus_per_worker {self.gpus_per_worker:g} is more than the one GPU that a worker computes on; set it to 1, "
-                f"and workers to the number of GPUs"
-            )
         _gpus_of_a_kind(self.accelerator, self.gpus_per_worker)
         if isinstance(self.workers, ElasticWorkers):
             if self.sequence_parallel > 1:
@@ -253,8 +259,9 @@ class TrainConfig(ObjectiveConfig):
             raise ValueError(
                 f"offload_params ({self.offload_params}) needs partitioned weights; set zero to 3, not {self.zero}"
             )
-        if self.overlap_communication and self.zero == 0:
-            raise ValueError("overlap_communication has no effect without ZeRO; set zero to 1, 2 or 3, not 0")
+        if self.overlap_communication and self.zero in (0, 3):
+            why = "without ZeRO" if self.zero == 0 else "on ZeRO 3, which always overlaps"
+            raise ValueError(f"overlap_communication has no effect {why}; drop it, or set zero to 1 or 2, not {self.zero}")
         if self.offload_optimizer is not None and self.zero == 0:
             raise ValueError(f"offload_optimizer ({self.offload_optimizer}) needs ZeRO; set zero to 1, 2 or 3, not 0")
         if self.offload_optimizer not in (None, "cpu") and self.zero != 3:

@@ -152,6 +152,7 @@ def _training_job(prepared: Prepared, resources: Resources, until: int | None = 
         memory_share=resources.memory_share,
         reference_identity=reference.digest,
         starts_as_reference=policy.same_model(reference),
+        reference_fused=frozenset(prepared.cache.fused if policy.dtype == reference.dtype else ()),
         coarser_dtype="bfloat16" if "bfloat16" in (policy.dtype, reference.dtype) else "float32",
         stop_after=until,
         sample_prompts=_sample_prompts(prepared),

@@ -67,6 +67,7 @@ class ReferenceCache:
     Attributes:
         builder: tag in the names of the parts that are committed through this object.
         transformers: versions of transformers that computed the parts in use, as of the last refresh.
+        fused: whether fused functions (``model.fused``) computed the parts in use: {True}, {False}, or both.
     """
 
     def __init__(self, storage: Storage, identity: ReferenceIdentity, *, unverified: bool = False) -> None:
@@ -394,6 +395,7 @@ class ReferenceCache:
                     self._paths.append(path)
                     made = [one["of"] for one in part.info.provenance.get("parts", ())] or [part.info.provenance]
                     self.transformers |= {one["transformers"] for one in made if "transformers" in one}
+                    self.fused |= {one["layout"].endswith(", fused") for one in made if "layout" in one}
                 self._known.add(path)  # only now: reading may raise, and the next refresh must read this part again
         finally:
             for index, entries in added.items():
@@ -406,6 +408,7 @@ class ReferenceCache:
         self._tokens, self._sums, self._imported = KeyIndex(), KeyIndex(), KeyIndex()
         self._of_sums: set[int] = set()  # numbers of the parts in ``_sums`` and ``_imported``
         self.transformers: set[str] = set()
+        self.fused: set[bool] = set()
         self._problems: dict[str, str] = {}
         self._damaged: list[str] = []
 

@@ -24,6 +24,13 @@ from raydpo.terminal.console import Console
 __all__ = ["begin_again", "changes_since", "finished_summary", "neutral_changes"]
 
 
+_ROUNDING = re.compile(
+    r"model\.layout|train\.(zero|deterministic|tokens_per_batch|overlap_communication|gradient_checkpointing|offload_\w+)|"
+    r"(score|train)\.(workers(\.\w+)?|gpus_per_worker|accelerator|sequence_parallel)|score\.tokens_per_batch"
+)
+"""Settings that change rounding, such as the order of sums, and nothing else."""
+
+
 def finished_summary(storage: Storage, fingerprint: dict[str, Any], pairs: pa.Table) -> dict[str, Any] | None:
     """The summary of a finished run in this directory; None if there is no run, or it was interrupted.
 
@@ -62,13 +69,23 @@ def changes_since(
 
 
 def neutral_changes(storage: Storage, config: Config) -> Iterator[str]:
-    """A line about settings that changed since the run started and do not affect its result."""
+    """Lines about settings that changed since the run started, and do not affect its result or only its rounding."""
     if not storage.exists(CONFIG):
         return
     earlier, now = (flatten_settings(yaml.safe_load(text)) for text in (storage.read(CONFIG), config.to_yaml()))
-    changes = changed_settings(earlier, now)
-    if changes:
-        yield f"changed since this run started, without effect on its result: {'; '.join(changes)}"
+    before, after = (bool(settings.pop("model.fused", False)) for settings in (earlier, now))
+    if before != after:
+        yield (
+            f"warning: model.fused has changed since this run started ({before} -> {after}), so the policy rounds differently "
+            f"in every token from here on; set model.fused={str(before).lower()} to continue as it began, or use --fresh"
+        )
+    for rounds, what in ((False, "without effect on its result"), (True, "changing only rounding")):
+        old, new = (
+            {key: value for key, value in settings.items() if bool(_ROUNDING.fullmatch(key)) is rounds}
+            for settings in (earlier, now)
+        )
+        if changes := changed_settings(old, new):
+            yield f"changed since this run started, {what}: {'; '.join(changes)}"
 
 
 def begin_again(storage: Storage, console: Console, mark: str = RUN) -> None:

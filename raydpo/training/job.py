@@ -26,6 +26,7 @@ class TrainJob:
         reference_identity: digest of the identity of the cached log-probs.
         starts_as_reference: whether both are the same function up to rounding.
         coarser_dtype: the coarser of the two precisions.
+        reference_fused: whether fused functions computed the cached log-probs; empty if not known, or in another precision.
         fingerprint: everything that the result depends on, by name. Checkpoints with another fingerprint are refused.
         work: cost of a position, of an attended key and of a predicted token, to balance ranks.
         tokens_per_batch: replaces ``train.tokens_per_batch`` after that ran out of memory.
@@ -42,6 +43,7 @@ class TrainJob:
     starts_as_reference: bool
     coarser_dtype: str
     fingerprint: Mapping[str, Any]
+    reference_fused: frozenset[bool] = frozenset()
     work: PositionCost = POSITIONS_ONLY
     tokens_per_batch: int | None = None
     memory_share: float = 1.0

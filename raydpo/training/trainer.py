@@ -64,6 +64,8 @@ def train_policy(
     for each in (pairs, held_out):
         _check_tokens(each, train)
     hooks.note(engine.layout_line)
+    if pairs.has_reference and job.reference_fused - {engine.module.head.fused}:
+        hooks.note(_differently_fused(job, fused=engine.module.head.fused))
     summary = TrainSummary() if checkpoint is None else _resumed(job, engine, hooks, checkpoint)
     summary.load_seconds, summary.load_bytes = engine.load_seconds, engine.load_bytes
     hooks.note(
@@ -357,6 +359,17 @@ def _resumed(job: TrainJob, engine: Engine, hooks: TrainHooks, checkpoint: Path)
             "are equal up to the order of sums"
         )
     return TrainSummary(**state.summary)
+
+
+def _differently_fused(job: TrainJob, *, fused: bool) -> str:
+    """A warning that the stored log-probs round differently from a policy that computes with ``fused`` functions or not."""
+    how = {True: "with fused functions", False: "without fused functions"}
+    as_scored = f"set model.fused={str(not fused).lower()}, or " if job.policy.fused is fused else ""
+    return (
+        f"warning: stored log-probs were computed {how[not fused]}, the policy computes {how[fused]} (model.fused "
+        f"{str(job.policy.fused).lower()}): both round differently in every pair, and the step-0 gate and the first loss "
+        f"contain that; {as_scored}score into another cache (cache.uri)"
+    )
 
 
 def _tokens_per_batch(job: TrainJob, engine: Engine, summary: TrainSummary, hooks: TrainHooks) -> int:

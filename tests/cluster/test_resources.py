@@ -30,15 +30,25 @@ def cluster(tmp_path, monkeypatch):
 
 
 def test_a_worker_whose_gpus_no_node_has_is_refused(cluster):
-    """Two GPUs in all are enough, but they are on two machines: the worker would wait without end."""
-    nodes, wish = [(8, 1), (8, 1)], "score.gpus_per_worker=2"
+    """CPUs and GPUs are enough in all, but no machine has both: the worker would wait without end."""
+    nodes, wish = [(8, 0), (0, 1)], "score.gpus_per_worker=1"
     with pytest.raises(
-        ConfigError,
-        match=r"places for 1 worker.*each 2 GPU on one machine and 1 CPU.s., but .*have places for 0; lower score",
+        ConfigError, match=r"places for 1 worker.*each 1 GPU and 1 CPU.s., but .*have places for 0; lower score"
     ):
         cluster("score", nodes, wish)
-    assert cluster("score", nodes, wish, "ray.autoscaling=true").gpus_per_worker == 2
-    assert cluster("score", [(8, 1), (8, 2)], wish).gpus_per_worker == 2
+    assert cluster("score", nodes, wish, "ray.autoscaling=true").gpus_per_worker == 1
+    assert cluster("score", [(8, 0), (8, 1)], wish).gpus_per_worker == 1
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw", "paged_adamw_8bit"])
+def test_an_optimizer_for_gpus_is_refused_before_scoring_where_workers_have_none(cluster, optimizer):
+    wish = f"train.optimizer={optimizer}"
+    with pytest.raises(ConfigError, match=f"train.optimizer {optimizer} runs on GPUs only.*set train.optimizer=adamw"):
+        cluster("train", [(8, 0)], wish)
+    assert cluster("score", [(8, 0)], wish).gpus_per_worker == 0
+    assert cluster("train", [(8, 1)], wish).gpus_per_worker == 1
+    with pytest.raises(ConfigError, match="runs on GPUs only"):
+        cluster("train", [(8, 1)], wish, "train.gpus_per_worker=0")
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def test_sizes_are_deepspeeds_defaults_where_the_engine_sets_none():
     ) == (REDUCE_BUCKET, PREFETCH, REUSE, PERSISTENT, SUB_GROUP)
 
 
-@pytest.mark.parametrize(("zero", "more"), [(1, 2 * REDUCE_BUCKET), (2, 2 * REDUCE_BUCKET), (3, 0)])
+@pytest.mark.parametrize(("zero", "more"), [(1, 2 * REDUCE_BUCKET), (2, 2 * REDUCE_BUCKET)])
 def test_overlapped_communication_takes_a_second_bucket(llama, zero, more):
     one, two = (at(estimate(llama, zero=zero, overlap_communication=each), "reduction") for each in (False, True))
     assert two.communication - one.communication == more

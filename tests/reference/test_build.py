@@ -139,6 +139,19 @@ def test_another_release_of_transformers_is_a_warning(tmp_path, tiny_llama):
     assert f"'raydpo cache verify {tmp_path / 'cache'} --config CONFIG'" in line
 
 
+def test_the_cache_knows_whether_fused_functions_computed_its_parts(tmp_path, tiny_llama):
+    from raydpo.reference.identity import identify
+    from raydpo.reference.store import ReferenceCache
+
+    built(tmp_path, tiny_llama, {"layout": "tree by FlexAttention, fused"})
+    cache = ReferenceCache.open(str(tmp_path / "cache"), identify(tiny_llama, "float32"))
+    cache.refresh()
+    assert cache.fused == {True}
+    cache.commit([bytes(16)], [np.zeros(1, np.float32)], {"layout": "tree"})
+    cache.refresh()
+    assert cache.fused == {True, False}
+
+
 def test_what_was_not_stored_is_one_whole_sentence(tmp_path, tiny_llama, monkeypatch):
     from raydpo.errors import CacheError
     from raydpo.reference import build

@@ -1,4 +1,4 @@
-"""--fresh takes effect once a job, whichever scheduler repeats the job."""
+"""--fresh takes effect once a job, whichever scheduler repeats the job; changed settings of a continued run are told."""
 
 import io
 import json
@@ -6,10 +6,36 @@ import os
 
 import pytest
 
+from raydpo.config import load_config
 from raydpo.errors import ConfigError
-from raydpo.rundir.earlier import begin_again
+from raydpo.rundir.directory import CONFIG
+from raydpo.rundir.earlier import begin_again, neutral_changes
 from raydpo.storage.files import Storage
 from raydpo.terminal.console import Console
+
+
+def test_a_continued_run_is_told_which_changed_settings_change_its_rounding(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    tree = {"output": "runs", "model": {"path": str(tmp_path / "model")}, "data": {"train": str(tmp_path / "a.jsonl")}}
+    storage = Storage(str(tmp_path / "run"))
+    storage.write(CONFIG, load_config(tree, ["model.fused=true"]).to_yaml().encode())
+
+    def told(*overrides):
+        return list(neutral_changes(storage, load_config(tree, ["model.fused=true", *overrides])))
+
+    assert told() == []
+    elastic = "train.workers={min: 1, max: 2}"
+    quiet, rounding = told("train.zero=3", "train.deterministic=true", "model.layout=padded", "train.eval_every=9", elastic)
+    assert quiet == "changed since this run started, without effect on its result: train.eval_every: 50 -> 9"
+    assert rounding == (
+        "changed since this run started, changing only rounding: model.layout: 'auto' -> 'padded'; train.deterministic: "
+        "False -> True; train.workers: 1 -> None; train.workers.max: None -> 2; train.workers.min: None -> 1; "
+        "train.zero: 2 -> 3"
+    )
+    (line,) = told("model.fused=false")
+    assert line.startswith("warning: model.fused has changed since this run started (True -> False), so ")
+    assert "set model.fused=true to continue as it began" in line
 
 
 def ray_job(submission, **more):

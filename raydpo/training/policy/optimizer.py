@@ -21,8 +21,8 @@ def make_optimizer(trainable: Sequence[Tensor], train: TrainConfig, device: torc
     """Make the optimizer that ``train`` asks for.
 
     Raises:
-        ModelError: if ``train.optimizer`` cannot run here.
-        ConfigError: if it cannot count so many numbers.
+        ConfigError: if ``train.optimizer`` does not run on ``device``, or cannot count so many numbers.
+        ModelError: if bitsandbytes is missing.
     """
     workers = dist.get_world_size() if dist.is_initialized() else 1
     train.check_numbers([getattr(one, "ds_numel", None) or one.numel() for one in trainable], workers)
@@ -32,11 +32,7 @@ def make_optimizer(trainable: Sequence[Tensor], train: TrainConfig, device: torc
             return RoundedAdamW(trainable, **common)
         # DeepSpeed updates one flat tensor of all weights. Without ``fused``, AdamW allocates two more of that size a step.
         return torch.optim.AdamW(trainable, fused=True, **common)
-    if device.type != "cuda":
-        raise ModelError(
-            f"train.optimizer {train.optimizer} runs on GPUs only, this worker has none; set "
-            "train.optimizer=adamw, and train.optimizer_states=bfloat16 for a smaller first moment"
-        )
+    train.check_device(device.type)
     try:
         import bitsandbytes.optim as theirs
     except ImportError as error:
