@@ -15,7 +15,6 @@ import dataclasses
 import importlib.util
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow.parquet as pq
 
-from raydpo.benchmark.command import ADAPTER_LR, machine, versions, work_folder
+from raydpo.benchmark.command import ADAPTER_LR, machine, versions, work_folder, writable_folder
 from raydpo.benchmark.compare import BFLOAT16_LOSS, WARMUP
 from raydpo.benchmark.job import Job, Result, start
 from raydpo.benchmark.workload import SHAPES, Workload, random_records, write_random_llama
@@ -404,9 +403,9 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         sizes = dataclasses.replace(sizes, few=_layers(args.layers, sizes.shape["num_hidden_layers"]))
     if args.device == "cpu" and not args.tiny:
         raise ConfigError("--device cpu without --tiny would compute models at the sizes of Llama 3 8B; add --tiny")
-    out = _writable("--out", args.out)
+    out = writable_folder("--out", args.out)
     if args.work is not None:
-        _writable("--work", args.work)
+        writable_folder("--work", args.work)
     import torch
 
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -437,17 +436,6 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         _write(record, bench, out)
     print((out / "result.md").read_text(encoding="utf-8"))
     return 0 if record["rows"] and not record["problems"] else 1
-
-
-def _writable(option: str, folder: str) -> Path:
-    """Make a folder and try to write there, before anything is measured."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ConfigError(f"{option} {folder} cannot be written ({error.strerror}); name a folder that can") from None
-    return Path(folder)
 
 
 def _layers(text: str, whole: int) -> tuple[int, int]:

@@ -149,8 +149,8 @@ def test_layers_that_do_not_grow_are_refused(layers, capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--device", "cpu", "--tiny", "--out", "/proc/x"], "--out /proc/x cannot be written (No such file or directory)"),
-        (["--device", "cpu", "--tiny", "--work", "/proc/x"], "--work /proc/x cannot be written"),
+        (["--device", "cpu", "--tiny", "--out", "/proc/x"], "--out: /proc/x cannot be written (No such file or directory)"),
+        (["--device", "cpu", "--tiny", "--work", "/proc/x"], "--work: /proc/x cannot be written"),
         (["--device", "cpu"], "add --tiny"),
     ],
 )
