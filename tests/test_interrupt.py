@@ -69,6 +69,7 @@ def test_sigterm_is_an_interrupt():
             ["gpu", "check", "--device", "cpu", "--out", "r.json"],
             "blocks that ended are in r.json. The same command starts again",
         ),
+        (["gpu", "check", "--out", "s3://user:word@bucket/r.json"], "blocks that ended are in s3://***@bucket/r.json"),
         (["score", "c.yaml"], "what was committed is kept. Run the same command again to continue"),
         (["train", "c.yaml"], "Run the same command again to continue"),
         (["run", "c.yaml", "--fresh"], "Run the same command without --fresh to continue"),

@@ -76,8 +76,8 @@ def neutral_changes(storage: Storage, config: Config) -> Iterator[str]:
     before, after = (bool(settings.pop("model.fused", False)) for settings in (earlier, now))
     if before != after:
         yield (
-            f"warning: model.fused has changed since this run started ({before} -> {after}), so the policy rounds differently "
-            f"in every token from here on; set model.fused={str(before).lower()} to continue as it began, or use --fresh"
+            f"warning: model.fused has changed since this run started ({before} -> {after}), so every token rounds "
+            f"differently from here on; set model.fused={str(before).lower()} to continue as it began, or use --fresh"
         )
     for rounds, what in ((False, "without effect on its result"), (True, "changing only rounding")):
         old, new = (

@@ -42,7 +42,7 @@ def guarded(act: Callable[[Console], int | None], interrupted: str = "the same c
         _tell(f"error: this needs the package {error.name!r}; run: pip install 'raydpo[run]'")
         return 1
     except KeyboardInterrupt:
-        _tell(f"interrupted; {interrupted}")
+        _tell(f"interrupted; {hidden(interrupted)}")
         return 130
     except Exception as error:
         if isinstance(error, BrokenPipeError) and (

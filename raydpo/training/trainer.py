@@ -54,10 +54,10 @@ def train_policy(
 
     Raises:
         ConfigError: if the checkpoint is of a run with other settings, ``train.keep_best`` names no metric, or the objective
-            needs log-probs of tokens where only sums are known.
+            needs log-probs of tokens where only sums are known, or if the disk has no room for a checkpoint.
         GateError: if the stored log-probs are not those of the starting policy.
-        TrainError: if too many losses or gradients in a row are not finite, if the disk has no room for a checkpoint, if
-            the last one cannot be stored, or if the one to continue from is damaged.
+        TrainError: if too many losses or gradients in a row are not finite, if the last checkpoint cannot be
+            stored, or if the one to continue from is damaged.
         DeviceMemoryError: if memory runs out.
     """
     train, objective = job.train, Objective(job.train)
@@ -94,7 +94,8 @@ def train_policy(
     hooks.begin(summary.steps, plan.total_steps, facts)
     stepper = Stepper(train, plan, pairs, engine, objective, StepClock(engine.device), ObjectiveState(**summary.memory))
     saver = CheckpointSaver(engine, hooks, scratch, job.fingerprint)
-    saver.check_room()
+    if summary.steps < plan.total_steps:
+        saver.check_room()
     watch, guard = TrainingWatch(summary.warned), PreemptionGuard(engine, hooks, train.preemption_every)
     try:
         Trainer(job, stepper, engine, held_out, hooks, saver, watch, guard, summary).run(begins=checkpoint is None)

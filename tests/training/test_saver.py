@@ -11,6 +11,7 @@ import pytest
 import torch
 from distributed import run_distributed
 from kernel import Record, exact, tiny_pairs, train_here, with_reference
+from safetensors import SafetensorError
 
 from raydpo.errors import ConfigError, RaydpoError, TrainError
 from raydpo.training.checkpoint import saver
@@ -243,7 +244,7 @@ def test_a_slow_disk_does_not_hold_up_training_which_changes_no_bit_of_it(table,
     )
     assert same and list(counted) == [4, 8, 12]
     waited = steps[4]["time/checkpoint"]  # for the checkpoint of step 4
-    told = [note for note in notes if note.startswith("training waits while checkpoints are written: a copy takes 0.0")]
+    told = [note for note in notes if note.startswith("training waits while checkpoints are written: a copy takes ")]
     if memory == 1e12:
         assert counted[4] > 4 and waited < 1.4 and not told and not any(in_main)
         assert all(row["seconds"] < 1 for row in steps[4:8])
@@ -258,14 +259,40 @@ def no_room(table, model, place):
     saver.shutil = SimpleNamespace(
         disk_usage=lambda path: SimpleNamespace(free=1e5 if dist.get_rank() else real(path).free), rmtree=shutil.rmtree
     )
-    with pytest.raises(TrainError) as caught:
-        train(table, model, place)
-    return str(caught.value)
+    with pytest.raises(ConfigError) as caught:
+        train(table, model, place, steps=2)
+    saver.shutil = shutil
+    train(table, model, place, steps=2)
+    saver.shutil = SimpleNamespace(disk_usage=lambda path: SimpleNamespace(free=0), rmtree=shutil.rmtree)
+    again = train_here(table, model, place / "again", steps=2, checkpoint=place / "keep" / "step-2")  # no step is left
+    return str(caught.value), again.steps
 
 
 def test_a_disk_without_room_for_a_checkpoint_is_refused_before_the_first_step(table, tiny_llama, tmp_path):
-    for message in run_distributed(no_room, 2, tmp_path / "run", table, tiny_llama, tmp_path):
-        assert re.match(rf"a checkpoint takes up to \d\.\d\d GB on the disk of {tmp_path}/scratch, where 0.00 GB", message)
+    for message, steps in run_distributed(no_room, 2, tmp_path / "run", table, tiny_llama, tmp_path):
+        assert re.match(rf"a checkpoint takes up to \d\.\d\d MB on the disk of {tmp_path}/scratch, where 0.10 MB", message)
+        assert steps == []
+
+
+def test_a_disk_that_is_full_when_the_trained_model_is_written_is_told(tmp_path):
+    def written():
+        with open("/dev/full", "w") as stream:
+            stream.write("x")
+
+    def serialised():
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    def copied():
+        raise shutil.Error([("a", "b", "[Errno 28] No space left on device")])
+
+    said = (
+        rf"^final/ could not be written: No space left on device \(.* are free on the disk of {tmp_path}\). All 1,200 steps"
+    )
+    for fails in (written, serialised, copied):
+        with pytest.raises(TrainError, match=said), saver.full_disk_told(tmp_path, 1200):
+            fails()
+    with pytest.raises(FileNotFoundError), saver.full_disk_told(tmp_path, 1200):
+        (tmp_path / "nowhere").read_bytes()
 
 
 def stopped(table, model, place):

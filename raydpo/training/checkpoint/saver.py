@@ -8,7 +8,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
-from raydpo.errors import RaydpoError, TrainError
+from raydpo.errors import ConfigError, RaydpoError, TrainError
 from raydpo.training.checkpoint.files import PendingCheckpoint
 from raydpo.training.hooks import TrainHooks
 from raydpo.training.policy.engine import Engine
 from raydpo.training.policy.host_memory import free_bytes
 
-__all__ = ["CheckpointSaver"]
+__all__ = ["CheckpointSaver", "full_disk_told"]
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PATIENCE = 300.0
@@ -87,19 +88,19 @@ class CheckpointSaver:
         """Look whether the disk below which checkpoints are written has room for one. All ranks call it.
 
         Raises:
-            TrainError: if it has not.
+            ConfigError: if it has not.
         """
         self._scratch.mkdir(parents=True, exist_ok=True)
         place = socket.gethostname(), self._scratch.stat().st_dev
         shares = self._engine.gather_objects((place, self._engine.state.bytes))
         needed, free = sum(size for where, size in shares if where == place), shutil.disk_usage(self._scratch).free
         line = (
-            f"a checkpoint takes up to {needed / 1e9:.2f} GB on the disk of {self._scratch}, where {free / 1e9:.2f} GB are "
-            "free; free more, or choose a larger disk: by output, or by $TMPDIR if output is a URI"
+            f"a checkpoint takes up to {_size(needed)} on the disk of {self._scratch}, where {_size(free)} are free; free "
+            "more, or choose a larger disk: by output, or by $TMPDIR if output is a URI"
         )
         problem = next(filter(None, self._engine.gather_objects(line if free < needed else None)), None)
         if problem:
-            raise TrainError(problem)
+            raise ConfigError(problem)
 
     def save(self, step: int, summary: Any, metrics: Mapping[str, float]) -> bool:
         """Write and upload the state after ``step`` while training waits. Returns whether that worked."""
@@ -161,8 +162,8 @@ class CheckpointSaver:
         if not fits and not self._told:
             self._told = True
             self._hooks.note(
-                f"training waits while checkpoints are written: a copy takes {needed / 1e9:.2f} GB of the host's memory, of "
-                f"which {free / 1e9:.2f} GB are free"
+                f"training waits while checkpoints are written: a copy takes {_size(needed)} of the host's memory, of "
+                f"which {_size(free)} are free"
             )
         return fits
 
@@ -233,6 +234,33 @@ class CheckpointSaver:
 def _explained(error: Exception, directory: Path) -> str:
     text = str(error)
     if isinstance(error, OSError) and error.errno in FULL:
-        free = shutil.disk_usage(directory.parent).free
-        text += f" ({free / 1e9:.2f} GB are free on the disk of {directory.parent})"
+        text += _free(directory.parent)
     return text
+
+
+def _free(place: Path) -> str:
+    return f" ({_size(shutil.disk_usage(place).free)} are free on the disk of {place})"
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e7 else f"{count / 1e6:.2f} MB"
+
+
+@contextlib.contextmanager
+def full_disk_told(place: Path, step: int) -> Iterator[None]:
+    """Write the trained model within the block, below ``place`` on this machine, after ``step`` steps.
+
+    Raises:
+        TrainError: if the disk is full. Workers that are started again would find it full again.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        # safetensors and shutil.copytree give the system's error as text only.
+        full = next((text for text in map(os.strerror, FULL) if text in str(error)), None)
+        if full is None:
+            raise
+        raise TrainError(
+            f"final/ could not be written: {full}{_free(place)}. All {step:,} steps are done, and the last checkpoint is "
+            "stored: free disk space, and the same command writes final/ without training again"
+        ) from error

@@ -175,6 +175,7 @@ def _train(payload: WorkerInput, tokens_per_batch: int | None) -> None:
     from ray.train.torch import get_device
 
     from raydpo.model.selfcheck import CHECK_ROWS
+    from raydpo.training.checkpoint.saver import full_disk_told
     from raydpo.training.pairs import TrainingPairs
     from raydpo.training.policy.deepspeed_engine import PolicyEngine, join_process_group
     from raydpo.training.policy.export import export_policy
@@ -201,10 +202,11 @@ def _train(payload: WorkerInput, tokens_per_batch: int | None) -> None:
         final = scratch / "final"
         if not summary.interrupted:
             names, merge = (payload.base_name, payload.tokenizer), job.train.merge_adapter
-            export_policy(engine, job.policy, *names, final, merge=merge, rows=check_rows, note=hooks.note)
+            with full_disk_told(scratch, summary.steps):
+                export_policy(engine, job.policy, *names, final, merge=merge, rows=check_rows, note=hooks.note)
+                if rank == 0:
+                    storage.upload(final, FINAL)
         if rank == 0:
-            if not summary.interrupted:
-                storage.upload(final, FINAL)
             hooks.records.close()
             hooks.trackers.close()
             ray.get(payload.board.finish.remote(dataclasses.asdict(summary)))
