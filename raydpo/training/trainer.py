@@ -64,8 +64,9 @@ def train_policy(
     for each in (pairs, held_out):
         _check_tokens(each, train)
     hooks.note(engine.layout_line)
-    if pairs.has_reference and job.reference_fused - {engine.module.head.fused}:
-        hooks.note(_differently_fused(job, fused=engine.module.head.fused))
+    fused = bool(engine.module.head.fused)
+    if pairs.has_reference and job.reference_fused - {fused}:
+        hooks.note(_differently_fused(job, fused=fused))
     summary = TrainSummary() if checkpoint is None else _resumed(job, engine, hooks, checkpoint)
     summary.load_seconds, summary.load_bytes = engine.load_seconds, engine.load_bytes
     hooks.note(
