@@ -12,7 +12,7 @@
 # 'jobs/gpu_benchmark.sh --device cpu --tiny' tries the code without a GPU.
 #
 # PYTHON   the Python to use (python3)
-# SECONDS_IN_ALL   time for everything, installing included (900)
+# SECONDS_IN_ALL   time for everything, installing included (900, at least 60)
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -32,6 +32,9 @@ lacks() {
     "$where" -c 'import importlib.util, sys
 print(*(name for name in sys.argv[1:] if importlib.util.find_spec(name) is None))' "$@"
 }
+
+[[ $total =~ ^[1-9][0-9]{1,8}$ ]] && [ "$total" -ge 60 ] \
+    || refuse "SECONDS_IN_ALL is '$total'; expected a whole number of seconds, at least 60, such as 900"
 
 needed=(torch transformers tokenizers safetensors numpy pyarrow pydantic yaml rich jinja2)
 wanted=(peft deepspeed trl datasets)
@@ -62,5 +65,9 @@ missing=$(lacks "$python" "${needed[@]}")
 missing=$(lacks "$python" "${wanted[@]}")
 [ -z "$missing" ] || echo "skipped without ${missing// /, }: TRL needs trl and datasets, training deepspeed, LoRA peft"
 
-# This checkout, not another one that is installed. SECONDS is bash's clock of this script.
-PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} exec "$python" -m raydpo.benchmark.few_layers --seconds "$((total - SECONDS))" "$@"
+# SECONDS is bash's clock of this script.
+left=$((total - SECONDS))
+[ "$left" -ge 60 ] || refuse "$left of $total seconds are left to measure; run this again, or set SECONDS_IN_ALL to more"
+
+# This checkout, not another one that is installed.
+PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} exec "$python" -m raydpo.benchmark.few_layers --seconds "$left" "$@"

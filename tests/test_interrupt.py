@@ -1,3 +1,4 @@
+import argparse
 import os
 import signal
 import subprocess
@@ -7,6 +8,7 @@ import time
 
 import pytest
 
+from raydpo.cli import entry
 from raydpo.terminal.interrupt import interruptible, sigterm_as_interrupt
 
 SCRIPT = """
@@ -58,3 +60,29 @@ def test_sigterm_is_an_interrupt():
     with pytest.raises(KeyboardInterrupt), sigterm_as_interrupt():
         threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
         time.sleep(5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (
+            ["gpu", "check", "--device", "cpu", "--out", "r.json"],
+            "blocks that ended are in r.json. The same command starts again",
+        ),
+        (["gpu", "check", "--out", "s3://user:word@bucket/r.json"], "blocks that ended are in s3://***@bucket/r.json"),
+        (["score", "c.yaml"], "what was committed is kept. Run the same command again to continue"),
+        (["train", "c.yaml"], "Run the same command again to continue"),
+        (["run", "c.yaml", "--fresh"], "Run the same command without --fresh to continue"),
+        (["sweep", "c.yaml"], "Run the same command again to continue"),
+        (["plan", "c.yaml"], "interrupted; the same command starts again"),
+        (["quickstart"], "interrupted; the same command starts again"),
+    ],
+)
+def test_what_an_interrupt_leaves_is_told_for_each_command(monkeypatch, capsys, arguments, told):
+    def interrupted(args, console):
+        raise KeyboardInterrupt
+
+    arguments_of = entry.parsed
+    monkeypatch.setattr(entry, "parsed", lambda argv: argparse.Namespace(**vars(arguments_of(argv)) | {"act": interrupted}))
+    assert entry.main(arguments) == 130
+    assert told in capsys.readouterr().err

@@ -149,6 +149,7 @@ class _Process:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 encoding="utf-8",
+                errors="replace",
                 env=environment,
             )
         except OSError as error:
@@ -158,7 +159,12 @@ class _Process:
         weakref.finalize(self, self.process.kill)
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Send a request and return the reply."""
+        """Send a request and return the reply.
+
+        Raises:
+            ConfigError: if the program is no Python, or cannot import vLLM.
+            RaydpoError: if vLLM fails, or its process ends.
+        """
         given, replies = self.process.stdin, self.process.stdout
         assert given is not None and replies is not None
         try:
@@ -171,7 +177,15 @@ class _Process:
                 f"vLLM's process on {platform.node()} ended with status {self.process.wait()} (-9: the machine ran out of "
                 "memory); the log of the Ray worker has what it wrote"
             )
-        reply = json.loads(line)
+        try:
+            reply = json.loads(line)
+        except ValueError:
+            reply = None
+        if not isinstance(reply, dict):
+            raise ConfigError(
+                f"evaluate.vllm_python {self.python} on {platform.node()} replied {one_line(line, 100)!r}; expected a JSON "
+                "object of raydpo's program for vLLM. Set it to the Python of an environment with vLLM"
+            )
         error = reply.get("error")
         if error is None:
             return reply

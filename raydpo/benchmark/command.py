@@ -35,7 +35,7 @@ from raydpo.terminal.console import Console
 from raydpo.terminal.guard import guarded
 from raydpo.version import __version__
 
-__all__ = ["FORMAT", "machine", "main", "versions", "work_folder"]
+__all__ = ["FORMAT", "machine", "main", "versions", "work_folder", "writable_folder"]
 
 FORMAT = 2
 """Version of the file of results."""
@@ -95,6 +95,9 @@ def _show(args: argparse.Namespace, console: Console) -> None:
 
 def _run(args: argparse.Namespace, console: Console) -> None:
     _check(args, console)
+    for option, folder in (("--json", args.json and Path(args.json).parent), ("--work", args.work)):
+        if folder is not None:
+            writable_folder(option, folder)
     import torch
 
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
@@ -154,7 +157,6 @@ def _run(args: argparse.Namespace, console: Console) -> None:
             record["figures"] = figures(bench.found, bench.workloads, exact=args.dtype == "fp32")
             record["how"] = how(record)
             if args.json is not None:
-                Path(args.json).parent.mkdir(parents=True, exist_ok=True)
                 Path(args.json).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     for table in tables(record):
         console.table(table.title, table.columns, table.rows)
@@ -270,6 +272,21 @@ def work_folder(directory: str | None) -> Iterator[Path]:
     finally:
         if not keep:
             shutil.rmtree(work, ignore_errors=True)
+
+
+def writable_folder(option: str, folder: str | Path) -> Path:
+    """Make a folder and try to write there, before anything is measured.
+
+    Raises:
+        ConfigError: naming the option, if that fails.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{option}: {folder} cannot be written ({error.strerror}); name a folder that can") from None
+    return Path(folder)
 
 
 def _positive(text: str) -> int:

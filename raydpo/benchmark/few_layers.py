@@ -25,7 +25,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow.parquet as pq
 
-from raydpo.benchmark.command import ADAPTER_LR, machine, versions, work_folder
+from raydpo.benchmark.command import ADAPTER_LR, machine, versions, work_folder, writable_folder
 from raydpo.benchmark.compare import BFLOAT16_LOSS, WARMUP
 from raydpo.benchmark.job import Job, Result, start
 from raydpo.benchmark.workload import SHAPES, Workload, random_records, write_random_llama
@@ -35,6 +35,7 @@ from raydpo.errors import ConfigError, RaydpoError, one_line
 from raydpo.estimate.cards import known_peak
 from raydpo.estimate.plan import ADAPTERS, FORWARD, FULL, operations
 from raydpo.model.cost import ModelCost
+from raydpo.terminal.arguments import at_least
 from raydpo.terminal.console import Console
 from raydpo.terminal.guard import guarded
 
@@ -52,6 +53,8 @@ BUDGETS = ("auto", 16384, 8192)
 """Positions of raydpo's micro-batches that are tried until one fits."""
 LEAST_SECONDS = 20.0
 """A process is not started with less time left."""
+SHORTEST = 60.0
+"""Seconds in which something can be measured, start-up of this process included."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -386,7 +389,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: try the code, with --tiny")
     add("--tiny", action="store_true", help="a tiny model")
     add("--layers", metavar="N,N", help="numbers of layers to measure (default: 4,8); fewer fit a smaller GPU")
-    add("--seconds", type=float, default=840.0, help="start no process after this time (default: %(default)s)")
+    least = at_least(SHORTEST, float)
+    add("--seconds", type=least, default=840.0, help="start no process after this time (default: %(default)s)")
     add("--work", metavar="DIR", help="folder for models and logs (default: a temporary one)")
     args = parser.parse_args(argv)
     return guarded(lambda console: _run(args, console))
@@ -397,6 +401,11 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     sizes = TINY if args.tiny else LLAMA
     if args.layers is not None:
         sizes = dataclasses.replace(sizes, few=_layers(args.layers, sizes.shape["num_hidden_layers"]))
+    if args.device == "cpu" and not args.tiny:
+        raise ConfigError("--device cpu without --tiny would compute models at the sizes of Llama 3 8B; add --tiny")
+    out = writable_folder("--out", args.out)
+    if args.work is not None:
+        writable_folder("--work", args.work)
     import torch
 
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -404,8 +413,6 @@ def _run(args: argparse.Namespace, console: Console) -> int:
             f"torch {torch.__version__} finds no CUDA device; install a driver that is new enough for it, or try the code "
             "with --device cpu --tiny"
         )
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
     name = machine(args.device)
     record: dict[str, Any] = {
         "format": 1,

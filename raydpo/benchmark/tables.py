@@ -150,24 +150,21 @@ def markdown(record: Mapping[str, Any]) -> str:
 
 
 def summary_row(record: Mapping[str, Any]) -> str:
-    """The row of README: step, whole job, sweep and memory of workloads in file order, as one line of a Markdown table."""
-    told = []
-    for point in (each for each in record["figures"]["points"] if each["order"] == "file"):
-        for part, name in (("step", "a step"), ("job", "the whole job"), ("sweep", "five betas")):
-            if "ratio" in point[part]:
-                sides = [_of(point, part, side) for side in ("raydpo", "trl")]
-                ours, theirs = (_seconds(each["seconds"], each["extrapolated"]) for each in sides)
-                told.append(f"{point['workload']}: {name} {ours} against {theirs}")
-    memory: dict[str, list[str]] = {}  # figures -> what was compared
-    for row in record["figures"]["memory"]:
-        sides = (row[side] for side in ("raydpo", "trl"))
-        figures = " against ".join(
-            f"{each['peak_bytes'] / GIB:.1f} GiB ({_all_processes(each) / GIB:.1f} with all processes) at "
-            f"{each['largest_pass']:,} positions a pass"
-            for each in sides
-        )
-        memory.setdefault(figures, []).append(row["compared"])
-    told += [f"memory of the training process, {' and '.join(each)}: {figures}" for figures, each in memory.items()]
+    """The row of README: step, whole job and sweep of the most pairs in file order, and memory, as one line of Markdown."""
+    told, parts = [], {"step": "a step", "job": "the whole job", "sweep": "five betas"}
+    points = [each for each in record["figures"]["points"] if each["order"] == "file"]
+    points = [each for each in points if any("ratio" in each[part] for part in parts)]
+    largest = max(points, key=lambda each: each["pairs"], default={})
+    for part, name in parts.items():
+        if "ratio" in largest.get(part, ()):
+            sides = [_of(largest, part, side) for side in ("raydpo", "trl")]
+            ours, theirs = (_seconds(each["seconds"], each["extrapolated"]) for each in sides)
+            told.append(f"{name} {ours} against {theirs}")
+    told = [f"{largest['pairs']:,} pairs: {', '.join(told)}"] if told else []
+    for row in record["figures"]["memory"][-1:]:  # each at its fastest
+        sizes = _all_processes(row["raydpo"]), row["raydpo"]["peak_bytes"], _all_processes(row["trl"])
+        ours, alone, theirs = (f"{size / GIB:.1f} GiB" for size in sizes)
+        told.append(f"memory {ours} with Ray's processes, {alone} without, against {theirs}")
     about = f"{_name(record['settings']['model'])}, {_dates(record)}; {MARK} extrapolated"
     return f"| speed against {_trl(record)}, its fastest setting ({about}) | {'; '.join(told)} |"
 

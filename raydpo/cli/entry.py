@@ -34,7 +34,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.verbose = getattr(args, "verbose", False)
         return args.act(args, console)
 
-    return guarded(act)
+    return guarded(act, _interrupted(args))
+
+
+def _interrupted(args: argparse.Namespace) -> str:
+    """What is kept of a command that is interrupted, and how to continue it."""
+    if args.verb == "gpu":
+        return f"blocks that ended are in {args.out}. The same command starts again; --blocks runs single ones"
+    if args.verb not in ("score", "train", "run", "sweep"):
+        return "the same command starts again"
+    again = "Run the same command without --fresh" if getattr(args, "fresh", False) else "Run the same command again"
+    return f"what was committed is kept. {again} to continue"
 
 
 def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -252,7 +262,7 @@ def _doctor(args: argparse.Namespace, console: Console) -> None:
 def _gpu_check(args: argparse.Namespace, console: Console) -> int:
     from raydpo.gpu.command import check
 
-    report = check(console, out=Path(args.out), blocks=args.blocks, quick=args.quick, device=args.device)
+    report = check(console, out=args.out, blocks=args.blocks, quick=args.quick, device=args.device)
     return int(report.summary["fail"] > 0)
 
 

@@ -175,16 +175,22 @@ def missing_vllm(python: str, node: str) -> str | None:
     Returns:
         What is wrong, None if vLLM is there.
     """
-    program = "import importlib.util, sys; sys.exit(3 if importlib.util.find_spec('vllm') is None else 0)"
+    program = "import importlib.util; print('vllm:', importlib.util.find_spec('vllm') is not None)"
     try:
-        status = subprocess.run([python, "-I", "-c", program], capture_output=True, timeout=ANSWER_SECONDS * 0.8).returncode
+        ended = subprocess.run([python, "-I", "-c", program], capture_output=True, timeout=ANSWER_SECONDS * 0.8)
     except (OSError, subprocess.TimeoutExpired) as error:
         told = error.strerror if isinstance(error, OSError) else "it does not answer"
         found = f"{python} cannot be started ({told})"
     else:
-        if status == 0:
+        reply = ended.stdout.decode(errors="replace").strip().splitlines()[-1:]
+        if ended.returncode != 0:
+            found = f"{python} ended with status {ended.returncode}"
+        elif reply == ["vllm: True"]:
             return None
-        found = f"{python} has no package vllm" if status == 3 else f"{python} ended with status {status}"
+        elif reply == ["vllm: False"]:
+            found = f"{python} has no package vllm"
+        else:
+            found = f"{python} is no Python: it did not run the check, and ended with status 0"
     return (
         f"evaluate.engine is vllm, but on {node} {found}; make an environment with vLLM on each node that scores and set "
         "evaluate.vllm_python to its Python, or set evaluate.engine=transformers"

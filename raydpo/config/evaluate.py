@@ -103,8 +103,8 @@ class EvaluateConfig(Section):
     seed: Int = Field(default=0, ge=0)
     """Seed for the choice of prompts and for sampling."""
     engine: Literal["transformers", "vllm"] = "transformers"
-    """Engine that generates the answers. vLLM is many times faster on GPUs and needs an environment of its own, see
-    vllm_python. Its samples repeat with the seed, but policy and reference use different random numbers."""
+    """Engine that generates the answers. vLLM needs an environment of its own, see vllm_python; its speed is not yet
+    measured. Its samples repeat with the seed, but policy and reference use different random numbers."""
     vllm_python: str | None = None
     """Python of an environment with vLLM, such as /opt/vllm/bin/python, under this path on every node that scores. It needs
     nothing of raydpo. null = vLLM is in raydpo's own environment."""

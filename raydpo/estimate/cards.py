@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["DEVICES", "MEMORY", "known_peak"]
+__all__ = ["DEVICES", "MEMORY", "is_card", "known_peak"]
 
 _DATA_SHEETS = {  # peak TFLOP/s, GiB of memory
     "H100": (989.4, 80),
@@ -26,11 +26,16 @@ MEMORY = {name: size for name, (_, size) in _DATA_SHEETS.items()}
 """GiB of memory, from the same data sheets. A program gets less of it (``modes.USABLE``)."""
 
 
+def is_card(known: str, name: str) -> bool:
+    """Whether a GPU that calls itself ``name``, such as NVIDIA H100 80GB HBM3, is a ``known`` one of ``DEVICES``."""
+    return all(re.search(rf"\b{part}\b", name) for part in known.split("-"))
+
+
 def known_peak(name: str) -> float | None:
     """Peak bfloat16 operations per second of the GPU called ``name``, or None if it is unknown or a MIG slice."""
     if "MIG" in name.split():
         return None
     fitting = [peak for card, peak in CARDS.items() if card in name] or [
-        peak for known, peak in DEVICES.items() if all(re.search(rf"\b{part}\b", name) for part in known.split("-"))
+        peak for known, peak in DEVICES.items() if is_card(known, name)
     ]
     return fitting[0] * 1e12 if fitting else None

@@ -12,7 +12,7 @@ from raydpo.data.pairs import PairSets
 from raydpo.data.shapes import Shapes
 from raydpo.data.simulate import NAIVE_PAIRS, Simulation
 from raydpo.errors import ConfigError
-from raydpo.estimate.cards import MEMORY
+from raydpo.estimate.cards import MEMORY, is_card
 from raydpo.estimate.checked import CheckedDevice, read_check
 from raydpo.estimate.modes import Fit, Modes, Question, compare_modes
 from raydpo.estimate.plan import PAIRS_PER_RANK, Plan, Stage, make_plan, sample_pairs
@@ -55,8 +55,15 @@ def plan_run(
         for path in (config.model.path, config.reference_path)
     )
     checked = None if measured is None else _checked(measured, measure=measure, mfu_score=mfu_score, mfu_train=mfu_train)
+    if device is not None and device not in MEMORY:
+        raise ConfigError(
+            f"--device {device!r} is not known; name one of {', '.join(MEMORY)}, or leave it out and say --memory GIB"
+        )
     if checked is not None:
         rates = checked.rates(config)
+        if device is not None and not is_card(device, checked.name):
+            told = f"--device is {device}, but the rates of --measured are those of {checked.name}; drop --device"
+            rates = dataclasses.replace(rates, warnings=(told, *rates.warnings))
     elif measure:
         rates = measured_rates(config, sample_pairs(config, sets.train), model, reference)
     else:
@@ -74,7 +81,7 @@ def _checked(path: str, **others: object) -> CheckedDevice:
     Args:
         others: options that also decide the rates; all must be None or False.
     """
-    given = [f"--{name.replace('_', '-')}" for name, value in others.items() if value]
+    given = [f"--{name.replace('_', '-')}" for name, value in others.items() if value is not None and value is not False]
     if given:
         raise ConfigError(f"--measured {path} and {' and '.join(given)} both decide the rates; keep one")
     return read_check(path)
@@ -86,8 +93,6 @@ DEVICE = "H100"
 
 def _modes(config: Config, sets: PairSets, plan: Plan, device: str, memory: float | None) -> Modes:
     """The modes in which the training of ``config`` fits."""
-    if memory is None and device not in MEMORY:
-        raise ConfigError(f"--device {device!r} is not known; name one of {', '.join(MEMORY)}, or say --memory GIB")
     layout = plan.data["layout"]
     lengths = [pc.list_value_length(sets.train[f"{side}_ids"]).to_numpy() for side in ("prompt", "chosen", "rejected")]
     pairs = np.stack(lengths, axis=1)[:SAMPLE].tolist()
@@ -140,6 +145,8 @@ def print_plan(plan: Plan, console: Console) -> None:
         f"rate of a device: {plan.rates.score / 1e12:.4g} TFLOP/s scoring, {plan.rates.train / 1e12:.4g} training "
         f"({plan.rates.origin})"
     )
+    for line in plan.rates.warnings:
+        console.say(f"warning: {line}")
     layouts = {
         "dealt": f"padded, {NAIVE_PAIRS} pairs at a time as they come",
         "padded": "padded, sorted by length",

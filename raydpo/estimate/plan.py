@@ -57,11 +57,16 @@ LAYOUTS: tuple[LayoutName, ...] = ("padded", "packed", "tree")
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """FLOPs per second that one device reaches scoring and training, and where the figures come from."""
+    """FLOPs per second that one device reaches scoring and training, and where the figures come from.
+
+    Attributes:
+        warnings: why they may not be those of the planned run.
+    """
 
     score: float
     train: float
     origin: str
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

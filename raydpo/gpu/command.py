@@ -18,13 +18,14 @@ import torch
 
 from raydpo.cluster.allocator import allocator_setting
 from raydpo.cluster.driver import driver_version, why_no_gpu
-from raydpo.errors import ConfigError, one_line
+from raydpo.errors import ConfigError, one_line, reason
 from raydpo.gpu.blocks import BLOCKS, Block
 from raydpo.gpu.environment import clocks, describe, versions
-from raydpo.gpu.figures import Findings, Report, Result, Skip
+from raydpo.gpu.figures import Findings, Report, Result, Skip, temporary_of
 from raydpo.gpu.limits import CPU_LIMITS, GPU_LIMITS
 from raydpo.gpu.shape import LLAMA_8B, TINY
 from raydpo.gpu.world import World
+from raydpo.storage.uri import is_uri
 from raydpo.terminal.console import Console
 from raydpo.version import __version__
 
@@ -47,7 +48,7 @@ class BlockTimeout(BaseException):
 
 
 def check(
-    console: Console, *, out: Path, blocks: str | None = None, quick: bool = False, device: str | None = None
+    console: Console, *, out: str | Path, blocks: str | None = None, quick: bool = False, device: str | None = None
 ) -> Report:
     """Check this machine's first GPU.
 
@@ -68,8 +69,7 @@ def check(
             "same code at tiny sizes, which proves nothing about a GPU"
         )
     where = torch.device("cpu" if device == "cpu" else "cuda:0")
-    if not out.parent.is_dir() or out.is_dir():
-        raise ConfigError(f"--out {out} cannot be written; name a file in an existing folder")
+    out = _writable(str(out))
     shape, limits = (TINY, CPU_LIMITS) if where.type == "cpu" else (LLAMA_8B, GPU_LIMITS)
     with tempfile.TemporaryDirectory(prefix="raydpo-gpu-check-") as folder, _alone(Path(folder), where):
         report = Report(
@@ -97,6 +97,29 @@ def check(
     console.say(f"report: {out}")
     console.say(f"PASS {counts['pass']}, FAIL {counts['fail']}, SKIP {counts['skip']}")
     return report
+
+
+def _writable(out: str) -> Path:
+    """The path of a report, in whose folder a file was written and removed.
+
+    Raises:
+        ConfigError: if it is no path of a file, or cannot be written.
+    """
+    if is_uri(out):
+        raise ConfigError(f"--out {out} is a URI, which is not supported; name a local file, and copy it afterwards")
+    path = Path(out)
+    try:
+        # A device such as /dev/null would be replaced, not written to.
+        if os.path.basename(out) in ("", ".", "..") or (path.exists() and not path.is_file()):
+            raise ConfigError(f"--out {out} names no file; name a file in an existing folder")
+        temporary = temporary_of(path)
+        temporary.touch()
+        temporary.unlink()
+    except (OSError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"--out {out} cannot be written: {reason(error)}; name a file in an existing folder") from None
+    return path
 
 
 def chosen_blocks(numbers: str | None, quick: bool) -> tuple[Block, ...]:

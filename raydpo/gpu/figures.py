@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from raydpo.estimate.checked import REPORT_FORMAT
 
-__all__ = ["Figure", "Findings", "Report", "Result", "Skip"]
+__all__ = ["Figure", "Findings", "Report", "Result", "Skip", "temporary_of"]
 
 Rule = Literal["at most", "at least", "goal"]
 Status = Literal["pass", "fail", "skip", "error", "timeout"]
@@ -144,6 +144,11 @@ class Report:
     def write(self, path: Path) -> None:
         """Replace the file at ``path``. A reader sees the old file or the new one, never half of one."""
         everything = {"format": REPORT_FORMAT} | asdict(self) | {"summary": self.summary}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary = temporary_of(path)
         temporary.write_text(json.dumps(everything, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         os.replace(temporary, path)
+
+
+def temporary_of(path: Path) -> Path:
+    """File beside ``path`` in which a report is written before it replaces the one at ``path``."""
+    return path.with_name(f".{path.name}.{os.getpid()}")

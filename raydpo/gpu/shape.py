@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from raydpo.estimate.checked import MEASURED_SHAPE
+
 __all__ = ["LLAMA_8B", "TINY", "Shape"]
 
 
@@ -52,7 +54,7 @@ class Shape:
 
 
 LLAMA_8B = Shape(
-    name="llama3-8b",
+    name=MEASURED_SHAPE,
     hidden=4096,
     inner=14336,
     heads=32,

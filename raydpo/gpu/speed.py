@@ -62,7 +62,8 @@ def scoring_speed(world: World, found: Findings) -> None:
         if positions == shape.passes[1]:
             found.value(f"score_positions_s_{shape.whole}", rate, says, "positions/s")
             found.goal(f"score_mfu_{shape.whole}", mfu, world.limits.score, f"{says}, {_mfu(world)}")
-            world.measured["score_flops"] = computed / whole
+            if _grew(world, [times[layers, positions] for layers in shape.layers]):
+                world.measured["score_flops"] = computed / whole
         else:
             found.value(f"score_{positions}.positions_s_{shape.whole}", rate, says, "positions/s")
             found.value(f"score_{positions}.mfu_{shape.whole}", mfu, f"{says}, {_mfu(world)}")
@@ -87,7 +88,8 @@ def training_speed(world: World, found: Findings) -> None:
             name, says = kind, f"{kind}, {shape.whole} layers by extrapolation"
             if recomputes:
                 name, says = f"{kind}_checkpointing", f"{says}, gradient checkpointing"
-            forward, both = (_whole(world, found, times, says) for times in zip(*measured, strict=True))
+            times = list(zip(*measured, strict=True))
+            forward, both = (_whole(world, found, one, says) for one in times)
             mfu = operations(amount, cost, factors) / both / world.peak
             found.value(f"{name}.forward_ms", 1000 * forward, f"{says}: forward pass", "ms")
             found.value(f"{name}.backward_ms", 1000 * (both - forward), f"{says}: backward pass", "ms")
@@ -95,14 +97,21 @@ def training_speed(world: World, found: Findings) -> None:
             found.goal(f"{name}_mfu_{shape.whole}", mfu, None if recomputes else goal, f"{says}, {_mfu(world)}")
             # As the plan counts operations, with what is computed again.
             planned = training_factors(TrainConfig(gradient_checkpointing=recomputes), kind == "lora")
-            world.measured[f"{name}_flops"] = operations(amount, cost, planned) / both
+            if all(_grew(world, one) for one in times):
+                world.measured[f"{name}_flops"] = operations(amount, cost, planned) / both
     found.value("optimizer_ns", _update(world), "AdamW on the device, a number", "ns")
+
+
+def _grew(world: World, times: Sequence[float]) -> bool:
+    """Whether the larger model was the slower one; always on a CPU, where other work may slow down either."""
+    few, many = times
+    return few < many or not world.cuda
 
 
 def _whole(world: World, found: Findings, times: Sequence[float], says: str) -> float:
     """Seconds of the whole model, at least those of the larger one measured. Fails if that was not the slower one."""
     few, many = times
-    if world.cuda and few >= many:
+    if not _grew(world, times):
         (less, more), name = world.shape.layers, f"{says.split(',')[0].replace(' ', '_')}.grows"
         found.fact(name, False, f"{says}: {more} layers take longer than {less} (1 = yes; {few:.4f} and {many:.4f} s)")
     return max(many, extrapolate(world.shape.layers, (few, many), world.shape.whole))

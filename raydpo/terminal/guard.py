@@ -19,11 +19,14 @@ from raydpo.terminal.phases import Phases
 __all__ = ["guarded"]
 
 
-def guarded(act: Callable[[Console], int | None]) -> int:
+def guarded(act: Callable[[Console], int | None], interrupted: str = "the same command starts again") -> int:
     """Run ``act`` and return the exit status: its own if it returns one, else 0.
 
     An error that raydpo explains is printed as one message; for any other the traceback is written to a file. Each message
     is shorter than 2 kB, and printed on any terminal.
+
+    Args:
+        interrupted: what the user is told after an interrupt: what is kept, and how to continue.
     """
     from raydpo.storage.uri import hidden
 
@@ -39,7 +42,7 @@ def guarded(act: Callable[[Console], int | None]) -> int:
         _tell(f"error: this needs the package {error.name!r}; run: pip install 'raydpo[run]'")
         return 1
     except KeyboardInterrupt:
-        _tell("interrupted; what was committed is kept. Run the same command again to continue")
+        _tell(f"interrupted; {hidden(interrupted)}")
         return 130
     except Exception as error:
         if isinstance(error, BrokenPipeError) and (

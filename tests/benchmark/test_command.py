@@ -204,6 +204,7 @@ def test_a_package_that_is_not_installed_is_named(tiny_llama, data, package, cap
         (["--full", "--data", "{data}", "--pairs", "8"], "--pairs 8 is not two or more whole steps of 8 pairs"),
         (["--full", "--random", "512:128"], "--random needs a model of random weights"),
         (["--full", "--data", "{data}", "--device", "cuda"], "no CUDA device"),
+        (["--full", "--data", "{data}", "--pairs", "16", "--json", "/proc/x/out.json"], "--json: /proc/x cannot be written"),
         (["--full", "--data", "{data}", "--pairs", "48"], "24 usable pairs of at most 1024 tokens, fewer than --pairs 48"),
     ],
 )

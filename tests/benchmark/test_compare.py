@@ -1,6 +1,7 @@
 """Figures worked out by hand for made-up measurements, and what counts as a difference between two sides."""
 
 import dataclasses
+import json
 import math
 
 import pytest
@@ -211,9 +212,11 @@ def test_a_page_has_machine_dates_versions_and_commands(record):
     ):
         assert words in page
     row = summary_row(record)
-    assert row.count("|") == 3 and "a step 2.0 s against 8.0 s" in row
-    assert row.count("memory of the training process") == 1, "equal figures are told once"
-    assert "positions a pass alike and each at its fastest: " in row
+    assert row.count("|") == 3 and "8 pairs: a step 2.0 s against 8.0 s, " in row
+    assert row.count("memory") == 1 and "GiB with Ray's processes, " in row
+    more = json.loads(json.dumps(record))
+    more["figures"]["points"].insert(0, more["figures"]["points"][0] | {"pairs": 4, "step": {}})
+    assert summary_row(more) == row, "of several sizes the largest is told"
 
 
 def test_equal_sides_agree(found):

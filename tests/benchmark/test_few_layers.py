@@ -109,8 +109,9 @@ def test_mfu_counts_what_the_mathematics_needs(pretended, tmp_path):
     assert rows["lora", "raydpo"]["mfu"] == pytest.approx(lora, rel=0.02)
 
 
-def test_what_there_is_no_time_for_is_left_out(bench, pretended):
-    status, found = bench("--seconds", "1")
+def test_what_there_is_no_time_for_is_left_out(bench, pretended, monkeypatch):
+    monkeypatch.setattr(few_layers, "LEAST_SECONDS", 1000.0)
+    status, found = bench()
     assert status == 1 and not pretended and not found["rows"]
     assert found["notes"][0] == "left out, for lack of time: raydpo, reference pass, 1 layers, auto"
 
@@ -145,6 +146,35 @@ def test_layers_that_do_not_grow_are_refused(layers, capsys):
     assert "expected two growing numbers" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--device", "cpu", "--tiny", "--out", "/proc/x"], "--out: /proc/x cannot be written (No such file or directory)"),
+        (["--device", "cpu", "--tiny", "--work", "/proc/x"], "--work: /proc/x cannot be written"),
+        (["--device", "cpu"], "add --tiny"),
+    ],
+)
+def test_bad_input_is_told_before_anything_is_made(words, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(few_layers, "write_random_llama", None)
+    assert few_layers.main(words) == 2 and said in capsys.readouterr().err
+    assert not list(tmp_path.glob("**/result.*"))
+
+
+@pytest.mark.parametrize("seconds", ["-5", "20", "nan"])
+def test_a_time_in_which_nothing_is_measured_is_refused(seconds, capsys):
+    with pytest.raises(SystemExit) as ended:
+        few_layers.main(["--device", "cpu", "--tiny", "--seconds", seconds])
+    assert ended.value.code == 2 and "a number of at least 60 is expected" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seconds", ["abc", "-5", "59", "0900", "1e3"])
+def test_the_script_refuses_a_time_that_is_none(seconds):
+    result = script("--device", "cpu", "--tiny", SECONDS_IN_ALL=seconds)
+    assert result.returncode == 2
+    assert f"error: SECONDS_IN_ALL is '{seconds}'; expected a whole number of seconds, at least 60" in result.stderr
+
+
 def test_the_script_is_sound(tmp_path):
     result = subprocess.run([Path(sys.executable).with_name("shellcheck"), SCRIPT], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
@@ -163,18 +193,16 @@ def test_without_a_gpu_the_script_says_how_to_try_it():
 
 
 def test_the_script_goes_on_with_what_is_there(tmp_path):
-    """No network, and a Python that lacks TRL: the packages cannot be installed, and a line names what is skipped. No time
-    is left, so nothing is measured."""
+    """No network, and a Python that lacks TRL: the packages cannot be installed, and a line names what is skipped. The
+    layers are bad input, so nothing is measured."""
     python = tmp_path / "python"
     python.write_text(
         f'#!/bin/sh\ncase "$*" in\n *venv*) exit 1;;\n *find_spec*trl*) echo trl;;\n *) exec {sys.executable} "$@";;\nesac\n'
     )
     python.chmod(0o755)
-    start = time.monotonic()
-    result = script("--device", "cpu", "--tiny", "--out", str(tmp_path / "out"), PYTHON=str(python), SECONDS_IN_ALL="1")
-    assert result.returncode == 1 and time.monotonic() - start < 60, result.stderr
+    result = script("--device", "cpu", "--tiny", "--layers", "8,4", PYTHON=str(python))
+    assert result.returncode == 2 and "--layers 8,4: expected two growing numbers" in result.stderr
     assert "going on with what" in result.stdout and "skipped without trl" in result.stdout
-    assert "left out, for lack of time" in (tmp_path / "out" / "result.md").read_text()
 
 
 @pytest.mark.slow  # a dozen processes

@@ -180,6 +180,17 @@ def test_an_environment_without_vllm_is_told_without_starting_it(bare, python, t
     assert "on node 1" in missing_vllm(str(bare), "node 1") and "has no package vllm" in missing_vllm(str(bare), "node 1")
     assert "cannot be started (No such file" in missing_vllm("/nowhere/python", "node 1")
     assert "ended with status 1" in missing_vllm("/bin/false", "node 1")
+    assert "/bin/echo is no Python" in missing_vllm("/bin/echo", "node 1")
+
+
+@pytest.mark.parametrize("word", ["hello", "[1]", "\\377"])
+def test_a_program_that_is_no_python_is_bad_input(word, tiny_llama, tmp_path):
+    program = tmp_path / "program"
+    program.write_text(f"#!/bin/sh\nread request\nprintf '{word}\\n'\n")
+    program.chmod(0o755)
+    assert "is no Python" in missing_vllm(str(program), "node 1")
+    with pytest.raises(ConfigError, match=rf"evaluate.vllm_python {program} on .* replied .*; expected a JSON object"):
+        opened(spec_of(tiny_llama), str(program))
 
 
 def test_an_import_that_fails_is_bad_input(bare, tiny_llama):

@@ -201,6 +201,24 @@ def test_a_time_that_does_not_grow_with_layers_fails(world, monkeypatch):
     assert speed._whole(world, Findings(), (0.001, 0.002), "full, 32 layers") == pytest.approx(0.032)
 
 
+@pytest.mark.parametrize("grows", [True, False])
+def test_a_rate_without_growth_is_none_of_those_that_plans_use(world, monkeypatch, grows):
+    for name, value in (("cuda", True), ("sheet_peak", 1e12)):
+        monkeypatch.setattr(World, name, value)
+    monkeypatch.setattr(speed, "_kinds", lambda *_: None)
+    monkeypatch.setattr(speed, "_update", lambda _: 1.0)
+    monkeypatch.setattr(speed, "_passes", lambda world, kind, layers, recomputes: (1e-3, 2e-3 * layers))
+    monkeypatch.setattr(speed, "seconds", lambda *_, **__: 1e-3)
+    if grows:
+        monkeypatch.setattr(speed, "_passes", lambda world, kind, layers, recomputes: (1e-3 * layers, 2e-3 * layers))
+        monkeypatch.setattr(speed, "seconds", _a_millisecond_a_layer())
+    found = Findings()
+    speed.scoring_speed(world, found)
+    speed.training_speed(world, found)
+    assert len(world.measured) == (5 if grows else 0)
+    assert any(figure.ok is False for figure in found.figures.values()) is not grows
+
+
 def _a_millisecond_a_layer():
     def seconds(run, device, **_):
         return 0.001 * run.func.causal_lm.config.num_hidden_layers

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 import time
@@ -171,6 +172,38 @@ def test_exit_status_and_messages(tmp_path, monkeypatch):
     assert raydpo("gpu", "check", "--device", "cpu", "--blocks", "77").returncode == 2
     lost = raydpo("gpu", "check", "--device", "cpu", "--out", "nowhere/report.json")
     assert lost.returncode == 2 and "existing folder" in lost.stderr
+    assert raydpo("gpu", "check", "--device", "cpu", "--out", "new/").returncode == 2
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("{}/" + "n" * 250, "File name too long"),
+        ("/proc/x.json", "cannot be written"),
+        ("{}/nowhere/x.json", "No such file or directory"),
+        ("{}/new/", "names no file"),
+        ("{}/.", "names no file"),
+        ("{}", "names no file"),
+        ("", "names no file"),
+        ("/dev/null", "names no file"),
+        ("s3://bucket/x.json", "s3://bucket/x.json is a URI, which is not supported"),
+        ("{}/a\0b", "cannot be written"),
+    ],
+)
+def test_a_report_that_cannot_be_written_is_told_before_the_first_block(monkeypatch, tmp_path, name, told):
+    ran = []
+    monkeypatch.setattr(command, "BLOCKS", (Block(0, "first", lambda world, found: ran.append(1)),))
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        command.check(Console(), out=name.format(tmp_path), device="cpu")
+    assert not ran and not list(tmp_path.iterdir())
+
+
+def test_a_report_that_stands_is_kept_until_a_block_ends(monkeypatch, tmp_path):
+    (tmp_path / "report.json").write_text("old")
+    seen = []
+    check(monkeypatch, tmp_path, Block(0, "first", lambda world, found: seen.append((tmp_path / "report.json").read_text())))
+    assert seen == ["old"] and [file.name for file in tmp_path.iterdir()] == ["report.json"]
 
 
 def test_a_failure_is_status_1(monkeypatch, tmp_path):
