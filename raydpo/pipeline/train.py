@@ -65,11 +65,13 @@ class Joined:
     Attributes:
         pairs, held_out: tables, or references to them in Ray's object store; ``held_out`` is None if nothing is held out.
         training_pairs: number of ``pairs``.
+        fused: whether fused functions computed the log-probs; empty if that is not known.
     """
 
     pairs: Any
     held_out: Any
     training_pairs: int
+    fused: frozenset[bool]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +108,7 @@ def join_sets(prepared: Prepared, console: Console) -> Joined:
     held_out = prepared.sets.eval
     if held_out is not None and compares:
         held_out = join_reference(held_out, prepared.cache, "held-out")
-    return Joined(pairs, held_out, pairs.num_rows)
+    return Joined(pairs, held_out, pairs.num_rows, frozenset(prepared.cache.fused if compares else ()))
 
 
 def _begin_run(prepared: Prepared, job: TrainJob, console: Console) -> None:
@@ -127,8 +129,12 @@ def _begin_run(prepared: Prepared, job: TrainJob, console: Console) -> None:
     storage.write(RUN, json.dumps(described, indent=2).encode())
 
 
-def _training_job(prepared: Prepared, resources: Resources, until: int | None = None) -> TrainJob:
-    """Describe the training to its workers. It pauses after step ``until``, if that is given."""
+def _training_job(prepared: Prepared, resources: Resources, fused: frozenset[bool], until: int | None = None) -> TrainJob:
+    """Describe the training to its workers. It pauses after step ``until``, if that is given.
+
+    Args:
+        fused: as of ``Joined``.
+    """
     config = prepared.config
     policy, reference = prepared.policy_identity(), prepared.reference.identity
     return TrainJob(
@@ -152,7 +158,7 @@ def _training_job(prepared: Prepared, resources: Resources, until: int | None = 
         memory_share=resources.memory_share,
         reference_identity=reference.digest,
         starts_as_reference=policy.same_model(reference),
-        reference_fused=frozenset(prepared.cache.fused if policy.dtype == reference.dtype else ()),
+        reference_fused=fused if policy.dtype == reference.dtype else frozenset(),
         coarser_dtype="bfloat16" if "bfloat16" in (policy.dtype, reference.dtype) else "float32",
         stop_after=until,
         sample_prompts=_sample_prompts(prepared),
@@ -187,7 +193,7 @@ def train_prepared(
         resources = resources_for("train", config, 1 if shared is None else shared.at_once)
         if shared is None:
             wait_for_workers("train", config, resources, console)
-        job = _training_job(prepared, resources, None if shared is None else shared.until)
+        job = _training_job(prepared, resources, joined.fused, None if shared is None else shared.until)
         _begin_run(prepared, job, console)
         with TrainingDisplay(console) if shared is None else shared.display as display:
             payload = WorkerInput(
