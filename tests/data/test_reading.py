@@ -115,7 +115,7 @@ def test_bad_lines_are_records_with_a_problem(tmp_path):
         ("cut.jsonl.gz", gzip.compress(LINES, mtime=0)[:-12], "cannot read cut.jsonl.gz"),
         (
             "twice.jsonl.gz",
-            gzip.compress(gzip.compress(LINES, mtime=0)),
+            gzip.compress(gzip.compress(LINES, mtime=0), mtime=0),
             r"holds bytes that are no text \(is it compressed t",
         ),
         ("bad.jsonl.zst", b"plain", "cannot read bad.jsonl.zst"),
