@@ -230,6 +230,9 @@ def compare_modes(question: Question, device: str) -> Modes:
 def _rows(question: Question) -> Iterator[Fit]:
     now = {key: getattr(question.train, key) for key in _KEYS}
     modes = list(_MODES)
+    if question.train.overlap_communication:  # ZeRO 0 and 3 refuse it
+        now["overlap_communication"] = True
+        modes = [mode | {"overlap_communication": mode["zero"] in (1, 2)} for mode in modes]
     if now not in modes:
         slower = [number for number, mode in enumerate(modes) if _slowness(mode) > _slowness(now)]
         modes.insert(min(slower, default=len(modes)), now)

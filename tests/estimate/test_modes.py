@@ -155,6 +155,12 @@ def test_quantized_weights_may_have_activations_and_optimizer_on_the_host(llama)
     assert not any("ZeRO 3" in name for name in names)
 
 
+def test_modes_that_refuse_overlapped_communication_are_planned_without(llama):
+    rows = {row.name: row for row in ask(llama, 80, zero=2, overlap_communication=True).rows}
+    assert rows.keys() == {row.name for row in ask(llama, 80, zero=2).rows}
+    assert rows["ZeRO 3"].overrides == ("train.zero=3", "train.overlap_communication=false")
+
+
 def test_the_largest_micro_batch_is_the_largest(llama):
     question = Question(
         anatomy=llama,
