@@ -7,7 +7,6 @@ start from nothing, each with hash seeds of its own; all do where there is a GPU
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import multiprocessing
 import os
@@ -15,11 +14,13 @@ import pickle
 import socket
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 SECONDS = 300
 
@@ -75,19 +76,9 @@ def forking() -> BaseContext:
     return context
 
 
-@contextlib.contextmanager
-def environment(**changes: str) -> Iterator[None]:
+def environment(**changes: str) -> AbstractContextManager[Any]:
     """For processes that are started within."""
-    before = {name: os.environ.get(name) for name in changes}
-    os.environ.update(changes)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+    return mock.patch.dict(os.environ, changes)
 
 
 def _rank(

@@ -589,13 +589,3 @@ def test_help_and_a_wrong_setting_import_little(tree, tmp_path):
         assert done.returncode == 0, done.stderr
         assert done.stderr.count("did you mean 'train.beta'") == (len(words) if status else 0)
     assert not (tmp_path / "runs").exists()
-
-
-def test_a_pipe_and_a_link_to_nothing_are_no_data(tmp_path):
-    """A pipe gives its content once, and data are read more than once: reading would wait for ever."""
-    os.mkfifo(tmp_path / "pipe.jsonl")
-    os.symlink(tmp_path / "gone.jsonl", tmp_path / "link.jsonl")
-    for name, told in (("pipe", "a pipe or a device; expected a file or directory"), ("link", "a link to '")):
-        tree = {"output": "x", "model": {"path": str(tmp_path)}, "data": {"train": str(tmp_path / f"{name}.jsonl")}}
-        with pytest.raises(ConfigError, match=told):
-            load_config(tree)

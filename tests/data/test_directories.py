@@ -1,11 +1,12 @@
 import json
+import os
 
 import pytest
 
-from raydpo.config import DataConfig, EvalConfig, SourceConfig
+from raydpo.config import DataConfig, EvalConfig, SourceConfig, load_config
 from raydpo.data.pairs import held_out_source, load_pairs
 from raydpo.data.records import read_records
-from raydpo.errors import DataError
+from raydpo.errors import ConfigError, DataError
 
 
 def make(directory, *names):
@@ -171,3 +172,13 @@ def test_files_that_are_missing_by_their_names_are_warned_of(tmp_path):
     assert notes(tmp_path) == [
         "read train-00000-of-00003.jsonl, train-00001-of-00003.jsonl, train-00002-of-00003.jsonl; not read: more/"
     ]
+
+
+def test_a_pipe_and_a_link_to_nothing_are_no_data(tmp_path):
+    """A pipe gives its content once, and data are read more than once: reading would wait for ever."""
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    os.symlink(tmp_path / "gone.jsonl", tmp_path / "link.jsonl")
+    for name, told in (("pipe", "a pipe or a device; expected a file or directory"), ("link", "a link to '")):
+        tree = {"output": "x", "model": {"path": str(tmp_path)}, "data": {"train": str(tmp_path / f"{name}.jsonl")}}
+        with pytest.raises(ConfigError, match=told):
+            load_config(tree)
