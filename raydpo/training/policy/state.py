@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from raydpo.errors import TrainError
@@ -133,12 +132,6 @@ class TrainedState:
                     if size >= _FILE_BYTES or fragment is fragments[-1]:
                         yield _file(f"{dist.get_rank():05d}", dist.get_world_size(), f"{number:03d}"), tensors
                         tensors, size, number = {}, 0, number + 1
-
-    def write(self, directory: Path) -> dict[str, Any]:
-        """Write this rank's share into ``directory``. Returns ``facts``."""
-        for name, tensors in self.files():
-            save_file(tensors, directory / name)
-        return self.facts
 
     @property
     def facts(self) -> dict[str, Any]:
