@@ -326,8 +326,9 @@ class Bench:
         found = []
         for part in ("lora", "full"):
             for layers in self.sizes.few:
-                losses = {run.side: run.first_loss for run in self.runs if (run.part, run.layers) == (part, layers)}
-                ours, theirs = losses.get("raydpo"), losses.get("trl")
+                ours, theirs = (
+                    next((run.first_loss for run in self.of(side, part, layers)), None) for side in ("raydpo", "trl")
+                )
                 if ours is not None and theirs is not None and not abs(ours - theirs) <= BFLOAT16_LOSS:
                     found.append(f"{PARTS[part][0]}, {layers} layers: the first loss is {ours:.4f} and {theirs:.4f} (TRL)")
         return found

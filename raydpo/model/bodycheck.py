@@ -18,6 +18,7 @@ from torch import Tensor
 from raydpo.errors import one_line
 from raydpo.model import by_node
 from raydpo.model.attention import Demand, attend
+from raydpo.model.budget import is_out_of_memory
 from raydpo.model.segments import Body, Segments, Terms
 from raydpo.model.tree import PrefixTree
 
@@ -136,9 +137,9 @@ def why_wrong(body: Body, demands: Iterable[Demand], device: torch.device) -> st
     for demand in sorted(narrowed, key=repr):
         try:
             found = errors(body, demand, device)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # a kernel fails in any way on what it does not support
+            if is_out_of_memory(error):
+                raise
             return f"{type(error).__name__}: {one_line(error, 160)}"
         limit = LIMITS[demand.dtype]
         for name, gap in found.items():

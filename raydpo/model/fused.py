@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from raydpo.errors import one_line
-from raydpo.model.budget import probe_group, probe_groups
+from raydpo.model.budget import is_out_of_memory, probe_group, probe_groups
 from raydpo.model.kernels import Activation, gated, rms_norm, rotate
 from raydpo.model.layout import Method
 from raydpo.model.limits import longest_sequence
@@ -79,9 +79,9 @@ def _check(model: LogpModel, parts: Parts, device: torch.device) -> tuple[bool, 
     try:
         exact, error = _copy_errors(model, device)
         gap = float(np.abs(np.subtract(*_both(model, parts, lambda: _random_logps(model, device)))).mean())
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         # A compiler may fail in any way.
         return False, f"fused: nothing; it failed with {type(error).__name__}: {one_line(error, 160)}"
     finally:

@@ -22,6 +22,7 @@ from torch import nn
 from raydpo.errors import ModelError, one_line
 from raydpo.model.attention import Demand, available_bodies, lacking_kernels, watch_demands
 from raydpo.model.bodycheck import why_wrong
+from raydpo.model.budget import is_out_of_memory
 from raydpo.model.layout import PADDED, Method, PromptGroup
 from raydpo.model.limits import longest_sequence
 from raydpo.model.logps import LogpModel
@@ -251,9 +252,9 @@ def _demands(model: LogpModel, device: torch.device) -> set[Demand]:
     with watch_demands() as found:
         try:
             model.score(_cases(model, ())["a long prompt"], device)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
             found.clear()
     return found
 
@@ -294,9 +295,9 @@ class _Oracle:
                     found = flat(self.model.score(groups, self.device))
                     gap = float(np.abs(found - self.expected[case]).mean())
                     worst = max(worst, gap if np.isfinite(gap) else float("inf"))
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             # Architectures fail in any way on an unknown layout. Any error means that the layout is not supported.
             return f"{type(error).__name__}: {one_line(error, 160)}"
         return worst
