@@ -23,7 +23,7 @@ from raydpo.errors import ConfigError
 from raydpo.estimate.modes import Modes
 from raydpo.model.cost import ModelCost
 from raydpo.model.layout import PromptGroup, shapes_of
-from raydpo.reference.shards import Wanted, list_rows, plan_shards
+from raydpo.reference.shards import Wanted, list_rows, plan_shards, prompt_groups, read_groups
 
 __all__ = [
     "ADAPTERS",
@@ -300,7 +300,7 @@ def _reference_pass(config: Config, sets: PairSets, layout: LayoutName) -> tuple
     wanted = Wanted([table for table in (sets.train, sets.eval) if table is not None])
     budget, total = _budget(config.score.tokens_per_batch) * config.score.sequence_parallel, np.zeros(3)
     for shard in plan_shards(wanted, config.score.tokens_per_part):
-        shapes = shapes_of(shard.prompt_groups())
+        shapes = shapes_of(prompt_groups(read_groups(shard, wanted.source)))
         total += amounts(fill_batches(range(len(shapes)), shapes, budget, layout), shapes, layout)
     return len(wanted), total
 
