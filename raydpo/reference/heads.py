@@ -1,4 +1,4 @@
-"""Order prompts by their first tokens, and read the tokens of tables in memory."""
+"""Order prompts by their first tokens."""
 
 from __future__ import annotations
 
@@ -9,38 +9,15 @@ import pyarrow as pa
 
 from raydpo.data.facts import digests
 from raydpo.data.ragged import Ragged
-from raydpo.data.rows import FIRST_RECORDS, HEAD_TOKENS, _heads
+from raydpo.data.rows import FIRST_RECORDS, HEAD_TOKENS, heads_of
 from raydpo.data.shapes import common_prefix
 
-__all__ = ["Heads", "TableTokens", "in_order"]
+__all__ = ["Heads", "in_order"]
 
 WORDS = HEAD_TOKENS // 3
 """Numbers of 64 bits in a head, of three tokens each."""
 _HEAD = np.dtype((">u8", WORDS))
 _BLOCK = 100_000
-
-
-class TableTokens:
-    """Token ids of pairs in tables in memory, which are sets 0, 1, ... with row numbers as places. It is pickled with its
-    tables, as the pairs are cut there. See ``data.rows.TokenSource``.
-
-    Args:
-        tables: with the columns ``prompt_ids``, ``chosen_ids`` and ``rejected_ids``.
-    """
-
-    def __init__(self, tables: Sequence[pa.Table]) -> None:
-        self._tables = [table.select(["prompt_ids", "chosen_ids", "rejected_ids"]) for table in tables]
-        self._columns: list[list[Ragged]] | None = None
-
-    def __getstate__(self) -> dict[str, object]:
-        return vars(self) | {"_columns": None}
-
-    def rows(self, sets: np.ndarray, places: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """(prompt, chosen, rejected) of each pair."""
-        if self._columns is None:
-            self._columns = [[Ragged.of(column) for column in table.columns] for table in self._tables]
-        prompts = [self._columns[number] for number in sets.tolist()]
-        return [tuple(column[place] for column in each) for each, place in zip(prompts, places.tolist(), strict=True)]
 
 
 class Heads:
@@ -100,7 +77,7 @@ def _read_heads(prompts: Ragged, rows: np.ndarray, heads: np.ndarray, places: np
     first, count = prompts[0], min(len(prompts), FIRST_RECORDS)
     shared = min((common_prefix(first, prompts[row]) for row in range(1, count)), default=0)
     for start in range(0, len(rows), _BLOCK):
-        heads[places[start : start + _BLOCK]] = _heads(*prompts.gather(rows[start : start + _BLOCK]), shared)
+        heads[places[start : start + _BLOCK]] = heads_of(*prompts.gather(rows[start : start + _BLOCK]), shared)
 
 
 def _gathered(column: pa.ChunkedArray, rows: np.ndarray, kind: np.dtype) -> np.ndarray:

@@ -17,11 +17,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raydpo.data.index import KeyIndex, as_bytes
-from raydpo.data.ragged import Ragged
-from raydpo.data.rows import TokenSource
+from raydpo.data.rows import TOKEN_SCHEMA, TokenSource
+from raydpo.data.select import TokenTables
 from raydpo.data.shapes import cut_group
 from raydpo.model.layout import PromptGroup
-from raydpo.reference.heads import Heads, TableTokens, in_order
+from raydpo.reference.heads import Heads, in_order
 from raydpo.reference.part import KEY_TYPE
 from raydpo.reference.store import ReferenceCache
 
@@ -32,7 +32,6 @@ __all__ = [
     "Shard",
     "Wanted",
     "grouped",
-    "list_rows",
     "plan_shards",
     "prompt_groups",
     "read_groups",
@@ -120,7 +119,7 @@ class Wanted(Sequence[Completion]):
         light: Sequence[pa.Table] | None = None,
     ) -> None:
         tables = list(tables)
-        self.source = TableTokens(tables) if tokens is None else tokens
+        self.source = TokenTables([[table.select(TOKEN_SCHEMA.names)] for table in tables]) if tokens is None else tokens
         if tokens is None:
             sets = _joined((np.full(table.num_rows, number) for number, table in enumerate(tables)), np.int16)
             places = _joined((np.arange(table.num_rows) for table in tables), np.int64)
@@ -335,12 +334,6 @@ def _completions(shard: Shard, source: TokenSource) -> list[Completion]:
             strict=True,
         )
     ]
-
-
-def list_rows(column: pa.ChunkedArray) -> list[np.ndarray]:
-    """Split a list column into one array per row, without a Python object per value."""
-    rows = Ragged.of(column)
-    return [rows[row] for row in range(len(rows))]
 
 
 def _window_of(places: np.ndarray) -> np.ndarray:
