@@ -27,7 +27,7 @@ from raydpo.errors import DataError, RaydpoError, one_line, reason
 from raydpo.storage.pointers import is_pointer
 from raydpo.storage.uri import is_uri, redact
 
-__all__ = ["Record", "read_records"]
+__all__ = ["Record", "hub_dataset", "is_on_hub", "read_records"]
 
 BATCH_ROWS = 1000
 BOM = b"\xef\xbb\xbf"
@@ -123,9 +123,7 @@ def _missing_column(source: SourceConfig, theirs: str, present: list[str]) -> Da
 
 
 def _raw_records(source: SourceConfig) -> Iterator[Record]:
-    if not is_uri(source.path) and not _exists(source.path):
-        if not is_hub_name(source.path):
-            raise DataError(f"there is no file {source.path!r}; check the path in data.train or data.eval")
+    if is_on_hub(source):
         yield from _hub_records(source)
         return
     before = 0
@@ -135,6 +133,19 @@ def _raw_records(source: SourceConfig) -> Iterator[Record]:
             last = record.row
             yield record if not before else replace(record, row=before + last)
         before += last
+
+
+def is_on_hub(source: SourceConfig) -> bool:
+    """Whether the source is a data set on the hub, not files.
+
+    Raises:
+        DataError: if it can be neither.
+    """
+    if is_uri(source.path) or _exists(source.path):
+        return False
+    if not is_hub_name(source.path):
+        raise DataError(f"there is no file {source.path!r}; check the path in data.train or data.eval")
+    return True
 
 
 def _exists(path: str) -> bool:
@@ -337,19 +348,27 @@ def _as_record(value: Any, where: str, row: int, problem: str | None) -> Record:
     return Record(where, row, value)
 
 
-def _hub_records(source: SourceConfig) -> Iterator[Record]:
+def hub_dataset(source: SourceConfig) -> Any:
+    """The data set of a source on the hub, as the package ``datasets`` loads it.
+
+    Raises:
+        DataError: if the hub does not give it.
+    """
     try:
         from datasets import load_dataset
 
         names = {} if source.subset is None else {"name": source.subset}
-        dataset = load_dataset(source.path, **names, split=source.split)
+        return load_dataset(source.path, **names, split=source.split)
     except Exception as error:  # to the user every network, hub or format failure means the same: no data
         hint = "; set the source's subset" if "onfig name is missing" in str(error) else ""
         raise DataError(
             f"there is no file {source.path!r}, and the hub does not give split {source.split!r} of a data set "
             f"of that name: {reason(error)}{hint}"
         ) from None
-    label = f"{source.path}[{source.split}]"
+
+
+def _hub_records(source: SourceConfig) -> Iterator[Record]:
+    dataset, label = hub_dataset(source), f"{source.path}[{source.split}]"
     for row, (value, absent) in enumerate(_explained(_hub_rows(dataset), label), 1):
         yield Record(f"{label}:{row}", row, value, absent=absent)
 
