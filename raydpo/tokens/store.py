@@ -30,6 +30,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raydpo.data.rows import LIGHT_SCHEMA, Rows
+from raydpo.data.select import SourceRows
 from raydpo.data.tally import SourceReport
 from raydpo.errors import CacheError
 from raydpo.storage.files import Storage, checksum, remove_stale_temporaries
@@ -38,7 +39,7 @@ from raydpo.storage.memory import keep, last_start, recall, stamp
 from raydpo.tokens.block import BlockInfo, DamagedBlock, Span, decode_index, decode_tokens, encode
 from raydpo.tokens.identity import SetIdentity
 
-__all__ = ["BLOCKS", "INDEX", "SETS", "SET_ASIDE", "Complete", "LightRows", "TokenSet"]
+__all__ = ["BLOCKS", "INDEX", "SETS", "SET_ASIDE", "Complete", "TokenSet"]
 
 SETS = "sets"
 """Folder of a cache with its tokenised sets."""
@@ -65,17 +66,6 @@ class Complete:
     @property
     def pairs(self) -> int:
         return sum(block.pairs for block in self.blocks)
-
-
-@dataclass(frozen=True)
-class LightRows:
-    """Light rows of successive blocks. ``light`` has one chunk for each block that has pairs; its columns ``file`` and
-    ``source`` are indices into ``labels`` and ``sources``."""
-
-    light: pa.Table
-    labels: tuple[str, ...]
-    sources: tuple[str, ...]
-    account: SourceReport
 
 
 class TokenSet:
@@ -283,8 +273,9 @@ class TokenSet:
                 f"block {block.name} in {self.storage}/{self.directory} cannot be read: {error.strerror or error}"
             ) from None
 
-    def light(self, blocks: Sequence[BlockInfo] | None = None) -> LightRows:
-        """Light rows of ``blocks``, in memory mapped from their indices, with the account of all of them.
+    def light(self, blocks: Sequence[BlockInfo] | None = None) -> SourceRows:
+        """The rows of ``blocks`` without tokens, name and weight, in memory mapped from their indices: one chunk for each
+        block that holds pairs.
 
         Args:
             blocks: blocks that count, in order; None = those of the whole set.
@@ -307,7 +298,8 @@ class TokenSet:
             tables.append(_renumbered(table, "source", index.sources, sources))
             account.merge(index.account)
         light = pa.concat_tables(tables) if tables else LIGHT_SCHEMA.empty_table()
-        return LightRows(light, tuple(labels), tuple(sources), account)
+        path = "" if self.identity is None else self.identity.path
+        return SourceRows(light, None, tuple(labels), tuple(sources), account, name="", path=path, weight=1.0)
 
     def _listed(self) -> list[BlockInfo]:
         """Blocks of which both files are there."""
