@@ -19,9 +19,8 @@ from typing import Any
 from pyarrow import fs as pafs
 
 from raydpo.config import DataConfig, SourceConfig
-from raydpo.data.locate import DataFile, data_files
+from raydpo.data.locate import DataFile, data_files, hub_dataset, is_on_hub
 from raydpo.data.preference import Preference
-from raydpo.data.records import hub_dataset, is_on_hub
 from raydpo.data.rows import PAIR_MARGIN, PAIR_WEIGHT, most_characters_of
 from raydpo.data.tokenise import FILES, Tokeniser, template_text
 from raydpo.errors import DataError, reason
