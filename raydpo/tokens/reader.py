@@ -12,7 +12,7 @@ from raydpo.data.records import read_records, records_of
 from raydpo.data.rows import FIRST_RECORDS
 from raydpo.tokens.block import Span
 
-__all__ = ["PIECE_BYTES", "PIECE_SIZES", "Piece", "Reading", "pieces", "records_of"]
+__all__ = ["PIECE_BYTES", "PIECE_SIZES", "Piece", "Reader", "Reading", "pieces", "records_of", "span_of"]
 
 PIECE_BYTES = 2 << 20
 """Bytes of a piece, but for a longer line. It takes one core 1 to 2 s."""
@@ -41,6 +41,11 @@ def pieces(source: SourceConfig, reader: Reader = read_records, sizes: Sizes = P
         start = stop
 
 
+def span_of(piece: Piece) -> Span:
+    """The span of the block of a piece."""
+    return Span(piece.file, piece.start, piece.stop)
+
+
 class Reading:
     """The pieces of a source that no block holds.
 
@@ -52,13 +57,14 @@ class Reading:
         records: records that were read.
         read: bytes of the source that were read, as they are stored.
         passed: bytes of those that blocks hold.
+        cost: bytes of the piece at hand.
     """
 
     def __init__(
         self, source: SourceConfig, reader: Reader = read_records, have: Iterable[Span] = (), sizes: Sizes = PIECE_SIZES
     ) -> None:
         self.ends: dict[int, int] = {}
-        self.records = self.read = self.passed = 0
+        self.records = self.read = self.passed = self.cost = 0
         self._pieces = pieces(source, reader, sizes)
         self._have: dict[int, list[Span]] = {}
         for span in sorted(have):
@@ -70,6 +76,7 @@ class Reading:
             self.records += piece.records
             size, self.read = piece.read - self.read, piece.read
             missing = list(self._missing(piece))
+            self.cost = size // max(1, len(missing))
             if not missing:
                 self.passed += size
             yield from missing
