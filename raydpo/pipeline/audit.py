@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from raydpo.config import Config
 from raydpo.data.facts import pair_facts
-from raydpo.data.pairs import SAME
+from raydpo.data.select import SAME
 from raydpo.errors import ConfigError
 from raydpo.pipeline.checks import check, check_models
 from raydpo.pipeline.prepare import Prepared
