@@ -253,7 +253,8 @@ class TokenSet:
         """Token ids of the pairs of a block, columns of ``TOKEN_SCHEMA``.
 
         Raises:
-            CacheError: if the block is gone or damaged. A damaged one is moved aside, so that it is made again.
+            DamagedBlock: if the block is gone or damaged. A damaged one is moved aside, so that it is made again.
+            CacheError: if it cannot be read here.
         """
         path = f"{self.directory}/{BLOCKS}/{block.file}"
         again = "run the command again, which makes this block again"
@@ -263,11 +264,11 @@ class TokenSet:
                 data = self.storage.read(path)  # one bad read over a network does not prove damage
             return decode_tokens(block, self.digest, data)
         except FileNotFoundError:
-            raise CacheError(f"block {block.name} of set {self.digest} in {self.storage} is gone; {again}") from None
+            raise DamagedBlock(f"block {block.name} of set {self.digest} in {self.storage} is gone; {again}") from None
         except DamagedBlock as error:
             self._refuse(path, str(error), aside=True)
             self.set_aside()
-            raise CacheError(f"in {self.storage}/{self.directory} {error}; it is set aside: {again}") from None
+            raise DamagedBlock(f"in {self.storage}/{self.directory} {error}; it is set aside: {again}") from None
         except OSError as error:
             raise CacheError(
                 f"block {block.name} in {self.storage}/{self.directory} cannot be read: {error.strerror or error}"
