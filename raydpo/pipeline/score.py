@@ -10,6 +10,7 @@ from raydpo.cluster.preflight import check_cluster
 from raydpo.cluster.resources import resources_for
 from raydpo.cluster.session import session
 from raydpo.config import Config
+from raydpo.data.select import PairSets
 from raydpo.pipeline.audit import audit_prepared
 from raydpo.pipeline.prepare import Prepared, checked, wait_for_workers
 from raydpo.reference.build import BuildReport, build
@@ -42,7 +43,8 @@ def score_prepared(prepared: Prepared, console: Console, tables: list[pa.Table] 
     """
     config, cache = prepared.config, prepared.cache
     if config.needs_reference:
-        report = fill_cache(tables or prepared.tables, prepared.reference, cache, config, console)
+        sets = prepared.sets if tables is None else None
+        report = fill_cache(tables or prepared.tables, prepared.reference, cache, config, console, sets)
     else:
         console.say(f"reference: none; loss {config.train.loss_text} needs none, so nothing is scored")
         nothing = dict.fromkeys(("wanted", "hits", "scored", "by_others", "twice", "tokens", "parts"), 0)
@@ -56,9 +58,18 @@ def score_prepared(prepared: Prepared, console: Console, tables: list[pa.Table] 
 
 
 def fill_cache(
-    tables: list[pa.Table], spec: ReferenceSpec, cache: ReferenceCache, config: Config, console: Console
+    tables: list[pa.Table],
+    spec: ReferenceSpec,
+    cache: ReferenceCache,
+    config: Config,
+    console: Console,
+    sets: PairSets | None = None,
 ) -> BuildReport:
-    """Score the completions of tokenised pairs that ``cache`` lacks, with the workers of section ``score``."""
+    """Score the completions of tokenised pairs that ``cache`` lacks, with the workers of section ``score``.
+
+    Args:
+        sets: the sets that the tables are of, in which workers read tokens; None = they travel in the tables.
+    """
     resources = resources_for("score", config)
     line: ProgressLine | None = None
     with contextlib.ExitStack() as stack:  # the progress line begins once build knows what is missing
@@ -83,6 +94,8 @@ def fill_cache(
             note=console.say,
             tokens_per_batch=config.score.tokens_per_batch,
             tokens_per_part=config.score.tokens_per_part,
+            tokens=sets and sets.tokens,
+            light=sets and [source.light for source in sets.sources],
         )
     for problem in report.problems:
         console.warn(problem)

@@ -106,7 +106,7 @@ def build(
             second number grows.
         note: called once for each message of an actor to the user.
         tokens: source of the pairs' tokens, which actors read. None = the tables themselves, which then travel once.
-        light: for each set its rows of ``data.rows.LIGHT_SCHEMA``, see ``heads.Heads``.
+        light: for each set its rows of ``data.rows.LIGHT_SCHEMA``, see ``heads.Heads``; only with ``tokens``.
 
     Raises:
         RaydpoError: what an actor raised.

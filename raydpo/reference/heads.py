@@ -65,8 +65,8 @@ class Heads:
             if not len(mine):
                 continue
             if self._light is not None or self._stored:
-                heads[mine] = _gathered(table["head"], rows[mine], _HEAD)
-                hashes[mine] = _gathered(table["prompt_hash"], rows[mine], np.dtype("<u8"))
+                _gather(table["head"], rows[mine], heads, mine)
+                _gather(table["prompt_hash"], rows[mine], hashes, mine)
             else:
                 hashes[mine] = digests(table["prompt_ids"])[rows[mine]]
                 _read_heads(Ragged.of(table["prompt_ids"]), rows[mine], heads, mine)
@@ -80,20 +80,19 @@ def _read_heads(prompts: Ragged, rows: np.ndarray, heads: np.ndarray, places: np
         heads[places[start : start + _BLOCK]] = heads_of(*prompts.gather(rows[start : start + _BLOCK]), shared)
 
 
-def _gathered(column: pa.ChunkedArray, rows: np.ndarray, kind: np.dtype) -> np.ndarray:
-    """Values of a column of fixed width, by row number. Copies no more than these values."""
-    found = np.empty((len(rows), *kind.shape), kind.base.newbyteorder("="))
-    order = None if (rows[1:] >= rows[:-1]).all() else np.argsort(rows, kind="stable")
-    rising = rows if order is None else rows[order]
+def _gather(column: pa.ChunkedArray, rows: np.ndarray, into: np.ndarray, places: np.ndarray) -> None:
+    """Copy rows of a column of fixed width to the given places of an array of as many bytes a row."""
+    kind = _HEAD if into.ndim == 2 else into.dtype
+    if not (rows[1:] >= rows[:-1]).all():
+        order = np.argsort(rows, kind="stable")
+        rows, places = rows[order], places[order]
     first = start = 0
     for chunk in column.chunks:
-        stop = int(np.searchsorted(rising, first + len(chunk)))
+        stop = int(np.searchsorted(rows, first + len(chunk)))
         if stop > start:
             flat = np.frombuffer(chunk.buffers()[1], kind, chunk.offset + len(chunk))
-            places = slice(start, stop) if order is None else order[start:stop]
-            found[places] = flat[chunk.offset + rising[start:stop] - first]
+            into[places[start:stop]] = flat[chunk.offset + rows[start:stop] - first]
         first, start = first + len(chunk), stop
-    return found
 
 
 def in_order(heads: np.ndarray, lengths: np.ndarray, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
