@@ -43,10 +43,10 @@ _PLACE = (("set", np.int16), ("place", np.int64))
 READ_AT_ONCE = 10_000
 """Completions whose tokens are read at once when all are looked at."""
 WINDOWS = (0, 1 << 14, 5 << 14, 21 << 14)
-"""First place of each window of a set. The pairs of a window, of all sets, are planned together: those of the first
-16,384 places of each set, of the next 65,536, of the next 262,144, and of all others. So scoring can begin when few pairs
-are known, and nearly all of a large set is planned at once. Since a window is a range of places and not of time, a set that
-is still being made, one that was found, and a build that is repeated give the same shards."""
+"""First place of each window of a set: its first 16,384 pairs, the next 65,536, the next 262,144, and all others. The pairs
+of a window are planned together. So scoring can begin when few pairs are known, and nearly all of a large set is planned at
+once. Since a window is a range of places and not of time, a set that is still being made, one that was found, and a build
+that is repeated give the same shards."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,8 @@ class Shard:
 class Wanted(Sequence[Completion]):
     """The distinct completions of tokenised pairs, each as long as its longest use.
 
-    Stored in columns, tens of bytes per completion. ``Completion`` objects are made on access. The order is that of windows
-    (see ``WINDOWS``), sets and places; a completion of several pairs belongs to the first one that needs most of it.
+    Stored in columns, tens of bytes per completion. ``Completion`` objects are made on access. The order is that of sets
+    and places; a completion of several pairs belongs to the first one that needs most of it.
 
     Args:
         tables: pairs, with the columns of ``data.pairs.PAIR_SCHEMA``.
@@ -125,7 +125,7 @@ class Wanted(Sequence[Completion]):
             places = _joined((np.arange(table.num_rows) for table in tables), np.int64)
         else:
             sets, places = (_joined((table[name].to_numpy() for table in tables), kind) for name, kind in _PLACE)
-        order = _by_window(sets, places)
+        order = _by_place(sets, places)
         self._sets, self._places = sets[order], places[order]
         self._prompts = _lengths(tables, "prompt")[order]
         # Pair by pair: chosen, rejected, chosen, ...
@@ -186,8 +186,9 @@ class Wanted(Sequence[Completion]):
 
     def windows(self) -> list[Wanted]:
         """The completions of each window that has some, in order."""
-        number = _window_of(self._places[self._rows >> 1])
-        cuts = np.searchsorted(number, np.arange(len(WINDOWS) + 1, dtype=np.int8))
+        pairs = self._rows >> 1
+        number = self._sets[pairs].astype(np.int64) * len(WINDOWS) + np.searchsorted(WINDOWS, self._places[pairs], side="right")
+        cuts = [0, *(np.flatnonzero(np.diff(number)) + 1).tolist(), len(number)]
         return [self.take(slice(start, stop)) for start, stop in pairwise(cuts) if start < stop]
 
     def key_bytes(self, rows: np.ndarray) -> list[bytes]:
@@ -336,13 +337,9 @@ def _completions(shard: Shard, source: TokenSource) -> list[Completion]:
     ]
 
 
-def _window_of(places: np.ndarray) -> np.ndarray:
-    return (np.searchsorted(WINDOWS, places, side="right") - 1).astype(np.int8)
-
-
-def _by_window(sets: np.ndarray, places: np.ndarray) -> np.ndarray | slice:
-    """Order of pairs by window, set and place; all as they are, if they are in order."""
-    code = (_window_of(places).astype(np.int64) << 56) | (sets.astype(np.int64) << 40) | places
+def _by_place(sets: np.ndarray, places: np.ndarray) -> np.ndarray | slice:
+    """Order of pairs by set and place; all as they are, if they are in order."""
+    code = (sets.astype(np.int64) << 48) | places
     return slice(None) if (code[1:] >= code[:-1]).all() else np.argsort(code, kind="stable")
 
 
@@ -351,7 +348,16 @@ def _joined(arrays: Iterable[np.ndarray], kind: type) -> np.ndarray:
 
 
 def _lengths(tables: Iterable[pa.Table], name: str) -> np.ndarray:
-    return _joined((pc.list_value_length(table[f"{name}_ids"]).to_numpy() for table in tables), np.int32)
+    """Tokens in use of a part of each pair. Tables without tokens have them as a column."""
+    return _joined(
+        (
+            table[f"{name}_tokens"].to_numpy()
+            if f"{name}_ids" not in table.column_names
+            else pc.list_value_length(table[f"{name}_ids"]).to_numpy()
+            for table in tables
+        ),
+        np.int32,
+    )
 
 
 def _keys(table: pa.Table) -> np.ndarray:

@@ -74,10 +74,11 @@ def bits(planned):
 
 
 def by_windows(table):
-    """One table for each window, with its rows out of order."""
-    number = np.searchsorted(shards.WINDOWS, table["place"].to_numpy(), side="right")
+    """One table for each window of each set, with its rows out of order."""
+    window = np.searchsorted(shards.WINDOWS, table["place"].to_numpy(), side="right")
+    number = 10 * table["set"].to_numpy() + window
     rng = np.random.default_rng(1)
-    return [table.take(rng.permutation(np.flatnonzero(number == each))) for each in range(1, 5)]
+    return [table.take(rng.permutation(np.flatnonzero(number == each))) for each in np.unique(number)]
 
 
 class Cache:
