@@ -39,8 +39,8 @@ from raydpo.model.limits import ModelLimits, check_limits
 from raydpo.model.rotary import rope_line
 from raydpo.pipeline.checks import check, check_models, pythons_of
 from raydpo.pipeline.prepare import measured_pairs, open_reference, reference_line
-from raydpo.pipeline.tokenised import limits_of, make_missing, open_tokeniser
 from raydpo.pipeline.score import fill_cache
+from raydpo.pipeline.tokenised import limits_of, make_missing, open_tokeniser
 from raydpo.reference.identity import resolve_model
 from raydpo.reference.pairs import reference_values
 from raydpo.reference.score import ReferenceSpec

@@ -187,7 +187,9 @@ class Wanted(Sequence[Completion]):
     def windows(self) -> list[Wanted]:
         """The completions of each window that has some, in order."""
         pairs = self._rows >> 1
-        number = self._sets[pairs].astype(np.int64) * len(WINDOWS) + np.searchsorted(WINDOWS, self._places[pairs], side="right")
+        number = self._sets[pairs].astype(np.int64) * len(WINDOWS) + np.searchsorted(
+            WINDOWS, self._places[pairs], side="right"
+        )
         cuts = [0, *(np.flatnonzero(np.diff(number)) + 1).tolist(), len(number)]
         return [self.take(slice(start, stop)) for start, stop in pairwise(cuts) if start < stop]
 
