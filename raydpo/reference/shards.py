@@ -14,11 +14,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from raydpo.data.index import KeyIndex, as_bytes
 from raydpo.data.rows import TOKEN_SCHEMA, TokenSource
-from raydpo.data.select import TokenTables
+from raydpo.data.select import TokenTables, tokens_in_use
 from raydpo.data.shapes import cut_group
 from raydpo.model.layout import PromptGroup
 from raydpo.reference.heads import Heads, in_order
@@ -187,7 +186,9 @@ class Wanted(Sequence[Completion]):
     def windows(self) -> list[Wanted]:
         """The completions of each window that has some, in order."""
         pairs = self._rows >> 1
-        number = self._sets[pairs].astype(np.int64) * len(WINDOWS) + np.searchsorted(WINDOWS, self._places[pairs], side="right")
+        number = self._sets[pairs].astype(np.int64) * len(WINDOWS) + np.searchsorted(
+            WINDOWS, self._places[pairs], side="right"
+        )
         cuts = [0, *(np.flatnonzero(np.diff(number)) + 1).tolist(), len(number)]
         return [self.take(slice(start, stop)) for start, stop in pairwise(cuts) if start < stop]
 
@@ -347,17 +348,8 @@ def _joined(arrays: Iterable[np.ndarray], kind: type) -> np.ndarray:
     return np.concatenate([np.empty(0, kind), *arrays], dtype=kind)
 
 
-def _lengths(tables: Iterable[pa.Table], name: str) -> np.ndarray:
-    """Tokens in use of a part of each pair. Tables without tokens have them as a column."""
-    return _joined(
-        (
-            table[f"{name}_tokens"].to_numpy()
-            if f"{name}_ids" not in table.column_names
-            else pc.list_value_length(table[f"{name}_ids"]).to_numpy()
-            for table in tables
-        ),
-        np.int32,
-    )
+def _lengths(tables: Iterable[pa.Table], part: str) -> np.ndarray:
+    return _joined((tokens_in_use(table, part) for table in tables), np.int32)
 
 
 def _keys(table: pa.Table) -> np.ndarray:
