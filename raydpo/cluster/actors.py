@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from raydpo import errors
 from raydpo.cluster.resources import Resources
+from raydpo.cluster.watch import Watched, watching
 from raydpo.errors import RaydpoError
 
 __all__ = ["original_error", "over_actors"]
@@ -25,6 +27,7 @@ def over_actors(
     *,
     calls_at_once: int = 1,
     environment: Mapping[str, str] | None = None,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> Iterator[dict[str, Any]]:
     """Process Arrow blocks in Ray's object store with Ray Data actors. There is one actor for each team of workers.
 
@@ -36,6 +39,7 @@ def over_actors(
         doing: what is done, for messages, such as "scoring the reference".
         calls_at_once: concurrent calls of one actor, each in its own thread.
         environment: environment variables of the actors' processes, besides those of the cluster.
+        tell: called from time to time, from another thread, with a line about each actor that is silent for long.
 
     Yields:
         The rows that the actors return.
@@ -48,9 +52,13 @@ def over_actors(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    # Ray 2.60 ends an execution in which no block moves for half an hour (data/_internal/execution/no_progress_guard.py).
+    # One shard may take that long, and so may a driver that prepares the next one.
+    context.execution_no_progress_timeout_s = -1
+    run = f"watch/{uuid.uuid4().hex}"
     dataset = ray.data.from_arrow_refs(list(blocks)).map_batches(
-        actor,
-        fn_constructor_args=arguments,
+        Watched,
+        fn_constructor_args=(run, actor, arguments),
         batch_size=1,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(
@@ -67,7 +75,8 @@ def over_actors(
         **({"runtime_env": {"env_vars": dict(environment)}} if environment else {}),
     )
     try:
-        yield from dataset.iter_rows()
+        with watching(run, doing, tell):
+            yield from dataset.iter_rows()
     except RaydpoError:
         raise
     except Exception as error:

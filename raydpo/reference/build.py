@@ -126,7 +126,7 @@ def build(
             # Completions of one prompt are only split where they exceed a part, even if shards are smaller.
             shard_tokens = _shard_tokens(wanted, tokens_per_part, resources.teams)
             shards = missing_shards(wanted, covered, shard_tokens, tokens_per_part)
-            for row in _score_on_ray(shards, spec, cache, known, resources, tokens_per_batch):
+            for row in _score_on_ray(shards, spec, cache, known, resources, tokens_per_batch, note):
                 sample = np.array(row["sample"], np.float32)
                 first = sample if first is None else first
                 _compare_workers(spec, cache, first, sample)
@@ -202,6 +202,7 @@ def _score_on_ray(
     known: set[str],
     resources: Resources,
     tokens_per_batch: int | Literal["auto"],
+    tell: Callable[[str], None],
 ) -> Any:
     import ray
 
@@ -216,7 +217,7 @@ def _score_on_ray(
     alone = min(resources.teams, len(blocks)) == 1
     arguments = (spec, cache.storage.uri, cache.builder, frozenset(known), resources, tokens_per_batch, check_rows, alone)
     # Two calls at once: while one shard is computed, the previous one is written, or the next one is unpacked and claimed.
-    given = {"calls_at_once": 2, "environment": resources.environment}
+    given = {"calls_at_once": 2, "environment": resources.environment, "tell": tell}
     yield from over_actors(_ScoreShard, arguments, blocks, resources, "scoring the reference", **given)
 
 

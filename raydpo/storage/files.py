@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import random
 import re
@@ -29,7 +30,15 @@ from pyarrow import fs as pafs
 from raydpo.errors import ConfigError, RaydpoError, one_line
 from raydpo.storage.uri import is_uri, redact, secrets_of
 
-__all__ = ["FileInfo", "Storage", "redact", "remove_stale_temporaries", "stale_temporaries"]
+__all__ = [
+    "FileInfo",
+    "Storage",
+    "checksum",
+    "content_version",
+    "redact",
+    "remove_stale_temporaries",
+    "stale_temporaries",
+]
 
 T = TypeVar("T")
 _TEMPORARY = re.compile(r"^\.tmp-(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{32}$")
@@ -187,11 +196,15 @@ class Storage:
 
         return self._persist("read", name, look, long=True)
 
-    def write(self, name: str, data: bytes | pa.Buffer) -> None:
+    def write(self, name: str, data: bytes | pa.Buffer, *, durable: bool = True) -> None:
         """Write a file atomically: local files are flushed and renamed; object stores get one put or multipart upload.
 
         Readers see the old content or the new, never a part. A kill leaves at most a temporary file, which
         ``remove_stale_temporaries`` deletes.
+
+        Args:
+            durable: False = local files are not flushed, which takes milliseconds each. A power cut may then lose or damage
+                them, a kill may not.
 
         Raises:
             OSError: if the disk is full or read-only, or access is denied; the old content stays.
@@ -199,7 +212,7 @@ class Storage:
         """
         target = self.path(name)
         if self.is_local:
-            _write_local(Path(target), data)
+            _write_local(Path(target), data, durable)
         else:
             # Convert before a stream is open: closing a stream stores what it has, even nothing.
             buffer = pa.py_buffer(data)
@@ -414,6 +427,33 @@ def _may_pass(error: Exception) -> bool:
     return isinstance(error, OSError) or type(error).__module__ not in ("builtins", "pyarrow.lib")
 
 
+def checksum(data: bytes | pa.Buffer) -> str:
+    """The 32 hexadecimal digits of a file's bytes that stand in its name, so that damage is noticed."""
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
+_VERSIONS = ("etag", "generation", "md5hash", "content-md5", "content_md5", "blob_id", "sha256", "version_id")
+"""What stores call that which changes with each new content of a file, in lower case."""
+
+
+def content_version(filesystem: pafs.FileSystem, path: str) -> str | None:
+    """What a remote store tells of a file that changes whenever its content does: an ETag, generation or digest. None if it
+    tells nothing of the kind. Nothing of the file is read."""
+    handler = filesystem.handler if isinstance(filesystem, pafs.PyFileSystem) else None
+    if isinstance(handler, pafs.FSSpecHandler):
+        handler.fs.invalidate_cache(path)
+        told = handler.fs.info(path)
+    else:
+        with filesystem.open_input_file(path) as stream:
+            told = {_text(key): _text(value) for key, value in stream.metadata().items()}
+    lower = {str(key).lower(): value for key, value in told.items()}
+    return next((f"{name} {lower[name]}" for name in _VERSIONS if lower.get(name)), None)
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+
+
 def stale_temporaries(storage: Storage, name: str, older_than: float | None = None) -> list[FileInfo]:
     """Temporary files of killed processes in directory ``name``.
 
@@ -444,16 +484,17 @@ def remove_stale_temporaries(storage: Storage, name: str, older_than: float | No
     return len(stale)
 
 
-def _write_local(path: Path, data: bytes | pa.Buffer) -> None:
+def _write_local(path: Path, data: bytes | pa.Buffer, durable: bool) -> None:
     try:
-        _make_directory(path.parent)
+        _make_directory(path.parent, durable)
         while True:
             temporary = path.with_name(_temporary_name())
             try:
                 with open(temporary, "wb") as stream:
                     stream.write(data)
                     stream.flush()
-                    os.fsync(stream.fileno())
+                    if durable:
+                        os.fsync(stream.fileno())
                 os.replace(temporary, path)
                 break
             except FileNotFoundError:
@@ -462,16 +503,17 @@ def _write_local(path: Path, data: bytes | pa.Buffer) -> None:
                     raise
             finally:
                 temporary.unlink(missing_ok=True)
-        _sync_directory(path.parent)
+        if durable:
+            _sync_directory(path.parent)
     except OSError as error:
         raise _explained(error, str(path)) from None
 
 
-def _make_directory(directory: Path) -> None:
-    """Create a directory that survives a power cut, like the files in it."""
+def _make_directory(directory: Path, durable: bool = True) -> None:
+    """Create a directory that survives a power cut if it is ``durable``, like the files in it."""
     missing = [one for one in (directory, *directory.parents) if not one.exists()]
     directory.mkdir(parents=True, exist_ok=True)
-    for one in missing:
+    for one in missing if durable else []:
         _sync_directory(one.parent)
 
 

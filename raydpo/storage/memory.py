@@ -10,12 +10,13 @@ import json
 import os
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from raydpo.storage.local_copy import alone, local_home
 
-__all__ = ["keep", "program", "recall", "remembered", "stamp"]
+__all__ = ["file_digest", "keep", "last_start", "one_at_a_time", "program", "recall", "remembered", "stamp", "versions"]
 
 
 def remembered(kind: str, decides: object, find: Callable[[], Any]) -> Any:
@@ -28,7 +29,7 @@ def remembered(kind: str, decides: object, find: Callable[[], Any]) -> Any:
     """
     known = recall(kind, decides)
     if known is None:
-        with _one_at_a_time(_place(kind, decides)):
+        with one_at_a_time(_place(kind, decides)):
             known = recall(kind, decides)
             if known is None:
                 known = find()
@@ -37,7 +38,7 @@ def remembered(kind: str, decides: object, find: Callable[[], Any]) -> Any:
 
 
 @contextlib.contextmanager
-def _one_at_a_time(place: Path) -> Iterator[None]:
+def one_at_a_time(place: Path) -> Iterator[None]:
     """Let one process of this machine at a time into the block; without a writable home, all of them."""
     lock = place.with_suffix(".lock")
     with contextlib.ExitStack() as held:
@@ -82,12 +83,56 @@ def stamp(file: Path) -> list[str | int]:
 
 
 @functools.cache
+def last_start() -> str:
+    """What changes whenever this machine is started again; empty where the system does not tell."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
+_PIECE = 64 << 20
+"""Bytes of a file that one thread hashes at a time."""
+
+
+def file_digest(file: Path) -> str:
+    """Digest of the content of ``file``, remembered as long as its ``stamp`` is the same.
+
+    It is the SHA-256 of the SHA-256 of successive pieces, which several threads compute.
+    """
+
+    def find() -> str:
+        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+            pieces = pool.map(lambda start: _piece_digest(file, start), range(0, max(1, file.stat().st_size), _PIECE))
+            return hashlib.sha256(b"".join(pieces)).hexdigest()
+
+    return remembered("digests", [*stamp(file), "whole"], find)
+
+
+def _piece_digest(file: Path, start: int) -> bytes:
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        stream.seek(start)
+        left = _PIECE
+        while left and (block := stream.read(min(left, 1 << 20))):
+            digest.update(block)  # releases the GIL
+            left -= len(block)
+    return digest.digest()
+
+
+@functools.cache
 def program(*packages: str) -> list[str]:
     """Versions of ``packages``, and a digest of raydpo's own code for models: what a result of that code depends on."""
     digest = hashlib.sha256()
     for file in sorted(Path(__file__).parents[1].glob("model/*.py")):
         digest.update(file.name.encode() + file.read_bytes())
-    return [digest.hexdigest(), *(f"{name} {_version(name)}" for name in packages)]
+    return [digest.hexdigest(), *versions(*packages)]
+
+
+@functools.cache
+def versions(*packages: str) -> tuple[str, ...]:
+    """``name version`` of each package; version None if it is not installed."""
+    return tuple(f"{name} {_version(name)}" for name in packages)
 
 
 def _version(package: str) -> str | None:

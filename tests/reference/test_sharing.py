@@ -63,7 +63,7 @@ class SlowScorer:
 def in_this_process(monkeypatch):
     """One actor per build, called in its own thread."""
 
-    def score(shards, spec, cache, known, resources, tokens_per_batch):
+    def score(shards, spec, cache, known, resources, tokens_per_batch, tell):
         blocks = [pa.table({"shard": [pickle.dumps(shard)]}) for shard in shards]
         random.Random(cache.builder).shuffle(blocks)
         actor = module._ScoreShard(spec, cache.storage.uri, cache.builder, frozenset(known), resources, 100, [])
