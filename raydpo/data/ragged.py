@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-__all__ = ["Ragged"]
+__all__ = ["Ragged", "tokens_in_use"]
 
 _BLOCK_ROWS = 10_000
 """Rows whose values ``sums`` copies at once."""
@@ -131,3 +132,14 @@ class Ragged:
             if len(filled):
                 totals[start + filled] = np.add.reduceat(values.astype(np.float64), offsets[filled])
         return totals
+
+
+def tokens_in_use(pairs: pa.Table, part: str) -> np.ndarray:
+    """Tokens of the prompt, chosen or rejected completion of each pair, int32 [pairs].
+
+    Args:
+        pairs: rows of ``select.PAIR_SCHEMA``, with the token ids or in their place columns of their numbers.
+    """
+    if f"{part}_tokens" in pairs.column_names:
+        return pairs[f"{part}_tokens"].to_numpy()
+    return pc.list_value_length(pairs[f"{part}_ids"]).to_numpy().astype(np.int32, copy=False)

@@ -29,6 +29,7 @@ from raydpo.rundir.summary import print_summary
 from raydpo.storage.files import Storage
 from raydpo.storage.uri import redact
 from raydpo.terminal.console import Console
+from raydpo.tokens.local import StoredTokens
 from raydpo.training.job import TrainJob
 from raydpo.training.launch.hooks import WorkerInput
 from raydpo.training.launch.launch import launch
@@ -115,9 +116,11 @@ def join_sets(prepared: Prepared, folder: PairFolder, console: Console) -> Joine
     held_logps: Sequence[np.ndarray] = ()
     if held_out is not None and compares:
         held_out, held_logps = place_reference(held_out, cache, "held-out")
+    # Workers read stored sets by themselves. What is in memory here is written for them.
+    tokens = prepared.sets.tokens if isinstance(prepared.sets.tokens, StoredTokens) else None
     return Joined(
-        folder.write(pairs, logps),
-        None if held_out is None else folder.write(held_out, held_logps, prompts=True),
+        folder.write(pairs, logps, tokens),
+        None if held_out is None else folder.write(held_out, held_logps, tokens, prompts=True),
         pairs.num_rows,
         frozenset(cache.fused if compares else ()),
     )
@@ -241,7 +244,13 @@ def _sample_prompts(prepared: Prepared) -> tuple[tuple[str, Any], ...]:
     """(text, token ids) of the first held-out prompts; of training prompts if nothing is held out."""
     count = prepared.config.train.sample_prompts
     table = prepared.sets.eval if prepared.sets.eval is not None else prepared.sets.train
-    distinct = dict.fromkeys(tuple(ids) for ids in table["prompt_ids"].slice(0, 8 * count).to_pylist())
+    first = table.slice(0, 8 * count)
+    if "prompt_ids" in first.column_names:
+        prompts = first["prompt_ids"].to_pylist()
+    else:
+        read = prepared.sets.tokens.rows(first["set"].to_numpy(), first["place"].to_numpy())
+        prompts = [prompt.tolist() for prompt, _, _ in read]
+    distinct = dict.fromkeys(map(tuple, prompts))
     return tuple((_readable(prepared.tokeniser.tokenizer, ids), ids) for ids in list(distinct)[:count])
 
 

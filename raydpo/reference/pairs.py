@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raydpo.data.index import as_bytes
+from raydpo.data.ragged import tokens_in_use
 from raydpo.errors import CacheMissError
 from raydpo.reference.identity import QUANTIZED, ReferenceIdentity
 from raydpo.reference.join import Joined, join
@@ -73,8 +74,7 @@ def reference_values(
     """Cached values of the chosen and of the rejected completions of the pairs in ``rows``."""
 
     def values(side: str) -> Joined:
-        needed = pc.list_value_length(table[f"{side}_ids"]).to_numpy().astype(np.int32)
-        return join(cache, as_bytes(table[f"{side}_key"])[rows], needed[rows])
+        return join(cache, as_bytes(table[f"{side}_key"])[rows], tokens_in_use(table, side)[rows])
 
     return values("chosen"), values("rejected")
 

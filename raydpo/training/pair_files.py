@@ -18,12 +18,13 @@ import pyarrow as pa
 from raydpo.data.index import as_bytes
 from raydpo.data.ragged import Ragged
 from raydpo.data.rows import TOKEN_SCHEMA, TokenSource
+from raydpo.data.select import TokenTables
 from raydpo.data.spool import room_for
 from raydpo.errors import RaydpoError
 from raydpo.rundir.directory import SCRATCH
 from raydpo.storage.files import Storage
 from raydpo.storage.local_copy import RemoteDirectory
-from raydpo.training.pairs import TableTokens, TrainingPairs, pair_columns
+from raydpo.training.pairs import TrainingPairs, pair_columns
 
 __all__ = ["PairFiles", "PairFolder"]
 
@@ -61,7 +62,7 @@ class PairFiles:
         found = _checksum(mapped[_PAIRS])
         if found != self.checksum:
             raise RaydpoError(f"{directory / _PAIRS} is damaged: its checksum is {found}, expected {self.checksum}. {_FIX}")
-        tokens = self.tokens or TableTokens(pa.ipc.open_file(mapped[_TOKENS]).read_all())
+        tokens = self.tokens or TokenTables([[pa.ipc.open_file(mapped[_TOKENS]).read_all()]])
         logps = np.frombuffer(mapped[_LOGPS], np.float32) if _LOGPS in mapped else None
         return TrainingPairs(pa.ipc.open_file(mapped[_PAIRS]).get_batch(0), tokens, logps)
 
@@ -144,7 +145,8 @@ class PairFolder:
         if not self._upload:
             return PairFiles(str(kept), sizes, checksum, tokens)
         remote = f"{_FOLDER}/{name}"
-        self._storage.upload(kept, remote)
+        if {entry.name: entry.size for entry in self._storage.entries(remote)} != sizes:
+            self._storage.upload(kept, remote)
         return PairFiles(RemoteDirectory.now(self._storage, remote), sizes, checksum, tokens)
 
 

@@ -11,18 +11,19 @@ import torch
 
 from raydpo.data.facts import prompt_numbers
 from raydpo.data.pairs import PAIR_MARGIN, PAIR_WEIGHT
-from raydpo.data.ragged import Ragged
+from raydpo.data.ragged import Ragged, tokens_in_use
 from raydpo.data.rows import TokenSource
+from raydpo.data.select import TokenTables
 from raydpo.data.shapes import Shapes
 from raydpo.data.spool import MOST_SMALL
 from raydpo.model.layout import PromptGroup
 from raydpo.reference.pairs import REFERENCE_COLUMNS, SIDES
 
-__all__ = ["TableTokens", "TrainingPairs", "pair_columns", "send"]
+__all__ = ["TrainingPairs", "pair_columns", "send"]
 
 _SOURCES = b"raydpo.sources"
 """Key in the metadata of ``pair_columns``: JSON list of (name, weight) of each source."""
-_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
+_PARTS = ("prompt", *SIDES)
 _NUMBERS = ("set", "place", PAIR_WEIGHT, PAIR_MARGIN)
 
 
@@ -59,7 +60,7 @@ class TrainingPairs:
             return numbers(name) if name in columns.schema.names else None
 
         self.sources = numbers("source")
-        self.prompt_tokens, self.chosen_tokens, self.rejected_tokens = (numbers(f"{name[:-4]}_tokens") for name in _IDS)
+        self.prompt_tokens, self.chosen_tokens, self.rejected_tokens = (numbers(f"{part}_tokens") for part in _PARTS)
         self._sets, self._places = numbers_if_there("set"), numbers_if_there("place")
         self.pair_weights, self.pair_margins = numbers_if_there(PAIR_WEIGHT), numbers_if_there(PAIR_MARGIN)
         self.prompts = numbers_if_there("prompt")
@@ -75,7 +76,7 @@ class TrainingPairs:
         columns of the reference may be absent, for an objective without a reference."""
         table = table.drop_columns([name for name in ("set", "place") if name in table.column_names])
         table, logps = _placed(table)
-        return cls(pair_columns(table, prompts=True), TableTokens(table), logps)
+        return cls(pair_columns(table, prompts=True), TokenTables([[table]]), logps)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -123,17 +124,6 @@ class TrainingPairs:
         return bool(self._known[row])
 
 
-class TableTokens:
-    """Token ids of a table in memory or mapped, by row number; a ``data.rows.TokenSource``."""
-
-    def __init__(self, table: pa.Table) -> None:
-        self._columns = [Ragged.of(table[name]) for name in _IDS]
-
-    def rows(self, sets: np.ndarray, places: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        prompts, chosen, rejected = self._columns
-        return [(prompts[row], chosen[row], rejected[row]) for row in places.tolist()]
-
-
 def pair_columns(table: pa.Table, *, prompts: bool) -> pa.RecordBatch:
     """What training needs to know of each pair beside its tokens and log-probs, as one record batch without nulls.
 
@@ -147,7 +137,7 @@ def pair_columns(table: pa.Table, *, prompts: bool) -> pa.RecordBatch:
     names, weights, numbers = _sources(table)
     ids = table["pair_id"]
     columns = {"pair_id": ids.cast(pa.large_string()) if ids.nbytes > MOST_SMALL else ids, "source": numbers}
-    columns |= {f"{name[:-4]}_tokens": Ragged.of(table[name]).lengths.astype(np.int32) for name in _IDS}
+    columns |= {f"{part}_tokens": tokens_in_use(table, part) for part in _PARTS}
     if prompts:
         columns["prompt"] = prompt_numbers(table)
     columns |= {name: table[name] for name in (*_NUMBERS, *REFERENCE_COLUMNS) if name in table.column_names}
