@@ -179,7 +179,8 @@ def _characters() -> dict[str, str]:
     """The characters of texts that are split here, each with its category.
 
     The category of each is that of Unicode 3.2, so all later versions agree, and NFC leaves it as it is. None but ASCII
-    letters are the same as an ASCII letter when case is ignored; a German sharp s is the same as ss, which no pattern may have.
+    letters are the same as an ASCII letter when case is ignored. Patterns may not have ss, which is the same as a German
+    sharp s.
     """
     found = dict.fromkeys("\t\n\r", "Cc")
     for start, stop in _RANGES:
