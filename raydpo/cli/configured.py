@@ -50,7 +50,7 @@ def load_training_pairs(config: Config) -> tuple[PairSets, Tokeniser]:
     """Tokenise the pairs of a configuration as score and train do, without Ray."""
     from raydpo.data.filter import filtered_by_tokens
     from raydpo.data.pairs import load_pairs
-    from raydpo.pipeline.prepare import open_tokeniser
+    from raydpo.pipeline.tokenised import open_tokeniser
 
     tokeniser = open_tokeniser(config)
     return filtered_by_tokens(load_pairs(config.data, tokeniser), config.data)[0], tokeniser

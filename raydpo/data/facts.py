@@ -11,7 +11,7 @@ from raydpo.config.filter import FACTS
 from raydpo.data.index import KeyIndex, as_bytes
 from raydpo.data.ragged import Ragged
 
-__all__ = ["LENGTH_BINS", "digests", "pair_facts", "prompt_numbers"]
+__all__ = ["LENGTH_BINS", "digests", "pair_facts", "prompt_numbers", "with_reference"]
 
 _TYPES = {"bool": pa.bool_(), "float64": pa.float64(), "int64": pa.int64(), "string": pa.string()}
 BLOCK_ROWS = 50_000
@@ -47,19 +47,25 @@ def pair_facts(pairs: pa.Table, ref_chosen: np.ndarray | None = None, ref_reject
         "prompt_pairs": _uses(digests(pairs["prompt_ids"])),
         "answer_pairs": _answer_pairs(pairs),
     }
-    if ref_chosen is not None and ref_rejected is not None:
-        unknown = np.isnan(ref_chosen) | np.isnan(ref_rejected)
-        reference = {
-            "ref_chosen_logps": ref_chosen,
-            "ref_rejected_logps": ref_rejected,
-            "ref_margin": ref_chosen - ref_rejected,
-            "ref_chosen_per_token": ref_chosen / chosen,
-            "ref_rejected_per_token": ref_rejected / rejected,
-        }
-        columns |= {name: pa.array(values, mask=unknown) for name, values in reference.items()}
-    schema = [(name, _TYPES[kind]) for name, (kind, _) in FACTS.items()]
-    table = pa.table({name: columns.get(name, pa.nulls(pairs.num_rows, kind)) for name, kind in schema})
-    return table.cast(pa.schema(schema))
+    kinds = {name: _TYPES[kind] for name, (kind, _) in FACTS.items()}
+    nothing = pa.nulls(pairs.num_rows, pa.float64())  # one array for all columns of the reference
+    facts = pa.table({name: columns.get(name, nothing) for name in kinds}).cast(pa.schema(kinds))
+    return facts if ref_chosen is None or ref_rejected is None else with_reference(facts, ref_chosen, ref_rejected)
+
+
+def with_reference(facts: pa.Table, ref_chosen: np.ndarray, ref_rejected: np.ndarray) -> pa.Table:
+    """Rows of ``pair_facts`` with their columns of the reference. Arguments as there, for these rows."""
+    unknown = np.isnan(ref_chosen) | np.isnan(ref_rejected)
+    reference = {
+        "ref_chosen_logps": ref_chosen,
+        "ref_rejected_logps": ref_rejected,
+        "ref_margin": ref_chosen - ref_rejected,
+        "ref_chosen_per_token": ref_chosen / facts["chosen_tokens"].to_numpy(),
+        "ref_rejected_per_token": ref_rejected / facts["rejected_tokens"].to_numpy(),
+    }
+    for name, values in reference.items():
+        facts = facts.set_column(facts.column_names.index(name), name, pa.array(values, pa.float64(), mask=unknown))
+    return facts
 
 
 def prompt_numbers(pairs: pa.Table) -> np.ndarray:

@@ -14,7 +14,7 @@ import numpy as np
 from raydpo.data.balance import savings, shares
 from raydpo.data.shapes import PADDED_MULTIPLE, POSITIONS_ONLY, LayoutName, PositionCost, Shapes
 
-__all__ = ["BatchPlan", "MicroBatch", "epoch_order", "fill_batches", "split_over_ranks"]
+__all__ = ["BatchPlan", "MicroBatch", "epoch_order", "fill_batches", "split_over_ranks", "splitmix"]
 
 
 @dataclass(frozen=True)
@@ -200,11 +200,12 @@ def _hashes(count: int, seed: int, stream: int) -> np.ndarray:
     """uint64 [count]: splitmix64 of (seed, stream, index). Written out here, because the order of a resumed run must not
     depend on the version of a library's random generator."""
     with np.errstate(over="ignore"):
-        base = _splitmix(_splitmix(np.uint64(seed)) ^ np.uint64(stream))
-        return _splitmix(base + np.arange(count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+        base = splitmix(splitmix(np.uint64(seed)) ^ np.uint64(stream))
+        return splitmix(base + np.arange(count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
 
 
-def _splitmix(value: np.ndarray | np.uint64) -> np.ndarray | np.uint64:
+def splitmix(value: np.ndarray | np.uint64) -> np.ndarray | np.uint64:
+    """Mixed bits of each number, uint64: the function of Steele et al. 2014 (doi 10.1145/2660193.2660195)."""
     value = value + np.uint64(0x9E3779B97F4A7C15)
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -17,13 +17,14 @@ import pyarrow as pa
 from raydpo.config import Config, TrainConfig
 from raydpo.data.pairs import PairSets
 from raydpo.data.plan import epoch_order, fill_batches, split_over_ranks
+from raydpo.data.ragged import Ragged
 from raydpo.data.shapes import LayoutName, Shapes
 from raydpo.data.simulate import STEPS, WORLD_SIZES, Simulation, amounts, deal, simulate, steps_of, training_order
 from raydpo.errors import ConfigError
 from raydpo.estimate.modes import Modes
 from raydpo.model.cost import ModelCost
 from raydpo.model.layout import PromptGroup, shapes_of
-from raydpo.reference.shards import Wanted, list_rows, plan_shards
+from raydpo.reference.shards import Wanted, plan_shards, prompt_groups, read_groups
 
 __all__ = [
     "ADAPTERS",
@@ -290,7 +291,7 @@ def sample_pairs(config: Config, table: pa.Table, count: int = 32) -> pa.Table:
 
 def pair_groups(table: pa.Table) -> tuple[list[PromptGroup], Shapes]:
     """The pairs of a table of ``data.pairs.PAIR_SCHEMA`` as groups (chosen, rejected), and their shapes."""
-    columns = [list_rows(table[f"{side}_ids"]) for side in ("prompt", "chosen", "rejected")]
+    columns = [Ragged.of(table[f"{side}_ids"]) for side in ("prompt", "chosen", "rejected")]
     groups = [PromptGroup(prompt, tuple(completions)) for prompt, *completions in zip(*columns, strict=True)]
     return groups, shapes_of(groups)
 
@@ -300,7 +301,7 @@ def _reference_pass(config: Config, sets: PairSets, layout: LayoutName) -> tuple
     wanted = Wanted([table for table in (sets.train, sets.eval) if table is not None])
     budget, total = _budget(config.score.tokens_per_batch) * config.score.sequence_parallel, np.zeros(3)
     for shard in plan_shards(wanted, config.score.tokens_per_part):
-        shapes = shapes_of(shard.prompt_groups())
+        shapes = shapes_of(prompt_groups(read_groups(shard, wanted.source)))
         total += amounts(fill_batches(range(len(shapes)), shapes, budget, layout), shapes, layout)
     return len(wanted), total
 

@@ -39,12 +39,14 @@ def join_reference(table: pa.Table, cache: ReferenceCache, what: str) -> pa.Tabl
     return table
 
 
-def reference_values(table: pa.Table, cache: ReferenceCache) -> tuple[Joined, Joined]:
-    """Cached values of the chosen and of the rejected completions of pairs."""
+def reference_values(
+    table: pa.Table, cache: ReferenceCache, rows: np.ndarray | slice = slice(None)
+) -> tuple[Joined, Joined]:
+    """Cached values of the chosen and of the rejected completions of the pairs in ``rows``."""
 
     def values(side: str) -> Joined:
         needed = pc.list_value_length(table[f"{side}_ids"]).to_numpy().astype(np.int32)
-        return join(cache, as_bytes(table[f"{side}_key"]), needed)
+        return join(cache, as_bytes(table[f"{side}_key"])[rows], needed[rows])
 
     return values("chosen"), values("rejected")
 
