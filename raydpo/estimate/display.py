@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-import pyarrow.compute as pc
 
 from raydpo.config import Config
 from raydpo.data.pairs import PairSets
@@ -17,6 +16,7 @@ from raydpo.estimate.checked import CheckedDevice, read_check
 from raydpo.estimate.modes import Fit, Modes, Question, compare_modes
 from raydpo.estimate.plan import PAIRS_PER_RANK, Plan, Stage, make_plan, sample_pairs
 from raydpo.estimate.rate import measured_rates, stated_rates
+from raydpo.estimate.work import lengths_of
 from raydpo.model.memory.activations import Batch
 from raydpo.model.memory.anatomy import Anatomy, model_cost
 from raydpo.reference.identity import resolve_model
@@ -94,8 +94,8 @@ DEVICE = "H100"
 def _modes(config: Config, sets: PairSets, plan: Plan, device: str, memory: float | None) -> Modes:
     """The modes in which the training of ``config`` fits."""
     layout = plan.data["layout"]
-    lengths = [pc.list_value_length(sets.train[f"{side}_ids"]).to_numpy() for side in ("prompt", "chosen", "rejected")]
-    pairs = np.stack(lengths, axis=1)[:SAMPLE].tolist()
+    lengths = lengths_of(sets.train)
+    pairs = np.stack([each[:SAMPLE] for each in lengths], axis=1).tolist()
     model = config.model
     if model.adapter is not None:
         model = model.model_copy(update={"adapter": resolve_model(model.adapter)})
