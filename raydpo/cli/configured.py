@@ -13,10 +13,10 @@ from raydpo.terminal.console import Console
 
 if TYPE_CHECKING:
     from raydpo.config import Config
-    from raydpo.data.pairs import PairSets
+    from raydpo.data.first import FirstPairs
     from raydpo.data.tokenise import Tokeniser
 
-__all__ = ["load_training_pairs", "quietly"]
+__all__ = ["load_first_pairs", "quietly"]
 
 
 def quietly(config: Config, console: Console, act: Callable[[], object]) -> None:
@@ -46,11 +46,14 @@ def quietly(config: Config, console: Console, act: Callable[[], object]) -> None
         raise
 
 
-def load_training_pairs(config: Config) -> tuple[PairSets, Tokeniser]:
-    """Tokenise the pairs of a configuration as score and train do, without Ray."""
-    from raydpo.data.filter import filtered_by_tokens
-    from raydpo.data.pairs import load_pairs
+def load_first_pairs(config: Config, most_records: int) -> tuple[FirstPairs, Tokeniser]:
+    """Tokenise the pairs of a configuration as score and train do, without Ray; of large sources the first records.
+
+    Raises:
+        DataError: see ``data.first.first_pairs``.
+    """
+    from raydpo.data.first import first_pairs
     from raydpo.pipeline.prepare import open_tokeniser
 
     tokeniser = open_tokeniser(config)
-    return filtered_by_tokens(load_pairs(config.data, tokeniser), config.data)[0], tokeniser
+    return first_pairs(config.data, tokeniser, most_records), tokeniser

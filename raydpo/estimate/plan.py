@@ -22,6 +22,7 @@ from raydpo.data.shapes import LayoutName
 from raydpo.data.simulate import STEPS, WORLD_SIZES, Simulation, amounts, deal, simulate, steps_of, training_order
 from raydpo.errors import ConfigError
 from raydpo.estimate.modes import Modes
+from raydpo.estimate.tokenising import Tokenising
 from raydpo.estimate.work import by_scale, evaluation_pass, lengths_of, reference_pass, shapes_of_steps
 from raydpo.model.cost import ModelCost
 
@@ -111,6 +112,8 @@ class Plan:
         imbalance: imbalance of this configuration. fixed: by world size, at its pairs per step. scaled: by world size, at
             ``PAIRS_PER_RANK``.
         memory: in which modes the training fits; None if that was not asked.
+        tokenising: of all sources; None if that was not asked.
+        first: ``data.first.FirstPairs.to_dict``: how much of each source was read, if not all.
     """
 
     data: dict[str, Any]
@@ -132,6 +135,8 @@ class Plan:
     fixed: tuple[Simulation, ...]
     scaled: tuple[Simulation, ...]
     memory: Modes | None = None
+    tokenising: Tokenising | None = None
+    first: dict[str, dict[str, int]] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The estimate as plain data, for JSON."""

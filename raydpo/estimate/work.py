@@ -69,10 +69,9 @@ def reference_pass(
     build."""
     wanted, total = Wanted(tables), np.zeros(3)
     parts = _windows(len(wanted), MOST_PLANNED)
-    for start, stop in parts:
-        for shard in plan_shards(wanted[start:stop], tokens_per_part):
-            shapes = shapes_of(shard.prompt_groups())
-            total += amounts(fill_batches(range(len(shapes)), shapes, budget, layout), shapes, layout)
+    for shard in plan_shards([one for start, stop in parts for one in wanted[start:stop]], tokens_per_part):
+        shapes = shapes_of(shard.prompt_groups())
+        total += amounts(fill_batches(range(len(shapes)), shapes, budget, layout), shapes, layout)
     lengths = [wanted.prompt_tokens, wanted.tokens]
     return len(wanted), sum(stop - start for start, stop in parts), total * _stands_for(lengths, parts, layout)
 
