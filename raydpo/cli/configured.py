@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -47,13 +48,26 @@ def quietly(config: Config, console: Console, act: Callable[[], object]) -> None
 
 
 def load_first_pairs(config: Config, most_records: int) -> tuple[FirstPairs, Tokeniser]:
-    """Tokenise the pairs of a configuration as score and train do, without Ray; of large sources the first records.
+    """The pairs of a configuration as score and train use them, without Ray: from their tokenised sets, or read and tokenised
+    now, where of large sources the first ``most_records`` records are.
 
     Raises:
         DataError: see ``data.first.first_pairs``.
     """
-    from raydpo.data.first import first_pairs
-    from raydpo.pipeline.prepare import open_tokeniser
+    from raydpo.data.filter import filtered_by_tokens
+    from raydpo.data.first import FirstPairs, first_pairs
+    from raydpo.errors import CacheError
+    from raydpo.pipeline.tokenised import find_sets, open_tokeniser
+    from raydpo.storage.files import Storage
+    from raydpo.tokens.build import worth_ray
+    from raydpo.tokens.store import TokenSet
 
     tokeniser = open_tokeniser(config)
-    return first_pairs(config.data, tokeniser, most_records), tokeniser
+    # Without any set in the cache, no source needs to be identified, which reads its files to their ends.
+    if TokenSet.digests(Storage(config.cache_uri)):
+        found = find_sets(config, tokeniser)
+        if next(found.missing(), None) is None:
+            with contextlib.suppress(CacheError):  # a damaged file, which a command that makes sets mends
+                sets = filtered_by_tokens(found.select(tokeniser), config.data)[0]
+                return FirstPairs(sets, {}), tokeniser
+    return first_pairs(config.data, tokeniser, most_records, worth_ray), tokeniser

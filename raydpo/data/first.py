@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
@@ -16,11 +16,8 @@ from raydpo.data.records import Record, read_records
 from raydpo.data.tokenise import Tokeniser
 from raydpo.errors import DataError
 
-__all__ = ["LARGE_BYTES", "FirstPairs", "Reading", "first_pairs"]
+__all__ = ["FirstPairs", "Reading", "first_pairs"]
 
-LARGE_BYTES = 64 * 2**20
-"""Stored bytes above which only the first records of a source are read: some 40,000 pairs of dialogues, which a core
-tokenises in a minute."""
 _DIGITS = 2
 """Digits of an estimated number of records."""
 
@@ -48,7 +45,7 @@ class FirstPairs:
 
     Attributes:
         sets: these pairs. Their reports are of the records that were read.
-        read: how much was read, by name of source; the held-out file is ``pairs.HELD_OUT``.
+        read: how much was read, by name of source; the held-out file is ``pairs.HELD_OUT``. Nothing if ``sets`` are stored.
         cpu_seconds: that reading and tokenising took, of one core; None if nothing had to be tokenised.
         problem: what of the configuration was not applied to so few records; None if all of it was.
     """
@@ -78,8 +75,10 @@ class FirstPairs:
         return None if self.whole else {name: vars(each).copy() for name, each in self.read.items()}
 
 
-def first_pairs(config: DataConfig, tokeniser: Tokeniser, most_records: int) -> FirstPairs:
-    """Read and tokenise the first ``most_records`` records of each source of more than ``LARGE_BYTES``, and all of others.
+def first_pairs(
+    config: DataConfig, tokeniser: Tokeniser, most_records: int, large: Callable[[SourceConfig], bool]
+) -> FirstPairs:
+    """Read and tokenise the first ``most_records`` records of each ``large`` source, and all of others.
 
     ``data.filter`` is applied, if it needs no reference. A prompt is held out, or left out of ``data.fraction``, as in the
     whole data, since its digest decides. Copies and shared prompts are counted among what was read.
@@ -91,7 +90,7 @@ def first_pairs(config: DataConfig, tokeniser: Tokeniser, most_records: int) -> 
     names = {id(source): source_name(source) for source in config.train}
 
     def reader(source: SourceConfig) -> Iterator[Record]:
-        return _read(source, names.get(id(source), HELD_OUT), most_records, read)
+        return _read(source, names.get(id(source), HELD_OUT), most_records if large(source) else None, read)
 
     problem = None
     try:
@@ -111,32 +110,28 @@ def first_pairs(config: DataConfig, tokeniser: Tokeniser, most_records: int) -> 
     return FirstPairs(sets, read, time.process_time() - started, problem)
 
 
-def _read(source: SourceConfig, name: str, most: int, read: dict[str, Reading]) -> Iterator[Record]:
-    """Yield the first ``most`` records of a large source, or all of another, and add to ``read`` how many these are."""
+def _read(source: SourceConfig, name: str, most: int | None, read: dict[str, Reading]) -> Iterator[Record]:
+    """Yield the first ``most`` records of a source (None = all), and add to ``read`` how many these are."""
     counted = last = 0
 
     def watch(piece: Piece) -> None:
         nonlocal counted, last
         counted, last = counted + piece.records, piece.read
 
-    size = _size(source)
     records, count = read_records(source, watch), 0
-    for record in records if size is not None and size <= LARGE_BYTES else islice(records, most):
+    for record in islice(records, most):
         count += 1
         yield record
     if next(records, None) is None:
         read[name] = Reading(count, count)
         return
-    estimated = hub_dataset(source).num_rows if size is None else round(counted * size / last)
+    if is_on_hub(source):
+        estimated = hub_dataset(source).num_rows
+    else:
+        size = sum(file.filesystem.get_file_info(file.path).size for file in data_files(source))
+        estimated = round(counted * size / max(1, last))
     limit = estimated if source.limit is None else min(source.limit, estimated)
     read[name] = Reading(count, max(count + 1, limit))
-
-
-def _size(source: SourceConfig) -> int | None:
-    """Stored bytes of a source's files; None for a data set on the hub."""
-    if is_on_hub(source):
-        return None
-    return sum(file.filesystem.get_file_info(file.path).size for file in data_files(source))
 
 
 def _told(read: dict[str, Reading]) -> str:

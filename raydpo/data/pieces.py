@@ -38,18 +38,22 @@ class Sizes:
     """Where pieces end. It depends on nothing but the file, so that each reader cuts it in the same places.
 
     Attributes:
-        first: bytes of the first piece of a file.
-        most: bytes of a piece. Sizes grow in proportion to what lies before, from ``first`` up to this.
+        first: bytes of the second piece of a file.
+        most: bytes of the largest. Sizes grow in proportion to what lies before, from ``first`` up to this.
         lines: lines or rows of a piece.
+        first_lines: lines or rows of the first piece of a file, which may have as many bytes as the largest.
     """
 
     first: int
     most: int
     lines: int
+    first_lines: int
 
-    def at(self, position: int) -> int:
-        """Bytes of the piece that begins at this byte."""
-        return min(self.most, max(self.first, position // 16))
+    def at(self, position: int) -> tuple[int, int]:
+        """Bytes and lines of the piece that begins at this byte."""
+        if not position:
+            return self.most, self.first_lines
+        return min(self.most, max(self.first, position // 16)), self.lines
 
 
 @dataclass(frozen=True)
@@ -255,12 +259,13 @@ def _arrow_pieces(batches: Iterable[pa.RecordBatch], label: str, sizes: Sizes, a
                 raise DataError(f"{label} has more than one column {twice[0][:40]!r}; rename or drop all but one")
             a_row, done = max(1, batch.nbytes // max(1, batch.num_rows)), 0
             while done < batch.num_rows:
-                wanted = -(-(sizes.at(position) - size) // a_row)
-                held.append(batch.slice(done, max(1, min(wanted, sizes.lines - (stop - start)))))
-                done += held[-1].num_rows
-                stop += held[-1].num_rows
-                size += held[-1].num_rows * a_row
-                if size >= sizes.at(position) or stop - start >= sizes.lines:
+                most, lines = sizes.at(position)
+                taken = batch.slice(done, max(1, min(-(-(most - size) // a_row), lines - (stop - start))))
+                held.append(taken)
+                done += taken.num_rows
+                stop += taken.num_rows
+                size += taken.num_rows * a_row
+                if size >= most or stop - start >= lines:
                     yield piece()
                     held, start, position, size = [], stop, position + size, 0
     except Exception as error:  # what was read before it is whole
@@ -338,7 +343,8 @@ def _parsed_pieces(records: Iterator[Record], label: str, sizes: Sizes, size: in
     found = list(records)
     a_record, start, position = max(1, size // max(1, len(found))), 0, 0
     while start < len(found):
-        stop = min(len(found), start + max(1, min(sizes.lines, -(-sizes.at(position) // a_record))))
+        most, lines = sizes.at(position)
+        stop = min(len(found), start + max(1, min(lines, -(-most // a_record))))
         content = tuple(found[start:stop])
         yield Piece(0, label, start, stop, stop - start, stop, content, read=read * stop // len(found))
         start, position = stop, position + (stop - start) * a_record
@@ -350,9 +356,8 @@ def _line_pieces(head: bytes, stream: IO[bytes], label: str, sizes: Sizes, at: C
     held: list[bytes] = []
     for lines in _whole_lines(head, stream, sizes):
         held.append(lines)
-        count = lines.count(b"\n") + (not lines.endswith(b"\n"))
         records, last = _count(io.BytesIO(lines), stop)
-        stop += count
+        stop += lines.count(b"\n") + (not lines.endswith(b"\n"))
         if records:
             yield Piece(0, label, start, stop, records, last, b"".join(held), is_lines=True, read=at())
             held, start = [], stop
@@ -372,10 +377,10 @@ def _whole_lines(head: bytes, stream: IO[bytes], sizes: Sizes) -> Iterator[bytes
     held, position, ended, failed = bytearray(head), 0, False, None
     count = searched = 0  # line ends in the first ``searched`` bytes of ``held``
     while not ended or held:
-        wanted = sizes.at(position)
+        most, lines = sizes.at(position)
         count += held.count(b"\n", searched)
         searched = len(held)
-        if not ended and count < sizes.lines and held.find(b"\n", wanted - 1) < 0:
+        if not ended and count < lines and held.find(b"\n", most - 1) < 0:
             try:
                 more = stream.read1(_READ_BYTES)  # type: ignore[attr-defined]
             except Exception as error:
@@ -385,10 +390,10 @@ def _whole_lines(head: bytes, stream: IO[bytes], sizes: Sizes) -> Iterator[bytes
             ended = not more
             held += more
             continue
-        end = held.find(b"\n", wanted - 1) + 1 or len(held)
-        if count >= sizes.lines:
+        end = held.find(b"\n", most - 1) + 1 or len(held)
+        if count >= lines:
             place = 0
-            for _ in range(sizes.lines):
+            for _ in range(lines):
                 place = held.find(b"\n", place) + 1
             end = min(end, place)
         yield bytes(held[:end])

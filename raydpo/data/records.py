@@ -15,7 +15,7 @@ from raydpo.storage.uri import redact
 
 __all__ = ["Record", "no_records", "read_records", "records_of"]
 
-_SIZES = Sizes(first=1 << 16, most=1 << 18, lines=1000)
+_SIZES = Sizes(first=1 << 16, most=1 << 18, lines=1000, first_lines=100)
 """Small pieces: many callers want the first records only."""
 
 

@@ -161,6 +161,8 @@ class _Entry(NamedTuple):
     Attributes:
         record: position of its record among those at hand.
         number: n of its id source:row#n.
+        preference: what the record says.
+        read: what is tokenised, where the tokenizer has no chat template.
         scores: what scores beside it say, of a record that is one pair.
         giant: its text is too long to be tokenised.
     """
@@ -168,6 +170,7 @@ class _Entry(NamedTuple):
     record: int
     number: int
     preference: Preference
+    read: Preference
     scores: Compared | None
     characters: int
     giant: bool
@@ -178,7 +181,7 @@ class _Encoded:
     """Records as far as they depend on ``take_off`` and not on ``head``: tokens, None of giants, of well-formed pairs."""
 
     account: SourceReport
-    pairs: list[tuple[_Entry, Preference, TokenisedPair | None]]
+    pairs: list[tuple[_Entry, TokenisedPair | None]]
 
 
 class RowMaker:
@@ -217,11 +220,11 @@ class RowMaker:
         """
         records = records if len(records) <= FIRST_RECORDS else records[:FIRST_RECORDS]
         entries = self._entries(records, SourceReport("", ""))[0]
-        counting, taken = repeating([each.preference for each in entries if not each.giant])
+        counting, taken = repeating([each.read for each in entries if not each.giant])
         take_off = bool(counting) and taken == counting
         encoded = self._encoded(records, take_off)
         self._first = records, take_off, encoded
-        prompts = [ids.prompt for _, _, ids in encoded.pairs if ids is not None]
+        prompts = [ids.prompt for _, ids in encoded.pairs if ids is not None]
         # What the first and the last in sorted order have in common, all between them have, too.
         ordered = [np.frombuffer(each, ">u4") for each in _ends([np.asarray(one, ">u4").tobytes() for one in prompts])]
         return take_off, common_prefix(*ordered) if ordered else 0
@@ -265,38 +268,37 @@ class RowMaker:
                 scores = compared(record.value)
             for number, preference in enumerate(found):
                 giant = (characters := preference.characters) > self.most_characters
+                read = preference
                 if not (template or giant or preference.texts is None):
                     prompt, chosen, rejected = preference.texts
-                    preference = replace(preference, prompt=prompt, chosen=chosen, rejected=rejected)
+                    read = replace(preference, prompt=prompt, chosen=chosen, rejected=rejected)
                     account.understood[AS_TEXT] += 1
-                entries.append(_Entry(index, number, preference, scores, characters, giant))
+                entries.append(_Entry(index, number, preference, read, scores, characters, giant))
         return entries, faults
 
     def _encoded(self, records: Sequence[Record], take_off: bool) -> _Encoded:
         account, merged_before = SourceReport("", "", records=len(records)), self.tokeniser.merged
         entries, faults = self._entries(records, account)
-        read = [each for each in entries if not each.giant]
-        early = [each.preference for each in read if records[each.record].row <= FIRST_RECORDS]
-        told = bool(repeating([each.preference for each in read])[0])
-        account.repeats = Repeats(take_off if told else None, first=repeating(early))
-        preferences = account.repeats.taken_off([each.preference for each in read])
-        tokenised = zip(preferences, self.tokeniser.encode_noted(preferences), strict=True)
-        pairs: list[tuple[_Entry, Preference, TokenisedPair | None]] = []
+        read = [each.read for each in entries if not each.giant]
+        early = [each.read for each in entries if not each.giant and records[each.record].row <= FIRST_RECORDS]
+        account.repeats = Repeats(take_off if repeating(read)[0] else None, first=repeating(early))
+        tokenised = iter(self.tokeniser.encode_noted(account.repeats.taken_off(read)))
+        pairs: list[tuple[_Entry, TokenisedPair | None]] = []
         for entry in entries:
             where = records[entry.record].where
             if entry.giant:
                 account.pairs += 1
-                pairs.append((entry, entry.preference, None))
+                pairs.append((entry, None))
                 continue
-            preference, (ids, remarks) = next(tokenised)
-            reason = self._refused(preference, ids, remarks)
+            ids, remarks = next(tokenised)
+            reason = self._refused(entry.preference, ids, remarks)
             if reason is not None:
                 faults.append((entry.record, reason, where))
                 continue
             account.pairs += 1
             account.remarks.add(remarks, where)
             account.scores.add(entry.scores, where)
-            pairs.append((entry, preference, ids))  # type: ignore[arg-type]
+            pairs.append((entry, ids))  # type: ignore[arg-type]
         for index, reason, _ in sorted(faults, key=lambda fault: fault[0]):
             account.malformed.add(reason, records[index].where)
         account.malformed_records = len({index for index, _, _ in faults})
@@ -314,7 +316,7 @@ class RowMaker:
 
     def _rows(self, records: Sequence[Record], encoded: _Encoded) -> Rows:
         pairs = encoded.pairs
-        sides = [[_NO_IDS if ids is None else ids[side] for _, _, ids in pairs] for side in range(3)]
+        sides = [[_NO_IDS if ids is None else ids[side] for _, ids in pairs] for side in range(3)]
         flats = [np.concatenate([_NO_IDS, *side]) for side in sides]
         offsets = [np.cumsum([0, *map(len, side)], dtype=np.int64) for side in sides]
         lists = [
@@ -323,8 +325,8 @@ class RowMaker:
         ]
         labels: dict[str, int] = {}
         sources: dict[str, int] = {}
-        places = [_place(records[entry.record].where) for entry, _, _ in pairs]
-        counted = [records[entry.record].source for entry, _, _ in pairs]
+        places = [_place(records[entry.record].where) for entry, _ in pairs]
+        counted = [records[entry.record].source for entry, _ in pairs]
         lengths = [np.diff(ends).astype(np.int32) for ends in offsets]
         highest = np.full(len(pairs), -1, np.int32)
         filled = np.flatnonzero(lengths[0])  # no part of a tokenised pair is empty
@@ -332,16 +334,14 @@ class RowMaker:
             highest[filled] = np.max(
                 [np.maximum.reduceat(flat, ends[filled]) for flat, ends in zip(flats, offsets, strict=True)], 0
             )
-        keys = [
-            [_NO_KEY if ids is None else completion_key(ids.prompt, ids[side]) for _, _, ids in pairs] for side in (1, 2)
-        ]
+        keys = [[_NO_KEY if ids is None else completion_key(ids.prompt, ids[side]) for _, ids in pairs] for side in (1, 2)]
         prompts = [
-            [_NO_KEY if ids is None else digest(preference.prompt) for _, preference, ids in pairs]
+            [_NO_KEY if ids is None else digest(entry.preference.prompt) for entry, ids in pairs]
             for digest in (prompt_digest, question_digest)
         ]
         columns = [
-            np.fromiter((records[entry.record].row for entry, _, _ in pairs), np.int64, len(pairs)),
-            np.fromiter((entry.number for entry, _, _ in pairs), np.int32, len(pairs)),
+            np.fromiter((records[entry.record].row for entry, _ in pairs), np.int64, len(pairs)),
+            np.fromiter((entry.number for entry, _ in pairs), np.int32, len(pairs)),
             np.fromiter((labels.setdefault(label, len(labels)) for label, _ in places), np.int32, len(pairs)),
             np.fromiter((line for _, line in places), np.int64, len(pairs)),
             np.fromiter(
@@ -352,11 +352,11 @@ class RowMaker:
             highest,
             *(_fixed(b"".join(values), 16) for values in (*keys, *prompts)),
             *(np.where(lengths[0] > 0, digests(values), np.uint64(0)) for values in lists),
-            np.fromiter((entry.characters for entry, _, _ in pairs), np.int64, len(pairs)),
-            np.fromiter((preference.several_turns * SEVERAL_TURNS for _, preference, _ in pairs), np.uint8, len(pairs)),
+            np.fromiter((entry.characters for entry, _ in pairs), np.int64, len(pairs)),
+            np.fromiter((entry.preference.several_turns * SEVERAL_TURNS for entry, _ in pairs), np.uint8, len(pairs)),
             _fixed(_heads(flats[0], offsets[0], self.head or 0).tobytes(), 64),
             *(
-                np.fromiter((preference.numbers[number] for _, preference, _ in pairs), np.float64, len(pairs))
+                np.fromiter((entry.preference.numbers[number] for entry, _ in pairs), np.float64, len(pairs))
                 for number in range(len(self.numbers))
             ),
         ]

@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from raydpo.config import Config
 from raydpo.data.facts import digests, pair_facts, with_reference
-from raydpo.data.pairs import SAME
+from raydpo.data.select import SAME
 from raydpo.errors import ConfigError
 from raydpo.pipeline.checks import check, check_models
 from raydpo.pipeline.prepare import Prepared

@@ -38,7 +38,8 @@ from raydpo.evaluation.samples import Answers
 from raydpo.model.limits import ModelLimits, check_limits
 from raydpo.model.rotary import rope_line
 from raydpo.pipeline.checks import check, check_models, pythons_of
-from raydpo.pipeline.prepare import limits_of, measured_pairs, open_reference, open_tokeniser, reference_line
+from raydpo.pipeline.prepare import measured_pairs, open_reference, reference_line
+from raydpo.pipeline.tokenised import limits_of, make_missing, open_tokeniser
 from raydpo.pipeline.score import fill_cache
 from raydpo.reference.identity import resolve_model
 from raydpo.reference.pairs import reference_values
@@ -105,7 +106,10 @@ def pairs_to_evaluate(config: Config, tokeniser: Tokeniser, console: Console) ->
         DataError: if they cannot be read.
     """
     data, on_training_side = evaluation_data(config)
-    sets = load_pairs(data, tokeniser, console.counter("reading", "records"), reading(config.evaluate))
+    if on_training_side:  # read in ways of their own, such as by subsets
+        sets = load_pairs(data, tokeniser, console.counter("reading", "records"), reading(config.evaluate))
+    else:
+        sets = make_missing(config, tokeniser, console).select(tokeniser)
     for line in sets.report.lines():
         console.say(line)
     return (sets.train, None) if on_training_side else (sets.eval, sets.report.leaked)

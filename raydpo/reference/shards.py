@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raydpo.data.index import KeyIndex, as_bytes
+from raydpo.data.ragged import Ragged
 from raydpo.data.shapes import common_prefix, cut_group
 from raydpo.model.layout import PromptGroup
 from raydpo.reference.part import KEY_TYPE
@@ -200,11 +200,8 @@ def still_missing(shard: Shard, cache: ReferenceCache, skip: Callable[[str], boo
 
 def list_rows(column: pa.ChunkedArray) -> list[np.ndarray]:
     """Split a list column into one array per row, without a Python object per value."""
-    rows: list[np.ndarray] = []
-    for chunk in column.chunks:
-        flat = chunk.values.to_numpy()
-        rows += [flat[start:end] for start, end in pairwise(chunk.offsets.to_pylist())]
-    return rows
+    rows = Ragged.of(column)
+    return [rows[row] for row in range(len(rows))]
 
 
 def _lengths(column: pa.ChunkedArray) -> np.ndarray:

@@ -16,7 +16,7 @@ from typing import Any
 
 from raydpo.storage.local_copy import alone, local_home
 
-__all__ = ["file_digest", "keep", "one_at_a_time", "program", "recall", "remembered", "stamp", "versions"]
+__all__ = ["file_digest", "keep", "last_start", "one_at_a_time", "program", "recall", "remembered", "stamp", "versions"]
 
 
 def remembered(kind: str, decides: object, find: Callable[[], Any]) -> Any:
@@ -80,6 +80,15 @@ def stamp(file: Path) -> list[str | int]:
     """
     stat = file.stat()
     return [str(file.resolve()), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+
+
+@functools.cache
+def last_start() -> str:
+    """What changes whenever this machine is started again; empty where the system does not tell."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
 
 
 _PIECE = 64 << 20

@@ -22,8 +22,9 @@ from raydpo.config import Config, lower_is_better
 from raydpo.errors import ConfigError, RaydpoError
 from raydpo.pipeline.checks import check, check_models, pythons_of
 from raydpo.pipeline.evaluate import evaluate, pairs_to_evaluate, protocol
-from raydpo.pipeline.prepare import Prepared, Tokenised, measured_pairs
+from raydpo.pipeline.prepare import Prepared, measured_pairs
 from raydpo.pipeline.score import score_prepared
+from raydpo.pipeline.tokenised import Tokenised
 from raydpo.pipeline.train import Joined, TrialContext, join_sets, train_prepared
 from raydpo.reference.shards import Wanted
 from raydpo.reports.sweep import recommendation_of

@@ -9,7 +9,7 @@
 A block counts if and only if both of its files are there and its index has the checksum in its name. Its tokens are checked
 where they are decoded (``local``). There is no manifest that could be corrupted, and no lock: two processes that make one
 set at worst make the same blocks, which have the same names. A set is used only if all blocks count that a sound
-``complete-<checksum>.json`` names.
+``complete-<checksum>.json`` names. Files are not flushed to the disk: what a power cut damages is noticed and made again.
 """
 
 from __future__ import annotations
@@ -27,17 +27,19 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from raydpo.data.rows import LIGHT_SCHEMA, Rows
+from raydpo.data.select import SourceRows
 from raydpo.data.tally import SourceReport
 from raydpo.errors import CacheError
 from raydpo.storage.files import Storage, checksum, remove_stale_temporaries
 from raydpo.storage.local_copy import LocalCopy
-from raydpo.storage.memory import keep, recall, stamp
-from raydpo.tokens.block import BlockInfo, DamagedBlock, Span, decode_index, encode
+from raydpo.storage.memory import keep, last_start, recall, stamp
+from raydpo.tokens.block import BlockInfo, DamagedBlock, Span, decode_index, decode_tokens, encode
 from raydpo.tokens.identity import SetIdentity
 
-__all__ = ["BLOCKS", "INDEX", "SETS", "SET_ASIDE", "Complete", "LightRows", "TokenSet"]
+__all__ = ["BLOCKS", "INDEX", "SETS", "SET_ASIDE", "Complete", "TokenSet"]
 
 SETS = "sets"
 """Folder of a cache with its tokenised sets."""
@@ -53,26 +55,17 @@ class Complete:
 
     Attributes:
         blocks: its blocks, in order of file and line.
+        tokens: token ids of all of them.
         facts: what its maker found out about the source.
     """
 
     blocks: tuple[BlockInfo, ...]
+    tokens: int
     facts: dict[str, Any]
 
     @property
     def pairs(self) -> int:
         return sum(block.pairs for block in self.blocks)
-
-
-@dataclass(frozen=True)
-class LightRows:
-    """Light rows of successive blocks. ``light`` has one chunk for each block that has pairs; its columns ``file`` and
-    ``source`` are indices into ``labels`` and ``sources``."""
-
-    light: pa.Table
-    labels: tuple[str, ...]
-    sources: tuple[str, ...]
-    account: SourceReport
 
 
 class TokenSet:
@@ -96,6 +89,12 @@ class TokenSet:
         self._problems: dict[str, str] = {}
         self._damaged: list[str] = []
         self._known: dict[str, Any] | None = None  # stamps of indices that are sound, by name
+
+    @property
+    def _memory(self) -> list[str]:
+        """What this machine remembers the sound indices by. After a power cut files may hold something else under the same
+        stamp, so they are read again."""
+        return [self.storage.uri, self.digest, last_start()]
 
     @staticmethod
     def digests(storage: Storage) -> list[str]:
@@ -141,7 +140,7 @@ class TokenSet:
             remove_stale_temporaries(self.storage, folder)
         if self.description() is None:
             content = {"path": self.identity.path, "identity": self.identity.to_dict()}
-            self.storage.write(f"{self.directory}/{_DESCRIPTION}", json.dumps(content, indent=2).encode())
+            self.storage.write(f"{self.directory}/{_DESCRIPTION}", json.dumps(content, indent=2).encode(), durable=False)
         self.set_aside()
 
     def commit(self, span: Span, rows: Rows) -> BlockInfo:
@@ -151,8 +150,8 @@ class TokenSet:
             OSError, RaydpoError: if the cache cannot be written, or the disk is full.
         """
         info, block, index = encode(rows, self.digest, span)
-        self.storage.write(f"{self.directory}/{BLOCKS}/{info.file}", block)
-        self.storage.write(f"{self.directory}/{INDEX}/{info.index}", index)
+        self.storage.write(f"{self.directory}/{BLOCKS}/{info.file}", block, durable=False)
+        self.storage.write(f"{self.directory}/{INDEX}/{info.index}", index, durable=False)
         return info
 
     def finish(self, facts: Mapping[str, Any], ends: Mapping[int, int] | None = None) -> Complete:
@@ -175,10 +174,13 @@ class TokenSet:
         for file, end in ({} if ends is None else ends).items():
             if reached.get(file, 0) != end:
                 raise CacheError(self._lacks(file, reached.get(file, 0), end))
-        content = {"set": self.digest, "blocks": [block.index for block in blocks], "facts": dict(facts)}
+        light = self.light(blocks).light
+        tokens = sum(int(pc.sum(light[f"{part}_tokens"]).as_py() or 0) for part in ("prompt", "chosen", "rejected"))
+        whole = Complete(tuple(blocks), tokens, dict(facts))
+        content = {"set": self.digest, "tokens": tokens, "facts": whole.facts, "blocks": [block.index for block in blocks]}
         data = json.dumps(content, indent=1).encode()
-        self.storage.write(f"{self.directory}/{_COMPLETE}{checksum(data)}.json", data)
-        return Complete(tuple(blocks), content["facts"])
+        self.storage.write(f"{self.directory}/{_COMPLETE}{checksum(data)}.json", data, durable=False)
+        return whole
 
     def _lacks(self, file: int, start: int, stop: int) -> str:
         return (
@@ -196,13 +198,19 @@ class TokenSet:
 
     # ---- reading
 
-    def blocks(self) -> list[BlockInfo]:
+    def blocks(self, *, check: bool = True) -> list[BlockInfo]:
         """The blocks that count now, in order of file and line. Of blocks that overlap, since a killed process cut the lines
-        otherwise, those are given that hold the most lines."""
-        return _without_overlaps(self._counting(self._listed()))
+        otherwise, those are given that hold the most lines.
 
-    def complete(self) -> Complete | None:
-        """The set if it is whole, else None; ``problems`` then says what is missing of one that was."""
+        Args:
+            check: False = take indices that are there for sound, without reading them.
+        """
+        listed = self._listed()
+        return _without_overlaps(self._counting(listed) if check else listed)
+
+    def complete(self, *, check: bool = True) -> Complete | None:
+        """The set if it is whole, else None; ``problems`` then says what is missing of one that was. ``check``: as of
+        ``blocks``."""
         names = [name for name in self.storage.list(self.directory) if name.startswith(_COMPLETE)]
         if not names:
             return None
@@ -210,7 +218,7 @@ class TokenSet:
         for name in names:
             path = f"{self.directory}/{name}"
             try:
-                wanted, facts = self._read_complete(name)
+                content = self._read_complete(name)
             except FileNotFoundError:
                 continue
             except (CacheError, OSError) as error:
@@ -218,28 +226,57 @@ class TokenSet:
                 problem = f"{name} of set {self.digest} is not used: {told}"
                 self._refuse(path, problem, aside=isinstance(error, DamagedBlock))
                 continue
-            present = {block.index for block in self._counting([listed[index] for index in wanted if index in listed])}
+            wanted = content["blocks"]
+            there = [listed[index] for index in wanted if index in listed]
+            present = {block.index for block in (self._counting(there) if check else there)}
             if missing := [index for index in wanted if index not in present]:
                 more = f" and of {len(missing) - 1:,} more" if len(missing) > 1 else ""
                 problem = f"a file of block {missing[0]}{more} of set {self.digest} is missing or damaged; it is made again"
                 self._refuse(path, problem, aside=True)
                 continue
-            keep("indices", [self.storage.uri, self.digest], self._known)
-            return Complete(tuple(listed[index] for index in wanted), facts)
+            if check:
+                keep("indices", self._memory, self._known)
+            return Complete(tuple(there), content["tokens"], content["facts"])
         return None
 
-    def _read_complete(self, name: str) -> tuple[list[str], dict[str, Any]]:
-        """Index names of the blocks, and the facts, that a ``complete-<checksum>.json`` holds."""
+    def _read_complete(self, name: str) -> dict[str, Any]:
+        """Content of a ``complete-<checksum>.json``."""
         data = self.storage.read(f"{self.directory}/{name}")
         if name != f"{_COMPLETE}{checksum(data)}.json":
             raise DamagedBlock(f"its {len(data):,} bytes are not those that were written")
         content = json.loads(data)
         if content["set"] != self.digest:
             raise DamagedBlock(f"it is of set {content['set']}")
-        return content["blocks"], content["facts"]
+        return content
 
-    def light(self, blocks: Sequence[BlockInfo] | None = None) -> LightRows:
-        """Light rows of ``blocks``, in memory mapped from their indices, with the account of all of them.
+    def tokens(self, block: BlockInfo) -> pa.Table:
+        """Token ids of the pairs of a block, columns of ``TOKEN_SCHEMA``.
+
+        Raises:
+            DamagedBlock: if the block is gone or damaged. A damaged one is moved aside, so that it is made again.
+            CacheError: if it cannot be read here.
+        """
+        path = f"{self.directory}/{BLOCKS}/{block.file}"
+        again = "run the command again, which makes this block again"
+        try:
+            data = self.storage.read(path)
+            if not block.is_sound(data):
+                data = self.storage.read(path)  # one bad read over a network does not prove damage
+            return decode_tokens(block, self.digest, data)
+        except FileNotFoundError:
+            raise DamagedBlock(f"block {block.name} of set {self.digest} in {self.storage} is gone; {again}") from None
+        except DamagedBlock as error:
+            self._refuse(path, str(error), aside=True)
+            self.set_aside()
+            raise DamagedBlock(f"in {self.storage}/{self.directory} {error}; it is set aside: {again}") from None
+        except OSError as error:
+            raise CacheError(
+                f"block {block.name} in {self.storage}/{self.directory} cannot be read: {error.strerror or error}"
+            ) from None
+
+    def light(self, blocks: Sequence[BlockInfo] | None = None) -> SourceRows:
+        """The rows of ``blocks`` without tokens, name and weight, in memory mapped from their indices: one chunk for each
+        block that holds pairs.
 
         Args:
             blocks: blocks that count, in order; None = those of the whole set.
@@ -262,7 +299,8 @@ class TokenSet:
             tables.append(_renumbered(table, "source", index.sources, sources))
             account.merge(index.account)
         light = pa.concat_tables(tables) if tables else LIGHT_SCHEMA.empty_table()
-        return LightRows(light, tuple(labels), tuple(sources), account)
+        path = "" if self.identity is None else self.identity.path
+        return SourceRows(light, None, tuple(labels), tuple(sources), account, name="", path=path, weight=1.0)
 
     def _listed(self) -> list[BlockInfo]:
         """Blocks of which both files are there."""
@@ -280,7 +318,7 @@ class TokenSet:
     def _counting(self, blocks: Sequence[BlockInfo]) -> list[BlockInfo]:
         """Those of ``blocks`` whose index is sound. An index that was read before is not read again until it changes."""
         if self._known is None:
-            self._known = recall("indices", [self.storage.uri, self.digest]) or {}
+            self._known = recall("indices", self._memory) or {}
         unknown = [block for block in blocks if self._known.get(block.index, 0) != self._stamp(block)]
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
             sound = dict(zip(unknown, pool.map(self._is_sound, unknown), strict=True))

@@ -20,10 +20,10 @@ from raydpo.data.records import read_records, records_of
 from raydpo.errors import DataError
 
 SIZES = {
-    "one line": Sizes(first=1, most=1, lines=1),
-    "7 lines": Sizes(first=1 << 22, most=1 << 22, lines=7),
-    "300 bytes": Sizes(first=300, most=300, lines=1000),
-    "4 MB": Sizes(first=1 << 22, most=1 << 22, lines=1 << 20),
+    "one line": Sizes(first=1, most=1, lines=1, first_lines=1),
+    "7 lines": Sizes(first=1 << 22, most=1 << 22, lines=7, first_lines=7),
+    "300 bytes": Sizes(first=300, most=300, lines=1000, first_lines=1000),
+    "4 MB": Sizes(first=1 << 22, most=1 << 22, lines=1 << 20, first_lines=1 << 20),
 }
 RECORDS = [
     {"prompt": f"p {number} é", "chosen": "a" * number, "rejected": [{"role": "user", "content": None}]}
@@ -191,10 +191,10 @@ def test_pieces_grow_and_tell_what_was_read(tmp_path):
     for name, stored in (("a.jsonl", content), ("b.jsonl.gz", gzip.compress(content))):
         (tmp_path / name).write_bytes(stored)
     stored = sum(file.stat().st_size for file in tmp_path.iterdir())
-    pieces = list(pieces_of(SourceConfig(path=str(tmp_path)), Sizes(first=1000, most=9000, lines=1 << 20)))
+    pieces = list(pieces_of(SourceConfig(path=str(tmp_path)), Sizes(1000, 9000, 1 << 20, first_lines=70)))
     lengths = [len(piece.content) for piece in pieces if piece.file == 0]
-    assert lengths[0] < 1020 and 9000 <= lengths[-2] < 9020
-    assert all(one < next_ + 20 for one, next_ in pairwise(lengths[:-1]))
+    assert pieces[0].stop == 70 and lengths[1] < 1020 and 9000 <= lengths[-2] < 9020
+    assert all(one < next_ + 20 for one, next_ in pairwise(lengths[1:-1]))
     assert [len(piece.content) for piece in pieces if piece.file == 1] == lengths, "compression does not change them"
     read = [piece.read for piece in pieces]
     assert read == sorted(read) and read[-1] == stored

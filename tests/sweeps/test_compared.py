@@ -11,7 +11,8 @@ from tiny import preferences, write_preferences
 from raydpo.config import load_config
 from raydpo.errors import ConfigError, ModelError
 from raydpo.pipeline.evaluate import pairs_to_evaluate, protocol
-from raydpo.pipeline.prepare import Tokenised, measured_pairs
+from raydpo.pipeline.prepare import measured_pairs
+from raydpo.pipeline.tokenised import Tokenised
 from raydpo.reference.shards import Wanted
 from raydpo.rundir.records import to_parquet
 from raydpo.storage.files import Storage
