@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -48,26 +48,38 @@ def quietly(config: Config, console: Console, act: Callable[[], object]) -> None
 
 
 def load_first_pairs(config: Config, most_records: int) -> tuple[FirstPairs, Tokeniser]:
-    """The pairs of a configuration as score and train use them, without Ray: from their tokenised sets, or read and tokenised
-    now, where of large sources the first ``most_records`` records are.
+    """The pairs of a configuration as score and train use them, without Ray: from their tokenised sets, or read and
+    tokenised now, where of large sources the first ``most_records`` records are. Without a set, ``data.filter`` counts copies
+    and shared prompts among what was read.
 
     Raises:
         DataError: see ``data.first.first_pairs``.
     """
     from raydpo.data.filter import filtered_by_tokens
-    from raydpo.data.first import FirstPairs, first_pairs
-    from raydpo.errors import CacheError
-    from raydpo.pipeline.tokenised import find_sets, open_tokeniser
-    from raydpo.storage.files import Storage
+    from raydpo.data.first import first_pairs
+    from raydpo.pipeline.tokenised import open_tokeniser
     from raydpo.tokens.build import worth_ray
-    from raydpo.tokens.store import TokenSet
 
     tokeniser = open_tokeniser(config)
+    found = _stored(config, tokeniser) or first_pairs(config.data, tokeniser, most_records, worth_ray)
+    return dataclasses.replace(found, sets=filtered_by_tokens(found.sets, config.data)[0]), tokeniser
+
+
+def _stored(config: Config, tokeniser: Tokeniser) -> FirstPairs | None:
+    """All pairs, if the set of each source is stored."""
+    from raydpo.data.first import FirstPairs
+    from raydpo.errors import CacheError
+    from raydpo.pipeline.tokenised import find_sets
+    from raydpo.storage.files import Storage
+    from raydpo.tokens.store import TokenSet
+
     # Without any set in the cache, no source needs to be identified, which reads its files to their ends.
-    if TokenSet.digests(Storage(config.cache_uri)):
-        found = find_sets(config, tokeniser)
-        if next(found.missing(), None) is None:
-            with contextlib.suppress(CacheError):  # a damaged file, which a command that makes sets mends
-                sets = filtered_by_tokens(found.select(tokeniser), config.data)[0]
-                return FirstPairs(sets, {}), tokeniser
-    return first_pairs(config.data, tokeniser, most_records, worth_ray), tokeniser
+    if not TokenSet.digests(Storage(config.cache_uri)):
+        return None
+    found = find_sets(config, tokeniser)
+    if next(found.missing(), None) is not None:
+        return None
+    try:
+        return FirstPairs(found.select(tokeniser), {})
+    except CacheError:  # a damaged file, which the commands that make sets mend
+        return None

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from itertools import islice
 
 from raydpo.config import DataConfig, SourceConfig, source_name
-from raydpo.data.filter import filtered_by_tokens
 from raydpo.data.locate import data_files, hub_dataset, is_on_hub
 from raydpo.data.pairs import HELD_OUT, PairSets, load_pairs
 from raydpo.data.pieces import Piece
@@ -80,8 +79,8 @@ def first_pairs(
 ) -> FirstPairs:
     """Read and tokenise the first ``most_records`` records of each ``large`` source, and all of others.
 
-    ``data.filter`` is applied, if it needs no reference. A prompt is held out, or left out of ``data.fraction``, as in the
-    whole data, since its digest decides. Copies and shared prompts are counted among what was read.
+    A prompt is held out, or left out of ``data.fraction``, as in the whole data, since its digest decides. ``data.filter`` is
+    not applied.
 
     Raises:
         DataError: as ``load_pairs``; says of which records, where they are not all.
@@ -106,7 +105,6 @@ def first_pairs(
         except DataError:
             raise DataError(f"in {told}: {error}") from None
         problem = f"data.eval.fraction is not applied to so few records: {error}"
-    sets = filtered_by_tokens(sets, config)[0]
     return FirstPairs(sets, read, time.process_time() - started, problem)
 
 

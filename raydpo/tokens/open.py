@@ -114,7 +114,9 @@ class OpenSets:
             DataError: as ``data.select.select``.
             CacheError: if a file of a set is damaged, which the next command makes again.
         """
-        rows = [dataclasses.replace(each.rows(), tokens=self.tokens.tables(number)) for number, each in enumerate(self.every)]
+        rows = [
+            dataclasses.replace(each.rows(), tokens=self.tokens.tables(number)) for number, each in enumerate(self.every)
+        ]
         sources, held = rows[: len(self.data.train)], rows[len(self.data.train) :]
         day = tokeniser.template.day if tokeniser.template.writes_date else None
         return select(self.data, sources, held[0] if held else None, self.tokens, template_date=day)
