@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from typing import Any
 
@@ -30,7 +30,17 @@ from raydpo.data.tally import FIRST_PLACES, DataReport, SourceReport
 from raydpo.errors import DataError
 from raydpo.storage.uri import redact
 
-__all__ = ["PAIR_SCHEMA", "SAME", "PairSets", "SourceRows", "TokenTables", "check_source", "select"]
+__all__ = [
+    "PAIR_SCHEMA",
+    "SAME",
+    "PairSets",
+    "SourceRows",
+    "TokenTables",
+    "check_source",
+    "select",
+    "tokens_in_use",
+    "window",
+]
 
 _IDS, _KEY = pa.list_view(pa.int32()), pa.binary(16)
 PAIR_SCHEMA = pa.schema(
@@ -152,6 +162,28 @@ def check_source(config: DataConfig, source: SourceRows) -> None:
         DataError: if more of it is malformed or dropped than allowed, or no pair is left.
     """
     _decided(config, source).report.check(config)
+
+
+def window(config: DataConfig, source: SourceRows, number: int, start: int, stop: int | None = None) -> pa.Table:
+    """The pairs of a set with ``start <= place < stop`` that are not dropped: as ``select`` gives them without tokens.
+
+    Args:
+        number: of the set.
+        stop: None = to the end.
+    """
+    length = None if stop is None else stop - start
+    part = replace(source, light=source.light.slice(start, length), tokens=None)
+    decided = _decided(config, part)
+    table = _part(number, part, decided, decided.keep)
+    place = table.column_names.index("place")
+    return table.set_column(place, "place", pc.add(table["place"], start))
+
+
+def tokens_in_use(table: pa.Table, part: str) -> np.ndarray:
+    """Tokens in use of ``prompt``, ``chosen`` or ``rejected`` of each pair, int32 [pairs], with or without their ids."""
+    if f"{part}_ids" not in table.column_names:
+        return table[f"{part}_tokens"].to_numpy()
+    return pc.list_value_length(table[f"{part}_ids"]).to_numpy().astype(np.int32, copy=False)
 
 
 def select(

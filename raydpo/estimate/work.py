@@ -13,14 +13,14 @@ from raydpo.data.ragged import Ragged
 from raydpo.data.shapes import LayoutName, PositionCost, Shapes
 from raydpo.data.simulate import amounts
 from raydpo.model.layout import PromptGroup, shapes_of
-from raydpo.reference.shards import Wanted, plan_shards
+from raydpo.reference.shards import Plan, Shard, Wanted, plan_shards, prompt_groups, read_groups
 
 __all__ = ["MOST_PLANNED", "by_scale", "evaluation_pass", "lengths_of", "pair_groups", "reference_pass", "shapes_of_steps"]
 
 MOST_PLANNED = 50_000
-"""Completions whose batches are planned, which takes seconds. Of more, ``WINDOWS`` runs of successive ones are planned,
-evenly over the data. What they share with others is not seen: of dialogues, 1 to 3 % of the positions."""
-WINDOWS = 5
+"""Completions whose batches are planned, which takes seconds. Of more, about so many are planned, in ``RUNS`` runs of
+successive pairs that lie evenly in the data. What they share with others is not seen: of dialogues, 1 to 3 % of the positions."""
+RUNS = 5
 _SIDES = ("prompt", "chosen", "rejected")
 
 
@@ -67,44 +67,49 @@ def reference_pass(
 ) -> tuple[int, int, np.ndarray]:
     """Number of distinct completions, how many of them were planned, and the amounts [3] of scoring all in the shards of a
     build."""
-    wanted, total = Wanted(tables), np.zeros(3)
-    parts = _windows(len(wanted), MOST_PLANNED)
-    for shard in plan_shards([one for start, stop in parts for one in wanted[start:stop]], tokens_per_part):
-        shapes = shapes_of(shard.prompt_groups())
+    wanted = planned = Wanted(tables)
+    if len(wanted) > MOST_PLANNED:
+        pairs = sum(table.num_rows for table in tables)
+        planned = Wanted([_part(table, MOST_PLANNED // 2 * table.num_rows // pairs) for table in tables])
+        shards: Iterable[Shard] = Plan(planned, tokens_per_part)  # of a large set nearly all pairs are planned together
+    else:
+        shards = plan_shards(wanted, tokens_per_part)
+    total = np.zeros(3)
+    for shard in shards:
+        shapes = shapes_of(prompt_groups(read_groups(shard, planned.source)))
         total += amounts(fill_batches(range(len(shapes)), shapes, budget, layout), shapes, layout)
-    lengths = [wanted.prompt_tokens, wanted.tokens]
-    return len(wanted), sum(stop - start for start, stop in parts), total * _stands_for(lengths, parts, layout)
+    of_all, of_planned = ([each.prompt_tokens, each.tokens] for each in (wanted, planned))
+    return len(wanted), len(planned), total * _stands_for(of_all, of_planned, layout)
 
 
 def evaluation_pass(table: pa.Table, budget: int, layout: LayoutName) -> tuple[int, np.ndarray]:
     """How many held-out pairs were planned, and the amounts [3] of one evaluation of all."""
-    parts = _windows(table.num_rows, MOST_PLANNED // 2)
-    rows = np.concatenate([np.arange(start, stop) for start, stop in parts])
-    shapes = pair_groups(table, rows)[1]
+    planned = _part(table, MOST_PLANNED // 2)
+    shapes = pair_groups(planned)[1]
     once = amounts(fill_batches(range(len(shapes)), shapes, budget, layout), shapes, layout)
-    return len(rows), once * _stands_for(lengths_of(table), parts, layout)
+    return planned.num_rows, once * _stands_for(lengths_of(table), lengths_of(planned), layout)
 
 
-def _windows(count: int, most: int) -> list[tuple[int, int]]:
-    """Start and stop of the runs that are planned of ``count`` rows."""
-    if count <= most:
-        return [(0, count)]
-    size = most // WINDOWS
-    return [(int(start), int(start) + size) for start in np.linspace(0, count - size, WINDOWS)]
+def _part(table: pa.Table, most: int) -> pa.Table:
+    """``table``, or the runs of its rows that are planned if it has more than ``most``."""
+    if table.num_rows <= most:
+        return table
+    size = max(1, most // RUNS)
+    return pa.concat_tables([table.slice(int(start), size) for start in np.linspace(0, table.num_rows - size, RUNS)])
 
 
-def _stands_for(lengths: Sequence[np.ndarray], parts: list[tuple[int, int]], layout: LayoutName) -> np.ndarray:
-    """Amounts [3] of all groups over those of the groups in ``parts``, if none shares anything with another.
+def _stands_for(of_all: Sequence[np.ndarray], of_planned: Sequence[np.ndarray], layout: LayoutName) -> np.ndarray:
+    """Amounts [3] of all groups over those of the groups that were planned, if none shares anything with another.
 
     Args:
-        lengths: tokens of the prompt and of each completion, int [groups] each.
+        of_all, of_planned: tokens of the prompt and of each completion, int [groups] each.
     """
-    if parts == [(0, len(lengths[0]))]:
+    if len(of_all[0]) == len(of_planned[0]):
         return np.ones(3)
 
-    def alone(values: Sequence[np.ndarray]) -> np.ndarray:
-        shapes = Shapes.of_lengths(*values)
+    def alone(lengths: Sequence[np.ndarray]) -> np.ndarray:
+        shapes = Shapes.of_lengths(*lengths)
         positions, looks = shapes.positions(layout), shapes.cost(layout, PositionCost(attention=1.0))
         return np.array([positions.sum(), looks.sum() - positions.sum(), shapes.tokens.sum()], float)
 
-    return alone(lengths) / sum(alone([each[start:stop] for each in lengths]) for start, stop in parts)
+    return alone(of_all) / alone(of_planned)

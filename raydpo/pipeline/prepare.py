@@ -35,6 +35,7 @@ __all__ = [
     "Prepared",
     "checked",
     "measured_pairs",
+    "native_dtype",
     "open_reference",
     "reference_line",
     "wait_for_workers",
@@ -94,7 +95,7 @@ class Prepared:
         """
         console.begin("pairs, reference and cache")
         model = config.model
-        native = "bfloat16" if bfloat16_is_faster() else "float32"
+        native = native_dtype()
         dtype = native if model.dtype == "auto" else model.dtype
         policy_dir = resolve_model(model.path)
         tokeniser, sets = (both := tokenised or Tokenised.of(config, console)).tokeniser, both.sets
@@ -165,6 +166,11 @@ class Prepared:
             | {f"train.{key}": value for key, value in train.items()}
             | {f"train.loss (source of {name})": digest for name, digest in own_sources(config.train).items()}
         )
+
+
+def native_dtype() -> str:
+    """Precision for dtype ``auto`` on this Ray's machines."""
+    return "bfloat16" if bfloat16_is_faster() else "float32"
 
 
 def open_reference(config: Config, native: str) -> tuple[ReferenceSpec, ReferenceCache]:
