@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from raydpo.benchmark.job import Job, Result, StepRecord, now, side
 from raydpo.data.plan import BatchPlan
-from raydpo.estimate.plan import pair_groups
+from raydpo.estimate.work import pair_groups
 from raydpo.losses import Objective, ObjectiveState
 from raydpo.model.budget import MOST_SCORED, find_budget, probe_group, used_memory
 from raydpo.model.layout import PromptGroup
