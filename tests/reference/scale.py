@@ -169,14 +169,15 @@ def measure_plan(place: Path, missing: float) -> None:
         plan = Plan(window, PART_TOKENS)
         planned = time.process_time()
         print(
-            f"window {number}: {len(window):,} completions, present {found - start:.1f} CPU s, plan {planned - found:.1f} CPU s, "
-            f"{len(plan):,} shards, {peak()}"
+            f"window {number}: {len(window):,} completions, present {found - start:.1f} CPU s, "
+            f"plan {planned - found:.1f} CPU s, {len(plan):,} shards, {peak()}"
         )
         for shard in plan.missing(covered):
             shards, completions, size = shards + 1, completions + len(shard), size + len(pickle.dumps(shard))
         print(f"shards made and pickled: {time.process_time() - planned:.1f} CPU s, {peak()}")
         whole += time.process_time() - start
-    print(f"all: {whole:.1f} CPU s; {shards:,} shards of {completions:,} completions, {size / max(1, completions):.1f} B each")
+    each = size / max(1, completions)
+    print(f"all: {whole:.1f} CPU s; {shards:,} shards of {completions:,} completions, {each:.1f} B each")
 
 
 def measure_positions(data: Path, model: Path) -> None:
