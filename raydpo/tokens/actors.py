@@ -146,7 +146,7 @@ class Makers:
         import ray
 
         again: deque[Job] = deque()
-        told = 0.0
+        told = time.monotonic()
         try:
             while True:
                 ended = self._submit(jobs, again)
