@@ -70,7 +70,9 @@ def with_reference(facts: pa.Table, ref_chosen: np.ndarray, ref_rejected: np.nda
 
 def prompt_numbers(pairs: pa.Table) -> np.ndarray:
     """Number of each pair's prompt among the distinct prompts, int64 [pairs]."""
-    return np.unique(digests(pairs["prompt_ids"]), return_inverse=True)[1]
+    known = "prompt_hash" in pairs.column_names  # prompts are never cut
+    each = pairs["prompt_hash"].to_numpy() if known else digests(pairs["prompt_ids"])
+    return np.unique(each, return_inverse=True)[1]
 
 
 def _answer_pairs(pairs: pa.Table) -> np.ndarray:

@@ -235,6 +235,13 @@ class Storage:
         except FileNotFoundError:
             return
 
+    def delete_directory(self, name: str) -> None:
+        """Delete a directory and all that is in it. It is no error if it does not exist."""
+        try:
+            self._persist("delete", name, lambda: self.fs.delete_dir(self.path(name)))
+        except FileNotFoundError:
+            return
+
     def move(self, name: str, to: str) -> None:
         """Rename a file; on an object store, copy and then delete it.
 

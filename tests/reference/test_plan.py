@@ -1,18 +1,15 @@
 """The plan of what to score: a pure function of what is wanted, from first tokens in place of whole prompts."""
 
 import random
-from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from families import planned_by_families
+from families import planned_by_families, positions
 
 from raydpo.data.facts import digests
-from raydpo.data.plan import fill_batches
 from raydpo.data.ragged import Ragged
 from raydpo.data.rows import heads_of
-from raydpo.model.layout import shapes_of
 from raydpo.reference import build, shards
 from raydpo.reference.heads import in_order
 from raydpo.reference.part import KEY_TYPE
@@ -161,16 +158,6 @@ def test_prompts_are_sorted_as_their_tokens_are():
     assert order.tolist() == sorted(range(3000), key=rows.__getitem__)
     assert changes.tolist() == [index == 0 or rows[order[index]] != rows[order[index - 1]] for index in range(3000)]
     assert 100 < changes.sum() < 2900
-
-
-def positions(groups, budget=2000):
-    """Token positions of scoring groups in batches of the tree layout."""
-    shapes = shapes_of(groups)
-    total = 0
-    for batch in fill_batches(range(len(groups)), shapes, budget, "tree"):
-        total += int(shapes.positions("tree")[batch].sum())
-        total -= sum(shapes.shared(one, two) for one, two in pairwise(batch))
-    return total
 
 
 def test_first_tokens_bring_together_nearly_what_whole_prompts_do(monkeypatch):
