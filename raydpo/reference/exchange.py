@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from raydpo.config import DataConfig, source_name
 from raydpo.data.index import as_bytes
+from raydpo.data.ragged import Ragged
 from raydpo.data.records import read_records
 from raydpo.errors import DataError
 from raydpo.reference.part import HIGHEST, KEY_TYPE
@@ -54,7 +55,7 @@ def export_pairs(joined: pa.Table, decode: Any, path: Path) -> int:
             columns = {"pair_id": rows["pair_id"], "source": rows["source"]}
             for name in ("prompt", "chosen", "rejected"):
                 columns[name] = pa.array(decode(rows[f"{name}_ids"].to_pylist()), pa.string())
-            columns |= {f"{name}_ids": rows[f"{name}_ids"] for name in ("prompt", "chosen", "rejected")}
+            columns |= {f"{name}_ids": _lists(rows[f"{name}_ids"]) for name in ("prompt", "chosen", "rejected")}
             for side in ("chosen", "rejected"):
                 columns[f"ref_{side}_logps"] = rows[f"ref_{side}_sum"]
                 columns[f"ref_{side}_token_logps"] = rows[f"ref_{side}_logps"]
@@ -67,6 +68,13 @@ def export_pairs(joined: pa.Table, decode: Any, path: Path) -> int:
     finally:
         temporary.unlink(missing_ok=True)
     return joined.num_rows
+
+
+def _lists(column: pa.ChunkedArray) -> pa.ListArray:
+    """A column of lists of token ids as list<int32>. The views of ``data.select`` would be named in the file's metadata, and
+    datasets 5 does not read them."""
+    values, offsets = (rows := Ragged.of(column)).gather(np.arange(len(rows)))
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values, pa.int32()))
 
 
 @dataclass(frozen=True)
