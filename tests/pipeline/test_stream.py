@@ -107,7 +107,7 @@ def test_a_source_that_is_refused_ends_the_scoring(run, tmp_path):
     config = run("refused")
     with open(tmp_path / "a.jsonl", "a") as file:
         file.write("{broken\n" * PAIRS)
-    with pytest.raises(DataError, match="malformed, more than data.max_malformed"):
+    with pytest.raises(DataError, match=r"malformed, more than data\.max_malformed"):
         score_module.score(config, Console())
     assert only_set(config).complete() is None
 
