@@ -21,7 +21,7 @@ from raydpo.answers.draws import ROWS
 from raydpo.answers.judge import Judge, judge_contests
 from raydpo.answers.reward import RewardModel, check_prompts
 from raydpo.cluster.preflight import check_cluster
-from raydpo.cluster.resources import bfloat16_is_faster, resources_for
+from raydpo.cluster.resources import resources_for
 from raydpo.cluster.session import session, starts_own_ray
 from raydpo.cluster.work import BlockTask, do_work
 from raydpo.config import Config, ObjectiveConfig, load_config
@@ -38,7 +38,7 @@ from raydpo.evaluation.samples import Answers
 from raydpo.model.limits import ModelLimits, check_limits
 from raydpo.model.rotary import rope_line
 from raydpo.pipeline.checks import check, check_models, pythons_of
-from raydpo.pipeline.prepare import measured_pairs, open_reference, reference_line
+from raydpo.pipeline.prepare import measured_pairs, native_dtype, open_reference, reference_line
 from raydpo.pipeline.score import fill_cache
 from raydpo.pipeline.tokenised import limits_of, make_missing, open_tokeniser
 from raydpo.reference.identity import resolve_model
@@ -163,7 +163,7 @@ class _Evaluation:
     @classmethod
     def of(cls, config: Config, console: Console, read: tuple[Tokeniser, pa.Table, int | None] | None = None) -> _Evaluation:
         """Find the models, and read the pairs unless ``read`` has them (the result of ``_read_pairs``)."""
-        reference, _ = open_reference(config, "bfloat16" if bfloat16_is_faster() else "float32")
+        reference, _ = open_reference(config, native_dtype())
         console.say(reference_line(config, reference))
         if reference.identity.rope_length is not None:
             console.say(rope_line(reference.identity.rope_length, config.data.max_length))

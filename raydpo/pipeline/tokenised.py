@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from raydpo.cluster.session import has_ray, owns_ray, session, starts_own_ray
@@ -18,10 +19,19 @@ from raydpo.storage.files import Storage
 from raydpo.storage.local_copy import local_home
 from raydpo.terminal.console import Console
 from raydpo.tokens.actors import makers
-from raydpo.tokens.build import Recipe, make_set, make_set_on_ray, worth_ray
+from raydpo.tokens.build import Progress, Recipe, make_set, make_set_on_ray, worth_ray
 from raydpo.tokens.open import OpenSets, SourceSet
 
-__all__ = ["Tokenised", "find_sets", "limits_of", "make_missing", "open_tokeniser", "wants_ray"]
+__all__ = [
+    "Tokenised",
+    "find_sets",
+    "limits_of",
+    "make_missing",
+    "make_on_ray",
+    "open_tokeniser",
+    "wants_ray",
+    "writable",
+]
 
 
 @dataclass(frozen=True)
@@ -102,33 +112,43 @@ def _opened(config: Config, tokeniser: Tokeniser, console: Console) -> PairSets:
 def make_missing(config: Config, tokeniser: Tokeniser, console: Console) -> OpenSets:
     """The tokenised sets of a configuration. Those that are missing are made.
 
-    A cache that this process may only read gives way to a directory of this machine, unless other machines need the sets.
-
     Raises:
         DataError: if a source cannot be read, or more of it is malformed or dropped than allowed.
         RaydpoError: if the sets cannot be written.
     """
-    found = find_sets(config, tokeniser)
-    if next(found.missing(), None) is not None:
-        try:
-            found.storage.probe()
-        except RaydpoError as error:
-            if has_ray() and not owns_ray():  # other machines could not read them
-                raise
-            found = find_sets(config, tokeniser, Storage(str(local_home() / "cache")))
-            console.say(f"tokenised pairs are kept in {found.storage}, since the cache cannot be written ({error})")
+    found = writable(find_sets(config, tokeniser), config, console)
     for each in found.every:
         if each.stored.complete() is None:
             for line in found.why(each):
                 console.say(line)
             if has_ray() and worth_ray(each.source):
-                _make_on_ray(config, each, console)
+                _show_on_ray(config, each, console)
             else:
                 make_set(each.stored, each.source, config.data, tokeniser, progress=console.counter("reading", "records"))
         if each.stored.identity is not None:
             for line in each.stored.identity.warnings():
                 console.say(line)
         found.check(each)
+    return found
+
+
+def writable(found: OpenSets, config: Config, console: Console) -> OpenSets:
+    """``found``; or, if some of them are missing and this process may only read the cache, the sets in a directory of this
+    machine.
+
+    Raises:
+        RaydpoError: if other machines need the sets, too.
+    """
+    if next(found.missing(), None) is None:
+        return found
+    try:
+        found.storage.probe()
+    except RaydpoError as error:
+        if has_ray() and not owns_ray():
+            raise
+        here = Storage(str(local_home() / "cache"))
+        console.say(f"tokenised pairs are kept in {here}, since the cache cannot be written: {error}")
+        return find_sets(config, storage=here)
     return found
 
 
@@ -140,15 +160,23 @@ def recipe_of(config: Config, each: SourceSet) -> Recipe:
     return Recipe.of(each.stored.identity, config.data, directory, trust_remote_code=trusted, find=directory_here)
 
 
-def _make_on_ray(config: Config, each: SourceSet, console: Console) -> None:
+def make_on_ray(config: Config, each: SourceSet, console: Console, *, keep_free: int = 0) -> Iterator[Progress]:
+    """Make a set with actors of the cluster; see ``tokens.build.make_set_on_ray``.
+
+    Args:
+        keep_free: CPUs to leave for what is started beside them.
+    """
+    with makers(keep_free=keep_free, torch=config.model.trust_remote_code) as pool:
+        recipe = recipe_of(config, each)
+        yield from make_set_on_ray(pool, each.stored, each.source, config.data, recipe, tell=console.say)
+
+
+def _show_on_ray(config: Config, each: SourceSet, console: Console) -> None:
     console.begin("tokenising")
-    with makers(torch=config.model.trust_remote_code) as pool, console.progress("tokenising", 0, "pairs") as line:
-        for progress in make_set_on_ray(
-            pool, each.stored, each.source, config.data, recipe_of(config, each), tell=console.say
-        ):
-            left = progress.seconds_left
-            line.total = progress.pairs + round((left or 0) * progress.pairs_per_second)
-            line.update(progress.pairs, f"on {pool.started} process(es)")
+    with console.progress(f"tokenising {each.name}", 0, "pairs") as line:
+        for progress in make_on_ray(config, each, console):
+            line.total = progress.pairs + round((progress.seconds_left or 0) * progress.pairs_per_second)
+            line.update(progress.pairs)
 
 
 def open_tokeniser(config: Config) -> Tokeniser:

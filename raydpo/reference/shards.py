@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from raydpo.data.index import KeyIndex, as_bytes
+from raydpo.data.ragged import tokens_in_use
 from raydpo.data.rows import TOKEN_SCHEMA, TokenSource
 from raydpo.data.select import TokenTables
 from raydpo.data.shapes import cut_group
@@ -349,17 +349,8 @@ def _joined(arrays: Iterable[np.ndarray], kind: type) -> np.ndarray:
     return np.concatenate([np.empty(0, kind), *arrays], dtype=kind)
 
 
-def _lengths(tables: Iterable[pa.Table], name: str) -> np.ndarray:
-    """Tokens in use of a part of each pair. Tables without tokens have them as a column."""
-    return _joined(
-        (
-            table[f"{name}_tokens"].to_numpy()
-            if f"{name}_ids" not in table.column_names
-            else pc.list_value_length(table[f"{name}_ids"]).to_numpy()
-            for table in tables
-        ),
-        np.int32,
-    )
+def _lengths(tables: Iterable[pa.Table], part: str) -> np.ndarray:
+    return _joined((tokens_in_use(table, part) for table in tables), np.int32)
 
 
 def _keys(table: pa.Table) -> np.ndarray:

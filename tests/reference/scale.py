@@ -176,9 +176,8 @@ def measure_plan(place: Path, missing: float) -> None:
             shards, completions, size = shards + 1, completions + len(shard), size + len(pickle.dumps(shard))
         print(f"shards made and pickled: {time.process_time() - planned:.1f} CPU s, {peak()}")
         whole += time.process_time() - start
-    print(
-        f"all: {whole:.1f} CPU s; {shards:,} shards of {completions:,} completions, {size / max(1, completions):.1f} B each"
-    )
+    each = size / max(1, completions)
+    print(f"all: {whole:.1f} CPU s; {shards:,} shards of {completions:,} completions, {each:.1f} B each")
 
 
 def measure_positions(data: Path, model: Path) -> None:
