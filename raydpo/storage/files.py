@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import os
 import random
 import re
@@ -31,11 +30,8 @@ from raydpo.errors import ConfigError, RaydpoError, one_line
 from raydpo.storage.uri import is_uri, redact, secrets_of
 
 __all__ = [
-    "BY_TIME",
     "FileInfo",
     "Storage",
-    "checksum",
-    "content_version",
     "redact",
     "remove_stale_temporaries",
     "stale_temporaries",
@@ -426,44 +422,6 @@ def _may_pass(error: Exception) -> bool:
     if isinstance(error, (IsADirectoryError, NotADirectoryError, FileExistsError)):
         return False
     return isinstance(error, OSError) or type(error).__module__ not in ("builtins", "pyarrow.lib")
-
-
-def checksum(data: bytes | pa.Buffer) -> str:
-    """The 32 hexadecimal digits of a file's bytes that stand in its name, so that damage is noticed."""
-    return hashlib.sha256(data).hexdigest()[:32]
-
-
-_VERSIONS = ("etag", "generation", "md5hash", "content-md5", "content_md5", "blob_id", "sha256", "version_id")
-"""What stores call that which changes with each new content of a file, in lower case."""
-BY_TIME = "time "
-"""Begins what ``content_version`` returns where a store tells no more than a time."""
-
-
-def content_version(filesystem: pafs.FileSystem, path: str) -> str | None:
-    """What a remote store tells of a file that changes whenever its content does: an ETag, generation or digest.
-
-    ``time ...`` if it tells no more than the time of the last change, None if not even that. Nothing of the file is read.
-    """
-    handler = filesystem.handler if isinstance(filesystem, pafs.PyFileSystem) else None
-    if isinstance(handler, pafs.FSSpecHandler):
-        handler.fs.invalidate_cache(path)
-        told = handler.fs.info(path)
-    else:
-        with filesystem.open_input_file(path) as stream:
-            told = {_text(key): _text(value) for key, value in stream.metadata().items()}
-    lower = {str(key).lower(): value for key, value in told.items()}
-    for name in _VERSIONS:
-        if lower.get(name):
-            return f"{name} {lower[name]}"
-    info = filesystem.get_file_info(path)
-    if info.mtime_ns is None and isinstance(handler, pafs.FSSpecHandler):
-        with contextlib.suppress(NotImplementedError):
-            return f"{BY_TIME}{handler.fs.modified(path).timestamp()}"
-    return None if info.mtime_ns is None else f"{BY_TIME}{info.mtime_ns}"
-
-
-def _text(value: str | bytes) -> str:
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 
 def stale_temporaries(storage: Storage, name: str, older_than: float | None = None) -> list[FileInfo]:

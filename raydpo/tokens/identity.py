@@ -24,8 +24,8 @@ from raydpo.data.preference import Preference
 from raydpo.data.rows import PAIR_MARGIN, PAIR_WEIGHT, most_characters_of
 from raydpo.data.tokenise import FILES, Tokeniser, template_text
 from raydpo.errors import DataError, reason
-from raydpo.storage.files import BY_TIME, content_version
-from raydpo.storage.memory import file_digest, remembered, stamp, versions
+from raydpo.storage.content import BY_TIME, content_version, file_digest
+from raydpo.storage.memory import remembered, stamp, versions
 from raydpo.storage.uri import redact
 
 __all__ = ["SetIdentity", "SourceFile", "files_of", "tokenizer_facts"]

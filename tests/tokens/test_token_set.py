@@ -9,7 +9,7 @@ import shutil
 import pyarrow as pa
 import pytest
 from killing import killed_at_every_line
-from made import IDENTITY, another, joined, lines, make, rows_of
+from made_sets import IDENTITY, another, joined, lines, make, rows_of
 
 from raydpo.data.tally import SourceReport
 from raydpo.errors import CacheError
