@@ -15,7 +15,7 @@ from raydpo.data.template import ChatTemplate
 
 THINKING = (Path(__file__).parent / "thinking.jinja").read_text()
 TEMPLATES = {
-    name: text for name, text in vars(templates).items() if name.isupper() and isinstance(text, str) and "message" in text
+    name: text for name, text in vars(templates).items() if name.isupper() and isinstance(text, str) and "endfor" in text
 } | {"THINKING": THINKING}
 FOLLOWED = {"CHATML", "ZEPHYR", "LLAMA", "QWEN", "MISTRAL", "GEMMA", "DEEPSEEK", "DROPS_THOUGHTS", "CALLS", "THINKING"}
 """Templates of which most conversations are put together."""
